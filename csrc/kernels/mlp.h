@@ -1,0 +1,61 @@
+// A chain of linear layers, each with its activation: y = act(x W^T + b), layer after layer.
+#pragma once
+
+#include <stdint.h>
+
+#include "../simd/isa.h"
+#include "dtype.h"
+
+namespace fastnn {
+
+// The values are part of the operator's schema: fastnn/ops/mlp.py has the same list.
+enum class Activation : int32_t { identity, relu, tanh, sigmoid, gelu, gelu_tanh, silu, leaky_relu, count };
+
+// Whether the derivative is a function of the activation's input alone, so that backward needs the input kept.
+inline bool keeps_input(Activation activation) {
+  return activation == Activation::gelu || activation == Activation::gelu_tanh ||
+         activation == Activation::silu;
+}
+
+template <class T>
+struct MlpLayer {
+  const T* weight;  // (out, in)
+  const T* bias;    // (out), or null
+  int64_t in;
+  int64_t out;
+  Activation activation;
+  const Compute<T>* packed;  // weight in panels, or null for the path of few rows
+  T* saved;                  // (rows, out) kept for backward, or null
+};
+
+template <class T>
+struct MlpLayerBackward {
+  const T* weight;     // (out, in)
+  const T* input;      // (rows, in), or null: recomputed from the layer before, which keeps its input
+  const T* saved;      // (rows, out)
+  int64_t in;
+  int64_t out;
+  Activation activation;
+  Compute<T>* grad_weight;  // (out, in), added to; or null
+  Compute<T>* grad_bias;    // (out), added to; or null
+};
+
+template <class T>
+struct MlpKernels {
+  int64_t (*packed_size)(int64_t out, int64_t in);
+  void (*pack)(const T* weight, int64_t out, int64_t in, Compute<T>* packed);
+  // Elements of scratch that forward and backward need for layers of at most `widest` columns.
+  int64_t (*scratch_size)(int64_t widest);
+  // input (rows, layers[0].in) -> output (rows, layers[count - 1].out)
+  void (*forward)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row,
+                  int64_t last_row, Compute<T>* scratch);
+  // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null
+  void (*backward)(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,
+                   int64_t first_row, int64_t last_row, Compute<T>* scratch);
+};
+
+using MlpTable = PerDtype<MlpKernels>;
+
+}  // namespace fastnn
+
+FASTNN_DECLARE_KERNELS(MlpTable, mlp_kernels)

@@ -1,0 +1,99 @@
+// Argument checks of the operators: whatever an operator is given, a Python exception and nothing worse.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace fastnn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Raises RuntimeError in Python, with the parts joined, unless `condition`.
+template <class... Parts>
+inline void check(bool condition, const Parts&... parts) {
+  if (__builtin_expect(condition, true)) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+template <class List>
+std::string to_string(const List& values) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  text << "]";
+  return text.str();
+}
+
+// a * b, a + b in checked arithmetic: sizes come from outside.
+inline int64_t checked_product(int64_t a, int64_t b) {
+  int64_t product;
+  check(!__builtin_mul_overflow(a, b, &product), "sizes ", a, " and ", b, " overflow 64 bits");
+  return product;
+}
+inline int64_t checked_sum(int64_t a, int64_t b) {
+  int64_t sum;
+  check(!__builtin_add_overflow(a, b, &sum), "sizes ", a, " and ", b, " overflow 64 bits");
+  return sum;
+}
+
+// The first tensor argument of an operator, to which the others are compared.
+struct Expected {
+  ScalarType dtype;
+  const char* op;
+};
+
+inline Expected check_first(const Tensor& tensor, const char* op, const char* name) {
+  check(tensor.defined(), op, ": ", name, " must be a tensor, got an undefined one");
+  check(tensor.is_cpu(), op, ": expected ", name, " on the CPU");
+  check(tensor.layout() == torch::headeronly::Layout::Strided, op, ": expected ", name, " to be a dense tensor");
+  const ScalarType dtype = tensor.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op, ": \"", name,
+        "\" not implemented for '", torch::headeronly::toString(dtype), "'; use float32, float64 or bfloat16");
+  return {dtype, op};
+}
+
+inline void check_same_kind(const Tensor& tensor, const Expected& expected, const char* name) {
+  check(tensor.defined(), expected.op, ": ", name, " must be a tensor, got an undefined one");
+  check(tensor.is_cpu(), expected.op, ": expected all tensors to be on the same device, but ", name,
+        " is not on the CPU");
+  check(tensor.layout() == torch::headeronly::Layout::Strided, expected.op, ": expected ", name,
+        " to be a dense tensor");
+  check(tensor.scalar_type() == expected.dtype, expected.op, ": expected ", name, " to have dtype ",
+        torch::headeronly::toString(expected.dtype), ", but got ", torch::headeronly::toString(tensor.scalar_type()));
+}
+
+inline void check_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* op, const char* name) {
+  const Sizes actual = tensor.sizes();
+  bool same = actual.size() == sizes.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = actual[i] == sizes.begin()[i];
+  check(same, op, ": expected ", name, " of size ", to_string(std::vector<int64_t>(sizes)), ", got ",
+        to_string(actual));
+}
+
+// A raw operator computes forward alone. In grad mode, a tensor that wants a gradient would lose it without a
+// word, so that is an error. (The stable ABI has no requires_grad(); a view of a tensor that requires grad is no
+// leaf, any other is one.)
+void check_no_gradient(const Tensor& tensor, const char* op);
+
+template <class... Tensors>
+inline void check_no_gradients(const char* op, const Tensors&... tensors) {
+  if (!aoti_torch_grad_mode_is_enabled()) return;
+  (check_no_gradient(tensors, op), ...);
+}
+
+}  // namespace fastnn

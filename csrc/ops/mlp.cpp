@@ -1,0 +1,264 @@
+// fastnn::mlp and its backward: checks, allocation, threads.
+#include "../kernels/mlp.h"
+
+#include <tuple>
+
+#include "tensor.h"
+
+namespace fastnn {
+namespace {
+
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+struct Chain {
+  Expected kind;
+  int64_t rows;
+  std::vector<int64_t> widths;  // the input's, then each layer's
+  double work = 0;              // floating-point operations of one forward
+
+  int64_t layers() const { return static_cast<int64_t>(widths.size()) - 1; }
+  int64_t widest() const { return *std::max_element(widths.begin(), widths.end()); }
+};
+
+Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                  const std::vector<int64_t>& activations) {
+  const Expected kind = check_first(input, op, "input");
+  check(input.dim() == 2, op, ": expected input to be 2D (rows, features), got ", input.dim(), "D tensor instead");
+  check(!weights.empty(), op, ": expected at least one weight");
+  check(activations.size() == weights.size(), op, ": expected ", weights.size(), " activations, one a weight, got ",
+        activations.size());
+  Chain chain{kind, input.size(0), {input.size(1)}};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_same_kind(weights[i], kind, "weights");
+    check(weights[i].dim() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", weights[i].dim(),
+          "D tensor instead");
+    check(weights[i].size(1) == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows,
+          "x", chain.widths.back(), " and ", weights[i].size(1), "x", weights[i].size(0), ")");
+    check(activations[i] >= 0 && activations[i] < static_cast<int64_t>(Activation::count), op, ": activations[", i,
+          "] must be between 0 and ", static_cast<int64_t>(Activation::count) - 1, ", got ", activations[i]);
+    chain.widths.push_back(weights[i].size(0));
+    chain.work += 2.0 * chain.rows * chain.widths[i] * chain.widths[i + 1];
+  }
+  return chain;
+}
+
+OptionalTensors check_biases(const Chain& chain, const OptionalTensors& biases) {
+  const char* op = chain.kind.op;
+  check(static_cast<int64_t>(biases.size()) == chain.layers(), op, ": expected ", chain.layers(),
+        " biases, one a weight, got ", biases.size());
+  OptionalTensors result;
+  for (size_t i = 0; i < biases.size(); ++i) {
+    if (biases[i]) {
+      check_same_kind(*biases[i], chain.kind, "biases");
+      check_sizes(*biases[i], {chain.widths[i + 1]}, op, "biases");
+      check_no_gradients(op, *biases[i]);
+      result.emplace_back(dense(*biases[i]));
+    } else {
+      result.emplace_back();
+    }
+  }
+  return result;
+}
+
+std::vector<Tensor> all_dense(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> result;
+  result.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) result.push_back(dense(tensor));
+  return result;
+}
+
+template <class T>
+void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tensor>& weights,
+                 const OptionalTensors& biases, const std::vector<int64_t>& activations, const Tensor& output,
+                 const std::vector<Tensor>& saved) {
+  using C = Compute<T>;
+  const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+  int64_t packed_size = 0;
+  for (int64_t i = 0; i < chain.layers(); ++i) packed_size += kernels.packed_size(chain.widths[i + 1], chain.widths[i]);
+  const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
+  const int64_t scratch_size = kernels.scratch_size(chain.widest());
+  Scratch<C> packed(packed_size), scratch(chunks * scratch_size);
+
+  std::vector<MlpLayer<T>> layers;
+  C* panel = packed.get();
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    kernels.pack(data<T>(weights[i]), chain.widths[i + 1], chain.widths[i], panel);
+    layers.push_back({data<T>(weights[i]), biases[i] ? data<T>(*biases[i]) : nullptr, chain.widths[i],
+                      chain.widths[i + 1], static_cast<Activation>(activations[i]), panel,
+                      saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
+    panel += kernels.packed_size(chain.widths[i + 1], chain.widths[i]);
+  }
+  parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
+    kernels.forward(layers.data(), chain.layers(), data<T>(input), mutable_data<T>(output), first, last,
+                    scratch.get() + chunk * scratch_size);
+  });
+}
+
+// The layers whose `saved` is the output itself, which is at hand anyway.
+bool output_serves(const Chain& chain, int64_t layer, Activation activation) {
+  return layer + 1 == chain.layers() && !keeps_input(activation);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                                                const OptionalTensors& biases,
+                                                const std::vector<int64_t>& activations, bool save) {
+  const Chain chain = check_chain(op, input, weights, activations);
+  const OptionalTensors dense_biases = check_biases(chain, biases);
+  check_no_gradients(op, input);
+  for (const Tensor& weight : weights) check_no_gradients(op, weight);
+  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, chain.kind.dtype);
+  std::vector<Tensor> saved;
+  std::vector<Tensor> kept;
+  for (int64_t i = 0; save && i < chain.layers(); ++i) {
+    if (output_serves(chain, i, static_cast<Activation>(activations[i]))) {
+      saved.emplace_back();
+    } else {
+      saved.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, chain.kind.dtype));
+      kept.push_back(saved.back());
+    }
+  }
+  if (output.numel() > 0) {
+    const Tensor dense_input = dense(input);
+    const std::vector<Tensor> dense_weights = all_dense(weights);
+    with_dtype(chain.kind.dtype, [&](auto type) {
+      run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, output, saved);
+    });
+  }
+  return {output, kept};
+}
+
+Tensor mlp(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
+           const std::vector<int64_t>& activations) {
+  return std::get<0>(forward("mlp", input, weights, biases, activations, false));
+}
+
+std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& weights,
+                                                        const OptionalTensors& biases,
+                                                        const std::vector<int64_t>& activations) {
+  return forward("mlp_with_hidden", input, weights, biases, activations, true);
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------
+
+struct Wanted {
+  bool input, weights, biases;
+};
+
+// What mlp_backward returns; a gradient that is not wanted is empty.
+using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
+
+// The saved tensors, one a layer, with `output` standing in where it serves.
+std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& activations, const Tensor& output,
+                                const std::vector<Tensor>& hidden) {
+  const char* op = chain.kind.op;
+  std::vector<Tensor> saved;
+  size_t next = 0;
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    const bool serves = output_serves(chain, i, static_cast<Activation>(activations[i]));
+    check(serves || next < hidden.size(), op, ": expected more hidden tensors than ", hidden.size());
+    const Tensor& tensor = serves ? output : hidden[next++];
+    check_same_kind(tensor, chain.kind, serves ? "output" : "hidden");
+    check_sizes(tensor, {chain.rows, chain.widths[i + 1]}, op, serves ? "output" : "hidden");
+    saved.push_back(dense(tensor));
+  }
+  check(next == hidden.size(), op, ": expected ", next, " hidden tensors, got ", hidden.size());
+  return saved;
+}
+
+// Sums of the parts that the chunks have added up, in order, into (sizes).
+template <class T>
+Tensor sum_parts(const Compute<T>* parts, int64_t chunks, int64_t part_stride, const std::vector<int64_t>& sizes,
+                 ScalarType dtype) {
+  using C = Compute<T>;
+  const Tensor total = new_tensor(sizes, dtype);
+  const int64_t count = total.numel();
+  T* to = mutable_data<T>(total);
+  for (int64_t i = 0; i < count; ++i) {
+    C value = parts[i];
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) value += parts[chunk * part_stride + i];
+    to[i] = narrow<T>(value);
+  }
+  return total;
+}
+
+template <class T>
+Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tensor& input,
+                       const std::vector<Tensor>& weights, const std::vector<int64_t>& activations,
+                       const std::vector<Tensor>& saved, Wanted wanted) {
+  using C = Compute<T>;
+  const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+  const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
+  int64_t parameters = 0;
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    parameters += checked_product(chain.widths[i + 1], checked_sum(chain.widths[i], 1));
+  }
+  const int64_t scratch_size = kernels.scratch_size(chain.widest());
+  Scratch<C> parts(chunks * parameters), scratch(chunks * scratch_size);
+  const Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, chain.kind.dtype);
+  parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
+    C* part = parts.get() + chunk * parameters;
+    std::fill(part, part + parameters, C(0));
+    std::vector<MlpLayerBackward<T>> layers;
+    for (int64_t i = 0; i < chain.layers(); ++i) {
+      const Activation before = i > 0 ? static_cast<Activation>(activations[i - 1]) : Activation::identity;
+      const T* layer_input = i == 0 ? data<T>(input) : keeps_input(before) ? nullptr : data<T>(saved[i - 1]);
+      C* grad_bias = part + chain.widths[i + 1] * chain.widths[i];
+      layers.push_back({data<T>(weights[i]), layer_input, data<T>(saved[i]), chain.widths[i], chain.widths[i + 1],
+                        static_cast<Activation>(activations[i]), wanted.weights ? part : nullptr,
+                        wanted.biases ? grad_bias : nullptr});
+      part = grad_bias + chain.widths[i + 1];
+    }
+    kernels.backward(layers.data(), chain.layers(), data<T>(grad_output),
+                     wanted.input ? mutable_data<T>(grad_input) : nullptr, first, last,
+                     scratch.get() + chunk * scratch_size);
+  });
+
+  std::vector<Tensor> grad_weights, grad_biases;
+  const C* part = parts.get();
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    const int64_t out = chain.widths[i + 1], in = chain.widths[i];
+    if (wanted.weights) grad_weights.push_back(sum_parts<T>(part, chunks, parameters, {out, in}, chain.kind.dtype));
+    part += out * in;
+    if (wanted.biases) grad_biases.push_back(sum_parts<T>(part, chunks, parameters, {out}, chain.kind.dtype));
+    part += out;
+  }
+  return {grad_input, grad_weights, grad_biases};
+}
+
+Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
+                       const std::vector<int64_t>& activations, const Tensor& output,
+                       const std::vector<Tensor>& hidden, bool input_wanted, bool weights_wanted, bool biases_wanted) {
+  const char* op = "mlp_backward";
+  const Chain chain = check_chain(op, input, weights, activations);
+  check_same_kind(grad_output, chain.kind, "grad_output");
+  check_sizes(grad_output, {chain.rows, chain.widths.back()}, op, "grad_output");
+  const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
+  check_no_gradients(op, grad_output, input);
+  return with_dtype(chain.kind.dtype, [&](auto type) {
+    return run_backward<decltype(type)>(chain, dense(grad_output), dense(input), all_dense(weights), activations,
+                                        saved, {input_wanted, weights_wanted, biases_wanted});
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  // activations: one a layer, by its number in fastnn.ops.mlp.Activation
+  m.def("mlp(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations) -> Tensor");
+  // hidden: what mlp_backward needs of each layer
+  m.def(
+      "mlp_with_hidden(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations)"
+      " -> (Tensor output, Tensor[] hidden)");
+  // A gradient that is not wanted comes back empty.
+  m.def(
+      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, int[] activations, Tensor output,"
+      " Tensor[] hidden, bool input_wanted, bool weights_wanted, bool biases_wanted)"
+      " -> (Tensor grad_input, Tensor[] grad_weights, Tensor[] grad_biases)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("mlp", TORCH_BOX(&mlp));
+  m.impl("mlp_with_hidden", TORCH_BOX(&mlp_with_hidden));
+  m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
+}
+
+}  // namespace
+}  // namespace fastnn

@@ -1,0 +1,110 @@
+// Tensors and scratch memory for the operators, and the way from a dtype to a kernel.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "../kernels/dtype.h"
+#include "check.h"
+
+namespace fastnn {
+
+// A new uninitialised contiguous CPU tensor.
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  int64_t strides[16];
+  const size_t rank = sizes.size();
+  check(rank <= 16, "tensors of more than 16 dimensions are not supported");
+  int64_t stride = 1;
+  for (size_t i = rank; i-- > 0;) {
+    strides[i] = stride;
+    stride = checked_product(stride, std::max<int64_t>(sizes[i], 1));
+  }
+  const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
+                                                     : aoti_torch_dtype_bfloat16();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes.data(), strides, code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// A computed value as it is stored; bfloat16 rounds to nearest, ties to even.
+template <class T>
+T narrow(Compute<T> value) {
+  return value;
+}
+template <>
+inline bfloat16 narrow<bfloat16>(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// body(T{}) for the element type T of `dtype`, which check_first has admitted.
+template <class Body>
+auto with_dtype(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::BFloat16:
+      return body(bfloat16{});
+    default:
+      return body(float{});
+  }
+}
+
+// Uninitialised memory on a cache line, for the time of one call.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    const int64_t bytes = checked_product(std::max<int64_t>(count, 1), sizeof(T));
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(bytes) + 63) / 64 * 64)));
+    check(data_ != nullptr, "out of memory: could not allocate ", bytes, " bytes of scratch");
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* pointer) const { std::free(pointer); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// How many threads are worth starting for `work` floating-point operations: below the threshold, waking a
+// second one costs more than it saves.
+inline int64_t useful_threads(double work) {
+  constexpr double kWorkPerThread = 100e3;
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::max<int64_t>(1, std::min<int64_t>(threads, static_cast<int64_t>(work / kWorkPerThread)));
+}
+
+// body(chunk, first, last) for `chunks` even parts of [0, count), in parallel. The parts depend on `chunks`
+// alone, never on the timing, so that results repeat bit for bit.
+template <class Body>
+void parallel_chunks(int64_t chunks, int64_t count, const Body& body) {
+  const auto run = [&](int64_t chunk) { body(chunk, count * chunk / chunks, count * (chunk + 1) / chunks); };
+  if (chunks == 1) return run(0);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) run(chunk);
+  });
+}
+
+}  // namespace fastnn

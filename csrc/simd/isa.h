@@ -1,0 +1,60 @@
+// The instruction sets that kernels are compiled for, and the one in use.
+//
+// Every file of csrc/kernels is compiled once per instruction set, into the namespace fastnn::<set>, with
+// FASTNN_ISA naming the set and the compiler's flags for it. Kernel files keep everything they define in that
+// namespace and include no C++ library header: an inline function outside it could be emitted with one set's
+// instructions and linked for all.
+#pragma once
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define FASTNN_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512)
+#else
+#define FASTNN_FOR_EACH_ISA(X) X(baseline)
+#endif
+
+namespace fastnn {
+
+enum class Isa {
+#define FASTNN_ENUMERATOR(name) name,
+  FASTNN_FOR_EACH_ISA(FASTNN_ENUMERATOR)
+#undef FASTNN_ENUMERATOR
+};
+
+Isa active_isa();
+const char* isa_name(Isa isa);
+bool isa_is_supported(Isa isa);
+// Returns false, changing nothing, when `name` is no instruction set that this machine can run.
+bool use_isa(const char* name);
+
+}  // namespace fastnn
+
+// Declares the table `name` of type `Table` in each instruction set's namespace, and fastnn::name(), the table
+// of the set in use.
+#define FASTNN_DECLARE_IN_ISA(isa, Table, name) \
+  namespace isa {                               \
+  extern const Table name;                      \
+  }
+#if defined(__x86_64__) || defined(_M_X64)
+#define FASTNN_DECLARE_KERNELS(Table, name)            \
+  namespace fastnn {                                   \
+  FASTNN_DECLARE_IN_ISA(baseline, Table, name)         \
+  FASTNN_DECLARE_IN_ISA(avx2, Table, name)             \
+  FASTNN_DECLARE_IN_ISA(avx512, Table, name)           \
+  static inline const Table& name() {                  \
+    switch (active_isa()) {                            \
+      case Isa::avx512:                                \
+        return avx512::name;                           \
+      case Isa::avx2:                                  \
+        return avx2::name;                             \
+      default:                                         \
+        return baseline::name;                         \
+    }                                                  \
+  }                                                    \
+  }
+#else
+#define FASTNN_DECLARE_KERNELS(Table, name)                          \
+  namespace fastnn {                                                 \
+  FASTNN_DECLARE_IN_ISA(baseline, Table, name)                       \
+  static inline const Table& name() { return baseline::name; }       \
+  }
+#endif

@@ -1,0 +1,204 @@
+// The vector type: the widest of the instruction set in hand, through the compiler's vector extension, so that
+// arithmetic is written with operators and any target the compiler knows is served.
+//
+// Include only from csrc/kernels (see isa.h for the rules there).
+#pragma once
+
+#include <stdint.h>
+
+#include "../kernels/dtype.h"
+
+#ifndef FASTNN_ISA
+#error "compile kernel files with -DFASTNN_ISA=<instruction set>"
+#endif
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define FASTNN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTNN_VECTOR_BYTES 32
+#else
+#define FASTNN_VECTOR_BYTES 16
+#endif
+
+#define FASTNN_INLINE inline __attribute__((always_inline))
+
+namespace fastnn {
+
+namespace FASTNN_ISA {
+
+template <class T>
+struct VectorOf;
+#define FASTNN_VECTOR_OF(T)                                                                  \
+  template <>                                                                                \
+  struct VectorOf<T> {                                                                       \
+    typedef T Type __attribute__((vector_size(FASTNN_VECTOR_BYTES)));                        \
+    typedef T Unaligned __attribute__((vector_size(FASTNN_VECTOR_BYTES), aligned(sizeof(T)), may_alias)); \
+  };
+FASTNN_VECTOR_OF(float)
+FASTNN_VECTOR_OF(double)
+FASTNN_VECTOR_OF(int32_t)
+FASTNN_VECTOR_OF(int64_t)
+FASTNN_VECTOR_OF(uint32_t)
+FASTNN_VECTOR_OF(uint64_t)
+#undef FASTNN_VECTOR_OF
+
+template <class T>
+using Vec = typename VectorOf<T>::Type;
+
+// Elements of T in a vector. bfloat16 is held as float once loaded, so it counts as float.
+template <class T>
+constexpr int kLanes = FASTNN_VECTOR_BYTES / sizeof(T);
+template <>
+constexpr int kLanes<bfloat16> = FASTNN_VECTOR_BYTES / sizeof(float);
+
+FASTNN_INLINE float to_compute(float x) { return x; }
+FASTNN_INLINE double to_compute(double x) { return x; }
+FASTNN_INLINE float to_compute(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <class T>
+FASTNN_INLINE T from_compute(Compute<T> x) {
+  return x;
+}
+template <>
+FASTNN_INLINE bfloat16 from_compute<bfloat16>(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// x - 0, not x + 0: the latter would turn -0 into 0.
+template <class T>
+FASTNN_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+template <class T>
+FASTNN_INLINE Vec<T> load(const T* from) {
+  return *reinterpret_cast<const typename VectorOf<T>::Unaligned*>(from);
+}
+FASTNN_INLINE Vec<float> load(const bfloat16* from) {
+  typedef uint16_t Half __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2), aligned(2), may_alias));
+  return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const Half*>(from), Vec<uint32_t>) << 16);
+}
+
+template <class T>
+FASTNN_INLINE void store(T* to, Vec<T> x) {
+  *reinterpret_cast<typename VectorOf<T>::Unaligned*>(to) = x;
+}
+FASTNN_INLINE void store(bfloat16* to, Vec<float> x) {
+  typedef uint16_t Half __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2)));
+  typedef uint16_t HalfTo __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2), aligned(2), may_alias));
+  const Vec<uint32_t> bits = (Vec<uint32_t>)x;
+  const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Vec<uint32_t> nan = (bits >> 16) | 0x40;
+  const Vec<uint32_t> result = x == x ? rounded : nan;
+  *reinterpret_cast<HalfTo*>(to) = __builtin_convertvector(result, Half);
+}
+
+// The first `count` lanes (0 < count < kLanes); the others are zero.
+template <class T>
+FASTNN_INLINE Vec<Compute<T>> load_partial(const T* from, int count) {
+  T lanes[kLanes<T>] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+template <class T>
+FASTNN_INLINE void store_partial(T* to, Vec<Compute<T>> x, int count) {
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  for (int i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+#if defined(__AVX512F__)
+template <>
+FASTNN_INLINE Vec<float> load_partial<float>(const float* from, int count) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+}
+template <>
+FASTNN_INLINE Vec<double> load_partial<double>(const double* from, int count) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
+}
+template <>
+FASTNN_INLINE void store_partial<float>(float* to, Vec<float> x, int count) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)x);
+}
+template <>
+FASTNN_INLINE void store_partial<double>(double* to, Vec<double> x, int count) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), (__m512d)x);
+}
+#elif defined(__AVX2__)
+FASTNN_INLINE __m256i first_lanes_32(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTNN_INLINE __m256i first_lanes_64(int count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+template <>
+FASTNN_INLINE Vec<float> load_partial<float>(const float* from, int count) {
+  return (Vec<float>)_mm256_maskload_ps(from, first_lanes_32(count));
+}
+template <>
+FASTNN_INLINE Vec<double> load_partial<double>(const double* from, int count) {
+  return (Vec<double>)_mm256_maskload_pd(from, first_lanes_64(count));
+}
+template <>
+FASTNN_INLINE void store_partial<float>(float* to, Vec<float> x, int count) {
+  _mm256_maskstore_ps(to, first_lanes_32(count), (__m256)x);
+}
+template <>
+FASTNN_INLINE void store_partial<double>(double* to, Vec<double> x, int count) {
+  _mm256_maskstore_pd(to, first_lanes_64(count), (__m256d)x);
+}
+#endif
+
+// `count` may be anything from 1 upwards: a whole vector, or the part of one that is left.
+template <class T>
+FASTNN_INLINE Vec<Compute<T>> load_up_to(const T* from, int64_t count) {
+  return count >= kLanes<T> ? load(from) : load_partial<T>(from, static_cast<int>(count));
+}
+template <class T>
+FASTNN_INLINE void store_up_to(T* to, Vec<Compute<T>> x, int64_t count) {
+  if (count >= kLanes<T>) {
+    store(to, x);
+  } else {
+    store_partial<T>(to, x, static_cast<int>(count));
+  }
+}
+
+// max(x, 0) as torch has it: NaN stays NaN, -0 stays -0.
+template <class V>
+FASTNN_INLINE V relu(V x) {
+  return x < V{} ? V{} : x;
+}
+
+// The larger of two, NaN if either is: torch's max-pool.
+template <class V>
+FASTNN_INLINE V max_propagating_nan(V x, V y) {
+  return (y > x) | (y != y) ? y : x;
+}
+
+template <class T>
+FASTNN_INLINE T sum(const T (&lanes)[kLanes<T>]) {
+  T total = 0;
+  for (int i = 0; i < kLanes<T>; ++i) total += lanes[i];
+  return total;
+}
+template <class T>
+FASTNN_INLINE T sum_lanes(Vec<T> x) {
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  return sum<T>(lanes);
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,10 @@
+"""Fused CPU and GPU kernels for convolutional, recurrent and fully connected networks in PyTorch."""
+
+from fastnn._extension import load_extension
+
+_C = load_extension()
+__version__: str = _C.version
+
+from fastnn import functional, reference  # noqa: E402 (the operators must be registered first)
+
+__all__ = ["functional", "reference"]

@@ -1,0 +1,1 @@
+"""One file an op: the Python side of the operator's schema, its autograd, its public functions."""

@@ -1,0 +1,1 @@
+"""The plain-PyTorch meaning of every op, and the three models on stock layers: the specification."""

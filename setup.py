@@ -1,0 +1,115 @@
+"""Builds fastnn._C: operators and module once, the kernels once per instruction set."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = Path("csrc")
+VERSION = "0.1.0"
+
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+# No -ffast-math: it drops NaN and can set flush-to-zero for the whole process.
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    ]
+
+
+def module_macros():
+    """What fastnn._C says of its own build."""
+    # fastnn/_digest.py without importing fastnn, which needs the extension.
+    spec = importlib.util.spec_from_file_location("_digest", ROOT / "fastnn" / "_digest.py")
+    digest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(digest)
+    return [
+        ("FASTNN_VERSION", f'"{VERSION}"'),
+        ("FASTNN_SOURCE_DIGEST", f'"{digest.source_digest(ROOT / CSRC)}"'),
+        ("FASTNN_TORCH_VERSION", f'"{torch.__version__}"'),
+    ]
+
+
+class BuildExtension(build_ext):
+    """Compiles each source with its own flags, two or more at a time."""
+
+    def build_extension(self, ext):
+        compiler = self.compiler.compiler_cxx[0]
+        if shutil.which(compiler) is None:
+            raise SystemExit(
+                f"fastnn: no C++ compiler ('{compiler}' not found). Install one: 'apt-get install g++' on Debian and "
+                "Ubuntu, 'dnf install gcc-c++' on Fedora, 'xcode-select --install' on macOS; or set CXX."
+            )
+        self.compiler.compiler_so = self.compiler.compiler_so_cxx
+        jobs = [(source, "common", []) for source in ext.sources]
+        for isa, flags in INSTRUCTION_SETS.items():
+            isa_flags = [f"-DFASTNN_ISA={isa}", *KERNEL_FLAGS, *flags]
+            jobs += [(str(source), isa, isa_flags) for source in sorted(CSRC.glob("kernels/*.cpp"))]
+        jobs.sort(key=lambda job: job[1] != "avx512")  # the slowest first
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda job: self.compile_one(ext, *job), jobs))
+        output = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(
+            objects,
+            output,
+            libraries=self.get_libraries(ext),
+            library_dirs=ext.library_dirs,
+            extra_postargs=ext.extra_link_args,
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
+
+    def compile_one(self, ext, source, folder, flags):
+        output_dir = os.path.join(self.build_temp, folder)
+        (compiled,) = self.compiler.object_filenames([source], output_dir=output_dir)
+        is_module = source == str(CSRC / "module.cpp")
+        if not is_module and self.is_current(compiled, [source, *ext.depends]):
+            return compiled
+        print(f"fastnn: compiling {source} ({folder})", flush=True)
+        self.compiler.compile(
+            [source],
+            output_dir=output_dir,
+            macros=[*ext.define_macros, *(module_macros() if is_module else [])],
+            include_dirs=ext.include_dirs,
+            extra_postargs=[*ext.extra_compile_args, *COMMON_FLAGS, *flags],
+        )
+        return compiled
+
+    def is_current(self, compiled, inputs):
+        if self.force or not os.path.exists(compiled):
+            return False
+        built = os.path.getmtime(compiled)
+        return all(os.path.getmtime(path) <= built for path in [*inputs, "setup.py"])
+
+
+def extension():
+    torch_root = Path(torch.__file__).parent
+    link = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+    return Extension(
+        "fastnn._C",
+        sources=[str(p) for p in [CSRC / "module.cpp", *sorted(CSRC.glob("ops/*.cpp")), *sorted(CSRC.glob("simd/*.cpp"))]],
+        depends=[str(p) for p in sorted(CSRC.glob("**/*.h"))],
+        # System headers: their warnings are not ours.
+        extra_compile_args=["-isystem", pybind11.get_include(), "-isystem", str(torch_root / "include")],
+        library_dirs=[str(torch_root / "lib")],
+        libraries=["torch_cpu"],
+        extra_link_args=link,
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # the stable ABI of torch 2.10
+        ],
+        language="c++",
+    )
+
+
+setup(version=VERSION, ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
