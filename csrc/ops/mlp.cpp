@@ -27,16 +27,19 @@ Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>
   check(!weights.empty(), op, ": expected at least one weight");
   check(activations.size() == weights.size(), op, ": expected ", weights.size(), " activations, one a weight, got ",
         activations.size());
-  Chain chain{kind, input.size(0), {input.size(1)}};
+  Chain chain{kind, input.size(0), {}};
+  chain.widths.reserve(weights.size() + 1);
+  chain.widths.push_back(input.size(1));
   for (size_t i = 0; i < weights.size(); ++i) {
     check_same_kind(weights[i], kind, "weights");
-    check(weights[i].dim() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", weights[i].dim(),
+    const Sizes sizes = weights[i].sizes();
+    check(sizes.size() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", sizes.size(),
           "D tensor instead");
-    check(weights[i].size(1) == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows,
-          "x", chain.widths.back(), " and ", weights[i].size(1), "x", weights[i].size(0), ")");
+    check(sizes[1] == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows, "x",
+          chain.widths.back(), " and ", sizes[1], "x", sizes[0], ")");
     check(activations[i] >= 0 && activations[i] < static_cast<int64_t>(Activation::count), op, ": activations[", i,
           "] must be between 0 and ", static_cast<int64_t>(Activation::count) - 1, ", got ", activations[i]);
-    chain.widths.push_back(weights[i].size(0));
+    chain.widths.push_back(sizes[0]);
     chain.work += 2.0 * chain.rows * chain.widths[i] * chain.widths[i + 1];
   }
   return chain;
@@ -47,6 +50,7 @@ OptionalTensors check_biases(const Chain& chain, const OptionalTensors& biases) 
   check(static_cast<int64_t>(biases.size()) == chain.layers(), op, ": expected ", chain.layers(),
         " biases, one a weight, got ", biases.size());
   OptionalTensors result;
+  result.reserve(biases.size());
   for (size_t i = 0; i < biases.size(); ++i) {
     if (biases[i]) {
       check_same_kind(*biases[i], chain.kind, "biases");
@@ -76,6 +80,7 @@ void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tens
   const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
   const int64_t scratch_size = kernels.scratch_size(chain.widest());
   std::vector<int64_t> packed_sizes;
+  packed_sizes.reserve(weights.size());
   int64_t scratch_total = chunks * scratch_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
     const bool packs = kernels.worth_packing(chain.rows, chain.widths[i]);
