@@ -20,29 +20,25 @@ int64_t scratch_size(int64_t widest) {
 
 // ---- forward ----------------------------------------------------------------------------------------------
 
-// Writes one tile, with the ReLU taken on the way out: the other activations cost more than another pass over
-// a block in cache, and would each need a copy of the tile.
-template <bool with_relu, int rows, class T, class In, class Out>
-FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const In* input, Out* output, int64_t first_column) {
+// One tile, with the ReLU taken on the way out: the other activations cost more than another pass over a block in
+// cache, and would each need a copy of the tile.
+template <int rows, int vectors, class T, class In, class Out>
+FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const In* input, Out* output, int64_t column, int last) {
   using C = Compute<T>;
-  const int64_t columns = layer.out - first_column;
-  Vec<C> total[rows][kTileVectors];
-  for (int v = 0; v < kTileVectors; ++v) {
-    const int64_t left_over = columns - v * kLanes<C>;
-    const Vec<C> start =
-        layer.bias && left_over > 0 ? load_up_to<T>(layer.bias + first_column + v * kLanes<C>, left_over) : Vec<C>{};
+  Vec<C> total[rows][vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t from = column + v * kLanes<C>;
+    const Vec<C> start = layer.bias ? load_up_to<T>(layer.bias + from, layer.out - from) : Vec<C>{};
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) total[r][v] = start;
   }
-  multiply_tile<rows, kTileVectors>(layer.in, input, layer.in, 1, layer.packed + first_column * layer.in,
-                                    kTileColumns<C>, kTileColumns<C>, total);
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      const int64_t left_over = columns - v * kLanes<C>;
-      if (left_over <= 0) break;
-      const Vec<C> value = with_relu ? relu(total[r][v]) : total[r][v];
-      store_up_to<Out>(output + r * layer.out + first_column + v * kLanes<C>, value, left_over);
-    }
+  multiply_tile<rows, vectors>(layer.in, input, layer.in, 1, layer.packed + column * layer.in, vectors * kLanes<C>,
+                               kLanes<C>, total);
+  if (layer.activation == Activation::relu) {
+    store_tile<rows, vectors, C>(total, last, output + column, layer.out, [](Vec<C> x, int) { return relu(x); });
+  } else {
+    store_tile<rows, vectors, C>(total, last, output + column, layer.out, [](Vec<C> x, int) { return x; });
   }
 }
 
@@ -61,21 +57,35 @@ void activate_block(const MlpLayer<T>& layer, Out* output, T* saved, int64_t cou
   });
 }
 
+// body(rows, vectors, row, column, last) for every tile of an (m, n) matrix, rows and vectors as Constants. A panel of
+// columns is gone through before the next, or, if `rows_first`, a strip of rows.
+template <class T, class Body>
+FASTNN_INLINE void for_each_tile(int64_t m, int64_t n, bool rows_first, const Body& body) {
+  const auto tile = [&](int64_t row, int64_t column) {
+    const TileWidth width = tile_width<T>(n - column);
+    with_constant<kTileVectors>(width.vectors, [&](auto vectors) {
+      with_constant<kTileRows>(static_cast<int>(smaller(m - row, kTileRows)),
+                               [&](auto rows) { body(rows, vectors, row, column, width.last); });
+    });
+  };
+  if (rows_first) {
+    for (int64_t row = 0; row < m; row += kTileRows) {
+      for (int64_t column = 0; column < n; column += kTileColumns<T>) tile(row, column);
+    }
+  } else {
+    for (int64_t column = 0; column < n; column += kTileColumns<T>) {
+      for (int64_t row = 0; row < m; row += kTileRows) tile(row, column);
+    }
+  }
+}
+
 // input (rows, in) -> output (rows, out) by packed panels.
 template <class T, class In, class Out>
 void packed_layer(const MlpLayer<T>& layer, const In* input, Out* output, int64_t rows) {
-  for (int64_t column = 0; column < layer.out; column += kTileColumns<Compute<T>>) {
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      with_constant<kTileRows>(static_cast<int>(smaller(rows - row, kTileRows)), [&](auto tile_rows) {
-        constexpr int count = decltype(tile_rows)::value;
-        if (layer.activation == Activation::relu) {
-          packed_tile<true, count, T>(layer, input + row * layer.in, output + row * layer.out, column);
-        } else {
-          packed_tile<false, count, T>(layer, input + row * layer.in, output + row * layer.out, column);
-        }
-      });
-    }
-  }
+  for_each_tile<Compute<T>>(rows, layer.out, false, [&](auto count, auto vectors, int64_t row, int64_t column, int last) {
+    packed_tile<decltype(count)::value, decltype(vectors)::value, T>(layer, input + row * layer.in,
+                                                                     output + row * layer.out, column, last);
+  });
 }
 
 // The rows from `row` on that fill tiles of `tile_rows`, by dot products with the weight as it is.
@@ -176,50 +186,49 @@ void through_activation(const MlpLayerBackward<T>& layer, const Source* source, 
   });
 }
 
-// output (m, n) [+]= sum over k of a[m * a_row + k * a_depth] * b[k * n + column]
-template <bool accumulate, class A, class B, class Out>
+// output (m, n) = sum over k of a[m * a_row + k * a_depth] * b[k * n + column], added to what is there if `add`.
+template <class A, class B, class Out>
 void multiply(int64_t m, int64_t n, int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b,
-              Out* output) {
+              Out* output, bool rows_first, bool add) {
   using C = Compute<A>;
-  for (int64_t column = 0; column < n; column += kTileColumns<C>) {
-    for (int64_t row = 0; row < m; row += kTileRows) {
-      with_constant<kTileRows>(static_cast<int>(smaller(m - row, kTileRows)), [&](auto tile_rows) {
-        constexpr int rows = decltype(tile_rows)::value;
-        Vec<C> total[rows][kTileVectors] = {};
-        multiply_tile<rows, kTileVectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, n - column, total);
-        for (int r = 0; r < rows; ++r) {
-          for (int v = 0; v < kTileVectors; ++v) {
-            const int64_t left_over = n - column - v * kLanes<C>;
-            if (left_over <= 0) break;
-            Out* to = output + (row + r) * n + column + v * kLanes<C>;
-            const Vec<C> before = accumulate ? load_up_to<Out>(to, left_over) : Vec<C>{};
-            store_up_to<Out>(to, accumulate ? before + total[r][v] : total[r][v], left_over);
-          }
+  for_each_tile<C>(m, n, rows_first, [&](auto count, auto width, int64_t row, int64_t column, int last) {
+    constexpr int rows = decltype(count)::value, vectors = decltype(width)::value;
+    Out* to = output + row * n + column;
+    Vec<C> total[rows][vectors] = {};
+    if (add) {
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          total[r][v] = load_up_to<Out>(to + r * n + v * kLanes<C>, v + 1 < vectors ? kLanes<C> : last);
         }
-      });
+      }
     }
-  }
+    multiply_tile<rows, vectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, last, total);
+    store_tile<rows, vectors, C>(total, last, to, n, [](Vec<C> x, int) { return x; });
+  });
 }
 
+// total (columns) = the sum of the rows, added to what is there if `add`.
 template <class T>
-void add_rows(const Compute<T>* gradient, int64_t rows, int64_t columns, Compute<T>* total) {
+void sum_rows(const Compute<T>* gradient, int64_t rows, int64_t columns, Compute<T>* total, bool add) {
   using C = Compute<T>;
   for (int64_t column = 0; column < columns; column += kLanes<C>) {
     const int64_t left_over = columns - column;
-    Vec<C> sum = load_up_to<C>(total + column, left_over);
+    Vec<C> sum = add ? load_up_to<C>(total + column, left_over) : Vec<C>{};
     for (int64_t r = 0; r < rows; ++r) sum += load_up_to<C>(gradient + r * columns + column, left_over);
     store_up_to<C>(total + column, sum, left_over);
   }
 }
 
-// The layer's input for a block of rows: as it was saved, or activated again from the layer before.
+// The layer's input for a block of rows is as it was saved, or activated again from the layer before.
 template <class T>
-void add_weight_gradient(const MlpLayerBackward<T>* layer, const Compute<T>* gradient, int64_t first_row,
-                         int64_t rows, Compute<T>* activated) {
+void weight_gradient(const MlpLayerBackward<T>* layer, const Compute<T>* gradient, int64_t first_row, int64_t rows,
+                     Compute<T>* activated, bool add) {
   using C = Compute<T>;
   if (layer->input) {
-    return multiply<true>(layer->out, layer->in, rows, gradient, 1, layer->out, layer->input + first_row * layer->in,
-                          layer->grad_weight);
+    return multiply(layer->out, layer->in, rows, gradient, 1, layer->out, layer->input + first_row * layer->in,
+                    layer->grad_weight, true, add);
   }
   const T* saved = layer[-1].saved + first_row * layer->in;
   with_activation(layer[-1].activation, [&](auto constant) {
@@ -229,7 +238,7 @@ void add_weight_gradient(const MlpLayerBackward<T>* layer, const Compute<T>* gra
                      left_over);
     }
   });
-  multiply<true>(layer->out, layer->in, rows, gradient, 1, layer->out, activated, layer->grad_weight);
+  multiply(layer->out, layer->in, rows, gradient, 1, layer->out, activated, layer->grad_weight, true, add);
 }
 
 template <class T>
@@ -245,13 +254,15 @@ void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_ou
     through_activation(layers[count - 1], grad_output + row * layers[count - 1].out, row, rows, gradient);
     for (int64_t i = count - 1; i >= 0; --i) {
       const MlpLayerBackward<T>& layer = layers[i];
-      if (layer.grad_bias) add_rows<T>(gradient, rows, layer.out, layer.grad_bias);
-      if (layer.grad_weight) add_weight_gradient(&layer, gradient, row, rows, next);
+      const bool add = row > first_row;
+      if (layer.grad_bias) sum_rows<T>(gradient, rows, layer.out, layer.grad_bias, add);
+      if (layer.grad_weight) weight_gradient(&layer, gradient, row, rows, next, add);
       if (i > 0) {
-        multiply<false>(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, next);
+        multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, next, false, false);
         through_activation(layers[i - 1], next, row, rows, gradient);
       } else if (grad_input) {
-        multiply<false>(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, grad_input + row * layer.in);
+        multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, grad_input + row * layer.in, false,
+                 false);
       }
     }
   }

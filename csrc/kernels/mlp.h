@@ -36,8 +36,8 @@ struct MlpLayerBackward {
   int64_t in;
   int64_t out;
   Activation activation;
-  Compute<T>* grad_weight;  // (out, in), added to; or null
-  Compute<T>* grad_bias;    // (out), added to; or null
+  Compute<T>* grad_weight;  // (out, in), of these rows alone; or null
+  Compute<T>* grad_bias;    // (out), of these rows alone; or null
 };
 
 template <class T>

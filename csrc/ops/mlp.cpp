@@ -2,6 +2,7 @@
 #include "../kernels/mlp.h"
 
 #include <tuple>
+#include <type_traits>
 
 #include "tensor.h"
 
@@ -176,21 +177,48 @@ std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& 
   return saved;
 }
 
-// Sums of the parts that the chunks have added up, in order, into (sizes).
+// The gradient of one parameter: the chunks' parts of it, summed in their order. The first chunk writes into the
+// result itself where the type allows.
 template <class T>
-Tensor sum_parts(const Compute<T>* parts, int64_t chunks, int64_t part_stride, const std::vector<int64_t>& sizes,
-                 ScalarType dtype) {
+class ParameterGradient {
   using C = Compute<T>;
-  const Tensor total = new_tensor(sizes, dtype);
-  const int64_t count = total.numel();
-  T* to = mutable_data<T>(total);
-  for (int64_t i = 0; i < count; ++i) {
-    C value = parts[i];
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) value += parts[chunk * part_stride + i];
-    to[i] = narrow<T>(value);
+  static constexpr bool kDirect = std::is_same_v<T, C>;
+
+ public:
+  ParameterGradient(std::vector<int64_t> sizes, ScalarType dtype, int64_t chunks)
+      : result_(new_tensor(sizes, dtype)), count_(result_.numel()), chunks_(chunks) {}
+
+  int64_t scratch_size() const { return (chunks_ - kDirect) * count_; }
+  void use_scratch(C* scratch) { scratch_ = scratch; }
+  C* part(int64_t chunk) const {
+    if constexpr (kDirect) {
+      return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_;
+    } else {
+      return scratch_ + chunk * count_;
+    }
   }
-  return total;
-}
+  const Tensor& sum() const {
+    if (kDirect && chunks_ == 1) return result_;
+    T* to = mutable_data<T>(result_);
+    for (int64_t i = 0; i < count_; ++i) {
+      C value = part(0)[i];
+      for (int64_t chunk = 1; chunk < chunks_; ++chunk) value += part(chunk)[i];
+      to[i] = narrow<T>(value);
+    }
+    return result_;
+  }
+  // Of no rows at all.
+  const Tensor& zero() const {
+    std::memset(static_cast<void*>(mutable_data<T>(result_)), 0, count_ * sizeof(T));
+    return result_;
+  }
+
+ private:
+  Tensor result_;
+  int64_t count_;
+  int64_t chunks_;
+  C* scratch_ = nullptr;
+};
 
 template <class T>
 Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tensor& input,
@@ -198,42 +226,53 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tens
                        const std::vector<Tensor>& saved, Wanted wanted) {
   using C = Compute<T>;
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+  const ScalarType dtype = chain.kind.dtype;
   const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
-  int64_t parameters = 0;
+  const int64_t block_size = kernels.scratch_size(chain.widest());
+  std::vector<ParameterGradient<T>> grad_weights, grad_biases;
+  int64_t scratch_size = chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    parameters += checked_product(chain.widths[i + 1], checked_sum(chain.widths[i], 1));
+    if (wanted.weights) grad_weights.emplace_back(std::vector{chain.widths[i + 1], chain.widths[i]}, dtype, chunks);
+    if (wanted.biases) grad_biases.emplace_back(std::vector{chain.widths[i + 1]}, dtype, chunks);
   }
-  const int64_t scratch_size = kernels.scratch_size(chain.widest());
-  Scratch<C> parts(chunks * parameters), scratch(chunks * scratch_size);
-  const Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, chain.kind.dtype);
-  parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    C* part = parts.get() + chunk * parameters;
-    std::fill(part, part + parameters, C(0));
+  for (auto* gradients : {&grad_weights, &grad_biases}) {
+    for (const auto& gradient : *gradients) scratch_size = checked_sum(scratch_size, gradient.scratch_size());
+  }
+  Scratch<C> scratch(scratch_size);
+  C* next = scratch.get() + chunks * block_size;
+  for (auto* gradients : {&grad_weights, &grad_biases}) {
+    for (auto& gradient : *gradients) {
+      gradient.use_scratch(next);
+      next += gradient.scratch_size();
+    }
+  }
+  const Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, dtype);
+  parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
     std::vector<MlpLayerBackward<T>> layers;
+    layers.reserve(weights.size());
     for (int64_t i = 0; i < chain.layers(); ++i) {
       const Activation before = i > 0 ? static_cast<Activation>(activations[i - 1]) : Activation::identity;
       const T* layer_input = i == 0 ? data<T>(input) : keeps_input(before) ? nullptr : data<T>(saved[i - 1]);
-      C* grad_bias = part + chain.widths[i + 1] * chain.widths[i];
       layers.push_back({data<T>(weights[i]), layer_input, data<T>(saved[i]), chain.widths[i], chain.widths[i + 1],
-                        static_cast<Activation>(activations[i]), wanted.weights ? part : nullptr,
-                        wanted.biases ? grad_bias : nullptr});
-      part = grad_bias + chain.widths[i + 1];
+                        static_cast<Activation>(activations[i]),
+                        wanted.weights ? grad_weights[i].part(chunk) : nullptr,
+                        wanted.biases ? grad_biases[i].part(chunk) : nullptr});
     }
     kernels.backward(layers.data(), chain.layers(), data<T>(grad_output),
                      wanted.input ? mutable_data<T>(grad_input) : nullptr, first, last,
-                     scratch.get() + chunk * scratch_size);
+                     scratch.get() + chunk * block_size);
   });
 
-  std::vector<Tensor> grad_weights, grad_biases;
-  const C* part = parts.get();
-  for (int64_t i = 0; i < chain.layers(); ++i) {
-    const int64_t out = chain.widths[i + 1], in = chain.widths[i];
-    if (wanted.weights) grad_weights.push_back(sum_parts<T>(part, chunks, parameters, {out, in}, chain.kind.dtype));
-    part += out * in;
-    if (wanted.biases) grad_biases.push_back(sum_parts<T>(part, chunks, parameters, {out}, chain.kind.dtype));
-    part += out;
-  }
-  return {grad_input, grad_weights, grad_biases};
+  Gradients result{grad_input, {}, {}};
+  const auto finish = [&](const std::vector<ParameterGradient<T>>& gradients, std::vector<Tensor>& to) {
+    to.reserve(gradients.size());
+    for (const auto& gradient : gradients) {
+      to.push_back(chain.rows == 0 ? gradient.zero() : gradient.sum());
+    }
+  };
+  finish(grad_weights, std::get<1>(result));
+  finish(grad_biases, std::get<2>(result));
+  return result;
 }
 
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,

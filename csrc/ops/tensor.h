@@ -130,7 +130,7 @@ inline int64_t useful_threads(double work) {
 template <class Body>
 void parallel_chunks(int64_t chunks, int64_t count, const Body& body) {
   const auto run = [&](int64_t chunk) { body(chunk, count * chunk / chunks, count * (chunk + 1) / chunks); };
-  if (chunks == 1) return run(0);
+  if (chunks <= 1) return chunks == 1 ? run(0) : void();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) run(chunk);
   });

@@ -48,6 +48,14 @@ def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without the 10 microseconds that ``apply`` spends on ``inspect.signature`` to fill in
+    default arguments, of which our functions have none."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def differentiate_twice(
     reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnn.ops._autograd import (
+    apply_function,
     autocast,
     call_kernel,
     differentiate_twice,
@@ -21,6 +22,8 @@ ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _NUMBER_OF = {name: number for number, name in enumerate(ACTIVATION_NAMES)}
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
 _mlp_op = torch.ops.fastnn.mlp.default
+_mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
+_mlp_backward_op = torch.ops.fastnn.mlp_backward.default
 
 
 def mlp(
@@ -77,7 +80,7 @@ def _mlp(
     numbers = [_NUMBER_OF[name] for name in names]
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     if needs_autograd(input, *parameters):
-        output = Mlp.apply(rows, numbers, layers, *parameters)[0]
+        output = apply_function(Mlp, rows, numbers, layers, *parameters)[0]
     else:
         output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], numbers)
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
@@ -90,7 +93,7 @@ class Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, numbers: list[int], layers: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        output, hidden = torch.ops.fastnn.mlp_with_hidden(input, parameters[:layers], parameters[layers:], numbers)
+        output, hidden = _mlp_with_hidden_op(input, parameters[:layers], parameters[layers:], numbers)
         return (output, *hidden)
 
     @staticmethod
@@ -101,16 +104,10 @@ class Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        wanted = (
-            ctx.needs_input_grad[0],
-            any(ctx.needs_input_grad[3 : 3 + ctx.layers]),
-            any(ctx.needs_input_grad[3 + ctx.layers :]),
-        )
-        arguments = (grad_output, ctx.numbers, ctx.layers, wanted, *ctx.saved_tensors)
+        needed, layers = ctx.needs_input_grad, ctx.layers
+        wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
-        gradients = compute(*arguments)
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-        grad_input, *grad_parameters = (g if n else None for g, n in zip(gradients, needed, strict=True))
+        grad_input, *grad_parameters = compute(grad_output, ctx.numbers, layers, wanted, *ctx.saved_tensors)
         return (grad_input, None, None, *grad_parameters)
 
 
@@ -125,16 +122,16 @@ class MlpBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         input, weights, biases = saved[0], saved[1 : 1 + layers], saved[1 + layers : 1 + 2 * layers]
         output, *hidden = saved[1 + 2 * layers :]
-        grad_input, grad_weights, grad_biases = torch.ops.fastnn.mlp_backward(
+        grad_input, grad_weights, grad_biases = _mlp_backward_op(
             grad_output, input, weights, numbers, output, hidden, *wanted
         )
+        none = (None,) * layers
+        if wanted[2] and any(bias is None for bias in biases):
+            grad_biases = [None if bias is None else grad for grad, bias in zip(grad_biases, biases, strict=True)]
         return (
             grad_input if wanted[0] else None,
-            *(grad_weights if wanted[1] else (None,) * layers),
-            *(
-                grad if wanted[2] and bias is not None else None
-                for grad, bias in zip(grad_biases if wanted[2] else (None,) * layers, biases, strict=True)
-            ),
+            *(grad_weights if wanted[1] else none),
+            *(grad_biases if wanted[2] else none),
         )
 
     @staticmethod
