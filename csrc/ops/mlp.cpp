@@ -2,7 +2,6 @@
 #include "../kernels/mlp.h"
 
 #include <tuple>
-#include <type_traits>
 
 #include "tensor.h"
 
@@ -13,6 +12,7 @@ using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 struct Chain {
   Expected kind;
+  ScalarType kernel_dtype;      // what it is computed in
   int64_t rows;
   std::vector<int64_t> widths;  // the input's, then each layer's
   double work = 0;              // floating-point operations of one forward
@@ -28,7 +28,7 @@ Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>
   check(!weights.empty(), op, ": expected at least one weight");
   check(activations.size() == weights.size(), op, ": expected ", weights.size(), " activations, one a weight, got ",
         activations.size());
-  Chain chain{kind, input.size(0), {}};
+  Chain chain{kind, kind.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float, input.size(0), {}};
   chain.widths.reserve(weights.size() + 1);
   chain.widths.push_back(input.size(1));
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -57,7 +57,7 @@ OptionalTensors check_biases(const Chain& chain, const OptionalTensors& biases) 
       check_same_kind(*biases[i], chain.kind, "biases");
       check_sizes(*biases[i], {chain.widths[i + 1]}, op, "biases");
       check_no_gradients(op, *biases[i]);
-      result.emplace_back(dense(*biases[i]));
+      result.emplace_back(dense(widened(*biases[i])));
     } else {
       result.emplace_back();
     }
@@ -65,18 +65,28 @@ OptionalTensors check_biases(const Chain& chain, const OptionalTensors& biases) 
   return result;
 }
 
-std::vector<Tensor> all_dense(const std::vector<Tensor>& tensors) {
+// As the kernels take them: contiguous, bfloat16 widened to float.
+std::vector<Tensor> kernel_form(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> result;
   result.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) result.push_back(dense(tensor));
+  for (const Tensor& tensor : tensors) result.push_back(dense(widened(tensor)));
   return result;
+}
+
+std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) {
+  for (Tensor& tensor : tensors) tensor = narrowed(tensor, dtype);
+  return tensors;
+}
+
+template <class Body>
+auto with_kernel_dtype(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
 template <class T>
 void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tensor>& weights,
                  const OptionalTensors& biases, const std::vector<int64_t>& activations, const Tensor& output,
                  const std::vector<Tensor>& saved) {
-  using C = Compute<T>;
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
   const int64_t scratch_size = kernels.scratch_size(chain.widest());
@@ -88,11 +98,11 @@ void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tens
     packed_sizes.push_back(packs ? kernels.packed_size(chain.widths[i + 1], chain.widths[i]) : 0);
     scratch_total += packed_sizes.back();
   }
-  Scratch<C> scratch(scratch_total);
+  Scratch<T> scratch(scratch_total);
 
   std::vector<MlpLayer<T>> layers;
   layers.reserve(weights.size());
-  C* panel = scratch.get() + chunks * scratch_size;
+  T* panel = scratch.get() + chunks * scratch_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
     if (packed_sizes[i]) kernels.pack(data<T>(weights[i]), chain.widths[i + 1], chain.widths[i], panel);
     layers.push_back({data<T>(weights[i]), biases[i] ? data<T>(*biases[i]) : nullptr, chain.widths[i],
@@ -118,25 +128,25 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& in
   const OptionalTensors dense_biases = check_biases(chain, biases);
   check_no_gradients(op, input);
   for (const Tensor& weight : weights) check_no_gradients(op, weight);
-  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, chain.kind.dtype);
+  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, chain.kernel_dtype);
   std::vector<Tensor> saved;
   std::vector<Tensor> kept;
   for (int64_t i = 0; save && i < chain.layers(); ++i) {
     if (output_serves(chain, i, static_cast<Activation>(activations[i]))) {
       saved.emplace_back();
     } else {
-      saved.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, chain.kind.dtype));
+      saved.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, chain.kernel_dtype));
       kept.push_back(saved.back());
     }
   }
   if (output.numel() > 0) {
-    const Tensor dense_input = dense(input);
-    const std::vector<Tensor> dense_weights = all_dense(weights);
-    with_dtype(chain.kind.dtype, [&](auto type) {
+    const Tensor dense_input = dense(widened(input));
+    const std::vector<Tensor> dense_weights = kernel_form(weights);
+    with_kernel_dtype(chain.kind.dtype, [&](auto type) {
       run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, output, saved);
     });
   }
-  return {output, kept};
+  return {narrowed(output, chain.kind.dtype), all_narrowed(kept, chain.kind.dtype)};
 }
 
 Tensor mlp(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
@@ -171,45 +181,36 @@ std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& 
     const Tensor& tensor = serves ? output : hidden[next++];
     check_same_kind(tensor, chain.kind, serves ? "output" : "hidden");
     check_sizes(tensor, {chain.rows, chain.widths[i + 1]}, op, serves ? "output" : "hidden");
-    saved.push_back(dense(tensor));
+    saved.push_back(dense(widened(tensor)));
   }
   check(next == hidden.size(), op, ": expected ", next, " hidden tensors, got ", hidden.size());
   return saved;
 }
 
-// The gradient of one parameter: the chunks' parts of it, summed in their order. The first chunk writes into the
-// result itself where the type allows.
+// The gradient of one parameter: the chunks' parts of it, summed in their order. The first chunk writes its part
+// into the result itself.
 template <class T>
 class ParameterGradient {
-  using C = Compute<T>;
-  static constexpr bool kDirect = std::is_same_v<T, C>;
-
  public:
-  ParameterGradient(std::vector<int64_t> sizes, ScalarType dtype, int64_t chunks)
+  ParameterGradient(const std::vector<int64_t>& sizes, ScalarType dtype, int64_t chunks)
       : result_(new_tensor(sizes, dtype)), count_(result_.numel()), chunks_(chunks) {}
 
-  int64_t scratch_size() const { return (chunks_ - kDirect) * count_; }
-  void use_scratch(C* scratch) { scratch_ = scratch; }
-  C* part(int64_t chunk) const {
-    if constexpr (kDirect) {
-      return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_;
-    } else {
-      return scratch_ + chunk * count_;
-    }
+  int64_t scratch_size() const { return (chunks_ - 1) * count_; }
+  void use_scratch(T* scratch) { scratch_ = scratch; }
+  T* part(int64_t chunk) const {
+    return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_;
   }
   const Tensor& sum() const {
-    if (kDirect && chunks_ == 1) return result_;
-    T* to = mutable_data<T>(result_);
-    for (int64_t i = 0; i < count_; ++i) {
-      C value = part(0)[i];
-      for (int64_t chunk = 1; chunk < chunks_; ++chunk) value += part(chunk)[i];
-      to[i] = narrow<T>(value);
+    T* to = part(0);
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+      const T* from = part(chunk);
+      for (int64_t i = 0; i < count_; ++i) to[i] += from[i];
     }
     return result_;
   }
   // Of no rows at all.
   const Tensor& zero() const {
-    std::memset(static_cast<void*>(mutable_data<T>(result_)), 0, count_ * sizeof(T));
+    std::fill_n(part(0), count_, T(0));
     return result_;
   }
 
@@ -217,16 +218,15 @@ class ParameterGradient {
   Tensor result_;
   int64_t count_;
   int64_t chunks_;
-  C* scratch_ = nullptr;
+  T* scratch_ = nullptr;
 };
 
 template <class T>
 Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tensor& input,
                        const std::vector<Tensor>& weights, const std::vector<int64_t>& activations,
                        const std::vector<Tensor>& saved, Wanted wanted) {
-  using C = Compute<T>;
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
-  const ScalarType dtype = chain.kind.dtype;
+  const ScalarType dtype = chain.kernel_dtype;
   const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
   const int64_t block_size = kernels.scratch_size(chain.widest());
   std::vector<ParameterGradient<T>> grad_weights, grad_biases;
@@ -238,8 +238,8 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tens
   for (auto* gradients : {&grad_weights, &grad_biases}) {
     for (const auto& gradient : *gradients) scratch_size = checked_sum(scratch_size, gradient.scratch_size());
   }
-  Scratch<C> scratch(scratch_size);
-  C* next = scratch.get() + chunks * block_size;
+  Scratch<T> scratch(scratch_size);
+  T* next = scratch.get() + chunks * block_size;
   for (auto* gradients : {&grad_weights, &grad_biases}) {
     for (auto& gradient : *gradients) {
       gradient.use_scratch(next);
@@ -284,10 +284,13 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
   check_sizes(grad_output, {chain.rows, chain.widths.back()}, op, "grad_output");
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
   check_no_gradients(op, grad_output, input);
-  return with_dtype(chain.kind.dtype, [&](auto type) {
-    return run_backward<decltype(type)>(chain, dense(grad_output), dense(input), all_dense(weights), activations,
-                                        saved, {input_wanted, weights_wanted, biases_wanted});
+  const ScalarType dtype = chain.kind.dtype;
+  const auto [grad_input, grad_weights, grad_biases] = with_kernel_dtype(dtype, [&](auto type) {
+    return run_backward<decltype(type)>(chain, dense(widened(grad_output)), dense(widened(input)),
+                                        kernel_form(weights), activations, saved,
+                                        {input_wanted, weights_wanted, biases_wanted});
   });
+  return {narrowed(grad_input, dtype), all_narrowed(grad_weights, dtype), all_narrowed(grad_biases, dtype)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
