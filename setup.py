@@ -95,10 +95,14 @@ class BuildExtension(build_ext):
 
 def extension():
     torch_root = Path(torch.__file__).parent
-    link = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+    link = (
+        ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+    )
     return Extension(
         "fastnn._C",
-        sources=[str(p) for p in [CSRC / "module.cpp", *sorted(CSRC.glob("ops/*.cpp")), *sorted(CSRC.glob("simd/*.cpp"))]],
+        sources=[
+            str(p) for p in [CSRC / "module.cpp", *sorted(CSRC.glob("ops/*.cpp")), *sorted(CSRC.glob("simd/*.cpp"))]
+        ],
         depends=[str(p) for p in sorted(CSRC.glob("**/*.h"))],
         # System headers: their warnings are not ours.
         extra_compile_args=["-isystem", pybind11.get_include(), "-isystem", str(torch_root / "include")],

@@ -1,5 +1,5 @@
-// fastnn._C: importing it registers the operators (static initialisers of csrc/ops); what it offers itself are
-// facts of the build and of the machine.
+// fastnn._C: importing it registers the operators (static initialisers of csrc/ops); what it offers itself
+// are facts of the build and of the machine.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -28,9 +28,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("source_digest") = FASTNN_SOURCE_DIGEST;
   m.attr("built_with_torch") = FASTNN_TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
-  m.def("instruction_set", [] { return fastnn::isa_name(fastnn::active_isa()); },
-        "The instruction set whose kernels run.");
-  m.def("supported_instruction_sets", supported_isas, "Those compiled in that this machine can run, best last.");
+  m.def(
+      "instruction_set", [] { return fastnn::isa_name(fastnn::active_isa()); },
+      "The instruction set whose kernels run.");
+  m.def("supported_instruction_sets", supported_isas,
+        "Those compiled in that this machine can run, best last.");
   m.def(
       "use_instruction_set",
       [](const std::string& name) {
@@ -38,5 +40,6 @@ PYBIND11_MODULE(_C, m) {
           throw py::value_error("instruction set '" + name + "' is not one of supported_instruction_sets()");
         }
       },
-      py::arg("name"), "Choose the kernels of another supported instruction set, for tests and measurements.");
+      py::arg("name"),
+      "Choose the kernels of another supported instruction set, for tests and measurements.");
 }

@@ -11,7 +11,9 @@ namespace {
 // several times, while the activations stay in L1.
 constexpr int64_t kBlockRows = 4 * kTileRows;
 
-FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 template <class T>
 int64_t scratch_size(int64_t widest) {
@@ -29,8 +31,9 @@ FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const In* input, Out* o
   Vec<C> total[rows][kTileVectors];
   for (int v = 0; v < kTileVectors; ++v) {
     const int64_t left_over = columns - v * kLanes<C>;
-    const Vec<C> start =
-        layer.bias && left_over > 0 ? load_up_to<T>(layer.bias + first_column + v * kLanes<C>, left_over) : Vec<C>{};
+    const Vec<C> start = layer.bias && left_over > 0
+                             ? load_up_to<T>(layer.bias + first_column + v * kLanes<C>, left_over)
+                             : Vec<C>{};
     for (int r = 0; r < rows; ++r) total[r][v] = start;
   }
   multiply_tile<rows, kTileVectors>(layer.in, input, layer.in, 1, layer.packed + first_column * layer.in,
@@ -99,7 +102,8 @@ void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output
       continue;
     }
     run_layer<T>(layers[0], block, buffers[0], row, rows);
-    for (int64_t i = 1; i + 1 < count; ++i) run_layer<T>(layers[i], buffers[(i - 1) % 2], buffers[i % 2], row, rows);
+    for (int64_t i = 1; i + 1 < count; ++i)
+      run_layer<T>(layers[i], buffers[(i - 1) % 2], buffers[i % 2], row, rows);
     run_layer<T>(last, buffers[count % 2], result, row, rows);
   }
 }
@@ -108,8 +112,8 @@ void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output
 
 // gradient (rows, out) <- source times the activation's derivative
 template <class T, class Source>
-void through_activation(const MlpLayerBackward<T>& layer, const Source* source, int64_t first_row, int64_t rows,
-                        Compute<T>* gradient) {
+void through_activation(const MlpLayerBackward<T>& layer, const Source* source, int64_t first_row,
+                        int64_t rows, Compute<T>* gradient) {
   using C = Compute<T>;
   const T* saved = layer.saved + first_row * layer.out;
   with_activation(layer.activation, [&](auto constant) {
@@ -133,7 +137,8 @@ void multiply(int64_t m, int64_t n, int64_t depth, const A* a, int64_t a_row, in
       with_constant<kTileRows>(static_cast<int>(smaller(m - row, kTileRows)), [&](auto tile_rows) {
         constexpr int rows = decltype(tile_rows)::value;
         Vec<C> total[rows][kTileVectors] = {};
-        multiply_tile<rows, kTileVectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, n - column, total);
+        multiply_tile<rows, kTileVectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, n - column,
+                                          total);
         for (int r = 0; r < rows; ++r) {
           for (int v = 0; v < kTileVectors; ++v) {
             const int64_t left_over = n - column - v * kLanes<C>;
@@ -165,14 +170,15 @@ void add_weight_gradient(const MlpLayerBackward<T>* layer, const Compute<T>* gra
                          int64_t rows, Compute<T>* activated) {
   using C = Compute<T>;
   if (layer->input) {
-    return multiply<true>(layer->out, layer->in, rows, gradient, 1, layer->out, layer->input + first_row * layer->in,
-                          layer->grad_weight);
+    return multiply<true>(layer->out, layer->in, rows, gradient, 1, layer->out,
+                          layer->input + first_row * layer->in, layer->grad_weight);
   }
   const T* saved = layer[-1].saved + first_row * layer->in;
   with_activation(layer[-1].activation, [&](auto constant) {
     for (int64_t i = 0; i < rows * layer->in; i += kLanes<C>) {
       const int64_t left_over = rows * layer->in - i;
-      store_up_to<C>(activated + i, activate<decltype(constant)::activation, C>(load_up_to<T>(saved + i, left_over)),
+      store_up_to<C>(activated + i,
+                     activate<decltype(constant)::activation, C>(load_up_to<T>(saved + i, left_over)),
                      left_over);
     }
   });
@@ -198,7 +204,8 @@ void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_ou
         multiply<false>(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, next);
         through_activation(layers[i - 1], next, row, rows, gradient);
       } else if (grad_input) {
-        multiply<false>(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, grad_input + row * layer.in);
+        multiply<false>(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight,
+                        grad_input + row * layer.in);
       }
     }
   }

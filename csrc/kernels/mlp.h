@@ -11,7 +11,8 @@ namespace fastnn {
 // The values are part of the operator's schema: fastnn/ops/mlp.py has the same list.
 enum class Activation : int32_t { identity, relu, tanh, sigmoid, gelu, gelu_tanh, silu, leaky_relu, count };
 
-// Whether the derivative is a function of the activation's input alone, so that backward needs the input kept.
+// Whether the derivative is a function of the activation's input alone, so that backward needs the input
+// kept.
 inline bool keeps_input(Activation activation) {
   return activation == Activation::gelu || activation == Activation::gelu_tanh ||
          activation == Activation::silu;
@@ -30,9 +31,9 @@ struct MlpLayer {
 
 template <class T>
 struct MlpLayerBackward {
-  const T* weight;     // (out, in)
-  const T* input;      // (rows, in), or null: recomputed from the layer before, which keeps its input
-  const T* saved;      // (rows, out)
+  const T* weight;  // (out, in)
+  const T* input;   // (rows, in), or null: recomputed from the layer before, which keeps its input
+  const T* saved;   // (rows, out)
   int64_t in;
   int64_t out;
   Activation activation;

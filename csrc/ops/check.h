@@ -60,10 +60,12 @@ struct Expected {
 inline Expected check_first(const Tensor& tensor, const char* op, const char* name) {
   check(tensor.defined(), op, ": ", name, " must be a tensor, got an undefined one");
   check(tensor.is_cpu(), op, ": expected ", name, " on the CPU");
-  check(tensor.layout() == torch::headeronly::Layout::Strided, op, ": expected ", name, " to be a dense tensor");
+  check(tensor.layout() == torch::headeronly::Layout::Strided, op, ": expected ", name,
+        " to be a dense tensor");
   const ScalarType dtype = tensor.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op, ": \"", name,
-        "\" not implemented for '", torch::headeronly::toString(dtype), "'; use float32, float64 or bfloat16");
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op,
+        ": \"", name, "\" not implemented for '", torch::headeronly::toString(dtype),
+        "'; use float32, float64 or bfloat16");
   return {dtype, op};
 }
 
@@ -74,10 +76,12 @@ inline void check_same_kind(const Tensor& tensor, const Expected& expected, cons
   check(tensor.layout() == torch::headeronly::Layout::Strided, expected.op, ": expected ", name,
         " to be a dense tensor");
   check(tensor.scalar_type() == expected.dtype, expected.op, ": expected ", name, " to have dtype ",
-        torch::headeronly::toString(expected.dtype), ", but got ", torch::headeronly::toString(tensor.scalar_type()));
+        torch::headeronly::toString(expected.dtype), ", but got ",
+        torch::headeronly::toString(tensor.scalar_type()));
 }
 
-inline void check_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* op, const char* name) {
+inline void check_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* op,
+                        const char* name) {
   const Sizes actual = tensor.sizes();
   bool same = actual.size() == sizes.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = actual[i] == sizes.begin()[i];
@@ -86,8 +90,8 @@ inline void check_sizes(const Tensor& tensor, std::initializer_list<int64_t> siz
 }
 
 // A raw operator computes forward alone. In grad mode, a tensor that wants a gradient would lose it without a
-// word, so that is an error. (The stable ABI has no requires_grad(); a view of a tensor that requires grad is no
-// leaf, any other is one.)
+// word, so that is an error. (The stable ABI has no requires_grad(); a view of a tensor that requires grad is
+// no leaf, any other is one.)
 void check_no_gradient(const Tensor& tensor, const char* op);
 
 template <class... Tensors>

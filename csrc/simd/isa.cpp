@@ -50,7 +50,9 @@ bool isa_is_supported(Isa isa) {
 #endif
 }
 
-Isa active_isa() { return current_isa().load(std::memory_order_relaxed); }
+Isa active_isa() {
+  return current_isa().load(std::memory_order_relaxed);
+}
 
 const char* isa_name(Isa isa) {
   for (const IsaName& row : kIsas) {

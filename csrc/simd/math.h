@@ -14,11 +14,18 @@ struct ExpConstants<float> {
   static constexpr int mantissa_bits = 23, bias = 127;
   static constexpr float smallest = -104.0f, largest = 89.0f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
+  static constexpr float round_to_integer =
+      12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
   // exp(r) on |r| <= ln2/2, Taylor with the last terms adjusted (Cephes expf).
   static constexpr int degree = 7;
-  static constexpr float polynomial[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                                         1.6666665459e-1f, 5.0000001201e-1f, 1.0f,             1.0f};
+  static constexpr float polynomial[] = {1.9875691500e-4f,
+                                         1.3981999507e-3f,
+                                         8.3334519073e-3f,
+                                         4.1665795894e-2f,
+                                         1.6666665459e-1f,
+                                         5.0000001201e-1f,
+                                         1.0f,
+                                         1.0f};
 };
 template <>
 struct ExpConstants<double> {
@@ -29,9 +36,20 @@ struct ExpConstants<double> {
   static constexpr double round_to_integer = 6755399441055744.0;
   // exp(r) on |r| <= ln2/2: Taylor to the 13th power is below half an ulp there.
   static constexpr int degree = 13;
-  static constexpr double polynomial[] = {
-      1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
-      1.0 / 720.0,        1.0 / 120.0,       1.0 / 24.0,       1.0 / 6.0,       0.5,            1.0,           1.0};
+  static constexpr double polynomial[] = {1.0 / 6227020800.0,
+                                          1.0 / 479001600.0,
+                                          1.0 / 39916800.0,
+                                          1.0 / 3628800.0,
+                                          1.0 / 362880.0,
+                                          1.0 / 40320.0,
+                                          1.0 / 5040.0,
+                                          1.0 / 720.0,
+                                          1.0 / 120.0,
+                                          1.0 / 24.0,
+                                          1.0 / 6.0,
+                                          0.5,
+                                          1.0,
+                                          1.0};
 };
 
 // 2^n for a vector of integers held as T, n in the normal range of exponents.
@@ -75,19 +93,21 @@ FASTNN_INLINE Vec<T> tanh_of(Vec<T> x) {
   if constexpr (sizeof(T) == sizeof(float)) {
     // Minimax on [-0.625, 0.625] (Cephes tanhf).
     const Vec<T> p =
-        ((((s * -5.70498872745e-3f + 2.06390887954e-2f) * s - 5.37397155531e-2f) * s + 1.33314422036e-1f) * s -
+        ((((s * -5.70498872745e-3f + 2.06390887954e-2f) * s - 5.37397155531e-2f) * s + 1.33314422036e-1f) *
+             s -
          3.33332819422e-1f);
     const Vec<T> near = p * s * x + x;
     return magnitude < broadcast<T>(0.625f) ? near : signed_far;
   } else {
     // Rational on [-0.625, 0.625] (Cephes tanh).
-    const Vec<T> p = (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
-    const Vec<T> q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
+    const Vec<T> p =
+        (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
+    const Vec<T> q =
+        ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
     const Vec<T> near = x * s * (p / q) + x;
     return magnitude < broadcast<T>(0.625) ? near : signed_far;
   }
 }
-
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn
