@@ -44,6 +44,11 @@ def module_macros():
 class BuildExtension(build_ext):
     """Compiles each source with its own flags, two or more at a time."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        if self.editable_mode:  # instead of a temporary folder: keeps the objects for the next build
+            self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
     def build_extension(self, ext):
         compiler = self.compiler.compiler_cxx[0]
         if shutil.which(compiler) is None:

@@ -27,7 +27,7 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product on their device; unchanged outside autocast."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
@@ -47,16 +47,16 @@ def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
 
 
 def differentiate_twice(
-    reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor]
+    reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Gradients of ``vjp(reference)(grad_output, *tensors)`` with respect to ``(grad_output, *tensors)``, itself
     differentiable. The backward kernels have no backward of their own: the reference is what they compute."""
 
     def backward(grad_output: Any, *tensors: Tensor) -> Any:
-        _, vjp = torch.func.vjp(reference, *tensors)
+        vjp = torch.func.vjp(reference, *tensors)[1]
         return vjp(grad_output)
 
-    _, vjp = torch.func.vjp(backward, grad_output, *tensors)
+    vjp = torch.func.vjp(backward, grad_output, *tensors)[1]
     return vjp(tuple(grad_grads))
 
 
