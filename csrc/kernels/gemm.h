@@ -1,7 +1,7 @@
 // The register tile of a matrix product: the one inner loop that every dense kernel is built on.
 #pragma once
 
-#include "../simd/vec.h"
+#include "../simd/shuffle.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -76,15 +76,58 @@ int64_t packed_size(int64_t columns, int64_t depth) {
 // weight (columns, depth), row-major -> panels [columns / tile][depth][tile], the last one padded with zeros.
 template <class T>
 void pack_panels(const T* weight, int64_t columns, int64_t depth, Compute<T>* packed) {
-  constexpr int64_t tile = kTileColumns<Compute<T>>;
-  for (int64_t first = 0; first < columns; first += tile) {
-    const int64_t count = columns - first < tile ? columns - first : tile;
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t c = 0; c < count; ++c) packed[k * tile + c] = to_compute(weight[(first + c) * depth + k]);
-      for (int64_t c = count; c < tile; ++c) packed[k * tile + c] = 0;
+  using C = Compute<T>;
+  constexpr int64_t tile = kTileColumns<C>, lanes = kLanes<C>;
+  for (int64_t first = 0; first < columns; first += tile, packed += tile * depth) {
+    for (int64_t k = 0; k < depth; k += lanes) {
+      const int64_t depth_left = depth - k < lanes ? depth - k : lanes;
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t columns_left = columns - first - v * lanes;
+        const T* from = weight + (first + v * lanes) * depth + k;
+        Vec<C> square[lanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) {
+          square[i] = i < columns_left ? load_up_to<T>(from + i * depth, depth_left) : Vec<C>{};
+        }
+        transpose<C>(square);
+        for (int64_t i = 0; i < depth_left; ++i) store(packed + (k + i) * tile + v * lanes, square[i]);
+      }
     }
-    packed += tile * depth;
   }
+}
+
+// Sums over the depth of a[r] * b[c] for `rows` rows of a and lanes / rows columns of b, both contiguous
+// along the depth: the product for a matrix that is used too few times to be worth packing. Lane r * columns
+// + c of the result is the sum of row r and column c. Columns from `columns_left` on repeat the last.
+template <int rows, class A, class B, class T = Compute<A>>
+FASTNN_INLINE Vec<T> dot_tile(int64_t depth, const A* a, int64_t a_row, const B* b, int64_t b_column,
+                              int64_t columns_left) {
+  constexpr int lanes = kLanes<T>, columns = lanes / rows;
+  const B* right[columns];
+#pragma GCC unroll 16
+  for (int c = 0; c < columns; ++c) right[c] = b + (c < columns_left ? c : columns_left - 1) * b_column;
+  Vec<T> total[lanes] = {};
+  int64_t k = 0;
+  for (; k + lanes <= depth; k += lanes) {
+    Vec<T> left[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) left[r] = load(a + r * a_row + k);
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c) {
+      const Vec<T> value = load(right[c] + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) total[r * columns + c] += left[r] * value;
+    }
+  }
+  if (k < depth) {
+    const int rest = static_cast<int>(depth - k);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      total[i] +=
+          load_partial<A>(a + i / columns * a_row + k, rest) * load_partial<B>(right[i % columns] + k, rest);
+    }
+  }
+  return sum_each<T, lanes>(total);
 }
 
 }  // namespace FASTNN_ISA

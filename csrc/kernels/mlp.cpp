@@ -64,9 +64,9 @@ void activate_block(const MlpLayer<T>& layer, Out* output, T* saved, int64_t cou
   });
 }
 
-// input (rows, in) -> output (rows, out), for the rows from `first_row` of the whole batch.
+// input (rows, in) -> output (rows, out) by packed panels.
 template <class T, class In, class Out>
-void run_layer(const MlpLayer<T>& layer, const In* input, Out* output, int64_t first_row, int64_t rows) {
+void packed_layer(const MlpLayer<T>& layer, const In* input, Out* output, int64_t rows) {
   for (int64_t column = 0; column < layer.out; column += kTileColumns<Compute<T>>) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
       with_constant<kTileRows>(static_cast<int>(smaller(rows - row, kTileRows)), [&](auto tile_rows) {
@@ -79,10 +79,65 @@ void run_layer(const MlpLayer<T>& layer, const In* input, Out* output, int64_t f
       });
     }
   }
+}
+
+// The rows from `row` on that fill tiles of `tile_rows`, by dot products with the weight as it is.
+template <int tile_rows, class T, class In, class Out>
+FASTNN_INLINE int64_t dot_rows(const MlpLayer<T>& layer, const In* input, Out* output, int64_t row,
+                               int64_t rows) {
+  using C = Compute<T>;
+  constexpr int columns = kLanes<C> / tile_rows;
+  const int64_t last = row + (rows - row) / tile_rows * tile_rows;
+  if (last == row) return row;
+  for (int64_t column = 0; column < layer.out; column += columns) {
+    const int64_t columns_left = layer.out - column;
+    C bias[kLanes<C>] = {};
+    for (int i = 0; layer.bias && i < kLanes<C>; ++i) {
+      if (i % columns < columns_left) bias[i] = to_compute(layer.bias[column + i % columns]);
+    }
+    for (int64_t r = row; r < last; r += tile_rows) {
+      Vec<C> sums = dot_tile<tile_rows>(layer.in, input + r * layer.in, layer.in,
+                                        layer.weight + column * layer.in, layer.in, columns_left);
+      sums += load(bias);
+      if (layer.activation == Activation::relu) sums = relu(sums);
+      if (tile_rows == 1) {
+        store_up_to<Out>(output + r * layer.out + column, sums, columns_left);
+        continue;
+      }
+      Out values[kLanes<C>];
+      store(values, sums);
+      for (int i = 0; i < kLanes<C>; ++i) {
+        if (i % columns < columns_left)
+          output[(r + i / columns) * layer.out + column + i % columns] = values[i];
+      }
+    }
+  }
+  return last;
+}
+
+// input (rows, in) -> output (rows, out), for the rows from `first_row` of the whole batch.
+template <class T, class In, class Out>
+void run_layer(const MlpLayer<T>& layer, const In* input, Out* output, int64_t first_row, int64_t rows) {
+  using C = Compute<T>;
+  if (layer.packed) {
+    packed_layer<T>(layer, input, output, rows);
+  } else {
+    int64_t row = 0;
+    if constexpr (kLanes<C> >= 16) row = dot_rows<4, T>(layer, input, output, row, rows);
+    if constexpr (kLanes<C> >= 8) row = dot_rows<2, T>(layer, input, output, row, rows);
+    dot_rows<1, T>(layer, input, output, row, rows);
+  }
   T* saved = layer.saved ? layer.saved + first_row * layer.out : nullptr;
   if (saved || (layer.activation != Activation::relu && layer.activation != Activation::identity)) {
     activate_block<T>(layer, output, saved, rows * layer.out);
   }
+}
+
+// Packing costs about a quarter of a cycle an element of the weight, what dot products cost over packed tiles
+// is some two cycles an element of the output.
+template <class T>
+bool worth_packing(int64_t rows, int64_t in) {
+  return rows * 8 >= in;
 }
 
 template <class T>
@@ -213,7 +268,8 @@ void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_ou
 
 template <class T>
 constexpr MlpKernels<T> kernels() {
-  return {packed_size<Compute<T>>, pack_panels<T>, scratch_size<T>, forward<T>, backward<T>};
+  return {worth_packing<T>, packed_size<Compute<T>>, pack_panels<T>, scratch_size<T>, forward<T>,
+          backward<T>};
 }
 
 }  // namespace

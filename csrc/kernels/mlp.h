@@ -43,6 +43,8 @@ struct MlpLayerBackward {
 
 template <class T>
 struct MlpKernels {
+  // Whether a layer of `in` features that sees `rows` rows should have its weight packed.
+  bool (*worth_packing)(int64_t rows, int64_t in);
   int64_t (*packed_size)(int64_t out, int64_t in);
   void (*pack)(const T* weight, int64_t out, int64_t in, Compute<T>* packed);
   // Elements of scratch that forward and backward need for layers of at most `widest` columns.

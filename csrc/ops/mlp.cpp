@@ -75,21 +75,27 @@ void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tens
                  const std::vector<Tensor>& saved) {
   using C = Compute<T>;
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
-  int64_t packed_size = 0;
-  for (int64_t i = 0; i < chain.layers(); ++i)
-    packed_size += kernels.packed_size(chain.widths[i + 1], chain.widths[i]);
   const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
   const int64_t scratch_size = kernels.scratch_size(chain.widest());
-  Scratch<C> packed(packed_size), scratch(chunks * scratch_size);
+  std::vector<int64_t> packed_sizes;
+  int64_t scratch_total = chunks * scratch_size;
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    const bool packs = kernels.worth_packing(chain.rows, chain.widths[i]);
+    packed_sizes.push_back(packs ? kernels.packed_size(chain.widths[i + 1], chain.widths[i]) : 0);
+    scratch_total += packed_sizes.back();
+  }
+  Scratch<C> scratch(scratch_total);
 
   std::vector<MlpLayer<T>> layers;
-  C* panel = packed.get();
+  layers.reserve(weights.size());
+  C* panel = scratch.get() + chunks * scratch_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    kernels.pack(data<T>(weights[i]), chain.widths[i + 1], chain.widths[i], panel);
+    if (packed_sizes[i]) kernels.pack(data<T>(weights[i]), chain.widths[i + 1], chain.widths[i], panel);
     layers.push_back({data<T>(weights[i]), biases[i] ? data<T>(*biases[i]) : nullptr, chain.widths[i],
-                      chain.widths[i + 1], static_cast<Activation>(activations[i]), panel,
+                      chain.widths[i + 1], static_cast<Activation>(activations[i]),
+                      packed_sizes[i] ? panel : nullptr,
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
-    panel += kernels.packed_size(chain.widths[i + 1], chain.widths[i]);
+    panel += packed_sizes[i];
   }
   parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
     kernels.forward(layers.data(), chain.layers(), data<T>(input), mutable_data<T>(output), first, last,

@@ -49,6 +49,17 @@ FASTNN_VECTOR_OF(uint64_t)
 template <class T>
 using Vec = typename VectorOf<T>::Type;
 
+template <class T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using Type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using Type = int64_t;
+};
+
 // Elements of T in a vector. bfloat16 is held as float once loaded, so it counts as float.
 template <class T>
 constexpr int kLanes = FASTNN_VECTOR_BYTES / sizeof(T);

@@ -11,24 +11,26 @@ from torch.autograd import forward_ad
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
 
-def needs_reference(*tensors: Tensor | None) -> bool:
-    """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, other
-    layouts, and forward-mode differentiation."""
-    if forward_ad._current_level >= 0:
-        return True
-    return any(t is not None and (t.dtype not in KERNEL_DTYPES or t.layout is not torch.strided) for t in tensors)
+def needs_reference(input: Tensor) -> bool:
+    """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, and
+    forward-mode differentiation. (Tensors that do not fit the input are the operator's to refuse.)"""
+    return input.dtype not in KERNEL_DTYPES or forward_ad._current_level >= 0
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether the call must go through the op's ``autograd.Function``: a gradient is wanted, or a ``torch.func``
     transform is at work."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product on their device; unchanged outside autocast."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return tensors

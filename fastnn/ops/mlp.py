@@ -20,6 +20,7 @@ from fastnn.reference import mlp as reference
 ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _NUMBER_OF = {name: number for number, name in enumerate(ACTIVATION_NAMES)}
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
+_mlp_op = torch.ops.fastnn.mlp.default
 
 
 def mlp(
@@ -45,7 +46,7 @@ def mlp(
         ValueError: an activation that is not in the list, or not one a layer.
     """
     weights, biases = tuple(weights), tuple(biases)
-    names = _activation_names(activation, len(weights))
+    names = activation_names(activation, len(weights))
     if len(biases) != len(weights):
         raise ValueError(f"mlp: expected {len(weights)} biases, one a weight, got {len(biases)}")
     return _mlp(input, weights, biases, names)
@@ -56,7 +57,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return _mlp(input, (weight,), (bias,), ("relu",))
 
 
-def _activation_names(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
+def activation_names(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
     names = (activation,) * (layers - 1) + ("identity",) if isinstance(activation, str) else tuple(activation)
     if len(names) != layers:
         raise ValueError(f"mlp: expected {layers} activations, one a weight, got {len(names)}")
@@ -69,17 +70,16 @@ def _activation_names(activation: str | Sequence[str], layers: int) -> tuple[str
 def _mlp(
     input: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], names: tuple[str, ...]
 ) -> Tensor:
-    layers = len(weights)
     input, *parameters = autocast(input, *weights, *biases)
-    weights, biases = tuple(parameters[:layers]), tuple(parameters[layers:])
-    if needs_reference(input, *parameters) or not weights or input.dim() == 0:
-        return reference.mlp(input, weights, biases, names)
+    layers = len(weights)
+    if needs_reference(input) or layers == 0 or input.dim() == 0:
+        return reference.mlp(input, parameters[:layers], parameters[layers:], names)
     numbers = [_NUMBER_OF[name] for name in names]
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     if needs_autograd(input, *parameters):
         output = Mlp.apply(rows, numbers, layers, *parameters)[0]
     else:
-        output = call_kernel(torch.ops.fastnn.mlp, rows, weights, biases, numbers)
+        output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], numbers)
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
 
 
