@@ -1,6 +1,7 @@
 // fastnn._C: importing it registers the operators (static initialisers of csrc/ops); what it offers itself
 // are facts of the build and of the machine.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
