@@ -26,9 +26,7 @@ class RNN(nn.Module):
     Input (N, L, input_size) -> (N, output_size). ``cell`` chooses the layers: "RNN", "GRU" or "LSTM".
     """
 
-    def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int, output_size: int, cell: str = "RNN"
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int, output_size: int, cell: str = "RNN") -> None:
         super().__init__()
         layers = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
         if cell not in layers:
