@@ -1,5 +1,5 @@
-// fastnn._C: importing it registers the operators (static initialisers of csrc/ops); what it offers itself
-// are facts of the build and of the machine.
+// fastnn._C: importing it registers the operators (static initialisers of csrc/ops); what it offers itself are
+// facts of the build and of the machine.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -32,8 +32,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "instruction_set", [] { return fastnn::isa_name(fastnn::active_isa()); },
       "The instruction set whose kernels run.");
-  m.def("supported_instruction_sets", supported_isas,
-        "Those compiled in that this machine can run, best last.");
+  m.def("supported_instruction_sets", supported_isas, "Those compiled in that this machine can run, best last.");
   m.def(
       "use_instruction_set",
       [](const std::string& name) {
@@ -41,6 +40,5 @@ PYBIND11_MODULE(_C, m) {
           throw py::value_error("instruction set '" + name + "' is not one of supported_instruction_sets()");
         }
       },
-      py::arg("name"),
-      "Choose the kernels of another supported instruction set, for tests and measurements.");
+      py::arg("name"), "Choose the kernels of another supported instruction set, for tests and measurements.");
 }

@@ -30,8 +30,8 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
 // total[r][v] += sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector].
 // `columns` counts the columns of b that may be read; pass whole tiles (packed panels) where possible.
 template <int rows, int vectors, class A, class B, class T = Compute<A>>
-FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b,
-                                 int64_t b_depth, int64_t columns, Vec<T> (&total)[rows][vectors]) {
+FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b, int64_t b_depth,
+                                 int64_t columns, Vec<T> (&total)[rows][vectors]) {
   const int64_t lanes = kLanes<T>;
   if (columns >= vectors * lanes) {
     for (int64_t k = 0; k < depth; ++k) {
@@ -96,9 +96,9 @@ void pack_panels(const T* weight, int64_t columns, int64_t depth, Compute<T>* pa
   }
 }
 
-// Sums over the depth of a[r] * b[c] for `rows` rows of a and lanes / rows columns of b, both contiguous
-// along the depth: the product for a matrix that is used too few times to be worth packing. Lane r * columns
-// + c of the result is the sum of row r and column c. Columns from `columns_left` on repeat the last.
+// Sums over the depth of a[r] * b[c] for `rows` rows of a and lanes / rows columns of b, both contiguous along the
+// depth: the product for a matrix that is used too few times to be worth packing. Lane r * columns + c of the
+// result is the sum of row r and column c. Columns from `columns_left` on repeat the last.
 template <int rows, class A, class B, class T = Compute<A>>
 FASTNN_INLINE Vec<T> dot_tile(int64_t depth, const A* a, int64_t a_row, const B* b, int64_t b_column,
                               int64_t columns_left) {
@@ -123,8 +123,7 @@ FASTNN_INLINE Vec<T> dot_tile(int64_t depth, const A* a, int64_t a_row, const B*
     const int rest = static_cast<int>(depth - k);
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
-      total[i] +=
-          load_partial<A>(a + i / columns * a_row + k, rest) * load_partial<B>(right[i % columns] + k, rest);
+      total[i] += load_partial<A>(a + i / columns * a_row + k, rest) * load_partial<B>(right[i % columns] + k, rest);
     }
   }
   return sum_each<T, lanes>(total);

@@ -31,9 +31,8 @@ FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const In* input, Out* o
   Vec<C> total[rows][kTileVectors];
   for (int v = 0; v < kTileVectors; ++v) {
     const int64_t left_over = columns - v * kLanes<C>;
-    const Vec<C> start = layer.bias && left_over > 0
-                             ? load_up_to<T>(layer.bias + first_column + v * kLanes<C>, left_over)
-                             : Vec<C>{};
+    const Vec<C> start =
+        layer.bias && left_over > 0 ? load_up_to<T>(layer.bias + first_column + v * kLanes<C>, left_over) : Vec<C>{};
     for (int r = 0; r < rows; ++r) total[r][v] = start;
   }
   multiply_tile<rows, kTileVectors>(layer.in, input, layer.in, 1, layer.packed + first_column * layer.in,
@@ -83,8 +82,7 @@ void packed_layer(const MlpLayer<T>& layer, const In* input, Out* output, int64_
 
 // The rows from `row` on that fill tiles of `tile_rows`, by dot products with the weight as it is.
 template <int tile_rows, class T, class In, class Out>
-FASTNN_INLINE int64_t dot_rows(const MlpLayer<T>& layer, const In* input, Out* output, int64_t row,
-                               int64_t rows) {
+FASTNN_INLINE int64_t dot_rows(const MlpLayer<T>& layer, const In* input, Out* output, int64_t row, int64_t rows) {
   using C = Compute<T>;
   constexpr int columns = kLanes<C> / tile_rows;
   const int64_t last = row + (rows - row) / tile_rows * tile_rows;
@@ -96,8 +94,8 @@ FASTNN_INLINE int64_t dot_rows(const MlpLayer<T>& layer, const In* input, Out* o
       if (i % columns < columns_left) bias[i] = to_compute(layer.bias[column + i % columns]);
     }
     for (int64_t r = row; r < last; r += tile_rows) {
-      Vec<C> sums = dot_tile<tile_rows>(layer.in, input + r * layer.in, layer.in,
-                                        layer.weight + column * layer.in, layer.in, columns_left);
+      Vec<C> sums = dot_tile<tile_rows>(layer.in, input + r * layer.in, layer.in, layer.weight + column * layer.in,
+                                        layer.in, columns_left);
       sums += load(bias);
       if (layer.activation == Activation::relu) sums = relu(sums);
       if (tile_rows == 1) {
@@ -107,8 +105,7 @@ FASTNN_INLINE int64_t dot_rows(const MlpLayer<T>& layer, const In* input, Out* o
       Out values[kLanes<C>];
       store(values, sums);
       for (int i = 0; i < kLanes<C>; ++i) {
-        if (i % columns < columns_left)
-          output[(r + i / columns) * layer.out + column + i % columns] = values[i];
+        if (i % columns < columns_left) output[(r + i / columns) * layer.out + column + i % columns] = values[i];
       }
     }
   }
@@ -133,16 +130,16 @@ void run_layer(const MlpLayer<T>& layer, const In* input, Out* output, int64_t f
   }
 }
 
-// Packing costs about a quarter of a cycle an element of the weight, what dot products cost over packed tiles
-// is some two cycles an element of the output.
+// Packing costs about a quarter of a cycle an element of the weight, what dot products cost over packed tiles is
+// some two cycles an element of the output.
 template <class T>
 bool worth_packing(int64_t rows, int64_t in) {
   return rows * 8 >= in;
 }
 
 template <class T>
-void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row,
-             int64_t last_row, Compute<T>* scratch) {
+void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row, int64_t last_row,
+             Compute<T>* scratch) {
   using C = Compute<T>;
   int64_t widest = 0;
   for (int64_t i = 0; i < count; ++i) widest = layers[i].out > widest ? layers[i].out : widest;
@@ -157,8 +154,7 @@ void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output
       continue;
     }
     run_layer<T>(layers[0], block, buffers[0], row, rows);
-    for (int64_t i = 1; i + 1 < count; ++i)
-      run_layer<T>(layers[i], buffers[(i - 1) % 2], buffers[i % 2], row, rows);
+    for (int64_t i = 1; i + 1 < count; ++i) run_layer<T>(layers[i], buffers[(i - 1) % 2], buffers[i % 2], row, rows);
     run_layer<T>(last, buffers[count % 2], result, row, rows);
   }
 }
@@ -167,8 +163,8 @@ void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output
 
 // gradient (rows, out) <- source times the activation's derivative
 template <class T, class Source>
-void through_activation(const MlpLayerBackward<T>& layer, const Source* source, int64_t first_row,
-                        int64_t rows, Compute<T>* gradient) {
+void through_activation(const MlpLayerBackward<T>& layer, const Source* source, int64_t first_row, int64_t rows,
+                        Compute<T>* gradient) {
   using C = Compute<T>;
   const T* saved = layer.saved + first_row * layer.out;
   with_activation(layer.activation, [&](auto constant) {
@@ -192,8 +188,7 @@ void multiply(int64_t m, int64_t n, int64_t depth, const A* a, int64_t a_row, in
       with_constant<kTileRows>(static_cast<int>(smaller(m - row, kTileRows)), [&](auto tile_rows) {
         constexpr int rows = decltype(tile_rows)::value;
         Vec<C> total[rows][kTileVectors] = {};
-        multiply_tile<rows, kTileVectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, n - column,
-                                          total);
+        multiply_tile<rows, kTileVectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, n - column, total);
         for (int r = 0; r < rows; ++r) {
           for (int v = 0; v < kTileVectors; ++v) {
             const int64_t left_over = n - column - v * kLanes<C>;
@@ -221,19 +216,18 @@ void add_rows(const Compute<T>* gradient, int64_t rows, int64_t columns, Compute
 
 // The layer's input for a block of rows: as it was saved, or activated again from the layer before.
 template <class T>
-void add_weight_gradient(const MlpLayerBackward<T>* layer, const Compute<T>* gradient, int64_t first_row,
-                         int64_t rows, Compute<T>* activated) {
+void add_weight_gradient(const MlpLayerBackward<T>* layer, const Compute<T>* gradient, int64_t first_row, int64_t rows,
+                         Compute<T>* activated) {
   using C = Compute<T>;
   if (layer->input) {
-    return multiply<true>(layer->out, layer->in, rows, gradient, 1, layer->out,
-                          layer->input + first_row * layer->in, layer->grad_weight);
+    return multiply<true>(layer->out, layer->in, rows, gradient, 1, layer->out, layer->input + first_row * layer->in,
+                          layer->grad_weight);
   }
   const T* saved = layer[-1].saved + first_row * layer->in;
   with_activation(layer[-1].activation, [&](auto constant) {
     for (int64_t i = 0; i < rows * layer->in; i += kLanes<C>) {
       const int64_t left_over = rows * layer->in - i;
-      store_up_to<C>(activated + i,
-                     activate<decltype(constant)::activation, C>(load_up_to<T>(saved + i, left_over)),
+      store_up_to<C>(activated + i, activate<decltype(constant)::activation, C>(load_up_to<T>(saved + i, left_over)),
                      left_over);
     }
   });
@@ -241,8 +235,8 @@ void add_weight_gradient(const MlpLayerBackward<T>* layer, const Compute<T>* gra
 }
 
 template <class T>
-void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,
-              int64_t first_row, int64_t last_row, Compute<T>* scratch) {
+void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input, int64_t first_row,
+              int64_t last_row, Compute<T>* scratch) {
   using C = Compute<T>;
   int64_t widest = 0;
   for (int64_t i = 0; i < count; ++i) widest = layers[i].out > widest ? layers[i].out : widest;
@@ -259,8 +253,7 @@ void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_ou
         multiply<false>(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, next);
         through_activation(layers[i - 1], next, row, rows, gradient);
       } else if (grad_input) {
-        multiply<false>(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight,
-                        grad_input + row * layer.in);
+        multiply<false>(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, grad_input + row * layer.in);
       }
     }
   }
@@ -268,8 +261,7 @@ void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_ou
 
 template <class T>
 constexpr MlpKernels<T> kernels() {
-  return {worth_packing<T>, packed_size<Compute<T>>, pack_panels<T>, scratch_size<T>, forward<T>,
-          backward<T>};
+  return {worth_packing<T>, packed_size<Compute<T>>, pack_panels<T>, scratch_size<T>, forward<T>, backward<T>};
 }
 
 }  // namespace

@@ -11,11 +11,9 @@ namespace fastnn {
 // The values are part of the operator's schema: fastnn/ops/mlp.py has the same list.
 enum class Activation : int32_t { identity, relu, tanh, sigmoid, gelu, gelu_tanh, silu, leaky_relu, count };
 
-// Whether the derivative is a function of the activation's input alone, so that backward needs the input
-// kept.
+// Whether the derivative is a function of the activation's input alone, so that backward needs the input kept.
 inline bool keeps_input(Activation activation) {
-  return activation == Activation::gelu || activation == Activation::gelu_tanh ||
-         activation == Activation::silu;
+  return activation == Activation::gelu || activation == Activation::gelu_tanh || activation == Activation::silu;
 }
 
 template <class T>

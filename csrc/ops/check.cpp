@@ -20,10 +20,9 @@ bool is_leaf(const Tensor& tensor) {
 }  // namespace
 
 void check_no_gradient(const Tensor& tensor, const char* op) {
-  check(
-      is_leaf(call_unary("aten::alias", tensor)), op,
-      ": this operator has no gradient of its own; call it through fastnn.functional or fastnn.nn, or under "
-      "torch.no_grad()");
+  check(is_leaf(call_unary("aten::alias", tensor)), op,
+        ": this operator has no gradient of its own; call it through fastnn.functional or fastnn.nn, or under "
+        "torch.no_grad()");
 }
 
 }  // namespace fastnn

@@ -23,22 +23,23 @@ struct Chain {
 Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
                   const std::vector<int64_t>& activations) {
   const Expected kind = check_first(input, op, "input");
-  check(input.dim() == 2, op, ": expected input to be 2D (rows, features), got ", input.dim(),
-        "D tensor instead");
+  check(input.dim() == 2, op, ": expected input to be 2D (rows, features), got ", input.dim(), "D tensor instead");
   check(!weights.empty(), op, ": expected at least one weight");
-  check(activations.size() == weights.size(), op, ": expected ", weights.size(),
-        " activations, one a weight, got ", activations.size());
-  Chain chain{kind, input.size(0), {input.size(1)}};
+  check(activations.size() == weights.size(), op, ": expected ", weights.size(), " activations, one a weight, got ",
+        activations.size());
+  Chain chain{kind, input.size(0), {}};
+  chain.widths.reserve(weights.size() + 1);
+  chain.widths.push_back(input.size(1));
   for (size_t i = 0; i < weights.size(); ++i) {
     check_same_kind(weights[i], kind, "weights");
-    check(weights[i].dim() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", weights[i].dim(),
+    const Sizes sizes = weights[i].sizes();
+    check(sizes.size() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", sizes.size(),
           "D tensor instead");
-    check(weights[i].size(1) == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (",
-          chain.rows, "x", chain.widths.back(), " and ", weights[i].size(1), "x", weights[i].size(0), ")");
-    check(activations[i] >= 0 && activations[i] < static_cast<int64_t>(Activation::count), op,
-          ": activations[", i, "] must be between 0 and ", static_cast<int64_t>(Activation::count) - 1,
-          ", got ", activations[i]);
-    chain.widths.push_back(weights[i].size(0));
+    check(sizes[1] == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows, "x",
+          chain.widths.back(), " and ", sizes[1], "x", sizes[0], ")");
+    check(activations[i] >= 0 && activations[i] < static_cast<int64_t>(Activation::count), op, ": activations[", i,
+          "] must be between 0 and ", static_cast<int64_t>(Activation::count) - 1, ", got ", activations[i]);
+    chain.widths.push_back(sizes[0]);
     chain.work += 2.0 * chain.rows * chain.widths[i] * chain.widths[i + 1];
   }
   return chain;
@@ -49,6 +50,7 @@ OptionalTensors check_biases(const Chain& chain, const OptionalTensors& biases) 
   check(static_cast<int64_t>(biases.size()) == chain.layers(), op, ": expected ", chain.layers(),
         " biases, one a weight, got ", biases.size());
   OptionalTensors result;
+  result.reserve(biases.size());
   for (size_t i = 0; i < biases.size(); ++i) {
     if (biases[i]) {
       check_same_kind(*biases[i], chain.kind, "biases");
@@ -78,6 +80,7 @@ void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tens
   const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
   const int64_t scratch_size = kernels.scratch_size(chain.widest());
   std::vector<int64_t> packed_sizes;
+  packed_sizes.reserve(weights.size());
   int64_t scratch_total = chunks * scratch_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
     const bool packs = kernels.worth_packing(chain.rows, chain.widths[i]);
@@ -92,8 +95,7 @@ void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tens
   for (int64_t i = 0; i < chain.layers(); ++i) {
     if (packed_sizes[i]) kernels.pack(data<T>(weights[i]), chain.widths[i + 1], chain.widths[i], panel);
     layers.push_back({data<T>(weights[i]), biases[i] ? data<T>(*biases[i]) : nullptr, chain.widths[i],
-                      chain.widths[i + 1], static_cast<Activation>(activations[i]),
-                      packed_sizes[i] ? panel : nullptr,
+                      chain.widths[i + 1], static_cast<Activation>(activations[i]), packed_sizes[i] ? panel : nullptr,
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
     panel += packed_sizes[i];
   }
@@ -108,10 +110,9 @@ bool output_serves(const Chain& chain, int64_t layer, Activation activation) {
   return layer + 1 == chain.layers() && !keeps_input(activation);
 }
 
-std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& input,
-                                                const std::vector<Tensor>& weights,
-                                                const OptionalTensors& biases,
-                                                const std::vector<int64_t>& activations, bool save) {
+std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                                                const OptionalTensors& biases, const std::vector<int64_t>& activations,
+                                                bool save) {
   const Chain chain = check_chain(op, input, weights, activations);
   const OptionalTensors dense_biases = check_biases(chain, biases);
   check_no_gradients(op, input);
@@ -131,8 +132,7 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& in
     const Tensor dense_input = dense(input);
     const std::vector<Tensor> dense_weights = all_dense(weights);
     with_dtype(chain.kind.dtype, [&](auto type) {
-      run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, output,
-                                  saved);
+      run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, output, saved);
     });
   }
   return {output, kept};
@@ -143,8 +143,7 @@ Tensor mlp(const Tensor& input, const std::vector<Tensor>& weights, const Option
   return std::get<0>(forward("mlp", input, weights, biases, activations, false));
 }
 
-std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input,
-                                                        const std::vector<Tensor>& weights,
+std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& weights,
                                                         const OptionalTensors& biases,
                                                         const std::vector<int64_t>& activations) {
   return forward("mlp_with_hidden", input, weights, biases, activations, true);
@@ -160,8 +159,8 @@ struct Wanted {
 using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 
 // The saved tensors, one a layer, with `output` standing in where it serves.
-std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& activations,
-                                const Tensor& output, const std::vector<Tensor>& hidden) {
+std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& activations, const Tensor& output,
+                                const std::vector<Tensor>& hidden) {
   const char* op = chain.kind.op;
   std::vector<Tensor> saved;
   size_t next = 0;
@@ -179,8 +178,8 @@ std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& 
 
 // Sums of the parts that the chunks have added up, in order, into (sizes).
 template <class T>
-Tensor sum_parts(const Compute<T>* parts, int64_t chunks, int64_t part_stride,
-                 const std::vector<int64_t>& sizes, ScalarType dtype) {
+Tensor sum_parts(const Compute<T>* parts, int64_t chunks, int64_t part_stride, const std::vector<int64_t>& sizes,
+                 ScalarType dtype) {
   using C = Compute<T>;
   const Tensor total = new_tensor(sizes, dtype);
   const int64_t count = total.numel();
@@ -215,9 +214,9 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tens
       const Activation before = i > 0 ? static_cast<Activation>(activations[i - 1]) : Activation::identity;
       const T* layer_input = i == 0 ? data<T>(input) : keeps_input(before) ? nullptr : data<T>(saved[i - 1]);
       C* grad_bias = part + chain.widths[i + 1] * chain.widths[i];
-      layers.push_back({data<T>(weights[i]), layer_input, data<T>(saved[i]), chain.widths[i],
-                        chain.widths[i + 1], static_cast<Activation>(activations[i]),
-                        wanted.weights ? part : nullptr, wanted.biases ? grad_bias : nullptr});
+      layers.push_back({data<T>(weights[i]), layer_input, data<T>(saved[i]), chain.widths[i], chain.widths[i + 1],
+                        static_cast<Activation>(activations[i]), wanted.weights ? part : nullptr,
+                        wanted.biases ? grad_bias : nullptr});
       part = grad_bias + chain.widths[i + 1];
     }
     kernels.backward(layers.data(), chain.layers(), data<T>(grad_output),
@@ -229,8 +228,7 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tens
   const C* part = parts.get();
   for (int64_t i = 0; i < chain.layers(); ++i) {
     const int64_t out = chain.widths[i + 1], in = chain.widths[i];
-    if (wanted.weights)
-      grad_weights.push_back(sum_parts<T>(part, chunks, parameters, {out, in}, chain.kind.dtype));
+    if (wanted.weights) grad_weights.push_back(sum_parts<T>(part, chunks, parameters, {out, in}, chain.kind.dtype));
     part += out * in;
     if (wanted.biases) grad_biases.push_back(sum_parts<T>(part, chunks, parameters, {out}, chain.kind.dtype));
     part += out;
@@ -239,9 +237,8 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tens
 }
 
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
-                       const std::vector<int64_t>& activations, const Tensor& output,
-                       const std::vector<Tensor>& hidden, bool input_wanted, bool weights_wanted,
-                       bool biases_wanted) {
+                       const std::vector<int64_t>& activations, const Tensor& output, const std::vector<Tensor>& hidden,
+                       bool input_wanted, bool weights_wanted, bool biases_wanted) {
   const char* op = "mlp_backward";
   const Chain chain = check_chain(op, input, weights, activations);
   check_same_kind(grad_output, chain.kind, "grad_output");
@@ -249,8 +246,8 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
   check_no_gradients(op, grad_output, input);
   return with_dtype(chain.kind.dtype, [&](auto type) {
-    return run_backward<decltype(type)>(chain, dense(grad_output), dense(input), all_dense(weights),
-                                        activations, saved, {input_wanted, weights_wanted, biases_wanted});
+    return run_backward<decltype(type)>(chain, dense(grad_output), dense(input), all_dense(weights), activations, saved,
+                                        {input_wanted, weights_wanted, biases_wanted});
   });
 }
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #include "../kernels/dtype.h"
 #include "check.h"
@@ -26,8 +25,8 @@ inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
                        : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
                                                      : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes.data(), strides,
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes.data(), strides, code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -70,22 +69,52 @@ auto with_dtype(ScalarType dtype, const Body& body) {
   }
 }
 
+// A thread's own block of scratch memory, kept so that a small call pays neither for the allocator nor for fresh pages.
+struct ThreadScratch {
+  static constexpr size_t kBytes = 1 << 20;
+  void* data = nullptr;
+  bool in_use = false;
+
+  ThreadScratch() = default;
+  ThreadScratch(const ThreadScratch&) = delete;
+  ThreadScratch& operator=(const ThreadScratch&) = delete;
+  ~ThreadScratch() { std::free(data); }
+
+  static ThreadScratch& of_this_thread() {
+    static thread_local ThreadScratch scratch;
+    return scratch;
+  }
+};
+
 // Uninitialised memory on a cache line, for the time of one call.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    const int64_t bytes = checked_product(std::max<int64_t>(count, 1), sizeof(T));
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(bytes) + 63) / 64 * 64)));
-    check(data_ != nullptr, "out of memory: could not allocate ", bytes, " bytes of scratch");
+  explicit Scratch(int64_t count) : kept_(ThreadScratch::of_this_thread()) {
+    const int64_t wanted = checked_product(std::max<int64_t>(count, 1), sizeof(T));
+    const size_t bytes = (static_cast<size_t>(wanted) + 63) / 64 * 64;
+    borrowed_ = !kept_.in_use && bytes <= ThreadScratch::kBytes;
+    if (borrowed_ && !kept_.data) kept_.data = std::aligned_alloc(64, ThreadScratch::kBytes);
+    data_ = borrowed_ ? kept_.data : std::aligned_alloc(64, bytes);
+    check(data_ != nullptr, "out of memory: could not allocate ", wanted, " bytes of scratch");
+    if (borrowed_) kept_.in_use = true;
   }
-  T* get() const { return data_.get(); }
+  ~Scratch() {
+    if (borrowed_) {
+      kept_.in_use = false;
+    } else {
+      std::free(data_);
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* get() const { return static_cast<T*>(data_); }
 
  private:
-  struct Free {
-    void operator()(T* pointer) const { std::free(pointer); }
-  };
-  std::unique_ptr<T, Free> data_;
+  ThreadScratch& kept_;
+  void* data_;
+  bool borrowed_;
 };
 
 // How many threads are worth starting for `work` floating-point operations: below the threshold, waking a

@@ -28,8 +28,8 @@ bool use_isa(const char* name);
 
 }  // namespace fastnn
 
-// Declares the table `name` of type `Table` in each instruction set's namespace, and fastnn::name(), the
-// table of the set in use.
+// Declares the table `name` of type `Table` in each instruction set's namespace, and fastnn::name(), the table
+// of the set in use.
 #define FASTNN_DECLARE_IN_ISA(isa, Table, name) \
   namespace isa {                               \
   extern const Table name;                      \

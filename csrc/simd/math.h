@@ -14,8 +14,7 @@ struct ExpConstants<float> {
   static constexpr int mantissa_bits = 23, bias = 127;
   static constexpr float smallest = -104.0f, largest = 89.0f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float round_to_integer =
-      12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
+  static constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
   // exp(r) on |r| <= ln2/2, Taylor with the last terms adjusted (Cephes expf).
   static constexpr int degree = 7;
   static constexpr float polynomial[] = {1.9875691500e-4f,
@@ -93,17 +92,14 @@ FASTNN_INLINE Vec<T> tanh_of(Vec<T> x) {
   if constexpr (sizeof(T) == sizeof(float)) {
     // Minimax on [-0.625, 0.625] (Cephes tanhf).
     const Vec<T> p =
-        ((((s * -5.70498872745e-3f + 2.06390887954e-2f) * s - 5.37397155531e-2f) * s + 1.33314422036e-1f) *
-             s -
+        ((((s * -5.70498872745e-3f + 2.06390887954e-2f) * s - 5.37397155531e-2f) * s + 1.33314422036e-1f) * s -
          3.33332819422e-1f);
     const Vec<T> near = p * s * x + x;
     return magnitude < broadcast<T>(0.625f) ? near : signed_far;
   } else {
     // Rational on [-0.625, 0.625] (Cephes tanh).
-    const Vec<T> p =
-        (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
-    const Vec<T> q =
-        ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
+    const Vec<T> p = (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
+    const Vec<T> q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
     const Vec<T> near = x * s * (p / q) + x;
     return magnitude < broadcast<T>(0.625) ? near : signed_far;
   }

@@ -1,5 +1,5 @@
-// The vector type: the widest of the instruction set in hand, through the compiler's vector extension, so
-// that arithmetic is written with operators and any target the compiler knows is served.
+// The vector type: the widest of the instruction set in hand, through the compiler's vector extension, so that
+// arithmetic is written with operators and any target the compiler knows is served.
 //
 // Include only from csrc/kernels (see isa.h for the rules there).
 #pragma once
