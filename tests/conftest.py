@@ -13,6 +13,12 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tests are small: waking a second thread costs more than it gives. Those about threads ask for them."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Have ``torch.empty`` give NaN, so that a kernel that reads or leaves what it should have written shows."""
