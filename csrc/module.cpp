@@ -1,6 +1,7 @@
 // fastnn._C: importing it registers the operators (static initialisers of csrc/ops); what it offers itself are
 // facts of the build and of the machine.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
@@ -28,8 +29,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("source_digest") = FASTNN_SOURCE_DIGEST;
   m.attr("built_with_torch") = FASTNN_TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
-  m.def("instruction_set", [] { return fastnn::isa_name(fastnn::active_isa()); },
-        "The instruction set whose kernels run.");
+  m.def(
+      "instruction_set", [] { return fastnn::isa_name(fastnn::active_isa()); },
+      "The instruction set whose kernels run.");
   m.def("supported_instruction_sets", supported_isas, "Those compiled in that this machine can run, best last.");
   m.def(
       "use_instruction_set",

@@ -30,8 +30,8 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
 // total[r][v] += sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector]. The last vector has `last`
 // columns (1 to kLanes): those beyond are not read.
 template <int rows, int vectors, class A, class B, class T = Compute<A>>
-FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b,
-                                 int64_t b_depth, int last, Vec<T> (&total)[rows][vectors]) {
+FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b, int64_t b_depth,
+                                 int last, Vec<T> (&total)[rows][vectors]) {
   const auto run = [&](auto load_last) {
     for (int64_t k = 0; k < depth; ++k) {
       Vec<T> right[vectors];

@@ -11,7 +11,9 @@ namespace {
 // several times, while the activations stay in L1.
 constexpr int64_t kBlockRows = 4 * kTileRows;
 
-FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 template <class T>
 int64_t scratch_size(int64_t widest) {
@@ -142,8 +144,8 @@ bool worth_packing(int64_t rows, int64_t in) {
 }
 
 template <class T>
-void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row,
-             int64_t last_row, T* scratch) {
+void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row, int64_t last_row,
+             T* scratch) {
   int64_t widest = 0;
   for (int64_t i = 0; i < count; ++i) widest = layers[i].out > widest ? layers[i].out : widest;
   T* buffers[2] = {scratch, scratch + kBlockRows * widest};
@@ -182,8 +184,8 @@ void through_activation(const MlpLayerBackward<T>& layer, const T* source, int64
 
 // output (m, n) = sum over k of a[m * a_row + k * a_depth] * b[k * n + column], added to what is there if `add`.
 template <class T>
-void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
-              T* output, bool rows_first, bool add) {
+void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* output,
+              bool rows_first, bool add) {
   for_each_tile<T>(m, n, rows_first, [&](auto count, auto width, int64_t row, int64_t column, int last) {
     constexpr int rows = decltype(count)::value, vectors = decltype(width)::value;
     T* to = output + row * n + column;
@@ -215,8 +217,8 @@ void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, bool a
 
 // The layer's input for a block of rows is as it was saved, or activated again from the layer before.
 template <class T>
-void weight_gradient(const MlpLayerBackward<T>* layer, const T* gradient, int64_t first_row, int64_t rows,
-                     T* activated, bool add) {
+void weight_gradient(const MlpLayerBackward<T>* layer, const T* gradient, int64_t first_row, int64_t rows, T* activated,
+                     bool add) {
   if (layer->input) {
     return multiply(layer->out, layer->in, rows, gradient, 1, layer->out, layer->input + first_row * layer->in,
                     layer->grad_weight, true, add);
@@ -233,8 +235,8 @@ void weight_gradient(const MlpLayerBackward<T>* layer, const T* gradient, int64_
 }
 
 template <class T>
-void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,
-              int64_t first_row, int64_t last_row, T* scratch) {
+void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input, int64_t first_row,
+              int64_t last_row, T* scratch) {
   int64_t widest = 0;
   for (int64_t i = 0; i < count; ++i) widest = layers[i].out > widest ? layers[i].out : widest;
   T* gradient = scratch;

@@ -13,8 +13,7 @@ enum class Activation : int32_t { identity, relu, tanh, sigmoid, gelu, gelu_tanh
 
 // Whether the derivative is a function of the activation's input alone, so that backward needs the input kept.
 inline bool keeps_input(Activation activation) {
-  return activation == Activation::gelu || activation == Activation::gelu_tanh ||
-         activation == Activation::silu;
+  return activation == Activation::gelu || activation == Activation::gelu_tanh || activation == Activation::silu;
 }
 
 template <class T>
@@ -25,14 +24,14 @@ struct MlpLayer {
   int64_t out;
   Activation activation;
   const T* packed;  // weight in panels, or null for the path of few rows
-  T* saved;                  // (rows, out) kept for backward, or null
+  T* saved;         // (rows, out) kept for backward, or null
 };
 
 template <class T>
 struct MlpLayerBackward {
-  const T* weight;     // (out, in)
-  const T* input;      // (rows, in), or null: recomputed from the layer before, which keeps its input
-  const T* saved;      // (rows, out)
+  const T* weight;  // (out, in)
+  const T* input;   // (rows, in), or null: recomputed from the layer before, which keeps its input
+  const T* saved;   // (rows, out)
   int64_t in;
   int64_t out;
   Activation activation;

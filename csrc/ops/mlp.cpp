@@ -12,7 +12,7 @@ using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 struct Chain {
   Expected kind;
-  ScalarType kernel_dtype;      // what it is computed in
+  ScalarType kernel_dtype;  // what it is computed in
   int64_t rows;
   std::vector<int64_t> widths;  // the input's, then each layer's
   double work = 0;              // floating-point operations of one forward
@@ -122,8 +122,8 @@ bool output_serves(const Chain& chain, int64_t layer, Activation activation) {
 }
 
 std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                                                const OptionalTensors& biases,
-                                                const std::vector<int64_t>& activations, bool save) {
+                                                const OptionalTensors& biases, const std::vector<int64_t>& activations,
+                                                bool save) {
   const Chain chain = check_chain(op, input, weights, activations);
   const OptionalTensors dense_biases = check_biases(chain, biases);
   check_no_gradients(op, input);
@@ -197,9 +197,7 @@ class ParameterGradient {
 
   int64_t scratch_size() const { return (chunks_ - 1) * count_; }
   void use_scratch(T* scratch) { scratch_ = scratch; }
-  T* part(int64_t chunk) const {
-    return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_;
-  }
+  T* part(int64_t chunk) const { return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_; }
   const Tensor& sum() const {
     T* to = part(0);
     for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
@@ -254,8 +252,7 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tens
       const Activation before = i > 0 ? static_cast<Activation>(activations[i - 1]) : Activation::identity;
       const T* layer_input = i == 0 ? data<T>(input) : keeps_input(before) ? nullptr : data<T>(saved[i - 1]);
       layers.push_back({data<T>(weights[i]), layer_input, data<T>(saved[i]), chain.widths[i], chain.widths[i + 1],
-                        static_cast<Activation>(activations[i]),
-                        wanted.weights ? grad_weights[i].part(chunk) : nullptr,
+                        static_cast<Activation>(activations[i]), wanted.weights ? grad_weights[i].part(chunk) : nullptr,
                         wanted.biases ? grad_biases[i].part(chunk) : nullptr});
     }
     kernels.backward(layers.data(), chain.layers(), data<T>(grad_output),
@@ -276,8 +273,8 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tens
 }
 
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
-                       const std::vector<int64_t>& activations, const Tensor& output,
-                       const std::vector<Tensor>& hidden, bool input_wanted, bool weights_wanted, bool biases_wanted) {
+                       const std::vector<int64_t>& activations, const Tensor& output, const std::vector<Tensor>& hidden,
+                       bool input_wanted, bool weights_wanted, bool biases_wanted) {
   const char* op = "mlp_backward";
   const Chain chain = check_chain(op, input, weights, activations);
   check_same_kind(grad_output, chain.kind, "grad_output");
@@ -286,9 +283,8 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
   check_no_gradients(op, grad_output, input);
   const ScalarType dtype = chain.kind.dtype;
   const auto [grad_input, grad_weights, grad_biases] = with_kernel_dtype(dtype, [&](auto type) {
-    return run_backward<decltype(type)>(chain, dense(widened(grad_output)), dense(widened(input)),
-                                        kernel_form(weights), activations, saved,
-                                        {input_wanted, weights_wanted, biases_wanted});
+    return run_backward<decltype(type)>(chain, dense(widened(grad_output)), dense(widened(input)), kernel_form(weights),
+                                        activations, saved, {input_wanted, weights_wanted, biases_wanted});
   });
   return {narrowed(grad_input, dtype), all_narrowed(grad_weights, dtype), all_narrowed(grad_biases, dtype)};
 }

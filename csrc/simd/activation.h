@@ -11,8 +11,12 @@ namespace FASTNN_ISA {
 
 constexpr double kLeakySlope = 0.01;  // torch.nn.LeakyReLU's default
 
-FASTNN_INLINE float erf_of_one(float x) { return erff(x); }
-FASTNN_INLINE double erf_of_one(double x) { return erf(x); }
+FASTNN_INLINE float erf_of_one(float x) {
+  return erff(x);
+}
+FASTNN_INLINE double erf_of_one(double x) {
+  return erf(x);
+}
 template <class T>
 FASTNN_INLINE Vec<T> erf_of(Vec<T> x) {
   T lanes[kLanes<T>];

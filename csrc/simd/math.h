@@ -17,8 +17,14 @@ struct ExpConstants<float> {
   static constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
   // exp(r) on |r| <= ln2/2, Taylor with the last terms adjusted (Cephes expf).
   static constexpr int degree = 7;
-  static constexpr float polynomial[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                                         1.6666665459e-1f, 5.0000001201e-1f, 1.0f,             1.0f};
+  static constexpr float polynomial[] = {1.9875691500e-4f,
+                                         1.3981999507e-3f,
+                                         8.3334519073e-3f,
+                                         4.1665795894e-2f,
+                                         1.6666665459e-1f,
+                                         5.0000001201e-1f,
+                                         1.0f,
+                                         1.0f};
 };
 template <>
 struct ExpConstants<double> {
@@ -29,9 +35,20 @@ struct ExpConstants<double> {
   static constexpr double round_to_integer = 6755399441055744.0;
   // exp(r) on |r| <= ln2/2: Taylor to the 13th power is below half an ulp there.
   static constexpr int degree = 13;
-  static constexpr double polynomial[] = {
-      1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
-      1.0 / 720.0,        1.0 / 120.0,       1.0 / 24.0,       1.0 / 6.0,       0.5,            1.0,           1.0};
+  static constexpr double polynomial[] = {1.0 / 6227020800.0,
+                                          1.0 / 479001600.0,
+                                          1.0 / 39916800.0,
+                                          1.0 / 3628800.0,
+                                          1.0 / 362880.0,
+                                          1.0 / 40320.0,
+                                          1.0 / 5040.0,
+                                          1.0 / 720.0,
+                                          1.0 / 120.0,
+                                          1.0 / 24.0,
+                                          1.0 / 6.0,
+                                          0.5,
+                                          1.0,
+                                          1.0};
 };
 
 // 2^n for a vector of integers held as T, n in the normal range of exponents.
@@ -87,7 +104,6 @@ FASTNN_INLINE Vec<T> tanh_of(Vec<T> x) {
     return magnitude < broadcast<T>(0.625) ? near : signed_far;
   }
 }
-
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

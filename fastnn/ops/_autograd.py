@@ -27,7 +27,7 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product on their device; unchanged outside autocast."""
     if not torch._C._is_any_autocast_enabled():
         return tensors
@@ -57,16 +57,16 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def differentiate_twice(
-    reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor]
+    reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Gradients of ``vjp(reference)(grad_output, *tensors)`` with respect to ``(grad_output, *tensors)``, itself
     differentiable. The backward kernels have no backward of their own: the reference is what they compute."""
 
     def backward(grad_output: Any, *tensors: Tensor) -> Any:
-        _, vjp = torch.func.vjp(reference, *tensors)
+        vjp = torch.func.vjp(reference, *tensors)[1]
         return vjp(grad_output)
 
-    _, vjp = torch.func.vjp(backward, grad_output, *tensors)
+    vjp = torch.func.vjp(backward, grad_output, *tensors)[1]
     return vjp(tuple(grad_grads))
 
 
