@@ -139,7 +139,7 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& in
       kept.push_back(saved.back());
     }
   }
-  if (output.numel() > 0) {
+  if (chain.rows > 0) {
     const Tensor dense_input = dense(widened(input));
     const std::vector<Tensor> dense_weights = kernel_form(weights);
     with_kernel_dtype(chain.kind.dtype, [&](auto type) {

@@ -1,5 +1,6 @@
 """A chain of linear layers with activations: schema's Python side, autograd and the public functions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastnn.ops._autograd import (
     apply_function,
     autocast,
     call_kernel,
+    check_same_device,
     differentiate_twice,
     needs_autograd,
     needs_reference,
@@ -61,7 +63,11 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def activation_names(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
-    names = (activation,) * (layers - 1) + ("identity",) if isinstance(activation, str) else tuple(activation)
+    names = (
+        (activation,) * (layers - 1) + ("identity",) * min(layers, 1)
+        if isinstance(activation, str)
+        else tuple(activation)
+    )
     if len(names) != layers:
         raise ValueError(f"mlp: expected {layers} activations, one a weight, got {len(names)}")
     for name in names:
@@ -78,7 +84,7 @@ def _mlp(
     if needs_reference(input) or layers == 0 or input.dim() == 0:
         return reference.mlp(input, parameters[:layers], parameters[layers:], names)
     numbers = [_NUMBER_OF[name] for name in names]
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if needs_autograd(input, *parameters):
         output = apply_function(Mlp, rows, numbers, layers, *parameters)[0]
     else:
@@ -163,6 +169,7 @@ class MlpBackward(torch.autograd.Function):
 
 @torch.library.register_fake("fastnn::mlp")
 def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]) -> Tensor:
+    check_same_device(input, *weights, *biases)
     return input.new_empty(input.shape[0], weights[-1].shape[0])
 
 
@@ -170,6 +177,7 @@ def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activat
 def _(
     input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]
 ) -> tuple[Tensor, list[Tensor]]:
+    check_same_device(input, *weights, *biases)
     outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in weights]
     output_serves = ACTIVATION_NAMES[activations[-1]] not in _KEEPS_INPUT
     return input.new_empty(outputs[-1].shape), outputs[:-1] if output_serves else outputs
@@ -187,6 +195,7 @@ def _(
     weights_wanted: bool,
     biases_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    check_same_device(grad_output, input, *weights, output, *hidden)
     return (
         input.new_empty(input.shape[0] if input_wanted else 0, input.shape[1]),
         [weight.new_empty(weight.shape) for weight in weights] if weights_wanted else [],
