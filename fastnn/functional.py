@@ -1,5 +1,5 @@
 """The fused operations as functions."""
 
-from fastnn.ops.mlp import linear_relu, mlp
+from fastnn.ops.mlp import linear_relu, mlp, mlp_reconstruction_error
 
-__all__ = ["linear_relu", "mlp"]
+__all__ = ["linear_relu", "mlp", "mlp_reconstruction_error"]
