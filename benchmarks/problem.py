@@ -1,5 +1,6 @@
 """A case made ready to run in one direction: models with equal weights, input, and a check of what comes out."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,10 @@ class Problem:
     def flops(self) -> float:
         """Of one run: a backward does each product of the forward twice, for its two factors."""
         return self.case.flops * (3 if self.direction == "training" else 1)
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What to prepare and time in."""
+        return torch.inference_mode() if self.direction == "inference" else contextlib.nullcontext()
 
     def runner(self, model: nn.Module, input: Any, grad_output: Tensor | None = None) -> Callable[[], Any]:
         """What is timed: a call that returns the output, or the gradients that a training step wants."""

@@ -91,14 +91,14 @@ for _module, _provider in (("onnxruntime", onnx_runtime), ("openvino", openvino)
 def prepare(provider: str, problem: Problem) -> Runner | None:
     """The provider's runner, warmed up and checked; None where it doesn't serve the case."""
     torch.compiler.reset()
-    with warnings.catch_warnings():  # about other people's software
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(), problem.context():
+        warnings.simplefilter("ignore")  # about other people's software
         runner = PROVIDERS[provider](problem)
         if runner is None:
             return None
         for _ in range(2):
             result = runner()
-    _check(provider, problem, result)
+        _check(provider, problem, result)
     return runner
 
 
@@ -138,7 +138,7 @@ def _frozen(problem: Problem, model: nn.Module, input: Any) -> Runner | None:
         return None
     import torch._inductor.config
 
-    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+    with torch._inductor.config.patch(freezing=True):
         run = torch.compile(model.eval())
         run(input)
     return lambda: run(input)
@@ -152,6 +152,5 @@ def _as_onnx(problem: Problem) -> bytes:
     """The stock model with its weights as constants."""
     file = io.BytesIO()
     with contextlib.redirect_stdout(io.StringIO()):
-        torch.onnx.export(problem.stock.eval(), (problem.input,), file, dynamo=False)
-    problem.stock.train()
+        torch.onnx.export(problem.stock, (problem.input,), file, dynamo=False)
     return file.getvalue()
