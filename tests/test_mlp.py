@@ -376,7 +376,7 @@ class TestBadInput:
             0: [output[:4], output[:, :2], output[0], output.double(), output.to("meta"), output.to_sparse()],
             1: [x[:4], x[:, :5], x[0], x.double(), torch.empty(0, 6), x.to("meta")],
             2: [[], weights[:1], weights[::-1], [weights[0], weights[1].double()], [weights[0][0], weights[1]]],
-            3: [[], [1], [1, 99], [-1, 0], [4, 4], [4, 1]],
+            3: [[], [1], [1, 99], [-1, 0], [4, 4]],
             4: [output[:4], output[:, :2], torch.empty(0), output.double(), output.to("meta")],
             5: [[], [hidden[0][:4]], [hidden[0].double()], [hidden[0][:, :3]], hidden * 2, [torch.empty(0)]],
         }

@@ -27,17 +27,17 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
   body(Constant<most>{});
 }
 
-// total[r][v] += sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector].
-// `columns` counts the columns of b that may be read; pass whole tiles (packed panels) where possible.
+// total[r][v] += sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector]. The last vector has `last`
+// columns (1 to kLanes): those beyond are not read.
 template <int rows, int vectors, class A, class B, class T = Compute<A>>
 FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b, int64_t b_depth,
-                                 int64_t columns, Vec<T> (&total)[rows][vectors]) {
-  const int64_t lanes = kLanes<T>;
-  if (columns >= vectors * lanes) {
+                                 int last, Vec<T> (&total)[rows][vectors]) {
+  const auto run = [&](auto load_last) {
     for (int64_t k = 0; k < depth; ++k) {
       Vec<T> right[vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) right[v] = load(b + v * lanes);
+      for (int v = 0; v + 1 < vectors; ++v) right[v] = load(b + v * kLanes<T>);
+      right[vectors - 1] = load_last(b + (vectors - 1) * kLanes<T>);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         const Vec<T> left = broadcast<T>(to_compute(a[r * a_row]));
@@ -47,41 +47,57 @@ FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64
       a += a_depth;
       b += b_depth;
     }
-    return;
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> right[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t left_over = columns - v * lanes;
-      right[v] = left_over > 0 ? load_up_to<B>(b + v * lanes, left_over) : Vec<T>{};
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const Vec<T> left = broadcast<T>(to_compute(a[r * a_row]));
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) total[r][v] += left * right[v];
-    }
-    a += a_depth;
-    b += b_depth;
+  };
+  if (last == kLanes<T>) {
+    run([](const B* from) { return load(from); });
+  } else {
+    run([last](const B* from) { return load_partial<B>(from, last); });
   }
 }
 
-// Elements of a packed (columns, depth) matrix: whole tiles, in the compute type.
+// A tile's place among `columns`: how many vectors it spans, how many columns the last of them has.
+struct TileWidth {
+  int vectors;
+  int last;
+};
+template <class T>
+FASTNN_INLINE TileWidth tile_width(int64_t columns_left) {
+  constexpr int lanes = kLanes<T>;
+  if (columns_left >= kTileColumns<T>) return {kTileVectors, lanes};
+  const int columns = static_cast<int>(columns_left), vectors = (columns + lanes - 1) / lanes;
+  return {vectors, columns - (vectors - 1) * lanes};
+}
+
+// Writes a tile whose last vector has `last` columns, through finish(value, address).
+template <int rows, int vectors, class T, class Out, class Finish>
+FASTNN_INLINE void store_tile(const Vec<T> (&total)[rows][vectors], int last, Out* output, int64_t stride,
+                              const Finish& finish) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+    Out* to = output + r * stride;
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < vectors; ++v) store(to + v * kLanes<T>, finish(total[r][v], v));
+    store_up_to<Out>(to + (vectors - 1) * kLanes<T>, finish(total[r][vectors - 1], vectors - 1), last);
+  }
+}
+
+// Elements of a packed (columns, depth) matrix: whole vectors, in the compute type.
 template <class T>
 int64_t packed_size(int64_t columns, int64_t depth) {
-  return (columns + kTileColumns<T> - 1) / kTileColumns<T> * kTileColumns<T> * depth;
+  return (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T> * depth;
 }
 
-// weight (columns, depth), row-major -> panels [columns / tile][depth][tile], the last one padded with zeros.
+// weight (columns, depth), row-major -> panels [columns / tile][depth][tile]. The last panel is as many vectors wide
+// as it has columns for, padded with zeros.
 template <class T>
 void pack_panels(const T* weight, int64_t columns, int64_t depth, Compute<T>* packed) {
   using C = Compute<T>;
-  constexpr int64_t tile = kTileColumns<C>, lanes = kLanes<C>;
-  for (int64_t first = 0; first < columns; first += tile, packed += tile * depth) {
+  constexpr int64_t lanes = kLanes<C>;
+  for (int64_t first = 0; first < columns; first += kTileColumns<C>) {
+    const int vectors = tile_width<C>(columns - first).vectors;
     for (int64_t k = 0; k < depth; k += lanes) {
       const int64_t depth_left = depth - k < lanes ? depth - k : lanes;
-      for (int v = 0; v < kTileVectors; ++v) {
+      for (int v = 0; v < vectors; ++v) {
         const int64_t columns_left = columns - first - v * lanes;
         const T* from = weight + (first + v * lanes) * depth + k;
         Vec<C> square[lanes];
@@ -90,9 +106,10 @@ void pack_panels(const T* weight, int64_t columns, int64_t depth, Compute<T>* pa
           square[i] = i < columns_left ? load_up_to<T>(from + i * depth, depth_left) : Vec<C>{};
         }
         transpose<C>(square);
-        for (int64_t i = 0; i < depth_left; ++i) store(packed + (k + i) * tile + v * lanes, square[i]);
+        for (int64_t i = 0; i < depth_left; ++i) store(packed + ((k + i) * vectors + v) * lanes, square[i]);
       }
     }
+    packed += vectors * lanes * depth;
   }
 }
 

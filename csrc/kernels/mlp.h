@@ -23,8 +23,8 @@ struct MlpLayer {
   int64_t in;
   int64_t out;
   Activation activation;
-  const Compute<T>* packed;  // weight in panels, or null for the path of few rows
-  T* saved;                  // (rows, out) kept for backward, or null
+  const T* packed;  // weight in panels, or null for the path of few rows
+  T* saved;         // (rows, out) kept for backward, or null
 };
 
 template <class T>
@@ -35,8 +35,8 @@ struct MlpLayerBackward {
   int64_t in;
   int64_t out;
   Activation activation;
-  Compute<T>* grad_weight;  // (out, in), added to; or null
-  Compute<T>* grad_bias;    // (out), added to; or null
+  T* grad_weight;  // (out, in), of these rows alone; or null
+  T* grad_bias;    // (out), of these rows alone; or null
 };
 
 template <class T>
@@ -44,18 +44,18 @@ struct MlpKernels {
   // Whether a layer of `in` features that sees `rows` rows should have its weight packed.
   bool (*worth_packing)(int64_t rows, int64_t in);
   int64_t (*packed_size)(int64_t out, int64_t in);
-  void (*pack)(const T* weight, int64_t out, int64_t in, Compute<T>* packed);
+  void (*pack)(const T* weight, int64_t out, int64_t in, T* packed);
   // Elements of scratch that forward and backward need for layers of at most `widest` columns.
   int64_t (*scratch_size)(int64_t widest);
   // input (rows, layers[0].in) -> output (rows, layers[count - 1].out)
   void (*forward)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row,
-                  int64_t last_row, Compute<T>* scratch);
+                  int64_t last_row, T* scratch);
   // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null
   void (*backward)(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,
-                   int64_t first_row, int64_t last_row, Compute<T>* scratch);
+                   int64_t first_row, int64_t last_row, T* scratch);
 };
 
-using MlpTable = PerDtype<MlpKernels>;
+using MlpTable = PerWideDtype<MlpKernels>;
 
 }  // namespace fastnn
 

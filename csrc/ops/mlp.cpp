@@ -12,6 +12,7 @@ using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 struct Chain {
   Expected kind;
+  ScalarType kernel_dtype;  // what it is computed in
   int64_t rows;
   std::vector<int64_t> widths;  // the input's, then each layer's
   double work = 0;              // floating-point operations of one forward
@@ -27,7 +28,7 @@ Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>
   check(!weights.empty(), op, ": expected at least one weight");
   check(activations.size() == weights.size(), op, ": expected ", weights.size(), " activations, one a weight, got ",
         activations.size());
-  Chain chain{kind, input.size(0), {}};
+  Chain chain{kind, kind.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float, input.size(0), {}};
   chain.widths.reserve(weights.size() + 1);
   chain.widths.push_back(input.size(1));
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -56,7 +57,7 @@ OptionalTensors check_biases(const Chain& chain, const OptionalTensors& biases) 
       check_same_kind(*biases[i], chain.kind, "biases");
       check_sizes(*biases[i], {chain.widths[i + 1]}, op, "biases");
       check_no_gradients(op, *biases[i]);
-      result.emplace_back(dense(*biases[i]));
+      result.emplace_back(dense(widened(*biases[i])));
     } else {
       result.emplace_back();
     }
@@ -64,18 +65,28 @@ OptionalTensors check_biases(const Chain& chain, const OptionalTensors& biases) 
   return result;
 }
 
-std::vector<Tensor> all_dense(const std::vector<Tensor>& tensors) {
+// As the kernels take them: contiguous, bfloat16 widened to float.
+std::vector<Tensor> kernel_form(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> result;
   result.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) result.push_back(dense(tensor));
+  for (const Tensor& tensor : tensors) result.push_back(dense(widened(tensor)));
   return result;
+}
+
+std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) {
+  for (Tensor& tensor : tensors) tensor = narrowed(tensor, dtype);
+  return tensors;
+}
+
+template <class Body>
+auto with_kernel_dtype(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
 template <class T>
 void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tensor>& weights,
                  const OptionalTensors& biases, const std::vector<int64_t>& activations, const Tensor& output,
                  const std::vector<Tensor>& saved) {
-  using C = Compute<T>;
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
   const int64_t scratch_size = kernels.scratch_size(chain.widest());
@@ -87,11 +98,11 @@ void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tens
     packed_sizes.push_back(packs ? kernels.packed_size(chain.widths[i + 1], chain.widths[i]) : 0);
     scratch_total += packed_sizes.back();
   }
-  Scratch<C> scratch(scratch_total);
+  Scratch<T> scratch(scratch_total);
 
   std::vector<MlpLayer<T>> layers;
   layers.reserve(weights.size());
-  C* panel = scratch.get() + chunks * scratch_size;
+  T* panel = scratch.get() + chunks * scratch_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
     if (packed_sizes[i]) kernels.pack(data<T>(weights[i]), chain.widths[i + 1], chain.widths[i], panel);
     layers.push_back({data<T>(weights[i]), biases[i] ? data<T>(*biases[i]) : nullptr, chain.widths[i],
@@ -117,25 +128,25 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& in
   const OptionalTensors dense_biases = check_biases(chain, biases);
   check_no_gradients(op, input);
   for (const Tensor& weight : weights) check_no_gradients(op, weight);
-  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, chain.kind.dtype);
+  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, chain.kernel_dtype);
   std::vector<Tensor> saved;
   std::vector<Tensor> kept;
   for (int64_t i = 0; save && i < chain.layers(); ++i) {
     if (output_serves(chain, i, static_cast<Activation>(activations[i]))) {
       saved.emplace_back();
     } else {
-      saved.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, chain.kind.dtype));
+      saved.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, chain.kernel_dtype));
       kept.push_back(saved.back());
     }
   }
-  if (output.numel() > 0) {
-    const Tensor dense_input = dense(input);
-    const std::vector<Tensor> dense_weights = all_dense(weights);
-    with_dtype(chain.kind.dtype, [&](auto type) {
+  if (chain.rows > 0) {
+    const Tensor dense_input = dense(widened(input));
+    const std::vector<Tensor> dense_weights = kernel_form(weights);
+    with_kernel_dtype(chain.kind.dtype, [&](auto type) {
       run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, output, saved);
     });
   }
-  return {output, kept};
+  return {narrowed(output, chain.kind.dtype), all_narrowed(kept, chain.kind.dtype)};
 }
 
 Tensor mlp(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
@@ -170,70 +181,95 @@ std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& 
     const Tensor& tensor = serves ? output : hidden[next++];
     check_same_kind(tensor, chain.kind, serves ? "output" : "hidden");
     check_sizes(tensor, {chain.rows, chain.widths[i + 1]}, op, serves ? "output" : "hidden");
-    saved.push_back(dense(tensor));
+    saved.push_back(dense(widened(tensor)));
   }
   check(next == hidden.size(), op, ": expected ", next, " hidden tensors, got ", hidden.size());
   return saved;
 }
 
-// Sums of the parts that the chunks have added up, in order, into (sizes).
+// The gradient of one parameter: the chunks' parts of it, summed in their order. The first chunk writes its part
+// into the result itself.
 template <class T>
-Tensor sum_parts(const Compute<T>* parts, int64_t chunks, int64_t part_stride, const std::vector<int64_t>& sizes,
-                 ScalarType dtype) {
-  using C = Compute<T>;
-  const Tensor total = new_tensor(sizes, dtype);
-  const int64_t count = total.numel();
-  T* to = mutable_data<T>(total);
-  for (int64_t i = 0; i < count; ++i) {
-    C value = parts[i];
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) value += parts[chunk * part_stride + i];
-    to[i] = narrow<T>(value);
+class ParameterGradient {
+ public:
+  ParameterGradient(const std::vector<int64_t>& sizes, ScalarType dtype, int64_t chunks)
+      : result_(new_tensor(sizes, dtype)), count_(result_.numel()), chunks_(chunks) {}
+
+  int64_t scratch_size() const { return (chunks_ - 1) * count_; }
+  void use_scratch(T* scratch) { scratch_ = scratch; }
+  T* part(int64_t chunk) const { return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_; }
+  const Tensor& sum() const {
+    T* to = part(0);
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+      const T* from = part(chunk);
+      for (int64_t i = 0; i < count_; ++i) to[i] += from[i];
+    }
+    return result_;
   }
-  return total;
-}
+  // Of no rows at all.
+  const Tensor& zero() const {
+    std::fill_n(part(0), count_, T(0));
+    return result_;
+  }
+
+ private:
+  Tensor result_;
+  int64_t count_;
+  int64_t chunks_;
+  T* scratch_ = nullptr;
+};
 
 template <class T>
 Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tensor& input,
                        const std::vector<Tensor>& weights, const std::vector<int64_t>& activations,
                        const std::vector<Tensor>& saved, Wanted wanted) {
-  using C = Compute<T>;
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+  const ScalarType dtype = chain.kernel_dtype;
   const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
-  int64_t parameters = 0;
+  const int64_t block_size = kernels.scratch_size(chain.widest());
+  std::vector<ParameterGradient<T>> grad_weights, grad_biases;
+  int64_t scratch_size = chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    parameters += checked_product(chain.widths[i + 1], checked_sum(chain.widths[i], 1));
+    if (wanted.weights) grad_weights.emplace_back(std::vector{chain.widths[i + 1], chain.widths[i]}, dtype, chunks);
+    if (wanted.biases) grad_biases.emplace_back(std::vector{chain.widths[i + 1]}, dtype, chunks);
   }
-  const int64_t scratch_size = kernels.scratch_size(chain.widest());
-  Scratch<C> parts(chunks * parameters), scratch(chunks * scratch_size);
-  const Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, chain.kind.dtype);
-  parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    C* part = parts.get() + chunk * parameters;
-    std::fill(part, part + parameters, C(0));
+  for (auto* gradients : {&grad_weights, &grad_biases}) {
+    for (const auto& gradient : *gradients) scratch_size = checked_sum(scratch_size, gradient.scratch_size());
+  }
+  Scratch<T> scratch(scratch_size);
+  T* next = scratch.get() + chunks * block_size;
+  for (auto* gradients : {&grad_weights, &grad_biases}) {
+    for (auto& gradient : *gradients) {
+      gradient.use_scratch(next);
+      next += gradient.scratch_size();
+    }
+  }
+  const Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, dtype);
+  parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
     std::vector<MlpLayerBackward<T>> layers;
+    layers.reserve(weights.size());
     for (int64_t i = 0; i < chain.layers(); ++i) {
       const Activation before = i > 0 ? static_cast<Activation>(activations[i - 1]) : Activation::identity;
       const T* layer_input = i == 0 ? data<T>(input) : keeps_input(before) ? nullptr : data<T>(saved[i - 1]);
-      C* grad_bias = part + chain.widths[i + 1] * chain.widths[i];
       layers.push_back({data<T>(weights[i]), layer_input, data<T>(saved[i]), chain.widths[i], chain.widths[i + 1],
-                        static_cast<Activation>(activations[i]), wanted.weights ? part : nullptr,
-                        wanted.biases ? grad_bias : nullptr});
-      part = grad_bias + chain.widths[i + 1];
+                        static_cast<Activation>(activations[i]), wanted.weights ? grad_weights[i].part(chunk) : nullptr,
+                        wanted.biases ? grad_biases[i].part(chunk) : nullptr});
     }
     kernels.backward(layers.data(), chain.layers(), data<T>(grad_output),
                      wanted.input ? mutable_data<T>(grad_input) : nullptr, first, last,
-                     scratch.get() + chunk * scratch_size);
+                     scratch.get() + chunk * block_size);
   });
 
-  std::vector<Tensor> grad_weights, grad_biases;
-  const C* part = parts.get();
-  for (int64_t i = 0; i < chain.layers(); ++i) {
-    const int64_t out = chain.widths[i + 1], in = chain.widths[i];
-    if (wanted.weights) grad_weights.push_back(sum_parts<T>(part, chunks, parameters, {out, in}, chain.kind.dtype));
-    part += out * in;
-    if (wanted.biases) grad_biases.push_back(sum_parts<T>(part, chunks, parameters, {out}, chain.kind.dtype));
-    part += out;
-  }
-  return {grad_input, grad_weights, grad_biases};
+  Gradients result{grad_input, {}, {}};
+  const auto finish = [&](const std::vector<ParameterGradient<T>>& gradients, std::vector<Tensor>& to) {
+    to.reserve(gradients.size());
+    for (const auto& gradient : gradients) {
+      to.push_back(chain.rows == 0 ? gradient.zero() : gradient.sum());
+    }
+  };
+  finish(grad_weights, std::get<1>(result));
+  finish(grad_biases, std::get<2>(result));
+  return result;
 }
 
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
@@ -245,10 +281,12 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
   check_sizes(grad_output, {chain.rows, chain.widths.back()}, op, "grad_output");
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
   check_no_gradients(op, grad_output, input);
-  return with_dtype(chain.kind.dtype, [&](auto type) {
-    return run_backward<decltype(type)>(chain, dense(grad_output), dense(input), all_dense(weights), activations, saved,
-                                        {input_wanted, weights_wanted, biases_wanted});
+  const ScalarType dtype = chain.kind.dtype;
+  const auto [grad_input, grad_weights, grad_biases] = with_kernel_dtype(dtype, [&](auto type) {
+    return run_backward<decltype(type)>(chain, dense(widened(grad_output)), dense(widened(input)), kernel_form(weights),
+                                        activations, saved, {input_wanted, weights_wanted, biases_wanted});
   });
+  return {narrowed(grad_input, dtype), all_narrowed(grad_weights, dtype), all_narrowed(grad_biases, dtype)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {

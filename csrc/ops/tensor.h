@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 
 #include "../kernels/dtype.h"
 #include "check.h"
@@ -43,17 +42,12 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// A computed value as it is stored; bfloat16 rounds to nearest, ties to even.
-template <class T>
-T narrow(Compute<T> value) {
-  return value;
+// For ops whose kernels take bfloat16 as float: the tensor as float, and back.
+inline Tensor widened(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::BFloat16 ? torch::stable::to(tensor, ScalarType::Float) : tensor;
 }
-template <>
-inline bfloat16 narrow<bfloat16>(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+inline Tensor narrowed(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
 // body(T{}) for the element type T of `dtype`, which check_first has admitted.
@@ -130,7 +124,7 @@ inline int64_t useful_threads(double work) {
 template <class Body>
 void parallel_chunks(int64_t chunks, int64_t count, const Body& body) {
   const auto run = [&](int64_t chunk) { body(chunk, count * chunk / chunks, count * (chunk + 1) / chunks); };
-  if (chunks == 1) return run(0);
+  if (chunks <= 1) return chunks == 1 ? run(0) : void();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) run(chunk);
   });

@@ -1,6 +1,7 @@
 """Linear layers fused with their activations."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class MLP(nn.Sequential):
             raise ValueError(f"MLP: sizes must name the input's features and at least one layer's, got {list(sizes)}")
         names = activation_names(activation, len(sizes) - 1)
         children: list[nn.Module] = []
-        for in_features, out_features, name in zip(sizes, sizes[1:], names, strict=True):
+        for (in_features, out_features), name in zip(pairwise(sizes), names, strict=True):
             children.append(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype))
             if name != "identity":
                 children.append(_MODULES[name]())

@@ -40,12 +40,30 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     )
 
 
+def check_same_device(*tensors: Tensor | None) -> None:
+    """For fake kernels, which a single meta tensor among others is enough to call."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, "
+            f"{' and '.join(sorted(map(str, devices)))}!"
+        )
+
+
 def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
     """Run a raw operator for a caller who has seen to gradients."""
     if not torch.is_grad_enabled():
         return op(*args)
     with torch.no_grad():
         return op(*args)
+
+
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without the 10 microseconds that ``apply`` spends on ``inspect.signature`` to fill in
+    default arguments, of which our functions have none."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def differentiate_twice(

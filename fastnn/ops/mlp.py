@@ -1,5 +1,6 @@
 """A chain of linear layers with activations: schema's Python side, autograd and the public functions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,10 @@ import torch
 from torch import Tensor
 
 from fastnn.ops._autograd import (
+    apply_function,
     autocast,
     call_kernel,
+    check_same_device,
     differentiate_twice,
     needs_autograd,
     needs_reference,
@@ -21,6 +24,8 @@ ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _NUMBER_OF = {name: number for number, name in enumerate(ACTIVATION_NAMES)}
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
 _mlp_op = torch.ops.fastnn.mlp.default
+_mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
+_mlp_backward_op = torch.ops.fastnn.mlp_backward.default
 
 
 def mlp(
@@ -58,7 +63,11 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def activation_names(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
-    names = (activation,) * (layers - 1) + ("identity",) if isinstance(activation, str) else tuple(activation)
+    names = (
+        (activation,) * (layers - 1) + ("identity",) * min(layers, 1)
+        if isinstance(activation, str)
+        else tuple(activation)
+    )
     if len(names) != layers:
         raise ValueError(f"mlp: expected {layers} activations, one a weight, got {len(names)}")
     for name in names:
@@ -75,9 +84,9 @@ def _mlp(
     if needs_reference(input) or layers == 0 or input.dim() == 0:
         return reference.mlp(input, parameters[:layers], parameters[layers:], names)
     numbers = [_NUMBER_OF[name] for name in names]
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if needs_autograd(input, *parameters):
-        output = Mlp.apply(rows, numbers, layers, *parameters)[0]
+        output = apply_function(Mlp, rows, numbers, layers, *parameters)[0]
     else:
         output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], numbers)
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
@@ -90,7 +99,7 @@ class Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, numbers: list[int], layers: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        output, hidden = torch.ops.fastnn.mlp_with_hidden(input, parameters[:layers], parameters[layers:], numbers)
+        output, hidden = _mlp_with_hidden_op(input, parameters[:layers], parameters[layers:], numbers)
         return (output, *hidden)
 
     @staticmethod
@@ -101,16 +110,10 @@ class Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        wanted = (
-            ctx.needs_input_grad[0],
-            any(ctx.needs_input_grad[3 : 3 + ctx.layers]),
-            any(ctx.needs_input_grad[3 + ctx.layers :]),
-        )
-        arguments = (grad_output, ctx.numbers, ctx.layers, wanted, *ctx.saved_tensors)
+        needed, layers = ctx.needs_input_grad, ctx.layers
+        wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
-        gradients = compute(*arguments)
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-        grad_input, *grad_parameters = (g if n else None for g, n in zip(gradients, needed, strict=True))
+        grad_input, *grad_parameters = compute(grad_output, ctx.numbers, layers, wanted, *ctx.saved_tensors)
         return (grad_input, None, None, *grad_parameters)
 
 
@@ -125,16 +128,16 @@ class MlpBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         input, weights, biases = saved[0], saved[1 : 1 + layers], saved[1 + layers : 1 + 2 * layers]
         output, *hidden = saved[1 + 2 * layers :]
-        grad_input, grad_weights, grad_biases = torch.ops.fastnn.mlp_backward(
+        grad_input, grad_weights, grad_biases = _mlp_backward_op(
             grad_output, input, weights, numbers, output, hidden, *wanted
         )
+        none = (None,) * layers
+        if wanted[2] and any(bias is None for bias in biases):
+            grad_biases = [None if bias is None else grad for grad, bias in zip(grad_biases, biases, strict=True)]
         return (
             grad_input if wanted[0] else None,
-            *(grad_weights if wanted[1] else (None,) * layers),
-            *(
-                grad if wanted[2] and bias is not None else None
-                for grad, bias in zip(grad_biases if wanted[2] else (None,) * layers, biases, strict=True)
-            ),
+            *(grad_weights if wanted[1] else none),
+            *(grad_biases if wanted[2] else none),
         )
 
     @staticmethod
@@ -166,6 +169,7 @@ class MlpBackward(torch.autograd.Function):
 
 @torch.library.register_fake("fastnn::mlp")
 def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]) -> Tensor:
+    check_same_device(input, *weights, *biases)
     return input.new_empty(input.shape[0], weights[-1].shape[0])
 
 
@@ -173,6 +177,7 @@ def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activat
 def _(
     input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]
 ) -> tuple[Tensor, list[Tensor]]:
+    check_same_device(input, *weights, *biases)
     outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in weights]
     output_serves = ACTIVATION_NAMES[activations[-1]] not in _KEEPS_INPUT
     return input.new_empty(outputs[-1].shape), outputs[:-1] if output_serves else outputs
@@ -190,6 +195,7 @@ def _(
     weights_wanted: bool,
     biases_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    check_same_device(grad_output, input, *weights, output, *hidden)
     return (
         input.new_empty(input.shape[0] if input_wanted else 0, input.shape[1]),
         [weight.new_empty(weight.shape) for weight in weights] if weights_wanted else [],
