@@ -73,7 +73,7 @@ $(VENV)/venv.stamp: pyproject.toml
 	@touch $@
 
 $(VENV)/build.stamp: $(VENV)/venv.stamp $(SOURCES)
-	CXX="$(CXX)" $(RUN) setup.py -q build_ext --inplace
+	CXX="$(CXX)" $(RUN) -W ignore::UserWarning setup.py -q build_ext --inplace
 	CXX="$(CXX)" $(PIP) install --no-build-isolation --editable .
 	@touch $@
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 VERSION = "0.1.0"
 
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # No -ffast-math: it drops NaN and can set flush-to-zero for the whole process.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 INSTRUCTION_SETS = {"baseline": []}
