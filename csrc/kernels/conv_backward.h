@@ -15,8 +15,8 @@ namespace FASTNN_ISA {
 constexpr int kMostRuns = 4;
 constexpr int kMostRunVectors = 6;
 constexpr int kMostAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
-constexpr int64_t kEntryBytes = 256 << 10;   // the entries of one pass: part of L2
-constexpr int64_t kSliceBytes = 32 << 10;    // what the inner loop returns to: most of L1
+constexpr int64_t kEntryBytes = 256 << 10;  // the entries of one pass: part of L2
+constexpr int64_t kSliceBytes = 32 << 10;   // what the inner loop returns to: most of L1
 
 // A nonzero gradient and where its runs begin.
 template <class C>
@@ -74,15 +74,15 @@ FASTNN_INLINE void for_each_run_tap(const ConvPoolGeometry& g, const RunShape& s
 
 template <class C>
 struct BackwardScratch {
-  C* image;                     // the input's padded image, of one block; or its gradient's, of all blocks
+  C* image;  // the input's padded image, of one block; or its gradient's, of all blocks
   GradientEntry<C>* entries;
-  int32_t* starts;              // where each bucket of entries begins, and one past the last
-  int64_t* run_offsets;         // in the image
-  int64_t* place_offsets;       // in the image, of each place of a window
-  int64_t* window_starts;       // in the image, of each pooled pixel of the pass
-  int64_t pixels;               // pooled pixels of one pass
-  int64_t channels;             // output channels of one bucket of the input's gradient
-  int64_t slice_pixels;         // pooled pixels of one bucket of the weight's gradient
+  int32_t* starts;         // where each bucket of entries begins, and one past the last
+  int64_t* run_offsets;    // in the image
+  int64_t* place_offsets;  // in the image, of each place of a window
+  int64_t* window_starts;  // in the image, of each pooled pixel of the pass
+  int64_t pixels;          // pooled pixels of one pass
+  int64_t channels;        // output channels of one bucket of the input's gradient
+  int64_t slice_pixels;    // pooled pixels of one bucket of the weight's gradient
   int64_t size;
 
   BackwardScratch(const ConvPoolGeometry& g, void* memory) {
@@ -166,6 +166,11 @@ void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* from, T* t
       }
     }
   }
+}
+
+template <class T>
+void store_computed(const Compute<T>* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from_compute<T>(from[i]);
 }
 
 template <class T>
@@ -277,7 +282,8 @@ class BackwardWorker {
       for (int64_t p = 0; p < g_.pixels(); p += scratch_.pixels) {
         add_input_gradient(p, smaller(p + scratch_.pixels, g_.pixels()), first, last);
       }
-      for (int64_t block = first; block < last; ++block) store_image(block, scratch_.image + (block - first) * s_.image);
+      for (int64_t block = first; block < last; ++block)
+        store_image(block, scratch_.image + (block - first) * s_.image);
     }
   }
 
@@ -336,7 +342,8 @@ class BackwardWorker {
         *starts++ = next;
         for_each_gradient(o, o + 1, from, smaller(from + scratch_.slice_pixels, last),
                           [&](int64_t, int64_t pixel, int place, C value) {
-                            const int64_t offset = scratch_.window_starts[pixel - first] + scratch_.place_offsets[place];
+                            const int64_t offset =
+                                scratch_.window_starts[pixel - first] + scratch_.place_offsets[place];
                             scratch_.entries[next++] = {value, static_cast<int32_t>(offset)};
                           });
       }
@@ -456,7 +463,7 @@ class BackwardWorker {
           copy_run(input + from + w * layout.d[2], 1, channels, scratch_.image + to + w * s_.lanes);
         }
       } else if (layout.d[2] == 1) {
-        transpose(input + from, layout.c, channels, count, scratch_.image + to, s_.lanes);
+        transpose_matrix(input + from, layout.c, channels, count, scratch_.image + to, s_.lanes);
       } else {
         for (int64_t w = 0; w < count; ++w) {
           copy_run(input + from + w * layout.d[2], layout.c, channels, scratch_.image + to + w * s_.lanes);
@@ -478,7 +485,7 @@ class BackwardWorker {
           }
         }
       } else {
-        transpose(image + from, s_.lanes, count, channels, output + to, layout.c);
+        transpose_matrix(image + from, s_.lanes, count, channels, output + to, layout.c);
       }
     });
   }

@@ -12,14 +12,16 @@ namespace fastnn {
 namespace FASTNN_ISA {
 
 constexpr int kConvPixels = FASTNN_VECTOR_BYTES == 64 ? 14 : 6;
-constexpr int64_t kTileBytes = 256 << 10;   // a band's input: part of L2, beside a block's weight
-constexpr int64_t kStageBytes = 64 << 10;   // a band's output before it is transposed
-constexpr int64_t kRowPixels = 128;         // conv pixels of a ring row: a few rows stay in L1
+constexpr int64_t kTileBytes = 256 << 10;  // a band's input: part of L2, beside a block's weight
+constexpr int64_t kStageBytes = 64 << 10;  // a band's output before it is transposed
+constexpr int64_t kRowPixels = 128;        // conv pixels of a ring row: a few rows stay in L1
 
 template <class C>
 constexpr int64_t kBlockChannels = 2 * kLanes<C>;
 
-FASTNN_INLINE int64_t round_up(int64_t a, int64_t multiple) { return divide_up(a, multiple) * multiple; }
+FASTNN_INLINE int64_t round_up(int64_t a, int64_t multiple) {
+  return divide_up(a, multiple) * multiple;
+}
 
 // Input rows (or slices, or columns) under `pooled` consecutive windows along dimension d.
 FASTNN_INLINE int64_t input_extent(const ConvPoolGeometry& g, int d, int64_t pooled) {
@@ -65,8 +67,8 @@ struct DirectScratch {
       used += round_up(bytes, 64);
       return part;
     };
-    const int64_t tile_size = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, plan.band) *
-                              input_extent(g, 2, plan.columns);
+    const int64_t tile_size =
+        g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, plan.band) * input_extent(g, 2, plan.columns);
     tile = reinterpret_cast<C*>(take(tile_size * sizeof(C)));
     ring = reinterpret_cast<C*>(take(slots * ring_size.columns * kBlockChannels<C> * sizeof(C)));
     stage = reinterpret_cast<C*>(take(stage_pixels * kBlockChannels<C> * sizeof(C)));
@@ -136,10 +138,10 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
   const int64_t depth = g.depth();
   // In memory the depth is one run, for either order.
   const bool in_order = call.plan.channels_last
-                            ? layout.c == 1 && layout.d[2] == g.in_channels && layout.d[1] == layout.d[2] * g.kernel[2] &&
-                                  layout.d[0] == layout.d[1] * g.kernel[1]
-                            : layout.d[2] == 1 && layout.d[1] == g.kernel[2] && layout.d[0] == layout.d[1] * g.kernel[1] &&
-                                  layout.c == g.taps();
+                            ? layout.c == 1 && layout.d[2] == g.in_channels &&
+                                  layout.d[1] == layout.d[2] * g.kernel[2] && layout.d[0] == layout.d[1] * g.kernel[1]
+                            : layout.d[2] == 1 && layout.d[1] == g.kernel[2] &&
+                                  layout.d[0] == layout.d[1] * g.kernel[1] && layout.c == g.taps();
   for (int64_t item = first_item; item < last_item; ++item) {
     const int64_t group = item / blocks, first = item % blocks * kBlockChannels<C>;
     const int64_t count = smaller(g.out_channels - first, kBlockChannels<C>);
@@ -152,7 +154,7 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
       }
     }
     if (in_order) {
-      transpose(from, layout.n, count, depth, to, width);
+      transpose_matrix(from, layout.n, count, depth, to, width);
       continue;
     }
     for_each_tap(g, call.plan.channels_last, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
@@ -174,7 +176,8 @@ struct InputTile {
 template <class T, class C>
 FASTNN_INLINE void copy_run(const T* from, int64_t stride, int64_t count, C* to) {
   if (stride == 1) {
-    for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<C>(to + i, load_up_to<T>(from + i, count - i), count - i);
+    for (int64_t i = 0; i < count; i += kLanes<C>)
+      store_up_to<C>(to + i, load_up_to<T>(from + i, count - i), count - i);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i * stride]);
   }
@@ -204,7 +207,8 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
         }
         fill_zeros(to, left * pixel);
         fill_zeros(to + right * pixel, (tile.size[2] - right) * pixel);
-        const T* source = from + c * layout.c + slice * layout.d[0] + row * layout.d[1] + (tile.first[2] + left) * layout.d[2];
+        const T* source =
+            from + c * layout.c + slice * layout.d[0] + row * layout.d[1] + (tile.first[2] + left) * layout.d[2];
         if (!channels_last) {
           copy_run(source, layout.d[2], right - left, to + left);
         } else if (layout.d[2] == g.in_channels) {
@@ -275,7 +279,10 @@ class DirectForward {
 
  public:
   DirectForward(const ConvPoolForward<T>& call, void* memory)
-      : call_(call), g_(call.geometry), plan_(call.plan), ring_(ring_shape(call.geometry, call.plan)),
+      : call_(call),
+        g_(call.geometry),
+        plan_(call.plan),
+        ring_(ring_shape(call.geometry, call.plan)),
         scratch_(call.geometry, call.plan, memory) {
     tile_.data = scratch_.tile;
     tile_.size[0] = input_extent(g_, 0, 1);
@@ -309,7 +316,8 @@ class DirectForward {
       const int64_t slice = row / g_.output[1], first = row % g_.output[1];
       const int64_t last = smaller(smaller(first + plan_.band, g_.output[1]), first + last_row - row);
       load_band(slice, first, last);
-      for (int64_t b = blocks * block_part / plan_.block_parts; b < blocks * (block_part + 1) / plan_.block_parts; ++b) {
+      for (int64_t b = blocks * block_part / plan_.block_parts; b < blocks * (block_part + 1) / plan_.block_parts;
+           ++b) {
         run_block(b, slice, first, last);
       }
       row += last - first;
@@ -408,8 +416,8 @@ class DirectForward {
       const C* from = scratch_.stage + r * columns * pixel;
       const uint8_t* winners = scratch_.winner_stage + r * columns * pixel;
       if (layout.d[2] == 1) {
-        transpose(from, pixel, columns, channels, call_.output + to, layout.c);
-        if (with_winners) transpose(winners, pixel, columns, channels, call_.winners + to, layout.c);
+        transpose_matrix(from, pixel, columns, channels, call_.output + to, layout.c);
+        if (with_winners) transpose_matrix(winners, pixel, columns, channels, call_.winners + to, layout.c);
         continue;
       }
       for (int64_t x = 0; x < columns; ++x) {

@@ -7,21 +7,17 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTNN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTNN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+FASTNN_INLINE int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+FASTNN_INLINE int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
-// Lane numbers of T's width: what a comparison of Vec<T> selects from.
-template <class T>
-struct IntegerOf;
-template <>
-struct IntegerOf<float> {
-  using Type = int32_t;
-};
-template <>
-struct IntegerOf<double> {
-  using Type = int64_t;
-};
+// Places in a window, as wide as what they are selected by.
 template <class T>
 using Places = Vec<typename IntegerOf<T>::Type>;
 
@@ -93,8 +89,8 @@ FASTNN_INLINE void write_empty_window(C* to, uint8_t* winners) {
 // One row of pooled pixels, [first, last), into `to` and `winners` (columns, vectors x lanes).
 // rows[..].pixels point to the conv pixel `first_conv`.
 template <class C, int vectors, bool with_winners>
-void pool_row(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv,
-              int64_t first, int64_t last, C* to, uint8_t* winners) {
+void pool_row(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv, int64_t first,
+              int64_t last, C* to, uint8_t* winners) {
   constexpr int64_t pixel = vectors * kLanes<C>;
   const int64_t step = g.pool_dilation[2] * pixel;
   for (int64_t x = first; x < last; ++x, to += pixel, winners += with_winners ? pixel : 0) {

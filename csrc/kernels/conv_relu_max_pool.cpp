@@ -9,8 +9,9 @@ namespace {
 
 template <class T>
 constexpr ConvPoolKernels<T> kernels() {
-  return {plan_direct<Compute<T>>, pack_direct<T>,   forward_direct<T>, plan_backward<Compute<T>>,
-          pack_backward<T>,        backward<T>,      unpack_weight<T>,  winners_are_valid<T>};
+  return {plan_direct<Compute<T>>,   pack_direct<T>,    forward_direct<T>,
+          plan_backward<Compute<T>>, pack_backward<T>,  backward<T>,
+          unpack_weight<T>,          store_computed<T>, winners_are_valid<T>};
 }
 
 }  // namespace

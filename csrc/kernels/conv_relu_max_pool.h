@@ -38,11 +38,11 @@ struct ConvLayout {
 
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.
 struct ConvPoolPlan {
-  int64_t items;         // independent pieces of work
-  int64_t packed_size;   // elements of the packed weight
-  int64_t pack_items;    // independent pieces of packing
-  int64_t scratch_size;  // bytes, a thread
-  bool channels_last;    // the order of the tile's elements and so of the packed weight's
+  int64_t items;                  // independent pieces of work
+  int64_t packed_size;            // elements of the packed weight
+  int64_t pack_items;             // independent pieces of packing
+  int64_t scratch_size;           // bytes, a thread
+  bool channels_last;             // the order of the tile's elements and so of the packed weight's
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together
   int64_t row_parts, block_parts;
@@ -64,11 +64,11 @@ struct ConvPoolForward {
 };
 
 struct ConvPoolBackwardPlan {
-  int64_t packed_size;          // elements of the packed weight, for the input's gradient
-  int64_t weight_size;          // elements of one private weight gradient
-  int64_t scratch_size;         // bytes, a thread
-  int64_t channel_blocks;       // of one group; pieces of work are (images) x (groups x channel blocks)
-  int64_t lanes;                // channels of a block
+  int64_t packed_size;     // elements of the packed weight, for the input's gradient
+  int64_t weight_size;     // elements of one private weight gradient
+  int64_t scratch_size;    // bytes, a thread
+  int64_t channel_blocks;  // of one group; pieces of work are (images) x (groups x channel blocks)
+  int64_t lanes;           // channels of a block
 };
 
 template <class T>
@@ -102,6 +102,7 @@ struct ConvPoolKernels {
                    int64_t last_block, Compute<T>* grad_weight, Compute<T>* grad_bias, void* scratch);
   // A private weight gradient, given back in the weight's layout.
   void (*unpack_weight)(const ConvPoolBackward<T>&, const Compute<T>* grad_weight, T* to, const ConvLayout& layout);
+  void (*store)(const Compute<T>* from, int64_t count, T* to);
   // Whether each winner is a place that its window has.
   bool (*winners_are_valid)(const ConvPoolGeometry&, const uint8_t* winners, const ConvLayout&);
 };

@@ -1,6 +1,7 @@
 // fastnn::conv_relu_max_pool and its backward: checks, allocation, threads.
 #include "../kernels/conv_relu_max_pool.h"
 
+#include <cstring>
 #include <limits>
 #include <tuple>
 
@@ -21,9 +22,8 @@ struct ConvPoolArguments {
 // ---- checks: stock's words where stock has them -------------------------------------------------------------
 
 void check_length(const Ints& values, int64_t dims, const char* name) {
-  check(static_cast<int64_t>(values.size()) == dims, "expected ", name,
-        " to be a single integer value or a list of ", dims, " values to match the convolution dimensions, but got ",
-        name, "=", to_string(values));
+  check(static_cast<int64_t>(values.size()) == dims, "expected ", name, " to be a single integer value or a list of ",
+        dims, " values to match the convolution dimensions, but got ", name, "=", to_string(values));
 }
 
 bool all_at_least(const Ints& values, int64_t least) {
@@ -117,10 +117,11 @@ void check_tensors(const Expected& kind, const Tensor& input, const Tensor& weig
         "Given groups=", groups, ", weight of size ", to_string(weight.sizes()), ", expected input",
         to_string(input.sizes()), " to have ", weight.size(1) * groups, " channels, but got ", input.size(1),
         " channels instead");
-  check(input.size(1) > 0, "expected an input of at least one channel, but got input shape: ", to_string(input.sizes()));
+  check(input.size(1) > 0,
+        "expected an input of at least one channel, but got input shape: ", to_string(input.sizes()));
   for (int64_t d = 2; d < input.dim(); ++d) {
-    check(input.size(d) > 0, "Only zero batch or zero channel inputs are supported, but got input shape: ",
-          to_string(input.sizes()));
+    check(input.size(d) > 0,
+          "Only zero batch or zero channel inputs are supported, but got input shape: ", to_string(input.sizes()));
     check(weight.size(d) > 0, "expected a kernel of at least one element, but got weight of size ",
           to_string(weight.sizes()));
   }
@@ -166,8 +167,8 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
   check(all_at_least(a.dilation, 1), "non-positive dilation is not supported");
   check_tensors(kind, input, weight, bias, a.groups);
   check_pool(a, dims);
-  for (const Ints* values : {&a.stride, &a.padding, &a.dilation, &a.pool_kernel_size, &a.pool_stride, &a.pool_padding,
-                             &a.pool_dilation}) {
+  for (const Ints* values :
+       {&a.stride, &a.padding, &a.dilation, &a.pool_kernel_size, &a.pool_stride, &a.pool_padding, &a.pool_dilation}) {
     for (int64_t value : *values) check(value < kLargest, op, ": ", value, " is too large, expected less than 2**31");
   }
 
@@ -207,8 +208,8 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
           extent_text, "). Kernel size can't be greater than actual input size");
   }
   for (int d = 0; d < 3; ++d) {
-    g.output[d] = pooled_size(g.conv[d], g.pool_kernel[d], g.pool_stride[d], g.pool_padding[d], g.pool_dilation[d],
-                              a.ceil_mode);
+    g.output[d] =
+        pooled_size(g.conv[d], g.pool_kernel[d], g.pool_stride[d], g.pool_padding[d], g.pool_dilation[d], a.ceil_mode);
     if (d < 3 - dims) continue;
     conv.push_back(g.conv[d]);
     output.push_back(g.output[d]);
@@ -271,7 +272,9 @@ Ints output_sizes(const ConvPoolProblem& problem) {
   return sizes;
 }
 
-Ints sizes_of(const Tensor& tensor) { return Ints(tensor.sizes().begin(), tensor.sizes().end()); }
+Ints sizes_of(const Tensor& tensor) {
+  return Ints(tensor.sizes().begin(), tensor.sizes().end());
+}
 
 // ---- forward ------------------------------------------------------------------------------------------------
 
@@ -283,8 +286,9 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
   const ConvPoolPlan plan = kernels.plan(problem.geometry, layout_of(input), threads);
   const int64_t chunks = std::min(threads, plan.items);
   const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
-  Scratch<Compute<T>> packed(plan.packed_size);
-  Scratch<char> scratch(checked_product(chunks, scratch_size));
+  const int64_t packed_bytes = (checked_product(plan.packed_size, sizeof(Compute<T>)) + 63) / 64 * 64;
+  const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch_size)));
+  char* scratch = memory.get() + packed_bytes;
   const ConvPoolForward<T> call{problem.geometry,
                                 plan,
                                 data<T>(input),
@@ -292,14 +296,14 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
                                 data<T>(weight),
                                 layout_of(weight),
                                 bias ? data<T>(*bias) : nullptr,
-                                packed.get(),
+                                reinterpret_cast<Compute<T>*>(memory.get()),
                                 mutable_data<T>(output),
                                 layout_of(output),
                                 winners.defined() ? mutable_data<uint8_t>(winners) : nullptr};
   parallel_chunks(std::min(threads, plan.pack_items), plan.pack_items,
                   [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
   parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(call, first, last, scratch.get() + chunk * scratch_size);
+    kernels.forward(call, first, last, scratch + chunk * scratch_size);
   });
 }
 
@@ -307,25 +311,25 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const Te
                                    const std::optional<Tensor>& bias, const ConvPoolArguments& arguments,
                                    bool with_winners) {
   const ConvPoolProblem problem = check_problem(op, input, weight, bias, arguments);
-  const int64_t places = checked_product(checked_product(problem.geometry.pool_kernel[0], problem.geometry.pool_kernel[1]),
-                                         problem.geometry.pool_kernel[2]);
+  const int64_t places =
+      checked_product(checked_product(problem.geometry.pool_kernel[0], problem.geometry.pool_kernel[1]),
+                      problem.geometry.pool_kernel[2]);
   check(!with_winners || places <= kMostPlaces, op, ": a winner's place is one byte, so a window may have at most ",
         kMostPlaces, " elements, got ", places);
   check_no_gradients(op, input, weight);
   if (bias) check_no_gradients(op, *bias);
   const ScalarType dtype = problem.kind.dtype;
   // As stock: its float64 convolution in three dimensions knows no channels last.
-  const bool channels_last = (is_channels_last(input) || is_channels_last(weight)) &&
-                             !(dtype == ScalarType::Double && problem.dims == 3);
+  const bool channels_last =
+      (is_channels_last(input) || is_channels_last(weight)) && !(dtype == ScalarType::Double && problem.dims == 3);
   const Ints sizes = output_sizes(problem);
   const Tensor output = new_formatted(sizes, dtype, channels_last);
   const Tensor winners = with_winners ? new_formatted(sizes, ScalarType::Byte, channels_last) : Tensor();
   if (output.numel() > 0) {
     std::optional<Tensor> dense_bias;
     if (bias) dense_bias = dense(*bias);
-    with_dtype(dtype, [&](auto type) {
-      run_forward<decltype(type)>(problem, input, weight, dense_bias, output, winners);
-    });
+    with_dtype(dtype,
+               [&](auto type) { run_forward<decltype(type)>(problem, input, weight, dense_bias, output, winners); });
   }
   return {output, winners};
 }
@@ -334,20 +338,21 @@ Tensor conv_relu_max_pool(const Tensor& input, const Tensor& weight, const std::
                           const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
                           const Ints& pool_kernel_size, const Ints& pool_stride, const Ints& pool_padding,
                           const Ints& pool_dilation, bool ceil_mode) {
-  return std::get<0>(forward("conv_relu_max_pool", input, weight, bias,
-                             {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding,
-                              pool_dilation, ceil_mode},
-                             false));
+  return std::get<0>(forward(
+      "conv_relu_max_pool", input, weight, bias,
+      {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode},
+      false));
 }
 
-std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-    const Ints& padding, const Ints& dilation, int64_t groups, const Ints& pool_kernel_size, const Ints& pool_stride,
-    const Ints& pool_padding, const Ints& pool_dilation, bool ceil_mode) {
-  return forward("conv_relu_max_pool_with_winners", input, weight, bias,
-                 {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation,
-                  ceil_mode},
-                 true);
+std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, const Tensor& weight,
+                                                           const std::optional<Tensor>& bias, const Ints& stride,
+                                                           const Ints& padding, const Ints& dilation, int64_t groups,
+                                                           const Ints& pool_kernel_size, const Ints& pool_stride,
+                                                           const Ints& pool_padding, const Ints& pool_dilation,
+                                                           bool ceil_mode) {
+  return forward(
+      "conv_relu_max_pool_with_winners", input, weight, bias,
+      {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode}, true);
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------
@@ -369,9 +374,9 @@ void sum_parts(C* parts, int64_t count, int64_t size, int64_t threads) {
 }
 
 template <class T>
-void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, const Tensor& winners,
-                  const Tensor& input, const Tensor& weight, Wanted wanted, const Tensor& grad_input,
-                  const Tensor& grad_weight, const Tensor& grad_bias) {
+void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, const Tensor& winners, const Tensor& input,
+                  const Tensor& weight, Wanted wanted, const Tensor& grad_input, const Tensor& grad_weight,
+                  const Tensor& grad_bias) {
   using C = Compute<T>;
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
   const ConvPoolGeometry& g = problem.geometry;
@@ -421,10 +426,7 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   if (wanted.weight) {
     kernels.unpack_weight(call, weight_parts.get(), mutable_data<T>(grad_weight), layout_of(grad_weight));
   }
-  if (wanted.bias) {
-    T* to = mutable_data<T>(grad_bias);
-    for (int64_t i = 0; i < bias_size; ++i) to[i] = narrow<T>(bias_parts.get()[i]);
-  }
+  if (wanted.bias) kernels.store(bias_parts.get(), bias_size, mutable_data<T>(grad_bias));
 }
 
 void check_size(const Tensor& tensor, const Ints& sizes, const char* op, const char* name) {
@@ -454,8 +456,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
   check_no_gradients(op, grad_output, input, weight);
   int64_t image = 1;  // elements of a padded image, which the kernels number with 32 bits
   for (int d = 0; d < 3; ++d) image = checked_product(image, g.input[d] + 2 * g.padding[d] + g.kernel_extent(d));
-  check(checked_product(image, 64) < (int64_t{1} << 31) && checked_product(g.out_channels, checked_product(g.taps(), 64)) <
-            (int64_t{1} << 31), op, ": input or weight too large");
+  check(checked_product(image, 64) < (int64_t{1} << 31) &&
+            checked_product(g.out_channels, checked_product(g.taps(), 64)) < (int64_t{1} << 31),
+        op, ": input or weight too large");
 
   const ScalarType dtype = problem.kind.dtype;
   const auto sizes_if = [](bool condition, Ints sizes) {
@@ -478,7 +481,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
   return {grad_input, grad_weight, grad_bias};
 }
 
-#define FASTNN_CONV_POOL_GEOMETRY                                                                     \
+#define FASTNN_CONV_POOL_GEOMETRY                                                                       \
   "int[] stride, int[] padding, int[] dilation, int groups, int[] pool_kernel_size, int[] pool_stride," \
   " int[] pool_padding, int[] pool_dilation, bool ceil_mode"
 
@@ -489,9 +492,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def("conv_relu_max_pool_with_winners(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV_POOL_GEOMETRY
         ") -> (Tensor output, Tensor winners)");
   // A gradient that is not wanted comes back empty.
-  m.def("conv_relu_max_pool_backward(Tensor grad_output, Tensor winners, Tensor input, Tensor weight,"
-        " " FASTNN_CONV_POOL_GEOMETRY ", bool input_wanted, bool weight_wanted, bool bias_wanted)"
-        " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "conv_relu_max_pool_backward(Tensor grad_output, Tensor winners, Tensor input, Tensor weight,"
+      " " FASTNN_CONV_POOL_GEOMETRY
+      ", bool input_wanted, bool weight_wanted, bool bias_wanted)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
 #undef FASTNN_CONV_POOL_GEOMETRY

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch.nn
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.common_types import _size_1_t, _size_2_t, _size_3_t
 
@@ -23,9 +23,7 @@ class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
     pool_dilation: Any
     ceil_mode: bool
 
-    def _set_pool(
-        self, kernel_size: Any, stride: Any | None, padding: Any, dilation: Any, ceil_mode: bool
-    ) -> None:
+    def _set_pool(self, kernel_size: Any, stride: Any | None, padding: Any, dilation: Any, ceil_mode: bool) -> None:
         self.pool_kernel_size = kernel_size
         self.pool_stride = kernel_size if stride is None else stride
         self.pool_padding = padding

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn.ops._autograd import (
+    apply_function,
     autocast,
     call_kernel,
     differentiate_twice,
@@ -18,6 +19,10 @@ from fastnn.ops._autograd import (
 from fastnn.reference import conv_relu_max_pool as reference
 
 MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/conv_relu_max_pool.h has the same)
+
+_op = torch.ops.fastnn.conv_relu_max_pool.default
+_with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
+_backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
 
 Size = int | Sequence[int]
 Geometry = tuple[list[int], list[int], list[int], int, list[int], list[int], list[int], list[int], bool]
@@ -134,7 +139,7 @@ def _conv_relu_max_pool(
             f"Expected {dims + 1}D (unbatched) or {dims + 2}D (batched) input to conv{dims}d, but got input of size: "
             f"{list(input.shape)}"
         )
-    input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
+    input, weight, bias = autocast(input, weight, bias)
     if isinstance(padding, str):
         input, padding = _named_padding(padding, dims, input, weight, stride, dilation)
     pool_kernel = _per_dimension(pool_kernel_size, dims)
@@ -151,15 +156,15 @@ def _conv_relu_max_pool(
         _per_dimension(pool_dilation, dims),
         ceil_mode,
     )
-    if needs_reference(input, weight, bias):
+    if needs_reference(input):
         return reference.conv_relu_max_pool(input, weight, bias, *geometry)
     images = input if batched else input.unsqueeze(0)
     if not needs_autograd(input, weight, bias):
-        output = call_kernel(torch.ops.fastnn.conv_relu_max_pool, images, weight, bias, *geometry)
+        output = call_kernel(_op, images, weight, bias, *geometry)
     elif _places(pool_kernel) > MOST_PLACES:
         return reference.conv_relu_max_pool(input, weight, bias, *geometry)
     else:
-        output = ConvReluMaxPool.apply(images, weight, bias, geometry)[0]
+        output = apply_function(ConvReluMaxPool, images, weight, bias, geometry)[0]
     return output if batched else output.squeeze(0).contiguous()
 
 
@@ -187,9 +192,7 @@ def _named_padding(
         raise RuntimeError(f"Invalid padding string: '{name}'")
     if any(s != 1 for s in _per_dimension(stride, dims)):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    total = [
-        d * (k - 1) for d, k in zip(_per_dimension(dilation, dims), weight.shape[2:], strict=False)
-    ]
+    total = [d * (k - 1) for d, k in zip(_per_dimension(dilation, dims), weight.shape[2:], strict=False)]
     if any(t % 2 for t in total):
         input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
     return input, [t // 2 for t in total]
@@ -202,7 +205,7 @@ class ConvReluMaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastnn.conv_relu_max_pool_with_winners(input, weight, bias, *geometry)
+        return _with_winners_op(input, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -234,9 +237,7 @@ class ConvReluMaxPoolBackward(torch.autograd.Function):
         geometry: Geometry,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.fastnn.conv_relu_max_pool_backward(
-            grad_output, winners, input, weight, *geometry, *wanted
-        )
+        gradients = _backward_op(grad_output, winners, input, weight, *geometry, *wanted)
         return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
     @staticmethod
