@@ -93,39 +93,6 @@ void multiply_panel(int64_t rows, int64_t depth, const C* a, int64_t a_stride, c
   }
 }
 
-template <class C>
-struct IndexOf;
-template <>
-struct IndexOf<float> {
-  using Type = int32_t;
-};
-template <>
-struct IndexOf<double> {
-  using Type = int64_t;
-};
-
-// Transposes kLanes vectors: each round interleaves the first half with the second.
-template <class C>
-FASTNN_INLINE void transpose(Vec<C> (&rows)[kLanes<C>]) {
-  constexpr int n = kLanes<C>;
-  using Index = Vec<typename IndexOf<C>::Type>;
-  Index low, high;
-  for (int i = 0; i < n; ++i) {
-    low[i] = i / 2 + i % 2 * n;
-    high[i] = n / 2 + i / 2 + i % 2 * n;
-  }
-  for (int round = 1; round < n; round *= 2) {
-    Vec<C> next[n];
-#pragma GCC unroll 16
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + n / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + n / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-}
-
 // weight (count <= kLanes, depth), `stride` apart -> one vector of a panel: panel[k * width + row].
 template <class T>
 void pack_rows(const T* weight, int64_t stride, int64_t count, int64_t depth, Compute<T>* panel, int64_t width) {

@@ -14,14 +14,14 @@ using TensorList = std::vector<Tensor>;
 // The arguments that forward and backward share, checked and dense.
 struct Problem {
   Expected kind;
-  RnnMode mode;
-  int64_t layers, directions, input_size, hidden, batch, rows;
-  bool batch_first, packed;
-  int64_t weights_each;  // 2, or 4 with biases
-  std::vector<RnnStep> steps;
-  Tensor input;
-  TensorList state, weights;
-  OptionalTensor masks;
+  RnnMode mode = RnnMode::tanh;
+  int64_t layers = 1, directions = 1, input_size = 0, hidden = 0, batch = 0, rows = 0;
+  bool batch_first = false, packed = false;
+  int64_t weights_each = 0;  // 2, or 4 with biases
+  std::vector<RnnStep> steps{};
+  Tensor input{};
+  TensorList state{}, weights{};
+  OptionalTensor masks{};
 
   int64_t width() const { return directions * hidden; }
   int64_t count() const { return layers * directions; }
@@ -103,28 +103,45 @@ void set_steps(Problem& problem) {
   for (int64_t t = 0; t < length; ++t) problem.steps.push_back({t * step, t * problem.batch, problem.batch});
 }
 
-Problem check_problem(const char* op, const Tensor& input, const OptionalTensor& batch_sizes, const TensorList& state,
-                      const TensorList& weights, const OptionalTensor& masks, int64_t mode, int64_t layers,
-                      bool bidirectional, bool batch_first) {
-  check(mode >= 0 && mode < static_cast<int64_t>(RnnMode::count), op, ": mode must be between 0 and ",
-        static_cast<int64_t>(RnnMode::count) - 1, ", got ", mode);
-  Problem problem{check_first(input, op, "input"), static_cast<RnnMode>(mode), layers, bidirectional ? 2 : 1, 0, 0, 0, 0,
-                  batch_first, batch_sizes.has_value(), 0, {}, dense(input), {}, {}, {}};
-  const int64_t dims = problem.packed ? 2 : 3;
-  check(input.dim() == dims, op, ": input must have ", dims, " dimensions, got ", input.dim());
-  check(!(problem.packed && batch_first), op, ": batch_first does not go with batch_sizes");
-  problem.input_size = input.size(dims - 1);
-  check_no_gradients(op, input);
-  check_weights(problem, weights);
-  problem.packed ? set_packed_steps(problem, *batch_sizes) : set_steps(problem);
-  const size_t states = problem.mode == RnnMode::lstm ? 2 : 1;
-  check(state.empty() || state.size() == states, op, ": expected no state or ", states, " tensors, got ", state.size());
+size_t states_of(RnnMode mode) { return mode == RnnMode::lstm ? 2 : 1; }
+
+void check_state(Problem& problem, const TensorList& state, std::initializer_list<int64_t> sizes) {
+  const char* op = problem.kind.op;
+  check(state.empty() || state.size() == states_of(problem.mode), op, ": expected no state or ",
+        states_of(problem.mode), " tensors, got ", state.size());
   for (const Tensor& tensor : state) {
     check_same_kind(tensor, problem.kind, "state");
-    check_sizes(tensor, {problem.count(), problem.batch, problem.hidden}, op, "state");
+    check_sizes(tensor, sizes, op, "state");
     check_no_gradients(op, tensor);
     problem.state.push_back(dense(tensor));
   }
+}
+
+Problem start_problem(const char* op, const Tensor& input, int64_t mode, int64_t layers, bool bidirectional) {
+  check(mode >= 0 && mode < static_cast<int64_t>(RnnMode::count), op, ": mode must be between 0 and ",
+        static_cast<int64_t>(RnnMode::count) - 1, ", got ", mode);
+  Problem problem{check_first(input, op, "input")};
+  check_no_gradients(op, input);
+  problem.mode = static_cast<RnnMode>(mode);
+  problem.layers = layers;
+  problem.directions = bidirectional ? 2 : 1;
+  problem.input = dense(input);
+  problem.input_size = input.size(input.dim() - 1);
+  return problem;
+}
+
+Problem check_problem(const char* op, const Tensor& input, const OptionalTensor& batch_sizes, const TensorList& state,
+                      const TensorList& weights, const OptionalTensor& masks, int64_t mode, int64_t layers,
+                      bool bidirectional, bool batch_first) {
+  const int64_t dims = batch_sizes ? 2 : 3;
+  check(input.defined() && input.dim() == dims, op, ": input must have ", dims, " dimensions");
+  check(!(batch_sizes && batch_first), op, ": batch_first does not go with batch_sizes");
+  Problem problem = start_problem(op, input, mode, layers, bidirectional);
+  problem.batch_first = batch_first;
+  problem.packed = batch_sizes.has_value();
+  check_weights(problem, weights);
+  problem.packed ? set_packed_steps(problem, *batch_sizes) : set_steps(problem);
+  check_state(problem, state, {problem.count(), problem.batch, problem.hidden});
   if (masks) {
     check_same_kind(*masks, problem.kind, "masks");
     check_sizes(*masks, {layers - 1, problem.rows, problem.width()}, op, "masks");
@@ -245,8 +262,10 @@ std::tuple<Tensor, TensorList, OptionalTensor> forward(const char* op, const Ten
   const Problem problem =
       check_problem(op, input, batch_sizes, state, weights, masks, mode, layers, bidirectional, batch_first);
   const Tensor output = problem.new_output();
-  TensorList final_state{new_tensor(problem.state_sizes(), problem.kind.dtype)};
-  if (problem.mode == RnnMode::lstm) final_state.push_back(new_tensor(problem.state_sizes(), problem.kind.dtype));
+  TensorList final_state;
+  for (size_t i = 0; i < states_of(problem.mode); ++i) {
+    final_state.push_back(new_tensor(problem.state_sizes(), problem.kind.dtype));
+  }
   OptionalTensor reserve;
   if (save) reserve = new_tensor({problem.reserve_size()}, problem.kind.dtype);
   if (problem.rows > 0) {
@@ -271,6 +290,25 @@ std::tuple<Tensor, TensorList, Tensor> rnn_with_reserve(const Tensor& input, con
   auto [output, final_state, reserve] = forward("rnn_with_reserve", input, batch_sizes, state, weights, masks, mode,
                                                 num_layers, bidirectional, batch_first, true);
   return {output, final_state, *reserve};
+}
+
+// One step of one layer: a network of length 1 whose output is its final state.
+TensorList rnn_cell(const Tensor& input, const TensorList& state, const TensorList& weights, int64_t mode) {
+  const char* op = "rnn_cell";
+  check(input.dim() == 2, op, ": expected input to be 2D (batch, features), got ", input.dim(), "D tensor instead");
+  Problem problem = start_problem(op, input, mode, 1, false);
+  check_weights(problem, weights);
+  problem.batch = problem.rows = input.size(0);
+  problem.steps.push_back({0, 0, problem.rows});
+  check_state(problem, state, {problem.batch, problem.hidden});
+  TensorList new_state;
+  for (size_t i = 0; i < states_of(problem.mode); ++i) {
+    new_state.push_back(new_tensor({problem.batch, problem.hidden}, problem.kind.dtype));
+  }
+  if (problem.rows > 0) {
+    with_dtype(problem.kind.dtype, [&](auto type) { run_forward<decltype(type)>(problem, new_state[0], new_state, {}); });
+  }
+  return new_state;
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------
@@ -302,7 +340,7 @@ Tensor check_output_like(const Problem& problem, const Tensor& tensor, const cha
 OutputGradients check_gradients(const Problem& problem, const OptionalTensor& grad_output,
                                 const std::vector<OptionalTensor>& grad_state) {
   const char* op = problem.kind.op;
-  const size_t states = problem.mode == RnnMode::lstm ? 2 : 1;
+  const size_t states = states_of(problem.mode);
   check(grad_state.size() == states, op, ": expected ", states, " grad_state, got ", grad_state.size());
   OutputGradients gradients;
   if (grad_output) gradients.output = check_output_like(problem, *grad_output, "grad_output");
@@ -383,7 +421,7 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
     const Sizes sizes = input.sizes();
     wanted.input = new_tensor(std::vector<int64_t>(sizes.begin(), sizes.end()), dtype);
   }
-  for (size_t i = 0; state_wanted && i < given.state.size(); ++i) {
+  for (size_t i = 0; state_wanted && i < problem.state.size(); ++i) {
     wanted.state.push_back(new_tensor(problem.state_sizes(), dtype));
   }
   for (size_t i = 0; weights_wanted && i < problem.weights.size(); ++i) {
@@ -402,6 +440,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "rnn(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor[] final_state)");
+  // One step of one layer: input (batch, in), state of (batch, hidden).
+  m.def("rnn_cell(Tensor input, Tensor[] state, Tensor[] weights, int mode) -> Tensor[]");
   // reserve: what rnn_backward needs besides the output
   m.def(
       "rnn_with_reserve(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
@@ -417,6 +457,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("rnn", TORCH_BOX(&rnn));
+  m.impl("rnn_cell", TORCH_BOX(&rnn_cell));
   m.impl("rnn_with_reserve", TORCH_BOX(&rnn_with_reserve));
   m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
 }
