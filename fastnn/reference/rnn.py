@@ -10,7 +10,9 @@ State = tuple[Tensor, ...]
 
 
 def _elman(activation: Callable[[Tensor], Tensor]) -> Callable[..., State]:
-    def cell(input: Tensor, state: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> State:
+    def cell(
+        input: Tensor, state: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+    ) -> State:
         return (activation(F.linear(input, w_ih, b_ih) + F.linear(state[0], w_hh, b_hh)),)
 
     return cell
