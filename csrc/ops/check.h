@@ -64,10 +64,16 @@ inline int32_t dtype_code(const Tensor& tensor) {
   return code;
 }
 
+inline bool is_strided(const Tensor& tensor) {
+  int32_t layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  return layout == aoti_torch_layout_strided();
+}
+
 inline void check_plain(const Tensor& tensor, const char* op, const char* name) {
   check(tensor.defined(), op, ": ", name, " must be a tensor, got an undefined one");
   check(tensor.is_cpu(), op, ": expected all tensors to be on the same device, the CPU, but ", name, " is not");
-  check(tensor.layout() == torch::headeronly::Layout::Strided, op, ": expected ", name, " to be a dense tensor");
+  check(is_strided(tensor), op, ": expected ", name, " to be a dense tensor");
 }
 
 inline Expected check_first(const Tensor& tensor, const char* op, const char* name) {

@@ -76,10 +76,8 @@ class MLP(nn.Sequential):
 
 def linear_parameters(linears: Collection[nn.Module]) -> list[Tensor | None]:
     """The weights of the layers, then their biases, read anew: they may have been replaced since the last call."""
-    return [_parameter(linear, "weight") for linear in linears] + [_parameter(linear, "bias") for linear in linears]
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor | None:
-    # A third of the time of getattr, which gets to _parameters last; a parametrised one is not there.
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
+    try:
+        # A third of the time of attributes, for which nn.Module looks into _parameters last.
+        return [m._parameters["weight"] for m in linears] + [m._parameters["bias"] for m in linears]
+    except KeyError:  # one is parametrised
+        return [m.weight for m in linears] + [m.bias for m in linears]

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+autocast_is_on = torch._C._is_any_autocast_enabled
+transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
+
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
 
@@ -17,6 +20,11 @@ def needs_reference(input: Tensor) -> bool:
     return input.dtype not in KERNEL_DTYPES or forward_ad._current_level >= 0
 
 
+def is_inference() -> bool:
+    """Whether neither gradients nor ``torch.func`` transforms are at work, whatever the tensors."""
+    return not torch.is_grad_enabled() and not transforms_active()
+
+
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether the call must go through the op's ``autograd.Function``: a gradient is wanted, or a ``torch.func``
     transform is at work."""
@@ -24,12 +32,12 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return transforms_active()
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product on their device; unchanged outside autocast."""
-    if not torch._C._is_any_autocast_enabled():
+    if not autocast_is_on():
         return tensors
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
@@ -61,7 +69,7 @@ def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, without the 10 microseconds that ``apply`` spends on ``inspect.signature`` to fill in
     default arguments, of which our functions have none."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 

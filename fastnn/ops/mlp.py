@@ -10,9 +10,11 @@ from torch import Tensor
 from fastnn.ops._autograd import (
     apply_function,
     autocast,
+    autocast_is_on,
     call_kernel,
     check_same_device,
     differentiate_twice,
+    is_inference,
     needs_autograd,
     needs_reference,
     register_loop_vmap,
@@ -122,13 +124,16 @@ def mlp_of_parameters(
 ) -> Tensor:
     """:func:`mlp` for callers that know their arguments: ``parameters`` are the weights, then the biases;
     ``numbers`` the activations from :func:`activation_numbers`."""
-    input, *parameters = autocast(input, *parameters)
+    if autocast_is_on():
+        input, *parameters = autocast(input, *parameters)
     layers = len(numbers)
     if needs_reference(input) or layers == 0 or input.dim() == 0:
         names = [ACTIVATION_NAMES[number] for number in numbers]
         return reference.mlp(input, parameters[:layers], parameters[layers:], names)
     rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    if needs_autograd(input, *parameters):
+    if is_inference():
+        output = _mlp_op(rows, parameters[:layers], parameters[layers:], numbers)
+    elif needs_autograd(input, *parameters):
         output = apply_function(Mlp, rows, numbers, layers, recompute, *parameters)[0]
     else:
         output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], numbers)
