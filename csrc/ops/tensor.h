@@ -9,7 +9,19 @@
 
 namespace fastnn {
 
-// A new uninitialised contiguous CPU tensor.
+// A new uninitialised CPU tensor.
+inline Tensor new_strided_tensor(const std::vector<int64_t>& sizes, const int64_t* strides, ScalarType dtype) {
+  const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
+                                                     : aoti_torch_dtype_bfloat16();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The same, contiguous.
 inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   int64_t strides[16];
   const size_t rank = sizes.size();
@@ -19,14 +31,7 @@ inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
     strides[i] = stride;
     stride = checked_product(stride, std::max<int64_t>(sizes[i], 1));
   }
-  const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
-                                                     : aoti_torch_dtype_bfloat16();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes.data(), strides, code,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return new_strided_tensor(sizes, strides, dtype);
 }
 
 inline Tensor dense(const Tensor& tensor) {
