@@ -1,11 +1,10 @@
 """The three reference models on fused layers: constructors, parameter names and state dicts of
 ``fastnn.reference.models``."""
 
-import torch
 from torch import Tensor
 
 from fastnn import nn
-from fastnn.ops.mlp import mlp
+from fastnn.ops.mlp import mlp, mlp_reconstruction_error
 
 
 class Conv2DNet(nn.Module):
@@ -43,6 +42,8 @@ class RNN(nn.Module):
 class Autoencoder(nn.Module):
     """Compresses a row of features and restores it. Input (..., input_size) -> (..., input_size)."""
 
+    _ACTIVATIONS = ("relu", "identity", "relu", "identity")
+
     def __init__(self, input_size: int, reduced_size: int, encoding_size: int) -> None:
         super().__init__()
         self.encoder_1 = nn.Linear(input_size, reduced_size)
@@ -51,9 +52,7 @@ class Autoencoder(nn.Module):
         self.decoder_2 = nn.Linear(reduced_size, input_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = (self.encoder_1, self.encoder_2, self.decoder_1, self.decoder_2)
-        weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
-        return mlp(x, weights, biases, ("relu", "identity", "relu", "identity"))
+        return mlp(x, *self._parameters_in_order(), self._ACTIVATIONS)
 
     def encode(self, x: Tensor) -> Tensor:
         """(..., input_size) -> (..., encoding_size)."""
@@ -67,4 +66,8 @@ class Autoencoder(nn.Module):
 
     def reconstruction_error(self, x: Tensor) -> Tensor:
         """Mean squared error of each row, high for a row unlike those of the training: (..., input_size) -> (...)."""
-        return torch.mean((self(x) - x) ** 2, dim=-1)
+        return mlp_reconstruction_error(x, *self._parameters_in_order(), self._ACTIVATIONS)
+
+    def _parameters_in_order(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        layers = (self.encoder_1, self.encoder_2, self.decoder_1, self.decoder_2)
+        return [layer.weight for layer in layers], [layer.bias for layer in layers]

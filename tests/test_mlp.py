@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fastnn.nn
-from fastnn.functional import linear_relu, mlp
+from fastnn.functional import linear_relu, mlp, mlp_reconstruction_error
 from fastnn.ops.mlp import ACTIVATION_NAMES
 from fastnn.reference import mlp as reference
 from fastnn.testing import compare_with_stock, using_threads
@@ -396,3 +396,57 @@ class TestBadInput:
             with torch.no_grad():
                 torch.ops.fastnn.mlp(*arguments)
             leaf.requires_grad_(False)
+
+
+class TestRecompute:
+    def test_same_gradients(self, instruction_set: str, dtype: torch.dtype) -> None:
+        tensors = make_chain(19, (13, 21, 6, 9), dtype)
+        for activation in ("relu", "gelu"):
+            compare_with_stock(
+                lambda *t, name=activation: mlp(*split(t), name, recompute=True),
+                lambda *t, name=activation: reference.mlp(*split(t), between(3, name)),
+                tensors,
+            )
+
+    def test_keeps_the_input_alone(self) -> None:
+        x, weights, biases = split(make_chain(64, (8, 128, 128, 8)))
+        leaves = [w.requires_grad_() for w in weights]
+        kept: list[int] = []
+
+        def pack(t: Tensor) -> Tensor:
+            kept.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            mlp(x, leaves, biases, recompute=True)
+        assert sum(kept) == x.numel() + sum(t.numel() for t in (*leaves, *biases))
+
+    def test_double_backward(self) -> None:
+        x, weights, biases = split(make_chain(3, (4, 5, 2), torch.float64))
+        leaves = [t.requires_grad_() for t in (x, *weights)]
+        assert torch.autograd.gradgradcheck(lambda x, *w: mlp(x, w, biases, "tanh", recompute=True), leaves)
+
+
+class TestReconstructionError:
+    @pytest.mark.parametrize("rows", [0, 1, 7, 65, 129])
+    @pytest.mark.parametrize("width", [1, 9, 16, 33])
+    def test_values(self, instruction_set: str, dtype: torch.dtype, rows: int, width: int) -> None:
+        compare_with_stock(
+            lambda *t: mlp_reconstruction_error(*split(t)),
+            lambda *t: torch.mean((reference.mlp(*split(t), between(2)) - t[0]) ** 2, dim=-1),
+            make_chain(rows, (width, 5, width), dtype),
+            gradients=False,
+        )
+
+    def test_gradient_and_leading_dimensions(self) -> None:
+        x, weights, biases = split(make_chain((2, 3), (6, 4, 6), torch.float64))
+        leaves = [t.requires_grad_() for t in (x, *weights)]
+        assert torch.autograd.gradcheck(lambda x, *w: mlp_reconstruction_error(x, w, biases, "tanh"), leaves)
+        with torch.no_grad():
+            assert mlp_reconstruction_error(x, weights, biases).shape == (2, 3)
+
+    def test_operator(self) -> None:
+        x, weights, biases = split(make_chain(5, (6, 4, 6)))
+        torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights, biases, [1, 0]))
+        with pytest.raises(RuntimeError, match="as many outputs as the input has features"):
+            torch.ops.fastnn.mlp_reconstruction_error(x, weights[:1], biases[:1], [0])

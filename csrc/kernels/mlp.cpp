@@ -143,24 +143,36 @@ bool worth_packing(int64_t rows, int64_t in) {
   return rows * 8 >= in;
 }
 
+// errors (rows) = the mean over the columns of (output - input)^2
 template <class T>
-void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row, int64_t last_row,
-             T* scratch) {
+void mean_squared_errors(const T* input, const T* output, int64_t rows, int64_t columns, T* errors) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec<T> total = {};
+    for (int64_t i = 0; i < columns; i += kLanes<T>) {
+      const int64_t from = r * columns + i, left_over = columns - i;
+      const Vec<T> difference = load_up_to<T>(output + from, left_over) - load_up_to<T>(input + from, left_over);
+      total += difference * difference;
+    }
+    errors[r] = sum_lanes<T>(total) / static_cast<T>(columns);
+  }
+}
+
+template <class T>
+void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t first_row,
+             int64_t last_row, T* scratch) {
   int64_t widest = 0;
   for (int64_t i = 0; i < count; ++i) widest = layers[i].out > widest ? layers[i].out : widest;
   T* buffers[2] = {scratch, scratch + kBlockRows * widest};
-  const MlpLayer<T>& last = layers[count - 1];
   for (int64_t row = first_row; row < last_row; row += kBlockRows) {
     const int64_t rows = smaller(last_row - row, kBlockRows);
     const T* block = input + row * layers[0].in;
-    T* result = output + row * last.out;
-    if (count == 1) {
-      run_layer<T>(last, block, result, row, rows);
-      continue;
+    const T* from = block;
+    for (int64_t i = 0; i < count; ++i) {
+      T* to = output && i + 1 == count ? output + row * layers[i].out : buffers[i % 2];
+      run_layer<T>(layers[i], from, to, row, rows);
+      from = to;
     }
-    run_layer<T>(layers[0], block, buffers[0], row, rows);
-    for (int64_t i = 1; i + 1 < count; ++i) run_layer<T>(layers[i], buffers[(i - 1) % 2], buffers[i % 2], row, rows);
-    run_layer<T>(last, buffers[count % 2], result, row, rows);
+    if (errors) mean_squared_errors(block, from, rows, layers[0].in, errors + row);
   }
 }
 

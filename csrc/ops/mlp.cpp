@@ -83,10 +83,11 @@ auto with_kernel_dtype(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
+// Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is undefined.
 template <class T>
 void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tensor>& weights,
                  const OptionalTensors& biases, const std::vector<int64_t>& activations, const Tensor& output,
-                 const std::vector<Tensor>& saved) {
+                 const Tensor& errors, const std::vector<Tensor>& saved) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
   const int64_t scratch_size = kernels.scratch_size(chain.widest());
@@ -110,8 +111,10 @@ void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tens
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
     panel += packed_sizes[i];
   }
+  T* output_data = output.defined() ? mutable_data<T>(output) : nullptr;
+  T* errors_data = errors.defined() ? mutable_data<T>(errors) : nullptr;
   parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(layers.data(), chain.layers(), data<T>(input), mutable_data<T>(output), first, last,
+    kernels.forward(layers.data(), chain.layers(), data<T>(input), output_data, errors_data, first, last,
                     scratch.get() + chunk * scratch_size);
   });
 }
@@ -143,7 +146,8 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& in
     const Tensor dense_input = dense(widened(input));
     const std::vector<Tensor> dense_weights = kernel_form(weights);
     with_kernel_dtype(chain.kind.dtype, [&](auto type) {
-      run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, output, saved);
+      run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, output, Tensor(),
+                                  saved);
     });
   }
   return {narrowed(output, chain.kind.dtype), all_narrowed(kept, chain.kind.dtype)};
@@ -158,6 +162,26 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, con
                                                         const OptionalTensors& biases,
                                                         const std::vector<int64_t>& activations) {
   return forward("mlp_with_hidden", input, weights, biases, activations, true);
+}
+
+Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
+                                const std::vector<int64_t>& activations) {
+  const char* op = "mlp_reconstruction_error";
+  const Chain chain = check_chain(op, input, weights, activations);
+  check(chain.widths.back() == chain.widths[0], op,
+        ": expected the last layer to have as many outputs as the input has "
+        "features, ",
+        chain.widths[0], ", got ", chain.widths.back());
+  const OptionalTensors dense_biases = check_biases(chain, biases);
+  check_no_gradients(op, input);
+  for (const Tensor& weight : weights) check_no_gradients(op, weight);
+  const Tensor errors = new_tensor({chain.rows}, chain.kernel_dtype);
+  const Tensor dense_input = dense(widened(input));
+  const std::vector<Tensor> dense_weights = kernel_form(weights);
+  with_kernel_dtype(chain.kind.dtype, [&](auto type) {
+    run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, Tensor(), errors, {});
+  });
+  return narrowed(errors, chain.kind.dtype);
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------
@@ -292,6 +316,10 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // activations: one a layer, by its number in fastnn.ops.mlp.Activation
   m.def("mlp(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations) -> Tensor");
+  // One a row: the mean squared difference between the output and the input.
+  m.def(
+      "mlp_reconstruction_error(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations)"
+      " -> Tensor");
   // hidden: what mlp_backward needs of each layer
   m.def(
       "mlp_with_hidden(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations)"
@@ -305,6 +333,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("mlp", TORCH_BOX(&mlp));
+  m.impl("mlp_reconstruction_error", TORCH_BOX(&mlp_reconstruction_error));
   m.impl("mlp_with_hidden", TORCH_BOX(&mlp_with_hidden));
   m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
 }

@@ -24,6 +24,7 @@ ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _NUMBER_OF = {name: number for number, name in enumerate(ACTIVATION_NAMES)}
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
 _mlp_op = torch.ops.fastnn.mlp.default
+_mlp_reconstruction_error_op = torch.ops.fastnn.mlp_reconstruction_error.default
 _mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
 _mlp_backward_op = torch.ops.fastnn.mlp_backward.default
 
@@ -33,6 +34,8 @@ def mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     activation: str | Sequence[str] = "relu",
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Apply a chain of linear layers, ``activation`` after each but the last, in one call.
 
@@ -42,6 +45,7 @@ def mlp(
         biases: one (out_features) or None a layer.
         activation: one name, used after every layer but the last, or one a layer: identity, relu, tanh, sigmoid,
             gelu, gelu_tanh, silu, leaky_relu.
+        recompute: keep only the input for backward, and run forward again there: less memory, more time.
 
     Returns:
         (..., out_features of the last layer).
@@ -54,7 +58,7 @@ def mlp(
     names = activation_names(activation, len(weights))
     if len(biases) != len(weights):
         raise ValueError(f"mlp: expected {len(weights)} biases, one a weight, got {len(biases)}")
-    return _mlp(input, weights, biases, names)
+    return _mlp(input, weights, biases, names, recompute)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,8 +80,33 @@ def activation_names(activation: str | Sequence[str], layers: int) -> tuple[str,
     return names
 
 
+def mlp_reconstruction_error(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str | Sequence[str] = "relu",
+) -> Tensor:
+    """Mean squared difference between each row and what the chain makes of it, without keeping the reconstruction.
+
+    Takes the arguments of :func:`mlp`, of a chain with as many outputs as inputs: (..., features) -> (...).
+    """
+    weights, biases = tuple(weights), tuple(biases)
+    names = activation_names(activation, len(weights))
+    parameters = (*weights, *biases)
+    if input.dim() != 2 or needs_autograd(input, *parameters) or needs_reference(autocast(input)[0]):
+        return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
+    input, *parameters = autocast(input, *parameters)
+    numbers = [_NUMBER_OF[name] for name in names]
+    layers = len(weights)
+    return call_kernel(_mlp_reconstruction_error_op, input, parameters[:layers], parameters[layers:], numbers)
+
+
 def _mlp(
-    input: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], names: tuple[str, ...]
+    input: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    names: tuple[str, ...],
+    recompute: bool = False,
 ) -> Tensor:
     input, *parameters = autocast(input, *weights, *biases)
     layers = len(weights)
@@ -86,7 +115,7 @@ def _mlp(
     numbers = [_NUMBER_OF[name] for name in names]
     rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if needs_autograd(input, *parameters):
-        output = apply_function(Mlp, rows, numbers, layers, *parameters)[0]
+        output = apply_function(Mlp, rows, numbers, layers, recompute, *parameters)[0]
     else:
         output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], numbers)
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
@@ -98,23 +127,31 @@ class Mlp(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, numbers: list[int], layers: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        output, hidden = _mlp_with_hidden_op(input, parameters[:layers], parameters[layers:], numbers)
+    def forward(
+        input: Tensor, numbers: list[int], layers: int, recompute: bool, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        arguments = (input, parameters[:layers], parameters[layers:], numbers)
+        if recompute:
+            return (_mlp_op(*arguments),)
+        output, hidden = _mlp_with_hidden_op(*arguments)
         return (output, *hidden)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, ctx.numbers, ctx.layers, *parameters = inputs
+        input, ctx.numbers, ctx.layers, ctx.recompute, *parameters = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(input, *parameters, *output)
+        ctx.save_for_backward(input, *parameters, *(() if ctx.recompute else output))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        needed, layers = ctx.needs_input_grad, ctx.layers
-        wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
+        needed, layers, saved = ctx.needs_input_grad, ctx.layers, ctx.saved_tensors
+        if ctx.recompute:
+            with torch.no_grad():
+                saved = (*saved, *Mlp.forward(saved[0], ctx.numbers, layers, False, *saved[1:]))
+        wanted = (needed[0], True in needed[4 : 4 + layers], True in needed[4 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
-        grad_input, *grad_parameters = compute(grad_output, ctx.numbers, layers, wanted, *ctx.saved_tensors)
-        return (grad_input, None, None, *grad_parameters)
+        grad_input, *grad_parameters = compute(grad_output, ctx.numbers, layers, wanted, *saved)
+        return (grad_input, None, None, None, *grad_parameters)
 
 
 class MlpBackward(torch.autograd.Function):
@@ -173,6 +210,12 @@ def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activat
     return input.new_empty(input.shape[0], weights[-1].shape[0])
 
 
+@torch.library.register_fake("fastnn::mlp_reconstruction_error")
+def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]) -> Tensor:
+    check_same_device(input, *weights, *biases)
+    return input.new_empty(input.shape[0])
+
+
 @torch.library.register_fake("fastnn::mlp_with_hidden")
 def _(
     input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]
@@ -203,5 +246,5 @@ def _(
     )
 
 
-for _name in ("mlp", "mlp_with_hidden", "mlp_backward"):
+for _name in ("mlp", "mlp_reconstruction_error", "mlp_with_hidden", "mlp_backward"):
     register_loop_vmap(_name)
