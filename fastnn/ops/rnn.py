@@ -54,7 +54,9 @@ def rnn(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together.
     """
-    masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout) if dropout > 0 and num_layers > 1 else None
+    masks = (
+        _dropout_masks(input, weights, num_layers, bidirectional, dropout) if dropout > 0 and num_layers > 1 else None
+    )
     if needs_reference(input):
         return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
     config = Config(_NUMBER_OF[mode], num_layers, bidirectional, batch_first)
@@ -186,9 +188,7 @@ class RnnBackward(torch.autograd.Function):
             for i, tensor in zip(given, tensors, strict=True):
                 everything[i] = tensor
             state, weights = everything[1 : 1 + ctx.states], everything[1 + ctx.states :]
-            output, final_state = reference.rnn(
-                everything[0], batch_sizes, state, weights, masks, MODES[mode], *config
-            )
+            output, final_state = reference.rnn(everything[0], batch_sizes, state, weights, masks, MODES[mode], *config)
             outputs = (output, *final_state)
             return tuple(outputs[i] for i in arrived)
 
@@ -213,7 +213,7 @@ def _fake_output(
     hidden = weights[1].shape[1]
     directions = 2 if config.bidirectional else 1
     if batch_sizes is not None:
-        batch = torch.library.get_ctx().new_dynamic_size()
+        batch: Any = torch.library.get_ctx().new_dynamic_size()
         output = input.new_empty(input.shape[0], directions * hidden)
     elif config.batch_first:
         batch, length, _ = input.shape

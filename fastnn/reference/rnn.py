@@ -3,14 +3,16 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from torch import Tensor
 
 State = tuple[Tensor, ...]
 
 
 def _elman(activation: Callable[[Tensor], Tensor]) -> Callable[..., State]:
-    def cell(input: Tensor, state: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> State:
+    def cell(
+        input: Tensor, state: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+    ) -> State:
         return (activation(F.linear(input, w_ih, b_ih) + F.linear(state[0], w_hh, b_hh)),)
 
     return cell
@@ -88,8 +90,8 @@ def rnn(
     final_state = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     if batch_sizes is not None:
         return torch.cat(steps), final_state
-    output = torch.stack(steps)
-    return output.transpose(0, 1) if batch_first else output, final_state
+    stacked = torch.stack(steps)
+    return stacked.transpose(0, 1) if batch_first else stacked, final_state
 
 
 def _one_direction(
