@@ -153,9 +153,9 @@ def mlp_case(rows: int, widths: Sequence[int]) -> Case:
 # ---- the three models -------------------------------------------------------------------------------------
 
 
-def model_case(name: str, shape: tuple[int, ...], flops: float, **arguments: Any) -> Case:
+def model_case(name: str, shape: tuple[int, ...], sizes: str, flops: float, **arguments: Any) -> Case:
     return Case(
-        f"{name} {shape}" + "".join(f" {value}" for value in arguments.values()),
+        f"{name} {shape} {sizes}".rstrip(),
         shape,
         lambda: getattr(stock_models, name)(**arguments),
         lambda: getattr(fastnn.models, name)(**arguments),
@@ -166,19 +166,19 @@ def model_case(name: str, shape: tuple[int, ...], flops: float, **arguments: Any
 
 def conv2dnet_case(batch: int) -> Case:
     flops = 2.0 * batch * (10 * 100 * 75 + 10 * 9 * 40 + 10 * 10)
-    return model_case("Conv2DNet", (batch, 3, 20, 20), flops, num_classes=10)
+    return model_case("Conv2DNet", (batch, 3, 20, 20), "", flops, num_classes=10)
 
 
 def rnn_model_case(shape: tuple[int, int, int], hidden: int, layers: int, outputs: int) -> Case:
     flops = rnn_case("RNN", shape, hidden, layers).flops + 2.0 * shape[0] * hidden * outputs
     arguments = {"input_size": shape[2], "hidden_size": hidden, "num_layers": layers, "output_size": outputs}
-    return model_case("RNN", shape, flops, **arguments)
+    return model_case("RNN", shape, f"h{hidden} x{layers}", flops, **arguments)
 
 
 def autoencoder_case(rows: int, features: int, reduced: int, encoding: int) -> Case:
     flops = chain_flops(rows, (features, reduced, encoding, reduced, features))
     arguments = {"input_size": features, "reduced_size": reduced, "encoding_size": encoding}
-    return model_case("Autoencoder", (rows, features), flops, **arguments)
+    return model_case("Autoencoder", (rows, features), f"{reduced}-{encoding}", flops, **arguments)
 
 
 # At the sizes that DESIGN.md gives, then at one realistic size each.

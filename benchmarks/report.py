@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -40,7 +41,7 @@ def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[st
 
 def measure_all(threads: list[int], seconds: float, console: Console) -> list[dict[str, Any]]:
     jobs = [(case, direction, count) for case in MODELS for direction in DIRECTIONS for count in threads]
-    columns = (TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:52}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rows = []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(jobs))
@@ -52,11 +53,11 @@ def measure_all(threads: list[int], seconds: float, console: Console) -> list[di
 
 
 def as_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="fastnn against stock PyTorch (median times; middle half of the ratios)")
-    for name in ("model (input) sizes", "direction"):
-        table.add_column(name)
+    table = Table(title="fastnn against stock PyTorch: median times; spread is the middle half", box=box.SIMPLE_HEAD)
+    for name in ("model (input)", "direction"):
+        table.add_column(name, no_wrap=True)
     for name in ("threads", "stock", "fused", "ratio", "spread"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True, justify="right")
     for i, row in enumerate(rows):
         low, high = row["ratio_quartiles"]
         table.add_row(
@@ -65,8 +66,8 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
             str(row["threads"]),
             as_time(row["stock_us"]),
             as_time(row["fused_us"]),
-            f"{row['ratio']:.2f}x",
-            f"{low:.2f}-{high:.2f}",
+            f"{row['ratio']:.1f}x",
+            f"{low:.1f}-{high:.1f}",
             end_section=i + 1 < len(rows) and rows[i + 1]["case"] != row["case"],
         )
     return table
@@ -125,6 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     console = Console()
+    console = Console(width=max(console.width, 100))  # a pipe says 80, which would cut the table
     rows = measure_all(arguments.threads, arguments.seconds, console)
     console.print(as_table(rows))
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/probe.h"
 #include "simd/isa.h"
 
 namespace py = pybind11;
@@ -41,4 +42,8 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       py::arg("name"), "Choose the kernels of another supported instruction set, for tests and measurements.");
+  m.def(
+      "multiply_adds", [](int64_t rounds) { return fastnn::probe_kernels().multiply_adds(rounds); }, py::arg("rounds"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Do independent float32 multiply-adds, to be timed: returns the number of operations.");
 }

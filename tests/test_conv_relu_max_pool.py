@@ -176,13 +176,16 @@ class TestValues:
 
 
 class TestSpecialValues:
-    def test_nan_infinity_and_negative_zero(self, instruction_set: str, dtype: torch.dtype) -> None:
+    def test_nan_and_infinity(self, instruction_set: str, dtype: torch.dtype) -> None:
         input = torch.randn(2, 2, 12, 12, dtype=dtype)
         input[0, 0, 3, 4] = float("nan")
         input[0, 1, 9, 9] = float("inf")
         input[1, 0, 2, 2] = float("-inf")
         weight = torch.randn(20, 2, 1, 1, dtype=dtype)
         assert_like_stock([input, weight, None], geometry(2, pool=3, pool_stride=2, pool_padding=1), gradients=False)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # stock's bfloat16 gives 0
+    def test_negative_zero_stays(self, instruction_set: str, dtype: torch.dtype) -> None:
         zeros = torch.full((1, 1, 4, 4), -0.0, dtype=dtype)
         one = torch.ones(1, 1, 1, 1, dtype=dtype)
         bias = torch.full((1,), -0.0, dtype=dtype)
@@ -389,8 +392,9 @@ class TestCompile:
         assert_close(compiled(input), module(input))
         ours, eager = (torch.autograd.grad(m(input).sum(), [input, *module.parameters()]) for m in (compiled, module))
         assert_close(ours, eager)
-        exported = torch.export.export(module, (input.detach(),))
-        assert_close(exported.module()(input.detach()), module(input).detach())
+        with torch.no_grad():
+            exported = torch.export.export(module, (input.detach(),))
+            assert_close(exported.module()(input), module(input))
 
     def test_autocast(self) -> None:
         input, weight, bias = make((2, 3, 8, 8), 4, (3, 3))
@@ -443,9 +447,8 @@ class TestBadInput:
         bias = torch.randn(change.pop("bias", 4), dtype=change.pop("bias_dtype", None))
         pool = {key.removeprefix("pool_"): change.pop(key) for key in list(change) if key.startswith("pool_")}
         pooling = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[dims]
-        stock = error_of(
-            lambda: pooling(CONV[dims](input, weight, bias, **change).relu(), **{"kernel_size": 2, "stride": 2, **pool})
-        )
+        pool = {"kernel_size": 2, "stride": 2, **pool}
+        stock = error_of(lambda: pooling(CONV[dims](input, weight, bias, **change).relu(), **pool))
         ours = error_of(FUSED[dims], input, weight, bias, **change, **{f"pool_{k}": v for k, v in pool.items()})
         assert stock
         assert ours == stock
@@ -527,6 +530,7 @@ class TestModules:
         assert_close(copy.deepcopy(ours)(input[0]), pool(stock(input[0]).relu()))
         assert "pool_kernel_size=3, pool_stride=2, pool_padding=1" in repr(ours)
 
+    @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
     @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
     @pytest.mark.parametrize("padding", ["same", "valid", 1])
     @pytest.mark.parametrize("kernel_size", [3, 4])

@@ -72,6 +72,9 @@ class TestValues:
         with using_threads(threads):
             assert_like_stock(make_chain(301, (130, 128, 65), dtype), between(2))
 
+    def test_sums_over_many_rows_stay_accurate(self, instruction_set: str) -> None:
+        assert_like_stock(make_chain(5000, (24, 16, 8)), between(2))
+
     def test_deep(self) -> None:
         assert_like_stock(make_chain(12, (16,) * 13), between(12, "tanh"))
 

@@ -18,6 +18,9 @@ constexpr int kMostAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
 constexpr int64_t kEntryBytes = 256 << 10;  // the entries of one pass: part of L2
 constexpr int64_t kSliceBytes = 32 << 10;   // what the inner loop returns to: most of L1
 
+// Entries summed by themselves before they join the weight's gradient: keeps the sum's rounding error down.
+constexpr int64_t kMostSlicePixels = 128;
+
 // A nonzero gradient and where its runs begin.
 template <class C>
 struct GradientEntry {
@@ -92,7 +95,7 @@ struct BackwardScratch {
     channels = smaller(g.out_channels, larger(16, kSliceBytes / (s.row * static_cast<int64_t>(sizeof(C)))));
     const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.pool_stride[0] * g.stride[0] *
                                 g.pool_stride[1] * g.stride[1] * g.pool_stride[2] * g.stride[2];
-    slice_pixels = smaller(pixels, larger(16, kSliceBytes / 2 / under_pixel));
+    slice_pixels = smaller(smaller(pixels, kMostSlicePixels), larger(16, kSliceBytes / 2 / under_pixel));
     const int64_t buckets = larger(divide_up(g.out_channels, larger(channels, 1)) * pixels * g.places(),
                                    g.out_channels * divide_up(pixels, slice_pixels));
     char* base = static_cast<char*>(memory);
@@ -367,14 +370,14 @@ class BackwardWorker {
   FASTNN_INLINE void add_runs(const GradientEntry<C>* first, const GradientEntry<C>* last, const C* image,
                               const int64_t* run_offsets, C* to) const {
     const C* from[runs];
-    Vec<C> total[runs][vectors];
-    for (int r = 0; r < runs; ++r) {
-      from[r] = image + run_offsets[r];
-      for (int v = 0; v < vectors; ++v) total[r][v] = load(to + (r * s_.vectors + v) * kLanes<C>);
-    }
+    Vec<C> total[runs][vectors] = {};
+    for (int r = 0; r < runs; ++r) from[r] = image + run_offsets[r];
     accumulate_runs<runs, vectors>(first, last, from, total);
     for (int r = 0; r < runs; ++r) {
-      for (int v = 0; v < vectors; ++v) store(to + (r * s_.vectors + v) * kLanes<C>, total[r][v]);
+      for (int v = 0; v < vectors; ++v) {
+        C* target = to + (r * s_.vectors + v) * kLanes<C>;
+        store(target, load(target) + total[r][v]);
+      }
     }
   }
 

@@ -12,6 +12,12 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
+// check, with its words only put together where it fails.
+#define FASTNN_CHECK(condition, ...)                                              \
+  do {                                                                            \
+    if (__builtin_expect(!(condition), false)) fastnn::check(false, __VA_ARGS__); \
+  } while (false)
+
 struct ConvPoolArguments {
   Ints stride, padding, dilation;
   int64_t groups;
@@ -22,8 +28,9 @@ struct ConvPoolArguments {
 // ---- checks: stock's words where stock has them -------------------------------------------------------------
 
 void check_length(const Ints& values, int64_t dims, const char* name) {
-  check(static_cast<int64_t>(values.size()) == dims, "expected ", name, " to be a single integer value or a list of ",
-        dims, " values to match the convolution dimensions, but got ", name, "=", to_string(values));
+  FASTNN_CHECK(static_cast<int64_t>(values.size()) == dims, "expected ", name,
+               " to be a single integer value or a list of ", dims,
+               " values to match the convolution dimensions, but got ", name, "=", to_string(values));
 }
 
 bool all_at_least(const Ints& values, int64_t least) {
@@ -40,48 +47,55 @@ std::string by_dimension(const char* prefix, const Ints& values) {
   return text.str();
 }
 
-std::string by_size(const Ints& sizes) {
+std::string joined(const Ints& values, const char* separator) {
   std::ostringstream text;
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? "x" : "") << sizes[i];
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? separator : "") << values[i];
   return text.str();
 }
 
 void check_pool_1d(const ConvPoolArguments& a) {
   const int64_t kernel = a.pool_kernel_size[0], padding = a.pool_padding[0];
-  check(kernel > 0, "max_pool1d() kernel_size must be greater than zero, but got ", kernel);
-  check(a.pool_stride[0] > 0, "max_pool1d() stride must be greater than zero, but got ", a.pool_stride[0]);
-  check(padding >= 0, "max_pool1d() padding must be non-negative, but got ", padding);
-  check(padding <= kernel / 2, "max_pool1d() padding should be at most half of kernel size, but got padding=", padding,
-        " and kernel_size=", kernel);
-  check(a.pool_dilation[0] > 0, "max_pool1d() dilation must be greater than zero, but got ", a.pool_dilation[0]);
+  FASTNN_CHECK(kernel > 0, "max_pool1d() kernel_size must be greater than zero, but got ", kernel);
+  FASTNN_CHECK(a.pool_stride[0] > 0, "max_pool1d() stride must be greater than zero, but got ", a.pool_stride[0]);
+  FASTNN_CHECK(padding >= 0, "max_pool1d() padding must be non-negative, but got ", padding);
+  FASTNN_CHECK(padding <= kernel / 2,
+               "max_pool1d() padding should be at most half of kernel size, but got padding=", padding,
+               " and kernel_size=", kernel);
+  FASTNN_CHECK(a.pool_dilation[0] > 0, "max_pool1d() dilation must be greater than zero, but got ", a.pool_dilation[0]);
 }
 
 void check_pool(const ConvPoolArguments& a, int64_t dims) {
   static const char* const counts[] = {"", "one int", "two ints", "three ints"};
   const auto check_count = [&](const Ints& values, const char* name) {
-    check(static_cast<int64_t>(values.size()) == dims, "max_pool", dims, "d: ", name,
-          " must either be a single int, or a tuple of ", counts[dims]);
+    FASTNN_CHECK(static_cast<int64_t>(values.size()) == dims, "max_pool", dims, "d: ", name,
+                 " must either be a single int, or a tuple of ", counts[dims]);
   };
   check_count(a.pool_kernel_size, "kernel_size");
   check_count(a.pool_stride, "stride");
   check_count(a.pool_padding, "padding");
   check_count(a.pool_dilation, "dilation");
   if (dims == 1) return check_pool_1d(a);
-  for (int64_t i = 0; i < dims; ++i) check(a.pool_stride[i] != 0, "stride should not be zero");
-  check(all_at_least(a.pool_kernel_size, 1), "kernel size should be greater than zero, but got ",
-        by_dimension("k", a.pool_kernel_size));
-  check(all_at_least(a.pool_stride, 1), "stride should be greater than zero, but got ",
-        by_dimension("d", a.pool_stride));
-  check(all_at_least(a.pool_dilation, 1), "dilation should be greater than zero, but got ",
-        by_dimension("dilation", a.pool_dilation));
+  for (int64_t i = 0; i < dims; ++i) FASTNN_CHECK(a.pool_stride[i] != 0, "stride should not be zero");
+  FASTNN_CHECK(all_at_least(a.pool_kernel_size, 1), "kernel size should be greater than zero, but got ",
+               by_dimension("k", a.pool_kernel_size));
+  FASTNN_CHECK(all_at_least(a.pool_stride, 1), "stride should be greater than zero, but got ",
+               by_dimension("d", a.pool_stride));
+  FASTNN_CHECK(all_at_least(a.pool_dilation, 1), "dilation should be greater than zero, but got ",
+               by_dimension("dilation", a.pool_dilation));
   for (int64_t i = 0; i < dims; ++i) {
     const int64_t kernel = a.pool_kernel_size[i], padding = a.pool_padding[i];
-    check(padding >= 0, "pad must be non-negative, but got pad: ", padding);
+    FASTNN_CHECK(padding >= 0, "pad must be non-negative, but got pad: ", padding);
     const int64_t extent = checked_sum(checked_product(kernel - 1, a.pool_dilation[i]), 1);
-    check(padding <= extent / 2, "pad should be at most half of effective kernel size, but got pad=", padding,
-          ", kernel_size=", kernel, " and dilation=", a.pool_dilation[i]);
-    check(padding <= kernel / 2, "pad should be smaller than or equal to half of kernel size, but got pad=", padding,
-          ", kernel_size=", kernel);
+    FASTNN_CHECK(padding <= extent / 2, "pad should be at most half of effective kernel size, but got pad=", padding,
+                 ", kernel_size=", kernel, " and dilation=", a.pool_dilation[i]);
+  }
+  for (int64_t i = 0; i < dims; ++i) {
+    if (a.pool_padding[i] <= a.pool_kernel_size[i] / 2) continue;
+    const Ints &k = a.pool_kernel_size, &p = a.pool_padding;
+    const char* words = "pad should be smaller than or equal to half of kernel size, but got ";
+    FASTNN_CHECK(dims == 3, words, "padW = ", p[1], ", padH = ", p[0], ", kW = ", k[1], ", kH = ", k[0]);
+    FASTNN_CHECK(false, words, "kT: ", k[0], " kW: ", k[2], " kH: ", k[1], " padT: ", p[0], " padW: ", p[2],
+                 " padH: ", p[1]);
   }
 }
 
@@ -100,39 +114,38 @@ const char* element_name(ScalarType dtype) {
 void check_tensors(const Expected& kind, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    int64_t groups) {
   const char* type = torch::headeronly::toString(kind.dtype);
-  check(weight.defined(), kind.op, ": weight must be a tensor, got an undefined one");
-  check(weight.scalar_type() == kind.dtype, "Input type (torch.", type, "Tensor) and weight type (torch.",
-        torch::headeronly::toString(weight.scalar_type()),
-        "Tensor) should be the same or input should be a MKLDNN tensor and weight is a dense tensor");
+  FASTNN_CHECK(weight.defined(), kind.op, ": weight must be a tensor, got an undefined one");
+  FASTNN_CHECK(weight.scalar_type() == kind.dtype, "Input type (torch.", type, "Tensor) and weight type (torch.",
+               torch::headeronly::toString(weight.scalar_type()),
+               "Tensor) should be the same or input should be a MKLDNN tensor and weight is a dense tensor");
   check_same_kind(weight, kind, "weight");
-  check(groups > 0, "non-positive groups is not supported");
-  check(weight.dim() == input.dim(), "Expected ", weight.dim(), "-dimensional input for ", weight.dim(),
-        "-dimensional weight ", to_string(weight.sizes()), ", but got ", input.dim(), "-dimensional input of size ",
-        to_string(input.sizes()), " instead");
-  check(weight.size(0) >= groups, "Given groups=", groups, ", expected weight to be at least ", groups,
-        " at dimension 0, but got weight of size ", to_string(weight.sizes()), " instead");
-  check(weight.size(0) % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ", groups,
-        " at dimension 0, but got weight of size [", to_string(weight.sizes()), "] instead");
-  check(weight.size(1) <= std::numeric_limits<int64_t>::max() / groups && input.size(1) == weight.size(1) * groups,
-        "Given groups=", groups, ", weight of size ", to_string(weight.sizes()), ", expected input",
-        to_string(input.sizes()), " to have ", weight.size(1) * groups, " channels, but got ", input.size(1),
-        " channels instead");
-  check(input.size(1) > 0,
-        "expected an input of at least one channel, but got input shape: ", to_string(input.sizes()));
+  FASTNN_CHECK(groups > 0, "non-positive groups is not supported");
+  FASTNN_CHECK(weight.dim() == input.dim(), "Expected ", weight.dim(), "-dimensional input for ", weight.dim(),
+               "-dimensional weight ", to_string(weight.sizes()), ", but got ", input.dim(),
+               "-dimensional input of size ", to_string(input.sizes()), " instead");
+  FASTNN_CHECK(weight.size(0) >= groups, "Given groups=", groups, ", expected weight to be at least ", groups,
+               " at dimension 0, but got weight of size ", to_string(weight.sizes()), " instead");
+  FASTNN_CHECK(weight.size(0) % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ", groups,
+               " at dimension 0, but got weight of size [", to_string(weight.sizes()), "] instead");
+  FASTNN_CHECK(
+      weight.size(1) <= std::numeric_limits<int64_t>::max() / groups && input.size(1) == weight.size(1) * groups,
+      "Given groups=", groups, ", weight of size ", to_string(weight.sizes()), ", expected input",
+      to_string(input.sizes()), " to have ", weight.size(1) * groups, " channels, but got ", input.size(1),
+      " channels instead");
+  FASTNN_CHECK(input.size(1) > 0,
+               "expected an input of at least one channel, but got input shape: ", to_string(input.sizes()));
   for (int64_t d = 2; d < input.dim(); ++d) {
-    check(input.size(d) > 0,
-          "Only zero batch or zero channel inputs are supported, but got input shape: ", to_string(input.sizes()));
-    check(weight.size(d) > 0, "expected a kernel of at least one element, but got weight of size ",
-          to_string(weight.sizes()));
+    FASTNN_CHECK(weight.size(d) > 0, "expected a kernel of at least one element, but got weight of size ",
+                 to_string(weight.sizes()));
   }
   if (!bias) return;
-  check(bias->defined(), kind.op, ": bias must be a tensor, got an undefined one");
-  check(bias->scalar_type() == kind.dtype, "Input type (", element_name(kind.dtype), ") and bias type (",
-        element_name(bias->scalar_type()), ") should be the same");
+  FASTNN_CHECK(bias->defined(), kind.op, ": bias must be a tensor, got an undefined one");
+  FASTNN_CHECK(bias->scalar_type() == kind.dtype, "Input type (", element_name(kind.dtype), ") and bias type (",
+               element_name(bias->scalar_type()), ") should be the same");
   check_same_kind(*bias, kind, "bias");
-  check(bias->dim() == 1 && bias->size(0) == weight.size(0), "Given weight of size ", to_string(weight.sizes()),
-        ", expected bias to be 1-dimensional with ", weight.size(0), " elements, but got bias of size ",
-        to_string(bias->sizes()), " instead");
+  FASTNN_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "Given weight of size ", to_string(weight.sizes()),
+               ", expected bias to be 1-dimensional with ", weight.size(0), " elements, but got bias of size ",
+               to_string(bias->sizes()), " instead");
 }
 
 // ---- geometry -----------------------------------------------------------------------------------------------
@@ -157,19 +170,21 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
   constexpr int64_t kLargest = int64_t{1} << 31;
   const Expected kind = check_first(input, op, "input");
   const int64_t dims = input.dim() - 2;
-  check(dims >= 1 && dims <= 3, op, ": expected input to be 3D, 4D or 5D (batch, channels, 1 to 3 dimensions), got ",
-        input.dim(), "D tensor instead");
+  FASTNN_CHECK(dims >= 1 && dims <= 3, op,
+               ": expected input to be 3D, 4D or 5D (batch, channels, 1 to 3 dimensions), got ", input.dim(),
+               "D tensor instead");
   check_length(a.stride, dims, "stride");
   check_length(a.padding, dims, "padding");
   check_length(a.dilation, dims, "dilation");
-  check(all_at_least(a.padding, 0), "negative padding is not supported");
-  check(all_at_least(a.stride, 1), "non-positive stride is not supported");
-  check(all_at_least(a.dilation, 1), "non-positive dilation is not supported");
+  FASTNN_CHECK(all_at_least(a.padding, 0), "negative padding is not supported");
+  FASTNN_CHECK(all_at_least(a.stride, 1), "non-positive stride is not supported");
+  FASTNN_CHECK(all_at_least(a.dilation, 1), "non-positive dilation is not supported");
   check_tensors(kind, input, weight, bias, a.groups);
   check_pool(a, dims);
   for (const Ints* values :
        {&a.stride, &a.padding, &a.dilation, &a.pool_kernel_size, &a.pool_stride, &a.pool_padding, &a.pool_dilation}) {
-    for (int64_t value : *values) check(value < kLargest, op, ": ", value, " is too large, expected less than 2**31");
+    for (int64_t value : *values)
+      FASTNN_CHECK(value < kLargest, op, ": ", value, " is too large, expected less than 2**31");
   }
 
   ConvPoolProblem problem{kind, dims, {}, 0};
@@ -184,7 +199,8 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
     const bool given = i >= 0;
     g.input[d] = given ? input.size(i + 2) : 1;
     g.kernel[d] = given ? weight.size(i + 2) : 1;
-    check(g.input[d] < kLargest && g.kernel[d] < kLargest, op, ": a dimension is too large, expected less than 2**31");
+    FASTNN_CHECK(g.input[d] < kLargest && g.kernel[d] < kLargest, op,
+                 ": a dimension is too large, expected less than 2**31");
     g.stride[d] = given ? a.stride[i] : 1;
     g.padding[d] = given ? a.padding[i] : 0;
     g.dilation[d] = given ? a.dilation[i] : 1;
@@ -197,15 +213,12 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
     g.conv[d] = (g.input[d] + 2 * g.padding[d] - g.kernel_extent(d)) / g.stride[d] + 1;
   }
   for (int64_t i = 0; i < dims; ++i) {
-    std::string padded_text, extent_text;
-    if (padded[i] < extents[i]) {
-      for (int64_t j = 0; j < dims; ++j) {
-        padded_text += (j ? " x " : "") + std::to_string(padded[j]);
-        extent_text += (j ? " x " : "") + std::to_string(extents[j]);
-      }
-    }
-    check(padded[i] >= extents[i], "Calculated padded input size per channel: (", padded_text, "). Kernel size: (",
-          extent_text, "). Kernel size can't be greater than actual input size");
+    FASTNN_CHECK(padded[i] >= extents[i], "Calculated padded input size per channel: (", joined(padded, " x "),
+                 "). Kernel size: (", joined(extents, " x "), "). Kernel size can't be greater than actual input size");
+  }
+  for (int d = 0; d < 3; ++d) {
+    FASTNN_CHECK(g.input[d] > 0, "Only zero batch or zero channel inputs are supported, but got input shape: ",
+                 to_string(input.sizes()));
   }
   for (int d = 0; d < 3; ++d) {
     g.output[d] =
@@ -215,9 +228,10 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
     output.push_back(g.output[d]);
   }
   for (int64_t size : output) {
-    check(dims != 1 || size > 0, "max_pool1d() Invalid computed output size: ", size);
-    check(size > 0, "Given input size: (", weight.size(0), "x", by_size(conv), "). Calculated output size: (",
-          weight.size(0), "x", by_size(output), "). Output size is too small");
+    FASTNN_CHECK(dims != 1 || size > 0, "max_pool1d() Invalid computed output size: ", size);
+    FASTNN_CHECK(size > 0, "Given input size: (", weight.size(0), "x", joined(conv, "x"),
+                 "). Calculated output size: (", weight.size(0), "x", joined(output, "x"),
+                 "). Output size is too small");
   }
   problem.work = 2.0 * g.batch * weight.size(0) * g.conv[0] * g.conv[1] * g.conv[2] * g.depth();
   return problem;
@@ -314,8 +328,8 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const Te
   const int64_t places =
       checked_product(checked_product(problem.geometry.pool_kernel[0], problem.geometry.pool_kernel[1]),
                       problem.geometry.pool_kernel[2]);
-  check(!with_winners || places <= kMostPlaces, op, ": a winner's place is one byte, so a window may have at most ",
-        kMostPlaces, " elements, got ", places);
+  FASTNN_CHECK(!with_winners || places <= kMostPlaces, op,
+               ": a winner's place is one byte, so a window may have at most ", kMostPlaces, " elements, got ", places);
   check_no_gradients(op, input, weight);
   if (bias) check_no_gradients(op, *bias);
   const ScalarType dtype = problem.kind.dtype;
@@ -380,8 +394,8 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   using C = Compute<T>;
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
   const ConvPoolGeometry& g = problem.geometry;
-  check(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), problem.kind.op,
-        ": winners has a place that its window doesn't have");
+  FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), problem.kind.op,
+               ": winners has a place that its window doesn't have");
   const ConvPoolBackwardPlan plan = kernels.plan_backward(g);
   // Images first; where they are fewer than threads, each thread has some of the channels.
   const int64_t threads = useful_threads(problem.work / 2);
@@ -430,8 +444,8 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
 }
 
 void check_size(const Tensor& tensor, const Ints& sizes, const char* op, const char* name) {
-  check(sizes_of(tensor) == sizes, op, ": expected ", name, " of size ", to_string(sizes), ", got ",
-        to_string(tensor.sizes()));
+  FASTNN_CHECK(sizes_of(tensor) == sizes, op, ": expected ", name, " of size ", to_string(sizes), ", got ",
+               to_string(tensor.sizes()));
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
@@ -444,21 +458,21 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
       op, input, weight, std::nullopt,
       {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode});
   const ConvPoolGeometry& g = problem.geometry;
-  check(g.pool_kernel[0] <= kMostPlaces && g.pool_kernel[1] <= kMostPlaces && g.pool_kernel[2] <= kMostPlaces &&
-            g.places() <= kMostPlaces,
-        op, ": a window may have at most ", kMostPlaces, " elements");
+  FASTNN_CHECK(g.pool_kernel[0] <= kMostPlaces && g.pool_kernel[1] <= kMostPlaces && g.pool_kernel[2] <= kMostPlaces &&
+                   g.places() <= kMostPlaces,
+               op, ": a window may have at most ", kMostPlaces, " elements");
   check_same_kind(grad_output, problem.kind, "grad_output");
   check_size(grad_output, output_sizes(problem), op, "grad_output");
-  check(winners.defined() && winners.is_cpu() && winners.layout() == torch::headeronly::Layout::Strided &&
-            winners.scalar_type() == ScalarType::Byte,
-        op, ": expected winners to be a dense uint8 tensor on the CPU");
+  FASTNN_CHECK(winners.defined() && winners.is_cpu() && winners.layout() == torch::headeronly::Layout::Strided &&
+                   winners.scalar_type() == ScalarType::Byte,
+               op, ": expected winners to be a dense uint8 tensor on the CPU");
   check_size(winners, output_sizes(problem), op, "winners");
   check_no_gradients(op, grad_output, input, weight);
   int64_t image = 1;  // elements of a padded image, which the kernels number with 32 bits
   for (int d = 0; d < 3; ++d) image = checked_product(image, g.input[d] + 2 * g.padding[d] + g.kernel_extent(d));
-  check(checked_product(image, 64) < (int64_t{1} << 31) &&
-            checked_product(g.out_channels, checked_product(g.taps(), 64)) < (int64_t{1} << 31),
-        op, ": input or weight too large");
+  FASTNN_CHECK(checked_product(image, 64) < (int64_t{1} << 31) &&
+                   checked_product(g.out_channels, checked_product(g.taps(), 64)) < (int64_t{1} << 31),
+               op, ": input or weight too large");
 
   const ScalarType dtype = problem.kind.dtype;
   const auto sizes_if = [](bool condition, Ints sizes) {

@@ -11,7 +11,7 @@ from torch.nn import *  # noqa: F403 (the point of this module)
 
 from fastnn.nn.conv_relu_max_pool import ConvReLUMaxPool1d, ConvReLUMaxPool2d, ConvReLUMaxPool3d
 from fastnn.nn.mlp import MLP, LinearReLU
-from fastnn.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastnn.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # type: ignore[assignment]
 
 FUSED = (
     *(ConvReLUMaxPool1d, ConvReLUMaxPool2d, ConvReLUMaxPool3d),

@@ -1,6 +1,6 @@
 """Convolution layers that rectify and pool what they compute."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from fastnn.ops.conv_relu_max_pool import (
     conv_relu_max_pool2d,
     conv_relu_max_pool3d,
 )
+
+_PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
@@ -31,7 +33,7 @@ class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
         self.ceil_mode = ceil_mode
 
     def _run(self, function: Any, input: Tensor) -> Tensor:
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             # As torch.nn's own layers: the input is padded first, for which PyTorch has kernels.
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -77,7 +79,7 @@ class ConvReLUMaxPool1d(_ConvReLUMaxPool, torch.nn.Conv1d):
         dilation: _size_1_t = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: _PaddingMode = "zeros",
         *,
         pool_kernel_size: _size_1_t = 2,
         pool_stride: _size_1_t | None = None,
@@ -114,7 +116,7 @@ class ConvReLUMaxPool2d(_ConvReLUMaxPool, torch.nn.Conv2d):
         dilation: _size_2_t = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: _PaddingMode = "zeros",
         *,
         pool_kernel_size: _size_2_t = 2,
         pool_stride: _size_2_t | None = None,
@@ -152,7 +154,7 @@ class ConvReLUMaxPool3d(_ConvReLUMaxPool, torch.nn.Conv3d):
         dilation: _size_3_t = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: _PaddingMode = "zeros",
         *,
         pool_kernel_size: _size_3_t = 2,
         pool_stride: _size_3_t | None = None,

@@ -71,7 +71,7 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     default arguments, of which our functions have none."""
     if torch.compiler.is_compiling() or transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def differentiate_twice(

@@ -11,6 +11,7 @@ from fastnn.ops._autograd import (
     apply_function,
     autocast,
     call_kernel,
+    check_same_device,
     differentiate_twice,
     needs_autograd,
     needs_reference,
@@ -285,11 +286,13 @@ def _channels_format(tensor: Tensor) -> torch.memory_format:
 
 @torch.library.register_fake("fastnn::conv_relu_max_pool")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    check_same_device(input, weight, bias)
     return _output_like(input, weight, geometry, input.dtype)
 
 
 @torch.library.register_fake("fastnn::conv_relu_max_pool_with_winners")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> tuple[Tensor, Tensor]:
+    check_same_device(input, weight, bias)
     return _output_like(input, weight, geometry, input.dtype), _output_like(input, weight, geometry, torch.uint8)
 
 
@@ -297,6 +300,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> tup
 def _(
     grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, *geometry_and_wanted: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_same_device(grad_output, winners, input, weight)
     input_wanted, weight_wanted, bias_wanted = geometry_and_wanted[-3:]
 
     def gradient(of: Tensor, wanted: bool) -> Tensor:

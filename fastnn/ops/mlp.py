@@ -94,7 +94,7 @@ def mlp_reconstruction_error(
     """
     weights, biases = tuple(weights), tuple(biases)
     names = activation_names(activation, len(weights))
-    parameters = (*weights, *biases)
+    parameters: Sequence[Tensor | None] = (*weights, *biases)
     if input.dim() != 2 or needs_autograd(input, *parameters) or needs_reference(autocast(input)[0]):
         return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
     input, *parameters = autocast(input, *parameters)
