@@ -226,8 +226,9 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
 template <int pixels, int vectors, int fixed_step, class C>
 FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
                              const Vec<C> (&bias)[vectors], C* to) {
-  const C* from[pixels];
-  for (int p = 0; p < pixels; ++p) from[p] = tile + p * (fixed_step ? fixed_step : step);
+  // Pixels a fixed step apart need but one pointer.
+  const C* from[fixed_step ? 1 : pixels];
+  for (int p = 0; p < (fixed_step ? 1 : pixels); ++p) from[p] = tile + p * step;
   Vec<C> total[pixels][vectors];
 #pragma GCC unroll 16
   for (int p = 0; p < pixels; ++p) {
@@ -240,7 +241,7 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
     weight += vectors * kLanes<C>;
 #pragma GCC unroll 16
     for (int p = 0; p < pixels; ++p) {
-      const Vec<C> left = broadcast<C>(from[p][offset]);
+      const Vec<C> left = broadcast<C>(fixed_step ? from[0][offset + p * fixed_step] : from[p][offset]);
       for (int v = 0; v < vectors; ++v) total[p][v] += left * right[v];
     }
   }
