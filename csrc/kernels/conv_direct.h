@@ -183,6 +183,15 @@ FASTNN_INLINE void copy_run(const T* from, int64_t stride, int64_t count, C* to)
   }
 }
 
+// The way out of scratch.
+template <class C, class T>
+FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load_up_to<C>(from + i, count - i), count - i);
+}
+FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
+  __builtin_memcpy(to, from, count);
+}
+
 template <class C>
 FASTNN_INLINE void fill_zeros(C* to, int64_t count) {
   if (count > 0) __builtin_memset(to, 0, count * sizeof(C));
@@ -423,13 +432,9 @@ class DirectForward {
       }
       for (int64_t x = 0; x < columns; ++x) {
         copy_out(from + x * pixel, channels, call_.output + to + x * layout.d[2]);
-        if (with_winners) __builtin_memcpy(call_.winners + to + x * layout.d[2], winners + x * pixel, channels);
+        if (with_winners) copy_out(winners + x * pixel, channels, call_.winners + to + x * layout.d[2]);
       }
     }
-  }
-
-  static FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
-    for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load(from + i), count - i);
   }
 
   const ConvPoolForward<T>& call_;
