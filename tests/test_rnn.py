@@ -1,4 +1,4 @@
-"""RNN, GRU, LSTM and their cells against torch.nn's: outputs, gradients, strides, errors, and every way to call them."""
+"""RNN, GRU, LSTM and their cells against torch.nn's: outputs, gradients, strides, errors, and all ways to call them."""
 
 import copy
 import itertools

@@ -202,7 +202,7 @@ class RNNCell(_Cell):
     """``torch.nn.RNNCell``, the step in one kernel."""
 
     _stock = torch.nn.RNNCell
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+    __constants__ = torch.nn.RNNCell.__constants__
     nonlinearity: str
 
     def __init__(

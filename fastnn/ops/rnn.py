@@ -62,7 +62,9 @@ def rnn(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together.
     """
-    masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout) if dropout > 0 and num_layers > 1 else None
+    masks = None
+    if dropout > 0 and num_layers > 1:
+        masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout)
     if needs_reference(input):
         return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
     config = Config(_NUMBER_OF[mode], num_layers, bidirectional, batch_first)
@@ -194,9 +196,7 @@ class RnnBackward(torch.autograd.Function):
             for i, tensor in zip(given, tensors, strict=True):
                 everything[i] = tensor
             state, weights = everything[1 : 1 + ctx.states], everything[1 + ctx.states :]
-            output, final_state = reference.rnn(
-                everything[0], batch_sizes, state, weights, masks, MODES[mode], *config
-            )
+            output, final_state = reference.rnn(everything[0], batch_sizes, state, weights, masks, MODES[mode], *config)
             outputs = (output, *final_state)
             return tuple(outputs[i] for i in arrived)
 

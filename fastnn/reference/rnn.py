@@ -3,14 +3,16 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from torch import Tensor
 
 State = tuple[Tensor, ...]
 
 
 def _elman(activation: Callable[[Tensor], Tensor]) -> Callable[..., State]:
-    def cell(input: Tensor, state: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> State:
+    def cell(
+        input: Tensor, state: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    ) -> State:
         return (activation(F.linear(input, w_ih, b_ih) + F.linear(state[0], w_hh, b_hh)),)
 
     return cell
@@ -44,7 +46,7 @@ CELLS: dict[str, Callable[..., State]] = {
 
 def rnn_cell(input: Tensor, state: State, weights: Sequence[Tensor], mode: str) -> State:
     """One step: input (batch, in), state [h] or [h, c] of (batch, hidden), weights as ``torch.nn.RNNCell`` has them."""
-    return CELLS[mode](input, state, *weights, *(None,) * (4 - len(weights)))
+    return CELLS[mode](input, state, *weights)
 
 
 def rnn(
