@@ -30,7 +30,7 @@ struct Problem {
   // The output's sizes, and its strides: time-major in memory, whatever the order of the dimensions.
   Tensor new_output() const {
     if (packed) return new_tensor({rows, width()}, kind.dtype);
-    const int64_t length = static_cast<int64_t>(steps.size()), step = batch * width();
+    const int64_t length = static_cast<int64_t>(steps.size()), step = std::max<int64_t>(batch, 1) * width();
     const int64_t strides[] = {batch_first ? width() : step, batch_first ? step : width(), 1};
     return new_strided_tensor(
         batch_first ? std::vector<int64_t>{batch, length, width()} : std::vector<int64_t>{length, batch, width()},
