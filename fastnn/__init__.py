@@ -5,6 +5,6 @@ from fastnn._extension import load_extension
 _C = load_extension()
 __version__: str = _C.version
 
-from fastnn import functional, reference  # noqa: E402 (the operators must be registered first)
+from fastnn import functional, kernels, reference  # noqa: E402 (the operators must be registered first)
 
-__all__ = ["functional", "reference"]
+__all__ = ["functional", "kernels", "reference"]

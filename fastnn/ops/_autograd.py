@@ -16,7 +16,11 @@ def needs_reference(*tensors: Tensor | None) -> bool:
     layouts, and forward-mode differentiation."""
     if forward_ad._current_level >= 0:
         return True
-    return any(t is not None and (t.dtype not in KERNEL_DTYPES or t.layout is not torch.strided) for t in tensors)
+    return any(t is not None and (not _has_kernel_dtype(t) or t.layout is not torch.strided) for t in tensors)
+
+
+def _has_kernel_dtype(tensor: Tensor) -> bool:
+    return tensor.dtype in KERNEL_DTYPES or (tensor.dtype is torch.float16 and tensor.is_cuda)
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
