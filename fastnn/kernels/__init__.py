@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 _OPERATORS = {
+    "conv_relu_max_pool": (
+        "conv_relu_max_pool",
+        "conv_relu_max_pool_with_winners",
+        "conv_relu_max_pool_backward",
+    ),
     "mlp": ("mlp", "mlp_with_hidden", "mlp_backward"),
 }
 _library = torch.library.Library("fastnn", "IMPL")
