@@ -119,7 +119,7 @@ def _load_patch(
     return tl.load(input + offset, mask=inside & channel_mask[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pooled_pixels"])
 def conv_forward(
     input, weight, bias, output, winners, pooled_pixels, in_size, conv_size, out_size, GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, GEOMETRY: tl.constexpr, IN_LAST: tl.constexpr,
@@ -167,7 +167,7 @@ def conv_forward(
     _store_pooled(output, winners, best, winner, any_inside, offset, pixel_mask[:, None] & out_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pooled_pixels"])
 def pool_forward(
     conv, output, winners, pooled_pixels, conv_size, out_size, OUT_CHANNELS: tl.constexpr, GEOMETRY: tl.constexpr,
     LAST: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -247,7 +247,7 @@ def _conv_gradient(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["conv_pixels"])
 def spread_gradient(
     grad_output, winners, grad_conv, conv_pixels, conv_size, out_size, OUT_CHANNELS: tl.constexpr,
     GEOMETRY: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_OUT: tl.constexpr, COMPUTE: tl.constexpr,
@@ -265,7 +265,7 @@ def spread_gradient(
     tl.store(grad_conv + offset, grad.to(grad_conv.dtype.element_ty), mask=pixel_mask[:, None] & out_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["in_pixels"])
 def conv_input_gradient(
     grad_output, winners, weight, grad_input, in_pixels, in_size, conv_size, out_size, GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, GEOMETRY: tl.constexpr, IN_LAST: tl.constexpr,
@@ -312,7 +312,7 @@ def conv_input_gradient(
     tl.store(grad_input + offset, sums.to(grad_input.dtype.element_ty), mask=pixel_mask[:, None] & in_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pooled_pixels", "tiles_each"])
 def conv_weight_gradient(
     grad_output, winners, input, weight_parts, bias_parts, pooled_pixels, tiles_each, in_size, conv_size, out_size,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, GEOMETRY: tl.constexpr,

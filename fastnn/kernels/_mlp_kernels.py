@@ -22,7 +22,7 @@ def _finish_layer(sums, bias, saved, row, row_mask, column, WIDTH: tl.constexpr,
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def chain_forward(
     input, weights, biases, saved, output, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr, ACTIVATIONS: tl.constexpr,
     KEEPS_INPUT: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -87,7 +87,7 @@ def _finish_gradient(grad, saved, grad_sums, bias_parts, row, row_mask, column, 
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def chain_backward(
     grad_output, weights, saved, grad_sums, bias_parts, grad_input, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr,
     ACTIVATIONS: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -137,7 +137,7 @@ def chain_backward(
                      mask=row_mask[:, None] & in_mask[None, :])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def layer_forward(
     input, weight, bias, sums_kept, output, rows, IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr,

@@ -77,7 +77,7 @@ def is_tap_by_tap(problem: Problem) -> bool:
 
 
 def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Config:
-    """The configuration of the fused kernels: tiles as large as registers hold without spilling (tools/gpu_check.py)."""
+    """The fused kernels' tiles, as large as registers hold without spilling (tools/gpu_check.py)."""
     wide = problem.kind.dtype.itemsize == 2
     fast = wide or precision == "tf32"
     block_out = min(64, _launch.padded(problem.out_channels))
