@@ -1,6 +1,8 @@
 """The three reference models on fused layers: constructors, parameter names and state dicts of
 ``fastnn.reference.models``."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fastnn import nn
@@ -69,5 +71,6 @@ class Autoencoder(nn.Module):
 
     def reconstruction_error(self, x: Tensor) -> Tensor:
         """Mean squared error of each row, high for a row unlike those of the training: (..., input_size) -> (...)."""
-        parameters = linear_parameters(self._modules.values())
-        return mlp_reconstruction_error(x, parameters[:4], parameters[4:], _AUTOENCODER_ACTIVATIONS)
+        layers: Any = self._modules.values()
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return mlp_reconstruction_error(x, weights, biases, _AUTOENCODER_ACTIVATIONS)

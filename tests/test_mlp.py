@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import fastnn.nn
 from fastnn.functional import linear_relu, mlp, mlp_reconstruction_error
-from fastnn.ops.mlp import ACTIVATION_NAMES
+from fastnn.ops.mlp import ACTIVATION_NAMES, join_parameters
 from fastnn.reference import mlp as reference
 from fastnn.testing import compare_with_stock, using_threads
 
@@ -249,7 +249,7 @@ class TestCompilation:
     def test_opcheck(self, dtype: torch.dtype) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3), dtype))
         for digits in ("10", "55"):
-            arguments = (x, weights, biases, digits)
+            arguments = (x, join_parameters(weights, biases), digits)
             torch.library.opcheck(torch.ops.fastnn.mlp, arguments)
             torch.library.opcheck(torch.ops.fastnn.mlp_with_hidden, arguments)
             output, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
@@ -360,7 +360,7 @@ class TestBadInput:
             mlp(x, None, biases)
         for digits in ("", "1", "100", "1-", "18", "1\0", "1\xff"):
             with pytest.raises(RuntimeError):
-                torch.ops.fastnn.mlp(x, weights, biases, digits)
+                torch.ops.fastnn.mlp(x, join_parameters(weights, biases), digits)
         for lists in (([], [], []), (weights, biases[:1], "10"), (weights[:1], biases, "1")):
             with pytest.raises(RuntimeError):
                 torch.ops.fastnn.mlp(x, *lists)
@@ -369,11 +369,11 @@ class TestBadInput:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
         for bad in (x.to_sparse(), x.half(), x.long(), x.to("meta"), x[None], x.to(torch.complex64)):
             with pytest.raises((RuntimeError, NotImplementedError)):
-                torch.ops.fastnn.mlp(bad, weights, biases, "10").sum().item()
+                torch.ops.fastnn.mlp(bad, weights + biases, "10").sum().item()
 
     def test_hostile_backward(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights, biases, "10")
+        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights + biases, "10")
         good = [torch.randn_like(output), x, weights, "10", output, hidden, True, True, True]
         hostile = {
             0: [output[:4], output[:, :2], output[0], output.double(), output.to("meta"), output.to_sparse()],
@@ -391,7 +391,7 @@ class TestBadInput:
 
     def test_raw_operators_refuse_to_lose_a_gradient(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        arguments = [x, weights, biases, "10"]
+        arguments = [x, weights + biases, "10"]
         for leaf in (x, weights[1], biases[0]):
             leaf.requires_grad_()
             with pytest.raises(RuntimeError, match="no gradient of its own"):
@@ -450,6 +450,6 @@ class TestReconstructionError:
 
     def test_operator(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 4, 6)))
-        torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights, biases, "10"))
+        torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights + biases, "10"))
         with pytest.raises(RuntimeError, match="expected as many outputs of the last layer as features"):
-            torch.ops.fastnn.mlp_reconstruction_error(x, weights[:1], biases[:1], "0")
+            torch.ops.fastnn.mlp_reconstruction_error(x, [weights[0], biases[0]], "0")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnn.kernels import conv_relu_max_pool, mlp
-from fastnn.ops.mlp import activation_digits
+from fastnn.ops.mlp import activation_digits, join_parameters
 
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
@@ -51,7 +51,7 @@ def _mlp_case(rows: int, widths: tuple[int, ...], dtype: torch.dtype, allow_tf32
         biases = [new(b) for b in widths[1:]]
         digits = activation_digits([name] * len(weights))
         input = new(rows, widths[0])
-        output, hidden = mlp.mlp_with_hidden(input, weights, biases, digits)
+        output, hidden = mlp.mlp_with_hidden(input, join_parameters(weights, biases), digits)
         mlp.mlp_backward(output, input, weights, digits, output, hidden, True, True, True)
 
     shape = f"({rows}, {'-'.join(map(str, widths))}) {name}"

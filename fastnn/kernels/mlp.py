@@ -13,7 +13,7 @@ from torch import Tensor
 from fastnn.kernels import _launch
 from fastnn.kernels._check import Expected, check, check_first, check_no_gradients, check_same_kind, check_sizes
 from fastnn.kernels._mlp_kernels import chain_backward, chain_forward, layer_forward
-from fastnn.ops.mlp import _KEEPS_INPUT, ACTIVATION_NAMES
+from fastnn.ops.mlp import _KEEPS_INPUT, ACTIVATION_NAMES, split_parameters
 from fastnn.reference.mlp import ACTIVATIONS
 
 # ---- choice of kernel and configuration -------------------------------------------------------------------
@@ -165,34 +165,34 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 # ---- forward ----------------------------------------------------------------------------------------------
 
 
-def mlp(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: str) -> Tensor:
-    """``fastnn::mlp``: input (rows, in), weights[i] (out_i, in_i) -> (rows, out of the last)."""
-    return _forward("mlp", input, weights, biases, _numbers("mlp", activations), save=False)[0]
+def mlp(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
+    """``fastnn::mlp``: input (rows, in); parameters, the weights (out_i, in_i), then the biases (out_i) or none
+    -> (rows, out of the last)."""
+    return _forward("mlp", input, parameters, activations, save=False)[0]
 
 
-def mlp_reconstruction_error(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: str
-) -> Tensor:
+def mlp_reconstruction_error(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
     """``fastnn::mlp_reconstruction_error``: the mean squared difference of output and input, (rows)."""
     op = "mlp_reconstruction_error"
-    output = _forward(op, input, weights, biases, _numbers(op, activations), save=False)[0]
+    output = _forward(op, input, parameters, activations, save=False)[0]
     check(output.shape == input.shape, op, ": expected as many outputs of the last layer as features of the input, ",
           input.shape[1], ", got ", output.shape[1])  # fmt: skip
     return (output - input).square_().mean(dim=-1)
 
 
-def mlp_with_hidden(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: str
-) -> tuple[Tensor, list[Tensor]]:
+def mlp_with_hidden(input: Tensor, parameters: Sequence[Tensor], activations: str) -> tuple[Tensor, list[Tensor]]:
     """``fastnn::mlp_with_hidden``: the output, and what backward needs of each layer."""
-    numbers = _numbers("mlp_with_hidden", activations)
-    return _forward("mlp_with_hidden", input, weights, biases, numbers, save=True)
+    return _forward("mlp_with_hidden", input, parameters, activations, save=True)
 
 
 def _forward(
-    op: str, input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[int],
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    op: str, input: Tensor, parameters: Sequence[Tensor], digits: str, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    activations = _numbers(op, digits)
+    layers = len(activations)
+    check(len(parameters) in (layers, 2 * layers), op, ": expected ", layers, " weights and ", layers,
+          " or no biases, got ", len(parameters), " parameters")  # fmt: skip
+    weights, biases = split_parameters(parameters, layers)
     chain = _check_chain(op, input, weights, activations)
     _check_biases(chain, biases)
     check_no_gradients(op, input, *weights, *biases)
