@@ -4,7 +4,8 @@
 from torch import Tensor
 
 from fastnn import nn
-from fastnn.ops.mlp import mlp, mlp_reconstruction_error
+from fastnn.nn.mlp import linear_parameters
+from fastnn.ops.mlp import activation_numbers, mlp, mlp_of_parameters, mlp_reconstruction_error
 
 
 class Conv2DNet(nn.Module):
@@ -39,10 +40,12 @@ class RNN(nn.Module):
         return self.fc(output[:, -1])
 
 
+_AUTOENCODER_ACTIVATIONS = ("relu", "identity", "relu", "identity")
+_AUTOENCODER_NUMBERS = activation_numbers(_AUTOENCODER_ACTIVATIONS)
+
+
 class Autoencoder(nn.Module):
     """Compresses a row of features and restores it. Input (..., input_size) -> (..., input_size)."""
-
-    _ACTIVATIONS = ("relu", "identity", "relu", "identity")
 
     def __init__(self, input_size: int, reduced_size: int, encoding_size: int) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class Autoencoder(nn.Module):
         self.decoder_2 = nn.Linear(reduced_size, input_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, *self._parameters_in_order(), self._ACTIVATIONS)
+        return mlp_of_parameters(x, linear_parameters(self._modules.values()), _AUTOENCODER_NUMBERS)
 
     def encode(self, x: Tensor) -> Tensor:
         """(..., input_size) -> (..., encoding_size)."""
@@ -66,8 +69,5 @@ class Autoencoder(nn.Module):
 
     def reconstruction_error(self, x: Tensor) -> Tensor:
         """Mean squared error of each row, high for a row unlike those of the training: (..., input_size) -> (...)."""
-        return mlp_reconstruction_error(x, *self._parameters_in_order(), self._ACTIVATIONS)
-
-    def _parameters_in_order(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        layers = (self.encoder_1, self.encoder_2, self.decoder_1, self.decoder_2)
-        return [layer.weight for layer in layers], [layer.bias for layer in layers]
+        parameters = linear_parameters(self._modules.values())
+        return mlp_reconstruction_error(x, parameters[:4], parameters[4:], _AUTOENCODER_ACTIVATIONS)

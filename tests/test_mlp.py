@@ -451,5 +451,5 @@ class TestReconstructionError:
     def test_operator(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 4, 6)))
         torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights, biases, [1, 0]))
-        with pytest.raises(RuntimeError, match="as many outputs as the input has features"):
+        with pytest.raises(RuntimeError, match="expected as many outputs of the last layer as features"):
             torch.ops.fastnn.mlp_reconstruction_error(x, weights[:1], biases[:1], [0])

@@ -183,6 +183,15 @@ FASTNN_INLINE void copy_run(const T* from, int64_t stride, int64_t count, C* to)
   }
 }
 
+// The way out of scratch.
+template <class C, class T>
+FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load_up_to<C>(from + i, count - i), count - i);
+}
+FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
+  __builtin_memcpy(to, from, count);
+}
+
 template <class C>
 FASTNN_INLINE void fill_zeros(C* to, int64_t count) {
   if (count > 0) __builtin_memset(to, 0, count * sizeof(C));
@@ -226,8 +235,9 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
 template <int pixels, int vectors, int fixed_step, class C>
 FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
                              const Vec<C> (&bias)[vectors], C* to) {
-  const C* from[pixels];
-  for (int p = 0; p < pixels; ++p) from[p] = tile + p * (fixed_step ? fixed_step : step);
+  // Pixels a fixed step apart need but one pointer.
+  const C* from[fixed_step ? 1 : pixels];
+  for (int p = 0; p < (fixed_step ? 1 : pixels); ++p) from[p] = tile + p * step;
   Vec<C> total[pixels][vectors];
 #pragma GCC unroll 16
   for (int p = 0; p < pixels; ++p) {
@@ -240,7 +250,7 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
     weight += vectors * kLanes<C>;
 #pragma GCC unroll 16
     for (int p = 0; p < pixels; ++p) {
-      const Vec<C> left = broadcast<C>(from[p][offset]);
+      const Vec<C> left = broadcast<C>(fixed_step ? from[0][offset + p * fixed_step] : from[p][offset]);
       for (int v = 0; v < vectors; ++v) total[p][v] += left * right[v];
     }
   }
@@ -422,13 +432,9 @@ class DirectForward {
       }
       for (int64_t x = 0; x < columns; ++x) {
         copy_out(from + x * pixel, channels, call_.output + to + x * layout.d[2]);
-        if (with_winners) __builtin_memcpy(call_.winners + to + x * layout.d[2], winners + x * pixel, channels);
+        if (with_winners) copy_out(winners + x * pixel, channels, call_.winners + to + x * layout.d[2]);
       }
     }
-  }
-
-  static FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
-    for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load(from + i), count - i);
   }
 
   const ConvPoolForward<T>& call_;

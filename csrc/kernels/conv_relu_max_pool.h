@@ -36,8 +36,12 @@ struct ConvLayout {
   int64_t n, c, d[3];
 };
 
+// What the vector's lanes hold in forward: output channels, or independent pieces of the problem.
+enum class ConvAlgorithm : int32_t { direct, lanes };
+
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.
 struct ConvPoolPlan {
+  ConvAlgorithm algorithm;
   int64_t items;                  // independent pieces of work
   int64_t packed_size;            // elements of the packed weight
   int64_t pack_items;             // independent pieces of packing
@@ -46,6 +50,10 @@ struct ConvPoolPlan {
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together
   int64_t row_parts, block_parts;
+  // conv_lanes.h
+  int64_t bands;  // of an image's rows: pieces
+  int lane_vectors;
+  bool lanes_are_groups;
 };
 
 template <class T>

@@ -12,11 +12,15 @@ namespace fastnn {
 enum class RnnMode : int32_t { tanh, relu, gru, lstm, count };
 
 // Rows of weight matrices a hidden unit has.
-inline int64_t gates_of(RnnMode mode) { return mode == RnnMode::lstm ? 4 : mode == RnnMode::gru ? 3 : 1; }
+inline int64_t gates_of(RnnMode mode) {
+  return mode == RnnMode::lstm ? 4 : mode == RnnMode::gru ? 3 : 1;
+}
 
 // What a step keeps of a hidden unit for backward, besides the output: LSTM its gates and cell state, GRU its gates
 // and the hidden half of the candidate.
-inline int64_t saved_of(RnnMode mode) { return mode == RnnMode::lstm ? 5 : mode == RnnMode::gru ? 4 : 0; }
+inline int64_t saved_of(RnnMode mode) {
+  return mode == RnnMode::lstm ? 5 : mode == RnnMode::gru ? 4 : 0;
+}
 
 // One time step. Sequences are sorted by length, so that the ones still running are the first `rows`.
 struct RnnStep {
@@ -46,17 +50,17 @@ struct RnnNetwork {
   int64_t batch;
   int64_t rows;  // of all steps together
   int64_t steps;
-  const RnnStep* step;            // (steps)
-  const RnnWeights<T>* weights;   // (layers * directions)
-  const T* input;                 // (rows, weights[0].input_size) by RnnStep::input
-  int64_t input_stride;           // from a row of a step to the next
-  const T* masks;                 // (layers - 1, rows, directions * hidden): the dropout between layers, or null
-  const T* h0;                    // (layers * directions, batch, hidden), or null for zeros
-  const T* c0;                    // the same; LSTM alone
-  T* saved;                       // (layers * directions, rows, saved_of(mode), hidden), or null
-  T* hidden_outputs;              // (kept_outputs, rows, directions * hidden): the outputs of all layers but the last
-  int64_t kept_outputs;           // layers - 1, or fewer where they may be overwritten in turn
-  T* output;                      // (rows, directions * hidden)
+  const RnnStep* step;           // (steps)
+  const RnnWeights<T>* weights;  // (layers * directions)
+  const T* input;                // (rows, weights[0].input_size) by RnnStep::input
+  int64_t input_stride;          // from a row of a step to the next
+  const T* masks;                // (layers - 1, rows, directions * hidden): the dropout between layers, or null
+  const T* h0;                   // (layers * directions, batch, hidden), or null for zeros
+  const T* c0;                   // the same; LSTM alone
+  T* saved;                      // (layers * directions, rows, saved_of(mode), hidden), or null
+  T* hidden_outputs;             // (kept_outputs, rows, directions * hidden): the outputs of all layers but the last
+  int64_t kept_outputs;          // layers - 1, or fewer where they may be overwritten in turn
+  T* output;                     // (rows, directions * hidden)
 
   int64_t width() const { return directions * hidden; }
   T* layer_output(int64_t layer) const {
@@ -92,8 +96,8 @@ struct RnnBackwardKernels {
   int64_t (*sums_size)(RnnMode mode, int64_t hidden, int64_t input_size);
   // The sequences [first, last). layer_grads (2, rows, directions * hidden) is scratch for all sequences. `sums`, or
   // null, are the weights' gradients added up over the sequences, one direction of one layer after the other.
-  void (*run)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute<T>* layer_grads,
-              Compute<T>* sums, int64_t first, int64_t last, Compute<T>* scratch);
+  void (*run)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute<T>* layer_grads, Compute<T>* sums,
+              int64_t first, int64_t last, Compute<T>* scratch);
   // Adds up `parts` such sums, `stride` apart, of one direction of one layer. The biases' gradients may be null.
   void (*finish)(RnnMode mode, int64_t hidden, int64_t input_size, const Compute<T>* sums, int64_t parts,
                  int64_t stride, T* grad_weight_ih, T* grad_weight_hh, T* grad_bias_ih, T* grad_bias_hh);

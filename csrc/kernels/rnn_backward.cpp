@@ -226,8 +226,8 @@ class BackwardDirection {
   void pass_down(Block block, Rows<To> destination) {
     const int64_t columns = layout_.input_size, stride = layout_.padded(columns);
     const T* mask = layer_mask(network_, direction_.layer);
-    multiply<false>(block.rows, layout_.gates(), gates_, layout_.gradients(), direction_.weights.packed, columns,
-                    false, panels_, stride);
+    multiply<false>(block.rows, layout_.gates(), gates_, layout_.gradients(), direction_.weights.packed, columns, false,
+                    panels_, stride);
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       To* to = const_cast<To*>(destination.at(step, sequence));
       const T* row_mask = mask ? mask + (step.row + sequence) * columns : nullptr;
@@ -287,8 +287,7 @@ int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
 
 template <class T>
 int64_t sums_size(RnnMode mode, int64_t hidden, int64_t input_size) {
-  return with_cell(mode,
-                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>{hidden, input_size}.sums_size(); });
+  return with_cell(mode, [&](auto cell) { return Layout<decltype(cell), Compute<T>>{hidden, input_size}.sums_size(); });
 }
 
 template <class Cell, class T, class Source>

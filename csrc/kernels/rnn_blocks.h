@@ -116,7 +116,9 @@ struct Direction {
   FASTNN_INLINE T* saved(const RnnStep& step, int64_t sequence) const {
     return network.saved + (index * network.rows + step.row + sequence) * Cell::kSaved * network.hidden;
   }
-  FASTNN_INLINE int64_t state_offset(int64_t sequence) const { return (index * network.batch + sequence) * network.hidden; }
+  FASTNN_INLINE int64_t state_offset(int64_t sequence) const {
+    return (index * network.batch + sequence) * network.hidden;
+  }
 
   // Sequences of `part` that the step before (in the direction's order) has run already; the others start here.
   FASTNN_INLINE int64_t running(int64_t t, Part part) const {

@@ -41,7 +41,8 @@ void pack(int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed) {
     const int64_t unit = tile * layout.kTileUnits + vector % Cell::kUnits * lanes;
     const int64_t left_over = hidden - unit, count = larger(0, smaller(left_over, lanes));
     const int64_t within = vector % layout.kVectors * lanes;
-    const int64_t input_row = Cell::input_gate(static_cast<int>(slot)) * hidden + unit, hidden_row = slot * hidden + unit;
+    const int64_t input_row = Cell::input_gate(static_cast<int>(slot)) * hidden + unit,
+                  hidden_row = slot * hidden + unit;
     pack_rows(weights.weight_ih + input_row * input_size, input_size, count, input_size,
               packed + tile * layout.kPanelWidth * input_size + within, layout.kPanelWidth);
     pack_rows(weights.weight_hh + hidden_row * hidden, hidden, count, hidden,
@@ -106,9 +107,9 @@ class ForwardDirection {
     const C* x = input_rows(block, &stride);
     for (int64_t tile = 0; tile < layout_.tiles; ++tile) {
       multiply_panel<kVectors>(block.rows, layout_.input_size, x, stride,
-                                       packed_ + tile * layout_.kPanelWidth * layout_.input_size,
-                                       packed_ + layout_.bias() + tile * layout_.kPanelWidth, 0,
-                                       slots_ + tile * layout_.kTileSlots, layout_.slots());
+                               packed_ + tile * layout_.kPanelWidth * layout_.input_size,
+                               packed_ + layout_.bias() + tile * layout_.kPanelWidth, 0,
+                               slots_ + tile * layout_.kTileSlots, layout_.slots());
     }
     if constexpr (Cell::kSlots > Cell::kGates) {
       for (int64_t row = 0; row < block.rows; ++row) {
@@ -206,10 +207,9 @@ class ForwardDirection {
       C* tile_slots = slots + tile * layout_.kTileSlots;
       if (previous) {
         C* sums = tile_slots + Cell::kHiddenSlot * kLanes<C>;
-        multiply_panel<kVectors>(
-            rows, layout_.hidden, previous, stride,
-            packed_ + layout_.hidden_panels() + tile * layout_.kPanelWidth * layout_.hidden, sums, layout_.slots(),
-            sums, layout_.slots());
+        multiply_panel<kVectors>(rows, layout_.hidden, previous, stride,
+                                 packed_ + layout_.hidden_panels() + tile * layout_.kPanelWidth * layout_.hidden, sums,
+                                 layout_.slots(), sums, layout_.slots());
       }
       for (int64_t row = 0; row < rows; ++row) {
         finish_units(t, first + row, tile * layout_.kTileUnits, tile_slots + row * layout_.slots(),

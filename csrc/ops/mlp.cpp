@@ -12,7 +12,6 @@ using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 struct Chain {
   Expected kind;
-  ScalarType kernel_dtype;  // what it is computed in
   int64_t rows;
   std::vector<int64_t> widths;  // the input's, then each layer's
   double work = 0;              // floating-point operations of one forward
@@ -28,7 +27,7 @@ Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>
   check(!weights.empty(), op, ": expected at least one weight");
   check(activations.size() == weights.size(), op, ": expected ", weights.size(), " activations, one a weight, got ",
         activations.size());
-  Chain chain{kind, kind.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float, input.size(0), {}};
+  Chain chain{kind, input.size(0), {}};
   chain.widths.reserve(weights.size() + 1);
   chain.widths.push_back(input.size(1));
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -46,76 +45,81 @@ Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>
   return chain;
 }
 
-OptionalTensors check_biases(const Chain& chain, const OptionalTensors& biases) {
+void check_biases(const Chain& chain, const OptionalTensors& biases) {
   const char* op = chain.kind.op;
   check(static_cast<int64_t>(biases.size()) == chain.layers(), op, ": expected ", chain.layers(),
         " biases, one a weight, got ", biases.size());
-  OptionalTensors result;
-  result.reserve(biases.size());
   for (size_t i = 0; i < biases.size(); ++i) {
-    if (biases[i]) {
-      check_same_kind(*biases[i], chain.kind, "biases");
-      check_sizes(*biases[i], {chain.widths[i + 1]}, op, "biases");
-      check_no_gradients(op, *biases[i]);
-      result.emplace_back(dense(widened(*biases[i])));
-    } else {
-      result.emplace_back();
+    if (!biases[i]) continue;
+    check_same_kind(*biases[i], chain.kind, "biases");
+    check_sizes(*biases[i], {chain.widths[i + 1]}, op, "biases");
+  }
+}
+
+// The arguments of every forward operator, checked.
+struct Forward {
+  Chain chain;
+  const Tensor& input;
+  const std::vector<Tensor>& weights;
+  const OptionalTensors& biases;
+  const std::vector<int64_t>& activations;
+
+  Forward(const char* op, const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
+          const std::vector<int64_t>& activations)
+      : chain(check_chain(op, input, weights, activations)),
+        input(input),
+        weights(weights),
+        biases(biases),
+        activations(activations) {
+    check_biases(chain, biases);
+    if (!aoti_torch_grad_mode_is_enabled()) return;
+    check_no_gradients(op, input);
+    for (const Tensor& weight : weights) check_no_gradients(op, weight);
+    for (const auto& bias : biases) {
+      if (bias) check_no_gradients(op, *bias);
     }
   }
-  return result;
-}
 
-// As the kernels take them: contiguous, bfloat16 widened to float.
-std::vector<Tensor> kernel_form(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> result;
-  result.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) result.push_back(dense(widened(tensor)));
-  return result;
-}
-
-std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) {
-  for (Tensor& tensor : tensors) tensor = narrowed(tensor, dtype);
-  return tensors;
-}
+  Activation activation(int64_t layer) const { return static_cast<Activation>(activations[layer]); }
+};
 
 template <class Body>
 auto with_kernel_dtype(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
-// Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is undefined.
+// Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is null.
 template <class T>
-void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tensor>& weights,
-                 const OptionalTensors& biases, const std::vector<int64_t>& activations, const Tensor& output,
-                 const Tensor& errors, const std::vector<Tensor>& saved) {
+void run_forward(const Forward& call, T* output, T* errors, const std::vector<Tensor>& saved) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+  const Chain& chain = call.chain;
   const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
-  const int64_t scratch_size = kernels.scratch_size(chain.widest());
-  std::vector<int64_t> packed_sizes;
-  packed_sizes.reserve(weights.size());
-  int64_t scratch_total = chunks * scratch_size;
-  for (int64_t i = 0; i < chain.layers(); ++i) {
-    const bool packs = kernels.worth_packing(chain.rows, chain.widths[i]);
-    packed_sizes.push_back(packs ? kernels.packed_size(chain.widths[i + 1], chain.widths[i]) : 0);
-    scratch_total += packed_sizes.back();
-  }
-  Scratch<T> scratch(scratch_total);
+  const int64_t block_size = kernels.scratch_size(chain.widest());
+  const auto packed_size = [&](int64_t layer) {
+    const bool packs = kernels.worth_packing(chain.rows, chain.widths[layer]);
+    return packs ? kernels.packed_size(chain.widths[layer + 1], chain.widths[layer]) : 0;
+  };
+  int64_t scratch_size = chunks * block_size;
+  for (int64_t i = 0; i < chain.layers(); ++i) scratch_size += packed_size(i);
+  Scratch<T> scratch(scratch_size);
 
+  KernelInputs inputs(chain.kind.dtype);
+  const T* input = inputs.data<T>(call.input);
   std::vector<MlpLayer<T>> layers;
-  layers.reserve(weights.size());
-  T* panel = scratch.get() + chunks * scratch_size;
+  layers.reserve(call.weights.size());
+  T* panel = scratch.get() + chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    if (packed_sizes[i]) kernels.pack(data<T>(weights[i]), chain.widths[i + 1], chain.widths[i], panel);
-    layers.push_back({data<T>(weights[i]), biases[i] ? data<T>(*biases[i]) : nullptr, chain.widths[i],
-                      chain.widths[i + 1], static_cast<Activation>(activations[i]), packed_sizes[i] ? panel : nullptr,
+    const T* weight = inputs.data<T>(call.weights[i]);
+    const T* bias = call.biases[i] ? inputs.data<T>(*call.biases[i]) : nullptr;
+    const int64_t size = packed_size(i);
+    if (size) kernels.pack(weight, chain.widths[i + 1], chain.widths[i], panel);
+    layers.push_back({weight, bias, chain.widths[i], chain.widths[i + 1], call.activation(i), size ? panel : nullptr,
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
-    panel += packed_sizes[i];
+    panel += size;
   }
-  T* output_data = output.defined() ? mutable_data<T>(output) : nullptr;
-  T* errors_data = errors.defined() ? mutable_data<T>(errors) : nullptr;
   parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(layers.data(), chain.layers(), data<T>(input), output_data, errors_data, first, last,
-                    scratch.get() + chunk * scratch_size);
+    kernels.forward(layers.data(), chain.layers(), input, output, errors, first, last,
+                    scratch.get() + chunk * block_size);
   });
 }
 
@@ -124,64 +128,59 @@ bool output_serves(const Chain& chain, int64_t layer, Activation activation) {
   return layer + 1 == chain.layers() && !keeps_input(activation);
 }
 
-std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                                                const OptionalTensors& biases, const std::vector<int64_t>& activations,
-                                                bool save) {
-  const Chain chain = check_chain(op, input, weights, activations);
-  const OptionalTensors dense_biases = check_biases(chain, biases);
-  check_no_gradients(op, input);
-  for (const Tensor& weight : weights) check_no_gradients(op, weight);
-  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, chain.kernel_dtype);
-  std::vector<Tensor> saved;
-  std::vector<Tensor> kept;
-  for (int64_t i = 0; save && i < chain.layers(); ++i) {
-    if (output_serves(chain, i, static_cast<Activation>(activations[i]))) {
-      saved.emplace_back();
-    } else {
-      saved.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, chain.kernel_dtype));
-      kept.push_back(saved.back());
-    }
-  }
-  if (chain.rows > 0) {
-    const Tensor dense_input = dense(widened(input));
-    const std::vector<Tensor> dense_weights = kernel_form(weights);
-    with_kernel_dtype(chain.kind.dtype, [&](auto type) {
-      run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, output, Tensor(),
-                                  saved);
-    });
-  }
-  return {narrowed(output, chain.kind.dtype), all_narrowed(kept, chain.kind.dtype)};
-}
-
 Tensor mlp(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
            const std::vector<int64_t>& activations) {
-  return std::get<0>(forward("mlp", input, weights, biases, activations, false));
+  const Forward call("mlp", input, weights, biases, activations);
+  const ScalarType dtype = call.chain.kind.dtype;
+  const Tensor output = new_tensor({call.chain.rows, call.chain.widths.back()}, widened(dtype));
+  with_kernel_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    run_forward<T>(call, mutable_data<T>(output), nullptr, {});
+  });
+  return narrowed(output, dtype);
+}
+
+Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
+                                const std::vector<int64_t>& activations) {
+  const Forward call("mlp_reconstruction_error", input, weights, biases, activations);
+  const auto& widths = call.chain.widths;
+  check(widths.back() == widths[0], call.chain.kind.op, ": expected as many outputs of the last layer as features of ",
+        "the input, ", widths[0], ", got ", widths.back());
+  const ScalarType dtype = call.chain.kind.dtype;
+  const Tensor errors = new_tensor({call.chain.rows}, widened(dtype));
+  with_kernel_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    run_forward<T>(call, nullptr, mutable_data<T>(errors), {});
+  });
+  return narrowed(errors, dtype);
+}
+
+std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) {
+  for (Tensor& tensor : tensors) tensor = narrowed(tensor, dtype);
+  return tensors;
 }
 
 std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& weights,
                                                         const OptionalTensors& biases,
                                                         const std::vector<int64_t>& activations) {
-  return forward("mlp_with_hidden", input, weights, biases, activations, true);
-}
-
-Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
-                                const std::vector<int64_t>& activations) {
-  const char* op = "mlp_reconstruction_error";
-  const Chain chain = check_chain(op, input, weights, activations);
-  check(chain.widths.back() == chain.widths[0], op,
-        ": expected the last layer to have as many outputs as the input has "
-        "features, ",
-        chain.widths[0], ", got ", chain.widths.back());
-  const OptionalTensors dense_biases = check_biases(chain, biases);
-  check_no_gradients(op, input);
-  for (const Tensor& weight : weights) check_no_gradients(op, weight);
-  const Tensor errors = new_tensor({chain.rows}, chain.kernel_dtype);
-  const Tensor dense_input = dense(widened(input));
-  const std::vector<Tensor> dense_weights = kernel_form(weights);
-  with_kernel_dtype(chain.kind.dtype, [&](auto type) {
-    run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, Tensor(), errors, {});
+  const Forward call("mlp_with_hidden", input, weights, biases, activations);
+  const Chain& chain = call.chain;
+  const ScalarType dtype = chain.kind.dtype;
+  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, widened(dtype));
+  std::vector<Tensor> saved, hidden;
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    if (output_serves(chain, i, call.activation(i))) {
+      saved.emplace_back();
+    } else {
+      hidden.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, widened(dtype)));
+      saved.push_back(hidden.back());
+    }
+  }
+  with_kernel_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    run_forward<T>(call, mutable_data<T>(output), nullptr, saved);
   });
-  return narrowed(errors, chain.kind.dtype);
+  return {narrowed(output, dtype), all_narrowed(hidden, dtype)};
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------
@@ -205,7 +204,7 @@ std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& 
     const Tensor& tensor = serves ? output : hidden[next++];
     check_same_kind(tensor, chain.kind, serves ? "output" : "hidden");
     check_sizes(tensor, {chain.rows, chain.widths[i + 1]}, op, serves ? "output" : "hidden");
-    saved.push_back(dense(widened(tensor)));
+    saved.push_back(tensor);
   }
   check(next == hidden.size(), op, ": expected ", next, " hidden tensors, got ", hidden.size());
   return saved;
@@ -243,12 +242,30 @@ class ParameterGradient {
   T* scratch_ = nullptr;
 };
 
+// The layers of one chunk, with that chunk's parts of the gradients still to be filled in.
 template <class T>
-Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tensor& input,
-                       const std::vector<Tensor>& weights, const std::vector<int64_t>& activations,
-                       const std::vector<Tensor>& saved, Wanted wanted) {
+std::vector<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Tensor& input,
+                                                 const std::vector<Tensor>& weights,
+                                                 const std::vector<int64_t>& activations,
+                                                 const std::vector<Tensor>& saved, KernelInputs& inputs) {
+  std::vector<MlpLayerBackward<T>> layers;
+  layers.reserve(weights.size());
+  const T* layer_input = inputs.data<T>(input);
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    const Activation activation = static_cast<Activation>(activations[i]);
+    const T* kept = inputs.data<T>(saved[i]);
+    layers.push_back({inputs.data<T>(weights[i]), layer_input, kept, chain.widths[i], chain.widths[i + 1], activation,
+                      nullptr, nullptr});
+    layer_input = keeps_input(activation) ? nullptr : kept;
+  }
+  return layers;
+}
+
+template <class T>
+Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vector<MlpLayerBackward<T>> layers,
+                       KernelInputs& inputs, Wanted wanted) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
-  const ScalarType dtype = chain.kernel_dtype;
+  const ScalarType dtype = widened(chain.kind.dtype);
   const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
   const int64_t block_size = kernels.scratch_size(chain.widest());
   std::vector<ParameterGradient<T>> grad_weights, grad_biases;
@@ -269,31 +286,28 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tens
     }
   }
   const Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, dtype);
+  const T* grad_output_data = inputs.data<T>(grad_output);
+  T* grad_input_data = wanted.input ? mutable_data<T>(grad_input) : nullptr;
   parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    std::vector<MlpLayerBackward<T>> layers;
-    layers.reserve(weights.size());
-    for (int64_t i = 0; i < chain.layers(); ++i) {
-      const Activation before = i > 0 ? static_cast<Activation>(activations[i - 1]) : Activation::identity;
-      const T* layer_input = i == 0 ? data<T>(input) : keeps_input(before) ? nullptr : data<T>(saved[i - 1]);
-      layers.push_back({data<T>(weights[i]), layer_input, data<T>(saved[i]), chain.widths[i], chain.widths[i + 1],
-                        static_cast<Activation>(activations[i]), wanted.weights ? grad_weights[i].part(chunk) : nullptr,
-                        wanted.biases ? grad_biases[i].part(chunk) : nullptr});
+    std::vector<MlpLayerBackward<T>> own = layers;
+    for (size_t i = 0; i < own.size(); ++i) {
+      if (wanted.weights) own[i].grad_weight = grad_weights[i].part(chunk);
+      if (wanted.biases) own[i].grad_bias = grad_biases[i].part(chunk);
     }
-    kernels.backward(layers.data(), chain.layers(), data<T>(grad_output),
-                     wanted.input ? mutable_data<T>(grad_input) : nullptr, first, last,
+    kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last,
                      scratch.get() + chunk * block_size);
   });
 
-  Gradients result{grad_input, {}, {}};
-  const auto finish = [&](const std::vector<ParameterGradient<T>>& gradients, std::vector<Tensor>& to) {
-    to.reserve(gradients.size());
+  const auto finished = [&](const std::vector<ParameterGradient<T>>& gradients) {
+    std::vector<Tensor> result;
+    result.reserve(gradients.size());
     for (const auto& gradient : gradients) {
-      to.push_back(chain.rows == 0 ? gradient.zero() : gradient.sum());
+      const Tensor& total = chain.rows == 0 ? gradient.zero() : gradient.sum();
+      result.push_back(narrowed(total, chain.kind.dtype));
     }
+    return result;
   };
-  finish(grad_weights, std::get<1>(result));
-  finish(grad_biases, std::get<2>(result));
-  return result;
+  return {narrowed(grad_input, chain.kind.dtype), finished(grad_weights), finished(grad_biases)};
 }
 
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
@@ -305,12 +319,12 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
   check_sizes(grad_output, {chain.rows, chain.widths.back()}, op, "grad_output");
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
   check_no_gradients(op, grad_output, input);
-  const ScalarType dtype = chain.kind.dtype;
-  const auto [grad_input, grad_weights, grad_biases] = with_kernel_dtype(dtype, [&](auto type) {
-    return run_backward<decltype(type)>(chain, dense(widened(grad_output)), dense(widened(input)), kernel_form(weights),
-                                        activations, saved, {input_wanted, weights_wanted, biases_wanted});
+  return with_kernel_dtype(chain.kind.dtype, [&](auto type) {
+    using T = decltype(type);
+    KernelInputs inputs(chain.kind.dtype);
+    return run_backward<T>(chain, grad_output, backward_layers<T>(chain, input, weights, activations, saved, inputs),
+                           inputs, {input_wanted, weights_wanted, biases_wanted});
   });
-  return {narrowed(grad_input, dtype), all_narrowed(grad_weights, dtype), all_narrowed(grad_biases, dtype)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {

@@ -30,11 +30,11 @@ struct Problem {
   // The output's sizes, and its strides: time-major in memory, whatever the order of the dimensions.
   Tensor new_output() const {
     if (packed) return new_tensor({rows, width()}, kind.dtype);
-    const int64_t length = static_cast<int64_t>(steps.size()), step = batch * width();
+    const int64_t length = static_cast<int64_t>(steps.size()), step = std::max<int64_t>(batch, 1) * width();
     const int64_t strides[] = {batch_first ? width() : step, batch_first ? step : width(), 1};
-    return new_strided_tensor(batch_first ? std::vector<int64_t>{batch, length, width()}
-                                          : std::vector<int64_t>{length, batch, width()},
-                              strides, kind.dtype);
+    return new_strided_tensor(
+        batch_first ? std::vector<int64_t>{batch, length, width()} : std::vector<int64_t>{length, batch, width()},
+        strides, kind.dtype);
   }
   // What backward needs besides the output, in one tensor: the other layers' outputs, then what the cells keep.
   int64_t hidden_outputs_size() const { return checked_product(layers - 1, checked_product(rows, width())); }
@@ -103,7 +103,9 @@ void set_steps(Problem& problem) {
   for (int64_t t = 0; t < length; ++t) problem.steps.push_back({t * step, t * problem.batch, problem.batch});
 }
 
-size_t states_of(RnnMode mode) { return mode == RnnMode::lstm ? 2 : 1; }
+size_t states_of(RnnMode mode) {
+  return mode == RnnMode::lstm ? 2 : 1;
+}
 
 void check_state(Problem& problem, const TensorList& state, std::initializer_list<int64_t> sizes) {
   const char* op = problem.kind.op;
@@ -194,8 +196,12 @@ struct Network : RnnNetwork<T> {
     for (int64_t i = 0; i < problem.count(); ++i) {
       const Tensor* weight = &problem.weights[i * problem.weights_each];
       const bool has_biases = problem.weights_each == 4;
-      RnnWeights<T> weights{data<T>(weight[0]), data<T>(weight[1]), has_biases ? data<T>(weight[2]) : nullptr,
-                            has_biases ? data<T>(weight[3]) : nullptr, problem.input_size_of(i), packed};
+      RnnWeights<T> weights{data<T>(weight[0]),
+                            data<T>(weight[1]),
+                            has_biases ? data<T>(weight[2]) : nullptr,
+                            has_biases ? data<T>(weight[3]) : nullptr,
+                            problem.input_size_of(i),
+                            packed};
       kernels.pack(problem.mode, problem.hidden, weights, packed);
       packed += kernels.packed_size(problem.mode, problem.hidden, problem.input_size_of(i));
       directions_.push_back(weights);
@@ -278,8 +284,8 @@ std::tuple<Tensor, TensorList, OptionalTensor> forward(const char* op, const Ten
 std::tuple<Tensor, TensorList> rnn(const Tensor& input, const OptionalTensor& batch_sizes, const TensorList& state,
                                    const TensorList& weights, const OptionalTensor& masks, int64_t mode,
                                    int64_t num_layers, bool bidirectional, bool batch_first) {
-  auto [output, final_state, reserve] = forward("rnn", input, batch_sizes, state, weights, masks, mode, num_layers,
-                                                bidirectional, batch_first, false);
+  auto [output, final_state, reserve] =
+      forward("rnn", input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first, false);
   return {output, final_state};
 }
 
@@ -306,7 +312,8 @@ TensorList rnn_cell(const Tensor& input, const TensorList& state, const TensorLi
     new_state.push_back(new_tensor({problem.batch, problem.hidden}, problem.kind.dtype));
   }
   if (problem.rows > 0) {
-    with_dtype(problem.kind.dtype, [&](auto type) { run_forward<decltype(type)>(problem, new_state[0], new_state, {}); });
+    with_dtype(problem.kind.dtype,
+               [&](auto type) { run_forward<decltype(type)>(problem, new_state[0], new_state, {}); });
   }
   return new_state;
 }
@@ -369,7 +376,9 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   Network<T> network(problem, kernels);
   network.output = const_cast<T*>(data<T>(output));
   network.set_reserve(problem, const_cast<T*>(data<T>(reserve)));
-  const auto state_or_null = [&](size_t i) { return i < wanted.state.size() ? mutable_data<T>(wanted.state[i]) : nullptr; };
+  const auto state_or_null = [&](size_t i) {
+    return i < wanted.state.size() ? mutable_data<T>(wanted.state[i]) : nullptr;
+  };
   const RnnGradients<T> gradients{data_or_null<T>(given.output),
                                   data_or_null<T>(given.state[0]),
                                   given.state.size() > 1 ? data_or_null<T>(given.state[1]) : nullptr,
@@ -397,15 +406,16 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
     const bool has_biases = problem.weights_each == 4;
     kernels.finish(problem.mode, problem.hidden, problem.input_size_of(i), sums.get() + sums_at[i], chunks, sums_size,
                    mutable_data<T>(weight[0]), mutable_data<T>(weight[1]),
-                   has_biases ? mutable_data<T>(weight[2]) : nullptr, has_biases ? mutable_data<T>(weight[3]) : nullptr);
+                   has_biases ? mutable_data<T>(weight[2]) : nullptr,
+                   has_biases ? mutable_data<T>(weight[3]) : nullptr);
   }
 }
 
 std::tuple<Tensor, TensorList, TensorList> rnn_backward(
     const OptionalTensor& grad_output, const std::vector<OptionalTensor>& grad_state, const Tensor& input,
     const OptionalTensor& batch_sizes, const TensorList& state, const TensorList& weights, const OptionalTensor& masks,
-    const Tensor& output, const Tensor& reserve, int64_t mode, int64_t num_layers, bool bidirectional,
-    bool batch_first, bool input_wanted, bool state_wanted, bool weights_wanted) {
+    const Tensor& output, const Tensor& reserve, int64_t mode, int64_t num_layers, bool bidirectional, bool batch_first,
+    bool input_wanted, bool state_wanted, bool weights_wanted) {
   const char* op = "rnn_backward";
   const Problem problem =
       check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first);

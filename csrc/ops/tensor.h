@@ -47,13 +47,30 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// For ops whose kernels take bfloat16 as float: the tensor as float, and back.
-inline Tensor widened(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::BFloat16 ? torch::stable::to(tensor, ScalarType::Float) : tensor;
+// For ops whose kernels take bfloat16 as float: what such a kernel computes in, and the tensor as stored.
+inline ScalarType widened(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype;
 }
 inline Tensor narrowed(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+  return dtype == ScalarType::BFloat16 ? torch::stable::to(tensor, dtype) : tensor;
 }
+
+// Tensors as such a kernel reads them: contiguous and widened. Holds the copies that this takes.
+class KernelInputs {
+ public:
+  explicit KernelInputs(ScalarType dtype) : widens_(dtype == ScalarType::BFloat16) {}
+
+  template <class T>
+  const T* data(const Tensor& tensor) {
+    if (!widens_ && tensor.is_contiguous()) return fastnn::data<T>(tensor);
+    copies_.push_back(dense(widens_ ? torch::stable::to(tensor, ScalarType::Float) : tensor));
+    return fastnn::data<T>(copies_.back());
+  }
+
+ private:
+  bool widens_;
+  std::vector<Tensor> copies_;
+};
 
 // body(T{}) for the element type T of `dtype`, which check_first has admitted.
 template <class Body>

@@ -100,7 +100,8 @@ FASTNN_INLINE Vec<T> sigmoid_of(Vec<T> x) {
   return (x < Vec<T>{} ? e : broadcast<T>(1)) / (e + T(1));
 }
 
-// m / (m + 2) with m = exp(2|x|) - 1, which keeps its relative accuracy towards 0.
+// With m = exp(2|x|) - 1: m / (m + 2) below 1/2, which keeps its relative accuracy towards 0, and 1 - 2 / (m + 2)
+// above, which keeps that of 1 - tanh(x)^2.
 template <class T>
 FASTNN_INLINE Vec<T> tanh_of(Vec<T> x) {
   using K = ExpConstants<T>;
@@ -111,7 +112,9 @@ FASTNN_INLINE Vec<T> tanh_of(Vec<T> x) {
   const ExpParts<T> parts = exp_parts<T>(bounded + bounded);
   const Vec<T> scale = power_of_two<T>(parts.n);
   const Vec<T> m = parts.fraction * scale + (scale - T(1));
-  const Vec<T> value = m / (m + T(2));
+  const auto below_half = bounded < broadcast<T>(T(0.5493));
+  const Vec<T> quotient = (below_half ? m : broadcast<T>(2)) / (m + T(2));
+  const Vec<T> value = below_half ? quotient : T(1) - quotient;
   return (Vec<T>)((Bits)value | ((Bits)x & (Bits)sign_bit<T>()));
 }
 

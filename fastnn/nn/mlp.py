@@ -1,13 +1,13 @@
 """Linear layers fused with their activations."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastnn.ops.mlp import activation_names, linear_relu, mlp
+from fastnn.ops.mlp import activation_names, activation_numbers, linear_relu, mlp_of_parameters
 
 _MODULES: dict[str, Any] = {
     "identity": nn.Identity,
@@ -66,10 +66,18 @@ class MLP(nn.Sequential):
                 children.append(_MODULES[name]())
         super().__init__(*children)
         self.activations = names
+        self._numbers = activation_numbers(names)
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., sizes[0]) -> (..., sizes[-1])."""
         linears = [child for child in self._modules.values() if isinstance(child, nn.Linear)]
-        weights = [linear.weight for linear in linears]
-        biases = [linear.bias for linear in linears]
-        return mlp(input, weights, biases, self.activations)
+        return mlp_of_parameters(input, linear_parameters(linears), self._numbers)
+
+
+def linear_parameters(linears: Collection[nn.Module]) -> list[Tensor | None]:
+    """The weights of the layers, then their biases, read anew: they may have been replaced since the last call."""
+    try:
+        # A third of the time of attributes, for which nn.Module looks into _parameters last.
+        return [m._parameters["weight"] for m in linears] + [m._parameters["bias"] for m in linears]
+    except KeyError:  # one is parametrised
+        return [m.weight for m in linears] + [m.bias for m in linears]

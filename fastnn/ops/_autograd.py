@@ -8,13 +8,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+autocast_is_on = torch._C._is_any_autocast_enabled
+transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
+
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
 
 def needs_reference(input: Tensor) -> bool:
     """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, and
     forward-mode differentiation. (Tensors that do not fit the input are the operator's to refuse.)"""
-    return input.dtype not in KERNEL_DTYPES or forward_ad._current_level >= 0
+    if forward_ad._current_level >= 0:
+        return True
+    return input.dtype not in KERNEL_DTYPES and not (input.dtype is torch.float16 and input.is_cuda)
+
+
+def is_inference() -> bool:
+    """Whether neither gradients nor ``torch.func`` transforms are at work, whatever the tensors."""
+    return not torch.is_grad_enabled() and not transforms_active()
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
@@ -24,12 +34,12 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return transforms_active()
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product on their device; unchanged outside autocast."""
-    if not torch._C._is_any_autocast_enabled():
+    if not autocast_is_on():
         return tensors
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
@@ -61,7 +71,7 @@ def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, without the 10 microseconds that ``apply`` spends on ``inspect.signature`` to fill in
     default arguments, of which our functions have none."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from fastnn.ops._autograd import (
     apply_function,
     autocast,
+    autocast_is_on,
     call_kernel,
     check_same_device,
     differentiate_twice,
+    is_inference,
     needs_autograd,
     needs_reference,
     register_loop_vmap,
@@ -96,9 +98,10 @@ def mlp_reconstruction_error(
     if input.dim() != 2 or needs_autograd(input, *parameters) or needs_reference(autocast(input)[0]):
         return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
     input, *parameters = autocast(input, *parameters)
-    numbers = [_NUMBER_OF[name] for name in names]
     layers = len(weights)
-    return call_kernel(_mlp_reconstruction_error_op, input, parameters[:layers], parameters[layers:], numbers)
+    return call_kernel(
+        _mlp_reconstruction_error_op, input, parameters[:layers], parameters[layers:], activation_numbers(names)
+    )
 
 
 def _mlp(
@@ -108,13 +111,29 @@ def _mlp(
     names: tuple[str, ...],
     recompute: bool = False,
 ) -> Tensor:
-    input, *parameters = autocast(input, *weights, *biases)
-    layers = len(weights)
+    return mlp_of_parameters(input, (*weights, *biases), activation_numbers(names), recompute)
+
+
+def activation_numbers(names: Sequence[str]) -> list[int]:
+    """The names as the operators take them."""
+    return [_NUMBER_OF[name] for name in names]
+
+
+def mlp_of_parameters(
+    input: Tensor, parameters: Sequence[Tensor | None], numbers: list[int], recompute: bool = False
+) -> Tensor:
+    """:func:`mlp` for callers that know their arguments: ``parameters`` are the weights, then the biases;
+    ``numbers`` the activations from :func:`activation_numbers`."""
+    if autocast_is_on():
+        input, *parameters = autocast(input, *parameters)
+    layers = len(numbers)
     if needs_reference(input) or layers == 0 or input.dim() == 0:
+        names = [ACTIVATION_NAMES[number] for number in numbers]
         return reference.mlp(input, parameters[:layers], parameters[layers:], names)
-    numbers = [_NUMBER_OF[name] for name in names]
     rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    if needs_autograd(input, *parameters):
+    if is_inference():
+        output = _mlp_op(rows, parameters[:layers], parameters[layers:], numbers)
+    elif needs_autograd(input, *parameters):
         output = apply_function(Mlp, rows, numbers, layers, recompute, *parameters)[0]
     else:
         output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], numbers)

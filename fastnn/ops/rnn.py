@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastnn.ops._autograd import call_kernel, differentiate_twice, needs_autograd, needs_reference, register_loop_vmap
+from fastnn.ops._autograd import (
+    apply_function,
+    call_kernel,
+    check_same_device,
+    differentiate_twice,
+    needs_autograd,
+    needs_reference,
+    register_loop_vmap,
+)
 from fastnn.reference import rnn as reference
 
 # The operator takes modes by their place in this list (csrc/kernels/rnn.h has the same).
@@ -54,14 +62,14 @@ def rnn(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together.
     """
-    masks = (
-        _dropout_masks(input, weights, num_layers, bidirectional, dropout) if dropout > 0 and num_layers > 1 else None
-    )
+    masks = None
+    if dropout > 0 and num_layers > 1:
+        masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout)
     if needs_reference(input):
         return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
     config = Config(_NUMBER_OF[mode], num_layers, bidirectional, batch_first)
     if needs_autograd(input, *state, *weights):
-        output, *rest = Rnn.apply(input, batch_sizes, masks, config, len(state), *state, *weights)
+        output, *rest = apply_function(Rnn, input, batch_sizes, masks, config, len(state), *state, *weights)
         return output, rest[:-1]
     return call_kernel(_rnn_op, input, batch_sizes, state, weights, masks, *config)
 
@@ -213,7 +221,7 @@ def _fake_output(
     hidden = weights[1].shape[1]
     directions = 2 if config.bidirectional else 1
     if batch_sizes is not None:
-        batch: Any = torch.library.get_ctx().new_dynamic_size()
+        batch = torch.library.get_ctx().new_dynamic_size()
         output = input.new_empty(input.shape[0], directions * hidden)
     elif config.batch_first:
         batch, length, _ = input.shape
@@ -237,6 +245,7 @@ def _(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, list[Tensor]]:
+    check_same_device(input, *state, *weights, masks)
     return _fake_output(input, batch_sizes, weights, Config(mode, num_layers, bidirectional, batch_first))
 
 
@@ -255,6 +264,7 @@ def _(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
+    check_same_device(input, *state, *weights, masks)
     config = Config(mode, num_layers, bidirectional, batch_first)
     output, final_state = _fake_output(input, batch_sizes, weights, config)
     kept = num_layers - 1 + num_layers * _KEPT[MODES[mode]]
@@ -280,6 +290,7 @@ def _(
     state_wanted: bool,
     weights_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    check_same_device(grad_output, *grad_state, input, *state, *weights, masks, output, reserve)
     return (
         input.new_empty(input.shape if input_wanted else (0,)),
         [s.new_empty(s.shape) for s in state] if state_wanted else [],
@@ -289,6 +300,7 @@ def _(
 
 @torch.library.register_fake("fastnn::rnn_cell")
 def _(input: Tensor, state: list[Tensor], weights: list[Tensor], mode: int) -> list[Tensor]:
+    check_same_device(input, *state, *weights)
     sizes = (input.shape[0], weights[1].shape[1])
     return [input.new_empty(sizes) for _ in range(2 if MODES[mode] == "LSTM" else 1)]
 

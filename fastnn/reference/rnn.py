@@ -11,7 +11,7 @@ State = tuple[Tensor, ...]
 
 def _elman(activation: Callable[[Tensor], Tensor]) -> Callable[..., State]:
     def cell(
-        input: Tensor, state: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+        input: Tensor, state: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
     ) -> State:
         return (activation(F.linear(input, w_ih, b_ih) + F.linear(state[0], w_hh, b_hh)),)
 
@@ -46,7 +46,7 @@ CELLS: dict[str, Callable[..., State]] = {
 
 def rnn_cell(input: Tensor, state: State, weights: Sequence[Tensor], mode: str) -> State:
     """One step: input (batch, in), state [h] or [h, c] of (batch, hidden), weights as ``torch.nn.RNNCell`` has them."""
-    return CELLS[mode](input, state, *weights, *(None,) * (4 - len(weights)))
+    return CELLS[mode](input, state, *weights)
 
 
 def rnn(
@@ -90,8 +90,8 @@ def rnn(
     final_state = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     if batch_sizes is not None:
         return torch.cat(steps), final_state
-    stacked = torch.stack(steps)
-    return stacked.transpose(0, 1) if batch_first else stacked, final_state
+    output = torch.stack(steps)
+    return output.transpose(0, 1) if batch_first else output, final_state
 
 
 def _one_direction(

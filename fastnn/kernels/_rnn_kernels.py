@@ -1,0 +1,389 @@
+"""The Triton kernels of ``fastnn::rnn``: one direction of one layer over the whole sequence in one program a batch
+tile, the recurrent weights staying on chip.
+
+Shapes, with D directions, G gates and H hidden units: gates (D, rows, G * H), the input's share of them; weight_hh
+(D, G * H, H); bias_hh (D, G * H) or None; h0, c0 (D, batch, H) or None for zeros; output (rows, D * H); saved (D, rows,
+kept, H) or None; h_n, c_n (D, batch, H). Rows are time-major: time * batch + sequence; in a packed batch, whose
+sequences are sorted by length, step ``time`` has the rows from schedule[time] to schedule[time + 1], and schedule goes
+on with each sequence's length, int64. ``schedule`` is None where nothing is packed.
+
+A step's gates are loaded while the step before is computed: nothing waits for memory but the recurrence itself.
+"""
+
+import triton
+import triton.language as tl
+
+from fastnn.kernels._activation import activate, activation_gradient, sigmoid, tanh
+
+# Sizes that differ from batch to batch: one compiled kernel serves them all.
+_RUN_TIME = ["steps", "batch_size", "rows", "stride_time", "stride_batch"]
+
+
+@triton.jit
+def _tile(batch_size, HIDDEN: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr):
+    """This program's sequences and hidden units, and the mask of those that exist."""
+    sequence = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    unit = tl.arange(0, TILE)
+    return sequence, unit, (sequence < batch_size)[:, None] & (unit < HIDDEN)[None, :]
+
+
+@triton.jit
+def _steps_of_tile(schedule, steps, BLOCK_BATCH: tl.constexpr):
+    """How many steps the tile's longest sequence, its first, has."""
+    if schedule is None:
+        return steps
+    else:
+        return tl.load(schedule + steps + 1 + tl.program_id(0) * BLOCK_BATCH).to(tl.int32)
+
+
+@triton.jit
+def _rows_at(step, steps, sequence, schedule, batch_size):
+    """Rows, in time-major tensors, of a direction's step, and which sequences run there: none outside [0, steps)."""
+    time = step + tl.program_id(1) * (steps - 1 - 2 * step)
+    exists = (time >= 0) & (time < steps)
+    if schedule is None:
+        return time.to(tl.int64) * batch_size + sequence, sequence < tl.where(exists, batch_size, 0)
+    else:
+        row = tl.load(schedule + time, mask=exists, other=0) + sequence
+        return row, row < tl.load(schedule + time + 1, mask=exists, other=0)
+
+
+@triton.jit
+def _gates_at(
+    gates, step, steps, sequence, unit, mask, schedule, batch_size, rows, stride_time, stride_batch,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Where the first of a step's gates lies, and which of it exists. Rows of gates are stride_time and stride_batch
+    apart where nothing is packed."""
+    row, runs = _rows_at(step, steps, sequence, schedule, batch_size)
+    if schedule is None:
+        time = step + tl.program_id(1) * (steps - 1 - 2 * step)
+        row = time.to(tl.int64) * stride_time + sequence.to(tl.int64) * stride_batch
+    place = gates + (tl.program_id(1) * rows.to(tl.int64) + row[:, None]) * WIDTH + unit[None, :]
+    return place, mask & runs[:, None]
+
+
+@triton.jit
+def _load(place, mask):
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(place, value, mask):
+    tl.store(place, value.to(place.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_weight(weight_hh, unit, gate, GATES: tl.constexpr, HIDDEN: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A gate's recurrent weight, (from, to) as h @ W^T takes it, or with TRANSPOSED (to, from)."""
+    base = weight_hh + (tl.program_id(1) * GATES + gate) * HIDDEN * HIDDEN
+    mask = (unit < HIDDEN)[:, None] & (unit < HIDDEN)[None, :]
+    if TRANSPOSED:
+        return tl.load(base + unit[:, None] * HIDDEN + unit[None, :], mask=mask, other=0.0)
+    else:
+        return tl.load(base + unit[None, :] * HIDDEN + unit[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_bias(bias_hh, unit, gate, GATES: tl.constexpr, HIDDEN: tl.constexpr):
+    place = bias_hh + (tl.program_id(1) * GATES + gate) * HIDDEN + unit
+    return tl.load(place, mask=unit < HIDDEN, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _state_offset(sequence, unit, batch_size, HIDDEN: tl.constexpr):
+    return (tl.program_id(1) * batch_size + sequence[:, None]) * HIDDEN + unit[None, :]
+
+
+@triton.jit
+def _load_state(state, sequence, unit, mask, batch_size, HIDDEN: tl.constexpr, TILE: tl.constexpr,
+                BLOCK_BATCH: tl.constexpr):  # fmt: skip
+    if state is None:
+        return tl.zeros([BLOCK_BATCH, TILE], tl.float32)
+    else:
+        place = state + _state_offset(sequence, unit, batch_size, HIDDEN)
+        return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _output_offset(row, unit, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr):
+    return row[:, None] * (DIRECTIONS * HIDDEN) + tl.program_id(1) * HIDDEN + unit[None, :]
+
+
+@triton.jit
+def _saved_offset(row, unit, rows, HIDDEN: tl.constexpr, KEPT: tl.constexpr):
+    return (tl.program_id(1) * rows.to(tl.int64) + row[:, None]) * (KEPT * HIDDEN) + unit[None, :]
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def simple_forward(
+    gates, weight_hh, bias_hh, h0, output, h_n, schedule, steps, batch_size, rows, stride_time, stride_batch,
+    ACTIVATION: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h = act(gates + W h + b), step after step."""
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w = _load_weight(weight_hh, unit, 0, 1, HIDDEN, False).to(OPERAND)
+    h = _load_state(h0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    place, exists = _gates_at(gates, 0, own_steps, sequence, unit, mask, schedule, batch_size, rows, stride_time,
+                              stride_batch, HIDDEN)  # fmt: skip
+    x = _load(place, exists)
+    if bias_hh is not None:
+        bias = _load_bias(bias_hh, unit, 0, 1, HIDDEN)
+    for step in range(own_steps):
+        place, exists = _gates_at(gates, step + 1, own_steps, sequence, unit, mask, schedule, batch_size, rows,
+                                  stride_time, stride_batch, HIDDEN)  # fmt: skip
+        next_x = _load(place, exists)
+        if bias_hh is not None:
+            x += bias
+        sums = tl.dot(h.to(output.dtype.element_ty).to(OPERAND), w, x, input_precision=PRECISION)
+        row, runs = _rows_at(step, own_steps, sequence, schedule, batch_size)
+        h = tl.where(runs[:, None], activate(sums, ACTIVATION), h)
+        _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, mask & runs[:, None])
+        x = next_x
+    _store(h_n + _state_offset(sequence, unit, batch_size, HIDDEN), h, mask)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def gru_forward(
+    gates, weight_hh, bias_hh, h0, output, saved, h_n, schedule, steps, batch_size, rows, stride_time, stride_batch,
+    HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """r, z, n as torch.nn.GRU has them. saved: r, z, n and the hidden half of n."""
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w_r = _load_weight(weight_hh, unit, 0, 3, HIDDEN, False).to(OPERAND)
+    w_z = _load_weight(weight_hh, unit, 1, 3, HIDDEN, False).to(OPERAND)
+    w_n = _load_weight(weight_hh, unit, 2, 3, HIDDEN, False).to(OPERAND)
+    h = _load_state(h0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    b_n = tl.zeros([1, TILE], tl.float32)
+    if bias_hh is not None:
+        b_r = _load_bias(bias_hh, unit, 0, 3, HIDDEN)
+        b_z = _load_bias(bias_hh, unit, 1, 3, HIDDEN)
+        b_n = _load_bias(bias_hh, unit, 2, 3, HIDDEN)
+    place, exists = _gates_at(gates, 0, own_steps, sequence, unit, mask, schedule, batch_size, rows, stride_time,
+                              stride_batch, 3 * HIDDEN)  # fmt: skip
+    x_r, x_z, x_n = _load(place, exists), _load(place + HIDDEN, exists), _load(place + 2 * HIDDEN, exists)
+    for step in range(own_steps):
+        place, exists = _gates_at(gates, step + 1, own_steps, sequence, unit, mask, schedule, batch_size, rows,
+                                  stride_time, stride_batch, 3 * HIDDEN)  # fmt: skip
+        next_r, next_z, next_n = _load(place, exists), _load(place + HIDDEN, exists), _load(place + 2 * HIDDEN, exists)
+        if bias_hh is not None:
+            x_r += b_r
+            x_z += b_z
+        operand = h.to(output.dtype.element_ty).to(OPERAND)
+        r = sigmoid(tl.dot(operand, w_r, x_r, input_precision=PRECISION))
+        z = sigmoid(tl.dot(operand, w_z, x_z, input_precision=PRECISION))
+        hidden_n = tl.dot(operand, w_n, input_precision=PRECISION) + b_n
+        n = tanh(x_n + r * hidden_n)
+        row, runs = _rows_at(step, own_steps, sequence, schedule, batch_size)
+        store_mask = mask & runs[:, None]
+        h = tl.where(runs[:, None], n + z * (h - n), h)
+        _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, store_mask)
+        if saved is not None:
+            kept = saved + _saved_offset(row, unit, rows, HIDDEN, 4)
+            _store(kept, r, store_mask)
+            _store(kept + HIDDEN, z, store_mask)
+            _store(kept + 2 * HIDDEN, n, store_mask)
+            _store(kept + 3 * HIDDEN, hidden_n, store_mask)
+        x_r, x_z, x_n = next_r, next_z, next_n
+    _store(h_n + _state_offset(sequence, unit, batch_size, HIDDEN), h, mask)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def lstm_forward(
+    gates, weight_hh, bias_hh, h0, c0, output, saved, h_n, c_n, schedule, steps, batch_size, rows, stride_time,
+    stride_batch, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """i, f, g, o as torch.nn.LSTM has them. saved: i, f, g, o and c."""
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w_i = _load_weight(weight_hh, unit, 0, 4, HIDDEN, False).to(OPERAND)
+    w_f = _load_weight(weight_hh, unit, 1, 4, HIDDEN, False).to(OPERAND)
+    w_g = _load_weight(weight_hh, unit, 2, 4, HIDDEN, False).to(OPERAND)
+    w_o = _load_weight(weight_hh, unit, 3, 4, HIDDEN, False).to(OPERAND)
+    if bias_hh is not None:
+        b_i = _load_bias(bias_hh, unit, 0, 4, HIDDEN)
+        b_f = _load_bias(bias_hh, unit, 1, 4, HIDDEN)
+        b_g = _load_bias(bias_hh, unit, 2, 4, HIDDEN)
+        b_o = _load_bias(bias_hh, unit, 3, 4, HIDDEN)
+    h = _load_state(h0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    c = _load_state(c0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    place, exists = _gates_at(gates, 0, own_steps, sequence, unit, mask, schedule, batch_size, rows, stride_time,
+                              stride_batch, 4 * HIDDEN)  # fmt: skip
+    x_i, x_f = _load(place, exists), _load(place + HIDDEN, exists)
+    x_g, x_o = _load(place + 2 * HIDDEN, exists), _load(place + 3 * HIDDEN, exists)
+    for step in range(own_steps):
+        place, exists = _gates_at(gates, step + 1, own_steps, sequence, unit, mask, schedule, batch_size, rows,
+                                  stride_time, stride_batch, 4 * HIDDEN)  # fmt: skip
+        next_i, next_f = _load(place, exists), _load(place + HIDDEN, exists)
+        next_g, next_o = _load(place + 2 * HIDDEN, exists), _load(place + 3 * HIDDEN, exists)
+        if bias_hh is not None:
+            x_i += b_i
+            x_f += b_f
+            x_g += b_g
+            x_o += b_o
+        operand = h.to(output.dtype.element_ty).to(OPERAND)
+        i = sigmoid(tl.dot(operand, w_i, x_i, input_precision=PRECISION))
+        f = sigmoid(tl.dot(operand, w_f, x_f, input_precision=PRECISION))
+        g = tanh(tl.dot(operand, w_g, x_g, input_precision=PRECISION))
+        o = sigmoid(tl.dot(operand, w_o, x_o, input_precision=PRECISION))
+        row, runs = _rows_at(step, own_steps, sequence, schedule, batch_size)
+        store_mask = mask & runs[:, None]
+        c = tl.where(runs[:, None], f * c + i * g, c)
+        h = tl.where(runs[:, None], o * tanh(c), h)
+        _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, store_mask)
+        if saved is not None:
+            kept = saved + _saved_offset(row, unit, rows, HIDDEN, 5)
+            _store(kept, i, store_mask)
+            _store(kept + HIDDEN, f, store_mask)
+            _store(kept + 2 * HIDDEN, g, store_mask)
+            _store(kept + 3 * HIDDEN, o, store_mask)
+            _store(kept + 4 * HIDDEN, c, store_mask)
+        x_i, x_f, x_g, x_o = next_i, next_f, next_g, next_o
+    state = _state_offset(sequence, unit, batch_size, HIDDEN)
+    _store(h_n + state, h, mask)
+    _store(c_n + state, c, mask)
+
+
+# ---- backward: from the last step to the first --------------------------------------------------------------
+#
+# grad_output (rows, D * H), grad_h_n and grad_c_n (D, batch, H) may be None; grad_gates (D, rows, kinds * H) is the
+# gradient before each activation, from which launchers make the weights' and the input's gradients; grad_h0 and
+# grad_c0 (D, batch, H). What a step reads is loaded while the step after it is computed.
+
+
+@triton.jit
+def _load_or_zero(tensor, offset, mask):
+    if tensor is None:
+        return tl.zeros(offset.shape, tl.float32)
+    else:
+        return tl.load(tensor + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME[:3])
+def simple_backward(
+    grad_output, grad_h_n, output, weight_hh, grad_gates, grad_h0, schedule, steps, batch_size, rows,
+    ACTIVATION: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w = _load_weight(weight_hh, unit, 0, 1, HIDDEN, True).to(OPERAND)
+    state = _state_offset(sequence, unit, batch_size, HIDDEN)
+    grad_h = _load_or_zero(grad_h_n, state, mask)
+    row, runs = _rows_at(own_steps - 1, own_steps, sequence, schedule, batch_size)
+    offset = _output_offset(row, unit, HIDDEN, DIRECTIONS)
+    exists = mask & runs[:, None]
+    h, grad = _load(output + offset, exists), _load_or_zero(grad_output, offset, exists)
+    for back in range(own_steps):
+        next_row, next_runs = _rows_at(own_steps - 2 - back, own_steps, sequence, schedule, batch_size)
+        next_offset = _output_offset(next_row, unit, HIDDEN, DIRECTIONS)
+        next_exists = mask & next_runs[:, None]
+        next_h, next_grad = (
+            _load(output + next_offset, next_exists),
+            _load_or_zero(grad_output, next_offset, next_exists),
+        )
+        before = tl.where(exists, activation_gradient(grad_h + grad, h, ACTIVATION), 0.0)
+        _store(grad_gates + _saved_offset(row, unit, rows, HIDDEN, 1), before, exists)
+        operand = before.to(output.dtype.element_ty).to(OPERAND)
+        grad_h = tl.where(runs[:, None], tl.dot(operand, w, input_precision=PRECISION), grad_h)
+        row, runs, exists, h, grad = next_row, next_runs, next_exists, next_h, next_grad
+    _store(grad_h0 + state, grad_h, mask)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME[:3])
+def gru_backward(
+    grad_output, grad_h_n, output, saved, h0, weight_hh, grad_gates, grad_h0, schedule, steps, batch_size, rows,
+    HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_gates: of r, z, n, and of the hidden half of n."""
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w_r = _load_weight(weight_hh, unit, 0, 3, HIDDEN, True).to(OPERAND)
+    w_z = _load_weight(weight_hh, unit, 1, 3, HIDDEN, True).to(OPERAND)
+    w_n = _load_weight(weight_hh, unit, 2, 3, HIDDEN, True).to(OPERAND)
+    state = _state_offset(sequence, unit, batch_size, HIDDEN)
+    grad_h = _load_or_zero(grad_h_n, state, mask)
+    first_h = _load_or_zero(h0, state, mask)
+    row, runs = _rows_at(own_steps - 1, own_steps, sequence, schedule, batch_size)
+    for back in range(own_steps):
+        before_row, before_runs = _rows_at(own_steps - 2 - back, own_steps, sequence, schedule, batch_size)
+        exists, before_exists = mask & runs[:, None], mask & before_runs[:, None]
+        kept = saved + _saved_offset(row, unit, rows, HIDDEN, 4)
+        r, z = _load(kept, exists), _load(kept + HIDDEN, exists)
+        n, hidden_n = _load(kept + 2 * HIDDEN, exists), _load(kept + 3 * HIDDEN, exists)
+        h_before = _load(output + _output_offset(before_row, unit, HIDDEN, DIRECTIONS), before_exists)
+        h_before = tl.where(before_exists, h_before, first_h)
+        total = grad_h + _load_or_zero(grad_output, _output_offset(row, unit, HIDDEN, DIRECTIONS), exists)
+        grad_n = total * (1.0 - z) * (1.0 - n * n)
+        grad_z = total * (h_before - n) * z * (1.0 - z)
+        grad_r = grad_n * hidden_n * r * (1.0 - r)
+        grad_hidden_n = grad_n * r
+        place = grad_gates + _saved_offset(row, unit, rows, HIDDEN, 4)
+        _store(place, grad_r, exists)
+        _store(place + HIDDEN, grad_z, exists)
+        _store(place + 2 * HIDDEN, grad_n, exists)
+        _store(place + 3 * HIDDEN, grad_hidden_n, exists)
+        DTYPE: tl.constexpr = output.dtype.element_ty
+        through = total * z
+        through = tl.dot(grad_r.to(DTYPE).to(OPERAND), w_r, through, input_precision=PRECISION)
+        through = tl.dot(grad_z.to(DTYPE).to(OPERAND), w_z, through, input_precision=PRECISION)
+        through = tl.dot(grad_hidden_n.to(DTYPE).to(OPERAND), w_n, through, input_precision=PRECISION)
+        grad_h = tl.where(runs[:, None], through, grad_h)
+        row, runs = before_row, before_runs
+    _store(grad_h0 + state, grad_h, mask)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME[:3])
+def lstm_backward(
+    grad_output, grad_h_n, grad_c_n, saved, c0, weight_hh, grad_gates, grad_h0, grad_c0, schedule, steps, batch_size,
+    rows, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_gates: of i, f, g, o."""
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w_i = _load_weight(weight_hh, unit, 0, 4, HIDDEN, True).to(OPERAND)
+    w_f = _load_weight(weight_hh, unit, 1, 4, HIDDEN, True).to(OPERAND)
+    w_g = _load_weight(weight_hh, unit, 2, 4, HIDDEN, True).to(OPERAND)
+    w_o = _load_weight(weight_hh, unit, 3, 4, HIDDEN, True).to(OPERAND)
+    state = _state_offset(sequence, unit, batch_size, HIDDEN)
+    grad_h, grad_c = _load_or_zero(grad_h_n, state, mask), _load_or_zero(grad_c_n, state, mask)
+    first_c = _load_or_zero(c0, state, mask)
+    row, runs = _rows_at(own_steps - 1, own_steps, sequence, schedule, batch_size)
+    c = _load(saved + _saved_offset(row, unit, rows, HIDDEN, 5) + 4 * HIDDEN, mask & runs[:, None])
+    for back in range(own_steps):
+        before_row, before_runs = _rows_at(own_steps - 2 - back, own_steps, sequence, schedule, batch_size)
+        exists, before_exists = mask & runs[:, None], mask & before_runs[:, None]
+        kept = saved + _saved_offset(row, unit, rows, HIDDEN, 5)
+        i, f = _load(kept, exists), _load(kept + HIDDEN, exists)
+        g, o = _load(kept + 2 * HIDDEN, exists), _load(kept + 3 * HIDDEN, exists)
+        loaded_c = _load(saved + _saved_offset(before_row, unit, rows, HIDDEN, 5) + 4 * HIDDEN, before_exists)
+        c_before = tl.where(before_exists, loaded_c, first_c)
+        total = grad_h + _load_or_zero(grad_output, _output_offset(row, unit, HIDDEN, DIRECTIONS), exists)
+        tanh_c = tanh(c)
+        through_c = grad_c + total * o * (1.0 - tanh_c * tanh_c)
+        grad_i = through_c * g * i * (1.0 - i)
+        grad_f = through_c * c_before * f * (1.0 - f)
+        grad_g = through_c * i * (1.0 - g * g)
+        grad_o = total * tanh_c * o * (1.0 - o)
+        place = grad_gates + _saved_offset(row, unit, rows, HIDDEN, 4)
+        _store(place, grad_i, exists)
+        _store(place + HIDDEN, grad_f, exists)
+        _store(place + 2 * HIDDEN, grad_g, exists)
+        _store(place + 3 * HIDDEN, grad_o, exists)
+        DTYPE: tl.constexpr = saved.dtype.element_ty
+        through = tl.dot(grad_i.to(DTYPE).to(OPERAND), w_i, input_precision=PRECISION)
+        through = tl.dot(grad_f.to(DTYPE).to(OPERAND), w_f, through, input_precision=PRECISION)
+        through = tl.dot(grad_g.to(DTYPE).to(OPERAND), w_g, through, input_precision=PRECISION)
+        through = tl.dot(grad_o.to(DTYPE).to(OPERAND), w_o, through, input_precision=PRECISION)
+        grad_h = tl.where(runs[:, None], through, grad_h)
+        grad_c = tl.where(runs[:, None], through_c * f, grad_c)
+        row, runs, c = before_row, before_runs, c_before
+    _store(grad_h0 + state, grad_h, mask)
+    _store(grad_c0 + state, grad_c, mask)

@@ -1,0 +1,208 @@
+"""The arguments of ``fastnn::rnn`` on a GPU, checked, and where their parts lie."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastnn.kernels._check import Expected, check, check_first, check_no_gradients, check_same_kind, check_sizes
+
+MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")  # by their numbers in the operators' schema
+KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}  # tensors a step keeps for backward besides the output
+
+
+@dataclass
+class Problem:
+    """A network of ``layers * directions`` cells on ``rows`` steps of sequences, time-major."""
+
+    kind: Expected
+    mode: str
+    input: Tensor
+    batch_sizes: Tensor | None
+    layers: int
+    directions: int
+    batch_first: bool
+    steps: int = 0
+    batch: int = 0
+    rows: int = 0
+    hidden: int = 0
+    state: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    masks: Tensor | None = None
+
+    @property
+    def gates(self) -> int:
+        return {"GRU": 3, "LSTM": 4}.get(self.mode, 1)
+
+    @property
+    def states(self) -> int:
+        return 2 if self.mode == "LSTM" else 1
+
+    @property
+    def width(self) -> int:
+        return self.directions * self.hidden
+
+    @property
+    def has_biases(self) -> bool:
+        return len(self.weights) == 4 * self.layers * self.directions
+
+    @property
+    def state_sizes(self) -> tuple[int, int, int]:
+        return self.layers * self.directions, self.batch, self.hidden
+
+    @property
+    def reserve_size(self) -> int:
+        outputs, kept = self.layers - 1, self.layers * KEPT[self.mode]
+        return (outputs + kept) * self.rows * self.width
+
+    def of_layer(self, layer: int) -> slice:
+        """The layer's directions among all."""
+        return slice(layer * self.directions, (layer + 1) * self.directions)
+
+    def split_reserve(self, reserve: Tensor) -> tuple[Tensor, Tensor]:
+        """(layers - 1, rows, width) outputs of the other layers, (layers * directions, rows, kept, hidden)."""
+        outputs = (self.layers - 1) * self.rows * self.width
+        return (
+            reserve[:outputs].view(self.layers - 1, self.rows, self.width),
+            reserve[outputs:].view(self.layers * self.directions, self.rows, KEPT[self.mode], self.hidden),
+        )
+
+    def weights_of(self, layer: int, direction: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """weight_ih, weight_hh, bias_ih, bias_hh"""
+        each = 4 if self.has_biases else 2
+        first = (layer * self.directions + direction) * each
+        w_ih, w_hh, *biases = self.weights[first : first + each]
+        b_ih, b_hh = biases or (None, None)
+        return w_ih, w_hh, b_ih, b_hh
+
+    def stacked_recurrent(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """weight_hh (directions, gates * hidden, hidden) and bias_hh (directions, gates * hidden) of a layer."""
+        cells = [self.weights_of(layer, direction) for direction in range(self.directions)]
+        if self.directions == 1:
+            _, w_hh, _, b_hh = cells[0]
+            return w_hh.contiguous(), None if b_hh is None else b_hh.contiguous()
+        return (
+            torch.stack([w_hh for _, w_hh, _, _ in cells]),
+            torch.stack([b_hh for *_, b_hh in cells if b_hh is not None]) if self.has_biases else None,
+        )
+
+    def new_output(self) -> Tensor:
+        return self.input.new_empty(self.rows, self.width)
+
+    def as_given(self, rows: Tensor) -> Tensor:
+        """(rows, features) as the input's dimensions are ordered."""
+        if self.batch_sizes is not None:
+            return rows
+        output = rows.view(self.steps, self.batch, rows.shape[1])
+        return output.transpose(0, 1) if self.batch_first else output
+
+    def time_major(self, tensor: Tensor) -> Tensor:
+        """The reverse: dense (rows, features)."""
+        return (
+            (tensor.transpose(0, 1) if self.batch_first else tensor).reshape(self.rows, tensor.shape[-1]).contiguous()
+        )
+
+    @cached_property
+    def schedule(self) -> Tensor | None:
+        """For a packed batch, where each step's rows begin, with the end, and then each sequence's length."""
+        if self.batch_sizes is None:
+            return None
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.batch_sizes.cumsum(0)])
+        lengths = (self.batch_sizes[:, None] > torch.arange(self.batch)).sum(0)
+        return torch.cat([starts, lengths]).to(self.input.device)
+
+    @cached_property
+    def _rows_before(self) -> list[Tensor]:
+        """For each direction of a packed batch, the row of the step before each row; past all rows, the sequence."""
+        assert self.batch_sizes is not None
+        sizes = self.batch_sizes
+        starts = sizes.cumsum(0) - sizes
+        step = torch.repeat_interleave(torch.arange(self.steps), sizes)
+        sequence = torch.arange(self.rows) - starts[step]
+        before = []
+        for other in (step - 1, step + 1):
+            clamped = other.clamp(0, self.steps - 1)
+            runs = (other == clamped) & (sequence < sizes[clamped])
+            before.append(torch.where(runs, starts[clamped] + sequence, self.rows + sequence).to(self.input.device))
+        return before
+
+    def states_before(self, layer: int, direction: int, output: Tensor) -> Tensor:
+        """What each row's step began with: (rows, hidden), from the layer's output (rows, width)."""
+        index = layer * self.directions + direction
+        first = self.state[0][index] if self.state else output.new_zeros(self.batch, self.hidden)
+        own = output[:, direction * self.hidden : (direction + 1) * self.hidden]
+        if self.batch_sizes is not None:
+            return torch.cat([own, first]).index_select(0, self._rows_before[direction])
+        return torch.cat([first, own[: -self.batch]] if direction == 0 else [own[self.batch :], first])
+
+
+def _check_weights(problem: Problem, weights: Sequence[Tensor]) -> None:
+    op, cells, given = problem.kind.op, problem.layers * problem.directions, len(weights)
+    check(0 < problem.layers <= given and given in (2 * cells, 4 * cells), op, ": expected 2 weights, or 4 with biases,"
+          " for each of ", problem.layers, " layers and ", problem.directions, " directions, got ", given)  # fmt: skip
+    check(weights[1].dim() == 2 and weights[1].shape[1] > 0, op,
+          ": expected weights[1] of size (gates * hidden, hidden)")  # fmt: skip
+    problem.weights, problem.hidden = list(weights), weights[1].shape[1]
+    gates, each = problem.gates * problem.hidden, given // cells
+    for i, weight in enumerate(weights):
+        check_same_kind(problem.kind, weight, "weights")
+        inputs = problem.input.shape[-1] if i < each * problem.directions else problem.width
+        check_sizes(op, weight, ((gates, inputs), (gates, problem.hidden), (gates,), (gates,))[i % each], "weights")
+
+
+def _set_packed_steps(problem: Problem, batch_sizes: Tensor) -> None:
+    op = problem.kind.op
+    check(batch_sizes.device.type == "cpu" and batch_sizes.dtype is torch.int64, op,
+          ": batch_sizes should be a 1D CPU int64 tensor")  # fmt: skip
+    check(batch_sizes.dim() == 1 and batch_sizes.numel() > 0, op, ": batch_sizes should be 1D and not empty")
+    sizes, rows = batch_sizes.tolist(), problem.input.shape[0]
+    check(all(0 < size <= before for size, before in zip(sizes, [rows, *sizes], strict=False)), op,
+          ": batch_sizes should be positive and in decreasing order")  # fmt: skip
+    check(sum(sizes) == rows, op, ": batch_sizes sum to ", sum(sizes), ", but input has ", rows, " rows")
+    problem.steps, problem.batch, problem.rows = len(sizes), sizes[0], rows
+
+
+def check_problem(
+    op: str, input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], weights: Sequence[Tensor],
+    masks: Tensor | None, mode: int, layers: int, bidirectional: bool, batch_first: bool,
+) -> Problem:  # fmt: skip
+    check(0 <= mode < len(MODES), op, ": mode must be between 0 and ", len(MODES) - 1, ", got ", mode)
+    kind, dims = check_first(op, input, "input"), 3 if batch_sizes is None else 2
+    check(input.dim() == dims, op, ": input must have ", dims, " dimensions, got ", input.dim())
+    check(batch_sizes is None or not batch_first, op, ": batch_first does not go with batch_sizes")
+    problem = Problem(kind, MODES[mode], input, batch_sizes, layers, 2 if bidirectional else 1, batch_first)
+    _check_weights(problem, weights)
+    if batch_sizes is not None:
+        _set_packed_steps(problem, batch_sizes)
+    else:
+        problem.batch, problem.steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
+        check(problem.steps > 0, "Expected sequence length to be larger than 0 in RNN")
+        problem.rows = problem.steps * problem.batch
+    check(
+        len(state) in (0, problem.states), op, ": expected no state or ", problem.states, " tensors, got ", len(state)
+    )
+    for tensor in state:
+        check_same_kind(kind, tensor, "state")
+        check_sizes(op, tensor, problem.state_sizes, "state")
+        problem.state.append(tensor.contiguous())
+    if masks is not None:
+        check_same_kind(kind, masks, "masks")
+        check_sizes(op, masks, (layers - 1, problem.rows, problem.width), "masks")
+        problem.masks = masks
+    check(max(problem.steps, problem.batch, problem.rows) < 2**31, op, ": more than 2**31 rows")
+    check_no_gradients(op, input, *state, *weights, masks)
+    return problem
+
+
+def check_output_like(problem: Problem, tensor: Tensor, name: str) -> Tensor:
+    """A tensor of the output's sizes, checked -> (rows, width), dense."""
+    check_same_kind(problem.kind, tensor, name)
+    sizes: tuple[int, ...] = (problem.steps, problem.batch, problem.width)
+    if problem.batch_sizes is not None:
+        sizes = (problem.rows, problem.width)
+    elif problem.batch_first:
+        sizes = (problem.batch, problem.steps, problem.width)
+    check_sizes(problem.kind.op, tensor, sizes, name)
+    return problem.time_major(tensor)

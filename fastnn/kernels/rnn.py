@@ -1,0 +1,285 @@
+"""``fastnn::rnn`` on a GPU: a layer's input products in one GEMM, its recurrence in one launch with the recurrent
+weights on chip; backward the same in reverse, then large GEMMs. Where the weights do not fit, stock's kernels."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastnn.kernels import _launch
+from fastnn.kernels import _rnn_kernels as kernels
+from fastnn.kernels._activation import RELU, TANH
+from fastnn.kernels._check import check, check_no_gradients, check_same_kind, check_sizes
+from fastnn.kernels._rnn_problem import KEPT, Problem, check_output_like, check_problem
+from fastnn.kernels._rnn_stock import stock_backward, stock_forward
+
+# ---- choice of kernel and configuration -------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    block_batch: int
+    num_warps: int
+
+
+_WIDEST_WITHOUT_TENSOR_CORES = 32
+
+
+def rnn_config(mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str,
+               target: _launch.Target) -> Config | None:  # fmt: skip
+    """The configuration of the one-launch kernels, or None where the recurrent weights do not stay on chip, so that
+    stock's kernels are at least as fast."""
+    if dtype is torch.float64 or hidden == 0:
+        return None
+    tile = _launch.padded(hidden)
+    if dtype is torch.float32 and precision == "ieee" and tile > _WIDEST_WITHOUT_TENSOR_CORES:
+        return None
+    gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
+    exchanged = 2 * 16 * tile * dtype.itemsize  # the state, on its way from a step's result to the next's operand
+    if gates * tile * tile * dtype.itemsize + exchanged > target.shared_memory:
+        return None
+    # Enough sequences for two programs a processor: the weights are shared by more rows.
+    many = batch * directions >= 64 * target.processors and gates == 1
+    block_batch = 32 if many else 16
+    return Config(block_batch, num_warps=8 if tile >= 128 or (tile >= 64 and gates > 1) else 4)
+
+
+def covers(mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels here run the network; else stock's own layers, with stock's own autograd, serve it best."""
+    target = _launch.target_of(device)
+    precision = _launch.dot_precision(dtype, "rnn", target)
+    return rnn_config(mode, hidden, batch, directions, dtype, precision, target) is not None
+
+
+def _config_of(problem: Problem) -> tuple[Config | None, str]:
+    target = _launch.target_of(problem.kind.device)
+    precision = _launch.dot_precision(problem.kind.dtype, "rnn", target)
+    return (
+        rnn_config(
+            problem.mode, problem.hidden, problem.batch, problem.directions, problem.kind.dtype, precision, target
+        ),
+        precision,
+    )
+
+
+def _constexprs(problem: Problem, config: Config, precision: str) -> dict[str, Any]:
+    simple = {"ACTIVATION": (TANH if problem.mode == "RNN_TANH" else RELU).value} if problem.gates == 1 else {}
+    return {
+        **simple,
+        "HIDDEN": problem.hidden,
+        "DIRECTIONS": problem.directions,
+        "TILE": _launch.padded(problem.hidden),
+        "BLOCK_BATCH": config.block_batch,
+        "OPERAND": _launch.operand_dtype(problem.kind.dtype),
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": 1,
+    }
+
+
+def _grid(problem: Problem, config: Config) -> tuple[int, int]:
+    return triton.cdiv(problem.batch, config.block_batch), problem.directions
+
+
+# ---- forward ----------------------------------------------------------------------------------------------
+
+
+def rnn(
+    input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], weights: Sequence[Tensor],
+    masks: Tensor | None, mode: int, num_layers: int, bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """``fastnn::rnn``: see fastnn.ops.rnn.rnn for the arguments."""
+    problem = check_problem("rnn", input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional,
+                            batch_first)  # fmt: skip
+    return _forward(problem, None)
+
+
+def rnn_with_reserve(
+    input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], weights: Sequence[Tensor],
+    masks: Tensor | None, mode: int, num_layers: int, bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """``fastnn::rnn_with_reserve``: also the outputs of all layers but the last, (layers - 1, rows, directions *
+    hidden), and what the cells keep, (layers * directions, rows, kept, hidden), in one tensor."""
+    problem = check_problem("rnn_with_reserve", input, batch_sizes, state, weights, masks, mode, num_layers,
+                            bidirectional, batch_first)  # fmt: skip
+    reserve = input.new_empty(problem.reserve_size)
+    return (*_forward(problem, reserve), reserve)
+
+
+def rnn_cell(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], mode: int) -> list[Tensor]:
+    """``fastnn::rnn_cell``: one step; input (batch, in), state [] for zeros, [h] or [h, c] of (batch, hidden)."""
+    op = "rnn_cell"
+    check(input.dim() == 2, op, ": expected input to be 2D (batch, features), got ", input.dim(), "D tensor instead")
+    states = [s.unsqueeze(0) for s in state]
+    problem = check_problem(op, input.unsqueeze(0), None, states, weights, None, mode, 1, False, False)
+    return [s.squeeze(0) for s in _forward(problem, None)[1]]
+
+
+def _forward(problem: Problem, reserve: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Output and final state; with a reserve, that is filled too."""
+    output = problem.new_output()
+    final_state = [problem.input.new_empty(problem.state_sizes) for _ in range(problem.states)]
+    if problem.rows == 0:
+        return problem.as_given(output), final_state
+    config, precision = _config_of(problem)
+    if config is None:
+        return stock_forward(problem)
+    x = problem.input
+    for layer in range(problem.layers):
+        last = layer + 1 == problem.layers
+        layer_output = output if last else problem.new_output()
+        saved = None
+        if reserve is not None:
+            hidden_outputs, kept = problem.split_reserve(reserve)
+            layer_output = output if last else hidden_outputs[layer]
+            saved = kept[problem.of_layer(layer)] if KEPT[problem.mode] else None
+        _run_layer(problem, layer, x, layer_output, saved, final_state, config, precision)
+        x = layer_output if last or problem.masks is None else layer_output * problem.masks[layer]
+    return problem.as_given(output), final_state
+
+
+def _run_layer(
+    problem: Problem, layer: int, x: Tensor, output: Tensor, saved: Tensor | None, final_state: Sequence[Tensor],
+    config: Config, precision: str,
+) -> None:  # fmt: skip
+    """x: (rows, in), or in the first layer the input as given."""
+    of_layer = problem.of_layer(layer)
+    # Rows of gates lie as those of x.
+    stride_time, stride_batch = (1, problem.steps) if layer == 0 and problem.batch_first else (problem.batch, 1)
+    gates = x.new_empty(problem.directions, problem.rows, problem.gates * problem.hidden)
+    flat = x.reshape(problem.rows, x.shape[-1])
+    with _launch.without_autocast(x.device):
+        for direction in range(problem.directions):
+            w_ih, _, b_ih, _ = problem.weights_of(layer, direction)
+            if b_ih is None:
+                torch.mm(flat, w_ih.t(), out=gates[direction])
+            else:
+                torch.addmm(b_ih, flat, w_ih.t(), out=gates[direction])
+    initial = [state[of_layer] for state in problem.state] or [None] * problem.states
+    final = [state[of_layer] for state in final_state]
+    kernel = {"GRU": kernels.gru_forward, "LSTM": kernels.lstm_forward}.get(problem.mode, kernels.simple_forward)
+    kept = () if problem.gates == 1 else (saved,)
+    _launch.launch(
+        kernel,
+        _grid(problem, config),
+        x.device,
+        *(gates, *problem.stacked_recurrent(layer), *initial, output, *kept, *final, problem.schedule),
+        *(problem.steps, problem.batch, problem.rows, stride_time, stride_batch),
+        **_constexprs(problem, config, precision),
+    )
+
+
+# ---- backward ---------------------------------------------------------------------------------------------
+
+
+def rnn_backward(
+    grad_output: Tensor | None, grad_state: Sequence[Tensor | None], input: Tensor, batch_sizes: Tensor | None,
+    state: Sequence[Tensor], weights: Sequence[Tensor], masks: Tensor | None, output: Tensor, reserve: Tensor,
+    mode: int, num_layers: int, bidirectional: bool, batch_first: bool, input_wanted: bool, state_wanted: bool,
+    weights_wanted: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """``fastnn::rnn_backward``: the gradients of input, state and weights; those not wanted come back empty."""
+    op = "rnn_backward"
+    problem = check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
+    check(len(grad_state) == problem.states, op, ": expected ", problem.states, " grad_state, got ", len(grad_state))
+    for tensor in grad_state:
+        if tensor is not None:
+            check_same_kind(problem.kind, tensor, "grad_state")
+            check_sizes(op, tensor, problem.state_sizes, "grad_state")
+    time_major = None if grad_output is None else check_output_like(problem, grad_output, "grad_output")
+    output = check_output_like(problem, output, "output")
+    check_same_kind(problem.kind, reserve, "reserve")
+    check_sizes(op, reserve, (problem.reserve_size,), "reserve")
+    check_no_gradients(op, grad_output, *grad_state)
+    wanted = (input_wanted, state_wanted, weights_wanted)
+    config, precision = _config_of(problem)
+    with _launch.without_autocast(input.device):
+        if config is None or problem.rows == 0:
+            return stock_backward(problem, grad_output, grad_state, wanted)
+        return _backward(problem, time_major, grad_state, output, reserve.contiguous(), wanted, config, precision)
+
+
+def _backward(
+    problem: Problem, grad: Tensor | None, grad_state: Sequence[Tensor | None], output: Tensor, reserve: Tensor,
+    wanted: tuple[bool, bool, bool], config: Config, precision: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    input_wanted, state_wanted, weights_wanted = wanted
+    hidden_outputs, kept = problem.split_reserve(reserve)
+    grad_initial = [problem.input.new_empty(problem.state_sizes) for _ in range(problem.states)]
+    grad_weights: list[Tensor] = []
+    for layer in reversed(range(problem.layers)):
+        layer_output = output if layer + 1 == problem.layers else hidden_outputs[layer]
+        grad_gates = _reverse_layer(
+            problem, layer, grad, grad_state, layer_output, kept, grad_initial, config, precision
+        )
+        x = problem.time_major(problem.input) if layer == 0 else hidden_outputs[layer - 1]
+        if layer > 0 and problem.masks is not None:
+            x = x * problem.masks[layer - 1]
+        if weights_wanted:
+            grad_weights = _weight_gradients(problem, layer, grad_gates, x, layer_output) + grad_weights
+        if layer > 0 or input_wanted:
+            grad = _input_gradient(problem, layer, grad_gates)
+        if layer > 0 and problem.masks is not None:
+            grad = grad * problem.masks[layer - 1]
+    grad_input = problem.input.new_empty(0)
+    if input_wanted:
+        grad_input = problem.as_given(grad).contiguous()
+    return grad_input, grad_initial if state_wanted else [], grad_weights
+
+
+def _reverse_layer(
+    problem: Problem, layer: int, grad: Tensor | None, grad_state: Sequence[Tensor | None], output: Tensor,
+    kept: Tensor, grad_initial: Sequence[Tensor], config: Config, precision: str,
+) -> Tensor:  # fmt: skip
+    """The gradients before the activations, (directions, rows, kinds, hidden): one kind, or for GRU those of r, z, n
+    and of the hidden half of n, for LSTM those of i, f, g, o."""
+    of_layer = problem.of_layer(layer)
+    grad_gates = output.new_empty(problem.directions, problem.rows, 1 if problem.gates == 1 else 4, problem.hidden)
+    grad_final = [None if g is None else g.contiguous()[of_layer] for g in grad_state]
+    grad_start = [g[of_layer] for g in grad_initial]
+    initial = [state[of_layer] for state in problem.state] or [None] * problem.states
+    w_hh, _ = problem.stacked_recurrent(layer)
+    before = {
+        "GRU": (kernels.gru_backward, (*grad_final, output, kept[of_layer], *initial, w_hh)),
+        "LSTM": (kernels.lstm_backward, (*grad_final, kept[of_layer], *initial[1:], w_hh)),
+    }
+    kernel, arguments = before.get(problem.mode, (kernels.simple_backward, (*grad_final, output, w_hh)))
+    _launch.launch(
+        kernel,
+        _grid(problem, config),
+        output.device,
+        *(grad, *arguments, grad_gates, *grad_start, problem.schedule, problem.steps, problem.batch, problem.rows),
+        **_constexprs(problem, config, precision),
+    )
+    return grad_gates
+
+
+def _of_input(problem: Problem, grad_gates: Tensor) -> Tensor:
+    """Of one direction's (rows, kinds, hidden), what the input's weights meet: (rows, gates * hidden)."""
+    return grad_gates[:, : problem.gates].flatten(1)
+
+
+def _of_state(problem: Problem, grad_gates: Tensor) -> Tensor:
+    """Of one direction's (rows, kinds, hidden), what the recurrent weights meet: (rows, gates * hidden)."""
+    if problem.mode == "GRU":
+        grad_gates = grad_gates[:, [0, 1, 3]]
+    return grad_gates.flatten(1)
+
+
+def _weight_gradients(problem: Problem, layer: int, grad_gates: Tensor, x: Tensor, output: Tensor) -> list[Tensor]:
+    result = []
+    for direction in range(problem.directions):
+        of_input, of_state = _of_input(problem, grad_gates[direction]), _of_state(problem, grad_gates[direction])
+        result += [of_input.t() @ x, of_state.t() @ problem.states_before(layer, direction, output)]
+        if problem.has_biases:
+            result += [of_input.sum(0), of_state.sum(0)]
+    return result
+
+
+def _input_gradient(problem: Problem, layer: int, grad_gates: Tensor) -> Tensor:
+    """(rows, in)"""
+    grad = _of_input(problem, grad_gates[0]) @ problem.weights_of(layer, 0)[0]
+    if problem.directions == 2:
+        grad = torch.addmm(grad, _of_input(problem, grad_gates[1]), problem.weights_of(layer, 1)[0])
+    return grad

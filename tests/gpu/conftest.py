@@ -1,0 +1,35 @@
+"""The tests of the Triton kernels call their launchers directly: on a GPU where there is one, else on CPU tensors
+under Triton's interpreter, which tests/test_gpu_kernels.py starts in a process of its own."""
+
+import os
+
+import pytest
+import torch
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu" if _INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def assert_near():
+    """assert_near(actual, exact): ``exact`` in float64; the error is held against the largest value, as sums have it,
+    in units of ``actual``'s dtype."""
+
+    def check(actual, exact, factor=1.0):
+        assert actual.shape == exact.shape
+        tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[actual.dtype] * factor
+        scale = exact.abs().nan_to_num(0, 0, 0).max().item() if exact.numel() else 0.0
+        torch.testing.assert_close(actual.double().cpu(), exact.cpu(), rtol=0, atol=tolerance * max(scale, 1e-3),
+                                   equal_nan=True)  # fmt: skip
+
+    return check

@@ -1,0 +1,223 @@
+"""fastnn.kernels.conv_relu_max_pool against stock's layers in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastnn.kernels import _launch
+from fastnn.kernels import conv_relu_max_pool as kernels
+from fastnn.kernels._conv_geometry import ConvArguments, check_problem
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def arguments(dims, stride=1, padding=0, dilation=1, groups=1, pool=2, pool_stride=None, pool_padding=0,
+              pool_dilation=1, ceil_mode=False):  # fmt: skip
+    def per_dimension(value):
+        return [value] * dims if isinstance(value, int) else list(value)
+
+    return ConvArguments(
+        *map(per_dimension, (stride, padding, dilation)), groups, per_dimension(pool),
+        per_dimension(pool if pool_stride is None else pool_stride), per_dimension(pool_padding),
+        per_dimension(pool_dilation), ceil_mode,
+    )  # fmt: skip
+
+
+def reference(input, weight, bias, a):
+    dims = input.dim() - 2
+    conv = CONV[dims](input, weight, bias, a.stride, a.padding, a.dilation, a.groups)
+    return POOL[dims](F.relu(conv), a.pool_kernel_size, a.pool_stride, a.pool_padding, a.pool_dilation, a.ceil_mode)
+
+
+def make(sizes, out_channels, kernel, a, dtype, device):
+    channels = sizes[1] // a.groups
+    kernels_size = [kernel] * (len(sizes) - 2) if isinstance(kernel, int) else kernel
+    input = torch.randn(sizes).to(device, dtype)
+    weight = (torch.randn(out_channels, channels, *kernels_size) / (channels * 3) ** 0.5).to(device, dtype)
+    return input, weight, torch.randn(out_channels).to(device, dtype)
+
+
+def check(input, weight, bias, a, assert_near):
+    """Forward and every gradient."""
+    exact = [t.double().contiguous().requires_grad_() for t in (input, weight, bias)]
+    expected = reference(*exact, a)
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, *a)
+    assert_near(output, expected.detach(), factor=2)
+    torch.testing.assert_close(kernels.conv_relu_max_pool(input, weight, bias, *a), output, rtol=0, atol=0)
+    grad = torch.randn(output.shape).to(output)
+    gradients = torch.autograd.grad(expected, exact, grad.double())
+    actual = kernels.conv_relu_max_pool_backward(grad, winners, input, weight, *a, True, True, True)
+    for got, want in zip(actual, gradients, strict=True):
+        assert_near(got, want, factor=4)
+    return output, winners
+
+
+CASES = {
+    "1d": ((2, 3, 21), 5, 3, {}),
+    "1d, many channels": ((2, 18, 13), 5, 3, {"padding": 1}),
+    "2d": ((2, 3, 8, 9), 5, 3, {}),
+    "2d, many channels": ((1, 17, 7, 6), 5, 3, {"padding": 1}),
+    "2d, overlapping": ((1, 3, 9, 10), 4, 3, {"stride": 2, "padding": 1, "pool": 3, "pool_stride": 2,
+                                              "pool_padding": 1}),
+    "2d, odd": ((1, 2, 11, 9), 3, (2, 3), {"dilation": (2, 1), "pool": (2, 3), "pool_stride": (3, 2),
+                                           "pool_dilation": (2, 1), "ceil_mode": True}),
+    "2d, gaps": ((1, 2, 9, 8), 3, 2, {"pool": 2, "pool_stride": 3}),
+    "2d, groups": ((1, 32, 5, 5), 32, 2, {"groups": 2}),
+    "3d": ((1, 2, 5, 4, 6), 3, 2, {"padding": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in CASES for dtype in (torch.float32, torch.float16)] + [("2d", torch.bfloat16)],
+)
+def test_fused(name, dtype, device, assert_near):
+    case = CASES[name]
+    sizes, out_channels, kernel, options = case
+    a = arguments(len(sizes) - 2, **options)
+    input, weight, bias = make(sizes, out_channels, kernel, a, dtype, device)
+    problem = check_problem("", input, weight, bias, a)
+    assert kernels.is_fused(problem, "forward", "ieee")
+    assert kernels.is_fused(problem, "backward", "ieee")
+    check(input, weight, bias, a, assert_near)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_around_stocks_convolution(case, device, assert_near, monkeypatch):
+    monkeypatch.setattr(kernels, "is_fused", lambda *_: False)
+    sizes, out_channels, kernel, options = case
+    a = arguments(len(sizes) - 2, **options)
+    check(*make(sizes, out_channels, kernel, a, torch.float32, device), a, assert_near)
+
+
+def test_float64_is_stocks_exactly(device):
+    a = arguments(2, pool=3, pool_stride=2, pool_padding=1)
+    input, weight, bias = make((2, 3, 9, 8), 4, 3, a, torch.float64, device)
+    expected = reference(input, weight, bias, a)
+    torch.testing.assert_close(kernels.conv_relu_max_pool(input, weight, bias, *a), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("channels", [3, 16])
+def test_channels_last_comes_out_as_it_goes_in(channels, fused, device, assert_near, monkeypatch):
+    monkeypatch.setattr(kernels, "is_fused", lambda *_: fused)
+    a = arguments(2)
+    input, weight, bias = make((2, channels, 7, 8), 6, 2, a, torch.float32, device)
+    last = input.contiguous(memory_format=torch.channels_last)
+    output, winners = check(last, weight, bias, a, assert_near)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert winners.is_contiguous(memory_format=torch.channels_last)
+    grad = kernels.conv_relu_max_pool_backward(output, winners, last, weight, *a, True, False, False)[0]
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    assert kernels.conv_relu_max_pool(input, weight, bias, *a).is_contiguous()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_winners(fused, device, monkeypatch):
+    """The first of equals, the last NaN, dead where nothing is above zero, -inf where there is nothing."""
+    monkeypatch.setattr(kernels, "is_fused", lambda *_: fused)
+    nan = float("nan")
+    input = torch.tensor([[2.0, 2.0, nan, nan, -1.0, -2.0, 0.0, 5.0, 1.0]], device=device)[None]
+    weight = torch.ones(1, 1, 1, device=device)
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, None, *arguments(1))
+    torch.testing.assert_close(output, torch.tensor([[[2.0, nan, 0.0, 5.0]]], device=device), equal_nan=True)
+    assert winners.flatten().tolist() == [0, 1, 255, 1]
+    grad_input = kernels.conv_relu_max_pool_backward(
+        torch.ones_like(output), winners, input.nan_to_num(), weight, *arguments(1), True, False, False
+    )[0]
+    assert grad_input.flatten().tolist() == [1, 0, 0, 1, 0, 0, 0, 1, 0]
+
+    sparse = arguments(1, pool=2, pool_stride=3, pool_dilation=3, pool_padding=1, ceil_mode=True)
+    small = torch.ones(1, 1, 2, device=device)
+    output, winners = kernels.conv_relu_max_pool_with_winners(small, weight, None, *sparse)
+    torch.testing.assert_close(output, reference(small.cpu(), weight.cpu(), None, sparse).to(device))
+    assert bool((winners[output == float("-inf")] == 255).all())
+
+
+def test_hostile_winners_do_no_harm(device):
+    a = arguments(2, pool_padding=1)
+    input, weight, bias = make((1, 2, 6, 6), 3, 3, a, torch.float32, device)
+    output = kernels.conv_relu_max_pool(input, weight, bias, *a)
+    for place in (0, 3, 4, 200, 254):
+        winners = torch.full_like(output, place, dtype=torch.uint8)
+        gradients = kernels.conv_relu_max_pool_backward(output, winners, input, weight, *a, True, True, True)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_empty_batch_and_unwanted_gradients(device):
+    a = arguments(2)
+    input, weight, bias = make((0, 3, 6, 6), 4, 3, a, torch.float32, device)
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, *a)
+    assert output.shape == (0, 4, 2, 2)
+    gradients = kernels.conv_relu_max_pool_backward(output, winners, input, weight, *a, True, True, True)
+    assert [g.shape for g in gradients] == [input.shape, weight.shape, bias.shape]
+    assert not gradients[1].any()
+    input = torch.randn(1, 3, 6, 6, device=device)
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, *a)
+    gradients = kernels.conv_relu_max_pool_backward(output, winners, input, weight, *a, False, False, True)
+    assert [g.shape[0] for g in gradients] == [0, 0, 4]
+
+
+REFUSED = {
+    "Output size is too small": {"pool": 9},
+    "Kernel size can't be greater": {"dilation": 9},
+    "non-positive stride": {"stride": 0},
+    "negative padding": {"padding": -1},
+    "non-positive groups": {"groups": 0},
+    "to have 6 channels": {"groups": 2},
+    "pool_stride should be greater than zero": {"pool_stride": 0},
+    "at most half of kernel size": {"pool_padding": 2},
+    "single integer value or a list of 2": {"stride": (1,)},
+    "must either be a single int": {"pool": (2, 2, 2), "pool_stride": 2},
+    "too large": {"padding": 2**40},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refuses_geometry(message, device):
+    a = arguments(2)
+    input, weight, bias = make((1, 3, 6, 6), 4, 3, a, torch.float32, device)
+    with pytest.raises(RuntimeError, match=message):
+        kernels.conv_relu_max_pool(input, weight, bias, *arguments(2, **REFUSED[message]))
+
+
+def test_refuses_tensors(device):
+    a = arguments(2)
+    input, weight, bias = make((1, 3, 6, 6), 4, 3, a, torch.float32, device)
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, *a)
+    for changed in ((input[0], weight, bias), (input, weight.double(), bias), (input, weight, bias[1:]),
+                    (input, weight[0], bias), (input.to("meta"), weight, bias), (input.int(), weight, bias),
+                    (input.clone().requires_grad_(), weight, bias), (input, weight[:, :, :0], bias)):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            kernels.conv_relu_max_pool(*changed, *a)
+    wanted = (True, True, True)
+    for changed in ((output[:, 1:], winners), (output, winners[:, 1:]), (output, winners.int()),
+                    (output.double(), winners), (output, winners.to("meta"))):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            kernels.conv_relu_max_pool_backward(*changed, input, weight, *a, *wanted)
+    with pytest.raises(RuntimeError, match="at most 254 elements"):
+        kernels.conv_relu_max_pool_with_winners(torch.ones(1, 3, 40, 40, device=device), weight, bias,
+                                                *arguments(2, pool=16))  # fmt: skip
+
+
+def test_choice_of_path():
+    def problem(images, channels, out_channels, size, dtype, kernel=3, **options):
+        a = arguments(2, **options)
+        with torch.device("meta"):
+            input = torch.empty(images, channels, size, size, dtype=dtype)
+            weight = torch.empty(out_channels, channels // a.groups, kernel, kernel, dtype=dtype)
+        return check_problem("", input, weight, None, a)
+
+    half = torch.bfloat16
+    middle = problem(64, 64, 64, 112, half)
+    assert kernels.is_fused(middle, "forward", "ieee")
+    assert not kernels.is_fused(middle, "backward", "ieee")
+    assert not kernels.is_fused(problem(8, 256, 512, 28, half), "forward", "ieee")
+    stem = problem(64, 3, 64, 224, half, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
+    assert kernels.is_fused(stem, "forward", "ieee")
+    assert not kernels.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "ieee")
+    assert kernels.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32")
+    assert not kernels.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee")
+    assert not kernels.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee")
+    assert kernels.conv_config(middle, "ieee", _launch.TARGETS[2]).block_pixels == 128

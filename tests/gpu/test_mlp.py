@@ -1,0 +1,166 @@
+"""fastnn.kernels.mlp against the reference in float64."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fastnn.kernels import _launch
+from fastnn.kernels import mlp as kernels
+from fastnn.ops.mlp import ACTIVATION_NAMES
+from fastnn.reference.mlp import mlp as reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make(rows, widths, dtype, device, bias=True):
+    input = torch.randn(rows, widths[0]).to(device, dtype)
+    weights = [(torch.randn(o, i) / i**0.5).to(device, dtype) for i, o in pairwise(widths)]
+    biases = [torch.randn(w.shape[0]).to(device, dtype) if bias else None for w in weights]
+    return input, weights, biases
+
+
+def check(rows, widths, names, dtype, device, assert_near, bias=True):
+    """Forward and every gradient of one chain."""
+    input, weights, biases = make(rows, widths, dtype, device, bias)
+    numbers = [ACTIVATION_NAMES.index(name) for name in names]
+    exact = [t.double().requires_grad_() for t in (input, *weights)]
+    exact_biases = [None if b is None else b.double().requires_grad_() for b in biases]
+    expected = reference(exact[0], exact[1:], exact_biases, names)
+    output, hidden = kernels.mlp_with_hidden(input, weights, biases, numbers)
+    assert_near(output, expected.detach())
+    torch.testing.assert_close(kernels.mlp(input, weights, biases, numbers), output, rtol=0, atol=0)
+
+    grad = torch.randn_like(output)
+    wanted = [*exact, *(b for b in exact_biases if b is not None)]
+    gradients = torch.autograd.grad(expected, wanted, grad.double())
+    grad_input, grad_weights, grad_biases = kernels.mlp_backward(
+        grad, input, weights, numbers, output, hidden, True, True, True
+    )
+    actual = [grad_input, *grad_weights, *(g for g, b in zip(grad_biases, biases, strict=True) if b is not None)]
+    for got, want in zip(actual, gradients, strict=True):
+        assert_near(got, want, factor=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [(10, 8, 5, 8, 10), (40, 17, 3), (100, 33, 16, 90)])
+def test_chain(widths, dtype, device, assert_near):
+    check(21, widths, ("tanh", "sigmoid", "identity", "tanh")[: len(widths) - 1], dtype, device, assert_near)
+
+
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+def test_every_activation(name, device, assert_near):
+    check(19, (7, 12, 9, 6), (name, name, name), torch.float32, device, assert_near)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_one_layer_with_fused_epilogue(name, device, assert_near):
+    check(19, (40, 20), (name,), torch.float16, device, assert_near)
+    check(19, (40, 20), (name,), torch.float32, device, assert_near, bias=False)
+
+
+def test_wide_layers_take_one_launch_each(device, assert_near):
+    widths = (20, 300, 24)
+    target = _launch.target_of(device)
+    assert kernels.chain_config(widths, 18, torch.float32, "ieee", target) is None
+    check(18, widths, ("silu", "identity"), torch.float32, device, assert_near)
+
+
+def test_float64_and_empty_sizes_take_stocks_path(device):
+    for rows, widths, dtype in [
+        (0, (4, 3, 2), torch.float32),
+        (3, (0, 4, 2), torch.float32),
+        (3, (4, 3), torch.float64),
+    ]:
+        input, weights, biases = make(rows, widths, dtype, device)
+        names, numbers = ["relu"] * len(weights), [1] * len(weights)
+        output, hidden = kernels.mlp_with_hidden(input, weights, biases, numbers)
+        torch.testing.assert_close(output, reference(input, weights, biases, names))
+        gradients = kernels.mlp_backward(output, input, weights, numbers, output, hidden, True, True, True)
+        assert gradients[0].shape == input.shape
+        assert [g.shape for g in gradients[1]] == [w.shape for w in weights]
+
+
+def test_nan_passes_and_relus_gradient_there_is_one(device):
+    input, weights, biases = make(17, (6, 8, 5), torch.float32, device)
+    input[3] = float("nan")
+    output, hidden = kernels.mlp_with_hidden(input, weights, biases, [1, 1])
+    assert output[3].isnan().all()
+    assert not output[4].isnan().any()
+    grad_input = kernels.mlp_backward(output, input, weights, [1, 1], output, hidden, True, False, False)[0]
+    assert grad_input[3].isnan().all()
+    assert not grad_input[4].isnan().any()
+
+
+def test_non_contiguous_arguments(device, assert_near):
+    input, weights, biases = make(18, (6, 8, 5), torch.float32, device)
+    strided = [t.t().contiguous().t() for t in (input, *weights)]
+    expected = kernels.mlp(input, weights, biases, [2, 0])
+    torch.testing.assert_close(kernels.mlp(strided[0], strided[1:], biases, [2, 0]), expected, rtol=0, atol=0)
+
+
+def test_gradients_that_are_not_wanted_are_empty(device):
+    input, weights, biases = make(18, (6, 8, 5), torch.float32, device)
+    output, hidden = kernels.mlp_with_hidden(input, weights, biases, [2, 0])
+    gradients = kernels.mlp_backward(output, input, weights, [2, 0], output, hidden, False, False, False)
+    assert gradients[0].shape == (0, 6)
+    assert gradients[1:] == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(input=a["input"][0]), "expected input to be 2D"),
+        (lambda a: a.update(input=a["input"].to(torch.int32)), "not implemented for"),
+        (lambda a: a.update(weights=[]), "at least one weight"),
+        (lambda a: a.update(weights=a["weights"][::-1]), "cannot be multiplied"),
+        (lambda a: a.update(weights=[a["weights"][0].double(), a["weights"][1]]), "dtype"),
+        (lambda a: a.update(weights=[a["weights"][0].to("meta"), a["weights"][1]]), "same device"),
+        (lambda a: a.update(biases=a["biases"][:1]), "expected 2 biases"),
+        (lambda a: a.update(biases=a["biases"][::-1]), "expected biases of size"),
+        (lambda a: a.update(activations=[1]), "expected 2 activations"),
+        (lambda a: a.update(activations=[1, 8]), "must be between 0 and 7"),
+        (lambda a: a["input"].requires_grad_(), "no gradient of its own"),
+    ],
+)
+def test_forward_refuses(change, message, device):
+    input, weights, biases = make(4, (6, 8, 5), torch.float32, device)
+    arguments = {"input": input, "weights": weights, "biases": biases, "activations": [1, 0]}
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        kernels.mlp(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(grad_output=a["grad_output"][1:]), "expected grad_output of size"),
+        (lambda a: a.update(output=a["output"][1:]), "expected hidden of size"),
+        (lambda a: a.update(hidden=[]), "expected 1 hidden tensors, got 0"),
+        (lambda a: a.update(hidden=a["hidden"] * 2), "expected 1 hidden tensors, got 2"),
+        (lambda a: a.update(hidden=[a["hidden"][0].double()]), "dtype"),
+    ],
+)
+def test_backward_refuses(change, message, device):
+    input, weights, biases = make(4, (6, 8, 5), torch.float32, device)
+    output, hidden = kernels.mlp_with_hidden(input, weights, biases, [1, 0])
+    arguments = {"grad_output": output, "input": input, "weights": weights, "activations": [1, 0], "output": output,
+                 "hidden": hidden, "input_wanted": True, "weights_wanted": True, "biases_wanted": True}  # fmt: skip
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        kernels.mlp_backward(**arguments)
+
+
+def test_choice_of_kernel():
+    half, target = torch.bfloat16, _launch.TARGETS[2]
+    narrow = (64, 128, 128, 64)
+    assert kernels.chain_config(narrow, 65536, half, "ieee", target).block_rows == 128
+    assert kernels.chain_config(narrow, 32, half, "ieee", target).block_rows == 16
+    assert kernels.chain_config((64, 256, 256, 64), 65536, half, "ieee", target) is not None
+    assert kernels.chain_config((64, 512, 64), 65536, half, "ieee", target) is None
+    assert kernels.chain_config(narrow, 65536, torch.float32, "ieee", target) is None
+    assert kernels.chain_config(narrow, 65536, torch.float32, "tf32", target) is not None
+    assert kernels.chain_config((64, 256, 256, 64), 65536, half, "ieee", _launch.TARGETS[1]) is None
+    assert kernels.layer_config(65536, 4096, 4096, 1, half, "ieee", target) is None
+    assert kernels.layer_config(65536, 256, 1024, 1, half, "ieee", target) is not None
+    assert kernels.layer_config(65536, 256, 1024, 0, half, "ieee", target) is None

@@ -1,0 +1,208 @@
+"""fastnn.kernels.rnn against stock's networks in float64."""
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from fastnn.kernels import _launch
+from fastnn.kernels import rnn as kernels
+from fastnn.kernels._rnn_problem import MODES
+
+NETWORKS = {
+    "RNN_TANH": (torch.nn.RNN, {"nonlinearity": "tanh"}),
+    "RNN_RELU": (torch.nn.RNN, {"nonlinearity": "relu"}),
+    "GRU": (torch.nn.GRU, {}),
+    "LSTM": (torch.nn.LSTM, {}),
+}
+
+
+def make(mode, dtype, device, inputs=5, hidden=7, layers=1, bidirectional=False, batch_first=False, bias=True,
+         length=4, batch=3, batch_sizes=None, state=True):  # fmt: skip
+    """A stock network in float64 and the operator's arguments with the same values."""
+    network, options = NETWORKS[mode]
+    stock = network(inputs, hidden, layers, bidirectional=bidirectional, batch_first=batch_first, bias=bias, **options)
+    stock = stock.to(dtype).double()
+    if batch_sizes is not None:
+        batch, input = batch_sizes[0], torch.randn(sum(batch_sizes), inputs)
+    else:
+        input = torch.randn(batch, length, inputs) if batch_first else torch.randn(length, batch, inputs)
+    sizes = (layers * (2 if bidirectional else 1), batch, hidden)
+    states = [torch.randn(sizes) for _ in range(2 if mode == "LSTM" else 1)] if state else []
+    arguments = {
+        "input": input.to(device, dtype),
+        "batch_sizes": None if batch_sizes is None else torch.tensor(batch_sizes),
+        "state": [s.to(device, dtype) for s in states],
+        "weights": [w.detach().to(device, dtype) for w in stock._flat_weights],
+        "masks": None,
+        "mode": MODES.index(mode),
+        "num_layers": layers,
+        "bidirectional": bidirectional,
+        "batch_first": batch_first,
+    }
+    return stock, arguments
+
+
+def run_stock(stock, arguments):
+    """Output, final state, and the leaves: input, state, weights."""
+    input = arguments["input"].detach().double().cpu().requires_grad_()
+    state = [s.detach().double().cpu().requires_grad_() for s in arguments["state"]]
+    hx = None if not state else tuple(state) if len(state) == 2 else state[0]
+    if arguments["batch_sizes"] is None:
+        output, final = stock(input, hx)
+    else:
+        packed, final = stock(PackedSequence(input, arguments["batch_sizes"]), hx)
+        output = packed.data
+    return output, list(final) if isinstance(final, tuple) else [final], [input, *state, *stock._flat_weights]
+
+
+def check(stock, arguments, assert_near, factor=4):
+    """Forward and every gradient."""
+    expected, expected_final, leaves = run_stock(stock, arguments)
+    output, final, reserve = kernels.rnn_with_reserve(**arguments)
+    assert_near(output, expected.detach(), factor)
+    for got, want in zip(final, expected_final, strict=True):
+        assert_near(got, want.detach(), factor)
+    torch.testing.assert_close(kernels.rnn(**arguments)[0], output, rtol=0, atol=0)
+
+    grads = [torch.randn(t.shape).to(output) for t in (output, *final)]
+    gradients = torch.autograd.grad((expected, *expected_final), leaves, [g.double().cpu() for g in grads])
+    grad_input, grad_state, grad_weights = kernels.rnn_backward(
+        grads[0], grads[1:], **arguments, output=output, reserve=reserve, input_wanted=True, state_wanted=True,
+        weights_wanted=True,
+    )  # fmt: skip
+    actual = [grad_input, *grad_state[: len(arguments["state"])], *grad_weights]
+    for got, want in zip(actual, gradients, strict=True):
+        assert_near(got, want, 2 * factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_layer(mode, dtype, device, assert_near):
+    check(*make(mode, dtype, device), assert_near)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_directions_batch_first_without_state(mode, device, assert_near):
+    options = {"layers": 2, "bidirectional": True, "batch_first": True, "length": 3, "state": False}
+    check(*make(mode, torch.float32, device, **options), assert_near)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed(mode, device, assert_near):
+    options = {"bidirectional": True, "batch_sizes": [4, 3, 3, 1]}
+    check(*make(mode, torch.float32, device, **options), assert_near)
+
+
+def test_sequences_of_several_tiles(device, assert_near):
+    check(*make("RNN_TANH", torch.float32, device, batch_sizes=[18, 17, 2]), assert_near)
+    check(*make("GRU", torch.float32, device, batch=17, length=2, bias=False), assert_near)
+
+
+@pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM"])
+def test_bfloat16(mode, device, assert_near):
+    check(*make(mode, torch.bfloat16, device), assert_near)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stocks_kernels_where_weights_do_not_fit(mode, device, assert_near, monkeypatch):
+    monkeypatch.setattr(kernels, "rnn_config", lambda *_: None)
+    check(*make(mode, torch.float32, device, layers=2), assert_near)
+    check(*make(mode, torch.float32, device, bidirectional=True, batch_sizes=[3, 2], state=False), assert_near)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_masks_between_layers(fits, device, assert_near, monkeypatch):
+    if not fits:
+        monkeypatch.setattr(kernels, "rnn_config", lambda *_: None)
+    stock, arguments = make("GRU", torch.float32, device, layers=2, length=3, batch=2)
+    masks = torch.randint(0, 2, (1, 6, 7)).to(device, torch.float32) * 2
+    first, second = torch.nn.GRU(5, 7).double(), torch.nn.GRU(7, 7).double()
+    for layer, part in enumerate((first, second)):
+        for name, _ in list(part.named_parameters()):
+            getattr(part, name).data = getattr(stock, name.replace("l0", f"l{layer}")).data
+    h = arguments["state"][0].double().cpu()
+    input = arguments["input"].double().cpu().requires_grad_()
+    middle, _ = first(input, h[:1])
+    expected, _ = second(middle * masks.double().cpu().view(3, 2, 7), h[1:])
+    arguments["masks"] = masks
+    output, _, reserve = kernels.rnn_with_reserve(**arguments)
+    assert_near(output, expected.detach(), 4)
+    grad = torch.randn_like(output)
+    got = kernels.rnn_backward(grad, [None], **arguments, output=output, reserve=reserve, input_wanted=True,
+                               state_wanted=False, weights_wanted=False)  # fmt: skip
+    assert_near(got[0], torch.autograd.grad(expected, input, grad.double().cpu())[0], 8)
+    assert got[1:] == ([], [])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cell(mode, device, assert_near):
+    stock, arguments = make(mode, torch.float32, device, length=1)
+    _, expected, _ = run_stock(stock, arguments)
+    state = [s[0] for s in arguments["state"]]
+    final = kernels.rnn_cell(arguments["input"][0], state, arguments["weights"], arguments["mode"])
+    for got, want in zip(final, expected, strict=True):
+        assert_near(got, want[0].detach(), 4)
+
+
+def test_empty_batch(device):
+    _, arguments = make("LSTM", torch.float32, device, batch=0)
+    output, final, reserve = kernels.rnn_with_reserve(**arguments)
+    assert output.shape == (4, 0, 7)
+    gradients = kernels.rnn_backward(output, final, **arguments, output=output, reserve=reserve, input_wanted=True,
+                                     state_wanted=True, weights_wanted=True)  # fmt: skip
+    assert gradients[0].shape == (4, 0, 5)
+    assert [g.shape for g in gradients[2]] == [w.shape for w in arguments["weights"]]
+
+
+REFUSED = {
+    "mode must be between": {"mode": 4},
+    "for each of 3 layers": {"num_layers": 3},
+    "input must have 3 dimensions": {"input": torch.ones(4, 5)},
+    "expected weights of size": {"input": torch.ones(4, 3, 6)},
+    "expected state of size": {"input": torch.ones(4, 2, 5)},
+    "length to be larger than 0": {"input": torch.ones(0, 3, 5)},
+    "expected no state or 1": {"state": [torch.ones(1, 3, 7)] * 2},
+    "dtype": {"state": [torch.ones(1, 3, 7).double()]},
+    "expected masks of size": {"masks": torch.ones(1, 12, 7)},
+    "sum to 3": {"input": torch.ones(4, 5), "batch_sizes": torch.tensor([2, 1])},
+    "decreasing order": {"input": torch.ones(4, 5), "batch_sizes": torch.tensor([1, 3])},
+    "CPU int64": {"input": torch.ones(4, 5), "batch_sizes": torch.tensor([2, 2], dtype=torch.int32)},
+    "does not go with": {"input": torch.ones(4, 5), "batch_sizes": torch.tensor([3, 1]), "batch_first": True},
+    "no gradient of its own": {"input": torch.ones(4, 3, 5).requires_grad_()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refuses(message, device):
+    _, arguments = make("RNN_TANH", torch.float32, device)
+    changes = {
+        name: value.to(device) if isinstance(value, torch.Tensor) and name != "batch_sizes" else value
+        for name, value in REFUSED[message].items()
+    }
+    with pytest.raises(RuntimeError, match=message):
+        kernels.rnn(**(arguments | changes))
+
+
+def test_backward_refuses(device):
+    _, arguments = make("GRU", torch.float32, device)
+    output, final, reserve = kernels.rnn_with_reserve(**arguments)
+    good = {"grad_output": output, "grad_state": final, "output": output, "reserve": reserve}
+    wanted = {"input_wanted": True, "state_wanted": True, "weights_wanted": True}
+    for change in ({"grad_output": output[1:]}, {"grad_state": []}, {"grad_state": [final[0][:, 1:]]},
+                   {"output": output[1:]}, {"reserve": reserve[1:]}, {"reserve": reserve.double()}):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            kernels.rnn_backward(**(good | change), **arguments, **wanted)
+
+
+def test_choice_of_kernel():
+    half, h100, ampere = torch.float16, _launch.TARGETS[2], _launch.TARGETS[1]
+    config = kernels.rnn_config
+    assert config("RNN_TANH", 128, 32, 1, half, "ieee", h100) is not None
+    assert config("RNN_TANH", 256, 32, 1, half, "ieee", h100) is not None
+    assert config("RNN_TANH", 256, 32, 1, half, "ieee", ampere) is None
+    assert config("RNN_TANH", 512, 32, 1, half, "ieee", h100) is None
+    assert config("RNN_TANH", 128, 32, 1, torch.float32, "tf32", h100) is not None
+    assert config("RNN_TANH", 128, 32, 1, torch.float32, "ieee", h100) is None
+    assert config("LSTM", 128, 32, 1, half, "ieee", h100) is not None
+    assert config("LSTM", 256, 32, 1, half, "ieee", h100) is None
+    assert config("LSTM", 8, 32, 1, torch.float64, "ieee", h100) is None

@@ -1,0 +1,20 @@
+"""Runs tests/gpu under Triton's interpreter, which has to be chosen before Triton is imported: in another process."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_TESTS = Path(__file__).parent / "gpu"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("path", sorted(_TESTS.glob("test_*.py")), ids=lambda path: path.stem)
+def test_under_the_interpreter(path):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
+    result = subprocess.run(command, env=environment, cwd=_TESTS.parent.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

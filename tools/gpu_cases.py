@@ -1,0 +1,111 @@
+"""The launches that the GPU tools look at: the benchmark shapes, one a shape class of the kernels' tables.
+
+Every case calls an operator's launcher as a user's call does, on tensors of a given device: "meta" is enough to see
+which kernels it would launch with which arguments.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnn.kernels import conv_relu_max_pool, mlp
+from fastnn.ops.mlp import ACTIVATION_NAMES
+
+FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
+
+
+class Case(NamedTuple):
+    op: str
+    shape: str
+    dtype: torch.dtype
+    run: Callable[[torch.device], object]
+    allow_tf32: bool = False
+
+
+def all_cases() -> Iterator[Case]:
+    yield from conv_cases()
+    yield from mlp_cases()
+
+
+# ---- mlp --------------------------------------------------------------------------------------------------
+
+MLP_SHAPES = [  # rows, widths
+    (32, (10, 8, 5, 8, 10)),
+    (256, (784, 128, 32, 128, 784)),
+    (65536, (64, 64, 64, 64, 64)),
+    (65536, (128, 128, 128, 128, 128)),
+    (65536, (256, 256, 256, 256)),
+    (65536, (256, 1024)),
+]
+
+
+def _mlp_case(rows: int, widths: tuple[int, ...], dtype: torch.dtype, allow_tf32: bool, name: str) -> Case:
+    def run(device: torch.device) -> None:
+        def new(*sizes: int) -> Tensor:
+            return torch.randn(sizes, device=device).to(dtype)
+
+        weights = [new(b, a) for a, b in pairwise(widths)]
+        biases = [new(b) for b in widths[1:]]
+        numbers = [ACTIVATION_NAMES.index(name)] * len(weights)
+        input = new(rows, widths[0])
+        output, hidden = mlp.mlp_with_hidden(input, weights, biases, numbers)
+        mlp.mlp_backward(output, input, weights, numbers, output, hidden, True, True, True)
+
+    shape = f"({rows}, {'-'.join(map(str, widths))}) {name}"
+    return Case("mlp", shape, dtype, run, allow_tf32)
+
+
+def mlp_cases() -> Iterator[Case]:
+    for rows, widths in MLP_SHAPES:
+        for dtype, allow_tf32 in [(BFLOAT, False), (FLOAT, False), (FLOAT, True)]:
+            yield _mlp_case(rows, widths, dtype, allow_tf32, "relu")
+    yield _mlp_case(65536, (128, 128, 128), HALF, False, "gelu")
+
+
+# ---- conv_relu_max_pool -----------------------------------------------------------------------------------
+
+CONV_SHAPES = {  # input, out channels, kernel, stride, padding, pool kernel, pool stride, pool padding
+    "first of Conv2DNet": ((32, 3, 20, 20), 10, 5, 2, 2, 2, 2, 0),
+    "MNIST": ((64, 1, 28, 28), 32, 3, 1, 1, 2, 2, 0),
+    "stem": ((64, 3, 224, 224), 64, 7, 2, 3, 3, 2, 1),
+    "few channels": ((64, 3, 224, 224), 64, 3, 1, 1, 2, 2, 0),
+    "32 channels": ((64, 32, 112, 112), 32, 3, 1, 1, 2, 2, 0),
+    "64 channels": ((64, 64, 112, 112), 64, 3, 1, 1, 2, 2, 0),
+    "256 channels": ((8, 256, 28, 28), 512, 3, 1, 1, 2, 2, 0),
+    "1d": ((64, 64, 4096), 64, 5, 1, 2, 2, 2, 0),
+    "3d": ((4, 16, 32, 64, 64), 32, 3, 1, 1, 2, 2, 0),
+}
+
+
+def conv_geometry(name: str) -> tuple[Any, ...]:
+    sizes, _, _, *values = CONV_SHAPES[name]
+    dims = len(sizes) - 2
+    stride, padding, pool, pool_stride, pool_padding = ([value] * dims for value in values)
+    return stride, padding, [1] * dims, 1, pool, pool_stride, pool_padding, [1] * dims, False
+
+
+def _conv_case(name: str, dtype: torch.dtype, allow_tf32: bool, last: bool) -> Case:
+    sizes, out_channels, kernel, *_ = CONV_SHAPES[name]
+    dims, geometry = len(sizes) - 2, conv_geometry(name)
+
+    def run(device: torch.device) -> None:
+        input = torch.randn(sizes, device=device).to(dtype)
+        if last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(out_channels, sizes[1], *[kernel] * dims, device=device).to(dtype)
+        bias = torch.randn(out_channels, device=device).to(dtype)
+        output, winners = conv_relu_max_pool.conv_relu_max_pool_with_winners(input, weight, bias, *geometry)
+        conv_relu_max_pool.conv_relu_max_pool_backward(output, winners, input, weight, *geometry, True, True, True)
+
+    return Case("conv_relu_max_pool", f"{name}{', channels last' if last else ''}", dtype, run, allow_tf32)
+
+
+def conv_cases() -> Iterator[Case]:
+    for name, (sizes, *_) in CONV_SHAPES.items():
+        for dtype, allow_tf32 in [(BFLOAT, False), (FLOAT, False), (FLOAT, True)]:
+            yield _conv_case(name, dtype, allow_tf32, last=False)
+        if len(sizes) == 4:
+            yield _conv_case(name, HALF, False, last=True)

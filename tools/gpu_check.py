@@ -1,0 +1,223 @@
+"""Compiles every kernel and configuration that fastnn ships, for every target, on a machine without a GPU.
+
+The launchers run on meta tensors and hand their launches over instead of launching, so that what is compiled here,
+alignment included, is what a user's call compiles. Prints a table (kernel, configuration, registers, spills, shared
+memory, matrix instructions) and fails on a spill in a loop, on shared memory beyond the target's limit, and on a
+16-bit or tf32 dot without a matrix instruction.
+
+    python tools/gpu_check.py [--target sm_90 ...] [--op mlp ...] [--write TABLE.md]
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from gpu_cases import Case, all_cases
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastnn.kernels import _launch
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
+
+
+class Launch(NamedTuple):
+    """A launch that a launcher asked for."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Built(NamedTuple):
+    """What the compiler made of a launch."""
+
+    registers: int
+    spills: int  # instructions
+    spills_in_loops: int
+    shared_memory: int
+    matrix_instructions: int
+
+
+def record_launches(case: Case, target: _launch.Target) -> list[Launch]:
+    """The launches of a case on ``target``."""
+    launches = []
+
+    def record(kernel: Any, grid: Any, device: torch.device, *args: Any, **keywords: Any) -> None:
+        constexprs = {name: value for name, value in keywords.items() if name not in _OPTIONS}
+        options = {name: value for name, value in keywords.items() if name in _OPTIONS}
+        launches.append(Launch(kernel, args, constexprs, options | {"enable_fp_fusion": True}))
+
+    launch, _launch.launch = _launch.launch, record
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [flag.fp32_precision for flag in flags]
+    try:
+        for flag in flags:
+            flag.fp32_precision = "tf32" if case.allow_tf32 else "ieee"
+        with _launch.assume_target(target), torch.no_grad():
+            case.run(torch.device("meta"))
+    finally:
+        _launch.launch = launch
+        for flag, value in zip(flags, before, strict=True):
+            flag.fp32_precision = value
+    return launches
+
+
+def describe(argument: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """An argument's type in the compiler's terms, as Triton specialises it at a launch."""
+    if isinstance(argument, tuple):
+        return tuple(describe(part, (*path, i), constants, attributes) for i, part in enumerate(argument))
+    if argument is None or (isinstance(argument, int) and argument == 1):
+        constants[path] = argument
+        return "constexpr"
+    if isinstance(argument, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return _POINTERS[argument.dtype]
+    if isinstance(argument, float):
+        return "fp32"
+    if argument % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= argument < 2**31 else "i64"
+
+
+def build(launch: Launch, target: _launch.Target) -> Built:
+    names = launch.kernel.arg_names
+    constants: dict[Any, Any] = {(names.index(name),): value for name, value in launch.constexprs.items()}
+    attributes: dict[Any, Any] = {}
+    signature = {
+        name: describe(argument, (i,), constants, attributes)
+        for i, (name, argument) in enumerate(zip(names, launch.arguments, strict=False))
+    }
+    signature |= dict.fromkeys(launch.constexprs, "constexpr")
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
+    compiled = triton.compile(source, target=gpu, options=launch.options)
+    read = _read_cubin if target.backend == "cuda" else _read_amdgcn
+    return read(compiled)
+
+
+def _read_cubin(compiled: Any) -> Built:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
+        machine_code = subprocess.run([tool, "-sass", path], check=True, capture_output=True, text=True).stdout
+    instructions = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", machine_code)]
+    # A branch backwards closes a loop; the one to itself at a kernel's end is padding.
+    jumps = [(re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text), at) for at, text in instructions]
+    loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
+    spills = [at for at, text in instructions if re.search(r"\b(STL|LDL)\b", text)]
+    return Built(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=len(spills),
+        spills_in_loops=sum(any(first <= at <= last for first, last in loops) for at in spills),
+        shared_memory=compiled.metadata.shared,
+        matrix_instructions=sum(bool(re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)) for _, text in instructions),
+    )
+
+
+def _read_amdgcn(compiled: Any) -> Built:
+    text = compiled.asm["amdgcn"]
+    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+    return Built(
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
+        spills=spills,
+        spills_in_loops=spills,  # the assembly says how many, not where
+        shared_memory=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(r"v_mfma", text)),
+    )
+
+
+def launch_key(launch: Launch) -> tuple[Any, ...]:
+    """What makes two launches the same machine code."""
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    types = describe(launch.arguments, (), constants, attributes)
+    return launch.kernel.__name__, types, constants, attributes, launch.constexprs, launch.options
+
+
+def uses_dot_units(launch: Launch, case: Case) -> bool:
+    """Whether a dot of this launch must become a matrix instruction."""
+    return "PRECISION" in launch.constexprs and (case.dtype.itemsize == 2 or launch.constexprs["PRECISION"] == "tf32")
+
+
+def faults(built: Built, launch: Launch, case: Case, target: _launch.Target) -> Iterator[str]:
+    if built.spills_in_loops:
+        yield "spills in a loop"
+    if built.shared_memory > target.shared_memory:
+        yield f"shared memory over {target.shared_memory}"
+    if uses_dot_units(launch, case) and built.matrix_instructions == 0:
+        yield "no matrix instruction"
+
+
+def configuration(launch: Launch) -> str:
+    blocks = [f"{name[6:].lower()} {value}" for name, value in launch.constexprs.items() if name.startswith("BLOCK_")]
+    return ", ".join([*blocks, f"{launch.options['num_warps']} warps", f"{launch.options['num_stages']} stages"])
+
+
+HEADER = ("kernel", "case", "dtype", "precision", "configuration", "target", "registers", "spills", "in loops",
+          "shared memory", "matrix instructions", "verdict")  # fmt: skip
+
+
+def check(targets: Sequence[_launch.Target], ops: Sequence[str]) -> tuple[list[tuple[str, ...]], int]:
+    """The table's rows, and how many of them are at fault."""
+    rows, failed = [], 0
+    seen: set[Any] = set()
+    for case in all_cases():
+        if ops and case.op not in ops:
+            continue
+        for target in targets:
+            for launch in record_launches(case, target):
+                # Layers of one shape launch one kernel.
+                if (key := (target, repr(launch_key(launch)))) in seen:
+                    continue
+                seen.add(key)
+                built = build(launch, target)
+                problems = ", ".join(faults(built, launch, case, target))
+                failed += bool(problems)
+                rows.append((
+                    launch.kernel.__name__, f"{case.op} {case.shape}", str(case.dtype).removeprefix("torch."),
+                    launch.constexprs.get("PRECISION", ""), configuration(launch), target.name,
+                    *map(str, built), problems or "ok",
+                ))  # fmt: skip
+                print("  ".join(rows[-1]), flush=True)
+    return rows, failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = {target.name: target for target in _launch.TARGETS}
+    parser.add_argument("--target", action="append", choices=known, help="default: all")
+    parser.add_argument("--op", action="append", help="default: all")
+    parser.add_argument("--write", type=Path, help="also write the table as Markdown")
+    options = parser.parse_args()
+    started = time.monotonic()
+    rows, failed = check([known[name] for name in options.target or known], options.op or [])
+    print(f"{len(rows)} launches compiled with Triton {triton.__version__} in {time.monotonic() - started:.0f} s, "
+          f"{failed} at fault")  # fmt: skip
+    if options.write:
+        lines = [HEADER, tuple("---" for _ in HEADER), *rows]
+        options.write.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
