@@ -71,7 +71,11 @@ def as_markdown(rows: list[dict[str, Any]], info: dict[str, Any]) -> str:
 def report_row(title: str, row: dict[str, Any], console: Console) -> None:
     times = ", ".join(f"{name} {as_time(value)}" for name, value in row["microseconds"].items())
     ratio = f"{row['best_rival_over_fastnn']:.2f}x against {row['best_rival']}"
-    console.print(f"[bold]{title}[/bold]: {ratio}, {row['percent_of_peak']:.0f} % of peak\n  {times}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]{title}[/bold]: {ratio}, {row['percent_of_peak']:.0f} % of peak\n  {times}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
