@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastnn import nn
 from fastnn.nn.mlp import linear_parameters
-from fastnn.ops.mlp import activation_numbers, mlp, mlp_of_parameters, mlp_reconstruction_error
+from fastnn.ops.mlp import activation_digits, mlp, mlp_of_parameters, mlp_reconstruction_error
 
 
 class Conv2DNet(nn.Module):
@@ -41,7 +41,7 @@ class RNN(nn.Module):
 
 
 _AUTOENCODER_ACTIVATIONS = ("relu", "identity", "relu", "identity")
-_AUTOENCODER_NUMBERS = activation_numbers(_AUTOENCODER_ACTIVATIONS)
+_AUTOENCODER_DIGITS = activation_digits(_AUTOENCODER_ACTIVATIONS)
 
 
 class Autoencoder(nn.Module):
@@ -55,7 +55,7 @@ class Autoencoder(nn.Module):
         self.decoder_2 = nn.Linear(reduced_size, input_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp_of_parameters(x, linear_parameters(self._modules.values()), _AUTOENCODER_NUMBERS)
+        return mlp_of_parameters(x, linear_parameters(self._modules.values()), _AUTOENCODER_DIGITS)
 
     def encode(self, x: Tensor) -> Tensor:
         """(..., input_size) -> (..., encoding_size)."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnn.ops.mlp import activation_names, activation_numbers, linear_relu, mlp_of_parameters
+from fastnn.ops.mlp import activation_digits, activation_names, linear_relu, mlp_of_parameters
 
 _MODULES: dict[str, Any] = {
     "identity": nn.Identity,
@@ -66,12 +66,12 @@ class MLP(nn.Sequential):
                 children.append(_MODULES[name]())
         super().__init__(*children)
         self.activations = names
-        self._numbers = activation_numbers(names)
+        self._digits = activation_digits(names)
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., sizes[0]) -> (..., sizes[-1])."""
         linears = [child for child in self._modules.values() if isinstance(child, nn.Linear)]
-        return mlp_of_parameters(input, linear_parameters(linears), self._numbers)
+        return mlp_of_parameters(input, linear_parameters(linears), self._digits)
 
 
 def linear_parameters(linears: Collection[nn.Module]) -> list[Tensor | None]:

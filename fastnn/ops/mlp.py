@@ -23,7 +23,7 @@ from fastnn.reference import mlp as reference
 
 # The operator takes activations by their place in this list (csrc/kernels/mlp.h has the same).
 ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
-_NUMBER_OF = {name: number for number, name in enumerate(ACTIVATION_NAMES)}
+_DIGIT_OF = {name: str(place) for place, name in enumerate(ACTIVATION_NAMES)}
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
 _mlp_op = torch.ops.fastnn.mlp.default
 _mlp_reconstruction_error_op = torch.ops.fastnn.mlp_reconstruction_error.default
@@ -77,7 +77,7 @@ def activation_names(activation: str | Sequence[str], layers: int) -> tuple[str,
     if len(names) != layers:
         raise ValueError(f"mlp: expected {layers} activations, one a weight, got {len(names)}")
     for name in names:
-        if name not in _NUMBER_OF:
+        if name not in _DIGIT_OF:
             raise ValueError(f"mlp: activation must be one of {', '.join(ACTIVATION_NAMES)}, got {name!r}")
     return names
 
@@ -100,7 +100,7 @@ def mlp_reconstruction_error(
     input, *parameters = autocast(input, *parameters)
     layers = len(weights)
     return call_kernel(
-        _mlp_reconstruction_error_op, input, parameters[:layers], parameters[layers:], activation_numbers(names)
+        _mlp_reconstruction_error_op, input, parameters[:layers], parameters[layers:], activation_digits(names)
     )
 
 
@@ -111,32 +111,36 @@ def _mlp(
     names: tuple[str, ...],
     recompute: bool = False,
 ) -> Tensor:
-    return mlp_of_parameters(input, (*weights, *biases), activation_numbers(names), recompute)
+    return mlp_of_parameters(input, (*weights, *biases), activation_digits(names), recompute)
 
 
-def activation_numbers(names: Sequence[str]) -> list[int]:
-    """The names as the operators take them."""
-    return [_NUMBER_OF[name] for name in names]
+def activation_digits(names: Sequence[str]) -> str:
+    """The names as the operators take them: a digit a layer, its place in ``ACTIVATION_NAMES``."""
+    return "".join(_DIGIT_OF[name] for name in names)
+
+
+def _names_of(digits: str) -> list[str]:
+    return [ACTIVATION_NAMES[int(digit)] for digit in digits]
 
 
 def mlp_of_parameters(
-    input: Tensor, parameters: Sequence[Tensor | None], numbers: list[int], recompute: bool = False
+    input: Tensor, parameters: Sequence[Tensor | None], digits: str, recompute: bool = False
 ) -> Tensor:
     """:func:`mlp` for callers that know their arguments: ``parameters`` are the weights, then the biases;
-    ``numbers`` the activations from :func:`activation_numbers`."""
+    ``digits`` the activations from :func:`activation_digits`."""
     if autocast_is_on():
         input, *parameters = autocast(input, *parameters)
-    layers = len(numbers)
+    layers = len(digits)
     if needs_reference(input) or layers == 0 or input.dim() == 0:
-        names = [ACTIVATION_NAMES[number] for number in numbers]
+        names = _names_of(digits)
         return reference.mlp(input, parameters[:layers], parameters[layers:], names)
     rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if is_inference():
-        output = _mlp_op(rows, parameters[:layers], parameters[layers:], numbers)
+        output = _mlp_op(rows, parameters[:layers], parameters[layers:], digits)
     elif needs_autograd(input, *parameters):
-        output = apply_function(Mlp, rows, numbers, layers, recompute, *parameters)[0]
+        output = apply_function(Mlp, rows, digits, layers, recompute, *parameters)[0]
     else:
-        output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], numbers)
+        output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], digits)
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
 
 
@@ -147,9 +151,9 @@ class Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, numbers: list[int], layers: int, recompute: bool, *parameters: Tensor | None
+        input: Tensor, digits: str, layers: int, recompute: bool, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        arguments = (input, parameters[:layers], parameters[layers:], numbers)
+        arguments = (input, parameters[:layers], parameters[layers:], digits)
         if recompute:
             return (_mlp_op(*arguments),)
         output, hidden = _mlp_with_hidden_op(*arguments)
@@ -157,7 +161,7 @@ class Mlp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, ctx.numbers, ctx.layers, ctx.recompute, *parameters = inputs
+        input, ctx.digits, ctx.layers, ctx.recompute, *parameters = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(input, *parameters, *(() if ctx.recompute else output))
 
@@ -166,10 +170,10 @@ class Mlp(torch.autograd.Function):
         needed, layers, saved = ctx.needs_input_grad, ctx.layers, ctx.saved_tensors
         if ctx.recompute:
             with torch.no_grad():
-                saved = (*saved, *Mlp.forward(saved[0], ctx.numbers, layers, False, *saved[1:]))
+                saved = (*saved, *Mlp.forward(saved[0], ctx.digits, layers, False, *saved[1:]))
         wanted = (needed[0], True in needed[4 : 4 + layers], True in needed[4 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
-        grad_input, *grad_parameters = compute(grad_output, ctx.numbers, layers, wanted, *saved)
+        grad_input, *grad_parameters = compute(grad_output, ctx.digits, layers, wanted, *saved)
         return (grad_input, None, None, None, *grad_parameters)
 
 
@@ -180,12 +184,12 @@ class MlpBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output: Tensor, numbers: list[int], layers: int, wanted: tuple[bool, bool, bool], *saved: Tensor | None
+        grad_output: Tensor, digits: str, layers: int, wanted: tuple[bool, bool, bool], *saved: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         input, weights, biases = saved[0], saved[1 : 1 + layers], saved[1 + layers : 1 + 2 * layers]
         output, *hidden = saved[1 + 2 * layers :]
         grad_input, grad_weights, grad_biases = _mlp_backward_op(
-            grad_output, input, weights, numbers, output, hidden, *wanted
+            grad_output, input, weights, digits, output, hidden, *wanted
         )
         none = (None,) * layers
         if wanted[2] and any(bias is None for bias in biases):
@@ -198,7 +202,7 @@ class MlpBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        grad_output, ctx.numbers, ctx.layers, _, *saved = inputs
+        grad_output, ctx.digits, ctx.layers, _, *saved = inputs
         ctx.outputs_given = [gradient is not None for gradient in output]
         ctx.saved_count = len(saved)
         ctx.save_for_backward(grad_output, *saved[: 1 + 2 * ctx.layers])
@@ -207,7 +211,7 @@ class MlpBackward(torch.autograd.Function):
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         grad_output, *inputs = ctx.saved_tensors
         given = [i for i, present in enumerate(ctx.outputs_given) if present]
-        names = [ACTIVATION_NAMES[number] for number in ctx.numbers]
+        names = _names_of(ctx.digits)
 
         def forward(*tensors: Tensor) -> Tensor:
             everything = list(inputs)
@@ -224,24 +228,24 @@ class MlpBackward(torch.autograd.Function):
 
 
 @torch.library.register_fake("fastnn::mlp")
-def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]) -> Tensor:
+def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: str) -> Tensor:
     check_same_device(input, *weights, *biases)
     return input.new_empty(input.shape[0], weights[-1].shape[0])
 
 
 @torch.library.register_fake("fastnn::mlp_reconstruction_error")
-def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]) -> Tensor:
+def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: str) -> Tensor:
     check_same_device(input, *weights, *biases)
     return input.new_empty(input.shape[0])
 
 
 @torch.library.register_fake("fastnn::mlp_with_hidden")
 def _(
-    input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]
+    input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: str
 ) -> tuple[Tensor, list[Tensor]]:
     check_same_device(input, *weights, *biases)
     outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in weights]
-    output_serves = ACTIVATION_NAMES[activations[-1]] not in _KEEPS_INPUT
+    output_serves = _names_of(activations)[-1] not in _KEEPS_INPUT
     return input.new_empty(outputs[-1].shape), outputs[:-1] if output_serves else outputs
 
 
@@ -250,7 +254,7 @@ def _(
     grad_output: Tensor,
     input: Tensor,
     weights: list[Tensor],
-    activations: list[int],
+    activations: str,
     output: Tensor,
     hidden: list[Tensor],
     input_wanted: bool,
