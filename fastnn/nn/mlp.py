@@ -74,7 +74,7 @@ class MLP(nn.Sequential):
         return mlp_of_parameters(input, linear_parameters(linears), self._digits)
 
 
-def linear_parameters(linears: Collection[nn.Module]) -> list[Tensor | None]:
+def linear_parameters(linears: Collection[Any]) -> list[Any]:
     """The weights of the layers, then their biases, read anew: they may have been replaced since the last call."""
     try:
         # A third of the time of attributes, for which nn.Module looks into _parameters last.

@@ -123,9 +123,7 @@ def _names_of(digits: str) -> list[str]:
     return [ACTIVATION_NAMES[int(digit)] for digit in digits]
 
 
-def mlp_of_parameters(
-    input: Tensor, parameters: Sequence[Tensor | None], digits: str, recompute: bool = False
-) -> Tensor:
+def mlp_of_parameters(input: Tensor, parameters: Sequence[Any], digits: str, recompute: bool = False) -> Tensor:
     """:func:`mlp` for callers that know their arguments: ``parameters`` are the weights, then the biases;
     ``digits`` the activations from :func:`activation_digits`."""
     if autocast_is_on():
