@@ -5,7 +5,7 @@ latter. Whatever the kernels do not cover (other dtypes, ``proj_size``, autocast
 goes through the stock module's own ``forward``, so that the answer, or the error, is that of the installed torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def _covers(input: Any) -> bool:
     )
 
 
-def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
+def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     """The parameters as they are now: a parametrization or ``functional_call`` may have put others in their place."""
     own = module._parameters
     return [own[name] if name in own else getattr(module, name) for name in names]
@@ -155,8 +155,8 @@ class LSTM(_Recurrent):
     _states = 2
 
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -165,7 +165,7 @@ class LSTM(_Recurrent):
 class _Cell(RNNCellBase):
     """What the three cells share, like :class:`_Recurrent`."""
 
-    _stock: Callable[..., Any]
+    _stock: Any
     _states = 1
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
