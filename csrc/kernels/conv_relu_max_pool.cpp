@@ -8,11 +8,20 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// The algorithm with the larger share of useful multiplications: direct convolution idles the lanes that a group's
-// output channels don't fill.
+// The share of direct convolution's multiplications that are useful ones: a group's output channels may not fill its
+// vectors, and a short row's tile not the multipliers' pipelines.
+template <class C>
+double direct_useful(const ConvPoolGeometry& g) {
+  constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
+  const double lanes = static_cast<double>(g.out_channels) / round_up(g.out_channels, kLanes<C>);
+  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
+  const double accumulators = static_cast<double>(row * smaller(2, divide_up(g.out_channels, kLanes<C>)));
+  return accumulators < kInFlight ? lanes * accumulators / kInFlight : lanes;
+}
+
 template <class C>
 ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
-  const double direct = static_cast<double>(g.out_channels) / round_up(g.out_channels, kLanes<C>);
+  const double direct = direct_useful<C>(g);
   if (direct < 1) {
     const LanesPlan lanes = plan_lanes<C>(g);
     if (lanes.useful > direct) return lanes.plan;
