@@ -37,7 +37,7 @@ struct RnnWeights {
   const T* bias_ih;    // (gates * hidden), or null
   const T* bias_hh;    // (gates * hidden), or null
   int64_t input_size;
-  const Compute<T>* packed;
+  const Compute<T>* packed;  // or null, where forward may do without
 };
 
 // What forward and backward share. Network of `directions` times `layers` weights, layer after layer.
@@ -70,6 +70,8 @@ struct RnnNetwork {
 
 template <class T>
 struct RnnForwardKernels {
+  // Whether a network that sees `rows` rows should have its weights packed.
+  bool (*worth_packing)(int64_t rows);
   int64_t (*packed_size)(RnnMode mode, int64_t hidden, int64_t input_size);
   void (*pack)(RnnMode mode, int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed);
   int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);

@@ -186,13 +186,13 @@ struct Network : RnnNetwork<T> {
   std::unique_ptr<Scratch<Compute<T>>> packed_;
 
   template <class Kernels>
-  Network(const Problem& problem, const Kernels& kernels) {
+  Network(const Problem& problem, const Kernels& kernels, bool packs) {
     int64_t size = 0;
-    for (int64_t i = 0; i < problem.count(); ++i) {
+    for (int64_t i = 0; packs && i < problem.count(); ++i) {
       size += kernels.packed_size(problem.mode, problem.hidden, problem.input_size_of(i));
     }
     packed_ = std::make_unique<Scratch<Compute<T>>>(size);
-    Compute<T>* packed = packed_->get();
+    Compute<T>* packed = packs ? packed_->get() : nullptr;
     for (int64_t i = 0; i < problem.count(); ++i) {
       const Tensor* weight = &problem.weights[i * problem.weights_each];
       const bool has_biases = problem.weights_each == 4;
@@ -202,8 +202,10 @@ struct Network : RnnNetwork<T> {
                             has_biases ? data<T>(weight[3]) : nullptr,
                             problem.input_size_of(i),
                             packed};
-      kernels.pack(problem.mode, problem.hidden, weights, packed);
-      packed += kernels.packed_size(problem.mode, problem.hidden, problem.input_size_of(i));
+      if (packs) {
+        kernels.pack(problem.mode, problem.hidden, weights, packed);
+        packed += kernels.packed_size(problem.mode, problem.hidden, problem.input_size_of(i));
+      }
       directions_.push_back(weights);
     }
     this->mode = problem.mode;
@@ -231,14 +233,16 @@ struct Network : RnnNetwork<T> {
   }
 };
 
+// Steps are short products, one after the other, and a thread's start is worth thousands of them: a few million
+// operations a thread, more than useful_threads asks for.
 int64_t chunks_of(const Problem& problem, double work) {
-  return std::max<int64_t>(1, std::min(useful_threads(work), problem.batch));
+  return std::max<int64_t>(1, std::min(useful_threads(work / 40), problem.batch));
 }
 
 template <class T>
 void run_forward(const Problem& problem, const Tensor& output, const TensorList& state, const OptionalTensor& reserve) {
   const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
-  Network<T> network(problem, kernels);
+  Network<T> network(problem, kernels, kernels.worth_packing(problem.rows));
   network.output = mutable_data<T>(output);
   std::unique_ptr<Scratch<T>> hidden_outputs;
   if (reserve) {
@@ -373,7 +377,7 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
                   const InputGradients& wanted, bool input_wanted) {
   using C = Compute<T>;
   const RnnBackwardKernels<T>& kernels = rnn_backward_kernels().get<T>();
-  Network<T> network(problem, kernels);
+  Network<T> network(problem, kernels, true);
   network.output = const_cast<T*>(data<T>(output));
   network.set_reserve(problem, const_cast<T*>(data<T>(reserve)));
   const auto state_or_null = [&](size_t i) {
