@@ -132,7 +132,8 @@ class ForwardDirection {
       if (!apart) bias += hidden_bias;
       for (int64_t r = 0; r < rows; ++r) {
         C* to = slots + r * layout_.slots();
-        store(to, bias + dot_rows(weights.weight_ih + row * layout_.input_size, layout_.input_size, count, x + r * stride));
+        store(to,
+              bias + dot_rows(weights.weight_ih + row * layout_.input_size, layout_.input_size, count, x + r * stride));
         if (apart) store(to + (Cell::kSlots - 1) * kLanes<C>, hidden_bias);
       }
     });
@@ -324,7 +325,9 @@ int64_t most_rows(const RnnNetwork<T>& network, int64_t sequences) {
   return block_rows(sequences, network.rows, layout.slots() + widest_input(network));
 }
 
-bool worth_packing(int64_t rows) { return rows >= 8; }
+bool worth_packing(int64_t rows) {
+  return rows >= 8;
+}
 
 template <class T>
 int64_t packed_size(RnnMode mode, int64_t hidden, int64_t input_size) {
