@@ -16,17 +16,14 @@ from torch.nn.utils.rnn import PackedSequence
 from fastnn.ops._autograd import needs_reference
 from fastnn.ops.rnn import rnn, rnn_cell
 
-_KERNEL_DEVICES = ("cpu", "meta")
-
-
 def _covers(input: Any) -> bool:
     """Whether the kernels take such an input at all."""
     return (
         isinstance(input, Tensor)
-        and input.device.type in _KERNEL_DEVICES
+        and (input.is_cpu or input.is_meta)
         and input.layout is torch.strided
-        and not needs_reference(input)
         and not torch._C._is_any_autocast_enabled()
+        and not needs_reference(input)
     )
 
 
@@ -34,6 +31,9 @@ def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     """The parameters as they are now: a parametrization or ``functional_call`` may have put others in their place."""
     own = module._parameters
     return [own[name] if name in own else getattr(module, name) for name in names]
+
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Recurrent(RNNBase):
@@ -49,18 +49,20 @@ class _Recurrent(RNNBase):
 
     def _run(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
         """The kernel's answer for a tensor, or None where the stock module's is due."""
-        if not _covers(input) or input.dim() not in (2, 3):
+        if not _covers(input):
             return None
-        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        batched = len(input.shape) == 3
         if not batched:
-            batch_dim = 0 if self.batch_first else 1
+            if len(input.shape) != 2:
+                return None
             input = input.unsqueeze(batch_dim)
-        batch, length = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
-        if length == 0:
+        sizes = input.shape
+        if sizes[1 - batch_dim] == 0 or sizes[2] != self.input_size:
             return None
-        state = self._state(input, batch, hx, batched)
+        state = [] if hx is None else self._state(input, sizes[batch_dim], hx, batched)
         weights = _parameters(self, self._flat_weights_names)
-        if state is None or not self._fits(input, weights):
+        if state is None or weights[0].dtype is not input.dtype or self.proj_size > 0:
             return None
         output, final = self._call(input, None, state, weights, self.batch_first)
         if not batched:
@@ -69,11 +71,11 @@ class _Recurrent(RNNBase):
 
     def _run_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any] | None:
         input, batch_sizes, sorted_indices, unsorted_indices = packed
-        if not _covers(input) or input.dim() != 2 or input.shape[0] == 0:
+        if not _covers(input) or input.dim() != 2 or input.shape[0] == 0 or input.shape[1] != self.input_size:
             return None
-        state = self._state(input, int(batch_sizes[0]), hx, True)
+        state = [] if hx is None else self._state(input, int(batch_sizes[0]), hx, True)
         weights = _parameters(self, self._flat_weights_names)
-        if state is None or not self._fits(input, weights):
+        if state is None or weights[0].dtype is not input.dtype or self.proj_size > 0:
             return None
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
@@ -85,8 +87,6 @@ class _Recurrent(RNNBase):
 
     def _state(self, input: Tensor, batch: int, hx: Any, batched: bool) -> list[Tensor] | None:
         """hx as the operator takes it, or None if it does not fit."""
-        if hx is None:
-            return []
         if self._states == 2 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
             return None
         given = [hx] if self._states == 1 else list(hx)
@@ -98,15 +98,6 @@ class _Recurrent(RNNBase):
             if tensor.dtype != input.dtype or tensor.device != input.device:
                 return None
         return given if batched else [tensor.unsqueeze(1) for tensor in given]
-
-    def _fits(self, input: Tensor, weights: list[Tensor]) -> bool:
-        weight = weights[0]
-        return (
-            input.shape[-1] == self.input_size
-            and weight.dtype == input.dtype
-            and weight.device == input.device
-            and self.proj_size == 0
-        )
 
     def _call(
         self, input: Tensor, batch_sizes: Tensor | None, state: list[Tensor], weights: list[Tensor], batch_first: bool
@@ -173,27 +164,30 @@ class _Cell(RNNCellBase):
         answer = self._run(input, hx)
         return self._stock.forward(self, input, hx) if answer is None else answer
 
-    def _mode(self) -> str:
+    def _mode(self) -> str | None:
+        """Which of ``fastnn.ops.rnn.MODES``, or None for one that only the stock cell can refuse."""
         raise NotImplementedError
 
     def _run(self, input: Tensor, hx: Any) -> Any:
-        if not _covers(input) or input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
+        if not _covers(input):
+            return None
+        sizes, mode = input.shape, self._mode()
+        if mode is None or len(sizes) not in (1, 2) or sizes[-1] != self.input_size:
             return None
         given = () if hx is None else (hx,) if self._states == 1 else hx
         if hx is not None and len(given) != self._states:
             return None
-        expected = (*input.shape[:-1], self.hidden_size)
+        expected = (*sizes[:-1], self.hidden_size)
         for tensor in given:
-            if not isinstance(tensor, Tensor) or tensor.shape != expected or tensor.dtype != input.dtype:
+            if not isinstance(tensor, Tensor) or tensor.shape != expected or tensor.dtype is not input.dtype:
                 return None
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
-        weights = _parameters(self, names)
-        if weights[0].dtype != input.dtype or weights[0].device != input.device:
+        weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
+        if weights[0].dtype is not input.dtype:
             return None
-        if input.dim() == 2:
-            state = rnn_cell(input, given, weights, self._mode())
+        if len(sizes) == 2:
+            state = rnn_cell(input, given, weights, mode)
         else:
-            state = rnn_cell(input.unsqueeze(0), [s.unsqueeze(0) for s in given], weights, self._mode())
+            state = rnn_cell(input.unsqueeze(0), [s.unsqueeze(0) for s in given], weights, mode)
             state = [s.squeeze(0) for s in state]
         return state[0] if self._states == 1 else tuple(state)
 
@@ -217,11 +211,8 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
-    def _run(self, input: Tensor, hx: Any) -> Any:
-        return super()._run(input, hx) if self.nonlinearity in ("tanh", "relu") else None
-
-    def _mode(self) -> str:
-        return "RNN_TANH" if self.nonlinearity == "tanh" else "RNN_RELU"
+    def _mode(self) -> str | None:
+        return {"tanh": "RNN_TANH", "relu": "RNN_RELU"}.get(self.nonlinearity)
 
 
 class LSTMCell(_Cell):
