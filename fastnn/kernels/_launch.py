@@ -83,6 +83,11 @@ def dot_precision(dtype: torch.dtype, stock: str, target: Target) -> str:
     return "tf32" if flags[stock].fp32_precision == "tf32" else "ieee"
 
 
+def uses_matrix_units(dtype: torch.dtype, precision: str, target: Target) -> bool:
+    """Whether a dot becomes matrix instructions; on NVIDIA's cards a float32 one without tf32 does not."""
+    return dtype.itemsize == 2 or precision == "tf32" or target.backend == "hip"
+
+
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:
     """The dtype of a dot's operands: the tensors' own, except that the interpreter keeps bfloat16 as integers, which
     only a conversion to float32 reads right."""
