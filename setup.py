@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 VERSION = "0.1.0"
 
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # No -ffast-math: it drops NaN and can set flush-to-zero for the whole process.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 INSTRUCTION_SETS = {"baseline": []}
@@ -43,6 +43,11 @@ def module_macros():
 
 class BuildExtension(build_ext):
     """Compiles each source with its own flags, two or more at a time."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.editable_mode:  # instead of a temporary folder: keeps the objects for the next build
+            self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def build_extension(self, ext):
         compiler = self.compiler.compiler_cxx[0]
@@ -95,10 +100,14 @@ class BuildExtension(build_ext):
 
 def extension():
     torch_root = Path(torch.__file__).parent
-    link = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+    link = (
+        ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+    )
     return Extension(
         "fastnn._C",
-        sources=[str(p) for p in [CSRC / "module.cpp", *sorted(CSRC.glob("ops/*.cpp")), *sorted(CSRC.glob("simd/*.cpp"))]],
+        sources=[
+            str(p) for p in [CSRC / "module.cpp", *sorted(CSRC.glob("ops/*.cpp")), *sorted(CSRC.glob("simd/*.cpp"))]
+        ],
         depends=[str(p) for p in sorted(CSRC.glob("**/*.h"))],
         # System headers: their warnings are not ours.
         extra_compile_args=["-isystem", pybind11.get_include(), "-isystem", str(torch_root / "include")],

@@ -1,10 +1,12 @@
 // fastnn._C: importing it registers the operators (static initialisers of csrc/ops); what it offers itself are
 // facts of the build and of the machine.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
 
+#include "kernels/probe.h"
 #include "simd/isa.h"
 
 namespace py = pybind11;
@@ -28,8 +30,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("source_digest") = FASTNN_SOURCE_DIGEST;
   m.attr("built_with_torch") = FASTNN_TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
-  m.def("instruction_set", [] { return fastnn::isa_name(fastnn::active_isa()); },
-        "The instruction set whose kernels run.");
+  m.def(
+      "instruction_set", [] { return fastnn::isa_name(fastnn::active_isa()); },
+      "The instruction set whose kernels run.");
   m.def("supported_instruction_sets", supported_isas, "Those compiled in that this machine can run, best last.");
   m.def(
       "use_instruction_set",
@@ -39,4 +42,8 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       py::arg("name"), "Choose the kernels of another supported instruction set, for tests and measurements.");
+  m.def(
+      "multiply_adds", [](int64_t rounds) { return fastnn::probe_kernels().multiply_adds(rounds); }, py::arg("rounds"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Do independent float32 multiply-adds, to be timed: returns the number of operations.");
 }

@@ -5,6 +5,7 @@ from fastnn._extension import load_extension
 _C = load_extension()
 __version__: str = _C.version
 
-from fastnn import functional, kernels, reference  # noqa: E402 (the operators must be registered first)
+from fastnn import functional, kernels, models, nn, reference  # noqa: E402 (the operators must be registered first)
+from fastnn.info import BackendInfo, backend_info  # noqa: E402
 
-__all__ = ["functional", "kernels", "reference"]
+__all__ = ["BackendInfo", "backend_info", "functional", "kernels", "models", "nn", "reference"]

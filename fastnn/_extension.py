@@ -4,6 +4,8 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+import torch  # noqa: F401 (brings libtorch into the process, which the extension is linked to)
+
 from fastnn._digest import source_digest
 
 _HOW_TO_BUILD = (

@@ -29,6 +29,22 @@ struct PerDtype {
   }
 };
 
+// The same for an op that widens bfloat16 to float before its kernels see it.
+template <template <class> class Kernels>
+struct PerWideDtype {
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <class T>
+  const Kernels<T>& get() const {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      return f64;
+    } else {
+      return f32;
+    }
+  }
+};
+
 // The type that T is computed in.
 template <class T>
 struct ComputeOf {

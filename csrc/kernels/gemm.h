@@ -1,7 +1,7 @@
 // The register tile of a matrix product: the one inner loop that every dense kernel is built on.
 #pragma once
 
-#include "../simd/vec.h"
+#include "../simd/shuffle.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -27,17 +27,17 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
   body(Constant<most>{});
 }
 
-// total[r][v] += sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector].
-// `columns` counts the columns of b that may be read; pass whole tiles (packed panels) where possible.
+// total[r][v] += sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector]. The last vector has `last`
+// columns (1 to kLanes): those beyond are not read.
 template <int rows, int vectors, class A, class B, class T = Compute<A>>
-FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b,
-                                 int64_t b_depth, int64_t columns, Vec<T> (&total)[rows][vectors]) {
-  const int64_t lanes = kLanes<T>;
-  if (columns >= vectors * lanes) {
+FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b, int64_t b_depth,
+                                 int last, Vec<T> (&total)[rows][vectors]) {
+  const auto run = [&](auto load_last) {
     for (int64_t k = 0; k < depth; ++k) {
       Vec<T> right[vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) right[v] = load(b + v * lanes);
+      for (int v = 0; v + 1 < vectors; ++v) right[v] = load(b + v * kLanes<T>);
+      right[vectors - 1] = load_last(b + (vectors - 1) * kLanes<T>);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         const Vec<T> left = broadcast<T>(to_compute(a[r * a_row]));
@@ -47,44 +47,103 @@ FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64
       a += a_depth;
       b += b_depth;
     }
-    return;
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> right[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t left_over = columns - v * lanes;
-      right[v] = left_over > 0 ? load_up_to<B>(b + v * lanes, left_over) : Vec<T>{};
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const Vec<T> left = broadcast<T>(to_compute(a[r * a_row]));
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) total[r][v] += left * right[v];
-    }
-    a += a_depth;
-    b += b_depth;
+  };
+  if (last == kLanes<T>) {
+    run([](const B* from) { return load(from); });
+  } else {
+    run([last](const B* from) { return load_partial<B>(from, last); });
   }
 }
 
-// Elements of a packed (columns, depth) matrix: whole tiles, in the compute type.
+// A tile's place among `columns`: how many vectors it spans, how many columns the last of them has.
+struct TileWidth {
+  int vectors;
+  int last;
+};
+template <class T>
+FASTNN_INLINE TileWidth tile_width(int64_t columns_left) {
+  constexpr int lanes = kLanes<T>;
+  if (columns_left >= kTileColumns<T>) return {kTileVectors, lanes};
+  const int columns = static_cast<int>(columns_left), vectors = (columns + lanes - 1) / lanes;
+  return {vectors, columns - (vectors - 1) * lanes};
+}
+
+// Writes a tile whose last vector has `last` columns, through finish(value, address).
+template <int rows, int vectors, class T, class Out, class Finish>
+FASTNN_INLINE void store_tile(const Vec<T> (&total)[rows][vectors], int last, Out* output, int64_t stride,
+                              const Finish& finish) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+    Out* to = output + r * stride;
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < vectors; ++v) store(to + v * kLanes<T>, finish(total[r][v], v));
+    store_up_to<Out>(to + (vectors - 1) * kLanes<T>, finish(total[r][vectors - 1], vectors - 1), last);
+  }
+}
+
+// Elements of a packed (columns, depth) matrix: whole vectors, in the compute type.
 template <class T>
 int64_t packed_size(int64_t columns, int64_t depth) {
-  return (columns + kTileColumns<T> - 1) / kTileColumns<T> * kTileColumns<T> * depth;
+  return (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T> * depth;
 }
 
-// weight (columns, depth), row-major -> panels [columns / tile][depth][tile], the last one padded with zeros.
+// weight (columns, depth), row-major -> panels [columns / tile][depth][tile]. The last panel is as many vectors wide
+// as it has columns for, padded with zeros.
 template <class T>
 void pack_panels(const T* weight, int64_t columns, int64_t depth, Compute<T>* packed) {
-  constexpr int64_t tile = kTileColumns<Compute<T>>;
-  for (int64_t first = 0; first < columns; first += tile) {
-    const int64_t count = columns - first < tile ? columns - first : tile;
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t c = 0; c < count; ++c) packed[k * tile + c] = to_compute(weight[(first + c) * depth + k]);
-      for (int64_t c = count; c < tile; ++c) packed[k * tile + c] = 0;
+  using C = Compute<T>;
+  constexpr int64_t lanes = kLanes<C>;
+  for (int64_t first = 0; first < columns; first += kTileColumns<C>) {
+    const int vectors = tile_width<C>(columns - first).vectors;
+    for (int64_t k = 0; k < depth; k += lanes) {
+      const int64_t depth_left = depth - k < lanes ? depth - k : lanes;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t columns_left = columns - first - v * lanes;
+        const T* from = weight + (first + v * lanes) * depth + k;
+        Vec<C> square[lanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) {
+          square[i] = i < columns_left ? load_up_to<T>(from + i * depth, depth_left) : Vec<C>{};
+        }
+        transpose<C>(square);
+        for (int64_t i = 0; i < depth_left; ++i) store(packed + ((k + i) * vectors + v) * lanes, square[i]);
+      }
     }
-    packed += tile * depth;
+    packed += vectors * lanes * depth;
   }
+}
+
+// Sums over the depth of a[r] * b[c] for `rows` rows of a and lanes / rows columns of b, both contiguous along the
+// depth: the product for a matrix that is used too few times to be worth packing. Lane r * columns + c of the
+// result is the sum of row r and column c. Columns from `columns_left` on repeat the last.
+template <int rows, class A, class B, class T = Compute<A>>
+FASTNN_INLINE Vec<T> dot_tile(int64_t depth, const A* a, int64_t a_row, const B* b, int64_t b_column,
+                              int64_t columns_left) {
+  constexpr int lanes = kLanes<T>, columns = lanes / rows;
+  const B* right[columns];
+#pragma GCC unroll 16
+  for (int c = 0; c < columns; ++c) right[c] = b + (c < columns_left ? c : columns_left - 1) * b_column;
+  Vec<T> total[lanes] = {};
+  int64_t k = 0;
+  for (; k + lanes <= depth; k += lanes) {
+    Vec<T> left[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) left[r] = load(a + r * a_row + k);
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c) {
+      const Vec<T> value = load(right[c] + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) total[r * columns + c] += left[r] * value;
+    }
+  }
+  if (k < depth) {
+    const int rest = static_cast<int>(depth - k);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      total[i] += load_partial<A>(a + i / columns * a_row + k, rest) * load_partial<B>(right[i % columns] + k, rest);
+    }
+  }
+  return sum_each<T, lanes>(total);
 }
 
 }  // namespace FASTNN_ISA

@@ -13,8 +13,7 @@ enum class Activation : int32_t { identity, relu, tanh, sigmoid, gelu, gelu_tanh
 
 // Whether the derivative is a function of the activation's input alone, so that backward needs the input kept.
 inline bool keeps_input(Activation activation) {
-  return activation == Activation::gelu || activation == Activation::gelu_tanh ||
-         activation == Activation::silu;
+  return activation == Activation::gelu || activation == Activation::gelu_tanh || activation == Activation::silu;
 }
 
 template <class T>
@@ -24,37 +23,40 @@ struct MlpLayer {
   int64_t in;
   int64_t out;
   Activation activation;
-  const Compute<T>* packed;  // weight in panels, or null for the path of few rows
-  T* saved;                  // (rows, out) kept for backward, or null
+  const T* packed;  // weight in panels, or null for the path of few rows
+  T* saved;         // (rows, out) kept for backward, or null
 };
 
 template <class T>
 struct MlpLayerBackward {
-  const T* weight;     // (out, in)
-  const T* input;      // (rows, in), or null: recomputed from the layer before, which keeps its input
-  const T* saved;      // (rows, out)
+  const T* weight;  // (out, in)
+  const T* input;   // (rows, in), or null: recomputed from the layer before, which keeps its input
+  const T* saved;   // (rows, out)
   int64_t in;
   int64_t out;
   Activation activation;
-  Compute<T>* grad_weight;  // (out, in), added to; or null
-  Compute<T>* grad_bias;    // (out), added to; or null
+  T* grad_weight;  // (out, in), of these rows alone; or null
+  T* grad_bias;    // (out), of these rows alone; or null
 };
 
 template <class T>
 struct MlpKernels {
+  // Whether a layer of `in` features that sees `rows` rows should have its weight packed.
+  bool (*worth_packing)(int64_t rows, int64_t in);
   int64_t (*packed_size)(int64_t out, int64_t in);
-  void (*pack)(const T* weight, int64_t out, int64_t in, Compute<T>* packed);
+  void (*pack)(const T* weight, int64_t out, int64_t in, T* packed);
   // Elements of scratch that forward and backward need for layers of at most `widest` columns.
   int64_t (*scratch_size)(int64_t widest);
-  // input (rows, layers[0].in) -> output (rows, layers[count - 1].out)
-  void (*forward)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row,
-                  int64_t last_row, Compute<T>* scratch);
+  // input (rows, layers[0].in) -> output (rows, layers[count - 1].out), or, with a null output, errors (rows): the
+  // mean squared difference between a row and what becomes of it, which is then as long.
+  void (*forward)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t first_row,
+                  int64_t last_row, T* scratch);
   // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null
   void (*backward)(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,
-                   int64_t first_row, int64_t last_row, Compute<T>* scratch);
+                   int64_t first_row, int64_t last_row, T* scratch);
 };
 
-using MlpTable = PerDtype<MlpKernels>;
+using MlpTable = PerWideDtype<MlpKernels>;
 
 }  // namespace fastnn
 

@@ -54,35 +54,52 @@ inline int64_t checked_sum(int64_t a, int64_t b) {
 // The first tensor argument of an operator, to which the others are compared.
 struct Expected {
   ScalarType dtype;
+  int32_t dtype_code;  // libtorch's own number for it, cheap to read off another tensor
   const char* op;
 };
 
-inline Expected check_first(const Tensor& tensor, const char* op, const char* name) {
+inline int32_t dtype_code(const Tensor& tensor) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
+inline bool is_strided(const Tensor& tensor) {
+  int32_t layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  return layout == aoti_torch_layout_strided();
+}
+
+inline void check_plain(const Tensor& tensor, const char* op, const char* name) {
   check(tensor.defined(), op, ": ", name, " must be a tensor, got an undefined one");
-  check(tensor.is_cpu(), op, ": expected ", name, " on the CPU");
-  check(tensor.layout() == torch::headeronly::Layout::Strided, op, ": expected ", name, " to be a dense tensor");
+  check(tensor.is_cpu(), op, ": expected all tensors to be on the same device, the CPU, but ", name, " is not");
+  check(is_strided(tensor), op, ": expected ", name, " to be a dense tensor");
+}
+
+inline Expected check_first(const Tensor& tensor, const char* op, const char* name) {
+  check_plain(tensor, op, name);
   const ScalarType dtype = tensor.scalar_type();
   check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op, ": \"", name,
         "\" not implemented for '", torch::headeronly::toString(dtype), "'; use float32, float64 or bfloat16");
-  return {dtype, op};
+  return {dtype, dtype_code(tensor), op};
 }
 
 inline void check_same_kind(const Tensor& tensor, const Expected& expected, const char* name) {
-  check(tensor.defined(), expected.op, ": ", name, " must be a tensor, got an undefined one");
-  check(tensor.is_cpu(), expected.op, ": expected all tensors to be on the same device, but ", name,
-        " is not on the CPU");
-  check(tensor.layout() == torch::headeronly::Layout::Strided, expected.op, ": expected ", name,
-        " to be a dense tensor");
-  check(tensor.scalar_type() == expected.dtype, expected.op, ": expected ", name, " to have dtype ",
-        torch::headeronly::toString(expected.dtype), ", but got ", torch::headeronly::toString(tensor.scalar_type()));
+  check_plain(tensor, expected.op, name);
+  if (dtype_code(tensor) == expected.dtype_code) return;
+  check(false, expected.op, ": expected ", name, " to have dtype ", torch::headeronly::toString(expected.dtype),
+        ", but got ", torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline void check_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* op, const char* name) {
   const Sizes actual = tensor.sizes();
   bool same = actual.size() == sizes.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = actual[i] == sizes.begin()[i];
-  check(same, op, ": expected ", name, " of size ", to_string(std::vector<int64_t>(sizes)), ", got ",
-        to_string(actual));
+  // Not through check: its arguments would be put into words on every call.
+  if (!same) {
+    check(false, op, ": expected ", name, " of size ", to_string(std::vector<int64_t>(sizes)), ", got ",
+          to_string(actual));
+  }
 }
 
 // A raw operator computes forward alone. In grad mode, a tensor that wants a gradient would lose it without a

@@ -27,70 +27,99 @@ Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>
   check(!weights.empty(), op, ": expected at least one weight");
   check(activations.size() == weights.size(), op, ": expected ", weights.size(), " activations, one a weight, got ",
         activations.size());
-  Chain chain{kind, input.size(0), {input.size(1)}};
+  Chain chain{kind, input.size(0), {}};
+  chain.widths.reserve(weights.size() + 1);
+  chain.widths.push_back(input.size(1));
   for (size_t i = 0; i < weights.size(); ++i) {
     check_same_kind(weights[i], kind, "weights");
-    check(weights[i].dim() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", weights[i].dim(),
+    const Sizes sizes = weights[i].sizes();
+    check(sizes.size() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", sizes.size(),
           "D tensor instead");
-    check(weights[i].size(1) == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows,
-          "x", chain.widths.back(), " and ", weights[i].size(1), "x", weights[i].size(0), ")");
+    check(sizes[1] == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows, "x",
+          chain.widths.back(), " and ", sizes[1], "x", sizes[0], ")");
     check(activations[i] >= 0 && activations[i] < static_cast<int64_t>(Activation::count), op, ": activations[", i,
           "] must be between 0 and ", static_cast<int64_t>(Activation::count) - 1, ", got ", activations[i]);
-    chain.widths.push_back(weights[i].size(0));
+    chain.widths.push_back(sizes[0]);
     chain.work += 2.0 * chain.rows * chain.widths[i] * chain.widths[i + 1];
   }
   return chain;
 }
 
-OptionalTensors check_biases(const Chain& chain, const OptionalTensors& biases) {
+void check_biases(const Chain& chain, const OptionalTensors& biases) {
   const char* op = chain.kind.op;
   check(static_cast<int64_t>(biases.size()) == chain.layers(), op, ": expected ", chain.layers(),
         " biases, one a weight, got ", biases.size());
-  OptionalTensors result;
   for (size_t i = 0; i < biases.size(); ++i) {
-    if (biases[i]) {
-      check_same_kind(*biases[i], chain.kind, "biases");
-      check_sizes(*biases[i], {chain.widths[i + 1]}, op, "biases");
-      check_no_gradients(op, *biases[i]);
-      result.emplace_back(dense(*biases[i]));
-    } else {
-      result.emplace_back();
+    if (!biases[i]) continue;
+    check_same_kind(*biases[i], chain.kind, "biases");
+    check_sizes(*biases[i], {chain.widths[i + 1]}, op, "biases");
+  }
+}
+
+// The arguments of every forward operator, checked.
+struct Forward {
+  Chain chain;
+  const Tensor& input;
+  const std::vector<Tensor>& weights;
+  const OptionalTensors& biases;
+  const std::vector<int64_t>& activations;
+
+  Forward(const char* op, const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
+          const std::vector<int64_t>& activations)
+      : chain(check_chain(op, input, weights, activations)),
+        input(input),
+        weights(weights),
+        biases(biases),
+        activations(activations) {
+    check_biases(chain, biases);
+    if (!aoti_torch_grad_mode_is_enabled()) return;
+    check_no_gradients(op, input);
+    for (const Tensor& weight : weights) check_no_gradients(op, weight);
+    for (const auto& bias : biases) {
+      if (bias) check_no_gradients(op, *bias);
     }
   }
-  return result;
+
+  Activation activation(int64_t layer) const { return static_cast<Activation>(activations[layer]); }
+};
+
+template <class Body>
+auto with_kernel_dtype(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
-std::vector<Tensor> all_dense(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> result;
-  result.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) result.push_back(dense(tensor));
-  return result;
-}
-
+// Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is null.
 template <class T>
-void run_forward(const Chain& chain, const Tensor& input, const std::vector<Tensor>& weights,
-                 const OptionalTensors& biases, const std::vector<int64_t>& activations, const Tensor& output,
-                 const std::vector<Tensor>& saved) {
-  using C = Compute<T>;
+void run_forward(const Forward& call, T* output, T* errors, const std::vector<Tensor>& saved) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
-  int64_t packed_size = 0;
-  for (int64_t i = 0; i < chain.layers(); ++i) packed_size += kernels.packed_size(chain.widths[i + 1], chain.widths[i]);
+  const Chain& chain = call.chain;
   const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
-  const int64_t scratch_size = kernels.scratch_size(chain.widest());
-  Scratch<C> packed(packed_size), scratch(chunks * scratch_size);
+  const int64_t block_size = kernels.scratch_size(chain.widest());
+  const auto packed_size = [&](int64_t layer) {
+    const bool packs = kernels.worth_packing(chain.rows, chain.widths[layer]);
+    return packs ? kernels.packed_size(chain.widths[layer + 1], chain.widths[layer]) : 0;
+  };
+  int64_t scratch_size = chunks * block_size;
+  for (int64_t i = 0; i < chain.layers(); ++i) scratch_size += packed_size(i);
+  Scratch<T> scratch(scratch_size);
 
+  KernelInputs inputs(chain.kind.dtype);
+  const T* input = inputs.data<T>(call.input);
   std::vector<MlpLayer<T>> layers;
-  C* panel = packed.get();
+  layers.reserve(call.weights.size());
+  T* panel = scratch.get() + chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    kernels.pack(data<T>(weights[i]), chain.widths[i + 1], chain.widths[i], panel);
-    layers.push_back({data<T>(weights[i]), biases[i] ? data<T>(*biases[i]) : nullptr, chain.widths[i],
-                      chain.widths[i + 1], static_cast<Activation>(activations[i]), panel,
+    const T* weight = inputs.data<T>(call.weights[i]);
+    const T* bias = call.biases[i] ? inputs.data<T>(*call.biases[i]) : nullptr;
+    const int64_t size = packed_size(i);
+    if (size) kernels.pack(weight, chain.widths[i + 1], chain.widths[i], panel);
+    layers.push_back({weight, bias, chain.widths[i], chain.widths[i + 1], call.activation(i), size ? panel : nullptr,
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
-    panel += kernels.packed_size(chain.widths[i + 1], chain.widths[i]);
+    panel += size;
   }
   parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(layers.data(), chain.layers(), data<T>(input), mutable_data<T>(output), first, last,
-                    scratch.get() + chunk * scratch_size);
+    kernels.forward(layers.data(), chain.layers(), input, output, errors, first, last,
+                    scratch.get() + chunk * block_size);
   });
 }
 
@@ -99,43 +128,59 @@ bool output_serves(const Chain& chain, int64_t layer, Activation activation) {
   return layer + 1 == chain.layers() && !keeps_input(activation);
 }
 
-std::tuple<Tensor, std::vector<Tensor>> forward(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                                                const OptionalTensors& biases,
-                                                const std::vector<int64_t>& activations, bool save) {
-  const Chain chain = check_chain(op, input, weights, activations);
-  const OptionalTensors dense_biases = check_biases(chain, biases);
-  check_no_gradients(op, input);
-  for (const Tensor& weight : weights) check_no_gradients(op, weight);
-  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, chain.kind.dtype);
-  std::vector<Tensor> saved;
-  std::vector<Tensor> kept;
-  for (int64_t i = 0; save && i < chain.layers(); ++i) {
-    if (output_serves(chain, i, static_cast<Activation>(activations[i]))) {
-      saved.emplace_back();
-    } else {
-      saved.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, chain.kind.dtype));
-      kept.push_back(saved.back());
-    }
-  }
-  if (output.numel() > 0) {
-    const Tensor dense_input = dense(input);
-    const std::vector<Tensor> dense_weights = all_dense(weights);
-    with_dtype(chain.kind.dtype, [&](auto type) {
-      run_forward<decltype(type)>(chain, dense_input, dense_weights, dense_biases, activations, output, saved);
-    });
-  }
-  return {output, kept};
-}
-
 Tensor mlp(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
            const std::vector<int64_t>& activations) {
-  return std::get<0>(forward("mlp", input, weights, biases, activations, false));
+  const Forward call("mlp", input, weights, biases, activations);
+  const ScalarType dtype = call.chain.kind.dtype;
+  const Tensor output = new_tensor({call.chain.rows, call.chain.widths.back()}, widened(dtype));
+  with_kernel_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    run_forward<T>(call, mutable_data<T>(output), nullptr, {});
+  });
+  return narrowed(output, dtype);
+}
+
+Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
+                                const std::vector<int64_t>& activations) {
+  const Forward call("mlp_reconstruction_error", input, weights, biases, activations);
+  const auto& widths = call.chain.widths;
+  check(widths.back() == widths[0], call.chain.kind.op, ": expected as many outputs of the last layer as features of ",
+        "the input, ", widths[0], ", got ", widths.back());
+  const ScalarType dtype = call.chain.kind.dtype;
+  const Tensor errors = new_tensor({call.chain.rows}, widened(dtype));
+  with_kernel_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    run_forward<T>(call, nullptr, mutable_data<T>(errors), {});
+  });
+  return narrowed(errors, dtype);
+}
+
+std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) {
+  for (Tensor& tensor : tensors) tensor = narrowed(tensor, dtype);
+  return tensors;
 }
 
 std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& weights,
                                                         const OptionalTensors& biases,
                                                         const std::vector<int64_t>& activations) {
-  return forward("mlp_with_hidden", input, weights, biases, activations, true);
+  const Forward call("mlp_with_hidden", input, weights, biases, activations);
+  const Chain& chain = call.chain;
+  const ScalarType dtype = chain.kind.dtype;
+  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, widened(dtype));
+  std::vector<Tensor> saved, hidden;
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    if (output_serves(chain, i, call.activation(i))) {
+      saved.emplace_back();
+    } else {
+      hidden.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, widened(dtype)));
+      saved.push_back(hidden.back());
+    }
+  }
+  with_kernel_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    run_forward<T>(call, mutable_data<T>(output), nullptr, saved);
+  });
+  return {narrowed(output, dtype), all_narrowed(hidden, dtype)};
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------
@@ -159,90 +204,136 @@ std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& 
     const Tensor& tensor = serves ? output : hidden[next++];
     check_same_kind(tensor, chain.kind, serves ? "output" : "hidden");
     check_sizes(tensor, {chain.rows, chain.widths[i + 1]}, op, serves ? "output" : "hidden");
-    saved.push_back(dense(tensor));
+    saved.push_back(tensor);
   }
   check(next == hidden.size(), op, ": expected ", next, " hidden tensors, got ", hidden.size());
   return saved;
 }
 
-// Sums of the parts that the chunks have added up, in order, into (sizes).
+// The gradient of one parameter: the chunks' parts of it, summed in their order. The first chunk writes its part
+// into the result itself.
 template <class T>
-Tensor sum_parts(const Compute<T>* parts, int64_t chunks, int64_t part_stride, const std::vector<int64_t>& sizes,
-                 ScalarType dtype) {
-  using C = Compute<T>;
-  const Tensor total = new_tensor(sizes, dtype);
-  const int64_t count = total.numel();
-  T* to = mutable_data<T>(total);
-  for (int64_t i = 0; i < count; ++i) {
-    C value = parts[i];
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) value += parts[chunk * part_stride + i];
-    to[i] = narrow<T>(value);
+class ParameterGradient {
+ public:
+  ParameterGradient(const std::vector<int64_t>& sizes, ScalarType dtype, int64_t chunks)
+      : result_(new_tensor(sizes, dtype)), count_(result_.numel()), chunks_(chunks) {}
+
+  int64_t scratch_size() const { return (chunks_ - 1) * count_; }
+  void use_scratch(T* scratch) { scratch_ = scratch; }
+  T* part(int64_t chunk) const { return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_; }
+  const Tensor& sum() const {
+    T* to = part(0);
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+      const T* from = part(chunk);
+      for (int64_t i = 0; i < count_; ++i) to[i] += from[i];
+    }
+    return result_;
   }
-  return total;
+  // Of no rows at all.
+  const Tensor& zero() const {
+    std::fill_n(part(0), count_, T(0));
+    return result_;
+  }
+
+ private:
+  Tensor result_;
+  int64_t count_;
+  int64_t chunks_;
+  T* scratch_ = nullptr;
+};
+
+// The layers of one chunk, with that chunk's parts of the gradients still to be filled in.
+template <class T>
+std::vector<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Tensor& input,
+                                                 const std::vector<Tensor>& weights,
+                                                 const std::vector<int64_t>& activations,
+                                                 const std::vector<Tensor>& saved, KernelInputs& inputs) {
+  std::vector<MlpLayerBackward<T>> layers;
+  layers.reserve(weights.size());
+  const T* layer_input = inputs.data<T>(input);
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    const Activation activation = static_cast<Activation>(activations[i]);
+    const T* kept = inputs.data<T>(saved[i]);
+    layers.push_back({inputs.data<T>(weights[i]), layer_input, kept, chain.widths[i], chain.widths[i + 1], activation,
+                      nullptr, nullptr});
+    layer_input = keeps_input(activation) ? nullptr : kept;
+  }
+  return layers;
 }
 
 template <class T>
-Gradients run_backward(const Chain& chain, const Tensor& grad_output, const Tensor& input,
-                       const std::vector<Tensor>& weights, const std::vector<int64_t>& activations,
-                       const std::vector<Tensor>& saved, Wanted wanted) {
-  using C = Compute<T>;
+Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vector<MlpLayerBackward<T>> layers,
+                       KernelInputs& inputs, Wanted wanted) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+  const ScalarType dtype = widened(chain.kind.dtype);
   const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
-  int64_t parameters = 0;
+  const int64_t block_size = kernels.scratch_size(chain.widest());
+  std::vector<ParameterGradient<T>> grad_weights, grad_biases;
+  int64_t scratch_size = chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    parameters += checked_product(chain.widths[i + 1], checked_sum(chain.widths[i], 1));
+    if (wanted.weights) grad_weights.emplace_back(std::vector{chain.widths[i + 1], chain.widths[i]}, dtype, chunks);
+    if (wanted.biases) grad_biases.emplace_back(std::vector{chain.widths[i + 1]}, dtype, chunks);
   }
-  const int64_t scratch_size = kernels.scratch_size(chain.widest());
-  Scratch<C> parts(chunks * parameters), scratch(chunks * scratch_size);
-  const Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, chain.kind.dtype);
-  parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    C* part = parts.get() + chunk * parameters;
-    std::fill(part, part + parameters, C(0));
-    std::vector<MlpLayerBackward<T>> layers;
-    for (int64_t i = 0; i < chain.layers(); ++i) {
-      const Activation before = i > 0 ? static_cast<Activation>(activations[i - 1]) : Activation::identity;
-      const T* layer_input = i == 0 ? data<T>(input) : keeps_input(before) ? nullptr : data<T>(saved[i - 1]);
-      C* grad_bias = part + chain.widths[i + 1] * chain.widths[i];
-      layers.push_back({data<T>(weights[i]), layer_input, data<T>(saved[i]), chain.widths[i], chain.widths[i + 1],
-                        static_cast<Activation>(activations[i]), wanted.weights ? part : nullptr,
-                        wanted.biases ? grad_bias : nullptr});
-      part = grad_bias + chain.widths[i + 1];
+  for (auto* gradients : {&grad_weights, &grad_biases}) {
+    for (const auto& gradient : *gradients) scratch_size = checked_sum(scratch_size, gradient.scratch_size());
+  }
+  Scratch<T> scratch(scratch_size);
+  T* next = scratch.get() + chunks * block_size;
+  for (auto* gradients : {&grad_weights, &grad_biases}) {
+    for (auto& gradient : *gradients) {
+      gradient.use_scratch(next);
+      next += gradient.scratch_size();
     }
-    kernels.backward(layers.data(), chain.layers(), data<T>(grad_output),
-                     wanted.input ? mutable_data<T>(grad_input) : nullptr, first, last,
-                     scratch.get() + chunk * scratch_size);
+  }
+  const Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, dtype);
+  const T* grad_output_data = inputs.data<T>(grad_output);
+  T* grad_input_data = wanted.input ? mutable_data<T>(grad_input) : nullptr;
+  parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
+    std::vector<MlpLayerBackward<T>> own = layers;
+    for (size_t i = 0; i < own.size(); ++i) {
+      if (wanted.weights) own[i].grad_weight = grad_weights[i].part(chunk);
+      if (wanted.biases) own[i].grad_bias = grad_biases[i].part(chunk);
+    }
+    kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last,
+                     scratch.get() + chunk * block_size);
   });
 
-  std::vector<Tensor> grad_weights, grad_biases;
-  const C* part = parts.get();
-  for (int64_t i = 0; i < chain.layers(); ++i) {
-    const int64_t out = chain.widths[i + 1], in = chain.widths[i];
-    if (wanted.weights) grad_weights.push_back(sum_parts<T>(part, chunks, parameters, {out, in}, chain.kind.dtype));
-    part += out * in;
-    if (wanted.biases) grad_biases.push_back(sum_parts<T>(part, chunks, parameters, {out}, chain.kind.dtype));
-    part += out;
-  }
-  return {grad_input, grad_weights, grad_biases};
+  const auto finished = [&](const std::vector<ParameterGradient<T>>& gradients) {
+    std::vector<Tensor> result;
+    result.reserve(gradients.size());
+    for (const auto& gradient : gradients) {
+      const Tensor& total = chain.rows == 0 ? gradient.zero() : gradient.sum();
+      result.push_back(narrowed(total, chain.kind.dtype));
+    }
+    return result;
+  };
+  return {narrowed(grad_input, chain.kind.dtype), finished(grad_weights), finished(grad_biases)};
 }
 
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
-                       const std::vector<int64_t>& activations, const Tensor& output,
-                       const std::vector<Tensor>& hidden, bool input_wanted, bool weights_wanted, bool biases_wanted) {
+                       const std::vector<int64_t>& activations, const Tensor& output, const std::vector<Tensor>& hidden,
+                       bool input_wanted, bool weights_wanted, bool biases_wanted) {
   const char* op = "mlp_backward";
   const Chain chain = check_chain(op, input, weights, activations);
   check_same_kind(grad_output, chain.kind, "grad_output");
   check_sizes(grad_output, {chain.rows, chain.widths.back()}, op, "grad_output");
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
   check_no_gradients(op, grad_output, input);
-  return with_dtype(chain.kind.dtype, [&](auto type) {
-    return run_backward<decltype(type)>(chain, dense(grad_output), dense(input), all_dense(weights), activations,
-                                        saved, {input_wanted, weights_wanted, biases_wanted});
+  return with_kernel_dtype(chain.kind.dtype, [&](auto type) {
+    using T = decltype(type);
+    KernelInputs inputs(chain.kind.dtype);
+    return run_backward<T>(chain, grad_output, backward_layers<T>(chain, input, weights, activations, saved, inputs),
+                           inputs, {input_wanted, weights_wanted, biases_wanted});
   });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // activations: one a layer, by its number in fastnn.ops.mlp.Activation
   m.def("mlp(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations) -> Tensor");
+  // One a row: the mean squared difference between the output and the input.
+  m.def(
+      "mlp_reconstruction_error(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations)"
+      " -> Tensor");
   // hidden: what mlp_backward needs of each layer
   m.def(
       "mlp_with_hidden(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations)"
@@ -256,6 +347,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("mlp", TORCH_BOX(&mlp));
+  m.impl("mlp_reconstruction_error", TORCH_BOX(&mlp_reconstruction_error));
   m.impl("mlp_with_hidden", TORCH_BOX(&mlp_with_hidden));
   m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
 }

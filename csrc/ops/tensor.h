@@ -3,15 +3,25 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
 
 #include "../kernels/dtype.h"
 #include "check.h"
 
 namespace fastnn {
 
-// A new uninitialised contiguous CPU tensor.
+// A new uninitialised CPU tensor.
+inline Tensor new_strided_tensor(const std::vector<int64_t>& sizes, const int64_t* strides, ScalarType dtype) {
+  const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
+                                                     : aoti_torch_dtype_bfloat16();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The same, contiguous.
 inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   int64_t strides[16];
   const size_t rank = sizes.size();
@@ -21,14 +31,7 @@ inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
     strides[i] = stride;
     stride = checked_product(stride, std::max<int64_t>(sizes[i], 1));
   }
-  const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
-                                                     : aoti_torch_dtype_bfloat16();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes.data(), strides, code,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return new_strided_tensor(sizes, strides, dtype);
 }
 
 inline Tensor dense(const Tensor& tensor) {
@@ -44,18 +47,30 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// A computed value as it is stored; bfloat16 rounds to nearest, ties to even.
-template <class T>
-T narrow(Compute<T> value) {
-  return value;
+// For ops whose kernels take bfloat16 as float: what such a kernel computes in, and the tensor as stored.
+inline ScalarType widened(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype;
 }
-template <>
-inline bfloat16 narrow<bfloat16>(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+inline Tensor narrowed(const Tensor& tensor, ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? torch::stable::to(tensor, dtype) : tensor;
 }
+
+// Tensors as such a kernel reads them: contiguous and widened. Holds the copies that this takes.
+class KernelInputs {
+ public:
+  explicit KernelInputs(ScalarType dtype) : widens_(dtype == ScalarType::BFloat16) {}
+
+  template <class T>
+  const T* data(const Tensor& tensor) {
+    if (!widens_ && tensor.is_contiguous()) return fastnn::data<T>(tensor);
+    copies_.push_back(dense(widens_ ? torch::stable::to(tensor, ScalarType::Float) : tensor));
+    return fastnn::data<T>(copies_.back());
+  }
+
+ private:
+  bool widens_;
+  std::vector<Tensor> copies_;
+};
 
 // body(T{}) for the element type T of `dtype`, which check_first has admitted.
 template <class Body>
@@ -70,22 +85,52 @@ auto with_dtype(ScalarType dtype, const Body& body) {
   }
 }
 
+// A thread's own block of scratch memory, kept so that a small call pays neither for the allocator nor for fresh pages.
+struct ThreadScratch {
+  static constexpr size_t kBytes = 1 << 20;
+  void* data = nullptr;
+  bool in_use = false;
+
+  ThreadScratch() = default;
+  ThreadScratch(const ThreadScratch&) = delete;
+  ThreadScratch& operator=(const ThreadScratch&) = delete;
+  ~ThreadScratch() { std::free(data); }
+
+  static ThreadScratch& of_this_thread() {
+    static thread_local ThreadScratch scratch;
+    return scratch;
+  }
+};
+
 // Uninitialised memory on a cache line, for the time of one call.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    const int64_t bytes = checked_product(std::max<int64_t>(count, 1), sizeof(T));
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(bytes) + 63) / 64 * 64)));
-    check(data_ != nullptr, "out of memory: could not allocate ", bytes, " bytes of scratch");
+  explicit Scratch(int64_t count) : kept_(ThreadScratch::of_this_thread()) {
+    const int64_t wanted = checked_product(std::max<int64_t>(count, 1), sizeof(T));
+    const size_t bytes = (static_cast<size_t>(wanted) + 63) / 64 * 64;
+    borrowed_ = !kept_.in_use && bytes <= ThreadScratch::kBytes;
+    if (borrowed_ && !kept_.data) kept_.data = std::aligned_alloc(64, ThreadScratch::kBytes);
+    data_ = borrowed_ ? kept_.data : std::aligned_alloc(64, bytes);
+    check(data_ != nullptr, "out of memory: could not allocate ", wanted, " bytes of scratch");
+    if (borrowed_) kept_.in_use = true;
   }
-  T* get() const { return data_.get(); }
+  ~Scratch() {
+    if (borrowed_) {
+      kept_.in_use = false;
+    } else {
+      std::free(data_);
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* get() const { return static_cast<T*>(data_); }
 
  private:
-  struct Free {
-    void operator()(T* pointer) const { std::free(pointer); }
-  };
-  std::unique_ptr<T, Free> data_;
+  ThreadScratch& kept_;
+  void* data_;
+  bool borrowed_;
 };
 
 // How many threads are worth starting for `work` floating-point operations: below the threshold, waking a
@@ -101,7 +146,7 @@ inline int64_t useful_threads(double work) {
 template <class Body>
 void parallel_chunks(int64_t chunks, int64_t count, const Body& body) {
   const auto run = [&](int64_t chunk) { body(chunk, count * chunk / chunks, count * (chunk + 1) / chunks); };
-  if (chunks == 1) return run(0);
+  if (chunks <= 1) return chunks == 1 ? run(0) : void();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) run(chunk);
   });

@@ -38,8 +38,7 @@ bool isa_is_supported(Isa isa) {
   switch (isa) {
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("fma");
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     default:
@@ -50,7 +49,9 @@ bool isa_is_supported(Isa isa) {
 #endif
 }
 
-Isa active_isa() { return current_isa().load(std::memory_order_relaxed); }
+Isa active_isa() {
+  return current_isa().load(std::memory_order_relaxed);
+}
 
 const char* isa_name(Isa isa) {
   for (const IsaName& row : kIsas) {

@@ -35,26 +35,28 @@ bool use_isa(const char* name);
   extern const Table name;                      \
   }
 #if defined(__x86_64__) || defined(_M_X64)
-#define FASTNN_DECLARE_KERNELS(Table, name)            \
-  namespace fastnn {                                   \
-  FASTNN_DECLARE_IN_ISA(baseline, Table, name)         \
-  FASTNN_DECLARE_IN_ISA(avx2, Table, name)             \
-  FASTNN_DECLARE_IN_ISA(avx512, Table, name)           \
-  static inline const Table& name() {                  \
-    switch (active_isa()) {                            \
-      case Isa::avx512:                                \
-        return avx512::name;                           \
-      case Isa::avx2:                                  \
-        return avx2::name;                             \
-      default:                                         \
-        return baseline::name;                         \
-    }                                                  \
-  }                                                    \
+#define FASTNN_DECLARE_KERNELS(Table, name)    \
+  namespace fastnn {                           \
+  FASTNN_DECLARE_IN_ISA(baseline, Table, name) \
+  FASTNN_DECLARE_IN_ISA(avx2, Table, name)     \
+  FASTNN_DECLARE_IN_ISA(avx512, Table, name)   \
+  static inline const Table& name() {          \
+    switch (active_isa()) {                    \
+      case Isa::avx512:                        \
+        return avx512::name;                   \
+      case Isa::avx2:                          \
+        return avx2::name;                     \
+      default:                                 \
+        return baseline::name;                 \
+    }                                          \
+  }                                            \
   }
 #else
-#define FASTNN_DECLARE_KERNELS(Table, name)                          \
-  namespace fastnn {                                                 \
-  FASTNN_DECLARE_IN_ISA(baseline, Table, name)                       \
-  static inline const Table& name() { return baseline::name; }       \
+#define FASTNN_DECLARE_KERNELS(Table, name)    \
+  namespace fastnn {                           \
+  FASTNN_DECLARE_IN_ISA(baseline, Table, name) \
+  static inline const Table& name() {          \
+    return baseline::name;                     \
+  }                                            \
   }
 #endif

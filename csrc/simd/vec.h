@@ -32,10 +32,10 @@ namespace FASTNN_ISA {
 
 template <class T>
 struct VectorOf;
-#define FASTNN_VECTOR_OF(T)                                                                  \
-  template <>                                                                                \
-  struct VectorOf<T> {                                                                       \
-    typedef T Type __attribute__((vector_size(FASTNN_VECTOR_BYTES)));                        \
+#define FASTNN_VECTOR_OF(T)                                                                               \
+  template <>                                                                                             \
+  struct VectorOf<T> {                                                                                    \
+    typedef T Type __attribute__((vector_size(FASTNN_VECTOR_BYTES)));                                     \
     typedef T Unaligned __attribute__((vector_size(FASTNN_VECTOR_BYTES), aligned(sizeof(T)), may_alias)); \
   };
 FASTNN_VECTOR_OF(float)
@@ -49,14 +49,29 @@ FASTNN_VECTOR_OF(uint64_t)
 template <class T>
 using Vec = typename VectorOf<T>::Type;
 
+template <class T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using Type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using Type = int64_t;
+};
+
 // Elements of T in a vector. bfloat16 is held as float once loaded, so it counts as float.
 template <class T>
 constexpr int kLanes = FASTNN_VECTOR_BYTES / sizeof(T);
 template <>
 constexpr int kLanes<bfloat16> = FASTNN_VECTOR_BYTES / sizeof(float);
 
-FASTNN_INLINE float to_compute(float x) { return x; }
-FASTNN_INLINE double to_compute(double x) { return x; }
+FASTNN_INLINE float to_compute(float x) {
+  return x;
+}
+FASTNN_INLINE double to_compute(double x) {
+  return x;
+}
 FASTNN_INLINE float to_compute(bfloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;

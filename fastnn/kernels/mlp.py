@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -270,11 +270,12 @@ def mlp_backward(
     target = _launch.target_of(input.device)
     precision = _launch.dot_precision(input.dtype, "linear", target)
     config = chain_config(chain.widths, chain.rows, input.dtype, precision, target, backward=True)
-    run = _chain_gradients if config is not None else _layer_gradients
+    arguments = (chain, grad_output, weights, activations, saved, input_wanted, biases_wanted)
     with _launch.without_autocast(input.device):
-        grad_sums, grad_biases, grad_input = run(
-            chain, grad_output, weights, activations, saved, input_wanted, biases_wanted, config, precision
-        )
+        if config is not None:
+            grad_sums, grad_biases, grad_input = _chain_gradients(*arguments, config, precision)
+        else:
+            grad_sums, grad_biases, grad_input = _layer_gradients(*arguments)
         grad_weights = []
         if weights_wanted:
             layer_inputs = [input, *map(_layer_output, activations[:-1], saved[:-1])]
@@ -325,7 +326,7 @@ def _chain_gradients(
 
 def _layer_gradients(
     chain: Chain, grad: Tensor, weights: Sequence[Tensor], activations: Sequence[int], saved: tuple[Tensor, ...],
-    input_wanted: bool, biases_wanted: bool, *_: Any,
+    input_wanted: bool, biases_wanted: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:  # fmt: skip
     """The same by stock's kernels."""
     grad_sums: list[Tensor] = []

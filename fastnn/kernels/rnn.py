@@ -161,7 +161,7 @@ def _run_layer(
                 torch.mm(flat, w_ih.t(), out=gates[direction])
             else:
                 torch.addmm(b_ih, flat, w_ih.t(), out=gates[direction])
-    initial = [state[of_layer] for state in problem.state] or [None] * problem.states
+    initial = problem.initial(layer)
     final = [state[of_layer] for state in final_state]
     kernel = {"GRU": kernels.gru_forward, "LSTM": kernels.lstm_forward}.get(problem.mode, kernels.simple_forward)
     kept = () if problem.gates == 1 else (saved,)
@@ -225,10 +225,10 @@ def _backward(
             grad_weights = _weight_gradients(problem, layer, grad_gates, x, layer_output) + grad_weights
         if layer > 0 or input_wanted:
             grad = _input_gradient(problem, layer, grad_gates)
-        if layer > 0 and problem.masks is not None:
-            grad = grad * problem.masks[layer - 1]
+            if layer > 0 and problem.masks is not None:
+                grad = grad * problem.masks[layer - 1]
     grad_input = problem.input.new_empty(0)
-    if input_wanted:
+    if input_wanted and grad is not None:
         grad_input = problem.as_given(grad).contiguous()
     return grad_input, grad_initial if state_wanted else [], grad_weights
 
@@ -243,7 +243,7 @@ def _reverse_layer(
     grad_gates = output.new_empty(problem.directions, problem.rows, 1 if problem.gates == 1 else 4, problem.hidden)
     grad_final = [None if g is None else g.contiguous()[of_layer] for g in grad_state]
     grad_start = [g[of_layer] for g in grad_initial]
-    initial = [state[of_layer] for state in problem.state] or [None] * problem.states
+    initial = problem.initial(layer)
     w_hh, _ = problem.stacked_recurrent(layer)
     before = {
         "GRU": (kernels.gru_backward, (*grad_final, output, kept[of_layer], *initial, w_hh)),

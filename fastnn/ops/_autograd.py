@@ -8,31 +8,39 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+autocast_is_on = torch._C._is_any_autocast_enabled
+transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
+
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
 
-def needs_reference(*tensors: Tensor | None) -> bool:
-    """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, other
-    layouts, and forward-mode differentiation."""
-    if forward_ad._current_level >= 0:
+def needs_reference(input: Tensor) -> bool:
+    """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, and
+    forward-mode differentiation. (Tensors that do not fit the input are the operator's to refuse.)"""
+    if input.dtype not in KERNEL_DTYPES and not (input.dtype is torch.float16 and input.is_cuda):
         return True
-    return any(t is not None and (not _has_kernel_dtype(t) or t.layout is not torch.strided) for t in tensors)
+    return forward_ad._current_level >= 0
 
 
-def _has_kernel_dtype(tensor: Tensor) -> bool:
-    return tensor.dtype in KERNEL_DTYPES or (tensor.dtype is torch.float16 and tensor.is_cuda)
+def is_inference() -> bool:
+    """Whether neither gradients nor ``torch.func`` transforms are at work, whatever the tensors."""
+    return not torch.is_grad_enabled() and not transforms_active()
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether the call must go through the op's ``autograd.Function``: a gradient is wanted, or a ``torch.func``
     transform is at work."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return transforms_active()
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product on their device; unchanged outside autocast."""
+    if not autocast_is_on():
+        return tensors
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -40,6 +48,16 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
     )
+
+
+def check_same_device(*tensors: Tensor | None) -> None:
+    """For fake kernels, which a single meta tensor among others is enough to call."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, "
+            f"{' and '.join(sorted(map(str, devices)))}!"
+        )
 
 
 def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
@@ -50,17 +68,25 @@ def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without the 10 microseconds that ``apply`` spends on ``inspect.signature`` to fill in
+    default arguments, of which our functions have none."""
+    if torch.compiler.is_compiling() or transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def differentiate_twice(
-    reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor]
+    reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Gradients of ``vjp(reference)(grad_output, *tensors)`` with respect to ``(grad_output, *tensors)``, itself
     differentiable. The backward kernels have no backward of their own: the reference is what they compute."""
 
     def backward(grad_output: Any, *tensors: Tensor) -> Any:
-        _, vjp = torch.func.vjp(reference, *tensors)
+        vjp = torch.func.vjp(reference, *tensors)[1]
         return vjp(grad_output)
 
-    _, vjp = torch.func.vjp(backward, grad_output, *tensors)
+    vjp = torch.func.vjp(backward, grad_output, *tensors)[1]
     return vjp(tuple(grad_grads))
 
 

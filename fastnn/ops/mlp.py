@@ -1,5 +1,6 @@
 """A chain of linear layers with activations: schema's Python side, autograd and the public functions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,9 +8,13 @@ import torch
 from torch import Tensor
 
 from fastnn.ops._autograd import (
+    apply_function,
     autocast,
+    autocast_is_on,
     call_kernel,
+    check_same_device,
     differentiate_twice,
+    is_inference,
     needs_autograd,
     needs_reference,
     register_loop_vmap,
@@ -20,6 +25,10 @@ from fastnn.reference import mlp as reference
 ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _NUMBER_OF = {name: number for number, name in enumerate(ACTIVATION_NAMES)}
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
+_mlp_op = torch.ops.fastnn.mlp.default
+_mlp_reconstruction_error_op = torch.ops.fastnn.mlp_reconstruction_error.default
+_mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
+_mlp_backward_op = torch.ops.fastnn.mlp_backward.default
 
 
 def mlp(
@@ -27,6 +36,8 @@ def mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     activation: str | Sequence[str] = "relu",
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Apply a chain of linear layers, ``activation`` after each but the last, in one call.
 
@@ -36,6 +47,7 @@ def mlp(
         biases: one (out_features) or None a layer.
         activation: one name, used after every layer but the last, or one a layer: identity, relu, tanh, sigmoid,
             gelu, gelu_tanh, silu, leaky_relu.
+        recompute: keep only the input for backward, and run forward again there: less memory, more time.
 
     Returns:
         (..., out_features of the last layer).
@@ -45,10 +57,10 @@ def mlp(
         ValueError: an activation that is not in the list, or not one a layer.
     """
     weights, biases = tuple(weights), tuple(biases)
-    names = _activation_names(activation, len(weights))
+    names = activation_names(activation, len(weights))
     if len(biases) != len(weights):
         raise ValueError(f"mlp: expected {len(weights)} biases, one a weight, got {len(biases)}")
-    return _mlp(input, weights, biases, names)
+    return _mlp(input, weights, biases, names, recompute)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,8 +68,12 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return _mlp(input, (weight,), (bias,), ("relu",))
 
 
-def _activation_names(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
-    names = (activation,) * (layers - 1) + ("identity",) if isinstance(activation, str) else tuple(activation)
+def activation_names(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
+    names = (
+        (activation,) * (layers - 1) + ("identity",) * min(layers, 1)
+        if isinstance(activation, str)
+        else tuple(activation)
+    )
     if len(names) != layers:
         raise ValueError(f"mlp: expected {layers} activations, one a weight, got {len(names)}")
     for name in names:
@@ -66,20 +82,61 @@ def _activation_names(activation: str | Sequence[str], layers: int) -> tuple[str
     return names
 
 
-def _mlp(
-    input: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], names: tuple[str, ...]
+def mlp_reconstruction_error(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str | Sequence[str] = "relu",
 ) -> Tensor:
+    """Mean squared difference between each row and what the chain makes of it, without keeping the reconstruction.
+
+    Takes the arguments of :func:`mlp`, of a chain with as many outputs as inputs: (..., features) -> (...).
+    """
+    weights, biases = tuple(weights), tuple(biases)
+    names = activation_names(activation, len(weights))
+    parameters: Sequence[Tensor | None] = (*weights, *biases)
+    if input.dim() != 2 or needs_autograd(input, *parameters) or needs_reference(autocast(input)[0]):
+        return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
+    input, *parameters = autocast(input, *parameters)
     layers = len(weights)
-    input, *parameters = autocast(input, *weights, *biases)
-    weights, biases = tuple(parameters[:layers]), tuple(parameters[layers:])
-    if needs_reference(input, *parameters) or not weights or input.dim() == 0:
-        return reference.mlp(input, weights, biases, names)
-    numbers = [_NUMBER_OF[name] for name in names]
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    if needs_autograd(input, *parameters):
-        output = Mlp.apply(rows, numbers, layers, *parameters)[0]
+    return call_kernel(
+        _mlp_reconstruction_error_op, input, parameters[:layers], parameters[layers:], activation_numbers(names)
+    )
+
+
+def _mlp(
+    input: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    names: tuple[str, ...],
+    recompute: bool = False,
+) -> Tensor:
+    return mlp_of_parameters(input, (*weights, *biases), activation_numbers(names), recompute)
+
+
+def activation_numbers(names: Sequence[str]) -> list[int]:
+    """The names as the operators take them."""
+    return [_NUMBER_OF[name] for name in names]
+
+
+def mlp_of_parameters(
+    input: Tensor, parameters: Sequence[Tensor | None], numbers: list[int], recompute: bool = False
+) -> Tensor:
+    """:func:`mlp` for callers that know their arguments: ``parameters`` are the weights, then the biases;
+    ``numbers`` the activations from :func:`activation_numbers`."""
+    if autocast_is_on():
+        input, *parameters = autocast(input, *parameters)
+    layers = len(numbers)
+    if needs_reference(input) or layers == 0 or input.dim() == 0:
+        names = [ACTIVATION_NAMES[number] for number in numbers]
+        return reference.mlp(input, parameters[:layers], parameters[layers:], names)
+    rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    if is_inference():
+        output = _mlp_op(rows, parameters[:layers], parameters[layers:], numbers)
+    elif needs_autograd(input, *parameters):
+        output = apply_function(Mlp, rows, numbers, layers, recompute, *parameters)[0]
     else:
-        output = call_kernel(torch.ops.fastnn.mlp, rows, weights, biases, numbers)
+        output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], numbers)
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
 
 
@@ -89,29 +146,31 @@ class Mlp(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, numbers: list[int], layers: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        output, hidden = torch.ops.fastnn.mlp_with_hidden(input, parameters[:layers], parameters[layers:], numbers)
+    def forward(
+        input: Tensor, numbers: list[int], layers: int, recompute: bool, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        arguments = (input, parameters[:layers], parameters[layers:], numbers)
+        if recompute:
+            return (_mlp_op(*arguments),)
+        output, hidden = _mlp_with_hidden_op(*arguments)
         return (output, *hidden)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, ctx.numbers, ctx.layers, *parameters = inputs
+        input, ctx.numbers, ctx.layers, ctx.recompute, *parameters = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(input, *parameters, *output)
+        ctx.save_for_backward(input, *parameters, *(() if ctx.recompute else output))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        wanted = (
-            ctx.needs_input_grad[0],
-            any(ctx.needs_input_grad[3 : 3 + ctx.layers]),
-            any(ctx.needs_input_grad[3 + ctx.layers :]),
-        )
-        arguments = (grad_output, ctx.numbers, ctx.layers, wanted, *ctx.saved_tensors)
+        needed, layers, saved = ctx.needs_input_grad, ctx.layers, ctx.saved_tensors
+        if ctx.recompute:
+            with torch.no_grad():
+                saved = (*saved, *Mlp.forward(saved[0], ctx.numbers, layers, False, *saved[1:]))
+        wanted = (needed[0], True in needed[4 : 4 + layers], True in needed[4 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
-        gradients = compute(*arguments)
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-        grad_input, *grad_parameters = (g if n else None for g, n in zip(gradients, needed, strict=True))
-        return (grad_input, None, None, *grad_parameters)
+        grad_input, *grad_parameters = compute(grad_output, ctx.numbers, layers, wanted, *saved)
+        return (grad_input, None, None, None, *grad_parameters)
 
 
 class MlpBackward(torch.autograd.Function):
@@ -125,16 +184,16 @@ class MlpBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         input, weights, biases = saved[0], saved[1 : 1 + layers], saved[1 + layers : 1 + 2 * layers]
         output, *hidden = saved[1 + 2 * layers :]
-        grad_input, grad_weights, grad_biases = torch.ops.fastnn.mlp_backward(
+        grad_input, grad_weights, grad_biases = _mlp_backward_op(
             grad_output, input, weights, numbers, output, hidden, *wanted
         )
+        none = (None,) * layers
+        if wanted[2] and any(bias is None for bias in biases):
+            grad_biases = [None if bias is None else grad for grad, bias in zip(grad_biases, biases, strict=True)]
         return (
             grad_input if wanted[0] else None,
-            *(grad_weights if wanted[1] else (None,) * layers),
-            *(
-                grad if wanted[2] and bias is not None else None
-                for grad, bias in zip(grad_biases if wanted[2] else (None,) * layers, biases, strict=True)
-            ),
+            *(grad_weights if wanted[1] else none),
+            *(grad_biases if wanted[2] else none),
         )
 
     @staticmethod
@@ -166,13 +225,21 @@ class MlpBackward(torch.autograd.Function):
 
 @torch.library.register_fake("fastnn::mlp")
 def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]) -> Tensor:
+    check_same_device(input, *weights, *biases)
     return input.new_empty(input.shape[0], weights[-1].shape[0])
+
+
+@torch.library.register_fake("fastnn::mlp_reconstruction_error")
+def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]) -> Tensor:
+    check_same_device(input, *weights, *biases)
+    return input.new_empty(input.shape[0])
 
 
 @torch.library.register_fake("fastnn::mlp_with_hidden")
 def _(
     input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]
 ) -> tuple[Tensor, list[Tensor]]:
+    check_same_device(input, *weights, *biases)
     outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in weights]
     output_serves = ACTIVATION_NAMES[activations[-1]] not in _KEEPS_INPUT
     return input.new_empty(outputs[-1].shape), outputs[:-1] if output_serves else outputs
@@ -190,6 +257,7 @@ def _(
     weights_wanted: bool,
     biases_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    check_same_device(grad_output, input, *weights, output, *hidden)
     return (
         input.new_empty(input.shape[0] if input_wanted else 0, input.shape[1]),
         [weight.new_empty(weight.shape) for weight in weights] if weights_wanted else [],
@@ -197,5 +265,5 @@ def _(
     )
 
 
-for _name in ("mlp", "mlp_with_hidden", "mlp_backward"):
+for _name in ("mlp", "mlp_reconstruction_error", "mlp_with_hidden", "mlp_backward"):
     register_loop_vmap(_name)

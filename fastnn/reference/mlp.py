@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -17,7 +17,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def mlp(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]) -> Tensor:
+def mlp(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]
+) -> Tensor:
     """``act(x W^T + b)`` layer after layer. input (..., in), weights[i] (out_i, in_i) -> (..., out)."""
     for weight, bias, activation in zip(weights, biases, activations, strict=True):
         input = ACTIVATIONS[activation](F.linear(input, weight, bias))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 
 from fastnn.kernels import _launch
 from fastnn.kernels import conv_relu_max_pool as kernels

@@ -1,0 +1,83 @@
+# fastnn: everything a developer runs. `make help` lists the targets.
+# All of it happens in .venv, which the first target that needs it creates.
+
+PYTHON ?= python3
+CXX ?= g++
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help build test lint format bench bench-conv bench-rnn bench-mlp dist clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  Variables: PYTHON=$(PYTHON) and CXX=$(CXX) to build with; ARGS= for pytest or the benchmark programs."
+
+build: $(VENV)/build.stamp  ## Build the extension and install fastnn into .venv, editable
+
+test: $(VENV)/test.stamp  ## Run the tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/lint.stamp  ## Check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(RUN) -m mypy
+
+format: $(VENV)/lint.stamp  ## Rewrite the sources in the project's style
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+bench: $(VENV)/bench.stamp  ## Measure the three models against stock PyTorch (under five minutes)
+	$(RUN) -m benchmarks.report $(ARGS)
+
+bench-conv: $(VENV)/rivals.stamp  ## Compare conv_relu_max_pool with every rival
+	$(RUN) -m benchmarks.compare conv_relu_max_pool $(ARGS)
+
+bench-rnn: $(VENV)/rivals.stamp  ## Compare the recurrent layers with every rival
+	$(RUN) -m benchmarks.compare rnn $(ARGS)
+
+bench-mlp: $(VENV)/rivals.stamp  ## Compare mlp with every rival
+	$(RUN) -m benchmarks.compare mlp $(ARGS)
+
+dist: $(VENV)/build.stamp  ## Build the source distribution and the wheel
+	$(RUN) -m build
+
+clean:  ## Remove everything that was built, .venv included
+	rm -rf $(VENV) build dist *.egg-info fastnn/_C.* .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv with what a build needs: pyproject.toml's own list, so that it is kept in one place.
+$(VENV)/venv.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "fastnn: Python 3.10 or newer is needed: make PYTHON=python3.x" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+	    { echo "fastnn: $(PYTHON) has no venv: 'apt-get install python3-venv' on Debian and Ubuntu" >&2; exit 1; }
+	@$(PYTHON) -c 'import pathlib, sysconfig as s; (pathlib.Path(s.get_path("include")) / "Python.h").stat()' \
+	    2> /dev/null || { echo "fastnn: $(PYTHON) has no C headers: 'apt-get install python3-dev' on Debian and" \
+	    "Ubuntu, 'dnf install python3-devel' on Fedora" >&2; exit 1; }
+	@command -v $(firstword $(CXX)) > /dev/null || \
+	    { echo "fastnn: no C++ compiler ('$(CXX)' not found): 'apt-get install g++' on Debian and Ubuntu," \
+	    "'dnf install gcc-c++' on Fedora, 'xcode-select --install' on macOS; or set CXX" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet build
+	$(RUN) -c 'import build; print(*build.ProjectBuilder(".").build_system_requires, sep="\n")' | \
+	    $(PIP) install -r /dev/stdin
+	@touch $@
+
+$(VENV)/build.stamp: $(VENV)/venv.stamp $(SOURCES)
+	CXX="$(CXX)" $(RUN) -W ignore::UserWarning setup.py -q build_ext --inplace
+	CXX="$(CXX)" $(PIP) install --no-build-isolation --editable .
+	@touch $@
+
+# One stamp an extra of pyproject.toml: test, lint, bench, rivals.
+$(VENV)/%.stamp: $(VENV)/build.stamp
+	$(PIP) install --no-build-isolation --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Measurements of fastnn beside what people would use otherwise. See CONTRIBUTING.md."""

@@ -1,0 +1,116 @@
+"""The program of ``make bench-conv``, ``bench-rnn`` and ``bench-mlp``: one op's cases, every provider, side by side."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.cases import CASES, Case
+from benchmarks.problem import DIRECTIONS, Problem
+from benchmarks.providers import PROVIDERS, prepare
+from benchmarks.report import RESULTS, as_time
+from benchmarks.timing import environment, interleave, peak_flops, quartiles, speedups
+from fastnn.testing import using_threads
+
+
+def measure(
+    case: Case, direction: str, threads: int, providers: list[str], seconds: float, peak: float
+) -> dict[str, Any]:
+    """Every provider that serves the case, in turns, after each has been checked."""
+    problem = Problem(case, direction)
+    with using_threads(threads), problem.context():
+        prepared = {name: prepare(name, problem) for name in providers}
+        timings = interleave({name: run for name, run in prepared.items() if run is not None}, seconds)
+    ours = timings["fastnn"]
+    rivals = {name: timing for name, timing in timings.items() if name != "fastnn"}
+    best = min(rivals, key=lambda name: rivals[name].median)
+    return {
+        "case": case.name,
+        "direction": direction,
+        "threads": threads,
+        "microseconds": {name: timing.median * 1e6 for name, timing in timings.items()},
+        "quartiles": {name: [q * 1e6 for q in timing.quartiles] for name, timing in timings.items()},
+        "best_rival": best,
+        "best_rival_over_fastnn": rivals[best].median / ours.median,
+        "best_rival_over_fastnn_quartiles": quartiles(speedups(ours, rivals[best])),
+        "eager_over_fastnn": rivals["eager"].median / ours.median if "eager" in rivals else None,
+        "percent_of_peak": 100 * problem.flops / ours.median / peak,
+    }
+
+
+def as_markdown(rows: list[dict[str, Any]], info: dict[str, Any]) -> str:
+    """One table: times of all, then what matters."""
+    providers = [name for name in PROVIDERS if any(name in row["microseconds"] for row in rows)]
+    heading = ["case", "direction", "threads", *providers, "best rival / fastnn", "spread", "% of FMA peak"]
+    peaks = ", ".join(f"{flops / 1e9:.0f} GFLOP/s on {count} thread(s)" for count, flops in info["peak"].items())
+    lines = [
+        ", ".join(f"{name} {info[name]}" for name in ("processor", "instruction_set", "torch", "fastnn", "time")),
+        f"FMA peak: {peaks}",
+        "",
+        "| " + " | ".join(heading) + " |",
+        "|" + "---|" * len(heading),
+    ]
+    for row in rows:
+        times = row["microseconds"]
+        low, high = row["best_rival_over_fastnn_quartiles"]
+        cells = [
+            row["case"],
+            row["direction"],
+            str(row["threads"]),
+            *(as_time(times[name]) if name in times else "" for name in providers),
+            f"**{row['best_rival_over_fastnn']:.2f}**",
+            f"{low:.2f}-{high:.2f}",
+            f"{row['percent_of_peak']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def report_row(row: dict[str, Any], console: Console) -> None:
+    times = ", ".join(f"{name} {as_time(value)}" for name, value in row["microseconds"].items())
+    ratio = f"{row['best_rival_over_fastnn']:.2f}x against {row['best_rival']}"
+    title = f"{row['case']}, {row['direction']}, {row['threads']} thread(s)"
+    console.print(f"[bold]{title}[/bold]: {ratio}, {row['percent_of_peak']:.0f} % of peak\n  {times}", highlight=False)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("op", choices=list(CASES))
+    parser.add_argument("--only", default="", help="measure the cases whose name contains this text")
+    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
+    parser.add_argument("--seconds", type=float, default=5, help="measuring time of each row (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of <op>.json and <op>.md")
+    arguments = parser.parse_args()
+    if "fastnn" not in arguments.providers or len(arguments.providers) < 2:
+        parser.error("--providers must name fastnn and at least one rival")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    console = Console()
+    info = environment() | {"peak": {}}
+    for threads in arguments.threads:
+        with using_threads(threads):
+            info["peak"][threads] = peak_flops()
+    rows = []
+    cases = [case for case in CASES[arguments.op] if arguments.only in case.name]
+    jobs = [(case, direction, n) for case in cases for direction in arguments.directions for n in arguments.threads]
+    for done, (case, direction, threads) in enumerate(jobs):
+        with console.status(f"{done + 1} of {len(jobs)}: {case.name}, {direction}, {threads} thread(s)"):
+            row = measure(case, direction, threads, arguments.providers, arguments.seconds, info["peak"][threads])
+        rows.append(row)
+        report_row(row, console)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    result = arguments.output / f"{arguments.op}.json"
+    result.write_text(json.dumps({"environment": info, "rows": rows}, indent=1) + "\n")
+    result.with_suffix(".md").write_text(as_markdown(rows, info))
+    console.print(f"Written: {result}, {result.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()

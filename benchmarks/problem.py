@@ -1,0 +1,70 @@
+"""A case made ready to run in one direction: models with equal weights, input, and a check of what comes out."""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from benchmarks.cases import Case, first_tensor
+from fastnn.testing import assert_close_to_reference
+
+DIRECTIONS = ("inference", "training")
+
+
+class Problem:
+    """A case with its models and numbers, for "inference" (forward) or "training" (forward and backward)."""
+
+    def __init__(self, case: Case, direction: str) -> None:
+        self.case = case
+        self.direction = direction
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        self.input = case.make_input(generator)
+        self.stock = case.stock()
+        self.fused = case.fused()
+        with torch.no_grad():
+            for ours, theirs in zip(self.fused.parameters(), self.stock.parameters(), strict=True):
+                ours.copy_(theirs)
+            shape = first_tensor(self.stock(self.input)).shape
+        self.grad_output = torch.randn(shape, generator=generator)
+
+    @property
+    def flops(self) -> float:
+        """Of one run: a backward does each product of the forward twice, for its two factors."""
+        return self.case.flops * (3 if self.direction == "training" else 1)
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What to prepare and time in."""
+        return torch.inference_mode() if self.direction == "inference" else contextlib.nullcontext()
+
+    def runner(self, model: nn.Module, input: Any, grad_output: Tensor | None = None) -> Callable[[], Any]:
+        """What is timed: a call that returns the output, or the gradients that a training step wants."""
+        if self.direction == "inference":
+            return lambda: model(input)
+        grad_output = self.grad_output if grad_output is None else grad_output
+        leaves = list(model.parameters())
+        if self.case.input_gradient:
+            data = first_tensor(input).detach().requires_grad_()
+            leaves.append(data)
+            input = input._replace(data=data) if isinstance(input, PackedSequence) else data
+        return lambda: torch.autograd.grad(first_tensor(model(input)), leaves, grad_output)
+
+    def results(self, run: Callable[[], Any]) -> list[Tensor]:
+        """One run's tensors, for comparison."""
+        result = run()
+        return [first_tensor(result)] if self.direction == "inference" else list(result)
+
+    def check_fused(self) -> None:
+        """Assert that the fused model is as close to float64 as the table of tolerances asks."""
+        input = (
+            self.input.double()
+            if isinstance(self.input, Tensor)
+            else self.input._replace(data=self.input.data.double())
+        )
+        exact = self.runner(copy.deepcopy(self.stock).double(), input, self.grad_output.double())
+        runs = (self.runner(self.fused, self.input), self.runner(self.stock, self.input), exact)
+        assert_close_to_reference(*(self.results(run) for run in runs))

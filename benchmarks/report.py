@@ -1,0 +1,141 @@
+"""The program of ``make bench``: the three models on fused layers against the same on stock ones."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks.cases import MODELS, Case
+from benchmarks.problem import DIRECTIONS, Problem
+from benchmarks.providers import prepare
+from benchmarks.timing import environment, interleave, quartiles, speedups
+from fastnn.testing import using_threads
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[str, Any]:
+    """Stock against fused on one case, after checking that the fused model is right."""
+    problem = Problem(case, direction)
+    with using_threads(threads), problem.context():
+        runners = {"stock": prepare("eager", problem), "fused": prepare("fastnn", problem)}
+        timings = interleave(runners, seconds)
+    ratios = speedups(timings["fused"], timings["stock"])
+    return {
+        "case": case.name,
+        "direction": direction,
+        "threads": threads,
+        "stock_us": timings["stock"].median * 1e6,
+        "fused_us": timings["fused"].median * 1e6,
+        "ratio": timings["stock"].median / timings["fused"].median,
+        "ratio_quartiles": quartiles(ratios),
+    }
+
+
+def measure_all(threads: list[int], seconds: float, console: Console) -> list[dict[str, Any]]:
+    jobs = [(case, direction, count) for case in MODELS for direction in DIRECTIONS for count in threads]
+    columns = (TextColumn("{task.description:52}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rows = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for case, direction, count in jobs:
+            progress.update(task, description=f"{case.name}, {direction}, {_threads_text(count)}")
+            rows.append(measure(case, direction, count, seconds))
+            progress.advance(task)
+    return rows
+
+
+def as_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="fastnn against stock PyTorch: median times; spread is the middle half", box=box.SIMPLE_HEAD)
+    for name in ("model (input)", "direction"):
+        table.add_column(name, no_wrap=True)
+    for name in ("threads", "stock", "fused", "ratio", "spread"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for i, row in enumerate(rows):
+        low, high = row["ratio_quartiles"]
+        table.add_row(
+            row["case"],
+            row["direction"],
+            str(row["threads"]),
+            as_time(row["stock_us"]),
+            as_time(row["fused_us"]),
+            f"{row['ratio']:.1f}x",
+            f"{low:.1f}-{high:.1f}",
+            end_section=i + 1 < len(rows) and rows[i + 1]["case"] != row["case"],
+        )
+    return table
+
+
+def as_time(microseconds: float) -> str:
+    return f"{microseconds:.1f} µs" if microseconds < 1000 else f"{microseconds / 1000:.2f} ms"
+
+
+def plot(rows: list[dict[str, Any]], info: dict[str, Any], path: Path) -> None:
+    """A panel a direction, with a bar a case and thread count, as long as its speed-up."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    counts = sorted({row["threads"] for row in rows})
+    figure, panels = plt.subplots(1, len(DIRECTIONS), figsize=(12, 1.6 + 0.42 * len(cases) * len(counts)), sharey=True)
+    height = 0.8 / len(counts)
+    for panel, direction in zip(panels, DIRECTIONS, strict=True):
+        for i, count in enumerate(counts):
+            chosen = [row for row in rows if row["direction"] == direction and row["threads"] == count]
+            places = [cases.index(row["case"]) + (i - (len(counts) - 1) / 2) * height for row in chosen]
+            bars = panel.barh(
+                places,
+                [row["ratio"] for row in chosen],
+                height,
+                xerr=[[abs(row["ratio"] - row["ratio_quartiles"][side]) for row in chosen] for side in (0, 1)],
+                error_kw={"ecolor": "#555555", "elinewidth": 1},
+                color=("#1f4e79", "#7fb2d9", "#c9dff0")[i % 3],
+                label=_threads_text(count),
+            )
+            labels = [f"{r['ratio']:.1f}x  ({as_time(r['stock_us'])} → {as_time(r['fused_us'])})" for r in chosen]
+            panel.bar_label(bars, labels, padding=6, fontsize=8)
+        panel.axvline(1, color="#b03030", linewidth=1)
+        panel.set_title(direction)
+        panel.set_xlabel("times faster than stock PyTorch (1 = the same)")
+        panel.set_xlim(0, 1.6 * max(row["ratio"] for row in rows if row["direction"] == direction))
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(cases)), cases)
+    panels[0].invert_yaxis()
+    panels[-1].legend(loc="lower right", frameon=False)
+    figure.suptitle(f"fastnn {info['fastnn']}, torch {info['torch']}, {info['processor']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _threads_text(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=6, help="measuring time of each row (default: %(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of models.json and models.png")
+    arguments = parser.parse_args()
+
+    console = Console()
+    console = Console(width=max(console.width, 100))  # a pipe says 80, which would cut the table
+    rows = measure_all(arguments.threads, arguments.seconds, console)
+    console.print(as_table(rows))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    info = environment()
+    (arguments.output / "models.json").write_text(json.dumps({"environment": info, "rows": rows}, indent=1) + "\n")
+    plot(rows, info, arguments.output / "models.png")
+    console.print(f"Written: {arguments.output / 'models.json'}, {arguments.output / 'models.png'}")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

@@ -1,0 +1,126 @@
+"""Timing that a busy machine disturbs little: contenders take turns in one process, and medians are compared."""
+
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fastnn
+
+_BLOCK_SECONDS = 3e-3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, one sample a round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        return quartiles(self.samples)
+
+
+def quartiles(samples: tuple[float, ...]) -> tuple[float, float]:
+    if len(samples) < 2:
+        return samples[0], samples[0]
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, high
+
+
+def speedups(of: Timing, over: Timing) -> tuple[float, ...]:
+    """How many times faster ``of`` is than ``over``, round by round, so that a drift of the machine cancels."""
+    return tuple(theirs / ours for ours, theirs in zip(of.samples, over.samples, strict=True))
+
+
+def interleave(runners: dict[str, Callable[[], Any]], seconds: float, rounds: int = 7) -> dict[str, Timing]:
+    """Time the runners in turns: in each round every one runs a block of calls, in alternating order.
+
+    Args:
+        runners: what to time, warmed up.
+        seconds: about how long to measure in all; at least ``rounds`` rounds are made.
+        rounds: the least number of rounds.
+    """
+    calls = {name: _calls_in_block(run) for name, run in runners.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runners}
+    order = list(runners)
+    end = time.perf_counter() + seconds
+    done = 0
+    while done < rounds or time.perf_counter() < end:
+        for name in order if done % 2 == 0 else reversed(order):
+            # Thread pools of the runner before may still spin: let them go to sleep, then wake our own.
+            time.sleep(1e-3)
+            runners[name]()
+            samples[name].append(_time_block(runners[name], calls[name]))
+        done += 1
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def _time_block(run: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def _calls_in_block(run: Callable[[], Any]) -> int:
+    calls = 1
+    while (seconds := _time_block(run, calls)) * calls < _BLOCK_SECONDS:
+        calls = max(calls + 1, min(10 * calls, int(_BLOCK_SECONDS / max(seconds, 1e-9))))
+    return calls
+
+
+def peak_flops() -> float:
+    """Float32 operations a second, a multiply-add counted as two, that the current threads can do at best."""
+    threads = torch.get_num_threads()
+    rounds = 500_000
+
+    def burst() -> float:
+        start = time.perf_counter()
+        operations = sum(pool.map(fastnn._C.multiply_adds, [rounds] * threads))
+        return operations / (time.perf_counter() - start)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return max(burst() for _ in range(15))
+
+
+def bandwidth(megabytes: float) -> float:
+    """Bytes a second read from a buffer of this size: pick it to sit in the cache or memory of interest."""
+    buffer = torch.ones(int(megabytes * 1e6 / 4))
+    return 4.0 * buffer.numel() / _best_time(buffer.sum)
+
+
+def _best_time(run: Callable[[], Any]) -> float:
+    calls = _calls_in_block(run)
+    return min(_time_block(run, calls) for _ in range(15))
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on, to be stored beside it."""
+    info = fastnn.backend_info()
+    return {
+        "processor": _processor(),
+        "instruction_set": info.instruction_set,
+        "fastnn": info.version,
+        "torch": info.torch,
+        "python": info.python,
+        "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()

@@ -1,0 +1,531 @@
+// Backward: only the winner of each window has a gradient, so the convolution's output gradient is a list of
+// (value, place) entries and is never laid out in full.
+//
+// With L channels of the input side by side (a block), the elements under a conv pixel are a few runs, each of whole
+// vectors. The weight's gradient for one output channel is the sum over its entries of value x runs of the input; the
+// input's gradient at one conv pixel is the sum over its entries (one an output channel) of value x runs of the
+// weight. Both sums are the same loop, with the runs accumulated in registers.
+#pragma once
+
+#include "conv_direct.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int kMostRuns = 4;
+constexpr int kMostRunVectors = 6;
+constexpr int kMostAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
+constexpr int64_t kEntryBytes = 256 << 10;  // the entries of one pass: part of L2
+constexpr int64_t kSliceBytes = 32 << 10;   // what the inner loop returns to: most of L1
+
+// Entries summed by themselves before they join the weight's gradient: keeps the sum's rounding error down.
+constexpr int64_t kMostSlicePixels = 128;
+
+// A nonzero gradient and where its runs begin.
+template <class C>
+struct GradientEntry {
+  C value;
+  int32_t offset;
+};
+
+// The runs under a conv pixel, and the padded image of one block of channels they lie in.
+struct RunShape {
+  int64_t lanes;    // channels of a block
+  int64_t blocks;   // of a group
+  int64_t runs;     // under a conv pixel
+  int64_t length;   // elements of a run
+  int64_t vectors;  // that hold one
+  int64_t d[3];     // strides of the image
+  int64_t image;    // elements of a block's image, with slack for a last vector's unused lanes
+  int64_t row;      // elements of all runs of one output channel: runs x vectors x L
+};
+
+template <class C>
+RunShape run_shape(const ConvPoolGeometry& g) {
+  RunShape s;
+  s.lanes = smaller(g.in_channels, kLanes<C>);
+  s.blocks = divide_up(g.in_channels, larger(s.lanes, 1));
+  const bool joined = g.dilation[2] == 1;  // a row of the kernel is one run
+  s.runs = g.kernel[0] * g.kernel[1] * (joined ? 1 : g.kernel[2]);
+  s.length = s.lanes * (joined ? g.kernel[2] : 1);
+  s.vectors = divide_up(s.length, kLanes<C>);
+  // The padding before, and all that either the kernel or the input reaches to.
+  int64_t size[3];
+  for (int d = 0; d < 3; ++d) {
+    size[d] = larger((g.conv[d] - 1) * g.stride[d] + g.kernel_extent(d), g.padding[d] + g.input[d]);
+  }
+  s.d[2] = s.lanes;
+  s.d[1] = s.d[2] * size[2];
+  s.d[0] = s.d[1] * size[1];
+  s.image = round_up(s.d[0] * size[0] + s.vectors * kLanes<C>, 16);
+  s.row = s.runs * s.vectors * kLanes<C>;
+  return s;
+}
+
+// Calls body(run, element of the run's first lane, d, h, w) for each kernel position.
+template <class Body>
+FASTNN_INLINE void for_each_run_tap(const ConvPoolGeometry& g, const RunShape& s, const Body& body) {
+  const bool joined = g.dilation[2] == 1;
+  int64_t run = 0;
+  for (int64_t d = 0; d < g.kernel[0]; ++d) {
+    for (int64_t h = 0; h < g.kernel[1]; ++h) {
+      for (int64_t w = 0; w < g.kernel[2]; ++w) body(joined ? run : run + w, joined ? w * s.lanes : 0, d, h, w);
+      run += joined ? 1 : g.kernel[2];
+    }
+  }
+}
+
+template <class C>
+struct BackwardScratch {
+  C* image;  // the input's padded image, of one block; or its gradient's, of all blocks
+  GradientEntry<C>* entries;
+  int32_t* starts;         // where each bucket of entries begins, and one past the last
+  int64_t* run_offsets;    // in the image
+  int64_t* place_offsets;  // in the image, of each place of a window
+  int64_t* window_starts;  // in the image, of each pooled pixel of the pass
+  int64_t pixels;          // pooled pixels of one pass
+  int64_t channels;        // output channels of one bucket of the input's gradient
+  int64_t slice_pixels;    // pooled pixels of one bucket of the weight's gradient
+  int64_t size;
+
+  BackwardScratch(const ConvPoolGeometry& g, void* memory) {
+    const RunShape s = run_shape<C>(g);
+    const int64_t entry = sizeof(GradientEntry<C>);
+    pixels = smaller(g.pixels(), larger(8, kEntryBytes / (entry * larger(g.out_channels, 1))));
+    channels = smaller(g.out_channels, larger(16, kSliceBytes / (s.row * static_cast<int64_t>(sizeof(C)))));
+    const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.pool_stride[0] * g.stride[0] *
+                                g.pool_stride[1] * g.stride[1] * g.pool_stride[2] * g.stride[2];
+    slice_pixels = smaller(smaller(pixels, kMostSlicePixels), larger(16, kSliceBytes / 2 / under_pixel));
+    const int64_t buckets = larger(divide_up(g.out_channels, larger(channels, 1)) * pixels * g.places(),
+                                   g.out_channels * divide_up(pixels, slice_pixels));
+    char* base = static_cast<char*>(memory);
+    int64_t used = 0;
+    const auto take = [&](int64_t bytes) {
+      char* part = base + used;
+      used += round_up(bytes, 64);
+      return part;
+    };
+    image = reinterpret_cast<C*>(take(s.image * s.blocks * static_cast<int64_t>(sizeof(C))));
+    entries = reinterpret_cast<GradientEntry<C>*>(take(pixels * g.out_channels * entry));
+    starts = reinterpret_cast<int32_t*>(take((buckets + 1) * static_cast<int64_t>(sizeof(int32_t))));
+    run_offsets = reinterpret_cast<int64_t*>(take(s.runs * static_cast<int64_t>(sizeof(int64_t))));
+    place_offsets = reinterpret_cast<int64_t*>(take(g.places() * static_cast<int64_t>(sizeof(int64_t))));
+    window_starts = reinterpret_cast<int64_t*>(take(pixels * static_cast<int64_t>(sizeof(int64_t))));
+    size = used;
+  }
+};
+
+template <class C>
+ConvPoolBackwardPlan plan_backward(const ConvPoolGeometry& g) {
+  const RunShape s = run_shape<C>(g);
+  ConvPoolBackwardPlan plan = {};
+  plan.packed_size = g.groups * s.blocks * g.out_channels * s.row;
+  plan.weight_size = plan.packed_size;
+  plan.scratch_size = BackwardScratch<C>(g, nullptr).size;
+  plan.channel_blocks = s.blocks;
+  plan.lanes = s.lanes;
+  return plan;
+}
+
+// weight -> [group][block][output channel][run][vectors x lanes], zeros in the unused lanes
+template <class T>
+void pack_backward(const ConvPoolBackward<T>& call) {
+  using C = Compute<T>;
+  const ConvPoolGeometry& g = call.geometry;
+  const RunShape s = run_shape<C>(g);
+  const ConvLayout& layout = call.weight_layout;
+  C* to = call.packed;
+  for (int64_t group = 0; group < g.groups; ++group) {
+    for (int64_t block = 0; block < s.blocks; ++block) {
+      const int64_t first = block * s.lanes, channels = smaller(s.lanes, g.in_channels - first);
+      for (int64_t o = 0; o < g.out_channels; ++o, to += s.row) {
+        const T* from = call.weight + (group * g.out_channels + o) * layout.n + first * layout.c;
+        fill_zeros(to, s.row);
+        for_each_run_tap(g, s, [&](int64_t run, int64_t element, int64_t d, int64_t h, int64_t w) {
+          const T* source = from + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
+          C* target = to + run * s.vectors * kLanes<C> + element;
+          for (int64_t c = 0; c < channels; ++c) target[c] = to_compute(source[c * layout.c]);
+        });
+      }
+    }
+  }
+}
+
+template <class T>
+void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* from, T* to, const ConvLayout& layout) {
+  using C = Compute<T>;
+  const ConvPoolGeometry& g = call.geometry;
+  const RunShape s = run_shape<C>(g);
+  for (int64_t group = 0; group < g.groups; ++group) {
+    for (int64_t block = 0; block < s.blocks; ++block) {
+      const int64_t first = block * s.lanes, channels = smaller(s.lanes, g.in_channels - first);
+      for (int64_t o = 0; o < g.out_channels; ++o, from += s.row) {
+        T* target = to + (group * g.out_channels + o) * layout.n + first * layout.c;
+        for_each_run_tap(g, s, [&](int64_t run, int64_t element, int64_t d, int64_t h, int64_t w) {
+          const C* source = from + run * s.vectors * kLanes<C> + element;
+          T* at = target + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
+          for (int64_t c = 0; c < channels; ++c) at[c * layout.c] = from_compute<T>(source[c]);
+        });
+      }
+    }
+  }
+}
+
+template <class T>
+void store_computed(const Compute<T>* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from_compute<T>(from[i]);
+}
+
+template <class T>
+bool winners_are_valid(const ConvPoolGeometry& g, const uint8_t* winners, const ConvLayout& layout) {
+  const int64_t kernel_area = g.pool_kernel[1] * g.pool_kernel[2];
+  bool valid = true;
+  for (int64_t n = 0; n < g.batch; ++n) {
+    for (int64_t c = 0; c < g.groups * g.out_channels; ++c) {
+      for (int64_t z = 0; z < g.output[0]; ++z) {
+        const PlaceRange slices = places_inside(g, 0, z);
+        for (int64_t y = 0; y < g.output[1]; ++y) {
+          const PlaceRange rows = places_inside(g, 1, y);
+          const uint8_t* row = winners + n * layout.n + c * layout.c + z * layout.d[0] + y * layout.d[1];
+          for (int64_t x = 0; x < g.output[2]; ++x) {
+            const int64_t place = row[x * layout.d[2]];
+            if (place == kDead) continue;
+            const int64_t d = place / kernel_area, h = place / g.pool_kernel[2] % g.pool_kernel[1];
+            const int64_t w = place % g.pool_kernel[2];
+            const PlaceRange columns = places_inside(g, 2, x);
+            valid &= d >= slices.first && d < slices.last && h >= rows.first && h < rows.last && w >= columns.first &&
+                     w < columns.last;
+          }
+        }
+      }
+    }
+  }
+  return valid;
+}
+
+// total[r][v] += sum over entries of value x the v-th vector of the r-th run
+template <int runs, int vectors, class C>
+FASTNN_INLINE void accumulate_runs(const GradientEntry<C>* entry, const GradientEntry<C>* last,
+                                   const C* const (&from)[runs], Vec<C> (&total)[runs][vectors]) {
+  for (; entry < last; ++entry) {
+    const Vec<C> value = broadcast<C>(entry->value);
+    const int64_t offset = entry->offset;
+#pragma GCC unroll 4
+    for (int r = 0; r < runs; ++r) {
+#pragma GCC unroll 6
+      for (int v = 0; v < vectors; ++v) total[r][v] += value * load(from[r] + offset + v * kLanes<C>);
+    }
+  }
+}
+
+// Calls body(Constant<runs>, Constant<vectors>, first run, first vector) until all runs are covered, a register
+// file's worth at a time.
+template <class Body>
+FASTNN_INLINE void for_each_register_block(int64_t runs, int64_t vectors, const Body& body) {
+  const int64_t vector_parts = divide_up(vectors, kMostRunVectors);
+  for (int64_t vp = 0; vp < vector_parts; ++vp) {
+    const int64_t first_vector = vectors * vp / vector_parts;
+    const int64_t vector_count = vectors * (vp + 1) / vector_parts - first_vector;
+    const int64_t run_parts = divide_up(runs, smaller(kMostRuns, kMostAccumulators / vector_count));
+    for (int64_t rp = 0; rp < run_parts; ++rp) {
+      const int64_t first_run = runs * rp / run_parts;
+      const int64_t run_count = runs * (rp + 1) / run_parts - first_run;
+      with_constant<kMostRunVectors>(static_cast<int>(vector_count), [&](auto vector_constant) {
+        constexpr int most_runs = decltype(vector_constant)::value * kMostRuns <= kMostAccumulators
+                                      ? kMostRuns
+                                      : kMostAccumulators / decltype(vector_constant)::value;
+        with_constant<most_runs>(static_cast<int>(run_count), [&](auto run_constant) {
+          body(run_constant, vector_constant, first_run, first_vector);
+        });
+      });
+    }
+  }
+}
+
+template <class T>
+class BackwardWorker {
+  using C = Compute<T>;
+
+ public:
+  BackwardWorker(const ConvPoolBackward<T>& call, void* memory)
+      : call_(call), g_(call.geometry), s_(run_shape<C>(call.geometry)), scratch_(call.geometry, memory) {
+    for_each_run_tap(g_, s_, [&](int64_t run, int64_t element, int64_t d, int64_t h, int64_t w) {
+      if (element != 0) return;
+      scratch_.run_offsets[run] =
+          d * g_.dilation[0] * s_.d[0] + h * g_.dilation[1] * s_.d[1] + w * g_.dilation[2] * s_.d[2];
+    });
+    int64_t place = 0;
+    for (int64_t d = 0; d < g_.pool_kernel[0]; ++d) {
+      for (int64_t h = 0; h < g_.pool_kernel[1]; ++h) {
+        for (int64_t w = 0; w < g_.pool_kernel[2]; ++w) {
+          scratch_.place_offsets[place++] = conv_step(0, d * g_.pool_dilation[0]) +
+                                            conv_step(1, h * g_.pool_dilation[1]) +
+                                            conv_step(2, w * g_.pool_dilation[2]);
+        }
+      }
+    }
+  }
+
+  // Blocks [first, last) of one group of an image.
+  void run(int64_t image, int64_t group, int64_t first, int64_t last, C* grad_weight, C* grad_bias) {
+    image_ = image;
+    group_ = group;
+    if (grad_bias && first == 0) add_bias_gradient(grad_bias + group * g_.out_channels);
+    if (grad_weight) {
+      for (int64_t block = first; block < last; ++block) {
+        load_image(block);
+        C* to = grad_weight + (group * s_.blocks + block) * g_.out_channels * s_.row;
+        for (int64_t p = 0; p < g_.pixels(); p += scratch_.pixels) {
+          add_weight_gradient(p, smaller(p + scratch_.pixels, g_.pixels()), to);
+        }
+      }
+    }
+    if (call_.grad_input) {
+      fill_zeros(scratch_.image, (last - first) * s_.image);
+      for (int64_t p = 0; p < g_.pixels(); p += scratch_.pixels) {
+        add_input_gradient(p, smaller(p + scratch_.pixels, g_.pixels()), first, last);
+      }
+      for (int64_t block = first; block < last; ++block)
+        store_image(block, scratch_.image + (block - first) * s_.image);
+    }
+  }
+
+ private:
+  int64_t conv_step(int d, int64_t conv) const { return conv * g_.stride[d] * s_.d[d]; }
+
+  // Where the first tap of the first place of each window lies in the image (outside, if in the padding).
+  void find_windows(int64_t first, int64_t last) {
+    for (int64_t pixel = first; pixel < last; ++pixel) {
+      const int64_t x = pixel % g_.output[2], y = pixel / g_.output[2] % g_.output[1];
+      const int64_t z = pixel / g_.output[2] / g_.output[1];
+      scratch_.window_starts[pixel - first] = conv_step(0, z * g_.pool_stride[0] - g_.pool_padding[0]) +
+                                              conv_step(1, y * g_.pool_stride[1] - g_.pool_padding[1]) +
+                                              conv_step(2, x * g_.pool_stride[2] - g_.pool_padding[2]);
+    }
+  }
+
+  // Calls body(channel, pixel, winner, gradient) for the live outputs of a box of channels and pooled pixels.
+  template <class Body>
+  FASTNN_INLINE void for_each_gradient(int64_t first_channel, int64_t last_channel, int64_t first, int64_t last,
+                                       const Body& body) const {
+    const ConvLayout& gl = call_.output_layout;
+    const ConvLayout& wl = call_.winners_layout;
+    for (int64_t o = first_channel; o < last_channel; ++o) {
+      const int64_t channel = group_ * g_.out_channels + o;
+      const T* gradients = call_.grad_output + image_ * gl.n + channel * gl.c;
+      const uint8_t* winners = call_.winners + image_ * wl.n + channel * wl.c;
+      for (int64_t pixel = first; pixel < last;) {
+        const int64_t row = pixel / g_.output[2], x = pixel % g_.output[2];
+        const int64_t y = row % g_.output[1], z = row / g_.output[1];
+        const int64_t count = smaller(last - pixel, g_.output[2] - x);
+        const T* from = gradients + z * gl.d[0] + y * gl.d[1] + x * gl.d[2];
+        const uint8_t* winner = winners + z * wl.d[0] + y * wl.d[1] + x * wl.d[2];
+        for (int64_t i = 0; i < count; ++i) {
+          const int place = winner[i * wl.d[2]];
+          if (place != kDead) body(o, pixel + i, place, to_compute(from[i * gl.d[2]]));
+        }
+        pixel += count;
+      }
+    }
+  }
+
+  void add_bias_gradient(C* to) const {
+    for_each_gradient(0, g_.out_channels, 0, g_.pixels(), [&](int64_t o, int64_t, int, C value) { to[o] += value; });
+  }
+
+  void add_weight_gradient(int64_t first, int64_t last, C* to) {
+    const int64_t slices = divide_up(last - first, scratch_.slice_pixels);
+    // One bucket a (slice, channel), in that order.
+    int32_t* starts = scratch_.starts;
+    int32_t next = 0;
+    find_windows(first, last);
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      const int64_t from = first + slice * scratch_.slice_pixels;
+      for (int64_t o = 0; o < g_.out_channels; ++o) {
+        *starts++ = next;
+        for_each_gradient(o, o + 1, from, smaller(from + scratch_.slice_pixels, last),
+                          [&](int64_t, int64_t pixel, int place, C value) {
+                            const int64_t offset =
+                                scratch_.window_starts[pixel - first] + scratch_.place_offsets[place];
+                            scratch_.entries[next++] = {value, static_cast<int32_t>(offset)};
+                          });
+      }
+    }
+    *starts = next;
+
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
+        for (int64_t o = 0; o < g_.out_channels; ++o) {
+          const int32_t* bounds = scratch_.starts + slice * g_.out_channels + o;
+          if (bounds[0] == bounds[1]) continue;
+          add_runs<decltype(runs)::value, decltype(vectors)::value>(
+              scratch_.entries + bounds[0], scratch_.entries + bounds[1], scratch_.image + vector * kLanes<C>,
+              scratch_.run_offsets + run, to + o * s_.row + (run * s_.vectors + vector) * kLanes<C>);
+        }
+      });
+    }
+  }
+
+  template <int runs, int vectors>
+  FASTNN_INLINE void add_runs(const GradientEntry<C>* first, const GradientEntry<C>* last, const C* image,
+                              const int64_t* run_offsets, C* to) const {
+    const C* from[runs];
+    Vec<C> total[runs][vectors] = {};
+    for (int r = 0; r < runs; ++r) from[r] = image + run_offsets[r];
+    accumulate_runs<runs, vectors>(first, last, from, total);
+    for (int r = 0; r < runs; ++r) {
+      for (int v = 0; v < vectors; ++v) {
+        C* target = to + (r * s_.vectors + v) * kLanes<C>;
+        store(target, load(target) + total[r][v]);
+      }
+    }
+  }
+
+  // Counting sort of the entries by (bucket of output channels, pixel, place).
+  void sort_entries(int64_t first, int64_t last) {
+    const int64_t places = g_.places(), pixels = last - first;
+    const int64_t buckets = divide_up(g_.out_channels, scratch_.channels), keys = buckets * pixels * places;
+    int32_t* starts = scratch_.starts;
+    for (int64_t i = 0; i <= keys; ++i) starts[i] = 0;
+    const auto for_each_key = [&](const auto& body) {
+      for (int64_t bucket = 0; bucket < buckets; ++bucket) {
+        int32_t* own = starts + bucket * pixels * places;
+        const int64_t channel = bucket * scratch_.channels;
+        for_each_gradient(channel, smaller(channel + scratch_.channels, g_.out_channels), first, last,
+                          [&](int64_t o, int64_t pixel, int place, C value) {
+                            body(own[(pixel - first) * places + place], o, value);
+                          });
+      }
+    };
+    for_each_key([](int32_t& start, int64_t, C) { ++start; });
+    int32_t total = 0;
+    for (int64_t i = 0; i < keys; ++i) {
+      const int32_t count = starts[i];
+      starts[i] = total;
+      total += count;
+    }
+    for_each_key([&](int32_t& start, int64_t o, C value) {
+      scratch_.entries[start++] = {value, static_cast<int32_t>(o * s_.row)};
+    });
+    // Each start has moved to the next one's.
+    for (int64_t i = keys; i > 0; --i) starts[i] = starts[i - 1];
+    starts[0] = 0;
+  }
+
+  void add_input_gradient(int64_t first, int64_t last, int64_t first_block, int64_t last_block) {
+    find_windows(first, last);
+    sort_entries(first, last);
+    const int64_t places = g_.places(), pixels = last - first;
+    for (int64_t bucket = 0; bucket < divide_up(g_.out_channels, scratch_.channels); ++bucket) {
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const C* weight = call_.packed + (group_ * s_.blocks + block) * g_.out_channels * s_.row;
+        C* image = scratch_.image + (block - first_block) * s_.image;
+        for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
+          const int32_t* bounds = scratch_.starts + bucket * pixels * places;
+          for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+            const int64_t start = scratch_.window_starts[pixel] + vector * kLanes<C>;
+            for (int64_t place = 0; place < places; ++place, ++bounds) {
+              if (bounds[0] == bounds[1]) continue;
+              scatter_runs<decltype(runs)::value, decltype(vectors)::value>(
+                  scratch_.entries + bounds[0], scratch_.entries + bounds[1],
+                  weight + (run * s_.vectors + vector) * kLanes<C>, scratch_.run_offsets + run,
+                  s_.length - vector * kLanes<C>, image + start + scratch_.place_offsets[place]);
+            }
+          }
+        });
+      }
+    }
+  }
+
+  // `length`: the elements of a run from the first vector on.
+  template <int runs, int vectors>
+  FASTNN_INLINE void scatter_runs(const GradientEntry<C>* first, const GradientEntry<C>* last, const C* weight,
+                                  const int64_t* run_offsets, int64_t length, C* to) const {
+    const C* from[runs];
+    Vec<C> total[runs][vectors] = {};
+    for (int r = 0; r < runs; ++r) from[r] = weight + r * s_.vectors * kLanes<C>;
+    accumulate_runs<runs, vectors>(first, last, from, total);
+    for (int r = 0; r < runs; ++r) {
+      C* target = to + run_offsets[r];
+      for (int v = 0; v < vectors; ++v) {
+        // The unused lanes are left alone: infinity times their zeros is NaN.
+        const Vec<C> sum = load(target + v * kLanes<C>) + total[r][v];
+        store_up_to<C>(target + v * kLanes<C>, sum, length - v * kLanes<C>);
+      }
+    }
+  }
+
+  void load_image(int64_t block) {
+    const int64_t first = block * s_.lanes, channels = smaller(s_.lanes, g_.in_channels - first);
+    const ConvLayout& layout = call_.input_layout;
+    const T* input = call_.input + image_ * layout.n + (group_ * g_.in_channels + first) * layout.c;
+    fill_zeros(scratch_.image, s_.image);
+    for_each_image_row(layout, [&](int64_t from, int64_t to, int64_t count) {
+      if (layout.c == 1) {
+        for (int64_t w = 0; w < count; ++w) {
+          copy_run(input + from + w * layout.d[2], 1, channels, scratch_.image + to + w * s_.lanes);
+        }
+      } else if (layout.d[2] == 1) {
+        transpose_matrix(input + from, layout.c, channels, count, scratch_.image + to, s_.lanes);
+      } else {
+        for (int64_t w = 0; w < count; ++w) {
+          copy_run(input + from + w * layout.d[2], layout.c, channels, scratch_.image + to + w * s_.lanes);
+        }
+      }
+    });
+  }
+
+  void store_image(int64_t block, const C* image) const {
+    const int64_t first = block * s_.lanes, channels = smaller(s_.lanes, g_.in_channels - first);
+    const ConvLayout& layout = call_.grad_input_layout;
+    T* output = call_.grad_input + image_ * layout.n + (group_ * g_.in_channels + first) * layout.c;
+    for_each_image_row(layout, [&](int64_t to, int64_t from, int64_t count) {
+      if (layout.c == 1) {
+        for (int64_t w = 0; w < count; ++w) {
+          for (int64_t c = 0; c < channels; c += kLanes<C>) {
+            const Vec<C> value = load(image + from + w * s_.lanes + c);
+            store_up_to<T>(output + to + w * layout.d[2] + c, value, channels - c);
+          }
+        }
+      } else {
+        transpose_matrix(image + from, s_.lanes, count, channels, output + to, layout.c);
+      }
+    });
+  }
+
+  // Calls body(offset in the tensor, offset in the image, columns) for the input's rows.
+  template <class Body>
+  FASTNN_INLINE void for_each_image_row(const ConvLayout& layout, const Body& body) const {
+    const int64_t* first = g_.padding;
+    for (int64_t z = 0; z < g_.input[0]; ++z) {
+      for (int64_t y = 0; y < g_.input[1]; ++y) {
+        body(z * layout.d[0] + y * layout.d[1],
+             (z + first[0]) * s_.d[0] + (y + first[1]) * s_.d[1] + first[2] * s_.d[2], g_.input[2]);
+      }
+    }
+  }
+
+  const ConvPoolBackward<T>& call_;
+  const ConvPoolGeometry& g_;
+  const RunShape s_;
+  const BackwardScratch<C> scratch_;
+  int64_t image_, group_;
+};
+
+template <class T>
+void backward(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
+              int64_t last_block, Compute<T>* grad_weight, Compute<T>* grad_bias, void* scratch) {
+  BackwardWorker<T> worker(call, scratch);
+  const int64_t blocks = call.plan.channel_blocks;
+  for (int64_t image = first_image; image < last_image; ++image) {
+    for (int64_t block = first_block; block < last_block;) {
+      const int64_t group = block / blocks, first = block % blocks;
+      const int64_t count = smaller(blocks - first, last_block - block);
+      worker.run(image, group, first, first + count, grad_weight, grad_bias);
+      block += count;
+    }
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

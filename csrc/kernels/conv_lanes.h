@@ -1,0 +1,405 @@
+// Forward for few output channels in a group: the vector's lanes hold independent pieces of the problem instead.
+//
+// The pieces are bands of rows of the images, which share their weight, or, for one input channel a group (depthwise),
+// the groups of one image. A thread gathers the input of a vector's pieces side by side; then all that direct
+// convolution does to a number is done to a vector, with no lane idle and none to be moved for stride or pooling.
+#pragma once
+
+#include "conv_direct.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int kLaneOutputs = FASTNN_VECTOR_BYTES == 64 ? 12 : 6;  // output channels of a register tile
+constexpr int kLanePixels = 4;                                    // conv pixels of one, at most
+constexpr int64_t kLaneTileBytes = 256 << 10;
+
+// The geometry of one piece.
+FASTNN_INLINE ConvPoolGeometry piece_geometry(const ConvPoolGeometry& g, int64_t bands) {
+  ConvPoolGeometry piece = g;
+  if (bands > 1) {
+    piece.output[1] = divide_up(g.output[1], bands);
+    piece.conv[1] = (piece.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1);
+  }
+  return piece;
+}
+
+FASTNN_INLINE int64_t piece_extent(const ConvPoolGeometry& piece, int d) {
+  return (piece.conv[d] - 1) * piece.stride[d] + piece.kernel_extent(d);
+}
+
+template <class C>
+struct LanesScratch {
+  C* tile;   // [channel][slice][row][column][lane]
+  C* ring;   // [slot][output channel][column][lane]
+  C* stage;  // [output channel][pixel][lane]
+  uint8_t* winner_stage;
+  C* row;  // [lane][column]: a row of every piece, or pooled pixels on the way out
+  uint8_t* winner_row;
+  WindowRow<C>* window_rows;
+  int64_t* tags;
+  int64_t* offsets;
+  int64_t size;
+
+  LanesScratch(const ConvPoolGeometry& piece, int64_t lanes, void* memory) {
+    char* base = static_cast<char*>(memory);
+    int64_t used = 0;
+    const auto take = [&](int64_t bytes) {
+      char* part = base + used;
+      used += round_up(bytes, 64);
+      return part;
+    };
+    const int64_t element = lanes * sizeof(C), outputs = smaller(piece.out_channels, kLaneOutputs);
+    const int64_t slots = smaller(piece.conv[0], piece.pool_extent(0)) * smaller(piece.conv[1], piece.pool_extent(1));
+    const int64_t columns = piece_extent(piece, 2);
+    tile = reinterpret_cast<C*>(
+        take(piece.in_channels * piece_extent(piece, 0) * piece_extent(piece, 1) * columns * element));
+    ring = reinterpret_cast<C*>(take(slots * outputs * piece.conv[2] * element));
+    stage = reinterpret_cast<C*>(take(outputs * piece.pixels() * element));
+    winner_stage = reinterpret_cast<uint8_t*>(take(outputs * piece.pixels() * lanes));
+    row = reinterpret_cast<C*>(take(larger(columns, piece.pixels()) * element));
+    winner_row = reinterpret_cast<uint8_t*>(take(piece.pixels() * lanes));
+    window_rows = reinterpret_cast<WindowRow<C>*>(
+        take(piece.pool_kernel[0] * piece.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
+    tags = reinterpret_cast<int64_t*>(take(slots * static_cast<int64_t>(sizeof(int64_t))));
+    offsets = reinterpret_cast<int64_t*>(take(piece.depth() * static_cast<int64_t>(sizeof(int64_t))));
+    size = used;
+  }
+};
+
+// A plan, and the share of all multiplications that will be useful ones, copying counted in; 0 if there is no plan.
+struct LanesPlan {
+  ConvPoolPlan plan;
+  double useful;
+};
+
+template <class C>
+LanesPlan plan_lanes(const ConvPoolGeometry& g) {
+  LanesPlan best = {};
+  const bool depthwise = g.in_channels == 1 && g.groups >= kLanes<C>;
+  // Bands have the same geometry only if no window reaches over the edge.
+  const bool whole = g.pool_padding[1] == 0 && (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1) <= g.conv[1];
+  const int64_t most_bands = whole && !depthwise ? g.output[1] : 1;
+  const double multiplications =
+      static_cast<double>(g.out_channels) * g.taps() / (g.stride[0] * g.stride[1] * g.stride[2]);
+  constexpr double kCopying = 16;  // what bringing a vector in and out costs, in multiplications
+  for (int64_t bands = 1; bands <= most_bands; ++bands) {
+    const ConvPoolGeometry piece = piece_geometry(g, bands);
+    const double pieces = static_cast<double>(depthwise ? g.groups : g.batch * bands);
+    for (int vectors = 1; vectors <= 2; ++vectors) {
+      const int64_t lanes = vectors * kLanes<C>;
+      const int64_t tile = piece.in_channels * piece_extent(piece, 0) * piece_extent(piece, 1) * piece_extent(piece, 2);
+      if (tile * lanes * static_cast<int64_t>(sizeof(C)) > kLaneTileBytes) continue;
+      const double halo = static_cast<double>(bands * piece_extent(piece, 1)) / piece_extent(g, 1);
+      const double full =
+          pieces / round_up(static_cast<int64_t>(pieces), lanes) * g.output[1] / (bands * piece.output[1]);
+      const double useful = full * multiplications / (multiplications + kCopying * halo) * (vectors == 1 ? 0.95 : 1);
+      if (useful <= best.useful) continue;
+      best.useful = useful;
+      best.plan.bands = bands;
+      best.plan.lane_vectors = vectors;
+      best.plan.lanes_are_groups = depthwise;
+    }
+  }
+  if (best.useful == 0) return best;
+  ConvPoolPlan& plan = best.plan;
+  const int64_t lanes = plan.lane_vectors * kLanes<C>;
+  plan.algorithm = ConvAlgorithm::lanes;
+  plan.items = depthwise ? g.batch * divide_up(g.groups, lanes) : divide_up(g.batch * plan.bands, lanes) * g.groups;
+  plan.pack_items = 1;
+  plan.packed_size = g.depth() * g.out_channels * round_up(g.groups, lanes);
+  plan.scratch_size = LanesScratch<C>(piece_geometry(g, plan.bands), lanes, nullptr).size;
+  return best;
+}
+
+// weight -> [group][block of output channels][depth][channel], or depthwise [output channel][depth][group]
+template <class T>
+void pack_lanes(const ConvPoolForward<T>& call) {
+  const ConvPoolGeometry& g = call.geometry;
+  const ConvLayout& layout = call.weight_layout;
+  const int64_t blocks = divide_up(g.out_channels, kLaneOutputs);
+  const int64_t groups = round_up(g.groups, call.plan.lane_vectors * kLanes<Compute<T>>);
+  for (int64_t group = 0; group < g.groups; ++group) {
+    for (int64_t o = 0; o < g.out_channels; ++o) {
+      const T* from = call.weight + (group * g.out_channels + o) * layout.n;
+      Compute<T>* to = call.packed + o * g.depth() * groups + group;
+      int64_t step = groups;
+      if (!call.plan.lanes_are_groups) {
+        const int64_t block = ((o + 1) * blocks - 1) / g.out_channels;
+        const int64_t first = g.out_channels * block / blocks, last = g.out_channels * (block + 1) / blocks;
+        to = call.packed + (group * g.out_channels + first) * g.depth() + o - first;
+        step = last - first;
+      }
+      for_each_tap(g, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+        to[k * step] = to_compute(from[c * layout.c + d * layout.d[0] + h * layout.d[1] + w * layout.d[2]]);
+      });
+    }
+  }
+}
+
+// The register tile: `pixels` conv pixels of `outputs` output channels, `vectors` vectors of pieces each. The weight
+// is one number for all lanes, or a vector of numbers.
+template <int pixels, int outputs, int vectors, bool shared_weight, class C>
+FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+                              int64_t weight_step, const Vec<C> (&bias)[outputs][vectors], C* to, int64_t output_step) {
+  constexpr int64_t pixel = vectors * kLanes<C>;
+  Vec<C> total[pixels][outputs][vectors];
+  for (int p = 0; p < pixels; ++p) {
+    for (int o = 0; o < outputs; ++o) {
+      for (int v = 0; v < vectors; ++v) total[p][o][v] = bias[o][v];
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const C* at = tile + offsets[k];
+#pragma GCC unroll 4
+    for (int p = 0; p < pixels; ++p) {
+      Vec<C> value[vectors];
+      for (int v = 0; v < vectors; ++v) value[v] = load(at + p * step + v * kLanes<C>);
+#pragma GCC unroll 12
+      for (int o = 0; o < outputs; ++o) {
+        for (int v = 0; v < vectors; ++v) {
+          const Vec<C> factor = shared_weight ? broadcast<C>(weight[o]) : load(weight + v * kLanes<C>);
+          total[p][o][v] += value[v] * factor;
+        }
+      }
+    }
+    weight += weight_step;
+  }
+  for (int p = 0; p < pixels; ++p) {
+    for (int o = 0; o < outputs; ++o) {
+      for (int v = 0; v < vectors; ++v) store(to + o * output_step + p * pixel + v * kLanes<C>, total[p][o][v]);
+    }
+  }
+}
+
+template <class T>
+class LanesForward {
+  using C = Compute<T>;
+
+ public:
+  LanesForward(const ConvPoolForward<T>& call, void* memory)
+      : call_(call),
+        g_(call.geometry),
+        piece_(piece_geometry(call.geometry, call.plan.bands)),
+        lanes_(call.plan.lane_vectors * kLanes<C>),
+        scratch_(piece_, lanes_, memory) {
+    step_[2] = lanes_;
+    step_[1] = step_[2] * piece_extent(piece_, 2);
+    step_[0] = step_[1] * piece_extent(piece_, 1);
+    channel_step_ = step_[0] * piece_extent(piece_, 0);
+    ring_slices_ = smaller(piece_.conv[0], piece_.pool_extent(0));
+    ring_rows_ = smaller(piece_.conv[1], piece_.pool_extent(1));
+    for_each_tap(g_, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+      scratch_.offsets[k] = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
+                            w * g_.dilation[2] * step_[2];
+    });
+  }
+
+  void run(int64_t item) {
+    if (call_.plan.lanes_are_groups) {
+      const int64_t parts = divide_up(g_.groups, lanes_);
+      first_piece_ = item / parts;
+      group_ = item % parts * lanes_;
+      live_ = smaller(lanes_, g_.groups - group_);
+    } else {
+      group_ = item % g_.groups;
+      first_piece_ = item / g_.groups * lanes_;
+      live_ = smaller(lanes_, g_.batch * call_.plan.bands - first_piece_);
+    }
+    load_tile();
+    if (call_.plan.lane_vectors == 2) {
+      run_blocks<2>();
+    } else {
+      run_blocks<1>();
+    }
+  }
+
+ private:
+  // A lane's image, group and first pooled row.
+  struct Lane {
+    int64_t image, group, row;
+  };
+  Lane lane(int64_t i) const {
+    if (call_.plan.lanes_are_groups) return {first_piece_, group_ + i, 0};
+    const int64_t piece = first_piece_ + i, bands = call_.plan.bands;
+    return {piece / bands, group_, piece % bands * piece_.output[1]};
+  }
+
+  void load_tile() {
+    const ConvLayout& layout = call_.input_layout;
+    const int64_t columns = piece_extent(piece_, 2), left = smaller(g_.padding[2], columns);
+    const int64_t count = larger(0, smaller(g_.input[2], columns - left));
+    const bool side_by_side = call_.plan.lanes_are_groups && layout.c == 1;
+    fill_zeros(scratch_.row, lanes_ * columns);
+    for (int64_t c = 0; c < g_.in_channels; ++c) {
+      for (int64_t d = 0; d < piece_extent(piece_, 0); ++d) {
+        for (int64_t h = 0; h < piece_extent(piece_, 1); ++h) {
+          C* to = scratch_.tile + c * channel_step_ + d * step_[0] + h * step_[1];
+          if (side_by_side) {
+            load_channels(d - g_.padding[0], h - g_.padding[1], left, count, to);
+            continue;
+          }
+          for (int64_t i = 0; i < live_; ++i) {
+            const Lane from = lane(i);
+            const int64_t z = d - g_.padding[0], y = from.row * g_.pool_stride[1] * g_.stride[1] + h - g_.padding[1];
+            C* row = scratch_.row + i * columns + left;
+            if (z < 0 || z >= g_.input[0] || y < 0 || y >= g_.input[1]) {
+              fill_zeros(row, count);
+              continue;
+            }
+            copy_run(call_.input + from.image * layout.n + (from.group * g_.in_channels + c) * layout.c +
+                         z * layout.d[0] + y * layout.d[1],
+                     layout.d[2], count, row);
+          }
+          transpose_matrix(scratch_.row, columns, lanes_, columns, to, lanes_);
+        }
+      }
+    }
+  }
+
+  // A row whose lanes lie side by side in the input as well.
+  void load_channels(int64_t z, int64_t y, int64_t left, int64_t count, C* to) {
+    const ConvLayout& layout = call_.input_layout;
+    fill_zeros(to, step_[1]);
+    if (z < 0 || z >= g_.input[0] || y < 0 || y >= g_.input[1]) return;
+    const T* from = call_.input + first_piece_ * layout.n + group_ + z * layout.d[0] + y * layout.d[1];
+    for (int64_t w = 0; w < count; ++w) copy_run(from + w * layout.d[2], 1, live_, to + (left + w) * lanes_);
+  }
+
+  template <int vectors>
+  void run_blocks() {
+    if (call_.plan.lanes_are_groups) {
+      for (int64_t o = 0; o < g_.out_channels; ++o) run_block<vectors, 1, false>(o);
+      return;
+    }
+    const int64_t blocks = divide_up(g_.out_channels, kLaneOutputs);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = g_.out_channels * b / blocks, last = g_.out_channels * (b + 1) / blocks;
+      with_constant<kLaneOutputs>(static_cast<int>(last - first),
+                                  [&](auto outputs) { run_block<vectors, decltype(outputs)::value, true>(first); });
+    }
+  }
+
+  template <int vectors, int outputs, bool shared_weight>
+  void run_block(int64_t first) {
+    Vec<C> bias[outputs][vectors] = {};
+    for (int o = 0; o < outputs && call_.bias; ++o) {
+      const T* from = call_.bias + group_ * g_.out_channels + first + o;
+      for (int v = 0; v < vectors; ++v) {
+        C lanes[kLanes<C>];
+        for (int64_t i = 0; i < kLanes<C>; ++i) {
+          const int64_t group = shared_weight ? 0 : smaller(v * kLanes<C> + i, live_ - 1);
+          lanes[i] = to_compute(from[group * g_.out_channels]);
+        }
+        bias[o][v] = load(lanes);
+      }
+    }
+    for (int64_t i = 0; i < ring_slices_ * ring_rows_; ++i) scratch_.tags[i] = -1;
+    const int64_t pixel = vectors * kLanes<C>, plane = piece_.conv[2] * pixel;
+    for (int64_t z = 0; z < piece_.output[0]; ++z) {
+      for (int64_t y = 0; y < piece_.output[1]; ++y) {
+        const int64_t count = window_rows<vectors, outputs, shared_weight>(first, z, y, bias);
+        for (int o = 0; o < outputs; ++o) {
+          const int64_t at = (o * piece_.pixels() + (z * piece_.output[1] + y) * piece_.output[2]) * pixel;
+          if (call_.winners) {
+            pool_row<C, vectors, true>(piece_, scratch_.window_rows, count, 0, 0, piece_.output[2], scratch_.stage + at,
+                                       scratch_.winner_stage + at);
+          } else {
+            pool_row<C, vectors, false>(piece_, scratch_.window_rows, count, 0, 0, piece_.output[2],
+                                        scratch_.stage + at, nullptr);
+          }
+          for (int64_t r = 0; r < count; ++r) scratch_.window_rows[r].pixels += plane;
+        }
+      }
+    }
+    for (int o = 0; o < outputs; ++o) {
+      const int64_t at = o * piece_.pixels() * pixel;
+      write(first + o, scratch_.stage + at, scratch_.row, call_.output);
+      if (call_.winners) write(first + o, scratch_.winner_stage + at, scratch_.winner_row, call_.winners);
+    }
+  }
+
+  template <int vectors, int outputs, bool shared_weight>
+  int64_t window_rows(int64_t first, int64_t slice, int64_t row, const Vec<C> (&bias)[outputs][vectors]) {
+    const PlaceRange slices = places_inside(piece_, 0, slice), rows = places_inside(piece_, 1, row);
+    const int64_t row_size = outputs * piece_.conv[2] * lanes_;
+    int64_t count = 0;
+    for (int64_t i = slices.first; i < slices.last; ++i) {
+      const int64_t z = slice * g_.pool_stride[0] - g_.pool_padding[0] + i * g_.pool_dilation[0];
+      for (int64_t j = rows.first; j < rows.last; ++j) {
+        const int64_t y = row * g_.pool_stride[1] - g_.pool_padding[1] + j * g_.pool_dilation[1];
+        const int64_t slot = z % ring_slices_ * ring_rows_ + y % ring_rows_;
+        C* pixels = scratch_.ring + slot * row_size;
+        if (scratch_.tags[slot] != z * piece_.conv[1] + y) {
+          scratch_.tags[slot] = z * piece_.conv[1] + y;
+          conv_row<vectors, outputs, shared_weight>(
+              first, scratch_.tile + z * g_.stride[0] * step_[0] + y * g_.stride[1] * step_[1], bias, pixels);
+        }
+        scratch_.window_rows[count++] = {pixels, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
+      }
+    }
+    return count;
+  }
+
+  template <int vectors, int outputs, bool shared_weight>
+  void conv_row(int64_t first, const C* tile, const Vec<C> (&bias)[outputs][vectors], C* to) {
+    constexpr int together = kLaneOutputs / outputs < kLanePixels ? kLaneOutputs / outputs : kLanePixels;
+    const int64_t groups = round_up(g_.groups, lanes_), step = g_.stride[2] * step_[2], count = piece_.conv[2];
+    const C* weight = shared_weight ? call_.packed + (group_ * g_.out_channels + first) * g_.depth()
+                                    : call_.packed + first * g_.depth() * groups + group_;
+    const int64_t weight_step = shared_weight ? outputs : groups;
+    const auto run = [&](auto pixels, int64_t x) {
+      lanes_tile<decltype(pixels)::value, outputs, vectors, shared_weight>(tile + x * step, step, scratch_.offsets,
+                                                                           g_.depth(), weight, weight_step, bias,
+                                                                           to + x * lanes_, count * lanes_);
+    };
+    int64_t x = 0;
+    for (; x + together <= count; x += together) run(Constant<together>{}, x);
+    for (; x < count; ++x) run(Constant<1>{}, x);
+  }
+
+  // One output channel's pooled pixels [pixel][lane] to where each lane's belong.
+  template <class From, class To>
+  void write(int64_t output, const From* from, From* row, To* tensor) {
+    const ConvLayout& layout = call_.output_layout;
+    const int64_t pixels = piece_.pixels();
+    if (call_.plan.lanes_are_groups && layout.c == 1 && g_.out_channels == 1) {
+      To* to = tensor + first_piece_ * layout.n + group_;
+      for (int64_t i = 0; i < pixels; ++i) copy_out(from + i * lanes_, live_, to + i * layout.d[2]);
+      return;
+    }
+    transpose_matrix(from, lanes_, pixels, lanes_, row, pixels);
+    for (int64_t i = 0; i < live_; ++i) {
+      const Lane lane = this->lane(i);
+      const int64_t rows = smaller(piece_.output[1], g_.output[1] - lane.row);
+      for (int64_t z = 0; z < g_.output[0] && rows > 0; ++z) {
+        const From* source = row + i * pixels + z * piece_.output[1] * piece_.output[2];
+        To* to = tensor + lane.image * layout.n + (lane.group * g_.out_channels + output) * layout.c + z * layout.d[0] +
+                 lane.row * layout.d[1];
+        const int64_t count = rows * g_.output[2];
+        if (layout.d[2] == 1) {
+          copy_out(source, count, to);
+        } else {
+          for (int64_t x = 0; x < count; ++x) copy_out(source + x, 1, to + x * layout.d[2]);
+        }
+      }
+    }
+  }
+
+  const ConvPoolForward<T>& call_;
+  const ConvPoolGeometry& g_;
+  const ConvPoolGeometry piece_;
+  const int64_t lanes_;
+  const LanesScratch<C> scratch_;
+  int64_t step_[3], channel_step_, ring_slices_, ring_rows_;
+  int64_t first_piece_, group_, live_;
+};
+
+template <class T>
+void forward_lanes(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
+  LanesForward<T> worker(call, scratch);
+  for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

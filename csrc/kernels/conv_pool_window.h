@@ -1,0 +1,215 @@
+// The pooling half: a window's largest value, ReLU and winner, from rows of conv pixels in cache.
+#pragma once
+
+#include "conv_relu_max_pool.h"
+#include "../simd/transpose.h"
+#include "gemm.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+FASTNN_INLINE int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+FASTNN_INLINE int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Places in a window, as wide as what they are selected by.
+template <class T>
+using Places = Vec<typename IntegerOf<T>::Type>;
+
+// The places of a window that lie on the convolution's output, along one dimension: [first, last).
+struct PlaceRange {
+  int64_t first, last;
+};
+FASTNN_INLINE PlaceRange places_inside(const ConvPoolGeometry& g, int d, int64_t pooled) {
+  const int64_t start = pooled * g.pool_stride[d] - g.pool_padding[d];
+  const int64_t step = g.pool_dilation[d];
+  const int64_t first = start < 0 ? divide_up(-start, step) : 0;
+  const int64_t room = g.conv[d] - start;
+  const int64_t last = room <= 0 ? 0 : smaller(g.pool_kernel[d], divide_up(room, step));
+  return {first, last};
+}
+
+// A row of conv pixels that a window covers, and the place of the row's first pixel in the window.
+template <class C>
+struct WindowRow {
+  const C* pixels;
+  int64_t place;
+};
+
+// The running maximum of `vectors` vectors of one window.
+template <class C, int vectors, bool with_winners>
+struct WindowMaximum {
+  Vec<C> best[vectors];
+  Places<C> winner[vectors];
+
+  // Later pixels are compared unrectified: above the rectified first one they are their own ReLU.
+  FASTNN_INLINE void start(const C* pixel, int64_t place) {
+    for (int v = 0; v < vectors; ++v) {
+      best[v] = relu(load(pixel + v * kLanes<C>));
+      if (with_winners) winner[v] = Places<C>{} + static_cast<typename IntegerOf<C>::Type>(place);
+    }
+  }
+  FASTNN_INLINE void add(const C* pixel, int64_t place) {
+    for (int v = 0; v < vectors; ++v) {
+      const Vec<C> value = load(pixel + v * kLanes<C>);
+      const auto wins = (value > best[v]) | (value != value);
+      best[v] = wins ? value : best[v];
+      if (with_winners) {
+        winner[v] = wins ? Places<C>{} + static_cast<typename IntegerOf<C>::Type>(place) : winner[v];
+      }
+    }
+  }
+  FASTNN_INLINE void write(C* to, uint8_t* winners) const {
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes<C>)));
+    for (int v = 0; v < vectors; ++v) {
+      store(to + v * kLanes<C>, best[v]);
+      if (with_winners) {
+        const Places<C> dead = Places<C>{} + kDead;
+        const Places<C> place = best[v] <= Vec<C>{} ? dead : winner[v];
+        const Bytes bytes = __builtin_convertvector(place, Bytes);
+        __builtin_memcpy(winners + v * kLanes<C>, &bytes, sizeof(bytes));
+      }
+    }
+  }
+};
+
+template <class C, int vectors>
+FASTNN_INLINE void write_empty_window(C* to, uint8_t* winners) {
+  for (int i = 0; i < vectors * kLanes<C>; ++i) {
+    to[i] = -static_cast<C>(__builtin_inf());
+    if (winners) winners[i] = kDead;
+  }
+}
+
+// x where it is larger, else y: one instruction, which drops a NaN of x.
+template <class V>
+FASTNN_INLINE V larger_of(V x, V y) {
+  return x > y ? x : y;
+}
+
+template <class C>
+FASTNN_INLINE bool has_nan(Vec<C> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == sizeof(float)) {
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q) != 0;
+  } else {
+    return _mm512_cmp_pd_mask((__m512d)x, (__m512d)x, _CMP_UNORD_Q) != 0;
+  }
+#else
+  C lanes[kLanes<C>];
+  store(lanes, x);
+  bool found = false;
+  for (C lane : lanes) found |= lane != lane;
+  return found;
+#endif
+}
+
+// `count` whole windows of rows x taps conv pixels, the first at rows[..].pixels + start, in the hope that none of
+// them is NaN. Returns false, having written rubbish, when one is (or when infinities of both signs meet).
+template <int row_count, int taps, class C, int vectors, bool with_winners>
+bool pool_finite_windows(const WindowRow<C>* rows, int64_t start, int64_t tap_step, int64_t window_step, int64_t count,
+                         C* to, uint8_t* winners) {
+  constexpr int64_t pixel = vectors * kLanes<C>;
+  using Place = typename IntegerOf<C>::Type;
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<C>)));
+  const C* from[row_count];
+  for (int r = 0; r < row_count; ++r) from[r] = rows[r].pixels + start;
+  Vec<C> total[vectors] = {};  // NaN once a NaN has been seen
+  for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      const Vec<C> first = load(from[0] + v * kLanes<C>);
+      total[v] += first;
+      Vec<C> best = relu(first);
+      Places<C> winner = Places<C>{} + static_cast<Place>(rows[0].place);
+#pragma GCC unroll 3
+      for (int r = 0; r < row_count; ++r) {
+#pragma GCC unroll 3
+        for (int t = r == 0 ? 1 : 0; t < taps; ++t) {
+          const Vec<C> value = load(from[r] + t * tap_step + v * kLanes<C>);
+          total[v] += value;
+          if (with_winners) winner = value > best ? Places<C>{} + static_cast<Place>(rows[r].place + t) : winner;
+          best = larger_of(value, best);
+        }
+      }
+      store(to + v * kLanes<C>, best);
+      if (with_winners) {
+        const Places<C> place = best <= Vec<C>{} ? Places<C>{} + kDead : winner;
+        const Bytes bytes = __builtin_convertvector(place, Bytes);
+        __builtin_memcpy(winners + v * kLanes<C>, &bytes, sizeof(bytes));
+      }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < row_count; ++r) from[r] += window_step;
+    to += pixel;
+    if (with_winners) winners += pixel;
+  }
+  Vec<C> all = total[0];
+  for (int v = 1; v < vectors; ++v) all += total[v];
+  return !has_nan<C>(all);
+}
+
+// The windows [first, last) of a row, whatever they hold and wherever they lie.
+template <class C, int vectors, bool with_winners>
+void pool_any_windows(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv,
+                      int64_t first, int64_t last, C* to, uint8_t* winners) {
+  constexpr int64_t pixel = vectors * kLanes<C>;
+  const int64_t step = g.pool_dilation[2] * pixel;
+  for (int64_t x = first; x < last; ++x, to += pixel, winners += with_winners ? pixel : 0) {
+    const PlaceRange range = places_inside(g, 2, x);
+    if (row_count == 0 || range.first >= range.last) {
+      write_empty_window<C, vectors>(to, with_winners ? winners : nullptr);
+      continue;
+    }
+    const int64_t start = (x * g.pool_stride[2] - g.pool_padding[2] - first_conv) * pixel;
+    WindowMaximum<C, vectors, with_winners> window;
+    window.start(rows[0].pixels + start + range.first * step, rows[0].place + range.first);
+    for (int64_t r = 0; r < row_count; ++r) {
+      for (int64_t p = range.first + (r == 0); p < range.last; ++p) {
+        window.add(rows[r].pixels + start + p * step, rows[r].place + p);
+      }
+    }
+    window.write(to, winners);
+  }
+}
+
+// One row of pooled pixels, [first, last), into `to` and `winners` (columns, vectors x lanes).
+// rows[..].pixels point to the conv pixel `first_conv`.
+template <class C, int vectors, bool with_winners>
+void pool_row(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv, int64_t first,
+              int64_t last, C* to, uint8_t* winners) {
+  constexpr int64_t pixel = vectors * kLanes<C>;
+  constexpr int most = 3;
+  const int64_t stride = g.pool_stride[2], padding = g.pool_padding[2];
+  // Windows that lie on the convolution's output whole.
+  const int64_t room = g.conv[2] + padding - g.pool_extent(2);
+  const int64_t whole_first = smaller(last, larger(first, divide_up(padding, stride)));
+  const int64_t whole_last = smaller(last, larger(whole_first, room < 0 ? 0 : room / stride + 1));
+  const int64_t at = (whole_first - first) * pixel;
+  bool done = false;
+  if (row_count >= 1 && row_count <= most && g.pool_kernel[2] <= most && whole_last > whole_first) {
+    with_constant<most>(static_cast<int>(row_count), [&](auto rows_constant) {
+      with_constant<most>(static_cast<int>(g.pool_kernel[2]), [&](auto taps_constant) {
+        done = pool_finite_windows<decltype(rows_constant)::value, decltype(taps_constant)::value, C, vectors,
+                                   with_winners>(rows, (whole_first * stride - padding - first_conv) * pixel,
+                                                 g.pool_dilation[2] * pixel, stride * pixel, whole_last - whole_first,
+                                                 to + at, winners + (with_winners ? at : 0));
+      });
+    });
+  }
+  if (!done)
+    return pool_any_windows<C, vectors, with_winners>(g, rows, row_count, first_conv, first, last, to, winners);
+  const int64_t rest = (whole_last - first) * pixel;
+  pool_any_windows<C, vectors, with_winners>(g, rows, row_count, first_conv, first, whole_first, to, winners);
+  pool_any_windows<C, vectors, with_winners>(g, rows, row_count, first_conv, whole_last, last, to + rest,
+                                             winners + (with_winners ? rest : 0));
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,122 @@
+// pool(relu(conv(input, weight) + bias)) in one to three dimensions, without the convolution's output in memory.
+#pragma once
+
+#include <stdint.h>
+
+#include "../simd/isa.h"
+#include "dtype.h"
+
+namespace fastnn {
+
+// The winner of a window whose output has no gradient: the largest value is not above zero, or there is none.
+constexpr uint8_t kDead = 255;
+// So that a winner's place fits a byte.
+constexpr int64_t kMostPlaces = 254;
+
+// Dimensions are depth, height, width; a problem of fewer has ones in front.
+struct ConvPoolGeometry {
+  int64_t batch, groups;
+  int64_t in_channels, out_channels;  // of one group
+  int64_t input[3], kernel[3], stride[3], padding[3], dilation[3];
+  int64_t conv[3];  // the convolution's output
+  int64_t pool_kernel[3], pool_stride[3], pool_padding[3], pool_dilation[3];
+  int64_t output[3];
+
+  int64_t pixels() const { return output[0] * output[1] * output[2]; }
+  int64_t places() const { return pool_kernel[0] * pool_kernel[1] * pool_kernel[2]; }
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t depth() const { return in_channels * taps(); }
+  // Conv pixels from a window's first to its last, along one dimension.
+  int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }
+  int64_t kernel_extent(int d) const { return (kernel[d] - 1) * dilation[d] + 1; }
+};
+
+// Where the elements of a (batch, channels, depth, height, width) tensor lie.
+struct ConvLayout {
+  int64_t n, c, d[3];
+};
+
+// What the vector's lanes hold in forward: output channels, or independent pieces of the problem.
+enum class ConvAlgorithm : int32_t { direct, lanes };
+
+// How a forward call is cut up: a function of the geometry, the layouts and the number of threads.
+struct ConvPoolPlan {
+  ConvAlgorithm algorithm;
+  int64_t items;                  // independent pieces of work
+  int64_t packed_size;            // elements of the packed weight
+  int64_t pack_items;             // independent pieces of packing
+  int64_t scratch_size;           // bytes, a thread
+  bool channels_last;             // the order of the tile's elements and so of the packed weight's
+  int64_t columns, column_parts;  // pooled columns worked on together
+  int64_t band;                   // pooled rows worked on together
+  int64_t row_parts, block_parts;
+  // conv_lanes.h
+  int64_t bands;  // of an image's rows: pieces
+  int lane_vectors;
+  bool lanes_are_groups;
+};
+
+template <class T>
+struct ConvPoolForward {
+  ConvPoolGeometry geometry;
+  ConvPoolPlan plan;
+  const T* input;
+  ConvLayout input_layout;
+  const T* weight;  // n is its output channel
+  ConvLayout weight_layout;
+  const T* bias;  // or null
+  Compute<T>* packed;
+  T* output;  // dense, channels first or last
+  ConvLayout output_layout;
+  uint8_t* winners;  // laid out as the output, or null
+};
+
+struct ConvPoolBackwardPlan {
+  int64_t packed_size;     // elements of the packed weight, for the input's gradient
+  int64_t weight_size;     // elements of one private weight gradient
+  int64_t scratch_size;    // bytes, a thread
+  int64_t channel_blocks;  // of one group; pieces of work are (images) x (groups x channel blocks)
+  int64_t lanes;           // channels of a block
+};
+
+template <class T>
+struct ConvPoolBackward {
+  ConvPoolGeometry geometry;
+  ConvPoolBackwardPlan plan;
+  const T* grad_output;
+  ConvLayout output_layout;
+  const uint8_t* winners;
+  ConvLayout winners_layout;
+  const T* input;
+  ConvLayout input_layout;
+  const T* weight;
+  ConvLayout weight_layout;
+  T* grad_input;  // or null
+  ConvLayout grad_input_layout;
+  Compute<T>* packed;  // the packed weight, or null
+};
+
+template <class T>
+struct ConvPoolKernels {
+  ConvPoolPlan (*plan)(const ConvPoolGeometry&, const ConvLayout& input, int64_t threads);
+  void (*pack)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item);
+  void (*forward)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item, void* scratch);
+
+  ConvPoolBackwardPlan (*plan_backward)(const ConvPoolGeometry&);
+  void (*pack_backward)(const ConvPoolBackward<T>&);
+  // The gradients that images [first_image, last_image) and blocks [first_block, last_block) contribute.
+  // grad_weight (weight_size) and grad_bias (groups x out_channels) are added to; either may be null.
+  void (*backward)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, int64_t first_block,
+                   int64_t last_block, Compute<T>* grad_weight, Compute<T>* grad_bias, void* scratch);
+  // A private weight gradient, given back in the weight's layout.
+  void (*unpack_weight)(const ConvPoolBackward<T>&, const Compute<T>* grad_weight, T* to, const ConvLayout& layout);
+  void (*store)(const Compute<T>* from, int64_t count, T* to);
+  // Whether each winner is a place that its window has.
+  bool (*winners_are_valid)(const ConvPoolGeometry&, const uint8_t* winners, const ConvLayout&);
+};
+
+using ConvPoolTable = PerDtype<ConvPoolKernels>;
+
+}  // namespace fastnn
+
+FASTNN_DECLARE_KERNELS(ConvPoolTable, conv_relu_max_pool_kernels)

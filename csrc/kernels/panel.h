@@ -1,0 +1,141 @@
+// Products with a matrix packed in panels, and the packing. A panel is (depth, width) of a few vectors, its rows
+// one after the other, so that a product reads it from start to end.
+#pragma once
+
+#include "gemm.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+FASTNN_INLINE int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+FASTNN_INLINE int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Accumulators in a tile of `vectors` columns: what is left of the registers after one row of the panel and a
+// broadcast.
+constexpr int tile_rows(int vectors) {
+  return FASTNN_VECTOR_BYTES == 64 ? (vectors == 4   ? 6
+                                      : vectors == 3 ? 8
+                                                     : 12)
+                                   : (vectors == 4   ? 2
+                                      : vectors == 3 ? 4
+                                                     : 6);
+}
+
+// Where the left operand's element (r, k) lies: a[r * row + k * depth].
+template <bool transposed>
+struct Strides {
+  int64_t stride;
+  FASTNN_INLINE int64_t row() const { return transposed ? 1 : stride; }
+  FASTNN_INLINE int64_t depth() const { return transposed ? stride : 1; }
+};
+
+// out[r] = start[r * start_stride] + a[r] panel, for `rows` rows. Few rows are summed in several parts of the depth
+// at a time: one chain of additions would wait for itself.
+template <int rows, int vectors, bool transposed, class C>
+__attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<transposed> strides, const C* panel,
+                                             const C* start, int64_t start_stride, C* out, int64_t out_stride) {
+  constexpr int lanes = kLanes<C>, width = vectors * lanes;
+  constexpr int parts = rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : 4;
+  Vec<C> total[parts][rows][vectors] = {};
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) total[0][r][v] = load(start + r * start_stride + v * lanes);
+  }
+  const int64_t row = strides.row(), step = strides.depth();
+  const auto multiply_one = [&](int part) __attribute__((always_inline)) {
+    Vec<C> right[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) right[v] = load(panel + part * width + v * lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const Vec<C> left = broadcast<C>(a[r * row + part * step]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) total[part][r][v] += left * right[v];
+    }
+  };
+  int64_t k = 0;
+  for (; k + parts <= depth; k += parts) {
+#pragma GCC unroll 4
+    for (int part = 0; part < parts; ++part) multiply_one(part);
+    a += parts * step;
+    panel += parts * width;
+  }
+  if constexpr (parts > 1) {
+    for (; k < depth; ++k) {
+      multiply_one(0);
+      a += step;
+      panel += width;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      Vec<C> sum = total[0][r][v];
+#pragma GCC unroll 4
+      for (int part = 1; part < parts; ++part) sum += total[part][r][v];
+      store(out + r * out_stride + v * lanes, sum);
+    }
+  }
+}
+
+// The same for any number of rows, in tiles as even as can be.
+template <int vectors, bool transposed = false, class C>
+void multiply_panel(int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panel, const C* start,
+                    int64_t start_stride, C* out, int64_t out_stride) {
+  constexpr int most = tile_rows(vectors);
+  const Strides<transposed> strides{a_stride};
+  const int64_t tiles = divide_up(rows, most);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
+    with_constant<most>(static_cast<int>(count), [&](auto constant) {
+      multiply_rows<decltype(constant)::value, vectors>(depth, a + first * strides.row(), strides, panel,
+                                                        start + first * start_stride, start_stride,
+                                                        out + first * out_stride, out_stride);
+    });
+  }
+}
+
+// weight (count <= kLanes, depth), `stride` apart -> one vector of a panel: panel[k * width + row].
+template <class T>
+void pack_rows(const T* weight, int64_t stride, int64_t count, int64_t depth, Compute<T>* panel, int64_t width) {
+  using C = Compute<T>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t k = 0; k < depth; k += lanes) {
+    Vec<C> block[lanes] = {};
+    for (int64_t r = 0; r < count; ++r) block[r] = load_up_to<T>(weight + r * stride + k, depth - k);
+    transpose<C>(block);
+    const int64_t ready = smaller(lanes, depth - k);
+    for (int64_t i = 0; i < ready; ++i) store(panel + (k + i) * width, block[i]);
+  }
+}
+
+// matrix (depth, columns), row-major -> panels of two vectors, the last one filled up with zeros.
+template <class C>
+int64_t column_panels_size(int64_t columns, int64_t depth) {
+  return divide_up(columns, 2 * kLanes<C>) * 2 * kLanes<C> * depth;
+}
+// One row of the matrix, into panels of `depth` rows.
+template <class T>
+FASTNN_INLINE void pack_row(const T* row, int64_t columns, int64_t depth, Compute<T>* panels) {
+  using C = Compute<T>;
+  constexpr int64_t width = 2 * kLanes<C>;
+  for (int64_t column = 0; column < columns; column += width) {
+    const int64_t left_over = columns - column;
+    store(panels, load_up_to<T>(row + column, left_over));
+    const bool second = left_over > kLanes<C>;
+    store(panels + kLanes<C>, second ? load_up_to<T>(row + column + kLanes<C>, left_over - kLanes<C>) : Vec<C>{});
+    panels += width * depth;
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

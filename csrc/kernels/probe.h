@@ -1,0 +1,18 @@
+// What the processor can do at best, to measure the other kernels by.
+#pragma once
+
+#include <stdint.h>
+
+#include "../simd/isa.h"
+
+namespace fastnn {
+
+struct ProbeKernels {
+  // Does `rounds` rounds of independent float32 multiply-adds in registers; returns how many operations that was, a
+  // multiply-add counted as two.
+  double (*multiply_adds)(int64_t rounds);
+};
+
+}  // namespace fastnn
+
+FASTNN_DECLARE_KERNELS(ProbeKernels, probe_kernels)

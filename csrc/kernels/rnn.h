@@ -1,0 +1,112 @@
+// Recurrent networks: all layers, directions and steps of tanh and ReLU networks, GRU and LSTM.
+#pragma once
+
+#include <stdint.h>
+
+#include "../simd/isa.h"
+#include "dtype.h"
+
+namespace fastnn {
+
+// The values are part of the operator's schema: fastnn/ops/rnn.py has the same list.
+enum class RnnMode : int32_t { tanh, relu, gru, lstm, count };
+
+// Rows of weight matrices a hidden unit has.
+inline int64_t gates_of(RnnMode mode) {
+  return mode == RnnMode::lstm ? 4 : mode == RnnMode::gru ? 3 : 1;
+}
+
+// What a step keeps of a hidden unit for backward, besides the output: LSTM its gates and cell state, GRU its gates
+// and the hidden half of the candidate.
+inline int64_t saved_of(RnnMode mode) {
+  return mode == RnnMode::lstm ? 5 : mode == RnnMode::gru ? 4 : 0;
+}
+
+// One time step. Sequences are sorted by length, so that the ones still running are the first `rows`.
+struct RnnStep {
+  int64_t input;  // where the step's first row starts in the network's input, in elements
+  int64_t row;    // the same in output and everything else that is kept time-major: rows of the steps before
+  int64_t rows;
+};
+
+// One direction of one layer.
+template <class T>
+struct RnnWeights {
+  const T* weight_ih;  // (gates * hidden, input_size)
+  const T* weight_hh;  // (gates * hidden, hidden)
+  const T* bias_ih;    // (gates * hidden), or null
+  const T* bias_hh;    // (gates * hidden), or null
+  int64_t input_size;
+  const Compute<T>* packed;
+};
+
+// What forward and backward share. Network of `directions` times `layers` weights, layer after layer.
+template <class T>
+struct RnnNetwork {
+  RnnMode mode;
+  int64_t layers;
+  int64_t directions;
+  int64_t hidden;
+  int64_t batch;
+  int64_t rows;  // of all steps together
+  int64_t steps;
+  const RnnStep* step;           // (steps)
+  const RnnWeights<T>* weights;  // (layers * directions)
+  const T* input;                // (rows, weights[0].input_size) by RnnStep::input
+  int64_t input_stride;          // from a row of a step to the next
+  const T* masks;                // (layers - 1, rows, directions * hidden): the dropout between layers, or null
+  const T* h0;                   // (layers * directions, batch, hidden), or null for zeros
+  const T* c0;                   // the same; LSTM alone
+  T* saved;                      // (layers * directions, rows, saved_of(mode), hidden), or null
+  T* hidden_outputs;             // (kept_outputs, rows, directions * hidden): the outputs of all layers but the last
+  int64_t kept_outputs;          // layers - 1, or fewer where they may be overwritten in turn
+  T* output;                     // (rows, directions * hidden)
+
+  int64_t width() const { return directions * hidden; }
+  T* layer_output(int64_t layer) const {
+    return layer == layers - 1 ? output : hidden_outputs + layer % kept_outputs * rows * width();
+  }
+};
+
+template <class T>
+struct RnnForwardKernels {
+  int64_t (*packed_size)(RnnMode mode, int64_t hidden, int64_t input_size);
+  void (*pack)(RnnMode mode, int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed);
+  int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
+  // The sequences [first, last). h_n, c_n (layers * directions, batch, hidden); c_n may be null but for LSTM.
+  void (*run)(const RnnNetwork<T>& network, T* h_n, T* c_n, int64_t first, int64_t last, Compute<T>* scratch);
+};
+
+template <class T>
+struct RnnGradients {
+  const T* grad_output;  // (rows, directions * hidden), or null
+  const T* grad_h_n;     // (layers * directions, batch, hidden), or null
+  const T* grad_c_n;     // the same
+  T* grad_input;         // laid out as the input; or null
+  T* grad_h0;            // (layers * directions, batch, hidden), or null
+  T* grad_c0;            // the same
+};
+
+template <class T>
+struct RnnBackwardKernels {
+  int64_t (*packed_size)(RnnMode mode, int64_t hidden, int64_t input_size);
+  void (*pack)(RnnMode mode, int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed);
+  int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
+  // Elements of the sums below for one direction of one layer.
+  int64_t (*sums_size)(RnnMode mode, int64_t hidden, int64_t input_size);
+  // The sequences [first, last). layer_grads (2, rows, directions * hidden) is scratch for all sequences. `sums`, or
+  // null, are the weights' gradients added up over the sequences, one direction of one layer after the other.
+  void (*run)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute<T>* layer_grads, Compute<T>* sums,
+              int64_t first, int64_t last, Compute<T>* scratch);
+  // Adds up `parts` such sums, `stride` apart, of one direction of one layer. The biases' gradients may be null.
+  void (*finish)(RnnMode mode, int64_t hidden, int64_t input_size, const Compute<T>* sums, int64_t parts,
+                 int64_t stride, T* grad_weight_ih, T* grad_weight_hh, T* grad_bias_ih, T* grad_bias_hh);
+};
+
+using RnnForwardTable = PerDtype<RnnForwardKernels>;
+using RnnBackwardTable = PerDtype<RnnBackwardKernels>;
+
+}  // namespace fastnn
+
+FASTNN_DECLARE_KERNELS(RnnForwardTable, rnn_forward_kernels)
+FASTNN_DECLARE_KERNELS(RnnBackwardTable, rnn_backward_kernels)

@@ -1,0 +1,72 @@
+// Transposes of matrices in memory. Include only from csrc/kernels.
+#pragma once
+
+#include "shuffle.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
+template <class From, class To>
+void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
+  using C = Compute<From>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t r = 0; r < rows; r += lanes) {
+    const int64_t rows_left = rows - r;
+    for (int64_t c = 0; c < columns; c += lanes) {
+      const int64_t columns_left = columns - c;
+      const From* source = from + r * from_stride + c;
+      To* target = to + c * to_stride + r;
+      Vec<C> block[lanes];
+      if (rows_left >= lanes && columns_left >= lanes) {
+        for (int i = 0; i < lanes; ++i) block[i] = load(source + i * from_stride);
+        transpose<C>(block);
+        for (int i = 0; i < lanes; ++i) store(target + i * to_stride, block[i]);
+        continue;
+      }
+      for (int i = 0; i < lanes; ++i) {
+        block[i] = i < rows_left ? load_up_to<From>(source + i * from_stride, columns_left) : Vec<C>{};
+      }
+      transpose<C>(block);
+      for (int i = 0; i < lanes && i < columns_left; ++i) store_up_to<To>(target + i * to_stride, block[i], rows_left);
+    }
+  }
+}
+
+// The same for bytes, in squares of 16.
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+
+template <int first>
+FASTNN_INLINE Bytes16 zip_bytes(Bytes16 x, Bytes16 y) {
+  constexpr int f = first;
+  return __builtin_shufflevector(x, y, f, f + 16, f + 1, f + 17, f + 2, f + 18, f + 3, f + 19, f + 4, f + 20, f + 5,
+                                 f + 21, f + 6, f + 22, f + 7, f + 23);
+}
+
+inline void transpose_matrix(const uint8_t* from, int64_t from_stride, int64_t rows, int64_t columns, uint8_t* to,
+                             int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += 16) {
+    const int64_t row_count = rows - r < 16 ? rows - r : 16;
+    for (int64_t c = 0; c < columns; c += 16) {
+      const int64_t column_count = columns - c < 16 ? columns - c : 16;
+      Bytes16 block[16] = {};
+      for (int64_t i = 0; i < row_count; ++i) {
+        __builtin_memcpy(&block[i], from + (r + i) * from_stride + c, column_count);
+      }
+      for (int round = 1; round < 16; round *= 2) {
+        Bytes16 next[16];
+        for (int i = 0; i < 8; ++i) {
+          next[2 * i] = zip_bytes<0>(block[i], block[i + 8]);
+          next[2 * i + 1] = zip_bytes<8>(block[i], block[i + 8]);
+        }
+        for (int i = 0; i < 16; ++i) block[i] = next[i];
+      }
+      for (int64_t i = 0; i < column_count; ++i) {
+        __builtin_memcpy(to + (c + i) * to_stride + r, &block[i], row_count);
+      }
+    }
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,174 @@
+"""Convolution layers that rectify and pool what they compute."""
+
+from typing import Any, Literal
+
+import torch.nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.common_types import _size_1_t, _size_2_t, _size_3_t
+
+from fastnn.ops.conv_relu_max_pool import (
+    conv_relu_max_pool1d,
+    conv_relu_max_pool2d,
+    conv_relu_max_pool3d,
+)
+
+_PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
+    """What the three have in common: the pooling's attributes, and the call."""
+
+    pool_kernel_size: Any
+    pool_stride: Any
+    pool_padding: Any
+    pool_dilation: Any
+    ceil_mode: bool
+
+    def _set_pool(self, kernel_size: Any, stride: Any | None, padding: Any, dilation: Any, ceil_mode: bool) -> None:
+        self.pool_kernel_size = kernel_size
+        self.pool_stride = kernel_size if stride is None else stride
+        self.pool_padding = padding
+        self.pool_dilation = dilation
+        self.ceil_mode = ceil_mode
+
+    def _run(self, function: Any, input: Tensor) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            # As torch.nn's own layers: the input is padded first, for which PyTorch has kernels.
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return function(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.pool_kernel_size,
+            self.pool_stride,
+            self.pool_padding,
+            self.pool_dilation,
+            self.ceil_mode,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}"
+        if self.pool_padding != 0:
+            text += f", pool_padding={self.pool_padding}"
+        if self.pool_dilation != 1:
+            text += f", pool_dilation={self.pool_dilation}"
+        return text + (f", ceil_mode={self.ceil_mode}" if self.ceil_mode else "")
+
+
+class ConvReLUMaxPool1d(_ConvReLUMaxPool, torch.nn.Conv1d):
+    """``torch.nn.Conv1d``, ReLU and ``torch.nn.MaxPool1d`` in one layer, with Conv1d's parameters and state dict.
+
+    The arguments are Conv1d's, and MaxPool1d's with ``pool_`` in front.
+    input (batch, in_channels, length) or without batch -> (batch, out_channels, pooled length).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_1_t,
+        stride: _size_1_t = 1,
+        padding: str | _size_1_t = 0,
+        dilation: _size_1_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: _PaddingMode = "zeros",
+        *,
+        pool_kernel_size: _size_1_t = 2,
+        pool_stride: _size_1_t | None = None,
+        pool_padding: _size_1_t = 0,
+        pool_dilation: _size_1_t = 1,
+        ceil_mode: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        torch.nn.Conv1d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype,
+        )  # fmt: skip
+        self._set_pool(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(conv_relu_max_pool1d, input)
+
+
+class ConvReLUMaxPool2d(_ConvReLUMaxPool, torch.nn.Conv2d):
+    """``torch.nn.Conv2d``, ReLU and ``torch.nn.MaxPool2d`` in one layer, with Conv2d's parameters and state dict.
+
+    The arguments are Conv2d's, and MaxPool2d's with ``pool_`` in front.
+    input (batch, in_channels, height, width) or without batch -> (batch, out_channels, pooled height, pooled width).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: _PaddingMode = "zeros",
+        *,
+        pool_kernel_size: _size_2_t = 2,
+        pool_stride: _size_2_t | None = None,
+        pool_padding: _size_2_t = 0,
+        pool_dilation: _size_2_t = 1,
+        ceil_mode: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        torch.nn.Conv2d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype,
+        )  # fmt: skip
+        self._set_pool(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(conv_relu_max_pool2d, input)
+
+
+class ConvReLUMaxPool3d(_ConvReLUMaxPool, torch.nn.Conv3d):
+    """``torch.nn.Conv3d``, ReLU and ``torch.nn.MaxPool3d`` in one layer, with Conv3d's parameters and state dict.
+
+    The arguments are Conv3d's, and MaxPool3d's with ``pool_`` in front.
+    input (batch, in_channels, depth, height, width) or without batch
+    -> (batch, out_channels, pooled depth, pooled height, pooled width).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_3_t,
+        stride: _size_3_t = 1,
+        padding: str | _size_3_t = 0,
+        dilation: _size_3_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: _PaddingMode = "zeros",
+        *,
+        pool_kernel_size: _size_3_t = 2,
+        pool_stride: _size_3_t | None = None,
+        pool_padding: _size_3_t = 0,
+        pool_dilation: _size_3_t = 1,
+        ceil_mode: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        torch.nn.Conv3d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype,
+        )  # fmt: skip
+        self._set_pool(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(conv_relu_max_pool3d, input)

@@ -1,0 +1,253 @@
+"""Recurrent networks and cells in place of torch.nn's.
+
+They derive from ``RNNBase`` rather than from ``torch.nn.RNN``, because ``torch.compile`` refuses any instance of the
+latter. Whatever the kernels do not cover (other dtypes, ``proj_size``, autocast) and every argument that does not fit
+goes through the stock module's own ``forward``, so that the answer, or the error, is that of the installed torch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
+
+from fastnn.ops._autograd import needs_reference
+from fastnn.ops.rnn import rnn, rnn_cell
+
+_KERNEL_DEVICES = ("cpu", "meta")
+
+
+def _covers(input: Any) -> bool:
+    """Whether the kernels take such an input at all."""
+    return (
+        isinstance(input, Tensor)
+        and input.device.type in _KERNEL_DEVICES
+        and input.layout is torch.strided
+        and not needs_reference(input)
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The parameters as they are now: a parametrization or ``functional_call`` may have put others in their place."""
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
+
+
+class _Recurrent(RNNBase):
+    """What RNN, GRU and LSTM share: the way to the kernel, or back to the stock module `_stock`."""
+
+    _stock: type[RNNBase]
+    _states = 1
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        """As the stock module's: input (length, batch, in), (batch, length, in), (length, in) or packed."""
+        answer = self._run_packed(input, hx) if isinstance(input, PackedSequence) else self._run(input, hx)
+        return self._stock.forward(self, input, hx) if answer is None else answer
+
+    def _run(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
+        """The kernel's answer for a tensor, or None where the stock module's is due."""
+        if not _covers(input) or input.dim() not in (2, 3):
+            return None
+        batched = input.dim() == 3
+        if not batched:
+            batch_dim = 0 if self.batch_first else 1
+            input = input.unsqueeze(batch_dim)
+        batch, length = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
+        if length == 0:
+            return None
+        state = self._state(input, batch, hx, batched)
+        weights = _parameters(self, self._flat_weights_names)
+        if state is None or not self._fits(input, weights):
+            return None
+        output, final = self._call(input, None, state, weights, self.batch_first)
+        if not batched:
+            output, final = output.squeeze(batch_dim), [s.squeeze(1) for s in final]
+        return output, final[0] if self._states == 1 else tuple(final)
+
+    def _run_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any] | None:
+        input, batch_sizes, sorted_indices, unsorted_indices = packed
+        if not _covers(input) or input.dim() != 2 or input.shape[0] == 0:
+            return None
+        state = self._state(input, int(batch_sizes[0]), hx, True)
+        weights = _parameters(self, self._flat_weights_names)
+        if state is None or not self._fits(input, weights):
+            return None
+        if sorted_indices is not None:
+            state = [s.index_select(1, sorted_indices) for s in state]
+        output, final = self._call(input, batch_sizes, state, weights, False)
+        if unsorted_indices is not None:
+            final = [s.index_select(1, unsorted_indices) for s in final]
+        result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return result, final[0] if self._states == 1 else tuple(final)
+
+    def _state(self, input: Tensor, batch: int, hx: Any, batched: bool) -> list[Tensor] | None:
+        """hx as the operator takes it, or None if it does not fit."""
+        if hx is None:
+            return []
+        if self._states == 2 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            return None
+        given = [hx] if self._states == 1 else list(hx)
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        expected = (count, batch, self.hidden_size) if batched else (count, self.hidden_size)
+        for tensor in given:
+            if not isinstance(tensor, Tensor) or tensor.shape != expected:
+                return None
+            if tensor.dtype != input.dtype or tensor.device != input.device:
+                return None
+        return given if batched else [tensor.unsqueeze(1) for tensor in given]
+
+    def _fits(self, input: Tensor, weights: list[Tensor]) -> bool:
+        weight = weights[0]
+        return (
+            input.shape[-1] == self.input_size
+            and weight.dtype == input.dtype
+            and weight.device == input.device
+            and self.proj_size == 0
+        )
+
+    def _call(
+        self, input: Tensor, batch_sizes: Tensor | None, state: list[Tensor], weights: list[Tensor], batch_first: bool
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        dropout = self.dropout if self.training else 0.0
+        return rnn(
+            input, batch_sizes, state, weights, self.mode, self.num_layers, self.bidirectional, batch_first, dropout
+        )
+
+
+class RNN(_Recurrent):
+    """``torch.nn.RNN``, all layers, directions and steps in one kernel."""
+
+    _stock = torch.nn.RNN
+    nonlinearity: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+
+
+class GRU(_Recurrent):
+    """``torch.nn.GRU``, all layers, directions and steps in one kernel."""
+
+    _stock = torch.nn.GRU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
+
+class LSTM(_Recurrent):
+    """``torch.nn.LSTM``, all layers, directions and steps in one kernel; ``proj_size`` takes the stock path."""
+
+    _stock = torch.nn.LSTM
+    _states = 2
+
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class _Cell(RNNCellBase):
+    """What the three cells share, like :class:`_Recurrent`."""
+
+    _stock: Callable[..., Any]
+    _states = 1
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """As the stock cell's: input (batch, in) or (in) -> the new state."""
+        answer = self._run(input, hx)
+        return self._stock.forward(self, input, hx) if answer is None else answer
+
+    def _mode(self) -> str:
+        raise NotImplementedError
+
+    def _run(self, input: Tensor, hx: Any) -> Any:
+        if not _covers(input) or input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
+            return None
+        given = () if hx is None else (hx,) if self._states == 1 else hx
+        if hx is not None and len(given) != self._states:
+            return None
+        expected = (*input.shape[:-1], self.hidden_size)
+        for tensor in given:
+            if not isinstance(tensor, Tensor) or tensor.shape != expected or tensor.dtype != input.dtype:
+                return None
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
+        weights = _parameters(self, names)
+        if weights[0].dtype != input.dtype or weights[0].device != input.device:
+            return None
+        if input.dim() == 2:
+            state = rnn_cell(input, given, weights, self._mode())
+        else:
+            state = rnn_cell(input.unsqueeze(0), [s.unsqueeze(0) for s in given], weights, self._mode())
+            state = [s.squeeze(0) for s in state]
+        return state[0] if self._states == 1 else tuple(state)
+
+
+class RNNCell(_Cell):
+    """``torch.nn.RNNCell``, the step in one kernel."""
+
+    _stock = torch.nn.RNNCell
+    __constants__ = torch.nn.RNNCell.__constants__
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def _run(self, input: Tensor, hx: Any) -> Any:
+        return super()._run(input, hx) if self.nonlinearity in ("tanh", "relu") else None
+
+    def _mode(self) -> str:
+        return "RNN_TANH" if self.nonlinearity == "tanh" else "RNN_RELU"
+
+
+class LSTMCell(_Cell):
+    """``torch.nn.LSTMCell``, the step in one kernel."""
+
+    _stock = torch.nn.LSTMCell
+    _states = 2
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def _mode(self) -> str:
+        return "LSTM"
+
+
+class GRUCell(_Cell):
+    """``torch.nn.GRUCell``, the step in one kernel."""
+
+    _stock = torch.nn.GRUCell
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def _mode(self) -> str:
+        return "GRU"

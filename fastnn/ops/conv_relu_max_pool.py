@@ -1,0 +1,318 @@
+"""Convolution, ReLU and max-pool in one: schema's Python side, autograd and the public functions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnn.ops._autograd import (
+    apply_function,
+    autocast,
+    call_kernel,
+    check_same_device,
+    differentiate_twice,
+    needs_autograd,
+    needs_reference,
+    register_loop_vmap,
+)
+from fastnn.reference import conv_relu_max_pool as reference
+
+MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/conv_relu_max_pool.h has the same)
+
+_op = torch.ops.fastnn.conv_relu_max_pool.default
+_with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
+_backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
+
+Size = int | Sequence[int]
+Geometry = tuple[list[int], list[int], list[int], int, list[int], list[int], list[int], list[int], bool]
+
+
+def conv_relu_max_pool1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    pool_kernel_size: Size = 2,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    pool_dilation: Size = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``max_pool1d(relu(conv1d(input, weight, bias)))`` without the convolution's output in memory.
+
+    Args:
+        input: (batch, in_channels, length) or (in_channels, length), float32, float64 or bfloat16; other dtypes take
+            PyTorch's own path.
+        weight: (out_channels, in_channels / groups, kernel length).
+        bias: (out_channels) or None.
+        stride, padding, dilation, groups: as ``torch.nn.functional.conv1d`` has them.
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode: as ``torch.nn.functional.max_pool1d``
+            has them; ``pool_stride`` is ``pool_kernel_size`` unless given.
+
+    Returns:
+        (batch, out_channels, pooled length), or the same without batch.
+
+    Raises:
+        RuntimeError: what stock's convolution or pooling would raise.
+    """
+    return _conv_relu_max_pool(
+        1, input, weight, bias, stride, padding, dilation, groups,
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode,
+    )  # fmt: skip
+
+
+def conv_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    pool_kernel_size: Size = 2,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    pool_dilation: Size = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``max_pool2d(relu(conv2d(input, weight, bias)))`` without the convolution's output in memory.
+
+    input (batch, in_channels, height, width) or without batch, weight (out_channels, in_channels / groups, kernel
+    height, kernel width) -> (batch, out_channels, pooled height, pooled width); channels_last if input or weight is.
+    The arguments are those of :func:`conv_relu_max_pool1d`, one number or one a dimension.
+    """
+    return _conv_relu_max_pool(
+        2, input, weight, bias, stride, padding, dilation, groups,
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode,
+    )  # fmt: skip
+
+
+def conv_relu_max_pool3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    pool_kernel_size: Size = 2,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    pool_dilation: Size = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``max_pool3d(relu(conv3d(input, weight, bias)))`` without the convolution's output in memory.
+
+    input (batch, in_channels, depth, height, width) or without batch, weight (out_channels, in_channels / groups,
+    kernel depth, kernel height, kernel width) -> (batch, out_channels, pooled depth, pooled height, pooled width);
+    channels_last_3d if input or weight is. The arguments are those of :func:`conv_relu_max_pool1d`, one number or one
+    a dimension.
+    """
+    return _conv_relu_max_pool(
+        3, input, weight, bias, stride, padding, dilation, groups,
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode,
+    )  # fmt: skip
+
+
+def _conv_relu_max_pool(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    pool_kernel_size: Size,
+    pool_stride: Size | None,
+    pool_padding: Size,
+    pool_dilation: Size,
+    ceil_mode: bool,
+) -> Tensor:
+    batched = input.dim() == dims + 2
+    if not batched and input.dim() != dims + 1:
+        raise RuntimeError(
+            f"Expected {dims + 1}D (unbatched) or {dims + 2}D (batched) input to conv{dims}d, but got input of size: "
+            f"{list(input.shape)}"
+        )
+    input, weight, bias = autocast(input, weight, bias)
+    if isinstance(padding, str):
+        input, padding = _named_padding(padding, dims, input, weight, stride, dilation)
+    pool_kernel = _per_dimension(pool_kernel_size, dims)
+    # Stock takes an empty stride for none.
+    pool_strides = pool_kernel if pool_stride is None or pool_stride == [] else _per_dimension(pool_stride, dims)
+    geometry: Geometry = (
+        _per_dimension(stride, dims),
+        _per_dimension(padding, dims),
+        _per_dimension(dilation, dims),
+        groups,
+        pool_kernel,
+        pool_strides,
+        _per_dimension(pool_padding, dims),
+        _per_dimension(pool_dilation, dims),
+        ceil_mode,
+    )
+    if needs_reference(input):
+        return reference.conv_relu_max_pool(input, weight, bias, *geometry)
+    images = input if batched else input.unsqueeze(0)
+    if not needs_autograd(input, weight, bias):
+        output = call_kernel(_op, images, weight, bias, *geometry)
+    elif _places(pool_kernel) > MOST_PLACES:
+        return reference.conv_relu_max_pool(input, weight, bias, *geometry)
+    else:
+        output = apply_function(ConvReluMaxPool, images, weight, bias, geometry)[0]
+    return output if batched else output.squeeze(0).contiguous()
+
+
+def _per_dimension(value: Size, dims: int) -> list[int]:
+    if isinstance(value, int):
+        return [value] * dims
+    values = list(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _places(pool_kernel: list[int]) -> int:
+    places = 1
+    for size in pool_kernel:
+        places *= size
+    return places
+
+
+def _named_padding(
+    name: str, dims: int, input: Tensor, weight: Tensor, stride: Size, dilation: Size
+) -> tuple[Tensor, list[int]]:
+    """The padding in numbers, with what is one-sided in it already applied to the input."""
+    if name == "valid":
+        return input, [0] * dims
+    if name != "same":
+        raise RuntimeError(f"Invalid padding string: '{name}'")
+    if any(s != 1 for s in _per_dimension(stride, dims)):
+        raise RuntimeError("padding='same' is not supported for strided convolutions")
+    total = [d * (k - 1) for d, k in zip(_per_dimension(dilation, dims), weight.shape[2:], strict=False)]
+    if any(t % 2 for t in total):
+        input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
+    return input, [t // 2 for t in total]
+
+
+class ConvReluMaxPool(torch.autograd.Function):
+    """``fastnn::conv_relu_max_pool_with_winners`` with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        return _with_winners_op(input, weight, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, weight, bias, ctx.geometry = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(input, weight, bias, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
+        input, weight, bias, winners = ctx.saved_tensors
+        compute = ConvReluMaxPoolBackward.apply if torch.is_grad_enabled() else ConvReluMaxPoolBackward.forward
+        wanted = ctx.needs_input_grad[:3]
+        gradients = compute(grad_output, winners, input, weight, bias, ctx.geometry, wanted)
+        return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), None)
+
+
+class ConvReluMaxPoolBackward(torch.autograd.Function):
+    """``fastnn::conv_relu_max_pool_backward``, differentiable through the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor,
+        winners: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        gradients = _backward_op(grad_output, winners, input, weight, *geometry, *wanted)
+        return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        grad_output, _, input, weight, bias, ctx.geometry, _ = inputs
+        ctx.given = [i for i, gradient in enumerate(output) if gradient is not None]
+        ctx.save_for_backward(grad_output, input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
+        grad_output, *inputs = ctx.saved_tensors
+
+        def forward(*tensors: Tensor) -> Tensor:
+            everything = list(inputs)
+            for i, tensor in zip(ctx.given, tensors, strict=True):
+                everything[i] = tensor
+            return reference.conv_relu_max_pool(*everything, *ctx.geometry)
+
+        second = differentiate_twice(
+            forward, grad_output, [inputs[i] for i in ctx.given], [grad_grads[i] for i in ctx.given]
+        )
+        result: list[Tensor | None] = [None] * 3
+        for i, gradient in zip(ctx.given, second[1:], strict=True):
+            result[i] = gradient
+        return (second[0], None, *result, None, None)
+
+
+def _output_like(input: Tensor, weight: Tensor, geometry: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    stride, padding, dilation, _, kernel, pool_stride, pool_padding, pool_dilation, ceil_mode = geometry
+    sizes = [input.shape[0], weight.shape[0]]
+    for d in range(len(stride)):
+        conv = (input.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1) // stride[d] + 1
+        sizes.append(
+            reference.pooled_size(conv, kernel[d], pool_stride[d], pool_padding[d], pool_dilation[d], ceil_mode)
+        )
+    formats = {_channels_format(input), _channels_format(weight)} - {torch.contiguous_format}
+    if input.device.type == "cpu" and input.dtype is torch.float64 and len(stride) == 3:
+        formats = set()
+    return input.new_empty(sizes, dtype=dtype).to(memory_format=formats.pop() if formats else torch.contiguous_format)
+
+
+def _channels_format(tensor: Tensor) -> torch.memory_format:
+    return torch._prims_common.suggest_memory_format(tensor) if tensor.dim() > 3 else torch.contiguous_format
+
+
+@torch.library.register_fake("fastnn::conv_relu_max_pool")
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    check_same_device(input, weight, bias)
+    return _output_like(input, weight, geometry, input.dtype)
+
+
+@torch.library.register_fake("fastnn::conv_relu_max_pool_with_winners")
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> tuple[Tensor, Tensor]:
+    check_same_device(input, weight, bias)
+    return _output_like(input, weight, geometry, input.dtype), _output_like(input, weight, geometry, torch.uint8)
+
+
+@torch.library.register_fake("fastnn::conv_relu_max_pool_backward")
+def _(
+    grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, *geometry_and_wanted: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_same_device(grad_output, winners, input, weight)
+    input_wanted, weight_wanted, bias_wanted = geometry_and_wanted[-3:]
+
+    def gradient(of: Tensor, wanted: bool) -> Tensor:
+        sizes = of.shape if wanted else (0, *of.shape[1:])
+        return of.new_empty(sizes).to(memory_format=_channels_format(of))
+
+    return (
+        gradient(input, input_wanted),
+        gradient(weight, weight_wanted),
+        weight.new_empty(weight.shape[0] if bias_wanted else 0),
+    )
+
+
+for _name in ("conv_relu_max_pool", "conv_relu_max_pool_with_winners", "conv_relu_max_pool_backward"):
+    register_loop_vmap(_name)

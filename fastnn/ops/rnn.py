@@ -1,0 +1,309 @@
+"""Recurrent networks: schema's Python side, autograd and the functions behind the modules."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnn.ops._autograd import (
+    apply_function,
+    call_kernel,
+    check_same_device,
+    differentiate_twice,
+    needs_autograd,
+    needs_reference,
+    register_loop_vmap,
+)
+from fastnn.reference import rnn as reference
+
+# The operator takes modes by their place in this list (csrc/kernels/rnn.h has the same).
+MODES = tuple(reference.CELLS)
+_NUMBER_OF = {mode: number for number, mode in enumerate(MODES)}
+_rnn_op = torch.ops.fastnn.rnn.default
+_cell_op = torch.ops.fastnn.rnn_cell.default
+
+
+class Config(NamedTuple):
+    """The operator's arguments that are no tensors."""
+
+    mode: int
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+
+
+def rnn(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    mode: str,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Run all layers, directions and steps of a recurrent network in one call.
+
+    Args:
+        input: (length, batch, in), or (batch, length, in) if ``batch_first``, or (rows, in) with ``batch_sizes``.
+        batch_sizes: of a ``PackedSequence``: int64, how many sequences run at each step; or None.
+        state: [] for zeros, [h], or for LSTM [h, c], each (num_layers * directions, batch, hidden).
+        weights: ``weight_ih, weight_hh, bias_ih, bias_hh``, or the first two, for each direction of each layer, as
+            ``torch.nn.RNN`` has them in ``_flat_weights``.
+        mode: RNN_TANH, RNN_RELU, GRU or LSTM.
+        dropout: probability of an element between layers being zeroed; give 0 outside training.
+
+    Returns:
+        The last layer's output, shaped as the input with ``directions * hidden`` features, and the final state, shaped
+        as ``state``.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit together.
+    """
+    masks = None
+    if dropout > 0 and num_layers > 1:
+        masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout)
+    if needs_reference(input):
+        return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
+    config = Config(_NUMBER_OF[mode], num_layers, bidirectional, batch_first)
+    if needs_autograd(input, *state, *weights):
+        output, *rest = apply_function(Rnn, input, batch_sizes, masks, config, len(state), *state, *weights)
+        return output, rest[:-1]
+    return call_kernel(_rnn_op, input, batch_sizes, state, weights, masks, *config)
+
+
+def rnn_cell(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], mode: str) -> Sequence[Tensor]:
+    """One step of one layer: input (batch, in), state [] for zeros, [h] or [h, c] of (batch, hidden), weights as for
+    :func:`rnn` -> the new state."""
+    if needs_reference(input):
+        zeros = input.new_zeros(input.shape[0], weights[1].shape[1])
+        return reference.rnn_cell(input, tuple(state) or (zeros, zeros), weights, mode)
+    if needs_autograd(input, *state, *weights):
+        _, final_state = rnn(input.unsqueeze(0), None, [s.unsqueeze(0) for s in state], weights, mode)
+        return [s.squeeze(0) for s in final_state]
+    return call_kernel(_cell_op, input, state, weights, _NUMBER_OF[mode])
+
+
+def _dropout_masks(
+    input: Tensor, weights: Sequence[Tensor], num_layers: int, bidirectional: bool, dropout: float
+) -> Tensor:
+    """(num_layers - 1, rows, directions * hidden), drawn as ``torch.dropout`` on the layers' outputs draws them, so
+    that the same seed drops the same elements."""
+    rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
+    sizes = (num_layers - 1, rows, weights[1].shape[1] * (2 if bidirectional else 1))
+    if dropout == 1:
+        return input.new_zeros(sizes)
+    masks = input.new_empty(sizes)
+    for layer in range(num_layers - 1):
+        masks[layer].bernoulli_(1 - dropout).div_(1 - dropout)
+    return masks
+
+
+class Rnn(torch.autograd.Function):
+    """``fastnn::rnn_with_reserve`` with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, batch_sizes: Tensor | None, masks: Tensor | None, config: Config, states: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        output, final_state, reserve = torch.ops.fastnn.rnn_with_reserve(
+            input, batch_sizes, tensors[:states], tensors[states:], masks, *config
+        )
+        return (output, *final_state, reserve)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, batch_sizes, masks, ctx.config, ctx.states, *tensors = inputs
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[0], output[-1], input, batch_sizes, masks, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+        first = 5 + ctx.states
+        wanted = (
+            ctx.needs_input_grad[0],
+            any(ctx.needs_input_grad[5:first]),
+            any(ctx.needs_input_grad[first:]),
+        )
+        saved = ctx.saved_tensors
+        if grad_output is None and all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        arguments = (ctx.config, ctx.states, wanted, grad_output, *grads[:-1], *saved)
+        compute = RnnBackward.apply if torch.is_grad_enabled() else RnnBackward.forward
+        gradients = compute(*arguments)
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        grad_input, *others = (g if n else None for g, n in zip(gradients, needed, strict=True))
+        return (grad_input, None, None, None, None, *others)
+
+
+class RnnBackward(torch.autograd.Function):
+    """``fastnn::rnn_backward``, differentiable through the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        config: Config, states: int, wanted: tuple[bool, bool, bool], *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        grads = 3 if MODES[config.mode] == "LSTM" else 2
+        output, reserve, input, batch_sizes, masks, *rest = tensors[grads:]
+        grad_input, grad_state, grad_weights = torch.ops.fastnn.rnn_backward(
+            tensors[0],
+            tensors[1:grads],
+            input,
+            batch_sizes,
+            rest[:states],
+            rest[states:],
+            masks,
+            output,
+            reserve,
+            *config,
+            wanted[0],
+            wanted[1] and states > 0,
+            wanted[2],
+        )
+        return (
+            grad_input if wanted[0] else None,
+            *(grad_state if wanted[1] and states else (None,) * states),
+            *(grad_weights if wanted[2] else (None,) * (len(rest) - states)),
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.config, ctx.states, _, *tensors = inputs
+        ctx.grads = 3 if MODES[ctx.config.mode] == "LSTM" else 2
+        ctx.outputs_given = [gradient is not None for gradient in output]
+        ctx.set_materialize_grads(False)
+        # Not the output and the reserve: the reference makes its own.
+        ctx.save_for_backward(*tensors[: ctx.grads], *tensors[ctx.grads + 2 :])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
+        grads, inputs = ctx.saved_tensors[: ctx.grads], ctx.saved_tensors[ctx.grads :]
+        input, batch_sizes, masks, *rest = inputs
+        inner = [input, *rest]
+        given = [i for i, present in enumerate(ctx.outputs_given) if present]
+        arrived = [i for i, grad in enumerate(grads) if grad is not None]
+        mode, *config = ctx.config
+
+        def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+            everything = list(inner)
+            for i, tensor in zip(given, tensors, strict=True):
+                everything[i] = tensor
+            state, weights = everything[1 : 1 + ctx.states], everything[1 + ctx.states :]
+            output, final_state = reference.rnn(everything[0], batch_sizes, state, weights, masks, MODES[mode], *config)
+            outputs = (output, *final_state)
+            return tuple(outputs[i] for i in arrived)
+
+        second = differentiate_twice(
+            forward,
+            tuple(grads[i] for i in arrived),
+            [inner[i] for i in given],
+            [torch.zeros_like(inner[i]) if grad_grads[i] is None else grad_grads[i] for i in given],
+        )
+        grad_of_grads: list[Tensor | None] = [None] * ctx.grads
+        for i, gradient in zip(arrived, second[0], strict=True):
+            grad_of_grads[i] = gradient
+        result: list[Tensor | None] = [None] * len(inner)
+        for i, gradient in zip(given, second[1:], strict=True):
+            result[i] = gradient
+        return (None, None, None, *grad_of_grads, None, None, result[0], None, None, *result[1:])
+
+
+def _fake_output(
+    input: Tensor, batch_sizes: Tensor | None, weights: list[Tensor], config: Config
+) -> tuple[Tensor, list[Tensor]]:
+    hidden = weights[1].shape[1]
+    directions = 2 if config.bidirectional else 1
+    if batch_sizes is not None:
+        batch = torch.library.get_ctx().new_dynamic_size()
+        output = input.new_empty(input.shape[0], directions * hidden)
+    elif config.batch_first:
+        batch, length, _ = input.shape
+        output = input.new_empty(length, batch, directions * hidden).transpose(0, 1)
+    else:
+        length, batch, _ = input.shape
+        output = input.new_empty(length, batch, directions * hidden)
+    states = 2 if MODES[config.mode] == "LSTM" else 1
+    return output, [input.new_empty(config.num_layers * directions, batch, hidden) for _ in range(states)]
+
+
+@torch.library.register_fake("fastnn::rnn")
+def _(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: list[Tensor],
+    weights: list[Tensor],
+    masks: Tensor | None,
+    mode: int,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    check_same_device(input, *state, *weights, masks)
+    return _fake_output(input, batch_sizes, weights, Config(mode, num_layers, bidirectional, batch_first))
+
+
+_KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
+
+
+@torch.library.register_fake("fastnn::rnn_with_reserve")
+def _(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: list[Tensor],
+    weights: list[Tensor],
+    masks: Tensor | None,
+    mode: int,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    check_same_device(input, *state, *weights, masks)
+    config = Config(mode, num_layers, bidirectional, batch_first)
+    output, final_state = _fake_output(input, batch_sizes, weights, config)
+    kept = num_layers - 1 + num_layers * _KEPT[MODES[mode]]
+    return output, final_state, input.new_empty(kept * output.numel())
+
+
+@torch.library.register_fake("fastnn::rnn_backward")
+def _(
+    grad_output: Tensor | None,
+    grad_state: list[Tensor | None],
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: list[Tensor],
+    weights: list[Tensor],
+    masks: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    mode: int,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    input_wanted: bool,
+    state_wanted: bool,
+    weights_wanted: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    check_same_device(grad_output, *grad_state, input, *state, *weights, masks, output, reserve)
+    return (
+        input.new_empty(input.shape if input_wanted else (0,)),
+        [s.new_empty(s.shape) for s in state] if state_wanted else [],
+        [w.new_empty(w.shape) for w in weights] if weights_wanted else [],
+    )
+
+
+@torch.library.register_fake("fastnn::rnn_cell")
+def _(input: Tensor, state: list[Tensor], weights: list[Tensor], mode: int) -> list[Tensor]:
+    check_same_device(input, *state, *weights)
+    sizes = (input.shape[0], weights[1].shape[1])
+    return [input.new_empty(sizes) for _ in range(2 if MODES[mode] == "LSTM" else 1)]
+
+
+for _name in ("rnn", "rnn_with_reserve", "rnn_backward", "rnn_cell"):
+    register_loop_vmap(_name)

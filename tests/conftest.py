@@ -1,0 +1,41 @@
+"""Fixtures for every test: one seed, poisoned memory, and each instruction set in turn where a test asks for it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastnn import testing
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tests are small: waking a second thread costs more than it gives. Those about threads ask for them."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Have ``torch.empty`` give NaN, so that a kernel that reads or leaves what it should have written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=testing.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with the kernels of each instruction set that this machine has."""
+    with testing.using_instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=testing.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Run the test in each dtype that has kernels."""
+    return request.param
