@@ -17,9 +17,9 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 def needs_reference(input: Tensor) -> bool:
     """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, and
     forward-mode differentiation. (Tensors that do not fit the input are the operator's to refuse.)"""
-    if input.dtype not in KERNEL_DTYPES and not (input.dtype is torch.float16 and input.is_cuda):
+    if forward_ad._current_level >= 0:
         return True
-    return forward_ad._current_level >= 0
+    return input.dtype not in KERNEL_DTYPES and not (input.dtype is torch.float16 and input.is_cuda)
 
 
 def is_inference() -> bool:
