@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastnn.ops._autograd import needs_reference
 from fastnn.ops.rnn import rnn, rnn_cell
 
-_KERNEL_DEVICES = ("cpu", "meta")
+_KERNEL_DEVICES = ("cpu", "cuda", "meta")
 
 
 def _covers(input: Any) -> bool:
@@ -28,6 +28,15 @@ def _covers(input: Any) -> bool:
         and not needs_reference(input)
         and not torch._C._is_any_autocast_enabled()
     )
+
+
+def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: int = 1) -> bool:
+    """On a GPU, whether the recurrent weights stay on chip: where they don't, stock's kernels are the fastest."""
+    if not input.is_cuda or torch.compiler.is_compiling():
+        return True
+    from fastnn.kernels.rnn import covers  # only now: it imports Triton
+
+    return covers(mode, hidden, batch, directions, input.dtype, input.device)
 
 
 def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
@@ -60,7 +69,7 @@ class _Recurrent(RNNBase):
             return None
         state = self._state(input, batch, hx, batched)
         weights = _parameters(self, self._flat_weights_names)
-        if state is None or not self._fits(input, weights):
+        if state is None or not self._fits(input, weights, batch):
             return None
         output, final = self._call(input, None, state, weights, self.batch_first)
         if not batched:
@@ -71,9 +80,10 @@ class _Recurrent(RNNBase):
         input, batch_sizes, sorted_indices, unsorted_indices = packed
         if not _covers(input) or input.dim() != 2 or input.shape[0] == 0:
             return None
-        state = self._state(input, int(batch_sizes[0]), hx, True)
+        batch = int(batch_sizes[0])
+        state = self._state(input, batch, hx, True)
         weights = _parameters(self, self._flat_weights_names)
-        if state is None or not self._fits(input, weights):
+        if state is None or not self._fits(input, weights, batch):
             return None
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
@@ -99,13 +109,14 @@ class _Recurrent(RNNBase):
                 return None
         return given if batched else [tensor.unsqueeze(1) for tensor in given]
 
-    def _fits(self, input: Tensor, weights: list[Tensor]) -> bool:
+    def _fits(self, input: Tensor, weights: list[Tensor], batch: int) -> bool:
         weight = weights[0]
         return (
             input.shape[-1] == self.input_size
             and weight.dtype == input.dtype
             and weight.device == input.device
             and self.proj_size == 0
+            and _gpu_serves(input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1)
         )
 
     def _call(
@@ -189,6 +200,8 @@ class _Cell(RNNCellBase):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
         weights = _parameters(self, names)
         if weights[0].dtype != input.dtype or weights[0].device != input.device:
+            return None
+        if not _gpu_serves(input, self._mode(), self.hidden_size, input.shape[0] if input.dim() == 2 else 1):
             return None
         if input.dim() == 2:
             state = rnn_cell(input, given, weights, self._mode())
