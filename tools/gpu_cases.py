@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastnn.kernels import conv_relu_max_pool, mlp
+from fastnn.kernels import conv_relu_max_pool, mlp, rnn
+from fastnn.kernels._rnn_problem import MODES
 from fastnn.ops.mlp import activation_digits, join_parameters
 
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
@@ -28,6 +29,7 @@ class Case(NamedTuple):
 def all_cases() -> Iterator[Case]:
     yield from conv_cases()
     yield from mlp_cases()
+    yield from rnn_cases()
 
 
 # ---- mlp --------------------------------------------------------------------------------------------------
@@ -109,3 +111,57 @@ def conv_cases() -> Iterator[Case]:
             yield _conv_case(name, dtype, allow_tf32, last=False)
         if len(sizes) == 4:
             yield _conv_case(name, HALF, False, last=True)
+
+
+# ---- rnn --------------------------------------------------------------------------------------------------
+
+RNN_SHAPES = {  # length, batch, in, hidden, layers
+    "model": (20, 8, 10, 32, 2),
+    "h64": (128, 32, 64, 64, 1),
+    "h128": (128, 32, 64, 128, 1),
+    "h128, large batch": (128, 16384, 64, 128, 1),
+    "h256": (128, 32, 64, 256, 1),
+}
+
+
+def rnn_arguments(name: str, mode: str, dtype: torch.dtype, device: torch.device, packed: bool) -> dict[str, Any]:
+    length, batch, inputs, hidden, layers = RNN_SHAPES[name]
+    gates = {"GRU": 3, "LSTM": 4}.get(mode, 1) * hidden
+
+    def new(*sizes: int) -> Tensor:
+        return (torch.randn(sizes, device=device) / hidden**0.5).to(dtype)
+
+    weights = []
+    for layer in range(layers):
+        weights += [new(gates, hidden if layer else inputs), new(gates, hidden), new(gates), new(gates)]
+    # Lengths fall evenly from the longest to a single step.
+    sizes = torch.linspace(batch, 1, length).ceil().long() if packed else None
+    return {
+        "input": new(length, batch, inputs) if sizes is None else new(int(sizes.sum()), inputs),
+        "batch_sizes": sizes,
+        "state": [],
+        "weights": weights,
+        "masks": None,
+        "mode": MODES.index(mode),
+        "num_layers": layers,
+        "bidirectional": False,
+        "batch_first": False,
+    }
+
+
+def _rnn_case(name: str, mode: str, dtype: torch.dtype, allow_tf32: bool, packed: bool = False) -> Case:
+    def run(device: torch.device) -> None:
+        arguments = rnn_arguments(name, mode, dtype, device, packed)
+        output, final_state, reserve = rnn.rnn_with_reserve(**arguments)
+        rnn.rnn_backward(output, final_state, **arguments, output=output, reserve=reserve, input_wanted=True,
+                         state_wanted=False, weights_wanted=True)  # fmt: skip
+
+    return Case("rnn", f"{mode} {name}{', packed' if packed else ''}", dtype, run, allow_tf32)
+
+
+def rnn_cases() -> Iterator[Case]:
+    for mode in ("RNN_TANH", "GRU", "LSTM"):
+        for name in RNN_SHAPES:
+            for dtype, allow_tf32 in [(HALF, False), (FLOAT, False), (FLOAT, True)]:
+                yield _rnn_case(name, mode, dtype, allow_tf32)
+        yield _rnn_case("h128", mode, BFLOAT, False, packed=True)

@@ -51,7 +51,7 @@ class Built(NamedTuple):
 
     registers: int
     spills: int  # instructions
-    spills_in_loops: int
+    spills_in_loops: int  # in innermost loops
     shared_memory: int
     matrix_instructions: int
 
@@ -80,11 +80,11 @@ def record_launches(case: Case, target: _launch.Target) -> list[Launch]:
     return launches
 
 
-def describe(argument: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+def describe(argument: Any, path: tuple[int, ...], constants: dict, attributes: dict, specialize: bool = True) -> Any:
     """An argument's type in the compiler's terms, as Triton specialises it at a launch."""
     if isinstance(argument, tuple):
         return tuple(describe(part, (*path, i), constants, attributes) for i, part in enumerate(argument))
-    if argument is None or (isinstance(argument, int) and argument == 1):
+    if argument is None or (specialize and isinstance(argument, int) and argument == 1):
         constants[path] = argument
         return "constexpr"
     if isinstance(argument, torch.Tensor):
@@ -92,20 +92,25 @@ def describe(argument: Any, path: tuple[int, ...], constants: dict, attributes: 
         return _POINTERS[argument.dtype]
     if isinstance(argument, float):
         return "fp32"
-    if argument % 16 == 0:
+    if specialize and argument % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
     return "i32" if -(2**31) <= argument < 2**31 else "i64"
 
 
-def build(launch: Launch, target: _launch.Target) -> Built:
+def describe_all(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes of a launch."""
     names = launch.kernel.arg_names
     constants: dict[Any, Any] = {(names.index(name),): value for name, value in launch.constexprs.items()}
     attributes: dict[Any, Any] = {}
     signature = {
-        name: describe(argument, (i,), constants, attributes)
-        for i, (name, argument) in enumerate(zip(names, launch.arguments, strict=False))
+        parameter.name: describe(argument, (i,), constants, attributes, not parameter.do_not_specialize)
+        for i, (parameter, argument) in enumerate(zip(launch.kernel.params, launch.arguments, strict=False))
     }
-    signature |= dict.fromkeys(launch.constexprs, "constexpr")
+    return signature | dict.fromkeys(launch.constexprs, "constexpr"), constants, attributes
+
+
+def build(launch: Launch, target: _launch.Target) -> Built:
+    signature, constants, attributes = describe_all(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     compiled = triton.compile(source, target=gpu, options=launch.options)
@@ -124,11 +129,12 @@ def _read_cubin(compiled: Any) -> Built:
     # A branch backwards closes a loop; the one to itself at a kernel's end is padding.
     jumps = [(re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text), at) for at, text in instructions]
     loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in loops)]
     spills = [at for at, text in instructions if re.search(r"\b(STL|LDL)\b", text)]
     return Built(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=len(spills),
-        spills_in_loops=sum(any(first <= at <= last for first, last in loops) for at in spills),
+        spills_in_loops=sum(any(first <= at <= last for first, last in innermost) for at in spills),
         shared_memory=compiled.metadata.shared,
         matrix_instructions=sum(bool(re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)) for _, text in instructions),
     )
@@ -146,25 +152,13 @@ def _read_amdgcn(compiled: Any) -> Built:
     )
 
 
-def launch_key(launch: Launch) -> tuple[Any, ...]:
-    """What makes two launches the same machine code."""
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    types = describe(launch.arguments, (), constants, attributes)
-    return launch.kernel.__name__, types, constants, attributes, launch.constexprs, launch.options
-
-
-def uses_dot_units(launch: Launch, case: Case) -> bool:
-    """Whether a dot of this launch must become a matrix instruction."""
-    return "PRECISION" in launch.constexprs and (case.dtype.itemsize == 2 or launch.constexprs["PRECISION"] == "tf32")
-
-
 def faults(built: Built, launch: Launch, case: Case, target: _launch.Target) -> Iterator[str]:
     if built.spills_in_loops:
         yield "spills in a loop"
     if built.shared_memory > target.shared_memory:
         yield f"shared memory over {target.shared_memory}"
-    if uses_dot_units(launch, case) and built.matrix_instructions == 0:
+    precision = launch.constexprs.get("PRECISION")  # of a kernel with dots
+    if precision and _launch.uses_matrix_units(case.dtype, precision, target) and built.matrix_instructions == 0:
         yield "no matrix instruction"
 
 
@@ -187,7 +181,7 @@ def check(targets: Sequence[_launch.Target], ops: Sequence[str]) -> tuple[list[t
         for target in targets:
             for launch in record_launches(case, target):
                 # Layers of one shape launch one kernel.
-                if (key := (target, repr(launch_key(launch)))) in seen:
+                if (key := repr((target, launch.kernel.__name__, describe_all(launch), launch.options))) in seen:
                     continue
                 seen.add(key)
                 built = build(launch, target)

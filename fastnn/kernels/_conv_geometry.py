@@ -92,8 +92,8 @@ def _check_values(op: str, arguments: ConvArguments) -> None:
     for padding, kernel in zip(arguments.pool_padding, arguments.pool_kernel_size, strict=True):
         check(0 <= padding <= kernel // 2, "pad should be non-negative and at most half of kernel size, but got pad=",
               padding, " and kernel_size=", kernel)  # fmt: skip
-    for values in arguments:
-        for value in values if isinstance(values, (list, tuple)) else (values,):
+    for given in arguments:
+        for value in given if isinstance(given, Sequence) else (given,):
             check(value < _LARGEST, op, ": ", value, " is too large, expected less than 2**31")
 
 

@@ -51,7 +51,9 @@ def _describe(device: torch.device) -> Target:
     if torch.version.hip:
         return Target("hip", properties.gcnArchName.split(":")[0], 65536, processors)
     arch = properties.major * 10 + properties.minor
-    return Target("cuda", arch, properties.shared_memory_per_block_optin, processors)
+    # Which torch's stubs lack, and some of its builds.
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Target("cuda", arch, shared_memory, processors)
 
 
 def target_of(device: torch.device) -> Target:
@@ -75,12 +77,14 @@ def dot_precision(dtype: torch.dtype, stock: str, target: Target) -> str:
     "rnn". tf32x3 is no substitute for ieee: tensor cores truncate while they add, beyond twice stock's error."""
     if dtype is not torch.float32 or target.backend == "hip":
         return "ieee"
-    flags = {
-        "linear": torch.backends.cuda.matmul,
-        "conv": torch.backends.cudnn.conv,
-        "rnn": torch.backends.cudnn.rnn,
-    }
+    cudnn: Any = torch.backends.cudnn
+    flags = {"linear": torch.backends.cuda.matmul, "conv": cudnn.conv, "rnn": cudnn.rnn}
     return "tf32" if flags[stock].fp32_precision == "tf32" else "ieee"
+
+
+def uses_matrix_units(dtype: torch.dtype, precision: str, target: Target) -> bool:
+    """Whether a dot becomes matrix instructions; on NVIDIA's cards a float32 one without tf32 does not."""
+    return dtype.itemsize == 2 or precision == "tf32" or target.backend == "hip"
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:

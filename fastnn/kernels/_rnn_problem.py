@@ -61,6 +61,10 @@ class Problem:
         """The layer's directions among all."""
         return slice(layer * self.directions, (layer + 1) * self.directions)
 
+    def initial(self, layer: int) -> list[Tensor | None]:
+        """The layer's initial states, None for zeros."""
+        return [state[self.of_layer(layer)] for state in self.state] or [None] * self.states
+
     def split_reserve(self, reserve: Tensor) -> tuple[Tensor, Tensor]:
         """(layers - 1, rows, width) outputs of the other layers, (layers * directions, rows, kept, hidden)."""
         outputs = (self.layers - 1) * self.rows * self.width

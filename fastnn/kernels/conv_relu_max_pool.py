@@ -50,21 +50,21 @@ class Config(NamedTuple):
 
 
 # The sum's length up to which what the fused kernel saves, about 14 bytes of traffic a 16-bit value of the
-# convolution, outweighs a GEMM at half of cuDNN's speed (a quarter without tensor cores).
+# convolution, outweighs a GEMM at half of cuDNN's speed (a quarter without matrix units).
 _DEEPEST_FUSED = {"forward": 1300, "backward": 300}
-_DEEPEST_WITHOUT_TENSOR_CORES = {"forward": 220, "backward": 60}
+_DEEPEST_WITHOUT_MATRIX_UNITS = {"forward": 220, "backward": 60}
 _LAUNCH_BOUND_WORK = 100e6
 _FEW_CHANNELS = 16
 
 
-def is_fused(problem: Problem, direction: str, precision: str) -> bool:
+def is_fused(problem: Problem, direction: str, precision: str, target: _launch.Target) -> bool:
     """Whether the convolution is computed here; else by stock's kernel. ``direction``: "forward" or "backward"."""
     if problem.kind.dtype is torch.float64:
         return False
     if problem.groups > 1 and min(problem.channels, problem.out_channels) < _FEW_CHANNELS:
         return False  # tiles would stay empty
-    fast = problem.kind.dtype.itemsize == 2 or precision == "tf32"
-    deepest = (_DEEPEST_FUSED if fast else _DEEPEST_WITHOUT_TENSOR_CORES)[direction]
+    fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
+    deepest = (_DEEPEST_FUSED if fast else _DEEPEST_WITHOUT_MATRIX_UNITS)[direction]
     repeated = max(problem.recomputed, 1.0)
     if direction == "backward":
         # The input's gradient visits every tap, also those that a stride leaves out.
@@ -79,7 +79,7 @@ def is_tap_by_tap(problem: Problem) -> bool:
 def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Config:
     """The fused kernels' tiles, as large as registers hold without spilling (tools/gpu_check.py)."""
     wide = problem.kind.dtype.itemsize == 2
-    fast = wide or precision == "tf32"
+    fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
     block_out = min(64, _launch.padded(problem.out_channels))
     if is_tap_by_tap(problem):
         most, block_k = (128 if wide else 64), min(64 if wide else 32, _launch.padded(problem.channels))
@@ -120,7 +120,7 @@ def _forward(
     if output.numel() > 0:
         target = _launch.target_of(input.device)
         precision = _launch.dot_precision(input.dtype, "conv", target)
-        if is_fused(problem, "forward", precision):
+        if is_fused(problem, "forward", precision, target):
             _run_fused(problem, input, weight, bias, output, winners, precision, target)
         else:
             _run_stock(problem, input, weight, bias, arguments, output, winners)
@@ -258,7 +258,7 @@ def conv_relu_max_pool_backward(
         precision = _launch.dot_precision(input.dtype, "conv", target)
         # With a pooled volume's channels last, tiles of channels are read whole.
         grad_output, winners = _pooled_last(problem, grad_output), _pooled_last(problem, winners)
-        run = _fused_gradients if is_fused(problem, "backward", precision) else _stock_gradients
+        run = _fused_gradients if is_fused(problem, "backward", precision, target) else _stock_gradients
         gradients = run(problem, grad_output, winners, input, weight, arguments, wanted, precision, target)
     like = (input, weight, weight.new_empty(weight.shape[0]))
     grad_input, grad_weight, grad_bias = (

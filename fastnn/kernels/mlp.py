@@ -40,14 +40,10 @@ class Config(NamedTuple):
 _WIDEST_HIDDEN = 256
 _WIDEST_ENDS = 1024  # beyond it a first or last layer is a GEMM of its own, which cuBLAS splits better
 _DEEPEST_CHAIN = 16
-# Without tensor cores a dot runs at a fraction of cuBLAS's speed: only what is bound by memory or by launches wins.
-_WIDEST_WITHOUT_TENSOR_CORES = 64
+# Without matrix units a dot runs at a fraction of cuBLAS's speed: only what is bound by memory or by launches wins.
+_WIDEST_WITHOUT_MATRIX_UNITS = 64
 _LAUNCH_BOUND_WORK = 100e6
 _DEEPEST_LAYER_SUM = 512
-
-
-def _uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
-    return dtype in (torch.bfloat16, torch.float16) or precision == "tf32"
 
 
 def _block_rows(rows: int, most: int, target: _launch.Target) -> int:
@@ -65,16 +61,16 @@ def chain_config(
 ) -> Config | None:
     """The configuration of the one-launch kernels, or None where layers run one at a time.
 
-    Hidden widths up to 256 whose weights fit on chip; without tensor cores up to 64, or little work.
+    Hidden widths up to 256 whose weights fit on chip; without matrix units up to 64, or little work.
     """
     hidden, layers = widths[1:-1], len(widths) - 1
     if not 2 <= layers <= _DEEPEST_CHAIN or rows * min(widths) == 0 or dtype is torch.float64:
         return None
     if max(hidden) > _WIDEST_HIDDEN or max(widths[0], widths[-1]) > _WIDEST_ENDS:
         return None
-    fast = _uses_tensor_cores(dtype, precision)
+    fast = _launch.uses_matrix_units(dtype, precision, target)
     work = 2.0 * rows * sum(a * b for a, b in pairwise(widths))
-    if not fast and max(hidden) > _WIDEST_WITHOUT_TENSOR_CORES and work > _LAUNCH_BOUND_WORK:
+    if not fast and max(hidden) > _WIDEST_WITHOUT_MATRIX_UNITS and work > _LAUNCH_BOUND_WORK:
         return None
     tiles = [_launch.padded(width) for width in hidden]
     # A row tile as tall as registers hold without spilling (tools/gpu_check.py).
@@ -96,8 +92,8 @@ def layer_config(
     fused epilogue only pays where the sum is short."""
     if rows * inputs * outputs == 0 or dtype is torch.float64 or ACTIVATION_NAMES[activation] == "identity":
         return None
-    fast = _uses_tensor_cores(dtype, precision)
-    if inputs > (_DEEPEST_LAYER_SUM if fast else _WIDEST_WITHOUT_TENSOR_CORES):
+    fast = _launch.uses_matrix_units(dtype, precision, target)
+    if inputs > (_DEEPEST_LAYER_SUM if fast else _WIDEST_WITHOUT_MATRIX_UNITS):
         return None
     block_rows = _block_rows(rows, 128 if fast else 64, target)
     block_out = min(_launch.padded(outputs), 128 if fast else 64)
@@ -291,11 +287,12 @@ def mlp_backward(
     target = _launch.target_of(input.device)
     precision = _launch.dot_precision(input.dtype, "linear", target)
     config = chain_config(chain.widths, chain.rows, input.dtype, precision, target, backward=True)
-    run = _chain_gradients if config is not None else _layer_gradients
+    arguments = (chain, grad_output, weights, activations, saved, input_wanted, biases_wanted)
     with _launch.without_autocast(input.device):
-        grad_sums, grad_biases, grad_input = run(
-            chain, grad_output, weights, activations, saved, input_wanted, biases_wanted, config, precision
-        )
+        if config is not None:
+            grad_sums, grad_biases, grad_input = _chain_gradients(*arguments, config, precision)
+        else:
+            grad_sums, grad_biases, grad_input = _layer_gradients(*arguments)
         grad_weights = []
         if weights_wanted:
             layer_inputs = [input, *map(_layer_output, activations[:-1], saved[:-1])]
@@ -346,7 +343,7 @@ def _chain_gradients(
 
 def _layer_gradients(
     chain: Chain, grad: Tensor, weights: Sequence[Tensor], activations: Sequence[int], saved: tuple[Tensor, ...],
-    input_wanted: bool, biases_wanted: bool, *_: Any,
+    input_wanted: bool, biases_wanted: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:  # fmt: skip
     """The same by stock's kernels."""
     grad_sums: list[Tensor] = []

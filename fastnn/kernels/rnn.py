@@ -23,7 +23,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-_WIDEST_WITHOUT_TENSOR_CORES = 32
+_WIDEST_WITHOUT_MATRIX_UNITS = 32
 
 
 def rnn_config(mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str,
@@ -33,16 +33,21 @@ def rnn_config(mode: str, hidden: int, batch: int, directions: int, dtype: torch
     if dtype is torch.float64 or hidden == 0:
         return None
     tile = _launch.padded(hidden)
-    if dtype is torch.float32 and precision == "ieee" and tile > _WIDEST_WITHOUT_TENSOR_CORES:
-        return None
     gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
+    fast = _launch.uses_matrix_units(dtype, precision, target)
+    # Without matrix units LSTM's four dots at a step are more than Triton 3.9 compiles: LLVM aborts.
+    if not fast and (gates == 4 or tile > _WIDEST_WITHOUT_MATRIX_UNITS):
+        return None
     exchanged = 2 * 16 * tile * dtype.itemsize  # the state, on its way from a step's result to the next's operand
-    if gates * tile * tile * dtype.itemsize + exchanged > target.shared_memory:
+    weights = gates * tile * tile * dtype.itemsize
+    # On AMD's cards the weights of several gates are kept in registers.
+    if weights + exchanged > target.shared_memory or (target.backend == "hip" and gates > 1 and weights > 24576):
         return None
     # Enough sequences for two programs a processor: the weights are shared by more rows.
     many = batch * directions >= 64 * target.processors and gates == 1
     block_batch = 32 if many else 16
-    return Config(block_batch, num_warps=8 if tile >= 128 or (tile >= 64 and gates > 1) else 4)
+    num_warps = 16 if tile >= 128 and gates == 4 else 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
+    return Config(block_batch, num_warps)
 
 
 def covers(mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -156,7 +161,7 @@ def _run_layer(
                 torch.mm(flat, w_ih.t(), out=gates[direction])
             else:
                 torch.addmm(b_ih, flat, w_ih.t(), out=gates[direction])
-    initial = [state[of_layer] for state in problem.state] or [None] * problem.states
+    initial = problem.initial(layer)
     final = [state[of_layer] for state in final_state]
     kernel = {"GRU": kernels.gru_forward, "LSTM": kernels.lstm_forward}.get(problem.mode, kernels.simple_forward)
     kept = () if problem.gates == 1 else (saved,)
@@ -220,10 +225,10 @@ def _backward(
             grad_weights = _weight_gradients(problem, layer, grad_gates, x, layer_output) + grad_weights
         if layer > 0 or input_wanted:
             grad = _input_gradient(problem, layer, grad_gates)
-        if layer > 0 and problem.masks is not None:
-            grad = grad * problem.masks[layer - 1]
+            if layer > 0 and problem.masks is not None:
+                grad = grad * problem.masks[layer - 1]
     grad_input = problem.input.new_empty(0)
-    if input_wanted:
+    if input_wanted and grad is not None:
         grad_input = problem.as_given(grad).contiguous()
     return grad_input, grad_initial if state_wanted else [], grad_weights
 
@@ -238,7 +243,7 @@ def _reverse_layer(
     grad_gates = output.new_empty(problem.directions, problem.rows, 1 if problem.gates == 1 else 4, problem.hidden)
     grad_final = [None if g is None else g.contiguous()[of_layer] for g in grad_state]
     grad_start = [g[of_layer] for g in grad_initial]
-    initial = [state[of_layer] for state in problem.state] or [None] * problem.states
+    initial = problem.initial(layer)
     w_hh, _ = problem.stacked_recurrent(layer)
     before = {
         "GRU": (kernels.gru_backward, (*grad_final, output, kept[of_layer], *initial, w_hh)),

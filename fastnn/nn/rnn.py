@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastnn.ops._autograd import needs_reference
 from fastnn.ops.rnn import rnn, rnn_cell
 
+
 def _covers(input: Any) -> bool:
     """Whether the kernels take such an input at all."""
     return (
@@ -25,6 +26,15 @@ def _covers(input: Any) -> bool:
         and not torch._C._is_any_autocast_enabled()
         and not needs_reference(input)
     )
+
+
+def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: int = 1) -> bool:
+    """On a GPU, whether the recurrent weights stay on chip: where they don't, stock's kernels are the fastest."""
+    if not input.is_cuda or torch.compiler.is_compiling():
+        return True
+    from fastnn.kernels.rnn import covers  # only now: it imports Triton
+
+    return covers(mode, hidden, batch, directions, input.dtype, input.device)
 
 
 def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
@@ -62,7 +72,12 @@ class _Recurrent(RNNBase):
             return None
         state = [] if hx is None else self._state(input, sizes[batch_dim], hx, batched)
         weights = _parameters(self, self._flat_weights_names)
-        if state is None or weights[0].dtype is not input.dtype or self.proj_size > 0:
+        if (
+            state is None
+            or weights[0].dtype is not input.dtype
+            or self.proj_size > 0
+            or not self._on_chip(input, sizes[batch_dim])
+        ):
             return None
         output, final = self._call(input, None, state, weights, self.batch_first)
         if not batched:
@@ -75,7 +90,12 @@ class _Recurrent(RNNBase):
             return None
         state = [] if hx is None else self._state(input, int(batch_sizes[0]), hx, True)
         weights = _parameters(self, self._flat_weights_names)
-        if state is None or weights[0].dtype is not input.dtype or self.proj_size > 0:
+        if (
+            state is None
+            or weights[0].dtype is not input.dtype
+            or self.proj_size > 0
+            or not self._on_chip(input, int(batch_sizes[0]))
+        ):
             return None
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
@@ -98,6 +118,9 @@ class _Recurrent(RNNBase):
             if tensor.dtype != input.dtype or tensor.device != input.device:
                 return None
         return given if batched else [tensor.unsqueeze(1) for tensor in given]
+
+    def _on_chip(self, input: Tensor, batch: int) -> bool:
+        return _gpu_serves(input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1)
 
     def _call(
         self, input: Tensor, batch_sizes: Tensor | None, state: list[Tensor], weights: list[Tensor], batch_first: bool
@@ -183,6 +206,8 @@ class _Cell(RNNCellBase):
                 return None
         weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
         if weights[0].dtype is not input.dtype:
+            return None
+        if not _gpu_serves(input, mode, self.hidden_size, sizes[0] if len(sizes) == 2 else 1):
             return None
         if len(sizes) == 2:
             state = rnn_cell(input, given, weights, mode)

@@ -78,8 +78,8 @@ def test_fused(name, dtype, device, assert_near):
     a = arguments(len(sizes) - 2, **options)
     input, weight, bias = make(sizes, out_channels, kernel, a, dtype, device)
     problem = check_problem("", input, weight, bias, a)
-    assert kernels.is_fused(problem, "forward", "ieee")
-    assert kernels.is_fused(problem, "backward", "ieee")
+    assert kernels.is_fused(problem, "forward", "ieee", _launch.TARGETS[2])
+    assert kernels.is_fused(problem, "backward", "ieee", _launch.TARGETS[2])
     check(input, weight, bias, a, assert_near)
 
 
@@ -211,13 +211,13 @@ def test_choice_of_path():
 
     half = torch.bfloat16
     middle = problem(64, 64, 64, 112, half)
-    assert kernels.is_fused(middle, "forward", "ieee")
-    assert not kernels.is_fused(middle, "backward", "ieee")
-    assert not kernels.is_fused(problem(8, 256, 512, 28, half), "forward", "ieee")
+    assert kernels.is_fused(middle, "forward", "ieee", _launch.TARGETS[2])
+    assert not kernels.is_fused(middle, "backward", "ieee", _launch.TARGETS[2])
+    assert not kernels.is_fused(problem(8, 256, 512, 28, half), "forward", "ieee", _launch.TARGETS[2])
     stem = problem(64, 3, 64, 224, half, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
-    assert kernels.is_fused(stem, "forward", "ieee")
-    assert not kernels.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "ieee")
-    assert kernels.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32")
-    assert not kernels.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee")
-    assert not kernels.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee")
+    assert kernels.is_fused(stem, "forward", "ieee", _launch.TARGETS[2])
+    assert not kernels.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "ieee", _launch.TARGETS[2])
+    assert kernels.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32", _launch.TARGETS[2])
+    assert not kernels.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee", _launch.TARGETS[2])
+    assert not kernels.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee", _launch.TARGETS[2])
     assert kernels.conv_config(middle, "ieee", _launch.TARGETS[2]).block_pixels == 128

@@ -205,4 +205,6 @@ def test_choice_of_kernel():
     assert config("RNN_TANH", 128, 32, 1, torch.float32, "ieee", h100) is None
     assert config("LSTM", 128, 32, 1, half, "ieee", h100) is not None
     assert config("LSTM", 256, 32, 1, half, "ieee", h100) is None
+    assert config("LSTM", 16, 32, 1, torch.float32, "ieee", h100) is None
+    assert config("LSTM", 16, 32, 1, torch.float32, "ieee", _launch.TARGETS[4]) is not None
     assert config("LSTM", 8, 32, 1, torch.float64, "ieee", h100) is None

@@ -1,0 +1,203 @@
+"""The way of a user's call: modules and functions on a GPU, with what PyTorch does around them. What needs no GPU also
+runs without one, on the CPU's kernels, so that this file itself is tested."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastnn
+from fastnn.reference import models as stock_models
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+NETWORKS = {  # stock, fused, input
+    "conv2d": (
+        lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)),
+        lambda: fastnn.nn.ConvReLUMaxPool2d(3, 8, 3, padding=1),
+        (4, 3, 12, 12),
+    ),
+    "rnn": (lambda: torch.nn.RNN(6, 16), lambda: fastnn.nn.RNN(6, 16), (5, 3, 6)),
+    "gru": (
+        lambda: torch.nn.GRU(6, 16, bidirectional=True),
+        lambda: fastnn.nn.GRU(6, 16, bidirectional=True),
+        (5, 3, 6),
+    ),
+    "lstm": (lambda: torch.nn.LSTM(6, 16, 2), lambda: fastnn.nn.LSTM(6, 16, 2), (5, 3, 6)),
+    "mlp": (
+        lambda: torch.nn.Sequential(torch.nn.Linear(10, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)),
+        lambda: fastnn.nn.MLP([10, 8, 4]),
+        (32, 10),
+    ),
+    "Conv2DNet": (lambda: stock_models.Conv2DNet(7), lambda: fastnn.models.Conv2DNet(7), (4, 3, 20, 20)),
+    "RNN": (lambda: stock_models.RNN(10, 32, 2, 5), lambda: fastnn.models.RNN(10, 32, 2, 5), (3, 6, 10)),
+    "Autoencoder": (lambda: stock_models.Autoencoder(10, 8, 5), lambda: fastnn.models.Autoencoder(10, 8, 5), (32, 10)),
+}  # fmt: skip
+
+
+def make(name, device, dtype=torch.float32):
+    """Stock and fused network of equal weights, on the device, and an input."""
+    stock, fused, sizes = NETWORKS[name]
+    stock, fused = stock(), fused()
+    with torch.no_grad():
+        for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
+            ours.copy_(theirs)
+    return stock.to(device, dtype), fused.to(device, dtype), torch.randn(sizes).to(device, dtype)
+
+
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+def step(network, input):
+    """Output and the gradients of the input and the parameters."""
+    input = input.detach().requires_grad_()
+    output = first(network(input))
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
+    return [output, *torch.autograd.grad((output * weight).sum(), [input, *network.parameters()])]
+
+
+def assert_as_exact_as_stock(stock, fused, input, assert_near):
+    exact = step(copy.deepcopy(stock).double(), input.double())
+    for got, want in zip(step(fused, input), exact, strict=True):
+        # Rounding may move a maximum, and with it a gradient, to a neighbour that is as good: judge the mass.
+        assert_near(got.detach(), want.detach(), factor=4 if input.dtype is torch.float32 else 16)
+
+
+@pytest.fixture
+def exact_float32():
+    """No tf32: what is held against float64 in units of float32."""
+    flags = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [flag.fp32_precision for flag in flags]
+    for flag in flags:
+        flag.fp32_precision = "ieee"
+    yield
+    for flag, value in zip(flags, before, strict=True):
+        flag.fp32_precision = value
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forward_and_backward(name, device, assert_near, exact_float32):
+    assert_as_exact_as_stock(*make(name, device), assert_near)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "conv2d"])
+def test_tf32(name, device, assert_near):
+    stock, fused, input = make(name, device)
+    for got, want in zip(step(fused, input), step(copy.deepcopy(stock).double(), input.double()), strict=True):
+        assert_near(got.detach(), want.detach(), factor=4000)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "mlp"])
+def test_16_bit(name, dtype, device, assert_near):
+    assert_as_exact_as_stock(*make(name, device, dtype), assert_near)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "lstm", "mlp"])
+def test_gradcheck(name, device):
+    _, fused, input = make(name, device, torch.float64)
+    small = input[:2].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: first(fused(x)), (small,), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_results_repeat_bit_for_bit(name, device):
+    _, fused, input = make(name, device)
+    for a, b in zip(step(fused, input), step(fused, input), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_non_contiguous_input(name, device):
+    _, fused, input = make(name, device)
+    strided = torch.stack([input, input], -1)[..., 0]
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(first(fused(strided)), first(fused(input)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_packed(cell, device, assert_near, exact_float32):
+    stock, fused = getattr(torch.nn, cell)(6, 16).double(), getattr(fastnn.nn, cell)(6, 16).to(device)
+    fused.load_state_dict(stock.state_dict())
+    padded, lengths = torch.randn(9, 20, 6), torch.arange(20) % 9 + 1
+    packed = pack_padded_sequence(padded.to(device), lengths, enforce_sorted=False)
+    exact = pack_padded_sequence(padded.double(), lengths, enforce_sorted=False)
+    assert_near(fused(packed)[0].data.detach(), stock(exact)[0].data.detach(), factor=4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_cuda_graph(name, device):
+    _, fused, input = make(name, device)
+    with torch.no_grad():
+        expected = first(fused(input * 2))
+        graph, static = torch.cuda.CUDAGraph(), input.clone()
+        fused(static)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            output = first(fused(static))
+        static.copy_(input * 2)
+        graph.replay()
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_autocast(name, dtype, device):
+    stock, fused, input = make(name, device)
+    with torch.autocast("cuda", dtype):
+        expected, actual = step(stock, input), step(fused, input)
+    for got, want in zip(actual, expected, strict=True):
+        assert got.dtype == want.dtype
+    torch.testing.assert_close(actual[0], expected[0], rtol=0.05, atol=0.05)
+
+
+@needs_gpu
+def test_large(device):
+    """Elements that 32 bits do not number: the last image and the last row are right."""
+    half = torch.float16
+    conv = fastnn.nn.ConvReLUMaxPool2d(16, 16, 3, padding=1, device=device, dtype=half)
+    images = torch.randn(2, 16, 64, 64, device=device, dtype=half).repeat(18000, 1, 1, 1)
+    assert images.numel() > 2**31
+    with torch.no_grad():
+        output = conv(images)
+        torch.testing.assert_close(output[-1], conv(images[-2:])[-1], rtol=0, atol=0)
+        del images, output
+        mlp = fastnn.nn.MLP([128, 64, 32], device=device, dtype=half)
+        rows = torch.randn(128, 128, device=device, dtype=half).repeat(140000, 1)
+        assert rows.numel() > 2**31
+        torch.testing.assert_close(mlp(rows)[-128:], mlp(rows[-128:]), rtol=0, atol=0)
+
+
+@needs_gpu
+def test_another_thread_and_stream(device):
+    _, fused, input = make("mlp", device)
+    expected = fused(input)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = fused(input)
+    stream.synchronize()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["conv2d", "lstm", "mlp"])
+def test_torch_compile(name, device):
+    _, fused, input = make(name, device)
+    compiled = torch.compile(fused, fullgraph=True)
+    torch.testing.assert_close(first(compiled(input)), first(fused(input)))
+
+
+@needs_gpu
+def test_raw_operators_refuse_tensors_of_another_device(device):
+    rows, weight = torch.randn(4, 3, device=device), torch.randn(2, 3)
+    with pytest.raises(RuntimeError):
+        torch.ops.fastnn.mlp(rows, [weight], [None], [0])
+    with pytest.raises(RuntimeError):
+        torch.ops.fastnn.mlp(rows.requires_grad_(), [weight.to(device)], [None], [0])
