@@ -287,27 +287,35 @@ void forward_winograd(const ConvPoolForward<T>& call, int64_t first_item, int64_
   for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
 }
 
-// Whether every element is finite, and small enough for the transforms.
+// Whether every element is finite, and small enough for the transforms: whether the sum of their squares, scaled so
+// that no product of two such elements can overflow, is finite.
 template <class T>
 bool all_moderate(const T* data, int64_t outer, const ConvLayout& layout, int64_t channels, const int64_t (&size)[3]) {
   using C = Compute<T>;
-  constexpr C bound = 1e15f;
-  bool moderate = true;
+  constexpr C scale = 1e4f;
   const bool channels_inside = layout.c == 1;
   const int64_t runs = channels_inside ? size[2] : channels, length = channels_inside ? channels : size[2];
   const int64_t run_step = channels_inside ? layout.d[2] : layout.c, step = channels_inside ? 1 : layout.d[2];
+  Vec<C> total = {};
+  C single = 0;
   for (int64_t n = 0; n < outer; ++n) {
     for (int64_t y = 0; y < size[1]; ++y) {
       for (int64_t r = 0; r < runs; ++r) {
         const T* from = data + n * layout.n + y * layout.d[1] + r * run_step;
-        for (int64_t i = 0; i < length; ++i) {
-          const C value = to_compute(from[i * step]);
-          moderate &= value <= bound && value >= -bound;
+        int64_t i = 0;
+        for (; step == 1 && i + kLanes<C> <= length; i += kLanes<C>) {
+          const Vec<C> value = load(from + i) * scale;
+          total += value * value;
+        }
+        for (; i < length; ++i) {
+          const C value = to_compute(from[i * step]) * scale;
+          single += value * value;
         }
       }
     }
   }
-  return moderate;
+  single += sum_lanes<C>(total);
+  return single - single == 0;
 }
 
 }  // namespace FASTNN_ISA
