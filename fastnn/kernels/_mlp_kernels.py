@@ -35,8 +35,9 @@ def chain_forward(
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < rows
-    column = tl.arange(0, TILES[1])
-    sums = tl.zeros([BLOCK_ROWS, TILES[1]], tl.float32)
+    FIRST_TILE: tl.constexpr = TILES[1]
+    column = tl.arange(0, FIRST_TILE)
+    sums = tl.zeros([BLOCK_ROWS, FIRST_TILE], tl.float32)
     for start in range(0, WIDTHS[0], BLOCK_IN):
         k = start + tl.arange(0, BLOCK_IN)
         k_mask = k < WIDTHS[0]
@@ -99,8 +100,9 @@ def chain_backward(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < rows
     LAST: tl.constexpr = LAYERS - 1
-    column = tl.arange(0, TILES[LAST])
-    grad = tl.zeros([BLOCK_ROWS, TILES[LAST]], tl.float32)
+    LAST_TILE: tl.constexpr = TILES[LAST]
+    column = tl.arange(0, LAST_TILE)
+    grad = tl.zeros([BLOCK_ROWS, LAST_TILE], tl.float32)
     for start in range(0, WIDTHS[LAYERS], BLOCK_OUT):
         out_column = start + tl.arange(0, BLOCK_OUT)
         out_mask = out_column < WIDTHS[LAYERS]

@@ -10,6 +10,11 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 
+def pytest_configure(config):
+    # Triton 3.6's interpreter, about itself.
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+
+
 @pytest.fixture
 def device():
     return torch.device("cpu" if _INTERPRETED else "cuda")

@@ -1,0 +1,200 @@
+"""What a GPU should give, before one has been asked: bytes, operations and launches of stock, torch.compile and fastnn
+for the benchmark's shapes, the time that an H100's limits allow each, and the ratio to expect. A measurement
+(tools/gpu_run.py) is held against this page.
+
+    python tools/gpu_roofline.py [--write benchmarks/results/gpu_roofline.md]
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from gpu_cases import CONV_SHAPES, MLP_SHAPES, RNN_SHAPES, conv_geometry
+
+from fastnn.kernels import _launch, mlp, rnn
+from fastnn.kernels import conv_relu_max_pool as conv
+from fastnn.kernels._conv_geometry import ConvArguments, check_problem
+from fastnn.kernels._rnn_problem import MODES
+
+# H100 SXM: data sheet. The shares of a limit that a good kernel reaches are assumed, until they are measured.
+BANDWIDTH = 3.35e12  # bytes a second
+PEAK = {"16-bit": 989e12, "tf32": 494e12, "float32": 67e12}  # operations a second
+REACHED = {"cuDNN and cuBLAS": 0.65, "Triton": 0.4, "memory": 0.85}
+LAUNCH = 2.5e-6  # seconds from one kernel to the next in a CUDA graph
+STEP = {"stock": 1.3e-6, "fastnn": 0.4e-6}  # seconds a recurrent step takes at hidden <= 128, by its latencies
+TARGET = _launch.TARGETS[2]
+
+
+class Cost(NamedTuple):
+    """Of one call: bytes to and from memory, floating-point operations, kernels."""
+
+    bytes: float
+    flops: float
+    launches: int
+    serial: float = 0.0  # seconds that steps take one after another, whatever the limits
+
+    def floor(self, kind: str) -> float:
+        """Seconds at the card's limits."""
+        return max(self.bytes / BANDWIDTH, self.flops / PEAK[kind])
+
+    def expected(self, kind: str, library: str) -> float:
+        """Seconds at the shares of the limits that kernels reach."""
+        streamed = self.bytes / (BANDWIDTH * REACHED["memory"])
+        computed = self.flops / (PEAK[kind] * REACHED[library])
+        return max(streamed, computed, self.serial) + self.launches * LAUNCH
+
+
+class Prediction(NamedTuple):
+    op: str
+    shape: str
+    dtype: str
+    direction: str
+    stock: Cost
+    compiled: Cost
+    fastnn: Cost
+    fused: bool
+    kind: str
+
+    def row(self) -> tuple[str, ...]:
+        stock, compiled = (cost.expected(self.kind, "cuDNN and cuBLAS") for cost in (self.stock, self.compiled))
+        ours = self.fastnn.expected(self.kind, "Triton" if self.fused else "cuDNN and cuBLAS")
+        return (
+            *(self.op, self.shape, self.dtype, self.direction),
+            *(f"{cost.bytes / 1e6:.2f}" for cost in (self.stock, self.compiled, self.fastnn)),
+            f"{self.fastnn.flops / 1e9:.2f}",
+            *(str(cost.launches) for cost in (self.stock, self.compiled, self.fastnn)),
+            f"{1e6 * max(self.fastnn.floor(self.kind), self.fastnn.serial):.1f}",
+            *(f"{1e6 * seconds:.1f}" for seconds in (stock, compiled, ours)),
+            f"{stock / ours:.1f}x",
+            f"{compiled / ours:.1f}x",
+            "one kernel" if self.fused else "around stock's",
+        )
+
+
+HEADER = ("operator", "shape", "dtype", "direction", "MB stock", "MB compile", "MB fastnn", "GFLOP fastnn",
+          "kernels stock", "kernels compile", "kernels fastnn", "floor µs", "stock µs", "compile µs", "fastnn µs",
+          "against stock", "against compile", "how")  # fmt: skip
+
+
+def _kinds(stock_allows_tf32: bool) -> Iterator[tuple[torch.dtype, str, str]]:
+    """dtype, limit, input_precision"""
+    yield torch.bfloat16, "16-bit", "ieee"
+    yield (torch.float32, "tf32", "tf32") if stock_allows_tf32 else (torch.float32, "float32", "ieee")
+
+
+def conv_predictions() -> Iterator[Prediction]:
+    for name, (sizes, out_channels, kernel, *_) in CONV_SHAPES.items():
+        for dtype, kind, precision in _kinds(True):
+            with torch.device("meta"):
+                input = torch.empty(sizes, dtype=dtype)
+                weight = torch.empty(out_channels, sizes[1], *[kernel] * (len(sizes) - 2), dtype=dtype)
+            problem = check_problem("", input, weight, None, ConvArguments(*conv_geometry(name)))
+            size = dtype.itemsize
+            conv_values = problem.images * out_channels * math.prod(problem.conv_size)
+            pooled = problem.images * out_channels * math.prod(problem.out_size)
+            ends = size * (input.numel() + weight.numel() + pooled)
+            fused = conv.is_fused(problem, "forward", precision, TARGET)
+            flops = problem.work
+            # conv writes; ReLU reads and writes; pool reads; its int64 indices.
+            stock = Cost(ends + conv_values * 4 * size + pooled * 8, flops, 3)
+            compiled = Cost(ends + conv_values * 2 * size, flops, 2)
+            ours = Cost(ends, flops * max(problem.recomputed, 1), 1)
+            if not fused:
+                ours = Cost(ends + conv_values * 2 * size, flops, 2)
+            yield Prediction("conv_relu_max_pool", name, str(dtype)[6:], "forward", stock, compiled, ours, fused, kind)
+            back_fused = conv.is_fused(problem, "backward", precision, TARGET)
+            # Beside the above: the pool's and ReLU's gradients written, read and read again by both products.
+            both = 2 * ends + pooled * size
+            stock = Cost(both + conv_values * size * (4 + 1 + 3 + 2) + pooled * 16, 3 * flops, 3 + 4)
+            compiled = Cost(both + conv_values * size * (2 + 1 + 2) + pooled * 2, 3 * flops, 2 + 3)
+            spread = 0 if back_fused else conv_values * size * 3
+            forward = 0 if fused else conv_values * 2 * size
+            work = flops * (1 + 2 * problem.recomputed if back_fused else 3)
+            ours = Cost(both + forward + spread + pooled * 3, work, 4 if back_fused else 5)
+            yield Prediction("conv_relu_max_pool", name, str(dtype)[6:], "training", stock, compiled, ours,
+                             fused and back_fused, kind)  # fmt: skip
+
+
+def mlp_predictions() -> Iterator[Prediction]:
+    for rows, widths in MLP_SHAPES:
+        for dtype, kind, precision in _kinds(False):
+            size, layers = dtype.itemsize, len(widths) - 1
+            weights = size * sum(a * b for a, b in pairwise(widths))
+            flops = 2.0 * rows * sum(a * b for a, b in pairwise(widths))
+            ends = size * rows * (widths[0] + widths[-1]) + weights
+            hidden = size * rows * sum(widths[1:-1])
+            one = mlp.chain_config(widths, rows, dtype, precision, TARGET) is not None
+            # Each layer's sum is written, read, activated, written and read by the next.
+            stock = Cost(ends + 4 * hidden + 2 * size * rows * widths[-1], flops, 2 * layers)
+            compiled = Cost(ends + 4 * hidden, flops, 2 * layers)
+            ours = Cost(ends, flops, 1) if one else Cost(ends + 2 * hidden, flops, layers)
+            shape = f"({rows}, {'-'.join(map(str, widths))}) relu"
+            yield Prediction("mlp", shape, str(dtype)[6:], "forward", stock, compiled, ours, one, kind)
+            stock = Cost(3 * ends + 11 * hidden, 3 * flops, 6 * layers)
+            compiled = Cost(3 * ends + 9 * hidden, 3 * flops, 5 * layers)
+            # hidden written, read by both backward launches; the gradients before it written and read.
+            ours = Cost(3 * ends + 5 * hidden, 3 * flops, 2 + 2 * layers) if one else compiled
+            yield Prediction("mlp", shape, str(dtype)[6:], "training", stock, compiled, ours, one, kind)
+
+
+def rnn_predictions() -> Iterator[Prediction]:
+    for mode in MODES[:1] + MODES[2:]:
+        gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
+        for name, (length, batch, inputs, hidden, layers) in RNN_SHAPES.items():
+            for dtype, kind, precision in _kinds(True):
+                fits = rnn.rnn_config(mode, hidden, batch, 1, dtype, precision, TARGET) is not None
+                if not fits:
+                    continue
+                size, rows = dtype.itemsize, length * batch
+                flops = sum(2.0 * rows * gates * hidden * (hidden + (hidden if i else inputs)) for i in range(layers))
+                ends = size * rows * (inputs + hidden)
+                between = size * rows * layers * (2 * gates + 1) * hidden
+                serial = {who: length * layers * step * (1 + 0.25 * (gates - 1)) for who, step in STEP.items()}
+                # cuDNN: the input products and the steps in about three kernels a layer.
+                stock = Cost(ends + between, flops, 3 * layers, serial["stock"])
+                ours = Cost(ends + between, flops, 2 * layers, serial["fastnn"])
+                yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "forward", stock, stock, ours, True, kind)
+                stock = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["stock"])
+                ours = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["fastnn"])
+                yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "training", stock, stock, ours, True, kind)
+
+
+def page() -> str:
+    rows = [p.row() for make in (conv_predictions, rnn_predictions, mlp_predictions) for p in make()]
+    assumed = ", ".join(f"{share:.0%} of its limit for {who}" for who, share in REACHED.items())
+    peaks = ", ".join(f"{peak / 1e12:.0f} TFLOP/s {kind}" for kind, peak in PEAK.items())
+    stock_step, own_step = (f"{1e6 * STEP[who]:.1f} µs" for who in ("stock", "fastnn"))
+    lines = [
+        "# What an H100 should give",
+        "",
+        "Predictions, not measurements: `make gpu-roofline` computes them, `make gpu` measures. Bytes and operations",
+        f"are counted. The limits are the data sheet's: {BANDWIDTH / 1e12:.2f} TB/s, {peaks}.",
+        f"Assumed: {assumed};",
+        f"{LAUNCH * 1e6:.1f} µs from kernel to kernel in a CUDA graph; {stock_step} a recurrent step of one gate in",
+        f"cuDNN and {own_step} here. The floor is the time at the limits themselves, or of the steps.",
+        "",
+        *(f"| {' | '.join(line)} |" for line in (HEADER, ["---"] * len(HEADER), *rows)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    text = page()
+    if options.write:
+        options.write.parent.mkdir(parents=True, exist_ok=True)
+        options.write.write_text(text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Everything that a GPU can tell about fastnn, in one command of under nine minutes, on a machine without a network:
+builds the extension, runs the GPU tests, then the benchmarks, whatever fails on the way, and writes one JSON and one
+table with the card's name to benchmarks/results/.
+
+    python tools/gpu_run.py [--minutes 8.5] [--rehearse]
+
+It needs Python, torch, triton, pybind11, setuptools, pytest, pytest-benchmark and a C++ compiler. With --rehearse it
+runs every step on the CPU in little time, the kernels under Triton's interpreter, and writes to a temporary folder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+ROOT = Path(__file__).parent.parent
+OPS = ("models", "rnn", "conv_relu_max_pool", "mlp")
+
+
+def run(command: Sequence[str | Path], seconds: float, **variables: str) -> tuple[int, str]:
+    """Exit status and output of a command in the project's folder; 124 where it took too long."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **variables}
+    try:
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=ROOT, env=environment, timeout=max(seconds, 1),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        output = expired.output or b""
+        return 124, output.decode(errors="replace") if isinstance(output, bytes) else output
+    return done.returncode, done.stdout
+
+
+def build(seconds: float) -> dict[str, Any]:
+    started = time.monotonic()
+    status, output = run(["-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"], seconds)
+    return {"status": status, "seconds": time.monotonic() - started, "output": output[-2000:]}
+
+
+def start_tests(folder: Path, rehearse: bool) -> list[tuple[Path, Path, subprocess.Popen]]:
+    """One process a file, side by side: most of their time is the compiler's. A crash costs one file."""
+    # What cuBLAS asks for where results must repeat, as the tests ask of torch.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    if rehearse:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    started = []
+    for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
+        report = folder / f"{path.stem}.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}",
+                   str(path)]  # fmt: skip
+        log = (folder / f"{path.stem}.log").open("w")
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        started.append((path, report, process))
+    return started
+
+
+def finish_tests(started: list[tuple[Path, Path, subprocess.Popen]], seconds: float) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    result: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": [], "unfinished": [], "tails": {}}
+    for path, report, process in started:
+        try:
+            process.wait(max(deadline - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            result["tails"][path.name] = report.with_suffix(".log").read_text(errors="replace")[-3000:]
+        if not report.exists():
+            result["unfinished"].append(path.name)
+            continue
+        for test in ElementTree.parse(report).iter("testcase"):
+            outcome = {child.tag for child in test}
+            if outcome & {"failure", "error"}:
+                result["failed"].append(f"{path.name}::{test.get('name')}")
+            else:
+                result["skipped" if "skipped" in outcome else "passed"] += 1
+    return result
+
+
+def benchmark(folder: Path, deadline: float, rehearse: bool) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """All measurements, and the ends of the logs of the runs that failed."""
+    path, logs = folder / "measurements.jsonl", {}
+    for i, op in enumerate(OPS):
+        share = (deadline - time.monotonic()) / (len(OPS) - i)
+        command = ["tools/gpu_bench.py", op, path, "--seconds", str(0.8 * share), *(["--rehearse"] if rehearse else [])]
+        status, output = run(command, share)
+        print(output[-300:], flush=True)
+        if status:
+            logs[op] = f"exit status {status}\n{output[-3000:]}"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines], logs
+
+
+def as_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: one line a case, dtype, direction and way of launching; times in microseconds, and how much faster
+    fastnn is than the fastest of the others."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if "failed" not in row:
+            key = (row["op"], row["case"], row["dtype"], row["direction"], "graph" if row["graph"] else "launches")
+            groups.setdefault(key, {})[row["provider"]] = row
+    providers = sorted({provider for group in groups.values() for provider in group}, key=lambda p: ("fastnn" in p, p))
+    header = ["operator", "case", "dtype", "direction", "as", *providers, "fastnn is faster", "memory of eager"]
+    lines = [header, ["---"] * len(header)]
+    for key, group in groups.items():
+        times = {provider: row["seconds"][1] * 1e6 for provider, row in group.items()}
+        ours = [time for provider, time in times.items() if "fastnn" in provider]
+        others = [time for provider, time in times.items() if "fastnn" not in provider]
+        ratio = f"{min(others) / min(ours):.2f}x" if ours and others else ""
+        memory = [group[p]["memory"] if p in group else None for p in ("fastnn", "eager")]
+        share = f"{memory[0] / memory[1]:.0%}" if memory[0] is not None and memory[1] else ""
+        lines.append([*key, *(f"{times[p]:.1f}" if p in times else "" for p in providers), ratio, share])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def describe() -> dict[str, Any]:
+    available = torch.cuda.is_available()
+    return {
+        "card": torch.cuda.get_device_name() if available else "no GPU",
+        "capability": torch.cuda.get_device_capability() if available else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if available else None,
+        "triton": triton.__version__,
+        "tf32": {"linear": torch.backends.cuda.matmul.fp32_precision, "cudnn": torch.backends.cudnn.fp32_precision},
+    }
+
+
+def write(report: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "gpu_" + report["card"].lower().replace(" ", "_").replace("/", "_")
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    tests = report["tests"]
+    lines = [f"# fastnn on {report['card']}", "",
+             f"torch {report['torch']}, CUDA {report['cuda']}, cuDNN {report['cudnn']}, Triton {report['triton']}. "
+             f"{tests['passed']} tests passed, {len(tests['failed'])} failed, {tests['skipped']} skipped.", "",
+             *(f"- failed: {test}" for test in [*tests["failed"], *tests["unfinished"]]),
+             *(f"- failed: {row['provider']} on {row['case']}, {row['dtype']}, {row['direction']}: {row['failed']}"
+               for row in report["measurements"] if "failed" in row), "",
+             "Median microseconds a call.", "", *as_table(report["measurements"])]  # fmt: skip
+    table = folder / f"{name}.md"
+    table.write_text("\n".join(lines) + "\n")
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.5, help="for all of it")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--rehearse", action="store_true", help="every step in little time, on the CPU")
+    options = parser.parse_args()
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("no GPU is to be seen; --rehearse goes through the steps without one")
+    deadline = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        built = build(180)
+        print(f"built in {built['seconds']:.0f} s, status {built['status']}", flush=True)
+        tests = finish_tests(start_tests(folder, options.rehearse), 0.45 * (deadline - time.monotonic()))
+        print({name: tests[name] for name in ("passed", "skipped", "failed", "unfinished")}, flush=True)
+        measurements, logs = benchmark(folder, deadline - 5, options.rehearse)
+        report = describe() | {"build": built, "tests": tests, "measurements": measurements, "logs": logs}
+        table = write(report, folder / "results" if options.rehearse else options.results)
+        print(table.read_text())
+    return int(bool(built["status"] or tests["failed"] or tests["unfinished"] or logs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
