@@ -36,7 +36,8 @@ struct Strides {
   FASTNN_INLINE int64_t depth() const { return transposed ? stride : 1; }
 };
 
-// out[r] = start[r * start_stride] + a[r] panel, for `rows` rows. Few rows are summed in several parts of the depth
+// out[r] = start[r * start_stride] + a[r] panel, for `rows` rows. The product is summed on its own: rounding errors
+// grow with the length of a sum. Few rows are summed in several parts of the depth
 // at a time: one chain of additions would wait for itself.
 template <int rows, int vectors, bool transposed, class C>
 __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<transposed> strides, const C* panel,
@@ -44,11 +45,6 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
   constexpr int lanes = kLanes<C>, width = vectors * lanes;
   constexpr int parts = rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : 4;
   Vec<C> total[parts][rows][vectors] = {};
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) total[0][r][v] = load(start + r * start_stride + v * lanes);
-  }
   const int64_t row = strides.row(), step = strides.depth();
   const auto multiply_one = [&](int part) __attribute__((always_inline)) {
     Vec<C> right[vectors];
@@ -82,6 +78,7 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
       Vec<C> sum = total[0][r][v];
 #pragma GCC unroll 4
       for (int part = 1; part < parts; ++part) sum += total[part][r][v];
+      sum += load(start + r * start_stride + v * lanes);
       store(out + r * out_stride + v * lanes, sum);
     }
   }
