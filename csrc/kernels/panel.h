@@ -36,8 +36,7 @@ struct Strides {
   FASTNN_INLINE int64_t depth() const { return transposed ? stride : 1; }
 };
 
-// out[r] = start[r * start_stride] + a[r] panel, for `rows` rows. The product is summed on its own: rounding errors
-// grow with the length of a sum. Few rows are summed in several parts of the depth
+// out[r] = start[r * start_stride] + a[r] panel, for `rows` rows. Few rows are summed in several parts of the depth
 // at a time: one chain of additions would wait for itself.
 template <int rows, int vectors, bool transposed, class C>
 __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<transposed> strides, const C* panel,
@@ -78,8 +77,8 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
       Vec<C> sum = total[0][r][v];
 #pragma GCC unroll 4
       for (int part = 1; part < parts; ++part) sum += total[part][r][v];
-      sum += load(start + r * start_stride + v * lanes);
-      store(out + r * out_stride + v * lanes, sum);
+      // Added last: the sum of a block is rounded by its own size, not by that of all blocks before it.
+      store(out + r * out_stride + v * lanes, load(start + r * start_stride + v * lanes) + sum);
     }
   }
 }
