@@ -114,15 +114,14 @@ def test_gradients_that_are_not_wanted_are_empty(device):
     [
         (lambda a: a.update(input=a["input"][0]), "expected input to be 2D"),
         (lambda a: a.update(input=a["input"].to(torch.int32)), "not implemented for"),
-        (lambda a: a.update(weights=[]), "at least one weight"),
-        (lambda a: a.update(weights=a["weights"][::-1]), "cannot be multiplied"),
-        (lambda a: a.update(weights=[a["weights"][0].double(), a["weights"][1]]), "dtype"),
-        (lambda a: a.update(weights=[a["weights"][0].to("meta"), a["weights"][1]]), "same device"),
-        (lambda a: a.update(biases=a["biases"][:1]), "expected 2 biases"),
-        (lambda a: a.update(biases=a["biases"][::-1]), "expected biases of size"),
-        (lambda a: a.update(activations=[1]), "expected 2 activations"),
-        (lambda a: a.update(activations="18"), "must be between 0 and 7"),
-        (lambda a: a["input"].requires_grad_(), "no gradient of its own"),
+        (lambda a: a.update(activations="", parameters=[]), "at least one weight"),
+        (lambda a: a.update(parameters=a["parameters"][1::-1]), "cannot be multiplied"),
+        (lambda a: a.update(parameters=[a["parameters"][0].double(), a["parameters"][1]]), "dtype"),
+        (lambda a: a.update(parameters=[a["parameters"][0].to("meta"), a["parameters"][1]]), "same device"),
+        (lambda a: a.update(parameters=a["parameters"][:3]), "expected 2 weights and 2 or no biases"),
+        (lambda a: a.update(parameters=a["parameters"][:2] + a["parameters"][:1:-1]), "expected biases of size"),
+        (lambda a: a.update(activations="1"), "expected 1 weights"),
+        (lambda a: a.update(activations="18"), "digits from 0 to 7"),
     ],
 )
 def test_forward_refuses(change, message, device):
