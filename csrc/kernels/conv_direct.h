@@ -43,6 +43,15 @@ FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan
   return {smaller(g.conv[0], g.pool_extent(0)), rows, columns, overlap_depth || overlap_height};
 }
 
+// From one channel's part of the tile to the next. An odd number of cache lines if channels come first: a power of two
+// would put all channels into few of the cache's sets.
+template <class C>
+int64_t channel_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  constexpr int64_t line = 64 / sizeof(C);
+  const int64_t size = input_extent(g, 0, 1) * input_extent(g, 1, plan.band) * input_extent(g, 2, plan.columns);
+  return plan.channels_last || size < line ? size : round_up(size, 2 * line) + line;
+}
+
 // A thread's scratch, cut into its parts.
 template <class C>
 struct DirectScratch {
@@ -67,9 +76,7 @@ struct DirectScratch {
       used += round_up(bytes, 64);
       return part;
     };
-    const int64_t tile_size =
-        g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, plan.band) * input_extent(g, 2, plan.columns);
-    tile = reinterpret_cast<C*>(take(tile_size * sizeof(C)));
+    tile = reinterpret_cast<C*>(take(g.in_channels * channel_step<C>(g, plan) * sizeof(C)));
     ring = reinterpret_cast<C*>(take(slots * ring_size.columns * kBlockChannels<C> * sizeof(C)));
     stage = reinterpret_cast<C*>(take(stage_pixels * kBlockChannels<C> * sizeof(C)));
     winner_stage = reinterpret_cast<uint8_t*>(take(stage_pixels * kBlockChannels<C>));
@@ -318,7 +325,7 @@ class DirectForward {
     tile_.d[2] = plan_.channels_last ? g_.in_channels : 1;
     tile_.d[1] = tile_.d[2] * tile_.size[2];
     tile_.d[0] = tile_.d[1] * tile_.size[1];
-    tile_.c = plan_.channels_last ? 1 : tile_.d[0] * tile_.size[0];
+    tile_.c = plan_.channels_last ? 1 : channel_step<C>(g_, plan_);
     for_each_tap(g_, plan_.channels_last, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       scratch_.offsets[k] = c * tile_.c + d * g_.dilation[0] * tile_.d[0] + h * g_.dilation[1] * tile_.d[1] +
                             w * g_.dilation[2] * tile_.d[2];
