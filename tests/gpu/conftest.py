@@ -7,6 +7,8 @@ import pytest
 import torch
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter truncates to bfloat16 where a GPU rounds.
+_TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2 if _INTERPRETED else 1.6e-2}
 collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 
@@ -32,7 +34,7 @@ def assert_near():
 
     def check(actual, exact, factor=1.0):
         assert actual.shape == exact.shape
-        tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[actual.dtype] * factor
+        tolerance = _TOLERANCES[actual.dtype] * factor
         scale = exact.abs().nan_to_num(0, 0, 0).max().item() if exact.numel() else 0.0
         torch.testing.assert_close(actual.double().cpu(), exact.cpu(), rtol=0, atol=tolerance * max(scale, 1e-3),
                                    equal_nan=True)  # fmt: skip

@@ -48,6 +48,14 @@ def test_chain(widths, dtype, device, assert_near):
     check(21, widths, ("tanh", "sigmoid", "identity", "tanh")[: len(widths) - 1], dtype, device, assert_near)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_all_layers_on_chip(dtype, device, assert_near, monkeypatch):
+    monkeypatch.setattr(kernels, "is_resident", lambda *_: True)
+    few = _launch.Target("cuda", 90, 232448, 2)
+    with _launch.assume_target(few):
+        check(150, (10, 20, 5, 12), ("relu", "gelu", "tanh"), dtype, device, assert_near)
+
+
 @pytest.mark.parametrize("name", ACTIVATION_NAMES)
 def test_every_activation(name, device, assert_near):
     check(19, (7, 12, 9, 6), (name, name, name), torch.float32, device, assert_near)
@@ -155,6 +163,11 @@ def test_choice_of_kernel():
     half, target = torch.bfloat16, _launch.TARGETS[2]
     narrow = (64, 128, 128, 64)
     assert kernels.chain_config(narrow, 65536, half, "ieee", target).block_rows == 128
+    config = kernels.chain_config(narrow, 65536, half, "ieee", target)
+    assert not kernels.is_resident(narrow, 65536, half, "ieee", config, target)
+    assert kernels.is_resident(narrow, 131072, half, "ieee", config, target)
+    assert not kernels.is_resident(narrow, 131072, half, "ieee", config, _launch.TARGETS[3])
+    assert not kernels.is_resident((256, 128, 128), 131072, half, "ieee", config, target)
     assert kernels.chain_config(narrow, 32, half, "ieee", target).block_rows == 16
     assert kernels.chain_config((64, 256, 256, 64), 65536, half, "ieee", target) is not None
     assert kernels.chain_config((64, 512, 64), 65536, half, "ieee", target) is None
