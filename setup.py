@@ -79,7 +79,9 @@ class BuildExtension(build_ext):
         output_dir = os.path.join(self.build_temp, folder)
         (compiled,) = self.compiler.object_filenames([source], output_dir=output_dir)
         is_module = source == str(CSRC / "module.cpp")
-        if not is_module and self.is_current(compiled, [source, *ext.depends]):
+        # The module carries the digest of all sources (folders show that one is gone) and torch's version.
+        everything = [CSRC, *CSRC.rglob("*"), torch.version.__file__]
+        if self.is_current(compiled, everything if is_module else [source, *ext.depends]):
             return compiled
         print(f"fastnn: compiling {source} ({folder})", flush=True)
         self.compiler.compile(

@@ -10,7 +10,7 @@ from rich.console import Console
 from benchmarks.cases import CASES, Case
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.providers import PROVIDERS, prepare
-from benchmarks.report import RESULTS, as_time
+from benchmarks.report import RESULTS, as_time, report_failures
 from benchmarks.timing import environment, interleave, peak_flops, quartiles, speedups
 from fastnn.testing import using_threads
 
@@ -68,11 +68,14 @@ def as_markdown(rows: list[dict[str, Any]], info: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report_row(row: dict[str, Any], console: Console) -> None:
+def report_row(title: str, row: dict[str, Any], console: Console) -> None:
     times = ", ".join(f"{name} {as_time(value)}" for name, value in row["microseconds"].items())
     ratio = f"{row['best_rival_over_fastnn']:.2f}x against {row['best_rival']}"
-    title = f"{row['case']}, {row['direction']}, {row['threads']} thread(s)"
-    console.print(f"[bold]{title}[/bold]: {ratio}, {row['percent_of_peak']:.0f} % of peak\n  {times}", highlight=False)
+    console.print(
+        f"[bold]{title}[/bold]: {ratio}, {row['percent_of_peak']:.0f} % of peak\n  {times}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,19 +100,25 @@ def main() -> None:
     for threads in arguments.threads:
         with using_threads(threads):
             info["peak"][threads] = peak_flops()
-    rows = []
+    rows, failures = [], []
     cases = [case for case in CASES[arguments.op] if arguments.only in case.name]
     jobs = [(case, direction, n) for case in cases for direction in arguments.directions for n in arguments.threads]
     for done, (case, direction, threads) in enumerate(jobs):
-        with console.status(f"{done + 1} of {len(jobs)}: {case.name}, {direction}, {threads} thread(s)"):
-            row = measure(case, direction, threads, arguments.providers, arguments.seconds, info["peak"][threads])
+        title = f"{case.name}, {direction}, {threads} thread(s)"
+        try:
+            with console.status(f"{done + 1} of {len(jobs)}: {title}"):
+                row = measure(case, direction, threads, arguments.providers, arguments.seconds, info["peak"][threads])
+        except AssertionError as error:
+            failures.append(f"{title}: {error}")
+            continue
         rows.append(row)
-        report_row(row, console)
+        report_row(title, row, console)
     arguments.output.mkdir(parents=True, exist_ok=True)
     result = arguments.output / f"{arguments.op}.json"
     result.write_text(json.dumps({"environment": info, "rows": rows}, indent=1) + "\n")
     result.with_suffix(".md").write_text(as_markdown(rows, info))
     console.print(f"Written: {result}, {result.with_suffix('.md')}")
+    report_failures(failures, console)
 
 
 if __name__ == "__main__":

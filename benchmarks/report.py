@@ -39,17 +39,21 @@ def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[st
     }
 
 
-def measure_all(threads: list[int], seconds: float, console: Console) -> list[dict[str, Any]]:
+def measure_all(threads: list[int], seconds: float, console: Console) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows, and the words of the cases that failed their check and so have none."""
     jobs = [(case, direction, count) for case in MODELS for direction in DIRECTIONS for count in threads]
     columns = (TextColumn("{task.description:52}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    rows = []
+    rows, failures = [], []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(jobs))
         for case, direction, count in jobs:
             progress.update(task, description=f"{case.name}, {direction}, {_threads_text(count)}")
-            rows.append(measure(case, direction, count, seconds))
+            try:
+                rows.append(measure(case, direction, count, seconds))
+            except AssertionError as error:
+                failures.append(f"{case.name}, {direction}, {_threads_text(count)}: {error}")
             progress.advance(task)
-    return rows
+    return rows, failures
 
 
 def as_table(rows: list[dict[str, Any]]) -> Table:
@@ -75,6 +79,14 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
 
 def as_time(microseconds: float) -> str:
     return f"{microseconds:.1f} µs" if microseconds < 1000 else f"{microseconds / 1000:.2f} ms"
+
+
+def report_failures(failures: list[str], console: Console) -> None:
+    """No time is given for a wrong result; the program ends with an error instead."""
+    for failure in failures:
+        console.print(f"[bold red]Wrong result, not measured:[/bold red] {failure}", highlight=False, soft_wrap=True)
+    if failures:
+        raise SystemExit(1)
 
 
 def plot(rows: list[dict[str, Any]], info: dict[str, Any], path: Path) -> None:
@@ -127,13 +139,14 @@ def main() -> None:
 
     console = Console()
     console = Console(width=max(console.width, 100))  # a pipe says 80, which would cut the table
-    rows = measure_all(arguments.threads, arguments.seconds, console)
+    rows, failures = measure_all(arguments.threads, arguments.seconds, console)
     console.print(as_table(rows))
     arguments.output.mkdir(parents=True, exist_ok=True)
     info = environment()
     (arguments.output / "models.json").write_text(json.dumps({"environment": info, "rows": rows}, indent=1) + "\n")
     plot(rows, info, arguments.output / "models.png")
     console.print(f"Written: {arguments.output / 'models.json'}, {arguments.output / 'models.png'}")
+    report_failures(failures, console)
 
 
 if __name__ == "__main__":

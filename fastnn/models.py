@@ -1,11 +1,13 @@
 """The three reference models on fused layers: constructors, parameter names and state dicts of
 ``fastnn.reference.models``."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fastnn import nn
 from fastnn.nn.mlp import linear_parameters
-from fastnn.ops.mlp import activation_numbers, mlp, mlp_of_parameters, mlp_reconstruction_error
+from fastnn.ops.mlp import activation_digits, mlp, mlp_of_parameters, mlp_reconstruction_error
 
 
 class Conv2DNet(nn.Module):
@@ -41,7 +43,7 @@ class RNN(nn.Module):
 
 
 _AUTOENCODER_ACTIVATIONS = ("relu", "identity", "relu", "identity")
-_AUTOENCODER_NUMBERS = activation_numbers(_AUTOENCODER_ACTIVATIONS)
+_AUTOENCODER_DIGITS = activation_digits(_AUTOENCODER_ACTIVATIONS)
 
 
 class Autoencoder(nn.Module):
@@ -55,7 +57,7 @@ class Autoencoder(nn.Module):
         self.decoder_2 = nn.Linear(reduced_size, input_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp_of_parameters(x, linear_parameters(self._modules.values()), _AUTOENCODER_NUMBERS)
+        return mlp_of_parameters(x, linear_parameters(self._modules.values()), _AUTOENCODER_DIGITS)
 
     def encode(self, x: Tensor) -> Tensor:
         """(..., input_size) -> (..., encoding_size)."""
@@ -69,5 +71,6 @@ class Autoencoder(nn.Module):
 
     def reconstruction_error(self, x: Tensor) -> Tensor:
         """Mean squared error of each row, high for a row unlike those of the training: (..., input_size) -> (...)."""
-        parameters = linear_parameters(self._modules.values())
-        return mlp_reconstruction_error(x, parameters[:4], parameters[4:], _AUTOENCODER_ACTIVATIONS)
+        layers: Any = self._modules.values()
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return mlp_reconstruction_error(x, weights, biases, _AUTOENCODER_ACTIVATIONS)

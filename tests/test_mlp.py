@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import fastnn.nn
 from fastnn.functional import linear_relu, mlp, mlp_reconstruction_error
-from fastnn.ops.mlp import ACTIVATION_NAMES
+from fastnn.ops.mlp import ACTIVATION_NAMES, join_parameters
 from fastnn.reference import mlp as reference
 from fastnn.testing import compare_with_stock, using_threads
 
@@ -248,12 +248,12 @@ class TestStockPaths:
 class TestCompilation:
     def test_opcheck(self, dtype: torch.dtype) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3), dtype))
-        for numbers in ([1, 0], [5, 5]):
-            arguments = (x, weights, biases, numbers)
+        for digits in ("10", "55"):
+            arguments = (x, join_parameters(weights, biases), digits)
             torch.library.opcheck(torch.ops.fastnn.mlp, arguments)
             torch.library.opcheck(torch.ops.fastnn.mlp_with_hidden, arguments)
             output, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
-            backward = (torch.randn_like(output), x, weights, numbers, output, hidden, True, True, True)
+            backward = (torch.randn_like(output), x, weights, digits, output, hidden, True, True, True)
             torch.library.opcheck(torch.ops.fastnn.mlp_backward, backward)
 
     def test_compiles_in_one_graph(self) -> None:
@@ -344,9 +344,9 @@ class TestBadInput:
         with pytest.raises(RuntimeError):
             mlp(*arguments)
         with pytest.raises(RuntimeError):
-            torch.ops.fastnn.mlp(*arguments, [1, 0])
+            torch.ops.fastnn.mlp(*arguments, "10")
         with pytest.raises(RuntimeError):
-            torch.ops.fastnn.mlp_with_hidden(*arguments, [1, 0])
+            torch.ops.fastnn.mlp_with_hidden(*arguments, "10")
 
     def test_lists_that_do_not_fit(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
@@ -358,10 +358,10 @@ class TestBadInput:
             mlp(x, weights, biases, "swish")
         with pytest.raises(TypeError):
             mlp(x, None, biases)
-        for numbers in ([], [1], [1, 0, 0], [1, -1], [1, 8], [2**40, 0], [-(2**63), 0]):
+        for digits in ("", "1", "100", "1-", "18", "1\0", "1\xff"):
             with pytest.raises(RuntimeError):
-                torch.ops.fastnn.mlp(x, weights, biases, numbers)
-        for lists in (([], [], []), (weights, biases[:1], [1, 0]), (weights[:1], biases, [1])):
+                torch.ops.fastnn.mlp(x, join_parameters(weights, biases), digits)
+        for lists in (([], [], []), (weights, biases[:1], "10"), (weights[:1], biases, "1")):
             with pytest.raises(RuntimeError):
                 torch.ops.fastnn.mlp(x, *lists)
 
@@ -369,17 +369,17 @@ class TestBadInput:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
         for bad in (x.to_sparse(), x.half(), x.long(), x.to("meta"), x[None], x.to(torch.complex64)):
             with pytest.raises((RuntimeError, NotImplementedError)):
-                torch.ops.fastnn.mlp(bad, weights, biases, [1, 0]).sum().item()
+                torch.ops.fastnn.mlp(bad, weights + biases, "10").sum().item()
 
     def test_hostile_backward(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights, biases, [1, 0])
-        good = [torch.randn_like(output), x, weights, [1, 0], output, hidden, True, True, True]
+        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights + biases, "10")
+        good = [torch.randn_like(output), x, weights, "10", output, hidden, True, True, True]
         hostile = {
             0: [output[:4], output[:, :2], output[0], output.double(), output.to("meta"), output.to_sparse()],
             1: [x[:4], x[:, :5], x[0], x.double(), torch.empty(0, 6), x.to("meta")],
             2: [[], weights[:1], weights[::-1], [weights[0], weights[1].double()], [weights[0][0], weights[1]]],
-            3: [[], [1], [1, 99], [-1, 0], [4, 4]],
+            3: ["", "1", "19", "x0", "44"],
             4: [output[:4], output[:, :2], torch.empty(0), output.double(), output.to("meta")],
             5: [[], [hidden[0][:4]], [hidden[0].double()], [hidden[0][:, :3]], hidden * 2, [torch.empty(0)]],
         }
@@ -391,7 +391,7 @@ class TestBadInput:
 
     def test_raw_operators_refuse_to_lose_a_gradient(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        arguments = [x, weights, biases, [1, 0]]
+        arguments = [x, weights + biases, "10"]
         for leaf in (x, weights[1], biases[0]):
             leaf.requires_grad_()
             with pytest.raises(RuntimeError, match="no gradient of its own"):
@@ -450,6 +450,6 @@ class TestReconstructionError:
 
     def test_operator(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 4, 6)))
-        torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights, biases, [1, 0]))
+        torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights + biases, "10"))
         with pytest.raises(RuntimeError, match="expected as many outputs of the last layer as features"):
-            torch.ops.fastnn.mlp_reconstruction_error(x, weights[:1], biases[:1], [0])
+            torch.ops.fastnn.mlp_reconstruction_error(x, [weights[0], biases[0]], "0")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastnn.kernels import conv_relu_max_pool, mlp, rnn
 from fastnn.kernels._rnn_problem import MODES
-from fastnn.ops.mlp import ACTIVATION_NAMES
+from fastnn.ops.mlp import activation_digits, join_parameters
 
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
@@ -51,10 +51,10 @@ def _mlp_case(rows: int, widths: tuple[int, ...], dtype: torch.dtype, allow_tf32
 
         weights = [new(b, a) for a, b in pairwise(widths)]
         biases = [new(b) for b in widths[1:]]
-        numbers = [ACTIVATION_NAMES.index(name)] * len(weights)
+        digits = activation_digits([name] * len(weights))
         input = new(rows, widths[0])
-        output, hidden = mlp.mlp_with_hidden(input, weights, biases, numbers)
-        mlp.mlp_backward(output, input, weights, numbers, output, hidden, True, True, True)
+        output, hidden = mlp.mlp_with_hidden(input, join_parameters(weights, biases), digits)
+        mlp.mlp_backward(output, input, weights, digits, output, hidden, True, True, True)
 
     shape = f"({rows}, {'-'.join(map(str, widths))}) {name}"
     return Case("mlp", shape, dtype, run, allow_tf32)

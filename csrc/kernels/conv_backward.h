@@ -96,7 +96,7 @@ struct BackwardScratch {
     const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.pool_stride[0] * g.stride[0] *
                                 g.pool_stride[1] * g.stride[1] * g.pool_stride[2] * g.stride[2];
     slice_pixels = smaller(smaller(pixels, kMostSlicePixels), larger(16, kSliceBytes / 2 / under_pixel));
-    const int64_t buckets = larger(divide_up(g.out_channels, larger(channels, 1)) * pixels * g.places(),
+    const int64_t buckets = larger(divide_up(g.out_channels, larger(channels, 1)) * pixels * (g.places() + 1),
                                    g.out_channels * divide_up(pixels, slice_pixels));
     char* base = static_cast<char*>(memory);
     int64_t used = 0;
@@ -106,10 +106,10 @@ struct BackwardScratch {
       return part;
     };
     image = reinterpret_cast<C*>(take(s.image * s.blocks * static_cast<int64_t>(sizeof(C))));
-    entries = reinterpret_cast<GradientEntry<C>*>(take(pixels * g.out_channels * entry));
+    entries = reinterpret_cast<GradientEntry<C>*>(take((pixels * g.out_channels + 1) * entry));
     starts = reinterpret_cast<int32_t*>(take((buckets + 1) * static_cast<int64_t>(sizeof(int32_t))));
     run_offsets = reinterpret_cast<int64_t*>(take(s.runs * static_cast<int64_t>(sizeof(int64_t))));
-    place_offsets = reinterpret_cast<int64_t*>(take(g.places() * static_cast<int64_t>(sizeof(int64_t))));
+    place_offsets = reinterpret_cast<int64_t*>(take(256 * static_cast<int64_t>(sizeof(int64_t))));
     window_starts = reinterpret_cast<int64_t*>(take(pixels * static_cast<int64_t>(sizeof(int64_t))));
     size = used;
   }
@@ -176,31 +176,70 @@ void store_computed(const Compute<T>* from, int64_t count, T* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from_compute<T>(from[i]);
 }
 
+// Whether all of them are below `limit` or dead.
+FASTNN_INLINE bool places_are_below(const uint8_t* winners, int64_t step, int64_t count, uint8_t limit) {
+  uint8_t wrong = 0;
+  if (step == 1) {
+    for (int64_t i = 0; i < count; ++i) wrong |= (winners[i] >= limit) & (winners[i] != kDead);
+  } else {
+    for (int64_t i = 0; i < count; ++i) wrong |= (winners[i * step] >= limit) & (winners[i * step] != kDead);
+  }
+  return !wrong;
+}
+
+FASTNN_INLINE bool is_inside(const ConvPoolGeometry& g, int64_t place, int64_t z, int64_t y, int64_t x) {
+  const int64_t at[3] = {place / (g.pool_kernel[1] * g.pool_kernel[2]), place / g.pool_kernel[2] % g.pool_kernel[1],
+                         place % g.pool_kernel[2]};
+  const int64_t pooled[3] = {z, y, x};
+  for (int d = 0; d < 3; ++d) {
+    const PlaceRange range = places_inside(g, d, pooled[d]);
+    if (at[d] < range.first || at[d] >= range.last) return false;
+  }
+  return true;
+}
+
 template <class T>
 bool winners_are_valid(const ConvPoolGeometry& g, const uint8_t* winners, const ConvLayout& layout) {
-  const int64_t kernel_area = g.pool_kernel[1] * g.pool_kernel[2];
-  bool valid = true;
+  const int64_t channels = g.groups * g.out_channels;
+  const uint8_t places = static_cast<uint8_t>(g.places());
+  const auto is_whole = [&](int d, int64_t pooled) {
+    const PlaceRange range = places_inside(g, d, pooled);
+    return range.first == 0 && range.last == g.pool_kernel[d];
+  };
+  bool all_whole = true;
+  for (int d = 0; d < 3; ++d) all_whole = all_whole && is_whole(d, 0) && is_whole(d, g.output[d] - 1);
+  const bool joined = layout.d[1] == layout.d[2] * g.output[2] && layout.d[0] == layout.d[1] * g.output[1];
+  if (all_whole && joined && layout.c == 1 && layout.d[2] == channels && layout.n == channels * g.pixels()) {
+    return places_are_below(winners, 1, g.batch * layout.n, places);
+  }
+  // Columns whose windows are whole: the others are looked at one by one.
+  int64_t first = 0, last = g.output[2];
+  while (first < last && !is_whole(2, first)) ++first;
+  while (last > first && !is_whole(2, last - 1)) --last;
   for (int64_t n = 0; n < g.batch; ++n) {
-    for (int64_t c = 0; c < g.groups * g.out_channels; ++c) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const uint8_t* plane = winners + n * layout.n + c * layout.c;
+      if (all_whole && joined) {
+        if (!places_are_below(plane, layout.d[2], g.pixels(), places)) return false;
+        continue;
+      }
       for (int64_t z = 0; z < g.output[0]; ++z) {
-        const PlaceRange slices = places_inside(g, 0, z);
         for (int64_t y = 0; y < g.output[1]; ++y) {
-          const PlaceRange rows = places_inside(g, 1, y);
-          const uint8_t* row = winners + n * layout.n + c * layout.c + z * layout.d[0] + y * layout.d[1];
+          const uint8_t* row = plane + z * layout.d[0] + y * layout.d[1];
+          const bool whole_row = is_whole(0, z) && is_whole(1, y);
+          const int64_t from = whole_row ? first : 0, to = whole_row ? last : 0;
+          if (!places_are_below(row + from * layout.d[2], layout.d[2], to - from, places)) return false;
           for (int64_t x = 0; x < g.output[2]; ++x) {
-            const int64_t place = row[x * layout.d[2]];
-            if (place == kDead) continue;
-            const int64_t d = place / kernel_area, h = place / g.pool_kernel[2] % g.pool_kernel[1];
-            const int64_t w = place % g.pool_kernel[2];
-            const PlaceRange columns = places_inside(g, 2, x);
-            valid &= d >= slices.first && d < slices.last && h >= rows.first && h < rows.last && w >= columns.first &&
-                     w < columns.last;
+            if (x == from && x < to) x = to;
+            if (x == g.output[2]) break;
+            const uint8_t place = row[x * layout.d[2]];
+            if (place != kDead && !is_inside(g, place, z, y, x)) return false;
           }
         }
       }
     }
   }
-  return valid;
+  return true;
 }
 
 // total[r][v] += sum over entries of value x the v-th vector of the r-th run
@@ -245,6 +284,7 @@ FASTNN_INLINE void for_each_register_block(int64_t runs, int64_t vectors, const 
 template <class T>
 class BackwardWorker {
   using C = Compute<T>;
+  typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<C>)));
 
  public:
   BackwardWorker(const ConvPoolBackward<T>& call, void* memory)
@@ -254,6 +294,7 @@ class BackwardWorker {
       scratch_.run_offsets[run] =
           d * g_.dilation[0] * s_.d[0] + h * g_.dilation[1] * s_.d[1] + w * g_.dilation[2] * s_.d[2];
     });
+    for (int64_t i = 0; i < 256; ++i) scratch_.place_offsets[i] = 0;
     int64_t place = 0;
     for (int64_t d = 0; d < g_.pool_kernel[0]; ++d) {
       for (int64_t h = 0; h < g_.pool_kernel[1]; ++h) {
@@ -272,12 +313,10 @@ class BackwardWorker {
     group_ = group;
     if (grad_bias && first == 0) add_bias_gradient(grad_bias + group * g_.out_channels);
     if (grad_weight) {
-      for (int64_t block = first; block < last; ++block) {
-        load_image(block);
-        C* to = grad_weight + (group * s_.blocks + block) * g_.out_channels * s_.row;
-        for (int64_t p = 0; p < g_.pixels(); p += scratch_.pixels) {
-          add_weight_gradient(p, smaller(p + scratch_.pixels, g_.pixels()), to);
-        }
+      for (int64_t block = first; block < last; ++block) load_image(block, scratch_.image + (block - first) * s_.image);
+      C* to = grad_weight + (group * s_.blocks + first) * g_.out_channels * s_.row;
+      for (int64_t p = 0; p < g_.pixels(); p += scratch_.pixels) {
+        add_weight_gradient(p, smaller(p + scratch_.pixels, g_.pixels()), last - first, to);
       }
     }
     if (call_.grad_input) {
@@ -304,7 +343,7 @@ class BackwardWorker {
     }
   }
 
-  // Calls body(channel, pixel, winner, gradient) for the live outputs of a box of channels and pooled pixels.
+  // Calls body(channel, pixel, winner, gradient) for a box of output channels and pooled pixels.
   template <class Body>
   FASTNN_INLINE void for_each_gradient(int64_t first_channel, int64_t last_channel, int64_t first, int64_t last,
                                        const Body& body) const {
@@ -321,8 +360,7 @@ class BackwardWorker {
         const T* from = gradients + z * gl.d[0] + y * gl.d[1] + x * gl.d[2];
         const uint8_t* winner = winners + z * wl.d[0] + y * wl.d[1] + x * wl.d[2];
         for (int64_t i = 0; i < count; ++i) {
-          const int place = winner[i * wl.d[2]];
-          if (place != kDead) body(o, pixel + i, place, to_compute(from[i * gl.d[2]]));
+          body(o, pixel + i, winner[i * wl.d[2]], to_compute(from[i * gl.d[2]]));
         }
         pixel += count;
       }
@@ -330,10 +368,35 @@ class BackwardWorker {
   }
 
   void add_bias_gradient(C* to) const {
-    for_each_gradient(0, g_.out_channels, 0, g_.pixels(), [&](int64_t o, int64_t, int, C value) { to[o] += value; });
+    const ConvLayout& gl = call_.output_layout;
+    const ConvLayout& wl = call_.winners_layout;
+    for (int64_t o = 0; o < g_.out_channels; ++o) {
+      const int64_t channel = group_ * g_.out_channels + o;
+      Vec<C> total = {};
+      C single = 0;
+      for (int64_t row = 0; row < g_.output[0] * g_.output[1]; ++row) {
+        const int64_t y = row % g_.output[1], z = row / g_.output[1];
+        const T* from = call_.grad_output + image_ * gl.n + channel * gl.c + z * gl.d[0] + y * gl.d[1];
+        const uint8_t* winner = call_.winners + image_ * wl.n + channel * wl.c + z * wl.d[0] + y * wl.d[1];
+        int64_t x = 0;
+        if (gl.d[2] == 1 && wl.d[2] == 1) {
+          for (; x + kLanes<C> <= g_.output[2]; x += kLanes<C>) {
+            LaneBytes bytes;
+            __builtin_memcpy(&bytes, winner + x, sizeof(bytes));
+            const Places<C> places = __builtin_convertvector(bytes, Places<C>);
+            total += places == Places<C>{} + kDead ? Vec<C>{} : load(from + x);
+          }
+        }
+        for (; x < g_.output[2]; ++x) {
+          const C value = to_compute(from[x * gl.d[2]]);
+          single += winner[x * wl.d[2]] == kDead ? C(0) : value;
+        }
+      }
+      to[o] += single + sum_lanes<C>(total);
+    }
   }
 
-  void add_weight_gradient(int64_t first, int64_t last, C* to) {
+  void add_weight_gradient(int64_t first, int64_t last, int64_t blocks, C* to) {
     const int64_t slices = divide_up(last - first, scratch_.slice_pixels);
     // One bucket a (slice, channel), in that order.
     int32_t* starts = scratch_.starts;
@@ -344,25 +407,31 @@ class BackwardWorker {
       for (int64_t o = 0; o < g_.out_channels; ++o) {
         *starts++ = next;
         for_each_gradient(o, o + 1, from, smaller(from + scratch_.slice_pixels, last),
-                          [&](int64_t, int64_t pixel, int place, C value) {
+                          [&](int64_t, int64_t pixel, uint8_t place, C value) {
+                            // Dead ones are written over: no branch to mispredict.
                             const int64_t offset =
                                 scratch_.window_starts[pixel - first] + scratch_.place_offsets[place];
-                            scratch_.entries[next++] = {value, static_cast<int32_t>(offset)};
+                            scratch_.entries[next] = {value, static_cast<int32_t>(offset)};
+                            next += place != kDead;
                           });
       }
     }
     *starts = next;
 
     for (int64_t slice = 0; slice < slices; ++slice) {
-      for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
-        for (int64_t o = 0; o < g_.out_channels; ++o) {
-          const int32_t* bounds = scratch_.starts + slice * g_.out_channels + o;
-          if (bounds[0] == bounds[1]) continue;
-          add_runs<decltype(runs)::value, decltype(vectors)::value>(
-              scratch_.entries + bounds[0], scratch_.entries + bounds[1], scratch_.image + vector * kLanes<C>,
-              scratch_.run_offsets + run, to + o * s_.row + (run * s_.vectors + vector) * kLanes<C>);
-        }
-      });
+      for (int64_t block = 0; block < blocks; ++block) {
+        const C* image = scratch_.image + block * s_.image;
+        C* block_to = to + block * g_.out_channels * s_.row;
+        for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
+          for (int64_t o = 0; o < g_.out_channels; ++o) {
+            const int32_t* bounds = scratch_.starts + slice * g_.out_channels + o;
+            if (bounds[0] == bounds[1]) continue;
+            add_runs<decltype(runs)::value, decltype(vectors)::value>(
+                scratch_.entries + bounds[0], scratch_.entries + bounds[1], image + vector * kLanes<C>,
+                scratch_.run_offsets + run, block_to + o * s_.row + (run * s_.vectors + vector) * kLanes<C>);
+          }
+        });
+      }
     }
   }
 
@@ -381,9 +450,10 @@ class BackwardWorker {
     }
   }
 
-  // Counting sort of the entries by (bucket of output channels, pixel, place).
+  // Counting sort of the entries by (bucket of output channels, pixel, place), with one more place for
+  // the dead ones: no branch to mispredict.
   void sort_entries(int64_t first, int64_t last) {
-    const int64_t places = g_.places(), pixels = last - first;
+    const int64_t places = g_.places() + 1, pixels = last - first;
     const int64_t buckets = divide_up(g_.out_channels, scratch_.channels), keys = buckets * pixels * places;
     int32_t* starts = scratch_.starts;
     for (int64_t i = 0; i <= keys; ++i) starts[i] = 0;
@@ -392,8 +462,9 @@ class BackwardWorker {
         int32_t* own = starts + bucket * pixels * places;
         const int64_t channel = bucket * scratch_.channels;
         for_each_gradient(channel, smaller(channel + scratch_.channels, g_.out_channels), first, last,
-                          [&](int64_t o, int64_t pixel, int place, C value) {
-                            body(own[(pixel - first) * places + place], o, value);
+                          [&](int64_t o, int64_t pixel, uint8_t place, C value) {
+                            const int64_t key = place == kDead ? places - 1 : place;
+                            body(own[(pixel - first) * places + key], o, value);
                           });
       }
     };
@@ -415,7 +486,7 @@ class BackwardWorker {
   void add_input_gradient(int64_t first, int64_t last, int64_t first_block, int64_t last_block) {
     find_windows(first, last);
     sort_entries(first, last);
-    const int64_t places = g_.places(), pixels = last - first;
+    const int64_t places = g_.places() + 1, pixels = last - first;
     for (int64_t bucket = 0; bucket < divide_up(g_.out_channels, scratch_.channels); ++bucket) {
       for (int64_t block = first_block; block < last_block; ++block) {
         const C* weight = call_.packed + (group_ * s_.blocks + block) * g_.out_channels * s_.row;
@@ -425,7 +496,7 @@ class BackwardWorker {
           for (int64_t pixel = 0; pixel < pixels; ++pixel) {
             const int64_t start = scratch_.window_starts[pixel] + vector * kLanes<C>;
             for (int64_t place = 0; place < places; ++place, ++bounds) {
-              if (bounds[0] == bounds[1]) continue;
+              if (place == places - 1 || bounds[0] == bounds[1]) continue;
               scatter_runs<decltype(runs)::value, decltype(vectors)::value>(
                   scratch_.entries + bounds[0], scratch_.entries + bounds[1],
                   weight + (run * s_.vectors + vector) * kLanes<C>, scratch_.run_offsets + run,
@@ -455,21 +526,21 @@ class BackwardWorker {
     }
   }
 
-  void load_image(int64_t block) {
+  void load_image(int64_t block, C* image) const {
     const int64_t first = block * s_.lanes, channels = smaller(s_.lanes, g_.in_channels - first);
     const ConvLayout& layout = call_.input_layout;
     const T* input = call_.input + image_ * layout.n + (group_ * g_.in_channels + first) * layout.c;
-    fill_zeros(scratch_.image, s_.image);
+    fill_zeros(image, s_.image);
     for_each_image_row(layout, [&](int64_t from, int64_t to, int64_t count) {
       if (layout.c == 1) {
         for (int64_t w = 0; w < count; ++w) {
-          copy_run(input + from + w * layout.d[2], 1, channels, scratch_.image + to + w * s_.lanes);
+          copy_run(input + from + w * layout.d[2], 1, channels, image + to + w * s_.lanes);
         }
       } else if (layout.d[2] == 1) {
-        transpose_matrix(input + from, layout.c, channels, count, scratch_.image + to, s_.lanes);
+        transpose_matrix(input + from, layout.c, channels, count, image + to, s_.lanes);
       } else {
         for (int64_t w = 0; w < count; ++w) {
-          copy_run(input + from + w * layout.d[2], layout.c, channels, scratch_.image + to + w * s_.lanes);
+          copy_run(input + from + w * layout.d[2], layout.c, channels, image + to + w * s_.lanes);
         }
       }
     });

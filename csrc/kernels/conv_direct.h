@@ -282,6 +282,23 @@ void conv_row(const C* tile, int64_t step, const int64_t* offsets, int64_t depth
   }
 }
 
+// [pixel][pitch] -> `count` pooled pixels of an image from the one numbered `first` on, channels `channel` onwards
+template <class T, class C>
+void write_pixels(const ConvPoolForward<T>& call, int64_t image, int64_t channel, int64_t channels, int64_t first,
+                  int64_t count, const C* from, const uint8_t* winners, int64_t pitch) {
+  const ConvLayout& layout = call.output_layout;
+  const int64_t to = image * layout.n + channel * layout.c + first * layout.d[2];
+  if (layout.d[2] == 1) {
+    transpose_matrix(from, pitch, count, channels, call.output + to, layout.c);
+    if (call.winners) transpose_matrix(winners, pitch, count, channels, call.winners + to, layout.c);
+    return;
+  }
+  for (int64_t x = 0; x < count; ++x) {
+    copy_out(from + x * pitch, channels, call.output + to + x * layout.d[2]);
+    if (call.winners) copy_out(winners + x * pitch, channels, call.winners + to + x * layout.d[2]);
+  }
+}
+
 // One thread's way through its items.
 template <class T>
 class DirectForward {
@@ -381,7 +398,7 @@ class DirectForward {
       pool_row<C, vectors, with_winners>(g_, scratch_.window_rows, count, first_conv_[2], first_column_, last_column_,
                                          scratch_.stage + at, scratch_.winner_stage + at);
     }
-    write_band<vectors, with_winners>(channel, channels, slice, first, last);
+    write_band<vectors>(channel, channels, slice, first, last);
   }
 
   // The rows of conv pixels under a row of windows, computed where the ring doesn't hold them.
@@ -411,29 +428,16 @@ class DirectForward {
     return count;
   }
 
-  template <int vectors, bool with_winners>
+  template <int vectors>
   void write_band(int64_t channel, int64_t channels, int64_t slice, int64_t first, int64_t last) {
     constexpr int64_t pixel = vectors * kLanes<C>;
-    const ConvLayout& layout = call_.output_layout;
-    int64_t rows = last - first, columns = last_column_ - first_column_;
-    int64_t to = image_ * layout.n + channel * layout.c + slice * layout.d[0] + first * layout.d[1] +
-                 first_column_ * layout.d[2];
-    if (columns == g_.output[2]) {  // the rows follow one another
-      columns *= rows;
-      rows = 1;
-    }
-    for (int64_t r = 0; r < rows; ++r, to += layout.d[1]) {
-      const C* from = scratch_.stage + r * columns * pixel;
-      const uint8_t* winners = scratch_.winner_stage + r * columns * pixel;
-      if (layout.d[2] == 1) {
-        transpose_matrix(from, pixel, columns, channels, call_.output + to, layout.c);
-        if (with_winners) transpose_matrix(winners, pixel, columns, channels, call_.winners + to, layout.c);
-        continue;
-      }
-      for (int64_t x = 0; x < columns; ++x) {
-        copy_out(from + x * pixel, channels, call_.output + to + x * layout.d[2]);
-        if (with_winners) copy_out(winners + x * pixel, channels, call_.winners + to + x * layout.d[2]);
-      }
+    const int64_t columns = last_column_ - first_column_;
+    const bool joined = columns == g_.output[2];  // the rows follow one another
+    const int64_t rows = joined ? 1 : last - first, count = joined ? (last - first) * columns : columns;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (slice * g_.output[1] + first + r) * g_.output[2] + first_column_;
+      write_pixels(call_, image_, channel, channels, at, count, scratch_.stage + r * count * pixel,
+                   scratch_.winner_stage + r * count * pixel, pixel);
     }
   }
 

@@ -34,8 +34,8 @@ struct LanesScratch {
   C* ring;   // [slot][output channel][column][lane]
   C* stage;  // [output channel][pixel][lane]
   uint8_t* winner_stage;
-  C* row;  // [lane][column]: a row of every piece, or pooled pixels on the way out
-  uint8_t* winner_row;
+  C* plane;  // [lane][row][column]: a slice of every piece, or pooled pixels on the way out
+  uint8_t* winner_plane;
   WindowRow<C>* window_rows;
   int64_t* tags;
   int64_t* offsets;
@@ -57,8 +57,9 @@ struct LanesScratch {
     ring = reinterpret_cast<C*>(take(slots * outputs * piece.conv[2] * element));
     stage = reinterpret_cast<C*>(take(outputs * piece.pixels() * element));
     winner_stage = reinterpret_cast<uint8_t*>(take(outputs * piece.pixels() * lanes));
-    row = reinterpret_cast<C*>(take(larger(columns, piece.pixels()) * element));
-    winner_row = reinterpret_cast<uint8_t*>(take(piece.pixels() * lanes));
+    plane = reinterpret_cast<C*>(
+        take(larger(columns * piece_extent(piece, 1) * piece.in_channels, piece.pixels()) * element));
+    winner_plane = reinterpret_cast<uint8_t*>(take(piece.pixels() * lanes));
     window_rows = reinterpret_cast<WindowRow<C>*>(
         take(piece.pool_kernel[0] * piece.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
     tags = reinterpret_cast<int64_t*>(take(slots * static_cast<int64_t>(sizeof(int64_t))));
@@ -183,10 +184,12 @@ class LanesForward {
         piece_(piece_geometry(call.geometry, call.plan.bands)),
         lanes_(call.plan.lane_vectors * kLanes<C>),
         scratch_(piece_, lanes_, memory) {
-    step_[2] = lanes_;
+    const ConvLayout& layout = call.input_layout;
+    pixel_ = layout.c == 1 && layout.d[2] == g_.in_channels ? g_.in_channels : 1;
+    step_[2] = lanes_ * pixel_;
     step_[1] = step_[2] * piece_extent(piece_, 2);
     step_[0] = step_[1] * piece_extent(piece_, 1);
-    channel_step_ = step_[0] * piece_extent(piece_, 0);
+    channel_step_ = pixel_ > 1 ? lanes_ : step_[0] * piece_extent(piece_, 0);
     ring_slices_ = smaller(piece_.conv[0], piece_.pool_extent(0));
     ring_rows_ = smaller(piece_.conv[1], piece_.pool_extent(1));
     for_each_tap(g_, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
@@ -206,6 +209,11 @@ class LanesForward {
       first_piece_ = item / g_.groups * lanes_;
       live_ = smaller(lanes_, g_.batch * call_.plan.bands - first_piece_);
     }
+    for (int64_t i = 0; i < live_; ++i) {
+      const int64_t piece = first_piece_ + i, bands = call_.plan.bands;
+      pieces_[i] = call_.plan.lanes_are_groups ? Lane{first_piece_, group_ + i, 0}
+                                               : Lane{piece / bands, group_, piece % bands * piece_.output[1]};
+    }
     load_tile();
     if (call_.plan.lane_vectors == 2) {
       run_blocks<2>();
@@ -219,40 +227,40 @@ class LanesForward {
   struct Lane {
     int64_t image, group, row;
   };
-  Lane lane(int64_t i) const {
-    if (call_.plan.lanes_are_groups) return {first_piece_, group_ + i, 0};
-    const int64_t piece = first_piece_ + i, bands = call_.plan.bands;
-    return {piece / bands, group_, piece % bands * piece_.output[1]};
-  }
-
   void load_tile() {
     const ConvLayout& layout = call_.input_layout;
-    const int64_t columns = piece_extent(piece_, 2), left = smaller(g_.padding[2], columns);
-    const int64_t count = larger(0, smaller(g_.input[2], columns - left));
+    const int64_t rows = piece_extent(piece_, 1), columns = piece_extent(piece_, 2);
+    const int64_t left = smaller(g_.padding[2], columns), count = larger(0, smaller(g_.input[2], columns - left));
+    const int64_t row_size = columns * pixel_, plane = rows * row_size;
     const bool side_by_side = call_.plan.lanes_are_groups && layout.c == 1;
-    fill_zeros(scratch_.row, lanes_ * columns);
-    for (int64_t c = 0; c < g_.in_channels; ++c) {
+    fill_zeros(scratch_.plane, lanes_ * plane);
+    for (int64_t c = 0; c < (pixel_ > 1 ? 1 : g_.in_channels); ++c) {
       for (int64_t d = 0; d < piece_extent(piece_, 0); ++d) {
-        for (int64_t h = 0; h < piece_extent(piece_, 1); ++h) {
-          C* to = scratch_.tile + c * channel_step_ + d * step_[0] + h * step_[1];
-          if (side_by_side) {
-            load_channels(d - g_.padding[0], h - g_.padding[1], left, count, to);
-            continue;
-          }
-          for (int64_t i = 0; i < live_; ++i) {
-            const Lane from = lane(i);
-            const int64_t z = d - g_.padding[0], y = from.row * g_.pool_stride[1] * g_.stride[1] + h - g_.padding[1];
-            C* row = scratch_.row + i * columns + left;
-            if (z < 0 || z >= g_.input[0] || y < 0 || y >= g_.input[1]) {
-              fill_zeros(row, count);
-              continue;
-            }
-            copy_run(call_.input + from.image * layout.n + (from.group * g_.in_channels + c) * layout.c +
-                         z * layout.d[0] + y * layout.d[1],
-                     layout.d[2], count, row);
-          }
-          transpose_matrix(scratch_.row, columns, lanes_, columns, to, lanes_);
+        const int64_t z = d - g_.padding[0];
+        C* to = scratch_.tile + c * channel_step_ + d * step_[0];
+        if (z < 0 || z >= g_.input[0]) {
+          fill_zeros(to, plane * lanes_);
+          continue;
         }
+        if (side_by_side) {
+          for (int64_t h = 0; h < rows; ++h) load_channels(z, h - g_.padding[1], left, count, to + h * step_[1]);
+          continue;
+        }
+        for (int64_t i = 0; i < live_; ++i) {
+          const Lane& lane = pieces_[i];
+          const T* from =
+              call_.input + lane.image * layout.n + (lane.group * g_.in_channels + c) * layout.c + z * layout.d[0];
+          const int64_t first = lane.row * g_.pool_stride[1] * g_.stride[1] - g_.padding[1];
+          for (int64_t h = 0; h < rows; ++h) {
+            C* row = scratch_.plane + i * plane + h * row_size + left * pixel_;
+            if (first + h < 0 || first + h >= g_.input[1]) {
+              fill_zeros(row, count * pixel_);
+            } else {
+              copy_run(from + (first + h) * layout.d[1], pixel_ > 1 ? 1 : layout.d[2], count * pixel_, row);
+            }
+          }
+        }
+        transpose_matrix(scratch_.plane, plane, lanes_, plane, to, lanes_);
       }
     }
   }
@@ -314,8 +322,8 @@ class LanesForward {
     }
     for (int o = 0; o < outputs; ++o) {
       const int64_t at = o * piece_.pixels() * pixel;
-      write(first + o, scratch_.stage + at, scratch_.row, call_.output);
-      if (call_.winners) write(first + o, scratch_.winner_stage + at, scratch_.winner_row, call_.winners);
+      write(first + o, scratch_.stage + at, scratch_.plane, call_.output);
+      if (call_.winners) write(first + o, scratch_.winner_stage + at, scratch_.winner_plane, call_.winners);
     }
   }
 
@@ -370,7 +378,7 @@ class LanesForward {
     }
     transpose_matrix(from, lanes_, pixels, lanes_, row, pixels);
     for (int64_t i = 0; i < live_; ++i) {
-      const Lane lane = this->lane(i);
+      const Lane& lane = pieces_[i];
       const int64_t rows = smaller(piece_.output[1], g_.output[1] - lane.row);
       for (int64_t z = 0; z < g_.output[0] && rows > 0; ++z) {
         const From* source = row + i * pixels + z * piece_.output[1] * piece_.output[2];
@@ -391,8 +399,10 @@ class LanesForward {
   const ConvPoolGeometry piece_;
   const int64_t lanes_;
   const LanesScratch<C> scratch_;
+  int64_t pixel_;  // elements of the input that are copied as one run with a column's: its channels, or 1
   int64_t step_[3], channel_step_, ring_slices_, ring_rows_;
   int64_t first_piece_, group_, live_;
+  Lane pieces_[2 * kLanes<C>];
 };
 
 template <class T>

@@ -49,21 +49,14 @@ struct WindowMaximum {
   Places<C> winner[vectors];
 
   // Later pixels are compared unrectified: above the rectified first one they are their own ReLU.
-  FASTNN_INLINE void start(const C* pixel, int64_t place) {
-    for (int v = 0; v < vectors; ++v) {
-      best[v] = relu(load(pixel + v * kLanes<C>));
-      if (with_winners) winner[v] = Places<C>{} + static_cast<typename IntegerOf<C>::Type>(place);
-    }
+  FASTNN_INLINE void start(Vec<C> pixel, int64_t place, int v = 0) {
+    best[v] = relu(pixel);
+    if (with_winners) winner[v] = Places<C>{} + static_cast<typename IntegerOf<C>::Type>(place);
   }
-  FASTNN_INLINE void add(const C* pixel, int64_t place) {
-    for (int v = 0; v < vectors; ++v) {
-      const Vec<C> value = load(pixel + v * kLanes<C>);
-      const auto wins = (value > best[v]) | (value != value);
-      best[v] = wins ? value : best[v];
-      if (with_winners) {
-        winner[v] = wins ? Places<C>{} + static_cast<typename IntegerOf<C>::Type>(place) : winner[v];
-      }
-    }
+  FASTNN_INLINE void add(Vec<C> pixel, int64_t place, int v = 0) {
+    const auto wins = (pixel > best[v]) | (pixel != pixel);
+    best[v] = wins ? pixel : best[v];
+    if (with_winners) winner[v] = wins ? Places<C>{} + static_cast<typename IntegerOf<C>::Type>(place) : winner[v];
   }
   FASTNN_INLINE void write(C* to, uint8_t* winners) const {
     typedef uint8_t Bytes __attribute__((vector_size(kLanes<C>)));
@@ -169,10 +162,13 @@ void pool_any_windows(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64
     }
     const int64_t start = (x * g.pool_stride[2] - g.pool_padding[2] - first_conv) * pixel;
     WindowMaximum<C, vectors, with_winners> window;
-    window.start(rows[0].pixels + start + range.first * step, rows[0].place + range.first);
-    for (int64_t r = 0; r < row_count; ++r) {
-      for (int64_t p = range.first + (r == 0); p < range.last; ++p) {
-        window.add(rows[r].pixels + start + p * step, rows[r].place + p);
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t lane = start + v * kLanes<C>;
+      window.start(load(rows[0].pixels + lane + range.first * step), rows[0].place + range.first, v);
+      for (int64_t r = 0; r < row_count; ++r) {
+        for (int64_t p = range.first + (r == 0); p < range.last; ++p) {
+          window.add(load(rows[r].pixels + lane + p * step), rows[r].place + p, v);
+        }
       }
     }
     window.write(to, winners);

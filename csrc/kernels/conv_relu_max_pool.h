@@ -36,8 +36,11 @@ struct ConvLayout {
   int64_t n, c, d[3];
 };
 
-// What the vector's lanes hold in forward: output channels, or independent pieces of the problem.
-enum class ConvAlgorithm : int32_t { direct, lanes };
+enum class ConvAlgorithm : int32_t {
+  direct,    // conv_direct.h: output channels in the vector's lanes
+  lanes,     // conv_lanes.h: independent pieces of the problem in the lanes
+  winograd,  // conv_winograd.h: fewer multiplications
+};
 
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.
 struct ConvPoolPlan {
@@ -98,7 +101,10 @@ struct ConvPoolBackward {
 
 template <class T>
 struct ConvPoolKernels {
-  ConvPoolPlan (*plan)(const ConvPoolGeometry&, const ConvLayout& input, int64_t threads);
+  // `exact`: not an algorithm that large or infinite elements would spoil.
+  ConvPoolPlan (*plan)(const ConvPoolGeometry&, const ConvLayout& input, int64_t threads, bool exact);
+  // Whether the elements are such that the call's plan may be followed.
+  bool (*plan_holds)(const ConvPoolForward<T>&);
   void (*pack)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item);
   void (*forward)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item, void* scratch);
 

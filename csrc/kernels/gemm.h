@@ -27,25 +27,53 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
   body(Constant<most>{});
 }
 
+// The longest sum taken in one go: rounding errors grow with it, so that longer ones are summed in parts.
+constexpr int64_t kLongestSum = 256;
+
+// earlier (+)= total, total = 0
+template <int rows, int vectors, class V>
+FASTNN_INLINE void set_aside(V (&total)[rows][vectors], V (&earlier)[rows][vectors], bool add) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      earlier[r][v] = add ? earlier[r][v] + total[r][v] : total[r][v];
+      total[r][v] = V{};
+    }
+  }
+  __asm__ volatile("" : : "r"(&earlier) : "memory");
+}
+
 // total[r][v] += sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector]. The last vector has `last`
 // columns (1 to kLanes): those beyond are not read.
 template <int rows, int vectors, class A, class B, class T = Compute<A>>
 FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b, int64_t b_depth,
                                  int last, Vec<T> (&total)[rows][vectors]) {
-  const auto run = [&](auto load_last) {
-    for (int64_t k = 0; k < depth; ++k) {
-      Vec<T> right[vectors];
+  const auto run = [&](auto load_last) __attribute__((always_inline)) {
+    Vec<T> earlier[rows][vectors];  // the parts already summed, in memory: the registers are taken
+    for (int64_t part = 0; part < depth; part += kLongestSum) {
+      if (part > 0) set_aside(total, earlier, part > kLongestSum);
+      const int64_t end = depth - part < kLongestSum ? depth - part : kLongestSum;
+      for (int64_t k = 0; k < end; ++k) {
+        Vec<T> right[vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v + 1 < vectors; ++v) right[v] = load(b + v * kLanes<T>);
-      right[vectors - 1] = load_last(b + (vectors - 1) * kLanes<T>);
+        for (int v = 0; v + 1 < vectors; ++v) right[v] = load(b + v * kLanes<T>);
+        right[vectors - 1] = load_last(b + (vectors - 1) * kLanes<T>);
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const Vec<T> left = broadcast<T>(to_compute(a[r * a_row]));
+        for (int r = 0; r < rows; ++r) {
+          const Vec<T> left = broadcast<T>(to_compute(a[r * a_row]));
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) total[r][v] += left * right[v];
+          for (int v = 0; v < vectors; ++v) total[r][v] += left * right[v];
+        }
+        a += a_depth;
+        b += b_depth;
       }
-      a += a_depth;
-      b += b_depth;
+    }
+    if (depth <= kLongestSum) return;
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) total[r][v] += earlier[r][v];
     }
   };
   if (last == kLanes<T>) {

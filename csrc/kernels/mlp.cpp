@@ -202,16 +202,17 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
     constexpr int rows = decltype(count)::value, vectors = decltype(width)::value;
     T* to = output + row * n + column;
     Vec<T> total[rows][vectors] = {};
+    multiply_tile<rows, vectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, last, total);
+    // A block is summed on its own before it joins the others: rounding errors grow with the length of a sum.
     if (add) {
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          total[r][v] = load_up_to<T>(to + r * n + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last);
+          total[r][v] += load_up_to<T>(to + r * n + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last);
         }
       }
     }
-    multiply_tile<rows, vectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, last, total);
     store_tile<rows, vectors, T>(total, last, to, n, [](Vec<T> x, int) { return x; });
   });
 }
@@ -221,9 +222,9 @@ template <class T>
 void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, bool add) {
   for (int64_t column = 0; column < columns; column += kLanes<T>) {
     const int64_t left_over = columns - column;
-    Vec<T> sum = add ? load_up_to<T>(total + column, left_over) : Vec<T>{};
+    Vec<T> sum = {};
     for (int64_t r = 0; r < rows; ++r) sum += load_up_to<T>(gradient + r * columns + column, left_over);
-    store_up_to<T>(total + column, sum, left_over);
+    store_up_to<T>(total + column, add ? sum + load_up_to<T>(total + column, left_over) : sum, left_over);
   }
 }
 

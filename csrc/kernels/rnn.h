@@ -37,7 +37,7 @@ struct RnnWeights {
   const T* bias_ih;    // (gates * hidden), or null
   const T* bias_hh;    // (gates * hidden), or null
   int64_t input_size;
-  const Compute<T>* packed;
+  const Compute<T>* packed;  // or null, where forward may do without
 };
 
 // What forward and backward share. Network of `directions` times `layers` weights, layer after layer.
@@ -58,18 +58,25 @@ struct RnnNetwork {
   const T* h0;                   // (layers * directions, batch, hidden), or null for zeros
   const T* c0;                   // the same; LSTM alone
   T* saved;                      // (layers * directions, rows, saved_of(mode), hidden), or null
-  T* hidden_outputs;             // (kept_outputs, rows, directions * hidden): the outputs of all layers but the last
-  int64_t kept_outputs;          // layers - 1, or fewer where they may be overwritten in turn
+  T* hidden_outputs;             // (layers - 1 or fewer, rows, directions * hidden): see layer_output
+  bool keeps_hidden_outputs;     // for backward: each layer's in its own place
   T* output;                     // (rows, directions * hidden)
 
   int64_t width() const { return directions * hidden; }
+  // Where nothing is kept, one direction writes each step in place of the input it has used up, and two directions
+  // take turns between `output` and one buffer.
   T* layer_output(int64_t layer) const {
-    return layer == layers - 1 ? output : hidden_outputs + layer % kept_outputs * rows * width();
+    const int64_t above = layers - 1 - layer;
+    if (above == 0) return output;
+    if (keeps_hidden_outputs) return hidden_outputs + layer * rows * width();
+    return directions == 1 || above % 2 == 0 ? output : hidden_outputs;
   }
 };
 
 template <class T>
 struct RnnForwardKernels {
+  // Whether a network that sees `rows` rows should have its weights packed.
+  bool (*worth_packing)(int64_t rows);
   int64_t (*packed_size)(RnnMode mode, int64_t hidden, int64_t input_size);
   void (*pack)(RnnMode mode, int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed);
   int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);

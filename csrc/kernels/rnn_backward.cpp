@@ -21,7 +21,7 @@ struct Layout {
   // Sums: dW_ih and dW_hh with padded rows, then the column sums of the gate gradients.
   int64_t hidden_sums() const { return gates() * padded(input_size); }
   int64_t bias_sums() const { return hidden_sums() + gates() * padded(hidden); }
-  int64_t sums_size() const { return bias_sums() + gradients(); }
+  int64_t sums_size() const { return bias_sums() + padded(gradients()); }
 };
 
 template <class Cell, class T>

@@ -48,12 +48,11 @@ void pack(int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed) {
     pack_rows(weights.weight_hh + hidden_row * hidden, hidden, count, hidden,
               packed + layout.hidden_panels() + tile * layout.kPanelWidth * hidden + within, layout.kPanelWidth);
     Vec<C> bias = load_bias(weights.bias_ih, input_row, left_over);
-    if (Cell::kSlots == Cell::kGates) {
-      bias += load_bias(weights.bias_hh, hidden_row, left_over);
-    } else if (slot > 0) {  // GRU's r and z; the hidden bias of its candidate stays apart
-      bias += load_bias(weights.bias_hh, hidden_row - hidden, left_over);
+    const Vec<C> hidden_bias = load_bias(weights.bias_hh, input_row, left_over);
+    if (Cell::kSlots > Cell::kGates && slot == 0) {  // GRU's candidate
+      store(packed + layout.hidden_bias() + unit, hidden_bias);
     } else {
-      store(packed + layout.hidden_bias() + unit, load_bias(weights.bias_hh, 2 * hidden + unit, left_over));
+      bias += hidden_bias;
     }
     store(packed + layout.bias() + vector * lanes, bias);
   }
@@ -105,6 +104,7 @@ class ForwardDirection {
   void project(Block block) {
     int64_t stride;
     const C* x = input_rows(block, &stride);
+    if (!packed_) return project_unpacked(block.rows, x, stride);
     for (int64_t tile = 0; tile < layout_.tiles; ++tile) {
       multiply_panel<kVectors>(block.rows, layout_.input_size, x, stride,
                                packed_ + tile * layout_.kPanelWidth * layout_.input_size,
@@ -119,6 +119,41 @@ class ForwardDirection {
         }
       }
     }
+  }
+
+  // The same for few rows, by dot products with the weights as they are: W is (gates * hidden, depth).
+  void project_unpacked(int64_t rows, const C* x, int64_t stride) {
+    const RnnWeights<T>& weights = direction_.weights;
+    for_slots([&](int slot, int64_t unit, int64_t count, C* slots) {
+      const int64_t row = Cell::input_gate(slot) * layout_.hidden + unit;
+      const bool apart = Cell::kSlots > Cell::kGates && slot == 0;
+      const Vec<C> hidden_bias = load_bias(weights.bias_hh, row, count);
+      Vec<C> bias = load_bias(weights.bias_ih, row, count);
+      if (!apart) bias += hidden_bias;
+      for (int64_t r = 0; r < rows; ++r) {
+        C* to = slots + r * layout_.slots();
+        store(to,
+              bias + dot_rows(weights.weight_ih + row * layout_.input_size, layout_.input_size, count, x + r * stride));
+        if (apart) store(to + (Cell::kSlots - 1) * kLanes<C>, hidden_bias);
+      }
+    });
+  }
+
+  // body(slot, unit, count, where): each vector of gates, its first hidden unit, and how many there are.
+  template <class Body>
+  FASTNN_INLINE void for_slots(const Body& body) {
+    for (int64_t unit = 0; unit < layout_.hidden; unit += kLanes<C>) {
+      const int64_t vector = unit / kLanes<C>, tile = vector / Cell::kUnits, within = vector % Cell::kUnits;
+      for (int slot = 0; slot < Cell::kGates; ++slot) {
+        body(slot, unit, smaller(kLanes<C>, layout_.hidden - unit),
+             slots_ + tile * layout_.kTileSlots + (slot * Cell::kUnits + within) * kLanes<C>);
+      }
+    }
+  }
+
+  // x times each of `count` rows of a weight.
+  static FASTNN_INLINE Vec<C> dot_rows(const T* weight, int64_t depth, int64_t count, const C* x) {
+    return dot_tile<1>(depth, x, depth, weight, depth, count);
   }
 
   // The block's rows of x, in place if they are one matrix there, else gathered.
@@ -201,11 +236,20 @@ class ForwardDirection {
   // Sequences [first, last) of step t, whose h of the step before is `previous`, or null for zeros.
   void run_rows(int64_t t, int64_t first, int64_t last, C* slots, const C* previous, int64_t stride) {
     const int64_t rows = last - first;
+    if (!packed_ && previous) {
+      for_slots([&](int slot, int64_t unit, int64_t count, C* base) {
+        const T* weight = direction_.weights.weight_hh + (slot * layout_.hidden + unit) * layout_.hidden;
+        for (int64_t r = 0; r < rows; ++r) {
+          C* sums = slots + (base - slots_) + r * layout_.slots() + Cell::kHiddenSlot * kLanes<C>;
+          store(sums, load(sums) + dot_rows(weight, layout_.hidden, count, previous + r * stride));
+        }
+      });
+    }
     for (int64_t i = 0; i < layout_.tiles; ++i) {
       // Backwards at every other step, so that the panels used last are still in the nearest cache.
       const int64_t tile = t % 2 ? layout_.tiles - 1 - i : i;
       C* tile_slots = slots + tile * layout_.kTileSlots;
-      if (previous) {
+      if (previous && packed_) {
         C* sums = tile_slots + Cell::kHiddenSlot * kLanes<C>;
         multiply_panel<kVectors>(rows, layout_.hidden, previous, stride,
                                  packed_ + layout_.hidden_panels() + tile * layout_.kPanelWidth * layout_.hidden, sums,
@@ -281,6 +325,10 @@ int64_t most_rows(const RnnNetwork<T>& network, int64_t sequences) {
   return block_rows(sequences, network.rows, layout.slots() + widest_input(network));
 }
 
+bool worth_packing(int64_t rows) {
+  return rows >= 8;
+}
+
 template <class T>
 int64_t packed_size(RnnMode mode, int64_t hidden, int64_t input_size) {
   return with_cell(mode, [&](auto cell) { return Layout<decltype(cell), Compute<T>>(hidden, input_size).size(); });
@@ -314,7 +362,7 @@ void run(const RnnNetwork<T>& network, T* h_n, T* c_n, int64_t first, int64_t la
 
 template <class T>
 constexpr RnnForwardKernels<T> kernels() {
-  return {packed_size<T>, pack_weights<T>, scratch_size<T>, run<T>};
+  return {worth_packing, packed_size<T>, pack_weights<T>, scratch_size<T>, run<T>};
 }
 
 }  // namespace

@@ -297,23 +297,25 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
                  const std::optional<Tensor>& bias, const Tensor& output, const Tensor& winners) {
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
   const int64_t threads = useful_threads(problem.work);
-  const ConvPoolPlan plan = kernels.plan(problem.geometry, layout_of(input), threads);
+  ConvPoolForward<T> call{problem.geometry,
+                          kernels.plan(problem.geometry, layout_of(input), threads, false),
+                          data<T>(input),
+                          layout_of(input),
+                          data<T>(weight),
+                          layout_of(weight),
+                          bias ? data<T>(*bias) : nullptr,
+                          nullptr,
+                          mutable_data<T>(output),
+                          layout_of(output),
+                          winners.defined() ? mutable_data<uint8_t>(winners) : nullptr};
+  if (!kernels.plan_holds(call)) call.plan = kernels.plan(problem.geometry, call.input_layout, threads, true);
+  const ConvPoolPlan& plan = call.plan;
   const int64_t chunks = std::min(threads, plan.items);
   const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
   const int64_t packed_bytes = (checked_product(plan.packed_size, sizeof(Compute<T>)) + 63) / 64 * 64;
   const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch_size)));
   char* scratch = memory.get() + packed_bytes;
-  const ConvPoolForward<T> call{problem.geometry,
-                                plan,
-                                data<T>(input),
-                                layout_of(input),
-                                data<T>(weight),
-                                layout_of(weight),
-                                bias ? data<T>(*bias) : nullptr,
-                                reinterpret_cast<Compute<T>*>(memory.get()),
-                                mutable_data<T>(output),
-                                layout_of(output),
-                                winners.defined() ? mutable_data<uint8_t>(winners) : nullptr};
+  call.packed = reinterpret_cast<Compute<T>*>(memory.get());
   parallel_chunks(std::min(threads, plan.pack_items), plan.pack_items,
                   [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
   parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {

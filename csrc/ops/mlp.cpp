@@ -1,14 +1,13 @@
 // fastnn::mlp and its backward: checks, allocation, threads.
 #include "../kernels/mlp.h"
 
+#include <string>
 #include <tuple>
 
 #include "tensor.h"
 
 namespace fastnn {
 namespace {
-
-using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 struct Chain {
   Expected kind;
@@ -20,67 +19,65 @@ struct Chain {
   int64_t widest() const { return *std::max_element(widths.begin(), widths.end()); }
 };
 
+// Operators take activations as a string, a digit a layer: a list of numbers would take half a microsecond more.
+Activation activation_of(char digit) {
+  return static_cast<Activation>(digit - '0');
+}
+
 Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                  const std::vector<int64_t>& activations) {
+                  const std::string& activations) {
   const Expected kind = check_first(input, op, "input");
   check(input.dim() == 2, op, ": expected input to be 2D (rows, features), got ", input.dim(), "D tensor instead");
-  check(!weights.empty(), op, ": expected at least one weight");
-  check(activations.size() == weights.size(), op, ": expected ", weights.size(), " activations, one a weight, got ",
-        activations.size());
+  const size_t layers = activations.size();
+  check(layers > 0, op, ": expected at least one layer");
+  check(weights.size() >= layers, op, ": expected ", layers, " weights, one an activation, got ", weights.size());
   Chain chain{kind, input.size(0), {}};
-  chain.widths.reserve(weights.size() + 1);
+  chain.widths.reserve(layers + 1);
   chain.widths.push_back(input.size(1));
-  for (size_t i = 0; i < weights.size(); ++i) {
+  for (size_t i = 0; i < layers; ++i) {
     check_same_kind(weights[i], kind, "weights");
     const Sizes sizes = weights[i].sizes();
     check(sizes.size() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", sizes.size(),
           "D tensor instead");
     check(sizes[1] == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows, "x",
           chain.widths.back(), " and ", sizes[1], "x", sizes[0], ")");
-    check(activations[i] >= 0 && activations[i] < static_cast<int64_t>(Activation::count), op, ": activations[", i,
-          "] must be between 0 and ", static_cast<int64_t>(Activation::count) - 1, ", got ", activations[i]);
+    const char first = '0', last = '0' + static_cast<char>(Activation::count) - 1;
+    check(activations[i] >= first && activations[i] <= last, op, ": activations must be digits from ", first, " to ",
+          last, ", got \"", activations, "\"");
     chain.widths.push_back(sizes[0]);
     chain.work += 2.0 * chain.rows * chain.widths[i] * chain.widths[i + 1];
   }
   return chain;
 }
 
-void check_biases(const Chain& chain, const OptionalTensors& biases) {
-  const char* op = chain.kind.op;
-  check(static_cast<int64_t>(biases.size()) == chain.layers(), op, ": expected ", chain.layers(),
-        " biases, one a weight, got ", biases.size());
-  for (size_t i = 0; i < biases.size(); ++i) {
-    if (!biases[i]) continue;
-    check_same_kind(*biases[i], chain.kind, "biases");
-    check_sizes(*biases[i], {chain.widths[i + 1]}, op, "biases");
-  }
-}
-
-// The arguments of every forward operator, checked.
+// The arguments of every forward operator, checked. parameters: the weights, then the biases, or no biases at all.
 struct Forward {
   Chain chain;
   const Tensor& input;
-  const std::vector<Tensor>& weights;
-  const OptionalTensors& biases;
-  const std::vector<int64_t>& activations;
+  const std::vector<Tensor>& parameters;
+  const std::string& activations;
 
-  Forward(const char* op, const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
-          const std::vector<int64_t>& activations)
-      : chain(check_chain(op, input, weights, activations)),
+  Forward(const char* op, const Tensor& input, const std::vector<Tensor>& parameters, const std::string& activations)
+      : chain(check_chain(op, input, parameters, activations)),
         input(input),
-        weights(weights),
-        biases(biases),
+        parameters(parameters),
         activations(activations) {
-    check_biases(chain, biases);
+    const size_t layers = activations.size();
+    check(parameters.size() == layers || parameters.size() == 2 * layers, op, ": expected ", layers, " weights and ",
+          layers, " or no biases, got ", parameters.size(), " parameters");
+    for (size_t i = layers; i < parameters.size(); ++i) {
+      check_same_kind(parameters[i], chain.kind, "biases");
+      check_sizes(parameters[i], {chain.widths[i - layers + 1]}, op, "biases");
+    }
     if (!aoti_torch_grad_mode_is_enabled()) return;
     check_no_gradients(op, input);
-    for (const Tensor& weight : weights) check_no_gradients(op, weight);
-    for (const auto& bias : biases) {
-      if (bias) check_no_gradients(op, *bias);
-    }
+    for (const Tensor& parameter : parameters) check_no_gradients(op, parameter);
   }
 
-  Activation activation(int64_t layer) const { return static_cast<Activation>(activations[layer]); }
+  bool has_biases() const { return parameters.size() > activations.size(); }
+  const Tensor& weight(int64_t layer) const { return parameters[layer]; }
+  const Tensor& bias(int64_t layer) const { return parameters[activations.size() + layer]; }
+  Activation activation(int64_t layer) const { return activation_of(activations[layer]); }
 };
 
 template <class Body>
@@ -106,11 +103,11 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
   KernelInputs inputs(chain.kind.dtype);
   const T* input = inputs.data<T>(call.input);
   std::vector<MlpLayer<T>> layers;
-  layers.reserve(call.weights.size());
+  layers.reserve(chain.layers());
   T* panel = scratch.get() + chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    const T* weight = inputs.data<T>(call.weights[i]);
-    const T* bias = call.biases[i] ? inputs.data<T>(*call.biases[i]) : nullptr;
+    const T* weight = inputs.data<T>(call.weight(i));
+    const T* bias = call.has_biases() ? inputs.data<T>(call.bias(i)) : nullptr;
     const int64_t size = packed_size(i);
     if (size) kernels.pack(weight, chain.widths[i + 1], chain.widths[i], panel);
     layers.push_back({weight, bias, chain.widths[i], chain.widths[i + 1], call.activation(i), size ? panel : nullptr,
@@ -128,9 +125,8 @@ bool output_serves(const Chain& chain, int64_t layer, Activation activation) {
   return layer + 1 == chain.layers() && !keeps_input(activation);
 }
 
-Tensor mlp(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
-           const std::vector<int64_t>& activations) {
-  const Forward call("mlp", input, weights, biases, activations);
+Tensor mlp(const Tensor& input, const std::vector<Tensor>& parameters, const std::string& activations) {
+  const Forward call("mlp", input, parameters, activations);
   const ScalarType dtype = call.chain.kind.dtype;
   const Tensor output = new_tensor({call.chain.rows, call.chain.widths.back()}, widened(dtype));
   with_kernel_dtype(dtype, [&](auto type) {
@@ -140,9 +136,9 @@ Tensor mlp(const Tensor& input, const std::vector<Tensor>& weights, const Option
   return narrowed(output, dtype);
 }
 
-Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& weights, const OptionalTensors& biases,
-                                const std::vector<int64_t>& activations) {
-  const Forward call("mlp_reconstruction_error", input, weights, biases, activations);
+Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& parameters,
+                                const std::string& activations) {
+  const Forward call("mlp_reconstruction_error", input, parameters, activations);
   const auto& widths = call.chain.widths;
   check(widths.back() == widths[0], call.chain.kind.op, ": expected as many outputs of the last layer as features of ",
         "the input, ", widths[0], ", got ", widths.back());
@@ -160,10 +156,9 @@ std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) 
   return tensors;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& weights,
-                                                        const OptionalTensors& biases,
-                                                        const std::vector<int64_t>& activations) {
-  const Forward call("mlp_with_hidden", input, weights, biases, activations);
+std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& parameters,
+                                                        const std::string& activations) {
+  const Forward call("mlp_with_hidden", input, parameters, activations);
   const Chain& chain = call.chain;
   const ScalarType dtype = chain.kind.dtype;
   const Tensor output = new_tensor({chain.rows, chain.widths.back()}, widened(dtype));
@@ -193,13 +188,13 @@ struct Wanted {
 using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 
 // The saved tensors, one a layer, with `output` standing in where it serves.
-std::vector<Tensor> check_saved(const Chain& chain, const std::vector<int64_t>& activations, const Tensor& output,
+std::vector<Tensor> check_saved(const Chain& chain, const std::string& activations, const Tensor& output,
                                 const std::vector<Tensor>& hidden) {
   const char* op = chain.kind.op;
   std::vector<Tensor> saved;
   size_t next = 0;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    const bool serves = output_serves(chain, i, static_cast<Activation>(activations[i]));
+    const bool serves = output_serves(chain, i, activation_of(activations[i]));
     check(serves || next < hidden.size(), op, ": expected more hidden tensors than ", hidden.size());
     const Tensor& tensor = serves ? output : hidden[next++];
     check_same_kind(tensor, chain.kind, serves ? "output" : "hidden");
@@ -245,14 +240,13 @@ class ParameterGradient {
 // The layers of one chunk, with that chunk's parts of the gradients still to be filled in.
 template <class T>
 std::vector<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Tensor& input,
-                                                 const std::vector<Tensor>& weights,
-                                                 const std::vector<int64_t>& activations,
+                                                 const std::vector<Tensor>& weights, const std::string& activations,
                                                  const std::vector<Tensor>& saved, KernelInputs& inputs) {
   std::vector<MlpLayerBackward<T>> layers;
   layers.reserve(weights.size());
   const T* layer_input = inputs.data<T>(input);
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    const Activation activation = static_cast<Activation>(activations[i]);
+    const Activation activation = activation_of(activations[i]);
     const T* kept = inputs.data<T>(saved[i]);
     layers.push_back({inputs.data<T>(weights[i]), layer_input, kept, chain.widths[i], chain.widths[i + 1], activation,
                       nullptr, nullptr});
@@ -311,10 +305,11 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
 }
 
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
-                       const std::vector<int64_t>& activations, const Tensor& output, const std::vector<Tensor>& hidden,
+                       const std::string& activations, const Tensor& output, const std::vector<Tensor>& hidden,
                        bool input_wanted, bool weights_wanted, bool biases_wanted) {
   const char* op = "mlp_backward";
   const Chain chain = check_chain(op, input, weights, activations);
+  check(weights.size() == activations.size(), op, ": expected ", activations.size(), " weights, got ", weights.size());
   check_same_kind(grad_output, chain.kind, "grad_output");
   check_sizes(grad_output, {chain.rows, chain.widths.back()}, op, "grad_output");
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
@@ -328,19 +323,20 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // activations: one a layer, by its number in fastnn.ops.mlp.Activation
-  m.def("mlp(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations) -> Tensor");
+  // parameters: the weights (out, in), then the biases (out), or no biases at all.
+  // activations: a digit a layer, its place in fastnn.ops.mlp.ACTIVATION_NAMES
+  m.def("mlp(Tensor input, Tensor[] parameters, str activations) -> Tensor");
   // One a row: the mean squared difference between the output and the input.
   m.def(
-      "mlp_reconstruction_error(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations)"
+      "mlp_reconstruction_error(Tensor input, Tensor[] parameters, str activations)"
       " -> Tensor");
   // hidden: what mlp_backward needs of each layer
   m.def(
-      "mlp_with_hidden(Tensor input, Tensor[] weights, Tensor?[] biases, int[] activations)"
+      "mlp_with_hidden(Tensor input, Tensor[] parameters, str activations)"
       " -> (Tensor output, Tensor[] hidden)");
   // A gradient that is not wanted comes back empty.
   m.def(
-      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, int[] activations, Tensor output,"
+      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, str activations, Tensor output,"
       " Tensor[] hidden, bool input_wanted, bool weights_wanted, bool biases_wanted)"
       " -> (Tensor grad_input, Tensor[] grad_weights, Tensor[] grad_biases)");
 }

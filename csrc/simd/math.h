@@ -41,7 +41,8 @@ struct ExpConstants<double> {
 // exp(x) = 2^n (1 + fraction), |fraction| < 0.42
 template <class T>
 struct ExpParts {
-  Vec<typename ExpConstants<T>::Integer> n;
+  Vec<T> n;
+  Vec<typename ExpConstants<T>::Integer> n_as_integer;
   Vec<T> fraction;
 };
 
@@ -50,13 +51,12 @@ FASTNN_INLINE ExpParts<T> exp_parts(Vec<T> x) {
   using K = ExpConstants<T>;
   using Integer = typename K::Integer;
   const Vec<T> shifted = x * T(1.4426950408889634074) + K::round_to_integer;
-  const Vec<T> whole = shifted - K::round_to_integer;
-  const Vec<T> rest = (x - whole * K::ln2_high) - whole * K::ln2_low;
+  const Vec<T> n = shifted - K::round_to_integer;
+  const Vec<T> rest = (x - n * K::ln2_high) - n * K::ln2_low;
   Vec<T> value = broadcast<T>(K::polynomial[0]);
 #pragma GCC unroll 16
   for (int i = 1; i < K::terms; ++i) value = value * rest + K::polynomial[i];
-  const Vec<Integer> n = (Vec<Integer>)shifted - (Vec<Integer>)broadcast<T>(K::round_to_integer);
-  return {n, value * (rest * rest) + rest};
+  return {n, (Vec<Integer>)shifted - (Vec<Integer>)broadcast<T>(K::round_to_integer), value * (rest * rest) + rest};
 }
 
 // 2^n, n in the normal range of exponents.
@@ -66,16 +66,30 @@ FASTNN_INLINE Vec<T> power_of_two(Vec<typename ExpConstants<T>::Integer> n) {
   return (Vec<T>)((n + K::bias) << K::mantissa_bits);
 }
 
+// 2^n (1 + fraction), n anything that exp has.
+#if defined(__AVX512F__)
+FASTNN_INLINE Vec<float> assemble(const ExpParts<float>& parts) {
+  return (Vec<float>)_mm512_scalef_ps((__m512)(parts.fraction + 1.0f), (__m512)parts.n);
+}
+FASTNN_INLINE Vec<double> assemble(const ExpParts<double>& parts) {
+  return (Vec<double>)_mm512_scalef_pd((__m512d)(parts.fraction + 1.0), (__m512d)parts.n);
+}
+#else
+template <class T>
+FASTNN_INLINE Vec<T> assemble(const ExpParts<T>& parts) {
+  // Two factors, since n itself may lie outside the exponents of normal numbers.
+  const auto half = parts.n_as_integer >> 1;
+  return (parts.fraction + T(1)) * power_of_two<T>(half) * power_of_two<T>(parts.n_as_integer - half);
+}
+#endif
+
 template <class T>
 FASTNN_INLINE Vec<T> exp_of(Vec<T> x) {
   using K = ExpConstants<T>;
   const Vec<T> low = broadcast<T>(K::smallest), high = broadcast<T>(K::largest);
   Vec<T> bounded = x < low ? low : x;  // NaN stays
   bounded = bounded > high ? high : bounded;
-  const ExpParts<T> parts = exp_parts<T>(bounded);
-  // Two factors, since n itself may lie outside the exponents of normal numbers.
-  const auto half = parts.n >> 1;
-  return (parts.fraction + T(1)) * power_of_two<T>(half) * power_of_two<T>(parts.n - half);
+  return assemble(exp_parts<T>(bounded));
 }
 
 template <class T>
@@ -94,9 +108,7 @@ FASTNN_INLINE Vec<T> sigmoid_of(Vec<T> x) {
   using K = ExpConstants<T>;
   const Vec<T> low = broadcast<T>(K::smallest);
   const Vec<T> negative = -magnitude_of<T>(x);
-  const ExpParts<T> parts = exp_parts<T>(negative < low ? low : negative);
-  const auto half = parts.n >> 1;
-  const Vec<T> e = (parts.fraction + T(1)) * power_of_two<T>(half) * power_of_two<T>(parts.n - half);
+  const Vec<T> e = assemble(exp_parts<T>(negative < low ? low : negative));
   return (x < Vec<T>{} ? e : broadcast<T>(1)) / (e + T(1));
 }
 
@@ -110,7 +122,7 @@ FASTNN_INLINE Vec<T> tanh_of(Vec<T> x) {
   const Vec<T> high = broadcast<T>(K::tanh_is_one);
   const Vec<T> bounded = magnitude > high ? high : magnitude;  // NaN stays
   const ExpParts<T> parts = exp_parts<T>(bounded + bounded);
-  const Vec<T> scale = power_of_two<T>(parts.n);
+  const Vec<T> scale = power_of_two<T>(parts.n_as_integer);
   const Vec<T> m = parts.fraction * scale + (scale - T(1));
   const auto below_half = bounded < broadcast<T>(T(0.5493));
   const Vec<T> quotient = (below_half ? m : broadcast<T>(2)) / (m + T(2));

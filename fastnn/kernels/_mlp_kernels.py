@@ -86,7 +86,8 @@ def resident_chain_forward(
         to_unit = tl.arange(0, TILES[layer + 1])
         mask = (to_unit < WIDTHS[layer + 1])[None, :] & (from_unit < WIDTHS[layer])[:, None]
         place = weights[layer] + to_unit[None, :] * WIDTHS[layer] + from_unit[:, None]
-        loaded = loaded + (tl.load(place, mask=mask, other=0.0).to(OPERAND),)  # noqa: RUF005 (Triton has no star here)
+        weight = tl.load(place, mask=mask, other=0.0).to(OPERAND)
+        loaded = loaded + (weight,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no star here)
     for tile in range(tl.program_id(0), row_tiles, tl.num_programs(0)):
         row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         row_mask = row < rows

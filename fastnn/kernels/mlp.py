@@ -13,7 +13,7 @@ from torch import Tensor
 from fastnn.kernels import _launch
 from fastnn.kernels._check import Expected, check, check_first, check_no_gradients, check_same_kind, check_sizes
 from fastnn.kernels._mlp_kernels import chain_backward, chain_forward, layer_forward, resident_chain_forward
-from fastnn.ops.mlp import _KEEPS_INPUT, ACTIVATION_NAMES
+from fastnn.ops.mlp import _KEEPS_INPUT, ACTIVATION_NAMES, split_parameters
 from fastnn.reference.mlp import ACTIVATIONS
 
 # ---- choice of kernel and configuration -------------------------------------------------------------------
@@ -130,6 +130,14 @@ class Chain(NamedTuple):
         return len(self.widths) - 1
 
 
+def _numbers(op: str, activations: str) -> list[int]:
+    digits = "".join(map(str, range(len(ACTIVATION_NAMES))))
+    for i, digit in enumerate(activations):
+        check(digit in digits, op, ": activations[", i, "] must be between ", digits[0], " and ", digits[-1], ", got ",
+              digit)  # fmt: skip
+    return [int(digit) for digit in activations]
+
+
 def _check_chain(op: str, input: Tensor, weights: Sequence[Tensor], activations: Sequence[int]) -> Chain:
     kind = check_first(op, input, "input")
     check(input.dim() == 2, op, ": expected input to be 2D (rows, features), got ", input.dim(), "D tensor instead")
@@ -137,15 +145,13 @@ def _check_chain(op: str, input: Tensor, weights: Sequence[Tensor], activations:
     check(len(activations) == len(weights), op, ": expected ", len(weights), " activations, one a weight, got ",
           len(activations))  # fmt: skip
     rows, *widths = input.shape
-    for i, (weight, activation) in enumerate(zip(weights, activations, strict=True)):
+    for i, weight in enumerate(weights):
         check_same_kind(kind, weight, "weights")
         check(weight.dim() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", weight.dim(),
               "D tensor instead")  # fmt: skip
         out, inputs = weight.shape
         check(inputs == widths[-1], op, ": mat1 and mat2 shapes cannot be multiplied (", rows, "x", widths[-1],
               " and ", inputs, "x", out, ")")  # fmt: skip
-        check(0 <= activation < len(ACTIVATION_NAMES), op, ": activations[", i, "] must be between 0 and ",
-              len(ACTIVATION_NAMES) - 1, ", got ", activation)  # fmt: skip
         widths.append(out)
     return Chain(kind, rows, widths)
 
@@ -170,24 +176,34 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 # ---- forward ----------------------------------------------------------------------------------------------
 
 
-def mlp(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[int]
-) -> Tensor:
-    """``fastnn::mlp``: input (rows, in), weights[i] (out_i, in_i) -> (rows, out of the last)."""
-    return _forward("mlp", input, weights, biases, activations, save=False)[0]
+def mlp(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
+    """``fastnn::mlp``: input (rows, in); parameters, the weights (out_i, in_i), then the biases (out_i) or none
+    -> (rows, out of the last)."""
+    return _forward("mlp", input, parameters, activations, save=False)[0]
 
 
-def mlp_with_hidden(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[int]
-) -> tuple[Tensor, list[Tensor]]:
+def mlp_reconstruction_error(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
+    """``fastnn::mlp_reconstruction_error``: the mean squared difference of output and input, (rows)."""
+    op = "mlp_reconstruction_error"
+    output = _forward(op, input, parameters, activations, save=False)[0]
+    check(output.shape == input.shape, op, ": expected as many outputs of the last layer as features of the input, ",
+          input.shape[1], ", got ", output.shape[1])  # fmt: skip
+    return (output - input).square_().mean(dim=-1)
+
+
+def mlp_with_hidden(input: Tensor, parameters: Sequence[Tensor], activations: str) -> tuple[Tensor, list[Tensor]]:
     """``fastnn::mlp_with_hidden``: the output, and what backward needs of each layer."""
-    return _forward("mlp_with_hidden", input, weights, biases, activations, save=True)
+    return _forward("mlp_with_hidden", input, parameters, activations, save=True)
 
 
 def _forward(
-    op: str, input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[int],
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    op: str, input: Tensor, parameters: Sequence[Tensor], digits: str, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    activations = _numbers(op, digits)
+    layers = len(activations)
+    check(len(parameters) in (layers, 2 * layers), op, ": expected ", layers, " weights and ", layers,
+          " or no biases, got ", len(parameters), " parameters")  # fmt: skip
+    weights, biases = split_parameters(parameters, layers)
     chain = _check_chain(op, input, weights, activations)
     _check_biases(chain, biases)
     check_no_gradients(op, input, *weights, *biases)
@@ -272,12 +288,13 @@ def _run_layer(
 
 
 def mlp_backward(
-    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], activations: Sequence[int], output: Tensor,
+    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], digits: str, output: Tensor,
     hidden: Sequence[Tensor], input_wanted: bool, weights_wanted: bool, biases_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """``fastnn::mlp_backward``: grad_output and output (rows, out of the last), hidden as mlp_with_hidden gave it.
     A gradient that is not wanted comes back empty."""
     op = "mlp_backward"
+    activations = _numbers(op, digits)
     chain = _check_chain(op, input, weights, activations)
     check_same_kind(chain.kind, grad_output, "grad_output")
     check_sizes(op, grad_output, (chain.rows, chain.widths[-1]), "grad_output")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnn.ops.mlp import activation_names, activation_numbers, linear_relu, mlp_of_parameters
+from fastnn.ops.mlp import activation_digits, activation_names, join_parameters, linear_relu, mlp_of_parameters
 
 _MODULES: dict[str, Any] = {
     "identity": nn.Identity,
@@ -66,18 +66,23 @@ class MLP(nn.Sequential):
                 children.append(_MODULES[name]())
         super().__init__(*children)
         self.activations = names
-        self._numbers = activation_numbers(names)
+        self._digits = activation_digits(names)
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., sizes[0]) -> (..., sizes[-1])."""
         linears = [child for child in self._modules.values() if isinstance(child, nn.Linear)]
-        return mlp_of_parameters(input, linear_parameters(linears), self._numbers)
+        return mlp_of_parameters(input, linear_parameters(linears), self._digits)
 
 
-def linear_parameters(linears: Collection[nn.Module]) -> list[Tensor | None]:
-    """The weights of the layers, then their biases, read anew: they may have been replaced since the last call."""
+def linear_parameters(linears: Collection[Any]) -> list[Tensor]:
+    """The parameters of ``Linear`` layers as operators take them, read anew: they may have been replaced."""
     try:
         # A third of the time of attributes, for which nn.Module looks into _parameters last.
-        return [m._parameters["weight"] for m in linears] + [m._parameters["bias"] for m in linears]
+        weights = [linear._parameters["weight"] for linear in linears]
+        biases = [linear._parameters["bias"] for linear in linears]
     except KeyError:  # one is parametrised
-        return [m.weight for m in linears] + [m.bias for m in linears]
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    for bias in biases:
+        if bias is None:
+            return join_parameters(weights, biases)
+    return weights + biases

@@ -5,7 +5,7 @@ latter. Whatever the kernels do not cover (other dtypes, ``proj_size``, autocast
 goes through the stock module's own ``forward``, so that the answer, or the error, is that of the installed torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,15 @@ from torch.nn.utils.rnn import PackedSequence
 from fastnn.ops._autograd import needs_reference
 from fastnn.ops.rnn import rnn, rnn_cell
 
-_KERNEL_DEVICES = ("cpu", "cuda", "meta")
-
 
 def _covers(input: Any) -> bool:
     """Whether the kernels take such an input at all."""
     return (
         isinstance(input, Tensor)
-        and input.device.type in _KERNEL_DEVICES
+        and (input.is_cpu or input.is_meta)
         and input.layout is torch.strided
-        and not needs_reference(input)
         and not torch._C._is_any_autocast_enabled()
+        and not needs_reference(input)
     )
 
 
@@ -39,10 +37,13 @@ def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: i
     return covers(mode, hidden, batch, directions, input.dtype, input.device)
 
 
-def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
+def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     """The parameters as they are now: a parametrization or ``functional_call`` may have put others in their place."""
     own = module._parameters
     return [own[name] if name in own else getattr(module, name) for name in names]
+
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Recurrent(RNNBase):
@@ -58,18 +59,25 @@ class _Recurrent(RNNBase):
 
     def _run(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
         """The kernel's answer for a tensor, or None where the stock module's is due."""
-        if not _covers(input) or input.dim() not in (2, 3):
+        if not _covers(input):
             return None
-        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        batched = len(input.shape) == 3
         if not batched:
-            batch_dim = 0 if self.batch_first else 1
+            if len(input.shape) != 2:
+                return None
             input = input.unsqueeze(batch_dim)
-        batch, length = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
-        if length == 0:
+        sizes = input.shape
+        if sizes[1 - batch_dim] == 0 or sizes[2] != self.input_size:
             return None
-        state = self._state(input, batch, hx, batched)
+        state = [] if hx is None else self._state(input, sizes[batch_dim], hx, batched)
         weights = _parameters(self, self._flat_weights_names)
-        if state is None or not self._fits(input, weights, batch):
+        if (
+            state is None
+            or weights[0].dtype is not input.dtype
+            or self.proj_size > 0
+            or not self._on_chip(input, sizes[batch_dim])
+        ):
             return None
         output, final = self._call(input, None, state, weights, self.batch_first)
         if not batched:
@@ -78,12 +86,16 @@ class _Recurrent(RNNBase):
 
     def _run_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any] | None:
         input, batch_sizes, sorted_indices, unsorted_indices = packed
-        if not _covers(input) or input.dim() != 2 or input.shape[0] == 0:
+        if not _covers(input) or input.dim() != 2 or input.shape[0] == 0 or input.shape[1] != self.input_size:
             return None
-        batch = int(batch_sizes[0])
-        state = self._state(input, batch, hx, True)
+        state = [] if hx is None else self._state(input, int(batch_sizes[0]), hx, True)
         weights = _parameters(self, self._flat_weights_names)
-        if state is None or not self._fits(input, weights, batch):
+        if (
+            state is None
+            or weights[0].dtype is not input.dtype
+            or self.proj_size > 0
+            or not self._on_chip(input, int(batch_sizes[0]))
+        ):
             return None
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
@@ -95,8 +107,6 @@ class _Recurrent(RNNBase):
 
     def _state(self, input: Tensor, batch: int, hx: Any, batched: bool) -> list[Tensor] | None:
         """hx as the operator takes it, or None if it does not fit."""
-        if hx is None:
-            return []
         if self._states == 2 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
             return None
         given = [hx] if self._states == 1 else list(hx)
@@ -109,15 +119,8 @@ class _Recurrent(RNNBase):
                 return None
         return given if batched else [tensor.unsqueeze(1) for tensor in given]
 
-    def _fits(self, input: Tensor, weights: list[Tensor], batch: int) -> bool:
-        weight = weights[0]
-        return (
-            input.shape[-1] == self.input_size
-            and weight.dtype == input.dtype
-            and weight.device == input.device
-            and self.proj_size == 0
-            and _gpu_serves(input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1)
-        )
+    def _on_chip(self, input: Tensor, batch: int) -> bool:
+        return _gpu_serves(input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1)
 
     def _call(
         self, input: Tensor, batch_sizes: Tensor | None, state: list[Tensor], weights: list[Tensor], batch_first: bool
@@ -166,8 +169,8 @@ class LSTM(_Recurrent):
     _states = 2
 
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -176,7 +179,7 @@ class LSTM(_Recurrent):
 class _Cell(RNNCellBase):
     """What the three cells share, like :class:`_Recurrent`."""
 
-    _stock: Callable[..., Any]
+    _stock: Any
     _states = 1
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
@@ -184,29 +187,32 @@ class _Cell(RNNCellBase):
         answer = self._run(input, hx)
         return self._stock.forward(self, input, hx) if answer is None else answer
 
-    def _mode(self) -> str:
+    def _mode(self) -> str | None:
+        """Which of ``fastnn.ops.rnn.MODES``, or None for one that only the stock cell can refuse."""
         raise NotImplementedError
 
     def _run(self, input: Tensor, hx: Any) -> Any:
-        if not _covers(input) or input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
+        if not _covers(input):
+            return None
+        sizes, mode = input.shape, self._mode()
+        if mode is None or len(sizes) not in (1, 2) or sizes[-1] != self.input_size:
             return None
         given = () if hx is None else (hx,) if self._states == 1 else hx
         if hx is not None and len(given) != self._states:
             return None
-        expected = (*input.shape[:-1], self.hidden_size)
+        expected = (*sizes[:-1], self.hidden_size)
         for tensor in given:
-            if not isinstance(tensor, Tensor) or tensor.shape != expected or tensor.dtype != input.dtype:
+            if not isinstance(tensor, Tensor) or tensor.shape != expected or tensor.dtype is not input.dtype:
                 return None
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
-        weights = _parameters(self, names)
-        if weights[0].dtype != input.dtype or weights[0].device != input.device:
+        weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
+        if weights[0].dtype is not input.dtype:
             return None
-        if not _gpu_serves(input, self._mode(), self.hidden_size, input.shape[0] if input.dim() == 2 else 1):
+        if not _gpu_serves(input, mode, self.hidden_size, sizes[0] if len(sizes) == 2 else 1):
             return None
-        if input.dim() == 2:
-            state = rnn_cell(input, given, weights, self._mode())
+        if len(sizes) == 2:
+            state = rnn_cell(input, given, weights, mode)
         else:
-            state = rnn_cell(input.unsqueeze(0), [s.unsqueeze(0) for s in given], weights, self._mode())
+            state = rnn_cell(input.unsqueeze(0), [s.unsqueeze(0) for s in given], weights, mode)
             state = [s.squeeze(0) for s in state]
         return state[0] if self._states == 1 else tuple(state)
 
@@ -230,11 +236,8 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
-    def _run(self, input: Tensor, hx: Any) -> Any:
-        return super()._run(input, hx) if self.nonlinearity in ("tanh", "relu") else None
-
-    def _mode(self) -> str:
-        return "RNN_TANH" if self.nonlinearity == "tanh" else "RNN_RELU"
+    def _mode(self) -> str | None:
+        return {"tanh": "RNN_TANH", "relu": "RNN_RELU"}.get(self.nonlinearity)
 
 
 class LSTMCell(_Cell):

@@ -23,8 +23,9 @@ from fastnn.reference import mlp as reference
 
 # The operator takes activations by their place in this list (csrc/kernels/mlp.h has the same).
 ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
-_NUMBER_OF = {name: number for number, name in enumerate(ACTIVATION_NAMES)}
+_DIGIT_OF = {name: str(place) for place, name in enumerate(ACTIVATION_NAMES)}
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
+_RELU = _DIGIT_OF["relu"]
 _mlp_op = torch.ops.fastnn.mlp.default
 _mlp_reconstruction_error_op = torch.ops.fastnn.mlp_reconstruction_error.default
 _mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
@@ -60,12 +61,12 @@ def mlp(
     names = activation_names(activation, len(weights))
     if len(biases) != len(weights):
         raise ValueError(f"mlp: expected {len(weights)} biases, one a weight, got {len(biases)}")
-    return _mlp(input, weights, biases, names, recompute)
+    return mlp_of_parameters(input, join_parameters(weights, biases), activation_digits(names), recompute)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``relu(linear(input, weight, bias))``: input (..., in), weight (out, in), bias (out) -> (..., out)."""
-    return _mlp(input, (weight,), (bias,), ("relu",))
+    return mlp_of_parameters(input, (weight,) if bias is None else (weight, bias), _RELU)
 
 
 def activation_names(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ def activation_names(activation: str | Sequence[str], layers: int) -> tuple[str,
     if len(names) != layers:
         raise ValueError(f"mlp: expected {layers} activations, one a weight, got {len(names)}")
     for name in names:
-        if name not in _NUMBER_OF:
+        if name not in _DIGIT_OF:
             raise ValueError(f"mlp: activation must be one of {', '.join(ACTIVATION_NAMES)}, got {name!r}")
     return names
 
@@ -94,50 +95,52 @@ def mlp_reconstruction_error(
     """
     weights, biases = tuple(weights), tuple(biases)
     names = activation_names(activation, len(weights))
-    parameters: Sequence[Tensor | None] = (*weights, *biases)
+    parameters = join_parameters(weights, biases)
     if input.dim() != 2 or needs_autograd(input, *parameters) or needs_reference(autocast(input)[0]):
         return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
     input, *parameters = autocast(input, *parameters)
-    layers = len(weights)
-    return call_kernel(
-        _mlp_reconstruction_error_op, input, parameters[:layers], parameters[layers:], activation_numbers(names)
-    )
+    return call_kernel(_mlp_reconstruction_error_op, input, parameters, activation_digits(names))
 
 
-def _mlp(
-    input: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    names: tuple[str, ...],
-    recompute: bool = False,
-) -> Tensor:
-    return mlp_of_parameters(input, (*weights, *biases), activation_numbers(names), recompute)
+def join_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """As the operators take them: the weights, then the biases, or no biases at all. One that is missing among others
+    is zeros."""
+    given = [bias for bias in biases if bias is not None]
+    if given and len(given) < len(weights):
+        given = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    return [*weights, *given]
 
 
-def activation_numbers(names: Sequence[str]) -> list[int]:
-    """The names as the operators take them."""
-    return [_NUMBER_OF[name] for name in names]
+def split_parameters(parameters: Sequence[Tensor], layers: int) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """The weights, and a bias or None a weight."""
+    return parameters[:layers], parameters[layers:] or (None,) * layers
 
 
-def mlp_of_parameters(
-    input: Tensor, parameters: Sequence[Tensor | None], numbers: list[int], recompute: bool = False
-) -> Tensor:
-    """:func:`mlp` for callers that know their arguments: ``parameters`` are the weights, then the biases;
-    ``numbers`` the activations from :func:`activation_numbers`."""
+def activation_digits(names: Sequence[str]) -> str:
+    """The names as the operators take them: a digit a layer, its place in ``ACTIVATION_NAMES``."""
+    return "".join(_DIGIT_OF[name] for name in names)
+
+
+def _names_of(digits: str) -> list[str]:
+    return [ACTIVATION_NAMES[int(digit)] for digit in digits]
+
+
+def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, recompute: bool = False) -> Tensor:
+    """:func:`mlp` for callers that know their arguments: ``parameters`` as of :func:`join_parameters`, ``digits`` the
+    activations as of :func:`activation_digits`."""
     if autocast_is_on():
         input, *parameters = autocast(input, *parameters)
-    layers = len(numbers)
-    if needs_reference(input) or layers == 0 or input.dim() == 0:
-        names = [ACTIVATION_NAMES[number] for number in numbers]
-        return reference.mlp(input, parameters[:layers], parameters[layers:], names)
-    rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    rank = input.dim()
+    if rank == 0 or not digits or needs_reference(input):
+        return reference.mlp(input, *split_parameters(parameters, len(digits)), _names_of(digits))
+    rows = input if rank == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if is_inference():
-        output = _mlp_op(rows, parameters[:layers], parameters[layers:], numbers)
+        output = _mlp_op(rows, parameters, digits)
     elif needs_autograd(input, *parameters):
-        output = apply_function(Mlp, rows, numbers, layers, recompute, *parameters)[0]
+        output = apply_function(Mlp, rows, digits, recompute, *parameters)[0]
     else:
-        output = call_kernel(_mlp_op, rows, parameters[:layers], parameters[layers:], numbers)
-    return output if input.dim() == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
+        output = call_kernel(_mlp_op, rows, parameters, digits)
+    return output if rank == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
 
 
 class Mlp(torch.autograd.Function):
@@ -146,31 +149,29 @@ class Mlp(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        input: Tensor, numbers: list[int], layers: int, recompute: bool, *parameters: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        arguments = (input, parameters[:layers], parameters[layers:], numbers)
+    def forward(input: Tensor, digits: str, recompute: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
         if recompute:
-            return (_mlp_op(*arguments),)
-        output, hidden = _mlp_with_hidden_op(*arguments)
+            return (_mlp_op(input, parameters, digits),)
+        output, hidden = _mlp_with_hidden_op(input, parameters, digits)
         return (output, *hidden)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, ctx.numbers, ctx.layers, ctx.recompute, *parameters = inputs
+        input, ctx.digits, ctx.recompute, *parameters = inputs
+        ctx.parameters = len(parameters)
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(input, *parameters, *(() if ctx.recompute else output))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        needed, layers, saved = ctx.needs_input_grad, ctx.layers, ctx.saved_tensors
+        needed, saved, layers = ctx.needs_input_grad, ctx.saved_tensors, len(ctx.digits)
         if ctx.recompute:
             with torch.no_grad():
-                saved = (*saved, *Mlp.forward(saved[0], ctx.numbers, layers, False, *saved[1:]))
-        wanted = (needed[0], True in needed[4 : 4 + layers], True in needed[4 + layers :])
+                saved = (*saved, *Mlp.forward(saved[0], ctx.digits, False, *saved[1:]))
+        wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
-        grad_input, *grad_parameters = compute(grad_output, ctx.numbers, layers, wanted, *saved)
-        return (grad_input, None, None, None, *grad_parameters)
+        grad_input, *grad_parameters = compute(grad_output, ctx.digits, ctx.parameters, wanted, *saved)
+        return (grad_input, None, None, *grad_parameters)
 
 
 class MlpBackward(torch.autograd.Function):
@@ -180,41 +181,38 @@ class MlpBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output: Tensor, numbers: list[int], layers: int, wanted: tuple[bool, bool, bool], *saved: Tensor | None
+        grad_output: Tensor, digits: str, parameters: int, wanted: tuple[bool, bool, bool], *saved: Tensor
     ) -> tuple[Tensor | None, ...]:
-        input, weights, biases = saved[0], saved[1 : 1 + layers], saved[1 + layers : 1 + 2 * layers]
-        output, *hidden = saved[1 + 2 * layers :]
+        layers = len(digits)
+        output, *hidden = saved[1 + parameters :]
         grad_input, grad_weights, grad_biases = _mlp_backward_op(
-            grad_output, input, weights, numbers, output, hidden, *wanted
+            grad_output, saved[0], saved[1 : 1 + layers], digits, output, hidden, *wanted
         )
-        none = (None,) * layers
-        if wanted[2] and any(bias is None for bias in biases):
-            grad_biases = [None if bias is None else grad for grad, bias in zip(grad_biases, biases, strict=True)]
+        biases = parameters - layers
         return (
             grad_input if wanted[0] else None,
-            *(grad_weights if wanted[1] else none),
-            *(grad_biases if wanted[2] else none),
+            *(grad_weights if wanted[1] else (None,) * layers),
+            *(grad_biases if wanted[2] else (None,) * biases),
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        grad_output, ctx.numbers, ctx.layers, _, *saved = inputs
+        grad_output, ctx.digits, parameters, _, *saved = inputs
         ctx.outputs_given = [gradient is not None for gradient in output]
         ctx.saved_count = len(saved)
-        ctx.save_for_backward(grad_output, *saved[: 1 + 2 * ctx.layers])
+        ctx.save_for_backward(grad_output, *saved[: 1 + parameters])
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         grad_output, *inputs = ctx.saved_tensors
         given = [i for i, present in enumerate(ctx.outputs_given) if present]
-        names = [ACTIVATION_NAMES[number] for number in ctx.numbers]
+        names = _names_of(ctx.digits)
 
         def forward(*tensors: Tensor) -> Tensor:
             everything = list(inputs)
             for i, tensor in zip(given, tensors, strict=True):
                 everything[i] = tensor
-            parameters = everything[1:]
-            return reference.mlp(everything[0], parameters[: ctx.layers], parameters[ctx.layers :], names)
+            return reference.mlp(everything[0], *split_parameters(everything[1:], len(names)), names)
 
         second = differentiate_twice(forward, grad_output, [inputs[i] for i in given], [grad_grads[i] for i in given])
         result: list[Tensor | None] = [None] * ctx.saved_count
@@ -224,24 +222,22 @@ class MlpBackward(torch.autograd.Function):
 
 
 @torch.library.register_fake("fastnn::mlp")
-def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]) -> Tensor:
-    check_same_device(input, *weights, *biases)
-    return input.new_empty(input.shape[0], weights[-1].shape[0])
+def _(input: Tensor, parameters: list[Tensor], activations: str) -> Tensor:
+    check_same_device(input, *parameters)
+    return input.new_empty(input.shape[0], parameters[len(activations) - 1].shape[0])
 
 
 @torch.library.register_fake("fastnn::mlp_reconstruction_error")
-def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]) -> Tensor:
-    check_same_device(input, *weights, *biases)
+def _(input: Tensor, parameters: list[Tensor], activations: str) -> Tensor:
+    check_same_device(input, *parameters)
     return input.new_empty(input.shape[0])
 
 
 @torch.library.register_fake("fastnn::mlp_with_hidden")
-def _(
-    input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[int]
-) -> tuple[Tensor, list[Tensor]]:
-    check_same_device(input, *weights, *biases)
-    outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in weights]
-    output_serves = ACTIVATION_NAMES[activations[-1]] not in _KEEPS_INPUT
+def _(input: Tensor, parameters: list[Tensor], activations: str) -> tuple[Tensor, list[Tensor]]:
+    check_same_device(input, *parameters)
+    outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in parameters[: len(activations)]]
+    output_serves = _names_of(activations)[-1] not in _KEEPS_INPUT
     return input.new_empty(outputs[-1].shape), outputs[:-1] if output_serves else outputs
 
 
@@ -250,7 +246,7 @@ def _(
     grad_output: Tensor,
     input: Tensor,
     weights: list[Tensor],
-    activations: list[int],
+    activations: str,
     output: Tensor,
     hidden: list[Tensor],
     input_wanted: bool,

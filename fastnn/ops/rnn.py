@@ -221,7 +221,7 @@ def _fake_output(
     hidden = weights[1].shape[1]
     directions = 2 if config.bidirectional else 1
     if batch_sizes is not None:
-        batch = torch.library.get_ctx().new_dynamic_size()
+        batch: Any = torch.library.get_ctx().new_dynamic_size()
         output = input.new_empty(input.shape[0], directions * hidden)
     elif config.batch_first:
         batch, length, _ = input.shape

@@ -90,8 +90,8 @@ def rnn(
     final_state = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     if batch_sizes is not None:
         return torch.cat(steps), final_state
-    output = torch.stack(steps)
-    return output.transpose(0, 1) if batch_first else output, final_state
+    stacked = torch.stack(steps)
+    return stacked.transpose(0, 1) if batch_first else stacked, final_state
 
 
 def _one_direction(

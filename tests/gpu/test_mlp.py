@@ -7,7 +7,7 @@ import torch
 
 from fastnn.kernels import _launch
 from fastnn.kernels import mlp as kernels
-from fastnn.ops.mlp import ACTIVATION_NAMES
+from fastnn.ops.mlp import ACTIVATION_NAMES, activation_digits, join_parameters
 from fastnn.reference.mlp import mlp as reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,19 +23,19 @@ def make(rows, widths, dtype, device, bias=True):
 def check(rows, widths, names, dtype, device, assert_near, bias=True):
     """Forward and every gradient of one chain."""
     input, weights, biases = make(rows, widths, dtype, device, bias)
-    numbers = [ACTIVATION_NAMES.index(name) for name in names]
+    digits = activation_digits(names)
     exact = [t.double().requires_grad_() for t in (input, *weights)]
     exact_biases = [None if b is None else b.double().requires_grad_() for b in biases]
     expected = reference(exact[0], exact[1:], exact_biases, names)
-    output, hidden = kernels.mlp_with_hidden(input, weights, biases, numbers)
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), digits)
     assert_near(output, expected.detach())
-    torch.testing.assert_close(kernels.mlp(input, weights, biases, numbers), output, rtol=0, atol=0)
+    torch.testing.assert_close(kernels.mlp(input, join_parameters(weights, biases), digits), output, rtol=0, atol=0)
 
     grad = torch.randn_like(output)
     wanted = [*exact, *(b for b in exact_biases if b is not None)]
     gradients = torch.autograd.grad(expected, wanted, grad.double())
     grad_input, grad_weights, grad_biases = kernels.mlp_backward(
-        grad, input, weights, numbers, output, hidden, True, True, True
+        grad, input, weights, digits, output, hidden, True, True, True
     )
     actual = [grad_input, *grad_weights, *(g for g, b in zip(grad_biases, biases, strict=True) if b is not None)]
     for got, want in zip(actual, gradients, strict=True):
@@ -81,10 +81,10 @@ def test_float64_and_empty_sizes_take_stocks_path(device):
         (3, (4, 3), torch.float64),
     ]:
         input, weights, biases = make(rows, widths, dtype, device)
-        names, numbers = ["relu"] * len(weights), [1] * len(weights)
-        output, hidden = kernels.mlp_with_hidden(input, weights, biases, numbers)
+        names, digits = ["relu"] * len(weights), "1" * len(weights)
+        output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), digits)
         torch.testing.assert_close(output, reference(input, weights, biases, names))
-        gradients = kernels.mlp_backward(output, input, weights, numbers, output, hidden, True, True, True)
+        gradients = kernels.mlp_backward(output, input, weights, digits, output, hidden, True, True, True)
         assert gradients[0].shape == input.shape
         assert [g.shape for g in gradients[1]] == [w.shape for w in weights]
 
@@ -92,27 +92,42 @@ def test_float64_and_empty_sizes_take_stocks_path(device):
 def test_nan_passes_and_relus_gradient_there_is_one(device):
     input, weights, biases = make(17, (6, 8, 5), torch.float32, device)
     input[3] = float("nan")
-    output, hidden = kernels.mlp_with_hidden(input, weights, biases, [1, 1])
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), "11")
     assert output[3].isnan().all()
     assert not output[4].isnan().any()
-    grad_input = kernels.mlp_backward(output, input, weights, [1, 1], output, hidden, True, False, False)[0]
+    grad_input = kernels.mlp_backward(output, input, weights, "11", output, hidden, True, False, False)[0]
     assert grad_input[3].isnan().all()
     assert not grad_input[4].isnan().any()
+
+
+def test_reconstruction_error(device):
+    input, weights, biases = make(17, (6, 3, 6), torch.float32, device)
+    output = kernels.mlp(input, [*weights, *biases], "20")
+    error = kernels.mlp_reconstruction_error(input, [*weights, *biases], "20")
+    torch.testing.assert_close(error, (output - input).square().mean(1))
+    with pytest.raises(RuntimeError, match="as many outputs"):
+        kernels.mlp_reconstruction_error(input, [weights[0]], "0")
 
 
 def test_non_contiguous_arguments(device, assert_near):
     input, weights, biases = make(18, (6, 8, 5), torch.float32, device)
     strided = [t.t().contiguous().t() for t in (input, *weights)]
-    expected = kernels.mlp(input, weights, biases, [2, 0])
-    torch.testing.assert_close(kernels.mlp(strided[0], strided[1:], biases, [2, 0]), expected, rtol=0, atol=0)
+    expected = kernels.mlp(input, join_parameters(weights, biases), "20")
+    torch.testing.assert_close(
+        kernels.mlp(strided[0], join_parameters(strided[1:], biases), "20"), expected, rtol=0, atol=0
+    )
 
 
 def test_gradients_that_are_not_wanted_are_empty(device):
     input, weights, biases = make(18, (6, 8, 5), torch.float32, device)
-    output, hidden = kernels.mlp_with_hidden(input, weights, biases, [2, 0])
-    gradients = kernels.mlp_backward(output, input, weights, [2, 0], output, hidden, False, False, False)
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), "20")
+    gradients = kernels.mlp_backward(output, input, weights, "20", output, hidden, False, False, False)
     assert gradients[0].shape == (0, 6)
     assert gradients[1:] == ([], [])
+
+
+def replace(arguments, i, tensor):
+    arguments["parameters"][i] = tensor
 
 
 @pytest.mark.parametrize(
@@ -120,20 +135,21 @@ def test_gradients_that_are_not_wanted_are_empty(device):
     [
         (lambda a: a.update(input=a["input"][0]), "expected input to be 2D"),
         (lambda a: a.update(input=a["input"].to(torch.int32)), "not implemented for"),
-        (lambda a: a.update(weights=[]), "at least one weight"),
-        (lambda a: a.update(weights=a["weights"][::-1]), "cannot be multiplied"),
-        (lambda a: a.update(weights=[a["weights"][0].double(), a["weights"][1]]), "dtype"),
-        (lambda a: a.update(weights=[a["weights"][0].to("meta"), a["weights"][1]]), "same device"),
-        (lambda a: a.update(biases=a["biases"][:1]), "expected 2 biases"),
-        (lambda a: a.update(biases=a["biases"][::-1]), "expected biases of size"),
-        (lambda a: a.update(activations=[1]), "expected 2 activations"),
-        (lambda a: a.update(activations=[1, 8]), "must be between 0 and 7"),
+        (lambda a: a.update(parameters=[], activations=""), "at least one weight"),
+        (lambda a: a["parameters"].reverse(), "expected weights.0. to be 2D"),
+        (lambda a: replace(a, 1, a["parameters"][1].t()), "cannot be multiplied"),
+        (lambda a: replace(a, 0, a["parameters"][0].double()), "dtype"),
+        (lambda a: replace(a, 0, a["parameters"][0].to("meta")), "same device"),
+        (lambda a: a["parameters"].pop(), "expected 2 weights and 2 or no biases"),
+        (lambda a: replace(a, 3, a["parameters"][2]), "expected biases of size"),
+        (lambda a: a.update(activations="1"), "expected 1 weights"),
+        (lambda a: a.update(activations="18"), "must be between 0 and 7"),
         (lambda a: a["input"].requires_grad_(), "no gradient of its own"),
     ],
 )
 def test_forward_refuses(change, message, device):
     input, weights, biases = make(4, (6, 8, 5), torch.float32, device)
-    arguments = {"input": input, "weights": weights, "biases": biases, "activations": [1, 0]}
+    arguments = {"input": input, "parameters": [*weights, *biases], "activations": "10"}
     change(arguments)
     with pytest.raises(RuntimeError, match=message):
         kernels.mlp(**arguments)
@@ -151,8 +167,8 @@ def test_forward_refuses(change, message, device):
 )
 def test_backward_refuses(change, message, device):
     input, weights, biases = make(4, (6, 8, 5), torch.float32, device)
-    output, hidden = kernels.mlp_with_hidden(input, weights, biases, [1, 0])
-    arguments = {"grad_output": output, "input": input, "weights": weights, "activations": [1, 0], "output": output,
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), "10")
+    arguments = {"grad_output": output, "input": input, "weights": weights, "digits": "10", "output": output,
                  "hidden": hidden, "input_wanted": True, "weights_wanted": True, "biases_wanted": True}  # fmt: skip
     change(arguments)
     with pytest.raises(RuntimeError, match=message):
