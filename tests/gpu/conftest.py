@@ -1,6 +1,7 @@
 """The tests of the Triton kernels call their launchers directly: on a GPU where there is one, else on CPU tensors
 under Triton's interpreter, which tests/test_gpu_kernels.py starts in a process of its own."""
 
+import contextlib
 import os
 
 import pytest
@@ -13,8 +14,34 @@ collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["tes
 
 
 def pytest_configure(config):
-    # Triton 3.6's interpreter, about itself.
+    # Triton 3.6's interpreter about itself, and cuDNN about weights that come one by one.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of:UserWarning")
+
+
+@contextlib.contextmanager
+def _float32_precision(value):
+    flags = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [flag.fp32_precision for flag in flags]
+    for flag in flags:
+        flag.fp32_precision = value
+    yield
+    for flag, old in zip(flags, before, strict=True):
+        flag.fp32_precision = old
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32():
+    """No tf32 on a GPU: results are held against float64 in units of float32. (The interpreter is always exact, and
+    with tf32 allowed it also gets the kernels that are for tensor cores alone.)"""
+    with _float32_precision("tf32" if _INTERPRETED else "ieee"):
+        yield
+
+
+@pytest.fixture
+def tf32(_exact_float32):
+    with _float32_precision("tf32"):
+        yield
 
 
 @pytest.fixture

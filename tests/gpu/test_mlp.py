@@ -24,8 +24,8 @@ def check(rows, widths, names, dtype, device, assert_near, bias=True):
     """Forward and every gradient of one chain."""
     input, weights, biases = make(rows, widths, dtype, device, bias)
     digits = activation_digits(names)
-    exact = [t.double().requires_grad_() for t in (input, *weights)]
-    exact_biases = [None if b is None else b.double().requires_grad_() for b in biases]
+    exact = [t.double().cpu().requires_grad_() for t in (input, *weights)]
+    exact_biases = [None if b is None else b.double().cpu().requires_grad_() for b in biases]
     expected = reference(exact[0], exact[1:], exact_biases, names)
     output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), digits)
     assert_near(output, expected.detach())
@@ -33,7 +33,7 @@ def check(rows, widths, names, dtype, device, assert_near, bias=True):
 
     grad = torch.randn_like(output)
     wanted = [*exact, *(b for b in exact_biases if b is not None)]
-    gradients = torch.autograd.grad(expected, wanted, grad.double())
+    gradients = torch.autograd.grad(expected, wanted, grad.double().cpu())
     grad_input, grad_weights, grad_biases = kernels.mlp_backward(
         grad, input, weights, digits, output, hidden, True, True, True
     )
