@@ -394,8 +394,9 @@ class TestBadInput:
         arguments = [x, weights + biases, "10"]
         for leaf in (x, weights[1], biases[0]):
             leaf.requires_grad_()
+            output = torch.ops.fastnn.mlp(*arguments)
             with pytest.raises(RuntimeError, match="no gradient of its own"):
-                torch.ops.fastnn.mlp(*arguments).sum().backward()
+                output.sum().backward()
             with torch.no_grad():
                 torch.ops.fastnn.mlp(*arguments)
             leaf.requires_grad_(False)

@@ -44,11 +44,6 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
   constexpr int lanes = kLanes<C>, width = vectors * lanes;
   constexpr int parts = rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : 4;
   Vec<C> total[parts][rows][vectors] = {};
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) total[0][r][v] = load(start + r * start_stride + v * lanes);
-  }
   const int64_t row = strides.row(), step = strides.depth();
   const auto multiply_one = [&](int part) __attribute__((always_inline)) {
     Vec<C> right[vectors];
@@ -82,7 +77,8 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
       Vec<C> sum = total[0][r][v];
 #pragma GCC unroll 4
       for (int part = 1; part < parts; ++part) sum += total[part][r][v];
-      store(out + r * out_stride + v * lanes, sum);
+      // Added last: the sum of a block is rounded by its own size, not by that of all blocks before it.
+      store(out + r * out_stride + v * lanes, load(start + r * start_stride + v * lanes) + sum);
     }
   }
 }

@@ -215,9 +215,9 @@ class BackwardDirection {
     const int64_t columns = layout_.gradients();
     for (int64_t column = 0; column < columns; column += kLanes<C>) {
       const int64_t left_over = columns - column;
-      Vec<C> sum = load_up_to<C>(total + column, left_over);
+      Vec<C> sum = {};
       for (int64_t row = 0; row < rows; ++row) sum += load_up_to<C>(gates_ + row * columns + column, left_over);
-      store_up_to<C>(total + column, sum, left_over);
+      store_up_to<C>(total + column, load_up_to<C>(total + column, left_over) + sum, left_over);
     }
   }
 

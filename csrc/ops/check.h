@@ -102,15 +102,4 @@ inline void check_sizes(const Tensor& tensor, std::initializer_list<int64_t> siz
   }
 }
 
-// A raw operator computes forward alone. In grad mode, a tensor that wants a gradient would lose it without a
-// word, so that is an error. (The stable ABI has no requires_grad(); a view of a tensor that requires grad is no
-// leaf, any other is one.)
-void check_no_gradient(const Tensor& tensor, const char* op);
-
-template <class... Tensors>
-inline void check_no_gradients(const char* op, const Tensors&... tensors) {
-  if (!aoti_torch_grad_mode_is_enabled()) return;
-  (check_no_gradient(tensors, op), ...);
-}
-
 }  // namespace fastnn

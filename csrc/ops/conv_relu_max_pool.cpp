@@ -5,6 +5,7 @@
 #include <limits>
 #include <tuple>
 
+#include "register.h"
 #include "tensor.h"
 
 namespace fastnn {
@@ -332,8 +333,6 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const Te
                       problem.geometry.pool_kernel[2]);
   FASTNN_CHECK(!with_winners || places <= kMostPlaces, op,
                ": a winner's place is one byte, so a window may have at most ", kMostPlaces, " elements, got ", places);
-  check_no_gradients(op, input, weight);
-  if (bias) check_no_gradients(op, *bias);
   const ScalarType dtype = problem.kind.dtype;
   // As stock: its float64 convolution in three dimensions knows no channels last.
   const bool channels_last =
@@ -469,7 +468,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
                    winners.scalar_type() == ScalarType::Byte,
                op, ": expected winners to be a dense uint8 tensor on the CPU");
   check_size(winners, output_sizes(problem), op, "winners");
-  check_no_gradients(op, grad_output, input, weight);
   int64_t image = 1;  // elements of a padded image, which the kernels number with 32 bits
   for (int d = 0; d < 3; ++d) image = checked_product(image, g.input[d] + 2 * g.padding[d] + g.kernel_extent(d));
   FASTNN_CHECK(checked_product(image, 64) < (int64_t{1} << 31) &&
@@ -518,9 +516,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 #undef FASTNN_CONV_POOL_GEOMETRY
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("conv_relu_max_pool", TORCH_BOX(&conv_relu_max_pool));
-  m.impl("conv_relu_max_pool_with_winners", TORCH_BOX(&conv_relu_max_pool_with_winners));
-  m.impl("conv_relu_max_pool_backward", TORCH_BOX(&conv_relu_max_pool_backward));
+  m.impl("conv_relu_max_pool", FASTNN_BOX(conv_relu_max_pool));
+  m.impl("conv_relu_max_pool_with_winners", FASTNN_BOX(conv_relu_max_pool_with_winners));
+  m.impl("conv_relu_max_pool_backward", FASTNN_BOX(conv_relu_max_pool_backward));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <string>
 #include <tuple>
 
+#include "register.h"
 #include "tensor.h"
 
 namespace fastnn {
@@ -69,9 +70,6 @@ struct Forward {
       check_same_kind(parameters[i], chain.kind, "biases");
       check_sizes(parameters[i], {chain.widths[i - layers + 1]}, op, "biases");
     }
-    if (!aoti_torch_grad_mode_is_enabled()) return;
-    check_no_gradients(op, input);
-    for (const Tensor& parameter : parameters) check_no_gradients(op, parameter);
   }
 
   bool has_biases() const { return parameters.size() > activations.size(); }
@@ -313,7 +311,6 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
   check_same_kind(grad_output, chain.kind, "grad_output");
   check_sizes(grad_output, {chain.rows, chain.widths.back()}, op, "grad_output");
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
-  check_no_gradients(op, grad_output, input);
   return with_kernel_dtype(chain.kind.dtype, [&](auto type) {
     using T = decltype(type);
     KernelInputs inputs(chain.kind.dtype);
@@ -342,10 +339,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("mlp", TORCH_BOX(&mlp));
-  m.impl("mlp_reconstruction_error", TORCH_BOX(&mlp_reconstruction_error));
-  m.impl("mlp_with_hidden", TORCH_BOX(&mlp_with_hidden));
-  m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
+  m.impl("mlp", FASTNN_BOX(mlp));
+  m.impl("mlp_reconstruction_error", FASTNN_BOX(mlp_reconstruction_error));
+  m.impl("mlp_with_hidden", FASTNN_BOX(mlp_with_hidden));
+  m.impl("mlp_backward", FASTNN_BOX(mlp_backward));
 }
 
 }  // namespace

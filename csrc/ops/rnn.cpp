@@ -1,6 +1,7 @@
 // fastnn::rnn and its backward: checks, allocation, threads.
 #include <tuple>
 
+#include "register.h"
 #include "rnn_problem.h"
 
 namespace fastnn {
@@ -135,7 +136,6 @@ OutputGradients check_gradients(const Problem& problem, const OptionalTensor& gr
     if (!gradient) continue;
     check_same_kind(*gradient, problem.kind, "grad_state");
     check_sizes(*gradient, {problem.count(), problem.batch, problem.hidden}, op, "grad_state");
-    check_no_gradients(op, *gradient);
     gradients.state.back() = dense(*gradient);
   }
   return gradients;
@@ -205,7 +205,6 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
   const Problem problem =
       check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first);
   const OutputGradients given = check_gradients(problem, grad_output, grad_state);
-  if (grad_output) check_no_gradients(op, *grad_output);
   const Tensor dense_output = check_output_like(problem, output, "output");
   check_same_kind(reserve, problem.kind, "reserve");
   check_sizes(reserve, {problem.reserve_size()}, op, "reserve");
@@ -251,10 +250,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("rnn", TORCH_BOX(&rnn));
-  m.impl("rnn_cell", TORCH_BOX(&rnn_cell));
-  m.impl("rnn_with_reserve", TORCH_BOX(&rnn_with_reserve));
-  m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
+  m.impl("rnn", FASTNN_BOX(rnn));
+  m.impl("rnn_cell", FASTNN_BOX(rnn_cell));
+  m.impl("rnn_with_reserve", FASTNN_BOX(rnn_with_reserve));
+  m.impl("rnn_backward", FASTNN_BOX(rnn_backward));
 }
 
 }  // namespace

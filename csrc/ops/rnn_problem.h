@@ -66,7 +66,6 @@ inline void check_weights(Problem& problem, const TensorList& weights) {
     } else {
       check_sizes(weight, {gates}, op, "weights");
     }
-    check_no_gradients(op, weight);
     problem.weights.push_back(dense(weight));
   }
 }
@@ -112,7 +111,6 @@ inline void check_state(Problem& problem, const TensorList& state, std::initiali
   for (const Tensor& tensor : state) {
     check_same_kind(tensor, problem.kind, "state");
     check_sizes(tensor, sizes, op, "state");
-    check_no_gradients(op, tensor);
     problem.state.push_back(dense(tensor));
   }
 }
@@ -121,7 +119,6 @@ inline Problem start_problem(const char* op, const Tensor& input, int64_t mode, 
   check(mode >= 0 && mode < static_cast<int64_t>(RnnMode::count), op, ": mode must be between 0 and ",
         static_cast<int64_t>(RnnMode::count) - 1, ", got ", mode);
   Problem problem{check_first(input, op, "input")};
-  check_no_gradients(op, input);
   problem.mode = static_cast<RnnMode>(mode);
   problem.layers = layers;
   problem.directions = bidirectional ? 2 : 1;

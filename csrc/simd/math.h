@@ -1,6 +1,6 @@
 // Packed exp, tanh and sigmoid, for float and double. Include only from csrc/kernels.
 //
-// float: at most 4 ULP, over all 2^32 arguments (benchmarks/bench_math.py sweeps them). NaN in, NaN out.
+// float: at most 4 ULP, over all 2^32 arguments (benchmarks/sweep_math.py). NaN in, NaN out.
 #pragma once
 
 #include "vec.h"

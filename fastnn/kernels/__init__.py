@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastnn.ops._autograd import refuse_gradients
+
 _OPERATORS = {
     "conv_relu_max_pool": (
         "conv_relu_max_pool",
@@ -31,7 +33,11 @@ def _implementation(module: str, name: str) -> Callable[..., Any]:
                 loaded = getattr(importlib.import_module(f"fastnn.kernels.{module}"), name)
             except ModuleNotFoundError as error:
                 raise ImportError(f"fastnn on a GPU needs Triton ({error}): pip install triton") from error
-        return loaded(*args)
+        if not torch.is_grad_enabled():
+            return loaded(*args)
+        with torch.no_grad():
+            result = loaded(*args)
+        return refuse_gradients(result, args)
 
     return call
 

@@ -52,12 +52,3 @@ def check_same_kind(expected: Expected, tensor: Tensor, name: str, dtype: torch.
 def check_sizes(op: str, tensor: Tensor, sizes: Sequence[int], name: str) -> None:
     check(tuple(tensor.shape) == tuple(sizes), op, ": expected ", name, " of size ", list(sizes), ", got ",
           list(tensor.shape))  # fmt: skip
-
-
-def check_no_gradients(op: str, *tensors: Tensor | None) -> None:
-    """A raw operator computes forward alone: in grad mode, a tensor that wants a gradient would lose it in silence."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            f"{op}: this operator has no gradient of its own; call it through fastnn.functional or fastnn.nn, or under "
-            "torch.no_grad()"
-        )

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastnn.kernels._check import Expected, check, check_first, check_no_gradients, check_same_kind, check_sizes
+from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")  # by their numbers in the operators' schema
 KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}  # tensors a step keeps for backward besides the output
@@ -196,7 +196,6 @@ def check_problem(
         check_sizes(op, masks, (layers - 1, problem.rows, problem.width), "masks")
         problem.masks = masks
     check(max(problem.steps, problem.batch, problem.rows) < 2**31, op, ": more than 2**31 rows")
-    check_no_gradients(op, input, *state, *weights, masks)
     return problem
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnn.kernels import _launch
-from fastnn.kernels._check import check, check_no_gradients, check_same_kind, check_sizes
+from fastnn.kernels._check import check, check_same_kind, check_sizes
 from fastnn.kernels._conv_geometry import (
     MOST_PLACES,
     ConvArguments,
@@ -113,7 +113,6 @@ def _forward(
     problem = check_problem(op, input, weight, bias, arguments)
     check(not with_winners or problem.places <= MOST_PLACES, op, ": a winner's place is one byte, so a window may have "
           "at most ", MOST_PLACES, " elements, got ", problem.places)  # fmt: skip
-    check_no_gradients(op, input, weight, bias)
     format = memory_format(input, weight)
     output = torch.empty(problem.sizes(problem.out_size), dtype=input.dtype, device=input.device, memory_format=format)
     winners = torch.empty_like(output, dtype=torch.uint8) if with_winners else None
@@ -248,7 +247,6 @@ def conv_relu_max_pool_backward(
     check_sizes(op, grad_output, problem.sizes(problem.out_size), "grad_output")
     check_same_kind(problem.kind, winners, "winners", torch.uint8)
     check_sizes(op, winners, problem.sizes(problem.out_size), "winners")
-    check_no_gradients(op, grad_output, input, weight)
     wanted = (input_wanted, weight_wanted, bias_wanted)
     if problem.images == 0:
         gradients: Sequence[Tensor | None] = (input.new_empty(input.shape), torch.zeros_like(weight),

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from fastnn.kernels import _launch
-from fastnn.kernels._check import Expected, check, check_first, check_no_gradients, check_same_kind, check_sizes
+from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
 from fastnn.kernels._mlp_kernels import chain_backward, chain_forward, layer_forward, resident_chain_forward
 from fastnn.ops.mlp import _KEEPS_INPUT, ACTIVATION_NAMES, split_parameters
 from fastnn.reference.mlp import ACTIVATIONS
@@ -75,6 +75,8 @@ def chain_config(
     tiles = [_launch.padded(width) for width in hidden]
     # A row tile as tall as registers hold without spilling (tools/gpu_check.py).
     values = (16384 if dtype.itemsize == 2 else 8192 if fast else 2048) // (2 if backward else 1)
+    if target.backend == "hip" and backward:
+        values //= 2
     block_rows = _block_rows(rows, max(16, min(128, values // max(tiles))), target)
     chunk = 64 if max(tiles) <= 128 and dtype.itemsize == 2 else 32
     largest = max((a * b for a, b in pairwise(tiles)), default=0)
@@ -132,9 +134,8 @@ class Chain(NamedTuple):
 
 def _numbers(op: str, activations: str) -> list[int]:
     digits = "".join(map(str, range(len(ACTIVATION_NAMES))))
-    for i, digit in enumerate(activations):
-        check(digit in digits, op, ": activations[", i, "] must be between ", digits[0], " and ", digits[-1], ", got ",
-              digit)  # fmt: skip
+    check(all(digit in digits for digit in activations), op, ": activations must be digits from ", digits[0], " to ",
+          digits[-1], ', got "', activations, '"')  # fmt: skip
     return [int(digit) for digit in activations]
 
 
@@ -206,7 +207,6 @@ def _forward(
     weights, biases = split_parameters(parameters, layers)
     chain = _check_chain(op, input, weights, activations)
     _check_biases(chain, biases)
-    check_no_gradients(op, input, *weights, *biases)
     target = _launch.target_of(input.device)
     precision = _launch.dot_precision(input.dtype, "linear", target)
     config = chain_config(chain.widths, chain.rows, input.dtype, precision, target)
@@ -288,22 +288,21 @@ def _run_layer(
 
 
 def mlp_backward(
-    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], digits: str, output: Tensor,
+    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], activations: str, output: Tensor,
     hidden: Sequence[Tensor], input_wanted: bool, weights_wanted: bool, biases_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """``fastnn::mlp_backward``: grad_output and output (rows, out of the last), hidden as mlp_with_hidden gave it.
     A gradient that is not wanted comes back empty."""
     op = "mlp_backward"
-    activations = _numbers(op, digits)
-    chain = _check_chain(op, input, weights, activations)
+    numbers = _numbers(op, activations)
+    chain = _check_chain(op, input, weights, numbers)
     check_same_kind(chain.kind, grad_output, "grad_output")
     check_sizes(op, grad_output, (chain.rows, chain.widths[-1]), "grad_output")
-    saved = _check_saved(chain, activations, output, hidden)
-    check_no_gradients(op, grad_output, input)
+    saved = _check_saved(chain, numbers, output, hidden)
     target = _launch.target_of(input.device)
     precision = _launch.dot_precision(input.dtype, "linear", target)
     config = chain_config(chain.widths, chain.rows, input.dtype, precision, target, backward=True)
-    arguments = (chain, grad_output, weights, activations, saved, input_wanted, biases_wanted)
+    arguments = (chain, grad_output, weights, numbers, saved, input_wanted, biases_wanted)
     with _launch.without_autocast(input.device):
         if config is not None:
             grad_sums, grad_biases, grad_input = _chain_gradients(*arguments, config, precision)
@@ -311,7 +310,7 @@ def mlp_backward(
             grad_sums, grad_biases, grad_input = _layer_gradients(*arguments)
         grad_weights = []
         if weights_wanted:
-            layer_inputs = [input, *map(_layer_output, activations[:-1], saved[:-1])]
+            layer_inputs = [input, *map(_layer_output, numbers[:-1], saved[:-1])]
             grad_weights = [g.t() @ x for g, x in zip(grad_sums, layer_inputs, strict=True)]
     return input.new_empty(0, chain.widths[0]) if grad_input is None else grad_input, grad_weights, grad_biases
 

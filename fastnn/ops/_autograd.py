@@ -76,6 +76,58 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+class RefuseGradient(torch.autograd.Function):
+    """The output of a raw operator one of whose inputs required grad, so that asking for the gradient raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, input: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        raise RuntimeError(
+            "an operator of torch.ops.fastnn has no gradient of its own; call it through fastnn.functional or "
+            "fastnn.nn, or under torch.no_grad()"
+        )
+
+
+def refuse_gradients(result: Any, arguments: Any) -> Any:
+    """``result`` of a raw operator written in Python, its tensors refusing gradients if an argument required one.
+    (Those in C++ have the same in csrc/ops/register.h.)"""
+    found = next(
+        (t for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad), None
+    )
+    if found is None or not torch.is_grad_enabled():
+        return result
+    return torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: RefuseGradient.apply(t, found) if t.is_floating_point() else t, result
+    )
+
+
+_library = torch.library.Library("fastnn", "IMPL")
+_library.impl("refuse_gradient", RefuseGradient.apply, "Autograd")
+for _name in ("CPU", "CUDA", "Meta"):
+    _library.impl("refuse_gradient", RefuseGradient.forward, _name)
+
+
+def raw_operator(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorator of the fake kernel of ``fastnn::name``, which registers it with a vmap rule and nothing for autograd:
+    what an operator does where a gradient is wanted is :func:`refuse_gradients`."""
+
+    def register(fake: Callable[..., Any]) -> None:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"fastnn::{name}", lambda *args: refuse_gradients(fake(*args), args))
+        register_loop_vmap(name)
+
+    return register
+
+
 def differentiate_twice(
     reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from fastnn.ops._autograd import (
     differentiate_twice,
     needs_autograd,
     needs_reference,
-    register_loop_vmap,
+    raw_operator,
 )
 from fastnn.reference import conv_relu_max_pool as reference
 
@@ -284,19 +284,19 @@ def _channels_format(tensor: Tensor) -> torch.memory_format:
     return torch._prims_common.suggest_memory_format(tensor) if tensor.dim() > 3 else torch.contiguous_format
 
 
-@torch.library.register_fake("fastnn::conv_relu_max_pool")
+@raw_operator("conv_relu_max_pool")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     check_same_device(input, weight, bias)
     return _output_like(input, weight, geometry, input.dtype)
 
 
-@torch.library.register_fake("fastnn::conv_relu_max_pool_with_winners")
+@raw_operator("conv_relu_max_pool_with_winners")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> tuple[Tensor, Tensor]:
     check_same_device(input, weight, bias)
     return _output_like(input, weight, geometry, input.dtype), _output_like(input, weight, geometry, torch.uint8)
 
 
-@torch.library.register_fake("fastnn::conv_relu_max_pool_backward")
+@raw_operator("conv_relu_max_pool_backward")
 def _(
     grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, *geometry_and_wanted: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,7 +312,3 @@ def _(
         gradient(weight, weight_wanted),
         weight.new_empty(weight.shape[0] if bias_wanted else 0),
     )
-
-
-for _name in ("conv_relu_max_pool", "conv_relu_max_pool_with_winners", "conv_relu_max_pool_backward"):
-    register_loop_vmap(_name)

@@ -17,7 +17,7 @@ from fastnn.ops._autograd import (
     is_inference,
     needs_autograd,
     needs_reference,
-    register_loop_vmap,
+    raw_operator,
 )
 from fastnn.reference import mlp as reference
 
@@ -221,19 +221,19 @@ class MlpBackward(torch.autograd.Function):
         return (second[0], None, None, None, *result)
 
 
-@torch.library.register_fake("fastnn::mlp")
+@raw_operator("mlp")
 def _(input: Tensor, parameters: list[Tensor], activations: str) -> Tensor:
     check_same_device(input, *parameters)
     return input.new_empty(input.shape[0], parameters[len(activations) - 1].shape[0])
 
 
-@torch.library.register_fake("fastnn::mlp_reconstruction_error")
+@raw_operator("mlp_reconstruction_error")
 def _(input: Tensor, parameters: list[Tensor], activations: str) -> Tensor:
     check_same_device(input, *parameters)
     return input.new_empty(input.shape[0])
 
 
-@torch.library.register_fake("fastnn::mlp_with_hidden")
+@raw_operator("mlp_with_hidden")
 def _(input: Tensor, parameters: list[Tensor], activations: str) -> tuple[Tensor, list[Tensor]]:
     check_same_device(input, *parameters)
     outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in parameters[: len(activations)]]
@@ -241,7 +241,7 @@ def _(input: Tensor, parameters: list[Tensor], activations: str) -> tuple[Tensor
     return input.new_empty(outputs[-1].shape), outputs[:-1] if output_serves else outputs
 
 
-@torch.library.register_fake("fastnn::mlp_backward")
+@raw_operator("mlp_backward")
 def _(
     grad_output: Tensor,
     input: Tensor,
@@ -259,7 +259,3 @@ def _(
         [weight.new_empty(weight.shape) for weight in weights] if weights_wanted else [],
         [weight.new_empty(weight.shape[0]) for weight in weights] if biases_wanted else [],
     )
-
-
-for _name in ("mlp", "mlp_reconstruction_error", "mlp_with_hidden", "mlp_backward"):
-    register_loop_vmap(_name)

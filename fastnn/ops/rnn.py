@@ -13,7 +13,7 @@ from fastnn.ops._autograd import (
     differentiate_twice,
     needs_autograd,
     needs_reference,
-    register_loop_vmap,
+    raw_operator,
 )
 from fastnn.reference import rnn as reference
 
@@ -233,7 +233,7 @@ def _fake_output(
     return output, [input.new_empty(config.num_layers * directions, batch, hidden) for _ in range(states)]
 
 
-@torch.library.register_fake("fastnn::rnn")
+@raw_operator("rnn")
 def _(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -252,7 +252,7 @@ def _(
 _KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
 
 
-@torch.library.register_fake("fastnn::rnn_with_reserve")
+@raw_operator("rnn_with_reserve")
 def _(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -271,7 +271,7 @@ def _(
     return output, final_state, input.new_empty(kept * output.numel())
 
 
-@torch.library.register_fake("fastnn::rnn_backward")
+@raw_operator("rnn_backward")
 def _(
     grad_output: Tensor | None,
     grad_state: list[Tensor | None],
@@ -298,12 +298,8 @@ def _(
     )
 
 
-@torch.library.register_fake("fastnn::rnn_cell")
+@raw_operator("rnn_cell")
 def _(input: Tensor, state: list[Tensor], weights: list[Tensor], mode: int) -> list[Tensor]:
     check_same_device(input, *state, *weights)
     sizes = (input.shape[0], weights[1].shape[1])
     return [input.new_empty(sizes) for _ in range(2 if MODES[mode] == "LSTM" else 1)]
-
-
-for _name in ("rnn", "rnn_with_reserve", "rnn_backward", "rnn_cell"):
-    register_loop_vmap(_name)

@@ -188,7 +188,17 @@ def test_torch_compile(name, device):
 @needs_gpu
 def test_raw_operators_refuse_tensors_of_another_device(device):
     rows, weight = torch.randn(4, 3, device=device), torch.randn(2, 3)
-    with pytest.raises(RuntimeError):
-        torch.ops.fastnn.mlp(rows, [weight], [None], [0])
-    with pytest.raises(RuntimeError):
-        torch.ops.fastnn.mlp(rows.requires_grad_(), [weight.to(device)], [None], [0])
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ops.fastnn.mlp(rows, [weight], "0")
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_raw_operators_run_in_grad_mode_and_refuse_gradients(grad_mode, device):
+    weights = [w.to(device).requires_grad_() for w in torch.nn.RNN(3, 16)._flat_weights]
+    input = torch.randn(4, 2, 3, device=device)
+    with torch.set_grad_enabled(grad_mode):
+        output, _ = torch.ops.fastnn.rnn(input, None, [], weights, None, 0, 1, False, False)
+    assert output.isfinite().all()
+    if grad_mode:
+        with pytest.raises(RuntimeError, match="no gradient of its own"):
+            output.sum().backward()

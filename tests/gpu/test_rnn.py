@@ -168,7 +168,6 @@ REFUSED = {
     "decreasing order": {"input": torch.ones(4, 5), "batch_sizes": torch.tensor([1, 3])},
     "CPU int64": {"input": torch.ones(4, 5), "batch_sizes": torch.tensor([2, 2], dtype=torch.int32)},
     "does not go with": {"input": torch.ones(4, 5), "batch_sizes": torch.tensor([3, 1]), "batch_first": True},
-    "no gradient of its own": {"input": torch.ones(4, 3, 5).requires_grad_()},
 }  # fmt: skip
 
 
