@@ -81,3 +81,5 @@ $(VENV)/build.stamp: $(VENV)/venv.stamp $(SOURCES)
 $(VENV)/%.stamp: $(VENV)/build.stamp
 	$(PIP) install --no-build-isolation --editable ".[$*]"
 	@touch $@
+
+include gpu.mk

@@ -33,7 +33,11 @@ def _implementation(module: str, name: str) -> Callable[..., Any]:
                 loaded = getattr(importlib.import_module(f"fastnn.kernels.{module}"), name)
             except ModuleNotFoundError as error:
                 raise ImportError(f"fastnn on a GPU needs Triton ({error}): pip install triton") from error
-        return refuse_gradients(loaded(*args), args)
+        if not torch.is_grad_enabled():
+            return loaded(*args)
+        with torch.no_grad():
+            result = loaded(*args)
+        return refuse_gradients(result, args)
 
     return call
 

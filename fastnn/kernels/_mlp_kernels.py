@@ -72,6 +72,39 @@ def chain_forward(
         tl.store(place, out_value.to(output.dtype.element_ty), mask=row_mask[:, None] & out_mask[None, :])
 
 
+@triton.jit(do_not_specialize=["rows", "row_tiles"])
+def resident_chain_forward(
+    input, weights, biases, saved, output, rows, row_tiles, WIDTHS: tl.constexpr, TILES: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, KEEPS_INPUT: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """chain_forward for many rows: a program keeps the weights of all layers on chip and takes tile after tile, so
+    that nothing but input and output moves."""
+    loaded = ()
+    for layer in tl.static_range(LAYERS):
+        from_unit = tl.arange(0, TILES[layer])
+        to_unit = tl.arange(0, TILES[layer + 1])
+        mask = (to_unit < WIDTHS[layer + 1])[None, :] & (from_unit < WIDTHS[layer])[:, None]
+        place = weights[layer] + to_unit[None, :] * WIDTHS[layer] + from_unit[:, None]
+        weight = tl.load(place, mask=mask, other=0.0).to(OPERAND)
+        loaded = loaded + (weight,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no star here)
+    for tile in range(tl.program_id(0), row_tiles, tl.num_programs(0)):
+        row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        row_mask = row < rows
+        first = tl.arange(0, TILES[0])
+        x = tl.load(input + row[:, None] * WIDTHS[0] + first[None, :],
+                    mask=row_mask[:, None] & (first < WIDTHS[0])[None, :], other=0.0).to(OPERAND)  # fmt: skip
+        for layer in tl.static_range(LAYERS):
+            column = tl.arange(0, TILES[layer + 1])
+            sums = tl.dot(x, loaded[layer], input_precision=PRECISION)
+            value = _finish_layer(sums, biases[layer], saved[layer], row, row_mask, column, WIDTHS[layer + 1],
+                                  ACTIVATIONS[layer], KEEPS_INPUT[layer])  # fmt: skip
+            x = value.to(output.dtype.element_ty).to(OPERAND)
+        last = tl.arange(0, TILES[LAYERS])
+        tl.store(output + row[:, None] * WIDTHS[LAYERS] + last[None, :], x.to(output.dtype.element_ty),
+                 mask=row_mask[:, None] & (last < WIDTHS[LAYERS])[None, :])  # fmt: skip
+
+
 @triton.jit
 def _finish_gradient(grad, saved, grad_sums, bias_parts, row, row_mask, column, WIDTH: tl.constexpr,
                      ACTIVATION: tl.constexpr):  # fmt: skip

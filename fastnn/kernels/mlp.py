@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastnn.kernels import _launch
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
-from fastnn.kernels._mlp_kernels import chain_backward, chain_forward, layer_forward
+from fastnn.kernels._mlp_kernels import chain_backward, chain_forward, layer_forward, resident_chain_forward
 from fastnn.ops.mlp import _KEEPS_INPUT, ACTIVATION_NAMES, split_parameters
 from fastnn.reference.mlp import ACTIVATIONS
 
@@ -75,6 +75,8 @@ def chain_config(
     tiles = [_launch.padded(width) for width in hidden]
     # A row tile as tall as registers hold without spilling (tools/gpu_check.py).
     values = (16384 if dtype.itemsize == 2 else 8192 if fast else 2048) // (2 if backward else 1)
+    if target.backend == "hip" and backward:
+        values //= 2
     block_rows = _block_rows(rows, max(16, min(128, values // max(tiles))), target)
     chunk = 64 if max(tiles) <= 128 and dtype.itemsize == 2 else 32
     largest = max((a * b for a, b in pairwise(tiles)), default=0)
@@ -83,6 +85,21 @@ def chain_config(
         return None
     block_in, block_out = min(chunk, _launch.padded(widths[0])), min(chunk, _launch.padded(widths[-1]))
     return Config(block_rows, block_in, block_out, num_warps=8 if block_rows * max(tiles) >= 8192 else 4, num_stages=2)
+
+
+def is_resident(
+    widths: Sequence[int], rows: int, dtype: torch.dtype, precision: str, config: Config, target: _launch.Target
+) -> bool:
+    """Whether the weights of all layers fit on chip, and rows are so many that a program loads them for several
+    tiles."""
+    tiles = [_launch.padded(width) for width in widths]
+    if max(tiles) > 128 or not _launch.uses_matrix_units(dtype, precision, target):
+        return False
+    if target.backend == "hip" or int(target.arch) >= 100:
+        return False  # weights would be kept in registers, or the layers' sums overflow tensor memory
+    # Beside the weights, the tile that is being loaded and two of the one at work.
+    on_chip = dtype.itemsize * (sum(a * b for a, b in pairwise(tiles)) + 3 * config.block_rows * max(tiles))
+    return on_chip <= target.shared_memory and 4 * config.block_rows * target.processors <= rows < 2**31
 
 
 def layer_config(
@@ -226,14 +243,15 @@ def _run_chain(
     if save:
         saved[:-1] = [input.new_empty(chain.rows, width) for width in chain.widths[1:-1]]
         saved[-1] = torch.empty_like(output) if keeps_input[-1] else None
-    _launch.launch(
-        chain_forward,
-        (triton.cdiv(chain.rows, config.block_rows),),
-        input.device,
-        *(input.contiguous(), _contiguous(weights), _contiguous(biases), tuple(saved), output, chain.rows),
-        KEEPS_INPUT=keeps_input,
-        **_constexprs(chain, activations, config, precision),
-    )
+    arguments = (input.contiguous(), _contiguous(weights), _contiguous(biases), tuple(saved), output, chain.rows)
+    constexprs = _constexprs(chain, activations, config, precision) | {"KEEPS_INPUT": keeps_input}
+    tiles = triton.cdiv(chain.rows, config.block_rows)
+    target = _launch.target_of(input.device)
+    if is_resident(chain.widths, chain.rows, input.dtype, precision, config, target):
+        del constexprs["BLOCK_IN"], constexprs["BLOCK_OUT"]
+        _launch.launch(resident_chain_forward, (target.processors,), input.device, *arguments, tiles, **constexprs)
+    else:
+        _launch.launch(chain_forward, (tiles,), input.device, *arguments, **constexprs)
     return output, [tensor for tensor in saved if tensor is not None]
 
 

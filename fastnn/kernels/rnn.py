@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from fastnn.kernels import _launch
+from fastnn.kernels import _rnn_backward_kernels as backward_kernels
 from fastnn.kernels import _rnn_kernels as kernels
 from fastnn.kernels._activation import RELU, TANH
 from fastnn.kernels._check import check, check_same_kind, check_sizes
@@ -245,10 +246,10 @@ def _reverse_layer(
     initial = problem.initial(layer)
     w_hh, _ = problem.stacked_recurrent(layer)
     before = {
-        "GRU": (kernels.gru_backward, (*grad_final, output, kept[of_layer], *initial, w_hh)),
-        "LSTM": (kernels.lstm_backward, (*grad_final, kept[of_layer], *initial[1:], w_hh)),
+        "GRU": (backward_kernels.gru_backward, (*grad_final, output, kept[of_layer], *initial, w_hh)),
+        "LSTM": (backward_kernels.lstm_backward, (*grad_final, kept[of_layer], *initial[1:], w_hh)),
     }
-    kernel, arguments = before.get(problem.mode, (kernels.simple_backward, (*grad_final, output, w_hh)))
+    kernel, arguments = before.get(problem.mode, (backward_kernels.simple_backward, (*grad_final, output, w_hh)))
     _launch.launch(
         kernel,
         _grid(problem, config),

@@ -1,18 +1,47 @@
 """The tests of the Triton kernels call their launchers directly: on a GPU where there is one, else on CPU tensors
 under Triton's interpreter, which tests/test_gpu_kernels.py starts in a process of its own."""
 
+import contextlib
 import os
 
 import pytest
 import torch
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter truncates to bfloat16 where a GPU rounds.
+_TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2 if _INTERPRETED else 1.6e-2}
 collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 
 def pytest_configure(config):
-    # Triton 3.6's interpreter, about itself.
+    # Triton 3.6's interpreter about itself, and cuDNN about weights that come one by one.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of:UserWarning")
+
+
+@contextlib.contextmanager
+def _float32_precision(value):
+    flags = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [flag.fp32_precision for flag in flags]
+    for flag in flags:
+        flag.fp32_precision = value
+    yield
+    for flag, old in zip(flags, before, strict=True):
+        flag.fp32_precision = old
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32():
+    """No tf32 on a GPU: results are held against float64 in units of float32. (The interpreter is always exact, and
+    with tf32 allowed it also gets the kernels that are for tensor cores alone.)"""
+    with _float32_precision("tf32" if _INTERPRETED else "ieee"):
+        yield
+
+
+@pytest.fixture
+def tf32(_exact_float32):
+    with _float32_precision("tf32"):
+        yield
 
 
 @pytest.fixture
@@ -32,7 +61,7 @@ def assert_near():
 
     def check(actual, exact, factor=1.0):
         assert actual.shape == exact.shape
-        tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[actual.dtype] * factor
+        tolerance = _TOLERANCES[actual.dtype] * factor
         scale = exact.abs().nan_to_num(0, 0, 0).max().item() if exact.numel() else 0.0
         torch.testing.assert_close(actual.double().cpu(), exact.cpu(), rtol=0, atol=tolerance * max(scale, 1e-3),
                                    equal_nan=True)  # fmt: skip

@@ -24,8 +24,8 @@ def check(rows, widths, names, dtype, device, assert_near, bias=True):
     """Forward and every gradient of one chain."""
     input, weights, biases = make(rows, widths, dtype, device, bias)
     digits = activation_digits(names)
-    exact = [t.double().requires_grad_() for t in (input, *weights)]
-    exact_biases = [None if b is None else b.double().requires_grad_() for b in biases]
+    exact = [t.double().cpu().requires_grad_() for t in (input, *weights)]
+    exact_biases = [None if b is None else b.double().cpu().requires_grad_() for b in biases]
     expected = reference(exact[0], exact[1:], exact_biases, names)
     output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), digits)
     assert_near(output, expected.detach())
@@ -33,7 +33,7 @@ def check(rows, widths, names, dtype, device, assert_near, bias=True):
 
     grad = torch.randn_like(output)
     wanted = [*exact, *(b for b in exact_biases if b is not None)]
-    gradients = torch.autograd.grad(expected, wanted, grad.double())
+    gradients = torch.autograd.grad(expected, wanted, grad.double().cpu())
     grad_input, grad_weights, grad_biases = kernels.mlp_backward(
         grad, input, weights, digits, output, hidden, True, True, True
     )
@@ -46,6 +46,14 @@ def check(rows, widths, names, dtype, device, assert_near, bias=True):
 @pytest.mark.parametrize("widths", [(10, 8, 5, 8, 10), (40, 17, 3), (100, 33, 16, 90)])
 def test_chain(widths, dtype, device, assert_near):
     check(21, widths, ("tanh", "sigmoid", "identity", "tanh")[: len(widths) - 1], dtype, device, assert_near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_all_layers_on_chip(dtype, device, assert_near, monkeypatch):
+    monkeypatch.setattr(kernels, "is_resident", lambda *_: True)
+    few = _launch.Target("cuda", 90, 232448, 2)
+    with _launch.assume_target(few):
+        check(150, (10, 20, 5, 12), ("relu", "gelu", "tanh"), dtype, device, assert_near)
 
 
 @pytest.mark.parametrize("name", ACTIVATION_NAMES)
@@ -90,6 +98,15 @@ def test_nan_passes_and_relus_gradient_there_is_one(device):
     grad_input = kernels.mlp_backward(output, input, weights, "11", output, hidden, True, False, False)[0]
     assert grad_input[3].isnan().all()
     assert not grad_input[4].isnan().any()
+
+
+def test_reconstruction_error(device):
+    input, weights, biases = make(17, (6, 3, 6), torch.float32, device)
+    output = kernels.mlp(input, [*weights, *biases], "20")
+    error = kernels.mlp_reconstruction_error(input, [*weights, *biases], "20")
+    torch.testing.assert_close(error, (output - input).square().mean(1))
+    with pytest.raises(RuntimeError, match="as many outputs"):
+        kernels.mlp_reconstruction_error(input, [weights[0]], "0")
 
 
 def test_non_contiguous_arguments(device, assert_near):
@@ -156,6 +173,11 @@ def test_choice_of_kernel():
     half, target = torch.bfloat16, _launch.TARGETS[2]
     narrow = (64, 128, 128, 64)
     assert kernels.chain_config(narrow, 65536, half, "ieee", target).block_rows == 128
+    config = kernels.chain_config(narrow, 65536, half, "ieee", target)
+    assert not kernels.is_resident(narrow, 65536, half, "ieee", config, target)
+    assert kernels.is_resident(narrow, 131072, half, "ieee", config, target)
+    assert not kernels.is_resident(narrow, 131072, half, "ieee", config, _launch.TARGETS[3])
+    assert not kernels.is_resident((256, 128, 128), 131072, half, "ieee", config, target)
     assert kernels.chain_config(narrow, 32, half, "ieee", target).block_rows == 16
     assert kernels.chain_config((64, 256, 256, 64), 65536, half, "ieee", target) is not None
     assert kernels.chain_config((64, 512, 64), 65536, half, "ieee", target) is None
