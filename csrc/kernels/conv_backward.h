@@ -321,7 +321,9 @@ class BackwardWorker {
     const T* input = call_.input + image_ * layout.n + (group_ * g_.in_channels + first) * layout.c;
     fill_zeros(image, s_.image);
     for_each_image_row(layout, [&](int64_t from, int64_t to, int64_t count) {
-      if (layout.c == 1) {
+      if (s_.lanes == 1) {
+        copy_run(input + from, layout.d[2], count, image + to);
+      } else if (layout.c == 1) {
         for (int64_t w = 0; w < count; ++w) {
           copy_run(input + from + w * layout.d[2], 1, channels, image + to + w * s_.lanes);
         }
@@ -340,7 +342,9 @@ class BackwardWorker {
     const ConvLayout& layout = call_.grad_input_layout;
     T* output = call_.grad_input + image_ * layout.n + (group_ * g_.in_channels + first) * layout.c;
     for_each_image_row(layout, [&](int64_t to, int64_t from, int64_t count) {
-      if (layout.c == 1) {
+      if (s_.lanes == 1 && layout.d[2] == 1) {
+        copy_out(image + from, count, output + to);
+      } else if (layout.c == 1) {
         for (int64_t w = 0; w < count; ++w) {
           for (int64_t c = 0; c < channels; c += kLanes<C>) {
             const Vec<C> value = load(image + from + w * s_.lanes + c);
