@@ -175,6 +175,59 @@ class TestValues:
         assert_like_stock(tensors, arguments)
 
 
+class TestAlgorithms:
+    """Sizes at which the kernels take another way than direct convolution."""
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "padding", "groups"),
+        [((2, 64, 21, 26), 64, 1, 1), ((3, 40, 34, 9), 50, 0, 1), ((2, 128, 30, 30), 96, 2, 2)],
+    )
+    def test_many_channels(
+        self, instruction_set: str, size: tuple[int, ...], out_channels: int, padding: int, groups: int, last: bool
+    ) -> None:
+        tensors = make(size, out_channels, (3, 3), groups)
+        if last:
+            tensors[:2] = map(channels_last, tensors[:2])
+        assert_like_stock(tensors, geometry(2, padding=padding, groups=groups))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+    def test_many_channels_keep_special_values_in_place(self, instruction_set: str, value: float) -> None:
+        for which in (0, 1):
+            tensors = make((2, 64, 20, 20), 64, (3, 3))
+            tensors[which][1, 2, 1, 1] = value
+            assert_like_stock(tensors, geometry(2, padding=1), gradients=False)
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "arguments"),
+        [
+            ((37, 3, 14, 13), 10, (5, 5), geometry(2, stride=2, padding=2)),
+            ((16, 10, 5, 5), 3, (2, 2), geometry(2, stride=2, padding=1)),
+            ((1, 2, 70, 15), 5, (3, 3), geometry(2, padding=1)),
+            ((3, 4, 41, 9), 2, (3, 2), geometry(2, dilation=2, groups=2, pool=3, pool_stride=2)),
+            ((40, 1, 12, 12), 1, (3, 3), geometry(2, padding=1, pool=3, pool_stride=2, pool_padding=1, ceil_mode=True)),
+            ((2, 37, 12, 11), 37, (3, 3), geometry(2, padding=1, groups=37)),
+            ((2, 33, 9, 10), 66, (3, 3), geometry(2, stride=2, padding=1, groups=33)),
+            ((18, 2, 5, 6, 7), 3, (3, 2, 3), geometry(3, padding=1)),
+        ],
+    )
+    def test_few_output_channels(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        last: bool,
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3], dtype)
+        if last:
+            tensors[:2] = map(channels_last, tensors[:2])
+        assert_like_stock(tensors, arguments)
+
+
 class TestSpecialValues:
     def test_nan_and_infinity(self, instruction_set: str, dtype: torch.dtype) -> None:
         input = torch.randn(2, 2, 12, 12, dtype=dtype)
@@ -284,6 +337,8 @@ class TestThreads:
         [
             ((4, 3, 40, 44), 40, (3, 3), geometry(2, padding=1)),
             ((1, 16, 30, 30), 64, (3, 3), geometry(2, pool=3, pool_stride=2, pool_padding=1)),
+            ((2, 64, 30, 30), 64, (3, 3), geometry(2, padding=1)),
+            ((90, 3, 20, 20), 10, (5, 5), geometry(2, stride=2, padding=2)),
             ((1, 200, 7, 7), 100, (3, 3), geometry(2)),
             ((3, 8, 900), 16, (5,), geometry(1, pool=4)),
             ((1, 2, 12, 13, 14), 16, (3, 3, 3), geometry(3, pool=3, pool_stride=2)),

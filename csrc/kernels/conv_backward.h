@@ -7,73 +7,16 @@
 // weight. Both sums are the same loop, with the runs accumulated in registers.
 #pragma once
 
-#include "conv_direct.h"
+#include "conv_runs.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 
-constexpr int kMostRuns = 4;
-constexpr int kMostRunVectors = 6;
-constexpr int kMostAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
 constexpr int64_t kEntryBytes = 256 << 10;  // the entries of one pass: part of L2
 constexpr int64_t kSliceBytes = 32 << 10;   // what the inner loop returns to: most of L1
 
 // Entries summed by themselves before they join the weight's gradient: keeps the sum's rounding error down.
 constexpr int64_t kMostSlicePixels = 128;
-
-// A nonzero gradient and where its runs begin.
-template <class C>
-struct GradientEntry {
-  C value;
-  int32_t offset;
-};
-
-// The runs under a conv pixel, and the padded image of one block of channels they lie in.
-struct RunShape {
-  int64_t lanes;    // channels of a block
-  int64_t blocks;   // of a group
-  int64_t runs;     // under a conv pixel
-  int64_t length;   // elements of a run
-  int64_t vectors;  // that hold one
-  int64_t d[3];     // strides of the image
-  int64_t image;    // elements of a block's image, with slack for a last vector's unused lanes
-  int64_t row;      // elements of all runs of one output channel: runs x vectors x L
-};
-
-template <class C>
-RunShape run_shape(const ConvPoolGeometry& g) {
-  RunShape s;
-  s.lanes = smaller(g.in_channels, kLanes<C>);
-  s.blocks = divide_up(g.in_channels, larger(s.lanes, 1));
-  const bool joined = g.dilation[2] == 1;  // a row of the kernel is one run
-  s.runs = g.kernel[0] * g.kernel[1] * (joined ? 1 : g.kernel[2]);
-  s.length = s.lanes * (joined ? g.kernel[2] : 1);
-  s.vectors = divide_up(s.length, kLanes<C>);
-  // The padding before, and all that either the kernel or the input reaches to.
-  int64_t size[3];
-  for (int d = 0; d < 3; ++d) {
-    size[d] = larger((g.conv[d] - 1) * g.stride[d] + g.kernel_extent(d), g.padding[d] + g.input[d]);
-  }
-  s.d[2] = s.lanes;
-  s.d[1] = s.d[2] * size[2];
-  s.d[0] = s.d[1] * size[1];
-  s.image = round_up(s.d[0] * size[0] + s.vectors * kLanes<C>, 16);
-  s.row = s.runs * s.vectors * kLanes<C>;
-  return s;
-}
-
-// Calls body(run, element of the run's first lane, d, h, w) for each kernel position.
-template <class Body>
-FASTNN_INLINE void for_each_run_tap(const ConvPoolGeometry& g, const RunShape& s, const Body& body) {
-  const bool joined = g.dilation[2] == 1;
-  int64_t run = 0;
-  for (int64_t d = 0; d < g.kernel[0]; ++d) {
-    for (int64_t h = 0; h < g.kernel[1]; ++h) {
-      for (int64_t w = 0; w < g.kernel[2]; ++w) body(joined ? run : run + w, joined ? w * s.lanes : 0, d, h, w);
-      run += joined ? 1 : g.kernel[2];
-    }
-  }
-}
 
 template <class C>
 struct BackwardScratch {
@@ -125,160 +68,6 @@ ConvPoolBackwardPlan plan_backward(const ConvPoolGeometry& g) {
   plan.channel_blocks = s.blocks;
   plan.lanes = s.lanes;
   return plan;
-}
-
-// weight -> [group][block][output channel][run][vectors x lanes], zeros in the unused lanes
-template <class T>
-void pack_backward(const ConvPoolBackward<T>& call) {
-  using C = Compute<T>;
-  const ConvPoolGeometry& g = call.geometry;
-  const RunShape s = run_shape<C>(g);
-  const ConvLayout& layout = call.weight_layout;
-  C* to = call.packed;
-  for (int64_t group = 0; group < g.groups; ++group) {
-    for (int64_t block = 0; block < s.blocks; ++block) {
-      const int64_t first = block * s.lanes, channels = smaller(s.lanes, g.in_channels - first);
-      for (int64_t o = 0; o < g.out_channels; ++o, to += s.row) {
-        const T* from = call.weight + (group * g.out_channels + o) * layout.n + first * layout.c;
-        fill_zeros(to, s.row);
-        for_each_run_tap(g, s, [&](int64_t run, int64_t element, int64_t d, int64_t h, int64_t w) {
-          const T* source = from + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
-          C* target = to + run * s.vectors * kLanes<C> + element;
-          for (int64_t c = 0; c < channels; ++c) target[c] = to_compute(source[c * layout.c]);
-        });
-      }
-    }
-  }
-}
-
-template <class T>
-void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* from, T* to, const ConvLayout& layout) {
-  using C = Compute<T>;
-  const ConvPoolGeometry& g = call.geometry;
-  const RunShape s = run_shape<C>(g);
-  for (int64_t group = 0; group < g.groups; ++group) {
-    for (int64_t block = 0; block < s.blocks; ++block) {
-      const int64_t first = block * s.lanes, channels = smaller(s.lanes, g.in_channels - first);
-      for (int64_t o = 0; o < g.out_channels; ++o, from += s.row) {
-        T* target = to + (group * g.out_channels + o) * layout.n + first * layout.c;
-        for_each_run_tap(g, s, [&](int64_t run, int64_t element, int64_t d, int64_t h, int64_t w) {
-          const C* source = from + run * s.vectors * kLanes<C> + element;
-          T* at = target + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
-          for (int64_t c = 0; c < channels; ++c) at[c * layout.c] = from_compute<T>(source[c]);
-        });
-      }
-    }
-  }
-}
-
-template <class T>
-void store_computed(const Compute<T>* from, int64_t count, T* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from_compute<T>(from[i]);
-}
-
-// Whether all of them are below `limit` or dead.
-FASTNN_INLINE bool places_are_below(const uint8_t* winners, int64_t step, int64_t count, uint8_t limit) {
-  uint8_t wrong = 0;
-  if (step == 1) {
-    for (int64_t i = 0; i < count; ++i) wrong |= (winners[i] >= limit) & (winners[i] != kDead);
-  } else {
-    for (int64_t i = 0; i < count; ++i) wrong |= (winners[i * step] >= limit) & (winners[i * step] != kDead);
-  }
-  return !wrong;
-}
-
-FASTNN_INLINE bool is_inside(const ConvPoolGeometry& g, int64_t place, int64_t z, int64_t y, int64_t x) {
-  const int64_t at[3] = {place / (g.pool_kernel[1] * g.pool_kernel[2]), place / g.pool_kernel[2] % g.pool_kernel[1],
-                         place % g.pool_kernel[2]};
-  const int64_t pooled[3] = {z, y, x};
-  for (int d = 0; d < 3; ++d) {
-    const PlaceRange range = places_inside(g, d, pooled[d]);
-    if (at[d] < range.first || at[d] >= range.last) return false;
-  }
-  return true;
-}
-
-template <class T>
-bool winners_are_valid(const ConvPoolGeometry& g, const uint8_t* winners, const ConvLayout& layout) {
-  const int64_t channels = g.groups * g.out_channels;
-  const uint8_t places = static_cast<uint8_t>(g.places());
-  const auto is_whole = [&](int d, int64_t pooled) {
-    const PlaceRange range = places_inside(g, d, pooled);
-    return range.first == 0 && range.last == g.pool_kernel[d];
-  };
-  bool all_whole = true;
-  for (int d = 0; d < 3; ++d) all_whole = all_whole && is_whole(d, 0) && is_whole(d, g.output[d] - 1);
-  const bool joined = layout.d[1] == layout.d[2] * g.output[2] && layout.d[0] == layout.d[1] * g.output[1];
-  if (all_whole && joined && layout.c == 1 && layout.d[2] == channels && layout.n == channels * g.pixels()) {
-    return places_are_below(winners, 1, g.batch * layout.n, places);
-  }
-  // Columns whose windows are whole: the others are looked at one by one.
-  int64_t first = 0, last = g.output[2];
-  while (first < last && !is_whole(2, first)) ++first;
-  while (last > first && !is_whole(2, last - 1)) --last;
-  for (int64_t n = 0; n < g.batch; ++n) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const uint8_t* plane = winners + n * layout.n + c * layout.c;
-      if (all_whole && joined) {
-        if (!places_are_below(plane, layout.d[2], g.pixels(), places)) return false;
-        continue;
-      }
-      for (int64_t z = 0; z < g.output[0]; ++z) {
-        for (int64_t y = 0; y < g.output[1]; ++y) {
-          const uint8_t* row = plane + z * layout.d[0] + y * layout.d[1];
-          const bool whole_row = is_whole(0, z) && is_whole(1, y);
-          const int64_t from = whole_row ? first : 0, to = whole_row ? last : 0;
-          if (!places_are_below(row + from * layout.d[2], layout.d[2], to - from, places)) return false;
-          for (int64_t x = 0; x < g.output[2]; ++x) {
-            if (x == from && x < to) x = to;
-            if (x == g.output[2]) break;
-            const uint8_t place = row[x * layout.d[2]];
-            if (place != kDead && !is_inside(g, place, z, y, x)) return false;
-          }
-        }
-      }
-    }
-  }
-  return true;
-}
-
-// total[r][v] += sum over entries of value x the v-th vector of the r-th run
-template <int runs, int vectors, class C>
-FASTNN_INLINE void accumulate_runs(const GradientEntry<C>* entry, const GradientEntry<C>* last,
-                                   const C* const (&from)[runs], Vec<C> (&total)[runs][vectors]) {
-  for (; entry < last; ++entry) {
-    const Vec<C> value = broadcast<C>(entry->value);
-    const int64_t offset = entry->offset;
-#pragma GCC unroll 4
-    for (int r = 0; r < runs; ++r) {
-#pragma GCC unroll 6
-      for (int v = 0; v < vectors; ++v) total[r][v] += value * load(from[r] + offset + v * kLanes<C>);
-    }
-  }
-}
-
-// Calls body(Constant<runs>, Constant<vectors>, first run, first vector) until all runs are covered, a register
-// file's worth at a time.
-template <class Body>
-FASTNN_INLINE void for_each_register_block(int64_t runs, int64_t vectors, const Body& body) {
-  const int64_t vector_parts = divide_up(vectors, kMostRunVectors);
-  for (int64_t vp = 0; vp < vector_parts; ++vp) {
-    const int64_t first_vector = vectors * vp / vector_parts;
-    const int64_t vector_count = vectors * (vp + 1) / vector_parts - first_vector;
-    const int64_t run_parts = divide_up(runs, smaller(kMostRuns, kMostAccumulators / vector_count));
-    for (int64_t rp = 0; rp < run_parts; ++rp) {
-      const int64_t first_run = runs * rp / run_parts;
-      const int64_t run_count = runs * (rp + 1) / run_parts - first_run;
-      with_constant<kMostRunVectors>(static_cast<int>(vector_count), [&](auto vector_constant) {
-        constexpr int most_runs = decltype(vector_constant)::value * kMostRuns <= kMostAccumulators
-                                      ? kMostRuns
-                                      : kMostAccumulators / decltype(vector_constant)::value;
-        with_constant<most_runs>(static_cast<int>(run_count), [&](auto run_constant) {
-          body(run_constant, vector_constant, first_run, first_vector);
-        });
-      });
-    }
-  }
 }
 
 template <class T>

@@ -5,7 +5,7 @@
 // convolution does to a number is done to a vector, with no lane idle and none to be moved for stride or pooling.
 #pragma once
 
-#include "conv_direct.h"
+#include "conv_tile.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {

@@ -3,6 +3,7 @@
 #include "conv_backward.h"
 #include "conv_direct.h"
 #include "conv_lanes.h"
+#include "conv_winners.h"
 #include "conv_winograd.h"
 
 namespace fastnn {

@@ -7,7 +7,7 @@
 // over a tile, so they are for direct convolution.
 #pragma once
 
-#include "conv_direct.h"
+#include "conv_tile.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {

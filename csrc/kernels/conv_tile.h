@@ -1,0 +1,170 @@
+// What the forward algorithms share: the tile of the input, the register tile of the product, the way out.
+#pragma once
+
+#include "conv_pool_window.h"
+#include "gemm.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int kConvPixels = FASTNN_VECTOR_BYTES == 64 ? 14 : 6;
+template <class C>
+constexpr int64_t kBlockChannels = 2 * kLanes<C>;
+
+FASTNN_INLINE int64_t round_up(int64_t a, int64_t multiple) {
+  return divide_up(a, multiple) * multiple;
+}
+
+// Calls body(k, channel, kernel position) over the depth of the product, in the order of the tile's memory.
+template <class Body>
+FASTNN_INLINE void for_each_tap(const ConvPoolGeometry& g, bool channels_last, const Body& body) {
+  int64_t k = 0;
+  const int64_t outer = channels_last ? 1 : g.in_channels, inner = channels_last ? g.in_channels : 1;
+  for (int64_t co = 0; co < outer; ++co) {
+    for (int64_t d = 0; d < g.kernel[0]; ++d) {
+      for (int64_t h = 0; h < g.kernel[1]; ++h) {
+        for (int64_t w = 0; w < g.kernel[2]; ++w) {
+          for (int64_t ci = 0; ci < inner; ++ci) body(k++, co + ci, d, h, w);
+        }
+      }
+    }
+  }
+}
+
+// A box of the input, zeros where it reaches beyond: [channel][slice][row][column], or with the channel innermost.
+template <class C>
+struct InputTile {
+  C* data;
+  int64_t first[3];  // the input's coordinates of its corner, possibly negative
+  int64_t size[3];
+  int64_t c, d[3];  // its strides
+};
+
+template <class T, class C>
+FASTNN_INLINE void copy_run(const T* from, int64_t stride, int64_t count, C* to) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; i += kLanes<C>)
+      store_up_to<C>(to + i, load_up_to<T>(from + i, count - i), count - i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i * stride]);
+  }
+}
+
+// The way out of scratch.
+template <class C, class T>
+FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load_up_to<C>(from + i, count - i), count - i);
+}
+FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
+  __builtin_memcpy(to, from, count);
+}
+
+template <class C>
+FASTNN_INLINE void fill_zeros(C* to, int64_t count) {
+  if (count > 0) __builtin_memset(to, 0, count * sizeof(C));
+}
+
+// `from` is the input's (channel, slice, row, column) = 0 of the image and group.
+template <class T, class C>
+void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layout, bool channels_last,
+               const InputTile<C>& tile) {
+  const int64_t left = smaller(tile.size[2], larger(0, -tile.first[2]));
+  const int64_t right = larger(left, smaller(tile.size[2], g.input[2] - tile.first[2]));
+  const int64_t runs = channels_last ? 1 : g.in_channels;
+  const int64_t pixel = channels_last ? g.in_channels : 1;
+  for (int64_t c = 0; c < runs; ++c) {
+    for (int64_t d = 0; d < tile.size[0]; ++d) {
+      for (int64_t h = 0; h < tile.size[1]; ++h) {
+        C* to = tile.data + c * tile.c + d * tile.d[0] + h * tile.d[1];
+        const int64_t slice = tile.first[0] + d, row = tile.first[1] + h;
+        if (slice < 0 || slice >= g.input[0] || row < 0 || row >= g.input[1]) {
+          fill_zeros(to, tile.size[2] * pixel);
+          continue;
+        }
+        fill_zeros(to, left * pixel);
+        fill_zeros(to + right * pixel, (tile.size[2] - right) * pixel);
+        const T* source =
+            from + c * layout.c + slice * layout.d[0] + row * layout.d[1] + (tile.first[2] + left) * layout.d[2];
+        if (!channels_last) {
+          copy_run(source, layout.d[2], right - left, to + left);
+        } else if (layout.d[2] == g.in_channels) {
+          copy_run(source, 1, (right - left) * pixel, to + left * pixel);
+        } else {
+          for (int64_t w = left; w < right; ++w) copy_run(source + (w - left) * layout.d[2], 1, pixel, to + w * pixel);
+        }
+      }
+    }
+  }
+}
+
+// The register tile: `pixels` consecutive conv pixels by `vectors` vectors of output channels.
+// A step of 0 stands for one known only at run time.
+template <int pixels, int vectors, int fixed_step, class C>
+FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+                             const Vec<C> (&bias)[vectors], C* to) {
+  // Pixels a fixed step apart need but one pointer.
+  const C* from[fixed_step ? 1 : pixels];
+  for (int p = 0; p < (fixed_step ? 1 : pixels); ++p) from[p] = tile + p * step;
+  Vec<C> total[pixels][vectors];
+#pragma GCC unroll 16
+  for (int p = 0; p < pixels; ++p) {
+    for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const int64_t offset = offsets[k];
+    Vec<C> right[vectors];
+    for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
+    weight += vectors * kLanes<C>;
+#pragma GCC unroll 16
+    for (int p = 0; p < pixels; ++p) {
+      const Vec<C> left = broadcast<C>(fixed_step ? from[0][offset + p * fixed_step] : from[p][offset]);
+      for (int v = 0; v < vectors; ++v) total[p][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < pixels; ++p) {
+    for (int v = 0; v < vectors; ++v) store(to + (p * vectors + v) * kLanes<C>, total[p][v]);
+  }
+}
+
+// `count` conv pixels of a row -> to (count, vectors x lanes)
+template <int vectors, class C>
+void conv_row(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+              const Vec<C> (&bias)[vectors], int64_t count, C* to) {
+  const int64_t tiles = divide_up(count, kConvPixels);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;
+    with_constant<kConvPixels>(static_cast<int>(last - first), [&](auto constant) {
+      constexpr int pixels = decltype(constant)::value;
+      const C* from = tile + first * step;
+      C* target = to + first * vectors * kLanes<C>;
+      if (step == 1) {
+        conv_tile<pixels, vectors, 1>(from, step, offsets, depth, weight, bias, target);
+      } else if (step == 2) {
+        conv_tile<pixels, vectors, 2>(from, step, offsets, depth, weight, bias, target);
+      } else {
+        conv_tile<pixels, vectors, 0>(from, step, offsets, depth, weight, bias, target);
+      }
+    });
+  }
+}
+
+// [pixel][pitch] -> `count` pooled pixels of an image from the one numbered `first` on, channels `channel` onwards
+template <class T, class C>
+void write_pixels(const ConvPoolForward<T>& call, int64_t image, int64_t channel, int64_t channels, int64_t first,
+                  int64_t count, const C* from, const uint8_t* winners, int64_t pitch) {
+  const ConvLayout& layout = call.output_layout;
+  const int64_t to = image * layout.n + channel * layout.c + first * layout.d[2];
+  if (layout.d[2] == 1) {
+    transpose_matrix(from, pitch, count, channels, call.output + to, layout.c);
+    if (call.winners) transpose_matrix(winners, pitch, count, channels, call.winners + to, layout.c);
+    return;
+  }
+  for (int64_t x = 0; x < count; ++x) {
+    copy_out(from + x * pitch, channels, call.output + to + x * layout.d[2]);
+    if (call.winners) copy_out(winners + x * pitch, channels, call.winners + to + x * layout.d[2]);
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,88 @@
+// The arguments of fastnn::conv_relu_max_pool, checked, and what follows from them.
+#pragma once
+
+#include "../kernels/conv_relu_max_pool.h"
+#include "tensor.h"
+
+namespace fastnn {
+
+using Ints = std::vector<int64_t>;
+
+// check, with its words only put together where it fails.
+#define FASTNN_CHECK(condition, ...)                                              \
+  do {                                                                            \
+    if (__builtin_expect(!(condition), false)) fastnn::check(false, __VA_ARGS__); \
+  } while (false)
+
+struct ConvPoolArguments {
+  Ints stride, padding, dilation;
+  int64_t groups;
+  Ints pool_kernel_size, pool_stride, pool_padding, pool_dilation;
+  bool ceil_mode;
+};
+
+struct ConvPoolProblem {
+  Expected kind;
+  int64_t dims;
+  ConvPoolGeometry geometry;
+  double work;  // floating-point operations of the convolution
+};
+
+// Raises, in stock's words where stock has them, unless the arguments make a problem.
+ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
+                              const std::optional<Tensor>& bias, const ConvPoolArguments& a);
+
+// ---- memory formats -----------------------------------------------------------------------------------------
+
+// Whether torch takes the tensor for channels last (c10::is_channels_last_strides_2d and _3d).
+inline bool is_channels_last(const Tensor& tensor) {
+  const int64_t rank = tensor.dim();
+  if (rank < 4 || tensor.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int64_t i = 0; i < rank; ++i) {
+    const int64_t d = i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;  // channels, width, height, ..., batch
+    if (tensor.size(d) == 0 || tensor.stride(d) < least) return false;
+    if (d == 0 && least == tensor.stride(1)) return false;
+    least = tensor.stride(d) * std::max<int64_t>(tensor.size(d), 1);
+  }
+  return true;
+}
+
+inline ConvLayout layout_of(const Tensor& tensor) {
+  ConvLayout layout{tensor.stride(0), tensor.stride(1), {0, 0, 0}};
+  for (int64_t i = 2; i < tensor.dim(); ++i) layout.d[i + 3 - tensor.dim()] = tensor.stride(i);
+  return layout;
+}
+
+inline Tensor new_channels_last(const Ints& sizes, ScalarType dtype) {
+  Ints permuted{sizes[0]}, back{0, static_cast<int64_t>(sizes.size()) - 1};
+  for (size_t i = 2; i < sizes.size(); ++i) {
+    permuted.push_back(sizes[i]);
+    back.push_back(static_cast<int64_t>(i) - 1);
+  }
+  permuted.push_back(sizes[1]);
+  const Tensor tensor = new_tensor(permuted, dtype);
+  Ints strides;
+  for (int64_t d : back) strides.push_back(tensor.stride(d));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()),
+                                                               sizes.data(), strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_formatted(const Ints& sizes, ScalarType dtype, bool channels_last) {
+  return channels_last ? new_channels_last(sizes, dtype) : new_tensor(sizes, dtype);
+}
+
+inline Ints output_sizes(const ConvPoolProblem& problem) {
+  const ConvPoolGeometry& g = problem.geometry;
+  Ints sizes{g.batch, g.groups * g.out_channels};
+  for (int64_t d = 3 - problem.dims; d < 3; ++d) sizes.push_back(g.output[d]);
+  return sizes;
+}
+
+inline Ints sizes_of(const Tensor& tensor) {
+  return Ints(tensor.sizes().begin(), tensor.sizes().end());
+}
+
+}  // namespace fastnn
