@@ -233,7 +233,9 @@ class LanesForward {
     const int64_t left = smaller(g_.padding[2], columns), count = larger(0, smaller(g_.input[2], columns - left));
     const int64_t row_size = columns * pixel_, plane = rows * row_size;
     const bool side_by_side = call_.plan.lanes_are_groups && layout.c == 1;
-    fill_zeros(scratch_.plane, lanes_ * plane);
+    const bool dense_images =
+        call_.plan.bands == 1 && pixel_ == 1 && layout.d[2] == 1 && layout.d[1] == g_.input[2] && !side_by_side;
+    if (!dense_images) fill_zeros(scratch_.plane, lanes_ * plane);  // the padding, and lanes without a piece
     for (int64_t c = 0; c < (pixel_ > 1 ? 1 : g_.in_channels); ++c) {
       for (int64_t d = 0; d < piece_extent(piece_, 0); ++d) {
         const int64_t z = d - g_.padding[0];
@@ -244,6 +246,12 @@ class LanesForward {
         }
         if (side_by_side) {
           for (int64_t h = 0; h < rows; ++h) load_channels(z, h - g_.padding[1], left, count, to + h * step_[1]);
+          continue;
+        }
+        if (dense_images) {
+          const Lane& lane = pieces_[0];
+          load_images(
+              call_.input + lane.image * layout.n + (lane.group * g_.in_channels + c) * layout.c + z * layout.d[0], to);
           continue;
         }
         for (int64_t i = 0; i < live_; ++i) {
@@ -261,6 +269,45 @@ class LanesForward {
           }
         }
         transpose_matrix(scratch_.plane, plane, lanes_, plane, to, lanes_);
+      }
+    }
+  }
+
+  // A slice of consecutive whole images, dense in memory: transposed in one run of all its rows, each pixel's lanes
+  // stored where its row and column lie between the padding.
+  void load_images(const T* from, C* to) {
+    constexpr int64_t width = kLanes<C>;
+    const int64_t columns = piece_extent(piece_, 2), rows = piece_extent(piece_, 1);
+    const int64_t used_rows = larger(0, smaller(g_.input[1], rows - g_.padding[1]));
+    const int64_t pixels = used_rows * g_.input[2], columns_left = columns - g_.padding[2];
+    const int64_t top = smaller(g_.padding[1], rows), left = smaller(g_.padding[2], columns);
+    const int64_t used_columns = smaller(g_.input[2], columns_left > 0 ? columns_left : 0);
+    fill_zeros(to, top * columns * lanes_);
+    fill_zeros(to + (top + used_rows) * columns * lanes_, (rows - top - used_rows) * columns * lanes_);
+    for (int64_t row = 0; row < used_rows; ++row) {
+      C* padding = to + (top + row) * columns * lanes_;
+      fill_zeros(padding, left * lanes_);
+      fill_zeros(padding + (left + used_columns) * lanes_, (columns - left - used_columns) * lanes_);
+    }
+    C* const first = to + (top * columns + left) * lanes_;
+    for (int64_t v = 0; v * width < live_; ++v) {
+      const T* lanes = from + v * width * call_.input_layout.n;
+      int64_t row = 0, column = 0;
+      for (int64_t pixel = 0; pixel < pixels; pixel += width) {
+        const int64_t left_over = pixels - pixel;
+        Vec<C> block[width];
+        for (int64_t i = 0; i < width; ++i) {
+          const T* source = lanes + i * call_.input_layout.n + pixel;
+          block[i] = v * width + i < live_ ? load_up_to<T>(source, left_over) : Vec<C>{};
+        }
+        transpose<C>(block);
+        for (int64_t i = 0; i < width && i < left_over; ++i) {
+          if (column < columns_left) store(first + (row * columns + column) * lanes_ + v * width, block[i]);
+          if (++column == g_.input[2]) {
+            column = 0;
+            ++row;
+          }
+        }
       }
     }
   }

@@ -38,10 +38,15 @@ class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
             # As torch.nn's own layers: the input is padded first, for which PyTorch has kernels.
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
+        try:
+            # A third of the time of attributes, for which nn.Module looks into _parameters last.
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # one is parametrised
+            weight, bias = self.weight, self.bias
         return function(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.stride,
             padding,
             self.dilation,

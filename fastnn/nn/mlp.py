@@ -85,4 +85,5 @@ def linear_parameters(linears: Collection[Any]) -> list[Tensor]:
     for bias in biases:
         if bias is None:
             return join_parameters(weights, biases)
-    return weights + biases
+    weights += biases
+    return weights

@@ -10,9 +10,11 @@ from torch import Tensor
 from fastnn.ops._autograd import (
     apply_function,
     autocast,
+    autocast_is_on,
     call_kernel,
     check_same_device,
     differentiate_twice,
+    is_inference,
     needs_autograd,
     needs_reference,
     raw_operator,
@@ -26,7 +28,8 @@ _with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
 _backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
 
 Size = int | Sequence[int]
-Geometry = tuple[list[int], list[int], list[int], int, list[int], list[int], list[int], list[int], bool]
+_Sizes = Sequence[int]
+Geometry = tuple[_Sizes, _Sizes, _Sizes, int, _Sizes, _Sizes, _Sizes, _Sizes, bool]
 
 
 def conv_relu_max_pool1d(
@@ -140,7 +143,8 @@ def _conv_relu_max_pool(
             f"Expected {dims + 1}D (unbatched) or {dims + 2}D (batched) input to conv{dims}d, but got input of size: "
             f"{list(input.shape)}"
         )
-    input, weight, bias = autocast(input, weight, bias)
+    if autocast_is_on():
+        input, weight, bias = autocast(input, weight, bias)
     if isinstance(padding, str):
         input, padding = _named_padding(padding, dims, input, weight, stride, dilation)
     pool_kernel = _per_dimension(pool_kernel_size, dims)
@@ -160,7 +164,9 @@ def _conv_relu_max_pool(
     if needs_reference(input):
         return reference.conv_relu_max_pool(input, weight, bias, *geometry)
     images = input if batched else input.unsqueeze(0)
-    if not needs_autograd(input, weight, bias):
+    if is_inference():
+        output = _op(images, weight, bias, *geometry)
+    elif not needs_autograd(input, weight, bias):
         output = call_kernel(_op, images, weight, bias, *geometry)
     elif _places(pool_kernel) > MOST_PLACES:
         return reference.conv_relu_max_pool(input, weight, bias, *geometry)
@@ -169,14 +175,16 @@ def _conv_relu_max_pool(
     return output if batched else output.squeeze(0).contiguous()
 
 
-def _per_dimension(value: Size, dims: int) -> list[int]:
+def _per_dimension(value: Size, dims: int) -> _Sizes:
     if isinstance(value, int):
         return [value] * dims
+    if type(value) is tuple and len(value) == dims:  # as a module has them
+        return value
     values = list(value)
     return values * dims if len(values) == 1 else values
 
 
-def _places(pool_kernel: list[int]) -> int:
+def _places(pool_kernel: Sequence[int]) -> int:
     places = 1
     for size in pool_kernel:
         places *= size
