@@ -273,8 +273,8 @@ class LanesForward {
     }
   }
 
-  // A slice of consecutive whole images, dense in memory: transposed in one run of all its rows, each pixel's lanes
-  // stored where its row and column lie between the padding.
+  // A slice of whole images, or of the groups of one, dense in memory: transposed in one run of all its rows, each
+  // pixel's lanes stored where its row and column lie between the padding.
   void load_images(const T* from, C* to) {
     constexpr int64_t width = kLanes<C>;
     const int64_t columns = piece_extent(piece_, 2), rows = piece_extent(piece_, 1);
@@ -290,14 +290,15 @@ class LanesForward {
       fill_zeros(padding + (left + used_columns) * lanes_, (columns - left - used_columns) * lanes_);
     }
     C* const first = to + (top * columns + left) * lanes_;
-    for (int64_t v = 0; v * width < live_; ++v) {
-      const T* lanes = from + v * width * call_.input_layout.n;
+    const int64_t stride = call_.plan.lanes_are_groups ? call_.input_layout.c : call_.input_layout.n;
+    for (int64_t v = 0; v * width < lanes_; ++v) {
+      const T* lanes = from + v * width * stride;
       int64_t row = 0, column = 0;
       for (int64_t pixel = 0; pixel < pixels; pixel += width) {
         const int64_t left_over = pixels - pixel;
         Vec<C> block[width];
         for (int64_t i = 0; i < width; ++i) {
-          const T* source = lanes + i * call_.input_layout.n + pixel;
+          const T* source = lanes + i * stride + pixel;
           block[i] = v * width + i < live_ ? load_up_to<T>(source, left_over) : Vec<C>{};
         }
         transpose<C>(block);

@@ -40,13 +40,12 @@ class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
             padding = 0
         try:
             # A third of the time of attributes, for which nn.Module looks into _parameters last.
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            parameters: tuple[Any, Any] = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # one is parametrised
-            weight, bias = self.weight, self.bias
+            parameters = self.weight, self.bias
         return function(
             input,
-            weight,
-            bias,
+            *parameters,
             self.stride,
             padding,
             self.dilation,
