@@ -27,6 +27,7 @@ _DIGIT_OF = {name: str(place) for place, name in enumerate(ACTIVATION_NAMES)}
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
 _RELU = _DIGIT_OF["relu"]
 _mlp_op = torch.ops.fastnn.mlp.default
+_mlp_call = _mlp_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
 _mlp_reconstruction_error_op = torch.ops.fastnn.mlp_reconstruction_error.default
 _mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
 _mlp_backward_op = torch.ops.fastnn.mlp_backward.default
@@ -135,7 +136,7 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
         return reference.mlp(input, *split_parameters(parameters, len(digits)), _names_of(digits))
     rows = input if rank == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if is_inference():
-        output = _mlp_op(rows, parameters, digits)
+        output = (_mlp_op if torch.compiler.is_compiling() else _mlp_call)(rows, parameters, digits)
     elif needs_autograd(input, *parameters):
         output = apply_function(Mlp, rows, digits, recompute, *parameters)[0]
     else:
