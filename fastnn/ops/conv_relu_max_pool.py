@@ -24,6 +24,7 @@ from fastnn.reference import conv_relu_max_pool as reference
 MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/conv_relu_max_pool.h has the same)
 
 _op = torch.ops.fastnn.conv_relu_max_pool.default
+_call = _op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
 _with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
 _backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
 
@@ -165,7 +166,7 @@ def _conv_relu_max_pool(
         return reference.conv_relu_max_pool(input, weight, bias, *geometry)
     images = input if batched else input.unsqueeze(0)
     if is_inference():
-        output = _op(images, weight, bias, *geometry)
+        output = (_op if torch.compiler.is_compiling() else _call)(images, weight, bias, *geometry)
     elif not needs_autograd(input, weight, bias):
         output = call_kernel(_op, images, weight, bias, *geometry)
     elif _places(pool_kernel) > MOST_PLACES:
