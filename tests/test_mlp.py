@@ -84,10 +84,13 @@ class TestValues:
         bias=st.booleans(),
         data=st.data(),
     )
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
     def test_any_shape(self, rows: int, widths: list[int], bias: bool, data: st.DataObject) -> None:
         layers = len(widths) - 1
         activations = data.draw(st.lists(st.sampled_from(ACTIVATION_NAMES), min_size=layers, max_size=layers))
+        torch.manual_seed(0)  # a shape fails or passes for itself, whatever came before it
         assert_like_stock(make_chain(rows, widths, bias=bias), activations)
 
     def test_leading_dimensions(self) -> None:
