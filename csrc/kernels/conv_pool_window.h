@@ -8,16 +8,6 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-FASTNN_INLINE int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-FASTNN_INLINE int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Places in a window, as wide as what they are selected by.
 template <class T>
 using Places = Vec<typename IntegerOf<T>::Type>;

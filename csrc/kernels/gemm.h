@@ -6,6 +6,16 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+FASTNN_INLINE int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+FASTNN_INLINE int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // Tile size, so that the accumulators, one row of the right operand and a broadcast fill the register file:
 // 32 registers with AVX-512 (12 x 2 + 2 + 1), 16 elsewhere (6 x 2 + 2 + 1).
 constexpr int kTileRows = FASTNN_VECTOR_BYTES == 64 ? 12 : 6;

@@ -11,10 +11,6 @@ namespace {
 // several times, while the activations stay in L1.
 constexpr int64_t kBlockRows = 4 * kTileRows;
 
-FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 template <class T>
 int64_t scratch_size(int64_t widest) {
   return 2 * kBlockRows * (widest + kTileColumns<T>);

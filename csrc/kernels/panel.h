@@ -7,16 +7,6 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-FASTNN_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-FASTNN_INLINE int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-FASTNN_INLINE int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Accumulators in a tile of `vectors` columns: what is left of the registers after one row of the panel and a
 // broadcast.
 constexpr int tile_rows(int vectors) {

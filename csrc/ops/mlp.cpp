@@ -20,7 +20,7 @@ struct Chain {
   int64_t widest() const { return *std::max_element(widths.begin(), widths.end()); }
 };
 
-// Operators take activations as a string, a digit a layer: a list of numbers would take half a microsecond more.
+// Operators take activations as a string, a digit a layer: the dispatcher passes a list of numbers 0.1 us slower.
 Activation activation_of(char digit) {
   return static_cast<Activation>(digit - '0');
 }
