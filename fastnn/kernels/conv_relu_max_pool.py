@@ -94,22 +94,23 @@ def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Con
 # ---- forward ----------------------------------------------------------------------------------------------
 
 
-def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """``fastnn::conv_relu_max_pool``: input (images, in channels, ...), weight (out channels, in channels / groups,
-    ...), bias (out channels) or None, then the fields of ConvArguments -> (images, out channels, ...)."""
-    return _forward("conv_relu_max_pool", input, weight, bias, ConvArguments(*geometry), False)[0]
+    ...), bias (out channels) or None, geometry as ConvArguments.flat gives it -> (images, out channels, ...)."""
+    return _forward("conv_relu_max_pool", input, weight, bias, geometry, False)[0]
 
 
 def conv_relu_max_pool_with_winners(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
 ) -> tuple[Tensor, Tensor | None]:
     """``fastnn::conv_relu_max_pool_with_winners``: the output, and each window's winner by its place, uint8."""
-    return _forward("conv_relu_max_pool_with_winners", input, weight, bias, ConvArguments(*geometry), True)
+    return _forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, True)
 
 
 def _forward(
-    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, arguments: ConvArguments, with_winners: bool
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], with_winners: bool
 ) -> tuple[Tensor, Tensor | None]:
+    arguments = ConvArguments.of_flat(geometry, input.dim() - 2)
     problem = check_problem(op, input, weight, bias, arguments)
     check(not with_winners or problem.places <= MOST_PLACES, op, ": a winner's place is one byte, so a window may have "
           "at most ", MOST_PLACES, " elements, got ", problem.places)  # fmt: skip
@@ -234,13 +235,19 @@ def _run_stock(
 
 
 def conv_relu_max_pool_backward(
-    grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, *geometry_and_wanted: Any
+    grad_output: Tensor,
+    winners: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Sequence[int],
+    input_wanted: bool,
+    weight_wanted: bool,
+    bias_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastnn::conv_relu_max_pool_backward``: the gradients of input, weight and bias; one that is not wanted comes
     back empty."""
     op = "conv_relu_max_pool_backward"
-    *geometry, input_wanted, weight_wanted, bias_wanted = geometry_and_wanted
-    arguments = ConvArguments(*geometry)
+    arguments = ConvArguments.of_flat(geometry, input.dim() - 2)
     problem = check_problem(op, input, weight, None, arguments)
     check(problem.places <= MOST_PLACES, op, ": a window may have at most ", MOST_PLACES, " elements")
     check_same_kind(problem.kind, grad_output, "grad_output")

@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 
 autocast_is_on = torch._C._is_any_autocast_enabled
 transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
@@ -20,6 +22,19 @@ def needs_reference(input: Tensor) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return input.dtype not in KERNEL_DTYPES and not (input.dtype is torch.float16 and input.is_cuda)
+
+
+def is_plain(input: Tensor) -> bool:
+    """Whether nothing but the kernel is asked of an operator, so that it may be called by its ``_op``, 0.25 us sooner:
+    no gradient, autocast, compilation or ``torch.func`` transform, and a dtype that kernels cover."""
+    return (
+        not _is_grad_enabled()
+        and input.dtype in KERNEL_DTYPES
+        and not autocast_is_on()
+        and not transforms_active()
+        and forward_ad._current_level < 0
+        and not _is_compiling()
+    )
 
 
 def is_inference() -> bool:
