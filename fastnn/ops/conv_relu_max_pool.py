@@ -17,8 +17,8 @@ from fastnn.ops._autograd import (
     is_plain,
     needs_autograd,
     needs_reference,
-    raw_operator,
 )
+from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.reference.conv_relu_max_pool import Geometry
 
