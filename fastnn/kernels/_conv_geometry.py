@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind
-from fastnn.reference.conv_relu_max_pool import Geometry as ConvArguments
+from fastnn.reference.conv_relu_max_pool import Geometry
 
 MOST_PLACES = 254  # so that a winner's place fits a byte
 _LARGEST = 2**31  # kernels number pixels and the elements of an image with 32 bits
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
         return [self.images, self.groups * self.out_channels, *of[3 - self.dims :]]
 
 
-def _check_values(op: str, arguments: ConvArguments) -> None:
+def _check_values(op: str, arguments: Geometry) -> None:
     check(min(arguments.padding) >= 0, "negative padding is not supported")
     check(min(arguments.stride) > 0, "non-positive stride is not supported")
     check(min(arguments.dilation) > 0, "non-positive dilation is not supported")
@@ -104,7 +104,7 @@ def _triple(values: Sequence[int], filler: int) -> Triple:
     return first, second, third
 
 
-def check_problem(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, arguments: ConvArguments) -> Problem:
+def check_problem(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, arguments: Geometry) -> Problem:
     kind = check_first(op, input, "input")
     dims = input.dim() - 2
     check(1 <= dims <= 3, op, ": expected input to be 3D, 4D or 5D (batch, channels, 1 to 3 dimensions), got ",
