@@ -26,6 +26,9 @@ struct ConvPoolProblem {
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
                               const std::optional<Tensor>& bias, const Ints& geometry);
 
+// The same of an input and a weight of these sizes.
+ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry);
+
 // ---- memory formats -----------------------------------------------------------------------------------------
 
 // Whether torch takes the tensor for channels last (c10::is_channels_last_strides_2d and _3d).
