@@ -119,6 +119,8 @@ def test_is_one_call_and_immutable() -> None:
     with torch.profiler.profile() as profile, torch.inference_mode():
         frozen(example)
     assert {event.key for event in profile.key_averages() if "fastnn" in event.key} == {"fastnn::frozen"}
+    with pytest.raises(RuntimeError, match="no hooks"):
+        frozen.register_forward_hook(print)
     leaf = example.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="no gradient of its own"):
         frozen(leaf).sum().backward()
