@@ -37,8 +37,9 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
   body(Constant<most>{});
 }
 
-// The longest sum taken in one go: rounding errors grow with it, so that longer ones are summed in parts.
-constexpr int64_t kLongestSum = 256;
+// The longest sum taken in one go: rounding errors grow with it, so that longer ones are summed in parts. As accurate
+// as stock's sums of any length.
+constexpr int64_t kLongestSum = 128;
 
 // earlier (+)= total, total = 0
 template <int rows, int vectors, class V>
@@ -54,11 +55,16 @@ FASTNN_INLINE void set_aside(V (&total)[rows][vectors], V (&earlier)[rows][vecto
   __asm__ volatile("" : : "r"(&earlier) : "memory");
 }
 
-// total[r][v] += sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector]. The last vector has `last`
+// total[r][v] = sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector]. The last vector has `last`
 // columns (1 to kLanes): those beyond are not read.
 template <int rows, int vectors, class A, class B, class T = Compute<A>>
 FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b, int64_t b_depth,
                                  int last, Vec<T> (&total)[rows][vectors]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) total[r][v] = Vec<T>{};
+  }
   const auto run = [&](auto load_last) __attribute__((always_inline)) {
     Vec<T> earlier[rows][vectors];  // the parts already summed, in memory: the registers are taken
     for (int64_t part = 0; part < depth; part += kLongestSum) {

@@ -20,22 +20,24 @@ int64_t scratch_size(int64_t widest) {
 
 // One tile, with the ReLU taken on the way out: the other activations cost more than another pass over a block in
 // cache, and would each need a copy of the tile.
+// The bias comes last: added first, every partial sum would be rounded by its size.
 template <int rows, int vectors, class T>
 FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const T* input, T* output, int64_t column, int last) {
-  Vec<T> total[rows][vectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t from = column + v * kLanes<T>;
-    const Vec<T> start = layer.bias ? load_up_to<T>(layer.bias + from, layer.out - from) : Vec<T>{};
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) total[r][v] = start;
-  }
+  Vec<T> total[rows][vectors], bias[vectors] = {};
   multiply_tile<rows, vectors>(layer.in, input, layer.in, 1, layer.packed + column * layer.in, vectors * kLanes<T>,
                                kLanes<T>, total);
+  if (layer.bias) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t from = column + v * kLanes<T>;
+      bias[v] = load_up_to<T>(layer.bias + from, layer.out - from);
+    }
+  }
   if (layer.activation == Activation::relu) {
-    store_tile<rows, vectors, T>(total, last, output + column, layer.out, [](Vec<T> x, int) { return relu(x); });
+    store_tile<rows, vectors, T>(total, last, output + column, layer.out,
+                                 [&](Vec<T> x, int v) { return relu(x + bias[v]); });
   } else {
-    store_tile<rows, vectors, T>(total, last, output + column, layer.out, [](Vec<T> x, int) { return x; });
+    store_tile<rows, vectors, T>(total, last, output + column, layer.out, [&](Vec<T> x, int v) { return x + bias[v]; });
   }
 }
 
@@ -197,7 +199,7 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
   for_each_tile<T>(m, n, rows_first, [&](auto count, auto width, int64_t row, int64_t column, int last) {
     constexpr int rows = decltype(count)::value, vectors = decltype(width)::value;
     T* to = output + row * n + column;
-    Vec<T> total[rows][vectors] = {};
+    Vec<T> total[rows][vectors];
     multiply_tile<rows, vectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, last, total);
     // A block is summed on its own before it joins the others: rounding errors grow with the length of a sum.
     if (add) {
@@ -213,14 +215,31 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
   });
 }
 
-// total (columns) = the sum of the rows, added to what is there if `add`.
+// total (columns) = the sum of the rows, added to what is there if `add`; `lost` (columns) is what rounding has kept
+// from it so far (Kahan). Stock's sums are as accurate.
 template <class T>
-void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, bool add) {
+void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, T* lost, bool add) {
+  constexpr int chains = 4;
   for (int64_t column = 0; column < columns; column += kLanes<T>) {
     const int64_t left_over = columns - column;
-    Vec<T> sum = {};
-    for (int64_t r = 0; r < rows; ++r) sum += load_up_to<T>(gradient + r * columns + column, left_over);
-    store_up_to<T>(total + column, add ? sum + load_up_to<T>(total + column, left_over) : sum, left_over);
+    Vec<T> sums[chains] = {};
+    for (int64_t row = 0; row < rows; row += chains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; ++c) {
+        if (row + c < rows) sums[c] += load_up_to<T>(gradient + (row + c) * columns + column, left_over);
+      }
+    }
+    const Vec<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    if (!add) {
+      store_up_to<T>(total + column, sum, left_over);
+      store_up_to<T>(lost + column, Vec<T>{}, left_over);
+      continue;
+    }
+    const Vec<T> before = load_up_to<T>(total + column, left_over);
+    const Vec<T> term = sum - load_up_to<T>(lost + column, left_over);
+    const Vec<T> after = before + term;
+    store_up_to<T>(total + column, after, left_over);
+    store_up_to<T>(lost + column, (after - before) - term, left_over);
   }
 }
 
@@ -256,7 +275,7 @@ void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_ou
     for (int64_t i = count - 1; i >= 0; --i) {
       const MlpLayerBackward<T>& layer = layers[i];
       const bool add = row > first_row;
-      if (layer.grad_bias) sum_rows<T>(gradient, rows, layer.out, layer.grad_bias, add);
+      if (layer.grad_bias) sum_rows<T>(gradient, rows, layer.out, layer.grad_bias, layer.lost, add);
       if (layer.grad_weight) weight_gradient(&layer, gradient, row, rows, next, add);
       if (i > 0) {
         multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, next, false, false);

@@ -37,6 +37,7 @@ struct MlpLayerBackward {
   Activation activation;
   T* grad_weight;  // (out, in), of these rows alone; or null
   T* grad_bias;    // (out), of these rows alone; or null
+  T* lost;         // (out) of scratch, beside grad_bias
 };
 
 template <class T>

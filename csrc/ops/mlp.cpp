@@ -1,6 +1,7 @@
 // fastnn::mlp and its backward: checks, allocation, threads.
 #include "../kernels/mlp.h"
 
+#include <numeric>
 #include <string>
 #include <tuple>
 
@@ -18,6 +19,7 @@ struct Chain {
 
   int64_t layers() const { return static_cast<int64_t>(widths.size()) - 1; }
   int64_t widest() const { return *std::max_element(widths.begin(), widths.end()); }
+  int64_t outputs() const { return std::accumulate(widths.begin() + 1, widths.end(), int64_t{0}); }  // of all layers
 };
 
 // Operators take activations as a string, a digit a layer: the dispatcher passes a list of numbers 0.1 us slower.
@@ -247,7 +249,7 @@ std::vector<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Tenso
     const Activation activation = activation_of(activations[i]);
     const T* kept = inputs.data<T>(saved[i]);
     layers.push_back({inputs.data<T>(weights[i]), layer_input, kept, chain.widths[i], chain.widths[i + 1], activation,
-                      nullptr, nullptr});
+                      nullptr, nullptr, nullptr});
     layer_input = keeps_input(activation) ? nullptr : kept;
   }
   return layers;
@@ -260,8 +262,9 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
   const ScalarType dtype = widened(chain.kind.dtype);
   const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
   const int64_t block_size = kernels.scratch_size(chain.widest());
+  const int64_t chunk_size = block_size + chain.outputs();
   std::vector<ParameterGradient<T>> grad_weights, grad_biases;
-  int64_t scratch_size = chunks * block_size;
+  int64_t scratch_size = chunks * chunk_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
     if (wanted.weights) grad_weights.emplace_back(std::vector{chain.widths[i + 1], chain.widths[i]}, dtype, chunks);
     if (wanted.biases) grad_biases.emplace_back(std::vector{chain.widths[i + 1]}, dtype, chunks);
@@ -270,7 +273,7 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
     for (const auto& gradient : *gradients) scratch_size = checked_sum(scratch_size, gradient.scratch_size());
   }
   Scratch<T> scratch(scratch_size);
-  T* next = scratch.get() + chunks * block_size;
+  T* next = scratch.get() + chunks * chunk_size;
   for (auto* gradients : {&grad_weights, &grad_biases}) {
     for (auto& gradient : *gradients) {
       gradient.use_scratch(next);
@@ -282,12 +285,15 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
   T* grad_input_data = wanted.input ? mutable_data<T>(grad_input) : nullptr;
   parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
     std::vector<MlpLayerBackward<T>> own = layers;
+    T* const block = scratch.get() + chunk * chunk_size;
+    T* lost = block + block_size;
     for (size_t i = 0; i < own.size(); ++i) {
+      own[i].lost = lost;
+      lost += own[i].out;
       if (wanted.weights) own[i].grad_weight = grad_weights[i].part(chunk);
       if (wanted.biases) own[i].grad_bias = grad_biases[i].part(chunk);
     }
-    kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last,
-                     scratch.get() + chunk * block_size);
+    kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last, block);
   });
 
   const auto finished = [&](const std::vector<ParameterGradient<T>>& gradients) {
