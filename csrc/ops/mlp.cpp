@@ -90,11 +90,12 @@ template <class T>
 void run_forward(const Forward& call, T* output, T* errors, const std::vector<Tensor>& saved) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const Chain& chain = call.chain;
-  const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
+  const MlpPlan plan = kernels.make_plan(chain.widths.data(), chain.layers(), chain.rows);
+  const int64_t units = (chain.rows + plan.unit - 1) / plan.unit;
+  const int64_t chunks = std::min(useful_threads(chain.work), units);
   const int64_t block_size = kernels.scratch_size(chain.widest());
   const auto packed_size = [&](int64_t layer) {
-    const bool packs = kernels.worth_packing(chain.rows, chain.widths[layer]);
-    return packs ? kernels.packed_size(chain.widths[layer + 1], chain.widths[layer]) : 0;
+    return plan.path == MlpPath::packed ? kernels.packed_size(chain.widths[layer + 1], chain.widths[layer]) : 0;
   };
   int64_t scratch_size = chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) scratch_size += packed_size(i);
@@ -114,9 +115,9 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
     panel += size;
   }
-  parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(layers.data(), chain.layers(), input, output, errors, first, last,
-                    scratch.get() + chunk * block_size);
+  parallel_chunks(chunks, units, [&](int64_t chunk, int64_t first, int64_t last) {
+    kernels.forward(layers.data(), chain.layers(), plan.path, input, output, errors, first * plan.unit,
+                    std::min(last * plan.unit, chain.rows), scratch.get() + chunk * block_size);
   });
 }
 
