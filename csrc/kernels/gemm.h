@@ -160,7 +160,16 @@ FASTNN_INLINE void pack_rows(const T* weight, int64_t stride, int64_t count, int
                              int64_t width) {
   using C = Compute<T>;
   constexpr int lanes = kLanes<C>;
-  for (int64_t k = 0; k < depth; k += lanes) {
+  int64_t k = 0;
+  for (; count >= lanes && k + lanes <= depth; k += lanes) {
+    Vec<C> square[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) square[i] = load(weight + i * stride + k);
+    transpose<C>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) store(panel + (k + i) * width, square[i]);
+  }
+  for (; k < depth; k += lanes) {
     const int64_t depth_left = depth - k;
     Vec<C> square[lanes];
 #pragma GCC unroll 16
