@@ -9,7 +9,7 @@ namespace {
 
 template <class T>
 int64_t scratch_size(int64_t widest) {
-  return 2 * kBlockRows * (widest + kTileColumns<T>);
+  return 2 * kBlockRows * (widest + kTileColumns<T>)+turned_size<T>(widest);
 }
 
 // Estimates in cycles, of two multiply-adds of vectors each, fitted to measurements of 12 chains at 1 to 512 rows.

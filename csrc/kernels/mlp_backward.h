@@ -6,20 +6,22 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// gradient (rows, out) <- source times the activation's derivative
+// The gradient (rows, out) before the activation, `source` being that after it: in `buffer`, which may be `source`, or
+// where nothing changes, `source` itself.
 template <class T>
-void through_activation(const MlpLayerBackward<T>& layer, const T* source, int64_t first_row, int64_t rows,
-                        T* gradient) {
+const T* through_activation(const MlpLayerBackward<T>& layer, const T* source, int64_t first_row, int64_t rows,
+                            T* buffer) {
+  if (layer.activation == Activation::identity) return source;
   const T* saved = layer.saved + first_row * layer.out;
   with_activation(layer.activation, [&](auto constant) {
     constexpr Activation activation = decltype(constant)::activation;
     for (int64_t i = 0; i < rows * layer.out; i += kLanes<T>) {
       const int64_t left_over = rows * layer.out - i;
-      const Vec<T> grad = load_up_to<T>(source + i, left_over);
-      const Vec<T> kept = activation == Activation::identity ? grad : load_up_to<T>(saved + i, left_over);
-      store_up_to<T>(gradient + i, activation_gradient<activation, T>(grad, kept), left_over);
+      const Vec<T> grad = load_up_to<T>(source + i, left_over), kept = load_up_to<T>(saved + i, left_over);
+      store_up_to<T>(buffer + i, activation_gradient<activation, T>(grad, kept), left_over);
     }
   });
+  return buffer;
 }
 
 // output (m, n) = sum over k of a[m * a_row + k * a_depth] * b[k * n + column], added to what is there if `add`.
@@ -73,13 +75,49 @@ void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, T* los
   }
 }
 
+// A layer of few inputs fills few lanes of a tile: turned over, it has the outputs in its lanes.
+template <class T>
+bool is_narrow(const MlpLayerBackward<T>& layer) {
+  return layer.in <= kLanes<T> / 2 && layer.out > layer.in;
+}
+// Elements of scratch for a narrow layer turned over.
+template <class T>
+int64_t turned_size(int64_t widest) {
+  return kLanes<T> / 2 * widest;
+}
+
+// grad_weight (out, in) = the gradient (rows, out), transposed, times input (rows, in).
+template <class T>
+void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, const T* input, int64_t rows, T* turned,
+                       bool add) {
+  if (!is_narrow(layer)) {
+    return multiply(layer.out, layer.in, rows, gradient, 1, layer.out, input, layer.grad_weight, true, add);
+  }
+  multiply(layer.in, layer.out, rows, input, 1, layer.in, gradient, turned, false, false);
+  for (int64_t o = 0; o < layer.out; ++o) {
+    for (int64_t i = 0; i < layer.in; ++i) {
+      T& to = layer.grad_weight[o * layer.in + i];
+      to = add ? to + turned[i * layer.out + o] : turned[i * layer.out + o];
+    }
+  }
+}
+
+// output (rows, in) = the gradient (rows, out) times the weight (out, in)
+template <class T>
+void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int64_t rows, T* output, T* turned) {
+  if (!is_narrow(layer)) {
+    return multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, output, false, false);
+  }
+  transpose_matrix(layer.weight, layer.in, layer.out, layer.in, turned, layer.out);
+  dot_layer<T>({turned, nullptr, layer.out, layer.in, Activation::identity, nullptr, nullptr}, gradient, output, rows);
+}
+
 // The layer's input for a block of rows is as it was saved, or activated again from the layer before.
 template <class T>
 void weight_gradient(const MlpLayerBackward<T>* layer, const T* gradient, int64_t first_row, int64_t rows, T* activated,
-                     bool add) {
+                     T* turned, bool add) {
   if (layer->input) {
-    return multiply(layer->out, layer->in, rows, gradient, 1, layer->out, layer->input + first_row * layer->in,
-                    layer->grad_weight, true, add);
+    return multiply_by_input(*layer, gradient, layer->input + first_row * layer->in, rows, turned, add);
   }
   const T* saved = layer[-1].saved + first_row * layer->in;
   with_activation(layer[-1].activation, [&](auto constant) {
@@ -89,31 +127,29 @@ void weight_gradient(const MlpLayerBackward<T>* layer, const T* gradient, int64_
                      left_over);
     }
   });
-  multiply(layer->out, layer->in, rows, gradient, 1, layer->out, activated, layer->grad_weight, true, add);
+  multiply_by_input(*layer, gradient, activated, rows, turned, add);
 }
 
 template <class T>
 void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input, int64_t first_row,
               int64_t last_row, T* scratch) {
-  int64_t widest = 0;
-  for (int64_t i = 0; i < count; ++i) widest = layers[i].out > widest ? layers[i].out : widest;
-  T* gradient = scratch;
-  T* next = scratch + kBlockRows * widest;
+  int64_t widest = layers[0].in;
+  for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
+  T* buffers[2] = {scratch, scratch + kBlockRows * widest};  // for the gradient of a layer, and of the one before it
+  T* turned = scratch + 2 * kBlockRows * widest;
   for (int64_t row = first_row; row < last_row; row += kBlockRows) {
     const int64_t rows = smaller(last_row - row, kBlockRows);
-    through_activation(layers[count - 1], grad_output + row * layers[count - 1].out, row, rows, gradient);
+    const bool add = row > first_row;
+    const T* source = grad_output + row * layers[count - 1].out;
     for (int64_t i = count - 1; i >= 0; --i) {
       const MlpLayerBackward<T>& layer = layers[i];
-      const bool add = row > first_row;
+      T* const next = buffers[i % 2];
+      const T* gradient = through_activation(layer, source, row, rows, buffers[(i + 1) % 2]);
       if (layer.grad_bias) sum_rows<T>(gradient, rows, layer.out, layer.grad_bias, layer.lost, add);
-      if (layer.grad_weight) weight_gradient(&layer, gradient, row, rows, next, add);
-      if (i > 0) {
-        multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, next, false, false);
-        through_activation(layers[i - 1], next, row, rows, gradient);
-      } else if (grad_input) {
-        multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, grad_input + row * layer.in, false,
-                 false);
-      }
+      if (layer.grad_weight) weight_gradient(&layer, gradient, row, rows, next, turned, add);
+      T* grad_layer_input = i > 0 ? next : grad_input ? grad_input + row * layer.in : nullptr;
+      if (grad_layer_input) multiply_by_weight(layer, gradient, rows, grad_layer_input, turned);
+      source = next;
     }
   }
 }
