@@ -95,7 +95,8 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
   const int64_t chunks = std::min(useful_threads(chain.work), units);
   const int64_t block_size = kernels.scratch_size(chain.widest());
   const auto packed_size = [&](int64_t layer) {
-    return plan.path == MlpPath::packed ? kernels.packed_size(chain.widths[layer + 1], chain.widths[layer]) : 0;
+    const int64_t in = chain.widths[layer], out = chain.widths[layer + 1];
+    return !plan.in_lanes && kernels.worth_packing(chain.rows, in, out) ? kernels.packed_size(out, in) : 0;
   };
   int64_t scratch_size = chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) scratch_size += packed_size(i);
@@ -116,7 +117,7 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
     panel += size;
   }
   parallel_chunks(chunks, units, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(layers.data(), chain.layers(), plan.path, input, output, errors, first * plan.unit,
+    kernels.forward(layers.data(), chain.layers(), plan.in_lanes, input, output, errors, first * plan.unit,
                     std::min(last * plan.unit, chain.rows), scratch.get() + chunk * block_size);
   });
 }
