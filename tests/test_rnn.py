@@ -474,8 +474,7 @@ def plain_network(module):
     """The reference as a module with the same parameters: stock's cannot be mapped over."""
 
     class Plain(type(module)):
-        def _run(self, input, hx):
-            weights = fused._parameters(self, self._flat_weights_names)
+        def _run(self, input, hx, weights):
             output, final = plain.rnn(
                 input, None, [], weights, None, self.mode, self.num_layers, self.bidirectional, self.batch_first
             )

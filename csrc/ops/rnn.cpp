@@ -40,53 +40,50 @@ void run_forward(const Problem& problem, const Tensor& output, const TensorList&
   });
 }
 
-std::tuple<Tensor, TensorList, OptionalTensor> forward(const char* op, const Tensor& input,
-                                                       const OptionalTensor& batch_sizes, const TensorList& state,
-                                                       const TensorList& weights, const OptionalTensor& masks,
-                                                       int64_t mode, int64_t layers, bool bidirectional,
-                                                       bool batch_first, bool save) {
-  const Problem problem =
-      check_problem(op, input, batch_sizes, state, weights, masks, mode, layers, bidirectional, batch_first);
-  const Tensor output = problem.new_output();
+struct Result {
+  Tensor output;
   TensorList final_state;
-  for (size_t i = 0; i < states_of(problem.mode); ++i) {
-    final_state.push_back(new_tensor(problem.state_sizes(), problem.kind.dtype));
-  }
   OptionalTensor reserve;
-  if (save) reserve = new_tensor({problem.reserve_size()}, problem.kind.dtype);
-  if (problem.rows > 0) {
-    with_dtype(problem.kind.dtype,
-               [&](auto type) { run_forward<decltype(type)>(problem, output, final_state, reserve); });
+};
+
+Result forward(const Problem& problem, bool save) {
+  Result result{problem.new_output(), {}, {}};
+  for (size_t i = 0; i < states_of(problem.mode); ++i) {
+    result.final_state.push_back(new_tensor(problem.state_sizes(), problem.kind.dtype));
   }
-  return {output, final_state, reserve};
+  if (save) result.reserve = new_tensor({problem.reserve_size()}, problem.kind.dtype);
+  if (problem.rows > 0) {
+    with_dtype(problem.kind.dtype, [&](auto type) {
+      run_forward<decltype(type)>(problem, result.output, result.final_state, result.reserve);
+    });
+  }
+  return result;
 }
 
 std::tuple<Tensor, TensorList> rnn(const Tensor& input, const OptionalTensor& batch_sizes, const TensorList& state,
                                    const TensorList& weights, const OptionalTensor& masks, int64_t mode,
                                    int64_t num_layers, bool bidirectional, bool batch_first) {
-  auto [output, final_state, reserve] =
-      forward("rnn", input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first, false);
-  return {output, final_state};
+  const Result result = forward(check_problem("rnn", input, batch_sizes, state, weights, masks, mode, num_layers,
+                                              bidirectional, batch_first),
+                                false);
+  return {result.output, result.final_state};
 }
 
 std::tuple<Tensor, TensorList, Tensor> rnn_with_reserve(const Tensor& input, const OptionalTensor& batch_sizes,
                                                         const TensorList& state, const TensorList& weights,
                                                         const OptionalTensor& masks, int64_t mode, int64_t num_layers,
                                                         bool bidirectional, bool batch_first) {
-  auto [output, final_state, reserve] = forward("rnn_with_reserve", input, batch_sizes, state, weights, masks, mode,
-                                                num_layers, bidirectional, batch_first, true);
-  return {output, final_state, *reserve};
+  const Result result = forward(check_problem("rnn_with_reserve", input, batch_sizes, state, weights, masks, mode,
+                                              num_layers, bidirectional, batch_first),
+                                true);
+  return {result.output, result.final_state, *result.reserve};
 }
 
-// One step of one layer: a network of length 1 whose output is its final state.
+// A cell's output is its final state: one tensor fewer than by way of `rnn`.
 TensorList rnn_cell(const Tensor& input, const TensorList& state, const TensorList& weights, int64_t mode) {
   const char* op = "rnn_cell";
-  check(input.dim() == 2, op, ": expected input to be 2D (batch, features), got ", input.dim(), "D tensor instead");
-  Problem problem = start_problem(op, input, mode, 1, false);
-  check_weights(problem, weights);
-  problem.batch = problem.rows = input.size(0);
-  problem.steps.push_back({0, 0, problem.rows});
-  check_state(problem, state, {problem.batch, problem.hidden});
+  check(input.defined() && input.dim() == 2, op, ": expected input to be 2D (batch, features)");
+  const Problem problem = check_problem(op, input, {}, state, weights, {}, mode, 1, false, false);
   TensorList new_state;
   for (size_t i = 0; i < states_of(problem.mode); ++i) {
     new_state.push_back(new_tensor({problem.batch, problem.hidden}, problem.kind.dtype));
@@ -114,7 +111,7 @@ Tensor check_output_like(const Problem& problem, const Tensor& tensor, const cha
   const char* op = problem.kind.op;
   check_same_kind(tensor, problem.kind, name);
   const int64_t length = static_cast<int64_t>(problem.steps.size());
-  if (problem.packed) {
+  if (problem.packed || problem.cell) {
     check_sizes(tensor, {problem.rows, problem.width()}, op, name);
   } else if (problem.batch_first) {
     check_sizes(tensor, {problem.batch, length, problem.width()}, op, name);
@@ -135,7 +132,7 @@ OutputGradients check_gradients(const Problem& problem, const OptionalTensor& gr
     gradients.state.emplace_back();
     if (!gradient) continue;
     check_same_kind(*gradient, problem.kind, "grad_state");
-    check_sizes(*gradient, {problem.count(), problem.batch, problem.hidden}, op, "grad_state");
+    check_state_sizes(problem, *gradient, "grad_state");
     gradients.state.back() = dense(*gradient);
   }
   return gradients;
@@ -231,6 +228,7 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // state: [] for zeros, [h], or for LSTM [h, c]. mode: by its number in fastnn.ops.rnn.MODES. masks: what the
   // outputs of all layers but the last are multiplied with, (layers - 1, rows, directions * hidden).
+  // A 2D input without batch_sizes is a cell's: one step of one layer, state (batch, hidden).
   m.def(
       "rnn(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor[] final_state)");

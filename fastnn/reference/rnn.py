@@ -45,7 +45,10 @@ CELLS: dict[str, Callable[..., State]] = {
 
 
 def rnn_cell(input: Tensor, state: State, weights: Sequence[Tensor], mode: str) -> State:
-    """One step: input (batch, in), state [h] or [h, c] of (batch, hidden), weights as ``torch.nn.RNNCell`` has them."""
+    """One step: input (batch, in), state [] for zeros, [h] or [h, c] of (batch, hidden), weights as
+    ``torch.nn.RNNCell`` has them -> the new state."""
+    if not state:
+        state = (input.new_zeros(input.shape[0], weights[1].shape[1]),) * 2
     return CELLS[mode](input, state, *weights)
 
 
