@@ -530,6 +530,12 @@ def raw_arguments(mode, dtype=torch.float32, bidirectional=True, layers=2, state
     return [input, None, given if state else [], weights, None, number, layers, bidirectional, False]
 
 
+def raw_cell_arguments(arguments):
+    """A cell's arguments from a network's."""
+    h, c = (*(s[0] for s in arguments[2]), None)[:2]
+    return [arguments[0][0], arguments[5], h, c, *arguments[3][:4]]
+
+
 @pytest.mark.parametrize("mode", op.MODES)
 def test_opcheck(mode):
     arguments = raw_arguments(mode)
@@ -540,7 +546,7 @@ def test_opcheck(mode):
     output, final, reserve = ops.rnn_with_reserve(*arguments)
     backward = [output, list(final), *arguments[:5], output, reserve, *arguments[5:], True, True, True]
     torch.library.opcheck(ops.rnn_backward.default, backward, test_utils=tests)
-    cell = [arguments[0][0], [s[0] for s in arguments[2]], arguments[3][:4], arguments[5]]
+    cell = raw_cell_arguments(arguments)
     torch.library.opcheck(ops.rnn_cell.default, cell, test_utils=tests)
 
 
@@ -682,8 +688,21 @@ def test_raw_operators_refuse_bad_arguments():
         with pytest.raises(RuntimeError):
             ops.rnn_backward(*bad(backward, position, value))
 
-    cell = [good[0][0], [s[0] for s in good[2]], good[3][:4], good[5]]
-    for position, value in [(0, good[0]), (0, good[0][0, 0]), (1, good[2]), (2, good[3][:3]), (2, good[3]), (3, 7)]:
+    cell = raw_cell_arguments(good)
+    ops.rnn_cell(*cell)
+    for position, value in [
+        (0, good[0]),
+        (0, good[0][0, 0]),
+        (1, 7),
+        (1, 2),
+        (2, None),
+        (2, good[2][0]),
+        (3, good[2][0][0, :1]),
+        (4, good[3][1]),
+        (5, good[3][0]),
+        (6, None),
+        (7, good[3][1]),
+    ]:
         with pytest.raises(RuntimeError):
             ops.rnn_cell(*bad(cell, position, value))
 

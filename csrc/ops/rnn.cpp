@@ -79,10 +79,19 @@ std::tuple<Tensor, TensorList, Tensor> rnn_with_reserve(const Tensor& input, con
   return {result.output, result.final_state, *result.reserve};
 }
 
-// A cell's output is its final state: one tensor fewer than by way of `rnn`.
-TensorList rnn_cell(const Tensor& input, const TensorList& state, const TensorList& weights, int64_t mode) {
+// A cell's output is its final state: one tensor fewer than by way of `rnn`. And no lists: each costs 0.3 us.
+TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, const OptionalTensor& c,
+                    const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                    const OptionalTensor& bias_hh) {
   const char* op = "rnn_cell";
   check(input.defined() && input.dim() == 2, op, ": expected input to be 2D (batch, features)");
+  TensorList state, weights{weight_ih, weight_hh};
+  for (const OptionalTensor* given : {&h, &c}) {
+    if (*given) state.push_back(**given);
+  }
+  for (const OptionalTensor* given : {&bias_ih, &bias_hh}) {
+    if (*given) weights.push_back(**given);
+  }
   const Problem problem = check_problem(op, input, {}, state, weights, {}, mode, 1, false, false);
   TensorList new_state;
   for (size_t i = 0; i < states_of(problem.mode); ++i) {
@@ -232,8 +241,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "rnn(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor[] final_state)");
-  // One step of one layer: input (batch, in), state of (batch, hidden).
-  m.def("rnn_cell(Tensor input, Tensor[] state, Tensor[] weights, int mode) -> Tensor[]");
+  // One step of one layer: input (batch, in), h and c (batch, hidden) -> [h] or [h, c].
+  m.def(
+      "rnn_cell(Tensor input, int mode, Tensor? h, Tensor? c, Tensor weight_ih, Tensor weight_hh,"
+      " Tensor? bias_ih=None, Tensor? bias_hh=None) -> Tensor[]");
   // reserve: what rnn_backward needs besides the output
   m.def(
       "rnn_with_reserve(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"

@@ -183,15 +183,20 @@ class _Cell(RNNCellBase):
     def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any:
         """The kernel's answer, or None where the stock cell's is due."""
         mode = self._mode()
-        state = () if hx is None else (hx,) if self._states == 1 else hx
+        if self._states == 1:
+            h, c = hx, None
+        elif hx is None or len(hx) == 2:
+            h, c = hx or (None, None)
+        else:
+            return None
         batched = input.dim() == 2
         if mode is None or (input.is_cuda and not _gpu_serves(input, mode, self.hidden_size, len(input))):
             return None
         if batched:
-            new_state = rnn_cell(input, state, weights, mode)
+            new_state = rnn_cell(input, mode, h, c, *weights)
         else:
-            new_state = rnn_cell(input.unsqueeze(0), [s.unsqueeze(0) for s in state], weights, mode)
-            new_state = [s.squeeze(0) for s in new_state]
+            h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
+            new_state = [s.squeeze(0) for s in rnn_cell(input.unsqueeze(0), mode, h, c, *weights)]
         return new_state[0] if self._states == 1 else tuple(new_state)
 
 

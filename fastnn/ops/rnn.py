@@ -88,17 +88,18 @@ def rnn(
     )
 
 
-def rnn_cell(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], mode: str) -> Sequence[Tensor]:
-    """One step of one layer: input (batch, in), state [] for zeros, [h] or [h, c] of (batch, hidden), weights as for
-    :func:`rnn` -> the new state."""
+def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weights: Tensor) -> Sequence[Tensor]:
+    """One step of one layer: input (batch, in), h and for LSTM c (batch, hidden) or None for zeros, weights as for
+    :func:`rnn` -> the new state, [h] or [h, c]."""
+    number = _NUMBER_OF[mode]
+    if is_inference() and not needs_reference(input):
+        return (_cell_op if torch.compiler.is_compiling() else _cell_call)(input, number, h, c, *weights)
+    state = [s for s in (h, c) if s is not None]
     if needs_reference(input):
         return reference.rnn_cell(input, tuple(state), weights, mode)
-    number = _NUMBER_OF[mode]
-    if is_inference():
-        return (_cell_op if torch.compiler.is_compiling() else _cell_call)(input, state, weights, number)
     if needs_autograd(input, *state, *weights):
         return apply_function(Rnn, input, None, None, _CELL_CONFIGS[number], len(state), *state, *weights)[1:-1]
-    return call_kernel(_cell_op, input, state, weights, number)
+    return call_kernel(_cell_op, input, number, h, c, *weights)
 
 
 def _dropout_masks(
@@ -323,7 +324,16 @@ def _(
 
 
 @raw_operator("rnn_cell")
-def _(input: Tensor, state: list[Tensor], weights: list[Tensor], mode: int) -> list[Tensor]:
-    check_same_device(input, *state, *weights)
-    sizes = (input.shape[0], weights[1].shape[1])
+def _(
+    input: Tensor,
+    mode: int,
+    h: Tensor | None,
+    c: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> list[Tensor]:
+    check_same_device(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+    sizes = (input.shape[0], weight_hh.shape[1])
     return [input.new_empty(sizes) for _ in range(2 if MODES[mode] == "LSTM" else 1)]
