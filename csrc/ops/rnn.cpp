@@ -49,7 +49,7 @@ struct Result {
 Result forward(const Problem& problem, bool save) {
   Result result{problem.new_output(), {}, {}};
   for (size_t i = 0; i < states_of(problem.mode); ++i) {
-    result.final_state.push_back(new_tensor(problem.state_sizes(), problem.kind.dtype));
+    result.final_state.push_back(new_tensor(problem.state_sizes(i), problem.kind.dtype));
   }
   if (save) result.reserve = new_tensor({problem.reserve_size()}, problem.kind.dtype);
   if (problem.rows > 0) {
@@ -95,7 +95,7 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
   const Problem problem = check_problem(op, input, {}, state, weights, {}, mode, 1, false, false);
   TensorList new_state;
   for (size_t i = 0; i < states_of(problem.mode); ++i) {
-    new_state.push_back(new_tensor({problem.batch, problem.hidden}, problem.kind.dtype));
+    new_state.push_back(new_tensor(problem.state_sizes(i), problem.kind.dtype));
   }
   if (problem.rows > 0) {
     with_dtype(problem.kind.dtype,
@@ -137,12 +137,11 @@ OutputGradients check_gradients(const Problem& problem, const OptionalTensor& gr
   check(grad_state.size() == states, op, ": expected ", states, " grad_state, got ", grad_state.size());
   OutputGradients gradients;
   if (grad_output) gradients.output = check_output_like(problem, *grad_output, "grad_output");
-  for (const OptionalTensor& gradient : grad_state) {
+  for (size_t i = 0; i < states; ++i) {
     gradients.state.emplace_back();
-    if (!gradient) continue;
-    check_same_kind(*gradient, problem.kind, "grad_state");
-    check_state_sizes(problem, *gradient, "grad_state");
-    gradients.state.back() = dense(*gradient);
+    if (!grad_state[i]) continue;
+    check_one_state(problem, *grad_state[i], i, "grad_state");
+    gradients.state.back() = dense(*grad_state[i]);
   }
   return gradients;
 }
@@ -175,7 +174,7 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   const int64_t scratch_size = kernels.scratch_size(network, longest_chunk(bounds));
   std::vector<int64_t> sums_at{0};
   for (int64_t i = 0; i < problem.count(); ++i) {
-    sums_at.push_back(sums_at.back() + kernels.sums_size(problem.mode, problem.hidden, problem.input_size_of(i)));
+    sums_at.push_back(sums_at.back() + kernels.sums_size(network, problem.input_size_of(i)));
   }
   const int64_t sums_size = wanted.weights.empty() ? 0 : sums_at.back();
   const int64_t packed_size = network.packed_size(kernels);
@@ -194,11 +193,12 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   });
   for (int64_t i = 0; sums_size && i < problem.count(); ++i) {
     const Tensor* weight = &wanted.weights[i * problem.weights_each];
-    const bool has_biases = problem.weights_each == 4;
-    kernels.finish(problem.mode, problem.hidden, problem.input_size_of(i), sums + sums_at[i], chunks, sums_size,
-                   mutable_data<T>(weight[0]), mutable_data<T>(weight[1]),
-                   has_biases ? mutable_data<T>(weight[2]) : nullptr,
-                   has_biases ? mutable_data<T>(weight[3]) : nullptr);
+    const auto bias_or_null = [&](int64_t which) {
+      return problem.has_biases() ? mutable_data<T>(weight[which]) : nullptr;
+    };
+    kernels.finish(network, problem.input_size_of(i), sums + sums_at[i], chunks, sums_size,
+                   {mutable_data<T>(weight[0]), mutable_data<T>(weight[1]), bias_or_null(2), bias_or_null(3),
+                    problem.projected ? mutable_data<T>(weight[problem.weights_each - 1]) : nullptr});
   }
 }
 
@@ -222,7 +222,7 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
     wanted.input = new_tensor(std::vector<int64_t>(sizes.begin(), sizes.end()), dtype);
   }
   for (size_t i = 0; state_wanted && i < problem.state.size(); ++i) {
-    wanted.state.push_back(new_tensor(problem.state_sizes(), dtype));
+    wanted.state.push_back(new_tensor(problem.state_sizes(i), dtype));
   }
   for (size_t i = 0; weights_wanted && i < problem.weights.size(); ++i) {
     const Sizes sizes = problem.weights[i].sizes();
@@ -237,6 +237,7 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // state: [] for zeros, [h], or for LSTM [h, c]. mode: by its number in fastnn.ops.rnn.MODES. masks: what the
   // outputs of all layers but the last are multiplied with, (layers - 1, rows, directions * hidden).
+  // With a projection (an odd number of weights a direction) h has as many elements as that has rows.
   // A 2D input without batch_sizes is a cell's: one step of one layer, state (batch, hidden).
   m.def(
       "rnn(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"

@@ -14,20 +14,25 @@ struct Problem {
   Expected kind;
   RnnMode mode = RnnMode::tanh;
   int64_t layers = 1, directions = 1, input_size = 0, hidden = 0, batch = 0, rows = 0;
+  int64_t projected = 0;  // LSTM's proj_size, or 0
   bool batch_first = false;
   bool packed = false;  // rows of steps of different sizes, in two dimensions
   bool cell = false;    // one step of one layer: no dimension for time, none for layers
-  int64_t weights_each = 0;  // 2, or 4 with biases
+  int64_t weights_each = 0;  // 2, or 4 with biases, and one more with a projection
   std::vector<RnnStep> steps{};
   Tensor input{};
   TensorList state{}, weights{};
   OptionalTensor masks{};
 
-  int64_t width() const { return directions * hidden; }
+  int64_t outputs() const { return projected ? projected : hidden; }
+  int64_t width() const { return directions * outputs(); }
+  bool has_biases() const { return weights_each >= 4; }
   int64_t count() const { return layers * directions; }
   int64_t input_size_of(int64_t index) const { return index < directions ? input_size : width(); }
-  std::vector<int64_t> state_sizes() const {
-    return cell ? std::vector<int64_t>{batch, hidden} : std::vector<int64_t>{count(), batch, hidden};
+  // Of h (0) or c (1).
+  std::vector<int64_t> state_sizes(size_t which) const {
+    const int64_t units = which == 0 ? outputs() : hidden;
+    return cell ? std::vector<int64_t>{batch, units} : std::vector<int64_t>{count(), batch, units};
   }
   // The output's sizes, and its strides: time-major in memory, whatever the order of the dimensions.
   Tensor new_output() const {
@@ -44,7 +49,9 @@ struct Problem {
   int64_t reserve_size() const { return checked_sum(hidden_outputs_size(), saved_size()); }
   double work() const {  // floating-point operations of one forward
     double total = 0;
-    for (int64_t i = 0; i < count(); ++i) total += 2.0 * rows * gates_of(mode) * hidden * (input_size_of(i) + hidden);
+    for (int64_t i = 0; i < count(); ++i) {
+      total += 2.0 * rows * hidden * (gates_of(mode) * (input_size_of(i) + outputs()) + projected);
+    }
     return total;
   }
 };
@@ -52,22 +59,34 @@ struct Problem {
 inline void check_weights(Problem& problem, const TensorList& weights) {
   const char* op = problem.kind.op;
   const int64_t given = static_cast<int64_t>(weights.size());
-  check(problem.layers > 0 && problem.layers <= given && (given == 2 * problem.count() || given == 4 * problem.count()),
-        op, ": expected 2 weights, or 4 with biases, for each of ", problem.layers, " layers and ", problem.directions,
-        " directions, got ", given);
-  problem.weights_each = given / problem.count();
+  const int64_t layers = problem.layers, count = layers > 0 && layers <= given ? problem.count() : 0;
+  const int64_t each = count > 0 && given % count == 0 ? given / count : 0;
+  const bool projects = each % 2 == 1;
+  check(each >= 2 && each <= 5 && (!projects || problem.mode == RnnMode::lstm), op,
+        ": expected 2 weights, or 4 with biases, and for LSTM one more with a projection, for each of ", layers,
+        " layers and ", problem.directions, " directions, got ", given);
+  problem.weights_each = each;
   check_same_kind(weights[1], problem.kind, "weights");
-  check(weights[1].dim() == 2 && weights[1].size(1) > 0, op, ": expected weights[1] of size (gates * hidden, hidden)");
+  check(weights[1].dim() == 2 && weights[1].size(1) > 0, op, ": expected weights[1] of size (gates * hidden, outputs)");
   problem.hidden = weights[1].size(1);
+  if (projects) {
+    problem.projected = problem.hidden;
+    check_same_kind(weights[each - 1], problem.kind, "weights");
+    check(weights[each - 1].dim() == 2 && weights[each - 1].size(1) > problem.projected, op,
+          ": expected a projection of size (outputs, hidden), with fewer outputs than hidden units");
+    problem.hidden = weights[each - 1].size(1);
+  }
   const int64_t gates = checked_product(gates_of(problem.mode), problem.hidden);
   problem.weights.reserve(given);
   for (int64_t i = 0; i < given; ++i) {
     const Tensor& weight = weights[i];
     check_same_kind(weight, problem.kind, "weights");
-    const int64_t which = i % problem.weights_each;
+    const int64_t which = i % each;
     if (which < 2) {
-      const int64_t columns = which ? problem.hidden : problem.input_size_of(i / problem.weights_each);
+      const int64_t columns = which ? problem.outputs() : problem.input_size_of(i / each);
       check_sizes(weight, {gates, columns}, op, "weights");
+    } else if (projects && which == each - 1) {
+      check_sizes(weight, {problem.projected, problem.hidden}, op, "weights");
     } else {
       check_sizes(weight, {gates}, op, "weights");
     }
@@ -111,11 +130,14 @@ inline size_t states_of(RnnMode mode) {
   return mode == RnnMode::lstm ? 2 : 1;
 }
 
-inline void check_state_sizes(const Problem& problem, const Tensor& tensor, const char* name) {
+// h (0) or c (1), or a gradient of such.
+inline void check_one_state(const Problem& problem, const Tensor& tensor, size_t which, const char* name) {
+  check_same_kind(tensor, problem.kind, name);
+  const int64_t units = which == 0 ? problem.outputs() : problem.hidden;
   if (problem.cell) {
-    check_sizes(tensor, {problem.batch, problem.hidden}, problem.kind.op, name);
+    check_sizes(tensor, {problem.batch, units}, problem.kind.op, name);
   } else {
-    check_sizes(tensor, {problem.count(), problem.batch, problem.hidden}, problem.kind.op, name);
+    check_sizes(tensor, {problem.count(), problem.batch, units}, problem.kind.op, name);
   }
 }
 
@@ -123,10 +145,9 @@ inline void check_state(Problem& problem, const TensorList& state) {
   const char* op = problem.kind.op;
   check(state.empty() || state.size() == states_of(problem.mode), op, ": expected no state or ",
         states_of(problem.mode), " tensors, got ", state.size());
-  for (const Tensor& tensor : state) {
-    check_same_kind(tensor, problem.kind, "state");
-    check_state_sizes(problem, tensor, "state");
-    problem.state.push_back(dense(tensor));
+  for (size_t i = 0; i < state.size(); ++i) {
+    check_one_state(problem, state[i], i, "state");
+    problem.state.push_back(dense(state[i]));
   }
 }
 
@@ -204,14 +225,17 @@ struct Network : RnnNetwork<T> {
     directions_.reserve(problem.count());
     for (int64_t i = 0; i < problem.count(); ++i) {
       const Tensor* weight = &problem.weights[i * problem.weights_each];
-      const bool has_biases = problem.weights_each == 4;
+      const bool has_biases = problem.has_biases();
       directions_.push_back({data<T>(weight[0]), data<T>(weight[1]), has_biases ? data<T>(weight[2]) : nullptr,
-                             has_biases ? data<T>(weight[3]) : nullptr, problem.input_size_of(i), nullptr});
+                             has_biases ? data<T>(weight[3]) : nullptr,
+                             problem.projected ? data<T>(weight[problem.weights_each - 1]) : nullptr,
+                             problem.input_size_of(i), nullptr});
     }
     this->mode = problem.mode;
     this->layers = problem.layers;
     this->directions = problem.directions;
     this->hidden = problem.hidden;
+    this->projected = problem.projected;
     this->batch = problem.batch;
     this->rows = problem.rows;
     this->steps = static_cast<int64_t>(problem.steps.size());
@@ -234,7 +258,7 @@ struct Network : RnnNetwork<T> {
   int64_t packed_size(const Kernels& kernels) const {
     int64_t size = 0;
     for (const RnnWeights<T>& weights : directions_) {
-      size += kernels.packed_size(this->mode, this->hidden, weights.input_size);
+      size += kernels.packed_size(*this, weights.input_size);
     }
     return size;
   }
@@ -242,9 +266,9 @@ struct Network : RnnNetwork<T> {
   template <class Kernels>
   void pack(const Kernels& kernels, Compute<T>* packed) {
     for (RnnWeights<T>& weights : directions_) {
-      kernels.pack(this->mode, this->hidden, weights, packed);
+      kernels.pack(*this, weights, packed);
       weights.packed = packed;
-      packed += kernels.packed_size(this->mode, this->hidden, weights.input_size);
+      packed += kernels.packed_size(*this, weights.input_size);
     }
   }
 };

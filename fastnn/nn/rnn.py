@@ -94,7 +94,7 @@ class _Recurrent(RNNBase):
         return state if isinstance(state, (tuple, list)) and all(isinstance(s, Tensor) for s in state) else None
 
     def _on_chip(self, input: Tensor, batch: int) -> bool:
-        return _gpu_serves(input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1)
+        return self.proj_size == 0 and _gpu_serves(input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1)
 
     def _call(
         self,
@@ -142,7 +142,7 @@ class GRU(_Recurrent):
 
 
 class LSTM(_Recurrent):
-    """``torch.nn.LSTM``, all layers, directions and steps in one kernel; ``proj_size`` takes the stock path."""
+    """``torch.nn.LSTM``, all layers, directions and steps in one kernel."""
 
     _stock = torch.nn.LSTM
     _states = 2

@@ -58,14 +58,14 @@ def rnn(
         input: (length, batch, in), or (batch, length, in) if ``batch_first``, or (rows, in) with ``batch_sizes``.
         batch_sizes: of a ``PackedSequence``: int64, how many sequences run at each step; or None.
         state: [] for zeros, [h], or for LSTM [h, c], each (num_layers * directions, batch, hidden).
-        weights: ``weight_ih, weight_hh, bias_ih, bias_hh``, or the first two, for each direction of each layer, as
-            ``torch.nn.RNN`` has them in ``_flat_weights``.
+        weights: ``weight_ih, weight_hh, bias_ih, bias_hh``, or the first two, and for LSTM maybe ``weight_hr``, a
+            projection of h, for each direction of each layer, as ``torch.nn.LSTM`` has them in ``_flat_weights``.
         mode: RNN_TANH, RNN_RELU, GRU or LSTM.
         dropout: probability of an element between layers being zeroed; give 0 outside training.
 
     Returns:
         The last layer's output, shaped as the input with ``directions * hidden`` features, and the final state, shaped
-        as ``state``.
+        as ``state``. With a projection, h has as many features as that has rows.
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together.
@@ -237,25 +237,28 @@ class RnnBackward(torch.autograd.Function):
         return (None, None, None, *grad_of_grads, None, None, result[0], None, None, *result[1:])
 
 
-def _fake_output(
+def _fake_results(
     input: Tensor, batch_sizes: Tensor | None, weights: list[Tensor], config: Config
-) -> tuple[Tensor, list[Tensor]]:
-    hidden = weights[1].shape[1]
+) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Output and final state, and the elements of h and c in a row of one direction."""
     directions = 2 if config.bidirectional else 1
-    states = 2 if MODES[config.mode] == "LSTM" else 1
-    if batch_sizes is None and input.dim() == 2:
-        sizes = (input.shape[0], hidden)
-        return input.new_empty(sizes), [input.new_empty(sizes) for _ in range(states)]
+    count = config.num_layers * directions
+    torch._check(input.shape[-1] == weights[0].shape[1], lambda: "rnn: the input does not fit the weights")
+    outputs, hidden = reference.state_sizes(weights[: len(weights) // count])
+    sizes = [outputs, hidden][: 2 if MODES[config.mode] == "LSTM" else 1]
     if batch_sizes is not None:
         batch: Any = torch.library.get_ctx().new_dynamic_size()
-        output = input.new_empty(input.shape[0], directions * hidden)
+        output = input.new_empty(input.shape[0], directions * outputs)
+    elif input.dim() == 2:  # a cell's
+        batch = input.shape[0]
+        return input.new_empty(batch, outputs), [input.new_empty(batch, size) for size in sizes], [outputs, hidden]
     elif config.batch_first:
         batch, length, _ = input.shape
-        output = input.new_empty(length, batch, directions * hidden).transpose(0, 1)
+        output = input.new_empty(length, batch, directions * outputs).transpose(0, 1)
     else:
         length, batch, _ = input.shape
-        output = input.new_empty(length, batch, directions * hidden)
-    return output, [input.new_empty(config.num_layers * directions, batch, hidden) for _ in range(states)]
+        output = input.new_empty(length, batch, directions * outputs)
+    return output, [input.new_empty(count, batch, size) for size in sizes], [outputs, hidden]
 
 
 @raw_operator("rnn")
@@ -271,7 +274,7 @@ def _(
     batch_first: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     check_same_device(input, *state, *weights, masks)
-    return _fake_output(input, batch_sizes, weights, Config(mode, num_layers, bidirectional, batch_first))
+    return _fake_results(input, batch_sizes, weights, Config(mode, num_layers, bidirectional, batch_first))[:2]
 
 
 _KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
@@ -291,9 +294,9 @@ def _(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     check_same_device(input, *state, *weights, masks)
     config = Config(mode, num_layers, bidirectional, batch_first)
-    output, final_state = _fake_output(input, batch_sizes, weights, config)
-    kept = num_layers - 1 + num_layers * _KEPT[MODES[mode]]
-    return output, final_state, input.new_empty(kept * output.numel())
+    output, final_state, (outputs, hidden) = _fake_results(input, batch_sizes, weights, config)
+    kept = (num_layers - 1) * outputs + num_layers * _KEPT[MODES[mode]] * hidden
+    return output, final_state, input.new_empty(output.numel() // outputs * kept)
 
 
 @raw_operator("rnn_backward")
