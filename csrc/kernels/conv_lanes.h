@@ -144,13 +144,13 @@ template <int pixels, int outputs, int vectors, bool shared_weight, class C>
 FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
                               int64_t weight_step, const Vec<C> (&bias)[outputs][vectors], C* to, int64_t output_step) {
   constexpr int64_t pixel = vectors * kLanes<C>;
-  Vec<C> total[pixels][outputs][vectors];
+  Vec<C> total[pixels * outputs][vectors];
   for (int p = 0; p < pixels; ++p) {
     for (int o = 0; o < outputs; ++o) {
-      for (int v = 0; v < vectors; ++v) total[p][o][v] = bias[o][v];
+      for (int v = 0; v < vectors; ++v) total[p * outputs + o][v] = bias[o][v];
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const C* at = tile + offsets[k];
 #pragma GCC unroll 4
     for (int p = 0; p < pixels; ++p) {
@@ -160,15 +160,17 @@ FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offset
       for (int o = 0; o < outputs; ++o) {
         for (int v = 0; v < vectors; ++v) {
           const Vec<C> factor = shared_weight ? broadcast<C>(weight[o]) : load(weight + v * kLanes<C>);
-          total[p][o][v] += value[v] * factor;
+          total[p * outputs + o][v] += value[v] * factor;
         }
       }
     }
     weight += weight_step;
-  }
+  });
   for (int p = 0; p < pixels; ++p) {
     for (int o = 0; o < outputs; ++o) {
-      for (int v = 0; v < vectors; ++v) store(to + o * output_step + p * pixel + v * kLanes<C>, total[p][o][v]);
+      for (int v = 0; v < vectors; ++v) {
+        store(to + o * output_step + p * pixel + v * kLanes<C>, total[p * outputs + o][v]);
+      }
     }
   }
 }

@@ -97,6 +97,22 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
   }
 }
 
+// Calls add(k) for each k < depth, which adds to `total`. Long sums are taken in parts, for the sake of their error.
+template <int rows, int vectors, class V, class Add>
+FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const Add& add) {
+  V earlier[rows][vectors];  // in memory: the registers are taken
+  for (int64_t k = 0; k < depth;) {
+    if (k > 0) set_aside(total, earlier, k > kLongestSum);
+    for (const int64_t end = smaller(k + kLongestSum, depth); k < end; ++k) add(k);
+  }
+  if (depth <= kLongestSum) return;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) total[r][v] += earlier[r][v];
+  }
+}
+
 // The register tile: `pixels` consecutive conv pixels by `vectors` vectors of output channels.
 // A step of 0 stands for one known only at run time.
 template <int pixels, int vectors, int fixed_step, class C>
@@ -110,7 +126,7 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
   for (int p = 0; p < pixels; ++p) {
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const int64_t offset = offsets[k];
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
@@ -120,7 +136,7 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
       const Vec<C> left = broadcast<C>(fixed_step ? from[0][offset + p * fixed_step] : from[p][offset]);
       for (int v = 0; v < vectors; ++v) total[p][v] += left * right[v];
     }
-  }
+  });
 #pragma GCC unroll 16
   for (int p = 0; p < pixels; ++p) {
     for (int v = 0; v < vectors; ++v) store(to + (p * vectors + v) * kLanes<C>, total[p][v]);
