@@ -161,27 +161,29 @@ class BackwardWorker {
     const ConvLayout& wl = call_.winners_layout;
     for (int64_t o = 0; o < g_.out_channels; ++o) {
       const int64_t channel = group_ * g_.out_channels + o;
-      Vec<C> total = {};
-      C single = 0;
+      double total = 0;  // the longest sum of all
       for (int64_t row = 0; row < g_.output[0] * g_.output[1]; ++row) {
         const int64_t y = row % g_.output[1], z = row / g_.output[1];
         const T* from = call_.grad_output + image_ * gl.n + channel * gl.c + z * gl.d[0] + y * gl.d[1];
         const uint8_t* winner = call_.winners + image_ * wl.n + channel * wl.c + z * wl.d[0] + y * wl.d[1];
+        Vec<C> lanes = {};
+        C single = 0;
         int64_t x = 0;
         if (gl.d[2] == 1 && wl.d[2] == 1) {
           for (; x + kLanes<C> <= g_.output[2]; x += kLanes<C>) {
             LaneBytes bytes;
             __builtin_memcpy(&bytes, winner + x, sizeof(bytes));
             const Places<C> places = __builtin_convertvector(bytes, Places<C>);
-            total += places == Places<C>{} + kDead ? Vec<C>{} : load(from + x);
+            lanes += places == Places<C>{} + kDead ? Vec<C>{} : load(from + x);
           }
         }
         for (; x < g_.output[2]; ++x) {
           const C value = to_compute(from[x * gl.d[2]]);
           single += winner[x * wl.d[2]] == kDead ? C(0) : value;
         }
+        total += single + sum_lanes<C>(lanes);
       }
-      to[o] += single + sum_lanes<C>(total);
+      to[o] += static_cast<C>(total);
     }
   }
 

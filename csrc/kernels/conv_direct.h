@@ -110,6 +110,24 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   return plan;
 }
 
+// For one image and group: a group's output channels may not fill its vectors, and a short row's tile not the
+// multipliers' pipelines.
+template <class C>
+double direct_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
+  const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
+  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
+  const double accumulators = static_cast<double>(smaller(row, kConvPixels) * smaller(2, vectors));
+  const double pixels = static_cast<double>(row * g.conv[0] * g.conv[1]);
+  const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
+  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
+  const int64_t rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
+  const double elements = static_cast<double>(g.in_channels * rows * input_extent(g, 2, plan.columns));
+  const double copy = copy_cost(elements, static_cast<double>(plan.channels_last ? rows : rows * g.in_channels), false);
+  constexpr double kWayOut = 12;  // of a vector of pooled pixels
+  return pixels * vectors * g.depth() * slow + copy + kWayOut * static_cast<double>(vectors * g.pixels());
+}
+
 // weight -> [group][block of channels][depth][vectors x lanes], zeros where a block has fewer channels
 template <class T>
 void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
@@ -118,12 +136,7 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
   const ConvLayout& layout = call.weight_layout;
   const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
   const int64_t depth = g.depth();
-  // In memory the depth is one run, for either order.
-  const bool in_order = call.plan.channels_last
-                            ? layout.c == 1 && layout.d[2] == g.in_channels &&
-                                  layout.d[1] == layout.d[2] * g.kernel[2] && layout.d[0] == layout.d[1] * g.kernel[1]
-                            : layout.d[2] == 1 && layout.d[1] == g.kernel[2] &&
-                                  layout.d[0] == layout.d[1] * g.kernel[1] && layout.c == g.taps();
+  const bool in_order = is_in_order(g, layout, call.plan.channels_last);
   for (int64_t item = first_item; item < last_item; ++item) {
     const int64_t group = item / blocks, first = item % blocks * kBlockChannels<C>;
     const int64_t count = smaller(g.out_channels - first, kBlockChannels<C>);

@@ -1,8 +1,12 @@
 #include "conv_relu_max_pool.h"
+#include <stdlib.h>
+#include <stdio.h>
 
 #include "conv_backward.h"
 #include "conv_direct.h"
 #include "conv_lanes.h"
+#include "conv_rows.h"
+#include "conv_scatter.h"
 #include "conv_winners.h"
 #include "conv_winograd.h"
 
@@ -10,26 +14,25 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// The share of direct convolution's multiplications that are useful ones: a group's output channels may not fill its
-// vectors, and a short row's tile not the multipliers' pipelines.
-template <class C>
-double direct_useful(const ConvPoolGeometry& g) {
-  constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
-  const double lanes = static_cast<double>(g.out_channels) / round_up(g.out_channels, kLanes<C>);
-  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
-  const double accumulators = static_cast<double>(row * smaller(2, divide_up(g.out_channels, kLanes<C>)));
-  return accumulators < kInFlight ? lanes * accumulators / kInFlight : lanes;
-}
-
+// The algorithm that is cheapest, by a count of vector multiply-adds for one image and group.
 template <class C>
 ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact) {
   if (!exact && sizeof(C) == sizeof(float) && winograd_pays<C>(g)) return plan_winograd<C>(g);
-  const double direct = direct_useful<C>(g);
-  if (direct < 1) {
-    const LanesPlan lanes = plan_lanes<C>(g);
-    if (lanes.useful > direct) return lanes.plan;
-  }
-  return plan_direct<C>(g, input, threads);
+  const ConvPoolPlan direct = plan_direct<C>(g, input, threads);
+  const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
+  const double direct_costs = direct_cost<C>(g, direct);
+  if (direct_costs < 1.02 * least) return direct;
+  const LanesPlan lanes = plan_lanes<C>(g);
+  const double lanes_costs = lanes.useful > 0 ? least / lanes.useful : direct_costs;
+  const ConvPoolPlan rows = rows_apply(g) ? plan_rows<C>(g, threads) : direct;
+  const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, rows) : direct_costs;
+  if (const char* forced = getenv("ALG"))
+    return forced[0] == 'd'                       ? direct
+           : forced[0] == 'r' && rows_apply(g)    ? rows
+           : forced[0] == 'l' && lanes.useful > 0 ? lanes.plan
+                                                  : direct;
+  if (rows_costs < direct_costs && rows_costs < lanes_costs) return rows;
+  return lanes_costs < direct_costs ? lanes.plan : direct;
 }
 
 template <class T>
@@ -45,6 +48,8 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
   switch (call.plan.algorithm) {
     case ConvAlgorithm::direct:
       return pack_direct(call, first_item, last_item);
+    case ConvAlgorithm::rows:
+      return pack_rows(call, first_item, last_item);
     case ConvAlgorithm::lanes:
       return pack_lanes(call);
     case ConvAlgorithm::winograd:
@@ -57,6 +62,8 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
   switch (call.plan.algorithm) {
     case ConvAlgorithm::direct:
       return forward_direct(call, first_item, last_item, scratch);
+    case ConvAlgorithm::rows:
+      return forward_rows(call, first_item, last_item, scratch);
     case ConvAlgorithm::lanes:
       return forward_lanes(call, first_item, last_item, scratch);
     case ConvAlgorithm::winograd:
@@ -66,8 +73,9 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
 
 template <class T>
 constexpr ConvPoolKernels<T> kernels() {
-  return {plan<Compute<T>>, plan_holds<T>, pack<T>,          forward<T>,        plan_backward<Compute<T>>,
-          pack_backward<T>, backward<T>,   unpack_weight<T>, store_computed<T>, winners_are_valid<T>};
+  return {plan<Compute<T>>,    plan_holds<T>, pack<T>,    forward<T>,       plan_backward<Compute<T>>,
+          pack_backward<T>,    backward<T>,   scatter<T>, unpack_weight<T>, store_computed<T>,
+          winners_are_valid<T>};
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ struct ConvLayout {
 
 enum class ConvAlgorithm : int32_t {
   direct,    // conv_direct.h: output channels in the vector's lanes
+  rows,      // conv_rows.h: consecutive pixels in the lanes
   lanes,     // conv_lanes.h: independent pieces of the problem in the lanes
   winograd,  // conv_winograd.h: fewer multiplications
 };
@@ -114,6 +115,9 @@ struct ConvPoolKernels {
   // grad_weight (weight_size) and grad_bias (groups x out_channels) are added to; either may be null.
   void (*backward)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, int64_t first_block,
                    int64_t last_block, Compute<T>* grad_weight, Compute<T>* grad_bias, void* scratch);
+  // The gradient of the convolution's output of images [first_image, last_image), laid out in full.
+  void (*scatter)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, T* grad_conv,
+                  const ConvLayout& layout);
   // A private weight gradient, given back in the weight's layout.
   void (*unpack_weight)(const ConvPoolBackward<T>&, const Compute<T>* grad_weight, T* to, const ConvLayout& layout);
   void (*store)(const Compute<T>* from, int64_t count, T* to);

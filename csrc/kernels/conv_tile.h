@@ -31,6 +31,21 @@ FASTNN_INLINE void for_each_tap(const ConvPoolGeometry& g, bool channels_last, c
   }
 }
 
+// Whether the elements of one output channel's weight are one run in memory, in the order of for_each_tap.
+FASTNN_INLINE bool is_in_order(const ConvPoolGeometry& g, const ConvLayout& weight, bool channels_last) {
+  const bool joined = weight.d[1] == weight.d[2] * g.kernel[2] && weight.d[0] == weight.d[1] * g.kernel[1];
+  return joined &&
+         (channels_last ? weight.c == 1 && weight.d[2] == g.in_channels : weight.d[2] == 1 && weight.c == g.taps());
+}
+
+// What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, by whether
+// it is copied as it lies or transposed, and this much a run.
+constexpr double kCopyCost = 0.25, kTransposeCost = 0.7, kRunCost = 16;
+
+FASTNN_INLINE double copy_cost(double elements, double runs, bool transposed) {
+  return elements * (transposed ? kTransposeCost : kCopyCost) + runs * kRunCost;
+}
+
 // A box of the input, zeros where it reaches beyond: [channel][slice][row][column], or with the channel innermost.
 template <class C>
 struct InputTile {
@@ -108,7 +123,7 @@ FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const 
   if (depth <= kLongestSum) return;
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) total[r][v] += earlier[r][v];
   }
 }

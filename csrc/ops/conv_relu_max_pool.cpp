@@ -2,7 +2,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "conv_problem.h"
+#include "conv_library.h"
 #include "register.h"
 
 namespace fastnn {
@@ -10,15 +10,28 @@ namespace {
 
 // ---- forward ------------------------------------------------------------------------------------------------
 
+// A kernel of one element that strides over the input: the same over a view of what it meets.
+void skip_unused_input(ConvPoolGeometry& g, ConvLayout& input) {
+  for (int d = 0; d < 3; ++d) {
+    if (g.kernel[d] != 1 || g.padding[d] != 0) continue;
+    g.input[d] = g.conv[d];
+    input.d[d] *= g.stride[d];
+    g.stride[d] = 1;
+  }
+}
+
 template <class T>
 void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight,
                  const std::optional<Tensor>& bias, const Tensor& output, const Tensor& winners) {
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
   const int64_t threads = useful_threads(problem.work);
-  ConvPoolForward<T> call{problem.geometry,
-                          kernels.plan(problem.geometry, layout_of(input), threads, false),
+  ConvPoolGeometry geometry = problem.geometry;
+  ConvLayout input_layout = layout_of(input);
+  skip_unused_input(geometry, input_layout);
+  ConvPoolForward<T> call{geometry,
+                          kernels.plan(geometry, input_layout, threads, false),
                           data<T>(input),
-                          layout_of(input),
+                          input_layout,
                           data<T>(weight),
                           layout_of(weight),
                           bias ? data<T>(*bias) : nullptr,
@@ -26,7 +39,7 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
                           mutable_data<T>(output),
                           layout_of(output),
                           winners.defined() ? mutable_data<uint8_t>(winners) : nullptr};
-  if (!kernels.plan_holds(call)) call.plan = kernels.plan(problem.geometry, call.input_layout, threads, true);
+  if (!kernels.plan_holds(call)) call.plan = kernels.plan(geometry, input_layout, threads, true);
   const ConvPoolPlan& plan = call.plan;
   const int64_t chunks = std::min(threads, plan.items);
   const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
@@ -89,10 +102,6 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, 
 
 // ---- backward -----------------------------------------------------------------------------------------------
 
-struct Wanted {
-  bool input, weight, bias;
-};
-
 // Private parts [part][size], summed in order into the first.
 template <class C>
 void sum_parts(C* parts, int64_t count, int64_t size, int64_t threads) {
@@ -112,8 +121,6 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   using C = Compute<T>;
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
   const ConvPoolGeometry& g = problem.geometry;
-  FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), problem.kind.op,
-               ": winners has a place that its window doesn't have");
   const ConvPoolBackwardPlan plan = kernels.plan_backward(g);
   // Images first; where they are fewer than threads, each thread has some of the channels.
   const int64_t threads = useful_threads(problem.work / 2);
@@ -172,9 +179,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
     const Ints& pool_padding, const Ints& pool_dilation, bool ceil_mode, bool input_wanted, bool weight_wanted,
     bool bias_wanted) {
   const char* op = "conv_relu_max_pool_backward";
-  const ConvPoolProblem problem = check_problem(
-      op, input, weight, std::nullopt,
-      {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode});
+  const ConvPoolArguments arguments{stride,      padding,      dilation,      groups,   pool_kernel_size,
+                                    pool_stride, pool_padding, pool_dilation, ceil_mode};
+  const ConvPoolProblem problem = check_problem(op, input, weight, std::nullopt, arguments);
   const ConvPoolGeometry& g = problem.geometry;
   FASTNN_CHECK(g.pool_kernel[0] <= kMostPlaces && g.pool_kernel[1] <= kMostPlaces && g.pool_kernel[2] <= kMostPlaces &&
                    g.places() <= kMostPlaces,
@@ -196,7 +203,16 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
     if (!condition) sizes[0] = 0;
     return sizes;
   };
+  const Wanted wanted{input_wanted, weight_wanted, bias_wanted};
   const bool is_empty = g.batch == 0;
+  if (!is_empty) {
+    with_dtype(dtype, [&](auto type) {
+      const auto& kernels = conv_relu_max_pool_kernels().get<decltype(type)>();
+      FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), op,
+                   ": winners has a place that its window doesn't have");
+    });
+    if (getenv("LIB")) return backward_by_library(problem, arguments, grad_output, winners, input, weight, wanted);
+  }
   const Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
   const Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));
   const Tensor grad_bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
@@ -205,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
     std::memset(grad_bias.mutable_data_ptr(), 0, grad_bias.numel() * grad_bias.element_size());
   } else {
     with_dtype(dtype, [&](auto type) {
-      run_backward<decltype(type)>(problem, grad_output, winners, input, weight,
-                                   {input_wanted, weight_wanted, bias_wanted}, grad_input, grad_weight, grad_bias);
+      run_backward<decltype(type)>(problem, grad_output, winners, input, weight, wanted, grad_input, grad_weight,
+                                   grad_bias);
     });
   }
   return {grad_input, grad_weight, grad_bias};
