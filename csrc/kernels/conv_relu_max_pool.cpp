@@ -15,17 +15,23 @@ namespace FASTNN_ISA {
 namespace {
 
 // The algorithm that is cheapest, by a count of vector multiply-adds for one image and group.
-template <class C>
+template <class T>
 ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact) {
+  using C = Compute<T>;
   if (!exact && sizeof(C) == sizeof(float) && winograd_pays<C>(g)) return plan_winograd<C>(g);
-  const ConvPoolPlan direct = plan_direct<C>(g, input, threads);
+  const ConvPoolPlan direct = plan_direct<T>(g, input, threads);
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
   const double direct_costs = direct_cost<C>(g, direct);
-  if (direct_costs < 1.02 * least) return direct;
-  const LanesPlan lanes = plan_lanes<C>(g);
-  const double lanes_costs = lanes.useful > 0 ? least / lanes.useful : direct_costs;
-  const ConvPoolPlan rows = rows_apply(g) ? plan_rows<C>(g, threads) : direct;
+  if (direct_costs < 1.02 * least && !getenv("COSTS")) return direct;
+  const LanesPlan lanes = plan_lanes<T>(g, input);
+  const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
+  const ConvPoolPlan rows = rows_apply(g) ? plan_rows<T>(g, input, threads) : direct;
   const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, rows) : direct_costs;
+  if (getenv("COSTS"))
+    fprintf(stderr, "COSTS d %.0f r %.0f l %.0f least %.0f inplace %d%d%d pad %ld items %ld\n",
+            direct_costs * g.groups * g.batch, rows_costs * g.groups * g.batch, lanes_costs * g.groups * g.batch,
+            least * g.groups * g.batch, direct.in_place, rows.in_place, lanes.plan.in_place, (long)g.padding[2],
+            (long)(g.batch * g.groups));
   if (const char* forced = getenv("ALG"))
     return forced[0] == 'd'                       ? direct
            : forced[0] == 'r' && rows_apply(g)    ? rows
@@ -73,9 +79,8 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
 
 template <class T>
 constexpr ConvPoolKernels<T> kernels() {
-  return {plan<Compute<T>>,    plan_holds<T>, pack<T>,    forward<T>,       plan_backward<Compute<T>>,
-          pack_backward<T>,    backward<T>,   scatter<T>, unpack_weight<T>, store_computed<T>,
-          winners_are_valid<T>};
+  return {plan<T>,     plan_holds<T>, pack<T>,          forward<T>,        plan_backward<Compute<T>>, pack_backward<T>,
+          backward<T>, scatter<T>,    unpack_weight<T>, store_computed<T>, winners_are_valid<T>};
 }
 
 }  // namespace

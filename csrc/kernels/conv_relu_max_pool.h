@@ -50,6 +50,7 @@ struct ConvPoolPlan {
   int64_t packed_size;            // elements of the packed weight
   int64_t pack_items;             // independent pieces of packing
   int64_t scratch_size;           // bytes, a thread
+  bool in_place;                  // the input is read where it lies, not from a padded copy
   bool channels_last;             // the order of the tile's elements and so of the packed weight's
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together

@@ -65,11 +65,11 @@ struct RowScratch {
   int64_t pixel_step, stage_step;
   int64_t size;
 
-  RowScratch(const ConvPoolGeometry& g, int64_t band, void* memory) {
-    const RowShape s = row_shape<C>(g, band);
+  RowScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
+    const RowShape s = row_shape<C>(g, plan.band);
     const int64_t outputs = smaller(g.out_channels, kRowOutputs), element = sizeof(C);
     pixel_step = s.vectors * kLanes<C> + 2 * s.margin + kLanes<C>;
-    stage_step = band * g.output[2];
+    stage_step = plan.band * g.output[2];
     char* base = static_cast<char*>(memory);
     int64_t used = 0;
     const auto take = [&](int64_t bytes) {
@@ -77,7 +77,7 @@ struct RowScratch {
       used += round_up(bytes, 64);
       return part;
     };
-    tile = reinterpret_cast<C*>(take((g.in_channels * s.channel + kLanes<C>)*element));
+    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : (g.in_channels * s.channel + kLanes<C>)*element));
     // A window's vector of pixels may reach a few strides past the last.
     pixels = reinterpret_cast<C*>(
         take((s.conv[0] * outputs * pixel_step + kLanes<C> * (g.pool_stride[2] + 1) + g.pool_kernel[2]) * element));
@@ -95,8 +95,20 @@ FASTNN_INLINE bool rows_apply(const ConvPoolGeometry& g) {
   return g.pool_dilation[0] == 1 && g.pool_dilation[1] == 1 && g.pool_dilation[2] == 1;
 }
 
-template <class C>
-ConvPoolPlan plan_rows(const ConvPoolGeometry& g, int64_t threads) {
+// Whether the input's rows follow one another at the pitch wanted, and the last band's are a vector at least.
+template <class T>
+FASTNN_INLINE bool rows_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  const int64_t pitch = row_shape<Compute<T>>(g, plan.band).pitch;
+  const bool strided = g.stride[0] * g.stride[1] * g.stride[2] > 1;
+  const int64_t past = smaller(g.conv[1], (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1));
+  const int64_t last_rows = past - (plan.row_parts - 1) * plan.band * g.pool_stride[1];
+  return can_stay_in_place<T>(g, input) && !strided && input.d[2] == 1 && input.d[1] == pitch &&
+         g.pool_padding[1] == 0 && (last_rows - 1) * pitch + g.conv[2] >= kLanes<Compute<T>>;
+}
+
+template <class T>
+ConvPoolPlan plan_rows(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
+  using C = Compute<T>;
   ConvPoolPlan plan = {};
   plan.algorithm = ConvAlgorithm::rows;
   const auto tile_bytes = [&](int64_t band) {
@@ -112,7 +124,8 @@ ConvPoolPlan plan_rows(const ConvPoolGeometry& g, int64_t threads) {
   plan.items = others * plan.row_parts;
   plan.pack_items = g.groups * divide_up(g.out_channels, kRowOutputs);
   plan.packed_size = g.groups * g.out_channels * g.depth();
-  plan.scratch_size = RowScratch<C>(g, plan.band, nullptr).size;
+  plan.in_place = rows_stay_in_place<T>(g, input, plan);
+  plan.scratch_size = RowScratch<C>(g, plan, nullptr).size;
   return plan;
 }
 
@@ -122,15 +135,17 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
   const RowShape s = row_shape<C>(g, plan.band);
   const double bands = static_cast<double>(g.output[0] * plan.row_parts);
   const double multiplications = static_cast<double>(g.out_channels * g.depth() * s.conv[0] * s.vectors);
-  const double runs = static_cast<double>(s.slices * s.rows * smaller(g.stride[1], g.kernel_extent(1)));
+  const int64_t phases = smaller(g.stride[1], g.kernel_extent(1)) * smaller(g.stride[2], g.kernel_extent(2));
+  const double runs = static_cast<double>(s.slices * s.rows * phases);
   const bool transposed = input.c == 1 && g.in_channels > 1;
   const bool as_it_lies = input.d[2] * g.stride[2] == 1;
   const double elements = static_cast<double>(g.in_channels * s.slices * s.slice);
   const double copy = copy_cost(elements, transposed ? runs : runs * g.in_channels, transposed || !as_it_lies);
-  constexpr double kItem = 400, kOverhead = 1.1, kPlace = 3;  // per band, on multiplications, of a vector of windows
+  constexpr double kItem = 400, kOverhead = 1.1;                                // per band, on multiplications
+  const double place = g.pool_stride[2] == 3 || g.pool_stride[2] > 4 ? 40 : 4;  // of a vector of windows
   const double windows =
       static_cast<double>(g.out_channels * plan.band * divide_up(g.output[2], kLanes<C>) * g.places());
-  return bands * (kItem + kOverhead * multiplications + copy + kPlace * windows);
+  return bands * (kItem + kOverhead * multiplications + (plan.in_place ? 0 : copy) + place * windows);
 }
 
 // weight -> [group][block of output channels][depth][channel]
@@ -203,6 +218,8 @@ FASTNN_INLINE Vec<C> load_strided(const C* from, int64_t stride) {
     return load(from);
   } else if constexpr (fixed_stride == 2) {
     return every_second<C>(load(from), load(from + kLanes<C>));
+  } else if constexpr (fixed_stride == 4) {
+    return every_second<C>(load_strided<2>(from, 2), load_strided<2>(from + 2 * kLanes<C>, 2));
   } else {
     C lanes[kLanes<C>];
     for (int i = 0; i < kLanes<C>; ++i) lanes[i] = from[i * stride];
@@ -219,7 +236,11 @@ class RowsForward {
       : call_(call),
         g_(call.geometry),
         s_(row_shape<C>(call.geometry, call.plan.band)),
-        scratch_(call.geometry, call.plan.band, memory) {
+        scratch_(call.geometry, call.plan, memory) {
+    if (call.plan.in_place) {
+      s_.channel = call.input_layout.c;
+      s_.slice = call.input_layout.d[0];
+    }
     for_each_tap(g_, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       const int64_t row = h * g_.dilation[1], column = w * g_.dilation[2];
       scratch_.offsets[k] = c * s_.channel + d * g_.dilation[0] * s_.slice + row % g_.stride[1] * s_.phase[0] +
@@ -237,7 +258,7 @@ class RowsForward {
     image_ = item / g_.groups;
     first_conv_[0] = larger(0, slice_ * g_.pool_stride[0] - g_.pool_padding[0]);
     first_conv_[1] = larger(0, first_ * g_.pool_stride[1] - g_.pool_padding[1]);
-    load_tile();
+    find_tile();
     const int64_t blocks = divide_up(g_.out_channels, kRowOutputs);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = g_.out_channels * b / blocks, last = g_.out_channels * (b + 1) / blocks;
@@ -247,10 +268,26 @@ class RowsForward {
   }
 
  private:
-  void load_tile() {
+  void find_tile() {
+    const ConvLayout& layout = call_.input_layout;
+    const T* image = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
+    // The last band has no more rows than are left.
+    const int64_t past = (last_ - 1) * g_.pool_stride[1] - g_.pool_padding[1] + g_.pool_extent(1);
+    s_.conv[1] = smaller(past, g_.conv[1]) - first_conv_[1];
+    s_.run = (s_.conv[1] - 1) * s_.pitch + g_.conv[2];
+    s_.vectors = divide_up(s_.run, kLanes<C>);
+    if (call_.plan.in_place) {
+      // Of the type computed in, or the plan would not be to leave it there.
+      tile_ = reinterpret_cast<const C*>(image) + first_conv_[0] * layout.d[0] + first_conv_[1] * layout.d[1];
+    } else {
+      tile_ = scratch_.tile;
+      load_tile(image);
+    }
+  }
+
+  void load_tile(const T* image) {
     const ConvLayout& layout = call_.input_layout;
     const bool channels_inside = layout.c == 1 && g_.in_channels > 1;
-    const T* image = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
     const int64_t row_phases = smaller(g_.stride[1], g_.kernel_extent(1));
     for (int64_t c = 0; c < (channels_inside ? 1 : g_.in_channels); ++c) {
       for (int64_t d = 0; d < s_.slices; ++d) {
@@ -301,7 +338,7 @@ class RowsForward {
     const int64_t slices = smaller(s_.conv[0], g_.conv[0] - first_conv_[0]);
     for (int64_t z = 0; z < slices; ++z) {
       C* to = pixels(z, 0, outputs);
-      conv_slice<outputs>(first, scratch_.tile + z * g_.stride[0] * s_.slice, bias, to);
+      conv_slice<outputs>(first, tile_ + z * g_.stride[0] * s_.slice, bias, to);
       if (s_.margin > 0) {
         for (int o = 0; o < outputs; ++o) fill_margins(to + o * scratch_.pixel_step);
       }
@@ -324,14 +361,19 @@ class RowsForward {
   void conv_slice(int64_t first, const C* tile, const C* bias, C* to) {
     constexpr int most = row_vectors(outputs);
     const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
-    const int64_t tiles = divide_up(s_.vectors, most);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t from = s_.vectors * t / tiles, count = s_.vectors * (t + 1) / tiles - from;
+    const auto run_tile = [&](int64_t from, int64_t count) {
       with_constant<most>(static_cast<int>(count), [&](auto vectors) {
-        rows_tile<outputs, decltype(vectors)::value>(tile + from * kLanes<C>, scratch_.offsets, g_.depth(), weight,
-                                                     bias, to + from * kLanes<C>, scratch_.pixel_step);
+        rows_tile<outputs, decltype(vectors)::value>(tile + from, scratch_.offsets, g_.depth(), weight, bias, to + from,
+                                                     scratch_.pixel_step);
       });
+    };
+    // In the input, nothing may be read beyond the run: its last vector ends with it.
+    const int64_t whole = call_.plan.in_place ? s_.run / kLanes<C> : s_.vectors, tiles = divide_up(whole, most);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t from = whole * t / tiles;
+      run_tile(from * kLanes<C>, whole * (t + 1) / tiles - from);
     }
+    if (whole < s_.vectors) run_tile(s_.run - kLanes<C>, 1);
   }
 
   // What windows find beside the rows of one channel.
@@ -363,6 +405,8 @@ class RowsForward {
         return call_.winners ? pool_windows<1, true>(count, to, winners) : pool_windows<1, false>(count, to, winners);
       case 2:
         return call_.winners ? pool_windows<2, true>(count, to, winners) : pool_windows<2, false>(count, to, winners);
+      case 4:
+        return call_.winners ? pool_windows<4, true>(count, to, winners) : pool_windows<4, false>(count, to, winners);
       default:
         return call_.winners ? pool_windows<0, true>(count, to, winners) : pool_windows<0, false>(count, to, winners);
     }
@@ -405,8 +449,9 @@ class RowsForward {
 
   const ConvPoolForward<T>& call_;
   const ConvPoolGeometry& g_;
-  const RowShape s_;
+  RowShape s_;
   const RowScratch<C> scratch_;
+  const C* tile_;  // the band's first conv pixel, first tap
   int64_t image_, group_, slice_, first_, last_;
   int64_t first_conv_[2];
 };

@@ -38,9 +38,19 @@ FASTNN_INLINE bool is_in_order(const ConvPoolGeometry& g, const ConvLayout& weig
          (channels_last ? weight.c == 1 && weight.d[2] == g.in_channels : weight.d[2] == 1 && weight.c == g.taps());
 }
 
+// Whether a tile is of use: not where the input has the type computed in, no padding, and its channels don't all fall
+// into the same few sets of the cache.
+template <class T>
+FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input) {
+  constexpr int64_t kSetsApart = 4096, kFewChannels = 8;
+  const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
+  const bool crowded = input.c * static_cast<int64_t>(sizeof(T)) % kSetsApart == 0 && g.in_channels > kFewChannels;
+  return sizeof(T) == sizeof(Compute<T>) && !padded && !crowded;
+}
+
 // What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, by whether
 // it is copied as it lies or transposed, and this much a run.
-constexpr double kCopyCost = 0.25, kTransposeCost = 0.7, kRunCost = 16;
+constexpr double kCopyCost = 0.25, kTransposeCost = 2, kRunCost = 40;
 
 FASTNN_INLINE double copy_cost(double elements, double runs, bool transposed) {
   return elements * (transposed ? kTransposeCost : kCopyCost) + runs * kRunCost;
@@ -72,6 +82,14 @@ FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
 }
 FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
   __builtin_memcpy(to, from, count);
+}
+
+template <class C, class T>
+FASTNN_INLINE void copy_one(C from, T* to) {
+  *to = from_compute<T>(from);
+}
+FASTNN_INLINE void copy_one(uint8_t from, uint8_t* to) {
+  *to = from;
 }
 
 template <class C>
