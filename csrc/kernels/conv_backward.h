@@ -70,6 +70,23 @@ ConvPoolBackwardPlan plan_backward(const ConvPoolGeometry& g) {
   return plan;
 }
 
+// Whether a dense convolution of the library's is faster, although most of its gradient is zeros: where windows overlap
+// so much that few are, or where the runs leave most of their vectors empty. Rules by measurement
+// (benchmarks/sweep_conv).
+template <class C>
+bool library_pays(const ConvPoolGeometry& g, bool channels_last) {
+  constexpr double kLeastWork = 1e5, kMostlyWinners = 0.7;
+  const RunShape s = run_shape<C>(g);
+  const double gradients = static_cast<double>(g.batch * g.groups * g.out_channels);
+  const double winners = static_cast<double>(g.pixels()) / static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
+  const double sparse = gradients * static_cast<double>(g.pixels() * s.blocks * s.runs * s.vectors);
+  const double dense = gradients * static_cast<double>(g.pixels() * g.depth()) / winners / kLanes<C>;
+  if (2 * sparse < kLeastWork || sparse < 0.8 * dense) return false;
+  const bool dilated = g.dilation[0] * g.dilation[1] * g.dilation[2] > 1;
+  if (g.in_channels == 1 && g.groups > 1) return channels_last && (!dilated || winners > kMostlyWinners);
+  return sparse >= dense && (channels_last || winners > kMostlyWinners);
+}
+
 template <class T>
 class BackwardWorker {
   using C = Compute<T>;

@@ -1,6 +1,4 @@
 #include "conv_relu_max_pool.h"
-#include <stdlib.h>
-#include <stdio.h>
 
 #include "conv_backward.h"
 #include "conv_direct.h"
@@ -14,7 +12,8 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// The algorithm that is cheapest, by a count of vector multiply-adds for one image and group.
+// The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread, since
+// the choice must not depend on their number, nor with it the order of summation.
 template <class T>
 ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact) {
   using C = Compute<T>;
@@ -22,22 +21,11 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t th
   const ConvPoolPlan direct = plan_direct<T>(g, input, threads);
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
   const double direct_costs = direct_cost<C>(g, direct);
-  if (direct_costs < 1.02 * least && !getenv("COSTS")) return direct;
+  if (direct_costs < 1.02 * least) return direct;
   const LanesPlan lanes = plan_lanes<T>(g, input);
   const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
-  const ConvPoolPlan rows = rows_apply(g) ? plan_rows<T>(g, input, threads) : direct;
-  const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, rows) : direct_costs;
-  if (getenv("COSTS"))
-    fprintf(stderr, "COSTS d %.0f r %.0f l %.0f least %.0f inplace %d%d%d pad %ld items %ld\n",
-            direct_costs * g.groups * g.batch, rows_costs * g.groups * g.batch, lanes_costs * g.groups * g.batch,
-            least * g.groups * g.batch, direct.in_place, rows.in_place, lanes.plan.in_place, (long)g.padding[2],
-            (long)(g.batch * g.groups));
-  if (const char* forced = getenv("ALG"))
-    return forced[0] == 'd'                       ? direct
-           : forced[0] == 'r' && rows_apply(g)    ? rows
-           : forced[0] == 'l' && lanes.useful > 0 ? lanes.plan
-                                                  : direct;
-  if (rows_costs < direct_costs && rows_costs < lanes_costs) return rows;
+  const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
+  if (rows_costs < direct_costs && rows_costs < lanes_costs) return plan_rows<T>(g, input, threads);
   return lanes_costs < direct_costs ? lanes.plan : direct;
 }
 
@@ -79,8 +67,18 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
 
 template <class T>
 constexpr ConvPoolKernels<T> kernels() {
-  return {plan<T>,     plan_holds<T>, pack<T>,          forward<T>,        plan_backward<Compute<T>>, pack_backward<T>,
-          backward<T>, scatter<T>,    unpack_weight<T>, store_computed<T>, winners_are_valid<T>};
+  return {plan<T>,
+          plan_holds<T>,
+          pack<T>,
+          forward<T>,
+          library_pays<Compute<T>>,
+          plan_backward<Compute<T>>,
+          pack_backward<T>,
+          backward<T>,
+          scatter<T>,
+          unpack_weight<T>,
+          store_computed<T>,
+          winners_are_valid<T>};
 }
 
 }  // namespace

@@ -110,6 +110,8 @@ struct ConvPoolKernels {
   void (*pack)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item);
   void (*forward)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item, void* scratch);
 
+  // Whether backward should go through `scatter` and the library's convolution instead of `backward`.
+  bool (*library_pays)(const ConvPoolGeometry&, bool channels_last);
   ConvPoolBackwardPlan (*plan_backward)(const ConvPoolGeometry&);
   void (*pack_backward)(const ConvPoolBackward<T>&);
   // The gradients that images [first_image, last_image) and blocks [first_block, last_block) contribute.

@@ -206,12 +206,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
   const Wanted wanted{input_wanted, weight_wanted, bias_wanted};
   const bool is_empty = g.batch == 0;
   if (!is_empty) {
-    with_dtype(dtype, [&](auto type) {
+    const bool by_library = with_dtype(dtype, [&](auto type) {
       const auto& kernels = conv_relu_max_pool_kernels().get<decltype(type)>();
       FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), op,
                    ": winners has a place that its window doesn't have");
+      return kernels.library_pays(g, is_channels_last(input) || is_channels_last(weight));
     });
-    if (getenv("LIB")) return backward_by_library(problem, arguments, grad_output, winners, input, weight, wanted);
+    if (by_library) return backward_by_library(problem, arguments, grad_output, winners, input, weight, wanted);
   }
   const Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
   const Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));
