@@ -1,6 +1,7 @@
 """Who is measured: stock PyTorch in its fastest forms, the inference engines that are installed, and fastnn."""
 
 import contextlib
+import copy
 import importlib.util
 import io
 import warnings
@@ -15,16 +16,15 @@ from benchmarks.problem import Problem
 
 Runner = Callable[[], Any]
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by rank
+
 
 def eager(problem: Problem) -> Runner | None:
     return problem.runner(problem.stock, problem.input)
 
 
 def channels_last(problem: Problem) -> Runner | None:
-    model = _in_channels_last(problem)
-    return model and problem.runner(
-        model, _channels_last_tensor(problem.input), _channels_last_tensor(problem.grad_output)
-    )
+    return in_channels_last(problem, problem.stock)
 
 
 def compiled(problem: Problem) -> Runner | None:
@@ -36,8 +36,10 @@ def compiled_frozen(problem: Problem) -> Runner | None:
 
 
 def compiled_frozen_channels_last(problem: Problem) -> Runner | None:
-    model = _in_channels_last(problem)
-    return model and _frozen(problem, model, _channels_last_tensor(problem.input))
+    if len(problem.case.shape) not in _CHANNELS_LAST:
+        return None
+    model = copy.deepcopy(problem.stock).to(memory_format=_CHANNELS_LAST[len(problem.case.shape)])
+    return _frozen(problem, model, _channels_last_tensor(problem.input))
 
 
 def onnx_runtime(problem: Problem) -> Runner | None:
@@ -119,18 +121,17 @@ def _as_tensors(result: Any) -> Any:
     return [torch.from_numpy(np.array(first))] if isinstance(first, np.ndarray) else result
 
 
-def _in_channels_last(problem: Problem) -> nn.Module | None:
+def in_channels_last(problem: Problem, model: nn.Module) -> Runner | None:
+    """The problem's runner for a copy of the model with everything in channels-last format; None in one dimension."""
     rank = len(problem.case.shape)
-    if rank not in (4, 5):
+    if rank not in _CHANNELS_LAST:
         return None
-    model = problem.case.stock()
-    model.load_state_dict(problem.stock.state_dict())
-    return model.to(memory_format=torch.channels_last if rank == 4 else torch.channels_last_3d)
+    model = copy.deepcopy(model).to(memory_format=_CHANNELS_LAST[rank])
+    return problem.runner(model, _channels_last_tensor(problem.input), _channels_last_tensor(problem.grad_output))
 
 
 def _channels_last_tensor(tensor: Tensor) -> Tensor:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return tensor.to(memory_format=formats.get(tensor.dim(), torch.preserve_format))
+    return tensor.to(memory_format=_CHANNELS_LAST.get(tensor.dim(), torch.preserve_format))
 
 
 def _frozen(problem: Problem, model: nn.Module, input: Any) -> Runner | None:

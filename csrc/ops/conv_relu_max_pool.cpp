@@ -2,7 +2,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "conv_problem.h"
+#include "conv_library.h"
 #include "register.h"
 
 namespace fastnn {
@@ -24,6 +24,7 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
   call.geometry = problem.geometry;
   call.input = data<T>(input);
   call.input_layout = layout_of(input);
+  skip_unused_input(call.geometry, call.input_layout);
   call.weight = data<T>(weight);
   call.weight_layout = layout_of(weight);
   call.bias = bias ? data<T>(*dense_bias) : nullptr;
@@ -69,10 +70,6 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, 
 
 // ---- backward -----------------------------------------------------------------------------------------------
 
-struct Wanted {
-  bool input, weight, bias;
-};
-
 // Private parts [part][size], summed in order into the first.
 template <class C>
 void sum_parts(C* parts, int64_t count, int64_t size, int64_t threads) {
@@ -92,8 +89,6 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   using C = Compute<T>;
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
   const ConvPoolGeometry& g = problem.geometry;
-  FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), problem.kind.op,
-               ": winners has a place that its window doesn't have");
   const ConvPoolBackwardPlan plan = kernels.plan_backward(g);
   // Images first; where they are fewer than threads, each thread has some of the channels.
   const int64_t threads = useful_threads(problem.work / 2);
@@ -171,7 +166,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
     if (!condition) sizes[0] = 0;
     return sizes;
   };
+  const Wanted wanted{input_wanted, weight_wanted, bias_wanted};
   const bool is_empty = g.batch == 0;
+  if (!is_empty) {
+    const bool by_library = with_dtype(dtype, [&](auto type) {
+      const auto& kernels = conv_relu_max_pool_kernels().get<decltype(type)>();
+      FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), op,
+                   ": winners has a place that its window doesn't have");
+      return kernels.library_pays(g, is_channels_last(input) || is_channels_last(weight));
+    });
+    if (by_library) {
+      return backward_by_library(problem, arguments_of(op, geometry, problem.dims), grad_output, winners, input, weight,
+                                 wanted);
+    }
+  }
   const Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
   const Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));
   const Tensor grad_bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
@@ -180,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
     std::memset(grad_bias.mutable_data_ptr(), 0, grad_bias.numel() * grad_bias.element_size());
   } else {
     with_dtype(dtype, [&](auto type) {
-      run_backward<decltype(type)>(problem, grad_output, winners, input, weight,
-                                   {input_wanted, weight_wanted, bias_wanted}, grad_input, grad_weight, grad_bias);
+      run_backward<decltype(type)>(problem, grad_output, winners, input, weight, wanted, grad_input, grad_weight,
+                                   grad_bias);
     });
   }
   return {grad_input, grad_weight, grad_bias};
