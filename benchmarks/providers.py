@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.problem import Problem
+from fastnn import freeze
 
 Runner = Callable[[], Any]
 
@@ -77,6 +78,13 @@ def fastnn(problem: Problem) -> Runner | None:
     return problem.runner(problem.fused, problem.input)
 
 
+def fastnn_frozen(problem: Problem) -> Runner | None:
+    if not _fits_engines(problem) or problem.grad_output.dim() != 2:
+        return None  # freeze takes models with one result
+    frozen = freeze(problem.fused, problem.input)
+    return lambda: frozen(problem.input)
+
+
 PROVIDERS: dict[str, Callable[[Problem], Runner | None]] = {
     "eager": eager,
     "channels_last": channels_last,
@@ -84,6 +92,7 @@ PROVIDERS: dict[str, Callable[[Problem], Runner | None]] = {
     "compile frozen": compiled_frozen,
     "compile frozen channels_last": compiled_frozen_channels_last,
     "fastnn": fastnn,
+    "fastnn frozen": fastnn_frozen,
 }
 for _module, _provider in (("onnxruntime", onnx_runtime), ("openvino", openvino)):
     if importlib.util.find_spec(_module) and importlib.util.find_spec("onnx"):
@@ -108,6 +117,8 @@ def _check(provider: str, problem: Problem, result: Any) -> None:
     """A rival may round as it likes, but must have computed the same thing."""
     if provider == "fastnn":
         return problem.check_fused()
+    if provider == "fastnn frozen":
+        return problem.check(lambda: result)
     ours = problem.results(lambda: _as_tensors(result))
     stock = problem.results(problem.runner(problem.stock, problem.input))
     for a, b in zip(ours, stock, strict=True):
