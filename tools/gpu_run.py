@@ -173,7 +173,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        built = build(180)
+        built = build(0.5 * (deadline - time.monotonic()))
         print(f"built in {built['seconds']:.0f} s, status {built['status']}", flush=True)
         if built["status"]:
             print(built["output"], flush=True)

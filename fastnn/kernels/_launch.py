@@ -131,9 +131,9 @@ class Launcher:
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], device: torch.device, **options: Any) -> None:
-        self._kernel, self._grid, self._device, self._options = kernel, grid, device, options
+        self.grid = grid
+        self._kernel, self._device, self._options = kernel, device, options
         self._compiled: Any = None
-        self._constants: tuple[Any, ...] = ()
 
     def __call__(self, *args: Any) -> None:
         if self._compiled is not None and self._device.index == torch.cuda.current_device() and not _is_profiled():
@@ -141,14 +141,14 @@ class Launcher:
             if not misaligned % 16:
                 stream = torch._C._cuda_getCurrentRawStream(self._device.index)
                 compiled = self._compiled
-                compiled.run(*self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                compiled.run(*self._whole_grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
                              *addresses, *self._constants)  # fmt: skip
                 return
-        compiled = launch(self._kernel, self._grid, self._device, *args, **self._options)
+        compiled = launch(self._kernel, self.grid, self._device, *args, **self._options)
         # Not under the interpreter; and AMD's compiler also looks at the size of the memory behind a pointer.
         if compiled is not None and not torch.version.hip and not _addresses(args)[1] % 16:
             self._constants = tuple(self._options[name] for name in self._kernel.arg_names[len(args) :])
-            self._grid = (*self._grid, 1, 1)[:3]
+            self._whole_grid = (*self.grid, 1, 1)[:3]
             self._compiled = compiled
 
 

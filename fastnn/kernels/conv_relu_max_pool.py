@@ -107,28 +107,64 @@ def conv_relu_max_pool_with_winners(
     return _forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, True)
 
 
+class Plan(NamedTuple):
+    """What a call makes of all but the values of its tensors. ``launch`` convolves and pools where ``fused``, else pools
+    what stock's convolution gives. In backward: the input's gradient, or the convolution's."""
+
+    problem: Problem
+    arguments: Geometry
+    format: torch.memory_format  # of the output; in backward, of the input and its gradient
+    kernel_format: torch.memory_format  # of the input as the fused kernels take it
+    fused: bool
+    launch: _launch.Launcher
+    launch_weight: _launch.Launcher | None = None  # in backward, of the fused gradient of the weight
+
+
+_plans = _launch.Plans()
+
+
+def _facts(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (_launch.facts(tensor), tensor.stride())
+
+
 def _forward(
     op: str, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], with_winners: bool
 ) -> tuple[Tensor, Tensor | None]:
+    target = _launch.target_of(input.device)
+    precision = _launch.dot_precision(input.dtype, "conv", target)
+    key = (op, *geometry, target, precision, _facts(input), _facts(weight), _facts(bias))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _plan_forward(op, input, weight, bias, geometry, with_winners, precision, target))
+    problem = plan.problem
+    output = torch.empty(
+        problem.sizes(problem.out_size), dtype=input.dtype, device=input.device, memory_format=plan.format
+    )
+    winners = torch.empty_like(output, dtype=torch.uint8) if with_winners else None
+    if output.numel() > 0:
+        (_run_fused if plan.fused else _run_stock)(plan, input, weight, bias, output, winners)
+    return output, winners
+
+
+def _plan_forward(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], with_winners: bool,
+    precision: str, target: _launch.Target,
+) -> Plan:  # fmt: skip
     arguments = Geometry.of_flat(geometry, input.dim() - 2)
     problem = check_problem(op, input, weight, bias, arguments)
     check(not with_winners or problem.places <= MOST_PLACES, op, ": a winner's place is one byte, so a window may have "
           "at most ", MOST_PLACES, " elements, got ", problem.places)  # fmt: skip
     format = memory_format(input, weight)
-    output = torch.empty(problem.sizes(problem.out_size), dtype=input.dtype, device=input.device, memory_format=format)
-    winners = torch.empty_like(output, dtype=torch.uint8) if with_winners else None
-    if output.numel() > 0:
-        target = _launch.target_of(input.device)
-        precision = _launch.dot_precision(input.dtype, "conv", target)
-        if is_fused(problem, "forward", precision, target):
-            _run_fused(problem, input, weight, bias, output, winners, precision, target)
-        else:
-            _run_stock(problem, input, weight, bias, arguments, output, winners)
-    return output, winners
-
-
-def _is_last(tensor: Tensor) -> bool:
-    return memory_format(tensor) is not torch.contiguous_format
+    kernel_format = _kernel_format(problem, input)
+    is_last = format is not torch.contiguous_format
+    fused = is_fused(problem, "forward", precision, target)
+    if fused:
+        launch = _fused_launcher(problem, kernel_format is not torch.contiguous_format, is_last, precision, target)
+    else:
+        options = _pool_options(problem, is_last)
+        grid = _tiles(problem.pooled_pixels, options)
+        launch = _launch.Launcher(pool_forward, grid, input.device, LAST=is_last, **options)
+    return Plan(problem, arguments, format, kernel_format, fused, launch)
 
 
 def _steps(problem: Problem, config: Config) -> int:
@@ -137,14 +173,16 @@ def _steps(problem: Problem, config: Config) -> int:
     return triton.cdiv(problem.depth, config.block_k)
 
 
-def _kernel_input(problem: Problem, input: Tensor) -> tuple[Tensor, bool]:
-    """The input dense, and whether channels last, as a sum tap by tap needs it. (1-d tensors have no such format: they
+def _kernel_format(problem: Problem, input: Tensor) -> torch.memory_format:
+    """Of the input in the fused kernels: a sum tap by tap needs channels last. (1-d tensors have no such format: they
     get one as images of height 1.)"""
-    if not is_tap_by_tap(problem):
-        return input.contiguous(memory_format=memory_format(input)), _is_last(input)
-    if problem.dims == 1:
-        return input.unsqueeze(2).contiguous(memory_format=torch.channels_last), True
-    return input.contiguous(memory_format=channels_last(problem.dims)), True
+    return channels_last(problem.dims) if is_tap_by_tap(problem) else memory_format(input)
+
+
+def _kernel_input(plan: Plan, input: Tensor) -> Tensor:
+    if plan.problem.dims == 1 and is_tap_by_tap(plan.problem):
+        input = input.unsqueeze(2)
+    return input.contiguous(memory_format=plan.kernel_format)
 
 
 def _kernel_weight(problem: Problem, weight: Tensor) -> Tensor:
@@ -165,28 +203,35 @@ def _shape_constexprs(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _run_fused(
-    problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, winners: Tensor | None,
-    precision: str, target: _launch.Target,
-) -> None:  # fmt: skip
+def _fused_launcher(
+    problem: Problem, in_last: bool, out_last: bool, precision: str, target: _launch.Target
+) -> _launch.Launcher:
     config = conv_config(problem, precision, target)
-    dense_input, in_last = _kernel_input(problem, input)
-    pixels = problem.images * math.prod(problem.out_size)
-    _launch.launch(
+    return _launch.Launcher(
         conv_forward,
         (
-            triton.cdiv(pixels, config.block_pixels),
+            triton.cdiv(problem.pooled_pixels, config.block_pixels),
             problem.groups * triton.cdiv(problem.out_channels, config.block_out),
         ),
-        input.device,
-        *(dense_input, _kernel_weight(problem, weight), None if bias is None else bias.contiguous(), output, winners),
-        *(pixels, problem.in_size, problem.conv_size, problem.out_size),
+        problem.kind.device,
         IN_LAST=in_last,
-        OUT_LAST=_is_last(output),
+        OUT_LAST=out_last,
         STEPS=_steps(problem, config),
         PRECISION=precision,
         **_shape_constexprs(problem),
         **config.options(),
+    )
+
+
+def _run_fused(
+    plan: Plan, input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, winners: Tensor | None
+) -> None:
+    problem = plan.problem
+    plan.launch(
+        _kernel_input(plan, input),
+        _kernel_weight(problem, weight),
+        None if bias is None else bias.contiguous(),
+        *(output, winners, problem.pooled_pixels, problem.in_size, problem.conv_size, problem.out_size),
     )
 
 
@@ -210,25 +255,16 @@ def _tiles(pixels: int, options: dict[str, Any]) -> tuple[int, int]:
 
 
 def _run_stock(
-    problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None, arguments: Geometry, output: Tensor,
-    winners: Tensor | None,
-) -> None:  # fmt: skip
+    plan: Plan, input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, winners: Tensor | None
+) -> None:
+    problem, arguments = plan.problem, plan.arguments
     with _launch.without_autocast(input.device):
         conv = torch.convolution(
             input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, False, [0] * problem.dims,
             arguments.groups,
         )  # fmt: skip
-    pixels = problem.images * math.prod(problem.out_size)
-    options = _pool_options(problem, _is_last(output))
-    _launch.launch(
-        pool_forward,
-        _tiles(pixels, options),
-        input.device,
-        *(conv.contiguous(memory_format=memory_format(output)), output, winners, pixels),
-        *(problem.conv_size, problem.out_size),
-        LAST=_is_last(output),
-        **options,
-    )
+    conv = conv.contiguous(memory_format=plan.format)
+    plan.launch(conv, output, winners, problem.pooled_pixels, problem.conv_size, problem.out_size)
 
 
 # ---- backward ---------------------------------------------------------------------------------------------
@@ -246,6 +282,39 @@ def conv_relu_max_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastnn::conv_relu_max_pool_backward``: the gradients of input, weight and bias; one that is not wanted comes
     back empty."""
+    wanted = (input_wanted, weight_wanted, bias_wanted)
+    target = _launch.target_of(input.device)
+    precision = _launch.dot_precision(input.dtype, "conv", target)
+    tensors = (grad_output, winners, input, weight)
+    key = ("backward", *geometry, *wanted, target, precision, *map(_facts, tensors))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _plan_backward(*tensors, geometry, precision, target))
+    problem = plan.problem
+    if problem.images == 0:
+        gradients: Sequence[Tensor | None] = (input.new_empty(input.shape), torch.zeros_like(weight),
+                                              weight.new_zeros(weight.shape[0]))  # fmt: skip
+    else:
+        # With a pooled volume's channels last, tiles of channels are read whole.
+        grad_output, winners = _pooled_last(problem, grad_output), _pooled_last(problem, winners)
+        run = _fused_gradients if plan.fused else _stock_gradients
+        gradients = run(plan, grad_output, winners, input, weight, wanted)
+    like = (input, weight, weight.new_empty(weight.shape[0]))
+    grad_input, grad_weight, grad_bias = (
+        tensor.new_empty((0, *tensor.shape[1:])) if not is_wanted or gradient is None else gradient
+        for gradient, is_wanted, tensor in zip(gradients, wanted, like, strict=True)
+    )
+    return (
+        grad_input.contiguous(memory_format=plan.format),
+        grad_weight.contiguous(memory_format=memory_format(weight)),
+        grad_bias,
+    )
+
+
+def _plan_backward(
+    grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[int], precision: str,
+    target: _launch.Target,
+) -> Plan:  # fmt: skip
     op = "conv_relu_max_pool_backward"
     arguments = Geometry.of_flat(geometry, input.dim() - 2)
     problem = check_problem(op, input, weight, None, arguments)
@@ -254,27 +323,18 @@ def conv_relu_max_pool_backward(
     check_sizes(op, grad_output, problem.sizes(problem.out_size), "grad_output")
     check_same_kind(problem.kind, winners, "winners", torch.uint8)
     check_sizes(op, winners, problem.sizes(problem.out_size), "winners")
-    wanted = (input_wanted, weight_wanted, bias_wanted)
-    if problem.images == 0:
-        gradients: Sequence[Tensor | None] = (input.new_empty(input.shape), torch.zeros_like(weight),
-                                              weight.new_zeros(weight.shape[0]))  # fmt: skip
+    format, kernel_format = memory_format(input), _kernel_format(problem, input)
+    fused = is_fused(problem, "backward", precision, target)
+    launch_weight = None
+    if fused:
+        launch = _input_gradient_launcher(problem, format is not torch.contiguous_format, precision, target)
+        in_last = kernel_format is not torch.contiguous_format
+        launch_weight = _weight_gradient_launcher(problem, in_last, precision, target)
     else:
-        target = _launch.target_of(input.device)
-        precision = _launch.dot_precision(input.dtype, "conv", target)
-        # With a pooled volume's channels last, tiles of channels are read whole.
-        grad_output, winners = _pooled_last(problem, grad_output), _pooled_last(problem, winners)
-        run = _fused_gradients if is_fused(problem, "backward", precision, target) else _stock_gradients
-        gradients = run(problem, grad_output, winners, input, weight, arguments, wanted, precision, target)
-    like = (input, weight, weight.new_empty(weight.shape[0]))
-    grad_input, grad_weight, grad_bias = (
-        tensor.new_empty((0, *tensor.shape[1:])) if not is_wanted or gradient is None else gradient
-        for gradient, is_wanted, tensor in zip(gradients, wanted, like, strict=True)
-    )
-    return (
-        grad_input.contiguous(memory_format=memory_format(input)),
-        grad_weight.contiguous(memory_format=memory_format(weight)),
-        grad_bias,
-    )
+        options = _pool_options(problem, last=True)
+        grid = _tiles(problem.images * math.prod(problem.conv_size), options)
+        launch = _launch.Launcher(spread_gradient, grid, input.device, **options)
+    return Plan(problem, arguments, format, kernel_format, fused, launch, launch_weight)
 
 
 def _pooled_last(problem: Problem, tensor: Tensor) -> Tensor:
@@ -285,23 +345,16 @@ def _pooled_last(problem: Problem, tensor: Tensor) -> Tensor:
 
 
 def _stock_gradients(
-    problem: Problem, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, arguments: Geometry,
-    wanted: Sequence[bool], *_: Any,
-) -> Sequence[Tensor | None]:  # fmt: skip
+    plan: Plan, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    problem, arguments = plan.problem, plan.arguments
     sizes = problem.sizes(problem.conv_size)
     if problem.dims == 1:
         sizes.insert(2, 1)
     grad_conv = torch.empty(sizes, dtype=input.dtype, device=input.device,
                             memory_format=channels_last(max(problem.dims, 2)))  # fmt: skip
     pixels = problem.images * math.prod(problem.conv_size)
-    options = _pool_options(problem, last=True)
-    _launch.launch(
-        spread_gradient,
-        _tiles(pixels, options),
-        input.device,
-        *(grad_output, winners, grad_conv, pixels, problem.conv_size, problem.out_size),
-        **options,
-    )
+    plan.launch(grad_output, winners, grad_conv, pixels, problem.conv_size, problem.out_size)
     if problem.dims == 1:
         grad_conv = grad_conv.squeeze(2)
     with _launch.without_autocast(input.device):
@@ -312,70 +365,75 @@ def _stock_gradients(
 
 
 def _fused_gradients(
-    problem: Problem, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, arguments: Geometry,
-    wanted: Sequence[bool], precision: str, target: _launch.Target,
-) -> Sequence[Tensor | None]:  # fmt: skip
+    plan: Plan, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    problem = plan.problem
     input_wanted, weight_wanted, bias_wanted = wanted
-    config = conv_config(problem, precision, target)
     grad_input = grad_weight = grad_bias = None
     if input_wanted:
-        grad_input = _input_gradient(problem, grad_output, winners, input, weight, config, precision)
-    if weight_wanted:
-        grad_weight, grad_bias = _weight_gradient(
-            problem, grad_output, winners, input, weight, config, precision, target, bias_wanted
+        grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=plan.format)
+        pixels = problem.images * math.prod(problem.in_size)
+        plan.launch(
+            *(grad_output, winners, _kernel_weight(problem, weight), grad_input, pixels),
+            *(problem.in_size, problem.conv_size, problem.out_size),
         )
+    if weight_wanted:
+        grad_weight, grad_bias = _weight_gradient(plan, grad_output, winners, input, weight, bias_wanted)
     elif bias_wanted:
         alive = torch.where(winners < problem.places, grad_output, 0.0)
         grad_bias = alive.flatten(2).sum((0, 2), dtype=torch.float32).to(weight.dtype)
     return grad_input, grad_weight, grad_bias
 
 
-def _input_gradient(
-    problem: Problem, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, config: Config,
-    precision: str,
-) -> Tensor:  # fmt: skip
-    grad_input = torch.empty_like(input, memory_format=memory_format(input))
-    pixels = problem.images * math.prod(problem.in_size)
+def _input_gradient_launcher(
+    problem: Problem, in_last: bool, precision: str, target: _launch.Target
+) -> _launch.Launcher:
+    config = conv_config(problem, precision, target)
     block_k = min(64, _launch.padded(problem.channels))
     config = config._replace(block_k=block_k, block_out=min(config.block_out, 32))
-    _launch.launch(
+    pixels = problem.images * math.prod(problem.in_size)
+    return _launch.Launcher(
         conv_input_gradient,
         (triton.cdiv(pixels, config.block_pixels), problem.groups * triton.cdiv(problem.channels, block_k)),
-        input.device,
-        *(grad_output, winners, _kernel_weight(problem, weight), grad_input, pixels),
-        *(problem.in_size, problem.conv_size, problem.out_size),
-        IN_LAST=_is_last(grad_input),
-        PRECISION=precision,
-        **_shape_constexprs(problem),
-        **config.options(),
-    )
-    return grad_input
-
-
-def _weight_gradient(
-    problem: Problem, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, config: Config,
-    precision: str, target: _launch.Target, bias_wanted: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    out_channels, steps = weight.shape[0], _steps(problem, config)
-    blocks = problem.groups * triton.cdiv(problem.out_channels, config.block_out)
-    config = config._replace(block_pixels=min(config.block_pixels, 64))
-    pixels = problem.images * math.prod(problem.out_size)
-    tiles = triton.cdiv(pixels, config.block_pixels)
-    # Enough parts for two programs a processor; they are added up in a fixed order, so results repeat bit for bit.
-    parts = max(1, min(tiles, triton.cdiv(2 * target.processors, blocks * steps)))
-    weight_parts = weight.new_empty(parts, out_channels, problem.depth, dtype=torch.float32)
-    bias_parts = weight.new_empty(parts, out_channels, dtype=torch.float32) if bias_wanted else None
-    dense_input, in_last = _kernel_input(problem, input)
-    _launch.launch(
-        conv_weight_gradient,
-        (parts, blocks, steps),
-        input.device,
-        *(grad_output, winners, dense_input, weight_parts, bias_parts, pixels, triton.cdiv(tiles, parts)),
-        *(problem.in_size, problem.conv_size, problem.out_size),
+        problem.kind.device,
         IN_LAST=in_last,
         PRECISION=precision,
         **_shape_constexprs(problem),
         **config.options(),
+    )
+
+
+def _weight_gradient_launcher(
+    problem: Problem, in_last: bool, precision: str, target: _launch.Target
+) -> _launch.Launcher:
+    config = conv_config(problem, precision, target)
+    config = config._replace(block_pixels=min(config.block_pixels, 64))
+    steps, blocks = _steps(problem, config), problem.groups * triton.cdiv(problem.out_channels, config.block_out)
+    tiles = triton.cdiv(problem.pooled_pixels, config.block_pixels)
+    # Enough parts for two programs a processor; they are added up in a fixed order, so results repeat bit for bit.
+    parts = max(1, min(tiles, triton.cdiv(2 * target.processors, blocks * steps)))
+    return _launch.Launcher(
+        conv_weight_gradient,
+        (parts, blocks, steps),
+        problem.kind.device,
+        IN_LAST=in_last,
+        PRECISION=precision,
+        **_shape_constexprs(problem),
+        **config.options(),
+    )
+
+
+def _weight_gradient(
+    plan: Plan, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, bias_wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    problem, launch, out_channels = plan.problem, plan.launch_weight, weight.shape[0]
+    assert launch is not None
+    parts = launch.grid[0]
+    weight_parts = weight.new_empty(parts, out_channels, problem.depth, dtype=torch.float32)
+    bias_parts = weight.new_empty(parts, out_channels, dtype=torch.float32) if bias_wanted else None
+    launch(
+        *(grad_output, winners, _kernel_input(plan, input), weight_parts, bias_parts, problem.pooled_pixels),
+        *(problem.in_size, problem.conv_size, problem.out_size),
     )
     summed = weight_parts.sum(0).to(weight.dtype)
     if is_tap_by_tap(problem):

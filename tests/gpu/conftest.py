@@ -14,9 +14,23 @@ collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["tes
 
 
 def pytest_configure(config):
-    # Triton 3.6's interpreter about itself, and cuDNN about weights that come one by one.
-    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+    # cuDNN, about weights that come one by one.
     config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of:UserWarning")
+    if _INTERPRETED:
+        _let_scalars_be_ints()
+
+
+def _let_scalars_be_ints():
+    """The interpreter of Triton 3.6 calls int() on an array of one element, which numpy refuses since 2.4."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_all(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_all
 
 
 @contextlib.contextmanager
@@ -50,8 +64,11 @@ def device():
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+def _without_plans():
+    """A test may replace what a plan was made with."""
+    from fastnn.kernels._launch import Plans
+
+    Plans.forget_all()
 
 
 @pytest.fixture
