@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from gpu_cases import CONV_SHAPES, MLP_SHAPES, RNN_SHAPES, conv_geometry
 
-from fastnn.kernels import _launch, mlp, rnn
-from fastnn.kernels import conv_relu_max_pool as conv
+from fastnn.kernels import _conv_plan, _launch, mlp, rnn
 from fastnn.kernels._conv_geometry import check_problem
 from fastnn.kernels._rnn_problem import MODES
 
@@ -98,7 +97,7 @@ def conv_predictions() -> Iterator[Prediction]:
             conv_values = problem.images * out_channels * math.prod(problem.conv_size)
             pooled = problem.images * out_channels * math.prod(problem.out_size)
             ends = size * (input.numel() + weight.numel() + pooled)
-            fused = conv.is_fused(problem, "forward", precision, TARGET)
+            fused = _conv_plan.is_fused(problem, "forward", precision, TARGET)
             flops = problem.work
             # conv writes; ReLU reads and writes; pool reads; its int64 indices.
             stock = Cost(ends + conv_values * 4 * size + pooled * 8, flops, 3)
@@ -107,7 +106,7 @@ def conv_predictions() -> Iterator[Prediction]:
             if not fused:
                 ours = Cost(ends + conv_values * 2 * size, flops, 2)
             yield Prediction("conv_relu_max_pool", name, str(dtype)[6:], "forward", stock, compiled, ours, fused, kind)
-            back_fused = conv.is_fused(problem, "backward", precision, TARGET)
+            back_fused = _conv_plan.is_fused(problem, "backward", precision, TARGET)
             # Beside the above: the pool's and ReLU's gradients written, read and read again by both products.
             both = 2 * ends + pooled * size
             stock = Cost(both + conv_values * size * (4 + 1 + 3 + 2) + pooled * 16, 3 * flops, 3 + 4)

@@ -246,9 +246,7 @@ def _plan_forward(
     if config is not None:
         launch = _chain_launcher(chain, activations, keeps_input, config, precision, target)
         return Plan(chain, activations, keeps_input, launch, [])
-    launches = [
-        _layer_launcher(chain, i, activation, precision, target) for i, activation in enumerate(activations)
-    ]
+    launches = [_layer_launcher(chain, i, activation, precision, target) for i, activation in enumerate(activations)]
     return Plan(chain, activations, keeps_input, None, launches)
 
 
