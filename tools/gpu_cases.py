@@ -122,6 +122,8 @@ RNN_SHAPES = {  # length, batch, in, hidden, layers
     "h128": (128, 32, 64, 128, 1),
     "h128, large batch": (128, 16384, 64, 128, 1),
     "h256": (128, 32, 64, 256, 1),
+    "h512": (128, 32, 512, 512, 1),
+    "h1024": (128, 16, 512, 1024, 1),
 }
 
 
@@ -165,4 +167,6 @@ def rnn_cases() -> Iterator[Case]:
         for name in RNN_SHAPES:
             for dtype, allow_tf32 in [(HALF, False), (FLOAT, False), (FLOAT, True)]:
                 yield _rnn_case(name, mode, dtype, allow_tf32)
-        yield _rnn_case("h128", mode, BFLOAT, False, packed=True)
+        for name in ("h128", "h512"):
+            yield _rnn_case(name, mode, BFLOAT, False, packed=True)
+        yield _rnn_case("h1024", mode, BFLOAT, False)

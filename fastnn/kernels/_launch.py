@@ -117,6 +117,8 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     """Run ``kernel`` on ``device``. ``options``: its constexprs, num_warps and num_stages. -> what Triton compiled."""
     # Named, because Triton 3.9 warns where it is not.
     options["enable_fp_fusion"] = True
+    if INTERPRETED:
+        options.pop("launch_cooperative_grid", None)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return kernel[grid](*args, **options)
     with torch.cuda.device(device):
@@ -131,20 +133,20 @@ class Launcher:
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], device: torch.device, **options: Any) -> None:
-        self.grid = grid
-        self._kernel, self._device, self._options = kernel, device, options
+        self.grid, self.device = grid, device
+        self._kernel, self._options = kernel, options
         self._compiled: Any = None
 
     def __call__(self, *args: Any) -> None:
-        if self._compiled is not None and self._device.index == torch.cuda.current_device() and not _is_profiled():
+        if self._compiled is not None and self.device.index == torch.cuda.current_device() and not _is_profiled():
             addresses, misaligned = _addresses(args)
             if not misaligned % 16:
-                stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+                stream = torch._C._cuda_getCurrentRawStream(self.device.index)
                 compiled = self._compiled
                 compiled.run(*self._whole_grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
                              *addresses, *self._constants)  # fmt: skip
                 return
-        compiled = launch(self._kernel, self.grid, self._device, *args, **self._options)
+        compiled = launch(self._kernel, self.grid, self.device, *args, **self._options)
         # Not under the interpreter; and AMD's compiler also looks at the size of the memory behind a pointer.
         if compiled is not None and not torch.version.hip and not _addresses(args)[1] % 16:
             self._constants = tuple(self._options[name] for name in self._kernel.arg_names[len(args) :])
