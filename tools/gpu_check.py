@@ -51,7 +51,7 @@ class Built(NamedTuple):
 
     registers: int
     spills: int  # instructions
-    spills_in_loops: int  # in innermost loops
+    spills_in_loops: int  # in innermost loops, and in the innermost with matrix instructions
     shared_memory: int
     matrix_instructions: int
 
@@ -129,15 +129,20 @@ def _read_cubin(compiled: Any) -> Built:
     # A branch backwards closes a loop; the one to itself at a kernel's end is padding.
     jumps = [(re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text), at) for at, text in instructions]
     loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
-    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in loops)]
+    matrix = [at for at, text in instructions if re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)]
+    hot = _innermost(loops) + _innermost([(a, b) for a, b in loops if any(a <= at <= b for at in matrix)])
     spills = [at for at, text in instructions if re.search(r"\b(STL|LDL)\b", text)]
     return Built(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=len(spills),
-        spills_in_loops=sum(any(first <= at <= last for first, last in innermost) for at in spills),
+        spills_in_loops=sum(any(first <= at <= last for first, last in hot) for at in spills),
         shared_memory=compiled.metadata.shared,
-        matrix_instructions=sum(bool(re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)) for _, text in instructions),
+        matrix_instructions=len(matrix),
     )
+
+
+def _innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(a, b) for a, b in loops if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in loops)]
 
 
 def _read_amdgcn(compiled: Any) -> Built:

@@ -68,7 +68,7 @@ def _spread_config(
         programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * directions
         # All programs run at once, one a processor.
         if on_chip <= target.shared_memory and programs <= target.processors:
-            return Config(block_batch, 8 if gates > 1 or tile > 512 else 4, units)
+            return Config(block_batch, 8 if tile > 512 else 4, units)
     return None
 
 

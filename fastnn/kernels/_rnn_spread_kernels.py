@@ -51,32 +51,51 @@ def _own(batch_size, HIDDEN: tl.constexpr, UNITS: tl.constexpr, BLOCK_BATCH: tl.
 
 
 @triton.jit
+def _every(TILE: tl.constexpr, PARTS: tl.constexpr):
+    """All units, (PARTS, TILE / PARTS): sums over them are made in parts, one a warp."""
+    return tl.arange(0, PARTS)[:, None] * (TILE // PARTS) + tl.arange(0, TILE // PARTS)[None, :]
+
+
+@triton.jit
 def _load_slice(weight_hh, every, unit, gate, GATES: tl.constexpr, HIDDEN: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Of a gate's recurrent weight, (from all, to own units), or with TRANSPOSED (to all, from own units)."""
+    """A gate's recurrent weight: (parts, from all, to own units), or with TRANSPOSED (.., to all, from own units)."""
     base = weight_hh + (tl.program_id(1) * GATES + gate) * HIDDEN * HIDDEN
-    mask = (every < HIDDEN)[:, None] & (unit < HIDDEN)[None, :]
+    mask = (every < HIDDEN)[:, :, None] & (unit < HIDDEN)[None, None, :]
     if TRANSPOSED:
-        return tl.load(base + every[:, None] * HIDDEN + unit[None, :], mask=mask, other=0.0)
+        return tl.load(base + every[:, :, None] * HIDDEN + unit[None, None, :], mask=mask, other=0.0)
     else:
-        return tl.load(base + unit[None, :] * HIDDEN + every[:, None], mask=mask, other=0.0)
+        return tl.load(base + unit[None, None, :] * HIDDEN + every[:, :, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_all(place, start, every, exists, HIDDEN: tl.constexpr):
+    """What all programs have left at ``place`` for this one's sequences, which begin at ``start``: (parts, batch,
+    from all); past the first-level cache, which knows nothing of what other processors write."""
+    mask = exists[None, :, None] & (every < HIDDEN)[:, None, :]
+    return tl.load(place + start[None, :, None] + every[:, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _product(operand, w, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """(batch, own units), summed up over the parts."""
+    return tl.sum(tl.dot(operand.to(OPERAND), w, input_precision=PRECISION), 0)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def spread_forward(
     gates, weight_hh, bias_hh, hidden, state, output, saved, arrived, schedule, first, last, steps, batch_size, rows,
     stride_time, stride_batch, MODE: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr,
-    DIRECTIONS: tl.constexpr, TILE: tl.constexpr, UNITS: tl.constexpr, BLOCK_BATCH: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECTIONS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden: (2, D, batch, H), where programs find the state that the step before left, h0 in the second half."""
     sequence, unit, mask = _own(batch_size, HIDDEN, UNITS, BLOCK_BATCH)
-    every = tl.arange(0, TILE)
-    every_mask = (sequence < batch_size)[:, None] & (every < HIDDEN)[None, :]
+    every = _every(TILE, PARTS)
     own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
     limit = tl.minimum(last, own_steps)
     all_states = DIRECTIONS * batch_size.to(tl.int64) * HIDDEN
     at = _state_offset(sequence, unit, batch_size, HIDDEN)
-    from_all = hidden + _state_offset(sequence, every, batch_size, HIDDEN)
+    start = (tl.program_id(1).to(tl.int64) * batch_size + sequence) * HIDDEN
     h = _load(state + at, mask)
     w_0 = _load_slice(weight_hh, every, unit, 0, GATES, HIDDEN, False).to(OPERAND)
     b_0 = tl.zeros([1, UNITS], tl.float32)
@@ -99,18 +118,16 @@ def spread_forward(
         place, exists = _gates_at(gates, step, own_steps, sequence, unit, mask, schedule, batch_size, rows,
                                   stride_time, stride_batch, GATES * HIDDEN)  # fmt: skip
         row, runs = _rows_at(step, own_steps, sequence, schedule, batch_size)
-        # Past the first-level cache, which knows nothing of what other processors write.
-        operand = tl.load(from_all + (step + 1) % 2 * all_states, mask=every_mask, other=0.0, cache_modifier=".cg")
-        operand = operand.to(OPERAND)
-        sums = tl.dot(operand, w_0, _load(place, exists) + b_0, input_precision=PRECISION)
+        operand = _load_all(hidden + (step + 1) % 2 * all_states, start, every, sequence < batch_size, HIDDEN)
+        sums = _load(place, exists) + b_0 + _product(operand, w_0, OPERAND, PRECISION)
         kept = output
         if saved is not None:
             kept = saved + _saved_offset(row, unit, rows, HIDDEN, 5 if MODE == LSTM else 4)
         store_mask = mask & runs[:, None]
         if MODE == GRU:
             r = sigmoid(sums)
-            z = sigmoid(tl.dot(operand, w_1, _load(place + HIDDEN, exists) + b_1, input_precision=PRECISION))
-            hidden_n = tl.dot(operand, w_2, input_precision=PRECISION) + b_2
+            z = sigmoid(_load(place + HIDDEN, exists) + b_1 + _product(operand, w_1, OPERAND, PRECISION))
+            hidden_n = b_2 + _product(operand, w_2, OPERAND, PRECISION)
             n = tanh(_load(place + 2 * HIDDEN, exists) + r * hidden_n)
             new_h = n + z * (h - n)
             if saved is not None:
@@ -120,9 +137,9 @@ def spread_forward(
                 _store(kept + 3 * HIDDEN, hidden_n, store_mask)
         elif MODE == LSTM:
             i = sigmoid(sums)
-            f = sigmoid(tl.dot(operand, w_1, _load(place + HIDDEN, exists) + b_1, input_precision=PRECISION))
-            g = tanh(tl.dot(operand, w_2, _load(place + 2 * HIDDEN, exists) + b_2, input_precision=PRECISION))
-            o = sigmoid(tl.dot(operand, w_3, _load(place + 3 * HIDDEN, exists) + b_3, input_precision=PRECISION))
+            f = sigmoid(_load(place + HIDDEN, exists) + b_1 + _product(operand, w_1, OPERAND, PRECISION))
+            g = tanh(_load(place + 2 * HIDDEN, exists) + b_2 + _product(operand, w_2, OPERAND, PRECISION))
+            o = sigmoid(_load(place + 3 * HIDDEN, exists) + b_3 + _product(operand, w_3, OPERAND, PRECISION))
             c = tl.where(runs[:, None], f * c + i * g, c)
             new_h = o * tanh(c)
             if saved is not None:
@@ -145,28 +162,18 @@ def spread_forward(
         tl.store(state + all_states + at, c, mask=mask)
 
 
-@triton.jit
-def _through(grad_gates, w, sums, row, runs, every, kind, rows, HIDDEN: tl.constexpr, KINDS: tl.constexpr,
-             OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """sums, and what a step's gradients of one kind, of all units, give the state before it."""
-    place = grad_gates + _saved_offset(row, every, rows, HIDDEN, KINDS) + kind * HIDDEN
-    mask = runs[:, None] & (every < HIDDEN)[None, :]
-    grad = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
-    return tl.dot(grad.to(OPERAND), w, sums, input_precision=PRECISION)
-
-
 @triton.jit(do_not_specialize=_RUN_TIME)
 def spread_backward(
     grad_output, output, saved, h0, c0, weight_hh, grad_gates, state, arrived, schedule, first, last, steps,
     batch_size, rows, MODE: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr,
-    TILE: tl.constexpr, UNITS: tl.constexpr, BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr, BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Step ``first`` is the sequence's last. A step begins with the part of the state's gradient that goes through the
     gates of the step after it, which all programs have left in grad_gates; so there is one step more than in forward.
     state: the gradients of the final state, then of the initial one."""
     sequence, unit, mask = _own(batch_size, HIDDEN, UNITS, BLOCK_BATCH)
-    every = tl.arange(0, TILE)
+    every = _every(TILE, PARTS)
     KINDS: tl.constexpr = 1 if GATES == 1 else 4
     own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
     limit = tl.minimum(last, own_steps + 1)
@@ -185,18 +192,17 @@ def spread_backward(
         grad_c = _load(state + at_c, mask)
     for back in range(first, limit):
         later_row, later_runs = _rows_at(own_steps - back, own_steps, sequence, schedule, batch_size)
-        through = tl.zeros([BLOCK_BATCH, UNITS], tl.float32)
-        through = _through(grad_gates, w_0, through, later_row, later_runs, every, 0, rows, HIDDEN, KINDS, OPERAND,
-                           PRECISION)  # fmt: skip
+        start = (tl.program_id(1) * rows.to(tl.int64) + later_row) * (KINDS * HIDDEN)
+        through = _product(_load_all(grad_gates, start, every, later_runs, HIDDEN), w_0, OPERAND, PRECISION)
         if GATES > 1:
-            through = _through(grad_gates, w_1, through, later_row, later_runs, every, 1, rows, HIDDEN, KINDS, OPERAND,
-                               PRECISION)  # fmt: skip
-            # Of GRU's third gate, the hidden half.
-            through = _through(grad_gates, w_2, through, later_row, later_runs, every, 3 if MODE == GRU else 2, rows,
-                               HIDDEN, KINDS, OPERAND, PRECISION)  # fmt: skip
+            grads = _load_all(grad_gates + HIDDEN, start, every, later_runs, HIDDEN)
+            through += _product(grads, w_1, OPERAND, PRECISION)
+            # Of GRU's third gate, the hidden half, which is the last kind.
+            grads = _load_all(grad_gates + (3 if MODE == GRU else 2) * HIDDEN, start, every, later_runs, HIDDEN)
+            through += _product(grads, w_2, OPERAND, PRECISION)
         if MODE == LSTM:
-            through = _through(grad_gates, w_3, through, later_row, later_runs, every, 3, rows, HIDDEN, KINDS, OPERAND,
-                               PRECISION)  # fmt: skip
+            grads = _load_all(grad_gates + 3 * HIDDEN, start, every, later_runs, HIDDEN)
+            through += _product(grads, w_3, OPERAND, PRECISION)
         grad_h += tl.where(later_runs[:, None], through, 0.0)
         row, runs = _rows_at(own_steps - 1 - back, own_steps, sequence, schedule, batch_size)
         before_row, before_runs = _rows_at(own_steps - 2 - back, own_steps, sequence, schedule, batch_size)

@@ -36,6 +36,7 @@ def _constexprs(problem: Problem, config: Config) -> dict[str, Any]:
     own: dict[str, Any] = {}
     if config.units:
         own = {"MODE": MODES.index(problem.mode), "GATES": problem.gates, "UNITS": config.units,
+               "PARTS": min(config.num_warps, _launch.padded(problem.hidden) // 16),
                "launch_cooperative_grid": True}  # fmt: skip
     elif problem.gates == 1:
         own = {"ACTIVATION": (TANH if problem.mode == "RNN_TANH" else RELU).value}
