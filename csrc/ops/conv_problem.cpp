@@ -80,41 +80,37 @@ const char* element_name(ScalarType dtype) {
   }
 }
 
-void check_tensors(const Expected& kind, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   int64_t groups) {
+void check_kinds(const Expected& kind, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* type = torch::headeronly::toString(kind.dtype);
   FASTNN_CHECK(weight.defined(), kind.op, ": weight must be a tensor, got an undefined one");
   FASTNN_CHECK(weight.scalar_type() == kind.dtype, "Input type (torch.", type, "Tensor) and weight type (torch.",
                torch::headeronly::toString(weight.scalar_type()),
                "Tensor) should be the same or input should be a MKLDNN tensor and weight is a dense tensor");
   check_same_kind(weight, kind, "weight");
-  FASTNN_CHECK(groups > 0, "non-positive groups is not supported");
-  FASTNN_CHECK(weight.dim() == input.dim(), "Expected ", weight.dim(), "-dimensional input for ", weight.dim(),
-               "-dimensional weight ", to_string(weight.sizes()), ", but got ", input.dim(),
-               "-dimensional input of size ", to_string(input.sizes()), " instead");
-  FASTNN_CHECK(weight.size(0) >= groups, "Given groups=", groups, ", expected weight to be at least ", groups,
-               " at dimension 0, but got weight of size ", to_string(weight.sizes()), " instead");
-  FASTNN_CHECK(weight.size(0) % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ", groups,
-               " at dimension 0, but got weight of size [", to_string(weight.sizes()), "] instead");
-  FASTNN_CHECK(
-      weight.size(1) <= std::numeric_limits<int64_t>::max() / groups && input.size(1) == weight.size(1) * groups,
-      "Given groups=", groups, ", weight of size ", to_string(weight.sizes()), ", expected input",
-      to_string(input.sizes()), " to have ", weight.size(1) * groups, " channels, but got ", input.size(1),
-      " channels instead");
-  FASTNN_CHECK(input.size(1) > 0,
-               "expected an input of at least one channel, but got input shape: ", to_string(input.sizes()));
-  for (int64_t d = 2; d < input.dim(); ++d) {
-    FASTNN_CHECK(weight.size(d) > 0, "expected a kernel of at least one element, but got weight of size ",
-                 to_string(weight.sizes()));
-  }
   if (!bias) return;
   FASTNN_CHECK(bias->defined(), kind.op, ": bias must be a tensor, got an undefined one");
   FASTNN_CHECK(bias->scalar_type() == kind.dtype, "Input type (", element_name(kind.dtype), ") and bias type (",
                element_name(bias->scalar_type()), ") should be the same");
   check_same_kind(*bias, kind, "bias");
-  FASTNN_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "Given weight of size ", to_string(weight.sizes()),
-               ", expected bias to be 1-dimensional with ", weight.size(0), " elements, but got bias of size ",
-               to_string(bias->sizes()), " instead");
+}
+
+void check_channels(const Sizes& input, const Sizes& weight, int64_t groups) {
+  const size_t dims = weight.size(), given = input.size();
+  FASTNN_CHECK(groups > 0, "non-positive groups is not supported");
+  FASTNN_CHECK(dims == given, "Expected ", dims, "-dimensional input for ", dims, "-dimensional weight ",
+               to_string(weight), ", but got ", given, "-dimensional input of size ", to_string(input), " instead");
+  FASTNN_CHECK(weight[0] >= groups, "Given groups=", groups, ", expected weight to be at least ", groups,
+               " at dimension 0, but got weight of size ", to_string(weight), " instead");
+  FASTNN_CHECK(weight[0] % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ", groups,
+               " at dimension 0, but got weight of size [", to_string(weight), "] instead");
+  FASTNN_CHECK(weight[1] <= std::numeric_limits<int64_t>::max() / groups && input[1] == weight[1] * groups,
+               "Given groups=", groups, ", weight of size ", to_string(weight), ", expected input", to_string(input),
+               " to have ", weight[1] * groups, " channels, but got ", input[1], " channels instead");
+  FASTNN_CHECK(input[1] > 0, "expected an input of at least one channel, but got input shape: ", to_string(input));
+  for (size_t d = 2; d < dims; ++d) {
+    FASTNN_CHECK(weight[d] > 0, "expected a kernel of at least one element, but got weight of size ",
+                 to_string(weight));
+  }
 }
 
 // ---- geometry -----------------------------------------------------------------------------------------------
@@ -137,19 +133,18 @@ ConvPoolArguments arguments_of(const char* op, const Ints& geometry, int64_t dim
 }
 
 // The geometry of checked arguments.
-ConvPoolGeometry geometry_of(const char* op, const Tensor& input, const Tensor& weight, const ConvPoolArguments& a) {
+ConvPoolGeometry geometry_of(const char* op, const Sizes& input, const Sizes& weight, const ConvPoolArguments& a) {
   ConvPoolGeometry g{};
   const int64_t dims = static_cast<int64_t>(a.stride.size());
-  const Sizes input_sizes = input.sizes(), weight_sizes = weight.sizes();
-  g.batch = input_sizes[0];
+  g.batch = input[0];
   g.groups = a.groups;
-  g.in_channels = weight_sizes[1];
-  g.out_channels = weight_sizes[0] / a.groups;
+  g.in_channels = weight[1];
+  g.out_channels = weight[0] / a.groups;
   for (int d = 0; d < 3; ++d) {
     const int64_t i = d - (3 - dims);
     const bool given = i >= 0;
-    g.input[d] = given ? input_sizes[i + 2] : 1;
-    g.kernel[d] = given ? weight_sizes[i + 2] : 1;
+    g.input[d] = given ? input[i + 2] : 1;
+    g.kernel[d] = given ? weight[i + 2] : 1;
     FASTNN_CHECK(g.input[d] < kLargest && g.kernel[d] < kLargest, op,
                  ": a dimension is too large, expected less than 2**31");
     g.stride[d] = given ? a.stride[i] : 1;
@@ -166,7 +161,7 @@ ConvPoolGeometry geometry_of(const char* op, const Tensor& input, const Tensor& 
   return g;
 }
 
-void check_sizes_fit(const Tensor& input, const ConvPoolGeometry& g, int64_t dims) {
+void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims) {
   // Of the dimensions that there are, for stock's words.
   const auto given = [&](const auto& value_of) {
     Ints values;
@@ -181,8 +176,8 @@ void check_sizes_fit(const Tensor& input, const ConvPoolGeometry& g, int64_t dim
                  "). Kernel size can't be greater than actual input size");
   }
   for (int d = 0; d < 3; ++d) {
-    FASTNN_CHECK(g.input[d] > 0, "Only zero batch or zero channel inputs are supported, but got input shape: ",
-                 to_string(input.sizes()));
+    FASTNN_CHECK(g.input[d] > 0,
+                 "Only zero batch or zero channel inputs are supported, but got input shape: ", to_string(input));
   }
   for (int d = 0; d < 3; ++d) {
     FASTNN_CHECK(dims != 1 || g.output[d] > 0, "max_pool1d() Invalid computed output size: ", g.output[d]);
@@ -198,15 +193,27 @@ void check_sizes_fit(const Tensor& input, const ConvPoolGeometry& g, int64_t dim
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
                               const std::optional<Tensor>& bias, const Ints& geometry) {
   const Expected kind = check_first(input, op, "input");
-  const int64_t dims = input.dim() - 2;
+  check_kinds(kind, weight, bias);
+  const ConvPoolProblem problem = problem_of(kind, input.sizes(), weight.sizes(), geometry);
+  if (bias) {
+    FASTNN_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "Given weight of size ",
+                 to_string(weight.sizes()), ", expected bias to be 1-dimensional with ", weight.size(0),
+                 " elements, but got bias of size ", to_string(bias->sizes()), " instead");
+  }
+  return problem;
+}
+
+ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry) {
+  const char* op = kind.op;
+  const int64_t dims = static_cast<int64_t>(input.size()) - 2;
   FASTNN_CHECK(dims >= 1 && dims <= 3, op,
-               ": expected input to be 3D, 4D or 5D (batch, channels, 1 to 3 dimensions), got ", input.dim(),
+               ": expected input to be 3D, 4D or 5D (batch, channels, 1 to 3 dimensions), got ", input.size(),
                "D tensor instead");
   const ConvPoolArguments a = arguments_of(op, geometry, dims);
   FASTNN_CHECK(all_at_least(a.padding, 0), "negative padding is not supported");
   FASTNN_CHECK(all_at_least(a.stride, 1), "non-positive stride is not supported");
   FASTNN_CHECK(all_at_least(a.dilation, 1), "non-positive dilation is not supported");
-  check_tensors(kind, input, weight, bias, a.groups);
+  check_channels(input, weight, a.groups);
   check_pool(a, dims);
   for (size_t i = 0; i + 2 < geometry.size(); ++i)
     FASTNN_CHECK(geometry[i] < kLargest, op, ": ", geometry[i], " is too large, expected less than 2**31");

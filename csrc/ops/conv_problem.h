@@ -26,6 +26,38 @@ struct ConvPoolProblem {
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
                               const std::optional<Tensor>& bias, const Ints& geometry);
 
+// The same of an input and a weight of these sizes.
+ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry);
+
+// Plans alike in this and in packed_size take the same packed weight.
+inline int64_t packing_of(const ConvPoolPlan& plan) {
+  return static_cast<int64_t>(plan.algorithm) * 4 + plan.channels_last * 2 + plan.lanes_are_groups;
+}
+
+// Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed.
+template <class T, class Packed>
+void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_for) {
+  const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
+  const int64_t threads = useful_threads(work);
+  call.plan = kernels.plan(call.geometry, call.input_layout, threads, false);
+  if (!kernels.plan_holds(call)) call.plan = kernels.plan(call.geometry, call.input_layout, threads, true);
+  const ConvPoolPlan& plan = call.plan;
+  const Compute<T>* packed = packed_for(plan);
+  const int64_t chunks = std::min(threads, plan.items);
+  const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
+  const int64_t packed_bytes = packed ? 0 : (checked_product(plan.packed_size, sizeof(Compute<T>)) + 63) / 64 * 64;
+  const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch_size)));
+  char* scratch = memory.get() + packed_bytes;
+  call.packed = packed ? const_cast<Compute<T>*>(packed) : reinterpret_cast<Compute<T>*>(memory.get());
+  if (!packed) {
+    parallel_chunks(std::min(threads, plan.pack_items), plan.pack_items,
+                    [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
+  }
+  parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
+    kernels.forward(call, first, last, scratch + chunk * scratch_size);
+  });
+}
+
 // ---- memory formats -----------------------------------------------------------------------------------------
 
 // Whether torch takes the tensor for channels last (c10::is_channels_last_strides_2d and _3d).
@@ -46,6 +78,11 @@ inline ConvLayout layout_of(const Tensor& tensor) {
   ConvLayout layout{tensor.stride(0), tensor.stride(1), {0, 0, 0}};
   for (int64_t i = 2; i < tensor.dim(); ++i) layout.d[i + 3 - tensor.dim()] = tensor.stride(i);
   return layout;
+}
+
+inline ConvLayout contiguous_layout(int64_t channels, const int64_t (&sizes)[3]) {
+  const int64_t row = sizes[2], plane = checked_product(sizes[1], row), image = checked_product(sizes[0], plane);
+  return {checked_product(channels, image), image, {plane, row, 1}};
 }
 
 inline Tensor new_formatted(const Ints& sizes, ScalarType dtype, bool channels_last) {

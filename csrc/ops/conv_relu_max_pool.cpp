@@ -19,34 +19,18 @@ void check_places(const char* op, const ConvPoolGeometry& g) {
 template <class T>
 void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight,
                  const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners) {
-  const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
-  const int64_t threads = useful_threads(problem.work);
-  const ConvLayout input_layout = layout_of(input);
   const std::optional<Tensor> dense_bias = bias ? std::optional(dense(*bias)) : std::nullopt;
-  ConvPoolForward<T> call{problem.geometry,
-                          kernels.plan(problem.geometry, input_layout, threads, false),
-                          data<T>(input),
-                          input_layout,
-                          data<T>(weight),
-                          layout_of(weight),
-                          bias ? data<T>(*dense_bias) : nullptr,
-                          nullptr,
-                          mutable_data<T>(output),
-                          layout_of(output),
-                          winners ? mutable_data<uint8_t>(*winners) : nullptr};
-  if (!kernels.plan_holds(call)) call.plan = kernels.plan(problem.geometry, call.input_layout, threads, true);
-  const ConvPoolPlan& plan = call.plan;
-  const int64_t chunks = std::min(threads, plan.items);
-  const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
-  const int64_t packed_bytes = (checked_product(plan.packed_size, sizeof(Compute<T>)) + 63) / 64 * 64;
-  const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch_size)));
-  char* scratch = memory.get() + packed_bytes;
-  call.packed = reinterpret_cast<Compute<T>*>(memory.get());
-  parallel_chunks(std::min(threads, plan.pack_items), plan.pack_items,
-                  [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
-  parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(call, first, last, scratch + chunk * scratch_size);
-  });
+  ConvPoolForward<T> call{};
+  call.geometry = problem.geometry;
+  call.input = data<T>(input);
+  call.input_layout = layout_of(input);
+  call.weight = data<T>(weight);
+  call.weight_layout = layout_of(weight);
+  call.bias = bias ? data<T>(*dense_bias) : nullptr;
+  call.output = mutable_data<T>(output);
+  call.output_layout = layout_of(output);
+  call.winners = winners ? mutable_data<uint8_t>(*winners) : nullptr;
+  run_conv_pool(call, problem.work, [](const ConvPoolPlan&) -> const Compute<T>* { return nullptr; });
 }
 
 // winners: where to put them, or null.

@@ -17,8 +17,8 @@ from fastnn.ops._autograd import (
     is_plain,
     needs_autograd,
     needs_reference,
-    raw_operator,
 )
+from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.reference.conv_relu_max_pool import Geometry
 
@@ -305,18 +305,24 @@ class ConvReluMaxPoolBackward(torch.autograd.Function):
         return (second[0], None, *result, None, None)
 
 
-def _output_like(input: Tensor, weight: Tensor, geometry: Sequence[int], dtype: torch.dtype) -> Tensor:
+def output_sizes(input: Sequence[int], weight: Sequence[int], geometry: Sequence[int]) -> list[int]:
+    """The output's sizes for an input and a weight of these sizes."""
     stride, padding, dilation, _, kernel, pool_stride, pool_padding, pool_dilation, ceil_mode = Geometry.of_flat(
-        geometry, input.dim() - 2
+        geometry, len(input) - 2
     )
-    sizes = [input.shape[0], weight.shape[0]]
+    sizes = [input[0], weight[0]]
     for d in range(len(stride)):
-        conv = (input.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1) // stride[d] + 1
+        conv = (input[d + 2] + 2 * padding[d] - dilation[d] * (weight[d + 2] - 1) - 1) // stride[d] + 1
         sizes.append(
             reference.pooled_size(conv, kernel[d], pool_stride[d], pool_padding[d], pool_dilation[d], ceil_mode)
         )
+    return sizes
+
+
+def _output_like(input: Tensor, weight: Tensor, geometry: Sequence[int], dtype: torch.dtype) -> Tensor:
+    sizes = output_sizes(input.shape, weight.shape, geometry)
     formats = {_channels_format(input), _channels_format(weight)} - {torch.contiguous_format}
-    if input.device.type == "cpu" and input.dtype is torch.float64 and len(stride) == 3:
+    if input.device.type == "cpu" and input.dtype is torch.float64 and input.dim() == 5:
         formats = set()
     return input.new_empty(sizes, dtype=dtype).to(memory_format=formats.pop() if formats else torch.contiguous_format)
 
