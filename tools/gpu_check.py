@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from gpu_cases import Case, all_cases
+from gpu_cases import Case, all_cases, float32_precision
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -59,6 +59,7 @@ class Built(NamedTuple):
 def record_launches(case: Case, target: _launch.Target) -> list[Launch]:
     """The launches of a case on ``target``."""
     launches = []
+    _launch.Plans.forget_all()
 
     def record(kernel: Any, grid: Any, device: torch.device, *args: Any, **keywords: Any) -> None:
         constexprs = {name: value for name, value in keywords.items() if name not in _OPTIONS}
@@ -66,17 +67,11 @@ def record_launches(case: Case, target: _launch.Target) -> list[Launch]:
         launches.append(Launch(kernel, args, constexprs, options | {"enable_fp_fusion": True}))
 
     launch, _launch.launch = _launch.launch, record
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [flag.fp32_precision for flag in flags]
     try:
-        for flag in flags:
-            flag.fp32_precision = "tf32" if case.allow_tf32 else "ieee"
-        with _launch.assume_target(target), torch.no_grad():
-            case.run(torch.device("meta"))
+        with _launch.assume_target(target), float32_precision(case), torch.no_grad():
+            case.make(torch.device("meta"))()
     finally:
         _launch.launch = launch
-        for flag, value in zip(flags, before, strict=True):
-            flag.fp32_precision = value
     return launches
 
 

@@ -82,13 +82,19 @@ def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Con
     fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
     block_out = min(64, _launch.padded(problem.out_channels))
     if is_tap_by_tap(problem):
-        most, block_k = (128 if wide else 64), min(64 if wide else 32, _launch.padded(problem.channels))
+        # Before Hopper, whose matrix instructions read shared memory, operands fill registers too.
+        most = 128 if wide and (target.backend == "hip" or int(target.arch) >= 90) else 64
+        block_k = min(64 if wide else 32, _launch.padded(problem.channels))
     else:  # every element of a step has a place of its own, and places fill registers
         most, block_k = 64, min(32 if wide else 16, _launch.padded(problem.depth))
     pixels = problem.images * math.prod(problem.out_size)
     block_pixels = min(most if fast else 32, _launch.padded(triton.cdiv(pixels, target.processors)))
     num_warps = 8 if block_pixels * block_out * problem.kind.dtype.itemsize >= 8192 else 4
-    return Config(block_pixels, block_out, block_k, num_warps, num_stages=3 if target.shared_memory > 65536 else 2)
+    config = Config(block_pixels, block_out, block_k, num_warps, num_stages=3 if target.shared_memory > 65536 else 2)
+    return _launch.tuned(
+        config, target, "conv", problem.kind.dtype.itemsize, precision, block_pixels, _launch.padded(problem.channels),
+        block_out, problem.taps, problem.places,
+    )  # fmt: skip
 
 
 # ---- plans --------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -96,6 +98,17 @@ def operand_dtype(dtype: torch.dtype) -> tl.dtype:
     """The dtype of a dot's operands: the tensors' own, except that the interpreter keeps bfloat16 as integers, which
     only a conversion to float32 reads right."""
     return tl.float32 if INTERPRETED and dtype is torch.bfloat16 else _TL_DTYPES[dtype]
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(Path(__file__).with_name("tuned.json").read_text())
+
+
+def tuned(config: Any, target: Target, *shape_class: Any) -> Any:
+    """``config`` with what tools/gpu_tune.py has measured to be faster for such shapes on such a GPU."""
+    own = _table().get(target.name)
+    return config._replace(**own.get(" ".join(map(str, shape_class)), {})) if own else config
 
 
 def padded(size: int) -> int:

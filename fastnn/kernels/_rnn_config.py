@@ -1,7 +1,7 @@
 """Which kernels run a recurrent network on a GPU, in which configuration, and which networks are left to stock's."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,6 @@ _WIDEST_SPREAD = 2048
 _LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the processors busy
 
 
-@functools.lru_cache(1024)
 def rnn_config(
     mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, target: _launch.Target,
     packed: bool = False,
@@ -51,7 +50,7 @@ def rnn_config(
     many = batch * directions >= 64 * target.processors and gates == 1
     block_batch = 32 if many else 16
     num_warps = 16 if tile >= 128 and gates == 4 else 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
-    return Config(block_batch, num_warps)
+    return _launch.tuned(Config(block_batch, num_warps), target, "rnn", gates, dtype.itemsize, precision, tile, many)
 
 
 def _spread_config(
@@ -68,7 +67,8 @@ def _spread_config(
         programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * directions
         # All programs run at once, one a processor.
         if on_chip <= target.shared_memory and programs <= target.processors:
-            return Config(block_batch, 8 if tile > 512 else 4, units)
+            config = Config(block_batch, 8 if tile > 512 else 4, units)
+            return _launch.tuned(config, target, "rnn spread", gates, dtype.itemsize, tile, units)
     return None
 
 
@@ -87,4 +87,9 @@ def covers(
     """Whether the kernels here run the network; else stock's own layers, with stock's own autograd, serve it best."""
     target = _launch.target_of(device)
     precision = _launch.dot_precision(dtype, "rnn", target)
-    return rnn_config(mode, hidden, batch, directions, dtype, precision, target, packed) is not None
+    return _covers(mode, hidden, batch, directions, dtype, precision, target, packed)
+
+
+@functools.lru_cache(1024)
+def _covers(*arguments: Any) -> bool:
+    return rnn_config(*arguments) is not None

@@ -84,7 +84,11 @@ def chain_config(
     if on_chip > target.shared_memory:
         return None
     block_in, block_out = min(chunk, _launch.padded(widths[0])), min(chunk, _launch.padded(widths[-1]))
-    return Config(block_rows, block_in, block_out, num_warps=8 if block_rows * max(tiles) >= 8192 else 4, num_stages=2)
+    config = Config(
+        block_rows, block_in, block_out, num_warps=8 if block_rows * max(tiles) >= 8192 else 4, num_stages=2
+    )
+    direction = "backward" if backward else "forward"
+    return _launch.tuned(config, target, "chain", direction, dtype.itemsize, precision, block_rows, max(tiles), layers)
 
 
 def is_resident(
@@ -116,7 +120,8 @@ def layer_config(
     block_out = min(_launch.padded(outputs), 128 if fast else 64)
     block_in = min(_launch.padded(inputs), 64 if dtype.itemsize == 2 else 32)
     num_warps = 8 if block_rows * block_out >= 16384 else 4
-    return Config(block_rows, block_in, block_out, num_warps, 3 if target.shared_memory > 65536 else 2)
+    config = Config(block_rows, block_in, block_out, num_warps, 3 if target.shared_memory > 65536 else 2)
+    return _launch.tuned(config, target, "layer", dtype.itemsize, precision, block_rows, block_in, block_out)
 
 
 # ---- checks -----------------------------------------------------------------------------------------------

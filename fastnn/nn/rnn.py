@@ -21,20 +21,20 @@ def _covers(input: Any) -> bool:
     """Whether the kernels take such an input at all."""
     return (
         isinstance(input, Tensor)
-        and (input.is_cpu or input.is_meta)
+        and (input.is_cpu or input.is_cuda or input.is_meta)
         and input.layout is torch.strided
         and not torch._C._is_any_autocast_enabled()
         and not needs_reference(input)
     )
 
 
-def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: int = 1) -> bool:
+def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: int = 1, packed: bool = False) -> bool:
     """On a GPU, whether the recurrent weights stay on chip: where they don't, stock's kernels are the fastest."""
     if not input.is_cuda or torch.compiler.is_compiling():
         return True
-    from fastnn.kernels.rnn import covers  # only now: it imports Triton
+    from fastnn.kernels._rnn_config import covers  # only now: it imports Triton
 
-    return covers(mode, hidden, batch, directions, input.dtype, input.device)
+    return covers(mode, hidden, batch, directions, input.dtype, input.device, packed)
 
 
 def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
@@ -94,7 +94,7 @@ class _Recurrent(RNNBase):
             state is None
             or weights[0].dtype is not input.dtype
             or self.proj_size > 0
-            or not self._on_chip(input, int(batch_sizes[0]))
+            or not self._on_chip(input, int(batch_sizes[0]), packed=True)
         ):
             return None
         if sorted_indices is not None:
@@ -119,8 +119,8 @@ class _Recurrent(RNNBase):
                 return None
         return given if batched else [tensor.unsqueeze(1) for tensor in given]
 
-    def _on_chip(self, input: Tensor, batch: int) -> bool:
-        return _gpu_serves(input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1)
+    def _on_chip(self, input: Tensor, batch: int, packed: bool = False) -> bool:
+        return _gpu_serves(input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1, packed)
 
     def _call(
         self, input: Tensor, batch_sizes: Tensor | None, state: list[Tensor], weights: list[Tensor], batch_first: bool

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
+from fastnn.testing import TOLERANCES
+
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The interpreter truncates to bfloat16 where a GPU rounds.
-_TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2 if _INTERPRETED else 1.6e-2}
 collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 
@@ -73,12 +73,14 @@ def _without_plans():
 
 @pytest.fixture
 def assert_near():
-    """assert_near(actual, exact): ``exact`` in float64; the error is held against the largest value, as sums have it,
-    in units of ``actual``'s dtype."""
+    """assert_near(actual, exact): ``exact`` in float64; the error is held against the largest value, as sums have it.
+    The table's floor stands for stock's own error too, which is not at hand here; ``factor`` counts the roundings."""
 
     def check(actual, exact, factor=1.0):
         assert actual.shape == exact.shape
-        tolerance = _TOLERANCES[actual.dtype] * factor
+        tolerance = factor * TOLERANCES[actual.dtype].ratio * TOLERANCES[actual.dtype].floor
+        if _INTERPRETED and actual.dtype is torch.bfloat16:
+            tolerance *= 2  # it truncates where a GPU rounds
         scale = exact.abs().nan_to_num(0, 0, 0).max().item() if exact.numel() else 0.0
         torch.testing.assert_close(actual.double().cpu(), exact.cpu(), rtol=0, atol=tolerance * max(scale, 1e-3),
                                    equal_nan=True)  # fmt: skip
