@@ -159,15 +159,27 @@ class _Reader:
         while node.name != self.input:
             if node.op != "call_function":
                 raise self.refusal(node, "does not depend on the input")
-            if node.target is not operator.getitem:
+            if node.target is operator.getitem:
+                node = self.whose_result(node, chain[-1] if chain else None)
+            else:
                 chain.append(node)
-            elif node.args[1] != 0:
-                raise self.refusal(node.args[0], "has a second result, which a frozen model cannot use")
-            node = node.args[0]  # type: ignore[assignment]
+                node = node.args[0]  # type: ignore[assignment]
         for node in reversed(chain):
             self.add(node)
         words = [" ".join(map(str, [stage.name, *stage.numbers])) + ";" for stage in self.stages]
         return "".join(words), [tensor for stage in self.stages for tensor in stage.tensors]
+
+    def whose_result(self, node: Any, user: Any) -> Node:
+        """The operator whose output this is; or whose last layer's final h, which is its output's last step."""
+        source, which = node.args
+        if which == 0 and source.target is not operator.getitem:
+            return source
+        if which == 0 and source.args[1] == 1 and user is not None and user.target is _aten.select.int:
+            rnn, bidirectional = source.args[0], source.args[0].args[7]
+            if user.args[1:] == (0, -1) and not bidirectional:
+                user.args = (user.args[0], int(rnn.args[8]), -1)
+                return rnn
+        raise self.refusal(source, "has a second result, which a frozen model cannot use in this way")
 
     def add(self, node: Node) -> None:
         target, arguments = node.target, node.args
@@ -237,9 +249,12 @@ class _Reader:
             raise self.refusal(node, "has packed sequences or a state, which a frozen model cannot take")
         tensors = self.constants_of(node, weights)
         directions = 2 if bidirectional else 1
-        biases = len(tensors) == 4 * directions * layers  # type: ignore[operator]
-        sizes = tensors[1].shape[1], tensors[0].shape[1]
-        numbers = [mode, layers, directions, int(bool(batch_first)), int(biases), 0, sizes[1], sizes[0]]
+        each = len(tensors) // (directions * layers)  # type: ignore[operator]
+        in_features, hidden, projected = tensors[0].shape[1], tensors[1].shape[1], 0
+        if each % 2:
+            projected, hidden = tensors[int(each) - 1].shape
+        flags = [int(bool(batch_first)), int(each >= 4), 0]
+        numbers = [mode, layers, directions, *flags, in_features, hidden, projected]
         self.stages.append(_Stage("rnn", numbers, tensors))  # type: ignore[arg-type]
 
     @staticmethod

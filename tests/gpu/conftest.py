@@ -80,7 +80,7 @@ def assert_near():
         assert actual.shape == exact.shape
         tolerance = factor * TOLERANCES[actual.dtype].ratio * TOLERANCES[actual.dtype].floor
         if _INTERPRETED and actual.dtype is torch.bfloat16:
-            tolerance *= 2  # it truncates where a GPU rounds
+            tolerance *= 3  # it truncates where a GPU rounds: twice the error, and always towards zero
         scale = exact.abs().nan_to_num(0, 0, 0).max().item() if exact.numel() else 0.0
         torch.testing.assert_close(actual.double().cpu(), exact.cpu(), rtol=0, atol=tolerance * max(scale, 1e-3),
                                    equal_nan=True)  # fmt: skip

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
@@ -116,6 +116,13 @@ class Called(TorchDispatchMode):
     ],
 )
 def test_modules_on_a_gpu_reach_the_operators(module, sizes, name):
-    with FakeTensorMode(), _launch.assume_target(_launch.TARGETS[2]), torch.no_grad(), Called() as called:
-        module().to("cuda", torch.float16)(torch.empty(sizes, device="cuda", dtype=torch.float16))
+    mode = FakeTensorMode()
+
+    def on_a_gpu(tensor):
+        return FakeTensor(mode, tensor.to("meta", torch.float16), torch.device("cuda:0"))
+
+    module, input = module(), on_a_gpu(torch.empty(sizes))
+    parameters = {key: on_a_gpu(tensor) for key, tensor in module.named_parameters()}
+    with mode, _launch.assume_target(_launch.TARGETS[2]), torch.no_grad(), Called() as called:
+        torch.func.functional_call(module, parameters, input)
     assert f"fastnn::{name}" in called.names
