@@ -5,7 +5,7 @@ alignment included, is what a user's call compiles. Prints a table (kernel, conf
 memory, matrix instructions) and fails on a spill in a loop, on shared memory beyond the target's limit, and on a
 16-bit or tf32 dot without a matrix instruction.
 
-    python tools/gpu_check.py [--target sm_90 ...] [--op mlp ...] [--write TABLE.md]
+    python tools/gpu_check.py [--target sm_90 ...] [--op mlp ...] [--write SUMMARY.md]
 """
 
 import argparse
@@ -167,8 +167,20 @@ def configuration(launch: Launch) -> str:
     return ", ".join([*blocks, f"{launch.options['num_warps']} warps", f"{launch.options['num_stages']} stages"])
 
 
-HEADER = ("kernel", "case", "dtype", "precision", "configuration", "target", "registers", "spills", "in loops",
-          "shared memory", "matrix instructions", "verdict")  # fmt: skip
+def summary(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown: a line a kernel and target, with the worst of its configurations."""
+    groups: dict[tuple[str, str], list[Sequence[str]]] = {}
+    for row in rows:
+        groups.setdefault((row[0], row[5]), []).append(row)
+    lines = [
+        "| kernel | target | configurations | registers | spills | of them in hot loops | shared memory | at fault |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (kernel, target), group in sorted(groups.items()):
+        worst = [str(max(int(row[column]) for row in group)) for column in (6, 7, 8, 9)]
+        at_fault = sum(row[-1] != "ok" for row in group)
+        lines.append(f"| {' | '.join([kernel, target, str(len(group)), *worst, str(at_fault)])} |")
+    return lines
 
 
 def check(targets: Sequence[_launch.Target], ops: Sequence[str]) -> tuple[list[tuple[str, ...]], int]:
@@ -201,15 +213,15 @@ def main() -> int:
     known = {target.name: target for target in _launch.TARGETS}
     parser.add_argument("--target", action="append", choices=known, help="default: all")
     parser.add_argument("--op", action="append", help="default: all")
-    parser.add_argument("--write", type=Path, help="also write the table as Markdown")
+    parser.add_argument("--write", type=Path, help="also write a summary as Markdown")
     options = parser.parse_args()
     started = time.monotonic()
     rows, failed = check([known[name] for name in options.target or known], options.op or [])
-    print(f"{len(rows)} launches compiled with Triton {triton.__version__} in {time.monotonic() - started:.0f} s, "
-          f"{failed} at fault")  # fmt: skip
+    verdict = f"{len(rows)} launches compiled with Triton {triton.__version__}, {failed} at fault"
+    print(f"{verdict}, in {time.monotonic() - started:.0f} s")
     if options.write:
-        lines = [HEADER, tuple("---" for _ in HEADER), *rows]
-        options.write.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        title = "# What compilers make of the GPU kernels\n\n`make gpu-check`, on a machine without a GPU: "
+        options.write.write_text("\n".join([f"{title}{verdict}.", "", *summary(rows)]) + "\n")
     return 1 if failed or not rows else 0
 
 

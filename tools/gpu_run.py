@@ -66,8 +66,8 @@ def start_tests(paths: Sequence[Path], folder: Path, rehearse: bool) -> list[tup
         report = folder / f"{path.stem}.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}",
                    str(path)]  # fmt: skip
-        log = (folder / f"{path.stem}.log").open("w")
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        with (folder / f"{path.stem}.log").open("w") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         started.append((path, report, process))
     return started
 
