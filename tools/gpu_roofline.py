@@ -159,11 +159,13 @@ def rnn_predictions() -> Iterator[Prediction]:
                 steps = WIDE_STEP if config.units else STEP
                 serial = {who: length * layers * step * (1 + 0.25 * (gates - 1)) for who, step in steps.items()}
                 # cuDNN: the input products and the steps in about three kernels a layer.
+                # Programs that share weights need their meeting places made and their state copied.
+                launches = 7 * layers if config.units else 2 * layers
                 stock = Cost(ends + between, flops, 3 * layers, serial["stock"])
-                ours = Cost(ends + between, flops, 2 * layers, serial["fastnn"])
+                ours = Cost(ends + between, flops, launches, serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "forward", stock, stock, ours, True, kind)
                 stock = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["stock"])
-                ours = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["fastnn"])
+                ours = Cost(3 * (ends + between), 3 * flops, 6 * layers + 2 * launches, 2.2 * serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "training", stock, stock, ours, True, kind)
 
 
