@@ -56,7 +56,8 @@ class BuildExtension(build_ext):
                 f"fastnn: no C++ compiler ('{compiler}' not found). Install one: 'apt-get install g++' on Debian and "
                 "Ubuntu, 'dnf install gcc-c++' on Fedora, 'xcode-select --install' on macOS; or set CXX."
             )
-        self.compiler.compiler_so = self.compiler.compiler_so_cxx
+        # setuptools before 72 has one command for C and C++.
+        self.compiler.compiler_so = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
         jobs = [(source, "common", []) for source in ext.sources]
         for isa, flags in INSTRUCTION_SETS.items():
             isa_flags = [f"-DFASTNN_ISA={isa}", *KERNEL_FLAGS, *flags]

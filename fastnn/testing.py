@@ -29,6 +29,7 @@ TOLERANCES = {
         2.0, 256 * 2.0**-52, "no wider type: the reference has errors of its own, sums of rounded"
     ),
     torch.bfloat16: Tolerance(2.0, 2.0**-7, "one rounding to bfloat16 more or less at the end of a float32 sum"),
+    torch.float16: Tolerance(2.0, 2.0**-10, "one rounding to float16 more or less at the end of a float32 sum"),
 }
 
 

@@ -52,6 +52,8 @@ CASES: dict[str, list[Case]] = {
         rnn_case("LSTM", (32, 128, 64), 128),
         rnn_case("RNN", (64, 200, 64), 128, lengths=_LENGTHS),
         rnn_case("LSTM", (64, 200, 64), 128, lengths=_LENGTHS),
+        rnn_case("GRU", (32, 128, 512), 512),
+        rnn_case("LSTM", (64, 200, 512), 512, lengths=_LENGTHS),
     ],
     "mlp": [
         autoencoder_case(256, 784, 128, 32),

@@ -1,9 +1,10 @@
 """The launches that the GPU tools look at: the benchmark shapes, one a shape class of the kernels' tables.
 
-Every case calls an operator's launcher as a user's call does, on tensors of a given device: "meta" is enough to see
-which kernels it would launch with which arguments.
+Every case calls an operator's launchers, forward and backward, as a user's call does, on tensors of a given device:
+"meta" is enough to see which kernels it would launch with which arguments.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,8 +24,22 @@ class Case(NamedTuple):
     op: str
     shape: str
     dtype: torch.dtype
-    run: Callable[[torch.device], object]
+    make: Callable[[torch.device], Callable[[], object]]
     allow_tf32: bool = False
+
+
+@contextlib.contextmanager
+def float32_precision(case: Case) -> Iterator[None]:
+    """torch's flags as the case asks for them."""
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [flag.fp32_precision for flag in flags]
+    try:
+        for flag in flags:
+            flag.fp32_precision = "tf32" if case.allow_tf32 else "ieee"
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.fp32_precision = value
 
 
 def all_cases() -> Iterator[Case]:
@@ -46,7 +61,7 @@ MLP_SHAPES = [  # rows, widths
 
 
 def _mlp_case(rows: int, widths: tuple[int, ...], dtype: torch.dtype, allow_tf32: bool, name: str) -> Case:
-    def run(device: torch.device) -> None:
+    def make(device: torch.device) -> Callable[[], object]:
         def new(*sizes: int) -> Tensor:
             return torch.randn(sizes, device=device).to(dtype)
 
@@ -54,11 +69,16 @@ def _mlp_case(rows: int, widths: tuple[int, ...], dtype: torch.dtype, allow_tf32
         biases = [new(b) for b in widths[1:]]
         digits = activation_digits([name] * len(weights))
         input = new(rows, widths[0])
-        output, hidden = mlp.mlp_with_hidden(input, join_parameters(weights, biases), digits)
-        mlp.mlp_backward(output, input, weights, digits, output, hidden, True, True, True)
+        parameters = join_parameters(weights, biases)
+
+        def run() -> None:
+            output, hidden = mlp.mlp_with_hidden(input, parameters, digits)
+            mlp.mlp_backward(output, input, weights, digits, output, hidden, True, True, True)
+
+        return run
 
     shape = f"({rows}, {'-'.join(map(str, widths))}) {name}"
-    return Case("mlp", shape, dtype, run, allow_tf32)
+    return Case("mlp", shape, dtype, make, allow_tf32)
 
 
 def mlp_cases() -> Iterator[Case]:
@@ -94,16 +114,20 @@ def _conv_case(name: str, dtype: torch.dtype, allow_tf32: bool, last: bool) -> C
     sizes, out_channels, kernel, *_ = CONV_SHAPES[name]
     dims, geometry = len(sizes) - 2, conv_geometry(name).flat()
 
-    def run(device: torch.device) -> None:
+    def make(device: torch.device) -> Callable[[], object]:
         input = torch.randn(sizes, device=device).to(dtype)
         if last:
             input = input.contiguous(memory_format=torch.channels_last)
         weight = torch.randn(out_channels, sizes[1], *[kernel] * dims, device=device).to(dtype)
         bias = torch.randn(out_channels, device=device).to(dtype)
-        output, winners = conv_relu_max_pool.conv_relu_max_pool_with_winners(input, weight, bias, geometry)
-        conv_relu_max_pool.conv_relu_max_pool_backward(output, winners, input, weight, geometry, True, True, True)
 
-    return Case("conv_relu_max_pool", f"{name}{', channels last' if last else ''}", dtype, run, allow_tf32)
+        def run() -> None:
+            output, winners = conv_relu_max_pool.conv_relu_max_pool_with_winners(input, weight, bias, geometry)
+            conv_relu_max_pool.conv_relu_max_pool_backward(output, winners, input, weight, geometry, True, True, True)
+
+        return run
+
+    return Case("conv_relu_max_pool", f"{name}{', channels last' if last else ''}", dtype, make, allow_tf32)
 
 
 def conv_cases() -> Iterator[Case]:
@@ -122,6 +146,8 @@ RNN_SHAPES = {  # length, batch, in, hidden, layers
     "h128": (128, 32, 64, 128, 1),
     "h128, large batch": (128, 16384, 64, 128, 1),
     "h256": (128, 32, 64, 256, 1),
+    "h512": (128, 32, 512, 512, 1),
+    "h1024": (128, 16, 512, 1024, 1),
 }
 
 
@@ -151,13 +177,17 @@ def rnn_arguments(name: str, mode: str, dtype: torch.dtype, device: torch.device
 
 
 def _rnn_case(name: str, mode: str, dtype: torch.dtype, allow_tf32: bool, packed: bool = False) -> Case:
-    def run(device: torch.device) -> None:
+    def make(device: torch.device) -> Callable[[], object]:
         arguments = rnn_arguments(name, mode, dtype, device, packed)
-        output, final_state, reserve = rnn.rnn_with_reserve(**arguments)
-        rnn.rnn_backward(output, final_state, **arguments, output=output, reserve=reserve, input_wanted=True,
-                         state_wanted=False, weights_wanted=True)  # fmt: skip
 
-    return Case("rnn", f"{mode} {name}{', packed' if packed else ''}", dtype, run, allow_tf32)
+        def run() -> None:
+            output, final_state, reserve = rnn.rnn_with_reserve(**arguments)
+            rnn.rnn_backward(output, final_state, **arguments, output=output, reserve=reserve, input_wanted=True,
+                             state_wanted=False, weights_wanted=True)  # fmt: skip
+
+        return run
+
+    return Case("rnn", f"{mode} {name}{', packed' if packed else ''}", dtype, make, allow_tf32)
 
 
 def rnn_cases() -> Iterator[Case]:
@@ -165,4 +195,6 @@ def rnn_cases() -> Iterator[Case]:
         for name in RNN_SHAPES:
             for dtype, allow_tf32 in [(HALF, False), (FLOAT, False), (FLOAT, True)]:
                 yield _rnn_case(name, mode, dtype, allow_tf32)
-        yield _rnn_case("h128", mode, BFLOAT, False, packed=True)
+        for name in ("h128", "h512"):
+            yield _rnn_case(name, mode, BFLOAT, False, packed=True)
+        yield _rnn_case("h1024", mode, BFLOAT, False)

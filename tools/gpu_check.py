@@ -5,7 +5,7 @@ alignment included, is what a user's call compiles. Prints a table (kernel, conf
 memory, matrix instructions) and fails on a spill in a loop, on shared memory beyond the target's limit, and on a
 16-bit or tf32 dot without a matrix instruction.
 
-    python tools/gpu_check.py [--target sm_90 ...] [--op mlp ...] [--write TABLE.md]
+    python tools/gpu_check.py [--target sm_90 ...] [--op mlp ...] [--write SUMMARY.md]
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from gpu_cases import Case, all_cases
+from gpu_cases import Case, all_cases, float32_precision
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -51,7 +51,7 @@ class Built(NamedTuple):
 
     registers: int
     spills: int  # instructions
-    spills_in_loops: int  # in innermost loops
+    spills_in_loops: int  # in innermost loops, and in the innermost with matrix instructions
     shared_memory: int
     matrix_instructions: int
 
@@ -59,6 +59,7 @@ class Built(NamedTuple):
 def record_launches(case: Case, target: _launch.Target) -> list[Launch]:
     """The launches of a case on ``target``."""
     launches = []
+    _launch.Plans.forget_all()
 
     def record(kernel: Any, grid: Any, device: torch.device, *args: Any, **keywords: Any) -> None:
         constexprs = {name: value for name, value in keywords.items() if name not in _OPTIONS}
@@ -66,17 +67,11 @@ def record_launches(case: Case, target: _launch.Target) -> list[Launch]:
         launches.append(Launch(kernel, args, constexprs, options | {"enable_fp_fusion": True}))
 
     launch, _launch.launch = _launch.launch, record
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [flag.fp32_precision for flag in flags]
     try:
-        for flag in flags:
-            flag.fp32_precision = "tf32" if case.allow_tf32 else "ieee"
-        with _launch.assume_target(target), torch.no_grad():
-            case.run(torch.device("meta"))
+        with _launch.assume_target(target), float32_precision(case), torch.no_grad():
+            case.make(torch.device("meta"))()
     finally:
         _launch.launch = launch
-        for flag, value in zip(flags, before, strict=True):
-            flag.fp32_precision = value
     return launches
 
 
@@ -129,15 +124,20 @@ def _read_cubin(compiled: Any) -> Built:
     # A branch backwards closes a loop; the one to itself at a kernel's end is padding.
     jumps = [(re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text), at) for at, text in instructions]
     loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
-    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in loops)]
+    matrix = [at for at, text in instructions if re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)]
+    hot = _innermost(loops) + _innermost([(a, b) for a, b in loops if any(a <= at <= b for at in matrix)])
     spills = [at for at, text in instructions if re.search(r"\b(STL|LDL)\b", text)]
     return Built(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=len(spills),
-        spills_in_loops=sum(any(first <= at <= last for first, last in innermost) for at in spills),
+        spills_in_loops=sum(any(first <= at <= last for first, last in hot) for at in spills),
         shared_memory=compiled.metadata.shared,
-        matrix_instructions=sum(bool(re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)) for _, text in instructions),
+        matrix_instructions=len(matrix),
     )
+
+
+def _innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(a, b) for a, b in loops if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in loops)]
 
 
 def _read_amdgcn(compiled: Any) -> Built:
@@ -167,8 +167,20 @@ def configuration(launch: Launch) -> str:
     return ", ".join([*blocks, f"{launch.options['num_warps']} warps", f"{launch.options['num_stages']} stages"])
 
 
-HEADER = ("kernel", "case", "dtype", "precision", "configuration", "target", "registers", "spills", "in loops",
-          "shared memory", "matrix instructions", "verdict")  # fmt: skip
+def summary(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown: a line a kernel and target, with the worst of its configurations."""
+    groups: dict[tuple[str, str], list[Sequence[str]]] = {}
+    for row in rows:
+        groups.setdefault((row[0], row[5]), []).append(row)
+    lines = [
+        "| kernel | target | configurations | registers | spills | of them in hot loops | shared memory | at fault |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (kernel, target), group in sorted(groups.items()):
+        worst = [str(max(int(row[column]) for row in group)) for column in (6, 7, 8, 9)]
+        at_fault = sum(row[-1] != "ok" for row in group)
+        lines.append(f"| {' | '.join([kernel, target, str(len(group)), *worst, str(at_fault)])} |")
+    return lines
 
 
 def check(targets: Sequence[_launch.Target], ops: Sequence[str]) -> tuple[list[tuple[str, ...]], int]:
@@ -201,15 +213,15 @@ def main() -> int:
     known = {target.name: target for target in _launch.TARGETS}
     parser.add_argument("--target", action="append", choices=known, help="default: all")
     parser.add_argument("--op", action="append", help="default: all")
-    parser.add_argument("--write", type=Path, help="also write the table as Markdown")
+    parser.add_argument("--write", type=Path, help="also write a summary as Markdown")
     options = parser.parse_args()
     started = time.monotonic()
     rows, failed = check([known[name] for name in options.target or known], options.op or [])
-    print(f"{len(rows)} launches compiled with Triton {triton.__version__} in {time.monotonic() - started:.0f} s, "
-          f"{failed} at fault")  # fmt: skip
+    verdict = f"{len(rows)} launches compiled with Triton {triton.__version__}, {failed} at fault"
+    print(f"{verdict}, in {time.monotonic() - started:.0f} s")
     if options.write:
-        lines = [HEADER, tuple("---" for _ in HEADER), *rows]
-        options.write.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        title = "# What compilers make of the GPU kernels\n\n`make gpu-check`, on a machine without a GPU: "
+        options.write.write_text("\n".join([f"{title}{verdict}.", "", *summary(rows)]) + "\n")
     return 1 if failed or not rows else 0
 
 

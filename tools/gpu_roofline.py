@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from gpu_cases import CONV_SHAPES, MLP_SHAPES, RNN_SHAPES, conv_geometry
 
-from fastnn.kernels import _launch, mlp, rnn
-from fastnn.kernels import conv_relu_max_pool as conv
+from fastnn.kernels import _conv_plan, _launch, _rnn_config, mlp
 from fastnn.kernels._conv_geometry import check_problem
 from fastnn.kernels._rnn_problem import MODES
 
@@ -26,7 +25,10 @@ BANDWIDTH = 3.35e12  # bytes a second
 PEAK = {"16-bit": 989e12, "tf32": 494e12, "float32": 67e12}  # operations a second
 REACHED = {"cuDNN and cuBLAS": 0.65, "Triton": 0.4, "memory": 0.85}
 LAUNCH = 2.5e-6  # seconds from one kernel to the next in a CUDA graph
-STEP = {"stock": 1.3e-6, "fastnn": 0.4e-6}  # seconds a recurrent step takes at hidden <= 128, by its latencies
+# Seconds that a recurrent step of one gate takes, by its latencies: with the weights on chip; and beyond that, in cuDNN
+# a product a step, here a barrier a step.
+STEP = {"stock": 1.3e-6, "fastnn": 0.4e-6}
+WIDE_STEP = {"stock": 9e-6, "fastnn": 2.5e-6}
 TARGET = _launch.TARGETS[2]
 
 
@@ -98,7 +100,7 @@ def conv_predictions() -> Iterator[Prediction]:
             conv_values = problem.images * out_channels * math.prod(problem.conv_size)
             pooled = problem.images * out_channels * math.prod(problem.out_size)
             ends = size * (input.numel() + weight.numel() + pooled)
-            fused = conv.is_fused(problem, "forward", precision, TARGET)
+            fused = _conv_plan.is_fused(problem, "forward", precision, TARGET)
             flops = problem.work
             # conv writes; ReLU reads and writes; pool reads; its int64 indices.
             stock = Cost(ends + conv_values * 4 * size + pooled * 8, flops, 3)
@@ -107,7 +109,7 @@ def conv_predictions() -> Iterator[Prediction]:
             if not fused:
                 ours = Cost(ends + conv_values * 2 * size, flops, 2)
             yield Prediction("conv_relu_max_pool", name, str(dtype)[6:], "forward", stock, compiled, ours, fused, kind)
-            back_fused = conv.is_fused(problem, "backward", precision, TARGET)
+            back_fused = _conv_plan.is_fused(problem, "backward", precision, TARGET)
             # Beside the above: the pool's and ReLU's gradients written, read and read again by both products.
             both = 2 * ends + pooled * size
             stock = Cost(both + conv_values * size * (4 + 1 + 3 + 2) + pooled * 16, 3 * flops, 3 + 4)
@@ -147,20 +149,23 @@ def rnn_predictions() -> Iterator[Prediction]:
         gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
         for name, (length, batch, inputs, hidden, layers) in RNN_SHAPES.items():
             for dtype, kind, precision in _kinds(True):
-                fits = rnn.rnn_config(mode, hidden, batch, 1, dtype, precision, TARGET) is not None
-                if not fits:
+                config = _rnn_config.rnn_config(mode, hidden, batch, 1, dtype, precision, TARGET)
+                if config is None:
                     continue
                 size, rows = dtype.itemsize, length * batch
                 flops = sum(2.0 * rows * gates * hidden * (hidden + (hidden if i else inputs)) for i in range(layers))
                 ends = size * rows * (inputs + hidden)
                 between = size * rows * layers * (2 * gates + 1) * hidden
-                serial = {who: length * layers * step * (1 + 0.25 * (gates - 1)) for who, step in STEP.items()}
+                steps = WIDE_STEP if config.units else STEP
+                serial = {who: length * layers * step * (1 + 0.25 * (gates - 1)) for who, step in steps.items()}
                 # cuDNN: the input products and the steps in about three kernels a layer.
+                # Programs that share weights need their meeting places made and their state copied.
+                launches = 7 * layers if config.units else 2 * layers
                 stock = Cost(ends + between, flops, 3 * layers, serial["stock"])
-                ours = Cost(ends + between, flops, 2 * layers, serial["fastnn"])
+                ours = Cost(ends + between, flops, launches, serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "forward", stock, stock, ours, True, kind)
                 stock = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["stock"])
-                ours = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["fastnn"])
+                ours = Cost(3 * (ends + between), 3 * flops, 6 * layers + 2 * launches, 2.2 * serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "training", stock, stock, ours, True, kind)
 
 
@@ -168,15 +173,16 @@ def page() -> str:
     rows = [p.row() for make in (conv_predictions, rnn_predictions, mlp_predictions) for p in make()]
     assumed = ", ".join(f"{share:.0%} of its limit for {who}" for who, share in REACHED.items())
     peaks = ", ".join(f"{peak / 1e12:.0f} TFLOP/s {kind}" for kind, peak in PEAK.items())
-    stock_step, own_step = (f"{1e6 * STEP[who]:.1f} µs" for who in ("stock", "fastnn"))
+    steps = [f"{1e6 * step[who]:.1f} µs" for step in (STEP, WIDE_STEP) for who in ("stock", "fastnn")]
     lines = [
         "# What an H100 should give",
         "",
         "Predictions, not measurements: `make gpu-roofline` computes them, `make gpu` measures. Bytes and operations",
         f"are counted. The limits are the data sheet's: {BANDWIDTH / 1e12:.2f} TB/s, {peaks}.",
         f"Assumed: {assumed};",
-        f"{LAUNCH * 1e6:.1f} µs from kernel to kernel in a CUDA graph; {stock_step} a recurrent step of one gate in",
-        f"cuDNN and {own_step} here. The floor is the time at the limits themselves, or of the steps.",
+        f"{LAUNCH * 1e6:.1f} µs from kernel to kernel in a CUDA graph; {steps[0]} a recurrent step of one gate in",
+        f"cuDNN and {steps[1]} here, and where one processor cannot hold the weights {steps[2]} and {steps[3]}.",
+        "The floor is the time at the limits themselves, or of the steps.",
         "",
         *(f"| {' | '.join(line)} |" for line in (HEADER, ["---"] * len(HEADER), *rows)),
     ]

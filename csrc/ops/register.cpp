@@ -7,7 +7,7 @@ namespace {
 
 template <class Result, size_t count>
 Result call(const char* name, std::array<StableIValue, count> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Result>(stack[0]);
 }
 

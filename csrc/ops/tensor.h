@@ -16,8 +16,8 @@ inline Tensor new_strided_tensor(const std::vector<int64_t>& sizes, const int64_
                        : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
                                                      : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

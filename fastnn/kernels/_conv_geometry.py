@@ -48,6 +48,11 @@ class Problem(NamedTuple):
         return self.places * math.prod(self.out_size) / math.prod(self.conv_size)
 
     @property
+    def pooled_pixels(self) -> int:
+        """Of all images."""
+        return self.images * math.prod(self.out_size)
+
+    @property
     def work(self) -> float:
         """Floating-point operations of the convolution."""
         return 2.0 * self.images * self.groups * self.out_channels * math.prod(self.conv_size) * self.depth
@@ -153,4 +158,4 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
 
 
 def channels_last(dims: int) -> torch.memory_format:
-    return torch.channels_last if dims == 2 else torch.channels_last_3d
+    return torch.channels_last_3d if dims == 3 else torch.channels_last

@@ -312,9 +312,9 @@ def conv_input_gradient(
     tl.store(grad_input + offset, sums.to(grad_input.dtype.element_ty), mask=pixel_mask[:, None] & in_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["pooled_pixels", "tiles_each"])
+@triton.jit(do_not_specialize=["pooled_pixels"])
 def conv_weight_gradient(
-    grad_output, winners, input, weight_parts, bias_parts, pooled_pixels, tiles_each, in_size, conv_size, out_size,
+    grad_output, winners, input, weight_parts, bias_parts, pooled_pixels, in_size, conv_size, out_size,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, GEOMETRY: tl.constexpr,
     IN_LAST: tl.constexpr, TAP_BY_TAP: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -323,8 +323,8 @@ def conv_weight_gradient(
     CHANNELS, *in_size) -> weight_parts (parts, GROUPS * OUT_CHANNELS, CHANNELS * taps), the columns as a step has
     them, and bias_parts (parts, GROUPS * OUT_CHANNELS), unless that is None.
 
-    Program (part, group and block of out channels, step) adds up tiles_each tiles of pooled pixels: each window has
-    one pixel of the convolution that has a gradient, at its winner's place.
+    Program (part, group and block of out channels, step) adds up its share of the tiles of pooled pixels: each window
+    has one pixel of the convolution that has a gradient, at its winner's place.
     """
     TAPS: tl.constexpr = GEOMETRY[KERNEL][0] * GEOMETRY[KERNEL][1] * GEOMETRY[KERNEL][2]
     blocks: tl.constexpr = (OUT_CHANNELS + BLOCK_OUT - 1) // BLOCK_OUT
@@ -336,6 +336,7 @@ def conv_weight_gradient(
     sums = tl.zeros([BLOCK_OUT, BLOCK_K], tl.float32)
     bias_sums = tl.zeros([BLOCK_OUT], tl.float32)
     PLACES: tl.constexpr = GEOMETRY[POOL][0] * GEOMETRY[POOL][1] * GEOMETRY[POOL][2]
+    tiles_each = tl.cdiv(tl.cdiv(pooled_pixels, BLOCK_PIXELS), tl.num_programs(0))
     for tile in range(tl.program_id(0) * tiles_each, (tl.program_id(0) + 1) * tiles_each):
         index = tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         pixel_mask = index < pooled_pixels

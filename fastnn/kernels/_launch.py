@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -72,14 +74,19 @@ def assume_target(target: Target) -> Iterator[None]:
         _assumed = previous
 
 
+_FLAGS: dict[str, Any] = {
+    "linear": torch.backends.cuda.matmul,
+    "conv": torch.backends.cudnn.conv,
+    "rnn": torch.backends.cudnn.rnn,
+}
+
+
 def dot_precision(dtype: torch.dtype, stock: str, target: Target) -> str:
     """``input_precision`` for tl.dot, from the flag that the stock layer obeys: ``stock`` is "linear", "conv" or
     "rnn". tf32x3 is no substitute for ieee: tensor cores truncate while they add, beyond twice stock's error."""
     if dtype is not torch.float32 or target.backend == "hip":
         return "ieee"
-    cudnn: Any = torch.backends.cudnn
-    flags = {"linear": torch.backends.cuda.matmul, "conv": cudnn.conv, "rnn": cudnn.rnn}
-    return "tf32" if flags[stock].fp32_precision == "tf32" else "ieee"
+    return "tf32" if _FLAGS[stock].fp32_precision == "tf32" else "ieee"
 
 
 def uses_matrix_units(dtype: torch.dtype, precision: str, target: Target) -> bool:
@@ -91,6 +98,17 @@ def operand_dtype(dtype: torch.dtype) -> tl.dtype:
     """The dtype of a dot's operands: the tensors' own, except that the interpreter keeps bfloat16 as integers, which
     only a conversion to float32 reads right."""
     return tl.float32 if INTERPRETED and dtype is torch.bfloat16 else _TL_DTYPES[dtype]
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(Path(__file__).with_name("tuned.json").read_text())
+
+
+def tuned(config: Any, target: Target, *shape_class: Any) -> Any:
+    """``config`` with what tools/gpu_tune.py has measured to be faster for such shapes on such a GPU."""
+    own = _table().get(target.name)
+    return config._replace(**own.get(" ".join(map(str, shape_class)), {})) if own else config
 
 
 def padded(size: int) -> int:
@@ -108,12 +126,90 @@ def without_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-    """Run ``kernel`` on ``device``. ``options``: its constexprs, num_warps and num_stages."""
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> Any:
+    """Run ``kernel`` on ``device``. ``options``: its constexprs, num_warps and num_stages. -> what Triton compiled."""
     # Named, because Triton 3.9 warns where it is not.
     options["enable_fp_fusion"] = True
+    if INTERPRETED:
+        options.pop("launch_cooperative_grid", None)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*args, **options)
-        return
+        return kernel[grid](*args, **options)
     with torch.cuda.device(device):
-        kernel[grid](*args, **options)
+        return kernel[grid](*args, **options)
+
+
+class Launcher:
+    """A kernel with its grid and constants, to be launched again and again on tensors that differ in address alone.
+
+    Triton finds out at every launch which of its compiled kernels the arguments take, which costs 15 us. That is the
+    same for all tensors that begin at multiples of 16 bytes, as nearly all do: asked once, kept here.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], device: torch.device, **options: Any) -> None:
+        self.grid, self.device = grid, device
+        self._kernel, self._options = kernel, options
+        self._compiled: Any = None
+
+    def __call__(self, *args: Any) -> None:
+        if self._compiled is not None and self.device.index == torch.cuda.current_device() and not _is_profiled():
+            addresses, misaligned = _addresses(args)
+            if not misaligned % 16:
+                stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+                compiled = self._compiled
+                compiled.run(*self._whole_grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                             *addresses, *self._constants)  # fmt: skip
+                return
+        compiled = launch(self._kernel, self.grid, self.device, *args, **self._options)
+        # Not under the interpreter; and AMD's compiler also looks at the size of the memory behind a pointer.
+        if compiled is not None and not torch.version.hip and not _addresses(args)[1] % 16:
+            self._constants = tuple(self._options[name] for name in self._kernel.arg_names[len(args) :])
+            self._whole_grid = (*self.grid, 1, 1)[:3]
+            self._compiled = compiled
+
+
+def _addresses(args: Sequence[Any]) -> tuple[list[Any], int]:
+    """Arguments with addresses in place of tensors, and all their bits together."""
+    result, bits = [], 0
+    for argument in args:
+        if isinstance(argument, torch.Tensor):
+            argument = argument.data_ptr()
+            bits |= argument
+        elif isinstance(argument, tuple):
+            argument, inner = _addresses(argument)
+            argument, bits = tuple(argument), bits | inner
+        result.append(argument)
+    return result, bits
+
+
+def _is_profiled() -> bool:
+    """Whether somebody has asked Triton to be told of launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+class Plans(dict):
+    """What an operator has made of the arguments of earlier calls, by all that it depends on (:func:`facts` of the
+    tensors): checks, choices and launchers cost ten times what a launch does. No plan holds a user's tensor."""
+
+    _MOST = 1024
+    _all: ClassVar[list["Plans"]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._all.append(self)
+
+    def keep(self, key: Any, plan: Any) -> Any:
+        if len(self) >= self._MOST:
+            self.clear()
+        self[key] = plan
+        return plan
+
+    @classmethod
+    def forget_all(cls) -> None:
+        for plans in cls._all:
+            plans.clear()
+
+
+def facts(tensor: torch.Tensor | None) -> Any:
+    """All of a tensor that a plan may depend on."""
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout)

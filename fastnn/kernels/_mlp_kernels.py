@@ -72,9 +72,9 @@ def chain_forward(
         tl.store(place, out_value.to(output.dtype.element_ty), mask=row_mask[:, None] & out_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "row_tiles"])
+@triton.jit(do_not_specialize=["rows"])
 def resident_chain_forward(
-    input, weights, biases, saved, output, rows, row_tiles, WIDTHS: tl.constexpr, TILES: tl.constexpr,
+    input, weights, biases, saved, output, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr,
     ACTIVATIONS: tl.constexpr, KEEPS_INPUT: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def resident_chain_forward(
         place = weights[layer] + to_unit[None, :] * WIDTHS[layer] + from_unit[:, None]
         weight = tl.load(place, mask=mask, other=0.0).to(OPERAND)
         loaded = loaded + (weight,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no star here)
-    for tile in range(tl.program_id(0), row_tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
         row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         row_mask = row < rows
         first = tl.arange(0, TILES[0])

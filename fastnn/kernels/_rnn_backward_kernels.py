@@ -12,6 +12,8 @@ import triton.language as tl
 from fastnn.kernels._activation import activation_gradient, tanh
 from fastnn.kernels._rnn_kernels import (
     _load,
+    _load_gru_weights,
+    _load_lstm_weights,
     _load_weight,
     _output_offset,
     _rows_at,
@@ -88,9 +90,7 @@ def gru_backward(
     """grad_gates: of r, z, n, and of the hidden half of n."""
     sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
     own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w_r = _load_weight(weight_hh, unit, 0, 3, HIDDEN, True).to(OPERAND)
-    w_z = _load_weight(weight_hh, unit, 1, 3, HIDDEN, True).to(OPERAND)
-    w_n = _load_weight(weight_hh, unit, 2, 3, HIDDEN, True).to(OPERAND)
+    w_r, w_z, w_n = _load_gru_weights(weight_hh, unit, HIDDEN, True, OPERAND)
     state = _state_offset(sequence, unit, batch_size, HIDDEN)
     grad_h = _load_or_zero(grad_h_n, state, mask)
     first_h = _load_or_zero(h0, state, mask)
@@ -151,10 +151,7 @@ def lstm_backward(
     """grad_gates: of i, f, g, o."""
     sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
     own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w_i = _load_weight(weight_hh, unit, 0, 4, HIDDEN, True).to(OPERAND)
-    w_f = _load_weight(weight_hh, unit, 1, 4, HIDDEN, True).to(OPERAND)
-    w_g = _load_weight(weight_hh, unit, 2, 4, HIDDEN, True).to(OPERAND)
-    w_o = _load_weight(weight_hh, unit, 3, 4, HIDDEN, True).to(OPERAND)
+    w_i, w_f, w_g, w_o = _load_lstm_weights(weight_hh, unit, HIDDEN, True, OPERAND)
     state = _state_offset(sequence, unit, batch_size, HIDDEN)
     grad_h, grad_c = _load_or_zero(grad_h_n, state, mask), _load_or_zero(grad_c_n, state, mask)
     first_c = _load_or_zero(c0, state, mask)

@@ -85,6 +85,25 @@ def _load_weight(weight_hh, unit, gate, GATES: tl.constexpr, HIDDEN: tl.constexp
 
 
 @triton.jit
+def _load_gru_weights(weight_hh, unit, HIDDEN: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr):
+    """Of r, z and n."""
+    w_r = _load_weight(weight_hh, unit, 0, 3, HIDDEN, TRANSPOSED).to(OPERAND)
+    w_z = _load_weight(weight_hh, unit, 1, 3, HIDDEN, TRANSPOSED).to(OPERAND)
+    w_n = _load_weight(weight_hh, unit, 2, 3, HIDDEN, TRANSPOSED).to(OPERAND)
+    return w_r, w_z, w_n
+
+
+@triton.jit
+def _load_lstm_weights(weight_hh, unit, HIDDEN: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr):
+    """Of i, f, g and o."""
+    w_i = _load_weight(weight_hh, unit, 0, 4, HIDDEN, TRANSPOSED).to(OPERAND)
+    w_f = _load_weight(weight_hh, unit, 1, 4, HIDDEN, TRANSPOSED).to(OPERAND)
+    w_g = _load_weight(weight_hh, unit, 2, 4, HIDDEN, TRANSPOSED).to(OPERAND)
+    w_o = _load_weight(weight_hh, unit, 3, 4, HIDDEN, TRANSPOSED).to(OPERAND)
+    return w_i, w_f, w_g, w_o
+
+
+@triton.jit
 def _load_bias(bias_hh, unit, gate, GATES: tl.constexpr, HIDDEN: tl.constexpr):
     place = bias_hh + (tl.program_id(1) * GATES + gate) * HIDDEN + unit
     return tl.load(place, mask=unit < HIDDEN, other=0.0).to(tl.float32)[None, :]
@@ -154,9 +173,7 @@ def gru_forward(
     """r, z, n as torch.nn.GRU has them. saved: r, z, n and the hidden half of n."""
     sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
     own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w_r = _load_weight(weight_hh, unit, 0, 3, HIDDEN, False).to(OPERAND)
-    w_z = _load_weight(weight_hh, unit, 1, 3, HIDDEN, False).to(OPERAND)
-    w_n = _load_weight(weight_hh, unit, 2, 3, HIDDEN, False).to(OPERAND)
+    w_r, w_z, w_n = _load_gru_weights(weight_hh, unit, HIDDEN, False, OPERAND)
     h = _load_state(h0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
     b_n = tl.zeros([1, TILE], tl.float32)
     if bias_hh is not None:
@@ -201,10 +218,7 @@ def lstm_forward(
     """i, f, g, o as torch.nn.LSTM has them. saved: i, f, g, o and c."""
     sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
     own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w_i = _load_weight(weight_hh, unit, 0, 4, HIDDEN, False).to(OPERAND)
-    w_f = _load_weight(weight_hh, unit, 1, 4, HIDDEN, False).to(OPERAND)
-    w_g = _load_weight(weight_hh, unit, 2, 4, HIDDEN, False).to(OPERAND)
-    w_o = _load_weight(weight_hh, unit, 3, 4, HIDDEN, False).to(OPERAND)
+    w_i, w_f, w_g, w_o = _load_lstm_weights(weight_hh, unit, HIDDEN, False, OPERAND)
     if bias_hh is not None:
         b_i = _load_bias(bias_hh, unit, 0, 4, HIDDEN)
         b_f = _load_bias(bias_hh, unit, 1, 4, HIDDEN)

@@ -1,12 +1,14 @@
 """The arguments of ``fastnn::rnn`` on a GPU, checked, and where their parts lie."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastnn.kernels import _launch
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")  # by their numbers in the operators' schema
@@ -15,22 +17,36 @@ KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}  # tensors a step kee
 
 @dataclass
 class Problem:
-    """A network of ``layers * directions`` cells on ``rows`` steps of sequences, time-major."""
+    """A network of ``layers * directions`` cells on ``rows`` steps of sequences, time-major. All but the tensors is
+    found out once for all calls alike, and what is derived from it is ``kept`` for the next of them."""
 
     kind: Expected
     mode: str
-    input: Tensor
-    batch_sizes: Tensor | None
     layers: int
     directions: int
     batch_first: bool
+    batch_sizes: tuple[int, ...] | None
+    precision: str
+    target: _launch.Target
     steps: int = 0
     batch: int = 0
     rows: int = 0
     hidden: int = 0
-    state: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    masks: Tensor | None = None
+    has_biases: bool = False
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    def bind(
+        self, input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], masks: Tensor | None
+    ) -> "Problem":
+        problem = copy.copy(self)
+        problem.input, problem.weights, problem.masks = input, weights, masks
+        problem.state = [tensor.contiguous() for tensor in state]
+        return problem
+
+    input: Tensor = field(init=False, repr=False)
+    state: list[Tensor] = field(init=False, repr=False)
+    weights: Sequence[Tensor] = field(init=False, repr=False)
+    masks: Tensor | None = field(init=False, repr=False)
 
     @property
     def gates(self) -> int:
@@ -43,10 +59,6 @@ class Problem:
     @property
     def width(self) -> int:
         return self.directions * self.hidden
-
-    @property
-    def has_biases(self) -> bool:
-        return len(self.weights) == 4 * self.layers * self.directions
 
     @property
     def state_sizes(self) -> tuple[int, int, int]:
@@ -108,29 +120,33 @@ class Problem:
             (tensor.transpose(0, 1) if self.batch_first else tensor).reshape(self.rows, tensor.shape[-1]).contiguous()
         )
 
-    @cached_property
+    @property
     def schedule(self) -> Tensor | None:
         """For a packed batch, where each step's rows begin, with the end, and then each sequence's length."""
         if self.batch_sizes is None:
             return None
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.batch_sizes.cumsum(0)])
-        lengths = (self.batch_sizes[:, None] > torch.arange(self.batch)).sum(0)
-        return torch.cat([starts, lengths]).to(self.input.device)
+        schedule = self.kept.get("schedule")
+        if schedule is None:
+            sizes = torch.tensor(self.batch_sizes)
+            starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+            lengths = (sizes[:, None] > torch.arange(self.batch)).sum(0)
+            schedule = self.kept["schedule"] = torch.cat([starts, lengths]).to(self.kind.device)
+        if schedule.is_cuda and torch.cuda.is_current_stream_capturing():
+            _read_by_graphs[schedule.data_ptr()] = schedule
+        return schedule
 
-    @cached_property
-    def _rows_before(self) -> list[Tensor]:
-        """For each direction of a packed batch, the row of the step before each row; past all rows, the sequence."""
-        assert self.batch_sizes is not None
-        sizes = self.batch_sizes
-        starts = sizes.cumsum(0) - sizes
-        step = torch.repeat_interleave(torch.arange(self.steps), sizes)
-        sequence = torch.arange(self.rows) - starts[step]
-        before = []
-        for other in (step - 1, step + 1):
-            clamped = other.clamp(0, self.steps - 1)
-            runs = (other == clamped) & (sequence < sizes[clamped])
-            before.append(torch.where(runs, starts[clamped] + sequence, self.rows + sequence).to(self.input.device))
-        return before
+    def _rows_before(self, direction: int) -> Tensor:
+        """In a packed batch, the row of the step before each row; past all rows, the sequence."""
+        assert self.schedule is not None
+        starts = self.schedule[: self.steps + 1]
+        row = torch.arange(self.rows, device=self.kind.device)
+        step = torch.searchsorted(starts, row, right=True) - 1
+        sequence = row - starts[step]
+        other = step + 1 if direction else step - 1
+        clamped = other.clamp(0, self.steps - 1)
+        before = starts[clamped] + sequence
+        runs = (other == clamped) & (before < starts[clamped + 1])
+        return torch.where(runs, before, self.rows + sequence)
 
     def states_before(self, layer: int, direction: int, output: Tensor) -> Tensor:
         """What each row's step began with: (rows, hidden), from the layer's output (rows, width)."""
@@ -138,48 +154,76 @@ class Problem:
         first = self.state[0][index] if self.state else output.new_zeros(self.batch, self.hidden)
         own = output[:, direction * self.hidden : (direction + 1) * self.hidden]
         if self.batch_sizes is not None:
-            return torch.cat([own, first]).index_select(0, self._rows_before[direction])
+            return torch.cat([own, first]).index_select(0, self._rows_before(direction))
         return torch.cat([first, own[: -self.batch]] if direction == 0 else [own[self.batch :], first])
 
 
-def _check_weights(problem: Problem, weights: Sequence[Tensor]) -> None:
+# A captured CUDA graph goes on reading what it was captured with, whether or not a plan still holds it.
+_read_by_graphs: dict[int, Tensor] = {}
+
+
+def _check_weights(problem: Problem, input: Tensor, weights: Sequence[Tensor]) -> None:
     op, cells, given = problem.kind.op, problem.layers * problem.directions, len(weights)
     check(0 < problem.layers <= given and given in (2 * cells, 4 * cells), op, ": expected 2 weights, or 4 with biases,"
           " for each of ", problem.layers, " layers and ", problem.directions, " directions, got ", given)  # fmt: skip
     check(weights[1].dim() == 2 and weights[1].shape[1] > 0, op,
           ": expected weights[1] of size (gates * hidden, hidden)")  # fmt: skip
-    problem.weights, problem.hidden = list(weights), weights[1].shape[1]
+    problem.has_biases, problem.hidden = given == 4 * cells, weights[1].shape[1]
     gates, each = problem.gates * problem.hidden, given // cells
     for i, weight in enumerate(weights):
         check_same_kind(problem.kind, weight, "weights")
-        inputs = problem.input.shape[-1] if i < each * problem.directions else problem.width
+        inputs = input.shape[-1] if i < each * problem.directions else problem.width
         check_sizes(op, weight, ((gates, inputs), (gates, problem.hidden), (gates,), (gates,))[i % each], "weights")
 
 
-def _set_packed_steps(problem: Problem, batch_sizes: Tensor) -> None:
-    op = problem.kind.op
+def _sizes(op: str, batch_sizes: Tensor | None) -> tuple[int, ...] | None:
+    if batch_sizes is None:
+        return None
     check(batch_sizes.device.type == "cpu" and batch_sizes.dtype is torch.int64, op,
           ": batch_sizes should be a 1D CPU int64 tensor")  # fmt: skip
     check(batch_sizes.dim() == 1 and batch_sizes.numel() > 0, op, ": batch_sizes should be 1D and not empty")
-    sizes, rows = batch_sizes.tolist(), problem.input.shape[0]
+    return tuple(batch_sizes.tolist())
+
+
+def _set_packed_steps(problem: Problem, sizes: tuple[int, ...], rows: int) -> None:
+    op = problem.kind.op
     check(all(0 < size <= before for size, before in zip(sizes, [rows, *sizes], strict=False)), op,
           ": batch_sizes should be positive and in decreasing order")  # fmt: skip
     check(sum(sizes) == rows, op, ": batch_sizes sum to ", sum(sizes), ", but input has ", rows, " rows")
     problem.steps, problem.batch, problem.rows = len(sizes), sizes[0], rows
 
 
+_plans = _launch.Plans()
+
+
 def check_problem(
     op: str, input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], weights: Sequence[Tensor],
     masks: Tensor | None, mode: int, layers: int, bidirectional: bool, batch_first: bool,
+) -> Problem:  # fmt: skip
+    target = _launch.target_of(input.device)
+    precision = _launch.dot_precision(input.dtype, "rnn", target)
+    options = (mode, layers, bidirectional, batch_first, _sizes(op, batch_sizes), precision, target)
+    key = (op, *options, len(state), *map(_launch.facts, (input, masks, *state, *weights)))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _make_problem(op, input, state, weights, masks, *options))
+    return plan.bind(input, state, weights, masks)
+
+
+def _make_problem(
+    op: str, input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], masks: Tensor | None, mode: int,
+    layers: int, bidirectional: bool, batch_first: bool, batch_sizes: tuple[int, ...] | None, precision: str,
+    target: _launch.Target,
 ) -> Problem:  # fmt: skip
     check(0 <= mode < len(MODES), op, ": mode must be between 0 and ", len(MODES) - 1, ", got ", mode)
     kind, dims = check_first(op, input, "input"), 3 if batch_sizes is None else 2
     check(input.dim() == dims, op, ": input must have ", dims, " dimensions, got ", input.dim())
     check(batch_sizes is None or not batch_first, op, ": batch_first does not go with batch_sizes")
-    problem = Problem(kind, MODES[mode], input, batch_sizes, layers, 2 if bidirectional else 1, batch_first)
-    _check_weights(problem, weights)
+    directions = 2 if bidirectional else 1
+    problem = Problem(kind, MODES[mode], layers, directions, batch_first, batch_sizes, precision, target)
+    _check_weights(problem, input, weights)
     if batch_sizes is not None:
-        _set_packed_steps(problem, batch_sizes)
+        _set_packed_steps(problem, batch_sizes, input.shape[0])
     else:
         problem.batch, problem.steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
         check(problem.steps > 0, "Expected sequence length to be larger than 0 in RNN")
@@ -190,11 +234,9 @@ def check_problem(
     for tensor in state:
         check_same_kind(kind, tensor, "state")
         check_sizes(op, tensor, problem.state_sizes, "state")
-        problem.state.append(tensor.contiguous())
     if masks is not None:
         check_same_kind(kind, masks, "masks")
         check_sizes(op, masks, (layers - 1, problem.rows, problem.width), "masks")
-        problem.masks = masks
     check(max(problem.steps, problem.batch, problem.rows) < 2**31, op, ": more than 2**31 rows")
     return problem
 

@@ -39,7 +39,7 @@ def _run(
         if problem.batch_sizes is None:
             x, *final = function(x, hx, flat, *options, problem.batch_first)
         else:
-            x, *final = function(x, problem.batch_sizes, hx, flat, *options)
+            x, *final = function(x, torch.tensor(problem.batch_sizes), hx, flat, *options)
         finals.append(final)
         if problem.masks is not None and layer + 1 < problem.layers:
             x = x * problem.as_given(problem.masks[layer])

@@ -84,7 +84,11 @@ def chain_config(
     if on_chip > target.shared_memory:
         return None
     block_in, block_out = min(chunk, _launch.padded(widths[0])), min(chunk, _launch.padded(widths[-1]))
-    return Config(block_rows, block_in, block_out, num_warps=8 if block_rows * max(tiles) >= 8192 else 4, num_stages=2)
+    config = Config(
+        block_rows, block_in, block_out, num_warps=8 if block_rows * max(tiles) >= 8192 else 4, num_stages=2
+    )
+    direction = "backward" if backward else "forward"
+    return _launch.tuned(config, target, "chain", direction, dtype.itemsize, precision, block_rows, max(tiles), layers)
 
 
 def is_resident(
@@ -116,7 +120,8 @@ def layer_config(
     block_out = min(_launch.padded(outputs), 128 if fast else 64)
     block_in = min(_launch.padded(inputs), 64 if dtype.itemsize == 2 else 32)
     num_warps = 8 if block_rows * block_out >= 16384 else 4
-    return Config(block_rows, block_in, block_out, num_warps, 3 if target.shared_memory > 65536 else 2)
+    config = Config(block_rows, block_in, block_out, num_warps, 3 if target.shared_memory > 65536 else 2)
+    return _launch.tuned(config, target, "layer", dtype.itemsize, precision, block_rows, block_in, block_out)
 
 
 # ---- checks -----------------------------------------------------------------------------------------------
@@ -197,9 +202,43 @@ def mlp_with_hidden(input: Tensor, parameters: Sequence[Tensor], activations: st
     return _forward("mlp_with_hidden", input, parameters, activations, save=True)
 
 
+class Plan(NamedTuple):
+    """What a call makes of all but the values of its tensors."""
+
+    chain: Chain
+    activations: list[int]
+    keeps_input: tuple[bool, ...]
+    launch: _launch.Launcher | None  # of all layers at once
+    launches: list[_launch.Launcher | None]  # else of each layer, None where it is stock's
+
+
+_plans = _launch.Plans()
+
+
 def _forward(
     op: str, input: Tensor, parameters: Sequence[Tensor], digits: str, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
+    target = _launch.target_of(input.device)
+    precision = _launch.dot_precision(input.dtype, "linear", target)
+    key = (op, digits, save, target, precision, _launch.facts(input), *map(_launch.facts, parameters))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _plan_forward(op, input, parameters, digits, target, precision))
+    weights, biases = split_parameters(parameters, plan.chain.layers)
+    if plan.launch is not None:
+        return _run_chain(plan, plan.launch, input, weights, biases, save)
+    x, saved = input, []
+    for i, (weight, bias, activation) in enumerate(zip(weights, biases, plan.activations, strict=True)):
+        x, kept = _run_layer(plan.launches[i], x, weight, bias, activation, save and plan.keeps_input[i])
+        # The output itself serves for the last layer, unless the derivative needs the activation's input.
+        if save and (kept is not None or i + 1 < plan.chain.layers):
+            saved.append(x if kept is None else kept)
+    return x, saved
+
+
+def _plan_forward(
+    op: str, input: Tensor, parameters: Sequence[Tensor], digits: str, target: _launch.Target, precision: str
+) -> Plan:
     activations = _numbers(op, digits)
     layers = len(activations)
     check(len(parameters) in (layers, 2 * layers), op, ": expected ", layers, " weights and ", layers,
@@ -207,18 +246,13 @@ def _forward(
     weights, biases = split_parameters(parameters, layers)
     chain = _check_chain(op, input, weights, activations)
     _check_biases(chain, biases)
-    target = _launch.target_of(input.device)
-    precision = _launch.dot_precision(input.dtype, "linear", target)
+    keeps_input = tuple(map(_keeps_input, activations))
     config = chain_config(chain.widths, chain.rows, input.dtype, precision, target)
     if config is not None:
-        return _run_chain(chain, input, weights, biases, activations, save, config, precision)
-    x, saved = input, []
-    for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
-        x, kept = _run_layer(x, weight, bias, activation, save, precision, target)
-        # The output itself serves for the last layer, unless the derivative needs the activation's input.
-        if save and (kept is not None or i + 1 < chain.layers):
-            saved.append(x if kept is None else kept)
-    return x, saved
+        launch = _chain_launcher(chain, activations, keeps_input, config, precision, target)
+        return Plan(chain, activations, keeps_input, launch, [])
+    launches = [_layer_launcher(chain, i, activation, precision, target) for i, activation in enumerate(activations)]
+    return Plan(chain, activations, keeps_input, None, launches)
 
 
 def _constexprs(chain: Chain, activations: Sequence[int], config: Config, precision: str) -> dict[str, Any]:
@@ -233,54 +267,64 @@ def _constexprs(chain: Chain, activations: Sequence[int], config: Config, precis
     }
 
 
+def _chain_launcher(
+    chain: Chain, activations: Sequence[int], keeps_input: tuple[bool, ...], config: Config, precision: str,
+    target: _launch.Target,
+) -> _launch.Launcher:  # fmt: skip
+    constexprs = _constexprs(chain, activations, config, precision) | {"KEEPS_INPUT": keeps_input}
+    tiles = triton.cdiv(chain.rows, config.block_rows)
+    if not is_resident(chain.widths, chain.rows, chain.kind.dtype, precision, config, target):
+        return _launch.Launcher(chain_forward, (tiles,), chain.kind.device, **constexprs)
+    del constexprs["BLOCK_IN"], constexprs["BLOCK_OUT"]
+    return _launch.Launcher(resident_chain_forward, (target.processors,), chain.kind.device, **constexprs)
+
+
 def _run_chain(
-    chain: Chain, input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    activations: Sequence[int], save: bool, config: Config, precision: str,
+    plan: Plan, launch: _launch.Launcher, input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    save: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    keeps_input = tuple(map(_keeps_input, activations))
+    chain = plan.chain
     output = input.new_empty(chain.rows, chain.widths[-1])
     saved: list[Tensor | None] = [None] * chain.layers
     if save:
         saved[:-1] = [input.new_empty(chain.rows, width) for width in chain.widths[1:-1]]
-        saved[-1] = torch.empty_like(output) if keeps_input[-1] else None
-    arguments = (input.contiguous(), _contiguous(weights), _contiguous(biases), tuple(saved), output, chain.rows)
-    constexprs = _constexprs(chain, activations, config, precision) | {"KEEPS_INPUT": keeps_input}
-    tiles = triton.cdiv(chain.rows, config.block_rows)
-    target = _launch.target_of(input.device)
-    if is_resident(chain.widths, chain.rows, input.dtype, precision, config, target):
-        del constexprs["BLOCK_IN"], constexprs["BLOCK_OUT"]
-        _launch.launch(resident_chain_forward, (target.processors,), input.device, *arguments, tiles, **constexprs)
-    else:
-        _launch.launch(chain_forward, (tiles,), input.device, *arguments, **constexprs)
+        saved[-1] = torch.empty_like(output) if plan.keeps_input[-1] else None
+    launch(input.contiguous(), _contiguous(weights), _contiguous(biases), tuple(saved), output, chain.rows)
     return output, [tensor for tensor in saved if tensor is not None]
 
 
-def _run_layer(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, save: bool, precision: str,
-    target: _launch.Target,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The layer's output, and the activation's input where backward needs that."""
-    rows, (outputs, inputs) = x.shape[0], weight.shape
-    keep = save and _keeps_input(activation)
-    config = layer_config(rows, inputs, outputs, activation, x.dtype, precision, target)
+def _layer_launcher(
+    chain: Chain, layer: int, activation: int, precision: str, target: _launch.Target
+) -> _launch.Launcher | None:
+    inputs, outputs = chain.widths[layer : layer + 2]
+    config = layer_config(chain.rows, inputs, outputs, activation, chain.kind.dtype, precision, target)
     if config is None:
-        with _launch.without_autocast(x.device):
-            sums = F.linear(x, weight, bias)
-            return ACTIVATIONS[ACTIVATION_NAMES[activation]](sums), sums if keep else None
-    output = x.new_empty(rows, outputs)
-    kept = torch.empty_like(output) if keep else None
-    _launch.launch(
+        return None
+    return _launch.Launcher(
         layer_forward,
-        (triton.cdiv(rows, config.block_rows), triton.cdiv(outputs, config.block_out)),
-        x.device,
-        *(x.contiguous(), *_contiguous((weight, bias)), kept, output, rows),
+        (triton.cdiv(chain.rows, config.block_rows), triton.cdiv(outputs, config.block_out)),
+        chain.kind.device,
         IN=inputs,
         OUT=outputs,
         ACTIVATION=activation,
-        OPERAND=_launch.operand_dtype(x.dtype),
+        OPERAND=_launch.operand_dtype(chain.kind.dtype),
         PRECISION=precision,
         **config.options(),
     )
+
+
+def _run_layer(
+    launch: _launch.Launcher | None, x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's output, and with ``keep`` the activation's input."""
+    if launch is None:
+        with _launch.without_autocast(x.device):
+            sums = F.linear(x, weight, bias)
+            return ACTIVATIONS[ACTIVATION_NAMES[activation]](sums), sums if keep else None
+    rows = x.shape[0]
+    output = x.new_empty(rows, weight.shape[0])
+    kept = torch.empty_like(output) if keep else None
+    launch(x.contiguous(), *_contiguous((weight, bias)), kept, output, rows)
     return output, kept
 
 
@@ -294,20 +338,29 @@ def mlp_backward(
     """``fastnn::mlp_backward``: grad_output and output (rows, out of the last), hidden as mlp_with_hidden gave it.
     A gradient that is not wanted comes back empty."""
     op = "mlp_backward"
-    numbers = _numbers(op, activations)
-    chain = _check_chain(op, input, weights, numbers)
-    check_same_kind(chain.kind, grad_output, "grad_output")
-    check_sizes(op, grad_output, (chain.rows, chain.widths[-1]), "grad_output")
-    saved = _check_saved(chain, numbers, output, hidden)
     target = _launch.target_of(input.device)
     precision = _launch.dot_precision(input.dtype, "linear", target)
-    config = chain_config(chain.widths, chain.rows, input.dtype, precision, target, backward=True)
-    arguments = (chain, grad_output, weights, numbers, saved, input_wanted, biases_wanted)
+    tensors = (grad_output, input, *weights, output, *hidden)
+    key = (op, activations, target, precision, input_wanted, biases_wanted, len(weights), *map(_launch.facts, tensors))
+    plan = _plans.get(key)
+    if plan is None:
+        numbers = _numbers(op, activations)
+        chain = _check_chain(op, input, weights, numbers)
+        check_same_kind(chain.kind, grad_output, "grad_output")
+        check_sizes(op, grad_output, (chain.rows, chain.widths[-1]), "grad_output")
+        _check_saved(chain, _saved(numbers, output, hidden), len(hidden))
+        launch = _backward_launcher(chain, numbers, precision, target)
+        plan = _plans.keep(key, Plan(chain, numbers, (), launch, []))
+    chain, numbers, saved = plan.chain, plan.activations, _contiguous(_saved(plan.activations, output, hidden))
     with _launch.without_autocast(input.device):
-        if config is not None:
-            grad_sums, grad_biases, grad_input = _chain_gradients(*arguments, config, precision)
+        if plan.launch is not None:
+            grad_sums, grad_biases, grad_input = _chain_gradients(
+                chain, plan.launch, grad_output, weights, saved, input_wanted, biases_wanted
+            )
         else:
-            grad_sums, grad_biases, grad_input = _layer_gradients(*arguments)
+            grad_sums, grad_biases, grad_input = _layer_gradients(
+                chain, grad_output, weights, numbers, saved, input_wanted, biases_wanted
+            )
         grad_weights = []
         if weights_wanted:
             layer_inputs = [input, *map(_layer_output, numbers[:-1], saved[:-1])]
@@ -315,18 +368,29 @@ def mlp_backward(
     return input.new_empty(0, chain.widths[0]) if grad_input is None else grad_input, grad_weights, grad_biases
 
 
-def _check_saved(
-    chain: Chain, activations: Sequence[int], output: Tensor, hidden: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+def _saved(activations: Sequence[int], output: Tensor, hidden: Sequence[Tensor]) -> list[Tensor]:
     """The saved tensors, one a layer, with ``output`` standing in where it serves."""
+    return list(hidden) if _keeps_input(activations[-1]) else [*hidden, output]
+
+
+def _check_saved(chain: Chain, saved: Sequence[Tensor], hidden: int) -> None:
     op = chain.kind.op
-    saved = list(hidden) if _keeps_input(activations[-1]) else [*hidden, output]
-    check(len(saved) == chain.layers, op, ": expected ", chain.layers - len(saved) + len(hidden),
-          " hidden tensors, got ", len(hidden))  # fmt: skip
+    check(len(saved) == chain.layers, op, ": expected ", chain.layers - len(saved) + hidden, " hidden tensors, got ",
+          hidden)  # fmt: skip
     for tensor, width in zip(saved, chain.widths[1:], strict=True):
         check_same_kind(chain.kind, tensor, "hidden")
         check_sizes(op, tensor, (chain.rows, width), "hidden")
-    return tuple(tensor.contiguous() for tensor in saved)
+
+
+def _backward_launcher(
+    chain: Chain, activations: Sequence[int], precision: str, target: _launch.Target
+) -> _launch.Launcher | None:
+    config = chain_config(chain.widths, chain.rows, chain.kind.dtype, precision, target, backward=True)
+    if config is None:
+        return None
+    tiles = triton.cdiv(chain.rows, config.block_rows)
+    constexprs = _constexprs(chain, activations, config, precision)
+    return _launch.Launcher(chain_backward, (tiles,), chain.kind.device, **constexprs)
 
 
 def _layer_output(activation: int, saved: Tensor) -> Tensor:
@@ -334,23 +398,18 @@ def _layer_output(activation: int, saved: Tensor) -> Tensor:
 
 
 def _chain_gradients(
-    chain: Chain, grad_output: Tensor, weights: Sequence[Tensor], activations: Sequence[int],
-    saved: tuple[Tensor, ...], input_wanted: bool, biases_wanted: bool, config: Config, precision: str,
+    chain: Chain, launch: _launch.Launcher, grad_output: Tensor, weights: Sequence[Tensor], saved: tuple[Tensor, ...],
+    input_wanted: bool, biases_wanted: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:  # fmt: skip
     """The gradients before each activation, those of the biases, and the input's."""
-    tiles = triton.cdiv(chain.rows, config.block_rows)
     grad_sums = tuple(torch.empty_like(tensor) for tensor in saved)
     bias_parts: tuple[Tensor | None, ...] = (None,) * chain.layers
     if biases_wanted:
-        bias_parts = tuple(grad_output.new_empty(tiles, width, dtype=torch.float32) for width in chain.widths[1:])
+        bias_parts = tuple(
+            grad_output.new_empty(launch.grid[0], width, dtype=torch.float32) for width in chain.widths[1:]
+        )
     grad_input = grad_output.new_empty(chain.rows, chain.widths[0]) if input_wanted else None
-    _launch.launch(
-        chain_backward,
-        (tiles,),
-        grad_output.device,
-        *(grad_output.contiguous(), _contiguous(weights), saved, grad_sums, bias_parts, grad_input, chain.rows),
-        **_constexprs(chain, activations, config, precision),
-    )
+    launch(grad_output.contiguous(), _contiguous(weights), saved, grad_sums, bias_parts, grad_input, chain.rows)
     # Parts are added up in a fixed order: results repeat bit for bit.
     grad_biases = [parts.sum(0).to(grad_output.dtype) for parts in bias_parts if parts is not None]
     return list(grad_sums), grad_biases, grad_input

@@ -1,91 +1,78 @@
 """``fastnn::rnn`` on a GPU: a layer's input products in one GEMM, its recurrence in one launch with the recurrent
-weights on chip; backward the same in reverse, then large GEMMs. Where the weights do not fit, stock's kernels."""
+weights on chip; backward the same in reverse, then large GEMMs. Where that does not pay, stock's kernels."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _rnn_config
 from fastnn.kernels import _rnn_backward_kernels as backward_kernels
 from fastnn.kernels import _rnn_kernels as kernels
 from fastnn.kernels._activation import RELU, TANH
 from fastnn.kernels._check import check, check_same_kind, check_sizes
-from fastnn.kernels._rnn_problem import KEPT, Problem, check_output_like, check_problem
+from fastnn.kernels._rnn_config import Config
+from fastnn.kernels._rnn_problem import KEPT, MODES, Problem, check_output_like, check_problem
+from fastnn.kernels._rnn_spread_kernels import spread_backward, spread_forward
 from fastnn.kernels._rnn_stock import stock_backward, stock_forward
 
-# ---- choice of kernel and configuration -------------------------------------------------------------------
+
+def _launcher(problem: Problem, kernel: Any, config: Config, *optional: Tensor | None) -> _launch.Launcher:
+    """``optional``: the arguments that may be None, for each combination of which a kernel is compiled."""
+    key = (kernel, *(tensor is None for tensor in optional))
+    launcher = problem.kept.get(key)
+    if launcher is None:
+        grid: tuple[int, ...] = (triton.cdiv(problem.batch, config.block_batch), problem.directions)
+        if config.units:
+            grid = (*grid, triton.cdiv(problem.hidden, config.units))
+        constexprs = _constexprs(problem, config)
+        launcher = problem.kept[key] = _launch.Launcher(kernel, grid, problem.kind.device, **constexprs)
+    return launcher
 
 
-class Config(NamedTuple):
-    block_batch: int
-    num_warps: int
-
-
-_WIDEST_WITHOUT_MATRIX_UNITS = 32
-
-
-def rnn_config(mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str,
-               target: _launch.Target) -> Config | None:  # fmt: skip
-    """The configuration of the one-launch kernels, or None where the recurrent weights do not stay on chip, so that
-    stock's kernels are at least as fast."""
-    if dtype is torch.float64 or hidden == 0:
-        return None
-    tile = _launch.padded(hidden)
-    gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
-    fast = _launch.uses_matrix_units(dtype, precision, target)
-    # Without matrix units LSTM's four dots at a step are more than Triton 3.9 compiles: LLVM aborts.
-    if not fast and (gates == 4 or tile > _WIDEST_WITHOUT_MATRIX_UNITS):
-        return None
-    exchanged = 2 * 16 * tile * dtype.itemsize  # the state, on its way from a step's result to the next's operand
-    weights = gates * tile * tile * dtype.itemsize
-    # On AMD's cards the weights of several gates are kept in registers.
-    if weights + exchanged > target.shared_memory or (target.backend == "hip" and gates > 1 and weights > 24576):
-        return None
-    # Enough sequences for two programs a processor: the weights are shared by more rows.
-    many = batch * directions >= 64 * target.processors and gates == 1
-    block_batch = 32 if many else 16
-    num_warps = 16 if tile >= 128 and gates == 4 else 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
-    return Config(block_batch, num_warps)
-
-
-def covers(mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels here run the network; else stock's own layers, with stock's own autograd, serve it best."""
-    target = _launch.target_of(device)
-    precision = _launch.dot_precision(dtype, "rnn", target)
-    return rnn_config(mode, hidden, batch, directions, dtype, precision, target) is not None
-
-
-def _config_of(problem: Problem) -> tuple[Config | None, str]:
-    target = _launch.target_of(problem.kind.device)
-    precision = _launch.dot_precision(problem.kind.dtype, "rnn", target)
-    return (
-        rnn_config(
-            problem.mode, problem.hidden, problem.batch, problem.directions, problem.kind.dtype, precision, target
-        ),
-        precision,
-    )
-
-
-def _constexprs(problem: Problem, config: Config, precision: str) -> dict[str, Any]:
-    simple = {"ACTIVATION": (TANH if problem.mode == "RNN_TANH" else RELU).value} if problem.gates == 1 else {}
+def _constexprs(problem: Problem, config: Config) -> dict[str, Any]:
+    own: dict[str, Any] = {}
+    if config.units:
+        own = {"MODE": MODES.index(problem.mode), "GATES": problem.gates, "UNITS": config.units,
+               "PARTS": min(config.num_warps, _launch.padded(problem.hidden) // 16),
+               "launch_cooperative_grid": True}  # fmt: skip
+    elif problem.gates == 1:
+        own = {"ACTIVATION": (TANH if problem.mode == "RNN_TANH" else RELU).value}
     return {
-        **simple,
+        **own,
         "HIDDEN": problem.hidden,
         "DIRECTIONS": problem.directions,
         "TILE": _launch.padded(problem.hidden),
         "BLOCK_BATCH": config.block_batch,
         "OPERAND": _launch.operand_dtype(problem.kind.dtype),
-        "PRECISION": precision,
+        "PRECISION": problem.precision,
         "num_warps": config.num_warps,
         "num_stages": 1,
     }
 
 
-def _grid(problem: Problem, config: Config) -> tuple[int, int]:
-    return triton.cdiv(problem.batch, config.block_batch), problem.directions
+def _run_spread(launch: _launch.Launcher, steps: int, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
+    """``steps`` steps in one launch. Under the interpreter, which runs programs one after another, each step has a
+    launch of its own, or the first program would wait for the others for ever."""
+    each = 1 if _launch.INTERPRETED and launch.grid[2] > 1 else steps
+    for first in range(0, steps, each):
+        launch(*tensors, first, first + each, *sizes)
+
+
+def _spread_state(problem: Problem, parts: Sequence[Tensor | None]) -> Tensor:
+    """(states, directions, batch, hidden) in float32, None for zeros."""
+    sizes = (problem.states, problem.directions, problem.batch, problem.hidden)
+    state = torch.zeros(sizes, dtype=torch.float32, device=problem.kind.device)
+    for own, part in zip(state, parts, strict=True):
+        if part is not None:
+            own.copy_(part)
+    return state
+
+
+def _arrived(launch: _launch.Launcher) -> Tensor:
+    return torch.zeros(launch.grid[0] * launch.grid[1], dtype=torch.int32, device=launch.device)
 
 
 # ---- forward ----------------------------------------------------------------------------------------------
@@ -145,7 +132,7 @@ def _forward(problem: Problem, reserve: Tensor | None) -> tuple[Tensor, list[Ten
     final_state = [problem.input.new_empty(problem.state_sizes) for _ in range(problem.states)]
     if problem.rows == 0:
         return problem.as_given(output), final_state
-    config, precision = _config_of(problem)
+    config = _rnn_config.config_of(problem)
     if config is None:
         return stock_forward(problem)
     x = problem.input
@@ -157,17 +144,16 @@ def _forward(problem: Problem, reserve: Tensor | None) -> tuple[Tensor, list[Ten
             hidden_outputs, kept = problem.split_reserve(reserve)
             layer_output = output if last else hidden_outputs[layer]
             saved = kept[problem.of_layer(layer)] if KEPT[problem.mode] else None
-        _run_layer(problem, layer, x, layer_output, saved, final_state, config, precision)
+        _run_layer(problem, layer, x, layer_output, saved, final_state, config)
         x = layer_output if last or problem.masks is None else layer_output * problem.masks[layer]
     return problem.as_given(output), final_state
 
 
 def _run_layer(
     problem: Problem, layer: int, x: Tensor, output: Tensor, saved: Tensor | None, final_state: Sequence[Tensor],
-    config: Config, precision: str,
+    config: Config,
 ) -> None:  # fmt: skip
     """x: (rows, in), or in the first layer the input as given."""
-    of_layer = problem.of_layer(layer)
     # Rows of gates lie as those of x.
     stride_time, stride_batch = (1, problem.steps) if layer == 0 and problem.batch_first else (problem.batch, 1)
     gates = x.new_empty(problem.directions, problem.rows, problem.gates * problem.hidden)
@@ -180,17 +166,23 @@ def _run_layer(
             else:
                 torch.addmm(b_ih, flat, w_ih.t(), out=gates[direction])
     initial = problem.initial(layer)
-    final = [state[of_layer] for state in final_state]
+    final = [state[problem.of_layer(layer)] for state in final_state]
+    weight, bias = problem.stacked_recurrent(layer)
+    sizes = (problem.steps, problem.batch, problem.rows, stride_time, stride_batch)
+    if config.units:
+        launch = _launcher(problem, spread_forward, config, bias, saved, problem.schedule)
+        state = _spread_state(problem, initial)
+        hidden = gates.new_empty(2, *state.shape[1:])
+        hidden[1].copy_(state[0])
+        tensors = (gates, weight, bias, hidden, state, output, saved, _arrived(launch), problem.schedule)
+        _run_spread(launch, problem.steps, tensors, sizes)
+        for tensor, own in zip(final, state, strict=True):
+            tensor.copy_(own)
+        return
     kernel = {"GRU": kernels.gru_forward, "LSTM": kernels.lstm_forward}.get(problem.mode, kernels.simple_forward)
+    launch = _launcher(problem, kernel, config, bias, *initial, saved, problem.schedule)
     kept = () if problem.gates == 1 else (saved,)
-    _launch.launch(
-        kernel,
-        _grid(problem, config),
-        x.device,
-        *(gates, *problem.stacked_recurrent(layer), *initial, output, *kept, *final, problem.schedule),
-        *(problem.steps, problem.batch, problem.rows, stride_time, stride_batch),
-        **_constexprs(problem, config, precision),
-    )
+    launch(gates, weight, bias, *initial, output, *kept, *final, problem.schedule, *sizes)
 
 
 # ---- backward ---------------------------------------------------------------------------------------------
@@ -223,16 +215,16 @@ def rnn_backward(
     check_same_kind(problem.kind, reserve, "reserve")
     check_sizes(op, reserve, (problem.reserve_size,), "reserve")
     wanted = (input_wanted, state_wanted, weights_wanted)
-    config, precision = _config_of(problem)
+    config = _rnn_config.config_of(problem)
     with _launch.without_autocast(input.device):
         if config is None or problem.rows == 0:
             return stock_backward(problem, grad_output, grad_state, wanted)
-        return _backward(problem, time_major, grad_state, output, reserve.contiguous(), wanted, config, precision)
+        return _backward(problem, time_major, grad_state, output, reserve.contiguous(), wanted, config)
 
 
 def _backward(
     problem: Problem, grad: Tensor | None, grad_state: Sequence[Tensor | None], output: Tensor, reserve: Tensor,
-    wanted: tuple[bool, bool, bool], config: Config, precision: str,
+    wanted: tuple[bool, bool, bool], config: Config,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     input_wanted, state_wanted, weights_wanted = wanted
     hidden_outputs, kept = problem.split_reserve(reserve)
@@ -240,9 +232,7 @@ def _backward(
     grad_weights: list[Tensor] = []
     for layer in reversed(range(problem.layers)):
         layer_output = output if layer + 1 == problem.layers else hidden_outputs[layer]
-        grad_gates = _reverse_layer(
-            problem, layer, grad, grad_state, layer_output, kept, grad_initial, config, precision
-        )
+        grad_gates = _reverse_layer(problem, layer, grad, grad_state, layer_output, kept, grad_initial, config)
         x = problem.time_major(problem.input) if layer == 0 else hidden_outputs[layer - 1]
         if layer > 0 and problem.masks is not None:
             x = x * problem.masks[layer - 1]
@@ -260,7 +250,7 @@ def _backward(
 
 def _reverse_layer(
     problem: Problem, layer: int, grad: Tensor | None, grad_state: Sequence[Tensor | None], output: Tensor,
-    kept: Tensor, grad_initial: Sequence[Tensor], config: Config, precision: str,
+    kept: Tensor, grad_initial: Sequence[Tensor], config: Config,
 ) -> Tensor:  # fmt: skip
     """The gradients before the activations, (directions, rows, kinds, hidden): one kind, or for GRU those of r, z, n
     and of the hidden half of n, for LSTM those of i, f, g, o."""
@@ -270,18 +260,24 @@ def _reverse_layer(
     grad_start = [g[of_layer] for g in grad_initial]
     initial = problem.initial(layer)
     w_hh, _ = problem.stacked_recurrent(layer)
+    sizes = (problem.steps, problem.batch, problem.rows)
+    if config.units:
+        h0, c0 = (*initial, None)[:2]
+        saved = None if problem.gates == 1 else kept[of_layer]
+        launch = _launcher(problem, spread_backward, config, grad, h0, problem.schedule)
+        state = _spread_state(problem, grad_final)
+        tensors = (grad, output, saved, h0, c0, w_hh, grad_gates, state, _arrived(launch), problem.schedule)
+        _run_spread(launch, problem.steps + 1, tensors, sizes)
+        for tensor, own in zip(grad_start, state, strict=True):
+            tensor.copy_(own)
+        return grad_gates
     before = {
         "GRU": (backward_kernels.gru_backward, (*grad_final, output, kept[of_layer], *initial, w_hh)),
         "LSTM": (backward_kernels.lstm_backward, (*grad_final, kept[of_layer], *initial[1:], w_hh)),
     }
     kernel, arguments = before.get(problem.mode, (backward_kernels.simple_backward, (*grad_final, output, w_hh)))
-    _launch.launch(
-        kernel,
-        _grid(problem, config),
-        output.device,
-        *(grad, *arguments, grad_gates, *grad_start, problem.schedule, problem.steps, problem.batch, problem.rows),
-        **_constexprs(problem, config, precision),
-    )
+    launch = _launcher(problem, kernel, config, grad, *grad_final, *initial, problem.schedule)
+    launch(grad, *arguments, grad_gates, *grad_start, problem.schedule, *sizes)
     return grad_gates
 
 

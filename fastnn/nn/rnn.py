@@ -23,13 +23,13 @@ def _covers(input: Any) -> bool:
     return isinstance(input, Tensor) and not autocast_is_on() and not needs_reference(input)
 
 
-def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: int = 1) -> bool:
+def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: int = 1, packed: bool = False) -> bool:
     """On a GPU, whether the recurrent weights stay on chip: where they don't, stock's kernels are the fastest."""
     if torch.compiler.is_compiling():
         return True
-    from fastnn.kernels.rnn import covers  # only now: it imports Triton
+    from fastnn.kernels._rnn_config import covers  # only now: it imports Triton
 
-    return covers(mode, hidden, batch, directions, input.dtype, input.device)
+    return covers(mode, hidden, batch, directions, input.dtype, input.device, packed)
 
 
 def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
@@ -76,7 +76,7 @@ class _Recurrent(RNNBase):
     def _run_packed(self, packed: PackedSequence, hx: Any, weights: list[Tensor]) -> tuple[PackedSequence, Any] | None:
         input, batch_sizes, sorted_indices, unsorted_indices = packed
         state = self._state(hx)
-        if state is None or (input.is_cuda and not self._on_chip(input, int(batch_sizes[0]))):
+        if state is None or (input.is_cuda and not self._on_chip(input, int(batch_sizes[0]), packed=True)):
             return None
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
@@ -93,9 +93,9 @@ class _Recurrent(RNNBase):
         state = [hx] if self._states == 1 else hx
         return state if isinstance(state, (tuple, list)) and all(isinstance(s, Tensor) for s in state) else None
 
-    def _on_chip(self, input: Tensor, batch: int) -> bool:
+    def _on_chip(self, input: Tensor, batch: int, packed: bool = False) -> bool:
         return self.proj_size == 0 and _gpu_serves(
-            input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1
+            input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1, packed
         )
 
     def _call(

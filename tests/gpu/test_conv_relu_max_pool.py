@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _conv_plan, _launch
 from fastnn.kernels import conv_relu_max_pool as kernels
 from fastnn.kernels._conv_geometry import Geometry, check_problem
 
@@ -78,14 +78,14 @@ def test_fused(name, dtype, device, assert_near):
     a = arguments(len(sizes) - 2, **options)
     input, weight, bias = make(sizes, out_channels, kernel, a, dtype, device)
     problem = check_problem("", input, weight, bias, a)
-    assert kernels.is_fused(problem, "forward", "ieee", _launch.TARGETS[2])
-    assert kernels.is_fused(problem, "backward", "ieee", _launch.TARGETS[2])
+    assert _conv_plan.is_fused(problem, "forward", "ieee", _launch.TARGETS[2])
+    assert _conv_plan.is_fused(problem, "backward", "ieee", _launch.TARGETS[2])
     check(input, weight, bias, a, assert_near)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_around_stocks_convolution(case, device, assert_near, monkeypatch):
-    monkeypatch.setattr(kernels, "is_fused", lambda *_: False)
+    monkeypatch.setattr(_conv_plan, "is_fused", lambda *_: False)
     sizes, out_channels, kernel, options = case
     a = arguments(len(sizes) - 2, **options)
     check(*make(sizes, out_channels, kernel, a, torch.float32, device), a, assert_near)
@@ -101,7 +101,7 @@ def test_float64(device):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("channels", [3, 16])
 def test_channels_last_comes_out_as_it_goes_in(channels, fused, device, assert_near, monkeypatch):
-    monkeypatch.setattr(kernels, "is_fused", lambda *_: fused)
+    monkeypatch.setattr(_conv_plan, "is_fused", lambda *_: fused)
     a = arguments(2)
     input, weight, bias = make((2, channels, 7, 8), 6, 2, a, torch.float32, device)
     last = input.contiguous(memory_format=torch.channels_last)
@@ -116,7 +116,7 @@ def test_channels_last_comes_out_as_it_goes_in(channels, fused, device, assert_n
 @pytest.mark.parametrize("fused", [True, False])
 def test_winners(fused, device, monkeypatch):
     """The first of equals, the last NaN, dead where nothing is above zero, -inf where there is nothing."""
-    monkeypatch.setattr(kernels, "is_fused", lambda *_: fused)
+    monkeypatch.setattr(_conv_plan, "is_fused", lambda *_: fused)
     nan = float("nan")
     input = torch.tensor([[2.0, 2.0, nan, nan, -1.0, -2.0, 0.0, 5.0, 1.0]], device=device)[None]
     weight = torch.ones(1, 1, 1, device=device)
@@ -210,13 +210,13 @@ def test_choice_of_path():
 
     half = torch.bfloat16
     middle = problem(64, 64, 64, 112, half)
-    assert kernels.is_fused(middle, "forward", "ieee", _launch.TARGETS[2])
-    assert not kernels.is_fused(middle, "backward", "ieee", _launch.TARGETS[2])
-    assert not kernels.is_fused(problem(8, 256, 512, 28, half), "forward", "ieee", _launch.TARGETS[2])
+    assert _conv_plan.is_fused(middle, "forward", "ieee", _launch.TARGETS[2])
+    assert not _conv_plan.is_fused(middle, "backward", "ieee", _launch.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(8, 256, 512, 28, half), "forward", "ieee", _launch.TARGETS[2])
     stem = problem(64, 3, 64, 224, half, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
-    assert kernels.is_fused(stem, "forward", "ieee", _launch.TARGETS[2])
-    assert not kernels.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "ieee", _launch.TARGETS[2])
-    assert kernels.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32", _launch.TARGETS[2])
-    assert not kernels.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee", _launch.TARGETS[2])
-    assert not kernels.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee", _launch.TARGETS[2])
-    assert kernels.conv_config(middle, "ieee", _launch.TARGETS[2]).block_pixels == 128
+    assert _conv_plan.is_fused(stem, "forward", "ieee", _launch.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "ieee", _launch.TARGETS[2])
+    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32", _launch.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee", _launch.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee", _launch.TARGETS[2])
+    assert _conv_plan.conv_config(middle, "ieee", _launch.TARGETS[2]).block_pixels == 128

@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastnn
+from fastnn.kernels._launch import Plans
 from fastnn.reference import models as stock_models
 
 # PyTorch's own, on a GPU: about tf32, about weights that a copy has scattered.
@@ -27,6 +28,7 @@ NETWORKS = {  # stock, fused, input
         (5, 3, 6),
     ),
     "lstm": (lambda: torch.nn.LSTM(6, 16, 2), lambda: fastnn.nn.LSTM(6, 16, 2), (5, 3, 6)),
+    "wide": (lambda: torch.nn.GRU(6, 520), lambda: fastnn.nn.GRU(6, 520), (9, 3, 6)),
     "mlp": (
         lambda: torch.nn.Sequential(torch.nn.Linear(10, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)),
         lambda: fastnn.nn.MLP([10, 8, 4]),
@@ -83,7 +85,7 @@ def test_tf32(name, device, assert_near, tf32):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "mlp"])
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "wide", "mlp"])
 def test_16_bit(name, dtype, device, assert_near):
     assert_as_exact_as_stock(*make(name, device, dtype), assert_near)
 
@@ -134,6 +136,29 @@ def test_cuda_graph(name, device):
         static.copy_(input * 2)
         graph.replay()
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+@needs_gpu
+def test_packed_sequences_in_a_cuda_graph(device):
+    network = fastnn.nn.LSTM(6, 16, device=device)
+    packed = pack_padded_sequence(torch.randn(9, 4, 6, device=device), torch.tensor([9, 7, 3, 1]))
+    leaves, graph = list(network.parameters()), torch.cuda.CUDAGraph()
+
+    def step():
+        output = network(packed)[0].data
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = [tensor.clone() for tensor in step()]
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        captured = step()
+    Plans.forget_all()
+    torch.cuda.empty_cache()
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
 
 
 @needs_gpu

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _rnn_config
 from fastnn.kernels import rnn as kernels
 from fastnn.kernels._rnn_problem import MODES
 
@@ -103,9 +103,33 @@ def test_bfloat16(mode, device, assert_near):
     check(*make(mode, torch.bfloat16, device), assert_near)
 
 
+@pytest.fixture
+def spread(monkeypatch):
+    """Weights shared out among programs, whatever the size."""
+    monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: _rnn_config.Config(16, 4, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_shared_by_programs(mode, dtype, device, assert_near, spread):
+    check(*make(mode, dtype, device, hidden=19), assert_near)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_shared_by_programs_in_any_network(mode, device, assert_near, spread):
+    options = {"layers": 2, "bidirectional": True, "length": 3, "hidden": 19, "state": False}
+    check(*make(mode, torch.float32, device, batch_first=True, **options), assert_near)
+    check(*make(mode, torch.float32, device, bidirectional=True, batch_sizes=[18, 17, 17, 2], hidden=17), assert_near)
+
+
+@pytest.mark.parametrize("mode", ["RNN_RELU", "LSTM"])
+def test_one_program_waits_for_itself_alone(mode, device, assert_near, spread):
+    check(*make(mode, torch.float32, device, hidden=9), assert_near)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_stocks_kernels_where_weights_do_not_fit(mode, device, assert_near, monkeypatch):
-    monkeypatch.setattr(kernels, "rnn_config", lambda *_: None)
+    monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
     check(*make(mode, torch.float32, device, layers=2), assert_near)
     check(*make(mode, torch.float32, device, bidirectional=True, batch_sizes=[3, 2], state=False), assert_near)
 
@@ -113,7 +137,7 @@ def test_stocks_kernels_where_weights_do_not_fit(mode, device, assert_near, monk
 @pytest.mark.parametrize("fits", [True, False])
 def test_masks_between_layers(fits, device, assert_near, monkeypatch):
     if not fits:
-        monkeypatch.setattr(kernels, "rnn_config", lambda *_: None)
+        monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
     stock, arguments = make("GRU", torch.float32, device, layers=2, length=3, batch=2)
     masks = torch.randint(0, 2, (1, 6, 7)).to(device, torch.float32) * 2
     first, second = torch.nn.GRU(5, 7).double(), torch.nn.GRU(7, 7).double()
@@ -169,7 +193,7 @@ def test_empty_batch(device):
 REFUSED = {
     "mode must be between": {"mode": 4},
     "for each of 3 layers": {"num_layers": 3},
-    "input must have 3 dimensions": {"input": torch.ones(4, 5)},
+    "input must have 3 dimensions": {"input": torch.ones(5)},
     "expected weights of size": {"input": torch.ones(4, 3, 6)},
     "expected state of size": {"input": torch.ones(4, 2, 5)},
     "length to be larger than 0": {"input": torch.ones(0, 3, 5)},
@@ -207,7 +231,7 @@ def test_backward_refuses(device):
 
 def test_choice_of_kernel():
     half, h100, ampere = torch.float16, _launch.TARGETS[2], _launch.TARGETS[1]
-    config = kernels.rnn_config
+    config = _rnn_config.rnn_config
     assert config("RNN_TANH", 128, 32, 1, half, "ieee", h100) is not None
     assert config("RNN_TANH", 256, 32, 1, half, "ieee", h100) is not None
     assert config("RNN_TANH", 256, 32, 1, half, "ieee", ampere) is None

@@ -1,0 +1,264 @@
+"""What ``fastnn::conv_relu_max_pool`` on a GPU makes of a call before it looks at values: checks, the choice of kernels
+and their tiles, launchers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastnn.kernels import _launch
+from fastnn.kernels._check import check, check_same_kind, check_sizes
+from fastnn.kernels._conv_geometry import (
+    MOST_PLACES,
+    Geometry,
+    Problem,
+    channels_last,
+    check_problem,
+    memory_format,
+)
+from fastnn.kernels._conv_kernels import (
+    conv_forward,
+    conv_input_gradient,
+    conv_weight_gradient,
+    pool_forward,
+    spread_gradient,
+)
+
+# ---- choice of kernel and configuration -------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    block_pixels: int
+    block_out: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """As the kernels and the launch take them."""
+        return {
+            "BLOCK_PIXELS": self.block_pixels,
+            "BLOCK_OUT": self.block_out,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# The sum's length up to which what the fused kernel saves, about 14 bytes of traffic a 16-bit value of the
+# convolution, outweighs a GEMM at half of cuDNN's speed (a quarter without matrix units).
+_DEEPEST_FUSED = {"forward": 1300, "backward": 300}
+_DEEPEST_WITHOUT_MATRIX_UNITS = {"forward": 220, "backward": 60}
+_LAUNCH_BOUND_WORK = 100e6
+_FEW_CHANNELS = 16
+
+
+def is_fused(problem: Problem, direction: str, precision: str, target: _launch.Target) -> bool:
+    """Whether the convolution is computed here; else by stock's kernel. ``direction``: "forward" or "backward"."""
+    if problem.kind.dtype is torch.float64:
+        return False
+    if problem.groups > 1 and min(problem.channels, problem.out_channels) < _FEW_CHANNELS:
+        return False  # tiles would stay empty
+    fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
+    deepest = (_DEEPEST_FUSED if fast else _DEEPEST_WITHOUT_MATRIX_UNITS)[direction]
+    repeated = max(problem.recomputed, 1.0)
+    if direction == "backward":
+        # The input's gradient visits every tap, also those that a stride leaves out.
+        repeated = max(repeated, math.prod(problem.geometry[1]))
+    return problem.depth * (2 * repeated - 1) <= deepest or problem.work * repeated <= _LAUNCH_BOUND_WORK
+
+
+def is_tap_by_tap(problem: Problem) -> bool:
+    return problem.channels >= _FEW_CHANNELS
+
+
+def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Config:
+    """The fused kernels' tiles, as large as registers hold without spilling (tools/gpu_check.py)."""
+    wide = problem.kind.dtype.itemsize == 2
+    fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
+    block_out = min(64, _launch.padded(problem.out_channels))
+    if is_tap_by_tap(problem):
+        # Before Hopper, whose matrix instructions read shared memory, operands fill registers too.
+        most = 128 if wide and (target.backend == "hip" or int(target.arch) >= 90) else 64
+        block_k = min(64 if wide else 32, _launch.padded(problem.channels))
+    else:  # every element of a step has a place of its own, and places fill registers
+        most, block_k = 64, min(32 if wide else 16, _launch.padded(problem.depth))
+    pixels = problem.images * math.prod(problem.out_size)
+    block_pixels = min(most if fast else 32, _launch.padded(triton.cdiv(pixels, target.processors)))
+    num_warps = 8 if block_pixels * block_out * problem.kind.dtype.itemsize >= 8192 else 4
+    config = Config(block_pixels, block_out, block_k, num_warps, num_stages=3 if target.shared_memory > 65536 else 2)
+    return _launch.tuned(
+        config, target, "conv", problem.kind.dtype.itemsize, precision, block_pixels, _launch.padded(problem.channels),
+        block_out, problem.taps, problem.places,
+    )  # fmt: skip
+
+
+# ---- plans --------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What a call makes of all but the values of its tensors. ``launch`` convolves and pools where ``fused``, else
+    pools what stock's convolution gives. In backward: the input's gradient, or the convolution's."""
+
+    problem: Problem
+    arguments: Geometry
+    format: torch.memory_format  # of the output; in backward, of the input and its gradient
+    kernel_format: torch.memory_format  # of the input as the fused kernels take it
+    fused: bool
+    launch: _launch.Launcher
+    launch_weight: _launch.Launcher | None = None  # in backward, of the fused gradient of the weight
+
+
+def facts(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (_launch.facts(tensor), tensor.stride())
+
+
+def plan_forward(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], with_winners: bool,
+    precision: str, target: _launch.Target,
+) -> Plan:  # fmt: skip
+    arguments = Geometry.of_flat(geometry, input.dim() - 2)
+    problem = check_problem(op, input, weight, bias, arguments)
+    check(not with_winners or problem.places <= MOST_PLACES, op, ": a winner's place is one byte, so a window may have "
+          "at most ", MOST_PLACES, " elements, got ", problem.places)  # fmt: skip
+    format = memory_format(input, weight)
+    kernel_format = _kernel_format(problem, input)
+    is_last = format is not torch.contiguous_format
+    fused = is_fused(problem, "forward", precision, target)
+    if fused:
+        launch = _fused_launcher(problem, kernel_format is not torch.contiguous_format, is_last, precision, target)
+    else:
+        options = _pool_options(problem, is_last)
+        grid = _tiles(problem.pooled_pixels, options)
+        launch = _launch.Launcher(pool_forward, grid, input.device, LAST=is_last, **options)
+    return Plan(problem, arguments, format, kernel_format, fused, launch)
+
+
+def _steps(problem: Problem, config: Config) -> int:
+    if is_tap_by_tap(problem):
+        return problem.taps * triton.cdiv(problem.channels, config.block_k)
+    return triton.cdiv(problem.depth, config.block_k)
+
+
+def _kernel_format(problem: Problem, input: Tensor) -> torch.memory_format:
+    """Of the input in the fused kernels: a sum tap by tap needs channels last. (1-d tensors have no such format: they
+    get one as images of height 1.)"""
+    return channels_last(problem.dims) if is_tap_by_tap(problem) else memory_format(input)
+
+
+def _shape_constexprs(problem: Problem) -> dict[str, Any]:
+    return {
+        "GROUPS": problem.groups,
+        "CHANNELS": problem.channels,
+        "OUT_CHANNELS": problem.out_channels,
+        "GEOMETRY": problem.geometry,
+        "TAP_BY_TAP": is_tap_by_tap(problem),
+        "OPERAND": _launch.operand_dtype(problem.kind.dtype),
+    }
+
+
+def _fused_launcher(
+    problem: Problem, in_last: bool, out_last: bool, precision: str, target: _launch.Target
+) -> _launch.Launcher:
+    config = conv_config(problem, precision, target)
+    return _launch.Launcher(
+        conv_forward,
+        (
+            triton.cdiv(problem.pooled_pixels, config.block_pixels),
+            problem.groups * triton.cdiv(problem.out_channels, config.block_out),
+        ),
+        problem.kind.device,
+        IN_LAST=in_last,
+        OUT_LAST=out_last,
+        STEPS=_steps(problem, config),
+        PRECISION=precision,
+        **_shape_constexprs(problem),
+        **config.options(),
+    )
+
+
+def _pool_options(problem: Problem, last: bool) -> dict[str, Any]:
+    """Tiles as long as the memory is contiguous."""
+    channels = problem.groups * problem.out_channels
+    block_out = min(64, triton.next_power_of_2(channels)) if last else 1
+    return {
+        "OUT_CHANNELS": channels,
+        "GEOMETRY": problem.geometry,
+        "BLOCK_PIXELS": max(1024 // block_out, 16),
+        "BLOCK_OUT": block_out,
+        "COMPUTE": tl.float64 if problem.kind.dtype is torch.float64 else tl.float32,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+def _tiles(pixels: int, options: dict[str, Any]) -> tuple[int, int]:
+    return triton.cdiv(pixels, options["BLOCK_PIXELS"]), triton.cdiv(options["OUT_CHANNELS"], options["BLOCK_OUT"])
+
+
+def plan_backward(
+    grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[int], precision: str,
+    target: _launch.Target,
+) -> Plan:  # fmt: skip
+    op = "conv_relu_max_pool_backward"
+    arguments = Geometry.of_flat(geometry, input.dim() - 2)
+    problem = check_problem(op, input, weight, None, arguments)
+    check(problem.places <= MOST_PLACES, op, ": a window may have at most ", MOST_PLACES, " elements")
+    check_same_kind(problem.kind, grad_output, "grad_output")
+    check_sizes(op, grad_output, problem.sizes(problem.out_size), "grad_output")
+    check_same_kind(problem.kind, winners, "winners", torch.uint8)
+    check_sizes(op, winners, problem.sizes(problem.out_size), "winners")
+    format, kernel_format = memory_format(input), _kernel_format(problem, input)
+    fused = is_fused(problem, "backward", precision, target)
+    launch_weight = None
+    if fused:
+        launch = _input_gradient_launcher(problem, format is not torch.contiguous_format, precision, target)
+        in_last = kernel_format is not torch.contiguous_format
+        launch_weight = _weight_gradient_launcher(problem, in_last, precision, target)
+    else:
+        options = _pool_options(problem, last=True)
+        grid = _tiles(problem.images * math.prod(problem.conv_size), options)
+        launch = _launch.Launcher(spread_gradient, grid, input.device, **options)
+    return Plan(problem, arguments, format, kernel_format, fused, launch, launch_weight)
+
+
+def _input_gradient_launcher(
+    problem: Problem, in_last: bool, precision: str, target: _launch.Target
+) -> _launch.Launcher:
+    config = conv_config(problem, precision, target)
+    block_k = min(64, _launch.padded(problem.channels))
+    config = config._replace(block_k=block_k, block_out=min(config.block_out, 32))
+    pixels = problem.images * math.prod(problem.in_size)
+    return _launch.Launcher(
+        conv_input_gradient,
+        (triton.cdiv(pixels, config.block_pixels), problem.groups * triton.cdiv(problem.channels, block_k)),
+        problem.kind.device,
+        IN_LAST=in_last,
+        PRECISION=precision,
+        **_shape_constexprs(problem),
+        **config.options(),
+    )
+
+
+def _weight_gradient_launcher(
+    problem: Problem, in_last: bool, precision: str, target: _launch.Target
+) -> _launch.Launcher:
+    config = conv_config(problem, precision, target)
+    config = config._replace(block_pixels=min(config.block_pixels, 64))
+    steps, blocks = _steps(problem, config), problem.groups * triton.cdiv(problem.out_channels, config.block_out)
+    tiles = triton.cdiv(problem.pooled_pixels, config.block_pixels)
+    # Enough parts for two programs a processor; they are added up in a fixed order, so results repeat bit for bit.
+    parts = max(1, min(tiles, triton.cdiv(2 * target.processors, blocks * steps)))
+    return _launch.Launcher(
+        conv_weight_gradient,
+        (parts, blocks, steps),
+        problem.kind.device,
+        IN_LAST=in_last,
+        PRECISION=precision,
+        **_shape_constexprs(problem),
+        **config.options(),
+    )

@@ -1,0 +1,95 @@
+"""Which kernels run a recurrent network on a GPU, in which configuration, and which networks are left to stock's."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from fastnn.kernels import _launch
+from fastnn.kernels._rnn_problem import Problem
+
+
+class Config(NamedTuple):
+    block_batch: int
+    num_warps: int
+    units: int = 0  # hidden units of a program where programs share out the recurrent weights; 0: each has them all
+
+
+_WIDEST_WITHOUT_MATRIX_UNITS = 32
+# Up to here cuDNN has kernels that keep the weights on chip too, and needs no barrier between processors.
+_WIDEST_OF_CUDNN = {1: 384, 3: 192, 4: 192}
+_WIDEST_SPREAD = 2048
+_LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the processors busy
+
+
+def rnn_config(
+    mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, target: _launch.Target,
+    packed: bool = False,
+) -> Config | None:  # fmt: skip
+    """The configuration, or None where stock's kernels are at least as fast.
+
+    Where the recurrent weights fit on one processor, each program keeps them all and has a tile of the batch. Where
+    they don't, programs share them out and meet after each step, if that beats cuDNN: not where it has kernels for such
+    a size, which it has not for packed sequences.
+    """
+    if dtype is torch.float64 or hidden == 0:
+        return None
+    tile = _launch.padded(hidden)
+    gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
+    fast = _launch.uses_matrix_units(dtype, precision, target)
+    # Without matrix units LSTM's four dots at a step are more than Triton 3.9 compiles: LLVM aborts.
+    if not fast and (gates == 4 or tile > _WIDEST_WITHOUT_MATRIX_UNITS):
+        return None
+    exchanged = 2 * 16 * tile * dtype.itemsize  # the state, on its way from a step's result to the next's operand
+    weights = gates * tile * tile * dtype.itemsize
+    # On AMD's cards the weights of several gates are kept in registers.
+    if weights + exchanged > target.shared_memory or (target.backend == "hip" and gates > 1 and weights > 24576):
+        return _spread_config(gates, hidden, batch, directions, dtype, target, packed) if fast else None
+    # Enough sequences for two programs a processor: the weights are shared by more rows.
+    many = batch * directions >= 64 * target.processors and gates == 1
+    block_batch = 32 if many else 16
+    num_warps = 16 if tile >= 128 and gates == 4 else 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
+    return _launch.tuned(Config(block_batch, num_warps), target, "rnn", gates, dtype.itemsize, precision, tile, many)
+
+
+def _spread_config(
+    gates: int, hidden: int, batch: int, directions: int, dtype: torch.dtype, target: _launch.Target, packed: bool
+) -> Config | None:
+    if target.backend == "hip" or hidden > _WIDEST_SPREAD or batch > _LARGEST_SPREAD_BATCH:
+        return None
+    # cuDNN keeps float16 weights on chip at any width, float32 ones up to some.
+    if not packed and (dtype is torch.float16 or hidden <= _WIDEST_OF_CUDNN[gates]):
+        return None
+    tile, block_batch = _launch.padded(hidden), 16
+    for units in (16, 32, 64):
+        on_chip = dtype.itemsize * tile * (gates * units + 2 * block_batch)
+        programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * directions
+        # All programs run at once, one a processor.
+        if on_chip <= target.shared_memory and programs <= target.processors:
+            config = Config(block_batch, 8 if tile > 512 else 4, units)
+            return _launch.tuned(config, target, "rnn spread", gates, dtype.itemsize, tile, units)
+    return None
+
+
+def config_of(problem: Problem) -> Config | None:
+    if "config" not in problem.kept:
+        problem.kept["config"] = rnn_config(
+            problem.mode, problem.hidden, problem.batch, problem.directions, problem.kind.dtype, problem.precision,
+            problem.target, problem.batch_sizes is not None,
+        )  # fmt: skip
+    return problem.kept["config"]
+
+
+def covers(
+    mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, device: torch.device, packed: bool = False
+) -> bool:
+    """Whether the kernels here run the network; else stock's own layers, with stock's own autograd, serve it best."""
+    target = _launch.target_of(device)
+    precision = _launch.dot_precision(dtype, "rnn", target)
+    return _covers(mode, hidden, batch, directions, dtype, precision, target, packed)
+
+
+@functools.lru_cache(1024)
+def _covers(*arguments: Any) -> bool:
+    return rnn_config(*arguments) is not None

@@ -1,0 +1,128 @@
+"""fastnn.kernels._launch: compiled kernels launched without Triton's dispatch, and plans; and that operators, launchers
+and modules fit together, as far as that can be told from outside."""
+
+import importlib
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastnn
+from fastnn import kernels
+from fastnn.kernels import _launch
+
+
+class Kernel:
+    """Triton's, as far as a launch looks at it."""
+
+    arg_names = ("input", "weights", "rows", "BLOCK")
+
+    def __init__(self):
+        self.dispatched, self.launched = 0, []
+
+    def __getitem__(self, grid):
+        def dispatch(*args, **options):
+            self.dispatched += 1
+            return SimpleNamespace(
+                function="function", packed_metadata="metadata", run=lambda *args: self.launched.append(args)
+            )
+
+        return dispatch
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # a CPU's index
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
+
+
+def test_compiled_kernels_are_launched_without_dispatch(on_a_gpu):
+    kernel = Kernel()
+    launch = _launch.Launcher(kernel, (3, 2), torch.device("cpu"), BLOCK=16, num_warps=4)
+    a, b = torch.ones(8), torch.ones(8)
+    launch(a, (b, None), 8)
+    assert (kernel.dispatched, kernel.launched) == (1, [])
+    launch(b, (a, None), 8)
+    assert kernel.dispatched == 1
+    assert kernel.launched == [
+        (3, 2, 1, "stream", "function", "metadata", None, None, None, b.data_ptr(), (a.data_ptr(), None), 8, 16)
+    ]
+
+
+def test_tensors_at_odd_addresses_are_left_to_triton(on_a_gpu):
+    kernel = Kernel()
+    launch = _launch.Launcher(kernel, (3,), torch.device("cpu"), BLOCK=16)
+    odd = torch.ones(8)[1:]
+    for _ in range(2):
+        launch(odd, (), 7)
+    launch(torch.ones(8), (), 7)
+    assert (kernel.dispatched, kernel.launched) == (3, [])
+    launch(torch.ones(8), (odd,), 7)
+    assert (kernel.dispatched, kernel.launched) == (4, [])
+
+
+def test_plans_are_forgotten_when_there_are_many(monkeypatch):
+    plans = _launch.Plans()
+    monkeypatch.setattr(_launch.Plans, "_MOST", 2)
+    assert [plans.keep(key, -key) for key in range(3)] == [0, -1, -2]
+    assert plans == {2: -2}
+    _launch.Plans.forget_all()
+    assert plans == {}
+
+
+def test_a_plan_depends_on_all_facts():
+    tensor = torch.ones(2, 3)
+    others = (torch.ones(3, 2), tensor.double(), tensor.to("meta"), tensor.to_sparse())
+    assert len({_launch.facts(t) for t in (None, tensor, torch.zeros(2, 3), *others)}) == 6
+
+
+def test_tuned(monkeypatch):
+    target = _launch.TARGETS[0]
+    config = SimpleNamespace(_replace=lambda **fields: fields)
+    monkeypatch.setattr(_launch, "_table", lambda: {target.name: {"mlp 2 64": {"num_warps": 8}}})
+    assert _launch.tuned(config, target, "mlp", 2, 64) == {"num_warps": 8}
+    assert _launch.tuned(config, target, "mlp", 2, 128) == {}
+    assert _launch.tuned(config, _launch.TARGETS[1], "mlp", 2, 64) is config
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in kernels._OPERATORS.items() for n in names])
+def test_launchers_take_what_operators_do(module, name):
+    launcher = getattr(importlib.import_module(f"fastnn.kernels.{module}"), name)
+    schema = getattr(torch.ops.fastnn, name).default._schema
+    assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
+
+
+class Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes", "name"),
+    [
+        (lambda: fastnn.nn.RNN(6, 16), (5, 3, 6), "rnn"),
+        (lambda: fastnn.nn.LSTMCell(6, 16), (3, 6), "rnn_cell"),
+        (lambda: fastnn.nn.ConvReLUMaxPool2d(3, 8, 3), (2, 3, 8, 8), "conv_relu_max_pool"),
+        (lambda: fastnn.nn.MLP([6, 4, 2]), (3, 6), "mlp"),
+    ],
+)
+def test_modules_on_a_gpu_reach_the_operators(module, sizes, name):
+    mode = FakeTensorMode()
+
+    def on_a_gpu(tensor):
+        return FakeTensor(mode, tensor.to("meta", torch.float16), torch.device("cuda:0"))
+
+    module, input = module(), on_a_gpu(torch.empty(sizes))
+    parameters = {key: on_a_gpu(tensor) for key, tensor in module.named_parameters()}
+    with mode, _launch.assume_target(_launch.TARGETS[2]), torch.no_grad(), Called() as called:
+        torch.func.functional_call(module, parameters, input)
+    assert f"fastnn::{name}" in called.names

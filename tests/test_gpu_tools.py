@@ -1,0 +1,71 @@
+"""The programs for a machine with a GPU, as far as they run without one: what fails there must not cost the rest."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch):
+    """tool(name): a module of tools/."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "tools")
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_failing_and_crashing_tests_cost_no_others(tool, tmp_path: Path) -> None:
+    files = {
+        "test_good.py": "def test_good(): pass",
+        "test_bad.py": "def test_bad(): assert False\ndef test_good(): pass",
+        "test_crash.py": "import os\ndef test_crash(): os._exit(7)",
+        "test_hang.py": "import time\ndef test_hang(): time.sleep(60)",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    gpu_run = tool("gpu_run")
+    paths = [tmp_path / name for name in files]
+    started = gpu_run.start_tests(paths[:3], tmp_path, rehearse=True)
+    result = gpu_run.finish_tests(started, 60)
+    assert (result["passed"], result["failed"]) == (2, ["test_bad.py::test_bad"])
+    assert result["unfinished"] == ["test_crash.py"]
+    assert set(result["tails"]) == {"test_bad.py", "test_crash.py"}
+    hanging = gpu_run.finish_tests(gpu_run.start_tests(paths[3:], tmp_path, rehearse=True), 2)
+    assert hanging["unfinished"] == ["test_hang.py"]
+
+
+def test_table(tool) -> None:
+    row = {"op": "mlp", "case": "a", "dtype": "float32", "direction": "forward", "graph": False, "memory": 10}
+    rows = [
+        row | {"provider": "eager", "seconds": [1e-6, 2e-6, 3e-6], "memory": 20},
+        row | {"provider": "fastnn", "seconds": [1e-6, 1e-6, 1e-6]},
+        row | {"provider": "compile", "failed": "it did"},
+    ]
+    assert tool("gpu_run").as_table(rows)[2:] == [
+        "| mlp | a | float32 | forward | launches | 2.0 | 1.0 | 2.00x | 50% |"
+    ]
+
+
+def test_tuning_keeps_what_is_faster(tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_tune = tool("gpu_tune")
+    launch = gpu_tune._launch
+    monkeypatch.setattr(launch, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(launch, "tuned", launch.tuned)
+    case = next(case for case in tool("gpu_cases").all_cases() if case.op == "mlp")
+    table: dict[str, dict[str, int]] = {}
+    with launch.assume_target(launch.TARGETS[2]):
+        trial = gpu_tune.Trial(case, torch.device("meta"), table, rehearse=True)
+        tried = list(gpu_tune.candidates(trial))
+        assert {field for _, field, _ in tried} >= {"num_warps", "num_stages", "block_rows"}
+        assert not any(trial.try_change(*candidate) for candidate in tried)
+        assert table == {}
+        monkeypatch.setattr(trial, "_seconds", lambda: 0.5)
+        assert trial.try_change(*tried[0])
+    assert table == {tried[0][0]: {tried[0][1]: tried[0][2]}}
