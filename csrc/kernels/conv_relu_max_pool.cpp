@@ -12,8 +12,8 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread, since
-// the choice must not depend on their number, nor with it the order of summation.
+// The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread,
+// since the choice must not depend on their number, nor with it the order of summation.
 template <class T>
 ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact) {
   using C = Compute<T>;

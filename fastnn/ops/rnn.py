@@ -13,8 +13,8 @@ from fastnn.ops._autograd import (
     differentiate_twice,
     needs_autograd,
     needs_reference,
-    raw_operator,
 )
+from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import rnn as reference
 
 # The operator takes modes by their place in this list (csrc/kernels/rnn.h has the same).
