@@ -17,7 +17,7 @@ DIRECTIONS = ("inference", "training")
 
 
 def _near_ties(stock: nn.Sequential, input: Tensor) -> Tensor:
-    """The windows of Conv -> ReLU -> MaxPool whose two largest values lie closer than float32 tells apart: which of the
+    """The windows of Conv -> ReLU -> MaxPool whose two largest values lie closer than its dtype tells apart: which of the
     two takes the gradient is chance there, in stock as in a fused layer. (of the output's shape, bool)"""
     exact = copy.deepcopy(stock).double()
     pool = exact[-1]
@@ -27,7 +27,7 @@ def _near_ties(stock: nn.Sequential, input: Tensor) -> Tensor:
         largest, place = pool(values)
         values.flatten(2).scatter_(2, place.flatten(2), -torch.inf)
         second, _ = pool(values)
-    return largest - second < 1e-5 * largest.max()
+    return largest - second < max(1e-5, torch.finfo(input.dtype).eps) * largest.max()
 
 
 class Problem:

@@ -55,20 +55,21 @@ Tensor as_promised(AtenTensorHandle handle, bool wanted, const Tensor& like) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> backward_by_library(const ConvPoolProblem& problem, const ConvPoolArguments& a,
-                                                       const Tensor& grad_output, const Tensor& winners,
-                                                       const Tensor& input, const Tensor& weight, Wanted wanted) {
+std::tuple<Tensor, Tensor, Tensor> backward_by_library(const ConvPoolProblem& problem, const Tensor& grad_output,
+                                                       const Tensor& winners, const Tensor& input, const Tensor& weight,
+                                                       Wanted wanted) {
   const NoGrad guard;
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);
   const Tensor grad_conv = scatter_gradient(problem, grad_output, winners, channels_last);
-  const int64_t dims = problem.dims, channels = weight.size(0);
+  const ConvPoolGeometry& g = problem.geometry;
+  const int64_t dims = problem.dims, unused = 3 - dims, channels = weight.size(0);
   const int64_t* bias_sizes = &channels;
   const Ints no_padding(dims, 0);
   const int32_t mask[3] = {wanted.input, wanted.weight, wanted.bias};
   AtenTensorHandle input_gradient, weight_gradient, bias_gradient;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
-      grad_conv.get(), input.get(), weight.get(), &bias_sizes, 1, a.stride.data(), dims, a.padding.data(), dims,
-      a.dilation.data(), dims, false, no_padding.data(), dims, a.groups, mask, 3, &input_gradient, &weight_gradient,
+      grad_conv.get(), input.get(), weight.get(), &bias_sizes, 1, g.stride + unused, dims, g.padding + unused, dims,
+      g.dilation + unused, dims, false, no_padding.data(), dims, g.groups, mask, 3, &input_gradient, &weight_gradient,
       &bias_gradient));
   const Tensor bias(bias_gradient);
   return {as_promised(input_gradient, wanted.input, input), as_promised(weight_gradient, wanted.weight, weight),

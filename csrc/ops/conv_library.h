@@ -12,8 +12,8 @@ struct Wanted {
 };
 
 // The gradients of input, weight and bias; those not wanted come back empty.
-std::tuple<Tensor, Tensor, Tensor> backward_by_library(const ConvPoolProblem& problem, const ConvPoolArguments& a,
-                                                       const Tensor& grad_output, const Tensor& winners,
-                                                       const Tensor& input, const Tensor& weight, Wanted wanted);
+std::tuple<Tensor, Tensor, Tensor> backward_by_library(const ConvPoolProblem& problem, const Tensor& grad_output,
+                                                       const Tensor& winners, const Tensor& input, const Tensor& weight,
+                                                       Wanted wanted);
 
 }  // namespace fastnn

@@ -1,5 +1,6 @@
 // fastnn::conv_relu_max_pool and its backward: allocation, threads, registration.
 #include <cstring>
+#include <string>
 #include <tuple>
 
 #include "conv_library.h"
@@ -66,6 +67,41 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, 
   std::optional<Tensor> winners;
   const Tensor output = forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, &winners);
   return {output, *winners};
+}
+
+// ---- what is chosen ------------------------------------------------------------------------------------------
+
+std::string algorithm_name(ConvAlgorithm algorithm) {
+  switch (algorithm) {
+    case ConvAlgorithm::direct:
+      return "direct";
+    case ConvAlgorithm::rows:
+      return "rows";
+    case ConvAlgorithm::lanes:
+      return "lanes";
+    case ConvAlgorithm::winograd:
+      return "winograd";
+  }
+  return "";
+}
+
+std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& input, const Tensor& weight,
+                                                                  const std::optional<Tensor>& bias,
+                                                                  const Ints& geometry) {
+  const ConvPoolProblem problem = check_problem("conv_relu_max_pool_algorithm", input, weight, bias, geometry);
+  return with_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
+    using T = decltype(type);
+    ConvPoolForward<T> call{};
+    call.geometry = problem.geometry;
+    call.input = data<T>(input);
+    call.input_layout = layout_of(input);
+    call.weight = data<T>(weight);
+    call.weight_layout = layout_of(weight);
+    choose_plan(call, 1);
+    const bool by_library = conv_relu_max_pool_kernels().get<T>().library_pays(
+        problem.geometry, is_channels_last(input) || is_channels_last(weight));
+    return {algorithm_name(call.plan.algorithm), by_library ? "library" : "winners"};
+  });
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------
@@ -175,10 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
                    ": winners has a place that its window doesn't have");
       return kernels.library_pays(g, is_channels_last(input) || is_channels_last(weight));
     });
-    if (by_library) {
-      return backward_by_library(problem, arguments_of(op, geometry, problem.dims), grad_output, winners, input, weight,
-                                 wanted);
-    }
+    if (by_library) return backward_by_library(problem, grad_output, winners, input, weight, wanted);
   }
   const Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
   const Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));
@@ -204,6 +237,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "conv_relu_max_pool_with_winners(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
       " -> (Tensor output, Tensor winners)");
+  // The names of csrc/kernels' algorithms for such a call (conv_relu_max_pool.h) and for its backward.
+  m.def(
+      "conv_relu_max_pool_algorithm(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
+      " -> (str forward, str backward)");
   // A gradient that is not wanted comes back empty.
   m.def(
       "conv_relu_max_pool_backward(Tensor grad_output, Tensor winners, Tensor input, Tensor weight, int[] geometry,"
@@ -214,6 +251,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("conv_relu_max_pool", FASTNN_BOX(conv_relu_max_pool));
   m.impl("conv_relu_max_pool_with_winners", FASTNN_BOX(conv_relu_max_pool_with_winners));
+  m.impl("conv_relu_max_pool_algorithm", TORCH_BOX(&conv_relu_max_pool_algorithm));
   m.impl("conv_relu_max_pool_backward", FASTNN_BOX(conv_relu_max_pool_backward));
 }
 
