@@ -232,12 +232,12 @@ class ForwardDirection {
   // Sequences of one step that are computed together, and where what belongs to them lies.
   struct StepRows {
     int64_t count;
-    bool backwards;  // through the tiles
-    C* slots;        // (count, slots)
-    C* cells;        // (count, padded): c
-    C* copies;       // (count, padded): h in the compute type, for the step after
-    T* output;       // (count, width)
-    T* kept;         // (count, kSaved, hidden), or null
+    bool backwards;     // through the tiles
+    C* slots;           // (count, slots)
+    C* cells;           // (count, padded): c
+    C* copies;          // (count, padded): h in the compute type, for the step after
+    T* output;          // (count, width)
+    T* kept;            // (count, kSaved, hidden), or null
     const C* previous;  // (count, outputs): h of the step before, or null for zeros
     int64_t previous_stride;
   };

@@ -63,9 +63,9 @@ Result forward(const Problem& problem, bool save) {
 std::tuple<Tensor, TensorList> rnn(const Tensor& input, const OptionalTensor& batch_sizes, const TensorList& state,
                                    const TensorList& weights, const OptionalTensor& masks, int64_t mode,
                                    int64_t num_layers, bool bidirectional, bool batch_first) {
-  const Result result = forward(check_problem("rnn", input, batch_sizes, state, weights, masks, mode, num_layers,
-                                              bidirectional, batch_first),
-                                false);
+  const Result result = forward(
+      check_problem("rnn", input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first),
+      false);
   return {result.output, result.final_state};
 }
 

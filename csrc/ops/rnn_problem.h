@@ -16,8 +16,8 @@ struct Problem {
   int64_t layers = 1, directions = 1, input_size = 0, hidden = 0, batch = 0, rows = 0;
   int64_t projected = 0;  // LSTM's proj_size, or 0
   bool batch_first = false;
-  bool packed = false;  // rows of steps of different sizes, in two dimensions
-  bool cell = false;    // one step of one layer: no dimension for time, none for layers
+  bool packed = false;       // rows of steps of different sizes, in two dimensions
+  bool cell = false;         // one step of one layer: no dimension for time, none for layers
   int64_t weights_each = 0;  // 2, or 4 with biases, and one more with a projection
   std::vector<RnnStep> steps{};
   Tensor input{};

@@ -102,8 +102,8 @@ def rnn(
             finals.append(final)
         steps = [torch.cat(parts, 1) for parts in zip(*outputs, strict=True)]
         if masks is not None and layer + 1 < num_layers:
-            sizes = [step.shape[0] for step in steps]
-            steps = [step * mask for step, mask in zip(steps, masks[layer].split(sizes), strict=True)]
+            rows = [step.shape[0] for step in steps]
+            steps = [step * mask for step, mask in zip(steps, masks[layer].split(rows), strict=True)]
     final_state = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     if batch_sizes is not None:
         return torch.cat(steps), final_state
