@@ -81,7 +81,9 @@ class BuildExtension(build_ext):
         is_module = source == str(CSRC / "module.cpp")
         # The module carries the digest of all sources (folders show that one is gone) and torch's version.
         everything = [CSRC, *CSRC.rglob("*"), torch.version.__file__]
-        if self.is_current(compiled, everything if is_module else [source, *ext.depends]):
+        # Kernels know nothing of the operators.
+        headers = [path for path in ext.depends if folder == "common" or not path.startswith(str(CSRC / "ops"))]
+        if self.is_current(compiled, everything if is_module else [source, *headers]):
             return compiled
         print(f"fastnn: compiling {source} ({folder})", flush=True)
         self.compiler.compile(

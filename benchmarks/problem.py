@@ -32,19 +32,19 @@ def _near_ties(stock: nn.Sequential, input: Tensor) -> Tensor:
 class Problem:
     """A case with its models and numbers, for "inference" (forward) or "training" (forward and backward)."""
 
-    def __init__(self, case: Case, direction: str) -> None:
+    def __init__(self, case: Case, direction: str, dtype: torch.dtype = torch.float32) -> None:
         self.case = case
         self.direction = direction
         generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        self.input = case.make_input(generator)
-        self.stock = case.stock()
-        self.fused = case.fused()
+        self.input = case.make_input(generator).to(dtype)
+        self.stock = case.stock().to(dtype)
+        self.fused = case.fused().to(dtype)
         with torch.no_grad():
             for ours, theirs in zip(self.fused.parameters(), self.stock.parameters(), strict=True):
                 ours.copy_(theirs)
             shape = first_tensor(self.stock(self.input)).shape
-        self.grad_output = torch.randn(shape, generator=generator)
+        self.grad_output = torch.randn(shape, generator=generator).to(dtype)
         if direction == "training" and isinstance(self.stock, nn.Sequential) and hasattr(self.stock[-1], "dilation"):
             self.grad_output[_near_ties(self.stock, self.input)] = 0
 

@@ -45,7 +45,7 @@ def geometry(
     pool_dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> tuple[Any, ...]:
-    """The operator's arguments after the tensors."""
+    """The public function's arguments after the tensors."""
 
     def each(value: Any) -> list[int]:
         return [value] * dims if isinstance(value, int) else list(value)
@@ -55,6 +55,11 @@ def geometry(
         *(each(stride), each(padding), each(dilation), groups),
         *(each(pool), each(pool_stride), each(pool_padding), each(pool_dilation), ceil_mode),
     )
+
+
+def flat(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    """The same as the operators take them."""
+    return reference.Geometry(*arguments).flat()
 
 
 def make(
@@ -330,7 +335,7 @@ class TestLayouts:
         tensors = make((2, 3, 20, 20), 5, (3, 3))
         assert_like_stock(tensors, geometry(2, pool=16))
         with pytest.raises(RuntimeError, match="at most 254 elements, got 256"):
-            RAW_WITH_WINNERS(*tensors, *geometry(2, pool=16))
+            RAW_WITH_WINNERS(*tensors, flat(geometry(2, pool=16)))
 
 
 class TestThreads:
@@ -355,7 +360,7 @@ class TestThreads:
         for threads in (2, 3, 5):
             with using_threads(threads):
                 assert torch.equal(fused(*tensors, *arguments), expected)
-                assert torch.equal(RAW_WITH_WINNERS(*tensors, *arguments)[0], expected)
+                assert torch.equal(RAW_WITH_WINNERS(*tensors, flat(arguments))[0], expected)
                 assert_like_stock(tensors, arguments)
 
     def test_backward_repeats_bit_for_bit(self) -> None:
@@ -412,7 +417,7 @@ class TestAutograd:
         tensors = make((2, 3, 8, 8), 4, (3, 3))
         for i in range(3):
             leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate(tensors)]
-            output = RAW(*leaves, *geometry(2))
+            output = RAW(*leaves, flat(geometry(2)))
             with pytest.raises(RuntimeError, match="no gradient of its own"):
                 output.sum().backward()
 
@@ -437,11 +442,11 @@ class TestCompile:
         input, weight, bias = make((2, 3, *[7] * dims), 4, (3,) * dims)
         for x, w in ((input, weight), (channels_last(input), weight), (input, channels_last(weight))):
             arguments = geometry(dims, padding=1, pool=3, pool_stride=2, pool_padding=1)
-            torch.library.opcheck(RAW, (x, w, bias, *arguments))
-            torch.library.opcheck(RAW_WITH_WINNERS, (x, w, bias, *arguments))
-            output, winners = RAW_WITH_WINNERS(x, w, bias, *arguments)
+            torch.library.opcheck(RAW, (x, w, bias, flat(arguments)))
+            torch.library.opcheck(RAW_WITH_WINNERS, (x, w, bias, flat(arguments)))
+            output, winners = RAW_WITH_WINNERS(x, w, bias, flat(arguments))
             for wanted in ((True, True, True), (False, True, False)):
-                torch.library.opcheck(RAW_BACKWARD, (torch.ones_like(output), winners, x, w, *arguments, *wanted))
+                torch.library.opcheck(RAW_BACKWARD, (torch.ones_like(output), winners, x, w, flat(arguments), *wanted))
 
     def test_fullgraph_and_export(self) -> None:
         module = fastnn.nn.ConvReLUMaxPool2d(3, 8, 3, padding=1, pool_kernel_size=3, pool_stride=2)
@@ -527,39 +532,42 @@ class TestBadInput:
         ):
             changed = (*arguments[:position], value, *arguments[position + 1 :])
             with pytest.raises(RuntimeError):
-                RAW(input, weight, bias, *changed)
+                RAW(input, weight, bias, flat(changed))
             with pytest.raises(RuntimeError):
                 RAW_BACKWARD(torch.ones(2, 4, 3, 3), torch.zeros(2, 4, 3, 3, dtype=torch.uint8), input, weight,
-                             *changed, True, True, True)  # fmt: skip
+                             flat(changed), True, True, True)  # fmt: skip
+        for geometry_of_another_rank in ([], [1], flat(arguments)[:-1], (*flat(arguments), 1), flat(geometry(3))):
+            with pytest.raises(RuntimeError, match="geometry"):
+                RAW(input, weight, bias, geometry_of_another_rank)
         for bad in (input.half(), input.to_sparse(), input.to("meta"), input[0], input[None, None], input[:, :2]):
             with pytest.raises((RuntimeError, NotImplementedError)):
-                RAW(bad, weight, bias, *arguments)
+                RAW(bad, weight, bias, flat(arguments))
             with pytest.raises((RuntimeError, NotImplementedError)):
-                RAW(input, bad, bias, *arguments)
+                RAW(input, bad, bias, flat(arguments))
             with pytest.raises((RuntimeError, NotImplementedError)):
-                RAW(input, weight, bad, *arguments)
+                RAW(input, weight, bad, flat(arguments))
 
     def test_backward_checks_what_was_saved(self) -> None:
         input, weight, bias = make((2, 3, 8, 8), 4, (3, 3))
         arguments = geometry(2, padding=1, pool=3, pool_stride=2, pool_padding=1)
-        output, winners = RAW_WITH_WINNERS(input, weight, bias, *arguments)
+        output, winners = RAW_WITH_WINNERS(input, weight, bias, flat(arguments))
         wanted = (True, True, True)
-        RAW_BACKWARD(output, winners, input, weight, *arguments, *wanted)
+        RAW_BACKWARD(output, winners, input, weight, flat(arguments), *wanted)
         for place in (9, 77, 254):  # a window has nine
             hostile = winners.clone()
             hostile[1, 3, 2, 2] = place
             with pytest.raises(RuntimeError, match="winners has a place"):
-                RAW_BACKWARD(output, hostile, input, weight, *arguments, *wanted)
+                RAW_BACKWARD(output, hostile, input, weight, flat(arguments), *wanted)
         hostile = winners.clone()
         hostile[0, 0, 0, 0] = 0  # in the padding
         with pytest.raises(RuntimeError, match="winners has a place"):
-            RAW_BACKWARD(output, hostile, input, weight, *arguments, *wanted)
+            RAW_BACKWARD(output, hostile, input, weight, flat(arguments), *wanted)
         for bad in (winners[:1], winners.int(), winners[..., :3], winners.flatten()):
             with pytest.raises(RuntimeError, match="winners"):
-                RAW_BACKWARD(output, bad, input, weight, *arguments, *wanted)
+                RAW_BACKWARD(output, bad, input, weight, flat(arguments), *wanted)
         for bad in (output[:1], output.double(), output[..., :3], output.flatten()):
             with pytest.raises(RuntimeError, match="grad_output"):
-                RAW_BACKWARD(bad, winners, input, weight, *arguments, *wanted)
+                RAW_BACKWARD(bad, winners, input, weight, flat(arguments), *wanted)
 
     def test_other_dtypes_take_stock_path(self) -> None:
         for dtype in (torch.float16, torch.complex64):
@@ -587,6 +595,17 @@ class TestModules:
         assert_close(ours(input), pool(stock(input).relu()))
         assert_close(copy.deepcopy(ours)(input[0]), pool(stock(input[0]).relu()))
         assert "pool_kernel_size=3, pool_stride=2, pool_padding=1" in repr(ours)
+
+    def test_attributes_may_be_changed(self) -> None:
+        module = fastnn.nn.ConvReLUMaxPool2d(3, 5, 3)
+        input = torch.randn(2, 3, 12, 12)
+        for name, value in (("padding", (1, 1)), ("pool_stride", 3), ("ceil_mode", True), ("stride", (2, 1))):
+            setattr(module, name, value)
+            stock = F.conv2d(input, module.weight, module.bias, module.stride, module.padding).relu()
+            assert_close(module(input), F.max_pool2d(stock, 2, module.pool_stride, ceil_mode=module.ceil_mode))
+        module.stride = (1, 1, 1)
+        with pytest.raises(RuntimeError, match="expected stride to be a single integer value or a list of 2 values"):
+            module(input)
 
     @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
     @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])

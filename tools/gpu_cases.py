@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnn.kernels import conv_relu_max_pool, mlp, rnn
+from fastnn.kernels._conv_geometry import Geometry
 from fastnn.kernels._rnn_problem import MODES
 from fastnn.ops.mlp import activation_digits, join_parameters
 
@@ -82,16 +83,16 @@ CONV_SHAPES = {  # input, out channels, kernel, stride, padding, pool kernel, po
 }
 
 
-def conv_geometry(name: str) -> tuple[Any, ...]:
+def conv_geometry(name: str) -> Geometry:
     sizes, _, _, *values = CONV_SHAPES[name]
     dims = len(sizes) - 2
     stride, padding, pool, pool_stride, pool_padding = ([value] * dims for value in values)
-    return stride, padding, [1] * dims, 1, pool, pool_stride, pool_padding, [1] * dims, False
+    return Geometry(stride, padding, [1] * dims, 1, pool, pool_stride, pool_padding, [1] * dims, False)
 
 
 def _conv_case(name: str, dtype: torch.dtype, allow_tf32: bool, last: bool) -> Case:
     sizes, out_channels, kernel, *_ = CONV_SHAPES[name]
-    dims, geometry = len(sizes) - 2, conv_geometry(name)
+    dims, geometry = len(sizes) - 2, conv_geometry(name).flat()
 
     def run(device: torch.device) -> None:
         input = torch.randn(sizes, device=device).to(dtype)
@@ -99,8 +100,8 @@ def _conv_case(name: str, dtype: torch.dtype, allow_tf32: bool, last: bool) -> C
             input = input.contiguous(memory_format=torch.channels_last)
         weight = torch.randn(out_channels, sizes[1], *[kernel] * dims, device=device).to(dtype)
         bias = torch.randn(out_channels, device=device).to(dtype)
-        output, winners = conv_relu_max_pool.conv_relu_max_pool_with_winners(input, weight, bias, *geometry)
-        conv_relu_max_pool.conv_relu_max_pool_backward(output, winners, input, weight, *geometry, True, True, True)
+        output, winners = conv_relu_max_pool.conv_relu_max_pool_with_winners(input, weight, bias, geometry)
+        conv_relu_max_pool.conv_relu_max_pool_backward(output, winners, input, weight, geometry, True, True, True)
 
     return Case("conv_relu_max_pool", f"{name}{', channels last' if last else ''}", dtype, run, allow_tf32)
 

@@ -18,7 +18,7 @@ from gpu_cases import CONV_SHAPES, MLP_SHAPES, RNN_SHAPES, conv_geometry
 
 from fastnn.kernels import _launch, mlp, rnn
 from fastnn.kernels import conv_relu_max_pool as conv
-from fastnn.kernels._conv_geometry import ConvArguments, check_problem
+from fastnn.kernels._conv_geometry import check_problem
 from fastnn.kernels._rnn_problem import MODES
 
 # H100 SXM: data sheet. The shares of a limit that a good kernel reaches are assumed, until they are measured.
@@ -93,7 +93,7 @@ def conv_predictions() -> Iterator[Prediction]:
             with torch.device("meta"):
                 input = torch.empty(sizes, dtype=dtype)
                 weight = torch.empty(out_channels, sizes[1], *[kernel] * (len(sizes) - 2), dtype=dtype)
-            problem = check_problem("", input, weight, None, ConvArguments(*conv_geometry(name)))
+            problem = check_problem("", input, weight, None, conv_geometry(name))
             size = dtype.itemsize
             conv_values = problem.images * out_channels * math.prod(problem.conv_size)
             pooled = problem.images * out_channels * math.prod(problem.out_size)

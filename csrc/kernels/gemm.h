@@ -37,8 +37,9 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
   body(Constant<most>{});
 }
 
-// The longest sum taken in one go: rounding errors grow with it, so that longer ones are summed in parts.
-constexpr int64_t kLongestSum = 256;
+// The longest sum taken in one go: rounding errors grow with it, so that longer ones are summed in parts. As accurate
+// as stock's sums of any length.
+constexpr int64_t kLongestSum = 128;
 
 // earlier (+)= total, total = 0
 template <int rows, int vectors, class V>
@@ -54,11 +55,16 @@ FASTNN_INLINE void set_aside(V (&total)[rows][vectors], V (&earlier)[rows][vecto
   __asm__ volatile("" : : "r"(&earlier) : "memory");
 }
 
-// total[r][v] += sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector]. The last vector has `last`
+// total[r][v] = sum over k of a[r * a_row + k * a_depth] * b[k * b_depth + v-th vector]. The last vector has `last`
 // columns (1 to kLanes): those beyond are not read.
 template <int rows, int vectors, class A, class B, class T = Compute<A>>
 FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const B* b, int64_t b_depth,
                                  int last, Vec<T> (&total)[rows][vectors]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) total[r][v] = Vec<T>{};
+  }
   const auto run = [&](auto load_last) __attribute__((always_inline)) {
     Vec<T> earlier[rows][vectors];  // the parts already summed, in memory: the registers are taken
     for (int64_t part = 0; part < depth; part += kLongestSum) {
@@ -119,45 +125,86 @@ FASTNN_INLINE void store_tile(const Vec<T> (&total)[rows][vectors], int last, Ou
   }
 }
 
+// body(rows, vectors, row, column, last) for every tile of an (m, n) matrix, rows and vectors as Constants. A panel of
+// columns is gone through before the next, or, if `rows_first`, a strip of rows.
+template <class T, class Body>
+FASTNN_INLINE void for_each_tile(int64_t m, int64_t n, bool rows_first, const Body& body) {
+  const auto tile = [&](int64_t row, int64_t column) {
+    const TileWidth width = tile_width<T>(n - column);
+    with_constant<kTileVectors>(width.vectors, [&](auto vectors) {
+      with_constant<kTileRows>(static_cast<int>(smaller(m - row, kTileRows)),
+                               [&](auto rows) { body(rows, vectors, row, column, width.last); });
+    });
+  };
+  if (rows_first) {
+    for (int64_t row = 0; row < m; row += kTileRows) {
+      for (int64_t column = 0; column < n; column += kTileColumns<T>) tile(row, column);
+    }
+  } else {
+    for (int64_t column = 0; column < n; column += kTileColumns<T>) {
+      for (int64_t row = 0; row < m; row += kTileRows) tile(row, column);
+    }
+  }
+}
+
 // Elements of a packed (columns, depth) matrix: whole vectors, in the compute type.
 template <class T>
 int64_t packed_size(int64_t columns, int64_t depth) {
   return (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T> * depth;
 }
 
+// weight (count <= kLanes, depth), `stride` apart -> one vector of a panel: panel[k * width + row], zeros in the other
+// lanes.
+template <class T>
+FASTNN_INLINE void pack_rows(const T* weight, int64_t stride, int64_t count, int64_t depth, Compute<T>* panel,
+                             int64_t width) {
+  using C = Compute<T>;
+  constexpr int lanes = kLanes<C>;
+  int64_t k = 0;
+  for (; count >= lanes && k + lanes <= depth; k += lanes) {
+    Vec<C> square[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) square[i] = load(weight + i * stride + k);
+    transpose<C>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) store(panel + (k + i) * width, square[i]);
+  }
+  for (; k < depth; k += lanes) {
+    const int64_t depth_left = depth - k;
+    Vec<C> square[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      square[i] = i < count ? load_up_to<T>(weight + i * stride + k, depth_left) : Vec<C>{};
+    }
+    transpose<C>(square);
+    for (int i = 0; i < lanes && i < depth_left; ++i) store(panel + (k + i) * width, square[i]);
+  }
+}
+
 // weight (columns, depth), row-major -> panels [columns / tile][depth][tile]. The last panel is as many vectors wide
 // as it has columns for, padded with zeros.
 template <class T>
 void pack_panels(const T* weight, int64_t columns, int64_t depth, Compute<T>* packed) {
-  using C = Compute<T>;
-  constexpr int64_t lanes = kLanes<C>;
-  for (int64_t first = 0; first < columns; first += kTileColumns<C>) {
-    const int vectors = tile_width<C>(columns - first).vectors;
-    for (int64_t k = 0; k < depth; k += lanes) {
-      const int64_t depth_left = depth - k < lanes ? depth - k : lanes;
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t columns_left = columns - first - v * lanes;
-        const T* from = weight + (first + v * lanes) * depth + k;
-        Vec<C> square[lanes];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes; ++i) {
-          square[i] = i < columns_left ? load_up_to<T>(from + i * depth, depth_left) : Vec<C>{};
-        }
-        transpose<C>(square);
-        for (int64_t i = 0; i < depth_left; ++i) store(packed + ((k + i) * vectors + v) * lanes, square[i]);
-      }
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t first = 0; first < columns; first += kTileColumns<Compute<T>>) {
+    const int64_t width = tile_width<Compute<T>>(columns - first).vectors * lanes;
+    for (int64_t v = 0; v < width; v += lanes) {
+      pack_rows<T>(weight + (first + v) * depth, depth, columns - first - v, depth, packed + v, width);
     }
-    packed += vectors * lanes * depth;
+    packed += width * depth;
   }
 }
 
 // Sums over the depth of a[r] * b[c] for `rows` rows of a and lanes / rows columns of b, both contiguous along the
 // depth: the product for a matrix that is used too few times to be worth packing. Lane r * columns + c of the
-// result is the sum of row r and column c. Columns from `columns_left` on repeat the last.
+// result is the sum of row r and column c. Rows and columns from `rows_left` and `columns_left` on repeat the last.
 template <int rows, class A, class B, class T = Compute<A>>
 FASTNN_INLINE Vec<T> dot_tile(int64_t depth, const A* a, int64_t a_row, const B* b, int64_t b_column,
-                              int64_t columns_left) {
+                              int64_t columns_left, int64_t rows_left = rows) {
   constexpr int lanes = kLanes<T>, columns = lanes / rows;
+  const A* left_rows[rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) left_rows[r] = a + (r < rows_left ? r : rows_left - 1) * a_row;
   const B* right[columns];
 #pragma GCC unroll 16
   for (int c = 0; c < columns; ++c) right[c] = b + (c < columns_left ? c : columns_left - 1) * b_column;
@@ -166,7 +213,7 @@ FASTNN_INLINE Vec<T> dot_tile(int64_t depth, const A* a, int64_t a_row, const B*
   for (; k + lanes <= depth; k += lanes) {
     Vec<T> left[rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) left[r] = load(a + r * a_row + k);
+    for (int r = 0; r < rows; ++r) left[r] = load(left_rows[r] + k);
 #pragma GCC unroll 16
     for (int c = 0; c < columns; ++c) {
       const Vec<T> value = load(right[c] + k);
@@ -178,7 +225,7 @@ FASTNN_INLINE Vec<T> dot_tile(int64_t depth, const A* a, int64_t a_row, const B*
     const int rest = static_cast<int>(depth - k);
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
-      total[i] += load_partial<A>(a + i / columns * a_row + k, rest) * load_partial<B>(right[i % columns] + k, rest);
+      total[i] += load_partial<A>(left_rows[i / columns] + k, rest) * load_partial<B>(right[i % columns] + k, rest);
     }
   }
   return sum_each<T, lanes>(total);

@@ -1,277 +1,114 @@
 #include "mlp.h"
 
-#include "../simd/activation.h"
-#include "gemm.h"
+#include "mlp_backward.h"
+#include "mlp_layer.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// Rows that go through all layers together: a few register tiles, so that a weight panel read from L2 is used
-// several times, while the activations stay in L1.
-constexpr int64_t kBlockRows = 4 * kTileRows;
-
 template <class T>
 int64_t scratch_size(int64_t widest) {
-  return 2 * kBlockRows * (widest + kTileColumns<T>);
+  return 2 * kBlockRows * (widest + kTileColumns<T>)+turned_size<T>(widest);
 }
 
-// ---- forward ----------------------------------------------------------------------------------------------
+// Estimates in cycles, of two multiply-adds of vectors each, fitted to measurements of 12 chains at 1 to 512 rows.
+constexpr int64_t kTransposeCost = 80, kTileCost = 40, kSumCost = 8;
 
-// One tile, with the ReLU taken on the way out: the other activations cost more than another pass over a block in
-// cache, and would each need a copy of the tile.
-template <int rows, int vectors, class T>
-FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const T* input, T* output, int64_t column, int last) {
-  Vec<T> total[rows][vectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t from = column + v * kLanes<T>;
-    const Vec<T> start = layer.bias ? load_up_to<T>(layer.bias + from, layer.out - from) : Vec<T>{};
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) total[r][v] = start;
-  }
-  multiply_tile<rows, vectors>(layer.in, input, layer.in, 1, layer.packed + column * layer.in, vectors * kLanes<T>,
-                               kLanes<T>, total);
-  if (layer.activation == Activation::relu) {
-    store_tile<rows, vectors, T>(total, last, output + column, layer.out, [](Vec<T> x, int) { return relu(x); });
-  } else {
-    store_tile<rows, vectors, T>(total, last, output + column, layer.out, [](Vec<T> x, int) { return x; });
-  }
-}
-
-// output (count) <- activated, with a copy to `saved` where backward wants one
 template <class T>
-void activate_block(const MlpLayer<T>& layer, T* output, T* saved, int64_t count) {
-  with_activation(layer.activation, [&](auto constant) {
-    constexpr Activation activation = decltype(constant)::activation;
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const Vec<T> before = load_up_to<T>(output + i, count - i);
-      const Vec<T> value = activation == Activation::relu ? before : activate<activation, T>(before);
-      store_up_to<T>(output + i, value, count - i);
-      if (saved) store_up_to<T>(saved + i, keeps_input(activation) ? before : value, count - i);
-    }
-  });
+int64_t dot_cost(int64_t rows, int64_t in, int64_t out) {
+  return divide_up(rows, kDotRows<T>) * out * (kDotRows<T> * divide_up(in, kLanes<T>) * 9 / 16 + kSumCost);
 }
-
-// body(rows, vectors, row, column, last) for every tile of an (m, n) matrix, rows and vectors as Constants. A panel of
-// columns is gone through before the next, or, if `rows_first`, a strip of rows.
-template <class T, class Body>
-FASTNN_INLINE void for_each_tile(int64_t m, int64_t n, bool rows_first, const Body& body) {
-  const auto tile = [&](int64_t row, int64_t column) {
-    const TileWidth width = tile_width<T>(n - column);
-    with_constant<kTileVectors>(width.vectors, [&](auto vectors) {
-      with_constant<kTileRows>(static_cast<int>(smaller(m - row, kTileRows)),
-                               [&](auto rows) { body(rows, vectors, row, column, width.last); });
-    });
-  };
-  if (rows_first) {
-    for (int64_t row = 0; row < m; row += kTileRows) {
-      for (int64_t column = 0; column < n; column += kTileColumns<T>) tile(row, column);
-    }
-  } else {
-    for (int64_t column = 0; column < n; column += kTileColumns<T>) {
-      for (int64_t row = 0; row < m; row += kTileRows) tile(row, column);
-    }
-  }
-}
-
-// input (rows, in) -> output (rows, out) by packed panels.
 template <class T>
-void packed_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
-  for_each_tile<T>(rows, layer.out, false, [&](auto count, auto vectors, int64_t row, int64_t column, int last) {
-    packed_tile<decltype(count)::value, decltype(vectors)::value, T>(layer, input + row * layer.in,
-                                                                     output + row * layer.out, column, last);
-  });
+int64_t packed_cost(int64_t rows, int64_t in, int64_t out) {
+  const int64_t in_vectors = divide_up(in, kLanes<T>), out_vectors = divide_up(out, kLanes<T>);
+  return kTransposeCost * in_vectors * out_vectors + rows * in * out_vectors / 2 +
+         kTileCost * divide_up(rows, kTileRows) * divide_up(out_vectors, kTileVectors);
 }
-
-// The rows from `row` on that fill tiles of `tile_rows`, by dot products with the weight as it is.
-template <int tile_rows, class T>
-FASTNN_INLINE int64_t dot_rows(const MlpLayer<T>& layer, const T* input, T* output, int64_t row, int64_t rows) {
-  constexpr int columns = kLanes<T> / tile_rows;
-  const int64_t last = row + (rows - row) / tile_rows * tile_rows;
-  if (last == row) return row;
-  for (int64_t column = 0; column < layer.out; column += columns) {
-    const int64_t columns_left = layer.out - column;
-    T bias[kLanes<T>] = {};
-    for (int i = 0; layer.bias && i < kLanes<T>; ++i) {
-      if (i % columns < columns_left) bias[i] = to_compute(layer.bias[column + i % columns]);
-    }
-    for (int64_t r = row; r < last; r += tile_rows) {
-      Vec<T> sums = dot_tile<tile_rows>(layer.in, input + r * layer.in, layer.in, layer.weight + column * layer.in,
-                                        layer.in, columns_left);
-      sums += load(bias);
-      if (layer.activation == Activation::relu) sums = relu(sums);
-      if (tile_rows == 1) {
-        store_up_to<T>(output + r * layer.out + column, sums, columns_left);
-        continue;
-      }
-      T values[kLanes<T>];
-      store(values, sums);
-      for (int i = 0; i < kLanes<T>; ++i) {
-        if (i % columns < columns_left) output[(r + i / columns) * layer.out + column + i % columns] = values[i];
-      }
-    }
-  }
-  return last;
-}
-
-// input (rows, in) -> output (rows, out), for the rows from `first_row` of the whole batch.
 template <class T>
-void run_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t first_row, int64_t rows) {
-  if (layer.packed) {
-    packed_layer<T>(layer, input, output, rows);
-  } else {
-    int64_t row = 0;
-    if constexpr (kLanes<T> >= 16) row = dot_rows<4, T>(layer, input, output, row, rows);
-    if constexpr (kLanes<T> >= 8) row = dot_rows<2, T>(layer, input, output, row, rows);
-    dot_rows<1, T>(layer, input, output, row, rows);
-  }
-  T* saved = layer.saved ? layer.saved + first_row * layer.out : nullptr;
-  if (saved || (layer.activation != Activation::relu && layer.activation != Activation::identity)) {
-    activate_block<T>(layer, output, saved, rows * layer.out);
-  }
-}
-
-// Packing costs about a quarter of a cycle an element of the weight, what dot products cost over packed tiles is
-// some two cycles an element of the output.
-template <class T>
-bool worth_packing(int64_t rows, int64_t in) {
-  return rows * 8 >= in;
-}
-
-// errors (rows) = the mean over the columns of (output - input)^2
-template <class T>
-void mean_squared_errors(const T* input, const T* output, int64_t rows, int64_t columns, T* errors) {
-  for (int64_t r = 0; r < rows; ++r) {
-    Vec<T> total = {};
-    for (int64_t i = 0; i < columns; i += kLanes<T>) {
-      const int64_t from = r * columns + i, left_over = columns - i;
-      const Vec<T> difference = load_up_to<T>(output + from, left_over) - load_up_to<T>(input + from, left_over);
-      total += difference * difference;
-    }
-    errors[r] = sum_lanes<T>(total) / static_cast<T>(columns);
-  }
+int64_t lanes_cost(int64_t rows, int64_t in, int64_t out) {
+  const int64_t row_vectors = divide_up(rows, kLanes<T>);
+  return row_vectors * in * out / 2 + kTileCost * divide_up(out, kTileRows) * divide_up(row_vectors, kTileVectors);
 }
 
 template <class T>
-void forward(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t first_row,
-             int64_t last_row, T* scratch) {
-  int64_t widest = 0;
-  for (int64_t i = 0; i < count; ++i) widest = layers[i].out > widest ? layers[i].out : widest;
-  T* buffers[2] = {scratch, scratch + kBlockRows * widest};
-  for (int64_t row = first_row; row < last_row; row += kBlockRows) {
-    const int64_t rows = smaller(last_row - row, kBlockRows);
+bool worth_packing(int64_t rows, int64_t in, int64_t out) {
+  return packed_cost<T>(rows, in, out) < dot_cost<T>(rows, in, out);
+}
+
+template <class T>
+MlpPlan make_plan(const int64_t* widths, int64_t layers, int64_t rows) {
+  const int64_t ends = divide_up(widths[0], kLanes<T>) + divide_up(widths[layers], kLanes<T>);
+  int64_t as_rows = 0, in_lanes = kTransposeCost * divide_up(rows, kLanes<T>) * ends;
+  for (int64_t i = 0; i < layers; ++i) {
+    const int64_t in = widths[i], out = widths[i + 1];
+    as_rows += smaller(dot_cost<T>(rows, in, out), packed_cost<T>(rows, in, out));
+    in_lanes += lanes_cost<T>(rows, in, out);
+  }
+  return in_lanes < as_rows ? MlpPlan{true, kLanes<T>} : MlpPlan{false, kDotRows<T>};
+}
+
+// A block of rows, row-major, through all layers.
+template <class T>
+const T* run_block(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row, int64_t rows,
+                   T* const (&buffers)[2]) {
+  for (int64_t i = 0; i < count; ++i) {
+    const MlpLayer<T>& layer = layers[i];
+    T* to = output && i + 1 == count ? output : buffers[i % 2];
+    if (layer.packed) {
+      packed_layer<T>(layer, input, to, rows);
+    } else {
+      dot_layer<T>(layer, input, to, rows);
+    }
+    T* saved = layer.saved ? layer.saved + first_row * layer.out : nullptr;
+    if (saved || !taken_with_the_tile(layer.activation)) activate_block<T>(layer, to, saved, rows * layer.out);
+    input = to;
+  }
+  return input;
+}
+
+// The same with the rows in the lanes.
+template <int vectors, class T>
+const T* run_block_in_lanes(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row,
+                            int64_t rows, T* const (&buffers)[2]) {
+  constexpr int64_t width = vectors * kLanes<T>;
+  into_lanes<vectors>(input, rows, layers[0].in, buffers[1]);
+  for (int64_t i = 0; i < count; ++i) {
+    const MlpLayer<T>& layer = layers[i];
+    T* to = buffers[i % 2];
+    lanes_layer<vectors>(layer, buffers[(i + 1) % 2], to);
+    T* saved = layer.saved ? layer.saved + first_row * layer.out : nullptr;
+    if (saved && keeps_input(layer.activation)) transpose_matrix(to, width, layer.out, rows, saved, layer.out);
+    if (!taken_with_the_tile(layer.activation)) activate_block<T>(layer, to, nullptr, width * layer.out);
+    if (saved && !keeps_input(layer.activation)) transpose_matrix(to, width, layer.out, rows, saved, layer.out);
+  }
+  T* result = output ? output : buffers[count % 2];
+  transpose_matrix(buffers[(count + 1) % 2], width, layers[count - 1].out, rows, result, layers[count - 1].out);
+  return result;
+}
+
+template <class T>
+void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* input, T* output, T* errors,
+             int64_t first_row, int64_t last_row, T* scratch) {
+  int64_t widest = layers[0].in;
+  for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
+  T* const buffers[2] = {scratch, scratch + kBlockRows * widest};
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t step = in_lanes ? kTileColumns<T> : kBlockRows;
+  for (int64_t row = first_row; row < last_row; row += step) {
+    const int64_t rows = smaller(last_row - row, step);
     const T* block = input + row * layers[0].in;
-    const T* from = block;
-    for (int64_t i = 0; i < count; ++i) {
-      T* to = output && i + 1 == count ? output + row * layers[i].out : buffers[i % 2];
-      run_layer<T>(layers[i], from, to, row, rows);
-      from = to;
-    }
-    if (errors) mean_squared_errors(block, from, rows, layers[0].in, errors + row);
-  }
-}
-
-// ---- backward ---------------------------------------------------------------------------------------------
-
-// gradient (rows, out) <- source times the activation's derivative
-template <class T>
-void through_activation(const MlpLayerBackward<T>& layer, const T* source, int64_t first_row, int64_t rows,
-                        T* gradient) {
-  const T* saved = layer.saved + first_row * layer.out;
-  with_activation(layer.activation, [&](auto constant) {
-    constexpr Activation activation = decltype(constant)::activation;
-    for (int64_t i = 0; i < rows * layer.out; i += kLanes<T>) {
-      const int64_t left_over = rows * layer.out - i;
-      const Vec<T> grad = load_up_to<T>(source + i, left_over);
-      const Vec<T> kept = activation == Activation::identity ? grad : load_up_to<T>(saved + i, left_over);
-      store_up_to<T>(gradient + i, activation_gradient<activation, T>(grad, kept), left_over);
-    }
-  });
-}
-
-// output (m, n) = sum over k of a[m * a_row + k * a_depth] * b[k * n + column], added to what is there if `add`.
-template <class T>
-void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* output,
-              bool rows_first, bool add) {
-  for_each_tile<T>(m, n, rows_first, [&](auto count, auto width, int64_t row, int64_t column, int last) {
-    constexpr int rows = decltype(count)::value, vectors = decltype(width)::value;
-    T* to = output + row * n + column;
-    Vec<T> total[rows][vectors] = {};
-    multiply_tile<rows, vectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, last, total);
-    // A block is summed on its own before it joins the others: rounding errors grow with the length of a sum.
-    if (add) {
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          total[r][v] += load_up_to<T>(to + r * n + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last);
-        }
-      }
-    }
-    store_tile<rows, vectors, T>(total, last, to, n, [](Vec<T> x, int) { return x; });
-  });
-}
-
-// total (columns) = the sum of the rows, added to what is there if `add`.
-template <class T>
-void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, bool add) {
-  for (int64_t column = 0; column < columns; column += kLanes<T>) {
-    const int64_t left_over = columns - column;
-    Vec<T> sum = {};
-    for (int64_t r = 0; r < rows; ++r) sum += load_up_to<T>(gradient + r * columns + column, left_over);
-    store_up_to<T>(total + column, add ? sum + load_up_to<T>(total + column, left_over) : sum, left_over);
-  }
-}
-
-// The layer's input for a block of rows is as it was saved, or activated again from the layer before.
-template <class T>
-void weight_gradient(const MlpLayerBackward<T>* layer, const T* gradient, int64_t first_row, int64_t rows, T* activated,
-                     bool add) {
-  if (layer->input) {
-    return multiply(layer->out, layer->in, rows, gradient, 1, layer->out, layer->input + first_row * layer->in,
-                    layer->grad_weight, true, add);
-  }
-  const T* saved = layer[-1].saved + first_row * layer->in;
-  with_activation(layer[-1].activation, [&](auto constant) {
-    for (int64_t i = 0; i < rows * layer->in; i += kLanes<T>) {
-      const int64_t left_over = rows * layer->in - i;
-      store_up_to<T>(activated + i, activate<decltype(constant)::activation, T>(load_up_to<T>(saved + i, left_over)),
-                     left_over);
-    }
-  });
-  multiply(layer->out, layer->in, rows, gradient, 1, layer->out, activated, layer->grad_weight, true, add);
-}
-
-template <class T>
-void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input, int64_t first_row,
-              int64_t last_row, T* scratch) {
-  int64_t widest = 0;
-  for (int64_t i = 0; i < count; ++i) widest = layers[i].out > widest ? layers[i].out : widest;
-  T* gradient = scratch;
-  T* next = scratch + kBlockRows * widest;
-  for (int64_t row = first_row; row < last_row; row += kBlockRows) {
-    const int64_t rows = smaller(last_row - row, kBlockRows);
-    through_activation(layers[count - 1], grad_output + row * layers[count - 1].out, row, rows, gradient);
-    for (int64_t i = count - 1; i >= 0; --i) {
-      const MlpLayerBackward<T>& layer = layers[i];
-      const bool add = row > first_row;
-      if (layer.grad_bias) sum_rows<T>(gradient, rows, layer.out, layer.grad_bias, add);
-      if (layer.grad_weight) weight_gradient(&layer, gradient, row, rows, next, add);
-      if (i > 0) {
-        multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, next, false, false);
-        through_activation(layers[i - 1], next, row, rows, gradient);
-      } else if (grad_input) {
-        multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, grad_input + row * layer.in, false,
-                 false);
-      }
-    }
+    T* to = output ? output + row * layers[count - 1].out : nullptr;
+    const T* result = !in_lanes      ? run_block<T>(layers, count, block, to, row, rows, buffers)
+                      : rows > lanes ? run_block_in_lanes<2>(layers, count, block, to, row, rows, buffers)
+                                     : run_block_in_lanes<1>(layers, count, block, to, row, rows, buffers);
+    if (errors) mean_squared_errors(block, result, rows, layers[0].in, errors + row);
   }
 }
 
 template <class T>
 constexpr MlpKernels<T> kernels() {
-  return {worth_packing<T>, packed_size<T>, pack_panels<T>, scratch_size<T>, forward<T>, backward<T>};
+  return {make_plan<T>, worth_packing<T>, packed_size<T>, pack_panels<T>, scratch_size<T>, forward<T>, backward<T>};
 }
 
 }  // namespace

@@ -16,6 +16,13 @@ inline bool keeps_input(Activation activation) {
   return activation == Activation::gelu || activation == Activation::gelu_tanh || activation == Activation::silu;
 }
 
+// The way forward goes: row-major, each layer by dot products along the weight's rows or with the weight packed in
+// panels, or with a row a lane, so that weights are read as they are.
+struct MlpPlan {
+  bool in_lanes;
+  int64_t unit;  // rows that are computed together: threads take whole units, so that results don't depend on them
+};
+
 template <class T>
 struct MlpLayer {
   const T* weight;  // (out, in)
@@ -23,7 +30,7 @@ struct MlpLayer {
   int64_t in;
   int64_t out;
   Activation activation;
-  const T* packed;  // weight in panels, or null for the path of few rows
+  const T* packed;  // weight in panels, or null for dot products
   T* saved;         // (rows, out) kept for backward, or null
 };
 
@@ -37,20 +44,23 @@ struct MlpLayerBackward {
   Activation activation;
   T* grad_weight;  // (out, in), of these rows alone; or null
   T* grad_bias;    // (out), of these rows alone; or null
+  T* lost;         // (out) of scratch, beside grad_bias
 };
 
 template <class T>
 struct MlpKernels {
-  // Whether a layer of `in` features that sees `rows` rows should have its weight packed.
-  bool (*worth_packing)(int64_t rows, int64_t in);
+  // The fastest for layers of these widths (the input's, then each layer's output).
+  MlpPlan (*make_plan)(const int64_t* widths, int64_t layers, int64_t rows);
+  // Whether a layer that is not taken in lanes should have its weight packed.
+  bool (*worth_packing)(int64_t rows, int64_t in, int64_t out);
   int64_t (*packed_size)(int64_t out, int64_t in);
   void (*pack)(const T* weight, int64_t out, int64_t in, T* packed);
   // Elements of scratch that forward and backward need for layers of at most `widest` columns.
   int64_t (*scratch_size)(int64_t widest);
   // input (rows, layers[0].in) -> output (rows, layers[count - 1].out), or, with a null output, errors (rows): the
   // mean squared difference between a row and what becomes of it, which is then as long.
-  void (*forward)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t first_row,
-                  int64_t last_row, T* scratch);
+  void (*forward)(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* input, T* output, T* errors,
+                  int64_t first_row, int64_t last_row, T* scratch);
   // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null
   void (*backward)(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,
                    int64_t first_row, int64_t last_row, T* scratch);

@@ -92,20 +92,6 @@ void multiply_panel(int64_t rows, int64_t depth, const C* a, int64_t a_stride, c
   }
 }
 
-// weight (count <= kLanes, depth), `stride` apart -> one vector of a panel: panel[k * width + row].
-template <class T>
-void pack_rows(const T* weight, int64_t stride, int64_t count, int64_t depth, Compute<T>* panel, int64_t width) {
-  using C = Compute<T>;
-  constexpr int lanes = kLanes<C>;
-  for (int64_t k = 0; k < depth; k += lanes) {
-    Vec<C> block[lanes] = {};
-    for (int64_t r = 0; r < count; ++r) block[r] = load_up_to<T>(weight + r * stride + k, depth - k);
-    transpose<C>(block);
-    const int64_t ready = smaller(lanes, depth - k);
-    for (int64_t i = 0; i < ready; ++i) store(panel + (k + i) * width, block[i]);
-  }
-}
-
 // A matrix (depth, columns) in panels of two vectors, the last one filled up with zeros.
 template <class C>
 constexpr int64_t padded_columns(int64_t columns) {
@@ -130,8 +116,8 @@ void pack_transposed(const T* weight, int64_t columns, int64_t depth, Compute<T>
   using C = Compute<T>;
   for (int64_t column = 0; column < padded_columns<C>(columns); column += kLanes<C>) {
     const int64_t count = larger(0, smaller(columns - column, kLanes<C>)), within = column % (2 * kLanes<C>);
-    pack_rows(weight + smaller(column, columns - 1) * depth, depth, count, depth,
-              panels + (column - within) * depth + within, 2 * kLanes<C>);
+    pack_rows<T>(weight + smaller(column, columns - 1) * depth, depth, count, depth,
+                 panels + (column - within) * depth + within, 2 * kLanes<C>);
   }
 }
 

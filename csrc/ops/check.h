@@ -30,6 +30,12 @@ inline void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+// check, with its words only put together where it fails.
+#define FASTNN_CHECK(condition, ...)                                              \
+  do {                                                                            \
+    if (__builtin_expect(!(condition), false)) fastnn::check(false, __VA_ARGS__); \
+  } while (false)
+
 template <class List>
 std::string to_string(const List& values) {
   std::ostringstream text;

@@ -5,20 +5,17 @@
 namespace fastnn {
 namespace {
 
+// No product of a few sizes below it comes near the end of 64 bits.
+constexpr int64_t kLargest = int64_t{1} << 31;
+
 // ---- checks: stock's words where stock has them -------------------------------------------------------------
 
-void check_length(const Ints& values, int64_t dims, const char* name) {
-  FASTNN_CHECK(static_cast<int64_t>(values.size()) == dims, "expected ", name,
-               " to be a single integer value or a list of ", dims,
-               " values to match the convolution dimensions, but got ", name, "=", to_string(values));
-}
-
-bool all_at_least(const Ints& values, int64_t least) {
+bool all_at_least(const Sizes& values, int64_t least) {
   return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v >= least; });
 }
 
 // "kT: 1 kH: 2 kW: 3", as stock's 2-d and 3-d pooling name their dimensions.
-std::string by_dimension(const char* prefix, const Ints& values) {
+std::string by_dimension(const char* prefix, const Sizes& values) {
   static const char* const names[] = {"T", "H", "W"};
   std::ostringstream text;
   for (size_t i = 0; i < values.size(); ++i) {
@@ -27,7 +24,8 @@ std::string by_dimension(const char* prefix, const Ints& values) {
   return text.str();
 }
 
-std::string joined(const Ints& values, const char* separator) {
+template <class List>
+std::string joined(const List& values, const char* separator) {
   std::ostringstream text;
   for (size_t i = 0; i < values.size(); ++i) text << (i ? separator : "") << values[i];
   return text.str();
@@ -45,15 +43,6 @@ void check_pool_1d(const ConvPoolArguments& a) {
 }
 
 void check_pool(const ConvPoolArguments& a, int64_t dims) {
-  static const char* const counts[] = {"", "one int", "two ints", "three ints"};
-  const auto check_count = [&](const Ints& values, const char* name) {
-    FASTNN_CHECK(static_cast<int64_t>(values.size()) == dims, "max_pool", dims, "d: ", name,
-                 " must either be a single int, or a tuple of ", counts[dims]);
-  };
-  check_count(a.pool_kernel_size, "kernel_size");
-  check_count(a.pool_stride, "stride");
-  check_count(a.pool_padding, "padding");
-  check_count(a.pool_dilation, "dilation");
   if (dims == 1) return check_pool_1d(a);
   for (int64_t i = 0; i < dims; ++i) FASTNN_CHECK(a.pool_stride[i] != 0, "stride should not be zero");
   FASTNN_CHECK(all_at_least(a.pool_kernel_size, 1), "kernel size should be greater than zero, but got ",
@@ -71,7 +60,7 @@ void check_pool(const ConvPoolArguments& a, int64_t dims) {
   }
   for (int64_t i = 0; i < dims; ++i) {
     if (a.pool_padding[i] <= a.pool_kernel_size[i] / 2) continue;
-    const Ints &k = a.pool_kernel_size, &p = a.pool_padding;
+    const Sizes &k = a.pool_kernel_size, &p = a.pool_padding;
     const char* words = "pad should be smaller than or equal to half of kernel size, but got ";
     FASTNN_CHECK(dims == 3, words, "padW = ", p[1], ", padH = ", p[0], ", kW = ", k[1], ", kH = ", k[0]);
     FASTNN_CHECK(false, words, "kT: ", k[0], " kW: ", k[2], " kH: ", k[1], " padT: ", p[0], " padW: ", p[2],
@@ -91,41 +80,37 @@ const char* element_name(ScalarType dtype) {
   }
 }
 
-void check_tensors(const Expected& kind, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   int64_t groups) {
+void check_kinds(const Expected& kind, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* type = torch::headeronly::toString(kind.dtype);
   FASTNN_CHECK(weight.defined(), kind.op, ": weight must be a tensor, got an undefined one");
   FASTNN_CHECK(weight.scalar_type() == kind.dtype, "Input type (torch.", type, "Tensor) and weight type (torch.",
                torch::headeronly::toString(weight.scalar_type()),
                "Tensor) should be the same or input should be a MKLDNN tensor and weight is a dense tensor");
   check_same_kind(weight, kind, "weight");
-  FASTNN_CHECK(groups > 0, "non-positive groups is not supported");
-  FASTNN_CHECK(weight.dim() == input.dim(), "Expected ", weight.dim(), "-dimensional input for ", weight.dim(),
-               "-dimensional weight ", to_string(weight.sizes()), ", but got ", input.dim(),
-               "-dimensional input of size ", to_string(input.sizes()), " instead");
-  FASTNN_CHECK(weight.size(0) >= groups, "Given groups=", groups, ", expected weight to be at least ", groups,
-               " at dimension 0, but got weight of size ", to_string(weight.sizes()), " instead");
-  FASTNN_CHECK(weight.size(0) % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ", groups,
-               " at dimension 0, but got weight of size [", to_string(weight.sizes()), "] instead");
-  FASTNN_CHECK(
-      weight.size(1) <= std::numeric_limits<int64_t>::max() / groups && input.size(1) == weight.size(1) * groups,
-      "Given groups=", groups, ", weight of size ", to_string(weight.sizes()), ", expected input",
-      to_string(input.sizes()), " to have ", weight.size(1) * groups, " channels, but got ", input.size(1),
-      " channels instead");
-  FASTNN_CHECK(input.size(1) > 0,
-               "expected an input of at least one channel, but got input shape: ", to_string(input.sizes()));
-  for (int64_t d = 2; d < input.dim(); ++d) {
-    FASTNN_CHECK(weight.size(d) > 0, "expected a kernel of at least one element, but got weight of size ",
-                 to_string(weight.sizes()));
-  }
   if (!bias) return;
   FASTNN_CHECK(bias->defined(), kind.op, ": bias must be a tensor, got an undefined one");
   FASTNN_CHECK(bias->scalar_type() == kind.dtype, "Input type (", element_name(kind.dtype), ") and bias type (",
                element_name(bias->scalar_type()), ") should be the same");
   check_same_kind(*bias, kind, "bias");
-  FASTNN_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "Given weight of size ", to_string(weight.sizes()),
-               ", expected bias to be 1-dimensional with ", weight.size(0), " elements, but got bias of size ",
-               to_string(bias->sizes()), " instead");
+}
+
+void check_channels(const Sizes& input, const Sizes& weight, int64_t groups) {
+  const size_t dims = weight.size(), given = input.size();
+  FASTNN_CHECK(groups > 0, "non-positive groups is not supported");
+  FASTNN_CHECK(dims == given, "Expected ", dims, "-dimensional input for ", dims, "-dimensional weight ",
+               to_string(weight), ", but got ", given, "-dimensional input of size ", to_string(input), " instead");
+  FASTNN_CHECK(weight[0] >= groups, "Given groups=", groups, ", expected weight to be at least ", groups,
+               " at dimension 0, but got weight of size ", to_string(weight), " instead");
+  FASTNN_CHECK(weight[0] % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ", groups,
+               " at dimension 0, but got weight of size [", to_string(weight), "] instead");
+  FASTNN_CHECK(weight[1] <= std::numeric_limits<int64_t>::max() / groups && input[1] == weight[1] * groups,
+               "Given groups=", groups, ", weight of size ", to_string(weight), ", expected input", to_string(input),
+               " to have ", weight[1] * groups, " channels, but got ", input[1], " channels instead");
+  FASTNN_CHECK(input[1] > 0, "expected an input of at least one channel, but got input shape: ", to_string(input));
+  for (size_t d = 2; d < dims; ++d) {
+    FASTNN_CHECK(weight[d] > 0, "expected a kernel of at least one element, but got weight of size ",
+                 to_string(weight));
+  }
 }
 
 // ---- geometry -----------------------------------------------------------------------------------------------
@@ -137,43 +122,29 @@ int64_t pooled_size(int64_t conv, int64_t kernel, int64_t stride, int64_t paddin
   return ceil_mode && floored * stride >= conv + padding ? floored : floored + 1;
 }
 
-}  // namespace
+// geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one a dimension
+// each, groups, ceil_mode
+ConvPoolArguments arguments_of(const char* op, const Ints& geometry, int64_t dims) {
+  FASTNN_CHECK(static_cast<int64_t>(geometry.size()) == 7 * dims + 2, op, ": expected geometry to have ", 7 * dims + 2,
+               " values, seven a dimension and two, but got ", geometry.size());
+  const auto part = [&](int64_t i) { return Sizes(geometry.data() + i * dims, dims); };
+  return {
+      part(0), part(1), part(2), part(3), part(4), part(5), part(6), geometry[7 * dims], geometry[7 * dims + 1] != 0};
+}
 
-ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
-                              const std::optional<Tensor>& bias, const ConvPoolArguments& a) {
-  // No product of a few of them comes near the end of 64 bits.
-  constexpr int64_t kLargest = int64_t{1} << 31;
-  const Expected kind = check_first(input, op, "input");
-  const int64_t dims = input.dim() - 2;
-  FASTNN_CHECK(dims >= 1 && dims <= 3, op,
-               ": expected input to be 3D, 4D or 5D (batch, channels, 1 to 3 dimensions), got ", input.dim(),
-               "D tensor instead");
-  check_length(a.stride, dims, "stride");
-  check_length(a.padding, dims, "padding");
-  check_length(a.dilation, dims, "dilation");
-  FASTNN_CHECK(all_at_least(a.padding, 0), "negative padding is not supported");
-  FASTNN_CHECK(all_at_least(a.stride, 1), "non-positive stride is not supported");
-  FASTNN_CHECK(all_at_least(a.dilation, 1), "non-positive dilation is not supported");
-  check_tensors(kind, input, weight, bias, a.groups);
-  check_pool(a, dims);
-  for (const Ints* values :
-       {&a.stride, &a.padding, &a.dilation, &a.pool_kernel_size, &a.pool_stride, &a.pool_padding, &a.pool_dilation}) {
-    for (int64_t value : *values)
-      FASTNN_CHECK(value < kLargest, op, ": ", value, " is too large, expected less than 2**31");
-  }
-
-  ConvPoolProblem problem{kind, dims, {}, 0};
-  ConvPoolGeometry& g = problem.geometry;
-  g.batch = input.size(0);
+// The geometry of checked arguments.
+ConvPoolGeometry geometry_of(const char* op, const Sizes& input, const Sizes& weight, const ConvPoolArguments& a) {
+  ConvPoolGeometry g{};
+  const int64_t dims = static_cast<int64_t>(a.stride.size());
+  g.batch = input[0];
   g.groups = a.groups;
-  g.in_channels = weight.size(1);
-  g.out_channels = weight.size(0) / a.groups;
-  Ints padded, extents, conv, output;
+  g.in_channels = weight[1];
+  g.out_channels = weight[0] / a.groups;
   for (int d = 0; d < 3; ++d) {
     const int64_t i = d - (3 - dims);
     const bool given = i >= 0;
-    g.input[d] = given ? input.size(i + 2) : 1;
-    g.kernel[d] = given ? weight.size(i + 2) : 1;
+    g.input[d] = given ? input[i + 2] : 1;
+    g.kernel[d] = given ? weight[i + 2] : 1;
     FASTNN_CHECK(g.input[d] < kLargest && g.kernel[d] < kLargest, op,
                  ": a dimension is too large, expected less than 2**31");
     g.stride[d] = given ? a.stride[i] : 1;
@@ -183,33 +154,73 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
     g.pool_stride[d] = given ? a.pool_stride[i] : 1;
     g.pool_padding[d] = given ? a.pool_padding[i] : 0;
     g.pool_dilation[d] = given ? a.pool_dilation[i] : 1;
-    if (given) padded.push_back(g.input[d] + 2 * g.padding[d]);
-    if (given) extents.push_back(g.kernel_extent(d));
     g.conv[d] = (g.input[d] + 2 * g.padding[d] - g.kernel_extent(d)) / g.stride[d] + 1;
-  }
-  for (int64_t i = 0; i < dims; ++i) {
-    FASTNN_CHECK(padded[i] >= extents[i], "Calculated padded input size per channel: (", joined(padded, " x "),
-                 "). Kernel size: (", joined(extents, " x "), "). Kernel size can't be greater than actual input size");
-  }
-  for (int d = 0; d < 3; ++d) {
-    FASTNN_CHECK(g.input[d] > 0, "Only zero batch or zero channel inputs are supported, but got input shape: ",
-                 to_string(input.sizes()));
-  }
-  for (int d = 0; d < 3; ++d) {
     g.output[d] =
         pooled_size(g.conv[d], g.pool_kernel[d], g.pool_stride[d], g.pool_padding[d], g.pool_dilation[d], a.ceil_mode);
-    if (d < 3 - dims) continue;
-    conv.push_back(g.conv[d]);
-    output.push_back(g.output[d]);
   }
-  for (int64_t size : output) {
-    FASTNN_CHECK(dims != 1 || size > 0, "max_pool1d() Invalid computed output size: ", size);
-    FASTNN_CHECK(size > 0, "Given input size: (", weight.size(0), "x", joined(conv, "x"),
-                 "). Calculated output size: (", weight.size(0), "x", joined(output, "x"),
-                 "). Output size is too small");
+  return g;
+}
+
+void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims) {
+  // Of the dimensions that there are, for stock's words.
+  const auto given = [&](const auto& value_of) {
+    Ints values;
+    for (int64_t d = 3 - dims; d < 3; ++d) values.push_back(value_of(static_cast<int>(d)));
+    return values;
+  };
+  const auto padded = [&](int d) { return g.input[d] + 2 * g.padding[d]; };
+  for (int d = 0; d < 3; ++d) {
+    FASTNN_CHECK(padded(d) >= g.kernel_extent(d), "Calculated padded input size per channel: (",
+                 joined(given(padded), " x "), "). Kernel size: (",
+                 joined(given([&](int i) { return g.kernel_extent(i); }), " x "),
+                 "). Kernel size can't be greater than actual input size");
   }
-  problem.work = 2.0 * g.batch * weight.size(0) * g.conv[0] * g.conv[1] * g.conv[2] * g.depth();
+  for (int d = 0; d < 3; ++d) {
+    FASTNN_CHECK(g.input[d] > 0,
+                 "Only zero batch or zero channel inputs are supported, but got input shape: ", to_string(input));
+  }
+  for (int d = 0; d < 3; ++d) {
+    FASTNN_CHECK(dims != 1 || g.output[d] > 0, "max_pool1d() Invalid computed output size: ", g.output[d]);
+    const int64_t channels = g.groups * g.out_channels;
+    FASTNN_CHECK(g.output[d] > 0, "Given input size: (", channels, "x",
+                 joined(given([&](int i) { return g.conv[i]; }), "x"), "). Calculated output size: (", channels, "x",
+                 joined(given([&](int i) { return g.output[i]; }), "x"), "). Output size is too small");
+  }
+}
+
+}  // namespace
+
+ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
+                              const std::optional<Tensor>& bias, const Ints& geometry) {
+  const Expected kind = check_first(input, op, "input");
+  check_kinds(kind, weight, bias);
+  const ConvPoolProblem problem = problem_of(kind, input.sizes(), weight.sizes(), geometry);
+  if (bias) {
+    FASTNN_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "Given weight of size ",
+                 to_string(weight.sizes()), ", expected bias to be 1-dimensional with ", weight.size(0),
+                 " elements, but got bias of size ", to_string(bias->sizes()), " instead");
+  }
   return problem;
+}
+
+ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry) {
+  const char* op = kind.op;
+  const int64_t dims = static_cast<int64_t>(input.size()) - 2;
+  FASTNN_CHECK(dims >= 1 && dims <= 3, op,
+               ": expected input to be 3D, 4D or 5D (batch, channels, 1 to 3 dimensions), got ", input.size(),
+               "D tensor instead");
+  const ConvPoolArguments a = arguments_of(op, geometry, dims);
+  FASTNN_CHECK(all_at_least(a.padding, 0), "negative padding is not supported");
+  FASTNN_CHECK(all_at_least(a.stride, 1), "non-positive stride is not supported");
+  FASTNN_CHECK(all_at_least(a.dilation, 1), "non-positive dilation is not supported");
+  check_channels(input, weight, a.groups);
+  check_pool(a, dims);
+  for (size_t i = 0; i + 2 < geometry.size(); ++i)
+    FASTNN_CHECK(geometry[i] < kLargest, op, ": ", geometry[i], " is too large, expected less than 2**31");
+  const ConvPoolGeometry g = geometry_of(op, input, weight, a);
+  check_sizes_fit(input, g, dims);
+  const double work = 2.0 * g.batch * g.groups * g.out_channels * g.conv[0] * g.conv[1] * g.conv[2] * g.depth();
+  return {kind, dims, g, work};
 }
 
 }  // namespace fastnn

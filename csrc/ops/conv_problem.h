@@ -8,16 +8,10 @@ namespace fastnn {
 
 using Ints = std::vector<int64_t>;
 
-// check, with its words only put together where it fails.
-#define FASTNN_CHECK(condition, ...)                                              \
-  do {                                                                            \
-    if (__builtin_expect(!(condition), false)) fastnn::check(false, __VA_ARGS__); \
-  } while (false)
-
+// The operators' `geometry`, which outlives this: one list, since the dispatcher takes 0.5 us for each.
 struct ConvPoolArguments {
-  Ints stride, padding, dilation;
+  Sizes stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation;  // [dimensions]
   int64_t groups;
-  Ints pool_kernel_size, pool_stride, pool_padding, pool_dilation;
   bool ceil_mode;
 };
 
@@ -30,7 +24,39 @@ struct ConvPoolProblem {
 
 // Raises, in stock's words where stock has them, unless the arguments make a problem.
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
-                              const std::optional<Tensor>& bias, const ConvPoolArguments& a);
+                              const std::optional<Tensor>& bias, const Ints& geometry);
+
+// The same of an input and a weight of these sizes.
+ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry);
+
+// Plans alike in this and in packed_size take the same packed weight.
+inline int64_t packing_of(const ConvPoolPlan& plan) {
+  return static_cast<int64_t>(plan.algorithm) * 4 + plan.channels_last * 2 + plan.lanes_are_groups;
+}
+
+// Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed.
+template <class T, class Packed>
+void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_for) {
+  const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
+  const int64_t threads = useful_threads(work);
+  call.plan = kernels.plan(call.geometry, call.input_layout, threads, false);
+  if (!kernels.plan_holds(call)) call.plan = kernels.plan(call.geometry, call.input_layout, threads, true);
+  const ConvPoolPlan& plan = call.plan;
+  const Compute<T>* packed = packed_for(plan);
+  const int64_t chunks = std::min(threads, plan.items);
+  const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
+  const int64_t packed_bytes = packed ? 0 : (checked_product(plan.packed_size, sizeof(Compute<T>)) + 63) / 64 * 64;
+  const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch_size)));
+  char* scratch = memory.get() + packed_bytes;
+  call.packed = packed ? const_cast<Compute<T>*>(packed) : reinterpret_cast<Compute<T>*>(memory.get());
+  if (!packed) {
+    parallel_chunks(std::min(threads, plan.pack_items), plan.pack_items,
+                    [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
+  }
+  parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
+    kernels.forward(call, first, last, scratch + chunk * scratch_size);
+  });
+}
 
 // ---- memory formats -----------------------------------------------------------------------------------------
 
@@ -54,29 +80,30 @@ inline ConvLayout layout_of(const Tensor& tensor) {
   return layout;
 }
 
-inline Tensor new_channels_last(const Ints& sizes, ScalarType dtype) {
-  Ints permuted{sizes[0]}, back{0, static_cast<int64_t>(sizes.size()) - 1};
-  for (size_t i = 2; i < sizes.size(); ++i) {
-    permuted.push_back(sizes[i]);
-    back.push_back(static_cast<int64_t>(i) - 1);
-  }
-  permuted.push_back(sizes[1]);
-  const Tensor tensor = new_tensor(permuted, dtype);
-  Ints strides;
-  for (int64_t d : back) strides.push_back(tensor.stride(d));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()),
-                                                               sizes.data(), strides.data(), 0, &handle));
-  return Tensor(handle);
+inline ConvLayout contiguous_layout(int64_t channels, const int64_t (&sizes)[3]) {
+  const int64_t row = sizes[2], plane = checked_product(sizes[1], row), image = checked_product(sizes[0], plane);
+  return {checked_product(channels, image), image, {plane, row, 1}};
 }
 
 inline Tensor new_formatted(const Ints& sizes, ScalarType dtype, bool channels_last) {
-  return channels_last ? new_channels_last(sizes, dtype) : new_tensor(sizes, dtype);
+  if (!channels_last) return new_tensor(sizes, dtype);
+  Ints strides(sizes.size());
+  int64_t stride = 1;
+  const auto set_stride = [&](size_t d) {
+    strides[d] = stride;
+    stride = checked_product(stride, std::max<int64_t>(sizes[d], 1));
+  };
+  set_stride(1);
+  for (size_t d = sizes.size(); d-- > 2;) set_stride(d);
+  set_stride(0);
+  return new_strided_tensor(sizes, strides.data(), dtype);
 }
 
 inline Ints output_sizes(const ConvPoolProblem& problem) {
   const ConvPoolGeometry& g = problem.geometry;
-  Ints sizes{g.batch, g.groups * g.out_channels};
+  Ints sizes;
+  sizes.reserve(5);
+  sizes.insert(sizes.end(), {g.batch, g.groups * g.out_channels});
   for (int64_t d = 3 - problem.dims; d < 3; ++d) sizes.push_back(g.output[d]);
   return sizes;
 }

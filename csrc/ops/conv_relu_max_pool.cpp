@@ -8,83 +8,63 @@
 namespace fastnn {
 namespace {
 
+void check_places(const char* op, const ConvPoolGeometry& g) {
+  const int64_t places = checked_product(checked_product(g.pool_kernel[0], g.pool_kernel[1]), g.pool_kernel[2]);
+  FASTNN_CHECK(places <= kMostPlaces, op, ": a winner's place is one byte, so a window may have at most ", kMostPlaces,
+               " elements, got ", places);
+}
+
 // ---- forward ------------------------------------------------------------------------------------------------
 
 template <class T>
 void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight,
-                 const std::optional<Tensor>& bias, const Tensor& output, const Tensor& winners) {
-  const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
-  const int64_t threads = useful_threads(problem.work);
-  ConvPoolForward<T> call{problem.geometry,
-                          kernels.plan(problem.geometry, layout_of(input), threads, false),
-                          data<T>(input),
-                          layout_of(input),
-                          data<T>(weight),
-                          layout_of(weight),
-                          bias ? data<T>(*bias) : nullptr,
-                          nullptr,
-                          mutable_data<T>(output),
-                          layout_of(output),
-                          winners.defined() ? mutable_data<uint8_t>(winners) : nullptr};
-  if (!kernels.plan_holds(call)) call.plan = kernels.plan(problem.geometry, call.input_layout, threads, true);
-  const ConvPoolPlan& plan = call.plan;
-  const int64_t chunks = std::min(threads, plan.items);
-  const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
-  const int64_t packed_bytes = (checked_product(plan.packed_size, sizeof(Compute<T>)) + 63) / 64 * 64;
-  const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch_size)));
-  char* scratch = memory.get() + packed_bytes;
-  call.packed = reinterpret_cast<Compute<T>*>(memory.get());
-  parallel_chunks(std::min(threads, plan.pack_items), plan.pack_items,
-                  [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
-  parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(call, first, last, scratch + chunk * scratch_size);
-  });
+                 const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners) {
+  const std::optional<Tensor> dense_bias = bias ? std::optional(dense(*bias)) : std::nullopt;
+  ConvPoolForward<T> call{};
+  call.geometry = problem.geometry;
+  call.input = data<T>(input);
+  call.input_layout = layout_of(input);
+  call.weight = data<T>(weight);
+  call.weight_layout = layout_of(weight);
+  call.bias = bias ? data<T>(*dense_bias) : nullptr;
+  call.output = mutable_data<T>(output);
+  call.output_layout = layout_of(output);
+  call.winners = winners ? mutable_data<uint8_t>(*winners) : nullptr;
+  run_conv_pool(call, problem.work, [](const ConvPoolPlan&) -> const Compute<T>* { return nullptr; });
 }
 
-std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const Tensor& weight,
-                                   const std::optional<Tensor>& bias, const ConvPoolArguments& arguments,
-                                   bool with_winners) {
-  const ConvPoolProblem problem = check_problem(op, input, weight, bias, arguments);
-  const int64_t places =
-      checked_product(checked_product(problem.geometry.pool_kernel[0], problem.geometry.pool_kernel[1]),
-                      problem.geometry.pool_kernel[2]);
-  FASTNN_CHECK(!with_winners || places <= kMostPlaces, op,
-               ": a winner's place is one byte, so a window may have at most ", kMostPlaces, " elements, got ", places);
+// winners: where to put them, or null.
+Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+               const Ints& geometry, std::optional<Tensor>* winners) {
+  const ConvPoolProblem problem = check_problem(op, input, weight, bias, geometry);
   const ScalarType dtype = problem.kind.dtype;
   // As stock: its float64 convolution in three dimensions knows no channels last.
   const bool channels_last =
       (is_channels_last(input) || is_channels_last(weight)) && !(dtype == ScalarType::Double && problem.dims == 3);
   const Ints sizes = output_sizes(problem);
   const Tensor output = new_formatted(sizes, dtype, channels_last);
-  const Tensor winners = with_winners ? new_formatted(sizes, ScalarType::Byte, channels_last) : Tensor();
-  if (output.numel() > 0) {
-    std::optional<Tensor> dense_bias;
-    if (bias) dense_bias = dense(*bias);
-    with_dtype(dtype,
-               [&](auto type) { run_forward<decltype(type)>(problem, input, weight, dense_bias, output, winners); });
+  if (winners) {
+    check_places(op, problem.geometry);
+    *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
   }
-  return {output, winners};
+  if (output.numel() > 0) {
+    with_dtype(dtype, [&](auto type) {
+      run_forward<decltype(type)>(problem, input, weight, bias, output, winners ? &**winners : nullptr);
+    });
+  }
+  return output;
 }
 
 Tensor conv_relu_max_pool(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                          const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
-                          const Ints& pool_kernel_size, const Ints& pool_stride, const Ints& pool_padding,
-                          const Ints& pool_dilation, bool ceil_mode) {
-  return std::get<0>(forward(
-      "conv_relu_max_pool", input, weight, bias,
-      {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode},
-      false));
+                          const Ints& geometry) {
+  return forward("conv_relu_max_pool", input, weight, bias, geometry, nullptr);
 }
 
 std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, const Tensor& weight,
-                                                           const std::optional<Tensor>& bias, const Ints& stride,
-                                                           const Ints& padding, const Ints& dilation, int64_t groups,
-                                                           const Ints& pool_kernel_size, const Ints& pool_stride,
-                                                           const Ints& pool_padding, const Ints& pool_dilation,
-                                                           bool ceil_mode) {
-  return forward(
-      "conv_relu_max_pool_with_winners", input, weight, bias,
-      {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode}, true);
+                                                           const std::optional<Tensor>& bias, const Ints& geometry) {
+  std::optional<Tensor> winners;
+  const Tensor output = forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, &winners);
+  return {output, *winners};
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------
@@ -166,19 +146,14 @@ void check_size(const Tensor& tensor, const Ints& sizes, const char* op, const c
                to_string(tensor.sizes()));
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
-    const Tensor& grad_output, const Tensor& winners, const Tensor& input, const Tensor& weight, const Ints& stride,
-    const Ints& padding, const Ints& dilation, int64_t groups, const Ints& pool_kernel_size, const Ints& pool_stride,
-    const Ints& pool_padding, const Ints& pool_dilation, bool ceil_mode, bool input_wanted, bool weight_wanted,
-    bool bias_wanted) {
+std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& grad_output, const Tensor& winners,
+                                                               const Tensor& input, const Tensor& weight,
+                                                               const Ints& geometry, bool input_wanted,
+                                                               bool weight_wanted, bool bias_wanted) {
   const char* op = "conv_relu_max_pool_backward";
-  const ConvPoolProblem problem = check_problem(
-      op, input, weight, std::nullopt,
-      {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode});
+  const ConvPoolProblem problem = check_problem(op, input, weight, std::nullopt, geometry);
   const ConvPoolGeometry& g = problem.geometry;
-  FASTNN_CHECK(g.pool_kernel[0] <= kMostPlaces && g.pool_kernel[1] <= kMostPlaces && g.pool_kernel[2] <= kMostPlaces &&
-                   g.places() <= kMostPlaces,
-               op, ": a window may have at most ", kMostPlaces, " elements");
+  check_places(op, g);
   check_same_kind(grad_output, problem.kind, "grad_output");
   check_size(grad_output, output_sizes(problem), op, "grad_output");
   FASTNN_CHECK(winners.defined() && winners.is_cpu() && winners.layout() == torch::headeronly::Layout::Strided &&
@@ -212,25 +187,21 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(
   return {grad_input, grad_weight, grad_bias};
 }
 
-#define FASTNN_CONV_POOL_GEOMETRY                                                                       \
-  "int[] stride, int[] padding, int[] dilation, int groups, int[] pool_kernel_size, int[] pool_stride," \
-  " int[] pool_padding, int[] pool_dilation, bool ceil_mode"
-
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  m.def("conv_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV_POOL_GEOMETRY ") -> Tensor");
+  // geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one value a
+  // dimension each, then groups and ceil_mode (fastnn.ops.conv_relu_max_pool.Geometry)
+  m.def("conv_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, int[] geometry) -> Tensor");
   // winners: uint8 of the output's size, each window's winner by its place in the window, 255 where the output has
   // no gradient. A window may have at most 254 elements.
-  m.def("conv_relu_max_pool_with_winners(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV_POOL_GEOMETRY
-        ") -> (Tensor output, Tensor winners)");
+  m.def(
+      "conv_relu_max_pool_with_winners(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
+      " -> (Tensor output, Tensor winners)");
   // A gradient that is not wanted comes back empty.
   m.def(
-      "conv_relu_max_pool_backward(Tensor grad_output, Tensor winners, Tensor input, Tensor weight,"
-      " " FASTNN_CONV_POOL_GEOMETRY
-      ", bool input_wanted, bool weight_wanted, bool bias_wanted)"
+      "conv_relu_max_pool_backward(Tensor grad_output, Tensor winners, Tensor input, Tensor weight, int[] geometry,"
+      " bool input_wanted, bool weight_wanted, bool bias_wanted)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
-
-#undef FASTNN_CONV_POOL_GEOMETRY
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("conv_relu_max_pool", FASTNN_BOX(conv_relu_max_pool));

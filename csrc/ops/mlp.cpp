@@ -1,6 +1,7 @@
 // fastnn::mlp and its backward: checks, allocation, threads.
 #include "../kernels/mlp.h"
 
+#include <numeric>
 #include <string>
 #include <tuple>
 
@@ -18,6 +19,7 @@ struct Chain {
 
   int64_t layers() const { return static_cast<int64_t>(widths.size()) - 1; }
   int64_t widest() const { return *std::max_element(widths.begin(), widths.end()); }
+  int64_t outputs() const { return std::accumulate(widths.begin() + 1, widths.end(), int64_t{0}); }  // of all layers
 };
 
 // Operators take activations as a string, a digit a layer: the dispatcher passes a list of numbers 0.1 us slower.
@@ -88,11 +90,13 @@ template <class T>
 void run_forward(const Forward& call, T* output, T* errors, const std::vector<Tensor>& saved) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const Chain& chain = call.chain;
-  const int64_t chunks = std::min(useful_threads(chain.work), chain.rows);
+  const MlpPlan plan = kernels.make_plan(chain.widths.data(), chain.layers(), chain.rows);
+  const int64_t units = (chain.rows + plan.unit - 1) / plan.unit;
+  const int64_t chunks = std::min(useful_threads(chain.work), units);
   const int64_t block_size = kernels.scratch_size(chain.widest());
   const auto packed_size = [&](int64_t layer) {
-    const bool packs = kernels.worth_packing(chain.rows, chain.widths[layer]);
-    return packs ? kernels.packed_size(chain.widths[layer + 1], chain.widths[layer]) : 0;
+    const int64_t in = chain.widths[layer], out = chain.widths[layer + 1];
+    return !plan.in_lanes && kernels.worth_packing(chain.rows, in, out) ? kernels.packed_size(out, in) : 0;
   };
   int64_t scratch_size = chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) scratch_size += packed_size(i);
@@ -112,9 +116,9 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
     panel += size;
   }
-  parallel_chunks(chunks, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(layers.data(), chain.layers(), input, output, errors, first, last,
-                    scratch.get() + chunk * block_size);
+  parallel_chunks(chunks, units, [&](int64_t chunk, int64_t first, int64_t last) {
+    kernels.forward(layers.data(), chain.layers(), plan.in_lanes, input, output, errors, first * plan.unit,
+                    std::min(last * plan.unit, chain.rows), scratch.get() + chunk * block_size);
   });
 }
 
@@ -247,7 +251,7 @@ std::vector<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Tenso
     const Activation activation = activation_of(activations[i]);
     const T* kept = inputs.data<T>(saved[i]);
     layers.push_back({inputs.data<T>(weights[i]), layer_input, kept, chain.widths[i], chain.widths[i + 1], activation,
-                      nullptr, nullptr});
+                      nullptr, nullptr, nullptr});
     layer_input = keeps_input(activation) ? nullptr : kept;
   }
   return layers;
@@ -260,8 +264,9 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
   const ScalarType dtype = widened(chain.kind.dtype);
   const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
   const int64_t block_size = kernels.scratch_size(chain.widest());
+  const int64_t chunk_size = block_size + chain.outputs();
   std::vector<ParameterGradient<T>> grad_weights, grad_biases;
-  int64_t scratch_size = chunks * block_size;
+  int64_t scratch_size = chunks * chunk_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
     if (wanted.weights) grad_weights.emplace_back(std::vector{chain.widths[i + 1], chain.widths[i]}, dtype, chunks);
     if (wanted.biases) grad_biases.emplace_back(std::vector{chain.widths[i + 1]}, dtype, chunks);
@@ -270,7 +275,7 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
     for (const auto& gradient : *gradients) scratch_size = checked_sum(scratch_size, gradient.scratch_size());
   }
   Scratch<T> scratch(scratch_size);
-  T* next = scratch.get() + chunks * block_size;
+  T* next = scratch.get() + chunks * chunk_size;
   for (auto* gradients : {&grad_weights, &grad_biases}) {
     for (auto& gradient : *gradients) {
       gradient.use_scratch(next);
@@ -282,12 +287,15 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
   T* grad_input_data = wanted.input ? mutable_data<T>(grad_input) : nullptr;
   parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
     std::vector<MlpLayerBackward<T>> own = layers;
+    T* const block = scratch.get() + chunk * chunk_size;
+    T* lost = block + block_size;
     for (size_t i = 0; i < own.size(); ++i) {
+      own[i].lost = lost;
+      lost += own[i].out;
       if (wanted.weights) own[i].grad_weight = grad_weights[i].part(chunk);
       if (wanted.biases) own[i].grad_bias = grad_biases[i].part(chunk);
     }
-    kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last,
-                     scratch.get() + chunk * block_size);
+    kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last, block);
   });
 
   const auto finished = [&](const std::vector<ParameterGradient<T>>& gradients) {

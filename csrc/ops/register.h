@@ -1,7 +1,7 @@
 // Registration of an operator that has no gradient of its own: FASTNN_BOX(function) in place of TORCH_BOX.
 //
 // Autograd passes through it without a trace, so in grad mode a tensor that requires grad would lose its gradient
-// without a word. There, each output becomes the result of fastnn::refuse_gradient (fastnn/ops/_autograd.py), whose
+// without a word. There, each output becomes the result of fastnn::refuse_gradient (fastnn/ops/_raw_operator.py), whose
 // backward raises.
 #pragma once
 

@@ -7,12 +7,6 @@
 namespace fastnn {
 namespace {
 
-// Steps are short products, one after the other, and a thread's start is worth thousands of them: a few million
-// operations a thread, more than useful_threads asks for.
-int64_t chunks_of(const Problem& problem, double work) {
-  return std::max<int64_t>(1, std::min(useful_threads(work / 40), problem.batch));
-}
-
 template <class T>
 void run_forward(const Problem& problem, const Tensor& output, const TensorList& state, const OptionalTensor& reserve) {
   const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
@@ -20,7 +14,7 @@ void run_forward(const Problem& problem, const Tensor& output, const TensorList&
   network.output = mutable_data<T>(output);
   const bool packs = kernels.worth_packing(problem.rows);
   const bool needs_buffer = !reserve && problem.layers > 1 && problem.directions > 1;
-  const int64_t chunks = chunks_of(problem, problem.work());
+  const int64_t chunks = rnn_chunks(problem.work(), problem.batch);
   const std::vector<int64_t> bounds = split_sequences(problem, chunks);
   const int64_t packed_size = packs ? network.packed_size(kernels) : 0;
   const int64_t scratch_size = kernels.scratch_size(network, longest_chunk(bounds));
@@ -169,7 +163,7 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
                                   input_wanted ? mutable_data<T>(wanted.input) : nullptr,
                                   state_or_null(0),
                                   state_or_null(1)};
-  const int64_t chunks = chunks_of(problem, 2 * problem.work());
+  const int64_t chunks = rnn_chunks(2 * problem.work(), problem.batch);
   const std::vector<int64_t> bounds = split_sequences(problem, chunks);
   const int64_t scratch_size = kernels.scratch_size(network, longest_chunk(bounds));
   std::vector<int64_t> sums_at{0};

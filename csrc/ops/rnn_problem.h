@@ -189,6 +189,12 @@ inline Problem check_problem(const char* op, const Tensor& input, const Optional
   return problem;
 }
 
+// How many threads. Steps are short products, one after the other, and a thread's start is worth thousands of them: a
+// few million operations a thread, more than useful_threads asks for.
+inline int64_t rnn_chunks(double work, int64_t batch) {
+  return std::max<int64_t>(1, std::min(useful_threads(work / 40), batch));
+}
+
 template <class T>
 const T* data_or_null(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;

@@ -88,8 +88,8 @@ auto with_dtype(ScalarType dtype, const Body& body) {
 // A thread's own block of scratch memory, kept so that a small call pays neither for the allocator nor for fresh pages.
 struct ThreadScratch {
   static constexpr size_t kBytes = 1 << 20;
-  void* data = nullptr;
-  bool in_use = false;
+  char* data = nullptr;
+  size_t used = 0;  // of a stack
 
   ThreadScratch() = default;
   ThreadScratch(const ThreadScratch&) = delete;
@@ -102,22 +102,22 @@ struct ThreadScratch {
   }
 };
 
-// Uninitialised memory on a cache line, for the time of one call.
+// Uninitialised memory on a cache line, given back in the opposite order by the thread that took it.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count) : kept_(ThreadScratch::of_this_thread()) {
     const int64_t wanted = checked_product(std::max<int64_t>(count, 1), sizeof(T));
-    const size_t bytes = (static_cast<size_t>(wanted) + 63) / 64 * 64;
-    borrowed_ = !kept_.in_use && bytes <= ThreadScratch::kBytes;
-    if (borrowed_ && !kept_.data) kept_.data = std::aligned_alloc(64, ThreadScratch::kBytes);
-    data_ = borrowed_ ? kept_.data : std::aligned_alloc(64, bytes);
+    bytes_ = (static_cast<size_t>(wanted) + 63) / 64 * 64;
+    borrowed_ = bytes_ <= ThreadScratch::kBytes - kept_.used;
+    if (borrowed_ && !kept_.data) kept_.data = static_cast<char*>(std::aligned_alloc(64, ThreadScratch::kBytes));
+    data_ = !borrowed_ ? std::aligned_alloc(64, bytes_) : kept_.data ? kept_.data + kept_.used : nullptr;
     check(data_ != nullptr, "out of memory: could not allocate ", wanted, " bytes of scratch");
-    if (borrowed_) kept_.in_use = true;
+    if (borrowed_) kept_.used += bytes_;
   }
   ~Scratch() {
     if (borrowed_) {
-      kept_.in_use = false;
+      kept_.used -= bytes_;
     } else {
       std::free(data_);
     }
@@ -129,6 +129,7 @@ class Scratch {
 
  private:
   ThreadScratch& kept_;
+  size_t bytes_;
   void* data_;
   bool borrowed_;
 };

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastnn.ops._autograd import refuse_gradients
+from fastnn.ops._raw_operator import refuse_gradients
 
 _OPERATORS = {
     "conv_relu_max_pool": (

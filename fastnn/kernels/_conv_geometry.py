@@ -8,25 +8,12 @@ import torch
 from torch import Tensor
 
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind
+from fastnn.reference.conv_relu_max_pool import Geometry
 
 MOST_PLACES = 254  # so that a winner's place fits a byte
 _LARGEST = 2**31  # kernels number pixels and the elements of an image with 32 bits
 
 Triple = tuple[int, int, int]
-
-
-class ConvArguments(NamedTuple):
-    """As the operators take them, one value a dimension."""
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-    pool_kernel_size: Sequence[int]
-    pool_stride: Sequence[int]
-    pool_padding: Sequence[int]
-    pool_dilation: Sequence[int]
-    ceil_mode: bool
 
 
 class Problem(NamedTuple):
@@ -70,18 +57,7 @@ class Problem(NamedTuple):
         return [self.images, self.groups * self.out_channels, *of[3 - self.dims :]]
 
 
-def _check_counts(arguments: ConvArguments, dims: int) -> None:
-    for name in ("stride", "padding", "dilation"):
-        values = list(getattr(arguments, name))
-        check(len(values) == dims, "expected ", name, " to be a single integer value or a list of ", dims,
-              " values to match the convolution dimensions, but got ", name, "=", values)  # fmt: skip
-    for name in ("kernel_size", "stride", "padding", "dilation"):
-        values = list(getattr(arguments, f"pool_{name}"))
-        check(len(values) == dims, f"max_pool{dims}d: ", name, " must either be a single int, or a tuple of ", dims,
-              " ints, got ", values)  # fmt: skip
-
-
-def _check_values(op: str, arguments: ConvArguments) -> None:
+def _check_values(op: str, arguments: Geometry) -> None:
     check(min(arguments.padding) >= 0, "negative padding is not supported")
     check(min(arguments.stride) > 0, "non-positive stride is not supported")
     check(min(arguments.dilation) > 0, "non-positive dilation is not supported")
@@ -128,12 +104,11 @@ def _triple(values: Sequence[int], filler: int) -> Triple:
     return first, second, third
 
 
-def check_problem(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, arguments: ConvArguments) -> Problem:
+def check_problem(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, arguments: Geometry) -> Problem:
     kind = check_first(op, input, "input")
     dims = input.dim() - 2
     check(1 <= dims <= 3, op, ": expected input to be 3D, 4D or 5D (batch, channels, 1 to 3 dimensions), got ",
           input.dim(), "D tensor instead")  # fmt: skip
-    _check_counts(arguments, dims)
     _check_values(op, arguments)
     _check_tensors(kind, input, weight, bias, arguments.groups)
     kernel, stride, dilation = (

@@ -14,7 +14,7 @@ from fastnn.kernels import _launch
 from fastnn.kernels._check import check, check_same_kind, check_sizes
 from fastnn.kernels._conv_geometry import (
     MOST_PLACES,
-    ConvArguments,
+    Geometry,
     Problem,
     channels_last,
     check_problem,
@@ -94,22 +94,23 @@ def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Con
 # ---- forward ----------------------------------------------------------------------------------------------
 
 
-def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """``fastnn::conv_relu_max_pool``: input (images, in channels, ...), weight (out channels, in channels / groups,
-    ...), bias (out channels) or None, then the fields of ConvArguments -> (images, out channels, ...)."""
-    return _forward("conv_relu_max_pool", input, weight, bias, ConvArguments(*geometry), False)[0]
+    ...), bias (out channels) or None, geometry as Geometry.flat gives it -> (images, out channels, ...)."""
+    return _forward("conv_relu_max_pool", input, weight, bias, geometry, False)[0]
 
 
 def conv_relu_max_pool_with_winners(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
 ) -> tuple[Tensor, Tensor | None]:
     """``fastnn::conv_relu_max_pool_with_winners``: the output, and each window's winner by its place, uint8."""
-    return _forward("conv_relu_max_pool_with_winners", input, weight, bias, ConvArguments(*geometry), True)
+    return _forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, True)
 
 
 def _forward(
-    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, arguments: ConvArguments, with_winners: bool
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], with_winners: bool
 ) -> tuple[Tensor, Tensor | None]:
+    arguments = Geometry.of_flat(geometry, input.dim() - 2)
     problem = check_problem(op, input, weight, bias, arguments)
     check(not with_winners or problem.places <= MOST_PLACES, op, ": a winner's place is one byte, so a window may have "
           "at most ", MOST_PLACES, " elements, got ", problem.places)  # fmt: skip
@@ -209,7 +210,7 @@ def _tiles(pixels: int, options: dict[str, Any]) -> tuple[int, int]:
 
 
 def _run_stock(
-    problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None, arguments: ConvArguments, output: Tensor,
+    problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None, arguments: Geometry, output: Tensor,
     winners: Tensor | None,
 ) -> None:  # fmt: skip
     with _launch.without_autocast(input.device):
@@ -234,13 +235,19 @@ def _run_stock(
 
 
 def conv_relu_max_pool_backward(
-    grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, *geometry_and_wanted: Any
+    grad_output: Tensor,
+    winners: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Sequence[int],
+    input_wanted: bool,
+    weight_wanted: bool,
+    bias_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastnn::conv_relu_max_pool_backward``: the gradients of input, weight and bias; one that is not wanted comes
     back empty."""
     op = "conv_relu_max_pool_backward"
-    *geometry, input_wanted, weight_wanted, bias_wanted = geometry_and_wanted
-    arguments = ConvArguments(*geometry)
+    arguments = Geometry.of_flat(geometry, input.dim() - 2)
     problem = check_problem(op, input, weight, None, arguments)
     check(problem.places <= MOST_PLACES, op, ": a window may have at most ", MOST_PLACES, " elements")
     check_same_kind(problem.kind, grad_output, "grad_output")
@@ -278,7 +285,7 @@ def _pooled_last(problem: Problem, tensor: Tensor) -> Tensor:
 
 
 def _stock_gradients(
-    problem: Problem, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, arguments: ConvArguments,
+    problem: Problem, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, arguments: Geometry,
     wanted: Sequence[bool], *_: Any,
 ) -> Sequence[Tensor | None]:  # fmt: skip
     sizes = problem.sizes(problem.conv_size)
@@ -305,7 +312,7 @@ def _stock_gradients(
 
 
 def _fused_gradients(
-    problem: Problem, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, arguments: ConvArguments,
+    problem: Problem, grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, arguments: Geometry,
     wanted: Sequence[bool], precision: str, target: _launch.Target,
 ) -> Sequence[Tensor | None]:  # fmt: skip
     input_wanted, weight_wanted, bias_wanted = wanted

@@ -8,12 +8,21 @@ from torch import Tensor
 from torch.nn.common_types import _size_1_t, _size_2_t, _size_3_t
 
 from fastnn.ops.conv_relu_max_pool import (
+    conv_relu_max_pool,
     conv_relu_max_pool1d,
     conv_relu_max_pool2d,
     conv_relu_max_pool3d,
+    per_dimension,
 )
 
 _PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+_FUNCTIONS = {1: conv_relu_max_pool1d, 2: conv_relu_max_pool2d, 3: conv_relu_max_pool3d}
+_GEOMETRY = (
+    *("stride", "padding", "dilation", "groups"),
+    *("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"),
+)
 
 
 class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
@@ -24,6 +33,7 @@ class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
     pool_padding: Any
     pool_dilation: Any
     ceil_mode: bool
+    _geometry: tuple[int, ...] | None  # as operators take it; None where only a call can tell, or must raise
 
     def _set_pool(self, kernel_size: Any, stride: Any | None, padding: Any, dilation: Any, ceil_mode: bool) -> None:
         self.pool_kernel_size = kernel_size
@@ -32,30 +42,34 @@ class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
         self.pool_dilation = dilation
         self.ceil_mode = ceil_mode
 
-    def _run(self, function: Any, input: Tensor) -> Tensor:
-        padding: Any = self.padding
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _GEOMETRY and "ceil_mode" in self.__dict__:
+            self._geometry = self._flat_geometry()
+
+    def _flat_geometry(self) -> tuple[int, ...] | None:
+        if isinstance(self.padding, str) or self.padding_mode != "zeros":
+            return None
+        dims = len(self.kernel_size)
+        geometry = per_dimension(dims, *(getattr(self, name) for name in _GEOMETRY))
+        return geometry.flat() if geometry.fits(dims) else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        try:
+            # A third of the time of attributes, for which nn.Module looks into _parameters last.
+            parameters = self._parameters
+            weight: Any = parameters["weight"]
+            bias: Any = parameters["bias"]
+        except KeyError:  # one is parametrised
+            weight, bias = self.weight, self.bias
+        if self._geometry is not None:
+            return conv_relu_max_pool(input, weight, bias, self._geometry, len(self.kernel_size))
+        geometry = {name: getattr(self, name) for name in _GEOMETRY}
         if self.padding_mode != "zeros":
             # As torch.nn's own layers: the input is padded first, for which PyTorch has kernels.
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        try:
-            # A third of the time of attributes, for which nn.Module looks into _parameters last.
-            parameters: tuple[Any, Any] = self._parameters["weight"], self._parameters["bias"]
-        except KeyError:  # one is parametrised
-            parameters = self.weight, self.bias
-        return function(
-            input,
-            *parameters,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.pool_kernel_size,
-            self.pool_stride,
-            self.pool_padding,
-            self.pool_dilation,
-            self.ceil_mode,
-        )
+            geometry["padding"] = 0
+        return _FUNCTIONS[len(self.kernel_size)](input, weight, bias, **geometry)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}"
@@ -99,9 +113,6 @@ class ConvReLUMaxPool1d(_ConvReLUMaxPool, torch.nn.Conv1d):
         )  # fmt: skip
         self._set_pool(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._run(conv_relu_max_pool1d, input)
-
 
 class ConvReLUMaxPool2d(_ConvReLUMaxPool, torch.nn.Conv2d):
     """``torch.nn.Conv2d``, ReLU and ``torch.nn.MaxPool2d`` in one layer, with Conv2d's parameters and state dict.
@@ -135,9 +146,6 @@ class ConvReLUMaxPool2d(_ConvReLUMaxPool, torch.nn.Conv2d):
             device, dtype,
         )  # fmt: skip
         self._set_pool(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._run(conv_relu_max_pool2d, input)
 
 
 class ConvReLUMaxPool3d(_ConvReLUMaxPool, torch.nn.Conv3d):
@@ -173,6 +181,3 @@ class ConvReLUMaxPool3d(_ConvReLUMaxPool, torch.nn.Conv3d):
             device, dtype,
         )  # fmt: skip
         self._set_pool(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._run(conv_relu_max_pool3d, input)

@@ -76,14 +76,19 @@ class MLP(nn.Sequential):
 
 def linear_parameters(linears: Collection[Any]) -> list[Tensor]:
     """The parameters of ``Linear`` layers as operators take them, read anew: they may have been replaced."""
-    try:
-        # A third of the time of attributes, for which nn.Module looks into _parameters last.
-        weights = [linear._parameters["weight"] for linear in linears]
-        biases = [linear._parameters["bias"] for linear in linears]
-    except KeyError:  # one is parametrised
-        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    for bias in biases:
+    weights, biases, complete = [], [], True
+    for linear in linears:
+        try:
+            # A third of the time of attributes, for which nn.Module looks into _parameters last.
+            own = linear._parameters
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:  # it is parametrised
+            weight, bias = linear.weight, linear.bias
+        weights.append(weight)
+        biases.append(bias)
         if bias is None:
-            return join_parameters(weights, biases)
+            complete = False
+    if not complete:
+        return join_parameters(weights, biases)
     weights += biases
     return weights

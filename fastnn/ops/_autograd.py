@@ -1,5 +1,5 @@
-"""What the operators share on the way from a public function to a kernel: which path a call takes, autocast,
-double backward and the vmap rule of a raw operator."""
+"""What the operators share on the way from a public function to a kernel: which path a call takes, autocast
+and double backward."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 
 autocast_is_on = torch._C._is_any_autocast_enabled
 transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
@@ -20,6 +22,19 @@ def needs_reference(input: Tensor) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return input.dtype not in KERNEL_DTYPES and not (input.dtype is torch.float16 and input.is_cuda)
+
+
+def is_plain(input: Tensor) -> bool:
+    """Whether nothing but the kernel is asked of an operator, so that it may be called by its ``_op``, 0.25 us sooner:
+    no gradient, autocast, compilation or ``torch.func`` transform, and a dtype that kernels cover."""
+    return (
+        not _is_grad_enabled()
+        and input.dtype in KERNEL_DTYPES
+        and not autocast_is_on()
+        and not transforms_active()
+        and forward_ad._current_level < 0
+        and not _is_compiling()
+    )
 
 
 def is_inference() -> bool:
@@ -76,58 +91,6 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
-class RefuseGradient(torch.autograd.Function):
-    """The output of a raw operator one of whose inputs required grad, so that asking for the gradient raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(output: Tensor, input: Tensor) -> Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        raise RuntimeError(
-            "an operator of torch.ops.fastnn has no gradient of its own; call it through fastnn.functional or "
-            "fastnn.nn, or under torch.no_grad()"
-        )
-
-
-def refuse_gradients(result: Any, arguments: Any) -> Any:
-    """``result`` of a raw operator written in Python, its tensors refusing gradients if an argument required one.
-    (Those in C++ have the same in csrc/ops/register.h.)"""
-    found = next(
-        (t for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad), None
-    )
-    if found is None or not torch.is_grad_enabled():
-        return result
-    return torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: RefuseGradient.apply(t, found) if t.is_floating_point() else t, result
-    )
-
-
-_library = torch.library.Library("fastnn", "IMPL")
-_library.impl("refuse_gradient", RefuseGradient.apply, "Autograd")
-for _name in ("CPU", "CUDA", "Meta"):
-    _library.impl("refuse_gradient", RefuseGradient.forward, _name)
-
-
-def raw_operator(name: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorator of the fake kernel of ``fastnn::name``, which registers it with a vmap rule and nothing for autograd:
-    what an operator does where a gradient is wanted is :func:`refuse_gradients`."""
-
-    def register(fake: Callable[..., Any]) -> None:
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"fastnn::{name}", lambda *args: refuse_gradients(fake(*args), args))
-        register_loop_vmap(name)
-
-    return register
-
-
 def differentiate_twice(
     reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
@@ -140,31 +103,3 @@ def differentiate_twice(
 
     vjp = torch.func.vjp(backward, grad_output, *tensors)[1]
     return vjp(tuple(grad_grads))
-
-
-def register_loop_vmap(name: str) -> None:
-    """Give the operator ``fastnn::name`` a vmap rule: a call an example, the results stacked."""
-    op = getattr(torch.ops.fastnn, name)
-
-    def example(argument: Any, dim: Any, i: int) -> Any:
-        if isinstance(argument, (list, tuple)):
-            dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(argument)
-            return [example(a, d, i) for a, d in zip(argument, dims, strict=True)]
-        return argument if dim is None else argument.select(dim, i)
-
-    def stack(results: Sequence[Any]) -> Any:
-        if isinstance(results[0], (list, tuple)):
-            return tuple(stack(parts) for parts in zip(*results, strict=True))
-        return torch.stack(list(results))
-
-    def dims_of(result: Any) -> Any:
-        return type(result)(dims_of(r) for r in result) if isinstance(result, (list, tuple)) else 0
-
-    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-        if info.batch_size == 0:
-            raise RuntimeError(f"fastnn::{name}: vmap over an empty dimension is not supported")
-        calls = [op(*(example(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-        result = stack(calls)
-        return result, dims_of(result)
-
-    torch.library.register_vmap(f"fastnn::{name}", rule)

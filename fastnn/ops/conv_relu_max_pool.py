@@ -1,5 +1,6 @@
 """Convolution, ReLU and max-pool in one: schema's Python side, autograd and the public functions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,16 +11,16 @@ from torch import Tensor
 from fastnn.ops._autograd import (
     apply_function,
     autocast,
-    autocast_is_on,
     call_kernel,
     check_same_device,
     differentiate_twice,
-    is_inference,
+    is_plain,
     needs_autograd,
     needs_reference,
-    raw_operator,
 )
+from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
+from fastnn.reference.conv_relu_max_pool import Geometry
 
 MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/conv_relu_max_pool.h has the same)
 
@@ -29,8 +30,7 @@ _with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
 _backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
 
 Size = int | Sequence[int]
-_Sizes = Sequence[int]
-Geometry = tuple[_Sizes, _Sizes, _Sizes, int, _Sizes, _Sizes, _Sizes, _Sizes, bool]
+FlatGeometry = tuple[int, ...]
 
 
 def conv_relu_max_pool1d(
@@ -138,58 +138,86 @@ def _conv_relu_max_pool(
     pool_dilation: Size,
     ceil_mode: bool,
 ) -> Tensor:
+    _check_rank(input, dims)
+    if isinstance(padding, str):
+        input, padding = _named_padding(padding, dims, input, weight, stride, dilation)
+    geometry = per_dimension(
+        dims, stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
+    )
+    if not geometry.fits(dims):  # stock raises, in its own words
+        return reference.POOL[dims](reference.CONV[dims](input, weight, bias, *geometry[:4]), *geometry[4:])
+    return conv_relu_max_pool(input, weight, bias, geometry.flat(), dims)
+
+
+def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
+    """:func:`conv_relu_max_pool1d` and its like, for callers that have put the geometry into numbers."""
     batched = input.dim() == dims + 2
-    if not batched and input.dim() != dims + 1:
+    if not batched:
+        _check_rank(input, dims)
+        input = input.unsqueeze(0)
+    if is_plain(input):
+        output = _call(input, weight, bias, geometry)
+    else:
+        input, weight, bias = autocast(input, weight, bias)
+        output = _with_gradient(input, weight, bias, geometry, dims)
+    return output if batched else output.squeeze(0).contiguous()
+
+
+def _with_gradient(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
+    if needs_reference(input):
+        return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
+    if not needs_autograd(input, weight, bias):
+        return call_kernel(_op, input, weight, bias, geometry)
+    if _places(geometry, dims) > MOST_PLACES:
+        return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
+    return apply_function(ConvReluMaxPool, input, weight, bias, geometry)[0]
+
+
+def _check_rank(input: Tensor, dims: int) -> None:
+    if not dims < input.dim() < dims + 3:
         raise RuntimeError(
             f"Expected {dims + 1}D (unbatched) or {dims + 2}D (batched) input to conv{dims}d, but got input of size: "
             f"{list(input.shape)}"
         )
-    if autocast_is_on():
-        input, weight, bias = autocast(input, weight, bias)
-    if isinstance(padding, str):
-        input, padding = _named_padding(padding, dims, input, weight, stride, dilation)
-    pool_kernel = _per_dimension(pool_kernel_size, dims)
-    # Stock takes an empty stride for none.
-    pool_strides = pool_kernel if pool_stride is None or pool_stride == [] else _per_dimension(pool_stride, dims)
-    geometry: Geometry = (
-        _per_dimension(stride, dims),
-        _per_dimension(padding, dims),
-        _per_dimension(dilation, dims),
+
+
+def per_dimension(
+    dims: int,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+    groups: int,
+    pool_kernel_size: Size,
+    pool_stride: Size | None,
+    pool_padding: Size,
+    pool_dilation: Size,
+    ceil_mode: bool,
+) -> Geometry:
+    """The public functions' arguments with a value a dimension."""
+
+    def each(value: Size) -> Sequence[int]:
+        if isinstance(value, int):
+            return (value,) * dims
+        values = tuple(value)
+        return values * dims if len(values) == 1 else values
+
+    if pool_stride is None or pool_stride == []:  # stock takes an empty stride for none
+        pool_stride = pool_kernel_size
+    return Geometry(
+        each(stride),
+        each(padding),
+        each(dilation),
         groups,
-        pool_kernel,
-        pool_strides,
-        _per_dimension(pool_padding, dims),
-        _per_dimension(pool_dilation, dims),
-        ceil_mode,
+        each(pool_kernel_size),
+        each(pool_stride),
+        each(pool_padding),
+        each(pool_dilation),
+        bool(ceil_mode),
     )
-    if needs_reference(input):
-        return reference.conv_relu_max_pool(input, weight, bias, *geometry)
-    images = input if batched else input.unsqueeze(0)
-    if is_inference():
-        output = (_op if torch.compiler.is_compiling() else _call)(images, weight, bias, *geometry)
-    elif not needs_autograd(input, weight, bias):
-        output = call_kernel(_op, images, weight, bias, *geometry)
-    elif _places(pool_kernel) > MOST_PLACES:
-        return reference.conv_relu_max_pool(input, weight, bias, *geometry)
-    else:
-        output = apply_function(ConvReluMaxPool, images, weight, bias, geometry)[0]
-    return output if batched else output.squeeze(0).contiguous()
 
 
-def _per_dimension(value: Size, dims: int) -> _Sizes:
-    if isinstance(value, int):
-        return [value] * dims
-    if type(value) is tuple and len(value) == dims:  # as a module has them
-        return value
-    values = list(value)
-    return values * dims if len(values) == 1 else values
-
-
-def _places(pool_kernel: Sequence[int]) -> int:
-    places = 1
-    for size in pool_kernel:
-        places *= size
-    return places
+def _places(geometry: FlatGeometry, dims: int) -> int:
+    return math.prod(Geometry.of_flat(geometry, dims).pool_kernel_size)
 
 
 def _named_padding(
@@ -200,9 +228,10 @@ def _named_padding(
         return input, [0] * dims
     if name != "same":
         raise RuntimeError(f"Invalid padding string: '{name}'")
-    if any(s != 1 for s in _per_dimension(stride, dims)):
+    if any(s != 1 for s in ((stride,) if isinstance(stride, int) else stride)):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    total = [d * (k - 1) for d, k in zip(_per_dimension(dilation, dims), weight.shape[2:], strict=False)]
+    dilations = (dilation,) * dims if isinstance(dilation, int) else dilation
+    total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=False)]
     if any(t % 2 for t in total):
         input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
     return input, [t // 2 for t in total]
@@ -214,8 +243,8 @@ class ConvReluMaxPool(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        return _with_winners_op(input, weight, bias, *geometry)
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry) -> tuple[Tensor, Tensor]:
+        return _with_winners_op(input, weight, bias, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -244,10 +273,10 @@ class ConvReluMaxPoolBackward(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        geometry: Geometry,
+        geometry: FlatGeometry,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        gradients = _backward_op(grad_output, winners, input, weight, *geometry, *wanted)
+        gradients = _backward_op(grad_output, winners, input, weight, geometry, *wanted)
         return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
     @staticmethod
@@ -264,7 +293,8 @@ class ConvReluMaxPoolBackward(torch.autograd.Function):
             everything = list(inputs)
             for i, tensor in zip(ctx.given, tensors, strict=True):
                 everything[i] = tensor
-            return reference.conv_relu_max_pool(*everything, *ctx.geometry)
+            input, weight, bias = everything
+            return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(ctx.geometry, input.dim() - 2))
 
         second = differentiate_twice(
             forward, grad_output, [inputs[i] for i in ctx.given], [grad_grads[i] for i in ctx.given]
@@ -275,16 +305,24 @@ class ConvReluMaxPoolBackward(torch.autograd.Function):
         return (second[0], None, *result, None, None)
 
 
-def _output_like(input: Tensor, weight: Tensor, geometry: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    stride, padding, dilation, _, kernel, pool_stride, pool_padding, pool_dilation, ceil_mode = geometry
-    sizes = [input.shape[0], weight.shape[0]]
+def output_sizes(input: Sequence[int], weight: Sequence[int], geometry: Sequence[int]) -> list[int]:
+    """The output's sizes for an input and a weight of these sizes."""
+    stride, padding, dilation, _, kernel, pool_stride, pool_padding, pool_dilation, ceil_mode = Geometry.of_flat(
+        geometry, len(input) - 2
+    )
+    sizes = [input[0], weight[0]]
     for d in range(len(stride)):
-        conv = (input.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1) // stride[d] + 1
+        conv = (input[d + 2] + 2 * padding[d] - dilation[d] * (weight[d + 2] - 1) - 1) // stride[d] + 1
         sizes.append(
             reference.pooled_size(conv, kernel[d], pool_stride[d], pool_padding[d], pool_dilation[d], ceil_mode)
         )
+    return sizes
+
+
+def _output_like(input: Tensor, weight: Tensor, geometry: Sequence[int], dtype: torch.dtype) -> Tensor:
+    sizes = output_sizes(input.shape, weight.shape, geometry)
     formats = {_channels_format(input), _channels_format(weight)} - {torch.contiguous_format}
-    if input.device.type == "cpu" and input.dtype is torch.float64 and len(stride) == 3:
+    if input.device.type == "cpu" and input.dtype is torch.float64 and input.dim() == 5:
         formats = set()
     return input.new_empty(sizes, dtype=dtype).to(memory_format=formats.pop() if formats else torch.contiguous_format)
 
@@ -294,23 +332,29 @@ def _channels_format(tensor: Tensor) -> torch.memory_format:
 
 
 @raw_operator("conv_relu_max_pool")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Tensor:
     check_same_device(input, weight, bias)
     return _output_like(input, weight, geometry, input.dtype)
 
 
 @raw_operator("conv_relu_max_pool_with_winners")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> tuple[Tensor, Tensor]:
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> tuple[Tensor, Tensor]:
     check_same_device(input, weight, bias)
     return _output_like(input, weight, geometry, input.dtype), _output_like(input, weight, geometry, torch.uint8)
 
 
 @raw_operator("conv_relu_max_pool_backward")
 def _(
-    grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, *geometry_and_wanted: Any
+    grad_output: Tensor,
+    winners: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Sequence[int],
+    input_wanted: bool,
+    weight_wanted: bool,
+    bias_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device(grad_output, winners, input, weight)
-    input_wanted, weight_wanted, bias_wanted = geometry_and_wanted[-3:]
 
     def gradient(of: Tensor, wanted: bool) -> Tensor:
         sizes = of.shape if wanted else (0, *of.shape[1:])

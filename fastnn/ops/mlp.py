@@ -10,15 +10,14 @@ from torch import Tensor
 from fastnn.ops._autograd import (
     apply_function,
     autocast,
-    autocast_is_on,
     call_kernel,
     check_same_device,
     differentiate_twice,
-    is_inference,
+    is_plain,
     needs_autograd,
     needs_reference,
-    raw_operator,
 )
+from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import mlp as reference
 
 # The operator takes activations by their place in this list (csrc/kernels/mlp.h has the same).
@@ -129,15 +128,14 @@ def _names_of(digits: str) -> list[str]:
 def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, recompute: bool = False) -> Tensor:
     """:func:`mlp` for callers that know their arguments: ``parameters`` as of :func:`join_parameters`, ``digits`` the
     activations as of :func:`activation_digits`."""
-    if autocast_is_on():
-        input, *parameters = autocast(input, *parameters)
     rank = input.dim()
+    if rank == 2 and digits and is_plain(input):
+        return _mlp_call(input, parameters, digits)
+    input, *parameters = autocast(input, *parameters)
     if rank == 0 or not digits or needs_reference(input):
         return reference.mlp(input, *split_parameters(parameters, len(digits)), _names_of(digits))
     rows = input if rank == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    if is_inference():
-        output = (_mlp_op if torch.compiler.is_compiling() else _mlp_call)(rows, parameters, digits)
-    elif needs_autograd(input, *parameters):
+    if needs_autograd(input, *parameters):
         output = apply_function(Mlp, rows, digits, recompute, *parameters)[0]
     else:
         output = call_kernel(_mlp_op, rows, parameters, digits)

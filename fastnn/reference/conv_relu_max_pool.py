@@ -1,13 +1,43 @@
 """What ``conv_relu_max_pool`` means, in plain PyTorch."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_POOL: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+POOL: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+class Geometry(NamedTuple):
+    """What a call has besides its tensors, one value a dimension."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    pool_kernel_size: Sequence[int]
+    pool_stride: Sequence[int]
+    pool_padding: Sequence[int]
+    pool_dilation: Sequence[int]
+    ceil_mode: bool
+
+    def fits(self, dims: int) -> bool:
+        return all(len(values) == dims for values in self if not isinstance(values, int))
+
+    def flat(self) -> tuple[int, ...]:
+        """As the operators take it: the sequences, one after another, then groups and ceil_mode."""
+        stride, padding, dilation, groups, *pool, ceil_mode = self
+        return (*stride, *padding, *dilation, *(value for values in pool for value in values), groups, int(ceil_mode))
+
+    @classmethod
+    def of_flat(cls, flat: Sequence[int], dims: int) -> "Geometry":
+        if len(flat) != 7 * dims + 2:
+            raise RuntimeError(f"expected geometry to have {7 * dims + 2} values, got {len(flat)}")
+        stride, padding, dilation, *pool = (flat[i * dims : (i + 1) * dims] for i in range(7))
+        fields: tuple[Any, ...] = (stride, padding, dilation, flat[-2], *pool, bool(flat[-1]))
+        return cls._make(fields)
 
 
 def conv_relu_max_pool(
@@ -30,7 +60,7 @@ def conv_relu_max_pool(
     (out_channels) -> (batch, out_channels, ...).
     """
     dims = len(stride)
-    activated = F.relu(_CONV[dims](input, weight, bias, stride, padding, dilation, groups))
+    activated = F.relu(CONV[dims](input, weight, bias, stride, padding, dilation, groups))
     return max_pool(activated, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
 
 
@@ -47,7 +77,7 @@ def max_pool(
     Stock's backward writes outside its memory where a window holds nothing but padding. Such windows get their
     padding as values here.
     """
-    pool = _POOL[len(kernel_size)]
+    pool = POOL[len(kernel_size)]
     sizes = input.shape[-len(kernel_size) :]
     geometry = list(zip(sizes, kernel_size, stride, padding, dilation, strict=False))
     valid = all(min(k, s, d) > 0 and 0 <= p <= k // 2 for _, k, s, p, d in geometry)

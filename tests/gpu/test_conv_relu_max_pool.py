@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastnn.kernels import _launch
 from fastnn.kernels import conv_relu_max_pool as kernels
-from fastnn.kernels._conv_geometry import ConvArguments, check_problem
+from fastnn.kernels._conv_geometry import Geometry, check_problem
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -17,7 +17,7 @@ def arguments(dims, stride=1, padding=0, dilation=1, groups=1, pool=2, pool_stri
     def per_dimension(value):
         return [value] * dims if isinstance(value, int) else list(value)
 
-    return ConvArguments(
+    return Geometry(
         *map(per_dimension, (stride, padding, dilation)), groups, per_dimension(pool),
         per_dimension(pool if pool_stride is None else pool_stride), per_dimension(pool_padding),
         per_dimension(pool_dilation), ceil_mode,
@@ -42,12 +42,12 @@ def check(input, weight, bias, a, assert_near):
     """Forward and every gradient."""
     exact = [t.double().cpu().contiguous().requires_grad_() for t in (input, weight, bias)]
     expected = reference(*exact, a)
-    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, *a)
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, a.flat())
     assert_near(output, expected.detach(), factor=2)
-    torch.testing.assert_close(kernels.conv_relu_max_pool(input, weight, bias, *a), output, rtol=0, atol=0)
+    torch.testing.assert_close(kernels.conv_relu_max_pool(input, weight, bias, a.flat()), output, rtol=0, atol=0)
     grad = torch.randn(output.shape).to(output)
     gradients = torch.autograd.grad(expected, exact, grad.double().cpu())
-    actual = kernels.conv_relu_max_pool_backward(grad, winners, input, weight, *a, True, True, True)
+    actual = kernels.conv_relu_max_pool_backward(grad, winners, input, weight, a.flat(), True, True, True)
     for got, want in zip(actual, gradients, strict=True):
         assert_near(got, want, factor=4)
     return output, winners
@@ -95,7 +95,7 @@ def test_float64(device):
     a = arguments(2, pool=3, pool_stride=2, pool_padding=1)
     input, weight, bias = make((2, 3, 9, 8), 4, 3, a, torch.float64, device)
     expected = reference(input, weight, bias, a)
-    torch.testing.assert_close(kernels.conv_relu_max_pool(input, weight, bias, *a), expected)
+    torch.testing.assert_close(kernels.conv_relu_max_pool(input, weight, bias, a.flat()), expected)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -108,9 +108,9 @@ def test_channels_last_comes_out_as_it_goes_in(channels, fused, device, assert_n
     output, winners = check(last, weight, bias, a, assert_near)
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert winners.is_contiguous(memory_format=torch.channels_last)
-    grad = kernels.conv_relu_max_pool_backward(output, winners, last, weight, *a, True, False, False)[0]
+    grad = kernels.conv_relu_max_pool_backward(output, winners, last, weight, a.flat(), True, False, False)[0]
     assert grad.is_contiguous(memory_format=torch.channels_last)
-    assert kernels.conv_relu_max_pool(input, weight, bias, *a).is_contiguous()
+    assert kernels.conv_relu_max_pool(input, weight, bias, a.flat()).is_contiguous()
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -120,17 +120,17 @@ def test_winners(fused, device, monkeypatch):
     nan = float("nan")
     input = torch.tensor([[2.0, 2.0, nan, nan, -1.0, -2.0, 0.0, 5.0, 1.0]], device=device)[None]
     weight = torch.ones(1, 1, 1, device=device)
-    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, None, *arguments(1))
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, None, arguments(1).flat())
     torch.testing.assert_close(output, torch.tensor([[[2.0, nan, 0.0, 5.0]]], device=device), equal_nan=True)
     assert winners.flatten().tolist() == [0, 1, 255, 1]
     grad_input = kernels.conv_relu_max_pool_backward(
-        torch.ones_like(output), winners, input.nan_to_num(), weight, *arguments(1), True, False, False
+        torch.ones_like(output), winners, input.nan_to_num(), weight, arguments(1).flat(), True, False, False
     )[0]
     assert grad_input.flatten().tolist() == [1, 0, 0, 1, 0, 0, 0, 1, 0]
 
     sparse = arguments(1, pool=2, pool_stride=3, pool_dilation=3, pool_padding=1, ceil_mode=True)
     small = torch.ones(1, 1, 2, device=device)
-    output, winners = kernels.conv_relu_max_pool_with_winners(small, weight, None, *sparse)
+    output, winners = kernels.conv_relu_max_pool_with_winners(small, weight, None, sparse.flat())
     torch.testing.assert_close(output, reference(small.cpu(), weight.cpu(), None, sparse).to(device))
     assert bool((winners[output == float("-inf")] == 255).all())
 
@@ -138,24 +138,24 @@ def test_winners(fused, device, monkeypatch):
 def test_hostile_winners_do_no_harm(device):
     a = arguments(2, pool_padding=1)
     input, weight, bias = make((1, 2, 6, 6), 3, 3, a, torch.float32, device)
-    output = kernels.conv_relu_max_pool(input, weight, bias, *a)
+    output = kernels.conv_relu_max_pool(input, weight, bias, a.flat())
     for place in (0, 3, 4, 200, 254):
         winners = torch.full_like(output, place, dtype=torch.uint8)
-        gradients = kernels.conv_relu_max_pool_backward(output, winners, input, weight, *a, True, True, True)
+        gradients = kernels.conv_relu_max_pool_backward(output, winners, input, weight, a.flat(), True, True, True)
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_empty_batch_and_unwanted_gradients(device):
     a = arguments(2)
     input, weight, bias = make((0, 3, 6, 6), 4, 3, a, torch.float32, device)
-    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, *a)
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, a.flat())
     assert output.shape == (0, 4, 2, 2)
-    gradients = kernels.conv_relu_max_pool_backward(output, winners, input, weight, *a, True, True, True)
+    gradients = kernels.conv_relu_max_pool_backward(output, winners, input, weight, a.flat(), True, True, True)
     assert [g.shape for g in gradients] == [input.shape, weight.shape, bias.shape]
     assert not gradients[1].any()
     input = torch.randn(1, 3, 6, 6, device=device)
-    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, *a)
-    gradients = kernels.conv_relu_max_pool_backward(output, winners, input, weight, *a, False, False, True)
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, a.flat())
+    gradients = kernels.conv_relu_max_pool_backward(output, winners, input, weight, a.flat(), False, False, True)
     assert [g.shape[0] for g in gradients] == [0, 0, 4]
 
 
@@ -168,8 +168,7 @@ REFUSED = {
     "to have 6 channels": {"groups": 2},
     "pool_stride should be greater than zero": {"pool_stride": 0},
     "at most half of kernel size": {"pool_padding": 2},
-    "single integer value or a list of 2": {"stride": (1,)},
-    "must either be a single int": {"pool": (2, 2, 2), "pool_stride": 2},
+    "geometry to have 16 values": {"stride": (1,)},
     "too large": {"padding": 2**40},
 }
 
@@ -179,26 +178,26 @@ def test_refuses_geometry(message, device):
     a = arguments(2)
     input, weight, bias = make((1, 3, 6, 6), 4, 3, a, torch.float32, device)
     with pytest.raises(RuntimeError, match=message):
-        kernels.conv_relu_max_pool(input, weight, bias, *arguments(2, **REFUSED[message]))
+        kernels.conv_relu_max_pool(input, weight, bias, arguments(2, **REFUSED[message]).flat())
 
 
 def test_refuses_tensors(device):
     a = arguments(2)
     input, weight, bias = make((1, 3, 6, 6), 4, 3, a, torch.float32, device)
-    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, *a)
+    output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, a.flat())
     for changed in ((input[0], weight, bias), (input, weight.double(), bias), (input, weight, bias[1:]),
                     (input, weight[0], bias), (input.to("meta"), weight, bias), (input.int(), weight, bias),
                     (input, weight[:, :, :0], bias)):  # fmt: skip
         with pytest.raises(RuntimeError):
-            kernels.conv_relu_max_pool(*changed, *a)
+            kernels.conv_relu_max_pool(*changed, a.flat())
     wanted = (True, True, True)
     for changed in ((output[:, 1:], winners), (output, winners[:, 1:]), (output, winners.int()),
                     (output.double(), winners), (output, winners.to("meta"))):  # fmt: skip
         with pytest.raises(RuntimeError):
-            kernels.conv_relu_max_pool_backward(*changed, input, weight, *a, *wanted)
+            kernels.conv_relu_max_pool_backward(*changed, input, weight, a.flat(), *wanted)
     with pytest.raises(RuntimeError, match="at most 254 elements"):
         kernels.conv_relu_max_pool_with_winners(torch.ones(1, 3, 40, 40, device=device), weight, bias,
-                                                *arguments(2, pool=16))  # fmt: skip
+                                                arguments(2, pool=16).flat())  # fmt: skip
 
 
 def test_choice_of_path():

@@ -1,0 +1,158 @@
+// mlp's backward for a block of rows, layer by layer from the last.
+#pragma once
+
+#include "mlp_layer.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// The gradient (rows, out) before the activation, `source` being that after it: in `buffer`, which may be `source`, or
+// where nothing changes, `source` itself.
+template <class T>
+const T* through_activation(const MlpLayerBackward<T>& layer, const T* source, int64_t first_row, int64_t rows,
+                            T* buffer) {
+  if (layer.activation == Activation::identity) return source;
+  const T* saved = layer.saved + first_row * layer.out;
+  with_activation(layer.activation, [&](auto constant) {
+    constexpr Activation activation = decltype(constant)::activation;
+    for (int64_t i = 0; i < rows * layer.out; i += kLanes<T>) {
+      const int64_t left_over = rows * layer.out - i;
+      const Vec<T> grad = load_up_to<T>(source + i, left_over), kept = load_up_to<T>(saved + i, left_over);
+      store_up_to<T>(buffer + i, activation_gradient<activation, T>(grad, kept), left_over);
+    }
+  });
+  return buffer;
+}
+
+// output (m, n) = sum over k of a[m * a_row + k * a_depth] * b[k * n + column], added to what is there if `add`.
+template <class T>
+void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* output,
+              bool rows_first, bool add) {
+  for_each_tile<T>(m, n, rows_first, [&](auto count, auto width, int64_t row, int64_t column, int last) {
+    constexpr int rows = decltype(count)::value, vectors = decltype(width)::value;
+    T* to = output + row * n + column;
+    Vec<T> total[rows][vectors];
+    multiply_tile<rows, vectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, last, total);
+    // A block is summed on its own before it joins the others: rounding errors grow with the length of a sum.
+    if (add) {
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          total[r][v] += load_up_to<T>(to + r * n + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last);
+        }
+      }
+    }
+    store_tile<rows, vectors, T>(total, last, to, n, [](Vec<T> x, int) { return x; });
+  });
+}
+
+// total (columns) = the sum of the rows, added to what is there if `add`; `lost` (columns) is what rounding has kept
+// from it so far (Kahan). Stock's sums are as accurate.
+template <class T>
+void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, T* lost, bool add) {
+  constexpr int chains = 4;
+  for (int64_t column = 0; column < columns; column += kLanes<T>) {
+    const int64_t left_over = columns - column;
+    Vec<T> sums[chains] = {};
+    for (int64_t row = 0; row < rows; row += chains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; ++c) {
+        if (row + c < rows) sums[c] += load_up_to<T>(gradient + (row + c) * columns + column, left_over);
+      }
+    }
+    const Vec<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    if (!add) {
+      store_up_to<T>(total + column, sum, left_over);
+      store_up_to<T>(lost + column, Vec<T>{}, left_over);
+      continue;
+    }
+    const Vec<T> before = load_up_to<T>(total + column, left_over);
+    const Vec<T> term = sum - load_up_to<T>(lost + column, left_over);
+    const Vec<T> after = before + term;
+    store_up_to<T>(total + column, after, left_over);
+    store_up_to<T>(lost + column, (after - before) - term, left_over);
+  }
+}
+
+// A layer of few inputs fills few lanes of a tile: turned over, it has the outputs in its lanes.
+template <class T>
+bool is_narrow(const MlpLayerBackward<T>& layer) {
+  return layer.in <= kLanes<T> / 2 && layer.out > layer.in;
+}
+// Elements of scratch for a narrow layer turned over.
+template <class T>
+int64_t turned_size(int64_t widest) {
+  return kLanes<T> / 2 * widest;
+}
+
+// grad_weight (out, in) = the gradient (rows, out), transposed, times input (rows, in).
+template <class T>
+void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, const T* input, int64_t rows, T* turned,
+                       bool add) {
+  if (!is_narrow(layer)) {
+    return multiply(layer.out, layer.in, rows, gradient, 1, layer.out, input, layer.grad_weight, true, add);
+  }
+  multiply(layer.in, layer.out, rows, input, 1, layer.in, gradient, turned, false, false);
+  for (int64_t o = 0; o < layer.out; ++o) {
+    for (int64_t i = 0; i < layer.in; ++i) {
+      T& to = layer.grad_weight[o * layer.in + i];
+      to = add ? to + turned[i * layer.out + o] : turned[i * layer.out + o];
+    }
+  }
+}
+
+// output (rows, in) = the gradient (rows, out) times the weight (out, in)
+template <class T>
+void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int64_t rows, T* output, T* turned) {
+  if (!is_narrow(layer)) {
+    return multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, output, false, false);
+  }
+  transpose_matrix(layer.weight, layer.in, layer.out, layer.in, turned, layer.out);
+  dot_layer<T>({turned, nullptr, layer.out, layer.in, Activation::identity, nullptr, nullptr}, gradient, output, rows);
+}
+
+// The layer's input for a block of rows is as it was saved, or activated again from the layer before.
+template <class T>
+void weight_gradient(const MlpLayerBackward<T>* layer, const T* gradient, int64_t first_row, int64_t rows, T* activated,
+                     T* turned, bool add) {
+  if (layer->input) {
+    return multiply_by_input(*layer, gradient, layer->input + first_row * layer->in, rows, turned, add);
+  }
+  const T* saved = layer[-1].saved + first_row * layer->in;
+  with_activation(layer[-1].activation, [&](auto constant) {
+    for (int64_t i = 0; i < rows * layer->in; i += kLanes<T>) {
+      const int64_t left_over = rows * layer->in - i;
+      store_up_to<T>(activated + i, activate<decltype(constant)::activation, T>(load_up_to<T>(saved + i, left_over)),
+                     left_over);
+    }
+  });
+  multiply_by_input(*layer, gradient, activated, rows, turned, add);
+}
+
+template <class T>
+void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input, int64_t first_row,
+              int64_t last_row, T* scratch) {
+  int64_t widest = layers[0].in;
+  for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
+  T* buffers[2] = {scratch, scratch + kBlockRows * widest};  // for the gradient of a layer, and of the one before it
+  T* turned = scratch + 2 * kBlockRows * widest;
+  for (int64_t row = first_row; row < last_row; row += kBlockRows) {
+    const int64_t rows = smaller(last_row - row, kBlockRows);
+    const bool add = row > first_row;
+    const T* source = grad_output + row * layers[count - 1].out;
+    for (int64_t i = count - 1; i >= 0; --i) {
+      const MlpLayerBackward<T>& layer = layers[i];
+      T* const next = buffers[i % 2];
+      const T* gradient = through_activation(layer, source, row, rows, buffers[(i + 1) % 2]);
+      if (layer.grad_bias) sum_rows<T>(gradient, rows, layer.out, layer.grad_bias, layer.lost, add);
+      if (layer.grad_weight) weight_gradient(&layer, gradient, row, rows, next, turned, add);
+      T* grad_layer_input = i > 0 ? next : grad_input ? grad_input + row * layer.in : nullptr;
+      if (grad_layer_input) multiply_by_weight(layer, gradient, rows, grad_layer_input, turned);
+      source = next;
+    }
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,224 @@
+// One layer of mlp's forward for a block of rows, in three ways: with the weight as it is, a row at a time or with the
+// rows in the lanes, or packed. Which is best depends on how many rows there are to share the packing.
+#pragma once
+
+#include "../simd/activation.h"
+#include "../simd/transpose.h"
+#include "gemm.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// Rows that go through all layers together: a few register tiles, so that a weight panel read from L2 is used
+// several times, while the activations stay in L1.
+constexpr int64_t kBlockRows = 4 * kTileRows;
+
+// Whether a layer's tile applies the activation itself. The others cost more than another pass over a block in cache,
+// and would each need a copy of the tile.
+inline bool taken_with_the_tile(Activation activation) {
+  return activation == Activation::relu || activation == Activation::identity;
+}
+
+// output (count) <- activated, with a copy to `saved` where backward wants one
+template <class T>
+void activate_block(const MlpLayer<T>& layer, T* output, T* saved, int64_t count) {
+  with_activation(layer.activation, [&](auto constant) {
+    constexpr Activation activation = decltype(constant)::activation;
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const Vec<T> before = load_up_to<T>(output + i, count - i);
+      const Vec<T> value = activation == Activation::relu ? before : activate<activation, T>(before);
+      store_up_to<T>(output + i, value, count - i);
+      if (saved) store_up_to<T>(saved + i, keeps_input(activation) ? before : value, count - i);
+    }
+  });
+}
+
+// ---- packed ----
+
+// The bias comes last: added first, every partial sum would be rounded by its size.
+template <int rows, int vectors, class T>
+FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const T* input, T* output, int64_t column, int last) {
+  Vec<T> total[rows][vectors], bias[vectors] = {};
+  multiply_tile<rows, vectors>(layer.in, input, layer.in, 1, layer.packed + column * layer.in, vectors * kLanes<T>,
+                               kLanes<T>, total);
+  if (layer.bias) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t from = column + v * kLanes<T>;
+      bias[v] = load_up_to<T>(layer.bias + from, layer.out - from);
+    }
+  }
+  if (layer.activation == Activation::relu) {
+    store_tile<rows, vectors, T>(total, last, output + column, layer.out,
+                                 [&](Vec<T> x, int v) { return relu(x + bias[v]); });
+  } else {
+    store_tile<rows, vectors, T>(total, last, output + column, layer.out, [&](Vec<T> x, int v) { return x + bias[v]; });
+  }
+}
+
+// input (rows, in) -> output (rows, out) by packed panels.
+template <class T>
+void packed_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
+  for_each_tile<T>(rows, layer.out, false, [&](auto count, auto vectors, int64_t row, int64_t column, int last) {
+    packed_tile<decltype(count)::value, decltype(vectors)::value, T>(layer, input + row * layer.in,
+                                                                     output + row * layer.out, column, last);
+  });
+}
+
+// ---- dot ----
+
+template <class T>
+constexpr int64_t kLongRow = 4 * kLanes<T>;
+
+// dot_tile for long rows that lie one after the other. One column at a time, for the sake of the weight, which has to
+// come from L2 or further: a single stream, asked for ahead of time, comes twice as fast as one a column.
+template <int rows, class T>
+FASTNN_INLINE Vec<T> dot_stream(int64_t depth, const T* a, const T* weight, int64_t columns_left) {
+  constexpr int lanes = kLanes<T>, columns = lanes / rows, parts = rows == 4 ? 2 : 4;
+  constexpr int kAhead = 1024 / sizeof(T);
+  Vec<T> sums[lanes] = {};
+  for (int c = 0; c < columns && c < columns_left; ++c) {
+    Vec<T> total[rows][parts] = {};
+    const auto multiply = [&](int part, int64_t k, auto load_part) __attribute__((always_inline)) {
+      const Vec<T> right = load_part(weight + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) total[r][part] += load_part(a + r * depth + k) * right;
+    };
+    const auto whole = [](const T* from) __attribute__((always_inline)) { return load(from); };
+    int64_t k = 0;
+    for (; k + parts * lanes <= depth; k += parts * lanes) {
+#pragma GCC unroll 4
+      for (int part = 0; part < parts; ++part) {
+        __builtin_prefetch(weight + k + part * lanes + kAhead);
+        multiply(part, k + part * lanes, whole);
+      }
+    }
+    for (; k + lanes <= depth; k += lanes) multiply(0, k, whole);
+    if (k < depth) {
+      const int rest = static_cast<int>(depth - k);
+      multiply(1, k, [rest](const T* from) __attribute__((always_inline)) { return load_partial<T>(from, rest); });
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      Vec<T> sum = total[r][0] + total[r][1];
+      if constexpr (parts == 4) sum += total[r][2] + total[r][3];
+      sums[r * columns + c] = sum;
+    }
+    weight += depth;
+  }
+  return sum_each<T, lanes>(sums);
+}
+
+// Rows of a tile of dot products: as many as make it about square.
+template <class T>
+constexpr int kDotRows = kLanes<T> >= 16  ? 4
+                         : kLanes<T> >= 8 ? 2
+                                          : 1;
+
+// `rows` rows, in tiles of `tile_rows`, by dot products with the weight as it is.
+template <int tile_rows, class T>
+FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
+  constexpr int columns = kLanes<T> / tile_rows;
+  for (int64_t column = 0; column < layer.out; column += columns) {
+    const int64_t columns_left = smaller(layer.out - column, columns);
+    T bias[kLanes<T>] = {};
+    for (int i = 0; layer.bias && i < kLanes<T>; ++i) {
+      if (i % columns < columns_left) bias[i] = layer.bias[column + i % columns];
+    }
+    for (int64_t row = 0; row < rows; row += tile_rows) {
+      const T *from = input + row * layer.in, *weight = layer.weight + column * layer.in;
+      Vec<T> sums;
+      if (tile_rows <= 2 && layer.in >= kLongRow<T>) {
+        sums = dot_stream<tile_rows>(layer.in, from, weight, columns_left);
+      } else {
+        sums = dot_tile<tile_rows>(layer.in, from, layer.in, weight, layer.in, columns_left, rows - row);
+      }
+      sums += load(bias);
+      if (layer.activation == Activation::relu) sums = relu(sums);
+      T values[kLanes<T>];
+      store(values, sums);
+      for (int r = 0; r < tile_rows && row + r < rows; ++r) {
+        T* to = output + (row + r) * layer.out + column;
+        if (columns_left == columns) {
+          __builtin_memcpy(to, values + r * columns, columns * sizeof(T));
+        } else {
+          __builtin_memcpy(to, values + r * columns, columns_left * sizeof(T));
+        }
+      }
+    }
+  }
+}
+
+// input (rows, in) -> output (rows, out)
+template <class T>
+void dot_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
+  constexpr int most = kDotRows<T>;
+  // Three rows of four go as four, of which one is computed twice.
+  const int64_t left_over = rows % most, whole = left_over > most / 2 ? rows : rows - left_over;
+  if (whole > 0) dot_tiles<most, T>(layer, input, output, whole);
+  if (whole == rows) return;
+  input += whole * layer.in;
+  output += whole * layer.out;
+  if (most == 4 && left_over == 2) {
+    dot_tiles<2, T>(layer, input, output, left_over);
+  } else {
+    dot_tiles<1, T>(layer, input, output, left_over);
+  }
+}
+
+// ---- rows in the lanes ----
+
+// Rows (<= width) of features, row-major, -> (features, width), the width being `vectors` vectors of a row a lane.
+template <int vectors, class T>
+void into_lanes(const T* rows, int64_t count, int64_t features, T* panel) {
+#pragma GCC unroll 2
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t first = v * kLanes<T>;
+    pack_rows<T>(rows + first * features, features, smaller(count - first, kLanes<T>), features, panel + first,
+                 vectors * kLanes<T>);
+  }
+}
+
+// (in, width) -> (out, width). The weight takes the place of a tile's rows, so that it is read as it is.
+template <int vectors, class T>
+void lanes_layer(const MlpLayer<T>& layer, const T* input, T* output) {
+  constexpr int64_t width = vectors * kLanes<T>;
+  for (int64_t column = 0; column < layer.out; column += kTileRows) {
+    with_constant<kTileRows>(static_cast<int>(smaller(layer.out - column, kTileRows)), [&](auto constant) {
+      constexpr int columns = decltype(constant)::value;
+      Vec<T> total[columns][vectors], bias[columns] = {};
+      multiply_tile<columns, vectors>(layer.in, layer.weight + column * layer.in, layer.in, 1, input, width, kLanes<T>,
+                                      total);
+      if (layer.bias) {
+#pragma GCC unroll 16
+        for (int c = 0; c < columns; ++c) bias[c] = broadcast(layer.bias[column + c]);
+      }
+      const bool relu_wanted = layer.activation == Activation::relu;
+#pragma GCC unroll 16
+      for (int c = 0; c < columns; ++c) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          const Vec<T> value = total[c][v] + bias[c];
+          store(output + (column + c) * width + v * kLanes<T>, relu_wanted ? relu(value) : value);
+        }
+      }
+    });
+  }
+}
+
+// errors (rows) = the mean over the columns of (output - input)^2
+template <class T>
+void mean_squared_errors(const T* input, const T* output, int64_t rows, int64_t columns, T* errors) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec<T> total = {};
+    for (int64_t i = 0; i < columns; i += kLanes<T>) {
+      const int64_t from = r * columns + i, left_over = columns - i;
+      const Vec<T> difference = load_up_to<T>(output + from, left_over) - load_up_to<T>(input + from, left_over);
+      total += difference * difference;
+    }
+    errors[r] = sum_lanes<T>(total) / static_cast<T>(columns);
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

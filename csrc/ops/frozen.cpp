@@ -1,0 +1,160 @@
+// fastnn::frozen: a whole network in one call, from a program, its weights and their packed form.
+#include <memory>
+
+#include "frozen_stages.h"
+#include "register.h"
+
+namespace fastnn {
+namespace {
+
+template <class T>
+struct FrozenNetwork {
+  std::vector<std::unique_ptr<FrozenStage<T>>> stages;
+
+  FrozenNetwork(const Expected& kind, const Tensor& weights, const std::string& program) {
+    WeightReader<T> reader(data<T>(weights), weights.numel());
+    Words words(program);
+    while (!words.ends()) {
+      const std::string name = words.word();
+      if (name == "mlp") {
+        stages.push_back(std::make_unique<FrozenMlp<T>>(words, reader));
+      } else if (name == "conv") {
+        stages.push_back(std::make_unique<FrozenConv<T>>(words, reader, kind));
+      } else if (name == "rnn") {
+        stages.push_back(std::make_unique<FrozenRnn<T>>(words, reader));
+      } else {
+        FASTNN_CHECK(name == "flatten", "frozen: the program has no stage \"", name, "\"");
+        stages.push_back(std::make_unique<FrozenFlatten<T>>(words));
+      }
+    }
+    FASTNN_CHECK(!stages.empty(), "frozen: expected at least one stage");
+    FASTNN_CHECK(reader.ends(), "frozen: there are more weights than the program asks for");
+  }
+
+  void pack(Ints sizes, PackedWriter& packed) const {
+    for (const auto& stage : stages) {
+      const Ints next = stage->output_sizes(sizes);
+      stage->pack(sizes, packed);
+      sizes = next;
+    }
+  }
+};
+
+Expected check_tensors(const char* op, const Tensor& first, const char* name, const Tensor& weights) {
+  const Expected kind = check_first(first, op, name);
+  FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, op, ": not implemented for BFloat16; use float32 or float64");
+  check_same_kind(weights, kind, "weights");
+  FASTNN_CHECK(weights.dim() == 1 && weights.is_contiguous(), op, ": expected weights to be 1D and contiguous");
+  return kind;
+}
+
+template <class Body>
+auto with_frozen_dtype(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(double{}) : body(float{});
+}
+
+// A network and what follows from an input's sizes. A thread keeps its last, so that a small network is not read anew
+// at every call.
+template <class T>
+struct Plan {
+  std::string program;
+  const T* weights;
+  int64_t weight_count;
+  FrozenNetwork<T> network;
+  std::vector<Ints> sizes{};  // of the input and of each stage's output
+  int64_t largest = 0;        // elements of a stage's output, whole cache lines
+  size_t last = 0;            // the last stage that computes
+
+  void set_sizes(const Sizes& input) {
+    if (!sizes.empty() && input.size() == sizes[0].size() && std::equal(input.begin(), input.end(), sizes[0].begin())) {
+      return;
+    }
+    std::vector<Ints> all{Ints(input.begin(), input.end())};
+    int64_t most = 0;
+    for (size_t i = 0; i < network.stages.size(); ++i) {
+      all.push_back(network.stages[i]->output_sizes(all.back()));
+      if (!network.stages[i]->only_reshapes()) last = i;
+      most = std::max(most, product(all.back(), 0, all.back().size()));
+    }
+    constexpr int64_t line = 64 / sizeof(T);
+    largest = (most + line - 1) / line * line;
+    sizes = std::move(all);
+  }
+};
+
+template <class T>
+const Plan<T>& plan_of(const Expected& kind, const Tensor& weights, const std::string& program, const Sizes& input) {
+  static thread_local std::unique_ptr<Plan<T>> kept;
+  const T* const first = data<T>(weights);
+  if (!kept || kept->weights != first || kept->weight_count != weights.numel() || kept->program != program) {
+    kept.reset();
+    kept.reset(new Plan<T>{program, first, weights.numel(), FrozenNetwork<T>(kind, weights, program)});
+  }
+  kept->set_sizes(input);
+  return *kept;
+}
+
+template <class T>
+Tensor run(const Plan<T>& plan, const Tensor& input, const Tensor& packed) {
+  const Tensor output = new_tensor(plan.sizes.back(), input.scalar_type());
+  if (output.numel() == 0) return output;
+  const auto& stages = plan.network.stages;
+  const Scratch<T> between(plan.last > 0 ? checked_product(2, plan.largest) : 0);
+  PackedReader reader(data<char>(packed), packed.numel(), sizeof(T));
+  const T* from = data<T>(input);
+  int64_t next = 0;
+  for (size_t i = 0; i <= plan.last; ++i) {
+    if (stages[i]->only_reshapes()) continue;
+    T* to = i == plan.last ? mutable_data<T>(output) : between.get() + plan.largest * (next++ % 2);
+    stages[i]->run(from, plan.sizes[i], to, reader);
+    from = to;
+  }
+  if (stages[plan.last]->only_reshapes()) std::memcpy(mutable_data<T>(output), from, output.numel() * sizeof(T));
+  return output;
+}
+
+Tensor frozen(const Tensor& input, const Tensor& weights, const Tensor& packed, const std::string& program) {
+  const char* op = "frozen";
+  const Expected kind = check_tensors(op, input, "input", weights);
+  check_plain(packed, op, "packed");
+  FASTNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), op,
+               ": expected packed to be uint8, 1D and contiguous");
+  const Tensor dense_input = dense(input);
+  return with_frozen_dtype(kind.dtype, [&](auto type) {
+    using T = decltype(type);
+    return run(plan_of<T>(kind, weights, program, dense_input.sizes()), dense_input, packed);
+  });
+}
+
+// sizes: an input's, for which the packing is best.
+Tensor frozen_packed(const Tensor& weights, const std::string& program, const Ints& sizes) {
+  const char* op = "frozen_packed";
+  const Expected kind = check_tensors(op, weights, "weights", weights);
+  FASTNN_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 0; }), op,
+               ": sizes should not be negative, got ", to_string(sizes));
+  return with_frozen_dtype(kind.dtype, [&](auto type) {
+    using T = decltype(type);
+    const FrozenNetwork<T> network(kind, weights, program);
+    PackedWriter counted(nullptr, sizeof(T));
+    network.pack(sizes, counted);
+    const Tensor packed = new_tensor({counted.bytes()}, ScalarType::Byte);
+    PackedWriter written(mutable_data<char>(packed), sizeof(T));
+    network.pack(sizes, written);
+    return packed;
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  // program: see frozen_stages.h; fastnn/frozen.py writes it. packed: of frozen_packed; one that does not fit this
+  // machine, dtype or input costs time and nothing else.
+  m.def("frozen(Tensor input, Tensor weights, Tensor packed, str program) -> Tensor");
+  m.def("frozen_packed(Tensor weights, str program, int[] sizes) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("frozen", FASTNN_BOX(frozen));
+  m.impl("frozen_packed", FASTNN_BOX(frozen_packed));
+}
+
+}  // namespace
+}  // namespace fastnn

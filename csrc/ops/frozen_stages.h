@@ -1,0 +1,284 @@
+// The stages of a frozen network: each one's sizes, packed weights and run, over raw memory.
+#pragma once
+
+#include <memory>
+
+#include "../kernels/mlp.h"
+#include "conv_problem.h"
+#include "frozen_memory.h"
+#include "rnn_problem.h"
+
+namespace fastnn {
+
+template <class T>
+class FrozenStage {
+ public:
+  virtual ~FrozenStage() = default;
+  // Raises unless an input of these sizes fits.
+  virtual Ints output_sizes(const Ints& input) const = 0;
+  // What is to be packed: everything that `run` will ask `packed` for, in the same order.
+  virtual void pack(const Ints& input, PackedWriter& packed) const = 0;
+  virtual void run(const T* input, const Ints& sizes, T* output, PackedReader& packed) const = 0;
+  // Whether the output is the input, under other sizes.
+  virtual bool only_reshapes() const { return false; }
+};
+
+inline int64_t product(const Ints& sizes, size_t first, size_t last) {
+  int64_t result = 1;
+  for (size_t i = first; i < last; ++i) result = checked_product(result, sizes[i]);
+  return result;
+}
+
+// "mlp biases in (out activation)*": a chain of linear layers over the last dimension.
+template <class T>
+class FrozenMlp : public FrozenStage<T> {
+ public:
+  FrozenMlp(Words& words, WeightReader<T>& weights) {
+    const bool biases = words.number(0, 1);
+    int64_t in = words.size();
+    while (!words.stage_ends()) {
+      const int64_t out = words.size();
+      const Activation activation =
+          static_cast<Activation>(words.number(0, static_cast<int64_t>(Activation::count) - 1));
+      const T* weight = weights.take(checked_product(out, in));
+      const T* bias = biases ? weights.take(out) : nullptr;
+      layers_.push_back({weight, bias, in, out, activation, nullptr, nullptr});
+      widest_ = std::max(widest_, out);
+      work_ += 2.0 * static_cast<double>(in) * static_cast<double>(out);
+      in = out;
+    }
+    FASTNN_CHECK(!layers_.empty(), "frozen: mlp without layers");
+  }
+
+  Ints output_sizes(const Ints& input) const override {
+    FASTNN_CHECK(input.size() >= 2 && input.back() == layers_[0].in, "frozen: expected a layer's input to have ",
+                 layers_[0].in, " features, got size ", to_string(input));
+    Ints output = input;
+    output.back() = layers_.back().out;
+    return output;
+  }
+
+  void pack(const Ints&, PackedWriter& packed) const override {
+    const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+    for (const MlpLayer<T>& layer : layers_) {
+      T* to = packed.give<T>(0, kernels.packed_size(layer.out, layer.in));
+      if (to) kernels.pack(layer.weight, layer.out, layer.in, to);
+    }
+  }
+
+  void run(const T* input, const Ints& sizes, T* output, PackedReader& packed) const override {
+    const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+    std::vector<MlpLayer<T>> layers = layers_;
+    for (MlpLayer<T>& layer : layers) layer.packed = packed.take<T>(0, kernels.packed_size(layer.out, layer.in));
+    const int64_t rows = product(sizes, 0, sizes.size() - 1);
+    const int64_t chunks = std::min(useful_threads(work_ * static_cast<double>(rows)), rows);
+    const int64_t scratch_size = kernels.scratch_size(widest_);
+    const Scratch<T> scratch(checked_product(chunks, scratch_size));
+    parallel_chunks(chunks, rows, [&](int64_t chunk, int64_t first, int64_t last) {
+      kernels.forward(layers.data(), static_cast<int64_t>(layers.size()), false, input, output, nullptr, first, last,
+                      scratch.get() + chunk * scratch_size);
+    });
+  }
+
+ private:
+  std::vector<MlpLayer<T>> layers_;
+  int64_t widest_ = 0;
+  double work_ = 0;  // floating-point operations a row
+};
+
+// "conv dimensions bias out in kernel... geometry...": fastnn::conv_relu_max_pool with its geometry.
+template <class T>
+class FrozenConv : public FrozenStage<T> {
+ public:
+  FrozenConv(Words& words, WeightReader<T>& weights, const Expected& kind) : kind_(kind) {
+    const int64_t dims = words.number(1, 3);
+    const bool has_bias = words.number(0, 1);
+    for (int64_t i = 0; i < dims + 2; ++i) weight_sizes_.push_back(words.size());
+    while (!words.stage_ends()) geometry_.push_back(words.number(0, int64_t{1} << 31));
+    weight_ = weights.take(product(weight_sizes_, 0, weight_sizes_.size()));
+    bias_ = has_bias ? weights.take(weight_sizes_[0]) : nullptr;
+  }
+
+  Ints output_sizes(const Ints& input) const override { return fastnn::output_sizes(problem(input)); }
+
+  void pack(const Ints& input, PackedWriter& packed) const override {
+    const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
+    ConvPoolForward<T> call = call_of(problem(input).geometry);
+    call.plan = kernels.plan(call.geometry, call.input_layout, 1, false);
+    call.packed = packed.give<T>(packing_of(call.plan), call.plan.packed_size);
+    if (call.packed) kernels.pack(call, 0, call.plan.pack_items);
+  }
+
+  void run(const T* input, const Ints& sizes, T* output, PackedReader& packed) const override {
+    const ConvPoolProblem problem = this->problem(sizes);
+    ConvPoolForward<T> call = call_of(problem.geometry);
+    call.input = input;
+    call.output = output;
+    run_conv_pool(call, problem.work,
+                  [&](const ConvPoolPlan& plan) { return packed.take<T>(packing_of(plan), plan.packed_size); });
+  }
+
+ private:
+  ConvPoolProblem problem(const Ints& input) const { return problem_of(kind_, input, weight_sizes_, geometry_); }
+
+  ConvPoolForward<T> call_of(const ConvPoolGeometry& g) const {
+    ConvPoolForward<T> call{};
+    call.geometry = g;
+    call.input_layout = contiguous_layout(g.groups * g.in_channels, g.input);
+    call.weight = weight_;
+    call.weight_layout = contiguous_layout(g.in_channels, g.kernel);
+    call.bias = bias_;
+    call.output_layout = contiguous_layout(g.groups * g.out_channels, g.output);
+    return call;
+  }
+
+  Expected kind_;
+  Ints weight_sizes_, geometry_;
+  const T* weight_;
+  const T* bias_;
+};
+
+// "rnn mode layers directions batch_first biases last in hidden": fastnn::rnn from a state of zeros; of its output the
+// last step, if `last`. Output as batch_first has it, dense.
+template <class T>
+class FrozenRnn : public FrozenStage<T> {
+ public:
+  FrozenRnn(Words& words, WeightReader<T>& weights) {
+    mode_ = static_cast<RnnMode>(words.number(0, static_cast<int64_t>(RnnMode::count) - 1));
+    layers_ = words.size();
+    directions_ = words.number(1, 2);
+    batch_first_ = words.number(0, 1);
+    const bool biases = words.number(0, 1);
+    last_ = words.number(0, 1);
+    int64_t in = words.size();
+    hidden_ = words.size();
+    FASTNN_CHECK(words.stage_ends(), "frozen: an rnn stage has 8 numbers");
+    const int64_t gates = checked_product(gates_of(mode_), hidden_);
+    for (int64_t layer = 0; layer < layers_; ++layer, in = width()) {
+      for (int64_t i = 0; i < directions_; ++i) {
+        const T* weight_ih = weights.take(checked_product(gates, in));
+        const T* weight_hh = weights.take(checked_product(gates, hidden_));
+        const T* bias_ih = biases ? weights.take(gates) : nullptr;
+        const T* bias_hh = biases ? weights.take(gates) : nullptr;
+        weights_.push_back({weight_ih, weight_hh, bias_ih, bias_hh, nullptr, in, nullptr});
+      }
+    }
+  }
+
+  Ints output_sizes(const Ints& input) const override {
+    FASTNN_CHECK(input.size() == 3 && input[2] == weights_[0].input_size,
+                 "frozen: expected an rnn's input to be 3D with ", weights_[0].input_size, " features, got size ",
+                 to_string(input));
+    FASTNN_CHECK(length(input) > 0, "Expected sequence length to be larger than 0 in RNN");
+    return last_ ? Ints{batch(input), width()} : Ints{input[0], input[1], width()};
+  }
+
+  void pack(const Ints&, PackedWriter& packed) const override {
+    const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
+    const RnnNetwork<T> network = this->network();
+    for (const RnnWeights<T>& weights : weights_) {
+      T* to = packed.give<T>(0, kernels.packed_size(network, weights.input_size));
+      if (to) kernels.pack(network, weights, to);
+    }
+  }
+
+  void run(const T* input, const Ints& sizes, T* output, PackedReader& packed) const override {
+    std::vector<RnnWeights<T>> weights = weights_;
+    const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
+    RnnNetwork<T> network = this->network();
+    bool is_packed = true;
+    int64_t size = 0;
+    for (RnnWeights<T>& own : weights) {
+      const int64_t count = kernels.packed_size(network, own.input_size);
+      own.packed = packed.take<T>(0, count);
+      is_packed = is_packed && own.packed;
+      size = checked_sum(size, count);
+    }
+    const Scratch<T> packed_here(is_packed ? 0 : size);
+    T* next = packed_here.get();
+    for (RnnWeights<T>& own : weights) {
+      if (is_packed) break;
+      kernels.pack(network, own, next);
+      own.packed = next;
+      next += kernels.packed_size(network, own.input_size);
+    }
+    const int64_t length = this->length(sizes), batch = this->batch(sizes), in = weights_[0].input_size;
+    const int64_t step = batch_first_ ? in : checked_product(batch, in);
+    std::vector<RnnStep> steps;
+    for (int64_t t = 0; t < length; ++t) steps.push_back({t * step, t * batch, batch});
+    network.batch = batch;
+    network.rows = checked_product(length, batch);
+    network.steps = length;
+    network.step = steps.data();
+    network.weights = weights.data();
+    network.input = input;
+    network.input_stride = batch_first_ ? checked_product(length, in) : in;
+    const bool writes_output = !batch_first_ && !last_;
+    const Scratch<T> all_steps(writes_output ? 0 : checked_product(network.rows, width()));
+    network.output = writes_output ? output : all_steps.get();
+    run_network(network, kernels);
+    if (last_) {
+      std::copy_n(all_steps.get() + (network.rows - batch) * width(), batch * width(), output);
+    } else if (batch_first_) {
+      for (int64_t row = 0; row < network.rows; ++row) {
+        std::copy_n(all_steps.get() + row * width(), width(), output + (row % batch * length + row / batch) * width());
+      }
+    }
+  }
+
+ private:
+  // What does not depend on the input.
+  RnnNetwork<T> network() const {
+    RnnNetwork<T> network{};
+    network.mode = mode_;
+    network.layers = layers_;
+    network.directions = directions_;
+    network.hidden = hidden_;
+    return network;
+  }
+
+  void run_network(RnnNetwork<T>& network, const RnnForwardKernels<T>& kernels) const {
+    double work = 0;
+    for (const RnnWeights<T>& weights : weights_) {
+      work += 2.0 * network.rows * gates_of(mode_) * hidden_ * (weights.input_size + hidden_);
+    }
+    const int64_t chunks = rnn_chunks(work, network.batch),
+                  state_size = layers_ * directions_ * network.batch * hidden_;
+    const auto bound = [&](int64_t chunk) { return network.batch * chunk / chunks; };
+    const int64_t longest = (network.batch + chunks - 1) / chunks;
+    const Scratch<T> between(layers_ > 1 && directions_ > 1 ? network.rows * width() : 0);
+    network.hidden_outputs = between.get();
+    const int64_t scratch_size = kernels.scratch_size(network, longest);
+    const Scratch<T> state(2 * state_size), scratch(checked_product(chunks, scratch_size));
+    parallel_chunks(chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
+      kernels.run(network, state.get(), mode_ == RnnMode::lstm ? state.get() + state_size : nullptr, bound(chunk),
+                  bound(chunk + 1), scratch.get() + chunk * scratch_size);
+    });
+  }
+
+  int64_t width() const { return directions_ * hidden_; }
+  int64_t length(const Ints& input) const { return input[batch_first_ ? 1 : 0]; }
+  int64_t batch(const Ints& input) const { return input[batch_first_ ? 0 : 1]; }
+
+  RnnMode mode_;
+  int64_t layers_, directions_, hidden_;
+  bool batch_first_, last_;
+  std::vector<RnnWeights<T>> weights_;
+};
+
+// "flatten": all dimensions but the first become one.
+template <class T>
+class FrozenFlatten : public FrozenStage<T> {
+ public:
+  explicit FrozenFlatten(Words& words) { FASTNN_CHECK(words.stage_ends(), "frozen: flatten has no numbers"); }
+
+  Ints output_sizes(const Ints& input) const override {
+    FASTNN_CHECK(!input.empty(), "frozen: expected an input to flatten");
+    return {input[0], product(input, 1, input.size())};
+  }
+  void pack(const Ints&, PackedWriter&) const override {}
+  void run(const T*, const Ints&, T*, PackedReader&) const override {}
+  bool only_reshapes() const override { return true; }
+};
+
+}  // namespace fastnn

@@ -1,0 +1,115 @@
+"""Registration of what the operators are besides their kernels: a fake kernel, the refusal of gradients, and their
+meaning under the transforms of ``torch.func``.
+
+The public functions have gradients (each op's ``autograd.Function``); a raw operator is the forward alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_REFUSAL = (
+    "an operator of torch.ops.fastnn has no gradient of its own; call it through fastnn.functional or fastnn.nn, or "
+    "under torch.no_grad()"
+)
+
+
+class RefuseGradient(torch.autograd.Function):
+    """The output of a raw operator one of whose inputs required grad, so that asking for the gradient raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, input: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        raise RuntimeError(_REFUSAL)
+
+
+def refuse_gradients(result: Any, arguments: Any) -> Any:
+    """``result`` of a raw operator written in Python, its tensors refusing gradients if an argument required one.
+    (Those in C++ have the same in csrc/ops/register.h.)"""
+    found = next(
+        (t for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad), None
+    )
+    if found is None or not torch.is_grad_enabled():
+        return result
+    return torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: RefuseGradient.apply(t, found) if t.is_floating_point() else t, result
+    )
+
+
+_library = torch.library.Library("fastnn", "IMPL")
+_library.impl("refuse_gradient", RefuseGradient.apply, "Autograd")
+for _name in ("CPU", "CUDA", "Meta"):
+    _library.impl("refuse_gradient", RefuseGradient.forward, _name)
+
+
+class _Call:
+    """An operator and the structure of its arguments; after the call, that of its result too."""
+
+    def __init__(self, op: Any, arguments: pytree.TreeSpec) -> None:
+        self.op, self.arguments = op, arguments
+        self.result: pytree.TreeSpec | None = None
+
+    def __call__(self, *leaves: Any) -> tuple[Tensor, ...]:
+        tensors, self.result = pytree.tree_flatten(self.op(*pytree.tree_unflatten(list(leaves), self.arguments)))
+        return tuple(tensors)
+
+
+class Transformed(torch.autograd.Function):
+    """A raw operator under a transform of ``torch.func``: a call an example for vmap, no gradient, no tangent."""
+
+    @staticmethod
+    def forward(call: _Call, *leaves: Any) -> tuple[Tensor, ...]:
+        return call(*leaves)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*(t for t in output if not t.is_floating_point()))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise RuntimeError(_REFUSAL)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_REFUSAL)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], call: _Call, *leaves: Any) -> Any:
+        if info.batch_size == 0:
+            raise RuntimeError(f"{call.op.name()}: vmap over an empty dimension is not supported")
+        results = [
+            call(*(leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, in_dims[1:], strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(outputs) for outputs in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+def raw_operator(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorator of the fake kernel of ``fastnn::name``, which registers it, and the rest."""
+    op = getattr(torch.ops.fastnn, name).default
+
+    def transformed(*args: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(args)
+        call = _Call(op, structure)
+        tensors = Transformed.apply(call, *leaves)
+        assert call.result is not None
+        return pytree.tree_unflatten(list(tensors), call.result)
+
+    def register(fake: Callable[..., Any]) -> None:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        _library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
+        torch.library.register_fake(f"fastnn::{name}", lambda *args: refuse_gradients(fake(*args), args))
+
+    return register

@@ -1,0 +1,44 @@
+"""A whole network in one operator: its Python side."""
+
+import torch
+from torch import Tensor
+
+from fastnn.ops._autograd import check_same_device
+from fastnn.ops._raw_operator import raw_operator
+from fastnn.ops.conv_relu_max_pool import output_sizes as conv_output_sizes
+
+frozen_op = torch.ops.fastnn.frozen.default
+frozen_packed = torch.ops.fastnn.frozen_packed.default
+
+
+def output_sizes(program: str, sizes: list[int]) -> list[int]:
+    """What becomes of an input of ``sizes``. (Whether they fit is the operator's to check.)"""
+    for stage in program.removesuffix(";").split(";"):
+        name, *words = stage.split()
+        numbers = [int(word) for word in words]
+        if name == "mlp":
+            sizes = [*sizes[:-1], numbers[-2]]
+        elif name == "conv":
+            rank = numbers[0] + 2
+            sizes = conv_output_sizes(sizes, numbers[2 : 2 + rank], numbers[2 + rank :])
+        elif name == "rnn":
+            _, _, directions, batch_first, _, last, _, hidden = numbers
+            steps_left = [sizes[1 - batch_first]] if last else sizes[:2]
+            sizes = [*steps_left, directions * hidden]
+        else:
+            features = 1
+            for size in sizes[1:]:
+                features = features * size
+            sizes = [sizes[0], features]
+    return sizes
+
+
+@raw_operator("frozen")
+def _(input: Tensor, weights: Tensor, packed: Tensor, program: str) -> Tensor:
+    check_same_device(input, weights, packed)
+    return input.new_empty(output_sizes(program, list(input.shape)))
+
+
+@raw_operator("frozen_packed")
+def _(weights: Tensor, program: str, sizes: list[int]) -> Tensor:
+    return weights.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
