@@ -8,13 +8,14 @@ namespace fastnn {
 
 using torch::stable::detail::from;
 
-// In microseconds, as measured: what our kernels lose to torch's by widening weights and by slower products, against
-// what torch's calls cost.
+// In microseconds, as measured: what our kernels lose to torch's by widening and by slower products, against what
+// torch's calls cost.
 inline bool goes_by_layers(const Chain& chain, bool backward) {
   if (chain.kind.dtype != ScalarType::BFloat16) return false;
   const double layers = static_cast<double>(chain.layers());
-  return backward ? chain.weights() / 700 + chain.work / 235e3 > 20 * layers
-                  : chain.weights() / 8000 + chain.work / 470e3 > 7 * layers;
+  const double values = static_cast<double>(chain.rows) * static_cast<double>(chain.widths[0] + chain.outputs());
+  return backward ? values / 2000 + chain.weights() / 1000 + chain.work / 235e3 > 20 * layers
+                  : values / 4000 + chain.weights() / 8000 + chain.work / 470e3 > 7 * layers;
 }
 
 inline Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
