@@ -38,8 +38,9 @@ class RNN(nn.Module):
         self.fc = nn.Linear(hidden_size, output_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        output, _ = self.rnn(x)  # no state given: zeros
-        return self.fc(output[:, -1])
+        _, state = self.rnn(x)  # no state given: zeros
+        h = state[0] if isinstance(state, tuple) else state
+        return self.fc(h[-1])  # the last layer's last output: a smaller tensor to take it from than all outputs
 
 
 _AUTOENCODER_ACTIVATIONS = ("relu", "identity", "relu", "identity")

@@ -60,6 +60,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     ),
     "deep conv": (lambda: nn.ConvReLUMaxPool2d(64, 32, 3, padding=1, groups=2, bias=False), (2, 64, 12, 12)),
     "both directions": (lambda: FirstResult(nn.GRU(4, 6, 2, bidirectional=True, batch_first=True)), (3, 5, 4)),
+    "projected": (lambda: FirstResult(nn.LSTM(4, 6, 2, batch_first=True, proj_size=3)), (2, 5, 4)),
     "steps first": (lambda: LastStep(nn.LSTM(4, 6, 2, bias=False)), (5, 3, 4)),
 }
 
@@ -119,6 +120,8 @@ def test_is_one_call_and_immutable() -> None:
     with torch.profiler.profile() as profile, torch.inference_mode():
         frozen(example)
     assert {event.key for event in profile.key_averages() if "fastnn" in event.key} == {"fastnn::frozen"}
+    with pytest.raises(RuntimeError, match="no hooks"):
+        frozen.register_forward_hook(print)
     leaf = example.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="no gradient of its own"):
         frozen(leaf).sum().backward()
@@ -188,9 +191,14 @@ class TwoResults(Residual):
         return self.layer(x), x
 
 
-class FinalState(LastStep):
+class CellState(LastStep):
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[1][-1]
+        return self.layer(x)[1][1][-1]
+
+
+class FirstLayersState(LastStep):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[1][0]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +211,9 @@ class FinalState(LastStep):
         (lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))), (3, 4), "of layer '0.1'"),
         (Residual, (3, 4), "add"),
         (TwoResults, (3, 4), "one tensor"),
-        (lambda: FinalState(nn.RNN(4, 4)), (3, 2, 4), "rnn"),
+        (lambda: CellState(nn.LSTM(4, 4)), (3, 2, 4), "rnn.*second result"),
+        (lambda: FirstLayersState(nn.RNN(4, 4, 2)), (3, 2, 4), "rnn.*second result"),
+        (lambda: FirstLayersState(nn.GRU(4, 4, bidirectional=True)), (3, 2, 4), "rnn.*second result"),
         (lambda: nn.Linear(4, 4, dtype=torch.bfloat16), (3, 4), "float32 or float64"),
     ],
 )
@@ -231,8 +241,14 @@ def test_raw_operators_are_safe() -> None:
     hostile = [
         *("", ";", "mlp", "mlp;", "mlp 1 10;", "other 1 2;", program[:-1], program + "mlp 1 10 10 0;", "flatten 1;"),
         *("mlp 1 10 8 9;", "mlp 2 10 8 0;", "mlp 1 -1 8 0;", f"mlp 0 {2**31} {2**31} 0;", f"mlp 0 {'9' * 40} 1 0;"),
-        *("conv 2 1 10;", "conv 9 1 1 1;", "conv 2 0 1 1 1 1 0 0 0 0;", "rnn 0 1 1 1 1 1 10;", "rnn 9 9 9 9 9 9 9 9;"),
-        *(f"rnn 0 {2**31} 2 1 0 0 1 {2**31};", "rnn 0 1 1 1 0 0 0 0;", "\0", "mlp 1 10 8 1\0;", "flatten;"),
+        *(
+            "conv 2 1 10;",
+            "conv 9 1 1 1;",
+            "conv 2 0 1 1 1 1 0 0 0 0;",
+            "rnn 0 1 1 1 1 1 10;",
+            "rnn 9 9 9 9 9 9 9 9 9;",
+        ),
+        *(f"rnn 0 {2**31} 2 1 0 0 1 {2**31} 0;", "rnn 0 1 1 1 0 0 0 0 0;", "\0", "mlp 1 10 8 1\0;", "flatten;"),
     ]
     for text in hostile:
         with pytest.raises(RuntimeError):

@@ -22,8 +22,8 @@ def conv(x: Tensor) -> Tensor:
 
 
 def rnn_cell(x: Tensor) -> Tensor:
-    weights = [torch.ones(2, 3), torch.ones(2, 2)]
-    return torch.ops.fastnn.rnn_cell(x, [torch.zeros(4, 2)], weights, MODES.index("RNN_TANH"))[0]
+    mode, state = MODES.index("RNN_TANH"), torch.zeros(4, 2)
+    return torch.ops.fastnn.rnn_cell(x, mode, state, None, torch.ones(2, 3), torch.ones(2, 2))[0]
 
 
 OPERATORS = [mlp, conv, rnn_cell]

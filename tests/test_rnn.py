@@ -254,6 +254,8 @@ def upstream(name):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NETWORKS + CELLS)
 def test_upstream_samples(name, dtype, training):
+    # Not any seed: on tensors of four elements stock is at times exact by luck (twenty times rarer than the kernels).
+    torch.manual_seed(7)
     info = upstream(name)
     samples = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=training)
     assert samples
@@ -474,8 +476,7 @@ def plain_network(module):
     """The reference as a module with the same parameters: stock's cannot be mapped over."""
 
     class Plain(type(module)):
-        def _run(self, input, hx):
-            weights = fused._parameters(self, self._flat_weights_names)
+        def _run(self, input, hx, weights):
             output, final = plain.rnn(
                 input, None, [], weights, None, self.mode, self.num_layers, self.bidirectional, self.batch_first
             )
@@ -531,6 +532,12 @@ def raw_arguments(mode, dtype=torch.float32, bidirectional=True, layers=2, state
     return [input, None, given if state else [], weights, None, number, layers, bidirectional, False]
 
 
+def raw_cell_arguments(arguments):
+    """A cell's arguments from a network's."""
+    h, c = (*(s[0] for s in arguments[2]), None)[:2]
+    return [arguments[0][0], arguments[5], h, c, *arguments[3][:4]]
+
+
 @pytest.mark.parametrize("mode", op.MODES)
 def test_opcheck(mode):
     arguments = raw_arguments(mode)
@@ -541,7 +548,7 @@ def test_opcheck(mode):
     output, final, reserve = ops.rnn_with_reserve(*arguments)
     backward = [output, list(final), *arguments[:5], output, reserve, *arguments[5:], True, True, True]
     torch.library.opcheck(ops.rnn_backward.default, backward, test_utils=tests)
-    cell = [arguments[0][0], [s[0] for s in arguments[2]], arguments[3][:4], arguments[5]]
+    cell = raw_cell_arguments(arguments)
     torch.library.opcheck(ops.rnn_cell.default, cell, test_utils=tests)
 
 
@@ -597,9 +604,36 @@ def test_weights_are_read_at_every_call(name):
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_projection(features, instruction_set):
+    """proj_size: fewer outputs than hidden units, below, at and beyond whole vectors."""
+    for dtype, (batch, length, inputs, hidden, projected) in itertools.product(
+        testing.DTYPES, [(1, 3, 2, 5, 2), (3, 5, 4, 40, 33), (13, 6, 17, 64, 32)]
+    ):
+        stock, ours = pair("LSTM", inputs, hidden, proj_size=projected, dtype=dtype, **features)
+        sizes = (batch, length, inputs) if features.get("batch_first") else (length, batch, inputs)
+        input = torch.randn(sizes, dtype=dtype)
+        count = stock.num_layers * (2 if stock.bidirectional else 1)
+        state = tuple(torch.randn(count, batch, size, dtype=dtype) for size in (projected, hidden))
+        check_same(stock, ours, input)
+        check_same(stock, ours, input, state)
+        packed = pack_sequence([torch.randn(n, inputs, dtype=dtype) for n in (7, 3, 3, 1)])
+        check_same(stock, ours, packed)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_projection_with_dropout_threads_and_second_derivatives():
+    stock, ours = pair("LSTM", 32, 64, 2, proj_size=24, bidirectional=True, dropout=0.3)
+    for threads in (1, 2, 3):
+        with testing.using_threads(threads):
+            check_same(stock, ours, torch.randn(20, 7, 32), seed=3)
+    _, ours = pair("LSTM", 3, 4, proj_size=2, dtype=torch.float64)
+    input = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: tensors_of(ours(x)), (input,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x: tensors_of(ours(x)), (input,), fast_mode=True)
+
+
 def test_stock_path():
-    stock, ours = pair("LSTM", 3, 8, 2, proj_size=4, bidirectional=True)
-    check_same(stock, ours, torch.randn(5, 2, 3))
     for name in NETWORKS:
         stock, ours = pair(name, 3, 8, dtype=torch.float16)
         with torch.no_grad():
@@ -683,8 +717,21 @@ def test_raw_operators_refuse_bad_arguments():
         with pytest.raises(RuntimeError):
             ops.rnn_backward(*bad(backward, position, value))
 
-    cell = [good[0][0], [s[0] for s in good[2]], good[3][:4], good[5]]
-    for position, value in [(0, good[0]), (0, good[0][0, 0]), (1, good[2]), (2, good[3][:3]), (2, good[3]), (3, 7)]:
+    cell = raw_cell_arguments(good)
+    ops.rnn_cell(*cell)
+    for position, value in [
+        (0, good[0]),
+        (0, good[0][0, 0]),
+        (1, 7),
+        (1, 2),
+        (2, None),
+        (2, good[2][0]),
+        (3, good[2][0][0, :1]),
+        (4, good[3][1]),
+        (5, good[3][0]),
+        (6, None),
+        (7, good[3][1]),
+    ]:
         with pytest.raises(RuntimeError):
             ops.rnn_cell(*bad(cell, position, value))
 

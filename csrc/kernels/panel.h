@@ -64,11 +64,13 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      Vec<C> sum = total[0][r][v];
-#pragma GCC unroll 4
-      for (int part = 1; part < parts; ++part) sum += total[part][r][v];
+#pragma GCC unroll 2
+      for (int apart = parts / 2; apart > 0; apart /= 2) {
+#pragma GCC unroll 2
+        for (int part = 0; part < apart; ++part) total[part][r][v] += total[part + apart][r][v];
+      }
       // Added last: the sum of a block is rounded by its own size, not by that of all blocks before it.
-      store(out + r * out_stride + v * lanes, load(start + r * start_stride + v * lanes) + sum);
+      store(out + r * out_stride + v * lanes, load(start + r * start_stride + v * lanes) + total[0][r][v]);
     }
   }
 }
@@ -90,11 +92,35 @@ void multiply_panel(int64_t rows, int64_t depth, const C* a, int64_t a_stride, c
   }
 }
 
-// matrix (depth, columns), row-major -> panels of two vectors, the last one filled up with zeros.
+// A matrix (depth, columns) in panels of two vectors, the last one filled up with zeros.
 template <class C>
-int64_t column_panels_size(int64_t columns, int64_t depth) {
-  return divide_up(columns, 2 * kLanes<C>) * 2 * kLanes<C> * depth;
+constexpr int64_t padded_columns(int64_t columns) {
+  return divide_up(columns, 2 * kLanes<C>) * 2 * kLanes<C>;
 }
+
+// product (rows, padded columns) = a (rows, depth) times such panels, or, `adding`, that much more.
+template <bool transposed, class C>
+void multiply_panels(int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panels, int64_t columns,
+                     bool adding, C* product, int64_t product_stride) {
+  static constexpr C kZeros[2 * kLanes<C>] = {};
+  for (int64_t column = 0; column < columns; column += 2 * kLanes<C>) {
+    C* out = product + column;
+    multiply_panel<2, transposed>(rows, depth, a, a_stride, panels + column * depth, adding ? out : kZeros,
+                                  adding ? product_stride : 0, out, product_stride);
+  }
+}
+
+// weight (columns, depth), row-major -> the panels of its transpose.
+template <class T>
+void pack_transposed(const T* weight, int64_t columns, int64_t depth, Compute<T>* panels) {
+  using C = Compute<T>;
+  for (int64_t column = 0; column < padded_columns<C>(columns); column += kLanes<C>) {
+    const int64_t count = larger(0, smaller(columns - column, kLanes<C>)), within = column % (2 * kLanes<C>);
+    pack_rows(weight + smaller(column, columns - 1) * depth, depth, count, depth,
+              panels + (column - within) * depth + within, 2 * kLanes<C>);
+  }
+}
+
 // One row of the matrix, into panels of `depth` rows.
 template <class T>
 FASTNN_INLINE void pack_row(const T* row, int64_t columns, int64_t depth, Compute<T>* panels) {

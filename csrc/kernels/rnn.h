@@ -33,9 +33,10 @@ struct RnnStep {
 template <class T>
 struct RnnWeights {
   const T* weight_ih;  // (gates * hidden, input_size)
-  const T* weight_hh;  // (gates * hidden, hidden)
+  const T* weight_hh;  // (gates * hidden, outputs)
   const T* bias_ih;    // (gates * hidden), or null
   const T* bias_hh;    // (gates * hidden), or null
+  const T* weight_hr;  // (projected, hidden), or null
   int64_t input_size;
   const Compute<T>* packed;  // or null, where forward may do without
 };
@@ -47,6 +48,7 @@ struct RnnNetwork {
   int64_t layers;
   int64_t directions;
   int64_t hidden;
+  int64_t projected;  // LSTM's proj_size: what h is brought down to by weight_hr; or 0
   int64_t batch;
   int64_t rows;  // of all steps together
   int64_t steps;
@@ -54,15 +56,16 @@ struct RnnNetwork {
   const RnnWeights<T>* weights;  // (layers * directions)
   const T* input;                // (rows, weights[0].input_size) by RnnStep::input
   int64_t input_stride;          // from a row of a step to the next
-  const T* masks;                // (layers - 1, rows, directions * hidden): the dropout between layers, or null
-  const T* h0;                   // (layers * directions, batch, hidden), or null for zeros
-  const T* c0;                   // the same; LSTM alone
+  const T* masks;                // (layers - 1, rows, width()): the dropout between layers, or null
+  const T* h0;                   // (layers * directions, batch, outputs()), or null for zeros
+  const T* c0;                   // (layers * directions, batch, hidden), or null; LSTM alone
   T* saved;                      // (layers * directions, rows, saved_of(mode), hidden), or null
-  T* hidden_outputs;             // (layers - 1 or fewer, rows, directions * hidden): see layer_output
+  T* hidden_outputs;             // (layers - 1 or fewer, rows, width()): see layer_output
   bool keeps_hidden_outputs;     // for backward: each layer's in its own place
-  T* output;                     // (rows, directions * hidden)
+  T* output;                     // (rows, width())
 
-  int64_t width() const { return directions * hidden; }
+  int64_t outputs() const { return projected ? projected : hidden; }  // elements of h
+  int64_t width() const { return directions * outputs(); }
   // Where nothing is kept, one direction writes each step in place of the input it has used up, and two directions
   // take turns between `output` and one buffer.
   T* layer_output(int64_t layer) const {
@@ -77,37 +80,47 @@ template <class T>
 struct RnnForwardKernels {
   // Whether a network that sees `rows` rows should have its weights packed.
   bool (*worth_packing)(int64_t rows);
-  int64_t (*packed_size)(RnnMode mode, int64_t hidden, int64_t input_size);
-  void (*pack)(RnnMode mode, int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed);
+  int64_t (*packed_size)(const RnnNetwork<T>& network, int64_t input_size);
+  void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed);
   int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
-  // The sequences [first, last). h_n, c_n (layers * directions, batch, hidden); c_n may be null but for LSTM.
+  // The sequences [first, last). h_n and c_n are as h0 and c0; c_n may be null but for LSTM.
   void (*run)(const RnnNetwork<T>& network, T* h_n, T* c_n, int64_t first, int64_t last, Compute<T>* scratch);
 };
 
 template <class T>
 struct RnnGradients {
-  const T* grad_output;  // (rows, directions * hidden), or null
-  const T* grad_h_n;     // (layers * directions, batch, hidden), or null
-  const T* grad_c_n;     // the same
+  const T* grad_output;  // (rows, width()), or null
+  const T* grad_h_n;     // as h0, or null
+  const T* grad_c_n;     // as c0, or null
   T* grad_input;         // laid out as the input; or null
-  T* grad_h0;            // (layers * directions, batch, hidden), or null
-  T* grad_c0;            // the same
+  T* grad_h0;            // as h0, or null
+  T* grad_c0;            // as c0, or null
+};
+
+// Of one direction of one layer: all but the first two may be null.
+template <class T>
+struct RnnWeightGradients {
+  T* weight_ih;
+  T* weight_hh;
+  T* bias_ih;
+  T* bias_hh;
+  T* weight_hr;
 };
 
 template <class T>
 struct RnnBackwardKernels {
-  int64_t (*packed_size)(RnnMode mode, int64_t hidden, int64_t input_size);
-  void (*pack)(RnnMode mode, int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed);
+  int64_t (*packed_size)(const RnnNetwork<T>& network, int64_t input_size);
+  void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed);
   int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
   // Elements of the sums below for one direction of one layer.
-  int64_t (*sums_size)(RnnMode mode, int64_t hidden, int64_t input_size);
-  // The sequences [first, last). layer_grads (2, rows, directions * hidden) is scratch for all sequences. `sums`, or
+  int64_t (*sums_size)(const RnnNetwork<T>& network, int64_t input_size);
+  // The sequences [first, last). layer_grads (2, rows, width()) is scratch for all sequences. `sums`, or
   // null, are the weights' gradients added up over the sequences, one direction of one layer after the other.
   void (*run)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute<T>* layer_grads, Compute<T>* sums,
               int64_t first, int64_t last, Compute<T>* scratch);
   // Adds up `parts` such sums, `stride` apart, of one direction of one layer. The biases' gradients may be null.
-  void (*finish)(RnnMode mode, int64_t hidden, int64_t input_size, const Compute<T>* sums, int64_t parts,
-                 int64_t stride, T* grad_weight_ih, T* grad_weight_hh, T* grad_bias_ih, T* grad_bias_hh);
+  void (*finish)(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* sums, int64_t parts,
+                 int64_t stride, const RnnWeightGradients<T>& gradients);
 };
 
 using RnnForwardTable = PerDtype<RnnForwardKernels>;

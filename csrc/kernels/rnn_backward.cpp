@@ -8,45 +8,44 @@ namespace {
 // those of x W_ih^T, the last kGates (for all but GRU the same ones) those of h W_hh^T.
 template <class Cell, class C>
 struct Layout {
-  int64_t hidden, input_size;
+  int64_t hidden, projected, input_size;
 
+  template <class T>
+  Layout(const RnnNetwork<T>& network, int64_t input_size)
+      : hidden(network.hidden), projected(network.projected), input_size(input_size) {}
+
+  int64_t outputs() const { return projected ? projected : hidden; }
   int64_t gates() const { return Cell::kGates * hidden; }
   int64_t gradients() const { return Cell::kSlots * hidden; }
   int64_t hidden_gradients() const { return Cell::kHiddenSlot * hidden; }
-  static int64_t padded(int64_t columns) { return divide_up(columns, 2 * kLanes<C>) * 2 * kLanes<C>; }
+  static int64_t padded(int64_t columns) { return padded_columns<C>(columns); }
 
-  // Packed: W_ih with its gates in the order of the slots, then W_hh.
-  int64_t hidden_panels() const { return column_panels_size<C>(input_size, gates()); }
-  int64_t packed_size() const { return hidden_panels() + column_panels_size<C>(hidden, gates()); }
-  // Sums: dW_ih and dW_hh with padded rows, then the column sums of the gate gradients.
+  // Packed: W_ih with its gates in the order of the slots, W_hh, W_hr.
+  int64_t hidden_panels() const { return padded(input_size) * gates(); }
+  int64_t projection() const { return hidden_panels() + padded(outputs()) * gates(); }
+  int64_t packed_size() const { return projection() + padded(hidden) * projected; }
+  // Sums: dW_ih, dW_hh and dW_hr with padded rows, then the column sums of the gate gradients.
   int64_t hidden_sums() const { return gates() * padded(input_size); }
-  int64_t bias_sums() const { return hidden_sums() + gates() * padded(hidden); }
+  int64_t projection_sums() const { return hidden_sums() + gates() * padded(outputs()); }
+  int64_t bias_sums() const { return projection_sums() + projected * padded(hidden); }
   int64_t sums_size() const { return bias_sums() + padded(gradients()); }
 };
 
 template <class Cell, class T>
-void pack(int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed) {
+void pack(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
   using C = Compute<T>;
-  const int64_t input_size = weights.input_size;
-  const Layout<Cell, C> layout{hidden, input_size};
+  const int64_t input_size = weights.input_size, hidden = network.hidden, outputs = network.outputs();
+  const Layout<Cell, C> layout(network, input_size);
   for (int64_t row = 0; row < layout.gates(); ++row) {
     const int64_t gate = Cell::input_gate(static_cast<int>(row / hidden)), unit = row % hidden;
     pack_row(weights.weight_ih + (gate * hidden + unit) * input_size, input_size, layout.gates(),
              packed + row * 2 * kLanes<C>);
-    pack_row(weights.weight_hh + row * hidden, hidden, layout.gates(),
+    pack_row(weights.weight_hh + row * outputs, outputs, layout.gates(),
              packed + layout.hidden_panels() + row * 2 * kLanes<C>);
   }
-}
-
-// product (rows, padded columns) = a (rows, depth) times panels, or, `adding`, that much more.
-template <bool transposed, class C>
-void multiply(int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panels, int64_t columns, bool adding,
-              C* product, int64_t product_stride) {
-  static constexpr C kZeros[2 * kLanes<C>] = {};
-  for (int64_t column = 0; column < columns; column += 2 * kLanes<C>) {
-    C* out = product + column;
-    multiply_panel<2, transposed>(rows, depth, a, a_stride, panels + column * depth, adding ? out : kZeros,
-                                  adding ? product_stride : 0, out, product_stride);
+  for (int64_t row = 0; row < network.projected; ++row) {
+    pack_row(weights.weight_hr + row * hidden, hidden, network.projected,
+             packed + layout.projection() + row * 2 * kLanes<C>);
   }
 }
 
@@ -60,16 +59,18 @@ class BackwardDirection {
                     const Source* grad_output, C* sums, C* scratch)
       : direction_(network, layer, direction),
         network_(network),
-        layout_{network.hidden, direction_.weights.input_size},
+        layout_(network, direction_.weights.input_size),
         part_(part),
         most_rows_(most_rows),
         grad_output_(grad_output),
         sums_(sums) {
-    const int64_t sequences = part.last - part.first, padded = layout_.padded(layout_.hidden);
+    const int64_t sequences = part.last - part.first;
     gates_ = scratch;
-    grad_h_ = gates_ + most_rows * layout_.gradients();
-    grad_c_ = grad_h_ + sequences * padded;
-    panels_ = grad_c_ + sequences * padded;
+    outputs_ = gates_ + most_rows * layout_.gradients();
+    grad_h_ = outputs_ + most_rows * layout_.projected;
+    grad_c_ = grad_h_ + sequences * padded();
+    grad_projected_ = grad_c_ + sequences * padded();
+    panels_ = grad_projected_ + (layout_.projected ? sequences * padded() : 0);
   }
 
   // `destination`, if not null, takes the gradient of the layer's input; the second direction adds to it.
@@ -85,7 +86,7 @@ class BackwardDirection {
         const int64_t t = backwards ? block.last - 1 - i : block.first + i;
         const int64_t rows = part_.rows(network_.step[t]);
         if (backwards) local -= rows;
-        run_step(t, gates_ + local * layout_.gradients(), gradients);
+        run_step(t, local, gradients);
         if (!backwards) local += rows;
       }
       if (sums_) add_to_sums(block);
@@ -96,45 +97,74 @@ class BackwardDirection {
  private:
   int64_t padded() const { return layout_.padded(layout_.hidden); }
 
-  void run_step(int64_t t, C* gates, const RnnGradients<T>& gradients) {
+  void run_step(int64_t t, int64_t local, const RnnGradients<T>& gradients) {
     const int64_t rows = part_.rows(network_.step[t]), last = part_.first + rows;
+    C* gates = gates_ + local * layout_.gradients();
+    const int64_t outputs = layout_.outputs();
     for (int64_t sequence = direction_.continuing(t, part_); sequence < last; ++sequence) {
-      start_gradient(gradients.grad_h_n, sequence, grad_h_);
-      if (Cell::kHasCellState) start_gradient(gradients.grad_c_n, sequence, grad_c_);
+      start_gradient(gradients.grad_h_n, direction_.h_offset(sequence), outputs, row_of(grad_h(), sequence));
+      if (Cell::kHasCellState) {
+        start_gradient(gradients.grad_c_n, direction_.c_offset(sequence), layout_.hidden, row_of(grad_c_, sequence));
+      }
     }
+    if (layout_.projected) undo_projection(t, rows, outputs_ + local * layout_.projected);
     const int64_t running = direction_.running(t, part_);
     for (int64_t sequence = part_.first; sequence < last; ++sequence) {
       finish_row(t, sequence, sequence < running, gates + (sequence - part_.first) * layout_.gradients());
     }
-    multiply<false>(rows, layout_.gates(), gates + layout_.hidden_gradients(), layout_.gradients(),
-                    direction_.weights.packed + layout_.hidden_panels(), layout_.hidden, true, grad_h_, padded());
+    multiply_panels<false>(rows, layout_.gates(), gates + layout_.hidden_gradients(), layout_.gradients(),
+                           direction_.weights.packed + layout_.hidden_panels(), outputs, !layout_.projected, grad_h(),
+                           padded());
     for (int64_t sequence = running; sequence < last; ++sequence) {
-      end_gradient(gradients.grad_h0, sequence, grad_h_);
-      if (Cell::kHasCellState) end_gradient(gradients.grad_c0, sequence, grad_c_);
+      end_gradient(gradients.grad_h0, direction_.h_offset(sequence), outputs, row_of(grad_h(), sequence));
+      if (Cell::kHasCellState) {
+        end_gradient(gradients.grad_c0, direction_.c_offset(sequence), layout_.hidden, row_of(grad_c_, sequence));
+      }
     }
   }
 
-  void start_gradient(const T* given, int64_t sequence, C* to) {
-    C* row = to + (sequence - part_.first) * padded();
+  // Of h as the step before hands it on: projected, if there is a projection.
+  C* grad_h() const { return layout_.projected ? grad_projected_ : grad_h_; }
+  C* row_of(C* rows, int64_t sequence) const { return rows + (sequence - part_.first) * padded(); }
+
+  void start_gradient(const T* given, int64_t offset, int64_t count, C* row) {
     for (int64_t i = 0; i < padded(); i += kLanes<C>) store(row + i, Vec<C>{});
-    if (given) copy_masked<T, C>(given + direction_.state_offset(sequence), nullptr, layout_.hidden, row);
+    if (given) copy_masked<T, C>(given + offset, nullptr, count, row);
   }
-  void end_gradient(T* wanted, int64_t sequence, const C* from) {
-    if (!wanted) return;
-    copy_masked<C, T>(from + (sequence - part_.first) * padded(), nullptr, layout_.hidden,
-                      wanted + direction_.state_offset(sequence));
+  void end_gradient(T* wanted, int64_t offset, int64_t count, const C* row) {
+    if (wanted) copy_masked<C, T>(row, nullptr, count, wanted + offset);
+  }
+
+  // grad_h_ <- what arrives at the projected h (kept in `arrived` for W_hr's gradient) times W_hr.
+  void undo_projection(int64_t t, int64_t rows, C* arrived) {
+    const int64_t projected = layout_.projected;
+    for (int64_t row = 0; row < rows; ++row) {
+      const Source* grad_output = output_gradient(network_.step[t], part_.first + row);
+      for (int64_t i = 0; i < projected; i += kLanes<C>) {
+        Vec<C> sum = load(grad_projected_ + row * padded() + i);
+        if (grad_output) sum += load_up_to<Source>(grad_output + i, projected - i);
+        store_up_to<C>(arrived + row * projected + i, sum, projected - i);
+      }
+    }
+    multiply_panels<false>(rows, projected, arrived, projected, direction_.weights.packed + layout_.projection(),
+                           layout_.hidden, false, grad_h_, padded());
   }
 
   const RnnStep& step_before(int64_t t) const { return network_.step[direction_.reverse() ? t + 1 : t - 1]; }
 
+  // The direction's own columns of a row, or null.
+  const Source* output_gradient(const RnnStep& step, int64_t sequence) const {
+    if (!grad_output_) return nullptr;
+    return grad_output_ + (step.row + sequence) * network_.width() + direction_.direction * layout_.outputs();
+  }
   // h of the step before, or null for zeros.
   const T* previous_output(int64_t t, int64_t sequence, bool runs) const {
     if (runs) return direction_.output(step_before(t), sequence);
-    return network_.h0 ? network_.h0 + direction_.state_offset(sequence) : nullptr;
+    return network_.h0 ? network_.h0 + direction_.h_offset(sequence) : nullptr;
   }
   const T* previous_cell(int64_t t, int64_t sequence, bool runs) const {
     if (runs) return direction_.template saved<Cell>(step_before(t), sequence) + (Cell::kSaved - 1) * layout_.hidden;
-    return network_.c0 ? network_.c0 + direction_.state_offset(sequence) : nullptr;
+    return network_.c0 ? network_.c0 + direction_.c_offset(sequence) : nullptr;
   }
 
   // The cell's own backward, for all units of a row.
@@ -144,11 +174,9 @@ class BackwardDirection {
     const T* before = Cell::kNeedsPrevious ? previous_output(t, sequence, runs) : nullptr;
     const T* cell_before = Cell::kHasCellState ? previous_cell(t, sequence, runs) : nullptr;
     const T* kept = Cell::kSaved > 0 ? direction_.template saved<Cell>(step, sequence) : nullptr;
-    const Source* grad_output =
-        grad_output_ ? grad_output_ + (step.row + sequence) * network_.width() + direction_.direction * layout_.hidden
-                     : nullptr;
-    C* grad_h = grad_h_ + (sequence - part_.first) * padded();
-    C* grad_c = grad_c_ + (sequence - part_.first) * padded();
+    const Source* grad_output = layout_.projected ? nullptr : output_gradient(step, sequence);
+    C* grad_h = row_of(grad_h_, sequence);
+    C* grad_c = row_of(grad_c_, sequence);
     for (int64_t unit = 0; unit < layout_.hidden; unit += kLanes<C>) {
       const int64_t left_over = layout_.hidden - unit;
       Vec<C> saved[Cell::kSaved + 1], grads[Cell::kSlots], carry, dc = {}, h = {}, h_before = {}, c_before = {};
@@ -168,28 +196,48 @@ class BackwardDirection {
 
   // dW_ih += dgates^T x, dW_hh += dgates^T h of the step before, and the column sums for the biases.
   void add_to_sums(Block block) {
-    const int64_t input_size = layout_.input_size, hidden = layout_.hidden;
+    const int64_t input_size = layout_.input_size, outputs = layout_.outputs();
     const Rows<T> rows = layer_input(network_, direction_.layer);
     const T* mask = layer_mask(network_, direction_.layer);
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       pack_masked_row(rows.at(step, sequence), mask ? mask + (step.row + sequence) * input_size : nullptr, input_size,
                       block.rows, panels_ + local * 2 * kLanes<C>);
     });
-    multiply<true>(layout_.gates(), block.rows, gates_, layout_.gradients(), panels_, input_size, true, sums_,
-                   layout_.padded(input_size));
+    multiply_panels<true>(layout_.gates(), block.rows, gates_, layout_.gradients(), panels_, input_size, true, sums_,
+                          layout_.padded(input_size));
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       const int64_t t = &step - network_.step;
       const T* before = previous_output(t, sequence, sequence < direction_.running(t, part_));
       C* panel = panels_ + local * 2 * kLanes<C>;
       if (before) {
-        pack_row(before, hidden, block.rows, panel);
+        pack_row(before, outputs, block.rows, panel);
       } else {
-        clear_row(hidden, block.rows, panel);
+        clear_row(outputs, block.rows, panel);
       }
     });
-    multiply<true>(layout_.gates(), block.rows, gates_ + layout_.hidden_gradients(), layout_.gradients(), panels_,
-                   hidden, true, sums_ + layout_.hidden_sums(), padded());
+    multiply_panels<true>(layout_.gates(), block.rows, gates_ + layout_.hidden_gradients(), layout_.gradients(),
+                          panels_, outputs, true, sums_ + layout_.hidden_sums(), layout_.padded(outputs));
     add_rows(block.rows);
+    if constexpr (Cell::kHasCellState) {
+      if (layout_.projected) add_projection(block);
+    }
+  }
+
+  // dW_hr += (what arrived at h)^T h before its projection, which is made again from what the cell has kept.
+  void add_projection(Block block) {
+    const int64_t hidden = layout_.hidden, projected = layout_.projected;
+    for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
+      const T* kept = direction_.template saved<Cell>(step, sequence);
+      C* row = row_of(grad_h_, part_.first);  // free between two steps
+      for (int64_t unit = 0; unit < hidden; unit += kLanes<C>) {
+        Vec<C> saved[Cell::kSaved];
+        for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load_up_to<T>(kept + s * hidden + unit, hidden - unit);
+        store(row + unit, Cell::template output<C>(saved));
+      }
+      pack_row(row, hidden, block.rows, panels_ + local * 2 * kLanes<C>);
+    });
+    multiply_panels<true>(projected, block.rows, outputs_, projected, panels_, hidden, true,
+                          sums_ + layout_.projection_sums(), padded());
   }
 
   static void pack_masked_row(const T* row, const T* mask, int64_t columns, int64_t depth, C* panels) {
@@ -226,8 +274,8 @@ class BackwardDirection {
   void pass_down(Block block, Rows<To> destination) {
     const int64_t columns = layout_.input_size, stride = layout_.padded(columns);
     const T* mask = layer_mask(network_, direction_.layer);
-    multiply<false>(block.rows, layout_.gates(), gates_, layout_.gradients(), direction_.weights.packed, columns, false,
-                    panels_, stride);
+    multiply_panels<false>(block.rows, layout_.gates(), gates_, layout_.gradients(), direction_.weights.packed, columns,
+                           false, panels_, stride);
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       To* to = const_cast<To*>(destination.at(step, sequence));
       const T* row_mask = mask ? mask + (step.row + sequence) * columns : nullptr;
@@ -245,49 +293,53 @@ class BackwardDirection {
   const Layout<Cell, C> layout_;
   const Part part_;
   const int64_t most_rows_;
-  const Source* grad_output_;  // (rows, directions * hidden), or null
+  const Source* grad_output_;  // (rows, width), or null
   C* sums_;
-  C* gates_;   // (block rows, gradients)
-  C* grad_h_;  // (sequences, padded): what the step after passes back
-  C* grad_c_;  // (sequences, padded)
-  C* panels_;  // a block of x or h in panels, or of the input's gradient
+  C* gates_;           // (block rows, gradients)
+  C* outputs_;         // (block rows, projected): what arrives at the projected h
+  C* grad_h_;          // (sequences, padded): what the step after passes back
+  C* grad_c_;          // (sequences, padded)
+  C* grad_projected_;  // (sequences, padded): in place of grad_h_, where there is a projection
+  C* panels_;          // a block of x or h in panels, or of the input's gradient
 };
 
 template <class T>
 int64_t widest(const RnnNetwork<T>& network) {
-  const int64_t inner = network.layers > 1 ? network.width() : network.hidden;
-  return Layout<LstmCell, Compute<T>>::padded(larger(network.weights[0].input_size, inner));
+  const int64_t inner = network.layers > 1 ? larger(network.width(), network.hidden) : network.hidden;
+  return padded_columns<Compute<T>>(larger(network.weights[0].input_size, inner));
 }
 
 template <class Cell, class T>
 int64_t most_rows(const RnnNetwork<T>& network, int64_t sequences) {
-  return block_rows(sequences, network.rows, Cell::kSlots * network.hidden + widest(network));
+  return block_rows(sequences, network.rows, Cell::kSlots * network.hidden + network.projected + widest(network));
 }
 
 template <class T>
-int64_t packed_size(RnnMode mode, int64_t hidden, int64_t input_size) {
-  return with_cell(mode,
-                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>{hidden, input_size}.packed_size(); });
+int64_t packed_size(const RnnNetwork<T>& network, int64_t input_size) {
+  return with_cell(network.mode,
+                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>(network, input_size).packed_size(); });
 }
 
 template <class T>
-void pack_weights(RnnMode mode, int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed) {
-  with_cell(mode, [&](auto cell) { pack<decltype(cell), T>(hidden, weights, packed); });
+void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
+  with_cell(network.mode, [&](auto cell) { pack<decltype(cell), T>(network, weights, packed); });
 }
 
 template <class T>
 int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
   return with_cell(network.mode, [&](auto cell) {
     using Cell = decltype(cell);
-    const Layout<Cell, Compute<T>> layout{network.hidden, 0};
+    const Layout<Cell, Compute<T>> layout(network, 0);
     const int64_t rows = most_rows<Cell>(network, sequences);
-    return rows * (layout.gradients() + widest(network)) + 2 * sequences * layout.padded(network.hidden);
+    return rows * (layout.gradients() + network.projected + widest(network)) +
+           3 * sequences * layout.padded(network.hidden);
   });
 }
 
 template <class T>
-int64_t sums_size(RnnMode mode, int64_t hidden, int64_t input_size) {
-  return with_cell(mode, [&](auto cell) { return Layout<decltype(cell), Compute<T>>{hidden, input_size}.sums_size(); });
+int64_t sums_size(const RnnNetwork<T>& network, int64_t input_size) {
+  return with_cell(network.mode,
+                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>(network, input_size).sums_size(); });
 }
 
 template <class Cell, class T, class Source>
@@ -303,7 +355,7 @@ void run_layer(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, i
       pass.run(gradients, Rows<C>{grad_below, network.width(), false});
     }
     if (sums) {
-      sums += Layout<Cell, C>{network.hidden, network.weights[layer * network.directions].input_size}.sums_size();
+      sums += Layout<Cell, C>(network, network.weights[layer * network.directions].input_size).sums_size();
     }
   }
 }
@@ -318,7 +370,7 @@ void run(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute
       C* at = sums;
       for (int64_t i = 0; at && i < layer; ++i) {
         at += network.directions *
-              Layout<Cell, C>{network.hidden, network.weights[i * network.directions].input_size}.sums_size();
+              Layout<Cell, C>(network, network.weights[i * network.directions].input_size).sums_size();
       }
       return at;
     };
@@ -349,25 +401,31 @@ void add_parts(const Compute<T>* sums, int64_t parts, int64_t stride, int64_t ro
 }
 
 template <class T>
-void finish(RnnMode mode, int64_t hidden, int64_t input_size, const Compute<T>* sums, int64_t parts, int64_t stride,
-            T* grad_weight_ih, T* grad_weight_hh, T* grad_bias_ih, T* grad_bias_hh) {
+void finish(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* sums, int64_t parts, int64_t stride,
+            const RnnWeightGradients<T>& gradients) {
   using C = Compute<T>;
-  with_cell(mode, [&](auto cell) {
+  with_cell(network.mode, [&](auto cell) {
     using Cell = decltype(cell);
-    const Layout<Cell, C> layout{hidden, input_size};
+    const Layout<Cell, C> layout(network, input_size);
+    const int64_t hidden = network.hidden, outputs = network.outputs(), projected = network.projected;
     const C* biases = sums + layout.bias_sums();
     for (int slot = 0; slot < Cell::kGates; ++slot) {
       const int64_t gate = Cell::input_gate(slot);
       add_parts<T>(sums + slot * hidden * layout.padded(input_size), parts, stride, hidden, input_size,
-                   layout.padded(input_size), grad_weight_ih + gate * hidden * input_size);
-      if (grad_bias_ih) {
-        add_parts<T>(biases + slot * hidden, parts, stride, 1, hidden, hidden, grad_bias_ih + gate * hidden);
+                   layout.padded(input_size), gradients.weight_ih + gate * hidden * input_size);
+      if (gradients.bias_ih) {
+        add_parts<T>(biases + slot * hidden, parts, stride, 1, hidden, hidden, gradients.bias_ih + gate * hidden);
       }
     }
-    add_parts<T>(sums + layout.hidden_sums(), parts, stride, layout.gates(), hidden, layout.padded(hidden),
-                 grad_weight_hh);
-    if (grad_bias_hh) {
-      add_parts<T>(biases + layout.hidden_gradients(), parts, stride, 1, layout.gates(), layout.gates(), grad_bias_hh);
+    add_parts<T>(sums + layout.hidden_sums(), parts, stride, layout.gates(), outputs, layout.padded(outputs),
+                 gradients.weight_hh);
+    if (gradients.bias_hh) {
+      add_parts<T>(biases + layout.hidden_gradients(), parts, stride, 1, layout.gates(), layout.gates(),
+                   gradients.bias_hh);
+    }
+    if (projected) {
+      add_parts<T>(sums + layout.projection_sums(), parts, stride, projected, hidden, layout.padded(hidden),
+                   gradients.weight_hr);
     }
   });
 }

@@ -109,16 +109,18 @@ struct Direction {
 
   // The direction's own columns of the layer's output, at a step's row of a sequence.
   FASTNN_INLINE T* output(const RnnStep& step, int64_t sequence) const {
-    return network.layer_output(layer) + (step.row + sequence) * network.width() + direction * network.hidden;
+    return network.layer_output(layer) + (step.row + sequence) * network.width() + direction * network.outputs();
   }
-  // One vector of units of a row: (kSaved, hidden).
+  // What the cell keeps of a row: (kSaved, hidden).
   template <class Cell>
   FASTNN_INLINE T* saved(const RnnStep& step, int64_t sequence) const {
     return network.saved + (index * network.rows + step.row + sequence) * Cell::kSaved * network.hidden;
   }
-  FASTNN_INLINE int64_t state_offset(int64_t sequence) const {
-    return (index * network.batch + sequence) * network.hidden;
+  // Where a sequence's h and c lie among the states.
+  FASTNN_INLINE int64_t h_offset(int64_t sequence) const {
+    return (index * network.batch + sequence) * network.outputs();
   }
+  FASTNN_INLINE int64_t c_offset(int64_t sequence) const { return (index * network.batch + sequence) * network.hidden; }
 
   // Sequences of `part` that the step before (in the direction's order) has run already; the others start here.
   FASTNN_INLINE int64_t running(int64_t t, Part part) const {

@@ -82,7 +82,11 @@ struct LstmCell {
     const Vec<T> g = tanh_of<T>(slots[2]), o = sigmoid_of<T>(slots[3]);
     c = f * c + i * g;
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o, saved[4] = c;
-    return o * tanh_of<T>(c);
+    return output<T>(saved);
+  }
+  template <class T>
+  static FASTNN_INLINE Vec<T> output(const Vec<T>* saved) {
+    return saved[3] * tanh_of<T>(saved[4]);
   }
 
   template <class T>

@@ -11,18 +11,26 @@ struct Layout {
   static constexpr int64_t kTileUnits = Cell::kUnits * kLanes<C>;
   static constexpr int64_t kPanelWidth = Cell::kGates * kTileUnits;
   static constexpr int64_t kTileSlots = Cell::kSlots * kTileUnits;
-  int64_t hidden, input_size, tiles;
+  int64_t hidden, projected, input_size, tiles;
 
-  Layout(int64_t hidden, int64_t input_size)
-      : hidden(hidden), input_size(input_size), tiles(divide_up(hidden, kTileUnits)) {}
+  template <class T>
+  Layout(const RnnNetwork<T>& network, int64_t input_size)
+      : hidden(network.hidden),
+        projected(network.projected),
+        input_size(input_size),
+        tiles(divide_up(hidden, kTileUnits)) {}
 
   int64_t slots() const { return tiles * kTileSlots; }
   int64_t padded() const { return tiles * kTileUnits; }
-  // (tiles, input_size or hidden, gates, units) and the biases (tiles, gates, units), (tiles, units).
+  int64_t outputs() const { return projected ? projected : hidden; }
+  int64_t padded_projected() const { return padded_columns<C>(projected); }
+  // (tiles, input_size or outputs, gates, units), the biases (tiles, gates, units), (tiles, units), and weight_hr in
+  // panels of its own.
   int64_t hidden_panels() const { return tiles * kPanelWidth * input_size; }
-  int64_t bias() const { return hidden_panels() + tiles * kPanelWidth * hidden; }
+  int64_t bias() const { return hidden_panels() + tiles * kPanelWidth * outputs(); }
   int64_t hidden_bias() const { return bias() + tiles * kPanelWidth; }
-  int64_t size() const { return hidden_bias() + padded(); }
+  int64_t projection() const { return hidden_bias() + padded(); }
+  int64_t size() const { return projection() + padded_projected() * hidden; }
 };
 
 template <class T>
@@ -31,11 +39,14 @@ FASTNN_INLINE Vec<Compute<T>> load_bias(const T* bias, int64_t unit, int64_t lef
 }
 
 template <class Cell, class T>
-void pack(int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed) {
+void pack(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
   using C = Compute<T>;
   constexpr int lanes = kLanes<C>;
-  const int64_t input_size = weights.input_size;
-  const Layout<Cell, C> layout(hidden, input_size);
+  const int64_t input_size = weights.input_size, hidden = network.hidden, outputs = network.outputs();
+  const Layout<Cell, C> layout(network, input_size);
+  if (network.projected) {
+    pack_transposed(weights.weight_hr, network.projected, hidden, packed + layout.projection());
+  }
   for (int64_t vector = 0; vector < layout.tiles * layout.kVectors; ++vector) {
     const int64_t tile = vector / layout.kVectors, slot = vector % layout.kVectors / Cell::kUnits;
     const int64_t unit = tile * layout.kTileUnits + vector % Cell::kUnits * lanes;
@@ -45,8 +56,8 @@ void pack(int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed) {
                   hidden_row = slot * hidden + unit;
     pack_rows(weights.weight_ih + input_row * input_size, input_size, count, input_size,
               packed + tile * layout.kPanelWidth * input_size + within, layout.kPanelWidth);
-    pack_rows(weights.weight_hh + hidden_row * hidden, hidden, count, hidden,
-              packed + layout.hidden_panels() + tile * layout.kPanelWidth * hidden + within, layout.kPanelWidth);
+    pack_rows(weights.weight_hh + hidden_row * outputs, outputs, count, outputs,
+              packed + layout.hidden_panels() + tile * layout.kPanelWidth * outputs + within, layout.kPanelWidth);
     Vec<C> bias = load_bias(weights.bias_ih, input_row, left_over);
     const Vec<C> hidden_bias = load_bias(weights.bias_hh, input_row, left_over);
     if (Cell::kSlots > Cell::kGates && slot == 0) {  // GRU's candidate
@@ -69,7 +80,7 @@ class ForwardDirection {
                    C* scratch)
       : direction_(network, layer, direction),
         network_(network),
-        layout_(network.hidden, direction_.weights.input_size),
+        layout_(network, direction_.weights.input_size),
         packed_(direction_.weights.packed),
         part_(part),
         most_rows_(most_rows) {
@@ -77,7 +88,8 @@ class ForwardDirection {
     slots_ = scratch;
     cells_ = slots_ + most_rows * layout_.slots();
     copies_ = cells_ + (Cell::kHasCellState ? sequences * layout_.padded() : 0);
-    gathered_ = copies_ + (kCopiesHidden ? 2 * sequences * layout_.padded() : 0);
+    unprojected_ = copies_ + (kCopiesHidden ? 2 * sequences * layout_.padded() : 0);
+    gathered_ = unprojected_ + (layout_.projected ? sequences * (layout_.padded() + layout_.padded_projected()) : 0);
   }
 
   void run(T* h_n, T* c_n) {
@@ -184,41 +196,74 @@ class ForwardDirection {
   }
 
   void run_step(int64_t t, C* slots) {
-    const int64_t running = direction_.running(t, part_), last = part_.first + part_.rows(network_.step[t]);
+    const RnnStep& step = network_.step[t];
+    const int64_t running = direction_.running(t, part_), last = part_.first + part_.rows(step);
+    const bool backwards = t % 2;
     if (running > part_.first) {
       const RnnStep& before = network_.step[direction_.reverse() ? t + 1 : t - 1];
-      const T* h = direction_.output(before, part_.first);
-      run_rows(t, part_.first, running, slots, previous_rows(h, network_.width(), part_.first), previous_stride());
+      StepRows rows = rows_of(step, part_.first, running, slots, backwards);
+      if constexpr (kCopiesHidden) {
+        rows.previous = copies_of(parity_, part_.first);
+        rows.previous_stride = layout_.padded();
+      } else {
+        rows.previous = direction_.output(before, part_.first);
+        rows.previous_stride = network_.width();
+      }
+      run_rows(rows);
     }
     if (last > running) {
       start_cells(running, last);
-      const T* h0 = network_.h0 ? network_.h0 + direction_.state_offset(running) : nullptr;
-      C* own_slots = slots + (running - part_.first) * layout_.slots();
+      const T* h0 = network_.h0 ? network_.h0 + direction_.h_offset(running) : nullptr;
+      StepRows rows = rows_of(step, running, last, slots, backwards);
+      rows.previous_stride = layout_.outputs();
       if constexpr (kCopiesHidden) {
         C* copies = copies_of(parity_, running);
-        for (int64_t i = 0; h0 && i < last - running; ++i) {
-          copy_masked<T, C>(h0 + i * layout_.hidden, nullptr, layout_.hidden, copies + i * layout_.padded());
-        }
-        run_rows(t, running, last, own_slots, h0 ? copies : nullptr, layout_.padded());
+        copy_rows(h0, layout_.outputs(), h0 ? rows.count : 0, copies, layout_.padded());
+        rows.previous = h0 ? copies : nullptr;
+        rows.previous_stride = layout_.padded();
       } else {
-        run_rows(t, running, last, own_slots, h0, layout_.hidden);
+        rows.previous = h0;
       }
+      run_rows(rows);
     }
     parity_ = !parity_;
   }
 
-  // In the compute type: the output itself, or the copies that bfloat16 keeps.
-  const C* previous_rows(const T* output, int64_t, int64_t sequence) {
-    if constexpr (kCopiesHidden) {
-      return copies_of(parity_, sequence);
-    } else {
-      return output;
-    }
+  // Sequences of one step that are computed together, and where what belongs to them lies.
+  struct StepRows {
+    int64_t count;
+    bool backwards;     // through the tiles
+    C* slots;           // (count, slots)
+    C* cells;           // (count, padded): c
+    C* copies;          // (count, padded): h in the compute type, for the step after
+    T* output;          // (count, width)
+    T* kept;            // (count, kSaved, hidden), or null
+    const C* previous;  // (count, outputs): h of the step before, or null for zeros
+    int64_t previous_stride;
+  };
+
+  StepRows rows_of(const RnnStep& step, int64_t first, int64_t last, C* slots, bool backwards) {
+    const int64_t before = first - part_.first;
+    return {last - first,
+            backwards,
+            slots + before * layout_.slots(),
+            cells_ + before * layout_.padded(),
+            copies_of(!parity_, first),
+            direction_.output(step, first),
+            Cell::kSaved > 0 && network_.saved ? direction_.template saved<Cell>(step, first) : nullptr,
+            nullptr,
+            0};
   }
-  int64_t previous_stride() const { return kCopiesHidden ? layout_.padded() : network_.width(); }
   C* copies_of(bool parity, int64_t sequence) {
     const int64_t sequences = part_.last - part_.first;
     return copies_ + ((parity ? sequences : 0) + sequence - part_.first) * layout_.padded();
+  }
+  // Rows of h.
+  template <class From, class To>
+  void copy_rows(const From* from, int64_t from_stride, int64_t rows, To* to, int64_t to_stride) {
+    for (int64_t row = 0; row < rows; ++row) {
+      copy_masked<From, To>(from + row * from_stride, nullptr, layout_.outputs(), to + row * to_stride);
+    }
   }
 
   void start_cells(int64_t first, int64_t last) {
@@ -227,65 +272,101 @@ class ForwardDirection {
         C* cell = cells_ + (sequence - part_.first) * layout_.padded();
         for (int64_t i = 0; i < layout_.padded(); i += kLanes<C>) store(cell + i, Vec<C>{});
         if (network_.c0) {
-          copy_masked<T, C>(network_.c0 + direction_.state_offset(sequence), nullptr, layout_.hidden, cell);
+          copy_masked<T, C>(network_.c0 + direction_.c_offset(sequence), nullptr, layout_.hidden, cell);
         }
       }
     }
   }
 
-  // Sequences [first, last) of step t, whose h of the step before is `previous`, or null for zeros.
-  void run_rows(int64_t t, int64_t first, int64_t last, C* slots, const C* previous, int64_t stride) {
-    const int64_t rows = last - first;
-    if (!packed_ && previous) {
-      for_slots([&](int slot, int64_t unit, int64_t count, C* base) {
-        const T* weight = direction_.weights.weight_hh + (slot * layout_.hidden + unit) * layout_.hidden;
-        for (int64_t r = 0; r < rows; ++r) {
-          C* sums = slots + (base - slots_) + r * layout_.slots() + Cell::kHiddenSlot * kLanes<C>;
-          store(sums, load(sums) + dot_rows(weight, layout_.hidden, count, previous + r * stride));
-        }
-      });
-    }
+  void run_rows(const StepRows& rows) {
+    const C* panels = packed_ ? packed_ + layout_.hidden_panels() : nullptr;
+    const int64_t panel_size = layout_.kPanelWidth * layout_.outputs();
+    if (!packed_ && rows.previous) multiply_unpacked(rows);
     for (int64_t i = 0; i < layout_.tiles; ++i) {
-      // Backwards at every other step, so that the panels used last are still in the nearest cache.
-      const int64_t tile = t % 2 ? layout_.tiles - 1 - i : i;
-      C* tile_slots = slots + tile * layout_.kTileSlots;
-      if (previous && packed_) {
-        C* sums = tile_slots + Cell::kHiddenSlot * kLanes<C>;
-        multiply_panel<kVectors>(rows, layout_.hidden, previous, stride,
-                                 packed_ + layout_.hidden_panels() + tile * layout_.kPanelWidth * layout_.hidden, sums,
-                                 layout_.slots(), sums, layout_.slots());
+      const int64_t tile = rows.backwards && !panels_stay() ? layout_.tiles - 1 - i : i;
+      C* slots = rows.slots + tile * layout_.kTileSlots;
+      if (rows.previous && packed_) {
+        C* sums = slots + Cell::kHiddenSlot * kLanes<C>;
+        multiply_panel<kVectors>(rows.count, layout_.outputs(), rows.previous, rows.previous_stride,
+                                 panels + tile * panel_size, sums, layout_.slots(), sums, layout_.slots());
       }
-      for (int64_t row = 0; row < rows; ++row) {
-        finish_units(t, first + row, tile * layout_.kTileUnits, tile_slots + row * layout_.slots(),
-                     previous ? previous + row * stride : nullptr);
+      for (int64_t row = 0; row < rows.count; ++row) {
+        finish_units(rows, row, tile * layout_.kTileUnits, slots + row * layout_.slots());
       }
     }
+    if (layout_.projected) project_outputs(rows);
   }
 
-  // The cell itself, for the units of a tile.
-  FASTNN_INLINE void finish_units(int64_t t, int64_t sequence, int64_t first_unit, const C* slots, const C* previous) {
-    const RnnStep& step = network_.step[t];
-    T* output = direction_.output(step, sequence);
+  // Whether the recurrent weights stay in the nearest cache from step to step. Those that don't are walked backwards at
+  // every other step, so that the ones used last are still there; those that do always forwards, so that a step begins
+  // with the units that the step before finished first.
+  bool panels_stay() const {
+    constexpr int64_t kNearestCache = 32 * 1024;
+    return layout_.tiles * layout_.kPanelWidth * layout_.outputs() * static_cast<int64_t>(sizeof(C)) <= kNearestCache;
+  }
+
+  void multiply_unpacked(const StepRows& rows) {
+    const int64_t depth = layout_.outputs();
+    for_slots([&](int slot, int64_t unit, int64_t count, C* base) {
+      const T* weight = direction_.weights.weight_hh + (slot * layout_.hidden + unit) * depth;
+      for (int64_t r = 0; r < rows.count; ++r) {
+        C* sums = rows.slots + (base - slots_) + r * layout_.slots() + Cell::kHiddenSlot * kLanes<C>;
+        store(sums, load(sums) + dot_rows(weight, depth, count, rows.previous + r * rows.previous_stride));
+      }
+    });
+  }
+
+  // The cell itself, for the units of a tile in one row.
+  FASTNN_INLINE void finish_units(const StepRows& rows, int64_t row, int64_t first_unit, const C* slots) {
 #pragma GCC unroll 2
     for (int v = 0; v < Cell::kUnits; ++v) {
       const int64_t unit = first_unit + v * kLanes<C>, left_over = layout_.hidden - unit;
       if (left_over <= 0) return;
       Vec<C> sums[Cell::kSlots], saved[Cell::kSaved + 1], c = {}, before = {};
       for (int s = 0; s < Cell::kSlots; ++s) sums[s] = load(slots + (s * Cell::kUnits + v) * kLanes<C>);
-      if (Cell::kNeedsPrevious && previous) before = load_up_to<C>(previous + unit, left_over);
-      C* cell = cells_ + (sequence - part_.first) * layout_.padded() + unit;
+      if (Cell::kNeedsPrevious && rows.previous) {
+        before = load_up_to<C>(rows.previous + row * rows.previous_stride + unit, left_over);
+      }
+      C* cell = rows.cells + row * layout_.padded() + unit;
       if (Cell::kHasCellState) c = load(cell);
       const Vec<C> h = Cell::template forward<C>(sums, before, c, saved);
       if (Cell::kHasCellState) store(cell, c);
-      store_up_to<T>(output + unit, h, left_over);
-      if constexpr (kCopiesHidden) {
-        // As it was stored: the next step sees what the caller sees.
-        store(copies_of(!parity_, sequence) + unit, load_up_to<T>(output + unit, left_over));
-      }
-      if (Cell::kSaved > 0 && network_.saved) {
-        T* kept = direction_.template saved<Cell>(step, sequence) + unit;
+      if (Cell::kSaved > 0 && rows.kept) {
+        T* kept = rows.kept + row * Cell::kSaved * layout_.hidden + unit;
         for (int s = 0; s < Cell::kSaved; ++s) store_up_to<T>(kept + s * layout_.hidden, saved[s], left_over);
       }
+      if (layout_.projected) {
+        store(unprojected_ + row * layout_.padded() + unit, h);
+        continue;
+      }
+      T* output = rows.output + row * network_.width() + unit;
+      store_up_to<T>(output, h, left_over);
+      if constexpr (kCopiesHidden) {
+        // As it was stored: the next step sees what the caller sees.
+        store(rows.copies + row * layout_.padded() + unit, load_up_to<T>(output, left_over));
+      }
+    }
+  }
+
+  // h <- h W_hr^T
+  void project_outputs(const StepRows& rows) {
+    C* projected = unprojected_ + (part_.last - part_.first) * layout_.padded();
+    const int64_t stride = layout_.padded_projected(), hidden = layout_.hidden;
+    if (packed_) {
+      multiply_panels<false>(rows.count, hidden, unprojected_, layout_.padded(), packed_ + layout_.projection(),
+                             layout_.projected, false, projected, stride);
+    } else {
+      for (int64_t i = 0; i < layout_.projected; i += kLanes<C>) {
+        const int64_t count = smaller(kLanes<C>, layout_.projected - i);
+        for (int64_t row = 0; row < rows.count; ++row) {
+          store(projected + row * stride + i, dot_rows(direction_.weights.weight_hr + i * hidden, hidden, count,
+                                                       unprojected_ + row * layout_.padded()));
+        }
+      }
+    }
+    copy_rows(projected, stride, rows.count, rows.output, network_.width());
+    if constexpr (kCopiesHidden) {
+      copy_rows(rows.output, network_.width(), rows.count, rows.copies, layout_.padded());
     }
   }
 
@@ -293,10 +374,11 @@ class ForwardDirection {
     const RnnStep& step = network_.step[t];
     const int64_t last = part_.first + part_.rows(step);
     for (int64_t sequence = direction_.continuing(t, part_); sequence < last; ++sequence) {
-      const int64_t to = direction_.state_offset(sequence);
-      copy_masked<T, T>(direction_.output(step, sequence), nullptr, layout_.hidden, h_n + to);
+      copy_masked<T, T>(direction_.output(step, sequence), nullptr, layout_.outputs(),
+                        h_n + direction_.h_offset(sequence));
       if (Cell::kHasCellState) {
-        copy_masked<C, T>(cells_ + (sequence - part_.first) * layout_.padded(), nullptr, layout_.hidden, c_n + to);
+        copy_masked<C, T>(cells_ + (sequence - part_.first) * layout_.padded(), nullptr, layout_.hidden,
+                          c_n + direction_.c_offset(sequence));
       }
     }
   }
@@ -307,10 +389,11 @@ class ForwardDirection {
   const C* packed_;
   const Part part_;
   const int64_t most_rows_;
-  C* slots_;     // (block rows, slots)
-  C* cells_;     // (sequences, padded): c
-  C* copies_;    // (2, sequences, padded): h of the step before and of this one, for bfloat16
-  C* gathered_;  // (block rows, input_size)
+  C* slots_;        // (block rows, slots)
+  C* cells_;        // (sequences, padded): c
+  C* copies_;       // (2, sequences, padded): h of the step before and of this one, for bfloat16
+  C* unprojected_;  // (sequences, padded): h of this step before its projection; (sequences, padded_projected): after
+  C* gathered_;     // (block rows, input_size)
   bool parity_ = false;
 };
 
@@ -321,7 +404,7 @@ int64_t widest_input(const RnnNetwork<T>& network) {
 
 template <class Cell, class T>
 int64_t most_rows(const RnnNetwork<T>& network, int64_t sequences) {
-  const Layout<Cell, Compute<T>> layout(network.hidden, 0);
+  const Layout<Cell, Compute<T>> layout(network, 0);
   return block_rows(sequences, network.rows, layout.slots() + widest_input(network));
 }
 
@@ -330,21 +413,23 @@ bool worth_packing(int64_t rows) {
 }
 
 template <class T>
-int64_t packed_size(RnnMode mode, int64_t hidden, int64_t input_size) {
-  return with_cell(mode, [&](auto cell) { return Layout<decltype(cell), Compute<T>>(hidden, input_size).size(); });
+int64_t packed_size(const RnnNetwork<T>& network, int64_t input_size) {
+  return with_cell(network.mode,
+                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>(network, input_size).size(); });
 }
 
 template <class T>
-void pack_weights(RnnMode mode, int64_t hidden, const RnnWeights<T>& weights, Compute<T>* packed) {
-  with_cell(mode, [&](auto cell) { pack<decltype(cell), T>(hidden, weights, packed); });
+void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
+  with_cell(network.mode, [&](auto cell) { pack<decltype(cell), T>(network, weights, packed); });
 }
 
 template <class T>
 int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
   return with_cell(network.mode, [&](auto cell) {
-    const Layout<decltype(cell), Compute<T>> layout(network.hidden, 0);
+    const Layout<decltype(cell), Compute<T>> layout(network, 0);
     const int64_t rows = most_rows<decltype(cell)>(network, sequences);
-    return rows * (layout.slots() + widest_input(network)) + 3 * sequences * layout.padded();
+    return rows * (layout.slots() + widest_input(network)) +
+           sequences * (4 * layout.padded() + layout.padded_projected());
   });
 }
 

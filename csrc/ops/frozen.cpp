@@ -53,32 +53,63 @@ auto with_frozen_dtype(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
+// A network and what follows from an input's sizes. A thread keeps its last, so that a small network is not read anew
+// at every call.
 template <class T>
-Tensor run(const FrozenNetwork<T>& network, const Tensor& input, const Tensor& packed) {
-  std::vector<Ints> sizes{Ints(input.sizes().begin(), input.sizes().end())};
-  int64_t largest = 0;
-  size_t last = 0;  // the last stage that computes
-  for (size_t i = 0; i < network.stages.size(); ++i) {
-    sizes.push_back(network.stages[i]->output_sizes(sizes.back()));
-    if (!network.stages[i]->only_reshapes()) last = i;
-    largest = std::max(largest, product(sizes.back(), 0, sizes.back().size()));
+struct Plan {
+  std::string program;
+  const T* weights;
+  int64_t weight_count;
+  FrozenNetwork<T> network;
+  std::vector<Ints> sizes{};  // of the input and of each stage's output
+  int64_t largest = 0;        // elements of a stage's output, whole cache lines
+  size_t last = 0;            // the last stage that computes
+
+  void set_sizes(const Sizes& input) {
+    if (!sizes.empty() && input.size() == sizes[0].size() && std::equal(input.begin(), input.end(), sizes[0].begin())) {
+      return;
+    }
+    std::vector<Ints> all{Ints(input.begin(), input.end())};
+    int64_t most = 0;
+    for (size_t i = 0; i < network.stages.size(); ++i) {
+      all.push_back(network.stages[i]->output_sizes(all.back()));
+      if (!network.stages[i]->only_reshapes()) last = i;
+      most = std::max(most, product(all.back(), 0, all.back().size()));
+    }
+    constexpr int64_t line = 64 / sizeof(T);
+    largest = (most + line - 1) / line * line;
+    sizes = std::move(all);
   }
-  const Tensor output = new_tensor(sizes.back(), input.scalar_type());
+};
+
+template <class T>
+const Plan<T>& plan_of(const Expected& kind, const Tensor& weights, const std::string& program, const Sizes& input) {
+  static thread_local std::unique_ptr<Plan<T>> kept;
+  const T* const first = data<T>(weights);
+  if (!kept || kept->weights != first || kept->weight_count != weights.numel() || kept->program != program) {
+    kept.reset();
+    kept.reset(new Plan<T>{program, first, weights.numel(), FrozenNetwork<T>(kind, weights, program)});
+  }
+  kept->set_sizes(input);
+  return *kept;
+}
+
+template <class T>
+Tensor run(const Plan<T>& plan, const Tensor& input, const Tensor& packed) {
+  const Tensor output = new_tensor(plan.sizes.back(), input.scalar_type());
   if (output.numel() == 0) return output;
-  const int64_t line = 64 / sizeof(T);
-  largest = (largest + line - 1) / line * line;
-  const bool has_between = last > 0;
-  const Scratch<T> between(has_between ? checked_product(2, largest) : 0);
+  const auto& stages = plan.network.stages;
+  const Scratch<T> between(plan.last > 0 ? checked_product(2, plan.largest) : 0);
   PackedReader reader(data<char>(packed), packed.numel(), sizeof(T));
   const T* from = data<T>(input);
   int64_t next = 0;
-  for (size_t i = 0; i <= last; ++i) {
-    if (network.stages[i]->only_reshapes()) continue;
-    T* to = i == last ? mutable_data<T>(output) : between.get() + largest * (next++ % 2);
-    network.stages[i]->run(from, sizes[i], to, reader);
+  for (size_t i = 0; i <= plan.last; ++i) {
+    if (stages[i]->only_reshapes()) continue;
+    T* to = i == plan.last ? mutable_data<T>(output) : between.get() + plan.largest * (next++ % 2);
+    stages[i]->run(from, plan.sizes[i], to, reader);
     from = to;
   }
-  if (network.stages[last]->only_reshapes()) std::memcpy(mutable_data<T>(output), from, output.numel() * sizeof(T));
+  if (stages[plan.last]->only_reshapes()) std::memcpy(mutable_data<T>(output), from, output.numel() * sizeof(T));
   return output;
 }
 
@@ -91,7 +122,7 @@ Tensor frozen(const Tensor& input, const Tensor& weights, const Tensor& packed, 
   const Tensor dense_input = dense(input);
   return with_frozen_dtype(kind.dtype, [&](auto type) {
     using T = decltype(type);
-    return run<T>(FrozenNetwork<T>(kind, weights, program), dense_input, packed);
+    return run(plan_of<T>(kind, weights, program, dense_input.sizes()), dense_input, packed);
   });
 }
 

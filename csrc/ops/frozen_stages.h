@@ -138,29 +138,35 @@ class FrozenConv : public FrozenStage<T> {
   const T* bias_;
 };
 
-// "rnn mode layers directions batch_first biases last in hidden": fastnn::rnn from a state of zeros; of its output the
-// last step, if `last`. Output as batch_first has it, dense.
+// "rnn mode layers directions batch_first biases last in hidden projected": fastnn::rnn from a state of zeros; of its
+// output the last step, if `last`. Output as batch_first has it, dense.
 template <class T>
 class FrozenRnn : public FrozenStage<T> {
  public:
   FrozenRnn(Words& words, WeightReader<T>& weights) {
-    mode_ = static_cast<RnnMode>(words.number(0, static_cast<int64_t>(RnnMode::count) - 1));
-    layers_ = words.size();
-    directions_ = words.number(1, 2);
+    network_.mode = static_cast<RnnMode>(words.number(0, static_cast<int64_t>(RnnMode::count) - 1));
+    network_.layers = words.size();
+    network_.directions = words.number(1, 2);
     batch_first_ = words.number(0, 1);
     const bool biases = words.number(0, 1);
     last_ = words.number(0, 1);
     int64_t in = words.size();
-    hidden_ = words.size();
-    FASTNN_CHECK(words.stage_ends(), "frozen: an rnn stage has 8 numbers");
-    const int64_t gates = checked_product(gates_of(mode_), hidden_);
-    for (int64_t layer = 0; layer < layers_; ++layer, in = width()) {
-      for (int64_t i = 0; i < directions_; ++i) {
-        const T* weight_ih = weights.take(checked_product(gates, in));
-        const T* weight_hh = weights.take(checked_product(gates, hidden_));
-        const T* bias_ih = biases ? weights.take(gates) : nullptr;
-        const T* bias_hh = biases ? weights.take(gates) : nullptr;
-        weights_.push_back({weight_ih, weight_hh, bias_ih, bias_hh, in, nullptr});
+    network_.hidden = words.size();
+    const bool projects = network_.mode == RnnMode::lstm;
+    network_.projected = words.number(0, projects ? network_.hidden - 1 : 0);
+    FASTNN_CHECK(words.stage_ends(), "frozen: an rnn stage has 9 numbers");
+    const int64_t gates = checked_product(gates_of(network_.mode), network_.hidden);
+    for (int64_t layer = 0; layer < network_.layers; ++layer, in = network_.width()) {
+      for (int64_t i = 0; i < network_.directions; ++i) {
+        RnnWeights<T> own{};
+        own.input_size = in;
+        own.weight_ih = weights.take(checked_product(gates, in));
+        own.weight_hh = weights.take(checked_product(gates, network_.outputs()));
+        own.bias_ih = biases ? weights.take(gates) : nullptr;
+        own.bias_hh = biases ? weights.take(gates) : nullptr;
+        if (network_.projected) own.weight_hr = weights.take(checked_product(network_.projected, network_.hidden));
+        weights_.push_back(own);
+        work_ += 2.0 * network_.hidden * (gates_of(network_.mode) * (in + network_.outputs()) + network_.projected);
       }
     }
   }
@@ -170,45 +176,41 @@ class FrozenRnn : public FrozenStage<T> {
                  "frozen: expected an rnn's input to be 3D with ", weights_[0].input_size, " features, got size ",
                  to_string(input));
     FASTNN_CHECK(length(input) > 0, "Expected sequence length to be larger than 0 in RNN");
-    return last_ ? Ints{batch(input), width()} : Ints{input[0], input[1], width()};
+    return last_ ? Ints{batch(input), network_.width()} : Ints{input[0], input[1], network_.width()};
   }
 
   void pack(const Ints&, PackedWriter& packed) const override {
     const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
     for (const RnnWeights<T>& weights : weights_) {
-      T* to = packed.give<T>(0, kernels.packed_size(mode_, hidden_, weights.input_size));
-      if (to) kernels.pack(mode_, hidden_, weights, to);
+      T* to = packed.give<T>(0, kernels.packed_size(network_, weights.input_size));
+      if (to) kernels.pack(network_, weights, to);
     }
   }
 
   void run(const T* input, const Ints& sizes, T* output, PackedReader& packed) const override {
-    std::vector<RnnWeights<T>> weights = weights_;
     const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
-    bool is_packed = true;
-    int64_t size = 0;
+    std::vector<RnnWeights<T>> weights = weights_;
+    int64_t unpacked = 0;
     for (RnnWeights<T>& own : weights) {
-      const int64_t count = kernels.packed_size(mode_, hidden_, own.input_size);
+      const int64_t count = kernels.packed_size(network_, own.input_size);
       own.packed = packed.take<T>(0, count);
-      is_packed = is_packed && own.packed;
-      size = checked_sum(size, count);
+      if (!own.packed) unpacked = checked_sum(unpacked, count);
     }
-    const Scratch<T> packed_here(is_packed ? 0 : size);
+    const Scratch<T> packed_here(unpacked);
     T* next = packed_here.get();
     for (RnnWeights<T>& own : weights) {
-      if (is_packed) break;
-      kernels.pack(mode_, hidden_, own, next);
+      if (own.packed) continue;
+      kernels.pack(network_, own, next);
       own.packed = next;
-      next += kernels.packed_size(mode_, hidden_, own.input_size);
+      next += kernels.packed_size(network_, own.input_size);
     }
+
     const int64_t length = this->length(sizes), batch = this->batch(sizes), in = weights_[0].input_size;
     const int64_t step = batch_first_ ? in : checked_product(batch, in);
     std::vector<RnnStep> steps;
+    steps.reserve(length);
     for (int64_t t = 0; t < length; ++t) steps.push_back({t * step, t * batch, batch});
-    RnnNetwork<T> network{};
-    network.mode = mode_;
-    network.layers = layers_;
-    network.directions = directions_;
-    network.hidden = hidden_;
+    RnnNetwork<T> network = network_;
     network.batch = batch;
     network.rows = checked_product(length, batch);
     network.steps = length;
@@ -216,47 +218,42 @@ class FrozenRnn : public FrozenStage<T> {
     network.weights = weights.data();
     network.input = input;
     network.input_stride = batch_first_ ? checked_product(length, in) : in;
+    const int64_t width = network.width();
     const bool writes_output = !batch_first_ && !last_;
-    const Scratch<T> all_steps(writes_output ? 0 : checked_product(network.rows, width()));
+    const Scratch<T> all_steps(writes_output ? 0 : checked_product(network.rows, width));
     network.output = writes_output ? output : all_steps.get();
     run_network(network, kernels);
     if (last_) {
-      std::copy_n(all_steps.get() + (network.rows - batch) * width(), batch * width(), output);
+      std::copy_n(all_steps.get() + (network.rows - batch) * width, batch * width, output);
     } else if (batch_first_) {
       for (int64_t row = 0; row < network.rows; ++row) {
-        std::copy_n(all_steps.get() + row * width(), width(), output + (row % batch * length + row / batch) * width());
+        std::copy_n(all_steps.get() + row * width, width, output + (row % batch * length + row / batch) * width);
       }
     }
   }
 
  private:
   void run_network(RnnNetwork<T>& network, const RnnForwardKernels<T>& kernels) const {
-    double work = 0;
-    for (const RnnWeights<T>& weights : weights_) {
-      work += 2.0 * network.rows * gates_of(mode_) * hidden_ * (weights.input_size + hidden_);
-    }
-    const int64_t chunks = rnn_chunks(work, network.batch),
-                  state_size = layers_ * directions_ * network.batch * hidden_;
+    const int64_t chunks = rnn_chunks(work_ * network.rows, network.batch);
     const auto bound = [&](int64_t chunk) { return network.batch * chunk / chunks; };
-    const int64_t longest = (network.batch + chunks - 1) / chunks;
-    const Scratch<T> between(layers_ > 1 && directions_ > 1 ? network.rows * width() : 0);
+    const Scratch<T> between(network.layers > 1 && network.directions > 1 ? network.rows * network.width() : 0);
     network.hidden_outputs = between.get();
-    const int64_t scratch_size = kernels.scratch_size(network, longest);
+    const int64_t scratch_size = kernels.scratch_size(network, (network.batch + chunks - 1) / chunks);
+    const int64_t state_size = network.layers * network.directions * network.batch * network.hidden;
     const Scratch<T> state(2 * state_size), scratch(checked_product(chunks, scratch_size));
+    T* const c_n = network.mode == RnnMode::lstm ? state.get() + state_size : nullptr;
     parallel_chunks(chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
-      kernels.run(network, state.get(), mode_ == RnnMode::lstm ? state.get() + state_size : nullptr, bound(chunk),
-                  bound(chunk + 1), scratch.get() + chunk * scratch_size);
+      kernels.run(network, state.get(), c_n, bound(chunk), bound(chunk + 1), scratch.get() + chunk * scratch_size);
     });
   }
 
-  int64_t width() const { return directions_ * hidden_; }
   int64_t length(const Ints& input) const { return input[batch_first_ ? 1 : 0]; }
   int64_t batch(const Ints& input) const { return input[batch_first_ ? 0 : 1]; }
 
-  RnnMode mode_;
-  int64_t layers_, directions_, hidden_;
-  bool batch_first_, last_;
+  RnnNetwork<T> network_{};
   std::vector<RnnWeights<T>> weights_;
+  double work_ = 0;  // floating-point operations a row
+  bool batch_first_, last_;
 };
 
 // "flatten": all dimensions but the first become one.

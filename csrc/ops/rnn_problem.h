@@ -14,20 +14,29 @@ struct Problem {
   Expected kind;
   RnnMode mode = RnnMode::tanh;
   int64_t layers = 1, directions = 1, input_size = 0, hidden = 0, batch = 0, rows = 0;
-  bool batch_first = false, packed = false;
-  int64_t weights_each = 0;  // 2, or 4 with biases
+  int64_t projected = 0;  // LSTM's proj_size, or 0
+  bool batch_first = false;
+  bool packed = false;       // rows of steps of different sizes, in two dimensions
+  bool cell = false;         // one step of one layer: no dimension for time, none for layers
+  int64_t weights_each = 0;  // 2, or 4 with biases, and one more with a projection
   std::vector<RnnStep> steps{};
   Tensor input{};
   TensorList state{}, weights{};
   OptionalTensor masks{};
 
-  int64_t width() const { return directions * hidden; }
+  int64_t outputs() const { return projected ? projected : hidden; }
+  int64_t width() const { return directions * outputs(); }
+  bool has_biases() const { return weights_each >= 4; }
   int64_t count() const { return layers * directions; }
   int64_t input_size_of(int64_t index) const { return index < directions ? input_size : width(); }
-  std::vector<int64_t> state_sizes() const { return {count(), batch, hidden}; }
+  // Of h (0) or c (1).
+  std::vector<int64_t> state_sizes(size_t which) const {
+    const int64_t units = which == 0 ? outputs() : hidden;
+    return cell ? std::vector<int64_t>{batch, units} : std::vector<int64_t>{count(), batch, units};
+  }
   // The output's sizes, and its strides: time-major in memory, whatever the order of the dimensions.
   Tensor new_output() const {
-    if (packed) return new_tensor({rows, width()}, kind.dtype);
+    if (packed || cell) return new_tensor({rows, width()}, kind.dtype);
     const int64_t length = static_cast<int64_t>(steps.size()), step = std::max<int64_t>(batch, 1) * width();
     const int64_t strides[] = {batch_first ? width() : step, batch_first ? step : width(), 1};
     return new_strided_tensor(
@@ -40,7 +49,9 @@ struct Problem {
   int64_t reserve_size() const { return checked_sum(hidden_outputs_size(), saved_size()); }
   double work() const {  // floating-point operations of one forward
     double total = 0;
-    for (int64_t i = 0; i < count(); ++i) total += 2.0 * rows * gates_of(mode) * hidden * (input_size_of(i) + hidden);
+    for (int64_t i = 0; i < count(); ++i) {
+      total += 2.0 * rows * hidden * (gates_of(mode) * (input_size_of(i) + outputs()) + projected);
+    }
     return total;
   }
 };
@@ -48,21 +59,34 @@ struct Problem {
 inline void check_weights(Problem& problem, const TensorList& weights) {
   const char* op = problem.kind.op;
   const int64_t given = static_cast<int64_t>(weights.size());
-  check(problem.layers > 0 && problem.layers <= given && (given == 2 * problem.count() || given == 4 * problem.count()),
-        op, ": expected 2 weights, or 4 with biases, for each of ", problem.layers, " layers and ", problem.directions,
-        " directions, got ", given);
-  problem.weights_each = given / problem.count();
+  const int64_t layers = problem.layers, count = layers > 0 && layers <= given ? problem.count() : 0;
+  const int64_t each = count > 0 && given % count == 0 ? given / count : 0;
+  const bool projects = each % 2 == 1;
+  check(each >= 2 && each <= 5 && (!projects || problem.mode == RnnMode::lstm), op,
+        ": expected 2 weights, or 4 with biases, and for LSTM one more with a projection, for each of ", layers,
+        " layers and ", problem.directions, " directions, got ", given);
+  problem.weights_each = each;
   check_same_kind(weights[1], problem.kind, "weights");
-  check(weights[1].dim() == 2 && weights[1].size(1) > 0, op, ": expected weights[1] of size (gates * hidden, hidden)");
+  check(weights[1].dim() == 2 && weights[1].size(1) > 0, op, ": expected weights[1] of size (gates * hidden, outputs)");
   problem.hidden = weights[1].size(1);
+  if (projects) {
+    problem.projected = problem.hidden;
+    check_same_kind(weights[each - 1], problem.kind, "weights");
+    check(weights[each - 1].dim() == 2 && weights[each - 1].size(1) > problem.projected, op,
+          ": expected a projection of size (outputs, hidden), with fewer outputs than hidden units");
+    problem.hidden = weights[each - 1].size(1);
+  }
   const int64_t gates = checked_product(gates_of(problem.mode), problem.hidden);
+  problem.weights.reserve(given);
   for (int64_t i = 0; i < given; ++i) {
     const Tensor& weight = weights[i];
     check_same_kind(weight, problem.kind, "weights");
-    const int64_t which = i % problem.weights_each;
+    const int64_t which = i % each;
     if (which < 2) {
-      const int64_t columns = which ? problem.hidden : problem.input_size_of(i / problem.weights_each);
+      const int64_t columns = which ? problem.outputs() : problem.input_size_of(i / each);
       check_sizes(weight, {gates, columns}, op, "weights");
+    } else if (projects && which == each - 1) {
+      check_sizes(weight, {problem.projected, problem.hidden}, op, "weights");
     } else {
       check_sizes(weight, {gates}, op, "weights");
     }
@@ -77,6 +101,7 @@ inline void set_packed_steps(Problem& problem, const Tensor& batch_sizes) {
   check(batch_sizes.dim() == 1 && batch_sizes.size(0) > 0, op, ": batch_sizes should be 1D and not empty");
   const Tensor sizes = dense(batch_sizes);
   const int64_t* size = data<int64_t>(sizes);
+  problem.steps.reserve(sizes.size(0));
   problem.batch = size[0];
   problem.rows = problem.input.size(0);
   int64_t row = 0;
@@ -96,6 +121,7 @@ inline void set_steps(Problem& problem) {
   problem.batch = problem.input.size(batch_first ? 0 : 1);
   check(length > 0, "Expected sequence length to be larger than 0 in RNN");
   problem.rows = checked_product(length, problem.batch);
+  problem.steps.reserve(length);
   const int64_t step = batch_first ? problem.input_size : problem.batch * problem.input_size;
   for (int64_t t = 0; t < length; ++t) problem.steps.push_back({t * step, t * problem.batch, problem.batch});
 }
@@ -104,41 +130,57 @@ inline size_t states_of(RnnMode mode) {
   return mode == RnnMode::lstm ? 2 : 1;
 }
 
-inline void check_state(Problem& problem, const TensorList& state, std::initializer_list<int64_t> sizes) {
-  const char* op = problem.kind.op;
-  check(state.empty() || state.size() == states_of(problem.mode), op, ": expected no state or ",
-        states_of(problem.mode), " tensors, got ", state.size());
-  for (const Tensor& tensor : state) {
-    check_same_kind(tensor, problem.kind, "state");
-    check_sizes(tensor, sizes, op, "state");
-    problem.state.push_back(dense(tensor));
+// h (0) or c (1), or a gradient of such.
+inline void check_one_state(const Problem& problem, const Tensor& tensor, size_t which, const char* name) {
+  check_same_kind(tensor, problem.kind, name);
+  const int64_t units = which == 0 ? problem.outputs() : problem.hidden;
+  if (problem.cell) {
+    check_sizes(tensor, {problem.batch, units}, problem.kind.op, name);
+  } else {
+    check_sizes(tensor, {problem.count(), problem.batch, units}, problem.kind.op, name);
   }
 }
 
-inline Problem start_problem(const char* op, const Tensor& input, int64_t mode, int64_t layers, bool bidirectional) {
-  check(mode >= 0 && mode < static_cast<int64_t>(RnnMode::count), op, ": mode must be between 0 and ",
-        static_cast<int64_t>(RnnMode::count) - 1, ", got ", mode);
-  Problem problem{check_first(input, op, "input")};
-  problem.mode = static_cast<RnnMode>(mode);
-  problem.layers = layers;
-  problem.directions = bidirectional ? 2 : 1;
-  problem.input = dense(input);
-  problem.input_size = input.size(input.dim() - 1);
-  return problem;
+inline void check_state(Problem& problem, const TensorList& state) {
+  const char* op = problem.kind.op;
+  check(state.empty() || state.size() == states_of(problem.mode), op, ": expected no state or ",
+        states_of(problem.mode), " tensors, got ", state.size());
+  for (size_t i = 0; i < state.size(); ++i) {
+    check_one_state(problem, state[i], i, "state");
+    problem.state.push_back(dense(state[i]));
+  }
 }
 
+// An input of two dimensions without batch sizes is a cell's.
 inline Problem check_problem(const char* op, const Tensor& input, const OptionalTensor& batch_sizes,
                              const TensorList& state, const TensorList& weights, const OptionalTensor& masks,
                              int64_t mode, int64_t layers, bool bidirectional, bool batch_first) {
-  const int64_t dims = batch_sizes ? 2 : 3;
-  check(input.defined() && input.dim() == dims, op, ": input must have ", dims, " dimensions");
-  check(!(batch_sizes && batch_first), op, ": batch_first does not go with batch_sizes");
-  Problem problem = start_problem(op, input, mode, layers, bidirectional);
+  check(mode >= 0 && mode < static_cast<int64_t>(RnnMode::count), op, ": mode must be between 0 and ",
+        static_cast<int64_t>(RnnMode::count) - 1, ", got ", mode);
+  Problem problem{check_first(input, op, "input")};
+  const int64_t dims = input.dim();
+  problem.mode = static_cast<RnnMode>(mode);
+  problem.layers = layers;
+  problem.directions = bidirectional ? 2 : 1;
   problem.batch_first = batch_first;
   problem.packed = batch_sizes.has_value();
+  problem.cell = dims == 2 && !problem.packed;
+  check(dims == 2 || (dims == 3 && !problem.packed), op, ": expected input to be 3D, or 2D with batch_sizes, got ",
+        dims, "D tensor instead");
+  check(dims == 3 || !batch_first, op, ": batch_first needs a 3D input");
+  check(!problem.cell || (layers == 1 && !bidirectional), op, ": a 2D input is one step of one layer");
+  problem.input = dense(input);
+  problem.input_size = input.size(dims - 1);
   check_weights(problem, weights);
-  problem.packed ? set_packed_steps(problem, *batch_sizes) : set_steps(problem);
-  check_state(problem, state, {problem.count(), problem.batch, problem.hidden});
+  if (problem.packed) {
+    set_packed_steps(problem, *batch_sizes);
+  } else if (problem.cell) {
+    problem.batch = problem.rows = input.size(0);
+    problem.steps.push_back({0, 0, problem.rows});
+  } else {
+    set_steps(problem);
+  }
+  check_state(problem, state);
   if (masks) {
     check_same_kind(*masks, problem.kind, "masks");
     check_sizes(*masks, {layers - 1, problem.rows, problem.width()}, op, "masks");
@@ -189,14 +231,17 @@ struct Network : RnnNetwork<T> {
     directions_.reserve(problem.count());
     for (int64_t i = 0; i < problem.count(); ++i) {
       const Tensor* weight = &problem.weights[i * problem.weights_each];
-      const bool has_biases = problem.weights_each == 4;
+      const bool has_biases = problem.has_biases();
       directions_.push_back({data<T>(weight[0]), data<T>(weight[1]), has_biases ? data<T>(weight[2]) : nullptr,
-                             has_biases ? data<T>(weight[3]) : nullptr, problem.input_size_of(i), nullptr});
+                             has_biases ? data<T>(weight[3]) : nullptr,
+                             problem.projected ? data<T>(weight[problem.weights_each - 1]) : nullptr,
+                             problem.input_size_of(i), nullptr});
     }
     this->mode = problem.mode;
     this->layers = problem.layers;
     this->directions = problem.directions;
     this->hidden = problem.hidden;
+    this->projected = problem.projected;
     this->batch = problem.batch;
     this->rows = problem.rows;
     this->steps = static_cast<int64_t>(problem.steps.size());
@@ -219,7 +264,7 @@ struct Network : RnnNetwork<T> {
   int64_t packed_size(const Kernels& kernels) const {
     int64_t size = 0;
     for (const RnnWeights<T>& weights : directions_) {
-      size += kernels.packed_size(this->mode, this->hidden, weights.input_size);
+      size += kernels.packed_size(*this, weights.input_size);
     }
     return size;
   }
@@ -227,9 +272,9 @@ struct Network : RnnNetwork<T> {
   template <class Kernels>
   void pack(const Kernels& kernels, Compute<T>* packed) {
     for (RnnWeights<T>& weights : directions_) {
-      kernels.pack(this->mode, this->hidden, weights, packed);
+      kernels.pack(*this, weights, packed);
       weights.packed = packed;
-      packed += kernels.packed_size(this->mode, this->hidden, weights.input_size);
+      packed += kernels.packed_size(*this, weights.input_size);
     }
   }
 };

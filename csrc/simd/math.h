@@ -15,7 +15,7 @@ struct ExpConstants<float> {
   using Integer = int32_t;
   static constexpr int mantissa_bits = 23, bias = 127;
   static constexpr float smallest = -104.0f, largest = 89.0f;
-  static constexpr float tanh_is_one = 9.1f;  // from here on tanh rounds to 1
+  static constexpr float tanh_is_one = 9.1f, sigmoid_is_one = 18.0f;  // from here on they round to 1
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
   // (exp(r) - 1 - r) / r^2 on |r| <= ln2/2, minimax in the relative error of exp(r) - 1, highest power first.
@@ -28,7 +28,7 @@ struct ExpConstants<double> {
   using Integer = int64_t;
   static constexpr int mantissa_bits = 52, bias = 1023;
   static constexpr double smallest = -746.0, largest = 710.0;
-  static constexpr double tanh_is_one = 19.1;
+  static constexpr double tanh_is_one = 19.1, sigmoid_is_one = 38.0;
   static constexpr double ln2_high = 0.69314718036912381649, ln2_low = 1.90821492927058770002e-10;
   static constexpr double round_to_integer = 6755399441055744.0;
   // The same by Taylor: the power left out is below half an ulp.
@@ -59,15 +59,14 @@ FASTNN_INLINE ExpParts<T> exp_parts(Vec<T> x) {
   return {n, (Vec<Integer>)shifted - (Vec<Integer>)broadcast<T>(K::round_to_integer), value * (rest * rest) + rest};
 }
 
-// 2^n, n in the normal range of exponents.
-template <class T>
-FASTNN_INLINE Vec<T> power_of_two(Vec<typename ExpConstants<T>::Integer> n) {
-  using K = ExpConstants<T>;
-  return (Vec<T>)((n + K::bias) << K::mantissa_bits);
-}
-
-// 2^n (1 + fraction), n anything that exp has.
+// 2^n (n in the normal range of exponents), and 2^n (1 + fraction), n anything that exp has.
 #if defined(__AVX512F__)
+FASTNN_INLINE Vec<float> power_of_two(const ExpParts<float>& parts) {
+  return (Vec<float>)_mm512_scalef_ps(_mm512_set1_ps(1), (__m512)parts.n);
+}
+FASTNN_INLINE Vec<double> power_of_two(const ExpParts<double>& parts) {
+  return (Vec<double>)_mm512_scalef_pd(_mm512_set1_pd(1), (__m512d)parts.n);
+}
 FASTNN_INLINE Vec<float> assemble(const ExpParts<float>& parts) {
   return (Vec<float>)_mm512_scalef_ps((__m512)(parts.fraction + 1.0f), (__m512)parts.n);
 }
@@ -76,6 +75,15 @@ FASTNN_INLINE Vec<double> assemble(const ExpParts<double>& parts) {
 }
 #else
 template <class T>
+FASTNN_INLINE Vec<T> power_of_two(Vec<typename ExpConstants<T>::Integer> n) {
+  using K = ExpConstants<T>;
+  return (Vec<T>)((n + K::bias) << K::mantissa_bits);
+}
+template <class T>
+FASTNN_INLINE Vec<T> power_of_two(const ExpParts<T>& parts) {
+  return power_of_two<T>(parts.n_as_integer);
+}
+template <class T>
 FASTNN_INLINE Vec<T> assemble(const ExpParts<T>& parts) {
   // Two factors, since n itself may lie outside the exponents of normal numbers.
   const auto half = parts.n_as_integer >> 1;
@@ -83,13 +91,36 @@ FASTNN_INLINE Vec<T> assemble(const ExpParts<T>& parts) {
 }
 #endif
 
+// x, but not below `low` or above `high`. NaN stays.
+#if defined(__AVX512F__)
+// Where masks have registers of their own, the compiler sees no minimum in a comparison and a choice.
+FASTNN_INLINE Vec<float> at_least(Vec<float> x, float low) {
+  return (Vec<float>)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
+}
+FASTNN_INLINE Vec<float> at_most(Vec<float> x, float high) {
+  return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
+}
+FASTNN_INLINE Vec<double> at_least(Vec<double> x, double low) {
+  return (Vec<double>)_mm512_max_pd(_mm512_set1_pd(low), (__m512d)x);
+}
+FASTNN_INLINE Vec<double> at_most(Vec<double> x, double high) {
+  return (Vec<double>)_mm512_min_pd(_mm512_set1_pd(high), (__m512d)x);
+}
+#else
+template <class V, class T>
+FASTNN_INLINE V at_least(V x, T low) {
+  return x < broadcast<T>(low) ? broadcast<T>(low) : x;
+}
+template <class V, class T>
+FASTNN_INLINE V at_most(V x, T high) {
+  return x > broadcast<T>(high) ? broadcast<T>(high) : x;
+}
+#endif
+
 template <class T>
 FASTNN_INLINE Vec<T> exp_of(Vec<T> x) {
   using K = ExpConstants<T>;
-  const Vec<T> low = broadcast<T>(K::smallest), high = broadcast<T>(K::largest);
-  Vec<T> bounded = x < low ? low : x;  // NaN stays
-  bounded = bounded > high ? high : bounded;
-  return assemble(exp_parts<T>(bounded));
+  return assemble(exp_parts<T>(at_most(at_least(x, K::smallest), K::largest)));
 }
 
 template <class T>
@@ -102,14 +133,12 @@ FASTNN_INLINE Vec<T> magnitude_of(Vec<T> x) {
   return (Vec<T>)((Bits)x & ~(Bits)sign_bit<T>());
 }
 
-// e / (1 + e) or 1 / (1 + e) with e = exp(-|x|): no overflow, and small results keep their relative accuracy.
+// e / (1 + e) with e = exp(x): small results keep their relative accuracy.
 template <class T>
 FASTNN_INLINE Vec<T> sigmoid_of(Vec<T> x) {
   using K = ExpConstants<T>;
-  const Vec<T> low = broadcast<T>(K::smallest);
-  const Vec<T> negative = -magnitude_of<T>(x);
-  const Vec<T> e = assemble(exp_parts<T>(negative < low ? low : negative));
-  return (x < Vec<T>{} ? e : broadcast<T>(1)) / (e + T(1));
+  const Vec<T> e = assemble(exp_parts<T>(at_most(at_least(x, K::smallest), K::sigmoid_is_one)));
+  return e / (e + T(1));
 }
 
 // With m = exp(2|x|) - 1: m / (m + 2) below 1/2, which keeps its relative accuracy towards 0, and 1 - 2 / (m + 2)
@@ -118,11 +147,9 @@ template <class T>
 FASTNN_INLINE Vec<T> tanh_of(Vec<T> x) {
   using K = ExpConstants<T>;
   using Bits = Vec<typename K::Integer>;
-  const Vec<T> magnitude = magnitude_of<T>(x);
-  const Vec<T> high = broadcast<T>(K::tanh_is_one);
-  const Vec<T> bounded = magnitude > high ? high : magnitude;  // NaN stays
+  const Vec<T> bounded = at_most(magnitude_of<T>(x), K::tanh_is_one);
   const ExpParts<T> parts = exp_parts<T>(bounded + bounded);
-  const Vec<T> scale = power_of_two<T>(parts.n_as_integer);
+  const Vec<T> scale = power_of_two(parts);
   const Vec<T> m = parts.fraction * scale + (scale - T(1));
   const auto below_half = bounded < broadcast<T>(T(0.5493));
   const Vec<T> quotient = (below_half ? m : broadcast<T>(2)) / (m + T(2));

@@ -95,7 +95,12 @@ def rnn(
     input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], weights: Sequence[Tensor],
     masks: Tensor | None, mode: int, num_layers: int, bidirectional: bool, batch_first: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """``fastnn::rnn``: see fastnn.ops.rnn.rnn for the arguments."""
+    """``fastnn::rnn``: see fastnn.ops.rnn.rnn for the arguments. An input (batch, in) without batch_sizes is a cell's:
+    one step of one layer."""
+    if batch_sizes is None and input.dim() == 2:
+        output, final = rnn(input.unsqueeze(0), None, _unsqueezed(state), weights, masks, mode, num_layers,
+                            bidirectional, batch_first)  # fmt: skip
+        return output.squeeze(0), [s.squeeze(0) for s in final]
     problem = check_problem("rnn", input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional,
                             batch_first)  # fmt: skip
     return _forward(problem, None)
@@ -107,19 +112,31 @@ def rnn_with_reserve(
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     """``fastnn::rnn_with_reserve``: also the outputs of all layers but the last, (layers - 1, rows, directions *
     hidden), and what the cells keep, (layers * directions, rows, kept, hidden), in one tensor."""
+    if batch_sizes is None and input.dim() == 2:
+        output, final, reserve = rnn_with_reserve(input.unsqueeze(0), None, _unsqueezed(state), weights, masks, mode,
+                                                  num_layers, bidirectional, batch_first)  # fmt: skip
+        return output.squeeze(0), [s.squeeze(0) for s in final], reserve
     problem = check_problem("rnn_with_reserve", input, batch_sizes, state, weights, masks, mode, num_layers,
                             bidirectional, batch_first)  # fmt: skip
     reserve = input.new_empty(problem.reserve_size)
     return (*_forward(problem, reserve), reserve)
 
 
-def rnn_cell(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], mode: int) -> list[Tensor]:
-    """``fastnn::rnn_cell``: one step; input (batch, in), state [] for zeros, [h] or [h, c] of (batch, hidden)."""
+def rnn_cell(
+    input: Tensor, mode: int, h: Tensor | None, c: Tensor | None, weight_ih: Tensor, weight_hh: Tensor,
+    bias_ih: Tensor | None = None, bias_hh: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """``fastnn::rnn_cell``: one step; input (batch, in), h and c (batch, hidden) or None for zeros."""
     op = "rnn_cell"
     check(input.dim() == 2, op, ": expected input to be 2D (batch, features), got ", input.dim(), "D tensor instead")
-    states = [s.unsqueeze(0) for s in state]
-    problem = check_problem(op, input.unsqueeze(0), None, states, weights, None, mode, 1, False, False)
+    state = [s.unsqueeze(0) for s in (h, c) if s is not None]
+    weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
+    problem = check_problem(op, input.unsqueeze(0), None, state, weights, None, mode, 1, False, False)
     return [s.squeeze(0) for s in _forward(problem, None)[1]]
+
+
+def _unsqueezed(tensors: Sequence[Any]) -> list[Any]:
+    return [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
 
 
 def _forward(problem: Problem, reserve: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -187,6 +204,14 @@ def rnn_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """``fastnn::rnn_backward``: the gradients of input, state and weights; those not wanted come back empty."""
     op = "rnn_backward"
+    if batch_sizes is None and input.dim() == 2:
+        grad = None if grad_output is None else grad_output.unsqueeze(0)
+        grad_input, grad_initial, grad_weights = rnn_backward(
+            grad, _unsqueezed(grad_state), input.unsqueeze(0), None, _unsqueezed(state), weights, masks,
+            output.unsqueeze(0), reserve, mode, num_layers, bidirectional, batch_first, input_wanted, state_wanted,
+            weights_wanted,
+        )  # fmt: skip
+        return grad_input.squeeze(0) if input_wanted else grad_input, [g.squeeze(0) for g in grad_initial], grad_weights
     problem = check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
     check(len(grad_state) == problem.states, op, ": expected ", problem.states, " grad_state, got ", len(grad_state))
     for tensor in grad_state:

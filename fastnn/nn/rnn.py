@@ -1,8 +1,9 @@
 """Recurrent networks and cells in place of torch.nn's.
 
 They derive from ``RNNBase`` rather than from ``torch.nn.RNN``, because ``torch.compile`` refuses any instance of the
-latter. Whatever the kernels do not cover (other dtypes, ``proj_size``, autocast) and every argument that does not fit
-goes through the stock module's own ``forward``, so that the answer, or the error, is that of the installed torch.
+latter. Whatever the kernels do not cover (other dtypes, autocast) and every argument that does not fit goes through
+the stock module's own ``forward``, so that the answer, or the error, is that of the installed torch. What fits is the
+operator's to decide, which checks everything anyway.
 """
 
 from collections.abc import Sequence
@@ -13,24 +14,18 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.ops._autograd import needs_reference
+from fastnn.ops._autograd import autocast_is_on, needs_reference
 from fastnn.ops.rnn import rnn, rnn_cell
 
 
 def _covers(input: Any) -> bool:
-    """Whether the kernels take such an input at all."""
-    return (
-        isinstance(input, Tensor)
-        and (input.is_cpu or input.is_meta)
-        and input.layout is torch.strided
-        and not torch._C._is_any_autocast_enabled()
-        and not needs_reference(input)
-    )
+    """Whether to ask the operator at all."""
+    return isinstance(input, Tensor) and not autocast_is_on() and not needs_reference(input)
 
 
 def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: int = 1) -> bool:
     """On a GPU, whether the recurrent weights stay on chip: where they don't, stock's kernels are the fastest."""
-    if not input.is_cuda or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return True
     from fastnn.kernels.rnn import covers  # only now: it imports Triton
 
@@ -43,9 +38,6 @@ def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     return [own[name] if name in own else getattr(module, name) for name in names]
 
 
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
 class _Recurrent(RNNBase):
     """What RNN, GRU and LSTM share: the way to the kernel, or back to the stock module `_stock`."""
 
@@ -54,48 +46,37 @@ class _Recurrent(RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         """As the stock module's: input (length, batch, in), (batch, length, in), (length, in) or packed."""
-        answer = self._run_packed(input, hx) if isinstance(input, PackedSequence) else self._run(input, hx)
-        return self._stock.forward(self, input, hx) if answer is None else answer
+        packed = isinstance(input, PackedSequence)
+        if _covers(input.data if packed else input):
+            weights = _parameters(self, self._flat_weights_names)
+            try:
+                answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
+            except RuntimeError:
+                answer = None  # refused: stock has the words for it
+            if answer is not None:
+                return answer
+        return self._stock.forward(self, input, hx)
 
-    def _run(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
+    def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> tuple[Tensor, Any] | None:
         """The kernel's answer for a tensor, or None where the stock module's is due."""
-        if not _covers(input):
-            return None
         batch_dim = 0 if self.batch_first else 1
-        batched = len(input.shape) == 3
+        batched = input.dim() == 3
         if not batched:
-            if len(input.shape) != 2:
-                return None
             input = input.unsqueeze(batch_dim)
-        sizes = input.shape
-        if sizes[1 - batch_dim] == 0 or sizes[2] != self.input_size:
+        state = self._state(hx)
+        if state is None or (input.is_cuda and not self._on_chip(input, input.shape[batch_dim])):
             return None
-        state = [] if hx is None else self._state(input, sizes[batch_dim], hx, batched)
-        weights = _parameters(self, self._flat_weights_names)
-        if (
-            state is None
-            or weights[0].dtype is not input.dtype
-            or self.proj_size > 0
-            or not self._on_chip(input, sizes[batch_dim])
-        ):
-            return None
+        if not batched:
+            state = [s.unsqueeze(1) for s in state]
         output, final = self._call(input, None, state, weights, self.batch_first)
         if not batched:
             output, final = output.squeeze(batch_dim), [s.squeeze(1) for s in final]
         return output, final[0] if self._states == 1 else tuple(final)
 
-    def _run_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any] | None:
+    def _run_packed(self, packed: PackedSequence, hx: Any, weights: list[Tensor]) -> tuple[PackedSequence, Any] | None:
         input, batch_sizes, sorted_indices, unsorted_indices = packed
-        if not _covers(input) or input.dim() != 2 or input.shape[0] == 0 or input.shape[1] != self.input_size:
-            return None
-        state = [] if hx is None else self._state(input, int(batch_sizes[0]), hx, True)
-        weights = _parameters(self, self._flat_weights_names)
-        if (
-            state is None
-            or weights[0].dtype is not input.dtype
-            or self.proj_size > 0
-            or not self._on_chip(input, int(batch_sizes[0]))
-        ):
+        state = self._state(hx)
+        if state is None or (input.is_cuda and not self._on_chip(input, int(batch_sizes[0]))):
             return None
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
@@ -105,25 +86,25 @@ class _Recurrent(RNNBase):
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, final[0] if self._states == 1 else tuple(final)
 
-    def _state(self, input: Tensor, batch: int, hx: Any, batched: bool) -> list[Tensor] | None:
-        """hx as the operator takes it, or None if it does not fit."""
-        if self._states == 2 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
-            return None
-        given = [hx] if self._states == 1 else list(hx)
-        count = self.num_layers * (2 if self.bidirectional else 1)
-        expected = (count, batch, self.hidden_size) if batched else (count, self.hidden_size)
-        for tensor in given:
-            if not isinstance(tensor, Tensor) or tensor.shape != expected:
-                return None
-            if tensor.dtype != input.dtype or tensor.device != input.device:
-                return None
-        return given if batched else [tensor.unsqueeze(1) for tensor in given]
+    def _state(self, hx: Any) -> Sequence[Tensor] | None:
+        """hx as the operator takes it, or None for what is no such thing."""
+        if hx is None:
+            return ()
+        state = [hx] if self._states == 1 else hx
+        return state if isinstance(state, (tuple, list)) and all(isinstance(s, Tensor) for s in state) else None
 
     def _on_chip(self, input: Tensor, batch: int) -> bool:
-        return _gpu_serves(input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1)
+        return self.proj_size == 0 and _gpu_serves(
+            input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1
+        )
 
     def _call(
-        self, input: Tensor, batch_sizes: Tensor | None, state: list[Tensor], weights: list[Tensor], batch_first: bool
+        self,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        state: Sequence[Tensor],
+        weights: list[Tensor],
+        batch_first: bool,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         dropout = self.dropout if self.training else 0.0
         return rnn(
@@ -163,7 +144,7 @@ class GRU(_Recurrent):
 
 
 class LSTM(_Recurrent):
-    """``torch.nn.LSTM``, all layers, directions and steps in one kernel; ``proj_size`` takes the stock path."""
+    """``torch.nn.LSTM``, all layers, directions and steps in one kernel."""
 
     _stock = torch.nn.LSTM
     _states = 2
@@ -176,6 +157,9 @@ class LSTM(_Recurrent):
         super().__init__("LSTM", *args, **kwargs)
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _Cell(RNNCellBase):
     """What the three cells share, like :class:`_Recurrent`."""
 
@@ -184,37 +168,41 @@ class _Cell(RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the stock cell's: input (batch, in) or (in) -> the new state."""
-        answer = self._run(input, hx)
-        return self._stock.forward(self, input, hx) if answer is None else answer
+        if _covers(input):
+            weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
+            try:
+                answer = self._run(input, hx, weights)
+            except RuntimeError:
+                answer = None  # refused: stock has the words for it
+            if answer is not None:
+                return answer
+        return self._stock.forward(self, input, hx)
 
     def _mode(self) -> str | None:
         """Which of ``fastnn.ops.rnn.MODES``, or None for one that only the stock cell can refuse."""
         raise NotImplementedError
 
-    def _run(self, input: Tensor, hx: Any) -> Any:
-        if not _covers(input):
-            return None
-        sizes, mode = input.shape, self._mode()
-        if mode is None or len(sizes) not in (1, 2) or sizes[-1] != self.input_size:
-            return None
-        given = () if hx is None else (hx,) if self._states == 1 else hx
-        if hx is not None and len(given) != self._states:
-            return None
-        expected = (*sizes[:-1], self.hidden_size)
-        for tensor in given:
-            if not isinstance(tensor, Tensor) or tensor.shape != expected or tensor.dtype is not input.dtype:
-                return None
-        weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
-        if weights[0].dtype is not input.dtype:
-            return None
-        if not _gpu_serves(input, mode, self.hidden_size, sizes[0] if len(sizes) == 2 else 1):
-            return None
-        if len(sizes) == 2:
-            state = rnn_cell(input, given, weights, mode)
+    def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any:
+        """The kernel's answer, or None where the stock cell's is due."""
+        mode = self._mode()
+        if self._states == 1:
+            h, c = hx, None
+        elif hx is None or len(hx) == 2:
+            h, c = hx or (None, None)
         else:
-            state = rnn_cell(input.unsqueeze(0), [s.unsqueeze(0) for s in given], weights, mode)
-            state = [s.squeeze(0) for s in state]
-        return state[0] if self._states == 1 else tuple(state)
+            return None
+        batched = input.dim() == 2
+        if mode is None or (input.is_cuda and not _gpu_serves(input, mode, self.hidden_size, len(input))):
+            return None
+        if batched:
+            new_state = rnn_cell(input, mode, h, c, *weights)
+        else:
+            h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
+            new_state = [s.squeeze(0) for s in rnn_cell(input.unsqueeze(0), mode, h, c, *weights)]
+        return new_state[0] if self._states == 1 else tuple(new_state)
+
+
+_MODE_OF = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 
 
 class RNNCell(_Cell):
@@ -237,7 +225,7 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def _mode(self) -> str | None:
-        return {"tanh": "RNN_TANH", "relu": "RNN_RELU"}.get(self.nonlinearity)
+        return _MODE_OF.get(self.nonlinearity)
 
 
 class LSTMCell(_Cell):

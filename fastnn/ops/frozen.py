@@ -22,9 +22,9 @@ def output_sizes(program: str, sizes: list[int]) -> list[int]:
             rank = numbers[0] + 2
             sizes = conv_output_sizes(sizes, numbers[2 : 2 + rank], numbers[2 + rank :])
         elif name == "rnn":
-            _, _, directions, batch_first, _, last, _, hidden = numbers
+            _, _, directions, batch_first, _, last, _, hidden, projected = numbers
             steps_left = [sizes[1 - batch_first]] if last else sizes[:2]
-            sizes = [*steps_left, directions * hidden]
+            sizes = [*steps_left, directions * (projected or hidden)]
         else:
             features = 1
             for size in sizes[1:]:

@@ -11,6 +11,7 @@ from fastnn.ops._autograd import (
     call_kernel,
     check_same_device,
     differentiate_twice,
+    is_inference,
     needs_autograd,
     needs_reference,
 )
@@ -21,7 +22,11 @@ from fastnn.reference import rnn as reference
 MODES = tuple(reference.CELLS)
 _NUMBER_OF = {mode: number for number, mode in enumerate(MODES)}
 _rnn_op = torch.ops.fastnn.rnn.default
+_rnn_call = _rnn_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
 _cell_op = torch.ops.fastnn.rnn_cell.default
+_cell_call = _cell_op._op
+_with_reserve_op = torch.ops.fastnn.rnn_with_reserve.default
+_backward_op = torch.ops.fastnn.rnn_backward.default
 
 
 class Config(NamedTuple):
@@ -31,6 +36,9 @@ class Config(NamedTuple):
     num_layers: int
     bidirectional: bool
     batch_first: bool
+
+
+_CELL_CONFIGS = [Config(number, 1, False, False) for number in range(len(MODES))]
 
 
 def rnn(
@@ -50,14 +58,14 @@ def rnn(
         input: (length, batch, in), or (batch, length, in) if ``batch_first``, or (rows, in) with ``batch_sizes``.
         batch_sizes: of a ``PackedSequence``: int64, how many sequences run at each step; or None.
         state: [] for zeros, [h], or for LSTM [h, c], each (num_layers * directions, batch, hidden).
-        weights: ``weight_ih, weight_hh, bias_ih, bias_hh``, or the first two, for each direction of each layer, as
-            ``torch.nn.RNN`` has them in ``_flat_weights``.
+        weights: ``weight_ih, weight_hh, bias_ih, bias_hh``, or the first two, and for LSTM maybe ``weight_hr``, a
+            projection of h, for each direction of each layer, as ``torch.nn.LSTM`` has them in ``_flat_weights``.
         mode: RNN_TANH, RNN_RELU, GRU or LSTM.
         dropout: probability of an element between layers being zeroed; give 0 outside training.
 
     Returns:
         The last layer's output, shaped as the input with ``directions * hidden`` features, and the final state, shaped
-        as ``state``.
+        as ``state``. With a projection, h has as many features as that has rows.
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together.
@@ -67,23 +75,31 @@ def rnn(
         masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout)
     if needs_reference(input):
         return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
-    config = Config(_NUMBER_OF[mode], num_layers, bidirectional, batch_first)
+    number = _NUMBER_OF[mode]
+    if is_inference():
+        op = _rnn_op if torch.compiler.is_compiling() else _rnn_call
+        return op(input, batch_sizes, state, weights, masks, number, num_layers, bidirectional, batch_first)
     if needs_autograd(input, *state, *weights):
+        config = Config(number, num_layers, bidirectional, batch_first)
         output, *rest = apply_function(Rnn, input, batch_sizes, masks, config, len(state), *state, *weights)
         return output, rest[:-1]
-    return call_kernel(_rnn_op, input, batch_sizes, state, weights, masks, *config)
+    return call_kernel(
+        _rnn_op, input, batch_sizes, state, weights, masks, number, num_layers, bidirectional, batch_first
+    )
 
 
-def rnn_cell(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], mode: str) -> Sequence[Tensor]:
-    """One step of one layer: input (batch, in), state [] for zeros, [h] or [h, c] of (batch, hidden), weights as for
-    :func:`rnn` -> the new state."""
+def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weights: Tensor) -> Sequence[Tensor]:
+    """One step of one layer: input (batch, in), h and for LSTM c (batch, hidden) or None for zeros, weights as for
+    :func:`rnn` -> the new state, [h] or [h, c]."""
+    number = _NUMBER_OF[mode]
+    if is_inference() and not needs_reference(input):
+        return (_cell_op if torch.compiler.is_compiling() else _cell_call)(input, number, h, c, *weights)
+    state = [s for s in (h, c) if s is not None]
     if needs_reference(input):
-        zeros = input.new_zeros(input.shape[0], weights[1].shape[1])
-        return reference.rnn_cell(input, tuple(state) or (zeros, zeros), weights, mode)
+        return reference.rnn_cell(input, tuple(state), weights, mode)
     if needs_autograd(input, *state, *weights):
-        _, final_state = rnn(input.unsqueeze(0), None, [s.unsqueeze(0) for s in state], weights, mode)
-        return [s.squeeze(0) for s in final_state]
-    return call_kernel(_cell_op, input, state, weights, _NUMBER_OF[mode])
+        return apply_function(Rnn, input, None, None, _CELL_CONFIGS[number], len(state), *state, *weights)[1:-1]
+    return call_kernel(_cell_op, input, number, h, c, *weights)
 
 
 def _dropout_masks(
@@ -110,7 +126,7 @@ class Rnn(torch.autograd.Function):
     def forward(
         input: Tensor, batch_sizes: Tensor | None, masks: Tensor | None, config: Config, states: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        output, final_state, reserve = torch.ops.fastnn.rnn_with_reserve(
+        output, final_state, reserve = _with_reserve_op(
             input, batch_sizes, tensors[:states], tensors[states:], masks, *config
         )
         return (output, *final_state, reserve)
@@ -152,7 +168,7 @@ class RnnBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         grads = 3 if MODES[config.mode] == "LSTM" else 2
         output, reserve, input, batch_sizes, masks, *rest = tensors[grads:]
-        grad_input, grad_state, grad_weights = torch.ops.fastnn.rnn_backward(
+        grad_input, grad_state, grad_weights = _backward_op(
             tensors[0],
             tensors[1:grads],
             input,
@@ -196,8 +212,14 @@ class RnnBackward(torch.autograd.Function):
             for i, tensor in zip(given, tensors, strict=True):
                 everything[i] = tensor
             state, weights = everything[1 : 1 + ctx.states], everything[1 + ctx.states :]
-            output, final_state = reference.rnn(everything[0], batch_sizes, state, weights, masks, MODES[mode], *config)
-            outputs = (output, *final_state)
+            if everything[0].dim() == 2 and batch_sizes is None:
+                final_state = reference.rnn_cell(everything[0], tuple(state), weights, MODES[mode])
+                outputs = (final_state[0], *final_state)
+            else:
+                output, final_state = reference.rnn(
+                    everything[0], batch_sizes, state, weights, masks, MODES[mode], *config
+                )
+                outputs = (output, *final_state)
             return tuple(outputs[i] for i in arrived)
 
         second = differentiate_twice(
@@ -215,22 +237,28 @@ class RnnBackward(torch.autograd.Function):
         return (None, None, None, *grad_of_grads, None, None, result[0], None, None, *result[1:])
 
 
-def _fake_output(
+def _fake_results(
     input: Tensor, batch_sizes: Tensor | None, weights: list[Tensor], config: Config
-) -> tuple[Tensor, list[Tensor]]:
-    hidden = weights[1].shape[1]
+) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Output and final state, and the elements of h and c in a row of one direction."""
     directions = 2 if config.bidirectional else 1
+    count = config.num_layers * directions
+    torch._check(input.shape[-1] == weights[0].shape[1], lambda: "rnn: the input does not fit the weights")
+    outputs, hidden = reference.state_sizes(weights[: len(weights) // count])
+    sizes = [outputs, hidden][: 2 if MODES[config.mode] == "LSTM" else 1]
     if batch_sizes is not None:
         batch: Any = torch.library.get_ctx().new_dynamic_size()
-        output = input.new_empty(input.shape[0], directions * hidden)
+        output = input.new_empty(input.shape[0], directions * outputs)
+    elif input.dim() == 2:  # a cell's
+        batch = input.shape[0]
+        return input.new_empty(batch, outputs), [input.new_empty(batch, size) for size in sizes], [outputs, hidden]
     elif config.batch_first:
         batch, length, _ = input.shape
-        output = input.new_empty(length, batch, directions * hidden).transpose(0, 1)
+        output = input.new_empty(length, batch, directions * outputs).transpose(0, 1)
     else:
         length, batch, _ = input.shape
-        output = input.new_empty(length, batch, directions * hidden)
-    states = 2 if MODES[config.mode] == "LSTM" else 1
-    return output, [input.new_empty(config.num_layers * directions, batch, hidden) for _ in range(states)]
+        output = input.new_empty(length, batch, directions * outputs)
+    return output, [input.new_empty(count, batch, size) for size in sizes], [outputs, hidden]
 
 
 @raw_operator("rnn")
@@ -246,7 +274,7 @@ def _(
     batch_first: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     check_same_device(input, *state, *weights, masks)
-    return _fake_output(input, batch_sizes, weights, Config(mode, num_layers, bidirectional, batch_first))
+    return _fake_results(input, batch_sizes, weights, Config(mode, num_layers, bidirectional, batch_first))[:2]
 
 
 _KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
@@ -266,9 +294,9 @@ def _(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     check_same_device(input, *state, *weights, masks)
     config = Config(mode, num_layers, bidirectional, batch_first)
-    output, final_state = _fake_output(input, batch_sizes, weights, config)
-    kept = num_layers - 1 + num_layers * _KEPT[MODES[mode]]
-    return output, final_state, input.new_empty(kept * output.numel())
+    output, final_state, (outputs, hidden) = _fake_results(input, batch_sizes, weights, config)
+    kept = (num_layers - 1) * outputs + num_layers * _KEPT[MODES[mode]] * hidden
+    return output, final_state, input.new_empty(output.numel() // outputs * kept)
 
 
 @raw_operator("rnn_backward")
@@ -299,7 +327,16 @@ def _(
 
 
 @raw_operator("rnn_cell")
-def _(input: Tensor, state: list[Tensor], weights: list[Tensor], mode: int) -> list[Tensor]:
-    check_same_device(input, *state, *weights)
-    sizes = (input.shape[0], weights[1].shape[1])
+def _(
+    input: Tensor,
+    mode: int,
+    h: Tensor | None,
+    c: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> list[Tensor]:
+    check_same_device(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+    sizes = (input.shape[0], weight_hh.shape[1])
     return [input.new_empty(sizes) for _ in range(2 if MODES[mode] == "LSTM" else 1)]

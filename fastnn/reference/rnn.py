@@ -45,8 +45,25 @@ CELLS: dict[str, Callable[..., State]] = {
 
 
 def rnn_cell(input: Tensor, state: State, weights: Sequence[Tensor], mode: str) -> State:
-    """One step: input (batch, in), state [h] or [h, c] of (batch, hidden), weights as ``torch.nn.RNNCell`` has them."""
-    return CELLS[mode](input, state, *weights)
+    """One step: input (batch, in), state [] for zeros, [h] or [h, c] of (batch, hidden), weights as
+    ``torch.nn.RNNCell`` has them, and maybe a projection (outputs, hidden) of h -> the new state."""
+    if not state:
+        state = tuple(input.new_zeros(input.shape[0], size) for size in state_sizes(weights))
+    weights, projection = split_projection(weights)
+    new_state = CELLS[mode](input, state, *weights)
+    return new_state if projection is None else (F.linear(new_state[0], projection), *new_state[1:])
+
+
+def split_projection(weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The weights of one direction of one layer without the projection, which makes their number odd."""
+    return (weights[:-1], weights[-1]) if len(weights) % 2 else (weights, None)
+
+
+def state_sizes(weights: Sequence[Tensor]) -> tuple[int, int]:
+    """How many elements h and c have, from the weights of one direction of one layer."""
+    projection = split_projection(weights)[1]
+    outputs = weights[1].shape[1]
+    return outputs, outputs if projection is None else projection.shape[1]
 
 
 def rnn(
@@ -69,9 +86,9 @@ def rnn(
     directions = 2 if bidirectional else 1
     count = num_layers * directions
     each = len(weights) // count
-    hidden = weights[1].shape[1]
     if not state:
-        state = [input.new_zeros(count, steps[0].shape[0], hidden)] * (2 if mode == "LSTM" else 1)
+        sizes = state_sizes(weights[:each])[: 2 if mode == "LSTM" else 1]
+        state = [input.new_zeros(count, steps[0].shape[0], size) for size in sizes]
     finals = []
     for layer in range(num_layers):
         outputs = []
@@ -85,8 +102,8 @@ def rnn(
             finals.append(final)
         steps = [torch.cat(parts, 1) for parts in zip(*outputs, strict=True)]
         if masks is not None and layer + 1 < num_layers:
-            sizes = [step.shape[0] for step in steps]
-            steps = [step * mask for step, mask in zip(steps, masks[layer].split(sizes), strict=True)]
+            rows = [step.shape[0] for step in steps]
+            steps = [step * mask for step, mask in zip(steps, masks[layer].split(rows), strict=True)]
     final_state = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     if batch_sizes is not None:
         return torch.cat(steps), final_state

@@ -137,11 +137,23 @@ def test_masks_between_layers(fits, device, assert_near, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_cell(mode, device, assert_near):
     stock, arguments = make(mode, torch.float32, device, length=1)
-    _, expected, _ = run_stock(stock, arguments)
-    state = [s[0] for s in arguments["state"]]
-    final = kernels.rnn_cell(arguments["input"][0], state, arguments["weights"], arguments["mode"])
-    for got, want in zip(final, expected, strict=True):
+    _, expected, leaves = run_stock(stock, arguments)
+    arguments |= {"input": arguments["input"][0], "state": [s[0] for s in arguments["state"]]}
+    h, c = (*arguments["state"], None)[:2]
+    final = kernels.rnn_cell(arguments["input"], arguments["mode"], h, c, *arguments["weights"])
+    output, kept_final, reserve = kernels.rnn_with_reserve(**arguments)
+    assert torch.equal(kernels.rnn(**arguments)[0], output)
+    for got, again, want in zip(final, kept_final, expected, strict=True):
         assert_near(got, want[0].detach(), 4)
+        assert torch.equal(again, got)
+    grads = [torch.randn_like(s) for s in final]
+    grad_input, grad_state, grad_weights = kernels.rnn_backward(
+        None, grads, **arguments, output=output, reserve=reserve, input_wanted=True, state_wanted=True,
+        weights_wanted=True,
+    )  # fmt: skip
+    wanted = torch.autograd.grad(expected, leaves, [g[None].double().cpu() for g in grads])
+    for got, want in zip([grad_input, *grad_state, *grad_weights], wanted, strict=True):
+        assert_near(got, want.reshape(got.shape), 8)
 
 
 def test_empty_batch(device):
