@@ -17,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
     sweep-conv sweep-mlp dist clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=$(PYTHON) and CXX=$(CXX) to build with; ARGS= for pytest or the benchmark programs."
 
 build: $(VENV)/build.stamp  ## Build the extension and install fastnn into .venv, editable
