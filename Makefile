@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test lint format bench bench-conv bench-rnn bench-mlp dist clean
+.PHONY: help build test lint format bench bench-conv bench-rnn bench-mlp bench-frozen bench-overhead sweep-conv dist clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,15 @@ bench-rnn: $(VENV)/rivals.stamp  ## Compare the recurrent layers with every riva
 
 bench-mlp: $(VENV)/rivals.stamp  ## Compare mlp with every rival
 	$(RUN) -m benchmarks.compare mlp $(ARGS)
+
+bench-frozen: $(VENV)/rivals.stamp  ## Compare the whole models, frozen too, with every rival
+	$(RUN) -m benchmarks.compare models $(ARGS)
+
+sweep-conv: $(VENV)/bench.stamp  ## Compare random convolution layers with stock PyTorch (about fifteen minutes)
+	$(RUN) -m benchmarks.sweep conv_relu_max_pool $(ARGS)
+
+bench-overhead: $(VENV)/bench.stamp  ## Measure what a call of each op costs before any work
+	$(RUN) -m benchmarks.overhead $(ARGS)
 
 dist: $(VENV)/build.stamp  ## Build the source distribution and the wheel
 	$(RUN) -m build

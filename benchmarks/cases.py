@@ -44,11 +44,13 @@ def conv_case(
     *,
     stride: int = 1,
     padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
     pool_stride: int | None = None,
     pool_padding: int = 0,
 ) -> Case:
     dims, in_channels = len(shape) - 2, shape[1]
-    conv = {"kernel_size": kernel, "stride": stride, "padding": padding}
+    conv = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     pooling = {"kernel_size": pool, "stride": pool_stride, "padding": pool_padding}
 
     def stock() -> nn.Module:
@@ -59,11 +61,13 @@ def conv_case(
         layer = getattr(fastnn.nn, f"ConvReLUMaxPool{dims}d")
         return layer(in_channels, out_channels, **conv, **{f"pool_{key}": value for key, value in pooling.items()})
 
-    pixels = math.prod((size + 2 * padding - kernel) // stride + 1 for size in shape[2:])
+    pixels = math.prod((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for size in shape[2:])
+    flops = 2.0 * shape[0] * out_channels * pixels * in_channels // groups * kernel**dims
     step = f"/{stride}" if stride > 1 else ""
     pool_step = f"/{pool_stride}" if pool_stride else ""
-    name = f"{shape} {in_channels}->{out_channels} k{kernel}{step} pool {pool}{pool_step}"
-    return Case(name, shape, stock, fused, 2.0 * shape[0] * out_channels * pixels * in_channels * kernel**dims)
+    others = (f" dilation {dilation}" if dilation > 1 else "") + (f" groups {groups}" if groups > 1 else "")
+    name = f"{shape} {in_channels}->{out_channels} k{kernel}{step}{others} pool {pool}{pool_step}"
+    return Case(name, shape, stock, fused, flops)
 
 
 CONV_RELU_MAX_POOL = [

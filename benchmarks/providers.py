@@ -1,6 +1,7 @@
 """Who is measured: stock PyTorch in its fastest forms, the inference engines that are installed, and fastnn."""
 
 import contextlib
+import copy
 import importlib.util
 import io
 import warnings
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.problem import Problem
+from fastnn import freeze
 
 Runner = Callable[[], Any]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by rank
 
 
 def eager(problem: Problem) -> Runner | None:
@@ -21,10 +25,7 @@ def eager(problem: Problem) -> Runner | None:
 
 
 def channels_last(problem: Problem) -> Runner | None:
-    model = _in_channels_last(problem)
-    return model and problem.runner(
-        model, _channels_last_tensor(problem.input), _channels_last_tensor(problem.grad_output)
-    )
+    return in_channels_last(problem, problem.stock)
 
 
 def compiled(problem: Problem) -> Runner | None:
@@ -36,8 +37,10 @@ def compiled_frozen(problem: Problem) -> Runner | None:
 
 
 def compiled_frozen_channels_last(problem: Problem) -> Runner | None:
-    model = _in_channels_last(problem)
-    return model and _frozen(problem, model, _channels_last_tensor(problem.input))
+    if len(problem.case.shape) not in _CHANNELS_LAST:
+        return None
+    model = copy.deepcopy(problem.stock).to(memory_format=_CHANNELS_LAST[len(problem.case.shape)])
+    return _frozen(problem, model, _channels_last_tensor(problem.input))
 
 
 def onnx_runtime(problem: Problem) -> Runner | None:
@@ -75,6 +78,13 @@ def fastnn(problem: Problem) -> Runner | None:
     return problem.runner(problem.fused, problem.input)
 
 
+def fastnn_frozen(problem: Problem) -> Runner | None:
+    if not _fits_engines(problem) or problem.grad_output.dim() != 2:
+        return None  # freeze takes models with one result
+    frozen = freeze(problem.fused, problem.input)
+    return lambda: frozen(problem.input)
+
+
 PROVIDERS: dict[str, Callable[[Problem], Runner | None]] = {
     "eager": eager,
     "channels_last": channels_last,
@@ -82,6 +92,7 @@ PROVIDERS: dict[str, Callable[[Problem], Runner | None]] = {
     "compile frozen": compiled_frozen,
     "compile frozen channels_last": compiled_frozen_channels_last,
     "fastnn": fastnn,
+    "fastnn frozen": fastnn_frozen,
 }
 for _module, _provider in (("onnxruntime", onnx_runtime), ("openvino", openvino)):
     if importlib.util.find_spec(_module) and importlib.util.find_spec("onnx"):
@@ -106,6 +117,8 @@ def _check(provider: str, problem: Problem, result: Any) -> None:
     """A rival may round as it likes, but must have computed the same thing."""
     if provider == "fastnn":
         return problem.check_fused()
+    if provider == "fastnn frozen":
+        return problem.check(lambda: result)
     ours = problem.results(lambda: _as_tensors(result))
     stock = problem.results(problem.runner(problem.stock, problem.input))
     for a, b in zip(ours, stock, strict=True):
@@ -119,18 +132,17 @@ def _as_tensors(result: Any) -> Any:
     return [torch.from_numpy(np.array(first))] if isinstance(first, np.ndarray) else result
 
 
-def _in_channels_last(problem: Problem) -> nn.Module | None:
+def in_channels_last(problem: Problem, model: nn.Module) -> Runner | None:
+    """The problem's runner for a copy of the model with everything in channels-last format; None in one dimension."""
     rank = len(problem.case.shape)
-    if rank not in (4, 5):
+    if rank not in _CHANNELS_LAST:
         return None
-    model = problem.case.stock()
-    model.load_state_dict(problem.stock.state_dict())
-    return model.to(memory_format=torch.channels_last if rank == 4 else torch.channels_last_3d)
+    model = copy.deepcopy(model).to(memory_format=_CHANNELS_LAST[rank])
+    return problem.runner(model, _channels_last_tensor(problem.input), _channels_last_tensor(problem.grad_output))
 
 
 def _channels_last_tensor(tensor: Tensor) -> Tensor:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return tensor.to(memory_format=formats.get(tensor.dim(), torch.preserve_format))
+    return tensor.to(memory_format=_CHANNELS_LAST.get(tensor.dim(), torch.preserve_format))
 
 
 def _frozen(problem: Problem, model: nn.Module, input: Any) -> Runner | None:

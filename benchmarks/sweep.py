@@ -1,7 +1,8 @@
 """Random cases of one op against stock PyTorch, all drawn from one seed: where is fastnn slower?
 
 ``python -m benchmarks.sweep mlp`` checks and times each case in both directions, looks at those that seem slower again
-for longer, and lists the losses that remain.
+for longer, and lists the losses that remain. Images are measured in both memory formats, each against the better of
+stock's two.
 """
 
 import argparse
@@ -12,20 +13,26 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cases import Case, mlp_case
+from benchmarks.cases import Case, conv_case, mlp_case
 from benchmarks.problem import DIRECTIONS, Problem
-from benchmarks.providers import prepare
+from benchmarks.providers import in_channels_last, prepare
 from benchmarks.timing import interleave
 from fastnn.testing import DTYPES, using_threads
 
 TOLERATED = 0.97  # of stock's speed; below is a loss
 _LOOK_AGAIN = 5  # times as long, where the first look shows one
+_STOCK = ("eager", "channels_last")
+
+_CHANNELS = (1, 2, 3, 4, 8, 10, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+_SIZES = {1: (16, 50, 100, 500, 2000, 4096), 2: (5, 7, 8, 14, 20, 28, 32, 56, 64, 112, 224), 3: (5, 8, 14, 20, 32)}
+_POOLS = ((2, 2, 0), (2, 2, 0), (2, 2, 0), (3, 2, 1), (3, 3, 0), (4, 4, 0), (3, 1, 1))  # kernel, stride, padding
 
 
 @dataclass(frozen=True)
 class Outcome:
     case: Case
     direction: str
+    provider: str  # fastnn, in either memory format
     speedup: float  # stock's time over ours
     microseconds: float  # ours
 
@@ -40,31 +47,68 @@ def random_mlp(draw: random.Random) -> Case:
     return mlp_case(_log_uniform(draw, 8192), widths)
 
 
-GENERATORS: dict[str, Callable[[random.Random], Case]] = {"mlp": random_mlp}
+def random_conv(draw: random.Random) -> Case:
+    """1 to 3 dimensions, 1 to 512 channels, kernels of 1 to 11, batches of 1 to 64."""
+    while True:
+        dims = draw.choice((1, 2, 2, 2, 3))
+        inputs, outputs, batch = (
+            draw.choice(_CHANNELS),
+            draw.choice(_CHANNELS),
+            draw.choice((1, 1, 2, 4, 8, 16, 32, 64)),
+        )
+        groups = draw.choice((1, 1, 1, 1, 1, 2, 4, inputs))
+        if groups == inputs:
+            outputs = inputs * draw.choice((1, 1, 2))  # depthwise
+        kernel = draw.choice((1, 2, 3, 3, 3, 5, 7, 11) if dims < 3 else (1, 2, 3))
+        stride, dilation, padding = (
+            draw.choice((1, 1, 1, 2, 3)),
+            draw.choice((1, 1, 1, 2)),
+            draw.choice((0, kernel // 2)),
+        )
+        size = draw.choice(_SIZES[dims])
+        pool, pool_stride, pool_padding = draw.choice(_POOLS)
+        conv = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        if inputs % groups or outputs % groups or conv < max(pool - 2 * pool_padding, 1):
+            continue
+        case = conv_case(
+            (batch, inputs, *[size] * dims), outputs, kernel, pool, stride=stride, padding=padding, dilation=dilation,
+            groups=groups, pool_stride=pool_stride, pool_padding=pool_padding,
+        )  # fmt: skip
+        elements = batch * max(inputs * size**dims, outputs * conv**dims)
+        if 1e3 < case.flops < 2e9 and elements < 1.5e7:
+            return case
 
 
-def measure(case: Case, direction: str, dtype: torch.dtype, seconds: float) -> Outcome:
+GENERATORS: dict[str, Callable[[random.Random], Case]] = {"conv_relu_max_pool": random_conv, "mlp": random_mlp}
+
+
+def measure(case: Case, direction: str, dtype: torch.dtype, seconds: float) -> list[Outcome]:
     """Stock against fused, the best of each: what a busy machine adds is never negative."""
     problem = Problem(case, direction, dtype)
     with problem.context():
-        runners = {name: prepare(name, problem) for name in ("eager", "fastnn")}
+        runners = {name: prepare(name, problem) for name in (*_STOCK, "fastnn")}
+        ours = runners["fastnn channels_last"] = in_channels_last(problem, problem.fused)
+        if ours is not None:
+            problem.check(ours)
+        served = {name: run for name, run in runners.items() if run is not None}
         for longer in (1, _LOOK_AGAIN):
-            timings = interleave(runners, longer * seconds, rounds=3 * longer)
+            timings = interleave(served, longer * seconds, rounds=3 * longer)
             best = {name: min(timing.samples) for name, timing in timings.items()}
-            speedup = best["eager"] / best["fastnn"]
-            if speedup >= TOLERATED:
+            stock = min(best.pop(name) for name in _STOCK if name in best)
+            if stock / max(best.values()) >= TOLERATED:
                 break
-    return Outcome(case, direction, speedup, best["fastnn"] * 1e6)
+    return [Outcome(case, direction, name, stock / time, time * 1e6) for name, time in best.items()]
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    """The spread of the speedups in each direction, and every loss, the worst first."""
+    """The spread of the speedups in each direction and format, and every loss, the worst first."""
     lines = []
-    for direction in dict.fromkeys(outcome.direction for outcome in outcomes):
-        speedups = sorted(outcome.speedup for outcome in outcomes if outcome.direction == direction)
+    for kind in dict.fromkeys((outcome.direction, outcome.provider) for outcome in outcomes):
+        speedups = sorted(outcome.speedup for outcome in outcomes if (outcome.direction, outcome.provider) == kind)
         losses = sum(speedup < TOLERATED for speedup in speedups)
         spread = f"least {speedups[0]:.2f}, median {statistics.median(speedups):.2f}, most {speedups[-1]:.2f}"
-        lines.append(f"{direction}: {len(speedups)} cases, {losses} losses; stock / fastnn: {spread}")
+        mean = f"geometric mean {statistics.geometric_mean(speedups):.2f}"
+        lines.append(f"{', '.join(kind)}: {len(speedups)} cases, {losses} losses; stock / fastnn: {spread}, {mean}")
     for outcome in sorted(outcomes, key=lambda outcome: outcome.speedup):
         if outcome.speedup < TOLERATED:
             lines.append(describe(outcome))
@@ -72,7 +116,8 @@ def summary(outcomes: list[Outcome]) -> str:
 
 
 def describe(outcome: Outcome) -> str:
-    return f"{outcome.speedup:6.2f}  {outcome.microseconds:10.1f} us  {outcome.direction}  {outcome.case.name}"
+    kind = f"{outcome.direction}, {outcome.provider}"
+    return f"{outcome.speedup:6.2f}  {outcome.microseconds:10.1f} us  {kind}  {outcome.case.name}"
 
 
 def main() -> None:
@@ -91,16 +136,18 @@ def main() -> None:
     cases = [GENERATORS[arguments.op](draw) for _ in range(arguments.count)]
     outcomes, failures = [], []
     with using_threads(arguments.threads):
-        for case in cases:
+        for number, case in enumerate(cases, 1):
             if arguments.only not in case.name:
                 continue
             for direction in arguments.directions:
                 try:
-                    outcomes.append(measure(case, direction, dtypes[arguments.dtype], arguments.seconds))
+                    found = measure(case, direction, dtypes[arguments.dtype], arguments.seconds)
                 except AssertionError as error:
                     failures.append(f"{case.name}, {direction}: {error}")
-                else:
-                    print(describe(outcomes[-1]), flush=True)
+                    continue
+                outcomes += found
+                for outcome in found:
+                    print(f"{number:4} of {len(cases)} {describe(outcome)}", flush=True)
     print(f"\n{arguments.op}, {arguments.dtype}, seed {arguments.seed}, {arguments.threads} thread(s)")
     print(summary(outcomes))
     if failures:

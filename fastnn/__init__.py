@@ -6,7 +6,21 @@ _C = load_extension()
 __version__: str = _C.version
 
 from fastnn import functional, kernels, models, nn, reference  # noqa: E402 (the operators must be registered first)
+from fastnn.explanation import ExplainedCall, Explanation, explain  # noqa: E402
 from fastnn.frozen import FrozenModel, freeze  # noqa: E402
 from fastnn.info import BackendInfo, backend_info  # noqa: E402
 
-__all__ = ["BackendInfo", "FrozenModel", "backend_info", "freeze", "functional", "kernels", "models", "nn", "reference"]
+__all__ = [
+    "BackendInfo",
+    "ExplainedCall",
+    "Explanation",
+    "FrozenModel",
+    "backend_info",
+    "explain",
+    "freeze",
+    "functional",
+    "kernels",
+    "models",
+    "nn",
+    "reference",
+]

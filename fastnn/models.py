@@ -23,6 +23,9 @@ class Conv2DNet(nn.Module):
         return self.output(self.conv2(self.conv1(x)).flatten(1))
 
 
+_IDENTITY = activation_digits(("identity",))
+
+
 class RNN(nn.Module):
     """A sequence classifier: the recurrent layers, then ``fc`` on the last step.
 
@@ -40,7 +43,8 @@ class RNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, state = self.rnn(x)  # no state given: zeros
         h = state[0] if isinstance(state, tuple) else state
-        return self.fc(h[-1])  # the last layer's last output: a smaller tensor to take it from than all outputs
+        # The last layer's last output: a smaller tensor to take it from than all outputs.
+        return mlp_of_parameters(h[-1], linear_parameters((self.fc,)), _IDENTITY)
 
 
 _AUTOENCODER_ACTIVATIONS = ("relu", "identity", "relu", "identity")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import compare, report
-from benchmarks.cases import CASES, first_tensor
+from benchmarks import compare, overhead, report, sweep
+from benchmarks.cases import CASES, Case, first_tensor
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.timing import Timing, bandwidth, environment, interleave, peak_flops, speedups
 
@@ -70,3 +71,25 @@ def test_timing() -> None:
     assert sorted(ratios)[len(ratios) // 2] > 2
     assert Timing((1.0, 2.0, 10.0)).median == 2.0
     assert bandwidth(1) > 1e8
+
+
+def test_sweep() -> None:
+    draw = random.Random(0)
+    cases = [sweep.random_mlp(draw) for _ in range(20)]
+    assert cases[3].name == sweep_case(3).name
+    outcome = sweep.measure(min(cases, key=lambda case: case.flops), "training", torch.float32, seconds=0.01)
+    assert outcome.speedup > 0
+    assert sweep.summary([dataclasses.replace(outcome, speedup=0.5)]).count(outcome.case.name) == 1
+
+
+def sweep_case(place: int) -> Case:
+    draw = random.Random(0)
+    return [sweep.random_mlp(draw) for _ in range(place + 1)][-1]
+
+
+def test_overhead() -> None:
+    overhead.load_bare_operators()
+    rows = [overhead.linear_row(0.01), *(overhead.measure(calls, 0.01) for calls in overhead.all_calls())]
+    assert all(row["microseconds"]["module with grad"] > 0 for row in rows)
+    text = overhead.as_markdown(rows, environment())
+    assert all(row["op"] in text for row in rows)

@@ -1,108 +1,28 @@
-"""fastnn.functional.conv_relu_max_pool, its operators and modules, against plain PyTorch."""
+"""fastnn.functional.conv_relu_max_pool against plain PyTorch: values, layouts, threads."""
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conv_cases import (
+    FUSED,
+    RAW_ALGORITHM,
+    RAW_BACKWARD,
+    RAW_WITH_WINNERS,
+    assert_like_stock,
+    channels_last,
+    error_of,
+    flat,
+    geometry,
+    make,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
-import fastnn.nn
-from fastnn import functional
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.testing import compare_with_stock, using_threads
-
-CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-FUSED = {
-    1: functional.conv_relu_max_pool1d,
-    2: functional.conv_relu_max_pool2d,
-    3: functional.conv_relu_max_pool3d,
-}
-MODULES = {
-    1: fastnn.nn.ConvReLUMaxPool1d,
-    2: fastnn.nn.ConvReLUMaxPool2d,
-    3: fastnn.nn.ConvReLUMaxPool3d,
-}
-RAW = torch.ops.fastnn.conv_relu_max_pool
-RAW_WITH_WINNERS = torch.ops.fastnn.conv_relu_max_pool_with_winners
-RAW_BACKWARD = torch.ops.fastnn.conv_relu_max_pool_backward
-
-
-def geometry(
-    dims: int,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    pool: Any = 2,
-    pool_stride: Any = None,
-    pool_padding: Any = 0,
-    pool_dilation: Any = 1,
-    ceil_mode: bool = False,
-) -> tuple[Any, ...]:
-    """The public function's arguments after the tensors."""
-
-    def each(value: Any) -> list[int]:
-        return [value] * dims if isinstance(value, int) else list(value)
-
-    pool_stride = pool if pool_stride is None else pool_stride
-    return (
-        *(each(stride), each(padding), each(dilation), groups),
-        *(each(pool), each(pool_stride), each(pool_padding), each(pool_dilation), ceil_mode),
-    )
-
-
-def flat(arguments: tuple[Any, ...]) -> tuple[int, ...]:
-    """The same as the operators take them."""
-    return reference.Geometry(*arguments).flat()
-
-
-def make(
-    input_size: tuple[int, ...],
-    out_channels: int,
-    kernel: tuple[int, ...],
-    groups: int = 1,
-    dtype: torch.dtype = torch.float32,
-    bias: bool = True,
-) -> list[Tensor | None]:
-    """Input, weight and bias."""
-    channels = input_size[1] // groups
-    depth = max(channels * torch.Size(kernel).numel(), 1)
-    return [
-        torch.randn(*input_size, dtype=dtype),
-        torch.randn(out_channels, channels, *kernel, dtype=dtype) / depth**0.5,
-        torch.randn(out_channels, dtype=dtype) / 2 if bias else None,
-    ]
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def error_of(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> str | None:
-    """The first line of the RuntimeError that the call raises."""
-    try:
-        function(*args, **kwargs)
-    except RuntimeError as error:
-        return str(error).split("\n")[0]
-    return None
-
-
-def assert_like_stock(tensors: list[Tensor | None], arguments: tuple[Any, ...], gradients: bool = True) -> None:
-    fused = FUSED[len(arguments[0])]
-    # In bfloat16, stock rounds before it compares: another winner where two round to the same.
-    gradients = gradients and tensors[0].dtype is not torch.bfloat16
-    compare_with_stock(
-        lambda *t: fused(*t, *arguments),
-        lambda *t: reference.conv_relu_max_pool(*t, *arguments),
-        tensors,
-        gradients,
-    )
 
 
 class TestValues:
@@ -233,6 +153,70 @@ class TestAlgorithms:
         if last:
             tensors[:2] = map(channels_last, tensors[:2])
         assert_like_stock(tensors, arguments)
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "arguments"),
+        [
+            ((2, 40, 9, 9), 1, (1, 1), geometry(2, stride=3)),
+            ((2, 21, 23, 37), 3, (5, 3), geometry(2, stride=2, padding=(2, 1), pool=3, pool_stride=1, pool_padding=1)),
+            ((1, 24, 31, 30), 2, (3, 3), geometry(2, pool=4)),
+            ((3, 17, 14, 14), 7, (3, 3), geometry(2, padding=1, pool=3, pool_stride=2, pool_padding=1, ceil_mode=True)),
+            ((2, 18, 12, 50), 5, (2, 4), geometry(2, dilation=2, stride=(1, 3), groups=2, pool=(2, 5))),
+            ((2, 6, 8, 9, 20), 2, (1, 2, 3), geometry(3, stride=(2, 1, 1), pool=(2, 3, 2), pool_stride=(1, 2, 2))),
+        ],
+    )
+    def test_few_output_channels_of_many(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        last: bool,
+    ) -> None:
+        # Twice the channels: a slice of them is no tensor of its own, and reading it in place must stay inside.
+        out_channels *= arguments[3]
+        input, *others = make((size[0], 2 * size[1], *size[2:]), out_channels, kernel, 2 * arguments[3], dtype)
+        input = channels_last(input) if last else input
+        assert_like_stock([input[:, size[1] :], *others], arguments)
+
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel"), [((1, 512, 8, 8), 8, 3), ((2, 96, 20, 20), 2, 5), ((1, 512, 9, 9), 40, 7)]
+    )
+    def test_long_sums(self, instruction_set: str, size: tuple[int, ...], out_channels: int, kernel: int) -> None:
+        tensors = make(size, out_channels, (kernel, kernel))
+        assert_like_stock(tensors, geometry(2), gradients=False)
+        assert_like_stock([channels_last(tensors[0]), *tensors[1:]], geometry(2), gradients=False)
+
+    @pytest.mark.parametrize("last", ["", "input", "weight", "both"])
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "arguments"),
+        [
+            ((3, 2, 24, 24), 12, geometry(2, padding=3, pool=3, pool_stride=1, pool_padding=1)),
+            ((4, 4, 30, 29), 16, geometry(2, padding=3, groups=2, pool=3, pool_stride=1, pool_padding=1)),
+        ],
+    )
+    def test_backward_through_the_library(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        out_channels: int,
+        arguments: Any,
+        last: str,
+    ) -> None:
+        input, weight, bias = make(size, out_channels, (7, 7), arguments[3], dtype)
+        input = channels_last(input) if last in ("input", "both") else input
+        weight = channels_last(weight) if last in ("weight", "both") else weight
+        assert RAW_ALGORITHM(input, weight, bias, flat(arguments))[1] == "library"
+        assert_like_stock([input, weight, bias], arguments)
+        output, winners = RAW_WITH_WINNERS(input, weight, bias, flat(arguments))
+        gradients = RAW_BACKWARD(output, winners, input, weight, flat(arguments), True, True, True)
+        assert [g.stride() for g in gradients] == [t.stride() for t in (input, weight, bias)]
+        some = RAW_BACKWARD(output, winners, input, weight, flat(arguments), False, True, False)
+        assert [g.shape[0] for g in some] == [0, weight.shape[0], 0]
 
 
 class TestSpecialValues:
@@ -372,252 +356,3 @@ class TestThreads:
         with using_threads(2):
             for first, second in zip(gradients(), gradients(), strict=True):
                 assert torch.equal(first, second)
-
-
-class TestAutograd:
-    @pytest.mark.parametrize("dims", [1, 2, 3])
-    def test_gradcheck(self, dims: int) -> None:
-        tensors = make((2, 2, *[6] * dims), 3, (3,) * dims, dtype=torch.float64)
-        tensors = [t[..., :5] if t.dim() > 4 and t.shape[-1] == 6 else t for t in tensors]
-        leaves = [t.detach().clone().requires_grad_() for t in tensors]
-        fused = FUSED[dims]
-        assert torch.autograd.gradcheck(lambda *t: fused(*t, padding=1), leaves, fast_mode=dims == 3)
-        assert torch.autograd.gradgradcheck(lambda *t: fused(*t, padding=1), leaves, fast_mode=True)
-
-    @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-    def test_some_gradients(self, wanted: tuple[int, ...]) -> None:
-        tensors = make((2, 3, 8, 8), 4, (3, 3))
-        for i in wanted:
-            tensors[i].requires_grad_()
-        leaves = [tensors[i] for i in wanted]
-        ours = torch.autograd.grad(FUSED[2](*tensors).sum(), leaves)
-        stock = torch.autograd.grad(reference.conv_relu_max_pool(*tensors, *geometry(2)).sum(), leaves)
-        assert_close(ours, stock)
-
-    def test_functional_transforms(self) -> None:
-        input, weight, bias = make((4, 3, 8, 8), 5, (3, 3), dtype=torch.float64)
-
-        def loss(function: Callable[..., Tensor], weight: Tensor, image: Tensor) -> Tensor:
-            return function(image.unsqueeze(0), weight, bias, *geometry(2)).square().sum()
-
-        def per_sample(function: Callable[..., Tensor]) -> Tensor:
-            return torch.func.vmap(torch.func.grad(lambda w, x: loss(function, w, x)), (None, 0))(weight, input)
-
-        assert_close(per_sample(FUSED[2]), per_sample(reference.conv_relu_max_pool))
-        jacobian = torch.func.jacrev(lambda b: FUSED[2](input[:1], weight, b, *geometry(2)))(bias)
-        stock = torch.func.jacrev(lambda b: reference.conv_relu_max_pool(input[:1], weight, b, *geometry(2)))(bias)
-        assert_close(jacobian, stock)
-        _, tangent = torch.func.jvp(lambda x: FUSED[2](x, weight), (input,), (torch.ones_like(input),))
-        _, expected = torch.func.jvp(
-            lambda x: reference.conv_relu_max_pool(x, weight, None, *geometry(2)), (input,), (torch.ones_like(input),)
-        )
-        assert_close(tangent, expected)
-
-    def test_raw_operator_refuses_a_gradient(self) -> None:
-        tensors = make((2, 3, 8, 8), 4, (3, 3))
-        for i in range(3):
-            leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate(tensors)]
-            output = RAW(*leaves, flat(geometry(2)))
-            with pytest.raises(RuntimeError, match="no gradient of its own"):
-                output.sum().backward()
-
-    def test_memory_kept_for_backward(self) -> None:
-        kept: dict[int, Tensor] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.data_ptr()] = tensor
-            return tensor
-
-        tensors = [t.requires_grad_() for t in make((2, 3, 32, 32), 16, (3, 3))]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            output = FUSED[2](*tensors, padding=1)
-        own = sum(t.nbytes for t in kept.values() if all(t is not own for own in tensors) and t.dtype is torch.uint8)
-        assert len(kept) == 4
-        assert own == output.numel()  # a byte an output: a quarter of one a conv pixel
-
-
-class TestCompile:
-    @pytest.mark.parametrize("dims", [1, 2, 3])
-    def test_opcheck(self, dims: int) -> None:
-        input, weight, bias = make((2, 3, *[7] * dims), 4, (3,) * dims)
-        for x, w in ((input, weight), (channels_last(input), weight), (input, channels_last(weight))):
-            arguments = geometry(dims, padding=1, pool=3, pool_stride=2, pool_padding=1)
-            torch.library.opcheck(RAW, (x, w, bias, flat(arguments)))
-            torch.library.opcheck(RAW_WITH_WINNERS, (x, w, bias, flat(arguments)))
-            output, winners = RAW_WITH_WINNERS(x, w, bias, flat(arguments))
-            for wanted in ((True, True, True), (False, True, False)):
-                torch.library.opcheck(RAW_BACKWARD, (torch.ones_like(output), winners, x, w, flat(arguments), *wanted))
-
-    def test_fullgraph_and_export(self) -> None:
-        module = fastnn.nn.ConvReLUMaxPool2d(3, 8, 3, padding=1, pool_kernel_size=3, pool_stride=2)
-        input = torch.randn(2, 3, 14, 14, requires_grad=True)
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        assert_close(compiled(input), module(input))
-        ours, eager = (torch.autograd.grad(m(input).sum(), [input, *module.parameters()]) for m in (compiled, module))
-        assert_close(ours, eager)
-        with torch.no_grad():
-            exported = torch.export.export(module, (input.detach(),))
-            assert_close(exported.module()(input), module(input))
-
-    def test_autocast(self) -> None:
-        input, weight, bias = make((2, 3, 8, 8), 4, (3, 3))
-        with torch.autocast("cpu", torch.bfloat16):
-            result = FUSED[2](input, weight, bias)
-            stock = reference.conv_relu_max_pool(input, weight, bias, *geometry(2))
-        assert result.dtype is stock.dtype is torch.bfloat16
-        assert_close(result, stock)
-
-
-class TestBadInput:
-    @pytest.mark.parametrize("dims", [1, 2, 3])
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"input": (8,)},
-            {"input": (2, 5, 8, 8, 8)},
-            {"groups": 2},
-            {"groups": 0},
-            {"groups": -1},
-            {"weight": (0, 3, 3, 3, 3)},
-            {"bias": 5},
-            {"bias": (4, 1)},
-            {"stride": 0},
-            {"stride": -1},
-            {"padding": -1},
-            {"dilation": 0},
-            {"dilation": 5},
-            {"stride": (1, 1, 1, 1)},
-            {"padding": (1, 1, 1, 1)},
-            {"padding": "other"},
-            {"input": (2, 3, 0, 0, 0)},
-            {"dtype": torch.float64},
-            {"bias_dtype": torch.float64},
-            {"pool_kernel_size": 0},
-            {"pool_kernel_size": 9},
-            {"pool_stride": 0},
-            {"pool_stride": -1},
-            {"pool_padding": -1},
-            {"pool_padding": 2},
-            {"pool_dilation": 0},
-            {"pool_kernel_size": 3, "pool_padding": 2, "pool_dilation": 2},
-        ],
-        ids=str,
-    )
-    def test_stock_words(self, dims: int, change: dict[str, Any]) -> None:
-        change = dict(change)
-        input = torch.randn(change.pop("input", (2, 3, 8, 8, 8))[: dims + 2])
-        weight = torch.randn(change.pop("weight", (4, 3, 3, 3, 3))[: dims + 2], dtype=change.pop("dtype", None))
-        bias = torch.randn(change.pop("bias", 4), dtype=change.pop("bias_dtype", None))
-        pool = {key.removeprefix("pool_"): change.pop(key) for key in list(change) if key.startswith("pool_")}
-        pooling = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[dims]
-        pool = {"kernel_size": 2, "stride": 2, **pool}
-        stock = error_of(lambda: pooling(CONV[dims](input, weight, bias, **change).relu(), **pool))
-        ours = error_of(FUSED[dims], input, weight, bias, **change, **{f"pool_{k}": v for k, v in pool.items()})
-        assert stock
-        assert ours == stock
-
-    def test_raw_operators_are_safe(self) -> None:
-        input, weight, bias = make((2, 3, 8, 8), 4, (3, 3))
-        arguments = geometry(2)
-        huge = 2**62
-        for position, value in (
-            *((0, bad) for bad in ([], [1], [0, 1], [huge, huge])),
-            *((1, bad) for bad in ([], [-1, 0], [huge, huge], [2**31, 0])),
-            *((2, bad) for bad in ([0, 0], [huge, 1])),
-            *((3, bad) for bad in (0, -1, huge)),
-            *((4, bad) for bad in ([], [0, 2], [huge, huge], [9, 9])),
-            *((5, bad) for bad in ([], [0, 1], [-1, 1])),
-            *((6, bad) for bad in ([], [-1, 0], [2, 2], [huge, 0])),
-            *((7, bad) for bad in ([], [0, 1], [huge, 1])),
-        ):
-            changed = (*arguments[:position], value, *arguments[position + 1 :])
-            with pytest.raises(RuntimeError):
-                RAW(input, weight, bias, flat(changed))
-            with pytest.raises(RuntimeError):
-                RAW_BACKWARD(torch.ones(2, 4, 3, 3), torch.zeros(2, 4, 3, 3, dtype=torch.uint8), input, weight,
-                             flat(changed), True, True, True)  # fmt: skip
-        for geometry_of_another_rank in ([], [1], flat(arguments)[:-1], (*flat(arguments), 1), flat(geometry(3))):
-            with pytest.raises(RuntimeError, match="geometry"):
-                RAW(input, weight, bias, geometry_of_another_rank)
-        for bad in (input.half(), input.to_sparse(), input.to("meta"), input[0], input[None, None], input[:, :2]):
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                RAW(bad, weight, bias, flat(arguments))
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                RAW(input, bad, bias, flat(arguments))
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                RAW(input, weight, bad, flat(arguments))
-
-    def test_backward_checks_what_was_saved(self) -> None:
-        input, weight, bias = make((2, 3, 8, 8), 4, (3, 3))
-        arguments = geometry(2, padding=1, pool=3, pool_stride=2, pool_padding=1)
-        output, winners = RAW_WITH_WINNERS(input, weight, bias, flat(arguments))
-        wanted = (True, True, True)
-        RAW_BACKWARD(output, winners, input, weight, flat(arguments), *wanted)
-        for place in (9, 77, 254):  # a window has nine
-            hostile = winners.clone()
-            hostile[1, 3, 2, 2] = place
-            with pytest.raises(RuntimeError, match="winners has a place"):
-                RAW_BACKWARD(output, hostile, input, weight, flat(arguments), *wanted)
-        hostile = winners.clone()
-        hostile[0, 0, 0, 0] = 0  # in the padding
-        with pytest.raises(RuntimeError, match="winners has a place"):
-            RAW_BACKWARD(output, hostile, input, weight, flat(arguments), *wanted)
-        for bad in (winners[:1], winners.int(), winners[..., :3], winners.flatten()):
-            with pytest.raises(RuntimeError, match="winners"):
-                RAW_BACKWARD(output, bad, input, weight, flat(arguments), *wanted)
-        for bad in (output[:1], output.double(), output[..., :3], output.flatten()):
-            with pytest.raises(RuntimeError, match="grad_output"):
-                RAW_BACKWARD(bad, winners, input, weight, flat(arguments), *wanted)
-
-    def test_other_dtypes_take_stock_path(self) -> None:
-        for dtype in (torch.float16, torch.complex64):
-            tensors = make((2, 3, 8, 8), 4, (3, 3), dtype=dtype)
-            if dtype.is_complex:
-                with pytest.raises(RuntimeError):
-                    FUSED[2](*tensors)
-            else:
-                assert_close(FUSED[2](*tensors), reference.conv_relu_max_pool(*tensors, *geometry(2)))
-
-
-class TestModules:
-    @pytest.mark.parametrize("dims", [1, 2, 3])
-    def test_is_stock_conv(self, dims: int) -> None:
-        stock_class = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        pool = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[dims](3, 2, 1)
-        torch.manual_seed(1)
-        stock = stock_class(4, 6, 3, 1, 1, 1, 2)
-        torch.manual_seed(1)
-        ours = MODULES[dims](4, 6, 3, 1, 1, 1, 2, pool_kernel_size=3, pool_stride=2, pool_padding=1)
-        assert isinstance(ours, stock_class)
-        assert ours.state_dict().keys() == stock.state_dict().keys()
-        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), stock.parameters(), strict=True))
-        input = torch.randn(2, 4, *[9] * dims)
-        assert_close(ours(input), pool(stock(input).relu()))
-        assert_close(copy.deepcopy(ours)(input[0]), pool(stock(input[0]).relu()))
-        assert "pool_kernel_size=3, pool_stride=2, pool_padding=1" in repr(ours)
-
-    def test_attributes_may_be_changed(self) -> None:
-        module = fastnn.nn.ConvReLUMaxPool2d(3, 5, 3)
-        input = torch.randn(2, 3, 12, 12)
-        for name, value in (("padding", (1, 1)), ("pool_stride", 3), ("ceil_mode", True), ("stride", (2, 1))):
-            setattr(module, name, value)
-            stock = F.conv2d(input, module.weight, module.bias, module.stride, module.padding).relu()
-            assert_close(module(input), F.max_pool2d(stock, 2, module.pool_stride, ceil_mode=module.ceil_mode))
-        module.stride = (1, 1, 1)
-        with pytest.raises(RuntimeError, match="expected stride to be a single integer value or a list of 2 values"):
-            module(input)
-
-    @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-    @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
-    @pytest.mark.parametrize("padding", ["same", "valid", 1])
-    @pytest.mark.parametrize("kernel_size", [3, 4])
-    def test_padding(self, padding_mode: str, padding: Any, kernel_size: int) -> None:
-        stock = nn.Conv2d(3, 5, kernel_size, padding=padding, padding_mode=padding_mode)
-        ours = fastnn.nn.ConvReLUMaxPool2d(3, 5, kernel_size, padding=padding, padding_mode=padding_mode)
-        ours.load_state_dict(stock.state_dict())
-        input = torch.randn(2, 3, 9, 8)
-        assert_close(ours(input), F.max_pool2d(stock(input).relu(), 2))
-
-    def test_same_padding_refuses_a_stride(self) -> None:
-        with pytest.raises(RuntimeError, match="padding='same' is not supported for strided convolutions"):
-            functional.conv_relu_max_pool2d(torch.randn(1, 1, 8, 8), torch.randn(1, 1, 3, 3), stride=2, padding="same")

@@ -70,6 +70,23 @@ ConvPoolBackwardPlan plan_backward(const ConvPoolGeometry& g) {
   return plan;
 }
 
+// Whether a dense convolution of the library's is faster, although most of its gradient is zeros: where windows overlap
+// so much that few are, or where the runs leave most of their vectors empty. Rules by measurement
+// (benchmarks/sweep_conv).
+template <class C>
+bool library_pays(const ConvPoolGeometry& g, bool channels_last) {
+  constexpr double kLeastWork = 1e5, kMostlyWinners = 0.7;
+  const RunShape s = run_shape<C>(g);
+  const double gradients = static_cast<double>(g.batch * g.groups * g.out_channels);
+  const double winners = static_cast<double>(g.pixels()) / static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
+  const double sparse = gradients * static_cast<double>(g.pixels() * s.blocks * s.runs * s.vectors);
+  const double dense = gradients * static_cast<double>(g.pixels() * g.depth()) / winners / kLanes<C>;
+  if (2 * sparse < kLeastWork || sparse < 0.8 * dense) return false;
+  const bool dilated = g.dilation[0] * g.dilation[1] * g.dilation[2] > 1;
+  if (g.in_channels == 1 && g.groups > 1) return channels_last && (!dilated || winners > kMostlyWinners);
+  return sparse >= dense && (channels_last || winners > kMostlyWinners);
+}
+
 template <class T>
 class BackwardWorker {
   using C = Compute<T>;
@@ -161,27 +178,29 @@ class BackwardWorker {
     const ConvLayout& wl = call_.winners_layout;
     for (int64_t o = 0; o < g_.out_channels; ++o) {
       const int64_t channel = group_ * g_.out_channels + o;
-      Vec<C> total = {};
-      C single = 0;
+      double total = 0;  // the longest sum of all
       for (int64_t row = 0; row < g_.output[0] * g_.output[1]; ++row) {
         const int64_t y = row % g_.output[1], z = row / g_.output[1];
         const T* from = call_.grad_output + image_ * gl.n + channel * gl.c + z * gl.d[0] + y * gl.d[1];
         const uint8_t* winner = call_.winners + image_ * wl.n + channel * wl.c + z * wl.d[0] + y * wl.d[1];
+        Vec<C> lanes = {};
+        C single = 0;
         int64_t x = 0;
         if (gl.d[2] == 1 && wl.d[2] == 1) {
           for (; x + kLanes<C> <= g_.output[2]; x += kLanes<C>) {
             LaneBytes bytes;
             __builtin_memcpy(&bytes, winner + x, sizeof(bytes));
             const Places<C> places = __builtin_convertvector(bytes, Places<C>);
-            total += places == Places<C>{} + kDead ? Vec<C>{} : load(from + x);
+            lanes += places == Places<C>{} + kDead ? Vec<C>{} : load(from + x);
           }
         }
         for (; x < g_.output[2]; ++x) {
           const C value = to_compute(from[x * gl.d[2]]);
           single += winner[x * wl.d[2]] == kDead ? C(0) : value;
         }
+        total += single + sum_lanes<C>(lanes);
       }
-      to[o] += single + sum_lanes<C>(total);
+      to[o] += static_cast<C>(total);
     }
   }
 

@@ -67,7 +67,7 @@ struct DirectScratch {
       used += round_up(bytes, 64);
       return part;
     };
-    tile = reinterpret_cast<C*>(take(g.in_channels * channel_step<C>(g, plan) * sizeof(C)));
+    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : g.in_channels * channel_step<C>(g, plan) * sizeof(C)));
     ring = reinterpret_cast<C*>(take(slots * ring_size.columns * kBlockChannels<C> * sizeof(C)));
     stage = reinterpret_cast<C*>(take(stage_pixels * kBlockChannels<C> * sizeof(C)));
     winner_stage = reinterpret_cast<uint8_t*>(take(stage_pixels * kBlockChannels<C>));
@@ -79,9 +79,11 @@ struct DirectScratch {
   }
 };
 
-template <class C>
+template <class T>
 ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
+  using C = Compute<T>;
   ConvPoolPlan plan = {};
+  plan.in_place = can_stay_in_place<T>(g, input);
   plan.channels_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
   plan.column_parts = row <= kRowPixels * 5 / 4 ? 1 : smaller(g.output[2], divide_up(row, kRowPixels));
@@ -91,7 +93,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   const int64_t slice = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 2, plan.columns);
   plan.band = 1;
   while (plan.band < g.output[1] &&
-         slice * input_extent(g, 1, plan.band + 1) * static_cast<int64_t>(sizeof(C)) <= kTileBytes &&
+         (plan.in_place || slice * input_extent(g, 1, plan.band + 1) * static_cast<int64_t>(sizeof(C)) <= kTileBytes) &&
          (plan.band + 1) * plan.columns * kBlockChannels<C> * static_cast<int64_t>(sizeof(C)) <= kStageBytes) {
     ++plan.band;
   }
@@ -110,6 +112,27 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   return plan;
 }
 
+// For one image and group: a group's output channels may not fill its vectors, and a short row's tile not the
+// multipliers' pipelines.
+template <class C>
+double direct_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
+  const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
+  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
+  const double accumulators = static_cast<double>(smaller(row, kConvPixels) * smaller(2, vectors));
+  const double pixels = static_cast<double>(row * g.conv[0] * g.conv[1]);
+  const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
+  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
+  const int64_t rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
+  const double elements = static_cast<double>(g.in_channels * rows * input_extent(g, 2, plan.columns));
+  const double copy = copy_cost(elements, static_cast<double>(plan.channels_last ? rows : rows * g.in_channels), false);
+  constexpr double kItem = 300, kRow = 60, kWayOut = 12, kPlace = 4;  // of a conv row; of a vector of pooled pixels
+  const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
+  const double windows =
+      static_cast<double>(vectors * g.pixels()) * (kWayOut + kPlace * static_cast<double>(g.places()));
+  return kItem + pixels * vectors * g.depth() * slow + (plan.in_place ? 0 : copy) + kRow * conv_rows + windows;
+}
+
 // weight -> [group][block of channels][depth][vectors x lanes], zeros where a block has fewer channels
 template <class T>
 void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
@@ -118,12 +141,7 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
   const ConvLayout& layout = call.weight_layout;
   const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
   const int64_t depth = g.depth();
-  // In memory the depth is one run, for either order.
-  const bool in_order = call.plan.channels_last
-                            ? layout.c == 1 && layout.d[2] == g.in_channels &&
-                                  layout.d[1] == layout.d[2] * g.kernel[2] && layout.d[0] == layout.d[1] * g.kernel[1]
-                            : layout.d[2] == 1 && layout.d[1] == g.kernel[2] &&
-                                  layout.d[0] == layout.d[1] * g.kernel[1] && layout.c == g.taps();
+  const bool in_order = is_in_order(g, layout, call.plan.channels_last);
   for (int64_t item = first_item; item < last_item; ++item) {
     const int64_t group = item / blocks, first = item % blocks * kBlockChannels<C>;
     const int64_t count = smaller(g.out_channels - first, kBlockChannels<C>);
@@ -158,17 +176,18 @@ class DirectForward {
         plan_(call.plan),
         ring_(ring_shape(call.geometry, call.plan)),
         scratch_(call.geometry, call.plan, memory) {
-    tile_.data = scratch_.tile;
-    tile_.size[0] = input_extent(g_, 0, 1);
-    tile_.size[1] = input_extent(g_, 1, plan_.band);
-    tile_.size[2] = input_extent(g_, 2, plan_.columns);
-    tile_.d[2] = plan_.channels_last ? g_.in_channels : 1;
-    tile_.d[1] = tile_.d[2] * tile_.size[2];
-    tile_.d[0] = tile_.d[1] * tile_.size[1];
-    tile_.c = plan_.channels_last ? 1 : channel_step<C>(g_, plan_);
+    if (plan_.in_place) {
+      for (int d = 0; d < 3; ++d) step_[d] = call.input_layout.d[d];
+      channel_step_ = call.input_layout.c;
+    } else {
+      step_[2] = plan_.channels_last ? g_.in_channels : 1;
+      step_[1] = step_[2] * input_extent(g_, 2, plan_.columns);
+      step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
+      channel_step_ = plan_.channels_last ? 1 : channel_step<C>(g_, plan_);
+    }
     for_each_tap(g_, plan_.channels_last, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-      scratch_.offsets[k] = c * tile_.c + d * g_.dilation[0] * tile_.d[0] + h * g_.dilation[1] * tile_.d[1] +
-                            w * g_.dilation[2] * tile_.d[2];
+      scratch_.offsets[k] = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
+                            w * g_.dilation[2] * step_[2];
     });
   }
 
@@ -206,16 +225,27 @@ class DirectForward {
 
   void load_band(int64_t slice, int64_t first, int64_t last) {
     const int64_t pooled[3] = {slice, first, first_column_};
+    const ConvLayout& layout = call_.input_layout;
+    const T* input = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
+    const int64_t extent[3] = {input_extent(g_, 0, 1), input_extent(g_, 1, last - first),
+                               input_extent(g_, 2, plan_.columns)};
+    InputTile<C> used{scratch_.tile, {}, {}, channel_step_, {}};
     for (int d = 0; d < 3; ++d) {
       first_conv_[d] = larger(0, pooled[d] * g_.pool_stride[d] - g_.pool_padding[d]);
-      tile_.first[d] = first_conv_[d] * g_.stride[d] - g_.padding[d];
+      used.first[d] = first_conv_[d] * g_.stride[d] - g_.padding[d];
+      used.size[d] = extent[d];
+      used.d[d] = step_[d];
     }
     const int64_t past = (last_column_ - 1) * g_.pool_stride[2] - g_.pool_padding[2] + g_.pool_extent(2);
     conv_columns_ = larger(0, smaller(past, g_.conv[2]) - first_conv_[2]);
-    InputTile<C> used = tile_;
-    used.size[1] = input_extent(g_, 1, last - first);
-    fill_tile(g_, call_.input + image_ * call_.input_layout.n + group_ * g_.in_channels * call_.input_layout.c,
-              call_.input_layout, plan_.channels_last, used);
+    if (plan_.in_place) {
+      // Of the type computed in, or the plan would not be to leave it there.
+      tile_ = reinterpret_cast<const C*>(input) + used.first[0] * step_[0] + used.first[1] * step_[1] +
+              used.first[2] * step_[2];
+    } else {
+      tile_ = scratch_.tile;
+      fill_tile(g_, input, layout, plan_.channels_last, used);
+    }
   }
 
   void run_block(int64_t block, int64_t slice, int64_t first, int64_t last) {
@@ -264,10 +294,10 @@ class DirectForward {
         C* pixels = scratch_.ring + slot * ring_.columns * kBlockChannels<C>;
         if (scratch_.tags[slot] != z * g_.conv[1] + y) {
           scratch_.tags[slot] = z * g_.conv[1] + y;
-          const C* corner = tile_.data + (z - first_conv_[0]) * g_.stride[0] * tile_.d[0] +
-                            (y - first_conv_[1]) * g_.stride[1] * tile_.d[1];
-          conv_row<vectors>(corner, g_.stride[2] * tile_.d[2], scratch_.offsets, g_.depth(), weight, bias,
-                            conv_columns_, pixels);
+          const C* corner =
+              tile_ + (z - first_conv_[0]) * g_.stride[0] * step_[0] + (y - first_conv_[1]) * g_.stride[1] * step_[1];
+          conv_row<vectors>(corner, g_.stride[2] * step_[2], scratch_.offsets, g_.depth(), weight, bias, conv_columns_,
+                            pixels);
         }
         scratch_.window_rows[count++] = {pixels, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
       }
@@ -293,7 +323,8 @@ class DirectForward {
   const ConvPoolPlan& plan_;
   const RingShape ring_;
   const DirectScratch<C> scratch_;
-  InputTile<C> tile_;
+  const C* tile_;  // the band's first conv pixel, first tap
+  int64_t step_[3], channel_step_;
   int64_t image_, group_, first_column_, last_column_, conv_columns_;
   int64_t first_conv_[3];
 };

@@ -41,7 +41,8 @@ struct LanesScratch {
   int64_t* offsets;
   int64_t size;
 
-  LanesScratch(const ConvPoolGeometry& piece, int64_t lanes, void* memory) {
+  LanesScratch(const ConvPoolGeometry& piece, const ConvPoolPlan& plan, void* memory) {
+    const int64_t lanes = plan.lane_vectors * kLanes<C>;
     char* base = static_cast<char*>(memory);
     int64_t used = 0;
     const auto take = [&](int64_t bytes) {
@@ -52,13 +53,14 @@ struct LanesScratch {
     const int64_t element = lanes * sizeof(C), outputs = smaller(piece.out_channels, kLaneOutputs);
     const int64_t slots = smaller(piece.conv[0], piece.pool_extent(0)) * smaller(piece.conv[1], piece.pool_extent(1));
     const int64_t columns = piece_extent(piece, 2);
+    const int64_t rows = piece_extent(piece, 1);
     tile = reinterpret_cast<C*>(
-        take(piece.in_channels * piece_extent(piece, 0) * piece_extent(piece, 1) * columns * element));
+        take(plan.in_place ? 0 : piece.in_channels * piece_extent(piece, 0) * rows * columns * element));
     ring = reinterpret_cast<C*>(take(slots * outputs * piece.conv[2] * element));
     stage = reinterpret_cast<C*>(take(outputs * piece.pixels() * element));
     winner_stage = reinterpret_cast<uint8_t*>(take(outputs * piece.pixels() * lanes));
     plane = reinterpret_cast<C*>(
-        take(larger(columns * piece_extent(piece, 1) * piece.in_channels, piece.pixels()) * element));
+        take(larger(plan.in_place ? 0 : columns * rows * piece.in_channels, piece.pixels()) * element));
     winner_plane = reinterpret_cast<uint8_t*>(take(piece.pixels() * lanes));
     window_rows = reinterpret_cast<WindowRow<C>*>(
         take(piece.pool_kernel[0] * piece.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
@@ -74,8 +76,9 @@ struct LanesPlan {
   double useful;
 };
 
-template <class C>
-LanesPlan plan_lanes(const ConvPoolGeometry& g) {
+template <class T>
+LanesPlan plan_lanes(const ConvPoolGeometry& g, const ConvLayout& input) {
+  using C = Compute<T>;
   LanesPlan best = {};
   const bool depthwise = g.in_channels == 1 && g.groups >= kLanes<C>;
   // Bands have the same geometry only if no window reaches over the edge.
@@ -90,16 +93,19 @@ LanesPlan plan_lanes(const ConvPoolGeometry& g) {
     for (int vectors = 1; vectors <= 2; ++vectors) {
       const int64_t lanes = vectors * kLanes<C>;
       const int64_t tile = piece.in_channels * piece_extent(piece, 0) * piece_extent(piece, 1) * piece_extent(piece, 2);
-      if (tile * lanes * static_cast<int64_t>(sizeof(C)) > kLaneTileBytes) continue;
+      const bool in_place = depthwise && input.c == 1 && g.groups % lanes == 0 && can_stay_in_place<T>(g, input);
+      if (!in_place && tile * lanes * static_cast<int64_t>(sizeof(C)) > kLaneTileBytes) continue;
       const double halo = static_cast<double>(bands * piece_extent(piece, 1)) / piece_extent(g, 1);
       const double full =
           pieces / round_up(static_cast<int64_t>(pieces), lanes) * g.output[1] / (bands * piece.output[1]);
-      const double useful = full * multiplications / (multiplications + kCopying * halo) * (vectors == 1 ? 0.95 : 1);
+      const double copying = in_place ? 0 : kCopying * halo;
+      const double useful = full * multiplications / (multiplications + copying) * (vectors == 1 ? 0.95 : 1);
       if (useful <= best.useful) continue;
       best.useful = useful;
       best.plan.bands = bands;
       best.plan.lane_vectors = vectors;
       best.plan.lanes_are_groups = depthwise;
+      best.plan.in_place = in_place;
     }
   }
   if (best.useful == 0) return best;
@@ -109,8 +115,18 @@ LanesPlan plan_lanes(const ConvPoolGeometry& g) {
   plan.items = depthwise ? g.batch * divide_up(g.groups, lanes) : divide_up(g.batch * plan.bands, lanes) * g.groups;
   plan.pack_items = 1;
   plan.packed_size = g.depth() * g.out_channels * round_up(g.groups, lanes);
-  plan.scratch_size = LanesScratch<C>(piece_geometry(g, plan.bands), lanes, nullptr).size;
+  plan.scratch_size = LanesScratch<C>(piece_geometry(g, plan.bands), plan, nullptr).size;
   return best;
+}
+
+// For one image and group, in vector multiply-adds.
+template <class C>
+double lanes_cost(const ConvPoolGeometry& g, const ConvLayout& input, const LanesPlan& lanes) {
+  const double pixels = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
+  const double multiplications = static_cast<double>(g.out_channels * g.depth()) * pixels / kLanes<C>;
+  // Lanes are channels or images: what comes out in the other order is written number by number.
+  const bool scattered = input.c == 1 && !(lanes.plan.lanes_are_groups && g.out_channels == 1);
+  return multiplications / lanes.useful + (scattered ? 25.0 : 3.0) * static_cast<double>(g.out_channels * g.pixels());
 }
 
 // weight -> [group][block of output channels][depth][channel], or depthwise [output channel][depth][group]
@@ -144,13 +160,13 @@ template <int pixels, int outputs, int vectors, bool shared_weight, class C>
 FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
                               int64_t weight_step, const Vec<C> (&bias)[outputs][vectors], C* to, int64_t output_step) {
   constexpr int64_t pixel = vectors * kLanes<C>;
-  Vec<C> total[pixels][outputs][vectors];
+  Vec<C> total[pixels * outputs][vectors];
   for (int p = 0; p < pixels; ++p) {
     for (int o = 0; o < outputs; ++o) {
-      for (int v = 0; v < vectors; ++v) total[p][o][v] = bias[o][v];
+      for (int v = 0; v < vectors; ++v) total[p * outputs + o][v] = bias[o][v];
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const C* at = tile + offsets[k];
 #pragma GCC unroll 4
     for (int p = 0; p < pixels; ++p) {
@@ -160,15 +176,17 @@ FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offset
       for (int o = 0; o < outputs; ++o) {
         for (int v = 0; v < vectors; ++v) {
           const Vec<C> factor = shared_weight ? broadcast<C>(weight[o]) : load(weight + v * kLanes<C>);
-          total[p][o][v] += value[v] * factor;
+          total[p * outputs + o][v] += value[v] * factor;
         }
       }
     }
     weight += weight_step;
-  }
+  });
   for (int p = 0; p < pixels; ++p) {
     for (int o = 0; o < outputs; ++o) {
-      for (int v = 0; v < vectors; ++v) store(to + o * output_step + p * pixel + v * kLanes<C>, total[p][o][v]);
+      for (int v = 0; v < vectors; ++v) {
+        store(to + o * output_step + p * pixel + v * kLanes<C>, total[p * outputs + o][v]);
+      }
     }
   }
 }
@@ -183,13 +201,16 @@ class LanesForward {
         g_(call.geometry),
         piece_(piece_geometry(call.geometry, call.plan.bands)),
         lanes_(call.plan.lane_vectors * kLanes<C>),
-        scratch_(piece_, lanes_, memory) {
+        scratch_(piece_, call.plan, memory) {
     const ConvLayout& layout = call.input_layout;
     pixel_ = layout.c == 1 && layout.d[2] == g_.in_channels ? g_.in_channels : 1;
     step_[2] = lanes_ * pixel_;
     step_[1] = step_[2] * piece_extent(piece_, 2);
     step_[0] = step_[1] * piece_extent(piece_, 1);
     channel_step_ = pixel_ > 1 ? lanes_ : step_[0] * piece_extent(piece_, 0);
+    if (call.plan.in_place) {
+      for (int d = 0; d < 3; ++d) step_[d] = layout.d[d];
+    }
     ring_slices_ = smaller(piece_.conv[0], piece_.pool_extent(0));
     ring_rows_ = smaller(piece_.conv[1], piece_.pool_extent(1));
     for_each_tap(g_, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
@@ -214,7 +235,12 @@ class LanesForward {
       pieces_[i] = call_.plan.lanes_are_groups ? Lane{first_piece_, group_ + i, 0}
                                                : Lane{piece / bands, group_, piece % bands * piece_.output[1]};
     }
-    load_tile();
+    tile_ = scratch_.tile;
+    if (call_.plan.in_place) {
+      tile_ = reinterpret_cast<const C*>(call_.input + first_piece_ * call_.input_layout.n + group_);
+    } else {
+      load_tile();
+    }
     if (call_.plan.lane_vectors == 2) {
       run_blocks<2>();
     } else {
@@ -389,7 +415,7 @@ class LanesForward {
         if (scratch_.tags[slot] != z * piece_.conv[1] + y) {
           scratch_.tags[slot] = z * piece_.conv[1] + y;
           conv_row<vectors, outputs, shared_weight>(
-              first, scratch_.tile + z * g_.stride[0] * step_[0] + y * g_.stride[1] * step_[1], bias, pixels);
+              first, tile_ + z * g_.stride[0] * step_[0] + y * g_.stride[1] * step_[1], bias, pixels);
         }
         scratch_.window_rows[count++] = {pixels, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
       }
@@ -436,7 +462,7 @@ class LanesForward {
         if (layout.d[2] == 1) {
           copy_out(source, count, to);
         } else {
-          for (int64_t x = 0; x < count; ++x) copy_out(source + x, 1, to + x * layout.d[2]);
+          for (int64_t x = 0; x < count; ++x) copy_one(source[x], to + x * layout.d[2]);
         }
       }
     }
@@ -447,6 +473,7 @@ class LanesForward {
   const ConvPoolGeometry piece_;
   const int64_t lanes_;
   const LanesScratch<C> scratch_;
+  const C* tile_;
   int64_t pixel_;  // elements of the input that are copied as one run with a column's: its channels, or 1
   int64_t step_[3], channel_step_, ring_slices_, ring_rows_;
   int64_t first_piece_, group_, live_;

@@ -3,6 +3,8 @@
 #include "conv_backward.h"
 #include "conv_direct.h"
 #include "conv_lanes.h"
+#include "conv_rows.h"
+#include "conv_scatter.h"
 #include "conv_winners.h"
 #include "conv_winograd.h"
 
@@ -10,26 +12,21 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// The share of direct convolution's multiplications that are useful ones: a group's output channels may not fill its
-// vectors, and a short row's tile not the multipliers' pipelines.
-template <class C>
-double direct_useful(const ConvPoolGeometry& g) {
-  constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
-  const double lanes = static_cast<double>(g.out_channels) / round_up(g.out_channels, kLanes<C>);
-  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
-  const double accumulators = static_cast<double>(row * smaller(2, divide_up(g.out_channels, kLanes<C>)));
-  return accumulators < kInFlight ? lanes * accumulators / kInFlight : lanes;
-}
-
-template <class C>
+// The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread,
+// since the choice must not depend on their number, nor with it the order of summation.
+template <class T>
 ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact) {
+  using C = Compute<T>;
   if (!exact && sizeof(C) == sizeof(float) && winograd_pays<C>(g)) return plan_winograd<C>(g);
-  const double direct = direct_useful<C>(g);
-  if (direct < 1) {
-    const LanesPlan lanes = plan_lanes<C>(g);
-    if (lanes.useful > direct) return lanes.plan;
-  }
-  return plan_direct<C>(g, input, threads);
+  const ConvPoolPlan direct = plan_direct<T>(g, input, threads);
+  const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
+  const double direct_costs = direct_cost<C>(g, direct);
+  if (direct_costs < 1.02 * least) return direct;
+  const LanesPlan lanes = plan_lanes<T>(g, input);
+  const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
+  const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
+  if (rows_costs < direct_costs && rows_costs < lanes_costs) return plan_rows<T>(g, input, threads);
+  return lanes_costs < direct_costs ? lanes.plan : direct;
 }
 
 template <class T>
@@ -45,6 +42,8 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
   switch (call.plan.algorithm) {
     case ConvAlgorithm::direct:
       return pack_direct(call, first_item, last_item);
+    case ConvAlgorithm::rows:
+      return pack_rows(call, first_item, last_item);
     case ConvAlgorithm::lanes:
       return pack_lanes(call);
     case ConvAlgorithm::winograd:
@@ -57,6 +56,8 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
   switch (call.plan.algorithm) {
     case ConvAlgorithm::direct:
       return forward_direct(call, first_item, last_item, scratch);
+    case ConvAlgorithm::rows:
+      return forward_rows(call, first_item, last_item, scratch);
     case ConvAlgorithm::lanes:
       return forward_lanes(call, first_item, last_item, scratch);
     case ConvAlgorithm::winograd:
@@ -66,8 +67,18 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
 
 template <class T>
 constexpr ConvPoolKernels<T> kernels() {
-  return {plan<Compute<T>>, plan_holds<T>, pack<T>,          forward<T>,        plan_backward<Compute<T>>,
-          pack_backward<T>, backward<T>,   unpack_weight<T>, store_computed<T>, winners_are_valid<T>};
+  return {plan<T>,
+          plan_holds<T>,
+          pack<T>,
+          forward<T>,
+          library_pays<Compute<T>>,
+          plan_backward<Compute<T>>,
+          pack_backward<T>,
+          backward<T>,
+          scatter<T>,
+          unpack_weight<T>,
+          store_computed<T>,
+          winners_are_valid<T>};
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ struct ConvLayout {
 
 enum class ConvAlgorithm : int32_t {
   direct,    // conv_direct.h: output channels in the vector's lanes
+  rows,      // conv_rows.h: consecutive pixels in the lanes
   lanes,     // conv_lanes.h: independent pieces of the problem in the lanes
   winograd,  // conv_winograd.h: fewer multiplications
 };
@@ -49,6 +50,7 @@ struct ConvPoolPlan {
   int64_t packed_size;            // elements of the packed weight
   int64_t pack_items;             // independent pieces of packing
   int64_t scratch_size;           // bytes, a thread
+  bool in_place;                  // the input is read where it lies, not from a padded copy
   bool channels_last;             // the order of the tile's elements and so of the packed weight's
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together
@@ -108,12 +110,17 @@ struct ConvPoolKernels {
   void (*pack)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item);
   void (*forward)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item, void* scratch);
 
+  // Whether backward should go through `scatter` and the library's convolution instead of `backward`.
+  bool (*library_pays)(const ConvPoolGeometry&, bool channels_last);
   ConvPoolBackwardPlan (*plan_backward)(const ConvPoolGeometry&);
   void (*pack_backward)(const ConvPoolBackward<T>&);
   // The gradients that images [first_image, last_image) and blocks [first_block, last_block) contribute.
   // grad_weight (weight_size) and grad_bias (groups x out_channels) are added to; either may be null.
   void (*backward)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, int64_t first_block,
                    int64_t last_block, Compute<T>* grad_weight, Compute<T>* grad_bias, void* scratch);
+  // The gradient of the convolution's output of images [first_image, last_image), laid out in full.
+  void (*scatter)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, T* grad_conv,
+                  const ConvLayout& layout);
   // A private weight gradient, given back in the weight's layout.
   void (*unpack_weight)(const ConvPoolBackward<T>&, const Compute<T>* grad_weight, T* to, const ConvLayout& layout);
   void (*store)(const Compute<T>* from, int64_t count, T* to);

@@ -31,6 +31,31 @@ FASTNN_INLINE void for_each_tap(const ConvPoolGeometry& g, bool channels_last, c
   }
 }
 
+// Whether the elements of one output channel's weight are one run in memory, in the order of for_each_tap.
+FASTNN_INLINE bool is_in_order(const ConvPoolGeometry& g, const ConvLayout& weight, bool channels_last) {
+  const bool joined = weight.d[1] == weight.d[2] * g.kernel[2] && weight.d[0] == weight.d[1] * g.kernel[1];
+  return joined &&
+         (channels_last ? weight.c == 1 && weight.d[2] == g.in_channels : weight.d[2] == 1 && weight.c == g.taps());
+}
+
+// Whether a tile is of use: not where the input has the type computed in, no padding, and its channels don't all fall
+// into the same few sets of the cache.
+template <class T>
+FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input) {
+  constexpr int64_t kSetsApart = 4096, kFewChannels = 8;
+  const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
+  const bool crowded = input.c * static_cast<int64_t>(sizeof(T)) % kSetsApart == 0 && g.in_channels > kFewChannels;
+  return sizeof(T) == sizeof(Compute<T>) && !padded && !crowded;
+}
+
+// What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, by whether
+// it is copied as it lies or transposed, and this much a run.
+constexpr double kCopyCost = 0.25, kTransposeCost = 2, kRunCost = 40;
+
+FASTNN_INLINE double copy_cost(double elements, double runs, bool transposed) {
+  return elements * (transposed ? kTransposeCost : kCopyCost) + runs * kRunCost;
+}
+
 // A box of the input, zeros where it reaches beyond: [channel][slice][row][column], or with the channel innermost.
 template <class C>
 struct InputTile {
@@ -57,6 +82,14 @@ FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
 }
 FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
   __builtin_memcpy(to, from, count);
+}
+
+template <class C, class T>
+FASTNN_INLINE void copy_one(C from, T* to) {
+  *to = from_compute<T>(from);
+}
+FASTNN_INLINE void copy_one(uint8_t from, uint8_t* to) {
+  *to = from;
 }
 
 template <class C>
@@ -97,6 +130,22 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
   }
 }
 
+// Calls add(k) for each k < depth, which adds to `total`. Long sums are taken in parts, for the sake of their error.
+template <int rows, int vectors, class V, class Add>
+FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const Add& add) {
+  V earlier[rows][vectors];  // in memory: the registers are taken
+  for (int64_t k = 0; k < depth;) {
+    if (k > 0) set_aside(total, earlier, k > kLongestSum);
+    for (const int64_t end = smaller(k + kLongestSum, depth); k < end; ++k) add(k);
+  }
+  if (depth <= kLongestSum) return;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) total[r][v] += earlier[r][v];
+  }
+}
+
 // The register tile: `pixels` consecutive conv pixels by `vectors` vectors of output channels.
 // A step of 0 stands for one known only at run time.
 template <int pixels, int vectors, int fixed_step, class C>
@@ -110,7 +159,7 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
   for (int p = 0; p < pixels; ++p) {
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const int64_t offset = offsets[k];
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
@@ -120,7 +169,7 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
       const Vec<C> left = broadcast<C>(fixed_step ? from[0][offset + p * fixed_step] : from[p][offset]);
       for (int v = 0; v < vectors; ++v) total[p][v] += left * right[v];
     }
-  }
+  });
 #pragma GCC unroll 16
   for (int p = 0; p < pixels; ++p) {
     for (int v = 0; v < vectors; ++v) store(to + (p * vectors + v) * kLanes<C>, total[p][v]);

@@ -46,7 +46,7 @@ template <int rows, int vectors, class V>
 FASTNN_INLINE void set_aside(V (&total)[rows][vectors], V (&earlier)[rows][vectors], bool add) {
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       earlier[r][v] = add ? earlier[r][v] + total[r][v] : total[r][v];
       total[r][v] = V{};

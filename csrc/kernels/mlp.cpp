@@ -107,13 +107,38 @@ void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* i
 }
 
 template <class T>
+void activate_all(Activation activation, const T* input, T* output, int64_t count) {
+  with_activation(activation, [&](auto constant) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      store_up_to<T>(output + i,
+                     activate<decltype(constant)::activation, Compute<T>>(load_up_to<T>(input + i, count - i)),
+                     count - i);
+    }
+  });
+}
+
+template <class T>
+void gradient_of_all(Activation activation, const T* gradient, const T* saved, T* output, int64_t count) {
+  with_activation(activation, [&](auto constant) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const auto before = activation_gradient<decltype(constant)::activation, Compute<T>>(
+          load_up_to<T>(gradient + i, count - i), load_up_to<T>(saved + i, count - i));
+      store_up_to<T>(output + i, before, count - i);
+    }
+  });
+}
+
+template <class T>
 constexpr MlpKernels<T> kernels() {
   return {make_plan<T>, worth_packing<T>, packed_size<T>, pack_panels<T>, scratch_size<T>, forward<T>, backward<T>};
 }
 
 }  // namespace
 
-extern const MlpTable mlp_kernels = {kernels<float>(), kernels<double>()};
+extern const MlpTable mlp_kernels = {
+    {kernels<float>(), kernels<double>()},
+    {activate_all<bfloat16>, gradient_of_all<bfloat16>, mean_squared_errors<bfloat16>},
+};
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

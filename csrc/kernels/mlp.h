@@ -66,7 +66,18 @@ struct MlpKernels {
                    int64_t first_row, int64_t last_row, T* scratch);
 };
 
-using MlpTable = PerWideDtype<MlpKernels>;
+// What is left of the chain where torch does the matrix products.
+template <class T>
+struct MlpElementwise {
+  void (*activate)(Activation activation, const T* input, T* output, int64_t count);
+  // saved: the activation's input or output, as keeps_input says
+  void (*gradient)(Activation activation, const T* gradient, const T* saved, T* output, int64_t count);
+  void (*mean_squared_errors)(const T* input, const T* output, int64_t rows, int64_t columns, T* errors);
+};
+
+struct MlpTable : PerWideDtype<MlpKernels> {
+  MlpElementwise<bfloat16> elementwise;
+};
 
 }  // namespace fastnn
 

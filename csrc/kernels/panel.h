@@ -116,8 +116,8 @@ void pack_transposed(const T* weight, int64_t columns, int64_t depth, Compute<T>
   using C = Compute<T>;
   for (int64_t column = 0; column < padded_columns<C>(columns); column += kLanes<C>) {
     const int64_t count = larger(0, smaller(columns - column, kLanes<C>)), within = column % (2 * kLanes<C>);
-    pack_rows(weight + smaller(column, columns - 1) * depth, depth, count, depth,
-              panels + (column - within) * depth + within, 2 * kLanes<C>);
+    pack_rows<T>(weight + smaller(column, columns - 1) * depth, depth, count, depth,
+                 panels + (column - within) * depth + within, 2 * kLanes<C>);
   }
 }
 

@@ -54,10 +54,10 @@ void pack(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>
     const int64_t within = vector % layout.kVectors * lanes;
     const int64_t input_row = Cell::input_gate(static_cast<int>(slot)) * hidden + unit,
                   hidden_row = slot * hidden + unit;
-    pack_rows(weights.weight_ih + input_row * input_size, input_size, count, input_size,
-              packed + tile * layout.kPanelWidth * input_size + within, layout.kPanelWidth);
-    pack_rows(weights.weight_hh + hidden_row * outputs, outputs, count, outputs,
-              packed + layout.hidden_panels() + tile * layout.kPanelWidth * outputs + within, layout.kPanelWidth);
+    pack_rows<T>(weights.weight_ih + input_row * input_size, input_size, count, input_size,
+                 packed + tile * layout.kPanelWidth * input_size + within, layout.kPanelWidth);
+    pack_rows<T>(weights.weight_hh + hidden_row * outputs, outputs, count, outputs,
+                 packed + layout.hidden_panels() + tile * layout.kPanelWidth * outputs + within, layout.kPanelWidth);
     Vec<C> bias = load_bias(weights.bias_ih, input_row, left_over);
     const Vec<C> hidden_bias = load_bias(weights.bias_hh, input_row, left_over);
     if (Cell::kSlots > Cell::kGates && slot == 0) {  // GRU's candidate

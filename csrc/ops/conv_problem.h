@@ -22,6 +22,9 @@ struct ConvPoolProblem {
   double work;  // floating-point operations of the convolution
 };
 
+// Raises unless it has the values of that many dimensions.
+ConvPoolArguments arguments_of(const char* op, const Ints& geometry, int64_t dims);
+
 // Raises, in stock's words where stock has them, unless the arguments make a problem.
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
                               const std::optional<Tensor>& bias, const Ints& geometry);
@@ -29,9 +32,38 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
 // The same of an input and a weight of these sizes.
 ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry);
 
+// A kernel of one element that strides over the input: the same over a view of what it meets.
+inline void skip_unused_input(ConvPoolGeometry& g, ConvLayout& input) {
+  for (int d = 0; d < 3; ++d) {
+    if (g.kernel[d] != 1 || g.padding[d] != 0) continue;
+    g.input[d] = g.conv[d];
+    input.d[d] *= g.stride[d];
+    g.stride[d] = 1;
+  }
+}
+
 // Plans alike in this and in packed_size take the same packed weight.
 inline int64_t packing_of(const ConvPoolPlan& plan) {
   return static_cast<int64_t>(plan.algorithm) * 4 + plan.channels_last * 2 + plan.lanes_are_groups;
+}
+
+// A kernel of one element that strides over the input: the same over a view of what it meets.
+inline void skip_unused_input(ConvPoolGeometry& g, ConvLayout& input) {
+  for (int d = 0; d < 3; ++d) {
+    if (g.kernel[d] != 1 || g.padding[d] != 0) continue;
+    g.input[d] = g.conv[d];
+    input.d[d] *= g.stride[d];
+    g.stride[d] = 1;
+  }
+}
+
+// Decides how a call is done, by its sizes, and where large elements would spoil the result by those.
+template <class T>
+void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
+  const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
+  skip_unused_input(call.geometry, call.input_layout);
+  call.plan = kernels.plan(call.geometry, call.input_layout, threads, false);
+  if (!kernels.plan_holds(call)) call.plan = kernels.plan(call.geometry, call.input_layout, threads, true);
 }
 
 // Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed.
@@ -39,8 +71,7 @@ template <class T, class Packed>
 void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_for) {
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
   const int64_t threads = useful_threads(work);
-  call.plan = kernels.plan(call.geometry, call.input_layout, threads, false);
-  if (!kernels.plan_holds(call)) call.plan = kernels.plan(call.geometry, call.input_layout, threads, true);
+  choose_plan(call, threads);
   const ConvPoolPlan& plan = call.plan;
   const Compute<T>* packed = packed_for(plan);
   const int64_t chunks = std::min(threads, plan.items);

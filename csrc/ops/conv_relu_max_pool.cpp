@@ -1,8 +1,9 @@
 // fastnn::conv_relu_max_pool and its backward: allocation, threads, registration.
 #include <cstring>
+#include <string>
 #include <tuple>
 
-#include "conv_problem.h"
+#include "conv_library.h"
 #include "register.h"
 
 namespace fastnn {
@@ -24,6 +25,7 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
   call.geometry = problem.geometry;
   call.input = data<T>(input);
   call.input_layout = layout_of(input);
+  skip_unused_input(call.geometry, call.input_layout);
   call.weight = data<T>(weight);
   call.weight_layout = layout_of(weight);
   call.bias = bias ? data<T>(*dense_bias) : nullptr;
@@ -67,11 +69,42 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, 
   return {output, *winners};
 }
 
-// ---- backward -----------------------------------------------------------------------------------------------
+// ---- what is chosen ------------------------------------------------------------------------------------------
 
-struct Wanted {
-  bool input, weight, bias;
-};
+std::string algorithm_name(ConvAlgorithm algorithm) {
+  switch (algorithm) {
+    case ConvAlgorithm::direct:
+      return "direct";
+    case ConvAlgorithm::rows:
+      return "rows";
+    case ConvAlgorithm::lanes:
+      return "lanes";
+    case ConvAlgorithm::winograd:
+      return "winograd";
+  }
+  return "";
+}
+
+std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& input, const Tensor& weight,
+                                                                  const std::optional<Tensor>& bias,
+                                                                  const Ints& geometry) {
+  const ConvPoolProblem problem = check_problem("conv_relu_max_pool_algorithm", input, weight, bias, geometry);
+  return with_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
+    using T = decltype(type);
+    ConvPoolForward<T> call{};
+    call.geometry = problem.geometry;
+    call.input = data<T>(input);
+    call.input_layout = layout_of(input);
+    call.weight = data<T>(weight);
+    call.weight_layout = layout_of(weight);
+    choose_plan(call, 1);
+    const bool by_library = conv_relu_max_pool_kernels().get<T>().library_pays(
+        problem.geometry, is_channels_last(input) || is_channels_last(weight));
+    return {algorithm_name(call.plan.algorithm), by_library ? "library" : "winners"};
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------
 
 // Private parts [part][size], summed in order into the first.
 template <class C>
@@ -92,8 +125,6 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   using C = Compute<T>;
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
   const ConvPoolGeometry& g = problem.geometry;
-  FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), problem.kind.op,
-               ": winners has a place that its window doesn't have");
   const ConvPoolBackwardPlan plan = kernels.plan_backward(g);
   // Images first; where they are fewer than threads, each thread has some of the channels.
   const int64_t threads = useful_threads(problem.work / 2);
@@ -171,7 +202,17 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
     if (!condition) sizes[0] = 0;
     return sizes;
   };
+  const Wanted wanted{input_wanted, weight_wanted, bias_wanted};
   const bool is_empty = g.batch == 0;
+  if (!is_empty) {
+    const bool by_library = with_dtype(dtype, [&](auto type) {
+      const auto& kernels = conv_relu_max_pool_kernels().get<decltype(type)>();
+      FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), op,
+                   ": winners has a place that its window doesn't have");
+      return kernels.library_pays(g, is_channels_last(input) || is_channels_last(weight));
+    });
+    if (by_library) return backward_by_library(problem, grad_output, winners, input, weight, wanted);
+  }
   const Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
   const Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));
   const Tensor grad_bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
@@ -180,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
     std::memset(grad_bias.mutable_data_ptr(), 0, grad_bias.numel() * grad_bias.element_size());
   } else {
     with_dtype(dtype, [&](auto type) {
-      run_backward<decltype(type)>(problem, grad_output, winners, input, weight,
-                                   {input_wanted, weight_wanted, bias_wanted}, grad_input, grad_weight, grad_bias);
+      run_backward<decltype(type)>(problem, grad_output, winners, input, weight, wanted, grad_input, grad_weight,
+                                   grad_bias);
     });
   }
   return {grad_input, grad_weight, grad_bias};
@@ -196,6 +237,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "conv_relu_max_pool_with_winners(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
       " -> (Tensor output, Tensor winners)");
+  // The names of csrc/kernels' algorithms for such a call (conv_relu_max_pool.h) and for its backward.
+  m.def(
+      "conv_relu_max_pool_algorithm(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
+      " -> (str forward, str backward)");
   // A gradient that is not wanted comes back empty.
   m.def(
       "conv_relu_max_pool_backward(Tensor grad_output, Tensor winners, Tensor input, Tensor weight, int[] geometry,"
@@ -206,6 +251,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("conv_relu_max_pool", FASTNN_BOX(conv_relu_max_pool));
   m.impl("conv_relu_max_pool_with_winners", FASTNN_BOX(conv_relu_max_pool_with_winners));
+  m.impl("conv_relu_max_pool_algorithm", TORCH_BOX(&conv_relu_max_pool_algorithm));
   m.impl("conv_relu_max_pool_backward", FASTNN_BOX(conv_relu_max_pool_backward));
 }
 

@@ -35,6 +35,21 @@ FASTNN_INLINE Vec<T> zip_high(Vec<T> x, Vec<T> y) {
   return zip<T, kLanes<T> / 2>(x, y, typename CountUp<kLanes<T>>::Type{});
 }
 
+// x0 x2 ... y0 y2 ...
+template <class T, int... lane>
+FASTNN_INLINE Vec<T> every_second(Vec<T> x, Vec<T> y, Indices<lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, y, (2 * lane)...);
+#else
+  using Integer = typename IntegerOf<T>::Type;
+  return __builtin_shuffle(x, y, Vec<Integer>{(2 * lane)...});
+#endif
+}
+template <class T>
+FASTNN_INLINE Vec<T> every_second(Vec<T> x, Vec<T> y) {
+  return every_second<T>(x, y, typename CountUp<kLanes<T>>::Type{});
+}
+
 // Transposes a square of lanes in place: zipping row i with row i + half, log2(lanes) times over.
 template <class T>
 FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {

@@ -35,7 +35,10 @@ def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: i
 def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     """The parameters as they are now: a parametrization or ``functional_call`` may have put others in their place."""
     own = module._parameters
-    return [own[name] if name in own else getattr(module, name) for name in names]
+    try:
+        return [own[name] for name in names]
+    except KeyError:
+        return [own[name] if name in own else getattr(module, name) for name in names]
 
 
 class _Recurrent(RNNBase):
@@ -68,7 +71,9 @@ class _Recurrent(RNNBase):
             return None
         if not batched:
             state = [s.unsqueeze(1) for s in state]
-        output, final = self._call(input, None, state, weights, self.batch_first)
+        output, final = rnn(
+            input, None, state, weights, self.mode, self.num_layers, self.bidirectional, self.batch_first, self._dropout
+        )
         if not batched:
             output, final = output.squeeze(batch_dim), [s.squeeze(1) for s in final]
         return output, final[0] if self._states == 1 else tuple(final)
@@ -80,7 +85,9 @@ class _Recurrent(RNNBase):
             return None
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
-        output, final = self._call(input, batch_sizes, state, weights, False)
+        output, final = rnn(
+            input, batch_sizes, state, weights, self.mode, self.num_layers, self.bidirectional, False, self._dropout
+        )
         if unsorted_indices is not None:
             final = [s.index_select(1, unsorted_indices) for s in final]
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -98,18 +105,9 @@ class _Recurrent(RNNBase):
             input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1, packed
         )
 
-    def _call(
-        self,
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        state: Sequence[Tensor],
-        weights: list[Tensor],
-        batch_first: bool,
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        dropout = self.dropout if self.training else 0.0
-        return rnn(
-            input, batch_sizes, state, weights, self.mode, self.num_layers, self.bidirectional, batch_first, dropout
-        )
+    @property
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
 
 class RNN(_Recurrent):

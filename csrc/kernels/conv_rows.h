@@ -1,0 +1,466 @@
+// Forward with consecutive conv pixels in the vector's lanes: for few output channels, and for short rows.
+//
+// A thread copies the input under a band of pooled rows into a tile padded with zeros, in which the conv rows of one
+// slice follow one another at one pitch, a plane for each phase of the stride: so that the whole slice is one run of
+// pixels that a register tile goes along, and the pixels under a tap are consecutive whatever the stride. What it
+// computes between the end of a row and the start of the next is not used.
+#pragma once
+
+#include "conv_tile.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int kRowAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
+constexpr int kRowOutputs = kRowAccumulators / 2;  // output channels of a register tile
+constexpr int64_t kRowTileBytes = 384 << 10;
+
+// Vectors of pixels of a register tile: enough accumulators to keep the multipliers busy.
+constexpr int row_vectors(int outputs) {
+  return kRowAccumulators / outputs < 8 ? kRowAccumulators / outputs : 8;
+}
+
+// One band: sizes of the tile and of the conv rows computed from it.
+struct RowShape {
+  int64_t conv[2];       // slices and rows of conv pixels
+  int64_t margin;        // columns beside a conv row that windows reach to
+  int64_t pitch;         // of a row of pixels
+  int64_t run;           // pixels of a slice, from the first to the last
+  int64_t vectors;       // that hold them
+  int64_t phase[2];      // of rows and columns: from one plane of the tile to the next
+  int64_t slice;         // from one input slice to the next
+  int64_t channel;       // from one input channel to the next
+  int64_t slices, rows;  // of the input, rows of one phase
+};
+
+template <class C>
+RowShape row_shape(const ConvPoolGeometry& g, int64_t band) {
+  RowShape s;
+  constexpr int64_t line = 64 / sizeof(C);
+  s.conv[0] = smaller(g.conv[0], g.pool_extent(0));
+  s.conv[1] = smaller(g.conv[1], (band - 1) * g.pool_stride[1] + g.pool_extent(1));
+  const int64_t past = (g.output[2] - 1) * g.pool_stride[2] - g.pool_padding[2] + g.pool_extent(2);
+  s.margin = larger(g.pool_padding[2], larger(0, past - g.conv[2]));
+  s.pitch = g.conv[2] + larger((g.kernel_extent(2) - 1) / g.stride[2], s.margin);
+  s.run = (s.conv[1] - 1) * s.pitch + g.conv[2];
+  s.vectors = divide_up(s.run, kLanes<C>);
+  s.slices = (s.conv[0] - 1) * g.stride[0] + g.kernel_extent(0);
+  s.rows = s.conv[1] + (g.kernel_extent(1) - 1) / g.stride[1];
+  s.phase[1] = s.rows * s.pitch;
+  s.phase[0] = s.phase[1] * smaller(g.stride[2], g.kernel_extent(2));
+  s.slice = s.phase[0] * smaller(g.stride[1], g.kernel_extent(1));
+  // An odd number of cache lines: a power of two would put all channels into few of the cache's sets.
+  s.channel = round_up(s.slice * s.slices, 2 * line) + line;
+  return s;
+}
+
+template <class C>
+struct RowScratch {
+  C* tile;    // [channel][slice][row's phase][column's phase][row][column]
+  C* pixels;  // [conv slice][output channel][row][column], with margins
+  C* stage;   // [output channel][pooled pixel]
+  uint8_t* winner_stage;
+  WindowRow<C>* window_rows;
+  int64_t* offsets;  // of the elements under a conv pixel
+  int64_t pixel_step, stage_step;
+  int64_t size;
+
+  RowScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
+    const RowShape s = row_shape<C>(g, plan.band);
+    const int64_t outputs = smaller(g.out_channels, kRowOutputs), element = sizeof(C);
+    pixel_step = s.vectors * kLanes<C> + 2 * s.margin + kLanes<C>;
+    stage_step = plan.band * g.output[2];
+    char* base = static_cast<char*>(memory);
+    int64_t used = 0;
+    const auto take = [&](int64_t bytes) {
+      char* part = base + used;
+      used += round_up(bytes, 64);
+      return part;
+    };
+    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : (g.in_channels * s.channel + kLanes<C>)*element));
+    // A window's vector of pixels may reach a few strides past the last.
+    pixels = reinterpret_cast<C*>(
+        take((s.conv[0] * outputs * pixel_step + kLanes<C> * (g.pool_stride[2] + 1) + g.pool_kernel[2]) * element));
+    stage = reinterpret_cast<C*>(take((outputs * stage_step + kLanes<C>)*element));
+    winner_stage = reinterpret_cast<uint8_t*>(take(outputs * stage_step + kLanes<C>));
+    window_rows = reinterpret_cast<WindowRow<C>*>(
+        take(g.pool_kernel[0] * g.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
+    offsets = reinterpret_cast<int64_t*>(take(g.depth() * static_cast<int64_t>(sizeof(int64_t))));
+    size = used;
+  }
+};
+
+// A window of dilated places may hold none but padding, which has no place here.
+FASTNN_INLINE bool rows_apply(const ConvPoolGeometry& g) {
+  return g.pool_dilation[0] == 1 && g.pool_dilation[1] == 1 && g.pool_dilation[2] == 1;
+}
+
+// Whether the input's rows follow one another at the pitch wanted, and the last band's are a vector at least.
+template <class T>
+FASTNN_INLINE bool rows_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  const int64_t pitch = row_shape<Compute<T>>(g, plan.band).pitch;
+  const bool strided = g.stride[0] * g.stride[1] * g.stride[2] > 1;
+  const int64_t past = smaller(g.conv[1], (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1));
+  const int64_t last_rows = past - (plan.row_parts - 1) * plan.band * g.pool_stride[1];
+  return can_stay_in_place<T>(g, input) && !strided && input.d[2] == 1 && input.d[1] == pitch &&
+         g.pool_padding[1] == 0 && (last_rows - 1) * pitch + g.conv[2] >= kLanes<Compute<T>>;
+}
+
+template <class T>
+ConvPoolPlan plan_rows(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
+  using C = Compute<T>;
+  ConvPoolPlan plan = {};
+  plan.algorithm = ConvAlgorithm::rows;
+  const auto tile_bytes = [&](int64_t band) {
+    return g.in_channels * row_shape<C>(g, band).channel * static_cast<int64_t>(sizeof(C));
+  };
+  const int64_t room = larger(0, kRowTileBytes - tile_bytes(1)), more = larger(1, tile_bytes(2) - tile_bytes(1));
+  plan.band = smaller(g.output[1], 1 + room / more);
+  int64_t bands = divide_up(g.output[1], plan.band);
+  const int64_t wanted = threads == 1 ? 1 : 4 * threads, others = g.batch * g.groups * g.output[0];
+  if (others * bands < wanted) bands = smaller(g.output[1], divide_up(wanted, others));
+  plan.band = divide_up(g.output[1], bands);
+  plan.row_parts = divide_up(g.output[1], plan.band);
+  plan.items = others * plan.row_parts;
+  plan.pack_items = g.groups * divide_up(g.out_channels, kRowOutputs);
+  plan.packed_size = g.groups * g.out_channels * g.depth();
+  plan.in_place = rows_stay_in_place<T>(g, input, plan);
+  plan.scratch_size = RowScratch<C>(g, plan, nullptr).size;
+  return plan;
+}
+
+// For one image and group.
+template <class C>
+double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  const RowShape s = row_shape<C>(g, plan.band);
+  const double bands = static_cast<double>(g.output[0] * plan.row_parts);
+  const double multiplications = static_cast<double>(g.out_channels * g.depth() * s.conv[0] * s.vectors);
+  const int64_t phases = smaller(g.stride[1], g.kernel_extent(1)) * smaller(g.stride[2], g.kernel_extent(2));
+  const double runs = static_cast<double>(s.slices * s.rows * phases);
+  const bool transposed = input.c == 1 && g.in_channels > 1;
+  const bool as_it_lies = input.d[2] * g.stride[2] == 1;
+  const double elements = static_cast<double>(g.in_channels * s.slices * s.slice);
+  const double copy = copy_cost(elements, transposed ? runs : runs * g.in_channels, transposed || !as_it_lies);
+  constexpr double kItem = 400, kOverhead = 1.1;                                // per band, on multiplications
+  const double place = g.pool_stride[2] == 3 || g.pool_stride[2] > 4 ? 40 : 4;  // of a vector of windows
+  const double windows =
+      static_cast<double>(g.out_channels * plan.band * divide_up(g.output[2], kLanes<C>) * g.places());
+  return bands * (kItem + kOverhead * multiplications + (plan.in_place ? 0 : copy) + place * windows);
+}
+
+// weight -> [group][block of output channels][depth][channel]
+template <class T>
+void pack_rows(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
+  const ConvPoolGeometry& g = call.geometry;
+  const ConvLayout& layout = call.weight_layout;
+  const int64_t blocks = divide_up(g.out_channels, kRowOutputs), depth = g.depth();
+  const bool in_order = is_in_order(g, layout, false);
+  for (int64_t item = first_item; item < last_item; ++item) {
+    const int64_t group = item / blocks, block = item % blocks;
+    const int64_t first = g.out_channels * block / blocks, count = g.out_channels * (block + 1) / blocks - first;
+    const T* from = call.weight + (group * g.out_channels + first) * layout.n;
+    Compute<T>* to = call.packed + (group * g.out_channels + first) * depth;
+    if (in_order) {
+      transpose_matrix(from, layout.n, count, depth, to, count);
+      continue;
+    }
+    for_each_tap(g, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+      const T* element = from + c * layout.c + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
+      for (int64_t o = 0; o < count; ++o) to[k * count + o] = to_compute(element[o * layout.n]);
+    });
+  }
+}
+
+// The register tile: `vectors` vectors of consecutive pixels of each of `outputs` channels.
+template <int outputs, int vectors, class C>
+FASTNN_INLINE void rows_tile(const C* tile, const int64_t* offsets, int64_t depth, const C* weight, const C* bias,
+                             C* to, int64_t to_step) {
+  Vec<C> total[outputs][vectors];
+  for (int o = 0; o < outputs; ++o) {
+    for (int v = 0; v < vectors; ++v) total[o][v] = broadcast<C>(bias[o]);
+  }
+  sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
+    const C* at = tile + offsets[k];
+    if constexpr (outputs <= vectors) {
+      Vec<C> factor[outputs];
+#pragma GCC unroll 16
+      for (int o = 0; o < outputs; ++o) factor[o] = broadcast<C>(weight[o]);
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) {
+        const Vec<C> value = load(at + v * kLanes<C>);
+#pragma GCC unroll 16
+        for (int o = 0; o < outputs; ++o) total[o][v] += value * factor[o];
+      }
+    } else {
+      Vec<C> value[vectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) value[v] = load(at + v * kLanes<C>);
+#pragma GCC unroll 16
+      for (int o = 0; o < outputs; ++o) {
+        const Vec<C> factor = broadcast<C>(weight[o]);
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) total[o][v] += value[v] * factor;
+      }
+    }
+    weight += outputs;
+  });
+#pragma GCC unroll 16
+  for (int o = 0; o < outputs; ++o) {
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) store(to + o * to_step + v * kLanes<C>, total[o][v]);
+  }
+}
+
+// A vector of every `stride`-th element; a fixed stride of 0 stands for one known only at run time.
+template <int fixed_stride, class C>
+FASTNN_INLINE Vec<C> load_strided(const C* from, int64_t stride) {
+  if constexpr (fixed_stride == 1) {
+    return load(from);
+  } else if constexpr (fixed_stride == 2) {
+    return every_second<C>(load(from), load(from + kLanes<C>));
+  } else if constexpr (fixed_stride == 4) {
+    return every_second<C>(load_strided<2>(from, 2), load_strided<2>(from + 2 * kLanes<C>, 2));
+  } else {
+    C lanes[kLanes<C>];
+    for (int i = 0; i < kLanes<C>; ++i) lanes[i] = from[i * stride];
+    return load(lanes);
+  }
+}
+
+template <class T>
+class RowsForward {
+  using C = Compute<T>;
+
+ public:
+  RowsForward(const ConvPoolForward<T>& call, void* memory)
+      : call_(call),
+        g_(call.geometry),
+        s_(row_shape<C>(call.geometry, call.plan.band)),
+        scratch_(call.geometry, call.plan, memory) {
+    if (call.plan.in_place) {
+      s_.channel = call.input_layout.c;
+      s_.slice = call.input_layout.d[0];
+    }
+    for_each_tap(g_, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+      const int64_t row = h * g_.dilation[1], column = w * g_.dilation[2];
+      scratch_.offsets[k] = c * s_.channel + d * g_.dilation[0] * s_.slice + row % g_.stride[1] * s_.phase[0] +
+                            row / g_.stride[1] * s_.pitch + column % g_.stride[2] * s_.phase[1] + column / g_.stride[2];
+    });
+  }
+
+  void run(int64_t item) {
+    first_ = item % call_.plan.row_parts * call_.plan.band;
+    last_ = smaller(first_ + call_.plan.band, g_.output[1]);
+    item /= call_.plan.row_parts;
+    slice_ = item % g_.output[0];
+    item /= g_.output[0];
+    group_ = item % g_.groups;
+    image_ = item / g_.groups;
+    first_conv_[0] = larger(0, slice_ * g_.pool_stride[0] - g_.pool_padding[0]);
+    first_conv_[1] = larger(0, first_ * g_.pool_stride[1] - g_.pool_padding[1]);
+    find_tile();
+    const int64_t blocks = divide_up(g_.out_channels, kRowOutputs);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = g_.out_channels * b / blocks, last = g_.out_channels * (b + 1) / blocks;
+      with_constant<kRowOutputs>(static_cast<int>(last - first),
+                                 [&](auto outputs) { run_block<decltype(outputs)::value>(first); });
+    }
+  }
+
+ private:
+  void find_tile() {
+    const ConvLayout& layout = call_.input_layout;
+    const T* image = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
+    // The last band has no more rows than are left.
+    const int64_t past = (last_ - 1) * g_.pool_stride[1] - g_.pool_padding[1] + g_.pool_extent(1);
+    s_.conv[1] = smaller(past, g_.conv[1]) - first_conv_[1];
+    s_.run = (s_.conv[1] - 1) * s_.pitch + g_.conv[2];
+    s_.vectors = divide_up(s_.run, kLanes<C>);
+    if (call_.plan.in_place) {
+      // Of the type computed in, or the plan would not be to leave it there.
+      tile_ = reinterpret_cast<const C*>(image) + first_conv_[0] * layout.d[0] + first_conv_[1] * layout.d[1];
+    } else {
+      tile_ = scratch_.tile;
+      load_tile(image);
+    }
+  }
+
+  void load_tile(const T* image) {
+    const ConvLayout& layout = call_.input_layout;
+    const bool channels_inside = layout.c == 1 && g_.in_channels > 1;
+    const int64_t row_phases = smaller(g_.stride[1], g_.kernel_extent(1));
+    for (int64_t c = 0; c < (channels_inside ? 1 : g_.in_channels); ++c) {
+      for (int64_t d = 0; d < s_.slices; ++d) {
+        const int64_t z = first_conv_[0] * g_.stride[0] - g_.padding[0] + d;
+        for (int64_t phase = 0; phase < row_phases; ++phase) {
+          for (int64_t r = 0; r < s_.rows; ++r) {
+            const int64_t y = (first_conv_[1] + r) * g_.stride[1] - g_.padding[1] + phase;
+            C* to = scratch_.tile + c * s_.channel + d * s_.slice + phase * s_.phase[0] + r * s_.pitch;
+            const bool inside = z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1];
+            load_row(inside ? image + c * layout.c + z * layout.d[0] + y * layout.d[1] : nullptr, channels_inside, to);
+          }
+        }
+      }
+    }
+  }
+
+  // A row of one channel, or of all where they lie inside the pixels; zeros for null.
+  void load_row(const T* from, bool channels_inside, C* to) {
+    const ConvLayout& layout = call_.input_layout;
+    const int64_t phases = smaller(g_.stride[2], g_.kernel_extent(2)), stride = g_.stride[2];
+    const int64_t channels = channels_inside ? g_.in_channels : 1;
+    for (int64_t phase = 0; phase < phases; ++phase, to += s_.phase[1]) {
+      // Columns [left, right) of the tile are inside the input.
+      const int64_t offset = g_.padding[2] - phase, room = g_.input[2] + offset;
+      const int64_t left = smaller(s_.pitch, offset > 0 ? divide_up(offset, stride) : 0);
+      const int64_t right =
+          from == nullptr || room <= 0 ? left : larger(left, smaller(s_.pitch, divide_up(room, stride)));
+      for (int64_t c = 0; c < channels; ++c) {
+        fill_zeros(to + c * s_.channel, left);
+        fill_zeros(to + c * s_.channel + right, s_.pitch - right);
+      }
+      if (right == left) continue;
+      const T* source = from + (left * stride - offset) * layout.d[2];
+      if (channels_inside) {
+        transpose_matrix(source, layout.d[2] * stride, right - left, channels, to + left, s_.channel);
+      } else {
+        copy_run(source, layout.d[2] * stride, right - left, to + left);
+      }
+    }
+  }
+
+  template <int outputs>
+  void run_block(int64_t first) {
+    C bias[outputs] = {};
+    for (int o = 0; o < outputs && call_.bias; ++o) {
+      bias[o] = to_compute(call_.bias[group_ * g_.out_channels + first + o]);
+    }
+    const int64_t slices = smaller(s_.conv[0], g_.conv[0] - first_conv_[0]);
+    for (int64_t z = 0; z < slices; ++z) {
+      C* to = pixels(z, 0, outputs);
+      conv_slice<outputs>(first, tile_ + z * g_.stride[0] * s_.slice, bias, to);
+      if (s_.margin > 0) {
+        for (int o = 0; o < outputs; ++o) fill_margins(to + o * scratch_.pixel_step);
+      }
+    }
+    for (int o = 0; o < outputs; ++o) {
+      for (int64_t y = first_; y < last_; ++y) {
+        const int64_t at = o * scratch_.stage_step + (y - first_) * g_.output[2];
+        pool_row(find_rows(y, o, outputs), scratch_.stage + at, scratch_.winner_stage + at);
+      }
+    }
+    write(group_ * g_.out_channels + first, outputs);
+  }
+
+  // The first pixel of a slice's channel; margins lie before and behind each row.
+  C* pixels(int64_t z, int64_t o, int64_t outputs) {
+    return scratch_.pixels + s_.margin + (z * outputs + o) * scratch_.pixel_step;
+  }
+
+  template <int outputs>
+  void conv_slice(int64_t first, const C* tile, const C* bias, C* to) {
+    constexpr int most = row_vectors(outputs);
+    const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
+    const auto run_tile = [&](int64_t from, int64_t count) {
+      with_constant<most>(static_cast<int>(count), [&](auto vectors) {
+        rows_tile<outputs, decltype(vectors)::value>(tile + from, scratch_.offsets, g_.depth(), weight, bias, to + from,
+                                                     scratch_.pixel_step);
+      });
+    };
+    // In the input, nothing may be read beyond the run: its last vector ends with it.
+    const int64_t whole = call_.plan.in_place ? s_.run / kLanes<C> : s_.vectors, tiles = divide_up(whole, most);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t from = whole * t / tiles;
+      run_tile(from * kLanes<C>, whole * (t + 1) / tiles - from);
+    }
+    if (whole < s_.vectors) run_tile(s_.run - kLanes<C>, 1);
+  }
+
+  // What windows find beside the rows of one channel.
+  void fill_margins(C* row) {
+    constexpr C lowest = -static_cast<C>(__builtin_inf());
+    for (int64_t r = 0; r < s_.conv[1]; ++r, row += s_.pitch) {
+      for (int64_t i = 0; i < s_.margin; ++i) row[-1 - i] = row[g_.conv[2] + i] = lowest;
+    }
+  }
+
+  // The conv rows under a row of windows: how many.
+  int64_t find_rows(int64_t row, int64_t o, int64_t outputs) {
+    const PlaceRange slices = places_inside(g_, 0, slice_), rows = places_inside(g_, 1, row);
+    int64_t count = 0;
+    for (int64_t i = slices.first; i < slices.last; ++i) {
+      const int64_t z = slice_ * g_.pool_stride[0] - g_.pool_padding[0] + i - first_conv_[0];
+      for (int64_t j = rows.first; j < rows.last; ++j) {
+        const int64_t y = row * g_.pool_stride[1] - g_.pool_padding[1] + j - first_conv_[1];
+        const C* first = pixels(z, o, outputs) + y * s_.pitch - g_.pool_padding[2];
+        scratch_.window_rows[count++] = {first, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
+      }
+    }
+    return count;
+  }
+
+  void pool_row(int64_t count, C* to, uint8_t* winners) {
+    switch (g_.pool_stride[2]) {
+      case 1:
+        return call_.winners ? pool_windows<1, true>(count, to, winners) : pool_windows<1, false>(count, to, winners);
+      case 2:
+        return call_.winners ? pool_windows<2, true>(count, to, winners) : pool_windows<2, false>(count, to, winners);
+      case 4:
+        return call_.winners ? pool_windows<4, true>(count, to, winners) : pool_windows<4, false>(count, to, winners);
+      default:
+        return call_.winners ? pool_windows<0, true>(count, to, winners) : pool_windows<0, false>(count, to, winners);
+    }
+  }
+
+  template <int stride, bool with_winners>
+  void pool_windows(int64_t count, C* to, uint8_t* winners) {
+    const WindowRow<C>* rows = scratch_.window_rows;
+    for (int64_t x = 0; x < g_.output[2]; x += kLanes<C>) {
+      const int64_t at = x * g_.pool_stride[2];
+      WindowMaximum<C, 1, with_winners> window;
+      window.start(load_strided<stride>(rows[0].pixels + at, g_.pool_stride[2]), rows[0].place);
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t p = r == 0; p < g_.pool_kernel[2]; ++p) {
+          window.add(load_strided<stride>(rows[r].pixels + at + p, g_.pool_stride[2]), rows[r].place + p);
+        }
+      }
+      window.write(to + x, winners + x);
+    }
+  }
+
+  void write(int64_t channel, int64_t outputs) {
+    const ConvLayout& layout = call_.output_layout;
+    const int64_t count = (last_ - first_) * g_.output[2];
+    const int64_t to = image_ * layout.n + channel * layout.c + slice_ * layout.d[0] + first_ * layout.d[1];
+    if (layout.d[2] != 1) {
+      transpose_matrix(scratch_.stage, scratch_.stage_step, outputs, count, call_.output + to, layout.d[2]);
+      if (call_.winners) {
+        transpose_matrix(scratch_.winner_stage, scratch_.stage_step, outputs, count, call_.winners + to, layout.d[2]);
+      }
+      return;
+    }
+    for (int64_t o = 0; o < outputs; ++o) {
+      copy_out(scratch_.stage + o * scratch_.stage_step, count, call_.output + to + o * layout.c);
+      if (call_.winners) {
+        copy_out(scratch_.winner_stage + o * scratch_.stage_step, count, call_.winners + to + o * layout.c);
+      }
+    }
+  }
+
+  const ConvPoolForward<T>& call_;
+  const ConvPoolGeometry& g_;
+  RowShape s_;
+  const RowScratch<C> scratch_;
+  const C* tile_;  // the band's first conv pixel, first tap
+  int64_t image_, group_, slice_, first_, last_;
+  int64_t first_conv_[2];
+};
+
+template <class T>
+void forward_rows(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
+  RowsForward<T> worker(call, scratch);
+  for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,110 @@
+// mlp a layer at a time with torch's own matrix products: for bfloat16, which they multiply by instructions made for it
+// where our kernels widen it to float.
+#pragma once
+
+#include "mlp_chain.h"
+
+namespace fastnn {
+
+using torch::stable::detail::from;
+
+// In microseconds, as measured: what our kernels lose to torch's by widening and by slower products, against what
+// torch's calls cost.
+inline bool goes_by_layers(const Chain& chain, bool backward) {
+  if (chain.kind.dtype != ScalarType::BFloat16) return false;
+  const double layers = static_cast<double>(chain.layers());
+  const double values = static_cast<double>(chain.rows) * static_cast<double>(chain.widths[0] + chain.outputs());
+  return backward ? values / 2000 + chain.weights() / 1000 + chain.work / 235e3 > 20 * layers
+                  : values / 4000 + chain.weights() / 8000 + chain.work / 470e3 > 7 * layers;
+}
+
+inline Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{from(input), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return dense(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+// body(first, last) for parts of [0, count), in parallel if `work` a piece is worth it.
+template <class Body>
+void parallel_range(int64_t count, double work, const Body& body) {
+  const int64_t chunks = std::min(useful_threads(work * static_cast<double>(count)), count);
+  parallel_chunks(chunks, count, [&](int64_t, int64_t first, int64_t last) { body(first, last); });
+}
+
+constexpr double kActivationWork = 20;
+
+// activation(input), into `output`, which may be `input`.
+inline void activate(Activation activation, const Tensor& input, const Tensor& output) {
+  const bfloat16* const from = data<bfloat16>(input);
+  bfloat16* const to = mutable_data<bfloat16>(output);
+  parallel_range(input.numel(), kActivationWork, [&](int64_t first, int64_t last) {
+    mlp_kernels().elementwise.activate(activation, from + first, to + first, last - first);
+  });
+}
+
+// The output, and the hidden tensors of mlp_with_hidden.
+inline std::tuple<Tensor, std::vector<Tensor>> forward_by_layers(const Forward& call, bool saves) {
+  Tensor current = call.input;
+  std::vector<Tensor> hidden;
+  for (int64_t i = 0; i < call.chain.layers(); ++i) {
+    const Activation activation = call.activation(i);
+    const Tensor before =
+        linear(current, call.weight(i), call.has_biases() ? std::optional(call.bias(i)) : std::nullopt);
+    const bool kept = saves && keeps_input(activation);
+    current = kept ? new_tensor({call.chain.rows, call.chain.widths[i + 1]}, ScalarType::BFloat16) : before;
+    if (activation != Activation::identity) activate(activation, before, current);
+    if (saves && !output_serves(call.chain, i, activation)) hidden.push_back(before);
+  }
+  return {current, hidden};
+}
+
+inline Tensor errors_by_layers(const Forward& call) {
+  const Tensor output = std::get<0>(forward_by_layers(call, false)), input = dense(call.input);
+  const int64_t columns = call.chain.widths[0];
+  const Tensor errors = new_tensor({call.chain.rows}, ScalarType::BFloat16);
+  const bfloat16 *const before = data<bfloat16>(input), *const after = data<bfloat16>(output);
+  bfloat16* const to = mutable_data<bfloat16>(errors);
+  parallel_range(call.chain.rows, 3.0 * static_cast<double>(columns), [&](int64_t first, int64_t last) {
+    mlp_kernels().elementwise.mean_squared_errors(before + first * columns, after + first * columns, last - first,
+                                                  columns, to + first);
+  });
+  return errors;
+}
+
+// saved: one a layer, as check_saved returns them
+inline Gradients backward_by_layers(const Chain& chain, const Tensor& grad_output, const Tensor& input,
+                                    const std::vector<Tensor>& weights, const std::string& activations,
+                                    const std::vector<Tensor>& saved, Wanted wanted) {
+  const size_t layers = weights.size();
+  std::vector<Tensor> grad_weights(wanted.weights ? layers : 0), grad_biases(wanted.biases ? layers : 0);
+  Tensor gradient = dense(grad_output);
+  for (size_t i = layers; i-- > 0;) {
+    const Activation activation = activation_of(activations[i]);
+    if (activation != Activation::identity) {
+      const Tensor kept = dense(saved[i]), before = new_tensor({chain.rows, chain.widths[i + 1]}, ScalarType::BFloat16);
+      const bfloat16 *const after = data<bfloat16>(gradient), *const known = data<bfloat16>(kept);
+      bfloat16* const to = mutable_data<bfloat16>(before);
+      parallel_range(before.numel(), kActivationWork, [&](int64_t first, int64_t last) {
+        mlp_kernels().elementwise.gradient(activation, after + first, known + first, to + first, last - first);
+      });
+      gradient = before;
+    }
+    if (wanted.biases) {
+      const int64_t rows = 0;
+      grad_biases[i] = torch::stable::sum(gradient, Sizes(&rows, 1));
+    }
+    if (wanted.weights) {
+      Tensor layer_input = i > 0 ? saved[i - 1] : input;
+      if (i > 0 && keeps_input(activation_of(activations[i - 1]))) {
+        layer_input = new_tensor({chain.rows, chain.widths[i]}, ScalarType::BFloat16);
+        activate(activation_of(activations[i - 1]), dense(saved[i - 1]), layer_input);
+      }
+      grad_weights[i] = dense(torch::stable::matmul(torch::stable::transpose(gradient, 0, 1), layer_input));
+    }
+    if (i > 0 || wanted.input) gradient = dense(torch::stable::matmul(gradient, weights[i]));
+  }
+  const Tensor grad_input = wanted.input ? gradient : new_tensor({0, chain.widths[0]}, ScalarType::BFloat16);
+  return {grad_input, grad_weights, grad_biases};
+}
+
+}  // namespace fastnn

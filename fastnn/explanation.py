@@ -1,0 +1,78 @@
+"""Which of fastnn's operators a model calls, and how they will do their work."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_EXPLAINED = {torch.ops.fastnn.conv_relu_max_pool.default: torch.ops.fastnn.conv_relu_max_pool_algorithm.default}
+
+
+@dataclass(frozen=True)
+class ExplainedCall:
+    """One operator call: where it comes from, and the algorithms that its sizes lead to."""
+
+    layer: str  # the innermost module's name in the model
+    operator: str
+    input: str
+    forward: str
+    backward: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found. Prints as a table."""
+
+    calls: tuple[ExplainedCall, ...]
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "no operator of fastnn is called"
+        heading = ("layer", "operator", "input", "forward", "backward")
+        rows = [heading, *(tuple(getattr(call, name) for name in heading) for call in self.calls)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
+        return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down every call of an operator of fastnn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[ExplainedCall] = []
+        self.layers: list[str] = []  # those being run, the innermost last
+
+    def leave(self) -> None:
+        self.layers.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastnn":
+            algorithms = _EXPLAINED[func](*args) if func in _EXPLAINED else ("fused", "fused")
+            input = next(argument for argument in args if isinstance(argument, Tensor))
+            text = f"{tuple(input.shape)} {str(input.dtype).removeprefix('torch.')}"
+            layer = self.layers[-1] if self.layers else ""
+            self.calls.append(ExplainedCall(layer, func.overloadpacket.__name__, text, *algorithms))
+        return func(*args, **(kwargs or {}))
+
+
+def explain(model: nn.Module, *inputs: Any) -> Explanation:
+    """Run ``model(*inputs)`` once, without gradients, and report every call of an operator of fastnn that it makes.
+
+    For ``conv_relu_max_pool`` the report names the algorithm of forward (``direct``, ``rows``, ``lanes`` or
+    ``winograd``, the files of csrc/kernels) and of a training step's backward: ``winners``, which visits the windows'
+    winners alone, or ``library``, PyTorch's own convolution. A layer that isn't listed takes PyTorch's own path.
+    """
+    recorder = _Recorder()
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.layers.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: recorder.leave()))
+    try:
+        with torch.no_grad(), recorder:
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Explanation(tuple(recorder.calls))

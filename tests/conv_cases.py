@@ -1,0 +1,101 @@
+"""What the tests of conv_relu_max_pool share: tensors, arguments, comparison with plain PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastnn.nn
+from fastnn import functional
+from fastnn.reference import conv_relu_max_pool as reference
+from fastnn.testing import compare_with_stock
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+FUSED = {
+    1: functional.conv_relu_max_pool1d,
+    2: functional.conv_relu_max_pool2d,
+    3: functional.conv_relu_max_pool3d,
+}
+MODULES = {
+    1: fastnn.nn.ConvReLUMaxPool1d,
+    2: fastnn.nn.ConvReLUMaxPool2d,
+    3: fastnn.nn.ConvReLUMaxPool3d,
+}
+RAW = torch.ops.fastnn.conv_relu_max_pool
+RAW_WITH_WINNERS = torch.ops.fastnn.conv_relu_max_pool_with_winners
+RAW_ALGORITHM = torch.ops.fastnn.conv_relu_max_pool_algorithm
+RAW_BACKWARD = torch.ops.fastnn.conv_relu_max_pool_backward
+
+
+def geometry(
+    dims: int,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    pool: Any = 2,
+    pool_stride: Any = None,
+    pool_padding: Any = 0,
+    pool_dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> tuple[Any, ...]:
+    """The public function's arguments after the tensors."""
+
+    def each(value: Any) -> list[int]:
+        return [value] * dims if isinstance(value, int) else list(value)
+
+    pool_stride = pool if pool_stride is None else pool_stride
+    return (
+        *(each(stride), each(padding), each(dilation), groups),
+        *(each(pool), each(pool_stride), each(pool_padding), each(pool_dilation), ceil_mode),
+    )
+
+
+def flat(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    """The same as the operators take them."""
+    return reference.Geometry(*arguments).flat()
+
+
+def make(
+    input_size: tuple[int, ...],
+    out_channels: int,
+    kernel: tuple[int, ...],
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+) -> list[Tensor | None]:
+    """Input, weight and bias."""
+    channels = input_size[1] // groups
+    depth = max(channels * torch.Size(kernel).numel(), 1)
+    return [
+        torch.randn(*input_size, dtype=dtype),
+        torch.randn(out_channels, channels, *kernel, dtype=dtype) / depth**0.5,
+        torch.randn(out_channels, dtype=dtype) / 2 if bias else None,
+    ]
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def error_of(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> str | None:
+    """The first line of the RuntimeError that the call raises."""
+    try:
+        function(*args, **kwargs)
+    except RuntimeError as error:
+        return str(error).split("\n")[0]
+    return None
+
+
+def assert_like_stock(tensors: list[Tensor | None], arguments: tuple[Any, ...], gradients: bool = True) -> None:
+    fused = FUSED[len(arguments[0])]
+    # In bfloat16, stock rounds before it compares: another winner where two round to the same.
+    gradients = gradients and tensors[0].dtype is not torch.bfloat16
+    compare_with_stock(
+        lambda *t: fused(*t, *arguments),
+        lambda *t: reference.conv_relu_max_pool(*t, *arguments),
+        tensors,
+        gradients,
+    )
