@@ -112,7 +112,7 @@ class BackwardDirection {
     for (int64_t sequence = part_.first; sequence < last; ++sequence) {
       finish_row(t, sequence, sequence < running, gates + (sequence - part_.first) * layout_.gradients());
     }
-    multiply_panels<false>(rows, layout_.gates(), gates + layout_.hidden_gradients(), layout_.gradients(),
+    multiply_panels<false>(rows, rows, layout_.gates(), gates + layout_.hidden_gradients(), layout_.gradients(),
                            direction_.weights.packed + layout_.hidden_panels(), outputs, !layout_.projected, grad_h(),
                            padded());
     for (int64_t sequence = running; sequence < last; ++sequence) {
@@ -146,7 +146,7 @@ class BackwardDirection {
         store_up_to<C>(arrived + row * projected + i, sum, projected - i);
       }
     }
-    multiply_panels<false>(rows, projected, arrived, projected, direction_.weights.packed + layout_.projection(),
+    multiply_panels<false>(rows, rows, projected, arrived, projected, direction_.weights.packed + layout_.projection(),
                            layout_.hidden, false, grad_h_, padded());
   }
 
@@ -203,8 +203,8 @@ class BackwardDirection {
       pack_masked_row(rows.at(step, sequence), mask ? mask + (step.row + sequence) * input_size : nullptr, input_size,
                       block.rows, panels_ + local * 2 * kLanes<C>);
     });
-    multiply_panels<true>(layout_.gates(), block.rows, gates_, layout_.gradients(), panels_, input_size, true, sums_,
-                          layout_.padded(input_size));
+    multiply_panels<true>(layout_.gates(), layout_.gates(), block.rows, gates_, layout_.gradients(), panels_,
+                          input_size, true, sums_, layout_.padded(input_size));
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       const int64_t t = &step - network_.step;
       const T* before = previous_output(t, sequence, sequence < direction_.running(t, part_));
@@ -215,8 +215,9 @@ class BackwardDirection {
         clear_row(outputs, block.rows, panel);
       }
     });
-    multiply_panels<true>(layout_.gates(), block.rows, gates_ + layout_.hidden_gradients(), layout_.gradients(),
-                          panels_, outputs, true, sums_ + layout_.hidden_sums(), layout_.padded(outputs));
+    multiply_panels<true>(layout_.gates(), layout_.gates(), block.rows, gates_ + layout_.hidden_gradients(),
+                          layout_.gradients(), panels_, outputs, true, sums_ + layout_.hidden_sums(),
+                          layout_.padded(outputs));
     add_rows(block.rows);
     if constexpr (Cell::kHasCellState) {
       if (layout_.projected) add_projection(block);
@@ -236,7 +237,7 @@ class BackwardDirection {
       }
       pack_row(row, hidden, block.rows, panels_ + local * 2 * kLanes<C>);
     });
-    multiply_panels<true>(projected, block.rows, outputs_, projected, panels_, hidden, true,
+    multiply_panels<true>(projected, projected, block.rows, outputs_, projected, panels_, hidden, true,
                           sums_ + layout_.projection_sums(), padded());
   }
 
@@ -274,8 +275,8 @@ class BackwardDirection {
   void pass_down(Block block, Rows<To> destination) {
     const int64_t columns = layout_.input_size, stride = layout_.padded(columns);
     const T* mask = layer_mask(network_, direction_.layer);
-    multiply_panels<false>(block.rows, layout_.gates(), gates_, layout_.gradients(), direction_.weights.packed, columns,
-                           false, panels_, stride);
+    multiply_panels<false>(block.rows, block.rows, layout_.gates(), gates_, layout_.gradients(),
+                           direction_.weights.packed, columns, false, panels_, stride);
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       To* to = const_cast<To*>(destination.at(step, sequence));
       const T* row_mask = mask ? mask + (step.row + sequence) * columns : nullptr;

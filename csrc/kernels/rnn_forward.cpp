@@ -118,7 +118,7 @@ class ForwardDirection {
     const C* x = input_rows(block, &stride);
     if (!packed_) return project_unpacked(block.rows, x, stride);
     for (int64_t tile = 0; tile < layout_.tiles; ++tile) {
-      multiply_panel<kVectors>(block.rows, layout_.input_size, x, stride,
+      multiply_panel<kVectors>(network_.rows, block.rows, layout_.input_size, x, stride,
                                packed_ + tile * layout_.kPanelWidth * layout_.input_size,
                                packed_ + layout_.bias() + tile * layout_.kPanelWidth, 0,
                                slots_ + tile * layout_.kTileSlots, layout_.slots());
@@ -231,6 +231,7 @@ class ForwardDirection {
 
   // Sequences of one step that are computed together, and where what belongs to them lies.
   struct StepRows {
+    int64_t all;  // sequences of the step, of other threads too
     int64_t count;
     bool backwards;     // through the tiles
     C* slots;           // (count, slots)
@@ -244,7 +245,8 @@ class ForwardDirection {
 
   StepRows rows_of(const RnnStep& step, int64_t first, int64_t last, C* slots, bool backwards) {
     const int64_t before = first - part_.first;
-    return {last - first,
+    return {step.rows,
+            last - first,
             backwards,
             slots + before * layout_.slots(),
             cells_ + before * layout_.padded(),
@@ -287,7 +289,7 @@ class ForwardDirection {
       C* slots = rows.slots + tile * layout_.kTileSlots;
       if (rows.previous && packed_) {
         C* sums = slots + Cell::kHiddenSlot * kLanes<C>;
-        multiply_panel<kVectors>(rows.count, layout_.outputs(), rows.previous, rows.previous_stride,
+        multiply_panel<kVectors>(rows.all, rows.count, layout_.outputs(), rows.previous, rows.previous_stride,
                                  panels + tile * panel_size, sums, layout_.slots(), sums, layout_.slots());
       }
       for (int64_t row = 0; row < rows.count; ++row) {
@@ -353,8 +355,8 @@ class ForwardDirection {
     C* projected = unprojected_ + (part_.last - part_.first) * layout_.padded();
     const int64_t stride = layout_.padded_projected(), hidden = layout_.hidden;
     if (packed_) {
-      multiply_panels<false>(rows.count, hidden, unprojected_, layout_.padded(), packed_ + layout_.projection(),
-                             layout_.projected, false, projected, stride);
+      multiply_panels<false>(rows.all, rows.count, hidden, unprojected_, layout_.padded(),
+                             packed_ + layout_.projection(), layout_.projected, false, projected, stride);
     } else {
       for (int64_t i = 0; i < layout_.projected; i += kLanes<C>) {
         const int64_t count = smaller(kLanes<C>, layout_.projected - i);
