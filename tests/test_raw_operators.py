@@ -23,7 +23,7 @@ def conv(x: Tensor) -> Tensor:
 
 def rnn_cell(x: Tensor) -> Tensor:
     weights = [torch.ones(2, 3), torch.ones(2, 2)]
-    return torch.ops.fastnn.rnn_cell(x, [torch.zeros(4, 2)], weights, MODES.index("RNN_TANH"))[0]
+    return torch.ops.fastnn.rnn_cell(x, MODES.index("RNN_TANH"), torch.zeros(4, 2), None, *weights)[0]
 
 
 OPERATORS = [mlp, conv, rnn_cell]

@@ -1,53 +1,9 @@
+#include "rnn_backward_weights.h"
 #include "rnn_blocks.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
-
-// Gate gradients of a row are kSlots times hidden, in the order of the cell's slots: the first kGates of them are
-// those of x W_ih^T, the last kGates (for all but GRU the same ones) those of h W_hh^T.
-template <class Cell, class C>
-struct Layout {
-  int64_t hidden, projected, input_size;
-
-  template <class T>
-  Layout(const RnnNetwork<T>& network, int64_t input_size)
-      : hidden(network.hidden), projected(network.projected), input_size(input_size) {}
-
-  int64_t outputs() const { return projected ? projected : hidden; }
-  int64_t gates() const { return Cell::kGates * hidden; }
-  int64_t gradients() const { return Cell::kSlots * hidden; }
-  int64_t hidden_gradients() const { return Cell::kHiddenSlot * hidden; }
-  static int64_t padded(int64_t columns) { return padded_columns<C>(columns); }
-
-  // Packed: W_ih with its gates in the order of the slots, W_hh, W_hr.
-  int64_t hidden_panels() const { return padded(input_size) * gates(); }
-  int64_t projection() const { return hidden_panels() + padded(outputs()) * gates(); }
-  int64_t packed_size() const { return projection() + padded(hidden) * projected; }
-  // Sums: dW_ih, dW_hh and dW_hr with padded rows, then the column sums of the gate gradients.
-  int64_t hidden_sums() const { return gates() * padded(input_size); }
-  int64_t projection_sums() const { return hidden_sums() + gates() * padded(outputs()); }
-  int64_t bias_sums() const { return projection_sums() + projected * padded(hidden); }
-  int64_t sums_size() const { return bias_sums() + padded(gradients()); }
-};
-
-template <class Cell, class T>
-void pack(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
-  using C = Compute<T>;
-  const int64_t input_size = weights.input_size, hidden = network.hidden, outputs = network.outputs();
-  const Layout<Cell, C> layout(network, input_size);
-  for (int64_t row = 0; row < layout.gates(); ++row) {
-    const int64_t gate = Cell::input_gate(static_cast<int>(row / hidden)), unit = row % hidden;
-    pack_row(weights.weight_ih + (gate * hidden + unit) * input_size, input_size, layout.gates(),
-             packed + row * 2 * kLanes<C>);
-    pack_row(weights.weight_hh + row * outputs, outputs, layout.gates(),
-             packed + layout.hidden_panels() + row * 2 * kLanes<C>);
-  }
-  for (int64_t row = 0; row < network.projected; ++row) {
-    pack_row(weights.weight_hr + row * hidden, hidden, network.projected,
-             packed + layout.projection() + row * 2 * kLanes<C>);
-  }
-}
 
 // The gradient of a layer's output: the caller's, or what the layer after has passed down.
 template <class Cell, class T, class Source>
@@ -291,7 +247,7 @@ class BackwardDirection {
 
   const Direction<T> direction_;
   const RnnNetwork<T>& network_;
-  const Layout<Cell, C> layout_;
+  const BackwardLayout<Cell, C> layout_;
   const Part part_;
   const int64_t most_rows_;
   const Source* grad_output_;  // (rows, width), or null
@@ -317,20 +273,21 @@ int64_t most_rows(const RnnNetwork<T>& network, int64_t sequences) {
 
 template <class T>
 int64_t packed_size(const RnnNetwork<T>& network, int64_t input_size) {
-  return with_cell(network.mode,
-                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>(network, input_size).packed_size(); });
+  return with_cell(network.mode, [&](auto cell) {
+    return BackwardLayout<decltype(cell), Compute<T>>(network, input_size).packed_size();
+  });
 }
 
 template <class T>
 void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
-  with_cell(network.mode, [&](auto cell) { pack<decltype(cell), T>(network, weights, packed); });
+  with_cell(network.mode, [&](auto cell) { pack_backward<decltype(cell), T>(network, weights, packed); });
 }
 
 template <class T>
 int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
   return with_cell(network.mode, [&](auto cell) {
     using Cell = decltype(cell);
-    const Layout<Cell, Compute<T>> layout(network, 0);
+    const BackwardLayout<Cell, Compute<T>> layout(network, 0);
     const int64_t rows = most_rows<Cell>(network, sequences);
     return rows * (layout.gradients() + network.projected + widest(network)) +
            3 * sequences * layout.padded(network.hidden);
@@ -339,8 +296,9 @@ int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
 
 template <class T>
 int64_t sums_size(const RnnNetwork<T>& network, int64_t input_size) {
-  return with_cell(network.mode,
-                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>(network, input_size).sums_size(); });
+  return with_cell(network.mode, [&](auto cell) {
+    return BackwardLayout<decltype(cell), Compute<T>>(network, input_size).sums_size();
+  });
 }
 
 template <class Cell, class T, class Source>
@@ -356,7 +314,7 @@ void run_layer(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, i
       pass.run(gradients, Rows<C>{grad_below, network.width(), false});
     }
     if (sums) {
-      sums += Layout<Cell, C>(network, network.weights[layer * network.directions].input_size).sums_size();
+      sums += BackwardLayout<Cell, C>(network, network.weights[layer * network.directions].input_size).sums_size();
     }
   }
 }
@@ -371,7 +329,7 @@ void run(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute
       C* at = sums;
       for (int64_t i = 0; at && i < layer; ++i) {
         at += network.directions *
-              Layout<Cell, C>(network, network.weights[i * network.directions].input_size).sums_size();
+              BackwardLayout<Cell, C>(network, network.weights[i * network.directions].input_size).sums_size();
       }
       return at;
     };
@@ -407,7 +365,7 @@ void finish(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* 
   using C = Compute<T>;
   with_cell(network.mode, [&](auto cell) {
     using Cell = decltype(cell);
-    const Layout<Cell, C> layout(network, input_size);
+    const BackwardLayout<Cell, C> layout(network, input_size);
     const int64_t hidden = network.hidden, outputs = network.outputs(), projected = network.projected;
     const C* biases = sums + layout.bias_sums();
     for (int slot = 0; slot < Cell::kGates; ++slot) {
