@@ -82,7 +82,9 @@ FASTNN_INLINE Vec<T> dot_stream(int64_t depth, const T* a, const T* weight, int6
     const auto multiply = [&](int part, int64_t k, auto load_part) __attribute__((always_inline)) {
       const Vec<T> right = load_part(weight + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) total[r][part] += load_part(a + r * depth + k) * right;
+      for (int r = 0; r < rows; ++r) {
+        total[r][part] = multiply_add(load_part(a + r * depth + k), right, total[r][part]);
+      }
     };
     const auto whole = [](const T* from) __attribute__((always_inline)) { return load(from); };
     int64_t k = 0;
