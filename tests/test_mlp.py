@@ -106,7 +106,7 @@ class TestWays:
 
     @pytest.mark.parametrize("rows", [30, 100])  # few numbers would be compared by their luck in rounding
     def test_narrow_layers(self, instruction_set: str, dtype: torch.dtype, rows: int) -> None:
-        assert_like_stock(make_chain(rows, (1, 70, 3, 90, 8, 40, 1), dtype), between(6, "tanh"))
+        assert_like_stock(make_chain(rows, (1, 70, 3, 90, 8, 40, 1), dtype), between(6))
 
     @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
     def test_bfloat16_large_enough_to_be_handed_over(self, activation: str) -> None:
