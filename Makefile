@@ -13,10 +13,11 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test lint format bench bench-conv bench-rnn bench-mlp bench-frozen bench-overhead sweep-conv dist clean
+.PHONY: help build test lint format bench bench-conv bench-rnn bench-mlp bench-frozen bench-overhead \
+    sweep-conv sweep-mlp dist clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=$(PYTHON) and CXX=$(CXX) to build with; ARGS= for pytest or the benchmark programs."
 
 build: $(VENV)/build.stamp  ## Build the extension and install fastnn into .venv, editable
@@ -51,7 +52,10 @@ bench-frozen: $(VENV)/rivals.stamp  ## Compare the whole models, frozen too, wit
 	$(RUN) -m benchmarks.compare models $(ARGS)
 
 sweep-conv: $(VENV)/bench.stamp  ## Compare random convolution layers with stock PyTorch (about fifteen minutes)
-	$(RUN) -m benchmarks.sweep conv_relu_max_pool $(ARGS)
+	$(RUN) -m benchmarks.sweep conv_relu_max_pool --output benchmarks/results/sweep_conv_relu_max_pool.txt $(ARGS)
+
+sweep-mlp: $(VENV)/bench.stamp  ## Compare random chains of linear layers with stock PyTorch
+	$(RUN) -m benchmarks.sweep mlp --output benchmarks/results/sweep_mlp.txt $(ARGS)
 
 bench-overhead: $(VENV)/bench.stamp  ## Measure what a call of each op costs before any work
 	$(RUN) -m benchmarks.overhead $(ARGS)

@@ -1,5 +1,5 @@
-"""The program of ``make bench-conv``, ``bench-rnn``, ``bench-mlp`` and ``bench-frozen``: the cases of one op, or the whole
-models, every provider, side by side."""
+"""The program of ``make bench-conv``, ``bench-rnn``, ``bench-mlp`` and ``bench-frozen``: the cases of one op, or the
+whole models, every provider, side by side."""
 
 import argparse
 import json

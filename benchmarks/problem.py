@@ -17,8 +17,8 @@ DIRECTIONS = ("inference", "training")
 
 
 def _near_ties(stock: nn.Sequential, input: Tensor) -> Tensor:
-    """The windows of Conv -> ReLU -> MaxPool whose two largest values lie closer than its dtype tells apart: which of the
-    two takes the gradient is chance there, in stock as in a fused layer. (of the output's shape, bool)"""
+    """The windows of Conv -> ReLU -> MaxPool whose two largest values lie closer than its dtype tells apart: which of
+    the two takes the gradient is chance there, in stock as in a fused layer. (of the output's shape, bool)"""
     exact = copy.deepcopy(stock).double()
     pool = exact[-1]
     pool.return_indices = True

@@ -10,13 +10,14 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from benchmarks.cases import Case, conv_case, mlp_case
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.providers import in_channels_last, prepare
-from benchmarks.timing import interleave
+from benchmarks.timing import environment, interleave
 from fastnn.testing import DTYPES, using_threads
 
 TOLERATED = 0.97  # of stock's speed; below is a loss
@@ -131,6 +132,7 @@ def main() -> None:
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     parser.add_argument("--dtype", choices=list(dtypes), default="float32")
     parser.add_argument("--seconds", type=float, default=0.1, help="measuring time of a case (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="file for the summary and the losses")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     cases = [GENERATORS[arguments.op](draw) for _ in range(arguments.count)]
@@ -148,8 +150,11 @@ def main() -> None:
                 outcomes += found
                 for outcome in found:
                     print(f"{number:4} of {len(cases)} {describe(outcome)}", flush=True)
-    print(f"\n{arguments.op}, {arguments.dtype}, seed {arguments.seed}, {arguments.threads} thread(s)")
-    print(summary(outcomes))
+    settings = f"seed {arguments.seed}, {arguments.threads} thread(s), {arguments.dtype}"
+    text = f"{arguments.op}, {settings}; {environment()}\n{summary(outcomes)}\n"
+    print(f"\n{text}")
+    if arguments.output:
+        arguments.output.write_text(text)
     if failures:
         raise SystemExit("Wrong, and so not measured:\n" + "\n".join(failures))
 

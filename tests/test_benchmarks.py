@@ -77,9 +77,14 @@ def test_sweep() -> None:
     draw = random.Random(0)
     cases = [sweep.random_mlp(draw) for _ in range(20)]
     assert cases[3].name == sweep_case(3).name
-    outcome = sweep.measure(min(cases, key=lambda case: case.flops), "training", torch.float32, seconds=0.01)
+    (outcome,) = sweep.measure(min(cases, key=lambda case: case.flops), "training", torch.float32, seconds=0.01)
     assert outcome.speedup > 0
     assert sweep.summary([dataclasses.replace(outcome, speedup=0.5)]).count(outcome.case.name) == 1
+    image = sweep.conv_case((2, 3, 9, 9), 4, 3, 2)
+    assert [o.provider for o in sweep.measure(image, "inference", torch.float32, seconds=0.01)] == [
+        "fastnn",
+        "fastnn channels_last",
+    ]
 
 
 def sweep_case(place: int) -> Case:

@@ -122,6 +122,16 @@ int64_t pooled_size(int64_t conv, int64_t kernel, int64_t stride, int64_t paddin
   return ceil_mode && floored * stride >= conv + padding ? floored : floored + 1;
 }
 
+// geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one a dimension
+// each, groups, ceil_mode
+ConvPoolArguments arguments_of(const char* op, const Ints& geometry, int64_t dims) {
+  FASTNN_CHECK(static_cast<int64_t>(geometry.size()) == 7 * dims + 2, op, ": expected geometry to have ", 7 * dims + 2,
+               " values, seven a dimension and two, but got ", geometry.size());
+  const auto part = [&](int64_t i) { return Sizes(geometry.data() + i * dims, dims); };
+  return {
+      part(0), part(1), part(2), part(3), part(4), part(5), part(6), geometry[7 * dims], geometry[7 * dims + 1] != 0};
+}
+
 // The geometry of checked arguments.
 ConvPoolGeometry geometry_of(const char* op, const Sizes& input, const Sizes& weight, const ConvPoolArguments& a) {
   ConvPoolGeometry g{};
@@ -179,16 +189,6 @@ void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims
 }
 
 }  // namespace
-
-// geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one a dimension
-// each, groups, ceil_mode
-ConvPoolArguments arguments_of(const char* op, const Ints& geometry, int64_t dims) {
-  FASTNN_CHECK(static_cast<int64_t>(geometry.size()) == 7 * dims + 2, op, ": expected geometry to have ", 7 * dims + 2,
-               " values, seven a dimension and two, but got ", geometry.size());
-  const auto part = [&](int64_t i) { return Sizes(geometry.data() + i * dims, dims); };
-  return {
-      part(0), part(1), part(2), part(3), part(4), part(5), part(6), geometry[7 * dims], geometry[7 * dims + 1] != 0};
-}
 
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
                               const std::optional<Tensor>& bias, const Ints& geometry) {

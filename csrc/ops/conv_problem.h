@@ -22,25 +22,12 @@ struct ConvPoolProblem {
   double work;  // floating-point operations of the convolution
 };
 
-// Raises unless it has the values of that many dimensions.
-ConvPoolArguments arguments_of(const char* op, const Ints& geometry, int64_t dims);
-
 // Raises, in stock's words where stock has them, unless the arguments make a problem.
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
                               const std::optional<Tensor>& bias, const Ints& geometry);
 
 // The same of an input and a weight of these sizes.
 ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry);
-
-// A kernel of one element that strides over the input: the same over a view of what it meets.
-inline void skip_unused_input(ConvPoolGeometry& g, ConvLayout& input) {
-  for (int d = 0; d < 3; ++d) {
-    if (g.kernel[d] != 1 || g.padding[d] != 0) continue;
-    g.input[d] = g.conv[d];
-    input.d[d] *= g.stride[d];
-    g.stride[d] = 1;
-  }
-}
 
 // Plans alike in this and in packed_size take the same packed weight.
 inline int64_t packing_of(const ConvPoolPlan& plan) {

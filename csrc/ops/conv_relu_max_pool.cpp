@@ -25,7 +25,6 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
   call.geometry = problem.geometry;
   call.input = data<T>(input);
   call.input_layout = layout_of(input);
-  skip_unused_input(call.geometry, call.input_layout);
   call.weight = data<T>(weight);
   call.weight_layout = layout_of(weight);
   call.bias = bias ? data<T>(*dense_bias) : nullptr;
