@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import fastnn.nn
 from fastnn.functional import linear_relu, mlp, mlp_reconstruction_error
-from fastnn.ops.mlp import ACTIVATION_NAMES
+from fastnn.ops.mlp import ACTIVATION_NAMES, join_parameters
 from fastnn.reference import mlp as reference
 from fastnn.testing import compare_with_stock, using_threads
 
@@ -118,6 +118,16 @@ class TestWays:
             tensors,
             gradients=False,
         )
+
+    def test_hand_over_keeps_its_dtype_under_autocast(self) -> None:
+        x, weights, biases = split(make_chain(40, (300, 260, 300), torch.bfloat16))
+        arguments = (x, join_parameters(weights, biases), "30")
+        plain, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
+        with torch.autocast("cpu", dtype=torch.float16):
+            output, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
+            grads = torch.ops.fastnn.mlp_backward(x, x, weights, "30", output, hidden, True, True, True)
+        assert_close(output, plain, rtol=2e-2, atol=2e-2)
+        assert {t.dtype for t in (output, *hidden, grads[0], *grads[1], *grads[2])} == {torch.bfloat16}
 
     @pytest.mark.parametrize("rows", [2, 5, 9, 21, 45, 301])
     def test_threads_change_nothing(self, instruction_set: str, rows: int) -> None:
