@@ -15,7 +15,7 @@ inline bool goes_by_layers(const Chain& chain, bool backward) {
   const double layers = static_cast<double>(chain.layers());
   const double values = static_cast<double>(chain.rows) * static_cast<double>(chain.widths[0] + chain.outputs());
   return backward ? values / 2000 + chain.weights() / 1000 + chain.work / 235e3 > 20 * layers
-                  : values / 4000 + chain.weights() / 8000 + chain.work / 470e3 > 7 * layers;
+                  : values / 4000 + chain.weights() / 12000 + chain.work / 470e3 > 9 * layers;
 }
 
 // What a call of torch's returned, as the kernels read it. An autocast in force reaches such calls too, and may have
