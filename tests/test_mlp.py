@@ -2,14 +2,13 @@
 
 import copy
 import pickle
-from collections.abc import Sequence
-from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from mlp_chains import assert_like_stock, between, make_chain, split
+from torch import nn
 from torch.testing import assert_close
 
 import fastnn.nn
@@ -20,34 +19,6 @@ from fastnn.testing import compare_with_stock, using_threads
 
 # Around every vector width and register tile, and beyond a block of rows.
 SIZES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 65)
-
-
-def make_chain(
-    rows: int | Sequence[int], widths: Sequence[int], dtype: torch.dtype = torch.float32, bias: bool = True
-) -> list[Tensor | None]:
-    """The input, the weights, then the biases of a chain whose layers have these widths."""
-    shape = (rows,) if isinstance(rows, int) else tuple(rows)
-    pairs = list(pairwise(widths))
-    return [
-        torch.randn(*shape, widths[0], dtype=dtype),
-        *(torch.randn(out, into, dtype=dtype) / max(into, 1) ** 0.5 for into, out in pairs),
-        *(torch.randn(out, dtype=dtype) if bias else None for _, out in pairs),
-    ]
-
-
-def split(tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    layers = len(tensors) // 2
-    return tensors[0], list(tensors[1 : 1 + layers]), list(tensors[1 + layers :])
-
-
-def assert_like_stock(tensors: Sequence[Tensor | None], activations: Sequence[str], gradients: bool = True) -> None:
-    compare_with_stock(
-        lambda *t: mlp(*split(t), activations), lambda *t: reference.mlp(*split(t), activations), tensors, gradients
-    )
-
-
-def between(layers: int, activation: str = "relu") -> list[str]:
-    return [activation] * (layers - 1) + ["identity"]
 
 
 class TestValues:
@@ -126,6 +97,49 @@ class TestValues:
         assert_close(mlp(x, [], []), x, rtol=0, atol=0)
 
 
+class TestWays:
+    """The ways that forward has (csrc/kernels/mlp.h), and what backward does with narrow layers."""
+
+    @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 11, 20, 33, 150])
+    def test_from_dot_products_to_panels(self, instruction_set: str, dtype: torch.dtype, rows: int) -> None:
+        assert_like_stock(make_chain(rows, (131, 70, 37), dtype), ["relu", "silu"])
+
+    @pytest.mark.parametrize("rows", [30, 100])  # few numbers would be compared by their luck in rounding
+    def test_narrow_layers(self, instruction_set: str, dtype: torch.dtype, rows: int) -> None:
+        assert_like_stock(make_chain(rows, (1, 70, 3, 90, 8, 40, 1), dtype), between(6))
+
+    @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+    def test_bfloat16_large_enough_to_be_handed_over(self, activation: str) -> None:
+        tensors = make_chain(40, (300, 260, 300), torch.bfloat16)
+        assert_like_stock(tensors, [activation, activation])
+        compare_with_stock(
+            lambda *t: mlp_reconstruction_error(*split(t), activation),
+            lambda *t: torch.mean((reference.mlp(*split(t), between(2, activation)) - t[0]) ** 2, dim=-1),
+            tensors,
+            gradients=False,
+        )
+
+    def test_hand_over_keeps_its_dtype_under_autocast(self) -> None:
+        x, weights, biases = split(make_chain(40, (300, 260, 300), torch.bfloat16))
+        arguments = (x, join_parameters(weights, biases), "30")
+        plain, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
+        with torch.autocast("cpu", dtype=torch.float16):
+            output, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
+            grads = torch.ops.fastnn.mlp_backward(x, x, weights, "30", output, hidden, True, True, True)
+        assert_close(output, plain, rtol=2e-2, atol=2e-2)
+        assert {t.dtype for t in (output, *hidden, grads[0], *grads[1], *grads[2])} == {torch.bfloat16}
+
+    @pytest.mark.parametrize("rows", [2, 5, 9, 21, 45, 301])
+    def test_threads_change_nothing(self, instruction_set: str, rows: int) -> None:
+        x, weights, biases = split(make_chain(rows, (300, 290, 31)))
+        results = []
+        for threads in (1, 2, 5):
+            with using_threads(threads):
+                results.append(mlp(x, weights, biases))
+        assert_close(results[0], results[1], rtol=0, atol=0)
+        assert_close(results[0], results[2], rtol=0, atol=0)
+
+
 class TestSpecialValues:
     @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
     def test_nan_and_infinity_go_where_float64_has_them(
@@ -161,67 +175,6 @@ class TestSpecialValues:
         assert_close(results[0][0], results[1][0], rtol=0, atol=0)
 
 
-class TestAutograd:
-    @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
-    def test_gradcheck(self, activation: str) -> None:
-        leaves = [t.requires_grad_() for t in make_chain(3, (4, 5, 2), torch.float64)]
-
-        def function(*tensors: Tensor) -> Tensor:
-            return mlp(*split(tensors), [activation, activation])
-
-        assert torch.autograd.gradcheck(function, leaves)
-        assert torch.autograd.gradgradcheck(function, leaves)
-
-    def test_only_what_is_wanted(self) -> None:
-        for wanted in range(5):
-            tensors = make_chain(7, (4, 5, 2))
-            tensors[wanted].requires_grad_()
-            output, stock = (f(*split(tensors), between(2)) for f in (mlp, reference.mlp))
-            assert_close(*(torch.autograd.grad(o.sum(), tensors[wanted]) for o in (output, stock)))
-
-    def test_no_graph_without_a_wanted_gradient(self) -> None:
-        assert mlp(*split(make_chain(7, (4, 5, 2)))).grad_fn is None
-
-    def test_saved_tensors_that_change_are_noticed(self) -> None:
-        x, weight, bias = make_chain(3, (4, 5))
-        output = mlp(x, [weight.requires_grad_()], [bias], ["tanh"])
-        x.add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            output.sum().backward()
-
-    def test_func_transforms(self) -> None:
-        tensors = make_chain(6, (4, 5, 2))
-
-        def loss(function: object, x: Tensor, *parameters: Tensor) -> Tensor:
-            return function(*split([x, *parameters]), between(2, "tanh")).square().sum()
-
-        for transform in (
-            lambda f: torch.func.grad(f, argnums=(0, 1, 3))(*tensors),
-            lambda f: torch.func.jacrev(torch.func.grad(f))(*tensors),
-            lambda f: torch.func.vmap(torch.func.grad(f, argnums=1), in_dims=(0, *[None] * 4))(*tensors),
-            lambda f: torch.func.vmap(f, in_dims=(0, *[None] * 4))(*tensors),
-            lambda f: torch.func.jvp(f, tuple(tensors), tuple(torch.ones_like(t) for t in tensors)),
-        ):
-            ours, stock = (transform(lambda *t, f=f: loss(f, *t)) for f in (mlp, reference.mlp))
-            assert_close(ours, stock, rtol=1e-4, atol=1e-4)
-
-    def test_vmap_over_weights(self) -> None:
-        x, weight = torch.randn(5, 4), torch.randn(3, 6, 4)
-        ours = torch.func.vmap(lambda w: linear_relu(x, w))(weight)
-        assert_close(ours, torch.stack([reference.linear_relu(x, w) for w in weight]))
-
-    def test_forward_mode(self) -> None:
-        x, weight, bias = make_chain(3, (4, 5))
-        tangent = torch.randn_like(x)
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(x, tangent)
-            ours, stock = (
-                torch.autograd.forward_ad.unpack_dual(f(dual, weight, bias))
-                for f in (linear_relu, reference.linear_relu)
-            )
-        assert_close(ours.tangent, stock.tangent)
-
-
 class TestStockPaths:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.complex64])
     def test_other_dtypes(self, dtype: torch.dtype) -> None:
@@ -246,37 +199,6 @@ class TestStockPaths:
         output = mlp(*split([t.to("meta") for t in make_chain((2, 5), (6, 7, 3))]))
         assert output.device.type == "meta"
         assert output.shape == (2, 5, 3)
-
-
-class TestCompilation:
-    def test_opcheck(self, dtype: torch.dtype) -> None:
-        x, weights, biases = split(make_chain(5, (6, 7, 3), dtype))
-        for digits in ("10", "55"):
-            arguments = (x, join_parameters(weights, biases), digits)
-            torch.library.opcheck(torch.ops.fastnn.mlp, arguments)
-            torch.library.opcheck(torch.ops.fastnn.mlp_with_hidden, arguments)
-            output, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
-            backward = (torch.randn_like(output), x, weights, digits, output, hidden, True, True, True)
-            torch.library.opcheck(torch.ops.fastnn.mlp_backward, backward)
-
-    def test_compiles_in_one_graph(self) -> None:
-        tensors = make_chain(5, (6, 7, 3))
-        torch.compiler.reset()
-        compiled = torch.compile(lambda *t: mlp(*split(t)), fullgraph=True, backend="aot_eager")
-        assert_close(compiled(*tensors), mlp(*split(tensors)))
-        results = []
-        for function in (compiled, lambda *t: mlp(*split(t))):
-            leaves = [t.clone().requires_grad_() for t in tensors]
-            results.append(torch.autograd.grad(function(*leaves).square().sum(), leaves))
-        assert_close(*results)
-
-    def test_exports_with_any_number_of_rows(self) -> None:
-        module = fastnn.nn.MLP([6, 7, 3]).requires_grad_(False)
-        rows = torch.export.Dim("rows", min=1, max=100)
-        exported = torch.export.export(module, (torch.randn(5, 6),), dynamic_shapes=({0: rows},)).module()
-        for count in (5, 2, 40):
-            x = torch.randn(count, 6)
-            assert_close(exported(x), module(x))
 
 
 class TestModules:
@@ -321,117 +243,6 @@ class TestModules:
             fastnn.nn.MLP([3])
         with pytest.raises(ValueError, match="activation must be one of"):
             fastnn.nn.MLP([3, 4], activation=["swish"])
-
-
-BAD = {
-    "features": lambda x, w, b: (torch.randn(5, 4), w, b),
-    "chain": lambda x, w, b: (x, [w[0], torch.randn(3, 8)], b),
-    "bias size": lambda x, w, b: (x, w, [b[0], torch.randn(4)]),
-    "bias rank": lambda x, w, b: (x, w, [b[0], torch.randn(1, 3)]),
-    "weight rank 1": lambda x, w, b: (x, [w[0], torch.randn(7)], b),
-    "weight rank 3": lambda x, w, b: (x, [w[0], torch.randn(3, 7, 1)], b),
-    "weight dtype": lambda x, w, b: (x, [w[0].double(), w[1]], b),
-    "bias dtype": lambda x, w, b: (x, w, [b[0].double(), b[1]]),
-    "input dtype": lambda x, w, b: (x.double(), w, b),
-    "device": lambda x, w, b: (x, [w[0].to("meta"), w[1]], b),
-    "scalar": lambda x, w, b: (torch.tensor(1.0), w, b),
-}
-
-
-class TestBadInput:
-    """One exception, from the public functions and from the raw operators, whatever they are given."""
-
-    @pytest.mark.parametrize("case", BAD)
-    def test_tensors_that_do_not_fit(self, case: str) -> None:
-        arguments = BAD[case](*split(make_chain(5, (6, 7, 3))))
-        with pytest.raises(RuntimeError):
-            mlp(*arguments)
-        with pytest.raises(RuntimeError):
-            torch.ops.fastnn.mlp(*arguments, "10")
-        with pytest.raises(RuntimeError):
-            torch.ops.fastnn.mlp_with_hidden(*arguments, "10")
-
-    def test_lists_that_do_not_fit(self) -> None:
-        x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        with pytest.raises(ValueError, match="expected 2 biases"):
-            mlp(x, weights, biases[:1])
-        with pytest.raises(ValueError, match="expected 2 activations"):
-            mlp(x, weights, biases, ["relu"])
-        with pytest.raises(ValueError, match="activation must be one of"):
-            mlp(x, weights, biases, "swish")
-        with pytest.raises(TypeError):
-            mlp(x, None, biases)
-        for digits in ("", "1", "100", "1-", "18", "1\0", "1\xff"):
-            with pytest.raises(RuntimeError):
-                torch.ops.fastnn.mlp(x, join_parameters(weights, biases), digits)
-        for lists in (([], [], []), (weights, biases[:1], "10"), (weights[:1], biases, "1")):
-            with pytest.raises(RuntimeError):
-                torch.ops.fastnn.mlp(x, *lists)
-
-    def test_other_layouts_and_dtypes_in_the_raw_operator(self) -> None:
-        x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        for bad in (x.to_sparse(), x.half(), x.long(), x.to("meta"), x[None], x.to(torch.complex64)):
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                torch.ops.fastnn.mlp(bad, weights + biases, "10").sum().item()
-
-    def test_hostile_backward(self) -> None:
-        x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights + biases, "10")
-        good = [torch.randn_like(output), x, weights, "10", output, hidden, True, True, True]
-        hostile = {
-            0: [output[:4], output[:, :2], output[0], output.double(), output.to("meta"), output.to_sparse()],
-            1: [x[:4], x[:, :5], x[0], x.double(), torch.empty(0, 6), x.to("meta")],
-            2: [[], weights[:1], weights[::-1], [weights[0], weights[1].double()], [weights[0][0], weights[1]]],
-            3: ["", "1", "19", "x0", "44"],
-            4: [output[:4], output[:, :2], torch.empty(0), output.double(), output.to("meta")],
-            5: [[], [hidden[0][:4]], [hidden[0].double()], [hidden[0][:, :3]], hidden * 2, [torch.empty(0)]],
-        }
-        torch.ops.fastnn.mlp_backward(*good)
-        for place, values in hostile.items():
-            for value in values:
-                with pytest.raises((RuntimeError, NotImplementedError)):
-                    torch.ops.fastnn.mlp_backward(*good[:place], value, *good[place + 1 :])
-
-    def test_raw_operators_refuse_to_lose_a_gradient(self) -> None:
-        x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        arguments = [x, weights + biases, "10"]
-        for leaf in (x, weights[1], biases[0]):
-            leaf.requires_grad_()
-            output = torch.ops.fastnn.mlp(*arguments)
-            with pytest.raises(RuntimeError, match="no gradient of its own"):
-                output.sum().backward()
-            with torch.no_grad():
-                torch.ops.fastnn.mlp(*arguments)
-            leaf.requires_grad_(False)
-
-
-class TestRecompute:
-    def test_same_gradients(self, instruction_set: str, dtype: torch.dtype) -> None:
-        tensors = make_chain(19, (13, 21, 6, 9), dtype)
-        for activation in ("relu", "gelu"):
-            compare_with_stock(
-                lambda *t, name=activation: mlp(*split(t), name, recompute=True),
-                lambda *t, name=activation: reference.mlp(*split(t), between(3, name)),
-                tensors,
-            )
-
-    def test_keeps_the_input_alone(self) -> None:
-        x, weights, biases = split(make_chain(64, (8, 128, 128, 8)))
-        leaves = [w.requires_grad_() for w in weights]
-        kept: list[int] = []
-
-        def pack(t: Tensor) -> Tensor:
-            kept.append(t.numel())
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            mlp(x, leaves, biases, recompute=True)
-        assert sum(kept) == x.numel() + sum(t.numel() for t in (*leaves, *biases))
-
-    def test_double_backward(self) -> None:
-        x, weights, biases = split(make_chain(3, (4, 5, 2), torch.float64))
-        leaves = [t.requires_grad_() for t in (x, *weights)]
-        assert torch.autograd.gradgradcheck(lambda x, *w: mlp(x, w, biases, "tanh", recompute=True), leaves)
 
 
 class TestReconstructionError:

@@ -79,7 +79,7 @@ FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64
         for (int r = 0; r < rows; ++r) {
           const Vec<T> left = broadcast<T>(to_compute(a[r * a_row]));
 #pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) total[r][v] += left * right[v];
+          for (int v = 0; v < vectors; ++v) total[r][v] = multiply_add(left, right[v], total[r][v]);
         }
         a += a_depth;
         b += b_depth;
@@ -218,14 +218,15 @@ FASTNN_INLINE Vec<T> dot_tile(int64_t depth, const A* a, int64_t a_row, const B*
     for (int c = 0; c < columns; ++c) {
       const Vec<T> value = load(right[c] + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) total[r * columns + c] += left[r] * value;
+      for (int r = 0; r < rows; ++r) total[r * columns + c] = multiply_add(left[r], value, total[r * columns + c]);
     }
   }
   if (k < depth) {
     const int rest = static_cast<int>(depth - k);
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
-      total[i] += load_partial<A>(left_rows[i / columns] + k, rest) * load_partial<B>(right[i % columns] + k, rest);
+      total[i] = multiply_add(load_partial<A>(left_rows[i / columns] + k, rest),
+                              load_partial<B>(right[i % columns] + k, rest), total[i]);
     }
   }
   return sum_each<T, lanes>(total);

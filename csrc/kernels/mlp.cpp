@@ -8,8 +8,11 @@ namespace FASTNN_ISA {
 namespace {
 
 template <class T>
+constexpr int64_t kBufferRows = kLaneRows<T> > kBlockRows ? kLaneRows<T> : kBlockRows;
+
+template <class T>
 int64_t scratch_size(int64_t widest) {
-  return 2 * kBlockRows * (widest + kTileColumns<T>)+turned_size<T>(widest);
+  return 2 * kBufferRows<T> * (widest + kTileColumns<T>)+turned_size<T>(widest);
 }
 
 // Estimates in cycles, of two multiply-adds of vectors each, fitted to measurements of 12 chains at 1 to 512 rows.
@@ -76,14 +79,16 @@ const T* run_block_in_lanes(const MlpLayer<T>* layers, int64_t count, const T* i
   for (int64_t i = 0; i < count; ++i) {
     const MlpLayer<T>& layer = layers[i];
     T* to = buffers[i % 2];
-    lanes_layer<vectors>(layer, buffers[(i + 1) % 2], to);
+    lanes_layer<vectors>(layer, buffers[(i + 1) % 2], to, rows);
     T* saved = layer.saved ? layer.saved + first_row * layer.out : nullptr;
-    if (saved && keeps_input(layer.activation)) transpose_matrix(to, width, layer.out, rows, saved, layer.out);
-    if (!taken_with_the_tile(layer.activation)) activate_block<T>(layer, to, nullptr, width * layer.out);
-    if (saved && !keeps_input(layer.activation)) transpose_matrix(to, width, layer.out, rows, saved, layer.out);
+    if (saved && keeps_input(layer.activation)) out_of_lanes<vectors>(to, rows, layer.out, saved);
+    if (!taken_with_the_tile(layer.activation)) {
+      activate_block<T>(layer, to, nullptr, divide_up(rows, width) * width * layer.out);
+    }
+    if (saved && !keeps_input(layer.activation)) out_of_lanes<vectors>(to, rows, layer.out, saved);
   }
   T* result = output ? output : buffers[count % 2];
-  transpose_matrix(buffers[(count + 1) % 2], width, layers[count - 1].out, rows, result, layers[count - 1].out);
+  out_of_lanes<vectors>(buffers[(count + 1) % 2], rows, layers[count - 1].out, result);
   return result;
 }
 
@@ -92,9 +97,9 @@ void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* i
              int64_t first_row, int64_t last_row, T* scratch) {
   int64_t widest = layers[0].in;
   for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
-  T* const buffers[2] = {scratch, scratch + kBlockRows * widest};
+  T* const buffers[2] = {scratch, scratch + kBufferRows<T> * widest};
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t step = in_lanes ? kTileColumns<T> : kBlockRows;
+  const int64_t step = in_lanes ? kLaneRows<T> : kBlockRows;
   for (int64_t row = first_row; row < last_row; row += step) {
     const int64_t rows = smaller(last_row - row, step);
     const T* block = input + row * layers[0].in;

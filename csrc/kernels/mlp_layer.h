@@ -82,7 +82,9 @@ FASTNN_INLINE Vec<T> dot_stream(int64_t depth, const T* a, const T* weight, int6
     const auto multiply = [&](int part, int64_t k, auto load_part) __attribute__((always_inline)) {
       const Vec<T> right = load_part(weight + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) total[r][part] += load_part(a + r * depth + k) * right;
+      for (int r = 0; r < rows; ++r) {
+        total[r][part] = multiply_add(load_part(a + r * depth + k), right, total[r][part]);
+      }
     };
     const auto whole = [](const T* from) __attribute__((always_inline)) { return load(from); };
     int64_t k = 0;
@@ -168,38 +170,54 @@ void dot_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows
 
 // ---- rows in the lanes ----
 
-// Rows (<= width) of features, row-major, -> (features, width), the width being `vectors` vectors of a row a lane.
+// Panels of `vectors` vectors of a row a lane that are taken together, so that a weight that comes from far is read
+// once for all of them.
+template <class T>
+constexpr int64_t kLaneRows = 2 * kTileColumns<T>;
+
+// Rows of features, row-major, -> panels of (features, width).
 template <int vectors, class T>
-void into_lanes(const T* rows, int64_t count, int64_t features, T* panel) {
+void into_lanes(const T* input, int64_t rows, int64_t features, T* panels) {
+  constexpr int64_t width = vectors * kLanes<T>;
+  for (int64_t row = 0; row < rows; row += width) {
 #pragma GCC unroll 2
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t first = v * kLanes<T>;
-    pack_rows<T>(rows + first * features, features, smaller(count - first, kLanes<T>), features, panel + first,
-                 vectors * kLanes<T>);
+    for (int64_t lane = 0; lane < width; lane += kLanes<T>) {
+      pack_rows<T>(input + (row + lane) * features, features, smaller(rows - row - lane, kLanes<T>), features,
+                   panels + row * features + lane, width);
+    }
+  }
+}
+template <int vectors, class T>
+void out_of_lanes(const T* panels, int64_t rows, int64_t features, T* output) {
+  constexpr int64_t width = vectors * kLanes<T>;
+  for (int64_t row = 0; row < rows; row += width) {
+    transpose_matrix(panels + row * features, width, features, smaller(rows - row, width), output + row * features,
+                     features);
   }
 }
 
-// (in, width) -> (out, width). The weight takes the place of a tile's rows, so that it is read as it is.
+// Panels of (in, width) -> panels of (out, width). The weight takes the place of a tile's rows, so that it is read as
+// it is.
 template <int vectors, class T>
-void lanes_layer(const MlpLayer<T>& layer, const T* input, T* output) {
+void lanes_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
   constexpr int64_t width = vectors * kLanes<T>;
+  const bool relu_wanted = layer.activation == Activation::relu;
   for (int64_t column = 0; column < layer.out; column += kTileRows) {
     with_constant<kTileRows>(static_cast<int>(smaller(layer.out - column, kTileRows)), [&](auto constant) {
       constexpr int columns = decltype(constant)::value;
-      Vec<T> total[columns][vectors], bias[columns] = {};
-      multiply_tile<columns, vectors>(layer.in, layer.weight + column * layer.in, layer.in, 1, input, width, kLanes<T>,
-                                      total);
-      if (layer.bias) {
+      for (int64_t row = 0; row < rows; row += width) {
+        Vec<T> total[columns][vectors];
+        multiply_tile<columns, vectors>(layer.in, layer.weight + column * layer.in, layer.in, 1, input + row * layer.in,
+                                        width, kLanes<T>, total);
+        T* const to = output + row * layer.out + column * width;
 #pragma GCC unroll 16
-        for (int c = 0; c < columns; ++c) bias[c] = broadcast(layer.bias[column + c]);
-      }
-      const bool relu_wanted = layer.activation == Activation::relu;
-#pragma GCC unroll 16
-      for (int c = 0; c < columns; ++c) {
+        for (int c = 0; c < columns; ++c) {
+          const Vec<T> bias = layer.bias ? broadcast(layer.bias[column + c]) : Vec<T>{};
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          const Vec<T> value = total[c][v] + bias[c];
-          store(output + (column + c) * width + v * kLanes<T>, relu_wanted ? relu(value) : value);
+          for (int v = 0; v < vectors; ++v) {
+            const Vec<T> value = total[c][v] + bias;
+            store(to + c * width + v * kLanes<T>, relu_wanted ? relu(value) : value);
+          }
         }
       }
     });

@@ -15,13 +15,23 @@ inline bool goes_by_layers(const Chain& chain, bool backward) {
   const double layers = static_cast<double>(chain.layers());
   const double values = static_cast<double>(chain.rows) * static_cast<double>(chain.widths[0] + chain.outputs());
   return backward ? values / 2000 + chain.weights() / 1000 + chain.work / 235e3 > 20 * layers
-                  : values / 4000 + chain.weights() / 8000 + chain.work / 470e3 > 7 * layers;
+                  : values / 4000 + chain.weights() / 12000 + chain.work / 470e3 > 9 * layers;
+}
+
+// What a call of torch's returned, as the kernels read it. An autocast in force reaches such calls too, and may have
+// another dtype in mind.
+inline Tensor settled(const Tensor& result) {
+  return dense(result.scalar_type() == ScalarType::BFloat16 ? result : torch::stable::to(result, ScalarType::BFloat16));
 }
 
 inline Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{from(input), from(weight), from(bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return dense(torch::stable::detail::to<Tensor>(stack[0]));
+  return settled(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+inline Tensor product(const Tensor& a, const Tensor& b) {
+  return settled(torch::stable::matmul(a, b));
 }
 
 // body(first, last) for parts of [0, count), in parallel if `work` a piece is worth it.
@@ -91,7 +101,7 @@ inline Gradients backward_by_layers(const Chain& chain, const Tensor& grad_outpu
     }
     if (wanted.biases) {
       const int64_t rows = 0;
-      grad_biases[i] = torch::stable::sum(gradient, Sizes(&rows, 1));
+      grad_biases[i] = settled(torch::stable::sum(gradient, Sizes(&rows, 1)));
     }
     if (wanted.weights) {
       Tensor layer_input = i > 0 ? saved[i - 1] : input;
@@ -99,9 +109,9 @@ inline Gradients backward_by_layers(const Chain& chain, const Tensor& grad_outpu
         layer_input = new_tensor({chain.rows, chain.widths[i]}, ScalarType::BFloat16);
         activate(activation_of(activations[i - 1]), dense(saved[i - 1]), layer_input);
       }
-      grad_weights[i] = dense(torch::stable::matmul(torch::stable::transpose(gradient, 0, 1), layer_input));
+      grad_weights[i] = product(torch::stable::transpose(gradient, 0, 1), layer_input);
     }
-    if (i > 0 || wanted.input) gradient = dense(torch::stable::matmul(gradient, weights[i]));
+    if (i > 0 || wanted.input) gradient = product(gradient, weights[i]);
   }
   const Tensor grad_input = wanted.input ? gradient : new_tensor({0, chain.widths[0]}, ScalarType::BFloat16);
   return {grad_input, grad_weights, grad_biases};

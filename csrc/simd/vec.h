@@ -190,6 +190,28 @@ FASTNN_INLINE void store_up_to(T* to, Vec<Compute<T>> x, int64_t count) {
   }
 }
 
+// x * y + z, rounded once where there is an instruction for it. Said outright where results must not depend on which
+// instance of a template computed them: left to itself, the compiler takes two instructions in a chain of one.
+template <class V>
+FASTNN_INLINE V multiply_add(V x, V y, V z) {
+  return x * y + z;
+}
+#if defined(__AVX512F__)
+FASTNN_INLINE Vec<float> multiply_add(Vec<float> x, Vec<float> y, Vec<float> z) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+}
+FASTNN_INLINE Vec<double> multiply_add(Vec<double> x, Vec<double> y, Vec<double> z) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
+}
+#elif defined(__AVX2__)
+FASTNN_INLINE Vec<float> multiply_add(Vec<float> x, Vec<float> y, Vec<float> z) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+}
+FASTNN_INLINE Vec<double> multiply_add(Vec<double> x, Vec<double> y, Vec<double> z) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
+}
+#endif
+
 // max(x, 0) as torch has it: NaN stays NaN, -0 stays -0.
 template <class V>
 FASTNN_INLINE V relu(V x) {

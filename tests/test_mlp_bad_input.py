@@ -1,0 +1,89 @@
+"""What fastnn.functional.mlp and its operators say to arguments that do not fit."""
+
+import pytest
+import torch
+from mlp_chains import make_chain, split
+
+from fastnn.functional import mlp
+from fastnn.ops.mlp import join_parameters
+
+BAD = {
+    "features": lambda x, w, b: (torch.randn(5, 4), w, b),
+    "chain": lambda x, w, b: (x, [w[0], torch.randn(3, 8)], b),
+    "bias size": lambda x, w, b: (x, w, [b[0], torch.randn(4)]),
+    "bias rank": lambda x, w, b: (x, w, [b[0], torch.randn(1, 3)]),
+    "weight rank 1": lambda x, w, b: (x, [w[0], torch.randn(7)], b),
+    "weight rank 3": lambda x, w, b: (x, [w[0], torch.randn(3, 7, 1)], b),
+    "weight dtype": lambda x, w, b: (x, [w[0].double(), w[1]], b),
+    "bias dtype": lambda x, w, b: (x, w, [b[0].double(), b[1]]),
+    "input dtype": lambda x, w, b: (x.double(), w, b),
+    "device": lambda x, w, b: (x, [w[0].to("meta"), w[1]], b),
+    "scalar": lambda x, w, b: (torch.tensor(1.0), w, b),
+}
+
+
+class TestBadInput:
+    """One exception, from the public functions and from the raw operators, whatever they are given."""
+
+    @pytest.mark.parametrize("case", BAD)
+    def test_tensors_that_do_not_fit(self, case: str) -> None:
+        arguments = BAD[case](*split(make_chain(5, (6, 7, 3))))
+        with pytest.raises(RuntimeError):
+            mlp(*arguments)
+        with pytest.raises(RuntimeError):
+            torch.ops.fastnn.mlp(*arguments, "10")
+        with pytest.raises(RuntimeError):
+            torch.ops.fastnn.mlp_with_hidden(*arguments, "10")
+
+    def test_lists_that_do_not_fit(self) -> None:
+        x, weights, biases = split(make_chain(5, (6, 7, 3)))
+        with pytest.raises(ValueError, match="expected 2 biases"):
+            mlp(x, weights, biases[:1])
+        with pytest.raises(ValueError, match="expected 2 activations"):
+            mlp(x, weights, biases, ["relu"])
+        with pytest.raises(ValueError, match="activation must be one of"):
+            mlp(x, weights, biases, "swish")
+        with pytest.raises(TypeError):
+            mlp(x, None, biases)
+        for digits in ("", "1", "100", "1-", "18", "1\0", "1\xff"):
+            with pytest.raises(RuntimeError):
+                torch.ops.fastnn.mlp(x, join_parameters(weights, biases), digits)
+        for lists in (([], [], []), (weights, biases[:1], "10"), (weights[:1], biases, "1")):
+            with pytest.raises(RuntimeError):
+                torch.ops.fastnn.mlp(x, *lists)
+
+    def test_other_layouts_and_dtypes_in_the_raw_operator(self) -> None:
+        x, weights, biases = split(make_chain(5, (6, 7, 3)))
+        for bad in (x.to_sparse(), x.half(), x.long(), x.to("meta"), x[None], x.to(torch.complex64)):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                torch.ops.fastnn.mlp(bad, weights + biases, "10").sum().item()
+
+    def test_hostile_backward(self) -> None:
+        x, weights, biases = split(make_chain(5, (6, 7, 3)))
+        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights + biases, "10")
+        good = [torch.randn_like(output), x, weights, "10", output, hidden, True, True, True]
+        hostile = {
+            0: [output[:4], output[:, :2], output[0], output.double(), output.to("meta"), output.to_sparse()],
+            1: [x[:4], x[:, :5], x[0], x.double(), torch.empty(0, 6), x.to("meta")],
+            2: [[], weights[:1], weights[::-1], [weights[0], weights[1].double()], [weights[0][0], weights[1]]],
+            3: ["", "1", "19", "x0", "44"],
+            4: [output[:4], output[:, :2], torch.empty(0), output.double(), output.to("meta")],
+            5: [[], [hidden[0][:4]], [hidden[0].double()], [hidden[0][:, :3]], hidden * 2, [torch.empty(0)]],
+        }
+        torch.ops.fastnn.mlp_backward(*good)
+        for place, values in hostile.items():
+            for value in values:
+                with pytest.raises((RuntimeError, NotImplementedError)):
+                    torch.ops.fastnn.mlp_backward(*good[:place], value, *good[place + 1 :])
+
+    def test_raw_operators_refuse_to_lose_a_gradient(self) -> None:
+        x, weights, biases = split(make_chain(5, (6, 7, 3)))
+        arguments = [x, weights + biases, "10"]
+        for leaf in (x, weights[1], biases[0]):
+            leaf.requires_grad_()
+            output = torch.ops.fastnn.mlp(*arguments)
+            with pytest.raises(RuntimeError, match="no gradient of its own"):
+                output.sum().backward()
+            with torch.no_grad():
+                torch.ops.fastnn.mlp(*arguments)
+            leaf.requires_grad_(False)
