@@ -39,15 +39,15 @@ class BackwardWorker {
   }
 
   // Blocks [first, last) of one group of an image.
-  void run(int64_t image, int64_t group, int64_t first, int64_t last, C* grad_weight, C* grad_bias) {
+  void run(int64_t image, int64_t group, int64_t first, int64_t last, C* grad_weight, C* lost, C* grad_bias) {
     image_ = image;
     group_ = group;
     if (grad_bias && first == 0) add_bias_gradient(grad_bias + group * g_.out_channels);
     if (grad_weight) {
       for (int64_t block = first; block < last; ++block) load_image(block, scratch_.image + (block - first) * s_.image);
-      C* to = grad_weight + (group * s_.blocks + first) * g_.out_channels * s_.row;
+      const int64_t at = (group * s_.blocks + first) * g_.out_channels * s_.row;
       for (int64_t p = 0; p < g_.pixels(); p += scratch_.pixels) {
-        add_weight_gradient(p, smaller(p + scratch_.pixels, g_.pixels()), last - first, to);
+        add_weight_gradient(p, smaller(p + scratch_.pixels, g_.pixels()), last - first, grad_weight + at, lost + at);
       }
     }
     if (call_.grad_input) {
@@ -129,7 +129,8 @@ class BackwardWorker {
     }
   }
 
-  void add_weight_gradient(int64_t first, int64_t last, int64_t blocks, C* to) {
+  // What a slice adds is rounded by the size of the whole sum: `lost` keeps what that takes away.
+  void add_weight_gradient(int64_t first, int64_t last, int64_t blocks, C* to, C* lost) {
     const int64_t slices = divide_up(last - first, scratch_.slice_pixels);
     // One bucket a (slice, channel), in that order.
     int32_t* starts = scratch_.starts;
@@ -154,14 +155,15 @@ class BackwardWorker {
     for (int64_t slice = 0; slice < slices; ++slice) {
       for (int64_t block = 0; block < blocks; ++block) {
         const C* image = scratch_.image + block * s_.image;
-        C* block_to = to + block * g_.out_channels * s_.row;
+        const int64_t block_at = block * g_.out_channels * s_.row;
         for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
           for (int64_t o = 0; o < g_.out_channels; ++o) {
             const int32_t* bounds = scratch_.starts + slice * g_.out_channels + o;
             if (bounds[0] == bounds[1]) continue;
+            const int64_t at = block_at + o * s_.row + (run * s_.vectors + vector) * kLanes<C>;
             add_runs<decltype(runs)::value, decltype(vectors)::value>(
                 scratch_.entries + bounds[0], scratch_.entries + bounds[1], image + vector * kLanes<C>,
-                scratch_.run_offsets + run, block_to + o * s_.row + (run * s_.vectors + vector) * kLanes<C>);
+                scratch_.run_offsets + run, to + at, lost + at);
           }
         });
       }
@@ -170,15 +172,17 @@ class BackwardWorker {
 
   template <int runs, int vectors>
   FASTNN_INLINE void add_runs(const GradientEntry<C>* first, const GradientEntry<C>* last, const C* image,
-                              const int64_t* run_offsets, C* to) const {
+                              const int64_t* run_offsets, C* to, C* lost) const {
     const C* from[runs];
     Vec<C> total[runs][vectors] = {};
     for (int r = 0; r < runs; ++r) from[r] = image + run_offsets[r];
     accumulate_runs<runs, vectors>(first, last, from, total);
     for (int r = 0; r < runs; ++r) {
       for (int v = 0; v < vectors; ++v) {
-        C* target = to + (r * s_.vectors + v) * kLanes<C>;
-        store(target, load(target) + total[r][v]);
+        const int64_t at = (r * s_.vectors + v) * kLanes<C>;
+        const Vec<C> before = load(to + at), sum = before + total[r][v], added = sum - before;
+        store(to + at, sum);
+        store(lost + at, load(lost + at) + ((before - (sum - added)) + (total[r][v] - added)));
       }
     }
   }
@@ -322,16 +326,22 @@ class BackwardWorker {
 
 template <class T>
 void backward(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
-              int64_t last_block, Compute<T>* grad_weight, Compute<T>* grad_bias, void* scratch) {
+              int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
   BackwardWorker<T> worker(call, scratch);
   const int64_t blocks = call.plan.channel_blocks;
   for (int64_t image = first_image; image < last_image; ++image) {
     for (int64_t block = first_block; block < last_block;) {
       const int64_t group = block / blocks, first = block % blocks;
       const int64_t count = smaller(blocks - first, last_block - block);
-      worker.run(image, group, first, first + count, grad_weight, grad_bias);
+      worker.run(image, group, first, first + count, grad_weight, lost, grad_bias);
       block += count;
     }
+  }
+  if (!grad_weight) return;
+  const int64_t block_size = call.plan.weight_size / (call.geometry.groups * blocks);
+  for (int64_t i = first_block * block_size; i < last_block * block_size; ++i) {
+    // What an infinite sum has lost is NaN.
+    if (lost[i] == lost[i]) grad_weight[i] += lost[i];
   }
 }
 

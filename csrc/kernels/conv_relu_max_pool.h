@@ -115,9 +115,10 @@ struct ConvPoolKernels {
   ConvPoolBackwardPlan (*plan_backward)(const ConvPoolGeometry&);
   void (*pack_backward)(const ConvPoolBackward<T>&);
   // The gradients that images [first_image, last_image) and blocks [first_block, last_block) contribute.
-  // grad_weight (weight_size) and grad_bias (groups x out_channels) are added to; either may be null.
+  // grad_weight (weight_size), with zeros of the same size to take note of rounding, and grad_bias (groups x
+  // out_channels) are added to; either may be null.
   void (*backward)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, int64_t first_block,
-                   int64_t last_block, Compute<T>* grad_weight, Compute<T>* grad_bias, void* scratch);
+                   int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias, void* scratch);
   // The gradient of the convolution's output of images [first_image, last_image), laid out in full.
   void (*scatter)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, T* grad_conv,
                   const ConvLayout& layout);

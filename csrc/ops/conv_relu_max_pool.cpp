@@ -135,6 +135,7 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   const int64_t weight_size = wanted.weight ? plan.weight_size : 0;
   Scratch<C> packed(wanted.input ? plan.packed_size : 0);
   Scratch<C> weight_parts(checked_product(image_parts, weight_size));
+  Scratch<C> weight_lost(checked_product(image_parts, weight_size));
   Scratch<C> bias_parts(checked_product(image_parts, bias_size));
   Scratch<char> scratch(checked_product(image_parts * block_parts, scratch_size));
   const ConvPoolBackward<T> call{g,
@@ -157,11 +158,14 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
     const int64_t first_block = blocks * block_part / block_parts, last_block = blocks * (block_part + 1) / block_parts;
     C* weight_part = weight_parts.get() + image_part * weight_size;
     const int64_t block_size = plan.weight_size / blocks;
-    if (wanted.weight) std::fill(weight_part + first_block * block_size, weight_part + last_block * block_size, C(0));
+    C* weight_lost_part = weight_lost.get() + image_part * weight_size;
+    for (C* part : {weight_part, weight_lost_part}) {
+      if (wanted.weight) std::fill(part + first_block * block_size, part + last_block * block_size, C(0));
+    }
     C* bias_part = bias_parts.get() + image_part * bias_size;
     kernels.backward(call, g.batch * image_part / image_parts, g.batch * (image_part + 1) / image_parts, first_block,
-                     last_block, wanted.weight ? weight_part : nullptr, wanted.bias ? bias_part : nullptr,
-                     scratch.get() + chunk * scratch_size);
+                     last_block, wanted.weight ? weight_part : nullptr, weight_lost_part,
+                     wanted.bias ? bias_part : nullptr, scratch.get() + chunk * scratch_size);
   });
   sum_parts(weight_parts.get(), image_parts, weight_size, threads);
   sum_parts(bias_parts.get(), image_parts, bias_size, 1);
