@@ -42,8 +42,9 @@ bench: $(VENV)/bench.stamp  ## Measure the three models against stock PyTorch (u
 bench-conv: $(VENV)/rivals.stamp  ## Compare conv_relu_max_pool with every rival
 	$(RUN) -m benchmarks.compare conv_relu_max_pool $(ARGS)
 
-bench-rnn: $(VENV)/rivals.stamp  ## Compare the recurrent layers with every rival
-	$(RUN) -m benchmarks.compare rnn $(ARGS)
+bench-rnn: $(VENV)/rivals.stamp  ## Compare the recurrent layers with every rival; time against length (12 minutes)
+	$(RUN) -m benchmarks.lengths
+	$(RUN) -m benchmarks.compare rnn --seconds 3 $(ARGS)
 
 bench-mlp: $(VENV)/rivals.stamp  ## Compare mlp with every rival
 	$(RUN) -m benchmarks.compare mlp $(ARGS)

@@ -25,6 +25,8 @@ class Case:
     flops: float  # of one forward
     lengths: tuple[int, ...] | None = None  # of a packed sequence
     input_gradient: bool = True  # whether a training step wants it: a layer does, a whole model does not
+    step_bytes: float = 0  # of the weights that are read anew at each of `serial_steps` steps
+    serial_steps: int = 0
 
     def make_input(self, generator: torch.Generator) -> Any:
         x = torch.randn(self.shape, generator=generator)
@@ -102,6 +104,7 @@ def rnn_case(
     steps = sum(lengths) if lengths else shape[0] * shape[1]
     flops = sum(2.0 * GATES[cell] * hidden * (hidden + width) * steps * directions for width in widths)
     name = f"{cell} {shape} h{hidden}" + (f" x{layers}" if layers > 1 else "")
+    longest = max(lengths) if lengths else shape[1]
     return Case(
         name + (" bidirectional" if bidirectional else "") + (" packed" if lengths else ""),
         shape,
@@ -109,6 +112,8 @@ def rnn_case(
         lambda: getattr(fastnn.nn, cell)(features, hidden, **options),
         flops,
         lengths,
+        step_bytes=4.0 * GATES[cell] * hidden**2,
+        serial_steps=longest * layers * directions,
     )
 
 
@@ -119,6 +124,8 @@ def cell_case(cell: str, batch: int, features: int, hidden: int) -> Case:
         lambda: getattr(nn, f"{cell}Cell")(features, hidden),
         lambda: getattr(fastnn.nn, f"{cell}Cell")(features, hidden),
         2.0 * GATES[cell] * hidden * (hidden + features) * batch,
+        step_bytes=4.0 * GATES[cell] * hidden * (hidden + features),
+        serial_steps=1,
     )
 
 

@@ -12,7 +12,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.providers import PROVIDERS, prepare
 from benchmarks.report import RESULTS, as_time, report_failures
-from benchmarks.timing import environment, interleave, peak_flops, quartiles, speedups
+from benchmarks.timing import bandwidth, environment, interleave, peak_flops, quartiles, speedups
 from fastnn.testing import using_threads
 
 
@@ -27,6 +27,11 @@ def measure(
     ours = timings["fastnn"]
     rivals = {name: timing for name, timing in timings.items() if not name.startswith("fastnn")}
     best = min(rivals, key=lambda name: rivals[name].median)
+    # The least time that the multiply-adds take, or the reads, whichever is longer.
+    least = {"multiply-adds": problem.flops / peak}
+    if problem.bytes > 0:
+        least["cache"] = problem.bytes / bandwidth(case.step_bytes / 1e6)
+    bound = max(least, key=lambda name: least[name])
     return {
         "case": case.name,
         "direction": direction,
@@ -40,14 +45,25 @@ def measure(
         if "fastnn frozen" in timings
         else None,
         "eager_over_fastnn": rivals["eager"].median / ours.median if "eager" in rivals else None,
-        "percent_of_peak": 100 * problem.flops / ours.median / peak,
+        "bound": bound,
+        "percent_of_bound": 100 * least[bound] / ours.median,
     }
+
+
+def thread_speedup(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """How many times faster fastnn is than on one thread; None for that itself, or if it was not measured."""
+    key = (row["case"], row["direction"], 1)
+    single = [r for r in rows if (r["case"], r["direction"], r["threads"]) == key]
+    if row["threads"] == 1 or not single:
+        return None
+    return single[0]["microseconds"]["fastnn"] / row["microseconds"]["fastnn"]
 
 
 def as_markdown(rows: list[dict[str, Any]], info: dict[str, Any]) -> str:
     """One table: times of all, then what matters."""
     providers = [name for name in PROVIDERS if any(name in row["microseconds"] for row in rows)]
-    heading = ["case", "direction", "threads", *providers, "best rival / fastnn", "spread", "% of FMA peak"]
+    heading = ["case", "direction", "threads", *providers, "best rival / fastnn", "spread", "eager / fastnn"]
+    heading += ["% of its bound", "1 thread / this"]
     peaks = ", ".join(f"{flops / 1e9:.0f} GFLOP/s on {count} thread(s)" for count, flops in info["peak"].items())
     lines = [
         ", ".join(f"{name} {info[name]}" for name in ("processor", "instruction_set", "torch", "fastnn", "time")),
@@ -66,7 +82,9 @@ def as_markdown(rows: list[dict[str, Any]], info: dict[str, Any]) -> str:
             *(as_time(times[name]) if name in times else "" for name in providers),
             f"**{row['best_rival_over_fastnn']:.2f}**",
             f"{low:.2f}-{high:.2f}",
-            f"{row['percent_of_peak']:.0f}",
+            f"{row['eager_over_fastnn']:.2f}" if row["eager_over_fastnn"] else "",
+            f"{row['percent_of_bound']:.0f} ({row['bound']})",
+            f"{speedup:.2f}" if (speedup := thread_speedup(row, rows)) else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -76,7 +94,7 @@ def report_row(title: str, row: dict[str, Any], console: Console) -> None:
     times = ", ".join(f"{name} {as_time(value)}" for name, value in row["microseconds"].items())
     ratio = f"{row['best_rival_over_fastnn']:.2f}x against {row['best_rival']}"
     console.print(
-        f"[bold]{title}[/bold]: {ratio}, {row['percent_of_peak']:.0f} % of peak\n  {times}",
+        f"[bold]{title}[/bold]: {ratio}, {row['percent_of_bound']:.0f} % of the {row['bound']} bound\n  {times}",
         highlight=False,
         soft_wrap=True,
     )

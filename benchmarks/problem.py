@@ -68,6 +68,11 @@ class Problem:
         """Of one run: a backward does each product of the forward twice, for its two factors."""
         return self.case.flops * (3 if self.direction == "training" else 1)
 
+    @property
+    def bytes(self) -> float:
+        """That one run must read from cache, because each step needs the one before: backward as many as forward."""
+        return self.case.step_bytes * self.case.serial_steps * (2 if self.direction == "training" else 1)
+
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """What to prepare and time in."""
         return torch.inference_mode() if self.direction == "inference" else contextlib.nullcontext()

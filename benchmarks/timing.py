@@ -1,5 +1,6 @@
 """Timing that a busy machine disturbs little: contenders take turns in one process, and medians are compared."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -92,15 +93,20 @@ def peak_flops() -> float:
         return max(burst() for _ in range(15))
 
 
+@functools.lru_cache
 def bandwidth(megabytes: float) -> float:
-    """Bytes a second read from a buffer of this size: pick it to sit in the cache or memory of interest."""
-    buffer = torch.ones(int(megabytes * 1e6 / 4))
-    return 4.0 * buffer.numel() / _best_time(buffer.sum)
+    """Bytes a second that one thread reads from a buffer of this size, over and over: pick the size to sit in the cache
+    or memory of interest."""
+    size = int(megabytes * 1e6)
+    rounds = max(1, int(2e8 / size))
 
+    def seconds(rounds: int) -> float:
+        start = time.perf_counter()
+        fastnn._C.read(size, rounds)
+        return time.perf_counter() - start
 
-def _best_time(run: Callable[[], Any]) -> float:
-    calls = _calls_in_block(run)
-    return min(_time_block(run, calls) for _ in range(15))
+    # What more rounds take, without the buffer's allocation.
+    return size * rounds / (min(seconds(rounds + 1) for _ in range(9)) - min(seconds(1) for _ in range(9)))
 
 
 def environment() -> dict[str, Any]:

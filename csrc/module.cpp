@@ -46,4 +46,12 @@ PYBIND11_MODULE(_C, m) {
       "multiply_adds", [](int64_t rounds) { return fastnn::probe_kernels().multiply_adds(rounds); }, py::arg("rounds"),
       py::call_guard<py::gil_scoped_release>(),
       "Do independent float32 multiply-adds, to be timed: returns the number of operations.");
+  m.def(
+      "read",
+      [](int64_t bytes, int64_t rounds) {
+        const std::vector<float> data(static_cast<size_t>(bytes > 0 ? bytes : 0) / sizeof(float), 1.0f);
+        return fastnn::probe_kernels().add_up(data.data(), static_cast<int64_t>(data.size()), rounds);
+      },
+      py::arg("bytes"), py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
+      "Read a buffer of so many bytes from start to end, again and again, to be timed.");
 }

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import compare, overhead, report, sweep
+from benchmarks import compare, lengths, overhead, report, sweep
 from benchmarks.cases import CASES, Case, first_tensor
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.timing import Timing, bandwidth, environment, interleave, peak_flops, speedups
@@ -44,8 +44,23 @@ def test_report(tmp_path: Path) -> None:
 def test_compare() -> None:
     row = compare.measure(SMALL, "inference", 1, ["eager", "fastnn"], seconds=0.01, peak=peak_flops())
     assert row["best_rival"] == "eager"
-    text = compare.as_markdown([row], environment() | {"peak": {1: 1e9}})
+    assert row["bound"] == "multiply-adds"
+    twice = row | {"threads": 2, "microseconds": {name: time / 2 for name, time in row["microseconds"].items()}}
+    assert compare.thread_speedup(row, [row, twice]) is None
+    assert compare.thread_speedup(twice, [row, twice]) == 2
+    text = compare.as_markdown([row, twice], environment() | {"peak": {1: 1e9}})
     assert SMALL.name in text
+
+
+def test_small_recurrent_steps_are_bound_by_the_cache() -> None:
+    case = next(case for case in CASES["rnn"] if case.name == "LSTM (1, 128, 64) h128")
+    row = compare.measure(case, "inference", 1, ["eager", "fastnn"], seconds=0.01, peak=peak_flops())
+    assert row["bound"] == "cache"
+
+
+def test_lengths() -> None:
+    row = lengths.measure("RNN", "training", (3, 30), seconds=0.01)
+    assert all(row["microseconds_a_step"][length] > 0 for length in (3, 30))
 
 
 def test_wrong_results_are_not_measured() -> None:

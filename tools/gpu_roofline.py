@@ -165,7 +165,7 @@ def rnn_predictions() -> Iterator[Prediction]:
                 ours = Cost(ends + between, flops, launches, serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "forward", stock, stock, ours, True, kind)
                 stock = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["stock"])
-                ours = Cost(3 * (ends + between), 3 * flops, 6 * layers + 2 * launches, 2.2 * serial["fastnn"])
+                ours = Cost(3 * (ends + between), 3 * flops, 4 * layers + 2 * launches, 2.2 * serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "training", stock, stock, ours, True, kind)
 
 

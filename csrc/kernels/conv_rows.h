@@ -6,147 +6,10 @@
 // computes between the end of a row and the start of the next is not used.
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_rows_plan.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
-
-constexpr int kRowAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
-constexpr int kRowOutputs = kRowAccumulators / 2;  // output channels of a register tile
-constexpr int64_t kRowTileBytes = 384 << 10;
-
-// Vectors of pixels of a register tile: enough accumulators to keep the multipliers busy.
-constexpr int row_vectors(int outputs) {
-  return kRowAccumulators / outputs < 8 ? kRowAccumulators / outputs : 8;
-}
-
-// One band: sizes of the tile and of the conv rows computed from it.
-struct RowShape {
-  int64_t conv[2];       // slices and rows of conv pixels
-  int64_t margin;        // columns beside a conv row that windows reach to
-  int64_t pitch;         // of a row of pixels
-  int64_t run;           // pixels of a slice, from the first to the last
-  int64_t vectors;       // that hold them
-  int64_t phase[2];      // of rows and columns: from one plane of the tile to the next
-  int64_t slice;         // from one input slice to the next
-  int64_t channel;       // from one input channel to the next
-  int64_t slices, rows;  // of the input, rows of one phase
-};
-
-template <class C>
-RowShape row_shape(const ConvPoolGeometry& g, int64_t band) {
-  RowShape s;
-  constexpr int64_t line = 64 / sizeof(C);
-  s.conv[0] = smaller(g.conv[0], g.pool_extent(0));
-  s.conv[1] = smaller(g.conv[1], (band - 1) * g.pool_stride[1] + g.pool_extent(1));
-  const int64_t past = (g.output[2] - 1) * g.pool_stride[2] - g.pool_padding[2] + g.pool_extent(2);
-  s.margin = larger(g.pool_padding[2], larger(0, past - g.conv[2]));
-  s.pitch = g.conv[2] + larger((g.kernel_extent(2) - 1) / g.stride[2], s.margin);
-  s.run = (s.conv[1] - 1) * s.pitch + g.conv[2];
-  s.vectors = divide_up(s.run, kLanes<C>);
-  s.slices = (s.conv[0] - 1) * g.stride[0] + g.kernel_extent(0);
-  s.rows = s.conv[1] + (g.kernel_extent(1) - 1) / g.stride[1];
-  s.phase[1] = s.rows * s.pitch;
-  s.phase[0] = s.phase[1] * smaller(g.stride[2], g.kernel_extent(2));
-  s.slice = s.phase[0] * smaller(g.stride[1], g.kernel_extent(1));
-  // An odd number of cache lines: a power of two would put all channels into few of the cache's sets.
-  s.channel = round_up(s.slice * s.slices, 2 * line) + line;
-  return s;
-}
-
-template <class C>
-struct RowScratch {
-  C* tile;    // [channel][slice][row's phase][column's phase][row][column]
-  C* pixels;  // [conv slice][output channel][row][column], with margins
-  C* stage;   // [output channel][pooled pixel]
-  uint8_t* winner_stage;
-  WindowRow<C>* window_rows;
-  int64_t* offsets;  // of the elements under a conv pixel
-  int64_t pixel_step, stage_step;
-  int64_t size;
-
-  RowScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
-    const RowShape s = row_shape<C>(g, plan.band);
-    const int64_t outputs = smaller(g.out_channels, kRowOutputs), element = sizeof(C);
-    pixel_step = s.vectors * kLanes<C> + 2 * s.margin + kLanes<C>;
-    stage_step = plan.band * g.output[2];
-    char* base = static_cast<char*>(memory);
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      char* part = base + used;
-      used += round_up(bytes, 64);
-      return part;
-    };
-    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : (g.in_channels * s.channel + kLanes<C>)*element));
-    // A window's vector of pixels may reach a few strides past the last.
-    pixels = reinterpret_cast<C*>(
-        take((s.conv[0] * outputs * pixel_step + kLanes<C> * (g.pool_stride[2] + 1) + g.pool_kernel[2]) * element));
-    stage = reinterpret_cast<C*>(take((outputs * stage_step + kLanes<C>)*element));
-    winner_stage = reinterpret_cast<uint8_t*>(take(outputs * stage_step + kLanes<C>));
-    window_rows = reinterpret_cast<WindowRow<C>*>(
-        take(g.pool_kernel[0] * g.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
-    offsets = reinterpret_cast<int64_t*>(take(g.depth() * static_cast<int64_t>(sizeof(int64_t))));
-    size = used;
-  }
-};
-
-// A window of dilated places may hold none but padding, which has no place here.
-FASTNN_INLINE bool rows_apply(const ConvPoolGeometry& g) {
-  return g.pool_dilation[0] == 1 && g.pool_dilation[1] == 1 && g.pool_dilation[2] == 1;
-}
-
-// Whether the input's rows follow one another at the pitch wanted, and the last band's are a vector at least.
-template <class T>
-FASTNN_INLINE bool rows_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  const int64_t pitch = row_shape<Compute<T>>(g, plan.band).pitch;
-  const bool strided = g.stride[0] * g.stride[1] * g.stride[2] > 1;
-  const int64_t past = smaller(g.conv[1], (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1));
-  const int64_t last_rows = past - (plan.row_parts - 1) * plan.band * g.pool_stride[1];
-  return can_stay_in_place<T>(g, input) && !strided && input.d[2] == 1 && input.d[1] == pitch &&
-         g.pool_padding[1] == 0 && (last_rows - 1) * pitch + g.conv[2] >= kLanes<Compute<T>>;
-}
-
-template <class T>
-ConvPoolPlan plan_rows(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
-  using C = Compute<T>;
-  ConvPoolPlan plan = {};
-  plan.algorithm = ConvAlgorithm::rows;
-  const auto tile_bytes = [&](int64_t band) {
-    return g.in_channels * row_shape<C>(g, band).channel * static_cast<int64_t>(sizeof(C));
-  };
-  const int64_t room = larger(0, kRowTileBytes - tile_bytes(1)), more = larger(1, tile_bytes(2) - tile_bytes(1));
-  plan.band = smaller(g.output[1], 1 + room / more);
-  int64_t bands = divide_up(g.output[1], plan.band);
-  const int64_t wanted = threads == 1 ? 1 : 4 * threads, others = g.batch * g.groups * g.output[0];
-  if (others * bands < wanted) bands = smaller(g.output[1], divide_up(wanted, others));
-  plan.band = divide_up(g.output[1], bands);
-  plan.row_parts = divide_up(g.output[1], plan.band);
-  plan.items = others * plan.row_parts;
-  plan.pack_items = g.groups * divide_up(g.out_channels, kRowOutputs);
-  plan.packed_size = g.groups * g.out_channels * g.depth();
-  plan.in_place = rows_stay_in_place<T>(g, input, plan);
-  plan.scratch_size = RowScratch<C>(g, plan, nullptr).size;
-  return plan;
-}
-
-// For one image and group.
-template <class C>
-double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  const RowShape s = row_shape<C>(g, plan.band);
-  const double bands = static_cast<double>(g.output[0] * plan.row_parts);
-  const double multiplications = static_cast<double>(g.out_channels * g.depth() * s.conv[0] * s.vectors);
-  const int64_t phases = smaller(g.stride[1], g.kernel_extent(1)) * smaller(g.stride[2], g.kernel_extent(2));
-  const double runs = static_cast<double>(s.slices * s.rows * phases);
-  const bool transposed = input.c == 1 && g.in_channels > 1;
-  const bool as_it_lies = input.d[2] * g.stride[2] == 1;
-  const double elements = static_cast<double>(g.in_channels * s.slices * s.slice);
-  const double copy = copy_cost(elements, transposed ? runs : runs * g.in_channels, transposed || !as_it_lies);
-  constexpr double kItem = 400, kOverhead = 1.1;                                // per band, on multiplications
-  const double place = g.pool_stride[2] == 3 || g.pool_stride[2] > 4 ? 40 : 4;  // of a vector of windows
-  const double windows =
-      static_cast<double>(g.out_channels * plan.band * divide_up(g.output[2], kLanes<C>) * g.places());
-  return bands * (kItem + kOverhead * multiplications + (plan.in_place ? 0 : copy) + place * windows);
-}
 
 // weight -> [group][block of output channels][depth][channel]
 template <class T>
@@ -343,10 +206,11 @@ class RowsForward {
         for (int o = 0; o < outputs; ++o) fill_margins(to + o * scratch_.pixel_step);
       }
     }
-    for (int o = 0; o < outputs; ++o) {
-      for (int64_t y = first_; y < last_; ++y) {
+    for (int64_t y = first_; y < last_; ++y) {
+      const int64_t count = find_rows(y, outputs);
+      for (int o = 0; o < outputs; ++o) {
         const int64_t at = o * scratch_.stage_step + (y - first_) * g_.output[2];
-        pool_row(find_rows(y, o, outputs), scratch_.stage + at, scratch_.winner_stage + at);
+        pool_row(count, o * scratch_.pixel_step, scratch_.stage + at, scratch_.winner_stage + at);
       }
     }
     write(group_ * g_.out_channels + first, outputs);
@@ -384,39 +248,45 @@ class RowsForward {
     }
   }
 
-  // The conv rows under a row of windows: how many.
-  int64_t find_rows(int64_t row, int64_t o, int64_t outputs) {
+  // The conv rows of the block's first channel under a row of windows: how many.
+  int64_t find_rows(int64_t row, int64_t outputs) {
     const PlaceRange slices = places_inside(g_, 0, slice_), rows = places_inside(g_, 1, row);
     int64_t count = 0;
     for (int64_t i = slices.first; i < slices.last; ++i) {
       const int64_t z = slice_ * g_.pool_stride[0] - g_.pool_padding[0] + i - first_conv_[0];
       for (int64_t j = rows.first; j < rows.last; ++j) {
         const int64_t y = row * g_.pool_stride[1] - g_.pool_padding[1] + j - first_conv_[1];
-        const C* first = pixels(z, o, outputs) + y * s_.pitch - g_.pool_padding[2];
+        const C* first = pixels(z, 0, outputs) + y * s_.pitch - g_.pool_padding[2];
         scratch_.window_rows[count++] = {first, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
       }
     }
     return count;
   }
 
-  void pool_row(int64_t count, C* to, uint8_t* winners) {
+  // One channel's row of windows; its pixels lie `shift` behind those of window_rows.
+  void pool_row(int64_t count, int64_t shift, C* to, uint8_t* winners) {
+    const auto run = [&](auto stride) {
+      constexpr int fixed = decltype(stride)::value;
+      call_.winners ? pool_windows<fixed, true>(count, shift, to, winners)
+                    : pool_windows<fixed, false>(count, shift, to, winners);
+    };
     switch (g_.pool_stride[2]) {
       case 1:
-        return call_.winners ? pool_windows<1, true>(count, to, winners) : pool_windows<1, false>(count, to, winners);
+        return run(Constant<1>{});
       case 2:
-        return call_.winners ? pool_windows<2, true>(count, to, winners) : pool_windows<2, false>(count, to, winners);
+        return run(Constant<2>{});
       case 4:
-        return call_.winners ? pool_windows<4, true>(count, to, winners) : pool_windows<4, false>(count, to, winners);
+        return run(Constant<4>{});
       default:
-        return call_.winners ? pool_windows<0, true>(count, to, winners) : pool_windows<0, false>(count, to, winners);
+        return run(Constant<0>{});
     }
   }
 
   template <int stride, bool with_winners>
-  void pool_windows(int64_t count, C* to, uint8_t* winners) {
+  void pool_windows(int64_t count, int64_t shift, C* to, uint8_t* winners) {
     const WindowRow<C>* rows = scratch_.window_rows;
     for (int64_t x = 0; x < g_.output[2]; x += kLanes<C>) {
-      const int64_t at = x * g_.pool_stride[2];
+      const int64_t at = shift + x * g_.pool_stride[2];
       WindowMaximum<C, 1, with_winners> window;
       window.start(load_strided<stride>(rows[0].pixels + at, g_.pool_stride[2]), rows[0].place);
       for (int64_t r = 0; r < count; ++r) {

@@ -131,14 +131,14 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
 }
 
 // Calls add(k) for each k < depth, which adds to `total`. Long sums are taken in parts, for the sake of their error.
-template <int rows, int vectors, class V, class Add>
+template <int longest = kLongestSum, int rows, int vectors, class V, class Add>
 FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const Add& add) {
   V earlier[rows][vectors];  // in memory: the registers are taken
   for (int64_t k = 0; k < depth;) {
-    if (k > 0) set_aside(total, earlier, k > kLongestSum);
-    for (const int64_t end = smaller(k + kLongestSum, depth); k < end; ++k) add(k);
+    if (k > 0) set_aside(total, earlier, k > longest);
+    for (const int64_t end = smaller(k + longest, depth); k < end; ++k) add(k);
   }
-  if (depth <= kLongestSum) return;
+  if (depth <= longest) return;
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
@@ -148,7 +148,7 @@ FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const 
 
 // The register tile: `pixels` consecutive conv pixels by `vectors` vectors of output channels.
 // A step of 0 stands for one known only at run time.
-template <int pixels, int vectors, int fixed_step, class C>
+template <int pixels, int vectors, int fixed_step, int longest, class C>
 FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
                              const Vec<C> (&bias)[vectors], C* to) {
   // Pixels a fixed step apart need but one pointer.
@@ -159,7 +159,7 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
   for (int p = 0; p < pixels; ++p) {
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
-  sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
+  sum_in_parts<longest>(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const int64_t offset = offsets[k];
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
@@ -177,7 +177,7 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
 }
 
 // `count` conv pixels of a row -> to (count, vectors x lanes)
-template <int vectors, class C>
+template <int vectors, int longest = kLongestSum, class C>
 void conv_row(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
               const Vec<C> (&bias)[vectors], int64_t count, C* to) {
   const int64_t tiles = divide_up(count, kConvPixels);
@@ -188,11 +188,11 @@ void conv_row(const C* tile, int64_t step, const int64_t* offsets, int64_t depth
       const C* from = tile + first * step;
       C* target = to + first * vectors * kLanes<C>;
       if (step == 1) {
-        conv_tile<pixels, vectors, 1>(from, step, offsets, depth, weight, bias, target);
+        conv_tile<pixels, vectors, 1, longest>(from, step, offsets, depth, weight, bias, target);
       } else if (step == 2) {
-        conv_tile<pixels, vectors, 2>(from, step, offsets, depth, weight, bias, target);
+        conv_tile<pixels, vectors, 2, longest>(from, step, offsets, depth, weight, bias, target);
       } else {
-        conv_tile<pixels, vectors, 0>(from, step, offsets, depth, weight, bias, target);
+        conv_tile<pixels, vectors, 0, longest>(from, step, offsets, depth, weight, bias, target);
       }
     });
   }

@@ -13,6 +13,7 @@ namespace fastnn {
 namespace FASTNN_ISA {
 
 constexpr int kPositions = 16;                    // of a transformed tile
+constexpr int kLongestWinogradSum = 128;          // shorter than elsewhere: the way back adds up sums, and their errors
 constexpr int64_t kTransformedBytes = 512 << 10;  // a run's transformed input: half of L2
 
 FASTNN_INLINE bool winograd_applies(const ConvPoolGeometry& g) {
@@ -240,9 +241,10 @@ class WinogradForward {
         call_.packed + kPositions * g_.in_channels * (group_ * round_up(g_.out_channels, kLanes<C>) + first);
     const Vec<C> zero[vectors] = {};
     for (int64_t position = 0; position < kPositions; ++position) {
-      conv_row<vectors>(scratch_.transformed + position * call_.plan.columns * scratch_.pitch, scratch_.pitch,
-                        scratch_.offsets, g_.in_channels, weight + position * g_.in_channels * width, zero, count_,
-                        scratch_.products + position * call_.plan.columns * width);
+      conv_row<vectors, kLongestWinogradSum>(scratch_.transformed + position * call_.plan.columns * scratch_.pitch,
+                                             scratch_.pitch, scratch_.offsets, g_.in_channels,
+                                             weight + position * g_.in_channels * width, zero, count_,
+                                             scratch_.products + position * call_.plan.columns * width);
     }
     for (int v = 0; v < vectors; ++v) {
       const Vec<C> bias =

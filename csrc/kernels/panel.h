@@ -26,13 +26,16 @@ struct Strides {
   FASTNN_INLINE int64_t depth() const { return transposed ? stride : 1; }
 };
 
-// out[r] = start[r * start_stride] + a[r] panel, for `rows` rows. Few rows are summed in several parts of the depth
-// at a time: one chain of additions would wait for itself.
-template <int rows, int vectors, bool transposed, class C>
+// Parts of the depth that are summed at a time, for few rows: one chain of additions would wait for itself.
+constexpr int parts_of(int64_t rows, int vectors) {
+  return rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : 4;
+}
+
+// out[r] = start[r * start_stride] + a[r] panel, for `rows` rows.
+template <int rows, int vectors, int parts, bool transposed, class C>
 __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<transposed> strides, const C* panel,
                                              const C* start, int64_t start_stride, C* out, int64_t out_stride) {
   constexpr int lanes = kLanes<C>, width = vectors * lanes;
-  constexpr int parts = rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : 4;
   Vec<C> total[parts][rows][vectors] = {};
   const int64_t row = strides.row(), step = strides.depth();
   const auto multiply_one = [&](int part) __attribute__((always_inline)) {
@@ -75,19 +78,31 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
   }
 }
 
-// The same for any number of rows, in tiles as even as can be.
+// The same for any number of rows, in tiles as even as can be. `all_rows` are those of the whole of which these are a
+// thread's part: it decides how sums are made, so that they come out the same for any number of threads.
 template <int vectors, bool transposed = false, class C>
-void multiply_panel(int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panel, const C* start,
-                    int64_t start_stride, C* out, int64_t out_stride) {
+void multiply_panel(int64_t all_rows, int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panel,
+                    const C* start, int64_t start_stride, C* out, int64_t out_stride) {
   constexpr int most = tile_rows(vectors);
   const Strides<transposed> strides{a_stride};
   const int64_t tiles = divide_up(rows, most);
+  const int parts = parts_of(all_rows, vectors);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
     with_constant<most>(static_cast<int>(count), [&](auto constant) {
-      multiply_rows<decltype(constant)::value, vectors>(depth, a + first * strides.row(), strides, panel,
-                                                        start + first * start_stride, start_stride,
-                                                        out + first * out_stride, out_stride);
+      constexpr int tile_rows = decltype(constant)::value;
+      const auto run = [&](auto chosen) {
+        multiply_rows<tile_rows, vectors, decltype(chosen)::value>(depth, a + first * strides.row(), strides, panel,
+                                                                   start + first * start_stride, start_stride,
+                                                                   out + first * out_stride, out_stride);
+      };
+      if constexpr (parts_of(tile_rows, vectors) > 2) {
+        if (parts > 2) return run(Constant<4>{});
+      }
+      if constexpr (parts_of(tile_rows, vectors) > 1) {
+        if (parts > 1) return run(Constant<2>{});
+      }
+      run(Constant<1>{});
     });
   }
 }
@@ -100,12 +115,12 @@ constexpr int64_t padded_columns(int64_t columns) {
 
 // product (rows, padded columns) = a (rows, depth) times such panels, or, `adding`, that much more.
 template <bool transposed, class C>
-void multiply_panels(int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panels, int64_t columns,
-                     bool adding, C* product, int64_t product_stride) {
+void multiply_panels(int64_t all_rows, int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panels,
+                     int64_t columns, bool adding, C* product, int64_t product_stride) {
   static constexpr C kZeros[2 * kLanes<C>] = {};
   for (int64_t column = 0; column < columns; column += 2 * kLanes<C>) {
     C* out = product + column;
-    multiply_panel<2, transposed>(rows, depth, a, a_stride, panels + column * depth, adding ? out : kZeros,
+    multiply_panel<2, transposed>(all_rows, rows, depth, a, a_stride, panels + column * depth, adding ? out : kZeros,
                                   adding ? product_stride : 0, out, product_stride);
   }
 }

@@ -25,9 +25,22 @@ double multiply_adds(int64_t rounds) {
   return 2.0 * kChains * kLanes<float> * static_cast<double>(rounds);
 }
 
+float add_up(const float* data, int64_t count, int64_t rounds) {
+  constexpr int64_t step = 8 * kLanes<float>;
+  Vec<float> total[8] = {};
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (int64_t i = 0; i + step <= count; i += step) {
+#pragma GCC unroll 8
+      for (int v = 0; v < 8; ++v) total[v] += load(data + i + v * kLanes<float>);
+    }
+  }
+  for (int v = 1; v < 8; ++v) total[0] += total[v];
+  return sum_lanes<float>(total[0]);
+}
+
 }  // namespace
 
-extern const ProbeKernels probe_kernels = {multiply_adds};
+extern const ProbeKernels probe_kernels = {multiply_adds, add_up};
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

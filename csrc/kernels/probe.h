@@ -11,6 +11,8 @@ struct ProbeKernels {
   // Does `rounds` rounds of independent float32 multiply-adds in registers; returns how many operations that was, a
   // multiply-add counted as two.
   double (*multiply_adds)(int64_t rounds);
+  // Adds up data (count), `rounds` times.
+  float (*add_up)(const float* data, int64_t count, int64_t rounds);
 };
 
 }  // namespace fastnn

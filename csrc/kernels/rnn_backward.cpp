@@ -1,53 +1,9 @@
+#include "rnn_backward_weights.h"
 #include "rnn_blocks.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
-
-// Gate gradients of a row are kSlots times hidden, in the order of the cell's slots: the first kGates of them are
-// those of x W_ih^T, the last kGates (for all but GRU the same ones) those of h W_hh^T.
-template <class Cell, class C>
-struct Layout {
-  int64_t hidden, projected, input_size;
-
-  template <class T>
-  Layout(const RnnNetwork<T>& network, int64_t input_size)
-      : hidden(network.hidden), projected(network.projected), input_size(input_size) {}
-
-  int64_t outputs() const { return projected ? projected : hidden; }
-  int64_t gates() const { return Cell::kGates * hidden; }
-  int64_t gradients() const { return Cell::kSlots * hidden; }
-  int64_t hidden_gradients() const { return Cell::kHiddenSlot * hidden; }
-  static int64_t padded(int64_t columns) { return padded_columns<C>(columns); }
-
-  // Packed: W_ih with its gates in the order of the slots, W_hh, W_hr.
-  int64_t hidden_panels() const { return padded(input_size) * gates(); }
-  int64_t projection() const { return hidden_panels() + padded(outputs()) * gates(); }
-  int64_t packed_size() const { return projection() + padded(hidden) * projected; }
-  // Sums: dW_ih, dW_hh and dW_hr with padded rows, then the column sums of the gate gradients.
-  int64_t hidden_sums() const { return gates() * padded(input_size); }
-  int64_t projection_sums() const { return hidden_sums() + gates() * padded(outputs()); }
-  int64_t bias_sums() const { return projection_sums() + projected * padded(hidden); }
-  int64_t sums_size() const { return bias_sums() + padded(gradients()); }
-};
-
-template <class Cell, class T>
-void pack(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
-  using C = Compute<T>;
-  const int64_t input_size = weights.input_size, hidden = network.hidden, outputs = network.outputs();
-  const Layout<Cell, C> layout(network, input_size);
-  for (int64_t row = 0; row < layout.gates(); ++row) {
-    const int64_t gate = Cell::input_gate(static_cast<int>(row / hidden)), unit = row % hidden;
-    pack_row(weights.weight_ih + (gate * hidden + unit) * input_size, input_size, layout.gates(),
-             packed + row * 2 * kLanes<C>);
-    pack_row(weights.weight_hh + row * outputs, outputs, layout.gates(),
-             packed + layout.hidden_panels() + row * 2 * kLanes<C>);
-  }
-  for (int64_t row = 0; row < network.projected; ++row) {
-    pack_row(weights.weight_hr + row * hidden, hidden, network.projected,
-             packed + layout.projection() + row * 2 * kLanes<C>);
-  }
-}
 
 // The gradient of a layer's output: the caller's, or what the layer after has passed down.
 template <class Cell, class T, class Source>
@@ -112,7 +68,7 @@ class BackwardDirection {
     for (int64_t sequence = part_.first; sequence < last; ++sequence) {
       finish_row(t, sequence, sequence < running, gates + (sequence - part_.first) * layout_.gradients());
     }
-    multiply_panels<false>(rows, layout_.gates(), gates + layout_.hidden_gradients(), layout_.gradients(),
+    multiply_panels<false>(rows, rows, layout_.gates(), gates + layout_.hidden_gradients(), layout_.gradients(),
                            direction_.weights.packed + layout_.hidden_panels(), outputs, !layout_.projected, grad_h(),
                            padded());
     for (int64_t sequence = running; sequence < last; ++sequence) {
@@ -146,7 +102,7 @@ class BackwardDirection {
         store_up_to<C>(arrived + row * projected + i, sum, projected - i);
       }
     }
-    multiply_panels<false>(rows, projected, arrived, projected, direction_.weights.packed + layout_.projection(),
+    multiply_panels<false>(rows, rows, projected, arrived, projected, direction_.weights.packed + layout_.projection(),
                            layout_.hidden, false, grad_h_, padded());
   }
 
@@ -203,8 +159,8 @@ class BackwardDirection {
       pack_masked_row(rows.at(step, sequence), mask ? mask + (step.row + sequence) * input_size : nullptr, input_size,
                       block.rows, panels_ + local * 2 * kLanes<C>);
     });
-    multiply_panels<true>(layout_.gates(), block.rows, gates_, layout_.gradients(), panels_, input_size, true, sums_,
-                          layout_.padded(input_size));
+    multiply_panels<true>(layout_.gates(), layout_.gates(), block.rows, gates_, layout_.gradients(), panels_,
+                          input_size, true, sums_, layout_.padded(input_size));
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       const int64_t t = &step - network_.step;
       const T* before = previous_output(t, sequence, sequence < direction_.running(t, part_));
@@ -215,8 +171,9 @@ class BackwardDirection {
         clear_row(outputs, block.rows, panel);
       }
     });
-    multiply_panels<true>(layout_.gates(), block.rows, gates_ + layout_.hidden_gradients(), layout_.gradients(),
-                          panels_, outputs, true, sums_ + layout_.hidden_sums(), layout_.padded(outputs));
+    multiply_panels<true>(layout_.gates(), layout_.gates(), block.rows, gates_ + layout_.hidden_gradients(),
+                          layout_.gradients(), panels_, outputs, true, sums_ + layout_.hidden_sums(),
+                          layout_.padded(outputs));
     add_rows(block.rows);
     if constexpr (Cell::kHasCellState) {
       if (layout_.projected) add_projection(block);
@@ -236,7 +193,7 @@ class BackwardDirection {
       }
       pack_row(row, hidden, block.rows, panels_ + local * 2 * kLanes<C>);
     });
-    multiply_panels<true>(projected, block.rows, outputs_, projected, panels_, hidden, true,
+    multiply_panels<true>(projected, projected, block.rows, outputs_, projected, panels_, hidden, true,
                           sums_ + layout_.projection_sums(), padded());
   }
 
@@ -274,8 +231,8 @@ class BackwardDirection {
   void pass_down(Block block, Rows<To> destination) {
     const int64_t columns = layout_.input_size, stride = layout_.padded(columns);
     const T* mask = layer_mask(network_, direction_.layer);
-    multiply_panels<false>(block.rows, layout_.gates(), gates_, layout_.gradients(), direction_.weights.packed, columns,
-                           false, panels_, stride);
+    multiply_panels<false>(block.rows, block.rows, layout_.gates(), gates_, layout_.gradients(),
+                           direction_.weights.packed, columns, false, panels_, stride);
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       To* to = const_cast<To*>(destination.at(step, sequence));
       const T* row_mask = mask ? mask + (step.row + sequence) * columns : nullptr;
@@ -290,7 +247,7 @@ class BackwardDirection {
 
   const Direction<T> direction_;
   const RnnNetwork<T>& network_;
-  const Layout<Cell, C> layout_;
+  const BackwardLayout<Cell, C> layout_;
   const Part part_;
   const int64_t most_rows_;
   const Source* grad_output_;  // (rows, width), or null
@@ -316,20 +273,21 @@ int64_t most_rows(const RnnNetwork<T>& network, int64_t sequences) {
 
 template <class T>
 int64_t packed_size(const RnnNetwork<T>& network, int64_t input_size) {
-  return with_cell(network.mode,
-                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>(network, input_size).packed_size(); });
+  return with_cell(network.mode, [&](auto cell) {
+    return BackwardLayout<decltype(cell), Compute<T>>(network, input_size).packed_size();
+  });
 }
 
 template <class T>
 void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
-  with_cell(network.mode, [&](auto cell) { pack<decltype(cell), T>(network, weights, packed); });
+  with_cell(network.mode, [&](auto cell) { pack_backward<decltype(cell), T>(network, weights, packed); });
 }
 
 template <class T>
 int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
   return with_cell(network.mode, [&](auto cell) {
     using Cell = decltype(cell);
-    const Layout<Cell, Compute<T>> layout(network, 0);
+    const BackwardLayout<Cell, Compute<T>> layout(network, 0);
     const int64_t rows = most_rows<Cell>(network, sequences);
     return rows * (layout.gradients() + network.projected + widest(network)) +
            3 * sequences * layout.padded(network.hidden);
@@ -338,8 +296,9 @@ int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
 
 template <class T>
 int64_t sums_size(const RnnNetwork<T>& network, int64_t input_size) {
-  return with_cell(network.mode,
-                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>(network, input_size).sums_size(); });
+  return with_cell(network.mode, [&](auto cell) {
+    return BackwardLayout<decltype(cell), Compute<T>>(network, input_size).sums_size();
+  });
 }
 
 template <class Cell, class T, class Source>
@@ -355,7 +314,7 @@ void run_layer(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, i
       pass.run(gradients, Rows<C>{grad_below, network.width(), false});
     }
     if (sums) {
-      sums += Layout<Cell, C>(network, network.weights[layer * network.directions].input_size).sums_size();
+      sums += BackwardLayout<Cell, C>(network, network.weights[layer * network.directions].input_size).sums_size();
     }
   }
 }
@@ -370,7 +329,7 @@ void run(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute
       C* at = sums;
       for (int64_t i = 0; at && i < layer; ++i) {
         at += network.directions *
-              Layout<Cell, C>(network, network.weights[i * network.directions].input_size).sums_size();
+              BackwardLayout<Cell, C>(network, network.weights[i * network.directions].input_size).sums_size();
       }
       return at;
     };
@@ -406,7 +365,7 @@ void finish(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* 
   using C = Compute<T>;
   with_cell(network.mode, [&](auto cell) {
     using Cell = decltype(cell);
-    const Layout<Cell, C> layout(network, input_size);
+    const BackwardLayout<Cell, C> layout(network, input_size);
     const int64_t hidden = network.hidden, outputs = network.outputs(), projected = network.projected;
     const C* biases = sums + layout.bias_sums();
     for (int slot = 0; slot < Cell::kGates; ++slot) {

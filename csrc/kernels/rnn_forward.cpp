@@ -1,79 +1,15 @@
 #include "rnn_blocks.h"
+#include "rnn_forward_weights.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// Where things lie in a direction's packed weights, and in a row of slots. A tile has kUnits vectors of hidden units.
-template <class Cell, class C>
-struct Layout {
-  static constexpr int64_t kVectors = Cell::kGates * Cell::kUnits;
-  static constexpr int64_t kTileUnits = Cell::kUnits * kLanes<C>;
-  static constexpr int64_t kPanelWidth = Cell::kGates * kTileUnits;
-  static constexpr int64_t kTileSlots = Cell::kSlots * kTileUnits;
-  int64_t hidden, projected, input_size, tiles;
-
-  template <class T>
-  Layout(const RnnNetwork<T>& network, int64_t input_size)
-      : hidden(network.hidden),
-        projected(network.projected),
-        input_size(input_size),
-        tiles(divide_up(hidden, kTileUnits)) {}
-
-  int64_t slots() const { return tiles * kTileSlots; }
-  int64_t padded() const { return tiles * kTileUnits; }
-  int64_t outputs() const { return projected ? projected : hidden; }
-  int64_t padded_projected() const { return padded_columns<C>(projected); }
-  // (tiles, input_size or outputs, gates, units), the biases (tiles, gates, units), (tiles, units), and weight_hr in
-  // panels of its own.
-  int64_t hidden_panels() const { return tiles * kPanelWidth * input_size; }
-  int64_t bias() const { return hidden_panels() + tiles * kPanelWidth * outputs(); }
-  int64_t hidden_bias() const { return bias() + tiles * kPanelWidth; }
-  int64_t projection() const { return hidden_bias() + padded(); }
-  int64_t size() const { return projection() + padded_projected() * hidden; }
-};
-
-template <class T>
-FASTNN_INLINE Vec<Compute<T>> load_bias(const T* bias, int64_t unit, int64_t left_over) {
-  return bias && left_over > 0 ? load_up_to<T>(bias + unit, left_over) : Vec<Compute<T>>{};
-}
-
-template <class Cell, class T>
-void pack(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
-  using C = Compute<T>;
-  constexpr int lanes = kLanes<C>;
-  const int64_t input_size = weights.input_size, hidden = network.hidden, outputs = network.outputs();
-  const Layout<Cell, C> layout(network, input_size);
-  if (network.projected) {
-    pack_transposed(weights.weight_hr, network.projected, hidden, packed + layout.projection());
-  }
-  for (int64_t vector = 0; vector < layout.tiles * layout.kVectors; ++vector) {
-    const int64_t tile = vector / layout.kVectors, slot = vector % layout.kVectors / Cell::kUnits;
-    const int64_t unit = tile * layout.kTileUnits + vector % Cell::kUnits * lanes;
-    const int64_t left_over = hidden - unit, count = larger(0, smaller(left_over, lanes));
-    const int64_t within = vector % layout.kVectors * lanes;
-    const int64_t input_row = Cell::input_gate(static_cast<int>(slot)) * hidden + unit,
-                  hidden_row = slot * hidden + unit;
-    pack_rows<T>(weights.weight_ih + input_row * input_size, input_size, count, input_size,
-                 packed + tile * layout.kPanelWidth * input_size + within, layout.kPanelWidth);
-    pack_rows<T>(weights.weight_hh + hidden_row * outputs, outputs, count, outputs,
-                 packed + layout.hidden_panels() + tile * layout.kPanelWidth * outputs + within, layout.kPanelWidth);
-    Vec<C> bias = load_bias(weights.bias_ih, input_row, left_over);
-    const Vec<C> hidden_bias = load_bias(weights.bias_hh, input_row, left_over);
-    if (Cell::kSlots > Cell::kGates && slot == 0) {  // GRU's candidate
-      store(packed + layout.hidden_bias() + unit, hidden_bias);
-    } else {
-      bias += hidden_bias;
-    }
-    store(packed + layout.bias() + vector * lanes, bias);
-  }
-}
-
 template <class Cell, class T>
 class ForwardDirection {
   using C = Compute<T>;
   static constexpr bool kCopiesHidden = sizeof(T) != sizeof(C);
-  static constexpr int kVectors = Layout<Cell, C>::kVectors;
+  static constexpr int kVectors = ForwardLayout<Cell, C>::kVectors;
 
  public:
   ForwardDirection(const RnnNetwork<T>& network, int64_t layer, int64_t direction, Part part, int64_t most_rows,
@@ -118,7 +54,7 @@ class ForwardDirection {
     const C* x = input_rows(block, &stride);
     if (!packed_) return project_unpacked(block.rows, x, stride);
     for (int64_t tile = 0; tile < layout_.tiles; ++tile) {
-      multiply_panel<kVectors>(block.rows, layout_.input_size, x, stride,
+      multiply_panel<kVectors>(network_.rows, block.rows, layout_.input_size, x, stride,
                                packed_ + tile * layout_.kPanelWidth * layout_.input_size,
                                packed_ + layout_.bias() + tile * layout_.kPanelWidth, 0,
                                slots_ + tile * layout_.kTileSlots, layout_.slots());
@@ -231,6 +167,7 @@ class ForwardDirection {
 
   // Sequences of one step that are computed together, and where what belongs to them lies.
   struct StepRows {
+    int64_t all;  // sequences of the step, of other threads too
     int64_t count;
     bool backwards;     // through the tiles
     C* slots;           // (count, slots)
@@ -244,7 +181,8 @@ class ForwardDirection {
 
   StepRows rows_of(const RnnStep& step, int64_t first, int64_t last, C* slots, bool backwards) {
     const int64_t before = first - part_.first;
-    return {last - first,
+    return {step.rows,
+            last - first,
             backwards,
             slots + before * layout_.slots(),
             cells_ + before * layout_.padded(),
@@ -287,7 +225,7 @@ class ForwardDirection {
       C* slots = rows.slots + tile * layout_.kTileSlots;
       if (rows.previous && packed_) {
         C* sums = slots + Cell::kHiddenSlot * kLanes<C>;
-        multiply_panel<kVectors>(rows.count, layout_.outputs(), rows.previous, rows.previous_stride,
+        multiply_panel<kVectors>(rows.all, rows.count, layout_.outputs(), rows.previous, rows.previous_stride,
                                  panels + tile * panel_size, sums, layout_.slots(), sums, layout_.slots());
       }
       for (int64_t row = 0; row < rows.count; ++row) {
@@ -353,8 +291,8 @@ class ForwardDirection {
     C* projected = unprojected_ + (part_.last - part_.first) * layout_.padded();
     const int64_t stride = layout_.padded_projected(), hidden = layout_.hidden;
     if (packed_) {
-      multiply_panels<false>(rows.count, hidden, unprojected_, layout_.padded(), packed_ + layout_.projection(),
-                             layout_.projected, false, projected, stride);
+      multiply_panels<false>(rows.all, rows.count, hidden, unprojected_, layout_.padded(),
+                             packed_ + layout_.projection(), layout_.projected, false, projected, stride);
     } else {
       for (int64_t i = 0; i < layout_.projected; i += kLanes<C>) {
         const int64_t count = smaller(kLanes<C>, layout_.projected - i);
@@ -385,7 +323,7 @@ class ForwardDirection {
 
   const Direction<T> direction_;
   const RnnNetwork<T>& network_;
-  const Layout<Cell, C> layout_;
+  const ForwardLayout<Cell, C> layout_;
   const C* packed_;
   const Part part_;
   const int64_t most_rows_;
@@ -404,7 +342,7 @@ int64_t widest_input(const RnnNetwork<T>& network) {
 
 template <class Cell, class T>
 int64_t most_rows(const RnnNetwork<T>& network, int64_t sequences) {
-  const Layout<Cell, Compute<T>> layout(network, 0);
+  const ForwardLayout<Cell, Compute<T>> layout(network, 0);
   return block_rows(sequences, network.rows, layout.slots() + widest_input(network));
 }
 
@@ -415,18 +353,18 @@ bool worth_packing(int64_t rows) {
 template <class T>
 int64_t packed_size(const RnnNetwork<T>& network, int64_t input_size) {
   return with_cell(network.mode,
-                   [&](auto cell) { return Layout<decltype(cell), Compute<T>>(network, input_size).size(); });
+                   [&](auto cell) { return ForwardLayout<decltype(cell), Compute<T>>(network, input_size).size(); });
 }
 
 template <class T>
 void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
-  with_cell(network.mode, [&](auto cell) { pack<decltype(cell), T>(network, weights, packed); });
+  with_cell(network.mode, [&](auto cell) { pack_forward<decltype(cell), T>(network, weights, packed); });
 }
 
 template <class T>
 int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
   return with_cell(network.mode, [&](auto cell) {
-    const Layout<decltype(cell), Compute<T>> layout(network, 0);
+    const ForwardLayout<decltype(cell), Compute<T>> layout(network, 0);
     const int64_t rows = most_rows<decltype(cell)>(network, sequences);
     return rows * (layout.slots() + widest_input(network)) +
            sequences * (4 * layout.padded() + layout.padded_projected());

@@ -20,14 +20,14 @@ void check_places(const char* op, const ConvPoolGeometry& g) {
 template <class T>
 void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight,
                  const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners) {
-  const std::optional<Tensor> dense_bias = bias ? std::optional(dense(*bias)) : std::nullopt;
+  const Tensor dense_bias = bias ? dense(*bias) : Tensor();
   ConvPoolForward<T> call{};
   call.geometry = problem.geometry;
   call.input = data<T>(input);
   call.input_layout = layout_of(input);
   call.weight = data<T>(weight);
   call.weight_layout = layout_of(weight);
-  call.bias = bias ? data<T>(*dense_bias) : nullptr;
+  call.bias = bias ? data<T>(dense_bias) : nullptr;
   call.output = mutable_data<T>(output);
   call.output_layout = layout_of(output);
   call.winners = winners ? mutable_data<uint8_t>(*winners) : nullptr;

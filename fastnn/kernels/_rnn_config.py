@@ -74,10 +74,13 @@ def _spread_config(
 
 def config_of(problem: Problem) -> Config | None:
     if "config" not in problem.kept:
-        problem.kept["config"] = rnn_config(
+        config = rnn_config(
             problem.mode, problem.hidden, problem.batch, problem.directions, problem.kind.dtype, problem.precision,
             problem.target, problem.batch_sizes is not None,
         )  # fmt: skip
+        if config is not None and config.units and problem.steps * problem.hidden >= 2**31:
+            config = None  # the programs' meetings are counted with 32 bits
+        problem.kept["config"] = config
     return problem.kept["config"]
 
 

@@ -236,66 +236,51 @@ class RnnBackward(torch.autograd.Function):
         return (None, None, None, *grad_of_grads, None, None, result[0], None, None, *result[1:])
 
 
-def _fake_results(
-    input: Tensor, batch_sizes: Tensor | None, weights: list[Tensor], config: Config
-) -> tuple[Tensor, list[Tensor], list[int]]:
-    """Output and final state, and the elements of h and c in a row of one direction."""
-    directions = 2 if config.bidirectional else 1
-    count = config.num_layers * directions
-    torch._check(input.shape[-1] == weights[0].shape[1], lambda: "rnn: the input does not fit the weights")
-    outputs, hidden = reference.state_sizes(weights[: len(weights) // count])
-    sizes = [outputs, hidden][: 2 if MODES[config.mode] == "LSTM" else 1]
-    if batch_sizes is not None:
-        batch: Any = torch.library.get_ctx().new_dynamic_size()
-        output = input.new_empty(input.shape[0], directions * outputs)
-    elif input.dim() == 2:  # a cell's
-        batch = input.shape[0]
-        return input.new_empty(batch, outputs), [input.new_empty(batch, size) for size in sizes], [outputs, hidden]
-    elif config.batch_first:
-        batch, length, _ = input.shape
-        output = input.new_empty(length, batch, directions * outputs).transpose(0, 1)
-    else:
-        length, batch, _ = input.shape
-        output = input.new_empty(length, batch, directions * outputs)
-    return output, [input.new_empty(count, batch, size) for size in sizes], [outputs, hidden]
-
-
-@raw_operator("rnn")
-def _(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    state: list[Tensor],
-    weights: list[Tensor],
-    masks: Tensor | None,
-    mode: int,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    check_same_device(input, *state, *weights, masks)
-    return _fake_results(input, batch_sizes, weights, Config(mode, num_layers, bidirectional, batch_first))[:2]
-
-
 _KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
 
 
-@raw_operator("rnn_with_reserve")
-def _(
+def _fake_results(
     input: Tensor,
     batch_sizes: Tensor | None,
     state: list[Tensor],
     weights: list[Tensor],
     masks: Tensor | None,
-    mode: int,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
+    *config: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Output, final state and reserve."""
     check_same_device(input, *state, *weights, masks)
-    config = Config(mode, num_layers, bidirectional, batch_first)
-    output, final_state, (outputs, hidden) = _fake_results(input, batch_sizes, weights, config)
-    kept = (num_layers - 1) * outputs + num_layers * _KEPT[MODES[mode]] * hidden
+    torch._check(input.shape[-1] == weights[0].shape[1], lambda: "rnn: the input does not fit the weights")
+    mode, layers, bidirectional, batch_first = Config(*config)
+    directions = 2 if bidirectional else 1
+    count = layers * directions
+    outputs, hidden = reference.state_sizes(weights[: len(weights) // count])
+    state_sizes: tuple[Any, ...]
+    if batch_sizes is not None:
+        state_sizes = count, torch.library.get_ctx().new_dynamic_size()
+        output = input.new_empty(input.shape[0], directions * outputs)
+    elif input.dim() == 2:  # a cell's
+        state_sizes = (input.shape[0],)
+        output = input.new_empty(input.shape[0], outputs)
+    else:
+        batch, length = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
+        state_sizes = count, batch
+        output = input.new_empty(length, batch, directions * outputs)
+        if batch_first:
+            output = output.transpose(0, 1)
+    states = 2 if MODES[mode] == "LSTM" else 1
+    final_state = [input.new_empty(*state_sizes, size) for size in (outputs, hidden)[:states]]
+    kept = (layers - 1) * outputs + layers * _KEPT[MODES[mode]] * hidden
     return output, final_state, input.new_empty(output.numel() // outputs * kept)
+
+
+@raw_operator("rnn")
+def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    return _fake_results(*arguments)[:2]
+
+
+@raw_operator("rnn_with_reserve")
+def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+    return _fake_results(*arguments)
 
 
 @raw_operator("rnn_backward")

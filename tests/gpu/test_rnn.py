@@ -243,3 +243,23 @@ def test_choice_of_kernel():
     assert config("LSTM", 16, 32, 1, torch.float32, "ieee", h100) is None
     assert config("LSTM", 16, 32, 1, torch.float32, "ieee", _launch.TARGETS[4]) is not None
     assert config("LSTM", 8, 32, 1, torch.float64, "ieee", h100) is None
+
+
+def test_choice_of_sharing_weights():
+    half, brain, h100 = torch.float16, torch.bfloat16, _launch.TARGETS[2]
+
+    def shares(*arguments):
+        config = _rnn_config.rnn_config(*arguments)
+        return config is not None and config.units > 0
+
+    assert shares("RNN_TANH", 512, 32, 1, brain, "ieee", h100)
+    assert shares("LSTM", 1024, 16, 2, brain, "ieee", h100)
+    assert shares("GRU", 512, 32, 1, torch.float32, "tf32", h100)
+    assert not shares("RNN_TANH", 512, 32, 1, half, "ieee", h100)  # cuDNN keeps these on chip
+    assert shares("RNN_TANH", 512, 32, 1, half, "ieee", h100, True)  # but not packed
+    assert not shares("RNN_TANH", 300, 32, 1, brain, "ieee", h100)
+    assert shares("RNN_TANH", 300, 32, 1, brain, "ieee", h100, True)
+    assert not shares("GRU", 512, 32, 1, torch.float32, "ieee", h100)  # no matrix units
+    assert not shares("RNN_TANH", 512, 128, 1, brain, "ieee", h100)  # a product a step keeps a GPU busy
+    assert not shares("LSTM", 2048, 16, 1, brain, "ieee", h100)  # more than all processors hold
+    assert not shares("RNN_TANH", 512, 32, 1, brain, "ieee", _launch.TARGETS[4])

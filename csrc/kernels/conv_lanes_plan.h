@@ -1,0 +1,129 @@
+// What conv_lanes.h works on: pieces of the problem, their scratch memory, the plan and its cost.
+#pragma once
+
+#include "conv_tile.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int kLaneOutputs = FASTNN_VECTOR_BYTES == 64 ? 12 : 6;  // output channels of a register tile
+constexpr int kLanePixels = 4;                                    // conv pixels of one, at most
+constexpr int64_t kLaneTileBytes = 256 << 10;
+
+// The geometry of one piece.
+FASTNN_INLINE ConvPoolGeometry piece_geometry(const ConvPoolGeometry& g, int64_t bands) {
+  ConvPoolGeometry piece = g;
+  if (bands > 1) {
+    piece.output[1] = divide_up(g.output[1], bands);
+    piece.conv[1] = (piece.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1);
+  }
+  return piece;
+}
+
+FASTNN_INLINE int64_t piece_extent(const ConvPoolGeometry& piece, int d) {
+  return (piece.conv[d] - 1) * piece.stride[d] + piece.kernel_extent(d);
+}
+
+template <class C>
+struct LanesScratch {
+  C* tile;   // [channel][slice][row][column][lane]
+  C* ring;   // [slot][output channel][column][lane]
+  C* stage;  // [output channel][pixel][lane]
+  uint8_t* winner_stage;
+  C* plane;  // [lane][row][column]: a slice of every piece, or pooled pixels on the way out
+  uint8_t* winner_plane;
+  WindowRow<C>* window_rows;
+  int64_t* tags;
+  int64_t* offsets;
+  int64_t size;
+
+  LanesScratch(const ConvPoolGeometry& piece, const ConvPoolPlan& plan, void* memory) {
+    const int64_t lanes = plan.lane_vectors * kLanes<C>;
+    char* base = static_cast<char*>(memory);
+    int64_t used = 0;
+    const auto take = [&](int64_t bytes) {
+      char* part = base + used;
+      used += round_up(bytes, 64);
+      return part;
+    };
+    const int64_t element = lanes * sizeof(C), outputs = smaller(piece.out_channels, kLaneOutputs);
+    const int64_t slots = smaller(piece.conv[0], piece.pool_extent(0)) * smaller(piece.conv[1], piece.pool_extent(1));
+    const int64_t columns = piece_extent(piece, 2);
+    const int64_t rows = piece_extent(piece, 1);
+    tile = reinterpret_cast<C*>(
+        take(plan.in_place ? 0 : piece.in_channels * piece_extent(piece, 0) * rows * columns * element));
+    ring = reinterpret_cast<C*>(take(slots * outputs * piece.conv[2] * element));
+    stage = reinterpret_cast<C*>(take(outputs * piece.pixels() * element));
+    winner_stage = reinterpret_cast<uint8_t*>(take(outputs * piece.pixels() * lanes));
+    plane = reinterpret_cast<C*>(
+        take(larger(plan.in_place ? 0 : columns * rows * piece.in_channels, piece.pixels()) * element));
+    winner_plane = reinterpret_cast<uint8_t*>(take(piece.pixels() * lanes));
+    window_rows = reinterpret_cast<WindowRow<C>*>(
+        take(piece.pool_kernel[0] * piece.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
+    tags = reinterpret_cast<int64_t*>(take(slots * static_cast<int64_t>(sizeof(int64_t))));
+    offsets = reinterpret_cast<int64_t*>(take(piece.depth() * static_cast<int64_t>(sizeof(int64_t))));
+    size = used;
+  }
+};
+
+// A plan, and the share of all multiplications that will be useful ones, copying counted in; 0 if there is no plan.
+struct LanesPlan {
+  ConvPoolPlan plan;
+  double useful;
+};
+
+template <class T>
+LanesPlan plan_lanes(const ConvPoolGeometry& g, const ConvLayout& input) {
+  using C = Compute<T>;
+  LanesPlan best = {};
+  const bool depthwise = g.in_channels == 1 && g.groups >= kLanes<C>;
+  // Bands have the same geometry only if no window reaches over the edge.
+  const bool whole = g.pool_padding[1] == 0 && (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1) <= g.conv[1];
+  const int64_t most_bands = whole && !depthwise ? g.output[1] : 1;
+  const double multiplications =
+      static_cast<double>(g.out_channels) * g.taps() / (g.stride[0] * g.stride[1] * g.stride[2]);
+  constexpr double kCopying = 16;  // what bringing a vector in and out costs, in multiplications
+  for (int64_t bands = 1; bands <= most_bands; ++bands) {
+    const ConvPoolGeometry piece = piece_geometry(g, bands);
+    const double pieces = static_cast<double>(depthwise ? g.groups : g.batch * bands);
+    for (int vectors = 1; vectors <= 2; ++vectors) {
+      const int64_t lanes = vectors * kLanes<C>;
+      const int64_t tile = piece.in_channels * piece_extent(piece, 0) * piece_extent(piece, 1) * piece_extent(piece, 2);
+      const bool in_place = depthwise && input.c == 1 && g.groups % lanes == 0 && can_stay_in_place<T>(g, input);
+      if (!in_place && tile * lanes * static_cast<int64_t>(sizeof(C)) > kLaneTileBytes) continue;
+      const double halo = static_cast<double>(bands * piece_extent(piece, 1)) / piece_extent(g, 1);
+      const double full =
+          pieces / round_up(static_cast<int64_t>(pieces), lanes) * g.output[1] / (bands * piece.output[1]);
+      const double copying = in_place ? 0 : kCopying * halo;
+      const double useful = full * multiplications / (multiplications + copying) * (vectors == 1 ? 0.95 : 1);
+      if (useful <= best.useful) continue;
+      best.useful = useful;
+      best.plan.bands = bands;
+      best.plan.lane_vectors = vectors;
+      best.plan.lanes_are_groups = depthwise;
+      best.plan.in_place = in_place;
+    }
+  }
+  if (best.useful == 0) return best;
+  ConvPoolPlan& plan = best.plan;
+  const int64_t lanes = plan.lane_vectors * kLanes<C>;
+  plan.algorithm = ConvAlgorithm::lanes;
+  plan.items = depthwise ? g.batch * divide_up(g.groups, lanes) : divide_up(g.batch * plan.bands, lanes) * g.groups;
+  plan.pack_items = 1;
+  plan.packed_size = g.depth() * g.out_channels * round_up(g.groups, lanes);
+  plan.scratch_size = LanesScratch<C>(piece_geometry(g, plan.bands), plan, nullptr).size;
+  return best;
+}
+
+// For one image and group, in vector multiply-adds.
+template <class C>
+double lanes_cost(const ConvPoolGeometry& g, const ConvLayout& input, const LanesPlan& lanes) {
+  const double pixels = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
+  const double multiplications = static_cast<double>(g.out_channels * g.depth()) * pixels / kLanes<C>;
+  // Lanes are channels or images: what comes out in the other order is written number by number.
+  const bool scattered = input.c == 1 && !(lanes.plan.lanes_are_groups && g.out_channels == 1);
+  return multiplications / lanes.useful + (scattered ? 25.0 : 3.0) * static_cast<double>(g.out_channels * g.pixels());
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,147 @@
+"""Differentiation and tracing of the recurrent op: gradcheck, torch.func, torch.compile, torch.export."""
+
+import copy
+
+import pytest
+import torch
+from rnn_common import CELLS, NETWORKS, clone_wanting_gradients, pair, random_state, run, tensors_of
+from torch.nn.utils.rnn import pack_sequence
+
+from fastnn.reference import rnn as plain
+
+
+@pytest.mark.parametrize("features", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradcheck(name, features):
+    _, ours = pair(name, 3, 4, dtype=torch.float64, **features)
+    parameters = dict(ours.named_parameters())
+    input = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    state = clone_wanting_gradients(random_state(ours, 2, torch.float64))
+    states = tensors_of([state])
+
+    def call(input, *rest):
+        hx = rest[: len(states)] if name == "LSTM" else rest[0]
+        weights = dict(zip(parameters, rest[len(states) :], strict=True))
+        return tuple(tensors_of(torch.func.functional_call(ours, weights, (input, hx))))
+
+    arguments = (input, *states, *parameters.values())
+    assert torch.autograd.gradcheck(call, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_gradgradcheck(name):
+    _, ours = pair(name, 3, 4, dtype=torch.float64)
+    parameters = dict(ours.named_parameters())
+    input, *state = (torch.randn(2, size, dtype=torch.float64, requires_grad=True) for size in (3, 4, 4))
+
+    def call(input, h, c, *weights):
+        hx = (h, c) if name == "LSTMCell" else h
+        return torch.func.functional_call(ours, dict(zip(parameters, weights, strict=True)), (input, hx))
+
+    arguments = (input, *state, *parameters.values())
+    assert torch.autograd.gradcheck(call, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_packed_gradgradcheck(name):
+    _, ours = pair(name, 3, 4, dtype=torch.float64, bidirectional=True)
+    packed = pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (3, 2, 2)])
+
+    def call(data):
+        output, final = ours(packed._replace(data=data))
+        return tuple(tensors_of([output.data, final]))
+
+    data = packed.data.clone().requires_grad_()
+    assert torch.autograd.gradcheck(call, (data,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (data,), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_some_gradients_only(name):
+    """Gradients of one output alone, and for one argument alone."""
+    stock, ours = pair(name, 3, 20, 2)
+    for used in (0, 1):
+        grads = []
+        for module in (stock, ours):
+            module.zero_grad()
+            tensors_of(module(torch.ones(4, 2, 3)))[used].sum().backward()
+            grads.append([p.grad for p in module.parameters()])
+        for e, a in zip(*grads, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    ours.requires_grad_(False)
+    stock.requires_grad_(False)
+    for e, a in zip(run(stock, torch.ones(4, 2, 3))[1], run(ours, torch.ones(4, 2, 3))[1], strict=True):
+        assert (e is None) == (a is None)
+        if e is not None:
+            torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_func_transforms(name):
+    stock, ours = pair(name, 3, 5, dtype=torch.float64)
+    parameters = {n: p.detach() for n, p in stock.named_parameters()}
+
+    def loss(module):
+        def call(parameters, input):
+            return torch.func.functional_call(module, parameters, (input,))[0].square().sum()
+
+        return call
+
+    batch = torch.randn(4, 6, 2, 3, dtype=torch.float64)
+    for transform in (
+        lambda f: torch.func.grad(f)(parameters, batch[0]),
+        lambda f: torch.func.vmap(torch.func.grad(f), (None, 0))(parameters, batch),
+        lambda f: torch.func.vmap(f, (None, 0))(parameters, batch),
+        lambda f: torch.func.jacrev(f)(parameters, batch[0]),
+    ):
+        expected, actual = transform(loss(plain_network(ours))), transform(loss(ours))
+        torch.testing.assert_close(actual, expected)
+
+
+def plain_network(module):
+    """The reference as a module with the same parameters: stock's cannot be mapped over."""
+
+    class Plain(type(module)):
+        def _run(self, input, hx, weights):
+            output, final = plain.rnn(
+                input, None, [], weights, None, self.mode, self.num_layers, self.bidirectional, self.batch_first
+            )
+            return output, final
+
+    result = copy.deepcopy(module)
+    result.__class__ = Plain
+    return result
+
+
+def test_forward_mode():
+    _, ours = pair("GRU", 3, 4, dtype=torch.float64)
+    primal, tangent = torch.randn(2, 5, 2, 3, dtype=torch.float64)
+    _, actual = torch.func.jvp(lambda x: ours(x)[0], (primal,), (tangent,))
+    _, expected = torch.func.jvp(lambda x: plain_network(ours)(x)[0], (primal,), (tangent,))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compile_fullgraph(name):
+    _, ours = pair(name, 3, 8, 2, batch_first=True)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    input = torch.randn(4, 5, 3)
+    expected, expected_grads = run(ours, input)
+    actual, actual_grads = run(compiled, input)
+    for a, e in zip([*actual, *actual_grads], [*expected, *expected_grads], strict=True):
+        torch.testing.assert_close(a, e)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input)[0], expected[0])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_export_with_dynamic_shapes(name):
+    _, ours = pair(name, 3, 8, 2, bidirectional=True)
+    ours.requires_grad_(False)
+    length, batch = torch.export.Dim("length", min=2, max=100), torch.export.Dim("batch", min=2, max=100)
+    program = torch.export.export(ours, (torch.randn(5, 4, 3),), dynamic_shapes=({0: length, 1: batch},))
+    input = torch.randn(9, 7, 3)
+    for a, e in zip(tensors_of(program.module()(input)), tensors_of(ours(input)), strict=True):
+        torch.testing.assert_close(a, e)

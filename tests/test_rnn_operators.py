@@ -1,0 +1,176 @@
+"""torch.ops.fastnn.rnn and its relatives called raw: schema, fake kernels, and refusal of whatever does not fit."""
+
+import pytest
+import torch
+from rnn_common import clone_wanting_gradients, pair
+
+from fastnn.ops import rnn as op
+
+
+def raw_arguments(mode, dtype=torch.float32, bidirectional=True, layers=2, state=True):
+    name = mode.partition("_")[0]
+    _, ours = pair(name, 3, 5, layers, bidirectional=bidirectional, dtype=dtype)
+    weights = [p.detach() for p in ours.parameters()]
+    given = [torch.randn(layers * (2 if bidirectional else 1), 2, 5, dtype=dtype)] * (2 if name == "LSTM" else 1)
+    input = torch.randn(4, 2, 3, dtype=dtype)
+    number = op.MODES.index(mode)
+    return [input, None, given if state else [], weights, None, number, layers, bidirectional, False]
+
+
+def raw_cell_arguments(arguments):
+    """A cell's arguments from a network's."""
+    h, c = (*(s[0] for s in arguments[2]), None)[:2]
+    return [arguments[0][0], arguments[5], h, c, *arguments[3][:4]]
+
+
+@pytest.mark.parametrize("mode", op.MODES)
+def test_opcheck(mode):
+    arguments = raw_arguments(mode)
+    ops = torch.ops.fastnn
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.rnn.default, arguments, test_utils=tests)
+    torch.library.opcheck(ops.rnn_with_reserve.default, arguments, test_utils=tests)
+    output, final, reserve = ops.rnn_with_reserve(*arguments)
+    backward = [output, list(final), *arguments[:5], output, reserve, *arguments[5:], True, True, True]
+    torch.library.opcheck(ops.rnn_backward.default, backward, test_utils=tests)
+    cell = raw_cell_arguments(arguments)
+    torch.library.opcheck(ops.rnn_cell.default, cell, test_utils=tests)
+
+    input, _, h, c, *weights = cell
+    state = [s for s in (h, c) if s is not None]
+    arguments = [input, None, state, weights, None, arguments[5], 1, False, False]
+    output, final, reserve = ops.rnn_with_reserve(*arguments)
+    torch.library.opcheck(ops.rnn_with_reserve.default, arguments, test_utils=tests)
+    backward = [None, list(final), *arguments[:5], output, reserve, *arguments[5:], True, True, True]
+    torch.library.opcheck(ops.rnn_backward.default, backward, test_utils=tests)
+
+
+def test_opcheck_with_projection():
+    ops = torch.ops.fastnn
+    sizes = [(20, 3), (20, 2), (20,), (20,), (2, 5)], [(20, 2), (20, 2), (20,), (20,), (2, 5)]
+    weights = [torch.randn(size) for layer in sizes for size in layer]
+    state = [torch.randn(2, 4, size) for size in (2, 5)]
+    arguments = [torch.randn(6, 4, 3), None, state, weights, None, op.MODES.index("LSTM"), 2, False, False]
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.rnn_with_reserve.default, arguments, test_utils=tests)
+    output, final, reserve = ops.rnn_with_reserve(*arguments)
+    backward = [output, list(final), *arguments[:5], output, reserve, *arguments[5:], True, True, True]
+    torch.library.opcheck(ops.rnn_backward.default, backward, test_utils=tests)
+    for position, value in [
+        (2, [state[0], state[0]]),
+        (2, [state[1], state[1]]),
+        (3, weights[:-1]),
+        (3, [*weights[:-1], torch.randn(3, 5)]),
+        (3, [*weights[:4], torch.randn(2, 6), *weights[5:]]),
+        (3, [*weights[:4], torch.randn(2, 2), *weights[5:]]),
+        (3, [*weights[:4], torch.randn(10), *weights[5:]]),
+        (5, op.MODES.index("GRU")),
+    ]:
+        broken = list(arguments)
+        broken[position] = value
+        with pytest.raises(RuntimeError):
+            ops.rnn(*broken)
+
+
+def test_raw_operators_refuse_bad_arguments():
+    ops = torch.ops.fastnn
+    good = raw_arguments("LSTM")
+    output, final, reserve = ops.rnn_with_reserve(*good)
+
+    def bad(call, position, value):
+        arguments = list(call)
+        arguments[position] = value
+        return arguments
+
+    sizes = torch.tensor([2, 2])
+    for position, value in [
+        (0, torch.randn(4, 2, 4)),
+        (0, torch.randn(4, 3)),
+        (0, torch.randn(0, 2, 3)),
+        (0, torch.randn(4, 2, 3).double()),
+        (0, torch.randn(4, 2, 3).half()),
+        (0, torch.randn(4, 2, 3, device="meta")),
+        (0, torch.randn(4, 2, 3).to_sparse()),
+        (1, sizes),
+        (2, good[2][:1]),
+        (2, [good[2][0], good[2][1][:, :1]]),
+        (2, [good[2][0], good[2][1].double()]),
+        (3, []),
+        (3, good[3][:-1]),
+        (3, [good[3][0][:, :1], *good[3][1:]]),
+        (3, [good[3][0], good[3][1].t(), *good[3][2:]]),
+        (3, [w.reshape(-1) for w in good[3]]),
+        (4, torch.randn(1, 8, 3)),
+        (4, torch.randn(0)),
+        (5, -1),
+        (5, 4),
+        (5, 0),
+        (6, 0),
+        (6, -1),
+        (6, 1 << 62),
+        (7, False),
+    ]:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ops.rnn(*bad(good, position, value))
+    rows = good[0].reshape(8, 3)
+    for broken in (
+        torch.tensor([], dtype=torch.int64),
+        torch.tensor([2, 2, 2]),
+        torch.tensor([2, 2, 2, 2, 2]),
+        torch.tensor([1, 2, 2, 3]),
+        torch.tensor([8, 0]),
+        torch.tensor([9, -1]),
+        torch.tensor([2, 2, 2, 2], dtype=torch.int32),
+        torch.tensor([[2, 2, 2, 2]]),
+        torch.tensor([1 << 62, 1 << 62]),
+    ):
+        with pytest.raises(RuntimeError):
+            ops.rnn(rows, broken, [], *good[3:])
+    with pytest.raises(RuntimeError):
+        ops.rnn(rows, torch.tensor([2, 2, 2, 2]), [], *good[3:8], True)
+
+    backward = [output, list(final), *good[:5], output, reserve, *good[5:], True, True, True]
+    ops.rnn_backward(*backward)
+    for position, value in [
+        (0, output[:1]),
+        (0, output.double()),
+        (1, []),
+        (1, [final[0][:1], None]),
+        (7, output[:1]),
+        (8, reserve[:-1]),
+        (8, reserve.double()),
+        (8, torch.empty(0)),
+        (9, 2),
+        (10, 1),
+    ]:
+        with pytest.raises(RuntimeError):
+            ops.rnn_backward(*bad(backward, position, value))
+
+    cell = raw_cell_arguments(good)
+    ops.rnn_cell(*cell)
+    for position, value in [
+        (0, good[0]),
+        (0, good[0][0, 0]),
+        (1, 7),
+        (1, 2),
+        (2, None),
+        (2, good[2][0]),
+        (3, good[2][0][0, :1]),
+        (4, good[3][1]),
+        (5, good[3][0]),
+        (6, None),
+        (7, good[3][1]),
+    ]:
+        with pytest.raises(RuntimeError):
+            ops.rnn_cell(*bad(cell, position, value))
+
+
+def test_raw_operators_refuse_gradients():
+    for position in (0, 2, 3):
+        arguments = raw_arguments("GRU")
+        wanting = clone_wanting_gradients(arguments[position])
+        arguments[position] = wanting if position == 0 else list(wanting)
+        output, state = torch.ops.fastnn.rnn(*arguments)
+        for tensor in (output, *state):
+            with pytest.raises(RuntimeError, match="no gradient of its own"):
+                tensor.sum().backward()
