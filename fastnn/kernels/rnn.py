@@ -84,7 +84,7 @@ def rnn(
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """``fastnn::rnn``: see fastnn.ops.rnn.rnn for the arguments. An input (batch, in) without batch_sizes is a cell's:
     one step of one layer."""
-    if batch_sizes is None and input.dim() == 2:
+    if _is_cell("rnn", input, batch_sizes, num_layers, bidirectional):
         output, final = rnn(input.unsqueeze(0), None, _unsqueezed(state), weights, masks, mode, num_layers,
                             bidirectional, batch_first)  # fmt: skip
         return output.squeeze(0), [s.squeeze(0) for s in final]
@@ -99,7 +99,7 @@ def rnn_with_reserve(
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     """``fastnn::rnn_with_reserve``: also the outputs of all layers but the last, (layers - 1, rows, directions *
     hidden), and what the cells keep, (layers * directions, rows, kept, hidden), in one tensor."""
-    if batch_sizes is None and input.dim() == 2:
+    if _is_cell("rnn_with_reserve", input, batch_sizes, num_layers, bidirectional):
         output, final, reserve = rnn_with_reserve(input.unsqueeze(0), None, _unsqueezed(state), weights, masks, mode,
                                                   num_layers, bidirectional, batch_first)  # fmt: skip
         return output.squeeze(0), [s.squeeze(0) for s in final], reserve
@@ -120,6 +120,13 @@ def rnn_cell(
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     problem = check_problem(op, input.unsqueeze(0), None, state, weights, None, mode, 1, False, False)
     return [s.squeeze(0) for s in _forward(problem, None)[1]]
+
+
+def _is_cell(op: str, input: Tensor, batch_sizes: Tensor | None, num_layers: int, bidirectional: bool) -> bool:
+    if input.dim() != 2 or batch_sizes is not None:
+        return False
+    check(num_layers == 1 and not bidirectional, op, ": a 2D input is one step of one layer")
+    return True
 
 
 def _unsqueezed(tensors: Sequence[Any]) -> list[Any]:
@@ -196,7 +203,7 @@ def rnn_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """``fastnn::rnn_backward``: the gradients of input, state and weights; those not wanted come back empty."""
     op = "rnn_backward"
-    if batch_sizes is None and input.dim() == 2:
+    if _is_cell(op, input, batch_sizes, num_layers, bidirectional):
         grad = None if grad_output is None else grad_output.unsqueeze(0)
         grad_input, grad_initial, grad_weights = rnn_backward(
             grad, _unsqueezed(grad_state), input.unsqueeze(0), None, _unsqueezed(state), weights, masks,

@@ -193,7 +193,8 @@ def test_empty_batch(device):
 REFUSED = {
     "mode must be between": {"mode": 4},
     "for each of 3 layers": {"num_layers": 3},
-    "input must have 3 dimensions": {"input": torch.ones(5)},
+"input must have 3 dimensions": {"input": torch.ones(5)},
+    "one step of one layer": {"input": torch.ones(3, 5), "bidirectional": True},
     "expected weights of size": {"input": torch.ones(4, 3, 6)},
     "expected state of size": {"input": torch.ones(4, 2, 5)},
     "length to be larger than 0": {"input": torch.ones(0, 3, 5)},
