@@ -79,9 +79,12 @@ def fastnn(problem: Problem) -> Runner | None:
 
 
 def fastnn_frozen(problem: Problem) -> Runner | None:
-    if not _fits_engines(problem) or problem.grad_output.dim() != 2:
-        return None  # freeze takes models with one result
-    frozen = freeze(problem.fused, problem.input)
+    if not _fits_engines(problem):
+        return None
+    try:
+        frozen = freeze(problem.fused, problem.input)
+    except ValueError:
+        return None  # a layer with two results, or a cell
     return lambda: frozen(problem.input)
 
 

@@ -21,19 +21,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// Raises RuntimeError in Python, with the parts joined, unless `condition`.
+// Raises RuntimeError in Python, with the parts joined.
 template <class... Parts>
-inline void check(bool condition, const Parts&... parts) {
-  if (__builtin_expect(condition, true)) return;
+[[noreturn]] __attribute__((noinline, cold)) void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
 
-// check, with its words only put together where it fails.
-#define FASTNN_CHECK(condition, ...)                                              \
-  do {                                                                            \
-    if (__builtin_expect(!(condition), false)) fastnn::check(false, __VA_ARGS__); \
+// Fails unless `condition`; its words are put together only then.
+#define FASTNN_CHECK(condition, ...)                                      \
+  do {                                                                    \
+    if (__builtin_expect(!(condition), false)) fastnn::fail(__VA_ARGS__); \
   } while (false)
 
 template <class List>
@@ -48,12 +47,12 @@ std::string to_string(const List& values) {
 // a * b, a + b in checked arithmetic: sizes come from outside.
 inline int64_t checked_product(int64_t a, int64_t b) {
   int64_t product;
-  check(!__builtin_mul_overflow(a, b, &product), "sizes ", a, " and ", b, " overflow 64 bits");
+  FASTNN_CHECK(!__builtin_mul_overflow(a, b, &product), "sizes ", a, " and ", b, " overflow 64 bits");
   return product;
 }
 inline int64_t checked_sum(int64_t a, int64_t b) {
   int64_t sum;
-  check(!__builtin_add_overflow(a, b, &sum), "sizes ", a, " and ", b, " overflow 64 bits");
+  FASTNN_CHECK(!__builtin_add_overflow(a, b, &sum), "sizes ", a, " and ", b, " overflow 64 bits");
   return sum;
 }
 
@@ -77,16 +76,17 @@ inline bool is_strided(const Tensor& tensor) {
 }
 
 inline void check_plain(const Tensor& tensor, const char* op, const char* name) {
-  check(tensor.defined(), op, ": ", name, " must be a tensor, got an undefined one");
-  check(tensor.is_cpu(), op, ": expected all tensors to be on the same device, the CPU, but ", name, " is not");
-  check(is_strided(tensor), op, ": expected ", name, " to be a dense tensor");
+  FASTNN_CHECK(tensor.defined(), op, ": ", name, " must be a tensor, got an undefined one");
+  FASTNN_CHECK(tensor.is_cpu(), op, ": expected all tensors to be on the same device, the CPU, but ", name, " is not");
+  FASTNN_CHECK(is_strided(tensor), op, ": expected ", name, " to be a dense tensor");
 }
 
 inline Expected check_first(const Tensor& tensor, const char* op, const char* name) {
   check_plain(tensor, op, name);
   const ScalarType dtype = tensor.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op, ": \"", name,
-        "\" not implemented for '", torch::headeronly::toString(dtype), "'; use float32, float64 or bfloat16");
+  FASTNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op, ": \"",
+               name, "\" not implemented for '", torch::headeronly::toString(dtype),
+               "'; use float32, float64 or bfloat16");
   return {dtype, dtype_code(tensor), op};
 }
 
@@ -105,18 +105,16 @@ inline bool is_plain_of(const Tensor& tensor, int32_t dtype) {
 inline void check_same_kind(const Tensor& tensor, const Expected& expected, const char* name) {
   if (is_plain_of(tensor, expected.dtype_code)) return;
   check_plain(tensor, expected.op, name);
-  check(false, expected.op, ": expected ", name, " to have dtype ", torch::headeronly::toString(expected.dtype),
-        ", but got ", torch::headeronly::toString(tensor.scalar_type()));
+  fail(expected.op, ": expected ", name, " to have dtype ", torch::headeronly::toString(expected.dtype), ", but got ",
+       torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline void check_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* op, const char* name) {
   const Sizes actual = tensor.sizes();
   bool same = actual.size() == sizes.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = actual[i] == sizes.begin()[i];
-  // Not through check: its arguments would be put into words on every call.
   if (!same) {
-    check(false, op, ": expected ", name, " of size ", to_string(std::vector<int64_t>(sizes)), ", got ",
-          to_string(actual));
+    fail(op, ": expected ", name, " of size ", to_string(std::vector<int64_t>(sizes)), ", got ", to_string(actual));
   }
 }
 

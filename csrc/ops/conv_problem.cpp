@@ -63,8 +63,7 @@ void check_pool(const ConvPoolArguments& a, int64_t dims) {
     const Sizes &k = a.pool_kernel_size, &p = a.pool_padding;
     const char* words = "pad should be smaller than or equal to half of kernel size, but got ";
     FASTNN_CHECK(dims == 3, words, "padW = ", p[1], ", padH = ", p[0], ", kW = ", k[1], ", kH = ", k[0]);
-    FASTNN_CHECK(false, words, "kT: ", k[0], " kW: ", k[2], " kH: ", k[1], " padT: ", p[0], " padW: ", p[2],
-                 " padH: ", p[1]);
+    fail(words, "kT: ", k[0], " kW: ", k[2], " kH: ", k[1], " padT: ", p[0], " padW: ", p[2], " padH: ", p[1]);
   }
 }
 

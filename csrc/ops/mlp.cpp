@@ -63,8 +63,9 @@ Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& 
                                 const std::string& activations) {
   const Forward call("mlp_reconstruction_error", input, parameters, activations);
   const auto& widths = call.chain.widths;
-  check(widths.back() == widths[0], call.chain.kind.op, ": expected as many outputs of the last layer as features of ",
-        "the input, ", widths[0], ", got ", widths.back());
+  FASTNN_CHECK(widths.back() == widths[0], call.chain.kind.op,
+               ": expected as many outputs of the last layer as features of ", "the input, ", widths[0], ", got ",
+               widths.back());
   if (goes_by_layers(call.chain, false)) return errors_by_layers(call);
   const ScalarType dtype = call.chain.kind.dtype;
   const Tensor errors = new_tensor({call.chain.rows}, widened(dtype));
@@ -113,13 +114,13 @@ std::vector<Tensor> check_saved(const Chain& chain, const std::string& activatio
   size_t next = 0;
   for (int64_t i = 0; i < chain.layers(); ++i) {
     const bool serves = output_serves(chain, i, activation_of(activations[i]));
-    check(serves || next < hidden.size(), op, ": expected more hidden tensors than ", hidden.size());
+    FASTNN_CHECK(serves || next < hidden.size(), op, ": expected more hidden tensors than ", hidden.size());
     const Tensor& tensor = serves ? output : hidden[next++];
     check_same_kind(tensor, chain.kind, serves ? "output" : "hidden");
     check_sizes(tensor, {chain.rows, chain.widths[i + 1]}, op, serves ? "output" : "hidden");
     saved.push_back(tensor);
   }
-  check(next == hidden.size(), op, ": expected ", next, " hidden tensors, got ", hidden.size());
+  FASTNN_CHECK(next == hidden.size(), op, ": expected ", next, " hidden tensors, got ", hidden.size());
   return saved;
 }
 
@@ -231,7 +232,8 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
                        bool input_wanted, bool weights_wanted, bool biases_wanted) {
   const char* op = "mlp_backward";
   const Chain chain = check_chain(op, input, weights, activations);
-  check(weights.size() == activations.size(), op, ": expected ", activations.size(), " weights, got ", weights.size());
+  FASTNN_CHECK(weights.size() == activations.size(), op, ": expected ", activations.size(), " weights, got ",
+               weights.size());
   check_same_kind(grad_output, chain.kind, "grad_output");
   check_sizes(grad_output, {chain.rows, chain.widths.back()}, op, "grad_output");
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);

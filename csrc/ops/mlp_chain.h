@@ -36,23 +36,25 @@ inline Activation activation_of(char digit) {
 inline Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
                          const std::string& activations) {
   const Expected kind = check_first(input, op, "input");
-  check(input.dim() == 2, op, ": expected input to be 2D (rows, features), got ", input.dim(), "D tensor instead");
+  FASTNN_CHECK(input.dim() == 2, op, ": expected input to be 2D (rows, features), got ", input.dim(),
+               "D tensor instead");
   const size_t layers = activations.size();
-  check(layers > 0, op, ": expected at least one layer");
-  check(weights.size() >= layers, op, ": expected ", layers, " weights, one an activation, got ", weights.size());
+  FASTNN_CHECK(layers > 0, op, ": expected at least one layer");
+  FASTNN_CHECK(weights.size() >= layers, op, ": expected ", layers, " weights, one an activation, got ",
+               weights.size());
   Chain chain{kind, input.size(0), {}};
   chain.widths.reserve(layers + 1);
   chain.widths.push_back(input.size(1));
   for (size_t i = 0; i < layers; ++i) {
     check_same_kind(weights[i], kind, "weights");
     const Sizes sizes = weights[i].sizes();
-    check(sizes.size() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", sizes.size(),
-          "D tensor instead");
-    check(sizes[1] == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows, "x",
-          chain.widths.back(), " and ", sizes[1], "x", sizes[0], ")");
+    FASTNN_CHECK(sizes.size() == 2, op, ": expected weights[", i, "] to be 2D (out, in), got ", sizes.size(),
+                 "D tensor instead");
+    FASTNN_CHECK(sizes[1] == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows, "x",
+                 chain.widths.back(), " and ", sizes[1], "x", sizes[0], ")");
     const char first = '0', last = '0' + static_cast<char>(Activation::count) - 1;
-    check(activations[i] >= first && activations[i] <= last, op, ": activations must be digits from ", first, " to ",
-          last, ", got \"", activations, "\"");
+    FASTNN_CHECK(activations[i] >= first && activations[i] <= last, op, ": activations must be digits from ", first,
+                 " to ", last, ", got \"", activations, "\"");
     chain.widths.push_back(sizes[0]);
     chain.work += 2.0 * chain.rows * chain.widths[i] * chain.widths[i + 1];
   }
@@ -72,8 +74,8 @@ struct Forward {
         parameters(parameters),
         activations(activations) {
     const size_t layers = activations.size();
-    check(parameters.size() == layers || parameters.size() == 2 * layers, op, ": expected ", layers, " weights and ",
-          layers, " or no biases, got ", parameters.size(), " parameters");
+    FASTNN_CHECK(parameters.size() == layers || parameters.size() == 2 * layers, op, ": expected ", layers,
+                 " weights and ", layers, " or no biases, got ", parameters.size(), " parameters");
     for (size_t i = layers; i < parameters.size(); ++i) {
       check_same_kind(parameters[i], chain.kind, "biases");
       check_sizes(parameters[i], {chain.widths[i - layers + 1]}, op, "biases");

@@ -78,7 +78,7 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                     const OptionalTensor& bias_hh) {
   const char* op = "rnn_cell";
-  check(input.defined() && input.dim() == 2, op, ": expected input to be 2D (batch, features)");
+  FASTNN_CHECK(input.defined() && input.dim() == 2, op, ": expected input to be 2D (batch, features)");
   TensorList state, weights{weight_ih, weight_hh};
   for (const OptionalTensor* given : {&h, &c}) {
     if (*given) state.push_back(**given);
@@ -128,7 +128,7 @@ OutputGradients check_gradients(const Problem& problem, const OptionalTensor& gr
                                 const std::vector<OptionalTensor>& grad_state) {
   const char* op = problem.kind.op;
   const size_t states = states_of(problem.mode);
-  check(grad_state.size() == states, op, ": expected ", states, " grad_state, got ", grad_state.size());
+  FASTNN_CHECK(grad_state.size() == states, op, ": expected ", states, " grad_state, got ", grad_state.size());
   OutputGradients gradients;
   if (grad_output) gradients.output = check_output_like(problem, *grad_output, "grad_output");
   for (size_t i = 0; i < states; ++i) {

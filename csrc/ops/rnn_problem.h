@@ -62,18 +62,19 @@ inline void check_weights(Problem& problem, const TensorList& weights) {
   const int64_t layers = problem.layers, count = layers > 0 && layers <= given ? problem.count() : 0;
   const int64_t each = count > 0 && given % count == 0 ? given / count : 0;
   const bool projects = each % 2 == 1;
-  check(each >= 2 && each <= 5 && (!projects || problem.mode == RnnMode::lstm), op,
-        ": expected 2 weights, or 4 with biases, and for LSTM one more with a projection, for each of ", layers,
-        " layers and ", problem.directions, " directions, got ", given);
+  FASTNN_CHECK(each >= 2 && each <= 5 && (!projects || problem.mode == RnnMode::lstm), op,
+               ": expected 2 weights, or 4 with biases, and for LSTM one more with a projection, for each of ", layers,
+               " layers and ", problem.directions, " directions, got ", given);
   problem.weights_each = each;
   check_same_kind(weights[1], problem.kind, "weights");
-  check(weights[1].dim() == 2 && weights[1].size(1) > 0, op, ": expected weights[1] of size (gates * hidden, outputs)");
+  FASTNN_CHECK(weights[1].dim() == 2 && weights[1].size(1) > 0, op,
+               ": expected weights[1] of size (gates * hidden, outputs)");
   problem.hidden = weights[1].size(1);
   if (projects) {
     problem.projected = problem.hidden;
     check_same_kind(weights[each - 1], problem.kind, "weights");
-    check(weights[each - 1].dim() == 2 && weights[each - 1].size(1) > problem.projected, op,
-          ": expected a projection of size (outputs, hidden), with fewer outputs than hidden units");
+    FASTNN_CHECK(weights[each - 1].dim() == 2 && weights[each - 1].size(1) > problem.projected, op,
+                 ": expected a projection of size (outputs, hidden), with fewer outputs than hidden units");
     problem.hidden = weights[each - 1].size(1);
   }
   const int64_t gates = checked_product(gates_of(problem.mode), problem.hidden);
@@ -96,9 +97,9 @@ inline void check_weights(Problem& problem, const TensorList& weights) {
 
 inline void set_packed_steps(Problem& problem, const Tensor& batch_sizes) {
   const char* op = problem.kind.op;
-  check(batch_sizes.defined() && batch_sizes.is_cpu() && batch_sizes.scalar_type() == ScalarType::Long, op,
-        ": batch_sizes should be a 1D CPU int64 tensor");
-  check(batch_sizes.dim() == 1 && batch_sizes.size(0) > 0, op, ": batch_sizes should be 1D and not empty");
+  FASTNN_CHECK(batch_sizes.defined() && batch_sizes.is_cpu() && batch_sizes.scalar_type() == ScalarType::Long, op,
+               ": batch_sizes should be a 1D CPU int64 tensor");
+  FASTNN_CHECK(batch_sizes.dim() == 1 && batch_sizes.size(0) > 0, op, ": batch_sizes should be 1D and not empty");
   const Tensor sizes = dense(batch_sizes);
   const int64_t* size = data<int64_t>(sizes);
   problem.steps.reserve(sizes.size(0));
@@ -106,20 +107,21 @@ inline void set_packed_steps(Problem& problem, const Tensor& batch_sizes) {
   problem.rows = problem.input.size(0);
   int64_t row = 0;
   for (int64_t t = 0; t < sizes.size(0); ++t) {
-    check(size[t] > 0 && size[t] <= (t ? size[t - 1] : problem.rows), op,
-          ": batch_sizes should be positive and in decreasing order, got ", size[t], " at ", t);
-    check(size[t] <= problem.rows - row, op, ": batch_sizes sum to more than the ", problem.rows, " rows of input");
+    FASTNN_CHECK(size[t] > 0 && size[t] <= (t ? size[t - 1] : problem.rows), op,
+                 ": batch_sizes should be positive and in decreasing order, got ", size[t], " at ", t);
+    FASTNN_CHECK(size[t] <= problem.rows - row, op, ": batch_sizes sum to more than the ", problem.rows,
+                 " rows of input");
     problem.steps.push_back({row * problem.input_size, row, size[t]});
     row += size[t];
   }
-  check(row == problem.rows, op, ": batch_sizes sum to ", row, ", but input has ", problem.rows, " rows");
+  FASTNN_CHECK(row == problem.rows, op, ": batch_sizes sum to ", row, ", but input has ", problem.rows, " rows");
 }
 
 inline void set_steps(Problem& problem) {
   const bool batch_first = problem.batch_first;
   const int64_t length = problem.input.size(batch_first ? 1 : 0);
   problem.batch = problem.input.size(batch_first ? 0 : 1);
-  check(length > 0, "Expected sequence length to be larger than 0 in RNN");
+  FASTNN_CHECK(length > 0, "Expected sequence length to be larger than 0 in RNN");
   problem.rows = checked_product(length, problem.batch);
   problem.steps.reserve(length);
   const int64_t step = batch_first ? problem.input_size : problem.batch * problem.input_size;
@@ -143,8 +145,8 @@ inline void check_one_state(const Problem& problem, const Tensor& tensor, size_t
 
 inline void check_state(Problem& problem, const TensorList& state) {
   const char* op = problem.kind.op;
-  check(state.empty() || state.size() == states_of(problem.mode), op, ": expected no state or ",
-        states_of(problem.mode), " tensors, got ", state.size());
+  FASTNN_CHECK(state.empty() || state.size() == states_of(problem.mode), op, ": expected no state or ",
+               states_of(problem.mode), " tensors, got ", state.size());
   for (size_t i = 0; i < state.size(); ++i) {
     check_one_state(problem, state[i], i, "state");
     problem.state.push_back(dense(state[i]));
@@ -155,8 +157,8 @@ inline void check_state(Problem& problem, const TensorList& state) {
 inline Problem check_problem(const char* op, const Tensor& input, const OptionalTensor& batch_sizes,
                              const TensorList& state, const TensorList& weights, const OptionalTensor& masks,
                              int64_t mode, int64_t layers, bool bidirectional, bool batch_first) {
-  check(mode >= 0 && mode < static_cast<int64_t>(RnnMode::count), op, ": mode must be between 0 and ",
-        static_cast<int64_t>(RnnMode::count) - 1, ", got ", mode);
+  FASTNN_CHECK(mode >= 0 && mode < static_cast<int64_t>(RnnMode::count), op, ": mode must be between 0 and ",
+               static_cast<int64_t>(RnnMode::count) - 1, ", got ", mode);
   Problem problem{check_first(input, op, "input")};
   const int64_t dims = input.dim();
   problem.mode = static_cast<RnnMode>(mode);
@@ -165,10 +167,10 @@ inline Problem check_problem(const char* op, const Tensor& input, const Optional
   problem.batch_first = batch_first;
   problem.packed = batch_sizes.has_value();
   problem.cell = dims == 2 && !problem.packed;
-  check(dims == 2 || (dims == 3 && !problem.packed), op, ": expected input to be 3D, or 2D with batch_sizes, got ",
-        dims, "D tensor instead");
-  check(dims == 3 || !batch_first, op, ": batch_first needs a 3D input");
-  check(!problem.cell || (layers == 1 && !bidirectional), op, ": a 2D input is one step of one layer");
+  FASTNN_CHECK(dims == 2 || (dims == 3 && !problem.packed), op,
+               ": expected input to be 3D, or 2D with batch_sizes, got ", dims, "D tensor instead");
+  FASTNN_CHECK(dims == 3 || !batch_first, op, ": batch_first needs a 3D input");
+  FASTNN_CHECK(!problem.cell || (layers == 1 && !bidirectional), op, ": a 2D input is one step of one layer");
   problem.input = dense(input);
   problem.input_size = input.size(dims - 1);
   check_weights(problem, weights);

@@ -25,7 +25,7 @@ inline Tensor new_strided_tensor(const std::vector<int64_t>& sizes, const int64_
 inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   int64_t strides[16];
   const size_t rank = sizes.size();
-  check(rank <= 16, "tensors of more than 16 dimensions are not supported");
+  FASTNN_CHECK(rank <= 16, "tensors of more than 16 dimensions are not supported");
   int64_t stride = 1;
   for (size_t i = rank; i-- > 0;) {
     strides[i] = stride;
@@ -133,7 +133,7 @@ class Scratch {
     borrowed_ = bytes_ <= ThreadScratch::kBytes - kept_.used;
     if (borrowed_ && !kept_.data) kept_.data = static_cast<char*>(std::aligned_alloc(64, ThreadScratch::kBytes));
     data_ = !borrowed_ ? std::aligned_alloc(64, bytes_) : kept_.data ? kept_.data + kept_.used : nullptr;
-    check(data_ != nullptr, "out of memory: could not allocate ", wanted, " bytes of scratch");
+    FASTNN_CHECK(data_ != nullptr, "out of memory: could not allocate ", wanted, " bytes of scratch");
     if (borrowed_) kept_.used += bytes_;
   }
   ~Scratch() {

@@ -50,15 +50,15 @@ class _Recurrent(RNNBase):
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         """As the stock module's: input (length, batch, in), (batch, length, in), (length, in) or packed."""
         packed = isinstance(input, PackedSequence)
-        if _covers(input.data if packed else input):
-            weights = _parameters(self, self._flat_weights_names)
-            try:
-                answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
-            except RuntimeError:
-                answer = None  # refused: stock has the words for it
-            if answer is not None:
-                return answer
-        return self._stock.forward(self, input, hx)
+        if not _covers(input.data if packed else input):
+            return self._stock.forward(self, input, hx)
+        weights = _parameters(self, self._flat_weights_names)
+        try:
+            answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
+        except RuntimeError:
+            self._stock.forward(self, input, hx)  # has its own words for arguments that do not fit
+            raise
+        return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> tuple[Tensor, Any] | None:
         """The kernel's answer for a tensor, or None where the stock module's is due."""
@@ -166,15 +166,15 @@ class _Cell(RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the stock cell's: input (batch, in) or (in) -> the new state."""
-        if _covers(input):
-            weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
-            try:
-                answer = self._run(input, hx, weights)
-            except RuntimeError:
-                answer = None  # refused: stock has the words for it
-            if answer is not None:
-                return answer
-        return self._stock.forward(self, input, hx)
+        if not _covers(input):
+            return self._stock.forward(self, input, hx)
+        weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
+        try:
+            answer = self._run(input, hx, weights)
+        except RuntimeError:
+            self._stock.forward(self, input, hx)  # has its own words for arguments that do not fit
+            raise
+        return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _mode(self) -> str | None:
         """Which of ``fastnn.ops.rnn.MODES``, or None for one that only the stock cell can refuse."""
