@@ -13,6 +13,7 @@ import torch
 import fastnn
 
 _BLOCK_SECONDS = 3e-3
+_SPIN_SECONDS = 30e-3  # for which other engines' threads keep a core busy after a call, with a margin
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,19 @@ def interleave(runners: dict[str, Callable[[], Any]], seconds: float, rounds: in
     done = 0
     while done < rounds or time.perf_counter() < end:
         for name in order if done % 2 == 0 else reversed(order):
-            # Thread pools of the runner before may still spin: let them go to sleep, then wake our own.
-            time.sleep(1e-3)
-            runners[name]()
+            _settle(runners[name])
             samples[name].append(_time_block(runners[name], calls[name]))
         done += 1
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def _settle(run: Callable[[], Any]) -> None:
+    """Let the threads of the runner before go to sleep and, where there are several, its own find their cores."""
+    time.sleep(1e-3)
+    end = time.perf_counter() + (0 if torch.get_num_threads() == 1 else _SPIN_SECONDS)
+    run()
+    while time.perf_counter() < end:
+        run()
 
 
 def _time_block(run: Callable[[], Any], calls: int) -> float:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 autocast_is_on = torch._C._is_any_autocast_enabled
 transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
 _is_grad_enabled = torch.is_grad_enabled
+_float32 = torch.float32
 _is_compiling = torch.compiler.is_compiling
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
@@ -29,7 +30,7 @@ def is_plain(input: Tensor) -> bool:
     no gradient, autocast, compilation or ``torch.func`` transform, and a dtype that kernels cover."""
     return (
         not _is_grad_enabled()
-        and input.dtype in KERNEL_DTYPES
+        and (input.dtype is _float32 or input.dtype in KERNEL_DTYPES)
         and not autocast_is_on()
         and not transforms_active()
         and forward_ad._current_level < 0
