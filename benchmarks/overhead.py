@@ -23,7 +23,7 @@ import fastnn
 from benchmarks.report import RESULTS
 from benchmarks.timing import environment, interleave
 from fastnn.functional import conv_relu_max_pool2d, mlp
-from fastnn.ops.mlp import activation_digits
+from fastnn.ops.mlp import activation_digits, operator_code
 from fastnn.ops.rnn import rnn, rnn_cell
 from fastnn.testing import using_threads
 
@@ -63,13 +63,13 @@ def mlp_calls(layers: int) -> Calls:
     module = fastnn.nn.MLP([1] * (layers + 1))
     linears = [child for child in module if isinstance(child, torch.nn.Linear)]
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    x, digits = torch.ones(1, 1), activation_digits(module.activations)
+    x, activations = torch.ones(1, 1), operator_code(activation_digits(module.activations))
     parameters = [*weights, *biases]
     bare, raw = operators("mlp")
     return Calls(
         f"mlp, {layers} layer" + ("s" if layers > 1 else ""),
-        lambda: bare(x, parameters, digits),
-        lambda: raw(x, parameters, digits),
+        lambda: bare(x, parameters, activations),
+        lambda: raw(x, parameters, activations),
         lambda: mlp(x, weights, biases),
         lambda: module(x),
     )

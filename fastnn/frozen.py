@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fastnn.ops.frozen import frozen_op, frozen_packed
-from fastnn.ops.mlp import ACTIVATION_NAMES
+from fastnn.ops.mlp import ACTIVATION_NAMES, names_of_code
 
 _frozen_call = frozen_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
 _is_compiling = torch.compiler.is_compiling
@@ -187,11 +187,12 @@ class _Reader:
         if target in _ACTIVATIONS:
             self.add_activation(node, last)
         elif target is _aten.linear.default:
-            self.add_mlp([self.constant(node, arguments[1])], self.constants_of(node, arguments[2:]), "0")
+            self.add_mlp([self.constant(node, arguments[1])], self.constants_of(node, arguments[2:]), ["identity"])
         elif target is torch.ops.fastnn.mlp.default:
-            digits: Any = arguments[2]
+            code: Any = arguments[2]
+            names = names_of_code(code)
             parameters = self.constants_of(node, arguments[1])
-            self.add_mlp(parameters[: len(digits)], parameters[len(digits) :], digits)
+            self.add_mlp(parameters[: len(names)], parameters[len(names) :], names)
         elif target is torch.ops.fastnn.conv_relu_max_pool.default:
             self.add_conv(node)
         elif target is torch.ops.fastnn.rnn.default:
@@ -228,13 +229,13 @@ class _Reader:
             raise self.refusal(node, "does not follow a Linear layer, as it must in a frozen model")
         last.numbers[-1] = ACTIVATION_NAMES.index(name)
 
-    def add_mlp(self, weights: list[Tensor], biases: list[Tensor], digits: str) -> None:
+    def add_mlp(self, weights: list[Tensor], biases: list[Tensor], names: list[str]) -> None:
         last = self.stages[-1] if self.stages else None
         if last is None or last.name != "mlp" or last.numbers[0] != bool(biases):
             last = _Stage("mlp", [int(bool(biases)), weights[0].shape[1]])
             self.stages.append(last)
-        for i, (weight, digit) in enumerate(zip(weights, digits, strict=True)):
-            last.numbers += [weight.shape[0], int(digit)]
+        for i, (weight, name) in enumerate(zip(weights, names, strict=True)):
+            last.numbers += [weight.shape[0], ACTIVATION_NAMES.index(name)]
             last.tensors += [weight, biases[i]] if biases else [weight]
 
     def add_conv(self, node: Node) -> None:

@@ -49,6 +49,29 @@ class TestValues:
     def test_deep(self) -> None:
         assert_like_stock(make_chain(12, (16,) * 13), between(12, "tanh"))
 
+    @pytest.mark.parametrize("layers", [20, 21, 45])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_deeper_than_a_call_of_the_operator(self, layers: int, bias: bool) -> None:
+        # In float64, since single precision's errors grow over so many layers, stock's and ours alike.
+        tensors = [
+            t.requires_grad_() for t in make_chain(12, (16,) * (layers + 1), torch.float64, bias) if t is not None
+        ]
+        x, weights, biases = split([*tensors, *(() if bias else [None] * layers)])
+        expected = reference.mlp(x, weights, biases, between(layers, "tanh"))
+        errors = torch.mean((expected - x) ** 2, dim=-1)
+        for recompute in (False, True):
+            output = mlp(x, weights, biases, "tanh", recompute=recompute)
+            assert_close(output, expected)
+            for ours, stock in zip(
+                torch.autograd.grad(output.sum(), tensors),
+                torch.autograd.grad(expected.sum(), tensors, retain_graph=True),
+                strict=True,
+            ):
+                assert_close(ours, stock)
+        with torch.no_grad():
+            assert_close(mlp(x, weights, biases, "tanh"), expected)
+            assert_close(mlp_reconstruction_error(x, weights, biases, "tanh"), errors)
+
     @given(
         rows=st.integers(0, 70),
         widths=st.lists(st.integers(0, 40), min_size=2, max_size=5),
@@ -121,11 +144,11 @@ class TestWays:
 
     def test_hand_over_keeps_its_dtype_under_autocast(self) -> None:
         x, weights, biases = split(make_chain(40, (300, 260, 300), torch.bfloat16))
-        arguments = (x, join_parameters(weights, biases), "30")
+        arguments = (x, join_parameters(weights, biases), 0o130)
         plain, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
         with torch.autocast("cpu", dtype=torch.float16):
             output, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
-            grads = torch.ops.fastnn.mlp_backward(x, x, weights, "30", output, hidden, True, True, True)
+            grads = torch.ops.fastnn.mlp_backward(x, x, weights, 0o130, output, hidden, True, True, True)
         assert_close(output, plain, rtol=2e-2, atol=2e-2)
         assert {t.dtype for t in (output, *hidden, grads[0], *grads[1], *grads[2])} == {torch.bfloat16}
 
@@ -265,6 +288,6 @@ class TestReconstructionError:
 
     def test_operator(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 4, 6)))
-        torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights + biases, "10"))
+        torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights + biases, 0o110))
         with pytest.raises(RuntimeError, match="expected as many outputs of the last layer as features"):
-            torch.ops.fastnn.mlp_reconstruction_error(x, [weights[0], biases[0]], "0")
+            torch.ops.fastnn.mlp_reconstruction_error(x, [weights[0], biases[0]], 0o10)

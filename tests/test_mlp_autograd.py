@@ -106,12 +106,12 @@ class TestRecompute:
 class TestCompilation:
     def test_opcheck(self, dtype: torch.dtype) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3), dtype))
-        for digits in ("10", "55"):
-            arguments = (x, join_parameters(weights, biases), digits)
+        for activations in (0o110, 0o155):
+            arguments = (x, join_parameters(weights, biases), activations)
             torch.library.opcheck(torch.ops.fastnn.mlp, arguments)
             torch.library.opcheck(torch.ops.fastnn.mlp_with_hidden, arguments)
             output, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
-            backward = (torch.randn_like(output), x, weights, digits, output, hidden, True, True, True)
+            backward = (torch.randn_like(output), x, weights, activations, output, hidden, True, True, True)
             torch.library.opcheck(torch.ops.fastnn.mlp_backward, backward)
 
     def test_compiles_in_one_graph(self) -> None:

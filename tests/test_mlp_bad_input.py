@@ -31,9 +31,9 @@ class TestBadInput:
         with pytest.raises(RuntimeError):
             mlp(*arguments)
         with pytest.raises(RuntimeError):
-            torch.ops.fastnn.mlp(*arguments, "10")
+            torch.ops.fastnn.mlp(*arguments, 0o110)
         with pytest.raises(RuntimeError):
-            torch.ops.fastnn.mlp_with_hidden(*arguments, "10")
+            torch.ops.fastnn.mlp_with_hidden(*arguments, 0o110)
 
     def test_lists_that_do_not_fit(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
@@ -45,10 +45,10 @@ class TestBadInput:
             mlp(x, weights, biases, "swish")
         with pytest.raises(TypeError):
             mlp(x, None, biases)
-        for digits in ("", "1", "100", "1-", "18", "1\0", "1\xff"):
+        for activations in (0, 1, -1, 2, 8, 0o11, 0o1100, 0o210, 2**62, 2**63 - 1, -(2**63)):
             with pytest.raises(RuntimeError):
-                torch.ops.fastnn.mlp(x, join_parameters(weights, biases), digits)
-        for lists in (([], [], []), (weights, biases[:1], "10"), (weights[:1], biases, "1")):
+                torch.ops.fastnn.mlp(x, join_parameters(weights, biases), activations)
+        for lists in (([], [], []), (weights, biases[:1], 0o110), (weights[:1], biases, 0o11)):
             with pytest.raises(RuntimeError):
                 torch.ops.fastnn.mlp(x, *lists)
 
@@ -56,17 +56,17 @@ class TestBadInput:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
         for bad in (x.to_sparse(), x.half(), x.long(), x.to("meta"), x[None], x.to(torch.complex64)):
             with pytest.raises((RuntimeError, NotImplementedError)):
-                torch.ops.fastnn.mlp(bad, weights + biases, "10").sum().item()
+                torch.ops.fastnn.mlp(bad, weights + biases, 0o110).sum().item()
 
     def test_hostile_backward(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights + biases, "10")
-        good = [torch.randn_like(output), x, weights, "10", output, hidden, True, True, True]
+        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights + biases, 0o110)
+        good = [torch.randn_like(output), x, weights, 0o110, output, hidden, True, True, True]
         hostile = {
             0: [output[:4], output[:, :2], output[0], output.double(), output.to("meta"), output.to_sparse()],
             1: [x[:4], x[:, :5], x[0], x.double(), torch.empty(0, 6), x.to("meta")],
             2: [[], weights[:1], weights[::-1], [weights[0], weights[1].double()], [weights[0][0], weights[1]]],
-            3: ["", "1", "19", "x0", "44"],
+            3: [0, 1, 0o11, 0o1110, 0o144, 0o210, -1],
             4: [output[:4], output[:, :2], torch.empty(0), output.double(), output.to("meta")],
             5: [[], [hidden[0][:4]], [hidden[0].double()], [hidden[0][:, :3]], hidden * 2, [torch.empty(0)]],
         }
@@ -78,7 +78,7 @@ class TestBadInput:
 
     def test_raw_operators_refuse_to_lose_a_gradient(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        arguments = [x, weights + biases, "10"]
+        arguments = [x, weights + biases, 0o110]
         for leaf in (x, weights[1], biases[0]):
             leaf.requires_grad_()
             output = torch.ops.fastnn.mlp(*arguments)

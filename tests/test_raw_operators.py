@@ -14,7 +14,7 @@ _POOL_2 = Geometry([1], [0], [1], 1, [2], [2], [0], [1], False).flat()
 
 
 def mlp(x: Tensor) -> Tensor:
-    return torch.ops.fastnn.mlp(x, [torch.ones(5, 3), torch.ones(5)], "1")
+    return torch.ops.fastnn.mlp(x, [torch.ones(5, 3), torch.ones(5)], 0o11)
 
 
 def conv(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastnn.kernels import conv_relu_max_pool, mlp, rnn
 from fastnn.kernels._conv_geometry import Geometry
 from fastnn.kernels._rnn_problem import MODES
-from fastnn.ops.mlp import activation_digits, join_parameters
+from fastnn.ops.mlp import activation_digits, join_parameters, operator_code
 
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
@@ -67,13 +67,13 @@ def _mlp_case(rows: int, widths: tuple[int, ...], dtype: torch.dtype, allow_tf32
 
         weights = [new(b, a) for a, b in pairwise(widths)]
         biases = [new(b) for b in widths[1:]]
-        digits = activation_digits([name] * len(weights))
+        activations = operator_code(activation_digits([name] * len(weights)))
         input = new(rows, widths[0])
         parameters = join_parameters(weights, biases)
 
         def run() -> None:
-            output, hidden = mlp.mlp_with_hidden(input, parameters, digits)
-            mlp.mlp_backward(output, input, weights, digits, output, hidden, True, True, True)
+            output, hidden = mlp.mlp_with_hidden(input, parameters, activations)
+            mlp.mlp_backward(output, input, weights, activations, output, hidden, True, True, True)
 
         return run
 

@@ -1,25 +1,13 @@
 // Argument checks of the operators: whatever an operator is given, a Python exception and nothing worse.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <cstdint>
 #include <initializer_list>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
-#include <string>
-#include <utility>
-#include <vector>
+
+#include "handle.h"
 
 namespace fastnn {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Raises RuntimeError in Python, with the parts joined.
 template <class... Parts>
@@ -59,26 +47,14 @@ inline int64_t checked_sum(int64_t a, int64_t b) {
 // The first tensor argument of an operator, to which the others are compared.
 struct Expected {
   ScalarType dtype;
-  int32_t dtype_code;  // libtorch's own number for it, cheap to read off another tensor
+  int32_t dtype_code;  // cheaper to compare with
   const char* op;
 };
-
-inline int32_t dtype_code(const Tensor& tensor) {
-  int32_t code;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  return code;
-}
-
-inline bool is_strided(const Tensor& tensor) {
-  int32_t layout;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
-  return layout == aoti_torch_layout_strided();
-}
 
 inline void check_plain(const Tensor& tensor, const char* op, const char* name) {
   FASTNN_CHECK(tensor.defined(), op, ": ", name, " must be a tensor, got an undefined one");
   FASTNN_CHECK(tensor.is_cpu(), op, ": expected all tensors to be on the same device, the CPU, but ", name, " is not");
-  FASTNN_CHECK(is_strided(tensor), op, ": expected ", name, " to be a dense tensor");
+  FASTNN_CHECK(tensor.is_strided(), op, ": expected ", name, " to be a dense tensor");
 }
 
 inline Expected check_first(const Tensor& tensor, const char* op, const char* name) {
@@ -87,7 +63,7 @@ inline Expected check_first(const Tensor& tensor, const char* op, const char* na
   FASTNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op, ": \"",
                name, "\" not implemented for '", torch::headeronly::toString(dtype),
                "'; use float32, float64 or bfloat16");
-  return {dtype, dtype_code(tensor), op};
+  return {dtype, tensor.dtype_code(), op};
 }
 
 // check_same_kind without its words: every tensor of every call goes this way.

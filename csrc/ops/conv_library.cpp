@@ -43,13 +43,16 @@ Tensor scatter_gradient(const ConvPoolProblem& problem, const Tensor& grad_outpu
 
 // In the memory format that the operator promises.
 Tensor as_promised(AtenTensorHandle handle, bool wanted, const Tensor& like) {
-  const Tensor gradient(handle);
+  Tensor gradient(handle);
   Ints sizes = sizes_of(like);
   if (!wanted) sizes[0] = 0;
   const bool channels_last = is_channels_last(like);
   if (wanted && (channels_last ? is_channels_last(gradient) : gradient.is_contiguous())) return gradient;
   Tensor result = new_formatted(sizes, like.scalar_type(), channels_last);
-  if (wanted) torch::stable::copy_(result, gradient);
+  if (wanted) {
+    torch::stable::Tensor target = result.share();
+    torch::stable::copy_(target, gradient.share());
+  }
   return result;
 }
 

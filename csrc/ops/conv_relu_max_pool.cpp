@@ -43,7 +43,7 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const 
   const bool channels_last =
       (is_channels_last(input) || is_channels_last(weight)) && !(dtype == ScalarType::Double && problem.dims == 3);
   const Ints sizes = output_sizes(problem);
-  const Tensor output = new_formatted(sizes, dtype, channels_last);
+  Tensor output = new_formatted(sizes, dtype, channels_last);
   if (winners) {
     check_places(op, problem.geometry);
     *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
@@ -64,8 +64,8 @@ Tensor conv_relu_max_pool(const Tensor& input, const Tensor& weight, const std::
 std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, const Tensor& weight,
                                                            const std::optional<Tensor>& bias, const Ints& geometry) {
   std::optional<Tensor> winners;
-  const Tensor output = forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, &winners);
-  return {output, *winners};
+  Tensor output = forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, &winners);
+  return {std::move(output), std::move(*winners)};
 }
 
 // ---- what is chosen ------------------------------------------------------------------------------------------
@@ -190,9 +190,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
   check_places(op, g);
   check_same_kind(grad_output, problem.kind, "grad_output");
   check_size(grad_output, output_sizes(problem), op, "grad_output");
-  FASTNN_CHECK(winners.defined() && winners.is_cpu() && winners.layout() == torch::headeronly::Layout::Strided &&
-                   winners.scalar_type() == ScalarType::Byte,
-               op, ": expected winners to be a dense uint8 tensor on the CPU");
+  FASTNN_CHECK(
+      winners.defined() && winners.is_cpu() && winners.is_strided() && winners.scalar_type() == ScalarType::Byte, op,
+      ": expected winners to be a dense uint8 tensor on the CPU");
   check_size(winners, output_sizes(problem), op, "winners");
   int64_t image = 1;  // elements of a padded image, which the kernels number with 32 bits
   for (int d = 0; d < 3; ++d) image = checked_product(image, g.input[d] + 2 * g.padding[d] + g.kernel_extent(d));
@@ -216,9 +216,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
     });
     if (by_library) return backward_by_library(problem, grad_output, winners, input, weight, wanted);
   }
-  const Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
-  const Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));
-  const Tensor grad_bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
+  Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
+  Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));
+  Tensor grad_bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
   if (is_empty) {
     std::memset(grad_weight.mutable_data_ptr(), 0, grad_weight.numel() * grad_weight.element_size());
     std::memset(grad_bias.mutable_data_ptr(), 0, grad_bias.numel() * grad_bias.element_size());
@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
                                    grad_bias);
     });
   }
-  return {grad_input, grad_weight, grad_bias};
+  return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
@@ -254,7 +254,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("conv_relu_max_pool", FASTNN_BOX(conv_relu_max_pool));
   m.impl("conv_relu_max_pool_with_winners", FASTNN_BOX(conv_relu_max_pool_with_winners));
-  m.impl("conv_relu_max_pool_algorithm", TORCH_BOX(&conv_relu_max_pool_algorithm));
+  m.impl("conv_relu_max_pool_algorithm", FASTNN_BOX(conv_relu_max_pool_algorithm));
   m.impl("conv_relu_max_pool_backward", FASTNN_BOX(conv_relu_max_pool_backward));
 }
 

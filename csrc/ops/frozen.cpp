@@ -96,7 +96,7 @@ const Plan<T>& plan_of(const Expected& kind, const Tensor& weights, const std::s
 
 template <class T>
 Tensor run(const Plan<T>& plan, const Tensor& input, const Tensor& packed) {
-  const Tensor output = new_tensor(plan.sizes.back(), input.scalar_type());
+  Tensor output = new_tensor(plan.sizes.back(), input.scalar_type());
   if (output.numel() == 0) return output;
   const auto& stages = plan.network.stages;
   const Scratch<T> between(plan.last > 0 ? checked_product(2, plan.largest) : 0);
@@ -137,7 +137,7 @@ Tensor frozen_packed(const Tensor& weights, const std::string& program, const In
     const FrozenNetwork<T> network(kind, weights, program);
     PackedWriter counted(nullptr, sizeof(T));
     network.pack(sizes, counted);
-    const Tensor packed = new_tensor({counted.bytes()}, ScalarType::Byte);
+    Tensor packed = new_tensor({counted.bytes()}, ScalarType::Byte);
     PackedWriter written(mutable_data<char>(packed), sizeof(T));
     network.pack(sizes, written);
     return packed;

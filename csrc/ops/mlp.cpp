@@ -29,15 +29,14 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
 
   KernelInputs inputs(chain.kind.dtype);
   const T* input = inputs.data<T>(call.input);
-  std::vector<MlpLayer<T>> layers;
-  layers.reserve(chain.layers());
+  PerLayer<MlpLayer<T>> layers;
   T* panel = scratch.get() + chunks * block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
     const T* weight = inputs.data<T>(call.weight(i));
     const T* bias = call.has_biases() ? inputs.data<T>(call.bias(i)) : nullptr;
     const int64_t size = packed_size(i);
     if (size) kernels.pack(weight, chain.widths[i + 1], chain.widths[i], panel);
-    layers.push_back({weight, bias, chain.widths[i], chain.widths[i + 1], call.activation(i), size ? panel : nullptr,
+    layers.push_back({weight, bias, chain.widths[i], chain.widths[i + 1], call.activations[i], size ? panel : nullptr,
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
     panel += size;
   }
@@ -47,20 +46,19 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
   });
 }
 
-Tensor mlp(const Tensor& input, const std::vector<Tensor>& parameters, const std::string& activations) {
+Tensor mlp(const Tensor& input, const std::vector<Tensor>& parameters, int64_t activations) {
   const Forward call("mlp", input, parameters, activations);
   if (goes_by_layers(call.chain, false)) return std::get<0>(forward_by_layers(call, false));
   const ScalarType dtype = call.chain.kind.dtype;
-  const Tensor output = new_tensor({call.chain.rows, call.chain.widths.back()}, widened(dtype));
+  Tensor output = new_tensor({call.chain.rows, call.chain.widths.back()}, widened(dtype));
   with_kernel_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     run_forward<T>(call, mutable_data<T>(output), nullptr, {});
   });
-  return narrowed(output, dtype);
+  return narrowed(std::move(output), dtype);
 }
 
-Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& parameters,
-                                const std::string& activations) {
+Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& parameters, int64_t activations) {
   const Forward call("mlp_reconstruction_error", input, parameters, activations);
   const auto& widths = call.chain.widths;
   FASTNN_CHECK(widths.back() == widths[0], call.chain.kind.op,
@@ -68,57 +66,57 @@ Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& 
                widths.back());
   if (goes_by_layers(call.chain, false)) return errors_by_layers(call);
   const ScalarType dtype = call.chain.kind.dtype;
-  const Tensor errors = new_tensor({call.chain.rows}, widened(dtype));
+  Tensor errors = new_tensor({call.chain.rows}, widened(dtype));
   with_kernel_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     run_forward<T>(call, nullptr, mutable_data<T>(errors), {});
   });
-  return narrowed(errors, dtype);
+  return narrowed(std::move(errors), dtype);
 }
 
 std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) {
-  for (Tensor& tensor : tensors) tensor = narrowed(tensor, dtype);
+  for (Tensor& tensor : tensors) tensor = narrowed(std::move(tensor), dtype);
   return tensors;
 }
 
 std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& parameters,
-                                                        const std::string& activations) {
+                                                        int64_t activations) {
   const Forward call("mlp_with_hidden", input, parameters, activations);
   if (goes_by_layers(call.chain, false)) return forward_by_layers(call, true);
   const Chain& chain = call.chain;
   const ScalarType dtype = chain.kind.dtype;
-  const Tensor output = new_tensor({chain.rows, chain.widths.back()}, widened(dtype));
+  Tensor output = new_tensor({chain.rows, chain.widths.back()}, widened(dtype));
   std::vector<Tensor> saved, hidden;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    if (output_serves(chain, i, call.activation(i))) {
+    if (output_serves(chain, i, call.activations[i])) {
       saved.emplace_back();
     } else {
       hidden.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, widened(dtype)));
-      saved.push_back(hidden.back());
+      saved.push_back(hidden.back().borrow());
     }
   }
   with_kernel_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     run_forward<T>(call, mutable_data<T>(output), nullptr, saved);
   });
-  return {narrowed(output, dtype), all_narrowed(hidden, dtype)};
+  return {narrowed(std::move(output), dtype), all_narrowed(std::move(hidden), dtype)};
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------
 
 // The saved tensors, one a layer, with `output` standing in where it serves.
-std::vector<Tensor> check_saved(const Chain& chain, const std::string& activations, const Tensor& output,
+std::vector<Tensor> check_saved(const Chain& chain, const Activations& activations, const Tensor& output,
                                 const std::vector<Tensor>& hidden) {
   const char* op = chain.kind.op;
   std::vector<Tensor> saved;
   size_t next = 0;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    const bool serves = output_serves(chain, i, activation_of(activations[i]));
+    const bool serves = output_serves(chain, i, activations[i]);
     FASTNN_CHECK(serves || next < hidden.size(), op, ": expected more hidden tensors than ", hidden.size());
     const Tensor& tensor = serves ? output : hidden[next++];
     check_same_kind(tensor, chain.kind, serves ? "output" : "hidden");
     check_sizes(tensor, {chain.rows, chain.widths[i + 1]}, op, serves ? "output" : "hidden");
-    saved.push_back(tensor);
+    saved.push_back(tensor.borrow());
   }
   FASTNN_CHECK(next == hidden.size(), op, ": expected ", next, " hidden tensors, got ", hidden.size());
   return saved;
@@ -129,24 +127,24 @@ std::vector<Tensor> check_saved(const Chain& chain, const std::string& activatio
 template <class T>
 class ParameterGradient {
  public:
-  ParameterGradient(const std::vector<int64_t>& sizes, ScalarType dtype, int64_t chunks)
+  ParameterGradient(const Sizes& sizes, ScalarType dtype, int64_t chunks)
       : result_(new_tensor(sizes, dtype)), count_(result_.numel()), chunks_(chunks) {}
 
   int64_t scratch_size() const { return (chunks_ - 1) * count_; }
   void use_scratch(T* scratch) { scratch_ = scratch; }
   T* part(int64_t chunk) const { return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_; }
-  const Tensor& sum() const {
+  Tensor sum() && {
     T* to = part(0);
     for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
       const T* from = part(chunk);
       for (int64_t i = 0; i < count_; ++i) to[i] += from[i];
     }
-    return result_;
+    return std::move(result_);
   }
   // Of no rows at all.
-  const Tensor& zero() const {
+  Tensor zero() && {
     std::fill_n(part(0), count_, T(0));
-    return result_;
+    return std::move(result_);
   }
 
  private:
@@ -158,14 +156,13 @@ class ParameterGradient {
 
 // The layers of one chunk, with that chunk's parts of the gradients still to be filled in.
 template <class T>
-std::vector<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Tensor& input,
-                                                 const std::vector<Tensor>& weights, const std::string& activations,
-                                                 const std::vector<Tensor>& saved, KernelInputs& inputs) {
-  std::vector<MlpLayerBackward<T>> layers;
-  layers.reserve(weights.size());
+PerLayer<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Tensor& input,
+                                              const std::vector<Tensor>& weights, const Activations& activations,
+                                              const std::vector<Tensor>& saved, KernelInputs& inputs) {
+  PerLayer<MlpLayerBackward<T>> layers;
   const T* layer_input = inputs.data<T>(input);
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    const Activation activation = activation_of(activations[i]);
+    const Activation activation = activations[i];
     const T* kept = inputs.data<T>(saved[i]);
     layers.push_back({inputs.data<T>(weights[i]), layer_input, kept, chain.widths[i], chain.widths[i + 1], activation,
                       nullptr, nullptr, nullptr});
@@ -175,7 +172,7 @@ std::vector<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Tenso
 }
 
 template <class T>
-Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vector<MlpLayerBackward<T>> layers,
+Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerLayer<MlpLayerBackward<T>>& layers,
                        KernelInputs& inputs, Wanted wanted) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const ScalarType dtype = widened(chain.kind.dtype);
@@ -185,8 +182,8 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
   std::vector<ParameterGradient<T>> grad_weights, grad_biases;
   int64_t scratch_size = chunks * chunk_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    if (wanted.weights) grad_weights.emplace_back(std::vector{chain.widths[i + 1], chain.widths[i]}, dtype, chunks);
-    if (wanted.biases) grad_biases.emplace_back(std::vector{chain.widths[i + 1]}, dtype, chunks);
+    if (wanted.weights) grad_weights.emplace_back(Sizes{chain.widths[i + 1], chain.widths[i]}, dtype, chunks);
+    if (wanted.biases) grad_biases.emplace_back(Sizes{chain.widths[i + 1]}, dtype, chunks);
   }
   for (auto* gradients : {&grad_weights, &grad_biases}) {
     for (const auto& gradient : *gradients) scratch_size = checked_sum(scratch_size, gradient.scratch_size());
@@ -199,14 +196,14 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
       next += gradient.scratch_size();
     }
   }
-  const Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, dtype);
+  Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, dtype);
   const T* grad_output_data = inputs.data<T>(grad_output);
   T* grad_input_data = wanted.input ? mutable_data<T>(grad_input) : nullptr;
   parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
-    std::vector<MlpLayerBackward<T>> own = layers;
+    PerLayer<MlpLayerBackward<T>> own = layers;
     T* const block = scratch.get() + chunk * chunk_size;
     T* lost = block + block_size;
-    for (size_t i = 0; i < own.size(); ++i) {
+    for (int64_t i = 0; i < own.size(); ++i) {
       own[i].lost = lost;
       lost += own[i].out;
       if (wanted.weights) own[i].grad_weight = grad_weights[i].part(chunk);
@@ -215,22 +212,23 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, std::vecto
     kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last, block);
   });
 
-  const auto finished = [&](const std::vector<ParameterGradient<T>>& gradients) {
+  const auto finished = [&](std::vector<ParameterGradient<T>>& gradients) {
     std::vector<Tensor> result;
     result.reserve(gradients.size());
-    for (const auto& gradient : gradients) {
-      const Tensor& total = chain.rows == 0 ? gradient.zero() : gradient.sum();
-      result.push_back(narrowed(total, chain.kind.dtype));
+    for (auto& gradient : gradients) {
+      Tensor total = chain.rows == 0 ? std::move(gradient).zero() : std::move(gradient).sum();
+      result.push_back(narrowed(std::move(total), chain.kind.dtype));
     }
     return result;
   };
-  return {narrowed(grad_input, chain.kind.dtype), finished(grad_weights), finished(grad_biases)};
+  return {narrowed(std::move(grad_input), chain.kind.dtype), finished(grad_weights), finished(grad_biases)};
 }
 
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
-                       const std::string& activations, const Tensor& output, const std::vector<Tensor>& hidden,
+                       int64_t activation_code, const Tensor& output, const std::vector<Tensor>& hidden,
                        bool input_wanted, bool weights_wanted, bool biases_wanted) {
   const char* op = "mlp_backward";
+  const Activations activations(op, activation_code);
   const Chain chain = check_chain(op, input, weights, activations);
   FASTNN_CHECK(weights.size() == activations.size(), op, ": expected ", activations.size(), " weights, got ",
                weights.size());
@@ -251,19 +249,19 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // parameters: the weights (out, in), then the biases (out), or no biases at all.
-  // activations: a digit a layer, its place in fastnn.ops.mlp.ACTIVATION_NAMES
-  m.def("mlp(Tensor input, Tensor[] parameters, str activations) -> Tensor");
+  // activations: an octal digit a layer, its place in fastnn.ops.mlp.ACTIVATION_NAMES, after a leading 1
+  m.def("mlp(Tensor input, Tensor[] parameters, int activations) -> Tensor");
   // One a row: the mean squared difference between the output and the input.
   m.def(
-      "mlp_reconstruction_error(Tensor input, Tensor[] parameters, str activations)"
+      "mlp_reconstruction_error(Tensor input, Tensor[] parameters, int activations)"
       " -> Tensor");
   // hidden: what mlp_backward needs of each layer
   m.def(
-      "mlp_with_hidden(Tensor input, Tensor[] parameters, str activations)"
+      "mlp_with_hidden(Tensor input, Tensor[] parameters, int activations)"
       " -> (Tensor output, Tensor[] hidden)");
   // A gradient that is not wanted comes back empty.
   m.def(
-      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, str activations, Tensor output,"
+      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, int activations, Tensor output,"
       " Tensor[] hidden, bool input_wanted, bool weights_wanted, bool biases_wanted)"
       " -> (Tensor grad_input, Tensor[] grad_weights, Tensor[] grad_biases)");
 }

@@ -6,8 +6,6 @@
 
 namespace fastnn {
 
-using torch::stable::detail::from;
-
 // In microseconds, as measured: what our kernels lose to torch's by widening and by slower products, against what
 // torch's calls cost.
 inline bool goes_by_layers(const Chain& chain, bool backward) {
@@ -20,18 +18,22 @@ inline bool goes_by_layers(const Chain& chain, bool backward) {
 
 // What a call of torch's returned, as the kernels read it. An autocast in force reaches such calls too, and may have
 // another dtype in mind.
-inline Tensor settled(const Tensor& result) {
-  return dense(result.scalar_type() == ScalarType::BFloat16 ? result : torch::stable::to(result, ScalarType::BFloat16));
+inline Tensor settled(Tensor result) {
+  if (result.scalar_type() != ScalarType::BFloat16) result = torch::stable::to(result.share(), ScalarType::BFloat16);
+  return dense(std::move(result));
 }
 
-inline Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{from(input), from(weight), from(bias)};
+// bias: may be null
+inline Tensor linear(const Tensor& input, const Tensor& weight, const Tensor* bias) {
+  std::optional<torch::stable::Tensor> given_bias;
+  if (bias) given_bias.emplace(bias->share());
+  std::array<StableIValue, 3> stack{give(input), give(weight), give(given_bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return settled(torch::stable::detail::to<Tensor>(stack[0]));
+  return settled(Argument<Tensor>::take(stack[0]));
 }
 
 inline Tensor product(const Tensor& a, const Tensor& b) {
-  return settled(torch::stable::matmul(a, b));
+  return settled(torch::stable::matmul(a.share(), b.share()));
 }
 
 // body(first, last) for parts of [0, count), in parallel if `work` a piece is worth it.
@@ -54,18 +56,17 @@ inline void activate(Activation activation, const Tensor& input, const Tensor& o
 
 // The output, and the hidden tensors of mlp_with_hidden.
 inline std::tuple<Tensor, std::vector<Tensor>> forward_by_layers(const Forward& call, bool saves) {
-  Tensor current = call.input;
+  Tensor current = call.input.borrow();
   std::vector<Tensor> hidden;
   for (int64_t i = 0; i < call.chain.layers(); ++i) {
-    const Activation activation = call.activation(i);
-    const Tensor before =
-        linear(current, call.weight(i), call.has_biases() ? std::optional(call.bias(i)) : std::nullopt);
+    const Activation activation = call.activations[i];
+    const Tensor before = linear(current, call.weight(i), call.has_biases() ? &call.bias(i) : nullptr);
     const bool kept = saves && keeps_input(activation);
     current = kept ? new_tensor({call.chain.rows, call.chain.widths[i + 1]}, ScalarType::BFloat16) : before;
     if (activation != Activation::identity) activate(activation, before, current);
     if (saves && !output_serves(call.chain, i, activation)) hidden.push_back(before);
   }
-  return {current, hidden};
+  return {std::move(current), std::move(hidden)};
 }
 
 inline Tensor errors_by_layers(const Forward& call) {
@@ -83,13 +84,13 @@ inline Tensor errors_by_layers(const Forward& call) {
 
 // saved: one a layer, as check_saved returns them
 inline Gradients backward_by_layers(const Chain& chain, const Tensor& grad_output, const Tensor& input,
-                                    const std::vector<Tensor>& weights, const std::string& activations,
+                                    const std::vector<Tensor>& weights, const Activations& activations,
                                     const std::vector<Tensor>& saved, Wanted wanted) {
   const size_t layers = weights.size();
   std::vector<Tensor> grad_weights(wanted.weights ? layers : 0), grad_biases(wanted.biases ? layers : 0);
   Tensor gradient = dense(grad_output);
   for (size_t i = layers; i-- > 0;) {
-    const Activation activation = activation_of(activations[i]);
+    const Activation activation = activations[i];
     if (activation != Activation::identity) {
       const Tensor kept = dense(saved[i]), before = new_tensor({chain.rows, chain.widths[i + 1]}, ScalarType::BFloat16);
       const bfloat16 *const after = data<bfloat16>(gradient), *const known = data<bfloat16>(kept);
@@ -101,20 +102,20 @@ inline Gradients backward_by_layers(const Chain& chain, const Tensor& grad_outpu
     }
     if (wanted.biases) {
       const int64_t rows = 0;
-      grad_biases[i] = settled(torch::stable::sum(gradient, Sizes(&rows, 1)));
+      grad_biases[i] = settled(torch::stable::sum(gradient.share(), Sizes(&rows, 1)));
     }
     if (wanted.weights) {
       Tensor layer_input = i > 0 ? saved[i - 1] : input;
-      if (i > 0 && keeps_input(activation_of(activations[i - 1]))) {
+      if (i > 0 && keeps_input(activations[i - 1])) {
         layer_input = new_tensor({chain.rows, chain.widths[i]}, ScalarType::BFloat16);
-        activate(activation_of(activations[i - 1]), dense(saved[i - 1]), layer_input);
+        activate(activations[i - 1], dense(saved[i - 1]), layer_input);
       }
-      grad_weights[i] = product(torch::stable::transpose(gradient, 0, 1), layer_input);
+      grad_weights[i] = product(torch::stable::transpose(gradient.share(), 0, 1), layer_input);
     }
     if (i > 0 || wanted.input) gradient = product(gradient, weights[i]);
   }
-  const Tensor grad_input = wanted.input ? gradient : new_tensor({0, chain.widths[0]}, ScalarType::BFloat16);
-  return {grad_input, grad_weights, grad_biases};
+  if (!wanted.input) gradient = new_tensor({0, chain.widths[0]}, ScalarType::BFloat16);
+  return {std::move(gradient), std::move(grad_weights), std::move(grad_biases)};
 }
 
 }  // namespace fastnn

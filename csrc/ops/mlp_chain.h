@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <numeric>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -12,13 +12,55 @@
 
 namespace fastnn {
 
+// Operators take activations as one number, an octal digit a layer after a leading 1: strings and lists cost an
+// allocation or two.
+class Activations {
+  static_assert(static_cast<int>(Activation::count) == 8);
+
+ public:
+  static constexpr int64_t kMost = 20;  // layers
+
+  Activations(const char* op, int64_t code) : code_(code) {
+    FASTNN_CHECK(code > 0, op, ": activations must be positive, got ", code);
+    int64_t bits = 0;
+    while (code > 1) code /= 2, ++bits;
+    layers_ = bits / 3;
+    FASTNN_CHECK(bits % 3 == 0 && layers_ > 0 && layers_ <= kMost, op, ": activations must be a 1 and 1 to ", kMost,
+                 " octal digits, got ", code_);
+  }
+  size_t size() const { return static_cast<size_t>(layers_); }
+  Activation operator[](int64_t layer) const { return static_cast<Activation>(code_ >> 3 * (layers_ - 1 - layer) & 7); }
+
+ private:
+  int64_t code_, layers_;
+};
+
+// One item a layer, or one more, without an allocation.
+template <class T>
+class PerLayer {
+ public:
+  void push_back(const T& item) { items_[size_++] = item; }
+  T& operator[](int64_t i) { return items_[i]; }
+  const T& operator[](int64_t i) const { return items_[i]; }
+  const T& back() const { return items_[size_ - 1]; }
+  const T* begin() const { return items_.data(); }
+  const T* end() const { return items_.data() + size_; }
+  T* data() { return items_.data(); }
+  const T* data() const { return items_.data(); }
+  int64_t size() const { return size_; }
+
+ private:
+  std::array<T, Activations::kMost + 1> items_;
+  int64_t size_ = 0;
+};
+
 struct Chain {
   Expected kind;
   int64_t rows;
-  std::vector<int64_t> widths;  // the input's, then each layer's
-  double work = 0;              // floating-point operations of one forward
+  PerLayer<int64_t> widths;  // the input's, then each layer's
+  double work = 0;           // floating-point operations of one forward
 
-  int64_t layers() const { return static_cast<int64_t>(widths.size()) - 1; }
+  int64_t layers() const { return widths.size() - 1; }
   int64_t widest() const { return *std::max_element(widths.begin(), widths.end()); }
   double weights() const {  // elements of all
     double count = 0;
@@ -28,22 +70,15 @@ struct Chain {
   int64_t outputs() const { return std::accumulate(widths.begin() + 1, widths.end(), int64_t{0}); }  // of all layers
 };
 
-// Operators take activations as a string, a digit a layer: the dispatcher passes a list of numbers 0.1 us slower.
-inline Activation activation_of(char digit) {
-  return static_cast<Activation>(digit - '0');
-}
-
 inline Chain check_chain(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                         const std::string& activations) {
+                         const Activations& activations) {
   const Expected kind = check_first(input, op, "input");
   FASTNN_CHECK(input.dim() == 2, op, ": expected input to be 2D (rows, features), got ", input.dim(),
                "D tensor instead");
   const size_t layers = activations.size();
-  FASTNN_CHECK(layers > 0, op, ": expected at least one layer");
   FASTNN_CHECK(weights.size() >= layers, op, ": expected ", layers, " weights, one an activation, got ",
                weights.size());
   Chain chain{kind, input.size(0), {}};
-  chain.widths.reserve(layers + 1);
   chain.widths.push_back(input.size(1));
   for (size_t i = 0; i < layers; ++i) {
     check_same_kind(weights[i], kind, "weights");
@@ -52,9 +87,6 @@ inline Chain check_chain(const char* op, const Tensor& input, const std::vector<
                  "D tensor instead");
     FASTNN_CHECK(sizes[1] == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows, "x",
                  chain.widths.back(), " and ", sizes[1], "x", sizes[0], ")");
-    const char first = '0', last = '0' + static_cast<char>(Activation::count) - 1;
-    FASTNN_CHECK(activations[i] >= first && activations[i] <= last, op, ": activations must be digits from ", first,
-                 " to ", last, ", got \"", activations, "\"");
     chain.widths.push_back(sizes[0]);
     chain.work += 2.0 * chain.rows * chain.widths[i] * chain.widths[i + 1];
   }
@@ -63,16 +95,16 @@ inline Chain check_chain(const char* op, const Tensor& input, const std::vector<
 
 // The arguments of every forward operator, checked. parameters: the weights, then the biases, or no biases at all.
 struct Forward {
+  Activations activations;
   Chain chain;
   const Tensor& input;
   const std::vector<Tensor>& parameters;
-  const std::string& activations;
 
-  Forward(const char* op, const Tensor& input, const std::vector<Tensor>& parameters, const std::string& activations)
-      : chain(check_chain(op, input, parameters, activations)),
+  Forward(const char* op, const Tensor& input, const std::vector<Tensor>& parameters, int64_t code)
+      : activations(op, code),
+        chain(check_chain(op, input, parameters, activations)),
         input(input),
-        parameters(parameters),
-        activations(activations) {
+        parameters(parameters) {
     const size_t layers = activations.size();
     FASTNN_CHECK(parameters.size() == layers || parameters.size() == 2 * layers, op, ": expected ", layers,
                  " weights and ", layers, " or no biases, got ", parameters.size(), " parameters");
@@ -85,7 +117,6 @@ struct Forward {
   bool has_biases() const { return parameters.size() > activations.size(); }
   const Tensor& weight(int64_t layer) const { return parameters[layer]; }
   const Tensor& bias(int64_t layer) const { return parameters[activations.size() + layer]; }
-  Activation activation(int64_t layer) const { return activation_of(activations[layer]); }
 };
 
 // The layers whose `saved` is the output itself, which is at hand anyway.

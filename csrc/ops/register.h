@@ -18,20 +18,23 @@ inline const Tensor* find_gradient(const Tensor& tensor) {
 inline const Tensor* find_gradient(const std::optional<Tensor>& tensor) {
   return tensor ? find_gradient(*tensor) : nullptr;
 }
-inline const Tensor* find_gradient(const std::vector<Tensor>& tensors) {
-  for (const Tensor& tensor : tensors) {
-    if (const Tensor* found = find_gradient(tensor)) return found;
-  }
-  return nullptr;
-}
 template <class Other>
 const Tensor* find_gradient(const Other&) {
+  return nullptr;
+}
+template <class Item>
+const Tensor* find_gradient(const std::vector<Item>& items) {
+  for (const Item& item : items) {
+    if (const Tensor* found = find_gradient(item)) return found;
+  }
   return nullptr;
 }
 
 inline void refuse_gradients(Tensor& output, const Tensor& input) {
   if (output.scalar_type() != ScalarType::Byte) output = refuse_gradient(output, input);
 }
+template <class Other>
+void refuse_gradients(Other&, const Tensor&) {}
 inline void refuse_gradients(std::vector<Tensor>& outputs, const Tensor& input) {
   for (Tensor& output : outputs) refuse_gradients(output, input);
 }
@@ -40,20 +43,46 @@ void refuse_gradients(std::tuple<Parts...>& outputs, const Tensor& input) {
   std::apply([&](Parts&... parts) { (refuse_gradients(parts, input), ...); }, outputs);
 }
 
+// The function that libtorch calls, on its stack of arguments and then results.
 template <auto function>
-struct WithoutGradient;
+struct Boxed;
 template <class Result, class... Arguments, Result (*function)(Arguments...)>
-struct WithoutGradient<function> {
-  static Result call(Arguments... arguments) {
-    Result result = function(arguments...);
-    if (!aoti_torch_grad_mode_is_enabled()) return result;
-    const Tensor* found = nullptr;
-    ((found = found ? found : find_gradient(arguments)), ...);
-    if (found) refuse_gradients(result, *found);
-    return result;
+struct Boxed<function> {
+  static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+    FASTNN_CHECK(arguments == sizeof...(Arguments) && results == result_count(static_cast<Result*>(nullptr)),
+                 "the schema has ", arguments, " arguments and ", results, " results, the function others");
+    run(stack, std::index_sequence_for<Arguments...>());
+  }
+
+ private:
+  template <size_t... i>
+  static void run(StableIValue* stack, std::index_sequence<i...>) {
+    const std::tuple<std::decay_t<Arguments>...> arguments{Argument<std::decay_t<Arguments>>::take(stack[i])...};
+    Result result = function(std::get<i>(arguments)...);
+    if (aoti_torch_grad_mode_is_enabled()) {
+      const Tensor* found = nullptr;
+      ((found = found ? found : find_gradient(std::get<i>(arguments))), ...);
+      if (found) refuse_gradients(result, *found);
+    }
+    put(stack, std::move(result));
+  }
+
+  template <class... Parts>
+  static constexpr size_t result_count(std::tuple<Parts...>*) {
+    return sizeof...(Parts);
+  }
+  static constexpr size_t result_count(void*) { return 1; }
+
+  template <class... Parts>
+  static void put(StableIValue* stack, std::tuple<Parts...>&& results) {
+    std::apply([&](Parts&... parts) { ((*stack++ = give(std::move(parts))), ...); }, results);
+  }
+  template <class One>
+  static void put(StableIValue* stack, One&& result) {
+    *stack = give(std::move(result));
   }
 };
 
 }  // namespace fastnn
 
-#define FASTNN_BOX(function) TORCH_BOX(&(fastnn::WithoutGradient<function>::call))
+#define FASTNN_BOX(function) (&fastnn::Boxed<function>::call)

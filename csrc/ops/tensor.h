@@ -10,7 +10,7 @@
 namespace fastnn {
 
 // A new uninitialised CPU tensor.
-inline Tensor new_strided_tensor(const std::vector<int64_t>& sizes, const int64_t* strides, ScalarType dtype) {
+inline Tensor new_strided_tensor(const Sizes& sizes, const int64_t* strides, ScalarType dtype) {
   const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
                        : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
@@ -22,7 +22,7 @@ inline Tensor new_strided_tensor(const std::vector<int64_t>& sizes, const int64_
 }
 
 // The same, contiguous.
-inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
   int64_t strides[16];
   const size_t rank = sizes.size();
   FASTNN_CHECK(rank <= 16, "tensors of more than 16 dimensions are not supported");
@@ -34,8 +34,12 @@ inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return new_strided_tensor(sizes, strides, dtype);
 }
 
+// The tensor, or a copy of it, to be read while the tensor lives.
 inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor.borrow() : Tensor(torch::stable::contiguous(tensor.share()));
+}
+inline Tensor dense(Tensor&& tensor) {
+  return tensor.is_contiguous() ? std::move(tensor) : Tensor(torch::stable::contiguous(tensor.share()));
 }
 
 template <class T>
@@ -62,7 +66,7 @@ inline Tensor widened(const Tensor& tensor) {
   return result;
 }
 // Rounded to nearest, ties to even; a NaN stays one.
-inline Tensor narrowed(const Tensor& tensor, ScalarType dtype) {
+inline Tensor narrowed(Tensor tensor, ScalarType dtype) {
   if (dtype != ScalarType::BFloat16) return tensor;
   const Sizes sizes = tensor.sizes();
   const Tensor result = new_tensor({sizes.begin(), sizes.end()}, dtype);

@@ -137,11 +137,11 @@ class Chain(NamedTuple):
         return len(self.widths) - 1
 
 
-def _numbers(op: str, activations: str) -> list[int]:
-    digits = "".join(map(str, range(len(ACTIVATION_NAMES))))
-    check(all(digit in digits for digit in activations), op, ": activations must be digits from ", digits[0], " to ",
-          digits[-1], ', got "', activations, '"')  # fmt: skip
-    return [int(digit) for digit in activations]
+def _numbers(op: str, activations: int) -> list[int]:
+    digits = f"{activations:o}"
+    check(activations > 1 and digits[0] == "1", op, ": activations must be a 1 and 1 to 20 octal digits, got ",
+          activations)  # fmt: skip
+    return [int(digit) for digit in digits[1:]]
 
 
 def _check_chain(op: str, input: Tensor, weights: Sequence[Tensor], activations: Sequence[int]) -> Chain:
@@ -182,13 +182,13 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 # ---- forward ----------------------------------------------------------------------------------------------
 
 
-def mlp(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
+def mlp(input: Tensor, parameters: Sequence[Tensor], activations: int) -> Tensor:
     """``fastnn::mlp``: input (rows, in); parameters, the weights (out_i, in_i), then the biases (out_i) or none
     -> (rows, out of the last)."""
     return _forward("mlp", input, parameters, activations, save=False)[0]
 
 
-def mlp_reconstruction_error(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
+def mlp_reconstruction_error(input: Tensor, parameters: Sequence[Tensor], activations: int) -> Tensor:
     """``fastnn::mlp_reconstruction_error``: the mean squared difference of output and input, (rows)."""
     op = "mlp_reconstruction_error"
     output = _forward(op, input, parameters, activations, save=False)[0]
@@ -197,7 +197,7 @@ def mlp_reconstruction_error(input: Tensor, parameters: Sequence[Tensor], activa
     return (output - input).square_().mean(dim=-1)
 
 
-def mlp_with_hidden(input: Tensor, parameters: Sequence[Tensor], activations: str) -> tuple[Tensor, list[Tensor]]:
+def mlp_with_hidden(input: Tensor, parameters: Sequence[Tensor], activations: int) -> tuple[Tensor, list[Tensor]]:
     """``fastnn::mlp_with_hidden``: the output, and what backward needs of each layer."""
     return _forward("mlp_with_hidden", input, parameters, activations, save=True)
 
@@ -216,14 +216,14 @@ _plans = _launch.Plans()
 
 
 def _forward(
-    op: str, input: Tensor, parameters: Sequence[Tensor], digits: str, save: bool
+    op: str, input: Tensor, parameters: Sequence[Tensor], code: int, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
     target = _launch.target_of(input.device)
     precision = _launch.dot_precision(input.dtype, "linear", target)
-    key = (op, digits, save, target, precision, _launch.facts(input), *map(_launch.facts, parameters))
+    key = (op, code, save, target, precision, _launch.facts(input), *map(_launch.facts, parameters))
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans.keep(key, _plan_forward(op, input, parameters, digits, target, precision))
+        plan = _plans.keep(key, _plan_forward(op, input, parameters, code, target, precision))
     weights, biases = split_parameters(parameters, plan.chain.layers)
     if plan.launch is not None:
         return _run_chain(plan, plan.launch, input, weights, biases, save)
@@ -237,9 +237,9 @@ def _forward(
 
 
 def _plan_forward(
-    op: str, input: Tensor, parameters: Sequence[Tensor], digits: str, target: _launch.Target, precision: str
+    op: str, input: Tensor, parameters: Sequence[Tensor], code: int, target: _launch.Target, precision: str
 ) -> Plan:
-    activations = _numbers(op, digits)
+    activations = _numbers(op, code)
     layers = len(activations)
     check(len(parameters) in (layers, 2 * layers), op, ": expected ", layers, " weights and ", layers,
           " or no biases, got ", len(parameters), " parameters")  # fmt: skip
@@ -332,7 +332,7 @@ def _run_layer(
 
 
 def mlp_backward(
-    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], activations: str, output: Tensor,
+    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], activations: int, output: Tensor,
     hidden: Sequence[Tensor], input_wanted: bool, weights_wanted: bool, biases_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """``fastnn::mlp_backward``: grad_output and output (rows, out of the last), hidden as mlp_with_hidden gave it.

@@ -23,6 +23,7 @@ from fastnn.reference import mlp as reference
 # The operator takes activations by their place in this list (csrc/kernels/mlp.h has the same).
 ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _DIGIT_OF = {name: str(place) for place, name in enumerate(ACTIVATION_NAMES)}
+_MOST_LAYERS = 20  # of one call of the operators
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
 _RELU = _DIGIT_OF["relu"]
 _mlp_op = torch.ops.fastnn.mlp.default
@@ -96,10 +97,15 @@ def mlp_reconstruction_error(
     weights, biases = tuple(weights), tuple(biases)
     names = activation_names(activation, len(weights))
     parameters = join_parameters(weights, biases)
-    if input.dim() != 2 or needs_autograd(input, *parameters) or needs_reference(autocast(input)[0]):
+    if (
+        input.dim() != 2
+        or len(names) > _MOST_LAYERS
+        or needs_autograd(input, *parameters)
+        or needs_reference(autocast(input)[0])
+    ):
         return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
     input, *parameters = autocast(input, *parameters)
-    return call_kernel(_mlp_reconstruction_error_op, input, parameters, activation_digits(names))
+    return call_kernel(_mlp_reconstruction_error_op, input, parameters, operator_code(activation_digits(names)))
 
 
 def join_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -116,21 +122,43 @@ def split_parameters(parameters: Sequence[Tensor], layers: int) -> tuple[Sequenc
     return parameters[:layers], parameters[layers:] or (None,) * layers
 
 
+_codes: dict[str, int] = {}  # of the digits met so far
+
+
 def activation_digits(names: Sequence[str]) -> str:
-    """The names as the operators take them: a digit a layer, its place in ``ACTIVATION_NAMES``."""
-    return "".join(_DIGIT_OF[name] for name in names)
+    """The names in short: a digit a layer, its place in ``ACTIVATION_NAMES``."""
+    digits = "".join(_DIGIT_OF[name] for name in names)
+    if 0 < len(digits) <= _MOST_LAYERS:
+        _codes[digits] = operator_code(digits)
+    return digits
+
+
+def operator_code(digits: str) -> int:
+    """As the operators take them: octal, after a leading 1."""
+    return int("1" + digits, 8)
 
 
 def _names_of(digits: str) -> list[str]:
     return [ACTIVATION_NAMES[int(digit)] for digit in digits]
 
 
+def names_of_code(code: int) -> list[str]:
+    """What :func:`operator_code` was made of."""
+    return _names_of(f"{code:o}"[1:])
+
+
 def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, recompute: bool = False) -> Tensor:
     """:func:`mlp` for callers that know their arguments: ``parameters`` as of :func:`join_parameters`, ``digits`` the
     activations as of :func:`activation_digits`."""
     rank = input.dim()
-    if rank == 2 and digits and is_plain(input):
-        return _mlp_call(input, parameters, digits)
+    if rank == 2 and is_plain(input) and (code := _codes.get(digits)):
+        return _mlp_call(input, parameters, code)
+    if len(digits) > _MOST_LAYERS:
+        weights, biases = split_parameters(parameters, len(digits))
+        for first in range(0, len(digits), _MOST_LAYERS):
+            some = slice(first, first + _MOST_LAYERS)
+            input = mlp_of_parameters(input, join_parameters(weights[some], biases[some]), digits[some], recompute)
+        return input
     input, *parameters = autocast(input, *parameters)
     if rank == 0 or not digits or needs_reference(input):
         return reference.mlp(input, *split_parameters(parameters, len(digits)), _names_of(digits))
@@ -138,7 +166,7 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
     if needs_autograd(input, *parameters):
         output = apply_function(Mlp, rows, digits, recompute, *parameters)[0]
     else:
-        output = call_kernel(_mlp_op, rows, parameters, digits)
+        output = call_kernel(_mlp_op, rows, parameters, operator_code(digits))
     return output if rank == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
 
 
@@ -150,8 +178,8 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor, digits: str, recompute: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
         if recompute:
-            return (_mlp_op(input, parameters, digits),)
-        output, hidden = _mlp_with_hidden_op(input, parameters, digits)
+            return (_mlp_op(input, parameters, operator_code(digits)),)
+        output, hidden = _mlp_with_hidden_op(input, parameters, operator_code(digits))
         return (output, *hidden)
 
     @staticmethod
@@ -185,7 +213,7 @@ class MlpBackward(torch.autograd.Function):
         layers = len(digits)
         output, *hidden = saved[1 + parameters :]
         grad_input, grad_weights, grad_biases = _mlp_backward_op(
-            grad_output, saved[0], saved[1 : 1 + layers], digits, output, hidden, *wanted
+            grad_output, saved[0], saved[1 : 1 + layers], operator_code(digits), output, hidden, *wanted
         )
         biases = parameters - layers
         return (
@@ -221,22 +249,23 @@ class MlpBackward(torch.autograd.Function):
 
 
 @raw_operator("mlp")
-def _(input: Tensor, parameters: list[Tensor], activations: str) -> Tensor:
+def _(input: Tensor, parameters: list[Tensor], activations: int) -> Tensor:
     check_same_device(input, *parameters)
-    return input.new_empty(input.shape[0], parameters[len(activations) - 1].shape[0])
+    return input.new_empty(input.shape[0], parameters[len(names_of_code(activations)) - 1].shape[0])
 
 
 @raw_operator("mlp_reconstruction_error")
-def _(input: Tensor, parameters: list[Tensor], activations: str) -> Tensor:
+def _(input: Tensor, parameters: list[Tensor], activations: int) -> Tensor:
     check_same_device(input, *parameters)
     return input.new_empty(input.shape[0])
 
 
 @raw_operator("mlp_with_hidden")
-def _(input: Tensor, parameters: list[Tensor], activations: str) -> tuple[Tensor, list[Tensor]]:
+def _(input: Tensor, parameters: list[Tensor], activations: int) -> tuple[Tensor, list[Tensor]]:
     check_same_device(input, *parameters)
-    outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in parameters[: len(activations)]]
-    output_serves = _names_of(activations)[-1] not in _KEEPS_INPUT
+    names = names_of_code(activations)
+    outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in parameters[: len(names)]]
+    output_serves = names[-1] not in _KEEPS_INPUT
     return input.new_empty(outputs[-1].shape), outputs[:-1] if output_serves else outputs
 
 
@@ -245,7 +274,7 @@ def _(
     grad_output: Tensor,
     input: Tensor,
     weights: list[Tensor],
-    activations: str,
+    activations: int,
     output: Tensor,
     hidden: list[Tensor],
     input_wanted: bool,

@@ -7,7 +7,7 @@ import torch
 
 from fastnn.kernels import _launch
 from fastnn.kernels import mlp as kernels
-from fastnn.ops.mlp import ACTIVATION_NAMES, activation_digits, join_parameters
+from fastnn.ops.mlp import ACTIVATION_NAMES, activation_digits, join_parameters, operator_code
 from fastnn.reference.mlp import mlp as reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,19 +23,21 @@ def make(rows, widths, dtype, device, bias=True):
 def check(rows, widths, names, dtype, device, assert_near, bias=True):
     """Forward and every gradient of one chain."""
     input, weights, biases = make(rows, widths, dtype, device, bias)
-    digits = activation_digits(names)
+    activations = operator_code(activation_digits(names))
     exact = [t.double().cpu().requires_grad_() for t in (input, *weights)]
     exact_biases = [None if b is None else b.double().cpu().requires_grad_() for b in biases]
     expected = reference(exact[0], exact[1:], exact_biases, names)
-    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), digits)
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), activations)
     assert_near(output, expected.detach())
-    torch.testing.assert_close(kernels.mlp(input, join_parameters(weights, biases), digits), output, rtol=0, atol=0)
+    torch.testing.assert_close(
+        kernels.mlp(input, join_parameters(weights, biases), activations), output, rtol=0, atol=0
+    )
 
     grad = torch.randn_like(output)
     wanted = [*exact, *(b for b in exact_biases if b is not None)]
     gradients = torch.autograd.grad(expected, wanted, grad.double().cpu())
     grad_input, grad_weights, grad_biases = kernels.mlp_backward(
-        grad, input, weights, digits, output, hidden, True, True, True
+        grad, input, weights, activations, output, hidden, True, True, True
     )
     actual = [grad_input, *grad_weights, *(g for g, b in zip(grad_biases, biases, strict=True) if b is not None)]
     for got, want in zip(actual, gradients, strict=True):
@@ -81,10 +83,10 @@ def test_float64_and_empty_sizes_take_stocks_path(device):
         (3, (4, 3), torch.float64),
     ]:
         input, weights, biases = make(rows, widths, dtype, device)
-        names, digits = ["relu"] * len(weights), "1" * len(weights)
-        output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), digits)
+        names, activations = ["relu"] * len(weights), operator_code("1" * len(weights))
+        output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), activations)
         torch.testing.assert_close(output, reference(input, weights, biases, names))
-        gradients = kernels.mlp_backward(output, input, weights, digits, output, hidden, True, True, True)
+        gradients = kernels.mlp_backward(output, input, weights, activations, output, hidden, True, True, True)
         assert gradients[0].shape == input.shape
         assert [g.shape for g in gradients[1]] == [w.shape for w in weights]
 
@@ -92,36 +94,36 @@ def test_float64_and_empty_sizes_take_stocks_path(device):
 def test_nan_passes_and_relus_gradient_there_is_one(device):
     input, weights, biases = make(17, (6, 8, 5), torch.float32, device)
     input[3] = float("nan")
-    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), "11")
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), 0o111)
     assert output[3].isnan().all()
     assert not output[4].isnan().any()
-    grad_input = kernels.mlp_backward(output, input, weights, "11", output, hidden, True, False, False)[0]
+    grad_input = kernels.mlp_backward(output, input, weights, 0o111, output, hidden, True, False, False)[0]
     assert grad_input[3].isnan().all()
     assert not grad_input[4].isnan().any()
 
 
 def test_reconstruction_error(device):
     input, weights, biases = make(17, (6, 3, 6), torch.float32, device)
-    output = kernels.mlp(input, [*weights, *biases], "20")
-    error = kernels.mlp_reconstruction_error(input, [*weights, *biases], "20")
+    output = kernels.mlp(input, [*weights, *biases], 0o120)
+    error = kernels.mlp_reconstruction_error(input, [*weights, *biases], 0o120)
     torch.testing.assert_close(error, (output - input).square().mean(1))
     with pytest.raises(RuntimeError, match="as many outputs"):
-        kernels.mlp_reconstruction_error(input, [weights[0]], "0")
+        kernels.mlp_reconstruction_error(input, [weights[0]], 0o10)
 
 
 def test_non_contiguous_arguments(device, assert_near):
     input, weights, biases = make(18, (6, 8, 5), torch.float32, device)
     strided = [t.t().contiguous().t() for t in (input, *weights)]
-    expected = kernels.mlp(input, join_parameters(weights, biases), "20")
+    expected = kernels.mlp(input, join_parameters(weights, biases), 0o120)
     torch.testing.assert_close(
-        kernels.mlp(strided[0], join_parameters(strided[1:], biases), "20"), expected, rtol=0, atol=0
+        kernels.mlp(strided[0], join_parameters(strided[1:], biases), 0o120), expected, rtol=0, atol=0
     )
 
 
 def test_gradients_that_are_not_wanted_are_empty(device):
     input, weights, biases = make(18, (6, 8, 5), torch.float32, device)
-    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), "20")
-    gradients = kernels.mlp_backward(output, input, weights, "20", output, hidden, False, False, False)
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), 0o120)
+    gradients = kernels.mlp_backward(output, input, weights, 0o120, output, hidden, False, False, False)
     assert gradients[0].shape == (0, 6)
     assert gradients[1:] == ([], [])
 
@@ -131,19 +133,19 @@ def test_gradients_that_are_not_wanted_are_empty(device):
     [
         (lambda a: a.update(input=a["input"][0]), "expected input to be 2D"),
         (lambda a: a.update(input=a["input"].to(torch.int32)), "not implemented for"),
-        (lambda a: a.update(activations="", parameters=[]), "at least one weight"),
+        (lambda a: a.update(activations=1, parameters=[]), "1 to 20 octal digits"),
         (lambda a: a.update(parameters=a["parameters"][1::-1]), "cannot be multiplied"),
         (lambda a: a.update(parameters=[a["parameters"][0].double(), a["parameters"][1]]), "dtype"),
         (lambda a: a.update(parameters=[a["parameters"][0].to("meta"), a["parameters"][1]]), "same device"),
         (lambda a: a.update(parameters=a["parameters"][:3]), "expected 2 weights and 2 or no biases"),
         (lambda a: a.update(parameters=a["parameters"][:2] + a["parameters"][:1:-1]), "expected biases of size"),
-        (lambda a: a.update(activations="1"), "expected 1 weights"),
-        (lambda a: a.update(activations="18"), "digits from 0 to 7"),
+        (lambda a: a.update(activations=0o11), "expected 1 weights"),
+        (lambda a: a.update(activations=0o210), "1 to 20 octal digits"),
     ],
 )
 def test_forward_refuses(change, message, device):
     input, weights, biases = make(4, (6, 8, 5), torch.float32, device)
-    arguments = {"input": input, "parameters": [*weights, *biases], "activations": "10"}
+    arguments = {"input": input, "parameters": [*weights, *biases], "activations": 0o110}
     change(arguments)
     with pytest.raises(RuntimeError, match=message):
         kernels.mlp(**arguments)
@@ -161,8 +163,8 @@ def test_forward_refuses(change, message, device):
 )
 def test_backward_refuses(change, message, device):
     input, weights, biases = make(4, (6, 8, 5), torch.float32, device)
-    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), "10")
-    arguments = {"grad_output": output, "input": input, "weights": weights, "activations": "10", "output": output,
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), 0o110)
+    arguments = {"grad_output": output, "input": input, "weights": weights, "activations": 0o110, "output": output,
                  "hidden": hidden, "input_wanted": True, "weights_wanted": True, "biases_wanted": True}  # fmt: skip
     change(arguments)
     with pytest.raises(RuntimeError, match=message):
