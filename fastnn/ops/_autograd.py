@@ -12,7 +12,7 @@ autocast_is_on = torch._C._is_any_autocast_enabled
 transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
 _is_grad_enabled = torch.is_grad_enabled
 _float32 = torch.float32
-_is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
@@ -33,7 +33,7 @@ def is_plain(input: Tensor) -> bool:
         and not autocast_is_on()
         and not transforms_active()
         and forward_ad._current_level < 0
-        and not _is_compiling()
+        and not _is_dynamo_compiling()
     )
 
 
@@ -108,7 +108,7 @@ def recorder(function: type[torch.autograd.Function], results: int) -> Callable[
     apply_twin = super(torch.autograd.Function, twin).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> tuple[Tensor, ...]:
-        if _is_compiling() or transforms_active():
+        if _is_dynamo_compiling() or transforms_active():
             return function.apply(*args)[:results]
         return apply_twin(*args)
 

@@ -139,8 +139,8 @@ def _conv_relu_max_pool(
     pool_dilation: Size,
     ceil_mode: bool,
 ) -> Tensor:
-    _check_rank(input, dims)
     if isinstance(padding, str):
+        _check_rank(input, dims)
         input, padding = _named_padding(padding, dims, input, weight, stride, dilation)
     geometry = flat_geometry(
         dims, stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode

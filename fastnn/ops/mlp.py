@@ -60,10 +60,15 @@ def mlp(
         ValueError: an activation that is not in the list, or not one a layer.
     """
     weights, biases = tuple(weights), tuple(biases)
-    names = activation_names(activation, len(weights))
-    if len(biases) != len(weights):
-        raise ValueError(f"mlp: expected {len(weights)} biases, one a weight, got {len(biases)}")
-    return mlp_of_parameters(input, join_parameters(weights, biases), activation_digits(names), recompute)
+    layers = len(weights)
+    digits = _digits_between.get((activation, layers)) if isinstance(activation, str) else None
+    if digits is None:
+        digits = activation_digits(activation_names(activation, layers))
+        if isinstance(activation, str):
+            _digits_between[activation, layers] = digits
+    if len(biases) != layers:
+        raise ValueError(f"mlp: expected {layers} biases, one a weight, got {len(biases)}")
+    return mlp_of_parameters(input, join_parameters(weights, biases), digits, recompute)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -123,7 +128,9 @@ def split_parameters(parameters: Sequence[Tensor], layers: int) -> tuple[Sequenc
     return parameters[:layers], parameters[layers:] or (None,) * layers
 
 
-_codes: dict[str, int] = {}  # of the digits met so far
+# Of what was met so far: by the one name between so many layers, and by digits.
+_digits_between: dict[tuple[str, int], str] = {}
+_codes: dict[str, int] = {}
 
 
 def activation_digits(names: Sequence[str]) -> str:
