@@ -131,22 +131,26 @@ class BackwardDirection {
     const T* cell_before = Cell::kHasCellState ? previous_cell(t, sequence, runs) : nullptr;
     const T* kept = Cell::kSaved > 0 ? direction_.template saved<Cell>(step, sequence) : nullptr;
     const Source* grad_output = layout_.projected ? nullptr : output_gradient(step, sequence);
+    using V = Lockstep<C, 1>;  // bound by reading what was kept: several in lockstep are no faster
     C* grad_h = row_of(grad_h_, sequence);
     C* grad_c = row_of(grad_c_, sequence);
     for (int64_t unit = 0; unit < layout_.hidden; unit += kLanes<C>) {
       const int64_t left_over = layout_.hidden - unit;
-      Vec<C> saved[Cell::kSaved + 1], grads[Cell::kSlots], carry, dc = {}, h = {}, h_before = {}, c_before = {};
-      for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load_up_to<T>(kept + s * layout_.hidden + unit, left_over);
-      Vec<C> dh = load(grad_h + unit);
-      if (grad_output) dh += load_up_to<Source>(grad_output + unit, left_over);
-      if (Cell::kSaved == 0) h = load_up_to<T>(output + unit, left_over);
-      if (Cell::kNeedsPrevious && before) h_before = load_up_to<T>(before + unit, left_over);
-      if (Cell::kHasCellState && cell_before) c_before = load_up_to<T>(cell_before + unit, left_over);
-      if (Cell::kHasCellState) dc = load(grad_c + unit);
-      Cell::template backward<C>(dh, h, h_before, c_before, saved, dc, carry, grads);
-      store(grad_h + unit, carry);
-      if (Cell::kHasCellState) store(grad_c + unit, dc);
-      for (int s = 0; s < Cell::kSlots; ++s) store_up_to<C>(gates + s * layout_.hidden + unit, grads[s], left_over);
+      const auto load_units = [&](const auto* from) { return V{{load_up_to(from + unit, left_over)}}; };
+      V saved[Cell::kSaved + 1], grads[Cell::kSlots], carry, dc = {}, h = {}, h_before = {}, c_before = {};
+      for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load_units(kept + s * layout_.hidden);
+      V dh{{load(grad_h + unit)}};
+      if (grad_output) dh = dh + load_units(grad_output);
+      if (Cell::kSaved == 0) h = load_units(output);
+      if (Cell::kNeedsPrevious && before) h_before = load_units(before);
+      if (Cell::kHasCellState && cell_before) c_before = load_units(cell_before);
+      if (Cell::kHasCellState) dc = {{load(grad_c + unit)}};
+      Cell::backward(dh, h, h_before, c_before, saved, dc, carry, grads);
+      store(grad_h + unit, carry.part[0]);
+      if (Cell::kHasCellState) store(grad_c + unit, dc.part[0]);
+      for (int s = 0; s < Cell::kSlots; ++s) {
+        store_up_to<C>(gates + s * layout_.hidden + unit, grads[s].part[0], left_over);
+      }
     }
   }
 
@@ -187,9 +191,10 @@ class BackwardDirection {
       const T* kept = direction_.template saved<Cell>(step, sequence);
       C* row = row_of(grad_h_, part_.first);  // free between two steps
       for (int64_t unit = 0; unit < hidden; unit += kLanes<C>) {
-        Vec<C> saved[Cell::kSaved];
-        for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load_up_to<T>(kept + s * hidden + unit, hidden - unit);
-        store(row + unit, Cell::template output<C>(saved));
+        Lockstep<C, 1> saved[Cell::kSaved];
+        for (int s = 0; s < Cell::kSaved; ++s)
+          saved[s].part[0] = load_up_to<T>(kept + s * hidden + unit, hidden - unit);
+        store(row + unit, Cell::output(saved).part[0]);
       }
       pack_row(row, hidden, block.rows, panels_ + local * 2 * kLanes<C>);
     });
@@ -343,50 +348,11 @@ void run(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute
   });
 }
 
-// to (rows, columns) <- the sum of `parts` matrices with padded rows
-template <class T>
-void add_parts(const Compute<T>* sums, int64_t parts, int64_t stride, int64_t rows, int64_t columns, int64_t padded,
-               T* to) {
-  using C = Compute<T>;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < columns; i += kLanes<C>) {
-      Vec<C> value = load_up_to<C>(sums + row * padded + i, columns - i);
-      for (int64_t part = 1; part < parts; ++part) {
-        value += load_up_to<C>(sums + part * stride + row * padded + i, columns - i);
-      }
-      store_up_to<T>(to + row * columns + i, value, columns - i);
-    }
-  }
-}
-
 template <class T>
 void finish(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* sums, int64_t parts, int64_t stride,
             const RnnWeightGradients<T>& gradients) {
-  using C = Compute<T>;
-  with_cell(network.mode, [&](auto cell) {
-    using Cell = decltype(cell);
-    const BackwardLayout<Cell, C> layout(network, input_size);
-    const int64_t hidden = network.hidden, outputs = network.outputs(), projected = network.projected;
-    const C* biases = sums + layout.bias_sums();
-    for (int slot = 0; slot < Cell::kGates; ++slot) {
-      const int64_t gate = Cell::input_gate(slot);
-      add_parts<T>(sums + slot * hidden * layout.padded(input_size), parts, stride, hidden, input_size,
-                   layout.padded(input_size), gradients.weight_ih + gate * hidden * input_size);
-      if (gradients.bias_ih) {
-        add_parts<T>(biases + slot * hidden, parts, stride, 1, hidden, hidden, gradients.bias_ih + gate * hidden);
-      }
-    }
-    add_parts<T>(sums + layout.hidden_sums(), parts, stride, layout.gates(), outputs, layout.padded(outputs),
-                 gradients.weight_hh);
-    if (gradients.bias_hh) {
-      add_parts<T>(biases + layout.hidden_gradients(), parts, stride, 1, layout.gates(), layout.gates(),
-                   gradients.bias_hh);
-    }
-    if (projected) {
-      add_parts<T>(sums + layout.projection_sums(), parts, stride, projected, hidden, layout.padded(hidden),
-                   gradients.weight_hr);
-    }
-  });
+  with_cell(network.mode,
+            [&](auto cell) { finish_sums<decltype(cell), T>(network, input_size, sums, parts, stride, gradients); });
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// How backward has its weights packed, and its gradients laid out.
+// How backward has its weights packed, its gradients laid out, and those of the weights put together.
 #pragma once
 
 #include "panel.h"
@@ -49,6 +49,49 @@ void pack_backward(const RnnNetwork<T>& network, const RnnWeights<T>& weights, C
   for (int64_t row = 0; row < network.projected; ++row) {
     pack_row(weights.weight_hr + row * hidden, hidden, network.projected,
              packed + layout.projection() + row * 2 * kLanes<C>);
+  }
+}
+
+// to (rows, columns) <- the sum of `parts` matrices with padded rows
+template <class T>
+void add_parts(const Compute<T>* sums, int64_t parts, int64_t stride, int64_t rows, int64_t columns, int64_t padded,
+               T* to) {
+  using C = Compute<T>;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < columns; i += kLanes<C>) {
+      Vec<C> value = load_up_to<C>(sums + row * padded + i, columns - i);
+      for (int64_t part = 1; part < parts; ++part) {
+        value += load_up_to<C>(sums + part * stride + row * padded + i, columns - i);
+      }
+      store_up_to<T>(to + row * columns + i, value, columns - i);
+    }
+  }
+}
+
+template <class Cell, class T>
+void finish_sums(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* sums, int64_t parts,
+                 int64_t stride, const RnnWeightGradients<T>& gradients) {
+  using C = Compute<T>;
+  const BackwardLayout<Cell, C> layout(network, input_size);
+  const int64_t hidden = network.hidden, outputs = network.outputs(), projected = network.projected;
+  const C* biases = sums + layout.bias_sums();
+  for (int slot = 0; slot < Cell::kGates; ++slot) {
+    const int64_t gate = Cell::input_gate(slot);
+    add_parts<T>(sums + slot * hidden * layout.padded(input_size), parts, stride, hidden, input_size,
+                 layout.padded(input_size), gradients.weight_ih + gate * hidden * input_size);
+    if (gradients.bias_ih) {
+      add_parts<T>(biases + slot * hidden, parts, stride, 1, hidden, hidden, gradients.bias_ih + gate * hidden);
+    }
+  }
+  add_parts<T>(sums + layout.hidden_sums(), parts, stride, layout.gates(), outputs, layout.padded(outputs),
+               gradients.weight_hh);
+  if (gradients.bias_hh) {
+    add_parts<T>(biases + layout.hidden_gradients(), parts, stride, 1, layout.gates(), layout.gates(),
+                 gradients.bias_hh);
+  }
+  if (projected) {
+    add_parts<T>(sums + layout.projection_sums(), parts, stride, projected, hidden, layout.padded(hidden),
+                 gradients.weight_hr);
   }
 }
 

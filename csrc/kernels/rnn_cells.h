@@ -1,4 +1,5 @@
-// The recurrent cells: what happens to one vector of hidden units in one step, forward and backward.
+// The recurrent cells: what happens to a few vectors of hidden units (V is a Lockstep) in one step, forward and
+// backward.
 //
 // For a hidden unit a step adds up `kGates` products, x W_ih^T + h W_hh^T, in `kSlots` places. They differ for GRU
 // alone, whose candidate n = tanh(x part + r * (hidden part)) needs its two halves apart: its slots are n's x part,
@@ -12,9 +13,15 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-template <class T>
-FASTNN_INLINE Vec<T> one_minus(Vec<T> x) {
+template <class T, int n>
+FASTNN_INLINE Lockstep<T, n> one_minus(const Lockstep<T, n>& x) {
   return T(1) - x;
+}
+// `gradient` where relu(x) = h has let x pass: it is 0 at 0, 1 at NaN.
+template <class T, int n>
+FASTNN_INLINE Lockstep<T, n> passed_relu(const Lockstep<T, n>& h, const Lockstep<T, n>& gradient) {
+  return each([](Vec<T> a, Vec<T> g) __attribute__((always_inline)) { return Vec<T>(a <= Vec<T>{} ? Vec<T>{} : g); }, h,
+              gradient);
 }
 
 template <RnnMode which>
@@ -26,17 +33,16 @@ struct ElmanCell {
   static constexpr int kUnits = 2;
   static constexpr int input_gate(int slot) { return slot; }
 
-  template <class T>
-  static FASTNN_INLINE Vec<T> forward(const Vec<T>* slots, Vec<T>, Vec<T>&, Vec<T>*) {
-    return which == RnnMode::tanh ? tanh_of<T>(slots[0]) : relu(slots[0]);
+  template <class V>
+  static FASTNN_INLINE V forward(const V* slots, V, V&, V*) {
+    return which == RnnMode::tanh ? tanh_of(slots[0]) : relu(slots[0]);
   }
 
   // `carry` is what of dh goes to the step before without a weight, `dc` the cell state's gradient, in and out.
-  template <class T>
-  static FASTNN_INLINE void backward(Vec<T> dh, Vec<T> h, Vec<T>, Vec<T>, const Vec<T>*, Vec<T>&, Vec<T>& carry,
-                                     Vec<T>* gradients) {
-    gradients[0] = which == RnnMode::tanh ? dh * one_minus<T>(h * h) : (h <= Vec<T>{} ? Vec<T>{} : dh);
-    carry = Vec<T>{};
+  template <class V>
+  static FASTNN_INLINE void backward(V dh, V h, V, V, const V*, V&, V& carry, V* gradients) {
+    gradients[0] = which == RnnMode::tanh ? dh * one_minus(h * h) : passed_relu(h, dh);
+    carry = V{};
   }
 };
 
@@ -48,22 +54,21 @@ struct GruCell {
   // torch stacks the weights of r, z, n.
   static constexpr int input_gate(int slot) { return (slot + 2) % 3; }
 
-  template <class T>
-  static FASTNN_INLINE Vec<T> forward(const Vec<T>* slots, Vec<T> previous, Vec<T>&, Vec<T>* saved) {
-    const Vec<T> r = sigmoid_of<T>(slots[1]), z = sigmoid_of<T>(slots[2]);
-    const Vec<T> n = tanh_of<T>(slots[0] + r * slots[3]);
+  template <class V>
+  static FASTNN_INLINE V forward(const V* slots, V previous, V&, V* saved) {
+    const V r = sigmoid_of(slots[1]), z = sigmoid_of(slots[2]);
+    const V n = tanh_of(slots[0] + r * slots[3]);
     saved[0] = n, saved[1] = r, saved[2] = z, saved[3] = slots[3];
     return (previous - n) * z + n;
   }
 
-  template <class T>
-  static FASTNN_INLINE void backward(Vec<T> dh, Vec<T>, Vec<T> previous, Vec<T>, const Vec<T>* saved, Vec<T>&,
-                                     Vec<T>& carry, Vec<T>* gradients) {
-    const Vec<T> n = saved[0], r = saved[1], z = saved[2], hidden_part = saved[3];
-    const Vec<T> dn = dh * one_minus<T>(z) * one_minus<T>(n * n);
+  template <class V>
+  static FASTNN_INLINE void backward(V dh, V, V previous, V, const V* saved, V&, V& carry, V* gradients) {
+    const V n = saved[0], r = saved[1], z = saved[2], hidden_part = saved[3];
+    const V dn = dh * one_minus(z) * one_minus(n * n);
     gradients[0] = dn;
-    gradients[1] = dn * hidden_part * r * one_minus<T>(r);
-    gradients[2] = dh * (previous - n) * z * one_minus<T>(z);
+    gradients[1] = dn * hidden_part * r * one_minus(r);
+    gradients[2] = dh * (previous - n) * z * one_minus(z);
     gradients[3] = dn * r;
     carry = dh * z;
   }
@@ -76,31 +81,30 @@ struct LstmCell {
   static constexpr int kUnits = 1;
   static constexpr int input_gate(int slot) { return slot; }
 
-  template <class T>
-  static FASTNN_INLINE Vec<T> forward(const Vec<T>* slots, Vec<T>, Vec<T>& c, Vec<T>* saved) {
-    const Vec<T> i = sigmoid_of<T>(slots[0]), f = sigmoid_of<T>(slots[1]);
-    const Vec<T> g = tanh_of<T>(slots[2]), o = sigmoid_of<T>(slots[3]);
-    c = f * c + i * g;
+  template <class V>
+  static FASTNN_INLINE V forward(const V* slots, V, V& c, V* saved) {
+    const V i = sigmoid_of(slots[0]), g = tanh_of(slots[2]), f = sigmoid_of(slots[1]);
+    c = multiply_add(f, c, i * g);
+    const V o = sigmoid_of(slots[3]);
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o, saved[4] = c;
-    return output<T>(saved);
+    return output(saved);
   }
-  template <class T>
-  static FASTNN_INLINE Vec<T> output(const Vec<T>* saved) {
-    return saved[3] * tanh_of<T>(saved[4]);
+  template <class V>
+  static FASTNN_INLINE V output(const V* saved) {
+    return saved[3] * tanh_of(saved[4]);
   }
 
-  template <class T>
-  static FASTNN_INLINE void backward(Vec<T> dh, Vec<T>, Vec<T>, Vec<T> previous_c, const Vec<T>* saved, Vec<T>& dc,
-                                     Vec<T>& carry, Vec<T>* gradients) {
-    const Vec<T> i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const Vec<T> tanh_c = tanh_of<T>(saved[4]);
-    const Vec<T> dc_here = dc + dh * o * one_minus<T>(tanh_c * tanh_c);
-    gradients[0] = dc_here * g * i * one_minus<T>(i);
-    gradients[1] = dc_here * previous_c * f * one_minus<T>(f);
-    gradients[2] = dc_here * i * one_minus<T>(g * g);
-    gradients[3] = dh * tanh_c * o * one_minus<T>(o);
+  template <class V>
+  static FASTNN_INLINE void backward(V dh, V, V, V previous_c, const V* saved, V& dc, V& carry, V* gradients) {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const V tanh_c = tanh_of(saved[4]);
+    const V dc_here = dc + dh * o * one_minus(tanh_c * tanh_c);
+    gradients[0] = dc_here * g * i * one_minus(i);
+    gradients[1] = dc_here * previous_c * f * one_minus(f);
+    gradients[2] = dc_here * i * one_minus(g * g);
+    gradients[3] = dh * tanh_c * o * one_minus(o);
     dc = dc_here * f;
-    carry = Vec<T>{};
+    carry = V{};
   }
 };
 

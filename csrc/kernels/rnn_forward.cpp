@@ -1,5 +1,5 @@
 #include "rnn_blocks.h"
-#include "rnn_forward_weights.h"
+#include "rnn_step_rows.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -8,7 +8,7 @@ namespace {
 template <class Cell, class T>
 class ForwardDirection {
   using C = Compute<T>;
-  static constexpr bool kCopiesHidden = sizeof(T) != sizeof(C);
+  static constexpr bool kCopiesHidden = StepRows<Cell, T>::kCopiesHidden;
   static constexpr int kVectors = ForwardLayout<Cell, C>::kVectors;
 
  public:
@@ -22,7 +22,7 @@ class ForwardDirection {
         most_rows_(most_rows) {
     const int64_t sequences = part.last - part.first;
     slots_ = scratch;
-    cells_ = slots_ + most_rows * layout_.slots();
+    cells_ = slots_ + layout_.slots_size(most_rows);
     copies_ = cells_ + (Cell::kHasCellState ? sequences * layout_.padded() : 0);
     unprojected_ = copies_ + (kCopiesHidden ? 2 * sequences * layout_.padded() : 0);
     gathered_ = unprojected_ + (layout_.projected ? sequences * (layout_.padded() + layout_.padded_projected()) : 0);
@@ -40,7 +40,7 @@ class ForwardDirection {
         const int64_t t = backwards ? block.last - 1 - i : block.first + i;
         const int64_t rows = part_.rows(network_.step[t]);
         if (backwards) local -= rows;
-        run_step(t, slots_ + local * layout_.slots());
+        run_step(t, slots_ + local * layout_.kTileSlots);
         if (!backwards) local += rows;
         end_sequences(t, h_n, c_n);
       }
@@ -56,18 +56,20 @@ class ForwardDirection {
     for (int64_t tile = 0; tile < layout_.tiles; ++tile) {
       multiply_panel<kVectors>(network_.rows, block.rows, layout_.input_size, x, stride,
                                packed_ + tile * layout_.kPanelWidth * layout_.input_size,
-                               packed_ + layout_.bias() + tile * layout_.kPanelWidth, 0,
-                               slots_ + tile * layout_.kTileSlots, layout_.slots());
+                               packed_ + layout_.bias() + tile * layout_.kPanelWidth, 0, tile_slots(tile),
+                               layout_.kTileSlots);
     }
     if constexpr (Cell::kSlots > Cell::kGates) {
-      for (int64_t row = 0; row < block.rows; ++row) {
-        for (int64_t tile = 0; tile < layout_.tiles; ++tile) {
-          store(slots_ + row * layout_.slots() + (tile + 1) * layout_.kTileSlots - kLanes<C>,
-                load(packed_ + layout_.hidden_bias() + tile * kLanes<C>));
+      for (int64_t tile = 0; tile < layout_.tiles; ++tile) {
+        const Vec<C> bias = load(packed_ + layout_.hidden_bias() + tile * kLanes<C>);
+        for (int64_t row = 1; row <= block.rows; ++row) {
+          store(tile_slots(tile) + row * layout_.kTileSlots - kLanes<C>, bias);
         }
       }
     }
   }
+
+  C* tile_slots(int64_t tile) const { return slots_ + tile * layout_.tile_stride(most_rows_); }
 
   // The same for few rows, by dot products with the weights as they are: W is (gates * hidden, depth).
   void project_unpacked(int64_t rows, const C* x, int64_t stride) {
@@ -79,7 +81,7 @@ class ForwardDirection {
       Vec<C> bias = load_bias(weights.bias_ih, row, count);
       if (!apart) bias += hidden_bias;
       for (int64_t r = 0; r < rows; ++r) {
-        C* to = slots + r * layout_.slots();
+        C* to = slots + r * layout_.kTileSlots;
         store(to,
               bias + dot_rows(weights.weight_ih + row * layout_.input_size, layout_.input_size, count, x + r * stride));
         if (apart) store(to + (Cell::kSlots - 1) * kLanes<C>, hidden_bias);
@@ -94,7 +96,7 @@ class ForwardDirection {
       const int64_t vector = unit / kLanes<C>, tile = vector / Cell::kUnits, within = vector % Cell::kUnits;
       for (int slot = 0; slot < Cell::kGates; ++slot) {
         body(slot, unit, smaller(kLanes<C>, layout_.hidden - unit),
-             slots_ + tile * layout_.kTileSlots + (slot * Cell::kUnits + within) * kLanes<C>);
+             tile_slots(tile) + (slot * Cell::kUnits + within) * kLanes<C>);
       }
     }
   }
@@ -137,7 +139,7 @@ class ForwardDirection {
     const bool backwards = t % 2;
     if (running > part_.first) {
       const RnnStep& before = network_.step[direction_.reverse() ? t + 1 : t - 1];
-      StepRows rows = rows_of(step, part_.first, running, slots, backwards);
+      StepRows<Cell, T> rows = rows_of(step, part_.first, running, slots, backwards);
       if constexpr (kCopiesHidden) {
         rows.previous = copies_of(parity_, part_.first);
         rows.previous_stride = layout_.padded();
@@ -150,7 +152,7 @@ class ForwardDirection {
     if (last > running) {
       start_cells(running, last);
       const T* h0 = network_.h0 ? network_.h0 + direction_.h_offset(running) : nullptr;
-      StepRows rows = rows_of(step, running, last, slots, backwards);
+      StepRows<Cell, T> rows = rows_of(step, running, last, slots, backwards);
       rows.previous_stride = layout_.outputs();
       if constexpr (kCopiesHidden) {
         C* copies = copies_of(parity_, running);
@@ -165,29 +167,18 @@ class ForwardDirection {
     parity_ = !parity_;
   }
 
-  // Sequences of one step that are computed together, and where what belongs to them lies.
-  struct StepRows {
-    int64_t all;  // sequences of the step, of other threads too
-    int64_t count;
-    bool backwards;     // through the tiles
-    C* slots;           // (count, slots)
-    C* cells;           // (count, padded): c
-    C* copies;          // (count, padded): h in the compute type, for the step after
-    T* output;          // (count, width)
-    T* kept;            // (count, kSaved, hidden), or null
-    const C* previous;  // (count, outputs): h of the step before, or null for zeros
-    int64_t previous_stride;
-  };
-
-  StepRows rows_of(const RnnStep& step, int64_t first, int64_t last, C* slots, bool backwards) {
+  StepRows<Cell, T> rows_of(const RnnStep& step, int64_t first, int64_t last, C* slots, bool backwards) {
     const int64_t before = first - part_.first;
-    return {step.rows,
+    return {layout_,
+            step.rows,
             last - first,
             backwards,
-            slots + before * layout_.slots(),
+            slots + before * layout_.kTileSlots,
             cells_ + before * layout_.padded(),
             copies_of(!parity_, first),
+            layout_.projected ? unprojected_ : nullptr,
             direction_.output(step, first),
+            network_.width(),
             Cell::kSaved > 0 && network_.saved ? direction_.template saved<Cell>(step, first) : nullptr,
             nullptr,
             0};
@@ -216,21 +207,19 @@ class ForwardDirection {
     }
   }
 
-  void run_rows(const StepRows& rows) {
+  void run_rows(const StepRows<Cell, T>& rows) {
     const C* panels = packed_ ? packed_ + layout_.hidden_panels() : nullptr;
     const int64_t panel_size = layout_.kPanelWidth * layout_.outputs();
     if (!packed_ && rows.previous) multiply_unpacked(rows);
     for (int64_t i = 0; i < layout_.tiles; ++i) {
       const int64_t tile = rows.backwards && !panels_stay() ? layout_.tiles - 1 - i : i;
-      C* slots = rows.slots + tile * layout_.kTileSlots;
+      C* slots = rows.slots + tile * layout_.tile_stride(most_rows_);
       if (rows.previous && packed_) {
         C* sums = slots + Cell::kHiddenSlot * kLanes<C>;
         multiply_panel<kVectors>(rows.all, rows.count, layout_.outputs(), rows.previous, rows.previous_stride,
-                                 panels + tile * panel_size, sums, layout_.slots(), sums, layout_.slots());
+                                 panels + tile * panel_size, sums, layout_.kTileSlots, sums, layout_.kTileSlots);
       }
-      for (int64_t row = 0; row < rows.count; ++row) {
-        finish_units(rows, row, tile * layout_.kTileUnits, slots + row * layout_.slots());
-      }
+      rows.finish_tile(tile * layout_.kTileUnits, slots);
     }
     if (layout_.projected) project_outputs(rows);
   }
@@ -243,51 +232,19 @@ class ForwardDirection {
     return layout_.tiles * layout_.kPanelWidth * layout_.outputs() * static_cast<int64_t>(sizeof(C)) <= kNearestCache;
   }
 
-  void multiply_unpacked(const StepRows& rows) {
+  void multiply_unpacked(const StepRows<Cell, T>& rows) {
     const int64_t depth = layout_.outputs();
     for_slots([&](int slot, int64_t unit, int64_t count, C* base) {
       const T* weight = direction_.weights.weight_hh + (slot * layout_.hidden + unit) * depth;
       for (int64_t r = 0; r < rows.count; ++r) {
-        C* sums = rows.slots + (base - slots_) + r * layout_.slots() + Cell::kHiddenSlot * kLanes<C>;
+        C* sums = rows.slots + (base - slots_) + r * layout_.kTileSlots + Cell::kHiddenSlot * kLanes<C>;
         store(sums, load(sums) + dot_rows(weight, depth, count, rows.previous + r * rows.previous_stride));
       }
     });
   }
 
-  // The cell itself, for the units of a tile in one row.
-  FASTNN_INLINE void finish_units(const StepRows& rows, int64_t row, int64_t first_unit, const C* slots) {
-#pragma GCC unroll 2
-    for (int v = 0; v < Cell::kUnits; ++v) {
-      const int64_t unit = first_unit + v * kLanes<C>, left_over = layout_.hidden - unit;
-      if (left_over <= 0) return;
-      Vec<C> sums[Cell::kSlots], saved[Cell::kSaved + 1], c = {}, before = {};
-      for (int s = 0; s < Cell::kSlots; ++s) sums[s] = load(slots + (s * Cell::kUnits + v) * kLanes<C>);
-      if (Cell::kNeedsPrevious && rows.previous) {
-        before = load_up_to<C>(rows.previous + row * rows.previous_stride + unit, left_over);
-      }
-      C* cell = rows.cells + row * layout_.padded() + unit;
-      if (Cell::kHasCellState) c = load(cell);
-      const Vec<C> h = Cell::template forward<C>(sums, before, c, saved);
-      if (Cell::kHasCellState) store(cell, c);
-      if (Cell::kSaved > 0 && rows.kept) {
-        T* kept = rows.kept + row * Cell::kSaved * layout_.hidden + unit;
-        for (int s = 0; s < Cell::kSaved; ++s) store_up_to<T>(kept + s * layout_.hidden, saved[s], left_over);
-      }
-      if (layout_.projected) {
-        store(unprojected_ + row * layout_.padded() + unit, h);
-        continue;
-      }
-      T* output = rows.output + row * network_.width() + unit;
-      store_up_to<T>(output, h, left_over);
-      if constexpr (kCopiesHidden) {
-        // As it was stored: the next step sees what the caller sees.
-        store(rows.copies + row * layout_.padded() + unit, load_up_to<T>(output, left_over));
-      }
-    }
-  }
-
   // h <- h W_hr^T
-  void project_outputs(const StepRows& rows) {
+  void project_outputs(const StepRows<Cell, T>& rows) {
     C* projected = unprojected_ + (part_.last - part_.first) * layout_.padded();
     const int64_t stride = layout_.padded_projected(), hidden = layout_.hidden;
     if (packed_) {
@@ -327,7 +284,7 @@ class ForwardDirection {
   const C* packed_;
   const Part part_;
   const int64_t most_rows_;
-  C* slots_;        // (block rows, slots)
+  C* slots_;        // (tiles, block rows, a tile's slots): tile_slots
   C* cells_;        // (sequences, padded): c
   C* copies_;       // (2, sequences, padded): h of the step before and of this one, for bfloat16
   C* unprojected_;  // (sequences, padded): h of this step before its projection; (sequences, padded_projected): after
@@ -366,7 +323,7 @@ int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
   return with_cell(network.mode, [&](auto cell) {
     const ForwardLayout<decltype(cell), Compute<T>> layout(network, 0);
     const int64_t rows = most_rows<decltype(cell)>(network, sequences);
-    return rows * (layout.slots() + widest_input(network)) +
+    return layout.slots_size(rows) + rows * widest_input(network) +
            sequences * (4 * layout.padded() + layout.padded_projected());
   });
 }

@@ -24,6 +24,10 @@ struct ForwardLayout {
         tiles(divide_up(hidden, kTileUnits)) {}
 
   int64_t slots() const { return tiles * kTileSlots; }
+  // Slots lie tile by tile, so that those of a tile are side by side: rows a power of two apart would share few sets of
+  // the cache. For the same reason tiles are an odd vector apart.
+  static int64_t tile_stride(int64_t rows) { return rows * kTileSlots + kLanes<C>; }
+  int64_t slots_size(int64_t rows) const { return tiles * tile_stride(rows); }
   int64_t padded() const { return tiles * kTileUnits; }
   int64_t outputs() const { return projected ? projected : hidden; }
   int64_t padded_projected() const { return padded_columns<C>(projected); }

@@ -1,9 +1,10 @@
-// Packed exp, tanh and sigmoid, for float and double. Include only from csrc/kernels.
+// Packed exp, tanh and sigmoid, for float and double, on one vector or several in lockstep. Include only from
+// csrc/kernels.
 //
 // float: at most 4 ULP, over all 2^32 arguments (benchmarks/sweep_math.py). NaN in, NaN out.
 #pragma once
 
-#include "vec.h"
+#include "lockstep.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -38,56 +39,62 @@ struct ExpConstants<double> {
                                           1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5};
 };
 
-// exp(x) = 2^n (1 + fraction), |fraction| < 0.42
-template <class T>
+// exp(x) = 2^n (1 + fraction), |fraction| < 0.42; n is what `shifted` is above round_to_integer.
+template <class T, int count>
 struct ExpParts {
-  Vec<T> n;
-  Vec<typename ExpConstants<T>::Integer> n_as_integer;
-  Vec<T> fraction;
+  Lockstep<T, count> shifted, fraction;
 };
 
-template <class T>
-FASTNN_INLINE ExpParts<T> exp_parts(Vec<T> x) {
+template <class T, int count>
+FASTNN_INLINE ExpParts<T, count> exp_parts(const Lockstep<T, count>& x) {
   using K = ExpConstants<T>;
-  using Integer = typename K::Integer;
-  const Vec<T> shifted = x * T(1.4426950408889634074) + K::round_to_integer;
-  const Vec<T> n = shifted - K::round_to_integer;
-  const Vec<T> rest = (x - n * K::ln2_high) - n * K::ln2_low;
-  Vec<T> value = broadcast<T>(K::polynomial[0]);
+  const Lockstep<T, count> shifted = x * T(1.4426950408889634074) + K::round_to_integer;
+  const Lockstep<T, count> n = shifted - K::round_to_integer;
+  const Lockstep<T, count> rest = (x - n * K::ln2_high) - n * K::ln2_low;
+  Lockstep<T, count> value = rest * K::polynomial[0] + K::polynomial[1];
 #pragma GCC unroll 16
-  for (int i = 1; i < K::terms; ++i) value = value * rest + K::polynomial[i];
-  return {n, (Vec<Integer>)shifted - (Vec<Integer>)broadcast<T>(K::round_to_integer), value * (rest * rest) + rest};
+  for (int i = 2; i < K::terms; ++i) value = value * rest + K::polynomial[i];
+  return {shifted, value * (rest * rest) + rest};
 }
 
-// 2^n (n in the normal range of exponents), and 2^n (1 + fraction), n anything that exp has.
+// 2^n (n in the normal range of exponents), and x 2^n, n anything that exp has.
 #if defined(__AVX512F__)
-FASTNN_INLINE Vec<float> power_of_two(const ExpParts<float>& parts) {
-  return (Vec<float>)_mm512_scalef_ps(_mm512_set1_ps(1), (__m512)parts.n);
+FASTNN_INLINE Vec<float> times_power_of_two(Vec<float> x, Vec<float> shifted) {
+  return (Vec<float>)_mm512_scalef_ps((__m512)x, (__m512)(shifted - ExpConstants<float>::round_to_integer));
 }
-FASTNN_INLINE Vec<double> power_of_two(const ExpParts<double>& parts) {
-  return (Vec<double>)_mm512_scalef_pd(_mm512_set1_pd(1), (__m512d)parts.n);
+FASTNN_INLINE Vec<double> times_power_of_two(Vec<double> x, Vec<double> shifted) {
+  return (Vec<double>)_mm512_scalef_pd((__m512d)x, (__m512d)(shifted - ExpConstants<double>::round_to_integer));
 }
-FASTNN_INLINE Vec<float> assemble(const ExpParts<float>& parts) {
-  return (Vec<float>)_mm512_scalef_ps((__m512)(parts.fraction + 1.0f), (__m512)parts.n);
-}
-FASTNN_INLINE Vec<double> assemble(const ExpParts<double>& parts) {
-  return (Vec<double>)_mm512_scalef_pd((__m512d)(parts.fraction + 1.0), (__m512d)parts.n);
+template <class T>
+FASTNN_INLINE Vec<T> power_of_two(Vec<T> shifted) {
+  return times_power_of_two(broadcast<T>(1), shifted);
 }
 #else
 template <class T>
-FASTNN_INLINE Vec<T> power_of_two(Vec<typename ExpConstants<T>::Integer> n) {
-  using K = ExpConstants<T>;
-  return (Vec<T>)((n + K::bias) << K::mantissa_bits);
+using IntegersOf = Vec<typename ExpConstants<T>::Integer>;
+template <class T>
+FASTNN_INLINE IntegersOf<T> exponent_of(Vec<T> shifted) {
+  return (IntegersOf<T>)shifted - (IntegersOf<T>)broadcast<T>(ExpConstants<T>::round_to_integer);
 }
 template <class T>
-FASTNN_INLINE Vec<T> power_of_two(const ExpParts<T>& parts) {
-  return power_of_two<T>(parts.n_as_integer);
+FASTNN_INLINE Vec<T> with_exponent(IntegersOf<T> n) {
+  return (Vec<T>)((n + ExpConstants<T>::bias) << ExpConstants<T>::mantissa_bits);
 }
 template <class T>
-FASTNN_INLINE Vec<T> assemble(const ExpParts<T>& parts) {
+FASTNN_INLINE Vec<T> power_of_two(Vec<T> shifted) {
+  return with_exponent<T>(exponent_of<T>(shifted));
+}
+template <class T>
+FASTNN_INLINE Vec<T> times_power_of_two_of(Vec<T> x, Vec<T> shifted) {
   // Two factors, since n itself may lie outside the exponents of normal numbers.
-  const auto half = parts.n_as_integer >> 1;
-  return (parts.fraction + T(1)) * power_of_two<T>(half) * power_of_two<T>(parts.n_as_integer - half);
+  const IntegersOf<T> n = exponent_of<T>(shifted), half = n >> 1;
+  return x * with_exponent<T>(half) * with_exponent<T>(n - half);
+}
+FASTNN_INLINE Vec<float> times_power_of_two(Vec<float> x, Vec<float> shifted) {
+  return times_power_of_two_of<float>(x, shifted);
+}
+FASTNN_INLINE Vec<double> times_power_of_two(Vec<double> x, Vec<double> shifted) {
+  return times_power_of_two_of<double>(x, shifted);
 }
 #endif
 
@@ -117,10 +124,21 @@ FASTNN_INLINE V at_most(V x, T high) {
 }
 #endif
 
+template <class T, int n>
+FASTNN_INLINE Lockstep<T, n> bounded(const Lockstep<T, n>& x, T low, T high) {
+  return each([=](Vec<T> a) __attribute__((always_inline)) { return at_most(at_least(a, low), high); }, x);
+}
+
+template <class T, int n>
+FASTNN_INLINE Lockstep<T, n> assemble(const ExpParts<T, n>& parts) {
+  return each([](Vec<T> a, Vec<T> shifted) __attribute__((always_inline)) { return times_power_of_two(a, shifted); },
+              parts.fraction + T(1), parts.shifted);
+}
+
 template <class T>
 FASTNN_INLINE Vec<T> exp_of(Vec<T> x) {
   using K = ExpConstants<T>;
-  return assemble(exp_parts<T>(at_most(at_least(x, K::smallest), K::largest)));
+  return assemble(exp_parts(bounded(Lockstep<T, 1>{{x}}, K::smallest, K::largest))).part[0];
 }
 
 template <class T>
@@ -132,29 +150,47 @@ FASTNN_INLINE Vec<T> magnitude_of(Vec<T> x) {
   using Bits = Vec<typename ExpConstants<T>::Integer>;
   return (Vec<T>)((Bits)x & ~(Bits)sign_bit<T>());
 }
+template <class T>
+FASTNN_INLINE Vec<T> with_sign_of(Vec<T> magnitude, Vec<T> x) {
+  using Bits = Vec<typename ExpConstants<T>::Integer>;
+  return (Vec<T>)((Bits)magnitude | ((Bits)x & (Bits)sign_bit<T>()));
+}
 
 // e / (1 + e) with e = exp(x): small results keep their relative accuracy.
+template <class T, int n>
+FASTNN_INLINE Lockstep<T, n> sigmoid_of(const Lockstep<T, n>& x) {
+  using K = ExpConstants<T>;
+  const Lockstep<T, n> e = assemble(exp_parts(bounded(x, K::smallest, K::sigmoid_is_one)));
+  return e / (e + T(1));
+}
 template <class T>
 FASTNN_INLINE Vec<T> sigmoid_of(Vec<T> x) {
-  using K = ExpConstants<T>;
-  const Vec<T> e = assemble(exp_parts<T>(at_most(at_least(x, K::smallest), K::sigmoid_is_one)));
-  return e / (e + T(1));
+  return sigmoid_of(Lockstep<T, 1>{{x}}).part[0];
 }
 
 // With m = exp(2|x|) - 1: m / (m + 2) below 1/2, which keeps its relative accuracy towards 0, and 1 - 2 / (m + 2)
 // above, which keeps that of 1 - tanh(x)^2.
+template <class T, int n>
+FASTNN_INLINE Lockstep<T, n> tanh_of(const Lockstep<T, n>& x) {
+  using K = ExpConstants<T>;
+  constexpr T half = T(0.5493);  // its tanh is 1/2
+  const auto size =
+      each([](Vec<T> a) __attribute__((always_inline)) { return at_most(magnitude_of<T>(a), K::tanh_is_one); }, x);
+  const ExpParts<T, n> parts = exp_parts(size + size);
+  const auto scale = each([](Vec<T> a) __attribute__((always_inline)) { return power_of_two<T>(a); }, parts.shifted);
+  const Lockstep<T, n> m = parts.fraction * scale + (scale - T(1));
+  const auto dividend =
+      each([](Vec<T> a, Vec<T> s)
+               __attribute__((always_inline)) { return Vec<T>(s < broadcast<T>(half) ? a : broadcast<T>(2)); },
+           m, size);
+  const Lockstep<T, n> quotient = dividend / (m + T(2));
+  return each([](Vec<T> q, Vec<T> s, Vec<T> a)
+                  __attribute__((always_inline)) { return with_sign_of<T>(s < broadcast<T>(half) ? q : T(1) - q, a); },
+              quotient, size, x);
+}
 template <class T>
 FASTNN_INLINE Vec<T> tanh_of(Vec<T> x) {
-  using K = ExpConstants<T>;
-  using Bits = Vec<typename K::Integer>;
-  const Vec<T> bounded = at_most(magnitude_of<T>(x), K::tanh_is_one);
-  const ExpParts<T> parts = exp_parts<T>(bounded + bounded);
-  const Vec<T> scale = power_of_two(parts);
-  const Vec<T> m = parts.fraction * scale + (scale - T(1));
-  const auto below_half = bounded < broadcast<T>(T(0.5493));
-  const Vec<T> quotient = (below_half ? m : broadcast<T>(2)) / (m + T(2));
-  const Vec<T> value = below_half ? quotient : T(1) - quotient;
-  return (Vec<T>)((Bits)value | ((Bits)x & (Bits)sign_bit<T>()));
+  return tanh_of(Lockstep<T, 1>{{x}}).part[0];
 }
 
 }  // namespace FASTNN_ISA
