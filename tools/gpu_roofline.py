@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from gpu_cases import CONV_SHAPES, MLP_SHAPES, RNN_SHAPES, conv_geometry
 
-from fastnn.kernels import _conv_plan, _launch, _rnn_config, mlp
+from fastnn.kernels import _conv_plan, _launch, _mlp_plan, _rnn_config
 from fastnn.kernels._conv_geometry import check_problem
 from fastnn.kernels._rnn_problem import MODES
 
@@ -130,7 +130,7 @@ def mlp_predictions() -> Iterator[Prediction]:
             flops = 2.0 * rows * sum(a * b for a, b in pairwise(widths))
             ends = size * rows * (widths[0] + widths[-1]) + weights
             hidden = size * rows * sum(widths[1:-1])
-            one = mlp.chain_config(widths, rows, dtype, precision, TARGET) is not None
+            one = _mlp_plan.chain_config(widths, rows, dtype, precision, TARGET) is not None
             # Each layer's sum is written, read, activated, written and read by the next.
             stock = Cost(ends + 4 * hidden + 2 * size * rows * widths[-1], flops, 2 * layers)
             compiled = Cost(ends + 4 * hidden, flops, 2 * layers)
