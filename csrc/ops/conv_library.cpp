@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_by_library(const ConvPoolProblem& pr
   const Ints no_padding(dims, 0);
   const int32_t mask[3] = {wanted.input, wanted.weight, wanted.bias};
   AtenTensorHandle input_gradient, weight_gradient, bias_gradient;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
       grad_conv.get(), input.get(), weight.get(), &bias_sizes, 1, g.stride + unused, dims, g.padding + unused, dims,
       g.dilation + unused, dims, false, no_padding.data(), dims, g.groups, mask, 3, &input_gradient, &weight_gradient,
       &bias_gradient));
