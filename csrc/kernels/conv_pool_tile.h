@@ -22,10 +22,10 @@ FASTNN_INLINE bool windows_are_apart(const ConvPoolGeometry& g) {
 // A row of windows on its way, row after row of conv pixels.
 template <class C, int taps, int vectors, bool with_winners>
 struct PooledRow {
-  C* best;             // (windows, vectors x lanes)
-  Places<C>* winners;  // the same, or null
-  int64_t place;       // of the row's first pixel in its window
-  bool is_first;       // row of the window
+  C* best;                // (windows, vectors x lanes)
+  Places<C>* winners;     // the same, or null
+  int64_t place;          // of the row's first pixel in its window
+  bool is_first;          // row of the window
   Vec<C> total[vectors];  // of all pixels: NaN once a NaN has been seen
 
   // The conv pixels of some windows from the one numbered `first` on.

@@ -81,7 +81,7 @@ FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load_up_to<C>(from + i, count - i), count - i);
 }
 FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
-  __builtin_memcpy(to, from, count);
+  if (count > 0) __builtin_memcpy(to, from, count);
 }
 
 template <class C, class T>
