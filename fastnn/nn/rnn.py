@@ -56,8 +56,7 @@ class _Recurrent(RNNBase):
         try:
             answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
         except RuntimeError:
-            self._stock.forward(self, input, hx)  # has its own words for arguments that do not fit
-            raise
+            answer = None  # the stock module has its own words for arguments that do not fit
         return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> tuple[Tensor, Any] | None:
@@ -175,8 +174,7 @@ class _Cell(RNNCellBase):
         try:
             answer = self._run(input, hx, weights)
         except RuntimeError:
-            self._stock.forward(self, input, hx)  # has its own words for arguments that do not fit
-            raise
+            answer = None  # the stock module has its own words for arguments that do not fit
         return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _mode(self) -> str | None:
