@@ -12,7 +12,7 @@ from fastnn.ops.conv_relu_max_pool import (
     conv_relu_max_pool1d,
     conv_relu_max_pool2d,
     conv_relu_max_pool3d,
-    per_dimension,
+    flat_geometry,
 )
 
 _PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -50,9 +50,7 @@ class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
     def _flat_geometry(self) -> tuple[int, ...] | None:
         if isinstance(self.padding, str) or self.padding_mode != "zeros":
             return None
-        dims = len(self.kernel_size)
-        geometry = per_dimension(dims, *(getattr(self, name) for name in _GEOMETRY))
-        return geometry.flat() if geometry.fits(dims) else None
+        return flat_geometry(len(self.kernel_size), *(getattr(self, name) for name in _GEOMETRY))
 
     def forward(self, input: Tensor) -> Tensor:
         try:

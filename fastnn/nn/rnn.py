@@ -56,8 +56,7 @@ class _Recurrent(RNNBase):
         try:
             answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
         except RuntimeError:
-            self._stock.forward(self, input, hx)  # has its own words for arguments that do not fit
-            raise
+            answer = None  # the stock module has its own words for arguments that do not fit
         return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> tuple[Tensor, Any] | None:
@@ -71,8 +70,9 @@ class _Recurrent(RNNBase):
             return None
         if not batched:
             state = [s.unsqueeze(1) for s in state]
+        dropout = self.dropout if self.training else 0.0
         output, final = rnn(
-            input, None, state, weights, self.mode, self.num_layers, self.bidirectional, self.batch_first, self._dropout
+            input, None, state, weights, self.mode, self.num_layers, self.bidirectional, self.batch_first, dropout
         )
         if not batched:
             output, final = output.squeeze(batch_dim), [s.squeeze(1) for s in final]
@@ -85,8 +85,9 @@ class _Recurrent(RNNBase):
             return None
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
+        dropout = self.dropout if self.training else 0.0
         output, final = rnn(
-            input, batch_sizes, state, weights, self.mode, self.num_layers, self.bidirectional, False, self._dropout
+            input, batch_sizes, state, weights, self.mode, self.num_layers, self.bidirectional, False, dropout
         )
         if unsorted_indices is not None:
             final = [s.index_select(1, unsorted_indices) for s in final]
@@ -97,17 +98,18 @@ class _Recurrent(RNNBase):
         """hx as the operator takes it, or None for what is no such thing."""
         if hx is None:
             return ()
-        state = [hx] if self._states == 1 else hx
-        return state if isinstance(state, (tuple, list)) and all(isinstance(s, Tensor) for s in state) else None
+        state = (hx,) if self._states == 1 else hx
+        if not isinstance(state, (tuple, list)):
+            return None
+        for tensor in state:
+            if not isinstance(tensor, Tensor):
+                return None
+        return state
 
     def _on_chip(self, input: Tensor, batch: int, packed: bool = False) -> bool:
         return self.proj_size == 0 and _gpu_serves(
             input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1, packed
         )
-
-    @property
-    def _dropout(self) -> float:
-        return self.dropout if self.training else 0.0
 
 
 class RNN(_Recurrent):
@@ -172,8 +174,7 @@ class _Cell(RNNCellBase):
         try:
             answer = self._run(input, hx, weights)
         except RuntimeError:
-            self._stock.forward(self, input, hx)  # has its own words for arguments that do not fit
-            raise
+            answer = None  # the stock module has its own words for arguments that do not fit
         return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _mode(self) -> str | None:

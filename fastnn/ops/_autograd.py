@@ -12,7 +12,7 @@ autocast_is_on = torch._C._is_any_autocast_enabled
 transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
 _is_grad_enabled = torch.is_grad_enabled
 _float32 = torch.float32
-_is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
@@ -26,15 +26,14 @@ def needs_reference(input: Tensor) -> bool:
 
 
 def is_plain(input: Tensor) -> bool:
-    """Whether nothing but the kernel is asked of an operator, so that it may be called by its ``_op``, 0.25 us sooner:
-    no gradient, autocast, compilation or ``torch.func`` transform, and a dtype that kernels cover."""
+    """Whether nothing but the kernel and perhaps a gradient is asked of an operator, so that it may be called by its
+    ``_op``, 0.25 us sooner: no autocast, compilation or ``torch.func`` transform, and a dtype that kernels cover."""
     return (
-        not _is_grad_enabled()
-        and (input.dtype is _float32 or input.dtype in KERNEL_DTYPES)
+        (input.dtype is _float32 or input.dtype in KERNEL_DTYPES)
         and not autocast_is_on()
         and not transforms_active()
         and forward_ad._current_level < 0
-        and not _is_compiling()
+        and not _is_dynamo_compiling()
     )
 
 
@@ -43,14 +42,19 @@ def is_inference() -> bool:
     return not torch.is_grad_enabled() and not transforms_active()
 
 
-def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether the call must go through the op's ``autograd.Function``: a gradient is wanted, or a ``torch.func``
-    transform is at work."""
-    if torch.is_grad_enabled():
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether eager autograd is to record a call with these tensors."""
+    if _is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return transforms_active()
+    return False
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether the call must go through the op's ``autograd.Function``: a gradient is wanted, or a ``torch.func``
+    transform is at work."""
+    return wants_gradient(*tensors) or transforms_active()
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -84,12 +88,31 @@ def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
-def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, without the 10 microseconds that ``apply`` spends on ``inspect.signature`` to fill in
-    default arguments, of which our functions have none."""
-    if torch.compiler.is_compiling() or transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+def recorder(function: type[torch.autograd.Function], results: int) -> Callable[..., tuple[Tensor, ...]]:
+    """``function.apply``, of whose outputs the first ``results`` are the caller's (all but the last, if it is -1).
+
+    The others are what backward needs. Transforms and compilation must see them as outputs; in eager mode a twin of the
+    function keeps them without making them any, since each output costs autograd microseconds on both ways. It is
+    applied without the 10 microseconds that ``apply`` spends on ``inspect.signature`` to fill in default arguments, of
+    which our functions have none. The function's backward gets gradients of at least the caller's outputs.
+    """
+    forward, setup_context = function.forward, function.setup_context
+
+    def eager_forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        outputs = forward(*args)
+        setup_context(ctx, args, outputs)
+        return outputs[:results]
+
+    members = {"forward": staticmethod(eager_forward), "backward": staticmethod(function.backward)}
+    twin = type(function.__name__, (torch.autograd.Function,), members)
+    apply_twin = super(torch.autograd.Function, twin).apply  # type: ignore[misc]
+
+    def apply(*args: Any) -> tuple[Tensor, ...]:
+        if _is_dynamo_compiling() or transforms_active():
+            return function.apply(*args)[:results]
+        return apply_twin(*args)
+
+    return apply
 
 
 def differentiate_twice(

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn.ops._autograd import (
-    apply_function,
     autocast,
     call_kernel,
     check_same_device,
@@ -17,6 +16,8 @@ from fastnn.ops._autograd import (
     is_plain,
     needs_autograd,
     needs_reference,
+    recorder,
+    wants_gradient,
 )
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
@@ -138,15 +139,16 @@ def _conv_relu_max_pool(
     pool_dilation: Size,
     ceil_mode: bool,
 ) -> Tensor:
-    _check_rank(input, dims)
     if isinstance(padding, str):
+        _check_rank(input, dims)
         input, padding = _named_padding(padding, dims, input, weight, stride, dilation)
-    geometry = per_dimension(
+    geometry = flat_geometry(
         dims, stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
     )
-    if not geometry.fits(dims):  # stock raises, in its own words
-        return reference.POOL[dims](reference.CONV[dims](input, weight, bias, *geometry[:4]), *geometry[4:])
-    return conv_relu_max_pool(input, weight, bias, geometry.flat(), dims)
+    if geometry is None:  # stock raises, in its own words
+        convolved: Any = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
+        return reference.POOL[dims](convolved, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+    return conv_relu_max_pool(input, weight, bias, geometry, dims)
 
 
 def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
@@ -155,22 +157,29 @@ def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geome
     if not batched:
         _check_rank(input, dims)
         input = input.unsqueeze(0)
-    if is_plain(input):
-        output = _call(input, weight, bias, geometry)
-    else:
+    if not is_plain(input):
         input, weight, bias = autocast(input, weight, bias)
-        output = _with_gradient(input, weight, bias, geometry, dims)
+        output = _beyond_the_kernel(input, weight, bias, geometry, dims)
+    elif wants_gradient(input, weight, bias):
+        output = _differentiable(input, weight, bias, geometry, dims)
+    else:
+        output = _call(input, weight, bias, geometry)
     return output if batched else output.squeeze(0).contiguous()
 
 
-def _with_gradient(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
+def _beyond_the_kernel(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
     if needs_reference(input):
         return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
-    if not needs_autograd(input, weight, bias):
-        return call_kernel(_op, input, weight, bias, geometry)
-    if _places(geometry, dims) > MOST_PLACES:
+    if needs_autograd(input, weight, bias):
+        return _differentiable(input, weight, bias, geometry, dims)
+    return call_kernel(_op, input, weight, bias, geometry)
+
+
+def _differentiable(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
+    places = math.prod(geometry[3 * dims : 4 * dims])
+    if places > MOST_PLACES:
         return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
-    return apply_function(ConvReluMaxPool, input, weight, bias, geometry)[0]
+    return _record(input, weight, bias, geometry)[0]
 
 
 def _check_rank(input: Tensor, dims: int) -> None:
@@ -181,7 +190,7 @@ def _check_rank(input: Tensor, dims: int) -> None:
         )
 
 
-def per_dimension(
+def flat_geometry(
     dims: int,
     stride: Size,
     padding: Size,
@@ -192,32 +201,24 @@ def per_dimension(
     pool_padding: Size,
     pool_dilation: Size,
     ceil_mode: bool,
-) -> Geometry:
-    """The public functions' arguments with a value a dimension."""
-
-    def each(value: Size) -> Sequence[int]:
-        if isinstance(value, int):
-            return (value,) * dims
-        values = tuple(value)
-        return values * dims if len(values) == 1 else values
-
+) -> FlatGeometry | None:
+    """The public functions' arguments as the operators take them (:meth:`Geometry.flat`); None where one has neither
+    one value nor one a dimension."""
     if pool_stride is None or pool_stride == []:  # stock takes an empty stride for none
         pool_stride = pool_kernel_size
-    return Geometry(
-        each(stride),
-        each(padding),
-        each(dilation),
-        groups,
-        each(pool_kernel_size),
-        each(pool_stride),
-        each(pool_padding),
-        each(pool_dilation),
-        bool(ceil_mode),
-    )
-
-
-def _places(geometry: FlatGeometry, dims: int) -> int:
-    return math.prod(Geometry.of_flat(geometry, dims).pool_kernel_size)
+    flat: list[int] = []
+    for value in (stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation):
+        if isinstance(value, int):
+            flat += (value,) * dims
+            continue
+        values = len(value) if isinstance(value, Sequence) else 0
+        if values == dims:
+            flat += value
+        elif values == 1:
+            flat += (value[0],) * dims
+        else:
+            return None
+    return (*flat, groups, int(bool(ceil_mode)))
 
 
 def _named_padding(
@@ -253,12 +254,15 @@ class ConvReluMaxPool(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         input, weight, bias, winners = ctx.saved_tensors
         compute = ConvReluMaxPoolBackward.apply if torch.is_grad_enabled() else ConvReluMaxPoolBackward.forward
         wanted = ctx.needs_input_grad[:3]
         gradients = compute(grad_output, winners, input, weight, bias, ctx.geometry, wanted)
         return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), None)
+
+
+_record = recorder(ConvReluMaxPool, results=1)
 
 
 class ConvReluMaxPoolBackward(torch.autograd.Function):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastnn.ops._autograd import (
-    apply_function,
     autocast,
     call_kernel,
     check_same_device,
@@ -16,6 +15,8 @@ from fastnn.ops._autograd import (
     is_plain,
     needs_autograd,
     needs_reference,
+    recorder,
+    wants_gradient,
 )
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import mlp as reference
@@ -59,10 +60,15 @@ def mlp(
         ValueError: an activation that is not in the list, or not one a layer.
     """
     weights, biases = tuple(weights), tuple(biases)
-    names = activation_names(activation, len(weights))
-    if len(biases) != len(weights):
-        raise ValueError(f"mlp: expected {len(weights)} biases, one a weight, got {len(biases)}")
-    return mlp_of_parameters(input, join_parameters(weights, biases), activation_digits(names), recompute)
+    layers = len(weights)
+    digits = _digits_between.get((activation, layers)) if isinstance(activation, str) else None
+    if digits is None:
+        digits = activation_digits(activation_names(activation, layers))
+        if isinstance(activation, str):
+            _digits_between[activation, layers] = digits
+    if len(biases) != layers:
+        raise ValueError(f"mlp: expected {layers} biases, one a weight, got {len(biases)}")
+    return mlp_of_parameters(input, join_parameters(weights, biases), digits, recompute)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -122,7 +128,9 @@ def split_parameters(parameters: Sequence[Tensor], layers: int) -> tuple[Sequenc
     return parameters[:layers], parameters[layers:] or (None,) * layers
 
 
-_codes: dict[str, int] = {}  # of the digits met so far
+# Of what was met so far: by the one name between so many layers, and by digits.
+_digits_between: dict[tuple[str, int], str] = {}
+_codes: dict[str, int] = {}
 
 
 def activation_digits(names: Sequence[str]) -> str:
@@ -142,6 +150,10 @@ def _names_of(digits: str) -> list[str]:
     return [ACTIVATION_NAMES[int(digit)] for digit in digits]
 
 
+def layers_of_code(code: int) -> int:
+    return code.bit_length() // 3
+
+
 def names_of_code(code: int) -> list[str]:
     """What :func:`operator_code` was made of."""
     return _names_of(f"{code:o}"[1:])
@@ -151,7 +163,9 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
     """:func:`mlp` for callers that know their arguments: ``parameters`` as of :func:`join_parameters`, ``digits`` the
     activations as of :func:`activation_digits`."""
     rank = input.dim()
-    if rank == 2 and is_plain(input) and (code := _codes.get(digits)):
+    if rank == 2 and (code := _codes.get(digits)) and is_plain(input):
+        if wants_gradient(input, *parameters):
+            return _record(input, code, recompute, *parameters)[0]
         return _mlp_call(input, parameters, code)
     if len(digits) > _MOST_LAYERS:
         weights, biases = split_parameters(parameters, len(digits))
@@ -164,7 +178,7 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
         return reference.mlp(input, *split_parameters(parameters, len(digits)), _names_of(digits))
     rows = input if rank == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if needs_autograd(input, *parameters):
-        output = apply_function(Mlp, rows, digits, recompute, *parameters)[0]
+        output = _record(rows, operator_code(digits), recompute, *parameters)[0]
     else:
         output = call_kernel(_mlp_op, rows, parameters, operator_code(digits))
     return output if rank == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
@@ -176,29 +190,32 @@ class Mlp(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, digits: str, recompute: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(input: Tensor, code: int, recompute: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
         if recompute:
-            return (_mlp_op(input, parameters, operator_code(digits)),)
-        output, hidden = _mlp_with_hidden_op(input, parameters, operator_code(digits))
+            return (_mlp_op(input, parameters, code),)
+        output, hidden = _mlp_with_hidden_op(input, parameters, code)
         return (output, *hidden)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, ctx.digits, ctx.recompute, *parameters = inputs
+        input, ctx.code, ctx.recompute, *parameters = inputs
         ctx.parameters = len(parameters)
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(input, *parameters, *(() if ctx.recompute else output))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        needed, saved, layers = ctx.needs_input_grad, ctx.saved_tensors, len(ctx.digits)
+        needed, saved, layers = ctx.needs_input_grad, ctx.saved_tensors, layers_of_code(ctx.code)
         if ctx.recompute:
             with torch.no_grad():
-                saved = (*saved, *Mlp.forward(saved[0], ctx.digits, False, *saved[1:]))
+                saved = (*saved, *Mlp.forward(saved[0], ctx.code, False, *saved[1:]))
         wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
-        grad_input, *grad_parameters = compute(grad_output, ctx.digits, ctx.parameters, wanted, *saved)
+        grad_input, *grad_parameters = compute(grad_output, ctx.code, ctx.parameters, wanted, *saved)
         return (grad_input, None, None, *grad_parameters)
+
+
+_record = recorder(Mlp, results=1)
 
 
 class MlpBackward(torch.autograd.Function):
@@ -208,23 +225,22 @@ class MlpBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output: Tensor, digits: str, parameters: int, wanted: tuple[bool, bool, bool], *saved: Tensor
+        grad_output: Tensor, code: int, parameters: int, wanted: tuple[bool, bool, bool], *saved: Tensor
     ) -> tuple[Tensor | None, ...]:
-        layers = len(digits)
-        output, *hidden = saved[1 + parameters :]
+        layers, biases = layers_of_code(code), 1 + parameters
+        output, hidden = saved[biases], saved[biases + 1 :]
         grad_input, grad_weights, grad_biases = _mlp_backward_op(
-            grad_output, saved[0], saved[1 : 1 + layers], operator_code(digits), output, hidden, *wanted
+            grad_output, saved[0], saved[1 : 1 + layers], code, output, hidden, *wanted
         )
-        biases = parameters - layers
         return (
             grad_input if wanted[0] else None,
             *(grad_weights if wanted[1] else (None,) * layers),
-            *(grad_biases if wanted[2] else (None,) * biases),
+            *(grad_biases if wanted[2] else (None,) * (parameters - layers)),
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        grad_output, ctx.digits, parameters, _, *saved = inputs
+        grad_output, ctx.code, parameters, _, *saved = inputs
         ctx.outputs_given = [gradient is not None for gradient in output]
         ctx.saved_count = len(saved)
         ctx.save_for_backward(grad_output, *saved[: 1 + parameters])
@@ -233,7 +249,7 @@ class MlpBackward(torch.autograd.Function):
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         grad_output, *inputs = ctx.saved_tensors
         given = [i for i, present in enumerate(ctx.outputs_given) if present]
-        names = _names_of(ctx.digits)
+        names = names_of_code(ctx.code)
 
         def forward(*tensors: Tensor) -> Tensor:
             everything = list(inputs)

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from fastnn.ops._autograd import (
-    apply_function,
     call_kernel,
     check_same_device,
     differentiate_twice,
     is_plain,
     needs_autograd,
     needs_reference,
+    recorder,
+    wants_gradient,
 )
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import rnn as reference
@@ -74,14 +75,15 @@ def rnn(
     number = _NUMBER_OF[mode]
     if dropout > 0 and num_layers > 1:
         masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout)
-    if is_plain(input):
+    plain = is_plain(input)
+    if plain and not wants_gradient(input, *state, *weights):
         return _rnn_call(input, batch_sizes, state, weights, masks, number, num_layers, bidirectional, batch_first)
-    if needs_reference(input):
+    if not plain and needs_reference(input):
         return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
-    if needs_autograd(input, *state, *weights):
+    if plain or needs_autograd(input, *state, *weights):
         config = Config(number, num_layers, bidirectional, batch_first)
-        output, *rest = apply_function(Rnn, input, batch_sizes, masks, config, len(state), *state, *weights)
-        return output, rest[:-1]
+        output, *final_state = _record(input, batch_sizes, masks, config, len(state), *state, *weights)
+        return output, final_state
     return call_kernel(
         _rnn_op, input, batch_sizes, state, weights, masks, number, num_layers, bidirectional, batch_first
     )
@@ -91,13 +93,14 @@ def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weig
     """One step of one layer: input (batch, in), h and for LSTM c (batch, hidden) or None for zeros, weights as for
     :func:`rnn` -> the new state, [h] or [h, c]."""
     number = _NUMBER_OF[mode]
-    if is_plain(input):
+    plain = is_plain(input)
+    if plain and not wants_gradient(input, h, c, *weights):
         return _cell_call(input, number, h, c, *weights)
     state = [s for s in (h, c) if s is not None]
-    if needs_reference(input):
+    if not plain and needs_reference(input):
         return reference.rnn_cell(input, tuple(state), weights, mode)
-    if needs_autograd(input, *state, *weights):
-        return apply_function(Rnn, input, None, None, _CELL_CONFIGS[number], len(state), *state, *weights)[1:-1]
+    if plain or needs_autograd(input, *state, *weights):
+        return _record(input, None, None, _CELL_CONFIGS[number], len(state), *state, *weights)[1:]
     return call_kernel(_cell_op, input, number, h, c, *weights)
 
 
@@ -133,27 +136,23 @@ class Rnn(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, batch_sizes, masks, ctx.config, ctx.states, *tensors = inputs
+        ctx.results = len(output) - 1
         ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[0], output[-1], input, batch_sizes, masks, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-        first = 5 + ctx.states
-        wanted = (
-            ctx.needs_input_grad[0],
-            any(ctx.needs_input_grad[5:first]),
-            any(ctx.needs_input_grad[first:]),
-        )
-        saved = ctx.saved_tensors
-        if grad_output is None and all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        arguments = (ctx.config, ctx.states, wanted, grad_output, *grads[:-1], *saved)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        needed, first_weight, grads = ctx.needs_input_grad, 5 + ctx.states, grads[: ctx.results]
+        if all(grad is None for grad in grads):
+            return (None,) * len(needed)
+        wanted = (needed[0], True in needed[5:first_weight], True in needed[first_weight:])
         compute = RnnBackward.apply if torch.is_grad_enabled() else RnnBackward.forward
-        gradients = compute(*arguments)
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
-        grad_input, *others = (g if n else None for g, n in zip(gradients, needed, strict=True))
+        grad_input, *others = compute(ctx.config, ctx.states, wanted, *grads, *ctx.saved_tensors)
         return (grad_input, None, None, None, None, *others)
+
+
+_record = recorder(Rnn, results=-1)
 
 
 class RnnBackward(torch.autograd.Function):

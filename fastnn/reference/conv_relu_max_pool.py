@@ -23,9 +23,6 @@ class Geometry(NamedTuple):
     pool_dilation: Sequence[int]
     ceil_mode: bool
 
-    def fits(self, dims: int) -> bool:
-        return all(len(values) == dims for values in self if not isinstance(values, int))
-
     def flat(self) -> tuple[int, ...]:
         """As the operators take it: the sequences, one after another, then groups and ceil_mode."""
         stride, padding, dilation, groups, *pool, ceil_mode = self
