@@ -162,22 +162,27 @@ def rnn_predictions() -> Iterator[Prediction]:
         gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
         for name, (length, batch, inputs, hidden, layers) in RNN_SHAPES.items():
             for dtype, kind, precision in _kinds("rnn"):
+                size, rows = dtype.itemsize, length * batch
                 config = _rnn_config.rnn_config(mode, hidden, batch, 1, dtype, precision, TARGET)
                 if config is None:
                     continue
-                size, rows = dtype.itemsize, length * batch
                 flops = sum(2.0 * rows * gates * hidden * (hidden + (hidden if i else inputs)) for i in range(layers))
                 ends = size * rows * (inputs + hidden)
                 between = size * rows * layers * (2 * gates + 1) * hidden
-                steps = WIDE_STEP if config.units else STEP
-                serial = {who: length * layers * step * (1 + 0.25 * (gates - 1)) for who, step in steps.items()}
+                chunk = _rnn_config.wave_chunk(config, layers, 1, length, batch, hidden, gates, size, TARGET)
+                steps, of_gates = WIDE_STEP if config.units else STEP, 1 + 0.25 * (gates - 1)
+                serial = {who: length * layers * step * of_gates for who, step in steps.items()}
                 # cuDNN: the input products and the steps in about three kernels a layer.
                 # Programs that share weights need their meeting places made and their state copied.
                 launches = 7 * layers if config.units else 2 * layers
+                if chunk:  # each layer a chunk of steps behind the one below, and its product with a chunk's input
+                    in_steps = length + (layers - 1) * chunk + math.ceil(length / chunk) * _rnn_config.CHUNK_STEPS
+                    serial["fastnn"], launches = in_steps * STEP["fastnn"] * of_gates, 3
                 stock = Cost(ends + between, flops, 3 * layers, serial["stock"])
                 ours = Cost(ends + between, flops, launches, serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "forward", stock, stock, ours, True, kind)
                 stock = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["stock"])
+                # Of each layer three or four products and sums beside the recurrence.
                 ours = Cost(3 * (ends + between), 3 * flops, 4 * layers + 2 * launches, 2.2 * serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "training", stock, stock, ours, True, kind)
 
@@ -200,6 +205,7 @@ def page() -> str:
         f"Assumed: {assumed};",
         f"{LAUNCH * 1e6:.1f} µs from kernel to kernel in a CUDA graph; {steps[0]} a recurrent step of one gate in",
         f"cuDNN and {steps[1]} here, and where one processor cannot hold the weights {steps[2]} and {steps[3]}.",
+        "cuDNN is taken to run one layer after another, which it need not.",
         "The floor is the time at the limits themselves, or of the steps.",
         "",
         *(f"| {' | '.join(line)} |" for line in (HEADER, ["---"] * len(HEADER), *rows)),

@@ -1,7 +1,6 @@
 """Which kernels run a recurrent network on a GPU, in which configuration, and which networks are left to stock's."""
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -77,7 +76,7 @@ PRODUCT_STEPS = 8  # of a product of a layer with the output of the one below it
 _WIDEST_WAVE = 128
 # In steps: a launch; the meeting at the end of a chunk, with the product of the next.
 _LAUNCH_STEPS = 6
-_CHUNK_STEPS = 4
+CHUNK_STEPS = 4
 
 
 def wave_chunk(
@@ -95,13 +94,13 @@ def wave_chunk(
         return 0
     chunk = PRODUCT_STEPS * (2 if steps >= 64 else 1)
     one_by_one = layers * steps + (layers - 1) * 2 * _LAUNCH_STEPS
-    at_once = steps + (layers - 1) * chunk + triton.cdiv(steps, chunk) * _CHUNK_STEPS + _LAUNCH_STEPS
+    at_once = steps + (layers - 1) * chunk + triton.cdiv(steps, chunk) * CHUNK_STEPS + _LAUNCH_STEPS
     return chunk if 1.1 * at_once < one_by_one else 0
 
 
 def config_of(problem: Problem) -> Config | None:
     if "config" not in problem.kept:
-        config = rnn_config(
+        config = None if problem.is_projected else rnn_config(
             problem.mode, problem.hidden, problem.batch, problem.directions, problem.kind.dtype, problem.precision,
             problem.target, problem.batch_sizes is not None,
         )  # fmt: skip
@@ -113,17 +112,3 @@ def config_of(problem: Problem) -> Config | None:
             config = config._replace(chunk=chunk)
         problem.kept["config"] = config
     return problem.kept["config"]
-
-
-def covers(
-    mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, device: torch.device, packed: bool = False
-) -> bool:
-    """Whether the kernels here run the network; else stock's own layers, with stock's own autograd, serve it best."""
-    target = _launch.target_of(device)
-    precision = _launch.dot_precision(dtype, "rnn", target)
-    return _covers(mode, hidden, batch, directions, dtype, precision, target, packed)
-
-
-@functools.lru_cache(1024)
-def _covers(*arguments: Any) -> bool:
-    return rnn_config(*arguments) is not None

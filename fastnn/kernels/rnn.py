@@ -16,7 +16,7 @@ from fastnn.kernels._rnn_config import Config
 from fastnn.kernels._rnn_launch import input_products, launcher, run_spread, strides_of_gates
 from fastnn.kernels._rnn_problem import KEPT, Problem, check_output_like, check_problem
 from fastnn.kernels._rnn_spread_kernels import spread_backward, spread_forward
-from fastnn.kernels._rnn_stock import stock_backward, stock_forward
+from fastnn.kernels._rnn_stock import run_stock, stock_backward, stock_cell, stock_forward
 from fastnn.kernels._rnn_wave import wave_backward, wave_forward
 
 
@@ -78,7 +78,28 @@ def rnn_cell(
     state = [s.unsqueeze(0) for s in (h, c) if s is not None]
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     problem = check_problem(op, input.unsqueeze(0), None, state, weights, None, mode, 1, False, False)
+    if problem.rows > 0 and _rnn_config.config_of(problem) is None:
+        with _launch.without_autocast(input.device):
+            return stock_cell(problem, input, [s for s in (h, c) if s is not None], weights)
     return [s.squeeze(0) for s in _forward(problem, None)[1]]
+
+
+def with_stocks_gradient(
+    input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], weights: Sequence[Tensor],
+    masks: Tensor | None, mode: int, num_layers: int, bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, Sequence[Tensor]] | None:  # fmt: skip
+    """What the operator gives, recorded by stock's autograd, where stock's kernels run the network; else None."""
+    is_cell = _is_cell("rnn", input, batch_sizes, num_layers, bidirectional)
+    shaped, states = (input.unsqueeze(0), _unsqueezed(state)) if is_cell else (input, state)
+    problem = check_problem("rnn", shaped, batch_sizes, states, weights, masks, mode, num_layers, bidirectional,
+                            batch_first)  # fmt: skip
+    if problem.rows == 0 or _rnn_config.config_of(problem) is not None:
+        return None
+    if is_cell:
+        final = stock_cell(problem, input, state, weights)
+        return final[0], final
+    output, *final = run_stock(problem, problem.input, problem.state, problem.weights, train=True)
+    return output, final
 
 
 def _is_cell(op: str, input: Tensor, batch_sizes: Tensor | None, num_layers: int, bidirectional: bool) -> bool:
@@ -95,7 +116,7 @@ def _unsqueezed(tensors: Sequence[Any]) -> list[Any]:
 def _forward(problem: Problem, reserve: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """Output and final state; with a reserve, that is filled too."""
     output = problem.new_output()
-    final_state = [problem.input.new_empty(problem.state_sizes) for _ in range(problem.states)]
+    final_state = [problem.input.new_empty(sizes) for sizes in problem.state_sizes]
     if problem.rows == 0:
         return problem.as_given(output), final_state
     config = _rnn_config.config_of(problem)
@@ -166,10 +187,10 @@ def rnn_backward(
         return grad_input.squeeze(0) if input_wanted else grad_input, [g.squeeze(0) for g in grad_initial], grad_weights
     problem = check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
     check(len(grad_state) == problem.states, op, ": expected ", problem.states, " grad_state, got ", len(grad_state))
-    for tensor in grad_state:
+    for tensor, sizes in zip(grad_state, problem.state_sizes, strict=True):
         if tensor is not None:
             check_same_kind(problem.kind, tensor, "grad_state")
-            check_sizes(op, tensor, problem.state_sizes, "grad_state")
+            check_sizes(op, tensor, sizes, "grad_state")
     time_major = None if grad_output is None else check_output_like(problem, grad_output, "grad_output")
     output = check_output_like(problem, output, "output")
     check_same_kind(problem.kind, reserve, "reserve")
@@ -188,7 +209,7 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     input_wanted, state_wanted, weights_wanted = wanted
     hidden_outputs, kept = problem.split_reserve(reserve)
-    grad_initial = [problem.input.new_empty(problem.state_sizes) for _ in range(problem.states)]
+    grad_initial = [problem.input.new_empty(sizes) for sizes in problem.state_sizes]
     grad_weights: list[Tensor] = []
     all_gates = (
         wave_backward(problem, grad, grad_state, output, reserve, grad_initial, config) if config.chunk else None

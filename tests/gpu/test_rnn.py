@@ -177,6 +177,75 @@ def test_stocks_kernels_where_weights_do_not_fit(mode, device, assert_near, monk
     check(*make(mode, torch.float32, device, bidirectional=True, batch_sizes=[3, 2], state=False), assert_near)
 
 
+def assert_gradients(leaves, results, wanted_leaves, wanted, assert_near):
+    """Of all results, each weighted with other random numbers."""
+    grads = [torch.randn(w.shape, dtype=torch.float64) for w in wanted]
+    gradients = torch.autograd.grad(results, leaves, [g.to(r) for g, r in zip(grads, results, strict=True)])
+    expected = torch.autograd.grad(wanted, wanted_leaves, grads)
+    for got, want in zip((*results, *gradients), (*wanted, *expected), strict=True):
+        assert_near(got.detach(), want.detach().reshape(got.shape), 8)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [(mode, kind) for mode in MODES for kind in ("sequences", "packed", "cell")] + [("LSTM", "projected")],
+)
+def test_stocks_own_gradient(mode, kind, device, assert_near, monkeypatch):
+    """Asked before a gradient is recorded: the answer where the operator would run stock's kernels, else None."""
+    if kind == "projected":
+        stock, arguments = projected(device)
+    else:
+        options = {"batch_sizes": [3, 2]} if kind == "packed" else {"length": 1} if kind == "cell" else {"layers": 2}
+        stock, arguments = make(mode, torch.float32, device, **options)
+    expected, expected_final, wanted_leaves = run_stock(stock, arguments)
+    if kind == "cell":
+        arguments |= {"input": arguments["input"][0], "state": [s[0] for s in arguments["state"]]}
+        expected = expected[0]
+        expected_final = [s[0] for s in expected_final]
+    if kind != "projected":
+        assert kernels.with_stocks_gradient(**arguments) is None
+    monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
+    _launch.Plans.forget_all()
+    leaves = [arguments["input"], *arguments["state"], *arguments["weights"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    output, final = kernels.with_stocks_gradient(**arguments)
+    wanted = [w.reshape(r.shape) for w, r in zip((expected, *expected_final), (output, *final), strict=True)]
+    assert_gradients(leaves, [output, *final], wanted_leaves, wanted, assert_near)
+
+
+def projected(device):
+    stock = torch.nn.LSTM(5, 7, 2, proj_size=3, bidirectional=True).double()
+    arguments = {
+        "input": torch.randn(4, 3, 5, device=device), "batch_sizes": None,
+        "state": [torch.randn(4, 3, size, device=device) for size in (3, 7)],
+        "weights": [w.detach().to(device, torch.float32) for w in stock._flat_weights], "masks": None,
+        "mode": MODES.index("LSTM"), "num_layers": 2, "bidirectional": True, "batch_first": False,
+    }  # fmt: skip
+    return stock, arguments
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_projections(device, assert_near):
+    stock, arguments = projected(device)
+    stock.load_state_dict({name: w.float() for name, w in stock.state_dict().items()})
+    arguments["weights"] = [w.detach().to(device, torch.float32) for w in stock._flat_weights]
+    check(stock, arguments, assert_near)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stocks_cell(mode, device, assert_near, monkeypatch):
+    monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
+    for state in (True, False):
+        stock, arguments = make(mode, torch.float32, device, length=1, state=state)
+        _, expected, _ = run_stock(stock, arguments)
+        h, c = (*(s[0] for s in arguments["state"]), None, None)[:2]
+        final = kernels.rnn_cell(arguments["input"][0], arguments["mode"], h, c, *arguments["weights"])
+        for got, want in zip(final, expected, strict=True):
+            assert_near(got, want[0].detach(), 4)
+
+
 @pytest.mark.parametrize("way", ["layers", "wavefront", "stock"])
 def test_masks_between_layers(way, device, assert_near, monkeypatch):
     monkeypatch.setattr(_rnn_config, "wave_chunk", lambda *_: 8 if way == "wavefront" else 0)
