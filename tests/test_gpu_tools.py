@@ -53,6 +53,14 @@ def test_table(tool) -> None:
     ]
 
 
+def test_nothing_is_expected_to_be_slower_than_stock(tool) -> None:
+    predictions = list(tool("gpu_roofline").all_predictions())
+    assert {prediction.op for prediction in predictions} == {"conv_relu_max_pool", "rnn", "mlp"}
+    for prediction in predictions:
+        stock, _, ours = prediction.seconds()
+        assert ours < stock / 0.97, prediction.row()
+
+
 def test_tuning_keeps_what_is_faster(tool, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_tune = tool("gpu_tune")
     launch = gpu_tune._launch

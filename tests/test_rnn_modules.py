@@ -40,6 +40,18 @@ def test_cells_match_stock(name, dtype):
         check_same(*pair(name, 3, 4, nonlinearity="relu"), torch.randn(2, 3))
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_without_hidden_features(name):
+    """Stock takes them, the operator does not."""
+    for grad in (False, True):
+        cell = getattr(fused, name)(3, 0)
+        for hx in (None, torch.randn(2, 0)):
+            state = (hx, hx) if name == "LSTMCell" and hx is not None else hx
+            input = torch.randn(2, 3, requires_grad=grad)
+            for tensor in tensors_of([cell(input, state)]):
+                assert tensor.shape == (2, 0)
+
+
 # ---- upstream's own samples -------------------------------------------------------------------------------
 
 

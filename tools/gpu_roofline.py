@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from gpu_cases import CONV_SHAPES, MLP_SHAPES, RNN_SHAPES, conv_geometry
 
-from fastnn.kernels import _conv_plan, _launch, _rnn_config, mlp
+from fastnn.kernels import _conv_plan, _launch, _mlp_plan, _rnn_config
 from fastnn.kernels._conv_geometry import check_problem
 from fastnn.kernels._rnn_problem import MODES
 
 # H100 SXM: data sheet. The shares of a limit that a good kernel reaches are assumed, until they are measured.
 BANDWIDTH = 3.35e12  # bytes a second
-PEAK = {"16-bit": 989e12, "tf32": 494e12, "float32": 67e12}  # operations a second
+PEAK = {"16-bit": 989e12, "tf32": 494e12, "tf32x3": 494e12 / 3, "float32": 67e12}  # operations a second
 REACHED = {"cuDNN and cuBLAS": 0.65, "Triton": 0.4, "memory": 0.85}
 LAUNCH = 2.5e-6  # seconds from one kernel to the next in a CUDA graph
 # Seconds that a recurrent step of one gate takes, by its latencies: with the weights on chip; and beyond that, in cuDNN
@@ -60,17 +60,25 @@ class Prediction(NamedTuple):
     compiled: Cost
     fastnn: Cost
     fused: bool
-    kind: str
+    kind: str  # of the limit; cuDNN and cuBLAS do without tf32x3
+
+    def seconds(self) -> tuple[float, float, float]:
+        """Expected of stock, compile and fastnn."""
+        kind = "float32" if self.kind == "tf32x3" else self.kind
+        stock, compiled = (cost.expected(kind, "cuDNN and cuBLAS") for cost in (self.stock, self.compiled))
+        if self.fused:
+            return stock, compiled, self.fastnn.expected(self.kind, "Triton")
+        return stock, compiled, self.fastnn.expected(kind, "cuDNN and cuBLAS")
 
     def row(self) -> tuple[str, ...]:
-        stock, compiled = (cost.expected(self.kind, "cuDNN and cuBLAS") for cost in (self.stock, self.compiled))
-        ours = self.fastnn.expected(self.kind, "Triton" if self.fused else "cuDNN and cuBLAS")
+        kind = "float32" if self.kind == "tf32x3" and not self.fused else self.kind
+        stock, compiled, ours = self.seconds()
         return (
-            *(self.op, self.shape, self.dtype, self.direction),
+            *(self.op, self.shape, f"{self.dtype}{', ' + kind if self.dtype == 'float32' else ''}", self.direction),
             *(f"{cost.bytes / 1e6:.2f}" for cost in (self.stock, self.compiled, self.fastnn)),
             f"{self.fastnn.flops / 1e9:.2f}",
             *(str(cost.launches) for cost in (self.stock, self.compiled, self.fastnn)),
-            f"{1e6 * max(self.fastnn.floor(self.kind), self.fastnn.serial):.1f}",
+            f"{1e6 * max(self.fastnn.floor(kind), self.fastnn.serial):.1f}",
             *(f"{1e6 * seconds:.1f}" for seconds in (stock, compiled, ours)),
             f"{stock / ours:.1f}x",
             f"{compiled / ours:.1f}x",
@@ -83,15 +91,20 @@ HEADER = ("operator", "shape", "dtype", "direction", "MB stock", "MB compile", "
           "against stock", "against compile", "how")  # fmt: skip
 
 
-def _kinds(stock_allows_tf32: bool) -> Iterator[tuple[torch.dtype, str, str]]:
-    """dtype, limit, input_precision"""
+def _kinds(op: str) -> Iterator[tuple[torch.dtype, str, str]]:
+    """dtype, limit, input_precision: as torch's flags are at first, and convolutions at "highest" too."""
     yield torch.bfloat16, "16-bit", "ieee"
-    yield (torch.float32, "tf32", "tf32") if stock_allows_tf32 else (torch.float32, "float32", "ieee")
+    if op != "mlp":
+        yield torch.float32, "tf32", "tf32"
+    if op == "conv":
+        yield torch.float32, "tf32x3", "tf32x3"
+    if op == "mlp":
+        yield torch.float32, "float32", "ieee"
 
 
 def conv_predictions() -> Iterator[Prediction]:
     for name, (sizes, out_channels, kernel, *_) in CONV_SHAPES.items():
-        for dtype, kind, precision in _kinds(True):
+        for dtype, kind, precision in _kinds("conv"):
             with torch.device("meta"):
                 input = torch.empty(sizes, dtype=dtype)
                 weight = torch.empty(out_channels, sizes[1], *[kernel] * (len(sizes) - 2), dtype=dtype)
@@ -124,13 +137,13 @@ def conv_predictions() -> Iterator[Prediction]:
 
 def mlp_predictions() -> Iterator[Prediction]:
     for rows, widths in MLP_SHAPES:
-        for dtype, kind, precision in _kinds(False):
+        for dtype, kind, precision in _kinds("mlp"):
             size, layers = dtype.itemsize, len(widths) - 1
             weights = size * sum(a * b for a, b in pairwise(widths))
             flops = 2.0 * rows * sum(a * b for a, b in pairwise(widths))
             ends = size * rows * (widths[0] + widths[-1]) + weights
             hidden = size * rows * sum(widths[1:-1])
-            one = mlp.chain_config(widths, rows, dtype, precision, TARGET) is not None
+            one = _mlp_plan.chain_config(widths, rows, dtype, precision, TARGET) is not None
             # Each layer's sum is written, read, activated, written and read by the next.
             stock = Cost(ends + 4 * hidden + 2 * size * rows * widths[-1], flops, 2 * layers)
             compiled = Cost(ends + 4 * hidden, flops, 2 * layers)
@@ -148,29 +161,39 @@ def rnn_predictions() -> Iterator[Prediction]:
     for mode in MODES[:1] + MODES[2:]:
         gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
         for name, (length, batch, inputs, hidden, layers) in RNN_SHAPES.items():
-            for dtype, kind, precision in _kinds(True):
+            for dtype, kind, precision in _kinds("rnn"):
+                size, rows = dtype.itemsize, length * batch
                 config = _rnn_config.rnn_config(mode, hidden, batch, 1, dtype, precision, TARGET)
                 if config is None:
                     continue
-                size, rows = dtype.itemsize, length * batch
                 flops = sum(2.0 * rows * gates * hidden * (hidden + (hidden if i else inputs)) for i in range(layers))
                 ends = size * rows * (inputs + hidden)
                 between = size * rows * layers * (2 * gates + 1) * hidden
-                steps = WIDE_STEP if config.units else STEP
-                serial = {who: length * layers * step * (1 + 0.25 * (gates - 1)) for who, step in steps.items()}
+                chunk = _rnn_config.wave_chunk(config, layers, 1, length, batch, hidden, gates, size, TARGET)
+                steps, of_gates = WIDE_STEP if config.units else STEP, 1 + 0.25 * (gates - 1)
+                serial = {who: length * layers * step * of_gates for who, step in steps.items()}
                 # cuDNN: the input products and the steps in about three kernels a layer.
                 # Programs that share weights need their meeting places made and their state copied.
                 launches = 7 * layers if config.units else 2 * layers
+                if chunk:  # each layer a chunk of steps behind the one below, and its product with a chunk's input
+                    in_steps = length + (layers - 1) * chunk + math.ceil(length / chunk) * _rnn_config.CHUNK_STEPS
+                    serial["fastnn"], launches = in_steps * STEP["fastnn"] * of_gates, 3
                 stock = Cost(ends + between, flops, 3 * layers, serial["stock"])
                 ours = Cost(ends + between, flops, launches, serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "forward", stock, stock, ours, True, kind)
                 stock = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["stock"])
+                # Of each layer three or four products and sums beside the recurrence.
                 ours = Cost(3 * (ends + between), 3 * flops, 4 * layers + 2 * launches, 2.2 * serial["fastnn"])
                 yield Prediction("rnn", f"{mode} {name}", str(dtype)[6:], "training", stock, stock, ours, True, kind)
 
 
+def all_predictions() -> Iterator[Prediction]:
+    for make in (conv_predictions, rnn_predictions, mlp_predictions):
+        yield from make()
+
+
 def page() -> str:
-    rows = [p.row() for make in (conv_predictions, rnn_predictions, mlp_predictions) for p in make()]
+    rows = [prediction.row() for prediction in all_predictions()]
     assumed = ", ".join(f"{share:.0%} of its limit for {who}" for who, share in REACHED.items())
     peaks = ", ".join(f"{peak / 1e12:.0f} TFLOP/s {kind}" for kind, peak in PEAK.items())
     steps = [f"{1e6 * step[who]:.1f} µs" for step in (STEP, WIDE_STEP) for who in ("stock", "fastnn")]
@@ -182,6 +205,7 @@ def page() -> str:
         f"Assumed: {assumed};",
         f"{LAUNCH * 1e6:.1f} µs from kernel to kernel in a CUDA graph; {steps[0]} a recurrent step of one gate in",
         f"cuDNN and {steps[1]} here, and where one processor cannot hold the weights {steps[2]} and {steps[3]}.",
+        "cuDNN is taken to run one layer after another, which it need not.",
         "The floor is the time at the limits themselves, or of the steps.",
         "",
         *(f"| {' | '.join(line)} |" for line in (HEADER, ["---"] * len(HEADER), *rows)),

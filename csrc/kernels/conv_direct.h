@@ -1,11 +1,12 @@
 // Forward: direct convolution with output channels in the vector's lanes.
 //
 // A thread copies the input that a band of pooled rows needs into a tile padded with zeros, so that the inner loop
-// checks nothing. Then, a block of output channels at a time, rows of conv pixels go into a small ring, from which
-// windows are pooled; a conv pixel under several windows is computed once.
+// checks nothing. Then, a block of output channels at a time, windows that share no pixel are pooled in registers
+// (conv_pool_tile.h). Elsewhere rows of conv pixels go into a small ring, from which windows are pooled; a conv pixel
+// under several windows is computed once.
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_pool_tile.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -13,6 +14,7 @@ namespace FASTNN_ISA {
 constexpr int64_t kTileBytes = 256 << 10;  // a band's input: part of L2, beside a block's weight
 constexpr int64_t kStageBytes = 64 << 10;  // a band's output before it is transposed
 constexpr int64_t kRowPixels = 128;        // conv pixels of a ring row: a few rows stay in L1
+constexpr int64_t kTileRowPixels = 512;    // of a row that is pooled in registers: long runs to copy
 
 // Input rows (or slices, or columns) under `pooled` consecutive windows along dimension d.
 FASTNN_INLINE int64_t input_extent(const ConvPoolGeometry& g, int d, int64_t pooled) {
@@ -86,7 +88,10 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   plan.in_place = can_stay_in_place<T>(g, input);
   plan.channels_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
-  plan.column_parts = row <= kRowPixels * 5 / 4 ? 1 : smaller(g.output[2], divide_up(row, kRowPixels));
+  const int64_t column = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, 1) * g.stride[2];
+  const int64_t room = smaller(kTileRowPixels, kTileBytes / 2 / (column * static_cast<int64_t>(sizeof(C))));
+  const int64_t row_pixels = windows_are_apart(g) ? larger(kRowPixels, room) : kRowPixels;
+  plan.column_parts = row <= row_pixels * 5 / 4 ? 1 : smaller(g.output[2], divide_up(row, row_pixels));
   plan.columns = divide_up(g.output[2], plan.column_parts);
   plan.column_parts = divide_up(g.output[2], plan.columns);
 
@@ -175,6 +180,7 @@ class DirectForward {
         g_(call.geometry),
         plan_(call.plan),
         ring_(ring_shape(call.geometry, call.plan)),
+        windows_are_apart_(windows_are_apart(call.geometry)),
         scratch_(call.geometry, call.plan, memory) {
     if (plan_.in_place) {
       for (int d = 0; d < 3; ++d) step_[d] = call.input_layout.d[d];
@@ -270,12 +276,73 @@ class DirectForward {
     const int64_t columns = last_column_ - first_column_;
     constexpr int64_t pixel = vectors * kLanes<C>;
     for (int64_t row = first; row < last; ++row) {
+      C* to = scratch_.stage + (row - first) * columns * pixel;
+      uint8_t* winners = scratch_.winner_stage + (row - first) * columns * pixel;
+      if (windows_are_apart_ && pool_in_tiles<vectors, with_winners>(block, slice, row, bias, to, winners)) continue;
       const int64_t count = window_rows<vectors>(block, slice, row, bias);
-      const int64_t at = (row - first) * columns * pixel;
       pool_row<C, vectors, with_winners>(g_, scratch_.window_rows, count, first_conv_[2], first_column_, last_column_,
-                                         scratch_.stage + at, scratch_.winner_stage + at);
+                                         to, winners);
     }
     write_band<vectors>(channel, channels, slice, first, last);
+  }
+
+  const C* block_weight(int64_t block) const {
+    return call_.packed + group_ * g_.depth() * round_up(g_.out_channels, kLanes<C>) +
+           block * kBlockChannels<C> * g_.depth();
+  }
+
+  // The tile's element under the first tap of a conv row's first pixel.
+  const C* conv_corner(int64_t z, int64_t y) const {
+    return tile_ + (z - first_conv_[0]) * g_.stride[0] * step_[0] + (y - first_conv_[1]) * g_.stride[1] * step_[1];
+  }
+
+  // Asks for the lines of the output that begin within pooled pixels [first, first + count), should channels come
+  // first: one of each channel is more than the hardware foresees.
+  template <int vectors>
+  FASTNN_INLINE void prefetch_output(int64_t block, int64_t first, int64_t count) {
+    constexpr int64_t line = 64 / sizeof(T);
+    const ConvLayout& layout = call_.output_layout;
+    if (layout.d[2] != 1 || first / line == (first + count) / line) return;
+    const int64_t channel = block * kBlockChannels<C>;
+    const int64_t channels = smaller(vectors * kLanes<C>, g_.out_channels - channel);
+    const T* to = call_.output + image_ * layout.n + (group_ * g_.out_channels + channel) * layout.c + first + count;
+    for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(to + c * layout.c, 1);
+  }
+
+  // A row of windows that share no pixel, in the hope that none of these is NaN. Returns false, having written rubbish,
+  // when one is.
+  template <int vectors, bool with_winners>
+  bool pool_in_tiles(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors], C* to,
+                     uint8_t* winners) {
+    const int64_t windows = last_column_ - first_column_;
+    const int64_t at = (slice * g_.output[1] + row) * g_.output[2] + first_column_;
+    bool is_finite = false;
+    with_constant<kMostTileTaps>(static_cast<int>(g_.pool_kernel[2]), [&](auto taps_constant) {
+      constexpr int taps = decltype(taps_constant)::value;
+      if constexpr (taps > 1) {
+        // The ring's memory, not used otherwise.
+        PooledRow<C, taps, vectors, with_winners> pooled = {
+            to, reinterpret_cast<Places<C>*>(scratch_.ring), 0, true, {}};
+        for (int64_t i = 0; i < g_.pool_kernel[0]; ++i) {
+          const int64_t z = slice * g_.pool_stride[0] + i * g_.pool_dilation[0];
+          for (int64_t j = 0; j < g_.pool_kernel[1]; ++j) {
+            const int64_t y = row * g_.pool_stride[1] + j * g_.pool_dilation[1];
+            const auto add = [&](int64_t first, const auto& conv) __attribute__((always_inline)) {
+              if (pooled.is_first) prefetch_output<vectors>(block, at + first, sizeof(conv) / sizeof(conv[0]) / taps);
+              pooled.add(first, conv);
+            };
+            conv_groups<taps, vectors, kLongestSum>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets,
+                                                    g_.depth(), block_weight(block), bias, windows, add);
+            pooled.is_first = false;
+            pooled.place += taps;
+          }
+        }
+        if (with_winners) write_winners(to, pooled.winners, windows * vectors, winners);
+        is_finite = true;
+        for (const Vec<C>& total : pooled.total) is_finite = is_finite && !has_nan<C>(total);
+      }
+    });
+    return is_finite;
   }
 
   // The rows of conv pixels under a row of windows, computed where the ring doesn't hold them.
@@ -283,8 +350,6 @@ class DirectForward {
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
     const PlaceRange slices = places_inside(g_, 0, slice), rows = places_inside(g_, 1, row);
     const int64_t first_slot = ring_.persistent ? block * ring_.slices * ring_.rows : 0;
-    const C* weight = call_.packed + group_ * g_.depth() * round_up(g_.out_channels, kLanes<C>) +
-                      block * kBlockChannels<C> * g_.depth();
     int64_t count = 0;
     for (int64_t i = slices.first; i < slices.last; ++i) {
       const int64_t z = slice * g_.pool_stride[0] - g_.pool_padding[0] + i * g_.pool_dilation[0];
@@ -294,10 +359,8 @@ class DirectForward {
         C* pixels = scratch_.ring + slot * ring_.columns * kBlockChannels<C>;
         if (scratch_.tags[slot] != z * g_.conv[1] + y) {
           scratch_.tags[slot] = z * g_.conv[1] + y;
-          const C* corner =
-              tile_ + (z - first_conv_[0]) * g_.stride[0] * step_[0] + (y - first_conv_[1]) * g_.stride[1] * step_[1];
-          conv_row<vectors>(corner, g_.stride[2] * step_[2], scratch_.offsets, g_.depth(), weight, bias, conv_columns_,
-                            pixels);
+          conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, g_.depth(),
+                            block_weight(block), bias, conv_columns_, pixels);
         }
         scratch_.window_rows[count++] = {pixels, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
       }
@@ -322,6 +385,7 @@ class DirectForward {
   const ConvPoolGeometry& g_;
   const ConvPoolPlan& plan_;
   const RingShape ring_;
+  const bool windows_are_apart_;
   const DirectScratch<C> scratch_;
   const C* tile_;  // the band's first conv pixel, first tap
   int64_t step_[3], channel_step_;

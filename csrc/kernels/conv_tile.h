@@ -81,7 +81,7 @@ FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load_up_to<C>(from + i, count - i), count - i);
 }
 FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
-  __builtin_memcpy(to, from, count);
+  if (count > 0) __builtin_memcpy(to, from, count);
 }
 
 template <class C, class T>
@@ -146,33 +146,46 @@ FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const 
   }
 }
 
-// The register tile: `pixels` consecutive conv pixels by `vectors` vectors of output channels.
-// A step of 0 stands for one known only at run time.
-template <int pixels, int vectors, int fixed_step, int longest, class C>
+// The register tile: `pixels` conv pixels, `step` apart, by `vectors` vectors of output channels. finish(total) takes
+// what comes out.
+template <int pixels, int vectors, int longest, class C, class Finish>
 FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
-                             const Vec<C> (&bias)[vectors], C* to) {
-  // Pixels a fixed step apart need but one pointer.
-  const C* from[fixed_step ? 1 : pixels];
-  for (int p = 0; p < (fixed_step ? 1 : pixels); ++p) from[p] = tile + p * step;
+                             const Vec<C> (&bias)[vectors], const Finish& finish) {
   Vec<C> total[pixels][vectors];
 #pragma GCC unroll 16
   for (int p = 0; p < pixels; ++p) {
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
   sum_in_parts<longest>(depth, total, [&](int64_t k) __attribute__((always_inline)) {
-    const int64_t offset = offsets[k];
+    const C* from = tile + offsets[k];
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
     weight += vectors * kLanes<C>;
 #pragma GCC unroll 16
     for (int p = 0; p < pixels; ++p) {
-      const Vec<C> left = broadcast<C>(fixed_step ? from[0][offset + p * fixed_step] : from[p][offset]);
-      for (int v = 0; v < vectors; ++v) total[p][v] += left * right[v];
+      // Four pixels are reached from one address.
+      if (p > 0 && p % 4 == 0) from += 4 * step;
+      const Vec<C> left = broadcast<C>(from[p % 4 * step]);
+      for (int v = 0; v < vectors; ++v) total[p][v] = multiply_add(left, right[v], total[p][v]);
     }
   });
-#pragma GCC unroll 16
-  for (int p = 0; p < pixels; ++p) {
-    for (int v = 0; v < vectors; ++v) store(to + (p * vectors + v) * kLanes<C>, total[p][v]);
+  finish(total);
+}
+
+// `count` groups of `taps` consecutive conv pixels of a row, a register tile of some at a time. finish(first, total)
+// takes the pixels of the groups from the first on.
+template <int taps, int vectors, int longest, class C, class Finish>
+FASTNN_INLINE void conv_groups(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+                               const Vec<C> (&bias)[vectors], int64_t count, const Finish& finish) {
+  constexpr int most = kConvPixels / taps;
+  const int64_t tiles = divide_up(count, most);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;
+    with_constant<most>(static_cast<int>(last - first), [&](auto groups) {
+      conv_tile<decltype(groups)::value * taps, vectors, longest>(
+          tile + first * taps * step, step, offsets, depth, weight, bias,
+          [&](const auto& total) __attribute__((always_inline)) { finish(first, total); });
+    });
   }
 }
 
@@ -180,22 +193,14 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
 template <int vectors, int longest = kLongestSum, class C>
 void conv_row(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
               const Vec<C> (&bias)[vectors], int64_t count, C* to) {
-  const int64_t tiles = divide_up(count, kConvPixels);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;
-    with_constant<kConvPixels>(static_cast<int>(last - first), [&](auto constant) {
-      constexpr int pixels = decltype(constant)::value;
-      const C* from = tile + first * step;
-      C* target = to + first * vectors * kLanes<C>;
-      if (step == 1) {
-        conv_tile<pixels, vectors, 1, longest>(from, step, offsets, depth, weight, bias, target);
-      } else if (step == 2) {
-        conv_tile<pixels, vectors, 2, longest>(from, step, offsets, depth, weight, bias, target);
-      } else {
-        conv_tile<pixels, vectors, 0, longest>(from, step, offsets, depth, weight, bias, target);
-      }
-    });
-  }
+  const auto store_all = [&](int64_t first, const auto& total) __attribute__((always_inline)) {
+    C* target = to + first * vectors * kLanes<C>;
+#pragma GCC unroll 16
+    for (const auto& pixel : total) {
+      for (int v = 0; v < vectors; ++v, target += kLanes<C>) store(target, pixel[v]);
+    }
+  };
+  conv_groups<1, vectors, longest>(tile, step, offsets, depth, weight, bias, count, store_all);
 }
 
 // [pixel][pitch] -> `count` pooled pixels of an image from the one numbered `first` on, channels `channel` onwards

@@ -28,7 +28,7 @@ inline Tensor linear(const Tensor& input, const Tensor& weight, const Tensor* bi
   std::optional<torch::stable::Tensor> given_bias;
   if (bias) given_bias.emplace(bias->share());
   std::array<StableIValue, 3> stack{give(input), give(weight), give(given_bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return settled(Argument<Tensor>::take(stack[0]));
 }
 

@@ -49,10 +49,20 @@ class Config(NamedTuple):
         }
 
 
-# The sum's length up to which what the fused kernel saves, about 14 bytes of traffic a 16-bit value of the
-# convolution, outweighs a GEMM at half of cuDNN's speed (a quarter without matrix units).
-_DEEPEST_FUSED = {"forward": 1300, "backward": 300}
-_DEEPEST_WITHOUT_MATRIX_UNITS = {"forward": 220, "backward": 60}
+class Worth(NamedTuple):
+    """When a fused kernel pays: its sums take ``slower`` times as long as cuDNN's, and what it saves, about 14 bytes of
+    traffic a 16-bit value of the convolution, is worth that of so many of cuDNN's products a value."""
+
+    slower: float
+    forward: float
+    backward: float
+
+
+_WORTH = {
+    "matrix units": Worth(2, 1300, 300),
+    "tf32x3": Worth(4 / 3, 215, 50),  # which cuDNN does without
+    "no matrix units": Worth(2, 220, 60),
+}
 _LAUNCH_BOUND_WORK = 100e6
 _FEW_CHANNELS = 16
 
@@ -64,12 +74,13 @@ def is_fused(problem: Problem, direction: str, precision: str, target: _launch.T
     if problem.groups > 1 and min(problem.channels, problem.out_channels) < _FEW_CHANNELS:
         return False  # tiles would stay empty
     fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
-    deepest = (_DEEPEST_FUSED if fast else _DEEPEST_WITHOUT_MATRIX_UNITS)[direction]
+    worth = _WORTH["tf32x3" if precision == "tf32x3" else "matrix units" if fast else "no matrix units"]
+    saved = worth.forward if direction == "forward" else worth.backward
     repeated = max(problem.recomputed, 1.0)
     if direction == "backward":
         # The input's gradient visits every tap, also those that a stride leaves out.
         repeated = max(repeated, math.prod(problem.geometry[1]))
-    return problem.depth * (2 * repeated - 1) <= deepest or problem.work * repeated <= _LAUNCH_BOUND_WORK
+    return problem.depth * (worth.slower * repeated - 1) <= saved or problem.work * repeated <= _LAUNCH_BOUND_WORK
 
 
 def is_tap_by_tap(problem: Problem) -> bool:
@@ -91,10 +102,13 @@ def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Con
     block_pixels = min(most if fast else 32, _launch.padded(triton.cdiv(pixels, target.processors)))
     num_warps = 8 if block_pixels * block_out * problem.kind.dtype.itemsize >= 8192 else 4
     config = Config(block_pixels, block_out, block_k, num_warps, num_stages=3 if target.shared_memory > 65536 else 2)
-    return _launch.tuned(
+    config = _launch.tuned(
         config, target, "conv", problem.kind.dtype.itemsize, precision, block_pixels, _launch.padded(problem.channels),
         block_out, problem.taps, problem.places,
     )  # fmt: skip
+    if precision == "tf32x3":
+        config = config._replace(block_k=min(config.block_k, _launch.MOST_PRODUCTS_IN_TF32X3))
+    return config
 
 
 # ---- plans --------------------------------------------------------------------------------------------------
@@ -248,7 +262,8 @@ def _weight_gradient_launcher(
     problem: Problem, in_last: bool, precision: str, target: _launch.Target
 ) -> _launch.Launcher:
     config = conv_config(problem, precision, target)
-    config = config._replace(block_pixels=min(config.block_pixels, 64))
+    most = _launch.MOST_PRODUCTS_IN_TF32X3 if precision == "tf32x3" else 64
+    config = config._replace(block_pixels=min(config.block_pixels, most))
     steps, blocks = _steps(problem, config), problem.groups * triton.cdiv(problem.out_channels, config.block_out)
     tiles = triton.cdiv(problem.pooled_pixels, config.block_pixels)
     # Enough parts for two programs a processor; they are added up in a fixed order, so results repeat bit for bit.

@@ -35,22 +35,19 @@ def _load_or_zero(tensor, offset, mask):
         return tl.load(tensor + offset, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
-def simple_backward(
-    grad_output, grad_h_n, output, weight_hh, grad_gates, grad_h0, schedule, steps, batch_size, rows,
-    ACTIVATION: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def simple_steps_back(
+    first, last, own_steps, grad_h, w, grad_output, output, grad_gates, sequence, unit, mask, schedule, batch_size,
+    rows, ACTIVATION: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
-    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w = _load_weight(weight_hh, unit, 0, 1, HIDDEN, True).to(OPERAND)
-    state = _state_offset(sequence, unit, batch_size, HIDDEN)
-    grad_h = _load_or_zero(grad_h_n, state, mask)
-    row, runs = _rows_at(own_steps - 1, own_steps, sequence, schedule, batch_size)
+    """Back from the step ``first`` before the last one to the one ``last - 1`` before it -> the gradient of the state
+    that it began with."""
+    row, runs = _rows_at(own_steps - 1 - first, own_steps, sequence, schedule, batch_size)
     offset = _output_offset(row, unit, HIDDEN, DIRECTIONS)
     exists = mask & runs[:, None]
     h, grad = _load(output + offset, exists), _load_or_zero(grad_output, offset, exists)
-    for back in range(own_steps):
+    for back in range(first, last):
         next_row, next_runs = _rows_at(own_steps - 2 - back, own_steps, sequence, schedule, batch_size)
         next_offset = _output_offset(next_row, unit, HIDDEN, DIRECTIONS)
         next_exists = mask & next_runs[:, None]
@@ -63,6 +60,23 @@ def simple_backward(
         operand = before.to(output.dtype.element_ty).to(OPERAND)
         grad_h = tl.where(runs[:, None], tl.dot(operand, w, input_precision=PRECISION), grad_h)
         row, runs, exists, h, grad = next_row, next_runs, next_exists, next_h, next_grad
+    return grad_h
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def simple_backward(
+    grad_output, grad_h_n, output, weight_hh, grad_gates, grad_h0, schedule, steps, batch_size, rows,
+    ACTIVATION: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w = _load_weight(weight_hh, unit, 0, 1, HIDDEN, True).to(OPERAND)
+    state = _state_offset(sequence, unit, batch_size, HIDDEN)
+    grad_h = simple_steps_back(
+        0, own_steps, own_steps, _load_or_zero(grad_h_n, state, mask), w, grad_output, output, grad_gates, sequence,
+        unit, mask, schedule, batch_size, rows, ACTIVATION, HIDDEN, DIRECTIONS, OPERAND, PRECISION,
+    )  # fmt: skip
     _store(grad_h0 + state, grad_h, mask)
 
 
@@ -81,25 +95,19 @@ def _load_gru_step(
     return r, z, n, hidden_n, tl.where(before_exists, h_before, first_h), grad
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
-def gru_backward(
-    grad_output, grad_h_n, output, saved, h0, weight_hh, grad_gates, grad_h0, schedule, steps, batch_size, rows,
-    HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def gru_steps_back(
+    first, last, own_steps, grad_h, w_r, w_z, w_n, first_h, grad_output, output, saved, grad_gates, sequence, unit,
+    mask, schedule, batch_size, rows, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_gates: of r, z, n, and of the hidden half of n."""
-    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
-    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w_r, w_z, w_n = _load_gru_weights(weight_hh, unit, HIDDEN, True, OPERAND)
-    state = _state_offset(sequence, unit, batch_size, HIDDEN)
-    grad_h = _load_or_zero(grad_h_n, state, mask)
-    first_h = _load_or_zero(h0, state, mask)
-    row, runs = _rows_at(own_steps - 1, own_steps, sequence, schedule, batch_size)
-    before_row, before_runs = _rows_at(own_steps - 2, own_steps, sequence, schedule, batch_size)
+    """As simple_steps_back. grad_gates: of r, z, n, and of the hidden half of n."""
+    row, runs = _rows_at(own_steps - 1 - first, own_steps, sequence, schedule, batch_size)
+    before_row, before_runs = _rows_at(own_steps - 2 - first, own_steps, sequence, schedule, batch_size)
     r, z, n, hidden_n, h_before, grad = _load_gru_step(
         grad_output, output, saved, row, runs, before_row, before_runs, first_h, unit, mask, rows, HIDDEN, DIRECTIONS
     )
-    for back in range(own_steps):
+    for back in range(first, last):
         next_row, next_runs = _rows_at(own_steps - 3 - back, own_steps, sequence, schedule, batch_size)
         next_r, next_z, next_n, next_hidden_n, next_h_before, next_grad = _load_gru_step(
             grad_output, output, saved, before_row, before_runs, next_row, next_runs, first_h, unit, mask, rows, HIDDEN,
@@ -124,6 +132,24 @@ def gru_backward(
         grad_h = tl.where(runs[:, None], through, grad_h)
         row, runs, before_row, before_runs = before_row, before_runs, next_row, next_runs
         r, z, n, hidden_n, h_before, grad = next_r, next_z, next_n, next_hidden_n, next_h_before, next_grad
+    return grad_h
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def gru_backward(
+    grad_output, grad_h_n, output, saved, h0, weight_hh, grad_gates, grad_h0, schedule, steps, batch_size, rows,
+    HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w_r, w_z, w_n = _load_gru_weights(weight_hh, unit, HIDDEN, True, OPERAND)
+    state = _state_offset(sequence, unit, batch_size, HIDDEN)
+    grad_h = gru_steps_back(
+        0, own_steps, own_steps, _load_or_zero(grad_h_n, state, mask), w_r, w_z, w_n, _load_or_zero(h0, state, mask),
+        grad_output, output, saved, grad_gates, sequence, unit, mask, schedule, batch_size, rows, HIDDEN, DIRECTIONS,
+        OPERAND, PRECISION,
+    )  # fmt: skip
     _store(grad_h0 + state, grad_h, mask)
 
 
@@ -142,26 +168,20 @@ def _load_lstm_step(
     return i, f, g, o, tl.where(before_exists, c_before, first_c), grad
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
-def lstm_backward(
-    grad_output, grad_h_n, grad_c_n, saved, c0, weight_hh, grad_gates, grad_h0, grad_c0, schedule, steps, batch_size,
-    rows, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def lstm_steps_back(
+    first, last, own_steps, grad_h, grad_c, w_i, w_f, w_g, w_o, first_c, grad_output, saved, grad_gates, sequence, unit,
+    mask, schedule, batch_size, rows, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_gates: of i, f, g, o."""
-    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
-    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w_i, w_f, w_g, w_o = _load_lstm_weights(weight_hh, unit, HIDDEN, True, OPERAND)
-    state = _state_offset(sequence, unit, batch_size, HIDDEN)
-    grad_h, grad_c = _load_or_zero(grad_h_n, state, mask), _load_or_zero(grad_c_n, state, mask)
-    first_c = _load_or_zero(c0, state, mask)
-    row, runs = _rows_at(own_steps - 1, own_steps, sequence, schedule, batch_size)
+    """As simple_steps_back, and of c. grad_gates: of i, f, g, o."""
+    row, runs = _rows_at(own_steps - 1 - first, own_steps, sequence, schedule, batch_size)
     c = _load(saved + _saved_offset(row, unit, rows, HIDDEN, 5) + 4 * HIDDEN, mask & runs[:, None])
-    before_row, before_runs = _rows_at(own_steps - 2, own_steps, sequence, schedule, batch_size)
+    before_row, before_runs = _rows_at(own_steps - 2 - first, own_steps, sequence, schedule, batch_size)
     i, f, g, o, c_before, grad = _load_lstm_step(
         grad_output, saved, row, runs, before_row, before_runs, first_c, unit, mask, rows, HIDDEN, DIRECTIONS
     )
-    for back in range(own_steps):
+    for back in range(first, last):
         next_row, next_runs = _rows_at(own_steps - 3 - back, own_steps, sequence, schedule, batch_size)
         next_i, next_f, next_g, next_o, next_c_before, next_grad = _load_lstm_step(
             grad_output, saved, before_row, before_runs, next_row, next_runs, first_c, unit, mask, rows, HIDDEN,
@@ -189,5 +209,23 @@ def lstm_backward(
         grad_c = tl.where(runs[:, None], through_c * f, grad_c)
         row, runs, before_row, before_runs = before_row, before_runs, next_row, next_runs
         c, i, f, g, o, c_before, grad = c_before, next_i, next_f, next_g, next_o, next_c_before, next_grad
+    return grad_h, grad_c
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def lstm_backward(
+    grad_output, grad_h_n, grad_c_n, saved, c0, weight_hh, grad_gates, grad_h0, grad_c0, schedule, steps, batch_size,
+    rows, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w_i, w_f, w_g, w_o = _load_lstm_weights(weight_hh, unit, HIDDEN, True, OPERAND)
+    state = _state_offset(sequence, unit, batch_size, HIDDEN)
+    grad_h, grad_c = _load_or_zero(grad_h_n, state, mask), _load_or_zero(grad_c_n, state, mask)
+    grad_h, grad_c = lstm_steps_back(
+        0, own_steps, own_steps, grad_h, grad_c, w_i, w_f, w_g, w_o, _load_or_zero(c0, state, mask), grad_output, saved,
+        grad_gates, sequence, unit, mask, schedule, batch_size, rows, HIDDEN, DIRECTIONS, OPERAND, PRECISION,
+    )  # fmt: skip
     _store(grad_h0 + state, grad_h, mask)
     _store(grad_c0 + state, grad_c, mask)

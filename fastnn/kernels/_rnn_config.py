@@ -1,7 +1,6 @@
 """Which kernels run a recurrent network on a GPU, in which configuration, and which networks are left to stock's."""
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,6 +13,7 @@ class Config(NamedTuple):
     block_batch: int
     num_warps: int
     units: int = 0  # hidden units of a program where programs share out the recurrent weights; 0: each has them all
+    chunk: int = 0  # steps that a layer is behind the one below it where all run at once; 0: one layer after another
 
 
 _WIDEST_WITHOUT_MATRIX_UNITS = 32
@@ -72,27 +72,43 @@ def _spread_config(
     return None
 
 
+PRODUCT_STEPS = 8  # of a product of a layer with the output of the one below it, while both run
+_WIDEST_WAVE = 128
+# In steps: a launch; the meeting at the end of a chunk, with the product of the next.
+_LAUNCH_STEPS = 6
+CHUNK_STEPS = 4
+
+
+def wave_chunk(
+    config: Config, layers: int, directions: int, steps: int, batch: int, hidden: int, gates: int, itemsize: int,
+    target: _launch.Target,
+) -> int:  # fmt: skip
+    """Steps that each layer is behind the one below it where that is faster than one layer after another, else 0."""
+    tile, programs = _launch.padded(hidden), layers * triton.cdiv(batch, config.block_batch)
+    if config.units or layers == 1 or directions > 1 or target.backend == "hip" or tile > _WIDEST_WAVE:
+        return 0
+    # Beside the weights, two operands of the product and its sum on its way to memory.
+    product = PRODUCT_STEPS * config.block_batch
+    on_chip = itemsize * gates * tile * tile + (product + tile) * 128 + 4 * product * tile
+    if programs > target.processors or on_chip > target.shared_memory:
+        return 0
+    chunk = PRODUCT_STEPS * (2 if steps >= 64 else 1)
+    one_by_one = layers * steps + (layers - 1) * 2 * _LAUNCH_STEPS
+    at_once = steps + (layers - 1) * chunk + triton.cdiv(steps, chunk) * CHUNK_STEPS + _LAUNCH_STEPS
+    return chunk if 1.1 * at_once < one_by_one else 0
+
+
 def config_of(problem: Problem) -> Config | None:
     if "config" not in problem.kept:
-        config = rnn_config(
+        config = None if problem.is_projected else rnn_config(
             problem.mode, problem.hidden, problem.batch, problem.directions, problem.kind.dtype, problem.precision,
             problem.target, problem.batch_sizes is not None,
         )  # fmt: skip
         if config is not None and config.units and problem.steps * problem.hidden >= 2**31:
             config = None  # the programs' meetings are counted with 32 bits
+        if config is not None:
+            chunk = wave_chunk(config, problem.layers, problem.directions, problem.steps, problem.batch,
+                               problem.hidden, problem.gates, problem.kind.dtype.itemsize, problem.target)  # fmt: skip
+            config = config._replace(chunk=chunk)
         problem.kept["config"] = config
     return problem.kept["config"]
-
-
-def covers(
-    mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, device: torch.device, packed: bool = False
-) -> bool:
-    """Whether the kernels here run the network; else stock's own layers, with stock's own autograd, serve it best."""
-    target = _launch.target_of(device)
-    precision = _launch.dot_precision(dtype, "rnn", target)
-    return _covers(mode, hidden, batch, directions, dtype, precision, target, packed)
-
-
-@functools.lru_cache(1024)
-def _covers(*arguments: Any) -> bool:
-    return rnn_config(*arguments) is not None

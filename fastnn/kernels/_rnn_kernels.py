@@ -134,23 +134,19 @@ def _saved_offset(row, unit, rows, HIDDEN: tl.constexpr, KEPT: tl.constexpr):
     return (tl.program_id(1) * rows.to(tl.int64) + row[:, None]) * (KEPT * HIDDEN) + unit[None, :]
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
-def simple_forward(
-    gates, weight_hh, bias_hh, h0, output, h_n, schedule, steps, batch_size, rows, stride_time, stride_batch,
-    ACTIVATION: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def simple_steps(
+    first, last, own_steps, h, w, gates, bias_hh, output, sequence, unit, mask, schedule, batch_size, rows, stride_time,
+    stride_batch, ACTIVATION: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h = act(gates + W h + b), step after step."""
-    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
-    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w = _load_weight(weight_hh, unit, 0, 1, HIDDEN, False).to(OPERAND)
-    h = _load_state(h0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
-    place, exists = _gates_at(gates, 0, own_steps, sequence, unit, mask, schedule, batch_size, rows, stride_time,
+    """The steps from ``first`` to ``last`` of h = act(gates + W h + b) -> h."""
+    place, exists = _gates_at(gates, first, own_steps, sequence, unit, mask, schedule, batch_size, rows, stride_time,
                               stride_batch, HIDDEN)  # fmt: skip
     x = _load(place, exists)
     if bias_hh is not None:
         bias = _load_bias(bias_hh, unit, 0, 1, HIDDEN)
-    for step in range(own_steps):
+    for step in range(first, last):
         place, exists = _gates_at(gates, step + 1, own_steps, sequence, unit, mask, schedule, batch_size, rows,
                                   stride_time, stride_batch, HIDDEN)  # fmt: skip
         next_x = _load(place, exists)
@@ -161,29 +157,40 @@ def simple_forward(
         h = tl.where(runs[:, None], activate(sums, ACTIVATION), h)
         _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, mask & runs[:, None])
         x = next_x
-    _store(h_n + _state_offset(sequence, unit, batch_size, HIDDEN), h, mask)
+    return h
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
-def gru_forward(
-    gates, weight_hh, bias_hh, h0, output, saved, h_n, schedule, steps, batch_size, rows, stride_time, stride_batch,
-    HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+def simple_forward(
+    gates, weight_hh, bias_hh, h0, output, h_n, schedule, steps, batch_size, rows, stride_time, stride_batch,
+    ACTIVATION: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """r, z, n as torch.nn.GRU has them. saved: r, z, n and the hidden half of n."""
     sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
     own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w_r, w_z, w_n = _load_gru_weights(weight_hh, unit, HIDDEN, False, OPERAND)
+    w = _load_weight(weight_hh, unit, 0, 1, HIDDEN, False).to(OPERAND)
     h = _load_state(h0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
-    b_n = tl.zeros([1, TILE], tl.float32)
+    h = simple_steps(0, own_steps, own_steps, h, w, gates, bias_hh, output, sequence, unit, mask, schedule, batch_size,
+                     rows, stride_time, stride_batch, ACTIVATION, HIDDEN, DIRECTIONS, OPERAND, PRECISION)  # fmt: skip
+    _store(h_n + _state_offset(sequence, unit, batch_size, HIDDEN), h, mask)
+
+
+@triton.jit
+def gru_steps(
+    first, last, own_steps, h, w_r, w_z, w_n, gates, bias_hh, output, saved, sequence, unit, mask, schedule, batch_size,
+    rows, stride_time, stride_batch, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The steps from ``first`` to ``last`` of torch.nn.GRU's r, z, n -> h. saved: r, z, n and the hidden half of n."""
+    b_n = tl.zeros([1, unit.shape[0]], tl.float32)
     if bias_hh is not None:
         b_r = _load_bias(bias_hh, unit, 0, 3, HIDDEN)
         b_z = _load_bias(bias_hh, unit, 1, 3, HIDDEN)
         b_n = _load_bias(bias_hh, unit, 2, 3, HIDDEN)
-    place, exists = _gates_at(gates, 0, own_steps, sequence, unit, mask, schedule, batch_size, rows, stride_time,
+    place, exists = _gates_at(gates, first, own_steps, sequence, unit, mask, schedule, batch_size, rows, stride_time,
                               stride_batch, 3 * HIDDEN)  # fmt: skip
     x_r, x_z, x_n = _load(place, exists), _load(place + HIDDEN, exists), _load(place + 2 * HIDDEN, exists)
-    for step in range(own_steps):
+    for step in range(first, last):
         place, exists = _gates_at(gates, step + 1, own_steps, sequence, unit, mask, schedule, batch_size, rows,
                                   stride_time, stride_batch, 3 * HIDDEN)  # fmt: skip
         next_r, next_z, next_n = _load(place, exists), _load(place + HIDDEN, exists), _load(place + 2 * HIDDEN, exists)
@@ -206,31 +213,42 @@ def gru_forward(
             _store(kept + 2 * HIDDEN, n, store_mask)
             _store(kept + 3 * HIDDEN, hidden_n, store_mask)
         x_r, x_z, x_n = next_r, next_z, next_n
-    _store(h_n + _state_offset(sequence, unit, batch_size, HIDDEN), h, mask)
+    return h
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
-def lstm_forward(
-    gates, weight_hh, bias_hh, h0, c0, output, saved, h_n, c_n, schedule, steps, batch_size, rows, stride_time,
-    stride_batch, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
+def gru_forward(
+    gates, weight_hh, bias_hh, h0, output, saved, h_n, schedule, steps, batch_size, rows, stride_time, stride_batch,
+    HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """i, f, g, o as torch.nn.LSTM has them. saved: i, f, g, o and c."""
     sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
     own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    w_i, w_f, w_g, w_o = _load_lstm_weights(weight_hh, unit, HIDDEN, False, OPERAND)
+    w_r, w_z, w_n = _load_gru_weights(weight_hh, unit, HIDDEN, False, OPERAND)
+    h = _load_state(h0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    h = gru_steps(0, own_steps, own_steps, h, w_r, w_z, w_n, gates, bias_hh, output, saved, sequence, unit, mask,
+                  schedule, batch_size, rows, stride_time, stride_batch, HIDDEN, DIRECTIONS, OPERAND,
+                  PRECISION)  # fmt: skip
+    _store(h_n + _state_offset(sequence, unit, batch_size, HIDDEN), h, mask)
+
+
+@triton.jit
+def lstm_steps(
+    first, last, own_steps, h, c, w_i, w_f, w_g, w_o, gates, bias_hh, output, saved, sequence, unit, mask, schedule,
+    batch_size, rows, stride_time, stride_batch, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The steps from ``first`` to ``last`` of torch.nn.LSTM's i, f, g, o -> h and c. saved: i, f, g, o and c."""
     if bias_hh is not None:
         b_i = _load_bias(bias_hh, unit, 0, 4, HIDDEN)
         b_f = _load_bias(bias_hh, unit, 1, 4, HIDDEN)
         b_g = _load_bias(bias_hh, unit, 2, 4, HIDDEN)
         b_o = _load_bias(bias_hh, unit, 3, 4, HIDDEN)
-    h = _load_state(h0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
-    c = _load_state(c0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
-    place, exists = _gates_at(gates, 0, own_steps, sequence, unit, mask, schedule, batch_size, rows, stride_time,
+    place, exists = _gates_at(gates, first, own_steps, sequence, unit, mask, schedule, batch_size, rows, stride_time,
                               stride_batch, 4 * HIDDEN)  # fmt: skip
     x_i, x_f = _load(place, exists), _load(place + HIDDEN, exists)
     x_g, x_o = _load(place + 2 * HIDDEN, exists), _load(place + 3 * HIDDEN, exists)
-    for step in range(own_steps):
+    for step in range(first, last):
         place, exists = _gates_at(gates, step + 1, own_steps, sequence, unit, mask, schedule, batch_size, rows,
                                   stride_time, stride_batch, 4 * HIDDEN)  # fmt: skip
         next_i, next_f = _load(place, exists), _load(place + HIDDEN, exists)
@@ -258,6 +276,23 @@ def lstm_forward(
             _store(kept + 3 * HIDDEN, o, store_mask)
             _store(kept + 4 * HIDDEN, c, store_mask)
         x_i, x_f, x_g, x_o = next_i, next_f, next_g, next_o
+    return h, c
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def lstm_forward(
+    gates, weight_hh, bias_hh, h0, c0, output, saved, h_n, c_n, schedule, steps, batch_size, rows, stride_time,
+    stride_batch, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    sequence, unit, mask = _tile(batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
+    w_i, w_f, w_g, w_o = _load_lstm_weights(weight_hh, unit, HIDDEN, False, OPERAND)
+    h = _load_state(h0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    c = _load_state(c0, sequence, unit, mask, batch_size, HIDDEN, TILE, BLOCK_BATCH)
+    h, c = lstm_steps(0, own_steps, own_steps, h, c, w_i, w_f, w_g, w_o, gates, bias_hh, output, saved, sequence, unit,
+                      mask, schedule, batch_size, rows, stride_time, stride_batch, HIDDEN, DIRECTIONS, OPERAND,
+                      PRECISION)  # fmt: skip
     state = _state_offset(sequence, unit, batch_size, HIDDEN)
     _store(h_n + state, h, mask)
     _store(c_n + state, c, mask)

@@ -32,7 +32,9 @@ class Problem:
     batch: int = 0
     rows: int = 0
     hidden: int = 0
+    outputs: int = 0  # features of h: hidden, or those that LSTM's are projected to
     has_biases: bool = False
+    is_projected: bool = False
     kept: dict[Any, Any] = field(default_factory=dict)
 
     def bind(
@@ -58,16 +60,18 @@ class Problem:
 
     @property
     def width(self) -> int:
-        return self.directions * self.hidden
+        return self.directions * self.outputs
 
     @property
-    def state_sizes(self) -> tuple[int, int, int]:
-        return self.layers * self.directions, self.batch, self.hidden
+    def state_sizes(self) -> list[tuple[int, int, int]]:
+        """Of h, and of c if there is one."""
+        cells = self.layers * self.directions
+        return [(cells, self.batch, size) for size in (self.outputs, self.hidden)][: self.states]
 
     @property
     def reserve_size(self) -> int:
-        outputs, kept = self.layers - 1, self.layers * KEPT[self.mode]
-        return (outputs + kept) * self.rows * self.width
+        kept = (self.layers - 1) * self.outputs + self.layers * KEPT[self.mode] * self.hidden
+        return self.rows * self.directions * kept
 
     def of_layer(self, layer: int) -> slice:
         """The layer's directions among all."""
@@ -164,16 +168,23 @@ _read_by_graphs: dict[int, Tensor] = {}
 
 def _check_weights(problem: Problem, input: Tensor, weights: Sequence[Tensor]) -> None:
     op, cells, given = problem.kind.op, problem.layers * problem.directions, len(weights)
-    check(0 < problem.layers <= given and given in (2 * cells, 4 * cells), op, ": expected 2 weights, or 4 with biases,"
-          " for each of ", problem.layers, " layers and ", problem.directions, " directions, got ", given)  # fmt: skip
-    check(weights[1].dim() == 2 and weights[1].shape[1] > 0, op,
+    each = given // cells if problem.layers > 0 and given % cells == 0 else 0
+    problem.is_projected = problem.mode == "LSTM" and each in (3, 5)
+    check(each in (2, 4) or problem.is_projected, op, ": expected 2 weights, or 4 with biases, and maybe LSTM's"
+          " projection, for each of ", problem.layers, " layers and ", problem.directions, " directions, got ",
+          given)  # fmt: skip
+    check(weights[0].dim() == 2 and weights[1].dim() == 2 and weights[1].shape[1] > 0, op,
           ": expected weights[1] of size (gates * hidden, hidden)")  # fmt: skip
-    problem.has_biases, problem.hidden = given == 4 * cells, weights[1].shape[1]
-    gates, each = problem.gates * problem.hidden, given // cells
+    problem.has_biases, problem.outputs = each >= 4, weights[1].shape[1]
+    problem.hidden = weights[0].shape[0] // problem.gates if problem.is_projected else problem.outputs
+    gates = problem.gates * problem.hidden
     for i, weight in enumerate(weights):
         check_same_kind(problem.kind, weight, "weights")
         inputs = input.shape[-1] if i < each * problem.directions else problem.width
-        check_sizes(op, weight, ((gates, inputs), (gates, problem.hidden), (gates,), (gates,))[i % each], "weights")
+        sizes: list[tuple[int, ...]] = [(gates, inputs), (gates, problem.outputs)]
+        sizes += [(gates,), (gates,)] if problem.has_biases else []
+        sizes += [(problem.outputs, problem.hidden)] if problem.is_projected else []
+        check_sizes(op, weight, sizes[i % each], "weights")
 
 
 def _sizes(op: str, batch_sizes: Tensor | None) -> tuple[int, ...] | None:
@@ -231,9 +242,9 @@ def _make_problem(
     check(
         len(state) in (0, problem.states), op, ": expected no state or ", problem.states, " tensors, got ", len(state)
     )
-    for tensor in state:
+    for tensor, sizes in zip(state, problem.state_sizes, strict=False):
         check_same_kind(kind, tensor, "state")
-        check_sizes(op, tensor, problem.state_sizes, "state")
+        check_sizes(op, tensor, sizes, "state")
     if masks is not None:
         check_same_kind(kind, masks, "masks")
         check_sizes(op, masks, (layers - 1, problem.rows, problem.width), "masks")

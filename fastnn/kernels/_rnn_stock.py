@@ -1,6 +1,6 @@
 """Stock's kernels (cuDNN, MIOpen) behind ``fastnn::rnn``, for networks whose recurrent weights do not fit on chip. They
-keep what they need for backward in a form of their own, so here backward runs forward again; fastnn.ops.rnn leaves
-such networks to stock's own autograd."""
+keep what they need for backward in a form of their own, so stock_backward runs forward again: a raw operator knows no
+other way. fastnn.ops.rnn, before it records a gradient, asks ``rnn.with_stocks_gradient``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,12 +19,27 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _run(
+_CELLS: dict[str, Callable[..., Any]] = {
+    "RNN_TANH": torch._VF.rnn_tanh_cell,
+    "RNN_RELU": torch._VF.rnn_relu_cell,
+    "GRU": torch._VF.gru_cell,
+    "LSTM": torch._VF.lstm_cell,
+}
+
+
+def stock_cell(problem: Problem, input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """One step: input (batch, in), state and the new state (batch, hidden) each."""
+    state = state or [input.new_zeros(problem.batch, problem.hidden)] * problem.states
+    new = _CELLS[problem.mode](input, tuple(state) if problem.mode == "LSTM" else state[0], *weights)
+    return list(new) if problem.mode == "LSTM" else [new]
+
+
+def run_stock(
     problem: Problem, input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], train: bool
 ) -> tuple[Tensor, ...]:
     """Output and final state, by the layers between which nothing is dropped."""
     if not state:
-        state = [input.new_zeros(problem.state_sizes)] * problem.states
+        state = [input.new_zeros(sizes) for sizes in problem.state_sizes]
     layers_each = problem.layers if problem.masks is None else 1
     per_call = len(weights) // problem.layers * layers_each
     finals = []
@@ -48,7 +63,7 @@ def _run(
 
 def stock_forward(problem: Problem) -> tuple[Tensor, list[Tensor]]:
     with _launch.without_autocast(problem.kind.device):
-        output, *final_state = _run(problem, problem.input, problem.state, problem.weights, train=False)
+        output, *final_state = run_stock(problem, problem.input, problem.state, problem.weights, train=False)
     return problem.as_given(problem.time_major(output)), final_state
 
 
@@ -57,12 +72,12 @@ def stock_backward(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     input_wanted, state_wanted, weights_wanted = wanted
-    states = problem.state or [problem.input.new_zeros(problem.state_sizes) for _ in range(problem.states)]
+    states = problem.state or [problem.input.new_zeros(sizes) for sizes in problem.state_sizes]
     with torch.enable_grad():
         input = problem.input.detach().requires_grad_()
         state = [s.detach().requires_grad_() for s in states]
         weights = [w.detach().requires_grad_() for w in problem.weights]
-        outputs = _run(problem, input, state, weights, train=True)
+        outputs = run_stock(problem, input, state, weights, train=True)
     grads = (grad_output, *grad_state)
     given = [i for i, grad in enumerate(grads) if grad is not None]
     leaves = [input, *state, *weights]

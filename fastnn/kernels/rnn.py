@@ -1,64 +1,23 @@
 """``fastnn::rnn`` on a GPU: a layer's input products in one GEMM, its recurrence in one launch with the recurrent
-weights on chip; backward the same in reverse, then large GEMMs. Where that does not pay, stock's kernels."""
+weights on chip, or all layers' in one launch; backward the same in reverse, then large GEMMs. Where that does not pay,
+stock's kernels."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fastnn.kernels import _launch, _rnn_config
 from fastnn.kernels import _rnn_backward_kernels as backward_kernels
 from fastnn.kernels import _rnn_kernels as kernels
-from fastnn.kernels._activation import RELU, TANH
 from fastnn.kernels._check import check, check_same_kind, check_sizes
 from fastnn.kernels._rnn_config import Config
-from fastnn.kernels._rnn_problem import KEPT, MODES, Problem, check_output_like, check_problem
+from fastnn.kernels._rnn_launch import input_products, launcher, run_spread, strides_of_gates
+from fastnn.kernels._rnn_problem import KEPT, Problem, check_output_like, check_problem
 from fastnn.kernels._rnn_spread_kernels import spread_backward, spread_forward
-from fastnn.kernels._rnn_stock import stock_backward, stock_forward
-
-
-def _launcher(problem: Problem, kernel: Any, config: Config, *optional: Tensor | None) -> _launch.Launcher:
-    """``optional``: the arguments that may be None, for each combination of which a kernel is compiled."""
-    key = (kernel, *(tensor is None for tensor in optional))
-    launcher = problem.kept.get(key)
-    if launcher is None:
-        grid: tuple[int, ...] = (triton.cdiv(problem.batch, config.block_batch), problem.directions)
-        if config.units:
-            grid = (*grid, triton.cdiv(problem.hidden, config.units))
-        constexprs = _constexprs(problem, config)
-        launcher = problem.kept[key] = _launch.Launcher(kernel, grid, problem.kind.device, **constexprs)
-    return launcher
-
-
-def _constexprs(problem: Problem, config: Config) -> dict[str, Any]:
-    own: dict[str, Any] = {}
-    if config.units:
-        own = {"MODE": MODES.index(problem.mode), "GATES": problem.gates, "UNITS": config.units,
-               "PARTS": min(config.num_warps, _launch.padded(problem.hidden) // 16),
-               "launch_cooperative_grid": True}  # fmt: skip
-    elif problem.gates == 1:
-        own = {"ACTIVATION": (TANH if problem.mode == "RNN_TANH" else RELU).value}
-    return {
-        **own,
-        "HIDDEN": problem.hidden,
-        "DIRECTIONS": problem.directions,
-        "TILE": _launch.padded(problem.hidden),
-        "BLOCK_BATCH": config.block_batch,
-        "OPERAND": _launch.operand_dtype(problem.kind.dtype),
-        "PRECISION": problem.precision,
-        "num_warps": config.num_warps,
-        "num_stages": 1,
-    }
-
-
-def _run_spread(launch: _launch.Launcher, steps: int, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
-    """``steps`` steps in one launch. Under the interpreter, which runs programs one after another, each step has a
-    launch of its own, or the first program would wait for the others for ever."""
-    each = 1 if _launch.INTERPRETED and launch.grid[2] > 1 else steps
-    for first in range(0, steps, each):
-        launch(*tensors, first, first + each, *sizes)
+from fastnn.kernels._rnn_stock import run_stock, stock_backward, stock_cell, stock_forward
+from fastnn.kernels._rnn_wave import wave_backward, wave_forward
 
 
 def _spread_state(problem: Problem, parts: Sequence[Tensor | None]) -> Tensor:
@@ -119,7 +78,28 @@ def rnn_cell(
     state = [s.unsqueeze(0) for s in (h, c) if s is not None]
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     problem = check_problem(op, input.unsqueeze(0), None, state, weights, None, mode, 1, False, False)
+    if problem.rows > 0 and _rnn_config.config_of(problem) is None:
+        with _launch.without_autocast(input.device):
+            return stock_cell(problem, input, [s for s in (h, c) if s is not None], weights)
     return [s.squeeze(0) for s in _forward(problem, None)[1]]
+
+
+def with_stocks_gradient(
+    input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], weights: Sequence[Tensor],
+    masks: Tensor | None, mode: int, num_layers: int, bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, Sequence[Tensor]] | None:  # fmt: skip
+    """What the operator gives, recorded by stock's autograd, where stock's kernels run the network; else None."""
+    is_cell = _is_cell("rnn", input, batch_sizes, num_layers, bidirectional)
+    shaped, states = (input.unsqueeze(0), _unsqueezed(state)) if is_cell else (input, state)
+    problem = check_problem("rnn", shaped, batch_sizes, states, weights, masks, mode, num_layers, bidirectional,
+                            batch_first)  # fmt: skip
+    if problem.rows == 0 or _rnn_config.config_of(problem) is not None:
+        return None
+    if is_cell:
+        final = stock_cell(problem, input, state, weights)
+        return final[0], final
+    output, *final = run_stock(problem, problem.input, problem.state, problem.weights, train=True)
+    return output, final
 
 
 def _is_cell(op: str, input: Tensor, batch_sizes: Tensor | None, num_layers: int, bidirectional: bool) -> bool:
@@ -136,12 +116,15 @@ def _unsqueezed(tensors: Sequence[Any]) -> list[Any]:
 def _forward(problem: Problem, reserve: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """Output and final state; with a reserve, that is filled too."""
     output = problem.new_output()
-    final_state = [problem.input.new_empty(problem.state_sizes) for _ in range(problem.states)]
+    final_state = [problem.input.new_empty(sizes) for sizes in problem.state_sizes]
     if problem.rows == 0:
         return problem.as_given(output), final_state
     config = _rnn_config.config_of(problem)
     if config is None:
         return stock_forward(problem)
+    if config.chunk:
+        wave_forward(problem, reserve, output, final_state, config)
+        return problem.as_given(output), final_state
     x = problem.input
     for layer in range(problem.layers):
         last = layer + 1 == problem.layers
@@ -161,33 +144,24 @@ def _run_layer(
     config: Config,
 ) -> None:  # fmt: skip
     """x: (rows, in), or in the first layer the input as given."""
-    # Rows of gates lie as those of x.
-    stride_time, stride_batch = (1, problem.steps) if layer == 0 and problem.batch_first else (problem.batch, 1)
     gates = x.new_empty(problem.directions, problem.rows, problem.gates * problem.hidden)
-    flat = x.reshape(problem.rows, x.shape[-1])
-    with _launch.without_autocast(x.device):
-        for direction in range(problem.directions):
-            w_ih, _, b_ih, _ = problem.weights_of(layer, direction)
-            if b_ih is None:
-                torch.mm(flat, w_ih.t(), out=gates[direction])
-            else:
-                torch.addmm(b_ih, flat, w_ih.t(), out=gates[direction])
+    input_products(problem, layer, x, gates)
     initial = problem.initial(layer)
     final = [state[problem.of_layer(layer)] for state in final_state]
     weight, bias = problem.stacked_recurrent(layer)
-    sizes = (problem.steps, problem.batch, problem.rows, stride_time, stride_batch)
+    sizes = (problem.steps, problem.batch, problem.rows, *strides_of_gates(problem, layer))
     if config.units:
-        launch = _launcher(problem, spread_forward, config, bias, saved, problem.schedule)
+        launch = launcher(problem, spread_forward, config, bias, saved, problem.schedule)
         state = _spread_state(problem, initial)
         hidden = gates.new_empty(2, *state.shape[1:])
         hidden[1].copy_(state[0])
         tensors = (gates, weight, bias, hidden, state, output, saved, _arrived(launch), problem.schedule)
-        _run_spread(launch, problem.steps, tensors, sizes)
+        run_spread(launch, problem.steps, tensors, sizes)
         for tensor, own in zip(final, state, strict=True):
             tensor.copy_(own)
         return
     kernel = {"GRU": kernels.gru_forward, "LSTM": kernels.lstm_forward}.get(problem.mode, kernels.simple_forward)
-    launch = _launcher(problem, kernel, config, bias, *initial, saved, problem.schedule)
+    launch = launcher(problem, kernel, config, bias, *initial, saved, problem.schedule)
     kept = () if problem.gates == 1 else (saved,)
     launch(gates, weight, bias, *initial, output, *kept, *final, problem.schedule, *sizes)
 
@@ -213,10 +187,10 @@ def rnn_backward(
         return grad_input.squeeze(0) if input_wanted else grad_input, [g.squeeze(0) for g in grad_initial], grad_weights
     problem = check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
     check(len(grad_state) == problem.states, op, ": expected ", problem.states, " grad_state, got ", len(grad_state))
-    for tensor in grad_state:
+    for tensor, sizes in zip(grad_state, problem.state_sizes, strict=True):
         if tensor is not None:
             check_same_kind(problem.kind, tensor, "grad_state")
-            check_sizes(op, tensor, problem.state_sizes, "grad_state")
+            check_sizes(op, tensor, sizes, "grad_state")
     time_major = None if grad_output is None else check_output_like(problem, grad_output, "grad_output")
     output = check_output_like(problem, output, "output")
     check_same_kind(problem.kind, reserve, "reserve")
@@ -235,17 +209,23 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     input_wanted, state_wanted, weights_wanted = wanted
     hidden_outputs, kept = problem.split_reserve(reserve)
-    grad_initial = [problem.input.new_empty(problem.state_sizes) for _ in range(problem.states)]
+    grad_initial = [problem.input.new_empty(sizes) for sizes in problem.state_sizes]
     grad_weights: list[Tensor] = []
+    all_gates = (
+        wave_backward(problem, grad, grad_state, output, reserve, grad_initial, config) if config.chunk else None
+    )
     for layer in reversed(range(problem.layers)):
         layer_output = output if layer + 1 == problem.layers else hidden_outputs[layer]
-        grad_gates = _reverse_layer(problem, layer, grad, grad_state, layer_output, kept, grad_initial, config)
+        if all_gates is None:
+            grad_gates = _reverse_layer(problem, layer, grad, grad_state, layer_output, kept, grad_initial, config)
+        else:
+            grad_gates = all_gates[layer : layer + 1]
         x = problem.time_major(problem.input) if layer == 0 else hidden_outputs[layer - 1]
         if layer > 0 and problem.masks is not None:
             x = x * problem.masks[layer - 1]
         if weights_wanted:
             grad_weights = _weight_gradients(problem, layer, grad_gates, x, layer_output) + grad_weights
-        if layer > 0 or input_wanted:
+        if input_wanted if layer == 0 else all_gates is None:
             grad = _input_gradient(problem, layer, grad_gates)
             if layer > 0 and problem.masks is not None:
                 grad = grad * problem.masks[layer - 1]
@@ -271,10 +251,10 @@ def _reverse_layer(
     if config.units:
         h0, c0 = (*initial, None)[:2]
         saved = None if problem.gates == 1 else kept[of_layer]
-        launch = _launcher(problem, spread_backward, config, grad, h0, problem.schedule)
+        launch = launcher(problem, spread_backward, config, grad, h0, problem.schedule)
         state = _spread_state(problem, grad_final)
         tensors = (grad, output, saved, h0, c0, w_hh, grad_gates, state, _arrived(launch), problem.schedule)
-        _run_spread(launch, problem.steps + 1, tensors, sizes)
+        run_spread(launch, problem.steps + 1, tensors, sizes)
         for tensor, own in zip(grad_start, state, strict=True):
             tensor.copy_(own)
         return grad_gates
@@ -283,7 +263,7 @@ def _reverse_layer(
         "LSTM": (backward_kernels.lstm_backward, (*grad_final, kept[of_layer], *initial[1:], w_hh)),
     }
     kernel, arguments = before.get(problem.mode, (backward_kernels.simple_backward, (*grad_final, output, w_hh)))
-    launch = _launcher(problem, kernel, config, grad, *grad_final, *initial, problem.schedule)
+    launch = launcher(problem, kernel, config, grad, *grad_final, *initial, problem.schedule)
     launch(grad, *arguments, grad_gates, *grad_start, problem.schedule, *sizes)
     return grad_gates
 

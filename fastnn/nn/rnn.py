@@ -23,15 +23,6 @@ def _covers(input: Any) -> bool:
     return isinstance(input, Tensor) and not autocast_is_on() and not needs_reference(input)
 
 
-def _gpu_serves(input: Tensor, mode: str, hidden: int, batch: int, directions: int = 1, packed: bool = False) -> bool:
-    """On a GPU, whether the recurrent weights stay on chip: where they don't, stock's kernels are the fastest."""
-    if torch.compiler.is_compiling():
-        return True
-    from fastnn.kernels._rnn_config import covers  # only now: it imports Triton
-
-    return covers(mode, hidden, batch, directions, input.dtype, input.device, packed)
-
-
 def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     """The parameters as they are now: a parametrization or ``functional_call`` may have put others in their place."""
     own = module._parameters
@@ -56,8 +47,7 @@ class _Recurrent(RNNBase):
         try:
             answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
         except RuntimeError:
-            self._stock.forward(self, input, hx)  # has its own words for arguments that do not fit
-            raise
+            answer = None  # the stock module has its own words for arguments that do not fit
         return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> tuple[Tensor, Any] | None:
@@ -67,7 +57,7 @@ class _Recurrent(RNNBase):
         if not batched:
             input = input.unsqueeze(batch_dim)
         state = self._state(hx)
-        if state is None or (input.is_cuda and not self._on_chip(input, input.shape[batch_dim])):
+        if state is None:
             return None
         if not batched:
             state = [s.unsqueeze(1) for s in state]
@@ -82,7 +72,7 @@ class _Recurrent(RNNBase):
     def _run_packed(self, packed: PackedSequence, hx: Any, weights: list[Tensor]) -> tuple[PackedSequence, Any] | None:
         input, batch_sizes, sorted_indices, unsorted_indices = packed
         state = self._state(hx)
-        if state is None or (input.is_cuda and not self._on_chip(input, int(batch_sizes[0]), packed=True)):
+        if state is None:
             return None
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
@@ -106,11 +96,6 @@ class _Recurrent(RNNBase):
             if not isinstance(tensor, Tensor):
                 return None
         return state
-
-    def _on_chip(self, input: Tensor, batch: int, packed: bool = False) -> bool:
-        return self.proj_size == 0 and _gpu_serves(
-            input, self.mode, self.hidden_size, batch, 2 if self.bidirectional else 1, packed
-        )
 
 
 class RNN(_Recurrent):
@@ -175,8 +160,7 @@ class _Cell(RNNCellBase):
         try:
             answer = self._run(input, hx, weights)
         except RuntimeError:
-            self._stock.forward(self, input, hx)  # has its own words for arguments that do not fit
-            raise
+            answer = None  # the stock module has its own words for arguments that do not fit
         return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _mode(self) -> str | None:
@@ -193,7 +177,7 @@ class _Cell(RNNCellBase):
         else:
             return None
         batched = input.dim() == 2
-        if mode is None or (input.is_cuda and not _gpu_serves(input, mode, self.hidden_size, len(input))):
+        if mode is None:
             return None
         if batched:
             new_state = rnn_cell(input, mode, h, c, *weights)

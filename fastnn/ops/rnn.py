@@ -82,6 +82,10 @@ def rnn(
         return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
     if plain or needs_autograd(input, *state, *weights):
         config = Config(number, num_layers, bidirectional, batch_first)
+        if plain and input.is_cuda:
+            recorded = _with_stocks_gradient(input, batch_sizes, state, weights, masks, *config)
+            if recorded is not None:
+                return recorded
         output, *final_state = _record(input, batch_sizes, masks, config, len(state), *state, *weights)
         return output, final_state
     return call_kernel(
@@ -100,8 +104,20 @@ def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weig
     if not plain and needs_reference(input):
         return reference.rnn_cell(input, tuple(state), weights, mode)
     if plain or needs_autograd(input, *state, *weights):
+        if plain and input.is_cuda:
+            recorded = _with_stocks_gradient(input, None, state, weights, None, *_CELL_CONFIGS[number])
+            if recorded is not None:
+                return recorded[1]
         return _record(input, None, None, _CELL_CONFIGS[number], len(state), *state, *weights)[1:]
     return call_kernel(_cell_op, input, number, h, c, *weights)
+
+
+def _with_stocks_gradient(*arguments: Any) -> tuple[Tensor, Sequence[Tensor]] | None:
+    """On a GPU, the answer where the operator would run stock's kernels: those keep for backward what the operator
+    cannot hand over. Else None."""
+    from fastnn.kernels.rnn import with_stocks_gradient  # only now: it imports Triton
+
+    return with_stocks_gradient(*arguments)
 
 
 def _dropout_masks(

@@ -59,6 +59,12 @@ def tf32(_exact_float32):
 
 
 @pytest.fixture
+def without_tf32(_exact_float32):
+    with _float32_precision("ieee"):
+        yield
+
+
+@pytest.fixture
 def device():
     return torch.device("cpu" if _INTERPRETED else "cuda")
 

@@ -220,3 +220,34 @@ def test_choice_of_path():
     assert not _conv_plan.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee", _launch.TARGETS[2])
     assert not _conv_plan.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee", _launch.TARGETS[2])
     assert _conv_plan.conv_config(middle, "ieee", _launch.TARGETS[2]).block_pixels == 128
+    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32x3", _launch.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(64, 96, 64, 112, torch.float32), "forward", "tf32x3", _launch.TARGETS[2])
+    stem = problem(64, 3, 64, 224, torch.float32, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
+    assert not _conv_plan.is_fused(stem, "forward", "tf32x3", _launch.TARGETS[2])
+
+
+def test_float32_without_tf32(device, without_tf32, monkeypatch):
+    """Three tf32 products where that pays, and then in short dots, whatever has been tuned."""
+    monkeypatch.setattr(_launch, "tuned", lambda config, *_: config._replace(block_k=64))
+    chosen = []
+    monkeypatch.setattr(_launch, "Launcher", lambda *args, **constexprs: chosen.append(constexprs))
+    a = arguments(2, padding=1)
+    for target, precision in zip(_launch.TARGETS, ("tf32x3", "ieee", "tf32x3", "tf32x3", "ieee"), strict=True):
+        chosen.clear()
+        with _launch.assume_target(target):
+            assert _launch.dot_precision(torch.float32, "conv", target) == precision
+            assert _launch.dot_precision(torch.float32, "rnn", target) != "tf32x3"
+            tensors = make((1, 32, 9, 9), 40, 3, a, torch.float32, device)
+            _conv_plan.plan_forward("", *tensors, a.flat(), False, precision, target)
+            pooled = torch.empty(1, 40, 4, 4, device=device)
+            _conv_plan.plan_backward(pooled, pooled.byte(), *tensors[:2], a.flat(), precision, target)
+        assert [each["PRECISION"] for each in chosen] == [precision] * 3
+        if precision == "tf32x3":
+            forward, of_input, of_weight = chosen
+            assert max(forward["BLOCK_K"], of_input["BLOCK_OUT"], of_weight["BLOCK_PIXELS"]) <= 32
+
+
+def test_three_tf32_products(device, assert_near, without_tf32):
+    with _launch.assume_target(_launch.TARGETS[2]):
+        a = arguments(2, padding=1)
+        check(*make((1, 40, 7, 6), 5, 3, a, torch.float32, device), a, assert_near)

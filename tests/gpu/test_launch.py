@@ -110,6 +110,9 @@ class Called(TorchDispatchMode):
     ("module", "sizes", "name"),
     [
         (lambda: fastnn.nn.RNN(6, 16), (5, 3, 6), "rnn"),
+        (lambda: fastnn.nn.GRU(6, 520), (5, 3, 6), "rnn"),  # whichever kernels run it
+        (lambda: fastnn.nn.LSTM(6, 16, proj_size=4), (5, 3, 6), "rnn"),
+        (lambda: fastnn.nn.GRUCell(6, 2000), (3, 6), "rnn_cell"),
         (lambda: fastnn.nn.LSTMCell(6, 16), (3, 6), "rnn_cell"),
         (lambda: fastnn.nn.ConvReLUMaxPool2d(3, 8, 3), (2, 3, 8, 8), "conv_relu_max_pool"),
         (lambda: fastnn.nn.MLP([6, 4, 2]), (3, 6), "mlp"),

@@ -127,6 +127,49 @@ def test_one_program_waits_for_itself_alone(mode, device, assert_near, spread):
     check(*make(mode, torch.float32, device, hidden=9), assert_near)
 
 
+@pytest.fixture
+def wave(monkeypatch):
+    """All layers at once, whatever the size, eight steps behind each other."""
+    monkeypatch.setattr(_rnn_config, "wave_chunk", lambda *_: 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_as_a_wavefront(mode, dtype, device, assert_near, wave):
+    check(*make(mode, dtype, device, hidden=19, layers=3, length=19), assert_near)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_of_any_network_as_a_wavefront(mode, device, assert_near, wave):
+    options = {"layers": 2, "length": 17, "batch": 18, "state": False, "bias": False, "batch_first": True}
+    check(*make(mode, torch.float32, device, **options), assert_near)
+    sizes = [18] * 9 + [17, 17, 3, 2, 1, 1]
+    check(*make(mode, torch.float32, device, layers=3, batch_sizes=sizes), assert_near)
+
+
+def test_bfloat16_as_a_wavefront(device, assert_near, wave):
+    check(*make("GRU", torch.bfloat16, device, layers=2, length=9), assert_near)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_wavefront_is_layer_after_layer(mode, device, monkeypatch):
+    """Bit for bit, wherever chunks end."""
+    _, arguments = make(mode, torch.float32, device, layers=3, length=19, hidden=24)
+    wanted = {"input_wanted": True, "state_wanted": True, "weights_wanted": True}
+    results = []
+    for chunk in (0, 8, 16, 64):
+        monkeypatch.setattr(_rnn_config, "wave_chunk", lambda *_, chunk=chunk: chunk)
+        _launch.Plans.forget_all()
+        output, final, reserve = kernels.rnn_with_reserve(**arguments)
+        gradients = kernels.rnn_backward(None, final, **arguments, output=output, reserve=reserve, **wanted)
+        results.append([output, *final, reserve, gradients[0], *gradients[1], *gradients[2]])
+    for result in results[2:]:
+        for got, want in zip(result, results[1], strict=True):
+            assert torch.equal(got, want)
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_stocks_kernels_where_weights_do_not_fit(mode, device, assert_near, monkeypatch):
     monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
@@ -134,9 +177,79 @@ def test_stocks_kernels_where_weights_do_not_fit(mode, device, assert_near, monk
     check(*make(mode, torch.float32, device, bidirectional=True, batch_sizes=[3, 2], state=False), assert_near)
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_masks_between_layers(fits, device, assert_near, monkeypatch):
-    if not fits:
+def assert_gradients(leaves, results, wanted_leaves, wanted, assert_near):
+    """Of all results, each weighted with other random numbers."""
+    grads = [torch.randn(w.shape, dtype=torch.float64) for w in wanted]
+    gradients = torch.autograd.grad(results, leaves, [g.to(r) for g, r in zip(grads, results, strict=True)])
+    expected = torch.autograd.grad(wanted, wanted_leaves, grads)
+    for got, want in zip((*results, *gradients), (*wanted, *expected), strict=True):
+        assert_near(got.detach(), want.detach().reshape(got.shape), 8)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [(mode, kind) for mode in MODES for kind in ("sequences", "packed", "cell")] + [("LSTM", "projected")],
+)
+def test_stocks_own_gradient(mode, kind, device, assert_near, monkeypatch):
+    """Asked before a gradient is recorded: the answer where the operator would run stock's kernels, else None."""
+    if kind == "projected":
+        stock, arguments = projected(device)
+    else:
+        options = {"batch_sizes": [3, 2]} if kind == "packed" else {"length": 1} if kind == "cell" else {"layers": 2}
+        stock, arguments = make(mode, torch.float32, device, **options)
+    expected, expected_final, wanted_leaves = run_stock(stock, arguments)
+    if kind == "cell":
+        arguments |= {"input": arguments["input"][0], "state": [s[0] for s in arguments["state"]]}
+        expected = expected[0]
+        expected_final = [s[0] for s in expected_final]
+    if kind != "projected":
+        assert kernels.with_stocks_gradient(**arguments) is None
+    monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
+    _launch.Plans.forget_all()
+    leaves = [arguments["input"], *arguments["state"], *arguments["weights"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    output, final = kernels.with_stocks_gradient(**arguments)
+    wanted = [w.reshape(r.shape) for w, r in zip((expected, *expected_final), (output, *final), strict=True)]
+    assert_gradients(leaves, [output, *final], wanted_leaves, wanted, assert_near)
+
+
+def projected(device):
+    stock = torch.nn.LSTM(5, 7, 2, proj_size=3, bidirectional=True).double()
+    arguments = {
+        "input": torch.randn(4, 3, 5, device=device), "batch_sizes": None,
+        "state": [torch.randn(4, 3, size, device=device) for size in (3, 7)],
+        "weights": [w.detach().to(device, torch.float32) for w in stock._flat_weights], "masks": None,
+        "mode": MODES.index("LSTM"), "num_layers": 2, "bidirectional": True, "batch_first": False,
+    }  # fmt: skip
+    return stock, arguments
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_projections(device, assert_near):
+    stock, arguments = projected(device)
+    stock.load_state_dict({name: w.float() for name, w in stock.state_dict().items()})
+    arguments["weights"] = [w.detach().to(device, torch.float32) for w in stock._flat_weights]
+    check(stock, arguments, assert_near)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stocks_cell(mode, device, assert_near, monkeypatch):
+    monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
+    for state in (True, False):
+        stock, arguments = make(mode, torch.float32, device, length=1, state=state)
+        _, expected, _ = run_stock(stock, arguments)
+        h, c = (*(s[0] for s in arguments["state"]), None, None)[:2]
+        final = kernels.rnn_cell(arguments["input"][0], arguments["mode"], h, c, *arguments["weights"])
+        for got, want in zip(final, expected, strict=True):
+            assert_near(got, want[0].detach(), 4)
+
+
+@pytest.mark.parametrize("way", ["layers", "wavefront", "stock"])
+def test_masks_between_layers(way, device, assert_near, monkeypatch):
+    monkeypatch.setattr(_rnn_config, "wave_chunk", lambda *_: 8 if way == "wavefront" else 0)
+    if way == "stock":
         monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
     stock, arguments = make("GRU", torch.float32, device, layers=2, length=3, batch=2)
     masks = torch.randint(0, 2, (1, 6, 7)).to(device, torch.float32) * 2
@@ -244,6 +357,26 @@ def test_choice_of_kernel():
     assert config("LSTM", 16, 32, 1, torch.float32, "ieee", h100) is None
     assert config("LSTM", 16, 32, 1, torch.float32, "ieee", _launch.TARGETS[4]) is not None
     assert config("LSTM", 8, 32, 1, torch.float64, "ieee", h100) is None
+
+
+def test_choice_of_a_wavefront():
+    h100, hip = _launch.TARGETS[2], _launch.TARGETS[4]
+    config = _rnn_config.Config(16, 4)
+
+    def chunk(layers, steps, batch, hidden=128, gates=1, itemsize=2, directions=1, config=config, target=h100):
+        return _rnn_config.wave_chunk(config, layers, directions, steps, batch, hidden, gates, itemsize, target)
+
+    assert chunk(2, 20, 8, hidden=32) == 8
+    assert chunk(3, 128, 32) == 16
+    assert chunk(2, 128, 32, gates=4) == 16
+    assert chunk(1, 128, 32) == 0
+    assert chunk(2, 128, 32, directions=2) == 0  # a layer needs both directions, to their ends
+    assert chunk(2, 4, 32) == 0  # the second layer would wait for all of the first
+    assert chunk(2, 128, 2048) == 0  # more programs than processors
+    assert chunk(2, 128, 32, hidden=256) == 0
+    assert chunk(2, 128, 32, gates=4, target=_launch.TARGETS[1]) == 0  # not enough memory on chip
+    assert chunk(2, 128, 32, config=config._replace(units=16)) == 0
+    assert chunk(2, 128, 32, target=hip) == 0
 
 
 def test_choice_of_sharing_weights():

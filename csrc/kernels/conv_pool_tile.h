@@ -1,0 +1,76 @@
+// Windows side by side, which share no pixel: pooled while the conv pixels under them are in registers.
+#pragma once
+
+#include "conv_tile.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int kMostTileTaps = 4;  // consecutive pixels of a window
+
+// Whether every window lies on the convolution's output whole, and beside the others.
+FASTNN_INLINE bool windows_are_apart(const ConvPoolGeometry& g) {
+  bool apart = g.pool_kernel[2] > 1 && g.pool_kernel[2] <= kMostTileTaps && g.pool_dilation[2] == 1 &&
+               g.pool_stride[2] == g.pool_kernel[2];
+  for (int d = 0; d < 3; ++d) {
+    apart = apart && g.pool_padding[d] == 0 && g.pool_stride[d] >= g.pool_extent(d) &&
+            (g.output[d] - 1) * g.pool_stride[d] + g.pool_extent(d) <= g.conv[d];
+  }
+  return apart;
+}
+
+// A row of windows on its way, row after row of conv pixels.
+template <class C, int taps, int vectors, bool with_winners>
+struct PooledRow {
+  C* best;                // (windows, vectors x lanes)
+  Places<C>* winners;     // the same, or null
+  int64_t place;          // of the row's first pixel in its window
+  bool is_first;          // row of the window
+  Vec<C> total[vectors];  // of all pixels: NaN once a NaN has been seen
+
+  // The conv pixels of some windows from the one numbered `first` on.
+  template <int pixels>
+  FASTNN_INLINE void add(int64_t first, const Vec<C> (&conv)[pixels][vectors]) {
+    is_first ? add<true>(first, conv) : add<false>(first, conv);
+  }
+
+ private:
+  template <bool starts, int pixels>
+  FASTNN_INLINE void add(int64_t first, const Vec<C> (&conv)[pixels][vectors]) {
+    using Place = typename IntegerOf<C>::Type;
+#pragma GCC unroll 16
+    for (int w = 0; w < pixels / taps; ++w) {
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = (first + w) * vectors + v;
+        Vec<C> value = starts ? relu(conv[w * taps][v]) : load(best + at * kLanes<C>);
+        Places<C> winner = {};
+        if (with_winners) winner = starts ? Places<C>{} + static_cast<Place>(place) : winners[at];
+#pragma GCC unroll 4
+        for (int t = 0; t < taps; ++t) {
+          const Vec<C> pixel = conv[w * taps + t][v];
+          total[v] += pixel;
+          if (starts && t == 0) continue;
+          if (with_winners) winner = pixel > value ? Places<C>{} + static_cast<Place>(place + t) : winner;
+          value = larger_of(pixel, value);
+        }
+        store(best + at * kLanes<C>, value);
+        if (with_winners) winners[at] = winner;
+      }
+    }
+  }
+};
+
+// Places in windows -> bytes, with the mark of those without a gradient.
+template <class C>
+void write_winners(const C* best, const Places<C>* winners, int64_t vectors, uint8_t* to) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<C>)));
+  for (int64_t i = 0; i < vectors; ++i) {
+    const Places<C> dead = Places<C>{} + kDead;
+    const Bytes bytes = __builtin_convertvector(load(best + i * kLanes<C>) <= Vec<C>{} ? dead : winners[i], Bytes);
+    __builtin_memcpy(to + i * kLanes<C>, &bytes, sizeof(bytes));
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn
