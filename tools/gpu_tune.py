@@ -59,7 +59,7 @@ class Trial:
         if self.device.type == "meta":
             self.run()
             return 1.0
-        return seconds_a_call(self.run, self.device, self.rehearse)[1]
+        return seconds_a_call(self.run, self.rehearse)[1]
 
     def try_change(self, key: str, field: str, value: int) -> bool:
         """Whether it is faster so; then the table says so."""
