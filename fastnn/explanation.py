@@ -62,7 +62,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
 
     For ``conv_relu_max_pool`` the report names the algorithm of forward (``direct``, ``rows``, ``lanes`` or
     ``winograd``, the files of csrc/kernels) and of a training step's backward: ``winners``, which visits the windows'
-    winners alone, or ``library``, PyTorch's own convolution. A layer that isn't listed takes PyTorch's own path.
+    winners alone, or ``depthwise``, which has channels in the lanes. A layer that isn't listed takes PyTorch's own
+    path.
     """
     recorder = _Recorder()
     hooks = []

@@ -192,31 +192,43 @@ class TestAlgorithms:
 
     @pytest.mark.parametrize("last", ["", "input", "weight", "both"])
     @pytest.mark.parametrize(
-        ("size", "out_channels", "arguments"),
+        ("size", "channels", "kernel", "arguments"),
         [
-            ((3, 2, 24, 24), 12, geometry(2, padding=3, pool=3, pool_stride=1, pool_padding=1)),
-            ((4, 4, 30, 29), 16, geometry(2, padding=3, groups=2, pool=3, pool_stride=1, pool_padding=1)),
+            # Windows that overlap across the bands that the gradient of the convolution is laid out in.
+            ((3, 2, 24, 24), 12, (7, 7), geometry(2, padding=3, pool=3, pool_stride=1, pool_padding=1)),
+            ((1, 4, 40, 39), 144, (3, 3), geometry(2, padding=1, groups=2, pool=3, pool_stride=2)),
+            ((1, 3, 9, 30, 41), 20, (2, 3, 1), geometry(3, pool=(3, 2, 3), pool_stride=(1, 3, 2))),
+            ((2, 40, 90, 70), 40, (3, 3), geometry(2, padding=1, groups=40, pool=3, pool_stride=2)),
+            ((2, 24, 30, 29), 48, (5, 4), geometry(2, stride=(2, 1), groups=24, pool=2, pool_dilation=2)),
+            ((1, 17, 9, 40), 17, (1, 13), geometry(2, padding=(0, 6), groups=17, pool=(3, 2))),
+            ((2, 16, 8, 9, 20), 16, (2, 3, 3), geometry(3, dilation=(1, 2, 1), groups=16, pool_stride=1)),
         ],
     )
-    def test_backward_through_the_library(
+    def test_backward_in_bands(
         self,
         instruction_set: str,
         dtype: torch.dtype,
         size: tuple[int, ...],
-        out_channels: int,
+        channels: int,
+        kernel: tuple[int, ...],
         arguments: Any,
         last: str,
     ) -> None:
-        input, weight, bias = make(size, out_channels, (7, 7), arguments[3], dtype)
+        input, weight, bias = make(size, channels, kernel, arguments[3], dtype)
         input = channels_last(input) if last in ("input", "both") else input
         weight = channels_last(weight) if last in ("weight", "both") else weight
-        assert RAW_ALGORITHM(input, weight, bias, flat(arguments))[1] == "library"
         assert_like_stock([input, weight, bias], arguments)
         output, winners = RAW_WITH_WINNERS(input, weight, bias, flat(arguments))
         gradients = RAW_BACKWARD(output, winners, input, weight, flat(arguments), True, True, True)
-        assert [g.stride() for g in gradients] == [t.stride() for t in (input, weight, bias)]
-        some = RAW_BACKWARD(output, winners, input, weight, flat(arguments), False, True, False)
-        assert [g.shape[0] for g in some] == [0, weight.shape[0], 0]
+        for wanted in ((True, False, False), (False, True, False), (False, False, True)):
+            some = RAW_BACKWARD(output, winners, input, weight, flat(arguments), *wanted)
+            for alone, together, is_wanted in zip(some, gradients, wanted, strict=True):
+                assert torch.equal(alone, together) if is_wanted else alone.shape[0] == 0
+
+    @pytest.mark.parametrize(("groups", "algorithm"), [(1, "winners"), (2, "winners"), (64, "depthwise")])
+    def test_backward_with_channels_in_the_lanes(self, groups: int, algorithm: str) -> None:
+        input, weight, bias = make((2, 64, 9, 9), 64, (3, 3), groups)
+        assert RAW_ALGORITHM(input, weight, bias, flat(geometry(2, groups=groups)))[1] == algorithm
 
 
 class TestSpecialValues:

@@ -7,7 +7,7 @@ import fastnn
 import fastnn.nn
 from fastnn import functional
 
-FORWARD, BACKWARD = {"direct", "rows", "lanes", "winograd"}, {"winners", "library"}
+FORWARD, BACKWARD = {"direct", "rows", "lanes", "winograd"}, {"winners", "depthwise"}
 
 
 class Network(nn.Module):

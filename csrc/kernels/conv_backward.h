@@ -1,9 +1,9 @@
-// Backward: only the winner of each window has a gradient, so the convolution's output gradient is a list of
-// (value, place) entries and is never laid out in full.
+// Backward: only the winner of each window has a gradient, so most of the convolution's output gradient is zero. It is
+// laid out a band at a time, and what is not zero there listed as (value, place).
 //
 // With L channels of the input side by side (a block), the elements under a conv pixel are a few runs, each of whole
-// vectors. The weight's gradient for one output channel is the sum over its entries of value x runs of the input; the
-// input's gradient at one conv pixel is the sum over its entries (one an output channel) of value x runs of the
+// vectors. The weight's gradient for one output channel is the sum over its list of value x runs of the input; the
+// input's gradient at one conv pixel is the sum over its list (one entry an output channel) of value x runs of the
 // weight. Both sums are the same loop, with the runs accumulated in registers.
 #pragma once
 
@@ -15,168 +15,153 @@ namespace FASTNN_ISA {
 template <class T>
 class BackwardWorker {
   using C = Compute<T>;
-  typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<C>)));
 
  public:
   BackwardWorker(const ConvPoolBackward<T>& call, void* memory)
-      : call_(call), g_(call.geometry), s_(run_shape<C>(call.geometry)), scratch_(call.geometry, memory) {
+      : call_(call),
+        g_(call.geometry),
+        s_(run_shape<C>(call.geometry)),
+        scratch_(call.geometry, memory),
+        band_(call, scratch_.shape, scratch_.band) {
     for_each_run_tap(g_, s_, [&](int64_t run, int64_t element, int64_t d, int64_t h, int64_t w) {
       if (element != 0) return;
       scratch_.run_offsets[run] =
           d * g_.dilation[0] * s_.d[0] + h * g_.dilation[1] * s_.d[1] + w * g_.dilation[2] * s_.d[2];
     });
-    for (int64_t i = 0; i < 256; ++i) scratch_.place_offsets[i] = 0;
-    int64_t place = 0;
-    for (int64_t d = 0; d < g_.pool_kernel[0]; ++d) {
-      for (int64_t h = 0; h < g_.pool_kernel[1]; ++h) {
-        for (int64_t w = 0; w < g_.pool_kernel[2]; ++w) {
-          scratch_.place_offsets[place++] = conv_step(0, d * g_.pool_dilation[0]) +
-                                            conv_step(1, h * g_.pool_dilation[1]) +
-                                            conv_step(2, w * g_.pool_dilation[2]);
-        }
-      }
+    for (int64_t o = 0; o < scratch_.shape.width; ++o) {
+      scratch_.channel_offsets[o] = static_cast<Offset<C>>(o * s_.row);
     }
   }
 
-  // Blocks [first, last) of one group of an image.
+  // Blocks [first, last) of one group of an image. The gradients are null where they are not wanted.
   void run(int64_t image, int64_t group, int64_t first, int64_t last, C* grad_weight, C* lost, C* grad_bias) {
     image_ = image;
     group_ = group;
-    if (grad_bias && first == 0) add_bias_gradient(grad_bias + group * g_.out_channels);
+    blocks_ = last - first;
     if (grad_weight) {
-      for (int64_t block = first; block < last; ++block) load_image(block, scratch_.image + (block - first) * s_.image);
-      const int64_t at = (group * s_.blocks + first) * g_.out_channels * s_.row;
-      for (int64_t p = 0; p < g_.pixels(); p += scratch_.pixels) {
-        add_weight_gradient(p, smaller(p + scratch_.pixels, g_.pixels()), last - first, grad_weight + at, lost + at);
+      for (int64_t block = first; block < last; ++block) {
+        load_image(block, scratch_.images + (block - first) * s_.image);
       }
     }
-    if (call_.grad_input) {
-      fill_zeros(scratch_.image, (last - first) * s_.image);
-      for (int64_t p = 0; p < g_.pixels(); p += scratch_.pixels) {
-        add_input_gradient(p, smaller(p + scratch_.pixels, g_.pixels()), first, last);
+    if (call_.grad_input) fill_zeros(scratch_.gradients, blocks_ * s_.image);
+    const int64_t width = scratch_.shape.width;
+    for (int64_t channel = 0; channel < g_.out_channels; channel += width) {
+      const int64_t channels = smaller(width, g_.out_channels - channel);
+      const int64_t at = ((group * s_.blocks + first) * g_.out_channels + channel) * s_.row;
+      for (int64_t o = 0; o < width; ++o) scratch_.bias[o] = 0;
+      scratch_.shape.for_each(g_, [&](const ConvBox& box) {
+        band_.fill(image, group * g_.out_channels + channel, 1, channels, box);
+        if (grad_weight || call_.grad_input) find_pixels(box);
+        const int64_t pixels = round_up(box.pixels(), kLanes<C>);
+        for (int64_t p = 0; p < pixels; p += scratch_.slice_pixels) {
+          const int64_t end = smaller(p + scratch_.slice_pixels, pixels);
+          if (grad_bias && first == 0) add_bias_gradient(p, end);
+          if (grad_weight) add_weight_gradient(p, end, channels, grad_weight + at, lost + at);
+          if (call_.grad_input) add_input_gradient(p, end, call_.packed + at);
+        }
+      });
+      if (grad_bias && first == 0) {
+        C* to = grad_bias + group * g_.out_channels + channel;
+        for (int64_t o = 0; o < channels; ++o) to[o] += static_cast<C>(scratch_.bias[o]);
       }
-      for (int64_t block = first; block < last; ++block)
-        store_image(block, scratch_.image + (block - first) * s_.image);
+    }
+    if (!call_.grad_input) return;
+    for (int64_t block = first; block < last; ++block) {
+      store_image(block, scratch_.gradients + (block - first) * s_.image);
     }
   }
 
  private:
-  int64_t conv_step(int d, int64_t conv) const { return conv * g_.stride[d] * s_.d[d]; }
+  // Where the first tap of each of the box's pixels lies in the image. Those that fill up the last vector have no
+  // gradient.
+  void find_pixels(const ConvBox& box) {
+    Offset<C>* to = scratch_.pixel_offsets;
+    for (int64_t z = box.first[0]; z < box.last[0]; ++z) {
+      for (int64_t y = box.first[1]; y < box.last[1]; ++y) {
+        const int64_t row = z * g_.stride[0] * s_.d[0] + y * g_.stride[1] * s_.d[1];
+        for (int64_t x = box.first[2]; x < box.last[2]; ++x) {
+          *to++ = static_cast<Offset<C>>(row + x * g_.stride[2] * s_.d[2]);
+        }
+      }
+    }
+    for (; (to - scratch_.pixel_offsets) % kLanes<C> != 0; ++to) *to = 0;
+  }
 
-  // Where the first tap of the first place of each window lies in the image (outside, if in the padding).
-  void find_windows(int64_t first, int64_t last) {
-    for (int64_t pixel = first; pixel < last; ++pixel) {
-      const int64_t x = pixel % g_.output[2], y = pixel / g_.output[2] % g_.output[1];
-      const int64_t z = pixel / g_.output[2] / g_.output[1];
-      scratch_.window_starts[pixel - first] = conv_step(0, z * g_.pool_stride[0] - g_.pool_padding[0]) +
-                                              conv_step(1, y * g_.pool_stride[1] - g_.pool_padding[1]) +
-                                              conv_step(2, x * g_.pool_stride[2] - g_.pool_padding[2]);
+  void add_bias_gradient(int64_t first, int64_t last) const {
+    const int64_t width = scratch_.shape.width;
+    for (int64_t o = 0; o < width; o += kLanes<C>) {
+      Vec<C> total = {};
+      for (int64_t p = first; p < last; ++p) total += load(band_.pixels() + p * width + o);
+      for (int i = 0; i < kLanes<C>; ++i) scratch_.bias[o + i] += total[i];  // the longest sum of all
     }
   }
 
-  // Calls body(channel, pixel, winner, gradient) for a box of output channels and pooled pixels.
-  template <class Body>
-  FASTNN_INLINE void for_each_gradient(int64_t first_channel, int64_t last_channel, int64_t first, int64_t last,
-                                       const Body& body) const {
-    const ConvLayout& gl = call_.output_layout;
-    const ConvLayout& wl = call_.winners_layout;
-    for (int64_t o = first_channel; o < last_channel; ++o) {
-      const int64_t channel = group_ * g_.out_channels + o;
-      const T* gradients = call_.grad_output + image_ * gl.n + channel * gl.c;
-      const uint8_t* winners = call_.winners + image_ * wl.n + channel * wl.c;
-      for (int64_t pixel = first; pixel < last;) {
-        const int64_t row = pixel / g_.output[2], x = pixel % g_.output[2];
-        const int64_t y = row % g_.output[1], z = row / g_.output[1];
-        const int64_t count = smaller(last - pixel, g_.output[2] - x);
-        const T* from = gradients + z * gl.d[0] + y * gl.d[1] + x * gl.d[2];
-        const uint8_t* winner = winners + z * wl.d[0] + y * wl.d[1] + x * wl.d[2];
-        for (int64_t i = 0; i < count; ++i) {
-          body(o, pixel + i, winner[i * wl.d[2]], to_compute(from[i * gl.d[2]]));
+  // A list a channel: of the pixels [first, last) in whose gradient it has a part.
+  void list_by_channel(int64_t first, int64_t last) const {
+    constexpr int lanes = kLanes<C>;
+    const int64_t width = scratch_.shape.width, room = scratch_.list_room;
+    for (int64_t o = 0; o < width; o += lanes) {
+      int64_t counts[lanes] = {};
+      C* values = scratch_.values + o * room;
+      Offset<C>* offsets = scratch_.offsets + o * room;
+      for (int64_t p = first; p < last; p += lanes) {
+        const Vec<Offset<C>> places = load(scratch_.pixel_offsets + p);
+        Vec<C> square[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) square[i] = load(band_.pixels() + (p + i) * width + o);
+        transpose<C>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          const int64_t at = i * room + counts[i];
+          counts[i] += append_nonzero<C>(square[i], places, values + at, offsets + at);
         }
-        pixel += count;
       }
+      for (int i = 0; i < lanes; ++i) scratch_.counts[o + i] = counts[i];
     }
   }
 
-  void add_bias_gradient(C* to) const {
-    const ConvLayout& gl = call_.output_layout;
-    const ConvLayout& wl = call_.winners_layout;
-    for (int64_t o = 0; o < g_.out_channels; ++o) {
-      const int64_t channel = group_ * g_.out_channels + o;
-      double total = 0;  // the longest sum of all
-      for (int64_t row = 0; row < g_.output[0] * g_.output[1]; ++row) {
-        const int64_t y = row % g_.output[1], z = row / g_.output[1];
-        const T* from = call_.grad_output + image_ * gl.n + channel * gl.c + z * gl.d[0] + y * gl.d[1];
-        const uint8_t* winner = call_.winners + image_ * wl.n + channel * wl.c + z * wl.d[0] + y * wl.d[1];
-        Vec<C> lanes = {};
-        C single = 0;
-        int64_t x = 0;
-        if (gl.d[2] == 1 && wl.d[2] == 1) {
-          for (; x + kLanes<C> <= g_.output[2]; x += kLanes<C>) {
-            LaneBytes bytes;
-            __builtin_memcpy(&bytes, winner + x, sizeof(bytes));
-            const Places<C> places = __builtin_convertvector(bytes, Places<C>);
-            lanes += places == Places<C>{} + kDead ? Vec<C>{} : load(from + x);
-          }
-        }
-        for (; x < g_.output[2]; ++x) {
-          const C value = to_compute(from[x * gl.d[2]]);
-          single += winner[x * wl.d[2]] == kDead ? C(0) : value;
-        }
-        total += single + sum_lanes<C>(lanes);
+  // A list a pixel, one after the other: of the channels that have a gradient there.
+  void list_by_pixel(int64_t first, int64_t last) const {
+    const int64_t width = scratch_.shape.width;
+    int64_t count = 0;
+    for (int64_t p = first; p < last; ++p) {
+      scratch_.starts[p - first] = count;
+      for (int64_t o = 0; o < width; o += kLanes<C>) {
+        count += append_nonzero<C>(load(band_.pixels() + p * width + o), load(scratch_.channel_offsets + o),
+                                   scratch_.values + count, scratch_.offsets + count);
       }
-      to[o] += static_cast<C>(total);
     }
+    scratch_.starts[last - first] = count;
   }
 
   // What a slice adds is rounded by the size of the whole sum: `lost` keeps what that takes away.
-  void add_weight_gradient(int64_t first, int64_t last, int64_t blocks, C* to, C* lost) {
-    const int64_t slices = divide_up(last - first, scratch_.slice_pixels);
-    // One bucket a (slice, channel), in that order.
-    int32_t* starts = scratch_.starts;
-    int32_t next = 0;
-    find_windows(first, last);
-    for (int64_t slice = 0; slice < slices; ++slice) {
-      const int64_t from = first + slice * scratch_.slice_pixels;
-      for (int64_t o = 0; o < g_.out_channels; ++o) {
-        *starts++ = next;
-        for_each_gradient(o, o + 1, from, smaller(from + scratch_.slice_pixels, last),
-                          [&](int64_t, int64_t pixel, uint8_t place, C value) {
-                            // Dead ones are written over: no branch to mispredict.
-                            const int64_t offset =
-                                scratch_.window_starts[pixel - first] + scratch_.place_offsets[place];
-                            scratch_.entries[next] = {value, static_cast<int32_t>(offset)};
-                            next += place != kDead;
-                          });
-      }
-    }
-    *starts = next;
-
-    for (int64_t slice = 0; slice < slices; ++slice) {
-      for (int64_t block = 0; block < blocks; ++block) {
-        const C* image = scratch_.image + block * s_.image;
-        const int64_t block_at = block * g_.out_channels * s_.row;
-        for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
-          for (int64_t o = 0; o < g_.out_channels; ++o) {
-            const int32_t* bounds = scratch_.starts + slice * g_.out_channels + o;
-            if (bounds[0] == bounds[1]) continue;
-            const int64_t at = block_at + o * s_.row + (run * s_.vectors + vector) * kLanes<C>;
-            add_runs<decltype(runs)::value, decltype(vectors)::value>(
-                scratch_.entries + bounds[0], scratch_.entries + bounds[1], image + vector * kLanes<C>,
-                scratch_.run_offsets + run, to + at, lost + at);
+  void add_weight_gradient(int64_t first, int64_t last, int64_t channels, C* to, C* lost) {
+    list_by_channel(first, last);
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const C* image = scratch_.images + block * s_.image;
+      const int64_t block_at = block * g_.out_channels * s_.row;
+      for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
+        for (int64_t o = 0; o < channels; ++o) {
+          const int64_t at = block_at + o * s_.row + (run * s_.vectors + vector) * kLanes<C>;
+          for (int64_t part = 0; part < scratch_.counts[o]; part += kLongestSum) {
+            const int64_t entry = o * scratch_.list_room + part;
+            const GradientList<C> list = {scratch_.values + entry, scratch_.offsets + entry,
+                                          smaller(scratch_.counts[o] - part, kLongestSum)};
+            add_runs<decltype(runs)::value, decltype(vectors)::value>(list, image + vector * kLanes<C>,
+                                                                      scratch_.run_offsets + run, to + at, lost + at);
           }
-        });
-      }
+        }
+      });
     }
   }
 
   template <int runs, int vectors>
-  FASTNN_INLINE void add_runs(const GradientEntry<C>* first, const GradientEntry<C>* last, const C* image,
-                              const int64_t* run_offsets, C* to, C* lost) const {
+  FASTNN_INLINE void add_runs(const GradientList<C>& list, const C* image, const int64_t* run_offsets, C* to,
+                              C* lost) const {
     const C* from[runs];
     Vec<C> total[runs][vectors] = {};
     for (int r = 0; r < runs; ++r) from[r] = image + run_offsets[r];
-    accumulate_runs<runs, vectors>(first, last, from, total);
+    accumulate_runs<runs, vectors>(list, from, total);
     for (int r = 0; r < runs; ++r) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = (r * s_.vectors + v) * kLanes<C>;
@@ -187,72 +172,32 @@ class BackwardWorker {
     }
   }
 
-  // Counting sort of the entries by (bucket of output channels, pixel, place), with one more place for
-  // the dead ones: no branch to mispredict.
-  void sort_entries(int64_t first, int64_t last) {
-    const int64_t places = g_.places() + 1, pixels = last - first;
-    const int64_t buckets = divide_up(g_.out_channels, scratch_.channels), keys = buckets * pixels * places;
-    int32_t* starts = scratch_.starts;
-    for (int64_t i = 0; i <= keys; ++i) starts[i] = 0;
-    const auto for_each_key = [&](const auto& body) {
-      for (int64_t bucket = 0; bucket < buckets; ++bucket) {
-        int32_t* own = starts + bucket * pixels * places;
-        const int64_t channel = bucket * scratch_.channels;
-        for_each_gradient(channel, smaller(channel + scratch_.channels, g_.out_channels), first, last,
-                          [&](int64_t o, int64_t pixel, uint8_t place, C value) {
-                            const int64_t key = place == kDead ? places - 1 : place;
-                            body(own[(pixel - first) * places + key], o, value);
-                          });
-      }
-    };
-    for_each_key([](int32_t& start, int64_t, C) { ++start; });
-    int32_t total = 0;
-    for (int64_t i = 0; i < keys; ++i) {
-      const int32_t count = starts[i];
-      starts[i] = total;
-      total += count;
-    }
-    for_each_key([&](int32_t& start, int64_t o, C value) {
-      scratch_.entries[start++] = {value, static_cast<int32_t>(o * s_.row)};
-    });
-    // Each start has moved to the next one's.
-    for (int64_t i = keys; i > 0; --i) starts[i] = starts[i - 1];
-    starts[0] = 0;
-  }
-
-  void add_input_gradient(int64_t first, int64_t last, int64_t first_block, int64_t last_block) {
-    find_windows(first, last);
-    sort_entries(first, last);
-    const int64_t places = g_.places() + 1, pixels = last - first;
-    for (int64_t bucket = 0; bucket < divide_up(g_.out_channels, scratch_.channels); ++bucket) {
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const C* weight = call_.packed + (group_ * s_.blocks + block) * g_.out_channels * s_.row;
-        C* image = scratch_.image + (block - first_block) * s_.image;
-        for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
-          const int32_t* bounds = scratch_.starts + bucket * pixels * places;
-          for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-            const int64_t start = scratch_.window_starts[pixel] + vector * kLanes<C>;
-            for (int64_t place = 0; place < places; ++place, ++bounds) {
-              if (place == places - 1 || bounds[0] == bounds[1]) continue;
-              scatter_runs<decltype(runs)::value, decltype(vectors)::value>(
-                  scratch_.entries + bounds[0], scratch_.entries + bounds[1],
-                  weight + (run * s_.vectors + vector) * kLanes<C>, scratch_.run_offsets + run,
-                  s_.length - vector * kLanes<C>, image + start + scratch_.place_offsets[place]);
-            }
-          }
-        });
-      }
+  void add_input_gradient(int64_t first, int64_t last, const C* weight) {
+    list_by_pixel(first, last);
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const C* rows = weight + block * g_.out_channels * s_.row;
+      C* image = scratch_.gradients + block * s_.image;
+      for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
+        for (int64_t p = first; p < last; ++p) {
+          const int64_t start = scratch_.starts[p - first], count = scratch_.starts[p - first + 1] - start;
+          if (count == 0) continue;
+          scatter_runs<decltype(runs)::value, decltype(vectors)::value>(
+              {scratch_.values + start, scratch_.offsets + start, count},
+              rows + (run * s_.vectors + vector) * kLanes<C>, scratch_.run_offsets + run,
+              s_.length - vector * kLanes<C>, image + scratch_.pixel_offsets[p] + vector * kLanes<C>);
+        }
+      });
     }
   }
 
   // `length`: the elements of a run from the first vector on.
   template <int runs, int vectors>
-  FASTNN_INLINE void scatter_runs(const GradientEntry<C>* first, const GradientEntry<C>* last, const C* weight,
-                                  const int64_t* run_offsets, int64_t length, C* to) const {
+  FASTNN_INLINE void scatter_runs(const GradientList<C>& list, const C* weight, const int64_t* run_offsets,
+                                  int64_t length, C* to) const {
     const C* from[runs];
     Vec<C> total[runs][vectors] = {};
     for (int r = 0; r < runs; ++r) from[r] = weight + r * s_.vectors * kLanes<C>;
-    accumulate_runs<runs, vectors>(first, last, from, total);
+    accumulate_runs<runs, vectors>(list, from, total);
     for (int r = 0; r < runs; ++r) {
       C* target = to + run_offsets[r];
       for (int v = 0; v < vectors; ++v) {
@@ -321,14 +266,16 @@ class BackwardWorker {
   const ConvPoolGeometry& g_;
   const RunShape s_;
   const BackwardScratch<C> scratch_;
-  int64_t image_, group_;
+  GradientBand<T> band_;
+  int64_t image_, group_, blocks_;
 };
 
 template <class T>
-void backward(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
-              int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
+void backward_runs(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
+                   int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias,
+                   void* scratch) {
   BackwardWorker<T> worker(call, scratch);
-  const int64_t blocks = call.plan.channel_blocks;
+  const int64_t blocks = call.plan.blocks / call.geometry.groups;
   for (int64_t image = first_image; image < last_image; ++image) {
     for (int64_t block = first_block; block < last_block;) {
       const int64_t group = block / blocks, first = block % blocks;
@@ -337,12 +284,7 @@ void backward(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last
       block += count;
     }
   }
-  if (!grad_weight) return;
-  const int64_t block_size = call.plan.weight_size / (call.geometry.groups * blocks);
-  for (int64_t i = first_block * block_size; i < last_block * block_size; ++i) {
-    // What an infinite sum has lost is NaN.
-    if (lost[i] == lost[i]) grad_weight[i] += lost[i];
-  }
+  if (grad_weight) add_lost(call, first_block, last_block, grad_weight, lost);
 }
 
 }  // namespace FASTNN_ISA

@@ -1,84 +1,102 @@
-// What conv_backward.h works on: its scratch memory, the plan, and when the library's convolution is better.
+// What conv_backward.h works on: its scratch memory and the choice between it and conv_backward_depthwise.h.
 #pragma once
 
+#include "conv_gradient_band.h"
 #include "conv_runs.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 
-constexpr int64_t kEntryBytes = 256 << 10;  // the entries of one pass: part of L2
-constexpr int64_t kSliceBytes = 32 << 10;   // what the inner loop returns to: most of L1
+constexpr int64_t kSliceBytes = 32 << 10;  // what the inner loop returns to: most of L1
+constexpr int64_t kMostSlicePixels = 256;
+constexpr int64_t kMostBandChannels = 64;
 
-// Entries summed by themselves before they join the weight's gradient: keeps the sum's rounding error down.
-constexpr int64_t kMostSlicePixels = 128;
+// Takes parts of a block of memory, each on a cache line.
+class MemoryParts {
+ public:
+  explicit MemoryParts(void* memory) : base_(static_cast<char*>(memory)) {}
+
+  template <class Element>
+  Element* take(int64_t count) {
+    char* part = base_ + used_;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(Element)), 64);
+    return reinterpret_cast<Element*>(part);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// The output channels of a group that are worked on together: as many as have their weights stay in L1.
+template <class C>
+int64_t band_channels(const ConvPoolGeometry& g, const RunShape& s) {
+  const int64_t fit = kSliceBytes / larger(1, s.row * static_cast<int64_t>(sizeof(C))) / kLanes<C> * kLanes<C>;
+  const int64_t most = smaller(kMostBandChannels, larger(fit, kLanes<C>));
+  const int64_t parts = larger(1, divide_up(g.out_channels, most));
+  return round_up(divide_up(g.out_channels, parts), kLanes<C>);
+}
 
 template <class C>
 struct BackwardScratch {
-  C* image;  // the input's padded image, of one block; or its gradient's, of all blocks
-  GradientEntry<C>* entries;
-  int32_t* starts;         // where each bucket of entries begins, and one past the last
-  int64_t* run_offsets;    // in the image
-  int64_t* place_offsets;  // in the image, of each place of a window
-  int64_t* window_starts;  // in the image, of each pooled pixel of the pass
-  int64_t pixels;          // pooled pixels of one pass
-  int64_t channels;        // output channels of one bucket of the input's gradient
-  int64_t slice_pixels;    // pooled pixels of one bucket of the weight's gradient
+  BandShape<C> shape;
+  int64_t slice_pixels;  // conv pixels of one pass
+  int64_t list_room;     // of one channel's list
+  C* images;             // the input's padded image, of some blocks
+  C* gradients;          // its gradient, laid out alike
+  char* band;            // GradientBand's
+  C* values;             // of the lists of one pass
+  Offset<C>* offsets;
+  int64_t* counts;             // the length of each channel's list
+  int64_t* starts;             // where each pixel's list begins
+  int64_t* run_offsets;        // in the image
+  Offset<C>* pixel_offsets;    // in the image, of each pixel of the band
+  Offset<C>* channel_offsets;  // in the packed weight, of each channel of the band
+  double* bias;                // of each channel of the band
   int64_t size;
 
-  BackwardScratch(const ConvPoolGeometry& g, void* memory) {
+  BackwardScratch(const ConvPoolGeometry& g, void* memory) : shape(g, band_channels<C>(g, run_shape<C>(g))) {
     const RunShape s = run_shape<C>(g);
-    const int64_t entry = sizeof(GradientEntry<C>);
-    pixels = smaller(g.pixels(), larger(8, kEntryBytes / (entry * larger(g.out_channels, 1))));
-    channels = smaller(g.out_channels, larger(16, kSliceBytes / (s.row * static_cast<int64_t>(sizeof(C)))));
-    const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.pool_stride[0] * g.stride[0] *
-                                g.pool_stride[1] * g.stride[1] * g.pool_stride[2] * g.stride[2];
-    slice_pixels = smaller(smaller(pixels, kMostSlicePixels), larger(16, kSliceBytes / 2 / under_pixel));
-    const int64_t buckets = larger(divide_up(g.out_channels, larger(channels, 1)) * pixels * (g.places() + 1),
-                                   g.out_channels * divide_up(pixels, slice_pixels));
-    char* base = static_cast<char*>(memory);
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      char* part = base + used;
-      used += round_up(bytes, 64);
-      return part;
-    };
-    image = reinterpret_cast<C*>(take(s.image * s.blocks * static_cast<int64_t>(sizeof(C))));
-    entries = reinterpret_cast<GradientEntry<C>*>(take((pixels * g.out_channels + 1) * entry));
-    starts = reinterpret_cast<int32_t*>(take((buckets + 1) * static_cast<int64_t>(sizeof(int32_t))));
-    run_offsets = reinterpret_cast<int64_t*>(take(s.runs * static_cast<int64_t>(sizeof(int64_t))));
-    place_offsets = reinterpret_cast<int64_t*>(take(256 * static_cast<int64_t>(sizeof(int64_t))));
-    window_starts = reinterpret_cast<int64_t*>(take(pixels * static_cast<int64_t>(sizeof(int64_t))));
-    size = used;
+    const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.stride[0] * g.stride[1] * g.stride[2];
+    const int64_t fit = kSliceBytes / 2 / under_pixel / kLanes<C> * kLanes<C>;
+    slice_pixels = smaller(shape.pixels, smaller(kMostSlicePixels, larger(64, fit)));
+    list_room = slice_pixels + kLanes<C>;
+    MemoryParts parts(memory);
+    images = parts.take<C>(s.image * s.blocks);
+    gradients = parts.take<C>(s.image * s.blocks);
+    band = parts.take<char>(GradientBand<C>::memory_size(g, shape));
+    values = parts.take<C>(list_room * shape.width);
+    offsets = parts.take<Offset<C>>(list_room * shape.width);
+    counts = parts.take<int64_t>(shape.width);
+    starts = parts.take<int64_t>(slice_pixels + 1);
+    run_offsets = parts.take<int64_t>(s.runs);
+    pixel_offsets = parts.take<Offset<C>>(shape.pixels);
+    channel_offsets = parts.take<Offset<C>>(shape.width);
+    bias = parts.take<double>(shape.width);
+    size = parts.used();
   }
 };
 
 template <class C>
-ConvPoolBackwardPlan plan_backward(const ConvPoolGeometry& g) {
+ConvPoolBackwardPlan plan_runs(const ConvPoolGeometry& g) {
   const RunShape s = run_shape<C>(g);
   ConvPoolBackwardPlan plan = {};
   plan.packed_size = g.groups * s.blocks * g.out_channels * s.row;
   plan.weight_size = plan.packed_size;
   plan.scratch_size = BackwardScratch<C>(g, nullptr).size;
-  plan.channel_blocks = s.blocks;
-  plan.lanes = s.lanes;
+  plan.blocks = g.groups * s.blocks;
   return plan;
 }
 
-// Whether a dense convolution of the library's is faster, although most of its gradient is zeros: where windows overlap
-// so much that few are, or where the runs leave most of their vectors empty. Rules by measurement
-// (benchmarks/sweep.py).
-template <class C>
-bool library_pays(const ConvPoolGeometry& g, bool channels_last) {
-  constexpr double kLeastWork = 1e5, kMostlyWinners = 0.7;
-  const RunShape s = run_shape<C>(g);
-  const double gradients = static_cast<double>(g.batch * g.groups * g.out_channels);
-  const double winners = static_cast<double>(g.pixels()) / static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
-  const double sparse = gradients * static_cast<double>(g.pixels() * s.blocks * s.runs * s.vectors);
-  const double dense = gradients * static_cast<double>(g.pixels() * g.depth()) / winners / kLanes<C>;
-  if (2 * sparse < kLeastWork || sparse < 0.8 * dense) return false;
-  const bool dilated = g.dilation[0] * g.dilation[1] * g.dilation[2] > 1;
-  if (g.in_channels == 1 && g.groups > 1) return channels_last && (!dilated || winners > kMostlyWinners);
-  return sparse >= dense && (channels_last || winners > kMostlyWinners);
+// What blocks [first, last) have lost to rounding.
+template <class T, class C = Compute<T>>
+void add_lost(const ConvPoolBackward<T>& call, int64_t first, int64_t last, C* grad_weight, const C* lost) {
+  const int64_t size = call.plan.weight_size / call.plan.blocks;
+  for (int64_t i = first * size; i < last * size; ++i) {
+    // What an infinite sum has lost is NaN.
+    if (lost[i] == lost[i]) grad_weight[i] += lost[i];
+  }
 }
 
 }  // namespace FASTNN_ISA

@@ -76,12 +76,17 @@ struct ConvPoolForward {
   uint8_t* winners;  // laid out as the output, or null
 };
 
+enum class ConvBackwardAlgorithm : int32_t {
+  winners,    // conv_backward.h: only what has a gradient is multiplied
+  depthwise,  // conv_backward_depthwise.h: channels in the lanes
+};
+
 struct ConvPoolBackwardPlan {
-  int64_t packed_size;     // elements of the packed weight, for the input's gradient
-  int64_t weight_size;     // elements of one private weight gradient
-  int64_t scratch_size;    // bytes, a thread
-  int64_t channel_blocks;  // of one group; pieces of work are (images) x (groups x channel blocks)
-  int64_t lanes;           // channels of a block
+  ConvBackwardAlgorithm algorithm;
+  int64_t packed_size;   // elements of the packed weight, for the input's gradient
+  int64_t weight_size;   // elements of one private weight gradient
+  int64_t scratch_size;  // bytes, a thread
+  int64_t blocks;        // of channels; pieces of work are (images) x (blocks)
 };
 
 template <class T>
@@ -110,8 +115,6 @@ struct ConvPoolKernels {
   void (*pack)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item);
   void (*forward)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item, void* scratch);
 
-  // Whether backward should go through `scatter` and the library's convolution instead of `backward`.
-  bool (*library_pays)(const ConvPoolGeometry&, bool channels_last);
   ConvPoolBackwardPlan (*plan_backward)(const ConvPoolGeometry&);
   void (*pack_backward)(const ConvPoolBackward<T>&);
   // The gradients that images [first_image, last_image) and blocks [first_block, last_block) contribute.
@@ -119,9 +122,6 @@ struct ConvPoolKernels {
   // out_channels) are added to; either may be null.
   void (*backward)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, int64_t first_block,
                    int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias, void* scratch);
-  // The gradient of the convolution's output of images [first_image, last_image), laid out in full.
-  void (*scatter)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, T* grad_conv,
-                  const ConvLayout& layout);
   // A private weight gradient, given back in the weight's layout.
   void (*unpack_weight)(const ConvPoolBackward<T>&, const Compute<T>* grad_weight, T* to, const ConvLayout& layout);
   void (*store)(const Compute<T>* from, int64_t count, T* to);

@@ -1,5 +1,5 @@
-// What backward works on: entries, which are gradients with a place, and runs, the elements of the input under a conv
-// pixel or of the weight of an output channel.
+// What backward works on: lists of gradients that are not zero, and runs, the elements of the input under a conv pixel
+// or of the weight of an output channel.
 #pragma once
 
 #include "conv_tile.h"
@@ -10,11 +10,17 @@ namespace FASTNN_ISA {
 constexpr int kMostRuns = 4;
 constexpr int kMostRunVectors = 6;
 constexpr int kMostAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
-// A nonzero gradient and where its runs begin.
+
+// Offsets as wide as the elements.
 template <class C>
-struct GradientEntry {
-  C value;
-  int32_t offset;
+using Offset = typename IntegerOf<C>::Type;
+
+// Gradients that are not zero, and where the runs of each begin.
+template <class C>
+struct GradientList {
+  const C* values;
+  const Offset<C>* offsets;
+  int64_t count;
 };
 
 // The runs under a conv pixel, and the padded image of one block of channels they lie in.
@@ -64,13 +70,13 @@ FASTNN_INLINE void for_each_run_tap(const ConvPoolGeometry& g, const RunShape& s
   }
 }
 
-// total[r][v] += sum over entries of value x the v-th vector of the r-th run
+// total[r][v] += sum over the list of value x the v-th vector of the r-th run
 template <int runs, int vectors, class C>
-FASTNN_INLINE void accumulate_runs(const GradientEntry<C>* entry, const GradientEntry<C>* last,
-                                   const C* const (&from)[runs], Vec<C> (&total)[runs][vectors]) {
-  for (; entry < last; ++entry) {
-    const Vec<C> value = broadcast<C>(entry->value);
-    const int64_t offset = entry->offset;
+FASTNN_INLINE void accumulate_runs(const GradientList<C>& list, const C* const (&from)[runs],
+                                   Vec<C> (&total)[runs][vectors]) {
+  for (int64_t i = 0; i < list.count; ++i) {
+    const Vec<C> value = broadcast<C>(list.values[i]);
+    const int64_t offset = list.offsets[i];
 #pragma GCC unroll 4
     for (int r = 0; r < runs; ++r) {
 #pragma GCC unroll 6
@@ -105,7 +111,7 @@ FASTNN_INLINE void for_each_register_block(int64_t runs, int64_t vectors, const 
 
 // weight -> [group][block][output channel][run][vectors x lanes], zeros in the unused lanes
 template <class T>
-void pack_backward(const ConvPoolBackward<T>& call) {
+void pack_runs(const ConvPoolBackward<T>& call) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
   const RunShape s = run_shape<C>(g);
@@ -128,7 +134,7 @@ void pack_backward(const ConvPoolBackward<T>& call) {
 }
 
 template <class T>
-void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* from, T* to, const ConvLayout& layout) {
+void unpack_runs(const ConvPoolBackward<T>& call, const Compute<T>* from, T* to, const ConvLayout& layout) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
   const RunShape s = run_shape<C>(g);

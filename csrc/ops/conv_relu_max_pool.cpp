@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "conv_library.h"
+#include "conv_problem.h"
 #include "register.h"
 
 namespace fastnn {
@@ -84,6 +84,16 @@ std::string algorithm_name(ConvAlgorithm algorithm) {
   return "";
 }
 
+std::string algorithm_name(ConvBackwardAlgorithm algorithm) {
+  switch (algorithm) {
+    case ConvBackwardAlgorithm::winners:
+      return "winners";
+    case ConvBackwardAlgorithm::depthwise:
+      return "depthwise";
+  }
+  return "";
+}
+
 std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& input, const Tensor& weight,
                                                                   const std::optional<Tensor>& bias,
                                                                   const Ints& geometry) {
@@ -97,13 +107,16 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     call.weight = data<T>(weight);
     call.weight_layout = layout_of(weight);
     choose_plan(call, 1);
-    const bool by_library = conv_relu_max_pool_kernels().get<T>().library_pays(
-        problem.geometry, is_channels_last(input) || is_channels_last(weight));
-    return {algorithm_name(call.plan.algorithm), by_library ? "library" : "winners"};
+    const ConvPoolBackwardPlan backward = conv_relu_max_pool_kernels().get<T>().plan_backward(problem.geometry);
+    return {algorithm_name(call.plan.algorithm), algorithm_name(backward.algorithm)};
   });
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------
+
+struct Wanted {
+  bool input, weight, bias;
+};
 
 // Private parts [part][size], summed in order into the first.
 template <class C>
@@ -128,7 +141,7 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   // Images first; where they are fewer than threads, each thread has some of the channels.
   const int64_t threads = useful_threads(problem.work / 2);
   const int64_t image_parts = std::min(threads, g.batch);
-  const int64_t blocks = g.groups * plan.channel_blocks;
+  const int64_t blocks = plan.blocks;
   const int64_t block_parts = std::min(std::max<int64_t>(threads / image_parts, 1), blocks);
   const int64_t bias_size = g.groups * g.out_channels;
   const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
@@ -208,13 +221,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
   const Wanted wanted{input_wanted, weight_wanted, bias_wanted};
   const bool is_empty = g.batch == 0;
   if (!is_empty) {
-    const bool by_library = with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, [&](auto type) {
       const auto& kernels = conv_relu_max_pool_kernels().get<decltype(type)>();
       FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), op,
                    ": winners has a place that its window doesn't have");
-      return kernels.library_pays(g, is_channels_last(input) || is_channels_last(weight));
     });
-    if (by_library) return backward_by_library(problem, grad_output, winners, input, weight, wanted);
   }
   Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
   Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));

@@ -82,5 +82,59 @@ FASTNN_INLINE Vec<T> sum_each(const Vec<T> (&rows)[count]) {
   }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of lanes of eight, those lanes first.
+struct LaneLists {
+  uint8_t lane[256][8];
+  constexpr LaneLists() : lane{} {
+    for (int set = 0; set < 256; ++set) {
+      int count = 0;
+      for (int i = 0; i < 8; ++i) {
+        if (set >> i & 1) lane[set][count++] = static_cast<uint8_t>(i);
+      }
+    }
+  }
+};
+static constexpr LaneLists kLaneLists;
+#endif
+
+// Appends the lanes of x that are not zero, and beside each its lane of y, to two lists, and returns how many they are.
+// What lies behind them is overwritten, up to a whole vector.
+template <class T, class Integer = typename IntegerOf<T>::Type>
+FASTNN_INLINE int append_nonzero(Vec<T> x, Vec<Integer> y, T* to_x, Integer* to_y) {
+  int count = 0;
+  for (int i = 0; i < kLanes<T>; ++i) {
+    to_x[count] = x[i];
+    to_y[count] = y[i];
+    count += x[i] != T(0);
+  }
+  return count;
+}
+#if defined(__AVX512F__)
+template <>
+FASTNN_INLINE int append_nonzero<float>(Vec<float> x, Vec<int32_t> y, float* to_x, int32_t* to_y) {
+  const __mmask16 set = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  _mm512_storeu_ps(to_x, _mm512_maskz_compress_ps(set, (__m512)x));
+  _mm512_storeu_si512(to_y, _mm512_maskz_compress_epi32(set, (__m512i)y));
+  return __builtin_popcount(set);
+}
+template <>
+FASTNN_INLINE int append_nonzero<double>(Vec<double> x, Vec<int64_t> y, double* to_x, int64_t* to_y) {
+  const __mmask8 set = _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_NEQ_UQ);
+  _mm512_storeu_pd(to_x, _mm512_maskz_compress_pd(set, (__m512d)x));
+  _mm512_storeu_si512(to_y, _mm512_maskz_compress_epi64(set, (__m512i)y));
+  return __builtin_popcount(set);
+}
+#elif defined(__AVX2__)
+template <>
+FASTNN_INLINE int append_nonzero<float>(Vec<float> x, Vec<int32_t> y, float* to_x, int32_t* to_y) {
+  const int set = _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneLists.lane[set])));
+  _mm256_storeu_ps(to_x, _mm256_permutevar8x32_ps((__m256)x, lanes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_y), _mm256_permutevar8x32_epi32((__m256i)y, lanes));
+  return __builtin_popcount(static_cast<unsigned>(set));
+}
+#endif
+
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

@@ -49,9 +49,14 @@ inline void transpose_matrix(const uint8_t* from, int64_t from_stride, int64_t r
     const int64_t row_count = rows - r < 16 ? rows - r : 16;
     for (int64_t c = 0; c < columns; c += 16) {
       const int64_t column_count = columns - c < 16 ? columns - c : 16;
+      const bool whole = row_count == 16 && column_count == 16;  // memcpy of a known size is an instruction
       Bytes16 block[16] = {};
-      for (int64_t i = 0; i < row_count; ++i) {
-        __builtin_memcpy(&block[i], from + (r + i) * from_stride + c, column_count);
+      if (whole) {
+        for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(&block[i], from + (r + i) * from_stride + c, 16);
+      } else {
+        for (int64_t i = 0; i < row_count; ++i) {
+          __builtin_memcpy(&block[i], from + (r + i) * from_stride + c, column_count);
+        }
       }
       for (int round = 1; round < 16; round *= 2) {
         Bytes16 next[16];
@@ -61,8 +66,12 @@ inline void transpose_matrix(const uint8_t* from, int64_t from_stride, int64_t r
         }
         for (int i = 0; i < 16; ++i) block[i] = next[i];
       }
-      for (int64_t i = 0; i < column_count; ++i) {
-        __builtin_memcpy(to + (c + i) * to_stride + r, &block[i], row_count);
+      if (whole) {
+        for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + (c + i) * to_stride + r, &block[i], 16);
+      } else {
+        for (int64_t i = 0; i < column_count; ++i) {
+          __builtin_memcpy(to + (c + i) * to_stride + r, &block[i], row_count);
+        }
       }
     }
   }

@@ -1,0 +1,321 @@
+// Backward of depthwise convolutions: groups of one input channel side by side in a vector's lanes (a block). The few
+// products of a conv pixel are then cheaper done for all pixels than listed for those with a gradient.
+#pragma once
+
+#include "conv_backward_plan.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// Taps of a row of the kernel, and pixels, that are worked on together.
+constexpr int kMostRowTaps = FASTNN_VECTOR_BYTES == 64 ? 12 : 6;
+constexpr int kPixelsTogether = 4;
+
+struct DepthwiseShape {
+  int64_t blocks;
+  int64_t multiplier;  // output channels of a group
+  int64_t size[3];     // of the padded image, and all that the kernel reaches to
+  int64_t d[3];        // strides of the image of one block
+  int64_t image;       // elements
+  int64_t taps;        // elements of the kernel of a block's channels
+};
+
+template <class C>
+DepthwiseShape depthwise_shape(const ConvPoolGeometry& g) {
+  DepthwiseShape s;
+  s.blocks = divide_up(g.groups, kLanes<C>);
+  s.multiplier = g.out_channels;
+  for (int d = 0; d < 3; ++d) {
+    s.size[d] = larger((g.conv[d] - 1) * g.stride[d] + g.kernel_extent(d), g.padding[d] + g.input[d]);
+  }
+  s.d[2] = kLanes<C>;
+  s.d[1] = s.d[2] * s.size[2];
+  s.d[0] = s.d[1] * s.size[1];
+  s.image = s.d[0] * s.size[0];
+  s.taps = g.taps() * kLanes<C>;
+  return s;
+}
+
+template <class C>
+struct DepthwiseScratch {
+  BandShape<C> shape;
+  C* image;  // the input's padded image
+  C* gradient;
+  char* band;  // GradientBand's
+  int64_t size;
+
+  DepthwiseScratch(const ConvPoolGeometry& g, void* memory) : shape(g, kLanes<C>) {
+    const DepthwiseShape s = depthwise_shape<C>(g);
+    MemoryParts parts(memory);
+    image = parts.take<C>(s.image);
+    gradient = parts.take<C>(s.image);
+    band = parts.take<char>(GradientBand<C>::memory_size(g, shape));
+    size = parts.used();
+  }
+};
+
+// Counted in vectors of products and of what goes with them, a conv pixel.
+template <class C>
+bool depthwise_pays(const ConvPoolGeometry& g) {
+  if (g.in_channels != 1 || g.groups == 1) return false;
+  const double together = static_cast<double>(g.taps() * g.out_channels * divide_up(g.groups, kLanes<C>));
+  const RunShape s = run_shape<C>(g);
+  const double conv = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
+  const double winners = static_cast<double>(g.pixels()) / conv;
+  const double listed = static_cast<double>(g.groups) *
+                        (2 + (winners < 1 ? winners : 1) * static_cast<double>(g.out_channels * s.runs * s.vectors));
+  return together < listed;
+}
+
+template <class C>
+ConvPoolBackwardPlan plan_depthwise(const ConvPoolGeometry& g) {
+  const DepthwiseShape s = depthwise_shape<C>(g);
+  ConvPoolBackwardPlan plan = {};
+  plan.algorithm = ConvBackwardAlgorithm::depthwise;
+  plan.packed_size = s.blocks * s.multiplier * s.taps;
+  plan.weight_size = plan.packed_size;
+  plan.scratch_size = DepthwiseScratch<C>(g, nullptr).size;
+  plan.blocks = s.blocks;
+  return plan;
+}
+
+// Calls body(output channel, element of the packed weight, offset of the tap) for each element of the weight. It is
+// packed as [block][output channel of a group][tap][lane], with zeros in the unused lanes.
+template <class C, class Body>
+void for_each_depthwise_weight(const ConvPoolGeometry& g, const ConvLayout& layout, const Body& body) {
+  const DepthwiseShape s = depthwise_shape<C>(g);
+  for (int64_t o = 0; o < g.groups * s.multiplier; ++o) {
+    const int64_t group = o / s.multiplier, block = group / kLanes<C>;
+    int64_t at = (block * s.multiplier + o % s.multiplier) * s.taps + group % kLanes<C>;
+    for (int64_t d = 0; d < g.kernel[0]; ++d) {
+      for (int64_t h = 0; h < g.kernel[1]; ++h) {
+        for (int64_t w = 0; w < g.kernel[2]; ++w, at += kLanes<C>) {
+          body(o * layout.n + d * layout.d[0] + h * layout.d[1] + w * layout.d[2], at);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void pack_depthwise(const ConvPoolBackward<T>& call) {
+  using C = Compute<T>;
+  fill_zeros(call.packed, call.plan.packed_size);
+  for_each_depthwise_weight<C>(call.geometry, call.weight_layout,
+                               [&](int64_t from, int64_t to) { call.packed[to] = to_compute(call.weight[from]); });
+}
+
+template <class T, class C = Compute<T>>
+void unpack_depthwise(const ConvPoolBackward<T>& call, const C* packed, T* to, const ConvLayout& layout) {
+  for_each_depthwise_weight<C>(call.geometry, layout,
+                               [&](int64_t element, int64_t from) { to[element] = from_compute<T>(packed[from]); });
+}
+
+template <class T>
+class DepthwiseBackwardWorker {
+  using C = Compute<T>;
+
+ public:
+  DepthwiseBackwardWorker(const ConvPoolBackward<T>& call, void* memory)
+      : call_(call),
+        g_(call.geometry),
+        s_(depthwise_shape<C>(call.geometry)),
+        scratch_(call.geometry, memory),
+        band_(call, scratch_.shape, scratch_.band) {}
+
+  void run(int64_t image, int64_t block, C* grad_weight, C* lost, C* grad_bias) {
+    const int64_t first = block * kLanes<C>, lanes = smaller(kLanes<C>, g_.groups - first);
+    if (grad_weight) load_image(image, first, lanes);
+    if (call_.grad_input) fill_zeros(scratch_.gradient, s_.image);
+    for (int64_t m = 0; m < s_.multiplier; ++m) {
+      const int64_t at = (block * s_.multiplier + m) * s_.taps;
+      double bias[kLanes<C>] = {};
+      scratch_.shape.for_each(g_, [&](const ConvBox& box) {
+        band_.fill(image, first * s_.multiplier + m, s_.multiplier, lanes, box);
+        if (grad_bias) add_bias_gradient(box, bias);
+        for_each_tap_row([&](auto taps, int64_t tap, int64_t offset) {
+          constexpr int count = decltype(taps)::value;
+          const int64_t element = at + tap * kLanes<C>;
+          if (grad_weight) add_weight_gradient<count>(box, offset, grad_weight + element, lost + element);
+          if (call_.grad_input) add_input_gradient<count>(box, offset, call_.packed + element);
+        });
+      });
+      for (int64_t i = 0; grad_bias && i < lanes; ++i) {
+        grad_bias[(first + i) * s_.multiplier + m] += static_cast<C>(bias[i]);
+      }
+    }
+    if (call_.grad_input) store_image(image, first, lanes);
+  }
+
+ private:
+  // Calls body(Constant<taps>, first tap, where it lies in the image) for each part of a row of the kernel.
+  template <class Body>
+  FASTNN_INLINE void for_each_tap_row(const Body& body) const {
+    for (int64_t d = 0; d < g_.kernel[0]; ++d) {
+      for (int64_t h = 0; h < g_.kernel[1]; ++h) {
+        const int64_t row = d * g_.dilation[0] * s_.d[0] + h * g_.dilation[1] * s_.d[1];
+        for (int64_t w = 0; w < g_.kernel[2]; w += kMostRowTaps) {
+          with_constant<kMostRowTaps>(static_cast<int>(smaller(kMostRowTaps, g_.kernel[2] - w)), [&](auto taps) {
+            body(taps, (d * g_.kernel[1] + h) * g_.kernel[2] + w, row + w * g_.dilation[2] * s_.d[2]);
+          });
+        }
+      }
+    }
+  }
+
+  // Calls body(gradients of a row of the box, where its first pixel lies in the image) for each row.
+  template <class Body>
+  FASTNN_INLINE void for_each_row(const ConvBox& box, const Body& body) const {
+    const C* row = band_.pixels();
+    for (int64_t z = box.first[0]; z < box.last[0]; ++z) {
+      for (int64_t y = box.first[1]; y < box.last[1]; ++y, row += box.size(2) * kLanes<C>) {
+        body(row, z * g_.stride[0] * s_.d[0] + y * g_.stride[1] * s_.d[1] + box.first[2] * g_.stride[2] * s_.d[2]);
+      }
+    }
+  }
+
+  void add_bias_gradient(const ConvBox& box, double (&to)[kLanes<C>]) const {
+    const int64_t pixels = box.pixels();
+    for (int64_t first = 0; first < pixels; first += kLongestSum) {
+      Vec<C> total = {};
+      for (int64_t p = first; p < smaller(first + kLongestSum, pixels); ++p) {
+        total += load(band_.pixels() + p * kLanes<C>);
+      }
+      for (int i = 0; i < kLanes<C>; ++i) to[i] += total[i];
+    }
+  }
+
+  // Sums of some kLongestSum pixels, which what they add to, longer ones, would round off: `lost` keeps that.
+  template <int taps>
+  void add_weight_gradient(const ConvBox& box, int64_t offset, C* to, C* lost) const {
+    const int64_t step = g_.stride[2] * kLanes<C>, tap_step = g_.dilation[2] * kLanes<C>;
+    Vec<C> total[taps] = {};
+    int64_t summed = 0;
+    for_each_row(box, [&](const C* gradients, int64_t start) {
+      for (int64_t x = 0; x < box.size(2);) {
+        const int64_t end = smaller(box.size(2), x + kLongestSum);
+        summed += end - x;
+        for (const C* from = scratch_.image + start + offset + x * step; x < end; ++x, from += step) {
+          const Vec<C> gradient = load(gradients + x * kLanes<C>);
+#pragma GCC unroll 12
+          for (int w = 0; w < taps; ++w) total[w] = multiply_add(gradient, load(from + w * tap_step), total[w]);
+        }
+        if (summed < kLongestSum) continue;
+        add_exactly<taps>(total, to, lost);
+        summed = 0;
+      }
+    });
+    add_exactly<taps>(total, to, lost);
+  }
+
+  template <int taps>
+  FASTNN_INLINE static void add_exactly(Vec<C> (&total)[taps], C* to, C* lost) {
+    for (int w = 0; w < taps; ++w) {
+      const Vec<C> before = load(to + w * kLanes<C>), sum = before + total[w], added = sum - before;
+      store(to + w * kLanes<C>, sum);
+      store(lost + w * kLanes<C>, load(lost + w * kLanes<C>) + ((before - (sum - added)) + (total[w] - added)));
+      total[w] = Vec<C>{};
+    }
+  }
+
+  template <int taps>
+  void add_input_gradient(const ConvBox& box, int64_t offset, const C* weight) const {
+    const bool dense = g_.stride[2] == 1 && g_.dilation[2] == 1;
+    const int64_t step = g_.stride[2] * kLanes<C>, tap_step = g_.dilation[2] * kLanes<C>;
+    for_each_row(box, [&](const C* gradients, int64_t start) {
+      C* to = scratch_.gradient + start + offset;
+      int64_t x = 0;
+      for (; dense && x + kPixelsTogether <= box.size(2); x += kPixelsTogether) {
+        add_pixels<taps, kPixelsTogether>(gradients + x * kLanes<C>, weight, to + x * step);
+      }
+      for (; x < box.size(2); ++x) {
+        const Vec<C> gradient = load(gradients + x * kLanes<C>);
+#pragma GCC unroll 12
+        for (int w = 0; w < taps; ++w) {
+          C* pixel = to + x * step + w * tap_step;
+          store(pixel, multiply_add(gradient, load(weight + w * kLanes<C>), load(pixel)));
+        }
+      }
+    });
+  }
+
+  // Neighbours, whose taps meet the same pixels of the image: these are read and written once.
+  template <int taps, int pixels>
+  FASTNN_INLINE static void add_pixels(const C* gradients, const C* weight, C* to) {
+    Vec<C> total[pixels + taps - 1];
+#pragma GCC unroll 16
+    for (int i = 0; i < pixels + taps - 1; ++i) total[i] = load(to + i * kLanes<C>);
+#pragma GCC unroll 4
+    for (int i = 0; i < pixels; ++i) {
+      const Vec<C> gradient = load(gradients + i * kLanes<C>);
+#pragma GCC unroll 12
+      for (int w = 0; w < taps; ++w) {
+        total[i + w] = multiply_add(gradient, load(weight + w * kLanes<C>), total[i + w]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < pixels + taps - 1; ++i) store(to + i * kLanes<C>, total[i]);
+  }
+
+  // Calls body(offset in the tensor, offset in the image) for the input's rows.
+  template <class Body>
+  FASTNN_INLINE void for_each_image_row(const ConvLayout& layout, const Body& body) const {
+    for (int64_t z = 0; z < g_.input[0]; ++z) {
+      for (int64_t y = 0; y < g_.input[1]; ++y) {
+        body(z * layout.d[0] + y * layout.d[1],
+             (z + g_.padding[0]) * s_.d[0] + (y + g_.padding[1]) * s_.d[1] + g_.padding[2] * s_.d[2]);
+      }
+    }
+  }
+
+  void load_image(int64_t image, int64_t first, int64_t lanes) const {
+    const ConvLayout& layout = call_.input_layout;
+    const T* input = call_.input + image * layout.n + first * layout.c;
+    fill_zeros(scratch_.image, s_.image);
+    for_each_image_row(layout, [&](int64_t from, int64_t to) {
+      if (layout.d[2] == 1 && layout.c != 1) {
+        transpose_matrix(input + from, layout.c, lanes, g_.input[2], scratch_.image + to, kLanes<C>);
+      } else {
+        for (int64_t w = 0; w < g_.input[2]; ++w) {
+          copy_run(input + from + w * layout.d[2], layout.c, lanes, scratch_.image + to + w * kLanes<C>);
+        }
+      }
+    });
+  }
+
+  void store_image(int64_t image, int64_t first, int64_t lanes) const {
+    const ConvLayout& layout = call_.grad_input_layout;
+    T* output = call_.grad_input + image * layout.n + first * layout.c;
+    for_each_image_row(layout, [&](int64_t to, int64_t from) {
+      if (layout.c == 1) {
+        for (int64_t w = 0; w < g_.input[2]; ++w) {
+          store_up_to<T>(output + to + w * layout.d[2], load(scratch_.gradient + from + w * kLanes<C>), lanes);
+        }
+      } else {
+        transpose_matrix(scratch_.gradient + from, kLanes<C>, g_.input[2], lanes, output + to, layout.c);
+      }
+    });
+  }
+
+  const ConvPoolBackward<T>& call_;
+  const ConvPoolGeometry& g_;
+  const DepthwiseShape s_;
+  const DepthwiseScratch<C> scratch_;
+  GradientBand<T> band_;
+};
+
+template <class T>
+void backward_depthwise(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
+                        int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias,
+                        void* scratch) {
+  DepthwiseBackwardWorker<T> worker(call, scratch);
+  for (int64_t image = first_image; image < last_image; ++image) {
+    for (int64_t block = first_block; block < last_block; ++block) {
+      worker.run(image, block, grad_weight, lost, grad_bias);
+    }
+  }
+  if (grad_weight) add_lost(call, first_block, last_block, grad_weight, lost);
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,179 @@
+// A band of the gradient of the convolution's output: the gradients of the pooled pixels, each at its winner, where
+// windows overlap already summed. The whole of it is never laid out.
+#pragma once
+
+#include "conv_tile.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int64_t kBandBytes = 128 << 10;  // part of L2
+
+// Part of the convolution's output: [first, last) along each dimension.
+struct ConvBox {
+  int64_t first[3], last[3];
+
+  int64_t size(int d) const { return last[d] - first[d]; }
+  int64_t pixels() const { return size(0) * size(1) * size(2); }
+};
+
+// How the convolution's output is cut into bands that hold `width` channels.
+template <class C>
+struct BandShape {
+  int64_t width;    // channels, in whole vectors
+  int64_t size[3];  // of a band, at most
+  int64_t pixels;   // of a band, in whole vectors
+
+  BandShape(const ConvPoolGeometry& g, int64_t channels) : width(round_up(channels, kLanes<C>)) {
+    int64_t room = larger(kLanes<C>, kBandBytes / (larger(width, 1) * static_cast<int64_t>(sizeof(C))));
+    for (int d = 2; d >= 0; --d) {
+      size[d] = larger(1, smaller(g.conv[d], room));
+      // No window should lie across two bands without need.
+      if (size[d] < g.conv[d] && size[d] > g.pool_stride[d]) size[d] -= size[d] % g.pool_stride[d];
+      room = size[d] < g.conv[d] ? 1 : room / size[d];
+    }
+    pixels = round_up(size[0] * size[1] * size[2], kLanes<C>);
+  }
+
+  // Calls body(box) for each band.
+  template <class Body>
+  void for_each(const ConvPoolGeometry& g, const Body& body) const {
+    for (int64_t z = 0; z < g.conv[0]; z += size[0]) {
+      for (int64_t y = 0; y < g.conv[1]; y += size[1]) {
+        for (int64_t x = 0; x < g.conv[2]; x += size[2]) {
+          body(ConvBox{
+              {z, y, x},
+              {smaller(z + size[0], g.conv[0]), smaller(y + size[1], g.conv[1]), smaller(x + size[2], g.conv[2])}});
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+class GradientBand {
+  using C = Compute<T>;
+  typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<C>)));
+
+ public:
+  // The bytes of `memory` that it needs.
+  static int64_t memory_size(const ConvPoolGeometry& g, const BandShape<C>& shape) {
+    const int64_t row = g.output[2] * shape.width;
+    return round_up((shape.pixels * shape.width + row) * static_cast<int64_t>(sizeof(C)), 64) + round_up(row, 64);
+  }
+
+  GradientBand(const ConvPoolBackward<T>& call, const BandShape<C>& shape, void* memory)
+      : call_(call), g_(call.geometry), width_(shape.width), pixels_(static_cast<C*>(memory)) {
+    const int64_t row = g_.output[2] * width_;
+    gradients_ = pixels_ + shape.pixels * width_;
+    winners_ = reinterpret_cast<uint8_t*>(pixels_) +
+               round_up((shape.pixels * width_ + row) * static_cast<int64_t>(sizeof(C)), 64);
+  }
+
+  // Lays out `count` channels, the first of them `channel`, `step` apart. The lanes and pixels beyond are zero.
+  void fill(int64_t image, int64_t channel, int64_t step, int64_t count, const ConvBox& box) {
+    fill_zeros(pixels_, round_up(box.pixels(), kLanes<C>) * width_);
+    if (count < width_) __builtin_memset(winners_, kDead, g_.output[2] * width_);
+    int64_t first[3], last[3];  // the pooled pixels whose windows reach into the box
+    for (int d = 0; d < 3; ++d) {
+      const int64_t reach = box.first[d] + g_.pool_padding[d] - g_.pool_extent(d) + 1;
+      first[d] = reach > 0 ? divide_up(reach, g_.pool_stride[d]) : 0;
+      last[d] = smaller(g_.output[d], (box.last[d] - 1 + g_.pool_padding[d]) / g_.pool_stride[d] + 1);
+    }
+    const ConvLayout& gl = call_.output_layout;
+    const ConvLayout& wl = call_.winners_layout;
+    const T* gradients = call_.grad_output + image * gl.n + channel * gl.c + first[2] * gl.d[2];
+    const uint8_t* winners = call_.winners + image * wl.n + channel * wl.c + first[2] * wl.d[2];
+    for (int64_t z = first[0]; z < last[0]; ++z) {
+      for (int64_t y = first[1]; y < last[1]; ++y) {
+        find_rows(z, y, box);
+        if (row_count_ == 0 || first[2] >= last[2]) continue;
+        load_row(gradients + z * gl.d[0] + y * gl.d[1], gl.c * step, gl.d[2], count, last[2] - first[2], gradients_);
+        load_row(winners + z * wl.d[0] + y * wl.d[1], wl.c * step, wl.d[2], count, last[2] - first[2], winners_);
+        add_row(first[2], last[2], box);
+      }
+    }
+  }
+
+  // [pixel of the box][width]
+  const C* pixels() const { return pixels_; }
+
+ private:
+  // A row of the box that a row of windows covers, and the place of its first pixel in them.
+  struct Row {
+    C* pixels;
+    int64_t place;
+  };
+
+  void find_rows(int64_t z, int64_t y, const ConvBox& box) {
+    row_count_ = 0;
+    for (int64_t d = 0; d < g_.pool_kernel[0]; ++d) {
+      const int64_t slice = z * g_.pool_stride[0] - g_.pool_padding[0] + d * g_.pool_dilation[0];
+      if (slice < box.first[0] || slice >= box.last[0]) continue;
+      for (int64_t h = 0; h < g_.pool_kernel[1]; ++h) {
+        const int64_t row = y * g_.pool_stride[1] - g_.pool_padding[1] + h * g_.pool_dilation[1];
+        if (row < box.first[1] || row >= box.last[1]) continue;
+        const int64_t at = (slice - box.first[0]) * box.size(1) + row - box.first[1];
+        rows_[row_count_++] = {pixels_ + at * box.size(2) * width_, (d * g_.pool_kernel[1] + h) * g_.pool_kernel[2]};
+      }
+    }
+  }
+
+  // `columns` pixels of `channels` elements to a row [column][width].
+  template <class From, class To>
+  void load_row(const From* from, int64_t channel_step, int64_t column_step, int64_t channels, int64_t columns,
+                To* to) const {
+    if (column_step == 1 && channel_step != 1) {
+      transpose_matrix(from, channel_step, channels, columns, to, width_);
+    } else {
+      for (int64_t x = 0; x < columns; ++x)
+        copy_channels(from + x * column_step, channel_step, channels, to + x * width_);
+    }
+  }
+  static void copy_channels(const T* from, int64_t step, int64_t count, C* to) { copy_run(from, step, count, to); }
+  static void copy_channels(const uint8_t* from, int64_t step, int64_t count, uint8_t* to) {
+    if (step == 1) {
+      __builtin_memcpy(to, from, count);
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+    }
+  }
+
+  // Adds the gradients of a row of pooled pixels, [first, last), to the rows of the box.
+  void add_row(int64_t first, int64_t last, const ConvBox& box) {
+    const int64_t step = g_.pool_dilation[2], size = box.size(2);
+    for (int64_t x = first; x < last; ++x) {
+      const int64_t start = x * g_.pool_stride[2] - g_.pool_padding[2] - box.first[2];
+      const int64_t first_place = start < 0 ? divide_up(-start, step) : 0;
+      const int64_t last_place = smaller(g_.pool_kernel[2], divide_up(size - start, step));
+      const C* gradients = gradients_ + (x - first) * width_;
+      const uint8_t* winners = winners_ + (x - first) * width_;
+      for (int64_t c = 0; c < width_; c += kLanes<C>) {
+        LaneBytes bytes;
+        __builtin_memcpy(&bytes, winners + c, sizeof(bytes));
+        const Places<C> winner = __builtin_convertvector(bytes, Places<C>);
+        const Vec<C> gradient = load(gradients + c);
+        for (int64_t r = 0; r < row_count_; ++r) {
+          C* to = rows_[r].pixels + start * width_ + c;
+          for (int64_t w = first_place; w < last_place; ++w) {
+            const Places<C> place = Places<C>{} + static_cast<typename IntegerOf<C>::Type>(rows_[r].place + w);
+            C* pixel = to + w * step * width_;
+            store(pixel, load(pixel) + (winner == place ? gradient : Vec<C>{}));
+          }
+        }
+      }
+    }
+  }
+
+  const ConvPoolBackward<T>& call_;
+  const ConvPoolGeometry& g_;
+  const int64_t width_;
+  C* pixels_;
+  C* gradients_;      // one row of pooled pixels, [column][width]
+  uint8_t* winners_;  // the same
+  Row rows_[kMostPlaces];
+  int64_t row_count_ = 0;
+};
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn
