@@ -227,6 +227,18 @@ def test_raw_operators_refuse_tensors_of_another_device(device):
         torch.ops.fastnn.mlp(rows, [weight], 0o10)
 
 
+def test_recomputation(device):
+    weights = [torch.randn(sizes, device=device).requires_grad_() for sizes in ((24, 10), (24, 24), (5, 24))]
+    rows = torch.randn(70, 10, device=device, requires_grad=True)
+    kept, again = (
+        torch.autograd.grad(fastnn.functional.mlp(rows, weights, [None] * 3, "gelu", recompute=recompute).sum(),
+                            [rows, *weights])
+        for recompute in (False, True)
+    )  # fmt: skip
+    for got, want in zip(again, kept, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("grad_mode", [True, False])
 def test_raw_operators_run_in_grad_mode_and_refuse_gradients(grad_mode, device):
     weights = [w.to(device).requires_grad_() for w in torch.nn.RNN(3, 16)._flat_weights]
