@@ -55,6 +55,11 @@ def test_python_m_fastnn_describes_the_installation() -> None:
         assert fact in text
 
 
+def test_sources_use_no_macro_that_torch_2_10_lacks() -> None:
+    for path in (Path(__file__).parent.parent / "csrc").rglob("*.[ch]*"):
+        assert "STABLE_TORCH_ERROR_CODE_CHECK" not in path.read_text(), path
+
+
 def test_backend_info() -> None:
     info = fastnn.backend_info()
     assert info.instruction_set in info.supported_instruction_sets

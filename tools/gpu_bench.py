@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import gpu_stand_in
 import torch
 
 from benchmarks.cases import (
@@ -143,25 +144,19 @@ def in_graph(run: Runner) -> Runner:
     return graph.replay
 
 
-def seconds_a_call(run: Runner, device: torch.device, rehearse: bool) -> list[float]:
+def seconds_a_call(run: Runner, rehearse: bool) -> list[float]:
     """Quartiles of batches of calls, one synchronisation a batch."""
     run()
     calls, batches = (1, 3) if rehearse else (5, 15)
     times: list[float] = []
     while len(times) < batches:
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(calls):
-                run()
-            end.record()
-            end.synchronize()
-            elapsed = begin.elapsed_time(end) / 1e3
-        else:
-            started = time.perf_counter()
-            for _ in range(calls):
-                run()
-            elapsed = time.perf_counter() - started
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        elapsed = begin.elapsed_time(end) / 1e3
         if elapsed < 2e-3 and not rehearse and not times:
             calls *= 2
             continue
@@ -170,10 +165,8 @@ def seconds_a_call(run: Runner, device: torch.device, rehearse: bool) -> list[fl
     return [times[len(times) // 4], times[len(times) // 2], times[3 * len(times) // 4]]
 
 
-def peak_memory(run: Runner, device: torch.device) -> int | None:
+def peak_memory(run: Runner) -> int:
     """Bytes that a call takes beyond what is there before it."""
-    if device.type != "cuda":
-        return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -196,10 +189,10 @@ def measure(
             return
         result, expected = first_tensor(run()), first_tensor(eager(problem)())
         error = (result - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-        row |= {"error": float(error), "memory": peak_memory(run, problem.device)}
-        yield row | {"graph": False, "seconds": seconds_a_call(run, problem.device, rehearse)}
-        if problem.device.type == "cuda" and isinstance(problem.input, torch.Tensor):
-            yield row | {"graph": True, "seconds": seconds_a_call(in_graph(run), problem.device, rehearse)}
+        row |= {"error": float(error), "memory": peak_memory(run)}
+        yield row | {"graph": False, "seconds": seconds_a_call(run, rehearse)}
+        if isinstance(problem.input, torch.Tensor):
+            yield row | {"graph": True, "seconds": seconds_a_call(in_graph(run), rehearse)}
 
 
 def jobs(op: str, device: torch.device, rehearse: bool) -> Iterator[tuple[Problem, str, Any]]:
@@ -223,6 +216,8 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="one small case, on the CPU where there is no GPU")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        gpu_stand_in.install()
     deadline = time.monotonic() + options.seconds
     skipped = 0
     with options.results.open("a") as results:

@@ -30,6 +30,7 @@ FIELDS = {  # what else a field of a configuration may be
     "block_pixels": (32, 64, 128),
     "block_rows": (16, 32, 64, 128),
     "block_batch": (16, 32),
+    "chunk": (8, 16, 32),
     "block_in": (16, 32, 64, 128),
     "block_out": (16, 32, 64, 128),
     "block_k": (16, 32, 64),
@@ -59,7 +60,7 @@ class Trial:
         if self.device.type == "meta":
             self.run()
             return 1.0
-        return seconds_a_call(self.run, self.device, self.rehearse)[1]
+        return seconds_a_call(self.run, self.rehearse)[1]
 
     def try_change(self, key: str, field: str, value: int) -> bool:
         """Whether it is faster so; then the table says so."""

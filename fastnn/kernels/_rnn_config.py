@@ -106,9 +106,15 @@ def config_of(problem: Problem) -> Config | None:
         )  # fmt: skip
         if config is not None and config.units and problem.steps * problem.hidden >= 2**31:
             config = None  # the programs' meetings are counted with 32 bits
-        if config is not None:
-            chunk = wave_chunk(config, problem.layers, problem.directions, problem.steps, problem.batch,
-                               problem.hidden, problem.gates, problem.kind.dtype.itemsize, problem.target)  # fmt: skip
-            config = config._replace(chunk=chunk)
-        problem.kept["config"] = config
+        problem.kept["config"] = None if config is None else _with_wavefront(problem, config)
     return problem.kept["config"]
+
+
+def _with_wavefront(problem: Problem, config: Config) -> Config:
+    gates, itemsize, target = problem.gates, problem.kind.dtype.itemsize, problem.target
+    chunk = wave_chunk(config, problem.layers, problem.directions, problem.steps, problem.batch, problem.hidden, gates,
+                       itemsize, target)  # fmt: skip
+    if not chunk:
+        return config
+    shape_class = (gates, itemsize, problem.precision, _launch.padded(problem.hidden), problem.layers, chunk)
+    return _launch.tuned(config._replace(chunk=chunk), target, "rnn wave", *shape_class)
