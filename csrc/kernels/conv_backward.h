@@ -165,9 +165,7 @@ class BackwardWorker {
     for (int r = 0; r < runs; ++r) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = (r * s_.vectors + v) * kLanes<C>;
-        const Vec<C> before = load(to + at), sum = before + total[r][v], added = sum - before;
-        store(to + at, sum);
-        store(lost + at, load(lost + at) + ((before - (sum - added)) + (total[r][v] - added)));
+        add_keeping_lost(total[r][v], to + at, lost + at);
       }
     }
   }
@@ -213,53 +211,14 @@ class BackwardWorker {
     const ConvLayout& layout = call_.input_layout;
     const T* input = call_.input + image_ * layout.n + (group_ * g_.in_channels + first) * layout.c;
     fill_zeros(image, s_.image);
-    for_each_image_row(layout, [&](int64_t from, int64_t to, int64_t count) {
-      if (s_.lanes == 1) {
-        copy_run(input + from, layout.d[2], count, image + to);
-      } else if (layout.c == 1) {
-        for (int64_t w = 0; w < count; ++w) {
-          copy_run(input + from + w * layout.d[2], 1, channels, image + to + w * s_.lanes);
-        }
-      } else if (layout.d[2] == 1) {
-        transpose_matrix(input + from, layout.c, channels, count, image + to, s_.lanes);
-      } else {
-        for (int64_t w = 0; w < count; ++w) {
-          copy_run(input + from + w * layout.d[2], layout.c, channels, image + to + w * s_.lanes);
-        }
-      }
-    });
+    load_block(g_, input, layout, channels, s_.d, image);
   }
 
   void store_image(int64_t block, const C* image) const {
     const int64_t first = block * s_.lanes, channels = smaller(s_.lanes, g_.in_channels - first);
     const ConvLayout& layout = call_.grad_input_layout;
     T* output = call_.grad_input + image_ * layout.n + (group_ * g_.in_channels + first) * layout.c;
-    for_each_image_row(layout, [&](int64_t to, int64_t from, int64_t count) {
-      if (s_.lanes == 1 && layout.d[2] == 1) {
-        copy_out(image + from, count, output + to);
-      } else if (layout.c == 1) {
-        for (int64_t w = 0; w < count; ++w) {
-          for (int64_t c = 0; c < channels; c += kLanes<C>) {
-            const Vec<C> value = load(image + from + w * s_.lanes + c);
-            store_up_to<T>(output + to + w * layout.d[2] + c, value, channels - c);
-          }
-        }
-      } else {
-        transpose_matrix(image + from, s_.lanes, count, channels, output + to, layout.c);
-      }
-    });
-  }
-
-  // Calls body(offset in the tensor, offset in the image, columns) for the input's rows.
-  template <class Body>
-  FASTNN_INLINE void for_each_image_row(const ConvLayout& layout, const Body& body) const {
-    const int64_t* first = g_.padding;
-    for (int64_t z = 0; z < g_.input[0]; ++z) {
-      for (int64_t y = 0; y < g_.input[1]; ++y) {
-        body(z * layout.d[0] + y * layout.d[1],
-             (z + first[0]) * s_.d[0] + (y + first[1]) * s_.d[1] + first[2] * s_.d[2], g_.input[2]);
-      }
-    }
+    store_block(g_, image, s_.d, channels, output, layout);
   }
 
   const ConvPoolBackward<T>& call_;

@@ -14,7 +14,6 @@ constexpr int kPixelsTogether = 4;
 struct DepthwiseShape {
   int64_t blocks;
   int64_t multiplier;  // output channels of a group
-  int64_t size[3];     // of the padded image, and all that the kernel reaches to
   int64_t d[3];        // strides of the image of one block
   int64_t image;       // elements
   int64_t taps;        // elements of the kernel of a block's channels
@@ -25,13 +24,7 @@ DepthwiseShape depthwise_shape(const ConvPoolGeometry& g) {
   DepthwiseShape s;
   s.blocks = divide_up(g.groups, kLanes<C>);
   s.multiplier = g.out_channels;
-  for (int d = 0; d < 3; ++d) {
-    s.size[d] = larger((g.conv[d] - 1) * g.stride[d] + g.kernel_extent(d), g.padding[d] + g.input[d]);
-  }
-  s.d[2] = kLanes<C>;
-  s.d[1] = s.d[2] * s.size[2];
-  s.d[0] = s.d[1] * s.size[1];
-  s.image = s.d[0] * s.size[0];
+  s.image = lay_out_image(g, kLanes<C>, s.d);
   s.taps = g.taps() * kLanes<C>;
   return s;
 }
@@ -125,7 +118,11 @@ class DepthwiseBackwardWorker {
 
   void run(int64_t image, int64_t block, C* grad_weight, C* lost, C* grad_bias) {
     const int64_t first = block * kLanes<C>, lanes = smaller(kLanes<C>, g_.groups - first);
-    if (grad_weight) load_image(image, first, lanes);
+    if (grad_weight) {
+      const ConvLayout& layout = call_.input_layout;
+      fill_zeros(scratch_.image, s_.image);
+      load_block(g_, call_.input + image * layout.n + first * layout.c, layout, lanes, s_.d, scratch_.image);
+    }
     if (call_.grad_input) fill_zeros(scratch_.gradient, s_.image);
     for (int64_t m = 0; m < s_.multiplier; ++m) {
       const int64_t at = (block * s_.multiplier + m) * s_.taps;
@@ -144,7 +141,11 @@ class DepthwiseBackwardWorker {
         grad_bias[(first + i) * s_.multiplier + m] += static_cast<C>(bias[i]);
       }
     }
-    if (call_.grad_input) store_image(image, first, lanes);
+    if (call_.grad_input) {
+      const ConvLayout& layout = call_.grad_input_layout;
+      T* output = call_.grad_input + image * layout.n + first * layout.c;
+      store_block(g_, scratch_.gradient, s_.d, lanes, output, layout);
+    }
   }
 
  private:
@@ -211,9 +212,7 @@ class DepthwiseBackwardWorker {
   template <int taps>
   FASTNN_INLINE static void add_exactly(Vec<C> (&total)[taps], C* to, C* lost) {
     for (int w = 0; w < taps; ++w) {
-      const Vec<C> before = load(to + w * kLanes<C>), sum = before + total[w], added = sum - before;
-      store(to + w * kLanes<C>, sum);
-      store(lost + w * kLanes<C>, load(lost + w * kLanes<C>) + ((before - (sum - added)) + (total[w] - added)));
+      add_keeping_lost(total[w], to + w * kLanes<C>, lost + w * kLanes<C>);
       total[w] = Vec<C>{};
     }
   }
@@ -255,46 +254,6 @@ class DepthwiseBackwardWorker {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < pixels + taps - 1; ++i) store(to + i * kLanes<C>, total[i]);
-  }
-
-  // Calls body(offset in the tensor, offset in the image) for the input's rows.
-  template <class Body>
-  FASTNN_INLINE void for_each_image_row(const ConvLayout& layout, const Body& body) const {
-    for (int64_t z = 0; z < g_.input[0]; ++z) {
-      for (int64_t y = 0; y < g_.input[1]; ++y) {
-        body(z * layout.d[0] + y * layout.d[1],
-             (z + g_.padding[0]) * s_.d[0] + (y + g_.padding[1]) * s_.d[1] + g_.padding[2] * s_.d[2]);
-      }
-    }
-  }
-
-  void load_image(int64_t image, int64_t first, int64_t lanes) const {
-    const ConvLayout& layout = call_.input_layout;
-    const T* input = call_.input + image * layout.n + first * layout.c;
-    fill_zeros(scratch_.image, s_.image);
-    for_each_image_row(layout, [&](int64_t from, int64_t to) {
-      if (layout.d[2] == 1 && layout.c != 1) {
-        transpose_matrix(input + from, layout.c, lanes, g_.input[2], scratch_.image + to, kLanes<C>);
-      } else {
-        for (int64_t w = 0; w < g_.input[2]; ++w) {
-          copy_run(input + from + w * layout.d[2], layout.c, lanes, scratch_.image + to + w * kLanes<C>);
-        }
-      }
-    });
-  }
-
-  void store_image(int64_t image, int64_t first, int64_t lanes) const {
-    const ConvLayout& layout = call_.grad_input_layout;
-    T* output = call_.grad_input + image * layout.n + first * layout.c;
-    for_each_image_row(layout, [&](int64_t to, int64_t from) {
-      if (layout.c == 1) {
-        for (int64_t w = 0; w < g_.input[2]; ++w) {
-          store_up_to<T>(output + to + w * layout.d[2], load(scratch_.gradient + from + w * kLanes<C>), lanes);
-        }
-      } else {
-        transpose_matrix(scratch_.gradient + from, kLanes<C>, g_.input[2], lanes, output + to, layout.c);
-      }
-    });
   }
 
   const ConvPoolBackward<T>& call_;

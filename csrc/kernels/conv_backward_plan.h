@@ -89,6 +89,14 @@ ConvPoolBackwardPlan plan_runs(const ConvPoolGeometry& g) {
   return plan;
 }
 
+// to += total; what rounding takes from the sum goes to `lost`.
+template <class C>
+FASTNN_INLINE void add_keeping_lost(const Vec<C>& total, C* to, C* lost) {
+  const Vec<C> before = load(to), sum = before + total, added = sum - before;
+  store(to, sum);
+  store(lost, load(lost) + ((before - (sum - added)) + (total - added)));
+}
+
 // What blocks [first, last) have lost to rounding.
 template <class T, class C = Compute<T>>
 void add_lost(const ConvPoolBackward<T>& call, int64_t first, int64_t last, C* grad_weight, const C* lost) {

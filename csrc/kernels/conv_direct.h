@@ -316,7 +316,7 @@ class DirectForward {
                      uint8_t* winners) {
     const int64_t windows = last_column_ - first_column_;
     const int64_t at = (slice * g_.output[1] + row) * g_.output[2] + first_column_;
-    bool is_finite = false;
+    bool without_nan = false;
     with_constant<kMostTileTaps>(static_cast<int>(g_.pool_kernel[2]), [&](auto taps_constant) {
       constexpr int taps = decltype(taps_constant)::value;
       if constexpr (taps > 1) {
@@ -338,11 +338,11 @@ class DirectForward {
           }
         }
         if (with_winners) write_winners(to, pooled.winners, windows * vectors, winners);
-        is_finite = true;
-        for (const Vec<C>& total : pooled.total) is_finite = is_finite && !has_nan<C>(total);
+        without_nan = true;
+        for (const Vec<C>& total : pooled.total) without_nan = without_nan && !has_nan<C>(total);
       }
     });
-    return is_finite;
+    return without_nan;
   }
 
   // The rows of conv pixels under a row of windows, computed where the ring doesn't hold them.

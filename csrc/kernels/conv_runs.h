@@ -2,7 +2,7 @@
 // or of the weight of an output channel.
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_block_image.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -44,15 +44,7 @@ RunShape run_shape(const ConvPoolGeometry& g) {
   s.runs = g.kernel[0] * g.kernel[1] * (joined ? 1 : g.kernel[2]);
   s.length = s.lanes * (joined ? g.kernel[2] : 1);
   s.vectors = divide_up(s.length, kLanes<C>);
-  // The padding before, and all that either the kernel or the input reaches to.
-  int64_t size[3];
-  for (int d = 0; d < 3; ++d) {
-    size[d] = larger((g.conv[d] - 1) * g.stride[d] + g.kernel_extent(d), g.padding[d] + g.input[d]);
-  }
-  s.d[2] = s.lanes;
-  s.d[1] = s.d[2] * size[2];
-  s.d[0] = s.d[1] * size[1];
-  s.image = round_up(s.d[0] * size[0] + s.vectors * kLanes<C>, 16);
+  s.image = round_up(lay_out_image(g, s.lanes, s.d) + s.vectors * kLanes<C>, 16);
   s.row = s.runs * s.vectors * kLanes<C>;
   return s;
 }

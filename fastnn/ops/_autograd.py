@@ -37,11 +37,6 @@ def is_plain(input: Tensor) -> bool:
     )
 
 
-def is_inference() -> bool:
-    """Whether neither gradients nor ``torch.func`` transforms are at work, whatever the tensors."""
-    return not torch.is_grad_enabled() and not transforms_active()
-
-
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether eager autograd is to record a call with these tensors."""
     if _is_grad_enabled():

@@ -159,7 +159,7 @@ def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geome
         input = input.unsqueeze(0)
     if not is_plain(input):
         input, weight, bias = autocast(input, weight, bias)
-        output = _beyond_the_kernel(input, weight, bias, geometry, dims)
+        output = _not_plain(input, weight, bias, geometry, dims)
     elif wants_gradient(input, weight, bias):
         output = _differentiable(input, weight, bias, geometry, dims)
     else:
@@ -167,7 +167,8 @@ def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geome
     return output if batched else output.squeeze(0).contiguous()
 
 
-def _beyond_the_kernel(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
+def _not_plain(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
+    """Of a call that :func:`is_plain` has turned down, after autocast."""
     if needs_reference(input):
         return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
     if needs_autograd(input, weight, bias):

@@ -61,11 +61,10 @@ def mlp(
     """
     weights, biases = tuple(weights), tuple(biases)
     layers = len(weights)
-    digits = _digits_between.get((activation, layers)) if isinstance(activation, str) else None
+    called = (activation if isinstance(activation, str) else tuple(activation), layers)
+    digits = _digits_of_call.get(called)
     if digits is None:
-        digits = activation_digits(activation_names(activation, layers))
-        if isinstance(activation, str):
-            _digits_between[activation, layers] = digits
+        digits = _digits_of_call[called] = activation_digits(activation_names(activation, layers))
     if len(biases) != layers:
         raise ValueError(f"mlp: expected {layers} biases, one a weight, got {len(biases)}")
     return mlp_of_parameters(input, join_parameters(weights, biases), digits, recompute)
@@ -128,8 +127,8 @@ def split_parameters(parameters: Sequence[Tensor], layers: int) -> tuple[Sequenc
     return parameters[:layers], parameters[layers:] or (None,) * layers
 
 
-# Of what was met so far: by the one name between so many layers, and by digits.
-_digits_between: dict[tuple[str, int], str] = {}
+# Of the activations met so far: by how a call named them and its number of layers, and by digits.
+_digits_of_call: dict[tuple[str | tuple[str, ...], int], str] = {}
 _codes: dict[str, int] = {}
 
 

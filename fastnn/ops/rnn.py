@@ -78,19 +78,17 @@ def rnn(
     plain = is_plain(input)
     if plain and not wants_gradient(input, *state, *weights):
         return _rnn_call(input, batch_sizes, state, weights, masks, number, num_layers, bidirectional, batch_first)
-    if not plain and needs_reference(input):
+    config = Config(number, num_layers, bidirectional, batch_first)
+    if plain:
+        recorded = _with_stocks_gradient(input, batch_sizes, state, weights, masks, config)
+        if recorded is not None:
+            return recorded
+    elif needs_reference(input):
         return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
-    if plain or needs_autograd(input, *state, *weights):
-        config = Config(number, num_layers, bidirectional, batch_first)
-        if plain and input.is_cuda:
-            recorded = _with_stocks_gradient(input, batch_sizes, state, weights, masks, *config)
-            if recorded is not None:
-                return recorded
-        output, *final_state = _record(input, batch_sizes, masks, config, len(state), *state, *weights)
-        return output, final_state
-    return call_kernel(
-        _rnn_op, input, batch_sizes, state, weights, masks, number, num_layers, bidirectional, batch_first
-    )
+    elif not needs_autograd(input, *state, *weights):
+        return call_kernel(_rnn_op, input, batch_sizes, state, weights, masks, *config)
+    output, *final_state = _record(input, batch_sizes, masks, config, len(state), *state, *weights)
+    return output, final_state
 
 
 def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weights: Tensor) -> Sequence[Tensor]:
@@ -100,24 +98,33 @@ def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weig
     plain = is_plain(input)
     if plain and not wants_gradient(input, h, c, *weights):
         return _cell_call(input, number, h, c, *weights)
-    state = [s for s in (h, c) if s is not None]
-    if not plain and needs_reference(input):
+    state, config = [s for s in (h, c) if s is not None], _CELL_CONFIGS[number]
+    if plain:
+        recorded = _with_stocks_gradient(input, None, state, weights, None, config)
+        if recorded is not None:
+            return recorded[1]
+    elif needs_reference(input):
         return reference.rnn_cell(input, tuple(state), weights, mode)
-    if plain or needs_autograd(input, *state, *weights):
-        if plain and input.is_cuda:
-            recorded = _with_stocks_gradient(input, None, state, weights, None, *_CELL_CONFIGS[number])
-            if recorded is not None:
-                return recorded[1]
-        return _record(input, None, None, _CELL_CONFIGS[number], len(state), *state, *weights)[1:]
-    return call_kernel(_cell_op, input, number, h, c, *weights)
+    elif not needs_autograd(input, *state, *weights):
+        return call_kernel(_cell_op, input, number, h, c, *weights)
+    return _record(input, None, None, config, len(state), *state, *weights)[1:]
 
 
-def _with_stocks_gradient(*arguments: Any) -> tuple[Tensor, Sequence[Tensor]] | None:
+def _with_stocks_gradient(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    config: Config,
+) -> tuple[Tensor, Sequence[Tensor]] | None:
     """On a GPU, the answer where the operator would run stock's kernels: those keep for backward what the operator
     cannot hand over. Else None."""
+    if not input.is_cuda:
+        return None
     from fastnn.kernels.rnn import with_stocks_gradient  # only now: it imports Triton
 
-    return with_stocks_gradient(*arguments)
+    return with_stocks_gradient(input, batch_sizes, state, weights, masks, *config)
 
 
 def _dropout_masks(
