@@ -12,7 +12,10 @@ from fastnn.kernels._launch import Plans
 from fastnn.reference import models as stock_models
 
 # PyTorch's own, on a GPU: about tf32, about weights that a copy has scattered.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
+]
 ON_GPU = torch.cuda.is_available()
 
 NETWORKS = {  # stock, fused, input
