@@ -1,6 +1,7 @@
 """The programs for a machine with a GPU, as far as they run without one: what fails there must not cost the rest."""
 
 import importlib
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +27,7 @@ def test_failing_and_crashing_tests_cost_no_others(tool, tmp_path: Path) -> None
         "test_good.py": "def test_good(): pass",
         "test_bad.py": "def test_bad(): assert False\ndef test_good(): pass",
         "test_crash.py": "import os\ndef test_crash(): os._exit(7)",
-        "test_hang.py": "import time\ndef test_hang(): time.sleep(60)",
+        "test_hang.py": "import time\ndef test_good(): pass\ndef test_hang(): time.sleep(60)",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -37,8 +38,13 @@ def test_failing_and_crashing_tests_cost_no_others(tool, tmp_path: Path) -> None
     assert (result["passed"], result["failed"]) == (2, ["test_bad.py::test_bad"])
     assert result["unfinished"] == ["test_crash.py"]
     assert set(result["tails"]) == {"test_bad.py", "test_crash.py"}
-    hanging = gpu_run.finish_tests(gpu_run.start_tests(paths[3:], tmp_path, rehearse=True), 2)
+    started = gpu_run.start_tests(paths[3:], tmp_path, rehearse=True)
+    log = tmp_path / "test_hang.log"
+    while "." not in log.read_text():  # until the good one is done
+        time.sleep(0.1)
+    hanging = gpu_run.finish_tests(started, 1)
     assert hanging["unfinished"] == ["test_hang.py"]
+    assert hanging["passed"] == 1
 
 
 def test_table(tool) -> None:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,21 +73,35 @@ def start_tests(paths: Sequence[Path], folder: Path, rehearse: bool) -> list[tup
     return started
 
 
-def finish_tests(started: list[tuple[Path, Path, subprocess.Popen]], seconds: float) -> dict[str, Any]:
+def wait_for(processes: Sequence[subprocess.Popen], seconds: float) -> list[subprocess.Popen]:
+    """-> those that still run after so long, all together."""
     deadline = time.monotonic() + seconds
+    running = []
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            running.append(process)
+    return running
+
+
+def finish_tests(started: list[tuple[Path, Path, subprocess.Popen]], seconds: float) -> dict[str, Any]:
+    late = wait_for([process for _, _, process in started], seconds)
+    for process in late:  # asked to stop, pytest still writes down what it has found out
+        process.send_signal(signal.SIGINT)
+    for process in wait_for(late, 5):
+        process.kill()
+        process.wait()
     result: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": [], "unfinished": [], "tails": {}}
     for path, report, process in started:
-        try:
-            process.wait(max(deadline - time.monotonic(), 1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
         if process.returncode:
             result["tails"][path.name] = report.with_suffix(".log").read_text(errors="replace")[-3000:]
-        if not report.exists():
+        if process in late or not report.exists():
             result["unfinished"].append(path.name)
+        if not report.exists():
             continue
-        for test in ElementTree.parse(report).iter("testcase"):
+        tests = list(ElementTree.parse(report).iter("testcase"))
+        for test in tests[:-1] if process in late else tests:  # the last was not finished
             outcome = {child.tag for child in test}
             if outcome & {"failure", "error"}:
                 result["failed"].append(f"{path.name}::{test.get('name')}")

@@ -65,6 +65,7 @@ _WORTH = {
 }
 _LAUNCH_BOUND_WORK = 100e6
 _FEW_CHANNELS = 16
+_WIDEST_GRID = 65535  # in all dimensions but the first
 
 
 def is_fused(problem: Problem, direction: str, precision: str, target: _launch.Target) -> bool:
@@ -196,9 +197,10 @@ def _fused_launcher(
 
 
 def _pool_options(problem: Problem, last: bool) -> dict[str, Any]:
-    """Tiles as long as the memory is contiguous."""
+    """Tiles as long as the memory is contiguous; a grid is at most ``_WIDEST_GRID`` wide."""
     channels = problem.groups * problem.out_channels
-    block_out = min(64, triton.next_power_of_2(channels)) if last else 1
+    least = triton.next_power_of_2(triton.cdiv(channels, _WIDEST_GRID))
+    block_out = max(least, min(64, triton.next_power_of_2(channels)) if last else 1)
     return {
         "OUT_CHANNELS": channels,
         "GEOMETRY": problem.geometry,
