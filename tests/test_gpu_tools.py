@@ -39,12 +39,20 @@ def test_failing_and_crashing_tests_cost_no_others(tool, tmp_path: Path) -> None
     assert result["unfinished"] == ["test_crash.py"]
     assert set(result["tails"]) == {"test_bad.py", "test_crash.py"}
     started = gpu_run.start_tests(paths[3:], tmp_path, rehearse=True)
-    log = tmp_path / "test_hang.log"
+    log = tmp_path / "test_hang.0.log"
     while "." not in log.read_text():  # until the good one is done
         time.sleep(0.1)
     hanging = gpu_run.finish_tests(started, 1)
     assert hanging["unfinished"] == ["test_hang.py"]
     assert hanging["passed"] == 1
+
+
+def test_shards_run_every_test_once(tool, tmp_path: Path) -> None:
+    (tmp_path / "test_three.py").write_text("".join(f"def test_{i}(): assert {i} != 1\n" for i in range(3)))
+    gpu_run = tool("gpu_run")
+    result = gpu_run.finish_tests(gpu_run.start_tests([tmp_path / "test_three.py"], tmp_path, True, shards=4), 60)
+    assert (result["passed"], result["failed"], result["unfinished"]) == (2, ["test_three.py::test_1"], [])
+    assert set(result["tails"]) == {"test_three.py 2/4"}
 
 
 def test_table(tool) -> None:

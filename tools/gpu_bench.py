@@ -5,6 +5,7 @@ nothing measured is lost. tools/gpu_run.py starts it once an operator; without a
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -211,16 +212,31 @@ def jobs(op: str, device: torch.device, rehearse: bool) -> Iterator[tuple[Proble
                         yield problem, name, provider
 
 
+def compile_kernels(op: str, device: torch.device, rehearse: bool) -> None:
+    """Run each of fastnn's calls once, so that Triton's cache on disk has its kernels."""
+    for problem, name, provider in jobs(op, device, rehearse):
+        if "fastnn" in name:
+            # What fails here fails again when it is to be measured.
+            with torch.inference_mode(problem.direction == "forward"), contextlib.suppress(Exception):
+                run = provider(problem)
+                if run is not None:
+                    run()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=CASES)
     parser.add_argument("results", type=Path)
     parser.add_argument("--seconds", type=float, default=100, help="start no measurement after so long")
     parser.add_argument("--rehearse", action="store_true", help="one small case, on the CPU where there is no GPU")
+    parser.add_argument("--compile", action="store_true", help="no measurement: only compile what fastnn takes")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         gpu_stand_in.install()
+    if options.compile:
+        compile_kernels(options.op, device, options.rehearse)
+        return 0
     deadline = time.monotonic() + options.seconds
     skipped = 0
     with options.results.open("a") as results:
