@@ -75,6 +75,14 @@ def test_nothing_is_expected_to_be_slower_than_stock(tool) -> None:
         assert ours < stock / 0.97, prediction.row()
 
 
+def test_nothing_wrong_is_measured(tool) -> None:
+    gpu_bench = tool("gpu_bench")
+    problem = gpu_bench.Problem(gpu_bench.CASES["mlp"][0], torch.float32, "forward", torch.device("cpu"))
+    wrong = gpu_bench.eager(problem)
+    with pytest.raises(AssertionError, match="nothing to be measured"):
+        next(gpu_bench.measure(problem, "wrong", lambda _: lambda: 1.1 * wrong(), rehearse=True))
+
+
 def test_tuning_keeps_what_is_faster(tool, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_tune = tool("gpu_tune")
     launch = gpu_tune._launch

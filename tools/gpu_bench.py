@@ -33,7 +33,8 @@ from benchmarks.cases import (
 
 Runner = Callable[[], Any]
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
-LARGEST_ERROR = 0.1  # of the largest element; tests are stricter, this is what 16 bits and tf32 leave of long sums
+# Of the largest element, in 16 bits or tf32; tests are stricter. Rounding may move a maximum, and its gradient with it.
+LARGEST_ERROR = {"forward": 0.05, "training": 0.5}
 _LENGTHS = (*(5 + 37 * i % 196 for i in range(63)), 200)
 
 # The first of each list is the rehearsal's.
@@ -191,7 +192,7 @@ def measure(
             return
         result, expected = first_tensor(run()), first_tensor(eager(problem)())
         error = float((result - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-        if not error < LARGEST_ERROR:
+        if not error < LARGEST_ERROR[problem.direction]:
             raise AssertionError(f"the result is {error:.2g} off stock's: nothing to be measured")
         row |= {"error": error, "memory": peak_memory(run)}
         yield row | {"graph": False, "seconds": seconds_a_call(run, rehearse)}

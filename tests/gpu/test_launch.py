@@ -3,6 +3,7 @@ and modules fit together, as far as that can be told from outside."""
 
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -113,7 +114,9 @@ def test_precision_follows_torchs_flags():
         lines += ["if os.fork() == 0:", f"    {flag}", "    print(ask(), flush=True)", "    os._exit(0)", "os.wait()"]
     ask = "ask = lambda: tuple(dot_precision(torch.float32, op, TARGETS[2]) for op in ('linear', 'conv', 'rnn'))"
     program = "\n".join(["import os", *lines[:2], ask, *lines[2:]])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(precisions) for precisions in flags.values()]
 
 
