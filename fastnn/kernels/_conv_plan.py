@@ -94,8 +94,7 @@ def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Con
     fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
     block_out = min(64, _launch.padded(problem.out_channels))
     if is_tap_by_tap(problem):
-        # Before Hopper, whose matrix instructions read shared memory, operands fill registers too.
-        most = 128 if wide and (target.backend == "hip" or int(target.arch) >= 90) else 64
+        most = 128 if wide and (target.backend == "hip" or target.arch in _launch.LARGE_TILES) else 64
         block_k = min(64 if wide else 32, _launch.padded(problem.channels))
     else:  # every element of a step has a place of its own, and places fill registers
         most, block_k = 64, min(32 if wide else 16, _launch.padded(problem.depth))

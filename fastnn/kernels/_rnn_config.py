@@ -118,7 +118,7 @@ def _with_wavefront(problem: Problem, config: Config) -> Config:
                        itemsize, target)  # fmt: skip
     if not chunk:
         return config
-    if target.name == "sm_100":  # with the product in the same kernel, 16 warps have too few registers each
+    if target.arch in (100, 103):  # with the product in the same kernel, 16 warps have too few registers each
         config = config._replace(num_warps=min(config.num_warps, 8))
     shape_class = (gates, itemsize, problem.precision, _launch.padded(problem.hidden), problem.layers, chunk)
     return _launch.tuned(config._replace(chunk=chunk), target, "rnn wave", *shape_class)
