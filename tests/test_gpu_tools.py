@@ -4,9 +4,12 @@ import importlib
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
@@ -99,3 +102,42 @@ def test_tuning_keeps_what_is_faster(tool, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(trial, "_seconds", lambda: 0.5)
         assert trial.try_change(*tried[0])
     assert table == {tried[0][0]: {tried[0][1]: tried[0][2]}}
+
+
+class HostTensors(TorchDispatchMode):
+    """Which functions are given tensors of the CPU beside those of a device, or tensors that no function has made but
+    a Python list: to bring them to a GPU waits for it, and no CUDA graph can be captured meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.made: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if len({t.device.type for t in given + made}) > 1:
+            self.found.add(str(function))
+        if any(t.device.type != "cpu" and id(t) not in self.made for t in given):
+            self.found.add(str(function))
+        self.made |= {id(t): t for t in made}
+        return result
+
+
+@pytest.mark.parametrize("op", ["mlp", "conv_relu_max_pool", "rnn"])
+def test_calls_bring_nothing_to_the_gpu(op: str, tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_cases = tool("gpu_cases")
+    launch = tool("gpu_tune")._launch
+    monkeypatch.setattr(launch, "launch", lambda *args, **options: None)
+    cases = [c for c in gpu_cases.all_cases() if c.op == op and c.dtype.itemsize == 2]
+    with launch.assume_target(launch.TARGETS[2]), torch.no_grad():
+        for case in cases:
+            launch.Plans.forget_all()
+            with HostTensors() as host:
+                run = case.make(torch.device("meta"))
+                run()
+                host.found.clear()  # what a plan keeps for the next call
+                run()
+            assert host.found == set(), case
+    launch.Plans.forget_all()
