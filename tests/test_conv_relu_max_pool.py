@@ -182,6 +182,73 @@ class TestAlgorithms:
         input = channels_last(input) if last else input
         assert_like_stock([input[:, size[1] :], *others], arguments)
 
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "arguments"),
+        [
+            ((3, 20, 8, 8), 40, (11, 11), geometry(2, padding=5, pool=3, pool_stride=2)),
+            ((2, 16, 7, 9), 20, (3, 5), geometry(2, padding=(4, 6), pool=3, pool_stride=1, pool_padding=1)),
+            ((2, 24, 14, 13), 3, (5, 4), geometry(2, stride=(3, 2), padding=2, dilation=(1, 2))),
+            ((2, 24, 6, 7, 8), 17, (3, 3, 3), geometry(3, stride=2, padding=1, pool=2, pool_stride=1)),
+            ((2, 18, 5, 6, 7), 24, (3, 2, 3), geometry(3, padding=(1, 0, 2), groups=2, pool_dilation=(1, 2, 1))),
+            ((2, 16, 6, 32), 33, (3, 3), geometry(2, padding=(1, 0), pool=(1, 5), pool_stride=2)),
+            ((4, 40, 33), 12, (9,), geometry(1, padding=4, groups=2, pool=3)),
+            ((1, 20, 3, 4), 4, (1, 1), geometry(2, padding=(2, 1), pool=1)),
+        ],
+    )
+    def test_kernels_that_reach_far_into_the_padding(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        last: bool,
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3], dtype)
+        assert_like_stock(tensors, arguments, gradients=False)
+        if last:
+            tensors[:2] = map(channels_last, tensors[:2])
+            assert_like_stock(tensors, arguments, gradients=False)
+
+    @pytest.mark.parametrize("last", ["", "input", "both"])
+    @pytest.mark.parametrize(
+        ("size", "multiplier", "kernel", "arguments"),
+        [
+            ((2, 37, 12, 11), 1, (3, 3), geometry(2, padding=1)),
+            ((3, 70, 8, 9), 1, (3, 5), geometry(2, padding=(4, 2), dilation=(2, 1), pool=3, pool_stride=2)),
+            ((2, 5, 9, 10), 2, (3, 3), geometry(2, stride=2, padding=1, pool=3, pool_stride=1, pool_padding=1)),
+            ((2, 33, 20, 150), 2, (2, 7), geometry(2, stride=(1, 2), padding=(0, 3), ceil_mode=True)),
+            ((1, 16, 70, 75), 1, (7, 7), geometry(2, stride=2, dilation=2, pool=3, pool_stride=2)),
+            ((2, 24, 17, 16, 19), 1, (2, 2, 2), geometry(3, stride=3, pool=3, pool_stride=2)),
+            ((1, 18, 14, 15, 16), 1, (3, 2, 3), geometry(3, padding=1, pool=3, pool_stride=(2, 1, 3), pool_padding=1)),
+            ((3, 40, 5, 6, 5), 1, (1, 1, 1), geometry(3, stride=(1, 2, 1), pool=2)),
+            ((2, 19, 200), 1, (11,), geometry(1, stride=5, padding=5, pool=3)),
+        ],
+    )
+    def test_depthwise(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        multiplier: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        last: str,
+    ) -> None:
+        groups = size[1]
+        arguments = (*arguments[:3], groups, *arguments[4:])
+        # Twice the channels: a slice of them is no tensor of its own, and reading it in place must stay inside.
+        input, weight, bias = make((size[0], 2 * groups, *size[2:]), groups * multiplier, kernel, 2 * groups, dtype)
+        input = channels_last(input) if last else input
+        weight = channels_last(weight) if last == "both" else weight
+        views = [input[:, groups:], input[:, :groups, ..., :1].expand(-1, -1, *size[2:-1], 60)]
+        if len(size) > 3:
+            views.append(input[:, :groups].transpose(-1, -2).contiguous().transpose(-1, -2))
+        for view in views:
+            assert_like_stock([view, weight, bias], arguments, gradients=False)
+
     @pytest.mark.parametrize(
         ("size", "out_channels", "kernel"), [((1, 512, 8, 8), 8, 3), ((2, 96, 20, 20), 2, 5), ((1, 512, 9, 9), 40, 7)]
     )
@@ -225,10 +292,12 @@ class TestAlgorithms:
             for alone, together, is_wanted in zip(some, gradients, wanted, strict=True):
                 assert torch.equal(alone, together) if is_wanted else alone.shape[0] == 0
 
-    @pytest.mark.parametrize(("groups", "algorithm"), [(1, "winners"), (2, "winners"), (64, "depthwise")])
-    def test_backward_with_channels_in_the_lanes(self, groups: int, algorithm: str) -> None:
-        input, weight, bias = make((2, 64, 9, 9), 64, (3, 3), groups)
-        assert RAW_ALGORITHM(input, weight, bias, flat(geometry(2, groups=groups)))[1] == algorithm
+    @pytest.mark.parametrize(("groups", "backward"), [(1, "winners"), (2, "winners"), (64, "depthwise")])
+    def test_which_has_channels_in_the_lanes(self, groups: int, backward: str) -> None:
+        tensors = make((2, 64, 9, 9), 64, (3, 3), groups)
+        chosen = RAW_ALGORITHM(*tensors, flat(geometry(2, groups=groups)))
+        assert chosen[1] == backward
+        assert (chosen[0] == "depthwise") == (groups == 64)
 
 
 class TestSpecialValues:
@@ -345,12 +414,14 @@ class TestThreads:
             ((1, 200, 7, 7), 100, (3, 3), geometry(2)),
             ((3, 8, 900), 16, (5,), geometry(1, pool=4)),
             ((1, 2, 12, 13, 14), 16, (3, 3, 3), geometry(3, pool=3, pool_stride=2)),
+            ((3, 30, 9, 9), 40, (7, 7), geometry(2, padding=3, pool=3, pool_stride=1)),
+            ((1, 70, 40, 40), 70, (5, 5), geometry(2, padding=2, groups=70, pool=3, pool_stride=2)),
         ],
     )
     def test_any_number_gives_the_same_bits(
         self, dtype: torch.dtype, size: tuple[int, ...], out_channels: int, kernel: Any, arguments: tuple[Any, ...]
     ) -> None:
-        tensors = make(size, out_channels, kernel, dtype=dtype)
+        tensors = make(size, out_channels, kernel, arguments[3], dtype)
         fused = FUSED[len(kernel)]
         expected = fused(*tensors, *arguments)
         for threads in (2, 3, 5):

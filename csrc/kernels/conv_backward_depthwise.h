@@ -30,14 +30,14 @@ DepthwiseShape depthwise_shape(const ConvPoolGeometry& g) {
 }
 
 template <class C>
-struct DepthwiseScratch {
+struct DepthwiseBackwardScratch {
   BandShape<C> shape;
   C* image;  // the input's padded image
   C* gradient;
   char* band;  // GradientBand's
   int64_t size;
 
-  DepthwiseScratch(const ConvPoolGeometry& g, void* memory) : shape(g, kLanes<C>) {
+  DepthwiseBackwardScratch(const ConvPoolGeometry& g, void* memory) : shape(g, kLanes<C>) {
     const DepthwiseShape s = depthwise_shape<C>(g);
     MemoryParts parts(memory);
     image = parts.take<C>(s.image);
@@ -61,13 +61,13 @@ bool depthwise_pays(const ConvPoolGeometry& g) {
 }
 
 template <class C>
-ConvPoolBackwardPlan plan_depthwise(const ConvPoolGeometry& g) {
+ConvPoolBackwardPlan plan_depthwise_backward(const ConvPoolGeometry& g) {
   const DepthwiseShape s = depthwise_shape<C>(g);
   ConvPoolBackwardPlan plan = {};
   plan.algorithm = ConvBackwardAlgorithm::depthwise;
   plan.packed_size = s.blocks * s.multiplier * s.taps;
   plan.weight_size = plan.packed_size;
-  plan.scratch_size = DepthwiseScratch<C>(g, nullptr).size;
+  plan.scratch_size = DepthwiseBackwardScratch<C>(g, nullptr).size;
   plan.blocks = s.blocks;
   return plan;
 }
@@ -91,7 +91,7 @@ void for_each_depthwise_weight(const ConvPoolGeometry& g, const ConvLayout& layo
 }
 
 template <class T>
-void pack_depthwise(const ConvPoolBackward<T>& call) {
+void pack_depthwise_backward(const ConvPoolBackward<T>& call) {
   using C = Compute<T>;
   fill_zeros(call.packed, call.plan.packed_size);
   for_each_depthwise_weight<C>(call.geometry, call.weight_layout,
@@ -259,7 +259,7 @@ class DepthwiseBackwardWorker {
   const ConvPoolBackward<T>& call_;
   const ConvPoolGeometry& g_;
   const DepthwiseShape s_;
-  const DepthwiseScratch<C> scratch_;
+  const DepthwiseBackwardScratch<C> scratch_;
   GradientBand<T> band_;
 };
 

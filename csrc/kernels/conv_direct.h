@@ -6,137 +6,10 @@
 // under several windows is computed once.
 #pragma once
 
-#include "conv_pool_tile.h"
+#include "conv_direct_plan.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
-
-constexpr int64_t kTileBytes = 256 << 10;  // a band's input: part of L2, beside a block's weight
-constexpr int64_t kStageBytes = 64 << 10;  // a band's output before it is transposed
-constexpr int64_t kRowPixels = 128;        // conv pixels of a ring row: a few rows stay in L1
-constexpr int64_t kTileRowPixels = 512;    // of a row that is pooled in registers: long runs to copy
-
-// Input rows (or slices, or columns) under `pooled` consecutive windows along dimension d.
-FASTNN_INLINE int64_t input_extent(const ConvPoolGeometry& g, int d, int64_t pooled) {
-  const int64_t conv = (pooled - 1) * g.pool_stride[d] + g.pool_extent(d);
-  return (conv - 1) * g.stride[d] + g.kernel_extent(d);
-}
-
-// Rows of conv pixels held at once: those under one window, or under a whole slice of windows where windows also
-// overlap in depth.
-struct RingShape {
-  int64_t slices, rows, columns;
-  bool persistent;  // whether the next pooled row needs some of them again
-};
-FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  const bool overlap_depth = g.output[0] > 1 && g.pool_extent(0) > g.pool_stride[0];
-  const bool overlap_height = g.output[1] > 1 && g.pool_extent(1) > g.pool_stride[1];
-  const int64_t rows = overlap_depth ? g.conv[1] : smaller(g.conv[1], g.pool_extent(1));
-  const int64_t columns = smaller(g.conv[2], (plan.columns - 1) * g.pool_stride[2] + g.pool_extent(2));
-  return {smaller(g.conv[0], g.pool_extent(0)), rows, columns, overlap_depth || overlap_height};
-}
-
-// From one channel's part of the tile to the next. An odd number of cache lines if channels come first: a power of two
-// would put all channels into few of the cache's sets.
-template <class C>
-int64_t channel_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  constexpr int64_t line = 64 / sizeof(C);
-  const int64_t size = input_extent(g, 0, 1) * input_extent(g, 1, plan.band) * input_extent(g, 2, plan.columns);
-  return plan.channels_last || size < line ? size : round_up(size, 2 * line) + line;
-}
-
-// A thread's scratch, cut into its parts.
-template <class C>
-struct DirectScratch {
-  C* tile;
-  C* ring;
-  C* stage;
-  uint8_t* winner_stage;
-  WindowRow<C>* window_rows;
-  int64_t* tags;     // which conv row each slot of the ring holds
-  int64_t* offsets;  // of the tile's elements under a conv pixel
-  int64_t size;
-
-  DirectScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
-    const RingShape ring_size = ring_shape(g, plan);
-    const int64_t blocks = ring_size.persistent ? divide_up(g.out_channels, kBlockChannels<C>) : 1;
-    const int64_t slots = blocks * ring_size.slices * ring_size.rows;
-    const int64_t stage_pixels = plan.band * plan.columns;
-    char* base = static_cast<char*>(memory);
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      char* part = base + used;
-      used += round_up(bytes, 64);
-      return part;
-    };
-    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : g.in_channels * channel_step<C>(g, plan) * sizeof(C)));
-    ring = reinterpret_cast<C*>(take(slots * ring_size.columns * kBlockChannels<C> * sizeof(C)));
-    stage = reinterpret_cast<C*>(take(stage_pixels * kBlockChannels<C> * sizeof(C)));
-    winner_stage = reinterpret_cast<uint8_t*>(take(stage_pixels * kBlockChannels<C>));
-    window_rows = reinterpret_cast<WindowRow<C>*>(
-        take(g.pool_kernel[0] * g.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
-    tags = reinterpret_cast<int64_t*>(take(slots * static_cast<int64_t>(sizeof(int64_t))));
-    offsets = reinterpret_cast<int64_t*>(take(g.depth() * static_cast<int64_t>(sizeof(int64_t))));
-    size = used;
-  }
-};
-
-template <class T>
-ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
-  using C = Compute<T>;
-  ConvPoolPlan plan = {};
-  plan.in_place = can_stay_in_place<T>(g, input);
-  plan.channels_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
-  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
-  const int64_t column = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, 1) * g.stride[2];
-  const int64_t room = smaller(kTileRowPixels, kTileBytes / 2 / (column * static_cast<int64_t>(sizeof(C))));
-  const int64_t row_pixels = windows_are_apart(g) ? larger(kRowPixels, room) : kRowPixels;
-  plan.column_parts = row <= row_pixels * 5 / 4 ? 1 : smaller(g.output[2], divide_up(row, row_pixels));
-  plan.columns = divide_up(g.output[2], plan.column_parts);
-  plan.column_parts = divide_up(g.output[2], plan.columns);
-
-  const int64_t slice = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 2, plan.columns);
-  plan.band = 1;
-  while (plan.band < g.output[1] &&
-         (plan.in_place || slice * input_extent(g, 1, plan.band + 1) * static_cast<int64_t>(sizeof(C)) <= kTileBytes) &&
-         (plan.band + 1) * plan.columns * kBlockChannels<C> * static_cast<int64_t>(sizeof(C)) <= kStageBytes) {
-    ++plan.band;
-  }
-  // Whole images where there are enough of them; else parts of their rows, and last of their channels.
-  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
-  const int64_t rows = g.output[0] * g.output[1];
-  const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
-  plan.items = g.batch * g.groups * plan.column_parts;
-  plan.row_parts = plan.items >= wanted ? 1 : smaller(rows, divide_up(wanted, plan.items));
-  plan.items *= plan.row_parts;
-  plan.block_parts = plan.items >= wanted ? 1 : smaller(blocks, divide_up(wanted, plan.items));
-  plan.items *= plan.block_parts;
-  plan.pack_items = g.groups * blocks;
-  plan.packed_size = g.groups * g.depth() * round_up(g.out_channels, kLanes<C>);
-  plan.scratch_size = DirectScratch<C>(g, plan, nullptr).size;
-  return plan;
-}
-
-// For one image and group: a group's output channels may not fill its vectors, and a short row's tile not the
-// multipliers' pipelines.
-template <class C>
-double direct_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
-  const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
-  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
-  const double accumulators = static_cast<double>(smaller(row, kConvPixels) * smaller(2, vectors));
-  const double pixels = static_cast<double>(row * g.conv[0] * g.conv[1]);
-  const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
-  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
-  const int64_t rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
-  const double elements = static_cast<double>(g.in_channels * rows * input_extent(g, 2, plan.columns));
-  const double copy = copy_cost(elements, static_cast<double>(plan.channels_last ? rows : rows * g.in_channels), false);
-  constexpr double kItem = 300, kRow = 60, kWayOut = 12, kPlace = 4;  // of a conv row; of a vector of pooled pixels
-  const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
-  const double windows =
-      static_cast<double>(vectors * g.pixels()) * (kWayOut + kPlace * static_cast<double>(g.places()));
-  return kItem + pixels * vectors * g.depth() * slow + (plan.in_place ? 0 : copy) + kRow * conv_rows + windows;
-}
 
 // weight -> [group][block of channels][depth][vectors x lanes], zeros where a block has fewer channels
 template <class T>
@@ -146,7 +19,6 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
   const ConvLayout& layout = call.weight_layout;
   const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
   const int64_t depth = g.depth();
-  const bool in_order = is_in_order(g, layout, call.plan.channels_last);
   for (int64_t item = first_item; item < last_item; ++item) {
     const int64_t group = item / blocks, first = item % blocks * kBlockChannels<C>;
     const int64_t count = smaller(g.out_channels - first, kBlockChannels<C>);
@@ -158,14 +30,7 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
         for (int64_t c = count; c < width; ++c) to[k * width + c] = 0;
       }
     }
-    if (in_order) {
-      transpose_matrix(from, layout.n, count, depth, to, width);
-      continue;
-    }
-    for_each_tap(g, call.plan.channels_last, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-      const T* element = from + c * layout.c + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
-      for (int64_t o = 0; o < count; ++o) to[k * width + o] = to_compute(element[o * layout.n]);
-    });
+    pack_taps(g, call.plan.order, from, layout, count, to, width);
   }
 }
 
@@ -180,18 +45,18 @@ class DirectForward {
         g_(call.geometry),
         plan_(call.plan),
         ring_(ring_shape(call.geometry, call.plan)),
-        windows_are_apart_(windows_are_apart(call.geometry)),
+        pools_in_tiles_(windows_are_apart(call.geometry) && !call.plan.skips_padding),
         scratch_(call.geometry, call.plan, memory) {
     if (plan_.in_place) {
       for (int d = 0; d < 3; ++d) step_[d] = call.input_layout.d[d];
       channel_step_ = call.input_layout.c;
     } else {
-      step_[2] = plan_.channels_last ? g_.in_channels : 1;
+      step_[2] = channels_inside() ? g_.in_channels : 1;
       step_[1] = step_[2] * input_extent(g_, 2, plan_.columns);
       step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
-      channel_step_ = plan_.channels_last ? 1 : channel_step<C>(g_, plan_);
+      channel_step_ = channels_inside() ? 1 : channel_step<C>(g_, plan_);
     }
-    for_each_tap(g_, plan_.channels_last, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+    for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       scratch_.offsets[k] = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
                             w * g_.dilation[2] * step_[2];
     });
@@ -201,13 +66,17 @@ class DirectForward {
     const int64_t blocks = divide_up(g_.out_channels, kBlockChannels<C>);
     const int64_t block_part = item % plan_.block_parts;
     item /= plan_.block_parts;
+    // Groups first where they share the input's cache lines.
+    const bool groups_first = call_.input_layout.c == 1;
+    if (groups_first) group_ = item % g_.groups;
+    if (groups_first) item /= g_.groups;
     const int64_t row_part = item % plan_.row_parts;
     item /= plan_.row_parts;
     first_column_ = item % plan_.column_parts * plan_.columns;
     last_column_ = smaller(first_column_ + plan_.columns, g_.output[2]);
     item /= plan_.column_parts;
-    group_ = item % g_.groups;
-    image_ = item / g_.groups;
+    if (!groups_first) group_ = item % g_.groups;
+    image_ = groups_first ? item : item / g_.groups;
     const int64_t rows = g_.output[0] * g_.output[1];
     const int64_t last_row = rows * (row_part + 1) / plan_.row_parts;
     forget_rows(blocks);
@@ -224,6 +93,8 @@ class DirectForward {
   }
 
  private:
+  bool channels_inside() const { return plan_.order == TapOrder::channels_last; }
+
   void forget_rows(int64_t blocks) {
     const int64_t slots = (ring_.persistent ? blocks : 1) * ring_.slices * ring_.rows;
     for (int64_t i = 0; i < slots; ++i) scratch_.tags[i] = -1;
@@ -244,13 +115,15 @@ class DirectForward {
     }
     const int64_t past = (last_column_ - 1) * g_.pool_stride[2] - g_.pool_padding[2] + g_.pool_extent(2);
     conv_columns_ = larger(0, smaller(past, g_.conv[2]) - first_conv_[2]);
-    if (plan_.in_place) {
+    if (plan_.skips_padding) {
+      source_ = {reinterpret_cast<const C*>(input), {step_[0], step_[1], step_[2]}};
+    } else if (plan_.in_place) {
       // Of the type computed in, or the plan would not be to leave it there.
       tile_ = reinterpret_cast<const C*>(input) + used.first[0] * step_[0] + used.first[1] * step_[1] +
               used.first[2] * step_[2];
     } else {
       tile_ = scratch_.tile;
-      fill_tile(g_, input, layout, plan_.channels_last, used);
+      fill_tile(g_, input, layout, channels_inside(), used);
     }
   }
 
@@ -278,7 +151,7 @@ class DirectForward {
     for (int64_t row = first; row < last; ++row) {
       C* to = scratch_.stage + (row - first) * columns * pixel;
       uint8_t* winners = scratch_.winner_stage + (row - first) * columns * pixel;
-      if (windows_are_apart_ && pool_in_tiles<vectors, with_winners>(block, slice, row, bias, to, winners)) continue;
+      if (pools_in_tiles_ && pool_in_tiles<vectors, with_winners>(block, slice, row, bias, to, winners)) continue;
       const int64_t count = window_rows<vectors>(block, slice, row, bias);
       pool_row<C, vectors, with_winners>(g_, scratch_.window_rows, count, first_conv_[2], first_column_, last_column_,
                                          to, winners);
@@ -359,8 +232,13 @@ class DirectForward {
         C* pixels = scratch_.ring + slot * ring_.columns * kBlockChannels<C>;
         if (scratch_.tags[slot] != z * g_.conv[1] + y) {
           scratch_.tags[slot] = z * g_.conv[1] + y;
-          conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, g_.depth(),
-                            block_weight(block), bias, conv_columns_, pixels);
+          if (plan_.skips_padding) {
+            conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
+                                     conv_columns_, pixels);
+          } else {
+            conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, g_.depth(),
+                              block_weight(block), bias, conv_columns_, pixels);
+          }
         }
         scratch_.window_rows[count++] = {pixels, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
       }
@@ -385,9 +263,10 @@ class DirectForward {
   const ConvPoolGeometry& g_;
   const ConvPoolPlan& plan_;
   const RingShape ring_;
-  const bool windows_are_apart_;
+  const bool pools_in_tiles_;
   const DirectScratch<C> scratch_;
   const C* tile_;  // the band's first conv pixel, first tap
+  InputSource<C> source_;
   int64_t step_[3], channel_step_;
   int64_t image_, group_, first_column_, last_column_, conv_columns_;
   int64_t first_conv_[3];

@@ -1,8 +1,8 @@
 // Forward for few output channels in a group: the vector's lanes hold independent pieces of the problem instead.
 //
-// The pieces are bands of rows of the images, which share their weight, or, for one input channel a group (depthwise),
-// the groups of one image. A thread gathers the input of a vector's pieces side by side; then all that direct
-// convolution does to a number is done to a vector, with no lane idle and none to be moved for stride or pooling.
+// The pieces are bands of rows of the images, which share their weight. A thread gathers the input of a vector's pieces
+// side by side; then all that direct convolution does to a number is done to a vector, with no lane idle and none to be
+// moved for stride or pooling.
 #pragma once
 
 #include "conv_lanes_plan.h"
@@ -10,36 +10,29 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// weight -> [group][block of output channels][depth][channel], or depthwise [output channel][depth][group]
+// weight -> [group][block of output channels][depth][channel]
 template <class T>
 void pack_lanes(const ConvPoolForward<T>& call) {
   const ConvPoolGeometry& g = call.geometry;
   const ConvLayout& layout = call.weight_layout;
   const int64_t blocks = divide_up(g.out_channels, kLaneOutputs);
-  const int64_t groups = round_up(g.groups, call.plan.lane_vectors * kLanes<Compute<T>>);
   for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t o = 0; o < g.out_channels; ++o) {
       const T* from = call.weight + (group * g.out_channels + o) * layout.n;
-      Compute<T>* to = call.packed + o * g.depth() * groups + group;
-      int64_t step = groups;
-      if (!call.plan.lanes_are_groups) {
-        const int64_t block = ((o + 1) * blocks - 1) / g.out_channels;
-        const int64_t first = g.out_channels * block / blocks, last = g.out_channels * (block + 1) / blocks;
-        to = call.packed + (group * g.out_channels + first) * g.depth() + o - first;
-        step = last - first;
-      }
-      for_each_tap(g, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-        to[k * step] = to_compute(from[c * layout.c + d * layout.d[0] + h * layout.d[1] + w * layout.d[2]]);
+      const int64_t block = ((o + 1) * blocks - 1) / g.out_channels;
+      const int64_t first = g.out_channels * block / blocks, last = g.out_channels * (block + 1) / blocks;
+      Compute<T>* to = call.packed + (group * g.out_channels + first) * g.depth() + o - first;
+      for_each_tap(g, TapOrder::channels_first, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+        to[k * (last - first)] = to_compute(from[c * layout.c + d * layout.d[0] + h * layout.d[1] + w * layout.d[2]]);
       });
     }
   }
 }
 
-// The register tile: `pixels` conv pixels of `outputs` output channels, `vectors` vectors of pieces each. The weight
-// is one number for all lanes, or a vector of numbers.
-template <int pixels, int outputs, int vectors, bool shared_weight, class C>
+// The register tile: `pixels` conv pixels of `outputs` output channels, `vectors` vectors of pieces each.
+template <int pixels, int outputs, int vectors, class C>
 FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
-                              int64_t weight_step, const Vec<C> (&bias)[outputs][vectors], C* to, int64_t output_step) {
+                              const Vec<C> (&bias)[outputs][vectors], C* to, int64_t output_step) {
   constexpr int64_t pixel = vectors * kLanes<C>;
   Vec<C> total[pixels * outputs][vectors];
   for (int p = 0; p < pixels; ++p) {
@@ -55,13 +48,10 @@ FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offset
       for (int v = 0; v < vectors; ++v) value[v] = load(at + p * step + v * kLanes<C>);
 #pragma GCC unroll 12
       for (int o = 0; o < outputs; ++o) {
-        for (int v = 0; v < vectors; ++v) {
-          const Vec<C> factor = shared_weight ? broadcast<C>(weight[o]) : load(weight + v * kLanes<C>);
-          total[p * outputs + o][v] += value[v] * factor;
-        }
+        for (int v = 0; v < vectors; ++v) total[p * outputs + o][v] += value[v] * broadcast<C>(weight[o]);
       }
     }
-    weight += weight_step;
+    weight += outputs;
   });
   for (int p = 0; p < pixels; ++p) {
     for (int o = 0; o < outputs; ++o) {
@@ -89,39 +79,23 @@ class LanesForward {
     step_[1] = step_[2] * piece_extent(piece_, 2);
     step_[0] = step_[1] * piece_extent(piece_, 1);
     channel_step_ = pixel_ > 1 ? lanes_ : step_[0] * piece_extent(piece_, 0);
-    if (call.plan.in_place) {
-      for (int d = 0; d < 3; ++d) step_[d] = layout.d[d];
-    }
     ring_slices_ = smaller(piece_.conv[0], piece_.pool_extent(0));
     ring_rows_ = smaller(piece_.conv[1], piece_.pool_extent(1));
-    for_each_tap(g_, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+    for_each_tap(g_, TapOrder::channels_first, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       scratch_.offsets[k] = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
                             w * g_.dilation[2] * step_[2];
     });
   }
 
   void run(int64_t item) {
-    if (call_.plan.lanes_are_groups) {
-      const int64_t parts = divide_up(g_.groups, lanes_);
-      first_piece_ = item / parts;
-      group_ = item % parts * lanes_;
-      live_ = smaller(lanes_, g_.groups - group_);
-    } else {
-      group_ = item % g_.groups;
-      first_piece_ = item / g_.groups * lanes_;
-      live_ = smaller(lanes_, g_.batch * call_.plan.bands - first_piece_);
-    }
+    group_ = item % g_.groups;
+    first_piece_ = item / g_.groups * lanes_;
+    live_ = smaller(lanes_, g_.batch * call_.plan.bands - first_piece_);
     for (int64_t i = 0; i < live_; ++i) {
       const int64_t piece = first_piece_ + i, bands = call_.plan.bands;
-      pieces_[i] = call_.plan.lanes_are_groups ? Lane{first_piece_, group_ + i, 0}
-                                               : Lane{piece / bands, group_, piece % bands * piece_.output[1]};
+      pieces_[i] = {piece / bands, piece % bands * piece_.output[1]};
     }
-    tile_ = scratch_.tile;
-    if (call_.plan.in_place) {
-      tile_ = reinterpret_cast<const C*>(call_.input + first_piece_ * call_.input_layout.n + group_);
-    } else {
-      load_tile();
-    }
+    load_tile();
     if (call_.plan.lane_vectors == 2) {
       run_blocks<2>();
     } else {
@@ -130,18 +104,16 @@ class LanesForward {
   }
 
  private:
-  // A lane's image, group and first pooled row.
+  // A lane's image and first pooled row.
   struct Lane {
-    int64_t image, group, row;
+    int64_t image, row;
   };
   void load_tile() {
     const ConvLayout& layout = call_.input_layout;
     const int64_t rows = piece_extent(piece_, 1), columns = piece_extent(piece_, 2);
     const int64_t left = smaller(g_.padding[2], columns), count = larger(0, smaller(g_.input[2], columns - left));
     const int64_t row_size = columns * pixel_, plane = rows * row_size;
-    const bool side_by_side = call_.plan.lanes_are_groups && layout.c == 1;
-    const bool dense_images =
-        call_.plan.bands == 1 && pixel_ == 1 && layout.d[2] == 1 && layout.d[1] == g_.input[2] && !side_by_side;
+    const bool dense_images = call_.plan.bands == 1 && pixel_ == 1 && layout.d[2] == 1 && layout.d[1] == g_.input[2];
     if (!dense_images) fill_zeros(scratch_.plane, lanes_ * plane);  // the padding, and lanes without a piece
     for (int64_t c = 0; c < (pixel_ > 1 ? 1 : g_.in_channels); ++c) {
       for (int64_t d = 0; d < piece_extent(piece_, 0); ++d) {
@@ -151,20 +123,16 @@ class LanesForward {
           fill_zeros(to, plane * lanes_);
           continue;
         }
-        if (side_by_side) {
-          for (int64_t h = 0; h < rows; ++h) load_channels(z, h - g_.padding[1], left, count, to + h * step_[1]);
-          continue;
-        }
         if (dense_images) {
           const Lane& lane = pieces_[0];
-          load_images(
-              call_.input + lane.image * layout.n + (lane.group * g_.in_channels + c) * layout.c + z * layout.d[0], to);
+          load_images(call_.input + lane.image * layout.n + (group_ * g_.in_channels + c) * layout.c + z * layout.d[0],
+                      to);
           continue;
         }
         for (int64_t i = 0; i < live_; ++i) {
           const Lane& lane = pieces_[i];
           const T* from =
-              call_.input + lane.image * layout.n + (lane.group * g_.in_channels + c) * layout.c + z * layout.d[0];
+              call_.input + lane.image * layout.n + (group_ * g_.in_channels + c) * layout.c + z * layout.d[0];
           const int64_t first = lane.row * g_.pool_stride[1] * g_.stride[1] - g_.padding[1];
           for (int64_t h = 0; h < rows; ++h) {
             C* row = scratch_.plane + i * plane + h * row_size + left * pixel_;
@@ -180,7 +148,7 @@ class LanesForward {
     }
   }
 
-  // A slice of whole images, or of the groups of one, dense in memory: transposed in one run of all its rows, each
+  // A slice of whole images, dense in memory: transposed in one run of all its rows, each
   // pixel's lanes stored where its row and column lie between the padding.
   void load_images(const T* from, C* to) {
     constexpr int64_t width = kLanes<C>;
@@ -197,7 +165,7 @@ class LanesForward {
       fill_zeros(padding + (left + used_columns) * lanes_, (columns - left - used_columns) * lanes_);
     }
     C* const first = to + (top * columns + left) * lanes_;
-    const int64_t stride = call_.plan.lanes_are_groups ? call_.input_layout.c : call_.input_layout.n;
+    const int64_t stride = call_.input_layout.n;
     for (int64_t v = 0; v * width < lanes_; ++v) {
       const T* lanes = from + v * width * stride;
       int64_t row = 0, column = 0;
@@ -220,48 +188,28 @@ class LanesForward {
     }
   }
 
-  // A row whose lanes lie side by side in the input as well.
-  void load_channels(int64_t z, int64_t y, int64_t left, int64_t count, C* to) {
-    const ConvLayout& layout = call_.input_layout;
-    fill_zeros(to, step_[1]);
-    if (z < 0 || z >= g_.input[0] || y < 0 || y >= g_.input[1]) return;
-    const T* from = call_.input + first_piece_ * layout.n + group_ + z * layout.d[0] + y * layout.d[1];
-    for (int64_t w = 0; w < count; ++w) copy_run(from + w * layout.d[2], 1, live_, to + (left + w) * lanes_);
-  }
-
   template <int vectors>
   void run_blocks() {
-    if (call_.plan.lanes_are_groups) {
-      for (int64_t o = 0; o < g_.out_channels; ++o) run_block<vectors, 1, false>(o);
-      return;
-    }
     const int64_t blocks = divide_up(g_.out_channels, kLaneOutputs);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = g_.out_channels * b / blocks, last = g_.out_channels * (b + 1) / blocks;
       with_constant<kLaneOutputs>(static_cast<int>(last - first),
-                                  [&](auto outputs) { run_block<vectors, decltype(outputs)::value, true>(first); });
+                                  [&](auto outputs) { run_block<vectors, decltype(outputs)::value>(first); });
     }
   }
 
-  template <int vectors, int outputs, bool shared_weight>
+  template <int vectors, int outputs>
   void run_block(int64_t first) {
     Vec<C> bias[outputs][vectors] = {};
     for (int o = 0; o < outputs && call_.bias; ++o) {
-      const T* from = call_.bias + group_ * g_.out_channels + first + o;
-      for (int v = 0; v < vectors; ++v) {
-        C lanes[kLanes<C>];
-        for (int64_t i = 0; i < kLanes<C>; ++i) {
-          const int64_t group = shared_weight ? 0 : smaller(v * kLanes<C> + i, live_ - 1);
-          lanes[i] = to_compute(from[group * g_.out_channels]);
-        }
-        bias[o][v] = load(lanes);
-      }
+      const C value = to_compute(call_.bias[group_ * g_.out_channels + first + o]);
+      for (int v = 0; v < vectors; ++v) bias[o][v] = broadcast<C>(value);
     }
     for (int64_t i = 0; i < ring_slices_ * ring_rows_; ++i) scratch_.tags[i] = -1;
     const int64_t pixel = vectors * kLanes<C>, plane = piece_.conv[2] * pixel;
     for (int64_t z = 0; z < piece_.output[0]; ++z) {
       for (int64_t y = 0; y < piece_.output[1]; ++y) {
-        const int64_t count = window_rows<vectors, outputs, shared_weight>(first, z, y, bias);
+        const int64_t count = window_rows<vectors, outputs>(first, z, y, bias);
         for (int o = 0; o < outputs; ++o) {
           const int64_t at = (o * piece_.pixels() + (z * piece_.output[1] + y) * piece_.output[2]) * pixel;
           if (call_.winners) {
@@ -282,7 +230,7 @@ class LanesForward {
     }
   }
 
-  template <int vectors, int outputs, bool shared_weight>
+  template <int vectors, int outputs>
   int64_t window_rows(int64_t first, int64_t slice, int64_t row, const Vec<C> (&bias)[outputs][vectors]) {
     const PlaceRange slices = places_inside(piece_, 0, slice), rows = places_inside(piece_, 1, row);
     const int64_t row_size = outputs * piece_.conv[2] * lanes_;
@@ -295,8 +243,8 @@ class LanesForward {
         C* pixels = scratch_.ring + slot * row_size;
         if (scratch_.tags[slot] != z * piece_.conv[1] + y) {
           scratch_.tags[slot] = z * piece_.conv[1] + y;
-          conv_row<vectors, outputs, shared_weight>(
-              first, tile_ + z * g_.stride[0] * step_[0] + y * g_.stride[1] * step_[1], bias, pixels);
+          conv_row<vectors, outputs>(first, scratch_.tile + z * g_.stride[0] * step_[0] + y * g_.stride[1] * step_[1],
+                                     bias, pixels);
         }
         scratch_.window_rows[count++] = {pixels, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
       }
@@ -304,17 +252,14 @@ class LanesForward {
     return count;
   }
 
-  template <int vectors, int outputs, bool shared_weight>
+  template <int vectors, int outputs>
   void conv_row(int64_t first, const C* tile, const Vec<C> (&bias)[outputs][vectors], C* to) {
     constexpr int together = kLaneOutputs / outputs < kLanePixels ? kLaneOutputs / outputs : kLanePixels;
-    const int64_t groups = round_up(g_.groups, lanes_), step = g_.stride[2] * step_[2], count = piece_.conv[2];
-    const C* weight = shared_weight ? call_.packed + (group_ * g_.out_channels + first) * g_.depth()
-                                    : call_.packed + first * g_.depth() * groups + group_;
-    const int64_t weight_step = shared_weight ? outputs : groups;
+    const int64_t step = g_.stride[2] * step_[2], count = piece_.conv[2];
+    const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
     const auto run = [&](auto pixels, int64_t x) {
-      lanes_tile<decltype(pixels)::value, outputs, vectors, shared_weight>(tile + x * step, step, scratch_.offsets,
-                                                                           g_.depth(), weight, weight_step, bias,
-                                                                           to + x * lanes_, count * lanes_);
+      lanes_tile<decltype(pixels)::value, outputs, vectors>(tile + x * step, step, scratch_.offsets, g_.depth(), weight,
+                                                            bias, to + x * lanes_, count * lanes_);
     };
     int64_t x = 0;
     for (; x + together <= count; x += together) run(Constant<together>{}, x);
@@ -326,18 +271,13 @@ class LanesForward {
   void write(int64_t output, const From* from, From* row, To* tensor) {
     const ConvLayout& layout = call_.output_layout;
     const int64_t pixels = piece_.pixels();
-    if (call_.plan.lanes_are_groups && layout.c == 1 && g_.out_channels == 1) {
-      To* to = tensor + first_piece_ * layout.n + group_;
-      for (int64_t i = 0; i < pixels; ++i) copy_out(from + i * lanes_, live_, to + i * layout.d[2]);
-      return;
-    }
     transpose_matrix(from, lanes_, pixels, lanes_, row, pixels);
     for (int64_t i = 0; i < live_; ++i) {
       const Lane& lane = pieces_[i];
       const int64_t rows = smaller(piece_.output[1], g_.output[1] - lane.row);
       for (int64_t z = 0; z < g_.output[0] && rows > 0; ++z) {
         const From* source = row + i * pixels + z * piece_.output[1] * piece_.output[2];
-        To* to = tensor + lane.image * layout.n + (lane.group * g_.out_channels + output) * layout.c + z * layout.d[0] +
+        To* to = tensor + lane.image * layout.n + (group_ * g_.out_channels + output) * layout.c + z * layout.d[0] +
                  lane.row * layout.d[1];
         const int64_t count = rows * g_.output[2];
         if (layout.d[2] == 1) {
@@ -354,7 +294,6 @@ class LanesForward {
   const ConvPoolGeometry piece_;
   const int64_t lanes_;
   const LanesScratch<C> scratch_;
-  const C* tile_;
   int64_t pixel_;  // elements of the input that are copied as one run with a column's: its channels, or 1
   int64_t step_[3], channel_step_, ring_slices_, ring_rows_;
   int64_t first_piece_, group_, live_;

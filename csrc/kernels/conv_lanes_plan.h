@@ -50,13 +50,11 @@ struct LanesScratch {
     const int64_t slots = smaller(piece.conv[0], piece.pool_extent(0)) * smaller(piece.conv[1], piece.pool_extent(1));
     const int64_t columns = piece_extent(piece, 2);
     const int64_t rows = piece_extent(piece, 1);
-    tile = reinterpret_cast<C*>(
-        take(plan.in_place ? 0 : piece.in_channels * piece_extent(piece, 0) * rows * columns * element));
+    tile = reinterpret_cast<C*>(take(piece.in_channels * piece_extent(piece, 0) * rows * columns * element));
     ring = reinterpret_cast<C*>(take(slots * outputs * piece.conv[2] * element));
     stage = reinterpret_cast<C*>(take(outputs * piece.pixels() * element));
     winner_stage = reinterpret_cast<uint8_t*>(take(outputs * piece.pixels() * lanes));
-    plane = reinterpret_cast<C*>(
-        take(larger(plan.in_place ? 0 : columns * rows * piece.in_channels, piece.pixels()) * element));
+    plane = reinterpret_cast<C*>(take(larger(columns * rows * piece.in_channels, piece.pixels()) * element));
     winner_plane = reinterpret_cast<uint8_t*>(take(piece.pixels() * lanes));
     window_rows = reinterpret_cast<WindowRow<C>*>(
         take(piece.pool_kernel[0] * piece.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
@@ -72,45 +70,39 @@ struct LanesPlan {
   double useful;
 };
 
-template <class T>
-LanesPlan plan_lanes(const ConvPoolGeometry& g, const ConvLayout& input) {
-  using C = Compute<T>;
+template <class C>
+LanesPlan plan_lanes(const ConvPoolGeometry& g) {
   LanesPlan best = {};
-  const bool depthwise = g.in_channels == 1 && g.groups >= kLanes<C>;
   // Bands have the same geometry only if no window reaches over the edge.
   const bool whole = g.pool_padding[1] == 0 && (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1) <= g.conv[1];
-  const int64_t most_bands = whole && !depthwise ? g.output[1] : 1;
+  const int64_t most_bands = whole ? g.output[1] : 1;
   const double multiplications =
       static_cast<double>(g.out_channels) * g.taps() / (g.stride[0] * g.stride[1] * g.stride[2]);
   constexpr double kCopying = 16;  // what bringing a vector in and out costs, in multiplications
   for (int64_t bands = 1; bands <= most_bands; ++bands) {
     const ConvPoolGeometry piece = piece_geometry(g, bands);
-    const double pieces = static_cast<double>(depthwise ? g.groups : g.batch * bands);
+    const double pieces = static_cast<double>(g.batch * bands);
     for (int vectors = 1; vectors <= 2; ++vectors) {
       const int64_t lanes = vectors * kLanes<C>;
       const int64_t tile = piece.in_channels * piece_extent(piece, 0) * piece_extent(piece, 1) * piece_extent(piece, 2);
-      const bool in_place = depthwise && input.c == 1 && g.groups % lanes == 0 && can_stay_in_place<T>(g, input);
-      if (!in_place && tile * lanes * static_cast<int64_t>(sizeof(C)) > kLaneTileBytes) continue;
+      if (tile * lanes * static_cast<int64_t>(sizeof(C)) > kLaneTileBytes) continue;
       const double halo = static_cast<double>(bands * piece_extent(piece, 1)) / piece_extent(g, 1);
       const double full =
           pieces / round_up(static_cast<int64_t>(pieces), lanes) * g.output[1] / (bands * piece.output[1]);
-      const double copying = in_place ? 0 : kCopying * halo;
-      const double useful = full * multiplications / (multiplications + copying) * (vectors == 1 ? 0.95 : 1);
+      const double useful = full * multiplications / (multiplications + kCopying * halo) * (vectors == 1 ? 0.95 : 1);
       if (useful <= best.useful) continue;
       best.useful = useful;
       best.plan.bands = bands;
       best.plan.lane_vectors = vectors;
-      best.plan.lanes_are_groups = depthwise;
-      best.plan.in_place = in_place;
     }
   }
   if (best.useful == 0) return best;
   ConvPoolPlan& plan = best.plan;
   const int64_t lanes = plan.lane_vectors * kLanes<C>;
   plan.algorithm = ConvAlgorithm::lanes;
-  plan.items = depthwise ? g.batch * divide_up(g.groups, lanes) : divide_up(g.batch * plan.bands, lanes) * g.groups;
+  plan.items = divide_up(g.batch * plan.bands, lanes) * g.groups;
   plan.pack_items = 1;
-  plan.packed_size = g.depth() * g.out_channels * round_up(g.groups, lanes);
+  plan.packed_size = g.depth() * g.out_channels * g.groups;
   plan.scratch_size = LanesScratch<C>(piece_geometry(g, plan.bands), plan, nullptr).size;
   return best;
 }
@@ -118,11 +110,18 @@ LanesPlan plan_lanes(const ConvPoolGeometry& g, const ConvLayout& input) {
 // For one image and group, in vector multiply-adds.
 template <class C>
 double lanes_cost(const ConvPoolGeometry& g, const ConvLayout& input, const LanesPlan& lanes) {
+  constexpr double kPixel = 5, kPlace = 4, kRun = 12;  // of a vector; of a row that is copied before it is transposed
+  const ConvPoolGeometry piece = piece_geometry(g, lanes.plan.bands);
   const double pixels = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
-  const double multiplications = static_cast<double>(g.out_channels * g.depth()) * pixels / kLanes<C>;
-  // Lanes are channels or images: what comes out in the other order is written number by number.
-  const bool scattered = input.c == 1 && !(lanes.plan.lanes_are_groups && g.out_channels == 1);
-  return multiplications / lanes.useful + (scattered ? 25.0 : 3.0) * static_cast<double>(g.out_channels * g.pixels());
+  const double multiplications = static_cast<double>(g.out_channels * g.depth()) * pixels;
+  const double pooling = kPixel * pixels + kPlace * static_cast<double>(g.pixels() * g.places());
+  const double vectors = (multiplications + pooling * static_cast<double>(g.out_channels)) / kLanes<C>;
+  const bool dense = lanes.plan.bands == 1 && input.d[2] == 1 && input.d[1] == g.input[2];
+  const int64_t rows = lanes.plan.bands * piece_extent(piece, 0) * piece_extent(piece, 1);
+  const double runs = dense ? 0 : static_cast<double>(input.c == 1 ? rows : rows * g.in_channels);
+  const bool scattered = input.c == 1;  // what comes out is written number by number
+  return vectors / lanes.useful + kRun * runs +
+         (scattered ? 25.0 : 3.0) * static_cast<double>(g.out_channels * g.pixels());
 }
 
 }  // namespace FASTNN_ISA

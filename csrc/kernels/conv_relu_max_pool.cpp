@@ -2,6 +2,7 @@
 
 #include "conv_backward.h"
 #include "conv_backward_depthwise.h"
+#include "conv_depthwise.h"
 #include "conv_direct.h"
 #include "conv_lanes.h"
 #include "conv_rows.h"
@@ -20,11 +21,14 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t th
   if (!exact && sizeof(C) == sizeof(float) && winograd_pays<C>(g)) return plan_winograd<C>(g);
   const ConvPoolPlan direct = plan_direct<T>(g, input, threads);
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
-  const double direct_costs = direct_cost<C>(g, direct);
+  const double direct_costs = direct_cost<C>(g, input, direct);
   if (direct_costs < 1.02 * least) return direct;
-  const LanesPlan lanes = plan_lanes<T>(g, input);
+  const LanesPlan lanes = plan_lanes<C>(g);
   const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
   const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
+  const ConvPoolPlan depthwise = depthwise_applies(g) ? plan_depthwise<T>(g, input, threads) : direct;
+  const double depthwise_costs = depthwise_applies(g) ? depthwise_cost<C>(g, depthwise) : direct_costs;
+  if (depthwise_costs < direct_costs && depthwise_costs < rows_costs && depthwise_costs < lanes_costs) return depthwise;
   if (rows_costs < direct_costs && rows_costs < lanes_costs) return plan_rows<T>(g, input, threads);
   return lanes_costs < direct_costs ? lanes.plan : direct;
 }
@@ -46,6 +50,8 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
       return pack_rows(call, first_item, last_item);
     case ConvAlgorithm::lanes:
       return pack_lanes(call);
+    case ConvAlgorithm::depthwise:
+      return pack_depthwise(call, first_item, last_item);
     case ConvAlgorithm::winograd:
       return pack_winograd(call, first_item, last_item);
   }
@@ -60,6 +66,8 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
       return forward_rows(call, first_item, last_item, scratch);
     case ConvAlgorithm::lanes:
       return forward_lanes(call, first_item, last_item, scratch);
+    case ConvAlgorithm::depthwise:
+      return forward_depthwise(call, first_item, last_item, scratch);
     case ConvAlgorithm::winograd:
       return forward_winograd(call, first_item, last_item, scratch);
   }
@@ -67,7 +75,7 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
 
 template <class C>
 ConvPoolBackwardPlan plan_backward(const ConvPoolGeometry& g) {
-  return depthwise_pays<C>(g) ? plan_depthwise<C>(g) : plan_runs<C>(g);
+  return depthwise_pays<C>(g) ? plan_depthwise_backward<C>(g) : plan_runs<C>(g);
 }
 
 template <class T>
@@ -77,7 +85,7 @@ bool is_depthwise(const ConvPoolBackward<T>& call) {
 
 template <class T>
 void pack_backward(const ConvPoolBackward<T>& call) {
-  return is_depthwise(call) ? pack_depthwise(call) : pack_runs(call);
+  return is_depthwise(call) ? pack_depthwise_backward(call) : pack_runs(call);
 }
 
 template <class T>

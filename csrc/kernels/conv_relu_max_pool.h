@@ -36,11 +36,19 @@ struct ConvLayout {
   int64_t n, c, d[3];
 };
 
+// The order of a packed weight's depth, the innermost last.
+enum class TapOrder : int32_t {
+  channels_first,  // channel, slice, row, column of the kernel
+  channels_last,   // slice, row, column, channel
+  columns_first,   // column, slice, row, channel
+};
+
 enum class ConvAlgorithm : int32_t {
-  direct,    // conv_direct.h: output channels in the vector's lanes
-  rows,      // conv_rows.h: consecutive pixels in the lanes
-  lanes,     // conv_lanes.h: independent pieces of the problem in the lanes
-  winograd,  // conv_winograd.h: fewer multiplications
+  direct,     // conv_direct.h: output channels in the vector's lanes
+  rows,       // conv_rows.h: consecutive pixels in the lanes
+  lanes,      // conv_lanes.h: independent pieces of the problem in the lanes
+  depthwise,  // conv_depthwise.h: groups of one channel in the lanes
+  winograd,   // conv_winograd.h: fewer multiplications
 };
 
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.
@@ -51,14 +59,14 @@ struct ConvPoolPlan {
   int64_t pack_items;             // independent pieces of packing
   int64_t scratch_size;           // bytes, a thread
   bool in_place;                  // the input is read where it lies, not from a padded copy
-  bool channels_last;             // the order of the tile's elements and so of the packed weight's
+  bool skips_padding;             // and no tap outside it is taken
+  TapOrder order;                 // of the packed weight
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together
   int64_t row_parts, block_parts;
   // conv_lanes.h
   int64_t bands;  // of an image's rows: pieces
   int lane_vectors;
-  bool lanes_are_groups;
 };
 
 template <class T>

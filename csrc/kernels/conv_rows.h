@@ -17,47 +17,42 @@ void pack_rows(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_
   const ConvPoolGeometry& g = call.geometry;
   const ConvLayout& layout = call.weight_layout;
   const int64_t blocks = divide_up(g.out_channels, kRowOutputs), depth = g.depth();
-  const bool in_order = is_in_order(g, layout, false);
   for (int64_t item = first_item; item < last_item; ++item) {
     const int64_t group = item / blocks, block = item % blocks;
     const int64_t first = g.out_channels * block / blocks, count = g.out_channels * (block + 1) / blocks - first;
     const T* from = call.weight + (group * g.out_channels + first) * layout.n;
     Compute<T>* to = call.packed + (group * g.out_channels + first) * depth;
-    if (in_order) {
-      transpose_matrix(from, layout.n, count, depth, to, count);
-      continue;
-    }
-    for_each_tap(g, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-      const T* element = from + c * layout.c + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
-      for (int64_t o = 0; o < count; ++o) to[k * count + o] = to_compute(element[o * layout.n]);
-    });
+    pack_taps(g, TapOrder::channels_first, from, layout, count, to, count);
   }
 }
 
-// The register tile: `vectors` vectors of consecutive pixels of each of `outputs` channels.
+// The register tile: `vectors` vectors of consecutive pixels of each of `outputs` channels, the vectors from first[..]
+// on.
 template <int outputs, int vectors, class C>
-FASTNN_INLINE void rows_tile(const C* tile, const int64_t* offsets, int64_t depth, const C* weight, const C* bias,
-                             C* to, int64_t to_step) {
+FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t* offsets, int64_t depth,
+                             const C* weight, const C* bias, C* to, int64_t to_step) {
+  const C* from[vectors];
+  for (int v = 0; v < vectors; ++v) from[v] = tile + first[v];
   Vec<C> total[outputs][vectors];
   for (int o = 0; o < outputs; ++o) {
     for (int v = 0; v < vectors; ++v) total[o][v] = broadcast<C>(bias[o]);
   }
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
-    const C* at = tile + offsets[k];
+    const int64_t offset = offsets[k];
     if constexpr (outputs <= vectors) {
       Vec<C> factor[outputs];
 #pragma GCC unroll 16
       for (int o = 0; o < outputs; ++o) factor[o] = broadcast<C>(weight[o]);
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) {
-        const Vec<C> value = load(at + v * kLanes<C>);
+        const Vec<C> value = load(from[v] + offset);
 #pragma GCC unroll 16
         for (int o = 0; o < outputs; ++o) total[o][v] += value * factor[o];
       }
     } else {
       Vec<C> value[vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) value[v] = load(at + v * kLanes<C>);
+      for (int v = 0; v < vectors; ++v) value[v] = load(from[v] + offset);
 #pragma GCC unroll 16
       for (int o = 0; o < outputs; ++o) {
         const Vec<C> factor = broadcast<C>(weight[o]);
@@ -70,7 +65,7 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* offsets, int64_t dept
 #pragma GCC unroll 16
   for (int o = 0; o < outputs; ++o) {
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) store(to + o * to_step + v * kLanes<C>, total[o][v]);
+    for (int v = 0; v < vectors; ++v) store(to + o * to_step + first[v], total[o][v]);
   }
 }
 
@@ -104,7 +99,7 @@ class RowsForward {
       s_.channel = call.input_layout.c;
       s_.slice = call.input_layout.d[0];
     }
-    for_each_tap(g_, false, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+    for_each_tap(g_, TapOrder::channels_first, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       const int64_t row = h * g_.dilation[1], column = w * g_.dilation[2];
       scratch_.offsets[k] = c * s_.channel + d * g_.dilation[0] * s_.slice + row % g_.stride[1] * s_.phase[0] +
                             row / g_.stride[1] * s_.pitch + column % g_.stride[2] * s_.phase[1] + column / g_.stride[2];
@@ -136,9 +131,7 @@ class RowsForward {
     const T* image = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
     // The last band has no more rows than are left.
     const int64_t past = (last_ - 1) * g_.pool_stride[1] - g_.pool_padding[1] + g_.pool_extent(1);
-    s_.conv[1] = smaller(past, g_.conv[1]) - first_conv_[1];
-    s_.run = (s_.conv[1] - 1) * s_.pitch + g_.conv[2];
-    s_.vectors = divide_up(s_.run, kLanes<C>);
+    set_rows<C>(g_, smaller(past, g_.conv[1]) - first_conv_[1], s_);
     if (call_.plan.in_place) {
       // Of the type computed in, or the plan would not be to leave it there.
       tile_ = reinterpret_cast<const C*>(image) + first_conv_[0] * layout.d[0] + first_conv_[1] * layout.d[1];
@@ -225,19 +218,22 @@ class RowsForward {
   void conv_slice(int64_t first, const C* tile, const C* bias, C* to) {
     constexpr int most = row_vectors(outputs);
     const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
-    const auto run_tile = [&](int64_t from, int64_t count) {
+    // In the input, nothing may be read beyond the run: its last vector ends with it, as a row's does.
+    const int64_t last = s_.by_rows ? g_.conv[2] : call_.plan.in_place ? s_.run : s_.vectors * kLanes<C>;
+    const int64_t in_row = s_.by_rows ? divide_up(last, kLanes<C>) : s_.vectors;
+    const int64_t tiles = divide_up(s_.vectors, most);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t begin = s_.vectors * t / tiles, count = s_.vectors * (t + 1) / tiles - begin;
+      int64_t at[most];
+      for (int64_t v = 0; v < count; ++v) {
+        const int64_t row = (begin + v) / in_row, column = (begin + v) % in_row * kLanes<C>;
+        at[v] = row * s_.pitch + smaller(column, last - kLanes<C>);
+      }
       with_constant<most>(static_cast<int>(count), [&](auto vectors) {
-        rows_tile<outputs, decltype(vectors)::value>(tile + from, scratch_.offsets, g_.depth(), weight, bias, to + from,
+        rows_tile<outputs, decltype(vectors)::value>(tile, at, scratch_.offsets, g_.depth(), weight, bias, to,
                                                      scratch_.pixel_step);
       });
-    };
-    // In the input, nothing may be read beyond the run: its last vector ends with it.
-    const int64_t whole = call_.plan.in_place ? s_.run / kLanes<C> : s_.vectors, tiles = divide_up(whole, most);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t from = whole * t / tiles;
-      run_tile(from * kLanes<C>, whole * (t + 1) / tiles - from);
     }
-    if (whole < s_.vectors) run_tile(s_.run - kLanes<C>, 1);
   }
 
   // What windows find beside the rows of one channel.

@@ -21,24 +21,33 @@ struct RowShape {
   int64_t margin;        // columns beside a conv row that windows reach to
   int64_t pitch;         // of a row of pixels
   int64_t run;           // pixels of a slice, from the first to the last
-  int64_t vectors;       // that hold them
+  bool by_rows;          // vectors begin anew with each row, or else go along the run
+  int64_t vectors;       // of a slice
   int64_t phase[2];      // of rows and columns: from one plane of the tile to the next
   int64_t slice;         // from one input slice to the next
   int64_t channel;       // from one input channel to the next
   int64_t slices, rows;  // of the input, rows of one phase
 };
 
+// `rows` conv rows in a slice. Along the run, vectors are computed for what lies between the rows as well.
+template <class C>
+void set_rows(const ConvPoolGeometry& g, int64_t rows, RowShape& s) {
+  s.conv[1] = rows;
+  s.run = (rows - 1) * s.pitch + g.conv[2];
+  const int64_t along_run = divide_up(s.run, kLanes<C>), apart = rows * divide_up(g.conv[2], kLanes<C>);
+  s.by_rows = g.conv[2] >= kLanes<C> && apart < along_run;
+  s.vectors = s.by_rows ? apart : along_run;
+}
+
 template <class C>
 RowShape row_shape(const ConvPoolGeometry& g, int64_t band) {
   RowShape s;
   constexpr int64_t line = 64 / sizeof(C);
   s.conv[0] = smaller(g.conv[0], g.pool_extent(0));
-  s.conv[1] = smaller(g.conv[1], (band - 1) * g.pool_stride[1] + g.pool_extent(1));
   const int64_t past = (g.output[2] - 1) * g.pool_stride[2] - g.pool_padding[2] + g.pool_extent(2);
   s.margin = larger(g.pool_padding[2], larger(0, past - g.conv[2]));
   s.pitch = g.conv[2] + larger((g.kernel_extent(2) - 1) / g.stride[2], s.margin);
-  s.run = (s.conv[1] - 1) * s.pitch + g.conv[2];
-  s.vectors = divide_up(s.run, kLanes<C>);
+  set_rows<C>(g, smaller(g.conv[1], (band - 1) * g.pool_stride[1] + g.pool_extent(1)), s);
   s.slices = (s.conv[0] - 1) * g.stride[0] + g.kernel_extent(0);
   s.rows = s.conv[1] + (g.kernel_extent(1) - 1) / g.stride[1];
   s.phase[1] = s.rows * s.pitch;
@@ -63,7 +72,7 @@ struct RowScratch {
   RowScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
     const RowShape s = row_shape<C>(g, plan.band);
     const int64_t outputs = smaller(g.out_channels, kRowOutputs), element = sizeof(C);
-    pixel_step = s.vectors * kLanes<C> + 2 * s.margin + kLanes<C>;
+    pixel_step = round_up(s.run, kLanes<C>) + 2 * s.margin + kLanes<C>;
     stage_step = plan.band * g.output[2] + kLanes<C>;  // whole vectors are stored
     char* base = static_cast<char*>(memory);
     int64_t used = 0;
@@ -97,7 +106,7 @@ FASTNN_INLINE bool rows_stay_in_place(const ConvPoolGeometry& g, const ConvLayou
   const bool strided = g.stride[0] * g.stride[1] * g.stride[2] > 1;
   const int64_t past = smaller(g.conv[1], (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1));
   const int64_t last_rows = past - (plan.row_parts - 1) * plan.band * g.pool_stride[1];
-  return can_stay_in_place<T>(g, input) && !strided && input.d[2] == 1 && input.d[1] == pitch &&
+  return can_stay_in_place<T>(g, input, kRowOutputs) && !strided && input.d[2] == 1 && input.d[1] == pitch &&
          g.pool_padding[1] == 0 && (last_rows - 1) * pitch + g.conv[2] >= kLanes<Compute<T>>;
 }
 

@@ -15,37 +15,104 @@ FASTNN_INLINE int64_t round_up(int64_t a, int64_t multiple) {
   return divide_up(a, multiple) * multiple;
 }
 
-// Calls body(k, channel, kernel position) over the depth of the product, in the order of the tile's memory.
+// Where an element of the weight stands in the depth of the product.
+FASTNN_INLINE int64_t tap_position(const ConvPoolGeometry& g, TapOrder order, int64_t c, int64_t d, int64_t h,
+                                   int64_t w) {
+  const int64_t row = d * g.kernel[1] + h;
+  switch (order) {
+    case TapOrder::channels_last:
+      return (row * g.kernel[2] + w) * g.in_channels + c;
+    case TapOrder::columns_first:
+      return (w * g.kernel[0] * g.kernel[1] + row) * g.in_channels + c;
+    default:
+      return c * g.taps() + row * g.kernel[2] + w;
+  }
+}
+
+// Calls body(k, channel, kernel position) over the depth of the product.
 template <class Body>
-FASTNN_INLINE void for_each_tap(const ConvPoolGeometry& g, bool channels_last, const Body& body) {
-  int64_t k = 0;
-  const int64_t outer = channels_last ? 1 : g.in_channels, inner = channels_last ? g.in_channels : 1;
-  for (int64_t co = 0; co < outer; ++co) {
+FASTNN_INLINE void for_each_tap(const ConvPoolGeometry& g, TapOrder order, const Body& body) {
+  for (int64_t c = 0; c < g.in_channels; ++c) {
     for (int64_t d = 0; d < g.kernel[0]; ++d) {
       for (int64_t h = 0; h < g.kernel[1]; ++h) {
-        for (int64_t w = 0; w < g.kernel[2]; ++w) {
-          for (int64_t ci = 0; ci < inner; ++ci) body(k++, co + ci, d, h, w);
-        }
+        for (int64_t w = 0; w < g.kernel[2]; ++w) body(tap_position(g, order, c, d, h, w), c, d, h, w);
       }
     }
   }
 }
 
-// Whether the elements of one output channel's weight are one run in memory, in the order of for_each_tap.
-FASTNN_INLINE bool is_in_order(const ConvPoolGeometry& g, const ConvLayout& weight, bool channels_last) {
-  const bool joined = weight.d[1] == weight.d[2] * g.kernel[2] && weight.d[0] == weight.d[1] * g.kernel[1];
-  return joined &&
-         (channels_last ? weight.c == 1 && weight.d[2] == g.in_channels : weight.d[2] == 1 && weight.c == g.taps());
+// The way out of scratch.
+template <class C, class T>
+FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load_up_to<C>(from + i, count - i), count - i);
+}
+FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
+  if (count > 0) __builtin_memcpy(to, from, count);
 }
 
-// Whether a tile is of use: not where the input has the type computed in, no padding, and its channels don't all fall
-// into the same few sets of the cache.
+template <class C, class T>
+FASTNN_INLINE void copy_one(C from, T* to) {
+  *to = from_compute<T>(from);
+}
+FASTNN_INLINE void copy_one(uint8_t from, uint8_t* to) {
+  *to = from;
+}
+
+// The weights of `count` output channels -> to (depth, width), the first `count` elements of each row.
 template <class T>
-FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input) {
+void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const ConvLayout& layout, int64_t count,
+               Compute<T>* to, int64_t width) {
+  constexpr int64_t some = 64, least = 8, most = 64;  // taps at a time, output channels
+  const int64_t taps = g.taps();
+  const bool joined = layout.d[1] == layout.d[2] * g.kernel[2] && layout.d[0] == layout.d[1] * g.kernel[1];
+  if (joined && layout.c == 1 && order == TapOrder::channels_last && layout.d[2] == g.in_channels) {
+    return transpose_matrix(from, layout.n, count, g.depth(), to, width);
+  }
+  if (joined && layout.d[2] == 1 && order == TapOrder::channels_first && layout.c == taps) {
+    return transpose_matrix(from, layout.n, count, g.depth(), to, width);
+  }
+  if (layout.c == 1 && order != TapOrder::channels_first) {  // runs of channels
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t d = tap / (g.kernel[1] * g.kernel[2]), h = tap / g.kernel[2] % g.kernel[1], w = tap % g.kernel[2];
+      transpose_matrix(from + d * layout.d[0] + h * layout.d[1] + w * layout.d[2], layout.n, count, g.in_channels,
+                       to + tap_position(g, order, 0, d, h, w) * width, width);
+    }
+    return;
+  }
+  if (joined && layout.d[2] == 1 && count >= least && count <= most) {  // runs of taps, put in their places afterwards
+    Compute<T> rows[some * most];
+    for (int64_t c = 0; c < g.in_channels; ++c) {
+      for (int64_t first = 0; first < taps; first += some) {
+        const int64_t last = smaller(first + some, taps);
+        transpose_matrix(from + c * layout.c + first, layout.n, count, last - first, rows, most);
+        for (int64_t tap = first; tap < last; ++tap) {
+          const int64_t d = tap / (g.kernel[1] * g.kernel[2]), h = tap / g.kernel[2] % g.kernel[1];
+          copy_out(rows + (tap - first) * most, count, to + tap_position(g, order, c, d, h, tap % g.kernel[2]) * width);
+        }
+      }
+    }
+    return;
+  }
+  for_each_tap(g, order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+    const T* element = from + c * layout.c + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
+    for (int64_t o = 0; o < count; ++o) to[k * width + o] = to_compute(element[o * layout.n]);
+  });
+}
+
+// Whether the input's channels all fall into the same few sets of the cache.
+FASTNN_INLINE bool channels_are_crowded(const ConvPoolGeometry& g, const ConvLayout& input, int64_t element) {
   constexpr int64_t kSetsApart = 4096, kFewChannels = 8;
+  return input.c * element % kSetsApart == 0 && g.in_channels > kFewChannels;
+}
+
+// Whether a tile is of use: not where the input has the type computed in and no padding, unless it is read again and
+// again from few sets of the cache.
+template <class T>
+FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, int64_t block_channels) {
   const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
-  const bool crowded = input.c * static_cast<int64_t>(sizeof(T)) % kSetsApart == 0 && g.in_channels > kFewChannels;
-  return sizeof(T) == sizeof(Compute<T>) && !padded && !crowded;
+  const bool crowded = channels_are_crowded(g, input, sizeof(T));
+  const bool read_once = g.taps() == 1 && g.out_channels <= block_channels;
+  return sizeof(T) == sizeof(Compute<T>) && !padded && (!crowded || read_once);
 }
 
 // What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, by whether
@@ -73,23 +140,6 @@ FASTNN_INLINE void copy_run(const T* from, int64_t stride, int64_t count, C* to)
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i * stride]);
   }
-}
-
-// The way out of scratch.
-template <class C, class T>
-FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
-  for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load_up_to<C>(from + i, count - i), count - i);
-}
-FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
-  if (count > 0) __builtin_memcpy(to, from, count);
-}
-
-template <class C, class T>
-FASTNN_INLINE void copy_one(C from, T* to) {
-  *to = from_compute<T>(from);
-}
-FASTNN_INLINE void copy_one(uint8_t from, uint8_t* to) {
-  *to = from;
 }
 
 template <class C>

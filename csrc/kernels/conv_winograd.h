@@ -32,7 +32,7 @@ bool winograd_pays(const ConvPoolGeometry& g) {
   if (!winograd_applies(g)) return false;
   const double in = static_cast<double>(g.in_channels), out = static_cast<double>(g.out_channels), lanes = kLanes<C>;
   const double direct = 36 * in * out / lanes;
-  const double transforms = 130 * in / lanes + 90 * out / lanes + 80 * in * out / lanes / (g.batch * g.pixels());
+  const double transforms = 130 * in / lanes + 90 * out / lanes + 400 * in * out / lanes / (g.batch * g.pixels());
   return 16 * in * out / lanes + transforms < 0.85 * direct;
 }
 

@@ -31,12 +31,15 @@ ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes
 
 // Plans alike in this and in packed_size take the same packed weight.
 inline int64_t packing_of(const ConvPoolPlan& plan) {
-  return static_cast<int64_t>(plan.algorithm) * 4 + plan.channels_last * 2 + plan.lanes_are_groups;
+  return static_cast<int64_t>(plan.algorithm) * 4 + static_cast<int64_t>(plan.order);
 }
 
-// A kernel of one element that strides over the input: the same over a view of what it meets.
-inline void skip_unused_input(ConvPoolGeometry& g, ConvLayout& input) {
+// Conv pixels beyond the last window are none, and a kernel of one element that strides over the input is the same over
+// a view of what it meets.
+inline void skip_unused(ConvPoolGeometry& g, ConvLayout& input) {
   for (int d = 0; d < 3; ++d) {
+    const int64_t used = (g.output[d] - 1) * g.pool_stride[d] - g.pool_padding[d] + g.pool_extent(d);
+    g.conv[d] = std::max<int64_t>(1, std::min(g.conv[d], used));
     if (g.kernel[d] != 1 || g.padding[d] != 0) continue;
     g.input[d] = g.conv[d];
     input.d[d] *= g.stride[d];
@@ -48,7 +51,7 @@ inline void skip_unused_input(ConvPoolGeometry& g, ConvLayout& input) {
 template <class T>
 void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
-  skip_unused_input(call.geometry, call.input_layout);
+  skip_unused(call.geometry, call.input_layout);
   call.plan = kernels.plan(call.geometry, call.input_layout, threads, false);
   if (!kernels.plan_holds(call)) call.plan = kernels.plan(call.geometry, call.input_layout, threads, true);
 }

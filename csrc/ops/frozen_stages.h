@@ -104,7 +104,7 @@ class FrozenConv : public FrozenStage<T> {
   void pack(const Ints& input, PackedWriter& packed) const override {
     const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
     ConvPoolForward<T> call = call_of(problem(input).geometry);
-    skip_unused_input(call.geometry, call.input_layout);
+    skip_unused(call.geometry, call.input_layout);
     call.plan = kernels.plan(call.geometry, call.input_layout, 1, false);
     call.packed = packed.give<T>(packing_of(call.plan), call.plan.packed_size);
     if (call.packed) kernels.pack(call, 0, call.plan.pack_items);
@@ -126,7 +126,7 @@ class FrozenConv : public FrozenStage<T> {
     ConvPoolForward<T> call{};
     call.geometry = g;
     call.input_layout = contiguous_layout(g.groups * g.in_channels, g.input);
-    skip_unused_input(call.geometry, call.input_layout);
+    skip_unused(call.geometry, call.input_layout);
     call.weight = weight_;
     call.weight_layout = contiguous_layout(g.in_channels, g.kernel);
     call.bias = bias_;

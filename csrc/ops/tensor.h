@@ -112,7 +112,7 @@ auto with_dtype(ScalarType dtype, const Body& body) {
 
 // A thread's own block of scratch memory, kept so that a small call pays neither for the allocator nor for fresh pages.
 struct ThreadScratch {
-  static constexpr size_t kBytes = 1 << 20;
+  static constexpr size_t kBytes = 8 << 20;  // of addresses: memory, as far as it has been used
   char* data = nullptr;
   size_t used = 0;  // of a stack
 

@@ -1,0 +1,155 @@
+// What conv_depthwise.h works on: blocks of groups, the slots of its input, scratch memory, the plan and its cost.
+#pragma once
+
+#include "conv_direct_plan.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int64_t kUnitBytes = 128 << 10;  // of an image or a slice that is transposed at once
+
+// Groups [first, first + live) in one or two vectors.
+template <class C>
+struct DepthwiseBlock {
+  int64_t first, live, lanes;
+
+  DepthwiseBlock(const ConvPoolGeometry& g, int64_t first_group) : first(first_group) {
+    live = smaller(kBlockChannels<C>, g.groups - first);
+    lanes = round_up(live, kLanes<C>);
+  }
+};
+
+template <class C>
+struct DepthwiseTap {
+  const C* input;  // under the first conv pixel of a row
+  const C* weight;
+};
+
+// What is transposed at a time: the image if it is small, else a slice of it, else a row.
+struct InputUnits {
+  bool whole_image, whole_slices;  // the former implies the latter
+  bool as_it_lies;                 // the memory from the unit's first element to its last
+  int64_t size;                    // elements of a channel
+  int64_t d[3];                    // strides in the unit
+  int64_t slices, rows;            // slots, of which each holds a unit
+  int64_t input_rows;
+
+  int64_t slots() const { return (whole_image ? 1 : slices) * (whole_slices ? 1 : rows); }
+  int64_t unit_of(int64_t z, int64_t y) const { return (whole_image ? 0 : z) * input_rows + (whole_slices ? 0 : y); }
+  int64_t slot_of(int64_t z, int64_t y) const {
+    return whole_image ? 0 : whole_slices ? z % slices : z % slices * rows + y % rows;
+  }
+};
+
+template <class C>
+InputUnits input_units(const ConvPoolGeometry& g, const ConvLayout& input) {
+  constexpr int64_t kFarApart = 4;
+  const int64_t most = kUnitBytes / (kBlockChannels<C> * static_cast<int64_t>(sizeof(C)));
+  InputUnits u = {};
+  u.input_rows = g.input[1];
+  // Where there is little between the elements, it is taken along.
+  u.as_it_lies = input.c != 1 && input.d[2] >= 1 && input.d[2] <= kFarApart;
+  const int64_t row = (g.input[2] - 1) * input.d[2] + 1, slice = (g.input[1] - 1) * input.d[1] + row;
+  const int64_t image = (g.input[0] - 1) * input.d[0] + slice;
+  const bool dense_slice = u.as_it_lies && input.d[1] >= row && input.d[1] < 2 * row;
+  const bool dense_image = dense_slice && (g.input[0] == 1 || (input.d[0] >= slice && input.d[0] < 2 * slice));
+  u.whole_slices = dense_slice && slice <= most;
+  u.whole_image = u.whole_slices && dense_image && image <= most;
+  u.size = u.whole_image ? image : u.whole_slices ? slice : u.as_it_lies ? row : g.input[2];
+  for (int d = 0; d < 3; ++d) u.d[d] = u.as_it_lies ? input.d[d] : 1;
+  // As many as lie under a row of windows; of all rows, if slices are needed again and there is room.
+  u.slices = smaller(g.input[0], input_extent(g, 0, 1));
+  u.rows = smaller(g.input[1], input_extent(g, 1, 1));
+  const bool overlap_depth = input_extent(g, 0, 2) < 2 * input_extent(g, 0, 1);
+  if (g.output[0] > 1 && overlap_depth && u.slices * g.input[1] * u.size <= 4 * most) u.rows = g.input[1];
+  return u;
+}
+
+template <class C>
+struct DepthwiseScratch {
+  C* tile;   // [slot][element][lane]
+  C* ring;   // [slot][column][lane]
+  C* stage;  // [pooled pixel][lane]
+  uint8_t* winner_stage;
+  DepthwiseTap<C>* taps;
+  DepthwiseTap<C>* edge_taps;
+  WindowRow<C>* window_rows;
+  int64_t* tags;             // which conv row each slot of the ring holds
+  int64_t* unit_tags;        // which unit each slot of the tile holds
+  int64_t rings, ring_size;  // a ring for each output of an item's blocks, if rows are needed again
+  int64_t size;
+
+  DepthwiseScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const InputUnits& units, void* memory) {
+    const RingShape shape = ring_shape(g, plan);
+    const int64_t slots = shape.slices * shape.rows, lanes = kBlockChannels<C>, element = sizeof(C);
+    const int64_t blocks = divide_up(divide_up(g.groups, kBlockChannels<C>), plan.block_parts);
+    rings = shape.persistent ? blocks * g.out_channels : 1;
+    ring_size = slots * shape.columns * lanes;
+    const int64_t stage_pixels = plan.band * g.output[2];
+    char* base = static_cast<char*>(memory);
+    int64_t used = 0;
+    const auto take = [&](int64_t bytes) {
+      char* part = base + used;
+      used += round_up(bytes, 64);
+      return part;
+    };
+    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : units.slots() * units.size * lanes * element));
+    ring = reinterpret_cast<C*>(take(rings * ring_size * element));
+    stage = reinterpret_cast<C*>(take(stage_pixels * lanes * element));
+    winner_stage = reinterpret_cast<uint8_t*>(take(stage_pixels * lanes));
+    const int64_t tap_bytes = g.taps() * static_cast<int64_t>(sizeof(DepthwiseTap<C>));
+    taps = reinterpret_cast<DepthwiseTap<C>*>(take(tap_bytes));
+    edge_taps = reinterpret_cast<DepthwiseTap<C>*>(take(tap_bytes));
+    window_rows = reinterpret_cast<WindowRow<C>*>(
+        take(g.pool_kernel[0] * g.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
+    tags = reinterpret_cast<int64_t*>(take(rings * slots * static_cast<int64_t>(sizeof(int64_t))));
+    unit_tags = reinterpret_cast<int64_t*>(take(units.slots() * static_cast<int64_t>(sizeof(int64_t))));
+    size = used;
+  }
+};
+
+FASTNN_INLINE bool depthwise_applies(const ConvPoolGeometry& g) {
+  return g.in_channels == 1 && g.groups > 1;
+}
+
+template <class T>
+ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
+  using C = Compute<T>;
+  ConvPoolPlan plan = {};
+  plan.algorithm = ConvAlgorithm::depthwise;
+  plan.in_place = input.c == 1 && sizeof(T) == sizeof(C);
+  plan.columns = g.output[2];
+  const int64_t rows = g.output[0] * g.output[1];
+  const int64_t row_bytes = g.output[2] * kBlockChannels<C> * static_cast<int64_t>(sizeof(C));
+  plan.band = larger(1, smaller(rows, kStageBytes / row_bytes));
+  const int64_t blocks = divide_up(g.groups, kBlockChannels<C>);
+  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
+  // In place, a thread has all blocks, which lie side by side in the input, as long as there is enough else to share.
+  plan.block_parts = !plan.in_place ? blocks : g.batch >= wanted ? 1 : smaller(blocks, divide_up(wanted, g.batch));
+  if (plan.in_place) {
+    const int64_t under_row = g.groups * g.input[2] * input_extent(g, 1, 1) * input_extent(g, 0, 1);
+    plan.band = larger(1, smaller(plan.band, kTileBytes / (under_row * static_cast<int64_t>(sizeof(C)))));
+  }
+  const int64_t others = g.batch * plan.block_parts;
+  plan.row_parts = others >= wanted ? 1 : smaller(rows, divide_up(wanted, others));
+  plan.items = others * plan.row_parts;
+  plan.pack_items = g.out_channels * blocks;
+  plan.packed_size = g.out_channels * round_up(g.groups, kLanes<C>) * g.taps();
+  plan.scratch_size = DepthwiseScratch<C>(g, plan, input_units<C>(g, input), nullptr).size;
+  return plan;
+}
+
+// For one image and group, in vector multiply-adds.
+template <class C>
+double depthwise_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  constexpr double kProduct = 1.5, kRow = 60, kPixel = 5, kWayOut = 12;
+  const double rows = static_cast<double>(g.conv[0] * g.conv[1]), pixels = rows * static_cast<double>(g.conv[2]);
+  const double products = pixels * static_cast<double>(g.taps()) * share_inside(g);
+  const double windows = static_cast<double>(g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
+  const double input = plan.in_place ? 0 : kTransposeCost * static_cast<double>(g.input[0] * g.input[1] * g.input[2]);
+  const double vector = g.out_channels * (kProduct * products + kRow * rows + kPixel * pixels + windows) + input;
+  return vector * static_cast<double>(divide_up(g.groups, kLanes<C>)) / static_cast<double>(g.groups);
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

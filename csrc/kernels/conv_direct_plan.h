@@ -1,0 +1,168 @@
+// What conv_direct.h works on: its ring of conv rows, its scratch memory, the plan and its cost.
+#pragma once
+
+#include "conv_pool_tile.h"
+#include "conv_row_inside.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int64_t kTileBytes = 256 << 10;  // a band's input: part of L2, beside a block's weight
+constexpr int64_t kStageBytes = 64 << 10;  // a band's output before it is transposed
+constexpr int64_t kRowPixels = 128;        // conv pixels of a ring row: a few rows stay in L1
+constexpr int64_t kTileRowPixels = 512;    // of a row that is pooled in registers: long runs to copy
+
+// Input rows (or slices, or columns) under `pooled` consecutive windows along dimension d.
+FASTNN_INLINE int64_t input_extent(const ConvPoolGeometry& g, int d, int64_t pooled) {
+  const int64_t conv = (pooled - 1) * g.pool_stride[d] + g.pool_extent(d);
+  return (conv - 1) * g.stride[d] + g.kernel_extent(d);
+}
+
+// Rows of conv pixels held at once: those under one window, or under a whole slice of windows where windows also
+// overlap in depth.
+struct RingShape {
+  int64_t slices, rows, columns;
+  bool persistent;  // whether the next pooled row needs some of them again
+};
+FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  const bool overlap_depth = g.output[0] > 1 && g.pool_extent(0) > g.pool_stride[0];
+  const bool overlap_height = g.output[1] > 1 && g.pool_extent(1) > g.pool_stride[1];
+  const int64_t rows = overlap_depth ? g.conv[1] : smaller(g.conv[1], g.pool_extent(1));
+  const int64_t columns = smaller(g.conv[2], (plan.columns - 1) * g.pool_stride[2] + g.pool_extent(2));
+  return {smaller(g.conv[0], g.pool_extent(0)), rows, columns, overlap_depth || overlap_height};
+}
+
+// From one channel's part of the tile to the next. An odd number of cache lines if channels come first: a power of two
+// would put all channels into few of the cache's sets.
+template <class C>
+int64_t channel_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  constexpr int64_t line = 64 / sizeof(C);
+  const int64_t size = input_extent(g, 0, 1) * input_extent(g, 1, plan.band) * input_extent(g, 2, plan.columns);
+  return plan.order == TapOrder::channels_last || size < line ? size : round_up(size, 2 * line) + line;
+}
+
+// A thread's scratch, cut into its parts.
+template <class C>
+struct DirectScratch {
+  C* tile;
+  C* ring;
+  C* stage;
+  uint8_t* winner_stage;
+  WindowRow<C>* window_rows;
+  int64_t* tags;     // which conv row each slot of the ring holds
+  int64_t* offsets;  // of the tile's elements under a conv pixel
+  int64_t size;
+
+  DirectScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
+    const RingShape ring_size = ring_shape(g, plan);
+    const int64_t blocks = ring_size.persistent ? divide_up(g.out_channels, kBlockChannels<C>) : 1;
+    const int64_t slots = blocks * ring_size.slices * ring_size.rows;
+    const int64_t stage_pixels = plan.band * plan.columns;
+    char* base = static_cast<char*>(memory);
+    int64_t used = 0;
+    const auto take = [&](int64_t bytes) {
+      char* part = base + used;
+      used += round_up(bytes, 64);
+      return part;
+    };
+    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : g.in_channels * channel_step<C>(g, plan) * sizeof(C)));
+    ring = reinterpret_cast<C*>(take(slots * ring_size.columns * kBlockChannels<C> * sizeof(C)));
+    stage = reinterpret_cast<C*>(take(stage_pixels * kBlockChannels<C> * sizeof(C)));
+    winner_stage = reinterpret_cast<uint8_t*>(take(stage_pixels * kBlockChannels<C>));
+    window_rows = reinterpret_cast<WindowRow<C>*>(
+        take(g.pool_kernel[0] * g.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
+    tags = reinterpret_cast<int64_t*>(take(slots * static_cast<int64_t>(sizeof(int64_t))));
+    offsets = reinterpret_cast<int64_t*>(take(g.depth() * static_cast<int64_t>(sizeof(int64_t))));
+    size = used;
+  }
+};
+
+// `skips_padding`: the input is read in place, whatever its padding.
+template <class T>
+ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool skips_padding) {
+  using C = Compute<T>;
+  ConvPoolPlan plan = {};
+  plan.skips_padding = skips_padding;
+  plan.in_place = skips_padding || can_stay_in_place<T>(g, input, kBlockChannels<C>);
+  const bool channels_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
+  plan.order = skips_padding ? inside_order(g) : channels_last ? TapOrder::channels_last : TapOrder::channels_first;
+  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
+  const int64_t column = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, 1) * g.stride[2];
+  const int64_t room = smaller(kTileRowPixels, kTileBytes / 2 / (column * static_cast<int64_t>(sizeof(C))));
+  const int64_t row_pixels = windows_are_apart(g) && !skips_padding ? larger(kRowPixels, room) : kRowPixels;
+  plan.column_parts = row <= row_pixels * 5 / 4 ? 1 : smaller(g.output[2], divide_up(row, row_pixels));
+  plan.columns = divide_up(g.output[2], plan.column_parts);
+  plan.column_parts = divide_up(g.output[2], plan.columns);
+
+  const int64_t slice = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 2, plan.columns);
+  plan.band = 1;
+  while (plan.band < g.output[1] &&
+         (plan.in_place || slice * input_extent(g, 1, plan.band + 1) * static_cast<int64_t>(sizeof(C)) <= kTileBytes) &&
+         (plan.band + 1) * plan.columns * kBlockChannels<C> * static_cast<int64_t>(sizeof(C)) <= kStageBytes) {
+    ++plan.band;
+  }
+  // Whole images where there are enough of them; else parts of their rows, and last of their channels.
+  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
+  const int64_t rows = g.output[0] * g.output[1];
+  const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
+  plan.items = g.batch * g.groups * plan.column_parts;
+  plan.row_parts = plan.items >= wanted ? 1 : smaller(rows, divide_up(wanted, plan.items));
+  if (input.c == 1 && g.groups > 1) {  // so that the groups find their input in cache
+    const int64_t bytes =
+        g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(T));
+    plan.row_parts = larger(plan.row_parts, smaller(rows, divide_up(bytes, kTileBytes)));
+  }
+  plan.items *= plan.row_parts;
+  plan.block_parts = plan.items >= wanted ? 1 : smaller(blocks, divide_up(wanted, plan.items));
+  plan.items *= plan.block_parts;
+  plan.pack_items = g.groups * blocks;
+  plan.packed_size = g.groups * g.depth() * round_up(g.out_channels, kLanes<C>);
+  plan.scratch_size = DirectScratch<C>(g, plan, nullptr).size;
+  return plan;
+}
+
+// Of a place in a vector of windows: pool_row's fast way is for few rows and columns.
+FASTNN_INLINE double place_cost(const ConvPoolGeometry& g) {
+  return g.pool_kernel[0] * g.pool_kernel[1] <= 3 && g.pool_kernel[2] <= 3 ? 4 : 12;
+}
+
+// For one image and group: a group's output channels may not fill its vectors, and a short row's tile not the
+// multipliers' pipelines.
+template <class C>
+double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
+  const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
+  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
+  const double accumulators = static_cast<double>(smaller(row, kConvPixels) * smaller(2, vectors));
+  const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
+  const double multiplications = static_cast<double>(vectors * row * g.conv[0] * g.conv[1] * g.depth()) * slow;
+  const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
+  constexpr double kItem = 300, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
+  const double windows =
+      static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
+  const double cost = kItem + kRow * conv_rows + windows;
+  if (plan.skips_padding) {
+    constexpr double kPass = 20, kAdded = 2;  // of a pass over a conv row; of a vector of it
+    const double added = static_cast<double>(row * smaller(2, vectors)) * kAdded;
+    const double crowded = channels_are_crowded(g, input, sizeof(C)) && g.taps() > 1 ? 1.6 : 1;
+    return cost + multiplications * share_inside(g) * crowded + conv_rows * inside_passes(g) * (kPass + added);
+  }
+  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
+  const int64_t rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
+  const double elements = static_cast<double>(g.in_channels * rows * input_extent(g, 2, plan.columns));
+  const double runs = static_cast<double>(plan.order == TapOrder::channels_last ? rows : rows * g.in_channels);
+  return cost + multiplications + (plan.in_place ? 0 : copy_cost(elements, runs, false));
+}
+
+// With or without a padded copy of the input, whichever is cheaper.
+template <class T>
+ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
+  using C = Compute<T>;
+  const ConvPoolPlan padded = plan_direct<T>(g, input, threads, false);
+  if (padded.in_place || sizeof(T) != sizeof(C)) return padded;
+  const ConvPoolPlan inside = plan_direct<T>(g, input, threads, true);
+  return direct_cost<C>(g, input, inside) < direct_cost<C>(g, input, padded) ? inside : padded;
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

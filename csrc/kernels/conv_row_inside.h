@@ -1,0 +1,109 @@
+// A row of conv pixels from the input where it lies, without the taps that fall into the padding.
+//
+// Where a row is padded, different pixels have different taps: so the columns of the kernel are taken one at a time,
+// each for the pixels under which it meets the input. For large kernels on small images, whose taps are mostly padding,
+// and for inputs of which a copy would cost more than the product.
+#pragma once
+
+#include "conv_tile.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// An image's channels of a group: element (0, 0, 0) and the strides.
+template <class C>
+struct InputSource {
+  const C* data;
+  int64_t d[3];
+};
+
+struct TapRange {
+  int64_t first, last;
+};
+
+// The taps of conv pixel `pixel` that meet the input, along one dimension.
+FASTNN_INLINE TapRange taps_inside(const ConvPoolGeometry& g, int d, int64_t pixel) {
+  const int64_t start = pixel * g.stride[d] - g.padding[d];
+  const int64_t first = start < 0 ? divide_up(-start, g.dilation[d]) : 0;
+  const int64_t last = start >= g.input[d] ? 0 : smaller(g.kernel[d], divide_up(g.input[d] - start, g.dilation[d]));
+  return {smaller(first, last), last};
+}
+
+// The conv pixels under which tap `tap` meets the input, along one dimension.
+FASTNN_INLINE TapRange pixels_inside(const ConvPoolGeometry& g, int d, int64_t tap) {
+  const int64_t start = tap * g.dilation[d] - g.padding[d];
+  const int64_t first = start < 0 ? divide_up(-start, g.stride[d]) : 0;
+  const int64_t last = start >= g.input[d] ? 0 : smaller(g.conv[d], divide_up(g.input[d] - start, g.stride[d]));
+  return {smaller(first, last), last};
+}
+
+FASTNN_INLINE bool taps_leave_input(const ConvPoolGeometry& g, int d) {
+  return g.padding[d] > 0;
+}
+
+FASTNN_INLINE TapOrder inside_order(const ConvPoolGeometry& g) {
+  return taps_leave_input(g, 2) ? TapOrder::columns_first : TapOrder::channels_last;
+}
+
+// For the cost: which share of the products is left, and how many passes a conv row takes at most.
+FASTNN_INLINE double share_inside(const ConvPoolGeometry& g) {
+  double share = 1;
+  for (int d = 0; d < 3; ++d) {
+    int64_t inside = 0;
+    for (int64_t tap = 0; tap < g.kernel[d]; ++tap) {
+      const TapRange pixels = pixels_inside(g, d, tap);
+      inside += pixels.last - pixels.first;
+    }
+    share *= static_cast<double>(inside) / static_cast<double>(g.kernel[d] * g.conv[d]);
+  }
+  return share;
+}
+FASTNN_INLINE double inside_passes(const ConvPoolGeometry& g) {
+  const int64_t slices = taps_leave_input(g, 1) ? g.kernel[0] : 1;
+  return static_cast<double>(slices * (taps_leave_input(g, 2) ? g.kernel[2] : 1));
+}
+
+// Conv pixels [first, first + count) of row y of slice z -> to (count, vectors x lanes). Offsets and weight are those
+// of inside_order.
+template <int vectors, class C>
+void conv_row_inside(const ConvPoolGeometry& g, const InputSource<C>& input, const int64_t* offsets, const C* weight,
+                     const Vec<C> (&bias)[vectors], int64_t z, int64_t y, int64_t first, int64_t count, C* to) {
+  constexpr int64_t width = vectors * kLanes<C>;
+  for (int64_t x = 0; x < count; ++x) {
+    for (int v = 0; v < vectors; ++v) store(to + x * width + v * kLanes<C>, bias[v]);
+  }
+  const TapRange slices = taps_inside(g, 0, z), rows = taps_inside(g, 1, y);
+  const bool all_rows = rows.last - rows.first == g.kernel[1];
+  const bool by_columns = taps_leave_input(g, 2);
+  const int64_t passes = by_columns ? g.kernel[2] : 1;
+  const int64_t run = g.in_channels * g.kernel[2] / passes;  // of the depth: a row of the kernel in one pass
+  const int64_t step = g.stride[2] * input.d[2];
+  const C* corner = input.data + (z * g.stride[0] - g.padding[0]) * input.d[0] +
+                    (y * g.stride[1] - g.padding[1]) * input.d[1] - g.padding[2] * input.d[2];
+  const Vec<C> zero[vectors] = {};
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    TapRange pixels = {first, first + count};
+    if (by_columns) {
+      const TapRange inside = pixels_inside(g, 2, pass);
+      pixels = {larger(first, inside.first), smaller(first + count, inside.last)};
+    }
+    if (pixels.first >= pixels.last) continue;
+    C* target = to + (pixels.first - first) * width;
+    const auto add = [&](int64_t from, const auto& total) __attribute__((always_inline)) {
+      C* at = target + from * width;
+#pragma GCC unroll 16
+      for (const auto& pixel : total) {
+        for (int v = 0; v < vectors; ++v, at += kLanes<C>) store(at, load(at) + pixel[v]);
+      }
+    };
+    for (int64_t d = slices.first; d < slices.last; d = all_rows ? slices.last : d + 1) {
+      const int64_t k = ((pass * g.kernel[0] + d) * g.kernel[1] + rows.first) * run;
+      const int64_t depth = (all_rows ? slices.last - d : 1) * (rows.last - rows.first) * run;
+      conv_groups<1, vectors, kLongestSum>(corner + pixels.first * step, step, offsets + k, depth, weight + k * width,
+                                           zero, pixels.last - pixels.first, add);
+    }
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn
