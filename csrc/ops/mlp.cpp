@@ -19,30 +19,35 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
   const int64_t units = (chain.rows + plan.unit - 1) / plan.unit;
   const int64_t chunks = std::min(useful_threads(chain.work), units);
   const int64_t block_size = kernels.scratch_size(chain.widest());
-  const auto packed_size = [&](int64_t layer) {
-    const int64_t in = chain.widths[layer], out = chain.widths[layer + 1];
-    return !plan.in_lanes && kernels.worth_packing(chain.rows, in, out) ? kernels.packed_size(out, in) : 0;
-  };
-  int64_t scratch_size = chunks * block_size;
-  for (int64_t i = 0; i < chain.layers(); ++i) scratch_size += packed_size(i);
-  Scratch<T> scratch(scratch_size);
-
   KernelInputs inputs(chain.kind.dtype);
   const T* input = inputs.data<T>(call.input);
   PerLayer<MlpLayer<T>> layers;
-  T* panel = scratch.get() + chunks * block_size;
+  PerLayer<int64_t> packed_sizes;
+  int64_t chunk_size = block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
+    const int64_t in = chain.widths[i], out = chain.widths[i + 1];
     const T* weight = inputs.data<T>(call.weight(i));
     const T* bias = call.has_biases() ? inputs.data<T>(call.bias(i)) : nullptr;
-    const int64_t size = packed_size(i);
-    if (size) kernels.pack(weight, chain.widths[i + 1], chain.widths[i], panel);
-    layers.push_back({weight, bias, chain.widths[i], chain.widths[i + 1], call.activations[i], size ? panel : nullptr,
+    layers.push_back({weight, bias, in, out, call.activations[i], nullptr,
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
-    panel += size;
+    const bool packs = !plan.in_lanes && kernels.worth_packing(chain.rows, in, out);
+    packed_sizes.push_back(packs ? kernels.packed_size(out, in) : 0);
+    chunk_size = checked_sum(chunk_size, packed_sizes.back());
   }
+  Scratch<T> scratch(checked_product(chunks, chunk_size));
   parallel_chunks(chunks, units, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(layers.data(), chain.layers(), plan.in_lanes, input, output, errors, first * plan.unit,
-                    std::min(last * plan.unit, chain.rows), scratch.get() + chunk * block_size);
+    T* const block = scratch.get() + chunk * chunk_size;
+    // Each thread packs for itself: panels that lie in another core's cache are slower to fetch than to make.
+    PerLayer<MlpLayer<T>> own = layers;
+    T* panel = block + block_size;
+    for (int64_t i = 0; i < own.size(); ++i) {
+      if (packed_sizes[i] == 0) continue;
+      kernels.pack(own[i].weight, own[i].out, own[i].in, panel);
+      own[i].packed = panel;
+      panel += packed_sizes[i];
+    }
+    kernels.forward(own.data(), own.size(), plan.in_lanes, input, output, errors, first * plan.unit,
+                    std::min(last * plan.unit, chain.rows), block);
   });
 }
 
