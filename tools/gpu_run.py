@@ -197,7 +197,8 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     lines = [f"# fastnn on {report['card']}", "",
              f"torch {report['torch']}, CUDA {report['cuda']}, cuDNN {report['cudnn']}, Triton {report['triton']}. "
              f"{tests['passed']} tests passed, {len(tests['failed'])} failed, {tests['skipped']} skipped.", "",
-             *(f"- failed: {test}" for test in [*tests["failed"], *tests["unfinished"]]),
+             *(f"- failed: {test}" for test in tests["failed"]),
+             *(f"- not finished: {name}" for name in tests["unfinished"]),
              *(f"- failed: {row['provider']} on {row['case']}, {row['dtype']}, {row['direction']}: {row['failed']}"
                for row in report["measurements"] if "failed" in row), "",
              "Median microseconds a call.", "", *as_table(report["measurements"])]  # fmt: skip
