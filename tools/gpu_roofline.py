@@ -153,6 +153,7 @@ def mlp_predictions() -> Iterator[Prediction]:
             stock = Cost(3 * ends + 11 * hidden, 3 * flops, 6 * layers)
             compiled = Cost(3 * ends + 9 * hidden, 3 * flops, 5 * layers)
             # hidden written, read by both backward launches; the gradients before it written and read.
+            one = _mlp_plan.chain_config(widths, rows, dtype, precision, TARGET, backward=True) is not None
             ours = Cost(3 * ends + 5 * hidden, 3 * flops, 2 + 2 * layers) if one else compiled
             yield Prediction("mlp", shape, str(dtype)[6:], "training", stock, compiled, ours, one, kind)
 

@@ -9,6 +9,7 @@ runs every step on the CPU in little time, the kernels under Triton's interprete
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -118,11 +119,14 @@ def finish_tests(started: Sequence[TestRun], seconds: float) -> dict[str, Any]:
     for name, report, process in started:
         if process.returncode not in (0, NO_TESTS):
             result["tails"][name] = report.with_suffix(".log").read_text(errors="replace")[-3000:]
-        if process in late or not report.exists():
+        tests: list[ElementTree.Element] = []
+        try:
+            tests += ElementTree.parse(report).iter("testcase")
+            finished = process not in late
+        except (FileNotFoundError, ElementTree.ParseError):  # none or half of one, of who was killed
+            finished = False
+        if not finished:
             result["unfinished"].append(name)
-        if not report.exists():
-            continue
-        tests = list(ElementTree.parse(report).iter("testcase"))
         for test in tests[:-1] if process in late else tests:  # the last was not finished
             outcome = {child.tag for child in test}
             if outcome & {"failure", "error"}:
@@ -142,8 +146,11 @@ def benchmark(folder: Path, deadline: float, rehearse: bool) -> tuple[list[dict[
         print(output[-300:], flush=True)
         if status:
             logs[op] = f"exit status {status}\n{output[-3000:]}"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines], logs
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # half a line, of who was killed
+            rows.append(json.loads(line))
+    return rows, logs
 
 
 def as_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -190,7 +197,8 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     lines = [f"# fastnn on {report['card']}", "",
              f"torch {report['torch']}, CUDA {report['cuda']}, cuDNN {report['cudnn']}, Triton {report['triton']}. "
              f"{tests['passed']} tests passed, {len(tests['failed'])} failed, {tests['skipped']} skipped.", "",
-             *(f"- failed: {test}" for test in [*tests["failed"], *tests["unfinished"]]),
+             *(f"- failed: {test}" for test in tests["failed"]),
+             *(f"- not finished: {name}" for name in tests["unfinished"]),
              *(f"- failed: {row['provider']} on {row['case']}, {row['dtype']}, {row['direction']}: {row['failed']}"
                for row in report["measurements"] if "failed" in row), "",
              "Median microseconds a call.", "", *as_table(report["measurements"])]  # fmt: skip

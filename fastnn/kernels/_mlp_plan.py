@@ -38,7 +38,8 @@ class Config(NamedTuple):
 _WIDEST_HIDDEN = 256
 _WIDEST_ENDS = 1024  # beyond it a first or last layer is a GEMM of its own, which cuBLAS splits better
 _DEEPEST_CHAIN = 16
-# Without matrix units a dot runs at a fraction of cuBLAS's speed: only what is bound by memory or by launches wins.
+# Without matrix units a dot runs at a fraction of cuBLAS's speed: only what is bound by memory or by launches wins, and
+# backward moves less than it computes.
 _WIDEST_WITHOUT_MATRIX_UNITS = 64
 _LAUNCH_BOUND_WORK = 100e6
 _DEEPEST_LAYER_SUM = 512
@@ -59,7 +60,7 @@ def chain_config(
 ) -> Config | None:
     """The configuration of the one-launch kernels, or None where layers run one at a time.
 
-    Hidden widths up to 256 whose weights fit on chip; without matrix units up to 64, or little work.
+    Hidden widths up to 256 whose weights fit on chip; without matrix units forward up to 64, or little work.
     """
     hidden, layers = widths[1:-1], len(widths) - 1
     if not 2 <= layers <= _DEEPEST_CHAIN or rows * min(widths) == 0 or dtype is torch.float64:
@@ -68,7 +69,7 @@ def chain_config(
         return None
     fast = _launch.uses_matrix_units(dtype, precision, target)
     work = 2.0 * rows * sum(a * b for a, b in pairwise(widths))
-    if not fast and max(hidden) > _WIDEST_WITHOUT_MATRIX_UNITS and work > _LAUNCH_BOUND_WORK:
+    if not fast and (backward or max(hidden) > _WIDEST_WITHOUT_MATRIX_UNITS) and work > _LAUNCH_BOUND_WORK:
         return None
     tiles = [_launch.padded(width) for width in hidden]
     # A row tile as tall as registers hold without spilling (tools/gpu_check.py).

@@ -186,6 +186,9 @@ def test_choice_of_kernel():
     assert _mlp_plan.chain_config(narrow, 65536, torch.float32, "ieee", target) is None
     assert _mlp_plan.chain_config(narrow, 65536, torch.float32, "tf32", target) is not None
     assert _mlp_plan.chain_config((64, 256, 256, 64), 65536, half, "ieee", _launch.TARGETS[1]) is None
+    for rows, backward, fused in [(131072, False, True), (131072, True, False), (64, True, True)]:
+        config = _mlp_plan.chain_config([64] * 5, rows, torch.float32, "ieee", target, backward)
+        assert (config is not None) == fused
     assert _mlp_plan.layer_config(65536, 4096, 4096, 1, half, "ieee", target) is None
     assert _mlp_plan.layer_config(65536, 256, 1024, 1, half, "ieee", target) is not None
     assert _mlp_plan.layer_config(65536, 256, 1024, 0, half, "ieee", target) is None
