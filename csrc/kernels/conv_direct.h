@@ -11,11 +11,63 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+#if defined(__AVX512F__)
+// The weights of `count` output channels -> to (depth, width), in pairs of input channels. `g` counts pairs.
+inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channels, const bfloat16* from,
+                       const ConvLayout& layout, int64_t count, bfloat16x2* to, int64_t width) {
+  constexpr int64_t some = 64, pitch = kBlockChannels<float>;  // channels or taps at a time; of a row
+  float rows[2 * some * pitch] = {};
+  const auto zip = [&](int64_t even, int64_t odd, int64_t c, int64_t tap) {
+    const int64_t d = tap / (g.kernel[1] * g.kernel[2]), h = tap / g.kernel[2] % g.kernel[1];
+    bfloat16x2* target = to + tap_position(g, order, c, d, h, tap % g.kernel[2]) * width;
+    for (int64_t i = 0; i < width; i += kLanes<float>) {
+      store(target + i,
+            zip_pairs(load(rows + even * pitch + i), odd < 0 ? Vec<float>{} : load(rows + odd * pitch + i)));
+    }
+  };
+  const int64_t taps = g.taps();
+  const auto offset = [&](int64_t tap) {
+    const int64_t d = tap / (g.kernel[1] * g.kernel[2]), h = tap / g.kernel[2] % g.kernel[1];
+    return d * layout.d[0] + h * layout.d[1] + tap % g.kernel[2] * layout.d[2];
+  };
+  if (layout.c == 1) {  // runs of channels
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t first = 0; first < channels; first += some) {
+        const int64_t here = smaller(some, channels - first);
+        transpose_matrix(from + offset(tap) + first, layout.n, count, here, rows, pitch);
+        for (int64_t c = 0; c < here; c += 2) zip(c, c + 1 < here ? c + 1 : -1, (first + c) / 2, tap);
+      }
+    }
+    return;
+  }
+  const bool joined = layout.d[2] == 1 && layout.d[1] == g.kernel[2] && layout.d[0] == g.kernel[1] * g.kernel[2];
+  for (int64_t c = 0; c < g.in_channels; ++c) {
+    const int64_t single = smaller(2, channels - 2 * c);
+    for (int64_t first = 0; first < taps; first += some) {
+      const int64_t here = smaller(some, taps - first);
+      for (int64_t i = 0; i < single; ++i) {
+        const bfloat16* source = from + (2 * c + i) * layout.c;
+        float* target = rows + i * some * pitch;
+        if (joined) {
+          transpose_matrix(source + first, layout.n, count, here, target, pitch);
+          continue;
+        }
+        for (int64_t t = 0; t < here; ++t) {
+          const bfloat16* element = source + offset(first + t);
+          for (int64_t o = 0; o < count; ++o) target[t * pitch + o] = to_compute(element[o * layout.n]);
+        }
+      }
+      for (int64_t t = 0; t < here; ++t) zip(t, single > 1 ? some + t : -1, c, first + t);
+    }
+  }
+}
+#endif
+
 // weight -> [group][block of channels][depth][vectors x lanes], zeros where a block has fewer channels
-template <class T>
+template <class E, class T>
 void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
   using C = Compute<T>;
-  const ConvPoolGeometry& g = call.geometry;
+  const ConvPoolGeometry g = tile_geometry<E>(call.geometry);
   const ConvLayout& layout = call.weight_layout;
   const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
   const int64_t depth = g.depth();
@@ -24,29 +76,33 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
     const int64_t count = smaller(g.out_channels - first, kBlockChannels<C>);
     const int64_t width = round_up(count, kLanes<C>);
     const T* from = call.weight + (group * g.out_channels + first) * layout.n;
-    C* to = call.packed + group * depth * round_up(g.out_channels, kLanes<C>) + first * depth;
+    E* to = reinterpret_cast<E*>(call.packed) + group * depth * round_up(g.out_channels, kLanes<C>) + first * depth;
     if (count < width) {
       for (int64_t k = 0; k < depth; ++k) {
-        for (int64_t c = count; c < width; ++c) to[k * width + c] = 0;
+        for (int64_t c = count; c < width; ++c) to[k * width + c] = {};
       }
     }
-    pack_taps(g, call.plan.order, from, layout, count, to, width);
+    if constexpr (kIsPair<E>) {
+      pack_pairs(g, call.plan.order, call.geometry.in_channels, from, layout, count, to, width);
+    } else {
+      pack_taps(g, call.plan.order, from, layout, count, to, width);
+    }
   }
 }
 
-// One thread's way through its items.
-template <class T>
+// One thread's way through its items, with a tile and a weight of elements E.
+template <class E, class T>
 class DirectForward {
   using C = Compute<T>;
 
  public:
   DirectForward(const ConvPoolForward<T>& call, void* memory)
       : call_(call),
-        g_(call.geometry),
+        g_(tile_geometry<E>(call.geometry)),
         plan_(call.plan),
-        ring_(ring_shape(call.geometry, call.plan)),
-        pools_in_tiles_(windows_are_apart(call.geometry) && !call.plan.skips_padding),
-        scratch_(call.geometry, call.plan, memory) {
+        ring_(ring_shape(g_, call.plan)),
+        pools_in_tiles_(windows_are_apart(g_) && !call.plan.skips_padding),
+        scratch_(g_, call.plan, memory) {
     if (plan_.in_place) {
       for (int d = 0; d < 3; ++d) step_[d] = call.input_layout.d[d];
       channel_step_ = call.input_layout.c;
@@ -103,10 +159,11 @@ class DirectForward {
   void load_band(int64_t slice, int64_t first, int64_t last) {
     const int64_t pooled[3] = {slice, first, first_column_};
     const ConvLayout& layout = call_.input_layout;
-    const T* input = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
+    const T* input = call_.input + image_ * layout.n + group_ * call_.geometry.in_channels * layout.c;
     const int64_t extent[3] = {input_extent(g_, 0, 1), input_extent(g_, 1, last - first),
                                input_extent(g_, 2, plan_.columns)};
-    InputTile<C> used{scratch_.tile, {}, {}, channel_step_, {}};
+    E* const tile = reinterpret_cast<E*>(scratch_.tile);
+    InputTile<E> used{tile, {}, {}, channel_step_, {}};
     for (int d = 0; d < 3; ++d) {
       first_conv_[d] = larger(0, pooled[d] * g_.pool_stride[d] - g_.pool_padding[d]);
       used.first[d] = first_conv_[d] * g_.stride[d] - g_.padding[d];
@@ -116,14 +173,14 @@ class DirectForward {
     const int64_t past = (last_column_ - 1) * g_.pool_stride[2] - g_.pool_padding[2] + g_.pool_extent(2);
     conv_columns_ = larger(0, smaller(past, g_.conv[2]) - first_conv_[2]);
     if (plan_.skips_padding) {
-      source_ = {reinterpret_cast<const C*>(input), {step_[0], step_[1], step_[2]}};
+      source_ = {reinterpret_cast<const E*>(input), {step_[0], step_[1], step_[2]}};
     } else if (plan_.in_place) {
       // Of the type computed in, or the plan would not be to leave it there.
-      tile_ = reinterpret_cast<const C*>(input) + used.first[0] * step_[0] + used.first[1] * step_[1] +
+      tile_ = reinterpret_cast<const E*>(input) + used.first[0] * step_[0] + used.first[1] * step_[1] +
               used.first[2] * step_[2];
     } else {
-      tile_ = scratch_.tile;
-      fill_tile(g_, input, layout, channels_inside(), used);
+      tile_ = tile;
+      fill_tile(call_.geometry, input, layout, channels_inside(), g_.in_channels, used);
     }
   }
 
@@ -159,13 +216,13 @@ class DirectForward {
     write_band<vectors>(channel, channels, slice, first, last);
   }
 
-  const C* block_weight(int64_t block) const {
-    return call_.packed + group_ * g_.depth() * round_up(g_.out_channels, kLanes<C>) +
+  const E* block_weight(int64_t block) const {
+    return reinterpret_cast<const E*>(call_.packed) + group_ * g_.depth() * round_up(g_.out_channels, kLanes<C>) +
            block * kBlockChannels<C> * g_.depth();
   }
 
   // The tile's element under the first tap of a conv row's first pixel.
-  const C* conv_corner(int64_t z, int64_t y) const {
+  const E* conv_corner(int64_t z, int64_t y) const {
     return tile_ + (z - first_conv_[0]) * g_.stride[0] * step_[0] + (y - first_conv_[1]) * g_.stride[1] * step_[1];
   }
 
@@ -232,7 +289,7 @@ class DirectForward {
         C* pixels = scratch_.ring + slot * ring_.columns * kBlockChannels<C>;
         if (scratch_.tags[slot] != z * g_.conv[1] + y) {
           scratch_.tags[slot] = z * g_.conv[1] + y;
-          if (plan_.skips_padding) {
+          if (!kIsPair<E> && plan_.skips_padding) {
             conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
                                      conv_columns_, pixels);
           } else {
@@ -260,21 +317,21 @@ class DirectForward {
   }
 
   const ConvPoolForward<T>& call_;
-  const ConvPoolGeometry& g_;
+  const ConvPoolGeometry g_;  // of the tile
   const ConvPoolPlan& plan_;
   const RingShape ring_;
   const bool pools_in_tiles_;
   const DirectScratch<C> scratch_;
-  const C* tile_;  // the band's first conv pixel, first tap
-  InputSource<C> source_;
+  const E* tile_;  // the band's first conv pixel, first tap
+  InputSource<E> source_;
   int64_t step_[3], channel_step_;
   int64_t image_, group_, first_column_, last_column_, conv_columns_;
   int64_t first_conv_[3];
 };
 
-template <class T>
+template <class E, class T>
 void forward_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
-  DirectForward<T> worker(call, scratch);
+  DirectForward<E, T> worker(call, scratch);
   for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
 }
 

@@ -77,11 +77,12 @@ struct DirectScratch {
   }
 };
 
-// `skips_padding`: the input is read in place, whatever its padding.
-template <class T>
+// For a tile of elements E, which `g` counts. `skips_padding`: the input is read in place, whatever its padding.
+template <class T, class E>
 ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool skips_padding) {
   using C = Compute<T>;
   ConvPoolPlan plan = {};
+  plan.algorithm = kIsPair<E> ? ConvAlgorithm::pairs : ConvAlgorithm::direct;
   plan.skips_padding = skips_padding;
   plan.in_place = skips_padding || can_stay_in_place<T>(g, input, kBlockChannels<C>);
   const bool channels_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
@@ -158,9 +159,9 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
 template <class T>
 ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
   using C = Compute<T>;
-  const ConvPoolPlan padded = plan_direct<T>(g, input, threads, false);
+  const ConvPoolPlan padded = plan_direct<T, C>(g, input, threads, false);
   if (padded.in_place || sizeof(T) != sizeof(C)) return padded;
-  const ConvPoolPlan inside = plan_direct<T>(g, input, threads, true);
+  const ConvPoolPlan inside = plan_direct<T, C>(g, input, threads, true);
   return direct_cost<C>(g, input, inside) < direct_cost<C>(g, input, padded) ? inside : padded;
 }
 

@@ -65,8 +65,8 @@ FASTNN_INLINE double inside_passes(const ConvPoolGeometry& g) {
 
 // Conv pixels [first, first + count) of row y of slice z -> to (count, vectors x lanes). Offsets and weight are those
 // of inside_order.
-template <int vectors, class C>
-void conv_row_inside(const ConvPoolGeometry& g, const InputSource<C>& input, const int64_t* offsets, const C* weight,
+template <int vectors, class E, class C = Compute<E>>
+void conv_row_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const int64_t* offsets, const E* weight,
                      const Vec<C> (&bias)[vectors], int64_t z, int64_t y, int64_t first, int64_t count, C* to) {
   constexpr int64_t width = vectors * kLanes<C>;
   for (int64_t x = 0; x < count; ++x) {
@@ -78,7 +78,7 @@ void conv_row_inside(const ConvPoolGeometry& g, const InputSource<C>& input, con
   const int64_t passes = by_columns ? g.kernel[2] : 1;
   const int64_t run = g.in_channels * g.kernel[2] / passes;  // of the depth: a row of the kernel in one pass
   const int64_t step = g.stride[2] * input.d[2];
-  const C* corner = input.data + (z * g.stride[0] - g.padding[0]) * input.d[0] +
+  const E* corner = input.data + (z * g.stride[0] - g.padding[0]) * input.d[0] +
                     (y * g.stride[1] - g.padding[1]) * input.d[1] - g.padding[2] * input.d[2];
   const Vec<C> zero[vectors] = {};
   for (int64_t pass = 0; pass < passes; ++pass) {

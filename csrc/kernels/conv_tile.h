@@ -1,8 +1,8 @@
 // What the forward algorithms share: the tile of the input, the register tile of the product, the way out.
 #pragma once
 
+#include "conv_pairs.h"
 #include "conv_pool_window.h"
-#include "gemm.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -147,14 +147,23 @@ FASTNN_INLINE void fill_zeros(C* to, int64_t count) {
   if (count > 0) __builtin_memset(to, 0, count * sizeof(C));
 }
 
-// `from` is the input's (channel, slice, row, column) = 0 of the image and group.
+// `count` columns of a row of the input -> the tile's element `c` of each, or all elements where they lie inside.
 template <class T, class C>
-void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layout, bool channels_last,
+FASTNN_INLINE void copy_columns(const T* from, const ConvLayout& layout, int64_t channels, bool channels_last,
+                                int64_t c, int64_t count, C* to) {
+  if (!channels_last) return copy_run(from + c * layout.c, layout.d[2], count, to);
+  if (layout.d[2] == channels) return copy_run(from, 1, count * channels, to);
+  for (int64_t w = 0; w < count; ++w) copy_run(from + w * layout.d[2], 1, channels, to + w * channels);
+}
+
+// `from` is the input's (channel, slice, row, column) = 0 of the image and group, `elements` the tile's of a pixel.
+template <class T, class C>
+void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layout, bool channels_last, int64_t elements,
                const InputTile<C>& tile) {
   const int64_t left = smaller(tile.size[2], larger(0, -tile.first[2]));
   const int64_t right = larger(left, smaller(tile.size[2], g.input[2] - tile.first[2]));
-  const int64_t runs = channels_last ? 1 : g.in_channels;
-  const int64_t pixel = channels_last ? g.in_channels : 1;
+  const int64_t runs = channels_last ? 1 : elements;
+  const int64_t pixel = channels_last ? elements : 1;
   for (int64_t c = 0; c < runs; ++c) {
     for (int64_t d = 0; d < tile.size[0]; ++d) {
       for (int64_t h = 0; h < tile.size[1]; ++h) {
@@ -166,15 +175,8 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
         }
         fill_zeros(to, left * pixel);
         fill_zeros(to + right * pixel, (tile.size[2] - right) * pixel);
-        const T* source =
-            from + c * layout.c + slice * layout.d[0] + row * layout.d[1] + (tile.first[2] + left) * layout.d[2];
-        if (!channels_last) {
-          copy_run(source, layout.d[2], right - left, to + left);
-        } else if (layout.d[2] == g.in_channels) {
-          copy_run(source, 1, (right - left) * pixel, to + left * pixel);
-        } else {
-          for (int64_t w = left; w < right; ++w) copy_run(source + (w - left) * layout.d[2], 1, pixel, to + w * pixel);
-        }
+        const T* source = from + slice * layout.d[0] + row * layout.d[1] + (tile.first[2] + left) * layout.d[2];
+        copy_columns(source, layout, g.in_channels, channels_last, c, right - left, to + left * pixel);
       }
     }
   }
@@ -198,8 +200,8 @@ FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const 
 
 // The register tile: `pixels` conv pixels, `step` apart, by `vectors` vectors of output channels. finish(total) takes
 // what comes out.
-template <int pixels, int vectors, int longest, class C, class Finish>
-FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+template <int pixels, int vectors, int longest, class E, class Finish, class C = Compute<E>>
+FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
                              const Vec<C> (&bias)[vectors], const Finish& finish) {
   Vec<C> total[pixels][vectors];
 #pragma GCC unroll 16
@@ -207,7 +209,7 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
   sum_in_parts<longest>(depth, total, [&](int64_t k) __attribute__((always_inline)) {
-    const C* from = tile + offsets[k];
+    const E* from = tile + offsets[k];
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
     weight += vectors * kLanes<C>;
@@ -215,8 +217,8 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
     for (int p = 0; p < pixels; ++p) {
       // Four pixels are reached from one address.
       if (p > 0 && p % 4 == 0) from += 4 * step;
-      const Vec<C> left = broadcast<C>(from[p % 4 * step]);
-      for (int v = 0; v < vectors; ++v) total[p][v] = multiply_add(left, right[v], total[p][v]);
+      const Vec<C> left = broadcast_element(from[p % 4 * step]);
+      for (int v = 0; v < vectors; ++v) total[p][v] = add_products<E>(left, right[v], total[p][v]);
     }
   });
   finish(total);
@@ -224,8 +226,8 @@ FASTNN_INLINE void conv_tile(const C* tile, int64_t step, const int64_t* offsets
 
 // `count` groups of `taps` consecutive conv pixels of a row, a register tile of some at a time. finish(first, total)
 // takes the pixels of the groups from the first on.
-template <int taps, int vectors, int longest, class C, class Finish>
-FASTNN_INLINE void conv_groups(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+template <int taps, int vectors, int longest, class E, class Finish, class C = Compute<E>>
+FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
                                const Vec<C> (&bias)[vectors], int64_t count, const Finish& finish) {
   constexpr int most = kConvPixels / taps;
   const int64_t tiles = divide_up(count, most);
@@ -240,8 +242,8 @@ FASTNN_INLINE void conv_groups(const C* tile, int64_t step, const int64_t* offse
 }
 
 // `count` conv pixels of a row -> to (count, vectors x lanes)
-template <int vectors, int longest = kLongestSum, class C>
-void conv_row(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+template <int vectors, int longest = kLongestSum, class E, class C = Compute<E>>
+void conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
               const Vec<C> (&bias)[vectors], int64_t count, C* to) {
   const auto store_all = [&](int64_t first, const auto& total) __attribute__((always_inline)) {
     C* target = to + first * vectors * kLanes<C>;

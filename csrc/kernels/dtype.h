@@ -10,6 +10,11 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// Elements of two channels, side by side: what one instruction multiplies and adds up (see simd/vec.h).
+struct bfloat16x2 {
+  bfloat16 even, odd;
+};
+
 // One kernel table a type: PerDtype<MlpKernels>{...}.get<float>() is MlpKernels<float>.
 template <template <class> class Kernels>
 struct PerDtype {
@@ -52,6 +57,10 @@ struct ComputeOf {
 };
 template <>
 struct ComputeOf<bfloat16> {
+  using Type = float;
+};
+template <>
+struct ComputeOf<bfloat16x2> {
   using Type = float;
 };
 template <class T>

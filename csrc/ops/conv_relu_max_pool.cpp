@@ -78,6 +78,8 @@ std::string algorithm_name(ConvAlgorithm algorithm) {
       return "rows";
     case ConvAlgorithm::lanes:
       return "lanes";
+    case ConvAlgorithm::pairs:
+      return "pairs";
     case ConvAlgorithm::depthwise:
       return "depthwise";
     case ConvAlgorithm::winograd:

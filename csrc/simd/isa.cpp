@@ -36,6 +36,8 @@ bool isa_is_supported(Isa isa) {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
   switch (isa) {
+    case Isa::avx512_bf16:
+      return isa_is_supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
@@ -51,6 +53,14 @@ bool isa_is_supported(Isa isa) {
 
 Isa active_isa() {
   return current_isa().load(std::memory_order_relaxed);
+}
+
+bool isa_multiplies_pairs() {
+#if defined(__x86_64__) || defined(_M_X64)
+  return active_isa() == Isa::avx512_bf16;
+#else
+  return false;
+#endif
 }
 
 const char* isa_name(Isa isa) {

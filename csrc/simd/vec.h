@@ -124,14 +124,14 @@ FASTNN_INLINE void store(bfloat16* to, Vec<float> x) {
 template <class T>
 FASTNN_INLINE Vec<Compute<T>> load_partial(const T* from, int count) {
   T lanes[kLanes<T>] = {};
-  for (int i = 0; i < count; ++i) lanes[i] = from[i];
+  for (int i = 0; i < kLanes<T> && i < count; ++i) lanes[i] = from[i];
   return load(lanes);
 }
 template <class T>
 FASTNN_INLINE void store_partial(T* to, Vec<Compute<T>> x, int count) {
   T lanes[kLanes<T>];
   store(lanes, x);
-  for (int i = 0; i < count; ++i) to[i] = lanes[i];
+  for (int i = 0; i < kLanes<T> && i < count; ++i) to[i] = lanes[i];
 }
 
 #if defined(__AVX512F__)
@@ -210,6 +210,33 @@ FASTNN_INLINE Vec<float> multiply_add(Vec<float> x, Vec<float> y, Vec<float> z) 
 FASTNN_INLINE Vec<double> multiply_add(Vec<double> x, Vec<double> y, Vec<double> z) {
   return (Vec<double>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
 }
+#endif
+
+#if defined(__AVX512F__)
+// With the instruction set avx512_bf16, a vector of pairs of bfloat16 multiplied by another: both products of a pair
+// are added to its lane. A vector of them is held as one of float.
+constexpr bool kMultipliesPairs = true;
+
+FASTNN_INLINE Vec<float> load(const bfloat16x2* from) {
+  return load(reinterpret_cast<const float*>(from));
+}
+FASTNN_INLINE void store(bfloat16x2* to, Vec<float> pairs) {
+  store(reinterpret_cast<float*>(to), pairs);
+}
+FASTNN_INLINE Vec<float> broadcast_pair(bfloat16x2 x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return (Vec<float>)_mm512_set1_epi32(bits);
+}
+FASTNN_INLINE Vec<float> zip_pairs(Vec<float> even, Vec<float> odd) {
+  return (Vec<float>)(((Vec<uint32_t>)even >> 16) | (Vec<uint32_t>)odd);
+}
+FASTNN_INLINE Vec<float> multiply_add_pairs(Vec<float> x, Vec<float> y, Vec<float> z) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(z) : "v"(x), "v"(y));
+  return z;
+}
+#else
+constexpr bool kMultipliesPairs = false;
 #endif
 
 // max(x, 0) as torch has it: NaN stays NaN, -0 stays -0.

@@ -1,0 +1,74 @@
+// Pairs of channels as elements of the tile and of the weight, for bfloat16 where one instruction multiplies two.
+//
+// An odd last channel has a zero beside it. Sums are float32's; as in PyTorch's own kernels, denormals count as zero.
+#pragma once
+
+#include "conv_relu_max_pool.h"
+#include "gemm.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+template <class E>
+constexpr bool kIsPair = false;
+template <>
+constexpr bool kIsPair<bfloat16x2> = true;
+
+// The problem as a tile of elements E has it.
+template <class E>
+FASTNN_INLINE ConvPoolGeometry tile_geometry(ConvPoolGeometry g) {
+  if (kIsPair<E>) g.in_channels = divide_up(g.in_channels, 2);
+  return g;
+}
+
+// An element of the tile by a vector of the weight's.
+template <class C>
+FASTNN_INLINE Vec<C> broadcast_element(C x) {
+  return broadcast<C>(x);
+}
+template <class E>
+FASTNN_INLINE Vec<Compute<E>> add_products(Vec<Compute<E>> x, Vec<Compute<E>> y, Vec<Compute<E>> z) {
+  return multiply_add(x, y, z);
+}
+
+#if defined(__AVX512F__)
+FASTNN_INLINE Vec<float> broadcast_element(bfloat16x2 x) {
+  return broadcast_pair(x);
+}
+template <>
+FASTNN_INLINE Vec<float> add_products<bfloat16x2>(Vec<float> x, Vec<float> y, Vec<float> z) {
+  return multiply_add_pairs(x, y, z);
+}
+
+// `odd` may be null.
+inline void zip_runs(const bfloat16* even, const bfloat16* odd, int64_t stride, int64_t count, bfloat16x2* to) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kLanes<float> <= count; i += kLanes<float>) {
+      store(to + i, zip_pairs(load(even + i), odd ? load(odd + i) : Vec<float>{}));
+    }
+  }
+  for (; i < count; ++i) to[i] = {even[i * stride], odd ? odd[i * stride] : bfloat16{}};
+}
+
+// conv_tile.h has the same for single channels.
+inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
+                         int64_t c, int64_t count, bfloat16x2* to) {
+  if (!channels_last) {
+    const bfloat16* even = from + 2 * c * layout.c;
+    return zip_runs(even, 2 * c + 1 < channels ? even + layout.c : nullptr, layout.d[2], count, to);
+  }
+  const int64_t pairs = divide_up(channels, 2), bytes = channels * static_cast<int64_t>(sizeof(bfloat16));
+  if (channels % 2 == 0 && layout.d[2] == channels) {
+    if (count > 0) __builtin_memcpy(to, from, count * bytes);
+    return;
+  }
+  for (int64_t w = 0; w < count; ++w) {
+    to[w * pairs + pairs - 1].odd = {};
+    __builtin_memcpy(to + w * pairs, from + w * layout.d[2], bytes);
+  }
+}
+#endif
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn
