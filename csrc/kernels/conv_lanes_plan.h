@@ -127,7 +127,8 @@ double lanes_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Lane
   const double vectors = (multiplications + pooling * static_cast<double>(g.out_channels)) / kLanes<C>;
   const bool dense = lanes.plan.bands == 1 && input.d[2] == 1 && input.d[1] == g.input[2];
   const int64_t rows = lanes.plan.bands * piece_extent(piece, 0) * piece_extent(piece, 1);
-  const double runs = dense ? 0 : static_cast<double>(input.c == 1 ? rows : rows * g.in_channels);
+  const bool together = input.c == 1 && input.d[2] == g.in_channels;  // a row's channels are one run
+  const double runs = dense ? 0 : static_cast<double>(together ? rows : rows * g.in_channels);
   const bool scattered = input.c == 1;  // what comes out is written number by number
   return vectors / lanes.useful + kRun * runs +
          (scattered ? 25.0 : 3.0) * static_cast<double>(g.out_channels * g.pixels());

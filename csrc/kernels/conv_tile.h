@@ -130,8 +130,8 @@ FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout
   return sizeof(T) == sizeof(Compute<T>) && !padded && (!crowded || read_once);
 }
 
-// What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, by whether it
-// it is copied as it lies or transposed, and this much a run.
+// What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, copied as
+// it lies, transposed in squares or one by one, and this much a run.
 constexpr double kCopyCost = 0.25, kTransposeCost = 1, kSingleCost = 2, kRunCost = 40;
 
 // A box of the input, zeros where it reaches beyond: [channel][slice][row][column], or with the channel innermost.
