@@ -181,17 +181,18 @@ class DepthwiseForward {
     }
     const int64_t step = g_.stride[2] * step_[2];
     const int last = static_cast<int>(block_.live - (vectors - 1) * kLanes<C>);
-    int64_t x = 0;
-    for (; x < g_.conv[2]; ++x) {
-      for (; x >= interior_.first && x + together <= interior_.last; x += together) {
-        depthwise_tile<together, vectors, partial>(scratch_.taps, count, x * step, step, last, bias, to + x * lanes);
-      }
-      if (x == g_.conv[2]) break;
-      if (x >= interior_.first && x < interior_.last) {
-        depthwise_tile<1, vectors, partial>(scratch_.taps, count, x * step, step, last, bias, to + x * lanes);
-      } else {
+    for (int64_t x = 0; x < g_.conv[2];) {
+      if (x < interior_.first || x >= interior_.last) {
         edge_pixel<vectors, partial>(count, x, step, last, bias, to + x * lanes);
+        ++x;
+        continue;
       }
+      const int64_t pixels = smaller(together, interior_.last - x);
+      with_constant<together>(static_cast<int>(pixels), [&](auto some) {
+        depthwise_tile<decltype(some)::value, vectors, partial>(scratch_.taps, count, x * step, step, last, bias,
+                                                                to + x * lanes);
+      });
+      x += pixels;
     }
   }
 

@@ -112,6 +112,7 @@ class DirectForward {
       step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
       channel_step_ = channels_inside() ? 1 : channel_step<C>(g_, plan_);
     }
+    for (int64_t i = 0; i < g_.groups * divide_up(g_.out_channels, kBlockChannels<C>); ++i) scratch_.moderate[i] = -1;
     for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       scratch_.offsets[k] = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
                             w * g_.dilation[2] * step_[2];
@@ -182,6 +183,7 @@ class DirectForward {
       tile_ = tile;
       fill_tile(call_.geometry, input, layout, channels_inside(), g_.in_channels, used);
     }
+    tile_is_moderate_ = pools_in_tiles_ && box_is_moderate(used);
   }
 
   void run_block(int64_t block, int64_t slice, int64_t first, int64_t last) {
@@ -203,17 +205,53 @@ class DirectForward {
     for (int v = 0; v < vectors && call_.bias; ++v) {
       bias[v] = load_up_to<T>(call_.bias + channel + v * kLanes<C>, channels - v * kLanes<C>);
     }
+    const bool in_tiles = pools_in_tiles_ && tile_is_moderate_ && block_is_moderate<vectors>(block, bias);
     const int64_t columns = last_column_ - first_column_;
     constexpr int64_t pixel = vectors * kLanes<C>;
     for (int64_t row = first; row < last; ++row) {
       C* to = scratch_.stage + (row - first) * columns * pixel;
       uint8_t* winners = scratch_.winner_stage + (row - first) * columns * pixel;
-      if (pools_in_tiles_ && pool_in_tiles<vectors, with_winners>(block, slice, row, bias, to, winners)) continue;
+      if (in_tiles) {
+        pool_in_tiles<vectors, with_winners>(block, slice, row, bias, to, winners);
+        continue;
+      }
       const int64_t count = window_rows<vectors>(block, slice, row, bias);
       pool_row<C, vectors, with_winners>(g_, scratch_.window_rows, count, first_conv_[2], first_column_, last_column_,
                                          to, winners);
     }
     write_band<vectors>(channel, channels, slice, first, last);
+  }
+
+  // Whether no conv pixel can be NaN for the sake of the tile's elements.
+  bool box_is_moderate(const InputTile<E>& box) const {
+    if (channel_step_ != 1 && step_[2] != 1) return false;  // not worth the time
+    const bool inside = channel_step_ == 1, joined = inside && step_[2] == g_.in_channels;
+    // In place, the last columns may lie beyond the input.
+    const int64_t columns = plan_.in_place ? smaller(box.size[2], g_.input[2] - box.first[2]) : box.size[2];
+    const int64_t rows = plan_.in_place ? smaller(box.size[1], g_.input[1] - box.first[1]) : box.size[1];
+    const int64_t runs = joined ? 1 : inside ? columns : g_.in_channels, run_step = inside ? step_[2] : channel_step_;
+    const int64_t length = joined ? columns * g_.in_channels : inside ? g_.in_channels : columns;
+    for (int64_t d = 0; d < box.size[0]; ++d) {
+      for (int64_t h = 0; h < rows; ++h) {
+        for (int64_t r = 0; r < runs; ++r) {
+          if (!is_moderate(tile_ + d * step_[0] + h * step_[1] + r * run_step, length)) return false;
+        }
+      }
+    }
+    return true;
+  }
+
+  // The same for the sake of a block's weight and bias.
+  template <int vectors>
+  bool block_is_moderate(int64_t block, const Vec<C> (&bias)[vectors]) const {
+    int8_t& known = scratch_.moderate[group_ * divide_up(g_.out_channels, kBlockChannels<C>) + block];
+    if (known < 0) {
+      C lanes[vectors * kLanes<C>];
+      for (int v = 0; v < vectors; ++v) store(lanes + v * kLanes<C>, bias[v]);
+      known =
+          is_moderate(lanes, vectors * kLanes<C>) && is_moderate(block_weight(block), g_.depth() * vectors * kLanes<C>);
+    }
+    return known;
   }
 
   const E* block_weight(int64_t block) const {
@@ -239,20 +277,17 @@ class DirectForward {
     for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(to + c * layout.c, 1);
   }
 
-  // A row of windows that share no pixel, in the hope that none of these is NaN. Returns false, having written rubbish,
-  // when one is.
+  // A row of windows that share no pixel, none of which is NaN.
   template <int vectors, bool with_winners>
-  bool pool_in_tiles(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors], C* to,
+  void pool_in_tiles(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors], C* to,
                      uint8_t* winners) {
     const int64_t windows = last_column_ - first_column_;
     const int64_t at = (slice * g_.output[1] + row) * g_.output[2] + first_column_;
-    bool without_nan = false;
     with_constant<kMostTileTaps>(static_cast<int>(g_.pool_kernel[2]), [&](auto taps_constant) {
       constexpr int taps = decltype(taps_constant)::value;
       if constexpr (taps > 1) {
         // The ring's memory, not used otherwise.
-        PooledRow<C, taps, vectors, with_winners> pooled = {
-            to, reinterpret_cast<Places<C>*>(scratch_.ring), 0, true, {}};
+        PooledRow<C, taps, vectors, with_winners> pooled = {to, reinterpret_cast<Places<C>*>(scratch_.ring), 0, true};
         for (int64_t i = 0; i < g_.pool_kernel[0]; ++i) {
           const int64_t z = slice * g_.pool_stride[0] + i * g_.pool_dilation[0];
           for (int64_t j = 0; j < g_.pool_kernel[1]; ++j) {
@@ -268,11 +303,8 @@ class DirectForward {
           }
         }
         if (with_winners) write_winners(to, pooled.winners, windows * vectors, winners);
-        without_nan = true;
-        for (const Vec<C>& total : pooled.total) without_nan = without_nan && !has_nan<C>(total);
       }
     });
-    return without_nan;
   }
 
   // The rows of conv pixels under a row of windows, computed where the ring doesn't hold them.
@@ -324,6 +356,7 @@ class DirectForward {
   const DirectScratch<C> scratch_;
   const E* tile_;  // the band's first conv pixel, first tap
   InputSource<E> source_;
+  bool tile_is_moderate_;
   int64_t step_[3], channel_step_;
   int64_t image_, group_, first_column_, last_column_, conv_columns_;
   int64_t first_conv_[3];

@@ -51,6 +51,7 @@ struct DirectScratch {
   WindowRow<C>* window_rows;
   int64_t* tags;     // which conv row each slot of the ring holds
   int64_t* offsets;  // of the tile's elements under a conv pixel
+  int8_t* moderate;  // whether a block's weight and bias are, by group and block; -1 if not known
   int64_t size;
 
   DirectScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
@@ -73,6 +74,7 @@ struct DirectScratch {
         take(g.pool_kernel[0] * g.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
     tags = reinterpret_cast<int64_t*>(take(slots * static_cast<int64_t>(sizeof(int64_t))));
     offsets = reinterpret_cast<int64_t*>(take(g.depth() * static_cast<int64_t>(sizeof(int64_t))));
+    moderate = reinterpret_cast<int8_t*>(take(g.groups * divide_up(g.out_channels, kBlockChannels<C>)));
     size = used;
   }
 };
@@ -152,7 +154,7 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const int64_t rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   const double elements = static_cast<double>(g.in_channels * rows * input_extent(g, 2, plan.columns));
   const double runs = static_cast<double>(plan.order == TapOrder::channels_last ? rows : rows * g.in_channels);
-  return cost + multiplications + (plan.in_place ? 0 : copy_cost(elements, runs, false));
+  return cost + multiplications + (plan.in_place ? 0 : elements * kCopyCost + runs * kRunCost);
 }
 
 // With or without a padded copy of the input, whichever is cheaper.

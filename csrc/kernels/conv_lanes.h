@@ -114,7 +114,8 @@ class LanesForward {
     const int64_t left = smaller(g_.padding[2], columns), count = larger(0, smaller(g_.input[2], columns - left));
     const int64_t row_size = columns * pixel_, plane = rows * row_size;
     const bool dense_images = call_.plan.bands == 1 && pixel_ == 1 && layout.d[2] == 1 && layout.d[1] == g_.input[2];
-    if (!dense_images) fill_zeros(scratch_.plane, lanes_ * plane);  // the padding, and lanes without a piece
+    if (!dense_images)
+      fill_zeros(scratch_.plane, lanes_ * scratch_.plane_step);  // the padding, and lanes without a piece
     for (int64_t c = 0; c < (pixel_ > 1 ? 1 : g_.in_channels); ++c) {
       for (int64_t d = 0; d < piece_extent(piece_, 0); ++d) {
         const int64_t z = d - g_.padding[0];
@@ -135,7 +136,7 @@ class LanesForward {
               call_.input + lane.image * layout.n + (group_ * g_.in_channels + c) * layout.c + z * layout.d[0];
           const int64_t first = lane.row * g_.pool_stride[1] * g_.stride[1] - g_.padding[1];
           for (int64_t h = 0; h < rows; ++h) {
-            C* row = scratch_.plane + i * plane + h * row_size + left * pixel_;
+            C* row = scratch_.plane + i * scratch_.plane_step + h * row_size + left * pixel_;
             if (first + h < 0 || first + h >= g_.input[1]) {
               fill_zeros(row, count * pixel_);
             } else {
@@ -143,7 +144,7 @@ class LanesForward {
             }
           }
         }
-        transpose_matrix(scratch_.plane, plane, lanes_, plane, to, lanes_);
+        transpose_matrix(scratch_.plane, scratch_.plane_step, lanes_, plane, to, lanes_);
       }
     }
   }

@@ -24,6 +24,13 @@ FASTNN_INLINE int64_t piece_extent(const ConvPoolGeometry& piece, int d) {
   return (piece.conv[d] - 1) * piece.stride[d] + piece.kernel_extent(d);
 }
 
+// An odd number of cache lines: a power of two would put all planes into few of the cache's sets.
+template <class C>
+int64_t plane_size(int64_t elements) {
+  constexpr int64_t line = 64 / sizeof(C);
+  return round_up(elements, 2 * line) + line;
+}
+
 template <class C>
 struct LanesScratch {
   C* tile;   // [channel][slice][row][column][lane]
@@ -32,6 +39,7 @@ struct LanesScratch {
   uint8_t* winner_stage;
   C* plane;  // [lane][row][column]: a slice of every piece, or pooled pixels on the way out
   uint8_t* winner_plane;
+  int64_t plane_step;  // from one lane's plane of the input to the next
   WindowRow<C>* window_rows;
   int64_t* tags;
   int64_t* offsets;
@@ -54,7 +62,8 @@ struct LanesScratch {
     ring = reinterpret_cast<C*>(take(slots * outputs * piece.conv[2] * element));
     stage = reinterpret_cast<C*>(take(outputs * piece.pixels() * element));
     winner_stage = reinterpret_cast<uint8_t*>(take(outputs * piece.pixels() * lanes));
-    plane = reinterpret_cast<C*>(take(larger(columns * rows * piece.in_channels, piece.pixels()) * element));
+    plane_step = plane_size<C>(larger(columns * rows * piece.in_channels, piece.pixels()));
+    plane = reinterpret_cast<C*>(take(plane_step * element));
     winner_plane = reinterpret_cast<uint8_t*>(take(piece.pixels() * lanes));
     window_rows = reinterpret_cast<WindowRow<C>*>(
         take(piece.pool_kernel[0] * piece.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
@@ -118,7 +127,8 @@ double lanes_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Lane
   const double vectors = (multiplications + pooling * static_cast<double>(g.out_channels)) / kLanes<C>;
   const bool dense = lanes.plan.bands == 1 && input.d[2] == 1 && input.d[1] == g.input[2];
   const int64_t rows = lanes.plan.bands * piece_extent(piece, 0) * piece_extent(piece, 1);
-  const double runs = dense ? 0 : static_cast<double>(input.c == 1 ? rows : rows * g.in_channels);
+  const bool together = input.c == 1 && input.d[2] == g.in_channels;  // a row's channels are one run
+  const double runs = dense ? 0 : static_cast<double>(together ? rows : rows * g.in_channels);
   const bool scattered = input.c == 1;  // what comes out is written number by number
   return vectors / lanes.useful + kRun * runs +
          (scattered ? 25.0 : 3.0) * static_cast<double>(g.out_channels * g.pixels());

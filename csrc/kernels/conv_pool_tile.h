@@ -1,4 +1,5 @@
-// Windows side by side, which share no pixel: pooled while the conv pixels under them are in registers.
+// Windows side by side, which share no pixel: pooled while the conv pixels under them are in registers. None of these
+// may be NaN.
 #pragma once
 
 #include "conv_tile.h"
@@ -22,11 +23,10 @@ FASTNN_INLINE bool windows_are_apart(const ConvPoolGeometry& g) {
 // A row of windows on its way, row after row of conv pixels.
 template <class C, int taps, int vectors, bool with_winners>
 struct PooledRow {
-  C* best;                // (windows, vectors x lanes)
-  Places<C>* winners;     // the same, or null
-  int64_t place;          // of the row's first pixel in its window
-  bool is_first;          // row of the window
-  Vec<C> total[vectors];  // of all pixels: NaN once a NaN has been seen
+  C* best;             // (windows, vectors x lanes)
+  Places<C>* winners;  // the same, or null
+  int64_t place;       // of the row's first pixel in its window
+  bool is_first;       // row of the window
 
   // The conv pixels of some windows from the one numbered `first` on.
   template <int pixels>
@@ -49,7 +49,6 @@ struct PooledRow {
 #pragma GCC unroll 4
         for (int t = 0; t < taps; ++t) {
           const Vec<C> pixel = conv[w * taps + t][v];
-          total[v] += pixel;
           if (starts && t == 0) continue;
           if (with_winners) winner = pixel > value ? Places<C>{} + static_cast<Place>(place + t) : winner;
           value = larger_of(pixel, value);

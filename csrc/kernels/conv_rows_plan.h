@@ -141,10 +141,12 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
   const double multiplications = static_cast<double>(g.out_channels * g.depth() * s.conv[0] * s.vectors);
   const int64_t phases = smaller(g.stride[1], g.kernel_extent(1)) * smaller(g.stride[2], g.kernel_extent(2));
   const double runs = static_cast<double>(s.slices * s.rows * phases);
-  const bool transposed = input.c == 1 && g.in_channels > 1;
-  const bool as_it_lies = input.d[2] * g.stride[2] == 1;
-  const double elements = static_cast<double>(g.in_channels * s.slices * s.slice);
-  const double copy = copy_cost(elements, transposed ? runs : runs * g.in_channels, transposed || !as_it_lies);
+  const double elements = static_cast<double>(s.slices * s.slice), channels = static_cast<double>(g.in_channels);
+  double copy = channels * (elements * (input.d[2] * g.stride[2] == 1 ? kCopyCost : kSingleCost) + runs * kRunCost);
+  if (input.c == 1 && g.in_channels > 1) {  // whole squares are transposed, of which a short row fills but a part
+    const double squares = static_cast<double>(round_up(s.pitch, kLanes<C>) * round_up(g.in_channels, kLanes<C>));
+    copy = runs * (squares * kTransposeCost + kRunCost);
+  }
   constexpr double kItem = 400, kOverhead = 1.1;                                 // per band, on multiplications
   const double place = g.pool_stride[2] == 3 || g.pool_stride[2] > 4 ? 60 : 15;  // of a vector of windows
   const double windows =

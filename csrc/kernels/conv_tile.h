@@ -82,12 +82,14 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
   if (joined && layout.d[2] == 1 && count >= least && count <= most) {  // runs of taps, put in their places afterwards
     Compute<T> rows[some * most];
     for (int64_t c = 0; c < g.in_channels; ++c) {
+      int64_t place[3] = {};  // of the tap in the kernel
       for (int64_t first = 0; first < taps; first += some) {
         const int64_t last = smaller(first + some, taps);
         transpose_matrix(from + c * layout.c + first, layout.n, count, last - first, rows, most);
         for (int64_t tap = first; tap < last; ++tap) {
-          const int64_t d = tap / (g.kernel[1] * g.kernel[2]), h = tap / g.kernel[2] % g.kernel[1];
-          copy_out(rows + (tap - first) * most, count, to + tap_position(g, order, c, d, h, tap % g.kernel[2]) * width);
+          const int64_t k = tap_position(g, order, c, place[0], place[1], place[2]);
+          copy_out(rows + (tap - first) * most, count, to + k * width);
+          for (int d = 2; d >= 0 && ++place[d] == g.kernel[d] && d > 0; --d) place[d] = 0;
         }
       }
     }
@@ -97,6 +99,23 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
     const T* element = from + c * layout.c + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
     for (int64_t o = 0; o < count; ++o) to[k * width + o] = to_compute(element[o * layout.n]);
   });
+}
+
+// Whether no element of a run is NaN, infinite or so large that products of two such elements could add up to infinity.
+template <class T>
+FASTNN_INLINE bool is_moderate(const T* run, int64_t count) {
+  using C = Compute<T>;
+  constexpr C scale = 1e4f;
+  Vec<C> total = {};
+  for (int64_t i = 0; i < count; i += kLanes<C>) {
+    const Vec<C> value = load_up_to<T>(run + i, count - i) * scale;
+    total = multiply_add(value, value, total);
+  }
+  const C sum = sum_lanes<C>(total);
+  return sum - sum == 0;
+}
+FASTNN_INLINE bool is_moderate(const bfloat16x2* run, int64_t count) {
+  return is_moderate(reinterpret_cast<const bfloat16*>(run), 2 * count);
 }
 
 // Whether the input's channels all fall into the same few sets of the cache.
@@ -115,13 +134,9 @@ FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout
   return sizeof(T) == sizeof(Compute<T>) && !padded && (!crowded || read_once);
 }
 
-// What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, by whether
-// it is copied as it lies or transposed, and this much a run.
-constexpr double kCopyCost = 0.25, kTransposeCost = 2, kRunCost = 40;
-
-FASTNN_INLINE double copy_cost(double elements, double runs, bool transposed) {
-  return elements * (transposed ? kTransposeCost : kCopyCost) + runs * kRunCost;
-}
+// What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, copied as
+// it lies, transposed in squares or one by one, and this much a run.
+constexpr double kCopyCost = 0.25, kTransposeCost = 1, kSingleCost = 2, kRunCost = 40;
 
 // A box of the input, zeros where it reaches beyond: [channel][slice][row][column], or with the channel innermost.
 template <class C>
