@@ -35,15 +35,20 @@ struct BandShape {
     pixels = round_up(size[0] * size[1] * size[2], kLanes<C>);
   }
 
-  // Calls body(box) for each band.
+  // Calls body(box) for each band of the conv pixels [first, last) along one dimension.
   template <class Body>
-  void for_each(const ConvPoolGeometry& g, const Body& body) const {
-    for (int64_t z = 0; z < g.conv[0]; z += size[0]) {
-      for (int64_t y = 0; y < g.conv[1]; y += size[1]) {
-        for (int64_t x = 0; x < g.conv[2]; x += size[2]) {
-          body(ConvBox{
-              {z, y, x},
-              {smaller(z + size[0], g.conv[0]), smaller(y + size[1], g.conv[1]), smaller(x + size[2], g.conv[2])}});
+  void for_each(const ConvPoolGeometry& g, int axis, int64_t first, int64_t last, const Body& body) const {
+    ConvBox all;
+    for (int d = 0; d < 3; ++d) {
+      all.first[d] = d == axis ? first : 0;
+      all.last[d] = d == axis ? last : g.conv[d];
+    }
+    for (int64_t z = all.first[0]; z < all.last[0]; z += size[0]) {
+      for (int64_t y = all.first[1]; y < all.last[1]; y += size[1]) {
+        for (int64_t x = all.first[2]; x < all.last[2]; x += size[2]) {
+          body(ConvBox{{z, y, x},
+                       {smaller(z + size[0], all.last[0]), smaller(y + size[1], all.last[1]),
+                        smaller(x + size[2], all.last[2])}});
         }
       }
     }
@@ -72,7 +77,14 @@ class GradientBand {
 
   // Lays out `count` channels, the first of them `channel`, `step` apart. The lanes and pixels beyond are zero.
   void fill(int64_t image, int64_t channel, int64_t step, int64_t count, const ConvBox& box) {
-    fill_zeros(pixels_, round_up(box.pixels(), kLanes<C>) * width_);
+    // Windows that lie side by side write each pixel once, those that overlap add to it.
+    bool tiled = true, covered = true;
+    for (int d = 0; d < 3; ++d) {
+      tiled = tiled && g_.pool_stride[d] == g_.pool_kernel[d] && g_.pool_dilation[d] == 1;
+      covered = covered && box.last[d] + g_.pool_padding[d] <= g_.output[d] * g_.pool_stride[d];
+    }
+    const int64_t written = tiled && covered ? box.pixels() : 0;
+    fill_zeros(pixels_ + written * width_, (round_up(box.pixels(), kLanes<C>) - written) * width_);
     if (count < width_) __builtin_memset(winners_, kDead, g_.output[2] * width_);
     int64_t first[3], last[3];  // the pooled pixels whose windows reach into the box
     for (int d = 0; d < 3; ++d) {
@@ -90,7 +102,11 @@ class GradientBand {
         if (row_count_ == 0 || first[2] >= last[2]) continue;
         load_row(gradients + z * gl.d[0] + y * gl.d[1], gl.c * step, gl.d[2], count, last[2] - first[2], gradients_);
         load_row(winners + z * wl.d[0] + y * wl.d[1], wl.c * step, wl.d[2], count, last[2] - first[2], winners_);
-        add_row(first[2], last[2], box);
+        if (tiled) {
+          put_row<false>(first[2], last[2], box);
+        } else {
+          put_row<true>(first[2], last[2], box);
+        }
       }
     }
   }
@@ -139,8 +155,9 @@ class GradientBand {
     }
   }
 
-  // Adds the gradients of a row of pooled pixels, [first, last), to the rows of the box.
-  void add_row(int64_t first, int64_t last, const ConvBox& box) {
+  // Writes the gradients of a row of pooled pixels, [first, last), to the rows of the box, or adds them.
+  template <bool adds>
+  void put_row(int64_t first, int64_t last, const ConvBox& box) {
     const int64_t step = g_.pool_dilation[2], size = box.size(2);
     for (int64_t x = first; x < last; ++x) {
       const int64_t start = x * g_.pool_stride[2] - g_.pool_padding[2] - box.first[2];
@@ -158,7 +175,8 @@ class GradientBand {
           for (int64_t w = first_place; w < last_place; ++w) {
             const Places<C> place = Places<C>{} + static_cast<typename IntegerOf<C>::Type>(rows_[r].place + w);
             C* pixel = to + w * step * width_;
-            store(pixel, load(pixel) + (winner == place ? gradient : Vec<C>{}));
+            const Vec<C> here = winner == place ? gradient : Vec<C>{};
+            store(pixel, adds ? load(pixel) + here : here);
           }
         }
       }
