@@ -180,14 +180,11 @@ class BackwardWorker {
 
   void add_input_gradient(int64_t first, int64_t last, const C* weight) {
     list_by_pixel(first, last);
-    // Pixels whose runs overlap are kept apart: a load of what has just been stored, in part, waits for it.
-    const int64_t apart = divide_up(s_.vectors * kLanes<C>, g_.stride[2] * s_.lanes);
     for (int64_t block = 0; block < blocks_; ++block) {
       const C* rows = weight + block * g_.out_channels * s_.row;
       C* image = window_.gradient(block);
       for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
-        for (int64_t i = 0, p = first; i < last - first; ++i, p += apart) {
-          if (p >= last) p = first + (p - first) % apart + 1;
+        for (int64_t p = first; p < last; ++p) {
           const int64_t start = scratch_.starts[p - first], count = scratch_.starts[p - first + 1] - start;
           if (count == 0) continue;
           scatter_runs<decltype(runs)::value, decltype(vectors)::value>(

@@ -6,11 +6,40 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+// transpose_matrix for at most four rows, which a whole square would be a waste for.
+template <int rows, class From, class To>
+void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, To* to, int64_t to_stride) {
+  using C = Compute<From>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t c = 0; c < columns; c += lanes) {
+    Vec<C> x[4] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) x[r] = load_up_to<From>(from + r * from_stride + c, columns - c);
+    const Vec<C> even[2] = {zip_low<C>(x[0], x[2]), zip_high<C>(x[0], x[2])};
+    const Vec<C> odd[2] = {zip_low<C>(x[1], x[3]), zip_high<C>(x[1], x[3])};
+    C fours[4 * lanes];
+    for (int half = 0; half < 2; ++half) {
+      store(fours + 2 * half * lanes, zip_low<C>(even[half], odd[half]));
+      store(fours + (2 * half + 1) * lanes, zip_high<C>(even[half], odd[half]));
+    }
+    To* target = to + c * to_stride;
+    for (int i = 0; i < lanes && i < columns - c; ++i, target += to_stride) {
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) target[r] = from_compute<To>(fours[4 * i + r]);
+    }
+  }
+}
+
 // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
 template <class From, class To>
 void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
   using C = Compute<From>;
   constexpr int lanes = kLanes<C>;
+  if constexpr (lanes > 4) {
+    if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
+    if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
+    if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
+  }
   for (int64_t r = 0; r < rows; r += lanes) {
     const int64_t rows_left = rows - r;
     for (int64_t c = 0; c < columns; c += lanes) {
