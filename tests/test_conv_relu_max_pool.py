@@ -269,6 +269,15 @@ class TestAlgorithms:
             ((2, 24, 30, 29), 48, (5, 4), geometry(2, stride=(2, 1), groups=24, pool=2, pool_dilation=2)),
             ((1, 17, 9, 40), 17, (1, 13), geometry(2, padding=(0, 6), groups=17, pool=(3, 2))),
             ((2, 16, 8, 9, 20), 16, (2, 3, 3), geometry(3, dilation=(1, 2, 1), groups=16, pool_stride=1)),
+            # Images of which only a window is in memory.
+            ((1, 16, 9001), 5, (5,), geometry(1, padding=2, pool=3, pool_stride=2)),
+            ((1, 16, 9001), 5, (4,), geometry(1, dilation=3)),
+            ((2, 3, 190, 191), 8, (7, 7), geometry(2, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)),
+            ((1, 40, 60, 61), 6, (3, 2), geometry(2, padding=1, dilation=2)),
+            ((1, 16, 103, 100), 3, (2, 2), geometry(2, stride=(5, 3))),
+            ((1, 8, 20, 30, 31), 6, (3, 3, 2), geometry(3, padding=1)),
+            ((1, 20, 12, 40, 41), 3, (1, 1, 1), geometry(3, stride=(1, 1, 3), pool=(2, 3, 2))),
+            ((1, 20, 3, 80, 41), 20, (3, 3, 3), geometry(3, padding=(0, 1, 1), groups=20, pool=(1, 2, 2))),
         ],
     )
     def test_backward_in_bands(

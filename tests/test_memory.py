@@ -1,7 +1,10 @@
-"""No call leaves memory behind that nobody can reach."""
+"""No call leaves memory behind that nobody can reach, and a training step takes no more than it should."""
 
 import ctypes
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -74,3 +77,34 @@ def test_calls_leave_nothing_behind(name: str, kind: str) -> None:
     for _ in range(CALLS):
         run()
     assert bytes_in_use() - before < 16 * CALLS
+
+
+# What the process takes for a step, apart from what a small step and its libraries have already taken.
+TRAINING_STEP = """
+import torch, fastnn.nn
+
+def kilobytes(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+torch.set_num_threads(1)
+layer = fastnn.nn.ConvReLUMaxPool2d(3, 64, 3, padding=1)
+layer(torch.randn(1, 3, 64, 64, requires_grad=True)).sum().backward()
+x = torch.randn(8, 3, 224, 224, requires_grad=True)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins anew
+before = kilobytes("VmRSS")
+output = layer(x)
+kept = kilobytes("VmRSS") - before
+output.sum().backward()
+print(kept * 1024 - output.nbytes, (kilobytes("VmHWM") - before) * 1024 - output.nbytes - x.grad.nbytes)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell a process's peak")
+def test_memory_of_a_training_step() -> None:
+    run = subprocess.run([sys.executable, "-c", TRAINING_STEP], capture_output=True, text=True, check=True)
+    kept, peak = map(int, run.stdout.split())
+    conv = 8 * 64 * 224 * 224
+    assert kept <= 0.3 * conv
+    assert peak <= 0.4 * conv  # of the 4 that the gradient of the convolution's output would take

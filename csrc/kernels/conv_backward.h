@@ -17,17 +17,20 @@ class BackwardWorker {
   using C = Compute<T>;
 
  public:
-  BackwardWorker(const ConvPoolBackward<T>& call, void* memory)
+  BackwardWorker(const ConvPoolBackward<T>& call, bool weight_wanted, void* memory)
       : call_(call),
         g_(call.geometry),
         s_(run_shape<C>(call.geometry)),
         scratch_(call.geometry, memory),
+        window_(call, scratch_.image, weight_wanted ? scratch_.images : nullptr,
+                call.grad_input ? scratch_.gradients : nullptr),
         band_(call, scratch_.shape, scratch_.band) {
-    for_each_run_tap(g_, s_, [&](int64_t run, int64_t element, int64_t d, int64_t h, int64_t w) {
-      if (element != 0) return;
-      scratch_.run_offsets[run] =
-          d * g_.dilation[0] * s_.d[0] + h * g_.dilation[1] * s_.d[1] + w * g_.dilation[2] * s_.d[2];
-    });
+    const BlockImage& image = scratch_.image;
+    for (int64_t d = 0; d < g_.kernel[0]; ++d) {
+      for (int64_t h = 0; h < g_.kernel[1]; ++h) {
+        scratch_.run_offsets[d * g_.kernel[1] + h] = d * g_.dilation[0] * image.d[0] + h * g_.dilation[1] * image.d[1];
+      }
+    }
     for (int64_t o = 0; o < scratch_.shape.width; ++o) {
       scratch_.channel_offsets[o] = static_cast<Offset<C>>(o * s_.row);
     }
@@ -38,61 +41,66 @@ class BackwardWorker {
     image_ = image;
     group_ = group;
     blocks_ = last - first;
-    if (grad_weight) {
-      for (int64_t block = first; block < last; ++block) {
-        load_image(block, scratch_.images + (block - first) * s_.image);
-      }
+    first_ = first;
+    grad_bias = first == 0 ? grad_bias : nullptr;
+    fill_zeros(scratch_.bias, round_up(g_.out_channels, scratch_.shape.width));
+    const int axis = scratch_.image.axis;
+    const int64_t channel = first * s_.lanes;
+    window_.open(image, group * g_.in_channels + channel, smaller(blocks_ * s_.lanes, g_.in_channels - channel));
+    for (int64_t pixel = 0; pixel < g_.conv[axis]; pixel += scratch_.image.step) {
+      window_.move_to(pixel);
+      run_window(pixel, smaller(pixel + scratch_.image.step, g_.conv[axis]), grad_weight, lost, grad_bias);
     }
-    if (call_.grad_input) fill_zeros(scratch_.gradients, blocks_ * s_.image);
-    const int64_t width = scratch_.shape.width;
-    for (int64_t channel = 0; channel < g_.out_channels; channel += width) {
-      const int64_t channels = smaller(width, g_.out_channels - channel);
-      const int64_t at = ((group * s_.blocks + first) * g_.out_channels + channel) * s_.row;
-      for (int64_t o = 0; o < width; ++o) scratch_.bias[o] = 0;
-      scratch_.shape.for_each(g_, [&](const ConvBox& box) {
-        band_.fill(image, group * g_.out_channels + channel, 1, channels, box);
-        if (grad_weight || call_.grad_input) find_pixels(box);
-        const int64_t pixels = round_up(box.pixels(), kLanes<C>);
-        for (int64_t p = 0; p < pixels; p += scratch_.slice_pixels) {
-          const int64_t end = smaller(p + scratch_.slice_pixels, pixels);
-          if (grad_bias && first == 0) add_bias_gradient(p, end);
-          if (grad_weight) add_weight_gradient(p, end, channels, grad_weight + at, lost + at);
-          if (call_.grad_input) add_input_gradient(p, end, call_.packed + at);
-        }
-      });
-      if (grad_bias && first == 0) {
-        C* to = grad_bias + group * g_.out_channels + channel;
-        for (int64_t o = 0; o < channels; ++o) to[o] += static_cast<C>(scratch_.bias[o]);
-      }
-    }
-    if (!call_.grad_input) return;
-    for (int64_t block = first; block < last; ++block) {
-      store_image(block, scratch_.gradients + (block - first) * s_.image);
+    window_.close();
+    for (int64_t o = 0; grad_bias && o < g_.out_channels; ++o) {
+      grad_bias[group * g_.out_channels + o] += static_cast<C>(scratch_.bias[o]);
     }
   }
 
  private:
-  // Where the first tap of each of the box's pixels lies in the image. Those that fill up the last vector have no
-  // gradient.
-  void find_pixels(const ConvBox& box) {
+  // The conv pixels [first, last) along the axis that the window moves along.
+  void run_window(int64_t first, int64_t last, C* grad_weight, C* lost, C* grad_bias) {
+    const int64_t width = scratch_.shape.width;
+    for (int64_t channel = 0; channel < g_.out_channels; channel += width) {
+      const int64_t channels = smaller(width, g_.out_channels - channel);
+      const int64_t at = ((group_ * s_.blocks + first_) * g_.out_channels + channel) * s_.row;
+      scratch_.shape.for_each(g_, scratch_.image.axis, first, last, [&](const ConvBox& box) {
+        band_.fill(image_, group_ * g_.out_channels + channel, 1, channels, box);
+        if (grad_weight || call_.grad_input) find_pixels(box, first);
+        const int64_t pixels = round_up(box.pixels(), kLanes<C>);
+        for (int64_t p = 0; p < pixels; p += scratch_.slice_pixels) {
+          const int64_t end = smaller(p + scratch_.slice_pixels, pixels);
+          if (grad_bias) add_bias_gradient(p, end, scratch_.bias + channel);
+          if (grad_weight) add_weight_gradient(p, end, channels, grad_weight + at, lost + at);
+          if (call_.grad_input) add_input_gradient(p, end, call_.packed + at);
+        }
+      });
+    }
+  }
+
+  // Where the first tap of each of the box's pixels lies in the window, which begins with the pixel `origin`. Those
+  // that fill up the last vector have no gradient.
+  void find_pixels(const ConvBox& box, int64_t origin) {
+    const BlockImage& image = scratch_.image;
+    const int64_t before = origin * g_.stride[image.axis] * image.d[image.axis];
     Offset<C>* to = scratch_.pixel_offsets;
     for (int64_t z = box.first[0]; z < box.last[0]; ++z) {
       for (int64_t y = box.first[1]; y < box.last[1]; ++y) {
-        const int64_t row = z * g_.stride[0] * s_.d[0] + y * g_.stride[1] * s_.d[1];
+        const int64_t row = z * g_.stride[0] * image.d[0] + y * g_.stride[1] * image.d[1] - before;
         for (int64_t x = box.first[2]; x < box.last[2]; ++x) {
-          *to++ = static_cast<Offset<C>>(row + x * g_.stride[2] * s_.d[2]);
+          *to++ = static_cast<Offset<C>>(row + image.column(x * g_.stride[2]));
         }
       }
     }
     for (; (to - scratch_.pixel_offsets) % kLanes<C> != 0; ++to) *to = 0;
   }
 
-  void add_bias_gradient(int64_t first, int64_t last) const {
+  void add_bias_gradient(int64_t first, int64_t last, double* to) const {
     const int64_t width = scratch_.shape.width;
     for (int64_t o = 0; o < width; o += kLanes<C>) {
       Vec<C> total = {};
       for (int64_t p = first; p < last; ++p) total += load(band_.pixels() + p * width + o);
-      for (int i = 0; i < kLanes<C>; ++i) scratch_.bias[o + i] += total[i];  // the longest sum of all
+      for (int i = 0; i < kLanes<C>; ++i) to[o + i] += total[i];  // the longest sum of all
     }
   }
 
@@ -138,7 +146,7 @@ class BackwardWorker {
   void add_weight_gradient(int64_t first, int64_t last, int64_t channels, C* to, C* lost) {
     list_by_channel(first, last);
     for (int64_t block = 0; block < blocks_; ++block) {
-      const C* image = scratch_.images + block * s_.image;
+      const C* image = window_.image(block);
       const int64_t block_at = block * g_.out_channels * s_.row;
       for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
         for (int64_t o = 0; o < channels; ++o) {
@@ -174,7 +182,7 @@ class BackwardWorker {
     list_by_pixel(first, last);
     for (int64_t block = 0; block < blocks_; ++block) {
       const C* rows = weight + block * g_.out_channels * s_.row;
-      C* image = scratch_.gradients + block * s_.image;
+      C* image = window_.gradient(block);
       for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
         for (int64_t p = first; p < last; ++p) {
           const int64_t start = scratch_.starts[p - first], count = scratch_.starts[p - first + 1] - start;
@@ -206,34 +214,20 @@ class BackwardWorker {
     }
   }
 
-  void load_image(int64_t block, C* image) const {
-    const int64_t first = block * s_.lanes, channels = smaller(s_.lanes, g_.in_channels - first);
-    const ConvLayout& layout = call_.input_layout;
-    const T* input = call_.input + image_ * layout.n + (group_ * g_.in_channels + first) * layout.c;
-    fill_zeros(image, s_.image);
-    load_block(g_, input, layout, channels, s_.d, image);
-  }
-
-  void store_image(int64_t block, const C* image) const {
-    const int64_t first = block * s_.lanes, channels = smaller(s_.lanes, g_.in_channels - first);
-    const ConvLayout& layout = call_.grad_input_layout;
-    T* output = call_.grad_input + image_ * layout.n + (group_ * g_.in_channels + first) * layout.c;
-    store_block(g_, image, s_.d, channels, output, layout);
-  }
-
   const ConvPoolBackward<T>& call_;
   const ConvPoolGeometry& g_;
   const RunShape s_;
   const BackwardScratch<C> scratch_;
+  ImageWindow<T> window_;
   GradientBand<T> band_;
-  int64_t image_, group_, blocks_;
+  int64_t image_, group_, first_, blocks_;  // first: of the blocks
 };
 
 template <class T>
 void backward_runs(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
                    int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias,
                    void* scratch) {
-  BackwardWorker<T> worker(call, scratch);
+  BackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
   const int64_t blocks = call.plan.blocks / call.geometry.groups;
   for (int64_t image = first_image; image < last_image; ++image) {
     for (int64_t block = first_block; block < last_block;) {

@@ -14,8 +14,6 @@ constexpr int kPixelsTogether = 4;
 struct DepthwiseShape {
   int64_t blocks;
   int64_t multiplier;  // output channels of a group
-  int64_t d[3];        // strides of the image of one block
-  int64_t image;       // elements
   int64_t taps;        // elements of the kernel of a block's channels
 };
 
@@ -24,7 +22,6 @@ DepthwiseShape depthwise_shape(const ConvPoolGeometry& g) {
   DepthwiseShape s;
   s.blocks = divide_up(g.groups, kLanes<C>);
   s.multiplier = g.out_channels;
-  s.image = lay_out_image(g, kLanes<C>, s.d);
   s.taps = g.taps() * kLanes<C>;
   return s;
 }
@@ -32,17 +29,20 @@ DepthwiseShape depthwise_shape(const ConvPoolGeometry& g) {
 template <class C>
 struct DepthwiseBackwardScratch {
   BandShape<C> shape;
-  C* image;  // the input's padded image
-  C* gradient;
-  char* band;  // GradientBand's
+  BlockImage image;
+  C* images;  // a window of the input
+  C* gradients;
+  char* band;    // GradientBand's
+  double* bias;  // [output channel of a group][lane]
   int64_t size;
 
-  DepthwiseBackwardScratch(const ConvPoolGeometry& g, void* memory) : shape(g, kLanes<C>) {
-    const DepthwiseShape s = depthwise_shape<C>(g);
+  DepthwiseBackwardScratch(const ConvPoolGeometry& g, void* memory)
+      : shape(g, kLanes<C>), image(g, kLanes<C>, false, sizeof(C), shape.size, 2, 0) {
     MemoryParts parts(memory);
-    image = parts.take<C>(s.image);
-    gradient = parts.take<C>(s.image);
+    images = parts.take<C>(image.size);
+    gradients = parts.take<C>(image.size);
     band = parts.take<char>(GradientBand<C>::memory_size(g, shape));
+    bias = parts.take<double>(g.out_channels * kLanes<C>);
     size = parts.used();
   }
 };
@@ -109,42 +109,42 @@ class DepthwiseBackwardWorker {
   using C = Compute<T>;
 
  public:
-  DepthwiseBackwardWorker(const ConvPoolBackward<T>& call, void* memory)
+  DepthwiseBackwardWorker(const ConvPoolBackward<T>& call, bool weight_wanted, void* memory)
       : call_(call),
         g_(call.geometry),
         s_(depthwise_shape<C>(call.geometry)),
         scratch_(call.geometry, memory),
+        window_(call, scratch_.image, weight_wanted ? scratch_.images : nullptr,
+                call.grad_input ? scratch_.gradients : nullptr),
         band_(call, scratch_.shape, scratch_.band) {}
 
   void run(int64_t image, int64_t block, C* grad_weight, C* lost, C* grad_bias) {
-    const int64_t first = block * kLanes<C>, lanes = smaller(kLanes<C>, g_.groups - first);
-    if (grad_weight) {
-      const ConvLayout& layout = call_.input_layout;
-      fill_zeros(scratch_.image, s_.image);
-      load_block(g_, call_.input + image * layout.n + first * layout.c, layout, lanes, s_.d, scratch_.image);
-    }
-    if (call_.grad_input) fill_zeros(scratch_.gradient, s_.image);
-    for (int64_t m = 0; m < s_.multiplier; ++m) {
-      const int64_t at = (block * s_.multiplier + m) * s_.taps;
-      double bias[kLanes<C>] = {};
-      scratch_.shape.for_each(g_, [&](const ConvBox& box) {
-        band_.fill(image, first * s_.multiplier + m, s_.multiplier, lanes, box);
-        if (grad_bias) add_bias_gradient(box, bias);
-        for_each_tap_row([&](auto taps, int64_t tap, int64_t offset) {
-          constexpr int count = decltype(taps)::value;
-          const int64_t element = at + tap * kLanes<C>;
-          if (grad_weight) add_weight_gradient<count>(box, offset, grad_weight + element, lost + element);
-          if (call_.grad_input) add_input_gradient<count>(box, offset, call_.packed + element);
+    const int64_t group = block * kLanes<C>, lanes = smaller(kLanes<C>, g_.groups - group);
+    const int axis = scratch_.image.axis;
+    fill_zeros(scratch_.bias, s_.multiplier * kLanes<C>);
+    window_.open(image, group, lanes);
+    for (int64_t first = 0; first < g_.conv[axis]; first += scratch_.image.step) {
+      const int64_t last = smaller(first + scratch_.image.step, g_.conv[axis]);
+      window_.move_to(first);
+      origin_ = first * g_.stride[axis] * scratch_.image.d[axis];
+      for (int64_t m = 0; m < s_.multiplier; ++m) {
+        const int64_t at = (block * s_.multiplier + m) * s_.taps;
+        scratch_.shape.for_each(g_, axis, first, last, [&](const ConvBox& box) {
+          band_.fill(image, group * s_.multiplier + m, s_.multiplier, lanes, box);
+          if (grad_bias) add_bias_gradient(box, scratch_.bias + m * kLanes<C>);
+          for_each_tap_row([&](auto taps, int64_t tap, int64_t offset) {
+            constexpr int count = decltype(taps)::value;
+            const int64_t element = at + tap * kLanes<C>;
+            if (grad_weight) add_weight_gradient<count>(box, offset, grad_weight + element, lost + element);
+            if (call_.grad_input) add_input_gradient<count>(box, offset, call_.packed + element);
+          });
         });
-      });
-      for (int64_t i = 0; grad_bias && i < lanes; ++i) {
-        grad_bias[(first + i) * s_.multiplier + m] += static_cast<C>(bias[i]);
       }
     }
-    if (call_.grad_input) {
-      const ConvLayout& layout = call_.grad_input_layout;
-      T* output = call_.grad_input + image * layout.n + first * layout.c;
-      store_block(g_, scratch_.gradient, s_.d, lanes, output, layout);
+    window_.close();
+    for (int64_t i = 0; grad_bias && i < lanes * s_.multiplier; ++i) {
+      const int64_t lane = i / s_.multiplier, m = i % s_.multiplier;
+      grad_bias[group * s_.multiplier + i] += static_cast<C>(scratch_.bias[m * kLanes<C> + lane]);
     }
   }
 
@@ -152,30 +152,33 @@ class DepthwiseBackwardWorker {
   // Calls body(Constant<taps>, first tap, where it lies in the image) for each part of a row of the kernel.
   template <class Body>
   FASTNN_INLINE void for_each_tap_row(const Body& body) const {
+    const int64_t (&step)[3] = scratch_.image.d;
     for (int64_t d = 0; d < g_.kernel[0]; ++d) {
       for (int64_t h = 0; h < g_.kernel[1]; ++h) {
-        const int64_t row = d * g_.dilation[0] * s_.d[0] + h * g_.dilation[1] * s_.d[1];
+        const int64_t row = d * g_.dilation[0] * step[0] + h * g_.dilation[1] * step[1];
         for (int64_t w = 0; w < g_.kernel[2]; w += kMostRowTaps) {
           with_constant<kMostRowTaps>(static_cast<int>(smaller(kMostRowTaps, g_.kernel[2] - w)), [&](auto taps) {
-            body(taps, (d * g_.kernel[1] + h) * g_.kernel[2] + w, row + w * g_.dilation[2] * s_.d[2]);
+            body(taps, (d * g_.kernel[1] + h) * g_.kernel[2] + w, row + w * g_.dilation[2] * step[2]);
           });
         }
       }
     }
   }
 
-  // Calls body(gradients of a row of the box, where its first pixel lies in the image) for each row.
+  // Calls body(gradients of a row of the box, where its first pixel lies in the window) for each row.
   template <class Body>
   FASTNN_INLINE void for_each_row(const ConvBox& box, const Body& body) const {
+    const int64_t (&step)[3] = scratch_.image.d;
     const C* row = band_.pixels();
     for (int64_t z = box.first[0]; z < box.last[0]; ++z) {
       for (int64_t y = box.first[1]; y < box.last[1]; ++y, row += box.size(2) * kLanes<C>) {
-        body(row, z * g_.stride[0] * s_.d[0] + y * g_.stride[1] * s_.d[1] + box.first[2] * g_.stride[2] * s_.d[2]);
+        body(row,
+             z * g_.stride[0] * step[0] + y * g_.stride[1] * step[1] + box.first[2] * g_.stride[2] * step[2] - origin_);
       }
     }
   }
 
-  void add_bias_gradient(const ConvBox& box, double (&to)[kLanes<C>]) const {
+  void add_bias_gradient(const ConvBox& box, double* to) const {
     const int64_t pixels = box.pixels();
     for (int64_t first = 0; first < pixels; first += kLongestSum) {
       Vec<C> total = {};
@@ -196,7 +199,7 @@ class DepthwiseBackwardWorker {
       for (int64_t x = 0; x < box.size(2);) {
         const int64_t end = smaller(box.size(2), x + kLongestSum);
         summed += end - x;
-        for (const C* from = scratch_.image + start + offset + x * step; x < end; ++x, from += step) {
+        for (const C* from = scratch_.images + start + offset + x * step; x < end; ++x, from += step) {
           const Vec<C> gradient = load(gradients + x * kLanes<C>);
 #pragma GCC unroll 12
           for (int w = 0; w < taps; ++w) total[w] = multiply_add(gradient, load(from + w * tap_step), total[w]);
@@ -222,7 +225,7 @@ class DepthwiseBackwardWorker {
     const bool dense = g_.stride[2] == 1 && g_.dilation[2] == 1;
     const int64_t step = g_.stride[2] * kLanes<C>, tap_step = g_.dilation[2] * kLanes<C>;
     for_each_row(box, [&](const C* gradients, int64_t start) {
-      C* to = scratch_.gradient + start + offset;
+      C* to = scratch_.gradients + start + offset;
       int64_t x = 0;
       for (; dense && x + kPixelsTogether <= box.size(2); x += kPixelsTogether) {
         add_pixels<taps, kPixelsTogether>(gradients + x * kLanes<C>, weight, to + x * step);
@@ -260,14 +263,16 @@ class DepthwiseBackwardWorker {
   const ConvPoolGeometry& g_;
   const DepthwiseShape s_;
   const DepthwiseBackwardScratch<C> scratch_;
+  ImageWindow<T> window_;
   GradientBand<T> band_;
+  int64_t origin_;  // of the window in the image
 };
 
 template <class T>
 void backward_depthwise(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
                         int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias,
                         void* scratch) {
-  DepthwiseBackwardWorker<T> worker(call, scratch);
+  DepthwiseBackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
   for (int64_t image = first_image; image < last_image; ++image) {
     for (int64_t block = first_block; block < last_block; ++block) {
       worker.run(image, block, grad_weight, lost, grad_bias);

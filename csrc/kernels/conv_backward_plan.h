@@ -41,10 +41,11 @@ int64_t band_channels(const ConvPoolGeometry& g, const RunShape& s) {
 template <class C>
 struct BackwardScratch {
   BandShape<C> shape;
+  BlockImage image;
   int64_t slice_pixels;  // conv pixels of one pass
   int64_t list_room;     // of one channel's list
-  C* images;             // the input's padded image, of some blocks
-  C* gradients;          // its gradient, laid out alike
+  C* images;             // windows of the input, of some blocks
+  C* gradients;          // of its gradient, laid out alike
   char* band;            // GradientBand's
   C* values;             // of the lists of one pass
   Offset<C>* offsets;
@@ -53,18 +54,21 @@ struct BackwardScratch {
   int64_t* run_offsets;        // in the image
   Offset<C>* pixel_offsets;    // in the image, of each pixel of the band
   Offset<C>* channel_offsets;  // in the packed weight, of each channel of the band
-  double* bias;                // of each channel of the band
+  double* bias;                // of each output channel
   int64_t size;
 
-  BackwardScratch(const ConvPoolGeometry& g, void* memory) : shape(g, band_channels<C>(g, run_shape<C>(g))) {
-    const RunShape s = run_shape<C>(g);
+  BackwardScratch(const ConvPoolGeometry& g, void* memory) : BackwardScratch(g, run_shape<C>(g), memory) {}
+
+  BackwardScratch(const ConvPoolGeometry& g, const RunShape& s, void* memory)
+      : shape(g, band_channels<C>(g, s)),
+        image(g, s.lanes, true, sizeof(C), shape.size, 2 * s.blocks, s.vectors * kLanes<C>) {
     const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.stride[0] * g.stride[1] * g.stride[2];
     const int64_t fit = kSliceBytes / 2 / under_pixel / kLanes<C> * kLanes<C>;
-    slice_pixels = smaller(shape.pixels, smaller(kMostSlicePixels, larger(64, fit)));
+    slice_pixels = smaller(shape.pixels, smaller(kMostSlicePixels, larger(128, fit)));
     list_room = slice_pixels + kLanes<C>;
     MemoryParts parts(memory);
-    images = parts.take<C>(s.image * s.blocks);
-    gradients = parts.take<C>(s.image * s.blocks);
+    images = parts.take<C>(image.size * s.blocks);
+    gradients = parts.take<C>(image.size * s.blocks);
     band = parts.take<char>(GradientBand<C>::memory_size(g, shape));
     values = parts.take<C>(list_room * shape.width);
     offsets = parts.take<Offset<C>>(list_room * shape.width);
@@ -73,7 +77,7 @@ struct BackwardScratch {
     run_offsets = parts.take<int64_t>(s.runs);
     pixel_offsets = parts.take<Offset<C>>(shape.pixels);
     channel_offsets = parts.take<Offset<C>>(shape.width);
-    bias = parts.take<double>(shape.width);
+    bias = parts.take<double>(round_up(g.out_channels, shape.width));
     size = parts.used();
   }
 };

@@ -1,4 +1,5 @@
-// The input of some channels (a block) as backward works on it: padded, [z][y][x][channel].
+// The input of some channels (a block) as backward works on it, and its gradient: padded, [z][y][x][channel]. Only a
+// window of either is in memory, which moves along the first dimension that is not one.
 #pragma once
 
 #include "conv_tile.h"
@@ -6,63 +7,199 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Fills in the image's strides, and returns how many elements it has: the padding before, and all that either the
-// kernel or the input reaches to.
-FASTNN_INLINE int64_t lay_out_image(const ConvPoolGeometry& g, int64_t lanes, int64_t (&d)[3]) {
-  int64_t stride = lanes;
-  for (int i = 2; i >= 0; --i) {
-    d[i] = stride;
-    stride *= larger((g.conv[i] - 1) * g.stride[i] + g.kernel_extent(i), g.padding[i] + g.input[i]);
-  }
-  return stride;
-}
+constexpr int64_t kWindowBytes = 384 << 10;  // part of L2
 
-// Calls body(offset in the tensor, offset in the image) for the input's rows.
-template <class Body>
-FASTNN_INLINE void for_each_image_row(const ConvPoolGeometry& g, const ConvLayout& layout, const int64_t (&d)[3],
-                                      const Body& body) {
-  for (int64_t z = 0; z < g.input[0]; ++z) {
-    for (int64_t y = 0; y < g.input[1]; ++y) {
-      body(z * layout.d[0] + y * layout.d[1],
-           (z + g.padding[0]) * d[0] + (y + g.padding[1]) * d[1] + g.padding[2] * d[2]);
+struct BlockImage {
+  int64_t lanes;      // channels
+  int64_t phases;     // columns that many apart lie side by side
+  int64_t extent[3];  // of the whole image: the padding before, and all that either the kernel or the input reaches to
+  int64_t d[3];       // strides, the last one between the columns of a phase
+  int64_t phase;      // stride
+  int axis;           // along which the window moves
+  int64_t step;       // conv pixels along the axis that the window serves at a place
+  int64_t slices;     // of the window, along the axis
+  int64_t size;       // elements of the window
+
+  // A dilated kernel meets columns of one phase, so that `by_phases` makes a row of it one run. `unit`: what `step` is
+  // a multiple of. `count` windows are to fit kWindowBytes if they can, and `slack` elements are to follow each.
+  BlockImage(const ConvPoolGeometry& g, int64_t lanes, bool by_phases, int64_t element_bytes, const int64_t (&unit)[3],
+             int64_t count, int64_t slack)
+      : lanes(lanes), phases(by_phases && g.kernel[2] > 1 ? g.dilation[2] : 1), axis(2) {
+    for (int i = 2; i >= 0; --i) {
+      extent[i] = larger((g.conv[i] - 1) * g.stride[i] + g.kernel_extent(i), g.padding[i] + g.input[i]);
+      if (extent[i] > 1) axis = i;
+    }
+    d[2] = lanes;
+    phase = lanes * divide_up(extent[2], phases);
+    d[1] = phase * phases;
+    d[0] = d[1] * extent[1];
+    step = g.conv[axis];
+    slices = extent[axis];
+    const int64_t slice_bytes = larger(1, count * d[axis] * element_bytes);
+    const bool moves = axis < 2 || phases == 1;
+    if (moves && slice_bytes * slices > kWindowBytes) {
+      const int64_t overlap = larger(0, g.kernel_extent(axis) - g.stride[axis]);
+      const int64_t fit = (kWindowBytes / slice_bytes - overlap) / g.stride[axis] / unit[axis] * unit[axis];
+      step = smaller(step, larger(unit[axis], fit));
+      slices = step * g.stride[axis] + overlap;
+    }
+    const int64_t row = phases == 1 ? slices * lanes : d[1];
+    size = round_up((axis == 2 ? row : slices * d[axis]) + slack, 16);
+  }
+
+  int64_t column(int64_t x) const { return phases == 1 ? x * lanes : x % phases * phase + x / phases * lanes; }
+
+  // Calls body(offset in the tensor, offset in the window, columns) for what of the input lies in the slices
+  // [first, last) of the image, in a window that begins with the slice `origin`.
+  template <class Body>
+  void for_each_row(const ConvPoolGeometry& g, const ConvLayout& layout, int64_t origin, int64_t first, int64_t last,
+                    const Body& body) const {
+    int64_t from[3] = {}, count[3];
+    for (int i = 0; i < 3; ++i) count[i] = g.input[i];
+    from[axis] = larger(0, first - g.padding[axis]);
+    count[axis] = smaller(g.input[axis], last - g.padding[axis]) - from[axis];
+    if (count[axis] <= 0) return;
+    const int64_t start = from[0] * layout.d[0] + from[1] * layout.d[1];
+    const int64_t target = (from[0] + g.padding[0]) * d[0] + (from[1] + g.padding[1]) * d[1] - origin * d[axis];
+    // Rows, then slices, that follow each other in both are one row.
+    if (axis < 2 && phases == 1 && extent[2] == g.input[2] && layout.d[1] == layout.d[2] * g.input[2]) {
+      count[2] *= count[1];
+      count[1] = 1;
+      if (axis == 0 && extent[1] == g.input[1] && layout.d[0] == layout.d[1] * g.input[1]) {
+        count[2] *= count[0];
+        count[0] = 1;
+      }
+    }
+    for (int64_t z = 0; z < count[0]; ++z) {
+      for (int64_t y = 0; y < count[1]; ++y) {
+        for (int64_t f = 0; f < phases; ++f) {
+          const int64_t x = from[2] + (f + phases - (from[2] + g.padding[2]) % phases) % phases;
+          if (x >= from[2] + count[2]) continue;
+          body(start + z * layout.d[0] + y * layout.d[1] + x * layout.d[2],
+               target + z * d[0] + y * d[1] + column(x + g.padding[2]), divide_up(from[2] + count[2] - x, phases));
+        }
+      }
     }
   }
-}
+};
 
-// The block's `channels`, which begin at `input`. Padding and unused lanes are left alone.
+// The windows of some blocks of an image, one behind the other, and of their gradients.
 template <class T>
-void load_block(const ConvPoolGeometry& g, const T* input, const ConvLayout& layout, int64_t channels,
-                const int64_t (&d)[3], Compute<T>* image) {
-  const int64_t lanes = d[2];
-  for_each_image_row(g, layout, d, [&](int64_t from, int64_t to) {
-    if (lanes == 1) {
-      copy_run(input + from, layout.d[2], g.input[2], image + to);
-    } else if (layout.d[2] == 1 && layout.c != 1) {
-      transpose_matrix(input + from, layout.c, channels, g.input[2], image + to, lanes);
-    } else {
-      for (int64_t w = 0; w < g.input[2]; ++w) {
-        copy_run(input + from + w * layout.d[2], layout.c, channels, image + to + w * lanes);
-      }
-    }
-  });
-}
+class ImageWindow {
+  using C = Compute<T>;
 
-template <class T, class C = Compute<T>>
-void store_block(const ConvPoolGeometry& g, const C* image, const int64_t (&d)[3], int64_t channels, T* output,
-                 const ConvLayout& layout) {
-  const int64_t lanes = d[2];
-  for_each_image_row(g, layout, d, [&](int64_t to, int64_t from) {
-    if (lanes == 1 && layout.d[2] == 1) {
-      copy_out(image + from, g.input[2], output + to);
-    } else if (layout.c == 1) {
-      for (int64_t w = 0; w < g.input[2]; ++w) {
-        copy_out(image + from + w * lanes, channels, output + to + w * layout.d[2]);
-      }
-    } else {
-      transpose_matrix(image + from, lanes, g.input[2], channels, output + to, layout.c);
+ public:
+  // Without `images` or `gradients` where the one or the other is not wanted.
+  ImageWindow(const ConvPoolBackward<T>& call, const BlockImage& shape, C* images, C* gradients)
+      : call_(call), g_(call.geometry), shape_(shape), images_(images), gradients_(gradients) {}
+
+  // `channels` of an image from the one numbered `channel` on.
+  void open(int64_t image, int64_t channel, int64_t channels) {
+    image_ = image;
+    channel_ = channel;
+    channels_ = channels;
+    blocks_ = divide_up(channels, shape_.lanes);
+    origin_ = 0;
+    advance(0, 0);
+  }
+
+  // To the conv pixels from the one numbered `first` on.
+  void move_to(int64_t first) {
+    const int64_t origin = first * g_.stride[shape_.axis];
+    if (origin == origin_) return;
+    store(origin_, origin);
+    const int64_t kept = origin_ + shape_.slices - origin;
+    advance(origin, kept);
+  }
+
+  // The gradients that are still in the window are written, and zeros where the kernel does not reach.
+  void close() {
+    const int axis = shape_.axis;
+    const int64_t end = g_.padding[axis] + g_.input[axis];
+    store(origin_, origin_ + shape_.slices);
+    while (gradients_ && origin_ + shape_.slices < end) {
+      fill_zeros(gradients_, blocks_ * shape_.size);
+      origin_ += shape_.slices;
+      store(origin_, origin_ + shape_.slices);
     }
-  });
-}
+  }
+
+  const C* image(int64_t block) const { return images_ + block * shape_.size; }
+  C* gradient(int64_t block) const { return gradients_ + block * shape_.size; }
+
+ private:
+  // The last `kept` slices become the first, those beyond are new.
+  void advance(int64_t origin, int64_t kept) {
+    const int64_t slice = shape_.d[shape_.axis], from = (origin - origin_) * slice, count = kept * slice;
+    origin_ = origin;
+    C* const both[] = {images_, gradients_};
+    for (C* windows : both) {
+      if (!windows) continue;
+      for (int64_t block = 0; block < blocks_; ++block) {
+        C* window = windows + block * shape_.size;
+        if (count > 0) __builtin_memmove(window, window + from, count * sizeof(C));
+        fill_zeros(window + count, shape_.size - count);
+      }
+    }
+    if (images_) load(origin + kept, origin + shape_.slices);
+  }
+
+  void load(int64_t first, int64_t last) const {
+    const ConvLayout& layout = call_.input_layout;
+    const int64_t step = layout.d[2] * shape_.phases, lanes = shape_.lanes;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const int64_t channels = smaller(lanes, channels_ - block * lanes);
+      const T* input = call_.input + image_ * layout.n + (channel_ + block * lanes) * layout.c;
+      shape_.for_each_row(g_, layout, origin_, first, last, [&](int64_t at, int64_t offset, int64_t columns) {
+        const T* from = input + at;
+        C* to = images_ + block * shape_.size + offset;
+        if (lanes == 1) {
+          copy_run(from, step, columns, to);
+        } else if (layout.c == 1 && step == lanes && channels == lanes) {
+          copy_run(from, 1, columns * lanes, to);
+        } else if (layout.c != 1 && step == 1) {
+          transpose_matrix(from, layout.c, channels, columns, to, lanes);
+        } else {
+          for (int64_t x = 0; x < columns; ++x) copy_run(from + x * step, layout.c, channels, to + x * lanes);
+        }
+      });
+    }
+  }
+
+  void store(int64_t first, int64_t last) const {
+    if (!gradients_) return;
+    const ConvLayout& layout = call_.grad_input_layout;
+    const int64_t step = layout.d[2] * shape_.phases, lanes = shape_.lanes;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const int64_t channels = smaller(lanes, channels_ - block * lanes);
+      T* output = call_.grad_input + image_ * layout.n + (channel_ + block * lanes) * layout.c;
+      shape_.for_each_row(g_, layout, origin_, first, last, [&](int64_t at, int64_t offset, int64_t columns) {
+        const C* from = gradients_ + block * shape_.size + offset;
+        T* to = output + at;
+        if (lanes == 1 && step == 1) {
+          copy_out(from, columns, to);
+        } else if (layout.c == 1 && step == lanes && channels == lanes) {
+          copy_out(from, columns * lanes, to);
+        } else if (layout.c == 1) {
+          for (int64_t x = 0; x < columns; ++x) copy_out(from + x * lanes, channels, to + x * step);
+        } else if (step == 1) {
+          transpose_matrix(from, lanes, columns, channels, to, layout.c);
+        } else {
+          for (int64_t c = 0; c < channels; ++c) {
+            for (int64_t x = 0; x < columns; ++x) to[c * layout.c + x * step] = from_compute<T>(from[x * lanes + c]);
+          }
+        }
+      });
+    }
+  }
+
+  const ConvPoolBackward<T>& call_;
+  const ConvPoolGeometry& g_;
+  const BlockImage& shape_;
+  C* images_;
+  C* gradients_;
+  int64_t image_, channel_, channels_, blocks_, origin_;  // origin: the slice that the windows begin with
+};
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

@@ -8,6 +8,7 @@ namespace fastnn {
 namespace FASTNN_ISA {
 
 constexpr int64_t kBandBytes = 128 << 10;  // part of L2
+constexpr int64_t kColumnsTogether = 64;   // pooled pixels loaded at a time
 
 // Part of the convolution's output: [first, last) along each dimension.
 struct ConvBox {
@@ -35,15 +36,20 @@ struct BandShape {
     pixels = round_up(size[0] * size[1] * size[2], kLanes<C>);
   }
 
-  // Calls body(box) for each band.
+  // Calls body(box) for each band of the conv pixels [first, last) along one dimension.
   template <class Body>
-  void for_each(const ConvPoolGeometry& g, const Body& body) const {
-    for (int64_t z = 0; z < g.conv[0]; z += size[0]) {
-      for (int64_t y = 0; y < g.conv[1]; y += size[1]) {
-        for (int64_t x = 0; x < g.conv[2]; x += size[2]) {
-          body(ConvBox{
-              {z, y, x},
-              {smaller(z + size[0], g.conv[0]), smaller(y + size[1], g.conv[1]), smaller(x + size[2], g.conv[2])}});
+  void for_each(const ConvPoolGeometry& g, int axis, int64_t first, int64_t last, const Body& body) const {
+    ConvBox all;
+    for (int d = 0; d < 3; ++d) {
+      all.first[d] = d == axis ? first : 0;
+      all.last[d] = d == axis ? last : g.conv[d];
+    }
+    for (int64_t z = all.first[0]; z < all.last[0]; z += size[0]) {
+      for (int64_t y = all.first[1]; y < all.last[1]; y += size[1]) {
+        for (int64_t x = all.first[2]; x < all.last[2]; x += size[2]) {
+          body(ConvBox{{z, y, x},
+                       {smaller(z + size[0], all.last[0]), smaller(y + size[1], all.last[1]),
+                        smaller(x + size[2], all.last[2])}});
         }
       }
     }
@@ -58,13 +64,13 @@ class GradientBand {
  public:
   // The bytes of `memory` that it needs.
   static int64_t memory_size(const ConvPoolGeometry& g, const BandShape<C>& shape) {
-    const int64_t row = g.output[2] * shape.width;
+    const int64_t row = larger(g.output[2], kColumnsTogether) * shape.width;
     return round_up((shape.pixels * shape.width + row) * static_cast<int64_t>(sizeof(C)), 64) + round_up(row, 64);
   }
 
   GradientBand(const ConvPoolBackward<T>& call, const BandShape<C>& shape, void* memory)
       : call_(call), g_(call.geometry), width_(shape.width), pixels_(static_cast<C*>(memory)) {
-    const int64_t row = g_.output[2] * width_;
+    const int64_t row = larger(g_.output[2], kColumnsTogether) * width_;
     gradients_ = pixels_ + shape.pixels * width_;
     winners_ = reinterpret_cast<uint8_t*>(pixels_) +
                round_up((shape.pixels * width_ + row) * static_cast<int64_t>(sizeof(C)), 64);
@@ -72,25 +78,44 @@ class GradientBand {
 
   // Lays out `count` channels, the first of them `channel`, `step` apart. The lanes and pixels beyond are zero.
   void fill(int64_t image, int64_t channel, int64_t step, int64_t count, const ConvBox& box) {
-    fill_zeros(pixels_, round_up(box.pixels(), kLanes<C>) * width_);
-    if (count < width_) __builtin_memset(winners_, kDead, g_.output[2] * width_);
+    // Windows that lie side by side write each pixel once, those that overlap add to it.
+    bool tiled = true, covered = true;
+    for (int d = 0; d < 3; ++d) {
+      tiled = tiled && g_.pool_stride[d] == g_.pool_kernel[d] && g_.pool_dilation[d] == 1;
+      covered = covered && box.last[d] + g_.pool_padding[d] <= g_.output[d] * g_.pool_stride[d];
+    }
+    const int64_t written = tiled && covered ? box.pixels() : 0;
+    fill_zeros(pixels_ + written * width_, (round_up(box.pixels(), kLanes<C>) - written) * width_);
+    if (count < width_) __builtin_memset(winners_, kDead, larger(g_.output[2], kColumnsTogether) * width_);
     int64_t first[3], last[3];  // the pooled pixels whose windows reach into the box
     for (int d = 0; d < 3; ++d) {
       const int64_t reach = box.first[d] + g_.pool_padding[d] - g_.pool_extent(d) + 1;
       first[d] = reach > 0 ? divide_up(reach, g_.pool_stride[d]) : 0;
       last[d] = smaller(g_.output[d], (box.last[d] - 1 + g_.pool_padding[d]) / g_.pool_stride[d] + 1);
     }
+    if (first[2] >= last[2]) return;
     const ConvLayout& gl = call_.output_layout;
     const ConvLayout& wl = call_.winners_layout;
     const T* gradients = call_.grad_output + image * gl.n + channel * gl.c + first[2] * gl.d[2];
     const uint8_t* winners = call_.winners + image * wl.n + channel * wl.c + first[2] * wl.d[2];
+    // Short rows that follow each other are loaded together.
+    const int64_t columns = last[2] - first[2];
+    const bool joined = gl.d[1] == gl.d[2] * columns && wl.d[1] == wl.d[2] * columns;
+    const int64_t together = joined ? larger(1, kColumnsTogether / columns) : 1;
     for (int64_t z = first[0]; z < last[0]; ++z) {
-      for (int64_t y = first[1]; y < last[1]; ++y) {
-        find_rows(z, y, box);
-        if (row_count_ == 0 || first[2] >= last[2]) continue;
-        load_row(gradients + z * gl.d[0] + y * gl.d[1], gl.c * step, gl.d[2], count, last[2] - first[2], gradients_);
-        load_row(winners + z * wl.d[0] + y * wl.d[1], wl.c * step, wl.d[2], count, last[2] - first[2], winners_);
-        add_row(first[2], last[2], box);
+      for (int64_t row = first[1]; row < last[1]; row += together) {
+        const int64_t rows = smaller(together, last[1] - row);
+        load_row(gradients + z * gl.d[0] + row * gl.d[1], gl.c * step, gl.d[2], count, rows * columns, gradients_);
+        load_row(winners + z * wl.d[0] + row * wl.d[1], wl.c * step, wl.d[2], count, rows * columns, winners_);
+        for (int64_t y = 0; y < rows; ++y) {
+          find_rows(z, row + y, box);
+          const int64_t at = y * columns * width_;
+          if (tiled) {
+            put_row<false>(first[2], last[2], gradients_ + at, winners_ + at, box);
+          } else {
+            put_row<true>(first[2], last[2], gradients_ + at, winners_ + at, box);
+          }
+        }
       }
     }
   }
@@ -139,15 +164,14 @@ class GradientBand {
     }
   }
 
-  // Adds the gradients of a row of pooled pixels, [first, last), to the rows of the box.
-  void add_row(int64_t first, int64_t last, const ConvBox& box) {
+  // Writes the gradients of a row of pooled pixels, [first, last), to the rows of the box, or adds them.
+  template <bool adds>
+  void put_row(int64_t first, int64_t last, const C* gradients, const uint8_t* winners, const ConvBox& box) {
     const int64_t step = g_.pool_dilation[2], size = box.size(2);
-    for (int64_t x = first; x < last; ++x) {
+    for (int64_t x = first; x < last; ++x, gradients += width_, winners += width_) {
       const int64_t start = x * g_.pool_stride[2] - g_.pool_padding[2] - box.first[2];
       const int64_t first_place = start < 0 ? divide_up(-start, step) : 0;
       const int64_t last_place = smaller(g_.pool_kernel[2], divide_up(size - start, step));
-      const C* gradients = gradients_ + (x - first) * width_;
-      const uint8_t* winners = winners_ + (x - first) * width_;
       for (int64_t c = 0; c < width_; c += kLanes<C>) {
         LaneBytes bytes;
         __builtin_memcpy(&bytes, winners + c, sizeof(bytes));
@@ -158,7 +182,8 @@ class GradientBand {
           for (int64_t w = first_place; w < last_place; ++w) {
             const Places<C> place = Places<C>{} + static_cast<typename IntegerOf<C>::Type>(rows_[r].place + w);
             C* pixel = to + w * step * width_;
-            store(pixel, load(pixel) + (winner == place ? gradient : Vec<C>{}));
+            const Vec<C> here = winner == place ? gradient : Vec<C>{};
+            store(pixel, adds ? load(pixel) + here : here);
           }
         }
       }
@@ -169,7 +194,7 @@ class GradientBand {
   const ConvPoolGeometry& g_;
   const int64_t width_;
   C* pixels_;
-  C* gradients_;      // one row of pooled pixels, [column][width]
+  C* gradients_;      // some rows of pooled pixels, [column][width]
   uint8_t* winners_;  // the same
   Row rows_[kMostPlaces];
   int64_t row_count_ = 0;

@@ -7,6 +7,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+constexpr int kEnoughVectors = 4;  // under a pixel, for sums that do not wait for each other
 constexpr int kMostRuns = 4;
 constexpr int kMostRunVectors = 6;
 constexpr int kMostAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
@@ -23,43 +24,28 @@ struct GradientList {
   int64_t count;
 };
 
-// The runs under a conv pixel, and the padded image of one block of channels they lie in.
+// The runs under a conv pixel: one a row of the kernel.
 struct RunShape {
   int64_t lanes;    // channels of a block
   int64_t blocks;   // of a group
   int64_t runs;     // under a conv pixel
   int64_t length;   // elements of a run
   int64_t vectors;  // that hold one
-  int64_t d[3];     // strides of the image
-  int64_t image;    // elements of a block's image, with slack for a last vector's unused lanes
   int64_t row;      // elements of all runs of one output channel: runs x vectors x L
 };
 
 template <class C>
 RunShape run_shape(const ConvPoolGeometry& g) {
   RunShape s;
-  s.lanes = smaller(g.in_channels, kLanes<C>);
-  s.blocks = divide_up(g.in_channels, larger(s.lanes, 1));
-  const bool joined = g.dilation[2] == 1;  // a row of the kernel is one run
-  s.runs = g.kernel[0] * g.kernel[1] * (joined ? 1 : g.kernel[2]);
-  s.length = s.lanes * (joined ? g.kernel[2] : 1);
+  s.runs = g.kernel[0] * g.kernel[1];
+  const int64_t most = kLanes<C> * divide_up(kEnoughVectors, smaller(kEnoughVectors, g.taps()));
+  const int64_t parts = divide_up(g.in_channels, most);
+  s.lanes = parts == 1 ? g.in_channels : round_up(divide_up(g.in_channels, parts), kLanes<C>);
+  s.blocks = divide_up(g.in_channels, s.lanes);
+  s.length = s.lanes * g.kernel[2];
   s.vectors = divide_up(s.length, kLanes<C>);
-  s.image = round_up(lay_out_image(g, s.lanes, s.d) + s.vectors * kLanes<C>, 16);
   s.row = s.runs * s.vectors * kLanes<C>;
   return s;
-}
-
-// Calls body(run, element of the run's first lane, d, h, w) for each kernel position.
-template <class Body>
-FASTNN_INLINE void for_each_run_tap(const ConvPoolGeometry& g, const RunShape& s, const Body& body) {
-  const bool joined = g.dilation[2] == 1;
-  int64_t run = 0;
-  for (int64_t d = 0; d < g.kernel[0]; ++d) {
-    for (int64_t h = 0; h < g.kernel[1]; ++h) {
-      for (int64_t w = 0; w < g.kernel[2]; ++w) body(joined ? run : run + w, joined ? w * s.lanes : 0, d, h, w);
-      run += joined ? 1 : g.kernel[2];
-    }
-  }
 }
 
 // total[r][v] += sum over the list of value x the v-th vector of the r-th run
@@ -101,6 +87,20 @@ FASTNN_INLINE void for_each_register_block(int64_t runs, int64_t vectors, const 
   }
 }
 
+// Calls body(element of its first lane in an output channel's runs, offset in the weight) for each kernel position.
+template <class C, class Body>
+FASTNN_INLINE void for_each_run_tap(const ConvPoolGeometry& g, const RunShape& s, const ConvLayout& weight,
+                                    const Body& body) {
+  for (int64_t d = 0; d < g.kernel[0]; ++d) {
+    for (int64_t h = 0; h < g.kernel[1]; ++h) {
+      for (int64_t w = 0; w < g.kernel[2]; ++w) {
+        body((d * g.kernel[1] + h) * s.vectors * kLanes<C> + w * s.lanes,
+             d * weight.d[0] + h * weight.d[1] + w * weight.d[2]);
+      }
+    }
+  }
+}
+
 // weight -> [group][block][output channel][run][vectors x lanes], zeros in the unused lanes
 template <class T>
 void pack_runs(const ConvPoolBackward<T>& call) {
@@ -115,9 +115,9 @@ void pack_runs(const ConvPoolBackward<T>& call) {
       for (int64_t o = 0; o < g.out_channels; ++o, to += s.row) {
         const T* from = call.weight + (group * g.out_channels + o) * layout.n + first * layout.c;
         fill_zeros(to, s.row);
-        for_each_run_tap(g, s, [&](int64_t run, int64_t element, int64_t d, int64_t h, int64_t w) {
-          const T* source = from + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
-          C* target = to + run * s.vectors * kLanes<C> + element;
+        for_each_run_tap<C>(g, s, layout, [&](int64_t element, int64_t tap) {
+          const T* source = from + tap;
+          C* target = to + element;
           for (int64_t c = 0; c < channels; ++c) target[c] = to_compute(source[c * layout.c]);
         });
       }
@@ -135,9 +135,9 @@ void unpack_runs(const ConvPoolBackward<T>& call, const Compute<T>* from, T* to,
       const int64_t first = block * s.lanes, channels = smaller(s.lanes, g.in_channels - first);
       for (int64_t o = 0; o < g.out_channels; ++o, from += s.row) {
         T* target = to + (group * g.out_channels + o) * layout.n + first * layout.c;
-        for_each_run_tap(g, s, [&](int64_t run, int64_t element, int64_t d, int64_t h, int64_t w) {
-          const C* source = from + run * s.vectors * kLanes<C> + element;
-          T* at = target + d * layout.d[0] + h * layout.d[1] + w * layout.d[2];
+        for_each_run_tap<C>(g, s, layout, [&](int64_t element, int64_t tap) {
+          const C* source = from + element;
+          T* at = target + tap;
           for (int64_t c = 0; c < channels; ++c) at[c * layout.c] = from_compute<T>(source[c]);
         });
       }

@@ -17,55 +17,59 @@ FASTNN_INLINE bool places_are_below(const uint8_t* winners, int64_t step, int64_
   return !wrong;
 }
 
-FASTNN_INLINE bool is_inside(const ConvPoolGeometry& g, int64_t place, int64_t z, int64_t y, int64_t x) {
-  const int64_t at[3] = {place / (g.pool_kernel[1] * g.pool_kernel[2]), place / g.pool_kernel[2] % g.pool_kernel[1],
-                         place % g.pool_kernel[2]};
-  const int64_t pooled[3] = {z, y, x};
-  for (int d = 0; d < 3; ++d) {
-    const PlaceRange range = places_inside(g, d, pooled[d]);
-    if (at[d] < range.first || at[d] >= range.last) return false;
+// Whether every image's and channel's winner of one pooled pixel, at `winners`, is a place that its window has: given
+// the places along each dimension.
+FASTNN_INLINE bool places_are_inside(const ConvPoolGeometry& g, const PlaceRange (&inside)[3], const uint8_t* winners,
+                                     const ConvLayout& layout) {
+  bool is_place[256] = {};
+  is_place[kDead] = true;
+  for (int64_t d = inside[0].first; d < inside[0].last; ++d) {
+    for (int64_t h = inside[1].first; h < inside[1].last; ++h) {
+      for (int64_t w = inside[2].first; w < inside[2].last; ++w) {
+        is_place[(d * g.pool_kernel[1] + h) * g.pool_kernel[2] + w] = true;
+      }
+    }
   }
-  return true;
+  bool valid = true;
+  for (int64_t n = 0; n < g.batch; ++n) {
+    const uint8_t* image = winners + n * layout.n;
+    for (int64_t c = 0; c < g.groups * g.out_channels; ++c) valid &= is_place[image[c * layout.c]];
+  }
+  return valid;
 }
 
 template <class T>
 bool winners_are_valid(const ConvPoolGeometry& g, const uint8_t* winners, const ConvLayout& layout) {
-  const int64_t channels = g.groups * g.out_channels;
-  const uint8_t places = static_cast<uint8_t>(g.places());
-  const auto is_whole = [&](int d, int64_t pooled) {
-    const PlaceRange range = places_inside(g, d, pooled);
+  const int64_t channels = g.groups * g.out_channels, step = layout.d[2];
+  const uint8_t limit = static_cast<uint8_t>(g.places());
+  const bool joined = layout.d[1] == step * g.output[2] && layout.d[0] == layout.d[1] * g.output[1];
+  const bool dense = layout.n == channels * g.pixels() &&
+                     ((step == 1 && (layout.c == g.pixels() || channels == 1)) || (layout.c == 1 && step == channels));
+  if (joined && dense) {
+    if (!places_are_below(winners, 1, g.batch * layout.n, limit)) return false;
+  } else {
+    for (int64_t i = 0; i < g.batch * channels * g.output[0] * g.output[1]; ++i) {
+      const int64_t y = i % g.output[1], z = i / g.output[1] % g.output[0], plane = i / g.output[1] / g.output[0];
+      const uint8_t* row = winners + plane / channels * layout.n + plane % channels * layout.c;
+      if (!places_are_below(row + z * layout.d[0] + y * layout.d[1], step, g.output[2], limit)) return false;
+    }
+  }
+  // Windows that are not whole have fewer places.
+  const auto is_whole = [&](int d, const PlaceRange& range) {
     return range.first == 0 && range.last == g.pool_kernel[d];
   };
-  bool all_whole = true;
-  for (int d = 0; d < 3; ++d) all_whole = all_whole && is_whole(d, 0) && is_whole(d, g.output[d] - 1);
-  const bool joined = layout.d[1] == layout.d[2] * g.output[2] && layout.d[0] == layout.d[1] * g.output[1];
-  if (all_whole && joined && layout.c == 1 && layout.d[2] == channels && layout.n == channels * g.pixels()) {
-    return places_are_below(winners, 1, g.batch * layout.n, places);
-  }
-  // Columns whose windows are whole: the others are looked at one by one.
-  int64_t first = 0, last = g.output[2];
-  while (first < last && !is_whole(2, first)) ++first;
-  while (last > first && !is_whole(2, last - 1)) --last;
-  for (int64_t n = 0; n < g.batch; ++n) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const uint8_t* plane = winners + n * layout.n + c * layout.c;
-      if (all_whole && joined) {
-        if (!places_are_below(plane, layout.d[2], g.pixels(), places)) return false;
-        continue;
-      }
-      for (int64_t z = 0; z < g.output[0]; ++z) {
-        for (int64_t y = 0; y < g.output[1]; ++y) {
-          const uint8_t* row = plane + z * layout.d[0] + y * layout.d[1];
-          const bool whole_row = is_whole(0, z) && is_whole(1, y);
-          const int64_t from = whole_row ? first : 0, to = whole_row ? last : 0;
-          if (!places_are_below(row + from * layout.d[2], layout.d[2], to - from, places)) return false;
-          for (int64_t x = 0; x < g.output[2]; ++x) {
-            if (x == from && x < to) x = to;
-            if (x == g.output[2]) break;
-            const uint8_t place = row[x * layout.d[2]];
-            if (place != kDead && !is_inside(g, place, z, y, x)) return false;
-          }
-        }
+  int64_t first = 0, last = g.output[2];  // the columns whose windows are whole
+  while (first < last && !is_whole(2, places_inside(g, 2, first))) ++first;
+  while (last > first && !is_whole(2, places_inside(g, 2, last - 1))) --last;
+  for (int64_t z = 0; z < g.output[0]; ++z) {
+    for (int64_t y = 0; y < g.output[1]; ++y) {
+      const PlaceRange slices = places_inside(g, 0, z), rows = places_inside(g, 1, y);
+      const bool whole = is_whole(0, slices) && is_whole(1, rows);
+      for (int64_t x = 0; x < g.output[2]; ++x) {
+        if (whole && x == first && first < last) x = last;
+        if (x == g.output[2]) break;
+        const PlaceRange inside[3] = {slices, rows, places_inside(g, 2, x)};
+        if (!places_are_inside(g, inside, winners + z * layout.d[0] + y * layout.d[1] + x * step, layout)) return false;
       }
     }
   }

@@ -111,7 +111,7 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     call.weight = data<T>(weight);
     call.weight_layout = layout_of(weight);
     choose_plan(call, 1);
-    const ConvPoolBackwardPlan backward = conv_relu_max_pool_kernels().get<T>().plan_backward(problem.geometry);
+    const ConvPoolBackwardPlan backward = conv_relu_max_pool_kernels().get<T>().plan_backward(call.geometry);
     return {algorithm_name(call.plan.algorithm), algorithm_name(backward.algorithm)};
   });
 }
@@ -140,7 +140,13 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
                   const Tensor& grad_bias) {
   using C = Compute<T>;
   const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
-  const ConvPoolGeometry& g = problem.geometry;
+  ConvPoolGeometry g = problem.geometry, same = problem.geometry;
+  ConvLayout input_layout = layout_of(input), grad_input_layout = layout_of(grad_input);
+  skip_unused_input(g, input_layout);
+  skip_unused_input(same, grad_input_layout);
+  if (wanted.input && !std::equal(g.input, g.input + 3, problem.geometry.input)) {
+    std::memset(grad_input.mutable_data_ptr(), 0, grad_input.numel() * grad_input.element_size());
+  }
   const ConvPoolBackwardPlan plan = kernels.plan_backward(g);
   // Images first; where they are fewer than threads, each thread has some of the channels.
   const int64_t threads = useful_threads(problem.work / 2);
@@ -162,11 +168,11 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
                                  data<uint8_t>(winners),
                                  layout_of(winners),
                                  data<T>(input),
-                                 layout_of(input),
+                                 input_layout,
                                  data<T>(weight),
                                  layout_of(weight),
                                  wanted.input ? mutable_data<T>(grad_input) : nullptr,
-                                 layout_of(grad_input),
+                                 grad_input_layout,
                                  packed.get()};
   if (wanted.input) kernels.pack_backward(call);
   std::fill(bias_parts.get(), bias_parts.get() + image_parts * bias_size, C(0));

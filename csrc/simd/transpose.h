@@ -6,11 +6,40 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+// transpose_matrix for at most four rows, which a whole square would be a waste for.
+template <int rows, class From, class To>
+void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, To* to, int64_t to_stride) {
+  using C = Compute<From>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t c = 0; c < columns; c += lanes) {
+    Vec<C> x[4] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) x[r] = load_up_to<From>(from + r * from_stride + c, columns - c);
+    const Vec<C> even[2] = {zip_low<C>(x[0], x[2]), zip_high<C>(x[0], x[2])};
+    const Vec<C> odd[2] = {zip_low<C>(x[1], x[3]), zip_high<C>(x[1], x[3])};
+    C fours[4 * lanes];
+    for (int half = 0; half < 2; ++half) {
+      store(fours + 2 * half * lanes, zip_low<C>(even[half], odd[half]));
+      store(fours + (2 * half + 1) * lanes, zip_high<C>(even[half], odd[half]));
+    }
+    To* target = to + c * to_stride;
+    for (int i = 0; i < lanes && i < columns - c; ++i, target += to_stride) {
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) target[r] = from_compute<To>(fours[4 * i + r]);
+    }
+  }
+}
+
 // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
 template <class From, class To>
 void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
   using C = Compute<From>;
   constexpr int lanes = kLanes<C>;
+  if constexpr (lanes > 4) {
+    if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
+    if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
+    if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
+  }
   for (int64_t r = 0; r < rows; r += lanes) {
     const int64_t rows_left = rows - r;
     for (int64_t c = 0; c < columns; c += lanes) {
@@ -43,21 +72,40 @@ FASTNN_INLINE Bytes16 zip_bytes(Bytes16 x, Bytes16 y) {
                                  f + 21, f + 6, f + 22, f + 7, f + 23);
 }
 
+// The first `count` bytes, at most 16; the others are zero.
+FASTNN_INLINE Bytes16 load_bytes(const uint8_t* from, int64_t count) {
+  Bytes16 bytes = {};
+  if (count >= 16) {  // memcpy of a known size is an instruction
+    __builtin_memcpy(&bytes, from, 16);
+    return bytes;
+  }
+#if defined(__AVX512F__)
+  return (Bytes16)_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from);
+#else
+  __builtin_memcpy(&bytes, from, count);
+  return bytes;
+#endif
+}
+FASTNN_INLINE void store_bytes(uint8_t* to, Bytes16 bytes, int64_t count) {
+  if (count >= 16) {
+    __builtin_memcpy(to, &bytes, 16);
+    return;
+  }
+#if defined(__AVX512F__)
+  _mm_mask_storeu_epi8(to, static_cast<__mmask16>((1u << count) - 1), (__m128i)bytes);
+#else
+  __builtin_memcpy(to, &bytes, count);
+#endif
+}
+
 inline void transpose_matrix(const uint8_t* from, int64_t from_stride, int64_t rows, int64_t columns, uint8_t* to,
                              int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += 16) {
     const int64_t row_count = rows - r < 16 ? rows - r : 16;
     for (int64_t c = 0; c < columns; c += 16) {
       const int64_t column_count = columns - c < 16 ? columns - c : 16;
-      const bool whole = row_count == 16 && column_count == 16;  // memcpy of a known size is an instruction
       Bytes16 block[16] = {};
-      if (whole) {
-        for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(&block[i], from + (r + i) * from_stride + c, 16);
-      } else {
-        for (int64_t i = 0; i < row_count; ++i) {
-          __builtin_memcpy(&block[i], from + (r + i) * from_stride + c, column_count);
-        }
-      }
+      for (int64_t i = 0; i < row_count; ++i) block[i] = load_bytes(from + (r + i) * from_stride + c, column_count);
       for (int round = 1; round < 16; round *= 2) {
         Bytes16 next[16];
         for (int i = 0; i < 8; ++i) {
@@ -66,13 +114,7 @@ inline void transpose_matrix(const uint8_t* from, int64_t from_stride, int64_t r
         }
         for (int i = 0; i < 16; ++i) block[i] = next[i];
       }
-      if (whole) {
-        for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + (c + i) * to_stride + r, &block[i], 16);
-      } else {
-        for (int64_t i = 0; i < column_count; ++i) {
-          __builtin_memcpy(to + (c + i) * to_stride + r, &block[i], row_count);
-        }
-      }
+      for (int64_t i = 0; i < column_count; ++i) store_bytes(to + (c + i) * to_stride + r, block[i], row_count);
     }
   }
 }

@@ -110,14 +110,18 @@ template <class T>
 FASTNN_INLINE void store(T* to, Vec<T> x) {
   *reinterpret_cast<typename VectorOf<T>::Unaligned*>(to) = x;
 }
-FASTNN_INLINE void store(bfloat16* to, Vec<float> x) {
-  typedef uint16_t Half __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2)));
-  typedef uint16_t HalfTo __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2)));
+// Rounded to nearest, ties to even; a NaN stays one.
+FASTNN_INLINE Halves to_bfloat16(Vec<float> x) {
   const Vec<uint32_t> bits = (Vec<uint32_t>)x;
   const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Vec<uint32_t> nan = (bits >> 16) | 0x40;
   const Vec<uint32_t> result = x == x ? rounded : nan;
-  *reinterpret_cast<HalfTo*>(to) = __builtin_convertvector(result, Half);
+  return __builtin_convertvector(result, Halves);
+}
+FASTNN_INLINE void store(bfloat16* to, Vec<float> x) {
+  typedef uint16_t HalvesTo __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2), aligned(2), may_alias));
+  *reinterpret_cast<HalvesTo*>(to) = to_bfloat16(x);
 }
 
 // The first `count` lanes (0 < count < kLanes); the others are zero.
@@ -150,6 +154,15 @@ FASTNN_INLINE void store_partial<float>(float* to, Vec<float> x, int count) {
 template <>
 FASTNN_INLINE void store_partial<double>(double* to, Vec<double> x, int count) {
   _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), (__m512d)x);
+}
+template <>
+FASTNN_INLINE Vec<float> load_partial<bfloat16>(const bfloat16* from, int count) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
+template <>
+FASTNN_INLINE void store_partial<bfloat16>(bfloat16* to, Vec<float> x, int count) {
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), (__m256i)to_bfloat16(x));
 }
 #elif defined(__AVX2__)
 FASTNN_INLINE __m256i first_lanes_32(int count) {
