@@ -157,13 +157,17 @@ class TestWays:
         assert_close(output, plain, rtol=2e-2, atol=2e-2)
         assert {t.dtype for t in (output, *hidden, grads[0], *grads[1], *grads[2])} == {torch.bfloat16}
 
-    @pytest.mark.parametrize("rows", [2, 5, 9, 21, 45, 301])
-    def test_threads_change_nothing(self, instruction_set: str, rows: int) -> None:
-        x, weights, biases = split(make_chain(rows, (300, 290, 31)))
+    # The last: panels that one core's cache does not hold, so that threads share them.
+    @pytest.mark.parametrize(
+        ("rows", "widths"), [*[(rows, (300, 290, 31)) for rows in (1, 2, 5, 9, 21, 45, 301)], (130, (600, 600, 601))]
+    )
+    def test_threads_change_nothing(self, instruction_set: str, rows: int, widths: tuple[int, ...]) -> None:
+        x, weights, biases = split(make_chain(rows, widths))
         results = []
         for threads in (1, 2, 5):
             with using_threads(threads):
-                results.append(mlp(x, weights, biases))
+                output, hidden = torch.ops.fastnn.mlp_with_hidden(x, join_parameters(weights, biases), 0o161)
+                results.append([output, *hidden, mlp(x, weights, biases, ["silu", "relu"])])
         assert_close(results[0], results[1], rtol=0, atol=0)
         assert_close(results[0], results[2], rtol=0, atol=0)
 

@@ -54,13 +54,15 @@ struct MlpKernels {
   // Whether a layer that is not taken in lanes should have its weight packed.
   bool (*worth_packing)(int64_t rows, int64_t in, int64_t out);
   int64_t (*packed_size)(int64_t out, int64_t in);
-  void (*pack)(const T* weight, int64_t out, int64_t in, T* packed);
-  // Elements of scratch that forward and backward need for layers of at most `widest` columns.
+  // One of `parts` parts of it.
+  void (*pack)(const T* weight, int64_t out, int64_t in, int64_t part, int64_t parts, T* packed);
+  // Elements of scratch that forward needs for layers of at most `widest` columns.
   int64_t (*scratch_size)(int64_t widest);
   // input (rows, layers[0].in) -> output (rows, layers[count - 1].out), or, with a null output, errors (rows): the
   // mean squared difference between a row and what becomes of it, which is then as long.
   void (*forward)(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* input, T* output, T* errors,
                   int64_t first_row, int64_t last_row, T* scratch);
+  int64_t (*backward_scratch_size)(int64_t widest);
   // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null
   void (*backward)(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,
                    int64_t first_row, int64_t last_row, T* scratch);

@@ -6,6 +6,10 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+// Rows whose gradients are taken together: as many as a sum has in one go, so that a weight's gradient is read and
+// written as few times as can be.
+constexpr int64_t kGradientRows = kLongestSum;
+
 // The gradient (rows, out) before the activation, `source` being that after it: in `buffer`, which may be `source`, or
 // where nothing changes, `source` itself.
 template <class T>
@@ -86,12 +90,22 @@ int64_t turned_size(int64_t widest) {
   return kLanes<T> / 2 * widest;
 }
 
+template <class T>
+int64_t backward_scratch_size(int64_t widest) {
+  return 2 * kGradientRows * widest + turned_size<T>(widest);
+}
+
+// From so many rows on, a panel of the input's columns that stays in L1 saves more than a page for each row of the
+// weight's gradient costs.
+constexpr int64_t kRowsForPanels = 32;
+
 // grad_weight (out, in) = the gradient (rows, out), transposed, times input (rows, in).
 template <class T>
 void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, const T* input, int64_t rows, T* turned,
                        bool add) {
   if (!is_narrow(layer)) {
-    return multiply(layer.out, layer.in, rows, gradient, 1, layer.out, input, layer.grad_weight, true, add);
+    return multiply(layer.out, layer.in, rows, gradient, 1, layer.out, input, layer.grad_weight, rows < kRowsForPanels,
+                    add);
   }
   multiply(layer.in, layer.out, rows, input, 1, layer.in, gradient, turned, false, false);
   for (int64_t o = 0; o < layer.out; ++o) {
@@ -135,10 +149,10 @@ void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_ou
               int64_t last_row, T* scratch) {
   int64_t widest = layers[0].in;
   for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
-  T* buffers[2] = {scratch, scratch + kBlockRows * widest};  // for the gradient of a layer, and of the one before it
-  T* turned = scratch + 2 * kBlockRows * widest;
-  for (int64_t row = first_row; row < last_row; row += kBlockRows) {
-    const int64_t rows = smaller(last_row - row, kBlockRows);
+  T* buffers[2] = {scratch, scratch + kGradientRows * widest};  // for the gradient of a layer, and of the one before it
+  T* turned = scratch + 2 * kGradientRows * widest;
+  for (int64_t row = first_row; row < last_row; row += kGradientRows) {
+    const int64_t rows = smaller(last_row - row, kGradientRows);
     const bool add = row > first_row;
     const T* source = grad_output + row * layers[count - 1].out;
     for (int64_t i = count - 1; i >= 0; --i) {

@@ -62,7 +62,7 @@ class FrozenMlp : public FrozenStage<T> {
     const MlpKernels<T>& kernels = mlp_kernels().get<T>();
     for (const MlpLayer<T>& layer : layers_) {
       T* to = packed.give<T>(0, kernels.packed_size(layer.out, layer.in));
-      if (to) kernels.pack(layer.weight, layer.out, layer.in, to);
+      if (to) kernels.pack(layer.weight, layer.out, layer.in, 0, 1, to);
     }
   }
 

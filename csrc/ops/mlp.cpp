@@ -10,6 +10,44 @@ auto with_kernel_dtype(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
+// The panels of those layers whose weights are worth packing, one layer's after the other.
+template <class T>
+class Panels {
+ public:
+  Panels(const MlpKernels<T>& kernels, const Chain& chain, bool in_lanes) : kernels_(kernels) {
+    for (int64_t i = 0; i < chain.layers(); ++i) {
+      const int64_t in = chain.widths[i], out = chain.widths[i + 1];
+      const bool packs = !in_lanes && kernels.worth_packing(chain.rows, in, out);
+      sizes_.push_back(packs ? kernels.packed_size(out, in) : 0);
+      size_ = checked_sum(size_, sizes_.back());
+    }
+  }
+  int64_t size() const { return size_; }
+  // Panels in another core's cache are slower to fetch than to make, so each thread packs for itself what fits into
+  // its own. What doesn't is packed once.
+  bool shared(int64_t chunks) const { return chunks > 1 && size_ > (1 << 20) / static_cast<int64_t>(sizeof(T)); }
+
+  // Has the layers read their panels at `memory`.
+  void place(T* memory, PerLayer<MlpLayer<T>>& layers) const {
+    for (int64_t i = 0; i < layers.size(); ++i) {
+      if (sizes_[i] > 0) layers[i].packed = memory;
+      memory += sizes_[i];
+    }
+  }
+  // One of `parts` parts of each.
+  void pack(const PerLayer<MlpLayer<T>>& layers, T* memory, int64_t part, int64_t parts) const {
+    for (int64_t i = 0; i < layers.size(); ++i) {
+      if (sizes_[i] > 0) kernels_.pack(layers[i].weight, layers[i].out, layers[i].in, part, parts, memory);
+      memory += sizes_[i];
+    }
+  }
+
+ private:
+  const MlpKernels<T>& kernels_;
+  PerLayer<int64_t> sizes_;
+  int64_t size_ = 0;
+};
+
 // Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is null.
 template <class T>
 void run_forward(const Forward& call, T* output, T* errors, const std::vector<Tensor>& saved) {
@@ -18,33 +56,33 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
   const MlpPlan plan = kernels.make_plan(chain.widths.data(), chain.layers(), chain.rows);
   const int64_t units = (chain.rows + plan.unit - 1) / plan.unit;
   const int64_t chunks = std::min(useful_threads(chain.work), units);
+  const Panels<T> panels(kernels, chain, plan.in_lanes);
+  const bool shared = panels.shared(chunks);
   const int64_t block_size = kernels.scratch_size(chain.widest());
+  const int64_t chunk_size = checked_sum(block_size, shared ? 0 : panels.size());
+  Scratch<T> scratch(checked_sum(checked_product(chunks, chunk_size), shared ? panels.size() : 0));
+
   KernelInputs inputs(chain.kind.dtype);
   const T* input = inputs.data<T>(call.input);
   PerLayer<MlpLayer<T>> layers;
-  PerLayer<int64_t> packed_sizes;
-  int64_t chunk_size = block_size;
   for (int64_t i = 0; i < chain.layers(); ++i) {
-    const int64_t in = chain.widths[i], out = chain.widths[i + 1];
     const T* weight = inputs.data<T>(call.weight(i));
     const T* bias = call.has_biases() ? inputs.data<T>(call.bias(i)) : nullptr;
-    layers.push_back({weight, bias, in, out, call.activations[i], nullptr,
+    layers.push_back({weight, bias, chain.widths[i], chain.widths[i + 1], call.activations[i], nullptr,
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
-    const bool packs = !plan.in_lanes && kernels.worth_packing(chain.rows, in, out);
-    packed_sizes.push_back(packs ? kernels.packed_size(out, in) : 0);
-    chunk_size = checked_sum(chunk_size, packed_sizes.back());
   }
-  Scratch<T> scratch(checked_product(chunks, chunk_size));
+  if (shared) {
+    T* const memory = scratch.get() + chunks * chunk_size;
+    panels.place(memory, layers);
+    parallel_chunks(chunks, chunks,
+                    [&](int64_t chunk, int64_t, int64_t) { panels.pack(layers, memory, chunk, chunks); });
+  }
   parallel_chunks(chunks, units, [&](int64_t chunk, int64_t first, int64_t last) {
     T* const block = scratch.get() + chunk * chunk_size;
-    // Each thread packs for itself: panels that lie in another core's cache are slower to fetch than to make.
     PerLayer<MlpLayer<T>> own = layers;
-    T* panel = block + block_size;
-    for (int64_t i = 0; i < own.size(); ++i) {
-      if (packed_sizes[i] == 0) continue;
-      kernels.pack(own[i].weight, own[i].out, own[i].in, panel);
-      own[i].packed = panel;
-      panel += packed_sizes[i];
+    if (!shared) {
+      panels.place(block + block_size, own);
+      panels.pack(own, block + block_size, 0, 1);
     }
     kernels.forward(own.data(), own.size(), plan.in_lanes, input, output, errors, first * plan.unit,
                     std::min(last * plan.unit, chain.rows), block);
@@ -138,19 +176,18 @@ class ParameterGradient {
   int64_t scratch_size() const { return (chunks_ - 1) * count_; }
   void use_scratch(T* scratch) { scratch_ = scratch; }
   T* part(int64_t chunk) const { return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_; }
-  Tensor sum() && {
+  // Adds up one of `pieces` pieces of it.
+  void sum(int64_t piece, int64_t pieces) const {
     T* to = part(0);
+    const int64_t first = count_ * piece / pieces, last = count_ * (piece + 1) / pieces;
     for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
       const T* from = part(chunk);
-      for (int64_t i = 0; i < count_; ++i) to[i] += from[i];
+      for (int64_t i = first; i < last; ++i) to[i] += from[i];
     }
-    return std::move(result_);
   }
   // Of no rows at all.
-  Tensor zero() && {
-    std::fill_n(part(0), count_, T(0));
-    return std::move(result_);
-  }
+  void set_to_zero() const { std::fill_n(part(0), count_, T(0)); }
+  Tensor release() && { return std::move(result_); }
 
  private:
   Tensor result_;
@@ -182,7 +219,7 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const ScalarType dtype = widened(chain.kind.dtype);
   const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
-  const int64_t block_size = kernels.scratch_size(chain.widest());
+  const int64_t block_size = kernels.backward_scratch_size(chain.widest());
   const int64_t chunk_size = block_size + chain.outputs();
   std::vector<ParameterGradient<T>> grad_weights, grad_biases;
   int64_t scratch_size = chunks * chunk_size;
@@ -216,13 +253,19 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
     }
     kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last, block);
   });
-
+  // The threads' parts are added up by as many threads, if that is worth waking them.
+  const int64_t pieces = chunks == 1 ? 0 : std::min(chunks, useful_threads(4 * chain.weights()));
+  parallel_chunks(chain.rows > 0 ? pieces : 0, pieces, [&](int64_t piece, int64_t, int64_t) {
+    for (auto* gradients : {&grad_weights, &grad_biases}) {
+      for (const auto& gradient : *gradients) gradient.sum(piece, pieces);
+    }
+  });
   const auto finished = [&](std::vector<ParameterGradient<T>>& gradients) {
     std::vector<Tensor> result;
     result.reserve(gradients.size());
     for (auto& gradient : gradients) {
-      Tensor total = chain.rows == 0 ? std::move(gradient).zero() : std::move(gradient).sum();
-      result.push_back(narrowed(std::move(total), chain.kind.dtype));
+      if (chain.rows == 0) gradient.set_to_zero();
+      result.push_back(narrowed(std::move(gradient).release(), chain.kind.dtype));
     }
     return result;
   };

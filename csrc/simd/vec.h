@@ -128,7 +128,7 @@ FASTNN_INLINE void store(bfloat16* to, Vec<float> x) {
 template <class T>
 FASTNN_INLINE Vec<Compute<T>> load_partial(const T* from, int count) {
   T lanes[kLanes<T>] = {};
-  for (int i = 0; i < kLanes<T> && i < count; ++i) lanes[i] = from[i];
+  for (int i = 0; i < count && i < kLanes<T> - 1; ++i) lanes[i] = from[i];  // bounded for the compiler, which warns
   return load(lanes);
 }
 template <class T>

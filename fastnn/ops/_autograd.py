@@ -83,24 +83,33 @@ def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
-def recorder(function: type[torch.autograd.Function], results: int) -> Callable[..., tuple[Tensor, ...]]:
-    """``function.apply``, of whose outputs the first ``results`` are the caller's (all but the last, if it is -1).
+def eager_recorder(function: type[torch.autograd.Function], results: int) -> Callable[..., tuple[Tensor, ...]]:
+    """:func:`recorder` for calls that are plain (:func:`is_plain`).
 
-    The others are what backward needs. Transforms and compilation must see them as outputs; in eager mode a twin of the
-    function keeps them without making them any, since each output costs autograd microseconds on both ways. It is
-    applied without the 10 microseconds that ``apply`` spends on ``inspect.signature`` to fill in default arguments, of
-    which our functions have none. The function's backward gets gradients of at least the caller's outputs.
+    A twin of the function keeps the outputs that only backward needs without making them any, since each output costs
+    autograd microseconds on both ways. It is applied without the 10 microseconds that ``apply`` spends on
+    ``inspect.signature`` to fill in default arguments, of which our functions have none. The function's backward gets
+    gradients of at least the caller's outputs. ``keep`` of a function is its ``setup_context`` without what is said
+    there of outputs that the twin doesn't have.
     """
-    forward, setup_context = function.forward, function.setup_context
+    forward, keep = function.forward, getattr(function, "keep", function.setup_context)
 
     def eager_forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         outputs = forward(*args)
-        setup_context(ctx, args, outputs)
+        keep(ctx, args, outputs)
         return outputs[:results]
 
     members = {"forward": staticmethod(eager_forward), "backward": staticmethod(function.backward)}
     twin = type(function.__name__, (torch.autograd.Function,), members)
-    apply_twin = super(torch.autograd.Function, twin).apply  # type: ignore[misc]
+    return super(torch.autograd.Function, twin).apply  # type: ignore[misc]
+
+
+def recorder(function: type[torch.autograd.Function], results: int) -> Callable[..., tuple[Tensor, ...]]:
+    """``function.apply``, of whose outputs the first ``results`` are the caller's (all but the last, if it is -1).
+
+    The others are what backward needs. Transforms and compilation must see them as outputs.
+    """
+    apply_twin = eager_recorder(function, results)
 
     def apply(*args: Any) -> tuple[Tensor, ...]:
         if _is_dynamo_compiling() or transforms_active():

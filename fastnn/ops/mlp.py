@@ -12,6 +12,7 @@ from fastnn.ops._autograd import (
     call_kernel,
     check_same_device,
     differentiate_twice,
+    eager_recorder,
     is_plain,
     needs_autograd,
     needs_reference,
@@ -169,7 +170,7 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
     rank = input.dim()
     if rank == 2 and (code := _codes.get(digits)) and is_plain(input):
         if wants_gradient(input, *parameters):
-            return _record(input, code, recompute, *parameters)[0]
+            return _record_plain(input, code, recompute, *parameters)[0]
         return _mlp_call(input, parameters, code)
     if len(digits) > _MOST_LAYERS:
         weights, biases = split_parameters(parameters, len(digits))
@@ -202,24 +203,30 @@ class Mlp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, ctx.code, ctx.recompute, *parameters = inputs
-        ctx.parameters = len(parameters)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(input, *parameters, *(() if ctx.recompute else output))
+        Mlp.keep(ctx, inputs, output)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, code, recompute, *parameters = inputs
+        ctx.call = (code, recompute, len(parameters))
+        ctx.save_for_backward(input, *parameters, *(() if recompute else output))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        needed, saved, layers = ctx.needs_input_grad, ctx.saved_tensors, layers_of_code(ctx.code)
-        if ctx.recompute:
+        code, recompute, parameters = ctx.call
+        needed, saved, layers = ctx.needs_input_grad, ctx.saved_tensors, layers_of_code(code)
+        if recompute:
             with torch.no_grad():
-                saved = (*saved, *Mlp.forward(saved[0], ctx.code, False, *saved[1:]))
+                saved = (*saved, *Mlp.forward(saved[0], code, False, *saved[1:]))
         wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
-        grad_input, *grad_parameters = compute(grad_output, ctx.code, ctx.parameters, wanted, *saved)
+        grad_input, *grad_parameters = compute(grad_output, code, parameters, wanted, *saved)
         return (grad_input, None, None, *grad_parameters)
 
 
 _record = recorder(Mlp, results=1)
+_record_plain = eager_recorder(Mlp, results=1)
 
 
 class MlpBackward(torch.autograd.Function):
