@@ -39,8 +39,9 @@ format: $(VENV)/lint.stamp  ## Rewrite the sources in the project's style
 bench: $(VENV)/bench.stamp  ## Measure the three models against stock PyTorch (under five minutes)
 	$(RUN) -m benchmarks.report $(ARGS)
 
-bench-conv: $(VENV)/rivals.stamp  ## Compare conv_relu_max_pool with every rival
+bench-conv: $(VENV)/rivals.stamp  ## Compare conv_relu_max_pool with every rival, in bfloat16 too
 	$(RUN) -m benchmarks.compare conv_relu_max_pool $(ARGS)
+	$(RUN) -m benchmarks.compare conv_relu_max_pool --dtype bfloat16 $(ARGS)
 
 bench-rnn: $(VENV)/rivals.stamp  ## Compare the recurrent layers with every rival; time against length (12 minutes)
 	$(RUN) -m benchmarks.lengths

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from benchmarks.cases import CASES, Case
@@ -17,10 +18,16 @@ from fastnn.testing import using_threads
 
 
 def measure(
-    case: Case, direction: str, threads: int, providers: list[str], seconds: float, peak: float
+    case: Case,
+    direction: str,
+    threads: int,
+    providers: list[str],
+    seconds: float,
+    peak: float,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Every provider that serves the case, in turns, after each has been checked."""
-    problem = Problem(case, direction)
+    problem = Problem(case, direction, dtype)
     with using_threads(threads), problem.context():
         prepared = {name: prepare(name, problem) for name in providers}
         timings = interleave({name: run for name, run in prepared.items() if run is not None}, seconds)
@@ -66,8 +73,10 @@ def as_markdown(rows: list[dict[str, Any]], info: dict[str, Any]) -> str:
     heading += ["% of its bound", "1 thread / this"]
     peaks = ", ".join(f"{flops / 1e9:.0f} GFLOP/s on {count} thread(s)" for count, flops in info["peak"].items())
     lines = [
-        ", ".join(f"{name} {info[name]}" for name in ("processor", "instruction_set", "torch", "fastnn", "time")),
-        f"FMA peak: {peaks}",
+        ", ".join(
+            f"{name} {info[name]}" for name in ("processor", "instruction_set", "dtype", "torch", "fastnn", "time")
+        ),
+        f"FMA peak, float32: {peaks}",
         "",
         "| " + " | ".join(heading) + " |",
         "|" + "---|" * len(heading),
@@ -106,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="measure the cases whose name contains this text")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
     parser.add_argument("--seconds", type=float, default=5, help="measuring time of each row (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of <op>.json and <op>.md")
@@ -118,7 +128,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     console = Console()
-    info = environment() | {"peak": {}}
+    dtype = getattr(torch, arguments.dtype)
+    info = environment() | {"dtype": arguments.dtype, "peak": {}}
     for threads in arguments.threads:
         with using_threads(threads):
             info["peak"][threads] = peak_flops()
@@ -129,7 +140,9 @@ def main() -> None:
         title = f"{case.name}, {direction}, {threads} thread(s)"
         try:
             with console.status(f"{done + 1} of {len(jobs)}: {title}"):
-                row = measure(case, direction, threads, arguments.providers, arguments.seconds, info["peak"][threads])
+                row = measure(
+                    case, direction, threads, arguments.providers, arguments.seconds, info["peak"][threads], dtype
+                )
         except AssertionError as error:
             failures.append(f"{title}: {error}")
             continue
@@ -137,7 +150,8 @@ def main() -> None:
         report_row(title, row, console)
     arguments.output.mkdir(parents=True, exist_ok=True)
     # models.json is what benchmarks.report writes.
-    result = arguments.output / ("frozen.json" if arguments.op == "models" else f"{arguments.op}.json")
+    name = "frozen" if arguments.op == "models" else arguments.op
+    result = arguments.output / f"{name}{'' if arguments.dtype == 'float32' else f'_{arguments.dtype}'}.json"
     result.write_text(json.dumps({"environment": info, "rows": rows}, indent=1) + "\n")
     result.with_suffix(".md").write_text(as_markdown(rows, info))
     console.print(f"Written: {result}, {result.with_suffix('.md')}")

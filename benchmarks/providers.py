@@ -46,7 +46,7 @@ def compiled_frozen_channels_last(problem: Problem) -> Runner | None:
 def onnx_runtime(problem: Problem) -> Runner | None:
     import onnxruntime
 
-    if not _fits_engines(problem):
+    if not _fits_engines(problem) or problem.input.dtype is not torch.float32:
         return None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -64,13 +64,13 @@ def openvino(problem: Problem) -> Runner | None:
     core = openvino.Core()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[problem.input.dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     model = core.read_model(_as_onnx(problem))
     model.reshape(list(problem.case.shape))
     request = core.compile_model(model, "CPU", settings).create_infer_request()
-    feed = {0: problem.input.numpy()}
+    feed = {0: problem.input.float().numpy()}
     return lambda: request.infer(feed, share_inputs=True, share_outputs=True)
 
 
@@ -125,7 +125,10 @@ def _check(provider: str, problem: Problem, result: Any) -> None:
     ours = problem.results(lambda: _as_tensors(result))
     stock = problem.results(problem.runner(problem.stock, problem.input))
     for a, b in zip(ours, stock, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * float(b.abs().max()), msg=lambda m: f"{provider}: {m}")
+        close = 1e-3 if b.dtype is torch.float32 else 2 * torch.finfo(b.dtype).eps
+        torch.testing.assert_close(
+            a.to(b.dtype), b, rtol=1e-2, atol=close * float(b.abs().max()), msg=lambda m: f"{provider}: {m}"
+        )
 
 
 def _as_tensors(result: Any) -> Any:
@@ -167,5 +170,5 @@ def _as_onnx(problem: Problem) -> bytes:
     """The stock model with its weights as constants."""
     file = io.BytesIO()
     with contextlib.redirect_stdout(io.StringIO()):
-        torch.onnx.export(problem.stock, (problem.input,), file, dynamo=False)
+        torch.onnx.export(copy.deepcopy(problem.stock).float(), (problem.input.float(),), file, dynamo=False)
     return file.getvalue()

@@ -48,7 +48,7 @@ def test_compare() -> None:
     twice = row | {"threads": 2, "microseconds": {name: time / 2 for name, time in row["microseconds"].items()}}
     assert compare.thread_speedup(row, [row, twice]) is None
     assert compare.thread_speedup(twice, [row, twice]) == 2
-    text = compare.as_markdown([row, twice], environment() | {"peak": {1: 1e9}})
+    text = compare.as_markdown([row, twice], environment() | {"dtype": "float32", "peak": {1: 1e9}})
     assert SMALL.name in text
 
 

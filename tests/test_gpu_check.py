@@ -82,7 +82,7 @@ def test_the_command_fails_with_a_launch_at_fault(check: Any, monkeypatch: pytes
     monkeypatch.setattr(check, "check", lambda *_: ([(*row, "ok"), (*row, "spills in a loop")], 1))
     assert check.main() == 1
     assert "2 launches compiled" in summary.read_text()
-    assert summary.read_text().endswith("| kernel | sm_90 | 2 | 40 | 0 | 0 | 1024 | 1 |\n")
+    assert summary.read_text().endswith("| kernel | sm_90 | 2 | 40 | 0 | 0 | 1024 | 8 | 1 |\n")
     monkeypatch.setattr(check, "check", lambda *_: ([(*row, "ok")], 0))
     assert check.main() == 0
     monkeypatch.setattr(check, "check", lambda *_: ([], 0))

@@ -1,11 +1,15 @@
 """The programs for a machine with a GPU, as far as they run without one: what fails there must not cost the rest."""
 
 import importlib
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
@@ -26,7 +30,7 @@ def test_failing_and_crashing_tests_cost_no_others(tool, tmp_path: Path) -> None
         "test_good.py": "def test_good(): pass",
         "test_bad.py": "def test_bad(): assert False\ndef test_good(): pass",
         "test_crash.py": "import os\ndef test_crash(): os._exit(7)",
-        "test_hang.py": "import time\ndef test_hang(): time.sleep(60)",
+        "test_hang.py": "import time\ndef test_good(): pass\ndef test_hang(): time.sleep(60)",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -37,8 +41,21 @@ def test_failing_and_crashing_tests_cost_no_others(tool, tmp_path: Path) -> None
     assert (result["passed"], result["failed"]) == (2, ["test_bad.py::test_bad"])
     assert result["unfinished"] == ["test_crash.py"]
     assert set(result["tails"]) == {"test_bad.py", "test_crash.py"}
-    hanging = gpu_run.finish_tests(gpu_run.start_tests(paths[3:], tmp_path, rehearse=True), 2)
+    started = gpu_run.start_tests(paths[3:], tmp_path, rehearse=True)
+    log = tmp_path / "test_hang.0.log"
+    while "." not in log.read_text():  # until the good one is done
+        time.sleep(0.1)
+    hanging = gpu_run.finish_tests(started, 1)
     assert hanging["unfinished"] == ["test_hang.py"]
+    assert hanging["passed"] == 1
+
+
+def test_shards_run_every_test_once(tool, tmp_path: Path) -> None:
+    (tmp_path / "test_three.py").write_text("".join(f"def test_{i}(): assert {i} != 1\n" for i in range(3)))
+    gpu_run = tool("gpu_run")
+    result = gpu_run.finish_tests(gpu_run.start_tests([tmp_path / "test_three.py"], tmp_path, True, shards=4), 60)
+    assert (result["passed"], result["failed"], result["unfinished"]) == (2, ["test_three.py::test_1"], [])
+    assert set(result["tails"]) == {"test_three.py 2/4"}
 
 
 def test_table(tool) -> None:
@@ -61,6 +78,14 @@ def test_nothing_is_expected_to_be_slower_than_stock(tool) -> None:
         assert ours < stock / 0.97, prediction.row()
 
 
+def test_nothing_wrong_is_measured(tool) -> None:
+    gpu_bench = tool("gpu_bench")
+    problem = gpu_bench.Problem(gpu_bench.CASES["mlp"][0], torch.float32, "forward", torch.device("cpu"))
+    wrong = gpu_bench.eager(problem)
+    with pytest.raises(AssertionError, match="nothing to be measured"):
+        next(gpu_bench.measure(problem, "wrong", lambda _: lambda: 1.1 * wrong(), rehearse=True))
+
+
 def test_tuning_keeps_what_is_faster(tool, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_tune = tool("gpu_tune")
     launch = gpu_tune._launch
@@ -77,3 +102,42 @@ def test_tuning_keeps_what_is_faster(tool, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(trial, "_seconds", lambda: 0.5)
         assert trial.try_change(*tried[0])
     assert table == {tried[0][0]: {tried[0][1]: tried[0][2]}}
+
+
+class HostTensors(TorchDispatchMode):
+    """Which functions are given tensors of the CPU beside those of a device, or tensors that no function has made but
+    a Python list: to bring them to a GPU waits for it, and no CUDA graph can be captured meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.made: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if len({t.device.type for t in given + made}) > 1:
+            self.found.add(str(function))
+        if any(t.device.type != "cpu" and id(t) not in self.made for t in given):
+            self.found.add(str(function))
+        self.made |= {id(t): t for t in made}
+        return result
+
+
+@pytest.mark.parametrize("op", ["mlp", "conv_relu_max_pool", "rnn"])
+def test_calls_bring_nothing_to_the_gpu(op: str, tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_cases = tool("gpu_cases")
+    launch = tool("gpu_tune")._launch
+    monkeypatch.setattr(launch, "launch", lambda *args, **options: None)
+    cases = [c for c in gpu_cases.all_cases() if c.op == op and c.dtype.itemsize == 2]
+    with launch.assume_target(launch.TARGETS[2]), torch.no_grad():
+        for case in cases:
+            launch.Plans.forget_all()
+            with HostTensors() as host:
+                run = case.make(torch.device("meta"))
+                run()
+                host.found.clear()  # what a plan keeps for the next call
+                run()
+            assert host.found == set(), case
+    launch.Plans.forget_all()

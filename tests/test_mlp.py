@@ -115,6 +115,11 @@ class TestValues:
         for rows in ((), (9,), (2, 3)):
             compare_with_stock(linear_relu, reference.linear_relu, make_chain(rows, (5, 12), dtype))
 
+    def test_linear_relu_of_one_feature_without_dimension(self) -> None:
+        x, weight, bias = torch.randn(2, 3, 5), torch.randn(5), torch.randn(())
+        for arguments in ((x, weight), (x, weight, bias)):
+            compare_with_stock(linear_relu, reference.linear_relu, arguments)
+
     def test_empty_chain_is_the_input(self) -> None:
         x = torch.randn(3, 4)
         assert_close(mlp(x, [], []), x, rtol=0, atol=0)

@@ -156,6 +156,16 @@ def test_call_errors(name, batch_first):
         assert outcome(lambda a=arguments: ours(*a)) == outcome(lambda a=arguments: stock(*a))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_small_state_of_a_packed_lstm(dtype):
+    """Not compared with stock, which reads beyond its end."""
+    lstm = fused.LSTM(3, 4, 2).to(dtype)
+    packed = pack_sequence([torch.randn(3, 3), torch.randn(2, 3)]).to(dtype)
+    state = torch.zeros(2, 2, 4, dtype=dtype)
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(2, 2, 4\), got \[0, 2, 4\]"):
+        lstm(packed, (state, state[:0]))
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_cell_errors(name):
     stock, ours = pair(name, 3, 4)

@@ -9,9 +9,11 @@ runs every step on the CPU in little time, the kernels under Triton's interprete
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,13 +21,14 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 ROOT = Path(__file__).parent.parent
 OPS = ("models", "rnn", "conv_relu_max_pool", "mlp")
+NO_TESTS = 5  # pytest's exit status: a file may have fewer tests than shards
 
 
 def run(command: Sequence[str | Path], seconds: float, folder: Path = ROOT) -> tuple[int, str]:
@@ -55,41 +58,75 @@ def build(seconds: float) -> dict[str, Any]:
     return {"status": status, "seconds": time.monotonic() - started, "output": output[-2000:]}
 
 
-def start_tests(paths: Sequence[Path], folder: Path, rehearse: bool) -> list[tuple[Path, Path, subprocess.Popen]]:
-    """One process a file, side by side: most of their time is the compiler's. A crash costs one file."""
-    # What cuBLAS asks for where results must repeat, as the tests ask of torch.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+class TestRun(NamedTuple):
+    name: str
+    report: Path
+    process: subprocess.Popen
+
+
+def start_tests(paths: Sequence[Path], folder: Path, rehearse: bool, shards: int = 1) -> list[TestRun]:
+    """``shards`` processes a file, all side by side: most of their time is the compiler's. A crash costs one shard."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}
     if rehearse:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     started = []
-    for path in paths:
-        report = folder / f"{path.stem}.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}",
-                   str(path)]  # fmt: skip
-        with (folder / f"{path.stem}.log").open("w") as log:
+    for path, shard in itertools.product(paths, range(shards)):
+        name = path.name if shards == 1 else f"{path.name} {shard + 1}/{shards}"
+        report = folder / f"{path.stem}.{shard}.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu_shard",
+                   f"--shard={shard}/{shards}", f"--junitxml={report}", str(path)]  # fmt: skip
+        with report.with_suffix(".log").open("w") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        started.append((path, report, process))
+        started.append(TestRun(name, report, process))
     return started
 
 
-def finish_tests(started: list[tuple[Path, Path, subprocess.Popen]], seconds: float) -> dict[str, Any]:
+def start_compiling(rehearse: bool) -> list[subprocess.Popen]:
+    """The benchmark's kernels, into Triton's cache on disk, beside the tests: its own time is too short for that."""
+    options = ["--compile", *(["--rehearse"] if rehearse else [])]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return [
+        subprocess.Popen([sys.executable, "tools/gpu_bench.py", op, os.devnull, *options], cwd=ROOT, **quiet)
+        for op in OPS
+    ]
+
+
+def wait_for(processes: Sequence[subprocess.Popen], seconds: float) -> list[subprocess.Popen]:
+    """-> those that still run after so long, all together."""
     deadline = time.monotonic() + seconds
-    result: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": [], "unfinished": [], "tails": {}}
-    for path, report, process in started:
+    running = []
+    for process in processes:
         try:
-            process.wait(max(deadline - time.monotonic(), 1))
+            process.wait(max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.returncode:
-            result["tails"][path.name] = report.with_suffix(".log").read_text(errors="replace")[-3000:]
+            running.append(process)
+    return running
+
+
+def kill(processes: Sequence[subprocess.Popen]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def finish_tests(started: Sequence[TestRun], seconds: float) -> dict[str, Any]:
+    late = wait_for([test_run.process for test_run in started], seconds)
+    for process in late:  # asked to stop, pytest still writes down what it has found out
+        process.send_signal(signal.SIGINT)
+    kill(wait_for(late, 5))
+    result: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": [], "unfinished": [], "tails": {}}
+    for name, report, process in started:
+        if process.returncode not in (0, NO_TESTS):
+            result["tails"][name] = report.with_suffix(".log").read_text(errors="replace")[-3000:]
+        if process in late or not report.exists():
+            result["unfinished"].append(name)
         if not report.exists():
-            result["unfinished"].append(path.name)
             continue
-        for test in ElementTree.parse(report).iter("testcase"):
+        tests = list(ElementTree.parse(report).iter("testcase"))
+        for test in tests[:-1] if process in late else tests:  # the last was not finished
             outcome = {child.tag for child in test}
             if outcome & {"failure", "error"}:
-                result["failed"].append(f"{path.name}::{test.get('name')}")
+                result["failed"].append(f"{name.split()[0]}::{test.get('name')}")
             else:
                 result["skipped" if "skipped" in outcome else "passed"] += 1
     return result
@@ -178,8 +215,11 @@ def main() -> int:
         if built["status"]:
             print(built["output"], flush=True)
         paths = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-        started = start_tests(paths, folder, options.rehearse)
+        shards = max(1, min(4, (os.cpu_count() or 1) // 4))
+        started = start_tests(paths, folder, options.rehearse, shards)
+        compiling = start_compiling(options.rehearse)
         tests = finish_tests(started, 0.45 * (deadline - time.monotonic()))
+        kill(compiling)
         print({name: tests[name] for name in ("passed", "skipped", "failed", "unfinished")}, flush=True)
         measurements, logs = benchmark(folder, deadline - 5, options.rehearse)
         report = describe() | {"build": built, "tests": tests, "measurements": measurements, "logs": logs}

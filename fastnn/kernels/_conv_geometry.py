@@ -11,7 +11,7 @@ from fastnn.kernels._check import Expected, check, check_first, check_same_kind
 from fastnn.reference.conv_relu_max_pool import Geometry
 
 MOST_PLACES = 254  # so that a winner's place fits a byte
-_LARGEST = 2**31  # kernels number pixels and the elements of an image with 32 bits
+_LARGEST = 2**31 - 2**10  # kernels number pixels, a last tile's too, and the elements of an image with 32 bits
 
 Triple = tuple[int, int, int]
 

@@ -65,6 +65,7 @@ _WORTH = {
 }
 _LAUNCH_BOUND_WORK = 100e6
 _FEW_CHANNELS = 16
+_WIDEST_GRID = 65535  # in all dimensions but the first
 
 
 def is_fused(problem: Problem, direction: str, precision: str, target: _launch.Target) -> bool:
@@ -93,8 +94,7 @@ def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Con
     fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
     block_out = min(64, _launch.padded(problem.out_channels))
     if is_tap_by_tap(problem):
-        # Before Hopper, whose matrix instructions read shared memory, operands fill registers too.
-        most = 128 if wide and (target.backend == "hip" or int(target.arch) >= 90) else 64
+        most = 128 if wide and (target.backend == "hip" or target.arch in _launch.LARGE_TILES) else 64
         block_k = min(64 if wide else 32, _launch.padded(problem.channels))
     else:  # every element of a step has a place of its own, and places fill registers
         most, block_k = 64, min(32 if wide else 16, _launch.padded(problem.depth))
@@ -196,9 +196,10 @@ def _fused_launcher(
 
 
 def _pool_options(problem: Problem, last: bool) -> dict[str, Any]:
-    """Tiles as long as the memory is contiguous."""
+    """Tiles as long as the memory is contiguous; a grid is at most ``_WIDEST_GRID`` wide."""
     channels = problem.groups * problem.out_channels
-    block_out = min(64, triton.next_power_of_2(channels)) if last else 1
+    least = triton.next_power_of_2(triton.cdiv(channels, _WIDEST_GRID))
+    block_out = max(least, min(64, triton.next_power_of_2(channels)) if last else 1)
     return {
         "OUT_CHANNELS": channels,
         "GEOMETRY": problem.geometry,

@@ -83,6 +83,8 @@ _FLAGS: dict[str, Any] = {
 
 # Cards whose tensor cores multiply in tf32 at seven times the speed of float32 and more: three products for one pay.
 _FAST_TF32 = (80, 90, 100, 103)
+# Cards whose matrix instructions take large tiles of operands from shared memory; on others operands fill registers.
+LARGE_TILES = (90, 100, 103)
 # Tensor cores truncate while they add. Dots of so many products, between which the compiler adds in float32, are as
 # exact in three times tf32 as in float32; longer ones are not.
 MOST_PRODUCTS_IN_TF32X3 = 32

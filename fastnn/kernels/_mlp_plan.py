@@ -82,9 +82,9 @@ def chain_config(
     if on_chip > target.shared_memory:
         return None
     block_in, block_out = min(chunk, _launch.padded(widths[0])), min(chunk, _launch.padded(widths[-1]))
-    config = Config(
-        block_rows, block_in, block_out, num_warps=8 if block_rows * max(tiles) >= 8192 else 4, num_stages=2
-    )
+    # Without matrix units both operands of a dot are in registers as a whole.
+    many_warps = block_rows * max(tiles) >= (8192 if fast else 1024)
+    config = Config(block_rows, block_in, block_out, num_warps=8 if many_warps else 4, num_stages=2)
     direction = "backward" if backward else "forward"
     return _launch.tuned(config, target, "chain", direction, dtype.itemsize, precision, block_rows, max(tiles), layers)
 

@@ -20,6 +20,7 @@ _WIDEST_WITHOUT_MATRIX_UNITS = 32
 # Up to here cuDNN has kernels that keep the weights on chip too, and needs no barrier between processors.
 _WIDEST_OF_CUDNN = {1: 384, 3: 192, 4: 192}
 _WIDEST_SPREAD = 2048
+_FEWEST_SPREAD_STEPS = 4  # fewer, a cell's one among them, do not make up for its launches
 _LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the processors busy
 
 
@@ -104,8 +105,9 @@ def config_of(problem: Problem) -> Config | None:
             problem.mode, problem.hidden, problem.batch, problem.directions, problem.kind.dtype, problem.precision,
             problem.target, problem.batch_sizes is not None,
         )  # fmt: skip
-        if config is not None and config.units and problem.steps * problem.hidden >= 2**31:
-            config = None  # the programs' meetings are counted with 32 bits
+        if config is not None and config.units:
+            most = 2**31 // problem.hidden  # the programs' meetings are counted with 32 bits
+            config = config if _FEWEST_SPREAD_STEPS <= problem.steps < most else None
         problem.kept["config"] = None if config is None else _with_wavefront(problem, config)
     return problem.kept["config"]
 
@@ -116,7 +118,7 @@ def _with_wavefront(problem: Problem, config: Config) -> Config:
                        itemsize, target)  # fmt: skip
     if not chunk:
         return config
-    if target.name == "sm_100":  # with the product in the same kernel, 16 warps have too few registers each
+    if target.arch in (100, 103):  # with the product in the same kernel, 16 warps have too few registers each
         config = config._replace(num_warps=min(config.num_warps, 8))
     shape_class = (gates, itemsize, problem.precision, _launch.padded(problem.hidden), problem.layers, chunk)
     return _launch.tuned(config._replace(chunk=chunk), target, "rnn wave", *shape_class)

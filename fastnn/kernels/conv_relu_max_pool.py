@@ -174,7 +174,7 @@ def _fused_gradients(
     if weight_wanted:
         grad_weight, grad_bias = _weight_gradient(plan, grad_output, winners, input, weight, bias_wanted)
     elif bias_wanted:
-        alive = torch.where(winners < problem.places, grad_output, 0.0)
+        alive = grad_output.masked_fill(winners >= problem.places, 0.0)
         grad_bias = alive.flatten(2).sum((0, 2), dtype=torch.float32).to(weight.dtype)
     return grad_input, grad_weight, grad_bias
 

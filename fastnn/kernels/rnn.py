@@ -276,7 +276,8 @@ def _of_input(problem: Problem, grad_gates: Tensor) -> Tensor:
 def _of_state(problem: Problem, grad_gates: Tensor) -> Tensor:
     """Of one direction's (rows, kinds, hidden), what the recurrent weights meet: (rows, gates * hidden)."""
     if problem.mode == "GRU":
-        grad_gates = grad_gates[:, [0, 1, 3]]
+        # Not by a list of indices, which would have to be brought to the GPU.
+        grad_gates = torch.cat([grad_gates[:, :2], grad_gates[:, 3:]], 1)
     return grad_gates.flatten(1)
 
 

@@ -54,13 +54,21 @@ class _Recurrent(_OnStock, RNNBase):
         """As the stock module's: input (length, batch, in), (batch, length, in), (length, in) or packed."""
         packed = isinstance(input, PackedSequence)
         if not _covers(input.data if packed else input):
-            return self._stock.forward(self, input, hx)
+            return self._by_stock(input, hx)
         weights = self._weights()
         try:
             answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
         except RuntimeError:
             answer = None  # the stock module has its own words for arguments that do not fit
-        return self._stock.forward(self, input, hx) if answer is None else answer
+        return self._by_stock(input, hx) if answer is None else answer
+
+    def _by_stock(self, input: Any, hx: Any) -> tuple[Any, Any]:
+        if isinstance(input, PackedSequence):
+            states = self.num_layers * (2 if self.bidirectional else 1)
+            if any(state.shape[:1] != (states,) for state in self._state(hx) or ()):
+                # Stock's LSTM omits this check of packed sequences, and would read beyond the end.
+                self.check_forward_args(input.data, hx, input.batch_sizes)
+        return self._stock.forward(self, input, hx)
 
     def _weights(self) -> list[Any]:
         """As stock has them: those of `_flat_weights`, which may be assigned to, unless an attribute has changed."""

@@ -71,7 +71,12 @@ def mlp(
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``relu(linear(input, weight, bias))``: input (..., in), weight (out, in), bias (out) -> (..., out)."""
+    """``relu(linear(input, weight, bias))``: input (..., in), weight (out, in), bias (out) -> (..., out).
+
+    A weight (in), with a bias () or none, gives (...), as in ``torch.nn.functional.linear``.
+    """
+    if weight.dim() == 1:
+        return reference.linear_relu(input, weight, bias)
     return mlp_of_parameters(input, (weight,) if bias is None else (weight, bias), _RELU)
 
 

@@ -3,6 +3,9 @@ and modules fit together, as far as that can be told from outside."""
 
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +97,27 @@ def test_launchers_take_what_operators_do(module, name):
     launcher = getattr(importlib.import_module(f"fastnn.kernels.{module}"), name)
     schema = getattr(torch.ops.fastnn, name).default._schema
     assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
+
+
+def test_precision_follows_torchs_flags():
+    """The new flags and the old ones; in a process of its own, since torch does not let go of the old."""
+    flags = {
+        "pass": ("ieee", "tf32", "tf32"),
+        "torch.set_float32_matmul_precision('high')": ("tf32", "tf32", "tf32"),
+        "torch.backends.cuda.matmul.allow_tf32 = True": ("tf32", "tf32", "tf32"),
+        "torch.backends.cudnn.allow_tf32 = False": ("ieee", "tf32x3", "ieee"),
+        "torch.backends.cudnn.conv.fp32_precision = 'ieee'": ("ieee", "tf32x3", "tf32"),
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'": ("tf32", "tf32", "tf32"),
+    }
+    lines = ["import torch", "from fastnn.kernels._launch import TARGETS, dot_precision"]
+    for flag in flags:
+        lines += ["if os.fork() == 0:", f"    {flag}", "    print(ask(), flush=True)", "    os._exit(0)", "os.wait()"]
+    ask = "ask = lambda: tuple(dot_precision(torch.float32, op, TARGETS[2]) for op in ('linear', 'conv', 'rnn'))"
+    program = "\n".join(["import os", *lines[:2], ask, *lines[2:]])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(precisions) for precisions in flags.values()]
 
 
 class Called(TorchDispatchMode):

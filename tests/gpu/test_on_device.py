@@ -100,9 +100,14 @@ def test_gradcheck(name, device):
     assert torch.autograd.gradcheck(lambda x: first(fused(x)), (small,), fast_mode=True)
 
 
+# With bfloat16, other kernels run than in float32: those with matrix instructions, those that wait for each other.
+BOTH_KINDS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@BOTH_KINDS
 @pytest.mark.parametrize("name", NETWORKS)
-def test_results_repeat_bit_for_bit(name, device):
-    _, fused, input = make(name, device)
+def test_results_repeat_bit_for_bit(name, dtype, device):
+    _, fused, input = make(name, device, dtype)
     for a, b in zip(step(fused, input), step(fused, input), strict=True):
         assert torch.equal(a, b)
 
@@ -125,9 +130,10 @@ def test_packed(cell, device, assert_near):
     assert_near(fused(packed)[0].data.detach(), stock(exact)[0].data.detach(), factor=4)
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize("name", NETWORKS)
-def test_cuda_graph(name, device):
-    _, fused, input = make(name, device)
+def test_cuda_graph(name, dtype, device):
+    _, fused, input = make(name, device, dtype)
     with torch.no_grad():
         expected = first(fused(input * 2))
         graph, static = torch.cuda.CUDAGraph(), input.clone()
@@ -140,16 +146,21 @@ def test_cuda_graph(name, device):
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize("name", NETWORKS)
-def test_training_in_a_cuda_graph(name, device):
-    _, fused, input = make(name, device)
+def test_training_in_a_cuda_graph(name, dtype, device):
+    _, fused, input = make(name, device, dtype)
     captured, expected = capture(lambda: step(fused, input))
     torch.testing.assert_close(captured, expected, rtol=0, atol=0)
 
 
-def test_packed_sequences_in_a_cuda_graph(device):
-    network = fastnn.nn.LSTM(6, 16, device=device)
-    packed = pack_padded_sequence(torch.randn(9, 4, 6, device=device), torch.tensor([9, 7, 3, 1]))
+# Whatever the card, by kernels of ours: whether stock's can be captured is another matter.
+@pytest.mark.parametrize(("cell", "hidden", "dtype"), [
+    ("GRU", 16, torch.float32), ("LSTM", 16, torch.bfloat16), ("LSTM", 300, torch.bfloat16),
+])  # fmt: skip
+def test_packed_sequences_in_a_cuda_graph(cell, hidden, dtype, device):
+    network = getattr(fastnn.nn, cell)(6, hidden, device=device, dtype=dtype)
+    packed = pack_padded_sequence(torch.randn(9, 4, 6, device=device, dtype=dtype), torch.tensor([9, 7, 3, 1]))
     leaves = list(network.parameters())
 
     def step():

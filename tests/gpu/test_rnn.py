@@ -6,7 +6,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastnn.kernels import _launch, _rnn_config
 from fastnn.kernels import rnn as kernels
-from fastnn.kernels._rnn_problem import MODES
+from fastnn.kernels._rnn_problem import MODES, check_problem
 
 NETWORKS = {
     "RNN_TANH": (torch.nn.RNN, {"nonlinearity": "tanh"}),
@@ -106,6 +106,7 @@ def test_bfloat16(mode, device, assert_near):
 @pytest.fixture
 def spread(monkeypatch):
     """Weights shared out among programs, whatever the size."""
+    monkeypatch.setattr(_rnn_config, "_FEWEST_SPREAD_STEPS", 1)
     monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: _rnn_config.Config(16, 4, 16))
 
 
@@ -397,3 +398,12 @@ def test_choice_of_sharing_weights():
     assert not shares("RNN_TANH", 512, 128, 1, brain, "ieee", h100)  # a product a step keeps a GPU busy
     assert not shares("LSTM", 2048, 16, 1, brain, "ieee", h100)  # more than all processors hold
     assert not shares("RNN_TANH", 512, 32, 1, brain, "ieee", _launch.TARGETS[4])
+
+
+@pytest.mark.parametrize(("length", "shared"), [(1, False), (3, False), (4, True)])
+def test_few_steps_do_not_share_weights(length, shared, device):
+    with _launch.assume_target(_launch.TARGETS[2]):
+        _, arguments = make("GRU", torch.float16, device, hidden=257, batch_sizes=[2] * length)
+        arguments["layers"] = arguments.pop("num_layers")
+        config = _rnn_config.config_of(check_problem("rnn", **arguments))
+    assert (config is not None and config.units > 0) == shared
