@@ -72,11 +72,13 @@ class _Recurrent(_OnStock, RNNBase):
 
     def _weights(self) -> list[Any]:
         """As stock has them: those of `_flat_weights`, which may be assigned to, unless an attribute has changed."""
-        if is_compiling() or is_exporting():
+        if is_compiling():
             return _parameters(self, self._flat_weights_names)
         weights, flat = list(map(self._parameters.get, self._flat_weights_names)), self._flat_weights
         if len(flat) == len(weights) and all(map(is_, weights, flat)):
             return weights
+        if is_exporting():
+            return _parameters(self, self._flat_weights_names)
         self._update_flat_weights()
         return self._flat_weights
 
