@@ -115,11 +115,12 @@ def to_double(nested):
     return nested if nested is None else tuple(to_double(part) for part in nested)
 
 
-def outcome(call):
+def outcome(call, value=False):
+    """What a call raises, or else warns of; or, if `value` is asked for, the tensors it returns."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            call()
+            result = call()
     except Exception as error:
         return type(error), str(error)
-    return [str(w.message) for w in caught]
+    return tensors_of(result) if value else [str(w.message) for w in caught]

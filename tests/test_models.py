@@ -1,6 +1,7 @@
 """The three models against their twins on stock layers."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -43,6 +44,16 @@ def outputs_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     output = model(x)
     weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
     return [output, *torch.autograd.grad((output * weight).sum(), [x, *model.parameters()])]
+
+
+def test_batches_of_gradients(case: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    model, _, x = case
+    output = model(x)
+    batch = torch.randn(3, *output.shape)
+    call = functools.partial(torch.autograd.grad, output, list(model.parameters()), retain_graph=True)
+    rows = [call(grad_outputs=row) for row in batch]
+    stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+    torch.testing.assert_close(list(call(grad_outputs=batch, is_grads_batched=True)), stacked)
 
 
 @pytest.mark.parametrize("name", CASES)

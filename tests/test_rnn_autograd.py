@@ -115,12 +115,63 @@ def plain_network(module):
     return result
 
 
-def test_forward_mode():
-    _, ours = pair("GRU", 3, 4, dtype=torch.float64)
+@pytest.mark.parametrize("name", CELLS)
+def test_func_transforms_of_cells(name):
+    _, ours = pair(name, 3, 4, dtype=torch.float64)
+    parameters = {n: p.detach() for n, p in ours.named_parameters()}
+    batch = torch.randn(5, 2, 3, dtype=torch.float64)
+
+    def loss(module):
+        def call(parameters, input):
+            return sum(t.square().sum() for t in tensors_of([torch.func.functional_call(module, parameters, (input,))]))
+
+        return call
+
+    for transform in (
+        lambda f: torch.func.grad(f)(parameters, batch[0]),
+        lambda f: torch.func.vmap(torch.func.grad(f), (None, 0))(parameters, batch),
+        lambda f: torch.func.jacrev(f)(parameters, batch[0]),
+        lambda f: torch.func.jvp(lambda x: f(parameters, x), (batch[0],), (batch[1],)),
+    ):
+        torch.testing.assert_close(transform(loss(ours)), transform(loss(plain_cell(ours))))
+
+
+def plain_cell(module):
+    class Plain(type(module)):
+        def _run(self, input, hx, weights):
+            state = plain.rnn_cell(input, (), weights, self._mode())
+            return state[0] if self._states == 1 else state
+
+    result = copy.deepcopy(module)
+    result.__class__ = Plain
+    return result
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forward_mode(name):
+    _, ours = pair(name, 3, 4, dtype=torch.float64)
     primal, tangent = torch.randn(2, 5, 2, 3, dtype=torch.float64)
     _, actual = torch.func.jvp(lambda x: ours(x)[0], (primal,), (tangent,))
     _, expected = torch.func.jvp(lambda x: plain_network(ours)(x)[0], (primal,), (tangent,))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", NETWORKS + CELLS)
+def test_batches_of_gradients(name):
+    """`is_grads_batched` and `vectorize`: a vmap of autograd's own, which is none of torch.func's."""
+    _, ours = pair(name, 3, 4, dtype=torch.float64)
+    sizes = (3, 2, 3) if name in NETWORKS else (2, 3)
+    input = torch.randn(sizes, dtype=torch.float64, requires_grad=True)
+    call = lambda x: tuple(tensors_of(ours(x)) if name in NETWORKS else tensors_of([ours(x)]))  # noqa: E731
+    output = call(input)[0]
+    batch = torch.randn(4, *output.shape, dtype=torch.float64)
+    actual = torch.autograd.grad(output, [input, *ours.parameters()], batch, is_grads_batched=True, retain_graph=True)
+    rows = [torch.autograd.grad(output, [input, *ours.parameters()], row, retain_graph=True) for row in batch]
+    torch.testing.assert_close(actual, tuple(torch.stack(parts) for parts in zip(*rows, strict=True)))
+    jacobians = [torch.autograd.functional.jacobian(call, input.detach(), vectorize=v) for v in (False, True)]
+    torch.testing.assert_close(*jacobians)
+    assert torch.autograd.gradcheck(call, (input,), check_batched_grad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (input,), check_batched_grad=True, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -138,10 +189,23 @@ def test_compile_fullgraph(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_export_with_dynamic_shapes(name):
-    _, ours = pair(name, 3, 8, 2, bidirectional=True)
-    ours.requires_grad_(False)
     length, batch = torch.export.Dim("length", min=2, max=100), torch.export.Dim("batch", min=2, max=100)
-    program = torch.export.export(ours, (torch.randn(5, 4, 3),), dynamic_shapes=({0: length, 1: batch},))
-    input = torch.randn(9, 7, 3)
-    for a, e in zip(tensors_of(program.module()(input)), tensors_of(ours(input)), strict=True):
-        torch.testing.assert_close(a, e)
+    for batch_first in (False, True):
+        _, ours = pair(name, 3, 8, 2, bidirectional=True, batch_first=batch_first)
+        ours.requires_grad_(False)
+        shapes = {0: batch, 1: length} if batch_first else {0: length, 1: batch}
+        program = torch.export.export(ours, (torch.randn(5, 4, 3),), dynamic_shapes=(shapes,))
+        for sizes in [(9, 7, 3), (2, 50, 3)]:
+            input = torch.randn(sizes)
+            for a, e in zip(tensors_of(program.module()(input)), tensors_of(ours(input)), strict=True):
+                torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_export_cells_with_dynamic_batch(name):
+    _, ours = pair(name, 3, 8)
+    ours.requires_grad_(False)
+    batch = torch.export.Dim("batch", min=2, max=100)
+    program = torch.export.export(ours, (torch.randn(4, 3),), dynamic_shapes=({0: batch},))
+    input = torch.randn(9, 3)
+    torch.testing.assert_close(tensors_of([program.module()(input)]), tensors_of([ours(input)]))

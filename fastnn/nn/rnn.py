@@ -7,6 +7,7 @@ operator's to decide, which checks everything anyway.
 """
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.ops._autograd import autocast_is_on, needs_reference
+from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, needs_reference
 from fastnn.ops.rnn import rnn, rnn_cell
 
 
@@ -32,10 +33,21 @@ def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
         return [own[name] if name in own else getattr(module, name) for name in names]
 
 
-class _Recurrent(RNNBase):
-    """What RNN, GRU and LSTM share: the way to the kernel, or back to the stock module `_stock`."""
+class _OnStock:
+    """What layers and cells share: `_stock`, the stock module that they stand for."""
 
-    _stock: type[RNNBase]
+    _stock: Any
+
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` takes in place of this: the stock module, with the same parameters."""
+        twin = self._stock.__new__(self._stock)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+
+class _Recurrent(_OnStock, RNNBase):
+    """What RNN, GRU and LSTM share: the way to the kernel, or back to the stock module."""
+
     _states = 1
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
@@ -43,7 +55,7 @@ class _Recurrent(RNNBase):
         packed = isinstance(input, PackedSequence)
         if not _covers(input.data if packed else input):
             return self._by_stock(input, hx)
-        weights = _parameters(self, self._flat_weights_names)
+        weights = self._weights()
         try:
             answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
         except RuntimeError:
@@ -57,6 +69,18 @@ class _Recurrent(RNNBase):
                 # Stock's LSTM omits this check of packed sequences, and would read beyond the end.
                 self.check_forward_args(input.data, hx, input.batch_sizes)
         return self._stock.forward(self, input, hx)
+
+    def _weights(self) -> list[Any]:
+        """As stock has them: those of `_flat_weights`, which may be assigned to, unless an attribute has changed."""
+        if is_compiling():
+            return _parameters(self, self._flat_weights_names)
+        weights, flat = list(map(self._parameters.get, self._flat_weights_names)), self._flat_weights
+        if len(flat) == len(weights) and all(map(is_, weights, flat)):
+            return weights
+        if is_exporting():
+            return _parameters(self, self._flat_weights_names)
+        self._update_flat_weights()
+        return self._flat_weights
 
     def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> tuple[Tensor, Any] | None:
         """The kernel's answer for a tensor, or None where the stock module's is due."""
@@ -154,10 +178,9 @@ class LSTM(_Recurrent):
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(RNNCellBase):
+class _Cell(_OnStock, RNNCellBase):
     """What the three cells share, like :class:`_Recurrent`."""
 
-    _stock: Any
     _states = 1
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:

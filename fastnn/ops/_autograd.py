@@ -7,33 +7,40 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 autocast_is_on = torch._C._is_any_autocast_enabled
+is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
+is_tracing = torch._C._is_tracing  # by torch.jit.trace
 transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
 _is_grad_enabled = torch.is_grad_enabled
 _float32 = torch.float32
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+is_compiling = torch.compiler.is_dynamo_compiling  # by torch.compile
+is_exporting = torch.compiler.is_exporting
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
 
 def needs_reference(input: Tensor) -> bool:
-    """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, and
-    forward-mode differentiation. (Tensors that do not fit the input are the operator's to refuse.)"""
-    if forward_ad._current_level >= 0:
+    """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, forward-mode
+    differentiation, and ``torch.jit.trace``, whose graphs hold no gradient written in Python and are to be loaded where
+    there is no fastnn. (Tensors that do not fit the input are the operator's to refuse.)"""
+    if forward_ad._current_level >= 0 or (not is_compiling() and is_tracing()):
         return True
     return input.dtype not in KERNEL_DTYPES and not (input.dtype is torch.float16 and input.is_cuda)
 
 
 def is_plain(input: Tensor) -> bool:
     """Whether nothing but the kernel and perhaps a gradient is asked of an operator, so that it may be called by its
-    ``_op``, 0.25 us sooner: no autocast, compilation or ``torch.func`` transform, and a dtype that kernels cover."""
+    ``_op``, 0.25 us sooner: no autocast, compilation, tracing or ``torch.func`` transform, and a dtype that kernels
+    cover."""
     return (
         (input.dtype is _float32 or input.dtype in KERNEL_DTYPES)
         and not autocast_is_on()
         and not transforms_active()
         and forward_ad._current_level < 0
-        and not _is_dynamo_compiling()
+        and not is_compiling()
+        and not is_tracing()
     )
 
 
@@ -99,7 +106,13 @@ def eager_recorder(function: type[torch.autograd.Function], results: int) -> Cal
         keep(ctx, args, outputs)
         return outputs[:results]
 
-    members = {"forward": staticmethod(eager_forward), "backward": staticmethod(function.backward)}
+    def eager_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        for grad in grads:
+            if grad is not None and is_legacy_batchedtensor(grad):
+                return one_by_one(lambda *rows: function.backward(ctx, *rows), grads)
+        return function.backward(ctx, *grads)
+
+    members = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
     twin = type(function.__name__, (torch.autograd.Function,), members)
     return super(torch.autograd.Function, twin).apply  # type: ignore[misc]
 
@@ -112,11 +125,30 @@ def recorder(function: type[torch.autograd.Function], results: int) -> Callable[
     apply_twin = eager_recorder(function, results)
 
     def apply(*args: Any) -> tuple[Tensor, ...]:
-        if _is_dynamo_compiling() or transforms_active():
+        if is_compiling() or transforms_active():
             return function.apply(*args)[:results]
         return apply_twin(*args)
 
     return apply
+
+
+def one_by_one(backward: Callable[..., Any], grads: Sequence[Tensor | None]) -> Any:
+    """``backward(*grads)`` where some of ``grads`` are batches of gradients, as ``torch.autograd.grad`` makes them of
+    ``is_grads_batched=True``, which is no transform of ``torch.func``: a call for each row of the batch."""
+    batch = next(grad for grad in grads if grad is not None and is_legacy_batchedtensor(grad))
+
+    def rows_of(grad: Tensor, level: int, size: int) -> Tensor:  # `size` is that of a tensor without a batch
+        return torch._remove_batch_dim(grad, level, size, 0)
+
+    level = next(level for level in range(1, 64) if rows_of(batch, level, 0).shape[0] > 0)
+    size = rows_of(batch, level, 0).shape[0]
+    batches = [None if grad is None else rows_of(grad, level, size) for grad in grads]
+    results = [backward(*(None if rows is None else rows[i] for rows in batches)) for i in range(size)]
+
+    def batch_of(*rows: Tensor | None) -> Tensor | None:
+        return None if rows[0] is None else torch._add_batch_dim(torch.stack(rows), 0, level)  # type: ignore
+
+    return pytree.tree_map(batch_of, *results)
 
 
 def differentiate_twice(
@@ -124,6 +156,8 @@ def differentiate_twice(
 ) -> tuple[Tensor, ...]:
     """Gradients of ``vjp(reference)(grad_output, *tensors)`` with respect to ``(grad_output, *tensors)``, itself
     differentiable. The backward kernels have no backward of their own: the reference is what they compute."""
+    if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grad_grads):
+        return one_by_one(lambda *rows: differentiate_twice(reference, grad_output, tensors, rows), grad_grads)
 
     def backward(grad_output: Any, *tensors: Tensor) -> Any:
         vjp = torch.func.vjp(reference, *tensors)[1]
