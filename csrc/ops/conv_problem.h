@@ -34,17 +34,23 @@ inline int64_t packing_of(const ConvPoolPlan& plan) {
   return static_cast<int64_t>(plan.algorithm) * 4 + static_cast<int64_t>(plan.order);
 }
 
-// Conv pixels beyond the last window are none, and a kernel of one element that strides over the input is the same over
-// a view of what it meets.
-inline void skip_unused(ConvPoolGeometry& g, ConvLayout& input) {
+// A kernel of one element that strides over the input: the same over a view of what it meets.
+inline void skip_unused_input(ConvPoolGeometry& g, ConvLayout& input) {
   for (int d = 0; d < 3; ++d) {
-    const int64_t used = (g.output[d] - 1) * g.pool_stride[d] - g.pool_padding[d] + g.pool_extent(d);
-    g.conv[d] = std::max<int64_t>(1, std::min(g.conv[d], used));
     if (g.kernel[d] != 1 || g.padding[d] != 0) continue;
     g.input[d] = g.conv[d];
     input.d[d] *= g.stride[d];
     g.stride[d] = 1;
   }
+}
+
+// Nor are conv pixels beyond the last window of use to forward.
+inline void skip_unused(ConvPoolGeometry& g, ConvLayout& input) {
+  for (int d = 0; d < 3; ++d) {
+    const int64_t used = (g.output[d] - 1) * g.pool_stride[d] - g.pool_padding[d] + g.pool_extent(d);
+    g.conv[d] = std::max<int64_t>(1, std::min(g.conv[d], used));
+  }
+  skip_unused_input(g, input);
 }
 
 // Decides how a call is done, by its sizes, and where large elements would spoil the result by those.
