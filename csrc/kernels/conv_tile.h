@@ -101,16 +101,20 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
   });
 }
 
-// Whether no element of a run is NaN, infinite or so large that products of two such elements could add up to infinity.
+// total + the squares of a run's elements, scaled so that the sum is finite if and only if no element is NaN, infinite
+// or so large that products of two such elements could add up to infinity.
 template <class C>
-FASTNN_INLINE bool is_moderate(const C* run, int64_t count) {
+FASTNN_INLINE Vec<C> add_squares(const C* run, int64_t count, Vec<C> total) {
   constexpr C scale = 1e4f;
-  Vec<C> total = {};
   for (int64_t i = 0; i < count; i += kLanes<C>) {
     const Vec<C> value = load_up_to<C>(run + i, count - i) * scale;
     total = multiply_add(value, value, total);
   }
-  const C sum = sum_lanes<C>(total);
+  return total;
+}
+template <class C>
+FASTNN_INLINE bool is_finite(Vec<C> x) {
+  const C sum = sum_lanes<C>(x);
   return sum - sum == 0;
 }
 
@@ -123,10 +127,9 @@ FASTNN_INLINE bool channels_are_crowded(const ConvPoolGeometry& g, const ConvLay
 // Whether a tile is of use: not where the input has the type computed in and no padding, unless it is read again and
 // again from few sets of the cache.
 template <class T>
-FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, int64_t block_channels) {
+FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, bool read_once) {
   const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
   const bool crowded = channels_are_crowded(g, input, sizeof(T));
-  const bool read_once = g.taps() == 1 && g.out_channels <= block_channels;
   return sizeof(T) == sizeof(Compute<T>) && !padded && (!crowded || read_once);
 }
 
