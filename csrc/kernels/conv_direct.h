@@ -222,23 +222,27 @@ class DirectForward {
     write_band<vectors>(channel, channels, slice, first, last);
   }
 
-  // Whether no conv pixel can be NaN for the sake of the tile's elements.
+  // Whether no conv pixel can be NaN for the sake of the tile's elements; false as well where it would take too long to
+  // know.
   bool box_is_moderate(const InputTile<E>& box) const {
-    if (channel_step_ != 1 && step_[2] != 1) return false;  // not worth the time
-    const bool inside = channel_step_ == 1, joined = inside && step_[2] == g_.in_channels;
-    // In place, the last columns may lie beyond the input.
+    constexpr int64_t kShort = 64;
+    const bool inside = channel_step_ == 1;
+    // In place, the last columns and rows may lie beyond the input. In a copy, rows follow one another.
     const int64_t columns = plan_.in_place ? smaller(box.size[2], g_.input[2] - box.first[2]) : box.size[2];
-    const int64_t rows = plan_.in_place ? smaller(box.size[1], g_.input[1] - box.first[1]) : box.size[1];
-    const int64_t runs = joined ? 1 : inside ? columns : g_.in_channels, run_step = inside ? step_[2] : channel_step_;
-    const int64_t length = joined ? columns * g_.in_channels : inside ? g_.in_channels : columns;
+    const int64_t rows = plan_.in_place ? smaller(box.size[1], g_.input[1] - box.first[1]) : 1;
+    const int64_t pixels = plan_.in_place ? columns : columns * box.size[1];
+    const int64_t length = inside ? pixels * g_.in_channels : pixels, runs = inside ? 1 : g_.in_channels;
+    const bool joined = step_[2] == (inside ? g_.in_channels : 1);
+    if (plan_.in_place && (!joined || length < kShort)) return false;
+    Vec<C> total = {};
     for (int64_t d = 0; d < box.size[0]; ++d) {
       for (int64_t h = 0; h < rows; ++h) {
         for (int64_t r = 0; r < runs; ++r) {
-          if (!is_moderate(tile_ + d * step_[0] + h * step_[1] + r * run_step, length)) return false;
+          total = add_squares(tile_ + d * step_[0] + h * step_[1] + r * channel_step_, length, total);
         }
       }
     }
-    return true;
+    return is_finite<C>(total);
   }
 
   // The same for the sake of a block's weight and bias.
@@ -246,10 +250,9 @@ class DirectForward {
   bool block_is_moderate(int64_t block, const Vec<C> (&bias)[vectors]) const {
     int8_t& known = scratch_.moderate[group_ * divide_up(g_.out_channels, kBlockChannels<C>) + block];
     if (known < 0) {
-      C lanes[vectors * kLanes<C>];
-      for (int v = 0; v < vectors; ++v) store(lanes + v * kLanes<C>, bias[v]);
-      known =
-          is_moderate(lanes, vectors * kLanes<C>) && is_moderate(block_weight(block), g_.depth() * vectors * kLanes<C>);
+      Vec<C> total = add_squares(block_weight(block), g_.depth() * vectors * kLanes<C>, Vec<C>{});
+      for (int v = 0; v < vectors; ++v) total += bias[v] * bias[v];
+      known = is_finite<C>(total);
     }
     return known;
   }

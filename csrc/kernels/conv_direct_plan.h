@@ -86,7 +86,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   ConvPoolPlan plan = {};
   plan.algorithm = kIsPair<E> ? ConvAlgorithm::pairs : ConvAlgorithm::direct;
   plan.skips_padding = skips_padding;
-  plan.in_place = skips_padding || can_stay_in_place<T>(g, input, kBlockChannels<C>);
+  plan.in_place = skips_padding || can_stay_in_place<T>(g, input, false);
   const bool channels_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
   plan.order = skips_padding ? inside_order(g) : channels_last ? TapOrder::channels_last : TapOrder::channels_first;
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
@@ -110,7 +110,8 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
   plan.items = g.batch * g.groups * plan.column_parts;
   plan.row_parts = plan.items >= wanted ? 1 : smaller(rows, divide_up(wanted, plan.items));
-  if (input.c == 1 && g.groups > 1) {  // so that the groups find their input in cache
+  if (input.c == 1 && g.groups > 1 &&
+      !ring_shape(g, plan).persistent) {  // so that the groups find their input in cache
     const int64_t bytes =
         g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(T));
     plan.row_parts = larger(plan.row_parts, smaller(rows, divide_up(bytes, kTileBytes)));

@@ -106,8 +106,9 @@ FASTNN_INLINE bool rows_stay_in_place(const ConvPoolGeometry& g, const ConvLayou
   const bool strided = g.stride[0] * g.stride[1] * g.stride[2] > 1;
   const int64_t past = smaller(g.conv[1], (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1));
   const int64_t last_rows = past - (plan.row_parts - 1) * plan.band * g.pool_stride[1];
-  return can_stay_in_place<T>(g, input, kRowOutputs) && !strided && input.d[2] == 1 && input.d[1] == pitch &&
-         g.pool_padding[1] == 0 && (last_rows - 1) * pitch + g.conv[2] >= kLanes<Compute<T>>;
+  return can_stay_in_place<T>(g, input, g.taps() == 1 && g.out_channels <= kRowOutputs) && !strided &&
+         input.d[2] == 1 && input.d[1] == pitch && g.pool_padding[1] == 0 &&
+         (last_rows - 1) * pitch + g.conv[2] >= kLanes<Compute<T>>;
 }
 
 template <class T>

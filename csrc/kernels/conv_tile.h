@@ -101,21 +101,24 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
   });
 }
 
-// Whether no element of a run is NaN, infinite or so large that products of two such elements could add up to infinity.
-template <class T>
-FASTNN_INLINE bool is_moderate(const T* run, int64_t count) {
-  using C = Compute<T>;
+// total + the squares of a run's elements, scaled so that the sum is finite if and only if no element is NaN, infinite
+// or so large that products of two such elements could add up to infinity.
+template <class T, class C = Compute<T>>
+FASTNN_INLINE Vec<C> add_squares(const T* run, int64_t count, Vec<C> total) {
   constexpr C scale = 1e4f;
-  Vec<C> total = {};
   for (int64_t i = 0; i < count; i += kLanes<C>) {
     const Vec<C> value = load_up_to<T>(run + i, count - i) * scale;
     total = multiply_add(value, value, total);
   }
-  const C sum = sum_lanes<C>(total);
-  return sum - sum == 0;
+  return total;
 }
-FASTNN_INLINE bool is_moderate(const bfloat16x2* run, int64_t count) {
-  return is_moderate(reinterpret_cast<const bfloat16*>(run), 2 * count);
+FASTNN_INLINE Vec<float> add_squares(const bfloat16x2* run, int64_t count, Vec<float> total) {
+  return add_squares(reinterpret_cast<const bfloat16*>(run), 2 * count, total);
+}
+template <class C>
+FASTNN_INLINE bool is_finite(Vec<C> x) {
+  const C sum = sum_lanes<C>(x);
+  return sum - sum == 0;
 }
 
 // Whether the input's channels all fall into the same few sets of the cache.
@@ -127,10 +130,9 @@ FASTNN_INLINE bool channels_are_crowded(const ConvPoolGeometry& g, const ConvLay
 // Whether a tile is of use: not where the input has the type computed in and no padding, unless it is read again and
 // again from few sets of the cache.
 template <class T>
-FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, int64_t block_channels) {
+FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, bool read_once) {
   const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
   const bool crowded = channels_are_crowded(g, input, sizeof(T));
-  const bool read_once = g.taps() == 1 && g.out_channels <= block_channels;
   return sizeof(T) == sizeof(Compute<T>) && !padded && (!crowded || read_once);
 }
 
