@@ -1,6 +1,7 @@
 """Gradients of conv_relu_max_pool, its operators under transforms and compilation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,44 @@ class TestAutograd:
         fused = FUSED[dims]
         assert torch.autograd.gradcheck(lambda *t: fused(*t, padding=1), leaves, fast_mode=dims == 3)
         assert torch.autograd.gradgradcheck(lambda *t: fused(*t, padding=1), leaves, fast_mode=True)
+
+    @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize(
+        ("channels", "kernel", "options"),
+        [
+            ((3, 17), 3, {"padding": 1}),
+            ((4, 33), 1, {"stride": 2}),
+            ((6, 8), 5, {"padding": 2, "dilation": 2, "groups": 2}),
+            ((16, 16), 3, {"padding": 1, "groups": 16, "pool": 3, "pool_stride": 2, "pool_padding": 1}),
+            ((33, 4), 2, {"pool": (3, 2), "ceil_mode": True}),
+        ],
+    )
+    def test_bfloat16_is_exact_on_integers(
+        self,
+        instruction_set: str,
+        channels: tuple[int, int],
+        kernel: int,
+        options: dict[str, Any],
+        format: torch.memory_format,
+    ) -> None:
+        """All sums are exact in float32, so that output and gradients are the exact ones, rounded once."""
+        in_channels, out_channels = channels
+        weight_shape = (out_channels, in_channels // options.get("groups", 1), kernel, kernel)
+        exact = [
+            torch.randint(-2, 3, shape).double() for shape in ((2, in_channels, 13, 11), weight_shape, channels[1:])
+        ]
+
+        def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+            leaves = [t.to(dtype).requires_grad_() for t in exact]
+            leaves[0] = exact[0].to(dtype).to(memory_format=format).requires_grad_()
+            output = function(*leaves, *geometry(2, **options))
+            torch.manual_seed(0)
+            grad_output = torch.randint(-2, 3, output.shape).to(dtype)
+            return [output, *torch.autograd.grad(output, leaves, grad_output)]
+
+        expected = [t.to(torch.bfloat16) for t in results(reference.conv_relu_max_pool, torch.float64)]
+        for ours, stock in zip(results(FUSED[2], torch.bfloat16), expected, strict=True):
+            assert_close(ours, stock, rtol=0, atol=0)
 
     @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
     def test_some_gradients(self, wanted: tuple[int, ...]) -> None:
