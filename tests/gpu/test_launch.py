@@ -130,6 +130,7 @@ class Called(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")  # stock's flatten_parameters
 @pytest.mark.parametrize(
     ("module", "sizes", "name"),
     [
