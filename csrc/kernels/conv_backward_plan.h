@@ -11,24 +11,6 @@ constexpr int64_t kSliceBytes = 32 << 10;  // what the inner loop returns to: mo
 constexpr int64_t kMostSlicePixels = 256;
 constexpr int64_t kMostBandChannels = 64;
 
-// Takes parts of a block of memory, each on a cache line.
-class MemoryParts {
- public:
-  explicit MemoryParts(void* memory) : base_(static_cast<char*>(memory)) {}
-
-  template <class Element>
-  Element* take(int64_t count) {
-    char* part = base_ + used_;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(Element)), 64);
-    return reinterpret_cast<Element*>(part);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
 // The output channels of a group that are worked on together: as many as have their weights stay in L1.
 template <class C>
 int64_t band_channels(const ConvPoolGeometry& g, const RunShape& s) {

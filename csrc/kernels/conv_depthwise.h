@@ -64,9 +64,9 @@ class DepthwiseForward {
       : call_(call),
         g_(call.geometry),
         plan_(call.plan),
-        ring_(ring_shape(call.geometry, call.plan)),
         units_(input_units<C>(call.geometry, call.input_layout)),
         scratch_(call.geometry, call.plan, units_, memory),
+        ring_(ring(0)),
         block_(call.geometry, 0) {
     interior_ = {pixels_inside(g_, 2, 0).first, pixels_inside(g_, 2, g_.kernel[2] - 1).last};
   }
@@ -79,13 +79,20 @@ class DepthwiseForward {
     const int64_t first = blocks * block_part / plan_.block_parts;
     const int64_t last = blocks * (block_part + 1) / plan_.block_parts;
     const int64_t last_row = rows * (row_part + 1) / plan_.row_parts;
-    for (int64_t i = 0; i < scratch_.rings * ring_.slices * ring_.rows; ++i) scratch_.tags[i] = -1;
+    for (int64_t i = 0; i < scratch_.rings; ++i) ring(i).forget();
     for (int64_t row = rows * row_part / plan_.row_parts; row < last_row; row += plan_.band) {
       for (int64_t b = first; b < last; ++b) run_block(b, b - first, row, smaller(row + plan_.band, last_row));
     }
   }
 
  private:
+  ConvRing<C> ring(int64_t number) const {
+    const RingShape shape = ring_shape(g_, plan_);
+    const int64_t slots = shape.slices * shape.rows;
+    return {scratch_.ring + number * scratch_.ring_size, scratch_.tags + number * slots, shape.slices, shape.rows,
+            shape.columns * kBlockChannels<C>};
+  }
+
   void run_block(int64_t number, int64_t place, int64_t first_row, int64_t last_row) {
     const ConvLayout& layout = call_.input_layout;
     block_ = DepthwiseBlock<C>(g_, number * kBlockChannels<C>);
@@ -102,10 +109,8 @@ class DepthwiseForward {
     }
     const bool partial = plan_.in_place && block_.live < block_.lanes;
     for (int64_t o = 0; o < g_.out_channels; ++o) {
-      const int64_t ring = scratch_.rings == 1 ? 0 : place * g_.out_channels + o;
-      ring_pixels_ = scratch_.ring + ring * scratch_.ring_size;
-      tags_ = scratch_.tags + ring * ring_.slices * ring_.rows;
-      for (int64_t i = 0; scratch_.rings == 1 && i < ring_.slices * ring_.rows; ++i) tags_[i] = -1;
+      ring_ = ring(scratch_.rings == 1 ? 0 : place * g_.out_channels + o);
+      if (scratch_.rings == 1) ring_.forget();
       if (block_.lanes > kLanes<C>) {
         partial ? run_output<2, true>(o, first_row, last_row) : run_output<2, false>(o, first_row, last_row);
       } else {
@@ -133,7 +138,9 @@ class DepthwiseForward {
     const C* weight = call_.packed + (output * round_up(g_.groups, kLanes<C>) + block_.first) * g_.taps();
     for (int64_t row = first_row; row < last_row; ++row) {
       const int64_t at = (row - first_row) * g_.output[2] * block_.lanes;
-      const int64_t count = window_rows<vectors, partial>(row / g_.output[1], row % g_.output[1], weight, bias);
+      const int64_t count =
+          ring_.find_rows(g_, row / g_.output[1], row % g_.output[1], scratch_.window_rows,
+                          [&](int64_t z, int64_t y, C* to) { conv_row<vectors, partial>(z, y, weight, bias, to); });
       pool_row<C, vectors, with_winners>(g_, scratch_.window_rows, count, 0, 0, g_.output[2], scratch_.stage + at,
                                          scratch_.winner_stage + at);
     }
@@ -142,32 +149,11 @@ class DepthwiseForward {
     if (with_winners) write(output, first, count, scratch_.winner_stage, call_.winners);
   }
 
-  // The rows of conv pixels under a row of windows, computed where the ring doesn't hold them.
-  template <int vectors, bool partial>
-  int64_t window_rows(int64_t slice, int64_t row, const C* weight, const Vec<C> (&bias)[vectors]) {
-    const PlaceRange slices = places_inside(g_, 0, slice), rows = places_inside(g_, 1, row);
-    int64_t count = 0;
-    for (int64_t i = slices.first; i < slices.last; ++i) {
-      const int64_t z = slice * g_.pool_stride[0] - g_.pool_padding[0] + i * g_.pool_dilation[0];
-      for (int64_t j = rows.first; j < rows.last; ++j) {
-        const int64_t y = row * g_.pool_stride[1] - g_.pool_padding[1] + j * g_.pool_dilation[1];
-        const int64_t slot = z % ring_.slices * ring_.rows + y % ring_.rows;
-        C* pixels = ring_pixels_ + slot * ring_.columns * kBlockChannels<C>;
-        if (tags_[slot] != z * g_.conv[1] + y) {
-          tags_[slot] = z * g_.conv[1] + y;
-          conv_row<vectors, partial>(z, y, weight, bias, pixels);
-        }
-        scratch_.window_rows[count++] = {pixels, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
-      }
-    }
-    return count;
-  }
-
   template <int vectors, bool partial>
   void conv_row(int64_t z, int64_t y, const C* weight, const Vec<C> (&bias)[vectors], C* to) {
     constexpr int64_t lanes = vectors * kLanes<C>;
     constexpr int together = 4;
-    const TapRange slices = taps_inside(g_, 0, z), rows = taps_inside(g_, 1, y);
+    const Range slices = taps_inside(g_, 0, z), rows = taps_inside(g_, 1, y);
     int64_t count = 0;  // taps of the kernel's rows that meet the input
     for (int64_t d = slices.first; d < slices.last; ++d) {
       for (int64_t h = rows.first; h < rows.last; ++h) {
@@ -199,7 +185,7 @@ class DepthwiseForward {
   // A conv pixel at which not all columns of the kernel meet the input.
   template <int vectors, bool partial>
   void edge_pixel(int64_t count, int64_t x, int64_t step, int last, const Vec<C> (&bias)[vectors], C* to) {
-    const TapRange columns = taps_inside(g_, 2, x);
+    const Range columns = taps_inside(g_, 2, x);
     int64_t inside = 0;
     for (int64_t k = 0; k < count; k += g_.kernel[2]) {
       for (int64_t w = columns.first; w < columns.last; ++w) scratch_.edge_taps[inside++] = scratch_.taps[k + w];
@@ -256,14 +242,12 @@ class DepthwiseForward {
   const ConvPoolForward<T>& call_;
   const ConvPoolGeometry& g_;
   const ConvPoolPlan& plan_;
-  const RingShape ring_;
   const InputUnits units_;
   const DepthwiseScratch<C> scratch_;
+  ConvRing<C> ring_;
   DepthwiseBlock<C> block_;
-  TapRange interior_;  // conv columns at which the whole kernel meets the input
-  const T* input_;     // the image's first channel of the block
-  C* ring_pixels_;
-  int64_t* tags_;
+  Range interior_;  // conv columns at which the whole kernel meets the input
+  const T* input_;  // the image's first channel of the block
   int64_t step_[3], image_, loaded_image_ = -1, loaded_block_ = -1;
 };
 

@@ -81,30 +81,22 @@ struct DepthwiseScratch {
 
   DepthwiseScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const InputUnits& units, void* memory) {
     const RingShape shape = ring_shape(g, plan);
-    const int64_t slots = shape.slices * shape.rows, lanes = kBlockChannels<C>, element = sizeof(C);
+    const int64_t slots = shape.slices * shape.rows, lanes = kBlockChannels<C>;
     const int64_t blocks = divide_up(divide_up(g.groups, kBlockChannels<C>), plan.block_parts);
     rings = shape.persistent ? blocks * g.out_channels : 1;
     ring_size = slots * shape.columns * lanes;
     const int64_t stage_pixels = plan.band * g.output[2];
-    char* base = static_cast<char*>(memory);
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      char* part = base + used;
-      used += round_up(bytes, 64);
-      return part;
-    };
-    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : units.slots() * units.size * lanes * element));
-    ring = reinterpret_cast<C*>(take(rings * ring_size * element));
-    stage = reinterpret_cast<C*>(take(stage_pixels * lanes * element));
-    winner_stage = reinterpret_cast<uint8_t*>(take(stage_pixels * lanes));
-    const int64_t tap_bytes = g.taps() * static_cast<int64_t>(sizeof(DepthwiseTap<C>));
-    taps = reinterpret_cast<DepthwiseTap<C>*>(take(tap_bytes));
-    edge_taps = reinterpret_cast<DepthwiseTap<C>*>(take(tap_bytes));
-    window_rows = reinterpret_cast<WindowRow<C>*>(
-        take(g.pool_kernel[0] * g.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
-    tags = reinterpret_cast<int64_t*>(take(rings * slots * static_cast<int64_t>(sizeof(int64_t))));
-    unit_tags = reinterpret_cast<int64_t*>(take(units.slots() * static_cast<int64_t>(sizeof(int64_t))));
-    size = used;
+    MemoryParts parts(memory);
+    tile = parts.take<C>(plan.in_place ? 0 : units.slots() * units.size * lanes);
+    ring = parts.take<C>(rings * ring_size);
+    stage = parts.take<C>(stage_pixels * lanes);
+    winner_stage = parts.take<uint8_t>(stage_pixels * lanes);
+    taps = parts.take<DepthwiseTap<C>>(g.taps());
+    edge_taps = parts.take<DepthwiseTap<C>>(g.taps());
+    window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
+    tags = parts.take<int64_t>(rings * slots);
+    unit_tags = parts.take<int64_t>(units.slots());
+    size = parts.used();
   }
 };
 

@@ -18,23 +18,18 @@ inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channe
   constexpr int64_t some = 64, pitch = kBlockChannels<float>;  // channels or taps at a time; of a row
   float rows[2 * some * pitch] = {};
   const auto zip = [&](int64_t even, int64_t odd, int64_t c, int64_t tap) {
-    const int64_t d = tap / (g.kernel[1] * g.kernel[2]), h = tap / g.kernel[2] % g.kernel[1];
-    bfloat16x2* target = to + tap_position(g, order, c, d, h, tap % g.kernel[2]) * width;
+    bfloat16x2* target = to + tap_position(g, order, c, tap) * width;
     for (int64_t i = 0; i < width; i += kLanes<float>) {
       store(target + i,
             zip_pairs(load(rows + even * pitch + i), odd < 0 ? Vec<float>{} : load(rows + odd * pitch + i)));
     }
   };
   const int64_t taps = g.taps();
-  const auto offset = [&](int64_t tap) {
-    const int64_t d = tap / (g.kernel[1] * g.kernel[2]), h = tap / g.kernel[2] % g.kernel[1];
-    return d * layout.d[0] + h * layout.d[1] + tap % g.kernel[2] * layout.d[2];
-  };
   if (layout.c == 1) {  // runs of channels
     for (int64_t tap = 0; tap < taps; ++tap) {
       for (int64_t first = 0; first < channels; first += some) {
         const int64_t here = smaller(some, channels - first);
-        transpose_matrix(from + offset(tap) + first, layout.n, count, here, rows, pitch);
+        transpose_matrix(from + tap_offset(g, layout, tap) + first, layout.n, count, here, rows, pitch);
         for (int64_t c = 0; c < here; c += 2) zip(c, c + 1 < here ? c + 1 : -1, (first + c) / 2, tap);
       }
     }
@@ -53,7 +48,7 @@ inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channe
           continue;
         }
         for (int64_t t = 0; t < here; ++t) {
-          const bfloat16* element = source + offset(first + t);
+          const bfloat16* element = source + tap_offset(g, layout, first + t);
           for (int64_t o = 0; o < count; ++o) target[t * pitch + o] = to_compute(element[o * layout.n]);
         }
       }
@@ -100,7 +95,7 @@ class DirectForward {
       : call_(call),
         g_(tile_geometry<E>(call.geometry)),
         plan_(call.plan),
-        ring_(ring_shape(g_, call.plan)),
+        ring_shape_(ring_shape(g_, call.plan)),
         pools_in_tiles_(windows_are_apart(g_) && !call.plan.skips_padding),
         scratch_(g_, call.plan, memory) {
     if (plan_.in_place) {
@@ -136,7 +131,7 @@ class DirectForward {
     image_ = groups_first ? item : item / g_.groups;
     const int64_t rows = g_.output[0] * g_.output[1];
     const int64_t last_row = rows * (row_part + 1) / plan_.row_parts;
-    forget_rows(blocks);
+    for (int64_t b = 0; ring_shape_.persistent && b < blocks; ++b) ring(b).forget();
     for (int64_t row = rows * row_part / plan_.row_parts; row < last_row;) {
       const int64_t slice = row / g_.output[1], first = row % g_.output[1];
       const int64_t last = smaller(smaller(first + plan_.band, g_.output[1]), first + last_row - row);
@@ -152,9 +147,10 @@ class DirectForward {
  private:
   bool channels_inside() const { return plan_.order == TapOrder::channels_last; }
 
-  void forget_rows(int64_t blocks) {
-    const int64_t slots = (ring_.persistent ? blocks : 1) * ring_.slices * ring_.rows;
-    for (int64_t i = 0; i < slots; ++i) scratch_.tags[i] = -1;
+  ConvRing<C> ring(int64_t block) const {
+    const int64_t slots = ring_shape_.slices * ring_shape_.rows, row = ring_shape_.columns * kBlockChannels<C>;
+    const int64_t first = ring_shape_.persistent ? block * slots : 0;
+    return {scratch_.ring + first * row, scratch_.tags + first, ring_shape_.slices, ring_shape_.rows, row};
   }
 
   void load_band(int64_t slice, int64_t first, int64_t last) {
@@ -188,7 +184,7 @@ class DirectForward {
 
   void run_block(int64_t block, int64_t slice, int64_t first, int64_t last) {
     const int64_t channels = smaller(g_.out_channels - block * kBlockChannels<C>, kBlockChannels<C>);
-    if (!ring_.persistent) forget_rows(1);
+    if (!ring_shape_.persistent) ring(block).forget();
     if (channels > kLanes<C>) {
       call_.winners ? run_band<2, true>(block, channels, slice, first, last)
                     : run_band<2, false>(block, channels, slice, first, last);
@@ -310,32 +306,17 @@ class DirectForward {
     });
   }
 
-  // The rows of conv pixels under a row of windows, computed where the ring doesn't hold them.
   template <int vectors>
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
-    const PlaceRange slices = places_inside(g_, 0, slice), rows = places_inside(g_, 1, row);
-    const int64_t first_slot = ring_.persistent ? block * ring_.slices * ring_.rows : 0;
-    int64_t count = 0;
-    for (int64_t i = slices.first; i < slices.last; ++i) {
-      const int64_t z = slice * g_.pool_stride[0] - g_.pool_padding[0] + i * g_.pool_dilation[0];
-      for (int64_t j = rows.first; j < rows.last; ++j) {
-        const int64_t y = row * g_.pool_stride[1] - g_.pool_padding[1] + j * g_.pool_dilation[1];
-        const int64_t slot = first_slot + z % ring_.slices * ring_.rows + y % ring_.rows;
-        C* pixels = scratch_.ring + slot * ring_.columns * kBlockChannels<C>;
-        if (scratch_.tags[slot] != z * g_.conv[1] + y) {
-          scratch_.tags[slot] = z * g_.conv[1] + y;
-          if (!kIsPair<E> && plan_.skips_padding) {
-            conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
-                                     conv_columns_, pixels);
-          } else {
-            conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, g_.depth(),
-                              block_weight(block), bias, conv_columns_, pixels);
-          }
-        }
-        scratch_.window_rows[count++] = {pixels, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
+    return ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
+      if (!kIsPair<E> && plan_.skips_padding) {
+        conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
+                                 conv_columns_, to);
+      } else {
+        conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, g_.depth(), block_weight(block),
+                          bias, conv_columns_, to);
       }
-    }
-    return count;
+    });
   }
 
   template <int vectors>
@@ -354,7 +335,7 @@ class DirectForward {
   const ConvPoolForward<T>& call_;
   const ConvPoolGeometry g_;  // of the tile
   const ConvPoolPlan& plan_;
-  const RingShape ring_;
+  const RingShape ring_shape_;
   const bool pools_in_tiles_;
   const DirectScratch<C> scratch_;
   const E* tile_;  // the band's first conv pixel, first tap

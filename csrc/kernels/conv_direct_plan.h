@@ -59,23 +59,16 @@ struct DirectScratch {
     const int64_t blocks = ring_size.persistent ? divide_up(g.out_channels, kBlockChannels<C>) : 1;
     const int64_t slots = blocks * ring_size.slices * ring_size.rows;
     const int64_t stage_pixels = plan.band * plan.columns;
-    char* base = static_cast<char*>(memory);
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      char* part = base + used;
-      used += round_up(bytes, 64);
-      return part;
-    };
-    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : g.in_channels * channel_step<C>(g, plan) * sizeof(C)));
-    ring = reinterpret_cast<C*>(take(slots * ring_size.columns * kBlockChannels<C> * sizeof(C)));
-    stage = reinterpret_cast<C*>(take(stage_pixels * kBlockChannels<C> * sizeof(C)));
-    winner_stage = reinterpret_cast<uint8_t*>(take(stage_pixels * kBlockChannels<C>));
-    window_rows = reinterpret_cast<WindowRow<C>*>(
-        take(g.pool_kernel[0] * g.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
-    tags = reinterpret_cast<int64_t*>(take(slots * static_cast<int64_t>(sizeof(int64_t))));
-    offsets = reinterpret_cast<int64_t*>(take(g.depth() * static_cast<int64_t>(sizeof(int64_t))));
-    moderate = reinterpret_cast<int8_t*>(take(g.groups * divide_up(g.out_channels, kBlockChannels<C>)));
-    size = used;
+    MemoryParts parts(memory);
+    tile = parts.take<C>(plan.in_place ? 0 : g.in_channels * channel_step<C>(g, plan));
+    ring = parts.take<C>(slots * ring_size.columns * kBlockChannels<C>);
+    stage = parts.take<C>(stage_pixels * kBlockChannels<C>);
+    winner_stage = parts.take<uint8_t>(stage_pixels * kBlockChannels<C>);
+    window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
+    tags = parts.take<int64_t>(slots);
+    offsets = parts.take<int64_t>(g.depth());
+    moderate = parts.take<int8_t>(g.groups * divide_up(g.out_channels, kBlockChannels<C>));
+    size = parts.used();
   }
 };
 
@@ -110,8 +103,8 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
   plan.items = g.batch * g.groups * plan.column_parts;
   plan.row_parts = plan.items >= wanted ? 1 : smaller(rows, divide_up(wanted, plan.items));
-  if (input.c == 1 && g.groups > 1 &&
-      !ring_shape(g, plan).persistent) {  // so that the groups find their input in cache
+  if (input.c == 1 && g.groups > 1 && !ring_shape(g, plan).persistent) {
+    // So that the groups find their input in cache.
     const int64_t bytes =
         g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(T));
     plan.row_parts = larger(plan.row_parts, smaller(rows, divide_up(bytes, kTileBytes)));

@@ -79,8 +79,6 @@ class LanesForward {
     step_[1] = step_[2] * piece_extent(piece_, 2);
     step_[0] = step_[1] * piece_extent(piece_, 1);
     channel_step_ = pixel_ > 1 ? lanes_ : step_[0] * piece_extent(piece_, 0);
-    ring_slices_ = smaller(piece_.conv[0], piece_.pool_extent(0));
-    ring_rows_ = smaller(piece_.conv[1], piece_.pool_extent(1));
     for_each_tap(g_, TapOrder::channels_first, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       scratch_.offsets[k] = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
                             w * g_.dilation[2] * step_[2];
@@ -114,8 +112,8 @@ class LanesForward {
     const int64_t left = smaller(g_.padding[2], columns), count = larger(0, smaller(g_.input[2], columns - left));
     const int64_t row_size = columns * pixel_, plane = rows * row_size;
     const bool dense_images = call_.plan.bands == 1 && pixel_ == 1 && layout.d[2] == 1 && layout.d[1] == g_.input[2];
-    if (!dense_images)
-      fill_zeros(scratch_.plane, lanes_ * scratch_.plane_step);  // the padding, and lanes without a piece
+    // The padding, and lanes without a piece.
+    if (!dense_images) fill_zeros(scratch_.plane, lanes_ * scratch_.plane_step);
     for (int64_t c = 0; c < (pixel_ > 1 ? 1 : g_.in_channels); ++c) {
       for (int64_t d = 0; d < piece_extent(piece_, 0); ++d) {
         const int64_t z = d - g_.padding[0];
@@ -149,8 +147,8 @@ class LanesForward {
     }
   }
 
-  // A slice of whole images, dense in memory: transposed in one run of all its rows, each
-  // pixel's lanes stored where its row and column lie between the padding.
+  // A slice of whole images, dense in memory: transposed in one run of all its rows, each pixel's lanes stored where
+  // its row and column lie between the padding.
   void load_images(const T* from, C* to) {
     constexpr int64_t width = kLanes<C>;
     const int64_t columns = piece_extent(piece_, 2), rows = piece_extent(piece_, 1);
@@ -206,11 +204,17 @@ class LanesForward {
       const C value = to_compute(call_.bias[group_ * g_.out_channels + first + o]);
       for (int v = 0; v < vectors; ++v) bias[o][v] = broadcast<C>(value);
     }
-    for (int64_t i = 0; i < ring_slices_ * ring_rows_; ++i) scratch_.tags[i] = -1;
     const int64_t pixel = vectors * kLanes<C>, plane = piece_.conv[2] * pixel;
+    const ConvRing<C> ring = {scratch_.ring, scratch_.tags, smaller(piece_.conv[0], piece_.pool_extent(0)),
+                              smaller(piece_.conv[1], piece_.pool_extent(1)), outputs * plane};
+    ring.forget();
+    const auto compute = [&](int64_t z, int64_t y, C* to) {
+      const C* tile = scratch_.tile + z * g_.stride[0] * step_[0] + y * g_.stride[1] * step_[1];
+      conv_row<vectors, outputs>(first, tile, bias, to);
+    };
     for (int64_t z = 0; z < piece_.output[0]; ++z) {
       for (int64_t y = 0; y < piece_.output[1]; ++y) {
-        const int64_t count = window_rows<vectors, outputs>(first, z, y, bias);
+        const int64_t count = ring.find_rows(piece_, z, y, scratch_.window_rows, compute);
         for (int o = 0; o < outputs; ++o) {
           const int64_t at = (o * piece_.pixels() + (z * piece_.output[1] + y) * piece_.output[2]) * pixel;
           if (call_.winners) {
@@ -229,28 +233,6 @@ class LanesForward {
       write(first + o, scratch_.stage + at, scratch_.plane, call_.output);
       if (call_.winners) write(first + o, scratch_.winner_stage + at, scratch_.winner_plane, call_.winners);
     }
-  }
-
-  template <int vectors, int outputs>
-  int64_t window_rows(int64_t first, int64_t slice, int64_t row, const Vec<C> (&bias)[outputs][vectors]) {
-    const PlaceRange slices = places_inside(piece_, 0, slice), rows = places_inside(piece_, 1, row);
-    const int64_t row_size = outputs * piece_.conv[2] * lanes_;
-    int64_t count = 0;
-    for (int64_t i = slices.first; i < slices.last; ++i) {
-      const int64_t z = slice * g_.pool_stride[0] - g_.pool_padding[0] + i * g_.pool_dilation[0];
-      for (int64_t j = rows.first; j < rows.last; ++j) {
-        const int64_t y = row * g_.pool_stride[1] - g_.pool_padding[1] + j * g_.pool_dilation[1];
-        const int64_t slot = z % ring_slices_ * ring_rows_ + y % ring_rows_;
-        C* pixels = scratch_.ring + slot * row_size;
-        if (scratch_.tags[slot] != z * piece_.conv[1] + y) {
-          scratch_.tags[slot] = z * piece_.conv[1] + y;
-          conv_row<vectors, outputs>(first, scratch_.tile + z * g_.stride[0] * step_[0] + y * g_.stride[1] * step_[1],
-                                     bias, pixels);
-        }
-        scratch_.window_rows[count++] = {pixels, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
-      }
-    }
-    return count;
   }
 
   template <int vectors, int outputs>
@@ -296,7 +278,7 @@ class LanesForward {
   const int64_t lanes_;
   const LanesScratch<C> scratch_;
   int64_t pixel_;  // elements of the input that are copied as one run with a column's: its channels, or 1
-  int64_t step_[3], channel_step_, ring_slices_, ring_rows_;
+  int64_t step_[3], channel_step_;
   int64_t first_piece_, group_, live_;
   Lane pieces_[2 * kLanes<C>];
 };

@@ -47,29 +47,22 @@ struct LanesScratch {
 
   LanesScratch(const ConvPoolGeometry& piece, const ConvPoolPlan& plan, void* memory) {
     const int64_t lanes = plan.lane_vectors * kLanes<C>;
-    char* base = static_cast<char*>(memory);
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      char* part = base + used;
-      used += round_up(bytes, 64);
-      return part;
-    };
-    const int64_t element = lanes * sizeof(C), outputs = smaller(piece.out_channels, kLaneOutputs);
+    MemoryParts parts(memory);
+    const int64_t outputs = smaller(piece.out_channels, kLaneOutputs);
     const int64_t slots = smaller(piece.conv[0], piece.pool_extent(0)) * smaller(piece.conv[1], piece.pool_extent(1));
     const int64_t columns = piece_extent(piece, 2);
     const int64_t rows = piece_extent(piece, 1);
-    tile = reinterpret_cast<C*>(take(piece.in_channels * piece_extent(piece, 0) * rows * columns * element));
-    ring = reinterpret_cast<C*>(take(slots * outputs * piece.conv[2] * element));
-    stage = reinterpret_cast<C*>(take(outputs * piece.pixels() * element));
-    winner_stage = reinterpret_cast<uint8_t*>(take(outputs * piece.pixels() * lanes));
+    tile = parts.take<C>(piece.in_channels * piece_extent(piece, 0) * rows * columns * lanes);
+    ring = parts.take<C>(slots * outputs * piece.conv[2] * lanes);
+    stage = parts.take<C>(outputs * piece.pixels() * lanes);
+    winner_stage = parts.take<uint8_t>(outputs * piece.pixels() * lanes);
     plane_step = plane_size<C>(larger(columns * rows * piece.in_channels, piece.pixels()));
-    plane = reinterpret_cast<C*>(take(plane_step * element));
-    winner_plane = reinterpret_cast<uint8_t*>(take(piece.pixels() * lanes));
-    window_rows = reinterpret_cast<WindowRow<C>*>(
-        take(piece.pool_kernel[0] * piece.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
-    tags = reinterpret_cast<int64_t*>(take(slots * static_cast<int64_t>(sizeof(int64_t))));
-    offsets = reinterpret_cast<int64_t*>(take(piece.depth() * static_cast<int64_t>(sizeof(int64_t))));
-    size = used;
+    plane = parts.take<C>(plane_step * lanes);
+    winner_plane = parts.take<uint8_t>(piece.pixels() * lanes);
+    window_rows = parts.take<WindowRow<C>>(piece.pool_kernel[0] * piece.pool_kernel[1]);
+    tags = parts.take<int64_t>(slots);
+    offsets = parts.take<int64_t>(piece.depth());
+    size = parts.used();
   }
 };
 

@@ -14,6 +14,13 @@ constexpr bool kIsPair = false;
 template <>
 constexpr bool kIsPair<bfloat16x2> = true;
 
+// Whether inputs of type T can be multiplied in pairs, as far as the compiler knows; isa_multiplies_pairs knows the
+// rest.
+template <class T>
+constexpr bool kHasPairs = false;
+template <>
+constexpr bool kHasPairs<bfloat16> = kMultipliesPairs;
+
 // The problem as a tile of elements E has it.
 template <class E>
 FASTNN_INLINE ConvPoolGeometry tile_geometry(ConvPoolGeometry g) {

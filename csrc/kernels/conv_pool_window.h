@@ -12,11 +12,13 @@ namespace FASTNN_ISA {
 template <class T>
 using Places = Vec<typename IntegerOf<T>::Type>;
 
-// The places of a window that lie on the convolution's output, along one dimension: [first, last).
-struct PlaceRange {
+// [first, last)
+struct Range {
   int64_t first, last;
 };
-FASTNN_INLINE PlaceRange places_inside(const ConvPoolGeometry& g, int d, int64_t pooled) {
+
+// The places of a window that lie on the convolution's output, along one dimension.
+FASTNN_INLINE Range places_inside(const ConvPoolGeometry& g, int d, int64_t pooled) {
   const int64_t start = pooled * g.pool_stride[d] - g.pool_padding[d];
   const int64_t step = g.pool_dilation[d];
   const int64_t first = start < 0 ? divide_up(-start, step) : 0;
@@ -30,6 +32,41 @@ template <class C>
 struct WindowRow {
   const C* pixels;
   int64_t place;
+};
+
+// Rows of conv pixels, each kept until its slot is needed for another: `slices` x `rows` slots of `row_size` elements.
+template <class C>
+struct ConvRing {
+  C* pixels;
+  int64_t* tags;  // which conv row each slot holds
+  int64_t slices, rows, row_size;
+
+  void forget() const {
+    for (int64_t i = 0; i < slices * rows; ++i) tags[i] = -1;
+  }
+
+  // The rows of conv pixels under a row of windows; returns how many. compute(z, y, to) is called for those that are
+  // not held.
+  template <class ComputeRow>
+  FASTNN_INLINE int64_t find_rows(const ConvPoolGeometry& g, int64_t slice, int64_t row, WindowRow<C>* found,
+                                  const ComputeRow& compute) const {
+    const Range in_depth = places_inside(g, 0, slice), in_height = places_inside(g, 1, row);
+    int64_t count = 0;
+    for (int64_t i = in_depth.first; i < in_depth.last; ++i) {
+      const int64_t z = slice * g.pool_stride[0] - g.pool_padding[0] + i * g.pool_dilation[0];
+      for (int64_t j = in_height.first; j < in_height.last; ++j) {
+        const int64_t y = row * g.pool_stride[1] - g.pool_padding[1] + j * g.pool_dilation[1];
+        const int64_t slot = z % slices * rows + y % rows;
+        C* to = pixels + slot * row_size;
+        if (tags[slot] != z * g.conv[1] + y) {
+          tags[slot] = z * g.conv[1] + y;
+          compute(z, y, to);
+        }
+        found[count++] = {to, (i * g.pool_kernel[1] + j) * g.pool_kernel[2]};
+      }
+    }
+    return count;
+  }
 };
 
 // The running maximum of `vectors` vectors of one window.
@@ -145,7 +182,7 @@ void pool_any_windows(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64
   constexpr int64_t pixel = vectors * kLanes<C>;
   const int64_t step = g.pool_dilation[2] * pixel;
   for (int64_t x = first; x < last; ++x, to += pixel, winners += with_winners ? pixel : 0) {
-    const PlaceRange range = places_inside(g, 2, x);
+    const Range range = places_inside(g, 2, x);
     if (row_count == 0 || range.first >= range.last) {
       write_empty_window<C, vectors>(to, with_winners ? winners : nullptr);
       continue;

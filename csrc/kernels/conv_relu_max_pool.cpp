@@ -13,27 +13,22 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// Whether two channels can be multiplied at once.
-template <class T>
-bool multiplies_pairs() {
-  return kMultipliesPairs && sizeof(T) == sizeof(bfloat16) && isa_multiplies_pairs();
-}
-
 // The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread,
 // since the choice must not depend on their number, nor with it the order of summation.
 template <class T>
 ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact) {
   using C = Compute<T>;
-  const bool pairs = multiplies_pairs<T>();
-  if (!exact && !pairs && sizeof(C) == sizeof(float) && winograd_pays<C>(g)) return plan_winograd<C>(g);
+  const bool has_pairs = kHasPairs<T> && isa_multiplies_pairs();
+  if (!exact && !has_pairs && sizeof(C) == sizeof(float) && winograd_pays<C>(g)) return plan_winograd<C>(g);
   ConvPoolPlan direct = plan_direct<T>(g, input, threads);
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
   double direct_costs = direct_cost<C>(g, input, direct);
-  if (pairs) {
+  if (has_pairs) {
     const ConvPoolGeometry in_pairs = tile_geometry<bfloat16x2>(g);
-    const ConvPoolPlan other = plan_direct<T, bfloat16x2>(in_pairs, input, threads, false);
-    const double costs = direct_cost<C>(in_pairs, input, other);
-    if (costs < direct_costs) direct = other, direct_costs = costs;
+    const ConvPoolPlan pairs = plan_direct<T, bfloat16x2>(in_pairs, input, threads, false);
+    const double pairs_costs = direct_cost<C>(in_pairs, input, pairs);
+    if (pairs_costs < direct_costs) direct = pairs;
+    direct_costs = pairs_costs < direct_costs ? pairs_costs : direct_costs;
   }
   if (direct_costs < 1.02 * least) return direct;
   const LanesPlan lanes = plan_lanes<C>(g);
@@ -60,9 +55,7 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
     case ConvAlgorithm::direct:
       return pack_direct<Compute<T>>(call, first_item, last_item);
     case ConvAlgorithm::pairs:
-      if constexpr (kMultipliesPairs && sizeof(T) == sizeof(bfloat16)) {
-        pack_direct<bfloat16x2>(call, first_item, last_item);
-      }
+      if constexpr (kHasPairs<T>) pack_direct<bfloat16x2>(call, first_item, last_item);
       return;
     case ConvAlgorithm::rows:
       return pack_rows(call, first_item, last_item);
@@ -81,9 +74,7 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
     case ConvAlgorithm::direct:
       return forward_direct<Compute<T>>(call, first_item, last_item, scratch);
     case ConvAlgorithm::pairs:
-      if constexpr (kMultipliesPairs && sizeof(T) == sizeof(bfloat16)) {
-        forward_direct<bfloat16x2>(call, first_item, last_item, scratch);
-      }
+      if constexpr (kHasPairs<T>) forward_direct<bfloat16x2>(call, first_item, last_item, scratch);
       return;
     case ConvAlgorithm::rows:
       return forward_rows(call, first_item, last_item, scratch);

@@ -17,12 +17,8 @@ struct InputSource {
   int64_t d[3];
 };
 
-struct TapRange {
-  int64_t first, last;
-};
-
 // The taps of conv pixel `pixel` that meet the input, along one dimension.
-FASTNN_INLINE TapRange taps_inside(const ConvPoolGeometry& g, int d, int64_t pixel) {
+FASTNN_INLINE Range taps_inside(const ConvPoolGeometry& g, int d, int64_t pixel) {
   const int64_t start = pixel * g.stride[d] - g.padding[d];
   const int64_t first = start < 0 ? divide_up(-start, g.dilation[d]) : 0;
   const int64_t last = start >= g.input[d] ? 0 : smaller(g.kernel[d], divide_up(g.input[d] - start, g.dilation[d]));
@@ -30,7 +26,7 @@ FASTNN_INLINE TapRange taps_inside(const ConvPoolGeometry& g, int d, int64_t pix
 }
 
 // The conv pixels under which tap `tap` meets the input, along one dimension.
-FASTNN_INLINE TapRange pixels_inside(const ConvPoolGeometry& g, int d, int64_t tap) {
+FASTNN_INLINE Range pixels_inside(const ConvPoolGeometry& g, int d, int64_t tap) {
   const int64_t start = tap * g.dilation[d] - g.padding[d];
   const int64_t first = start < 0 ? divide_up(-start, g.stride[d]) : 0;
   const int64_t last = start >= g.input[d] ? 0 : smaller(g.conv[d], divide_up(g.input[d] - start, g.stride[d]));
@@ -51,7 +47,7 @@ FASTNN_INLINE double share_inside(const ConvPoolGeometry& g) {
   for (int d = 0; d < 3; ++d) {
     int64_t inside = 0;
     for (int64_t tap = 0; tap < g.kernel[d]; ++tap) {
-      const TapRange pixels = pixels_inside(g, d, tap);
+      const Range pixels = pixels_inside(g, d, tap);
       inside += pixels.last - pixels.first;
     }
     share *= static_cast<double>(inside) / static_cast<double>(g.kernel[d] * g.conv[d]);
@@ -72,7 +68,7 @@ void conv_row_inside(const ConvPoolGeometry& g, const InputSource<E>& input, con
   for (int64_t x = 0; x < count; ++x) {
     for (int v = 0; v < vectors; ++v) store(to + x * width + v * kLanes<C>, bias[v]);
   }
-  const TapRange slices = taps_inside(g, 0, z), rows = taps_inside(g, 1, y);
+  const Range slices = taps_inside(g, 0, z), rows = taps_inside(g, 1, y);
   const bool all_rows = rows.last - rows.first == g.kernel[1];
   const bool by_columns = taps_leave_input(g, 2);
   const int64_t passes = by_columns ? g.kernel[2] : 1;
@@ -82,9 +78,9 @@ void conv_row_inside(const ConvPoolGeometry& g, const InputSource<E>& input, con
                     (y * g.stride[1] - g.padding[1]) * input.d[1] - g.padding[2] * input.d[2];
   const Vec<C> zero[vectors] = {};
   for (int64_t pass = 0; pass < passes; ++pass) {
-    TapRange pixels = {first, first + count};
+    Range pixels = {first, first + count};
     if (by_columns) {
-      const TapRange inside = pixels_inside(g, 2, pass);
+      const Range inside = pixels_inside(g, 2, pass);
       pixels = {larger(first, inside.first), smaller(first + count, inside.last)};
     }
     if (pixels.first >= pixels.last) continue;

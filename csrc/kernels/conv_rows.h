@@ -246,7 +246,7 @@ class RowsForward {
 
   // The conv rows of the block's first channel under a row of windows: how many.
   int64_t find_rows(int64_t row, int64_t outputs) {
-    const PlaceRange slices = places_inside(g_, 0, slice_), rows = places_inside(g_, 1, row);
+    const Range slices = places_inside(g_, 0, slice_), rows = places_inside(g_, 1, row);
     int64_t count = 0;
     for (int64_t i = slices.first; i < slices.last; ++i) {
       const int64_t z = slice_ * g_.pool_stride[0] - g_.pool_padding[0] + i - first_conv_[0];

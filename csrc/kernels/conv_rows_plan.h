@@ -71,26 +71,18 @@ struct RowScratch {
 
   RowScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
     const RowShape s = row_shape<C>(g, plan.band);
-    const int64_t outputs = smaller(g.out_channels, kRowOutputs), element = sizeof(C);
+    const int64_t outputs = smaller(g.out_channels, kRowOutputs);
     pixel_step = round_up(s.run, kLanes<C>) + 2 * s.margin + kLanes<C>;
     stage_step = plan.band * g.output[2] + kLanes<C>;  // whole vectors are stored
-    char* base = static_cast<char*>(memory);
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      char* part = base + used;
-      used += round_up(bytes, 64);
-      return part;
-    };
-    tile = reinterpret_cast<C*>(take(plan.in_place ? 0 : (g.in_channels * s.channel + kLanes<C>)*element));
+    MemoryParts parts(memory);
+    tile = parts.take<C>(plan.in_place ? 0 : g.in_channels * s.channel + kLanes<C>);
     // A window's vector of pixels may reach a few strides past the last.
-    pixels = reinterpret_cast<C*>(
-        take((s.conv[0] * outputs * pixel_step + kLanes<C> * (g.pool_stride[2] + 1) + g.pool_kernel[2]) * element));
-    stage = reinterpret_cast<C*>(take(outputs * stage_step * element));
-    winner_stage = reinterpret_cast<uint8_t*>(take(outputs * stage_step));
-    window_rows = reinterpret_cast<WindowRow<C>*>(
-        take(g.pool_kernel[0] * g.pool_kernel[1] * static_cast<int64_t>(sizeof(WindowRow<C>))));
-    offsets = reinterpret_cast<int64_t*>(take(g.depth() * static_cast<int64_t>(sizeof(int64_t))));
-    size = used;
+    pixels = parts.take<C>(s.conv[0] * outputs * pixel_step + kLanes<C> * (g.pool_stride[2] + 1) + g.pool_kernel[2]);
+    stage = parts.take<C>(outputs * stage_step);
+    winner_stage = parts.take<uint8_t>(outputs * stage_step);
+    window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
+    offsets = parts.take<int64_t>(g.depth());
+    size = parts.used();
   }
 };
 

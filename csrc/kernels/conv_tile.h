@@ -15,6 +15,24 @@ FASTNN_INLINE int64_t round_up(int64_t a, int64_t multiple) {
   return divide_up(a, multiple) * multiple;
 }
 
+// Takes parts of a block of memory, each on a cache line.
+class MemoryParts {
+ public:
+  explicit MemoryParts(void* memory) : base_(static_cast<char*>(memory)) {}
+
+  template <class Element>
+  Element* take(int64_t count) {
+    char* part = base_ + used_;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(Element)), 64);
+    return reinterpret_cast<Element*>(part);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
 // Where an element of the weight stands in the depth of the product.
 FASTNN_INLINE int64_t tap_position(const ConvPoolGeometry& g, TapOrder order, int64_t c, int64_t d, int64_t h,
                                    int64_t w) {
@@ -27,6 +45,16 @@ FASTNN_INLINE int64_t tap_position(const ConvPoolGeometry& g, TapOrder order, in
     default:
       return c * g.taps() + row * g.kernel[2] + w;
   }
+}
+
+// The same of the kernel's element numbered `tap`, and where that lies in the weight of a channel.
+FASTNN_INLINE int64_t tap_position(const ConvPoolGeometry& g, TapOrder order, int64_t c, int64_t tap) {
+  return tap_position(g, order, c, tap / (g.kernel[1] * g.kernel[2]), tap / g.kernel[2] % g.kernel[1],
+                      tap % g.kernel[2]);
+}
+FASTNN_INLINE int64_t tap_offset(const ConvPoolGeometry& g, const ConvLayout& weight, int64_t tap) {
+  return tap / (g.kernel[1] * g.kernel[2]) * weight.d[0] + tap / g.kernel[2] % g.kernel[1] * weight.d[1] +
+         tap % g.kernel[2] * weight.d[2];
 }
 
 // Calls body(k, channel, kernel position) over the depth of the product.
@@ -73,9 +101,8 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
   }
   if (layout.c == 1 && order != TapOrder::channels_first) {  // runs of channels
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t d = tap / (g.kernel[1] * g.kernel[2]), h = tap / g.kernel[2] % g.kernel[1], w = tap % g.kernel[2];
-      transpose_matrix(from + d * layout.d[0] + h * layout.d[1] + w * layout.d[2], layout.n, count, g.in_channels,
-                       to + tap_position(g, order, 0, d, h, w) * width, width);
+      transpose_matrix(from + tap_offset(g, layout, tap), layout.n, count, g.in_channels,
+                       to + tap_position(g, order, 0, tap) * width, width);
     }
     return;
   }

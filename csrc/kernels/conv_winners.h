@@ -19,7 +19,7 @@ FASTNN_INLINE bool places_are_below(const uint8_t* winners, int64_t step, int64_
 
 // Whether every image's and channel's winner of one pooled pixel, at `winners`, is a place that its window has: given
 // the places along each dimension.
-FASTNN_INLINE bool places_are_inside(const ConvPoolGeometry& g, const PlaceRange (&inside)[3], const uint8_t* winners,
+FASTNN_INLINE bool places_are_inside(const ConvPoolGeometry& g, const Range (&inside)[3], const uint8_t* winners,
                                      const ConvLayout& layout) {
   bool is_place[256] = {};
   is_place[kDead] = true;
@@ -55,20 +55,18 @@ bool winners_are_valid(const ConvPoolGeometry& g, const uint8_t* winners, const 
     }
   }
   // Windows that are not whole have fewer places.
-  const auto is_whole = [&](int d, const PlaceRange& range) {
-    return range.first == 0 && range.last == g.pool_kernel[d];
-  };
+  const auto is_whole = [&](int d, const Range& range) { return range.first == 0 && range.last == g.pool_kernel[d]; };
   int64_t first = 0, last = g.output[2];  // the columns whose windows are whole
   while (first < last && !is_whole(2, places_inside(g, 2, first))) ++first;
   while (last > first && !is_whole(2, places_inside(g, 2, last - 1))) --last;
   for (int64_t z = 0; z < g.output[0]; ++z) {
     for (int64_t y = 0; y < g.output[1]; ++y) {
-      const PlaceRange slices = places_inside(g, 0, z), rows = places_inside(g, 1, y);
+      const Range slices = places_inside(g, 0, z), rows = places_inside(g, 1, y);
       const bool whole = is_whole(0, slices) && is_whole(1, rows);
       for (int64_t x = 0; x < g.output[2]; ++x) {
         if (whole && x == first && first < last) x = last;
         if (x == g.output[2]) break;
-        const PlaceRange inside[3] = {slices, rows, places_inside(g, 2, x)};
+        const Range inside[3] = {slices, rows, places_inside(g, 2, x)};
         if (!places_are_inside(g, inside, winners + z * layout.d[0] + y * layout.d[1] + x * step, layout)) return false;
       }
     }

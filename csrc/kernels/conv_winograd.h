@@ -48,23 +48,17 @@ struct WinogradScratch {
   int64_t size;
 
   WinogradScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
-    char* base = static_cast<char*>(memory);
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      char* part = base + used;
-      used += round_up(bytes, 64);
-      return part;
-    };
+    MemoryParts parts(memory);
     // Off the powers of two, for the sake of the cache's sets.
     pitch = round_up(g.in_channels, kLanes<C>) + kLanes<C>;
-    const int64_t element = sizeof(C), columns = 2 * smaller(plan.columns, g.output[2]) + 2;
-    rows = reinterpret_cast<C*>(take(4 * columns * pitch * element));
-    transformed = reinterpret_cast<C*>(take(kPositions * plan.columns * pitch * element));
-    products = reinterpret_cast<C*>(take(kPositions * plan.columns * kBlockChannels<C> * element));
-    stage = reinterpret_cast<C*>(take(plan.columns * kBlockChannels<C> * element));
-    winner_stage = reinterpret_cast<uint8_t*>(take(plan.columns * kBlockChannels<C>));
-    offsets = reinterpret_cast<int64_t*>(take(g.in_channels * static_cast<int64_t>(sizeof(int64_t))));
-    size = used;
+    const int64_t columns = 2 * smaller(plan.columns, g.output[2]) + 2;
+    rows = parts.take<C>(4 * columns * pitch);
+    transformed = parts.take<C>(kPositions * plan.columns * pitch);
+    products = parts.take<C>(kPositions * plan.columns * kBlockChannels<C>);
+    stage = parts.take<C>(plan.columns * kBlockChannels<C>);
+    winner_stage = parts.take<uint8_t>(plan.columns * kBlockChannels<C>);
+    offsets = parts.take<int64_t>(g.in_channels);
+    size = parts.used();
   }
 };
 
