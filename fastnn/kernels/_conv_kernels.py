@@ -119,18 +119,41 @@ def _load_patch(
     return tl.load(input + offset, mask=inside & channel_mask[None, :], other=0.0)
 
 
+@triton.jit
+def _add_products(
+    sums, step, first_place, input, weight, image, d, h, w, pixel_mask, channel_out, out_mask, group, in_size,
+    conv_size, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, GEOMETRY: tl.constexpr, IN_LAST: tl.constexpr,
+    TAP_BY_TAP: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A step's products, added to the sums of TOGETHER places, which share the weight's tile."""
+    depth: tl.constexpr = CHANNELS * GEOMETRY[KERNEL][0] * GEOMETRY[KERNEL][1] * GEOMETRY[KERNEL][2]
+    channel, tap, column, column_mask = _step(step, CHANNELS, GEOMETRY, TAP_BY_TAP, BLOCK_K)
+    k = tl.load(weight + channel_out[None, :] * depth + column[:, None],
+                mask=out_mask[None, :] & column_mask[:, None], other=0.0).to(OPERAND)  # fmt: skip
+    added = ()
+    for i in tl.static_range(TOGETHER):
+        conv_d, conv_h, conv_w, inside = _window_place(first_place + i, d, h, w, conv_size, GEOMETRY)
+        x = _load_patch(input, image, conv_d, conv_h, conv_w, inside & pixel_mask, channel, tap, column_mask,
+                        group * CHANNELS, in_size, GROUPS * CHANNELS, GEOMETRY, TAP_BY_TAP, IN_LAST)  # fmt: skip
+        added += (tl.dot(x.to(OPERAND), k, sums[i], input_precision=PRECISION),)
+    return added
+
+
 @triton.jit(do_not_specialize=["pooled_pixels"])
 def conv_forward(
-    input, weight, bias, output, winners, pooled_pixels, in_size, conv_size, out_size, GROUPS: tl.constexpr,
+    input, weight, bias, output, winners, pooled_pixels, in_size, conv_size, out_size, steps, GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, GEOMETRY: tl.constexpr, IN_LAST: tl.constexpr,
-    OUT_LAST: tl.constexpr, TAP_BY_TAP: tl.constexpr, STEPS: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OUT_LAST: tl.constexpr, TAP_BY_TAP: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """input (images, GROUPS * CHANNELS, *in_size), weight (GROUPS * OUT_CHANNELS, CHANNELS, taps) or (.., taps,
     CHANNELS) -> output and winners (images, GROUPS * OUT_CHANNELS, *out_size); bias and winners may be None.
 
-    A program computes BLOCK_PIXELS pooled pixels by BLOCK_OUT channels: the places of the windows one after another,
-    each a GEMM of its own, the maximum staying in registers.
+    A program computes BLOCK_PIXELS pooled pixels by BLOCK_OUT channels: TOGETHER places of the windows at a time, a
+    divisor of their number, each with its own sums and all with the same tiles of the weight; the maximum stays in
+    registers.
     """
     blocks: tl.constexpr = (OUT_CHANNELS + BLOCK_OUT - 1) // BLOCK_OUT
     group = tl.program_id(1) // blocks
@@ -147,20 +170,16 @@ def conv_forward(
     best = tl.full([BLOCK_PIXELS, BLOCK_OUT], float("-inf"), tl.float32)
     winner = tl.full([BLOCK_PIXELS, BLOCK_OUT], DEAD, tl.int32)
     any_inside = index < 0
-    for place in range(GEOMETRY[POOL][0] * GEOMETRY[POOL][1] * GEOMETRY[POOL][2]):
-        conv_d, conv_h, conv_w, inside = _window_place(place, d, h, w, conv_size, GEOMETRY)
-        inside = inside & pixel_mask
-        sums = start
-        for step in range(STEPS):
-            channel, tap, column, column_mask = _step(step, CHANNELS, GEOMETRY, TAP_BY_TAP, BLOCK_K)
-            x = _load_patch(input, image, conv_d, conv_h, conv_w, inside, channel, tap, column_mask, group * CHANNELS,
-                            in_size, GROUPS * CHANNELS, GEOMETRY, TAP_BY_TAP, IN_LAST)  # fmt: skip
-            depth: tl.constexpr = CHANNELS * GEOMETRY[KERNEL][0] * GEOMETRY[KERNEL][1] * GEOMETRY[KERNEL][2]
-            k = tl.load(weight + channel_out[None, :] * depth + column[:, None],
-                        mask=out_mask[None, :] & column_mask[:, None], other=0.0)  # fmt: skip
-            sums = tl.dot(x.to(OPERAND), k.to(OPERAND), sums, input_precision=PRECISION)
-        best, winner = _take_larger(best, winner, sums, inside, place)
-        any_inside = any_inside | inside
+    for first_place in range(0, GEOMETRY[POOL][0] * GEOMETRY[POOL][1] * GEOMETRY[POOL][2], TOGETHER):
+        sums = (start,) * TOGETHER
+        for step in range(steps):
+            sums = _add_products(sums, step, first_place, input, weight, image, d, h, w, pixel_mask, channel_out,
+                                 out_mask, group, in_size, conv_size, GROUPS, CHANNELS, GEOMETRY, IN_LAST, TAP_BY_TAP,
+                                 BLOCK_K, TOGETHER, OPERAND, PRECISION)  # fmt: skip
+        for i in tl.static_range(TOGETHER):
+            _, _, _, inside = _window_place(first_place + i, d, h, w, conv_size, GEOMETRY)
+            best, winner = _take_larger(best, winner, sums[i], inside & pixel_mask, first_place + i)
+            any_inside = any_inside | (inside & pixel_mask)
 
     pixel = (d * out_size[1] + h) * out_size[2] + w
     offset = _offset(image[:, None], pixel[:, None], channel_out[None, :], out_size, GROUPS * OUT_CHANNELS, OUT_LAST)

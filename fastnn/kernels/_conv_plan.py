@@ -111,6 +111,39 @@ def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Con
     return config
 
 
+_MOST_TOGETHER = 8  # places: a longer program only takes longer to compile
+
+
+def _registers_for_sums(problem: Problem, config: Config, precision: str, target: _launch.Target) -> int:
+    """Of a thread, without spilling (tools/gpu_check.py)."""
+    operands_elsewhere = target.backend == "hip" or target.arch in _launch.LARGE_TILES
+    # In a loop every element of a patch of few channels has a place to be kept.
+    if operands_elsewhere and (is_tap_by_tap(problem) or _steps(problem, config) == 1):
+        return 128
+    return 16 if precision == "tf32x3" else 32
+
+
+def forward_config(problem: Problem, precision: str, target: _launch.Target) -> tuple[Config, int]:
+    """conv_forward's tiles, and how many places of a window share the weight's: a divisor of their number, as many as
+    registers hold the sums of. Two programs fit a processor, so that one computes while the other begins or ends."""
+    config = conv_config(problem, precision, target)
+    sums = config.block_pixels * config.block_out // (32 * config.num_warps)
+    most = min(_MOST_TOGETHER, max(1, _registers_for_sums(problem, config, precision, target) // sums))
+    together = max(n for n in range(1, most + 1) if problem.places % n == 0)
+    size = problem.kind.dtype.itemsize
+
+    def fits(stages: int) -> bool:
+        stage = (together * config.block_pixels + config.block_out) * config.block_k * size
+        return 2 * stages * stage <= target.shared_memory
+
+    while not fits(stages=2) and (config.block_pixels > 64 or config.block_k > 32):
+        if config.block_pixels > 64:
+            config = config._replace(block_pixels=config.block_pixels // 2, num_warps=max(4, config.num_warps // 2))
+        else:
+            config = config._replace(block_k=config.block_k // 2)
+    return config._replace(num_stages=config.num_stages if fits(config.num_stages) else 2), together
+
+
 # ---- plans --------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +157,7 @@ class Plan(NamedTuple):
     kernel_format: torch.memory_format  # of the input as the fused kernels take it
     fused: bool
     launch: _launch.Launcher
+    steps: int = 0  # of the fused convolution's sums
     launch_weight: _launch.Launcher | None = None  # in backward, of the fused gradient of the weight
 
 
@@ -144,12 +178,13 @@ def plan_forward(
     is_last = format is not torch.contiguous_format
     fused = is_fused(problem, "forward", precision, target)
     if fused:
-        launch = _fused_launcher(problem, kernel_format is not torch.contiguous_format, is_last, precision, target)
+        in_last = kernel_format is not torch.contiguous_format
+        launch, steps = _fused_launcher(problem, in_last, is_last, precision, target)
     else:
         options = _pool_options(problem, is_last)
         grid = _tiles(problem.pooled_pixels, options)
-        launch = _launch.Launcher(pool_forward, grid, input.device, LAST=is_last, **options)
-    return Plan(problem, arguments, format, kernel_format, fused, launch)
+        launch, steps = _launch.Launcher(pool_forward, grid, input.device, LAST=is_last, **options), 0
+    return Plan(problem, arguments, format, kernel_format, fused, launch, steps)
 
 
 def _steps(problem: Problem, config: Config) -> int:
@@ -177,9 +212,9 @@ def _shape_constexprs(problem: Problem) -> dict[str, Any]:
 
 def _fused_launcher(
     problem: Problem, in_last: bool, out_last: bool, precision: str, target: _launch.Target
-) -> _launch.Launcher:
-    config = conv_config(problem, precision, target)
-    return _launch.Launcher(
+) -> tuple[_launch.Launcher, int]:
+    config, together = forward_config(problem, precision, target)
+    launch = _launch.Launcher(
         conv_forward,
         (
             triton.cdiv(problem.pooled_pixels, config.block_pixels),
@@ -188,11 +223,12 @@ def _fused_launcher(
         problem.kind.device,
         IN_LAST=in_last,
         OUT_LAST=out_last,
-        STEPS=_steps(problem, config),
+        TOGETHER=together,
         PRECISION=precision,
         **_shape_constexprs(problem),
         **config.options(),
     )
+    return launch, _steps(problem, config)
 
 
 def _pool_options(problem: Problem, last: bool) -> dict[str, Any]:
@@ -238,7 +274,7 @@ def plan_backward(
         options = _pool_options(problem, last=True)
         grid = _tiles(problem.images * math.prod(problem.conv_size), options)
         launch = _launch.Launcher(spread_gradient, grid, input.device, **options)
-    return Plan(problem, arguments, format, kernel_format, fused, launch, launch_weight)
+    return Plan(problem, arguments, format, kernel_format, fused, launch, launch_weight=launch_weight)
 
 
 def _input_gradient_launcher(

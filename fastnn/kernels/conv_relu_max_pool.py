@@ -70,7 +70,7 @@ def _run_fused(
         _kernel_input(plan, input),
         _kernel_weight(problem, weight),
         None if bias is None else bias.contiguous(),
-        *(output, winners, problem.pooled_pixels, problem.in_size, problem.conv_size, problem.out_size),
+        *(output, winners, problem.pooled_pixels, problem.in_size, problem.conv_size, problem.out_size, plan.steps),
     )
 
 

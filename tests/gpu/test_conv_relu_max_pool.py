@@ -1,5 +1,7 @@
 """fastnn.kernels.conv_relu_max_pool against stock's layers in float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,6 +135,61 @@ def test_winners(fused, device, monkeypatch):
     output, winners = kernels.conv_relu_max_pool_with_winners(small, weight, None, sparse.flat())
     torch.testing.assert_close(output, reference(small.cpu(), weight.cpu(), None, sparse).to(device))
     assert bool((winners[output == float("-inf")] == 255).all())
+
+
+def first_larger(conv, a):
+    """The maximum of each window and its place, by the rule: the first of equals, the last NaN, 255 where dead."""
+    padding = [width for pad in reversed(a.pool_padding) for width in (pad, pad)]
+    padded = F.pad(conv, padding, value=float("-inf"))
+    sizes = POOL[conv.dim() - 2](conv, a.pool_kernel_size, a.pool_stride, a.pool_padding, a.pool_dilation).shape
+    best, winner = torch.full(sizes, float("-inf"), dtype=conv.dtype), torch.full(sizes, 255)
+    for place, steps in enumerate(itertools.product(*map(range, a.pool_kernel_size))):
+        at = [
+            slice(step * dilation, step * dilation + (size - 1) * stride + 1, stride)
+            for step, dilation, size, stride in zip(steps, a.pool_dilation, sizes[2:], a.pool_stride, strict=True)
+        ]
+        value = padded[(..., *at)]
+        take = (value > best) | value.isnan()
+        best, winner = value.where(take, best), torch.where(take, place, winner)
+    return best.where(~(best <= 0), 0.0), winner.where(~(best <= 0), 255)
+
+
+WINDOWS = {  # input, out channels, kernel, options, and how many places are computed together
+    "1d, two": ((1, 1, 11), 3, 3, {}, 2),
+    "1d, seven": ((2, 65, 23), 5, 3, {"padding": 2, "pool": 7, "pool_stride": 3, "pool_padding": 3}, 7),
+    "1d, eleven": ((2, 3, 29), 17, 2, {"pool": 11, "pool_stride": 4, "pool_padding": 5}, 1),
+    "2d, four": ((1, 64, 7, 6), 33, 3, {"padding": 1}, 4),
+    "2d, six": ((1, 15, 8, 9), 4, 3, {"pool": (2, 3), "pool_stride": (1, 2), "pool_padding": (1, 1)}, 6),
+    "2d, nine": ((1, 16, 9, 8), 65, 3, {"padding": 1, "pool": 3, "pool_stride": 2, "pool_padding": 1}, 3),
+    "2d, sixteen": ((1, 17, 9, 9), 3, 2, {"pool": 4, "pool_stride": 3, "pool_padding": 2}, 8),
+    "2d, dilated": ((2, 33, 10, 9), 18, 2, {"pool_dilation": (2, 3), "pool_stride": 1, "pool_padding": 1}, 4),
+    "2d, groups": ((1, 34, 6, 6), 36, 3, {"groups": 2, "padding": 1}, 4),
+    "3d, eight": ((1, 2, 5, 4, 6), 3, 2, {"padding": 1}, 8),
+    "3d, twelve": ((1, 18, 4, 5, 6), 5, 2, {"pool": (2, 2, 3), "pool_stride": 1, "pool_padding": 1}, 6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS)
+def test_places_together(case, dtype, device, monkeypatch):
+    """On whole numbers, of which every sum is exact: many are equal, and some are NaN. 16 bits are channels last."""
+    monkeypatch.setattr(_conv_plan, "is_fused", lambda *_: True)
+    sizes, out_channels, kernel, options, together = case
+    a = arguments(len(sizes) - 2, **options)
+    input = torch.randint(-1, 2, sizes).double()
+    input.masked_fill_(torch.rand(sizes) < 0.5 / sizes[1] / kernel ** (len(sizes) - 2), float("nan"))
+    weight = torch.randint(-1, 2, (out_channels, sizes[1] // a.groups, *[kernel] * (len(sizes) - 2))).double()
+    bias = torch.randint(-1, 2, (out_channels,)).double()
+    expected, winner = first_larger(CONV[len(sizes) - 2](input, weight, bias, a.stride, a.padding, groups=a.groups), a)
+    assert len(winner.unique()) > 2
+    own = [tensor.to(device, dtype) for tensor in (input, weight, bias)]
+    if dtype.itemsize == 2 and len(sizes) > 3:
+        own[0] = own[0].contiguous(memory_format=_conv_plan.channels_last(len(sizes) - 2))
+    problem = check_problem("", *own, a)
+    assert _conv_plan.forward_config(problem, "ieee", _launch.TARGETS[2])[1] == together
+    output, winners = kernels.conv_relu_max_pool_with_winners(*own, a.flat())
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(winners.long().cpu(), winner, rtol=0, atol=0)
 
 
 def test_hostile_winners_do_no_harm(device):
