@@ -17,11 +17,14 @@ import torch
 from gpu_cases import CONV_SHAPES, MLP_SHAPES, RNN_SHAPES, conv_geometry
 
 from fastnn.kernels import _conv_plan, _launch, _mlp_plan, _rnn_config
-from fastnn.kernels._conv_geometry import check_problem
+from fastnn.kernels._conv_geometry import Problem, check_problem
 from fastnn.kernels._rnn_problem import MODES
 
 # H100 SXM: data sheet. The shares of a limit that a good kernel reaches are assumed, until they are measured.
 BANDWIDTH = 3.35e12  # bytes a second
+# Bytes a second from L2, where a convolution's tiles come from: their copies to shared memory pass L1 by (cp.async.cg,
+# TMA). Assumed, by what is published of microbenchmarks.
+L2_BANDWIDTH = 6e12
 PEAK = {"16-bit": 989e12, "tf32": 494e12, "tf32x3": 494e12 / 3, "float32": 67e12}  # operations a second
 REACHED = {"cuDNN and cuBLAS": 0.65, "Triton": 0.4, "memory": 0.85}
 LAUNCH = 2.5e-6  # seconds from one kernel to the next in a CUDA graph
@@ -39,6 +42,8 @@ class Cost(NamedTuple):
     flops: float
     launches: int
     serial: float = 0.0  # seconds that steps take one after another, whatever the limits
+    tiles: float = 0.0  # bytes from L2
+    apart: float = 0.0  # of ``bytes``, those of kernels that only move them
 
     def floor(self, kind: str) -> float:
         """Seconds at the card's limits."""
@@ -46,9 +51,9 @@ class Cost(NamedTuple):
 
     def expected(self, kind: str, library: str) -> float:
         """Seconds at the shares of the limits that kernels reach."""
-        streamed = self.bytes / (BANDWIDTH * REACHED["memory"])
+        streamed, apart = ((n / (BANDWIDTH * REACHED["memory"])) for n in (self.bytes - self.apart, self.apart))
         computed = self.flops / (PEAK[kind] * REACHED[library])
-        return max(streamed, computed, self.serial) + self.launches * LAUNCH
+        return max(streamed, computed, self.tiles / L2_BANDWIDTH, self.serial) + apart + self.launches * LAUNCH
 
 
 class Prediction(NamedTuple):
@@ -76,6 +81,7 @@ class Prediction(NamedTuple):
         return (
             *(self.op, self.shape, f"{self.dtype}{', ' + kind if self.dtype == 'float32' else ''}", self.direction),
             *(f"{cost.bytes / 1e6:.2f}" for cost in (self.stock, self.compiled, self.fastnn)),
+            *(f"{cost.tiles / 1e6:.0f}" if cost.tiles else "" for cost in (self.stock, self.fastnn)),
             f"{self.fastnn.flops / 1e9:.2f}",
             *(str(cost.launches) for cost in (self.stock, self.compiled, self.fastnn)),
             f"{1e6 * max(self.fastnn.floor(kind), self.fastnn.serial):.1f}",
@@ -86,7 +92,8 @@ class Prediction(NamedTuple):
         )
 
 
-HEADER = ("operator", "shape", "dtype", "direction", "MB stock", "MB compile", "MB fastnn", "GFLOP fastnn",
+HEADER = ("operator", "shape", "dtype", "direction", "MB stock", "MB compile", "MB fastnn", "MB of tiles stock",
+          "MB of tiles fastnn", "GFLOP fastnn",
           "kernels stock", "kernels compile", "kernels fastnn", "floor µs", "stock µs", "compile µs", "fastnn µs",
           "against stock", "against compile", "how")  # fmt: skip
 
@@ -102,6 +109,19 @@ def _kinds(op: str) -> Iterator[tuple[torch.dtype, str, str]]:
         yield torch.float32, "float32", "ieee"
 
 
+def conv_tiles(problem: Problem, precision: str) -> tuple[float, float]:
+    """Bytes of tiles from L2 in a forward convolution: of a library, whose tiles are as wide as the channels and
+    whose clusters share weights, so that the patches are left; and here. Few channels come through L1."""
+    if not _conv_plan.is_tap_by_tap(problem):
+        return 0.0, 0.0
+    column = problem.depth * problem.kind.dtype.itemsize
+    patches = float(problem.images * math.prod(problem.conv_size) * column)
+    config, together = _conv_plan.forward_config(problem, precision, TARGET)
+    blocks = math.ceil(problem.out_channels / config.block_out) * math.ceil(problem.pooled_pixels / config.block_pixels)
+    places = problem.places * config.block_pixels
+    return patches, float(blocks * column * (places + problem.places // together * config.block_out))
+
+
 def conv_predictions() -> Iterator[Prediction]:
     for name, (sizes, out_channels, kernel, *_) in CONV_SHAPES.items():
         for dtype, kind, precision in _kinds("conv"):
@@ -115,22 +135,32 @@ def conv_predictions() -> Iterator[Prediction]:
             ends = size * (input.numel() + weight.numel() + pooled)
             fused = _conv_plan.is_fused(problem, "forward", precision, TARGET)
             flops = problem.work
+            patches, tiles = conv_tiles(problem, precision)
             # conv writes; ReLU reads and writes; pool reads; its int64 indices.
-            stock = Cost(ends + conv_values * 4 * size + pooled * 8, flops, 3)
-            compiled = Cost(ends + conv_values * 2 * size, flops, 2)
-            ours = Cost(ends, flops * max(problem.recomputed, 1), 1)
-            if not fused:
-                ours = Cost(ends + conv_values * 2 * size, flops, 2)
+            written = conv_values * size
+            apart = pooled * size
+            stock = Cost(ends + written * 4 + pooled * 8, flops, 3, 0, patches, apart + written * 3 + pooled * 8)
+            compiled = Cost(ends + written * 2, flops, 2, 0, patches, apart + written)
+            ours = compiled
+            if fused:
+                ours = Cost(ends, flops * max(problem.recomputed, 1), 1, 0, tiles)
             yield Prediction("conv_relu_max_pool", name, str(dtype)[6:], "forward", stock, compiled, ours, fused, kind)
             back_fused = _conv_plan.is_fused(problem, "backward", precision, TARGET)
             # Beside the above: the pool's and ReLU's gradients written, read and read again by both products.
             both = 2 * ends + pooled * size
-            stock = Cost(both + conv_values * size * (4 + 1 + 3 + 2) + pooled * 16, 3 * flops, 3 + 4)
-            compiled = Cost(both + conv_values * size * (2 + 1 + 2) + pooled * 2, 3 * flops, 2 + 3)
-            spread = 0 if back_fused else conv_values * size * 3
-            forward = 0 if fused else conv_values * 2 * size
+            convolutions = both - 2 * pooled * size + written * 3
+            stock_bytes = both + written * (4 + 1 + 3 + 2) + pooled * 16
+            stock = Cost(stock_bytes, 3 * flops, 3 + 4, 0, 3 * patches, stock_bytes - convolutions)
+            compiled_bytes = both + written * (2 + 1 + 2) + pooled * 2
+            compiled = Cost(compiled_bytes, 3 * flops, 2 + 3, 0, 3 * patches, compiled_bytes - convolutions)
+            spread = 0 if back_fused else written * 3
+            forward = 0 if fused else written * 2
+            apart = (0 if back_fused else written + pooled * (size + 1)) + (0 if fused else written + pooled * size)
+            # What the fused gradients gather comes through L1, except the patches of the weight's.
+            tiles = (tiles if fused else patches) + (1 if back_fused else 2) * patches
             work = flops * (1 + 2 * problem.recomputed if back_fused else 3)
-            ours = Cost(both + forward + spread + pooled * 3, work, 4 if back_fused else 5)
+            bytes = both + forward + spread + pooled * 3
+            ours = Cost(bytes, work, 4 if back_fused else 5, 0, tiles, apart)
             yield Prediction("conv_relu_max_pool", name, str(dtype)[6:], "training", stock, compiled, ours,
                              fused and back_fused, kind)  # fmt: skip
 
@@ -204,6 +234,7 @@ def page() -> str:
         "Predictions, not measurements: `make gpu-roofline` computes them, `make gpu` measures. Bytes and operations",
         f"are counted. The limits are the data sheet's: {BANDWIDTH / 1e12:.2f} TB/s, {peaks}.",
         f"Assumed: {assumed};",
+        f"{L2_BANDWIDTH / 1e12:.0f} TB/s from L2, which a convolution's tiles come from;",
         f"{LAUNCH * 1e6:.1f} µs from kernel to kernel in a CUDA graph; {steps[0]} a recurrent step of one gate in",
         f"cuDNN and {steps[1]} here, and where one processor cannot hold the weights {steps[2]} and {steps[3]}.",
         "cuDNN is taken to run one layer after another, which it need not.",
