@@ -125,9 +125,9 @@ def _registers_for_sums(problem: Problem, config: Config, precision: str, target
 
 def forward_config(problem: Problem, precision: str, target: _launch.Target) -> tuple[Config, int]:
     """conv_forward's tiles, and how many places of a window share the weight's: a divisor of their number, as many as
-    registers hold the sums of. Two programs fit a processor, so that one computes while the other begins or ends."""
+    registers hold the sums of. Two programs should fit a processor: one computes while the other begins or ends."""
     config = conv_config(problem, precision, target)
-    sums = config.block_pixels * config.block_out // (32 * config.num_warps)
+    sums = max(1, config.block_pixels * config.block_out // (32 * config.num_warps))  # registers of a place
     most = min(_MOST_TOGETHER, max(1, _registers_for_sums(problem, config, precision, target) // sums))
     together = max(n for n in range(1, most + 1) if problem.places % n == 0)
     size = problem.kind.dtype.itemsize
