@@ -116,6 +116,8 @@ _MOST_TOGETHER = 8  # places: a longer program only takes longer to compile
 
 def _registers_for_sums(problem: Problem, config: Config, precision: str, target: _launch.Target) -> int:
     """Of a thread, without spilling (tools/gpu_check.py)."""
+    if target.arch in (100, 103) and precision == "tf32":
+        return 32  # the compiler gives eight warps 128 registers each
     operands_elsewhere = target.backend == "hip" or target.arch in _launch.LARGE_TILES
     # In a loop every element of a patch of few channels has a place to be kept.
     if operands_elsewhere and (is_tap_by_tap(problem) or _steps(problem, config) == 1):
