@@ -131,6 +131,7 @@ class Called(TorchDispatchMode):
 
 
 @pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")  # stock's flatten_parameters
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # the same, in a torch with cuDNN
 @pytest.mark.parametrize(
     ("module", "sizes", "name"),
     [
