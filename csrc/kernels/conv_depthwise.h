@@ -33,8 +33,11 @@ void pack_depthwise(const ConvPoolForward<T>& call, int64_t first_item, int64_t 
 template <int pixels, int vectors, bool partial, class C>
 FASTNN_INLINE void depthwise_tile(const DepthwiseTap<C>* taps, int64_t count, int64_t from, int64_t step, int last,
                                   const Vec<C> (&bias)[vectors], C* to) {
+  // All loops over the registers are unrolled, or GCC would store them again after each product.
   Vec<C> total[pixels][vectors];
+#pragma GCC unroll 4
   for (int p = 0; p < pixels; ++p) {
+#pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
   sum_in_parts(count, total, [&](int64_t k) __attribute__((always_inline)) {
@@ -50,9 +53,21 @@ FASTNN_INLINE void depthwise_tile(const DepthwiseTap<C>* taps, int64_t count, in
       }
     }
   });
+#pragma GCC unroll 4
   for (int p = 0; p < pixels; ++p) {
+#pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) store(to + (p * vectors + v) * kLanes<C>, total[p][v]);
   }
+}
+
+constexpr int kDepthwisePixels = 4;  // of a register tile, at most
+
+template <int vectors, bool partial, class C>
+FASTNN_SHARED void depthwise_pixels(int64_t pixels, const DepthwiseTap<C>* taps, int64_t count, int64_t from,
+                                    int64_t step, int last, const Vec<C> (&bias)[vectors], C* to) {
+  with_constant<kDepthwisePixels>(static_cast<int>(pixels), [&](auto some) {
+    depthwise_tile<decltype(some)::value, vectors, partial>(taps, count, from, step, last, bias, to);
+  });
 }
 
 template <class T>
@@ -152,7 +167,6 @@ class DepthwiseForward {
   template <int vectors, bool partial>
   void conv_row(int64_t z, int64_t y, const C* weight, const Vec<C> (&bias)[vectors], C* to) {
     constexpr int64_t lanes = vectors * kLanes<C>;
-    constexpr int together = 4;
     const Range slices = taps_inside(g_, 0, z), rows = taps_inside(g_, 1, y);
     int64_t count = 0;  // taps of the kernel's rows that meet the input
     for (int64_t d = slices.first; d < slices.last; ++d) {
@@ -173,11 +187,8 @@ class DepthwiseForward {
         ++x;
         continue;
       }
-      const int64_t pixels = smaller(together, interior_.last - x);
-      with_constant<together>(static_cast<int>(pixels), [&](auto some) {
-        depthwise_tile<decltype(some)::value, vectors, partial>(scratch_.taps, count, x * step, step, last, bias,
-                                                                to + x * lanes);
-      });
+      const int64_t pixels = smaller(kDepthwisePixels, interior_.last - x);
+      depthwise_pixels<vectors, partial>(pixels, scratch_.taps, count, x * step, step, last, bias, to + x * lanes);
       x += pixels;
     }
   }
@@ -190,7 +201,7 @@ class DepthwiseForward {
     for (int64_t k = 0; k < count; k += g_.kernel[2]) {
       for (int64_t w = columns.first; w < columns.last; ++w) scratch_.edge_taps[inside++] = scratch_.taps[k + w];
     }
-    depthwise_tile<1, vectors, partial>(scratch_.edge_taps, inside, x * step, step, last, bias, to);
+    depthwise_pixels<vectors, partial>(1, scratch_.edge_taps, inside, x * step, step, last, bias, to);
   }
 
   // A row of the input, the block's channels innermost.

@@ -53,8 +53,10 @@ InputUnits input_units(const ConvPoolGeometry& g, const ConvLayout& input) {
   const int64_t image = (g.input[0] - 1) * input.d[0] + slice;
   const bool dense_slice = u.as_it_lies && input.d[1] >= row && input.d[1] < 2 * row;
   const bool dense_image = dense_slice && (g.input[0] == 1 || (input.d[0] >= slice && input.d[0] < 2 * slice));
-  u.whole_slices = dense_slice && slice <= most;
-  u.whole_image = u.whole_slices && dense_image && image <= most;
+  // Long rows that no tap meets are not transposed along with others.
+  const auto skips = [&](int d) { return g.stride[d] > g.kernel_extent(d) && g.input[2] >= kLanes<C>; };
+  u.whole_slices = dense_slice && slice <= most && !skips(1);
+  u.whole_image = u.whole_slices && dense_image && image <= most && !skips(0);
   u.size = u.whole_image ? image : u.whole_slices ? slice : u.as_it_lies ? row : g.input[2];
   for (int d = 0; d < 3; ++d) u.d[d] = u.as_it_lies ? input.d[d] : 1;
   // As many as lie under a row of windows; of all rows, if slices are needed again and there is room.
@@ -123,7 +125,7 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
     plan.band = larger(1, smaller(plan.band, kTileBytes / (under_row * static_cast<int64_t>(sizeof(C)))));
   }
   const int64_t others = g.batch * plan.block_parts;
-  plan.row_parts = others >= wanted ? 1 : smaller(rows, divide_up(wanted, others));
+  plan.row_parts = parts_of_rows(others, rows, ring_shape(g, plan).persistent ? rows_again(g) : 0, threads);
   plan.items = others * plan.row_parts;
   plan.pack_items = g.out_channels * blocks;
   plan.packed_size = g.out_channels * round_up(g.groups, kLanes<C>) * g.taps();

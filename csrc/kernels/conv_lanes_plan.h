@@ -73,7 +73,7 @@ struct LanesPlan {
 };
 
 template <class C>
-LanesPlan plan_lanes(const ConvPoolGeometry& g) {
+LanesPlan plan_lanes(const ConvPoolGeometry& g, int64_t threads) {
   LanesPlan best = {};
   // Bands have the same geometry only if no window reaches over the edge.
   const bool whole = g.pool_padding[1] == 0 && (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1) <= g.conv[1];
@@ -89,8 +89,9 @@ LanesPlan plan_lanes(const ConvPoolGeometry& g) {
       const int64_t tile = piece.in_channels * piece_extent(piece, 0) * piece_extent(piece, 1) * piece_extent(piece, 2);
       if (tile * lanes * static_cast<int64_t>(sizeof(C)) > kLaneTileBytes) continue;
       const double halo = static_cast<double>(bands * piece_extent(piece, 1)) / piece_extent(g, 1);
-      const double full =
-          pieces / round_up(static_cast<int64_t>(pieces), lanes) * g.output[1] / (bands * piece.output[1]);
+      const int64_t items = divide_up(g.batch * bands, lanes) * g.groups;
+      const double computed = static_cast<double>(round_up(items, threads) * lanes);
+      const double full = pieces * g.groups / computed * g.output[1] / (bands * piece.output[1]);
       const double useful = full * multiplications / (multiplications + kCopying * halo) * (vectors == 1 ? 0.95 : 1);
       if (useful <= best.useful) continue;
       best.useful = useful;

@@ -25,6 +25,8 @@
 #endif
 
 #define FASTNN_INLINE inline __attribute__((always_inline))
+// Of large templates that several callers share: compiled once.
+#define FASTNN_SHARED __attribute__((noinline))
 
 namespace fastnn {
 

@@ -1,44 +1,61 @@
+// Forward: which algorithm a call takes.
 #include "conv_relu_max_pool.h"
 
-#include "conv_backward.h"
-#include "conv_backward_depthwise.h"
 #include "conv_depthwise.h"
 #include "conv_direct.h"
+#include "conv_dots.h"
 #include "conv_lanes.h"
 #include "conv_rows.h"
-#include "conv_winners.h"
 #include "conv_winograd.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
+// Direct convolution, by pairs where that is cheaper.
+template <class T>
+ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, double& costs) {
+  using C = Compute<T>;
+  const ConvPoolPlan direct = plan_direct<T>(g, input, threads);
+  costs = direct_cost<C>(g, input, direct);
+  if (!kHasPairs<T> || !isa_multiplies_pairs()) return direct;
+  const ConvPoolGeometry in_pairs = tile_geometry<bfloat16x2>(g);
+  const ConvPoolPlan pairs = plan_direct<T, bfloat16x2>(in_pairs, input, threads, false);
+  const double pairs_costs = direct_cost<C>(in_pairs, input, pairs);
+  if (pairs_costs >= costs) return direct;
+  costs = pairs_costs;
+  return pairs;
+}
+
 // The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread,
 // since the choice must not depend on their number, nor with it the order of summation.
 template <class T>
-ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact) {
+ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
+                  bool exact) {
   using C = Compute<T>;
   const bool has_pairs = kHasPairs<T> && isa_multiplies_pairs();
   if (!exact && !has_pairs && sizeof(C) == sizeof(float) && winograd_pays<C>(g)) return plan_winograd<C>(g);
-  ConvPoolPlan direct = plan_direct<T>(g, input, threads);
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
-  double direct_costs = direct_cost<C>(g, input, direct);
-  if (has_pairs) {
-    const ConvPoolGeometry in_pairs = tile_geometry<bfloat16x2>(g);
-    const ConvPoolPlan pairs = plan_direct<T, bfloat16x2>(in_pairs, input, threads, false);
-    const double pairs_costs = direct_cost<C>(in_pairs, input, pairs);
-    if (pairs_costs < direct_costs) direct = pairs;
-    direct_costs = pairs_costs < direct_costs ? pairs_costs : direct_costs;
+  double direct_costs;
+  const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, direct_costs);
+  double dots_costs = direct_costs;
+  if (dots_apply(g, input, weight)) {
+    dots_costs = dots_cost<C>(g, input, weight, plan_dots<T>(g, input, weight, 1)) - packing_cost<C>(g);
   }
-  if (direct_costs < 1.02 * least) return direct;
-  const LanesPlan lanes = plan_lanes<C>(g);
+  if (dots_costs >= direct_costs && direct_costs < 1.02 * least) return direct;
+  const LanesPlan lanes = plan_lanes<C>(g, 1);
   const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
   const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
   const ConvPoolPlan depthwise = depthwise_applies(g) ? plan_depthwise<T>(g, input, threads) : direct;
   const double depthwise_costs = depthwise_applies(g) ? depthwise_cost<C>(g, depthwise) : direct_costs;
-  if (depthwise_costs < direct_costs && depthwise_costs < rows_costs && depthwise_costs < lanes_costs) return depthwise;
-  if (rows_costs < direct_costs && rows_costs < lanes_costs) return plan_rows<T>(g, input, threads);
-  return lanes_costs < direct_costs ? lanes.plan : direct;
+  const auto is_least = [&](double costs) {
+    return costs < direct_costs && costs <= dots_costs && costs <= depthwise_costs && costs <= rows_costs &&
+           costs <= lanes_costs;
+  };
+  if (is_least(dots_costs)) return plan_dots<T>(g, input, weight, threads);
+  if (is_least(depthwise_costs)) return depthwise;
+  if (is_least(rows_costs)) return plan_rows<T>(g, input, threads);
+  return is_least(lanes_costs) ? plan_lanes<C>(g, threads).plan : direct;
 }
 
 template <class T>
@@ -65,6 +82,8 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
       return pack_depthwise(call, first_item, last_item);
     case ConvAlgorithm::winograd:
       return pack_winograd(call, first_item, last_item);
+    case ConvAlgorithm::dots:  // nothing to pack
+      return;
   }
 }
 
@@ -84,47 +103,19 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
       return forward_depthwise(call, first_item, last_item, scratch);
     case ConvAlgorithm::winograd:
       return forward_winograd(call, first_item, last_item, scratch);
+    case ConvAlgorithm::dots:
+      return forward_dots(call, first_item, last_item, scratch);
   }
 }
 
-template <class C>
-ConvPoolBackwardPlan plan_backward(const ConvPoolGeometry& g) {
-  return depthwise_pays<C>(g) ? plan_depthwise_backward<C>(g) : plan_runs<C>(g);
-}
-
 template <class T>
-bool is_depthwise(const ConvPoolBackward<T>& call) {
-  return call.plan.algorithm == ConvBackwardAlgorithm::depthwise;
-}
-
-template <class T>
-void pack_backward(const ConvPoolBackward<T>& call) {
-  return is_depthwise(call) ? pack_depthwise_backward(call) : pack_runs(call);
-}
-
-template <class T>
-void backward(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
-              int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
-  return (is_depthwise(call) ? backward_depthwise<T> : backward_runs<T>)(call, first_image, last_image, first_block,
-                                                                         last_block, grad_weight, lost, grad_bias,
-                                                                         scratch);
-}
-
-template <class T>
-void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* grad_weight, T* to, const ConvLayout& layout) {
-  return is_depthwise(call) ? unpack_depthwise(call, grad_weight, to, layout)
-                            : unpack_runs(call, grad_weight, to, layout);
-}
-
-template <class T>
-constexpr ConvPoolKernels<T> kernels() {
-  return {plan<T>,          plan_holds<T>, pack<T>,          forward<T>,        plan_backward<Compute<T>>,
-          pack_backward<T>, backward<T>,   unpack_weight<T>, store_computed<T>, winners_are_valid<T>};
+constexpr ConvForwardKernels<T> kernels() {
+  return {plan<T>, plan_holds<T>, pack<T>, forward<T>};
 }
 
 }  // namespace
 
-extern const ConvPoolTable conv_relu_max_pool_kernels = {kernels<float>(), kernels<double>(), kernels<bfloat16>()};
+extern const ConvForwardTable conv_forward_kernels = {kernels<float>(), kernels<double>(), kernels<bfloat16>()};
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn
