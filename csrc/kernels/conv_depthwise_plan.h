@@ -53,10 +53,8 @@ InputUnits input_units(const ConvPoolGeometry& g, const ConvLayout& input) {
   const int64_t image = (g.input[0] - 1) * input.d[0] + slice;
   const bool dense_slice = u.as_it_lies && input.d[1] >= row && input.d[1] < 2 * row;
   const bool dense_image = dense_slice && (g.input[0] == 1 || (input.d[0] >= slice && input.d[0] < 2 * slice));
-  // Long rows that no tap meets are not transposed along with others.
-  const auto skips = [&](int d) { return g.stride[d] > g.kernel_extent(d) && g.input[2] >= kLanes<C>; };
-  u.whole_slices = dense_slice && slice <= most && !skips(1);
-  u.whole_image = u.whole_slices && dense_image && image <= most && !skips(0);
+  u.whole_slices = dense_slice && slice <= most;
+  u.whole_image = u.whole_slices && dense_image && image <= most;
   u.size = u.whole_image ? image : u.whole_slices ? slice : u.as_it_lies ? row : g.input[2];
   for (int d = 0; d < 3; ++d) u.d[d] = u.as_it_lies ? input.d[d] : 1;
   // As many as lie under a row of windows; of all rows, if slices are needed again and there is room.

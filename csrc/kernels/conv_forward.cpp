@@ -12,6 +12,9 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
+template <class T>
+constexpr bool kHasWinograd = sizeof(Compute<T>) == sizeof(float);
+
 // Direct convolution, by pairs where that is cheaper.
 template <class T>
 ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, double& costs) {
@@ -34,7 +37,7 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
                   bool exact) {
   using C = Compute<T>;
   const bool has_pairs = kHasPairs<T> && isa_multiplies_pairs();
-  if (!exact && !has_pairs && sizeof(C) == sizeof(float) && winograd_pays<C>(g)) return plan_winograd<C>(g);
+  if (!exact && !has_pairs && kHasWinograd<T> && winograd_pays<C>(g)) return plan_winograd<C>(g);
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
   double direct_costs;
   const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, direct_costs);
@@ -81,7 +84,8 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
     case ConvAlgorithm::depthwise:
       return pack_depthwise(call, first_item, last_item);
     case ConvAlgorithm::winograd:
-      return pack_winograd(call, first_item, last_item);
+      if constexpr (kHasWinograd<T>) pack_winograd(call, first_item, last_item);
+      return;
     case ConvAlgorithm::dots:  // nothing to pack
       return;
   }
@@ -102,7 +106,8 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
     case ConvAlgorithm::depthwise:
       return forward_depthwise(call, first_item, last_item, scratch);
     case ConvAlgorithm::winograd:
-      return forward_winograd(call, first_item, last_item, scratch);
+      if constexpr (kHasWinograd<T>) forward_winograd(call, first_item, last_item, scratch);
+      return;
     case ConvAlgorithm::dots:
       return forward_dots(call, first_item, last_item, scratch);
   }

@@ -118,11 +118,8 @@ class LanesForward {
       pieces_[i] = {piece / bands, piece % bands * piece_.output[1]};
     }
     load_tile();
-    if (call_.plan.lane_vectors == 2) {
-      run_blocks<2>();
-    } else {
-      run_blocks<1>();
-    }
+    if (call_.plan.lane_vectors == 2) return run_blocks<2>();
+    if constexpr (kLeastLaneVectors<C> == 1) run_blocks<1>();
   }
 
  private:

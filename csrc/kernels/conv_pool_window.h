@@ -260,8 +260,8 @@ FASTNN_INLINE bool pools_columns(const ConvPoolGeometry& g, int64_t row_count) {
 // One row of pooled pixels, [first, last), into `to` and `winners` (columns, vectors x lanes).
 // rows[..].pixels point to the conv pixel `first_conv`.
 template <class C, int vectors, bool with_winners>
-void pool_row(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv, int64_t first,
-              int64_t last, C* to, uint8_t* winners) {
+FASTNN_SHARED void pool_row(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv,
+                            int64_t first, int64_t last, C* to, uint8_t* winners) {
   constexpr int64_t pixel = vectors * kLanes<C>;
   const int64_t stride = g.pool_stride[2], padding = g.pool_padding[2];
   // Windows that lie on the convolution's output whole.
