@@ -33,8 +33,11 @@ void pack_depthwise(const ConvPoolForward<T>& call, int64_t first_item, int64_t 
 template <int pixels, int vectors, bool partial, class C>
 FASTNN_INLINE void depthwise_tile(const DepthwiseTap<C>* taps, int64_t count, int64_t from, int64_t step, int last,
                                   const Vec<C> (&bias)[vectors], C* to) {
+  // All loops over the registers are unrolled, or GCC would store them again after each product.
   Vec<C> total[pixels][vectors];
+#pragma GCC unroll 8
   for (int p = 0; p < pixels; ++p) {
+#pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
   sum_in_parts(count, total, [&](int64_t k) __attribute__((always_inline)) {
@@ -42,7 +45,7 @@ FASTNN_INLINE void depthwise_tile(const DepthwiseTap<C>* taps, int64_t count, in
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
       const Vec<C> weight = load(taps[k].weight + v * kLanes<C>);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int p = 0; p < pixels; ++p) {
         const C* pixel = at + p * step + v * kLanes<C>;
         const Vec<C> value = partial && v == vectors - 1 ? load_partial<C>(pixel, last) : load(pixel);
@@ -50,9 +53,30 @@ FASTNN_INLINE void depthwise_tile(const DepthwiseTap<C>* taps, int64_t count, in
       }
     }
   });
+#pragma GCC unroll 8
   for (int p = 0; p < pixels; ++p) {
+#pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) store(to + (p * vectors + v) * kLanes<C>, total[p][v]);
   }
+}
+
+// Conv pixels of a register tile: many where there are registers for them, since a tile reads all of the weight.
+constexpr int kDepthwisePixels = FASTNN_VECTOR_BYTES == 64 ? 8 : 4, kFewPixels = 4;
+
+// At most as many pixels as wanted; returns how many.
+template <int vectors, bool partial, class C>
+FASTNN_SHARED int64_t depthwise_pixels(int64_t wanted, const DepthwiseTap<C>* taps, int64_t count, int64_t from,
+                                       int64_t step, int last, const Vec<C> (&bias)[vectors], C* to) {
+  const auto run = [&](auto pixels) {
+    depthwise_tile<decltype(pixels)::value, vectors, partial>(taps, count, from, step, last, bias, to);
+  };
+  if (wanted >= kDepthwisePixels) {
+    run(Constant<kDepthwisePixels>{});
+    return kDepthwisePixels;
+  }
+  const int64_t pixels = smaller(wanted, kFewPixels);
+  with_constant<kFewPixels>(static_cast<int>(pixels), run);
+  return pixels;
 }
 
 template <class T>
@@ -152,7 +176,6 @@ class DepthwiseForward {
   template <int vectors, bool partial>
   void conv_row(int64_t z, int64_t y, const C* weight, const Vec<C> (&bias)[vectors], C* to) {
     constexpr int64_t lanes = vectors * kLanes<C>;
-    constexpr int together = 4;
     const Range slices = taps_inside(g_, 0, z), rows = taps_inside(g_, 1, y);
     int64_t count = 0;  // taps of the kernel's rows that meet the input
     for (int64_t d = slices.first; d < slices.last; ++d) {
@@ -173,12 +196,14 @@ class DepthwiseForward {
         ++x;
         continue;
       }
-      const int64_t pixels = smaller(together, interior_.last - x);
-      with_constant<together>(static_cast<int>(pixels), [&](auto some) {
-        depthwise_tile<decltype(some)::value, vectors, partial>(scratch_.taps, count, x * step, step, last, bias,
-                                                                to + x * lanes);
-      });
-      x += pixels;
+      // A whole last vector reaches into the next pixel, as long as there is one.
+      const int64_t wanted = smaller(kDepthwisePixels, interior_.last - x);
+      const int64_t past = (x + wanted - 1) * g_.stride[2] - g_.padding[2] + g_.kernel_extent(2);
+      x += partial && (past >= g_.input[2] || step_[2] < kLanes<C>)
+               ? depthwise_pixels<vectors, partial>(wanted, scratch_.taps, count, x * step, step, last, bias,
+                                                    to + x * lanes)
+               : depthwise_pixels<vectors, false>(wanted, scratch_.taps, count, x * step, step, last, bias,
+                                                  to + x * lanes);
     }
   }
 
@@ -190,7 +215,7 @@ class DepthwiseForward {
     for (int64_t k = 0; k < count; k += g_.kernel[2]) {
       for (int64_t w = columns.first; w < columns.last; ++w) scratch_.edge_taps[inside++] = scratch_.taps[k + w];
     }
-    depthwise_tile<1, vectors, partial>(scratch_.edge_taps, inside, x * step, step, last, bias, to);
+    depthwise_pixels<vectors, partial>(1, scratch_.edge_taps, inside, x * step, step, last, bias, to);
   }
 
   // A row of the input, the block's channels innermost.

@@ -123,7 +123,7 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
     plan.band = larger(1, smaller(plan.band, kTileBytes / (under_row * static_cast<int64_t>(sizeof(C)))));
   }
   const int64_t others = g.batch * plan.block_parts;
-  plan.row_parts = others >= wanted ? 1 : smaller(rows, divide_up(wanted, others));
+  plan.row_parts = parts_of_rows(others, rows, ring_shape(g, plan).persistent ? rows_again(g) : 0, threads);
   plan.items = others * plan.row_parts;
   plan.pack_items = g.out_channels * blocks;
   plan.packed_size = g.out_channels * round_up(g.groups, kLanes<C>) * g.taps();

@@ -96,7 +96,7 @@ class DirectForward {
         g_(tile_geometry<E>(call.geometry)),
         plan_(call.plan),
         ring_shape_(ring_shape(g_, call.plan)),
-        pools_in_tiles_(windows_are_apart(g_) && !call.plan.skips_padding),
+        pools_in_tiles_(kPoolsInTiles<C> && windows_are_apart(g_) && !call.plan.skips_padding),
         scratch_(g_, call.plan, memory) {
     if (plan_.in_place) {
       for (int d = 0; d < 3; ++d) step_[d] = call.input_layout.d[d];
@@ -208,7 +208,7 @@ class DirectForward {
       C* to = scratch_.stage + (row - first) * columns * pixel;
       uint8_t* winners = scratch_.winner_stage + (row - first) * columns * pixel;
       if (in_tiles) {
-        pool_in_tiles<vectors, with_winners>(block, slice, row, bias, to, winners);
+        pool_in_tiles<vectors, with_winners>(block, channels, slice, row, bias, to, winners);
         continue;
       }
       const int64_t count = window_rows<vectors>(block, slice, row, bias);
@@ -263,40 +263,32 @@ class DirectForward {
     return tile_ + (z - first_conv_[0]) * g_.stride[0] * step_[0] + (y - first_conv_[1]) * g_.stride[1] * step_[1];
   }
 
-  // Asks for the lines of the output that begin within pooled pixels [first, first + count), should channels come
-  // first: one of each channel is more than the hardware foresees.
-  template <int vectors>
-  FASTNN_INLINE void prefetch_output(int64_t block, int64_t first, int64_t count) {
-    constexpr int64_t line = 64 / sizeof(T);
+  // A row of the output from pixel `at` on; without lines to ask for where channels come last.
+  OutputLines output_lines(int64_t block, int64_t channels, int64_t at) const {
     const ConvLayout& layout = call_.output_layout;
-    if (layout.d[2] != 1 || first / line == (first + count) / line) return;
-    const int64_t channel = block * kBlockChannels<C>;
-    const int64_t channels = smaller(vectors * kLanes<C>, g_.out_channels - channel);
-    const T* to = call_.output + image_ * layout.n + (group_ * g_.out_channels + channel) * layout.c + first + count;
-    for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(to + c * layout.c, 1);
+    const int64_t size = sizeof(T), channel = group_ * g_.out_channels + block * kBlockChannels<C>;
+    const T* row = call_.output + image_ * layout.n + channel * layout.c + at;
+    return {layout.d[2] == 1 ? reinterpret_cast<const char*>(row) : nullptr, size, layout.c * size, channels};
   }
 
   // A row of windows that share no pixel, none of which is NaN.
   template <int vectors, bool with_winners>
-  void pool_in_tiles(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors], C* to,
+  void pool_in_tiles(int64_t block, int64_t channels, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors], C* to,
                      uint8_t* winners) {
     const int64_t windows = last_column_ - first_column_;
     const int64_t at = (slice * g_.output[1] + row) * g_.output[2] + first_column_;
+    const OutputLines lines = output_lines(block, channels, at);
     with_constant<kMostTileTaps>(static_cast<int>(g_.pool_kernel[2]), [&](auto taps_constant) {
       constexpr int taps = decltype(taps_constant)::value;
-      if constexpr (taps > 1) {
+      if constexpr (taps > 1 && kPoolsInTiles<C>) {
         // The ring's memory, not used otherwise.
         PooledRow<C, taps, vectors, with_winners> pooled = {to, reinterpret_cast<Places<C>*>(scratch_.ring), 0, true};
         for (int64_t i = 0; i < g_.pool_kernel[0]; ++i) {
           const int64_t z = slice * g_.pool_stride[0] + i * g_.pool_dilation[0];
           for (int64_t j = 0; j < g_.pool_kernel[1]; ++j) {
             const int64_t y = row * g_.pool_stride[1] + j * g_.pool_dilation[1];
-            const auto add = [&](int64_t first, const auto& conv) __attribute__((always_inline)) {
-              if (pooled.is_first) prefetch_output<vectors>(block, at + first, sizeof(conv) / sizeof(conv[0]) / taps);
-              pooled.add(first, conv);
-            };
-            conv_groups<taps, vectors, kLongestSum>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets,
-                                                    g_.depth(), block_weight(block), bias, windows, add);
+            pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, g_.depth(), block_weight(block),
+                          bias, windows, lines, pooled);
             pooled.is_first = false;
             pooled.place += taps;
           }

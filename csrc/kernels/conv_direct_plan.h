@@ -32,6 +32,17 @@ FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan
   return {smaller(g.conv[0], g.pool_extent(0)), rows, columns, overlap_depth || overlap_height};
 }
 
+// What a part of the rows computes anew of what the one before it has computed, in rows of windows.
+FASTNN_INLINE double rows_again(const ConvPoolGeometry& g) {
+  double again = 0, rows = 1;
+  for (int d = 1; d >= 0; --d) {
+    if (g.output[d] > 1)
+      again += larger(0, g.pool_extent(d) - g.pool_stride[d]) * rows / static_cast<double>(g.pool_stride[d]);
+    rows *= static_cast<double>(g.output[d]);
+  }
+  return again;
+}
+
 // From one channel's part of the tile to the next. An odd number of cache lines if channels come first: a power of two
 // would put all channels into few of the cache's sets.
 template <class C>
@@ -98,19 +109,19 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
     ++plan.band;
   }
   // Whole images where there are enough of them; else parts of their rows, and last of their channels.
-  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
   const int64_t rows = g.output[0] * g.output[1];
   const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
+  const bool persistent = ring_shape(g, plan).persistent;
   plan.items = g.batch * g.groups * plan.column_parts;
-  plan.row_parts = plan.items >= wanted ? 1 : smaller(rows, divide_up(wanted, plan.items));
-  if (input.c == 1 && g.groups > 1 && !ring_shape(g, plan).persistent) {
+  plan.row_parts = parts_of_rows(plan.items, rows, persistent ? rows_again(g) : 0, threads);
+  if (input.c == 1 && g.groups > 1 && !persistent) {
     // So that the groups find their input in cache.
     const int64_t bytes =
         g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(T));
     plan.row_parts = larger(plan.row_parts, smaller(rows, divide_up(bytes, kTileBytes)));
   }
   plan.items *= plan.row_parts;
-  plan.block_parts = plan.items >= wanted ? 1 : smaller(blocks, divide_up(wanted, plan.items));
+  plan.block_parts = plan.items >= threads ? 1 : smaller(blocks, divide_up(threads, plan.items));
   plan.items *= plan.block_parts;
   plan.pack_items = g.groups * blocks;
   plan.packed_size = g.groups * g.depth() * round_up(g.out_channels, kLanes<C>);

@@ -35,8 +35,11 @@ FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offset
                               const Vec<C> (&bias)[outputs][vectors], C* to, int64_t output_step) {
   constexpr int64_t pixel = vectors * kLanes<C>;
   Vec<C> total[pixels * outputs][vectors];
+#pragma GCC unroll 4
   for (int p = 0; p < pixels; ++p) {
+#pragma GCC unroll 12
     for (int o = 0; o < outputs; ++o) {
+#pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) total[p * outputs + o][v] = bias[o][v];
     }
   }
@@ -45,20 +48,41 @@ FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offset
 #pragma GCC unroll 4
     for (int p = 0; p < pixels; ++p) {
       Vec<C> value[vectors];
+#pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) value[v] = load(at + p * step + v * kLanes<C>);
 #pragma GCC unroll 12
       for (int o = 0; o < outputs; ++o) {
+#pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) total[p * outputs + o][v] += value[v] * broadcast<C>(weight[o]);
       }
     }
     weight += outputs;
   });
+#pragma GCC unroll 4
   for (int p = 0; p < pixels; ++p) {
+#pragma GCC unroll 12
     for (int o = 0; o < outputs; ++o) {
+#pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
         store(to + o * output_step + p * pixel + v * kLanes<C>, total[p * outputs + o][v]);
       }
     }
+  }
+}
+
+// `count` conv pixels of a row.
+template <int vectors, int outputs, class C>
+FASTNN_SHARED void lanes_row(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+                             const Vec<C> (&bias)[outputs][vectors], int64_t count, C* to) {
+  constexpr int most = 2 * kLaneOutputs / (outputs * vectors);  // as many accumulators in one vector as in two
+  constexpr int together = most < kLanePixels ? most : kLanePixels;
+  constexpr int64_t pixel = vectors * kLanes<C>;
+  int64_t x = 0;
+  for (; x + together <= count; x += together) {
+    lanes_tile<together>(tile + x * step, step, offsets, depth, weight, bias, to + x * pixel, count * pixel);
+  }
+  for (; x < count; ++x) {
+    lanes_tile<1>(tile + x * step, step, offsets, depth, weight, bias, to + x * pixel, count * pixel);
   }
 }
 
@@ -94,11 +118,8 @@ class LanesForward {
       pieces_[i] = {piece / bands, piece % bands * piece_.output[1]};
     }
     load_tile();
-    if (call_.plan.lane_vectors == 2) {
-      run_blocks<2>();
-    } else {
-      run_blocks<1>();
-    }
+    if (call_.plan.lane_vectors == 2) return run_blocks<2>();
+    if constexpr (kLeastLaneVectors<C> == 1) run_blocks<1>();
   }
 
  private:
@@ -208,9 +229,10 @@ class LanesForward {
     const ConvRing<C> ring = {scratch_.ring, scratch_.tags, smaller(piece_.conv[0], piece_.pool_extent(0)),
                               smaller(piece_.conv[1], piece_.pool_extent(1)), outputs * plane};
     ring.forget();
+    const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
     const auto compute = [&](int64_t z, int64_t y, C* to) {
       const C* tile = scratch_.tile + z * g_.stride[0] * step_[0] + y * g_.stride[1] * step_[1];
-      conv_row<vectors, outputs>(first, tile, bias, to);
+      lanes_row(tile, g_.stride[2] * step_[2], scratch_.offsets, g_.depth(), weight, bias, piece_.conv[2], to);
     };
     for (int64_t z = 0; z < piece_.output[0]; ++z) {
       for (int64_t y = 0; y < piece_.output[1]; ++y) {
@@ -233,20 +255,6 @@ class LanesForward {
       write(first + o, scratch_.stage + at, scratch_.plane, call_.output);
       if (call_.winners) write(first + o, scratch_.winner_stage + at, scratch_.winner_plane, call_.winners);
     }
-  }
-
-  template <int vectors, int outputs>
-  void conv_row(int64_t first, const C* tile, const Vec<C> (&bias)[outputs][vectors], C* to) {
-    constexpr int together = kLaneOutputs / outputs < kLanePixels ? kLaneOutputs / outputs : kLanePixels;
-    const int64_t step = g_.stride[2] * step_[2], count = piece_.conv[2];
-    const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
-    const auto run = [&](auto pixels, int64_t x) {
-      lanes_tile<decltype(pixels)::value, outputs, vectors>(tile + x * step, step, scratch_.offsets, g_.depth(), weight,
-                                                            bias, to + x * lanes_, count * lanes_);
-    };
-    int64_t x = 0;
-    for (; x + together <= count; x += together) run(Constant<together>{}, x);
-    for (; x < count; ++x) run(Constant<1>{}, x);
   }
 
   // One output channel's pooled pixels [pixel][lane] to where each lane's belong.

@@ -9,6 +9,9 @@ namespace FASTNN_ISA {
 constexpr int kLaneOutputs = FASTNN_VECTOR_BYTES == 64 ? 12 : 6;  // output channels of a register tile
 constexpr int kLanePixels = 4;                                    // conv pixels of one, at most
 constexpr int64_t kLaneTileBytes = 256 << 10;
+// Of pieces in a register tile. In float64 always two, for the sake of the build's time.
+template <class C>
+constexpr int kLeastLaneVectors = sizeof(C) == sizeof(float) ? 1 : 2;
 
 // The geometry of one piece.
 FASTNN_INLINE ConvPoolGeometry piece_geometry(const ConvPoolGeometry& g, int64_t bands) {
@@ -73,7 +76,7 @@ struct LanesPlan {
 };
 
 template <class C>
-LanesPlan plan_lanes(const ConvPoolGeometry& g) {
+LanesPlan plan_lanes(const ConvPoolGeometry& g, int64_t threads) {
   LanesPlan best = {};
   // Bands have the same geometry only if no window reaches over the edge.
   const bool whole = g.pool_padding[1] == 0 && (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1) <= g.conv[1];
@@ -84,13 +87,14 @@ LanesPlan plan_lanes(const ConvPoolGeometry& g) {
   for (int64_t bands = 1; bands <= most_bands; ++bands) {
     const ConvPoolGeometry piece = piece_geometry(g, bands);
     const double pieces = static_cast<double>(g.batch * bands);
-    for (int vectors = 1; vectors <= 2; ++vectors) {
+    for (int vectors = kLeastLaneVectors<C>; vectors <= 2; ++vectors) {
       const int64_t lanes = vectors * kLanes<C>;
       const int64_t tile = piece.in_channels * piece_extent(piece, 0) * piece_extent(piece, 1) * piece_extent(piece, 2);
       if (tile * lanes * static_cast<int64_t>(sizeof(C)) > kLaneTileBytes) continue;
       const double halo = static_cast<double>(bands * piece_extent(piece, 1)) / piece_extent(g, 1);
-      const double full =
-          pieces / round_up(static_cast<int64_t>(pieces), lanes) * g.output[1] / (bands * piece.output[1]);
+      const int64_t items = divide_up(g.batch * bands, lanes) * g.groups;
+      const double computed = static_cast<double>(round_up(items, threads) * lanes);
+      const double full = pieces * g.groups / computed * g.output[1] / (bands * piece.output[1]);
       const double useful = full * multiplications / (multiplications + kCopying * halo) * (vectors == 1 ? 0.95 : 1);
       if (useful <= best.useful) continue;
       best.useful = useful;

@@ -8,6 +8,9 @@ namespace fastnn {
 namespace FASTNN_ISA {
 
 constexpr int kMostTileTaps = 4;  // consecutive pixels of a window
+// Not in float64: its share of the build's time would be more than it is worth.
+template <class C>
+constexpr bool kPoolsInTiles = sizeof(C) == sizeof(float);
 
 // Whether every window lies on the convolution's output whole, and beside the others.
 FASTNN_INLINE bool windows_are_apart(const ConvPoolGeometry& g) {
@@ -59,6 +62,36 @@ struct PooledRow {
     }
   }
 };
+
+// A row of the output that is written later, should channels come first: its lines are asked for ahead, since one of
+// each channel is more than the hardware foresees.
+struct OutputLines {
+  const char* row;                // of the first channel; null for none
+  int64_t element, channel_step;  // in bytes
+  int64_t channels;
+
+  // Those that begin within pixels [first, first + count).
+  FASTNN_INLINE void ask_for(int64_t first, int64_t count) const {
+    constexpr uintptr_t line = 64;
+    const char *from = row + first * element, *past = from + count * element;
+    if (!row || reinterpret_cast<uintptr_t>(from) / line == reinterpret_cast<uintptr_t>(past) / line) return;
+    for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(past + c * channel_step, 1);
+  }
+};
+
+// A row of conv pixels, pooled into the windows that it belongs to.
+template <int taps, int vectors, bool with_winners, class E, class C = Compute<E>>
+FASTNN_SHARED void pool_conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
+                                 const Vec<C> (&bias)[vectors], int64_t windows, const OutputLines& lines,
+                                 PooledRow<C, taps, vectors, with_winners> pooled) {
+  conv_groups<taps, vectors, kLongestSum>(tile, step, offsets, depth, weight, bias, windows,
+                                          [&](int64_t first, const auto& conv) __attribute__((always_inline)) {
+                                            if (pooled.is_first) {
+                                              lines.ask_for(first, sizeof(conv) / sizeof(conv[0]) / taps);
+                                            }
+                                            pooled.add(first, conv);
+                                          });
+}
 
 // Places in windows -> bytes, with the mark of those without a gradient.
 template <class C>

@@ -8,6 +8,9 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+constexpr int kMostWindowSide = 3;        // rows, and columns, of windows that there is code for place by place
+constexpr int64_t kLargestTogether = 32;  // conv pixels of a row whose largest values are kept at once
+
 // Places in a window, as wide as what they are selected by.
 template <class T>
 using Places = Vec<typename IntegerOf<T>::Type>;
@@ -175,6 +178,50 @@ bool pool_finite_windows(const WindowRow<C>* rows, int64_t start, int64_t tap_st
   return !has_nan<C>(all);
 }
 
+// `count` whole windows of any number of rows, of which only the values are wanted, in the same hope: the largest of
+// each column's pixels first, which serves all windows that have the column.
+template <class C, int vectors>
+bool pool_finite_columns(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t start,
+                         int64_t count, C* to) {
+  constexpr int64_t pixel = vectors * kLanes<C>;
+  C largest[kLargestTogether * pixel];
+  const int64_t stride = g.pool_stride[2], together = (kLargestTogether - g.pool_extent(2)) / stride + 1;
+  Vec<C> total[vectors] = {};  // NaN once a NaN has been seen
+  for (int64_t first = 0; first < count; first += together) {
+    const int64_t windows = smaller(together, count - first), columns = (windows - 1) * stride + g.pool_extent(2);
+    const int64_t from = start + first * stride * pixel;
+    for (int64_t i = 0; i < columns * pixel; i += pixel) {
+      Vec<C> best[vectors];
+      for (int v = 0; v < vectors; ++v) {
+        const Vec<C> value = load(rows[0].pixels + from + i + v * kLanes<C>);
+        total[v] += value;
+        best[v] = relu(value);
+      }
+      for (int64_t r = 1; r < row_count; ++r) {
+        for (int v = 0; v < vectors; ++v) {
+          const Vec<C> value = load(rows[r].pixels + from + i + v * kLanes<C>);
+          total[v] += value;
+          best[v] = larger_of(value, best[v]);
+        }
+      }
+      for (int v = 0; v < vectors; ++v) store(largest + i + v * kLanes<C>, best[v]);
+    }
+    for (int64_t w = 0; w < windows; ++w, to += pixel) {
+      for (int v = 0; v < vectors; ++v) {
+        const C* column = largest + w * stride * pixel + v * kLanes<C>;
+        Vec<C> best = load(column);
+        for (int64_t t = 1; t < g.pool_kernel[2]; ++t) {
+          best = larger_of(load(column + t * g.pool_dilation[2] * pixel), best);
+        }
+        store(to + v * kLanes<C>, best);
+      }
+    }
+  }
+  Vec<C> all = total[0];
+  for (int v = 1; v < vectors; ++v) all += total[v];
+  return !has_nan<C>(all);
+}
+
 // The windows [first, last) of a row, whatever they hold and wherever they lie.
 template <class C, int vectors, bool with_winners>
 void pool_any_windows(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv,
@@ -202,26 +249,35 @@ void pool_any_windows(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64
   }
 }
 
+// Whether windows of `row_count` rows are pooled column by column: where that takes fewer steps than place by place, or
+// there is no code for so many places.
+FASTNN_INLINE bool pools_columns(const ConvPoolGeometry& g, int64_t row_count) {
+  if (g.pool_extent(2) > kLargestTogether || g.pool_stride[2] > g.pool_extent(2)) return false;
+  const int64_t taps = g.pool_kernel[2], by_columns = row_count * g.pool_stride[2] + taps + 1;
+  return row_count > kMostWindowSide || taps > kMostWindowSide || by_columns < row_count * taps;
+}
+
 // One row of pooled pixels, [first, last), into `to` and `winners` (columns, vectors x lanes).
 // rows[..].pixels point to the conv pixel `first_conv`.
 template <class C, int vectors, bool with_winners>
-void pool_row(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv, int64_t first,
-              int64_t last, C* to, uint8_t* winners) {
+FASTNN_SHARED void pool_row(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv,
+                            int64_t first, int64_t last, C* to, uint8_t* winners) {
   constexpr int64_t pixel = vectors * kLanes<C>;
-  constexpr int most = 3;
   const int64_t stride = g.pool_stride[2], padding = g.pool_padding[2];
   // Windows that lie on the convolution's output whole.
   const int64_t room = g.conv[2] + padding - g.pool_extent(2);
   const int64_t whole_first = smaller(last, larger(first, divide_up(padding, stride)));
   const int64_t whole_last = smaller(last, larger(whole_first, room < 0 ? 0 : room / stride + 1));
   const int64_t at = (whole_first - first) * pixel;
+  const int64_t start = (whole_first * stride - padding - first_conv) * pixel, whole = whole_last - whole_first;
   bool done = false;
-  if (row_count >= 1 && row_count <= most && g.pool_kernel[2] <= most && whole_last > whole_first) {
-    with_constant<most>(static_cast<int>(row_count), [&](auto rows_constant) {
-      with_constant<most>(static_cast<int>(g.pool_kernel[2]), [&](auto taps_constant) {
+  if (!with_winners && row_count >= 1 && whole > 0 && pools_columns(g, row_count)) {
+    done = pool_finite_columns<C, vectors>(g, rows, row_count, start, whole, to + at);
+  } else if (row_count >= 1 && row_count <= kMostWindowSide && g.pool_kernel[2] <= kMostWindowSide && whole > 0) {
+    with_constant<kMostWindowSide>(static_cast<int>(row_count), [&](auto rows_constant) {
+      with_constant<kMostWindowSide>(static_cast<int>(g.pool_kernel[2]), [&](auto taps_constant) {
         done = pool_finite_windows<decltype(rows_constant)::value, decltype(taps_constant)::value, C, vectors,
-                                   with_winners>(rows, (whole_first * stride - padding - first_conv) * pixel,
-                                                 g.pool_dilation[2] * pixel, stride * pixel, whole_last - whole_first,
+                                   with_winners>(rows, start, g.pool_dilation[2] * pixel, stride * pixel, whole,
                                                  to + at, winners + (with_winners ? at : 0));
       });
     });

@@ -50,6 +50,7 @@ enum class ConvAlgorithm : int32_t {
   lanes,      // conv_lanes.h: independent pieces of the problem in the lanes
   depthwise,  // conv_depthwise.h: groups of one channel in the lanes
   winograd,   // conv_winograd.h: fewer multiplications
+  dots,       // conv_dots.h: the depth of the product in the lanes
 };
 
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.
@@ -65,6 +66,7 @@ struct ConvPoolPlan {
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together
   int64_t row_parts, block_parts;
+  int64_t tile_groups;  // conv_rows.h: groups that are copied together
   // conv_lanes.h
   int64_t bands;  // of an image's rows: pieces
   int lane_vectors;
@@ -116,16 +118,20 @@ struct ConvPoolBackward {
 };
 
 template <class T>
-struct ConvPoolKernels {
+struct ConvForwardKernels {
   // `exact`: not an algorithm that large or infinite elements would spoil.
-  ConvPoolPlan (*plan)(const ConvPoolGeometry&, const ConvLayout& input, int64_t threads, bool exact);
+  ConvPoolPlan (*plan)(const ConvPoolGeometry&, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
+                       bool exact);
   // Whether the elements are such that the call's plan may be followed.
   bool (*plan_holds)(const ConvPoolForward<T>&);
   void (*pack)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item);
   void (*forward)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item, void* scratch);
+};
 
-  ConvPoolBackwardPlan (*plan_backward)(const ConvPoolGeometry&);
-  void (*pack_backward)(const ConvPoolBackward<T>&);
+template <class T>
+struct ConvBackwardKernels {
+  ConvPoolBackwardPlan (*plan)(const ConvPoolGeometry&);
+  void (*pack)(const ConvPoolBackward<T>&);
   // The gradients that images [first_image, last_image) and blocks [first_block, last_block) contribute.
   // grad_weight (weight_size), with zeros of the same size to take note of rounding, and grad_bias (groups x
   // out_channels) are added to; either may be null.
@@ -138,8 +144,10 @@ struct ConvPoolKernels {
   bool (*winners_are_valid)(const ConvPoolGeometry&, const uint8_t* winners, const ConvLayout&);
 };
 
-using ConvPoolTable = PerDtype<ConvPoolKernels>;
+using ConvForwardTable = PerDtype<ConvForwardKernels>;
+using ConvBackwardTable = PerDtype<ConvBackwardKernels>;
 
 }  // namespace fastnn
 
-FASTNN_DECLARE_KERNELS(ConvPoolTable, conv_relu_max_pool_kernels)
+FASTNN_DECLARE_KERNELS(ConvForwardTable, conv_forward_kernels)
+FASTNN_DECLARE_KERNELS(ConvBackwardTable, conv_backward_kernels)

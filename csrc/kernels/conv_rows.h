@@ -32,9 +32,12 @@ template <int outputs, int vectors, class C>
 FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t* offsets, int64_t depth,
                              const C* weight, const C* bias, C* to, int64_t to_step) {
   const C* from[vectors];
+#pragma GCC unroll 16
   for (int v = 0; v < vectors; ++v) from[v] = tile + first[v];
   Vec<C> total[outputs][vectors];
+#pragma GCC unroll 16
   for (int o = 0; o < outputs; ++o) {
+#pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) total[o][v] = broadcast<C>(bias[o]);
   }
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
@@ -69,15 +72,36 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t*
   }
 }
 
+// The conv pixels of a slice, whose rows have `columns`. Where vectors may not read beyond the run, its last one ends
+// with it, as a row's does.
+template <int outputs, class C>
+FASTNN_SHARED void rows_slice(const RowShape& s, int64_t columns, bool within_run, const C* tile,
+                              const int64_t* offsets, int64_t depth, const C* weight, const C* bias, C* to,
+                              int64_t to_step) {
+  constexpr int most = row_vectors(outputs);
+  const int64_t last = s.by_rows ? columns : within_run ? s.run : s.vectors * kLanes<C>;
+  const int64_t in_row = s.by_rows ? divide_up(last, kLanes<C>) : s.vectors;
+  const int64_t tiles = divide_up(s.vectors, most);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = s.vectors * t / tiles, count = s.vectors * (t + 1) / tiles - begin;
+    int64_t at[most];
+    for (int64_t v = 0; v < count; ++v) {
+      const int64_t row = (begin + v) / in_row, column = (begin + v) % in_row * kLanes<C>;
+      at[v] = row * s.pitch + smaller(column, last - kLanes<C>);
+    }
+    with_constant<most>(static_cast<int>(count), [&](auto vectors) {
+      rows_tile<outputs, decltype(vectors)::value>(tile, at, offsets, depth, weight, bias, to, to_step);
+    });
+  }
+}
+
 // A vector of every `stride`-th element; a fixed stride of 0 stands for one known only at run time.
 template <int fixed_stride, class C>
 FASTNN_INLINE Vec<C> load_strided(const C* from, int64_t stride) {
   if constexpr (fixed_stride == 1) {
     return load(from);
-  } else if constexpr (fixed_stride == 2) {
-    return every_second<C>(load(from), load(from + kLanes<C>));
-  } else if constexpr (fixed_stride == 4) {
-    return every_second<C>(load_strided<2>(from, 2), load_strided<2>(from + 2 * kLanes<C>, 2));
+  } else if constexpr (fixed_stride > 1) {
+    return load_strided_up_to<fixed_stride>(from, fixed_stride * kLanes<C>);
   } else {
     C lanes[kLanes<C>];
     for (int i = 0; i < kLanes<C>; ++i) lanes[i] = from[i * stride];
@@ -112,11 +136,17 @@ class RowsForward {
     item /= call_.plan.row_parts;
     slice_ = item % g_.output[0];
     item /= g_.output[0];
-    group_ = item % g_.groups;
-    image_ = item / g_.groups;
+    const int64_t parts = g_.groups / call_.plan.tile_groups;
+    group_ = item % parts * call_.plan.tile_groups;
+    image_ = item / parts;
     first_conv_[0] = larger(0, slice_ * g_.pool_stride[0] - g_.pool_padding[0]);
     first_conv_[1] = larger(0, first_ * g_.pool_stride[1] - g_.pool_padding[1]);
     find_tile();
+    for (int64_t i = 0; i < call_.plan.tile_groups; ++i, ++group_, tile_ += g_.in_channels * s_.channel) run_group();
+  }
+
+ private:
+  void run_group() {
     const int64_t blocks = divide_up(g_.out_channels, kRowOutputs);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = g_.out_channels * b / blocks, last = g_.out_channels * (b + 1) / blocks;
@@ -125,7 +155,6 @@ class RowsForward {
     }
   }
 
- private:
   void find_tile() {
     const ConvLayout& layout = call_.input_layout;
     const T* image = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
@@ -143,9 +172,10 @@ class RowsForward {
 
   void load_tile(const T* image) {
     const ConvLayout& layout = call_.input_layout;
-    const bool channels_inside = layout.c == 1 && g_.in_channels > 1;
+    const int64_t channels = call_.plan.tile_groups * g_.in_channels;
+    const bool channels_inside = layout.c == 1 && channels > 1;
     const int64_t row_phases = smaller(g_.stride[1], g_.kernel_extent(1));
-    for (int64_t c = 0; c < (channels_inside ? 1 : g_.in_channels); ++c) {
+    for (int64_t c = 0; c < (channels_inside ? 1 : channels); ++c) {
       for (int64_t d = 0; d < s_.slices; ++d) {
         const int64_t z = first_conv_[0] * g_.stride[0] - g_.padding[0] + d;
         for (int64_t phase = 0; phase < row_phases; ++phase) {
@@ -164,7 +194,7 @@ class RowsForward {
   void load_row(const T* from, bool channels_inside, C* to) {
     const ConvLayout& layout = call_.input_layout;
     const int64_t phases = smaller(g_.stride[2], g_.kernel_extent(2)), stride = g_.stride[2];
-    const int64_t channels = channels_inside ? g_.in_channels : 1;
+    const int64_t channels = channels_inside ? call_.plan.tile_groups * g_.in_channels : 1;
     for (int64_t phase = 0; phase < phases; ++phase, to += s_.phase[1]) {
       // Columns [left, right) of the tile are inside the input.
       const int64_t offset = g_.padding[2] - phase, room = g_.input[2] + offset;
@@ -191,10 +221,12 @@ class RowsForward {
     for (int o = 0; o < outputs && call_.bias; ++o) {
       bias[o] = to_compute(call_.bias[group_ * g_.out_channels + first + o]);
     }
+    const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
     const int64_t slices = smaller(s_.conv[0], g_.conv[0] - first_conv_[0]);
     for (int64_t z = 0; z < slices; ++z) {
       C* to = pixels(z, 0, outputs);
-      conv_slice<outputs>(first, tile_ + z * g_.stride[0] * s_.slice, bias, to);
+      rows_slice<outputs>(s_, g_.conv[2], call_.plan.in_place, tile_ + z * g_.stride[0] * s_.slice, scratch_.offsets,
+                          g_.depth(), weight, bias, to, scratch_.pixel_step);
       if (s_.margin > 0) {
         for (int o = 0; o < outputs; ++o) fill_margins(to + o * scratch_.pixel_step);
       }
@@ -203,7 +235,13 @@ class RowsForward {
       const int64_t count = find_rows(y, outputs);
       for (int o = 0; o < outputs; ++o) {
         const int64_t at = o * scratch_.stage_step + (y - first_) * g_.output[2];
-        pool_row(count, o * scratch_.pixel_step, scratch_.stage + at, scratch_.winner_stage + at);
+        const int64_t shift = o * scratch_.pixel_step;
+        if (count > 1 && !call_.winners) {
+          const WindowRow<C> largest = find_largest(count, shift);
+          pool_row(&largest, 1, 0, scratch_.stage + at, nullptr);
+        } else {
+          pool_row(scratch_.window_rows, count, shift, scratch_.stage + at, scratch_.winner_stage + at);
+        }
       }
     }
     write(group_ * g_.out_channels + first, outputs);
@@ -212,28 +250,6 @@ class RowsForward {
   // The first pixel of a slice's channel; margins lie before and behind each row.
   C* pixels(int64_t z, int64_t o, int64_t outputs) {
     return scratch_.pixels + s_.margin + (z * outputs + o) * scratch_.pixel_step;
-  }
-
-  template <int outputs>
-  void conv_slice(int64_t first, const C* tile, const C* bias, C* to) {
-    constexpr int most = row_vectors(outputs);
-    const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
-    // In the input, nothing may be read beyond the run: its last vector ends with it, as a row's does.
-    const int64_t last = s_.by_rows ? g_.conv[2] : call_.plan.in_place ? s_.run : s_.vectors * kLanes<C>;
-    const int64_t in_row = s_.by_rows ? divide_up(last, kLanes<C>) : s_.vectors;
-    const int64_t tiles = divide_up(s_.vectors, most);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t begin = s_.vectors * t / tiles, count = s_.vectors * (t + 1) / tiles - begin;
-      int64_t at[most];
-      for (int64_t v = 0; v < count; ++v) {
-        const int64_t row = (begin + v) / in_row, column = (begin + v) % in_row * kLanes<C>;
-        at[v] = row * s_.pitch + smaller(column, last - kLanes<C>);
-      }
-      with_constant<most>(static_cast<int>(count), [&](auto vectors) {
-        rows_tile<outputs, decltype(vectors)::value>(tile, at, scratch_.offsets, g_.depth(), weight, bias, to,
-                                                     scratch_.pixel_step);
-      });
-    }
   }
 
   // What windows find beside the rows of one channel.
@@ -259,18 +275,33 @@ class RowsForward {
     return count;
   }
 
-  // One channel's row of windows; its pixels lie `shift` behind those of window_rows.
-  void pool_row(int64_t count, int64_t shift, C* to, uint8_t* winners) {
+  // Of one channel, the largest pixel of each column, which then stands for all: where only the values are wanted.
+  WindowRow<C> find_largest(int64_t count, int64_t shift) {
+    const WindowRow<C>* rows = scratch_.window_rows;
+    const int64_t past = (g_.output[2] - 1) * g_.pool_stride[2] + g_.pool_extent(2);
+    for (int64_t x = 0; x < past; x += kLanes<C>) {
+      WindowMaximum<C, 1, false> column;
+      column.start(load(rows[0].pixels + shift + x), 0);
+      for (int64_t r = 1; r < count; ++r) column.add(load(rows[r].pixels + shift + x), 0);
+      column.write(scratch_.largest + x, nullptr);
+    }
+    return {scratch_.largest, 0};
+  }
+
+  // One channel's row of windows; its pixels lie `shift` behind those of the rows.
+  void pool_row(const WindowRow<C>* rows, int64_t count, int64_t shift, C* to, uint8_t* winners) {
     const auto run = [&](auto stride) {
       constexpr int fixed = decltype(stride)::value;
-      call_.winners ? pool_windows<fixed, true>(count, shift, to, winners)
-                    : pool_windows<fixed, false>(count, shift, to, winners);
+      call_.winners ? pool_windows<fixed, true>(rows, count, shift, to, winners)
+                    : pool_windows<fixed, false>(rows, count, shift, to, winners);
     };
     switch (g_.pool_stride[2]) {
       case 1:
         return run(Constant<1>{});
       case 2:
         return run(Constant<2>{});
+      case 3:
+        return run(Constant<3>{});
       case 4:
         return run(Constant<4>{});
       default:
@@ -279,8 +310,7 @@ class RowsForward {
   }
 
   template <int stride, bool with_winners>
-  void pool_windows(int64_t count, int64_t shift, C* to, uint8_t* winners) {
-    const WindowRow<C>* rows = scratch_.window_rows;
+  void pool_windows(const WindowRow<C>* rows, int64_t count, int64_t shift, C* to, uint8_t* winners) {
     for (int64_t x = 0; x < g_.output[2]; x += kLanes<C>) {
       const int64_t at = shift + x * g_.pool_stride[2];
       WindowMaximum<C, 1, with_winners> window;

@@ -60,9 +60,10 @@ RowShape row_shape(const ConvPoolGeometry& g, int64_t band) {
 
 template <class C>
 struct RowScratch {
-  C* tile;    // [channel][slice][row's phase][column's phase][row][column]
-  C* pixels;  // [conv slice][output channel][row][column], with margins
-  C* stage;   // [output channel][pooled pixel]
+  C* tile;     // [channel][slice][row's phase][column's phase][row][column]
+  C* pixels;   // [conv slice][output channel][row][column], with margins
+  C* largest;  // of each column under a row of windows
+  C* stage;    // [output channel][pooled pixel]
   uint8_t* winner_stage;
   WindowRow<C>* window_rows;
   int64_t* offsets;  // of the elements under a conv pixel
@@ -75,9 +76,11 @@ struct RowScratch {
     pixel_step = round_up(s.run, kLanes<C>) + 2 * s.margin + kLanes<C>;
     stage_step = plan.band * g.output[2] + kLanes<C>;  // whole vectors are stored
     MemoryParts parts(memory);
-    tile = parts.take<C>(plan.in_place ? 0 : g.in_channels * s.channel + kLanes<C>);
+    tile = parts.take<C>(plan.in_place ? 0 : plan.tile_groups * g.in_channels * s.channel + kLanes<C>);
     // A window's vector of pixels may reach a few strides past the last.
-    pixels = parts.take<C>(s.conv[0] * outputs * pixel_step + kLanes<C> * (g.pool_stride[2] + 1) + g.pool_kernel[2]);
+    const int64_t past = kLanes<C> * (g.pool_stride[2] + 1) + g.pool_kernel[2];
+    pixels = parts.take<C>(s.conv[0] * outputs * pixel_step + past);
+    largest = parts.take<C>(g.conv[2] + 2 * s.margin + past);
     stage = parts.take<C>(outputs * stage_step);
     winner_stage = parts.take<uint8_t>(outputs * stage_step);
     window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
@@ -109,13 +112,17 @@ ConvPoolPlan plan_rows(const ConvPoolGeometry& g, const ConvLayout& input, int64
   ConvPoolPlan plan = {};
   plan.algorithm = ConvAlgorithm::rows;
   const auto tile_bytes = [&](int64_t band) {
-    return g.in_channels * row_shape<C>(g, band).channel * static_cast<int64_t>(sizeof(C));
+    return plan.tile_groups * g.in_channels * row_shape<C>(g, band).channel * static_cast<int64_t>(sizeof(C));
   };
+  // Groups that share the input's cache lines are transposed together if there is room.
+  plan.tile_groups = input.c == 1 ? g.groups : 1;
+  if (tile_bytes(1) > kRowTileBytes) plan.tile_groups = 1;
   const int64_t room = larger(0, kRowTileBytes - tile_bytes(1)), more = larger(1, tile_bytes(2) - tile_bytes(1));
   plan.band = smaller(g.output[1], 1 + room / more);
   int64_t bands = divide_up(g.output[1], plan.band);
-  const int64_t wanted = threads == 1 ? 1 : 4 * threads, others = g.batch * g.groups * g.output[0];
-  if (others * bands < wanted) bands = smaller(g.output[1], divide_up(wanted, others));
+  const int64_t others = g.batch * (g.groups / plan.tile_groups) * g.output[0];
+  const double again = static_cast<double>(larger(0, g.pool_extent(1) - g.pool_stride[1])) / g.pool_stride[1];
+  bands = smaller(g.output[1], bands * parts_of_rows(others * bands, plan.band, again, threads));
   plan.band = divide_up(g.output[1], bands);
   plan.row_parts = divide_up(g.output[1], plan.band);
   plan.items = others * plan.row_parts;
@@ -135,13 +142,14 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
   const int64_t phases = smaller(g.stride[1], g.kernel_extent(1)) * smaller(g.stride[2], g.kernel_extent(2));
   const double runs = static_cast<double>(s.slices * s.rows * phases);
   const double elements = static_cast<double>(s.slices * s.slice), channels = static_cast<double>(g.in_channels);
-  double copy = channels * (elements * (input.d[2] * g.stride[2] == 1 ? kCopyCost : kSingleCost) + runs * kRunCost);
-  if (input.c == 1 && g.in_channels > 1) {  // whole squares are transposed, of which a short row fills but a part
-    const double squares = static_cast<double>(round_up(s.pitch, kLanes<C>) * round_up(g.in_channels, kLanes<C>));
-    copy = runs * (squares * kTransposeCost + kRunCost);
+  double copy = channels * (elements * copy_cost(input.d[2] * g.stride[2]) + runs * kRunCost);
+  const int64_t together = plan.tile_groups * g.in_channels;
+  if (input.c == 1 && together > 1) {  // whole squares are transposed, of which a short row fills but a part
+    const double squares = static_cast<double>(round_up(s.pitch, kLanes<C>) * round_up(together, kLanes<C>));
+    copy = runs * (squares * kTransposeCost + kRunCost) / static_cast<double>(plan.tile_groups);
   }
-  constexpr double kItem = 400, kOverhead = 1.1;                                 // per band, on multiplications
-  const double place = g.pool_stride[2] == 3 || g.pool_stride[2] > 4 ? 60 : 15;  // of a vector of windows
+  constexpr double kItem = 400, kOverhead = 1.1;                  // per band, on multiplications
+  const double place = g.pool_stride[2] > kMostStride ? 60 : 15;  // of a vector of windows
   const double windows =
       static_cast<double>(g.out_channels * plan.band * divide_up(g.output[2], kLanes<C>) * g.places());
   return bands * (kItem + kOverhead * multiplications + (plan.in_place ? 0 : copy) + place * windows);

@@ -15,6 +15,24 @@ FASTNN_INLINE int64_t round_up(int64_t a, int64_t multiple) {
   return divide_up(a, multiple) * multiple;
 }
 
+// Into how many parts the rows of each of `others` pieces of work are cut, of which every thread has an equal share: a
+// part costs its rows, and `again` that are computed for its neighbour as well.
+FASTNN_INLINE int64_t parts_of_rows(int64_t others, int64_t rows, double again, int64_t threads) {
+  constexpr int64_t kEvenEnough = 16;  // pieces a thread
+  constexpr double kWorthwhile = 0.98;
+  if (threads == 1 || others >= kEvenEnough * threads) return 1;
+  int64_t best = 1;
+  double least = 0;
+  for (int64_t parts = 1; parts <= smaller(rows, 4 * threads); ++parts) {
+    const double share = static_cast<double>(divide_up(others * parts, threads));
+    const double cost = share * (static_cast<double>(divide_up(rows, parts)) + again);
+    if (parts > 1 && cost >= kWorthwhile * least) continue;
+    least = cost;
+    best = parts;
+  }
+  return best;
+}
+
 // Takes parts of a block of memory, each on a cache line.
 class MemoryParts {
  public:
@@ -164,8 +182,11 @@ FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout
 }
 
 // What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, copied as
-// it lies, transposed in squares or one by one, and this much a run.
-constexpr double kCopyCost = 0.25, kTransposeCost = 1, kSingleCost = 2, kRunCost = 40;
+// it lies, with a small stride, transposed in squares or one by one, and this much a run.
+constexpr double kCopyCost = 0.25, kStridedCost = 0.6, kTransposeCost = 1, kSingleCost = 2, kRunCost = 40;
+FASTNN_INLINE double copy_cost(int64_t stride) {
+  return stride == 1 ? kCopyCost : stride <= kMostStride ? kStridedCost : kSingleCost;
+}
 
 // A box of the input, zeros where it reaches beyond: [channel][slice][row][column], or with the channel innermost.
 template <class C>
@@ -176,11 +197,23 @@ struct InputTile {
   int64_t c, d[3];  // its strides
 };
 
+template <int stride, class T, class C>
+FASTNN_SHARED void copy_strided(const T* from, int64_t count, C* to) {
+  for (int64_t i = 0; i < count; i += kLanes<C>) {
+    store_up_to<C>(to + i, load_strided_up_to<stride>(from + i * stride, (count - i - 1) * stride + 1), count - i);
+  }
+}
 template <class T, class C>
 FASTNN_INLINE void copy_run(const T* from, int64_t stride, int64_t count, C* to) {
   if (stride == 1) {
     for (int64_t i = 0; i < count; i += kLanes<C>)
       store_up_to<C>(to + i, load_up_to<T>(from + i, count - i), count - i);
+  } else if (stride == 2) {
+    copy_strided<2>(from, count, to);
+  } else if (stride == 3) {
+    copy_strided<3>(from, count, to);
+  } else if (stride == 4) {
+    copy_strided<4>(from, count, to);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i * stride]);
   }
@@ -208,6 +241,9 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
   const int64_t right = larger(left, smaller(tile.size[2], g.input[2] - tile.first[2]));
   const int64_t runs = channels_last ? 1 : elements;
   const int64_t pixel = channels_last ? elements : 1;
+  // Whole rows that follow one another, here as there, are one run.
+  const bool joined = left == 0 && right == tile.size[2] && right == g.input[2] && tile.d[1] == right * pixel &&
+                      layout.d[1] == right * layout.d[2];
   for (int64_t c = 0; c < runs; ++c) {
     for (int64_t d = 0; d < tile.size[0]; ++d) {
       for (int64_t h = 0; h < tile.size[1]; ++h) {
@@ -220,6 +256,12 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
         fill_zeros(to, left * pixel);
         fill_zeros(to + right * pixel, (tile.size[2] - right) * pixel);
         const T* source = from + slice * layout.d[0] + row * layout.d[1] + (tile.first[2] + left) * layout.d[2];
+        if (joined) {
+          const int64_t rows = smaller(tile.size[1] - h, g.input[1] - row);
+          copy_columns(source, layout, g.in_channels, channels_last, c, rows * right, to);
+          h += rows - 1;
+          continue;
+        }
         copy_columns(source, layout, g.in_channels, channels_last, c, right - left, to + left * pixel);
       }
     }
@@ -250,6 +292,7 @@ FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets
   Vec<C> total[pixels][vectors];
 #pragma GCC unroll 16
   for (int p = 0; p < pixels; ++p) {
+#pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
   sum_in_parts<longest>(depth, total, [&](int64_t k) __attribute__((always_inline)) {
@@ -287,8 +330,8 @@ FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offse
 
 // `count` conv pixels of a row -> to (count, vectors x lanes)
 template <int vectors, int longest = kLongestSum, class E, class C = Compute<E>>
-void conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
-              const Vec<C> (&bias)[vectors], int64_t count, C* to) {
+FASTNN_SHARED void conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
+                            const Vec<C> (&bias)[vectors], int64_t count, C* to) {
   const auto store_all = [&](int64_t first, const auto& total) __attribute__((always_inline)) {
     C* target = to + first * vectors * kLanes<C>;
 #pragma GCC unroll 16

@@ -56,16 +56,18 @@ inline void skip_unused(ConvPoolGeometry& g, ConvLayout& input) {
 // Decides how a call is done, by its sizes, and where large elements would spoil the result by those.
 template <class T>
 void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
-  const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
+  const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
   skip_unused(call.geometry, call.input_layout);
-  call.plan = kernels.plan(call.geometry, call.input_layout, threads, false);
-  if (!kernels.plan_holds(call)) call.plan = kernels.plan(call.geometry, call.input_layout, threads, true);
+  call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, threads, false);
+  if (!kernels.plan_holds(call)) {
+    call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, threads, true);
+  }
 }
 
 // Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed.
 template <class T, class Packed>
 void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_for) {
-  const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
+  const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
   const int64_t threads = useful_threads(work);
   choose_plan(call, threads);
   const ConvPoolPlan& plan = call.plan;

@@ -84,6 +84,8 @@ std::string algorithm_name(ConvAlgorithm algorithm) {
       return "depthwise";
     case ConvAlgorithm::winograd:
       return "winograd";
+    case ConvAlgorithm::dots:
+      return "dots";
   }
   return "";
 }
@@ -111,7 +113,7 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     call.weight = data<T>(weight);
     call.weight_layout = layout_of(weight);
     choose_plan(call, 1);
-    const ConvPoolBackwardPlan backward = conv_relu_max_pool_kernels().get<T>().plan_backward(call.geometry);
+    const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(call.geometry);
     return {algorithm_name(call.plan.algorithm), algorithm_name(backward.algorithm)};
   });
 }
@@ -139,7 +141,7 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
                   const Tensor& weight, Wanted wanted, const Tensor& grad_input, const Tensor& grad_weight,
                   const Tensor& grad_bias) {
   using C = Compute<T>;
-  const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
+  const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
   ConvPoolGeometry g = problem.geometry, same = problem.geometry;
   ConvLayout input_layout = layout_of(input), grad_input_layout = layout_of(grad_input);
   skip_unused_input(g, input_layout);
@@ -147,7 +149,7 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   if (wanted.input && !std::equal(g.input, g.input + 3, problem.geometry.input)) {
     std::memset(grad_input.mutable_data_ptr(), 0, grad_input.numel() * grad_input.element_size());
   }
-  const ConvPoolBackwardPlan plan = kernels.plan_backward(g);
+  const ConvPoolBackwardPlan plan = kernels.plan(g);
   // Images first; where they are fewer than threads, each thread has some of the channels.
   const int64_t threads = useful_threads(problem.work / 2);
   const int64_t image_parts = std::min(threads, g.batch);
@@ -174,7 +176,7 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
                                  wanted.input ? mutable_data<T>(grad_input) : nullptr,
                                  grad_input_layout,
                                  packed.get()};
-  if (wanted.input) kernels.pack_backward(call);
+  if (wanted.input) kernels.pack(call);
   std::fill(bias_parts.get(), bias_parts.get() + image_parts * bias_size, C(0));
   parallel_chunks(image_parts * block_parts, image_parts * block_parts, [&](int64_t chunk, int64_t, int64_t) {
     const int64_t image_part = chunk / block_parts, block_part = chunk % block_parts;
@@ -232,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
   const bool is_empty = g.batch == 0;
   if (!is_empty) {
     with_dtype(dtype, [&](auto type) {
-      const auto& kernels = conv_relu_max_pool_kernels().get<decltype(type)>();
+      const auto& kernels = conv_backward_kernels().get<decltype(type)>();
       FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), op,
                    ": winners has a place that its window doesn't have");
     });

@@ -102,10 +102,10 @@ class FrozenConv : public FrozenStage<T> {
   Ints output_sizes(const Ints& input) const override { return fastnn::output_sizes(problem(input)); }
 
   void pack(const Ints& input, PackedWriter& packed) const override {
-    const ConvPoolKernels<T>& kernels = conv_relu_max_pool_kernels().get<T>();
+    const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
     ConvPoolForward<T> call = call_of(problem(input).geometry);
     skip_unused(call.geometry, call.input_layout);
-    call.plan = kernels.plan(call.geometry, call.input_layout, 1, false);
+    call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, 1, false);
     call.packed = packed.give<T>(packing_of(call.plan), call.plan.packed_size);
     if (call.packed) kernels.pack(call, 0, call.plan.pack_items);
   }

@@ -50,6 +50,42 @@ FASTNN_INLINE Vec<T> every_second(Vec<T> x, Vec<T> y) {
   return every_second<T>(x, y, typename CountUp<kLanes<T>>::Type{});
 }
 
+// x0 x3 ... y... z...
+template <class T, int... lane>
+FASTNN_INLINE Vec<T> every_third(Vec<T> x, Vec<T> y, Vec<T> z, Indices<lane...>) {
+  constexpr int lanes = sizeof...(lane), two = 2 * lanes;
+#if defined(__clang__) || __GNUC__ >= 12
+  const Vec<T> first = __builtin_shufflevector(x, y, (3 * lane < two ? 3 * lane : 0)...);
+  return __builtin_shufflevector(first, z, (3 * lane < two ? lane : lanes + 3 * lane - two)...);
+#else
+  using Integer = typename IntegerOf<T>::Type;
+  const Vec<T> first = __builtin_shuffle(x, y, Vec<Integer>{(3 * lane < two ? 3 * lane : 0)...});
+  return __builtin_shuffle(first, z, Vec<Integer>{(3 * lane < two ? lane : lanes + 3 * lane - two)...});
+#endif
+}
+template <class T>
+FASTNN_INLINE Vec<T> every_third(Vec<T> x, Vec<T> y, Vec<T> z) {
+  return every_third<T>(x, y, z, typename CountUp<kLanes<T>>::Type{});
+}
+
+// A vector of every `stride`-th of `count` elements; those beyond are not read.
+constexpr int kMostStride = 4;
+template <int stride, class T, class C = Compute<T>>
+FASTNN_INLINE Vec<C> load_strided_up_to(const T* from, int64_t count) {
+  constexpr int lanes = kLanes<C>;
+  const auto part = [&](int i) __attribute__((always_inline)) {
+    return count > i * lanes ? load_up_to<T>(from + i * lanes, count - i * lanes) : Vec<C>{};
+  };
+  if constexpr (stride == 2) {
+    return every_second<C>(part(0), part(1));
+  } else if constexpr (stride == 3) {
+    return every_third<C>(part(0), part(1), part(2));
+  } else {
+    static_assert(stride == kMostStride);
+    return every_second<C>(every_second<C>(part(0), part(1)), every_second<C>(part(2), part(3)));
+  }
+}
+
 // Transposes a square of lanes in place: zipping row i with row i + half, log2(lanes) times over.
 template <class T>
 FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {

@@ -25,6 +25,12 @@
 #endif
 
 #define FASTNN_INLINE inline __attribute__((always_inline))
+// Of large templates that several callers share: compiled once.
+#if defined(__clang__)
+#define FASTNN_SHARED __attribute__((noinline))
+#else
+#define FASTNN_SHARED __attribute__((noinline, noclone))
+#endif
 
 namespace fastnn {
 

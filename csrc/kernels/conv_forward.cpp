@@ -1,0 +1,126 @@
+// Forward: which algorithm a call takes.
+#include "conv_relu_max_pool.h"
+
+#include "conv_depthwise.h"
+#include "conv_direct.h"
+#include "conv_dots.h"
+#include "conv_lanes.h"
+#include "conv_rows.h"
+#include "conv_winograd.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+namespace {
+
+template <class T>
+constexpr bool kHasWinograd = sizeof(Compute<T>) == sizeof(float);
+
+// Direct convolution, by pairs where that is cheaper.
+template <class T>
+ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, double& costs) {
+  using C = Compute<T>;
+  const ConvPoolPlan direct = plan_direct<T>(g, input, threads);
+  costs = direct_cost<C>(g, input, direct);
+  if (!kHasPairs<T> || !isa_multiplies_pairs()) return direct;
+  const ConvPoolGeometry in_pairs = tile_geometry<bfloat16x2>(g);
+  const ConvPoolPlan pairs = plan_direct<T, bfloat16x2>(in_pairs, input, threads, false);
+  const double pairs_costs = direct_cost<C>(in_pairs, input, pairs);
+  if (pairs_costs >= costs) return direct;
+  costs = pairs_costs;
+  return pairs;
+}
+
+// The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread,
+// since the choice must not depend on their number, nor with it the order of summation.
+template <class T>
+ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
+                  bool exact) {
+  using C = Compute<T>;
+  const bool has_pairs = kHasPairs<T> && isa_multiplies_pairs();
+  if (!exact && !has_pairs && kHasWinograd<T> && winograd_pays<C>(g)) return plan_winograd<C>(g);
+  const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
+  double direct_costs;
+  const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, direct_costs);
+  double dots_costs = direct_costs;
+  if (dots_apply(g, input, weight)) {
+    dots_costs = dots_cost<C>(g, input, weight, plan_dots<T>(g, input, weight, 1)) - packing_cost<C>(g);
+  }
+  if (dots_costs >= direct_costs && direct_costs < 1.02 * least) return direct;
+  const LanesPlan lanes = plan_lanes<C>(g, 1);
+  const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
+  const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
+  const ConvPoolPlan depthwise = depthwise_applies(g) ? plan_depthwise<T>(g, input, threads) : direct;
+  const double depthwise_costs = depthwise_applies(g) ? depthwise_cost<C>(g, depthwise) : direct_costs;
+  const auto is_least = [&](double costs) {
+    return costs < direct_costs && costs <= dots_costs && costs <= depthwise_costs && costs <= rows_costs &&
+           costs <= lanes_costs;
+  };
+  if (is_least(dots_costs)) return plan_dots<T>(g, input, weight, threads);
+  if (is_least(depthwise_costs)) return depthwise;
+  if (is_least(rows_costs)) return plan_rows<T>(g, input, threads);
+  return is_least(lanes_costs) ? plan_lanes<C>(g, threads).plan : direct;
+}
+
+template <class T>
+bool plan_holds(const ConvPoolForward<T>& call) {
+  if (call.plan.algorithm != ConvAlgorithm::winograd) return true;
+  const ConvPoolGeometry& g = call.geometry;
+  return all_moderate(call.input, g.batch, call.input_layout, g.groups * g.in_channels, g.input) &&
+         all_moderate(call.weight, g.groups * g.out_channels, call.weight_layout, g.in_channels, g.kernel);
+}
+
+template <class T>
+void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
+  switch (call.plan.algorithm) {
+    case ConvAlgorithm::direct:
+      return pack_direct<Compute<T>>(call, first_item, last_item);
+    case ConvAlgorithm::pairs:
+      if constexpr (kHasPairs<T>) pack_direct<bfloat16x2>(call, first_item, last_item);
+      return;
+    case ConvAlgorithm::rows:
+      return pack_rows(call, first_item, last_item);
+    case ConvAlgorithm::lanes:
+      return pack_lanes(call);
+    case ConvAlgorithm::depthwise:
+      return pack_depthwise(call, first_item, last_item);
+    case ConvAlgorithm::winograd:
+      if constexpr (kHasWinograd<T>) pack_winograd(call, first_item, last_item);
+      return;
+    case ConvAlgorithm::dots:  // nothing to pack
+      return;
+  }
+}
+
+template <class T>
+void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
+  switch (call.plan.algorithm) {
+    case ConvAlgorithm::direct:
+      return forward_direct<Compute<T>>(call, first_item, last_item, scratch);
+    case ConvAlgorithm::pairs:
+      if constexpr (kHasPairs<T>) forward_direct<bfloat16x2>(call, first_item, last_item, scratch);
+      return;
+    case ConvAlgorithm::rows:
+      return forward_rows(call, first_item, last_item, scratch);
+    case ConvAlgorithm::lanes:
+      return forward_lanes(call, first_item, last_item, scratch);
+    case ConvAlgorithm::depthwise:
+      return forward_depthwise(call, first_item, last_item, scratch);
+    case ConvAlgorithm::winograd:
+      if constexpr (kHasWinograd<T>) forward_winograd(call, first_item, last_item, scratch);
+      return;
+    case ConvAlgorithm::dots:
+      return forward_dots(call, first_item, last_item, scratch);
+  }
+}
+
+template <class T>
+constexpr ConvForwardKernels<T> kernels() {
+  return {plan<T>, plan_holds<T>, pack<T>, forward<T>};
+}
+
+}  // namespace
+
+extern const ConvForwardTable conv_forward_kernels = {kernels<float>(), kernels<double>(), kernels<bfloat16>()};
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

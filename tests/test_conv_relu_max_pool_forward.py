@@ -1,0 +1,114 @@
+"""Sizes at which forward takes ways of its own: dot products along the depth, groups together, pools that overlap."""
+
+from typing import Any
+
+import pytest
+import torch
+from conv_cases import FUSED, RAW_ALGORITHM, assert_like_stock, channels_last, flat, geometry, make
+
+from fastnn.reference import conv_relu_max_pool as reference
+from fastnn.testing import using_threads
+
+
+class TestDots:
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "last", "arguments"),
+        [
+            ((3, 65, 7, 7), 19, (7, 7), False, geometry(2, pool=1)),
+            ((9, 33, 5, 6), 38, (5, 6), False, geometry(2, pool=1)),
+            ((2, 48, 12, 13), 1, (1, 1), True, geometry(2, pool=4)),
+            ((2, 40, 11, 9), 2, (1, 1), True, geometry(2, stride=2, pool=3, pool_stride=1, pool_padding=1)),
+            ((2, 66, 7, 8), 18, (3, 4), True, geometry(2, pool=2, groups=2)),
+            ((1, 32, 5, 5, 5), 34, (2, 5, 5), False, geometry(3, pool=(2, 1, 1), pool_stride=1)),
+            ((2, 7, 60), 5, (37,), False, geometry(1, pool=3, pool_stride=2)),
+            ((2, 64, 7, 7), 70, (5, 5), False, geometry(2, stride=2, padding=2, pool=3, pool_stride=2, pool_padding=1)),
+            ((2, 64, 6, 5), 82, (3, 3), True, geometry(2, padding=1, groups=2)),
+            ((1, 96, 4, 5, 4), 40, (3, 3, 3), False, geometry(3, padding=1, pool=4)),
+            ((2, 300, 3, 3), 150, (1, 1), False, geometry(2, stride=2, pool=1)),
+        ],
+    )
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        last: bool,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3], dtype)
+        if last:
+            tensors[:2] = map(channels_last, tensors[:2])
+        assert_like_stock(tensors, arguments)
+
+    def test_chosen_where_the_weight_serves_few_pixels(self) -> None:
+        input, weight, bias = make((8, 256, 7, 7), 192, (7, 7))
+        assert RAW_ALGORITHM(input, weight, bias, flat(geometry(2, pool=1)))[0] == "dots"
+        input, weight, bias = make((8, 256, 14, 14), 192, (7, 7))
+        assert RAW_ALGORITHM(input, weight, bias, flat(geometry(2, pool=1)))[0] != "dots"
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        tensors = make((6, 128, 7, 7), 72, (7, 7))
+        arguments = geometry(2, pool=1)
+        with using_threads(1):
+            expected = FUSED[2](*tensors, *arguments)
+        for threads in (2, 3, 7):
+            with using_threads(threads):
+                assert torch.equal(FUSED[2](*tensors, *arguments), expected)
+
+
+class TestGroupsTogether:
+    """Groups of few channels, which lie side by side in memory."""
+
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "arguments"),
+        [
+            ((2, 32, 9, 24), 16, (1, 1), geometry(2, groups=4, pool=4)),
+            ((1, 8, 9, 10, 11), 24, (2, 2, 2), geometry(3, groups=4, pool=3, pool_stride=1, pool_padding=1)),
+            ((2, 12, 20, 21), 6, (3, 3), geometry(2, groups=6, stride=2, padding=1, pool=3, pool_stride=2)),
+            ((2, 300, 40, 37), 3, (3, 3), geometry(2, groups=3, padding=1)),
+        ],
+    )
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3], dtype)
+        tensors[:2] = map(channels_last, tensors[:2])
+        assert_like_stock(tensors, arguments)
+
+
+class TestPoolsThatOverlap:
+    """The largest of each column first, which NaN and infinities must pass through as well."""
+
+    @pytest.mark.parametrize("out_channels", [3, 20, 40])
+    @pytest.mark.parametrize(
+        "pool",
+        [
+            {"pool": 3, "pool_stride": 1, "pool_padding": 1},
+            {"pool": (2, 5), "pool_stride": (1, 2), "pool_padding": (1, 2)},
+            {"pool": 4, "pool_stride": 3, "pool_dilation": (1, 2)},
+            {"pool": (3, 30), "pool_stride": (2, 3)},
+        ],
+    )
+    @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -float("inf")])
+    def test_special_values(
+        self, instruction_set: str, dtype: torch.dtype, out_channels: int, pool: dict[str, Any], value: float
+    ) -> None:
+        tensors = make((2, 3, 17, 70), out_channels, (3, 3), 1, dtype)
+        tensors[0][0, 1, 3:5, 8] = value
+        tensors[0][1, :, 16, 69] = value
+        arguments = geometry(2, padding=1, **pool)
+        if dtype is not torch.bfloat16:
+            return assert_like_stock(tensors, arguments, gradients=False)
+        # Stock's bfloat16 has them in other places than float64.
+        result = FUSED[2](*tensors, *arguments)
+        expected = reference.conv_relu_max_pool(*(tensor.double() for tensor in tensors), *arguments)
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.equal(result.isinf(), expected.isinf())
