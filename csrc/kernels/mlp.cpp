@@ -100,8 +100,12 @@ void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* i
   T* const buffers[2] = {scratch, scratch + kBufferRows<T> * widest};
   constexpr int64_t lanes = kLanes<T>;
   const int64_t step = in_lanes ? kLaneRows<T> : kBlockRows;
-  for (int64_t row = first_row; row < last_row; row += step) {
-    const int64_t rows = smaller(last_row - row, step);
+  int64_t rows;
+  for (int64_t row = first_row; row < last_row; row += rows) {
+    rows = smaller(last_row - row, step);
+    // What would leave the second vector of a panel of lanes empty goes as a block of its own, in panels of one.
+    const int64_t rest = rows % (2 * lanes);
+    if (in_lanes && rows > 2 * lanes && rest > 0 && rest <= lanes) rows -= rest;
     const T* block = input + row * layers[0].in;
     T* to = output ? output + row * layers[count - 1].out : nullptr;
     const T* result = !in_lanes      ? run_block<T>(layers, count, block, to, row, rows, buffers)

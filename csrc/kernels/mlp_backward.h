@@ -116,11 +116,54 @@ void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, cons
   }
 }
 
+// Rows of a gradient whose product with the weight is added up in cache rather than in registers.
+constexpr int kFewRows = 4;
+
+// output (rows, in) = the gradient (rows, out) times the weight (out, in), which is read from start to end, some of its
+// rows together. A tile of few rows would read it down its columns, from a page a row, with little to do for each.
+template <int rows, class T>
+void multiply_along_weight(const MlpLayerBackward<T>& layer, const T* gradient, T* output) {
+  constexpr int kTogether = 8;
+  int64_t o = 0;
+  do {  // of no rows of the weight the sums are zeros
+    const auto add_rows = [&](int64_t count) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < layer.in; i += kLanes<T>) {
+        const int64_t left_over = layer.in - i;
+        Vec<T> total[rows] = {};
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < count; ++k) {
+          const Vec<T> weight = load_up_to<T>(layer.weight + (o + k) * layer.in + i, left_over);
+#pragma GCC unroll 4
+          for (int r = 0; r < rows; ++r) {
+            total[r] = multiply_add(broadcast<T>(gradient[r * layer.out + o + k]), weight, total[r]);
+          }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          T* const to = output + r * layer.in + i;
+          store_up_to<T>(to, o == 0 ? total[r] : load_up_to<T>(to, left_over) + total[r], left_over);
+        }
+      }
+    };
+    if (layer.out - o >= kTogether) {
+      add_rows(kTogether);
+    } else {
+      add_rows(layer.out - o);
+    }
+    o += kTogether;
+  } while (o < layer.out);
+}
+
 // output (rows, in) = the gradient (rows, out) times the weight (out, in)
 template <class T>
 void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int64_t rows, T* output, T* turned) {
   if (!is_narrow(layer)) {
-    return multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, output, false, false);
+    if (rows > kFewRows) {
+      return multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, output, false, false);
+    }
+    return with_constant<kFewRows>(static_cast<int>(rows), [&](auto constant) {
+      multiply_along_weight<decltype(constant)::value>(layer, gradient, output);
+    });
   }
   transpose_matrix(layer.weight, layer.in, layer.out, layer.in, turned, layer.out);
   dot_layer<T>({turned, nullptr, layer.out, layer.in, Activation::identity, nullptr, nullptr}, gradient, output, rows);

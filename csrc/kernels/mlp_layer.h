@@ -70,29 +70,37 @@ void packed_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t r
 template <class T>
 constexpr int64_t kLongRow = 4 * kLanes<T>;
 
-// dot_tile for long rows that lie one after the other. One column at a time, for the sake of the weight, which has to
-// come from L2 or further: a single stream, asked for ahead of time, comes twice as fast as one a column.
+// dot_tile for long rows of the weight that lie one after the other. Two columns at a time, which share what is loaded
+// of `a`, and no more, for the sake of the weight, which has to come from L2 or further: few streams, asked for ahead
+// of time, come faster than one a column.
 template <int rows, class T>
 FASTNN_INLINE Vec<T> dot_stream(int64_t depth, const T* a, const T* weight, int64_t columns_left) {
-  constexpr int lanes = kLanes<T>, columns = lanes / rows, parts = rows == 4 ? 2 : 4;
+  constexpr int lanes = kLanes<T>, columns = lanes / rows, streams = columns > 1 ? 2 : 1, parts = 2;
   constexpr int kAhead = 1024 / sizeof(T);
   Vec<T> sums[lanes] = {};
-  for (int c = 0; c < columns && c < columns_left; ++c) {
-    Vec<T> total[rows][parts] = {};
+  for (int c = 0; c < columns && c < columns_left; c += streams) {
+    // A last column without a second one goes twice.
+    const T* const of_column[2] = {weight, weight + (c + 1 < columns_left ? depth : 0)};
+    Vec<T> total[rows][streams][parts] = {};
     const auto multiply = [&](int part, int64_t k, auto load_part) __attribute__((always_inline)) {
-      const Vec<T> right = load_part(weight + k);
+#pragma GCC unroll 2
+      for (int s = 0; s < streams; ++s) {
+        const Vec<T> right = load_part(of_column[s] + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
-        total[r][part] = multiply_add(load_part(a + r * depth + k), right, total[r][part]);
+        for (int r = 0; r < rows; ++r) {
+          total[r][s][part] = multiply_add(load_part(a + r * depth + k), right, total[r][s][part]);
+        }
       }
     };
     const auto whole = [](const T* from) __attribute__((always_inline)) { return load(from); };
     int64_t k = 0;
     for (; k + parts * lanes <= depth; k += parts * lanes) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int part = 0; part < parts; ++part) {
-        __builtin_prefetch(weight + k + part * lanes + kAhead);
-        multiply(part, k + part * lanes, whole);
+        const int64_t at = k + part * lanes;
+#pragma GCC unroll 2
+        for (int s = 0; s < streams; ++s) __builtin_prefetch(of_column[s] + at + kAhead);
+        multiply(part, at, whole);
       }
     }
     for (; k + lanes <= depth; k += lanes) multiply(0, k, whole);
@@ -102,11 +110,10 @@ FASTNN_INLINE Vec<T> dot_stream(int64_t depth, const T* a, const T* weight, int6
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      Vec<T> sum = total[r][0] + total[r][1];
-      if constexpr (parts == 4) sum += total[r][2] + total[r][3];
-      sums[r * columns + c] = sum;
+#pragma GCC unroll 2
+      for (int s = 0; s < streams; ++s) sums[r * columns + c + s] = total[r][s][0] + total[r][s][1];
     }
-    weight += depth;
+    weight += streams * depth;
   }
   return sum_each<T, lanes>(sums);
 }
