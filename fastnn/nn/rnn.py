@@ -58,9 +58,9 @@ class _Recurrent(_OnStock, RNNBase):
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         """As the stock module's: input (length, batch, in), (batch, length, in), (length, in) or packed."""
         if isinstance(input, Tensor) and is_plain(input):
-            answer = self._run_plain(input, hx)
-            if answer is not None:
-                return answer
+            plain = self._run_plain(input, hx)
+            if plain is not None:
+                return plain
         packed = isinstance(input, PackedSequence)
         if not _covers(input.data if packed else input):
             return self._by_stock(input, hx)
@@ -77,14 +77,13 @@ class _Recurrent(_OnStock, RNNBase):
             mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
             if hx is None:
                 state: Any = ()
-            elif self._states == 1:
+            elif mode != "LSTM":
                 state = (hx,)
-            elif isinstance(hx, (tuple, list)):
-                state = hx
             else:
-                return None
+                state = hx
             if (
                 input.dim() != 3
+                or not isinstance(state, (tuple, list))
                 or (training and dropout)
                 or len(own) != len(weights)
                 or not all(map(is_, own.values(), weights))
@@ -95,7 +94,7 @@ class _Recurrent(_OnStock, RNNBase):
             )
         except (AttributeError, KeyError, RuntimeError, TypeError):  # arguments that do not fit, for one
             return None
-        return output, final[0] if self._states == 1 else tuple(final)
+        return output, final[0] if mode != "LSTM" else tuple(final)
 
     def _by_stock(self, input: Any, hx: Any) -> tuple[Any, Any]:
         if isinstance(input, PackedSequence):

@@ -136,12 +136,12 @@ def plain_rnn_cell(
     may be None."""
     if not wants_gradient(input, h, c, *weights):
         return _cell_call(input, mode, h, c, *weights)
-    state, weights, config = _given((h, c)), _given(weights), _CELL_CONFIGS[mode]
+    state, given, config = _given((h, c)), _given(weights), _CELL_CONFIGS[mode]
     if input.is_cuda:
-        recorded = _with_stocks_gradient(input, None, state, weights, None, config)
+        recorded = _with_stocks_gradient(input, None, state, given, None, config)
         if recorded is not None:
             return recorded[1]
-    return _record_plain(input, None, None, config, len(state), *state, *weights)[1:]
+    return _record_plain(input, None, None, config, len(state), *state, *given)[1:]
 
 
 def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
