@@ -86,7 +86,8 @@ def test_threads(name, threads):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_threads_do_not_change_a_bit(name):
     _, ours = pair(name, 32, 96, 2, bidirectional=True)
-    inputs = torch.randn(30, 9, 32), pack_sequence([torch.randn(n, 32) for n in (60, 20, 5, 5, 2, 1)])
+    packed = pack_sequence([torch.randn(n, 32) for n in (60, 20, 5, 5, 2, 1)])
+    inputs = torch.randn(30, 9, 32), torch.randn(200, 1, 32), packed
     for input in inputs:
         results = []
         for threads in (1, 2, 3):

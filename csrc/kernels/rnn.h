@@ -83,8 +83,10 @@ struct RnnForwardKernels {
   int64_t (*packed_size)(const RnnNetwork<T>& network, int64_t input_size);
   void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed);
   int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
-  // The sequences [first, last). h_n and c_n are as h0 and c0; c_n may be null but for LSTM.
-  void (*run)(const RnnNetwork<T>& network, T* h_n, T* c_n, int64_t first, int64_t last, Compute<T>* scratch);
+  // The sequences [first, last) in one direction of one layer, after all directions of the layer below. h_n and c_n are
+  // as h0 and c0; c_n may be null but for LSTM.
+  void (*run)(const RnnNetwork<T>& network, int64_t layer, int64_t direction, T* h_n, T* c_n, int64_t first,
+              int64_t last, Compute<T>* scratch);
 };
 
 template <class T>

@@ -329,14 +329,11 @@ int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
 }
 
 template <class T>
-void run(const RnnNetwork<T>& network, T* h_n, T* c_n, int64_t first, int64_t last, Compute<T>* scratch) {
+void run(const RnnNetwork<T>& network, int64_t layer, int64_t direction, T* h_n, T* c_n, int64_t first, int64_t last,
+         Compute<T>* scratch) {
   with_cell(network.mode, [&](auto cell) {
     const int64_t rows = most_rows<decltype(cell)>(network, last - first);
-    for (int64_t layer = 0; layer < network.layers; ++layer) {
-      for (int64_t direction = 0; direction < network.directions; ++direction) {
-        ForwardDirection<decltype(cell), T>(network, layer, direction, {first, last}, rows, scratch).run(h_n, c_n);
-      }
-    }
+    ForwardDirection<decltype(cell), T>(network, layer, direction, {first, last}, rows, scratch).run(h_n, c_n);
   });
 }
 

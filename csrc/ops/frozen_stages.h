@@ -6,7 +6,7 @@
 #include "../kernels/mlp.h"
 #include "conv_problem.h"
 #include "frozen_memory.h"
-#include "rnn_problem.h"
+#include "rnn_threads.h"
 
 namespace fastnn {
 
@@ -236,17 +236,13 @@ class FrozenRnn : public FrozenStage<T> {
 
  private:
   void run_network(RnnNetwork<T>& network, const RnnForwardKernels<T>& kernels) const {
-    const int64_t chunks = rnn_chunks(work_ * network.rows, network.batch);
-    const auto bound = [&](int64_t chunk) { return network.batch * chunk / chunks; };
     const Scratch<T> between(network.layers > 1 && network.directions > 1 ? network.rows * network.width() : 0);
     network.hidden_outputs = between.get();
-    const int64_t scratch_size = kernels.scratch_size(network, (network.batch + chunks - 1) / chunks);
+    const ForwardParts<T> parts(network, kernels, work_ * network.rows);
     const int64_t state_size = network.layers * network.directions * network.batch * network.hidden;
-    const Scratch<T> state(2 * state_size), scratch(checked_product(chunks, scratch_size));
+    const Scratch<T> state(2 * state_size), scratch(parts.scratch_size());
     T* const c_n = network.mode == RnnMode::lstm ? state.get() + state_size : nullptr;
-    parallel_chunks(chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
-      kernels.run(network, state.get(), c_n, bound(chunk), bound(chunk + 1), scratch.get() + chunk * scratch_size);
-    });
+    parts.run(state.get(), c_n, scratch.get());
   }
 
   int64_t length(const Ints& input) const { return input[batch_first_ ? 1 : 0]; }

@@ -3,6 +3,7 @@
 
 #include "register.h"
 #include "rnn_problem.h"
+#include "rnn_threads.h"
 
 namespace fastnn {
 namespace {
@@ -14,11 +15,9 @@ void run_forward(const Problem& problem, const Tensor& output, const TensorList&
   network.output = mutable_data<T>(output);
   const bool packs = kernels.worth_packing(problem.rows);
   const bool needs_buffer = !reserve && problem.layers > 1 && problem.directions > 1;
-  const int64_t chunks = rnn_chunks(problem.work(), problem.batch);
-  const std::vector<int64_t> bounds = split_sequences(problem, chunks);
+  const ForwardParts<T> parts(network, kernels, problem.work());
   const int64_t packed_size = packs ? network.packed_size(kernels) : 0;
-  const int64_t scratch_size = kernels.scratch_size(network, longest_chunk(bounds));
-  Scratch<Compute<T>> scratch(checked_sum(packed_size, checked_product(chunks, scratch_size)));
+  Scratch<Compute<T>> scratch(checked_sum(packed_size, parts.scratch_size()));
   Scratch<T> buffer(needs_buffer ? problem.rows * problem.width() : 0);
   if (reserve) {
     network.set_reserve(problem, mutable_data<T>(*reserve));
@@ -28,10 +27,7 @@ void run_forward(const Problem& problem, const Tensor& output, const TensorList&
   if (packs) network.pack(kernels, scratch.get());
   T* h_n = mutable_data<T>(state[0]);
   T* c_n = state.size() > 1 ? mutable_data<T>(state[1]) : nullptr;
-  parallel_chunks(chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
-    kernels.run(network, h_n, c_n, bounds[chunk], bounds[chunk + 1],
-                scratch.get() + packed_size + chunk * scratch_size);
-  });
+  parts.run(h_n, c_n, scratch.get() + packed_size);
 }
 
 struct Result {
@@ -168,7 +164,7 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
                                   state_or_null(0),
                                   state_or_null(1)};
   const int64_t chunks = rnn_chunks(2 * problem.work(), problem.batch);
-  const std::vector<int64_t> bounds = split_sequences(problem, chunks);
+  const std::vector<int64_t> bounds = split_sequences(network, chunks);
   const int64_t scratch_size = kernels.scratch_size(network, longest_chunk(bounds));
   std::vector<int64_t> sums_at{0};
   for (int64_t i = 0; i < problem.count(); ++i) {

@@ -191,37 +191,9 @@ inline Problem check_problem(const char* op, const Tensor& input, const Optional
   return problem;
 }
 
-// How many threads. Steps are short products, one after the other, and a thread's start is worth thousands of them: a
-// few million operations a thread, more than useful_threads asks for.
-inline int64_t rnn_chunks(double work, int64_t batch) {
-  return std::max<int64_t>(1, std::min(useful_threads(work / 40), batch));
-}
-
 template <class T>
 const T* data_or_null(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
-}
-
-// Bounds of `chunks` runs of sequences, each with about as many rows as the others.
-inline std::vector<int64_t> split_sequences(const Problem& problem, int64_t chunks) {
-  std::vector<int64_t> bounds{0};
-  int64_t rows = 0;
-  size_t length = problem.steps.size();
-  for (int64_t sequence = 0; sequence < problem.batch; ++sequence) {
-    while (problem.steps[length - 1].rows <= sequence) --length;
-    rows += static_cast<int64_t>(length);
-    const int64_t left = problem.batch - 1 - sequence, to_come = chunks - static_cast<int64_t>(bounds.size());
-    const bool full = static_cast<double>(rows) * chunks >= static_cast<double>(problem.rows) * bounds.size();
-    if (to_come > 0 && left > 0 && (full || left <= to_come)) bounds.push_back(sequence + 1);
-  }
-  bounds.push_back(problem.batch);
-  return bounds;
-}
-
-inline int64_t longest_chunk(const std::vector<int64_t>& bounds) {
-  int64_t longest = 0;
-  for (size_t i = 1; i < bounds.size(); ++i) longest = std::max(longest, bounds[i] - bounds[i - 1]);
-  return longest;
 }
 
 // A network for the kernels, its weights packed into `packed`, or not at all.

@@ -7,7 +7,7 @@ operator's to decide, which checks everything anyway.
 """
 
 from collections.abc import Sequence
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -15,8 +15,13 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, needs_reference
-from fastnn.ops.rnn import rnn, rnn_cell
+from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference
+from fastnn.ops.rnn import NUMBER_OF, plain_rnn, plain_rnn_cell, rnn, rnn_cell
+
+# In one look-up in place of eight, which nn.Module makes slow.
+_settings = itemgetter(
+    "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_parameters"
+)
 
 
 def _covers(input: Any) -> bool:
@@ -52,6 +57,10 @@ class _Recurrent(_OnStock, RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         """As the stock module's: input (length, batch, in), (batch, length, in), (length, in) or packed."""
+        if isinstance(input, Tensor) and is_plain(input):
+            plain = self._run_plain(input, hx)
+            if plain is not None:
+                return plain
         packed = isinstance(input, PackedSequence)
         if not _covers(input.data if packed else input):
             return self._by_stock(input, hx)
@@ -61,6 +70,31 @@ class _Recurrent(_OnStock, RNNBase):
         except RuntimeError:
             answer = None  # the stock module has its own words for arguments that do not fit
         return self._by_stock(input, hx) if answer is None else answer
+
+    def _run_plain(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
+        """The kernel's answer to what calls mostly are, in a few microseconds; None where a closer look is due."""
+        try:
+            mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
+            if hx is None:
+                state: Any = ()
+            elif mode != "LSTM":
+                state = (hx,)
+            else:
+                state = hx
+            if (
+                input.dim() != 3
+                or not isinstance(state, (tuple, list))
+                or (training and dropout)
+                or len(own) != len(weights)
+                or not all(map(is_, own.values(), weights))
+            ):
+                return None
+            output, final = plain_rnn(
+                input, None, state, weights, None, NUMBER_OF[mode], layers, bidirectional, batch_first
+            )
+        except (AttributeError, KeyError, RuntimeError, TypeError):  # arguments that do not fit, for one
+            return None
+        return output, final[0] if mode != "LSTM" else tuple(final)
 
     def _by_stock(self, input: Any, hx: Any) -> tuple[Any, Any]:
         if isinstance(input, PackedSequence):
@@ -176,6 +210,7 @@ class LSTM(_Recurrent):
 
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_all_cell_weights = itemgetter(*_CELL_WEIGHTS)  # biases may be None
 
 
 class _Cell(_OnStock, RNNCellBase):
@@ -185,6 +220,10 @@ class _Cell(_OnStock, RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the stock cell's: input (batch, in) or (in) -> the new state."""
+        if isinstance(input, Tensor) and is_plain(input):
+            answer = self._run_plain(input, hx)
+            if answer is not None:
+                return answer
         if not _covers(input):
             return self._stock.forward(self, input, hx)
         weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
@@ -197,6 +236,21 @@ class _Cell(_OnStock, RNNCellBase):
     def _mode(self) -> str | None:
         """Which of ``fastnn.ops.rnn.MODES``, or None for one that only the stock cell can refuse."""
         raise NotImplementedError
+
+    def _run_plain(self, input: Tensor, hx: Any) -> Any:
+        """The kernel's answer to what calls mostly are; None where a closer look is due."""
+        mode, c = self._mode(), None
+        if self._states == 2 and hx is not None:
+            if len(hx) != 2:
+                return None
+            hx, c = hx
+        if mode is None or input.dim() != 2:
+            return None
+        try:
+            new_state = plain_rnn_cell(input, NUMBER_OF[mode], hx, c, *_all_cell_weights(self._parameters))
+        except (KeyError, RuntimeError):  # a parametrization's weights, or arguments that do not fit
+            return None
+        return new_state[0] if self._states == 1 else tuple(new_state)
 
     def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any:
         """The kernel's answer, or None where the stock cell's is due."""

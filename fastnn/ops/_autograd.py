@@ -97,7 +97,8 @@ def eager_recorder(function: type[torch.autograd.Function], results: int) -> Cal
     autograd microseconds on both ways. It is applied without the 10 microseconds that ``apply`` spends on
     ``inspect.signature`` to fill in default arguments, of which our functions have none. The function's backward gets
     gradients of at least the caller's outputs. ``keep`` of a function is its ``setup_context`` without what is said
-    there of outputs that the twin doesn't have.
+    there of outputs that the twin doesn't have; ``record``, if it has one, is the twin's whole forward, with fewer
+    tuples on the way.
     """
     forward, keep = function.forward, getattr(function, "keep", function.setup_context)
 
@@ -112,7 +113,10 @@ def eager_recorder(function: type[torch.autograd.Function], results: int) -> Cal
                 return one_by_one(lambda *rows: function.backward(ctx, *rows), grads)
         return function.backward(ctx, *grads)
 
-    members = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
+    members = {
+        "forward": staticmethod(getattr(function, "record", eager_forward)),
+        "backward": staticmethod(eager_backward),
+    }
     twin = type(function.__name__, (torch.autograd.Function,), members)
     return super(torch.autograd.Function, twin).apply  # type: ignore[misc]
 

@@ -1,7 +1,7 @@
 """Convolution, ReLU and max-pool in one: schema's Python side, autograd and the public functions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fastnn.ops._autograd import (
     call_kernel,
     check_same_device,
     differentiate_twice,
+    eager_recorder,
     is_plain,
     needs_autograd,
     needs_reference,
@@ -28,6 +29,7 @@ MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/co
 _op = torch.ops.fastnn.conv_relu_max_pool.default
 _call = _op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
 _with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
+_with_winners_call = _with_winners_op._op
 _backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
 
 Size = int | Sequence[int]
@@ -161,7 +163,7 @@ def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geome
         input, weight, bias = autocast(input, weight, bias)
         output = _not_plain(input, weight, bias, geometry, dims)
     elif wants_gradient(input, weight, bias):
-        output = _differentiable(input, weight, bias, geometry, dims)
+        output = _differentiable(_record_plain, input, weight, bias, geometry, dims)
     else:
         output = _call(input, weight, bias, geometry)
     return output if batched else output.squeeze(0).contiguous()
@@ -172,15 +174,21 @@ def _not_plain(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Fla
     if needs_reference(input):
         return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
     if needs_autograd(input, weight, bias):
-        return _differentiable(input, weight, bias, geometry, dims)
+        return _differentiable(_record, input, weight, bias, geometry, dims)
     return call_kernel(_op, input, weight, bias, geometry)
 
 
-def _differentiable(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
-    places = math.prod(geometry[3 * dims : 4 * dims])
-    if places > MOST_PLACES:
+def _differentiable(
+    record: Callable[..., tuple[Tensor, ...]],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: FlatGeometry,
+    dims: int,
+) -> Tensor:
+    if math.prod(geometry[3 * dims : 4 * dims]) > MOST_PLACES:
         return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
-    return _record(input, weight, bias, geometry)[0]
+    return record(input, weight, bias, geometry)[0]
 
 
 def _check_rank(input: Tensor, dims: int) -> None:
@@ -255,6 +263,13 @@ class ConvReluMaxPool(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, output[1])
 
     @staticmethod
+    def record(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry) -> tuple[Tensor]:
+        output, winners = _with_winners_call(input, weight, bias, geometry)
+        ctx.geometry = geometry
+        ctx.save_for_backward(input, weight, bias, winners)
+        return (output,)
+
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         input, weight, bias, winners = ctx.saved_tensors
         compute = ConvReluMaxPoolBackward.apply if torch.is_grad_enabled() else ConvReluMaxPoolBackward.forward
@@ -264,6 +279,7 @@ class ConvReluMaxPool(torch.autograd.Function):
 
 
 _record = recorder(ConvReluMaxPool, results=1)
+_record_plain = eager_recorder(ConvReluMaxPool, results=1)
 
 
 class ConvReluMaxPoolBackward(torch.autograd.Function):

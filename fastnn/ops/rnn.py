@@ -10,6 +10,7 @@ from fastnn.ops._autograd import (
     call_kernel,
     check_same_device,
     differentiate_twice,
+    eager_recorder,
     is_plain,
     needs_autograd,
     needs_reference,
@@ -21,17 +22,21 @@ from fastnn.reference import rnn as reference
 
 # The operator takes modes by their place in this list (csrc/kernels/rnn.h has the same).
 MODES = tuple(reference.CELLS)
-_NUMBER_OF = {mode: number for number, mode in enumerate(MODES)}
+NUMBER_OF = {mode: number for number, mode in enumerate(MODES)}
 _rnn_op = torch.ops.fastnn.rnn.default
 _rnn_call = _rnn_op._op  # see is_plain
 _cell_op = torch.ops.fastnn.rnn_cell.default
 _cell_call = _cell_op._op
 _with_reserve_op = torch.ops.fastnn.rnn_with_reserve.default
+_with_reserve_call = _with_reserve_op._op
 _backward_op = torch.ops.fastnn.rnn_backward.default
 
 
+FlatConfig = tuple[int, int, bool, bool]
+
+
 class Config(NamedTuple):
-    """The operator's arguments that are no tensors."""
+    """The operator's arguments that are no tensors; calls hand them on as a bare tuple, which is sooner made."""
 
     mode: int
     num_layers: int
@@ -39,7 +44,7 @@ class Config(NamedTuple):
     batch_first: bool
 
 
-_CELL_CONFIGS = [Config(number, 1, False, False) for number in range(len(MODES))]
+_CELL_CONFIGS = [(number, 1, False, False) for number in range(len(MODES))]
 
 
 def rnn(
@@ -72,42 +77,75 @@ def rnn(
         RuntimeError: sizes, dtypes or devices that do not fit together.
     """
     masks = None
-    number = _NUMBER_OF[mode]
+    number = NUMBER_OF[mode]
     if dropout > 0 and num_layers > 1:
         masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout)
-    plain = is_plain(input)
-    if plain and not wants_gradient(input, *state, *weights):
-        return _rnn_call(input, batch_sizes, state, weights, masks, number, num_layers, bidirectional, batch_first)
-    config = Config(number, num_layers, bidirectional, batch_first)
-    if plain:
+    if is_plain(input):
+        return plain_rnn(input, batch_sizes, state, weights, masks, number, num_layers, bidirectional, batch_first)
+    if needs_reference(input):
+        return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
+    config = number, num_layers, bidirectional, batch_first
+    if not needs_autograd(input, *state, *weights):
+        return call_kernel(_rnn_op, input, batch_sizes, state, weights, masks, *config)
+    output, *final_state = _record(input, batch_sizes, masks, config, len(state), *state, *weights)
+    return output, final_state
+
+
+def plain_rnn(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    mode: int,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """:func:`rnn` for callers that know that the call is plain (:func:`is_plain`), with the mode by its number and the
+    dropout drawn."""
+    if not wants_gradient(input, *state, *weights):
+        return _rnn_call(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
+    config = mode, num_layers, bidirectional, batch_first
+    if input.is_cuda:
         recorded = _with_stocks_gradient(input, batch_sizes, state, weights, masks, config)
         if recorded is not None:
             return recorded
-    elif needs_reference(input):
-        return reference.rnn(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
-    elif not needs_autograd(input, *state, *weights):
-        return call_kernel(_rnn_op, input, batch_sizes, state, weights, masks, *config)
-    output, *final_state = _record(input, batch_sizes, masks, config, len(state), *state, *weights)
+    output, *final_state = _record_plain(input, batch_sizes, masks, config, len(state), *state, *weights)
     return output, final_state
 
 
 def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weights: Tensor) -> Sequence[Tensor]:
     """One step of one layer: input (batch, in), h and for LSTM c (batch, hidden) or None for zeros, weights as for
     :func:`rnn` -> the new state, [h] or [h, c]."""
-    number = _NUMBER_OF[mode]
-    plain = is_plain(input)
-    if plain and not wants_gradient(input, h, c, *weights):
-        return _cell_call(input, number, h, c, *weights)
-    state, config = [s for s in (h, c) if s is not None], _CELL_CONFIGS[number]
-    if plain:
-        recorded = _with_stocks_gradient(input, None, state, weights, None, config)
+    number = NUMBER_OF[mode]
+    if is_plain(input):
+        return plain_rnn_cell(input, number, h, c, *weights)
+    state = _given((h, c))
+    if needs_reference(input):
+        return reference.rnn_cell(input, tuple(state), weights, mode)
+    if not needs_autograd(input, *state, *weights):
+        return call_kernel(_cell_op, input, number, h, c, *weights)
+    return _record(input, None, None, _CELL_CONFIGS[number], len(state), *state, *weights)[1:]
+
+
+def plain_rnn_cell(
+    input: Tensor, mode: int, h: Tensor | None, c: Tensor | None, *weights: Tensor | None
+) -> Sequence[Tensor]:
+    """:func:`rnn_cell` for callers that know that the call is plain (:func:`is_plain`), the mode by its number. Biases
+    may be None."""
+    if not wants_gradient(input, h, c, *weights):
+        return _cell_call(input, mode, h, c, *weights)
+    state, given, config = _given((h, c)), _given(weights), _CELL_CONFIGS[mode]
+    if input.is_cuda:
+        recorded = _with_stocks_gradient(input, None, state, given, None, config)
         if recorded is not None:
             return recorded[1]
-    elif needs_reference(input):
-        return reference.rnn_cell(input, tuple(state), weights, mode)
-    elif not needs_autograd(input, *state, *weights):
-        return call_kernel(_cell_op, input, number, h, c, *weights)
-    return _record(input, None, None, config, len(state), *state, *weights)[1:]
+    return _record_plain(input, None, None, config, len(state), *state, *given)[1:]
+
+
+def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _with_stocks_gradient(
@@ -116,12 +154,10 @@ def _with_stocks_gradient(
     state: Sequence[Tensor],
     weights: Sequence[Tensor],
     masks: Tensor | None,
-    config: Config,
+    config: FlatConfig,
 ) -> tuple[Tensor, Sequence[Tensor]] | None:
     """On a GPU, the answer where the operator would run stock's kernels: those keep for backward what the operator
     cannot hand over. Else None."""
-    if not input.is_cuda:
-        return None
     from fastnn.kernels.rnn import with_stocks_gradient  # only now: it imports Triton
 
     return with_stocks_gradient(input, batch_sizes, state, weights, masks, *config)
@@ -149,7 +185,12 @@ class Rnn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, batch_sizes: Tensor | None, masks: Tensor | None, config: Config, states: int, *tensors: Tensor
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        masks: Tensor | None,
+        config: FlatConfig,
+        states: int,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         output, final_state, reserve = _with_reserve_op(
             input, batch_sizes, tensors[:states], tensors[states:], masks, *config
@@ -158,24 +199,44 @@ class Rnn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, batch_sizes, masks, ctx.config, ctx.states, *tensors = inputs
-        ctx.results = len(output) - 1
+        input, batch_sizes, masks, config, states, *tensors = inputs
         ctx.mark_non_differentiable(output[-1])
+        ctx.call = (config, states, len(output) - 1)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[0], output[-1], input, batch_sizes, masks, *tensors)
 
     @staticmethod
+    def record(
+        ctx: Any,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        masks: Tensor | None,
+        config: FlatConfig,
+        states: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        output, final_state, reserve = _with_reserve_call(
+            input, batch_sizes, tensors[:states], tensors[states:], masks, *config
+        )
+        ctx.call = (config, states, 1 + len(final_state))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output, reserve, input, batch_sizes, masks, *tensors)
+        return (output, *final_state)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        needed, first_weight, grads = ctx.needs_input_grad, 5 + ctx.states, grads[: ctx.results]
+        config, states, results = ctx.call
+        needed, first_weight, grads = ctx.needs_input_grad, 5 + states, grads[:results]
         if all(grad is None for grad in grads):
             return (None,) * len(needed)
         wanted = (needed[0], True in needed[5:first_weight], True in needed[first_weight:])
         compute = RnnBackward.apply if torch.is_grad_enabled() else RnnBackward.forward
-        grad_input, *others = compute(ctx.config, ctx.states, wanted, *grads, *ctx.saved_tensors)
+        grad_input, *others = compute(config, states, wanted, *grads, *ctx.saved_tensors)
         return (grad_input, None, None, None, None, *others)
 
 
 _record = recorder(Rnn, results=-1)
+_record_plain = eager_recorder(Rnn, results=-1)
 
 
 class RnnBackward(torch.autograd.Function):
@@ -185,9 +246,9 @@ class RnnBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        config: Config, states: int, wanted: tuple[bool, bool, bool], *tensors: Tensor | None
+        config: FlatConfig, states: int, wanted: tuple[bool, bool, bool], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        grads = 3 if MODES[config.mode] == "LSTM" else 2
+        grads = 3 if MODES[config[0]] == "LSTM" else 2
         output, reserve, input, batch_sizes, masks, *rest = tensors[grads:]
         grad_input, grad_state, grad_weights = _backward_op(
             tensors[0],
@@ -213,7 +274,7 @@ class RnnBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         ctx.config, ctx.states, _, *tensors = inputs
-        ctx.grads = 3 if MODES[ctx.config.mode] == "LSTM" else 2
+        ctx.grads = 3 if MODES[ctx.config[0]] == "LSTM" else 2
         ctx.outputs_given = [gradient is not None for gradient in output]
         ctx.set_materialize_grads(False)
         # Not the output and the reserve: the reference makes its own.

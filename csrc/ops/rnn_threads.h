@@ -1,0 +1,90 @@
+// How the work of a recurrent network is cut into parts, a thread each.
+#pragma once
+
+#include "../kernels/rnn.h"
+#include "tensor.h"
+
+namespace fastnn {
+
+// How many threads. Steps are short products, one after the other, and a thread's start is worth thousands of them: a
+// few million operations a thread, more than useful_threads asks for.
+inline int64_t rnn_chunks(double work, int64_t most) {
+  return std::max<int64_t>(1, std::min(useful_threads(work / 40), most));
+}
+
+// Bounds of `chunks` runs of sequences that take about as long as each other. Sequences are sorted, the longest first.
+template <class T>
+std::vector<int64_t> split_sequences(const RnnNetwork<T>& network, int64_t chunks) {
+  constexpr double kStepRows = 0.8;  // what a step costs besides its rows, in rows: measured for all cells
+  std::vector<int64_t> bounds{0};
+  int64_t length = network.steps, longest = length;  // of this sequence, and of its run
+  double own = 0, left = static_cast<double>(network.rows);
+  for (int64_t sequence = 0; sequence < network.batch; ++sequence) {
+    while (network.step[length - 1].rows <= sequence) --length;
+    const int64_t to_come = chunks - static_cast<int64_t>(bounds.size());
+    if (to_come > 0 && sequence > bounds.back()) {
+      // Which run is the longer one, and by how much, if the sequence stays with this one or begins the next.
+      const double ahead = own + kStepRows * longest - kStepRows * length;
+      const double too_long = ahead + length - (left - length) / to_come, too_short = left / to_come - ahead;
+      if (too_long > too_short || network.batch - sequence <= to_come) {
+        bounds.push_back(sequence);
+        longest = length;
+        own = 0;
+      }
+    }
+    own += length;
+    left -= length;
+  }
+  bounds.push_back(network.batch);
+  return bounds;
+}
+
+inline int64_t longest_chunk(const std::vector<int64_t>& bounds) {
+  int64_t longest = 0;
+  for (size_t i = 1; i < bounds.size(); ++i) longest = std::max(longest, bounds[i] - bounds[i - 1]);
+  return longest;
+}
+
+// Forward in parts: runs of sequences, or, where there is an even number of threads for two directions, each direction
+// of a layer apart, so that a thread reads half of the weights for twice the rows.
+template <class T>
+class ForwardParts {
+ public:
+  ForwardParts(const RnnNetwork<T>& network, const RnnForwardKernels<T>& kernels, double work)
+      : network_(network), kernels_(kernels), chunks_(rnn_chunks(work, network.directions * network.batch)) {
+    if (network.directions > 1 && chunks_ % 2 == 0) {
+      apart_ = true;
+    } else {
+      chunks_ = std::max<int64_t>(1, std::min(chunks_, network.batch));
+    }
+    bounds_ = split_sequences(network, apart_ ? chunks_ / 2 : chunks_);
+    scratch_each_ = kernels.scratch_size(network, longest_chunk(bounds_));
+  }
+
+  int64_t scratch_size() const { return checked_product(chunks_, scratch_each_); }
+
+  void run(T* h_n, T* c_n, Compute<T>* scratch) const {
+    const int64_t layers = network_.layers, parts = static_cast<int64_t>(bounds_.size()) - 1;
+    for (int64_t first = 0; first < layers; first += apart_ ? 1 : layers) {
+      parallel_chunks(chunks_, chunks_, [&](int64_t chunk, int64_t, int64_t) {
+        const int64_t part = chunk % parts;
+        for (int64_t layer = first; layer < (apart_ ? first + 1 : layers); ++layer) {
+          for (int64_t direction = 0; direction < network_.directions; ++direction) {
+            if (apart_ && direction != chunk / parts) continue;
+            kernels_.run(network_, layer, direction, h_n, c_n, bounds_[part], bounds_[part + 1],
+                         scratch + chunk * scratch_each_);
+          }
+        }
+      });
+    }
+  }
+
+ private:
+  const RnnNetwork<T>& network_;
+  const RnnForwardKernels<T>& kernels_;
+  int64_t chunks_, scratch_each_;
+  bool apart_ = false;
+  std::vector<int64_t> bounds_;
+};
+
+}  // namespace fastnn
