@@ -257,6 +257,24 @@ class TestAlgorithms:
         assert_like_stock(tensors, geometry(2), gradients=False)
         assert_like_stock([channels_last(tensors[0]), *tensors[1:]], geometry(2), gradients=False)
 
+    @pytest.mark.parametrize(
+        ("size", "channels", "kernel", "arguments"),
+        [
+            ((4, 20, 8, 8), 512, (11, 11), geometry(2, padding=5, pool=3, pool_stride=2, pool_padding=1)),
+            ((2, 3, 40, 60), 20, (21, 31), geometry(2, padding=(10, 15))),
+            ((2, 16, 9, 9), 2048, (5, 5), geometry(2, padding=2, groups=16)),
+        ],
+    )
+    def test_long_sums_in_the_input_gradient(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        channels: int,
+        kernel: tuple[int, ...],
+        arguments: Any,
+    ) -> None:
+        assert_like_stock(make(size, channels, kernel, arguments[3]), arguments)
+
     @pytest.mark.parametrize("last", ["", "input", "weight", "both"])
     @pytest.mark.parametrize(
         ("size", "channels", "kernel", "arguments"),

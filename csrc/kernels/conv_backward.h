@@ -23,7 +23,7 @@ class BackwardWorker {
         s_(run_shape<C>(call.geometry)),
         scratch_(call.geometry, memory),
         window_(call, scratch_.image, weight_wanted ? scratch_.images : nullptr,
-                call.grad_input ? scratch_.gradients : nullptr),
+                call.grad_input ? scratch_.gradients : nullptr, scratch_.parts),
         band_(call, scratch_.shape, scratch_.band) {
     const BlockImage& image = scratch_.image;
     for (int64_t d = 0; d < g_.kernel[0]; ++d) {
@@ -72,7 +72,10 @@ class BackwardWorker {
           const int64_t end = smaller(p + scratch_.slice_pixels, pixels);
           if (grad_bias) add_bias_gradient(p, end, scratch_.bias + channel);
           if (grad_weight) add_weight_gradient(p, end, channels, grad_weight + at, lost + at);
-          if (call_.grad_input) add_input_gradient(p, end, call_.packed + at);
+          if (call_.grad_input) {
+            add_input_gradient(p, end, call_.packed + at);
+            window_.count_additions(smaller(end - p, g_.taps()));
+          }
         }
       });
     }

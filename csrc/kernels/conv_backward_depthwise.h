@@ -32,18 +32,20 @@ struct DepthwiseBackwardScratch {
   BlockImage image;
   C* images;  // a window of the input
   C* gradients;
+  C* parts;      // ImageWindow's
   char* band;    // GradientBand's
   double* bias;  // [output channel of a group][lane]
   int64_t size;
 
   DepthwiseBackwardScratch(const ConvPoolGeometry& g, void* memory)
       : shape(g, kLanes<C>), image(g, kLanes<C>, false, sizeof(C), shape.size, 2, 0) {
-    MemoryParts parts(memory);
-    images = parts.take<C>(image.size);
-    gradients = parts.take<C>(image.size);
-    band = parts.take<char>(GradientBand<C>::memory_size(g, shape));
-    bias = parts.take<double>(g.out_channels * kLanes<C>);
-    size = parts.used();
+    MemoryParts taken(memory);
+    images = taken.take<C>(image.size);
+    gradients = taken.take<C>(image.size);
+    parts = g.taps() * g.out_channels > kLongestSum ? taken.take<C>(image.size) : nullptr;
+    band = taken.take<char>(GradientBand<C>::memory_size(g, shape));
+    bias = taken.take<double>(g.out_channels * kLanes<C>);
+    size = taken.used();
   }
 };
 
@@ -115,7 +117,7 @@ class DepthwiseBackwardWorker {
         s_(depthwise_shape<C>(call.geometry)),
         scratch_(call.geometry, memory),
         window_(call, scratch_.image, weight_wanted ? scratch_.images : nullptr,
-                call.grad_input ? scratch_.gradients : nullptr),
+                call.grad_input ? scratch_.gradients : nullptr, scratch_.parts),
         band_(call, scratch_.shape, scratch_.band) {}
 
   void run(int64_t image, int64_t block, C* grad_weight, C* lost, C* grad_bias) {
@@ -136,7 +138,10 @@ class DepthwiseBackwardWorker {
             constexpr int count = decltype(taps)::value;
             const int64_t element = at + tap * kLanes<C>;
             if (grad_weight) add_weight_gradient<count>(box, offset, grad_weight + element, lost + element);
-            if (call_.grad_input) add_input_gradient<count>(box, offset, call_.packed + element);
+            if (call_.grad_input) {
+              add_input_gradient<count>(box, offset, call_.packed + element);
+              window_.count_additions(smaller(box.pixels(), count));
+            }
           });
         });
       }

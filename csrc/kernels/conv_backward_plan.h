@@ -28,6 +28,7 @@ struct BackwardScratch {
   int64_t list_room;     // of one channel's list
   C* images;             // windows of the input, of some blocks
   C* gradients;          // of its gradient, laid out alike
+  C* parts;              // ImageWindow's
   char* band;            // GradientBand's
   C* values;             // of the lists of one pass
   Offset<C>* offsets;
@@ -44,23 +45,25 @@ struct BackwardScratch {
   BackwardScratch(const ConvPoolGeometry& g, const RunShape& s, void* memory)
       : shape(g, band_channels<C>(g, s)),
         image(g, s.lanes, true, sizeof(C), shape.size, 2 * s.blocks, s.vectors * kLanes<C>) {
+    const bool in_parts = g.taps() * divide_up(g.out_channels, shape.width) > kLongestSum;
     const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.stride[0] * g.stride[1] * g.stride[2];
     const int64_t fit = kSliceBytes / 2 / under_pixel / kLanes<C> * kLanes<C>;
     slice_pixels = smaller(shape.pixels, smaller(kMostSlicePixels, larger(128, fit)));
     list_room = slice_pixels + kLanes<C>;
-    MemoryParts parts(memory);
-    images = parts.take<C>(image.size * s.blocks);
-    gradients = parts.take<C>(image.size * s.blocks);
-    band = parts.take<char>(GradientBand<C>::memory_size(g, shape));
-    values = parts.take<C>(list_room * shape.width);
-    offsets = parts.take<Offset<C>>(list_room * shape.width);
-    counts = parts.take<int64_t>(shape.width);
-    starts = parts.take<int64_t>(slice_pixels + 1);
-    run_offsets = parts.take<int64_t>(s.runs);
-    pixel_offsets = parts.take<Offset<C>>(shape.pixels);
-    channel_offsets = parts.take<Offset<C>>(shape.width);
-    bias = parts.take<double>(round_up(g.out_channels, shape.width));
-    size = parts.used();
+    MemoryParts taken(memory);
+    images = taken.take<C>(image.size * s.blocks);
+    gradients = taken.take<C>(image.size * s.blocks);
+    parts = in_parts ? taken.take<C>(image.size * s.blocks) : nullptr;
+    band = taken.take<char>(GradientBand<C>::memory_size(g, shape));
+    values = taken.take<C>(list_room * shape.width);
+    offsets = taken.take<Offset<C>>(list_room * shape.width);
+    counts = taken.take<int64_t>(shape.width);
+    starts = taken.take<int64_t>(slice_pixels + 1);
+    run_offsets = taken.take<int64_t>(s.runs);
+    pixel_offsets = taken.take<Offset<C>>(shape.pixels);
+    channel_offsets = taken.take<Offset<C>>(shape.width);
+    bias = taken.take<double>(round_up(g.out_channels, shape.width));
+    size = taken.used();
   }
 };
 

@@ -89,9 +89,15 @@ class ImageWindow {
   using C = Compute<T>;
 
  public:
-  // Without `images` or `gradients` where the one or the other is not wanted.
-  ImageWindow(const ConvPoolBackward<T>& call, const BlockImage& shape, C* images, C* gradients)
-      : call_(call), g_(call.geometry), shape_(shape), images_(images), gradients_(gradients) {}
+  // Without `images` or `gradients` where the one or the other is not wanted. `parts`, as large as the gradients, where
+  // so much is added to each of those that it is added up in parts first; else null.
+  ImageWindow(const ConvPoolBackward<T>& call, const BlockImage& shape, C* images, C* gradients, C* parts)
+      : call_(call),
+        g_(call.geometry),
+        shape_(shape),
+        images_(images),
+        gradients_(gradients),
+        parts_(gradients ? parts : nullptr) {}
 
   // `channels` of an image from the one numbered `channel` on.
   void open(int64_t image, int64_t channel, int64_t channels) {
@@ -100,6 +106,8 @@ class ImageWindow {
     channels_ = channels;
     blocks_ = divide_up(channels, shape_.lanes);
     origin_ = 0;
+    additions_ = 0;
+    if (parts_) fill_zeros(parts_, blocks_ * shape_.size);
     advance(0, 0);
   }
 
@@ -107,6 +115,7 @@ class ImageWindow {
   void move_to(int64_t first) {
     const int64_t origin = first * g_.stride[shape_.axis];
     if (origin == origin_) return;
+    add_parts();
     store(origin_, origin);
     const int64_t kept = origin_ + shape_.slices - origin;
     advance(origin, kept);
@@ -116,6 +125,7 @@ class ImageWindow {
   void close() {
     const int axis = shape_.axis;
     const int64_t end = g_.padding[axis] + g_.input[axis];
+    add_parts();
     store(origin_, origin_ + shape_.slices);
     while (gradients_ && origin_ + shape_.slices < end) {
       fill_zeros(gradients_, blocks_ * shape_.size);
@@ -125,9 +135,23 @@ class ImageWindow {
   }
 
   const C* image(int64_t block) const { return images_ + block * shape_.size; }
-  C* gradient(int64_t block) const { return gradients_ + block * shape_.size; }
+  // Where to add to the gradient.
+  C* gradient(int64_t block) const { return (parts_ ? parts_ : gradients_) + block * shape_.size; }
+  // To be told how often an element of the gradient has been added to, at most.
+  void count_additions(int64_t additions) {
+    additions_ += additions;
+    if (additions_ >= kLongestSum) add_parts();
+  }
 
  private:
+  void add_parts() {
+    if (parts_ && additions_ > 0) {
+      for (int64_t i = 0; i < blocks_ * shape_.size; ++i) gradients_[i] += parts_[i];
+      fill_zeros(parts_, blocks_ * shape_.size);
+    }
+    additions_ = 0;
+  }
+
   // The last `kept` slices become the first, those beyond are new.
   void advance(int64_t origin, int64_t kept) {
     const int64_t slice = shape_.d[shape_.axis], from = (origin - origin_) * slice, count = kept * slice;
@@ -198,7 +222,9 @@ class ImageWindow {
   const BlockImage& shape_;
   C* images_;
   C* gradients_;
+  C* parts_;
   int64_t image_, channel_, channels_, blocks_, origin_;  // origin: the slice that the windows begin with
+  int64_t additions_;                                     // to an element of the parts
 };
 
 }  // namespace FASTNN_ISA
