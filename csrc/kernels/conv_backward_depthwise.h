@@ -71,6 +71,7 @@ ConvPoolBackwardPlan plan_depthwise_backward(const ConvPoolGeometry& g) {
   plan.weight_size = plan.packed_size;
   plan.scratch_size = DepthwiseBackwardScratch<C>(g, nullptr).size;
   plan.blocks = s.blocks;
+  plan.keeps_lost = true;
   return plan;
 }
 
@@ -278,6 +279,8 @@ void backward_depthwise(const ConvPoolBackward<T>& call, int64_t first_image, in
                         int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias,
                         void* scratch) {
   DepthwiseBackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
+  const int64_t block_size = call.plan.weight_size / call.plan.blocks;
+  if (grad_weight) fill_zeros(grad_weight + first_block * block_size, (last_block - first_block) * block_size);
   for (int64_t image = first_image; image < last_image; ++image) {
     for (int64_t block = first_block; block < last_block; ++block) {
       worker.run(image, block, grad_weight, lost, grad_bias);

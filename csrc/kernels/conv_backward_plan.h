@@ -10,6 +10,8 @@ namespace FASTNN_ISA {
 constexpr int64_t kSliceBytes = 32 << 10;  // what the inner loop returns to: most of L1
 constexpr int64_t kMostSlicePixels = 256;
 constexpr int64_t kMostBandChannels = 64;
+constexpr int64_t kFewAdditions = 16;
+constexpr int64_t kMostJoinedChannels = 64;
 
 // The output channels of a group that are worked on together: as many as have their weights stay in L1.
 template <class C>
@@ -67,14 +69,53 @@ struct BackwardScratch {
   }
 };
 
+// Counted in vectors that are worked on, a conv pixel.
+template <class C>
+double runs_cost(const ConvPoolGeometry& g) {
+  const RunShape s = run_shape<C>(g);
+  const double conv = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
+  const double winners = static_cast<double>(smaller(g.pixels(), g.conv[0] * g.conv[1] * g.conv[2])) / conv;
+  const double input = static_cast<double>(g.input[0] * g.input[1] * g.input[2]) / conv;
+  const double band = 8 * static_cast<double>(divide_up(g.out_channels, kLanes<C>));
+  const double image = 6 * input * static_cast<double>(s.blocks * divide_up(s.lanes, kLanes<C>));
+  const double products = 2 * static_cast<double>(s.blocks * larger(2, s.runs * s.vectors));
+  return static_cast<double>(g.groups) * (band + image + winners * static_cast<double>(g.out_channels) * products);
+}
+
+FASTNN_INLINE ConvPoolGeometry join_groups(ConvPoolGeometry g, int64_t count) {
+  g.groups /= count;
+  g.in_channels *= count;
+  g.out_channels *= count;
+  return g;
+}
+
+// Groups of few channels leave most lanes empty; joined, they share them.
+template <class C>
+int64_t cheapest_join(const ConvPoolGeometry& g) {
+  const int64_t most = kMostJoinedChannels / larger(1, larger(g.in_channels, g.out_channels));
+  int64_t best = 1;
+  double least = runs_cost<C>(g);
+  for (int64_t count = 2; count <= smaller(g.groups, most); ++count) {
+    if (g.groups % count != 0) continue;
+    const double cost = runs_cost<C>(join_groups(g, count));
+    if (cost < least) {
+      least = cost;
+      best = count;
+    }
+  }
+  return best;
+}
+
 template <class C>
 ConvPoolBackwardPlan plan_runs(const ConvPoolGeometry& g) {
   const RunShape s = run_shape<C>(g);
+  const BackwardScratch<C> scratch(g, nullptr);
   ConvPoolBackwardPlan plan = {};
   plan.packed_size = g.groups * s.blocks * g.out_channels * s.row;
   plan.weight_size = plan.packed_size;
-  plan.scratch_size = BackwardScratch<C>(g, nullptr).size;
+  plan.scratch_size = scratch.size;
   plan.blocks = g.groups * s.blocks;
+  plan.keeps_lost = g.batch * divide_up(g.conv[0] * g.conv[1] * g.conv[2], scratch.slice_pixels) > kFewAdditions;
   return plan;
 }
 

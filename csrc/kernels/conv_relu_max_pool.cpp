@@ -87,6 +87,13 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
   }
 }
 
+template <class T>
+int64_t groups_to_join(const ConvPoolGeometry& g, const T* grad_output, const ConvLayout& layout) {
+  const int64_t count = depthwise_pays<Compute<T>>(g) ? 1 : cheapest_join<Compute<T>>(g);
+  // Infinity times the zeros between groups would be NaN.
+  return count > 1 && gradients_are_finite(g, grad_output, layout) ? count : 1;
+}
+
 template <class C>
 ConvPoolBackwardPlan plan_backward(const ConvPoolGeometry& g) {
   return depthwise_pays<C>(g) ? plan_depthwise_backward<C>(g) : plan_runs<C>(g);
@@ -118,8 +125,10 @@ void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* grad_weigh
 
 template <class T>
 constexpr ConvPoolKernels<T> kernels() {
-  return {plan<T>,          plan_holds<T>, pack<T>,          forward<T>,        plan_backward<Compute<T>>,
-          pack_backward<T>, backward<T>,   unpack_weight<T>, store_computed<T>, winners_are_valid<T>};
+  return {plan<T>,           plan_holds<T>,       pack<T>,
+          forward<T>,        groups_to_join<T>,   plan_backward<Compute<T>>,
+          pack_backward<T>,  backward<T>,         unpack_weight<T>,
+          store_computed<T>, winners_are_valid<T>};
 }
 
 }  // namespace

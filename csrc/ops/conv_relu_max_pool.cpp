@@ -147,6 +147,10 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   if (wanted.input && !std::equal(g.input, g.input + 3, problem.geometry.input)) {
     std::memset(grad_input.mutable_data_ptr(), 0, grad_input.numel() * grad_input.element_size());
   }
+  const int64_t joined = kernels.groups_to_join(g, data<T>(grad_output), layout_of(grad_output));
+  g.groups /= joined;
+  g.in_channels *= joined;
+  g.out_channels *= joined;
   const ConvPoolBackwardPlan plan = kernels.plan_backward(g);
   // Images first; where they are fewer than threads, each thread has some of the channels.
   const int64_t threads = useful_threads(problem.work / 2);
@@ -158,7 +162,7 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   const int64_t weight_size = wanted.weight ? plan.weight_size : 0;
   Scratch<C> packed(wanted.input ? plan.packed_size : 0);
   Scratch<C> weight_parts(checked_product(image_parts, weight_size));
-  Scratch<C> weight_lost(checked_product(image_parts, weight_size));
+  Scratch<C> weight_lost(plan.keeps_lost ? checked_product(image_parts, weight_size) : 0);
   Scratch<C> bias_parts(checked_product(image_parts, bias_size));
   Scratch<char> scratch(checked_product(image_parts * block_parts, scratch_size));
   const ConvPoolBackward<T> call{g,
@@ -173,7 +177,8 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
                                  layout_of(weight),
                                  wanted.input ? mutable_data<T>(grad_input) : nullptr,
                                  grad_input_layout,
-                                 packed.get()};
+                                 packed.get(),
+                                 joined};
   if (wanted.input) kernels.pack_backward(call);
   std::fill(bias_parts.get(), bias_parts.get() + image_parts * bias_size, C(0));
   parallel_chunks(image_parts * block_parts, image_parts * block_parts, [&](int64_t chunk, int64_t, int64_t) {
@@ -181,14 +186,14 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
     const int64_t first_block = blocks * block_part / block_parts, last_block = blocks * (block_part + 1) / block_parts;
     C* weight_part = weight_parts.get() + image_part * weight_size;
     const int64_t block_size = plan.weight_size / blocks;
-    C* weight_lost_part = weight_lost.get() + image_part * weight_size;
-    for (C* part : {weight_part, weight_lost_part}) {
-      if (wanted.weight) std::fill(part + first_block * block_size, part + last_block * block_size, C(0));
+    C* lost_part = plan.keeps_lost ? weight_lost.get() + image_part * weight_size : nullptr;
+    if (wanted.weight && lost_part) {
+      std::fill(lost_part + first_block * block_size, lost_part + last_block * block_size, C(0));
     }
     C* bias_part = bias_parts.get() + image_part * bias_size;
     kernels.backward(call, g.batch * image_part / image_parts, g.batch * (image_part + 1) / image_parts, first_block,
-                     last_block, wanted.weight ? weight_part : nullptr, weight_lost_part,
-                     wanted.bias ? bias_part : nullptr, scratch.get() + chunk * scratch_size);
+                     last_block, wanted.weight ? weight_part : nullptr, lost_part, wanted.bias ? bias_part : nullptr,
+                     scratch.get() + chunk * scratch_size);
   });
   sum_parts(weight_parts.get(), image_parts, weight_size, threads);
   sum_parts(bias_parts.get(), image_parts, bias_size, 1);
