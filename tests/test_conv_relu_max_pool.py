@@ -285,7 +285,8 @@ class TestAlgorithms:
         grad_output[1, 3:6, 2, 3] = special  # of the second group
         grad_input, grad_weight, grad_bias = RAW_BACKWARD(grad_output, winners, input, weight, arguments, *[True] * 3)
         touched = ~grad_input.isfinite()
-        assert touched[1, 2:4, 4:6, 6:8].all() and touched.sum() == 8
+        assert touched[1, 2:4, 4:6, 6:8].all()
+        assert touched.sum() == 8
         assert (~grad_weight.isfinite()).flatten(1).all(1).tolist() == [3 <= i < 6 for i in range(12)]
         assert grad_bias.isfinite().sum() == 9
 
@@ -300,6 +301,11 @@ class TestAlgorithms:
             ((2, 40, 90, 70), 40, (3, 3), geometry(2, padding=1, groups=40, pool=3, pool_stride=2)),
             ((2, 24, 30, 29), 48, (5, 4), geometry(2, stride=(2, 1), groups=24, pool=2, pool_dilation=2)),
             ((1, 17, 9, 40), 17, (1, 13), geometry(2, padding=(0, 6), groups=17, pool=(3, 2))),
+            # Large windows.
+            ((2, 5, 33, 32), 9, (3, 3), geometry(2, pool=5, pool_dilation=2, pool_stride=3, pool_padding=2)),
+            ((1, 20, 23, 22), 18, (1, 1), geometry(2, groups=2, pool=5)),
+            # Bands that are small so that many channels of the input stay in the cache.
+            ((1, 200, 6, 12, 13), 5, (1, 1, 1), geometry(3)),
             # Groups of few channels, worked on as one.
             ((2, 24, 15, 20), 32, (1, 1), geometry(2, groups=4, pool=3, pool_stride=2)),
             ((2, 8, 7, 8, 9), 24, (2, 2, 2), geometry(3, groups=4, pool=3, pool_stride=1, pool_padding=1)),
@@ -462,6 +468,11 @@ class TestThreads:
             ((1, 2, 12, 13, 14), 16, (3, 3, 3), geometry(3, pool=3, pool_stride=2)),
             ((3, 30, 9, 9), 40, (7, 7), geometry(2, padding=3, pool=3, pool_stride=1)),
             ((1, 70, 40, 40), 70, (5, 5), geometry(2, padding=2, groups=70, pool=3, pool_stride=2)),
+            # Gradients of parts of an image.
+            ((1, 3, 151, 60), 16, (7, 7), geometry(2, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)),
+            ((1, 4, 200, 31), 12, (2, 3), geometry(2, stride=(3, 1))),
+            ((1, 3, 3001), 10, (5,), geometry(1, padding=2, dilation=2)),
+            ((1, 8, 70, 9, 10), 12, (2, 1, 1), geometry(3, groups=2, pool=3, pool_stride=2)),
         ],
     )
     def test_any_number_gives_the_same_bits(

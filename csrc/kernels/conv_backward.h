@@ -36,22 +36,29 @@ class BackwardWorker {
     }
   }
 
-  // Blocks [first, last) of one group of an image. The gradients are null where they are not wanted. `fresh`: there is
-  // nothing yet in grad_weight.
-  void run(int64_t image, int64_t group, int64_t first, int64_t last, bool fresh, C* grad_weight, C* lost,
-           C* grad_bias) {
+  // Blocks [first, last) of one group of an image, the conv pixels `pixels` along the axis. The gradients are null
+  // where they are not wanted. `fresh`: there is nothing yet in grad_weight.
+  void run(int64_t image, int64_t group, int64_t first, int64_t last, const Range& pixels, bool fresh, C* grad_weight,
+           C* lost, C* grad_bias) {
     image_ = image;
     group_ = group;
     blocks_ = last - first;
     first_ = first;
     grad_bias = first == 0 ? grad_bias : nullptr;
     fill_zeros(scratch_.bias, round_up(g_.out_channels, scratch_.shape.width));
-    const int axis = scratch_.image.axis;
-    const int64_t channel = first * s_.lanes;
-    window_.open(image, group * g_.in_channels + channel, smaller(blocks_ * s_.lanes, g_.in_channels - channel));
-    for (int64_t pixel = 0; pixel < g_.conv[axis]; pixel += scratch_.image.step) {
+    const int64_t channel = first * s_.lanes, step = scratch_.image.step;
+    // The pixels before have a part in the gradient of the input under these.
+    const int64_t before = call_.grad_input ? scratch_.image.pixels_before(g_) : 0;
+    const int64_t start = larger(0, pixels.first - before);
+    window_.open(image, group * g_.in_channels + channel, smaller(blocks_ * s_.lanes, g_.in_channels - channel), start,
+                 pixels.first, pixels.last);
+    for (int64_t pixel = start; pixel < pixels.first; pixel += step) {
       window_.move_to(pixel);
-      run_window(pixel, smaller(pixel + scratch_.image.step, g_.conv[axis]), fresh && pixel == 0, grad_weight, lost,
+      run_window(pixel, smaller(pixel + step, pixels.first), false, nullptr, nullptr, nullptr);
+    }
+    for (int64_t pixel = pixels.first; pixel < pixels.last; pixel += step) {
+      window_.move_to(pixel);
+      run_window(pixel, smaller(pixel + step, pixels.last), fresh && pixel == pixels.first, grad_weight, lost,
                  grad_bias);
     }
     window_.close();
@@ -242,20 +249,22 @@ class BackwardWorker {
 };
 
 template <class T>
-void backward_runs(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
-                   int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias,
-                   void* scratch) {
+void backward_runs(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight,
+                   Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
   BackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
   const int64_t blocks = call.plan.blocks / call.geometry.groups;
-  for (int64_t image = first_image; image < last_image; ++image) {
-    for (int64_t block = first_block; block < last_block;) {
+  const int axis = call.plan.axis;
+  const int64_t rows = call.geometry.conv[axis];
+  const Range pixels = {rows * piece.part / piece.parts, rows * (piece.part + 1) / piece.parts};
+  for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
+    for (int64_t block = piece.first_block; block < piece.last_block;) {
       const int64_t group = block / blocks, first = block % blocks;
-      const int64_t count = smaller(blocks - first, last_block - block);
-      worker.run(image, group, first, first + count, image == first_image, grad_weight, lost, grad_bias);
+      const int64_t count = smaller(blocks - first, piece.last_block - block);
+      worker.run(image, group, first, first + count, pixels, image == piece.first_image, grad_weight, lost, grad_bias);
       block += count;
     }
   }
-  if (grad_weight && lost) add_lost(call, first_block, last_block, grad_weight, lost);
+  if (grad_weight && lost) add_lost(call, piece.first_block, piece.last_block, grad_weight, lost);
 }
 
 }  // namespace FASTNN_ISA

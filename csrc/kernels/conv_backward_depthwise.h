@@ -38,7 +38,8 @@ struct DepthwiseBackwardScratch {
   int64_t size;
 
   DepthwiseBackwardScratch(const ConvPoolGeometry& g, void* memory)
-      : shape(g, kLanes<C>), image(g, kLanes<C>, false, sizeof(C), shape.size, 2, 0) {
+      : shape(g, kLanes<C>, g.conv[0] * g.conv[1] * g.conv[2]),
+        image(g, kLanes<C>, false, sizeof(C), shape.size, 2, 0) {
     MemoryParts taken(memory);
     images = taken.take<C>(image.size);
     gradients = taken.take<C>(image.size);
@@ -71,6 +72,7 @@ ConvPoolBackwardPlan plan_depthwise_backward(const ConvPoolGeometry& g) {
   plan.weight_size = plan.packed_size;
   plan.scratch_size = DepthwiseBackwardScratch<C>(g, nullptr).size;
   plan.blocks = s.blocks;
+  plan.most_parts = 1;
   plan.keeps_lost = true;
   return plan;
 }
@@ -125,7 +127,7 @@ class DepthwiseBackwardWorker {
     const int64_t group = block * kLanes<C>, lanes = smaller(kLanes<C>, g_.groups - group);
     const int axis = scratch_.image.axis;
     fill_zeros(scratch_.bias, s_.multiplier * kLanes<C>);
-    window_.open(image, group, lanes);
+    window_.open(image, group, lanes, 0, 0, g_.conv[axis]);
     for (int64_t first = 0; first < g_.conv[axis]; first += scratch_.image.step) {
       const int64_t last = smaller(first + scratch_.image.step, g_.conv[axis]);
       window_.move_to(first);
@@ -275,18 +277,18 @@ class DepthwiseBackwardWorker {
 };
 
 template <class T>
-void backward_depthwise(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
-                        int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias,
-                        void* scratch) {
+void backward_depthwise(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight,
+                        Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
   DepthwiseBackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
   const int64_t block_size = call.plan.weight_size / call.plan.blocks;
-  if (grad_weight) fill_zeros(grad_weight + first_block * block_size, (last_block - first_block) * block_size);
-  for (int64_t image = first_image; image < last_image; ++image) {
-    for (int64_t block = first_block; block < last_block; ++block) {
+  if (grad_weight)
+    fill_zeros(grad_weight + piece.first_block * block_size, (piece.last_block - piece.first_block) * block_size);
+  for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
+    for (int64_t block = piece.first_block; block < piece.last_block; ++block) {
       worker.run(image, block, grad_weight, lost, grad_bias);
     }
   }
-  if (grad_weight) add_lost(call, first_block, last_block, grad_weight, lost);
+  if (grad_weight) add_lost(call, piece.first_block, piece.last_block, grad_weight, lost);
 }
 
 }  // namespace FASTNN_ISA

@@ -22,6 +22,16 @@ int64_t band_channels(const ConvPoolGeometry& g, const RunShape& s) {
   return round_up(divide_up(g.out_channels, parts), kLanes<C>);
 }
 
+// So many conv pixels have their input and its gradient stay in L2. No matter how many, where the weight doesn't: that
+// is walked through for each band.
+template <class C>
+int64_t window_pixels(const ConvPoolGeometry& g, const RunShape& s) {
+  const int64_t weight = 3 * s.blocks * g.out_channels * s.row;  // with its gradient and what that has lost
+  const int64_t under_pixel = 2 * s.blocks * s.lanes * g.stride[0] * g.stride[1] * g.stride[2];
+  const int64_t room = kWindowBytes / static_cast<int64_t>(sizeof(C));
+  return weight > room / 2 ? g.conv[0] * g.conv[1] * g.conv[2] : room / larger(1, under_pixel);
+}
+
 template <class C>
 struct BackwardScratch {
   BandShape<C> shape;
@@ -45,7 +55,7 @@ struct BackwardScratch {
   BackwardScratch(const ConvPoolGeometry& g, void* memory) : BackwardScratch(g, run_shape<C>(g), memory) {}
 
   BackwardScratch(const ConvPoolGeometry& g, const RunShape& s, void* memory)
-      : shape(g, band_channels<C>(g, s)),
+      : shape(g, band_channels<C>(g, s), window_pixels<C>(g, s)),
         image(g, s.lanes, true, sizeof(C), shape.size, 2 * s.blocks, s.vectors * kLanes<C>) {
     const bool in_parts = g.taps() * divide_up(g.out_channels, shape.width) > kLongestSum;
     const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.stride[0] * g.stride[1] * g.stride[2];
@@ -114,6 +124,10 @@ ConvPoolBackwardPlan plan_runs(const ConvPoolGeometry& g) {
   plan.packed_size = g.groups * s.blocks * g.out_channels * s.row;
   plan.weight_size = plan.packed_size;
   plan.scratch_size = scratch.size;
+  plan.axis = scratch.image.axis;
+  // Few pixels are worked on twice for two parts.
+  const int64_t least = 8 * (scratch.image.pixels_before(g) + 1);
+  plan.most_parts = scratch.image.moves() ? larger(1, g.conv[plan.axis] / least) : 1;
   plan.blocks = g.groups * s.blocks;
   plan.keeps_lost = g.batch * divide_up(g.conv[0] * g.conv[1] * g.conv[2], scratch.slice_pixels) > kFewAdditions;
   return plan;

@@ -110,10 +110,9 @@ void pack_backward(const ConvPoolBackward<T>& call) {
 }
 
 template <class T>
-void backward(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
-              int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
-  return (is_depthwise(call) ? backward_depthwise<T> : backward_runs<T>)(call, first_image, last_image, first_block,
-                                                                         last_block, grad_weight, lost, grad_bias,
+void backward(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight, Compute<T>* lost,
+              Compute<T>* grad_bias, void* scratch) {
+  return (is_depthwise(call) ? backward_depthwise<T> : backward_runs<T>)(call, piece, grad_weight, lost, grad_bias,
                                                                          scratch);
 }
 

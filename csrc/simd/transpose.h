@@ -30,43 +30,6 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
   }
 }
 
-// transpose_matrix for a square of lanes, of which `rows` and `columns` may be less or more.
-template <class From, class To>
-FASTNN_INLINE void transpose_square(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
-                                    int64_t to_stride) {
-  using C = Compute<From>;
-  constexpr int lanes = kLanes<C>;
-  Vec<C> block[lanes];
-  if (rows >= lanes && columns >= lanes) {
-    for (int i = 0; i < lanes; ++i) block[i] = load(from + i * from_stride);
-    transpose<C>(block);
-    for (int i = 0; i < lanes; ++i) store(to + i * to_stride, block[i]);
-    return;
-  }
-  for (int i = 0; i < lanes; ++i) block[i] = i < rows ? load_up_to<From>(from + i * from_stride, columns) : Vec<C>{};
-  transpose<C>(block);
-  for (int i = 0; i < lanes && i < columns; ++i) store_up_to<To>(to + i * to_stride, block[i], rows);
-}
-
-// The same for two whole squares, one below the other, whose rows of the result are parts of the same cache lines:
-// those may lie so far apart that none would stay in the cache from one square to the next.
-template <class From, class To>
-FASTNN_INLINE void transpose_two_squares(const From* from, int64_t from_stride, To* to, int64_t to_stride) {
-  using C = Compute<From>;
-  constexpr int lanes = kLanes<C>;
-  To first[lanes * lanes];
-  Vec<C> block[lanes];
-  transpose_square(from, from_stride, lanes, lanes, first, lanes);
-  for (int i = 0; i < lanes; ++i) block[i] = load(from + (lanes + i) * from_stride);
-  transpose<C>(block);
-  for (int i = 0; i < lanes; ++i) {
-    To* target = to + i * to_stride;
-    __builtin_memcpy(target, first + i * lanes, lanes * sizeof(To));
-    store(target + lanes, block[i]);
-    __builtin_prefetch(target + 2 * lanes, 1);
-  }
-}
-
 // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
 template <class From, class To>
 void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
@@ -77,21 +40,24 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
     if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
     if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
   }
-  constexpr bool has_half_lines = sizeof(To) < sizeof(C);
-  for (int64_t r = 0, step; r < rows; r += step) {
-    const int64_t left = rows - r;
-    step = has_half_lines && left >= 2 * lanes ? 2 * lanes : lanes;
+  for (int64_t r = 0; r < rows; r += lanes) {
+    const int64_t rows_left = rows - r;
     for (int64_t c = 0; c < columns; c += lanes) {
+      const int64_t columns_left = columns - c;
       const From* source = from + r * from_stride + c;
       To* target = to + c * to_stride + r;
-      if (step == lanes) {
-        transpose_square(source, from_stride, left, columns - c, target, to_stride);
-      } else if (columns - c >= lanes) {
-        transpose_two_squares(source, from_stride, target, to_stride);
-      } else {
-        transpose_square(source, from_stride, lanes, columns - c, target, to_stride);
-        transpose_square(source + lanes * from_stride, from_stride, lanes, columns - c, target + lanes, to_stride);
+      Vec<C> block[lanes];
+      if (rows_left >= lanes && columns_left >= lanes) {
+        for (int i = 0; i < lanes; ++i) block[i] = load(source + i * from_stride);
+        transpose<C>(block);
+        for (int i = 0; i < lanes; ++i) store(target + i * to_stride, block[i]);
+        continue;
       }
+      for (int i = 0; i < lanes; ++i) {
+        block[i] = i < rows_left ? load_up_to<From>(source + i * from_stride, columns_left) : Vec<C>{};
+      }
+      transpose<C>(block);
+      for (int i = 0; i < lanes && i < columns_left; ++i) store_up_to<To>(target + i * to_stride, block[i], rows_left);
     }
   }
 }
