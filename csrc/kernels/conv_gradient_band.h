@@ -9,7 +9,6 @@ namespace FASTNN_ISA {
 
 constexpr int64_t kBandBytes = 128 << 10;  // part of L2
 constexpr int64_t kColumnsTogether = 64;   // pooled pixels loaded at a time
-constexpr int64_t kManyPlaces = 24;        // of a window, from which on each winner is looked up
 
 // Part of the convolution's output: [first, last) along each dimension.
 struct ConvBox {
@@ -86,8 +85,7 @@ class GradientBand {
       tiled = tiled && g_.pool_stride[d] == g_.pool_kernel[d] && g_.pool_dilation[d] == 1;
       covered = covered && box.last[d] + g_.pool_padding[d] <= g_.output[d] * g_.pool_stride[d];
     }
-    const bool looked_up = g_.places() >= kManyPlaces;
-    const int64_t written = tiled && covered && !looked_up ? box.pixels() : 0;
+    const int64_t written = tiled && covered ? box.pixels() : 0;
     fill_zeros(pixels_ + written * width_, (round_up(box.pixels(), kLanes<C>) - written) * width_);
     if (count < width_) __builtin_memset(winners_, kDead, larger(g_.output[2], kColumnsTogether) * width_);
     int64_t first[3], last[3];  // the pooled pixels whose windows reach into the box
@@ -113,9 +111,7 @@ class GradientBand {
         for (int64_t y = 0; y < rows; ++y) {
           find_rows(z, row + y, box);
           const int64_t at = y * columns * width_;
-          if (looked_up) {
-            look_up_row(first[2], last[2], gradients_ + at, winners_ + at, box);
-          } else if (tiled) {
+          if (tiled) {
             put_row<false>(first[2], last[2], gradients_ + at, winners_ + at, box);
           } else {
             put_row<true>(first[2], last[2], gradients_ + at, winners_ + at, box);
@@ -191,28 +187,6 @@ class GradientBand {
             store(pixel, adds ? load(pixel) + here : here);
           }
         }
-      }
-    }
-  }
-
-  // The same, adding one number after the other: all places of a large window would take longer.
-  void look_up_row(int64_t first, int64_t last, const C* gradients, const uint8_t* winners, const ConvBox& box) {
-    C* rows[kMostPlaces];  // for each place; null where its row is not in the box
-    int64_t columns[kMostPlaces];
-    for (int64_t place = 0; place < g_.places(); ++place) rows[place] = nullptr;
-    for (int64_t r = 0; r < row_count_; ++r) {
-      for (int64_t w = 0; w < g_.pool_kernel[2]; ++w) {
-        rows[rows_[r].place + w] = rows_[r].pixels;
-        columns[rows_[r].place + w] = w * g_.pool_dilation[2];
-      }
-    }
-    for (int64_t x = first; x < last; ++x, gradients += width_, winners += width_) {
-      const int64_t start = x * g_.pool_stride[2] - g_.pool_padding[2] - box.first[2];
-      for (int64_t c = 0; c < width_; ++c) {
-        const uint8_t winner = winners[c];
-        if (winner == kDead || !rows[winner]) continue;
-        const int64_t column = start + columns[winner];
-        if (column >= 0 && column < box.size(2)) rows[winner][column * width_ + c] += gradients[c];
       }
     }
   }
