@@ -257,6 +257,39 @@ class TestAlgorithms:
         assert_like_stock(tensors, geometry(2), gradients=False)
         assert_like_stock([channels_last(tensors[0]), *tensors[1:]], geometry(2), gradients=False)
 
+    @pytest.mark.parametrize(
+        ("size", "channels", "kernel", "arguments"),
+        [
+            ((4, 20, 8, 8), 512, (11, 11), geometry(2, padding=5, pool=3, pool_stride=2, pool_padding=1)),
+            ((2, 3, 40, 60), 20, (21, 31), geometry(2, padding=(10, 15))),
+            ((2, 16, 9, 9), 2048, (5, 5), geometry(2, padding=2, groups=16)),
+        ],
+    )
+    def test_long_sums_in_the_input_gradient(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        channels: int,
+        kernel: tuple[int, ...],
+        arguments: Any,
+    ) -> None:
+        assert_like_stock(make(size, channels, kernel, arguments[3]), arguments)
+
+    @pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan])
+    def test_special_gradients_stay_in_their_group(self, instruction_set: str, special: float) -> None:
+        input, weight, _ = make((2, 8, 9, 10), 12, (2, 2), 4)
+        arguments = flat(geometry(2, groups=4))
+        output, winners = RAW_WITH_WINNERS(input, weight, None, arguments)
+        winners.fill_(0)
+        grad_output = torch.ones_like(output)
+        grad_output[1, 3:6, 2, 3] = special  # of the second group
+        grad_input, grad_weight, grad_bias = RAW_BACKWARD(grad_output, winners, input, weight, arguments, *[True] * 3)
+        touched = ~grad_input.isfinite()
+        assert touched[1, 2:4, 4:6, 6:8].all()
+        assert touched.sum() == 8
+        assert (~grad_weight.isfinite()).flatten(1).all(1).tolist() == [3 <= i < 6 for i in range(12)]
+        assert grad_bias.isfinite().sum() == 9
+
     @pytest.mark.parametrize("last", ["", "input", "weight", "both"])
     @pytest.mark.parametrize(
         ("size", "channels", "kernel", "arguments"),
@@ -268,6 +301,16 @@ class TestAlgorithms:
             ((2, 40, 90, 70), 40, (3, 3), geometry(2, padding=1, groups=40, pool=3, pool_stride=2)),
             ((2, 24, 30, 29), 48, (5, 4), geometry(2, stride=(2, 1), groups=24, pool=2, pool_dilation=2)),
             ((1, 17, 9, 40), 17, (1, 13), geometry(2, padding=(0, 6), groups=17, pool=(3, 2))),
+            # Large windows.
+            ((2, 5, 33, 32), 9, (3, 3), geometry(2, pool=5, pool_dilation=2, pool_stride=3, pool_padding=2)),
+            ((1, 20, 23, 22), 18, (1, 1), geometry(2, groups=2, pool=5)),
+            # Bands that are small so that many channels of the input stay in the cache.
+            ((1, 200, 6, 12, 13), 5, (1, 1, 1), geometry(3)),
+            # Groups of few channels, worked on as one.
+            ((2, 24, 15, 20), 32, (1, 1), geometry(2, groups=4, pool=3, pool_stride=2)),
+            ((2, 8, 7, 8, 9), 24, (2, 2, 2), geometry(3, groups=4, pool=3, pool_stride=1, pool_padding=1)),
+            ((2, 12, 30), 6, (3,), geometry(1, padding=1, groups=6)),
+            ((2, 4, 13, 12), 4, (3, 5), geometry(2, groups=2, pool=(4, 3))),
             ((2, 16, 8, 9, 20), 16, (2, 3, 3), geometry(3, dilation=(1, 2, 1), groups=16, pool_stride=1)),
             # Images of which only a window is in memory.
             ((1, 16, 9001), 5, (5,), geometry(1, padding=2, pool=3, pool_stride=2)),
@@ -425,6 +468,11 @@ class TestThreads:
             ((1, 2, 12, 13, 14), 16, (3, 3, 3), geometry(3, pool=3, pool_stride=2)),
             ((3, 30, 9, 9), 40, (7, 7), geometry(2, padding=3, pool=3, pool_stride=1)),
             ((1, 70, 40, 40), 70, (5, 5), geometry(2, padding=2, groups=70, pool=3, pool_stride=2)),
+            # Gradients of parts of an image.
+            ((1, 3, 151, 60), 16, (7, 7), geometry(2, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)),
+            ((1, 4, 200, 31), 12, (2, 3), geometry(2, stride=(3, 1))),
+            ((1, 3, 3001), 10, (5,), geometry(1, padding=2, dilation=2)),
+            ((1, 8, 70, 9, 10), 12, (2, 1, 1), geometry(3, groups=2, pool=3, pool_stride=2)),
         ],
     )
     def test_any_number_gives_the_same_bits(

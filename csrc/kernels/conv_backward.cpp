@@ -9,6 +9,13 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
+template <class T>
+int64_t groups_to_join(const ConvPoolGeometry& g, const T* grad_output, const ConvLayout& layout) {
+  const int64_t count = depthwise_pays<Compute<T>>(g) ? 1 : cheapest_join<Compute<T>>(g);
+  // Infinity times the zeros between groups would be NaN.
+  return count > 1 && gradients_are_finite(g, grad_output, layout) ? count : 1;
+}
+
 template <class C>
 ConvPoolBackwardPlan plan(const ConvPoolGeometry& g) {
   return depthwise_pays<C>(g) ? plan_depthwise_backward<C>(g) : plan_runs<C>(g);
@@ -25,10 +32,9 @@ void pack(const ConvPoolBackward<T>& call) {
 }
 
 template <class T>
-void backward(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
-              int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
-  return (is_depthwise(call) ? backward_depthwise<T> : backward_runs<T>)(call, first_image, last_image, first_block,
-                                                                         last_block, grad_weight, lost, grad_bias,
+void backward(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight, Compute<T>* lost,
+              Compute<T>* grad_bias, void* scratch) {
+  return (is_depthwise(call) ? backward_depthwise<T> : backward_runs<T>)(call, piece, grad_weight, lost, grad_bias,
                                                                          scratch);
 }
 
@@ -40,7 +46,8 @@ void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* grad_weigh
 
 template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
-  return {plan<Compute<T>>, pack<T>, backward<T>, unpack_weight<T>, store_computed<T>, winners_are_valid<T>};
+  return {groups_to_join<T>, plan<Compute<T>>,    pack<T>, backward<T>, unpack_weight<T>,
+          store_computed<T>, winners_are_valid<T>};
 }
 
 }  // namespace

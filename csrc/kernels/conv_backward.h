@@ -23,7 +23,7 @@ class BackwardWorker {
         s_(run_shape<C>(call.geometry)),
         scratch_(call.geometry, memory),
         window_(call, scratch_.image, weight_wanted ? scratch_.images : nullptr,
-                call.grad_input ? scratch_.gradients : nullptr),
+                call.grad_input ? scratch_.gradients : nullptr, scratch_.parts),
         band_(call, scratch_.shape, scratch_.band) {
     const BlockImage& image = scratch_.image;
     for (int64_t d = 0; d < g_.kernel[0]; ++d) {
@@ -36,20 +36,30 @@ class BackwardWorker {
     }
   }
 
-  // Blocks [first, last) of one group of an image. The gradients are null where they are not wanted.
-  void run(int64_t image, int64_t group, int64_t first, int64_t last, C* grad_weight, C* lost, C* grad_bias) {
+  // Blocks [first, last) of one group of an image, the conv pixels `pixels` along the axis. The gradients are null
+  // where they are not wanted. `fresh`: there is nothing yet in grad_weight.
+  void run(int64_t image, int64_t group, int64_t first, int64_t last, const Range& pixels, bool fresh, C* grad_weight,
+           C* lost, C* grad_bias) {
     image_ = image;
     group_ = group;
     blocks_ = last - first;
     first_ = first;
     grad_bias = first == 0 ? grad_bias : nullptr;
     fill_zeros(scratch_.bias, round_up(g_.out_channels, scratch_.shape.width));
-    const int axis = scratch_.image.axis;
-    const int64_t channel = first * s_.lanes;
-    window_.open(image, group * g_.in_channels + channel, smaller(blocks_ * s_.lanes, g_.in_channels - channel));
-    for (int64_t pixel = 0; pixel < g_.conv[axis]; pixel += scratch_.image.step) {
+    const int64_t channel = first * s_.lanes, step = scratch_.image.step;
+    // The pixels before have a part in the gradient of the input under these.
+    const int64_t before = call_.grad_input ? scratch_.image.pixels_before(g_) : 0;
+    const int64_t start = larger(0, pixels.first - before);
+    window_.open(image, group * g_.in_channels + channel, smaller(blocks_ * s_.lanes, g_.in_channels - channel), start,
+                 pixels.first, pixels.last);
+    for (int64_t pixel = start; pixel < pixels.first; pixel += step) {
       window_.move_to(pixel);
-      run_window(pixel, smaller(pixel + scratch_.image.step, g_.conv[axis]), grad_weight, lost, grad_bias);
+      run_window(pixel, smaller(pixel + step, pixels.first), false, nullptr, nullptr, nullptr);
+    }
+    for (int64_t pixel = pixels.first; pixel < pixels.last; pixel += step) {
+      window_.move_to(pixel);
+      run_window(pixel, smaller(pixel + step, pixels.last), fresh && pixel == pixels.first, grad_weight, lost,
+                 grad_bias);
     }
     window_.close();
     for (int64_t o = 0; grad_bias && o < g_.out_channels; ++o) {
@@ -59,11 +69,12 @@ class BackwardWorker {
 
  private:
   // The conv pixels [first, last) along the axis that the window moves along.
-  void run_window(int64_t first, int64_t last, C* grad_weight, C* lost, C* grad_bias) {
+  void run_window(int64_t first, int64_t last, bool fresh, C* grad_weight, C* lost, C* grad_bias) {
     const int64_t width = scratch_.shape.width;
     for (int64_t channel = 0; channel < g_.out_channels; channel += width) {
       const int64_t channels = smaller(width, g_.out_channels - channel);
       const int64_t at = ((group_ * s_.blocks + first_) * g_.out_channels + channel) * s_.row;
+      bool is_fresh = fresh;
       scratch_.shape.for_each(g_, scratch_.image.axis, first, last, [&](const ConvBox& box) {
         band_.fill(image_, group_ * g_.out_channels + channel, 1, channels, box);
         if (grad_weight || call_.grad_input) find_pixels(box, first);
@@ -71,8 +82,13 @@ class BackwardWorker {
         for (int64_t p = 0; p < pixels; p += scratch_.slice_pixels) {
           const int64_t end = smaller(p + scratch_.slice_pixels, pixels);
           if (grad_bias) add_bias_gradient(p, end, scratch_.bias + channel);
-          if (grad_weight) add_weight_gradient(p, end, channels, grad_weight + at, lost + at);
-          if (call_.grad_input) add_input_gradient(p, end, call_.packed + at);
+          if (grad_weight)
+            add_weight_gradient(p, end, channels, is_fresh, grad_weight + at, lost ? lost + at : nullptr);
+          is_fresh = false;
+          if (call_.grad_input) {
+            add_input_gradient(p, end, call_.packed + at);
+            window_.count_additions(smaller(end - p, g_.taps()));
+          }
         }
       });
     }
@@ -143,7 +159,7 @@ class BackwardWorker {
   }
 
   // What a slice adds is rounded by the size of the whole sum: `lost` keeps what that takes away.
-  void add_weight_gradient(int64_t first, int64_t last, int64_t channels, C* to, C* lost) {
+  void add_weight_gradient(int64_t first, int64_t last, int64_t channels, bool fresh, C* to, C* lost) {
     list_by_channel(first, last);
     for (int64_t block = 0; block < blocks_; ++block) {
       const C* image = window_.image(block);
@@ -151,12 +167,15 @@ class BackwardWorker {
       for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
         for (int64_t o = 0; o < channels; ++o) {
           const int64_t at = block_at + o * s_.row + (run * s_.vectors + vector) * kLanes<C>;
-          for (int64_t part = 0; part < scratch_.counts[o]; part += kLongestSum) {
+          bool writes = fresh;
+          for (int64_t part = 0; writes || part < scratch_.counts[o]; part += kLongestSum) {
             const int64_t entry = o * scratch_.list_room + part;
             const GradientList<C> list = {scratch_.values + entry, scratch_.offsets + entry,
                                           smaller(scratch_.counts[o] - part, kLongestSum)};
             add_runs<decltype(runs)::value, decltype(vectors)::value>(list, image + vector * kLanes<C>,
-                                                                      scratch_.run_offsets + run, to + at, lost + at);
+                                                                      scratch_.run_offsets + run, writes, to + at,
+                                                                      lost ? lost + at : nullptr);
+            writes = false;
           }
         }
       });
@@ -164,8 +183,8 @@ class BackwardWorker {
   }
 
   template <int runs, int vectors>
-  FASTNN_INLINE void add_runs(const GradientList<C>& list, const C* image, const int64_t* run_offsets, C* to,
-                              C* lost) const {
+  FASTNN_INLINE void add_runs(const GradientList<C>& list, const C* image, const int64_t* run_offsets, bool writes,
+                              C* to, C* lost) const {
     const C* from[runs];
     Vec<C> total[runs][vectors] = {};
     for (int r = 0; r < runs; ++r) from[r] = image + run_offsets[r];
@@ -173,7 +192,13 @@ class BackwardWorker {
     for (int r = 0; r < runs; ++r) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = (r * s_.vectors + v) * kLanes<C>;
-        add_keeping_lost(total[r][v], to + at, lost + at);
+        if (writes) {
+          store(to + at, total[r][v]);
+        } else if (lost) {
+          add_keeping_lost(total[r][v], to + at, lost + at);
+        } else {
+          store(to + at, load(to + at) + total[r][v]);
+        }
       }
     }
   }
@@ -224,20 +249,22 @@ class BackwardWorker {
 };
 
 template <class T>
-void backward_runs(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
-                   int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias,
-                   void* scratch) {
+void backward_runs(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight,
+                   Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
   BackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
   const int64_t blocks = call.plan.blocks / call.geometry.groups;
-  for (int64_t image = first_image; image < last_image; ++image) {
-    for (int64_t block = first_block; block < last_block;) {
+  const int axis = call.plan.axis;
+  const int64_t rows = call.geometry.conv[axis];
+  const Range pixels = {rows * piece.part / piece.parts, rows * (piece.part + 1) / piece.parts};
+  for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
+    for (int64_t block = piece.first_block; block < piece.last_block;) {
       const int64_t group = block / blocks, first = block % blocks;
-      const int64_t count = smaller(blocks - first, last_block - block);
-      worker.run(image, group, first, first + count, grad_weight, lost, grad_bias);
+      const int64_t count = smaller(blocks - first, piece.last_block - block);
+      worker.run(image, group, first, first + count, pixels, image == piece.first_image, grad_weight, lost, grad_bias);
       block += count;
     }
   }
-  if (grad_weight) add_lost(call, first_block, last_block, grad_weight, lost);
+  if (grad_weight && lost) add_lost(call, piece.first_block, piece.last_block, grad_weight, lost);
 }
 
 }  // namespace FASTNN_ISA

@@ -32,18 +32,21 @@ struct DepthwiseBackwardScratch {
   BlockImage image;
   C* images;  // a window of the input
   C* gradients;
+  C* parts;      // ImageWindow's
   char* band;    // GradientBand's
   double* bias;  // [output channel of a group][lane]
   int64_t size;
 
   DepthwiseBackwardScratch(const ConvPoolGeometry& g, void* memory)
-      : shape(g, kLanes<C>), image(g, kLanes<C>, false, sizeof(C), shape.size, 2, 0) {
-    MemoryParts parts(memory);
-    images = parts.take<C>(image.size);
-    gradients = parts.take<C>(image.size);
-    band = parts.take<char>(GradientBand<C>::memory_size(g, shape));
-    bias = parts.take<double>(g.out_channels * kLanes<C>);
-    size = parts.used();
+      : shape(g, kLanes<C>, g.conv[0] * g.conv[1] * g.conv[2]),
+        image(g, kLanes<C>, false, sizeof(C), shape.size, 2, 0) {
+    MemoryParts taken(memory);
+    images = taken.take<C>(image.size);
+    gradients = taken.take<C>(image.size);
+    parts = g.taps() * g.out_channels > kLongestSum ? taken.take<C>(image.size) : nullptr;
+    band = taken.take<char>(GradientBand<C>::memory_size(g, shape));
+    bias = taken.take<double>(g.out_channels * kLanes<C>);
+    size = taken.used();
   }
 };
 
@@ -69,6 +72,8 @@ ConvPoolBackwardPlan plan_depthwise_backward(const ConvPoolGeometry& g) {
   plan.weight_size = plan.packed_size;
   plan.scratch_size = DepthwiseBackwardScratch<C>(g, nullptr).size;
   plan.blocks = s.blocks;
+  plan.most_parts = 1;
+  plan.keeps_lost = true;
   return plan;
 }
 
@@ -115,14 +120,14 @@ class DepthwiseBackwardWorker {
         s_(depthwise_shape<C>(call.geometry)),
         scratch_(call.geometry, memory),
         window_(call, scratch_.image, weight_wanted ? scratch_.images : nullptr,
-                call.grad_input ? scratch_.gradients : nullptr),
+                call.grad_input ? scratch_.gradients : nullptr, scratch_.parts),
         band_(call, scratch_.shape, scratch_.band) {}
 
   void run(int64_t image, int64_t block, C* grad_weight, C* lost, C* grad_bias) {
     const int64_t group = block * kLanes<C>, lanes = smaller(kLanes<C>, g_.groups - group);
     const int axis = scratch_.image.axis;
     fill_zeros(scratch_.bias, s_.multiplier * kLanes<C>);
-    window_.open(image, group, lanes);
+    window_.open(image, group, lanes, 0, 0, g_.conv[axis]);
     for (int64_t first = 0; first < g_.conv[axis]; first += scratch_.image.step) {
       const int64_t last = smaller(first + scratch_.image.step, g_.conv[axis]);
       window_.move_to(first);
@@ -136,7 +141,10 @@ class DepthwiseBackwardWorker {
             constexpr int count = decltype(taps)::value;
             const int64_t element = at + tap * kLanes<C>;
             if (grad_weight) add_weight_gradient<count>(box, offset, grad_weight + element, lost + element);
-            if (call_.grad_input) add_input_gradient<count>(box, offset, call_.packed + element);
+            if (call_.grad_input) {
+              add_input_gradient<count>(box, offset, call_.packed + element);
+              window_.count_additions(smaller(box.pixels(), count));
+            }
           });
         });
       }
@@ -269,16 +277,18 @@ class DepthwiseBackwardWorker {
 };
 
 template <class T>
-void backward_depthwise(const ConvPoolBackward<T>& call, int64_t first_image, int64_t last_image, int64_t first_block,
-                        int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias,
-                        void* scratch) {
+void backward_depthwise(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight,
+                        Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
   DepthwiseBackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
-  for (int64_t image = first_image; image < last_image; ++image) {
-    for (int64_t block = first_block; block < last_block; ++block) {
+  const int64_t block_size = call.plan.weight_size / call.plan.blocks;
+  if (grad_weight)
+    fill_zeros(grad_weight + piece.first_block * block_size, (piece.last_block - piece.first_block) * block_size);
+  for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
+    for (int64_t block = piece.first_block; block < piece.last_block; ++block) {
       worker.run(image, block, grad_weight, lost, grad_bias);
     }
   }
-  if (grad_weight) add_lost(call, first_block, last_block, grad_weight, lost);
+  if (grad_weight) add_lost(call, piece.first_block, piece.last_block, grad_weight, lost);
 }
 
 }  // namespace FASTNN_ISA

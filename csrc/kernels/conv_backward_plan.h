@@ -10,6 +10,8 @@ namespace FASTNN_ISA {
 constexpr int64_t kSliceBytes = 32 << 10;  // what the inner loop returns to: most of L1
 constexpr int64_t kMostSlicePixels = 256;
 constexpr int64_t kMostBandChannels = 64;
+constexpr int64_t kFewAdditions = 16;
+constexpr int64_t kMostJoinedChannels = 64;
 
 // The output channels of a group that are worked on together: as many as have their weights stay in L1.
 template <class C>
@@ -20,6 +22,16 @@ int64_t band_channels(const ConvPoolGeometry& g, const RunShape& s) {
   return round_up(divide_up(g.out_channels, parts), kLanes<C>);
 }
 
+// So many conv pixels have their input and its gradient stay in L2. No matter how many, where the weight doesn't: that
+// is walked through for each band.
+template <class C>
+int64_t window_pixels(const ConvPoolGeometry& g, const RunShape& s) {
+  const int64_t weight = 3 * s.blocks * g.out_channels * s.row;  // with its gradient and what that has lost
+  const int64_t under_pixel = 2 * s.blocks * s.lanes * g.stride[0] * g.stride[1] * g.stride[2];
+  const int64_t room = kWindowBytes / static_cast<int64_t>(sizeof(C));
+  return weight > room / 2 ? g.conv[0] * g.conv[1] * g.conv[2] : room / larger(1, under_pixel);
+}
+
 template <class C>
 struct BackwardScratch {
   BandShape<C> shape;
@@ -28,6 +40,7 @@ struct BackwardScratch {
   int64_t list_room;     // of one channel's list
   C* images;             // windows of the input, of some blocks
   C* gradients;          // of its gradient, laid out alike
+  C* parts;              // ImageWindow's
   char* band;            // GradientBand's
   C* values;             // of the lists of one pass
   Offset<C>* offsets;
@@ -42,36 +55,81 @@ struct BackwardScratch {
   BackwardScratch(const ConvPoolGeometry& g, void* memory) : BackwardScratch(g, run_shape<C>(g), memory) {}
 
   BackwardScratch(const ConvPoolGeometry& g, const RunShape& s, void* memory)
-      : shape(g, band_channels<C>(g, s)),
+      : shape(g, band_channels<C>(g, s), window_pixels<C>(g, s)),
         image(g, s.lanes, true, sizeof(C), shape.size, 2 * s.blocks, s.vectors * kLanes<C>) {
+    const bool in_parts = g.taps() * divide_up(g.out_channels, shape.width) > kLongestSum;
     const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.stride[0] * g.stride[1] * g.stride[2];
     const int64_t fit = kSliceBytes / 2 / under_pixel / kLanes<C> * kLanes<C>;
     slice_pixels = smaller(shape.pixels, smaller(kMostSlicePixels, larger(128, fit)));
     list_room = slice_pixels + kLanes<C>;
-    MemoryParts parts(memory);
-    images = parts.take<C>(image.size * s.blocks);
-    gradients = parts.take<C>(image.size * s.blocks);
-    band = parts.take<char>(GradientBand<C>::memory_size(g, shape));
-    values = parts.take<C>(list_room * shape.width);
-    offsets = parts.take<Offset<C>>(list_room * shape.width);
-    counts = parts.take<int64_t>(shape.width);
-    starts = parts.take<int64_t>(slice_pixels + 1);
-    run_offsets = parts.take<int64_t>(s.runs);
-    pixel_offsets = parts.take<Offset<C>>(shape.pixels);
-    channel_offsets = parts.take<Offset<C>>(shape.width);
-    bias = parts.take<double>(round_up(g.out_channels, shape.width));
-    size = parts.used();
+    MemoryParts taken(memory);
+    images = taken.take<C>(image.size * s.blocks);
+    gradients = taken.take<C>(image.size * s.blocks);
+    parts = in_parts ? taken.take<C>(image.size * s.blocks) : nullptr;
+    band = taken.take<char>(GradientBand<C>::memory_size(g, shape));
+    values = taken.take<C>(list_room * shape.width);
+    offsets = taken.take<Offset<C>>(list_room * shape.width);
+    counts = taken.take<int64_t>(shape.width);
+    starts = taken.take<int64_t>(slice_pixels + 1);
+    run_offsets = taken.take<int64_t>(s.runs);
+    pixel_offsets = taken.take<Offset<C>>(shape.pixels);
+    channel_offsets = taken.take<Offset<C>>(shape.width);
+    bias = taken.take<double>(round_up(g.out_channels, shape.width));
+    size = taken.used();
   }
 };
+
+// Counted in vectors that are worked on, a conv pixel.
+template <class C>
+double runs_cost(const ConvPoolGeometry& g) {
+  const RunShape s = run_shape<C>(g);
+  const double conv = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
+  const double winners = static_cast<double>(smaller(g.pixels(), g.conv[0] * g.conv[1] * g.conv[2])) / conv;
+  const double input = static_cast<double>(g.input[0] * g.input[1] * g.input[2]) / conv;
+  const double band = 8 * static_cast<double>(divide_up(g.out_channels, kLanes<C>));
+  const double image = 6 * input * static_cast<double>(s.blocks * divide_up(s.lanes, kLanes<C>));
+  const double products = 2 * static_cast<double>(s.blocks * larger(2, s.runs * s.vectors));
+  return static_cast<double>(g.groups) * (band + image + winners * static_cast<double>(g.out_channels) * products);
+}
+
+FASTNN_INLINE ConvPoolGeometry join_groups(ConvPoolGeometry g, int64_t count) {
+  g.groups /= count;
+  g.in_channels *= count;
+  g.out_channels *= count;
+  return g;
+}
+
+// Groups of few channels leave most lanes empty; joined, they share them.
+template <class C>
+int64_t cheapest_join(const ConvPoolGeometry& g) {
+  const int64_t most = kMostJoinedChannels / larger(1, larger(g.in_channels, g.out_channels));
+  int64_t best = 1;
+  double least = runs_cost<C>(g);
+  for (int64_t count = 2; count <= smaller(g.groups, most); ++count) {
+    if (g.groups % count != 0) continue;
+    const double cost = runs_cost<C>(join_groups(g, count));
+    if (cost < least) {
+      least = cost;
+      best = count;
+    }
+  }
+  return best;
+}
 
 template <class C>
 ConvPoolBackwardPlan plan_runs(const ConvPoolGeometry& g) {
   const RunShape s = run_shape<C>(g);
+  const BackwardScratch<C> scratch(g, nullptr);
   ConvPoolBackwardPlan plan = {};
   plan.packed_size = g.groups * s.blocks * g.out_channels * s.row;
   plan.weight_size = plan.packed_size;
-  plan.scratch_size = BackwardScratch<C>(g, nullptr).size;
+  plan.scratch_size = scratch.size;
+  plan.axis = scratch.image.axis;
+  // Few pixels are worked on twice for two parts.
+  const int64_t least = 8 * (scratch.image.pixels_before(g) + 1);
+  plan.most_parts = scratch.image.moves() ? larger(1, g.conv[plan.axis] / least) : 1;
   plan.blocks = g.groups * s.blocks;
+  plan.keeps_lost = g.batch * divide_up(g.conv[0] * g.conv[1] * g.conv[2], scratch.slice_pixels) > kFewAdditions;
   return plan;
 }
 

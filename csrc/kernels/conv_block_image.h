@@ -36,8 +36,7 @@ struct BlockImage {
     step = g.conv[axis];
     slices = extent[axis];
     const int64_t slice_bytes = larger(1, count * d[axis] * element_bytes);
-    const bool moves = axis < 2 || phases == 1;
-    if (moves && slice_bytes * slices > kWindowBytes) {
+    if (moves() && slice_bytes * slices > kWindowBytes) {
       const int64_t overlap = larger(0, g.kernel_extent(axis) - g.stride[axis]);
       const int64_t fit = (kWindowBytes / slice_bytes - overlap) / g.stride[axis] / unit[axis] * unit[axis];
       step = smaller(step, larger(unit[axis], fit));
@@ -46,6 +45,10 @@ struct BlockImage {
     const int64_t row = phases == 1 ? slices * lanes : d[1];
     size = round_up((axis == 2 ? row : slices * d[axis]) + slack, 16);
   }
+
+  bool moves() const { return axis < 2 || phases == 1; }
+  // Conv pixels, before one on the axis, under which there are slices that begin with that one's.
+  int64_t pixels_before(const ConvPoolGeometry& g) const { return (g.kernel_extent(axis) - 1) / g.stride[axis]; }
 
   int64_t column(int64_t x) const { return phases == 1 ? x * lanes : x % phases * phase + x / phases * lanes; }
 
@@ -89,24 +92,37 @@ class ImageWindow {
   using C = Compute<T>;
 
  public:
-  // Without `images` or `gradients` where the one or the other is not wanted.
-  ImageWindow(const ConvPoolBackward<T>& call, const BlockImage& shape, C* images, C* gradients)
-      : call_(call), g_(call.geometry), shape_(shape), images_(images), gradients_(gradients) {}
+  // Without `images` or `gradients` where the one or the other is not wanted. `parts`, as large as the gradients, where
+  // so much is added to each of those that it is added up in parts first; else null.
+  ImageWindow(const ConvPoolBackward<T>& call, const BlockImage& shape, C* images, C* gradients, C* parts)
+      : call_(call),
+        g_(call.geometry),
+        shape_(shape),
+        images_(images),
+        gradients_(gradients),
+        parts_(gradients ? parts : nullptr) {}
 
-  // `channels` of an image from the one numbered `channel` on.
-  void open(int64_t image, int64_t channel, int64_t channels) {
+  // `channels` of an image from the one numbered `channel` on; the windows begin with the conv pixel `pixel`. Of the
+  // gradient, what belongs to the conv pixels [first, last) is written: the slices up to those of the next one.
+  void open(int64_t image, int64_t channel, int64_t channels, int64_t pixel, int64_t first, int64_t last) {
+    const int axis = shape_.axis;
     image_ = image;
     channel_ = channel;
     channels_ = channels;
     blocks_ = divide_up(channels, shape_.lanes);
-    origin_ = 0;
-    advance(0, 0);
+    first_ = first == 0 ? 0 : first * g_.stride[axis];
+    last_ = last == g_.conv[axis] ? shape_.extent[axis] : last * g_.stride[axis];
+    origin_ = pixel * g_.stride[axis];
+    additions_ = 0;
+    if (parts_) fill_zeros(parts_, blocks_ * shape_.size);
+    advance(origin_, 0);
   }
 
   // To the conv pixels from the one numbered `first` on.
   void move_to(int64_t first) {
     const int64_t origin = first * g_.stride[shape_.axis];
     if (origin == origin_) return;
+    add_parts();
     store(origin_, origin);
     const int64_t kept = origin_ + shape_.slices - origin;
     advance(origin, kept);
@@ -114,10 +130,9 @@ class ImageWindow {
 
   // The gradients that are still in the window are written, and zeros where the kernel does not reach.
   void close() {
-    const int axis = shape_.axis;
-    const int64_t end = g_.padding[axis] + g_.input[axis];
+    add_parts();
     store(origin_, origin_ + shape_.slices);
-    while (gradients_ && origin_ + shape_.slices < end) {
+    while (gradients_ && origin_ + shape_.slices < last_) {
       fill_zeros(gradients_, blocks_ * shape_.size);
       origin_ += shape_.slices;
       store(origin_, origin_ + shape_.slices);
@@ -125,9 +140,23 @@ class ImageWindow {
   }
 
   const C* image(int64_t block) const { return images_ + block * shape_.size; }
-  C* gradient(int64_t block) const { return gradients_ + block * shape_.size; }
+  // Where to add to the gradient.
+  C* gradient(int64_t block) const { return (parts_ ? parts_ : gradients_) + block * shape_.size; }
+  // To be told how often an element of the gradient has been added to, at most.
+  void count_additions(int64_t additions) {
+    additions_ += additions;
+    if (additions_ >= kLongestSum) add_parts();
+  }
 
  private:
+  void add_parts() {
+    if (parts_ && additions_ > 0) {
+      for (int64_t i = 0; i < blocks_ * shape_.size; ++i) gradients_[i] += parts_[i];
+      fill_zeros(parts_, blocks_ * shape_.size);
+    }
+    additions_ = 0;
+  }
+
   // The last `kept` slices become the first, those beyond are new.
   void advance(int64_t origin, int64_t kept) {
     const int64_t slice = shape_.d[shape_.axis], from = (origin - origin_) * slice, count = kept * slice;
@@ -167,7 +196,9 @@ class ImageWindow {
   }
 
   void store(int64_t first, int64_t last) const {
-    if (!gradients_) return;
+    first = larger(first, first_);
+    last = smaller(last, last_);
+    if (!gradients_ || first >= last) return;
     const ConvLayout& layout = call_.grad_input_layout;
     const int64_t step = layout.d[2] * shape_.phases, lanes = shape_.lanes;
     for (int64_t block = 0; block < blocks_; ++block) {
@@ -198,7 +229,10 @@ class ImageWindow {
   const BlockImage& shape_;
   C* images_;
   C* gradients_;
+  C* parts_;
   int64_t image_, channel_, channels_, blocks_, origin_;  // origin: the slice that the windows begin with
+  int64_t first_, last_;                                  // slices of the gradient that are written
+  int64_t additions_;                                     // to an element of the parts
 };
 
 }  // namespace FASTNN_ISA

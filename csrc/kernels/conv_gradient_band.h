@@ -18,15 +18,16 @@ struct ConvBox {
   int64_t pixels() const { return size(0) * size(1) * size(2); }
 };
 
-// How the convolution's output is cut into bands that hold `width` channels.
+// How the convolution's output is cut into bands that hold `width` channels and, if that can be, at most `most` pixels.
 template <class C>
 struct BandShape {
   int64_t width;    // channels, in whole vectors
   int64_t size[3];  // of a band, at most
   int64_t pixels;   // of a band, in whole vectors
 
-  BandShape(const ConvPoolGeometry& g, int64_t channels) : width(round_up(channels, kLanes<C>)) {
-    int64_t room = larger(kLanes<C>, kBandBytes / (larger(width, 1) * static_cast<int64_t>(sizeof(C))));
+  BandShape(const ConvPoolGeometry& g, int64_t channels, int64_t most) : width(round_up(channels, kLanes<C>)) {
+    const int64_t fit = kBandBytes / (larger(width, 1) * static_cast<int64_t>(sizeof(C)));
+    int64_t room = larger(kLanes<C>, smaller(fit, most));
     for (int d = 2; d >= 0; --d) {
       size[d] = larger(1, smaller(g.conv[d], room));
       // No window should lie across two bands without need.

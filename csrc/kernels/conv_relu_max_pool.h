@@ -98,6 +98,16 @@ struct ConvPoolBackwardPlan {
   int64_t weight_size;   // elements of one private weight gradient
   int64_t scratch_size;  // bytes, a thread
   int64_t blocks;        // of channels; pieces of work are (images) x (blocks)
+  int axis;              // along which an image may be cut into parts
+  int64_t most_parts;    // and into how many
+  bool keeps_lost;       // what rounding takes from the weight's gradient is noted
+};
+
+// A piece of backward's work: of some images, some blocks, and one of so many parts of the conv pixels along the axis.
+struct ConvPoolPiece {
+  int64_t first_image, last_image;
+  int64_t first_block, last_block;
+  int64_t part, parts;
 };
 
 template <class T>
@@ -110,11 +120,12 @@ struct ConvPoolBackward {
   ConvLayout winners_layout;
   const T* input;
   ConvLayout input_layout;
-  const T* weight;
+  const T* weight;  // of the groups before they were joined
   ConvLayout weight_layout;
   T* grad_input;  // or null
   ConvLayout grad_input_layout;
   Compute<T>* packed;  // the packed weight, or null
+  int64_t joined;      // so many groups are one in the geometry
 };
 
 template <class T>
@@ -130,14 +141,16 @@ struct ConvForwardKernels {
 
 template <class T>
 struct ConvBackwardKernels {
+  // How many groups backward should work on as one, whose weight is zero from one to another.
+  int64_t (*groups_to_join)(const ConvPoolGeometry&, const T* grad_output, const ConvLayout&);
   ConvPoolBackwardPlan (*plan)(const ConvPoolGeometry&);
   void (*pack)(const ConvPoolBackward<T>&);
-  // The gradients that images [first_image, last_image) and blocks [first_block, last_block) contribute.
-  // grad_weight (weight_size), with zeros of the same size to take note of rounding, and grad_bias (groups x
-  // out_channels) are added to; either may be null.
-  void (*backward)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, int64_t first_block,
-                   int64_t last_block, Compute<T>* grad_weight, Compute<T>* lost, Compute<T>* grad_bias, void* scratch);
-  // A private weight gradient, given back in the weight's layout.
+  // The gradients that a piece contributes.
+  // grad_weight (weight_size) is written, grad_bias (groups x out_channels) added to; either may be null. lost: where
+  // the plan says so, zeros of the weight's size, to take note of rounding; else null.
+  void (*backward)(const ConvPoolBackward<T>&, const ConvPoolPiece&, Compute<T>* grad_weight, Compute<T>* lost,
+                   Compute<T>* grad_bias, void* scratch);
+  // A private weight gradient, given back in the weight's layout and groups.
   void (*unpack_weight)(const ConvPoolBackward<T>&, const Compute<T>* grad_weight, T* to, const ConvLayout& layout);
   void (*store)(const Compute<T>* from, int64_t count, T* to);
   // Whether each winner is a place that its window has.

@@ -101,6 +101,27 @@ FASTNN_INLINE void for_each_run_tap(const ConvPoolGeometry& g, const RunShape& s
   }
 }
 
+// The channels of a block that an output channel of joined groups reads: where they are in the block and in the weight.
+struct OwnChannels {
+  int64_t in_block, in_weight, count;
+};
+
+FASTNN_INLINE OwnChannels own_channels(const ConvPoolGeometry& g, const RunShape& s, int64_t joined, int64_t block,
+                                       int64_t o) {
+  const int64_t channels = g.in_channels / joined, group = o / (g.out_channels / joined) * channels;
+  const int64_t first = block * s.lanes;
+  const int64_t begin = larger(first, group), end = smaller(first + s.lanes, group + channels);
+  return {begin - first, begin - group, larger(0, end - begin)};
+}
+
+// Whether the taps of a channel lie side by side both in the weight and in its runs.
+template <class C>
+bool taps_are_rows(const ConvPoolGeometry& g, const RunShape& s, const ConvLayout& weight) {
+  const bool joined = (g.kernel[1] == 1 || weight.d[1] == g.kernel[2]) &&
+                      (g.kernel[0] == 1 || weight.d[0] == g.kernel[1] * g.kernel[2]);
+  return joined && weight.d[2] == 1 && weight.c != 1 && (s.runs == 1 || s.length == s.vectors * kLanes<C>);
+}
+
 // weight -> [group][block][output channel][run][vectors x lanes], zeros in the unused lanes
 template <class T>
 void pack_runs(const ConvPoolBackward<T>& call) {
@@ -111,14 +132,17 @@ void pack_runs(const ConvPoolBackward<T>& call) {
   C* to = call.packed;
   for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t block = 0; block < s.blocks; ++block) {
-      const int64_t first = block * s.lanes, channels = smaller(s.lanes, g.in_channels - first);
       for (int64_t o = 0; o < g.out_channels; ++o, to += s.row) {
-        const T* from = call.weight + (group * g.out_channels + o) * layout.n + first * layout.c;
+        const OwnChannels own = own_channels(g, s, call.joined, block, o);
+        const T* from = call.weight + (group * g.out_channels + o) * layout.n + own.in_weight * layout.c;
         fill_zeros(to, s.row);
+        if (own.count == 0) continue;
+        if (taps_are_rows<C>(g, s, layout)) {
+          transpose_matrix(from, layout.c, own.count, g.taps(), to + own.in_block, s.lanes);
+          continue;
+        }
         for_each_run_tap<C>(g, s, layout, [&](int64_t element, int64_t tap) {
-          const T* source = from + tap;
-          C* target = to + element;
-          for (int64_t c = 0; c < channels; ++c) target[c] = to_compute(source[c * layout.c]);
+          copy_run(from + tap, layout.c, own.count, to + element + own.in_block);
         });
       }
     }
@@ -132,13 +156,17 @@ void unpack_runs(const ConvPoolBackward<T>& call, const Compute<T>* from, T* to,
   const RunShape s = run_shape<C>(g);
   for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t block = 0; block < s.blocks; ++block) {
-      const int64_t first = block * s.lanes, channels = smaller(s.lanes, g.in_channels - first);
       for (int64_t o = 0; o < g.out_channels; ++o, from += s.row) {
-        T* target = to + (group * g.out_channels + o) * layout.n + first * layout.c;
+        const OwnChannels own = own_channels(g, s, call.joined, block, o);
+        const C* source = from + own.in_block;
+        T* target = to + (group * g.out_channels + o) * layout.n + own.in_weight * layout.c;
+        if (own.count == 0) continue;
+        if (taps_are_rows<C>(g, s, layout)) {
+          transpose_matrix(source, s.lanes, g.taps(), own.count, target, layout.c);
+          continue;
+        }
         for_each_run_tap<C>(g, s, layout, [&](int64_t element, int64_t tap) {
-          const C* source = from + element;
-          T* at = target + tap;
-          for (int64_t c = 0; c < channels; ++c) at[c * layout.c] = from_compute<T>(source[c]);
+          for (int64_t c = 0; c < own.count; ++c) target[tap + c * layout.c] = from_compute<T>(source[element + c]);
         });
       }
     }

@@ -149,20 +149,26 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   if (wanted.input && !std::equal(g.input, g.input + 3, problem.geometry.input)) {
     std::memset(grad_input.mutable_data_ptr(), 0, grad_input.numel() * grad_input.element_size());
   }
+  const int64_t joined = kernels.groups_to_join(g, data<T>(grad_output), layout_of(grad_output));
+  g.groups /= joined;
+  g.in_channels *= joined;
+  g.out_channels *= joined;
   const ConvPoolBackwardPlan plan = kernels.plan(g);
-  // Images first; where they are fewer than threads, each thread has some of the channels.
+  // Images first; where they are fewer than threads, each thread has some of the channels, or of the pixels.
   const int64_t threads = useful_threads(problem.work / 2);
   const int64_t image_parts = std::min(threads, g.batch);
   const int64_t blocks = plan.blocks;
   const int64_t block_parts = std::min(std::max<int64_t>(threads / image_parts, 1), blocks);
+  const int64_t pixel_parts = std::min(std::max<int64_t>(threads / (image_parts * block_parts), 1), plan.most_parts);
+  const int64_t parts = image_parts * pixel_parts;  // of which each has a weight gradient of its own
   const int64_t bias_size = g.groups * g.out_channels;
   const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
   const int64_t weight_size = wanted.weight ? plan.weight_size : 0;
   Scratch<C> packed(wanted.input ? plan.packed_size : 0);
-  Scratch<C> weight_parts(checked_product(image_parts, weight_size));
-  Scratch<C> weight_lost(checked_product(image_parts, weight_size));
-  Scratch<C> bias_parts(checked_product(image_parts, bias_size));
-  Scratch<char> scratch(checked_product(image_parts * block_parts, scratch_size));
+  Scratch<C> weight_parts(checked_product(parts, weight_size));
+  Scratch<C> weight_lost(plan.keeps_lost ? checked_product(parts, weight_size) : 0);
+  Scratch<C> bias_parts(checked_product(parts, bias_size));
+  Scratch<char> scratch(checked_product(parts * block_parts, scratch_size));
   const ConvPoolBackward<T> call{g,
                                  plan,
                                  data<T>(grad_output),
@@ -175,25 +181,31 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
                                  layout_of(weight),
                                  wanted.input ? mutable_data<T>(grad_input) : nullptr,
                                  grad_input_layout,
-                                 packed.get()};
+                                 packed.get(),
+                                 joined};
   if (wanted.input) kernels.pack(call);
-  std::fill(bias_parts.get(), bias_parts.get() + image_parts * bias_size, C(0));
-  parallel_chunks(image_parts * block_parts, image_parts * block_parts, [&](int64_t chunk, int64_t, int64_t) {
-    const int64_t image_part = chunk / block_parts, block_part = chunk % block_parts;
+  std::fill(bias_parts.get(), bias_parts.get() + parts * bias_size, C(0));
+  parallel_chunks(parts * block_parts, parts * block_parts, [&](int64_t chunk, int64_t, int64_t) {
+    const int64_t part = chunk / block_parts, image_part = part / pixel_parts, block_part = chunk % block_parts;
     const int64_t first_block = blocks * block_part / block_parts, last_block = blocks * (block_part + 1) / block_parts;
-    C* weight_part = weight_parts.get() + image_part * weight_size;
+    const ConvPoolPiece piece = {g.batch * image_part / image_parts,
+                                 g.batch * (image_part + 1) / image_parts,
+                                 first_block,
+                                 last_block,
+                                 part % pixel_parts,
+                                 pixel_parts};
+    C* weight_part = weight_parts.get() + part * weight_size;
     const int64_t block_size = plan.weight_size / blocks;
-    C* weight_lost_part = weight_lost.get() + image_part * weight_size;
-    for (C* part : {weight_part, weight_lost_part}) {
-      if (wanted.weight) std::fill(part + first_block * block_size, part + last_block * block_size, C(0));
+    C* lost_part = plan.keeps_lost ? weight_lost.get() + part * weight_size : nullptr;
+    if (wanted.weight && lost_part) {
+      std::fill(lost_part + first_block * block_size, lost_part + last_block * block_size, C(0));
     }
-    C* bias_part = bias_parts.get() + image_part * bias_size;
-    kernels.backward(call, g.batch * image_part / image_parts, g.batch * (image_part + 1) / image_parts, first_block,
-                     last_block, wanted.weight ? weight_part : nullptr, weight_lost_part,
-                     wanted.bias ? bias_part : nullptr, scratch.get() + chunk * scratch_size);
+    C* bias_part = bias_parts.get() + part * bias_size;
+    kernels.backward(call, piece, wanted.weight ? weight_part : nullptr, lost_part, wanted.bias ? bias_part : nullptr,
+                     scratch.get() + chunk * scratch_size);
   });
-  sum_parts(weight_parts.get(), image_parts, weight_size, threads);
-  sum_parts(bias_parts.get(), image_parts, bias_size, 1);
+  sum_parts(weight_parts.get(), parts, weight_size, threads);
+  sum_parts(bias_parts.get(), parts, bias_size, 1);
   if (wanted.weight) {
     kernels.unpack_weight(call, weight_parts.get(), mutable_data<T>(grad_weight), layout_of(grad_weight));
   }
