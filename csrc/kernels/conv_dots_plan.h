@@ -131,7 +131,7 @@ double packing_cost(const ConvPoolGeometry& g) {
 template <class C>
 double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight,
                  const ConvPoolPlan& plan) {
-  constexpr double kStep = 1.2, kSum = 6, kWayOut = 12;  // of a product's vector; of its lanes' sum; of pooled pixels
+  constexpr double kStep = 1.2, kSum = 12, kWayOut = 12;  // of a product's vector; of its lanes' sum; of pooled pixels
   const int64_t pixels = g.conv[0] * g.conv[1] * g.conv[2], blocks = divide_up(g.out_channels, kLanes<C>);
   const double dots = static_cast<double>(round_up(pixels * plan.band, kDotPixels) / plan.band * g.out_channels);
   const double windows =
