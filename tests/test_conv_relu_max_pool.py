@@ -6,8 +6,6 @@ import pytest
 import torch
 from conv_cases import (
     FUSED,
-    RAW_ALGORITHM,
-    RAW_BACKWARD,
     RAW_WITH_WINNERS,
     assert_like_stock,
     channels_last,
@@ -18,7 +16,6 @@ from conv_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.testing import assert_close
 
 from fastnn.reference import conv_relu_max_pool as reference
@@ -257,100 +254,6 @@ class TestAlgorithms:
         assert_like_stock(tensors, geometry(2), gradients=False)
         assert_like_stock([channels_last(tensors[0]), *tensors[1:]], geometry(2), gradients=False)
 
-    @pytest.mark.parametrize(
-        ("size", "channels", "kernel", "arguments"),
-        [
-            ((4, 20, 8, 8), 512, (11, 11), geometry(2, padding=5, pool=3, pool_stride=2, pool_padding=1)),
-            ((2, 3, 40, 60), 20, (21, 31), geometry(2, padding=(10, 15))),
-            ((2, 16, 9, 9), 2048, (5, 5), geometry(2, padding=2, groups=16)),
-        ],
-    )
-    def test_long_sums_in_the_input_gradient(
-        self,
-        instruction_set: str,
-        size: tuple[int, ...],
-        channels: int,
-        kernel: tuple[int, ...],
-        arguments: Any,
-    ) -> None:
-        assert_like_stock(make(size, channels, kernel, arguments[3]), arguments)
-
-    @pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan])
-    def test_special_gradients_stay_in_their_group(self, instruction_set: str, special: float) -> None:
-        input, weight, _ = make((2, 8, 9, 10), 12, (2, 2), 4)
-        arguments = flat(geometry(2, groups=4))
-        output, winners = RAW_WITH_WINNERS(input, weight, None, arguments)
-        winners.fill_(0)
-        grad_output = torch.ones_like(output)
-        grad_output[1, 3:6, 2, 3] = special  # of the second group
-        grad_input, grad_weight, grad_bias = RAW_BACKWARD(grad_output, winners, input, weight, arguments, *[True] * 3)
-        touched = ~grad_input.isfinite()
-        assert touched[1, 2:4, 4:6, 6:8].all()
-        assert touched.sum() == 8
-        assert (~grad_weight.isfinite()).flatten(1).all(1).tolist() == [3 <= i < 6 for i in range(12)]
-        assert grad_bias.isfinite().sum() == 9
-
-    @pytest.mark.parametrize("last", ["", "input", "weight", "both"])
-    @pytest.mark.parametrize(
-        ("size", "channels", "kernel", "arguments"),
-        [
-            # Windows that overlap across the bands that the gradient of the convolution is laid out in.
-            ((3, 2, 24, 24), 12, (7, 7), geometry(2, padding=3, pool=3, pool_stride=1, pool_padding=1)),
-            ((1, 4, 40, 39), 144, (3, 3), geometry(2, padding=1, groups=2, pool=3, pool_stride=2)),
-            ((1, 3, 9, 30, 41), 20, (2, 3, 1), geometry(3, pool=(3, 2, 3), pool_stride=(1, 3, 2))),
-            ((2, 40, 90, 70), 40, (3, 3), geometry(2, padding=1, groups=40, pool=3, pool_stride=2)),
-            ((2, 24, 30, 29), 48, (5, 4), geometry(2, stride=(2, 1), groups=24, pool=2, pool_dilation=2)),
-            ((1, 17, 9, 40), 17, (1, 13), geometry(2, padding=(0, 6), groups=17, pool=(3, 2))),
-            # Large windows.
-            ((2, 5, 33, 32), 9, (3, 3), geometry(2, pool=5, pool_dilation=2, pool_stride=3, pool_padding=2)),
-            ((1, 20, 23, 22), 18, (1, 1), geometry(2, groups=2, pool=5)),
-            # Bands that are small so that many channels of the input stay in the cache.
-            ((1, 200, 6, 12, 13), 5, (1, 1, 1), geometry(3)),
-            # Groups of few channels, worked on as one.
-            ((2, 24, 15, 20), 32, (1, 1), geometry(2, groups=4, pool=3, pool_stride=2)),
-            ((2, 8, 7, 8, 9), 24, (2, 2, 2), geometry(3, groups=4, pool=3, pool_stride=1, pool_padding=1)),
-            ((2, 12, 30), 6, (3,), geometry(1, padding=1, groups=6)),
-            ((2, 4, 13, 12), 4, (3, 5), geometry(2, groups=2, pool=(4, 3))),
-            ((2, 16, 8, 9, 20), 16, (2, 3, 3), geometry(3, dilation=(1, 2, 1), groups=16, pool_stride=1)),
-            # Images of which only a window is in memory.
-            ((1, 16, 9001), 5, (5,), geometry(1, padding=2, pool=3, pool_stride=2)),
-            ((1, 16, 9001), 5, (4,), geometry(1, dilation=3)),
-            ((2, 3, 190, 191), 8, (7, 7), geometry(2, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)),
-            ((1, 40, 60, 61), 6, (3, 2), geometry(2, padding=1, dilation=2)),
-            ((1, 16, 103, 100), 3, (2, 2), geometry(2, stride=(5, 3))),
-            ((1, 8, 20, 30, 31), 6, (3, 3, 2), geometry(3, padding=1)),
-            ((1, 20, 12, 40, 41), 3, (1, 1, 1), geometry(3, stride=(1, 1, 3), pool=(2, 3, 2))),
-            ((1, 20, 3, 80, 41), 20, (3, 3, 3), geometry(3, padding=(0, 1, 1), groups=20, pool=(1, 2, 2))),
-        ],
-    )
-    def test_backward_in_bands(
-        self,
-        instruction_set: str,
-        dtype: torch.dtype,
-        size: tuple[int, ...],
-        channels: int,
-        kernel: tuple[int, ...],
-        arguments: Any,
-        last: str,
-    ) -> None:
-        input, weight, bias = make(size, channels, kernel, arguments[3], dtype)
-        input = channels_last(input) if last in ("input", "both") else input
-        weight = channels_last(weight) if last in ("weight", "both") else weight
-        assert_like_stock([input, weight, bias], arguments)
-        output, winners = RAW_WITH_WINNERS(input, weight, bias, flat(arguments))
-        gradients = RAW_BACKWARD(output, winners, input, weight, flat(arguments), True, True, True)
-        for wanted in ((True, False, False), (False, True, False), (False, False, True)):
-            some = RAW_BACKWARD(output, winners, input, weight, flat(arguments), *wanted)
-            for alone, together, is_wanted in zip(some, gradients, wanted, strict=True):
-                assert torch.equal(alone, together) if is_wanted else alone.shape[0] == 0
-
-    @pytest.mark.parametrize(("groups", "backward"), [(1, "winners"), (2, "winners"), (64, "depthwise")])
-    def test_which_has_channels_in_the_lanes(self, groups: int, backward: str) -> None:
-        tensors = make((2, 64, 9, 9), 64, (3, 3), groups)
-        chosen = RAW_ALGORITHM(*tensors, flat(geometry(2, groups=groups)))
-        assert chosen[1] == backward
-        assert (chosen[0] == "depthwise") == (groups == 64)
-
 
 class TestSpecialValues:
     def test_nan_and_infinity(self, instruction_set: str, dtype: torch.dtype) -> None:
@@ -403,16 +306,6 @@ class TestSpecialValues:
             tensors,
             dtype is not torch.bfloat16,
         )
-
-    def test_infinite_gradient_stays_in_its_place(self, instruction_set: str) -> None:
-        input = torch.rand(1, 3, 8, 8, requires_grad=True)
-        weight = torch.rand(4, 3, 3, 3)
-        output = FUSED[2](input, weight)
-        grad = torch.zeros_like(output)
-        grad[0, 0, 0, 0] = float("inf")
-        (gradient,) = torch.autograd.grad(output, input, grad)
-        assert gradient.isinf().sum() == 27
-        assert not gradient.isnan().any()
 
 
 class TestLayouts:
@@ -486,13 +379,3 @@ class TestThreads:
                 assert torch.equal(fused(*tensors, *arguments), expected)
                 assert torch.equal(RAW_WITH_WINNERS(*tensors, flat(arguments))[0], expected)
                 assert_like_stock(tensors, arguments)
-
-    def test_backward_repeats_bit_for_bit(self) -> None:
-        tensors = [t.requires_grad_() for t in make((6, 8, 30, 30), 24, (3, 3))]
-
-        def gradients() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(FUSED[2](*tensors, padding=1).square().sum(), tensors)
-
-        with using_threads(2):
-            for first, second in zip(gradients(), gradients(), strict=True):
-                assert torch.equal(first, second)

@@ -241,7 +241,7 @@ class _Cell(_OnStock, RNNCellBase):
         """The kernel's answer to what calls mostly are; None where a closer look is due."""
         mode, c = self._mode(), None
         if self._states == 2 and hx is not None:
-            if len(hx) != 2:
+            if not isinstance(hx, (tuple, list)) or len(hx) != 2:
                 return None
             hx, c = hx
         if mode is None or input.dim() != 2:

@@ -90,22 +90,14 @@ def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
-def eager_recorder(function: type[torch.autograd.Function], results: int) -> Callable[..., tuple[Tensor, ...]]:
+def eager_recorder(function: type[torch.autograd.Function]) -> Callable[..., tuple[Tensor, ...]]:
     """:func:`recorder` for calls that are plain (:func:`is_plain`).
 
-    A twin of the function keeps the outputs that only backward needs without making them any, since each output costs
-    autograd microseconds on both ways. It is applied without the 10 microseconds that ``apply`` spends on
-    ``inspect.signature`` to fill in default arguments, of which our functions have none. The function's backward gets
-    gradients of at least the caller's outputs. ``keep`` of a function is its ``setup_context`` without what is said
-    there of outputs that the twin doesn't have; ``record``, if it has one, is the twin's whole forward, with fewer
-    tuples on the way.
+    The forward of a twin of the function is its ``record``, which keeps the outputs that only backward needs without
+    making them any, since each output costs autograd microseconds on both ways. It is applied without the 10
+    microseconds that ``apply`` spends on ``inspect.signature`` to fill in default arguments, of which our functions
+    have none. The function's backward gets gradients of at least the caller's outputs.
     """
-    forward, keep = function.forward, getattr(function, "keep", function.setup_context)
-
-    def eager_forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs = forward(*args)
-        keep(ctx, args, outputs)
-        return outputs[:results]
 
     def eager_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         for grad in grads:
@@ -113,25 +105,24 @@ def eager_recorder(function: type[torch.autograd.Function], results: int) -> Cal
                 return one_by_one(lambda *rows: function.backward(ctx, *rows), grads)
         return function.backward(ctx, *grads)
 
-    members = {
-        "forward": staticmethod(getattr(function, "record", eager_forward)),
-        "backward": staticmethod(eager_backward),
-    }
+    members = {"forward": staticmethod(function.record), "backward": staticmethod(eager_backward)}  # type: ignore[attr-defined]
     twin = type(function.__name__, (torch.autograd.Function,), members)
     return super(torch.autograd.Function, twin).apply  # type: ignore[misc]
 
 
-def recorder(function: type[torch.autograd.Function], results: int) -> Callable[..., tuple[Tensor, ...]]:
+def recorder(
+    function: type[torch.autograd.Function], record_plain: Callable[..., tuple[Tensor, ...]], results: int
+) -> Callable[..., tuple[Tensor, ...]]:
     """``function.apply``, of whose outputs the first ``results`` are the caller's (all but the last, if it is -1).
 
-    The others are what backward needs. Transforms and compilation must see them as outputs.
+    The others are what backward needs. Transforms and compilation must see them as outputs; other calls go to
+    ``record_plain``, the function's :func:`eager_recorder`.
     """
-    apply_twin = eager_recorder(function, results)
 
     def apply(*args: Any) -> tuple[Tensor, ...]:
         if is_compiling() or transforms_active():
             return function.apply(*args)[:results]
-        return apply_twin(*args)
+        return record_plain(*args)
 
     return apply
 

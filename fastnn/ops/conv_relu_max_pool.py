@@ -278,8 +278,8 @@ class ConvReluMaxPool(torch.autograd.Function):
         return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), None)
 
 
-_record = recorder(ConvReluMaxPool, results=1)
-_record_plain = eager_recorder(ConvReluMaxPool, results=1)
+_record_plain = eager_recorder(ConvReluMaxPool)
+_record = recorder(ConvReluMaxPool, _record_plain, results=1)
 
 
 class ConvReluMaxPoolBackward(torch.autograd.Function):

@@ -204,10 +204,16 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        Mlp.keep(ctx, inputs, output)
+        Mlp._keep(ctx, inputs, output)
 
     @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def record(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = Mlp.forward(*inputs)
+        Mlp._keep(ctx, inputs, output)
+        return output[:1]
+
+    @staticmethod
+    def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, code, recompute, *parameters = inputs
         ctx.call = (code, recompute, len(parameters))
         ctx.save_for_backward(input, *parameters, *(() if recompute else output))
@@ -225,8 +231,8 @@ class Mlp(torch.autograd.Function):
         return (grad_input, None, None, *grad_parameters)
 
 
-_record = recorder(Mlp, results=1)
-_record_plain = eager_recorder(Mlp, results=1)
+_record_plain = eager_recorder(Mlp)
+_record = recorder(Mlp, _record_plain, results=1)
 
 
 class MlpBackward(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Recurrent networks: schema's Python side, autograd and the functions behind the modules."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,18 +32,7 @@ _with_reserve_call = _with_reserve_op._op
 _backward_op = torch.ops.fastnn.rnn_backward.default
 
 
-FlatConfig = tuple[int, int, bool, bool]
-
-
-class Config(NamedTuple):
-    """The operator's arguments that are no tensors; calls hand them on as a bare tuple, which is sooner made."""
-
-    mode: int
-    num_layers: int
-    bidirectional: bool
-    batch_first: bool
-
-
+Config = tuple[int, int, bool, bool]  # mode, num_layers, bidirectional, batch_first
 _CELL_CONFIGS = [(number, 1, False, False) for number in range(len(MODES))]
 
 
@@ -154,7 +143,7 @@ def _with_stocks_gradient(
     state: Sequence[Tensor],
     weights: Sequence[Tensor],
     masks: Tensor | None,
-    config: FlatConfig,
+    config: Config,
 ) -> tuple[Tensor, Sequence[Tensor]] | None:
     """On a GPU, the answer where the operator would run stock's kernels: those keep for backward what the operator
     cannot hand over. Else None."""
@@ -188,7 +177,7 @@ class Rnn(torch.autograd.Function):
         input: Tensor,
         batch_sizes: Tensor | None,
         masks: Tensor | None,
-        config: FlatConfig,
+        config: Config,
         states: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -211,7 +200,7 @@ class Rnn(torch.autograd.Function):
         input: Tensor,
         batch_sizes: Tensor | None,
         masks: Tensor | None,
-        config: FlatConfig,
+        config: Config,
         states: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -235,8 +224,8 @@ class Rnn(torch.autograd.Function):
         return (grad_input, None, None, None, None, *others)
 
 
-_record = recorder(Rnn, results=-1)
-_record_plain = eager_recorder(Rnn, results=-1)
+_record_plain = eager_recorder(Rnn)
+_record = recorder(Rnn, _record_plain, results=-1)
 
 
 class RnnBackward(torch.autograd.Function):
@@ -246,7 +235,7 @@ class RnnBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        config: FlatConfig, states: int, wanted: tuple[bool, bool, bool], *tensors: Tensor | None
+        config: Config, states: int, wanted: tuple[bool, bool, bool], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grads = 3 if MODES[config[0]] == "LSTM" else 2
         output, reserve, input, batch_sizes, masks, *rest = tensors[grads:]
@@ -333,7 +322,7 @@ def _fake_results(
     """Output, final state and reserve."""
     check_same_device(input, *state, *weights, masks)
     torch._check(input.shape[-1] == weights[0].shape[1], lambda: "rnn: the input does not fit the weights")
-    mode, layers, bidirectional, batch_first = Config(*config)
+    mode, layers, bidirectional, batch_first = config
     directions = 2 if bidirectional else 1
     count = layers * directions
     outputs, hidden = reference.state_sizes(weights[: len(weights) // count])
