@@ -10,6 +10,9 @@ namespace FASTNN_ISA {
 // written as few times as can be.
 constexpr int64_t kGradientRows = kLongestSum;
 
+// Rows of a product, on the left, that are too few to fill a tile's registers.
+constexpr int kFewRows = 4;
+
 // The gradient (rows, out) before the activation, `source` being that after it: in `buffer`, which may be `source`, or
 // where nothing changes, `source` itself.
 template <class T>
@@ -32,7 +35,7 @@ const T* through_activation(const MlpLayerBackward<T>& layer, const T* source, i
 template <class T>
 void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* output,
               bool rows_first, bool add) {
-  for_each_tile<T>(m, n, rows_first, [&](auto count, auto width, int64_t row, int64_t column, int last) {
+  const auto tile = [&](auto count, auto width, int64_t row, int64_t column, int last) {
     constexpr int rows = decltype(count)::value, vectors = decltype(width)::value;
     T* to = output + row * n + column;
     Vec<T> total[rows][vectors];
@@ -41,13 +44,26 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
     if (add) {
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
           total[r][v] += load_up_to<T>(to + r * n + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last);
         }
       }
     }
     store_tile<rows, vectors, T>(total, last, to, n, [](Vec<T> x, int) { return x; });
+  };
+  // A tile goes down the rows of `b`, which may be a page each. Few rows of `a` leave registers for wider tiles.
+  int64_t column = 0;
+  if (m > 0 && m <= kFewRows) {
+    with_constant<kFewRows>(static_cast<int>(m), [&](auto count) {
+      constexpr int spare = kTileRows / decltype(count)::value, vectors = spare > 4 ? 4 : spare;
+      for (; column + vectors * kLanes<T> <= n; column += vectors * kLanes<T>) {
+        tile(count, Constant<vectors>{}, 0, column, kLanes<T>);
+      }
+    });
+  }
+  for_each_tile<T>(m, n - column, rows_first, [&](auto count, auto width, int64_t row, int64_t right, int last) {
+    tile(count, width, row, column + right, last);
   });
 }
 
@@ -55,28 +71,34 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
 // from it so far (Kahan). Stock's sums are as accurate.
 template <class T>
 void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, T* lost, bool add) {
-  constexpr int chains = 4;
-  for (int64_t column = 0; column < columns; column += kLanes<T>) {
-    const int64_t left_over = columns - column;
-    Vec<T> sums[chains] = {};
+  constexpr int chains = 4, kWide = kTileRows / 3;
+  const auto sum_columns = [&](auto width, int64_t column) {
+    constexpr int vectors = decltype(width)::value;
+    const int64_t left_over = columns - column;  // less than a vector only where it is a single one
+    Vec<T> sums[chains][vectors] = {};
     for (int64_t row = 0; row < rows; row += chains) {
 #pragma GCC unroll 4
       for (int c = 0; c < chains; ++c) {
-        if (row + c < rows) sums[c] += load_up_to<T>(gradient + (row + c) * columns + column, left_over);
+        if (row + c >= rows) continue;
+        const T* const from = gradient + (row + c) * columns + column;
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) sums[c][v] += load_up_to<T>(from + v * kLanes<T>, left_over);
       }
     }
-    const Vec<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    if (!add) {
-      store_up_to<T>(total + column, sum, left_over);
-      store_up_to<T>(lost + column, Vec<T>{}, left_over);
-      continue;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = column + v * kLanes<T>;
+      const Vec<T> sum = (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]);
+      const Vec<T> before = add ? load_up_to<T>(total + at, left_over) : Vec<T>{};
+      const Vec<T> term = add ? sum - load_up_to<T>(lost + at, left_over) : sum;
+      const Vec<T> after = before + term;
+      store_up_to<T>(total + at, after, left_over);
+      store_up_to<T>(lost + at, add ? (after - before) - term : Vec<T>{}, left_over);
     }
-    const Vec<T> before = load_up_to<T>(total + column, left_over);
-    const Vec<T> term = sum - load_up_to<T>(lost + column, left_over);
-    const Vec<T> after = before + term;
-    store_up_to<T>(total + column, after, left_over);
-    store_up_to<T>(lost + column, (after - before) - term, left_over);
-  }
+  };
+  int64_t column = 0;
+  for (; column + kWide * kLanes<T> <= columns; column += kWide * kLanes<T>) sum_columns(Constant<kWide>{}, column);
+  for (; column < columns; column += kLanes<T>) sum_columns(Constant<1>{}, column);
 }
 
 // A layer of few inputs fills few lanes of a tile: turned over, it has the outputs in its lanes.
@@ -115,9 +137,6 @@ void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, cons
     }
   }
 }
-
-// Rows of a gradient whose product with the weight is added up in cache rather than in registers.
-constexpr int kFewRows = 4;
 
 // output (rows, in) = the gradient (rows, out) times the weight (out, in), which is read from start to end, some of its
 // rows together. A tile of few rows would read it down its columns, from a page a row, with little to do for each.
@@ -159,7 +178,8 @@ template <class T>
 void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int64_t rows, T* output, T* turned) {
   if (!is_narrow(layer)) {
     if (rows > kFewRows) {
-      return multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, output, false, false);
+      return multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, output,
+                      stays_in_cache<T>(layer.out, layer.in), false);
     }
     return with_constant<kFewRows>(static_cast<int>(rows), [&](auto constant) {
       multiply_along_weight<decltype(constant)::value>(layer, gradient, output);

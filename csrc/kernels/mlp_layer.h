@@ -33,6 +33,13 @@ void activate_block(const MlpLayer<T>& layer, T* output, T* saved, int64_t count
   });
 }
 
+// Whether a product's right operand (depth, columns) stays in L1 in whichever order its tiles are gone through: then
+// along the rows, as the output lies in memory.
+template <class T>
+bool stays_in_cache(int64_t depth, int64_t columns) {
+  return depth * columns <= (16 << 10) / static_cast<int64_t>(sizeof(T));
+}
+
 // ---- packed ----
 
 // The bias comes last: added first, every partial sum would be rounded by its size.
@@ -59,7 +66,8 @@ FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const T* input, T* outp
 // input (rows, in) -> output (rows, out) by packed panels.
 template <class T>
 void packed_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
-  for_each_tile<T>(rows, layer.out, false, [&](auto count, auto vectors, int64_t row, int64_t column, int last) {
+  const bool rows_first = stays_in_cache<T>(layer.in, layer.out);
+  for_each_tile<T>(rows, layer.out, rows_first, [&](auto count, auto vectors, int64_t row, int64_t column, int last) {
     packed_tile<decltype(count)::value, decltype(vectors)::value, T>(layer, input + row * layer.in,
                                                                      output + row * layer.out, column, last);
   });
