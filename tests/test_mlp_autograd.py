@@ -31,6 +31,14 @@ class TestAutograd:
             output, stock = (f(*split(tensors), between(2)) for f in (mlp, reference.mlp))
             assert_close(*(torch.autograd.grad(o.sum(), tensors[wanted]) for o in (output, stock)))
 
+    @pytest.mark.parametrize("rows", [0, 3, 9, 400])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_a_single_linear_layer(self, rows: int, bias: bool) -> None:
+        """Small ones are left to stock in training."""
+        tensors = make_chain(rows, (31, 33))[: 3 if bias else 2]
+        ours, stock = (lambda x, w, *b, f=f: f(x, [w], b or [None], ["identity"]) for f in (mlp, reference.mlp))
+        compare_with_stock(ours, stock, tensors)
+
     def test_no_graph_without_a_wanted_gradient(self) -> None:
         assert mlp(*split(make_chain(7, (4, 5, 2)))).grad_fn is None
 

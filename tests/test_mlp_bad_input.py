@@ -35,6 +35,14 @@ class TestBadInput:
         with pytest.raises(RuntimeError):
             torch.ops.fastnn.mlp_with_hidden(*arguments, 0o110)
 
+    @pytest.mark.parametrize("rows", [5, 500])
+    def test_a_single_layer_in_training(self, rows: int) -> None:
+        """Small ones are stock's, which takes a weight (in) and a bias (1) that are none of the operator's."""
+        x, weight, bias = make_chain(rows, (6, 7))
+        for bad in ((weight[0], bias[0]), (weight, bias[:1]), (weight, bias[:6]), (weight.double(), bias)):
+            with pytest.raises(RuntimeError):
+                mlp(x.requires_grad_(), bad[:1], bad[1:], "identity")
+
     def test_lists_that_do_not_fit(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
         with pytest.raises(ValueError, match="expected 2 biases"):

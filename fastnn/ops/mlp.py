@@ -27,7 +27,10 @@ ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _DIGIT_OF = {name: str(place) for place, name in enumerate(ACTIVATION_NAMES)}
 _MOST_LAYERS = 20  # of one call of the operators
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
-_RELU = _DIGIT_OF["relu"]
+_IDENTITY, _RELU = _DIGIT_OF["identity"], _DIGIT_OF["relu"]
+# Multiply-adds of a lone linear layer below which autograd's own linear is faster in training: nothing is fused, and a
+# function written in Python costs some 8 us more.
+_SMALL_LINEAR = 10_000
 _mlp_op = torch.ops.fastnn.mlp.default
 _mlp_call = _mlp_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
 _mlp_reconstruction_error_op = torch.ops.fastnn.mlp_reconstruction_error.default
@@ -170,6 +173,8 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
     rank = input.dim()
     if rank == 2 and (code := _codes.get(digits)) and is_plain(input):
         if wants_gradient(input, *parameters):
+            if digits == _IDENTITY and _is_small_linear(input, *parameters):
+                return torch.nn.functional.linear(input, *parameters)
             return _record_plain(input, code, recompute, *parameters)[0]
         return _mlp_call(input, parameters, code)
     if len(digits) > _MOST_LAYERS:
@@ -187,6 +192,15 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
     else:
         output = call_kernel(_mlp_op, rows, parameters, operator_code(digits))
     return output if rank == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
+
+
+def _is_small_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Of shapes that the operator takes too: stock's linear takes more."""
+    return (
+        weight.dim() == 2
+        and input.shape[0] * weight.numel() < _SMALL_LINEAR
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
 
 
 class Mlp(torch.autograd.Function):
