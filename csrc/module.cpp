@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/probe.h"
+#include "kernels/team.h"
 #include "simd/isa.h"
 
 namespace py = pybind11;
@@ -20,6 +23,40 @@ std::vector<std::string> supported_isas() {
   FASTNN_FOR_EACH_ISA(FASTNN_APPEND)
 #undef FASTNN_APPEND
   return names;
+}
+
+struct TeamRounds {
+  std::vector<int64_t> values, done;
+};
+
+// One thread for each of `delays` (microseconds) joins a team that long after the call. In every round each of the
+// `things` becomes the sum of itself and its neighbour in the round before, and its place.
+TeamRounds team_rounds(const std::vector<int64_t>& delays, int64_t rounds, int64_t things) {
+  fastnn::Team team(static_cast<int64_t>(delays.size()));
+  std::vector<uint64_t> now(static_cast<size_t>(things)), next(now);
+  std::vector<int64_t> done(delays.size());
+  std::vector<std::thread> threads;
+  for (const int64_t delay : delays) {
+    threads.emplace_back([&, delay] {
+      std::this_thread::sleep_for(std::chrono::microseconds(delay));
+      fastnn::Member member(team);
+      if (!member.joined()) return;
+      for (int64_t round = 0; round < rounds; ++round) {
+        const auto& from = round % 2 ? next : now;
+        auto& to = round % 2 ? now : next;
+        const fastnn::Share share = member.share(things);
+        for (int64_t i = share.first; i < share.last; ++i) {
+          to[static_cast<size_t>(i)] =
+              from[static_cast<size_t>(i)] + from[static_cast<size_t>((i + 1) % things)] + static_cast<uint64_t>(i);
+          ++done[static_cast<size_t>(member.index())];
+        }
+        member.end_round();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const auto& last = rounds % 2 ? next : now;
+  return {{last.begin(), last.end()}, done};
 }
 
 }  // namespace
@@ -54,4 +91,18 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("bytes"), py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
       "Read a buffer of so many bytes from start to end, again and again, to be timed.");
+  m.def(
+      "team_rounds",
+      [](const std::vector<int64_t>& delays, int64_t rounds, int64_t things) {
+        if (delays.empty() || rounds < 0 || things < 1) throw py::value_error("expected threads and things");
+        TeamRounds result;
+        {
+          const py::gil_scoped_release released;
+          result = team_rounds(delays, rounds, things);
+        }
+        return std::make_pair(result.values, result.done);
+      },
+      py::arg("delays"), py::arg("rounds"), py::arg("things"),
+      "Have threads that come after so many microseconds take rounds together, for tests: returns the outcome and how "
+      "much each has done.");
 }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "../kernels/dtype.h"
+#include "../kernels/team.h"
 #include "check.h"
 
 namespace fastnn {
@@ -175,6 +176,20 @@ void parallel_chunks(int64_t chunks, int64_t count, const Body& body) {
   if (chunks <= 1) return chunks == 1 ? run(0) : void();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) run(chunk);
+  });
+}
+
+// body(member) by as many of `most` threads as are there in time: see Team.
+template <class Body>
+void parallel_team(int64_t most, const Body& body) {
+  if (most <= 1) {
+    Member alone;
+    return body(alone);
+  }
+  Team team(most);
+  torch::stable::parallel_for(0, std::min(most, Team::kMost), 1, [&](int64_t, int64_t) {
+    Member member(team);
+    if (member.joined()) body(member);
   });
 }
 

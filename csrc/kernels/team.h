@@ -1,0 +1,80 @@
+// Threads that take the steps of one call together, a round a step, inside a single parallel region.
+//
+// A team is whoever is there. The first thread to come leads: it begins at once, and from round to round takes in those
+// who have come since. So nobody waits for a thread that is still asleep, busy elsewhere or never started, and whoever
+// comes when all is done has nothing to do. In every round the members share the same work out anew, each takes its
+// part of it, and nobody begins the next round before all have finished this one.
+//
+// Results must not depend on who computed what: share out things whose values are the same whoever makes them.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastnn {
+
+struct Share {
+  int64_t first, last;
+
+  __attribute__((always_inline)) bool empty() const { return first >= last; }
+};
+
+class Team {
+ public:
+  static constexpr int64_t kMost = 32;
+
+  explicit Team(int64_t most);
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+ private:
+  friend class Member;
+  // A counter of its own: processors fetch lines of 64 bytes two at a time.
+  struct alignas(128) Counter {
+    int64_t value;
+  };
+
+  const int64_t most_;
+  Counter come_;             // threads
+  Counter over_;             // whether the leader has finished
+  Counter plan_[2];          // the members of a round and its number, for rounds of each parity; written by the leader
+  Counter begins_[kMost];    // the first round of a member; written by the leader
+  Counter finished_[kMost];  // rounds that a member has finished
+};
+
+// A thread's place in a team, to be made and used by that thread alone.
+class Member {
+ public:
+  // Of a team of one.
+  Member() = default;
+  // Waits to be taken in, or for the team to have finished without this thread.
+  explicit Member(Team& team);
+  Member(const Member&) = delete;
+  Member& operator=(const Member&) = delete;
+  ~Member();
+
+  int64_t index() const { return index_; }
+  // Whether there is something to do. All members go through the same rounds from the first on; one that was taken in
+  // later has an empty share until then.
+  bool joined() const { return index_ >= 0; }
+  // This member's part of `count` things in this round.
+  __attribute__((always_inline)) Share share(int64_t count) const {
+    if (size_ == 1) return {0, count};
+    if (size_ == 0) return {0, 0};
+    return {count * index_ / size_, count * (index_ + 1) / size_};
+  }
+  // What the others have written in this round may be read after it.
+  __attribute__((always_inline)) void end_round() {
+    if (team_) end_round_of_team();
+  }
+
+ private:
+  void end_round_of_team();
+
+  Team* team_ = nullptr;
+  int64_t index_ = 0;
+  int64_t round_ = 0;
+  int64_t begins_ = 0;  // the round in which it was taken in
+  int64_t size_ = 1;    // members of this round, or 0 before `begins_`
+};
+
+}  // namespace fastnn
