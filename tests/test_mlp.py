@@ -157,19 +157,26 @@ class TestWays:
         assert_close(output, plain, rtol=2e-2, atol=2e-2)
         assert {t.dtype for t in (output, *hidden, grads[0], *grads[1], *grads[2])} == {torch.bfloat16}
 
-    # The last: panels that one core's cache does not hold, so that threads share them.
+    # Threads share out the weights of few rows, and panels that one core's cache does not hold (the last).
     @pytest.mark.parametrize(
-        ("rows", "widths"), [*[(rows, (300, 290, 31)) for rows in (1, 2, 5, 9, 21, 45, 301)], (130, (600, 600, 601))]
+        ("rows", "widths"),
+        [
+            *[(rows, (300, 290, 31)) for rows in (1, 2, 5, 9, 21, 45, 301)],
+            *[(rows, (1201, 703, 1201)) for rows in (1, 2, 3)],
+            (130, (600, 600, 601)),
+        ],
     )
     def test_threads_change_nothing(self, instruction_set: str, rows: int, widths: tuple[int, ...]) -> None:
         x, weights, biases = split(make_chain(rows, widths))
         results = []
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 5, 5):
             with using_threads(threads):
                 output, hidden = torch.ops.fastnn.mlp_with_hidden(x, join_parameters(weights, biases), 0o161)
                 results.append([output, *hidden, mlp(x, weights, biases, ["silu", "relu"])])
-        assert_close(results[0], results[1], rtol=0, atol=0)
-        assert_close(results[0], results[2], rtol=0, atol=0)
+                if widths[0] == widths[-1]:
+                    results[-1].append(mlp_reconstruction_error(x, weights, biases))
+        for result in results[1:]:
+            assert_close(result, results[0], rtol=0, atol=0)
 
 
 class TestSpecialValues:

@@ -43,12 +43,15 @@ template <class T>
 MlpPlan make_plan(const int64_t* widths, int64_t layers, int64_t rows) {
   const int64_t ends = divide_up(widths[0], kLanes<T>) + divide_up(widths[layers], kLanes<T>);
   int64_t as_rows = 0, in_lanes = kTransposeCost * divide_up(rows, kLanes<T>) * ends;
+  bool packs = false;
   for (int64_t i = 0; i < layers; ++i) {
     const int64_t in = widths[i], out = widths[i + 1];
     as_rows += smaller(dot_cost<T>(rows, in, out), packed_cost<T>(rows, in, out));
     in_lanes += lanes_cost<T>(rows, in, out);
+    packs = packs || worth_packing<T>(rows, in, out);
   }
-  return in_lanes < as_rows ? MlpPlan{true, kLanes<T>} : MlpPlan{false, kDotRows<T>};
+  if (in_lanes < as_rows) return {true, false, kLanes<T>};
+  return {false, !packs && rows <= kBlockRows, kDotRows<T>};
 }
 
 // A block of rows, row-major, through all layers.
@@ -61,7 +64,7 @@ const T* run_block(const MlpLayer<T>* layers, int64_t count, const T* input, T* 
     if (layer.packed) {
       packed_layer<T>(layer, input, to, rows);
     } else {
-      dot_layer<T>(layer, input, to, rows);
+      dot_layer<T>(layer, input, to, rows, {0, layer.out});
     }
     T* saved = layer.saved ? layer.saved + first_row * layer.out : nullptr;
     if (saved || !taken_with_the_tile(layer.activation)) activate_block<T>(layer, to, saved, rows * layer.out);
@@ -115,6 +118,25 @@ void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* i
   }
 }
 
+template <class T>
+void forward_together(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t rows,
+                      T* scratch, Member& member) {
+  int64_t widest = 0;
+  for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
+  T* const buffers[2] = {scratch, scratch + kBufferRows<T> * widest};
+  const T* from = input;
+  for (int64_t i = 0; i < count; ++i) {
+    T* const to = output && i + 1 == count ? output : buffers[i % 2];
+    dot_layer_together<T>(layers[i], from, to, rows, member);
+    from = to;
+  }
+  if (!errors) return;
+  const Share share = member.share(rows);
+  const int64_t features = layers[0].in;
+  mean_squared_errors(input + share.first * features, from + share.first * features, share.last - share.first, features,
+                      errors + share.first);
+}
+
 // One of `parts` even parts of the panels.
 template <class T>
 void pack_part(const T* weight, int64_t out, int64_t in, int64_t part, int64_t parts, T* packed) {
@@ -148,8 +170,8 @@ void gradient_of_all(Activation activation, const T* gradient, const T* saved, T
 
 template <class T>
 constexpr MlpKernels<T> kernels() {
-  return {make_plan<T>,    worth_packing<T>, packed_size<T>,           pack_part<T>,
-          scratch_size<T>, forward<T>,       backward_scratch_size<T>, backward<T>};
+  return {make_plan<T>, worth_packing<T>,    packed_size<T>,           pack_part<T>, scratch_size<T>,
+          forward<T>,   forward_together<T>, backward_scratch_size<T>, backward<T>};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "../simd/isa.h"
 #include "dtype.h"
+#include "team.h"
 
 namespace fastnn {
 
@@ -20,7 +21,8 @@ inline bool keeps_input(Activation activation) {
 // panels, or with a row a lane, so that weights are read as they are.
 struct MlpPlan {
   bool in_lanes;
-  int64_t unit;  // rows that are computed together: threads take whole units, so that results don't depend on them
+  bool together;  // few rows, whose weights threads share out rather than the rows
+  int64_t unit;   // rows that are computed together: threads take whole units, so that results don't depend on them
 };
 
 template <class T>
@@ -62,6 +64,9 @@ struct MlpKernels {
   // mean squared difference between a row and what becomes of it, which is then as long.
   void (*forward)(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* input, T* output, T* errors,
                   int64_t first_row, int64_t last_row, T* scratch);
+  // The same of all rows by a team, where the plan says so: each member reads its part of the weights alone.
+  void (*forward_together)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t rows,
+                           T* scratch, Member& member);
   int64_t (*backward_scratch_size)(int64_t widest);
   // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null
   void (*backward)(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,

@@ -186,7 +186,8 @@ void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int
     });
   }
   transpose_matrix(layer.weight, layer.in, layer.out, layer.in, turned, layer.out);
-  dot_layer<T>({turned, nullptr, layer.out, layer.in, Activation::identity, nullptr, nullptr}, gradient, output, rows);
+  dot_layer<T>({turned, nullptr, layer.out, layer.in, Activation::identity, nullptr, nullptr}, gradient, output, rows,
+               {0, layer.in});
 }
 
 // The layer's input for a block of rows is as it was saved, or activated again from the layer before.

@@ -132,12 +132,12 @@ constexpr int kDotRows = kLanes<T> >= 16  ? 4
                          : kLanes<T> >= 8 ? 2
                                           : 1;
 
-// `rows` rows, in tiles of `tile_rows`, by dot products with the weight as it is.
+// `rows` rows, in tiles of `tile_rows`, by dot products with the weight as it is, `which` of its rows.
 template <int tile_rows, class T>
-FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
+FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, Share which) {
   constexpr int columns = kLanes<T> / tile_rows;
-  for (int64_t column = 0; column < layer.out; column += columns) {
-    const int64_t columns_left = smaller(layer.out - column, columns);
+  for (int64_t column = which.first; column < which.last; column += columns) {
+    const int64_t columns_left = smaller(which.last - column, columns);
     T bias[kLanes<T>] = {};
     for (int i = 0; layer.bias && i < kLanes<T>; ++i) {
       if (i % columns < columns_left) bias[i] = layer.bias[column + i % columns];
@@ -166,20 +166,47 @@ FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output
   }
 }
 
-// input (rows, in) -> output (rows, out)
+// input (rows, in) -> output (rows, out), those columns of it that `which` says
 template <class T>
-void dot_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
+void dot_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, Share which) {
   constexpr int most = kDotRows<T>;
   // Three rows of four go as four, of which one is computed twice.
   const int64_t left_over = rows % most, whole = left_over > most / 2 ? rows : rows - left_over;
-  if (whole > 0) dot_tiles<most, T>(layer, input, output, whole);
+  if (whole > 0) dot_tiles<most, T>(layer, input, output, whole, which);
   if (whole == rows) return;
   input += whole * layer.in;
   output += whole * layer.out;
   if (most == 4 && left_over == 2) {
-    dot_tiles<2, T>(layer, input, output, left_over);
+    dot_tiles<2, T>(layer, input, output, left_over, which);
   } else {
-    dot_tiles<1, T>(layer, input, output, left_over);
+    dot_tiles<1, T>(layer, input, output, left_over, which);
+  }
+}
+
+// Bytes of a weight that a team goes through before it takes in who has come since: 1 or 2 microseconds for a member
+// alone, some times what a round costs.
+constexpr int64_t kRoundBytes = 128 << 10;
+
+// dot_layer by a team, with the activation: rounds of some columns, whole vectors of them for each member.
+template <class T>
+void dot_layer_together(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, Member& member) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t vectors = divide_up(layer.out, lanes), vector_bytes = lanes * larger(layer.in, 1) * sizeof(T);
+  const int64_t rounds = larger(1, vectors * vector_bytes / kRoundBytes);
+  for (int64_t round = 0; round < rounds; ++round) {
+    const int64_t begin = vectors * round / rounds, end = vectors * (round + 1) / rounds;
+    const Share share = member.share(end - begin);
+    const Share columns = {(begin + share.first) * lanes, smaller((begin + share.last) * lanes, layer.out)};
+    if (!share.empty()) {
+      dot_layer<T>(layer, input, output, rows, columns);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = r * layer.out + columns.first;
+        T* const saved = layer.saved ? layer.saved + at : nullptr;
+        if (!saved && taken_with_the_tile(layer.activation)) break;
+        activate_block<T>(layer, output + at, saved, columns.last - columns.first);
+      }
+    }
+    member.end_round();
   }
 }
 

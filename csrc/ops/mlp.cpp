@@ -48,6 +48,12 @@ class Panels {
   int64_t size_ = 0;
 };
 
+// How many threads share out the weights of a chain of few rows. With up to some 6 rows, reading a weight takes as long
+// as 12 operations; a second thread pays from some 10 microseconds on.
+inline int64_t team_size(const Chain& chain) {
+  return useful_threads(std::max(chain.work, 12 * chain.weights()) / 5);
+}
+
 // Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is null.
 template <class T>
 void run_forward(const Forward& call, T* output, T* errors, const std::vector<Tensor>& saved) {
@@ -55,7 +61,7 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
   const Chain& chain = call.chain;
   const MlpPlan plan = kernels.make_plan(chain.widths.data(), chain.layers(), chain.rows);
   const int64_t units = (chain.rows + plan.unit - 1) / plan.unit;
-  const int64_t chunks = std::min(useful_threads(chain.work), units);
+  const int64_t chunks = plan.together ? 1 : std::min(useful_threads(chain.work), units);
   const Panels<T> panels(kernels, chain, plan.in_lanes);
   const bool shared = panels.shared(chunks);
   const int64_t block_size = kernels.scratch_size(chain.widest());
@@ -70,6 +76,11 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
     const T* bias = call.has_biases() ? inputs.data<T>(call.bias(i)) : nullptr;
     layers.push_back({weight, bias, chain.widths[i], chain.widths[i + 1], call.activations[i], nullptr,
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
+  }
+  if (plan.together) {
+    return parallel_team(team_size(chain), [&](Member& member) {
+      kernels.forward_together(layers.data(), layers.size(), input, output, errors, chain.rows, scratch.get(), member);
+    });
   }
   if (shared) {
     T* const memory = scratch.get() + chunks * chunk_size;
