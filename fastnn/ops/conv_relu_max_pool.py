@@ -199,6 +199,12 @@ def _check_rank(input: Tensor, dims: int) -> None:
         )
 
 
+# Of the numbers met so far: a look-up takes half of the time of building it anew. Tuples are not kept, among which 2.0
+# would be found where 2 was meant.
+_geometry_of_numbers: dict[Any, FlatGeometry] = {}
+_TYPES_OF_NUMBERS = (*(int,) * 9, bool)
+
+
 def flat_geometry(
     dims: int,
     stride: Size,
@@ -215,8 +221,13 @@ def flat_geometry(
     one value nor one a dimension."""
     if pool_stride is None or pool_stride == []:  # stock takes an empty stride for none
         pool_stride = pool_kernel_size
+    sizes = (stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    call: Any = (*sizes, groups, dims, bool(ceil_mode))
+    numbers = tuple(map(type, call)) == _TYPES_OF_NUMBERS
+    if numbers and (known := _geometry_of_numbers.get(call)):
+        return known
     flat: list[int] = []
-    for value in (stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation):
+    for value in sizes:
         if isinstance(value, int):
             flat += (value,) * dims
             continue
@@ -227,7 +238,10 @@ def flat_geometry(
             flat += (value[0],) * dims
         else:
             return None
-    return (*flat, groups, int(bool(ceil_mode)))
+    geometry = (*flat, groups, int(bool(ceil_mode)))
+    if numbers:
+        _geometry_of_numbers[call] = geometry
+    return geometry
 
 
 def _named_padding(
