@@ -178,6 +178,18 @@ class TestWays:
         for result in results[1:]:
             assert_close(result, results[0], rtol=0, atol=0)
 
+    @pytest.mark.parametrize("rows", [1, 2, 4])
+    @pytest.mark.parametrize("activation", ["relu", "gelu"])
+    def test_threads_change_no_gradient_of_few_rows(self, instruction_set: str, rows: int, activation: str) -> None:
+        tensors = make_chain(rows, (703, 601, 3, 517, 601))
+        results = []
+        for threads in (1, 2, 5, 5):
+            with using_threads(threads):
+                leaves = [t.clone().requires_grad_() for t in tensors]
+                results.append(torch.autograd.grad(mlp(*split(leaves), activation).square().sum(), leaves))
+        for result in results[1:]:
+            assert_close(result, results[0], rtol=0, atol=0)
+
 
 class TestSpecialValues:
     @pytest.mark.parametrize("activation", ACTIVATION_NAMES)

@@ -171,7 +171,7 @@ void gradient_of_all(Activation activation, const T* gradient, const T* saved, T
 template <class T>
 constexpr MlpKernels<T> kernels() {
   return {make_plan<T>, worth_packing<T>,    packed_size<T>,           pack_part<T>, scratch_size<T>,
-          forward<T>,   forward_together<T>, backward_scratch_size<T>, backward<T>};
+          forward<T>,   forward_together<T>, backward_scratch_size<T>, kFewRows,     backward<T>};
 }
 
 }  // namespace

@@ -68,9 +68,11 @@ struct MlpKernels {
   void (*forward_together)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t rows,
                            T* scratch, Member& member);
   int64_t (*backward_scratch_size)(int64_t widest);
-  // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null
+  // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null. Up to `few_rows` may be
+  // taken by a team of several, then all at once.
+  int64_t few_rows;
   void (*backward)(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,
-                   int64_t first_row, int64_t last_row, T* scratch);
+                   int64_t first_row, int64_t last_row, T* scratch, Member& member);
 };
 
 // What is left of the chain where torch does the matrix products.

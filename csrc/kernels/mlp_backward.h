@@ -13,21 +13,30 @@ constexpr int64_t kGradientRows = kLongestSum;
 // Rows of a product, on the left, that are too few to fill a tile's registers.
 constexpr int kFewRows = 4;
 
+// This member's part of `count` things, whole vectors of them.
+template <class T>
+Share share_vectors(const Member& member, int64_t count) {
+  const Share share = member.share(divide_up(count, kLanes<T>));
+  return {share.first * kLanes<T>, smaller(share.last * kLanes<T>, count)};
+}
+
 // The gradient (rows, out) before the activation, `source` being that after it: in `buffer`, which may be `source`, or
 // where nothing changes, `source` itself.
 template <class T>
 const T* through_activation(const MlpLayerBackward<T>& layer, const T* source, int64_t first_row, int64_t rows,
-                            T* buffer) {
+                            T* buffer, Member& member) {
   if (layer.activation == Activation::identity) return source;
   const T* saved = layer.saved + first_row * layer.out;
+  const Share which = share_vectors<T>(member, rows * layer.out);
   with_activation(layer.activation, [&](auto constant) {
     constexpr Activation activation = decltype(constant)::activation;
-    for (int64_t i = 0; i < rows * layer.out; i += kLanes<T>) {
-      const int64_t left_over = rows * layer.out - i;
+    for (int64_t i = which.first; i < which.last; i += kLanes<T>) {
+      const int64_t left_over = which.last - i;
       const Vec<T> grad = load_up_to<T>(source + i, left_over), kept = load_up_to<T>(saved + i, left_over);
       store_up_to<T>(buffer + i, activation_gradient<activation, T>(grad, kept), left_over);
     }
   });
+  member.end_round();
   return buffer;
 }
 
@@ -67,14 +76,14 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
   });
 }
 
-// total (columns) = the sum of the rows, added to what is there if `add`; `lost` (columns) is what rounding has kept
-// from it so far (Kahan). Stock's sums are as accurate.
+// total (columns) = the sum of the rows, those of its columns that `which` says, added to what is there if `add`;
+// `lost` (columns) is what rounding has kept from it so far (Kahan). Stock's sums are as accurate.
 template <class T>
-void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, T* lost, bool add) {
+void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, T* lost, bool add, Share which) {
   constexpr int chains = 4, kWide = kTileRows / 3;
   const auto sum_columns = [&](auto width, int64_t column) {
     constexpr int vectors = decltype(width)::value;
-    const int64_t left_over = columns - column;  // less than a vector only where it is a single one
+    const int64_t left_over = which.last - column;  // less than a vector only where it is a single one
     Vec<T> sums[chains][vectors] = {};
     for (int64_t row = 0; row < rows; row += chains) {
 #pragma GCC unroll 4
@@ -96,9 +105,9 @@ void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, T* los
       store_up_to<T>(lost + at, add ? (after - before) - term : Vec<T>{}, left_over);
     }
   };
-  int64_t column = 0;
-  for (; column + kWide * kLanes<T> <= columns; column += kWide * kLanes<T>) sum_columns(Constant<kWide>{}, column);
-  for (; column < columns; column += kLanes<T>) sum_columns(Constant<1>{}, column);
+  int64_t column = which.first;
+  for (; column + kWide * kLanes<T> <= which.last; column += kWide * kLanes<T>) sum_columns(Constant<kWide>{}, column);
+  for (; column < which.last; column += kLanes<T>) sum_columns(Constant<1>{}, column);
 }
 
 // A layer of few inputs fills few lanes of a tile: turned over, it has the outputs in its lanes.
@@ -114,7 +123,7 @@ int64_t turned_size(int64_t widest) {
 
 template <class T>
 int64_t backward_scratch_size(int64_t widest) {
-  return 2 * kGradientRows * widest + turned_size<T>(widest);
+  return 3 * kGradientRows * widest + turned_size<T>(widest);
 }
 
 // From so many rows on, a panel of the input's columns that stays in L1 saves more than a page for each row of the
@@ -124,11 +133,13 @@ constexpr int64_t kRowsForPanels = 32;
 // grad_weight (out, in) = the gradient (rows, out), transposed, times input (rows, in).
 template <class T>
 void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, const T* input, int64_t rows, T* turned,
-                       bool add) {
+                       bool add, const Member& member) {
   if (!is_narrow(layer)) {
-    return multiply(layer.out, layer.in, rows, gradient, 1, layer.out, input, layer.grad_weight, rows < kRowsForPanels,
-                    add);
+    const Share which = member.share(layer.out);
+    return multiply(which.last - which.first, layer.in, rows, gradient + which.first, 1, layer.out, input,
+                    layer.grad_weight + which.first * layer.in, rows < kRowsForPanels, add);
   }
+  if (member.share(1).empty()) return;
   multiply(layer.in, layer.out, rows, input, 1, layer.in, gradient, turned, false, false);
   for (int64_t o = 0; o < layer.out; ++o) {
     for (int64_t i = 0; i < layer.in; ++i) {
@@ -141,13 +152,13 @@ void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, cons
 // output (rows, in) = the gradient (rows, out) times the weight (out, in), which is read from start to end, some of its
 // rows together. A tile of few rows would read it down its columns, from a page a row, with little to do for each.
 template <int rows, class T>
-void multiply_along_weight(const MlpLayerBackward<T>& layer, const T* gradient, T* output) {
+void multiply_along_weight(const MlpLayerBackward<T>& layer, const T* gradient, T* output, Share which) {
   constexpr int kTogether = 8;
   int64_t o = 0;
   do {  // of no rows of the weight the sums are zeros
     const auto add_rows = [&](int64_t count) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < layer.in; i += kLanes<T>) {
-        const int64_t left_over = layer.in - i;
+      for (int64_t i = which.first; i < which.last; i += kLanes<T>) {
+        const int64_t left_over = which.last - i;
         Vec<T> total[rows] = {};
 #pragma GCC unroll 8
         for (int64_t k = 0; k < count; ++k) {
@@ -175,58 +186,66 @@ void multiply_along_weight(const MlpLayerBackward<T>& layer, const T* gradient, 
 
 // output (rows, in) = the gradient (rows, out) times the weight (out, in)
 template <class T>
-void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int64_t rows, T* output, T* turned) {
+void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int64_t rows, T* output, T* turned,
+                        const Member& member) {
   if (!is_narrow(layer)) {
-    if (rows > kFewRows) {
+    if (rows > kFewRows) {  // never by a team of several
       return multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, output,
                       stays_in_cache<T>(layer.out, layer.in), false);
     }
     return with_constant<kFewRows>(static_cast<int>(rows), [&](auto constant) {
-      multiply_along_weight<decltype(constant)::value>(layer, gradient, output);
+      multiply_along_weight<decltype(constant)::value>(layer, gradient, output, share_vectors<T>(member, layer.in));
     });
   }
+  if (member.share(1).empty()) return;
   transpose_matrix(layer.weight, layer.in, layer.out, layer.in, turned, layer.out);
   dot_layer<T>({turned, nullptr, layer.out, layer.in, Activation::identity, nullptr, nullptr}, gradient, output, rows,
                {0, layer.in});
 }
 
-// The layer's input for a block of rows is as it was saved, or activated again from the layer before.
+// The layer's input for a block of rows: as it was saved, or activated again, in `buffer`, from the layer before.
 template <class T>
-void weight_gradient(const MlpLayerBackward<T>* layer, const T* gradient, int64_t first_row, int64_t rows, T* activated,
-                     T* turned, bool add) {
-  if (layer->input) {
-    return multiply_by_input(*layer, gradient, layer->input + first_row * layer->in, rows, turned, add);
-  }
+const T* layer_input(const MlpLayerBackward<T>* layer, int64_t first_row, int64_t rows, T* buffer, Member& member) {
+  if (layer->input) return layer->input + first_row * layer->in;
   const T* saved = layer[-1].saved + first_row * layer->in;
+  const Share which = share_vectors<T>(member, rows * layer->in);
   with_activation(layer[-1].activation, [&](auto constant) {
-    for (int64_t i = 0; i < rows * layer->in; i += kLanes<T>) {
-      const int64_t left_over = rows * layer->in - i;
-      store_up_to<T>(activated + i, activate<decltype(constant)::activation, T>(load_up_to<T>(saved + i, left_over)),
+    for (int64_t i = which.first; i < which.last; i += kLanes<T>) {
+      const int64_t left_over = which.last - i;
+      store_up_to<T>(buffer + i, activate<decltype(constant)::activation, T>(load_up_to<T>(saved + i, left_over)),
                      left_over);
     }
   });
-  multiply_by_input(*layer, gradient, activated, rows, turned, add);
+  member.end_round();
+  return buffer;
 }
 
+// A team of several has at most kFewRows rows: they share out the weights, whose gradients have no other summands then.
 template <class T>
 void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input, int64_t first_row,
-              int64_t last_row, T* scratch) {
+              int64_t last_row, T* scratch, Member& member) {
   int64_t widest = layers[0].in;
   for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
   T* buffers[2] = {scratch, scratch + kGradientRows * widest};  // for the gradient of a layer, and of the one before it
-  T* turned = scratch + 2 * kGradientRows * widest;
+  T *const activated = scratch + 2 * kGradientRows * widest, *const turned = activated + kGradientRows * widest;
   for (int64_t row = first_row; row < last_row; row += kGradientRows) {
     const int64_t rows = smaller(last_row - row, kGradientRows);
     const bool add = row > first_row;
     const T* source = grad_output + row * layers[count - 1].out;
     for (int64_t i = count - 1; i >= 0; --i) {
       const MlpLayerBackward<T>& layer = layers[i];
+      const T* gradient = through_activation(layer, source, row, rows, buffers[(i + 1) % 2], member);
+      if (layer.grad_bias) {
+        sum_rows<T>(gradient, rows, layer.out, layer.grad_bias, layer.lost, add, share_vectors<T>(member, layer.out));
+      }
+      if (layer.grad_weight) {
+        const T* const input = layer_input(&layer, row, rows, activated, member);
+        multiply_by_input(layer, gradient, input, rows, turned, add, member);
+      }
       T* const next = buffers[i % 2];
-      const T* gradient = through_activation(layer, source, row, rows, buffers[(i + 1) % 2]);
-      if (layer.grad_bias) sum_rows<T>(gradient, rows, layer.out, layer.grad_bias, layer.lost, add);
-      if (layer.grad_weight) weight_gradient(&layer, gradient, row, rows, next, turned, add);
       T* grad_layer_input = i > 0 ? next : grad_input ? grad_input + row * layer.in : nullptr;
-      if (grad_layer_input) multiply_by_weight(layer, gradient, rows, grad_layer_input, turned);
+      if (grad_layer_input) multiply_by_weight(layer, gradient, rows, grad_layer_input, turned, member);
+      member.end_round();
       source = next;
     }
   }

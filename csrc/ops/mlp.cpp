@@ -48,10 +48,10 @@ class Panels {
   int64_t size_ = 0;
 };
 
-// How many threads share out the weights of a chain of few rows. With up to some 6 rows, reading a weight takes as long
-// as 12 operations; a second thread pays from some 10 microseconds on.
-inline int64_t team_size(const Chain& chain) {
-  return useful_threads(std::max(chain.work, 12 * chain.weights()) / 5);
+// How many threads share out the weights of a chain of few rows, each of which is gone through so many times. With up
+// to some 6 rows, reading a weight takes as long as 12 operations; a second thread pays from some 10 microseconds on.
+inline int64_t team_size(const Chain& chain, double times) {
+  return useful_threads(times * std::max(chain.work, 12 * chain.weights()) / 5);
 }
 
 // Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is null.
@@ -78,7 +78,7 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
   }
   if (plan.together) {
-    return parallel_team(team_size(chain), [&](Member& member) {
+    return parallel_team(team_size(chain, 1), [&](Member& member) {
       kernels.forward_together(layers.data(), layers.size(), input, output, errors, chain.rows, scratch.get(), member);
     });
   }
@@ -229,7 +229,8 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
                        KernelInputs& inputs, Wanted wanted) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const ScalarType dtype = widened(chain.kind.dtype);
-  const int64_t chunks = std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
+  const bool together = chain.rows > 0 && chain.rows <= kernels.few_rows;
+  const int64_t chunks = together ? 1 : std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
   const int64_t block_size = kernels.backward_scratch_size(chain.widest());
   const int64_t chunk_size = block_size + chain.outputs();
   std::vector<ParameterGradient<T>> grad_weights, grad_biases;
@@ -252,7 +253,7 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
   Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, dtype);
   const T* grad_output_data = inputs.data<T>(grad_output);
   T* grad_input_data = wanted.input ? mutable_data<T>(grad_input) : nullptr;
-  parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
+  const auto run_chunk = [&](int64_t chunk, int64_t first, int64_t last, Member& member) {
     PerLayer<MlpLayerBackward<T>> own = layers;
     T* const block = scratch.get() + chunk * chunk_size;
     T* lost = block + block_size;
@@ -262,8 +263,16 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
       if (wanted.weights) own[i].grad_weight = grad_weights[i].part(chunk);
       if (wanted.biases) own[i].grad_bias = grad_biases[i].part(chunk);
     }
-    kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last, block);
-  });
+    kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last, block, member);
+  };
+  if (together) {
+    parallel_team(team_size(chain, 3), [&](Member& member) { run_chunk(0, 0, chain.rows, member); });
+  } else {
+    parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
+      Member alone;
+      run_chunk(chunk, first, last, alone);
+    });
+  }
   // The threads' parts are added up by as many threads, if that is worth waking them.
   const int64_t pieces = chunks == 1 ? 0 : std::min(chunks, useful_threads(4 * chain.weights()));
   parallel_chunks(chain.rows > 0 ? pieces : 0, pieces, [&](int64_t piece, int64_t, int64_t) {
