@@ -24,10 +24,10 @@ void run_forward(const Problem& problem, const Tensor& output, const TensorList&
   } else {
     network.hidden_outputs = buffer.get();
   }
-  if (packs) network.pack(kernels, scratch.get());
+  if (packs) network.place(kernels, scratch.get());
   T* h_n = mutable_data<T>(state[0]);
   T* c_n = state.size() > 1 ? mutable_data<T>(state[1]) : nullptr;
-  parts.run(h_n, c_n, scratch.get() + packed_size);
+  parts.run(packs, h_n, c_n, scratch.get() + packed_size);
 }
 
 struct Result {
@@ -178,7 +178,10 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   C* layer_grads = memory.get() + packed_size;
   C* sums = layer_grads + layer_grads_size;
   C* scratch = sums + chunks * sums_size;
-  network.pack(kernels, memory.get());
+  network.place(kernels, memory.get());
+  for (const RnnWeights<T>& weights : network.directions_) {
+    kernels.pack(network, weights, const_cast<C*>(weights.packed));
+  }
   parallel_chunks(chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
     C* own_sums = sums_size ? sums + chunk * sums_size : nullptr;
     std::fill(own_sums, own_sums + sums_size, C(0));
