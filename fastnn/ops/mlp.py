@@ -195,10 +195,13 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
 
 
 def _is_small_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Of shapes that the operator takes too: stock's linear takes more."""
+    """Of shapes that the operator takes too, stock's linear taking more, and of so many rows, not of symbolic ones as in
+    ``torch.export``."""
+    rows = input.shape[0]
     return (
-        weight.dim() == 2
-        and input.shape[0] * weight.numel() < _SMALL_LINEAR
+        type(rows) is int
+        and weight.dim() == 2
+        and rows * weight.numel() < _SMALL_LINEAR
         and (bias is None or bias.shape == weight.shape[:1])
     )
 
