@@ -39,7 +39,7 @@ TeamRounds team_rounds(const std::vector<int64_t>& delays, int64_t rounds, int64
   for (const int64_t delay : delays) {
     threads.emplace_back([&, delay] {
       std::this_thread::sleep_for(std::chrono::microseconds(delay));
-      fastnn::Member member(team);
+      fastnn::Member member(team, static_cast<int64_t>(delays.size()));
       if (!member.joined()) return;
       for (int64_t round = 0; round < rounds; ++round) {
         const auto& from = round % 2 ? next : now;

@@ -5,6 +5,7 @@
 
 #include "../simd/isa.h"
 #include "dtype.h"
+#include "team.h"
 
 namespace fastnn {
 
@@ -76,17 +77,27 @@ struct RnnNetwork {
   }
 };
 
+// Elements of scratch: what a team shares, and what each of its members has of its own.
+struct RnnScratchSize {
+  int64_t shared, own;
+};
+template <class C>
+struct RnnScratch {
+  C *shared, *own;
+};
+
 template <class T>
 struct RnnForwardKernels {
   // Whether a network that sees `rows` rows should have its weights packed.
   bool (*worth_packing)(int64_t rows);
   int64_t (*packed_size)(const RnnNetwork<T>& network, int64_t input_size);
-  void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed);
-  int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
+  // The member's share of a round.
+  void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member, Compute<T>* packed);
+  RnnScratchSize (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
   // The sequences [first, last) in one direction of one layer, after all directions of the layer below. h_n and c_n are
-  // as h0 and c0; c_n may be null but for LSTM.
+  // as h0 and c0; c_n may be null but for LSTM. Whole rounds: the members of a team share the hidden units.
   void (*run)(const RnnNetwork<T>& network, int64_t layer, int64_t direction, T* h_n, T* c_n, int64_t first,
-              int64_t last, Compute<T>* scratch);
+              int64_t last, Member& member, RnnScratch<Compute<T>> scratch);
 };
 
 template <class T>
@@ -112,14 +123,16 @@ struct RnnWeightGradients {
 template <class T>
 struct RnnBackwardKernels {
   int64_t (*packed_size)(const RnnNetwork<T>& network, int64_t input_size);
-  void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed);
-  int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
+  // The member's share of a round.
+  void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member, Compute<T>* packed);
+  RnnScratchSize (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
   // Elements of the sums below for one direction of one layer.
   int64_t (*sums_size)(const RnnNetwork<T>& network, int64_t input_size);
   // The sequences [first, last). layer_grads (2, rows, width()) is scratch for all sequences. `sums`, or
-  // null, are the weights' gradients added up over the sequences, one direction of one layer after the other.
+  // null, are the weights' gradients added up over the sequences, one direction of one layer after the other. Whole
+  // rounds.
   void (*run)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute<T>* layer_grads, Compute<T>* sums,
-              int64_t first, int64_t last, Compute<T>* scratch);
+              int64_t first, int64_t last, Member& member, RnnScratch<Compute<T>> scratch);
   // Adds up `parts` such sums, `stride` apart, of one direction of one layer. The biases' gradients may be null.
   void (*finish)(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* sums, int64_t parts,
                  int64_t stride, const RnnWeightGradients<T>& gradients);

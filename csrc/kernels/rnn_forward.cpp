@@ -5,27 +5,36 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
+// What members of a team share lies in memory of them all; each makes the tiles of its share.
 template <class Cell, class T>
 class ForwardDirection {
   using C = Compute<T>;
-  static constexpr bool kCopiesHidden = StepRows<Cell, T>::kCopiesHidden;
+  static constexpr bool kWidens = sizeof(T) != sizeof(C);
   static constexpr int kVectors = ForwardLayout<Cell, C>::kVectors;
 
  public:
   ForwardDirection(const RnnNetwork<T>& network, int64_t layer, int64_t direction, Part part, int64_t most_rows,
-                   C* scratch)
+                   Member& member, RnnScratch<C> scratch)
       : direction_(network, layer, direction),
         network_(network),
         layout_(network, direction_.weights.input_size),
         packed_(direction_.weights.packed),
         part_(part),
-        most_rows_(most_rows) {
+        most_rows_(most_rows),
+        member_(member) {
     const int64_t sequences = part.last - part.first;
-    slots_ = scratch;
+    slots_ = scratch.shared;
     cells_ = slots_ + layout_.slots_size(most_rows);
-    copies_ = cells_ + (Cell::kHasCellState ? sequences * layout_.padded() : 0);
-    unprojected_ = copies_ + (kCopiesHidden ? 2 * sequences * layout_.padded() : 0);
-    gathered_ = unprojected_ + (layout_.projected ? sequences * (layout_.padded() + layout_.padded_projected()) : 0);
+    unprojected_ = cells_ + sequences * layout_.padded();
+    projected_ = unprojected_ + sequences * layout_.padded();
+    widened_ = scratch.own;
+    gathered_ = widened_ + sequences * layout_.padded();
+  }
+  static RnnScratchSize scratch_size(const RnnNetwork<T>& network, int64_t sequences, int64_t most_rows,
+                                     int64_t widest_input) {
+    const ForwardLayout<Cell, C> layout(network, 0);
+    return {layout.slots_size(most_rows) + sequences * (2 * layout.padded() + layout.padded_projected()),
+            sequences * layout.padded() + most_rows * widest_input};
   }
 
   void run(T* h_n, T* c_n) {
@@ -34,13 +43,16 @@ class ForwardDirection {
     while (backwards ? edge > 0 : edge < network_.steps) {
       const Block block = next_block(network_, part_, edge, backwards, most_rows_);
       edge = backwards ? block.first : block.last;
-      project(block);
+      // A round of its own, since the steps write into the place of the input that they use up: see layer_output.
+      project(block, member_.share(layout_.tiles));
+      member_.end_round();
       int64_t local = backwards ? block.rows : 0;
       for (int64_t i = 0; i < block.last - block.first; ++i) {
         const int64_t t = backwards ? block.last - 1 - i : block.first + i;
         const int64_t rows = part_.rows(network_.step[t]);
         if (backwards) local -= rows;
         run_step(t, slots_ + local * layout_.kTileSlots);
+        member_.end_round();
         if (!backwards) local += rows;
         end_sequences(t, h_n, c_n);
       }
@@ -49,18 +61,19 @@ class ForwardDirection {
 
  private:
   // Slots of the block's rows <- x W_ih^T + biases.
-  void project(Block block) {
+  void project(Block block, Share tiles) {
+    if (tiles.empty()) return;
     int64_t stride;
     const C* x = input_rows(block, &stride);
-    if (!packed_) return project_unpacked(block.rows, x, stride);
-    for (int64_t tile = 0; tile < layout_.tiles; ++tile) {
+    if (!packed_) return project_unpacked(block.rows, x, stride, tiles);
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       multiply_panel<kVectors>(network_.rows, block.rows, layout_.input_size, x, stride,
                                packed_ + tile * layout_.kPanelWidth * layout_.input_size,
                                packed_ + layout_.bias() + tile * layout_.kPanelWidth, 0, tile_slots(tile),
                                layout_.kTileSlots);
     }
     if constexpr (Cell::kSlots > Cell::kGates) {
-      for (int64_t tile = 0; tile < layout_.tiles; ++tile) {
+      for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
         const Vec<C> bias = load(packed_ + layout_.hidden_bias() + tile * kLanes<C>);
         for (int64_t row = 1; row <= block.rows; ++row) {
           store(tile_slots(tile) + row * layout_.kTileSlots - kLanes<C>, bias);
@@ -72,9 +85,9 @@ class ForwardDirection {
   C* tile_slots(int64_t tile) const { return slots_ + tile * layout_.tile_stride(most_rows_); }
 
   // The same for few rows, by dot products with the weights as they are: W is (gates * hidden, depth).
-  void project_unpacked(int64_t rows, const C* x, int64_t stride) {
+  void project_unpacked(int64_t rows, const C* x, int64_t stride, Share tiles) {
     const RnnWeights<T>& weights = direction_.weights;
-    for_slots([&](int slot, int64_t unit, int64_t count, C* slots) {
+    for_slots(tiles, [&](int slot, int64_t unit, int64_t count, C* slots) {
       const int64_t row = Cell::input_gate(slot) * layout_.hidden + unit;
       const bool apart = Cell::kSlots > Cell::kGates && slot == 0;
       const Vec<C> hidden_bias = load_bias(weights.bias_hh, row, count);
@@ -91,8 +104,9 @@ class ForwardDirection {
 
   // body(slot, unit, count, where): each vector of gates, its first hidden unit, and how many there are.
   template <class Body>
-  FASTNN_INLINE void for_slots(const Body& body) {
-    for (int64_t unit = 0; unit < layout_.hidden; unit += kLanes<C>) {
+  FASTNN_INLINE void for_slots(Share tiles, const Body& body) {
+    const int64_t end = smaller(tiles.last * layout_.kTileUnits, layout_.hidden);
+    for (int64_t unit = tiles.first * layout_.kTileUnits; unit < end; unit += kLanes<C>) {
       const int64_t vector = unit / kLanes<C>, tile = vector / Cell::kUnits, within = vector % Cell::kUnits;
       for (int slot = 0; slot < Cell::kGates; ++slot) {
         body(slot, unit, smaller(kLanes<C>, layout_.hidden - unit),
@@ -110,7 +124,7 @@ class ForwardDirection {
   const C* input_rows(Block block, int64_t* stride) {
     const Rows<T> rows = layer_input(network_, direction_.layer);
     const T* mask = layer_mask(network_, direction_.layer);
-    if constexpr (!kCopiesHidden) {
+    if constexpr (!kWidens) {
       bool in_place = !mask;
       const T* expected = nullptr;
       for (int64_t t = block.first; in_place && t < block.last; ++t) {
@@ -136,35 +150,20 @@ class ForwardDirection {
   void run_step(int64_t t, C* slots) {
     const RnnStep& step = network_.step[t];
     const int64_t running = direction_.running(t, part_), last = part_.first + part_.rows(step);
+    const Share tiles = member_.share(layout_.tiles);
     const bool backwards = t % 2;
     if (running > part_.first) {
       const RnnStep& before = network_.step[direction_.reverse() ? t + 1 : t - 1];
       StepRows<Cell, T> rows = rows_of(step, part_.first, running, slots, backwards);
-      if constexpr (kCopiesHidden) {
-        rows.previous = copies_of(parity_, part_.first);
-        rows.previous_stride = layout_.padded();
-      } else {
-        rows.previous = direction_.output(before, part_.first);
-        rows.previous_stride = network_.width();
-      }
-      run_rows(rows);
+      set_previous(rows, direction_.output(before, part_.first), network_.width());
+      run_rows(rows, tiles);
     }
     if (last > running) {
-      start_cells(running, last);
-      const T* h0 = network_.h0 ? network_.h0 + direction_.h_offset(running) : nullptr;
+      start_cells(running, last, tiles);
       StepRows<Cell, T> rows = rows_of(step, running, last, slots, backwards);
-      rows.previous_stride = layout_.outputs();
-      if constexpr (kCopiesHidden) {
-        C* copies = copies_of(parity_, running);
-        copy_rows(h0, layout_.outputs(), h0 ? rows.count : 0, copies, layout_.padded());
-        rows.previous = h0 ? copies : nullptr;
-        rows.previous_stride = layout_.padded();
-      } else {
-        rows.previous = h0;
-      }
-      run_rows(rows);
+      if (network_.h0) set_previous(rows, network_.h0 + direction_.h_offset(running), layout_.outputs());
+      run_rows(rows, tiles);
     }
-    parity_ = !parity_;
   }
 
   StepRows<Cell, T> rows_of(const RnnStep& step, int64_t first, int64_t last, C* slots, bool backwards) {
@@ -175,44 +174,50 @@ class ForwardDirection {
             backwards,
             slots + before * layout_.kTileSlots,
             cells_ + before * layout_.padded(),
-            copies_of(!parity_, first),
-            layout_.projected ? unprojected_ : nullptr,
+            layout_.projected ? unprojected_ + before * layout_.padded() : nullptr,
             direction_.output(step, first),
             network_.width(),
             Cell::kSaved > 0 && network_.saved ? direction_.template saved<Cell>(step, first) : nullptr,
             nullptr,
             0};
   }
-  C* copies_of(bool parity, int64_t sequence) {
-    const int64_t sequences = part_.last - part_.first;
-    return copies_ + ((parity ? sequences : 0) + sequence - part_.first) * layout_.padded();
-  }
-  // Rows of h.
-  template <class From, class To>
-  void copy_rows(const From* from, int64_t from_stride, int64_t rows, To* to, int64_t to_stride) {
-    for (int64_t row = 0; row < rows; ++row) {
-      copy_masked<From, To>(from + row * from_stride, nullptr, layout_.outputs(), to + row * to_stride);
+
+  // h of the step before, in the compute type.
+  void set_previous(StepRows<Cell, T>& rows, const T* h, int64_t stride) {
+    if constexpr (kWidens) {
+      for (int64_t row = 0; row < rows.count; ++row) {
+        copy_masked<T, C>(h + row * stride, nullptr, layout_.outputs(), widened_ + row * layout_.padded());
+      }
+      rows.previous = widened_;
+      rows.previous_stride = layout_.padded();
+    } else {
+      rows.previous = h;
+      rows.previous_stride = stride;
     }
   }
 
-  void start_cells(int64_t first, int64_t last) {
+  // Of the tiles alone.
+  void start_cells(int64_t first, int64_t last, Share tiles) {
     if constexpr (Cell::kHasCellState) {
+      const int64_t unit = tiles.first * layout_.kTileUnits, end = tiles.last * layout_.kTileUnits;
       for (int64_t sequence = first; sequence < last; ++sequence) {
         C* cell = cells_ + (sequence - part_.first) * layout_.padded();
-        for (int64_t i = 0; i < layout_.padded(); i += kLanes<C>) store(cell + i, Vec<C>{});
+        for (int64_t i = unit; i < end; i += kLanes<C>) store(cell + i, Vec<C>{});
         if (network_.c0) {
-          copy_masked<T, C>(network_.c0 + direction_.c_offset(sequence), nullptr, layout_.hidden, cell);
+          copy_masked<T, C>(network_.c0 + direction_.c_offset(sequence) + unit, nullptr,
+                            smaller(end, layout_.hidden) - unit, cell + unit);
         }
       }
     }
   }
 
-  void run_rows(const StepRows<Cell, T>& rows) {
+  void run_rows(const StepRows<Cell, T>& rows, Share tiles) {
     const C* panels = packed_ ? packed_ + layout_.hidden_panels() : nullptr;
     const int64_t panel_size = layout_.kPanelWidth * layout_.outputs();
-    if (!packed_ && rows.previous) multiply_unpacked(rows);
-    for (int64_t i = 0; i < layout_.tiles; ++i) {
-      const int64_t tile = rows.backwards && !panels_stay() ? layout_.tiles - 1 - i : i;
+    const bool backwards = rows.backwards && !stay_near((tiles.last - tiles.first) * panel_size);
+    if (!packed_ && rows.previous) multiply_unpacked(rows, tiles);
+    for (int64_t i = 0; i < tiles.last - tiles.first; ++i) {
+      const int64_t tile = backwards ? tiles.last - 1 - i : tiles.first + i;
       C* slots = rows.slots + tile * layout_.tile_stride(most_rows_);
       if (rows.previous && packed_) {
         C* sums = slots + Cell::kHiddenSlot * kLanes<C>;
@@ -221,20 +226,23 @@ class ForwardDirection {
       }
       rows.finish_tile(tile * layout_.kTileUnits, slots);
     }
-    if (layout_.projected) project_outputs(rows);
+    if (layout_.projected) {
+      member_.end_round();
+      project_outputs(rows, member_.share(layout_.padded_projected() / (2 * kLanes<C>)));
+    }
   }
 
-  // Whether the recurrent weights stay in the nearest cache from step to step. Those that don't are walked backwards at
+  // Whether so many elements stay in the nearest cache from step to step. Weights that don't are walked backwards at
   // every other step, so that the ones used last are still there; those that do always forwards, so that a step begins
   // with the units that the step before finished first.
-  bool panels_stay() const {
+  static bool stay_near(int64_t elements) {
     constexpr int64_t kNearestCache = 32 * 1024;
-    return layout_.tiles * layout_.kPanelWidth * layout_.outputs() * static_cast<int64_t>(sizeof(C)) <= kNearestCache;
+    return elements * static_cast<int64_t>(sizeof(C)) <= kNearestCache;
   }
 
-  void multiply_unpacked(const StepRows<Cell, T>& rows) {
+  void multiply_unpacked(const StepRows<Cell, T>& rows, Share tiles) {
     const int64_t depth = layout_.outputs();
-    for_slots([&](int slot, int64_t unit, int64_t count, C* base) {
+    for_slots(tiles, [&](int slot, int64_t unit, int64_t count, C* base) {
       const T* weight = direction_.weights.weight_hh + (slot * layout_.hidden + unit) * depth;
       for (int64_t r = 0; r < rows.count; ++r) {
         C* sums = rows.slots + (base - slots_) + r * layout_.kTileSlots + Cell::kHiddenSlot * kLanes<C>;
@@ -243,32 +251,34 @@ class ForwardDirection {
     });
   }
 
-  // h <- h W_hr^T
-  void project_outputs(const StepRows<Cell, T>& rows) {
-    C* projected = unprojected_ + (part_.last - part_.first) * layout_.padded();
+  // h <- h W_hr^T, for some pairs of vectors of the outputs.
+  void project_outputs(const StepRows<Cell, T>& rows, Share pairs) {
     const int64_t stride = layout_.padded_projected(), hidden = layout_.hidden;
+    const int64_t first = pairs.first * 2 * kLanes<C>,
+                  count = smaller(pairs.last * 2 * kLanes<C>, layout_.projected) - first;
+    const C* h = rows.unprojected;
+    C* projected = projected_ + first + (h - unprojected_) / layout_.padded() * stride;
     if (packed_) {
-      multiply_panels<false>(rows.all, rows.count, hidden, unprojected_, layout_.padded(),
-                             packed_ + layout_.projection(), layout_.projected, false, projected, stride);
+      multiply_panels<false>(rows.all, rows.count, hidden, h, layout_.padded(),
+                             packed_ + layout_.projection() + first * hidden, count, false, projected, stride);
     } else {
-      for (int64_t i = 0; i < layout_.projected; i += kLanes<C>) {
-        const int64_t count = smaller(kLanes<C>, layout_.projected - i);
+      for (int64_t i = 0; i < count; i += kLanes<C>) {
         for (int64_t row = 0; row < rows.count; ++row) {
-          store(projected + row * stride + i, dot_rows(direction_.weights.weight_hr + i * hidden, hidden, count,
-                                                       unprojected_ + row * layout_.padded()));
+          store(projected + row * stride + i, dot_rows(direction_.weights.weight_hr + (first + i) * hidden, hidden,
+                                                       smaller(kLanes<C>, count - i), h + row * layout_.padded()));
         }
       }
     }
-    copy_rows(projected, stride, rows.count, rows.output, network_.width());
-    if constexpr (kCopiesHidden) {
-      copy_rows(rows.output, network_.width(), rows.count, rows.copies, layout_.padded());
+    for (int64_t row = 0; row < rows.count; ++row) {
+      copy_masked<C, T>(projected + row * stride, nullptr, count, rows.output + first + row * network_.width());
     }
   }
 
   void end_sequences(int64_t t, T* h_n, T* c_n) {
     const RnnStep& step = network_.step[t];
-    const int64_t last = part_.first + part_.rows(step);
-    for (int64_t sequence = direction_.continuing(t, part_); sequence < last; ++sequence) {
+    const int64_t first = direction_.continuing(t, part_);
+    const Share share = member_.share(part_.first + part_.rows(step) - first);
+    for (int64_t sequence = first + share.first; sequence < first + share.last; ++sequence) {
       copy_masked<T, T>(direction_.output(step, sequence), nullptr, layout_.outputs(),
                         h_n + direction_.h_offset(sequence));
       if (Cell::kHasCellState) {
@@ -284,12 +294,15 @@ class ForwardDirection {
   const C* packed_;
   const Part part_;
   const int64_t most_rows_;
+  Member& member_;
+  // Shared:
   C* slots_;        // (tiles, block rows, a tile's slots): tile_slots
   C* cells_;        // (sequences, padded): c
-  C* copies_;       // (2, sequences, padded): h of the step before and of this one, for bfloat16
-  C* unprojected_;  // (sequences, padded): h of this step before its projection; (sequences, padded_projected): after
-  C* gathered_;     // (block rows, input_size)
-  bool parity_ = false;
+  C* unprojected_;  // (sequences, padded): h of this step before its projection
+  C* projected_;    // (sequences, padded_projected): after
+  // The member's own:
+  C* widened_;   // (sequences, padded): h of the step before, for bfloat16
+  C* gathered_;  // (block rows, input_size)
 };
 
 template <class T>
@@ -314,26 +327,28 @@ int64_t packed_size(const RnnNetwork<T>& network, int64_t input_size) {
 }
 
 template <class T>
-void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
-  with_cell(network.mode, [&](auto cell) { pack_forward<decltype(cell), T>(network, weights, packed); });
+void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member,
+                  Compute<T>* packed) {
+  with_cell(network.mode, [&](auto cell) {
+    const ForwardLayout<decltype(cell), Compute<T>> layout(network, weights.input_size);
+    pack_forward<decltype(cell), T>(network, weights, member.share(layout.tiles), packed);
+  });
 }
 
 template <class T>
-int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
+RnnScratchSize scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
   return with_cell(network.mode, [&](auto cell) {
-    const ForwardLayout<decltype(cell), Compute<T>> layout(network, 0);
     const int64_t rows = most_rows<decltype(cell)>(network, sequences);
-    return layout.slots_size(rows) + rows * widest_input(network) +
-           sequences * (4 * layout.padded() + layout.padded_projected());
+    return ForwardDirection<decltype(cell), T>::scratch_size(network, sequences, rows, widest_input(network));
   });
 }
 
 template <class T>
 void run(const RnnNetwork<T>& network, int64_t layer, int64_t direction, T* h_n, T* c_n, int64_t first, int64_t last,
-         Compute<T>* scratch) {
+         Member& member, RnnScratch<Compute<T>> scratch) {
   with_cell(network.mode, [&](auto cell) {
     const int64_t rows = most_rows<decltype(cell)>(network, last - first);
-    ForwardDirection<decltype(cell), T>(network, layer, direction, {first, last}, rows, scratch).run(h_n, c_n);
+    ForwardDirection<decltype(cell), T>(network, layer, direction, {first, last}, rows, member, scratch).run(h_n, c_n);
   });
 }
 

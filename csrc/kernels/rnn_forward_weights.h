@@ -45,16 +45,17 @@ FASTNN_INLINE Vec<Compute<T>> load_bias(const T* bias, int64_t unit, int64_t lef
   return bias && left_over > 0 ? load_up_to<T>(bias + unit, left_over) : Vec<Compute<T>>{};
 }
 
+// Those of some tiles.
 template <class Cell, class T>
-void pack_forward(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
+void pack_forward(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Share tiles, Compute<T>* packed) {
   using C = Compute<T>;
   constexpr int lanes = kLanes<C>;
   const int64_t input_size = weights.input_size, hidden = network.hidden, outputs = network.outputs();
   const ForwardLayout<Cell, C> layout(network, input_size);
-  if (network.projected) {
+  if (network.projected && tiles.first == 0 && !tiles.empty()) {
     pack_transposed(weights.weight_hr, network.projected, hidden, packed + layout.projection());
   }
-  for (int64_t vector = 0; vector < layout.tiles * layout.kVectors; ++vector) {
+  for (int64_t vector = tiles.first * layout.kVectors; vector < tiles.last * layout.kVectors; ++vector) {
     const int64_t tile = vector / layout.kVectors, slot = vector % layout.kVectors / Cell::kUnits;
     const int64_t unit = tile * layout.kTileUnits + vector % Cell::kUnits * lanes;
     const int64_t left_over = hidden - unit, count = larger(0, smaller(left_over, lanes));

@@ -10,7 +10,6 @@ namespace FASTNN_ISA {
 template <class Cell, class T>
 struct StepRows {
   using C = Compute<T>;
-  static constexpr bool kCopiesHidden = sizeof(T) != sizeof(C);
 
   const ForwardLayout<Cell, C>& layout;
   int64_t all;  // sequences of the step, of other threads too
@@ -18,7 +17,6 @@ struct StepRows {
   bool backwards;  // through the tiles
   C* slots;        // their first in the first tile's slots
   C* cells;        // (count, padded): c
-  C* copies;       // (count, padded): h in the compute type, for the step after
   C* unprojected;  // (count, padded): h before its projection; or null
   T* output;       // (count, output_stride)
   int64_t output_stride;
@@ -80,13 +78,7 @@ struct StepRows {
       }
     }
     if (unprojected) return store_rows<rows, vectors>(unprojected + row * padded + unit, padded, h, whole);
-    T* to = output + row * output_stride + unit;
-    store_rows<rows, vectors>(to, output_stride, h, left_over);
-    if constexpr (kCopiesHidden) {
-      // As it was stored: the next step sees what the caller sees.
-      const V copy = load_rows<rows, vectors>(to, output_stride, left_over);
-      store_rows<rows, vectors>(copies + row * padded + unit, padded, copy, whole);
-    }
+    store_rows<rows, vectors>(output + row * output_stride + unit, output_stride, h, left_over);
   }
 };
 

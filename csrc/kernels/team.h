@@ -1,9 +1,9 @@
 // Threads that take the steps of one call together, a round a step, inside a single parallel region.
 //
-// A team is whoever is there. The first thread to come leads: it begins at once, and from round to round takes in those
-// who have come since. So nobody waits for a thread that is still asleep, busy elsewhere or never started, and whoever
-// comes when all is done has nothing to do. In every round the members share the same work out anew, each takes its
-// part of it, and nobody begins the next round before all have finished this one.
+// A team is whoever is there. The first thread to come leads: it begins all but at once, and from round to round takes
+// in those who have come since. So nobody waits for a thread that is still asleep, busy elsewhere or never started, and
+// whoever comes when all is done has nothing to do. In every round the members share the same work out anew, each takes
+// its part of it, and nobody begins the next round before all have finished this one.
 //
 // Results must not depend on who computed what: share out things whose values are the same whoever makes them.
 #pragma once
@@ -34,11 +34,12 @@ class Team {
   };
 
   const int64_t most_;
-  Counter come_;             // threads
-  Counter over_;             // whether the leader has finished
-  Counter plan_[2];          // the members of a round and its number, for rounds of each parity; written by the leader
-  Counter begins_[kMost];    // the first round of a member; written by the leader
-  Counter finished_[kMost];  // rounds that a member has finished
+  Counter come_;  // threads
+  Counter over_;  // whether the leader has finished
+  // Rounds count from 1.
+  Counter plan_[2];         // the members of a round and its number, for rounds of each parity; written by the leader
+  Counter begins_[kMost];   // the first round of a member; written by the leader
+  Counter reached_[kMost];  // the round that a member has come to; written by itself
 };
 
 // A thread's place in a team, to be made and used by that thread alone.
@@ -46,8 +47,9 @@ class Member {
  public:
   // Of a team of one.
   Member() = default;
-  // Waits to be taken in, or for the team to have finished without this thread.
-  explicit Member(Team& team);
+  // Waits to be taken in, or for the team to have finished without this thread. So many threads are `expected`, this
+  // one included.
+  Member(Team& team, int64_t expected);
   Member(const Member&) = delete;
   Member& operator=(const Member&) = delete;
   ~Member();
@@ -68,11 +70,15 @@ class Member {
   }
 
  private:
+  void lead();
+  int64_t plan_round();
+  void take_in_newcomers(int64_t size);
   void end_round_of_team();
 
   Team* team_ = nullptr;
   int64_t index_ = 0;
-  int64_t round_ = 0;
+  int64_t expected_ = 1;
+  int64_t round_ = 1;
   int64_t begins_ = 0;  // the round in which it was taken in
   int64_t size_ = 1;    // members of this round, or 0 before `begins_`
 };

@@ -185,7 +185,7 @@ class FrozenRnn : public FrozenStage<T> {
     const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
     for (const RnnWeights<T>& weights : weights_) {
       T* to = packed.give<T>(0, kernels.packed_size(network_, weights.input_size));
-      if (to) kernels.pack(network_, weights, to);
+      if (to) kernels.pack(network_, weights, Member(), to);
     }
   }
 
@@ -202,7 +202,7 @@ class FrozenRnn : public FrozenStage<T> {
     T* next = packed_here.get();
     for (RnnWeights<T>& own : weights) {
       if (own.packed) continue;
-      kernels.pack(network_, own, next);
+      kernels.pack(network_, own, Member(), next);
       own.packed = next;
       next += kernels.packed_size(network_, own.input_size);
     }
@@ -242,7 +242,7 @@ class FrozenRnn : public FrozenStage<T> {
     const int64_t state_size = network.layers * network.directions * network.batch * network.hidden;
     const Scratch<T> state(2 * state_size), scratch(parts.scratch_size());
     T* const c_n = network.mode == RnnMode::lstm ? state.get() + state_size : nullptr;
-    parts.run(state.get(), c_n, scratch.get());
+    parts.run(false, state.get(), c_n, scratch.get());
   }
 
   int64_t length(const Ints& input) const { return input[batch_first_ ? 1 : 0]; }

@@ -243,10 +243,10 @@ struct Network : RnnNetwork<T> {
     return size;
   }
 
+  // Has the kernels read packed weights there.
   template <class Kernels>
-  void pack(const Kernels& kernels, Compute<T>* packed) {
+  void place(const Kernels& kernels, Compute<T>* packed) {
     for (RnnWeights<T>& weights : directions_) {
-      kernels.pack(*this, weights, packed);
       weights.packed = packed;
       packed += kernels.packed_size(*this, weights.input_size);
     }

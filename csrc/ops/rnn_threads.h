@@ -45,14 +45,35 @@ inline int64_t longest_chunk(const std::vector<int64_t>& bounds) {
   return longest;
 }
 
+// How many threads may share the hidden units of each step. A step of few rows takes as long as its recurrent weights
+// take to be read from the cache, and each core has its own. Members must wait for each other and fetch what the others
+// have computed: 0.2 us a step between neighbouring cores, 1.5 between distant ones, which costs no more than a member
+// saves by reading as much less as it must here. The parallel region costs what a thread takes to wake up.
+template <class T>
+int64_t team_members(const RnnNetwork<T>& network) {
+  constexpr double kBytesEach = 64 * 1024, kLeastBytes = 8e6;
+  constexpr int64_t kRowsEach = 4;  // with more rows a thread, each takes sequences of its own as fast
+  const double units = static_cast<double>(gates_of(network.mode)) * network.hidden;
+  const double bytes = sizeof(Compute<T>) * units * network.outputs();
+  const int64_t threads = torch::stable::get_num_threads();
+  if (network.batch > kRowsEach * threads || bytes * network.steps < kLeastBytes) return 1;
+  return std::max<int64_t>(1, std::min({threads, Team::kMost, static_cast<int64_t>(bytes / kBytesEach)}));
+}
+
 // Forward in parts: runs of sequences, or, where there is an even number of threads for two directions, each direction
-// of a layer apart, so that a thread reads half of the weights for twice the rows.
+// of a layer apart, so that a thread reads half of the weights for twice the rows; or, for few sequences, all of them
+// by a team whose members share the hidden units.
 template <class T>
 class ForwardParts {
  public:
   ForwardParts(const RnnNetwork<T>& network, const RnnForwardKernels<T>& kernels, double work)
-      : network_(network), kernels_(kernels), chunks_(rnn_chunks(work, network.directions * network.batch)) {
-    if (network.directions > 1 && chunks_ % 2 == 0) {
+      : network_(network), kernels_(kernels) {
+    const int64_t members = team_members(network);
+    chunks_ = rnn_chunks(work, network.directions * network.batch);
+    if (members > 1 && (members > 2 || network.directions == 1)) {
+      members_ = members;
+      chunks_ = 1;
+    } else if (network.directions > 1 && chunks_ % 2 == 0) {
       apart_ = true;
     } else {
       chunks_ = std::max<int64_t>(1, std::min(chunks_, network.batch));
@@ -61,18 +82,26 @@ class ForwardParts {
     scratch_each_ = kernels.scratch_size(network, longest_chunk(bounds_));
   }
 
-  int64_t scratch_size() const { return checked_product(chunks_, scratch_each_); }
+  int64_t scratch_size() const {
+    return checked_sum(checked_product(chunks_, scratch_each_.shared),
+                       checked_product(std::max(chunks_, members_), scratch_each_.own));
+  }
 
-  void run(T* h_n, T* c_n, Compute<T>* scratch) const {
+  // `packs` the weights first, to where the network has them.
+  void run(bool packs, T* h_n, T* c_n, Compute<T>* scratch) const {
+    if (members_ > 1) return run_team(packs, h_n, c_n, scratch);
+    if (packs) pack(Member());
     const int64_t layers = network_.layers, parts = static_cast<int64_t>(bounds_.size()) - 1;
     for (int64_t first = 0; first < layers; first += apart_ ? 1 : layers) {
       parallel_chunks(chunks_, chunks_, [&](int64_t chunk, int64_t, int64_t) {
         const int64_t part = chunk % parts;
+        C* const shared = scratch + chunk * (scratch_each_.shared + scratch_each_.own);
         for (int64_t layer = first; layer < (apart_ ? first + 1 : layers); ++layer) {
           for (int64_t direction = 0; direction < network_.directions; ++direction) {
             if (apart_ && direction != chunk / parts) continue;
-            kernels_.run(network_, layer, direction, h_n, c_n, bounds_[part], bounds_[part + 1],
-                         scratch + chunk * scratch_each_);
+            Member itself;
+            kernels_.run(network_, layer, direction, h_n, c_n, bounds_[part], bounds_[part + 1], itself,
+                         {shared, shared + scratch_each_.shared});
           }
         }
       });
@@ -80,9 +109,32 @@ class ForwardParts {
   }
 
  private:
+  using C = Compute<T>;
+
+  void run_team(bool packs, T* h_n, T* c_n, C* scratch) const {
+    parallel_team(members_, [&](Member& member) {
+      if (packs) pack(member);
+      member.end_round();
+      for (int64_t layer = 0; layer < network_.layers; ++layer) {
+        for (int64_t direction = 0; direction < network_.directions; ++direction) {
+          kernels_.run(network_, layer, direction, h_n, c_n, 0, network_.batch, member,
+                       {scratch, scratch + scratch_each_.shared + member.index() * scratch_each_.own});
+        }
+      }
+    });
+  }
+
+  void pack(const Member& member) const {
+    for (int64_t i = 0; i < network_.layers * network_.directions; ++i) {
+      const RnnWeights<T>& weights = network_.weights[i];
+      kernels_.pack(network_, weights, member, const_cast<C*>(weights.packed));
+    }
+  }
+
   const RnnNetwork<T>& network_;
   const RnnForwardKernels<T>& kernels_;
-  int64_t chunks_, scratch_each_;
+  int64_t members_ = 1, chunks_;
+  RnnScratchSize scratch_each_;
   bool apart_ = false;
   std::vector<int64_t> bounds_;
 };

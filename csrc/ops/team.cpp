@@ -40,18 +40,43 @@ int64_t plan_of(int64_t round, int64_t size) {
 
 }  // namespace
 
-Team::Team(int64_t most) : most_(std::min(most, kMost)), come_{0}, over_{0}, plan_{{plan_of(0, 1)}, {0}} {
-  for (int64_t i = 0; i < most_; ++i) begins_[i].value = finished_[i].value = 0;
+Team::Team(int64_t most) : most_(std::min(most, kMost)), come_{0}, over_{0}, plan_{{0}, {0}} {
+  for (int64_t i = 0; i < most_; ++i) begins_[i].value = reached_[i].value = 0;
 }
 
-Member::Member(Team& team) : team_(&team), index_(__atomic_fetch_add(&team.come_.value, 1, __ATOMIC_ACQ_REL)) {
-  if (index_ == 0) return;
+Member::Member(Team& team, int64_t expected)
+    : team_(&team),
+      index_(__atomic_fetch_add(&team.come_.value, 1, __ATOMIC_ACQ_REL)),
+      expected_(std::min(expected, team.most_)) {
+  if (index_ == 0) {
+    lead();
+    return;
+  }
   if (index_ < team.most_) {
     wait_until([&] { return get(team.begins_[index_].value) > 0 || get(team.over_.value) > 0; });
     begins_ = get(team.begins_[index_].value);
   }
   if (begins_ == 0) index_ = -1;
-  size_ = 0;
+  size_ = begins_ == round_ ? get(team.plan_[round_ % 2].value) % kSizes : 0;
+}
+
+void Member::lead() {
+  // Those awake come within a microsecond, and the first round shared with them is worth that.
+  constexpr int kLooks = 100;
+  for (int looks = 0; looks < kLooks && get(team_->come_.value) < expected_; ++looks) pause();
+  size_ = 1;
+  take_in_newcomers(plan_round());
+}
+
+// The size of the round about to begin, for all to read.
+int64_t Member::plan_round() {
+  const int64_t size = std::min(get(team_->come_.value), team_->most_);
+  set(team_->plan_[round_ % 2].value, plan_of(round_, size));
+  return size;
+}
+
+void Member::take_in_newcomers(int64_t size) {
+  for (; size_ < size; ++size_) set(team_->begins_[size_].value, round_);
 }
 
 Member::~Member() {
@@ -59,24 +84,21 @@ Member::~Member() {
 }
 
 void Member::end_round_of_team() {
-  Team& team = *team_;
   ++round_;
   if (round_ < begins_) return;
-  // The leader writes a plan two rounds after the last of the same parity, which all members have read by then.
-  int64_t& plan = team.plan_[round_ % 2].value;
+  // A plan takes the place of that of two rounds before, which all members have read by then.
+  const int64_t& plan = team_->plan_[round_ % 2].value;
   if (index_ == 0) {
-    set(plan, plan_of(round_, std::min(get(team.come_.value), team.most_)));
+    plan_round();
   } else {
-    if (round_ > begins_) set(team.finished_[index_].value, round_);
+    if (round_ > begins_) set(team_->reached_[index_].value, round_);
     wait_until([&] { return get(plan) / kSizes == round_; });
   }
   for (int64_t other = 1; other < size_; ++other) {
-    wait_until([&] { return get(team.finished_[other].value) >= round_; });
+    wait_until([&] { return get(team_->reached_[other].value) >= round_; });
   }
   const int64_t size = get(plan) % kSizes;
-  if (index_ == 0) {  // newcomers begin when all others have finished the round before
-    for (int64_t newcomer = size_; newcomer < size; ++newcomer) set(team.begins_[newcomer].value, round_);
-  }
+  if (index_ == 0) take_in_newcomers(size);  // now that all others have finished the round before
   size_ = size;
 }
 

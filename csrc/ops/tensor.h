@@ -187,8 +187,10 @@ void parallel_team(int64_t most, const Body& body) {
     return body(alone);
   }
   Team team(most);
-  torch::stable::parallel_for(0, std::min(most, Team::kMost), 1, [&](int64_t, int64_t) {
-    Member member(team);
+  most = std::min(most, Team::kMost);
+  torch::stable::parallel_for(0, most, 1, [&](int64_t first, int64_t last) {
+    // Fewer threads have several places each.
+    Member member(team, (most + last - first - 1) / (last - first));
     if (member.joined()) body(member);
   });
 }
