@@ -34,7 +34,7 @@ def results(ours, input, state, threads):
         ours.zero_grad()
         outputs = tensors_of(ours(input, state))
         sum((output.float() ** 2).sum() for output in outputs).backward()
-    return [*alone, *outputs]
+    return [*alone, *outputs, *(parameter.grad for parameter in ours.parameters())]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -120,14 +120,14 @@ void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* i
 
 template <class T>
 void forward_together(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t rows,
-                      T* scratch, Member& member) {
+                      int64_t round_bytes, T* scratch, Member& member) {
   int64_t widest = 0;
   for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
   T* const buffers[2] = {scratch, scratch + kBufferRows<T> * widest};
   const T* from = input;
   for (int64_t i = 0; i < count; ++i) {
     T* const to = output && i + 1 == count ? output : buffers[i % 2];
-    dot_layer_together<T>(layers[i], from, to, rows, member);
+    dot_layer_together<T>(layers[i], from, to, rows, round_bytes, member);
     from = to;
   }
   if (!errors) return;

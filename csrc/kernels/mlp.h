@@ -64,9 +64,10 @@ struct MlpKernels {
   // mean squared difference between a row and what becomes of it, which is then as long.
   void (*forward)(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* input, T* output, T* errors,
                   int64_t first_row, int64_t last_row, T* scratch);
-  // The same of all rows by a team, where the plan says so: each member reads its part of the weights alone.
+  // The same of all rows by a team, where the plan says so: each member reads its part of the weights alone, in rounds
+  // of `round_bytes` for all of them.
   void (*forward_together)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t rows,
-                           T* scratch, Member& member);
+                           int64_t round_bytes, T* scratch, Member& member);
   int64_t (*backward_scratch_size)(int64_t widest);
   // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null. Up to `few_rows` may be
   // taken by a team of several, then all at once.

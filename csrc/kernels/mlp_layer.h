@@ -183,16 +183,14 @@ void dot_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows
   }
 }
 
-// Bytes of a weight that a team goes through before it takes in who has come since: 1 or 2 microseconds for a member
-// alone, some times what a round costs.
-constexpr int64_t kRoundBytes = 128 << 10;
-
-// dot_layer by a team, with the activation: rounds of some columns, whole vectors of them for each member.
+// dot_layer by a team, with the activation: rounds of `round_bytes` of the weight, after which the team takes in who
+// has come since, whole vectors of columns for each member.
 template <class T>
-void dot_layer_together(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, Member& member) {
+void dot_layer_together(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, int64_t round_bytes,
+                        Member& member) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t vectors = divide_up(layer.out, lanes), vector_bytes = lanes * larger(layer.in, 1) * sizeof(T);
-  const int64_t rounds = larger(1, vectors * vector_bytes / kRoundBytes);
+  const int64_t rounds = larger(1, vectors * vector_bytes / round_bytes);
   for (int64_t round = 0; round < rounds; ++round) {
     const int64_t begin = vectors * round / rounds, end = vectors * (round + 1) / rounds;
     const Share share = member.share(end - begin);

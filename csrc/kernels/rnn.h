@@ -123,14 +123,16 @@ struct RnnWeightGradients {
 template <class T>
 struct RnnBackwardKernels {
   int64_t (*packed_size)(const RnnNetwork<T>& network, int64_t input_size);
-  void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed);
-  int64_t (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
+  // The member's share of a round.
+  void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member, Compute<T>* packed);
+  RnnScratchSize (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
   // Elements of the sums below for one direction of one layer.
   int64_t (*sums_size)(const RnnNetwork<T>& network, int64_t input_size);
   // The sequences [first, last). layer_grads (2, rows, width()) is scratch for all sequences. `sums`, or
-  // null, are the weights' gradients added up over the sequences, one direction of one layer after the other.
+  // null, are the weights' gradients added up over the sequences, one direction of one layer after the other. Whole
+  // rounds.
   void (*run)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute<T>* layer_grads, Compute<T>* sums,
-              int64_t first, int64_t last, Compute<T>* scratch);
+              int64_t first, int64_t last, Member& member, RnnScratch<Compute<T>> scratch);
   // Adds up `parts` such sums, `stride` apart, of one direction of one layer. The biases' gradients may be null.
   void (*finish)(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* sums, int64_t parts,
                  int64_t stride, const RnnWeightGradients<T>& gradients);

@@ -5,28 +5,38 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// The gradient of a layer's output: the caller's, or what the layer after has passed down.
+// grad_output is the gradient of a layer's output: the caller's, or what the layer after has passed down. Members of a
+// team share its columns, or hidden units, in steps, and rows of sums and of the input's gradient between blocks of
+// them.
 template <class Cell, class T, class Source>
 class BackwardDirection {
   using C = Compute<T>;
 
  public:
   BackwardDirection(const RnnNetwork<T>& network, int64_t layer, int64_t direction, Part part, int64_t most_rows,
-                    const Source* grad_output, C* sums, C* scratch)
+                    const Source* grad_output, C* sums, Member& member, RnnScratch<C> scratch)
       : direction_(network, layer, direction),
         network_(network),
         layout_(network, direction_.weights.input_size),
         part_(part),
         most_rows_(most_rows),
         grad_output_(grad_output),
-        sums_(sums) {
+        sums_(sums),
+        member_(member) {
     const int64_t sequences = part.last - part.first;
-    gates_ = scratch;
+    gates_ = scratch.shared;
     outputs_ = gates_ + most_rows * layout_.gradients();
     grad_h_ = outputs_ + most_rows * layout_.projected;
     grad_c_ = grad_h_ + sequences * padded();
     grad_projected_ = grad_c_ + sequences * padded();
-    panels_ = grad_projected_ + (layout_.projected ? sequences * padded() : 0);
+    row_ = scratch.own;
+    panels_ = row_ + padded();
+  }
+  static RnnScratchSize scratch_size(const RnnNetwork<T>& network, int64_t sequences, int64_t most_rows,
+                                     int64_t widest) {
+    const BackwardLayout<Cell, C> layout(network, 0);
+    const int64_t padded = layout.padded(network.hidden);
+    return {most_rows * (layout.gradients() + network.projected) + 3 * sequences * padded, padded + most_rows * widest};
   }
 
   // `destination`, if not null, takes the gradient of the layer's input; the second direction adds to it.
@@ -47,63 +57,86 @@ class BackwardDirection {
       }
       if (sums_) add_to_sums(block);
       if (destination.base) pass_down(block, destination);
+      member_.end_round();
     }
   }
 
  private:
   int64_t padded() const { return layout_.padded(layout_.hidden); }
 
+  // This member's part of some columns: whole panels of two vectors.
+  Share share_columns(int64_t columns) const {
+    constexpr int64_t width = 2 * kLanes<C>;
+    const Share panels = member_.share(divide_up(columns, width));
+    return {smaller(panels.first * width, columns), smaller(panels.last * width, columns)};
+  }
+
   void run_step(int64_t t, int64_t local, const RnnGradients<T>& gradients) {
     const int64_t rows = part_.rows(network_.step[t]), last = part_.first + rows;
     C* gates = gates_ + local * layout_.gradients();
     const int64_t outputs = layout_.outputs();
+    const Share units = share_columns(layout_.hidden), columns = share_columns(outputs);
     for (int64_t sequence = direction_.continuing(t, part_); sequence < last; ++sequence) {
-      start_gradient(gradients.grad_h_n, direction_.h_offset(sequence), outputs, row_of(grad_h(), sequence));
+      start_gradient(gradients.grad_h_n, direction_.h_offset(sequence), columns, row_of(grad_h(), sequence));
       if (Cell::kHasCellState) {
-        start_gradient(gradients.grad_c_n, direction_.c_offset(sequence), layout_.hidden, row_of(grad_c_, sequence));
+        start_gradient(gradients.grad_c_n, direction_.c_offset(sequence), units, row_of(grad_c_, sequence));
       }
     }
-    if (layout_.projected) undo_projection(t, rows, outputs_ + local * layout_.projected);
+    if (layout_.projected) undo_projection(t, rows, columns, outputs_ + local * layout_.projected);
     const int64_t running = direction_.running(t, part_);
+    const Share units_now = share_columns(layout_.hidden);
     for (int64_t sequence = part_.first; sequence < last; ++sequence) {
-      finish_row(t, sequence, sequence < running, gates + (sequence - part_.first) * layout_.gradients());
+      finish_row(t, sequence, sequence < running, units_now, gates + (sequence - part_.first) * layout_.gradients());
     }
-    multiply_panels<false>(rows, rows, layout_.gates(), gates + layout_.hidden_gradients(), layout_.gradients(),
-                           direction_.weights.packed + layout_.hidden_panels(), outputs, !layout_.projected, grad_h(),
-                           padded());
+    member_.end_round();
+    const Share columns_now = share_columns(outputs), units_after = share_columns(layout_.hidden);
+    multiply_columns(rows, layout_.gates(), gates + layout_.hidden_gradients(), layout_.gradients(),
+                     direction_.weights.packed + layout_.hidden_panels(), columns_now, !layout_.projected, grad_h());
     for (int64_t sequence = running; sequence < last; ++sequence) {
-      end_gradient(gradients.grad_h0, direction_.h_offset(sequence), outputs, row_of(grad_h(), sequence));
+      end_gradient(gradients.grad_h0, direction_.h_offset(sequence), columns_now, row_of(grad_h(), sequence));
       if (Cell::kHasCellState) {
-        end_gradient(gradients.grad_c0, direction_.c_offset(sequence), layout_.hidden, row_of(grad_c_, sequence));
+        end_gradient(gradients.grad_c0, direction_.c_offset(sequence), units_after, row_of(grad_c_, sequence));
       }
     }
+  }
+
+  // Those columns of to (rows, padded) (+)= a times packed weights.
+  void multiply_columns(int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panels, Share columns,
+                        bool adding, C* to) {
+    multiply_panels<false>(rows, rows, depth, a, a_stride, panels + columns.first * depth, columns.last - columns.first,
+                           adding, to + columns.first, padded());
   }
 
   // Of h as the step before hands it on: projected, if there is a projection.
   C* grad_h() const { return layout_.projected ? grad_projected_ : grad_h_; }
   C* row_of(C* rows, int64_t sequence) const { return rows + (sequence - part_.first) * padded(); }
 
-  void start_gradient(const T* given, int64_t offset, int64_t count, C* row) {
-    for (int64_t i = 0; i < padded(); i += kLanes<C>) store(row + i, Vec<C>{});
-    if (given) copy_masked<T, C>(given + offset, nullptr, count, row);
+  void start_gradient(const T* given, int64_t offset, Share columns, C* row) {
+    for (int64_t i = columns.first; i < columns.last; i += kLanes<C>) store(row + i, Vec<C>{});
+    if (given) copy_columns<T, C>(given + offset, columns, row);
   }
-  void end_gradient(T* wanted, int64_t offset, int64_t count, const C* row) {
-    if (wanted) copy_masked<C, T>(row, nullptr, count, wanted + offset);
+  void end_gradient(T* wanted, int64_t offset, Share columns, const C* row) {
+    if (wanted) copy_columns<C, T>(row, columns, wanted + offset);
+  }
+  template <class From, class To>
+  static void copy_columns(const From* from, Share columns, To* to) {
+    copy_masked<From, To>(from + columns.first, nullptr, columns.last - columns.first, to + columns.first);
   }
 
   // grad_h_ <- what arrives at the projected h (kept in `arrived` for W_hr's gradient) times W_hr.
-  void undo_projection(int64_t t, int64_t rows, C* arrived) {
+  void undo_projection(int64_t t, int64_t rows, Share columns, C* arrived) {
     const int64_t projected = layout_.projected;
     for (int64_t row = 0; row < rows; ++row) {
       const Source* grad_output = output_gradient(network_.step[t], part_.first + row);
-      for (int64_t i = 0; i < projected; i += kLanes<C>) {
+      for (int64_t i = columns.first; i < columns.last; i += kLanes<C>) {
         Vec<C> sum = load(grad_projected_ + row * padded() + i);
         if (grad_output) sum += load_up_to<Source>(grad_output + i, projected - i);
         store_up_to<C>(arrived + row * projected + i, sum, projected - i);
       }
     }
-    multiply_panels<false>(rows, rows, projected, arrived, projected, direction_.weights.packed + layout_.projection(),
-                           layout_.hidden, false, grad_h_, padded());
+    member_.end_round();
+    multiply_columns(rows, projected, arrived, projected, direction_.weights.packed + layout_.projection(),
+                     share_columns(layout_.hidden), false, grad_h_);
   }
 
   const RnnStep& step_before(int64_t t) const { return network_.step[direction_.reverse() ? t + 1 : t - 1]; }
@@ -123,8 +156,8 @@ class BackwardDirection {
     return network_.c0 ? network_.c0 + direction_.c_offset(sequence) : nullptr;
   }
 
-  // The cell's own backward, for all units of a row.
-  void finish_row(int64_t t, int64_t sequence, bool runs, C* gates) {
+  // The cell's own backward, for some units of a row.
+  void finish_row(int64_t t, int64_t sequence, bool runs, Share units, C* gates) {
     const RnnStep& step = network_.step[t];
     const T* output = direction_.output(step, sequence);
     const T* before = Cell::kNeedsPrevious ? previous_output(t, sequence, runs) : nullptr;
@@ -134,7 +167,7 @@ class BackwardDirection {
     using V = Lockstep<C, 1>;  // bound by reading what was kept: several in lockstep are no faster
     C* grad_h = row_of(grad_h_, sequence);
     C* grad_c = row_of(grad_c_, sequence);
-    for (int64_t unit = 0; unit < layout_.hidden; unit += kLanes<C>) {
+    for (int64_t unit = units.first; unit < units.last; unit += kLanes<C>) {
       const int64_t left_over = layout_.hidden - unit;
       const auto load_units = [&](const auto* from) { return V{{load_up_to(from + unit, left_over)}}; };
       V saved[Cell::kSaved + 1], grads[Cell::kSlots], carry, dc = {}, h = {}, h_before = {}, c_before = {};
@@ -154,17 +187,19 @@ class BackwardDirection {
     }
   }
 
-  // dW_ih += dgates^T x, dW_hh += dgates^T h of the step before, and the column sums for the biases.
+  // dW_ih += dgates^T x, dW_hh += dgates^T h of the step before, and the column sums for the biases: some rows each.
   void add_to_sums(Block block) {
+    const Share gates = member_.share(layout_.gates());
     const int64_t input_size = layout_.input_size, outputs = layout_.outputs();
     const Rows<T> rows = layer_input(network_, direction_.layer);
     const T* mask = layer_mask(network_, direction_.layer);
+    add_rows(block.rows);
+    if (gates.empty()) return;
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       pack_masked_row(rows.at(step, sequence), mask ? mask + (step.row + sequence) * input_size : nullptr, input_size,
                       block.rows, panels_ + local * 2 * kLanes<C>);
     });
-    multiply_panels<true>(layout_.gates(), layout_.gates(), block.rows, gates_, layout_.gradients(), panels_,
-                          input_size, true, sums_, layout_.padded(input_size));
+    add_products(gates, layout_.gates(), block.rows, gates_, layout_.gradients(), input_size, sums_);
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       const int64_t t = &step - network_.step;
       const T* before = previous_output(t, sequence, sequence < direction_.running(t, part_));
@@ -175,13 +210,18 @@ class BackwardDirection {
         clear_row(outputs, block.rows, panel);
       }
     });
-    multiply_panels<true>(layout_.gates(), layout_.gates(), block.rows, gates_ + layout_.hidden_gradients(),
-                          layout_.gradients(), panels_, outputs, true, sums_ + layout_.hidden_sums(),
-                          layout_.padded(outputs));
-    add_rows(block.rows);
+    add_products(gates, layout_.gates(), block.rows, gates_ + layout_.hidden_gradients(), layout_.gradients(), outputs,
+                 sums_ + layout_.hidden_sums());
     if constexpr (Cell::kHasCellState) {
       if (layout_.projected) add_projection(block);
     }
+  }
+
+  // Some of the rows of sums (all, padded columns) += a (depth, all)^T times the panels.
+  void add_products(Share rows, int64_t all, int64_t depth, const C* a, int64_t a_stride, int64_t columns, C* sums) {
+    const int64_t stride = layout_.padded(columns);
+    multiply_panels<true>(all, rows.last - rows.first, depth, a + rows.first, a_stride, panels_, columns, true,
+                          sums + rows.first * stride, stride);
   }
 
   // dW_hr += (what arrived at h)^T h before its projection, which is made again from what the cell has kept.
@@ -189,17 +229,16 @@ class BackwardDirection {
     const int64_t hidden = layout_.hidden, projected = layout_.projected;
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       const T* kept = direction_.template saved<Cell>(step, sequence);
-      C* row = row_of(grad_h_, part_.first);  // free between two steps
       for (int64_t unit = 0; unit < hidden; unit += kLanes<C>) {
         Lockstep<C, 1> saved[Cell::kSaved];
         for (int s = 0; s < Cell::kSaved; ++s)
           saved[s].part[0] = load_up_to<T>(kept + s * hidden + unit, hidden - unit);
-        store(row + unit, Cell::output(saved).part[0]);
+        store(row_ + unit, Cell::output(saved).part[0]);
       }
-      pack_row(row, hidden, block.rows, panels_ + local * 2 * kLanes<C>);
+      pack_row(row_, hidden, block.rows, panels_ + local * 2 * kLanes<C>);
     });
-    multiply_panels<true>(projected, projected, block.rows, outputs_, projected, panels_, hidden, true,
-                          sums_ + layout_.projection_sums(), padded());
+    add_products(member_.share(projected), projected, block.rows, outputs_, projected, hidden,
+                 sums_ + layout_.projection_sums());
   }
 
   static void pack_masked_row(const T* row, const T* mask, int64_t columns, int64_t depth, C* panels) {
@@ -223,7 +262,8 @@ class BackwardDirection {
   void add_rows(int64_t rows) {
     C* total = sums_ + layout_.bias_sums();
     const int64_t columns = layout_.gradients();
-    for (int64_t column = 0; column < columns; column += kLanes<C>) {
+    const Share share = share_columns(columns);
+    for (int64_t column = share.first; column < share.last; column += kLanes<C>) {
       const int64_t left_over = columns - column;
       Vec<C> sum = {};
       for (int64_t row = 0; row < rows; ++row) sum += load_up_to<C>(gates_ + row * columns + column, left_over);
@@ -236,9 +276,12 @@ class BackwardDirection {
   void pass_down(Block block, Rows<To> destination) {
     const int64_t columns = layout_.input_size, stride = layout_.padded(columns);
     const T* mask = layer_mask(network_, direction_.layer);
-    multiply_panels<false>(block.rows, block.rows, layout_.gates(), gates_, layout_.gradients(),
-                           direction_.weights.packed, columns, false, panels_, stride);
+    const Share share = member_.share(block.rows);
+    multiply_panels<false>(block.rows, share.last - share.first, layout_.gates(),
+                           gates_ + share.first * layout_.gradients(), layout_.gradients(), direction_.weights.packed,
+                           columns, false, panels_ + share.first * stride, stride);
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
+      if (local < share.first || local >= share.last) return;
       To* to = const_cast<To*>(destination.at(step, sequence));
       const T* row_mask = mask ? mask + (step.row + sequence) * columns : nullptr;
       for (int64_t i = 0; i < columns; i += kLanes<C>) {
@@ -257,12 +300,16 @@ class BackwardDirection {
   const int64_t most_rows_;
   const Source* grad_output_;  // (rows, width), or null
   C* sums_;
+  Member& member_;
+  // Shared:
   C* gates_;           // (block rows, gradients)
   C* outputs_;         // (block rows, projected): what arrives at the projected h
   C* grad_h_;          // (sequences, padded): what the step after passes back
   C* grad_c_;          // (sequences, padded)
   C* grad_projected_;  // (sequences, padded): in place of grad_h_, where there is a projection
-  C* panels_;          // a block of x or h in panels, or of the input's gradient
+  // The member's own:
+  C* row_;     // (padded): h before its projection
+  C* panels_;  // a block of x or h in panels, or of the input's gradient
 };
 
 template <class T>
@@ -284,18 +331,17 @@ int64_t packed_size(const RnnNetwork<T>& network, int64_t input_size) {
 }
 
 template <class T>
-void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, Compute<T>* packed) {
-  with_cell(network.mode, [&](auto cell) { pack_backward<decltype(cell), T>(network, weights, packed); });
+void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member,
+                  Compute<T>* packed) {
+  with_cell(network.mode, [&](auto cell) { pack_backward<decltype(cell), T>(network, weights, member, packed); });
 }
 
 template <class T>
-int64_t scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
+RnnScratchSize scratch_size(const RnnNetwork<T>& network, int64_t sequences) {
   return with_cell(network.mode, [&](auto cell) {
     using Cell = decltype(cell);
-    const BackwardLayout<Cell, Compute<T>> layout(network, 0);
-    const int64_t rows = most_rows<Cell>(network, sequences);
-    return rows * (layout.gradients() + network.projected + widest(network)) +
-           3 * sequences * layout.padded(network.hidden);
+    return BackwardDirection<Cell, T, T>::scratch_size(network, sequences, most_rows<Cell>(network, sequences),
+                                                       widest(network));
   });
 }
 
@@ -308,11 +354,11 @@ int64_t sums_size(const RnnNetwork<T>& network, int64_t input_size) {
 
 template <class Cell, class T, class Source>
 void run_layer(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, const Source* grad_output,
-               Compute<T>* grad_below, Compute<T>* sums, Part part, Compute<T>* scratch) {
+               Compute<T>* grad_below, Compute<T>* sums, Part part, Member& member, RnnScratch<Compute<T>> scratch) {
   using C = Compute<T>;
   const int64_t rows = most_rows<Cell>(network, part.last - part.first);
   for (int64_t direction = 0; direction < network.directions; ++direction) {
-    BackwardDirection<Cell, T, Source> pass(network, layer, direction, part, rows, grad_output, sums, scratch);
+    BackwardDirection<Cell, T, Source> pass(network, layer, direction, part, rows, grad_output, sums, member, scratch);
     if (layer == 0) {
       pass.run(gradients, Rows<T>{gradients.grad_input, network.input_stride, true});
     } else {
@@ -326,7 +372,7 @@ void run_layer(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, i
 
 template <class T>
 void run(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute<T>* layer_grads, Compute<T>* sums,
-         int64_t first, int64_t last, Compute<T>* scratch) {
+         int64_t first, int64_t last, Member& member, RnnScratch<Compute<T>> scratch) {
   using C = Compute<T>;
   with_cell(network.mode, [&](auto cell) {
     using Cell = decltype(cell);
@@ -340,10 +386,11 @@ void run(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute
     };
     const auto buffer = [&](int64_t layer) { return layer_grads + layer % 2 * network.rows * network.width(); };
     const int64_t top = network.layers - 1;
-    run_layer<Cell>(network, gradients, top, gradients.grad_output, buffer(top), sums_of(top), {first, last}, scratch);
+    run_layer<Cell>(network, gradients, top, gradients.grad_output, buffer(top), sums_of(top), {first, last}, member,
+                    scratch);
     for (int64_t layer = top - 1; layer >= 0; --layer) {
       run_layer<Cell>(network, gradients, layer, static_cast<const C*>(buffer(layer + 1)), buffer(layer),
-                      sums_of(layer), {first, last}, scratch);
+                      sums_of(layer), {first, last}, member, scratch);
     }
   });
 }

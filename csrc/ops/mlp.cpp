@@ -48,10 +48,15 @@ class Panels {
   int64_t size_ = 0;
 };
 
+// Bytes of a weight that a member of a team reads in a round: a microsecond, some times what it waits for the others.
+constexpr int64_t kBytesEach = 64 << 10;
+
 // How many threads share out the weights of a chain of few rows, each of which is gone through so many times. With up
 // to some 6 rows, reading a weight takes as long as 12 operations; a second thread pays from some 10 microseconds on.
 inline int64_t team_size(const Chain& chain, double times) {
-  return useful_threads(times * std::max(chain.work, 12 * chain.weights()) / 5);
+  const double parts = chain.weights() * sizeof(float) / static_cast<double>(kBytesEach * chain.layers());
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(Team::kMost, static_cast<int64_t>(parts)));
+  return std::min(most, useful_threads(times * std::max(chain.work, 12 * chain.weights()) / 5));
 }
 
 // Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is null.
@@ -78,8 +83,10 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
                       saved.empty() || !saved[i].defined() ? nullptr : mutable_data<T>(saved[i])});
   }
   if (plan.together) {
-    return parallel_team(team_size(chain, 1), [&](Member& member) {
-      kernels.forward_together(layers.data(), layers.size(), input, output, errors, chain.rows, scratch.get(), member);
+    const int64_t members = team_size(chain, 1);
+    return parallel_team(members, [&](Member& member) {
+      kernels.forward_together(layers.data(), layers.size(), input, output, errors, chain.rows, members * kBytesEach,
+                               scratch.get(), member);
     });
   }
   if (shared) {

@@ -163,9 +163,10 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
                                   input_wanted ? mutable_data<T>(wanted.input) : nullptr,
                                   state_or_null(0),
                                   state_or_null(1)};
-  const int64_t chunks = rnn_chunks(2 * problem.work(), problem.batch);
+  const int64_t members = team_members(network);
+  const int64_t chunks = members > 1 ? 1 : rnn_chunks(2 * problem.work(), problem.batch);
   const std::vector<int64_t> bounds = split_sequences(network, chunks);
-  const int64_t scratch_size = kernels.scratch_size(network, longest_chunk(bounds));
+  const RnnScratchSize scratch_size = kernels.scratch_size(network, longest_chunk(bounds));
   std::vector<int64_t> sums_at{0};
   for (int64_t i = 0; i < problem.count(); ++i) {
     sums_at.push_back(sums_at.back() + kernels.sums_size(network, problem.input_size_of(i)));
@@ -173,20 +174,29 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   const int64_t sums_size = wanted.weights.empty() ? 0 : sums_at.back();
   const int64_t packed_size = network.packed_size(kernels);
   const int64_t layer_grads_size = problem.layers > 1 ? 2 * problem.rows * problem.width() : 0;
-  const int64_t chunk_size = checked_sum(scratch_size, sums_size);
-  Scratch<C> memory(checked_sum(packed_size + layer_grads_size, checked_product(chunks, chunk_size)));
+  const int64_t chunk_size = checked_sum(scratch_size.shared + scratch_size.own, sums_size);
+  Scratch<C> memory(checked_sum(checked_sum(packed_size + layer_grads_size, checked_product(chunks, chunk_size)),
+                                checked_product(members - 1, scratch_size.own)));
   C* layer_grads = memory.get() + packed_size;
   C* sums = layer_grads + layer_grads_size;
   C* scratch = sums + chunks * sums_size;
   network.place(kernels, memory.get());
-  for (const RnnWeights<T>& weights : network.directions_) {
-    kernels.pack(network, weights, const_cast<C*>(weights.packed));
-  }
-  parallel_chunks(chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
-    C* own_sums = sums_size ? sums + chunk * sums_size : nullptr;
-    std::fill(own_sums, own_sums + sums_size, C(0));
-    kernels.run(network, gradients, layer_grads, own_sums, bounds[chunk], bounds[chunk + 1],
-                scratch + chunk * scratch_size);
+  parallel_team(members, [&](Member& member) {
+    for (const RnnWeights<T>& weights : network.directions_) {
+      kernels.pack(network, weights, member, const_cast<C*>(weights.packed));
+    }
+    const Share share = member.share(chunks * sums_size);
+    std::fill(sums + share.first, sums + share.last, C(0));
+    member.end_round();
+    if (members == 1) return;
+    kernels.run(network, gradients, layer_grads, sums_size ? sums : nullptr, 0, problem.batch, member,
+                {scratch, scratch + scratch_size.shared + member.index() * scratch_size.own});
+  });
+  parallel_chunks(members > 1 ? 0 : chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
+    Member itself;
+    C* const shared = scratch + chunk * (scratch_size.shared + scratch_size.own);
+    kernels.run(network, gradients, layer_grads, sums_size ? sums + chunk * sums_size : nullptr, bounds[chunk],
+                bounds[chunk + 1], itself, {shared, shared + scratch_size.shared});
   });
   for (int64_t i = 0; sums_size && i < problem.count(); ++i) {
     const Tensor* weight = &wanted.weights[i * problem.weights_each];

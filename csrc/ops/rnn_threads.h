@@ -57,8 +57,7 @@ int64_t team_members(const RnnNetwork<T>& network) {
   const double bytes = sizeof(Compute<T>) * units * network.outputs();
   const int64_t threads = torch::stable::get_num_threads();
   if (network.batch > kRowsEach * threads || bytes * network.steps < kLeastBytes) return 1;
-  const int64_t members = std::min({threads, Team::kMost, static_cast<int64_t>(bytes / kBytesEach)});
-  return members > network.directions ? members : 1;  // else a thread a direction, which need not wait
+  return std::max<int64_t>(1, std::min({threads, Team::kMost, static_cast<int64_t>(bytes / kBytesEach)}));
 }
 
 // Forward in parts: runs of sequences, or, where there is an even number of threads for two directions, each direction
@@ -68,11 +67,13 @@ template <class T>
 class ForwardParts {
  public:
   ForwardParts(const RnnNetwork<T>& network, const RnnForwardKernels<T>& kernels, double work)
-      : network_(network),
-        kernels_(kernels),
-        members_(team_members(network)),
-        chunks_(members_ > 1 ? 1 : rnn_chunks(work, network.directions * network.batch)) {
-    if (network.directions > 1 && chunks_ % 2 == 0) {
+      : network_(network), kernels_(kernels) {
+    const int64_t members = team_members(network);
+    chunks_ = rnn_chunks(work, network.directions * network.batch);
+    if (members > 1 && (members > 2 || network.directions == 1)) {
+      members_ = members;
+      chunks_ = 1;
+    } else if (network.directions > 1 && chunks_ % 2 == 0) {
       apart_ = true;
     } else {
       chunks_ = std::max<int64_t>(1, std::min(chunks_, network.batch));
@@ -132,7 +133,7 @@ class ForwardParts {
 
   const RnnNetwork<T>& network_;
   const RnnForwardKernels<T>& kernels_;
-  int64_t members_, chunks_;
+  int64_t members_ = 1, chunks_;
   RnnScratchSize scratch_each_;
   bool apart_ = false;
   std::vector<int64_t> bounds_;
