@@ -1,6 +1,6 @@
 #include "../kernels/team.h"
 
-#include <sched.h>
+#include <time.h>
 
 #include <algorithm>
 
@@ -22,14 +22,18 @@ void pause() {
 #endif
 }
 
-// Some tens of microseconds of looking, longer than a round takes: after that there may be more threads than
-// processors, and the one waited for needs this one.
+// The thread waited for may be queued on this one's processor. It can be moved, or run here, if this one sleeps: one
+// that spins or yields keeps its processor busy.
+void nap() {
+  const timespec moment{0, 1000};
+  nanosleep(&moment, nullptr);
+}
+
+// Some fifty microseconds of looking, longer than most rounds take, then sleep.
 template <class Condition>
 void wait_until(const Condition& holds) {
-  constexpr int kLooks = 1000;
-  for (int looks = 0; !holds(); looks < kLooks ? ++looks : looks) {
-    looks < kLooks ? pause() : static_cast<void>(sched_yield());
-  }
+  constexpr int kLooks = 2000;
+  for (int looks = 0; !holds(); looks < kLooks ? ++looks : looks) looks < kLooks ? pause() : nap();
 }
 
 // A plan: the round's number, and how many members it has.
@@ -80,7 +84,11 @@ void Member::take_in_newcomers(int64_t size) {
 }
 
 Member::~Member() {
-  if (team_ && index_ == 0) set(team_->over_.value, 1);
+  if (!team_ || index_ != 0) return;
+  set(team_->over_.value, 1);
+  // The region ends when all have come, and who waits for that in the thread pool spins for milliseconds.
+  constexpr int kNaps = 20;
+  for (int i = 0; i < kNaps && get(team_->come_.value) < expected_; ++i) nap();
 }
 
 void Member::end_round_of_team() {
