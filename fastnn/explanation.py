@@ -60,8 +60,8 @@ class _Recorder(TorchDispatchMode):
 def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Run ``model(*inputs)`` once, without gradients, and report every call of an operator of fastnn that it makes.
 
-    For ``conv_relu_max_pool`` the report names the algorithm of forward (``direct``, ``rows``, ``lanes``, ``dots``,
-    ``depthwise`` or ``winograd``, the files of csrc/kernels; ``pairs`` is ``direct`` with two channels a
+    For ``conv_relu_max_pool`` the report names the algorithm of forward (``direct``, ``rows``, ``lanes``, ``windows``,
+    ``dots``, ``depthwise`` or ``winograd``, the files of csrc/kernels; ``pairs`` is ``direct`` with two channels a
     multiplication) and of a training step's backward: ``winners``, which visits the windows' winners alone, or
     ``depthwise``, which has channels in the lanes. A layer that isn't listed takes PyTorch's own path.
     """

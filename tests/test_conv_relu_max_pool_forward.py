@@ -1,4 +1,4 @@
-"""Sizes at which forward takes ways of its own: dot products along the depth, groups together, pools that overlap."""
+"""Sizes at which forward takes ways of its own: dot products, windows in the lanes, groups together, pools that overlap."""
 
 from typing import Any
 
@@ -51,6 +51,76 @@ class TestDots:
     def test_same_bits_for_any_number_of_threads(self) -> None:
         tensors = make((6, 128, 7, 7), 72, (7, 7))
         arguments = geometry(2, pool=1)
+        with using_threads(1):
+            expected = FUSED[2](*tensors, *arguments)
+        for threads in (2, 3, 7):
+            with using_threads(threads):
+                assert torch.equal(FUSED[2](*tensors, *arguments), expected)
+
+
+class TestWindows:
+    """Consecutive windows in the lanes, pooled in registers."""
+
+    @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "arguments"),
+        [
+            ((2, 1, 28, 28), 32, (3, 3), geometry(2, padding=1)),
+            ((1, 2, 45, 70), 13, (3, 5), geometry(2, padding=(0, 4), dilation=(2, 1))),
+            ((2, 4, 41, 43), 10, (3, 2), geometry(2, groups=2, stride=(2, 1), padding=1, pool=(2, 3))),
+            ((1, 2, 33, 60), 17, (2, 3), geometry(2, padding=(1, 2), stride=(1, 3), pool=(3, 2), pool_stride=(5, 2))),
+            ((1, 1, 60, 60), 9, (1, 1), geometry(2, padding=6, pool=4, stride=(3, 1))),
+            ((2, 1, 13, 14, 40), 7, (2, 3, 3), geometry(3, padding=1, pool=2)),
+            ((1, 3, 12, 11, 39), 21, (2, 1, 3), geometry(3, padding=(1, 0, 9), pool=(3, 2, 3), dilation=(1, 1, 2))),
+            ((1, 3, 40, 90), 20, (7, 7), geometry(2, padding=3)),
+        ],
+    )
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        last: bool,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3], dtype)
+        if last:
+            tensors[:2] = map(channels_last, tensors[:2])
+        assert_like_stock(tensors, arguments)
+
+    @pytest.mark.parametrize("pool", [(2, 2), (3, 2), (2, 3), (1, 4)])
+    @pytest.mark.parametrize("value", [-0.0, float("nan"), float("inf"), -float("inf"), 1e30])
+    def test_special_values(self, instruction_set: str, pool: tuple[int, int], value: float) -> None:
+        tensors = make((2, 1, 20, 50), 11, (3, 3))
+        tensors[0][0, 0, 3:5, 8] = value
+        tensors[0][1, 0, 19, 49] = value
+        assert_like_stock(tensors, geometry(2, padding=1, pool=pool), gradients=False)
+        weight_too = [tensors[0], tensors[1].clone(), tensors[2]]
+        weight_too[1][7, 0, 1, 1] = value
+        assert_like_stock(weight_too, geometry(2, padding=1, pool=pool), gradients=False)
+
+    def test_zeros_keep_their_signs(self) -> None:
+        input = torch.tensor([[-0.0, -0.0, -1.0, -0.0, -0.0, 0.0, 0.0, -0.0] * 16]).repeat(2, 1, 1)
+        weight, arguments = torch.ones(8, 1, 1), geometry(1)
+        bias = torch.full((8,), -0.0)
+        expected = reference.conv_relu_max_pool(input, weight, bias, *arguments)
+        result = FUSED[1](input, weight, bias, *arguments)
+        assert torch.equal(result.signbit(), expected.signbit())
+
+    def test_chosen_for_few_input_channels(self) -> None:
+        def algorithm(channels: int, out_channels: int, **pool: int) -> str:
+            input, weight, bias = make((8, channels, 28, 28), out_channels, (3, 3))
+            return RAW_ALGORITHM(input, weight, bias, flat(geometry(2, padding=1, **pool)))[0]
+
+        assert algorithm(1, 32) == "windows"
+        assert algorithm(3, 64) == "windows"
+        assert algorithm(1, 32, pool=3, pool_stride=2) != "windows"
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        tensors = make((1, 2, 150, 224), 24, (3, 3))
+        arguments = geometry(2, padding=1)
         with using_threads(1):
             expected = FUSED[2](*tensors, *arguments)
         for threads in (2, 3, 7):

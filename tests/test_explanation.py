@@ -7,7 +7,7 @@ import fastnn
 import fastnn.nn
 from fastnn import functional
 
-FORWARD, BACKWARD = {"direct", "rows", "lanes", "depthwise", "winograd", "dots"}, {"winners", "depthwise"}
+FORWARD, BACKWARD = {"direct", "rows", "lanes", "windows", "depthwise", "winograd", "dots"}, {"winners", "depthwise"}
 
 
 class Network(nn.Module):

@@ -6,6 +6,7 @@
 #include "conv_dots.h"
 #include "conv_lanes.h"
 #include "conv_rows.h"
+#include "conv_windows.h"
 #include "conv_winograd.h"
 
 namespace fastnn {
@@ -49,14 +50,17 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
   const LanesPlan lanes = plan_lanes<C>(g, 1);
   const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
   const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
+  const ConvPoolPlan windows = windows_apply<C>(g) ? plan_windows<T>(g, threads) : direct;
+  const double windows_costs = windows_apply<C>(g) ? windows_cost<C>(g, input, plan_windows<T>(g, 1)) : direct_costs;
   const ConvPoolPlan depthwise = depthwise_applies(g) ? plan_depthwise<T>(g, input, threads) : direct;
   const double depthwise_costs = depthwise_applies(g) ? depthwise_cost<C>(g, depthwise) : direct_costs;
   const auto is_least = [&](double costs) {
     return costs < direct_costs && costs <= dots_costs && costs <= depthwise_costs && costs <= rows_costs &&
-           costs <= lanes_costs;
+           costs <= lanes_costs && costs <= windows_costs;
   };
   if (is_least(dots_costs)) return plan_dots<T>(g, input, weight, threads);
   if (is_least(depthwise_costs)) return depthwise;
+  if (is_least(windows_costs)) return windows;
   if (is_least(rows_costs)) return plan_rows<T>(g, input, threads);
   return is_least(lanes_costs) ? plan_lanes<C>(g, threads).plan : direct;
 }
@@ -78,7 +82,9 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
       if constexpr (kHasPairs<T>) pack_direct<bfloat16x2>(call, first_item, last_item);
       return;
     case ConvAlgorithm::rows:
-      return pack_rows(call, first_item, last_item);
+      return pack_blocks(call, kRowOutputs, first_item, last_item);
+    case ConvAlgorithm::windows:
+      return pack_blocks(call, window_outputs(pixels_together(call.geometry)), first_item, last_item);
     case ConvAlgorithm::lanes:
       return pack_lanes(call);
     case ConvAlgorithm::depthwise:
@@ -101,6 +107,9 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
       return;
     case ConvAlgorithm::rows:
       return forward_rows(call, first_item, last_item, scratch);
+    case ConvAlgorithm::windows:
+      if constexpr (kPoolsInTiles<Compute<T>>) forward_windows(call, first_item, last_item, scratch);
+      return;
     case ConvAlgorithm::lanes:
       return forward_lanes(call, first_item, last_item, scratch);
     case ConvAlgorithm::depthwise:

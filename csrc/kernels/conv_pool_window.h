@@ -110,12 +110,6 @@ FASTNN_INLINE void write_empty_window(C* to, uint8_t* winners) {
   }
 }
 
-// x where it is larger, else y: one instruction, which drops a NaN of x.
-template <class V>
-FASTNN_INLINE V larger_of(V x, V y) {
-  return x > y ? x : y;
-}
-
 template <class C>
 FASTNN_INLINE bool has_nan(Vec<C> x) {
 #if defined(__AVX512F__)

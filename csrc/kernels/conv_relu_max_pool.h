@@ -51,6 +51,7 @@ enum class ConvAlgorithm : int32_t {
   depthwise,  // conv_depthwise.h: groups of one channel in the lanes
   winograd,   // conv_winograd.h: fewer multiplications
   dots,       // conv_dots.h: the depth of the product in the lanes
+  windows,    // conv_windows.h: consecutive windows in the lanes
 };
 
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.

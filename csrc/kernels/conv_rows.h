@@ -11,12 +11,12 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// weight -> [group][block of output channels][depth][channel]
+// weight -> [group][block of at most so many output channels][depth][channel]
 template <class T>
-void pack_rows(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
+void pack_blocks(const ConvPoolForward<T>& call, int64_t most, int64_t first_item, int64_t last_item) {
   const ConvPoolGeometry& g = call.geometry;
   const ConvLayout& layout = call.weight_layout;
-  const int64_t blocks = divide_up(g.out_channels, kRowOutputs), depth = g.depth();
+  const int64_t blocks = divide_up(g.out_channels, most), depth = g.depth();
   for (int64_t item = first_item; item < last_item; ++item) {
     const int64_t group = item / blocks, block = item % blocks;
     const int64_t first = g.out_channels * block / blocks, count = g.out_channels * (block + 1) / blocks - first;

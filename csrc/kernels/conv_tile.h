@@ -151,7 +151,19 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
 template <class T, class C = Compute<T>>
 FASTNN_INLINE Vec<C> add_squares(const T* run, int64_t count, Vec<C> total) {
   constexpr C scale = 1e4f;
-  for (int64_t i = 0; i < count; i += kLanes<C>) {
+  constexpr int64_t chains = 4;  // sums that need not wait for each other
+  int64_t i = 0;
+  if (count >= chains * kLanes<C>) {
+    Vec<C> part[chains] = {};
+    for (; i + chains * kLanes<C> <= count; i += chains * kLanes<C>) {
+      for (int64_t p = 0; p < chains; ++p) {
+        const Vec<C> value = load(run + i + p * kLanes<C>) * scale;
+        part[p] = multiply_add(value, value, part[p]);
+      }
+    }
+    total += (part[0] + part[1]) + (part[2] + part[3]);
+  }
+  for (; i < count; i += kLanes<C>) {
     const Vec<C> value = load_up_to<T>(run + i, count - i) * scale;
     total = multiply_add(value, value, total);
   }

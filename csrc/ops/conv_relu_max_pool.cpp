@@ -86,6 +86,8 @@ std::string algorithm_name(ConvAlgorithm algorithm) {
       return "winograd";
     case ConvAlgorithm::dots:
       return "dots";
+    case ConvAlgorithm::windows:
+      return "windows";
   }
   return "";
 }

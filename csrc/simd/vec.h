@@ -258,10 +258,25 @@ FASTNN_INLINE Vec<float> multiply_add_pairs(Vec<float> x, Vec<float> y, Vec<floa
 constexpr bool kMultipliesPairs = false;
 #endif
 
+// x where it is larger, else y: one instruction, which drops a NaN of x.
+template <class V>
+FASTNN_INLINE V larger_of(V x, V y) {
+  return x > y ? x : y;
+}
+#if defined(__AVX512F__)
+// Said outright: where masks have registers of their own, the compiler may keep the comparison for other uses of it.
+FASTNN_INLINE Vec<float> larger_of(Vec<float> x, Vec<float> y) {
+  return (Vec<float>)_mm512_max_ps((__m512)x, (__m512)y);
+}
+FASTNN_INLINE Vec<double> larger_of(Vec<double> x, Vec<double> y) {
+  return (Vec<double>)_mm512_max_pd((__m512d)x, (__m512d)y);
+}
+#endif
+
 // max(x, 0) as torch has it: NaN stays NaN, -0 stays -0.
 template <class V>
 FASTNN_INLINE V relu(V x) {
-  return x < V{} ? V{} : x;
+  return larger_of(V{}, x);
 }
 
 // The larger of two, NaN if either is: torch's max-pool.
