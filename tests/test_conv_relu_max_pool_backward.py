@@ -1,10 +1,13 @@
 """conv_relu_max_pool's gradients: sizes and layouts that backward takes in ways of its own, and special values."""
 
+import itertools
+import math
 from typing import Any
 
 import pytest
 import torch
 from conv_cases import (
+    CONV,
     FUSED,
     RAW_ALGORITHM,
     RAW_BACKWARD,
@@ -17,14 +20,14 @@ from conv_cases import (
 )
 from torch import Tensor
 
-from fastnn.testing import using_threads
+from fastnn.testing import assert_close_to_reference, using_threads
 
 
 class TestBackward:
     @pytest.mark.parametrize(
         ("size", "channels", "kernel", "arguments"),
         [
-            ((4, 20, 8, 8), 512, (11, 11), geometry(2, padding=5, pool=3, pool_stride=2, pool_padding=1)),
+            ((3, 20, 8, 8), 512, (11, 11), geometry(2, padding=5, pool=3, pool_stride=2, pool_padding=1)),
             ((2, 3, 40, 60), 20, (21, 31), geometry(2, padding=(10, 15))),
             ((2, 16, 9, 9), 2048, (5, 5), geometry(2, padding=2, groups=16)),
         ],
@@ -107,6 +110,58 @@ class TestBackward:
             some = RAW_BACKWARD(output, winners, input, weight, flat(arguments), *wanted)
             for alone, together, is_wanted in zip(some, gradients, wanted, strict=True):
                 assert torch.equal(alone, together) if is_wanted else alone.shape[0] == 0
+
+    @pytest.mark.parametrize("last", ["", "input", "weight", "both"])
+    @pytest.mark.parametrize(
+        ("size", "channels", "kernel", "pool", "pool_stride"),
+        [
+            ((4, 64, 10, 9), 96, (7, 7), (2, 2), (2, 1)),
+            ((5, 20, 14, 14), 130, (11, 11), (3, 2), (1, 2)),
+            ((4, 1030, 3, 2, 3), 33, (2, 2, 2), (2, 1, 1), (1, 1, 1)),
+            ((3, 64, 50, 52), 12, (1, 1), (2, 2), (2, 2)),
+            ((2, 32, 12, 24, 25), 70, (1, 1, 1), (2, 2, 2), (3, 1, 2)),
+        ],
+    )
+    def test_by_stock(
+        self,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        channels: int,
+        kernel: tuple[int, ...],
+        pool: tuple[int, ...],
+        pool_stride: tuple[int, ...],
+        last: str,
+    ) -> None:
+        """Against the gradient of the convolution's output, from the winners one place at a time, in float64."""
+        dims = len(kernel)
+        arguments = flat(geometry(dims, pool=pool, pool_stride=pool_stride))
+        input, weight, bias = make(size, channels, kernel, 1, dtype)
+        input = channels_last(input) if last in ("input", "both") else input
+        weight = channels_last(weight) if last in ("weight", "both") else weight
+        moves = dtype is torch.bfloat16 and last in ("input", "both")
+        expected = dtype is not torch.float64 and (math.prod(kernel) > 1 or moves)
+        assert (RAW_ALGORITHM(input, weight, bias, arguments)[1] == "stock") == expected
+        output, winners = RAW_WITH_WINNERS(input, weight, bias, arguments)
+        grad_output = torch.randn_like(output)
+        grad_conv = torch.zeros(CONV[dims](input, weight).shape, dtype=torch.float64)
+        for number, place in enumerate(itertools.product(*map(range, pool))):
+            along = zip(place, pool_stride, output.shape[2:], strict=True)
+            slices = [slice(p, p + s * (n - 1) + 1, s) for p, s, n in along]
+            grad_conv[(..., *slices)] += grad_output.double() * (winners == number)
+        nothing = [0] * dims
+        exact, stock = (
+            torch.ops.aten.convolution_backward(
+                grad_conv.to(kind), input.to(kind), weight.to(kind), [channels], [1] * dims, nothing, [1] * dims,
+                False, nothing, 1, [True] * 3,
+            )
+            for kind in (torch.float64, dtype)
+        )  # fmt: skip
+        gradients = RAW_BACKWARD(grad_output, winners, input, weight, arguments, True, True, True)
+        assert_close_to_reference(list(gradients), list(stock), list(exact))
+        assert gradients[0].stride() == torch.empty_like(input).stride()
+        again = RAW_BACKWARD(grad_output, winners, input, weight, arguments, True, True, True)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+        assert RAW_BACKWARD(grad_output, winners, input, weight, arguments, True, True, False)[2].numel() == 0
 
     @pytest.mark.parametrize(("groups", "backward"), [(1, "winners"), (2, "winners"), (64, "depthwise")])
     def test_which_has_channels_in_the_lanes(self, groups: int, backward: str) -> None:

@@ -3,6 +3,7 @@
 
 #include "conv_backward.h"
 #include "conv_backward_depthwise.h"
+#include "conv_spread.h"
 #include "conv_winners.h"
 
 namespace fastnn {
@@ -45,9 +46,22 @@ void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* grad_weigh
 }
 
 template <class T>
+void turn(const T* from, int64_t rows, int64_t columns, T* to) {
+  transpose_matrix(from, columns, rows, columns, to, rows);
+}
+
+template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
-  return {groups_to_join<T>, plan<Compute<T>>,    pack<T>, backward<T>, unpack_weight<T>,
-          store_computed<T>, winners_are_valid<T>};
+  return {groups_to_join<T>,
+          plan<Compute<T>>,
+          pack<T>,
+          backward<T>,
+          unpack_weight<T>,
+          store_computed<T>,
+          winners_are_valid<T>,
+          spread_scratch_size<Compute<T>>,
+          spread_gradients<T>,
+          turn<T>};
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ class BackwardWorker {
         const int64_t pixels = round_up(box.pixels(), kLanes<C>);
         for (int64_t p = 0; p < pixels; p += scratch_.slice_pixels) {
           const int64_t end = smaller(p + scratch_.slice_pixels, pixels);
-          if (grad_bias) add_bias_gradient(p, end, scratch_.bias + channel);
+          if (grad_bias) band_.add_pixels(p, end, scratch_.bias + channel);
           if (grad_weight)
             add_weight_gradient(p, end, channels, is_fresh, grad_weight + at, lost ? lost + at : nullptr);
           is_fresh = false;
@@ -109,15 +109,6 @@ class BackwardWorker {
       }
     }
     for (; (to - scratch_.pixel_offsets) % kLanes<C> != 0; ++to) *to = 0;
-  }
-
-  void add_bias_gradient(int64_t first, int64_t last, double* to) const {
-    const int64_t width = scratch_.shape.width;
-    for (int64_t o = 0; o < width; o += kLanes<C>) {
-      Vec<C> total = {};
-      for (int64_t p = first; p < last; ++p) total += load(band_.pixels() + p * width + o);
-      for (int i = 0; i < kLanes<C>; ++i) to[o + i] += total[i];  // the longest sum of all
-    }
   }
 
   // A list a channel: of the pixels [first, last) in whose gradient it has a part.

@@ -136,7 +136,7 @@ class DepthwiseBackwardWorker {
         const int64_t at = (block * s_.multiplier + m) * s_.taps;
         scratch_.shape.for_each(g_, axis, first, last, [&](const ConvBox& box) {
           band_.fill(image, group * s_.multiplier + m, s_.multiplier, lanes, box);
-          if (grad_bias) add_bias_gradient(box, scratch_.bias + m * kLanes<C>);
+          if (grad_bias) band_.add_pixels(0, box.pixels(), scratch_.bias + m * kLanes<C>);
           for_each_tap_row([&](auto taps, int64_t tap, int64_t offset) {
             constexpr int count = decltype(taps)::value;
             const int64_t element = at + tap * kLanes<C>;
@@ -183,17 +183,6 @@ class DepthwiseBackwardWorker {
         body(row,
              z * g_.stride[0] * step[0] + y * g_.stride[1] * step[1] + box.first[2] * g_.stride[2] * step[2] - origin_);
       }
-    }
-  }
-
-  void add_bias_gradient(const ConvBox& box, double* to) const {
-    const int64_t pixels = box.pixels();
-    for (int64_t first = 0; first < pixels; first += kLongestSum) {
-      Vec<C> total = {};
-      for (int64_t p = first; p < smaller(first + kLongestSum, pixels); ++p) {
-        total += load(band_.pixels() + p * kLanes<C>);
-      }
-      for (int i = 0; i < kLanes<C>; ++i) to[i] += total[i];
     }
   }
 

@@ -124,6 +124,18 @@ class GradientBand {
   // [pixel of the box][width]
   const C* pixels() const { return pixels_; }
 
+  // Adds up the pixels [first, last), the longest sums of all, for each channel.
+  void add_pixels(int64_t first, int64_t last, double* to) const {
+    for (int64_t start = first; start < last; start += kLongestSum) {
+      const int64_t end = smaller(start + kLongestSum, last);
+      for (int64_t c = 0; c < width_; c += kLanes<C>) {
+        Vec<C> total = {};
+        for (int64_t p = start; p < end; ++p) total += load(pixels_ + p * width_ + c);
+        for (int i = 0; i < kLanes<C>; ++i) to[c + i] += total[i];
+      }
+    }
+  }
+
  private:
   // A row of the box that a row of windows covers, and the place of its first pixel in them.
   struct Row {

@@ -156,6 +156,12 @@ struct ConvBackwardKernels {
   void (*store)(const Compute<T>* from, int64_t count, T* to);
   // Whether each winner is a place that its window has.
   bool (*winners_are_valid)(const ConvPoolGeometry&, const uint8_t* winners, const ConvLayout&);
+  // The gradient of the convolution's output (conv_spread.h), and the bytes that takes.
+  int64_t (*spread_scratch_size)(const ConvPoolGeometry&);
+  void (*spread)(const ConvPoolBackward<T>&, int64_t first_image, int64_t last_image, T* to, Compute<T>* grad_bias,
+                 void* scratch);
+  // [rows][columns] -> [columns][rows]
+  void (*turn)(const T* from, int64_t rows, int64_t columns, T* to);
 };
 
 using ConvForwardTable = PerDtype<ConvForwardKernels>;

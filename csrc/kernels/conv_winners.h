@@ -42,7 +42,8 @@ template <class T>
 bool winners_are_valid(const ConvPoolGeometry& g, const uint8_t* winners, const ConvLayout& layout) {
   const int64_t channels = g.groups * g.out_channels, step = layout.d[2];
   const uint8_t limit = static_cast<uint8_t>(g.places());
-  const bool joined = layout.d[1] == step * g.output[2] && layout.d[0] == layout.d[1] * g.output[1];
+  const bool joined = (g.output[1] == 1 || layout.d[1] == step * g.output[2]) &&
+                      (g.output[0] == 1 || layout.d[0] == layout.d[1] * g.output[1]);
   const bool dense = layout.n == channels * g.pixels() &&
                      ((step == 1 && (layout.c == g.pixels() || channels == 1)) || (layout.c == 1 && step == channels));
   if (joined && dense) {

@@ -114,18 +114,24 @@ inline ConvLayout contiguous_layout(int64_t channels, const int64_t (&sizes)[3])
   return {checked_product(channels, image), image, {plane, row, 1}};
 }
 
-inline Tensor new_formatted(const Ints& sizes, ScalarType dtype, bool channels_last) {
-  if (!channels_last) return new_tensor(sizes, dtype);
-  Ints strides(sizes.size());
+inline Ints format_strides(const Ints& sizes, bool channels_last) {
+  const size_t rank = sizes.size();
+  Ints strides(rank);
   int64_t stride = 1;
   const auto set_stride = [&](size_t d) {
     strides[d] = stride;
     stride = checked_product(stride, std::max<int64_t>(sizes[d], 1));
   };
-  set_stride(1);
-  for (size_t d = sizes.size(); d-- > 2;) set_stride(d);
+  if (channels_last) set_stride(1);
+  for (size_t d = rank; d-- > 2;) set_stride(d);
+  if (!channels_last) set_stride(1);
   set_stride(0);
-  return new_strided_tensor(sizes, strides.data(), dtype);
+  return strides;
+}
+
+inline Tensor new_formatted(const Ints& sizes, ScalarType dtype, bool channels_last) {
+  if (!channels_last) return new_tensor(sizes, dtype);
+  return new_strided_tensor(sizes, format_strides(sizes, true).data(), dtype);
 }
 
 inline Ints output_sizes(const ConvPoolProblem& problem) {

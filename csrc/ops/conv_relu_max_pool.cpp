@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "conv_problem.h"
+#include "conv_by_stock.h"
 #include "register.h"
 
 namespace fastnn {
@@ -116,7 +116,8 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     call.weight_layout = layout_of(weight);
     choose_plan(call, 1);
     const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(call.geometry);
-    return {algorithm_name(call.plan.algorithm), algorithm_name(backward.algorithm)};
+    const bool by_stock = goes_by_stock(problem, is_channels_last(input));
+    return {algorithm_name(call.plan.algorithm), by_stock ? "stock" : algorithm_name(backward.algorithm)};
   });
 }
 
@@ -252,6 +253,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
       FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), op,
                    ": winners has a place that its window doesn't have");
     });
+  }
+  if (!is_empty && input_wanted && weight_wanted && goes_by_stock(problem, is_channels_last(input))) {
+    ConvGradients gradients = gradients_by_stock(problem, grad_output, winners, input, weight, bias_wanted);
+    return {std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};
   }
   Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
   Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));

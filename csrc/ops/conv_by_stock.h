@@ -1,0 +1,136 @@
+// Backward by torch's own convolution, from the gradient of the convolution's output: where products of all its pixels,
+// by whoever makes them fastest, cost less than ours of the winners alone.
+#pragma once
+
+#include "conv_problem.h"
+
+namespace fastnn {
+
+struct ConvGradients {
+  Tensor input, weight, bias;
+};
+
+// As measured (benchmarks/sweep.py), for the gradients of both input and weight. Only without strides: torch's library
+// then writes where it should (the log of performance has more).
+inline bool goes_by_stock(const ConvPoolProblem& problem, bool channels_last) {
+  const ConvPoolGeometry& g = problem.geometry;
+  const bool strided = g.stride[0] != 1 || g.stride[1] != 1 || g.stride[2] != 1;
+  if (problem.dims == 1 || strided || g.in_channels == 1 || problem.kind.dtype == ScalarType::Double) return false;
+  const int64_t conv = g.conv[0] * g.conv[1] * g.conv[2];
+  // A weight that leaves the cache with each image, for the sake of few winners.
+  constexpr int64_t kLargeWeight = 1 << 18, kFewWinners = 32, kFewImages = 4;
+  const int64_t weight = g.groups * g.out_channels * g.depth();
+  if (weight > kLargeWeight && g.batch >= kFewImages && std::min(g.pixels(), conv) <= kFewWinners) return true;
+  // Little but moving bfloat16, which we widen, between memory and cache.
+  constexpr int64_t kManyElements = 400'000, kFewOutputs = 4;
+  const int64_t inputs = g.batch * g.in_channels * g.input[0] * g.input[1] * g.input[2];
+  return problem.kind.dtype == ScalarType::BFloat16 && channels_last && g.taps() == 1 && g.groups == 1 &&
+         inputs >= kManyElements && g.batch * conv * g.out_channels <= kFewOutputs * inputs;
+}
+
+// [items][rows][columns] -> [items][columns][rows]
+template <class T>
+void turn_each(const T* from, int64_t items, int64_t rows, int64_t columns, T* to) {
+  const int64_t size = rows * columns;
+  const auto& kernels = conv_backward_kernels().get<T>();
+  parallel_chunks(std::min(useful_threads(10.0 * items * size), items), items,
+                  [&](int64_t, int64_t first, int64_t last) {
+                    for (int64_t i = first; i < last; ++i) kernels.turn(from + i * size, rows, columns, to + i * size);
+                  });
+}
+
+// The tensor with its channels last, or contiguous.
+inline Tensor in_format(const Tensor& tensor, bool channels_last) {
+  if (channels_last ? is_channels_last(tensor) : tensor.is_contiguous()) return tensor;
+  const int64_t items = tensor.size(0), channels = tensor.size(1), pixels = tensor.numel() / (items * channels);
+  // Dense channels last, as torch's convolution makes its gradients.
+  const bool is_last = !channels_last && is_channels_last(tensor) && tensor.stride(0) == channels * pixels;
+  if (!channels_last && !is_last) return dense(Tensor(tensor));
+  const Tensor source = is_last ? tensor : dense(Tensor(tensor));
+  Tensor result = new_formatted(sizes_of(tensor), tensor.scalar_type(), channels_last);
+  with_dtype(tensor.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    turn_each(data<T>(source), items, channels_last ? channels : pixels, channels_last ? pixels : channels,
+              mutable_data<T>(result));
+  });
+  return result;
+}
+
+// The same tensor, its strides along dimensions of one element those of a new tensor.
+inline Tensor with_strides(Tensor tensor, bool channels_last) {
+  const Ints sizes = sizes_of(tensor), strides = format_strides(sizes, channels_last);
+  const Sizes own = tensor.strides();
+  if (std::equal(own.begin(), own.end(), strides.begin())) return tensor;
+  const std::optional<int64_t> offset;
+  std::array<StableIValue, 4> stack{give(tensor), give(sizes), give(strides), give(offset)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::as_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return Argument<Tensor>::take(stack[0]);
+}
+
+// grad_conv, channels last, and, where it is wanted, the bias's gradient.
+template <class T>
+Tensor spread_gradient(const ConvPoolProblem& problem, const Tensor& grad_output, const Tensor& winners,
+                       const Tensor& grad_bias) {
+  using C = Compute<T>;
+  const ConvPoolGeometry& g = problem.geometry;
+  const auto& kernels = conv_backward_kernels().get<T>();
+  const int64_t channels = g.groups * g.out_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
+  Ints sizes = {g.batch, channels};
+  for (int64_t d = 3 - problem.dims; d < 3; ++d) sizes.push_back(g.conv[d]);
+  Tensor grad_conv = new_formatted(sizes, problem.kind.dtype, true);
+  ConvPoolBackward<T> call{};
+  call.geometry = g;
+  call.grad_output = data<T>(grad_output);
+  call.output_layout = layout_of(grad_output);
+  call.winners = data<uint8_t>(winners);
+  call.winners_layout = layout_of(winners);
+  const int64_t threads = std::min(useful_threads(10.0 * g.batch * pixels * channels), g.batch);
+  const int64_t scratch_size = (kernels.spread_scratch_size(g) + 63) / 64 * 64;
+  const Scratch<char> scratch(checked_product(threads, scratch_size));
+  const Scratch<C> bias_parts(checked_product(threads, channels));
+  std::fill(bias_parts.get(), bias_parts.get() + threads * channels, C(0));
+  parallel_chunks(threads, g.batch, [&](int64_t chunk, int64_t first, int64_t last) {
+    kernels.spread(call, first, last, mutable_data<T>(grad_conv), bias_parts.get() + chunk * channels,
+                   scratch.get() + chunk * scratch_size);
+  });
+  for (int64_t part = 1; part < threads; ++part) {
+    for (int64_t o = 0; o < channels; ++o) bias_parts.get()[o] += bias_parts.get()[part * channels + o];
+  }
+  if (grad_bias.numel() > 0) kernels.store(bias_parts.get(), channels, mutable_data<T>(grad_bias));
+  return grad_conv;
+}
+
+// All of them, but that of the bias only where it is wanted.
+inline ConvGradients gradients_by_stock(const ConvPoolProblem& problem, const Tensor& grad_output,
+                                        const Tensor& winners, const Tensor& input, const Tensor& weight,
+                                        bool bias_wanted) {
+  const ConvPoolGeometry& g = problem.geometry;
+  const ScalarType dtype = problem.kind.dtype;
+  ConvGradients result;
+  result.bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
+  const Tensor grad_conv = with_dtype(
+      dtype, [&](auto type) { return spread_gradient<decltype(type)>(problem, grad_output, winners, result.bias); });
+  const auto given = [&](const int64_t (&values)[3]) { return Ints(values + 3 - problem.dims, values + 3); };
+  const std::optional<Ints> no_bias;
+  const bool mask[] = {true, true, false};
+  const Tensor input_last = in_format(input, true);
+  std::array<StableIValue, 11> stack{give(grad_conv),
+                                     give(input_last),
+                                     give(weight),
+                                     give(no_bias),
+                                     give(given(g.stride)),
+                                     give(given(g.padding)),
+                                     give(given(g.dilation)),
+                                     give(false),
+                                     give(Ints(problem.dims, 0)),
+                                     give(g.groups),
+                                     give(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor gradients[] = {Argument<Tensor>::take(stack[0]), Argument<Tensor>::take(stack[1])};
+  const Tensor rest = Argument<Tensor>::take(stack[2]);
+  result.input = with_strides(in_format(gradients[0], is_channels_last(input)), is_channels_last(input));
+  result.weight = with_strides(in_format(gradients[1], is_channels_last(weight)), is_channels_last(weight));
+  return result;
+}
+
+}  // namespace fastnn
