@@ -1,4 +1,4 @@
-"""Sizes at which forward takes ways of its own: dot products, windows in the lanes, groups together, pools that overlap."""
+"""Sizes at which forward takes ways of its own: dots, windows in the lanes, groups together, pools that overlap."""
 
 from typing import Any
 

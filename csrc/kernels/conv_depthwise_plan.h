@@ -134,12 +134,18 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
 // For one image and group, in vector multiply-adds.
 template <class C>
 double depthwise_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  constexpr double kProduct = 1.5, kRow = 60, kPixel = 5, kWayOut = 12;
+  constexpr double kRow = 60, kPixel = 5, kWayOut = 12;
+  // What a register tile reads, weight and input, is read from L2 again for the next one unless it stays in L1.
+  constexpr int64_t kCache = 32 << 10, kPixels = 8;
+  const int64_t lanes = smaller(kBlockChannels<C>, round_up(g.groups, kLanes<C>));
+  const int64_t under_tile = g.kernel[0] * g.kernel[1] * ((kPixels - 1) * g.stride[2] + g.kernel_extent(2));
+  const int64_t bytes = (g.taps() + under_tile) * lanes * static_cast<int64_t>(sizeof(C));
+  const double product_cost = bytes > kCache ? 4 : 1.5;
   const double rows = static_cast<double>(g.conv[0] * g.conv[1]), pixels = rows * static_cast<double>(g.conv[2]);
   const double products = pixels * static_cast<double>(g.taps()) * share_inside(g);
   const double windows = static_cast<double>(g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   const double input = plan.in_place ? 0 : kTransposeCost * static_cast<double>(g.input[0] * g.input[1] * g.input[2]);
-  const double vector = g.out_channels * (kProduct * products + kRow * rows + kPixel * pixels + windows) + input;
+  const double vector = g.out_channels * (product_cost * products + kRow * rows + kPixel * pixels + windows) + input;
   return vector * static_cast<double>(divide_up(g.groups, kLanes<C>)) / static_cast<double>(g.groups);
 }
 

@@ -6,7 +6,6 @@
 // which the copy costs little, and outputs with channels first.
 #pragma once
 
-#include "conv_rows.h"
 #include "conv_windows_plan.h"
 
 namespace fastnn {
@@ -63,6 +62,12 @@ FASTNN_SHARED void windows_run(const WindowProblem<C>& problem, const C* tile, c
   constexpr int vectors = window_vectors(rows * columns), pixels = rows * columns * vectors;
   const int64_t depth = problem.depth, step = problem.step;
   for (int64_t t = 0; t < tiles; ++t, tile += vectors * kLanes<C>, to += vectors * kLanes<C>) {
+    // Where the output goes is asked for ahead: lines of several channels are more than the hardware foresees.
+#pragma GCC unroll 12
+    for (int o = 0; o < outputs; ++o) {
+#pragma GCC unroll 2
+      for (int v = 1; v <= vectors; ++v) __builtin_prefetch(to + o * to_step + v * kLanes<C> - 1, 1);
+    }
     for (int64_t row = 0; row < problem.rows; row += rows) {
       const int64_t* offsets = problem.offsets + row * depth;
       const C* weight = all_weights;

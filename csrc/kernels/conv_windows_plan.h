@@ -108,22 +108,24 @@ ConvPoolPlan plan_windows(const ConvPoolGeometry& g, int64_t threads) {
 // For one image and group.
 template <class C>
 double windows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  constexpr double kItem = 300, kBlock = 40, kProduct = 1.03, kRow = 5, kInFlight = 8;
-  const double way_out = input.c == 1 ? 12 : 2;  // with channels last, in pieces of a block
+  constexpr double kItem = 300, kBlock = 40, kPass = 15, kProduct = 1.03, kInFlight = 8;
+  constexpr double kPlace = 80, kRow = 6;        // of a copy: of the rows at one place, of one of them
+  const double way_out = input.c == 1 ? 50 : 2;  // with channels last, in pieces of a block
   const int pixels = pixels_together(g), most = window_outputs(pixels);
   const int64_t bands = g.output[0] * plan.row_parts, blocks = divide_up(g.out_channels, most);
-  const int64_t vectors = round_up(divide_up(plan.band * g.output[2], kLanes<C>), window_vectors(pixels));
+  const int64_t tiles = divide_up(divide_up(plan.band * g.output[2], kLanes<C>), window_vectors(pixels));
+  const int64_t passes = tiles * blocks * g.places() / pixels;
   // Few accumulators do not keep the multipliers busy.
   const double accumulators = static_cast<double>(pixels * window_vectors(pixels) * g.out_channels) / blocks;
   const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
-  const double products = static_cast<double>(g.out_channels * g.depth() * g.places() * vectors) * slow;
-  const double pooling = static_cast<double>(g.out_channels * vectors) * (way_out + static_cast<double>(g.places()));
+  const double outputs = static_cast<double>(g.out_channels * tiles * window_vectors(pixels));  // vectors
+  const double products = outputs * static_cast<double>(g.depth() * g.places()) * slow;
+  const double pooling = outputs * (way_out + static_cast<double>(g.places()));
   const WindowTile<C> tile(g, plan.band);
-  const double runs = static_cast<double>(g.in_channels * window_reach(g, 0) * tile.phases * window_reach(g, 2));
-  const double elements = runs * static_cast<double>(tile.column);
-  const double copy =
-      elements * copy_cost(input.d[2] * window_step(g, 2)) + runs * static_cast<double>(tile.rows) * kRow;
-  return static_cast<double>(bands) * (kItem + kBlock * blocks + kProduct * products + pooling + copy);
+  const double places = static_cast<double>(g.in_channels * window_reach(g, 0) * tile.phases * window_reach(g, 2));
+  const double element = copy_cost(input.d[2] * window_step(g, 2));
+  const double copy = places * (kPlace + static_cast<double>(tile.rows) * kRow + element * tile.column);
+  return static_cast<double>(bands) * (kItem + kBlock * blocks + kPass * passes + kProduct * products + pooling + copy);
 }
 
 }  // namespace FASTNN_ISA
