@@ -34,10 +34,10 @@ def measure(
     ours = timings["fastnn"]
     rivals = {name: timing for name, timing in timings.items() if not name.startswith("fastnn")}
     best = min(rivals, key=lambda name: rivals[name].median)
-    # The least time that the multiply-adds take, or the reads, whichever is longer.
+    # The least time that the multiply-adds take, or the reads (each thread has a cache), whichever is longer.
     least = {"multiply-adds": problem.flops / peak}
     if problem.bytes > 0:
-        least["cache"] = problem.bytes / bandwidth(case.step_bytes / 1e6)
+        least["cache"] = problem.bytes / (threads * bandwidth(case.step_bytes / 1e6))
     bound = max(least, key=lambda name: least[name])
     return {
         "case": case.name,

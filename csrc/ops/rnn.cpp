@@ -146,6 +146,22 @@ struct InputGradients {
   TensorList state, weights;
 };
 
+// The weights' gradients from the sums of all chunks.
+template <class T>
+void finish_weights(const Problem& problem, const RnnNetwork<T>& network, const RnnBackwardKernels<T>& kernels,
+                    const InputGradients& wanted, const Compute<T>* sums, const std::vector<int64_t>& sums_at,
+                    int64_t chunks) {
+  for (int64_t i = 0; i < problem.count(); ++i) {
+    const Tensor* weight = &wanted.weights[i * problem.weights_each];
+    const auto bias_or_null = [&](int64_t which) {
+      return problem.has_biases() ? mutable_data<T>(weight[which]) : nullptr;
+    };
+    kernels.finish(network, problem.input_size_of(i), sums + sums_at[i], chunks, sums_at.back(),
+                   {mutable_data<T>(weight[0]), mutable_data<T>(weight[1]), bias_or_null(2), bias_or_null(3),
+                    problem.projected ? mutable_data<T>(weight[problem.weights_each - 1]) : nullptr});
+  }
+}
+
 template <class T>
 void run_backward(const Problem& problem, const OutputGradients& given, const Tensor& output, const Tensor& reserve,
                   const InputGradients& wanted, bool input_wanted) {
@@ -181,32 +197,33 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   C* sums = layer_grads + layer_grads_size;
   C* scratch = sums + chunks * sums_size;
   network.place(kernels, memory.get());
-  parallel_team(members, [&](Member& member) {
+  const auto pack = [&](const Member& member) {
     for (const RnnWeights<T>& weights : network.directions_) {
       kernels.pack(network, weights, member, const_cast<C*>(weights.packed));
     }
-    const Share share = member.share(chunks * sums_size);
-    std::fill(sums + share.first, sums + share.last, C(0));
-    member.end_round();
-    if (members == 1) return;
-    kernels.run(network, gradients, layer_grads, sums_size ? sums : nullptr, 0, problem.batch, member,
-                {scratch, scratch + scratch_size.shared + member.index() * scratch_size.own});
-  });
-  parallel_chunks(members > 1 ? 0 : chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
-    Member itself;
+  };
+  const auto run = [&](Member& member, int64_t chunk, C* own) {
     C* const shared = scratch + chunk * (scratch_size.shared + scratch_size.own);
     kernels.run(network, gradients, layer_grads, sums_size ? sums + chunk * sums_size : nullptr, bounds[chunk],
-                bounds[chunk + 1], itself, {shared, shared + scratch_size.shared});
-  });
-  for (int64_t i = 0; sums_size && i < problem.count(); ++i) {
-    const Tensor* weight = &wanted.weights[i * problem.weights_each];
-    const auto bias_or_null = [&](int64_t which) {
-      return problem.has_biases() ? mutable_data<T>(weight[which]) : nullptr;
-    };
-    kernels.finish(network, problem.input_size_of(i), sums + sums_at[i], chunks, sums_size,
-                   {mutable_data<T>(weight[0]), mutable_data<T>(weight[1]), bias_or_null(2), bias_or_null(3),
-                    problem.projected ? mutable_data<T>(weight[problem.weights_each - 1]) : nullptr});
+                bounds[chunk + 1], member, {shared, own ? own : shared + scratch_size.shared});
+  };
+  if (members > 1) {
+    parallel_team(members, [&](Member& member) {
+      pack(member);
+      const Share share = member.share(sums_size);
+      std::fill(sums + share.first, sums + share.last, C(0));
+      member.end_round();
+      run(member, 0, scratch + scratch_size.shared + member.index() * scratch_size.own);
+    });
+  } else {
+    pack(Member());
+    parallel_chunks(chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
+      std::fill(sums + chunk * sums_size, sums + (chunk + 1) * sums_size, C(0));
+      Member itself;
+      run(itself, chunk, nullptr);
+    });
   }
+  if (sums_size) finish_weights(problem, network, kernels, wanted, sums, sums_at, chunks);
 }
 
 std::tuple<Tensor, TensorList, TensorList> rnn_backward(

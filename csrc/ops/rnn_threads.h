@@ -56,7 +56,7 @@ int64_t team_members(const RnnNetwork<T>& network) {
   const double units = static_cast<double>(gates_of(network.mode)) * network.hidden;
   const double bytes = sizeof(Compute<T>) * units * network.outputs();
   const int64_t threads = torch::stable::get_num_threads();
-  if (network.batch > kRowsEach * threads || bytes * network.steps < kLeastBytes) return 1;
+  if (network.batch < 1 || network.batch > kRowsEach * threads || bytes * network.steps < kLeastBytes) return 1;
   return std::max<int64_t>(1, std::min({threads, Team::kMost, static_cast<int64_t>(bytes / kBytesEach)}));
 }
 
