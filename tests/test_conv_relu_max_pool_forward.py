@@ -78,6 +78,10 @@ class TestPairs:
             ((2, 8, 7, 7, 7), 3, (3, 3, 3), False, geometry(3, stride=2, padding=1, pool=3, pool_stride=2)),
             ((2, 8, 5), 16, (3,), False, geometry(1)),
             ((0, 20, 8, 8), 40, (11, 11), True, geometry(2, padding=5)),
+            # Many products an element: contiguous input is brought into channels last.
+            ((2, 20, 8, 8), 72, (11, 11), False, geometry(2, padding=5, pool=3, pool_stride=2)),
+            ((1, 8, 5, 6, 7), 264, (3, 3, 3), False, geometry(3, padding=1, groups=2)),
+            ((2, 16, 70), 136, (9,), False, geometry(1, padding=4)),
         ],
     )
     @pytest.mark.parametrize("special", [False, True])
