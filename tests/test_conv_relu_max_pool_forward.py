@@ -1,4 +1,5 @@
-"""Sizes at which forward takes ways of its own: dots, windows in the lanes, groups together, pools that overlap."""
+"""Sizes at which forward takes ways of its own: dot products, pairs, windows in the lanes, groups together, pools
+that overlap."""
 
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from conv_cases import FUSED, RAW_ALGORITHM, assert_like_stock, channels_last, flat, geometry, make
 
 from fastnn.reference import conv_relu_max_pool as reference
-from fastnn.testing import using_threads
+from fastnn.testing import instruction_sets, using_threads
 
 
 class TestDots:
@@ -56,6 +57,75 @@ class TestDots:
         for threads in (2, 3, 7):
             with using_threads(threads):
                 assert torch.equal(FUSED[2](*tensors, *arguments), expected)
+
+
+class TestPairs:
+    """bfloat16, of which an instruction set may multiply pairs of channels: those that lie side by side are read where
+    they are, without the taps in the padding."""
+
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "last", "arguments"),
+        [
+            ((2, 20, 8, 8), 40, (11, 11), True, geometry(2, padding=5, pool=3, pool_stride=2)),
+            ((2, 20, 8, 9), 40, (5, 1), True, geometry(2, padding=(2, 0), pool=2)),
+            ((3, 24, 9, 7), 34, (3, 3), True, geometry(2, groups=2)),
+            ((3, 24, 9, 7), 18, (3, 3), True, geometry(2, pool=3, pool_stride=1, pool_padding=1)),
+            ((3, 26, 9, 9), 12, (3, 3), True, geometry(2, stride=2, padding=1, groups=2)),
+            ((2, 21, 8, 8), 40, (7, 7), True, geometry(2, padding=3)),
+            ((1, 6, 5, 6, 7), 33, (3, 3, 3), True, geometry(3, padding=1, dilation=2)),
+            ((8, 64, 5, 5, 5), 16, (1, 1, 1), True, geometry(3)),
+            ((2, 9, 13, 14), 33, (3, 3), False, geometry(2, padding=1)),
+            ((2, 8, 7, 7, 7), 3, (3, 3, 3), False, geometry(3, stride=2, padding=1, pool=3, pool_stride=2)),
+            ((2, 8, 5), 16, (3,), False, geometry(1)),
+            ((0, 20, 8, 8), 40, (11, 11), True, geometry(2, padding=5)),
+            # Many products an element: contiguous input is brought into channels last.
+            ((2, 20, 8, 8), 72, (11, 11), False, geometry(2, padding=5, pool=3, pool_stride=2)),
+            ((1, 8, 5, 6, 7), 264, (3, 3, 3), False, geometry(3, padding=1, groups=2)),
+            ((2, 16, 70), 136, (9,), False, geometry(1, padding=4)),
+        ],
+    )
+    @pytest.mark.parametrize("special", [False, True])
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        last: bool,
+        arguments: tuple[Any, ...],
+        special: bool,
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3], torch.bfloat16)
+        if special:
+            tensors[0][-1:, 1].fill_(torch.nan)
+        if last:
+            tensors[:2] = map(channels_last, tensors[:2])
+        assert_like_stock(tensors, arguments)
+        assert FUSED[len(kernel)](*tensors, *arguments).is_contiguous() != last or size[0] == 0
+
+    @pytest.mark.parametrize("first", [0, 1])
+    @pytest.mark.parametrize("channels", [20, 21])
+    def test_some_of_the_channels(self, instruction_set: str, first: int, channels: int) -> None:
+        input, weight, bias = make((2, 24, 9, 9), 34, (3, 3), dtype=torch.bfloat16)
+        input, weight = channels_last(input)[:, first : first + channels], channels_last(weight[:, :channels])
+        assert_like_stock([input, weight, bias], geometry(2, padding=1))
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        tensors = make((2, 20, 16, 16), 72, (11, 11), dtype=torch.bfloat16)
+        tensors[:2] = map(channels_last, tensors[:2])
+        arguments = geometry(2, padding=5)
+        with using_threads(1):
+            expected = FUSED[2](*tensors, *arguments)
+        for threads in (2, 3, 7):
+            with using_threads(threads):
+                assert torch.equal(FUSED[2](*tensors, *arguments), expected)
+
+    def test_chosen_where_dot_products_would_widen(self) -> None:
+        if "avx512_bf16" not in instruction_sets():
+            pytest.skip("needs AVX512-BF16")
+        input, weight, bias = make((1, 128, 60, 60), 8, (3, 3), dtype=torch.bfloat16)
+        arguments = flat(geometry(2, stride=2, pool=3, pool_stride=1))
+        assert RAW_ALGORITHM(channels_last(input), channels_last(weight), bias, arguments)[0] == "pairs"
 
 
 class TestWindows:

@@ -99,8 +99,9 @@ class DirectForward {
         pools_in_tiles_(kPoolsInTiles<C> && windows_are_apart(g_) && !call.plan.skips_padding),
         scratch_(g_, call.plan, memory) {
     if (plan_.in_place) {
-      for (int d = 0; d < 3; ++d) step_[d] = call.input_layout.d[d];
-      channel_step_ = call.input_layout.c;
+      const ConvLayout layout = tile_layout<E>(call.input_layout);
+      for (int d = 0; d < 3; ++d) step_[d] = layout.d[d];
+      channel_step_ = layout.c;
     } else {
       step_[2] = channels_inside() ? g_.in_channels : 1;
       step_[1] = step_[2] * input_extent(g_, 2, plan_.columns);
@@ -172,7 +173,7 @@ class DirectForward {
     if (plan_.skips_padding) {
       source_ = {reinterpret_cast<const E*>(input), {step_[0], step_[1], step_[2]}};
     } else if (plan_.in_place) {
-      // Of the type computed in, or the plan would not be to leave it there.
+      // Of such elements, or the plan would not be to leave it there.
       tile_ = reinterpret_cast<const E*>(input) + used.first[0] * step_[0] + used.first[1] * step_[1] +
               used.first[2] * step_[2];
     } else {
@@ -301,7 +302,7 @@ class DirectForward {
   template <int vectors>
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
     return ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
-      if (!kIsPair<E> && plan_.skips_padding) {
+      if (plan_.skips_padding) {
         conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
                                  conv_columns_, to);
       } else {

@@ -83,14 +83,16 @@ struct DirectScratch {
   }
 };
 
-// For a tile of elements E, which `g` counts. `skips_padding`: the input is read in place, whatever its padding.
+// For a tile of elements E, which `g` counts. `lies`: the input consists of such elements, and its layout counts them.
+// `skips_padding`: it is read in place, whatever its padding.
 template <class T, class E>
-ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool skips_padding) {
+ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool lies,
+                         bool skips_padding) {
   using C = Compute<T>;
   ConvPoolPlan plan = {};
   plan.algorithm = kIsPair<E> ? ConvAlgorithm::pairs : ConvAlgorithm::direct;
   plan.skips_padding = skips_padding;
-  plan.in_place = skips_padding || can_stay_in_place<T>(g, input, false);
+  plan.in_place = lies && (skips_padding || can_stay_in_place<E>(g, input, false));
   const bool channels_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
   plan.order = skips_padding ? inside_order(g) : channels_last ? TapOrder::channels_last : TapOrder::channels_first;
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
@@ -163,13 +165,18 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
 }
 
 // With or without a padded copy of the input, whichever is cheaper.
-template <class T>
-ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
+template <class T, class E>
+ConvPoolPlan choose_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool lies,
+                           double& costs) {
   using C = Compute<T>;
-  const ConvPoolPlan padded = plan_direct<T, C>(g, input, threads, false);
-  if (padded.in_place || sizeof(T) != sizeof(C)) return padded;
-  const ConvPoolPlan inside = plan_direct<T, C>(g, input, threads, true);
-  return direct_cost<C>(g, input, inside) < direct_cost<C>(g, input, padded) ? inside : padded;
+  const ConvPoolPlan padded = plan_direct<T, E>(g, input, threads, lies, false);
+  costs = direct_cost<C>(g, input, padded);
+  if (padded.in_place || !lies) return padded;
+  const ConvPoolPlan inside = plan_direct<T, E>(g, input, threads, lies, true);
+  const double inside_costs = direct_cost<C>(g, input, inside);
+  if (inside_costs >= costs) return padded;
+  costs = inside_costs;
+  return inside;
 }
 
 }  // namespace FASTNN_ISA

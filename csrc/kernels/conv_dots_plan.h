@@ -128,10 +128,15 @@ double packing_cost(const ConvPoolGeometry& g) {
 }
 
 // For one image and group.
-template <class C>
+template <class T>
 double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight,
                  const ConvPoolPlan& plan) {
-  constexpr double kStep = 1.2, kSum = 12, kWayOut = 12;  // of a product's vector; of its lanes' sum; of pooled pixels
+  using C = Compute<T>;
+  constexpr double kSum = 12, kWayOut = 12;  // of the sum of a vector's lanes; of pooled pixels
+  // Of a product's vector. Each tile widens what it loads, for as many products as it has outputs or pixels.
+  constexpr double kStep = 1.2, kWiden = sizeof(T) < sizeof(C) ? 3 : 0;
+  const double inputs = plan.in_place ? 1 / static_cast<double>(smaller(g.out_channels, kDotOutputs)) : 0;
+  const double step = kStep + kWiden * (inputs + 1.0 / kDotPixels);
   const int64_t pixels = g.conv[0] * g.conv[1] * g.conv[2], blocks = divide_up(g.out_channels, kLanes<C>);
   const double dots = static_cast<double>(round_up(pixels * plan.band, kDotPixels) / plan.band * g.out_channels);
   const double windows =
@@ -139,7 +144,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   constexpr double kCopiedRun = 15;
   const int64_t runs = (dot_copy_is_last(g, input, weight) ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];
   const double copy = static_cast<double>(pixels) * (kCopiedRun * runs + kCopyCost * static_cast<double>(g.depth()));
-  return dots * (kStep * static_cast<double>(plan.columns) + kSum) + windows + (plan.in_place ? 0 : copy);
+  return dots * (step * static_cast<double>(plan.columns) + kSum) + windows + (plan.in_place ? 0 : copy);
 }
 
 }  // namespace FASTNN_ISA

@@ -20,12 +20,13 @@ constexpr bool kHasWinograd = sizeof(Compute<T>) == sizeof(float);
 template <class T>
 ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, double& costs) {
   using C = Compute<T>;
-  const ConvPoolPlan direct = plan_direct<T>(g, input, threads);
-  costs = direct_cost<C>(g, input, direct);
+  const ConvPoolPlan direct = choose_direct<T, C>(g, input, threads, sizeof(T) == sizeof(C), costs);
   if (!kHasPairs<T> || !isa_multiplies_pairs()) return direct;
-  const ConvPoolGeometry in_pairs = tile_geometry<bfloat16x2>(g);
-  const ConvPoolPlan pairs = plan_direct<T, bfloat16x2>(in_pairs, input, threads, false);
-  const double pairs_costs = direct_cost<C>(in_pairs, input, pairs);
+  const bool lies = lies_in_pairs(g, input);
+  const ConvLayout layout = lies ? tile_layout<bfloat16x2>(input) : input;
+  double pairs_costs;
+  const ConvPoolPlan pairs =
+      choose_direct<T, bfloat16x2>(tile_geometry<bfloat16x2>(g), layout, threads, lies, pairs_costs);
   if (pairs_costs >= costs) return direct;
   costs = pairs_costs;
   return pairs;
@@ -44,7 +45,7 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
   const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, direct_costs);
   double dots_costs = direct_costs;
   if (dots_apply(g, input, weight)) {
-    dots_costs = dots_cost<C>(g, input, weight, plan_dots<T>(g, input, weight, 1)) - packing_cost<C>(g);
+    dots_costs = dots_cost<T>(g, input, weight, plan_dots<T>(g, input, weight, 1)) - packing_cost<C>(g);
   }
   if (dots_costs >= direct_costs && direct_costs < 1.02 * least) return direct;
   const LanesPlan lanes = plan_lanes<C>(g, 1);

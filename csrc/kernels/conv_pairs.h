@@ -28,6 +28,17 @@ FASTNN_INLINE ConvPoolGeometry tile_geometry(ConvPoolGeometry g) {
   return g;
 }
 
+// Whether the input's pairs lie side by side, to be read there, and their strides. `g` counts single channels.
+FASTNN_INLINE bool lies_in_pairs(const ConvPoolGeometry& g, const ConvLayout& input) {
+  return input.c == 1 && g.in_channels % 2 == 0 && input.n % 2 == 0 && input.d[0] % 2 == 0 && input.d[1] % 2 == 0 &&
+         input.d[2] % 2 == 0;
+}
+template <class E>
+FASTNN_INLINE ConvLayout tile_layout(const ConvLayout& input) {
+  if (!kIsPair<E>) return input;
+  return {input.n / 2, input.c, {input.d[0] / 2, input.d[1] / 2, input.d[2] / 2}};
+}
+
 // An element of the tile by a vector of the weight's.
 template <class C>
 FASTNN_INLINE Vec<C> broadcast_element(C x) {
@@ -49,13 +60,16 @@ FASTNN_INLINE Vec<float> add_products<bfloat16x2>(Vec<float> x, Vec<float> y, Ve
 
 // `odd` may be null.
 inline void zip_runs(const bfloat16* even, const bfloat16* odd, int64_t stride, int64_t count, bfloat16x2* to) {
-  int64_t i = 0;
   if (stride == 1) {
-    for (; i + kLanes<float> <= count; i += kLanes<float>) {
-      store(to + i, zip_pairs(load(even + i), odd ? load(odd + i) : Vec<float>{}));
+    for (int64_t i = 0; i < count; i += kLanes<float>) {
+      const int64_t left = count - i;
+      const Vec<float> second = odd ? load_up_to<bfloat16>(odd + i, left) : Vec<float>{};
+      store_up_to<float>(reinterpret_cast<float*>(to + i), zip_pairs(load_up_to<bfloat16>(even + i, left), second),
+                         left);
     }
+    return;
   }
-  for (; i < count; ++i) to[i] = {even[i * stride], odd ? odd[i * stride] : bfloat16{}};
+  for (int64_t i = 0; i < count; ++i) to[i] = {even[i * stride], odd ? odd[i * stride] : bfloat16{}};
 }
 
 // conv_tile.h has the same for single channels.

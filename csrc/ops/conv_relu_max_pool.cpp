@@ -34,6 +34,19 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
   run_conv_pool(call, problem.work, [](const ConvPoolPlan&) -> const Compute<T>* { return nullptr; });
 }
 
+// Whether contiguous bfloat16 is brought into channels last first, where pairs of channels are read as they lie and
+// taps in the padding left out: if each element goes into so many products that it costs nothing.
+bool reads_channels_last(const ConvPoolProblem& problem, const Tensor& input) {
+  constexpr double kManyOperations = 1800;  // an element
+  const bool in_pairs = problem.kind.dtype == ScalarType::BFloat16 && isa_multiplies_pairs();
+  return in_pairs && problem.geometry.in_channels % 2 == 0 && input.is_contiguous() &&
+         problem.work > kManyOperations * static_cast<double>(input.numel());
+}
+
+Tensor to_read(const ConvPoolProblem& problem, const Tensor& input) {
+  return reads_channels_last(problem, input) ? in_format(input, true) : input.borrow();
+}
+
 // winners: where to put them, or null.
 Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                const Ints& geometry, std::optional<Tensor>* winners) {
@@ -49,8 +62,9 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const 
     *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
   }
   if (output.numel() > 0) {
+    const Tensor source = to_read(problem, input);
     with_dtype(dtype, [&](auto type) {
-      run_forward<decltype(type)>(problem, input, weight, bias, output, winners ? &**winners : nullptr);
+      run_forward<decltype(type)>(problem, source, weight, bias, output, winners ? &**winners : nullptr);
     });
   }
   return output;
@@ -110,8 +124,9 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     using T = decltype(type);
     ConvPoolForward<T> call{};
     call.geometry = problem.geometry;
-    call.input = data<T>(input);
-    call.input_layout = layout_of(input);
+    const Tensor source = to_read(problem, input);
+    call.input = data<T>(source);
+    call.input_layout = layout_of(source);
     call.weight = data<T>(weight);
     call.weight_layout = layout_of(weight);
     choose_plan(call, 1);
