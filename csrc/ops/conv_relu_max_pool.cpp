@@ -35,12 +35,18 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
 }
 
 // Whether contiguous bfloat16 is brought into channels last first, where pairs of channels are read as they lie and
-// taps in the padding left out: if each element goes into so many products that it costs nothing.
+// taps in the padding left out: if each element goes into so many products that it costs nothing, or if images have
+// little but channels, so that vectors of pixels are short. Not for a large weight, which is read in its own order.
 bool reads_channels_last(const ConvPoolProblem& problem, const Tensor& input) {
-  constexpr double kManyOperations = 1800;  // an element
+  constexpr double kManyOperations = 1800;                                    // an element
+  constexpr int64_t kManyChannels = 64, kFewPixels = 128, kLargeWeight = 16;  // to the input's elements
+  const ConvPoolGeometry& g = problem.geometry;
   const bool in_pairs = problem.kind.dtype == ScalarType::BFloat16 && isa_multiplies_pairs();
-  return in_pairs && problem.geometry.in_channels % 2 == 0 && input.is_contiguous() &&
-         problem.work > kManyOperations * static_cast<double>(input.numel());
+  if (!in_pairs || g.in_channels % 2 != 0 || !input.is_contiguous()) return false;
+  const int64_t weight = g.groups * g.out_channels * g.depth();
+  return problem.work > kManyOperations * static_cast<double>(input.numel()) ||
+         (weight < kLargeWeight * input.numel() && g.in_channels >= kManyChannels &&
+          g.input[0] * g.input[1] * g.input[2] <= kFewPixels);
 }
 
 Tensor to_read(const ConvPoolProblem& problem, const Tensor& input) {
