@@ -195,8 +195,8 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
 
 
 def _is_small_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Of shapes that the operator takes too, stock's linear taking more, and of so many rows, not of symbolic ones as in
-    ``torch.export``."""
+    """Of shapes that the operator takes too, stock's linear taking more; and of rows that are a number, not a symbol as
+    in ``torch.export``."""
     rows = input.shape[0]
     return (
         type(rows) is int
