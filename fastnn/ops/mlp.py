@@ -29,8 +29,8 @@ _MOST_LAYERS = 20  # of one call of the operators
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
 _IDENTITY, _RELU = _DIGIT_OF["identity"], _DIGIT_OF["relu"]
 # Multiply-adds of a lone linear layer below which autograd's own linear is faster in training: nothing is fused, and a
-# function written in Python costs some 8 us more.
-_SMALL_LINEAR = 10_000
+# function written in Python costs some 5 us more. From some 1000 on, stock's products have shapes that take 40 us.
+_SMALL_LINEAR = 500
 _mlp_op = torch.ops.fastnn.mlp.default
 _mlp_call = _mlp_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
 _mlp_reconstruction_error_op = torch.ops.fastnn.mlp_reconstruction_error.default
