@@ -10,7 +10,7 @@ from torch import Tensor
 import fastnn.nn
 from fastnn import functional
 from fastnn.reference import conv_relu_max_pool as reference
-from fastnn.testing import compare_with_stock
+from fastnn.testing import compare_with_stock, using_threads
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 FUSED = {
@@ -65,15 +65,16 @@ def make(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
     bias: bool = True,
+    last: bool = False,
 ) -> list[Tensor | None]:
-    """Input, weight and bias."""
+    """Input, weight and bias; with ``last``, input and weight channels last."""
     channels = input_size[1] // groups
     depth = max(channels * torch.Size(kernel).numel(), 1)
-    return [
-        torch.randn(*input_size, dtype=dtype),
-        torch.randn(out_channels, channels, *kernel, dtype=dtype) / depth**0.5,
-        torch.randn(out_channels, dtype=dtype) / 2 if bias else None,
-    ]
+    input = torch.randn(*input_size, dtype=dtype)
+    weight = torch.randn(out_channels, channels, *kernel, dtype=dtype) / depth**0.5
+    if last:
+        input, weight = channels_last(input), channels_last(weight)
+    return [input, weight, torch.randn(out_channels, dtype=dtype) / 2 if bias else None]
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -99,3 +100,13 @@ def assert_like_stock(tensors: list[Tensor | None], arguments: tuple[Any, ...], 
         tensors,
         gradients,
     )
+
+
+def assert_same_bits(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
+    """Forward, by any number of threads."""
+    fused = FUSED[tensors[0].dim() - 2]
+    with using_threads(1):
+        expected = fused(*tensors, *arguments)
+    for threads in (2, 3, 7):
+        with using_threads(threads):
+            assert torch.equal(fused(*tensors, *arguments), expected)

@@ -110,9 +110,7 @@ class TestAlgorithms:
     def test_many_channels(
         self, instruction_set: str, size: tuple[int, ...], out_channels: int, padding: int, groups: int, last: bool
     ) -> None:
-        tensors = make(size, out_channels, (3, 3), groups)
-        if last:
-            tensors[:2] = map(channels_last, tensors[:2])
+        tensors = make(size, out_channels, (3, 3), groups, last=last)
         assert_like_stock(tensors, geometry(2, padding=padding, groups=groups))
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -146,10 +144,7 @@ class TestAlgorithms:
         arguments: tuple[Any, ...],
         last: bool,
     ) -> None:
-        tensors = make(size, out_channels, kernel, arguments[3], dtype)
-        if last:
-            tensors[:2] = map(channels_last, tensors[:2])
-        assert_like_stock(tensors, arguments)
+        assert_like_stock(make(size, out_channels, kernel, arguments[3], dtype, last=last), arguments)
 
     @pytest.mark.parametrize("last", [False, True])
     @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conv_cases import FUSED, RAW_ALGORITHM, assert_like_stock, channels_last, flat, geometry, make
+from conv_cases import FUSED, RAW_ALGORITHM, assert_like_stock, assert_same_bits, channels_last, flat, geometry, make
 
 from fastnn.reference import conv_relu_max_pool as reference
-from fastnn.testing import instruction_sets, using_threads
+from fastnn.testing import instruction_sets
 
 
 class TestDots:
@@ -38,10 +38,7 @@ class TestDots:
         last: bool,
         arguments: tuple[Any, ...],
     ) -> None:
-        tensors = make(size, out_channels, kernel, arguments[3], dtype)
-        if last:
-            tensors[:2] = map(channels_last, tensors[:2])
-        assert_like_stock(tensors, arguments)
+        assert_like_stock(make(size, out_channels, kernel, arguments[3], dtype, last=last), arguments)
 
     def test_chosen_where_the_weight_serves_few_pixels(self) -> None:
         input, weight, bias = make((8, 256, 7, 7), 192, (7, 7))
@@ -50,13 +47,7 @@ class TestDots:
         assert RAW_ALGORITHM(input, weight, bias, flat(geometry(2, pool=1)))[0] != "dots"
 
     def test_same_bits_for_any_number_of_threads(self) -> None:
-        tensors = make((6, 128, 7, 7), 72, (7, 7))
-        arguments = geometry(2, pool=1)
-        with using_threads(1):
-            expected = FUSED[2](*tensors, *arguments)
-        for threads in (2, 3, 7):
-            with using_threads(threads):
-                assert torch.equal(FUSED[2](*tensors, *arguments), expected)
+        assert_same_bits(make((6, 128, 7, 7), 72, (7, 7)), geometry(2, pool=1))
 
 
 class TestPairs:
@@ -95,11 +86,9 @@ class TestPairs:
         arguments: tuple[Any, ...],
         special: bool,
     ) -> None:
-        tensors = make(size, out_channels, kernel, arguments[3], torch.bfloat16)
+        tensors = make(size, out_channels, kernel, arguments[3], torch.bfloat16, last=last)
         if special:
             tensors[0][-1:, 1].fill_(torch.nan)
-        if last:
-            tensors[:2] = map(channels_last, tensors[:2])
         assert_like_stock(tensors, arguments)
         assert FUSED[len(kernel)](*tensors, *arguments).is_contiguous() != last or size[0] == 0
 
@@ -111,21 +100,13 @@ class TestPairs:
         assert_like_stock([input, weight, bias], geometry(2, padding=1))
 
     def test_same_bits_for_any_number_of_threads(self) -> None:
-        tensors = make((2, 20, 16, 16), 72, (11, 11), dtype=torch.bfloat16)
-        tensors[:2] = map(channels_last, tensors[:2])
-        arguments = geometry(2, padding=5)
-        with using_threads(1):
-            expected = FUSED[2](*tensors, *arguments)
-        for threads in (2, 3, 7):
-            with using_threads(threads):
-                assert torch.equal(FUSED[2](*tensors, *arguments), expected)
+        assert_same_bits(make((2, 20, 16, 16), 72, (11, 11), dtype=torch.bfloat16, last=True), geometry(2, padding=5))
 
     def test_chosen_where_dot_products_would_widen(self) -> None:
-        if "avx512_bf16" not in instruction_sets():
-            pytest.skip("needs AVX512-BF16")
         input, weight, bias = make((1, 128, 60, 60), 8, (3, 3), dtype=torch.bfloat16)
         arguments = flat(geometry(2, stride=2, pool=3, pool_stride=1))
-        assert RAW_ALGORITHM(channels_last(input), channels_last(weight), bias, arguments)[0] == "pairs"
+        chosen = RAW_ALGORITHM(channels_last(input), channels_last(weight), bias, arguments)[0]
+        assert (chosen == "pairs") == ("avx512_bf16" in instruction_sets())
 
 
 class TestWindows:
@@ -155,10 +136,7 @@ class TestWindows:
         last: bool,
         arguments: tuple[Any, ...],
     ) -> None:
-        tensors = make(size, out_channels, kernel, arguments[3], dtype)
-        if last:
-            tensors[:2] = map(channels_last, tensors[:2])
-        assert_like_stock(tensors, arguments)
+        assert_like_stock(make(size, out_channels, kernel, arguments[3], dtype, last=last), arguments)
 
     @pytest.mark.parametrize("pool", [(2, 2), (3, 2), (2, 3), (1, 4)])
     @pytest.mark.parametrize("value", [-0.0, float("nan"), float("inf"), -float("inf"), 1e30])
@@ -189,13 +167,7 @@ class TestWindows:
         assert algorithm(1, 32, pool=3, pool_stride=2) != "windows"
 
     def test_same_bits_for_any_number_of_threads(self) -> None:
-        tensors = make((1, 2, 150, 224), 24, (3, 3))
-        arguments = geometry(2, padding=1)
-        with using_threads(1):
-            expected = FUSED[2](*tensors, *arguments)
-        for threads in (2, 3, 7):
-            with using_threads(threads):
-                assert torch.equal(FUSED[2](*tensors, *arguments), expected)
+        assert_same_bits(make((1, 2, 150, 224), 24, (3, 3)), geometry(2, padding=1))
 
 
 class TestGroupsTogether:
@@ -219,9 +191,7 @@ class TestGroupsTogether:
         kernel: tuple[int, ...],
         arguments: tuple[Any, ...],
     ) -> None:
-        tensors = make(size, out_channels, kernel, arguments[3], dtype)
-        tensors[:2] = map(channels_last, tensors[:2])
-        assert_like_stock(tensors, arguments)
+        assert_like_stock(make(size, out_channels, kernel, arguments[3], dtype, last=True), arguments)
 
 
 class TestPoolsThatOverlap:

@@ -51,7 +51,6 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
   const LanesPlan lanes = plan_lanes<C>(g, 1);
   const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
   const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
-  const ConvPoolPlan windows = windows_apply<C>(g) ? plan_windows<T>(g, threads) : direct;
   const double windows_costs = windows_apply<C>(g) ? windows_cost<C>(g, input, plan_windows<T>(g, 1)) : direct_costs;
   const ConvPoolPlan depthwise = depthwise_applies(g) ? plan_depthwise<T>(g, input, threads) : direct;
   const double depthwise_costs = depthwise_applies(g) ? depthwise_cost<C>(g, depthwise) : direct_costs;
@@ -61,7 +60,7 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
   };
   if (is_least(dots_costs)) return plan_dots<T>(g, input, weight, threads);
   if (is_least(depthwise_costs)) return depthwise;
-  if (is_least(windows_costs)) return windows;
+  if (is_least(windows_costs)) return plan_windows<T>(g, threads);
   if (is_least(rows_costs)) return plan_rows<T>(g, input, threads);
   return is_least(lanes_costs) ? plan_lanes<C>(g, threads).plan : direct;
 }

@@ -53,7 +53,7 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
     if (add) {
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
           total[r][v] += load_up_to<T>(to + r * n + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last);
         }

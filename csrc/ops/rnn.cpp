@@ -197,11 +197,6 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   C* sums = layer_grads + layer_grads_size;
   C* scratch = sums + chunks * sums_size;
   network.place(kernels, memory.get());
-  const auto pack = [&](const Member& member) {
-    for (const RnnWeights<T>& weights : network.directions_) {
-      kernels.pack(network, weights, member, const_cast<C*>(weights.packed));
-    }
-  };
   const auto run = [&](Member& member, int64_t chunk, C* own) {
     C* const shared = scratch + chunk * (scratch_size.shared + scratch_size.own);
     kernels.run(network, gradients, layer_grads, sums_size ? sums + chunk * sums_size : nullptr, bounds[chunk],
@@ -209,14 +204,14 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   };
   if (members > 1) {
     parallel_team(members, [&](Member& member) {
-      pack(member);
+      pack_weights(network, kernels, member);
       const Share share = member.share(sums_size);
       std::fill(sums + share.first, sums + share.last, C(0));
       member.end_round();
       run(member, 0, scratch + scratch_size.shared + member.index() * scratch_size.own);
     });
   } else {
-    pack(Member());
+    pack_weights(network, kernels, Member());
     parallel_chunks(chunks, chunks, [&](int64_t chunk, int64_t, int64_t) {
       std::fill(sums + chunk * sums_size, sums + (chunk + 1) * sums_size, C(0));
       Member itself;

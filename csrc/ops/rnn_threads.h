@@ -60,6 +60,15 @@ int64_t team_members(const RnnNetwork<T>& network) {
   return std::max<int64_t>(1, std::min({threads, Team::kMost, static_cast<int64_t>(bytes / kBytesEach)}));
 }
 
+// The member's share of all weights, to where the network has them packed.
+template <class T, class Kernels>
+void pack_weights(const RnnNetwork<T>& network, const Kernels& kernels, const Member& member) {
+  for (int64_t i = 0; i < network.layers * network.directions; ++i) {
+    const RnnWeights<T>& weights = network.weights[i];
+    kernels.pack(network, weights, member, const_cast<Compute<T>*>(weights.packed));
+  }
+}
+
 // Forward in parts: runs of sequences, or, where there is an even number of threads for two directions, each direction
 // of a layer apart, so that a thread reads half of the weights for twice the rows; or, for few sequences, all of them
 // by a team whose members share the hidden units.
@@ -90,7 +99,7 @@ class ForwardParts {
   // `packs` the weights first, to where the network has them.
   void run(bool packs, T* h_n, T* c_n, Compute<T>* scratch) const {
     if (members_ > 1) return run_team(packs, h_n, c_n, scratch);
-    if (packs) pack(Member());
+    if (packs) pack_weights(network_, kernels_, Member());
     const int64_t layers = network_.layers, parts = static_cast<int64_t>(bounds_.size()) - 1;
     for (int64_t first = 0; first < layers; first += apart_ ? 1 : layers) {
       parallel_chunks(chunks_, chunks_, [&](int64_t chunk, int64_t, int64_t) {
@@ -113,7 +122,7 @@ class ForwardParts {
 
   void run_team(bool packs, T* h_n, T* c_n, C* scratch) const {
     parallel_team(members_, [&](Member& member) {
-      if (packs) pack(member);
+      if (packs) pack_weights(network_, kernels_, member);
       member.end_round();
       for (int64_t layer = 0; layer < network_.layers; ++layer) {
         for (int64_t direction = 0; direction < network_.directions; ++direction) {
@@ -122,13 +131,6 @@ class ForwardParts {
         }
       }
     });
-  }
-
-  void pack(const Member& member) const {
-    for (int64_t i = 0; i < network_.layers * network_.directions; ++i) {
-      const RnnWeights<T>& weights = network_.weights[i];
-      kernels_.pack(network_, weights, member, const_cast<C*>(weights.packed));
-    }
   }
 
   const RnnNetwork<T>& network_;
