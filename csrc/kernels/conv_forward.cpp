@@ -86,7 +86,7 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
     case ConvAlgorithm::windows:
       return pack_blocks(call, window_outputs(pixels_together(call.geometry)), first_item, last_item);
     case ConvAlgorithm::lanes:
-      return pack_lanes(call);
+      return pack_blocks(call, kLaneOutputs, first_item, last_item);
     case ConvAlgorithm::depthwise:
       return pack_depthwise(call, first_item, last_item);
     case ConvAlgorithm::winograd:

@@ -10,25 +10,6 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// weight -> [group][block of output channels][depth][channel]
-template <class T>
-void pack_lanes(const ConvPoolForward<T>& call) {
-  const ConvPoolGeometry& g = call.geometry;
-  const ConvLayout& layout = call.weight_layout;
-  const int64_t blocks = divide_up(g.out_channels, kLaneOutputs);
-  for (int64_t group = 0; group < g.groups; ++group) {
-    for (int64_t o = 0; o < g.out_channels; ++o) {
-      const T* from = call.weight + (group * g.out_channels + o) * layout.n;
-      const int64_t block = ((o + 1) * blocks - 1) / g.out_channels;
-      const int64_t first = g.out_channels * block / blocks, last = g.out_channels * (block + 1) / blocks;
-      Compute<T>* to = call.packed + (group * g.out_channels + first) * g.depth() + o - first;
-      for_each_tap(g, TapOrder::channels_first, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-        to[k * (last - first)] = to_compute(from[c * layout.c + d * layout.d[0] + h * layout.d[1] + w * layout.d[2]]);
-      });
-    }
-  }
-}
-
 // The register tile: `pixels` conv pixels of `outputs` output channels, `vectors` vectors of pieces each.
 template <int pixels, int outputs, int vectors, class C>
 FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
@@ -250,32 +231,38 @@ class LanesForward {
         }
       }
     }
-    for (int o = 0; o < outputs; ++o) {
-      const int64_t at = o * piece_.pixels() * pixel;
-      write(first + o, scratch_.stage + at, scratch_.plane, call_.output);
-      if (call_.winners) write(first + o, scratch_.winner_stage + at, scratch_.winner_plane, call_.winners);
+    write(first, outputs, scratch_.stage, scratch_.plane, call_.output);
+    if (call_.winners) write(first, outputs, scratch_.winner_stage, scratch_.winner_plane, call_.winners);
+  }
+
+  // Pooled pixels [output channel][pixel][lane], of output channels from `first` on, to where each lane's belong.
+  template <class From, class To>
+  void write(int64_t first, int64_t outputs, const From* from, From* rows, To* tensor) {
+    const ConvLayout& layout = call_.output_layout;
+    const int64_t pixels = piece_.pixels();
+    To* const to = tensor + (group_ * g_.out_channels + first) * layout.c;
+    const bool runs = call_.plan.bands == 1 && layout.c == pixels;  // all of a lane's are one
+    if (runs) return transpose_matrix(from, lanes_, outputs * pixels, live_, to + first_piece_ * layout.n, layout.n);
+    for (int64_t o = 0; o < outputs; ++o) {
+      transpose_matrix(from + o * pixels * lanes_, lanes_, pixels, lanes_, rows, pixels);
+      for (int64_t i = 0; i < live_; ++i) {
+        write_rows(pieces_[i], rows + i * pixels, to + o * layout.c + pieces_[i].image * layout.n);
+      }
     }
   }
 
-  // One output channel's pooled pixels [pixel][lane] to where each lane's belong.
+  // The same of one lane and output channel.
   template <class From, class To>
-  void write(int64_t output, const From* from, From* row, To* tensor) {
+  void write_rows(const Lane& lane, const From* from, To* to) {
     const ConvLayout& layout = call_.output_layout;
-    const int64_t pixels = piece_.pixels();
-    transpose_matrix(from, lanes_, pixels, lanes_, row, pixels);
-    for (int64_t i = 0; i < live_; ++i) {
-      const Lane& lane = pieces_[i];
-      const int64_t rows = smaller(piece_.output[1], g_.output[1] - lane.row);
-      for (int64_t z = 0; z < g_.output[0] && rows > 0; ++z) {
-        const From* source = row + i * pixels + z * piece_.output[1] * piece_.output[2];
-        To* to = tensor + lane.image * layout.n + (group_ * g_.out_channels + output) * layout.c + z * layout.d[0] +
-                 lane.row * layout.d[1];
-        const int64_t count = rows * g_.output[2];
-        if (layout.d[2] == 1) {
-          copy_out(source, count, to);
-        } else {
-          for (int64_t x = 0; x < count; ++x) copy_one(source[x], to + x * layout.d[2]);
-        }
+    const int64_t count = smaller(piece_.output[1], g_.output[1] - lane.row) * g_.output[2];
+    for (int64_t z = 0; z < g_.output[0] && count > 0; ++z) {
+      const From* source = from + z * piece_.output[1] * piece_.output[2];
+      To* target = to + z * layout.d[0] + lane.row * layout.d[1];
+      if (layout.d[2] == 1) {
+        copy_out(source, count, target);
+      } else {
+        for (int64_t x = 0; x < count; ++x) copy_one(source[x], target + x * layout.d[2]);
       }
     }
   }

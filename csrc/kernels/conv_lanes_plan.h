@@ -107,7 +107,7 @@ LanesPlan plan_lanes(const ConvPoolGeometry& g, int64_t threads) {
   const int64_t lanes = plan.lane_vectors * kLanes<C>;
   plan.algorithm = ConvAlgorithm::lanes;
   plan.items = divide_up(g.batch * plan.bands, lanes) * g.groups;
-  plan.pack_items = 1;
+  plan.pack_items = g.groups * divide_up(g.out_channels, kLaneOutputs);
   plan.packed_size = g.depth() * g.out_channels * g.groups;
   plan.scratch_size = LanesScratch<C>(piece_geometry(g, plan.bands), plan, nullptr).size;
   return best;

@@ -79,7 +79,9 @@ void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_f
   char* scratch = memory.get() + packed_bytes;
   call.packed = packed ? const_cast<Compute<T>*>(packed) : reinterpret_cast<Compute<T>*>(memory.get());
   if (!packed) {
-    parallel_chunks(std::min(threads, plan.pack_items), plan.pack_items,
+    constexpr int64_t kSmallWeight = 8192;  // packed before a second thread has come
+    const int64_t most = plan.packed_size < kSmallWeight ? 1 : threads;
+    parallel_chunks(std::min(most, plan.pack_items), plan.pack_items,
                     [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
   }
   parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
