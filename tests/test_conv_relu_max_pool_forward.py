@@ -109,6 +109,42 @@ class TestPairs:
         assert (chosen == "pairs") == ("avx512_bf16" in instruction_sets())
 
 
+class TestLanes:
+    """Small images, or bands of their rows, in the lanes."""
+
+    @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "arguments"),
+        [
+            ((32, 3, 20, 20), 10, (5, 5), geometry(2, stride=2, padding=2)),
+            ((33, 10, 5, 5), 10, (2, 2), geometry(2, stride=2, padding=1)),
+            ((15, 3, 9, 8), 13, (3, 3), geometry(2, padding=1)),
+            ((31, 2, 9, 8), 1, (3, 3), geometry(2, pool=3, pool_stride=1, pool_padding=1)),
+            ((47, 4, 6, 7), 6, (3, 2), geometry(2, groups=2, pool=(2, 1))),
+            ((17, 3, 10), 5, (3,), geometry(1, dilation=2)),
+            ((16, 2, 5, 6, 4), 7, (2, 2, 2), geometry(3, padding=1, pool=2)),
+        ],
+    )
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        last: bool,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        assert_like_stock(make(size, out_channels, kernel, arguments[3], dtype, last=last), arguments)
+
+    def test_chosen_for_small_images(self) -> None:
+        input, weight, bias = make((32, 3, 20, 20), 10, (5, 5))
+        assert RAW_ALGORITHM(input, weight, bias, flat(geometry(2, stride=2, padding=2)))[0] == "lanes"
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        assert_same_bits(make((40, 3, 40, 40), 10, (5, 5)), geometry(2, stride=2, padding=2))
+
+
 class TestWindows:
     """Consecutive windows in the lanes, pooled in registers."""
 
