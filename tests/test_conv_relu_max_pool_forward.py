@@ -1,5 +1,5 @@
-"""Sizes at which forward takes ways of its own: dot products, pairs, windows in the lanes, groups together, pools
-that overlap."""
+"""Sizes at which forward takes ways of its own: dot products, pairs, images or windows in the lanes, phases of the
+stride, groups together, pools that overlap."""
 
 from typing import Any
 
@@ -204,6 +204,72 @@ class TestWindows:
 
     def test_same_bits_for_any_number_of_threads(self) -> None:
         assert_same_bits(make((1, 2, 150, 224), 24, (3, 3)), geometry(2, padding=1))
+
+
+class TestPhases:
+    """Fewer multiplications along a row, for each phase of its stride."""
+
+    STEM = geometry(2, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
+
+    @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "arguments"),
+        [
+            ((1, 3, 64, 63), 64, (7, 7), STEM),
+            ((2, 3, 65, 61), 40, (7, 7), geometry(2, stride=2, padding=3, pool=(3, 4), pool_stride=(1, 2))),
+            ((1, 3, 70, 131), 97, (11, 11), geometry(2, stride=4, padding=2, pool=3, pool_stride=2)),
+            ((2, 20, 21, 67), 96, (3, 3), geometry(2, padding=1, pool=3, pool_stride=2)),
+            (
+                (1, 40, 21, 33),
+                192,
+                (2, 3),
+                geometry(2, groups=2, padding=(0, 2), dilation=(2, 1), pool=3, pool_stride=2),
+            ),
+            ((1, 24, 33, 34), 96, (4, 2), geometry(2, stride=(3, 1), padding=1, pool=3, pool_stride=2)),
+            ((2, 3, 19, 90), 96, (5, 11), geometry(2, stride=(1, 3), padding=2, pool=3, pool_stride=1)),
+            ((3, 96, 201), 130, (3,), geometry(1, padding=1, pool=3)),
+            ((1, 12, 9, 10, 33), 96, (3, 3, 3), geometry(3, padding=1, pool=3, pool_stride=2, pool_padding=1)),
+        ],
+    )
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        last: bool,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        assert_like_stock(make(size, out_channels, kernel, arguments[3], dtype, last=last), arguments)
+
+    @pytest.mark.parametrize("value", [-0.0, float("nan"), float("inf"), -float("inf"), 1e30])
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_special_values(self, instruction_set: str, which: int, value: float) -> None:
+        tensors = make((1, 3, 64, 64), 48, (7, 7))
+        tensors[which][0, 1, 3, 3] = value  # of the kernel: never in the padding
+        assert_like_stock(tensors, self.STEM, gradients=False)
+
+    def test_large_values_in_another_slice(self) -> None:
+        tensors = make((1, 12, 9, 10, 33), 96, (3, 3, 3))
+        tensors[0][0, 3, 8, 2, 5] = 1e30
+        assert_like_stock(tensors, geometry(3, padding=1, pool=3, pool_stride=2, pool_padding=1), gradients=False)
+
+    def test_some_of_the_columns(self, instruction_set: str) -> None:
+        input, weight, bias = make((1, 3, 64, 127), 64, (7, 14))
+        assert_like_stock([input[..., ::2], weight[..., ::2], bias], self.STEM)
+        assert_like_stock([input[..., :63], weight[..., :7], bias], self.STEM)
+
+    def test_chosen_for_strides_and_overlapping_windows(self) -> None:
+        input, weight, bias = make((1, 3, 224, 224), 64, (7, 7))
+        assert RAW_ALGORITHM(input, weight, bias, flat(self.STEM))[0] == "phases"
+        input, weight, bias = make((1, 16, 28, 28), 512, (3, 3))
+        arguments = geometry(2, padding=1, pool=3, pool_stride=2)
+        assert RAW_ALGORITHM(input, weight, bias, flat(arguments))[0] == "phases"
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        assert_same_bits(make((1, 3, 90, 90), 64, (7, 7)), self.STEM)
+        assert_same_bits(make((3, 20, 40, 50), 96, (3, 3)), geometry(2, padding=1, pool=3, pool_stride=2))
 
 
 class TestGroupsTogether:

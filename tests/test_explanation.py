@@ -7,7 +7,10 @@ import fastnn
 import fastnn.nn
 from fastnn import functional
 
-FORWARD, BACKWARD = {"direct", "rows", "lanes", "windows", "depthwise", "winograd", "dots"}, {"winners", "depthwise"}
+FORWARD, BACKWARD = (
+    {"direct", "rows", "lanes", "windows", "depthwise", "winograd", "dots", "phases"},
+    {"winners", "depthwise"},
+)
 
 
 class Network(nn.Module):

@@ -3,7 +3,8 @@
 // A thread copies the input that a band of pooled rows needs into a tile padded with zeros, so that the inner loop
 // checks nothing. Then, a block of output channels at a time, windows that share no pixel are pooled in registers
 // (conv_pool_tile.h). Elsewhere rows of conv pixels go into a small ring, from which windows are pooled; a conv pixel
-// under several windows is computed once.
+// under several windows is computed once. Such rows may also be computed without a copy (conv_row_inside.h) or with
+// fewer multiplications (conv_row_phases.h).
 #pragma once
 
 #include "conv_direct_plan.h"
@@ -96,9 +97,15 @@ class DirectForward {
         g_(tile_geometry<E>(call.geometry)),
         plan_(call.plan),
         ring_shape_(ring_shape(g_, call.plan)),
-        pools_in_tiles_(kPoolsInTiles<C> && windows_are_apart(g_) && !call.plan.skips_padding),
+        pools_in_tiles_(kPoolsInTiles<C> && windows_are_apart(g_) && makes_plain_rows(call.plan)),
+        phases_(g_, ring_shape_.columns),
         scratch_(g_, call.plan, memory) {
-    if (plan_.in_place) {
+    if (in_phases()) {
+      step_[1] = phases_.positions * phases_.pitch;
+      step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
+      channel_step_ = step_[0] * input_extent(g_, 0, 1);
+      step_[2] = 0;  // the columns of the kernel are none of the sum's
+    } else if (plan_.in_place) {
       const ConvLayout layout = tile_layout<E>(call.input_layout);
       for (int d = 0; d < 3; ++d) step_[d] = layout.d[d];
       channel_step_ = layout.c;
@@ -110,8 +117,9 @@ class DirectForward {
     }
     for (int64_t i = 0; i < g_.groups * divide_up(g_.out_channels, kBlockChannels<C>); ++i) scratch_.moderate[i] = -1;
     for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-      scratch_.offsets[k] = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
-                            w * g_.dilation[2] * step_[2];
+      scratch_.offsets[in_phases() ? k / g_.kernel[2] : k] = c * channel_step_ + d * g_.dilation[0] * step_[0] +
+                                                             h * g_.dilation[1] * step_[1] +
+                                                             w * g_.dilation[2] * step_[2];
     });
   }
 
@@ -147,6 +155,7 @@ class DirectForward {
 
  private:
   bool channels_inside() const { return plan_.order == TapOrder::channels_last; }
+  bool in_phases() const { return plan_.algorithm == ConvAlgorithm::phases; }
 
   ConvRing<C> ring(int64_t block) const {
     const int64_t slots = ring_shape_.slices * ring_shape_.rows, row = ring_shape_.columns * kBlockChannels<C>;
@@ -178,9 +187,29 @@ class DirectForward {
               used.first[2] * step_[2];
     } else {
       tile_ = tile;
-      fill_tile(call_.geometry, input, layout, channels_inside(), g_.in_channels, used);
+      if (in_phases()) {
+        if constexpr (kHasPhases<E>) fill_phases(input, used);
+      } else {
+        fill_tile(call_.geometry, input, layout, channels_inside(), g_.in_channels, used);
+      }
     }
     tile_is_moderate_ = pools_in_tiles_ && box_is_moderate(used);
+  }
+
+  // `from` is the group's channel, slice, row and column 0.
+  void fill_phases(const T* from, const InputTile<E>& tile) {
+    const ConvLayout& layout = call_.input_layout;
+    for (int64_t c = 0; c < g_.in_channels; ++c) {
+      for (int64_t d = 0; d < tile.size[0]; ++d) {
+        for (int64_t h = 0; h < tile.size[1]; ++h) {
+          const int64_t z = tile.first[0] + d, y = tile.first[1] + h;
+          const bool inside = z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1];
+          const T* row = inside ? from + c * layout.c + z * layout.d[0] + y * layout.d[1] : nullptr;
+          part_row(g_, phases_, row, layout.d[2], tile.first[2], scratch_.parted);
+          transform_row(g_, phases_, scratch_.parted, tile.data + c * tile.c + d * tile.d[0] + h * tile.d[1]);
+        }
+      }
+    }
   }
 
   void run_block(int64_t block, int64_t slice, int64_t first, int64_t last) {
@@ -255,8 +284,9 @@ class DirectForward {
   }
 
   const E* block_weight(int64_t block) const {
-    return reinterpret_cast<const E*>(call_.packed) + group_ * g_.depth() * round_up(g_.out_channels, kLanes<C>) +
-           block * kBlockChannels<C> * g_.depth();
+    const int64_t depth = in_phases() ? phases_.positions * phases_.depth : g_.depth();
+    return reinterpret_cast<const E*>(call_.packed) +
+           depth * (group_ * round_up(g_.out_channels, kLanes<C>) + block * kBlockChannels<C>);
   }
 
   // The tile's element under the first tap of a conv row's first pixel.
@@ -305,6 +335,10 @@ class DirectForward {
       if (plan_.skips_padding) {
         conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
                                  conv_columns_, to);
+      } else if (in_phases()) {
+        if constexpr (kHasPhases<E>) {
+          conv_row_phases<vectors>(g_, phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
+        }
       } else {
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, g_.depth(), block_weight(block),
                           bias, conv_columns_, to);
@@ -330,6 +364,7 @@ class DirectForward {
   const ConvPoolPlan& plan_;
   const RingShape ring_shape_;
   const bool pools_in_tiles_;
+  const PhaseShape<C> phases_;
   const DirectScratch<C> scratch_;
   const E* tile_;  // the band's first conv pixel, first tap
   InputSource<E> source_;

@@ -3,14 +3,25 @@
 
 #include "conv_pool_tile.h"
 #include "conv_row_inside.h"
+#include "conv_row_phases.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 
-constexpr int64_t kTileBytes = 256 << 10;  // a band's input: part of L2, beside a block's weight
-constexpr int64_t kStageBytes = 64 << 10;  // a band's output before it is transposed
-constexpr int64_t kRowPixels = 128;        // conv pixels of a ring row: a few rows stay in L1
-constexpr int64_t kTileRowPixels = 512;    // of a row that is pooled in registers: long runs to copy
+constexpr int64_t kTileBytes = 256 << 10;   // a band's input: part of L2, beside a block's weight
+constexpr int64_t kStageBytes = 64 << 10;   // a band's output before it is transposed
+constexpr int64_t kRowPixels = 128;         // conv pixels of a ring row: a few rows stay in L1
+constexpr int64_t kTileRowPixels = 512;     // of a row that is pooled in registers: long runs to copy
+constexpr int64_t kPhaseBytes = 384 << 10;  // a band's input, transformed
+
+// Of elements that conv_row_phases.h is for.
+template <class E>
+constexpr bool kHasPhases = sizeof(E) == sizeof(float) && !kIsPair<E>;
+
+// Whether a row's pixels are computed one by one, from a tile or in place.
+FASTNN_INLINE bool makes_plain_rows(const ConvPoolPlan& plan) {
+  return !plan.skips_padding && plan.algorithm != ConvAlgorithm::phases;
+}
 
 // Input rows (or slices, or columns) under `pooled` consecutive windows along dimension d.
 FASTNN_INLINE int64_t input_extent(const ConvPoolGeometry& g, int d, int64_t pooled) {
@@ -29,7 +40,9 @@ FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan
   const bool overlap_height = g.output[1] > 1 && g.pool_extent(1) > g.pool_stride[1];
   const int64_t rows = overlap_depth ? g.conv[1] : smaller(g.conv[1], g.pool_extent(1));
   const int64_t columns = smaller(g.conv[2], (plan.columns - 1) * g.pool_stride[2] + g.pool_extent(2));
-  return {smaller(g.conv[0], g.pool_extent(0)), rows, columns, overlap_depth || overlap_height};
+  const bool in_pairs = plan.algorithm == ConvAlgorithm::phases;
+  return {smaller(g.conv[0], g.pool_extent(0)), rows, in_pairs ? round_up(columns, 2) : columns,
+          overlap_depth || overlap_height};
 }
 
 // What a part of the rows computes anew of what the one before it has computed, in rows of windows.
@@ -52,10 +65,18 @@ int64_t channel_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   return plan.order == TapOrder::channels_last || size < line ? size : round_up(size, 2 * line) + line;
 }
 
+// The transformed input of a band.
+template <class C>
+int64_t phase_tile_size(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  const PhaseShape<C> s(g, ring_shape(g, plan).columns);
+  return g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, plan.band) * s.positions * s.pitch;
+}
+
 // A thread's scratch, cut into its parts.
 template <class C>
 struct DirectScratch {
   C* tile;
+  C* parted;  // conv_row_phases.h: a row of the input
   C* ring;
   C* stage;
   uint8_t* winner_stage;
@@ -71,7 +92,12 @@ struct DirectScratch {
     const int64_t slots = blocks * ring_size.slices * ring_size.rows;
     const int64_t stage_pixels = plan.band * plan.columns;
     MemoryParts parts(memory);
-    tile = parts.take<C>(plan.in_place ? 0 : g.in_channels * channel_step<C>(g, plan));
+    const bool in_phases = plan.algorithm == ConvAlgorithm::phases;
+    const PhaseShape<C> phases(g, ring_size.columns);
+    tile = parts.take<C>(in_phases       ? phase_tile_size<C>(g, plan)
+                         : plan.in_place ? 0
+                                         : g.in_channels * channel_step<C>(g, plan));
+    parted = parts.take<C>(in_phases ? phases.places * phases.column_run() : 0);
     ring = parts.take<C>(slots * ring_size.columns * kBlockChannels<C>);
     stage = parts.take<C>(stage_pixels * kBlockChannels<C>);
     winner_stage = parts.take<uint8_t>(stage_pixels * kBlockChannels<C>);
@@ -131,6 +157,19 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   return plan;
 }
 
+// The same with conv rows by phases.
+template <class T, class C = Compute<T>>
+ConvPoolPlan plan_phases(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
+  ConvPoolPlan plan = plan_direct<T, C>(g, input, threads, false, false);
+  plan.algorithm = ConvAlgorithm::phases;
+  plan.order = TapOrder::channels_first;
+  while (plan.band > 1 && phase_tile_size<C>(g, plan) * static_cast<int64_t>(sizeof(C)) > kPhaseBytes) --plan.band;
+  const PhaseShape<C> s(g, 1);
+  plan.packed_size = g.groups * s.positions * s.depth * round_up(g.out_channels, kLanes<C>);
+  plan.scratch_size = DirectScratch<C>(g, plan, nullptr).size;
+  return plan;
+}
+
 // Of a place in a vector of windows: pool_row's fast way is for few rows and columns.
 FASTNN_INLINE double place_cost(const ConvPoolGeometry& g) {
   return g.pool_kernel[0] * g.pool_kernel[1] <= 3 && g.pool_kernel[2] <= 3 ? 4 : 12;
@@ -162,6 +201,32 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double elements = static_cast<double>(g.in_channels * rows * input_extent(g, 2, plan.columns));
   const double runs = static_cast<double>(plan.order == TapOrder::channels_last ? rows : rows * g.in_channels);
   return cost + multiplications + (plan.in_place ? 0 : elements * kCopyCost + runs * kRunCost);
+}
+
+// For one image and group.
+template <class C>
+double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  constexpr double kItem = 300, kRow = 60, kWayOut = 12, kTile = 20;  // of a register tile
+  constexpr double kPosition = 16, kPixel = 3;  // of a register tile's sum; of a vector of pixels in the ring
+  constexpr double kProduct = 1.15, kTransformed = 5,
+                   kPack = 4;  // of a vector of the input; of an element of the weight
+  const PhaseShape<C> s(g, ring_shape(g, plan).columns);
+  const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kPhasePairs);
+  const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * plan.column_parts);
+  // Few pairs do not keep the multipliers busy.
+  const double pairs = static_cast<double>(larger(s.pairs, tiles * kPhasePairs / 2));
+  const double sums = static_cast<double>(s.positions) *
+                      (kProduct * pairs * (static_cast<double>(s.depth) + 2) + kPosition * static_cast<double>(tiles));
+  const double windows =
+      static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
+  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
+  const double rows =
+      static_cast<double>(g.in_channels * bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band));
+  const double parting = static_cast<double>(s.places) * (kRunCost + copy_cost(s.places * input.d[2]) * s.pairs);
+  const double transform = parting + kTransformed * static_cast<double>(s.positions * s.pitch / kLanes<C>);
+  const double packing = kPack * static_cast<double>(g.out_channels * g.depth()) / static_cast<double>(g.batch);
+  const double row = kTile * tiles + kPixel * 2 * static_cast<double>(s.pairs) + sums;
+  return kItem + conv_rows * (kRow + static_cast<double>(vectors) * row) + windows + rows * transform + packing;
 }
 
 // With or without a padded copy of the input, whichever is cheaper.

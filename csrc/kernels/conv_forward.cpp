@@ -47,7 +47,14 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
   if (dots_apply(g, input, weight)) {
     dots_costs = dots_cost<T>(g, input, weight, plan_dots<T>(g, input, weight, 1)) - packing_cost<C>(g);
   }
-  if (dots_costs >= direct_costs && direct_costs < 1.02 * least) return direct;
+  const bool by_phases = !exact && !has_pairs && kHasPhases<C> && phases_apply(g);
+  ConvPoolPlan phases = direct;
+  double phases_costs = direct_costs;
+  if (by_phases) {
+    phases = plan_phases<T>(g, input, threads);
+    phases_costs = phases_cost<C>(g, input, phases);
+  }
+  if (dots_costs >= direct_costs && phases_costs >= direct_costs && direct_costs < 1.02 * least) return direct;
   const LanesPlan lanes = plan_lanes<C>(g, 1);
   const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
   const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
@@ -56,10 +63,11 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
   const double depthwise_costs = depthwise_applies(g) ? depthwise_cost<C>(g, depthwise) : direct_costs;
   const auto is_least = [&](double costs) {
     return costs < direct_costs && costs <= dots_costs && costs <= depthwise_costs && costs <= rows_costs &&
-           costs <= lanes_costs && costs <= windows_costs;
+           costs <= lanes_costs && costs <= windows_costs && costs <= phases_costs;
   };
   if (is_least(dots_costs)) return plan_dots<T>(g, input, weight, threads);
   if (is_least(depthwise_costs)) return depthwise;
+  if (is_least(phases_costs)) return phases;
   if (is_least(windows_costs)) return plan_windows<T>(g, threads);
   if (is_least(rows_costs)) return plan_rows<T>(g, input, threads);
   return is_least(lanes_costs) ? plan_lanes<C>(g, threads).plan : direct;
@@ -67,7 +75,7 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
 
 template <class T>
 bool plan_holds(const ConvPoolForward<T>& call) {
-  if (call.plan.algorithm != ConvAlgorithm::winograd) return true;
+  if (call.plan.algorithm != ConvAlgorithm::winograd && call.plan.algorithm != ConvAlgorithm::phases) return true;
   const ConvPoolGeometry& g = call.geometry;
   return all_moderate(call.input, g.batch, call.input_layout, g.groups * g.in_channels, g.input) &&
          all_moderate(call.weight, g.groups * g.out_channels, call.weight_layout, g.in_channels, g.kernel);
@@ -92,6 +100,9 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
     case ConvAlgorithm::winograd:
       if constexpr (kHasWinograd<T>) pack_winograd(call, first_item, last_item);
       return;
+    case ConvAlgorithm::phases:
+      if constexpr (kHasWinograd<T>) pack_phases(call, first_item, last_item);
+      return;
     case ConvAlgorithm::dots:  // nothing to pack
       return;
   }
@@ -101,6 +112,7 @@ template <class T>
 void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
   switch (call.plan.algorithm) {
     case ConvAlgorithm::direct:
+    case ConvAlgorithm::phases:
       return forward_direct<Compute<T>>(call, first_item, last_item, scratch);
     case ConvAlgorithm::pairs:
       if constexpr (kHasPairs<T>) forward_direct<bfloat16x2>(call, first_item, last_item, scratch);

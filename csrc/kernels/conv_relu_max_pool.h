@@ -52,6 +52,7 @@ enum class ConvAlgorithm : int32_t {
   winograd,   // conv_winograd.h: fewer multiplications
   dots,       // conv_dots.h: the depth of the product in the lanes
   windows,    // conv_windows.h: consecutive windows in the lanes
+  phases,     // conv_row_phases.h: direct, with fewer multiplications along a row
 };
 
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.

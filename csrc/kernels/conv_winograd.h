@@ -8,6 +8,7 @@
 #pragma once
 
 #include "conv_tile.h"
+#include "conv_winograd_transforms.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -76,25 +77,6 @@ ConvPoolPlan plan_winograd(const ConvPoolGeometry& g) {
   plan.packed_size = g.groups * kPositions * g.in_channels * round_up(g.out_channels, kLanes<C>);
   plan.scratch_size = WinogradScratch<C>(g, plan, nullptr).size;
   return plan;
-}
-
-// One dimension of G g G^T: 3 weights -> 4.
-template <class V>
-FASTNN_INLINE void transform_weight(const V (&g)[3], V (&u)[4]) {
-  const V outer = g[0] + g[2];
-  u[0] = g[0];
-  u[1] = (outer + g[1]) * 0.5f;
-  u[2] = (outer - g[1]) * 0.5f;
-  u[3] = g[2];
-}
-
-// One dimension of B^T d B: 4 pixels -> 4.
-template <class V>
-FASTNN_INLINE void transform_input(const V (&d)[4], V (&v)[4]) {
-  v[0] = d[0] - d[2];
-  v[1] = d[1] + d[2];
-  v[2] = d[2] - d[1];
-  v[3] = d[1] - d[3];
 }
 
 // weight -> [group][block of channels][position][input channel][vectors x lanes]
@@ -294,19 +276,18 @@ bool all_moderate(const T* data, int64_t outer, const ConvLayout& layout, int64_
   const int64_t run_step = channels_inside ? layout.d[2] : layout.c, step = channels_inside ? 1 : layout.d[2];
   Vec<C> total = {};
   C single = 0;
-  for (int64_t n = 0; n < outer; ++n) {
-    for (int64_t y = 0; y < size[1]; ++y) {
-      for (int64_t r = 0; r < runs; ++r) {
-        const T* from = data + n * layout.n + y * layout.d[1] + r * run_step;
-        int64_t i = 0;
-        for (; step == 1 && i + kLanes<C> <= length; i += kLanes<C>) {
-          const Vec<C> value = load(from + i) * scale;
-          total += value * value;
-        }
-        for (; i < length; ++i) {
-          const C value = to_compute(from[i * step]) * scale;
-          single += value * value;
-        }
+  for (int64_t row = 0; row < outer * size[0] * size[1]; ++row) {
+    const int64_t n = row / (size[0] * size[1]), z = row / size[1] % size[0], y = row % size[1];
+    for (int64_t r = 0; r < runs; ++r) {
+      const T* from = data + n * layout.n + z * layout.d[0] + y * layout.d[1] + r * run_step;
+      int64_t i = 0;
+      for (; step == 1 && i + kLanes<C> <= length; i += kLanes<C>) {
+        const Vec<C> value = load(from + i) * scale;
+        total += value * value;
+      }
+      for (; i < length; ++i) {
+        const C value = to_compute(from[i * step]) * scale;
+        single += value * value;
       }
     }
   }

@@ -108,6 +108,8 @@ std::string algorithm_name(ConvAlgorithm algorithm) {
       return "dots";
     case ConvAlgorithm::windows:
       return "windows";
+    case ConvAlgorithm::phases:
+      return "phases";
   }
   return "";
 }
