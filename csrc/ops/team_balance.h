@@ -62,7 +62,7 @@ class TeamBalance {
   }
 
  private:
-  static constexpr double kShortest = 4, kLongest = 64;
+  static constexpr double kShortest = 1, kLongest = 64;
 
   double kind_ = 0;
   bool rested_ = false;        // whether one thread made the call before
