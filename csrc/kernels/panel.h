@@ -154,5 +154,29 @@ FASTNN_INLINE void pack_row(const T* row, int64_t columns, int64_t depth, Comput
   }
 }
 
+// The same, times a mask; or null for no mask.
+template <class T>
+void pack_masked_row(const T* row, const T* mask, int64_t columns, int64_t depth, Compute<T>* panels) {
+  using C = Compute<T>;
+  if (!mask) return pack_row(row, columns, depth, panels);
+  for (int64_t column = 0; column < columns; column += kLanes<C>) {
+    const int64_t vector = column / kLanes<C>;
+    store(panels + (vector / 2 * depth * 2 + vector % 2) * kLanes<C>,
+          load_up_to<T>(row + column, columns - column) * load_up_to<T>(mask + column, columns - column));
+  }
+  if (divide_up(columns, kLanes<C>) % 2) {
+    store(panels + (columns / kLanes<C> / 2 * depth * 2 + 1) * kLanes<C>, Vec<C>{});
+  }
+}
+
+// One row of zeros.
+template <class C>
+void clear_row(int64_t columns, int64_t depth, C* panels) {
+  for (int64_t column = 0; column < columns; column += 2 * kLanes<C>) {
+    store(panels + column * depth, Vec<C>{});
+    store(panels + column * depth + kLanes<C>, Vec<C>{});
+  }
+}
+
 }  // namespace FASTNN_ISA
 }  // namespace fastnn
