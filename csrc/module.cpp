@@ -10,6 +10,7 @@
 
 #include "kernels/probe.h"
 #include "kernels/team.h"
+#include "ops/team_balance.h"
 #include "simd/isa.h"
 
 namespace py = pybind11;
@@ -59,6 +60,17 @@ TeamRounds team_rounds(const std::vector<int64_t>& delays, int64_t rounds, int64
   return {{last.begin(), last.end()}, done};
 }
 
+// Whether a team makes each call, if it takes so many nanoseconds by one thread or by a team.
+std::vector<bool> team_choices(const std::vector<std::pair<double, double>>& calls) {
+  fastnn::TeamBalance balance;
+  std::vector<bool> choices;
+  for (const auto& [one, team] : calls) {
+    choices.push_back(!balance.prefers_one());
+    choices.back() ? balance.add_team(1, team) : balance.add_one(1, one);
+  }
+  return choices;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -105,4 +117,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("delays"), py::arg("rounds"), py::arg("things"),
       "Have threads that come after so many microseconds take rounds together, for tests: returns the outcome and how "
       "much each has done.");
+  m.def("team_choices", team_choices, py::arg("calls"),
+        "Whether a team makes each call, if it takes so many nanoseconds by one thread or by a team, for tests.");
 }

@@ -85,6 +85,10 @@ void multiply_panel(int64_t all_rows, int64_t rows, int64_t depth, const C* a, i
                     const C* start, int64_t start_stride, C* out, int64_t out_stride) {
   constexpr int most = tile_rows(vectors);
   const Strides<transposed> strides{a_stride};
+  if (all_rows == 1 && rows == 1) {  // a product so short that the choices below take a tenth of its time
+    return multiply_rows<1, vectors, parts_of(1, vectors)>(depth, a, strides, panel, start, start_stride, out,
+                                                           out_stride);
+  }
   const int64_t tiles = divide_up(rows, most);
   const int parts = parts_of(all_rows, vectors);
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -147,6 +151,30 @@ FASTNN_INLINE void pack_row(const T* row, int64_t columns, int64_t depth, Comput
     const bool second = left_over > kLanes<C>;
     store(panels + kLanes<C>, second ? load_up_to<T>(row + column + kLanes<C>, left_over - kLanes<C>) : Vec<C>{});
     panels += width * depth;
+  }
+}
+
+// The same, times a mask; or null for no mask.
+template <class T>
+void pack_masked_row(const T* row, const T* mask, int64_t columns, int64_t depth, Compute<T>* panels) {
+  using C = Compute<T>;
+  if (!mask) return pack_row(row, columns, depth, panels);
+  for (int64_t column = 0; column < columns; column += kLanes<C>) {
+    const int64_t vector = column / kLanes<C>;
+    store(panels + (vector / 2 * depth * 2 + vector % 2) * kLanes<C>,
+          load_up_to<T>(row + column, columns - column) * load_up_to<T>(mask + column, columns - column));
+  }
+  if (divide_up(columns, kLanes<C>) % 2) {
+    store(panels + (columns / kLanes<C> / 2 * depth * 2 + 1) * kLanes<C>, Vec<C>{});
+  }
+}
+
+// One row of zeros.
+template <class C>
+void clear_row(int64_t columns, int64_t depth, C* panels) {
+  for (int64_t column = 0; column < columns; column += 2 * kLanes<C>) {
+    store(panels + column * depth, Vec<C>{});
+    store(panels + column * depth + kLanes<C>, Vec<C>{});
   }
 }
 

@@ -207,7 +207,7 @@ class BackwardDirection {
       if (before) {
         pack_row(before, outputs, block.rows, panel);
       } else {
-        clear_row(outputs, block.rows, panel);
+        clear_row<C>(outputs, block.rows, panel);
       }
     });
     add_products(gates, layout_.gates(), block.rows, gates_ + layout_.hidden_gradients(), layout_.gradients(), outputs,
@@ -239,24 +239,6 @@ class BackwardDirection {
     });
     add_products(member_.share(projected), projected, block.rows, outputs_, projected, hidden,
                  sums_ + layout_.projection_sums());
-  }
-
-  static void pack_masked_row(const T* row, const T* mask, int64_t columns, int64_t depth, C* panels) {
-    if (!mask) return pack_row(row, columns, depth, panels);
-    for (int64_t column = 0; column < columns; column += kLanes<C>) {
-      const int64_t vector = column / kLanes<C>;
-      store(panels + (vector / 2 * depth * 2 + vector % 2) * kLanes<C>,
-            load_up_to<T>(row + column, columns - column) * load_up_to<T>(mask + column, columns - column));
-    }
-    if (divide_up(columns, kLanes<C>) % 2) {
-      store(panels + (columns / kLanes<C> / 2 * depth * 2 + 1) * kLanes<C>, Vec<C>{});
-    }
-  }
-  static void clear_row(int64_t columns, int64_t depth, C* panels) {
-    for (int64_t column = 0; column < columns; column += 2 * kLanes<C>) {
-      store(panels + column * depth, Vec<C>{});
-      store(panels + column * depth + kLanes<C>, Vec<C>{});
-    }
   }
 
   void add_rows(int64_t rows) {

@@ -84,7 +84,7 @@ void run_forward(const Forward& call, T* output, T* errors, const std::vector<Te
   }
   if (plan.together) {
     const int64_t members = team_size(chain, 1);
-    return parallel_team(members, [&](Member& member) {
+    return parallel_team(members, chain.work, 1, [&](Member& member) {
       kernels.forward_together(layers.data(), layers.size(), input, output, errors, chain.rows, members * kBytesEach,
                                scratch.get(), member);
     });
@@ -273,7 +273,7 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
     kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last, block, member);
   };
   if (together) {
-    parallel_team(team_size(chain, 3), [&](Member& member) { run_chunk(0, 0, chain.rows, member); });
+    parallel_team(team_size(chain, 3), 3 * chain.work, 1, [&](Member& member) { run_chunk(0, 0, chain.rows, member); });
   } else {
     parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
       Member alone;

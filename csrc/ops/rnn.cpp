@@ -203,7 +203,7 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
                 bounds[chunk + 1], member, {shared, own ? own : shared + scratch_size.shared});
   };
   if (members > 1) {
-    parallel_team(members, [&](Member& member) {
+    parallel_steps(network, members, 2 * problem.work(), [&](Member& member) {
       pack_weights(network, kernels, member);
       const Share share = member.share(sums_size);
       std::fill(sums + share.first, sums + share.last, C(0));

@@ -60,6 +60,13 @@ int64_t team_members(const RnnNetwork<T>& network) {
   return std::max<int64_t>(1, std::min({threads, Team::kMost, static_cast<int64_t>(bytes / kBytesEach)}));
 }
 
+// body(member) by a team that does so much `work`: see parallel_team.
+template <class T, class Body>
+void parallel_steps(const RnnNetwork<T>& network, int64_t members, double work, const Body& body) {
+  const double steps = static_cast<double>(network.rows) / static_cast<double>(network.batch);
+  parallel_team(members, work / steps, steps, body);
+}
+
 // The member's share of all weights, to where the network has them packed.
 template <class T, class Kernels>
 void pack_weights(const RnnNetwork<T>& network, const Kernels& kernels, const Member& member) {
@@ -76,7 +83,7 @@ template <class T>
 class ForwardParts {
  public:
   ForwardParts(const RnnNetwork<T>& network, const RnnForwardKernels<T>& kernels, double work)
-      : network_(network), kernels_(kernels) {
+      : network_(network), kernels_(kernels), work_(work) {
     const int64_t members = team_members(network);
     chunks_ = rnn_chunks(work, network.directions * network.batch);
     if (members > 1 && (members > 2 || network.directions == 1)) {
@@ -121,7 +128,7 @@ class ForwardParts {
   using C = Compute<T>;
 
   void run_team(bool packs, T* h_n, T* c_n, C* scratch) const {
-    parallel_team(members_, [&](Member& member) {
+    parallel_steps(network_, members_, work_, [&](Member& member) {
       if (packs) pack_weights(network_, kernels_, member);
       member.end_round();
       for (int64_t layer = 0; layer < network_.layers; ++layer) {
@@ -135,6 +142,7 @@ class ForwardParts {
 
   const RnnNetwork<T>& network_;
   const RnnForwardKernels<T>& kernels_;
+  const double work_;
   int64_t members_ = 1, chunks_;
   RnnScratchSize scratch_each_;
   bool apart_ = false;

@@ -7,6 +7,7 @@
 #include "../kernels/dtype.h"
 #include "../kernels/team.h"
 #include "check.h"
+#include "team_balance.h"
 
 namespace fastnn {
 
@@ -179,20 +180,28 @@ void parallel_chunks(int64_t chunks, int64_t count, const Body& body) {
   });
 }
 
-// body(member) by as many of `most` threads as are there in time: see Team.
+// body(member) by as many of `most` threads as are there in time: see Team. `steps` of `work` operations each tell what
+// the call costs. Members must compute the same whoever does what, so that timing decides nothing but time.
 template <class Body>
-void parallel_team(int64_t most, const Body& body) {
-  if (most <= 1) {
-    Member alone;
-    return body(alone);
+void parallel_team(int64_t most, double work, double steps, const Body& body) {
+  Member one;
+  if (most <= 1) return body(one);
+  TeamBalance& balance = TeamBalance::of(work);
+  const bool alone = balance.prefers_one();
+  const double start = now_in_nanoseconds();
+  if (alone) {
+    body(one);
+  } else {
+    Team team(most);
+    most = std::min(most, Team::kMost);
+    torch::stable::parallel_for(0, most, 1, [&](int64_t first, int64_t last) {
+      // Fewer threads have several places each.
+      Member member(team, (most + last - first - 1) / (last - first));
+      if (member.joined()) body(member);
+    });
   }
-  Team team(most);
-  most = std::min(most, Team::kMost);
-  torch::stable::parallel_for(0, most, 1, [&](int64_t first, int64_t last) {
-    // Fewer threads have several places each.
-    Member member(team, (most + last - first - 1) / (last - first));
-    if (member.joined()) body(member);
-  });
+  const double time = now_in_nanoseconds() - start;
+  alone ? balance.add_one(steps, time) : balance.add_team(steps, time);
 }
 
 }  // namespace fastnn
