@@ -1,5 +1,5 @@
 """Sizes at which forward takes ways of its own: dot products, pairs, images or windows in the lanes, phases of the
-stride, groups together, pools that overlap."""
+stride, groups together, copies with channels last or with their padding, pools that overlap."""
 
 from typing import Any
 
@@ -294,6 +294,82 @@ class TestGroupsTogether:
         arguments: tuple[Any, ...],
     ) -> None:
         assert_like_stock(make(size, out_channels, kernel, arguments[3], dtype, last=True), arguments)
+
+
+class TestTurned:
+    """Contiguous images, and the weight, that are brought into channels last where dot products then cost less."""
+
+    CASES = (
+        ((2, 256, 5, 5, 5), 64, (3, 3, 3), geometry(3, stride=2)),
+        ((4, 48, 32, 32), 10, (11, 11), geometry(2, stride=2, dilation=2, pool=3, pool_stride=1)),
+        ((3, 130, 9, 9), 34, (5, 5), geometry(2, padding=2, groups=2, pool=3, pool_stride=2, stride=2)),
+    )
+
+    @pytest.mark.parametrize(("size", "out_channels", "kernel", "arguments"), CASES)
+    @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        value: float,
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3])
+        tensors[0][0, 1, 2] = value
+        assert_like_stock(tensors, arguments, gradients=value == 0)
+        assert FUSED[len(kernel)](*tensors, *arguments).is_contiguous()
+
+    def test_chosen_where_it_saves_more_than_it_costs(self) -> None:
+        for size, out_channels, kernel, arguments in self.CASES[:2]:
+            tensors = make(size, out_channels, kernel)
+            assert RAW_ALGORITHM(*tensors, flat(arguments))[0] == "dots"
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        size, out_channels, kernel, arguments = self.CASES[0]
+        assert_same_bits(make(size, out_channels, kernel), arguments)
+
+
+class TestPaddedImages:
+    """Small images of depthwise layers, copied with their padding."""
+
+    @pytest.mark.parametrize("channels", [2, 7, 15, 16, 17, 31, 32, 33, 65])
+    @pytest.mark.parametrize("last", [False, True])
+    def test_widths(self, instruction_set: str, dtype: torch.dtype, channels: int, last: bool) -> None:
+        arguments = geometry(2, padding=1, dilation=2, groups=channels, pool=3)
+        assert_like_stock(make((3, channels, 8, 8), channels, (3, 3), channels, dtype, last=last), arguments)
+
+    @pytest.mark.parametrize(
+        ("size", "multiplier", "kernel", "arguments"),
+        [
+            ((2, 20, 7, 9), 2, (5, 3), geometry(2, padding=(2, 1), pool=2, pool_stride=1, pool_padding=1)),
+            ((2, 33, 5, 6, 7), 1, (3, 3, 3), geometry(3, padding=1, pool=(2, 1, 2))),
+            ((2, 17, 9, 8), 1, (3, 3), geometry(2, stride=(2, 1), padding=2)),
+            ((3, 18, 30), 1, (9,), geometry(1, padding=4, pool=3, pool_stride=2)),
+        ],
+    )
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("value", [0.0, float("nan")])
+    def test_geometries(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        multiplier: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        last: bool,
+        value: float,
+    ) -> None:
+        channels = size[1]
+        tensors = make(size, channels * multiplier, kernel, channels, last=last)
+        tensors[0][-1, 1:3, 2] = value
+        assert_like_stock(tensors, (*arguments[:3], channels, *arguments[4:]), gradients=value == 0)
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        arguments = geometry(2, padding=1, groups=70, pool=3, pool_stride=1)
+        for last in (False, True):
+            assert_same_bits(make((5, 70, 9, 9), 70, (3, 3), 70, last=last), arguments)
 
 
 class TestPoolsThatOverlap:

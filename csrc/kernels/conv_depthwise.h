@@ -2,7 +2,8 @@
 //
 // With channels innermost the input is read where it lies; else rows of it, or whole slices and images if these are
 // small, are transposed when a conv row first needs them, into slots that are used again as rows are left behind. Taps
-// outside the input are left out. Conv rows go into a ring, from which windows are pooled.
+// outside the input are left out; but small images are copied with their padding. Conv rows go into a ring, from which
+// windows are pooled.
 #pragma once
 
 #include "conv_depthwise_plan.h"
@@ -61,21 +62,16 @@ FASTNN_INLINE void depthwise_tile(const DepthwiseTap<C>* taps, int64_t count, in
 }
 
 // Conv pixels of a register tile: many where there are registers for them, since a tile reads all of the weight.
-constexpr int kDepthwisePixels = FASTNN_VECTOR_BYTES == 64 ? 8 : 4, kFewPixels = 4;
+constexpr int kDepthwisePixels = FASTNN_VECTOR_BYTES == 64 ? 8 : 4;
 
 // At most as many pixels as wanted; returns how many.
 template <int vectors, bool partial, class C>
 FASTNN_SHARED int64_t depthwise_pixels(int64_t wanted, const DepthwiseTap<C>* taps, int64_t count, int64_t from,
                                        int64_t step, int last, const Vec<C> (&bias)[vectors], C* to) {
-  const auto run = [&](auto pixels) {
-    depthwise_tile<decltype(pixels)::value, vectors, partial>(taps, count, from, step, last, bias, to);
-  };
-  if (wanted >= kDepthwisePixels) {
-    run(Constant<kDepthwisePixels>{});
-    return kDepthwisePixels;
-  }
-  const int64_t pixels = smaller(wanted, kFewPixels);
-  with_constant<kFewPixels>(static_cast<int>(pixels), run);
+  const int64_t pixels = smaller(wanted, kDepthwisePixels);
+  with_constant<kDepthwisePixels>(static_cast<int>(pixels), [&](auto constant) {
+    depthwise_tile<decltype(constant)::value, vectors, partial>(taps, count, from, step, last, bias, to);
+  });
   return pixels;
 }
 
@@ -89,9 +85,19 @@ class DepthwiseForward {
         g_(call.geometry),
         plan_(call.plan),
         units_(input_units<C>(call.geometry, call.input_layout)),
+        padded_(call.geometry),
         scratch_(call.geometry, call.plan, units_, memory),
         ring_(ring(0)),
         block_(call.geometry, 0) {
+    if (!plan_.skips_padding) {
+      int32_t* place = scratch_.places;
+      for (int64_t z = 0; z < g_.input[0]; ++z) {
+        for (int64_t y = 0; y < g_.input[1]; ++y) {
+          const int64_t row = (z + g_.padding[0]) * padded_.d[0] + (y + g_.padding[1]) * padded_.d[1] + g_.padding[2];
+          for (int64_t x = 0; x < g_.input[2]; ++x) *place++ = static_cast<int32_t>(row + x);
+        }
+      }
+    }
     interior_ = {pixels_inside(g_, 2, 0).first, pixels_inside(g_, 2, g_.kernel[2] - 1).last};
   }
 
@@ -127,9 +133,10 @@ class DepthwiseForward {
       loaded_block_ = number;
       for (int64_t i = 0; i < units_.slots(); ++i) scratch_.unit_tags[i] = -1;
       // Lanes without a channel are computed with as well.
-      if (!plan_.in_place && block_.live < block_.lanes) {
+      if (!plan_.in_place && plan_.skips_padding && block_.live < block_.lanes) {
         fill_zeros(scratch_.tile, units_.size * units_.slots() * block_.lanes);
       }
+      if (!plan_.skips_padding) pad_image();
     }
     const bool partial = plan_.in_place && block_.live < block_.lanes;
     for (int64_t o = 0; o < g_.out_channels; ++o) {
@@ -160,17 +167,72 @@ class DepthwiseForward {
       for (int v = 0; v < vectors; ++v) bias[v] = load(lanes + v * kLanes<C>);
     }
     const C* weight = call_.packed + (output * round_up(g_.groups, kLanes<C>) + block_.first) * g_.taps();
+    if (!plan_.skips_padding) list_taps(weight);
     for (int64_t row = first_row; row < last_row; ++row) {
       const int64_t at = (row - first_row) * g_.output[2] * block_.lanes;
-      const int64_t count =
-          ring_.find_rows(g_, row / g_.output[1], row % g_.output[1], scratch_.window_rows,
-                          [&](int64_t z, int64_t y, C* to) { conv_row<vectors, partial>(z, y, weight, bias, to); });
+      const int64_t count = ring_.find_rows(g_, row / g_.output[1], row % g_.output[1], scratch_.window_rows,
+                                            [&](int64_t z, int64_t y, C* to) {
+                                              plan_.skips_padding ? conv_row<vectors, partial>(z, y, weight, bias, to)
+                                                                  : padded_row<vectors>(z, y, bias, to);
+                                            });
       pool_row<C, vectors, with_winners>(g_, scratch_.window_rows, count, 0, 0, g_.output[2], scratch_.stage + at,
                                          scratch_.winner_stage + at);
     }
     const int64_t first = first_row * g_.output[2], count = (last_row - first_row) * g_.output[2];
     write(output, first, count, scratch_.stage, call_.output);
     if (with_winners) write(output, first, count, scratch_.winner_stage, call_.winners);
+  }
+
+  // The image with its padding, which stays as it is from one image to the next.
+  void pad_image() {
+    const ConvLayout& layout = call_.input_layout;
+    const int64_t lanes = block_.lanes, pixels = g_.input[0] * g_.input[1] * g_.input[2];
+    if (padded_channels_ != block_.live) fill_zeros(scratch_.padded, padded_.pixels() * lanes);
+    padded_channels_ = block_.live;
+    if (layout.c != 1) {
+      transpose_to_places(input_, layout.c, block_.live, pixels, scratch_.padded,
+                          [&](int64_t pixel) { return scratch_.places[pixel] * lanes; });
+      return;
+    }
+    const int32_t* place = scratch_.places;
+    for (int64_t z = 0; z < g_.input[0]; ++z) {
+      for (int64_t y = 0; y < g_.input[1]; ++y) {
+        const T* from = input_ + z * layout.d[0] + y * layout.d[1];
+        for (int64_t x = 0; x < g_.input[2]; ++x, from += layout.d[2]) {
+          C* to = scratch_.padded + *place++ * lanes;
+          if (block_.live < lanes) {
+            copy_run(from, 1, block_.live, to);
+            continue;
+          }
+          for (int64_t lane = 0; lane < lanes; lane += kLanes<C>) store(to + lane, load(from + lane));
+        }
+      }
+    }
+  }
+
+  // The taps of an output under the first conv pixel of a padded image.
+  void list_taps(const C* weight) {
+    DepthwiseTap<C>* tap = scratch_.taps;
+    for (int64_t d = 0; d < g_.kernel[0]; ++d) {
+      for (int64_t h = 0; h < g_.kernel[1]; ++h) {
+        for (int64_t w = 0; w < g_.kernel[2]; ++w, weight += block_.lanes) {
+          const int64_t pixel =
+              d * g_.dilation[0] * padded_.d[0] + h * g_.dilation[1] * padded_.d[1] + w * g_.dilation[2];
+          *tap++ = {scratch_.padded + pixel * block_.lanes, weight};
+        }
+      }
+    }
+  }
+
+  template <int vectors>
+  void padded_row(int64_t z, int64_t y, const Vec<C> (&bias)[vectors], C* to) {
+    constexpr int64_t lanes = vectors * kLanes<C>;
+    const int64_t from = (z * g_.stride[0] * padded_.d[0] + y * g_.stride[1] * padded_.d[1]) * lanes;
+    const int64_t step = g_.stride[2] * lanes;
+    for (int64_t x = 0; x < g_.conv[2];) {
+      x += depthwise_pixels<vectors, false>(g_.conv[2] - x, scratch_.taps, g_.taps(), from + x * step, step, 0, bias,
+                                            to + x * lanes);
+    }
   }
 
   template <int vectors, bool partial>
@@ -268,12 +330,13 @@ class DepthwiseForward {
   const ConvPoolGeometry& g_;
   const ConvPoolPlan& plan_;
   const InputUnits units_;
+  const PaddedImage padded_;
   const DepthwiseScratch<C> scratch_;
   ConvRing<C> ring_;
   DepthwiseBlock<C> block_;
   Range interior_;  // conv columns at which the whole kernel meets the input
   const T* input_;  // the image's first channel of the block
-  int64_t step_[3], image_, loaded_image_ = -1, loaded_block_ = -1;
+  int64_t step_[3], image_, loaded_image_ = -1, loaded_block_ = -1, padded_channels_ = -1;
 };
 
 template <class T>

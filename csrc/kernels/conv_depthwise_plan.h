@@ -65,11 +65,27 @@ InputUnits input_units(const ConvPoolGeometry& g, const ConvLayout& input) {
   return u;
 }
 
+// A whole image with its padding, which costs a copy and products with zeros, and saves lists of taps and the pixels at
+// the edges one by one.
+struct PaddedImage {
+  int64_t size[3], d[3];  // strides in pixels
+
+  explicit PaddedImage(const ConvPoolGeometry& g) {
+    for (int d = 2; d >= 0; --d) {
+      size[d] = larger(g.padding[d] + g.input[d], (g.conv[d] - 1) * g.stride[d] + g.kernel_extent(d));
+      this->d[d] = d == 2 ? 1 : this->d[d + 1] * size[d + 1];
+    }
+  }
+  int64_t pixels() const { return size[0] * d[0]; }
+};
+
 template <class C>
 struct DepthwiseScratch {
-  C* tile;   // [slot][element][lane]
-  C* ring;   // [slot][column][lane]
-  C* stage;  // [pooled pixel][lane]
+  C* tile;          // [slot][element][lane]
+  C* padded;        // [slice][row][column][lane]
+  int32_t* places;  // where each pixel of an image lies in that, in pixels
+  C* ring;          // [slot][column][lane]
+  C* stage;         // [pooled pixel][lane]
   uint8_t* winner_stage;
   DepthwiseTap<C>* taps;
   DepthwiseTap<C>* edge_taps;
@@ -87,7 +103,10 @@ struct DepthwiseScratch {
     ring_size = slots * shape.columns * lanes;
     const int64_t stage_pixels = plan.band * g.output[2];
     MemoryParts parts(memory);
-    tile = parts.take<C>(plan.in_place ? 0 : units.slots() * units.size * lanes);
+    const bool pads = !plan.skips_padding;
+    tile = parts.take<C>(plan.in_place || pads ? 0 : units.slots() * units.size * lanes);
+    padded = parts.take<C>(pads ? PaddedImage(g).pixels() * lanes : 0);
+    places = parts.take<int32_t>(pads ? g.input[0] * g.input[1] * g.input[2] : 0);
     ring = parts.take<C>(rings * ring_size);
     stage = parts.take<C>(stage_pixels * lanes);
     winner_stage = parts.take<uint8_t>(stage_pixels * lanes);
@@ -100,6 +119,25 @@ struct DepthwiseScratch {
   }
 };
 
+// Whether small images are copied with their padding, at what that costs and saves in a block.
+template <class C>
+FASTNN_INLINE bool depthwise_pads(const ConvPoolGeometry& g, const ConvLayout& input) {
+  constexpr double kRow = 60, kEdge = 60, kProduct = 1.5, kCopied = 5, kPartlyCopied = 12;
+  const int64_t channels = smaller(kBlockChannels<C>, g.groups), lanes = round_up(channels, kLanes<C>);
+  const int64_t image = g.input[0] * g.input[1] * g.input[2];
+  const bool is_dense = input.d[2] == 1 && (g.input[1] == 1 || input.d[1] == g.input[2]) &&
+                        (g.input[0] == 1 || input.d[0] == g.input[1] * g.input[2]);
+  if (PaddedImage(g).pixels() * lanes * static_cast<int64_t>(sizeof(C)) > kUnitBytes) return false;
+  if (input.c != 1 && !is_dense) return false;
+  const Range interior = {pixels_inside(g, 2, 0).first, pixels_inside(g, 2, g.kernel[2] - 1).last};
+  const double edges = static_cast<double>(g.conv[2] - larger(0, interior.last - interior.first));
+  const double row = kProduct * static_cast<double>(g.conv[2] * g.taps()) * (1 - share_inside(g));
+  const double saved = static_cast<double>(g.out_channels * g.conv[0] * g.conv[1]) * (kRow + kEdge * edges - row);
+  // Other images are copied in any case.
+  const double copied = input.c != 1 ? 0 : channels < lanes ? kPartlyCopied : kCopied;
+  return saved > copied * static_cast<double>(image);
+}
+
 FASTNN_INLINE bool depthwise_applies(const ConvPoolGeometry& g) {
   return g.in_channels == 1 && g.groups > 1;
 }
@@ -109,7 +147,8 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
   using C = Compute<T>;
   ConvPoolPlan plan = {};
   plan.algorithm = ConvAlgorithm::depthwise;
-  plan.in_place = input.c == 1 && sizeof(T) == sizeof(C);
+  plan.skips_padding = !depthwise_pads<C>(g, input);
+  plan.in_place = plan.skips_padding && input.c == 1 && sizeof(T) == sizeof(C);
   plan.columns = g.output[2];
   const int64_t rows = g.output[0] * g.output[1];
   const int64_t row_bytes = g.output[2] * kBlockChannels<C> * static_cast<int64_t>(sizeof(C));

@@ -207,9 +207,10 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
 template <class C>
 double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kItem = 300, kRow = 60, kWayOut = 12, kTile = 20;  // of a register tile
-  constexpr double kPosition = 16, kPixel = 3;  // of a register tile's sum; of a vector of pixels in the ring
-  constexpr double kProduct = 1.15, kTransformed = 5,
-                   kPack = 4;  // of a vector of the input; of an element of the weight
+  constexpr double kProduct = 1.15, kPosition = 16;                   // of a position in it, beside its sum's products
+  constexpr double kPixel = 3;                                        // of a vector of pixels in the ring
+  constexpr double kTransformed = 5,
+                   kPack = 4;  // of a vector of input; of a weight, beyond what packing takes elsewhere
   const PhaseShape<C> s(g, ring_shape(g, plan).columns);
   const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kPhasePairs);
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * plan.column_parts);

@@ -43,6 +43,10 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
   double direct_costs;
   const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, direct_costs);
+  const auto at_cost = [&](ConvPoolPlan chosen, double costs) {
+    chosen.cost = costs + packing_cost<C>(g);
+    return chosen;
+  };
   double dots_costs = direct_costs;
   if (dots_apply(g, input, weight)) {
     dots_costs = dots_cost<T>(g, input, weight, plan_dots<T>(g, input, weight, 1)) - packing_cost<C>(g);
@@ -54,7 +58,8 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
     phases = plan_phases<T>(g, input, threads);
     phases_costs = phases_cost<C>(g, input, phases);
   }
-  if (dots_costs >= direct_costs && phases_costs >= direct_costs && direct_costs < 1.02 * least) return direct;
+  if (dots_costs >= direct_costs && phases_costs >= direct_costs && direct_costs < 1.02 * least)
+    return at_cost(direct, direct_costs);
   const LanesPlan lanes = plan_lanes<C>(g, 1);
   const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
   const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
@@ -65,12 +70,12 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
     return costs < direct_costs && costs <= dots_costs && costs <= depthwise_costs && costs <= rows_costs &&
            costs <= lanes_costs && costs <= windows_costs && costs <= phases_costs;
   };
-  if (is_least(dots_costs)) return plan_dots<T>(g, input, weight, threads);
-  if (is_least(depthwise_costs)) return depthwise;
-  if (is_least(phases_costs)) return phases;
-  if (is_least(windows_costs)) return plan_windows<T>(g, threads);
-  if (is_least(rows_costs)) return plan_rows<T>(g, input, threads);
-  return is_least(lanes_costs) ? plan_lanes<C>(g, threads).plan : direct;
+  if (is_least(dots_costs)) return at_cost(plan_dots<T>(g, input, weight, threads), dots_costs);
+  if (is_least(depthwise_costs)) return at_cost(depthwise, depthwise_costs);
+  if (is_least(phases_costs)) return at_cost(phases, phases_costs);
+  if (is_least(windows_costs)) return at_cost(plan_windows<T>(g, threads), windows_costs);
+  if (is_least(rows_costs)) return at_cost(plan_rows<T>(g, input, threads), rows_costs);
+  return is_least(lanes_costs) ? at_cost(plan_lanes<C>(g, threads).plan, lanes_costs) : at_cost(direct, direct_costs);
 }
 
 template <class T>

@@ -63,7 +63,8 @@ struct ConvPoolPlan {
   int64_t pack_items;             // independent pieces of packing
   int64_t scratch_size;           // bytes, a thread
   bool in_place;                  // the input is read where it lies, not from a padded copy
-  bool skips_padding;             // and no tap outside it is taken
+  bool skips_padding;             // no tap outside the input is taken
+  double cost;                    // of an image and group, in vector multiply-adds; not known for winograd
   TapOrder order;                 // of the packed weight
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together

@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "conv_by_stock.h"
+#include "conv_source.h"
 #include "register.h"
 
 namespace fastnn {
@@ -49,8 +49,9 @@ bool reads_channels_last(const ConvPoolProblem& problem, const Tensor& input) {
           g.input[0] * g.input[1] * g.input[2] <= kFewPixels);
 }
 
-Tensor to_read(const ConvPoolProblem& problem, const Tensor& input) {
-  return reads_channels_last(problem, input) ? in_format(input, true) : input.borrow();
+ConvSource to_read(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
+  if (problem.kind.dtype == ScalarType::Float) return cheapest_source<float>(problem, input, weight);
+  return {reads_channels_last(problem, input) ? in_format(input, true) : input.borrow(), weight.borrow()};
 }
 
 // winners: where to put them, or null.
@@ -68,9 +69,9 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const 
     *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
   }
   if (output.numel() > 0) {
-    const Tensor source = to_read(problem, input);
+    const ConvSource source = to_read(problem, input, weight);
     with_dtype(dtype, [&](auto type) {
-      run_forward<decltype(type)>(problem, source, weight, bias, output, winners ? &**winners : nullptr);
+      run_forward<decltype(type)>(problem, source.input, source.weight, bias, output, winners ? &**winners : nullptr);
     });
   }
   return output;
@@ -132,11 +133,11 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     using T = decltype(type);
     ConvPoolForward<T> call{};
     call.geometry = problem.geometry;
-    const Tensor source = to_read(problem, input);
-    call.input = data<T>(source);
-    call.input_layout = layout_of(source);
-    call.weight = data<T>(weight);
-    call.weight_layout = layout_of(weight);
+    const ConvSource source = to_read(problem, input, weight);
+    call.input = data<T>(source.input);
+    call.input_layout = layout_of(source.input);
+    call.weight = data<T>(source.weight);
+    call.weight_layout = layout_of(source.weight);
     choose_plan(call, 1);
     const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(call.geometry);
     const bool by_stock = goes_by_stock(problem, is_channels_last(input));

@@ -30,36 +30,43 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
   }
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
-template <class From, class To>
-void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
+// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns.
+template <class From, class To, class Place>
+FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
+                                       const Place& place) {
   using C = Compute<From>;
   constexpr int lanes = kLanes<C>;
-  if constexpr (lanes > 4) {
-    if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
-    if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
-    if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
-  }
   for (int64_t r = 0; r < rows; r += lanes) {
     const int64_t rows_left = rows - r;
     for (int64_t c = 0; c < columns; c += lanes) {
       const int64_t columns_left = columns - c;
       const From* source = from + r * from_stride + c;
-      To* target = to + c * to_stride + r;
       Vec<C> block[lanes];
       if (rows_left >= lanes && columns_left >= lanes) {
         for (int i = 0; i < lanes; ++i) block[i] = load(source + i * from_stride);
         transpose<C>(block);
-        for (int i = 0; i < lanes; ++i) store(target + i * to_stride, block[i]);
+        for (int i = 0; i < lanes; ++i) store(to + place(c + i) + r, block[i]);
         continue;
       }
       for (int i = 0; i < lanes; ++i) {
         block[i] = i < rows_left ? load_up_to<From>(source + i * from_stride, columns_left) : Vec<C>{};
       }
       transpose<C>(block);
-      for (int i = 0; i < lanes && i < columns_left; ++i) store_up_to<To>(target + i * to_stride, block[i], rows_left);
+      for (int i = 0; i < lanes && i < columns_left; ++i) store_up_to<To>(to + place(c + i) + r, block[i], rows_left);
     }
   }
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
+template <class From, class To>
+void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
+  if constexpr (kLanes<Compute<From>> > 4) {
+    if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
+    if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
+    if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
+  }
+  transpose_to_places(from, from_stride, rows, columns, to,
+                      [&](int64_t c) __attribute__((always_inline)) { return c * to_stride; });
 }
 
 // The same for bytes, in squares of 16.
