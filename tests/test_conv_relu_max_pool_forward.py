@@ -26,6 +26,9 @@ class TestDots:
             ((2, 64, 6, 5), 82, (3, 3), True, geometry(2, padding=1, groups=2)),
             ((1, 96, 4, 5, 4), 40, (3, 3, 3), False, geometry(3, padding=1, pool=4)),
             ((2, 300, 3, 3), 150, (1, 1), False, geometry(2, stride=2, pool=1)),
+            # More input than stays in cache.
+            ((1, 128, 39, 41), 2, (1, 1), True, geometry(2)),
+            ((1, 64, 47, 43), 9, (3, 3), True, geometry(2, pool=3, pool_stride=1)),
         ],
     )
     def test_like_stock(

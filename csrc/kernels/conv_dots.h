@@ -157,16 +157,29 @@ class DotsForward {
     }
   }
 
-  // Some outputs of all pixels before the next: the weight is read once, the input from cache.
+  // The weight is read once, for all pixels. But if it stays in cache and the input does not, that is.
   template <class E>
   void multiply(const E* input, int64_t channel, int64_t channels, int64_t pixels) {
+    constexpr int64_t kCache = 256 << 10, size = sizeof(T);
+    const int64_t image = g_.in_channels * g_.input[0] * g_.input[1] * g_.input[2];
+    const int64_t pixel = call_.plan.in_place ? divide_up(image, g_.conv[0] * g_.conv[1] * g_.conv[2]) : g_.depth();
+    const bool weight_stays = channels * g_.depth() * size <= kCache;
+    const int64_t some = weight_stays ? round_up(divide_up(kCache, pixel * size), kLanes<C>) : pixels;
+    for (int64_t first = 0; first < pixels; first += some) {
+      multiply_some(input, channel, channels, first, smaller(first + some, pixels));
+    }
+  }
+
+  // Some outputs of all these pixels before the next.
+  template <class E>
+  void multiply_some(const E* input, int64_t channel, int64_t channels, int64_t first, int64_t past) {
     C bias[kLanes<C>] = {};
     for (int64_t o = 0; o < channels && call_.bias; ++o) bias[o] = to_compute(call_.bias[channel + o]);
     for (int64_t o = 0; o < channels;) {
       const bool many = channels - o >= kDotOutputs;
       const int64_t together = many ? kDotPixels : kLanes<C>;
-      for (int64_t p = 0; p < pixels;) {
-        const bool several = pixels - p >= together;
+      for (int64_t p = first; p < past;) {
+        const bool several = past - p >= together;
         const auto tile = [&](auto pixel_count, auto output_count) {
           dots_tile<decltype(pixel_count)::value, decltype(output_count)::value>(
               input, scratch_.pixels + p, call_.weight + (channel + o) * call_.weight_layout.n, call_.weight_layout.n,
