@@ -34,25 +34,6 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
   run_conv_pool(call, problem.work, [](const ConvPoolPlan&) -> const Compute<T>* { return nullptr; });
 }
 
-// Whether contiguous bfloat16 is brought into channels last first, where pairs of channels are read as they lie and
-// taps in the padding left out: if each element goes into so many products that it costs nothing, or if images have
-// little but channels, so that vectors of pixels are short. Not for a large weight, which is read in its own order.
-bool reads_channels_last(const ConvPoolProblem& problem, const Tensor& input) {
-  constexpr double kManyOperations = 1800;                                    // an element
-  constexpr int64_t kManyChannels = 64, kFewPixels = 128, kLargeWeight = 16;  // to the input's elements
-  const ConvPoolGeometry& g = problem.geometry;
-  const bool in_pairs = problem.kind.dtype == ScalarType::BFloat16 && isa_multiplies_pairs();
-  if (!in_pairs || g.in_channels % 2 != 0 || !input.is_contiguous()) return false;
-  const int64_t weight = g.groups * g.out_channels * g.depth();
-  return problem.work > kManyOperations * static_cast<double>(input.numel()) ||
-         (weight < kLargeWeight * input.numel() && g.in_channels >= kManyChannels &&
-          g.input[0] * g.input[1] * g.input[2] <= kFewPixels);
-}
-
-Tensor to_read(const ConvPoolProblem& problem, const Tensor& input) {
-  return reads_channels_last(problem, input) ? in_format(input, true) : input.borrow();
-}
-
 // winners: where to put them, or null.
 Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                const Ints& geometry, std::optional<Tensor>* winners) {
@@ -68,9 +49,8 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const 
     *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
   }
   if (output.numel() > 0) {
-    const Tensor source = to_read(problem, input);
     with_dtype(dtype, [&](auto type) {
-      run_forward<decltype(type)>(problem, source, weight, bias, output, winners ? &**winners : nullptr);
+      run_forward<decltype(type)>(problem, input, weight, bias, output, winners ? &**winners : nullptr);
     });
   }
   return output;
@@ -130,9 +110,8 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     using T = decltype(type);
     ConvPoolForward<T> call{};
     call.geometry = problem.geometry;
-    const Tensor source = to_read(problem, input);
-    call.input = data<T>(source);
-    call.input_layout = layout_of(source);
+    call.input = data<T>(input);
+    call.input_layout = layout_of(input);
     call.weight = data<T>(weight);
     call.weight_layout = layout_of(weight);
     choose_plan(call, 1);

@@ -103,6 +103,38 @@ FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+#if defined(__AVX512F__)
+// Within quarters of vectors first, which takes half as long as zipping across them; then whole quarters.
+template <>
+FASTNN_INLINE void transpose<float>(Vec<float> (&rows)[kLanes<float>]) {
+  __m512 x[16], y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    x[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    x[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const int row = i / 2 * 4 + i % 2;
+    y[2 * i] = (__m512)_mm512_unpacklo_pd((__m512d)x[row], (__m512d)x[row + 2]);
+    y[2 * i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)x[row], (__m512d)x[row + 2]);
+  }
+  constexpr int even = 0x88, odd = 0xdd;  // quarters of each operand
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_shuffle_f32x4(y[i], y[4 + i], even);
+    x[4 + i] = _mm512_shuffle_f32x4(y[i], y[4 + i], odd);
+    x[8 + i] = _mm512_shuffle_f32x4(y[8 + i], y[12 + i], even);
+    x[12 + i] = _mm512_shuffle_f32x4(y[8 + i], y[12 + i], odd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = (Vec<float>)_mm512_shuffle_f32x4(x[i], x[8 + i], even);
+    rows[8 + i] = (Vec<float>)_mm512_shuffle_f32x4(x[i], x[8 + i], odd);
+  }
+}
+#endif
+
 // Lane i of the result is the sum of the lanes of rows[i]: the transpose, added up on the way.
 template <class T, int count>
 FASTNN_INLINE Vec<T> sum_each(const Vec<T> (&rows)[count]) {
