@@ -138,7 +138,7 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
   plan.algorithm = ConvAlgorithm::depthwise;
   // Elements that are widened where they lie, rather than in a copy, if few taps meet each.
   const int64_t met = g.out_channels * g.taps() * g.conv[0] * g.conv[1] * g.conv[2];
-  const bool few = met <= 2 * g.input[0] * g.input[1] * g.input[2];
+  const bool few = met <= g.input[0] * g.input[1] * g.input[2];
   plan.in_place = input.c == 1 && (sizeof(T) == sizeof(C) || few);
   // Of a row's vectors of products, an odd last tap counting as two: it is shifted first.
   const int64_t saved = g.kernel[2] / 2 - g.kernel[2] % 2;
