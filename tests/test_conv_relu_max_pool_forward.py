@@ -29,6 +29,13 @@ class TestDots:
             # More input than stays in cache.
             ((1, 128, 39, 41), 2, (1, 1), True, geometry(2)),
             ((1, 64, 47, 43), 9, (3, 3), True, geometry(2, pool=3, pool_stride=1)),
+            # A copy of the image with its padding is read in pairs, by a weight turned to channels last.
+            ((3, 66, 17, 16), 4, (3, 3), True, geometry(2, padding=1, groups=2)),
+            ((2, 31, 9, 31), 3, (3, 2), True, geometry(2, padding=(2, 1), dilation=(2, 1))),
+            ((2, 62, 15, 33), 8, (5, 3), False, geometry(2, padding=(2, 1), groups=2, pool=3, pool_stride=2)),
+            ((5, 33, 8, 9), 5, (3, 3), False, geometry(2, stride=(2, 3), pool=(2, 1))),
+            ((2, 17, 5, 6, 7), 1, (2, 3, 1), False, geometry(3, padding=(1, 1, 0))),
+            ((2, 40, 31), 7, (3,), False, geometry(1, padding=1, stride=2)),
         ],
     )
     def test_like_stock(
@@ -105,11 +112,111 @@ class TestPairs:
     def test_same_bits_for_any_number_of_threads(self) -> None:
         assert_same_bits(make((2, 20, 16, 16), 72, (11, 11), dtype=torch.bfloat16, last=True), geometry(2, padding=5))
 
-    def test_chosen_where_dot_products_would_widen(self) -> None:
-        input, weight, bias = make((1, 128, 60, 60), 8, (3, 3), dtype=torch.bfloat16)
-        arguments = flat(geometry(2, stride=2, pool=3, pool_stride=1))
+    def test_dot_products_are_chosen_where_they_are_of_pairs(self) -> None:
+        input, weight, bias = make((1, 192, 32, 32), 16, (11, 11), 2, dtype=torch.bfloat16)
+        arguments = flat(geometry(2, padding=5, groups=2))
         chosen = RAW_ALGORITHM(channels_last(input), channels_last(weight), bias, arguments)[0]
-        assert (chosen == "pairs") == ("avx512_bf16" in instruction_sets())
+        assert (chosen == "dots") == ("avx512_bf16" in instruction_sets())
+
+
+class TestTurnedInCache:
+    """Contiguous bfloat16 that may be brought into channels last first, in blocks of 32 channels and 8 columns."""
+
+    @pytest.mark.parametrize(
+        ("size", "out_channels", "kernel", "arguments"),
+        [
+            ((7, 64, 7, 9), 5, (1, 1), geometry(2)),
+            ((3, 34, 16, 31), 40, (3, 3), geometry(2, padding=1)),
+            ((2, 6, 8, 33), 130, (3, 3), geometry(2, pool=3, pool_stride=2)),
+            ((13, 96, 9, 15), 7, (2, 2), geometry(2, stride=3)),
+            ((2, 32, 7, 66), 9, (1, 2), geometry(2, stride=(2, 1), padding=(0, 1))),
+            ((2, 40, 9, 17), 20, (1, 1), geometry(2, stride=2)),
+            ((2, 72, 10, 16), 20, (1, 1), geometry(2, stride=3, pool=1)),
+            ((2, 34, 9, 33), 20, (1, 1), geometry(2, stride=4)),
+            ((1, 128, 11, 26), 12, (1, 1), geometry(2, stride=5, pool=1)),
+            ((1, 66, 5, 8, 9), 18, (2, 2, 2), geometry(3, stride=(3, 1, 2), padding=1)),
+            ((1, 64, 7, 5, 16), 8, (1, 3, 3), geometry(3, stride=(2, 1, 1), pool=(2, 1, 2))),
+            ((4, 64, 33), 6, (2,), geometry(1, stride=2)),
+        ],
+    )
+    @pytest.mark.parametrize("special", [False, True])
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        special: bool,
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3], torch.bfloat16)
+        if special:
+            tensors[0][-1:, 1].fill_(torch.nan)
+            tensors[0][0, -1, 0].fill_(torch.inf)
+        assert_like_stock(tensors, arguments)
+
+    def test_views(self, instruction_set: str) -> None:
+        input, weight, bias = make((3, 70, 9, 40), 12, (3, 3), dtype=torch.bfloat16)
+        arguments = geometry(2, padding=1)
+        assert_like_stock([input[:, :, :, ::2], weight, bias], arguments)
+        assert_like_stock([input[:, 1:, 1:, 3:], weight[:, :69], bias], arguments)
+        assert_like_stock([input[1:, ::5], weight[:, :14], bias], arguments)
+        assert_like_stock([input[:, :, :1].expand(-1, -1, 9, -1), weight, bias], arguments)
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        assert_same_bits(make((6, 96, 20, 20), 40, (3, 3), dtype=torch.bfloat16), geometry(2, padding=1))
+        assert_same_bits(make((1, 512, 14, 14), 24, (3, 3), dtype=torch.bfloat16), geometry(2))
+
+
+class TestDepthwise:
+    """bfloat16 is widened where it lies if few taps meet it; else taps side by side are multiplied in pairs, an odd
+    last one alone."""
+
+    @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+    @pytest.mark.parametrize(
+        ("size", "multiplier", "kernel", "arguments"),
+        [
+            ((2, 40, 9, 17), 1, (3, 3), geometry(2, padding=1)),
+            ((1, 33, 8, 16), 1, (5, 5), geometry(2, padding=2, pool=3, pool_stride=1, pool_padding=1)),
+            ((2, 17, 15, 31), 2, (4, 2), geometry(2, padding=(2, 1), dilation=(1, 2))),
+            ((2, 31, 33, 40), 1, (7, 7), geometry(2, padding=(0, 3), stride=(1, 2))),
+            ((1, 48, 64, 70), 1, (3, 6), geometry(2, padding=(1, 3), pool=3, pool_stride=2)),
+            ((2, 9, 10, 10), 1, (2, 2), geometry(2, stride=3)),
+            ((2, 34, 9, 9), 1, (1, 1), geometry(2, stride=2)),
+            ((2, 16, 7, 7, 8), 1, (3, 3, 3), geometry(3, padding=1)),
+            ((1, 32, 7, 9, 11), 1, (2, 2, 2), geometry(3, stride=3)),
+            ((2, 24, 200), 1, (65,), geometry(1, padding=7)),
+            ((2, 24, 150), 2, (31,), geometry(1, padding=15, dilation=2)),
+        ],
+    )
+    @pytest.mark.parametrize("special", [False, True])
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        multiplier: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        last: bool,
+        special: bool,
+    ) -> None:
+        arguments = (*arguments[:3], size[1], *arguments[4:])
+        tensors = make(size, multiplier * size[1], kernel, size[1], torch.bfloat16, last=last and len(kernel) > 1)
+        if special:  # few, so that windows beside them have to be finite, as they are not with all of stock's ways
+            tensors[0][0, ::2, ..., 4].fill_(torch.nan)
+            exact = FUSED[len(kernel)](*(tensor.double() for tensor in tensors if tensor is not None), *arguments)
+            assert torch.equal(FUSED[len(kernel)](*tensors, *arguments).isnan(), exact.isnan())
+        else:
+            assert_like_stock(tensors, arguments)
+
+    def test_infinity_stays_in_its_windows(self, instruction_set: str) -> None:
+        tensors = make((2, 24, 12, 12), 24, (3, 3), 24, torch.bfloat16)
+        tensors[0][0, :, 3:5, 6].fill_(torch.inf)
+        arguments = geometry(2, padding=1, groups=24)
+        ours = FUSED[2](*tensors, *arguments)
+        exact = FUSED[2](*(tensor.double() for tensor in tensors if tensor is not None), *arguments)
+        assert torch.equal(ours.isposinf(), exact.isposinf())
+        assert torch.equal(ours.isnan(), exact.isnan())
 
 
 class TestLanes:

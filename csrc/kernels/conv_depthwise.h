@@ -4,87 +4,29 @@
 // small, are transposed when a conv row first needs them, into slots that are used again as rows are left behind. Taps
 // outside the input are left out; but small images are copied with their padding. Conv rows go into a ring, from which
 // windows are pooled.
+//
+// Where bfloat16 is multiplied in pairs, these are of taps side by side: each column of the slots has the one that the
+// next tap meets beside it. An odd last tap is multiplied alone: a neighbour that its window does not have may be NaN.
 #pragma once
 
-#include "conv_depthwise_plan.h"
+#include "conv_depthwise_pack.h"
+#include "conv_depthwise_tile.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// weight -> [output channel of a group][block][tap][lane], zeros in lanes without a group
-template <class T>
-void pack_depthwise(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
-  using C = Compute<T>;
-  const ConvPoolGeometry& g = call.geometry;
-  const int64_t blocks = divide_up(g.groups, kBlockChannels<C>);
-  ConvLayout layout = call.weight_layout;
-  layout.n *= g.out_channels;
-  for (int64_t item = first_item; item < last_item; ++item) {
-    const int64_t output = item / blocks, first = item % blocks * kBlockChannels<C>;
-    const DepthwiseBlock<C> block(g, first);
-    C* to = call.packed + (output * round_up(g.groups, kLanes<C>) + first) * g.taps();
-    if (block.live < block.lanes) fill_zeros(to, block.lanes * g.taps());
-    pack_taps(g, TapOrder::channels_first, call.weight + (first * g.out_channels + output) * call.weight_layout.n,
-              layout, block.live, to, block.lanes);
-  }
-}
-
-// `pixels` conv pixels, `step` apart, of a block -> to [pixel][lane]. A block's last vector has `last` channels, if it
-// is `partial`.
-template <int pixels, int vectors, bool partial, class C>
-FASTNN_INLINE void depthwise_tile(const DepthwiseTap<C>* taps, int64_t count, int64_t from, int64_t step, int last,
-                                  const Vec<C> (&bias)[vectors], C* to) {
-  // All loops over the registers are unrolled, or GCC would store them again after each product.
-  Vec<C> total[pixels][vectors];
-#pragma GCC unroll 8
-  for (int p = 0; p < pixels; ++p) {
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
-  }
-  sum_in_parts(count, total, [&](int64_t k) __attribute__((always_inline)) {
-    const C* at = taps[k].input + from;
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) {
-      const Vec<C> weight = load(taps[k].weight + v * kLanes<C>);
-#pragma GCC unroll 8
-      for (int p = 0; p < pixels; ++p) {
-        const C* pixel = at + p * step + v * kLanes<C>;
-        const Vec<C> value = partial && v == vectors - 1 ? load_partial<C>(pixel, last) : load(pixel);
-        total[p][v] = multiply_add(value, weight, total[p][v]);
-      }
-    }
-  });
-#pragma GCC unroll 8
-  for (int p = 0; p < pixels; ++p) {
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) store(to + (p * vectors + v) * kLanes<C>, total[p][v]);
-  }
-}
-
-// Conv pixels of a register tile: many where there are registers for them, since a tile reads all of the weight.
-constexpr int kDepthwisePixels = FASTNN_VECTOR_BYTES == 64 ? 8 : 4;
-
-// At most as many pixels as wanted; returns how many.
-template <int vectors, bool partial, class C>
-FASTNN_SHARED int64_t depthwise_pixels(int64_t wanted, const DepthwiseTap<C>* taps, int64_t count, int64_t from,
-                                       int64_t step, int last, const Vec<C> (&bias)[vectors], C* to) {
-  const int64_t pixels = smaller(wanted, kDepthwisePixels);
-  with_constant<kDepthwisePixels>(static_cast<int>(pixels), [&](auto constant) {
-    depthwise_tile<decltype(constant)::value, vectors, partial>(taps, count, from, step, last, bias, to);
-  });
-  return pixels;
-}
-
-template <class T>
+// One thread's way through its items, reading elements E: those of the input where they lie, or of the slots.
+template <class E, class T>
 class DepthwiseForward {
   using C = Compute<T>;
+  static constexpr bool kMayPad = sizeof(E) == sizeof(C) && !kIsPair<E>;
 
  public:
   DepthwiseForward(const ConvPoolForward<T>& call, void* memory)
       : call_(call),
         g_(call.geometry),
         plan_(call.plan),
-        units_(input_units<C>(call.geometry, call.input_layout)),
+        units_(input_units<C>(call.geometry, call.plan, call.input_layout)),
         padded_(call.geometry),
         scratch_(call.geometry, call.plan, units_, memory),
         ring_(ring(0)),
@@ -99,6 +41,8 @@ class DepthwiseForward {
       }
     }
     interior_ = {pixels_inside(g_, 2, 0).first, pixels_inside(g_, 2, g_.kernel[2] - 1).last};
+    if (kIsPair<E>) interior_ = {0, g_.conv[2]};
+    taps_ = static_cast<DepthwiseTap<E>*>(scratch_.taps);
   }
 
   void run(int64_t item) {
@@ -127,16 +71,22 @@ class DepthwiseForward {
     const ConvLayout& layout = call_.input_layout;
     block_ = DepthwiseBlock<C>(g_, number * kBlockChannels<C>);
     input_ = call_.input + image_ * layout.n + block_.first * layout.c;
-    for (int d = 0; d < 3; ++d) step_[d] = plan_.in_place ? layout.d[d] : units_.d[d] * block_.lanes;
+    for (int d = 0; d < 3; ++d) step_[d] = plan_.in_place ? layout.d[d] : units_.slot_d[d] * block_.lanes;
     if (loaded_image_ != image_ || loaded_block_ != number) {
       loaded_image_ = image_;
       loaded_block_ = number;
       for (int64_t i = 0; i < units_.slots(); ++i) scratch_.unit_tags[i] = -1;
       // Lanes without a channel are computed with as well.
       if (!plan_.in_place && plan_.skips_padding && block_.live < block_.lanes) {
-        fill_zeros(scratch_.tile, units_.size * units_.slots() * block_.lanes);
+        if (kIsPair<E>) {
+          fill_zeros(static_cast<T*>(scratch_.unit), units_.size * block_.lanes);
+        } else {
+          fill_zeros(scratch_.tile, units_.size * units_.slots() * block_.lanes);
+        }
       }
-      if (!plan_.skips_padding) pad_image();
+      if constexpr (kMayPad) {
+        if (!plan_.skips_padding) pad_image();
+      }
     }
     const bool partial = plan_.in_place && block_.live < block_.lanes;
     for (int64_t o = 0; o < g_.out_channels; ++o) {
@@ -166,7 +116,8 @@ class DepthwiseForward {
       }
       for (int v = 0; v < vectors; ++v) bias[v] = load(lanes + v * kLanes<C>);
     }
-    const C* weight = call_.packed + (output * round_up(g_.groups, kLanes<C>) + block_.first) * g_.taps();
+    const C* weight =
+        call_.packed + (output * round_up(g_.groups, kLanes<C>) + block_.first) * depthwise_weights(g_, plan_);
     if (!plan_.skips_padding) list_taps(weight);
     for (int64_t row = first_row; row < last_row; ++row) {
       const int64_t at = (row - first_row) * g_.output[2] * block_.lanes;
@@ -212,13 +163,13 @@ class DepthwiseForward {
 
   // The taps of an output under the first conv pixel of a padded image.
   void list_taps(const C* weight) {
-    DepthwiseTap<C>* tap = scratch_.taps;
+    DepthwiseTap<E>* tap = taps_;
     for (int64_t d = 0; d < g_.kernel[0]; ++d) {
       for (int64_t h = 0; h < g_.kernel[1]; ++h) {
         for (int64_t w = 0; w < g_.kernel[2]; ++w, weight += block_.lanes) {
           const int64_t pixel =
               d * g_.dilation[0] * padded_.d[0] + h * g_.dilation[1] * padded_.d[1] + w * g_.dilation[2];
-          *tap++ = {scratch_.padded + pixel * block_.lanes, weight};
+          *tap++ = {reinterpret_cast<const E*>(scratch_.padded) + pixel * block_.lanes, weight};
         }
       }
     }
@@ -230,7 +181,7 @@ class DepthwiseForward {
     const int64_t from = (z * g_.stride[0] * padded_.d[0] + y * g_.stride[1] * padded_.d[1]) * lanes;
     const int64_t step = g_.stride[2] * lanes;
     for (int64_t x = 0; x < g_.conv[2];) {
-      x += depthwise_pixels<vectors, false>(g_.conv[2] - x, scratch_.taps, g_.taps(), from + x * step, step, 0, bias,
+      x += depthwise_pixels<vectors, false>(g_.conv[2] - x, taps_, g_.taps(), 0, from + x * step, step, 0, bias,
                                             to + x * lanes);
     }
   }
@@ -239,17 +190,23 @@ class DepthwiseForward {
   void conv_row(int64_t z, int64_t y, const C* weight, const Vec<C> (&bias)[vectors], C* to) {
     constexpr int64_t lanes = vectors * kLanes<C>;
     const Range slices = taps_inside(g_, 0, z), rows = taps_inside(g_, 1, y);
-    int64_t count = 0;  // taps of the kernel's rows that meet the input
+    // Of the kernel's rows that meet the input: taps or pairs, then what these leave of each row.
+    const int64_t columns = kIsPair<E> ? g_.kernel[2] / 2 : g_.kernel[2], all = depthwise_weights(g_, plan_);
+    const int64_t in_row = all / (g_.kernel[0] * g_.kernel[1]);
+    const int64_t count = (slices.last - slices.first) * (rows.last - rows.first) * columns;
+    DepthwiseTap<E>*to_taps = taps_, *single = taps_ + count;
     for (int64_t d = slices.first; d < slices.last; ++d) {
       for (int64_t h = rows.first; h < rows.last; ++h) {
-        const C* row = input_row(z * g_.stride[0] - g_.padding[0] + d * g_.dilation[0],
+        const E* row = input_row(z * g_.stride[0] - g_.padding[0] + d * g_.dilation[0],
                                  y * g_.stride[1] - g_.padding[1] + h * g_.dilation[1]);
-        const C* factor = weight + (d * g_.kernel[1] + h) * g_.kernel[2] * lanes;
-        for (int64_t w = 0; w < g_.kernel[2]; ++w) {
-          scratch_.taps[count++] = {row + (w * g_.dilation[2] - g_.padding[2]) * step_[2], factor + w * lanes};
+        const C* factor = weight + (d * g_.kernel[1] + h) * in_row * lanes;
+        for (int64_t w = 0; w < in_row; ++w) {
+          const int64_t column = kIsPair<E> ? 2 * w * g_.dilation[2] : w * g_.dilation[2] - g_.padding[2];
+          *(w < columns ? to_taps++ : single++) = {row + column * step_[2], factor + w * lanes};
         }
       }
     }
+    const int64_t single_count = single - (taps_ + count);
     const int64_t step = g_.stride[2] * step_[2];
     const int last = static_cast<int>(block_.live - (vectors - 1) * kLanes<C>);
     for (int64_t x = 0; x < g_.conv[2];) {
@@ -262,9 +219,9 @@ class DepthwiseForward {
       const int64_t wanted = smaller(kDepthwisePixels, interior_.last - x);
       const int64_t past = (x + wanted - 1) * g_.stride[2] - g_.padding[2] + g_.kernel_extent(2);
       x += partial && (past >= g_.input[2] || step_[2] < kLanes<C>)
-               ? depthwise_pixels<vectors, partial>(wanted, scratch_.taps, count, x * step, step, last, bias,
+               ? depthwise_pixels<vectors, partial>(wanted, taps_, count, single_count, x * step, step, last, bias,
                                                     to + x * lanes)
-               : depthwise_pixels<vectors, false>(wanted, scratch_.taps, count, x * step, step, last, bias,
+               : depthwise_pixels<vectors, false>(wanted, taps_, count, single_count, x * step, step, last, bias,
                                                   to + x * lanes);
     }
   }
@@ -273,36 +230,84 @@ class DepthwiseForward {
   template <int vectors, bool partial>
   void edge_pixel(int64_t count, int64_t x, int64_t step, int last, const Vec<C> (&bias)[vectors], C* to) {
     const Range columns = taps_inside(g_, 2, x);
+    DepthwiseTap<E>* const taps = static_cast<DepthwiseTap<E>*>(scratch_.edge_taps);
     int64_t inside = 0;
     for (int64_t k = 0; k < count; k += g_.kernel[2]) {
-      for (int64_t w = columns.first; w < columns.last; ++w) scratch_.edge_taps[inside++] = scratch_.taps[k + w];
+      for (int64_t w = columns.first; w < columns.last; ++w) taps[inside++] = taps_[k + w];
     }
-    depthwise_pixels<vectors, partial>(1, scratch_.edge_taps, inside, x * step, step, last, bias, to);
+    depthwise_pixels<vectors, partial>(1, taps, inside, 0, x * step, step, last, bias, to);
   }
 
   // A row of the input, the block's channels innermost.
-  const C* input_row(int64_t z, int64_t y) {
-    // Of the type computed in, or the plan would not be to leave it there.
-    if (plan_.in_place) return reinterpret_cast<const C*>(input_) + z * step_[0] + y * step_[1];
+  const E* input_row(int64_t z, int64_t y) {
+    // Of elements E, or the plan would not be to leave it there.
+    if (plan_.in_place) return reinterpret_cast<const E*>(input_) + z * step_[0] + y * step_[1];
     const int64_t unit = units_.unit_of(z, y), slot = units_.slot_of(z, y);
-    C* tile = scratch_.tile + slot * units_.size * block_.lanes;
+    C* tile = scratch_.tile + slot * units_.slot_size * block_.lanes;
     if (scratch_.unit_tags[slot] != unit) {
       scratch_.unit_tags[slot] = unit;
-      load_unit(z, y, tile);
+      if constexpr (kIsPair<E>) {
+        load_pairs(z, y, tile);
+      } else {
+        load_unit(z, y, tile);
+      }
     }
-    return tile + (units_.whole_image ? z * step_[0] : 0) + (units_.whole_slices ? y * step_[1] : 0);
+    return reinterpret_cast<const E*>(tile) + (units_.whole_image ? z * step_[0] : 0) +
+           (units_.whole_slices ? y * step_[1] : 0);
   }
 
-  void load_unit(int64_t z, int64_t y, C* to) {
+  template <class To>
+  void load_unit(int64_t z, int64_t y, To* to) {
     const ConvLayout& layout = call_.input_layout;
     const T* from = input_ + (units_.whole_image ? 0 : z * layout.d[0]) + (units_.whole_slices ? 0 : y * layout.d[1]);
-    if (layout.c == 1) {
-      for (int64_t x = 0; x < g_.input[2]; ++x) copy_run(from + x * layout.d[2], 1, block_.live, to + x * block_.lanes);
-    } else if (units_.as_it_lies) {
-      transpose_matrix(from, layout.c, block_.live, units_.size, to, block_.lanes);
-    } else {
+    if (layout.c != 1 && units_.as_it_lies) {
+      if (!units_.whole_slices && y + 1 < g_.input[1]) ask_for_row(from + layout.d[1]);
+      return transpose_matrix(from, layout.c, block_.live, units_.size, to, block_.lanes);
+    }
+    if constexpr (!kIsPair<E>) {  // pairs are made of such only as above
       for (int64_t x = 0; x < g_.input[2]; ++x) {
         copy_run(from + x * layout.d[2], layout.c, block_.live, to + x * block_.lanes);
+      }
+    }
+  }
+
+  // More lines, far apart, than the hardware foresees.
+  void ask_for_row(const T* row) const {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t c = 0; c < block_.live; ++c) {
+      for (int64_t i = 0; i < units_.size; i += line) __builtin_prefetch(row + c * call_.input_layout.c + i, 0, 2);
+    }
+  }
+
+  // The same with zeros in a row's padding, and beside each column the one that the next tap meets.
+  void load_pairs(int64_t z, int64_t y, C* to) {
+    const ConvLayout& layout = call_.input_layout;
+    if (layout.c == 1) {
+      const T* row = input_ + z * layout.d[0] + y * layout.d[1];
+      const bool asks = y + 1 < g_.input[1];
+      for (int64_t x = 0; x < g_.input[2] && asks; ++x) __builtin_prefetch(row + layout.d[1] + x * layout.d[2], 0, 2);
+      return pair_columns(row, layout.d[2], block_.live, to);
+    }
+    T* const unit = static_cast<T*>(scratch_.unit);
+    load_unit(z, y, unit);
+    const int64_t slices = units_.whole_image ? g_.input[0] : 1, rows = units_.whole_slices ? g_.input[1] : 1;
+    for (int64_t i = 0; i < slices; ++i) {
+      for (int64_t j = 0; j < rows; ++j, to += units_.slot_d[1] * block_.lanes) {
+        pair_columns(unit + (i * units_.d[0] + j * units_.d[1]) * block_.lanes, units_.d[2] * block_.lanes,
+                     block_.lanes, to);
+      }
+    }
+  }
+
+  template <class From>
+  void pair_columns(const From* row, int64_t step, int64_t live, C* to) const {
+    const int64_t padding = g_.padding[2], past = padding + g_.input[2];
+    for (int64_t x = 0; x < units_.slot_d[1]; ++x) {
+      for (int64_t i = 0; i < block_.lanes; i += kLanes<C>, to += kLanes<C>) {
+        const auto column = [&](int64_t at) __attribute__((always_inline)) {
+          return at < padding || at >= past ? Vec<C>{} : load_up_to<From>(row + (at - padding) * step + i, live - i);
+        };
+        store(to, zip_pairs(column(x), column(x + g_.dilation[2])));
       }
     }
   }
@@ -334,15 +339,24 @@ class DepthwiseForward {
   const DepthwiseScratch<C> scratch_;
   ConvRing<C> ring_;
   DepthwiseBlock<C> block_;
-  Range interior_;  // conv columns at which the whole kernel meets the input
+  DepthwiseTap<E>* taps_;
+  Range interior_;  // conv columns at which the whole kernel meets the input, or its slot
   const T* input_;  // the image's first channel of the block
   int64_t step_[3], image_, loaded_image_ = -1, loaded_block_ = -1, padded_channels_ = -1;
 };
 
 template <class T>
 void forward_depthwise(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
-  DepthwiseForward<T> worker(call, scratch);
-  for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
+  const auto run = [&](auto&& worker) {
+    for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
+  };
+  if constexpr (kHasPairs<T>) {
+    if (call.plan.pairs_taps) return run(DepthwiseForward<bfloat16x2, T>(call, scratch));
+  }
+  if constexpr (sizeof(T) != sizeof(Compute<T>)) {
+    if (call.plan.in_place) return run(DepthwiseForward<T, T>(call, scratch));
+  }
+  run(DepthwiseForward<Compute<T>, T>(call, scratch));
 }
 
 }  // namespace FASTNN_ISA

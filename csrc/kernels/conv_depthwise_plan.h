@@ -8,6 +8,8 @@ namespace FASTNN_ISA {
 
 constexpr int64_t kUnitBytes = 128 << 10;  // of an image or a slice that is transposed at once
 
+constexpr int64_t kMostPairedTaps = 64;  // of a row of the kernel
+
 // Groups [first, first + live) in one or two vectors.
 template <class C>
 struct DepthwiseBlock {
@@ -19,11 +21,22 @@ struct DepthwiseBlock {
   }
 };
 
-template <class C>
+// A tap, or two of them side by side; a vector of weights for either.
+template <class E>
 struct DepthwiseTap {
-  const C* input;  // under the first conv pixel of a row
-  const C* weight;
+  const E* input;  // under the first conv pixel of a row
+  const Compute<E>* weight;
 };
+
+// A row's columns in the padding are there only where taps are taken in pairs: where each column of the tile has its
+// neighbour, of the next tap, beside it.
+FASTNN_INLINE int64_t depthwise_columns(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  return plan.pairs_taps ? padded_extent(g, 2) : g.input[2];
+}
+// Vectors of a packed weight; an odd last tap has one of its own.
+FASTNN_INLINE int64_t depthwise_weights(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  return g.kernel[0] * g.kernel[1] * (plan.pairs_taps ? divide_up(g.kernel[2], 2) : g.kernel[2]);
+}
 
 // What is transposed at a time: the image if it is small, else a slice of it, else a row.
 struct InputUnits {
@@ -31,6 +44,7 @@ struct InputUnits {
   bool as_it_lies;                 // the memory from the unit's first element to its last
   int64_t size;                    // elements of a channel
   int64_t d[3];                    // strides in the unit
+  int64_t slot_size, slot_d[3];    // the same of a slot
   int64_t slices, rows;            // slots, of which each holds a unit
   int64_t input_rows;
 
@@ -41,14 +55,18 @@ struct InputUnits {
   }
 };
 
-template <class C>
-InputUnits input_units(const ConvPoolGeometry& g, const ConvLayout& input) {
+// Where there is little between the elements, it is taken along.
+FASTNN_INLINE bool lies_in_units(const ConvLayout& input) {
   constexpr int64_t kFarApart = 4;
+  return input.c != 1 && input.d[2] >= 1 && input.d[2] <= kFarApart;
+}
+
+template <class C>
+InputUnits input_units(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const ConvLayout& input) {
   const int64_t most = kUnitBytes / (kBlockChannels<C> * static_cast<int64_t>(sizeof(C)));
   InputUnits u = {};
   u.input_rows = g.input[1];
-  // Where there is little between the elements, it is taken along.
-  u.as_it_lies = input.c != 1 && input.d[2] >= 1 && input.d[2] <= kFarApart;
+  u.as_it_lies = lies_in_units(input);
   const int64_t row = (g.input[2] - 1) * input.d[2] + 1, slice = (g.input[1] - 1) * input.d[1] + row;
   const int64_t image = (g.input[0] - 1) * input.d[0] + slice;
   const bool dense_slice = u.as_it_lies && input.d[1] >= row && input.d[1] < 2 * row;
@@ -56,12 +74,19 @@ InputUnits input_units(const ConvPoolGeometry& g, const ConvLayout& input) {
   u.whole_slices = dense_slice && slice <= most;
   u.whole_image = u.whole_slices && dense_image && image <= most;
   u.size = u.whole_image ? image : u.whole_slices ? slice : u.as_it_lies ? row : g.input[2];
-  for (int d = 0; d < 3; ++d) u.d[d] = u.as_it_lies ? input.d[d] : 1;
+  for (int d = 0; d < 3; ++d) u.slot_d[d] = u.d[d] = u.as_it_lies ? input.d[d] : 1;
+  u.slot_size = u.size;
+  if (plan.pairs_taps) {
+    u.slot_d[2] = 1;
+    u.slot_d[1] = depthwise_columns(g, plan);
+    u.slot_d[0] = u.slot_d[1] * g.input[1];
+    u.slot_size = u.whole_image ? g.input[0] * u.slot_d[0] : u.whole_slices ? u.slot_d[0] : u.slot_d[1];
+  }
   // As many as lie under a row of windows; of all rows, if slices are needed again and there is room.
   u.slices = smaller(g.input[0], input_extent(g, 0, 1));
   u.rows = smaller(g.input[1], input_extent(g, 1, 1));
   const bool overlap_depth = input_extent(g, 0, 2) < 2 * input_extent(g, 0, 1);
-  if (g.output[0] > 1 && overlap_depth && u.slices * g.input[1] * u.size <= 4 * most) u.rows = g.input[1];
+  if (g.output[0] > 1 && overlap_depth && u.slices * g.input[1] * u.slot_size <= 4 * most) u.rows = g.input[1];
   return u;
 }
 
@@ -81,14 +106,15 @@ struct PaddedImage {
 
 template <class C>
 struct DepthwiseScratch {
-  C* tile;          // [slot][element][lane]
+  C* tile;          // [slot][element][lane], or pairs
+  void* unit;       // [element][lane], before they become pairs
   C* padded;        // [slice][row][column][lane]
   int32_t* places;  // where each pixel of an image lies in that, in pixels
   C* ring;          // [slot][column][lane]
   C* stage;         // [pooled pixel][lane]
   uint8_t* winner_stage;
-  DepthwiseTap<C>* taps;
-  DepthwiseTap<C>* edge_taps;
+  void* taps;
+  void* edge_taps;
   WindowRow<C>* window_rows;
   int64_t* tags;             // which conv row each slot of the ring holds
   int64_t* unit_tags;        // which unit each slot of the tile holds
@@ -104,7 +130,8 @@ struct DepthwiseScratch {
     const int64_t stage_pixels = plan.band * g.output[2];
     MemoryParts parts(memory);
     const bool pads = !plan.skips_padding;
-    tile = parts.take<C>(plan.in_place || pads ? 0 : units.slots() * units.size * lanes);
+    tile = parts.take<C>(plan.in_place || pads ? 0 : units.slots() * units.slot_size * lanes);
+    unit = parts.take<C>(plan.pairs_taps ? units.size * lanes : 0);
     padded = parts.take<C>(pads ? PaddedImage(g).pixels() * lanes : 0);
     places = parts.take<int32_t>(pads ? g.input[0] * g.input[1] * g.input[2] : 0);
     ring = parts.take<C>(rings * ring_size);
@@ -147,8 +174,15 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
   using C = Compute<T>;
   ConvPoolPlan plan = {};
   plan.algorithm = ConvAlgorithm::depthwise;
-  plan.skips_padding = !depthwise_pads<C>(g, input);
-  plan.in_place = plan.skips_padding && input.c == 1 && sizeof(T) == sizeof(C);
+  // Elements that are widened where they lie, rather than in a copy, if few taps meet each.
+  const int64_t met = g.out_channels * g.taps() * g.conv[0] * g.conv[1] * g.conv[2];
+  const bool few = met <= g.input[0] * g.input[1] * g.input[2], widens = sizeof(T) != sizeof(C);
+  // Of a row's vectors of products, an odd last tap counting as two: it is shifted first.
+  const int64_t saved = g.kernel[2] / 2 - g.kernel[2] % 2;
+  plan.pairs_taps = kHasPairs<T> && isa_multiplies_pairs() && !few && saved > 0 && g.kernel[2] <= kMostPairedTaps &&
+                    (input.c == 1 || lies_in_units(input));
+  plan.skips_padding = plan.pairs_taps || (widens && few) || !depthwise_pads<C>(g, input);
+  plan.in_place = input.c == 1 && plan.skips_padding && (!widens || few);
   plan.columns = g.output[2];
   const int64_t rows = g.output[0] * g.output[1];
   const int64_t row_bytes = g.output[2] * kBlockChannels<C> * static_cast<int64_t>(sizeof(C));
@@ -165,8 +199,8 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
   plan.row_parts = parts_of_rows(others, rows, ring_shape(g, plan).persistent ? rows_again(g) : 0, threads);
   plan.items = others * plan.row_parts;
   plan.pack_items = g.out_channels * blocks;
-  plan.packed_size = g.out_channels * round_up(g.groups, kLanes<C>) * g.taps();
-  plan.scratch_size = DepthwiseScratch<C>(g, plan, input_units<C>(g, input), nullptr).size;
+  plan.packed_size = g.out_channels * round_up(g.groups, kLanes<C>) * depthwise_weights(g, plan);
+  plan.scratch_size = DepthwiseScratch<C>(g, plan, input_units<C>(g, plan, input), nullptr).size;
   return plan;
 }
 
@@ -181,9 +215,14 @@ double depthwise_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   const int64_t bytes = (g.taps() + under_tile) * lanes * static_cast<int64_t>(sizeof(C));
   const double product_cost = bytes > kCache ? 4 : 1.5;
   const double rows = static_cast<double>(g.conv[0] * g.conv[1]), pixels = rows * static_cast<double>(g.conv[2]);
-  const double products = pixels * static_cast<double>(g.taps()) * share_inside(g);
+  // Of a pair of taps as of one; an odd last one takes a shift besides.
+  const double columns = plan.pairs_taps ? static_cast<double>(g.kernel[2] / 2) + 1.3 * (g.kernel[2] % 2) : g.kernel[2];
+  const double products =
+      pixels * static_cast<double>(g.kernel[0] * g.kernel[1]) * columns * (plan.pairs_taps ? 1 : share_inside(g));
   const double windows = static_cast<double>(g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
-  const double input = plan.in_place ? 0 : kTransposeCost * static_cast<double>(g.input[0] * g.input[1] * g.input[2]);
+  const double input = plan.in_place ? 0
+                                     : (plan.pairs_taps ? 1.5 : 1) * kTransposeCost *
+                                           static_cast<double>(g.input[0] * g.input[1] * g.input[2]);
   const double vector = g.out_channels * (product_cost * products + kRow * rows + kPixel * pixels + windows) + input;
   return vector * static_cast<double>(divide_up(g.groups, kLanes<C>)) / static_cast<double>(g.groups);
 }

@@ -7,7 +7,8 @@ namespace fastnn {
 namespace FASTNN_ISA {
 
 constexpr int kDotPixels = 4, kDotOutputs = 4;  // of a register tile
-constexpr int64_t kDotBufferBytes = 256 << 10;  // conv pixels of the images worked on together, or copies under them
+constexpr int64_t kDotBufferBytes = 256 << 10;  // conv pixels of the images worked on together, or copies for them
+constexpr int64_t kDotImageBytes = 512 << 10;   // of an image that is copied: part of L2
 
 // The depth of the product as runs of consecutive elements, of the input as of the weight: `length` of them, the
 // others' dimensions outside, the innermost last.
@@ -44,6 +45,21 @@ struct DotStep {
   int64_t input, weight;
 };
 
+// What of its operands a plan has copied first.
+//   in_place       the input is read where it lies
+//   copies_image   or from a copy with its padding, channels last
+//                  or else from copies of what is under each conv pixel, in the weight's order
+//   turns_weight   the packed weight is the weight with channels last
+FASTNN_INLINE ConvLayout dot_weight_layout(const ConvPoolGeometry& g, const ConvPoolPlan& plan,
+                                           const ConvLayout& weight) {
+  return plan.turns_weight ? dense_last(g.in_channels, g.kernel) : weight;
+}
+FASTNN_INLINE ConvLayout padded_image_layout(const ConvPoolGeometry& g) {
+  int64_t size[3];
+  for (int d = 0; d < 3; ++d) size[d] = padded_extent(g, d);
+  return dense_last(g.in_channels, size);
+}
+
 // Whether the input under a conv pixel is copied with channels last: in the weight's order. That of a kernel of one
 // element has no order.
 FASTNN_INLINE bool dot_copy_is_last(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight) {
@@ -54,10 +70,43 @@ FASTNN_INLINE ConvLayout dot_copy_layout(const ConvPoolGeometry& g, bool is_last
   return {g.depth(), pixel > 1 ? 1 : g.taps(), {pixel * g.kernel[1] * g.kernel[2], pixel * g.kernel[2], pixel}};
 }
 
-template <class C>
+// What products read in the input's place.
+FASTNN_INLINE ConvLayout dot_input_layout(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const ConvLayout& input,
+                                          const ConvLayout& weight) {
+  if (plan.in_place) return input;
+  return plan.copies_image ? padded_image_layout(g) : dot_copy_layout(g, dot_copy_is_last(g, input, weight));
+}
+
+FASTNN_INLINE DotRuns dot_runs(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const ConvLayout& input,
+                               const ConvLayout& weight) {
+  return dot_runs(g, dot_input_layout(g, plan, input, weight), dot_weight_layout(g, plan, weight));
+}
+
+// Numbers of the input copied for one image.
+FASTNN_INLINE int64_t dot_copy_size(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  if (plan.in_place) return 0;
+  return plan.copies_image ? padded_image_layout(g).n : g.conv[0] * g.conv[1] * g.conv[2] * g.depth();
+}
+
+// The elements that products are made of, and those of copies.
+template <class T>
+bool dots_in_pairs() {
+  return kHasPairs<T> && isa_multiplies_pairs();
+}
+template <class T>
+int64_t dot_numbers() {
+  return kLanes<Compute<T>> * (dots_in_pairs<T>() ? 2 : 1);
+}
+template <class T>
+int64_t dot_copy_bytes(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  return dot_copy_size(g, plan) * static_cast<int64_t>(dots_in_pairs<T>() ? sizeof(T) : sizeof(Compute<T>));
+}
+
+template <class T>
 struct DotsScratch {
-  C* copy;  // [image][conv pixel][depth]
-  C* conv;  // [image][conv pixel][lane]: outputs of a vector
+  using C = Compute<T>;
+  char* copy;  // [image][...]: of the input
+  C* conv;     // [image][conv pixel][lane]: outputs of a vector
   C* stage;
   uint8_t* winner_stage;
   int64_t* pixels;  // where each conv pixel's input begins
@@ -71,7 +120,7 @@ struct DotsScratch {
     const int64_t conv_pixels = g.conv[0] * g.conv[1] * g.conv[2];
     images = plan.band;
     MemoryParts parts(memory);
-    copy = parts.take<C>(plan.in_place ? 0 : images * conv_pixels * g.depth());
+    copy = parts.take<char>(images * dot_copy_bytes<T>(g, plan));
     conv = parts.take<C>(images * conv_pixels * kLanes<C>);
     stage = parts.take<C>(g.pixels() * kLanes<C>);
     winner_stage = parts.take<uint8_t>(g.pixels() * kLanes<C>);
@@ -83,41 +132,51 @@ struct DotsScratch {
   }
 };
 
-// Whether input and weight have long enough runs in common.
-FASTNN_INLINE bool dots_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight) {
+// Whether operands copied so have long enough runs in common, and the copies can be made.
+template <class T>
+bool dot_copies_apply(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const ConvLayout& input,
+                      const ConvLayout& weight) {
   constexpr int64_t kShortest = 16;
   const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
-  return !padded && dot_runs(g, input, weight).length >= kShortest;
-}
-
-// Otherwise, whether the weight of an output is one run, and a copy of what is under a conv pixel can be made.
-FASTNN_INLINE bool dots_apply(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight) {
   const bool dilated = g.dilation[0] > 1 || g.dilation[1] > 1 || g.dilation[2] > 1;
+  if (plan.turns_weight) {
+    const bool dense = weight.d[2] == 1 && weight.d[1] == g.kernel[2] && weight.d[0] == g.kernel[1] * g.kernel[2];
+    if (!dots_in_pairs<T>() || !dense || g.taps() == 1 || g.in_channels == 1) return false;
+  }
+  if (plan.in_place || plan.copies_image) {
+    const bool has_image = dots_in_pairs<T>() && dot_copy_bytes<T>(g, plan) <= kDotImageBytes;
+    return (plan.in_place ? !padded : has_image) && dot_runs(g, plan, input, weight).length >= kShortest;
+  }
   const bool is_last = dot_copy_is_last(g, input, weight);
-  return dots_stay_in_place(g, input, weight) ||
-         (!dilated && (input.c == 1 || !is_last) && dot_runs(g, dot_copy_layout(g, is_last), weight).count == 1);
+  return !plan.turns_weight && !dilated && (input.c == 1 || !is_last) && dot_runs(g, plan, input, weight).count == 1;
 }
 
 // Here `columns` counts the vectors of the depth, `band` the images worked on together.
 template <class T>
-ConvPoolPlan plan_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads) {
+void cut_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
+              ConvPoolPlan& plan) {
   using C = Compute<T>;
-  ConvPoolPlan plan = {};
-  plan.algorithm = ConvAlgorithm::dots;
-  plan.in_place = dots_stay_in_place(g, input, weight);
-  const DotRuns runs = dot_runs(g, input, weight);
-  plan.columns = plan.in_place ? runs.count * divide_up(runs.length, kLanes<C>) : divide_up(g.depth(), kLanes<C>);
-  const int64_t pixels = g.conv[0] * g.conv[1] * g.conv[2], pixel = plan.in_place ? kLanes<C> : g.depth();
+  const DotRuns runs = dot_runs(g, plan, input, weight);
+  plan.columns = runs.count * divide_up(runs.length, dot_numbers<T>());
+  const int64_t conv_bytes = g.conv[0] * g.conv[1] * g.conv[2] * kLanes<C> * static_cast<int64_t>(sizeof(C));
   const int64_t blocks = divide_up(g.out_channels, kLanes<C>);
-  plan.band = smaller(g.batch, larger(1, kDotBufferBytes / (pixels * pixel * static_cast<int64_t>(sizeof(C)))));
+  // What is read again for other outputs, unless the weight takes more room than that.
+  const int64_t size = static_cast<int64_t>(sizeof(T)), weight_bytes = g.out_channels * g.depth() * size;
+  const bool again = plan.in_place && g.out_channels > kDotOutputs && weight_bytes <= kDotBufferBytes;
+  const int64_t image = again ? g.in_channels * g.input[0] * g.input[1] * g.input[2] * size : 0;
+  const int64_t bytes = larger(conv_bytes, larger(dot_copy_bytes<T>(g, plan), image));
+  plan.band = smaller(g.batch, larger(1, kDotBufferBytes / bytes));
   // Threads share the outputs, so that each reads but its part of the weight, then the images.
   plan.block_parts = smaller(blocks, divide_up(threads, g.groups));
   if (g.groups * plan.block_parts < threads) {
     plan.band = smaller(plan.band, divide_up(g.batch * g.groups * plan.block_parts, threads));
   }
   plan.items = divide_up(g.batch, plan.band) * g.groups * plan.block_parts;
-  plan.scratch_size = DotsScratch<C>(g, plan, nullptr).size;
-  return plan;
+  if (plan.turns_weight) {
+    plan.pack_items = g.groups * g.out_channels;
+    plan.packed_size = divide_up(g.groups * weight_bytes, static_cast<int64_t>(sizeof(C)));
+  }
+  plan.scratch_size = DotsScratch<T>(g, plan, nullptr).size;
 }
 
 // Of packing the weight, which this saves, for one image and group.
@@ -134,17 +193,46 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   using C = Compute<T>;
   constexpr double kSum = 12, kWayOut = 12;  // of the sum of a vector's lanes; of pooled pixels
   // Of a product's vector. Each tile widens what it loads, for as many products as it has outputs or pixels.
-  constexpr double kStep = 1.2, kWiden = sizeof(T) < sizeof(C) ? 3 : 0;
+  constexpr double kStep = 1.2, kWiden = 3;
+  const bool widens = sizeof(T) < sizeof(C) && !dots_in_pairs<T>();
   const double inputs = plan.in_place ? 1 / static_cast<double>(smaller(g.out_channels, kDotOutputs)) : 0;
-  const double step = kStep + kWiden * (inputs + 1.0 / kDotPixels);
+  const double step = kStep + (widens ? kWiden * (inputs + 1.0 / kDotPixels) : 0);
   const int64_t pixels = g.conv[0] * g.conv[1] * g.conv[2], blocks = divide_up(g.out_channels, kLanes<C>);
   const double dots = static_cast<double>(round_up(pixels * plan.band, kDotPixels) / plan.band * g.out_channels);
   const double windows =
       static_cast<double>(blocks * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
-  constexpr double kCopiedRun = 15;
+  constexpr double kCopiedRun = 15, kTurned = 0.8;  // of a number that is moved on its own
   const int64_t runs = (dot_copy_is_last(g, input, weight) ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];
   const double copy = static_cast<double>(pixels) * (kCopiedRun * runs + kCopyCost * static_cast<double>(g.depth()));
-  return dots * (step * static_cast<double>(plan.columns) + kSum) + windows + (plan.in_place ? 0 : copy);
+  const double image = static_cast<double>(dot_copy_size(g, plan)) * (input.c == 1 ? kCopyCost / 4 : kTurned);
+  const double turned = plan.turns_weight ? kTurned / 2 * packing_cost<C>(g) : 0;
+  return dots * (step * static_cast<double>(plan.columns) + kSum) + windows + turned +
+         (plan.in_place       ? 0
+          : plan.copies_image ? image
+                              : copy);
+}
+
+// The cheapest; false if there is none. Chosen as for a single thread.
+template <class T>
+bool plan_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
+               ConvPoolPlan& best, double& costs) {
+  bool found = false;
+  for (int copies = 0; copies < 6; ++copies) {
+    ConvPoolPlan plan = {};
+    plan.algorithm = ConvAlgorithm::dots;
+    plan.in_place = copies % 3 == 0;
+    plan.copies_image = copies % 3 == 1;
+    plan.turns_weight = copies >= 3;
+    if (!dot_copies_apply<T>(g, plan, input, weight)) continue;
+    cut_dots<T>(g, input, weight, 1, plan);
+    const double own = dots_cost<T>(g, input, weight, plan);
+    if (found && own >= costs) continue;
+    found = true;
+    costs = own;
+    best = plan;
+  }
+  if (found && threads > 1) cut_dots<T>(g, input, weight, threads, best);
+  return found;
 }
 
 }  // namespace FASTNN_ISA

@@ -6,6 +6,7 @@
 #include "conv_dots.h"
 #include "conv_lanes.h"
 #include "conv_rows.h"
+#include "conv_turn.h"
 #include "conv_windows.h"
 #include "conv_winograd.h"
 
@@ -35,31 +36,29 @@ ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int6
 // The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread,
 // since the choice must not depend on their number, nor with it the order of summation.
 template <class T>
-ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
-                  bool exact) {
+ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight,
+                             int64_t threads, bool exact) {
   using C = Compute<T>;
+  const auto chosen = [&](ConvPoolPlan plan, double costs) {
+    plan.cost = costs * static_cast<double>(g.groups);
+    return plan;
+  };
   const bool has_pairs = kHasPairs<T> && isa_multiplies_pairs();
   if (!exact && !has_pairs && kHasWinograd<T> && winograd_pays<C>(g)) return plan_winograd<C>(g);
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
   double direct_costs;
   const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, direct_costs);
-  const auto at_cost = [&](ConvPoolPlan chosen, double costs) {
-    chosen.cost = costs + packing_cost<C>(g);
-    return chosen;
-  };
+  ConvPoolPlan dots;
   double dots_costs = direct_costs;
-  if (dots_apply(g, input, weight)) {
-    dots_costs = dots_cost<T>(g, input, weight, plan_dots<T>(g, input, weight, 1)) - packing_cost<C>(g);
-  }
-  const bool by_phases = !exact && !has_pairs && kHasPhases<C> && phases_apply(g);
-  ConvPoolPlan phases = direct;
+  if (plan_dots<T>(g, input, weight, threads, dots, dots_costs)) dots_costs -= packing_cost<C>(g);
+  ConvPoolPlan phases;
   double phases_costs = direct_costs;
-  if (by_phases) {
+  if (!exact && !has_pairs && kHasPhases<C> && phases_apply(g)) {
     phases = plan_phases<T>(g, input, threads);
     phases_costs = phases_cost<C>(g, input, phases);
   }
-  if (dots_costs >= direct_costs && phases_costs >= direct_costs && direct_costs < 1.02 * least)
-    return at_cost(direct, direct_costs);
+  const bool others_lose = dots_costs >= direct_costs && phases_costs >= direct_costs;
+  if (others_lose && direct_costs < 1.02 * least) return chosen(direct, direct_costs);
   const LanesPlan lanes = plan_lanes<C>(g, 1);
   const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
   const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
@@ -70,12 +69,30 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
     return costs < direct_costs && costs <= dots_costs && costs <= depthwise_costs && costs <= rows_costs &&
            costs <= lanes_costs && costs <= windows_costs && costs <= phases_costs;
   };
-  if (is_least(dots_costs)) return at_cost(plan_dots<T>(g, input, weight, threads), dots_costs);
-  if (is_least(depthwise_costs)) return at_cost(depthwise, depthwise_costs);
-  if (is_least(phases_costs)) return at_cost(phases, phases_costs);
-  if (is_least(windows_costs)) return at_cost(plan_windows<T>(g, threads), windows_costs);
-  if (is_least(rows_costs)) return at_cost(plan_rows<T>(g, input, threads), rows_costs);
-  return is_least(lanes_costs) ? at_cost(plan_lanes<C>(g, threads).plan, lanes_costs) : at_cost(direct, direct_costs);
+  if (is_least(dots_costs)) return chosen(dots, dots_costs);
+  if (is_least(depthwise_costs)) return chosen(depthwise, depthwise_costs);
+  if (is_least(phases_costs)) return chosen(phases, phases_costs);
+  if (is_least(windows_costs)) return chosen(plan_windows<T>(g, threads), windows_costs);
+  if (is_least(rows_costs)) return chosen(plan_rows<T>(g, input, threads), rows_costs);
+  return is_least(lanes_costs) ? chosen(plan_lanes<C>(g, threads).plan, lanes_costs) : chosen(direct, direct_costs);
+}
+
+// With bfloat16 of channels that lie apart, it may be cheaper to bring images that stay in cache into channels last
+// first: pairs of channels are then read where they lie.
+template <class T>
+ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
+                  bool exact) {
+  const ConvPoolPlan plan = plan_as_it_lies<T>(g, input, weight, threads, exact);
+  if (!kHasPairs<T> || !isa_multiplies_pairs() || input.c == 1 || g.in_channels % 2 != 0) return plan;
+  ConvPoolGeometry some = g;
+  some.batch = images_to_turn(g, input);
+  if (some.batch == 0) return plan;
+  ConvPoolPlan turned = plan_as_it_lies<T>(some, dense_last(g.groups * g.in_channels, g.input), weight, threads, exact);
+  turned.turned_images = some.batch;
+  const double turn = turn_cost(g, input);
+  if (turned.cost + turn >= plan.cost) return plan;
+  turned.cost += turn;
+  return turned;
 }
 
 template <class T>
@@ -108,8 +125,8 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
     case ConvAlgorithm::phases:
       if constexpr (kHasWinograd<T>) pack_phases(call, first_item, last_item);
       return;
-    case ConvAlgorithm::dots:  // nothing to pack
-      return;
+    case ConvAlgorithm::dots:
+      return pack_dots(call, first_item, last_item);
   }
 }
 
@@ -140,8 +157,13 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
 }
 
 template <class T>
+void turn_input(const ConvPoolForward<T>& call, int64_t parts, int64_t first, int64_t last, T* to) {
+  if constexpr (kHasPairs<T>) turn_images(call, parts, first, last, to);
+}
+
+template <class T>
 constexpr ConvForwardKernels<T> kernels() {
-  return {plan<T>, plan_holds<T>, pack<T>, forward<T>};
+  return {plan<T>, plan_holds<T>, pack<T>, forward<T>, turn_input<T>};
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // An odd last channel has a zero beside it. Sums are float32's; as in PyTorch's own kernels, denormals count as zero.
 #pragma once
 
+#include "../simd/transpose.h"
 #include "conv_relu_max_pool.h"
 #include "gemm.h"
 
@@ -49,13 +50,62 @@ FASTNN_INLINE Vec<Compute<E>> add_products(Vec<Compute<E>> x, Vec<Compute<E>> y,
   return multiply_add(x, y, z);
 }
 
+// What elements E consist of, and how many of these a vector has.
+template <class E>
+struct NumberOf {
+  using Type = E;
+};
+template <>
+struct NumberOf<bfloat16x2> {
+  using Type = bfloat16;
+};
+template <class E>
+using Number = typename NumberOf<E>::Type;
+template <class E>
+constexpr int kNumbers = kIsPair<E> ? 2 * kLanes<Compute<E>> : kLanes<Compute<E>>;
+
+// The operands of dot products: a vector's `count` first numbers, the others zero, or -0 where they are to add nothing
+// to -0.
+template <class E, class T>
+FASTNN_INLINE Vec<Compute<E>> load_numbers(const T* from) {
+  return load(from);
+}
+template <class E, class T>
+FASTNN_INLINE Vec<Compute<E>> load_numbers(const T* from, int count) {
+  return load_partial<T>(from, count);
+}
+template <class E>
+FASTNN_INLINE Vec<Compute<E>> negative_zeros_beyond(int count) {
+  using C = Compute<E>;
+  C lanes[kLanes<C>] = {};
+  for (int i = count; i < kLanes<C>; ++i) lanes[i] = -C(0);
+  return load(lanes);
+}
+
 #if defined(__AVX512F__)
+template <>
+FASTNN_INLINE Vec<float> load_numbers<bfloat16x2, bfloat16>(const bfloat16* from) {
+  return load(reinterpret_cast<const float*>(from));
+}
+template <>
+FASTNN_INLINE Vec<float> load_numbers<bfloat16x2, bfloat16>(const bfloat16* from, int count) {
+  return load_elements(from, count);
+}
+template <>
+FASTNN_INLINE Vec<float> negative_zeros_beyond<bfloat16x2>(int count) {
+  return (Vec<float>)_mm512_maskz_set1_epi16(~first_elements(count), static_cast<int16_t>(0x8000));
+}
 FASTNN_INLINE Vec<float> broadcast_element(bfloat16x2 x) {
   return broadcast_pair(x);
 }
 template <>
 FASTNN_INLINE Vec<float> add_products<bfloat16x2>(Vec<float> x, Vec<float> y, Vec<float> z) {
   return multiply_add_pairs(x, y, z);
+}
+
+// The first of each pair.
+FASTNN_INLINE Vec<float> first_of_pairs(Vec<float> pairs) {
+  return (Vec<float>)((Vec<uint32_t>)pairs << 16);
 }
 
 // `odd` may be null.
@@ -72,22 +122,50 @@ inline void zip_runs(const bfloat16* even, const bfloat16* odd, int64_t stride, 
   for (int64_t i = 0; i < count; ++i) to[i] = {even[i * stride], odd ? odd[i * stride] : bfloat16{}};
 }
 
-// conv_tile.h has the same for single channels.
+// Columns whose channels lie apart -> channels side by side, `pitch` elements a column.
+inline void turn_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, int64_t count, bfloat16* to,
+                         int64_t pitch) {
+  switch (layout.d[2]) {
+    case 1:
+      return transpose_matrix(from, layout.c, channels, count, to, pitch);
+    case 2:
+      return transpose_strided<2>(from, layout.c, channels, count, to, pitch);
+    case 3:
+      return transpose_strided<3>(from, layout.c, channels, count, to, pitch);
+    case 4:
+      return transpose_strided<4>(from, layout.c, channels, count, to, pitch);
+    default:
+      for (int64_t w = 0; w < count; ++w, from += layout.d[2], to += pitch) {
+        for (int64_t c = 0; c < channels; ++c) to[c] = from[c * layout.c];
+      }
+  }
+}
+
+// conv_tile.h has these for elements that are widened.
+inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
+                         int64_t c, int64_t count, bfloat16* to) {
+  const int64_t run = channels_last ? channels : 1, bytes = run * static_cast<int64_t>(sizeof(bfloat16));
+  if (!channels_last) from += c * layout.c;
+  if (count <= 0) return;
+  if (run > 1 && layout.c != 1) return turn_columns(from, layout, channels, count, to, channels);
+  if (layout.d[2] == run) {
+    __builtin_memcpy(to, from, count * bytes);
+    return;
+  }
+  for (int64_t w = 0; w < count; ++w) __builtin_memcpy(to + w * run, from + w * layout.d[2], bytes);
+}
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, bfloat16x2* to) {
   if (!channels_last) {
     const bfloat16* even = from + 2 * c * layout.c;
     return zip_runs(even, 2 * c + 1 < channels ? even + layout.c : nullptr, layout.d[2], count, to);
   }
+  bfloat16* const elements = reinterpret_cast<bfloat16*>(to);
+  if (channels % 2 == 0) return copy_columns(from, layout, channels, true, c, count, elements);
   const int64_t pairs = divide_up(channels, 2), bytes = channels * static_cast<int64_t>(sizeof(bfloat16));
-  if (channels % 2 == 0 && layout.d[2] == channels) {
-    if (count > 0) __builtin_memcpy(to, from, count * bytes);
-    return;
-  }
-  for (int64_t w = 0; w < count; ++w) {
-    to[w * pairs + pairs - 1].odd = {};
-    __builtin_memcpy(to + w * pairs, from + w * layout.d[2], bytes);
-  }
+  for (int64_t w = 0; w < count; ++w) to[w * pairs + pairs - 1].odd = {};
+  if (layout.c != 1) return turn_columns(from, layout, channels, count, elements, 2 * pairs);
+  for (int64_t w = 0; w < count; ++w) __builtin_memcpy(to + w * pairs, from + w * layout.d[2], bytes);
 }
 #endif
 

@@ -58,13 +58,17 @@ enum class ConvAlgorithm : int32_t {
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.
 struct ConvPoolPlan {
   ConvAlgorithm algorithm;
+  double cost;                    // of an image, in vector multiply-adds
+  int64_t turned_images;          // if not 0: so many at a time are first brought into channels last, as the input
   int64_t items;                  // independent pieces of work
   int64_t packed_size;            // elements of the packed weight
   int64_t pack_items;             // independent pieces of packing
   int64_t scratch_size;           // bytes, a thread
   bool in_place;                  // the input is read where it lies, not from a padded copy
   bool skips_padding;             // no tap outside the input is taken
-  double cost;                    // of an image and group, in vector multiply-adds; not known for winograd
+  bool copies_image;              // conv_dots.h: a copy of a whole image is read
+  bool turns_weight;              // conv_dots.h: the packed weight has its channels last
+  bool pairs_taps;                // conv_depthwise.h: two taps side by side are multiplied at once
   TapOrder order;                 // of the packed weight
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together
@@ -140,6 +144,8 @@ struct ConvForwardKernels {
   bool (*plan_holds)(const ConvPoolForward<T>&);
   void (*pack)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item);
   void (*forward)(const ConvPoolForward<T>&, int64_t first_item, int64_t last_item, void* scratch);
+  // Parts [first, last) of the images, each cut into so many, to channels last.
+  void (*turn_input)(const ConvPoolForward<T>&, int64_t parts, int64_t first, int64_t last, T* to);
 };
 
 template <class T>

@@ -200,6 +200,17 @@ FASTNN_INLINE double copy_cost(int64_t stride) {
   return stride == 1 ? kCopyCost : stride <= kMostStride ? kStridedCost : kSingleCost;
 }
 
+// A kernel's or an image's elements, dense with channels last.
+FASTNN_INLINE ConvLayout dense_last(int64_t channels, const int64_t (&size)[3]) {
+  const int64_t row = size[2] * channels, slice = size[1] * row;
+  return {size[0] * slice, 1, {slice, row, channels}};
+}
+
+// Of the input with its padding, along one dimension.
+FASTNN_INLINE int64_t padded_extent(const ConvPoolGeometry& g, int d) {
+  return g.input[d] + 2 * g.padding[d];
+}
+
 // A box of the input, zeros where it reaches beyond: [channel][slice][row][column], or with the channel innermost.
 template <class C>
 struct InputTile {

@@ -64,6 +64,23 @@ void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
   }
 }
 
+// Dense, channels last.
+inline ConvLayout dense_last(int64_t channels, const int64_t (&sizes)[3]) {
+  const int64_t row = channels * sizes[2], slice = row * sizes[1];
+  return {slice * sizes[0], 1, {slice, row, channels}};
+}
+
+// The call for the images that are turned together, once they are: the input of the first of them at `turned`.
+template <class T>
+ConvPoolForward<T> turned_call(const ConvPoolForward<T>& call, const T* turned) {
+  const ConvPoolGeometry& g = call.geometry;
+  ConvPoolForward<T> some = call;
+  some.geometry.batch = call.plan.turned_images;
+  some.input = turned;
+  some.input_layout = dense_last(g.groups * g.in_channels, g.input);
+  return some;
+}
+
 // Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed.
 template <class T, class Packed>
 void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_for) {
@@ -73,10 +90,15 @@ void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_f
   const ConvPoolPlan& plan = call.plan;
   const Compute<T>* packed = packed_for(plan);
   const int64_t chunks = std::min(threads, plan.items);
-  const int64_t scratch_size = (plan.scratch_size + 63) / 64 * 64;
-  const int64_t packed_bytes = packed ? 0 : (checked_product(plan.packed_size, sizeof(Compute<T>)) + 63) / 64 * 64;
-  const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch_size)));
-  char* scratch = memory.get() + packed_bytes;
+  const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  const int64_t scratch_size = lines(plan.scratch_size);
+  const int64_t packed_bytes = packed ? 0 : lines(checked_product(plan.packed_size, sizeof(Compute<T>)));
+  ConvPoolForward<T> some = turned_call<T>(call, nullptr);
+  const int64_t turned_bytes = lines(checked_product(plan.turned_images * some.input_layout.n, sizeof(T)));
+  const Scratch<char> memory(
+      checked_sum(checked_sum(packed_bytes, turned_bytes), checked_product(chunks, scratch_size)));
+  T* turned = reinterpret_cast<T*>(memory.get() + packed_bytes);
+  char* scratch = memory.get() + packed_bytes + turned_bytes;
   call.packed = packed ? const_cast<Compute<T>*>(packed) : reinterpret_cast<Compute<T>*>(memory.get());
   if (!packed) {
     constexpr int64_t kSmallWeight = 8192;  // packed before a second thread has come
@@ -84,9 +106,23 @@ void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_f
     parallel_chunks(std::min(most, plan.pack_items), plan.pack_items,
                     [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
   }
-  parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.forward(call, first, last, scratch + chunk * scratch_size);
-  });
+  const auto forward = [&](const ConvPoolForward<T>& images) {
+    parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
+      kernels.forward(images, first, last, scratch + chunk * scratch_size);
+    });
+  };
+  if (plan.turned_images == 0) return forward(call);
+  some = turned_call<T>(call, turned);
+  for (int64_t image = 0; image < call.geometry.batch; image += plan.turned_images) {
+    const int64_t parts = std::min(threads, plan.turned_images) == threads ? 1 : threads;
+    parallel_chunks(threads, plan.turned_images * parts, [&](int64_t, int64_t first, int64_t last) {
+      kernels.turn_input(call, parts, first, last, turned);
+    });
+    forward(some);
+    call.input += plan.turned_images * call.input_layout.n;
+    some.output += plan.turned_images * call.output_layout.n;
+    if (some.winners) some.winners += plan.turned_images * call.output_layout.n;
+  }
 }
 
 // ---- memory formats -----------------------------------------------------------------------------------------
@@ -105,8 +141,10 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
+// Dimensions that the tensor lacks have the strides of a dense one, by which kernels know such tensors.
 inline ConvLayout layout_of(const Tensor& tensor) {
-  ConvLayout layout{tensor.stride(0), tensor.stride(1), {0, 0, 0}};
+  const int64_t outer = tensor.stride(2) * tensor.size(2);
+  ConvLayout layout{tensor.stride(0), tensor.stride(1), {outer, outer, outer}};
   for (int64_t i = 2; i < tensor.dim(); ++i) layout.d[i + 3 - tensor.dim()] = tensor.stride(i);
   return layout;
 }

@@ -34,24 +34,9 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
   run_conv_pool(call, problem.work, [](const ConvPoolPlan&) -> const Compute<T>* { return nullptr; });
 }
 
-// Whether contiguous bfloat16 is brought into channels last first, where pairs of channels are read as they lie and
-// taps in the padding left out: if each element goes into so many products that it costs nothing, or if images have
-// little but channels, so that vectors of pixels are short. Not for a large weight, which is read in its own order.
-bool reads_channels_last(const ConvPoolProblem& problem, const Tensor& input) {
-  constexpr double kManyOperations = 1800;                                    // an element
-  constexpr int64_t kManyChannels = 64, kFewPixels = 128, kLargeWeight = 16;  // to the input's elements
-  const ConvPoolGeometry& g = problem.geometry;
-  const bool in_pairs = problem.kind.dtype == ScalarType::BFloat16 && isa_multiplies_pairs();
-  if (!in_pairs || g.in_channels % 2 != 0 || !input.is_contiguous()) return false;
-  const int64_t weight = g.groups * g.out_channels * g.depth();
-  return problem.work > kManyOperations * static_cast<double>(input.numel()) ||
-         (weight < kLargeWeight * input.numel() && g.in_channels >= kManyChannels &&
-          g.input[0] * g.input[1] * g.input[2] <= kFewPixels);
-}
-
 ConvSource to_read(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
   if (problem.kind.dtype == ScalarType::Float) return cheapest_source<float>(problem, input, weight);
-  return {reads_channels_last(problem, input) ? in_format(input, true) : input.borrow(), weight.borrow()};
+  return {input.borrow(), weight.borrow()};
 }
 
 // winners: where to put them, or null.

@@ -9,18 +9,14 @@ struct ConvSource {
   Tensor input, weight;
 };
 
-// Dense, channels last.
-inline ConvLayout last_layout(int64_t channels, const int64_t (&sizes)[3]) {
-  const int64_t row = channels * sizes[2], plane = row * sizes[1];
-  return {plane * sizes[0], 1, {plane, row, channels}};
-}
-
-// In vector multiply-adds, for all images and groups; 0 if it is not known.
+// In vector multiply-adds, for all images; 0 if it is not known.
 template <class T>
 double planned_cost(ConvPoolGeometry g, ConvLayout input, const ConvLayout& weight) {
+  constexpr double kPack = 2;  // an element of the weight: plans that need not pack it have it subtracted
   skip_unused(g, input);
   const ConvPoolPlan plan = conv_forward_kernels().get<T>().plan(g, input, weight, 1, false);
-  return plan.cost * static_cast<double>(g.batch * g.groups);
+  if (plan.cost == 0) return 0;
+  return plan.cost * static_cast<double>(g.batch) + kPack * static_cast<double>(g.groups * g.out_channels * g.depth());
 }
 
 // Of a copy, in the same.
@@ -43,7 +39,7 @@ ConvSource cheapest_source(const ConvPoolProblem& problem, const Tensor& input, 
   const int64_t channels = g.groups * g.in_channels;
   const int64_t pixels = g.input[0] * g.input[1] * g.input[2];
   if (!input.is_contiguous() || g.in_channels < kManyChannels || pixels == 1) return source;
-  const ConvLayout input_last = last_layout(channels, g.input), weight_layout = layout_of(weight);
+  const ConvLayout input_last = dense_last(channels, g.input), weight_layout = layout_of(weight);
   const double as_it_is = planned_cost<T>(g, layout_of(input), weight_layout);
   if (as_it_is < kWorthPlanning) return source;
   const double turn = turn_cost(input);
@@ -51,7 +47,7 @@ ConvSource cheapest_source(const ConvPoolProblem& problem, const Tensor& input, 
   const double both =
       !weight.is_contiguous() || g.taps() == 1
           ? turned
-          : turn + turn_cost(weight) + planned_cost<T>(g, input_last, last_layout(g.in_channels, g.kernel));
+          : turn + turn_cost(weight) + planned_cost<T>(g, input_last, dense_last(g.in_channels, g.kernel));
   if (std::min(turned, both) > kGain * as_it_is) return source;
   source.input = in_format(input, true);
   if (both < turned) source.weight = in_format(weight, true);

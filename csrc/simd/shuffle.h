@@ -104,31 +104,33 @@ FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
 }
 
 #if defined(__AVX512F__)
-// The same by shuffles that need no vector of indices: within 16 bytes, then of 16 bytes.
+// Within quarters of vectors first, which takes half as long as zipping across them; then whole quarters.
 template <>
-FASTNN_INLINE void transpose<float>(Vec<float> (&rows)[16]) {
-  Vec<float> part[16];
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    const __m512d low[2] = {(__m512d)_mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]),
-                            (__m512d)_mm512_unpacklo_ps((__m512)rows[i + 2], (__m512)rows[i + 3])};
-    const __m512d high[2] = {(__m512d)_mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]),
-                             (__m512d)_mm512_unpackhi_ps((__m512)rows[i + 2], (__m512)rows[i + 3])};
-    part[i] = (Vec<float>)_mm512_unpacklo_pd(low[0], low[1]);
-    part[i + 1] = (Vec<float>)_mm512_unpackhi_pd(low[0], low[1]);
-    part[i + 2] = (Vec<float>)_mm512_unpacklo_pd(high[0], high[1]);
-    part[i + 3] = (Vec<float>)_mm512_unpackhi_pd(high[0], high[1]);
+FASTNN_INLINE void transpose<float>(Vec<float> (&rows)[kLanes<float>]) {
+  __m512 x[16], y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    x[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    x[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
   }
-  constexpr int even = 0x88, odd = 0xdd;  // of four times 16 bytes, from each of two vectors
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const int row = i / 2 * 4 + i % 2;
+    y[2 * i] = (__m512)_mm512_unpacklo_pd((__m512d)x[row], (__m512d)x[row + 2]);
+    y[2 * i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)x[row], (__m512d)x[row + 2]);
+  }
+  constexpr int even = 0x88, odd = 0xdd;  // quarters of each operand
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512 a = (__m512)part[i], b = (__m512)part[4 + i], c = (__m512)part[8 + i], d = (__m512)part[12 + i];
-    const __m512 first[2] = {_mm512_shuffle_f32x4(a, b, even), _mm512_shuffle_f32x4(c, d, even)};
-    const __m512 second[2] = {_mm512_shuffle_f32x4(a, b, odd), _mm512_shuffle_f32x4(c, d, odd)};
-    rows[i] = (Vec<float>)_mm512_shuffle_f32x4(first[0], first[1], even);
-    rows[4 + i] = (Vec<float>)_mm512_shuffle_f32x4(second[0], second[1], even);
-    rows[8 + i] = (Vec<float>)_mm512_shuffle_f32x4(first[0], first[1], odd);
-    rows[12 + i] = (Vec<float>)_mm512_shuffle_f32x4(second[0], second[1], odd);
+    x[i] = _mm512_shuffle_f32x4(y[i], y[4 + i], even);
+    x[4 + i] = _mm512_shuffle_f32x4(y[i], y[4 + i], odd);
+    x[8 + i] = _mm512_shuffle_f32x4(y[8 + i], y[12 + i], even);
+    x[12 + i] = _mm512_shuffle_f32x4(y[8 + i], y[12 + i], odd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = (Vec<float>)_mm512_shuffle_f32x4(x[i], x[8 + i], even);
+    rows[8 + i] = (Vec<float>)_mm512_shuffle_f32x4(x[i], x[8 + i], odd);
   }
 }
 #endif

@@ -69,6 +69,93 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
                       [&](int64_t c) __attribute__((always_inline)) { return c * to_stride; });
 }
 
+#if defined(__AVX512F__)
+// Every `stride`-th of a row's elements, `count` of them, at most 8; the others are zero.
+template <int stride>
+FASTNN_INLINE __m128i load_eight(const bfloat16* from, int64_t count) {
+  const auto first = [](int64_t elements) { return static_cast<__mmask32>((uint64_t{1} << elements) - 1); };
+  const __mmask32 inside = first((count - 1) * stride + 1);  // what is skipped behind the last may not be there
+  if constexpr (stride == 1) {
+    return _mm_maskz_loadu_epi16(static_cast<__mmask8>(inside), from);
+  } else if constexpr (stride == 2) {
+    return _mm256_cvtepi32_epi16(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(inside), from));
+  } else if constexpr (stride == 4) {
+    return _mm512_cvtepi64_epi16(_mm512_maskz_loadu_epi16(inside, from));
+  } else {
+    uint16_t elements[8] = {};
+    for (int i = 0; i < 8 && i < count; ++i) elements[i] = from[i * stride].bits;
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(elements));
+  }
+}
+
+// The same for bfloat16 that stays such, of every `stride`-th element of the rows. Blocks of 8 columns of 32 rows, of
+// which each quarter of a vector transposes 8: three rounds of zips within quarters.
+template <int stride>
+void transpose_strided(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, bfloat16* to,
+                       int64_t to_stride) {
+  constexpr int64_t height = 32, width = 8;
+  for (int64_t r = 0; r < rows; r += height) {
+    const int64_t rows_left = rows - r < height ? rows - r : height;
+    for (int64_t c = 0; c < columns; c += width) {
+      const int64_t columns_left = columns - c < width ? columns - c : width;
+      const bfloat16* source = from + r * from_stride + c * stride;
+      bfloat16* target = to + c * to_stride + r;
+      __m512i x[width], y[width];
+      const auto load_rows = [&](auto load) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int i = 0; i < width; ++i) {
+          x[i] = _mm512_castsi128_si512(load(i));
+          x[i] = _mm512_inserti32x4(x[i], load(8 + i), 1);
+          x[i] = _mm512_inserti32x4(x[i], load(16 + i), 2);
+          x[i] = _mm512_inserti32x4(x[i], load(24 + i), 3);
+        }
+      };
+      const bool whole = rows_left == height && columns_left == width;
+      if (whole && stride == 1) {
+        load_rows([&](int64_t i) __attribute__((always_inline)) {
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i * from_stride));
+        });
+      } else {
+        load_rows([&](int64_t i) __attribute__((always_inline)) {
+          return i < rows_left ? load_eight<stride>(source + i * from_stride, columns_left) : _mm_setzero_si128();
+        });
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        y[2 * i] = _mm512_unpacklo_epi16(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi16(x[2 * i], x[2 * i + 1]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int row = i / 2 * 4 + i % 2;
+        x[2 * i] = _mm512_unpacklo_epi32(y[row], y[row + 2]);
+        x[2 * i + 1] = _mm512_unpackhi_epi32(y[row], y[row + 2]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        y[2 * i] = _mm512_unpacklo_epi64(x[i], x[4 + i]);
+        y[2 * i + 1] = _mm512_unpackhi_epi64(x[i], x[4 + i]);
+      }
+      if (whole) {
+#pragma GCC unroll 8
+        for (int i = 0; i < width; ++i) _mm512_storeu_si512(target + i * to_stride, y[i]);
+      } else {
+        const __mmask32 inside = static_cast<__mmask32>((uint64_t{1} << rows_left) - 1);
+        for (int64_t i = 0; i < columns_left; ++i) _mm512_mask_storeu_epi16(target + i * to_stride, inside, y[i]);
+      }
+    }
+  }
+}
+
+inline void transpose_matrix(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, bfloat16* to,
+                             int64_t to_stride) {
+  if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
+  if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
+  if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
+  transpose_strided<1>(from, from_stride, rows, columns, to, to_stride);
+}
+#endif
+
 // The same for bytes, in squares of 16.
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 

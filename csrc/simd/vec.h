@@ -250,6 +250,16 @@ FASTNN_INLINE Vec<float> broadcast_pair(bfloat16x2 x) {
 FASTNN_INLINE Vec<float> zip_pairs(Vec<float> even, Vec<float> odd) {
   return (Vec<float>)(((Vec<uint32_t>)even >> 16) | (Vec<uint32_t>)odd);
 }
+// A vector's first `count` elements, of which there are two a lane; the others are zero.
+FASTNN_INLINE __mmask32 first_elements(int64_t count) {
+  return count >= 2 * kLanes<float> ? ~__mmask32{0} : static_cast<__mmask32>((1u << count) - 1);
+}
+FASTNN_INLINE Vec<float> load_elements(const bfloat16* from, int64_t count) {
+  return (Vec<float>)_mm512_maskz_loadu_epi16(first_elements(count), from);
+}
+FASTNN_INLINE void store_elements(bfloat16* to, Vec<float> pairs, int64_t count) {
+  _mm512_mask_storeu_epi16(to, first_elements(count), (__m512i)pairs);
+}
 FASTNN_INLINE Vec<float> multiply_add_pairs(Vec<float> x, Vec<float> y, Vec<float> z) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(z) : "v"(x), "v"(y));
   return z;
