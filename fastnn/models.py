@@ -9,7 +9,6 @@ from fastnn import nn
 from fastnn.nn.mlp import linear_parameters
 from fastnn.ops.mlp import activation_digits, mlp, mlp_of_parameters, mlp_reconstruction_error
 
-
 _IDENTITY = activation_digits(("identity",))
 
 
