@@ -62,7 +62,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
 
     For ``conv_relu_max_pool`` the report names the algorithm of forward (``direct``, ``rows``, ``lanes``, ``windows``,
     ``dots``, ``depthwise`` or ``winograd``, the files of csrc/kernels; ``pairs`` is ``direct`` with two channels a
-    multiplication) and of a training step's backward: ``winners``, which visits the windows' winners alone,
+    multiplication, ``phases`` with fewer multiplications) and of a training step's backward: ``winners``, which visits the windows' winners alone,
     ``depthwise``, which has channels in the lanes, or ``stock``, torch's own convolution. A layer that isn't listed
     takes PyTorch's own path.
     """
