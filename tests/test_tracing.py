@@ -10,7 +10,7 @@ import fastnn
 from fastnn import nn
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # stock's checks of sizes
 ]
 
