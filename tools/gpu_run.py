@@ -110,11 +110,12 @@ def kill(processes: Sequence[subprocess.Popen]) -> None:
         process.wait()
 
 
-def finish_tests(started: Sequence[TestRun], seconds: float) -> dict[str, Any]:
+def finish_tests(started: Sequence[TestRun], seconds: float, grace: float = 5) -> dict[str, Any]:
+    """``grace``: seconds for those that have to be stopped, in which pytest writes down what it has found out."""
     late = wait_for([test_run.process for test_run in started], seconds)
-    for process in late:  # asked to stop, pytest still writes down what it has found out
+    for process in late:
         process.send_signal(signal.SIGINT)
-    kill(wait_for(late, 5))
+    kill(wait_for(late, grace))
     result: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": [], "unfinished": [], "tails": {}}
     for name, report, process in started:
         if process.returncode not in (0, NO_TESTS):
