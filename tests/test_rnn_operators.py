@@ -135,7 +135,8 @@ def test_raw_operators_refuse_bad_arguments():
         (0, output[:1]),
         (0, output.double()),
         (1, []),
-        (1, [final[0][:1], None]),
+        (1, [final[0][:3], None]),
+        (1, [final[0], final[1][:1]]),
         (7, output[:1]),
         (8, reserve[:-1]),
         (8, reserve.double()),
@@ -174,3 +175,21 @@ def test_raw_operators_refuse_gradients():
         for tensor in (output, *state):
             with pytest.raises(RuntimeError, match="no gradient of its own"):
                 tensor.sum().backward()
+
+
+@pytest.mark.parametrize("mode", op.MODES)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gradient_of_the_last_state_alone(mode: str, layers: int, dtype: torch.dtype, instruction_set: str) -> None:
+    arguments = raw_arguments(mode, dtype, layers=layers)
+    output, final, reserve = torch.ops.fastnn.rnn_with_reserve(*arguments)
+    last = torch.randn_like(final[0][-1:])
+    whole = torch.zeros_like(final[0])
+    whole[-1:] = last
+    results = [
+        torch.ops.fastnn.rnn_backward(
+            None, [grad, None][: len(final)], *arguments[:5], output, reserve, *arguments[5:], True, True, True
+        )
+        for grad in (last, whole)
+    ]
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(torch.cat([t.flatten() for t in ours]), torch.cat([t.flatten() for t in expected]))

@@ -104,6 +104,7 @@ template <class T>
 struct RnnGradients {
   const T* grad_output;  // (rows, width()), or null
   const T* grad_h_n;     // as h0, or null
+  int64_t h_n_from;      // the direction at which grad_h_n begins, the ones before having no gradient there
   const T* grad_c_n;     // as c0, or null
   T* grad_input;         // laid out as the input; or null
   T* grad_h0;            // as h0, or null

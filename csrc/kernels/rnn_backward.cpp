@@ -77,7 +77,8 @@ class BackwardDirection {
     const int64_t outputs = layout_.outputs();
     const Share units = share_columns(layout_.hidden), columns = share_columns(outputs);
     for (int64_t sequence = direction_.continuing(t, part_); sequence < last; ++sequence) {
-      start_gradient(gradients.grad_h_n, direction_.h_offset(sequence), columns, row_of(grad_h(), sequence));
+      const int64_t h_offset = direction_.h_offset(sequence) - gradients.h_n_from * network_.batch * outputs;
+      start_gradient(h_offset < 0 ? nullptr : gradients.grad_h_n, h_offset, columns, row_of(grad_h(), sequence));
       if (Cell::kHasCellState) {
         start_gradient(gradients.grad_c_n, direction_.c_offset(sequence), units, row_of(grad_c_, sequence));
       }

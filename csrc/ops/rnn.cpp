@@ -102,6 +102,7 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
 
 struct OutputGradients {
   OptionalTensor output;
+  int64_t h_from = 0;  // the direction at which h's begins
   std::vector<OptionalTensor> state;
 };
 
@@ -134,7 +135,10 @@ OutputGradients check_gradients(const Problem& problem, const OptionalTensor& gr
   for (size_t i = 0; i < states; ++i) {
     gradients.state.emplace_back();
     if (!grad_state[i]) continue;
-    check_one_state(problem, *grad_state[i], i, "grad_state");
+    const bool last_alone =
+        i == 0 && grad_state[i]->defined() && grad_state[i]->dim() == 3 && grad_state[i]->size(0) == 1;
+    if (last_alone) gradients.h_from = problem.count() - 1;
+    check_one_state(problem, *grad_state[i], i, "grad_state", last_alone ? 1 : problem.count());
     gradients.state.back() = dense(*grad_state[i]);
   }
   return gradients;
@@ -175,6 +179,7 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   };
   const RnnGradients<T> gradients{data_or_null<T>(given.output),
                                   data_or_null<T>(given.state[0]),
+                                  given.h_from,
                                   given.state.size() > 1 ? data_or_null<T>(given.state[1]) : nullptr,
                                   input_wanted ? mutable_data<T>(wanted.input) : nullptr,
                                   state_or_null(0),
@@ -270,7 +275,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "rnn_with_reserve(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first)"
       " -> (Tensor output, Tensor[] final_state, Tensor reserve)");
-  // A gradient that is not wanted comes back empty.
+  // A gradient that is not wanted comes back empty. That of h may be given for the last direction of the last layer
+  // alone, (1, batch, hidden).
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor?[] grad_state, Tensor input, Tensor? batch_sizes, Tensor[] state,"
       " Tensor[] weights, Tensor? masks, Tensor output, Tensor reserve, int mode, int num_layers, bool bidirectional,"

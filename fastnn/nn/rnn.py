@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference
-from fastnn.ops.rnn import NUMBER_OF, plain_rnn, plain_rnn_cell, rnn, rnn_cell
+from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference, wants_gradient
+from fastnn.ops.rnn import NUMBER_OF, Config, plain_rnn, plain_rnn_cell, rnn, rnn_cell
+from fastnn.ops.rnn_head import train_rnn_with_head
 
 # In one look-up in place of eight, which nn.Module makes slow.
 _settings = itemgetter(
     "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_parameters"
 )
+_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _covers(input: Any) -> bool:
@@ -74,27 +76,42 @@ class _Recurrent(_OnStock, RNNBase):
     def _run_plain(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
         """The kernel's answer to what calls mostly are, in a few microseconds; None where a closer look is due."""
         try:
-            mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
             if hx is None:
                 state: Any = ()
-            elif mode != "LSTM":
+            elif self._states == 1:
                 state = (hx,)
             else:
                 state = hx
-            if (
-                input.dim() != 3
-                or not isinstance(state, (tuple, list))
-                or (training and dropout)
-                or len(own) != len(weights)
-                or not all(map(is_, own.values(), weights))
-            ):
+            if input.dim() != 3 or not isinstance(state, (tuple, list)):
                 return None
-            output, final = plain_rnn(
-                input, None, state, weights, None, NUMBER_OF[mode], layers, bidirectional, batch_first
-            )
+            plain = self._plain_settings()
+            if plain is None:
+                return None
+            weights, config = plain
+            output, final = plain_rnn(input, None, state, weights, None, *config)
         except (AttributeError, KeyError, RuntimeError, TypeError):  # arguments that do not fit, for one
             return None
-        return output, final[0] if mode != "LSTM" else tuple(final)
+        return output, final[0] if self._states == 1 else tuple(final)
+
+    def _plain_settings(self) -> tuple[list[Tensor], Config] | None:
+        """The weights and how they are used, unless there is dropout or a parameter has been put in another's place."""
+        mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
+        if (training and dropout) or len(own) != len(weights) or not all(map(is_, own.values(), weights)):
+            return None
+        return weights, (NUMBER_OF[mode], layers, bidirectional, batch_first)
+
+    def train_with_head(self, input: Any, head: Sequence[Tensor]) -> Tensor | None:
+        """``linear(h, *head)`` of the last layer's final h, where that is a training step that one function can record;
+        else None."""
+        try:
+            if not is_plain(input) or input.dim() != 3 or not input.is_cpu or any(_hooks(self.__dict__)):
+                return None
+            plain = self._plain_settings()
+            if plain is None or not wants_gradient(input, *plain[0], *head):
+                return None
+            return train_rnn_with_head(input, plain[0], head, plain[1])
+        except (AttributeError, KeyError, RuntimeError, TypeError):
+            return None
 
     def _by_stock(self, input: Any, hx: Any) -> tuple[Any, Any]:
         if isinstance(input, PackedSequence):
