@@ -16,7 +16,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference, wants_gradient
-from fastnn.ops.rnn import NUMBER_OF, Config, plain_rnn, plain_rnn_cell, rnn, rnn_cell
+from fastnn.ops.rnn import NUMBER_OF, plain_rnn, plain_rnn_cell, rnn, rnn_cell
 from fastnn.ops.rnn_head import train_rnn_with_head
 
 # In one look-up in place of eight, which nn.Module makes slow.
@@ -73,45 +73,47 @@ class _Recurrent(_OnStock, RNNBase):
             answer = None  # the stock module has its own words for arguments that do not fit
         return self._by_stock(input, hx) if answer is None else answer
 
-    def _run_plain(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
-        """The kernel's answer to what calls mostly are, in a few microseconds; None where a closer look is due."""
-        try:
-            if hx is None:
-                state: Any = ()
-            elif self._states == 1:
-                state = (hx,)
-            else:
-                state = hx
-            if input.dim() != 3 or not isinstance(state, (tuple, list)):
-                return None
-            plain = self._plain_settings()
-            if plain is None:
-                return None
-            weights, config = plain
-            output, final = plain_rnn(input, None, state, weights, None, *config)
-        except (AttributeError, KeyError, RuntimeError, TypeError):  # arguments that do not fit, for one
-            return None
-        return output, final[0] if self._states == 1 else tuple(final)
-
-    def _plain_settings(self) -> tuple[list[Tensor], Config] | None:
-        """The weights and how they are used, unless there is dropout or a parameter has been put in another's place."""
-        mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
-        if (training and dropout) or len(own) != len(weights) or not all(map(is_, own.values(), weights)):
-            return None
-        return weights, (NUMBER_OF[mode], layers, bidirectional, batch_first)
-
     def train_with_head(self, input: Any, head: Sequence[Tensor]) -> Tensor | None:
         """``linear(h, *head)`` of the last layer's final h, where that is a training step that one function can record;
         else None."""
-        try:
-            if not is_plain(input) or input.dim() != 3 or not input.is_cpu or any(_hooks(self.__dict__)):
-                return None
-            plain = self._plain_settings()
-            if plain is None or not wants_gradient(input, *plain[0], *head):
-                return None
-            return train_rnn_with_head(input, plain[0], head, plain[1])
-        except (AttributeError, KeyError, RuntimeError, TypeError):
+        if (
+            not isinstance(input, Tensor)
+            or not input.is_cpu
+            or not is_plain(input)
+            or any(_hooks(self.__dict__))
+            or not wants_gradient(input, *self._flat_weights, *head)
+        ):
             return None
+        trained: Tensor | None = self._run_plain(input, None, head)
+        return trained
+
+    def _run_plain(self, input: Tensor, hx: Any, head: Sequence[Tensor] | None = None) -> Any:
+        """The kernel's answer to what calls mostly are, in a few microseconds; None where a closer look is due. With a
+        `head`, that of :meth:`train_with_head`."""
+        try:
+            mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
+            if hx is None:
+                state: Any = ()
+            elif mode != "LSTM":
+                state = (hx,)
+            else:
+                state = hx
+            if (
+                input.dim() != 3
+                or not isinstance(state, (tuple, list))
+                or (training and dropout)
+                or len(own) != len(weights)
+                or not all(map(is_, own.values(), weights))
+            ):
+                return None
+            if head is not None:
+                return train_rnn_with_head(input, weights, head, (NUMBER_OF[mode], layers, bidirectional, batch_first))
+            output, final = plain_rnn(
+                input, None, state, weights, None, NUMBER_OF[mode], layers, bidirectional, batch_first
+            )
+        except (AttributeError, KeyError, RuntimeError, TypeError):  # arguments that do not fit, for one
+            return None
+        return output, final[0] if mode != "LSTM" else tuple(final)
 
     def _by_stock(self, input: Any, hx: Any) -> tuple[Any, Any]:
         if isinstance(input, PackedSequence):
