@@ -135,8 +135,11 @@ def test_raw_operators_refuse_bad_arguments():
         (0, output[:1]),
         (0, output.double()),
         (1, []),
-        (1, [final[0][:3], None]),
-        (1, [final[0], final[1][:1]]),
+        (1, [final[0][:1], None]),
+        (1, [final[0][0, :1], None]),
+        (1, [final[0][0, :, :1], None]),
+        (1, [final[0][0].double(), None]),
+        (1, [final[0], final[1][0]]),
         (7, output[:1]),
         (8, reserve[:-1]),
         (8, reserve.double()),
@@ -182,9 +185,9 @@ def test_raw_operators_refuse_gradients():
 def test_gradient_of_the_last_state_alone(mode: str, layers: int, dtype: torch.dtype, instruction_set: str) -> None:
     arguments = raw_arguments(mode, dtype, layers=layers)
     output, final, reserve = torch.ops.fastnn.rnn_with_reserve(*arguments)
-    last = torch.randn_like(final[0][-1:])
+    last = torch.randn_like(final[0][-1])
     whole = torch.zeros_like(final[0])
-    whole[-1:] = last
+    whole[-1] = last
     results = [
         torch.ops.fastnn.rnn_backward(
             None, [grad, None][: len(final)], *arguments[:5], output, reserve, *arguments[5:], True, True, True

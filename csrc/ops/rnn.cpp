@@ -150,10 +150,13 @@ OutputGradients check_gradients(Problem& problem, const OptionalTensor& grad_out
   for (size_t i = 0; i < states; ++i) {
     gradients.state.emplace_back();
     if (!grad_state[i]) continue;
-    const bool last_alone =
-        i == 0 && grad_state[i]->defined() && grad_state[i]->dim() == 3 && grad_state[i]->size(0) == 1;
-    if (last_alone) gradients.h_from = problem.count() - 1;
-    check_one_state(problem, *grad_state[i], i, "grad_state", last_alone ? 1 : problem.count());
+    if (i == 0 && !problem.cell && grad_state[i]->defined() && grad_state[i]->dim() == 2) {
+      gradients.h_from = problem.count() - 1;
+      check_same_kind(*grad_state[i], problem.kind, "grad_state");
+      check_sizes(*grad_state[i], {problem.batch, problem.outputs()}, op, "grad_state");
+    } else {
+      check_one_state(problem, *grad_state[i], i, "grad_state");
+    }
     gradients.state.back() = dense(*grad_state[i]);
   }
   return gradients;
@@ -292,8 +295,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "rnn_with_reserve(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first)"
       " -> (Tensor output, Tensor[] final_state, Tensor reserve)");
-  // A gradient that is not wanted comes back empty. That of h may be given for the last direction of the last layer
-  // alone, (1, batch, hidden).
+  // A gradient that is not wanted comes back empty. On the CPU that of h may be given for the last direction of the
+  // last layer alone, (batch, hidden).
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor?[] grad_state, Tensor input, Tensor? batch_sizes, Tensor[] state,"
       " Tensor[] weights, Tensor? masks, Tensor output, Tensor reserve, int mode, int num_layers, bool bidirectional,"

@@ -132,15 +132,14 @@ inline size_t states_of(RnnMode mode) {
   return mode == RnnMode::lstm ? 2 : 1;
 }
 
-// h (0) or c (1), or a gradient of such, of so many directions.
-inline void check_one_state(const Problem& problem, const Tensor& tensor, size_t which, const char* name,
-                            int64_t directions) {
+// h (0) or c (1), or a gradient of such.
+inline void check_one_state(const Problem& problem, const Tensor& tensor, size_t which, const char* name) {
   check_same_kind(tensor, problem.kind, name);
   const int64_t units = which == 0 ? problem.outputs() : problem.hidden;
   if (problem.cell) {
     check_sizes(tensor, {problem.batch, units}, problem.kind.op, name);
   } else {
-    check_sizes(tensor, {directions, problem.batch, units}, problem.kind.op, name);
+    check_sizes(tensor, {problem.count(), problem.batch, units}, problem.kind.op, name);
   }
 }
 
@@ -149,7 +148,7 @@ inline void check_state(Problem& problem, const TensorList& state) {
   FASTNN_CHECK(state.empty() || state.size() == states_of(problem.mode), op, ": expected no state or ",
                states_of(problem.mode), " tensors, got ", state.size());
   for (size_t i = 0; i < state.size(); ++i) {
-    check_one_state(problem, state[i], i, "state", problem.count());
+    check_one_state(problem, state[i], i, "state");
     problem.state.push_back(dense(state[i]));
   }
 }

@@ -50,8 +50,7 @@ class RnnWithHead(torch.autograd.Function):
         grad_h, grad_head_weight, grad_head_bias = _mlp_backward_call(
             grad, h, head[:1], _CODE, result, (), True, head_needed[0], True in head_needed[1:]
         )
-        grad_state = grad_h.unsqueeze(0)  # the last layer's alone
-        grads = (grad_state, None) if MODES[config[0]] == "LSTM" else (grad_state,)
+        grads = (grad_h, None) if MODES[config[0]] == "LSTM" else (grad_h,)  # of the last layer alone
         own_needed = True in needed[3 : 3 + weights]
         grad_input, _, grad_weights = _backward_call(
             None, grads, input, None, (), own, None, output, reserve, *config, needed[0], False, own_needed
