@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from fastnn import nn
 from fastnn.nn.mlp import linear_parameters
@@ -45,10 +45,14 @@ class RNN(nn.Module):
         self.fc = nn.Linear(hidden_size, output_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        head = linear_parameters((self.fc,))
+        trained: Tensor | None = self.rnn.train_with_head(x, head) if is_grad_enabled() else None
+        if trained is not None:
+            return trained
         _, state = self.rnn(x)  # no state given: zeros
         h = state[0] if isinstance(state, tuple) else state
         # The last layer's last output: a smaller tensor to take it from than all outputs.
-        return _linear(self.fc, h[-1])
+        return mlp_of_parameters(h[-1], head, _IDENTITY)
 
 
 _AUTOENCODER_ACTIVATIONS = ("relu", "identity", "relu", "identity")

@@ -136,6 +136,10 @@ def test_raw_operators_refuse_bad_arguments():
         (0, output.double()),
         (1, []),
         (1, [final[0][:1], None]),
+        (1, [final[0][0, :1], None]),
+        (1, [final[0][0, :, :1], None]),
+        (1, [final[0][0].double(), None]),
+        (1, [final[0], final[1][0]]),
         (7, output[:1]),
         (8, reserve[:-1]),
         (8, reserve.double()),
@@ -174,3 +178,54 @@ def test_raw_operators_refuse_gradients():
         for tensor in (output, *state):
             with pytest.raises(RuntimeError, match="no gradient of its own"):
                 tensor.sum().backward()
+
+
+@pytest.mark.parametrize("mode", op.MODES)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gradient_of_the_last_state_alone(mode: str, layers: int, dtype: torch.dtype, instruction_set: str) -> None:
+    arguments = raw_arguments(mode, dtype, layers=layers)
+    output, final, reserve = torch.ops.fastnn.rnn_with_reserve(*arguments)
+    last = torch.randn_like(final[0][-1])
+    whole = torch.zeros_like(final[0])
+    whole[-1] = last
+    results = [
+        torch.ops.fastnn.rnn_backward(
+            None, [grad, None][: len(final)], *arguments[:5], output, reserve, *arguments[5:], True, True, True
+        )
+        for grad in (last, whole)
+    ]
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(torch.cat([t.flatten() for t in ours]), torch.cat([t.flatten() for t in expected]))
+
+
+@pytest.mark.parametrize("mode", op.MODES)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_layouts_of_the_gradient(mode: str, batch_first: bool, dtype: torch.dtype, instruction_set: str) -> None:
+    arguments = raw_arguments(mode, dtype)
+    arguments[-1] = batch_first
+    arguments[2] = []
+    output, final, reserve = torch.ops.fastnn.rnn_with_reserve(*arguments)
+
+    def backward(grad: torch.Tensor) -> torch.Tensor:
+        rest = [[None] * len(final), *arguments[:5], output, reserve, *arguments[5:], True, False, True]
+        grad_input, _, grad_weights = torch.ops.fastnn.rnn_backward(grad, *rest)
+        return torch.cat([t.flatten() for t in (grad_input, *grad_weights)])
+
+    first, second, width = output.shape
+    grad = torch.randn(first, second, width, dtype=dtype)
+    of_others = torch.randn(first + 1, second + 2, 2 * width + 1, dtype=dtype)
+    expanded = [
+        torch.randn(sizes, dtype=dtype).expand(output.shape) for sizes in ((1, second, width), (first, 1, width), ())
+    ]
+    layouts = {
+        "the other order": grad.transpose(0, 1).contiguous().transpose(0, 1),
+        "columns first": grad.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "part of more": of_others[1:, 1:-1, 3 : width + 3],
+        "every other column": of_others[1:, 2:, : 2 * width : 2],
+        "one for the first dimension": expanded[0],
+        "one for the second": expanded[1],
+        "one number": expanded[2],
+    }
+    for name, layout in layouts.items():
+        assert torch.equal(backward(layout), backward(layout.contiguous())), name
+    assert torch.equal(backward(layouts["the other order"]), backward(grad))

@@ -28,6 +28,7 @@ struct RnnStep {
   int64_t input;  // where the step's first row starts in the network's input, in elements
   int64_t row;    // the same in output and everything else that is kept time-major: rows of the steps before
   int64_t rows;
+  int64_t gradient = 0;  // the same as `input` in the gradient of the output
 };
 
 // One direction of one layer.
@@ -102,12 +103,14 @@ struct RnnForwardKernels {
 
 template <class T>
 struct RnnGradients {
-  const T* grad_output;  // (rows, width()), or null
-  const T* grad_h_n;     // as h0, or null
-  const T* grad_c_n;     // as c0, or null
-  T* grad_input;         // laid out as the input; or null
-  T* grad_h0;            // as h0, or null
-  T* grad_c0;            // as c0, or null
+  const T* grad_output;        // (rows, width()) by RnnStep::gradient, or null
+  int64_t grad_output_stride;  // from a row of a step to the next
+  const T* grad_h_n;           // as h0, or null
+  int64_t h_n_from;            // the direction at which grad_h_n begins, the ones before having no gradient there
+  const T* grad_c_n;           // as c0, or null
+  T* grad_input;               // laid out as the input; or null
+  T* grad_h0;                  // as h0, or null
+  T* grad_c0;                  // as c0, or null
 };
 
 // Of one direction of one layer: all but the first two may be null.

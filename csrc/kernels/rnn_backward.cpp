@@ -14,7 +14,7 @@ class BackwardDirection {
 
  public:
   BackwardDirection(const RnnNetwork<T>& network, int64_t layer, int64_t direction, Part part, int64_t most_rows,
-                    const Source* grad_output, C* sums, Member& member, RnnScratch<C> scratch)
+                    Rows<Source> grad_output, C* sums, Member& member, RnnScratch<C> scratch)
       : direction_(network, layer, direction),
         network_(network),
         layout_(network, direction_.weights.input_size),
@@ -77,7 +77,8 @@ class BackwardDirection {
     const int64_t outputs = layout_.outputs();
     const Share units = share_columns(layout_.hidden), columns = share_columns(outputs);
     for (int64_t sequence = direction_.continuing(t, part_); sequence < last; ++sequence) {
-      start_gradient(gradients.grad_h_n, direction_.h_offset(sequence), columns, row_of(grad_h(), sequence));
+      const int64_t h_offset = direction_.h_offset(sequence) - gradients.h_n_from * network_.batch * outputs;
+      start_gradient(h_offset < 0 ? nullptr : gradients.grad_h_n, h_offset, columns, row_of(grad_h(), sequence));
       if (Cell::kHasCellState) {
         start_gradient(gradients.grad_c_n, direction_.c_offset(sequence), units, row_of(grad_c_, sequence));
       }
@@ -143,8 +144,8 @@ class BackwardDirection {
 
   // The direction's own columns of a row, or null.
   const Source* output_gradient(const RnnStep& step, int64_t sequence) const {
-    if (!grad_output_) return nullptr;
-    return grad_output_ + (step.row + sequence) * network_.width() + direction_.direction * layout_.outputs();
+    if (!grad_output_.base) return nullptr;
+    return grad_output_.at(step, sequence) + direction_.direction * layout_.outputs();
   }
   // h of the step before, or null for zeros.
   const T* previous_output(int64_t t, int64_t sequence, bool runs) const {
@@ -280,7 +281,7 @@ class BackwardDirection {
   const BackwardLayout<Cell, C> layout_;
   const Part part_;
   const int64_t most_rows_;
-  const Source* grad_output_;  // (rows, width), or null
+  const Rows<Source> grad_output_;  // (rows, width), or null
   C* sums_;
   Member& member_;
   // Shared:
@@ -335,16 +336,16 @@ int64_t sums_size(const RnnNetwork<T>& network, int64_t input_size) {
 }
 
 template <class Cell, class T, class Source>
-void run_layer(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, const Source* grad_output,
+void run_layer(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, Rows<Source> grad_output,
                Compute<T>* grad_below, Compute<T>* sums, Part part, Member& member, RnnScratch<Compute<T>> scratch) {
   using C = Compute<T>;
   const int64_t rows = most_rows<Cell>(network, part.last - part.first);
   for (int64_t direction = 0; direction < network.directions; ++direction) {
     BackwardDirection<Cell, T, Source> pass(network, layer, direction, part, rows, grad_output, sums, member, scratch);
     if (layer == 0) {
-      pass.run(gradients, Rows<T>{gradients.grad_input, network.input_stride, true});
+      pass.run(gradients, Rows<T>{gradients.grad_input, network.input_stride, &RnnStep::input});
     } else {
-      pass.run(gradients, Rows<C>{grad_below, network.width(), false});
+      pass.run(gradients, Rows<C>{grad_below, network.width()});
     }
     if (sums) {
       sums += BackwardLayout<Cell, C>(network, network.weights[layer * network.directions].input_size).sums_size();
@@ -368,10 +369,10 @@ void run(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, Compute
     };
     const auto buffer = [&](int64_t layer) { return layer_grads + layer % 2 * network.rows * network.width(); };
     const int64_t top = network.layers - 1;
-    run_layer<Cell>(network, gradients, top, gradients.grad_output, buffer(top), sums_of(top), {first, last}, member,
-                    scratch);
+    const Rows<T> given{gradients.grad_output, gradients.grad_output_stride, &RnnStep::gradient};
+    run_layer<Cell>(network, gradients, top, given, buffer(top), sums_of(top), {first, last}, member, scratch);
     for (int64_t layer = top - 1; layer >= 0; --layer) {
-      run_layer<Cell>(network, gradients, layer, static_cast<const C*>(buffer(layer + 1)), buffer(layer),
+      run_layer<Cell>(network, gradients, layer, Rows<C>{buffer(layer + 1), network.width()}, buffer(layer),
                       sums_of(layer), {first, last}, member, scratch);
     }
   });

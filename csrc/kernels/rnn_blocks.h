@@ -47,18 +47,18 @@ template <class T>
 struct Rows {
   const T* base;
   int64_t stride;
-  bool is_input;  // the network's own input, with its own place for each step
+  int64_t RnnStep::* start = nullptr;  // of what lies as the caller has it, where a step's first row does
 
   FASTNN_INLINE const T* at(const RnnStep& step, int64_t sequence) const {
-    return is_input ? base + step.input + sequence * stride : base + (step.row + sequence) * stride;
+    return start ? base + step.*start + sequence * stride : base + (step.row + sequence) * stride;
   }
 };
 
 // The input of layer `layer`, without the dropout mask.
 template <class T>
 Rows<T> layer_input(const RnnNetwork<T>& network, int64_t layer) {
-  if (layer == 0) return {network.input, network.input_stride, true};
-  return {network.layer_output(layer - 1), network.width(), false};
+  if (layer == 0) return {network.input, network.input_stride, &RnnStep::input};
+  return {network.layer_output(layer - 1), network.width()};
 }
 
 template <class T>

@@ -102,6 +102,8 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
 
 struct OutputGradients {
   OptionalTensor output;
+  int64_t output_stride = 0;  // from a row of a step to the next
+  int64_t h_from = 0;         // the direction at which h's begins
   std::vector<OptionalTensor> state;
 };
 
@@ -110,7 +112,7 @@ Tensor time_major(const Problem& problem, const Tensor& tensor) {
   return problem.batch_first ? dense(Tensor(torch::stable::transpose(tensor.share(), 0, 1))) : dense(tensor);
 }
 
-Tensor check_output_like(const Problem& problem, const Tensor& tensor, const char* name) {
+void check_output_like(const Problem& problem, const Tensor& tensor, const char* name) {
   const char* op = problem.kind.op;
   check_same_kind(tensor, problem.kind, name);
   const int64_t length = static_cast<int64_t>(problem.steps.size());
@@ -121,20 +123,40 @@ Tensor check_output_like(const Problem& problem, const Tensor& tensor, const cha
   } else {
     check_sizes(tensor, {length, problem.batch, problem.width()}, op, name);
   }
-  return time_major(problem, tensor);
 }
 
-OutputGradients check_gradients(const Problem& problem, const OptionalTensor& grad_output,
+// The gradient, where it lies if its rows are dense, with its place for each step; else a copy.
+Tensor place_gradient(Problem& problem, const Tensor& gradient, int64_t* stride) {
+  const bool in_place = gradient.dim() == 3 && gradient.stride(2) == 1;
+  Tensor result = in_place ? gradient.borrow() : time_major(problem, gradient);
+  *stride = in_place ? gradient.stride(problem.batch_first ? 0 : 1) : problem.width();
+  const int64_t step = in_place ? gradient.stride(problem.batch_first ? 1 : 0) : 0;
+  for (size_t t = 0; t < problem.steps.size(); ++t) {
+    problem.steps[t].gradient = in_place ? static_cast<int64_t>(t) * step : problem.steps[t].row * *stride;
+  }
+  return result;
+}
+
+OutputGradients check_gradients(Problem& problem, const OptionalTensor& grad_output,
                                 const std::vector<OptionalTensor>& grad_state) {
   const char* op = problem.kind.op;
   const size_t states = states_of(problem.mode);
   FASTNN_CHECK(grad_state.size() == states, op, ": expected ", states, " grad_state, got ", grad_state.size());
   OutputGradients gradients;
-  if (grad_output) gradients.output = check_output_like(problem, *grad_output, "grad_output");
+  if (grad_output) {
+    check_output_like(problem, *grad_output, "grad_output");
+    gradients.output = place_gradient(problem, *grad_output, &gradients.output_stride);
+  }
   for (size_t i = 0; i < states; ++i) {
     gradients.state.emplace_back();
     if (!grad_state[i]) continue;
-    check_one_state(problem, *grad_state[i], i, "grad_state");
+    if (i == 0 && !problem.cell && grad_state[i]->defined() && grad_state[i]->dim() == 2) {
+      gradients.h_from = problem.count() - 1;
+      check_same_kind(*grad_state[i], problem.kind, "grad_state");
+      check_sizes(*grad_state[i], {problem.batch, problem.outputs()}, op, "grad_state");
+    } else {
+      check_one_state(problem, *grad_state[i], i, "grad_state");
+    }
     gradients.state.back() = dense(*grad_state[i]);
   }
   return gradients;
@@ -174,7 +196,9 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
     return i < wanted.state.size() ? mutable_data<T>(wanted.state[i]) : nullptr;
   };
   const RnnGradients<T> gradients{data_or_null<T>(given.output),
+                                  given.output_stride,
                                   data_or_null<T>(given.state[0]),
+                                  given.h_from,
                                   given.state.size() > 1 ? data_or_null<T>(given.state[1]) : nullptr,
                                   input_wanted ? mutable_data<T>(wanted.input) : nullptr,
                                   state_or_null(0),
@@ -227,10 +251,11 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
     const Tensor& output, const Tensor& reserve, int64_t mode, int64_t num_layers, bool bidirectional, bool batch_first,
     bool input_wanted, bool state_wanted, bool weights_wanted) {
   const char* op = "rnn_backward";
-  const Problem problem =
+  Problem problem =
       check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first);
   const OutputGradients given = check_gradients(problem, grad_output, grad_state);
-  const Tensor dense_output = check_output_like(problem, output, "output");
+  check_output_like(problem, output, "output");
+  const Tensor dense_output = time_major(problem, output);
   check_same_kind(reserve, problem.kind, "reserve");
   check_sizes(reserve, {problem.reserve_size()}, op, "reserve");
 
@@ -270,7 +295,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "rnn_with_reserve(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first)"
       " -> (Tensor output, Tensor[] final_state, Tensor reserve)");
-  // A gradient that is not wanted comes back empty.
+  // A gradient that is not wanted comes back empty. On the CPU that of h may be given for the last direction of the
+  // last layer alone, (batch, hidden).
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor?[] grad_state, Tensor input, Tensor? batch_sizes, Tensor[] state,"
       " Tensor[] weights, Tensor? masks, Tensor output, Tensor reserve, int mode, int num_layers, bool bidirectional,"

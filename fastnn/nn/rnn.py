@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference
+from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference, wants_gradient
 from fastnn.ops.rnn import NUMBER_OF, plain_rnn, plain_rnn_cell, rnn, rnn_cell
+from fastnn.ops.rnn_head import train_rnn_with_head
 
 # In one look-up in place of eight, which nn.Module makes slow.
 _settings = itemgetter(
     "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_parameters"
 )
+_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _covers(input: Any) -> bool:
@@ -71,8 +73,23 @@ class _Recurrent(_OnStock, RNNBase):
             answer = None  # the stock module has its own words for arguments that do not fit
         return self._by_stock(input, hx) if answer is None else answer
 
-    def _run_plain(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
-        """The kernel's answer to what calls mostly are, in a few microseconds; None where a closer look is due."""
+    def train_with_head(self, input: Any, head: Sequence[Tensor]) -> Tensor | None:
+        """``linear(h, *head)`` of the last layer's final h, where that is a training step that one function can record;
+        else None."""
+        if (
+            not isinstance(input, Tensor)
+            or not input.is_cpu
+            or not is_plain(input)
+            or any(_hooks(self.__dict__))
+            or not wants_gradient(input, *self._flat_weights, *head)
+        ):
+            return None
+        trained: Tensor | None = self._run_plain(input, None, head)
+        return trained
+
+    def _run_plain(self, input: Tensor, hx: Any, head: Sequence[Tensor] | None = None) -> Any:
+        """The kernel's answer to what calls mostly are, in a few microseconds; None where a closer look is due. With a
+        `head`, that of :meth:`train_with_head`."""
         try:
             mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
             if hx is None:
@@ -89,6 +106,8 @@ class _Recurrent(_OnStock, RNNBase):
                 or not all(map(is_, own.values(), weights))
             ):
                 return None
+            if head is not None:
+                return train_rnn_with_head(input, weights, head, (NUMBER_OF[mode], layers, bidirectional, batch_first))
             output, final = plain_rnn(
                 input, None, state, weights, None, NUMBER_OF[mode], layers, bidirectional, batch_first
             )

@@ -1,0 +1,84 @@
+"""A recurrent network with a linear layer on its last state, in training: one ``autograd.Function`` for both.
+
+Each function that autograd records in Python costs a small step some 40 us, and taking the last layer's state from the
+others 10, which is as long as the kernels take.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn.ops._autograd import eager_recorder
+from fastnn.ops.mlp import _mlp_backward_op, _mlp_with_hidden_op, activation_digits, mlp_of_parameters, operator_code
+from fastnn.ops.rnn import MODES, Config, _backward_op, _with_reserve_call, plain_rnn
+
+_IDENTITY = activation_digits(("identity",))
+_CODE = operator_code(_IDENTITY)
+_with_hidden_call, _mlp_backward_call, _backward_call = _mlp_with_hidden_op._op, _mlp_backward_op._op, _backward_op._op
+
+
+def train_rnn_with_head(input: Tensor, weights: Sequence[Tensor], head: Sequence[Tensor], config: Config) -> Tensor:
+    """``linear(h, *head)`` of the last layer's final h, from a zero state. For callers that know that the call is plain
+    (:func:`is_plain`), on the CPU, and that a gradient is wanted; ``weights`` as for :func:`rnn`."""
+    result: Any = _record(input, config, len(weights), *weights, *head)
+    return result
+
+
+class RnnWithHead(torch.autograd.Function):
+    """What :func:`train_rnn_with_head` records."""
+
+    @staticmethod
+    def record(ctx: Any, input: Tensor, config: Config, weights: int, *tensors: Tensor) -> Any:
+        output, final_state, reserve = _with_reserve_call(input, None, (), tensors[:weights], None, *config)
+        h = final_state[0][-1]
+        result, _ = _with_hidden_call(h, tensors[weights:], _CODE)
+        ctx.call = (config, weights)
+        ctx.save_for_backward(input, output, reserve, h, result, *tensors)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        config, weights = ctx.call
+        input, output, reserve, h, result, *tensors = ctx.saved_tensors
+        own, head = tensors[:weights], tensors[weights:]
+        if torch.is_grad_enabled():
+            return RnnWithHead._backward_to_differentiate(ctx, grad, input, own, head)
+        needed = ctx.needs_input_grad
+        head_needed = needed[3 + weights :]
+        grad_h, grad_head_weight, grad_head_bias = _mlp_backward_call(
+            grad, h, head[:1], _CODE, result, (), True, head_needed[0], True in head_needed[1:]
+        )
+        grads = (grad_h, None) if MODES[config[0]] == "LSTM" else (grad_h,)  # of the last layer alone
+        own_needed = True in needed[3 : 3 + weights]
+        grad_input, _, grad_weights = _backward_call(
+            None, grads, input, None, (), own, None, output, reserve, *config, needed[0], False, own_needed
+        )
+        return (
+            grad_input if needed[0] else None,
+            None,
+            None,
+            *(grad_weights if own_needed else (None,) * weights),
+            *(grad_head_weight or (None,)),
+            *(grad_head_bias or (None,) * (len(head) - 1)),
+        )
+
+    @staticmethod
+    def _backward_to_differentiate(
+        ctx: Any, grad: Tensor, input: Tensor, weights: Sequence[Tensor], head: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients with a graph of their own, by way of the two functions that have one."""
+        mode, layers, bidirectional, batch_first = ctx.call[0]
+        _, state = plain_rnn(input, None, (), weights, None, mode, layers, bidirectional, batch_first)
+        result = mlp_of_parameters(state[0][-1], head, _IDENTITY)
+        inputs: Any = (input, None, None, *weights, *head)
+        places = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        found = torch.autograd.grad(result, [inputs[i] for i in places], grad, create_graph=True)
+        gradients: Any = [None] * len(inputs)
+        for i, gradient in zip(places, found, strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+
+_record = eager_recorder(RnnWithHead)
