@@ -81,11 +81,22 @@ ConvPoolForward<T> turned_call(const ConvPoolForward<T>& call, const T* turned) 
   return some;
 }
 
+// Of `work` operations half count, since the kernels are that fast; and what a number costs that is brought in or
+// pooled.
+inline int64_t useful_conv_threads(const ConvPoolGeometry& g, double work) {
+  constexpr double kNumber = 4;
+  const auto numbers = [](int64_t channels, const int64_t (&sizes)[3]) {
+    return static_cast<double>(channels) * sizes[0] * sizes[1] * sizes[2];
+  };
+  const double moved = numbers(g.in_channels, g.input) + numbers(g.out_channels, g.conv);
+  return useful_threads(work / 2 + kNumber * moved * g.batch * g.groups);
+}
+
 // Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed.
 template <class T, class Packed>
 void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_for) {
   const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
-  const int64_t threads = useful_threads(work);
+  const int64_t threads = useful_conv_threads(call.geometry, work);
   choose_plan(call, threads);
   const ConvPoolPlan& plan = call.plan;
   const Compute<T>* packed = packed_for(plan);
