@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from conv_cases import FUSED, RAW_ALGORITHM, assert_like_stock, assert_same_bits, channels_last, flat, geometry, make
+from conv_cases import (
+    FUSED,
+    RAW_ALGORITHM,
+    RAW_WITH_WINNERS,
+    assert_like_stock,
+    assert_same_bits,
+    channels_last,
+    flat,
+    geometry,
+    make,
+)
 from torch import Tensor
 
 from fastnn.testing import instruction_sets
@@ -183,6 +193,14 @@ class TestRowPairs:
         even = make((2, 3, 21, 23), 33, (7, 8), dtype=torch.bfloat16)
         even[0][0, 0, 0, 0] = torch.nan
         assert (RAW_ALGORITHM(*even, flat(arguments))[0] == "row_pairs") == has_pairs
+
+    def test_winners(self, instruction_set: str) -> None:
+        for size, out_channels, kernel, arguments in self.CASES[:2]:
+            tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
+            output, winners = RAW_WITH_WINNERS(*tensors, flat(arguments))
+            exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
+            assert torch.equal(output, FUSED[2](*tensors, *arguments))
+            assert (winners == exact).double().mean() > 0.999  # but for sums that lie close
 
     def test_no_number_left_in_scratch_memory_counts(self, instruction_set: str) -> None:
         for size, out_channels, kernel, arguments in self.CASES[:2]:
