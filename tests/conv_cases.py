@@ -102,6 +102,12 @@ def assert_like_stock(tensors: list[Tensor | None], arguments: tuple[Any, ...], 
     )
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """Equal where the tensor's are, all NaNs alike."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return torch.where(tensor.isnan(), torch.nan, tensor).view(integer)
+
+
 def assert_same_bits(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
     """Forward, by any number of threads."""
     fused = FUSED[tensors[0].dim() - 2]
@@ -109,4 +115,4 @@ def assert_same_bits(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -
         expected = fused(*tensors, *arguments)
     for threads in (2, 3, 7):
         with using_threads(threads):
-            assert torch.equal(fused(*tensors, *arguments), expected)
+            assert torch.equal(bits(fused(*tensors, *arguments)), bits(expected))

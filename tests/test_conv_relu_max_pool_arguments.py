@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import CONV, FUSED, MODULES, RAW, RAW_BACKWARD, RAW_WITH_WINNERS, error_of, flat, geometry, make
+from conv_cases import (
+    CONV,
+    FUSED,
+    MODULES,
+    RAW,
+    RAW_ALGORITHM,
+    RAW_BACKWARD,
+    RAW_WITH_WINNERS,
+    error_of,
+    flat,
+    geometry,
+    make,
+)
 from torch import nn
 from torch.testing import assert_close
 
@@ -93,6 +105,10 @@ class TestBadInput:
                 RAW(input, bad, bias, flat(arguments))
             with pytest.raises((RuntimeError, NotImplementedError)):
                 RAW(input, weight, bad, flat(arguments))
+
+    def test_no_images_take_no_algorithm(self) -> None:
+        input, weight, bias = make((0, 3, 17, 33), 64, (3, 3))
+        assert RAW_ALGORITHM(input, weight, bias, flat(geometry(2))) == ("none", "none")
 
     def test_backward_checks_what_was_saved(self) -> None:
         input, weight, bias = make((2, 3, 8, 8), 4, (3, 3))

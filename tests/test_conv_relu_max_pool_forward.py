@@ -5,9 +5,28 @@ from typing import Any
 
 import pytest
 import torch
-from conv_cases import FUSED, RAW_ALGORITHM, assert_like_stock, assert_same_bits, channels_last, flat, geometry, make
+from conv_cases import (
+    FUSED,
+    RAW_ALGORITHM,
+    RAW_WITH_WINNERS,
+    assert_like_stock,
+    assert_same_bits,
+    channels_last,
+    flat,
+    geometry,
+    make,
+)
+from torch import Tensor
 
 from fastnn.testing import instruction_sets
+
+
+def assert_like_float64(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
+    """For bfloat16 with a NaN or infinity, which some of stock's ways carry into windows beside."""
+    fused = FUSED[tensors[0].dim() - 2]
+    ours = fused(*tensors, *arguments)
+    exact = fused(*(None if tensor is None else tensor.double() for tensor in tensors), *arguments)
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
 class TestDots:
@@ -118,6 +137,97 @@ class TestPairs:
         assert (chosen == "dots") == ("avx512_bf16" in instruction_sets())
 
 
+class TestRowPairs:
+    """bfloat16 with an odd number of channels, of which an instruction set may multiply pairs along a row of the
+    kernel: an odd row's last pair ends beyond it, where everything has to be finite."""
+
+    CASES = (
+        ((2, 3, 21, 23), 33, (7, 7), geometry(2, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)),
+        ((2, 3, 17, 33), 64, (3, 3), geometry(2, padding=1)),
+        ((2, 3, 9, 16), 17, (2, 2), geometry(2)),
+        ((1, 3, 16, 31), 16, (3, 4), geometry(2, stride=(1, 3), pool=(2, 1))),
+        ((2, 1, 12, 40), 40, (5, 9), geometry(2, stride=2, dilation=(2, 1), padding=(2, 4), pool=3, pool_stride=1)),
+        ((3, 9, 8, 15), 36, (3, 3), geometry(2, padding=1, groups=3)),
+        ((2, 10, 9, 9), 70, (3, 5), geometry(2, padding=2, groups=2, stride=3, pool=1)),
+        ((2, 7, 11, 12), 31, (1, 11), geometry(2, padding=(0, 5), pool=2, ceil_mode=True)),
+        ((2, 3, 5, 6, 7), 32, (3, 2, 3), geometry(3, padding=1)),
+        ((1, 1, 9, 8, 17), 18, (3, 3, 3), geometry(3, padding=(0, 1, 2), stride=(2, 1, 1), pool=(3, 2, 2))),
+        ((2, 3, 700), 48, (5,), geometry(1, stride=2, pool=4)),
+        ((0, 3, 17, 33), 64, (3, 3), geometry(2)),
+    )
+
+    @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+    @pytest.mark.parametrize(("size", "out_channels", "kernel", "arguments"), CASES)
+    @pytest.mark.parametrize("special", [0.0, float("nan"), float("inf")])
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        last: bool,
+        special: float,
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3], torch.bfloat16, last=last)
+        if special != 0:
+            tensors[0][-1:, ..., 5] = special
+            assert_like_float64(tensors, arguments)
+        else:
+            assert_like_stock(tensors, arguments)
+
+    @pytest.mark.parametrize("width", [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65])
+    def test_widths(self, instruction_set: str, width: int) -> None:
+        for out_channels in (width, 33):
+            assert_like_stock(
+                make((2, 3, 4, width), out_channels, (3, 3), dtype=torch.bfloat16), geometry(2, padding=1, pool=(2, 1))
+            )
+
+    def test_chosen_for_few_products(self) -> None:
+        size, out_channels, kernel, arguments = self.CASES[0]
+        tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
+        has_pairs = "avx512_bf16" in instruction_sets()
+        assert (RAW_ALGORITHM(*tensors, flat(arguments))[0] == "row_pairs") == has_pairs
+        tensors[0][0, 0, 0, 0] = torch.nan
+        assert RAW_ALGORITHM(*tensors, flat(arguments))[0] != "row_pairs"
+        even = make((2, 3, 21, 23), 33, (7, 8), dtype=torch.bfloat16)
+        even[0][0, 0, 0, 0] = torch.nan
+        assert (RAW_ALGORITHM(*even, flat(arguments))[0] == "row_pairs") == has_pairs
+
+    def test_winners(self, instruction_set: str) -> None:
+        for size, out_channels, kernel, arguments in self.CASES[:2]:
+            tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
+            output, winners = RAW_WITH_WINNERS(*tensors, flat(arguments))
+            exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
+            assert torch.equal(output, FUSED[2](*tensors, *arguments))
+            assert (winners == exact).double().mean() > 0.999  # but for sums that lie close
+
+    def test_no_number_left_in_scratch_memory_counts(self, instruction_set: str) -> None:
+        for size, out_channels, kernel, arguments in self.CASES[:2]:
+            tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
+            spoilt = [torch.full((2, 4, *size[2:]), torch.nan, dtype=torch.bfloat16), None, tensors[2]]
+            spoilt[1] = torch.ones(out_channels, 4, *kernel, dtype=torch.bfloat16)
+            for rows in range(size[2] - 9, size[2]):
+                FUSED[2](*spoilt, *arguments)
+                assert_like_stock([tensors[0][:, :, :rows], *tensors[1:]], arguments)
+
+    def test_views(self, instruction_set: str) -> None:
+        input, weight, bias = make((3, 6, 9, 40), 33, (3, 3), dtype=torch.bfloat16)
+        arguments = geometry(2, padding=1)
+        for value, check in ((1.0, assert_like_stock), (float("nan"), assert_like_float64)):
+            input[1, 2, 4, 6] = value
+            check([input[:, ::2, :, ::2], weight[:, 1::2], bias], arguments)
+            check([input[:, 1:4, 1:, ::3], weight[:, :3], bias], arguments)
+            check([channels_last(input)[:, 2:5, :, 3:], channels_last(weight)[:, 3:], bias], arguments)
+            check([input[:, :3, 4:5].expand(-1, -1, 9, -1), weight[:, :3], bias], arguments)
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        for size, out_channels, kernel, arguments in self.CASES[:2]:
+            tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
+            assert_same_bits(tensors, arguments)
+            assert_same_bits([tensors[0][:1], *tensors[1:]], arguments)
+
+
 class TestTurnedInCache:
     """Contiguous bfloat16 that may be brought into channels last first, in blocks of 32 channels and 8 columns."""
 
@@ -201,10 +311,9 @@ class TestDepthwise:
     ) -> None:
         arguments = (*arguments[:3], size[1], *arguments[4:])
         tensors = make(size, multiplier * size[1], kernel, size[1], torch.bfloat16, last=last and len(kernel) > 1)
-        if special:  # few, so that windows beside them have to be finite, as they are not with all of stock's ways
+        if special:  # few, so that windows beside them have to be finite
             tensors[0][0, ::2, ..., 4].fill_(torch.nan)
-            exact = FUSED[len(kernel)](*(tensor.double() for tensor in tensors if tensor is not None), *arguments)
-            assert torch.equal(FUSED[len(kernel)](*tensors, *arguments).isnan(), exact.isnan())
+            assert_like_float64(tensors, arguments)
         else:
             assert_like_stock(tensors, arguments)
 

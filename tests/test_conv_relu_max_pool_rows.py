@@ -45,6 +45,26 @@ class TestLanes:
     def test_same_bits_for_any_number_of_threads(self) -> None:
         assert_same_bits(make((40, 3, 40, 40), 10, (5, 5)), geometry(2, stride=2, padding=2))
 
+    @pytest.mark.parametrize("special", ["nothing", "negative zero", "infinite weight", "infinite input"])
+    @pytest.mark.parametrize("padding", [(2, 0), (0, 2), (4, 4)])
+    def test_rows_in_the_padding(self, instruction_set: str, padding: tuple[int, int], special: str) -> None:
+        """Left out by some numbers of threads, if their products are zeros that change nothing."""
+        input, weight, bias = make((32, 3, 20, 20), 10, (5, 5))
+        arguments = geometry(2, stride=2, padding=padding)
+        if special == "negative zero":
+            bias[:5], weight[:5] = -0.0, -0.0
+        elif special == "infinite weight":
+            weight[0, :, 0, 3], weight[4, 1, 4, 4] = torch.inf, -torch.inf
+        elif special == "infinite input":
+            input[3, 1, 0], input[17, 2, 19] = torch.inf, torch.nan
+        assert_same_bits([input, weight, bias], arguments)
+        if special == "infinite input":
+            ours = FUSED[2](input, weight, bias, *arguments)
+            exact = FUSED[2](input.double(), weight.double(), bias.double(), *arguments)
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+        elif special != "infinite weight":  # which makes NaN of padding that algorithms may leave out
+            assert_like_stock([input, weight, bias], arguments)
+
 
 class TestWindows:
     """Consecutive windows in the lanes, pooled in registers."""

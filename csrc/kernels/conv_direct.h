@@ -7,84 +7,11 @@
 // fewer multiplications (conv_row_phases.h).
 #pragma once
 
+#include "conv_direct_pack.h"
 #include "conv_direct_plan.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
-
-#if defined(__AVX512F__)
-// The weights of `count` output channels -> to (depth, width), in pairs of input channels. `g` counts pairs.
-inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channels, const bfloat16* from,
-                       const ConvLayout& layout, int64_t count, bfloat16x2* to, int64_t width) {
-  constexpr int64_t some = 64, pitch = kBlockChannels<float>;  // channels or taps at a time; of a row
-  float rows[2 * some * pitch] = {};
-  const auto zip = [&](int64_t even, int64_t odd, int64_t c, int64_t tap) {
-    bfloat16x2* target = to + tap_position(g, order, c, tap) * width;
-    for (int64_t i = 0; i < width; i += kLanes<float>) {
-      store(target + i,
-            zip_pairs(load(rows + even * pitch + i), odd < 0 ? Vec<float>{} : load(rows + odd * pitch + i)));
-    }
-  };
-  const int64_t taps = g.taps();
-  if (layout.c == 1) {  // runs of channels
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t first = 0; first < channels; first += some) {
-        const int64_t here = smaller(some, channels - first);
-        transpose_matrix(from + tap_offset(g, layout, tap) + first, layout.n, count, here, rows, pitch);
-        for (int64_t c = 0; c < here; c += 2) zip(c, c + 1 < here ? c + 1 : -1, (first + c) / 2, tap);
-      }
-    }
-    return;
-  }
-  const bool joined = layout.d[2] == 1 && layout.d[1] == g.kernel[2] && layout.d[0] == g.kernel[1] * g.kernel[2];
-  for (int64_t c = 0; c < g.in_channels; ++c) {
-    const int64_t single = smaller(2, channels - 2 * c);
-    for (int64_t first = 0; first < taps; first += some) {
-      const int64_t here = smaller(some, taps - first);
-      for (int64_t i = 0; i < single; ++i) {
-        const bfloat16* source = from + (2 * c + i) * layout.c;
-        float* target = rows + i * some * pitch;
-        if (joined) {
-          transpose_matrix(source + first, layout.n, count, here, target, pitch);
-          continue;
-        }
-        for (int64_t t = 0; t < here; ++t) {
-          const bfloat16* element = source + tap_offset(g, layout, first + t);
-          for (int64_t o = 0; o < count; ++o) target[t * pitch + o] = to_compute(element[o * layout.n]);
-        }
-      }
-      for (int64_t t = 0; t < here; ++t) zip(t, single > 1 ? some + t : -1, c, first + t);
-    }
-  }
-}
-#endif
-
-// weight -> [group][block of channels][depth][vectors x lanes], zeros where a block has fewer channels
-template <class E, class T>
-void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
-  using C = Compute<T>;
-  const ConvPoolGeometry g = tile_geometry<E>(call.geometry);
-  const ConvLayout& layout = call.weight_layout;
-  const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
-  const int64_t depth = g.depth();
-  for (int64_t item = first_item; item < last_item; ++item) {
-    const int64_t group = item / blocks, first = item % blocks * kBlockChannels<C>;
-    const int64_t count = smaller(g.out_channels - first, kBlockChannels<C>);
-    const int64_t width = round_up(count, kLanes<C>);
-    const T* from = call.weight + (group * g.out_channels + first) * layout.n;
-    E* to = reinterpret_cast<E*>(call.packed) + group * depth * round_up(g.out_channels, kLanes<C>) + first * depth;
-    if (count < width) {
-      for (int64_t k = 0; k < depth; ++k) {
-        for (int64_t c = count; c < width; ++c) to[k * width + c] = {};
-      }
-    }
-    if constexpr (kIsPair<E>) {
-      pack_pairs(g, call.plan.order, call.geometry.in_channels, from, layout, count, to, width);
-    } else {
-      pack_taps(g, call.plan.order, from, layout, count, to, width);
-    }
-  }
-}
 
 // One thread's way through its items, with a tile and a weight of elements E.
 template <class E, class T>
@@ -99,6 +26,7 @@ class DirectForward {
         ring_shape_(ring_shape(g_, call.plan)),
         pools_in_tiles_(kPoolsInTiles<C> && windows_are_apart(g_) && makes_plain_rows(call.plan)),
         phases_(g_, ring_shape_.columns),
+        depth_(product_depth<E>(g_)),
         scratch_(g_, call.plan, memory) {
     if (in_phases()) {
       step_[1] = phases_.positions * phases_.pitch;
@@ -117,6 +45,11 @@ class DirectForward {
     }
     for (int64_t i = 0; i < g_.groups * divide_up(g_.out_channels, kBlockChannels<C>); ++i) scratch_.moderate[i] = -1;
     for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+      if (kStartsPair<E>) {  // the run's numbers, every second of which begins a pair
+        const int64_t run = row_run(g_), number = k % run;
+        if (number % 2 != 0) return;
+        k = k / run * divide_up(run, 2) + number / 2;
+      }
       scratch_.offsets[in_phases() ? k / g_.kernel[2] : k] = c * channel_step_ + d * g_.dilation[0] * step_[0] +
                                                              h * g_.dilation[1] * step_[1] +
                                                              w * g_.dilation[2] * step_[2];
@@ -169,8 +102,7 @@ class DirectForward {
     const T* input = call_.input + image_ * layout.n + group_ * call_.geometry.in_channels * layout.c;
     const int64_t extent[3] = {input_extent(g_, 0, 1), input_extent(g_, 1, last - first),
                                input_extent(g_, 2, plan_.columns)};
-    E* const tile = reinterpret_cast<E*>(scratch_.tile);
-    InputTile<E> used{tile, {}, {}, channel_step_, {}};
+    InputTile<E> used{scratch_.tile, {}, {}, channel_step_, {}};
     for (int d = 0; d < 3; ++d) {
       first_conv_[d] = larger(0, pooled[d] * g_.pool_stride[d] - g_.pool_padding[d]);
       used.first[d] = first_conv_[d] * g_.stride[d] - g_.padding[d];
@@ -186,7 +118,10 @@ class DirectForward {
       tile_ = reinterpret_cast<const E*>(input) + used.first[0] * step_[0] + used.first[1] * step_[1] +
               used.first[2] * step_[2];
     } else {
-      tile_ = tile;
+      tile_ = used.data;
+      if (kStartsPair<E>) {  // what the last pair ends with
+        for (int64_t d = 0; d < extent[0]; ++d) fill_zeros(used.data + d * step_[0] + extent[1] * step_[1], 1);
+      }
       if (in_phases()) {
         if constexpr (kHasPhases<E>) fill_phases(input, used);
       } else {
@@ -276,16 +211,16 @@ class DirectForward {
   bool block_is_moderate(int64_t block, const Vec<C> (&bias)[vectors]) const {
     int8_t& known = scratch_.moderate[group_ * divide_up(g_.out_channels, kBlockChannels<C>) + block];
     if (known < 0) {
-      Vec<C> total = add_squares(block_weight(block), g_.depth() * vectors * kLanes<C>, Vec<C>{});
+      Vec<C> total = add_squares(block_weight(block), depth_ * vectors * kLanes<C>, Vec<C>{});
       for (int v = 0; v < vectors; ++v) total += bias[v] * bias[v];
       known = is_finite<C>(total);
     }
     return known;
   }
 
-  const E* block_weight(int64_t block) const {
-    const int64_t depth = in_phases() ? phases_.positions * phases_.depth : g_.depth();
-    return reinterpret_cast<const E*>(call_.packed) +
+  const Weight<E>* block_weight(int64_t block) const {
+    const int64_t depth = in_phases() ? phases_.positions * phases_.depth : depth_;
+    return reinterpret_cast<const Weight<E>*>(call_.packed) +
            depth * (group_ * round_up(g_.out_channels, kLanes<C>) + block * kBlockChannels<C>);
   }
 
@@ -318,7 +253,7 @@ class DirectForward {
           const int64_t z = slice * g_.pool_stride[0] + i * g_.pool_dilation[0];
           for (int64_t j = 0; j < g_.pool_kernel[1]; ++j) {
             const int64_t y = row * g_.pool_stride[1] + j * g_.pool_dilation[1];
-            pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, g_.depth(), block_weight(block),
+            pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, windows, lines, pooled);
             pooled.is_first = false;
             pooled.place += taps;
@@ -333,14 +268,15 @@ class DirectForward {
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
     return ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
       if (plan_.skips_padding) {
-        conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
-                                 conv_columns_, to);
+        if constexpr (!kStartsPair<E>)
+          conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
+                                   conv_columns_, to);
       } else if (in_phases()) {
         if constexpr (kHasPhases<E>) {
           conv_row_phases<vectors>(g_, phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
         }
       } else {
-        conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, g_.depth(), block_weight(block),
+        conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, conv_columns_, to);
       }
     });
@@ -365,7 +301,8 @@ class DirectForward {
   const RingShape ring_shape_;
   const bool pools_in_tiles_;
   const PhaseShape<C> phases_;
-  const DirectScratch<C> scratch_;
+  const int64_t depth_;  // products of an output
+  const DirectScratch<E> scratch_;
   const E* tile_;  // the band's first conv pixel, first tap
   InputSource<E> source_;
   bool tile_is_moderate_;

@@ -18,6 +18,11 @@ constexpr int64_t kPhaseBytes = 384 << 10;  // a band's input, transformed
 template <class E>
 constexpr bool kHasPhases = sizeof(E) == sizeof(float) && !kIsPair<E>;
 
+template <class E>
+constexpr ConvAlgorithm kDirectAlgorithm = kIsPair<E>       ? ConvAlgorithm::pairs
+                                           : kStartsPair<E> ? ConvAlgorithm::row_pairs
+                                                            : ConvAlgorithm::direct;
+
 // Whether a row's pixels are computed one by one, from a tile or in place.
 FASTNN_INLINE bool makes_plain_rows(const ConvPoolPlan& plan) {
   return !plan.skips_padding && plan.algorithm != ConvAlgorithm::phases;
@@ -73,9 +78,11 @@ int64_t phase_tile_size(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
 }
 
 // A thread's scratch, cut into its parts.
-template <class C>
+template <class E>
 struct DirectScratch {
-  C* tile;
+  using C = Compute<E>;
+
+  E* tile;
   C* parted;  // conv_row_phases.h: a row of the input
   C* ring;
   C* stage;
@@ -94,9 +101,10 @@ struct DirectScratch {
     MemoryParts parts(memory);
     const bool in_phases = plan.algorithm == ConvAlgorithm::phases;
     const PhaseShape<C> phases(g, ring_size.columns);
-    tile = parts.take<C>(in_phases       ? phase_tile_size<C>(g, plan)
+    constexpr int64_t behind = kStartsPair<E> ? 1 : 0;  // the last pair ends there
+    tile = parts.take<E>(in_phases       ? phase_tile_size<C>(g, plan)
                          : plan.in_place ? 0
-                                         : g.in_channels * channel_step<C>(g, plan));
+                                         : g.in_channels * channel_step<C>(g, plan) + behind);
     parted = parts.take<C>(in_phases ? phases.places * phases.column_run() : 0);
     ring = parts.take<C>(slots * ring_size.columns * kBlockChannels<C>);
     stage = parts.take<C>(stage_pixels * kBlockChannels<C>);
@@ -116,14 +124,14 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
                          bool skips_padding) {
   using C = Compute<T>;
   ConvPoolPlan plan = {};
-  plan.algorithm = kIsPair<E> ? ConvAlgorithm::pairs : ConvAlgorithm::direct;
+  plan.algorithm = kDirectAlgorithm<E>;
   plan.skips_padding = skips_padding;
   plan.in_place = lies && (skips_padding || can_stay_in_place<E>(g, input, false));
-  const bool channels_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
+  const bool channels_last = kStartsPair<E> || (input.c == 1 && g.in_channels > 1 && input.d[2] != 1);
   plan.order = skips_padding ? inside_order(g) : channels_last ? TapOrder::channels_last : TapOrder::channels_first;
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
   const int64_t column = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, 1) * g.stride[2];
-  const int64_t room = smaller(kTileRowPixels, kTileBytes / 2 / (column * static_cast<int64_t>(sizeof(C))));
+  const int64_t room = smaller(kTileRowPixels, kTileBytes / 2 / (column * static_cast<int64_t>(sizeof(E))));
   const int64_t row_pixels = windows_are_apart(g) && !skips_padding ? larger(kRowPixels, room) : kRowPixels;
   plan.column_parts = row <= row_pixels * 5 / 4 ? 1 : smaller(g.output[2], divide_up(row, row_pixels));
   plan.columns = divide_up(g.output[2], plan.column_parts);
@@ -132,7 +140,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   const int64_t slice = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 2, plan.columns);
   plan.band = 1;
   while (plan.band < g.output[1] &&
-         (plan.in_place || slice * input_extent(g, 1, plan.band + 1) * static_cast<int64_t>(sizeof(C)) <= kTileBytes) &&
+         (plan.in_place || slice * input_extent(g, 1, plan.band + 1) * static_cast<int64_t>(sizeof(E)) <= kTileBytes) &&
          (plan.band + 1) * plan.columns * kBlockChannels<C> * static_cast<int64_t>(sizeof(C)) <= kStageBytes) {
     ++plan.band;
   }
@@ -152,8 +160,8 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   plan.block_parts = plan.items >= threads ? 1 : smaller(blocks, divide_up(threads, plan.items));
   plan.items *= plan.block_parts;
   plan.pack_items = g.groups * blocks;
-  plan.packed_size = g.groups * g.depth() * round_up(g.out_channels, kLanes<C>);
-  plan.scratch_size = DirectScratch<C>(g, plan, nullptr).size;
+  plan.packed_size = g.groups * product_depth<E>(g) * round_up(g.out_channels, kLanes<C>);
+  plan.scratch_size = DirectScratch<E>(g, plan, nullptr).size;
   return plan;
 }
 
@@ -175,16 +183,28 @@ FASTNN_INLINE double place_cost(const ConvPoolGeometry& g) {
   return g.pool_kernel[0] * g.pool_kernel[1] <= 3 && g.pool_kernel[2] <= 3 ? 4 : 12;
 }
 
+// Of a row of the input, each of whose columns' channels are brought side by side.
+FASTNN_INLINE double interleave_cost(int64_t channels, int64_t columns, const ConvLayout& input) {
+  constexpr double kColumn = 6;             // whose channels are one run
+  constexpr double kZip = 24, kBlock = 70;  // of 32 columns of three channels; of 8 of up to 32
+  if (channels == 1) return static_cast<double>(columns) * copy_cost(input.d[2]);
+  if (input.c == 1 && input.d[2] == channels) return static_cast<double>(columns * channels) * kCopyCost;
+  if (input.c == 1) return kColumn * static_cast<double>(columns);
+  if (channels == 3 && input.d[2] == 1) return kZip * static_cast<double>(divide_up(columns, 32));
+  return kBlock * static_cast<double>(divide_up(columns, 8) * divide_up(channels, 32));
+}
+
 // For one image and group: a group's output channels may not fill its vectors, and a short row's tile not the
 // multipliers' pipelines.
-template <class C>
+template <class E, class C = Compute<E>>
 double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
   const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
   const double accumulators = static_cast<double>(smaller(row, kConvPixels) * smaller(2, vectors));
   const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
-  const double multiplications = static_cast<double>(vectors * row * g.conv[0] * g.conv[1] * g.depth()) * slow;
+  const int64_t depth = product_depth<E>(g);
+  const double multiplications = static_cast<double>(vectors * row * g.conv[0] * g.conv[1] * depth) * slow;
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
   constexpr double kItem = 300, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
   const double windows =
@@ -200,6 +220,13 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const int64_t rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   const double elements = static_cast<double>(g.in_channels * rows * input_extent(g, 2, plan.columns));
   const double runs = static_cast<double>(plan.order == TapOrder::channels_last ? rows : rows * g.in_channels);
+  if (kStartsPair<E>) {
+    constexpr double kLook = 0.125;  // for numbers that are not finite
+    const int64_t looked_at = row_pairs_reach_beyond(g) ? g.in_channels * g.input[0] * g.input[1] * g.input[2] : 0;
+    const double looks = static_cast<double>(looked_at) * kLook;
+    const double row_cost = kRunCost + interleave_cost(g.in_channels, input_extent(g, 2, plan.columns), input);
+    return cost + multiplications + static_cast<double>(rows) * row_cost + looks;
+  }
   return cost + multiplications + (plan.in_place ? 0 : elements * kCopyCost + runs * kRunCost);
 }
 
@@ -234,12 +261,11 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
 template <class T, class E>
 ConvPoolPlan choose_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool lies,
                            double& costs) {
-  using C = Compute<T>;
   const ConvPoolPlan padded = plan_direct<T, E>(g, input, threads, lies, false);
-  costs = direct_cost<C>(g, input, padded);
+  costs = direct_cost<E>(g, input, padded);
   if (padded.in_place || !lies) return padded;
   const ConvPoolPlan inside = plan_direct<T, E>(g, input, threads, lies, true);
-  const double inside_costs = direct_cost<C>(g, input, inside);
+  const double inside_costs = direct_cost<E>(g, input, inside);
   if (inside_costs >= costs) return padded;
   costs = inside_costs;
   return inside;

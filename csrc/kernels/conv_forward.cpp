@@ -19,18 +19,27 @@ constexpr bool kHasWinograd = sizeof(Compute<T>) == sizeof(float);
 
 // Direct convolution, by pairs where that is cheaper.
 template <class T>
-ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, double& costs) {
+ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact,
+                        double& costs) {
   using C = Compute<T>;
-  const ConvPoolPlan direct = choose_direct<T, C>(g, input, threads, sizeof(T) == sizeof(C), costs);
-  if (!kHasPairs<T> || !isa_multiplies_pairs()) return direct;
+  ConvPoolPlan least = choose_direct<T, C>(g, input, threads, sizeof(T) == sizeof(C), costs);
+  if (!kHasPairs<T> || !isa_multiplies_pairs()) return least;
+  const auto take_cheaper = [&](const ConvPoolPlan& plan, double plan_costs) {
+    if (plan_costs >= costs) return;
+    costs = plan_costs;
+    least = plan;
+  };
+  double pairs_costs;
   const bool lies = lies_in_pairs(g, input);
   const ConvLayout layout = lies ? tile_layout<bfloat16x2>(input) : input;
-  double pairs_costs;
   const ConvPoolPlan pairs =
       choose_direct<T, bfloat16x2>(tile_geometry<bfloat16x2>(g), layout, threads, lies, pairs_costs);
-  if (pairs_costs >= costs) return direct;
-  costs = pairs_costs;
-  return pairs;
+  take_cheaper(pairs, pairs_costs);
+  if (row_pairs_apply(g) && (!exact || !row_pairs_reach_beyond(g))) {
+    const ConvPoolPlan row_pairs = choose_direct<T, FirstOfPair>(g, input, threads, false, pairs_costs);
+    take_cheaper(row_pairs, pairs_costs);
+  }
+  return least;
 }
 
 // The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread,
@@ -47,7 +56,7 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
   if (!exact && !has_pairs && kHasWinograd<T> && winograd_pays<C>(g)) return plan_winograd<C>(g);
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
   double direct_costs;
-  const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, direct_costs);
+  const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, exact, direct_costs);
   ConvPoolPlan dots;
   double dots_costs = direct_costs;
   if (plan_dots<T>(g, input, weight, threads, dots, dots_costs)) dots_costs -= packing_cost<C>(g);
@@ -97,9 +106,12 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
 
 template <class T>
 bool plan_holds(const ConvPoolForward<T>& call) {
-  if (call.plan.algorithm != ConvAlgorithm::winograd && call.plan.algorithm != ConvAlgorithm::phases) return true;
   const ConvPoolGeometry& g = call.geometry;
-  return all_moderate(call.input, g.batch, call.input_layout, g.groups * g.in_channels, g.input) &&
+  const ConvAlgorithm algorithm = call.plan.algorithm;
+  const bool transforms = algorithm == ConvAlgorithm::winograd || algorithm == ConvAlgorithm::phases;
+  if (!transforms && (algorithm != ConvAlgorithm::row_pairs || !row_pairs_reach_beyond(g))) return true;
+  if (!all_moderate(call.input, g.batch, call.input_layout, g.groups * g.in_channels, g.input)) return false;
+  return !transforms ||
          all_moderate(call.weight, g.groups * g.out_channels, call.weight_layout, g.in_channels, g.kernel);
 }
 
@@ -110,6 +122,9 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
       return pack_direct<Compute<T>>(call, first_item, last_item);
     case ConvAlgorithm::pairs:
       if constexpr (kHasPairs<T>) pack_direct<bfloat16x2>(call, first_item, last_item);
+      return;
+    case ConvAlgorithm::row_pairs:
+      if constexpr (kHasPairs<T>) pack_direct<FirstOfPair>(call, first_item, last_item);
       return;
     case ConvAlgorithm::rows:
       return pack_blocks(call, kRowOutputs, first_item, last_item);
@@ -138,6 +153,9 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
       return forward_direct<Compute<T>>(call, first_item, last_item, scratch);
     case ConvAlgorithm::pairs:
       if constexpr (kHasPairs<T>) forward_direct<bfloat16x2>(call, first_item, last_item, scratch);
+      return;
+    case ConvAlgorithm::row_pairs:
+      if constexpr (kHasPairs<T>) forward_direct<FirstOfPair>(call, first_item, last_item, scratch);
       return;
     case ConvAlgorithm::rows:
       return forward_rows(call, first_item, last_item, scratch);

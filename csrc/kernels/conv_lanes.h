@@ -12,7 +12,7 @@ namespace FASTNN_ISA {
 
 // The register tile: `pixels` conv pixels of `outputs` output channels, `vectors` vectors of pieces each.
 template <int pixels, int outputs, int vectors, class C>
-FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const LaneTap* taps, int64_t count, const C* weight,
                               const Vec<C> (&bias)[outputs][vectors], C* to, int64_t output_step) {
   constexpr int64_t pixel = vectors * kLanes<C>;
   Vec<C> total[pixels * outputs][vectors];
@@ -24,8 +24,9 @@ FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offset
       for (int v = 0; v < vectors; ++v) total[p * outputs + o][v] = bias[o][v];
     }
   }
-  sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
-    const C* at = tile + offsets[k];
+  sum_in_parts(count, total, [&](int64_t k) __attribute__((always_inline)) {
+    const C* at = tile + taps[k].offset;
+    const C* factor = weight + taps[k].position * outputs;
 #pragma GCC unroll 4
     for (int p = 0; p < pixels; ++p) {
       Vec<C> value[vectors];
@@ -34,10 +35,9 @@ FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offset
 #pragma GCC unroll 12
       for (int o = 0; o < outputs; ++o) {
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) total[p * outputs + o][v] += value[v] * broadcast<C>(weight[o]);
+        for (int v = 0; v < vectors; ++v) total[p * outputs + o][v] += value[v] * broadcast<C>(factor[o]);
       }
     }
-    weight += outputs;
   });
 #pragma GCC unroll 4
   for (int p = 0; p < pixels; ++p) {
@@ -53,17 +53,17 @@ FASTNN_INLINE void lanes_tile(const C* tile, int64_t step, const int64_t* offset
 
 // `count` conv pixels of a row.
 template <int vectors, int outputs, class C>
-FASTNN_SHARED void lanes_row(const C* tile, int64_t step, const int64_t* offsets, int64_t depth, const C* weight,
+FASTNN_SHARED void lanes_row(const C* tile, int64_t step, const LaneTap* taps, int64_t tap_count, const C* weight,
                              const Vec<C> (&bias)[outputs][vectors], int64_t count, C* to) {
   constexpr int most = 2 * kLaneOutputs / (outputs * vectors);  // as many accumulators in one vector as in two
   constexpr int together = most < kLanePixels ? most : kLanePixels;
   constexpr int64_t pixel = vectors * kLanes<C>;
   int64_t x = 0;
   for (; x + together <= count; x += together) {
-    lanes_tile<together>(tile + x * step, step, offsets, depth, weight, bias, to + x * pixel, count * pixel);
+    lanes_tile<together>(tile + x * step, step, taps, tap_count, weight, bias, to + x * pixel, count * pixel);
   }
   for (; x < count; ++x) {
-    lanes_tile<1>(tile + x * step, step, offsets, depth, weight, bias, to + x * pixel, count * pixel);
+    lanes_tile<1>(tile + x * step, step, taps, tap_count, weight, bias, to + x * pixel, count * pixel);
   }
 }
 
@@ -85,8 +85,9 @@ class LanesForward {
     step_[0] = step_[1] * piece_extent(piece_, 1);
     channel_step_ = pixel_ > 1 ? lanes_ : step_[0] * piece_extent(piece_, 0);
     for_each_tap(g_, TapOrder::channels_first, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-      scratch_.offsets[k] = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
-                            w * g_.dilation[2] * step_[2];
+      const int64_t offset = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
+                             w * g_.dilation[2] * step_[2];
+      scratch_.taps[k] = {offset, k};
     });
   }
 
@@ -211,9 +212,12 @@ class LanesForward {
                               smaller(piece_.conv[1], piece_.pool_extent(1)), outputs * plane};
     ring.forget();
     const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
+    const bool skips_padding = may_skip_padding(first, outputs);
     const auto compute = [&](int64_t z, int64_t y, C* to) {
       const C* tile = scratch_.tile + z * g_.stride[0] * step_[0] + y * g_.stride[1] * step_[1];
-      lanes_row(tile, g_.stride[2] * step_[2], scratch_.offsets, g_.depth(), weight, bias, piece_.conv[2], to);
+      const LaneTap* taps = scratch_.taps;
+      const int64_t count = skips_padding ? find_taps(z, y, taps) : g_.depth();
+      lanes_row(tile, g_.stride[2] * step_[2], taps, count, weight, bias, piece_.conv[2], to);
     };
     for (int64_t z = 0; z < piece_.output[0]; ++z) {
       for (int64_t y = 0; y < piece_.output[1]; ++y) {
@@ -233,6 +237,31 @@ class LanesForward {
     }
     write(first, outputs, scratch_.stage, scratch_.plane, call_.output);
     if (call_.winners) write(first, outputs, scratch_.winner_stage, scratch_.winner_plane, call_.winners);
+  }
+
+  // Whether sums are the same without the rows of taps in the padding, whose products are zeros: whether the weight is
+  // finite, no bias is -0 and sums are not taken in parts. Bands, of which each has another padding, have all rows.
+  bool may_skip_padding(int64_t first, int64_t outputs) const {
+    if (call_.plan.bands > 1 || (g_.padding[0] == 0 && g_.padding[1] == 0) || g_.depth() > kLongestSum) return false;
+    const int64_t channel = group_ * g_.out_channels + first;
+    for (int64_t o = 0; o < outputs && call_.bias; ++o) {
+      const C bias = to_compute(call_.bias[channel + o]);
+      if (bias == 0 && __builtin_signbit(bias)) return false;
+    }
+    return is_finite<C>(add_squares(call_.packed + channel * g_.depth(), outputs * g_.depth(), Vec<C>{}));
+  }
+
+  // The taps of a conv row without those rows: how many.
+  int64_t find_taps(int64_t z, int64_t y, const LaneTap*& found) const {
+    const Range slices = taps_inside(g_, 0, z), rows = taps_inside(g_, 1, y);
+    if ((slices.last - slices.first) * (rows.last - rows.first) == g_.kernel[0] * g_.kernel[1]) return g_.depth();
+    int64_t count = 0;
+    for_each_tap(g_, TapOrder::channels_first, [&](int64_t k, int64_t, int64_t d, int64_t h, int64_t) {
+      const bool inside = d >= slices.first && d < slices.last && h >= rows.first && h < rows.last;
+      if (inside) scratch_.row_taps[count++] = scratch_.taps[k];
+    });
+    found = scratch_.row_taps;
+    return count;
   }
 
   // Pooled pixels [output channel][pixel][lane], of output channels from `first` on, to where each lane's belong.

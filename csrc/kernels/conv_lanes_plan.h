@@ -1,7 +1,7 @@
 // What conv_lanes.h works on: pieces of the problem, their scratch memory, the plan and its cost.
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_row_inside.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -34,6 +34,11 @@ int64_t plane_size(int64_t elements) {
   return round_up(elements, 2 * line) + line;
 }
 
+// An element of the kernel: where the tile has it under a conv pixel, and its place in the weight's depth.
+struct LaneTap {
+  int64_t offset, position;
+};
+
 template <class C>
 struct LanesScratch {
   C* tile;   // [channel][slice][row][column][lane]
@@ -45,7 +50,8 @@ struct LanesScratch {
   int64_t plane_step;  // from one lane's plane of the input to the next
   WindowRow<C>* window_rows;
   int64_t* tags;
-  int64_t* offsets;
+  LaneTap* taps;
+  LaneTap* row_taps;  // those of a row that meet the input
   int64_t size;
 
   LanesScratch(const ConvPoolGeometry& piece, const ConvPoolPlan& plan, void* memory) {
@@ -64,7 +70,8 @@ struct LanesScratch {
     winner_plane = parts.take<uint8_t>(piece.pixels() * lanes);
     window_rows = parts.take<WindowRow<C>>(piece.pool_kernel[0] * piece.pool_kernel[1]);
     tags = parts.take<int64_t>(slots);
-    offsets = parts.take<int64_t>(piece.depth());
+    taps = parts.take<LaneTap>(piece.depth());
+    row_taps = parts.take<LaneTap>(piece.depth());
     size = parts.used();
   }
 };

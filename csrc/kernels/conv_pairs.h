@@ -1,6 +1,9 @@
-// Pairs of channels as elements of the tile and of the weight, for bfloat16 where one instruction multiplies two.
+// Pairs as elements of the weight, for bfloat16 where one instruction multiplies two.
 //
-// An odd last channel has a zero beside it. Sums are float32's; as in PyTorch's own kernels, denormals count as zero.
+// Pairs of channels are elements of the tile too; an odd last channel has a zero beside it. Or a row of the kernel is
+// one run of columns and channels, side by side in a tile of single numbers, and each pair begins with any of these:
+// fewer products where channels are odd. An odd run's last pair ends with a number beyond the row, by a weight of zero,
+// so that all numbers have to be finite. Sums are float32's; as in PyTorch's own kernels, denormals count as zero.
 #pragma once
 
 #include "../simd/transpose.h"
@@ -14,6 +17,22 @@ template <class E>
 constexpr bool kIsPair = false;
 template <>
 constexpr bool kIsPair<bfloat16x2> = true;
+template <class E>
+constexpr bool kStartsPair = false;
+template <>
+constexpr bool kStartsPair<FirstOfPair> = true;
+
+// The weight's elements that those of a tile are multiplied by.
+template <class E>
+struct WeightOf {
+  using Type = E;
+};
+template <>
+struct WeightOf<FirstOfPair> {
+  using Type = bfloat16x2;
+};
+template <class E>
+using Weight = typename WeightOf<E>::Type;
 
 // Whether inputs of type T can be multiplied in pairs, as far as the compiler knows; isa_multiplies_pairs knows the
 // rest.
@@ -29,6 +48,27 @@ FASTNN_INLINE ConvPoolGeometry tile_geometry(ConvPoolGeometry g) {
   return g;
 }
 
+// Of numbers in a row of the kernel.
+FASTNN_INLINE int64_t row_run(const ConvPoolGeometry& g) {
+  return g.kernel[2] * g.in_channels;
+}
+// How many products make an output. `g` counts elements E.
+template <class E>
+FASTNN_INLINE int64_t product_depth(const ConvPoolGeometry& g) {
+  return kStartsPair<E> ? g.kernel[0] * g.kernel[1] * divide_up(row_run(g), 2) : g.depth();
+}
+
+// Where rows of the kernel take fewer products in pairs than channels do.
+constexpr int64_t kMostRowRun = 256;
+FASTNN_INLINE bool row_pairs_apply(const ConvPoolGeometry& g) {
+  return g.in_channels % 2 != 0 && g.kernel[2] > 1 && g.dilation[2] == 1 && row_run(g) <= kMostRowRun;
+}
+
+// Whether the last of them end beyond the row.
+FASTNN_INLINE bool row_pairs_reach_beyond(const ConvPoolGeometry& g) {
+  return row_run(g) % 2 != 0;
+}
+
 // Whether the input's pairs lie side by side, to be read there, and their strides. `g` counts single channels.
 FASTNN_INLINE bool lies_in_pairs(const ConvPoolGeometry& g, const ConvLayout& input) {
   return input.c == 1 && g.in_channels % 2 == 0 && input.n % 2 == 0 && input.d[0] % 2 == 0 && input.d[1] % 2 == 0 &&
@@ -42,8 +82,8 @@ FASTNN_INLINE ConvLayout tile_layout(const ConvLayout& input) {
 
 // An element of the tile by a vector of the weight's.
 template <class C>
-FASTNN_INLINE Vec<C> broadcast_element(C x) {
-  return broadcast<C>(x);
+FASTNN_INLINE Vec<C> broadcast_element(const C* x) {
+  return broadcast<C>(*x);
 }
 template <class E>
 FASTNN_INLINE Vec<Compute<E>> add_products(Vec<Compute<E>> x, Vec<Compute<E>> y, Vec<Compute<E>> z) {
@@ -95,11 +135,20 @@ template <>
 FASTNN_INLINE Vec<float> negative_zeros_beyond<bfloat16x2>(int count) {
   return (Vec<float>)_mm512_maskz_set1_epi16(~first_elements(count), static_cast<int16_t>(0x8000));
 }
-FASTNN_INLINE Vec<float> broadcast_element(bfloat16x2 x) {
-  return broadcast_pair(x);
+FASTNN_INLINE Vec<float> broadcast_element(const bfloat16x2* x) {
+  return broadcast_pair(*x);
+}
+FASTNN_INLINE Vec<float> broadcast_element(const FirstOfPair* x) {
+  bfloat16x2 pair;
+  __builtin_memcpy(&pair, x, sizeof(pair));
+  return broadcast_pair(pair);
 }
 template <>
 FASTNN_INLINE Vec<float> add_products<bfloat16x2>(Vec<float> x, Vec<float> y, Vec<float> z) {
+  return multiply_add_pairs(x, y, z);
+}
+template <>
+FASTNN_INLINE Vec<float> add_products<FirstOfPair>(Vec<float> x, Vec<float> y, Vec<float> z) {
   return multiply_add_pairs(x, y, z);
 }
 
@@ -166,6 +215,10 @@ inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t
   for (int64_t w = 0; w < count; ++w) to[w * pairs + pairs - 1].odd = {};
   if (layout.c != 1) return turn_columns(from, layout, channels, count, elements, 2 * pairs);
   for (int64_t w = 0; w < count; ++w) __builtin_memcpy(to + w * pairs, from + w * layout.d[2], bytes);
+}
+inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
+                         int64_t c, int64_t count, FirstOfPair* to) {
+  copy_columns(from, layout, channels, channels_last, c, count, reinterpret_cast<bfloat16*>(to));
 }
 #endif
 

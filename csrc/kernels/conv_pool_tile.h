@@ -81,9 +81,9 @@ struct OutputLines {
 
 // A row of conv pixels, pooled into the windows that it belongs to.
 template <int taps, int vectors, bool with_winners, class E, class C = Compute<E>>
-FASTNN_SHARED void pool_conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
-                                 const Vec<C> (&bias)[vectors], int64_t windows, const OutputLines& lines,
-                                 PooledRow<C, taps, vectors, with_winners> pooled) {
+FASTNN_SHARED void pool_conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
+                                 const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t windows,
+                                 const OutputLines& lines, PooledRow<C, taps, vectors, with_winners> pooled) {
   conv_groups<taps, vectors, kLongestSum>(tile, step, offsets, depth, weight, bias, windows,
                                           [&](int64_t first, const auto& conv) __attribute__((always_inline)) {
                                             if (pooled.is_first) {

@@ -46,6 +46,7 @@ enum class TapOrder : int32_t {
 enum class ConvAlgorithm : int32_t {
   direct,     // conv_direct.h: output channels in the vector's lanes
   pairs,      // the same, two input channels a multiplication (bfloat16)
+  row_pairs,  // the same, two numbers side by side in a row of the kernel
   rows,       // conv_rows.h: consecutive pixels in the lanes
   lanes,      // conv_lanes.h: independent pieces of the problem in the lanes
   depthwise,  // conv_depthwise.h: groups of one channel in the lanes

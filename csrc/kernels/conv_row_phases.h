@@ -157,7 +157,7 @@ FASTNN_INLINE void phases_tile(const ConvPoolGeometry& g, const PhaseShape<C>& s
         const Vec<C> factor = load(weight);
         weight += width;
 #pragma GCC unroll 8
-        for (int p = 0; p < pairs; ++p) total[p][0] = multiply_add(broadcast_element(at[p]), factor, total[p][0]);
+        for (int p = 0; p < pairs; ++p) total[p][0] = multiply_add(broadcast_element(at + p), factor, total[p][0]);
       });
 #pragma GCC unroll 2
       for (int which = 0; which < 2; ++which) {

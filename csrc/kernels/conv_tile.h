@@ -172,6 +172,9 @@ FASTNN_INLINE Vec<C> add_squares(const T* run, int64_t count, Vec<C> total) {
 FASTNN_INLINE Vec<float> add_squares(const bfloat16x2* run, int64_t count, Vec<float> total) {
   return add_squares(reinterpret_cast<const bfloat16*>(run), 2 * count, total);
 }
+FASTNN_INLINE Vec<float> add_squares(const FirstOfPair* run, int64_t count, Vec<float> total) {
+  return add_squares(reinterpret_cast<const bfloat16*>(run), count, total);
+}
 template <class C>
 FASTNN_INLINE bool is_finite(Vec<C> x) {
   const C sum = sum_lanes<C>(x);
@@ -310,8 +313,8 @@ FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const 
 // The register tile: `pixels` conv pixels, `step` apart, by `vectors` vectors of output channels. finish(total) takes
 // what comes out.
 template <int pixels, int vectors, int longest, class E, class Finish, class C = Compute<E>>
-FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
-                             const Vec<C> (&bias)[vectors], const Finish& finish) {
+FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
+                             const Weight<E>* weight, const Vec<C> (&bias)[vectors], const Finish& finish) {
   Vec<C> total[pixels][vectors];
 #pragma GCC unroll 16
   for (int p = 0; p < pixels; ++p) {
@@ -327,7 +330,7 @@ FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets
     for (int p = 0; p < pixels; ++p) {
       // Four pixels are reached from one address.
       if (p > 0 && p % 4 == 0) from += 4 * step;
-      const Vec<C> left = broadcast_element(from[p % 4 * step]);
+      const Vec<C> left = broadcast_element(from + p % 4 * step);
       for (int v = 0; v < vectors; ++v) total[p][v] = add_products<E>(left, right[v], total[p][v]);
     }
   });
@@ -337,8 +340,9 @@ FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets
 // `count` groups of `taps` consecutive conv pixels of a row, a register tile of some at a time. finish(first, total)
 // takes the pixels of the groups from the first on.
 template <int taps, int vectors, int longest, class E, class Finish, class C = Compute<E>>
-FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
-                               const Vec<C> (&bias)[vectors], int64_t count, const Finish& finish) {
+FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
+                               const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t count,
+                               const Finish& finish) {
   constexpr int most = kConvPixels / taps;
   const int64_t tiles = divide_up(count, most);
   for (int64_t t = 0; t < tiles; ++t) {
@@ -353,7 +357,7 @@ FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offse
 
 // `count` conv pixels of a row -> to (count, vectors x lanes)
 template <int vectors, int longest = kLongestSum, class E, class C = Compute<E>>
-FASTNN_SHARED void conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const E* weight,
+FASTNN_SHARED void conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const Weight<E>* weight,
                             const Vec<C> (&bias)[vectors], int64_t count, C* to) {
   const auto store_all = [&](int64_t first, const auto& total) __attribute__((always_inline)) {
     C* target = to + first * vectors * kLanes<C>;

@@ -270,29 +270,41 @@ void forward_winograd(const ConvPoolForward<T>& call, int64_t first_item, int64_
 template <class T>
 bool all_moderate(const T* data, int64_t outer, const ConvLayout& layout, int64_t channels, const int64_t (&size)[3]) {
   using C = Compute<T>;
-  constexpr C scale = 1e4f;
+  struct Dimension {
+    int64_t size, step;
+  };
+  const Dimension channel = {channels, layout.c}, column = {size[2], layout.d[2]};
   const bool channels_inside = layout.c == 1;
-  const int64_t runs = channels_inside ? size[2] : channels, length = channels_inside ? channels : size[2];
-  const int64_t run_step = channels_inside ? layout.d[2] : layout.c, step = channels_inside ? 1 : layout.d[2];
+  // The innermost last; those that follow one another without a gap become one.
+  const Dimension all[5] = {{outer, layout.n},
+                            channels_inside ? Dimension{size[0], layout.d[0]} : channel,
+                            channels_inside ? Dimension{size[1], layout.d[1]} : Dimension{size[0], layout.d[0]},
+                            channels_inside ? column : Dimension{size[1], layout.d[1]},
+                            channels_inside ? channel : column};
+  Dimension inner = all[4];
+  int left = 4;
+  while (left > 0 && (all[left - 1].size == 1 || all[left - 1].step == inner.size * inner.step)) {
+    inner.size *= all[--left].size;
+  }
+  int64_t runs = 1;
+  for (int i = 0; i < left; ++i) runs *= all[i].size;
   Vec<C> total = {};
-  C single = 0;
-  for (int64_t row = 0; row < outer * size[0] * size[1]; ++row) {
-    const int64_t n = row / (size[0] * size[1]), z = row / size[1] % size[0], y = row % size[1];
-    for (int64_t r = 0; r < runs; ++r) {
-      const T* from = data + n * layout.n + z * layout.d[0] + y * layout.d[1] + r * run_step;
-      int64_t i = 0;
-      for (; step == 1 && i + kLanes<C> <= length; i += kLanes<C>) {
-        const Vec<C> value = load(from + i) * scale;
-        total += value * value;
-      }
-      for (; i < length; ++i) {
-        const C value = to_compute(from[i * step]) * scale;
-        single += value * value;
-      }
+  for (int64_t run = 0; run < runs; ++run) {
+    const T* from = data;
+    for (int64_t i = left - 1, rest = run; i >= 0; rest /= all[i--].size) from += rest % all[i].size * all[i].step;
+    if (inner.step == 1) {
+      total = add_squares(from, inner.size, total);
+      continue;
+    }
+    constexpr int64_t some = 4 * kLanes<C>;
+    C elements[some];
+    for (int64_t first = 0; first < inner.size; first += some) {
+      const int64_t here = smaller(some, inner.size - first);
+      copy_run(from + first * inner.step, inner.step, here, elements);
+      total = add_squares(elements, here, total);
     }
   }
-  single += sum_lanes<C>(total);
-  return single - single == 0;
+  return is_finite<C>(total);
 }
 
 }  // namespace FASTNN_ISA

@@ -14,6 +14,10 @@ struct bfloat16 {
 struct bfloat16x2 {
   bfloat16 even, odd;
 };
+// An element that makes such a pair with the one behind it.
+struct FirstOfPair {
+  bfloat16 element;
+};
 
 // One kernel table a type: PerDtype<MlpKernels>{...}.get<float>() is MlpKernels<float>.
 template <template <class> class Kernels>
@@ -61,6 +65,10 @@ struct ComputeOf<bfloat16> {
 };
 template <>
 struct ComputeOf<bfloat16x2> {
+  using Type = float;
+};
+template <>
+struct ComputeOf<FirstOfPair> {
   using Type = float;
 };
 template <class T>

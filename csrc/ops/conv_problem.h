@@ -53,7 +53,8 @@ inline void skip_unused(ConvPoolGeometry& g, ConvLayout& input) {
   skip_unused_input(g, input);
 }
 
-// Decides how a call is done, by its sizes, and where large elements would spoil the result by those.
+// Decides how a call is done by so many threads, by its sizes, and where large elements would spoil the result by
+// those.
 template <class T>
 void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
   const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
@@ -81,12 +82,36 @@ ConvPoolForward<T> turned_call(const ConvPoolForward<T>& call, const T* turned) 
   return some;
 }
 
+// The same for as many threads as are worth starting, and returns how many these are. Half of the operations count, for
+// small ones are fast, and numbers that are brought in or pooled as some more; where all operations would ask for more
+// threads, the plan's cost for one decides.
+template <class T>
+int64_t choose_plan_and_threads(ConvPoolForward<T>& call, double work) {
+  constexpr double kNumber = 4, kPacked = 2, kCostPerThread = 12e3;
+  skip_unused(call.geometry, call.input_layout);
+  const ConvPoolGeometry& g = call.geometry;
+  const auto numbers = [&](int64_t channels, const int64_t (&sizes)[3]) {
+    return static_cast<double>(g.batch * g.groups * channels * sizes[0] * sizes[1] * sizes[2]);
+  };
+  const double moved = numbers(g.in_channels, g.input) + numbers(g.out_channels, g.conv);
+  const int64_t most = useful_threads(work);
+  int64_t threads = useful_threads(work / 2 + kNumber * moved);
+  if (threads < most) {
+    choose_plan(call, 1);
+    const double cost =
+        call.plan.cost * static_cast<double>(g.batch) + kPacked * static_cast<double>(call.plan.packed_size);
+    threads = std::max(threads, std::min(most, static_cast<int64_t>(cost / kCostPerThread)));
+    if (threads == 1) return 1;
+  }
+  choose_plan(call, threads);
+  return threads;
+}
+
 // Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed.
 template <class T, class Packed>
 void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_for) {
   const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
-  const int64_t threads = useful_threads(work);
-  choose_plan(call, threads);
+  const int64_t threads = choose_plan_and_threads(call, work);
   const ConvPoolPlan& plan = call.plan;
   const Compute<T>* packed = packed_for(plan);
   const int64_t chunks = std::min(threads, plan.items);

@@ -86,6 +86,8 @@ std::string algorithm_name(ConvAlgorithm algorithm) {
       return "lanes";
     case ConvAlgorithm::pairs:
       return "pairs";
+    case ConvAlgorithm::row_pairs:
+      return "row_pairs";
     case ConvAlgorithm::depthwise:
       return "depthwise";
     case ConvAlgorithm::winograd:
@@ -114,6 +116,7 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
                                                                   const std::optional<Tensor>& bias,
                                                                   const Ints& geometry) {
   const ConvPoolProblem problem = check_problem("conv_relu_max_pool_algorithm", input, weight, bias, geometry);
+  if (problem.geometry.batch == 0) return {"none", "none"};
   return with_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
     using T = decltype(type);
     ConvPoolForward<T> call{};
@@ -291,7 +294,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "conv_relu_max_pool_with_winners(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
       " -> (Tensor output, Tensor winners)");
-  // The names of csrc/kernels' algorithms for such a call (conv_relu_max_pool.h) and for its backward.
+  // The names of csrc/kernels' algorithms for such a call (conv_relu_max_pool.h) and for its backward; "none" if there
+  // is nothing to compute.
   m.def(
       "conv_relu_max_pool_algorithm(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
       " -> (str forward, str backward)");

@@ -147,8 +147,39 @@ void transpose_strided(const bfloat16* from, int64_t from_stride, int64_t rows, 
   }
 }
 
+// Where the numbers of three zipped rows come from, 32 at a time: lane i of part p is of row (32 p + i) % 3.
+struct ThreeRows {
+  uint16_t first_two[3][32], third[3][32];  // lanes of the first two rows, side by side, and of the third
+  uint32_t is_third[3];
+  constexpr ThreeRows() : first_two{}, third{}, is_third{} {
+    for (int i = 0; i < 96; ++i) {
+      const int part = i / 32, lane = i % 32, row = i % 3, column = i / 3;
+      if (row < 2) first_two[part][lane] = static_cast<uint16_t>(32 * row + column);
+      if (row == 2) third[part][lane] = static_cast<uint16_t>(column);
+      is_third[part] |= static_cast<uint32_t>(row == 2) << lane;
+    }
+  }
+};
+static constexpr ThreeRows kThreeRows;
+
+// to[3 * c + r] = from[r * from_stride + c]
+inline void zip_three_rows(const bfloat16* from, int64_t from_stride, int64_t columns, bfloat16* to) {
+  for (int64_t c = 0; c < columns; c += 32) {
+    const int64_t left = columns - c;
+    __m512i row[3];
+    for (int r = 0; r < 3; ++r) row[r] = (__m512i)load_elements(from + r * from_stride + c, left);
+    for (int part = 0; part < 3 && 32 * part < 3 * left; ++part) {
+      const __m512i zipped = _mm512_permutex2var_epi16(row[0], _mm512_loadu_si512(kThreeRows.first_two[part]), row[1]);
+      const __m512i third = _mm512_loadu_si512(kThreeRows.third[part]);
+      const __m512i all = _mm512_mask_permutexvar_epi16(zipped, kThreeRows.is_third[part], third, row[2]);
+      store_elements(to + 3 * c + 32 * part, (Vec<float>)all, 3 * left - 32 * part);
+    }
+  }
+}
+
 inline void transpose_matrix(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, bfloat16* to,
                              int64_t to_stride) {
+  if (rows == 3 && to_stride == 3) return zip_three_rows(from, from_stride, columns, to);
   if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
   if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
   if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);

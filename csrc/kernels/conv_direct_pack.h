@@ -1,0 +1,112 @@
+// The weight of direct convolution, packed for its tiles.
+#pragma once
+
+#include "conv_tile.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+#if defined(__AVX512F__)
+// The weights of `count` output channels -> to (depth, width), in pairs of input channels. `g` counts pairs.
+inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channels, const bfloat16* from,
+                       const ConvLayout& layout, int64_t count, bfloat16x2* to, int64_t width) {
+  constexpr int64_t some = 64, pitch = kBlockChannels<float>;  // channels or taps at a time; of a row
+  float rows[2 * some * pitch] = {};
+  const auto zip = [&](int64_t even, int64_t odd, int64_t c, int64_t tap) {
+    bfloat16x2* target = to + tap_position(g, order, c, tap) * width;
+    for (int64_t i = 0; i < width; i += kLanes<float>) {
+      store(target + i,
+            zip_pairs(load(rows + even * pitch + i), odd < 0 ? Vec<float>{} : load(rows + odd * pitch + i)));
+    }
+  };
+  const int64_t taps = g.taps();
+  if (layout.c == 1) {  // runs of channels
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t first = 0; first < channels; first += some) {
+        const int64_t here = smaller(some, channels - first);
+        transpose_matrix(from + tap_offset(g, layout, tap) + first, layout.n, count, here, rows, pitch);
+        for (int64_t c = 0; c < here; c += 2) zip(c, c + 1 < here ? c + 1 : -1, (first + c) / 2, tap);
+      }
+    }
+    return;
+  }
+  const bool joined = layout.d[2] == 1 && layout.d[1] == g.kernel[2] && layout.d[0] == g.kernel[1] * g.kernel[2];
+  for (int64_t c = 0; c < g.in_channels; ++c) {
+    const int64_t single = smaller(2, channels - 2 * c);
+    for (int64_t first = 0; first < taps; first += some) {
+      const int64_t here = smaller(some, taps - first);
+      for (int64_t i = 0; i < single; ++i) {
+        const bfloat16* source = from + (2 * c + i) * layout.c;
+        float* target = rows + i * some * pitch;
+        if (joined) {
+          transpose_matrix(source + first, layout.n, count, here, target, pitch);
+          continue;
+        }
+        for (int64_t t = 0; t < here; ++t) {
+          const bfloat16* element = source + tap_offset(g, layout, first + t);
+          for (int64_t o = 0; o < count; ++o) target[t * pitch + o] = to_compute(element[o * layout.n]);
+        }
+      }
+      for (int64_t t = 0; t < here; ++t) zip(t, single > 1 ? some + t : -1, c, first + t);
+    }
+  }
+}
+
+// The same in pairs along rows of the kernel, in each of which columns and channels are one run.
+inline void pack_row_pairs(const ConvPoolGeometry& g, const bfloat16* from, const ConvLayout& layout, int64_t count,
+                           bfloat16x2* to, int64_t width) {
+  float numbers[kMostRowRun * kBlockChannels<float>] = {};
+  const int64_t run = row_run(g), rows = g.kernel[0] * g.kernel[1];
+  const bool joined = layout.d[1] == g.kernel[2] * layout.d[2] && layout.d[0] == g.kernel[1] * layout.d[1];
+  ConvPoolGeometry some = g;  // of the kernel's rows
+  some.kernel[0] = 1;
+  ConvLayout some_layout = layout;
+  some_layout.d[1] = g.kernel[2] * layout.d[2];
+  for (int64_t row = 0; row < rows; row += some.kernel[1]) {
+    some.kernel[1] = joined ? smaller(kMostRowRun / run, rows - row) : 1;
+    some_layout.d[0] = some.kernel[1] * some_layout.d[1];
+    const bfloat16* first = from + row / g.kernel[1] * layout.d[0] + row % g.kernel[1] * layout.d[1];
+    pack_taps(some, TapOrder::channels_last, first, some_layout, count, numbers, width);
+    for (int64_t i = 0; i < some.kernel[1] * run; i += i % run == run - 1 ? 1 : 2) {
+      const bool has_odd = i % run != run - 1;
+      for (int64_t o = 0; o < width; o += kLanes<float>, to += kLanes<float>) {
+        const float* even = numbers + i * width + o;
+        store(to, zip_pairs(load(even), has_odd ? load(even + width) : Vec<float>{}));
+      }
+    }
+  }
+}
+#endif
+
+// weight -> [group][block of channels][depth][vectors x lanes], zeros where a block has fewer channels
+template <class E, class T>
+void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
+  using C = Compute<T>;
+  const ConvPoolGeometry g = tile_geometry<E>(call.geometry);
+  const ConvLayout& layout = call.weight_layout;
+  const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
+  const int64_t depth = product_depth<E>(g);
+  for (int64_t item = first_item; item < last_item; ++item) {
+    const int64_t group = item / blocks, first = item % blocks * kBlockChannels<C>;
+    const int64_t count = smaller(g.out_channels - first, kBlockChannels<C>);
+    const int64_t width = round_up(count, kLanes<C>);
+    const T* from = call.weight + (group * g.out_channels + first) * layout.n;
+    Weight<E>* to =
+        reinterpret_cast<Weight<E>*>(call.packed) + group * depth * round_up(g.out_channels, kLanes<C>) + first * depth;
+    if (count < width) {
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int64_t c = count; c < width; ++c) to[k * width + c] = {};
+      }
+    }
+    if constexpr (kIsPair<E>) {
+      pack_pairs(g, call.plan.order, call.geometry.in_channels, from, layout, count, to, width);
+    } else if constexpr (kStartsPair<E>) {
+      pack_row_pairs(g, from, layout, count, to, width);
+    } else {
+      pack_taps(g, call.plan.order, from, layout, count, to, width);
+    }
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn
