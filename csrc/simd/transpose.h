@@ -30,7 +30,8 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
   }
 }
 
-// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns.
+// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns. The last square of many columns begins in the
+// one before, rather than be a part of one.
 template <class From, class To, class Place>
 FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
                                        const Place& place) {
@@ -38,8 +39,9 @@ FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, in
   constexpr int lanes = kLanes<C>;
   for (int64_t r = 0; r < rows; r += lanes) {
     const int64_t rows_left = rows - r;
-    for (int64_t c = 0; c < columns; c += lanes) {
-      const int64_t columns_left = columns - c;
+    for (int64_t next = 0; next < columns; next += lanes) {
+      const bool last = next > 0 && columns - next < lanes;
+      const int64_t c = last ? columns - lanes : next, columns_left = columns - c;
       const From* source = from + r * from_stride + c;
       Vec<C> block[lanes];
       if (rows_left >= lanes && columns_left >= lanes) {
@@ -69,6 +71,27 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
                       [&](int64_t c) __attribute__((always_inline)) { return c * to_stride; });
 }
 
+// The same of every `stride`-th element of the rows, whole squares of lanes: to[c * to_stride + r] =
+// from[r * from_stride + c * stride].
+template <int stride, class T>
+void transpose_every(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  using C = Compute<T>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t r = 0; r < rows; r += lanes) {
+    for (int64_t c = 0; c < columns; c += lanes) {
+      Vec<C> block[lanes] = {};
+      for (int i = 0; i < lanes && i < rows - r; ++i) {
+        const T* row = from + (r + i) * from_stride + c * stride;
+        block[i] = load_strided_up_to<stride>(row, (columns - c - 1) * stride + 1);
+      }
+      transpose<C>(block);
+      for (int i = 0; i < lanes && i < columns - c; ++i) {
+        store_up_to<T>(to + (c + i) * to_stride + r, block[i], rows - r);
+      }
+    }
+  }
+}
+
 #if defined(__AVX512F__)
 // Every `stride`-th of a row's elements, `count` of them, at most 8; the others are zero.
 template <int stride>
@@ -96,7 +119,9 @@ void transpose_strided(const bfloat16* from, int64_t from_stride, int64_t rows, 
   constexpr int64_t height = 32, width = 8;
   for (int64_t r = 0; r < rows; r += height) {
     const int64_t rows_left = rows - r < height ? rows - r : height;
-    for (int64_t c = 0; c < columns; c += width) {
+    for (int64_t next = 0; next < columns; next += width) {
+      const bool last = next > 0 && columns - next < width;
+      const int64_t c = last ? columns - width : next;
       const int64_t columns_left = columns - c < width ? columns - c : width;
       const bfloat16* source = from + r * from_stride + c * stride;
       bfloat16* target = to + c * to_stride + r;
