@@ -56,8 +56,8 @@ double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr double kBlock = narrow ? 110 : 0.7 * kColumns * kChannels, kPart = 100, kFarByte = 0.4;
   constexpr int64_t kNear = 512 << 10;
   const TurnRuns runs = turn_runs(g, input);
-  const double blocks = static_cast<double>(divide_up(runs.columns, kColumns)) +
-                        (runs.columns % kColumns != 0 ? kPart / kBlock : 0);
+  const double blocks =
+      static_cast<double>(divide_up(runs.columns, kColumns)) + (runs.columns % kColumns != 0 ? kPart / kBlock : 0);
   const double bands = static_cast<double>(divide_up(g.groups * g.in_channels, kChannels));
   const int64_t bytes = image_size(g) * static_cast<int64_t>(sizeof(T));
   const double waits = bytes > kNear ? kFarByte * static_cast<double>(bytes) : 0;

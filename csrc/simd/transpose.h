@@ -59,6 +59,34 @@ FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, in
   }
 }
 
+#if defined(__AVX512F__)
+// Rows of bfloat16 that lie a power of two apart share few sets of the cache, and their lines would be gone before all
+// of their parts have been read: so these are copied line by line. transpose(copy, rows, columns, to) takes each copy,
+// whose rows are kCopiedLine elements.
+constexpr int64_t kCopiedLine = 32;
+FASTNN_INLINE bool lines_are_crowded(int64_t stride) {
+  constexpr int64_t kApart = 2048;
+  return stride * static_cast<int64_t>(sizeof(bfloat16)) % kApart == 0;
+}
+template <class To, class Transpose>
+void transpose_by_lines(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
+                        int64_t to_stride, const Transpose& transpose) {
+  constexpr int64_t line = kCopiedLine;
+  alignas(64) bfloat16 copy[line * line];
+  for (int64_t r = 0; r < rows; r += line) {
+    const int64_t height = rows - r < line ? rows - r : line;
+    for (int64_t c = 0; c < columns; c += line) {
+      const int64_t width = columns - c < line ? columns - c : line;
+      const __mmask32 inside = static_cast<__mmask32>((uint64_t{1} << width) - 1);
+      for (int64_t i = 0; i < height; ++i) {
+        _mm512_store_si512(copy + i * line, _mm512_maskz_loadu_epi16(inside, from + (r + i) * from_stride + c));
+      }
+      transpose(copy, height, width, to + c * to_stride + r);
+    }
+  }
+}
+#endif
+
 // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
 template <class From, class To>
 void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
@@ -67,8 +95,18 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
     if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
     if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
   }
-  transpose_to_places(from, from_stride, rows, columns, to,
-                      [&](int64_t c) __attribute__((always_inline)) { return c * to_stride; });
+  const auto place = [&](int64_t c) __attribute__((always_inline)) { return c * to_stride; };
+#if defined(__AVX512F__)
+  if constexpr (sizeof(From) == sizeof(bfloat16)) {
+    if (lines_are_crowded(from_stride)) {
+      return transpose_by_lines(from, from_stride, rows, columns, to, to_stride,
+                                [&](const From* copy, int64_t height, int64_t width, To* target) {
+                                  transpose_to_places(copy, kCopiedLine, height, width, target, place);
+                                });
+    }
+  }
+#endif
+  transpose_to_places(from, from_stride, rows, columns, to, place);
 }
 
 // The same of every `stride`-th element of the rows, whole squares of lanes: to[c * to_stride + r] =
@@ -177,6 +215,12 @@ inline void transpose_matrix(const bfloat16* from, int64_t from_stride, int64_t 
   if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
   if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
   if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
+  if (lines_are_crowded(from_stride)) {
+    return transpose_by_lines(from, from_stride, rows, columns, to, to_stride,
+                              [&](const bfloat16* copy, int64_t height, int64_t width, bfloat16* target) {
+                                transpose_strided<1>(copy, kCopiedLine, height, width, target, to_stride);
+                              });
+  }
   transpose_strided<1>(from, from_stride, rows, columns, to, to_stride);
 }
 #endif
