@@ -229,7 +229,8 @@ class TestRowPairs:
 
 
 class TestTurnedInCache:
-    """Contiguous bfloat16 that may be brought into channels last first, in blocks of 32 channels and 8 columns."""
+    """Contiguous images that may be brought into channels last first: in squares of a vector's lanes, bfloat16 in
+    blocks of 32 channels and 8 columns, and line by line where channels lie a power of two apart."""
 
     @pytest.mark.parametrize(
         ("size", "out_channels", "kernel", "arguments"),
@@ -246,26 +247,44 @@ class TestTurnedInCache:
             ((1, 66, 5, 8, 9), 18, (2, 2, 2), geometry(3, stride=(3, 1, 2), padding=1)),
             ((1, 64, 7, 5, 16), 8, (1, 3, 3), geometry(3, stride=(2, 1, 1), pool=(2, 1, 2))),
             ((4, 64, 33), 6, (2,), geometry(1, stride=2)),
+            ((6, 130, 5, 5), 1, (3, 3), geometry(2, stride=3, padding=1)),
+            ((2, 256, 5, 5, 7), 8, (2, 2, 2), geometry(3, stride=(3, 1, 2))),
+            ((3, 160, 9, 17), 3, (1, 1), geometry(2, stride=2)),
+            ((3, 161, 10, 46), 3, (1, 1), geometry(2, stride=3)),
+            ((3, 96, 9, 33), 2, (1, 1), geometry(2, stride=4, pool=1)),
+            ((2, 40, 32, 32), 3, (3, 3), geometry(2, padding=1)),
+            ((1, 67, 8, 8, 16), 5, (2, 2, 2), geometry(3)),
+            ((2, 33, 1024), 4, (3,), geometry(1, padding=1)),
         ],
     )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
     @pytest.mark.parametrize("special", [False, True])
     def test_like_stock(
         self,
         instruction_set: str,
+        dtype: torch.dtype,
         size: tuple[int, ...],
         out_channels: int,
         kernel: tuple[int, ...],
         arguments: tuple[Any, ...],
         special: bool,
     ) -> None:
-        tensors = make(size, out_channels, kernel, arguments[3], torch.bfloat16)
+        tensors = make(size, out_channels, kernel, arguments[3], dtype)
         if special:
             tensors[0][-1:, 1].fill_(torch.nan)
             tensors[0][0, -1, 0].fill_(torch.inf)
-        assert_like_stock(tensors, arguments)
+        assert_like_stock(tensors, arguments, gradients=not special)
 
-    def test_views(self, instruction_set: str) -> None:
-        input, weight, bias = make((3, 70, 9, 40), 12, (3, 3), dtype=torch.bfloat16)
+    @pytest.mark.parametrize(("size", "stride"), [((8, 96, 14, 14), 2), ((3, 160, 9, 17), 1)])
+    def test_chosen_for_few_outputs_of_many_channels(self, size: tuple[int, ...], stride: int) -> None:
+        input, weight, bias = make(size, 3, (5, 5))
+        arguments = flat(geometry(2, stride=stride, padding=2))
+        # Only with channels last have input and weight long runs in common.
+        assert RAW_ALGORITHM(input, weight, bias, arguments)[0] == "dots"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_views(self, instruction_set: str, dtype: torch.dtype) -> None:
+        input, weight, bias = make((3, 70, 9, 40), 12, (3, 3), dtype=dtype)
         arguments = geometry(2, padding=1)
         assert_like_stock([input[:, :, :, ::2], weight, bias], arguments)
         assert_like_stock([input[:, 1:, 1:, 3:], weight[:, :69], bias], arguments)
@@ -275,6 +294,7 @@ class TestTurnedInCache:
     def test_same_bits_for_any_number_of_threads(self) -> None:
         assert_same_bits(make((6, 96, 20, 20), 40, (3, 3), dtype=torch.bfloat16), geometry(2, padding=1))
         assert_same_bits(make((1, 512, 14, 14), 24, (3, 3), dtype=torch.bfloat16), geometry(2))
+        assert_same_bits(make((8, 96, 14, 14), 3, (5, 5)), geometry(2, stride=2, padding=2))
 
 
 class TestDepthwise:
@@ -294,6 +314,8 @@ class TestDepthwise:
             ((2, 34, 9, 9), 1, (1, 1), geometry(2, stride=2)),
             ((2, 16, 7, 7, 8), 1, (3, 3, 3), geometry(3, padding=1)),
             ((1, 32, 7, 9, 11), 1, (2, 2, 2), geometry(3, stride=3)),
+            ((1, 35, 32, 32), 1, (3, 3), geometry(2, stride=2, padding=1)),
+            ((1, 33, 8, 8, 16), 1, (2, 2, 2), geometry(3, stride=3)),
             ((2, 24, 200), 1, (65,), geometry(1, padding=7)),
             ((2, 24, 150), 2, (31,), geometry(1, padding=15, dilation=2)),
         ],

@@ -154,7 +154,7 @@ class DotsForward {
                                       {to.d[0], to.d[1], to.d[2]}};
       return fill_tile(g_, input, call_.input_layout, true, g_.in_channels, tile);
     }
-    const bool is_last = dot_copy_is_last(g_, call_.input_layout, call_.weight_layout);
+    const bool is_last = dot_copy_is_last(g_, call_.plan, call_.input_layout, call_.weight_layout);
     Copied* pixel = copy() + number * g_.conv[0] * g_.conv[1] * g_.conv[2] * g_.depth();
     for (int64_t z = 0; z < g_.conv[0]; ++z) {
       for (int64_t y = 0; y < g_.conv[1]; ++y) {

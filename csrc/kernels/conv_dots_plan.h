@@ -9,6 +9,7 @@ namespace FASTNN_ISA {
 constexpr int kDotPixels = 4, kDotOutputs = 4;  // of a register tile
 constexpr int64_t kDotBufferBytes = 256 << 10;  // conv pixels of the images worked on together, or copies for them
 constexpr int64_t kDotImageBytes = 512 << 10;   // of an image that is copied: part of L2
+constexpr int64_t kDotCopyBytes = 16 << 20;     // of what is copied from under an image's conv pixels
 
 // The depth of the product as runs of consecutive elements, of the input as of the weight: `length` of them, the
 // others' dimensions outside, the innermost last.
@@ -62,8 +63,9 @@ FASTNN_INLINE ConvLayout padded_image_layout(const ConvPoolGeometry& g) {
 
 // Whether the input under a conv pixel is copied with channels last: in the weight's order. That of a kernel of one
 // element has no order.
-FASTNN_INLINE bool dot_copy_is_last(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight) {
-  return weight.c == 1 && g.in_channels > 1 && (g.taps() > 1 || input.c == 1);
+FASTNN_INLINE bool dot_copy_is_last(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const ConvLayout& input,
+                                    const ConvLayout& weight) {
+  return dot_weight_layout(g, plan, weight).c == 1 && g.in_channels > 1 && (g.taps() > 1 || input.c == 1);
 }
 FASTNN_INLINE ConvLayout dot_copy_layout(const ConvPoolGeometry& g, bool is_last) {
   const int64_t pixel = is_last ? g.in_channels : 1;
@@ -74,7 +76,7 @@ FASTNN_INLINE ConvLayout dot_copy_layout(const ConvPoolGeometry& g, bool is_last
 FASTNN_INLINE ConvLayout dot_input_layout(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const ConvLayout& input,
                                           const ConvLayout& weight) {
   if (plan.in_place) return input;
-  return plan.copies_image ? padded_image_layout(g) : dot_copy_layout(g, dot_copy_is_last(g, input, weight));
+  return plan.copies_image ? padded_image_layout(g) : dot_copy_layout(g, dot_copy_is_last(g, plan, input, weight));
 }
 
 FASTNN_INLINE DotRuns dot_runs(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const ConvLayout& input,
@@ -141,14 +143,14 @@ bool dot_copies_apply(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const
   const bool dilated = g.dilation[0] > 1 || g.dilation[1] > 1 || g.dilation[2] > 1;
   if (plan.turns_weight) {
     const bool dense = weight.d[2] == 1 && weight.d[1] == g.kernel[2] && weight.d[0] == g.kernel[1] * g.kernel[2];
-    if (!dots_in_pairs<T>() || !dense || g.taps() == 1 || g.in_channels == 1) return false;
+    if (!dense || g.taps() == 1 || g.in_channels == 1) return false;
   }
   if (plan.in_place || plan.copies_image) {
-    const bool has_image = dots_in_pairs<T>() && dot_copy_bytes<T>(g, plan) <= kDotImageBytes;
+    const bool has_image = (input.c == 1 || dots_in_pairs<T>()) && dot_copy_bytes<T>(g, plan) <= kDotImageBytes;
     return (plan.in_place ? !padded : has_image) && dot_runs(g, plan, input, weight).length >= kShortest;
   }
-  const bool is_last = dot_copy_is_last(g, input, weight);
-  return !plan.turns_weight && !dilated && (input.c == 1 || !is_last) && dot_runs(g, plan, input, weight).count == 1;
+  const bool is_last = dot_copy_is_last(g, plan, input, weight), fits = dot_copy_bytes<T>(g, plan) <= kDotCopyBytes;
+  return fits && !dilated && (input.c == 1 || !is_last) && dot_runs(g, plan, input, weight).count == 1;
 }
 
 // Here `columns` counts the vectors of the depth, `band` the images worked on together.
@@ -179,17 +181,16 @@ void cut_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayo
   plan.scratch_size = DotsScratch<T>(g, plan, nullptr).size;
 }
 
-// Of packing the weight, which this saves, for one image and group.
-template <class C>
-double packing_cost(const ConvPoolGeometry& g) {
+// Of packing the weight, which this saves, for one of so many images and one group.
+FASTNN_INLINE double packing_cost(const ConvPoolGeometry& g, int64_t images) {
   constexpr double kPack = 2;  // an element
-  return kPack * static_cast<double>(g.out_channels * g.depth()) / static_cast<double>(g.batch);
+  return kPack * static_cast<double>(g.out_channels * g.depth()) / static_cast<double>(images);
 }
 
 // For one image and group.
 template <class T>
-double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight,
-                 const ConvPoolPlan& plan) {
+double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, const ConvPoolPlan& plan,
+                 int64_t images) {
   using C = Compute<T>;
   constexpr double kSum = 12, kWayOut = 12;  // of the sum of a vector's lanes; of pooled pixels
   // Of a product's vector. Each tile widens what it loads, for as many products as it has outputs or pixels.
@@ -202,20 +203,22 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   const double windows =
       static_cast<double>(blocks * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   constexpr double kCopiedRun = 15, kTurned = 0.8;  // of a number that is moved on its own
-  const int64_t runs = (dot_copy_is_last(g, input, weight) ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];
+  const int64_t runs = (dot_copy_is_last(g, plan, input, weight) ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];
   const double copy = static_cast<double>(pixels) * (kCopiedRun * runs + kCopyCost * static_cast<double>(g.depth()));
   const double image = static_cast<double>(dot_copy_size(g, plan)) * (input.c == 1 ? kCopyCost / 4 : kTurned);
-  const double turned = plan.turns_weight ? kTurned / 2 * packing_cost<C>(g) : 0;
-  return dots * (step * static_cast<double>(plan.columns) + kSum) + windows + turned +
-         (plan.in_place       ? 0
-          : plan.copies_image ? image
-                              : copy);
+  // Few taps fill but a part of the squares that are transposed. Pairs are packed as slowly then.
+  const double square = dots_in_pairs<T>() ? 1 : static_cast<double>(round_up(g.taps(), kLanes<C>)) / g.taps();
+  const double turned = plan.turns_weight ? kTurned / 2 * square * packing_cost(g, images) : 0;
+  const double copied = turned + (plan.in_place ? 0 : plan.copies_image ? image : copy);
+  // Where pairs do not gain, the estimate has to be less by more than it may be wrong by.
+  const double doubt = (plan.copies_image || plan.turns_weight) && !dots_in_pairs<T>() ? 1.16 : 1;
+  return (dots * (step * static_cast<double>(plan.columns) + kSum) + windows + copied) * doubt;
 }
 
-// The cheapest; false if there is none. Chosen as for a single thread.
+// The cheapest, for so many images with one weight; false if there is none. Chosen as for a single thread.
 template <class T>
-bool plan_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
-               ConvPoolPlan& best, double& costs) {
+bool plan_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t images,
+               int64_t threads, ConvPoolPlan& best, double& costs) {
   bool found = false;
   for (int copies = 0; copies < 6; ++copies) {
     ConvPoolPlan plan = {};
@@ -225,7 +228,7 @@ bool plan_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLay
     plan.turns_weight = copies >= 3;
     if (!dot_copies_apply<T>(g, plan, input, weight)) continue;
     cut_dots<T>(g, input, weight, 1, plan);
-    const double own = dots_cost<T>(g, input, weight, plan);
+    const double own = dots_cost<T>(g, input, weight, plan, images);
     if (found && own >= costs) continue;
     found = true;
     costs = own;

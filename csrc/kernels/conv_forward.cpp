@@ -43,10 +43,10 @@ ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int6
 }
 
 // The algorithm that is cheapest, by a count of vector multiply-adds for one image and group: for a single thread,
-// since the choice must not depend on their number, nor with it the order of summation.
+// since the choice must not depend on their number, nor with it the order of summation. The weight serves `images`.
 template <class T>
 ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight,
-                             int64_t threads, bool exact) {
+                             int64_t images, int64_t threads, bool exact) {
   using C = Compute<T>;
   const auto chosen = [&](ConvPoolPlan plan, double costs) {
     plan.cost = costs * static_cast<double>(g.groups);
@@ -59,7 +59,7 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
   const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, exact, direct_costs);
   ConvPoolPlan dots;
   double dots_costs = direct_costs;
-  if (plan_dots<T>(g, input, weight, threads, dots, dots_costs)) dots_costs -= packing_cost<C>(g);
+  if (plan_dots<T>(g, input, weight, images, threads, dots, dots_costs)) dots_costs -= packing_cost(g, images);
   ConvPoolPlan phases;
   double phases_costs = direct_costs;
   if (!exact && !has_pairs && kHasPhases<C> && phases_apply(g)) {
@@ -86,22 +86,24 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
   return is_least(lanes_costs) ? chosen(plan_lanes<C>(g, threads).plan, lanes_costs) : chosen(direct, direct_costs);
 }
 
-// With bfloat16 of channels that lie apart, it may be cheaper to bring images that stay in cache into channels last
-// first: pairs of channels are then read where they lie.
+// Channels that lie apart are short runs where there is much to read at once, and no pairs: it may be cheaper to bring
+// images into channels last first, while they are in cache.
 template <class T>
 ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
                   bool exact) {
-  const ConvPoolPlan plan = plan_as_it_lies<T>(g, input, weight, threads, exact);
-  if (!kHasPairs<T> || !isa_multiplies_pairs() || input.c == 1 || g.in_channels % 2 != 0) return plan;
+  constexpr double kWorthPlanning = kHasPairs<T> ? 0 : 20'000;
+  const ConvPoolPlan plan = plan_as_it_lies<T>(g, input, weight, g.batch, threads, exact);
+  if (!can_turn<T>(g, input) || plan.cost * static_cast<double>(g.batch) < kWorthPlanning) return plan;
   ConvPoolGeometry some = g;
-  some.batch = images_to_turn(g, input);
-  if (some.batch == 0) return plan;
-  ConvPoolPlan turned = plan_as_it_lies<T>(some, dense_last(g.groups * g.in_channels, g.input), weight, threads, exact);
+  some.batch = images_to_turn<T>(g);
+  const ConvLayout layout = dense_last(g.groups * g.in_channels, g.input);
+  // Estimates of pairs are too low by what packing takes for each lot of images.
+  const int64_t packed_for = kHasPairs<T> ? some.batch : g.batch;
+  ConvPoolPlan turned = plan_as_it_lies<T>(some, layout, weight, packed_for, threads, exact);
   turned.turned_images = some.batch;
-  const double turn = turn_cost(g, input);
-  if (turned.cost + turn >= plan.cost) return plan;
-  turned.cost += turn;
-  return turned;
+  turned.turned_layout = layout;
+  turned.cost += turn_cost<T>(g, input);
+  return turned.cost < plan.cost ? turned : plan;
 }
 
 template <class T>
@@ -176,7 +178,7 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
 
 template <class T>
 void turn_input(const ConvPoolForward<T>& call, int64_t parts, int64_t first, int64_t last, T* to) {
-  if constexpr (kHasPairs<T>) turn_images(call, parts, first, last, to);
+  if constexpr (kTurns<T>) turn_images(call, parts, first, last, to);
 }
 
 template <class T>

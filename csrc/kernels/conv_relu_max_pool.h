@@ -60,7 +60,8 @@ enum class ConvAlgorithm : int32_t {
 struct ConvPoolPlan {
   ConvAlgorithm algorithm;
   double cost;                    // of an image, in vector multiply-adds
-  int64_t turned_images;          // if not 0: so many at a time are first brought into channels last, as the input
+  int64_t turned_images;          // if not 0: so many at a time are first brought into channels last,
+  ConvLayout turned_layout;       // which is then that of the input
   int64_t items;                  // independent pieces of work
   int64_t packed_size;            // elements of the packed weight
   int64_t pack_items;             // independent pieces of packing

@@ -1,4 +1,4 @@
-// Images of bfloat16 brought into channels last before they are read.
+// Images brought into channels last before they are read.
 #pragma once
 
 #include "conv_tile.h"
@@ -6,14 +6,28 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// As many images at a time as stay in L2 with what they are turned from, and divide the batch; 0 where even one is
-// written to memory beyond it, and more.
-FASTNN_INLINE int64_t images_to_turn(const ConvPoolGeometry& g, const ConvLayout& input) {
-  constexpr int64_t kTurnedBytes = 256 << 10, kLargest = 2 << 20;
-  if (input.d[2] < 1 || input.d[2] > kMostStride) return 0;
-  const int64_t image = g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2] * 2;
-  if (image > kLargest) return 0;
-  int64_t images = smaller(g.batch, larger(1, kTurnedBytes / image));
+// What gains by it: float64 is for checks, and bfloat16 is else widened on the way to where it is read.
+template <class T>
+constexpr bool kTurns = kHasPairs<T>;
+template <>
+constexpr bool kTurns<float> = true;
+
+// Numbers of an image.
+FASTNN_INLINE int64_t image_size(const ConvPoolGeometry& g) {
+  return g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2];
+}
+
+template <class T>
+bool can_turn(const ConvPoolGeometry& g, const ConvLayout& input) {
+  if (!kTurns<T> || input.c == 1 || input.d[2] < 1 || input.d[2] > kMostStride) return false;
+  return kHasPairs<T> ? isa_multiplies_pairs() && g.in_channels % 2 == 0 : g.in_channels > 1;
+}
+
+// As many images at a time as stay in L2 with what they are turned from, and divide the batch, or a single one.
+template <class T>
+int64_t images_to_turn(const ConvPoolGeometry& g) {
+  constexpr int64_t kTurnedBytes = 256 << 10;
+  int64_t images = smaller(g.batch, larger(1, kTurnedBytes / (image_size(g) * static_cast<int64_t>(sizeof(T)))));
   while (g.batch % images != 0) --images;
   return images;
 }
@@ -33,23 +47,43 @@ FASTNN_INLINE TurnRuns turn_runs(const ConvPoolGeometry& g, const ConvLayout& in
   return {1, 1, g.input[0] * runs.columns};
 }
 
-// Of an image, in vector multiply-adds: blocks of 32 channels and 8 columns, some of which are not full. One that
+// Of an image, in vector multiply-adds: blocks of some columns of some channels, of which some are not full. One that
 // leaves the cache waits for memory.
-FASTNN_INLINE double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
-  constexpr double kBlock = 110, kPart = 100, kFar = 3;
+template <class T>
+double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
+  constexpr bool narrow = sizeof(T) == sizeof(bfloat16);
+  constexpr int64_t kColumns = narrow ? 8 : kLanes<float>, kChannels = narrow ? 32 : kLanes<float>;
+  constexpr double kBlock = narrow ? 110 : 0.7 * kColumns * kChannels, kPart = 100, kFarByte = 0.4;
   constexpr int64_t kNear = 512 << 10;
-  const int64_t bytes = g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2] * 2;
   const TurnRuns runs = turn_runs(g, input);
-  const double blocks = static_cast<double>(divide_up(runs.columns, 8)) + (runs.columns % 8 != 0 ? kPart / kBlock : 0);
-  const double bands = static_cast<double>(divide_up(g.groups * g.in_channels, 32));
-  return static_cast<double>(runs.slices * runs.rows) * kBlock * blocks * bands * (bytes > kNear ? kFar : 1);
+  const double blocks =
+      static_cast<double>(divide_up(runs.columns, kColumns)) + (runs.columns % kColumns != 0 ? kPart / kBlock : 0);
+  const double bands = static_cast<double>(divide_up(g.groups * g.in_channels, kChannels));
+  const int64_t bytes = image_size(g) * static_cast<int64_t>(sizeof(T));
+  const double waits = bytes > kNear ? kFarByte * static_cast<double>(bytes) : 0;
+  return static_cast<double>(runs.slices * runs.rows) * kBlock * blocks * bands + waits;
 }
 
-#if defined(__AVX512F__)
+// Columns whose channels lie apart -> channels side by side, `pitch` elements a column. conv_pairs.h has it for
+// bfloat16.
+template <class T>
+void turn_columns(const T* from, const ConvLayout& layout, int64_t channels, int64_t count, T* to, int64_t pitch) {
+  switch (layout.d[2]) {
+    case 1:
+      return transpose_matrix(from, layout.c, channels, count, to, pitch);
+    case 2:
+      return transpose_every<2>(from, layout.c, channels, count, to, pitch);
+    case 3:
+      return transpose_every<3>(from, layout.c, channels, count, to, pitch);
+    default:
+      return transpose_every<4>(from, layout.c, channels, count, to, pitch);
+  }
+}
+
 // Parts [first, last) of the images, each cut into `parts` by its channels. Runs that the kernel strides over become
 // zeros.
-inline void turn_images(const ConvPoolForward<bfloat16>& call, int64_t parts, int64_t first, int64_t last,
-                        bfloat16* to) {
+template <class T>
+void turn_images(const ConvPoolForward<T>& call, int64_t parts, int64_t first, int64_t last, T* to) {
   const ConvPoolGeometry& g = call.geometry;
   const ConvLayout& layout = call.input_layout;
   const TurnRuns runs = turn_runs(g, layout);
@@ -59,8 +93,8 @@ inline void turn_images(const ConvPoolForward<bfloat16>& call, int64_t parts, in
     const int64_t image = part / parts, begin = round_up(channels * (part % parts) / parts, 32);
     const int64_t count = smaller(channels, round_up(channels * (part % parts + 1) / parts, 32)) - begin;
     if (count <= 0) continue;
-    const bfloat16* from = call.input + image * layout.n + begin * layout.c;
-    bfloat16* target = to + image * g.input[0] * g.input[1] * g.input[2] * channels + begin;
+    const T* from = call.input + image * layout.n + begin * layout.c;
+    T* target = to + image * image_size(g) + begin;
     for (int64_t z = 0; z < runs.slices; ++z) {
       for (int64_t y = 0; y < runs.rows; ++y, target += runs.columns * channels) {
         if ((runs.slices == 1 || is_met(0, z)) && (runs.rows == 1 || is_met(1, y))) {
@@ -72,7 +106,6 @@ inline void turn_images(const ConvPoolForward<bfloat16>& call, int64_t parts, in
     }
   }
 }
-#endif
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

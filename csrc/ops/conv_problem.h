@@ -65,23 +65,6 @@ void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
   }
 }
 
-// Dense, channels last.
-inline ConvLayout dense_last(int64_t channels, const int64_t (&sizes)[3]) {
-  const int64_t row = channels * sizes[2], slice = row * sizes[1];
-  return {slice * sizes[0], 1, {slice, row, channels}};
-}
-
-// The call for the images that are turned together, once they are: the input of the first of them at `turned`.
-template <class T>
-ConvPoolForward<T> turned_call(const ConvPoolForward<T>& call, const T* turned) {
-  const ConvPoolGeometry& g = call.geometry;
-  ConvPoolForward<T> some = call;
-  some.geometry.batch = call.plan.turned_images;
-  some.input = turned;
-  some.input_layout = dense_last(g.groups * g.in_channels, g.input);
-  return some;
-}
-
 // The same for as many threads as are worth starting, and returns how many these are. Half of the operations count, for
 // small ones are fast, and numbers that are brought in or pooled as some more; where all operations would ask for more
 // threads, the plan's cost for one decides.
@@ -118,8 +101,7 @@ void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_f
   const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
   const int64_t scratch_size = lines(plan.scratch_size);
   const int64_t packed_bytes = packed ? 0 : lines(checked_product(plan.packed_size, sizeof(Compute<T>)));
-  ConvPoolForward<T> some = turned_call<T>(call, nullptr);
-  const int64_t turned_bytes = lines(checked_product(plan.turned_images * some.input_layout.n, sizeof(T)));
+  const int64_t turned_bytes = lines(checked_product(plan.turned_images * plan.turned_layout.n, sizeof(T)));
   const Scratch<char> memory(
       checked_sum(checked_sum(packed_bytes, turned_bytes), checked_product(chunks, scratch_size)));
   T* turned = reinterpret_cast<T*>(memory.get() + packed_bytes);
@@ -137,7 +119,10 @@ void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_f
     });
   };
   if (plan.turned_images == 0) return forward(call);
-  some = turned_call<T>(call, turned);
+  ConvPoolForward<T> some = call;  // of the images that are turned together, once they are
+  some.geometry.batch = plan.turned_images;
+  some.input = turned;
+  some.input_layout = plan.turned_layout;
   for (int64_t image = 0; image < call.geometry.batch; image += plan.turned_images) {
     const int64_t parts = std::min(threads, plan.turned_images) == threads ? 1 : threads;
     parallel_chunks(threads, plan.turned_images * parts, [&](int64_t, int64_t first, int64_t last) {

@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "conv_source.h"
+#include "conv_by_stock.h"
 #include "register.h"
 
 namespace fastnn {
@@ -34,11 +34,6 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
   run_conv_pool(call, problem.work, [](const ConvPoolPlan&) -> const Compute<T>* { return nullptr; });
 }
 
-ConvSource to_read(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
-  if (problem.kind.dtype == ScalarType::Float) return cheapest_source<float>(problem, input, weight);
-  return {input.borrow(), weight.borrow()};
-}
-
 // winners: where to put them, or null.
 Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                const Ints& geometry, std::optional<Tensor>* winners) {
@@ -54,9 +49,8 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const 
     *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
   }
   if (output.numel() > 0) {
-    const ConvSource source = to_read(problem, input, weight);
     with_dtype(dtype, [&](auto type) {
-      run_forward<decltype(type)>(problem, source.input, source.weight, bias, output, winners ? &**winners : nullptr);
+      run_forward<decltype(type)>(problem, input, weight, bias, output, winners ? &**winners : nullptr);
     });
   }
   return output;
@@ -121,11 +115,10 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     using T = decltype(type);
     ConvPoolForward<T> call{};
     call.geometry = problem.geometry;
-    const ConvSource source = to_read(problem, input, weight);
-    call.input = data<T>(source.input);
-    call.input_layout = layout_of(source.input);
-    call.weight = data<T>(source.weight);
-    call.weight_layout = layout_of(source.weight);
+    call.input = data<T>(input);
+    call.input_layout = layout_of(input);
+    call.weight = data<T>(weight);
+    call.weight_layout = layout_of(weight);
     choose_plan(call, 1);
     const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(call.geometry);
     const bool by_stock = goes_by_stock(problem, is_channels_last(input));

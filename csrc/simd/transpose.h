@@ -30,7 +30,8 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
   }
 }
 
-// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns.
+// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns. The last square of many columns begins in the
+// one before, rather than be a part of one.
 template <class From, class To, class Place>
 FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
                                        const Place& place) {
@@ -38,8 +39,9 @@ FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, in
   constexpr int lanes = kLanes<C>;
   for (int64_t r = 0; r < rows; r += lanes) {
     const int64_t rows_left = rows - r;
-    for (int64_t c = 0; c < columns; c += lanes) {
-      const int64_t columns_left = columns - c;
+    for (int64_t next = 0; next < columns; next += lanes) {
+      const bool last = next > 0 && columns - next < lanes;
+      const int64_t c = last ? columns - lanes : next, columns_left = columns - c;
       const From* source = from + r * from_stride + c;
       Vec<C> block[lanes];
       if (rows_left >= lanes && columns_left >= lanes) {
@@ -57,6 +59,34 @@ FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, in
   }
 }
 
+#if defined(__AVX512F__)
+// Rows of bfloat16 that lie a power of two apart share few sets of the cache, and their lines would be gone before all
+// of their parts have been read: so these are copied line by line. transpose(copy, rows, columns, to) takes each copy,
+// whose rows are kCopiedLine elements.
+constexpr int64_t kCopiedLine = 32;
+FASTNN_INLINE bool lines_are_crowded(int64_t stride) {
+  constexpr int64_t kApart = 2048;
+  return stride * static_cast<int64_t>(sizeof(bfloat16)) % kApart == 0;
+}
+template <class To, class Transpose>
+void transpose_by_lines(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
+                        int64_t to_stride, const Transpose& transpose) {
+  constexpr int64_t line = kCopiedLine;
+  alignas(64) bfloat16 copy[line * line];
+  for (int64_t r = 0; r < rows; r += line) {
+    const int64_t height = rows - r < line ? rows - r : line;
+    for (int64_t c = 0; c < columns; c += line) {
+      const int64_t width = columns - c < line ? columns - c : line;
+      const __mmask32 inside = static_cast<__mmask32>((uint64_t{1} << width) - 1);
+      for (int64_t i = 0; i < height; ++i) {
+        _mm512_store_si512(copy + i * line, _mm512_maskz_loadu_epi16(inside, from + (r + i) * from_stride + c));
+      }
+      transpose(copy, height, width, to + c * to_stride + r);
+    }
+  }
+}
+#endif
+
 // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
 template <class From, class To>
 void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
@@ -65,8 +95,39 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
     if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
     if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
   }
-  transpose_to_places(from, from_stride, rows, columns, to,
-                      [&](int64_t c) __attribute__((always_inline)) { return c * to_stride; });
+  const auto place = [&](int64_t c) __attribute__((always_inline)) { return c * to_stride; };
+#if defined(__AVX512F__)
+  if constexpr (sizeof(From) == sizeof(bfloat16)) {
+    if (lines_are_crowded(from_stride)) {
+      return transpose_by_lines(from, from_stride, rows, columns, to, to_stride,
+                                [&](const From* copy, int64_t height, int64_t width, To* target) {
+                                  transpose_to_places(copy, kCopiedLine, height, width, target, place);
+                                });
+    }
+  }
+#endif
+  transpose_to_places(from, from_stride, rows, columns, to, place);
+}
+
+// The same of every `stride`-th element of the rows, whole squares of lanes: to[c * to_stride + r] =
+// from[r * from_stride + c * stride].
+template <int stride, class T>
+void transpose_every(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  using C = Compute<T>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t r = 0; r < rows; r += lanes) {
+    for (int64_t c = 0; c < columns; c += lanes) {
+      Vec<C> block[lanes] = {};
+      for (int i = 0; i < lanes && i < rows - r; ++i) {
+        const T* row = from + (r + i) * from_stride + c * stride;
+        block[i] = load_strided_up_to<stride>(row, (columns - c - 1) * stride + 1);
+      }
+      transpose<C>(block);
+      for (int i = 0; i < lanes && i < columns - c; ++i) {
+        store_up_to<T>(to + (c + i) * to_stride + r, block[i], rows - r);
+      }
+    }
+  }
 }
 
 #if defined(__AVX512F__)
@@ -96,7 +157,9 @@ void transpose_strided(const bfloat16* from, int64_t from_stride, int64_t rows, 
   constexpr int64_t height = 32, width = 8;
   for (int64_t r = 0; r < rows; r += height) {
     const int64_t rows_left = rows - r < height ? rows - r : height;
-    for (int64_t c = 0; c < columns; c += width) {
+    for (int64_t next = 0; next < columns; next += width) {
+      const bool last = next > 0 && columns - next < width;
+      const int64_t c = last ? columns - width : next;
       const int64_t columns_left = columns - c < width ? columns - c : width;
       const bfloat16* source = from + r * from_stride + c * stride;
       bfloat16* target = to + c * to_stride + r;
@@ -183,6 +246,12 @@ inline void transpose_matrix(const bfloat16* from, int64_t from_stride, int64_t 
   if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
   if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
   if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
+  if (lines_are_crowded(from_stride)) {
+    return transpose_by_lines(from, from_stride, rows, columns, to, to_stride,
+                              [&](const bfloat16* copy, int64_t height, int64_t width, bfloat16* target) {
+                                transpose_strided<1>(copy, kCopiedLine, height, width, target, to_stride);
+                              });
+  }
   transpose_strided<1>(from, from_stride, rows, columns, to, to_stride);
 }
 #endif
