@@ -61,12 +61,12 @@ FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, in
 
 #if defined(__AVX512F__)
 // Rows of bfloat16 that lie a power of two apart share few sets of the cache, and their lines would be gone before all
-// of their parts have been read: so these are copied line by line. transpose(copy, rows, columns, to) takes each copy,
-// whose rows are kCopiedLine elements.
+// of their parts have been read: so these are copied line by line, but for rows of a part alone. transpose(copy, rows,
+// columns, to) takes each copy, whose rows are kCopiedLine elements.
 constexpr int64_t kCopiedLine = 32;
-FASTNN_INLINE bool lines_are_crowded(int64_t stride) {
-  constexpr int64_t kApart = 2048;
-  return stride * static_cast<int64_t>(sizeof(bfloat16)) % kApart == 0;
+FASTNN_INLINE bool lines_are_crowded(int64_t stride, int64_t columns) {
+  constexpr int64_t kApart = 2048, kPart = 16;
+  return columns > kPart && stride * static_cast<int64_t>(sizeof(bfloat16)) % kApart == 0;
 }
 template <class To, class Transpose>
 void transpose_by_lines(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
@@ -98,7 +98,7 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
   const auto place = [&](int64_t c) __attribute__((always_inline)) { return c * to_stride; };
 #if defined(__AVX512F__)
   if constexpr (sizeof(From) == sizeof(bfloat16)) {
-    if (lines_are_crowded(from_stride)) {
+    if (lines_are_crowded(from_stride, columns)) {
       return transpose_by_lines(from, from_stride, rows, columns, to, to_stride,
                                 [&](const From* copy, int64_t height, int64_t width, To* target) {
                                   transpose_to_places(copy, kCopiedLine, height, width, target, place);
@@ -246,7 +246,7 @@ inline void transpose_matrix(const bfloat16* from, int64_t from_stride, int64_t 
   if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
   if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
   if (rows == 4) return transpose_few_rows<4>(from, from_stride, columns, to, to_stride);
-  if (lines_are_crowded(from_stride)) {
+  if (lines_are_crowded(from_stride, columns)) {
     return transpose_by_lines(from, from_stride, rows, columns, to, to_stride,
                               [&](const bfloat16* copy, int64_t height, int64_t width, bfloat16* target) {
                                 transpose_strided<1>(copy, kCopiedLine, height, width, target, to_stride);
