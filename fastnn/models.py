@@ -30,6 +30,9 @@ class Conv2DNet(nn.Module):
         return _linear(self.output, self.conv2(self.conv1(x)).flatten(1))
 
 
+_RECURRENT: Any = (nn.RNN, nn.GRU, nn.LSTM)
+
+
 class RNN(nn.Module):
     """A sequence classifier: the recurrent layers, then ``fc`` on the last step.
 
@@ -46,9 +49,11 @@ class RNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         head = linear_parameters((self.fc,))
-        trained: Tensor | None = self.rnn.train_with_head(x, head) if is_grad_enabled() else None
-        if trained is not None:
-            return trained
+        # Another module may have been put in the layers' place.
+        if is_grad_enabled() and isinstance(self.rnn, _RECURRENT):
+            trained = self.rnn.train_with_head(x, head)
+            if trained is not None:
+                return trained
         _, state = self.rnn(x)  # no state given: zeros
         h = state[0] if isinstance(state, tuple) else state
         # The last layer's last output: a smaller tensor to take it from than all outputs.

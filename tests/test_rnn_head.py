@@ -49,6 +49,18 @@ def test_bits_of_the_two_functions(cell: str, layers: int, hidden: int, batch: i
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_stock_layers_in_their_place(cell: str) -> None:
+    model = models.RNN(5, 16, 2, 33, cell)
+    replaced = copy.deepcopy(model)
+    replaced.rnn = getattr(nn, cell)(5, 16, 2, batch_first=True)
+    replaced.load_state_dict(model.state_dict())
+    x = torch.randn(4, 9, 5)
+    exact = copy.deepcopy(replaced).double()
+    results = [gradients(m, x.to(next(m.parameters()).dtype), list(m.parameters())) for m in (model, replaced, exact)]
+    assert_close_to_reference(*results)
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_as_stock(cell: str) -> None:
     model = models.RNN(5, 16, 2, 3, cell)
     stock = fastnn.reference.models.RNN(5, 16, 2, 3, cell)
