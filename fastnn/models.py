@@ -7,6 +7,7 @@ from torch import Tensor, is_grad_enabled
 
 from fastnn import nn
 from fastnn.nn.mlp import linear_parameters
+from fastnn.nn.rnn import train_with_head
 from fastnn.ops.mlp import activation_digits, mlp, mlp_of_parameters, mlp_reconstruction_error
 
 _IDENTITY = activation_digits(("identity",))
@@ -30,9 +31,6 @@ class Conv2DNet(nn.Module):
         return _linear(self.output, self.conv2(self.conv1(x)).flatten(1))
 
 
-_RECURRENT: Any = (nn.RNN, nn.GRU, nn.LSTM)
-
-
 class RNN(nn.Module):
     """A sequence classifier: the recurrent layers, then ``fc`` on the last step.
 
@@ -49,11 +47,9 @@ class RNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         head = linear_parameters((self.fc,))
-        # Another module may have been put in the layers' place.
-        if is_grad_enabled() and isinstance(self.rnn, _RECURRENT):
-            trained = self.rnn.train_with_head(x, head)
-            if trained is not None:
-                return trained
+        trained = train_with_head(self.rnn, x, head) if is_grad_enabled() else None
+        if trained is not None:
+            return trained
         _, state = self.rnn(x)  # no state given: zeros
         h = state[0] if isinstance(state, tuple) else state
         # The last layer's last output: a smaller tensor to take it from than all outputs.

@@ -1,5 +1,4 @@
-"""Sizes at which forward reads channels in ways of its own: dot products, pairs, copies with channels last or padding,
-channels in the lanes."""
+"""Sizes at which forward reads channels in ways of its own: dot products, pairs, copies with channels last."""
 
 from typing import Any
 
@@ -9,6 +8,7 @@ from conv_cases import (
     FUSED,
     RAW_ALGORITHM,
     RAW_WITH_WINNERS,
+    assert_like_float64,
     assert_like_stock,
     assert_same_bits,
     channels_last,
@@ -16,17 +16,8 @@ from conv_cases import (
     geometry,
     make,
 )
-from torch import Tensor
 
 from fastnn.testing import instruction_sets
-
-
-def assert_like_float64(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
-    """For bfloat16 with a NaN or infinity, which some of stock's ways carry into windows beside."""
-    fused = FUSED[tensors[0].dim() - 2]
-    ours = fused(*tensors, *arguments)
-    exact = fused(*(None if tensor is None else tensor.double() for tensor in tensors), *arguments)
-    torch.testing.assert_close(ours.double(), exact, rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
 class TestDots:
@@ -228,9 +219,15 @@ class TestRowPairs:
             assert_same_bits([tensors[0][:1], *tensors[1:]], arguments)
 
 
-class TestTurnedInCache:
+class TestTurned:
     """Contiguous images that may be brought into channels last first: in squares of a vector's lanes, bfloat16 in
     blocks of 32 channels and 8 columns, and line by line where channels lie a power of two apart."""
+
+    OF_LARGE_WEIGHTS = (
+        ((2, 256, 5, 5, 5), 64, (3, 3, 3), geometry(3, stride=2)),
+        ((4, 48, 32, 32), 10, (11, 11), geometry(2, stride=2, dilation=2, pool=3, pool_stride=1)),
+        ((3, 130, 9, 9), 34, (5, 5), geometry(2, padding=2, groups=2, pool=3, pool_stride=2, stride=2)),
+    )
 
     @pytest.mark.parametrize(
         ("size", "out_channels", "kernel", "arguments"),
@@ -296,71 +293,9 @@ class TestTurnedInCache:
         assert_same_bits(make((1, 512, 14, 14), 24, (3, 3), dtype=torch.bfloat16), geometry(2))
         assert_same_bits(make((8, 96, 14, 14), 3, (5, 5)), geometry(2, stride=2, padding=2))
 
-
-class TestDepthwise:
-    """bfloat16 is widened where it lies if few taps meet it; else taps side by side are multiplied in pairs, an odd
-    last one alone."""
-
-    @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-    @pytest.mark.parametrize(
-        ("size", "multiplier", "kernel", "arguments"),
-        [
-            ((2, 40, 9, 17), 1, (3, 3), geometry(2, padding=1)),
-            ((1, 33, 8, 16), 1, (5, 5), geometry(2, padding=2, pool=3, pool_stride=1, pool_padding=1)),
-            ((2, 17, 15, 31), 2, (4, 2), geometry(2, padding=(2, 1), dilation=(1, 2))),
-            ((2, 31, 33, 40), 1, (7, 7), geometry(2, padding=(0, 3), stride=(1, 2))),
-            ((1, 48, 64, 70), 1, (3, 6), geometry(2, padding=(1, 3), pool=3, pool_stride=2)),
-            ((2, 9, 10, 10), 1, (2, 2), geometry(2, stride=3)),
-            ((2, 34, 9, 9), 1, (1, 1), geometry(2, stride=2)),
-            ((2, 16, 7, 7, 8), 1, (3, 3, 3), geometry(3, padding=1)),
-            ((1, 32, 7, 9, 11), 1, (2, 2, 2), geometry(3, stride=3)),
-            ((1, 35, 32, 32), 1, (3, 3), geometry(2, stride=2, padding=1)),
-            ((1, 33, 8, 8, 16), 1, (2, 2, 2), geometry(3, stride=3)),
-            ((2, 24, 200), 1, (65,), geometry(1, padding=7)),
-            ((2, 24, 150), 2, (31,), geometry(1, padding=15, dilation=2)),
-        ],
-    )
-    @pytest.mark.parametrize("special", [False, True])
-    def test_like_stock(
-        self,
-        instruction_set: str,
-        size: tuple[int, ...],
-        multiplier: int,
-        kernel: tuple[int, ...],
-        arguments: tuple[Any, ...],
-        last: bool,
-        special: bool,
-    ) -> None:
-        arguments = (*arguments[:3], size[1], *arguments[4:])
-        tensors = make(size, multiplier * size[1], kernel, size[1], torch.bfloat16, last=last and len(kernel) > 1)
-        if special:  # few, so that windows beside them have to be finite
-            tensors[0][0, ::2, ..., 4].fill_(torch.nan)
-            assert_like_float64(tensors, arguments)
-        else:
-            assert_like_stock(tensors, arguments)
-
-    def test_infinity_stays_in_its_windows(self, instruction_set: str) -> None:
-        tensors = make((2, 24, 12, 12), 24, (3, 3), 24, torch.bfloat16)
-        tensors[0][0, :, 3:5, 6].fill_(torch.inf)
-        arguments = geometry(2, padding=1, groups=24)
-        ours = FUSED[2](*tensors, *arguments)
-        exact = FUSED[2](*(tensor.double() for tensor in tensors if tensor is not None), *arguments)
-        assert torch.equal(ours.isposinf(), exact.isposinf())
-        assert torch.equal(ours.isnan(), exact.isnan())
-
-
-class TestTurned:
-    """Contiguous images, and the weight, that are brought into channels last where dot products then cost less."""
-
-    CASES = (
-        ((2, 256, 5, 5, 5), 64, (3, 3, 3), geometry(3, stride=2)),
-        ((4, 48, 32, 32), 10, (11, 11), geometry(2, stride=2, dilation=2, pool=3, pool_stride=1)),
-        ((3, 130, 9, 9), 34, (5, 5), geometry(2, padding=2, groups=2, pool=3, pool_stride=2, stride=2)),
-    )
-
-    @pytest.mark.parametrize(("size", "out_channels", "kernel", "arguments"), CASES)
+    @pytest.mark.parametrize(("size", "out_channels", "kernel", "arguments"), OF_LARGE_WEIGHTS)
     @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-    def test_like_stock(
+    def test_large_weights(
         self,
         instruction_set: str,
         size: tuple[int, ...],
@@ -374,52 +309,11 @@ class TestTurned:
         assert_like_stock(tensors, arguments, gradients=value == 0)
         assert FUSED[len(kernel)](*tensors, *arguments).is_contiguous()
 
-    def test_chosen_where_it_saves_more_than_it_costs(self) -> None:
-        for size, out_channels, kernel, arguments in self.CASES[:2]:
+    def test_chosen_for_large_weights(self) -> None:
+        for size, out_channels, kernel, arguments in self.OF_LARGE_WEIGHTS[:2]:
             tensors = make(size, out_channels, kernel)
             assert RAW_ALGORITHM(*tensors, flat(arguments))[0] == "dots"
 
-    def test_same_bits_for_any_number_of_threads(self) -> None:
-        size, out_channels, kernel, arguments = self.CASES[0]
+    def test_same_bits_with_large_weights(self) -> None:
+        size, out_channels, kernel, arguments = self.OF_LARGE_WEIGHTS[0]
         assert_same_bits(make(size, out_channels, kernel), arguments)
-
-
-class TestPaddedImages:
-    """Small images of depthwise layers, copied with their padding."""
-
-    @pytest.mark.parametrize("channels", [2, 7, 15, 16, 17, 31, 32, 33, 65])
-    @pytest.mark.parametrize("last", [False, True])
-    def test_widths(self, instruction_set: str, dtype: torch.dtype, channels: int, last: bool) -> None:
-        arguments = geometry(2, padding=1, dilation=2, groups=channels, pool=3)
-        assert_like_stock(make((3, channels, 8, 8), channels, (3, 3), channels, dtype, last=last), arguments)
-
-    @pytest.mark.parametrize(
-        ("size", "multiplier", "kernel", "arguments"),
-        [
-            ((2, 20, 7, 9), 2, (5, 3), geometry(2, padding=(2, 1), pool=2, pool_stride=1, pool_padding=1)),
-            ((2, 33, 5, 6, 7), 1, (3, 3, 3), geometry(3, padding=1, pool=(2, 1, 2))),
-            ((2, 17, 9, 8), 1, (3, 3), geometry(2, stride=(2, 1), padding=2)),
-            ((3, 18, 30), 1, (9,), geometry(1, padding=4, pool=3, pool_stride=2)),
-        ],
-    )
-    @pytest.mark.parametrize("last", [False, True])
-    @pytest.mark.parametrize("value", [0.0, float("nan")])
-    def test_geometries(
-        self,
-        instruction_set: str,
-        size: tuple[int, ...],
-        multiplier: int,
-        kernel: tuple[int, ...],
-        arguments: tuple[Any, ...],
-        last: bool,
-        value: float,
-    ) -> None:
-        channels = size[1]
-        tensors = make(size, channels * multiplier, kernel, channels, last=last)
-        tensors[0][-1, 1:3, 2] = value
-        assert_like_stock(tensors, (*arguments[:3], channels, *arguments[4:]), gradients=value == 0)
-
-    def test_same_bits_for_any_number_of_threads(self) -> None:
-        arguments = geometry(2, padding=1, groups=70, pool=3, pool_stride=1)
-        for last in (False, True):
-            assert_same_bits(make((5, 70, 9, 9), 70, (3, 3), 70, last=last), arguments)

@@ -268,9 +268,10 @@ class DirectForward {
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
     return ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
       if (plan_.skips_padding) {
-        if constexpr (!kStartsPair<E>)
+        if constexpr (!kStartsPair<E>) {  // whose input never lies in the tile's order
           conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
                                    conv_columns_, to);
+        }
       } else if (in_phases()) {
         if constexpr (kHasPhases<E>) {
           conv_row_phases<vectors>(g_, phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);

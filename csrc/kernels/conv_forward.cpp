@@ -106,6 +106,48 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
   return turned.cost < plan.cost ? turned : plan;
 }
 
+// Whether every element is finite, and small enough for the transforms: whether the sum of their squares, scaled so
+// that no product of two such elements can overflow, is finite.
+template <class T>
+bool all_moderate(const T* data, int64_t outer, const ConvLayout& layout, int64_t channels, const int64_t (&size)[3]) {
+  using C = Compute<T>;
+  struct Dimension {
+    int64_t size, step;
+  };
+  const Dimension channel = {channels, layout.c}, column = {size[2], layout.d[2]};
+  const bool channels_inside = layout.c == 1;
+  // The innermost last; those that follow one another without a gap become one.
+  const Dimension all[5] = {{outer, layout.n},
+                            channels_inside ? Dimension{size[0], layout.d[0]} : channel,
+                            channels_inside ? Dimension{size[1], layout.d[1]} : Dimension{size[0], layout.d[0]},
+                            channels_inside ? column : Dimension{size[1], layout.d[1]},
+                            channels_inside ? channel : column};
+  Dimension inner = all[4];
+  int left = 4;
+  while (left > 0 && (all[left - 1].size == 1 || all[left - 1].step == inner.size * inner.step)) {
+    inner.size *= all[--left].size;
+  }
+  int64_t runs = 1;
+  for (int i = 0; i < left; ++i) runs *= all[i].size;
+  Vec<C> total = {};
+  for (int64_t run = 0; run < runs; ++run) {
+    const T* from = data;
+    for (int64_t i = left - 1, rest = run; i >= 0; rest /= all[i--].size) from += rest % all[i].size * all[i].step;
+    if (inner.step == 1) {
+      total = add_squares(from, inner.size, total);
+      continue;
+    }
+    constexpr int64_t some = 4 * kLanes<C>;
+    C elements[some];
+    for (int64_t first = 0; first < inner.size; first += some) {
+      const int64_t here = smaller(some, inner.size - first);
+      copy_run(from + first * inner.step, inner.step, here, elements);
+      total = add_squares(elements, here, total);
+    }
+  }
+  return is_finite<C>(total);
+}
+
 template <class T>
 bool plan_holds(const ConvPoolForward<T>& call) {
   const ConvPoolGeometry& g = call.geometry;

@@ -171,32 +171,15 @@ inline void zip_runs(const bfloat16* even, const bfloat16* odd, int64_t stride, 
   for (int64_t i = 0; i < count; ++i) to[i] = {even[i * stride], odd ? odd[i * stride] : bfloat16{}};
 }
 
-// Columns whose channels lie apart -> channels side by side, `pitch` elements a column.
-inline void turn_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, int64_t count, bfloat16* to,
-                         int64_t pitch) {
-  switch (layout.d[2]) {
-    case 1:
-      return transpose_matrix(from, layout.c, channels, count, to, pitch);
-    case 2:
-      return transpose_strided<2>(from, layout.c, channels, count, to, pitch);
-    case 3:
-      return transpose_strided<3>(from, layout.c, channels, count, to, pitch);
-    case 4:
-      return transpose_strided<4>(from, layout.c, channels, count, to, pitch);
-    default:
-      for (int64_t w = 0; w < count; ++w, from += layout.d[2], to += pitch) {
-        for (int64_t c = 0; c < channels; ++c) to[c] = from[c * layout.c];
-      }
-  }
-}
-
 // conv_tile.h has these for elements that are widened.
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, bfloat16* to) {
   const int64_t run = channels_last ? channels : 1, bytes = run * static_cast<int64_t>(sizeof(bfloat16));
   if (!channels_last) from += c * layout.c;
   if (count <= 0) return;
-  if (run > 1 && layout.c != 1) return turn_columns(from, layout, channels, count, to, channels);
+  if (run > 1 && layout.c != 1) {
+    return transpose_strided(from, layout.c, layout.d[2], channels, count, to, channels);
+  }
   if (layout.d[2] == run) {
     __builtin_memcpy(to, from, count * bytes);
     return;
@@ -213,7 +196,9 @@ inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t
   if (channels % 2 == 0) return copy_columns(from, layout, channels, true, c, count, elements);
   const int64_t pairs = divide_up(channels, 2), bytes = channels * static_cast<int64_t>(sizeof(bfloat16));
   for (int64_t w = 0; w < count; ++w) to[w * pairs + pairs - 1].odd = {};
-  if (layout.c != 1) return turn_columns(from, layout, channels, count, elements, 2 * pairs);
+  if (layout.c != 1) {
+    return transpose_strided(from, layout.c, layout.d[2], channels, count, elements, 2 * pairs);
+  }
   for (int64_t w = 0; w < count; ++w) __builtin_memcpy(to + w * pairs, from + w * layout.d[2], bytes);
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,

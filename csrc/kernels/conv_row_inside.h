@@ -71,8 +71,8 @@ FASTNN_INLINE bool asks_ahead(const ConvPoolGeometry& g, const InputSource<E>& i
 // of inside_order.
 template <int vectors, class E, class C = Compute<E>>
 FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const int64_t* offsets,
-                                   const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t z, int64_t y,
-                                   int64_t first, int64_t count, C* to) {
+                                   const E* weight, const Vec<C> (&bias)[vectors], int64_t z, int64_t y, int64_t first,
+                                   int64_t count, C* to) {
   constexpr int64_t width = vectors * kLanes<C>;
   for (int64_t x = 0; x < count; ++x) {
     for (int v = 0; v < vectors; ++v) store(to + x * width + v * kLanes<C>, bias[v]);

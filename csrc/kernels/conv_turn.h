@@ -64,22 +64,6 @@ double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   return static_cast<double>(runs.slices * runs.rows) * kBlock * blocks * bands + waits;
 }
 
-// Columns whose channels lie apart -> channels side by side, `pitch` elements a column. conv_pairs.h has it for
-// bfloat16.
-template <class T>
-void turn_columns(const T* from, const ConvLayout& layout, int64_t channels, int64_t count, T* to, int64_t pitch) {
-  switch (layout.d[2]) {
-    case 1:
-      return transpose_matrix(from, layout.c, channels, count, to, pitch);
-    case 2:
-      return transpose_every<2>(from, layout.c, channels, count, to, pitch);
-    case 3:
-      return transpose_every<3>(from, layout.c, channels, count, to, pitch);
-    default:
-      return transpose_every<4>(from, layout.c, channels, count, to, pitch);
-  }
-}
-
 // Parts [first, last) of the images, each cut into `parts` by its channels. Runs that the kernel strides over become
 // zeros.
 template <class T>
@@ -98,7 +82,8 @@ void turn_images(const ConvPoolForward<T>& call, int64_t parts, int64_t first, i
     for (int64_t z = 0; z < runs.slices; ++z) {
       for (int64_t y = 0; y < runs.rows; ++y, target += runs.columns * channels) {
         if ((runs.slices == 1 || is_met(0, z)) && (runs.rows == 1 || is_met(1, y))) {
-          turn_columns(from + z * layout.d[0] + y * layout.d[1], layout, count, runs.columns, target, channels);
+          transpose_strided(from + z * layout.d[0] + y * layout.d[1], layout.c, layout.d[2], count, runs.columns,
+                            target, channels);
         } else {
           for (int64_t x = 0; x < runs.columns; ++x) fill_zeros(target + x * channels, count);
         }

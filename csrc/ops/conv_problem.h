@@ -53,21 +53,20 @@ inline void skip_unused(ConvPoolGeometry& g, ConvLayout& input) {
   skip_unused_input(g, input);
 }
 
-// Decides how a call is done by so many threads, by its sizes, and where large elements would spoil the result by
-// those.
+// Decides how a call, whose unused pixels have been left out, is done by so many threads, by its sizes, and where large
+// elements would spoil the result by those.
 template <class T>
 void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
   const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
-  skip_unused(call.geometry, call.input_layout);
   call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, threads, false);
   if (!kernels.plan_holds(call)) {
     call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, threads, true);
   }
 }
 
-// The same for as many threads as are worth starting, and returns how many these are. Half of the operations count, for
-// small ones are fast, and numbers that are brought in or pooled as some more; where all operations would ask for more
-// threads, the plan's cost for one decides.
+// The same of any call, for as many threads as are worth starting, and returns how many these are. Half of the
+// operations count, for small ones are fast, and numbers that are brought in or pooled as some more; where all
+// operations would ask for more threads, the plan's cost for one decides.
 template <class T>
 int64_t choose_plan_and_threads(ConvPoolForward<T>& call, double work) {
   constexpr double kNumber = 4, kPacked = 2, kCostPerThread = 12e3;

@@ -119,6 +119,7 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     call.input_layout = layout_of(input);
     call.weight = data<T>(weight);
     call.weight_layout = layout_of(weight);
+    skip_unused(call.geometry, call.input_layout);
     choose_plan(call, 1);
     const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(call.geometry);
     const bool by_stock = goes_by_stock(problem, is_channels_last(input));

@@ -126,7 +126,6 @@ class FrozenConv : public FrozenStage<T> {
     ConvPoolForward<T> call{};
     call.geometry = g;
     call.input_layout = contiguous_layout(g.groups * g.in_channels, g.input);
-    skip_unused(call.geometry, call.input_layout);
     call.weight = weight_;
     call.weight_layout = contiguous_layout(g.in_channels, g.kernel);
     call.bias = bias_;

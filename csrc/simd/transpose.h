@@ -152,8 +152,8 @@ FASTNN_INLINE __m128i load_eight(const bfloat16* from, int64_t count) {
 // The same for bfloat16 that stays such, of every `stride`-th element of the rows. Blocks of 8 columns of 32 rows, of
 // which each quarter of a vector transposes 8: three rounds of zips within quarters.
 template <int stride>
-void transpose_strided(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, bfloat16* to,
-                       int64_t to_stride) {
+void transpose_every(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, bfloat16* to,
+                     int64_t to_stride) {
   constexpr int64_t height = 32, width = 8;
   for (int64_t r = 0; r < rows; r += height) {
     const int64_t rows_left = rows - r < height ? rows - r : height;
@@ -249,10 +249,10 @@ inline void transpose_matrix(const bfloat16* from, int64_t from_stride, int64_t 
   if (lines_are_crowded(from_stride, columns)) {
     return transpose_by_lines(from, from_stride, rows, columns, to, to_stride,
                               [&](const bfloat16* copy, int64_t height, int64_t width, bfloat16* target) {
-                                transpose_strided<1>(copy, kCopiedLine, height, width, target, to_stride);
+                                transpose_every<1>(copy, kCopiedLine, height, width, target, to_stride);
                               });
   }
-  transpose_strided<1>(from, from_stride, rows, columns, to, to_stride);
+  transpose_every<1>(from, from_stride, rows, columns, to, to_stride);
 }
 #endif
 
@@ -310,6 +310,26 @@ inline void transpose_matrix(const uint8_t* from, int64_t from_stride, int64_t r
       }
       for (int64_t i = 0; i < column_count; ++i) store_bytes(to + (c + i) * to_stride + r, block[i], row_count);
     }
+  }
+}
+
+// Of every `from_step`-th element of the rows: to[c * to_stride + r] = from[r * from_stride + c * from_step].
+template <class T>
+void transpose_strided(const T* from, int64_t from_stride, int64_t from_step, int64_t rows, int64_t columns, T* to,
+                       int64_t to_stride) {
+  switch (from_step) {
+    case 1:
+      return transpose_matrix(from, from_stride, rows, columns, to, to_stride);
+    case 2:
+      return transpose_every<2>(from, from_stride, rows, columns, to, to_stride);
+    case 3:
+      return transpose_every<3>(from, from_stride, rows, columns, to, to_stride);
+    case 4:
+      return transpose_every<4>(from, from_stride, rows, columns, to, to_stride);
+    default:
+      for (int64_t c = 0; c < columns; ++c, from += from_step, to += to_stride) {
+        for (int64_t r = 0; r < rows; ++r) to[r] = from[r * from_stride];
+      }
   }
 }
 

@@ -73,23 +73,9 @@ class _Recurrent(_OnStock, RNNBase):
             answer = None  # the stock module has its own words for arguments that do not fit
         return self._by_stock(input, hx) if answer is None else answer
 
-    def train_with_head(self, input: Any, head: Sequence[Tensor]) -> Tensor | None:
-        """``linear(h, *head)`` of the last layer's final h, where that is a training step that one function can record;
-        else None."""
-        if (
-            not isinstance(input, Tensor)
-            or not input.is_cpu
-            or not is_plain(input)
-            or any(_hooks(self.__dict__))
-            or not wants_gradient(input, *self._flat_weights, *head)
-        ):
-            return None
-        trained: Tensor | None = self._run_plain(input, None, head)
-        return trained
-
     def _run_plain(self, input: Tensor, hx: Any, head: Sequence[Tensor] | None = None) -> Any:
         """The kernel's answer to what calls mostly are, in a few microseconds; None where a closer look is due. With a
-        `head`, that of :meth:`train_with_head`."""
+        `head`, that of :func:`train_with_head`."""
         try:
             mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
             if hx is None:
@@ -230,6 +216,22 @@ class LSTM(_Recurrent):
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _all_cell_weights = itemgetter(*_CELL_WEIGHTS)  # biases may be None
+
+
+def train_with_head(layers: Any, input: Any, head: Sequence[Tensor]) -> Tensor | None:
+    """``linear(h, *head)`` of the final h of the last of ``layers``, where that is a training step that one function
+    can record; else None."""
+    if (
+        not isinstance(layers, _Recurrent)  # another module may have been put in their place
+        or not isinstance(input, Tensor)
+        or not input.is_cpu
+        or not is_plain(input)
+        or any(_hooks(layers.__dict__))
+        or not wants_gradient(input, *layers._flat_weights, *head)
+    ):
+        return None
+    trained: Tensor | None = layers._run_plain(input, None, head)
+    return trained
 
 
 class _Cell(_OnStock, RNNCellBase):
