@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fastnn.ops.frozen import frozen_op, frozen_packed
+from fastnn.ops.frozen import conv_numbers, frozen_op, frozen_packed, write_program
 from fastnn.ops.mlp import ACTIVATION_NAMES, names_of_code
 
 _frozen_call = frozen_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
@@ -166,8 +166,8 @@ class _Reader:
                 node = node.args[0]  # type: ignore[assignment]
         for node in reversed(chain):
             self.add(node)
-        words = [" ".join(map(str, [stage.name, *stage.numbers])) + ";" for stage in self.stages]
-        return "".join(words), [tensor for stage in self.stages for tensor in stage.tensors]
+        program = write_program((stage.name, stage.numbers) for stage in self.stages)
+        return program, [tensor for stage in self.stages for tensor in stage.tensors]
 
     def whose_result(self, node: Any, user: Any) -> Node:
         """The operator whose output this is; or whose last layer's final h, which is its output's last step."""
@@ -241,8 +241,7 @@ class _Reader:
     def add_conv(self, node: Node) -> None:
         geometry: Any = node.args[3]
         tensors = self.constants_of(node, node.args[1:3])
-        sizes = tensors[0].shape
-        self.stages.append(_Stage("conv", [len(sizes) - 2, len(tensors) - 1, *sizes, *geometry], tensors))
+        self.stages.append(_Stage("conv", conv_numbers(tensors[0].shape, len(tensors) > 1, geometry), tensors))
 
     def add_rnn(self, node: Node) -> None:
         _, batch_sizes, state, weights, masks, mode, layers, bidirectional, batch_first = node.args

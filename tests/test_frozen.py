@@ -267,3 +267,31 @@ def test_raw_operators_are_safe() -> None:
     with pytest.raises(RuntimeError, match="uint8"):
         run(example, weights, packed.int(), program)
     torch.library.opcheck(run, (example, weights, packed, program))
+
+
+def test_unpacked_operator_is_safe() -> None:
+    model, example = make("autoencoder")
+    program = fastnn.freeze(model, example)._program
+    run, parameters = torch.ops.fastnn.frozen_unpacked, [p.detach() for p in model.parameters()]
+    expected = model(example).detach()
+    assert_close(run(example, parameters, program), expected)
+    with pytest.raises(RuntimeError, match=r"expected weight 0 of size \[8, 10\], got \[10, 8\]"):
+        run(example, [parameters[0].reshape(10, 8), *parameters[1:]], program)
+    first = parameters[0]
+    for bad in (
+        *(
+            [],
+            parameters[:-1],
+            [*parameters, first],
+            parameters[::-1],
+            [torch.cat([p.reshape(-1) for p in parameters])],
+        ),
+        *([p.double() for p in parameters], [first[:, :9], *parameters[1:]], [first.to("meta"), *parameters[1:]]),
+    ):
+        with pytest.raises(RuntimeError):
+            run(example, bad, program)
+    with pytest.raises(RuntimeError, match="BFloat16"):
+        run(example.bfloat16(), [p.bfloat16() for p in parameters], program)
+    strided = [p.repeat_interleave(2, 0)[::2] for p in parameters]
+    assert_close(run(example.t().contiguous().t(), strided, program), expected)
+    torch.library.opcheck(run, (example, parameters, program))

@@ -3,14 +3,19 @@
 import copy
 import functools
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnn import models
+from fastnn import nn as fused_nn
 from fastnn.reference import models as reference_models
-from fastnn.testing import assert_close_to_reference
+from fastnn.testing import assert_close_to_reference, using_threads
 
 CASES = {
     "Conv2DNet": ("Conv2DNet", {"num_classes": 7}, (32, 3, 20, 20)),
@@ -148,6 +153,176 @@ def test_exports(case: tuple[nn.Module, nn.Module, Tensor]) -> None:
     with torch.no_grad():
         for rows in (x, x[:2]):
             torch.testing.assert_close(exported(rows), fused(rows))
+
+
+# ---- Conv2DNet in inference: one operator, unless somebody could tell ---------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Writes down fastnn's operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastnn":
+            self.called.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+AT_ONCE = ["frozen_unpacked"]
+
+
+def infer(model: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
+    with torch.no_grad(), Operators() as operators:
+        return model(x), operators.called
+
+
+def twins() -> tuple[nn.Module, nn.Module]:
+    fused, stock = models.Conv2DNet(7), reference_models.Conv2DNet(7)
+    stock.load_state_dict(fused.state_dict())
+    return fused, stock
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [0, 1, 2, 15, 33, 64])
+def test_conv_net_infers_at_once(batch: int, dtype: torch.dtype, instruction_set: str) -> None:
+    fused, stock = twins()
+    x = torch.randn(batch, 3, 20, 20, dtype=dtype)
+    output, called = infer(fused.to(dtype), x)
+    assert called == AT_ONCE
+    theirs, exact = stock.to(dtype)(x), stock.double()(x.double())
+    assert_close_to_reference([output], [theirs.detach()], [exact.detach()])
+    with using_threads(2):
+        assert torch.equal(infer(fused, x)[0], output)
+
+
+def test_conv_net_infers_other_sizes_at_once() -> None:
+    fused, _ = twins()
+    fused.conv1 = fused_nn.ConvReLUMaxPool2d(3, 10, 3, padding=1, bias=False, pool_kernel_size=3, pool_stride=2)
+    fused.output = nn.Linear(10 * 2 * 2, 4, bias=False)
+    x = torch.randn(5, 3, 20, 20)
+    output, called = infer(fused, x)
+    assert called == AT_ONCE
+    expected = F.max_pool2d(F.conv2d(x, fused.conv1.weight, padding=1).relu(), 3, 2)
+    expected = F.max_pool2d(F.conv2d(expected, fused.conv2.weight, fused.conv2.bias, 2, 1).relu(), 2)
+    torch.testing.assert_close(output, F.linear(expected.flatten(1), fused.output.weight).detach())
+
+
+def add_hook(model: nn.Module, name: str, seen: list[str]) -> None:
+    getattr(model, name).register_forward_hook(lambda *_: seen.append(name))
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2", "output"])
+def test_hooks_of_layers_run(name: str) -> None:
+    fused, stock = twins()
+    seen: list[str] = []
+    add_hook(fused, name, seen)
+    x = torch.randn(4, 3, 20, 20)
+    output, called = infer(fused, x)
+    assert seen == [name]
+    assert called != AT_ONCE
+    torch.testing.assert_close(output, stock(x).detach())
+
+
+def test_hooks_of_all_modules_run() -> None:
+    fused, _ = twins()
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        infer(fused, torch.randn(4, 3, 20, 20))
+    finally:
+        handle.remove()
+    assert seen == [fused.conv1, fused.conv2, fused.output, fused]
+
+
+LAYERS: dict[str, Callable[[nn.Module], Any]] = {
+    "stock layers": lambda model: setattr(
+        model, "conv1", nn.Sequential(nn.Conv2d(3, 10, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(2))
+    ),
+    "no linear layer": lambda model: setattr(model, "output", nn.Identity()),
+    "parametrised": lambda model: nn.utils.parametrizations.weight_norm(model.conv2),
+    "parametrised linear layer": lambda model: nn.utils.parametrizations.spectral_norm(model.output),
+    "padding in words": lambda model: setattr(model, "conv2", fused_nn.ConvReLUMaxPool2d(10, 10, 2, padding="same")),
+    "channels last": lambda model: model.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("change", LAYERS)
+def test_conv_net_with_other_layers(change: str) -> None:
+    fused, _ = twins()
+    LAYERS[change](fused)
+    if change == "padding in words":
+        fused.output = nn.Linear(40, 3)
+    fused.eval()
+    x = torch.randn(4, 3, 20, 20)
+    by_layers = fused.conv2(fused.conv1(x)).flatten(1)
+    torch.testing.assert_close(infer(fused, x)[0], fused.output(by_layers).detach())
+
+
+@pytest.mark.parametrize("attribute", ["stride", "padding", "dilation"])
+def test_conv_net_after_a_layer_was_changed(attribute: str) -> None:
+    fused, _ = twins()
+    x = torch.randn(4, 3, 20, 20)
+    before, _ = infer(fused, x)
+    value = {"stride": (3, 3), "padding": (1, 1), "dilation": (2, 2)}[attribute]
+    setattr(fused.conv1, attribute, value)
+    fused.output = nn.Linear(fused.conv2(fused.conv1(x)).flatten(1).shape[1], 2)
+    output, called = infer(fused, x)
+    assert called == AT_ONCE
+    torch.testing.assert_close(output, fused.output(fused.conv2(fused.conv1(x)).flatten(1)).detach())
+    assert output.shape != before.shape
+
+
+def test_conv_net_after_its_weights_were_changed() -> None:
+    fused, stock = twins()
+    x = torch.randn(4, 3, 20, 20)
+    infer(fused, x)
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.mul_(-0.7)
+    stock.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(infer(fused, x)[0], stock(x).detach())
+    replaced = {name: torch.randn_like(value) / 8 for name, value in fused.state_dict().items()}
+    with torch.no_grad():
+        ours = torch.func.functional_call(fused, replaced, x)
+    torch.testing.assert_close(ours, torch.func.functional_call(stock, replaced, x))
+
+
+BAD_INPUTS: dict[str, Callable[[], Any]] = {
+    "channels": lambda: torch.randn(4, 2, 20, 20),
+    "rank": lambda: torch.randn(20, 20),
+    "not batched": lambda: torch.randn(3, 20, 20),
+    "too small": lambda: torch.randn(4, 3, 1, 1),
+    "too large": lambda: torch.randn(4, 3, 60, 60),
+    "dtype": lambda: torch.randn(4, 3, 20, 20, dtype=torch.float64),
+    "integers": lambda: torch.ones(4, 3, 20, 20, dtype=torch.int64),
+    "not a tensor": lambda: [1.0],
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_conv_net_raises_what_its_layers_do(name: str) -> None:
+    fused, watched = models.Conv2DNet(7), models.Conv2DNet(7)
+    add_hook(watched, "conv1", [])
+    errors = []
+    for model in (fused, watched):
+        with torch.no_grad(), pytest.raises((RuntimeError, AttributeError)) as error:
+            model(BAD_INPUTS[name]())
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
+
+
+def test_other_layers_in_the_recurrent_model() -> None:
+    model, x = models.RNN(6, 9, 1, 4), torch.randn(3, 5, 6)
+    seen: list[str] = []
+    add_hook(model, "fc", seen)
+    expected = model.fc(model.rnn(x)[0][:, -1])
+    torch.testing.assert_close(model(x), expected)
+    assert seen == ["fc", "fc"]
+    model.fc = nn.Identity()
+    torch.testing.assert_close(model(x), model.rnn(x)[0][:, -1])
 
 
 def test_autoencoder_scores_each_row() -> None:

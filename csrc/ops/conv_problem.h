@@ -6,8 +6,6 @@
 
 namespace fastnn {
 
-using Ints = std::vector<int64_t>;
-
 // The operators' `geometry`, which outlives this: one list, since the dispatcher takes 0.5 us for each.
 struct ConvPoolArguments {
   Sizes stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation;  // [dimensions]

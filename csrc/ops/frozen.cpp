@@ -1,4 +1,5 @@
-// fastnn::frozen: a whole network in one call, from a program, its weights and their packed form.
+// fastnn::frozen: a whole network in one call, from a program, its weights and their packed form; and the same from a
+// network's own parameters, which are packed at every call.
 #include <memory>
 
 #include "frozen_stages.h"
@@ -11,8 +12,9 @@ template <class T>
 struct FrozenNetwork {
   std::vector<std::unique_ptr<FrozenStage<T>>> stages;
 
-  FrozenNetwork(const Expected& kind, const Tensor& weights, const std::string& program) {
-    WeightReader<T> reader(data<T>(weights), weights.numel());
+  FrozenNetwork(const Expected& kind, const std::vector<WeightPiece<T>>& weights, bool joined,
+                const std::string& program) {
+    WeightReader<T> reader(weights, joined);
     Words words(program);
     while (!words.ends()) {
       const std::string name = words.word();
@@ -40,9 +42,14 @@ struct FrozenNetwork {
   }
 };
 
-Expected check_tensors(const char* op, const Tensor& first, const char* name, const Tensor& weights) {
+Expected check_kind(const char* op, const Tensor& first, const char* name) {
   const Expected kind = check_first(first, op, name);
   FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, op, ": not implemented for BFloat16; use float32 or float64");
+  return kind;
+}
+
+Expected check_tensors(const char* op, const Tensor& first, const char* name, const Tensor& weights) {
+  const Expected kind = check_kind(op, first, name);
   check_same_kind(weights, kind, "weights");
   FASTNN_CHECK(weights.dim() == 1 && weights.is_contiguous(), op, ": expected weights to be 1D and contiguous");
   return kind;
@@ -58,12 +65,21 @@ auto with_frozen_dtype(ScalarType dtype, const Body& body) {
 template <class T>
 struct Plan {
   std::string program;
-  const T* weights;
-  int64_t weight_count;
+  std::vector<WeightPiece<T>> weights;
+  bool joined;
   FrozenNetwork<T> network;
   std::vector<Ints> sizes{};  // of the input and of each stage's output
   int64_t largest = 0;        // elements of a stage's output, whole cache lines
   size_t last = 0;            // the last stage that computes
+
+  Plan(const Expected& kind, const Tensor* first, size_t count, bool joined, const std::string& program)
+      : program(program), weights(first, first + count), joined(joined), network(kind, weights, joined, program) {}
+
+  bool is_of(const Tensor* first, size_t count, bool joined, const std::string& program) const {
+    if (this->joined != joined || weights.size() != count || this->program != program) return false;
+    return std::equal(weights.begin(), weights.end(), first,
+                      [](const auto& piece, const Tensor& tensor) { return piece.is(tensor); });
+  }
 
   void set_sizes(const Sizes& input) {
     if (!sizes.empty() && input.size() == sizes[0].size() && std::equal(input.begin(), input.end(), sizes[0].begin())) {
@@ -83,24 +99,23 @@ struct Plan {
 };
 
 template <class T>
-const Plan<T>& plan_of(const Expected& kind, const Tensor& weights, const std::string& program, const Sizes& input) {
+const Plan<T>& plan_of(const Expected& kind, const Tensor* first, size_t count, bool joined, const std::string& program,
+                       const Sizes& input) {
   static thread_local std::unique_ptr<Plan<T>> kept;
-  const T* const first = data<T>(weights);
-  if (!kept || kept->weights != first || kept->weight_count != weights.numel() || kept->program != program) {
+  if (!kept || !kept->is_of(first, count, joined, program)) {
     kept.reset();
-    kept.reset(new Plan<T>{program, first, weights.numel(), FrozenNetwork<T>(kind, weights, program)});
+    kept = std::make_unique<Plan<T>>(kind, first, count, joined, program);
   }
   kept->set_sizes(input);
   return *kept;
 }
 
 template <class T>
-Tensor run(const Plan<T>& plan, const Tensor& input, const Tensor& packed) {
+Tensor run(const Plan<T>& plan, const Tensor& input, PackedReader reader) {
   Tensor output = new_tensor(plan.sizes.back(), input.scalar_type());
   if (output.numel() == 0) return output;
   const auto& stages = plan.network.stages;
   const Scratch<T> between(plan.last > 0 ? checked_product(2, plan.largest) : 0);
-  PackedReader reader(data<char>(packed), packed.numel(), sizeof(T));
   const T* from = data<T>(input);
   int64_t next = 0;
   for (size_t i = 0; i <= plan.last; ++i) {
@@ -122,7 +137,26 @@ Tensor frozen(const Tensor& input, const Tensor& weights, const Tensor& packed, 
   const Tensor dense_input = dense(input);
   return with_frozen_dtype(kind.dtype, [&](auto type) {
     using T = decltype(type);
-    return run(plan_of<T>(kind, weights, program, dense_input.sizes()), dense_input, packed);
+    const Plan<T>& plan = plan_of<T>(kind, &weights, 1, true, program, dense_input.sizes());
+    return run(plan, dense_input, PackedReader(data<char>(packed), packed.numel(), sizeof(T)));
+  });
+}
+
+// parameters: in the program's order, as their layers have them.
+Tensor frozen_unpacked(const Tensor& input, const std::vector<Tensor>& parameters, const std::string& program) {
+  const char* op = "frozen_unpacked";
+  const Expected kind = check_kind(op, input, "input");
+  std::vector<Tensor> weights;
+  weights.reserve(parameters.size());
+  for (const Tensor& parameter : parameters) {
+    check_same_kind(parameter, kind, "parameters");
+    weights.push_back(dense(parameter));
+  }
+  const Tensor dense_input = dense(input);
+  return with_frozen_dtype(kind.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Plan<T>& plan = plan_of<T>(kind, weights.data(), weights.size(), false, program, dense_input.sizes());
+    return run(plan, dense_input, PackedReader(nullptr, 0, sizeof(T)));
   });
 }
 
@@ -134,7 +168,7 @@ Tensor frozen_packed(const Tensor& weights, const std::string& program, const In
                ": sizes should not be negative, got ", to_string(sizes));
   return with_frozen_dtype(kind.dtype, [&](auto type) {
     using T = decltype(type);
-    const FrozenNetwork<T> network(kind, weights, program);
+    const FrozenNetwork<T> network(kind, {WeightPiece<T>(weights)}, true, program);
     PackedWriter counted(nullptr, sizeof(T));
     network.pack(sizes, counted);
     Tensor packed = new_tensor({counted.bytes()}, ScalarType::Byte);
@@ -149,11 +183,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // machine, dtype or input costs time and nothing else.
   m.def("frozen(Tensor input, Tensor weights, Tensor packed, str program) -> Tensor");
   m.def("frozen_packed(Tensor weights, str program, int[] sizes) -> Tensor");
+  m.def("frozen_unpacked(Tensor input, Tensor[] parameters, str program) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("frozen", FASTNN_BOX(frozen));
   m.impl("frozen_packed", FASTNN_BOX(frozen_packed));
+  m.impl("frozen_unpacked", FASTNN_BOX(frozen_unpacked));
 }
 
 }  // namespace

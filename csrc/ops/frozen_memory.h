@@ -1,4 +1,4 @@
-// What a frozen network is made of: its program in words, its weights in one tensor, and their packed form in another.
+// What a frozen network is made of: its program in words, its weights in one tensor or in many, and their packed form.
 #pragma once
 
 #include <cstring>
@@ -50,24 +50,59 @@ class Words {
   const char* end_;
 };
 
-// Hands out the weights, one after another.
+// A dense tensor of weights: where, and of what size.
+template <class T>
+struct WeightPiece {
+  const T* data;
+  Ints sizes;
+
+  explicit WeightPiece(const Tensor& tensor) : data(fastnn::data<T>(tensor)) {
+    const Sizes all = tensor.sizes();
+    sizes.assign(all.begin(), all.end());
+  }
+  bool is(const Tensor& tensor) const {
+    const Sizes all = tensor.sizes();
+    return data == fastnn::data<T>(tensor) && sizes.size() == all.size() &&
+           std::equal(sizes.begin(), sizes.end(), all.begin());
+  }
+};
+
+inline int64_t product(const Ints& sizes, size_t first, size_t last) {
+  int64_t result = 1;
+  for (size_t i = first; i < last; ++i) result = checked_product(result, sizes[i]);
+  return result;
+}
+
+// Hands out the weights, one after another: parts of a single piece where they are joined, else a piece each.
 template <class T>
 class WeightReader {
  public:
-  WeightReader(const T* weights, int64_t count) : next_(weights), left_(count) {}
+  WeightReader(const std::vector<WeightPiece<T>>& pieces, bool joined) : pieces_(pieces), joined_(joined) {}
 
-  const T* take(int64_t count) {
-    FASTNN_CHECK(count <= left_, "frozen: the program asks for more weights than there are");
-    const T* result = next_;
-    next_ += count;
-    left_ -= count;
+  const T* take(const Ints& sizes) {
+    FASTNN_CHECK(next_ < pieces_.size(), kTooFew);
+    const WeightPiece<T>& piece = pieces_[next_];
+    const T* const result = piece.data + used_;
+    if (joined_) {
+      const int64_t left = piece.sizes[0] - used_, count = product(sizes, 0, sizes.size());
+      FASTNN_CHECK(count <= left, kTooFew);
+      used_ += count;
+      return result;
+    }
+    FASTNN_CHECK(piece.sizes == sizes, "frozen: expected weight ", next_, " of size ", to_string(sizes), ", got ",
+                 to_string(piece.sizes));
+    ++next_;
     return result;
   }
-  bool ends() const { return left_ == 0; }
+  bool ends() const { return joined_ ? used_ == pieces_[0].sizes[0] : next_ == pieces_.size(); }
 
  private:
-  const T* next_;
-  int64_t left_;
+  static constexpr const char* kTooFew = "frozen: the program asks for more weights than there are";
+
+  const std::vector<WeightPiece<T>>& pieces_;
+  const bool joined_;
+  size_t next_ = 0;
+  int64_t used_ = 0;  // of the single piece
 };
 
 // Packed weights are a sequence of blocks, each under a heading. They are good for one instruction set and dtype alone,

@@ -23,12 +23,6 @@ class FrozenStage {
   virtual bool only_reshapes() const { return false; }
 };
 
-inline int64_t product(const Ints& sizes, size_t first, size_t last) {
-  int64_t result = 1;
-  for (size_t i = first; i < last; ++i) result = checked_product(result, sizes[i]);
-  return result;
-}
-
 // "mlp biases in (out activation)*": a chain of linear layers over the last dimension.
 template <class T>
 class FrozenMlp : public FrozenStage<T> {
@@ -40,8 +34,8 @@ class FrozenMlp : public FrozenStage<T> {
       const int64_t out = words.size();
       const Activation activation =
           static_cast<Activation>(words.number(0, static_cast<int64_t>(Activation::count) - 1));
-      const T* weight = weights.take(checked_product(out, in));
-      const T* bias = biases ? weights.take(out) : nullptr;
+      const T* weight = weights.take({out, in});
+      const T* bias = biases ? weights.take({out}) : nullptr;
       layers_.push_back({weight, bias, in, out, activation, nullptr, nullptr});
       widest_ = std::max(widest_, out);
       work_ += 2.0 * static_cast<double>(in) * static_cast<double>(out);
@@ -95,8 +89,8 @@ class FrozenConv : public FrozenStage<T> {
     const bool has_bias = words.number(0, 1);
     for (int64_t i = 0; i < dims + 2; ++i) weight_sizes_.push_back(words.size());
     while (!words.stage_ends()) geometry_.push_back(words.number(0, int64_t{1} << 31));
-    weight_ = weights.take(product(weight_sizes_, 0, weight_sizes_.size()));
-    bias_ = has_bias ? weights.take(weight_sizes_[0]) : nullptr;
+    weight_ = weights.take(weight_sizes_);
+    bias_ = has_bias ? weights.take({weight_sizes_[0]}) : nullptr;
   }
 
   Ints output_sizes(const Ints& input) const override { return fastnn::output_sizes(problem(input)); }
@@ -161,11 +155,11 @@ class FrozenRnn : public FrozenStage<T> {
       for (int64_t i = 0; i < network_.directions; ++i) {
         RnnWeights<T> own{};
         own.input_size = in;
-        own.weight_ih = weights.take(checked_product(gates, in));
-        own.weight_hh = weights.take(checked_product(gates, network_.outputs()));
-        own.bias_ih = biases ? weights.take(gates) : nullptr;
-        own.bias_hh = biases ? weights.take(gates) : nullptr;
-        if (network_.projected) own.weight_hr = weights.take(checked_product(network_.projected, network_.hidden));
+        own.weight_ih = weights.take({gates, in});
+        own.weight_hh = weights.take({gates, network_.outputs()});
+        own.bias_ih = biases ? weights.take({gates}) : nullptr;
+        own.bias_hh = biases ? weights.take({gates}) : nullptr;
+        if (network_.projected) own.weight_hr = weights.take({network_.projected, network_.hidden});
         weights_.push_back(own);
         work_ += 2.0 * network_.hidden * (gates_of(network_.mode) * (in + network_.outputs()) + network_.projected);
       }

@@ -20,6 +20,7 @@ namespace fastnn {
 
 using torch::headeronly::ScalarType;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+using Ints = std::vector<int64_t>;
 
 // A tensor of libtorch's, owned, or borrowed from another that lives longer.
 class Tensor {

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
+from fastnn.nn._hooks import has_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference, wants_gradient
 from fastnn.ops.rnn import NUMBER_OF, plain_rnn, plain_rnn_cell, rnn, rnn_cell
 from fastnn.ops.rnn_head import train_rnn_with_head
@@ -23,7 +24,6 @@ from fastnn.ops.rnn_head import train_rnn_with_head
 _settings = itemgetter(
     "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_parameters"
 )
-_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _covers(input: Any) -> bool:
@@ -226,7 +226,7 @@ def train_with_head(layers: Any, input: Any, head: Sequence[Tensor]) -> Tensor |
         or not isinstance(input, Tensor)
         or not input.is_cpu
         or not is_plain(input)
-        or any(_hooks(layers.__dict__))
+        or has_hooks(layers)
         or not wants_gradient(input, *layers._flat_weights, *head)
     ):
         return None

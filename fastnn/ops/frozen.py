@@ -1,5 +1,7 @@
 """A whole network in one operator: its Python side."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,17 @@ from fastnn.ops.conv_relu_max_pool import output_sizes as conv_output_sizes
 
 frozen_op = torch.ops.fastnn.frozen.default
 frozen_packed = torch.ops.fastnn.frozen_packed.default
+frozen_unpacked = torch.ops.fastnn.frozen_unpacked.default
+
+
+def conv_numbers(weight: Sequence[int], biased: bool, geometry: Iterable[int]) -> list[int]:
+    """What describes a "conv" stage, given its weight's sizes."""
+    return [len(weight) - 2, int(biased), *weight, *geometry]
+
+
+def write_program(stages: Iterable[tuple[str, Iterable[int]]]) -> str:
+    """The program of these stages: each a name and the numbers that describe it (csrc/ops/frozen_stages.h)."""
+    return "".join(" ".join(map(str, (name, *numbers))) + ";" for name, numbers in stages)
 
 
 def output_sizes(program: str, sizes: list[int]) -> list[int]:
@@ -36,6 +49,12 @@ def output_sizes(program: str, sizes: list[int]) -> list[int]:
 @raw_operator("frozen")
 def _(input: Tensor, weights: Tensor, packed: Tensor, program: str) -> Tensor:
     check_same_device(input, weights, packed)
+    return input.new_empty(output_sizes(program, list(input.shape)))
+
+
+@raw_operator("frozen_unpacked")
+def _(input: Tensor, parameters: list[Tensor], program: str) -> Tensor:
+    check_same_device(input, *parameters)
     return input.new_empty(output_sizes(program, list(input.shape)))
 
 
