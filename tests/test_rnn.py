@@ -38,6 +38,18 @@ def test_relu():
         check_same(stock, ours, torch.randn(4, 3, 5))
 
 
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_single_rows(nonlinearity, instruction_set):
+    """One sequence: units short of a vector, of a tile and of two tiles, and weights that stay in the nearest cache or
+    don't; state given or not; a direction backwards in time, and a layer that writes over its input."""
+    for dtype, hidden in itertools.product((torch.float32, torch.float64), (3, 16, 31, 32, 40, 64, 80, 90, 100)):
+        stock, ours = pair("RNN", 5, hidden, 2, nonlinearity=nonlinearity, bidirectional=hidden % 4 == 0, dtype=dtype)
+        input = torch.randn(19, 1, 5, dtype=dtype)
+        check_same(stock, ours, input)
+        check_same(stock, ours, input, random_state(stock, 1, dtype))
+        check_same(stock, ours, pack_sequence([input[:, 0]]))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_unbatched(name):
     for batch_first in (False, True):

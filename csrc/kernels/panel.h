@@ -2,6 +2,7 @@
 // one after the other, so that a product reads it from start to end.
 #pragma once
 
+#include "../simd/spread.h"
 #include "gemm.h"
 
 namespace fastnn {
@@ -75,6 +76,48 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
       // Added last: the sum of a block is rounded by its own size, not by that of all blocks before it.
       store(out + r * out_stride + v * lanes, load(start + r * start_stride + v * lanes) + total[0][r][v]);
     }
+  }
+}
+
+// As many panels as one row is multiplied with at a time: the registers hold their sums.
+constexpr int kPanelsOfRow = FASTNN_VECTOR_BYTES == 64 ? 2 : 1;
+
+// sums = start + a panel, for one row and panels `stride` apart, their starts `start_stride` apart. The panels alone
+// need as many loads as multiplications take, so the row is loaded a vector at a time.
+template <int vectors, int panels, class C>
+FASTNN_INLINE void multiply_row(int64_t depth, const C* a, const C* panel, int64_t stride, const C* start,
+                                int64_t start_stride, Vec<C> (&sums)[panels * vectors]) {
+  constexpr int lanes = kLanes<C>, width = vectors * lanes, parts = parts_of(1, vectors);
+  constexpr int together = lanes > parts ? lanes : parts;
+  Vec<C> total[parts][panels * vectors] = {};
+  const auto multiply_one = [&](int part, Vec<C> left) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < panels * vectors; ++i) {
+      total[part][i] += left * load(panel + i / vectors * stride + part * width + i % vectors * lanes);
+    }
+  };
+  int64_t k = 0;
+  for (; k + together <= depth; k += together) {
+    SpreadLanes<C> lefts(a + k);
+#pragma GCC unroll 1
+    for (int done = 0; done < together; done += parts) {
+#pragma GCC unroll 4
+      for (int part = 0; part < parts; ++part) multiply_one(part, lefts.next());
+      panel += parts * width;
+    }
+  }
+  for (; k < depth; ++k) {
+    multiply_one(0, broadcast<C>(a[k]));
+    panel += width;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < panels * vectors; ++i) {
+#pragma GCC unroll 2
+    for (int apart = parts / 2; apart > 0; apart /= 2) {
+#pragma GCC unroll 2
+      for (int part = 0; part < apart; ++part) total[part][i] += total[part + apart][i];
+    }
+    sums[i] = load(start + i / vectors * start_stride + i % vectors * lanes) + total[0][i];
   }
 }
 

@@ -21,6 +21,8 @@ class ForwardDirection {
         packed_(direction_.weights.packed),
         part_(part),
         most_rows_(most_rows),
+        single_near_rows_(network.batch == 1 && packed_ &&
+                          stay_near(layout_.tiles * layout_.kPanelWidth * layout_.outputs())),
         member_(member) {
     const int64_t sequences = part.last - part.first;
     slots_ = scratch.shared;
@@ -51,7 +53,8 @@ class ForwardDirection {
         const int64_t t = backwards ? block.last - 1 - i : block.first + i;
         const int64_t rows = part_.rows(network_.step[t]);
         if (backwards) local -= rows;
-        run_step(t, slots_ + local * layout_.kTileSlots);
+        C* slots = slots_ + local * layout_.kTileSlots;
+        if (!run_row(t, slots)) run_step(t, slots);
         member_.end_round();
         if (!backwards) local += rows;
         end_sequences(t, h_n, c_n);
@@ -163,6 +166,40 @@ class ForwardDirection {
       StepRows<Cell, T> rows = rows_of(step, running, last, slots, backwards);
       if (network_.h0) set_previous(rows, network_.h0 + direction_.h_offset(running), layout_.outputs());
       run_rows(rows, tiles);
+    }
+  }
+
+  // A step after the first, of a single row, whose weights stay near and whose sums are all that its cell needs: these
+  // go from the product to the cell in registers. Returns false, having done nothing, for any other step. Not inlined:
+  // beside the loop over steps its sums would not stay in registers.
+  __attribute__((noinline)) bool run_row(int64_t t, const C* slots) {
+    if constexpr (Cell::kSlots == 1 && !kWidens) {
+      const int64_t before = direction_.reverse() ? t + 1 : t - 1;
+      if (!single_near_rows_ || before < 0 || before >= network_.steps) return false;
+      const T* previous = direction_.output(network_.step[before], 0);
+      T* output = direction_.output(network_.step[t], 0);
+      const Share tiles = member_.share(layout_.tiles);
+      int64_t tile = tiles.first;
+      for (; tile + kPanelsOfRow <= tiles.last; tile += kPanelsOfRow) {
+        run_row_tiles<kPanelsOfRow>(tile, previous, slots, output);
+      }
+      for (; tile < tiles.last; ++tile) run_row_tiles<1>(tile, previous, slots, output);
+      return true;
+    }
+    return false;
+  }
+  template <int tiles>
+  FASTNN_INLINE void run_row_tiles(int64_t tile, const C* previous, const C* slots, C* output) const {
+    constexpr int vectors = tiles * kVectors;
+    const int64_t panel_size = layout_.kPanelWidth * layout_.outputs(), apart = layout_.tile_stride(most_rows_);
+    Lockstep<C, vectors> sums, none = {};
+    multiply_row<kVectors, tiles>(layout_.outputs(), previous, packed_ + layout_.hidden_panels() + tile * panel_size,
+                                  panel_size, slots + tile * apart, apart, sums.part);
+    const Lockstep<C, vectors> h = Cell::forward(&sums, none, none, &none);
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors; ++i) {
+      const int64_t unit = tile * layout_.kTileUnits + i * kLanes<C>;
+      if (unit < layout_.hidden) store_up_to<C>(output + unit, h.part[i], layout_.hidden - unit);
     }
   }
 
@@ -294,6 +331,7 @@ class ForwardDirection {
   const C* packed_;
   const Part part_;
   const int64_t most_rows_;
+  const bool single_near_rows_;
   Member& member_;
   // Shared:
   C* slots_;        // (tiles, block rows, a tile's slots): tile_slots
