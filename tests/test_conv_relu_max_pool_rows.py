@@ -66,6 +66,30 @@ class TestLanes:
             assert_like_stock([input, weight, bias], arguments)
 
 
+class TestInPlace:
+    """Rows of many channels read where they lie, ahead where they don't fit the cache."""
+
+    SIZES = (((4, 96, 1000), 10, (3,), geometry(1)), ((2, 48, 61, 67), 2, (2, 3), geometry(2, pool=3, pool_stride=2)))
+
+    @pytest.mark.parametrize(("size", "out_channels", "kernel", "arguments"), SIZES)
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+    ) -> None:
+        assert_like_stock(make(size, out_channels, kernel), arguments)
+
+    @pytest.mark.parametrize(("size", "out_channels", "kernel", "arguments"), SIZES)
+    def test_chosen(
+        self, size: tuple[int, ...], out_channels: int, kernel: tuple[int, ...], arguments: tuple[Any, ...]
+    ) -> None:
+        input, weight, bias = make(size, out_channels, kernel)
+        assert RAW_ALGORITHM(input, weight, bias, flat(arguments))[0] == "rows"
+
+
 class TestWindows:
     """Consecutive windows in the lanes, pooled in registers."""
 

@@ -146,6 +146,12 @@ struct DepthwiseScratch {
   }
 };
 
+// Of a conv row, those under which a tap falls into the padding.
+FASTNN_INLINE int64_t edge_pixels(const ConvPoolGeometry& g) {
+  const Range interior = {pixels_inside(g, 2, 0).first, pixels_inside(g, 2, g.kernel[2] - 1).last};
+  return g.conv[2] - larger(0, interior.last - interior.first);
+}
+
 // Whether small images are copied with their padding, at what that costs and saves in a block.
 template <class C>
 FASTNN_INLINE bool depthwise_pads(const ConvPoolGeometry& g, const ConvLayout& input) {
@@ -156,8 +162,7 @@ FASTNN_INLINE bool depthwise_pads(const ConvPoolGeometry& g, const ConvLayout& i
                         (g.input[0] == 1 || input.d[0] == g.input[1] * g.input[2]);
   if (PaddedImage(g).pixels() * lanes * static_cast<int64_t>(sizeof(C)) > kUnitBytes) return false;
   if (input.c != 1 && !is_dense) return false;
-  const Range interior = {pixels_inside(g, 2, 0).first, pixels_inside(g, 2, g.kernel[2] - 1).last};
-  const double edges = static_cast<double>(g.conv[2] - larger(0, interior.last - interior.first));
+  const double edges = static_cast<double>(edge_pixels(g));
   const double row = kProduct * static_cast<double>(g.conv[2] * g.taps()) * (1 - share_inside(g));
   const double saved = static_cast<double>(g.out_channels * g.conv[0] * g.conv[1]) * (kRow + kEdge * edges - row);
   // Other images are copied in any case.
@@ -207,13 +212,14 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
 // For one image and group, in vector multiply-adds.
 template <class C>
 double depthwise_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  constexpr double kRow = 60, kPixel = 5, kWayOut = 12;
+  constexpr double kRow = 60, kImage = 350;                // of a block
+  constexpr double kPixel = 5, kEdge = 100, kWayOut = 12;  // of a vector
   // What a register tile reads, weight and input, is read from L2 again for the next one unless it stays in L1.
   constexpr int64_t kCache = 32 << 10, kPixels = 8;
   const int64_t lanes = smaller(kBlockChannels<C>, round_up(g.groups, kLanes<C>));
   const int64_t under_tile = g.kernel[0] * g.kernel[1] * ((kPixels - 1) * g.stride[2] + g.kernel_extent(2));
   const int64_t bytes = (g.taps() + under_tile) * lanes * static_cast<int64_t>(sizeof(C));
-  const double product_cost = bytes > kCache ? 4 : 1.5;
+  const double product_cost = bytes > kCache ? 2.5 : 1.5;
   const double rows = static_cast<double>(g.conv[0] * g.conv[1]), pixels = rows * static_cast<double>(g.conv[2]);
   // Of a pair of taps as of one; an odd last one takes a shift besides.
   const double columns = plan.pairs_taps ? static_cast<double>(g.kernel[2] / 2) + 1.3 * (g.kernel[2] % 2) : g.kernel[2];
@@ -223,8 +229,12 @@ double depthwise_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   const double input = plan.in_place ? 0
                                      : (plan.pairs_taps ? 1.5 : 1) * kTransposeCost *
                                            static_cast<double>(g.input[0] * g.input[1] * g.input[2]);
-  const double vector = g.out_channels * (product_cost * products + kRow * rows + kPixel * pixels + windows) + input;
-  return vector * static_cast<double>(divide_up(g.groups, kLanes<C>)) / static_cast<double>(g.groups);
+  const double edges = plan.skips_padding && !plan.pairs_taps ? rows * static_cast<double>(edge_pixels(g)) : 0;
+  const double vector = g.out_channels * (product_cost * products + kEdge * edges + kPixel * pixels + windows) + input;
+  const double block = g.out_channels * kRow * rows + kImage;
+  return (vector * static_cast<double>(divide_up(g.groups, kLanes<C>)) +
+          block * static_cast<double>(divide_up(g.groups, kBlockChannels<C>))) /
+         static_cast<double>(g.groups);
 }
 
 }  // namespace FASTNN_ISA

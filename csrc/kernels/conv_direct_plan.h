@@ -178,11 +178,6 @@ ConvPoolPlan plan_phases(const ConvPoolGeometry& g, const ConvLayout& input, int
   return plan;
 }
 
-// Of a place in a vector of windows: pool_row's fast way is for few rows and columns.
-FASTNN_INLINE double place_cost(const ConvPoolGeometry& g) {
-  return g.pool_kernel[0] * g.pool_kernel[1] <= 3 && g.pool_kernel[2] <= 3 ? 4 : 12;
-}
-
 // Of a row of the input, each of whose columns' channels are brought side by side.
 FASTNN_INLINE double interleave_cost(int64_t channels, int64_t columns, const ConvLayout& input) {
   constexpr double kColumn = 6;             // whose channels are one run

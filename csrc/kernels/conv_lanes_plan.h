@@ -80,6 +80,7 @@ struct LanesScratch {
 struct LanesPlan {
   ConvPoolPlan plan;
   double useful;
+  double full;  // the same share without copying
 };
 
 template <class C>
@@ -105,6 +106,7 @@ LanesPlan plan_lanes(const ConvPoolGeometry& g, int64_t threads) {
       const double useful = full * multiplications / (multiplications + kCopying * halo) * (vectors == 1 ? 0.95 : 1);
       if (useful <= best.useful) continue;
       best.useful = useful;
+      best.full = full;
       best.plan.bands = bands;
       best.plan.lane_vectors = vectors;
     }
@@ -123,19 +125,31 @@ LanesPlan plan_lanes(const ConvPoolGeometry& g, int64_t threads) {
 // For one image and group, in vector multiply-adds.
 template <class C>
 double lanes_cost(const ConvPoolGeometry& g, const ConvLayout& input, const LanesPlan& lanes) {
-  constexpr double kPixel = 5, kPlace = 4, kRun = 12;  // of a vector; of a row that is copied before it is transposed
-  const ConvPoolGeometry piece = piece_geometry(g, lanes.plan.bands);
+  constexpr double kProduct = 1.05, kPixel = 5, kRow = 100;  // of a vector; of a conv row's
+  constexpr double kElement = 0.5, kRun = 16;  // of the tile, beside its copy; of a row that is copied before
+  constexpr int64_t kCache = 32 << 10;
+  const int64_t bands = lanes.plan.bands, width = lanes.plan.lane_vectors * kLanes<C>;
+  const ConvPoolGeometry piece = piece_geometry(g, bands);
+  const int64_t outputs = smaller(g.out_channels, kLaneOutputs), blocks = divide_up(g.out_channels, kLaneOutputs);
+  const int64_t slots = smaller(piece.conv[0], piece.pool_extent(0)) * smaller(piece.conv[1], piece.pool_extent(1));
+  const int64_t ring_bytes = slots * outputs * piece.conv[2] * width * static_cast<int64_t>(sizeof(C));
+  const double place = (ring_bytes > kCache ? 0.8 : 0.3) * place_cost(g);
   const double pixels = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
-  const double multiplications = static_cast<double>(g.out_channels * g.depth()) * pixels;
-  const double pooling = kPixel * pixels + kPlace * static_cast<double>(g.pixels() * g.places());
-  const double vectors = (multiplications + pooling * static_cast<double>(g.out_channels)) / kLanes<C>;
-  const bool dense = lanes.plan.bands == 1 && input.d[2] == 1 && input.d[1] == g.input[2];
-  const int64_t rows = lanes.plan.bands * piece_extent(piece, 0) * piece_extent(piece, 1);
+  const double output = kProduct * static_cast<double>(g.depth()) * pixels + kPixel * pixels +
+                        place * static_cast<double>(g.pixels() * g.places());
+  const double conv_rows = static_cast<double>(piece.conv[0] * piece.conv[1] * bands * blocks);
+  const int64_t rows = bands * piece_extent(piece, 0) * piece_extent(piece, 1);
   const bool together = input.c == 1 && input.d[2] == g.in_channels;  // a row's channels are one run
+  const double element = kElement + copy_cost(together ? 1 : input.d[2]);
+  const double elements = static_cast<double>(g.in_channels * rows * piece_extent(piece, 2));
+  const double lane = output * static_cast<double>(g.out_channels) / kLanes<C> +
+                      kRow * conv_rows / static_cast<double>(width) + element * elements;
+  const bool dense = bands == 1 && input.d[2] == 1 && input.d[1] == g.input[2];
   const double runs = dense ? 0 : static_cast<double>(together ? rows : rows * g.in_channels);
-  const bool scattered = input.c == 1;  // what comes out is written number by number
-  return vectors / lanes.useful + kRun * runs +
-         (scattered ? 25.0 : 3.0) * static_cast<double>(g.out_channels * g.pixels());
+  // Channels last, what comes out is written number by number, of some channels after those of others.
+  constexpr int64_t kFewChannels = 16;
+  const double way_out = input.c != 1 ? 1 : g.groups * g.out_channels <= kFewChannels ? 5 : 25;
+  return lane / lanes.full + kRun * runs + way_out * static_cast<double>(g.out_channels * g.pixels());
 }
 
 }  // namespace FASTNN_ISA

@@ -27,8 +27,8 @@ void pack_blocks(const ConvPoolForward<T>& call, int64_t most, int64_t first_ite
 }
 
 // The register tile: `vectors` vectors of consecutive pixels of each of `outputs` channels, the vectors from first[..]
-// on.
-template <int outputs, int vectors, class C>
+// on. `asks`: for the tile's next pixels ahead.
+template <int outputs, int vectors, bool asks, class C>
 FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t* offsets, int64_t depth,
                              const C* weight, const C* bias, C* to, int64_t to_step) {
   const C* from[vectors];
@@ -42,6 +42,10 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t*
   }
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const int64_t offset = offsets[k];
+    if constexpr (asks) {
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(from[v] + vectors * kLanes<C> + offset);
+    }
     if constexpr (outputs <= vectors) {
       Vec<C> factor[outputs];
 #pragma GCC unroll 16
@@ -75,7 +79,7 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t*
 // The conv pixels of a slice, whose rows have `columns`. Where vectors may not read beyond the run, its last one ends
 // with it, as a row's does.
 template <int outputs, class C>
-FASTNN_SHARED void rows_slice(const RowShape& s, int64_t columns, bool within_run, const C* tile,
+FASTNN_SHARED void rows_slice(const RowShape& s, int64_t columns, bool within_run, bool asks, const C* tile,
                               const int64_t* offsets, int64_t depth, const C* weight, const C* bias, C* to,
                               int64_t to_step) {
   constexpr int most = row_vectors(outputs);
@@ -90,7 +94,9 @@ FASTNN_SHARED void rows_slice(const RowShape& s, int64_t columns, bool within_ru
       at[v] = row * s.pitch + smaller(column, last - kLanes<C>);
     }
     with_constant<most>(static_cast<int>(count), [&](auto vectors) {
-      rows_tile<outputs, decltype(vectors)::value>(tile, at, offsets, depth, weight, bias, to, to_step);
+      constexpr int together = decltype(vectors)::value;
+      asks ? rows_tile<outputs, together, true>(tile, at, offsets, depth, weight, bias, to, to_step)
+           : rows_tile<outputs, together, false>(tile, at, offsets, depth, weight, bias, to, to_step);
     });
   }
 }
@@ -119,6 +125,10 @@ class RowsForward {
         g_(call.geometry),
         s_(row_shape<C>(call.geometry, call.plan.band)),
         scratch_(call.geometry, call.plan, memory) {
+    // Rows of many channels are more streams than the hardware foresees.
+    constexpr int64_t kCache = 1 << 20, size = sizeof(C);
+    const int64_t pixels = g_.batch * g_.input[0] * g_.input[1] * g_.input[2];
+    asks_ahead_ = call.plan.in_place && pixels * g_.groups * g_.in_channels * size > kCache;
     if (call.plan.in_place) {
       s_.channel = call.input_layout.c;
       s_.slice = call.input_layout.d[0];
@@ -225,8 +235,8 @@ class RowsForward {
     const int64_t slices = smaller(s_.conv[0], g_.conv[0] - first_conv_[0]);
     for (int64_t z = 0; z < slices; ++z) {
       C* to = pixels(z, 0, outputs);
-      rows_slice<outputs>(s_, g_.conv[2], call_.plan.in_place, tile_ + z * g_.stride[0] * s_.slice, scratch_.offsets,
-                          g_.depth(), weight, bias, to, scratch_.pixel_step);
+      rows_slice<outputs>(s_, g_.conv[2], call_.plan.in_place, asks_ahead_, tile_ + z * g_.stride[0] * s_.slice,
+                          scratch_.offsets, g_.depth(), weight, bias, to, scratch_.pixel_step);
       if (s_.margin > 0) {
         for (int o = 0; o < outputs; ++o) fill_margins(to + o * scratch_.pixel_step);
       }
@@ -350,6 +360,7 @@ class RowsForward {
   const C* tile_;  // the band's first conv pixel, first tap
   int64_t image_, group_, slice_, first_, last_;
   int64_t first_conv_[2];
+  bool asks_ahead_;
 };
 
 template <class T>

@@ -203,6 +203,11 @@ FASTNN_INLINE double copy_cost(int64_t stride) {
   return stride == 1 ? kCopyCost : stride <= kMostStride ? kStridedCost : kSingleCost;
 }
 
+// Of a place in a vector of windows: pool_row's fast way is for few rows and columns.
+FASTNN_INLINE double place_cost(const ConvPoolGeometry& g) {
+  return g.pool_kernel[0] * g.pool_kernel[1] <= 3 && g.pool_kernel[2] <= 3 ? 4 : 12;
+}
+
 // A kernel's or an image's elements, dense with channels last.
 FASTNN_INLINE ConvLayout dense_last(int64_t channels, const int64_t (&size)[3]) {
   const int64_t row = size[2] * channels, slice = size[1] * row;

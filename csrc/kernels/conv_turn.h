@@ -53,15 +53,17 @@ template <class T>
 double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr bool narrow = sizeof(T) == sizeof(bfloat16);
   constexpr int64_t kColumns = narrow ? 8 : kLanes<float>, kChannels = narrow ? 32 : kLanes<float>;
-  constexpr double kBlock = narrow ? 110 : 0.7 * kColumns * kChannels, kPart = 100, kFarByte = 0.4;
+  constexpr double kPart = narrow ? 100 : 65, kFarByte = 0.4;
+  const double element = input.d[2] == 1 ? 0.45 : 0.7;  // picked from its run
+  const double block = narrow ? 110 : element * kColumns * kChannels;
   constexpr int64_t kNear = 512 << 10;
   const TurnRuns runs = turn_runs(g, input);
   const double blocks =
-      static_cast<double>(divide_up(runs.columns, kColumns)) + (runs.columns % kColumns != 0 ? kPart / kBlock : 0);
+      static_cast<double>(divide_up(runs.columns, kColumns)) + (runs.columns % kColumns != 0 ? kPart / block : 0);
   const double bands = static_cast<double>(divide_up(g.groups * g.in_channels, kChannels));
   const int64_t bytes = image_size(g) * static_cast<int64_t>(sizeof(T));
   const double waits = bytes > kNear ? kFarByte * static_cast<double>(bytes) : 0;
-  return static_cast<double>(runs.slices * runs.rows) * kBlock * blocks * bands + waits;
+  return static_cast<double>(runs.slices * runs.rows) * block * blocks * bands + waits;
 }
 
 // Parts [first, last) of the images, each cut into `parts` by its channels. Runs that the kernel strides over become
