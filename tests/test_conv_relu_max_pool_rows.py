@@ -69,7 +69,7 @@ class TestLanes:
 class TestInPlace:
     """Rows of many channels read where they lie, ahead where they don't fit the cache."""
 
-    SIZES = (((4, 96, 1000), 10, (3,), geometry(1)), ((2, 48, 61, 67), 2, (2, 3), geometry(2, pool=3, pool_stride=2)))
+    SIZES = (((4, 96, 1030), 10, (3,), geometry(1)), ((2, 48, 61, 67), 2, (2, 3), geometry(2, pool=3, pool_stride=2)))
 
     @pytest.mark.parametrize(("size", "out_channels", "kernel", "arguments"), SIZES)
     def test_like_stock(

@@ -125,10 +125,11 @@ class RowsForward {
         g_(call.geometry),
         s_(row_shape<C>(call.geometry, call.plan.band)),
         scratch_(call.geometry, call.plan, memory) {
-    // Rows of many channels are more streams than the hardware foresees.
-    constexpr int64_t kCache = 1 << 20, size = sizeof(C);
-    const int64_t pixels = g_.batch * g_.input[0] * g_.input[1] * g_.input[2];
-    asks_ahead_ = call.plan.in_place && pixels * g_.groups * g_.in_channels * size > kCache;
+    // More channels than the hardware foresees, each in pages of its own.
+    constexpr int64_t kCache = 1 << 20, kPage = 4096, kChannels = 32, size = sizeof(C);
+    const int64_t bytes = g_.batch * g_.groups * g_.in_channels * g_.input[0] * g_.input[1] * g_.input[2] * size;
+    asks_ahead_ =
+        call.plan.in_place && g_.in_channels >= kChannels && call.input_layout.c * size >= kPage && bytes > kCache;
     if (call.plan.in_place) {
       s_.channel = call.input_layout.c;
       s_.slice = call.input_layout.d[0];
