@@ -121,10 +121,12 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     call.input_layout = layout_of(input);
     call.weight = data<T>(weight);
     call.weight_layout = layout_of(weight);
+    ConvPoolGeometry g = problem.geometry;  // as backward takes it
+    ConvLayout layout = call.input_layout;
+    skip_unused_input(g, layout);
+    const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(g, layout, layout);
     skip_unused(call.geometry, call.input_layout);
     choose_plan(call, 1);
-    const ConvPoolBackwardPlan backward =
-        conv_backward_kernels().get<T>().plan(call.geometry, call.input_layout, call.input_layout);
     const bool by_stock = goes_by_stock(problem, is_channels_last(input));
     return {algorithm_name(call.plan.algorithm), by_stock ? "stock" : algorithm_name(backward.algorithm)};
   });
