@@ -64,7 +64,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     ``dots``, ``depthwise`` or ``winograd``, the files of csrc/kernels; ``pairs`` is ``direct`` with two channels a
     multiplication, ``row_pairs`` with two numbers of a row of the kernel, ``phases`` with fewer multiplications) and of
     a training step's backward: ``winners``, which visits the windows' winners alone, ``depthwise``, which has channels
-    in the lanes, or ``stock``, torch's own convolution. A layer that isn't listed takes PyTorch's own path.
+    in the lanes, ``pixels``, which has pixels there, or ``stock``, torch's own convolution. A layer that isn't listed
+    takes PyTorch's own path.
     """
     recorder = _Recorder()
     hooks = []

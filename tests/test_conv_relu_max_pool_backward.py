@@ -79,6 +79,11 @@ class TestBackward:
             ((2, 12, 30), 6, (3,), geometry(1, padding=1, groups=6)),
             ((2, 4, 13, 12), 4, (3, 5), geometry(2, groups=2, pool=(4, 3))),
             ((2, 16, 8, 9, 20), 16, (2, 3, 3), geometry(3, dilation=(1, 2, 1), groups=16, pool_stride=1)),
+            # Pixels in the lanes.
+            ((2, 5, 70, 61), 3, (1, 1), geometry(2, pool=3, pool_stride=1, pool_padding=1)),
+            ((1, 2, 9001), 37, (1,), geometry(1, pool=3, pool_stride=2)),
+            ((1, 1, 50, 90), 2, (1, 1), geometry(2, pool=(2, 3), pool_dilation=2)),
+            ((9, 33, 7, 4, 5), 1, (1, 1, 1), geometry(3, pool=2)),
             # Images of which only a window is in memory.
             ((1, 16, 9001), 5, (5,), geometry(1, padding=2, pool=3, pool_stride=2)),
             ((1, 16, 9001), 5, (4,), geometry(1, dilation=3)),
@@ -169,6 +174,28 @@ class TestBackward:
         chosen = RAW_ALGORITHM(*tensors, flat(geometry(2, groups=groups)))
         assert chosen[1] == backward
         assert (chosen[0] == "depthwise") == (groups == 64)
+
+    @pytest.mark.parametrize(
+        ("channels", "outputs", "groups", "stride", "backward"),
+        [
+            (64, 16, 1, 1, "pixels"),
+            (4, 192, 1, 1, "pixels"),
+            (24, 32, 4, 1, "pixels"),
+            (1, 1, 1, 1, "pixels"),
+            (64, 64, 1, 1, "winners"),
+            (64, 16, 1, 2, "winners"),
+            (64, 64, 64, 1, "depthwise"),
+        ],
+    )
+    def test_which_has_pixels_in_the_lanes(
+        self, channels: int, outputs: int, groups: int, stride: int, backward: str
+    ) -> None:
+        tensors = make((2, channels, 9, 9), outputs, (1, 1), groups)
+        arguments = flat(geometry(2, stride=stride, groups=groups))
+        assert RAW_ALGORITHM(*tensors, arguments)[1] == backward
+        if channels > 1:
+            tensors[0] = channels_last(tensors[0])
+            assert RAW_ALGORITHM(*tensors, arguments)[1] != "pixels"
 
     def test_infinite_gradient_stays_in_its_place(self, instruction_set: str) -> None:
         input = torch.rand(1, 3, 8, 8, requires_grad=True)

@@ -9,7 +9,7 @@ from fastnn import functional
 
 FORWARD, BACKWARD = (
     {"direct", "rows", "lanes", "windows", "depthwise", "winograd", "dots", "phases"},
-    {"winners", "depthwise"},
+    {"winners", "depthwise", "pixels"},
 )
 
 

@@ -3,6 +3,7 @@
 
 #include "conv_backward.h"
 #include "conv_backward_depthwise.h"
+#include "conv_backward_pixels.h"
 #include "conv_spread.h"
 #include "conv_winners.h"
 
@@ -12,37 +13,52 @@ namespace {
 
 template <class T>
 int64_t groups_to_join(const ConvPoolGeometry& g, const T* grad_output, const ConvLayout& layout) {
-  const int64_t count = depthwise_pays<Compute<T>>(g) ? 1 : cheapest_join<Compute<T>>(g);
+  const int64_t count = cheapest_join<Compute<T>>(g);
   // Infinity times the zeros between groups would be NaN.
   return count > 1 && gradients_are_finite(g, grad_output, layout) ? count : 1;
 }
 
 template <class C>
-ConvPoolBackwardPlan plan(const ConvPoolGeometry& g) {
-  return depthwise_pays<C>(g) ? plan_depthwise_backward<C>(g) : plan_runs<C>(g);
-}
-
-template <class T>
-bool is_depthwise(const ConvPoolBackward<T>& call) {
-  return call.plan.algorithm == ConvBackwardAlgorithm::depthwise;
+ConvPoolBackwardPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& grad_input) {
+  if (depthwise_pays<C>(g)) return plan_depthwise_backward<C>(g);
+  return pixels_apply(g, input, grad_input) && pixels_pay(g) ? plan_pixels<C>(g) : plan_runs<C>(g);
 }
 
 template <class T>
 void pack(const ConvPoolBackward<T>& call) {
-  return is_depthwise(call) ? pack_depthwise_backward(call) : pack_runs(call);
+  switch (call.plan.algorithm) {
+    case ConvBackwardAlgorithm::winners:
+      return pack_runs(call);
+    case ConvBackwardAlgorithm::depthwise:
+      return pack_depthwise_backward(call);
+    case ConvBackwardAlgorithm::pixels:
+      return pack_pixels(call);
+  }
 }
 
 template <class T>
 void backward(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight, Compute<T>* lost,
               Compute<T>* grad_bias, void* scratch) {
-  return (is_depthwise(call) ? backward_depthwise<T> : backward_runs<T>)(call, piece, grad_weight, lost, grad_bias,
-                                                                         scratch);
+  switch (call.plan.algorithm) {
+    case ConvBackwardAlgorithm::winners:
+      return backward_runs(call, piece, grad_weight, lost, grad_bias, scratch);
+    case ConvBackwardAlgorithm::depthwise:
+      return backward_depthwise(call, piece, grad_weight, lost, grad_bias, scratch);
+    case ConvBackwardAlgorithm::pixels:
+      return backward_pixels(call, piece, grad_weight, lost, grad_bias, scratch);
+  }
 }
 
 template <class T>
 void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* grad_weight, T* to, const ConvLayout& layout) {
-  return is_depthwise(call) ? unpack_depthwise(call, grad_weight, to, layout)
-                            : unpack_runs(call, grad_weight, to, layout);
+  switch (call.plan.algorithm) {
+    case ConvBackwardAlgorithm::winners:
+      return unpack_runs(call, grad_weight, to, layout);
+    case ConvBackwardAlgorithm::depthwise:
+      return unpack_depthwise(call, grad_weight, to, layout);
+    case ConvBackwardAlgorithm::pixels:
+      return unpack_pixels(call, grad_weight, to, layout);
+  }
 }
 
 template <class T>

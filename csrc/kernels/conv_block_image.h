@@ -149,6 +149,11 @@ class ImageWindow {
   }
 
  private:
+  // Whether transposing by squares of lanes is less than moving each element.
+  static bool fill_squares(int64_t channels, int64_t columns) {
+    return smaller(channels, kLanes<C>) * smaller(columns, kLanes<C>) > kLanes<C> * kLanes<C> / 4;
+  }
+
   void add_parts() {
     if (parts_ && additions_ > 0) {
       for (int64_t i = 0; i < blocks_ * shape_.size; ++i) gradients_[i] += parts_[i];
@@ -186,8 +191,8 @@ class ImageWindow {
           copy_run(from, step, columns, to);
         } else if (layout.c == 1 && step == lanes && channels == lanes) {
           copy_run(from, 1, columns * lanes, to);
-        } else if (layout.c != 1 && step == 1) {
-          transpose_matrix(from, layout.c, channels, columns, to, lanes);
+        } else if (layout.c != 1 && (step == 1 || (step <= kMostStride && fill_squares(channels, columns)))) {
+          transpose_strided(from, layout.c, step, channels, columns, to, lanes);
         } else {
           for (int64_t x = 0; x < columns; ++x) copy_run(from + x * step, layout.c, channels, to + x * lanes);
         }
@@ -215,6 +220,8 @@ class ImageWindow {
           for (int64_t x = 0; x < columns; ++x) copy_out(from + x * lanes, channels, to + x * step);
         } else if (step == 1) {
           transpose_matrix(from, lanes, columns, channels, to, layout.c);
+        } else if (step == 2 && fill_squares(channels, columns)) {
+          transpose_to_every_second(from, lanes, columns, channels, to, layout.c);
         } else {
           for (int64_t c = 0; c < channels; ++c) {
             for (int64_t x = 0; x < columns; ++x) to[c * layout.c + x * step] = from_compute<T>(from[x * lanes + c]);

@@ -18,6 +18,22 @@ struct ConvBox {
   int64_t pixels() const { return size(0) * size(1) * size(2); }
 };
 
+// Whether windows share no pixel, and leave none out before the last.
+FASTNN_INLINE bool windows_are_tiles(const ConvPoolGeometry& g, int d) {
+  return g.pool_stride[d] == g.pool_kernel[d] && g.pool_dilation[d] == 1;
+}
+
+// The pooled pixels whose windows reach into a box; along some dimension there may be none.
+FASTNN_INLINE ConvBox windows_of(const ConvPoolGeometry& g, const ConvBox& box) {
+  ConvBox windows;
+  for (int d = 0; d < 3; ++d) {
+    const int64_t reach = box.first[d] + g.pool_padding[d] - g.pool_extent(d) + 1;
+    windows.first[d] = reach > 0 ? divide_up(reach, g.pool_stride[d]) : 0;
+    windows.last[d] = smaller(g.output[d], (box.last[d] - 1 + g.pool_padding[d]) / g.pool_stride[d] + 1);
+  }
+  return windows;
+}
+
 // How the convolution's output is cut into bands that hold `width` channels and, if that can be, at most `most` pixels.
 template <class C>
 struct BandShape {
@@ -82,18 +98,14 @@ class GradientBand {
     // Windows that lie side by side write each pixel once, those that overlap add to it.
     bool tiled = true, covered = true;
     for (int d = 0; d < 3; ++d) {
-      tiled = tiled && g_.pool_stride[d] == g_.pool_kernel[d] && g_.pool_dilation[d] == 1;
+      tiled = tiled && windows_are_tiles(g_, d);
       covered = covered && box.last[d] + g_.pool_padding[d] <= g_.output[d] * g_.pool_stride[d];
     }
     const int64_t written = tiled && covered ? box.pixels() : 0;
     fill_zeros(pixels_ + written * width_, (round_up(box.pixels(), kLanes<C>) - written) * width_);
     if (count < width_) __builtin_memset(winners_, kDead, larger(g_.output[2], kColumnsTogether) * width_);
-    int64_t first[3], last[3];  // the pooled pixels whose windows reach into the box
-    for (int d = 0; d < 3; ++d) {
-      const int64_t reach = box.first[d] + g_.pool_padding[d] - g_.pool_extent(d) + 1;
-      first[d] = reach > 0 ? divide_up(reach, g_.pool_stride[d]) : 0;
-      last[d] = smaller(g_.output[d], (box.last[d] - 1 + g_.pool_padding[d]) / g_.pool_stride[d] + 1);
-    }
+    const ConvBox windows = windows_of(g_, box);
+    const int64_t (&first)[3] = windows.first, (&last)[3] = windows.last;
     if (first[2] >= last[2]) return;
     const ConvLayout& gl = call_.output_layout;
     const ConvLayout& wl = call_.winners_layout;

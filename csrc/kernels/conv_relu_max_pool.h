@@ -99,6 +99,7 @@ struct ConvPoolForward {
 enum class ConvBackwardAlgorithm : int32_t {
   winners,    // conv_backward.h: only what has a gradient is multiplied
   depthwise,  // conv_backward_depthwise.h: channels in the lanes
+  pixels,     // conv_backward_pixels.h: pixels in the lanes
 };
 
 struct ConvPoolBackwardPlan {
@@ -154,7 +155,7 @@ template <class T>
 struct ConvBackwardKernels {
   // How many groups backward should work on as one, whose weight is zero from one to another.
   int64_t (*groups_to_join)(const ConvPoolGeometry&, const T* grad_output, const ConvLayout&);
-  ConvPoolBackwardPlan (*plan)(const ConvPoolGeometry&);
+  ConvPoolBackwardPlan (*plan)(const ConvPoolGeometry&, const ConvLayout& input, const ConvLayout& grad_input);
   void (*pack)(const ConvPoolBackward<T>&);
   // The gradients that a piece contributes.
   // grad_weight (weight_size) is written, grad_bias (groups x out_channels) added to; either may be null. lost: where

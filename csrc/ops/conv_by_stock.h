@@ -113,10 +113,11 @@ inline ConvGradients gradients_by_stock(const ConvPoolProblem& problem, const Te
   const auto given = [&](const int64_t (&values)[3]) { return Ints(values + 3 - problem.dims, values + 3); };
   const std::optional<Ints> no_bias;
   const bool mask[] = {true, true, false};
-  const Tensor input_last = in_format(input, true);
+  // Torch would do this itself, an element at a time.
+  const Tensor input_last = in_format(input, true), weight_last = in_format(weight, true);
   std::array<StableIValue, 11> stack{give(grad_conv),
                                      give(input_last),
-                                     give(weight),
+                                     give(weight_last),
                                      give(no_bias),
                                      give(given(g.stride)),
                                      give(given(g.padding)),

@@ -102,6 +102,8 @@ std::string algorithm_name(ConvBackwardAlgorithm algorithm) {
       return "winners";
     case ConvBackwardAlgorithm::depthwise:
       return "depthwise";
+    case ConvBackwardAlgorithm::pixels:
+      return "pixels";
   }
   return "";
 }
@@ -119,9 +121,12 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     call.input_layout = layout_of(input);
     call.weight = data<T>(weight);
     call.weight_layout = layout_of(weight);
+    ConvPoolGeometry g = problem.geometry;  // as backward takes it
+    ConvLayout layout = call.input_layout;
+    skip_unused_input(g, layout);
+    const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(g, layout, layout);
     skip_unused(call.geometry, call.input_layout);
     choose_plan(call, 1);
-    const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(call.geometry);
     const bool by_stock = goes_by_stock(problem, is_channels_last(input));
     return {algorithm_name(call.plan.algorithm), by_stock ? "stock" : algorithm_name(backward.algorithm)};
   });
@@ -158,11 +163,16 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   if (wanted.input && !std::equal(g.input, g.input + 3, problem.geometry.input)) {
     std::memset(grad_input.mutable_data_ptr(), 0, grad_input.numel() * grad_input.element_size());
   }
-  const int64_t joined = kernels.groups_to_join(g, data<T>(grad_output), layout_of(grad_output));
-  g.groups /= joined;
-  g.in_channels *= joined;
-  g.out_channels *= joined;
-  const ConvPoolBackwardPlan plan = kernels.plan(g);
+  ConvPoolBackwardPlan plan = kernels.plan(g, input_layout, grad_input_layout);
+  const int64_t joined = plan.algorithm == ConvBackwardAlgorithm::winners
+                             ? kernels.groups_to_join(g, data<T>(grad_output), layout_of(grad_output))
+                             : 1;
+  if (joined > 1) {
+    g.groups /= joined;
+    g.in_channels *= joined;
+    g.out_channels *= joined;
+    plan = kernels.plan(g, input_layout, grad_input_layout);
+  }
   // Images first; where they are fewer than threads, each thread has some of the channels, or of the pixels.
   const int64_t threads = useful_threads(problem.work / 2);
   const int64_t image_parts = std::min(threads, g.batch);

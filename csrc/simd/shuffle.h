@@ -86,6 +86,25 @@ FASTNN_INLINE Vec<C> load_strided_up_to(const T* from, int64_t count) {
   }
 }
 
+// The other way: a vector's first `count` lanes to every second element; those between are left alone.
+template <class T>
+FASTNN_INLINE void store_every_second(T* to, Vec<Compute<T>> x, int64_t count) {
+#if defined(__AVX512F__)
+  const uint32_t inside = first_elements(2 * count) & 0x55555555;
+  if constexpr (sizeof(T) == sizeof(bfloat16)) {
+    _mm512_mask_storeu_epi16(to, inside, _mm512_cvtepu16_epi32((__m256i)to_bfloat16(x)));
+    return;
+  } else if constexpr (sizeof(T) == sizeof(float)) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(inside), (__m512)zip_low<T>(x, x));
+    _mm512_mask_storeu_ps(to + kLanes<T>, static_cast<__mmask16>(inside >> 16), (__m512)zip_high<T>(x, x));
+    return;
+  }
+#endif
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  for (int i = 0; i < kLanes<T> && i < count; ++i) to[2 * i] = lanes[i];
+}
+
 // Transposes a square of lanes in place: zipping row i with row i + half, log2(lanes) times over.
 template <class T>
 FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {

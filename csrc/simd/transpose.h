@@ -111,20 +111,40 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
 
 // The same of every `stride`-th element of the rows, whole squares of lanes: to[c * to_stride + r] =
 // from[r * from_stride + c * stride].
-template <int stride, class T>
-void transpose_every(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  using C = Compute<T>;
+template <int stride, class From, class To>
+void transpose_every(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
+  using C = Compute<From>;
   constexpr int lanes = kLanes<C>;
   for (int64_t r = 0; r < rows; r += lanes) {
     for (int64_t c = 0; c < columns; c += lanes) {
       Vec<C> block[lanes] = {};
       for (int i = 0; i < lanes && i < rows - r; ++i) {
-        const T* row = from + (r + i) * from_stride + c * stride;
+        const From* row = from + (r + i) * from_stride + c * stride;
         block[i] = load_strided_up_to<stride>(row, (columns - c - 1) * stride + 1);
       }
       transpose<C>(block);
       for (int i = 0; i < lanes && i < columns - c; ++i) {
-        store_up_to<T>(to + (c + i) * to_stride + r, block[i], rows - r);
+        store_up_to<To>(to + (c + i) * to_stride + r, block[i], rows - r);
+      }
+    }
+  }
+}
+
+// The other way: to[c * to_stride + 2 * r] = from[r * from_stride + c].
+template <class From, class To>
+void transpose_to_every_second(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
+                               int64_t to_stride) {
+  using C = Compute<From>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t c = 0; c < columns; c += lanes) {
+    for (int64_t r = 0; r < rows; r += lanes) {
+      Vec<C> block[lanes] = {};
+      for (int i = 0; i < lanes && i < rows - r; ++i) {
+        block[i] = load_up_to<From>(from + (r + i) * from_stride + c, columns - c);
+      }
+      transpose<C>(block);
+      for (int i = 0; i < lanes && i < columns - c; ++i) {
+        store_every_second<To>(to + (c + i) * to_stride + 2 * r, block[i], rows - r);
       }
     }
   }
@@ -314,8 +334,8 @@ inline void transpose_matrix(const uint8_t* from, int64_t from_stride, int64_t r
 }
 
 // Of every `from_step`-th element of the rows: to[c * to_stride + r] = from[r * from_stride + c * from_step].
-template <class T>
-void transpose_strided(const T* from, int64_t from_stride, int64_t from_step, int64_t rows, int64_t columns, T* to,
+template <class From, class To>
+void transpose_strided(const From* from, int64_t from_stride, int64_t from_step, int64_t rows, int64_t columns, To* to,
                        int64_t to_stride) {
   switch (from_step) {
     case 1:
@@ -328,7 +348,7 @@ void transpose_strided(const T* from, int64_t from_stride, int64_t from_step, in
       return transpose_every<4>(from, from_stride, rows, columns, to, to_stride);
     default:
       for (int64_t c = 0; c < columns; ++c, from += from_step, to += to_stride) {
-        for (int64_t r = 0; r < rows; ++r) to[r] = from[r * from_stride];
+        for (int64_t r = 0; r < rows; ++r) to[r] = from_compute<To>(to_compute(from[r * from_stride]));
       }
   }
 }

@@ -108,8 +108,14 @@ FASTNN_INLINE Vec<T> load(const T* from) {
   return *reinterpret_cast<const typename VectorOf<T>::Unaligned*>(from);
 }
 FASTNN_INLINE Vec<float> load(const bfloat16* from) {
+#if defined(__AVX512F__)
+  // Said outright: the compiler widens halves and puts them together.
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
   typedef uint16_t Half __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2), aligned(2), may_alias));
   return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const Half*>(from), Vec<uint32_t>) << 16);
+#endif
 }
 
 template <class T>

@@ -1,0 +1,258 @@
+// Backward of kernels of one element, over images whose pixels lie side by side: with pixels in the lanes nothing is
+// transposed, and the products of few output channels are cheaper done for all pixels than listed for those with a
+// gradient.
+#pragma once
+
+#include "conv_backward_plan.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// Conv pixels worked on together, a run of them: as many as can be added up in one go.
+template <class C>
+constexpr int64_t kMostPixels = kLongestSum * kLanes<C>;
+
+// The weight's gradient in tiles of so many rows (output channels) of the kLanes dot products that are made together.
+template <class C>
+int dot_rows(const ConvPoolGeometry& g) {
+  const int64_t most = smaller(4, kLanes<C>);
+  return static_cast<int>(g.out_channels >= most ? most : g.out_channels == 3 ? 4 : g.out_channels);
+}
+
+template <class C>
+struct PixelsScratch {
+  BandShape<C> shape;
+  int64_t step;  // from one channel of the band to the next: its pixels, and where gradients for others are put
+  C* band;       // the gradient of the convolution's output, [output channel][pixel]
+  double* bias;  // of each output channel
+  int64_t size;
+
+  PixelsScratch(const ConvPoolGeometry& g, void* memory)
+      : shape(g, g.out_channels, kMostPixels<C>), step(shape.pixels + kLanes<C>) {
+    MemoryParts taken(memory);
+    band = taken.take<C>(g.out_channels * step);
+    bias = taken.take<double>(g.out_channels);
+    size = taken.used();
+  }
+};
+
+template <class T>
+class PixelsBackwardWorker {
+  using C = Compute<T>;
+
+ public:
+  PixelsBackwardWorker(const ConvPoolBackward<T>& call, void* memory)
+      : call_(call), g_(call.geometry), scratch_(call.geometry, memory) {
+    tiled_ = true;
+    for (int d = 0; d < 3; ++d) tiled_ = tiled_ && windows_are_tiles(g_, d);
+    // Beyond every pixel.
+    for (int64_t& place : places_) place = int64_t{1} << 40;
+    for (int64_t place = 0; place < g_.places(); ++place) {
+      const int64_t w = place % g_.pool_kernel[2], h = place / g_.pool_kernel[2] % g_.pool_kernel[1];
+      const int64_t d = place / g_.pool_kernel[2] / g_.pool_kernel[1];
+      places_[place] = pixel_at(d * g_.pool_dilation[0], h * g_.pool_dilation[1], w * g_.pool_dilation[2]);
+    }
+  }
+
+  // A group of an image, the conv pixels `pixels` along the axis. `fresh`: there is nothing yet in grad_weight.
+  void run(int64_t image, int64_t group, const Range& pixels, bool fresh, C* grad_weight, C* lost, C* grad_bias) {
+    for (int64_t o = 0; o < g_.out_channels; ++o) scratch_.bias[o] = 0;
+    const int64_t channel = group * g_.in_channels, at = group * g_.in_channels * g_.out_channels;
+    scratch_.shape.for_each(g_, call_.plan.axis, pixels.first, pixels.last, [&](const ConvBox& box) {
+      const int64_t first = pixel_at(box.first[0], box.first[1], box.first[2]), count = box.pixels();
+      for (int64_t o = 0; o < g_.out_channels; ++o) {
+        C* to = scratch_.band + o * scratch_.step;
+        fill(image, group * g_.out_channels + o, box, first, to);
+        if (grad_bias) scratch_.bias[o] += sum_pixels(to, count);
+      }
+      if (grad_weight) {
+        const ConvLayout& layout = call_.input_layout;
+        add_weight_gradient(call_.input + image * layout.n + channel * layout.c + first, count, fresh, grad_weight,
+                            lost);
+      }
+      fresh = false;
+      if (call_.grad_input) {
+        const ConvLayout& layout = call_.grad_input_layout;
+        put_input_gradient(call_.packed + at, count, call_.grad_input + image * layout.n + channel * layout.c + first);
+      }
+    });
+    for (int64_t o = 0; grad_bias && o < g_.out_channels; ++o) {
+      grad_bias[group * g_.out_channels + o] += static_cast<C>(scratch_.bias[o]);
+    }
+  }
+
+ private:
+  int64_t pixel_at(int64_t z, int64_t y, int64_t x) const { return (z * g_.conv[1] + y) * g_.conv[2] + x; }
+
+  // The pixels of a box, which follow each other from the one numbered `first` on, of one output channel.
+  void fill(int64_t image, int64_t channel, const ConvBox& box, int64_t first, C* to) const {
+    fill_zeros(to, round_up(box.pixels(), kLanes<C>));
+    const ConvBox windows = windows_of(g_, box);
+    const ConvLayout& gl = call_.output_layout;
+    const ConvLayout& wl = call_.winners_layout;
+    const T* gradients = call_.grad_output + image * gl.n + channel * gl.c;
+    const uint8_t* winners = call_.winners + image * wl.n + channel * wl.c;
+    for (int64_t z = windows.first[0]; z < windows.last[0]; ++z) {
+      for (int64_t y = windows.first[1]; y < windows.last[1]; ++y) {
+        const int64_t start = pixel_at(z * g_.pool_stride[0] - g_.pool_padding[0],
+                                       y * g_.pool_stride[1] - g_.pool_padding[1], -g_.pool_padding[2]);
+        const T* from = gradients + z * gl.d[0] + y * gl.d[1];
+        const uint8_t* winner = winners + z * wl.d[0] + y * wl.d[1];
+        if (tiled_) {
+          put_row<false>(from, winner, windows.first[2], windows.last[2], start - first, box.pixels(), to);
+        } else {
+          put_row<true>(from, winner, windows.first[2], windows.last[2], start - first, box.pixels(), to);
+        }
+      }
+    }
+  }
+
+  // Without a branch, which dead windows would make a costly one: what is not for these pixels goes behind them.
+  template <bool adds>
+  void put_row(const T* gradients, const uint8_t* winners, int64_t first, int64_t last, int64_t start, int64_t count,
+               C* to) const {
+    const int64_t gradient_step = call_.output_layout.d[2], winner_step = call_.winners_layout.d[2];
+    for (int64_t x = first; x < last; ++x) {
+      const int64_t pixel = start + x * g_.pool_stride[2] + places_[winners[x * winner_step]];
+      const int64_t elsewhere = scratch_.shape.pixels + (x & (kLanes<C> - 1));
+      const int64_t is_here = -static_cast<int64_t>(static_cast<uint64_t>(pixel) < static_cast<uint64_t>(count));
+      C* at = to + (elsewhere ^ ((elsewhere ^ pixel) & is_here));
+      const C gradient = to_compute(gradients[x * gradient_step]);
+      *at = adds ? *at + gradient : gradient;
+    }
+  }
+
+  C sum_pixels(const C* from, int64_t count) const {
+    Vec<C> total = {};
+    for (int64_t p = 0; p < count; p += kLanes<C>) total += load(from + p);
+    return sum_lanes<C>(total);
+  }
+
+  void add_weight_gradient(const T* input, int64_t pixels, bool fresh, C* to, C* lost) const {
+    constexpr int choices = kLanes<C> >= 4 ? 3 : 2;  // of 1, 2 and 4 rows
+    with_constant<choices>(dot_rows<C>(g_) / 2 + 1, [&](auto choice) {
+      constexpr int rows = 1 << (decltype(choice)::value - 1), columns = kLanes<C> / rows;
+      for (int64_t c = 0; c < g_.in_channels; c += columns) {
+        for (int64_t o = 0; o < g_.out_channels; o += rows, to += kLanes<C>, lost += lost ? kLanes<C> : 0) {
+          const Vec<C> total =
+              dot_tile<rows>(pixels, scratch_.band + o * scratch_.step, scratch_.step, input + c * call_.input_layout.c,
+                             call_.input_layout.c, g_.in_channels - c, g_.out_channels - o);
+          if (fresh) {
+            store(to, total);
+          } else if (lost) {
+            add_keeping_lost(total, to, lost);
+          } else {
+            store(to, load(to) + total);
+          }
+        }
+      }
+    });
+  }
+
+  void put_input_gradient(const C* weight, int64_t pixels, T* to) const {
+    const int64_t step = call_.grad_input_layout.c;
+    for_each_tile<C>(g_.in_channels, pixels, true, [&](auto rows, auto vectors, int64_t row, int64_t column, int last) {
+      Vec<C> total[decltype(rows)::value][decltype(vectors)::value];
+      multiply_tile(g_.out_channels, weight + row, 1, g_.in_channels, scratch_.band + column, scratch_.step, kLanes<C>,
+                    total);
+      store_tile<decltype(rows)::value, decltype(vectors)::value, C>(total, last, to + row * step + column, step,
+                                                                     [](Vec<C> x, int) { return x; });
+    });
+  }
+
+  const ConvPoolBackward<T>& call_;
+  const ConvPoolGeometry& g_;
+  const PixelsScratch<C> scratch_;
+  bool tiled_;           // windows lie side by side, so that a pixel has one gradient
+  int64_t places_[256];  // of a window: how many pixels each lies behind the first
+};
+
+// Whether the pixels of an image follow each other in memory.
+FASTNN_INLINE bool pixels_are_dense(const ConvPoolGeometry& g, const ConvLayout& layout) {
+  int64_t step = 1;
+  for (int d = 2; d >= 0; --d) {
+    if (g.input[d] > 1 && layout.d[d] != step) return false;
+    step *= g.input[d];
+  }
+  return true;
+}
+
+FASTNN_INLINE bool pixels_apply(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& grad_input) {
+  for (int d = 0; d < 3; ++d) {
+    if (g.kernel[d] != 1 || g.padding[d] != 0 || g.stride[d] != 1) return false;
+  }
+  return pixels_are_dense(g, input) && pixels_are_dense(g, grad_input);
+}
+
+// Products of all pixels against what transposes and lists take, of each channel in and out. Where they don't pay, nor
+// do they for groups joined.
+FASTNN_INLINE bool pixels_pay(const ConvPoolGeometry& g) {
+  constexpr int64_t kInput = 20, kOutput = 12;  // in products, as measured
+  return g.in_channels * g.out_channels <= kInput * g.in_channels + kOutput * g.out_channels;
+}
+
+template <class C>
+ConvPoolBackwardPlan plan_pixels(const ConvPoolGeometry& g) {
+  const PixelsScratch<C> scratch(g, nullptr);
+  const int64_t rows = dot_rows<C>(g), pixels = g.conv[0] * g.conv[1] * g.conv[2];
+  ConvPoolBackwardPlan plan = {};
+  plan.algorithm = ConvBackwardAlgorithm::pixels;
+  plan.packed_size = g.groups * g.out_channels * g.in_channels;
+  plan.weight_size =
+      g.groups * divide_up(g.out_channels, rows) * divide_up(g.in_channels, kLanes<C> / rows) * kLanes<C>;
+  plan.scratch_size = scratch.size;
+  plan.axis = g.conv[0] > 1 ? 0 : g.conv[1] > 1 ? 1 : 2;
+  plan.most_parts = smaller(g.conv[plan.axis], divide_up(pixels, scratch.shape.pixels));
+  plan.blocks = g.groups;
+  plan.keeps_lost = g.batch * divide_up(pixels, scratch.shape.size[0] * scratch.shape.size[1] * scratch.shape.size[2]) >
+                    kFewAdditions;
+  return plan;
+}
+
+// weight -> [group][output channel][channel]
+template <class T>
+void pack_pixels(const ConvPoolBackward<T>& call) {
+  const ConvPoolGeometry& g = call.geometry;
+  for (int64_t o = 0; o < g.groups * g.out_channels; ++o) {
+    copy_run(call.weight + o * call.weight_layout.n, call.weight_layout.c, g.in_channels,
+             call.packed + o * g.in_channels);
+  }
+}
+
+// From [group][tile of channels][tile of output channels][output channel][channel].
+template <class T>
+void unpack_pixels(const ConvPoolBackward<T>& call, const Compute<T>* from, T* to, const ConvLayout& layout) {
+  using C = Compute<T>;
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t rows = dot_rows<C>(g), columns = kLanes<C> / rows;
+  for (int64_t group = 0; group < g.groups; ++group, to += g.out_channels * layout.n) {
+    for (int64_t c = 0; c < g.in_channels; c += columns) {
+      for (int64_t o = 0; o < g.out_channels; o += rows, from += kLanes<C>) {
+        for (int64_t r = 0; r < smaller(rows, g.out_channels - o); ++r) {
+          for (int64_t i = 0; i < smaller(columns, g.in_channels - c); ++i) {
+            to[(o + r) * layout.n + (c + i) * layout.c] = from_compute<T>(from[r * columns + i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void backward_pixels(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight,
+                     Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
+  PixelsBackwardWorker<T> worker(call, scratch);
+  const int64_t block_size = call.plan.weight_size / call.plan.blocks, rows = call.geometry.conv[call.plan.axis];
+  const Range pixels = {rows * piece.part / piece.parts, rows * (piece.part + 1) / piece.parts};
+  for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
+    for (int64_t block = piece.first_block; block < piece.last_block; ++block) {
+      const int64_t at = block * block_size;
+      worker.run(image, block, pixels, image == piece.first_image, grad_weight ? grad_weight + at : nullptr,
+                 lost ? lost + at : nullptr, grad_bias);
+    }
+  }
+  if (grad_weight && lost) add_lost(call, piece.first_block, piece.last_block, grad_weight, lost);
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn
