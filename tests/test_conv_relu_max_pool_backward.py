@@ -216,3 +216,17 @@ class TestBackward:
         with using_threads(2):
             for first, second in zip(gradients(), gradients(), strict=True):
                 assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("batch", [1, 3])
+    @pytest.mark.parametrize(
+        ("channels", "outputs", "kernel", "groups", "backward"),
+        [(64, 16, 1, 1, "pixels"), (3, 64, 5, 1, "winners"), (64, 64, 3, 64, "depthwise")],
+    )
+    def test_images_shared_by_threads(
+        self, batch: int, channels: int, outputs: int, kernel: int, groups: int, backward: str
+    ) -> None:
+        tensors = make((batch, channels, 61, 70), outputs, (kernel, kernel), groups)
+        arguments = geometry(2, groups=groups)
+        assert RAW_ALGORITHM(*tensors, flat(arguments))[1] == backward
+        with using_threads(2):
+            assert_like_stock(tensors, arguments)
