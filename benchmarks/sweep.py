@@ -83,6 +83,12 @@ def random_conv(draw: random.Random) -> Case:
 GENERATORS: dict[str, Callable[[random.Random], Case]] = {"conv_relu_max_pool": random_conv, "mlp": random_mlp}
 
 
+def stock_is_unsafe(case: Case, direction: str) -> bool:
+    """Whether stock writes beyond its memory, as guard pages show: oneDNN does, in the gradient of the weight of 1x1
+    kernels that stride over three channels, and the sweep may crash many cases later."""
+    return direction == "training" and case.shape[1] == 3 and " k1/" in case.name
+
+
 def measure(case: Case, direction: str, dtype: torch.dtype, seconds: float) -> list[Outcome]:
     """Stock against fused, the best of each: what a busy machine adds is never negative."""
     problem = Problem(case, direction, dtype)
@@ -142,6 +148,9 @@ def main() -> None:
             if arguments.only not in case.name:
                 continue
             for direction in arguments.directions:
+                if stock_is_unsafe(case, direction):
+                    print(f"{number:4} of {len(cases)} left out, since stock's {direction} is not safe: {case.name}")
+                    continue
                 try:
                     found = measure(case, direction, dtypes[arguments.dtype], arguments.seconds)
                 except AssertionError as error:
