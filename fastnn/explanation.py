@@ -65,7 +65,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     multiplication, ``row_pairs`` with two numbers of a row of the kernel, ``phases`` with fewer multiplications) and of
     a training step's backward: ``winners``, which visits the windows' winners alone, ``depthwise``, which has channels
     in the lanes, ``pixels``, which has pixels there, or ``stock``, torch's own convolution. A layer that isn't listed
-    takes PyTorch's own path.
+    takes PyTorch's own path. ``fastnn.models.Conv2DNet``, which otherwise infers by one operator, is reported layer by
+    layer: the algorithms are the same.
     """
     recorder = _Recorder()
     hooks = []
