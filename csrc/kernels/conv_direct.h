@@ -3,8 +3,8 @@
 // A thread copies the input that a band of pooled rows needs into a tile padded with zeros, so that the inner loop
 // checks nothing. Then, a block of output channels at a time, windows that share no pixel are pooled in registers
 // (conv_pool_tile.h). Elsewhere rows of conv pixels go into a small ring, from which windows are pooled; a conv pixel
-// under several windows is computed once. Such rows may also be computed without a copy (conv_row_inside.h) or with
-// fewer multiplications (conv_row_phases.h).
+// under several windows is computed once. Such rows may also be computed without a copy (conv_row_inside.h), with fewer
+// multiplications (conv_row_phases.h) or by a matrix unit (conv_row_matrix.h).
 #pragma once
 
 #include "conv_direct_pack.h"
@@ -17,6 +17,7 @@ namespace FASTNN_ISA {
 template <class E, class T>
 class DirectForward {
   using C = Compute<T>;
+  static constexpr bool kPoolsThem = kPoolsInTiles<C> && !kIsOfMatrix<E>;  // windows, in registers
 
  public:
   DirectForward(const ConvPoolForward<T>& call, void* memory)
@@ -24,8 +25,9 @@ class DirectForward {
         g_(tile_geometry<E>(call.geometry)),
         plan_(call.plan),
         ring_shape_(ring_shape(g_, call.plan)),
-        pools_in_tiles_(kPoolsInTiles<C> && windows_are_apart(g_) && makes_plain_rows(call.plan)),
+        pools_in_tiles_(kPoolsThem && windows_are_apart(g_) && makes_plain_rows(call.plan)),
         phases_(g_, ring_shape_.columns),
+        matrix_(g_),
         depth_(product_depth<E>(g_)),
         scratch_(g_, call.plan, memory) {
     if (in_phases()) {
@@ -45,6 +47,11 @@ class DirectForward {
     }
     for (int64_t i = 0; i < g_.groups * divide_up(g_.out_channels, kBlockChannels<C>); ++i) scratch_.moderate[i] = -1;
     for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+      if (kIsOfMatrix<E>) {  // the numbers that begin a block
+        const int64_t number = k % matrix_.run;
+        if (number % matrix_.numbers != 0) return;
+        k = k / matrix_.run * matrix_.blocks + number / matrix_.numbers;
+      }
       if (kStartsPair<E>) {  // the run's numbers, every second of which begins a pair
         const int64_t run = row_run(g_), number = k % run;
         if (number % 2 != 0) return;
@@ -119,8 +126,8 @@ class DirectForward {
               used.first[2] * step_[2];
     } else {
       tile_ = used.data;
-      if (kStartsPair<E>) {  // what the last pair ends with
-        for (int64_t d = 0; d < extent[0]; ++d) fill_zeros(used.data + d * step_[0] + extent[1] * step_[1], 1);
+      for (int64_t d = 0; kIsOfRun<E> && d < extent[0]; ++d) {  // what the last run ends with
+        fill_zeros(used.data + d * step_[0] + extent[1] * step_[1], elements_behind<E>(call_.geometry));
       }
       if (in_phases()) {
         if constexpr (kHasPhases<E>) fill_phases(input, used);
@@ -128,7 +135,8 @@ class DirectForward {
         fill_tile(call_.geometry, input, layout, channels_inside(), g_.in_channels, used);
       }
     }
-    tile_is_moderate_ = pools_in_tiles_ && box_is_moderate(used);
+    tile_is_moderate_ = false;
+    if constexpr (kPoolsThem) tile_is_moderate_ = pools_in_tiles_ && box_is_moderate(used);
   }
 
   // `from` is the group's channel, slice, row and column 0.
@@ -246,7 +254,7 @@ class DirectForward {
     const OutputLines lines = output_lines(block, channels, at);
     with_constant<kMostTileTaps>(static_cast<int>(g_.pool_kernel[2]), [&](auto taps_constant) {
       constexpr int taps = decltype(taps_constant)::value;
-      if constexpr (taps > 1 && kPoolsInTiles<C>) {
+      if constexpr (taps > 1 && kPoolsThem) {
         // The ring's memory, not used otherwise.
         PooledRow<C, taps, vectors, with_winners> pooled = {to, reinterpret_cast<Places<C>*>(scratch_.ring), 0, true};
         for (int64_t i = 0; i < g_.pool_kernel[0]; ++i) {
@@ -268,7 +276,7 @@ class DirectForward {
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
     return ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
       if (plan_.skips_padding) {
-        if constexpr (!kStartsPair<E>) {  // whose input never lies in the tile's order
+        if constexpr (!kIsOfRun<E>) {  // whose input never lies in the tile's order
           conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
                                    conv_columns_, to);
         }
@@ -276,6 +284,10 @@ class DirectForward {
         if constexpr (kHasPhases<E>) {
           conv_row_phases<vectors>(g_, phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
         }
+      } else if constexpr (kIsOfMatrix<E>) {
+        conv_row_matrix<vectors>(matrix_, matrix_pixels(ring_shape_.columns), conv_corner(z, y),
+                                 g_.stride[2] * step_[2], scratch_.offsets, block_weight(block), bias, conv_columns_,
+                                 to);
       } else {
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, conv_columns_, to);
@@ -302,6 +314,7 @@ class DirectForward {
   const RingShape ring_shape_;
   const bool pools_in_tiles_;
   const PhaseShape<C> phases_;
+  const MatrixShape matrix_;
   const int64_t depth_;  // products of an output
   const DirectScratch<E> scratch_;
   const E* tile_;  // the band's first conv pixel, first tap
@@ -315,6 +328,14 @@ class DirectForward {
 template <class E, class T>
 void forward_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
   DirectForward<E, T> worker(call, scratch);
+#if defined(__AVX512F__)
+  if constexpr (kIsOfMatrix<E>) {
+    const MatrixUnit unit(matrix_pixels(ring_shape(call.geometry, call.plan).columns),
+                          MatrixShape(call.geometry).numbers);
+    for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
+    return;
+  }
+#endif
   for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
 }
 

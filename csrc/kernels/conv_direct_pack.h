@@ -1,13 +1,14 @@
 // The weight of direct convolution, packed for its tiles.
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_row_matrix.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 
 #if defined(__AVX512F__)
-// The weights of `count` output channels -> to (depth, width), in pairs of input channels. `g` counts pairs.
+// The weights of `count` output channels -> to (depth, width), in pairs of input channels. `g` counts pairs, of which
+// the last may have no channel.
 inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channels, const bfloat16* from,
                        const ConvLayout& layout, int64_t count, bfloat16x2* to, int64_t width) {
   constexpr int64_t some = 64, pitch = kBlockChannels<float>;  // channels or taps at a time; of a row
@@ -19,7 +20,10 @@ inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channe
             zip_pairs(load(rows + even * pitch + i), odd < 0 ? Vec<float>{} : load(rows + odd * pitch + i)));
     }
   };
-  const int64_t taps = g.taps();
+  const int64_t taps = g.taps(), pairs = divide_up(channels, 2);
+  for (int64_t tap = 0; tap < taps && pairs < g.in_channels; ++tap) {
+    fill_zeros(to + tap_position(g, order, pairs, tap) * width, (g.in_channels - pairs) * width);
+  }
   if (layout.c == 1) {  // runs of channels
     for (int64_t tap = 0; tap < taps; ++tap) {
       for (int64_t first = 0; first < channels; first += some) {
@@ -31,7 +35,7 @@ inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channe
     return;
   }
   const bool joined = layout.d[2] == 1 && layout.d[1] == g.kernel[2] && layout.d[0] == g.kernel[1] * g.kernel[2];
-  for (int64_t c = 0; c < g.in_channels; ++c) {
+  for (int64_t c = 0; c < pairs; ++c) {
     const int64_t single = smaller(2, channels - 2 * c);
     for (int64_t first = 0; first < taps; first += some) {
       const int64_t here = smaller(some, taps - first);
@@ -52,9 +56,10 @@ inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channe
   }
 }
 
-// The same in pairs along rows of the kernel, in each of which columns and channels are one run.
-inline void pack_row_pairs(const ConvPoolGeometry& g, const bfloat16* from, const ConvLayout& layout, int64_t count,
-                           bfloat16x2* to, int64_t width) {
+// The same in pairs along rows of the kernel, in each of which columns and channels are one run of so many pairs, of
+// which the last may be zero.
+inline void pack_row_pairs(const ConvPoolGeometry& g, int64_t pairs, const bfloat16* from, const ConvLayout& layout,
+                           int64_t count, bfloat16x2* to, int64_t width) {
   float numbers[kMostRowRun * kBlockChannels<float>] = {};
   const int64_t run = row_run(g), rows = g.kernel[0] * g.kernel[1];
   const bool joined = layout.d[1] == g.kernel[2] * layout.d[2] && layout.d[0] == g.kernel[1] * layout.d[1];
@@ -67,11 +72,12 @@ inline void pack_row_pairs(const ConvPoolGeometry& g, const bfloat16* from, cons
     some_layout.d[0] = some.kernel[1] * some_layout.d[1];
     const bfloat16* first = from + row / g.kernel[1] * layout.d[0] + row % g.kernel[1] * layout.d[1];
     pack_taps(some, TapOrder::channels_last, first, some_layout, count, numbers, width);
-    for (int64_t i = 0; i < some.kernel[1] * run; i += i % run == run - 1 ? 1 : 2) {
-      const bool has_odd = i % run != run - 1;
+    for (int64_t pair = 0; pair < some.kernel[1] * pairs; ++pair) {
+      const int64_t i = 2 * (pair % pairs);
+      const float* even = numbers + (pair / pairs * run + i) * width;
       for (int64_t o = 0; o < width; o += kLanes<float>, to += kLanes<float>) {
-        const float* even = numbers + i * width + o;
-        store(to, zip_pairs(load(even), has_odd ? load(even + width) : Vec<float>{}));
+        store(to,
+              zip_pairs(i < run ? load(even + o) : Vec<float>{}, i + 1 < run ? load(even + width + o) : Vec<float>{}));
       }
     }
   }
@@ -101,7 +107,17 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
     if constexpr (kIsPair<E>) {
       pack_pairs(g, call.plan.order, call.geometry.in_channels, from, layout, count, to, width);
     } else if constexpr (kStartsPair<E>) {
-      pack_row_pairs(g, from, layout, count, to, width);
+      pack_row_pairs(g, divide_up(row_run(g), 2), from, layout, count, to, width);
+    } else if constexpr (kIsOfMatrix<E>) {
+      const MatrixShape shape(g);
+      const int64_t pairs = shape.blocks * shape.numbers / 2;
+      if (shape.joins_columns) {
+        pack_row_pairs(g, pairs, from, layout, count, to, width);
+        continue;
+      }
+      ConvPoolGeometry in_pairs = g;
+      in_pairs.in_channels = pairs;
+      pack_pairs(in_pairs, TapOrder::channels_last, g.in_channels, from, layout, count, to, width);
     } else {
       pack_taps(g, call.plan.order, from, layout, count, to, width);
     }

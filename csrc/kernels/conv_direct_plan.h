@@ -3,6 +3,7 @@
 
 #include "conv_pool_tile.h"
 #include "conv_row_inside.h"
+#include "conv_row_matrix.h"
 #include "conv_row_phases.h"
 
 namespace fastnn {
@@ -21,11 +22,12 @@ constexpr bool kHasPhases = sizeof(E) == sizeof(float) && !kIsPair<E>;
 template <class E>
 constexpr ConvAlgorithm kDirectAlgorithm = kIsPair<E>       ? ConvAlgorithm::pairs
                                            : kStartsPair<E> ? ConvAlgorithm::row_pairs
+                                           : kIsOfMatrix<E> ? ConvAlgorithm::matrix
                                                             : ConvAlgorithm::direct;
 
 // Whether a row's pixels are computed one by one, from a tile or in place.
 FASTNN_INLINE bool makes_plain_rows(const ConvPoolPlan& plan) {
-  return !plan.skips_padding && plan.algorithm != ConvAlgorithm::phases;
+  return !plan.skips_padding && plan.algorithm != ConvAlgorithm::phases && plan.algorithm != ConvAlgorithm::matrix;
 }
 
 // Input rows (or slices, or columns) under `pooled` consecutive windows along dimension d.
@@ -48,6 +50,12 @@ FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan
   const bool in_pairs = plan.algorithm == ConvAlgorithm::phases;
   return {smaller(g.conv[0], g.pool_extent(0)), rows, in_pairs ? round_up(columns, 2) : columns,
           overlap_depth || overlap_height};
+}
+
+// Elements behind a row of the tile that the last run of a pixel reaches.
+template <class E>
+FASTNN_INLINE int64_t elements_behind(const ConvPoolGeometry& g) {
+  return kIsOfMatrix<E> ? MatrixShape(g).beyond() : kStartsPair<E> ? 1 : 0;
 }
 
 // What a part of the rows computes anew of what the one before it has computed, in rows of windows.
@@ -101,10 +109,9 @@ struct DirectScratch {
     MemoryParts parts(memory);
     const bool in_phases = plan.algorithm == ConvAlgorithm::phases;
     const PhaseShape<C> phases(g, ring_size.columns);
-    constexpr int64_t behind = kStartsPair<E> ? 1 : 0;  // the last pair ends there
     tile = parts.take<E>(in_phases       ? phase_tile_size<C>(g, plan)
                          : plan.in_place ? 0
-                                         : g.in_channels * channel_step<C>(g, plan) + behind);
+                                         : g.in_channels * channel_step<C>(g, plan) + elements_behind<E>(g));
     parted = parts.take<C>(in_phases ? phases.places * phases.column_run() : 0);
     ring = parts.take<C>(slots * ring_size.columns * kBlockChannels<C>);
     stage = parts.take<C>(stage_pixels * kBlockChannels<C>);
@@ -126,8 +133,8 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   ConvPoolPlan plan = {};
   plan.algorithm = kDirectAlgorithm<E>;
   plan.skips_padding = skips_padding;
-  plan.in_place = lies && (skips_padding || can_stay_in_place<E>(g, input, false));
-  const bool channels_last = kStartsPair<E> || (input.c == 1 && g.in_channels > 1 && input.d[2] != 1);
+  plan.in_place = lies && (skips_padding || kIsOfMatrix<E> || can_stay_in_place<E>(g, input, false));
+  const bool channels_last = kIsOfRun<E> || (input.c == 1 && g.in_channels > 1 && input.d[2] != 1);
   plan.order = skips_padding ? inside_order(g) : channels_last ? TapOrder::channels_last : TapOrder::channels_first;
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
   const int64_t column = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, 1) * g.stride[2];
@@ -136,6 +143,8 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   plan.column_parts = row <= row_pixels * 5 / 4 ? 1 : smaller(g.output[2], divide_up(row, row_pixels));
   plan.columns = divide_up(g.output[2], plan.column_parts);
   plan.column_parts = divide_up(g.output[2], plan.columns);
+  // Tiles of pixels may reach beyond a part that is smaller than the others.
+  if (kIsOfMatrix<E> && plan.column_parts > 1) plan.in_place = false;
 
   const int64_t slice = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 2, plan.columns);
   plan.band = 1;
@@ -205,23 +214,33 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double windows =
       static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   const double cost = kItem + kRow * conv_rows + windows;
+  const int64_t tile_rows = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts *
+                            input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
+  const auto looks_at = [&](bool all) {  // numbers that might not be finite
+    constexpr double kLook = 0.125;
+    return all ? kLook * static_cast<double>(g.in_channels * g.input[0] * g.input[1] * g.input[2]) : 0;
+  };
+  const double interleaving = static_cast<double>(tile_rows) *
+                              (kRunCost + interleave_cost(g.in_channels, input_extent(g, 2, plan.columns), input));
+  if (kIsOfMatrix<E>) {
+    constexpr double kProduct = 16, kTile = 60, kCall = 400;
+    const MatrixShape shape(g);
+    const int64_t columns = ring_shape(g, plan).columns;
+    const int64_t tiles = plan.column_parts * divide_up(columns, matrix_pixels(columns)) * vectors;
+    const double row_cost = static_cast<double>(tiles) * (kTile + kProduct * static_cast<double>(shape.depth()));
+    return kCall + cost + static_cast<double>(g.conv[0] * g.conv[1]) * row_cost + (plan.in_place ? 0 : interleaving) +
+           looks_at(shape.beyond() > 0);
+  }
   if (plan.skips_padding) {
     constexpr double kPass = 20, kAdded = 2;  // of a pass over a conv row; of a vector of it
     const double added = static_cast<double>(row * smaller(2, vectors)) * kAdded;
     const double crowded = channels_are_crowded(g, input, sizeof(C)) && g.taps() > 1 ? 1.6 : 1;
     return cost + multiplications * share_inside(g) * crowded + conv_rows * inside_passes(g) * (kPass + added);
   }
-  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
-  const int64_t rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
-  const double elements = static_cast<double>(g.in_channels * rows * input_extent(g, 2, plan.columns));
-  const double runs = static_cast<double>(plan.order == TapOrder::channels_last ? rows : rows * g.in_channels);
-  if (kStartsPair<E>) {
-    constexpr double kLook = 0.125;  // for numbers that are not finite
-    const int64_t looked_at = row_pairs_reach_beyond(g) ? g.in_channels * g.input[0] * g.input[1] * g.input[2] : 0;
-    const double looks = static_cast<double>(looked_at) * kLook;
-    const double row_cost = kRunCost + interleave_cost(g.in_channels, input_extent(g, 2, plan.columns), input);
-    return cost + multiplications + static_cast<double>(rows) * row_cost + looks;
-  }
+  if (kStartsPair<E>) return cost + multiplications + interleaving + looks_at(row_pairs_reach_beyond(g));
+  const double elements = static_cast<double>(g.in_channels * tile_rows * input_extent(g, 2, plan.columns));
+  const double runs =
+      static_cast<double>(plan.order == TapOrder::channels_last ? tile_rows : tile_rows * g.in_channels);
   return cost + multiplications + (plan.in_place ? 0 : elements * kCopyCost + runs * kRunCost);
 }
 

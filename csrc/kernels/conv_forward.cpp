@@ -17,7 +17,10 @@ namespace {
 template <class T>
 constexpr bool kHasWinograd = sizeof(Compute<T>) == sizeof(float);
 
-// Direct convolution, by pairs where that is cheaper.
+template <class T>
+constexpr bool kHasMatrices = kHasPairs<T> && kMultipliesMatrices;
+
+// Direct convolution, by pairs or a matrix unit where that is cheaper.
 template <class T>
 ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact,
                         double& costs) {
@@ -38,6 +41,11 @@ ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int6
   if (row_pairs_apply(g) && (!exact || !row_pairs_reach_beyond(g))) {
     const ConvPoolPlan row_pairs = choose_direct<T, FirstOfPair>(g, input, threads, false, pairs_costs);
     take_cheaper(row_pairs, pairs_costs);
+  }
+  if (isa_multiplies_matrices() && (!exact || MatrixShape(g).beyond() == 0)) {
+    const bool stays = matrix_stays_in_place(g, input);
+    const ConvPoolPlan matrix = plan_direct<T, MatrixNumber>(g, input, threads, stays, false);
+    take_cheaper(matrix, direct_cost<MatrixNumber>(g, input, matrix));
   }
   return least;
 }
@@ -153,7 +161,9 @@ bool plan_holds(const ConvPoolForward<T>& call) {
   const ConvPoolGeometry& g = call.geometry;
   const ConvAlgorithm algorithm = call.plan.algorithm;
   const bool transforms = algorithm == ConvAlgorithm::winograd || algorithm == ConvAlgorithm::phases;
-  if (!transforms && (algorithm != ConvAlgorithm::row_pairs || !row_pairs_reach_beyond(g))) return true;
+  const bool reaches_beyond = (algorithm == ConvAlgorithm::row_pairs && row_pairs_reach_beyond(g)) ||
+                              (algorithm == ConvAlgorithm::matrix && MatrixShape(g).beyond() > 0);
+  if (!transforms && !reaches_beyond) return true;
   if (!all_moderate(call.input, g.batch, call.input_layout, g.groups * g.in_channels, g.input)) return false;
   return !transforms ||
          all_moderate(call.weight, g.groups * g.out_channels, call.weight_layout, g.in_channels, g.kernel);
@@ -169,6 +179,9 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
       return;
     case ConvAlgorithm::row_pairs:
       if constexpr (kHasPairs<T>) pack_direct<FirstOfPair>(call, first_item, last_item);
+      return;
+    case ConvAlgorithm::matrix:
+      if constexpr (kHasMatrices<T>) pack_direct<MatrixNumber>(call, first_item, last_item);
       return;
     case ConvAlgorithm::rows:
       return pack_blocks(call, kRowOutputs, first_item, last_item);
@@ -200,6 +213,9 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
       return;
     case ConvAlgorithm::row_pairs:
       if constexpr (kHasPairs<T>) forward_direct<FirstOfPair>(call, first_item, last_item, scratch);
+      return;
+    case ConvAlgorithm::matrix:
+      if constexpr (kHasMatrices<T>) forward_direct<MatrixNumber>(call, first_item, last_item, scratch);
       return;
     case ConvAlgorithm::rows:
       return forward_rows(call, first_item, last_item, scratch);

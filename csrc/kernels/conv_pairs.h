@@ -21,6 +21,13 @@ template <class E>
 constexpr bool kStartsPair = false;
 template <>
 constexpr bool kStartsPair<FirstOfPair> = true;
+template <class E>
+constexpr bool kIsOfMatrix = false;
+template <>
+constexpr bool kIsOfMatrix<MatrixNumber> = true;
+// Whether the tile has single numbers, channels last, that are multiplied in runs.
+template <class E>
+constexpr bool kIsOfRun = kStartsPair<E> || kIsOfMatrix<E>;
 
 // The weight's elements that those of a tile are multiplied by.
 template <class E>
@@ -29,6 +36,10 @@ struct WeightOf {
 };
 template <>
 struct WeightOf<FirstOfPair> {
+  using Type = bfloat16x2;
+};
+template <>
+struct WeightOf<MatrixNumber> {
   using Type = bfloat16x2;
 };
 template <class E>
@@ -48,7 +59,7 @@ FASTNN_INLINE ConvPoolGeometry tile_geometry(ConvPoolGeometry g) {
   return g;
 }
 
-// Of numbers in a row of the kernel.
+// Numbers in a row of the kernel.
 FASTNN_INLINE int64_t row_run(const ConvPoolGeometry& g) {
   return g.kernel[2] * g.in_channels;
 }
@@ -58,10 +69,14 @@ FASTNN_INLINE int64_t product_depth(const ConvPoolGeometry& g) {
   return kStartsPair<E> ? g.kernel[0] * g.kernel[1] * divide_up(row_run(g), 2) : g.depth();
 }
 
-// Where rows of the kernel take fewer products in pairs than channels do.
+// Whether a row of the kernel, of more than one column, is one run of numbers.
 constexpr int64_t kMostRowRun = 256;
+FASTNN_INLINE bool has_row_runs(const ConvPoolGeometry& g) {
+  return g.kernel[2] > 1 && g.dilation[2] == 1 && row_run(g) <= kMostRowRun;
+}
+// Where rows of the kernel take fewer products in pairs than channels do.
 FASTNN_INLINE bool row_pairs_apply(const ConvPoolGeometry& g) {
-  return g.in_channels % 2 != 0 && g.kernel[2] > 1 && g.dilation[2] == 1 && row_run(g) <= kMostRowRun;
+  return g.in_channels % 2 != 0 && has_row_runs(g);
 }
 
 // Whether the last of them end beyond the row.
@@ -203,6 +218,10 @@ inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, FirstOfPair* to) {
+  copy_columns(from, layout, channels, channels_last, c, count, reinterpret_cast<bfloat16*>(to));
+}
+inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
+                         int64_t c, int64_t count, MatrixNumber* to) {
   copy_columns(from, layout, channels, channels_last, c, count, reinterpret_cast<bfloat16*>(to));
 }
 #endif

@@ -54,6 +54,7 @@ enum class ConvAlgorithm : int32_t {
   dots,       // conv_dots.h: the depth of the product in the lanes
   windows,    // conv_windows.h: consecutive windows in the lanes
   phases,     // conv_row_phases.h: direct, with fewer multiplications along a row
+  matrix,     // conv_row_matrix.h: direct, by a matrix unit
 };
 
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.

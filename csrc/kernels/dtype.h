@@ -18,6 +18,10 @@ struct bfloat16x2 {
 struct FirstOfPair {
   bfloat16 element;
 };
+// An element of the runs that a matrix unit multiplies (kernels/conv_row_matrix.h).
+struct MatrixNumber {
+  bfloat16 element;
+};
 
 // One kernel table a type: PerDtype<MlpKernels>{...}.get<float>() is MlpKernels<float>.
 template <template <class> class Kernels>
@@ -69,6 +73,10 @@ struct ComputeOf<bfloat16x2> {
 };
 template <>
 struct ComputeOf<FirstOfPair> {
+  using Type = float;
+};
+template <>
+struct ComputeOf<MatrixNumber> {
   using Type = float;
 };
 template <class T>

@@ -92,6 +92,8 @@ std::string algorithm_name(ConvAlgorithm algorithm) {
       return "windows";
     case ConvAlgorithm::phases:
       return "phases";
+    case ConvAlgorithm::matrix:
+      return "matrix";
   }
   return "";
 }

@@ -3,6 +3,12 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastnn {
 namespace {
 
@@ -16,6 +22,21 @@ constexpr IsaName kIsas[] = {
     FASTNN_FOR_EACH_ISA(FASTNN_ROW)
 #undef FASTNN_ROW
 };
+
+// Whether the processor has a matrix unit for bfloat16 and the system lets this process use it: Linux has to be asked,
+// once, for all threads.
+bool has_matrix_unit() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  static const bool is_permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return is_permitted;
+#else
+  return false;
+#endif
+}
 
 Isa best_isa() {
   Isa best = Isa::baseline;
@@ -36,6 +57,8 @@ bool isa_is_supported(Isa isa) {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
   switch (isa) {
+    case Isa::amx_bf16:
+      return isa_is_supported(Isa::avx512_bf16) && has_matrix_unit();
     case Isa::avx512_bf16:
       return isa_is_supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
     case Isa::avx512:
@@ -57,7 +80,15 @@ Isa active_isa() {
 
 bool isa_multiplies_pairs() {
 #if defined(__x86_64__) || defined(_M_X64)
-  return active_isa() == Isa::avx512_bf16;
+  return active_isa() == Isa::avx512_bf16 || active_isa() == Isa::amx_bf16;
+#else
+  return false;
+#endif
+}
+
+bool isa_multiplies_matrices() {
+#if defined(__x86_64__) || defined(_M_X64)
+  return active_isa() == Isa::amx_bf16;
 #else
   return false;
 #endif

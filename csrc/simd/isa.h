@@ -5,11 +5,12 @@
 // namespace and include no C++ library header: an inline function outside it could be emitted with one set's
 // instructions and linked for all.
 //
-// avx512_bf16 has the kernels of avx512, which ask for it (isa_multiplies_pairs) before they use its instruction.
+// avx512_bf16 and amx_bf16 have the kernels of avx512, which ask (isa_multiplies_pairs, isa_multiplies_matrices) before
+// they use instructions beyond it.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
-#define FASTNN_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16)
+#define FASTNN_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16) X(amx_bf16)
 #else
 #define FASTNN_FOR_EACH_ISA(X) X(baseline)
 #endif
@@ -25,6 +26,8 @@ enum class Isa {
 Isa active_isa();
 // Whether the one in use multiplies vectors of pairs of bfloat16.
 bool isa_multiplies_pairs();
+// And whether it multiplies matrices of them.
+bool isa_multiplies_matrices();
 const char* isa_name(Isa isa);
 bool isa_is_supported(Isa isa);
 // Returns false, changing nothing, when `name` is no instruction set that this machine can run.
@@ -48,6 +51,7 @@ bool use_isa(const char* name);
     switch (active_isa()) {                    \
       case Isa::avx512:                        \
       case Isa::avx512_bf16:                   \
+      case Isa::amx_bf16:                      \
         return avx512::name;                   \
       case Isa::avx2:                          \
         return avx2::name;                     \
