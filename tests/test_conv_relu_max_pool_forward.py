@@ -16,8 +16,17 @@ from conv_cases import (
     geometry,
     make,
 )
+from torch import Tensor
 
-from fastnn.testing import instruction_sets
+from fastnn.testing import instruction_sets, using_instruction_set
+
+
+def algorithm(instruction_set: str, tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> str:
+    """What such a call takes; nothing where the machine lacks the instruction set."""
+    if instruction_set not in instruction_sets():
+        return ""
+    with using_instruction_set(instruction_set):
+        return RAW_ALGORITHM(*tensors, flat(arguments))[0]
 
 
 class TestDots:
@@ -123,9 +132,12 @@ class TestPairs:
 
     def test_dot_products_are_chosen_where_they_are_of_pairs(self) -> None:
         input, weight, bias = make((1, 192, 32, 32), 16, (11, 11), 2, dtype=torch.bfloat16)
-        arguments = flat(geometry(2, padding=5, groups=2))
-        chosen = RAW_ALGORITHM(channels_last(input), channels_last(weight), bias, arguments)[0]
-        assert (chosen == "dots") == ("avx512_bf16" in instruction_sets())
+        chosen = {
+            name: algorithm(name, [channels_last(input), channels_last(weight), bias], geometry(2, padding=5, groups=2))
+            for name in ("avx512", "avx512_bf16")
+        }
+        assert chosen["avx512"] != "dots"
+        assert chosen["avx512_bf16"] in ("dots", "")
 
 
 class TestRowPairs:
@@ -177,13 +189,13 @@ class TestRowPairs:
     def test_chosen_for_few_products(self) -> None:
         size, out_channels, kernel, arguments = self.CASES[0]
         tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
-        has_pairs = "avx512_bf16" in instruction_sets()
-        assert (RAW_ALGORITHM(*tensors, flat(arguments))[0] == "row_pairs") == has_pairs
+        assert algorithm("avx512", tensors, arguments) != "row_pairs"
+        assert algorithm("avx512_bf16", tensors, arguments) in ("row_pairs", "")
         tensors[0][0, 0, 0, 0] = torch.nan
-        assert RAW_ALGORITHM(*tensors, flat(arguments))[0] != "row_pairs"
+        assert algorithm("avx512_bf16", tensors, arguments) != "row_pairs"
         even = make((2, 3, 21, 23), 33, (7, 8), dtype=torch.bfloat16)
         even[0][0, 0, 0, 0] = torch.nan
-        assert (RAW_ALGORITHM(*even, flat(arguments))[0] == "row_pairs") == has_pairs
+        assert algorithm("avx512_bf16", even, arguments) in ("row_pairs", "")
 
     def test_winners(self, instruction_set: str) -> None:
         for size, out_channels, kernel, arguments in self.CASES[:2]:
@@ -215,6 +227,107 @@ class TestRowPairs:
     def test_same_bits_for_any_number_of_threads(self) -> None:
         for size, out_channels, kernel, arguments in self.CASES[:2]:
             tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
+            assert_same_bits(tensors, arguments)
+            assert_same_bits([tensors[0][:1], *tensors[1:]], arguments)
+
+
+class TestMatrix:
+    """bfloat16 that a matrix unit may multiply: runs of channels, or of a row of the kernel, in blocks of up to 32
+    numbers, by tiles of up to 16 pixels of a row. Where a run's last block ends beyond it, everything has to be finite.
+    """
+
+    CASES = (
+        # One block a channel run, several, and some that end beyond.
+        ((2, 32, 9, 20), 40, (3, 3), geometry(2, padding=1)),
+        ((2, 64, 9, 33), 16, (3, 3), geometry(2, pool=3, pool_stride=2, pool_padding=1)),
+        ((2, 130, 7, 18), 34, (1, 1), geometry(2)),
+        ((2, 33, 8, 17), 33, (3, 2), geometry(2, padding=1, dilation=2)),
+        ((2, 72, 10, 9), 48, (3, 3), geometry(2, stride=2, padding=1, groups=2)),
+        # A run a row of the kernel.
+        ((2, 3, 21, 47), 33, (7, 7), geometry(2, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)),
+        ((2, 16, 9, 40), 17, (3, 3), geometry(2, padding=1)),
+        ((1, 24, 8, 31), 64, (2, 5), geometry(2, stride=(1, 3), pool=(2, 1))),
+        ((2, 23, 6, 21), 24, (1, 11), geometry(2, padding=(0, 5), ceil_mode=True)),
+        # Rows in several parts, other dimensions, few pixels a row.
+        ((2, 16, 700), 48, (5,), geometry(1, stride=2, pool=4)),
+        ((1, 40, 2100), 16, (3,), geometry(1, pool=3, pool_stride=1)),
+        ((2, 48, 5, 6, 7), 32, (3, 2, 3), geometry(3, padding=1)),
+        ((1, 17, 9, 8, 35), 18, (3, 3, 3), geometry(3, padding=(0, 1, 2), stride=(2, 1, 1), pool=(3, 2, 2))),
+        ((3, 64, 5, 5), 96, (3, 3), geometry(2)),
+        ((0, 64, 9, 33), 64, (3, 3), geometry(2)),
+    )
+
+    @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+    @pytest.mark.parametrize(("size", "out_channels", "kernel", "arguments"), CASES)
+    @pytest.mark.parametrize("special", [0.0, float("nan"), float("inf")])
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        size: tuple[int, ...],
+        out_channels: int,
+        kernel: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        last: bool,
+        special: float,
+    ) -> None:
+        tensors = make(size, out_channels, kernel, arguments[3], torch.bfloat16, last=last)
+        if special != 0:
+            tensors[0][-1:, ..., 4] = special
+            assert_like_float64(tensors, arguments)
+        else:
+            assert_like_stock(tensors, arguments)
+
+    def test_chosen(self) -> None:
+        for size, out_channels, kernel, arguments in self.CASES[:3]:
+            for last in (False, True):
+                tensors = make(size, out_channels, kernel, dtype=torch.bfloat16, last=last)
+                assert algorithm("avx512_bf16", tensors, arguments) != "matrix"
+                assert algorithm("amx_bf16", tensors, arguments) in ("matrix", "")
+
+    @pytest.mark.parametrize("width", [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 127, 129])
+    def test_widths(self, instruction_set: str, width: int) -> None:
+        for in_channels in (16, 64):
+            for last in (False, True):
+                tensors = make((2, in_channels, 4, width), 33, (3, 1), dtype=torch.bfloat16, last=last)
+                assert_like_stock(tensors, geometry(2, pool=(2, 1)))
+
+    @pytest.mark.parametrize("channels", [1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 95, 97])
+    def test_channels(self, instruction_set: str, channels: int) -> None:
+        for last in (False, True):
+            assert_like_stock(
+                make((2, channels, 6, 20), channels, (3, 3), dtype=torch.bfloat16, last=last), geometry(2, padding=1)
+            )
+
+    def test_winners(self, instruction_set: str) -> None:
+        for size, out_channels, kernel, arguments in self.CASES[:2]:
+            tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
+            output, winners = RAW_WITH_WINNERS(*tensors, flat(arguments))
+            exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
+            assert torch.equal(output, FUSED[2](*tensors, *arguments))
+            assert (winners == exact).double().mean() > 0.999  # but for sums that lie close
+
+    def test_no_number_left_in_scratch_memory_counts(self, instruction_set: str) -> None:
+        for size, out_channels, kernel, arguments in self.CASES[5:8]:
+            tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
+            spoilt = [torch.full(size, torch.nan, dtype=torch.bfloat16), *tensors[1:]]
+            for rows in range(size[2] - 3, size[2]):
+                FUSED[2](*spoilt, *arguments)
+                assert_like_stock([tensors[0][:, :, :rows], *tensors[1:]], arguments)
+
+    def test_views(self, instruction_set: str) -> None:
+        input, weight, bias = make((3, 96, 9, 40), 33, (3, 3), dtype=torch.bfloat16)
+        arguments = geometry(2, padding=1)
+        for value, check in ((1.0, assert_like_stock), (float("nan"), assert_like_float64)):
+            input[1, 2, 4, 6] = value
+            check([input[:, ::2, :, ::2], weight[:, 1::2], bias], arguments)
+            check([input[:, 1:33, 1:, ::3], weight[:, :32], bias], geometry(2))
+            check([channels_last(input)[:, 2:66, :, 3:], channels_last(weight)[:, 32:], bias], geometry(2))
+            check([channels_last(input)[:, :32, ::2, 1:38], weight[:, :32], bias], geometry(2))
+            check([input[:, :32, 4:5].expand(-1, -1, 9, -1), weight[:, :32], bias], arguments)
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        for size, out_channels, kernel, arguments in self.CASES[:8]:
+            tensors = make(size, out_channels, kernel, arguments[3], dtype=torch.bfloat16)
             assert_same_bits(tensors, arguments)
             assert_same_bits([tensors[0][:1], *tensors[1:]], arguments)
 
