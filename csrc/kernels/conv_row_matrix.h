@@ -63,8 +63,7 @@ FASTNN_SHARED void conv_row_matrix(const MatrixShape& s, int64_t pixels, const M
 template <int vectors>
 constexpr int kMatrixTiles = 4 / vectors;
 
-// The register tile: `tiles` tiles of conv pixels, the first `from` and each `next` elements further, by `vectors`
-// vectors of output channels.
+// The register tile: `tiles` tiles of conv pixels by `vectors` vectors of output channels.
 template <int tiles, int vectors>
 FASTNN_INLINE void matrix_tile(const MatrixShape& s, const MatrixNumber* const (&from)[tiles], int64_t step,
                                const int64_t* offsets, const bfloat16x2* weight, const float* bias,

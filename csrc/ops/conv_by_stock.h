@@ -21,9 +21,18 @@ inline bool goes_by_stock(const ConvPoolProblem& problem, bool channels_last) {
   constexpr int64_t kLargeWeight = 1 << 18, kFewWinners = 32, kFewImages = 4;
   const int64_t weight = g.groups * g.out_channels * g.depth();
   if (weight > kLargeWeight && g.batch >= kFewImages && std::min(g.pixels(), conv) <= kFewWinners) return true;
+  const int64_t inputs = g.batch * g.in_channels * g.input[0] * g.input[1] * g.input[2];
+  // Many products of bfloat16 for each number that has to be brought there: a matrix unit, which torch's library has
+  // for them, makes those of all pixels sooner than we those of the winners.
+  constexpr double kManyProducts = 2e7, kProductsANumber = 150;
+  const double products = 2.0 * static_cast<double>(g.batch * g.pixels() * weight);
+  const double numbers = static_cast<double>(g.groups * inputs + g.batch * g.groups * g.out_channels * conv);
+  if (problem.kind.dtype == ScalarType::BFloat16 && isa_multiplies_matrices() && products > kManyProducts &&
+      products > kProductsANumber * numbers) {
+    return true;
+  }
   // Little but moving bfloat16, which we widen, between memory and cache.
   constexpr int64_t kManyElements = 400'000, kFewOutputs = 4;
-  const int64_t inputs = g.batch * g.in_channels * g.input[0] * g.input[1] * g.input[2];
   return problem.kind.dtype == ScalarType::BFloat16 && channels_last && g.taps() == 1 && g.groups == 1 &&
          inputs >= kManyElements && g.batch * conv * g.out_channels <= kFewOutputs * inputs;
 }
