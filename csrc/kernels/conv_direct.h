@@ -274,7 +274,8 @@ class DirectForward {
 
   template <int vectors>
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
-    return ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
+    int64_t waiting = 0;  // rows that a matrix unit makes together
+    const int64_t count = ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
       if (plan_.skips_padding) {
         if constexpr (!kIsOfRun<E>) {  // whose input never lies in the tile's order
           conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
@@ -285,14 +286,17 @@ class DirectForward {
           conv_row_phases<vectors>(g_, phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
         }
       } else if constexpr (kIsOfMatrix<E>) {
-        conv_row_matrix<vectors>(matrix_, matrix_pixels(ring_shape_.columns), conv_corner(z, y),
-                                 g_.stride[2] * step_[2], scratch_.offsets, block_weight(block), bias, conv_columns_,
-                                 to);
+        scratch_.matrix_rows[waiting++] = {conv_corner(z, y), to};
       } else {
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, conv_columns_, to);
       }
     });
+    if constexpr (kIsOfMatrix<E>) {
+      conv_rows_matrix<vectors>(matrix_, matrix_pixels(ring_shape_.columns), scratch_.matrix_rows, waiting,
+                                g_.stride[2] * step_[2], scratch_.offsets, block_weight(block), bias, conv_columns_);
+    }
+    return count;
   }
 
   template <int vectors>

@@ -96,9 +96,10 @@ struct DirectScratch {
   C* stage;
   uint8_t* winner_stage;
   WindowRow<C>* window_rows;
-  int64_t* tags;     // which conv row each slot of the ring holds
-  int64_t* offsets;  // of the tile's elements under a conv pixel
-  int8_t* moderate;  // whether a block's weight and bias are, by group and block; -1 if not known
+  MatrixRow* matrix_rows;  // those that are yet to be made
+  int64_t* tags;           // which conv row each slot of the ring holds
+  int64_t* offsets;        // of the tile's elements under a conv pixel
+  int8_t* moderate;        // whether a block's weight and bias are, by group and block; -1 if not known
   int64_t size;
 
   DirectScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
@@ -117,6 +118,7 @@ struct DirectScratch {
     stage = parts.take<C>(stage_pixels * kBlockChannels<C>);
     winner_stage = parts.take<uint8_t>(stage_pixels * kBlockChannels<C>);
     window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
+    matrix_rows = parts.take<MatrixRow>(kIsOfMatrix<E> ? g.pool_kernel[0] * g.pool_kernel[1] : 0);
     tags = parts.take<int64_t>(slots);
     offsets = parts.take<int64_t>(g.depth());
     moderate = parts.take<int8_t>(g.groups * divide_up(g.out_channels, kBlockChannels<C>));

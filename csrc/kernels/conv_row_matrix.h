@@ -1,4 +1,4 @@
-// A row of conv pixels by a matrix unit (simd/matrix.h): bfloat16 in channels last.
+// Rows of conv pixels by a matrix unit (simd/matrix.h): bfloat16 in channels last.
 //
 // Numbers that lie side by side under a conv pixel and in the weight are a run: those of a row of the kernel, or of
 // each of its columns. A run is cut into equal blocks, and a block of 16 neighbouring pixels is a left operand as it
@@ -51,15 +51,21 @@ FASTNN_INLINE bool matrix_stays_in_place(const ConvPoolGeometry& g, const ConvLa
   return !padded && input.c == 1 && s.beyond() == 0 && (!s.joins_columns || input.d[2] == g.in_channels);
 }
 
-// `count` conv pixels of a row, `step` elements of the tile apart -> to (count, vectors x lanes), by tiles of `pixels`,
-// as many as the matrix unit is set up for; that many are written at least.
+// A row of conv pixels to be made.
+struct MatrixRow {
+  const MatrixNumber* tile;  // the element under the first tap of its first pixel
+  float* to;                 // (pixels, vectors x lanes)
+};
+
+// Rows of `count` conv pixels each, `step` elements of the tile apart, by tiles of `pixels`, as many as the matrix unit
+// is set up for; that many of a row are written at least.
 template <int vectors>
-FASTNN_SHARED void conv_row_matrix(const MatrixShape& s, int64_t pixels, const MatrixNumber* tile, int64_t step,
-                                   const int64_t* offsets, const bfloat16x2* weight, const Vec<float> (&bias)[vectors],
-                                   int64_t count, float* to);
+FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, int64_t pixels, const MatrixRow* rows, int64_t row_count,
+                                    int64_t step, const int64_t* offsets, const bfloat16x2* weight,
+                                    const Vec<float> (&bias)[vectors], int64_t count);
 
 #if defined(__AVX512F__)
-// Tiles of pixels that are worked on together: enough sums for the unit to be busy.
+// Tiles of pixels that are worked on together and share the loads of the weight.
 template <int vectors>
 constexpr int kMatrixTiles = 4 / vectors;
 
@@ -98,25 +104,26 @@ FASTNN_INLINE void matrix_tile(const MatrixShape& s, const MatrixNumber* const (
 }
 
 template <int vectors>
-FASTNN_SHARED void conv_row_matrix(const MatrixShape& s, int64_t pixels, const MatrixNumber* tile, int64_t step,
-                                   const int64_t* offsets, const bfloat16x2* weight, const Vec<float> (&bias)[vectors],
-                                   int64_t count, float* to) {
+FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, int64_t pixels, const MatrixRow* rows, int64_t row_count,
+                                    int64_t step, const int64_t* offsets, const bfloat16x2* weight,
+                                    const Vec<float> (&bias)[vectors], int64_t count) {
   alignas(64) float bias_row[vectors * kMatrixRows];
   for (int v = 0; v < vectors; ++v) store(bias_row + v * kMatrixRows, bias[v]);
-  const int64_t tiles = divide_up(count, pixels);
+  const int64_t row_tiles = divide_up(count, pixels), tiles = row_count * row_tiles;
   for (int64_t t = 0; t < tiles; t += kMatrixTiles<vectors>) {
     with_constant<kMatrixTiles<vectors>>(static_cast<int>(smaller(tiles - t, kMatrixTiles<vectors>)), [&](auto some) {
       constexpr int together = decltype(some)::value;
       const MatrixNumber* from[together];
-      float* target[together];
+      float* to[together];
       for (int i = 0; i < together; ++i) {
-        // The last one covers what the one before it has covered already.
-        const int64_t first = larger(0, smaller((t + i) * pixels, count - pixels));
-        from[i] = tile + first * step;
-        target[i] = to + first * vectors * kMatrixRows;
+        const MatrixRow& row = rows[(t + i) / row_tiles];
+        // A row's last tile covers what the one before it has covered already.
+        const int64_t first = larger(0, smaller((t + i) % row_tiles * pixels, count - pixels));
+        from[i] = row.tile + first * step;
+        to[i] = row.to + first * vectors * kMatrixRows;
       }
       matrix_tile<together, vectors>(s, from, step * static_cast<int64_t>(sizeof(MatrixNumber)), offsets, weight,
-                                     bias_row, target);
+                                     bias_row, to);
     });
   }
 }
