@@ -50,9 +50,12 @@ class DirectForward {
         if (number % 2 != 0) return;
         k = k / run * divide_up(run, 2) + number / 2;
       }
-      scratch_.offsets[in_phases() ? k / g_.kernel[2] : k] = c * channel_step_ + d * g_.dilation[0] * step_[0] +
-                                                             h * g_.dilation[1] * step_[1] +
-                                                             w * g_.dilation[2] * step_[2];
+      const int64_t offset = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
+                             w * g_.dilation[2] * step_[2];
+      if (!in_phases()) scratch_.offsets[k] = offset;
+      for (int64_t p = 0; in_phases() && w == 0 && p < phases_.positions; ++p) {
+        scratch_.offsets[p * phases_.depth + k / g_.kernel[2]] = offset + p * phases_.pitch;
+      }
     });
   }
 
@@ -274,7 +277,7 @@ class DirectForward {
         }
       } else if (in_phases()) {
         if constexpr (kHasPhases<E>) {
-          conv_row_phases<vectors>(g_, phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
+          conv_row_phases<vectors>(phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
         }
       } else {
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),

@@ -111,7 +111,7 @@ struct DirectScratch {
     winner_stage = parts.take<uint8_t>(stage_pixels * kBlockChannels<C>);
     window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
     tags = parts.take<int64_t>(slots);
-    offsets = parts.take<int64_t>(g.depth());
+    offsets = parts.take<int64_t>(in_phases ? phases.positions * phases.depth : g.depth());
     moderate = parts.take<int8_t>(g.groups * divide_up(g.out_channels, kBlockChannels<C>));
     size = parts.used();
   }
@@ -234,10 +234,10 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   constexpr double kTransformed = 5,
                    kPack = 4;  // of a vector of input; of a weight, beyond what packing takes elsewhere
   const PhaseShape<C> s(g, ring_shape(g, plan).columns);
-  const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kPhasePairs);
+  const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kConvPixels);
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * plan.column_parts);
   // Few pairs do not keep the multipliers busy.
-  const double pairs = static_cast<double>(larger(s.pairs, tiles * kPhasePairs / 2));
+  const double pairs = static_cast<double>(larger(s.pairs, tiles * kConvPixels / 2));
   const double sums = static_cast<double>(s.positions) *
                       (kProduct * pairs * (static_cast<double>(s.depth) + 2) + kPosition * static_cast<double>(tiles));
   const double windows =

@@ -2,9 +2,10 @@
 //
 // A kernel that strides by s along the row is s kernels of every s-th column, each of which slides by one over every
 // s-th column of the input. One of r columns makes two neighbouring pixels from r + 1 products a row of the kernel and
-// channel in place of 2 r: 7 columns with stride 2 take 9 in place of 14, 3 columns 4 in place of 6. The input is
-// transformed once and read by all rows of the kernel and all output channels. Error stays at direct convolution's;
-// NaN, infinity and huge values would spread, so they are for direct convolution.
+// channel in place of 2 r: 7 columns with stride 2 take 9 in place of 14, 3 columns 4 in place of 6. The products at a
+// point are summed up over channels, rows of the kernel and phases alike, in the register tile of direct convolution.
+// The input is transformed once and read by all rows of the kernel and all output channels. Error stays at direct
+// convolution's; NaN, infinity and huge values would spread, so they are for direct convolution.
 #pragma once
 
 #include "conv_tile.h"
@@ -13,7 +14,6 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-constexpr int kPhasePairs = FASTNN_VECTOR_BYTES == 64 ? 8 : 4;  // pairs of conv pixels of a register tile
 constexpr int64_t kMostPhases = 4;
 
 // The columns of the kernel that belong to a phase.
@@ -24,18 +24,25 @@ FASTNN_INLINE int64_t phase_taps(const ConvPoolGeometry& g, int64_t phase) {
 // How products along a row are counted and laid out, for rows of `columns` conv pixels.
 template <class C>
 struct PhaseShape {
-  int64_t phases, positions;  // products of a pair of pixels, of all phases
-  int64_t depth;              // sums of so many each: channels and rows of the kernel
-  int64_t pairs, pitch;       // of pixels in a row; elements from a position's row of pairs to the next
-  int64_t places;             // columns under a pair, from one pair's first to the next's
+  int64_t phases, positions;             // products of a pair of pixels, of all phases, point by point
+  int64_t first[kMostWinogradTaps + 2];  // position of each point; a point's phases are the first ones
+  int64_t depth;         // sums of so many products each, but for phases: channels and rows of the kernel
+  int64_t pairs, pitch;  // of pixels in a row; elements from a position's row of pairs to the next
+  int64_t places;        // columns under a pair, from one pair's first to the next's
 
   PhaseShape(const ConvPoolGeometry& g, int64_t columns)
       : phases(smaller(g.stride[2], g.kernel[2])),
         positions(g.kernel[2] + phases),
+        first{},
         depth(g.in_channels * g.kernel[0] * g.kernel[1]),
         pairs(divide_up(columns, 2)),
         pitch(round_up(pairs, kLanes<C>)),
-        places(2 * g.stride[2]) {}
+        places(2 * g.stride[2]) {
+    for (int point = 0; point <= kMostWinogradTaps; ++point) {
+      first[point + 1] = first[point];
+      for (int64_t phase = 0; phase < phases; ++phase) first[point + 1] += phase_taps(g, phase) >= point;
+    }
+  }
 
   // Of a row of input columns that are `places` apart: the last pair reaches over its own.
   int64_t column_run() const { return pitch + kLanes<C>; }
@@ -59,9 +66,8 @@ void pack_phase_row(const ConvPoolGeometry& g, const PhaseShape<C>& s, const C* 
           column[i] = load(columns + (phase + i * g.stride[2]) * kBlockChannels<C> + o);
         }
         transform_weight(column, result);
-        for (int i = 0; i <= taps; ++i) store(to + i * step + o, result[i]);
+        for (int i = 0; i <= taps; ++i) store(to + (s.first[i] + phase) * step + o, result[i]);
       }
-      to += (taps + 1) * step;
     });
   }
 }
@@ -133,64 +139,39 @@ void transform_row(const ConvPoolGeometry& g, const PhaseShape<C>& s, const C* p
         Vec<C> pixels[taps + 1], result[taps + 1];
         for (int i = 0; i <= taps; ++i) pixels[i] = load(from[i] + pair);
         transform_input(pixels, result);
-        for (int i = 0; i <= taps; ++i) store(to + i * s.pitch + pair, result[i]);
+        for (int i = 0; i <= taps; ++i) store(to + (s.first[i] + phase) * s.pitch + pair, result[i]);
       }
-      to += (taps + 1) * s.pitch;
     });
-  }
-}
-
-// The register tile: `pairs` pairs of conv pixels of one vector of output channels, `width` of which lie in a row of
-// the weight.
-template <int pairs, class C>
-FASTNN_INLINE void phases_tile(const ConvPoolGeometry& g, const PhaseShape<C>& s, const C* tile, const int64_t* offsets,
-                               const C* weight, int64_t width, Vec<C> bias, C* to) {
-  Vec<C> pixel[2][pairs];
-#pragma GCC unroll 8
-  for (int p = 0; p < pairs; ++p) pixel[0][p] = pixel[1][p] = bias;
-  for (int64_t phase = 0; phase < s.phases; ++phase) {
-    const int64_t taps = phase_taps(g, phase);
-    for (int64_t i = 0; i <= taps; ++i, tile += s.pitch) {
-      Vec<C> total[pairs][1] = {};
-      sum_in_parts(s.depth, total, [&](int64_t k) __attribute__((always_inline)) {
-        const C* at = tile + offsets[k];
-        const Vec<C> factor = load(weight);
-        weight += width;
-#pragma GCC unroll 8
-        for (int p = 0; p < pairs; ++p) total[p][0] = multiply_add(broadcast_element(at + p), factor, total[p][0]);
-      });
-#pragma GCC unroll 2
-      for (int which = 0; which < 2; ++which) {
-        const C share = kWinogradResults[taps - 1][i][which];
-        if (share == 0) continue;
-        const Vec<C> share_of_all = broadcast<C>(share);
-#pragma GCC unroll 8
-        for (int p = 0; p < pairs; ++p) pixel[which][p] = multiply_add(total[p][0], share_of_all, pixel[which][p]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int p = 0; p < pairs; ++p) {
-    store(to + 2 * p * width, pixel[0][p]);
-    store(to + (2 * p + 1) * width, pixel[1][p]);
   }
 }
 
 // The pairs of a conv row -> to (2 x pairs, vectors x lanes)
 template <int vectors, class C>
-FASTNN_SHARED void conv_row_phases(const ConvPoolGeometry& g, const PhaseShape<C>& s, const C* tile,
-                                   const int64_t* offsets, const C* weight, const Vec<C> (&bias)[vectors], C* to) {
+FASTNN_SHARED void conv_row_phases(const PhaseShape<C>& s, const C* tile, const int64_t* offsets, const C* weight,
+                                   const Vec<C> (&bias)[vectors], C* to) {
   constexpr int64_t width = vectors * kLanes<C>;
-  const int64_t tiles = divide_up(s.pairs, kPhasePairs);
-  // A vector's weight stays in L1 meanwhile.
-  for (int64_t v = 0; v < vectors; ++v) {
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = s.pairs * t / tiles, last = s.pairs * (t + 1) / tiles;
-      with_constant<kPhasePairs>(static_cast<int>(last - first), [&](auto pairs) {
-        phases_tile<decltype(pairs)::value>(g, s, tile + first, offsets, weight + v * kLanes<C>, width, bias[v],
-                                            to + 2 * first * width + v * kLanes<C>);
-      });
-    }
+  const Vec<C> zero[vectors] = {};
+  for (int point = 0; point <= kMostWinogradTaps; ++point) {
+    const int64_t k = s.first[point] * s.depth, depth = s.first[point + 1] * s.depth - k;
+    if (depth == 0) return;
+    const bool starts = point < 2;  // the only ones of one result each
+    const auto add = [&](int64_t first, const auto& total) __attribute__((always_inline)) {
+      for (int which = 0; which < 2; ++which) {
+        const C share = kWinogradResults[point][which];
+        if (share == 0) continue;
+        C* at = to + (2 * first + which) * width;
+#pragma GCC unroll 16
+        for (const auto& pair : total) {
+          for (int v = 0; v < vectors; ++v) {
+            C* result = at + v * kLanes<C>;
+            store(result, starts ? pair[v] : multiply_add(pair[v], broadcast<C>(share), load(result)));
+          }
+          at += 2 * width;
+        }
+      }
+    };
+    conv_groups<1, vectors, kLongestSum>(tile, 1, offsets + k, depth, weight + k * width, starts ? bias : zero, s.pairs,
+                                         add);
   }
 }
 
