@@ -173,6 +173,10 @@ class TestPhases:
             ((1, 24, 33, 34), 96, (4, 2), geometry(2, stride=(3, 1), padding=1, pool=3, pool_stride=2)),
             ((2, 3, 19, 90), 96, (5, 11), geometry(2, stride=(1, 3), padding=2, pool=3, pool_stride=1)),
             ((3, 96, 201), 130, (3,), geometry(1, padding=1, pool=3)),
+            # Long kernels, in pieces.
+            ((2, 64, 100), 96, (7,), geometry(1, padding=3)),
+            ((1, 16, 33, 40), 96, (5, 5), geometry(2, groups=2, padding=2, pool=3, pool_stride=2)),
+            ((1, 8, 40, 70), 48, (2, 19), geometry(2, stride=(1, 2), padding=(0, 9), pool=3, pool_stride=2)),
             ((1, 12, 9, 10, 33), 96, (3, 3, 3), geometry(3, padding=1, pool=3, pool_stride=2, pool_padding=1)),
         ],
     )
@@ -210,6 +214,11 @@ class TestPhases:
         assert RAW_ALGORITHM(input, weight, bias, flat(self.STEM))[0] == "phases"
         input, weight, bias = make((1, 16, 28, 28), 512, (3, 3))
         arguments = geometry(2, padding=1, pool=3, pool_stride=2)
+        assert RAW_ALGORITHM(input, weight, bias, flat(arguments))[0] == "phases"
+
+    def test_chosen_for_long_kernels(self) -> None:
+        input, weight, bias = make((1, 32, 40, 40), 96, (5, 5))
+        arguments = geometry(2, padding=2, pool=3, pool_stride=2)
         assert RAW_ALGORITHM(input, weight, bias, flat(arguments))[0] == "phases"
 
     def test_same_bits_for_any_number_of_threads(self) -> None:

@@ -31,7 +31,8 @@ class DirectForward {
         depth_(product_depth<E>(g_)),
         scratch_(g_, call.plan, memory) {
     if (in_phases()) {
-      step_[1] = phases_.positions * phases_.pitch;
+      position_step_ = phase_step<C>(g_, plan_);
+      step_[1] = phases_.pitch;
       step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
       channel_step_ = step_[0] * input_extent(g_, 0, 1);
       step_[2] = 0;  // the columns of the kernel are none of the sum's
@@ -57,9 +58,12 @@ class DirectForward {
         if (number % 2 != 0) return;
         k = k / run * divide_up(run, 2) + number / 2;
       }
-      scratch_.offsets[in_phases() ? k / g_.kernel[2] : k] = c * channel_step_ + d * g_.dilation[0] * step_[0] +
-                                                             h * g_.dilation[1] * step_[1] +
-                                                             w * g_.dilation[2] * step_[2];
+      const int64_t offset = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
+                             w * g_.dilation[2] * step_[2];
+      if (!in_phases()) scratch_.offsets[k] = offset;
+      for (int64_t p = 0; in_phases() && w == 0 && p < phases_.positions; ++p) {
+        scratch_.offsets[p * phases_.depth + k / g_.kernel[2]] = offset + p * position_step_;
+      }
     });
   }
 
@@ -142,14 +146,18 @@ class DirectForward {
   // `from` is the group's channel, slice, row and column 0.
   void fill_phases(const T* from, const InputTile<E>& tile) {
     const ConvLayout& layout = call_.input_layout;
+    const PartedRow<C> parted(g_, phases_, tile.first[2], scratch_.parted);
     for (int64_t c = 0; c < g_.in_channels; ++c) {
       for (int64_t d = 0; d < tile.size[0]; ++d) {
         for (int64_t h = 0; h < tile.size[1]; ++h) {
           const int64_t z = tile.first[0] + d, y = tile.first[1] + h;
-          const bool inside = z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1];
-          const T* row = inside ? from + c * layout.c + z * layout.d[0] + y * layout.d[1] : nullptr;
-          part_row(g_, phases_, row, layout.d[2], tile.first[2], scratch_.parted);
-          transform_row(g_, phases_, scratch_.parted, tile.data + c * tile.c + d * tile.d[0] + h * tile.d[1]);
+          C* to = tile.data + c * tile.c + d * tile.d[0] + h * tile.d[1];
+          if (z < 0 || z >= g_.input[0] || y < 0 || y >= g_.input[1]) {
+            for (int64_t p = 0; p < phases_.positions; ++p) fill_zeros(to + p * position_step_, phases_.pitch);
+            continue;
+          }
+          parted.take(from + c * layout.c + z * layout.d[0] + y * layout.d[1], layout.d[2]);
+          transform_row(phases_, parted.data, to, position_step_);
         }
       }
     }
@@ -283,7 +291,7 @@ class DirectForward {
         }
       } else if (in_phases()) {
         if constexpr (kHasPhases<E>) {
-          conv_row_phases<vectors>(g_, phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
+          conv_row_phases<vectors>(phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
         }
       } else if constexpr (kIsOfMatrix<E>) {
         scratch_.matrix_rows[waiting++] = {conv_corner(z, y), to};
@@ -325,6 +333,7 @@ class DirectForward {
   InputSource<E> source_;
   bool tile_is_moderate_;
   int64_t step_[3], channel_step_;
+  int64_t position_step_;  // phase_step
   int64_t image_, group_, first_column_, last_column_, conv_columns_;
   int64_t first_conv_[3];
 };

@@ -78,11 +78,18 @@ int64_t channel_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   return plan.order == TapOrder::channels_last || size < line ? size : round_up(size, 2 * line) + line;
 }
 
-// The transformed input of a band.
+// Of a band's transformed input, from one position to the next: the products at one read a single run. An odd number of
+// cache lines, as above.
+template <class C>
+int64_t phase_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  constexpr int64_t line = 64 / sizeof(C);
+  const PhaseShape<C> s(g, ring_shape(g, plan).columns);
+  const int64_t rows = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
+  return round_up(rows * s.pitch, 2 * line) + line;
+}
 template <class C>
 int64_t phase_tile_size(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  const PhaseShape<C> s(g, ring_shape(g, plan).columns);
-  return g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, plan.band) * s.positions * s.pitch;
+  return PhaseShape<C>(g, 1).positions * phase_step<C>(g, plan);
 }
 
 // A thread's scratch, cut into its parts.
@@ -109,18 +116,23 @@ struct DirectScratch {
     const int64_t stage_pixels = plan.band * plan.columns;
     MemoryParts parts(memory);
     const bool in_phases = plan.algorithm == ConvAlgorithm::phases;
-    const PhaseShape<C> phases(g, ring_size.columns);
     tile = parts.take<E>(in_phases       ? phase_tile_size<C>(g, plan)
                          : plan.in_place ? 0
                                          : g.in_channels * channel_step<C>(g, plan) + elements_behind<E>(g));
-    parted = parts.take<C>(in_phases ? phases.places * phases.column_run() : 0);
+    int64_t parted_size = 0, depth = g.depth();
+    if (in_phases) {
+      const PhaseShape<C> phases(g, ring_size.columns);
+      parted_size = phases.places * phases.column_run;
+      depth = phases.positions * phases.depth;
+    }
+    parted = parts.take<C>(parted_size);
     ring = parts.take<C>(slots * ring_size.columns * kBlockChannels<C>);
     stage = parts.take<C>(stage_pixels * kBlockChannels<C>);
     winner_stage = parts.take<uint8_t>(stage_pixels * kBlockChannels<C>);
     window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
     matrix_rows = parts.take<MatrixRow>(kIsOfMatrix<E> ? g.pool_kernel[0] * g.pool_kernel[1] : 0);
     tags = parts.take<int64_t>(slots);
-    offsets = parts.take<int64_t>(g.depth());
+    offsets = parts.take<int64_t>(depth);
     moderate = parts.take<int8_t>(g.groups * divide_up(g.out_channels, kBlockChannels<C>));
     size = parts.used();
   }
@@ -130,10 +142,10 @@ struct DirectScratch {
 // `skips_padding`: it is read in place, whatever its padding.
 template <class T, class E>
 ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool lies,
-                         bool skips_padding) {
+                         bool skips_padding, ConvAlgorithm algorithm = kDirectAlgorithm<E>) {
   using C = Compute<T>;
   ConvPoolPlan plan = {};
-  plan.algorithm = kDirectAlgorithm<E>;
+  plan.algorithm = algorithm;
   plan.skips_padding = skips_padding;
   plan.in_place = lies && (skips_padding || kIsOfMatrix<E> || can_stay_in_place<E>(g, input, false));
   const bool channels_last = kIsOfRun<E> || (input.c == 1 && g.in_channels > 1 && input.d[2] != 1);
@@ -141,7 +153,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
   const int64_t column = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, 1) * g.stride[2];
   const int64_t room = smaller(kTileRowPixels, kTileBytes / 2 / (column * static_cast<int64_t>(sizeof(E))));
-  const int64_t row_pixels = windows_are_apart(g) && !skips_padding ? larger(kRowPixels, room) : kRowPixels;
+  const int64_t row_pixels = windows_are_apart(g) && makes_plain_rows(plan) ? larger(kRowPixels, room) : kRowPixels;
   plan.column_parts = row <= row_pixels * 5 / 4 ? 1 : smaller(g.output[2], divide_up(row, row_pixels));
   plan.columns = divide_up(g.output[2], plan.column_parts);
   plan.column_parts = divide_up(g.output[2], plan.columns);
@@ -179,8 +191,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
 // The same with conv rows by phases.
 template <class T, class C = Compute<T>>
 ConvPoolPlan plan_phases(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
-  ConvPoolPlan plan = plan_direct<T, C>(g, input, threads, false, false);
-  plan.algorithm = ConvAlgorithm::phases;
+  ConvPoolPlan plan = plan_direct<T, C>(g, input, threads, false, false, ConvAlgorithm::phases);
   plan.order = TapOrder::channels_first;
   while (plan.band > 1 && phase_tile_size<C>(g, plan) * static_cast<int64_t>(sizeof(C)) > kPhaseBytes) --plan.band;
   const PhaseShape<C> s(g, 1);
@@ -249,18 +260,28 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
 // For one image and group.
 template <class C>
 double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  constexpr double kItem = 300, kRow = 60, kWayOut = 12, kTile = 20;  // of a register tile
-  constexpr double kProduct = 1.15, kPosition = 16;                   // of a position in it, beside its sum's products
-  constexpr double kPixel = 3;                                        // of a vector of pixels in the ring
+  constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 8;
+  constexpr double kProduct = 1.15, kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
   constexpr double kTransformed = 5,
                    kPack = 4;  // of a vector of input; of a weight, beyond what packing takes elsewhere
   const PhaseShape<C> s(g, ring_shape(g, plan).columns);
-  const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kPhasePairs);
+  const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kConvPixels);
+  const int64_t blocks = divide_up(vectors, 2);
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * plan.column_parts);
-  // Few pairs do not keep the multipliers busy.
-  const double pairs = static_cast<double>(larger(s.pairs, tiles * kPhasePairs / 2));
-  const double sums = static_cast<double>(s.positions) *
-                      (kProduct * pairs * (static_cast<double>(s.depth) + 2) + kPosition * static_cast<double>(tiles));
+  // Few sums do not keep the multipliers busy.
+  const double accumulators = static_cast<double>(divide_up(s.pairs, tiles) * smaller(2, vectors));
+  const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
+  int64_t points = 0;
+  for (int point = 0; point <= kMostWinogradTaps; ++point) points += s.first[point + 1] > s.first[point];
+  const double products = kProduct * slow * static_cast<double>(vectors * s.pairs * s.positions * s.depth);
+  const double results = static_cast<double>(points) * (kPoint * static_cast<double>(tiles * blocks) +
+                                                        kResult * static_cast<double>(vectors * s.pairs));
+  // Each conv row reads a block's weight, which is larger than direct convolution's: not from beyond L2.
+  constexpr int64_t kNear = 1 << 20;
+  constexpr double kFarByte = 0.15;
+  const int64_t bytes = s.positions * s.depth * smaller(2, vectors) * FASTNN_VECTOR_BYTES;
+  const bool far = bytes + phase_tile_size<C>(g, plan) * static_cast<int64_t>(sizeof(C)) > kNear;
+  const double waits = far ? kFarByte * static_cast<double>(blocks * bytes) : 0;
   const double windows =
       static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
@@ -269,8 +290,7 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double parting = static_cast<double>(s.places) * (kRunCost + copy_cost(s.places * input.d[2]) * s.pairs);
   const double transform = parting + kTransformed * static_cast<double>(s.positions * s.pitch / kLanes<C>);
   const double packing = kPack * static_cast<double>(g.out_channels * g.depth()) / static_cast<double>(g.batch);
-  const double row = kTile * tiles + kPixel * 2 * static_cast<double>(s.pairs) + sums;
-  return kItem + conv_rows * (kRow + static_cast<double>(vectors) * row) + windows + rows * transform + packing;
+  return kItem + conv_rows * (kRow * blocks + products + results + waits) + windows + rows * transform + packing;
 }
 
 // With or without a padded copy of the input, whichever is cheaper.

@@ -1,10 +1,12 @@
 // A row of conv pixels by Winograd's F(2, r) along the row, for each phase of the stride.
 //
 // A kernel that strides by s along the row is s kernels of every s-th column, each of which slides by one over every
-// s-th column of the input. One of r columns makes two neighbouring pixels from r + 1 products a row of the kernel and
-// channel in place of 2 r: 7 columns with stride 2 take 9 in place of 14, 3 columns 4 in place of 6. The input is
-// transformed once and read by all rows of the kernel and all output channels. Error stays at direct convolution's;
-// NaN, infinity and huge values would spread, so they are for direct convolution.
+// s-th column of the input; a long one is several in a row. Each such piece of r columns makes two neighbouring pixels
+// from r + 1 products a row of the kernel and channel in place of 2 r: 7 columns with stride 2 take 9 in place of 14, 5
+// with stride 1 take 7 in place of 10. The products at a point are summed up over channels, rows of the kernel and
+// pieces alike, in the register tile of direct convolution. The input is transformed once and read by all rows of the
+// kernel and all output channels. Error stays at direct convolution's; NaN, infinity and huge values would spread, so
+// they are for direct convolution.
 #pragma once
 
 #include "conv_tile.h"
@@ -13,55 +15,78 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-constexpr int kPhasePairs = FASTNN_VECTOR_BYTES == 64 ? 8 : 4;  // pairs of conv pixels of a register tile
-constexpr int64_t kMostPhases = 4;
+constexpr int64_t kMostPhases = 4, kMostPieces = 8;
 
-// The columns of the kernel that belong to a phase.
-FASTNN_INLINE int64_t phase_taps(const ConvPoolGeometry& g, int64_t phase) {
-  return divide_up(g.kernel[2] - phase, g.stride[2]);
-}
+// Columns of the kernel, a stride apart.
+struct KernelPiece {
+  int64_t first, taps;
+  int64_t position[kMostWinogradTaps + 1];  // of its product at each point
+  int64_t pixels[kMostWinogradTaps + 1];    // in a parted row: those that its columns meet, and their neighbours
+};
 
 // How products along a row are counted and laid out, for rows of `columns` conv pixels.
 template <class C>
 struct PhaseShape {
-  int64_t phases, positions;  // products of a pair of pixels, of all phases
-  int64_t depth;              // sums of so many each: channels and rows of the kernel
-  int64_t pairs, pitch;       // of pixels in a row; elements from a position's row of pairs to the next
-  int64_t places;             // columns under a pair, from one pair's first to the next's
+  int64_t pieces;
+  KernelPiece piece[kMostPieces];
+  int64_t positions;                     // products of a pair of pixels, of all pieces, point after point
+  int64_t first[kMostWinogradTaps + 2];  // position of each point
+  int64_t depth;                         // sums of so many products each, of a piece: channels and rows of the kernel
+  int64_t pairs, pitch;                  // of pixels in a row; elements from a position's row of pairs to the next
+  int64_t places;                        // columns under a pair, from one pair's first to the next's
+  int64_t column_run;  // of a row of columns that are so many apart: the last pair reaches over its own
 
   PhaseShape(const ConvPoolGeometry& g, int64_t columns)
-      : phases(smaller(g.stride[2], g.kernel[2])),
-        positions(g.kernel[2] + phases),
+      : pieces(0),
+        piece{},
+        positions(0),
+        first{},
         depth(g.in_channels * g.kernel[0] * g.kernel[1]),
         pairs(divide_up(columns, 2)),
         pitch(round_up(pairs, kLanes<C>)),
-        places(2 * g.stride[2]) {}
-
-  // Of a row of input columns that are `places` apart: the last pair reaches over its own.
-  int64_t column_run() const { return pitch + kLanes<C>; }
+        places(2 * g.stride[2]),
+        column_run(pitch + round_up(g.kernel[2] / places + 1, kLanes<C>)) {
+    for (int64_t phase = 0; phase < smaller(g.stride[2], g.kernel[2]); ++phase) {
+      const int64_t taps = divide_up(g.kernel[2] - phase, g.stride[2]), parts = divide_up(taps, kMostWinogradTaps);
+      for (int64_t part = 0; part < parts && pieces < kMostPieces; ++part) {
+        const int64_t begin = taps * part / parts, end = taps * (part + 1) / parts;
+        KernelPiece& next = piece[pieces++];
+        next = {phase + begin * g.stride[2], end - begin, {}, {}};
+        for (int64_t i = 0; i <= next.taps; ++i) {
+          const int64_t column = next.first + i * g.stride[2];
+          next.pixels[i] = column % places * column_run + column / places;
+        }
+      }
+    }
+    for (int point = 0; point <= kMostWinogradTaps; ++point) {
+      for (int64_t p = 0; p < pieces; ++p) {
+        if (point <= piece[p].taps) piece[p].position[point] = positions++;
+      }
+      first[point + 1] = positions;
+    }
+  }
 };
 
 FASTNN_INLINE bool phases_apply(const ConvPoolGeometry& g) {
-  const int64_t taps = phase_taps(g, 0);
-  return g.dilation[2] == 1 && g.stride[2] <= kMostPhases && taps > 1 && taps <= kMostWinogradTaps;
+  return g.dilation[2] == 1 && g.stride[2] <= kMostPhases && g.kernel[2] > g.stride[2] &&
+         g.kernel[2] <= kMostPieces / g.stride[2] * g.stride[2] * kMostWinogradTaps;
 }
 
 // The columns of a row of the kernel, [column][output channel] -> its part of [position][depth][output channel]
 template <class C>
 void pack_phase_row(const ConvPoolGeometry& g, const PhaseShape<C>& s, const C* columns, int64_t width, C* to) {
-  const int64_t step = s.depth * width;
-  for (int64_t phase = 0; phase < s.phases; ++phase) {
-    with_constant<kMostWinogradTaps>(static_cast<int>(phase_taps(g, phase)), [&](auto taps_constant) {
+  for (int64_t p = 0; p < s.pieces; ++p) {
+    const KernelPiece& piece = s.piece[p];
+    with_constant<kMostWinogradTaps>(static_cast<int>(piece.taps), [&](auto taps_constant) {
       constexpr int taps = decltype(taps_constant)::value;
       for (int64_t o = 0; o < width; o += kLanes<C>) {
         Vec<C> column[taps], result[taps + 1];
         for (int i = 0; i < taps; ++i) {
-          column[i] = load(columns + (phase + i * g.stride[2]) * kBlockChannels<C> + o);
+          column[i] = load(columns + (piece.first + i * g.stride[2]) * kBlockChannels<C> + o);
         }
         transform_weight(column, result);
-        for (int i = 0; i <= taps; ++i) store(to + i * step + o, result[i]);
+        for (int i = 0; i <= taps; ++i) store(to + piece.position[i] * s.depth * width + o, result[i]);
       }
-      to += (taps + 1) * step;
     });
   }
 }
@@ -80,7 +105,7 @@ void pack_phases(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
     C* const packed = call.packed + s.positions * s.depth * (group * round_up(g.out_channels, kLanes<C>) + first);
     // [column of the kernel, of some rows][output channel]
     constexpr int64_t some = 64;
-    static_assert(some >= kMostPhases * kMostWinogradTaps);
+    static_assert(some >= kMostPieces * kMostWinogradTaps);
     C columns[some * kBlockChannels<C>] = {};
     const bool joined = layout.d[2] == 1 && (g.kernel[1] == 1 || layout.d[1] == g.kernel[2]) &&
                         (g.kernel[0] == 1 || layout.d[0] == g.kernel[1] * g.kernel[2]) &&
@@ -103,94 +128,81 @@ void pack_phases(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
   }
 }
 
-// Columns of an input row from `first` on, `places` runs of those that are so many apart, one after another; zeros
-// where the row has none, or for null.
-template <class T, class C = Compute<T>>
-void part_row(const ConvPoolGeometry& g, const PhaseShape<C>& s, const T* row, int64_t step, int64_t first, C* to) {
-  const int64_t run = s.column_run();
-  fill_zeros(to, s.places * run);
-  if (row == nullptr) return;
-  for (int64_t place = 0; place < s.places; ++place, to += run) {
-    const int64_t column = first + place, room = g.input[2] - column;
-    const int64_t left = smaller(run, column < 0 ? divide_up(-column, s.places) : 0);
-    const int64_t right = room <= 0 ? left : larger(left, smaller(run, divide_up(room, s.places)));
-    if (left < right) copy_run(row + (column + left * s.places) * step, s.places * step, right - left, to + left);
-  }
-}
-
-// Such a parted row -> [position][pair]
+// The columns of input rows from one on, as `places` runs of those that are so many apart, one after another.
 template <class C>
-void transform_row(const ConvPoolGeometry& g, const PhaseShape<C>& s, const C* parted, C* to) {
-  for (int64_t phase = 0; phase < s.phases; ++phase) {
-    with_constant<kMostWinogradTaps>(static_cast<int>(phase_taps(g, phase)), [&](auto taps_constant) {
-      constexpr int taps = decltype(taps_constant)::value;
-      const C* from[taps + 1];
-      for (int i = 0; i <= taps; ++i) {
-        const int64_t column = phase + i * g.stride[2];
-        from[i] = parted + column % s.places * s.column_run() + column / s.places;
-      }
-      for (int64_t pair = 0; pair < s.pitch; pair += kLanes<C>) {
-        Vec<C> pixels[taps + 1], result[taps + 1];
-        for (int i = 0; i <= taps; ++i) pixels[i] = load(from[i] + pair);
-        transform_input(pixels, result);
-        for (int i = 0; i <= taps; ++i) store(to + i * s.pitch + pair, result[i]);
-      }
-      to += (taps + 1) * s.pitch;
-    });
-  }
-}
+struct PartedRow {
+  C* data;
+  int64_t places;
+  struct {
+    int64_t column, to, count;  // inside the input
+  } run[2 * kMostPhases];
 
-// The register tile: `pairs` pairs of conv pixels of one vector of output channels, `width` of which lie in a row of
-// the weight.
-template <int pairs, class C>
-FASTNN_INLINE void phases_tile(const ConvPoolGeometry& g, const PhaseShape<C>& s, const C* tile, const int64_t* offsets,
-                               const C* weight, int64_t width, Vec<C> bias, C* to) {
-  Vec<C> pixel[2][pairs];
-#pragma GCC unroll 8
-  for (int p = 0; p < pairs; ++p) pixel[0][p] = pixel[1][p] = bias;
-  for (int64_t phase = 0; phase < s.phases; ++phase) {
-    const int64_t taps = phase_taps(g, phase);
-    for (int64_t i = 0; i <= taps; ++i, tile += s.pitch) {
-      Vec<C> total[pairs][1] = {};
-      sum_in_parts(s.depth, total, [&](int64_t k) __attribute__((always_inline)) {
-        const C* at = tile + offsets[k];
-        const Vec<C> factor = load(weight);
-        weight += width;
-#pragma GCC unroll 8
-        for (int p = 0; p < pairs; ++p) total[p][0] = multiply_add(broadcast_element(at + p), factor, total[p][0]);
-      });
-#pragma GCC unroll 2
-      for (int which = 0; which < 2; ++which) {
-        const C share = kWinogradResults[taps - 1][i][which];
-        if (share == 0) continue;
-        const Vec<C> share_of_all = broadcast<C>(share);
-#pragma GCC unroll 8
-        for (int p = 0; p < pairs; ++p) pixel[which][p] = multiply_add(total[p][0], share_of_all, pixel[which][p]);
-      }
+  PartedRow(const ConvPoolGeometry& g, const PhaseShape<C>& s, int64_t first, C* memory)
+      : data(memory), places(s.places), run{} {
+    const int64_t length = s.column_run;
+    for (int64_t place = 0; place < places; ++place) {
+      const int64_t column = first + place, room = g.input[2] - column;
+      const int64_t left = smaller(length, column < 0 ? divide_up(-column, places) : 0);
+      const int64_t right = room <= 0 ? left : larger(left, smaller(length, divide_up(room, places)));
+      run[place] = {column + left * places, place * length + left, right - left};
+    }
+    fill_zeros(data, places * length);
+  }
+
+  // The next row, `step` from one column to the next. Beside what is inside the input there are zeros.
+  template <class T>
+  void take(const T* row, int64_t step) const {
+    for (int64_t place = 0; place < places; ++place) {
+      const auto& r = run[place];
+      if (r.count > 0) copy_run(row + r.column * step, places * step, r.count, data + r.to);
     }
   }
-#pragma GCC unroll 8
-  for (int p = 0; p < pairs; ++p) {
-    store(to + 2 * p * width, pixel[0][p]);
-    store(to + (2 * p + 1) * width, pixel[1][p]);
+};
+
+// Such a parted row -> [position][pair], `step` from one position to the next
+template <class C>
+void transform_row(const PhaseShape<C>& s, const C* parted, C* to, int64_t step) {
+  for (int64_t p = 0; p < s.pieces; ++p) {
+    const KernelPiece& piece = s.piece[p];
+    with_constant<kMostWinogradTaps>(static_cast<int>(piece.taps), [&](auto taps_constant) {
+      constexpr int taps = decltype(taps_constant)::value;
+      for (int64_t pair = 0; pair < s.pitch; pair += kLanes<C>) {
+        Vec<C> pixels[taps + 1], result[taps + 1];
+        for (int i = 0; i <= taps; ++i) pixels[i] = load(parted + piece.pixels[i] + pair);
+        transform_input(pixels, result);
+        for (int i = 0; i <= taps; ++i) store(to + piece.position[i] * step + pair, result[i]);
+      }
+    });
   }
 }
 
 // The pairs of a conv row -> to (2 x pairs, vectors x lanes)
 template <int vectors, class C>
-FASTNN_SHARED void conv_row_phases(const ConvPoolGeometry& g, const PhaseShape<C>& s, const C* tile,
-                                   const int64_t* offsets, const C* weight, const Vec<C> (&bias)[vectors], C* to) {
+FASTNN_SHARED void conv_row_phases(const PhaseShape<C>& s, const C* tile, const int64_t* offsets, const C* weight,
+                                   const Vec<C> (&bias)[vectors], C* to) {
   constexpr int64_t width = vectors * kLanes<C>;
-  const int64_t tiles = divide_up(s.pairs, kPhasePairs);
-  // A vector's weight stays in L1 meanwhile.
-  for (int64_t v = 0; v < vectors; ++v) {
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = s.pairs * t / tiles, last = s.pairs * (t + 1) / tiles;
-      with_constant<kPhasePairs>(static_cast<int>(last - first), [&](auto pairs) {
-        phases_tile<decltype(pairs)::value>(g, s, tile + first, offsets, weight + v * kLanes<C>, width, bias[v],
-                                            to + 2 * first * width + v * kLanes<C>);
-      });
-    }
+  const Vec<C> zero[vectors] = {};
+  for (int point = 0; point <= kMostWinogradTaps; ++point) {
+    const int64_t k = s.first[point] * s.depth, depth = s.first[point + 1] * s.depth - k;
+    if (depth == 0) return;
+    const bool starts = point < 2;  // the only ones of one result each
+    const auto add = [&](int64_t first, const auto& total) __attribute__((always_inline)) {
+      for (int which = 0; which < 2; ++which) {
+        const C share = kWinogradResults[point][which];
+        if (share == 0) continue;
+        C* at = to + (2 * first + which) * width;
+#pragma GCC unroll 16
+        for (const auto& pair : total) {
+          for (int v = 0; v < vectors; ++v) {
+            C* result = at + v * kLanes<C>;
+            store(result, starts ? pair[v] : multiply_add(pair[v], broadcast<C>(share), load(result)));
+          }
+          at += 2 * width;
+        }
+      }
+    };
+    conv_groups<1, vectors, kLongestSum>(tile, 1, offsets + k, depth, weight + k * width, starts ? bias : zero, s.pairs,
+                                         add);
   }
 }
 

@@ -315,6 +315,8 @@ FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const 
   }
 }
 
+constexpr int64_t kRowsAhead = 12;  // of the weight, asked for before they are multiplied by
+
 // The register tile: `pixels` conv pixels, `step` apart, by `vectors` vectors of output channels. finish(total) takes
 // what comes out.
 template <int pixels, int vectors, int longest, class E, class Finish, class C = Compute<E>>
@@ -330,6 +332,8 @@ FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets
     const E* from = tile + offsets[k];
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
+    // Two multiply-adds a cycle are through with a row of the weight before the next one comes from L2.
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(weight + (kRowsAhead * vectors + v) * kLanes<C>);
     weight += vectors * kLanes<C>;
 #pragma GCC unroll 16
     for (int p = 0; p < pixels; ++p) {

@@ -122,10 +122,16 @@ double windows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Co
   const double products = outputs * static_cast<double>(g.depth() * g.places()) * slow;
   const double pooling = outputs * (way_out + static_cast<double>(g.places()));
   const WindowTile<C> tile(g, plan.band);
+  // Each block of outputs reads the tile again.
+  constexpr int64_t kNear = 32 << 10;
+  constexpr double kFarByte = 1.0 / 64;
+  const int64_t bytes = g.in_channels * tile.channel * static_cast<int64_t>(sizeof(C));
+  const double waits = bytes > kNear ? kFarByte * static_cast<double>(blocks * bytes) : 0;
   const double places = static_cast<double>(g.in_channels * window_reach(g, 0) * tile.phases * window_reach(g, 2));
   const double element = copy_cost(input.d[2] * window_step(g, 2));
   const double copy = places * (kPlace + static_cast<double>(tile.rows) * kRow + element * tile.column);
-  return static_cast<double>(bands) * (kItem + kBlock * blocks + kPass * passes + kProduct * products + pooling + copy);
+  const double block = kBlock * blocks + kPass * passes + kProduct * products + waits;
+  return static_cast<double>(bands) * (kItem + block + pooling + copy);
 }
 
 }  // namespace FASTNN_ISA

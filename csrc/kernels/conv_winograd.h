@@ -242,14 +242,14 @@ class WinogradForward {
     for (int x = 0; x < 4; ++x) {
       Vec<C> m[4];
       for (int y = 0; y < 4; ++y) m[y] = load(products + (y * 4 + x) * position_size);
-      upper[x] = m[0] + m[1] + m[2];
-      lower[x] = m[1] - m[2] - m[3];
+      upper[x] = m[0] + m[2] + m[3];
+      lower[x] = m[1] + m[2] - m[3];
     }
     WindowMaximum<C, 1, with_winners> window;
-    window.start(upper[0] + upper[1] + upper[2] + bias, 0);
-    window.add(upper[1] - upper[2] - upper[3] + bias, 1);
-    window.add(lower[0] + lower[1] + lower[2] + bias, 2);
-    window.add(lower[1] - lower[2] - lower[3] + bias, 3);
+    window.start(upper[0] + upper[2] + upper[3] + bias, 0);
+    window.add(upper[1] + upper[2] - upper[3] + bias, 1);
+    window.add(lower[0] + lower[2] + lower[3] + bias, 2);
+    window.add(lower[1] + lower[2] - lower[3] + bias, 3);
     window.write(to, winners);
   }
 
