@@ -24,7 +24,7 @@ template <class C>
 ConvPoolBackwardPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& grad_input,
                           bool exact) {
   if (depthwise_pays<C>(g)) return plan_depthwise_backward<C>(g);
-  if (!exact && taps_apply(g) && taps_pay<C>(g)) return plan_taps<C>(g);
+  if (!exact && taps_apply(g) && taps_pay<C>(g, input)) return plan_taps<C>(g);
   return pixels_apply(g, input, grad_input) && pixels_pay(g) ? plan_pixels<C>(g) : plan_runs<C>(g);
 }
 

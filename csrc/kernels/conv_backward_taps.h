@@ -252,20 +252,25 @@ FASTNN_INLINE bool taps_apply(const ConvPoolGeometry& g) {
   return g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1 && g.taps() > 1 && g.taps() <= kLongestSum;
 }
 
-// In cycles, an output channel of an image.
+// Counted as runs_cost() counts, in which a multiply-add is a half: lists take more than products.
 template <class C>
-bool taps_pay(const ConvPoolGeometry& g) {
+bool taps_pay(const ConvPoolGeometry& g, const ConvLayout& input) {
   const TapsScratch<C> scratch(g, nullptr);
-  const RunShape s = run_shape<C>(g);
-  const double conv = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
-  const double winners = static_cast<double>(smaller(g.pixels(), g.conv[0] * g.conv[1] * g.conv[2]));
-  const double padded = static_cast<double>(g.conv[2] == 1 ? 1 : scratch.image.extent[2]) *
-                        static_cast<double>(g.conv[0] > 1 ? scratch.image.extent[1] : g.conv[1]) *
-                        static_cast<double>(g.conv[0]);
-  (void)conv;
-  const double all = padded * 2 * static_cast<double>(g.depth()) / kLanes<C> + 4 * winners;
-  const double listed = winners * (10 + 2 * static_cast<double>(s.blocks * s.runs * s.vectors));
-  return all < listed;
+  const auto real = [](int64_t count) { return static_cast<double>(count); };
+  const bool strided = input.c == 1 && g.in_channels > 1;  // windows, and the input, are read in strides
+  constexpr double kSum = 20, kRow = 16;                   // of each dot product's lanes; of each row of windows
+  const double conv = real(g.conv[0] * g.conv[1] * g.conv[2]);
+  const double padded = real(g.conv[2] > 1 ? scratch.image.extent[2] : 1) / real(g.conv[2]) *
+                        real(g.conv[0] > 1 ? scratch.image.extent[1] : g.conv[1]) / real(g.conv[1]);
+  const double windows = real(g.pixels()) / conv, rows = windows / real(g.output[2]);
+  const double products = padded * real(g.depth()) / kLanes<C>;
+  const double sums =
+      real(g.depth()) / kLanes<C> * kSum / real(smaller(scratch.shape.pixels, g.conv[0] * g.conv[1] * g.conv[2]));
+  const double cost = real(g.out_channels) * (products + sums + windows * (strided ? 5 : 2.5) + rows * kRow);
+  // Windows that overlap share winners, which are listed once.
+  ConvPoolGeometry listed = join_groups(g, cheapest_join<C>(g));
+  for (int d = 0; d < 3; ++d) listed.output[d] = smaller(g.output[d], 2 * g.conv[d] / (g.pool_kernel[d] + 1));
+  return real(g.groups) * cost < runs_cost<C>(listed);
 }
 
 template <class C>

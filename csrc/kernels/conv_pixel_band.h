@@ -25,6 +25,7 @@ class PixelBand {
       : call_(call), g_(call.geometry), slice_(slice), row_(row), memory_(memory), step_(step) {
     tiled_ = true;
     for (int d = 0; d < 3; ++d) tiled_ = tiled_ && windows_are_tiles(g_, d);
+    paired_ = tiled_ && g_.pool_kernel[2] == 2 && call.output_layout.d[2] == 1 && call.winners_layout.d[2] == 1;
     // Beyond every pixel.
     for (int64_t& place : places_) place = int64_t{1} << 40;
     for (int64_t place = 0; place < g_.places(); ++place) {
@@ -58,7 +59,11 @@ class PixelBand {
         const T* from = gradients + z * gl.d[0] + y * gl.d[1];
         const uint8_t* winner = winners + z * wl.d[0] + y * wl.d[1];
         if (tiled_) {
-          put_row<false>(from, winner, windows.first[2], windows.last[2], start - first, count, to);
+          // Windows that do not lie in the box as a whole are put one by one.
+          const Range whole = paired_ ? whole_windows(box) : Range{windows.first[2], windows.first[2]};
+          put_row<false>(from, winner, windows.first[2], whole.first, start - first, count, to);
+          put_pairs(from, winner, whole, z, y, box, to - first);
+          put_row<false>(from, winner, whole.last, windows.last[2], start - first, count, to);
         } else {
           put_row<true>(from, winner, windows.first[2], windows.last[2], start - first, count, to);
         }
@@ -68,12 +73,48 @@ class PixelBand {
 
   C sum(int64_t o, int64_t count) const {
     const C* from = channel(o);
-    Vec<C> total = {};
-    for (int64_t p = 0; p < count; p += kLanes<C>) total += load(from + p);
-    return sum_lanes<C>(total);
+    constexpr int chains = 4;  // sums that need not wait for each other
+    Vec<C> total[chains] = {};
+    for (int64_t p = 0; p < count; p += chains * kLanes<C>) {
+      for (int i = 0; i < chains && p + i * kLanes<C> < count; ++i) total[i] += load(from + p + i * kLanes<C>);
+    }
+    return sum_lanes<C>((total[0] + total[1]) + (total[2] + total[3]));
   }
 
  private:
+  // Of a row of windows of two columns, those whose columns both lie in the box.
+  Range whole_windows(const ConvBox& box) const {
+    const int64_t first = larger(0, divide_up(box.first[2] + g_.pool_padding[2], 2));
+    return {first, larger(first, smaller(g_.output[2], (box.last[2] + g_.pool_padding[2]) / 2))};
+  }
+
+  // A vector of windows at a time: what each column of theirs gets, zipped. `to` is where pixel 0 would be.
+  void put_pairs(const T* gradients, const uint8_t* winners, const Range& windows, int64_t z, int64_t y,
+                 const ConvBox& box, C* to) const {
+    using Integer = typename IntegerOf<C>::Type;
+    for (int64_t d = 0; d < g_.pool_kernel[0]; ++d) {
+      const int64_t slice = z * g_.pool_stride[0] - g_.pool_padding[0] + d;
+      if (slice < box.first[0] || slice >= box.last[0]) continue;
+      for (int64_t h = 0; h < g_.pool_kernel[1]; ++h) {
+        const int64_t row = y * g_.pool_stride[1] - g_.pool_padding[1] + h;
+        if (row < box.first[1] || row >= box.last[1]) continue;
+        const Places<C> place = Places<C>{} + static_cast<Integer>((d * g_.pool_kernel[1] + h) * 2);
+        C* target = to + number(slice, row, 2 * windows.first - g_.pool_padding[2]);
+        for (int64_t x = windows.first; x < windows.last; x += kLanes<C>, target += 2 * kLanes<C>) {
+          const int64_t left = windows.last - x;
+          const Places<C> winner = load_bytes_up_to<C>(winners + x, left);
+          const Vec<C> gradient = load_up_to<T>(gradients + x, left);
+          const Vec<C> even = winner == place ? gradient : Vec<C>{};
+          const Vec<C> odd = winner == place + 1 ? gradient : Vec<C>{};
+          store_up_to<C>(target, zip_low<C>(even, odd), 2 * left);
+          if (2 * left > kLanes<C>) {
+            store_up_to<C>(target + kLanes<C>, zip_high<C>(even, odd), 2 * left - kLanes<C>);
+          }
+        }
+      }
+    }
+  }
+
   // Without a branch, which dead windows would make a costly one: what is not for these pixels goes behind them.
   template <bool adds>
   void put_row(const T* gradients, const uint8_t* winners, int64_t first, int64_t last, int64_t start, int64_t count,
@@ -95,6 +136,7 @@ class PixelBand {
   C* const memory_;
   const int64_t step_;
   bool tiled_;           // windows lie side by side, so that a pixel has one gradient
+  bool paired_;          // and columns of windows, two pixels wide, in memory
   int64_t places_[256];  // of a window: how many pixels each lies behind the first
 };
 
