@@ -197,6 +197,42 @@ class TestBackward:
             tensors[0] = channels_last(tensors[0])
             assert RAW_ALGORITHM(*tensors, arguments)[1] != "pixels"
 
+    @pytest.mark.parametrize(
+        ("channels", "outputs", "kernel", "stride", "backward"),
+        [(1, 32, 3, 1, "taps"), (2, 5, 3, 1, "taps"), (1, 32, 3, 2, "winners"), (16, 32, 3, 1, "winners")],
+    )
+    def test_which_has_pixels_in_the_lanes_for_each_tap(
+        self, channels: int, outputs: int, kernel: int, stride: int, backward: str
+    ) -> None:
+        tensors = make((2, channels, 28, 28), outputs, (kernel, kernel))
+        assert RAW_ALGORITHM(*tensors, flat(geometry(2, stride=stride, padding=1)))[1] == backward
+
+    @pytest.mark.parametrize("dims", [1, 2, 3])
+    @pytest.mark.parametrize(
+        "pool", [{}, {"pool": 3, "pool_stride": 2, "pool_padding": 1}, {"pool": 2, "ceil_mode": True}]
+    )
+    @pytest.mark.parametrize(("outputs", "dilation", "last"), [(3, 1, False), (70, 2, False), (33, 1, True)])
+    def test_pixels_in_the_lanes_for_each_tap(
+        self, dims: int, pool: dict[str, Any], outputs: int, dilation: int, last: bool, instruction_set: str
+    ) -> None:
+        size = {1: (2, 1, 2500), 2: (2, 1, 45, 61), 3: (2, 1, 11, 13, 37)}[dims]
+        tensors = make(size, outputs, (3,) * dims, last=last and dims > 1)
+        arguments = geometry(dims, padding=1, dilation=dilation, **pool)
+        if dims < 3:  # there, vectors of few lanes make it lists
+            assert RAW_ALGORITHM(*tensors, flat(arguments))[1] == "taps"
+        assert_like_stock(tensors, arguments)
+
+    @pytest.mark.parametrize("of", ["input", "weight"])
+    def test_infinity_does_not_spread_to_the_next_row(self, of: str) -> None:
+        input, weight, _ = make((1, 1, 28, 28), 32, (3, 3), bias=False)
+        (input if of == "input" else weight).view(-1)[0] = torch.inf
+        output, winners = RAW_WITH_WINNERS(input, weight, None, flat(geometry(2, padding=1)))
+        winners.fill_(0)
+        grad_output = torch.zeros_like(output)
+        gradients = RAW_BACKWARD(grad_output, winners, input, weight, flat(geometry(2, padding=1)), True, True, False)
+        # The last tap of a row does not meet the first pixel, nor the first tap's weight the last pixels.
+        assert not gradients[1 if of == "input" else 0][..., -1].isnan().any()
+
     def test_infinite_gradient_stays_in_its_place(self, instruction_set: str) -> None:
         input = torch.rand(1, 3, 8, 8, requires_grad=True)
         weight = torch.rand(4, 3, 3, 3)

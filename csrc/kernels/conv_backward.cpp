@@ -4,6 +4,7 @@
 #include "conv_backward.h"
 #include "conv_backward_depthwise.h"
 #include "conv_backward_pixels.h"
+#include "conv_backward_taps.h"
 #include "conv_spread.h"
 #include "conv_winners.h"
 
@@ -15,13 +16,25 @@ template <class T>
 int64_t groups_to_join(const ConvPoolGeometry& g, const T* grad_output, const ConvLayout& layout) {
   const int64_t count = cheapest_join<Compute<T>>(g);
   // Infinity times the zeros between groups would be NaN.
-  return count > 1 && gradients_are_finite(g, grad_output, layout) ? count : 1;
+  return count > 1 && elements_are_finite(g.batch, g.groups * g.out_channels, g.output, grad_output, layout) ? count
+                                                                                                             : 1;
 }
 
 template <class C>
-ConvPoolBackwardPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& grad_input) {
+ConvPoolBackwardPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& grad_input,
+                          bool exact) {
   if (depthwise_pays<C>(g)) return plan_depthwise_backward<C>(g);
+  if (!exact && taps_apply(g) && taps_pay<C>(g, input)) return plan_taps<C>(g);
   return pixels_apply(g, input, grad_input) && pixels_pay(g) ? plan_pixels<C>(g) : plan_runs<C>(g);
+}
+
+template <class T>
+bool plan_holds(const ConvPoolBackward<T>& call) {
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t channels = g.groups * g.out_channels;
+  return !call.plan.needs_finite ||
+         (elements_are_finite(g.batch, g.groups * g.in_channels, g.input, call.input, call.input_layout) &&
+          elements_are_finite(channels, g.in_channels, g.kernel, call.weight, call.weight_layout));
 }
 
 template <class T>
@@ -33,6 +46,8 @@ void pack(const ConvPoolBackward<T>& call) {
       return pack_depthwise_backward(call);
     case ConvBackwardAlgorithm::pixels:
       return pack_pixels(call);
+    case ConvBackwardAlgorithm::taps:
+      return pack_taps(call);
   }
 }
 
@@ -46,6 +61,8 @@ void backward(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compu
       return backward_depthwise(call, piece, grad_weight, lost, grad_bias, scratch);
     case ConvBackwardAlgorithm::pixels:
       return backward_pixels(call, piece, grad_weight, lost, grad_bias, scratch);
+    case ConvBackwardAlgorithm::taps:
+      return backward_taps(call, piece, grad_weight, lost, grad_bias, scratch);
   }
 }
 
@@ -58,6 +75,8 @@ void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* grad_weigh
       return unpack_depthwise(call, grad_weight, to, layout);
     case ConvBackwardAlgorithm::pixels:
       return unpack_pixels(call, grad_weight, to, layout);
+    case ConvBackwardAlgorithm::taps:
+      return unpack_taps(call, grad_weight, to, layout);
   }
 }
 
@@ -70,6 +89,7 @@ template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
   return {groups_to_join<T>,
           plan<Compute<T>>,
+          plan_holds<T>,
           pack<T>,
           backward<T>,
           unpack_weight<T>,

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "conv_backward_plan.h"
+#include "conv_pixel_band.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -11,13 +12,6 @@ namespace FASTNN_ISA {
 // Conv pixels worked on together, a run of them: as many as can be added up in one go.
 template <class C>
 constexpr int64_t kMostPixels = kLongestSum * kLanes<C>;
-
-// The weight's gradient in tiles of so many rows (output channels) of the kLanes dot products that are made together.
-template <class C>
-int dot_rows(const ConvPoolGeometry& g) {
-  const int64_t most = smaller(4, kLanes<C>);
-  return static_cast<int>(g.out_channels >= most ? most : g.out_channels == 3 ? 4 : g.out_channels);
-}
 
 template <class C>
 struct PixelsScratch {
@@ -42,28 +36,20 @@ class PixelsBackwardWorker {
 
  public:
   PixelsBackwardWorker(const ConvPoolBackward<T>& call, void* memory)
-      : call_(call), g_(call.geometry), scratch_(call.geometry, memory) {
-    tiled_ = true;
-    for (int d = 0; d < 3; ++d) tiled_ = tiled_ && windows_are_tiles(g_, d);
-    // Beyond every pixel.
-    for (int64_t& place : places_) place = int64_t{1} << 40;
-    for (int64_t place = 0; place < g_.places(); ++place) {
-      const int64_t w = place % g_.pool_kernel[2], h = place / g_.pool_kernel[2] % g_.pool_kernel[1];
-      const int64_t d = place / g_.pool_kernel[2] / g_.pool_kernel[1];
-      places_[place] = pixel_at(d * g_.pool_dilation[0], h * g_.pool_dilation[1], w * g_.pool_dilation[2]);
-    }
-  }
+      : call_(call),
+        g_(call.geometry),
+        scratch_(call.geometry, memory),
+        band_(call, g_.conv[1] * g_.conv[2], g_.conv[2], scratch_.band, scratch_.step) {}
 
   // A group of an image, the conv pixels `pixels` along the axis. `fresh`: there is nothing yet in grad_weight.
   void run(int64_t image, int64_t group, const Range& pixels, bool fresh, C* grad_weight, C* lost, C* grad_bias) {
     for (int64_t o = 0; o < g_.out_channels; ++o) scratch_.bias[o] = 0;
     const int64_t channel = group * g_.in_channels, at = group * g_.in_channels * g_.out_channels;
     scratch_.shape.for_each(g_, call_.plan.axis, pixels.first, pixels.last, [&](const ConvBox& box) {
-      const int64_t first = pixel_at(box.first[0], box.first[1], box.first[2]), count = box.pixels();
+      const int64_t first = band_.first_of(box), count = box.pixels();
       for (int64_t o = 0; o < g_.out_channels; ++o) {
-        C* to = scratch_.band + o * scratch_.step;
-        fill(image, group * g_.out_channels + o, box, first, to);
-        if (grad_bias) scratch_.bias[o] += sum_pixels(to, count);
+        band_.fill(image, group * g_.out_channels + o, box, o);
+        if (grad_bias) scratch_.bias[o] += band_.sum(o, count);
       }
       if (grad_weight) {
         const ConvLayout& layout = call_.input_layout;
@@ -82,61 +68,14 @@ class PixelsBackwardWorker {
   }
 
  private:
-  int64_t pixel_at(int64_t z, int64_t y, int64_t x) const { return (z * g_.conv[1] + y) * g_.conv[2] + x; }
-
-  // The pixels of a box, which follow each other from the one numbered `first` on, of one output channel.
-  void fill(int64_t image, int64_t channel, const ConvBox& box, int64_t first, C* to) const {
-    fill_zeros(to, round_up(box.pixels(), kLanes<C>));
-    const ConvBox windows = windows_of(g_, box);
-    const ConvLayout& gl = call_.output_layout;
-    const ConvLayout& wl = call_.winners_layout;
-    const T* gradients = call_.grad_output + image * gl.n + channel * gl.c;
-    const uint8_t* winners = call_.winners + image * wl.n + channel * wl.c;
-    for (int64_t z = windows.first[0]; z < windows.last[0]; ++z) {
-      for (int64_t y = windows.first[1]; y < windows.last[1]; ++y) {
-        const int64_t start = pixel_at(z * g_.pool_stride[0] - g_.pool_padding[0],
-                                       y * g_.pool_stride[1] - g_.pool_padding[1], -g_.pool_padding[2]);
-        const T* from = gradients + z * gl.d[0] + y * gl.d[1];
-        const uint8_t* winner = winners + z * wl.d[0] + y * wl.d[1];
-        if (tiled_) {
-          put_row<false>(from, winner, windows.first[2], windows.last[2], start - first, box.pixels(), to);
-        } else {
-          put_row<true>(from, winner, windows.first[2], windows.last[2], start - first, box.pixels(), to);
-        }
-      }
-    }
-  }
-
-  // Without a branch, which dead windows would make a costly one: what is not for these pixels goes behind them.
-  template <bool adds>
-  void put_row(const T* gradients, const uint8_t* winners, int64_t first, int64_t last, int64_t start, int64_t count,
-               C* to) const {
-    const int64_t gradient_step = call_.output_layout.d[2], winner_step = call_.winners_layout.d[2];
-    for (int64_t x = first; x < last; ++x) {
-      const int64_t pixel = start + x * g_.pool_stride[2] + places_[winners[x * winner_step]];
-      const int64_t elsewhere = scratch_.shape.pixels + (x & (kLanes<C> - 1));
-      const int64_t is_here = -static_cast<int64_t>(static_cast<uint64_t>(pixel) < static_cast<uint64_t>(count));
-      C* at = to + (elsewhere ^ ((elsewhere ^ pixel) & is_here));
-      const C gradient = to_compute(gradients[x * gradient_step]);
-      *at = adds ? *at + gradient : gradient;
-    }
-  }
-
-  C sum_pixels(const C* from, int64_t count) const {
-    Vec<C> total = {};
-    for (int64_t p = 0; p < count; p += kLanes<C>) total += load(from + p);
-    return sum_lanes<C>(total);
-  }
-
   void add_weight_gradient(const T* input, int64_t pixels, bool fresh, C* to, C* lost) const {
     constexpr int choices = kLanes<C> >= 4 ? 3 : 2;  // of 1, 2 and 4 rows
     with_constant<choices>(dot_rows<C>(g_) / 2 + 1, [&](auto choice) {
       constexpr int rows = 1 << (decltype(choice)::value - 1), columns = kLanes<C> / rows;
       for (int64_t c = 0; c < g_.in_channels; c += columns) {
         for (int64_t o = 0; o < g_.out_channels; o += rows, to += kLanes<C>, lost += lost ? kLanes<C> : 0) {
-          const Vec<C> total =
-              dot_tile<rows>(pixels, scratch_.band + o * scratch_.step, scratch_.step, input + c * call_.input_layout.c,
-                             call_.input_layout.c, g_.in_channels - c, g_.out_channels - o);
+          const Vec<C> total = dot_tile<rows>(pixels, band_.channel(o), scratch_.step, input + c * call_.input_layout.c,
+                                              call_.input_layout.c, g_.in_channels - c, g_.out_channels - o);
           if (fresh) {
             store(to, total);
           } else if (lost) {
@@ -153,8 +92,8 @@ class PixelsBackwardWorker {
     const int64_t step = call_.grad_input_layout.c;
     for_each_tile<C>(g_.in_channels, pixels, true, [&](auto rows, auto vectors, int64_t row, int64_t column, int last) {
       Vec<C> total[decltype(rows)::value][decltype(vectors)::value];
-      multiply_tile(g_.out_channels, weight + row, 1, g_.in_channels, scratch_.band + column, scratch_.step, kLanes<C>,
-                    total);
+      multiply_tile(g_.out_channels, weight + row, 1, g_.in_channels, band_.channel(0) + column, scratch_.step,
+                    kLanes<C>, total);
       store_tile<decltype(rows)::value, decltype(vectors)::value, C>(total, last, to + row * step + column, step,
                                                                      [](Vec<C> x, int) { return x; });
     });
@@ -163,8 +102,7 @@ class PixelsBackwardWorker {
   const ConvPoolBackward<T>& call_;
   const ConvPoolGeometry& g_;
   const PixelsScratch<C> scratch_;
-  bool tiled_;           // windows lie side by side, so that a pixel has one gradient
-  int64_t places_[256];  // of a window: how many pixels each lies behind the first
+  const PixelBand<T> band_;
 };
 
 // Whether the pixels of an image follow each other in memory.

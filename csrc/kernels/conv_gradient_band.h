@@ -76,7 +76,6 @@ struct BandShape {
 template <class T>
 class GradientBand {
   using C = Compute<T>;
-  typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<C>)));
 
  public:
   // The bytes of `memory` that it needs.
@@ -198,9 +197,7 @@ class GradientBand {
       const int64_t first_place = start < 0 ? divide_up(-start, step) : 0;
       const int64_t last_place = smaller(g_.pool_kernel[2], divide_up(size - start, step));
       for (int64_t c = 0; c < width_; c += kLanes<C>) {
-        LaneBytes bytes;
-        __builtin_memcpy(&bytes, winners + c, sizeof(bytes));
-        const Places<C> winner = __builtin_convertvector(bytes, Places<C>);
+        const Places<C> winner = load_bytes_up_to<C>(winners + c, kLanes<C>);
         const Vec<C> gradient = load(gradients + c);
         for (int64_t r = 0; r < row_count_; ++r) {
           C* to = rows_[r].pixels + start * width_ + c;

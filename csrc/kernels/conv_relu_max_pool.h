@@ -101,6 +101,7 @@ enum class ConvBackwardAlgorithm : int32_t {
   winners,    // conv_backward.h: only what has a gradient is multiplied
   depthwise,  // conv_backward_depthwise.h: channels in the lanes
   pixels,     // conv_backward_pixels.h: pixels in the lanes
+  taps,       // conv_backward_taps.h: the same, of larger kernels
 };
 
 struct ConvPoolBackwardPlan {
@@ -112,6 +113,7 @@ struct ConvPoolBackwardPlan {
   int axis;              // along which an image may be cut into parts
   int64_t most_parts;    // and into how many
   bool keeps_lost;       // what rounding takes from the weight's gradient is noted
+  bool needs_finite;     // elements of input and weight
 };
 
 // A piece of backward's work: of some images, some blocks, and one of so many parts of the conv pixels along the axis.
@@ -156,7 +158,11 @@ template <class T>
 struct ConvBackwardKernels {
   // How many groups backward should work on as one, whose weight is zero from one to another.
   int64_t (*groups_to_join)(const ConvPoolGeometry&, const T* grad_output, const ConvLayout&);
-  ConvPoolBackwardPlan (*plan)(const ConvPoolGeometry&, const ConvLayout& input, const ConvLayout& grad_input);
+  // `exact`: not an algorithm that needs finite elements.
+  ConvPoolBackwardPlan (*plan)(const ConvPoolGeometry&, const ConvLayout& input, const ConvLayout& grad_input,
+                               bool exact);
+  // Whether the elements are such that a plan may be followed.
+  bool (*plan_holds)(const ConvPoolBackward<T>&);
   void (*pack)(const ConvPoolBackward<T>&);
   // The gradients that a piece contributes.
   // grad_weight (weight_size) is written, grad_bias (groups x out_channels) added to; either may be null. lost: where

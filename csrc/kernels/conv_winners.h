@@ -1,4 +1,4 @@
-// Checks of what backward is given: of saved winners, which it turns into addresses, and of gradients.
+// Checks of what backward is given: of saved winners, which it turns into addresses, and of what must be finite.
 #pragma once
 
 #include "conv_pool_window.h"
@@ -75,22 +75,25 @@ bool winners_are_valid(const ConvPoolGeometry& g, const uint8_t* winners, const 
   return true;
 }
 
+// Of a tensor (batch, channels, size).
 template <class T>
-bool gradients_are_finite(const ConvPoolGeometry& g, const T* gradients, const ConvLayout& layout) {
+bool elements_are_finite(int64_t batch, int64_t channels, const int64_t (&size)[3], const T* elements,
+                         const ConvLayout& layout) {
   using C = Compute<T>;
-  const int64_t channels = g.groups * g.out_channels;
   const bool channels_inside = layout.c == 1;
-  const int64_t runs = channels_inside ? g.output[2] : channels, length = channels_inside ? channels : g.output[2];
+  const int64_t runs = channels_inside ? size[2] : channels, length = channels_inside ? channels : size[2];
   const int64_t run_step = channels_inside ? layout.d[2] : layout.c, step = channels_inside ? 1 : layout.d[2];
   Vec<C> total = {};  // of zeros, which infinity and NaN alone spoil
   C single = 0;
-  for (int64_t i = 0; i < g.batch * g.output[0] * g.output[1] * runs; ++i) {
-    const int64_t row = i / runs, slice = row / g.output[1];
-    const T* from = gradients + slice / g.output[0] * layout.n + slice % g.output[0] * layout.d[0] +
-                    row % g.output[1] * layout.d[1] + i % runs * run_step;
-    int64_t at = 0;
-    for (; step == 1 && at + kLanes<C> <= length; at += kLanes<C>) total += load(from + at) * C(0);
-    for (; at < length; ++at) single += to_compute(from[at * step]) * C(0);
+  for (int64_t i = 0; i < batch * size[0] * size[1] * runs; ++i) {
+    const int64_t row = i / runs, slice = row / size[1];
+    const T* from = elements + slice / size[0] * layout.n + slice % size[0] * layout.d[0] +
+                    row % size[1] * layout.d[1] + i % runs * run_step;
+    if (step == 1) {
+      for (int64_t at = 0; at < length; at += kLanes<C>) total += load_up_to<T>(from + at, length - at) * C(0);
+    } else {
+      for (int64_t at = 0; at < length; ++at) single += to_compute(from[at * step]) * C(0);
+    }
   }
   return sum_lanes<C>(total) + single == 0;
 }

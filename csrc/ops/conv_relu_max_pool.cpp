@@ -106,6 +106,8 @@ std::string algorithm_name(ConvBackwardAlgorithm algorithm) {
       return "depthwise";
     case ConvBackwardAlgorithm::pixels:
       return "pixels";
+    case ConvBackwardAlgorithm::taps:
+      return "taps";
   }
   return "";
 }
@@ -126,7 +128,7 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     ConvPoolGeometry g = problem.geometry;  // as backward takes it
     ConvLayout layout = call.input_layout;
     skip_unused_input(g, layout);
-    const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(g, layout, layout);
+    const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(g, layout, layout, false);
     skip_unused(call.geometry, call.input_layout);
     choose_plan(call, 1);
     const bool by_stock = goes_by_stock(problem, is_channels_last(input));
@@ -165,7 +167,22 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   if (wanted.input && !std::equal(g.input, g.input + 3, problem.geometry.input)) {
     std::memset(grad_input.mutable_data_ptr(), 0, grad_input.numel() * grad_input.element_size());
   }
-  ConvPoolBackwardPlan plan = kernels.plan(g, input_layout, grad_input_layout);
+  ConvPoolBackward<T> call{g,
+                           kernels.plan(g, input_layout, grad_input_layout, false),
+                           data<T>(grad_output),
+                           layout_of(grad_output),
+                           data<uint8_t>(winners),
+                           layout_of(winners),
+                           data<T>(input),
+                           input_layout,
+                           data<T>(weight),
+                           layout_of(weight),
+                           wanted.input ? mutable_data<T>(grad_input) : nullptr,
+                           grad_input_layout,
+                           nullptr,
+                           1};
+  ConvPoolBackwardPlan& plan = call.plan;
+  if (!kernels.plan_holds(call)) plan = kernels.plan(g, input_layout, grad_input_layout, true);
   const int64_t joined = plan.algorithm == ConvBackwardAlgorithm::winners
                              ? kernels.groups_to_join(g, data<T>(grad_output), layout_of(grad_output))
                              : 1;
@@ -173,7 +190,9 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
     g.groups /= joined;
     g.in_channels *= joined;
     g.out_channels *= joined;
-    plan = kernels.plan(g, input_layout, grad_input_layout);
+    plan = kernels.plan(g, input_layout, grad_input_layout, true);
+    call.geometry = g;
+    call.joined = joined;
   }
   // Images first; where they are fewer than threads, each thread has some of the channels, or of the pixels.
   const int64_t threads = useful_threads(problem.work / 2);
@@ -190,20 +209,7 @@ void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, con
   Scratch<C> weight_lost(plan.keeps_lost ? checked_product(parts, weight_size) : 0);
   Scratch<C> bias_parts(checked_product(parts, bias_size));
   Scratch<char> scratch(checked_product(parts * block_parts, scratch_size));
-  const ConvPoolBackward<T> call{g,
-                                 plan,
-                                 data<T>(grad_output),
-                                 layout_of(grad_output),
-                                 data<uint8_t>(winners),
-                                 layout_of(winners),
-                                 data<T>(input),
-                                 input_layout,
-                                 data<T>(weight),
-                                 layout_of(weight),
-                                 wanted.input ? mutable_data<T>(grad_input) : nullptr,
-                                 grad_input_layout,
-                                 packed.get(),
-                                 joined};
+  call.packed = packed.get();
   if (wanted.input) kernels.pack(call);
   std::fill(bias_parts.get(), bias_parts.get() + parts * bias_size, C(0));
   parallel_chunks(parts * block_parts, parts * block_parts, [&](int64_t chunk, int64_t, int64_t) {

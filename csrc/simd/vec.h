@@ -215,6 +215,30 @@ FASTNN_INLINE void store_up_to(T* to, Vec<Compute<T>> x, int64_t count) {
   }
 }
 
+// The first `count` of a vector's lanes of bytes, widened to integers as wide as T, zeros in the others.
+template <class T, class Integer = typename IntegerOf<T>::Type>
+FASTNN_INLINE Vec<Integer> load_bytes_up_to(const uint8_t* from, int64_t count) {
+#if defined(__AVX512F__)
+  // Said outright: the compiler widens them one by one.
+  const uint32_t inside = count >= kLanes<T> ? 0xffff : (1u << count) - 1;
+  const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(inside & ((1u << kLanes<T>)-1)), from);
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<Integer>)_mm512_cvtepu8_epi32(bytes);
+  } else {
+    return (Vec<Integer>)_mm512_cvtepu8_epi64(bytes);
+  }
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  Bytes bytes = {};
+  if (count >= kLanes<T>) {
+    __builtin_memcpy(&bytes, from, kLanes<T>);
+  } else {
+    __builtin_memcpy(&bytes, from, count);
+  }
+  return __builtin_convertvector(bytes, Vec<Integer>);
+#endif
+}
+
 // x * y + z, rounded once where there is an instruction for it. Said outright where results must not depend on which
 // instance of a template computed them: left to itself, the compiler takes two instructions in a chain of one.
 template <class V>
