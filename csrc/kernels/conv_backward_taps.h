@@ -248,7 +248,10 @@ int64_t weight_size_of_group(const ConvPoolGeometry& g) {
   return divide_up(g.out_channels, channels) * DotTiles::of<C>(g, channels).total();
 }
 
+// As measured, more channels of the input lose where there are few outputs.
 FASTNN_INLINE bool taps_apply(const ConvPoolGeometry& g) {
+  constexpr int64_t kMostInputs = 4, kMostDepth = 128;
+  if (g.in_channels > kMostInputs || g.depth() > kMostDepth) return false;
   return g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1 && g.taps() > 1 && g.taps() <= kLongestSum;
 }
 
@@ -266,7 +269,9 @@ bool taps_pay(const ConvPoolGeometry& g, const ConvLayout& input) {
   const double products = padded * real(g.depth()) / kLanes<C>;
   const double sums =
       real(g.depth()) / kLanes<C> * kSum / real(smaller(scratch.shape.pixels, g.conv[0] * g.conv[1] * g.conv[2]));
-  const double cost = real(g.out_channels) * (products + sums + windows * (strided ? 5 : 2.5) + rows * kRow);
+  constexpr double kAddUp = 3;  // of each product, by all outputs: memory is read and written
+  const double cost = kAddUp * products +
+                      real(g.out_channels) * (products + sums + windows * (strided ? 5 : 2.5) + rows * kRow);
   // Windows that overlap share winners, which are listed once.
   ConvPoolGeometry listed = join_groups(g, cheapest_join<C>(g));
   for (int d = 0; d < 3; ++d) listed.output[d] = smaller(g.output[d], 2 * g.conv[d] / (g.pool_kernel[d] + 1));
