@@ -270,8 +270,8 @@ bool taps_pay(const ConvPoolGeometry& g, const ConvLayout& input) {
   const double sums =
       real(g.depth()) / kLanes<C> * kSum / real(smaller(scratch.shape.pixels, g.conv[0] * g.conv[1] * g.conv[2]));
   constexpr double kAddUp = 3;  // of each product, by all outputs: memory is read and written
-  const double cost = kAddUp * products +
-                      real(g.out_channels) * (products + sums + windows * (strided ? 5 : 2.5) + rows * kRow);
+  const double cost =
+      kAddUp * products + real(g.out_channels) * (products + sums + windows * (strided ? 5 : 2.5) + rows * kRow);
   // Windows that overlap share winners, which are listed once.
   ConvPoolGeometry listed = join_groups(g, cheapest_join<C>(g));
   for (int d = 0; d < 3; ++d) listed.output[d] = smaller(g.output[d], 2 * g.conv[d] / (g.pool_kernel[d] + 1));
