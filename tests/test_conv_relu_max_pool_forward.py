@@ -29,6 +29,21 @@ def algorithm(instruction_set: str, tensors: list[Tensor | None], arguments: tup
         return RAW_ALGORITHM(*tensors, flat(arguments))[0]
 
 
+def assert_right_with(special: float, column: int, tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
+    """Like stock, or with a special value in a column of the last image, like float64."""
+    if special == 0:
+        return assert_like_stock(tensors, arguments)
+    tensors[0][-1:, ..., column] = special
+    return assert_like_float64(tensors, arguments)
+
+
+def assert_winners(tensors: list[Tensor], arguments: tuple[Any, ...]) -> None:
+    output, winners = RAW_WITH_WINNERS(*tensors, flat(arguments))
+    exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
+    assert torch.equal(output, FUSED[2](*tensors, *arguments))
+    assert (winners == exact).double().mean() > 0.999  # but for sums that lie close
+
+
 class TestDots:
     @pytest.mark.parametrize(
         ("size", "out_channels", "kernel", "last", "arguments"),
@@ -173,11 +188,7 @@ class TestRowPairs:
         special: float,
     ) -> None:
         tensors = make(size, out_channels, kernel, arguments[3], torch.bfloat16, last=last)
-        if special != 0:
-            tensors[0][-1:, ..., 5] = special
-            assert_like_float64(tensors, arguments)
-        else:
-            assert_like_stock(tensors, arguments)
+        assert_right_with(special, 5, tensors, arguments)
 
     @pytest.mark.parametrize("width", [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65])
     def test_widths(self, instruction_set: str, width: int) -> None:
@@ -199,11 +210,7 @@ class TestRowPairs:
 
     def test_winners(self, instruction_set: str) -> None:
         for size, out_channels, kernel, arguments in self.CASES[:2]:
-            tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
-            output, winners = RAW_WITH_WINNERS(*tensors, flat(arguments))
-            exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
-            assert torch.equal(output, FUSED[2](*tensors, *arguments))
-            assert (winners == exact).double().mean() > 0.999  # but for sums that lie close
+            assert_winners(make(size, out_channels, kernel, dtype=torch.bfloat16), arguments)
 
     def test_no_number_left_in_scratch_memory_counts(self, instruction_set: str) -> None:
         for size, out_channels, kernel, arguments in self.CASES[:2]:
@@ -271,11 +278,7 @@ class TestMatrix:
         special: float,
     ) -> None:
         tensors = make(size, out_channels, kernel, arguments[3], torch.bfloat16, last=last)
-        if special != 0:
-            tensors[0][-1:, ..., 4] = special
-            assert_like_float64(tensors, arguments)
-        else:
-            assert_like_stock(tensors, arguments)
+        assert_right_with(special, 4, tensors, arguments)
 
     def test_chosen(self) -> None:
         for size, out_channels, kernel, arguments in self.CASES[:3]:
@@ -300,11 +303,7 @@ class TestMatrix:
 
     def test_winners(self, instruction_set: str) -> None:
         for size, out_channels, kernel, arguments in self.CASES[:2]:
-            tensors = make(size, out_channels, kernel, dtype=torch.bfloat16)
-            output, winners = RAW_WITH_WINNERS(*tensors, flat(arguments))
-            exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
-            assert torch.equal(output, FUSED[2](*tensors, *arguments))
-            assert (winners == exact).double().mean() > 0.999  # but for sums that lie close
+            assert_winners(make(size, out_channels, kernel, dtype=torch.bfloat16), arguments)
 
     def test_no_number_left_in_scratch_memory_counts(self, instruction_set: str) -> None:
         for size, out_channels, kernel, arguments in self.CASES[5:8]:

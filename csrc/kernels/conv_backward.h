@@ -46,22 +46,12 @@ class BackwardWorker {
     first_ = first;
     grad_bias = first == 0 ? grad_bias : nullptr;
     fill_zeros(scratch_.bias, round_up(g_.out_channels, scratch_.shape.width));
-    const int64_t channel = first * s_.lanes, step = scratch_.image.step;
-    // The pixels before have a part in the gradient of the input under these.
-    const int64_t before = call_.grad_input ? scratch_.image.pixels_before(g_) : 0;
-    const int64_t start = larger(0, pixels.first - before);
-    window_.open(image, group * g_.in_channels + channel, smaller(blocks_ * s_.lanes, g_.in_channels - channel), start,
-                 pixels.first, pixels.last);
-    for (int64_t pixel = start; pixel < pixels.first; pixel += step) {
-      window_.move_to(pixel);
-      run_window(pixel, smaller(pixel + step, pixels.first), false, nullptr, nullptr, nullptr);
-    }
-    for (int64_t pixel = pixels.first; pixel < pixels.last; pixel += step) {
-      window_.move_to(pixel);
-      run_window(pixel, smaller(pixel + step, pixels.last), fresh && pixel == pixels.first, grad_weight, lost,
-                 grad_bias);
-    }
-    window_.close();
+    const int64_t channel = first * s_.lanes, channels = smaller(blocks_ * s_.lanes, g_.in_channels - channel);
+    window_.for_each_place(image, group * g_.in_channels + channel, channels, pixels,
+                           [&](int64_t pixel, int64_t past, bool is_before) {
+                             if (is_before) return run_window(pixel, past, false, nullptr, nullptr, nullptr);
+                             run_window(pixel, past, fresh && pixel == pixels.first, grad_weight, lost, grad_bias);
+                           });
     for (int64_t o = 0; grad_bias && o < g_.out_channels; ++o) {
       grad_bias[group * g_.out_channels + o] += static_cast<C>(scratch_.bias[o]);
     }
@@ -183,13 +173,7 @@ class BackwardWorker {
     for (int r = 0; r < runs; ++r) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = (r * s_.vectors + v) * kLanes<C>;
-        if (writes) {
-          store(to + at, total[r][v]);
-        } else if (lost) {
-          add_keeping_lost(total[r][v], to + at, lost + at);
-        } else {
-          store(to + at, load(to + at) + total[r][v]);
-        }
+        put_sums(total[r][v], writes, to + at, lost ? lost + at : nullptr);
       }
     }
   }
@@ -244,9 +228,7 @@ void backward_runs(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, 
                    Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
   BackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
   const int64_t blocks = call.plan.blocks / call.geometry.groups;
-  const int axis = call.plan.axis;
-  const int64_t rows = call.geometry.conv[axis];
-  const Range pixels = {rows * piece.part / piece.parts, rows * (piece.part + 1) / piece.parts};
+  const Range pixels = pixels_of(call, piece);
   for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
     for (int64_t block = piece.first_block; block < piece.last_block;) {
       const int64_t group = block / blocks, first = block % blocks;

@@ -76,13 +76,7 @@ class PixelsBackwardWorker {
         for (int64_t o = 0; o < g_.out_channels; o += rows, to += kLanes<C>, lost += lost ? kLanes<C> : 0) {
           const Vec<C> total = dot_tile<rows>(pixels, band_.channel(o), scratch_.step, input + c * call_.input_layout.c,
                                               call_.input_layout.c, g_.in_channels - c, g_.out_channels - o);
-          if (fresh) {
-            store(to, total);
-          } else if (lost) {
-            add_keeping_lost(total, to, lost);
-          } else {
-            store(to, load(to) + total);
-          }
+          put_sums(total, fresh, to, lost);
         }
       }
     });
@@ -180,16 +174,7 @@ template <class T>
 void backward_pixels(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight,
                      Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
   PixelsBackwardWorker<T> worker(call, scratch);
-  const int64_t block_size = call.plan.weight_size / call.plan.blocks, rows = call.geometry.conv[call.plan.axis];
-  const Range pixels = {rows * piece.part / piece.parts, rows * (piece.part + 1) / piece.parts};
-  for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
-    for (int64_t block = piece.first_block; block < piece.last_block; ++block) {
-      const int64_t at = block * block_size;
-      worker.run(image, block, pixels, image == piece.first_image, grad_weight ? grad_weight + at : nullptr,
-                 lost ? lost + at : nullptr, grad_bias);
-    }
-  }
-  if (grad_weight && lost) add_lost(call, piece.first_block, piece.last_block, grad_weight, lost);
+  backward_by_groups(worker, call, piece, grad_weight, lost, grad_bias);
 }
 
 }  // namespace FASTNN_ISA

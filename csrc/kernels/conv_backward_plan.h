@@ -141,6 +141,18 @@ FASTNN_INLINE void add_keeping_lost(const Vec<C>& total, C* to, C* lost) {
   store(lost, load(lost) + ((before - (sum - added)) + (total - added)));
 }
 
+// A vector of the weight's gradient: what there is of it first, or more of it. `lost` may be null.
+template <class C>
+FASTNN_INLINE void put_sums(const Vec<C>& sums, bool is_first, C* to, C* lost) {
+  if (is_first) {
+    store(to, sums);
+  } else if (lost) {
+    add_keeping_lost(sums, to, lost);
+  } else {
+    store(to, load(to) + sums);
+  }
+}
+
 // What blocks [first, last) have lost to rounding.
 template <class T, class C = Compute<T>>
 void add_lost(const ConvPoolBackward<T>& call, int64_t first, int64_t last, C* grad_weight, const C* lost) {
@@ -149,6 +161,29 @@ void add_lost(const ConvPoolBackward<T>& call, int64_t first, int64_t last, C* g
     // What an infinite sum has lost is NaN.
     if (lost[i] == lost[i]) grad_weight[i] += lost[i];
   }
+}
+
+// A piece's conv pixels along the plan's axis.
+template <class T>
+FASTNN_INLINE Range pixels_of(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece) {
+  const int64_t rows = call.geometry.conv[call.plan.axis];
+  return {rows * piece.part / piece.parts, rows * (piece.part + 1) / piece.parts};
+}
+
+// A piece of a plan whose blocks are groups.
+template <class Worker, class T, class C = Compute<T>>
+void backward_by_groups(Worker& worker, const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, C* grad_weight,
+                        C* lost, C* grad_bias) {
+  const int64_t block_size = call.plan.weight_size / call.plan.blocks;
+  const Range pixels = pixels_of(call, piece);
+  for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
+    for (int64_t group = piece.first_block; group < piece.last_block; ++group) {
+      const int64_t at = group * block_size;
+      worker.run(image, group, pixels, image == piece.first_image, grad_weight ? grad_weight + at : nullptr,
+                 lost ? lost + at : nullptr, grad_bias);
+    }
+  }
+  if (grad_weight && lost) add_lost(call, piece.first_block, piece.last_block, grad_weight, lost);
 }
 
 }  // namespace FASTNN_ISA

@@ -105,20 +105,11 @@ class TapsBackwardWorker {
     image_ = image;
     group_ = group;
     for (int64_t o = 0; o < g_.out_channels; ++o) scratch_.bias[o] = 0;
-    // The pixels before have a part in the gradient of the input under these.
-    const int64_t before = call_.grad_input ? scratch_.image.pixels_before(g_) : 0, step = scratch_.image.step;
-    const int64_t start = larger(0, pixels.first - before);
-    window_.open(image, group * g_.in_channels, g_.in_channels, start, pixels.first, pixels.last);
-    for (int64_t pixel = start; pixel < pixels.first; pixel += step) {
-      window_.move_to(pixel);
-      run_window(pixel, smaller(pixel + step, pixels.first), false, nullptr, nullptr, nullptr);
-    }
-    for (int64_t pixel = pixels.first; pixel < pixels.last; pixel += step) {
-      window_.move_to(pixel);
-      run_window(pixel, smaller(pixel + step, pixels.last), fresh && pixel == pixels.first, grad_weight, lost,
-                 grad_bias);
-    }
-    window_.close();
+    window_.for_each_place(image, group * g_.in_channels, g_.in_channels, pixels,
+                           [&](int64_t pixel, int64_t past, bool is_before) {
+                             if (is_before) return run_window(pixel, past, false, nullptr, nullptr, nullptr);
+                             run_window(pixel, past, fresh && pixel == pixels.first, grad_weight, lost, grad_bias);
+                           });
     for (int64_t o = 0; grad_bias && o < g_.out_channels; ++o) {
       grad_bias[group * g_.out_channels + o] += static_cast<C>(scratch_.bias[o]);
     }
@@ -204,13 +195,7 @@ class TapsBackwardWorker {
         if (v * lanes + i < rows * columns) part[i] = total[v * lanes + i];
       }
       const Vec<C> sums = sum_each<C, lanes>(part);
-      if (fresh) {
-        store(to + v * lanes, sums);
-      } else if (lost) {
-        add_keeping_lost(sums, to + v * lanes, lost + v * lanes);
-      } else {
-        store(to + v * lanes, load(to + v * lanes) + sums);
-      }
+      put_sums(sums, fresh, to + v * lanes, lost ? lost + v * lanes : nullptr);
     }
   }
 
@@ -335,16 +320,7 @@ template <class T>
 void backward_taps(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight,
                    Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
   TapsBackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
-  const int64_t block_size = call.plan.weight_size / call.plan.blocks, rows = call.geometry.conv[call.plan.axis];
-  const Range pixels = {rows * piece.part / piece.parts, rows * (piece.part + 1) / piece.parts};
-  for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
-    for (int64_t block = piece.first_block; block < piece.last_block; ++block) {
-      const int64_t at = block * block_size;
-      worker.run(image, block, pixels, image == piece.first_image, grad_weight ? grad_weight + at : nullptr,
-                 lost ? lost + at : nullptr, grad_bias);
-    }
-  }
-  if (grad_weight && lost) add_lost(call, piece.first_block, piece.last_block, grad_weight, lost);
+  backward_by_groups(worker, call, piece, grad_weight, lost, grad_bias);
 }
 
 }  // namespace FASTNN_ISA

@@ -139,6 +139,23 @@ class ImageWindow {
     }
   }
 
+  // For the conv pixels `pixels` along the axis, and those before that have a part in their gradient of the input:
+  // calls body(first, last, is_before) for the conv pixels [first, last) that the windows serve at each place.
+  template <class Body>
+  void for_each_place(int64_t image, int64_t channel, int64_t channels, const Range& pixels, const Body& body) {
+    const int64_t before = gradients_ ? shape_.pixels_before(g_) : 0, start = larger(0, pixels.first - before);
+    open(image, channel, channels, start, pixels.first, pixels.last);
+    for (int64_t pixel = start; pixel < pixels.first; pixel += shape_.step) {
+      move_to(pixel);
+      body(pixel, smaller(pixel + shape_.step, pixels.first), true);
+    }
+    for (int64_t pixel = pixels.first; pixel < pixels.last; pixel += shape_.step) {
+      move_to(pixel);
+      body(pixel, smaller(pixel + shape_.step, pixels.last), false);
+    }
+    close();
+  }
+
   const C* image(int64_t block) const { return images_ + block * shape_.size; }
   // Where to add to the gradient.
   C* gradient(int64_t block) const { return (parts_ ? parts_ : gradients_) + block * shape_.size; }

@@ -27,7 +27,7 @@ class DirectForward {
         ring_shape_(ring_shape(g_, call.plan)),
         pools_in_tiles_(kPoolsThem && windows_are_apart(g_) && makes_plain_rows(call.plan)),
         phases_(g_, ring_shape_.columns),
-        matrix_(g_),
+        matrix_(g_, ring_shape_.columns),
         depth_(product_depth<E>(g_)),
         scratch_(g_, call.plan, memory) {
     if (in_phases()) {
@@ -66,6 +66,8 @@ class DirectForward {
       }
     });
   }
+
+  const MatrixShape& matrix() const { return matrix_; }
 
   void run(int64_t item) {
     const int64_t blocks = divide_up(g_.out_channels, kBlockChannels<C>);
@@ -301,8 +303,8 @@ class DirectForward {
       }
     });
     if constexpr (kIsOfMatrix<E>) {
-      conv_rows_matrix<vectors>(matrix_, matrix_pixels(ring_shape_.columns), scratch_.matrix_rows, waiting,
-                                g_.stride[2] * step_[2], scratch_.offsets, block_weight(block), bias, conv_columns_);
+      conv_rows_matrix<vectors>(matrix_, scratch_.matrix_rows, waiting, g_.stride[2] * step_[2], scratch_.offsets,
+                                block_weight(block), bias, conv_columns_);
     }
     return count;
   }
@@ -341,15 +343,16 @@ class DirectForward {
 template <class E, class T>
 void forward_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
   DirectForward<E, T> worker(call, scratch);
+  const auto run = [&] {
+    for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
+  };
 #if defined(__AVX512F__)
   if constexpr (kIsOfMatrix<E>) {
-    const MatrixUnit unit(matrix_pixels(ring_shape(call.geometry, call.plan).columns),
-                          MatrixShape(call.geometry).numbers);
-    for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
-    return;
+    const MatrixUnit unit(worker.matrix().pixels, worker.matrix().numbers);
+    return run();
   }
 #endif
-  for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
+  run();
 }
 
 }  // namespace FASTNN_ISA

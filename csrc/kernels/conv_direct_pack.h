@@ -109,7 +109,7 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
     } else if constexpr (kStartsPair<E>) {
       pack_row_pairs(g, divide_up(row_run(g), 2), from, layout, count, to, width);
     } else if constexpr (kIsOfMatrix<E>) {
-      const MatrixShape shape(g);
+      const MatrixShape shape(g, 1);
       const int64_t pairs = shape.blocks * shape.numbers / 2;
       if (shape.joins_columns) {
         pack_row_pairs(g, pairs, from, layout, count, to, width);

@@ -55,7 +55,7 @@ FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan
 // Elements behind a row of the tile that the last run of a pixel reaches.
 template <class E>
 FASTNN_INLINE int64_t elements_behind(const ConvPoolGeometry& g) {
-  return kIsOfMatrix<E> ? MatrixShape(g).beyond() : kStartsPair<E> ? 1 : 0;
+  return kIsOfMatrix<E> ? MatrixShape(g, 1).beyond() : kStartsPair<E> ? 1 : 0;
 }
 
 // What a part of the rows computes anew of what the one before it has computed, in rows of windows.
@@ -211,6 +211,15 @@ FASTNN_INLINE double interleave_cost(int64_t channels, int64_t columns, const Co
   return kBlock * static_cast<double>(divide_up(columns, 8) * divide_up(channels, 32));
 }
 
+// Of a conv row.
+FASTNN_INLINE double matrix_row_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t vectors) {
+  constexpr double kProduct = 16, kTile = 60;
+  const int64_t columns = ring_shape(g, plan).columns;
+  const MatrixShape shape(g, columns);
+  const int64_t tiles = plan.column_parts * divide_up(columns, shape.pixels) * vectors;
+  return static_cast<double>(tiles) * (kTile + kProduct * static_cast<double>(shape.depth()));
+}
+
 // For one image and group: a group's output channels may not fill its vectors, and a short row's tile not the
 // multipliers' pipelines.
 template <class E, class C = Compute<E>>
@@ -236,13 +245,9 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double interleaving = static_cast<double>(tile_rows) *
                               (kRunCost + interleave_cost(g.in_channels, input_extent(g, 2, plan.columns), input));
   if (kIsOfMatrix<E>) {
-    constexpr double kProduct = 16, kTile = 60, kCall = 400;
-    const MatrixShape shape(g);
-    const int64_t columns = ring_shape(g, plan).columns;
-    const int64_t tiles = plan.column_parts * divide_up(columns, matrix_pixels(columns)) * vectors;
-    const double row_cost = static_cast<double>(tiles) * (kTile + kProduct * static_cast<double>(shape.depth()));
-    return kCall + cost + static_cast<double>(g.conv[0] * g.conv[1]) * row_cost + (plan.in_place ? 0 : interleaving) +
-           looks_at(shape.beyond() > 0);
+    constexpr double kCall = 400;
+    const double rows = static_cast<double>(g.conv[0] * g.conv[1]) * matrix_row_cost(g, plan, vectors);
+    return kCall + cost + rows + (plan.in_place ? 0 : interleaving) + looks_at(elements_behind<E>(g) > 0);
   }
   if (plan.skips_padding) {
     constexpr double kPass = 20, kAdded = 2;  // of a pass over a conv row; of a vector of it

@@ -17,9 +17,6 @@ namespace {
 template <class T>
 constexpr bool kHasWinograd = sizeof(Compute<T>) == sizeof(float);
 
-template <class T>
-constexpr bool kHasMatrices = kHasPairs<T> && kMultipliesMatrices;
-
 // Direct convolution, by pairs or a matrix unit where that is cheaper.
 template <class T>
 ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact,
@@ -42,7 +39,7 @@ ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int6
     const ConvPoolPlan row_pairs = choose_direct<T, FirstOfPair>(g, input, threads, false, pairs_costs);
     take_cheaper(row_pairs, pairs_costs);
   }
-  if (isa_multiplies_matrices() && (!exact || MatrixShape(g).beyond() == 0)) {
+  if (isa_multiplies_matrices() && (!exact || elements_behind<MatrixNumber>(g) == 0)) {
     const bool stays = matrix_stays_in_place(g, input);
     const ConvPoolPlan matrix = plan_direct<T, MatrixNumber>(g, input, threads, stays, false);
     take_cheaper(matrix, direct_cost<MatrixNumber>(g, input, matrix));
@@ -162,7 +159,7 @@ bool plan_holds(const ConvPoolForward<T>& call) {
   const ConvAlgorithm algorithm = call.plan.algorithm;
   const bool transforms = algorithm == ConvAlgorithm::winograd || algorithm == ConvAlgorithm::phases;
   const bool reaches_beyond = (algorithm == ConvAlgorithm::row_pairs && row_pairs_reach_beyond(g)) ||
-                              (algorithm == ConvAlgorithm::matrix && MatrixShape(g).beyond() > 0);
+                              (algorithm == ConvAlgorithm::matrix && elements_behind<MatrixNumber>(g) > 0);
   if (!transforms && !reaches_beyond) return true;
   if (!all_moderate(call.input, g.batch, call.input_layout, g.groups * g.in_channels, g.input)) return false;
   return !transforms ||
@@ -181,7 +178,7 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
       if constexpr (kHasPairs<T>) pack_direct<FirstOfPair>(call, first_item, last_item);
       return;
     case ConvAlgorithm::matrix:
-      if constexpr (kHasMatrices<T>) pack_direct<MatrixNumber>(call, first_item, last_item);
+      if constexpr (kHasPairs<T>) pack_direct<MatrixNumber>(call, first_item, last_item);
       return;
     case ConvAlgorithm::rows:
       return pack_blocks(call, kRowOutputs, first_item, last_item);
@@ -215,7 +212,7 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
       if constexpr (kHasPairs<T>) forward_direct<FirstOfPair>(call, first_item, last_item, scratch);
       return;
     case ConvAlgorithm::matrix:
-      if constexpr (kHasMatrices<T>) forward_direct<MatrixNumber>(call, first_item, last_item, scratch);
+      if constexpr (kHasPairs<T>) forward_direct<MatrixNumber>(call, first_item, last_item, scratch);
       return;
     case ConvAlgorithm::rows:
       return forward_rows(call, first_item, last_item, scratch);

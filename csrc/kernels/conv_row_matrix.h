@@ -12,20 +12,22 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// How the products of an output are cut up.
+// How products are cut up, for rows of `columns` conv pixels.
 struct MatrixShape {
   bool joins_columns;  // a run is a row of the kernel
   int64_t runs, run;   // numbers
   int64_t blocks;      // of a run
   int64_t numbers;     // of a block, even
+  int64_t pixels;      // of a tile
 
-  explicit MatrixShape(const ConvPoolGeometry& g) {
+  MatrixShape(const ConvPoolGeometry& g, int64_t columns) {
     const int64_t row = row_run(g), row_blocks = divide_up(row, kMatrixNumbers);
     joins_columns = has_row_runs(g) && row_blocks < g.kernel[2] * divide_up(g.in_channels, kMatrixNumbers);
     run = joins_columns ? row : g.in_channels;
     runs = g.depth() / run;
     blocks = divide_up(run, kMatrixNumbers);
     numbers = 2 * divide_up(run, 2 * blocks);
+    pixels = divide_up(columns, divide_up(columns, kMatrixRows));
   }
 
   int64_t depth() const { return runs * blocks; }  // in blocks
@@ -35,18 +37,13 @@ struct MatrixShape {
 // In pairs.
 template <>
 FASTNN_INLINE int64_t product_depth<MatrixNumber>(const ConvPoolGeometry& g) {
-  const MatrixShape s(g);
+  const MatrixShape s(g, 1);
   return s.depth() * s.numbers / 2;
-}
-
-// Conv pixels of a tile, in rows of so many.
-FASTNN_INLINE int64_t matrix_pixels(int64_t columns) {
-  return divide_up(columns, divide_up(columns, kMatrixRows));
 }
 
 // Whether an input of bfloat16 can be read where it lies.
 FASTNN_INLINE bool matrix_stays_in_place(const ConvPoolGeometry& g, const ConvLayout& input) {
-  const MatrixShape s(g);
+  const MatrixShape s(g, 1);
   const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
   return !padded && input.c == 1 && s.beyond() == 0 && (!s.joins_columns || input.d[2] == g.in_channels);
 }
@@ -57,12 +54,11 @@ struct MatrixRow {
   float* to;                 // (pixels, vectors x lanes)
 };
 
-// Rows of `count` conv pixels each, `step` elements of the tile apart, by tiles of `pixels`, as many as the matrix unit
-// is set up for; that many of a row are written at least.
+// Rows of `count` conv pixels each, `step` elements of the tile apart; of a row a tile of pixels is written at least.
 template <int vectors>
-FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, int64_t pixels, const MatrixRow* rows, int64_t row_count,
-                                    int64_t step, const int64_t* offsets, const bfloat16x2* weight,
-                                    const Vec<float> (&bias)[vectors], int64_t count);
+FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, const MatrixRow* rows, int64_t row_count, int64_t step,
+                                    const int64_t* offsets, const bfloat16x2* weight, const Vec<float> (&bias)[vectors],
+                                    int64_t count);
 
 #if defined(__AVX512F__)
 // Tiles of pixels that are worked on together and share the loads of the weight.
@@ -75,7 +71,6 @@ FASTNN_INLINE void matrix_tile(const MatrixShape& s, const MatrixNumber* const (
                                const int64_t* offsets, const bfloat16x2* weight, const float* bias,
                                float* const (&to)[tiles]) {
   constexpr int64_t pixel = vectors * kMatrixRows * sizeof(float);  // bytes of one, and of a pair of numbers' weight
-  constexpr int last = tiles - 1, last_vector = vectors - 1;
   const auto for_each_sum = [](const auto& body) __attribute__((always_inline)) {
     body(Constant<0>{}, Constant<0>{});
     if constexpr (vectors > 1) body(Constant<0>{}, Constant<1>{});
@@ -84,7 +79,7 @@ FASTNN_INLINE void matrix_tile(const MatrixShape& s, const MatrixNumber* const (
     if constexpr (tiles > 2) body(Constant<2>{}, Constant<0>{});
     if constexpr (tiles > 3) body(Constant<3>{}, Constant<0>{});
   };
-  static_assert(last * vectors + last_vector < 4, "there are four tiles of sums");
+  static_assert(tiles * vectors <= 4, "there are four tiles of sums");
   for_each_sum([&](auto t, auto v) __attribute__((always_inline)) {
     load_tile<t.value * vectors + v.value>(bias + v.value * kMatrixRows, 0);
   });
@@ -104,12 +99,12 @@ FASTNN_INLINE void matrix_tile(const MatrixShape& s, const MatrixNumber* const (
 }
 
 template <int vectors>
-FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, int64_t pixels, const MatrixRow* rows, int64_t row_count,
-                                    int64_t step, const int64_t* offsets, const bfloat16x2* weight,
-                                    const Vec<float> (&bias)[vectors], int64_t count) {
+FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, const MatrixRow* rows, int64_t row_count, int64_t step,
+                                    const int64_t* offsets, const bfloat16x2* weight, const Vec<float> (&bias)[vectors],
+                                    int64_t count) {
   alignas(64) float bias_row[vectors * kMatrixRows];
   for (int v = 0; v < vectors; ++v) store(bias_row + v * kMatrixRows, bias[v]);
-  const int64_t row_tiles = divide_up(count, pixels), tiles = row_count * row_tiles;
+  const int64_t row_tiles = divide_up(count, s.pixels), tiles = row_count * row_tiles;
   for (int64_t t = 0; t < tiles; t += kMatrixTiles<vectors>) {
     with_constant<kMatrixTiles<vectors>>(static_cast<int>(smaller(tiles - t, kMatrixTiles<vectors>)), [&](auto some) {
       constexpr int together = decltype(some)::value;
@@ -118,7 +113,7 @@ FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, int64_t pixels, const 
       for (int i = 0; i < together; ++i) {
         const MatrixRow& row = rows[(t + i) / row_tiles];
         // A row's last tile covers what the one before it has covered already.
-        const int64_t first = larger(0, smaller((t + i) % row_tiles * pixels, count - pixels));
+        const int64_t first = larger(0, smaller((t + i) % row_tiles * s.pixels, count - s.pixels));
         from[i] = row.tile + first * step;
         to[i] = row.to + first * vectors * kMatrixRows;
       }

@@ -11,8 +11,6 @@ constexpr int64_t kMatrixRows = 16;
 constexpr int64_t kMatrixNumbers = 32;  // of bfloat16 in a row
 
 #if defined(__AVX512F__)
-constexpr bool kMultipliesMatrices = true;
-
 // What a thread's tiles are, while there is one of these.
 //   0 to 3: sums, [row][lane]; 4, 5: the left operand, [row][number]; 6, 7: the right one, [pair of numbers][lane]
 class MatrixUnit {
@@ -54,8 +52,6 @@ template <int sums, int left, int right>
 FASTNN_INLINE void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(left), "i"(right));
 }
-#else
-constexpr bool kMultipliesMatrices = false;
 #endif
 
 }  // namespace FASTNN_ISA
