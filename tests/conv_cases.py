@@ -10,7 +10,7 @@ from torch import Tensor
 import fastnn.nn
 from fastnn import functional
 from fastnn.reference import conv_relu_max_pool as reference
-from fastnn.testing import compare_with_stock, using_threads
+from fastnn.testing import compare_with_stock, instruction_sets, using_instruction_set, using_threads
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 FUSED = {
@@ -124,3 +124,27 @@ def assert_same_bits(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -
     for threads in (2, 3, 7):
         with using_threads(threads):
             assert torch.equal(bits(fused(*tensors, *arguments)), bits(expected))
+
+
+def algorithm(instruction_set: str, tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> str:
+    """What such a call takes; nothing where the machine lacks the instruction set."""
+    if instruction_set not in instruction_sets():
+        return ""
+    with using_instruction_set(instruction_set):
+        return RAW_ALGORITHM(*tensors, flat(arguments))[0]
+
+
+def assert_right_with(special: float, column: int, tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
+    """Like stock, or with a special value in a column of the last image, like float64."""
+    if special == 0:
+        return assert_like_stock(tensors, arguments)
+    tensors[0][-1:, ..., column] = special
+    return assert_like_float64(tensors, arguments)
+
+
+def assert_winners(tensors: list[Tensor], arguments: tuple[Any, ...]) -> None:
+    """Those of float64, but for sums that lie close."""
+    output, winners = RAW_WITH_WINNERS(*tensors, flat(arguments))
+    exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
+    assert torch.equal(output, FUSED[2](*tensors, *arguments))
+    assert (winners == exact).double().mean() > 0.999

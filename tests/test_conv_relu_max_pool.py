@@ -104,24 +104,6 @@ class TestAlgorithms:
 
     @pytest.mark.parametrize("last", [False, True])
     @pytest.mark.parametrize(
-        ("size", "out_channels", "padding", "groups"),
-        [((2, 64, 21, 26), 64, 1, 1), ((3, 40, 34, 9), 50, 0, 1), ((2, 128, 30, 30), 96, 2, 2)],
-    )
-    def test_many_channels(
-        self, instruction_set: str, size: tuple[int, ...], out_channels: int, padding: int, groups: int, last: bool
-    ) -> None:
-        tensors = make(size, out_channels, (3, 3), groups, last=last)
-        assert_like_stock(tensors, geometry(2, padding=padding, groups=groups))
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-    def test_many_channels_keep_special_values_in_place(self, instruction_set: str, value: float) -> None:
-        for which in (0, 1):
-            tensors = make((2, 64, 20, 20), 64, (3, 3))
-            tensors[which][1, 2, 1, 1] = value
-            assert_like_stock(tensors, geometry(2, padding=1), gradients=False)
-
-    @pytest.mark.parametrize("last", [False, True])
-    @pytest.mark.parametrize(
         ("size", "out_channels", "kernel", "arguments"),
         [
             ((37, 3, 14, 13), 10, (5, 5), geometry(2, stride=2, padding=2)),

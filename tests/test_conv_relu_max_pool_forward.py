@@ -7,41 +7,17 @@ import torch
 from conv_cases import (
     FUSED,
     RAW_ALGORITHM,
-    RAW_WITH_WINNERS,
+    algorithm,
     assert_like_float64,
     assert_like_stock,
+    assert_right_with,
     assert_same_bits,
+    assert_winners,
     channels_last,
     flat,
     geometry,
     make,
 )
-from torch import Tensor
-
-from fastnn.testing import instruction_sets, using_instruction_set
-
-
-def algorithm(instruction_set: str, tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> str:
-    """What such a call takes; nothing where the machine lacks the instruction set."""
-    if instruction_set not in instruction_sets():
-        return ""
-    with using_instruction_set(instruction_set):
-        return RAW_ALGORITHM(*tensors, flat(arguments))[0]
-
-
-def assert_right_with(special: float, column: int, tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
-    """Like stock, or with a special value in a column of the last image, like float64."""
-    if special == 0:
-        return assert_like_stock(tensors, arguments)
-    tensors[0][-1:, ..., column] = special
-    return assert_like_float64(tensors, arguments)
-
-
-def assert_winners(tensors: list[Tensor], arguments: tuple[Any, ...]) -> None:
-    output, winners = RAW_WITH_WINNERS(*tensors, flat(arguments))
-    exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
-    assert torch.equal(output, FUSED[2](*tensors, *arguments))
-    assert (winners == exact).double().mean() > 0.999  # but for sums that lie close
 
 
 class TestDots:

@@ -58,7 +58,6 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
     return plan;
   };
   const bool has_pairs = kHasPairs<T> && isa_multiplies_pairs();
-  if (!exact && !has_pairs && kHasWinograd<T> && winograd_pays<C>(g)) return plan_winograd<C>(g);
   const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
   double direct_costs;
   const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, exact, direct_costs);
@@ -71,7 +70,16 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
     phases = plan_phases<T>(g, input, threads);
     phases_costs = phases_cost<C>(g, input, phases);
   }
-  const bool others_lose = dots_costs >= direct_costs && phases_costs >= direct_costs;
+  ConvPoolPlan winograd;
+  double winograd_costs = direct_costs;
+  if constexpr (kHasWinograd<T>) {
+    // A matrix unit, which makes more products at a time than this saves, has its own way.
+    if (!exact && !(has_pairs && isa_multiplies_matrices()) && winograd_applies(g)) {
+      winograd = choose_winograd<T>(g, images, threads, winograd_costs);
+      winograd_costs -= packing_cost(g, images);
+    }
+  }
+  const bool others_lose = dots_costs >= direct_costs && phases_costs >= direct_costs && winograd_costs >= direct_costs;
   if (others_lose && direct_costs < 1.02 * least) return chosen(direct, direct_costs);
   const LanesPlan lanes = plan_lanes<C>(g, 1);
   const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
@@ -81,10 +89,11 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
   const double depthwise_costs = depthwise_applies(g) ? depthwise_cost<C>(g, depthwise) : direct_costs;
   const auto is_least = [&](double costs) {
     return costs < direct_costs && costs <= dots_costs && costs <= depthwise_costs && costs <= rows_costs &&
-           costs <= lanes_costs && costs <= windows_costs && costs <= phases_costs;
+           costs <= lanes_costs && costs <= windows_costs && costs <= phases_costs && costs <= winograd_costs;
   };
   if (is_least(dots_costs)) return chosen(dots, dots_costs);
   if (is_least(depthwise_costs)) return chosen(depthwise, depthwise_costs);
+  if (is_least(winograd_costs)) return chosen(winograd, winograd_costs);
   if (is_least(phases_costs)) return chosen(phases, phases_costs);
   if (is_least(windows_costs)) return chosen(plan_windows<T>(g, threads), windows_costs);
   if (is_least(rows_costs)) return chosen(plan_rows<T>(g, input, threads), rows_costs);

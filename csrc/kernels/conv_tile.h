@@ -315,7 +315,7 @@ FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const 
   }
 }
 
-constexpr int64_t kRowsAhead = 12;  // of the weight, asked for before they are multiplied by
+constexpr int64_t kRowsAhead = 96;  // of the weight, asked for before they are multiplied by
 
 // The register tile: `pixels` conv pixels, `step` apart, by `vectors` vectors of output channels. finish(total) takes
 // what comes out.

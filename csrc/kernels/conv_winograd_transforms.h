@@ -1,9 +1,10 @@
-// Winograd's F(2, r) in one dimension: two neighbouring results of r taps from r + 1 multiplications.
+// Winograd's F(2, r) in one dimension, two neighbouring results of r taps from r + 1 multiplications, and F(4, 3), four
+// from six.
 //
 // (A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks, 2015.) The multiplications are of r + 1
-// transformed taps and as many transformed pixels, one at each of the points 0, infinity, 1, -1, 2: as many of these as
-// needed. What a point's product adds to the results is the same for any r, so that products of kernels of different
-// lengths may be summed up first.
+// transformed taps and as many transformed pixels, one at each of the points 0, infinity, 1, -1, 2, -2: as many of
+// these as needed. What a point's product adds to the results is the same for any r, so that products of kernels of
+// different lengths may be summed up first.
 #pragma once
 
 #include "../simd/vec.h"
@@ -68,6 +69,45 @@ FASTNN_INLINE void transform_input(const V (&d)[5], V (&v)[5]) {
   v[2] = d[1] * 2.0f + d[2] - d[3];
   v[3] = d[2] * 3.0f - d[1] * 2.0f - d[3];
   v[4] = outer;
+}
+
+// F(4, 3)
+template <class V>
+FASTNN_INLINE void transform_weight(const V (&g)[3], V (&u)[6]) {
+  constexpr float sixth = 1.0f / 6, small = 1.0f / 24;
+  const V outer = (g[0] + g[2]) * -sixth, far = g[0] * small + g[2] * sixth;
+  u[0] = g[0] * 0.25f;
+  u[1] = g[2];
+  u[2] = outer - g[1] * sixth;
+  u[3] = outer + g[1] * sixth;
+  u[4] = far + g[1] * (2 * small);
+  u[5] = far - g[1] * (2 * small);
+}
+template <class V>
+FASTNN_INLINE void transform_input(const V (&d)[6], V (&v)[6]) {
+  const V even = d[4] - d[2] * 4.0f, odd = d[3] - d[1] * 4.0f;
+  const V far_even = d[4] - d[2], far_odd = (d[3] - d[1]) * 2.0f;
+  v[0] = (d[0] - d[2]) * 4.0f + far_even;
+  v[1] = d[5] - d[3] - (d[3] - d[1]) * 4.0f;
+  v[2] = even + odd;
+  v[3] = even - odd;
+  v[4] = far_even + far_odd;
+  v[5] = far_even - far_odd;
+}
+
+// The results of products at F(2, 3)'s points, and at F(4, 3)'s.
+template <class V>
+FASTNN_INLINE void transform_results(const V (&m)[4], V (&y)[2]) {
+  y[0] = m[0] + m[2] + m[3];
+  y[1] = m[1] + m[2] - m[3];
+}
+template <class V>
+FASTNN_INLINE void transform_results(const V (&m)[6], V (&y)[4]) {
+  const V even = m[2] + m[3], odd = m[2] - m[3], far_even = m[4] + m[5], far_odd = m[4] - m[5];
+  y[0] = m[0] + even + far_even;
+  y[1] = odd + far_odd * 2.0f;
+  y[2] = even + far_even * 4.0f;
+  y[3] = m[1] + odd + far_odd * 8.0f;
 }
 
 // What the product at each point adds to the first and to the second result.
