@@ -227,10 +227,18 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
   const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
-  const double accumulators = static_cast<double>(smaller(row, kConvPixels) * smaller(2, vectors));
+  const double accumulators = static_cast<double>(smaller(row, kConvPixels<2>) * smaller(2, vectors));
   const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
   const int64_t depth = product_depth<E>(g);
-  const double multiplications = static_cast<double>(vectors * row * g.conv[0] * g.conv[1] * depth) * slow;
+  // A tile of one vector takes a load for each multiplication, and has pixels enough to crowd two of the cache's sets,
+  // in which they meet if they lie this far apart.
+  constexpr double kSingle = 0.12, kCrowded = 1.2;
+  constexpr int64_t kApart = 2048;
+  const double single = vectors % 2 == 0 ? 1 : 1 + kSingle / static_cast<double>(vectors);
+  const bool meets =
+      vectors == 1 && plan.in_place && input.d[2] * g.stride[2] * static_cast<int64_t>(sizeof(E)) % kApart == 0;
+  const double waits = slow * single * (meets ? kCrowded : 1);
+  const double multiplications = static_cast<double>(vectors * row * g.conv[0] * g.conv[1] * depth) * waits;
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
   constexpr double kItem = 300, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
   const double windows =
@@ -270,7 +278,7 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   constexpr double kTransformed = 5,
                    kPack = 4;  // of a vector of input; of a weight, beyond what packing takes elsewhere
   const PhaseShape<C> s(g, ring_shape(g, plan).columns);
-  const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kConvPixels);
+  const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kConvPixels<2>);
   const int64_t blocks = divide_up(vectors, 2);
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * plan.column_parts);
   // Few sums do not keep the multipliers busy.

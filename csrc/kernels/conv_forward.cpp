@@ -110,7 +110,7 @@ ConvPoolPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const Conv
   if (!can_turn<T>(g, input) || plan.cost * static_cast<double>(g.batch) < kWorthPlanning) return plan;
   ConvPoolGeometry some = g;
   some.batch = images_to_turn<T>(g);
-  const ConvLayout layout = dense_last(g.groups * g.in_channels, g.input);
+  const ConvLayout layout = turned_layout<T>(g);
   // Estimates of pairs are too low by what packing takes for each lot of images.
   const int64_t packed_for = kHasPairs<T> ? some.batch : g.batch;
   ConvPoolPlan turned = plan_as_it_lies<T>(some, layout, weight, packed_for, threads, exact);

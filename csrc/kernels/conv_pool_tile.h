@@ -41,7 +41,7 @@ struct PooledRow {
   template <bool starts, int pixels>
   FASTNN_INLINE void add(int64_t first, const Vec<C> (&conv)[pixels][vectors]) {
     using Place = typename IntegerOf<C>::Type;
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (int w = 0; w < pixels / taps; ++w) {
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
@@ -84,13 +84,13 @@ template <int taps, int vectors, bool with_winners, class E, class C = Compute<E
 FASTNN_SHARED void pool_conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
                                  const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t windows,
                                  const OutputLines& lines, PooledRow<C, taps, vectors, with_winners> pooled) {
-  conv_groups<taps, vectors, kLongestSum>(tile, step, offsets, depth, weight, bias, windows,
-                                          [&](int64_t first, const auto& conv) __attribute__((always_inline)) {
-                                            if (pooled.is_first) {
-                                              lines.ask_for(first, sizeof(conv) / sizeof(conv[0]) / taps);
-                                            }
-                                            pooled.add(first, conv);
-                                          });
+  conv_groups<taps, vectors>(tile, step, offsets, depth, weight, bias, windows,
+                             [&](int64_t first, const auto& conv) __attribute__((always_inline)) {
+                               if (pooled.is_first) {
+                                 lines.ask_for(first, sizeof(conv) / sizeof(conv[0]) / taps);
+                               }
+                               pooled.add(first, conv);
+                             });
 }
 
 // Places in windows -> bytes, with the mark of those without a gradient.

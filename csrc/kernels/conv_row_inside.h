@@ -99,7 +99,7 @@ FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<
     C* target = to + (pixels.first - first) * width;
     const auto add = [&](int64_t from, const auto& total) __attribute__((always_inline)) {
       C* at = target + from * width;
-#pragma GCC unroll 16
+#pragma GCC unroll 28
       for (const auto& pixel : total) {
         for (int v = 0; v < vectors; ++v, at += kLanes<C>) store(at, load(at) + pixel[v]);
       }
@@ -112,8 +112,8 @@ FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<
     for (int64_t d = slices.first; d < slices.last; d = all_rows ? slices.last : d + 1) {
       const int64_t k = ((pass * g.kernel[0] + d) * g.kernel[1] + rows.first) * run;
       const int64_t depth = (all_rows ? slices.last - d : 1) * (rows.last - rows.first) * run;
-      conv_groups<1, vectors, kLongestSum>(corner + pixels.first * step, step, offsets + k, depth, weight + k * width,
-                                           zero, pixels.last - pixels.first, add);
+      conv_groups<1, vectors>(corner + pixels.first * step, step, offsets + k, depth, weight + k * width, zero,
+                              pixels.last - pixels.first, add);
     }
   }
 }

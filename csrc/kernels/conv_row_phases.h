@@ -191,7 +191,7 @@ FASTNN_SHARED void conv_row_phases(const PhaseShape<C>& s, const C* tile, const 
         const C share = kWinogradResults[point][which];
         if (share == 0) continue;
         C* at = to + (2 * first + which) * width;
-#pragma GCC unroll 16
+#pragma GCC unroll 28
         for (const auto& pair : total) {
           for (int v = 0; v < vectors; ++v) {
             C* result = at + v * kLanes<C>;
@@ -201,8 +201,7 @@ FASTNN_SHARED void conv_row_phases(const PhaseShape<C>& s, const C* tile, const 
         }
       }
     };
-    conv_groups<1, vectors, kLongestSum>(tile, 1, offsets + k, depth, weight + k * width, starts ? bias : zero, s.pairs,
-                                         add);
+    conv_groups<1, vectors>(tile, 1, offsets + k, depth, weight + k * width, starts ? bias : zero, s.pairs, add);
   }
 }
 

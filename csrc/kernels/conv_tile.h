@@ -7,7 +7,10 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-constexpr int kConvPixels = FASTNN_VECTOR_BYTES == 64 ? 14 : 6;
+// Conv pixels of a register tile. Of a single vector of channels many: each takes a load of its own besides the row of
+// the weight, the offset and what is asked for ahead, and loads are as many as multiply-adds in a cycle.
+template <int vectors>
+constexpr int kConvPixels = (FASTNN_VECTOR_BYTES == 64 ? 28 : 12) / vectors;
 template <class C>
 constexpr int64_t kBlockChannels = 2 * kLanes<C>;
 
@@ -300,15 +303,15 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
 }
 
 // Calls add(k) for each k < depth, which adds to `total`. Long sums are taken in parts, for the sake of their error.
-template <int longest = kLongestSum, int rows, int vectors, class V, class Add>
+template <int rows, int vectors, class V, class Add>
 FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const Add& add) {
   V earlier[rows][vectors];  // in memory: the registers are taken
   for (int64_t k = 0; k < depth;) {
-    if (k > 0) set_aside(total, earlier, k > longest);
-    for (const int64_t end = smaller(k + longest, depth); k < end; ++k) add(k);
+    if (k > 0) set_aside(total, earlier, k > kLongestSum);
+    for (const int64_t end = smaller(k + kLongestSum, depth); k < end; ++k) add(k);
   }
-  if (depth <= longest) return;
-#pragma GCC unroll 16
+  if (depth <= kLongestSum) return;
+#pragma GCC unroll 28
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) total[r][v] += earlier[r][v];
@@ -319,23 +322,23 @@ constexpr int64_t kRowsAhead = 96;  // of the weight, asked for before they are 
 
 // The register tile: `pixels` conv pixels, `step` apart, by `vectors` vectors of output channels. finish(total) takes
 // what comes out.
-template <int pixels, int vectors, int longest, class E, class Finish, class C = Compute<E>>
+template <int pixels, int vectors, class E, class Finish, class C = Compute<E>>
 FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
                              const Weight<E>* weight, const Vec<C> (&bias)[vectors], const Finish& finish) {
   Vec<C> total[pixels][vectors];
-#pragma GCC unroll 16
+#pragma GCC unroll 28
   for (int p = 0; p < pixels; ++p) {
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
-  sum_in_parts<longest>(depth, total, [&](int64_t k) __attribute__((always_inline)) {
+  sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const E* from = tile + offsets[k];
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
     // Two multiply-adds a cycle are through with a row of the weight before the next one comes from L2.
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(weight + (kRowsAhead * vectors + v) * kLanes<C>);
     weight += vectors * kLanes<C>;
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (int p = 0; p < pixels; ++p) {
       // Four pixels are reached from one address.
       if (p > 0 && p % 4 == 0) from += 4 * step;
@@ -348,34 +351,37 @@ FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets
 
 // `count` groups of `taps` consecutive conv pixels of a row, a register tile of some at a time. finish(first, total)
 // takes the pixels of the groups from the first on.
-template <int taps, int vectors, int longest, class E, class Finish, class C = Compute<E>>
+template <int taps, int vectors, class E, class Finish, class C = Compute<E>>
 FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
                                const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t count,
                                const Finish& finish) {
-  constexpr int most = kConvPixels / taps;
-  const int64_t tiles = divide_up(count, most);
+  constexpr int most = kConvPixels<vectors> / taps;
+  // Pixels this far apart share two of the cache's sets, which have room for those of two vectors' tile.
+  constexpr int64_t kCrowded = 2048;
+  const bool crowded = step * static_cast<int64_t>(sizeof(E)) % kCrowded == 0;
+  const int64_t tiles = divide_up(count, crowded ? smaller(most, larger(1, kConvPixels<2> / taps)) : most);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;
     with_constant<most>(static_cast<int>(last - first), [&](auto groups) {
-      conv_tile<decltype(groups)::value * taps, vectors, longest>(
-          tile + first * taps * step, step, offsets, depth, weight, bias,
-          [&](const auto& total) __attribute__((always_inline)) { finish(first, total); });
+      conv_tile<decltype(groups)::value * taps, vectors>(tile + first * taps * step, step, offsets, depth, weight, bias,
+                                                         [&](const auto& total)
+                                                             __attribute__((always_inline)) { finish(first, total); });
     });
   }
 }
 
 // `count` conv pixels of a row -> to (count, vectors x lanes)
-template <int vectors, int longest = kLongestSum, class E, class C = Compute<E>>
+template <int vectors, class E, class C = Compute<E>>
 FASTNN_SHARED void conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const Weight<E>* weight,
                             const Vec<C> (&bias)[vectors], int64_t count, C* to) {
   const auto store_all = [&](int64_t first, const auto& total) __attribute__((always_inline)) {
     C* target = to + first * vectors * kLanes<C>;
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (const auto& pixel : total) {
       for (int v = 0; v < vectors; ++v, target += kLanes<C>) store(target, pixel[v]);
     }
   };
-  conv_groups<1, vectors, longest>(tile, step, offsets, depth, weight, bias, count, store_all);
+  conv_groups<1, vectors>(tile, step, offsets, depth, weight, bias, count, store_all);
 }
 
 // [pixel][pitch] -> `count` pooled pixels of an image from the one numbered `first` on, channels `channel` onwards

@@ -17,6 +17,16 @@ FASTNN_INLINE int64_t image_size(const ConvPoolGeometry& g) {
   return g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2];
 }
 
+// Channels last. Pixels whole kilobytes apart would meet in few of the cache's sets: these get a line in between.
+template <class T>
+ConvLayout turned_layout(const ConvPoolGeometry& g) {
+  constexpr int64_t kCrowded = 1024, kLine = 64, size = sizeof(T);
+  const int64_t channels = g.groups * g.in_channels;
+  const int64_t pixel = channels + (channels * size % kCrowded == 0 ? kLine / size : 0);
+  const int64_t row = g.input[2] * pixel, slice = g.input[1] * row;
+  return {g.input[0] * slice, 1, {slice, row, pixel}};
+}
+
 template <class T>
 bool can_turn(const ConvPoolGeometry& g, const ConvLayout& input) {
   if (!kTurns<T> || input.c == 1 || input.d[2] < 1 || input.d[2] > kMostStride) return false;
@@ -27,7 +37,8 @@ bool can_turn(const ConvPoolGeometry& g, const ConvLayout& input) {
 template <class T>
 int64_t images_to_turn(const ConvPoolGeometry& g) {
   constexpr int64_t kTurnedBytes = 256 << 10;
-  int64_t images = smaller(g.batch, larger(1, kTurnedBytes / (image_size(g) * static_cast<int64_t>(sizeof(T)))));
+  int64_t images =
+      smaller(g.batch, larger(1, kTurnedBytes / (turned_layout<T>(g).n * static_cast<int64_t>(sizeof(T)))));
   while (g.batch % images != 0) --images;
   return images;
 }
@@ -73,21 +84,21 @@ void turn_images(const ConvPoolForward<T>& call, int64_t parts, int64_t first, i
   const ConvPoolGeometry& g = call.geometry;
   const ConvLayout& layout = call.input_layout;
   const TurnRuns runs = turn_runs(g, layout);
-  const int64_t channels = g.groups * g.in_channels;
+  const int64_t channels = g.groups * g.in_channels, pixel = call.plan.turned_layout.d[2];
   const auto is_met = [&](int d, int64_t i) { return (i + g.padding[d]) % g.stride[d] < g.kernel_extent(d); };
   for (int64_t part = first; part < last; ++part) {
     const int64_t image = part / parts, begin = round_up(channels * (part % parts) / parts, 32);
     const int64_t count = smaller(channels, round_up(channels * (part % parts + 1) / parts, 32)) - begin;
     if (count <= 0) continue;
     const T* from = call.input + image * layout.n + begin * layout.c;
-    T* target = to + image * image_size(g) + begin;
+    T* target = to + image * call.plan.turned_layout.n + begin;
     for (int64_t z = 0; z < runs.slices; ++z) {
-      for (int64_t y = 0; y < runs.rows; ++y, target += runs.columns * channels) {
+      for (int64_t y = 0; y < runs.rows; ++y, target += runs.columns * pixel) {
         if ((runs.slices == 1 || is_met(0, z)) && (runs.rows == 1 || is_met(1, y))) {
           transpose_strided(from + z * layout.d[0] + y * layout.d[1], layout.c, layout.d[2], count, runs.columns,
-                            target, channels);
+                            target, pixel);
         } else {
-          for (int64_t x = 0; x < runs.columns; ++x) fill_zeros(target + x * channels, count);
+          for (int64_t x = 0; x < runs.columns; ++x) fill_zeros(target + x * pixel, count);
         }
       }
     }

@@ -59,7 +59,7 @@ double winograd_cost(const ConvPoolGeometry& g, int64_t results, int64_t images)
   constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
   const WinogradTiles tiles(g, results);
   const int64_t in = divide_up(g.in_channels, kLanes<C>), out = divide_up(g.out_channels, kLanes<C>);
-  const double accumulators = static_cast<double>(smaller(2, out) * smaller(kConvPixels, g.batch * tiles.count()));
+  const double accumulators = static_cast<double>(smaller(2, out) * smaller(kConvPixels<2>, g.batch * tiles.count()));
   const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
   const double products = static_cast<double>(g.in_channels * out);
   const double part = g.in_channels % kLanes<C> == 0 ? 0 : kPart;
@@ -108,7 +108,7 @@ ConvPoolPlan plan_winograd(const ConvPoolGeometry& g, int64_t results, int64_t t
   plan.tile_results = results;
   const WinogradTiles tiles(g, results);
   const int64_t tile_bytes = tiles.positions * g.in_channels * static_cast<int64_t>(sizeof(C));
-  const int64_t most = larger(1, kTransformedBytes / tile_bytes / kConvPixels) * kConvPixels;
+  const int64_t most = larger(1, kTransformedBytes / tile_bytes / kConvPixels<2>) * kConvPixels<2>;
   const int64_t all = g.batch * tiles.count();
   plan.columns = divide_up(all, larger(divide_up(all, most), smaller(divide_up(threads, g.groups), all)));
   plan.items = g.groups * divide_up(all, plan.columns);

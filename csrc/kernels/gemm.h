@@ -44,7 +44,7 @@ constexpr int64_t kLongestSum = 128;
 // earlier (+)= total, total = 0
 template <int rows, int vectors, class V>
 FASTNN_INLINE void set_aside(V (&total)[rows][vectors], V (&earlier)[rows][vectors], bool add) {
-#pragma GCC unroll 16
+#pragma GCC unroll 28
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
