@@ -219,14 +219,17 @@ class DepthwiseBackwardWorker {
 
   template <int taps>
   void add_input_gradient(const ConvBox& box, int64_t offset, const C* weight) const {
-    const bool dense = g_.stride[2] == 1 && g_.dilation[2] == 1;
     const int64_t step = g_.stride[2] * kLanes<C>, tap_step = g_.dilation[2] * kLanes<C>;
     for_each_row(box, [&](const C* gradients, int64_t start) {
       C* to = scratch_.gradients + start + offset;
       int64_t x = 0;
-      for (; dense && x + kPixelsTogether <= box.size(2); x += kPixelsTogether) {
-        add_pixels<taps, kPixelsTogether>(gradients + x * kLanes<C>, weight, to + x * step);
-      }
+      const auto add_together = [&](auto stride) {
+        for (; x + kPixelsTogether <= box.size(2); x += kPixelsTogether) {
+          add_pixels<taps, kPixelsTogether, decltype(stride)::value>(gradients + x * kLanes<C>, weight, to + x * step);
+        }
+      };
+      if (g_.dilation[2] == 1 && g_.stride[2] == 1) add_together(Constant<1>{});
+      if (taps > 2 && g_.dilation[2] == 1 && g_.stride[2] == 2) add_together(Constant<2>{});
       for (; x < box.size(2); ++x) {
         const Vec<C> gradient = load(gradients + x * kLanes<C>);
 #pragma GCC unroll 12
@@ -239,21 +242,23 @@ class DepthwiseBackwardWorker {
   }
 
   // Neighbours, whose taps meet the same pixels of the image: these are read and written once.
-  template <int taps, int pixels>
+  template <int taps, int pixels, int stride>
   FASTNN_INLINE static void add_pixels(const C* gradients, const C* weight, C* to) {
-    Vec<C> total[pixels + taps - 1];
-#pragma GCC unroll 16
-    for (int i = 0; i < pixels + taps - 1; ++i) total[i] = load(to + i * kLanes<C>);
+    constexpr int met = (pixels - 1) * stride + taps;
+    Vec<C> total[met];
+#pragma GCC unroll 18
+    for (int i = 0; i < met; ++i) total[i] = load(to + i * kLanes<C>);
 #pragma GCC unroll 4
     for (int i = 0; i < pixels; ++i) {
       const Vec<C> gradient = load(gradients + i * kLanes<C>);
 #pragma GCC unroll 12
       for (int w = 0; w < taps; ++w) {
-        total[i + w] = multiply_add(gradient, load(weight + w * kLanes<C>), total[i + w]);
+        Vec<C>& sum = total[i * stride + w];
+        sum = multiply_add(gradient, load(weight + w * kLanes<C>), sum);
       }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < pixels + taps - 1; ++i) store(to + i * kLanes<C>, total[i]);
+#pragma GCC unroll 18
+    for (int i = 0; i < met; ++i) store(to + i * kLanes<C>, total[i]);
   }
 
   const ConvPoolBackward<T>& call_;

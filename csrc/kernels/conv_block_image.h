@@ -8,6 +8,7 @@ namespace fastnn {
 namespace FASTNN_ISA {
 
 constexpr int64_t kWindowBytes = 384 << 10;  // part of L2
+constexpr int64_t kPixelsAhead = 16;         // whose channels, some of many, are asked for before they are copied
 
 struct BlockImage {
   int64_t lanes;      // channels
@@ -211,7 +212,10 @@ class ImageWindow {
         } else if (layout.c != 1 && (step == 1 || (step <= kMostStride && fill_squares(channels, columns)))) {
           transpose_strided(from, layout.c, step, channels, columns, to, lanes);
         } else {
-          for (int64_t x = 0; x < columns; ++x) copy_run(from + x * step, layout.c, channels, to + x * lanes);
+          for (int64_t x = 0; x < columns; ++x) {
+            __builtin_prefetch(from + (x + kPixelsAhead) * step);
+            copy_run(from + x * step, layout.c, channels, to + x * lanes);
+          }
         }
       });
     }
@@ -234,7 +238,10 @@ class ImageWindow {
         } else if (layout.c == 1 && step == lanes && channels == lanes) {
           copy_out(from, columns * lanes, to);
         } else if (layout.c == 1) {
-          for (int64_t x = 0; x < columns; ++x) copy_out(from + x * lanes, channels, to + x * step);
+          for (int64_t x = 0; x < columns; ++x) {
+            __builtin_prefetch(to + (x + kPixelsAhead) * step, 1);
+            copy_out(from + x * lanes, channels, to + x * step);
+          }
         } else if (step == 1) {
           transpose_matrix(from, lanes, columns, channels, to, layout.c);
         } else if (step == 2 && fill_squares(channels, columns)) {
