@@ -220,25 +220,28 @@ FASTNN_INLINE double matrix_row_cost(const ConvPoolGeometry& g, const ConvPoolPl
   return static_cast<double>(tiles) * (kTile + kProduct * static_cast<double>(shape.depth()));
 }
 
-// For one image and group: a group's output channels may not fill its vectors, and a short row's tile not the
-// multipliers' pipelines.
-template <class E, class C = Compute<E>>
-double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+// Of the products of a group, `row` pixels of each conv row: its output channels may not fill its vectors, and a short
+// row's tile not the multipliers' pipelines. A tile of one vector takes a load for each multiplication, and has pixels
+// enough to crowd the sets in which they meet.
+template <class E>
+double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan, int64_t row) {
   constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
-  const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
-  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
+  constexpr double kSingle = 0.12, kCrowded = 1.2;
+  const int64_t vectors = divide_up(g.out_channels, kLanes<Compute<E>>);
   const double accumulators = static_cast<double>(smaller(row, kConvPixels<2>) * smaller(2, vectors));
   const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
-  const int64_t depth = product_depth<E>(g);
-  // A tile of one vector takes a load for each multiplication, and has pixels enough to crowd two of the cache's sets,
-  // in which they meet if they lie this far apart.
-  constexpr double kSingle = 0.12, kCrowded = 1.2;
-  constexpr int64_t kApart = 2048;
   const double single = vectors % 2 == 0 ? 1 : 1 + kSingle / static_cast<double>(vectors);
-  const bool meets =
-      vectors == 1 && plan.in_place && input.d[2] * g.stride[2] * static_cast<int64_t>(sizeof(E)) % kApart == 0;
-  const double waits = slow * single * (meets ? kCrowded : 1);
-  const double multiplications = static_cast<double>(vectors * row * g.conv[0] * g.conv[1] * depth) * waits;
+  const double crowded = vectors == 1 && plan.in_place && pixels_meet<E>(input.d[2] * g.stride[2]) ? kCrowded : 1;
+  const int64_t products = vectors * row * g.conv[0] * g.conv[1] * product_depth<E>(g);
+  return static_cast<double>(products) * slow * single * crowded;
+}
+
+// For one image and group.
+template <class E, class C = Compute<E>>
+double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
+  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
+  const double multiplications = products_cost<E>(g, input, plan, row);
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
   constexpr double kItem = 300, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
   const double windows =

@@ -335,7 +335,7 @@ FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets
     const E* from = tile + offsets[k];
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
-    // Two multiply-adds a cycle are through with a row of the weight before the next one comes from L2.
+    // Two multiply-adds a cycle are through with a row of the weight before the next one comes from L2 or beyond.
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(weight + (kRowsAhead * vectors + v) * kLanes<C>);
     weight += vectors * kLanes<C>;
 #pragma GCC unroll 28
@@ -349,6 +349,13 @@ FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets
   finish(total);
 }
 
+// Whether pixels that many elements apart share two of the cache's sets, which have room for those of two vectors'
+// tile.
+template <class E>
+FASTNN_INLINE bool pixels_meet(int64_t step) {
+  return step * static_cast<int64_t>(sizeof(E)) % 2048 == 0;
+}
+
 // `count` groups of `taps` consecutive conv pixels of a row, a register tile of some at a time. finish(first, total)
 // takes the pixels of the groups from the first on.
 template <int taps, int vectors, class E, class Finish, class C = Compute<E>>
@@ -356,10 +363,7 @@ FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offse
                                const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t count,
                                const Finish& finish) {
   constexpr int most = kConvPixels<vectors> / taps;
-  // Pixels this far apart share two of the cache's sets, which have room for those of two vectors' tile.
-  constexpr int64_t kCrowded = 2048;
-  const bool crowded = step * static_cast<int64_t>(sizeof(E)) % kCrowded == 0;
-  const int64_t tiles = divide_up(count, crowded ? smaller(most, larger(1, kConvPixels<2> / taps)) : most);
+  const int64_t tiles = divide_up(count, pixels_meet<E>(step) ? smaller(most, larger(1, kConvPixels<2> / taps)) : most);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;
     with_constant<most>(static_cast<int>(last - first), [&](auto groups) {

@@ -64,10 +64,10 @@ template <class T>
 double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr bool narrow = sizeof(T) == sizeof(bfloat16);
   constexpr int64_t kColumns = narrow ? 8 : kLanes<float>, kChannels = narrow ? 32 : kLanes<float>;
-  constexpr double kPart = narrow ? 100 : 65, kFarByte = 0.4;
+  constexpr double kPart = narrow ? 100 : 65, kFarByte = 0.45;
   const double element = input.d[2] == 1 ? 0.45 : 0.7;  // picked from its run
   const double block = narrow ? 110 : element * kColumns * kChannels;
-  constexpr int64_t kNear = 512 << 10;
+  constexpr int64_t kNear = 8 << 20;
   const TurnRuns runs = turn_runs(g, input);
   const double blocks =
       static_cast<double>(divide_up(runs.columns, kColumns)) + (runs.columns % kColumns != 0 ? kPart / block : 0);
