@@ -228,8 +228,9 @@ class DepthwiseBackwardWorker {
           add_pixels<taps, kPixelsTogether, decltype(stride)::value>(gradients + x * kLanes<C>, weight, to + x * step);
         }
       };
-      if (g_.dilation[2] == 1 && g_.stride[2] == 1) add_together(Constant<1>{});
-      if (taps > 2 && g_.dilation[2] == 1 && g_.stride[2] == 2) add_together(Constant<2>{});
+      const bool dense = g_.dilation[2] == 1;
+      if (dense && g_.stride[2] == 1) add_together(Constant<1>{});
+      if (dense && g_.stride[2] == 2 && taps > 2) add_together(Constant<2>{});
       for (; x < box.size(2); ++x) {
         const Vec<C> gradient = load(gradients + x * kLanes<C>);
 #pragma GCC unroll 12

@@ -53,51 +53,52 @@ template <class T>
 ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight,
                              int64_t images, int64_t threads, bool exact) {
   using C = Compute<T>;
-  const auto chosen = [&](ConvPoolPlan plan, double costs) {
-    plan.cost = costs * static_cast<double>(g.groups);
-    return plan;
+  double least_costs;
+  ConvPoolPlan least = plan_tiles<T>(g, input, threads, exact, least_costs);
+  // Of equal ones the first.
+  const auto consider = [&](double costs, const auto& plan) {
+    if (costs >= least_costs) return;
+    least_costs = costs;
+    least = plan();
   };
-  const bool has_pairs = kHasPairs<T> && isa_multiplies_pairs();
-  const double least = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]) / kLanes<C>;
-  double direct_costs;
-  const ConvPoolPlan direct = plan_tiles<T>(g, input, threads, exact, direct_costs);
-  ConvPoolPlan dots;
-  double dots_costs = direct_costs;
-  if (plan_dots<T>(g, input, weight, images, threads, dots, dots_costs)) dots_costs -= packing_cost(g, images);
-  ConvPoolPlan phases;
-  double phases_costs = direct_costs;
-  if (!exact && !has_pairs && kHasPhases<C> && phases_apply(g)) {
-    phases = plan_phases<T>(g, input, threads);
-    phases_costs = phases_cost<C>(g, input, phases);
+  const double tiles_costs = least_costs;
+  double costs = 0;
+  ConvPoolPlan candidate;
+  if (plan_dots<T>(g, input, weight, images, threads, candidate, costs)) {
+    consider(costs - packing_cost(g, images), [&] { return candidate; });
   }
-  ConvPoolPlan winograd;
-  double winograd_costs = direct_costs;
+  const bool has_pairs = kHasPairs<T> && isa_multiplies_pairs();
   if constexpr (kHasWinograd<T>) {
     // A matrix unit, which makes more products at a time than this saves, has its own way.
     if (!exact && !(has_pairs && isa_multiplies_matrices()) && winograd_applies(g)) {
-      winograd = choose_winograd<T>(g, images, threads, winograd_costs);
-      winograd_costs -= packing_cost(g, images);
+      candidate = choose_winograd<T>(g, images, threads, costs);
+      consider(costs - packing_cost(g, images), [&] { return candidate; });
     }
   }
-  const bool others_lose = dots_costs >= direct_costs && phases_costs >= direct_costs && winograd_costs >= direct_costs;
-  if (others_lose && direct_costs < 1.02 * least) return chosen(direct, direct_costs);
-  const LanesPlan lanes = plan_lanes<C>(g, 1);
-  const double lanes_costs = lanes.useful > 0 ? lanes_cost<C>(g, input, lanes) : direct_costs;
-  const double rows_costs = rows_apply(g) ? rows_cost<C>(g, input, plan_rows<T>(g, input, 1)) : direct_costs;
-  const double windows_costs = windows_apply<C>(g) ? windows_cost<C>(g, input, plan_windows<T>(g, 1)) : direct_costs;
-  const ConvPoolPlan depthwise = depthwise_applies(g) ? plan_depthwise<T>(g, input, threads) : direct;
-  const double depthwise_costs = depthwise_applies(g) ? depthwise_cost<C>(g, depthwise) : direct_costs;
-  const auto is_least = [&](double costs) {
-    return costs < direct_costs && costs <= dots_costs && costs <= depthwise_costs && costs <= rows_costs &&
-           costs <= lanes_costs && costs <= windows_costs && costs <= phases_costs && costs <= winograd_costs;
-  };
-  if (is_least(dots_costs)) return chosen(dots, dots_costs);
-  if (is_least(depthwise_costs)) return chosen(depthwise, depthwise_costs);
-  if (is_least(winograd_costs)) return chosen(winograd, winograd_costs);
-  if (is_least(phases_costs)) return chosen(phases, phases_costs);
-  if (is_least(windows_costs)) return chosen(plan_windows<T>(g, threads), windows_costs);
-  if (is_least(rows_costs)) return chosen(plan_rows<T>(g, input, threads), rows_costs);
-  return is_least(lanes_costs) ? chosen(plan_lanes<C>(g, threads).plan, lanes_costs) : chosen(direct, direct_costs);
+  if (!exact && !has_pairs && kHasPhases<C> && phases_apply(g)) {
+    candidate = plan_phases<T>(g, input, threads);
+    consider(phases_cost<C>(g, input, candidate), [&] { return candidate; });
+  }
+  // The others, which save no products, cannot gain on what takes little else.
+  const double products = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]);
+  if (least_costs < tiles_costs || least_costs >= 1.02 * products / kLanes<C>) {
+    if (depthwise_applies(g)) {
+      candidate = plan_depthwise<T>(g, input, threads);
+      consider(depthwise_cost<C>(g, candidate), [&] { return candidate; });
+    }
+    if (windows_apply<C>(g)) {
+      consider(windows_cost<C>(g, input, plan_windows<T>(g, 1)), [&] { return plan_windows<T>(g, threads); });
+    }
+    if (rows_apply(g)) {
+      consider(rows_cost<C>(g, input, plan_rows<T>(g, input, 1)), [&] { return plan_rows<T>(g, input, threads); });
+    }
+    const LanesPlan lanes = plan_lanes<C>(g, 1);
+    if (lanes.useful > 0) {
+      consider(lanes_cost<C>(g, input, lanes), [&] { return plan_lanes<C>(g, threads).plan; });
+    }
+  }
+  least.cost = least_costs * static_cast<double>(g.groups);
+  return least;
 }
 
 // Channels that lie apart are short runs where there is much to read at once, and no pairs: it may be cheaper to bring

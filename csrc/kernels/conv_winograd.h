@@ -15,58 +15,74 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+// The taps of some input channels of a block: where those of each begin, and from one tap to the next.
+struct TapSteps {
+  int64_t channel, tap;
+};
+
+// `from` is the first of them; [output channel][..] -> [..][output channel].
+template <class T, class C>
+void load_taps(const T* from, const ConvLayout& layout, int64_t channels, int64_t outputs, const TapSteps& steps,
+               C* to) {
+  if (steps.channel > steps.tap) {  // as they lie
+    return transpose_matrix(from, layout.n, outputs, 9 * channels, to, steps.tap);
+  }
+  for (int64_t tap = 0; tap < 9; ++tap) {
+    const T* source = from + tap / 3 * layout.d[1] + tap % 3 * layout.d[2];
+    C* target = to + tap * steps.tap;
+    if (layout.c == 1) {
+      transpose_matrix(source, layout.n, outputs, channels, target, steps.channel);
+      continue;
+    }
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        target[i * steps.channel + o] = to_compute(source[i * layout.c + o * layout.n]);
+      }
+    }
+  }
+}
+
+// A vector of each tap -> one of each position
+template <int points, class C>
+FASTNN_INLINE void transform_taps(const C* taps, int64_t tap_step, C* to, int64_t position_step) {
+  Vec<C> half[points][3];
+  for (int x = 0; x < 3; ++x) {
+    Vec<C> column[3], result[points];
+    for (int y = 0; y < 3; ++y) column[y] = load(taps + (y * 3 + x) * tap_step);
+    transform_weight(column, result);
+    for (int y = 0; y < points; ++y) half[y][x] = result[y];
+  }
+  for (int y = 0; y < points; ++y) {
+    Vec<C> result[points];
+    transform_weight(half[y], result);
+    for (int x = 0; x < points; ++x) store(to + (y * points + x) * position_step, result[x]);
+  }
+}
+
 // weight -> [group][block of channels][position][input channel][vectors x lanes]
 template <int results, class T>
 void pack_tiles(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
   using C = Compute<T>;
-  constexpr int points = results + 2, positions = points * points;
-  constexpr int64_t some = kLanes<C>;  // input channels at a time
+  constexpr int points = results + 2;
+  constexpr int64_t some = kLanes<C>, size = kBlockChannels<C>;  // input channels at a time, output channels
   const ConvPoolGeometry& g = call.geometry;
   const ConvLayout& layout = call.weight_layout;
-  const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
+  const bool taps_inside = layout.d[2] == 1 && layout.d[1] == 3 && layout.c == 9;
+  const TapSteps steps = taps_inside ? TapSteps{9 * size, size} : TapSteps{size, some * size};
+  const int64_t blocks = divide_up(g.out_channels, size);
   for (int64_t item = first_item; item < last_item; ++item) {
-    const int64_t group = item / blocks, first = item % blocks * kBlockChannels<C>;
-    const int64_t count = smaller(g.out_channels - first, kBlockChannels<C>), width = round_up(count, kLanes<C>);
-    const int64_t position_size = winograd_position<C>(g, width);
-    C* to = call.packed + winograd_block<C>(g, positions, group, item % blocks);
-    // [tap][input channel][output channel], or [input channel][tap][output channel] where the weight's taps lie so
-    C taps[9 * some * kBlockChannels<C>] = {};
-    const bool taps_inside = layout.d[2] == 1 && layout.d[1] == 3 && layout.c == 9;
-    const int64_t tap_step = taps_inside ? kBlockChannels<C> : some * kBlockChannels<C>;
-    const int64_t channel_step = taps_inside ? 9 * kBlockChannels<C> : kBlockChannels<C>;
+    const int64_t group = item / blocks, first = item % blocks * size;
+    const int64_t count = smaller(g.out_channels - first, size), width = round_up(count, kLanes<C>);
+    C* to = call.packed + winograd_block<C>(g, points * points, group, item % blocks);
+    C taps[9 * some * size] = {};
     for (int64_t c = 0; c < g.in_channels; c += some) {
       const int64_t channels = smaller(some, g.in_channels - c);
-      const T* from = call.weight + (group * g.out_channels + first) * layout.n + c * layout.c;
-      if (taps_inside) transpose_matrix(from, layout.n, count, 9 * channels, taps, kBlockChannels<C>);
-      for (int64_t tap = 0; tap < 9 && !taps_inside; ++tap) {
-        const T* source = from + tap / 3 * layout.d[1] + tap % 3 * layout.d[2];
-        C* target = taps + tap * tap_step;
-        if (layout.c == 1) {
-          transpose_matrix(source, layout.n, count, channels, target, kBlockChannels<C>);
-          continue;
-        }
-        for (int64_t i = 0; i < channels; ++i) {
-          for (int64_t o = 0; o < count; ++o) {
-            target[i * kBlockChannels<C> + o] = to_compute(source[i * layout.c + o * layout.n]);
-          }
-        }
-      }
+      load_taps(call.weight + (group * g.out_channels + first) * layout.n + c * layout.c, layout, channels, count,
+                steps, taps);
       for (int64_t i = 0; i < channels; ++i) {
         for (int64_t o = 0; o < width; o += kLanes<C>) {
-          Vec<C> half[points][3];
-          for (int x = 0; x < 3; ++x) {
-            Vec<C> column[3], result[points];
-            for (int y = 0; y < 3; ++y) column[y] = load(taps + (y * 3 + x) * tap_step + i * channel_step + o);
-            transform_weight(column, result);
-            for (int y = 0; y < points; ++y) half[y][x] = result[y];
-          }
-          for (int y = 0; y < points; ++y) {
-            Vec<C> result[points];
-            transform_weight(half[y], result);
-            for (int x = 0; x < points; ++x) {
-              store(to + (y * points + x) * position_size + (c + i) * width + o, result[x]);
-            }
-          }
+          transform_taps<points>(taps + i * steps.channel + o, steps.tap, to + (c + i) * width + o,
+                                 winograd_position<C>(g, width));
         }
       }
     }

@@ -37,8 +37,8 @@ FASTNN_INLINE bool winograd_applies(const ConvPoolGeometry& g) {
   return applies;
 }
 
-// Where the weight of a block of `width` output channels lies, and its positions: some lines apart from powers of two,
-// for the sake of the cache's sets.
+// Of the packed weight: from one position of a block of `width` output channels to the next, a line off the powers of
+// two for the sake of the cache's sets, and where a block begins.
 template <class C>
 FASTNN_INLINE int64_t winograd_position(const ConvPoolGeometry& g, int64_t width) {
   return g.in_channels * width + kLanes<C>;
@@ -101,6 +101,7 @@ struct WinogradScratch {
   }
 };
 
+// Here `columns` counts the tiles of an item.
 template <class C>
 ConvPoolPlan plan_winograd(const ConvPoolGeometry& g, int64_t results, int64_t threads) {
   ConvPoolPlan plan = {};
