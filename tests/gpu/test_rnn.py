@@ -153,7 +153,7 @@ def test_bfloat16_as_a_wavefront(device, assert_near, wave):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_wavefront_is_layer_after_layer(mode, device, monkeypatch):
+def test_a_wavefront_is_layer_after_layer(mode, device, monkeypatch, same_products_in_any_row):
     """Bit for bit, wherever chunks end."""
     _, arguments = make(mode, torch.float32, device, layers=3, length=19, hidden=24)
     wanted = {"input_wanted": True, "state_wanted": True, "weights_wanted": True}
