@@ -247,8 +247,22 @@ class DirectForward {
     return tile_ + (z - first_conv_[0]) * g_.stride[0] * step_[0] + (y - first_conv_[1]) * g_.stride[1] * step_[1];
   }
 
+  // What the next part of a row of the input has to copy, while a first block of channels is computed.
+  RowLines input_lines(int64_t block, int64_t z, int64_t y) const {
+    const ConvLayout& layout = call_.input_layout;
+    const int64_t row = y * g_.stride[1] - g_.padding[1], slice = z * g_.stride[0] - g_.padding[0];
+    const bool copies = !plan_.in_place && layout.d[2] == 1 && block == 0;
+    if (!copies || last_column_ == g_.output[2] || row < 0 || row >= g_.input[1] || slice < 0 || slice >= g_.input[0]) {
+      return {nullptr, 0, 0, 0};
+    }
+    const int64_t size = sizeof(T), column = last_column_ * g_.pool_stride[2] - g_.padding[2];
+    const T* from = call_.input + image_ * layout.n + group_ * call_.geometry.in_channels * layout.c +
+                    slice * layout.d[0] + row * layout.d[1] + column;
+    return {reinterpret_cast<const char*>(from), size * g_.stride[2], layout.c * size, call_.geometry.in_channels};
+  }
+
   // A row of the output from pixel `at` on; without lines to ask for where channels come last.
-  OutputLines output_lines(int64_t block, int64_t channels, int64_t at) const {
+  RowLines output_lines(int64_t block, int64_t channels, int64_t at) const {
     const ConvLayout& layout = call_.output_layout;
     const int64_t size = sizeof(T), channel = group_ * g_.out_channels + block * kBlockChannels<C>;
     const T* row = call_.output + image_ * layout.n + channel * layout.c + at;
@@ -261,7 +275,7 @@ class DirectForward {
                      uint8_t* winners) {
     const int64_t windows = last_column_ - first_column_;
     const int64_t at = (slice * g_.output[1] + row) * g_.output[2] + first_column_;
-    const OutputLines lines = output_lines(block, channels, at);
+    const RowLines lines = output_lines(block, channels, at);
     with_constant<kMostTileTaps>(static_cast<int>(g_.pool_kernel[2]), [&](auto taps_constant) {
       constexpr int taps = decltype(taps_constant)::value;
       if constexpr (taps > 1 && kPoolsThem) {
@@ -272,7 +286,7 @@ class DirectForward {
           for (int64_t j = 0; j < g_.pool_kernel[1]; ++j) {
             const int64_t y = row * g_.pool_stride[1] + j * g_.pool_dilation[1];
             pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
-                          bias, windows, lines, pooled);
+                          bias, windows, input_lines(block, z, y), lines, pooled);
             pooled.is_first = false;
             pooled.place += taps;
           }

@@ -63,19 +63,20 @@ struct PooledRow {
   }
 };
 
-// A row of the output that is written later, should channels come first: its lines are asked for ahead, since one of
-// each channel is more than the hardware foresees.
-struct OutputLines {
+// A row of an image whose channels come first: its lines are asked for before they are used, since one of each channel
+// is more than the hardware foresees.
+struct RowLines {
   const char* row;                // of the first channel; null for none
   int64_t element, channel_step;  // in bytes
   int64_t channels;
 
   // Those that begin within pixels [first, first + count).
+  template <bool to_write>
   FASTNN_INLINE void ask_for(int64_t first, int64_t count) const {
     constexpr uintptr_t line = 64;
     const char *from = row + first * element, *past = from + count * element;
     if (!row || reinterpret_cast<uintptr_t>(from) / line == reinterpret_cast<uintptr_t>(past) / line) return;
-    for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(past + c * channel_step, 1);
+    for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(past + c * channel_step, to_write, to_write ? 3 : 2);
   }
 };
 
@@ -83,12 +84,13 @@ struct OutputLines {
 template <int taps, int vectors, bool with_winners, class E, class C = Compute<E>>
 FASTNN_SHARED void pool_conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
                                  const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t windows,
-                                 const OutputLines& lines, PooledRow<C, taps, vectors, with_winners> pooled) {
+                                 const RowLines& input, const RowLines& output,
+                                 PooledRow<C, taps, vectors, with_winners> pooled) {
   conv_groups<taps, vectors>(tile, step, offsets, depth, weight, bias, windows,
                              [&](int64_t first, const auto& conv) __attribute__((always_inline)) {
-                               if (pooled.is_first) {
-                                 lines.ask_for(first, sizeof(conv) / sizeof(conv[0]) / taps);
-                               }
+                               constexpr int64_t pixels = sizeof(conv) / sizeof(conv[0]);
+                               if (pooled.is_first) output.ask_for<true>(first, pixels / taps);
+                               input.ask_for<false>(first * taps, pixels);
                                pooled.add(first, conv);
                              });
 }

@@ -40,8 +40,9 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t*
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) total[o][v] = broadcast<C>(bias[o]);
   }
+  OffsetsAhead ahead(offsets, depth);
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
-    const int64_t offset = offsets[k];
+    const int64_t offset = ahead.take(k);
     if constexpr (asks) {
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) __builtin_prefetch(from[v] + vectors * kLanes<C> + offset);

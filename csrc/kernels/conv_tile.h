@@ -318,6 +318,26 @@ FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const 
   }
 }
 
+// Offsets, each read a step before it is used: the oldest loads come first, so that one behind a tile's loads would
+// keep the next step's waiting for their address.
+class OffsetsAhead {
+ public:
+  FASTNN_INLINE OffsetsAhead(const int64_t* offsets, int64_t count)
+      : offsets_(offsets), last_(count - 1), next_(count > 0 ? offsets[0] : 0) {}
+
+  // The k-th; to be called for each k in turn.
+  FASTNN_INLINE int64_t take(int64_t k) {
+    const int64_t offset = next_;
+    next_ = offsets_[smaller(k + 1, last_)];
+    asm volatile("" : "+r"(next_));  // here, not where the compiler would rather have it
+    return offset;
+  }
+
+ private:
+  const int64_t* offsets_;
+  int64_t last_, next_;
+};
+
 constexpr int64_t kRowsAhead = 96;  // of the weight, asked for before they are multiplied by
 
 // The register tile: `pixels` conv pixels, `step` apart, by `vectors` vectors of output channels. finish(total) takes
@@ -331,8 +351,9 @@ FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
+  OffsetsAhead ahead(offsets, depth);
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
-    const E* from = tile + offsets[k];
+    const E* from = tile + ahead.take(k);
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
     // Two multiply-adds a cycle are through with a row of the weight before the next one comes from L2 or beyond.
