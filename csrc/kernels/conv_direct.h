@@ -3,8 +3,8 @@
 // A thread copies the input that a band of pooled rows needs into a tile padded with zeros, so that the inner loop
 // checks nothing. Then, a block of output channels at a time, windows that share no pixel are pooled in registers
 // (conv_pool_tile.h). Elsewhere rows of conv pixels go into a small ring, from which windows are pooled; a conv pixel
-// under several windows is computed once. Such rows may also be computed without a copy (conv_row_inside.h), with fewer
-// multiplications (conv_row_phases.h) or by a matrix unit (conv_row_matrix.h).
+// under several windows is computed once. Such rows may also be computed several at a time (conv_row_short.h), without
+// a copy (conv_row_inside.h), with fewer multiplications (conv_row_phases.h) or by a matrix unit (conv_row_matrix.h).
 #pragma once
 
 #include "conv_direct_pack.h"
@@ -24,8 +24,8 @@ class DirectForward {
       : call_(call),
         g_(tile_geometry<E>(call.geometry)),
         plan_(call.plan),
-        ring_shape_(ring_shape(g_, call.plan)),
-        pools_in_tiles_(kPoolsThem && windows_are_apart(g_) && makes_plain_rows(call.plan)),
+        ring_shape_(direct_ring_shape<C>(g_, call.plan)),
+        pools_in_tiles_(kPoolsThem && windows_are_apart(g_) && makes_plain_rows(call.plan) && !ring_shape_.together),
         phases_(g_, ring_shape_.columns),
         matrix_(g_, ring_shape_.columns),
         depth_(product_depth<E>(g_)),
@@ -187,6 +187,7 @@ class DirectForward {
     const bool in_tiles = pools_in_tiles_ && tile_is_moderate_ && block_is_moderate<vectors>(block, bias);
     const int64_t columns = last_column_ - first_column_;
     constexpr int64_t pixel = vectors * kLanes<C>;
+    if (ring_shape_.together) make_together<vectors>(block, slice, first, last, bias);
     for (int64_t row = first; row < last; ++row) {
       C* to = scratch_.stage + (row - first) * columns * pixel;
       uint8_t* winners = scratch_.winner_stage + (row - first) * columns * pixel;
@@ -296,6 +297,21 @@ class DirectForward {
     });
   }
 
+  // The conv rows of a band that are not there yet.
+  template <int vectors>
+  void make_together(int64_t block, int64_t slice, int64_t first, int64_t last, const Vec<C> (&bias)[vectors]) {
+    int64_t waiting = 0;
+    for (int64_t row = first; row < last; ++row) {
+      ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
+        scratch_.to_make[waiting++] = {conv_corner(z, y), to};
+      });
+    }
+    if constexpr (!kIsOfMatrix<E> && kMakesTogether<C>) {
+      conv_rows_short<vectors>(scratch_.to_make, waiting, g_.stride[2] * step_[2], scratch_.offsets, depth_,
+                               block_weight(block), bias, conv_columns_);
+    }
+  }
+
   template <int vectors>
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
     int64_t waiting = 0;  // rows that a matrix unit makes together
@@ -310,14 +326,14 @@ class DirectForward {
           conv_row_phases<vectors>(phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
         }
       } else if constexpr (kIsOfMatrix<E>) {
-        scratch_.matrix_rows[waiting++] = {conv_corner(z, y), to};
+        scratch_.to_make[waiting++] = {conv_corner(z, y), to};
       } else {
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, conv_columns_, to);
       }
     });
     if constexpr (kIsOfMatrix<E>) {
-      conv_rows_matrix<vectors>(matrix_, scratch_.matrix_rows, waiting, g_.stride[2] * step_[2], scratch_.offsets,
+      conv_rows_matrix<vectors>(matrix_, scratch_.to_make, waiting, g_.stride[2] * step_[2], scratch_.offsets,
                                 block_weight(block), bias, conv_columns_);
     }
     return count;

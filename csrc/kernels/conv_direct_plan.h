@@ -5,6 +5,7 @@
 #include "conv_row_inside.h"
 #include "conv_row_matrix.h"
 #include "conv_row_phases.h"
+#include "conv_row_short.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -41,6 +42,7 @@ FASTNN_INLINE int64_t input_extent(const ConvPoolGeometry& g, int d, int64_t poo
 struct RingShape {
   int64_t slices, rows, columns;
   bool persistent;  // whether the next pooled row needs some of them again
+  bool together;    // whether all of a band are made before any is pooled
 };
 FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   const bool overlap_depth = g.output[0] > 1 && g.pool_extent(0) > g.pool_stride[0];
@@ -49,7 +51,19 @@ FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan
   const int64_t columns = smaller(g.conv[2], (plan.columns - 1) * g.pool_stride[2] + g.pool_extent(2));
   const bool in_pairs = plan.algorithm == ConvAlgorithm::phases;
   return {smaller(g.conv[0], g.pool_extent(0)), rows, in_pairs ? round_up(columns, 2) : columns,
-          overlap_depth || overlap_height};
+          overlap_depth || overlap_height, false};
+}
+
+// Direct convolution's: where rows are short, those under a band.
+template <class C>
+RingShape direct_ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  RingShape shape = ring_shape(g, plan);
+  shape.together = makes_plain_rows(plan) && rows_are_short<C>(shape.columns);
+  if (shape.together) {
+    const int64_t under_band = (plan.band - 1) * g.pool_stride[1] + g.pool_extent(1);
+    shape.rows = larger(shape.rows, smaller(g.conv[1], under_band));
+  }
+  return shape;
 }
 
 // Elements behind a row of the tile that the last run of a pixel reaches.
@@ -83,7 +97,7 @@ int64_t channel_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
 template <class C>
 int64_t phase_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   constexpr int64_t line = 64 / sizeof(C);
-  const PhaseShape<C> s(g, ring_shape(g, plan).columns);
+  const PhaseShape<C> s(g, direct_ring_shape<C>(g, plan).columns);
   const int64_t rows = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   return round_up(rows * s.pitch, 2 * line) + line;
 }
@@ -103,14 +117,14 @@ struct DirectScratch {
   C* stage;
   uint8_t* winner_stage;
   WindowRow<C>* window_rows;
-  MatrixRow* matrix_rows;  // those that are yet to be made
-  int64_t* tags;           // which conv row each slot of the ring holds
-  int64_t* offsets;        // of the tile's elements under a conv pixel
-  int8_t* moderate;        // whether a block's weight and bias are, by group and block; -1 if not known
+  RowToMake<E>* to_make;  // by a matrix unit, or together
+  int64_t* tags;          // which conv row each slot of the ring holds
+  int64_t* offsets;       // of the tile's elements under a conv pixel
+  int8_t* moderate;       // whether a block's weight and bias are, by group and block; -1 if not known
   int64_t size;
 
   DirectScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
-    const RingShape ring_size = ring_shape(g, plan);
+    const RingShape ring_size = direct_ring_shape<C>(g, plan);
     const int64_t blocks = ring_size.persistent ? divide_up(g.out_channels, kBlockChannels<C>) : 1;
     const int64_t slots = blocks * ring_size.slices * ring_size.rows;
     const int64_t stage_pixels = plan.band * plan.columns;
@@ -130,7 +144,7 @@ struct DirectScratch {
     stage = parts.take<C>(stage_pixels * kBlockChannels<C>);
     winner_stage = parts.take<uint8_t>(stage_pixels * kBlockChannels<C>);
     window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
-    matrix_rows = parts.take<MatrixRow>(kIsOfMatrix<E> ? g.pool_kernel[0] * g.pool_kernel[1] : 0);
+    to_make = parts.take<RowToMake<E>>(kIsOfMatrix<E> || ring_size.together ? ring_size.slices * ring_size.rows : 0);
     tags = parts.take<int64_t>(slots);
     offsets = parts.take<int64_t>(depth);
     moderate = parts.take<int8_t>(g.groups * divide_up(g.out_channels, kBlockChannels<C>));
@@ -170,7 +184,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   // Whole images where there are enough of them; else parts of their rows, and last of their channels.
   const int64_t rows = g.output[0] * g.output[1];
   const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
-  const bool persistent = ring_shape(g, plan).persistent;
+  const bool persistent = direct_ring_shape<C>(g, plan).persistent;
   plan.items = g.batch * g.groups * plan.column_parts;
   plan.row_parts = parts_of_rows(plan.items, rows, persistent ? rows_again(g) : 0, threads);
   if (input.c == 1 && g.groups > 1 && !persistent) {
@@ -220,16 +234,34 @@ FASTNN_INLINE double matrix_row_cost(const ConvPoolGeometry& g, const ConvPoolPl
   return static_cast<double>(tiles) * (kTile + kProduct * static_cast<double>(shape.depth()));
 }
 
+// How many multiply-adds a vector of a block's weight takes to arrive, where it comes from beyond L1 for each of `rows`
+// conv rows.
+template <class E>
+double weight_cost(const ConvPoolGeometry& g, int64_t rows) {
+  constexpr double kNear = 4, kFar = 8;  // from L2; from L3
+  constexpr int64_t kL1 = 24 << 10, kBlock = 512 << 10, kAll = 1 << 20;
+  const int64_t vectors = divide_up(g.out_channels, kLanes<Compute<E>>);
+  const int64_t all = vectors * product_depth<E>(g) * FASTNN_VECTOR_BYTES, block = all / vectors * smaller(2, vectors);
+  if (block <= kL1) return 0;
+  if (block > kBlock) return kFar;
+  return all <= kAll ? kNear : kNear + (kFar - kNear) / static_cast<double>(rows);
+}
+
 // Of the products of a group, `row` pixels of each conv row: its output channels may not fill its vectors, and a short
-// row's tile not the multipliers' pipelines. A tile of one vector takes a load for each multiplication, and has pixels
-// enough to crowd the sets in which they meet.
+// row's tile neither the multipliers' pipelines nor the time that its weight takes. A tile of one vector takes a load
+// for each multiplication, and has pixels enough to crowd the sets in which they meet.
 template <class E>
 double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan, int64_t row) {
   constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
-  constexpr double kSingle = 0.12, kCrowded = 1.2;
+  constexpr double kSingle = 0.04, kCrowded = 1.2;
   const int64_t vectors = divide_up(g.out_channels, kLanes<Compute<E>>);
-  const double accumulators = static_cast<double>(smaller(row, kConvPixels<2>) * smaller(2, vectors));
-  const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
+  const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
+  const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
+  const int64_t together = ring.together ? smaller(ring.slices * rows, rows_of_tile<2>(static_cast<int>(row))) : 1;
+  const double pixels = static_cast<double>(smaller(row * together, kConvPixels<2>));
+  const double to_be_busy = kInFlight / static_cast<double>(smaller(2, vectors)), to_wait = weight_cost<E>(g, rows);
+  const double needed = to_be_busy > to_wait ? to_be_busy : to_wait;
+  const double slow = needed > pixels ? needed / pixels : 1;
   const double single = vectors % 2 == 0 ? 1 : 1 + kSingle / static_cast<double>(vectors);
   const double crowded = vectors == 1 && plan.in_place && pixels_meet<E>(input.d[2] * g.stride[2]) ? kCrowded : 1;
   const int64_t products = vectors * row * g.conv[0] * g.conv[1] * product_depth<E>(g);
@@ -280,7 +312,7 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   constexpr double kProduct = 1.15, kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
   constexpr double kTransformed = 5,
                    kPack = 4;  // of a vector of input; of a weight, beyond what packing takes elsewhere
-  const PhaseShape<C> s(g, ring_shape(g, plan).columns);
+  const PhaseShape<C> s(g, direct_ring_shape<C>(g, plan).columns);
   const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kConvPixels<2>);
   const int64_t blocks = divide_up(vectors, 2);
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * plan.column_parts);

@@ -48,17 +48,11 @@ FASTNN_INLINE bool matrix_stays_in_place(const ConvPoolGeometry& g, const ConvLa
   return !padded && input.c == 1 && s.beyond() == 0 && (!s.joins_columns || input.d[2] == g.in_channels);
 }
 
-// A row of conv pixels to be made.
-struct MatrixRow {
-  const MatrixNumber* tile;  // the element under the first tap of its first pixel
-  float* to;                 // (pixels, vectors x lanes)
-};
-
 // Rows of `count` conv pixels each, `step` elements of the tile apart; of a row a tile of pixels is written at least.
 template <int vectors>
-FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, const MatrixRow* rows, int64_t row_count, int64_t step,
-                                    const int64_t* offsets, const bfloat16x2* weight, const Vec<float> (&bias)[vectors],
-                                    int64_t count);
+FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, const RowToMake<MatrixNumber>* rows, int64_t row_count,
+                                    int64_t step, const int64_t* offsets, const bfloat16x2* weight,
+                                    const Vec<float> (&bias)[vectors], int64_t count);
 
 #if defined(__AVX512F__)
 // Tiles of pixels that are worked on together and share the loads of the weight.
@@ -99,9 +93,9 @@ FASTNN_INLINE void matrix_tile(const MatrixShape& s, const MatrixNumber* const (
 }
 
 template <int vectors>
-FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, const MatrixRow* rows, int64_t row_count, int64_t step,
-                                    const int64_t* offsets, const bfloat16x2* weight, const Vec<float> (&bias)[vectors],
-                                    int64_t count) {
+FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, const RowToMake<MatrixNumber>* rows, int64_t row_count,
+                                    int64_t step, const int64_t* offsets, const bfloat16x2* weight,
+                                    const Vec<float> (&bias)[vectors], int64_t count) {
   alignas(64) float bias_row[vectors * kMatrixRows];
   for (int v = 0; v < vectors; ++v) store(bias_row + v * kMatrixRows, bias[v]);
   const int64_t row_tiles = divide_up(count, s.pixels), tiles = row_count * row_tiles;
@@ -111,7 +105,7 @@ FASTNN_SHARED void conv_rows_matrix(const MatrixShape& s, const MatrixRow* rows,
       const MatrixNumber* from[together];
       float* to[together];
       for (int i = 0; i < together; ++i) {
-        const MatrixRow& row = rows[(t + i) / row_tiles];
+        const RowToMake<MatrixNumber>& row = rows[(t + i) / row_tiles];
         // A row's last tile covers what the one before it has covered already.
         const int64_t first = larger(0, smaller((t + i) % row_tiles * s.pixels, count - s.pixels));
         from[i] = row.tile + first * step;

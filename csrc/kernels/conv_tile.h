@@ -340,35 +340,48 @@ class OffsetsAhead {
 
 constexpr int64_t kRowsAhead = 96;  // of the weight, asked for before they are multiplied by
 
-// The register tile: `pixels` conv pixels, `step` apart, by `vectors` vectors of output channels. finish(total) takes
-// what comes out.
-template <int pixels, int vectors, class E, class Finish, class C = Compute<E>>
-FASTNN_INLINE void conv_tile(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
+// The register tile: `pixels` conv pixels, `step` apart, of each of `rows` rows by `vectors` vectors of output
+// channels. finish(total) takes what comes out.
+template <int rows, int pixels, int vectors, class E, class Finish, class C = Compute<E>>
+FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const int64_t* offsets, int64_t depth,
                              const Weight<E>* weight, const Vec<C> (&bias)[vectors], const Finish& finish) {
-  Vec<C> total[pixels][vectors];
+  Vec<C> total[rows * pixels][vectors];
 #pragma GCC unroll 28
-  for (int p = 0; p < pixels; ++p) {
+  for (int p = 0; p < rows * pixels; ++p) {
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
   }
   OffsetsAhead ahead(offsets, depth);
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
-    const E* from = tile + ahead.take(k);
+    const int64_t offset = ahead.take(k);
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
     // Two multiply-adds a cycle are through with a row of the weight before the next one comes from L2 or beyond.
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(weight + (kRowsAhead * vectors + v) * kLanes<C>);
     weight += vectors * kLanes<C>;
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const E* from = tile[r] + offset;
 #pragma GCC unroll 28
-    for (int p = 0; p < pixels; ++p) {
-      // Four pixels are reached from one address.
-      if (p > 0 && p % 4 == 0) from += 4 * step;
-      const Vec<C> left = broadcast_element(from + p % 4 * step);
-      for (int v = 0; v < vectors; ++v) total[p][v] = add_products<E>(left, right[v], total[p][v]);
+      for (int p = 0; p < pixels; ++p) {
+        // Four pixels are reached from one address.
+        if (p > 0 && p % 4 == 0) from += 4 * step;
+        const Vec<C> left = broadcast_element(from + p % 4 * step);
+        for (int v = 0; v < vectors; ++v) {
+          total[r * pixels + p][v] = add_products<E>(left, right[v], total[r * pixels + p][v]);
+        }
+      }
     }
   });
   finish(total);
 }
+
+// A row of conv pixels to be made.
+template <class E>
+struct RowToMake {
+  const E* tile;   // the element under the first tap of its first pixel
+  Compute<E>* to;  // (pixels, vectors x lanes)
+};
 
 // Whether pixels that many elements apart share two of the cache's sets, which have room for those of two vectors'
 // tile.
@@ -388,9 +401,10 @@ FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offse
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;
     with_constant<most>(static_cast<int>(last - first), [&](auto groups) {
-      conv_tile<decltype(groups)::value * taps, vectors>(tile + first * taps * step, step, offsets, depth, weight, bias,
-                                                         [&](const auto& total)
-                                                             __attribute__((always_inline)) { finish(first, total); });
+      const E* const from[1] = {tile + first * taps * step};
+      conv_tile<1, decltype(groups)::value * taps, vectors>(
+          from, step, offsets, depth, weight, bias,
+          [&](const auto& total) __attribute__((always_inline)) { finish(first, total); });
     });
   }
 }

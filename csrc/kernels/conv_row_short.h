@@ -1,0 +1,57 @@
+// Rows of conv pixels too short to fill a register tile, several of them in one: so that a vector of the weight serves
+// more pixels, and sums that do not wait for each other keep the multipliers busy.
+#pragma once
+
+#include "conv_tile.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int kShortRow = 7, kShortRows = 4;  // pixels of such a row; rows of a tile
+
+// Not in float64: its share of the build's time would be more than it is worth.
+template <class C>
+constexpr bool kMakesTogether = sizeof(C) == sizeof(float);
+
+// How many rows of `pixels` a register tile holds.
+template <int vectors>
+FASTNN_INLINE constexpr int rows_of_tile(int pixels) {
+  const int fit = kConvPixels<vectors> / pixels;
+  return fit < 1 ? 1 : fit < kShortRows ? fit : kShortRows;
+}
+
+template <class C>
+FASTNN_INLINE bool rows_are_short(int64_t pixels) {
+  return kMakesTogether<C> && pixels <= kShortRow && 2 * pixels <= kConvPixels<2>;
+}
+
+// Rows of `count` conv pixels, `step` elements of the tile apart.
+template <int vectors, class E, class C = Compute<E>>
+FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, int64_t step, const int64_t* offsets,
+                                   int64_t depth, const Weight<E>* weight, const Vec<C> (&bias)[vectors],
+                                   int64_t count) {
+  with_constant<kShortRow>(static_cast<int>(count), [&](auto columns) {
+    constexpr int pixels = decltype(columns)::value, most = rows_of_tile<vectors>(pixels);
+    const int64_t tiles = divide_up(row_count, most);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = row_count * t / tiles, last = row_count * (t + 1) / tiles;
+      with_constant<most>(static_cast<int>(last - first), [&](auto some) {
+        constexpr int together = decltype(some)::value;
+        const E* from[together];
+        for (int r = 0; r < together; ++r) from[r] = rows[first + r].tile;
+        conv_tile<together, pixels, vectors>(from, step, offsets, depth, weight, bias,
+                                             [&](const auto& total) __attribute__((always_inline)) {
+#pragma GCC unroll 28
+                                               for (int p = 0; p < together * pixels; ++p) {
+                                                 C* to = rows[first + p / pixels].to + p % pixels * vectors * kLanes<C>;
+                                                 for (int v = 0; v < vectors; ++v)
+                                                   store(to + v * kLanes<C>, total[p][v]);
+                                               }
+                                             });
+      });
+    }
+  });
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn
