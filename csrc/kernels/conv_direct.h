@@ -71,8 +71,9 @@ class DirectForward {
 
   void run(int64_t item) {
     const int64_t blocks = divide_up(g_.out_channels, kBlockChannels<C>);
-    const int64_t block_part = item % plan_.block_parts;
-    item /= plan_.block_parts;
+    const int64_t parts = plan_.items / plan_.block_parts;  // of the input
+    const int64_t block_part = plan_.blocks_first ? item / parts : item % plan_.block_parts;
+    item = plan_.blocks_first ? item % parts : item / plan_.block_parts;
     // Groups first where they share the input's cache lines.
     const bool groups_first = call_.input_layout.c == 1;
     if (groups_first) group_ = item % g_.groups;

@@ -152,6 +152,36 @@ struct DirectScratch {
   }
 };
 
+// Bytes of the packed weight: of all output channels of a group, and of a block of them.
+template <class E>
+int64_t weight_bytes(const ConvPoolGeometry& g, int64_t channels) {
+  return divide_up(channels, kLanes<Compute<E>>) * product_depth<E>(g) * FASTNN_VECTOR_BYTES;
+}
+constexpr int64_t kNearWeight = 1 << 20, kNearBlock = 512 << 10;  // that stay in L2
+
+// Whether a block of output channels serves all images before the next one, rather than all blocks an image: where L2
+// holds the weight of one but not of all. Not where each would copy the input again.
+template <class E>
+bool blocks_come_first(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t threads) {
+  constexpr int64_t kEnough = 2;  // images of a thread
+  const int64_t block = weight_bytes<E>(g, smaller(g.out_channels, kBlockChannels<Compute<E>>));
+  return plan.in_place && weight_bytes<E>(g, g.out_channels) > kNearWeight && block <= kNearBlock &&
+         g.batch >= kEnough * threads && plan.algorithm != ConvAlgorithm::matrix;
+}
+
+// How many multiply-adds a vector of a block's weight takes to arrive, where it comes from beyond L1 for each of `rows`
+// conv rows.
+template <class E>
+double weight_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t rows) {
+  constexpr double kNear = 4, kFar = 8;  // from L2; from L3
+  constexpr int64_t kL1 = 24 << 10;
+  const int64_t block = weight_bytes<E>(g, smaller(g.out_channels, kBlockChannels<Compute<E>>));
+  if (block <= kL1) return 0;
+  if (block > kNearBlock) return kFar;
+  if (plan.blocks_first || weight_bytes<E>(g, g.out_channels) <= kNearWeight) return kNear;
+  return kNear + (kFar - kNear) / static_cast<double>(rows);
+}
+
 // For a tile of elements E, which `g` counts. `lies`: the input consists of such elements, and its layout counts them.
 // `skips_padding`: it is read in place, whatever its padding.
 template <class T, class E>
@@ -194,7 +224,10 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
     plan.row_parts = larger(plan.row_parts, smaller(rows, divide_up(bytes, kTileBytes)));
   }
   plan.items *= plan.row_parts;
-  plan.block_parts = plan.items >= threads ? 1 : smaller(blocks, divide_up(threads, plan.items));
+  plan.blocks_first = blocks_come_first<E>(g, plan, threads);
+  plan.block_parts = plan.blocks_first       ? blocks
+                     : plan.items >= threads ? 1
+                                             : smaller(blocks, divide_up(threads, plan.items));
   plan.items *= plan.block_parts;
   plan.pack_items = g.groups * blocks;
   plan.packed_size = g.groups * product_depth<E>(g) * round_up(g.out_channels, kLanes<C>);
@@ -218,10 +251,12 @@ ConvPoolPlan plan_phases(const ConvPoolGeometry& g, const ConvLayout& input, int
 FASTNN_INLINE double interleave_cost(int64_t channels, int64_t columns, const ConvLayout& input) {
   constexpr double kColumn = 6;             // whose channels are one run
   constexpr double kZip = 24, kBlock = 70;  // of 32 columns of three channels; of 8 of up to 32
+  constexpr double kApart = 5;              // of a number on its own
   if (channels == 1) return static_cast<double>(columns) * copy_cost(input.d[2]);
   if (input.c == 1 && input.d[2] == channels) return static_cast<double>(columns * channels) * kCopyCost;
   if (input.c == 1) return kColumn * static_cast<double>(columns);
-  if (channels == 3 && input.d[2] == 1) return kZip * static_cast<double>(divide_up(columns, 32));
+  if (input.d[2] != 1) return kApart * static_cast<double>(columns * channels);
+  if (channels == 3) return kZip * static_cast<double>(divide_up(columns, 32));
   return kBlock * static_cast<double>(divide_up(columns, 8) * divide_up(channels, 32));
 }
 
@@ -234,35 +269,24 @@ FASTNN_INLINE double matrix_row_cost(const ConvPoolGeometry& g, const ConvPoolPl
   return static_cast<double>(tiles) * (kTile + kProduct * static_cast<double>(shape.depth()));
 }
 
-// How many multiply-adds a vector of a block's weight takes to arrive, where it comes from beyond L1 for each of `rows`
-// conv rows.
-template <class E>
-double weight_cost(const ConvPoolGeometry& g, int64_t rows) {
-  constexpr double kNear = 4, kFar = 8;  // from L2; from L3
-  constexpr int64_t kL1 = 24 << 10, kBlock = 512 << 10, kAll = 1 << 20;
-  const int64_t vectors = divide_up(g.out_channels, kLanes<Compute<E>>);
-  const int64_t all = vectors * product_depth<E>(g) * FASTNN_VECTOR_BYTES, block = all / vectors * smaller(2, vectors);
-  if (block <= kL1) return 0;
-  if (block > kBlock) return kFar;
-  return all <= kAll ? kNear : kNear + (kFar - kNear) / static_cast<double>(rows);
-}
-
 // Of the products of a group, `row` pixels of each conv row: its output channels may not fill its vectors, and a short
 // row's tile neither the multipliers' pipelines nor the time that its weight takes. A tile of one vector takes a load
 // for each multiplication, and has pixels enough to crowd the sets in which they meet.
 template <class E>
 double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan, int64_t row) {
-  constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
-  constexpr double kSingle = 0.04, kCrowded = 1.2;
+  constexpr double kInFlight = 8;               // accumulators that keep the multipliers busy
+  constexpr double kLoads = 3, kCrowded = 1.2;  // of a tile of one vector, beside one for each pixel
   const int64_t vectors = divide_up(g.out_channels, kLanes<Compute<E>>);
   const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
   const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
   const int64_t together = ring.together ? smaller(ring.slices * rows, rows_of_tile<2>(static_cast<int>(row))) : 1;
   const double pixels = static_cast<double>(smaller(row * together, kConvPixels<2>));
-  const double to_be_busy = kInFlight / static_cast<double>(smaller(2, vectors)), to_wait = weight_cost<E>(g, rows);
+  const double to_be_busy = kInFlight / static_cast<double>(smaller(2, vectors)),
+               to_wait = weight_cost<E>(g, plan, rows);
   const double needed = to_be_busy > to_wait ? to_be_busy : to_wait;
   const double slow = needed > pixels ? needed / pixels : 1;
-  const double single = vectors % 2 == 0 ? 1 : 1 + kSingle / static_cast<double>(vectors);
+  const double in_tile = static_cast<double>(row) / static_cast<double>(divide_up(row, kConvPixels<1>));
+  const double single = vectors % 2 == 0 ? 1 : 1 + kLoads / (in_tile * static_cast<double>(vectors));
   const double crowded = vectors == 1 && plan.in_place && pixels_meet<E>(input.d[2] * g.stride[2]) ? kCrowded : 1;
   const int64_t products = vectors * row * g.conv[0] * g.conv[1] * product_depth<E>(g);
   return static_cast<double>(products) * slow * single * crowded;

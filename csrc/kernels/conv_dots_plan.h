@@ -202,9 +202,11 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   const double dots = static_cast<double>(round_up(pixels * plan.band, kDotPixels) / plan.band * g.out_channels);
   const double windows =
       static_cast<double>(blocks * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
-  constexpr double kCopiedRun = 15, kTurned = 0.8;  // of a number that is moved on its own
-  const int64_t runs = (dot_copy_is_last(g, plan, input, weight) ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];
-  const double copy = static_cast<double>(pixels) * (kCopiedRun * runs + kCopyCost * static_cast<double>(g.depth()));
+  constexpr double kCopiedRun = 15, kGatheredRun = 45, kTurned = 0.8;  // of a number that is moved on its own
+  const bool is_last = dot_copy_is_last(g, plan, input, weight);
+  const int64_t runs = (is_last ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];
+  const double run = is_last || input.d[2] == 1 ? kCopiedRun : kGatheredRun;
+  const double copy = static_cast<double>(pixels) * (run * runs + kCopyCost * static_cast<double>(g.depth()));
   const double image = static_cast<double>(dot_copy_size(g, plan)) * (input.c == 1 ? kCopyCost / 4 : kTurned);
   // Few taps fill but a part of the squares that are transposed. Pairs are packed as slowly then.
   const double square = dots_in_pairs<T>() ? 1 : static_cast<double>(round_up(g.taps(), kLanes<C>)) / g.taps();

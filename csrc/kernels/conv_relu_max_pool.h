@@ -69,6 +69,7 @@ struct ConvPoolPlan {
   int64_t scratch_size;           // bytes, a thread
   bool in_place;                  // the input is read where it lies, not from a padded copy
   bool skips_padding;             // no tap outside the input is taken
+  bool blocks_first;              // conv_direct.h: a block of channels serves all images before the next one
   bool copies_image;              // conv_dots.h: a copy of a whole image is read
   bool turns_weight;              // conv_dots.h: the packed weight has its channels last
   bool pairs_taps;                // conv_depthwise.h: two taps side by side are multiplied at once
