@@ -173,7 +173,7 @@ bool blocks_come_first(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int6
 // conv rows.
 template <class E>
 double weight_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t rows) {
-  constexpr double kNear = 4, kFar = 8;  // from L2; from L3
+  constexpr double kNear = 4.5, kFar = 6.5;  // from L2; from L3
   constexpr int64_t kL1 = 24 << 10;
   const int64_t block = weight_bytes<E>(g, smaller(g.out_channels, kBlockChannels<Compute<E>>));
   if (block <= kL1) return 0;
@@ -280,12 +280,14 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
   const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
   const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
   const int64_t together = ring.together ? smaller(ring.slices * rows, rows_of_tile<2>(static_cast<int>(row))) : 1;
-  const double pixels = static_cast<double>(smaller(row * together, kConvPixels<2>));
+  const double inside = plan.skips_padding ? share_inside(g, 2) : 1;  // of a row, on average
+  const double pixels = inside * static_cast<double>(smaller(row * together, kConvPixels<2>));
   const double to_be_busy = kInFlight / static_cast<double>(smaller(2, vectors)),
                to_wait = weight_cost<E>(g, plan, rows);
   const double needed = to_be_busy > to_wait ? to_be_busy : to_wait;
   const double slow = needed > pixels ? needed / pixels : 1;
-  const double in_tile = static_cast<double>(row) / static_cast<double>(divide_up(row, kConvPixels<1>));
+  const int64_t in_run = ring.together ? row * rows_of_tile<1>(static_cast<int>(row)) : row;
+  const double in_tile = static_cast<double>(in_run) / static_cast<double>(divide_up(in_run, kConvPixels<1>));
   const double single = vectors % 2 == 0 ? 1 : 1 + kLoads / (in_tile * static_cast<double>(vectors));
   const double crowded = vectors == 1 && plan.in_place && pixels_meet<E>(input.d[2] * g.stride[2]) ? kCrowded : 1;
   const int64_t products = vectors * row * g.conv[0] * g.conv[1] * product_depth<E>(g);
@@ -318,22 +320,29 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   }
   if (plan.skips_padding) {
     constexpr double kPass = 20, kAdded = 2;  // of a pass over a conv row; of a vector of it
+    constexpr double kStart = 28;             // products that each pass's sums lose
     const double added = static_cast<double>(row * smaller(2, vectors)) * kAdded;
-    const double crowded = channels_are_crowded(g, input, sizeof(C)) && g.taps() > 1 ? 1.6 : 1;
-    return cost + multiplications * share_inside(g) * crowded + conv_rows * inside_passes(g) * (kPass + added);
+    const double parts = 1 + kStart * inside_passes(g) / static_cast<double>(g.depth());
+    const bool again = g.taps() > g.stride[0] * g.stride[1] * g.stride[2];  // lines are read
+    const double crowded = channels_are_crowded(g, input, sizeof(C)) && again ? 1.6 : 1;
+    return cost + multiplications * parts * share_inside(g) * crowded + conv_rows * inside_passes(g) * (kPass + added);
   }
   if (kStartsPair<E>) return cost + multiplications + interleaving + looks_at(row_pairs_reach_beyond(g));
+  constexpr double kFarCopy = 2.5;  // of an element of a short run from beyond L3's share
+  constexpr int64_t kFar = 8 << 20;
+  const bool far = plan.order != TapOrder::channels_last &&
+                   g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(C)) > kFar;
   const double elements = static_cast<double>(g.in_channels * tile_rows * input_extent(g, 2, plan.columns));
   const double runs =
       static_cast<double>(plan.order == TapOrder::channels_last ? tile_rows : tile_rows * g.in_channels);
-  return cost + multiplications + (plan.in_place ? 0 : elements * kCopyCost + runs * kRunCost);
+  return cost + multiplications + (plan.in_place ? 0 : elements * (far ? kFarCopy : kCopyCost) + runs * kRunCost);
 }
 
 // For one image and group.
 template <class C>
 double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 8;
-  constexpr double kProduct = 1.15, kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
+  constexpr double kProduct = 1.1, kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
   constexpr double kTransformed = 5,
                    kPack = 4;  // of a vector of input; of a weight, beyond what packing takes elsewhere
   const PhaseShape<C> s(g, direct_ring_shape<C>(g, plan).columns);

@@ -194,10 +194,12 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   using C = Compute<T>;
   constexpr double kSum = 12, kWayOut = 12;  // of the sum of a vector's lanes; of pooled pixels
   // Of a product's vector. Each tile widens what it loads, for as many products as it has outputs or pixels.
-  constexpr double kStep = 1.2, kWiden = 3;
+  constexpr double kStep = 1.2, kFarStep = 1.4, kWiden = 3;  // weights of a tile that are in L1, or not
+  constexpr int64_t kL1 = 32 << 10;
   const bool widens = sizeof(T) < sizeof(C) && !dots_in_pairs<T>();
   const double inputs = plan.in_place ? 1 / static_cast<double>(smaller(g.out_channels, kDotOutputs)) : 0;
-  const double step = kStep + (widens ? kWiden * (inputs + 1.0 / kDotPixels) : 0);
+  const bool near = kDotOutputs * g.depth() * static_cast<int64_t>(sizeof(T)) <= kL1;
+  const double step = (near ? kStep : kFarStep) + (widens ? kWiden * (inputs + 1.0 / kDotPixels) : 0);
   const int64_t pixels = g.conv[0] * g.conv[1] * g.conv[2], blocks = divide_up(g.out_channels, kLanes<C>);
   const double dots = static_cast<double>(round_up(pixels * plan.band, kDotPixels) / plan.band * g.out_channels);
   const double windows =
@@ -206,8 +208,14 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   const bool is_last = dot_copy_is_last(g, plan, input, weight);
   const int64_t runs = (is_last ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];
   const double run = is_last || input.d[2] == 1 ? kCopiedRun : kGatheredRun;
-  const double copy = static_cast<double>(pixels) * (run * runs + kCopyCost * static_cast<double>(g.depth()));
-  const double image = static_cast<double>(dot_copy_size(g, plan)) * (input.c == 1 ? kCopyCost / 4 : kTurned);
+  // From beyond L2, and back to there.
+  constexpr double kFarCopy = 1.5, kFarImage = 0.3, kNearImage = 0.06;
+  constexpr int64_t kNear = 1 << 20;
+  const int64_t numbers = g.in_channels * g.input[0] * g.input[1] * g.input[2], bytes = numbers * sizeof(T);
+  const double number = dot_copy_bytes<T>(g, plan) > 2 * kNear ? kFarCopy : kCopyCost;
+  const double copy = static_cast<double>(pixels) * (run * runs + number * static_cast<double>(g.depth()));
+  const double of_image = input.c != 1 ? kTurned : images * bytes > kNear ? kFarImage : kNearImage;
+  const double image = static_cast<double>(dot_copy_size(g, plan)) * of_image;
   // Few taps fill but a part of the squares that are transposed. Pairs are packed as slowly then.
   const double square = dots_in_pairs<T>() ? 1 : static_cast<double>(round_up(g.taps(), kLanes<C>)) / g.taps();
   const double turned = plan.turns_weight ? kTurned / 2 * square * packing_cost(g, images) : 0;

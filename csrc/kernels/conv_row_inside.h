@@ -41,18 +41,18 @@ FASTNN_INLINE TapOrder inside_order(const ConvPoolGeometry& g) {
   return taps_leave_input(g, 2) ? TapOrder::columns_first : TapOrder::channels_last;
 }
 
-// For the cost: which share of the products is left, and how many passes a conv row takes at most.
-FASTNN_INLINE double share_inside(const ConvPoolGeometry& g) {
-  double share = 1;
-  for (int d = 0; d < 3; ++d) {
-    int64_t inside = 0;
-    for (int64_t tap = 0; tap < g.kernel[d]; ++tap) {
-      const Range pixels = pixels_inside(g, d, tap);
-      inside += pixels.last - pixels.first;
-    }
-    share *= static_cast<double>(inside) / static_cast<double>(g.kernel[d] * g.conv[d]);
+// For the cost: which share of the products is left, along one dimension and in all, and how many passes a conv row
+// takes at most.
+FASTNN_INLINE double share_inside(const ConvPoolGeometry& g, int d) {
+  int64_t inside = 0;
+  for (int64_t tap = 0; tap < g.kernel[d]; ++tap) {
+    const Range pixels = pixels_inside(g, d, tap);
+    inside += pixels.last - pixels.first;
   }
-  return share;
+  return static_cast<double>(inside) / static_cast<double>(g.kernel[d] * g.conv[d]);
+}
+FASTNN_INLINE double share_inside(const ConvPoolGeometry& g) {
+  return share_inside(g, 0) * share_inside(g, 1) * share_inside(g, 2);
 }
 FASTNN_INLINE double inside_passes(const ConvPoolGeometry& g) {
   const int64_t slices = taps_leave_input(g, 1) ? g.kernel[0] : 1;

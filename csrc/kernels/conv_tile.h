@@ -355,7 +355,10 @@ FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const i
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const int64_t offset = ahead.take(k);
     Vec<C> right[vectors];
-    for (int v = 0; v < vectors; ++v) right[v] = load(weight + v * kLanes<C>);
+    for (int v = 0; v < vectors; ++v) {
+      right[v] = load(weight + v * kLanes<C>);
+      asm("" : "+v"(right[v]));  // or few pixels would each load it again
+    }
     // Two multiply-adds a cycle are through with a row of the weight before the next one comes from L2 or beyond.
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(weight + (kRowsAhead * vectors + v) * kLanes<C>);
     weight += vectors * kLanes<C>;

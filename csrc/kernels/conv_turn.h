@@ -58,22 +58,24 @@ FASTNN_INLINE TurnRuns turn_runs(const ConvPoolGeometry& g, const ConvLayout& in
   return {1, 1, g.input[0] * runs.columns};
 }
 
-// Of an image, in vector multiply-adds: blocks of some columns of some channels, of which some are not full. One that
-// leaves the cache waits for memory.
+// Of an image, in vector multiply-adds: blocks of some columns of some channels, of which some are not full. What does
+// not stay in L2 from call to call, or from being turned to being used, is waited for.
 template <class T>
 double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr bool narrow = sizeof(T) == sizeof(bfloat16);
   constexpr int64_t kColumns = narrow ? 8 : kLanes<float>, kChannels = narrow ? 32 : kLanes<float>;
-  constexpr double kPart = narrow ? 100 : 65, kFarByte = 0.45;
+  constexpr double kPart = narrow ? 100 : 65;
   const double element = input.d[2] == 1 ? 0.45 : 0.7;  // picked from its run
   const double block = narrow ? 110 : element * kColumns * kChannels;
-  constexpr int64_t kNear = 8 << 20;
+  constexpr double kLostByte = narrow ? 0 : 0.04, kFarByte = narrow ? 0 : 0.08, kFurtherByte = narrow ? 0.2 : 0.45;
+  constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
   const TurnRuns runs = turn_runs(g, input);
   const double blocks =
       static_cast<double>(divide_up(runs.columns, kColumns)) + (runs.columns % kColumns != 0 ? kPart / block : 0);
   const double bands = static_cast<double>(divide_up(g.groups * g.in_channels, kChannels));
   const int64_t bytes = image_size(g) * static_cast<int64_t>(sizeof(T));
-  const double waits = bytes > kNear ? kFarByte * static_cast<double>(bytes) : 0;
+  const double byte = bytes > kFar ? kFurtherByte : bytes > kNear ? kFarByte : g.batch * bytes > kNear ? kLostByte : 0;
+  const double waits = byte * static_cast<double>(bytes);
   return static_cast<double>(runs.slices * runs.rows) * block * blocks * bands + waits;
 }
 
