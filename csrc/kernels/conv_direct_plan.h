@@ -204,10 +204,14 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   // Tiles of pixels may reach beyond a part that is smaller than the others.
   if (kIsOfMatrix<E> && plan.column_parts > 1) plan.in_place = false;
 
+  // What lies there is read from memory for each block of channels anew, should it not stay in cache until the next.
+  constexpr int64_t kStays = 8 << 20;
+  const int64_t image = g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(E));
+  const bool stays = plan.in_place && (g.out_channels <= kBlockChannels<C> || image <= kStays);
   const int64_t slice = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 2, plan.columns);
   plan.band = 1;
   while (plan.band < g.output[1] &&
-         (plan.in_place || slice * input_extent(g, 1, plan.band + 1) * static_cast<int64_t>(sizeof(E)) <= kTileBytes) &&
+         (stays || slice * input_extent(g, 1, plan.band + 1) * static_cast<int64_t>(sizeof(E)) <= kTileBytes) &&
          (plan.band + 1) * plan.columns * kBlockChannels<C> * static_cast<int64_t>(sizeof(C)) <= kStageBytes) {
     ++plan.band;
   }
@@ -294,12 +298,24 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
   return static_cast<double>(products) * slow * single * crowded;
 }
 
+// Until an image whose channels lie apart has arrived from memory, where the images do not stay in L3 from call to call.
+// (Of one that is larger than what is turned at once nothing is known.)
+template <class C>
+double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
+  constexpr double kByte = 0.9;
+  constexpr int64_t kL3 = 36 << 20, kLarge = 8 << 20;
+  const int64_t bytes = g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(C));
+  const bool waits = input.c != 1 && g.batch * g.groups * bytes > kL3 && g.groups * bytes <= kLarge;
+  return waits ? kByte * static_cast<double>(bytes) : 0;
+}
+
 // For one image and group.
 template <class E, class C = Compute<E>>
 double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
-  const double multiplications = products_cost<E>(g, input, plan, row);
+  const double products = products_cost<E>(g, input, plan, row), arrival = arrival_cost<C>(g, input);
+  const double multiplications = products > arrival ? products : arrival;
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
   constexpr double kItem = 300, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
   const double windows =
@@ -342,7 +358,7 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
 template <class C>
 double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 8;
-  constexpr double kProduct = 1.1, kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
+  constexpr double kStart = 28, kPoint = 20, kResult = 4;  // products that each part's sums lose; of a register tile's sums at a point; of each of them
   constexpr double kTransformed = 5,
                    kPack = 4;  // of a vector of input; of a weight, beyond what packing takes elsewhere
   const PhaseShape<C> s(g, direct_ring_shape<C>(g, plan).columns);
@@ -354,7 +370,7 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
   int64_t points = 0;
   for (int point = 0; point <= kMostWinogradTaps; ++point) points += s.first[point + 1] > s.first[point];
-  const double products = kProduct * slow * static_cast<double>(vectors * s.pairs * s.positions * s.depth);
+  const double products = slow * static_cast<double>(vectors * s.pairs * s.positions) * (static_cast<double>(s.depth) + kStart);
   const double results = static_cast<double>(points) * (kPoint * static_cast<double>(tiles * blocks) +
                                                         kResult * static_cast<double>(vectors * s.pairs));
   // Each conv row reads a block's weight, which is larger than direct convolution's: not from beyond L2.
