@@ -178,7 +178,8 @@ double weight_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t 
   const int64_t block = weight_bytes<E>(g, smaller(g.out_channels, kBlockChannels<Compute<E>>));
   if (block <= kL1) return 0;
   if (block > kNearBlock) return kFar;
-  if (plan.blocks_first || weight_bytes<E>(g, g.out_channels) <= kNearWeight) return kNear;
+  const bool stays = weight_bytes<E>(g, g.out_channels) <= kNearWeight || blocks_come_first<E>(g, plan, 1);
+  if (stays) return kNear;
   return kNear + (kFar - kNear) / static_cast<double>(rows);
 }
 
@@ -298,8 +299,8 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
   return static_cast<double>(products) * slow * single * crowded;
 }
 
-// Until an image whose channels lie apart has arrived from memory, where the images do not stay in L3 from call to call.
-// (Of one that is larger than what is turned at once nothing is known.)
+// Until an image whose channels lie apart has arrived from memory, where the images do not stay in L3 from call to
+// call. (Of one that is larger than what is turned at once nothing is known.)
 template <class C>
 double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr double kByte = 0.9;
@@ -358,9 +359,10 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
 template <class C>
 double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 8;
-  constexpr double kStart = 28, kPoint = 20, kResult = 4;  // products that each part's sums lose; of a register tile's sums at a point; of each of them
-  constexpr double kTransformed = 5,
-                   kPack = 4;  // of a vector of input; of a weight, beyond what packing takes elsewhere
+  constexpr double kStart = 28;               // products that the sums at each point lose
+  constexpr double kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
+  constexpr double kTransformed = 5;          // of a vector of input
+  constexpr double kPack = 4;                 // of a weight, beyond what packing takes elsewhere
   const PhaseShape<C> s(g, direct_ring_shape<C>(g, plan).columns);
   const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kConvPixels<2>);
   const int64_t blocks = divide_up(vectors, 2);
@@ -370,7 +372,8 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
   int64_t points = 0;
   for (int point = 0; point <= kMostWinogradTaps; ++point) points += s.first[point + 1] > s.first[point];
-  const double products = slow * static_cast<double>(vectors * s.pairs * s.positions) * (static_cast<double>(s.depth) + kStart);
+  const double products =
+      slow * static_cast<double>(vectors * s.pairs * s.positions) * (static_cast<double>(s.depth) + kStart);
   const double results = static_cast<double>(points) * (kPoint * static_cast<double>(tiles * blocks) +
                                                         kResult * static_cast<double>(vectors * s.pairs));
   // Each conv row reads a block's weight, which is larger than direct convolution's: not from beyond L2.
