@@ -358,8 +358,8 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
 // For one image and group.
 template <class C>
 double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 8;
-  constexpr double kStart = 28;               // products that the sums at each point lose
+  constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 10;
+  constexpr double kProduct = 1.1;
   constexpr double kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
   constexpr double kTransformed = 5;          // of a vector of input
   constexpr double kPack = 4;                 // of a weight, beyond what packing takes elsewhere
@@ -372,8 +372,7 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
   int64_t points = 0;
   for (int point = 0; point <= kMostWinogradTaps; ++point) points += s.first[point + 1] > s.first[point];
-  const double products =
-      slow * static_cast<double>(vectors * s.pairs * s.positions) * (static_cast<double>(s.depth) + kStart);
+  const double products = kProduct * slow * static_cast<double>(vectors * s.pairs * s.positions * s.depth);
   const double results = static_cast<double>(points) * (kPoint * static_cast<double>(tiles * blocks) +
                                                         kResult * static_cast<double>(vectors * s.pairs));
   // Each conv row reads a block's weight, which is larger than direct convolution's: not from beyond L2.
