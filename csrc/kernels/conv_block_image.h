@@ -2,7 +2,7 @@
 // window of either is in memory, which moves along the first dimension that is not one.
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_common.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {

@@ -1,4 +1,4 @@
-// What conv_direct.h works on: its ring of conv rows, its scratch memory, the plan and its cost.
+// What conv_direct.h works on: its ring of conv rows, its scratch memory, the plan.
 #pragma once
 
 #include "conv_pool_tile.h"
@@ -169,20 +169,6 @@ bool blocks_come_first(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int6
          g.batch >= kEnough * threads && plan.algorithm != ConvAlgorithm::matrix;
 }
 
-// How many multiply-adds a vector of a block's weight takes to arrive, where it comes from beyond L1 for each of `rows`
-// conv rows.
-template <class E>
-double weight_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t rows) {
-  constexpr double kNear = 4.5, kFar = 6.5;  // from L2; from L3
-  constexpr int64_t kL1 = 24 << 10;
-  const int64_t block = weight_bytes<E>(g, smaller(g.out_channels, kBlockChannels<Compute<E>>));
-  if (block <= kL1) return 0;
-  if (block > kNearBlock) return kFar;
-  const bool stays = weight_bytes<E>(g, g.out_channels) <= kNearWeight || blocks_come_first<E>(g, plan, 1);
-  if (stays) return kNear;
-  return kNear + (kFar - kNear) / static_cast<double>(rows);
-}
-
 // For a tile of elements E, which `g` counts. `lies`: the input consists of such elements, and its layout counts them.
 // `skips_padding`: it is read in place, whatever its padding.
 template <class T, class E>
@@ -250,160 +236,6 @@ ConvPoolPlan plan_phases(const ConvPoolGeometry& g, const ConvLayout& input, int
   plan.packed_size = g.groups * s.positions * s.depth * round_up(g.out_channels, kLanes<C>);
   plan.scratch_size = DirectScratch<C>(g, plan, nullptr).size;
   return plan;
-}
-
-// Of a row of the input, each of whose columns' channels are brought side by side.
-FASTNN_INLINE double interleave_cost(int64_t channels, int64_t columns, const ConvLayout& input) {
-  constexpr double kColumn = 6;             // whose channels are one run
-  constexpr double kZip = 24, kBlock = 70;  // of 32 columns of three channels; of 8 of up to 32
-  constexpr double kApart = 5;              // of a number on its own
-  if (channels == 1) return static_cast<double>(columns) * copy_cost(input.d[2]);
-  if (input.c == 1 && input.d[2] == channels) return static_cast<double>(columns * channels) * kCopyCost;
-  if (input.c == 1) return kColumn * static_cast<double>(columns);
-  if (input.d[2] != 1) return kApart * static_cast<double>(columns * channels);
-  if (channels == 3) return kZip * static_cast<double>(divide_up(columns, 32));
-  return kBlock * static_cast<double>(divide_up(columns, 8) * divide_up(channels, 32));
-}
-
-// Of a conv row.
-FASTNN_INLINE double matrix_row_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t vectors) {
-  constexpr double kProduct = 16, kTile = 60;
-  const int64_t columns = ring_shape(g, plan).columns;
-  const MatrixShape shape(g, columns);
-  const int64_t tiles = plan.column_parts * divide_up(columns, shape.pixels) * vectors;
-  return static_cast<double>(tiles) * (kTile + kProduct * static_cast<double>(shape.depth()));
-}
-
-// Of the products of a group, `row` pixels of each conv row: its output channels may not fill its vectors, and a short
-// row's tile neither the multipliers' pipelines nor the time that its weight takes. A tile of one vector takes a load
-// for each multiplication, and has pixels enough to crowd the sets in which they meet.
-template <class E>
-double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan, int64_t row) {
-  constexpr double kInFlight = 8;               // accumulators that keep the multipliers busy
-  constexpr double kLoads = 3, kCrowded = 1.2;  // of a tile of one vector, beside one for each pixel
-  const int64_t vectors = divide_up(g.out_channels, kLanes<Compute<E>>);
-  const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
-  const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
-  const int64_t together = ring.together ? smaller(ring.slices * rows, rows_of_tile<2>(static_cast<int>(row))) : 1;
-  const double inside = plan.skips_padding ? share_inside(g, 2) : 1;  // of a row, on average
-  const double pixels = inside * static_cast<double>(smaller(row * together, kConvPixels<2>));
-  const double to_be_busy = kInFlight / static_cast<double>(smaller(2, vectors)),
-               to_wait = weight_cost<E>(g, plan, rows);
-  const double needed = to_be_busy > to_wait ? to_be_busy : to_wait;
-  const double slow = needed > pixels ? needed / pixels : 1;
-  const int64_t in_run = ring.together ? row * rows_of_tile<1>(static_cast<int>(row)) : row;
-  const double in_tile = static_cast<double>(in_run) / static_cast<double>(divide_up(in_run, kConvPixels<1>));
-  const double single = vectors % 2 == 0 ? 1 : 1 + kLoads / (in_tile * static_cast<double>(vectors));
-  const double crowded = vectors == 1 && plan.in_place && pixels_meet<E>(input.d[2] * g.stride[2]) ? kCrowded : 1;
-  const int64_t products = vectors * row * g.conv[0] * g.conv[1] * product_depth<E>(g);
-  return static_cast<double>(products) * slow * single * crowded;
-}
-
-// Until an image whose channels lie apart has arrived from memory, where the images do not stay in L3 from call to
-// call. (Of one that is larger than what is turned at once nothing is known.)
-template <class C>
-double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
-  constexpr double kByte = 0.9;
-  constexpr int64_t kL3 = 36 << 20, kLarge = 8 << 20;
-  const int64_t bytes = g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(C));
-  const bool waits = input.c != 1 && g.batch * g.groups * bytes > kL3 && g.groups * bytes <= kLarge;
-  return waits ? kByte * static_cast<double>(bytes) : 0;
-}
-
-// For one image and group.
-template <class E, class C = Compute<E>>
-double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
-  const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
-  const double products = products_cost<E>(g, input, plan, row), arrival = arrival_cost<C>(g, input);
-  const double multiplications = products > arrival ? products : arrival;
-  const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
-  constexpr double kItem = 300, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
-  const double windows =
-      static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
-  const double cost = kItem + kRow * conv_rows + windows;
-  const int64_t tile_rows = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts *
-                            input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
-  const auto looks_at = [&](bool all) {  // numbers that might not be finite
-    constexpr double kLook = 0.125;
-    return all ? kLook * static_cast<double>(g.in_channels * g.input[0] * g.input[1] * g.input[2]) : 0;
-  };
-  const double interleaving = static_cast<double>(tile_rows) *
-                              (kRunCost + interleave_cost(g.in_channels, input_extent(g, 2, plan.columns), input));
-  if (kIsOfMatrix<E>) {
-    constexpr double kCall = 400;
-    const double rows = static_cast<double>(g.conv[0] * g.conv[1]) * matrix_row_cost(g, plan, vectors);
-    return kCall + cost + rows + (plan.in_place ? 0 : interleaving) + looks_at(elements_behind<E>(g) > 0);
-  }
-  if (plan.skips_padding) {
-    constexpr double kPass = 20, kAdded = 2;  // of a pass over a conv row; of a vector of it
-    constexpr double kStart = 28;             // products that each pass's sums lose
-    const double added = static_cast<double>(row * smaller(2, vectors)) * kAdded;
-    const double parts = 1 + kStart * inside_passes(g) / static_cast<double>(g.depth());
-    const bool again = g.taps() > g.stride[0] * g.stride[1] * g.stride[2];  // lines are read
-    const double crowded = channels_are_crowded(g, input, sizeof(C)) && again ? 1.6 : 1;
-    return cost + multiplications * parts * share_inside(g) * crowded + conv_rows * inside_passes(g) * (kPass + added);
-  }
-  if (kStartsPair<E>) return cost + multiplications + interleaving + looks_at(row_pairs_reach_beyond(g));
-  constexpr double kFarCopy = 2.5;  // of an element of a short run from beyond L3's share
-  constexpr int64_t kFar = 8 << 20;
-  const bool far = plan.order != TapOrder::channels_last &&
-                   g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(C)) > kFar;
-  const double elements = static_cast<double>(g.in_channels * tile_rows * input_extent(g, 2, plan.columns));
-  const double runs =
-      static_cast<double>(plan.order == TapOrder::channels_last ? tile_rows : tile_rows * g.in_channels);
-  return cost + multiplications + (plan.in_place ? 0 : elements * (far ? kFarCopy : kCopyCost) + runs * kRunCost);
-}
-
-// For one image and group.
-template <class C>
-double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 10;
-  constexpr double kProduct = 1.1;
-  constexpr double kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
-  constexpr double kTransformed = 5;          // of a vector of input
-  constexpr double kPack = 4;                 // of a weight, beyond what packing takes elsewhere
-  const PhaseShape<C> s(g, direct_ring_shape<C>(g, plan).columns);
-  const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kConvPixels<2>);
-  const int64_t blocks = divide_up(vectors, 2);
-  const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * plan.column_parts);
-  // Few sums do not keep the multipliers busy.
-  const double accumulators = static_cast<double>(divide_up(s.pairs, tiles) * smaller(2, vectors));
-  const double slow = accumulators < kInFlight ? kInFlight / accumulators : 1;
-  int64_t points = 0;
-  for (int point = 0; point <= kMostWinogradTaps; ++point) points += s.first[point + 1] > s.first[point];
-  const double products = kProduct * slow * static_cast<double>(vectors * s.pairs * s.positions * s.depth);
-  const double results = static_cast<double>(points) * (kPoint * static_cast<double>(tiles * blocks) +
-                                                        kResult * static_cast<double>(vectors * s.pairs));
-  // Each conv row reads a block's weight, which is larger than direct convolution's: not from beyond L2.
-  constexpr int64_t kNear = 1 << 20;
-  constexpr double kFarByte = 0.15;
-  const int64_t bytes = s.positions * s.depth * smaller(2, vectors) * FASTNN_VECTOR_BYTES;
-  const bool far = bytes + phase_tile_size<C>(g, plan) * static_cast<int64_t>(sizeof(C)) > kNear;
-  const double waits = far ? kFarByte * static_cast<double>(blocks * bytes) : 0;
-  const double windows =
-      static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
-  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
-  const double rows =
-      static_cast<double>(g.in_channels * bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band));
-  const double parting = static_cast<double>(s.places) * (kRunCost + copy_cost(s.places * input.d[2]) * s.pairs);
-  const double transform = parting + kTransformed * static_cast<double>(s.positions * s.pitch / kLanes<C>);
-  const double packing = kPack * static_cast<double>(g.out_channels * g.depth()) / static_cast<double>(g.batch);
-  return kItem + conv_rows * (kRow * blocks + products + results + waits) + windows + rows * transform + packing;
-}
-
-// With or without a padded copy of the input, whichever is cheaper.
-template <class T, class E>
-ConvPoolPlan choose_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool lies,
-                           double& costs) {
-  const ConvPoolPlan padded = plan_direct<T, E>(g, input, threads, lies, false);
-  costs = direct_cost<E>(g, input, padded);
-  if (padded.in_place || !lies) return padded;
-  const ConvPoolPlan inside = plan_direct<T, E>(g, input, threads, lies, true);
-  const double inside_costs = direct_cost<E>(g, input, inside);
-  if (inside_costs >= costs) return padded;
-  costs = inside_costs;
-  return inside;
 }
 
 }  // namespace FASTNN_ISA

@@ -1,7 +1,7 @@
 // What conv_dots.h works on: the runs that input and weight have in common, scratch memory, the plan and its cost.
 #pragma once
 
-#include "conv_direct_plan.h"
+#include "conv_direct_cost.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {

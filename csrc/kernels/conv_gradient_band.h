@@ -2,7 +2,7 @@
 // windows overlap already summed. The whole of it is never laid out.
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_common.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {

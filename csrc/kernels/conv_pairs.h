@@ -186,7 +186,7 @@ inline void zip_runs(const bfloat16* even, const bfloat16* odd, int64_t stride, 
   for (int64_t i = 0; i < count; ++i) to[i] = {even[i * stride], odd ? odd[i * stride] : bfloat16{}};
 }
 
-// conv_tile.h has these for elements that are widened.
+// conv_common.h has these for elements that are widened.
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, bfloat16* to) {
   const int64_t run = channels_last ? channels : 1, bytes = run * static_cast<int64_t>(sizeof(bfloat16));

@@ -1,7 +1,7 @@
 // Images brought into channels last before they are read.
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_common.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
