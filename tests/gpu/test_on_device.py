@@ -117,7 +117,9 @@ def test_non_contiguous_input(name, device):
     _, fused, input = make(name, device)
     strided = torch.stack([input, input], -1)[..., 0]
     assert not strided.is_contiguous()
-    torch.testing.assert_close(first(fused(strided)), first(fused(input)), rtol=0, atol=0)
+    # The CPU's kernels read it where it lies, and may take another algorithm, with another order of summation.
+    exact = {"rtol": 0, "atol": 0} if ON_GPU else {}
+    torch.testing.assert_close(first(fused(strided)), first(fused(input)), **exact)
 
 
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
