@@ -218,6 +218,14 @@ FASTNN_INLINE ConvLayout dense_last(int64_t channels, const int64_t (&size)[3]) 
   return {size[0] * slice, 1, {slice, row, channels}};
 }
 
+// Numbers of an image, of a group of its channels and of all.
+FASTNN_INLINE int64_t group_size(const ConvPoolGeometry& g) {
+  return g.in_channels * g.input[0] * g.input[1] * g.input[2];
+}
+FASTNN_INLINE int64_t image_size(const ConvPoolGeometry& g) {
+  return g.groups * group_size(g);
+}
+
 // Of the input with its padding, along one dimension.
 FASTNN_INLINE int64_t padded_extent(const ConvPoolGeometry& g, int d) {
   return g.input[d] + 2 * g.padding[d];

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "conv_direct_pack.h"
-#include "conv_direct_cost.h"
+#include "conv_direct_plan.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {

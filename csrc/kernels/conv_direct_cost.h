@@ -1,4 +1,4 @@
-// What direct convolution costs, by which it is compared with the others and a copy of the input with none.
+// What direct convolution costs: by this it is compared with the other algorithms, and with or without a copy.
 #pragma once
 
 #include "conv_direct_plan.h"
@@ -73,7 +73,7 @@ template <class C>
 double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr double kByte = 0.9;
   constexpr int64_t kL3 = 36 << 20, kLarge = 8 << 20;
-  const int64_t bytes = g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(C));
+  const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(C));
   const bool waits = input.c != 1 && g.batch * g.groups * bytes > kL3 && g.groups * bytes <= kLarge;
   return waits ? kByte * static_cast<double>(bytes) : 0;
 }
@@ -94,7 +94,7 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
                             input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   const auto looks_at = [&](bool all) {  // numbers that might not be finite
     constexpr double kLook = 0.125;
-    return all ? kLook * static_cast<double>(g.in_channels * g.input[0] * g.input[1] * g.input[2]) : 0;
+    return all ? kLook * static_cast<double>(group_size(g)) : 0;
   };
   const double interleaving = static_cast<double>(tile_rows) *
                               (kRunCost + interleave_cost(g.in_channels, input_extent(g, 2, plan.columns), input));
@@ -109,15 +109,14 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
     const double added = static_cast<double>(row * smaller(2, vectors)) * kAdded;
     const double lost = kStart * inside_passes(g) / static_cast<double>(g.depth());
     const double parts = 1 + (lost < kMost ? lost : kMost);
-    const bool again = g.taps() > g.stride[0] * g.stride[1] * g.stride[2];  // lines are read
-    const double crowded = channels_are_crowded(g, input, sizeof(C)) && again ? 1.6 : 1;
+    const bool reads_again = g.taps() > g.stride[0] * g.stride[1] * g.stride[2];
+    const double crowded = channels_are_crowded(g, input, sizeof(C)) && reads_again ? 1.6 : 1;
     return cost + multiplications * parts * share_inside(g) * crowded + conv_rows * inside_passes(g) * (kPass + added);
   }
   if (kStartsPair<E>) return cost + multiplications + interleaving + looks_at(row_pairs_reach_beyond(g));
-  constexpr double kFarCopy = 2.5;  // of an element of a short run from beyond L3's share
+  constexpr double kFarCopy = 2.5;  // of an element of a short run from memory
   constexpr int64_t kFar = 8 << 20;
-  const bool far = plan.order != TapOrder::channels_last &&
-                   g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(C)) > kFar;
+  const bool far = plan.order != TapOrder::channels_last && group_size(g) * static_cast<int64_t>(sizeof(C)) > kFar;
   const double elements = static_cast<double>(g.in_channels * tile_rows * input_extent(g, 2, plan.columns));
   const double runs =
       static_cast<double>(plan.order == TapOrder::channels_last ? tile_rows : tile_rows * g.in_channels);
@@ -128,11 +127,11 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
 template <class C>
 double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 10;
-  constexpr double kProduct = 1.1;
+  constexpr double kProduct = 1.1;            // of direct convolution's
   constexpr double kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
   constexpr double kTransformed = 5;          // of a vector of input
   constexpr double kPack = 4;                 // of a weight, beyond what packing takes elsewhere
-  const PhaseShape<C> s(g, direct_ring_shape<C>(g, plan).columns);
+  const PhaseShape<C> s(g, ring_shape(g, plan).columns);
   const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kConvPixels<2>);
   const int64_t blocks = divide_up(vectors, 2);
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * plan.column_parts);

@@ -97,7 +97,7 @@ int64_t channel_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
 template <class C>
 int64_t phase_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   constexpr int64_t line = 64 / sizeof(C);
-  const PhaseShape<C> s(g, direct_ring_shape<C>(g, plan).columns);
+  const PhaseShape<C> s(g, ring_shape(g, plan).columns);
   const int64_t rows = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   return round_up(rows * s.pitch, 2 * line) + line;
 }
@@ -152,12 +152,13 @@ struct DirectScratch {
   }
 };
 
-// Bytes of the packed weight: of all output channels of a group, and of a block of them.
+// Bytes of the packed weight of so many output channels of a group.
 template <class E>
 int64_t weight_bytes(const ConvPoolGeometry& g, int64_t channels) {
   return divide_up(channels, kLanes<Compute<E>>) * product_depth<E>(g) * FASTNN_VECTOR_BYTES;
 }
-constexpr int64_t kNearWeight = 1 << 20, kNearBlock = 512 << 10;  // that stay in L2
+// Those of a group and of a block that stay in L2.
+constexpr int64_t kNearWeight = 1 << 20, kNearBlock = 512 << 10;
 
 // Whether a block of output channels serves all images before the next one, rather than all blocks an image: where L2
 // holds the weight of one but not of all. Not where each would copy the input again.
@@ -193,7 +194,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
 
   // What lies there is read from memory for each block of channels anew, should it not stay in cache until the next.
   constexpr int64_t kStays = 8 << 20;
-  const int64_t image = g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(E));
+  const int64_t image = group_size(g) * static_cast<int64_t>(sizeof(E));
   const bool stays = plan.in_place && (g.out_channels <= kBlockChannels<C> || image <= kStays);
   const int64_t slice = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 2, plan.columns);
   plan.band = 1;
@@ -205,13 +206,12 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   // Whole images where there are enough of them; else parts of their rows, and last of their channels.
   const int64_t rows = g.output[0] * g.output[1];
   const int64_t blocks = divide_up(g.out_channels, kBlockChannels<C>);
-  const bool persistent = direct_ring_shape<C>(g, plan).persistent;
+  const bool persistent = ring_shape(g, plan).persistent;
   plan.items = g.batch * g.groups * plan.column_parts;
   plan.row_parts = parts_of_rows(plan.items, rows, persistent ? rows_again(g) : 0, threads);
   if (input.c == 1 && g.groups > 1 && !persistent) {
     // So that the groups find their input in cache.
-    const int64_t bytes =
-        g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2] * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = image_size(g) * static_cast<int64_t>(sizeof(T));
     plan.row_parts = larger(plan.row_parts, smaller(rows, divide_up(bytes, kTileBytes)));
   }
   plan.items *= plan.row_parts;

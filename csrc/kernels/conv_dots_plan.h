@@ -1,7 +1,7 @@
 // What conv_dots.h works on: the runs that input and weight have in common, scratch memory, the plan and its cost.
 #pragma once
 
-#include "conv_direct_cost.h"
+#include "conv_direct_plan.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -165,7 +165,7 @@ void cut_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayo
   // What is read again for other outputs, unless the weight takes more room than that.
   const int64_t size = static_cast<int64_t>(sizeof(T)), weight_bytes = g.out_channels * g.depth() * size;
   const bool again = plan.in_place && g.out_channels > kDotOutputs && weight_bytes <= kDotBufferBytes;
-  const int64_t image = again ? g.in_channels * g.input[0] * g.input[1] * g.input[2] * size : 0;
+  const int64_t image = again ? group_size(g) * size : 0;
   const int64_t bytes = larger(conv_bytes, larger(dot_copy_bytes<T>(g, plan), image));
   plan.band = smaller(g.batch, larger(1, kDotBufferBytes / bytes));
   // Threads share the outputs, so that each reads but its part of the weight, then the images.
@@ -211,7 +211,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   // From beyond L2, and back to there.
   constexpr double kFarCopy = 1.5, kFarImage = 0.3, kNearImage = 0.06;
   constexpr int64_t kNear = 1 << 20;
-  const int64_t numbers = g.in_channels * g.input[0] * g.input[1] * g.input[2], bytes = numbers * sizeof(T);
+  const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(T));
   const double number = dot_copy_bytes<T>(g, plan) > 2 * kNear ? kFarCopy : kCopyCost;
   const double copy = static_cast<double>(pixels) * (run * runs + number * static_cast<double>(g.depth()));
   const double of_image = input.c != 1 ? kTurned : images * bytes > kNear ? kFarImage : kNearImage;

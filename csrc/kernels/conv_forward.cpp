@@ -3,6 +3,7 @@
 
 #include "conv_depthwise.h"
 #include "conv_direct.h"
+#include "conv_direct_cost.h"
 #include "conv_dots.h"
 #include "conv_lanes.h"
 #include "conv_rows.h"

@@ -12,11 +12,6 @@ constexpr bool kTurns = kHasPairs<T>;
 template <>
 constexpr bool kTurns<float> = true;
 
-// Numbers of an image.
-FASTNN_INLINE int64_t image_size(const ConvPoolGeometry& g) {
-  return g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2];
-}
-
 // Channels last. Pixels whole kilobytes apart would meet in few of the cache's sets: these get a line in between.
 template <class T>
 ConvLayout turned_layout(const ConvPoolGeometry& g) {
