@@ -20,12 +20,13 @@ int64_t groups_to_join(const ConvPoolGeometry& g, const T* grad_output, const Co
                                                                                                              : 1;
 }
 
-template <class C>
+template <class T, class C = Compute<T>>
 ConvPoolBackwardPlan plan(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& grad_input,
                           bool exact) {
   if (depthwise_pays<C>(g)) return plan_depthwise_backward<C>(g);
   if (!exact && taps_apply(g) && taps_pay<C>(g, input)) return plan_taps<C>(g);
-  return pixels_apply(g, input, grad_input) && pixels_pay(g) ? plan_pixels<C>(g) : plan_runs<C>(g);
+  if (pixels_apply(g, input, grad_input) && pixels_pay(g)) return plan_pixels<C>(g);
+  return zipping_pays<T>(g) ? plan_runs<RunElement<T>>(g) : plan_runs<C>(g);
 }
 
 template <class T>
@@ -41,7 +42,7 @@ template <class T>
 void pack(const ConvPoolBackward<T>& call) {
   switch (call.plan.algorithm) {
     case ConvBackwardAlgorithm::winners:
-      return pack_runs(call);
+      return call.plan.zips_runs ? pack_runs<RunElement<T>>(call) : pack_runs<Compute<T>>(call);
     case ConvBackwardAlgorithm::depthwise:
       return pack_depthwise_backward(call);
     case ConvBackwardAlgorithm::pixels:
@@ -56,7 +57,8 @@ void backward(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compu
               Compute<T>* grad_bias, void* scratch) {
   switch (call.plan.algorithm) {
     case ConvBackwardAlgorithm::winners:
-      return backward_runs(call, piece, grad_weight, lost, grad_bias, scratch);
+      return call.plan.zips_runs ? backward_runs<RunElement<T>>(call, piece, grad_weight, lost, grad_bias, scratch)
+                                 : backward_runs<Compute<T>>(call, piece, grad_weight, lost, grad_bias, scratch);
     case ConvBackwardAlgorithm::depthwise:
       return backward_depthwise(call, piece, grad_weight, lost, grad_bias, scratch);
     case ConvBackwardAlgorithm::pixels:
@@ -70,7 +72,8 @@ template <class T>
 void unpack_weight(const ConvPoolBackward<T>& call, const Compute<T>* grad_weight, T* to, const ConvLayout& layout) {
   switch (call.plan.algorithm) {
     case ConvBackwardAlgorithm::winners:
-      return unpack_runs(call, grad_weight, to, layout);
+      return call.plan.zips_runs ? unpack_runs<RunElement<T>>(call, grad_weight, to, layout)
+                                 : unpack_runs<Compute<T>>(call, grad_weight, to, layout);
     case ConvBackwardAlgorithm::depthwise:
       return unpack_depthwise(call, grad_weight, to, layout);
     case ConvBackwardAlgorithm::pixels:
@@ -88,7 +91,7 @@ void turn(const T* from, int64_t rows, int64_t columns, T* to) {
 template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
   return {groups_to_join<T>,
-          plan<Compute<T>>,
+          plan<T>,
           plan_holds<T>,
           pack<T>,
           backward<T>,

@@ -4,7 +4,8 @@
 // With L channels of the input side by side (a block), the elements under a conv pixel are a few runs, each of whole
 // vectors. The weight's gradient for one output channel is the sum over its list of value x runs of the input; the
 // input's gradient at one conv pixel is the sum over its list (one entry an output channel) of value x runs of the
-// weight. Both sums are the same loop, with the runs accumulated in registers.
+// weight. Both sums are the same loop, with the runs accumulated in registers. In bfloat16 two entries of a list are
+// one product, where the processor has an instruction for it: their runs are zipped with each other on the way.
 #pragma once
 
 #include "conv_backward_plan.h"
@@ -12,7 +13,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-template <class T>
+template <class T, class E>
 class BackwardWorker {
   using C = Compute<T>;
 
@@ -20,7 +21,7 @@ class BackwardWorker {
   BackwardWorker(const ConvPoolBackward<T>& call, bool weight_wanted, void* memory)
       : call_(call),
         g_(call.geometry),
-        s_(run_shape<C>(call.geometry)),
+        s_(run_shape<E>(call.geometry)),
         scratch_(call.geometry, memory),
         window_(call, scratch_.image, weight_wanted ? scratch_.images : nullptr,
                 call.grad_input ? scratch_.gradients : nullptr, scratch_.parts),
@@ -69,16 +70,12 @@ class BackwardWorker {
         band_.fill(image_, group_ * g_.out_channels + channel, 1, channels, box);
         if (grad_weight || call_.grad_input) find_pixels(box, first);
         const int64_t pixels = round_up(box.pixels(), kLanes<C>);
-        for (int64_t p = 0; p < pixels; p += scratch_.slice_pixels) {
-          const int64_t end = smaller(p + scratch_.slice_pixels, pixels);
-          if (grad_bias) band_.add_pixels(p, end, scratch_.bias + channel);
-          if (grad_weight)
-            add_weight_gradient(p, end, channels, is_fresh, grad_weight + at, lost ? lost + at : nullptr);
-          is_fresh = false;
-          if (call_.grad_input) {
-            add_input_gradient(p, end, call_.packed + at);
-            window_.count_additions(smaller(end - p, g_.taps()));
-          }
+        if (grad_bias) band_.add_pixels(0, pixels, scratch_.bias + channel);
+        if (grad_weight) add_weight_gradient(pixels, channels, is_fresh, grad_weight + at, lost ? lost + at : nullptr);
+        is_fresh = false;
+        if (call_.grad_input) {
+          add_input_gradient(pixels, reinterpret_cast<const E*>(call_.packed) + at);
+          window_.count_additions(smaller(pixels, g_.taps()));
         }
       });
     }
@@ -101,15 +98,20 @@ class BackwardWorker {
     for (; (to - scratch_.pixel_offsets) % kLanes<C> != 0; ++to) *to = 0;
   }
 
-  // A list a channel: of the pixels [first, last) in whose gradient it has a part.
-  void list_by_channel(int64_t first, int64_t last) const {
+  // A list a channel: of the pixels in whose gradient it has a part, slice after slice.
+  void list_by_channel(int64_t pixels) const {
     constexpr int lanes = kLanes<C>;
     const int64_t width = scratch_.shape.width, room = scratch_.list_room;
     for (int64_t o = 0; o < width; o += lanes) {
       int64_t counts[lanes] = {};
-      C* values = scratch_.values + o * room;
+      int64_t* starts = scratch_.slice_starts + o;
+      E* values = scratch_.values + o * room;
       Offset<C>* offsets = scratch_.offsets + o * room;
-      for (int64_t p = first; p < last; p += lanes) {
+      for (int64_t p = 0; p < pixels; p += lanes) {
+        if (p % scratch_.slice_pixels == 0) {
+          __builtin_memcpy(starts, counts, sizeof(counts));
+          starts += width;
+        }
         const Vec<Offset<C>> places = load(scratch_.pixel_offsets + p);
         Vec<C> square[lanes];
 #pragma GCC unroll 16
@@ -118,41 +120,44 @@ class BackwardWorker {
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
           const int64_t at = i * room + counts[i];
-          counts[i] += append_nonzero<C>(square[i], places, values + at, offsets + at);
+          counts[i] += append_nonzero(square[i], places, values + at, offsets + at);
         }
       }
-      for (int i = 0; i < lanes; ++i) scratch_.counts[o + i] = counts[i];
+      __builtin_memcpy(starts, counts, sizeof(counts));
     }
   }
 
   // A list a pixel, one after the other: of the channels that have a gradient there.
-  void list_by_pixel(int64_t first, int64_t last) const {
+  void list_by_pixel(int64_t pixels) const {
     const int64_t width = scratch_.shape.width;
     int64_t count = 0;
-    for (int64_t p = first; p < last; ++p) {
-      scratch_.starts[p - first] = count;
+    for (int64_t p = 0; p < pixels; ++p) {
+      scratch_.pixel_starts[p] = count;
       for (int64_t o = 0; o < width; o += kLanes<C>) {
-        count += append_nonzero<C>(load(band_.pixels() + p * width + o), load(scratch_.channel_offsets + o),
-                                   scratch_.values + count, scratch_.offsets + count);
+        count += append_nonzero(load(band_.pixels() + p * width + o), load(scratch_.channel_offsets + o),
+                                scratch_.values + count, scratch_.offsets + count);
       }
     }
-    scratch_.starts[last - first] = count;
+    scratch_.pixel_starts[pixels] = count;
   }
 
   // What a slice adds is rounded by the size of the whole sum: `lost` keeps what that takes away.
-  void add_weight_gradient(int64_t first, int64_t last, int64_t channels, bool fresh, C* to, C* lost) {
-    list_by_channel(first, last);
+  void add_weight_gradient(int64_t pixels, int64_t channels, bool fresh, C* to, C* lost) {
+    list_by_channel(pixels);
+    const int64_t width = scratch_.shape.width, slices = divide_up(pixels, scratch_.slice_pixels);
     for (int64_t block = 0; block < blocks_; ++block) {
-      const C* image = window_.image(block);
+      const E* image = window_.image(block);
       const int64_t block_at = block * g_.out_channels * s_.row;
-      for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
-        for (int64_t o = 0; o < channels; ++o) {
+      for_each_register_block<E>(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
+        for (int64_t i = 0; i < slices * channels; ++i) {
+          const int64_t slice = i / channels, o = i % channels;
+          const int64_t* starts = scratch_.slice_starts + slice * width + o;
           const int64_t at = block_at + o * s_.row + (run * s_.vectors + vector) * kLanes<C>;
-          bool writes = fresh;
-          for (int64_t part = 0; writes || part < scratch_.counts[o]; part += kLongestSum) {
+          bool writes = fresh && slice == 0;
+          for (int64_t part = starts[0]; writes || part < starts[width]; part += kLongestSum) {
             const int64_t entry = o * scratch_.list_room + part;
-            const GradientList<C> list = {scratch_.values + entry, scratch_.offsets + entry,
-                                          smaller(scratch_.counts[o] - part, kLongestSum)};
+            const GradientList<E> list = {scratch_.values + entry, scratch_.offsets + entry,
+                                          smaller(starts[width] - part, kLongestSum)};
             add_runs<decltype(runs)::value, decltype(vectors)::value>(list, image + vector * kLanes<C>,
                                                                       scratch_.run_offsets + run, writes, to + at,
                                                                       lost ? lost + at : nullptr);
@@ -164,13 +169,15 @@ class BackwardWorker {
   }
 
   template <int runs, int vectors>
-  FASTNN_INLINE void add_runs(const GradientList<C>& list, const C* image, const int64_t* run_offsets, bool writes,
+  FASTNN_INLINE void add_runs(const GradientList<E>& list, const E* image, const int64_t* run_offsets, bool writes,
                               C* to, C* lost) const {
-    const C* from[runs];
+    const E* from[runs];
     Vec<C> total[runs][vectors] = {};
     for (int r = 0; r < runs; ++r) from[r] = image + run_offsets[r];
     accumulate_runs<runs, vectors>(list, from, total);
+#pragma GCC unroll 4
     for (int r = 0; r < runs; ++r) {
+#pragma GCC unroll 6
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = (r * s_.vectors + v) * kLanes<C>;
         put_sums(total[r][v], writes, to + at, lost ? lost + at : nullptr);
@@ -178,14 +185,14 @@ class BackwardWorker {
     }
   }
 
-  void add_input_gradient(int64_t first, int64_t last, const C* weight) {
-    list_by_pixel(first, last);
+  void add_input_gradient(int64_t pixels, const E* weight) {
+    list_by_pixel(pixels);
     for (int64_t block = 0; block < blocks_; ++block) {
-      const C* rows = weight + block * g_.out_channels * s_.row;
+      const E* rows = weight + block * g_.out_channels * s_.row;
       C* image = window_.gradient(block);
-      for_each_register_block(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
-        for (int64_t p = first; p < last; ++p) {
-          const int64_t start = scratch_.starts[p - first], count = scratch_.starts[p - first + 1] - start;
+      for_each_register_block<E>(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
+        for (int64_t p = 0; p < pixels; ++p) {
+          const int64_t start = scratch_.pixel_starts[p], count = scratch_.pixel_starts[p + 1] - start;
           if (count == 0) continue;
           scatter_runs<decltype(runs)::value, decltype(vectors)::value>(
               {scratch_.values + start, scratch_.offsets + start, count},
@@ -198,18 +205,24 @@ class BackwardWorker {
 
   // `length`: the elements of a run from the first vector on.
   template <int runs, int vectors>
-  FASTNN_INLINE void scatter_runs(const GradientList<C>& list, const C* weight, const int64_t* run_offsets,
+  FASTNN_INLINE void scatter_runs(const GradientList<E>& list, const E* weight, const int64_t* run_offsets,
                                   int64_t length, C* to) const {
-    const C* from[runs];
+    const E* from[runs];
     Vec<C> total[runs][vectors] = {};
     for (int r = 0; r < runs; ++r) from[r] = weight + r * s_.vectors * kLanes<C>;
     accumulate_runs<runs, vectors>(list, from, total);
+#pragma GCC unroll 4
     for (int r = 0; r < runs; ++r) {
       C* target = to + run_offsets[r];
+#pragma GCC unroll 6
       for (int v = 0; v < vectors; ++v) {
         // The unused lanes are left alone: infinity times their zeros is NaN.
         const Vec<C> sum = load(target + v * kLanes<C>) + total[r][v];
-        store_up_to<C>(target + v * kLanes<C>, sum, length - v * kLanes<C>);
+        if constexpr (kZipsRuns<E>) {
+          store(target + v * kLanes<C>, sum);
+        } else {
+          store_up_to<C>(target + v * kLanes<C>, sum, length - v * kLanes<C>);
+        }
       }
     }
   }
@@ -217,16 +230,16 @@ class BackwardWorker {
   const ConvPoolBackward<T>& call_;
   const ConvPoolGeometry& g_;
   const RunShape s_;
-  const BackwardScratch<C> scratch_;
-  ImageWindow<T> window_;
+  const BackwardScratch<E> scratch_;
+  ImageWindow<T, E> window_;
   GradientBand<T> band_;
   int64_t image_, group_, first_, blocks_;  // first: of the blocks
 };
 
-template <class T>
+template <class E, class T>
 void backward_runs(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight,
                    Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
-  BackwardWorker<T> worker(call, grad_weight != nullptr, scratch);
+  BackwardWorker<T, E> worker(call, grad_weight != nullptr, scratch);
   const int64_t blocks = call.plan.blocks / call.geometry.groups;
   const Range pixels = pixels_of(call, piece);
   for (int64_t image = piece.first_image; image < piece.last_image; ++image) {

@@ -14,9 +14,10 @@ constexpr int64_t kFewAdditions = 16;
 constexpr int64_t kMostJoinedChannels = 64;
 
 // The output channels of a group that are worked on together: as many as have their weights stay in L1.
-template <class C>
+template <class E>
 int64_t band_channels(const ConvPoolGeometry& g, const RunShape& s) {
-  const int64_t fit = kSliceBytes / larger(1, s.row * static_cast<int64_t>(sizeof(C))) / kLanes<C> * kLanes<C>;
+  using C = Compute<E>;
+  const int64_t fit = kSliceBytes / larger(1, s.row * static_cast<int64_t>(sizeof(E))) / kLanes<C> * kLanes<C>;
   const int64_t most = smaller(kMostBandChannels, larger(fit, kLanes<C>));
   const int64_t parts = larger(1, divide_up(g.out_channels, most));
   return round_up(divide_up(g.out_channels, parts), kLanes<C>);
@@ -32,45 +33,45 @@ int64_t window_pixels(const ConvPoolGeometry& g, const RunShape& s) {
   return weight > room / 2 ? g.conv[0] * g.conv[1] * g.conv[2] : room / larger(1, under_pixel);
 }
 
-template <class C>
+template <class E, class C = Compute<E>>
 struct BackwardScratch {
   BandShape<C> shape;
   BlockImage image;
-  int64_t slice_pixels;  // conv pixels of one pass
+  int64_t slice_pixels;  // conv pixels whose input stays in L1
   int64_t list_room;     // of one channel's list
-  C* images;             // windows of the input, of some blocks
+  E* images;             // windows of the input, of some blocks
   C* gradients;          // of its gradient, laid out alike
   C* parts;              // ImageWindow's
   char* band;            // GradientBand's
-  C* values;             // of the lists of one pass
+  E* values;             // of the lists of a band
   Offset<C>* offsets;
-  int64_t* counts;             // the length of each channel's list
-  int64_t* starts;             // where each pixel's list begins
+  int64_t* slice_starts;       // where in each channel's list each slice begins
+  int64_t* pixel_starts;       // where each pixel's list begins
   int64_t* run_offsets;        // in the image
   Offset<C>* pixel_offsets;    // in the image, of each pixel of the band
   Offset<C>* channel_offsets;  // in the packed weight, of each channel of the band
   double* bias;                // of each output channel
   int64_t size;
 
-  BackwardScratch(const ConvPoolGeometry& g, void* memory) : BackwardScratch(g, run_shape<C>(g), memory) {}
+  BackwardScratch(const ConvPoolGeometry& g, void* memory) : BackwardScratch(g, run_shape<E>(g), memory) {}
 
   BackwardScratch(const ConvPoolGeometry& g, const RunShape& s, void* memory)
-      : shape(g, band_channels<C>(g, s), window_pixels<C>(g, s)),
+      : shape(g, band_channels<E>(g, s), window_pixels<C>(g, s)),
         image(g, s.lanes, true, sizeof(C), shape.size, 2 * s.blocks, s.vectors * kLanes<C>) {
     const bool in_parts = g.taps() * divide_up(g.out_channels, shape.width) > kLongestSum;
-    const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(C)) * g.stride[0] * g.stride[1] * g.stride[2];
+    const int64_t under_pixel = s.lanes * static_cast<int64_t>(sizeof(E)) * g.stride[0] * g.stride[1] * g.stride[2];
     const int64_t fit = kSliceBytes / 2 / under_pixel / kLanes<C> * kLanes<C>;
     slice_pixels = smaller(shape.pixels, smaller(kMostSlicePixels, larger(128, fit)));
-    list_room = slice_pixels + kLanes<C>;
+    list_room = shape.pixels + kLanes<C>;
     MemoryParts taken(memory);
-    images = taken.take<C>(image.size * s.blocks);
+    images = taken.take<E>(image.size * s.blocks);
     gradients = taken.take<C>(image.size * s.blocks);
     parts = in_parts ? taken.take<C>(image.size * s.blocks) : nullptr;
     band = taken.take<char>(GradientBand<C>::memory_size(g, shape));
-    values = taken.take<C>(list_room * shape.width);
+    values = taken.take<E>(list_room * shape.width);
     offsets = taken.take<Offset<C>>(list_room * shape.width);
-    counts = taken.take<int64_t>(shape.width);
-    starts = taken.take<int64_t>(slice_pixels + 1);
+    slice_starts = taken.take<int64_t>((divide_up(shape.pixels, slice_pixels) + 1) * shape.width);
+    pixel_starts = taken.take<int64_t>(shape.pixels + 1);
     run_offsets = taken.take<int64_t>(s.runs);
     pixel_offsets = taken.take<Offset<C>>(shape.pixels);
     channel_offsets = taken.take<Offset<C>>(shape.width);
@@ -80,16 +81,28 @@ struct BackwardScratch {
 };
 
 // Counted in vectors that are worked on, a conv pixel.
-template <class C>
+template <class E>
 double runs_cost(const ConvPoolGeometry& g) {
-  const RunShape s = run_shape<C>(g);
+  using C = Compute<E>;
+  constexpr double kProduct = kZipsRuns<E> ? 1.3 : 2;  // of each vector, for both gradients
+  const RunShape s = run_shape<E>(g);
   const double conv = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
   const double winners = static_cast<double>(smaller(g.pixels(), g.conv[0] * g.conv[1] * g.conv[2])) / conv;
   const double input = static_cast<double>(g.input[0] * g.input[1] * g.input[2]) / conv;
   const double band = 8 * static_cast<double>(divide_up(g.out_channels, kLanes<C>));
   const double image = 6 * input * static_cast<double>(s.blocks * divide_up(s.lanes, kLanes<C>));
-  const double products = 2 * static_cast<double>(s.blocks * larger(2, s.runs * s.vectors));
+  const double products = kProduct * static_cast<double>(s.blocks * larger(2, s.runs * s.vectors));
   return static_cast<double>(g.groups) * (band + image + winners * static_cast<double>(g.out_channels) * products);
+}
+
+// Whether runs of bfloat16 are zipped. Gradients of windows that overlap are sums, which would have to be rounded.
+template <class T>
+bool zipping_pays(const ConvPoolGeometry& g) {
+  if (!kHasPairs<T> || !isa_multiplies_pairs()) return false;
+  for (int d = 0; d < 3; ++d) {
+    if (g.pool_extent(d) > g.pool_stride[d]) return false;
+  }
+  return runs_cost<RunElement<T>>(g) < runs_cost<Compute<T>>(g);
 }
 
 FASTNN_INLINE ConvPoolGeometry join_groups(ConvPoolGeometry g, int64_t count) {
@@ -116,11 +129,12 @@ int64_t cheapest_join(const ConvPoolGeometry& g) {
   return best;
 }
 
-template <class C>
+template <class E>
 ConvPoolBackwardPlan plan_runs(const ConvPoolGeometry& g) {
-  const RunShape s = run_shape<C>(g);
-  const BackwardScratch<C> scratch(g, nullptr);
+  const RunShape s = run_shape<E>(g);
+  const BackwardScratch<E> scratch(g, nullptr);
   ConvPoolBackwardPlan plan = {};
+  plan.zips_runs = kZipsRuns<E>;
   plan.packed_size = g.groups * s.blocks * g.out_channels * s.row;
   plan.weight_size = plan.packed_size;
   plan.scratch_size = scratch.size;

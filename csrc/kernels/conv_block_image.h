@@ -88,14 +88,15 @@ struct BlockImage {
 };
 
 // The windows of some blocks of an image, one behind the other, and of their gradients.
-template <class T>
+// Those of the input consist of elements E.
+template <class T, class E = Compute<T>>
 class ImageWindow {
   using C = Compute<T>;
 
  public:
   // Without `images` or `gradients` where the one or the other is not wanted. `parts`, as large as the gradients, where
   // so much is added to each of those that it is added up in parts first; else null.
-  ImageWindow(const ConvPoolBackward<T>& call, const BlockImage& shape, C* images, C* gradients, C* parts)
+  ImageWindow(const ConvPoolBackward<T>& call, const BlockImage& shape, E* images, C* gradients, C* parts)
       : call_(call),
         g_(call.geometry),
         shape_(shape),
@@ -157,7 +158,7 @@ class ImageWindow {
     close();
   }
 
-  const C* image(int64_t block) const { return images_ + block * shape_.size; }
+  const E* image(int64_t block) const { return images_ + block * shape_.size; }
   // Where to add to the gradient.
   C* gradient(int64_t block) const { return (parts_ ? parts_ : gradients_) + block * shape_.size; }
   // To be told how often an element of the gradient has been added to, at most.
@@ -184,16 +185,17 @@ class ImageWindow {
   void advance(int64_t origin, int64_t kept) {
     const int64_t slice = shape_.d[shape_.axis], from = (origin - origin_) * slice, count = kept * slice;
     origin_ = origin;
-    C* const both[] = {images_, gradients_};
-    for (C* windows : both) {
-      if (!windows) continue;
-      for (int64_t block = 0; block < blocks_; ++block) {
-        C* window = windows + block * shape_.size;
-        if (count > 0) __builtin_memmove(window, window + from, count * sizeof(C));
-        fill_zeros(window + count, shape_.size - count);
-      }
-    }
+    if (images_) move_windows(images_, from, count);
+    if (gradients_) move_windows(gradients_, from, count);
     if (images_) load(origin + kept, origin + shape_.slices);
+  }
+  template <class Element>
+  void move_windows(Element* windows, int64_t from, int64_t count) const {
+    for (int64_t block = 0; block < blocks_; ++block) {
+      Element* window = windows + block * shape_.size;
+      if (count > 0) __builtin_memmove(window, window + from, count * sizeof(Element));
+      fill_zeros(window + count, shape_.size - count);
+    }
   }
 
   void load(int64_t first, int64_t last) const {
@@ -204,7 +206,7 @@ class ImageWindow {
       const T* input = call_.input + image_ * layout.n + (channel_ + block * lanes) * layout.c;
       shape_.for_each_row(g_, layout, origin_, first, last, [&](int64_t at, int64_t offset, int64_t columns) {
         const T* from = input + at;
-        C* to = images_ + block * shape_.size + offset;
+        E* to = images_ + block * shape_.size + offset;
         if (lanes == 1) {
           copy_run(from, step, columns, to);
         } else if (layout.c == 1 && step == lanes && channels == lanes) {
@@ -217,6 +219,7 @@ class ImageWindow {
             copy_run(from + x * step, layout.c, channels, to + x * lanes);
           }
         }
+        if constexpr (kZipsRuns<E>) order_for_zip(to, columns * lanes);
       });
     }
   }
@@ -258,7 +261,7 @@ class ImageWindow {
   const ConvPoolBackward<T>& call_;
   const ConvPoolGeometry& g_;
   const BlockImage& shape_;
-  C* images_;
+  E* images_;
   C* gradients_;
   C* parts_;
   int64_t image_, channel_, channels_, blocks_, origin_;  // origin: the slice that the windows begin with

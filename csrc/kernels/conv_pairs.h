@@ -52,6 +52,23 @@ constexpr bool kHasPairs = false;
 template <>
 constexpr bool kHasPairs<bfloat16> = kMultipliesPairs;
 
+// Backward's runs of bfloat16 are zipped with each other where pairs are multiplied: else they are widened.
+template <class T, bool has_pairs = kHasPairs<T>>
+struct ElementOfRuns {
+  using Type = Compute<T>;
+};
+template <class T>
+struct ElementOfRuns<T, true> {
+  using Type = T;
+};
+template <class T>
+using RunElement = typename ElementOfRuns<T>::Type;
+template <class E>
+constexpr bool kZipsRuns = kHasPairs<E>;
+// Vectors of sums that belong to a vector of a run.
+template <class E>
+constexpr int kSumVectors = kZipsRuns<E> ? 2 : 1;
+
 // The problem as a tile of elements E has it.
 template <class E>
 FASTNN_INLINE ConvPoolGeometry tile_geometry(ConvPoolGeometry g) {
@@ -187,6 +204,13 @@ inline void zip_runs(const bfloat16* even, const bfloat16* odd, int64_t stride, 
 }
 
 // conv_common.h has these for elements that are widened.
+inline void copy_run(const bfloat16* from, int64_t stride, int64_t count, bfloat16* to) {
+  if (stride == 1) {
+    __builtin_memcpy(to, from, count * static_cast<int64_t>(sizeof(bfloat16)));
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+}
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, bfloat16* to) {
   const int64_t run = channels_last ? channels : 1, bytes = run * static_cast<int64_t>(sizeof(bfloat16));

@@ -116,6 +116,7 @@ struct ConvPoolBackwardPlan {
   int64_t most_parts;    // and into how many
   bool keeps_lost;       // what rounding takes from the weight's gradient is noted
   bool needs_finite;     // elements of input and weight
+  bool zips_runs;        // conv_runs.h
 };
 
 // A piece of backward's work: of some images, some blocks, and one of so many parts of the conv pixels along the axis.

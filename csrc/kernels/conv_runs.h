@@ -16,11 +16,11 @@ constexpr int kMostAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
 template <class C>
 using Offset = typename IntegerOf<C>::Type;
 
-// Gradients that are not zero, and where the runs of each begin.
-template <class C>
+// Gradients that are not zero, and where the runs of each, of elements E, begin.
+template <class E>
 struct GradientList {
-  const C* values;
-  const Offset<C>* offsets;
+  const E* values;
+  const Offset<Compute<E>>* offsets;
   int64_t count;
 };
 
@@ -34,13 +34,15 @@ struct RunShape {
   int64_t row;      // elements of all runs of one output channel: runs x vectors x L
 };
 
-template <class C>
+template <class E>
 RunShape run_shape(const ConvPoolGeometry& g) {
+  using C = Compute<E>;
   RunShape s;
   s.runs = g.kernel[0] * g.kernel[1];
-  const int64_t most = kLanes<C> * divide_up(kEnoughVectors, smaller(kEnoughVectors, g.taps()));
+  const int64_t least = kSumVectors<E> * kLanes<C>;
+  const int64_t most = larger(least, kLanes<C> * divide_up(kEnoughVectors, smaller(kEnoughVectors, g.taps())));
   const int64_t parts = divide_up(g.in_channels, most);
-  s.lanes = parts == 1 ? g.in_channels : round_up(divide_up(g.in_channels, parts), kLanes<C>);
+  s.lanes = parts == 1 && !kZipsRuns<E> ? g.in_channels : round_up(divide_up(g.in_channels, parts), least);
   s.blocks = divide_up(g.in_channels, s.lanes);
   s.length = s.lanes * g.kernel[2];
   s.vectors = divide_up(s.length, kLanes<C>);
@@ -63,24 +65,55 @@ FASTNN_INLINE void accumulate_runs(const GradientList<C>& list, const C* const (
   }
 }
 
-// Calls body(Constant<runs>, Constant<vectors>, first run, first vector) until all runs are covered, a register
-// file's worth at a time.
-template <class Body>
+#if defined(__AVX512F__)
+// Adds what two entries give, whose values lie side by side in `values`, or one.
+template <bool has_second, int runs, int vectors>
+FASTNN_INLINE void accumulate_zipped(Vec<float> values, const bfloat16* const (&from)[runs], int64_t first,
+                                     int64_t second, Vec<float> (&total)[runs][vectors]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < runs; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; v += 2) {
+      const bfloat16* run = from[r] + v * kLanes<float>;
+      const Vec<float> x = load_once(run + first), y = has_second ? load_once(run + second) : Vec<float>{};
+      total[r][v] = multiply_add_pairs(values, zip_quarters_low(x, y), total[r][v]);
+      total[r][v + 1] = multiply_add_pairs(values, zip_quarters_high(x, y), total[r][v + 1]);
+    }
+  }
+}
+template <int runs, int vectors>
+FASTNN_INLINE void accumulate_runs(const GradientList<bfloat16>& list, const bfloat16* const (&from)[runs],
+                                   Vec<float> (&total)[runs][vectors]) {
+  const int64_t even = list.count / 2 * 2;
+  for (int64_t i = 0; i < even; i += 2) {
+    accumulate_zipped<true, runs, vectors>(broadcast_pair({list.values[i], list.values[i + 1]}), from, list.offsets[i],
+                                           list.offsets[i + 1], total);
+  }
+  if (even < list.count) {
+    accumulate_zipped<false, runs, vectors>(broadcast_pair({list.values[even], {}}), from, list.offsets[even], 0,
+                                            total);
+  }
+}
+#endif
+
+// Calls body(Constant<runs>, Constant<vectors>, first run, first vector) until all runs of elements E are covered, a
+// register file's worth at a time.
+template <class E, class Body>
 FASTNN_INLINE void for_each_register_block(int64_t runs, int64_t vectors, const Body& body) {
-  const int64_t vector_parts = divide_up(vectors, kMostRunVectors);
-  for (int64_t vp = 0; vp < vector_parts; ++vp) {
-    const int64_t first_vector = vectors * vp / vector_parts;
-    const int64_t vector_count = vectors * (vp + 1) / vector_parts - first_vector;
-    const int64_t run_parts = divide_up(runs, smaller(kMostRuns, kMostAccumulators / vector_count));
+  constexpr int unit = kSumVectors<E>, most_units = kMostRunVectors / unit;
+  const int64_t units = vectors / unit, unit_parts = divide_up(units, most_units);
+  for (int64_t part = 0; part < unit_parts; ++part) {
+    const int64_t first_unit = units * part / unit_parts;
+    const int64_t unit_count = units * (part + 1) / unit_parts - first_unit;
+    const int64_t run_parts = divide_up(runs, smaller(kMostRuns, kMostAccumulators / (unit_count * unit)));
     for (int64_t rp = 0; rp < run_parts; ++rp) {
       const int64_t first_run = runs * rp / run_parts;
       const int64_t run_count = runs * (rp + 1) / run_parts - first_run;
-      with_constant<kMostRunVectors>(static_cast<int>(vector_count), [&](auto vector_constant) {
-        constexpr int most_runs = decltype(vector_constant)::value * kMostRuns <= kMostAccumulators
-                                      ? kMostRuns
-                                      : kMostAccumulators / decltype(vector_constant)::value;
+      with_constant<most_units>(static_cast<int>(unit_count), [&](auto unit_constant) {
+        constexpr int count = unit * decltype(unit_constant)::value;
+        constexpr int most_runs = count * kMostRuns <= kMostAccumulators ? kMostRuns : kMostAccumulators / count;
         with_constant<most_runs>(static_cast<int>(run_count), [&](auto run_constant) {
-          body(run_constant, vector_constant, first_run, first_vector);
+          body(run_constant, Constant<count>{}, first_run, first_unit * unit);
         });
       });
     }
@@ -123,13 +156,13 @@ bool taps_are_rows(const ConvPoolGeometry& g, const RunShape& s, const ConvLayou
 }
 
 // weight -> [group][block][output channel][run][vectors x lanes], zeros in the unused lanes
-template <class T>
+template <class E, class T>
 void pack_runs(const ConvPoolBackward<T>& call) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
-  const RunShape s = run_shape<C>(g);
+  const RunShape s = run_shape<E>(g);
   const ConvLayout& layout = call.weight_layout;
-  C* to = call.packed;
+  E* to = reinterpret_cast<E*>(call.packed);
   for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t block = 0; block < s.blocks; ++block) {
       for (int64_t o = 0; o < g.out_channels; ++o, to += s.row) {
@@ -139,21 +172,22 @@ void pack_runs(const ConvPoolBackward<T>& call) {
         if (own.count == 0) continue;
         if (taps_are_rows<C>(g, s, layout)) {
           transpose_matrix(from, layout.c, own.count, g.taps(), to + own.in_block, s.lanes);
-          continue;
+        } else {
+          for_each_run_tap<C>(g, s, layout, [&](int64_t element, int64_t tap) {
+            copy_run(from + tap, layout.c, own.count, to + element + own.in_block);
+          });
         }
-        for_each_run_tap<C>(g, s, layout, [&](int64_t element, int64_t tap) {
-          copy_run(from + tap, layout.c, own.count, to + element + own.in_block);
-        });
+        if constexpr (kZipsRuns<E>) order_for_zip(to, s.row);
       }
     }
   }
 }
 
-template <class T>
+template <class E, class T>
 void unpack_runs(const ConvPoolBackward<T>& call, const Compute<T>* from, T* to, const ConvLayout& layout) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
-  const RunShape s = run_shape<C>(g);
+  const RunShape s = run_shape<E>(g);
   for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t block = 0; block < s.blocks; ++block) {
       for (int64_t o = 0; o < g.out_channels; ++o, from += s.row) {

@@ -154,6 +154,34 @@ FASTNN_INLINE void transpose<float>(Vec<float> (&rows)[kLanes<float>]) {
 }
 #endif
 
+#if defined(__AVX512F__)
+// A vector of bfloat16 that is used twice: else GCC would load it twice.
+FASTNN_INLINE Vec<float> load_once(const bfloat16* from) {
+  Vec<float> x = load(reinterpret_cast<const bfloat16x2*>(from));
+  __asm__("" : "+v"(x));
+  return x;
+}
+// Pairs of the bfloat16 of x and y: of the first half of each quarter of them, of the second half.
+FASTNN_INLINE Vec<float> zip_quarters_low(Vec<float> x, Vec<float> y) {
+  return (Vec<float>)_mm512_unpacklo_epi16((__m512i)x, (__m512i)y);
+}
+FASTNN_INLINE Vec<float> zip_quarters_high(Vec<float> x, Vec<float> y) {
+  return (Vec<float>)_mm512_unpackhi_epi16((__m512i)x, (__m512i)y);
+}
+// Orders each vector of `count` numbers so that the one above takes its first half in order, and the other its second.
+inline void order_for_zip(bfloat16* numbers, int64_t count) {
+  constexpr int lanes = 2 * kLanes<float>;
+  uint16_t order[lanes];
+  for (int i = 0; i < lanes; ++i) {
+    order[i] = static_cast<uint16_t>(i / 8 * 4 + i % 4 + (i % 8 < 4 ? 0 : lanes / 2));
+  }
+  const __m512i places = _mm512_loadu_si512(order);
+  for (int64_t i = 0; i < count; i += lanes) {
+    _mm512_storeu_si512(numbers + i, _mm512_permutexvar_epi16(places, _mm512_loadu_si512(numbers + i)));
+  }
+}
+#endif
+
 // Lane i of the result is the sum of the lanes of rows[i]: the transpose, added up on the way.
 template <class T, int count>
 FASTNN_INLINE Vec<T> sum_each(const Vec<T> (&rows)[count]) {
@@ -202,6 +230,14 @@ template <>
 FASTNN_INLINE int append_nonzero<float>(Vec<float> x, Vec<int32_t> y, float* to_x, int32_t* to_y) {
   const __mmask16 set = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
   _mm512_storeu_ps(to_x, _mm512_maskz_compress_ps(set, (__m512)x));
+  _mm512_storeu_si512(to_y, _mm512_maskz_compress_epi32(set, (__m512i)y));
+  return __builtin_popcount(set);
+}
+// The lanes of x have to be bfloat16's numbers.
+FASTNN_INLINE int append_nonzero(Vec<float> x, Vec<int32_t> y, bfloat16* to_x, int32_t* to_y) {
+  const __mmask16 set = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  const __m512i bits = _mm512_maskz_compress_epi32(set, (__m512i)x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_x), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
   _mm512_storeu_si512(to_y, _mm512_maskz_compress_epi32(set, (__m512i)y));
   return __builtin_popcount(set);
 }
