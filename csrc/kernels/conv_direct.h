@@ -46,6 +46,7 @@ class DirectForward {
       step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
       channel_step_ = channels_inside() ? 1 : channel_step<C>(g_, plan_);
     }
+    asks_ahead_ = asks_ahead();
     for (int64_t i = 0; i < g_.groups * divide_up(g_.out_channels, kBlockChannels<C>); ++i) scratch_.moderate[i] = -1;
     for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       if (kIsOfMatrix<E>) {  // the numbers that begin a block
@@ -287,6 +288,7 @@ class DirectForward {
           const int64_t z = slice * g_.pool_stride[0] + i * g_.pool_dilation[0];
           for (int64_t j = 0; j < g_.pool_kernel[1]; ++j) {
             const int64_t y = row * g_.pool_stride[1] + j * g_.pool_dilation[1];
+            if (asks_ahead_ && block == 0) ask_for_next_row(z, y);
             pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, windows, input_lines(block, z, y), lines, pooled);
             pooled.is_first = false;
@@ -304,6 +306,7 @@ class DirectForward {
     int64_t waiting = 0;
     for (int64_t row = first; row < last; ++row) {
       ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
+        if (asks_ahead_ && block == 0) ask_for_next_row(z, y);
         scratch_.to_make[waiting++] = {conv_corner(z, y), to};
       });
     }
@@ -329,6 +332,7 @@ class DirectForward {
       } else if constexpr (kIsOfMatrix<E>) {
         scratch_.to_make[waiting++] = {conv_corner(z, y), to};
       } else {
+        if (asks_ahead_ && block == 0) ask_for_next_row(z, y);
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, conv_columns_, to);
       }
@@ -338,6 +342,31 @@ class DirectForward {
                                 block_weight(block), bias, conv_columns_);
     }
     return count;
+  }
+
+  // Whether the next conv row's input is asked for: strided kernels take little else to hide how long it is on its way,
+  // where images read in place, channels first, do not stay in the cache; a long row's lines the hardware foresees.
+  bool asks_ahead() const {
+    constexpr int64_t kCache = 12 << 20, kRow = 512, kMost = 128 << 10;
+    const ConvLayout& layout = call_.input_layout;
+    const int64_t row = g_.input[2] * static_cast<int64_t>(sizeof(E)),
+                  fresh = smaller(g_.stride[1], g_.kernel_extent(1));
+    const int64_t images = g_.batch * image_size(g_) * static_cast<int64_t>(sizeof(E));
+    return plan_.in_place && layout.c != 1 && layout.d[2] == 1 && g_.stride[1] > 1 && row <= kRow && images > kCache &&
+           fresh * g_.in_channels * row <= kMost;
+  }
+  // What the next conv row reads that this one does not. One line of each channel is more than the hardware foresees.
+  void ask_for_next_row(int64_t z, int64_t y) const {
+    constexpr int64_t kLine = 64 / sizeof(E);
+    const int64_t extent = g_.kernel_extent(1), fresh = smaller(g_.stride[1], extent);
+    const int64_t columns = (conv_columns_ - 1) * g_.stride[2] + g_.kernel_extent(2);
+    const E* rows = conv_corner(z, y + 1) + (extent - fresh) * step_[1];
+    for (int64_t c = 0; c < g_.in_channels; ++c) {
+      for (int64_t row = 0; row < fresh; ++row) {
+        const E* from = rows + c * channel_step_ + row * step_[1];
+        for (int64_t x = 0; x < columns + kLine - 1; x += kLine) __builtin_prefetch(from + x, 0, 2);
+      }
+    }
   }
 
   template <int vectors>
@@ -364,7 +393,7 @@ class DirectForward {
   const DirectScratch<E> scratch_;
   const E* tile_;  // the band's first conv pixel, first tap
   InputSource<E> source_;
-  bool tile_is_moderate_;
+  bool tile_is_moderate_, asks_ahead_;
   int64_t step_[3], channel_step_;
   int64_t position_step_;  // phase_step
   int64_t image_, group_, first_column_, last_column_, conv_columns_;

@@ -68,13 +68,17 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
 }
 
 // Until an image whose channels lie apart has arrived from memory, where the images do not stay in L3 from call to
-// call. (Of one that is larger than what is turned at once nothing is known.)
+// call, or share it; sooner where short rows lie whole pages apart, which memory serves one after the other. (Of one
+// that is larger than what is turned at once nothing is known.)
 template <class C>
 double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr double kByte = 0.9;
-  constexpr int64_t kL3 = 36 << 20, kLarge = 8 << 20;
+  constexpr int64_t kL3 = 36 << 20, kShareOfL3 = 6 << 20, kLarge = 8 << 20, kRow = 512;
   const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(C));
-  const bool waits = input.c != 1 && g.batch * g.groups * bytes > kL3 && g.groups * bytes <= kLarge;
+  const bool by_pages =
+      channels_are_crowded(g, input, sizeof(C)) && input.d[1] * static_cast<int64_t>(sizeof(C)) <= kRow;
+  const int64_t stays = by_pages ? kShareOfL3 : kL3;
+  const bool waits = input.c != 1 && g.batch * g.groups * bytes > stays && g.groups * bytes <= kLarge;
   return waits ? kByte * static_cast<double>(bytes) : 0;
 }
 
