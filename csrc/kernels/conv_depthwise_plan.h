@@ -214,12 +214,13 @@ template <class C>
 double depthwise_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   constexpr double kRow = 60, kImage = 350;                // of a block
   constexpr double kPixel = 5, kEdge = 100, kWayOut = 12;  // of a vector
-  // What a register tile reads, weight and input, is read from L2 again for the next one unless it stays in L1.
+  // What a register tile reads, weight and input, is read from L2 again for the next one unless it stays in L1; at the
+  // edges, by tiles of few pixels, more often.
   constexpr int64_t kCache = 32 << 10, kPixels = 8;
   const int64_t lanes = smaller(kBlockChannels<C>, round_up(g.groups, kLanes<C>));
   const int64_t under_tile = g.kernel[0] * g.kernel[1] * ((kPixels - 1) * g.stride[2] + g.kernel_extent(2));
   const int64_t bytes = (g.taps() + under_tile) * lanes * static_cast<int64_t>(sizeof(C));
-  const double product_cost = bytes > kCache ? 2.5 : 1.5;
+  const double product_cost = bytes <= kCache ? 1.5 : plan.skips_padding ? 2.5 : 1.7;
   const double rows = static_cast<double>(g.conv[0] * g.conv[1]), pixels = rows * static_cast<double>(g.conv[2]);
   // Of a pair of taps as of one; an odd last one takes a shift besides.
   const double columns = plan.pairs_taps ? static_cast<double>(g.kernel[2] / 2) + 1.3 * (g.kernel[2] % 2) : g.kernel[2];

@@ -68,17 +68,16 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
 }
 
 // Until an image whose channels lie apart has arrived from memory, where the images do not stay in L3 from call to
-// call, or share it; sooner where short rows lie whole pages apart, which memory serves one after the other. (Of one
-// that is larger than what is turned at once nothing is known.)
-template <class C>
-double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
+// call, or share it; sooner where short rows, read in place, lie whole pages apart, which memory serves one after the
+// other. (Of one that is larger than what is turned at once nothing is known.)
+template <class E>
+double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, bool in_place) {
   constexpr double kByte = 0.9;
-  constexpr int64_t kL3 = 36 << 20, kShareOfL3 = 6 << 20, kLarge = 8 << 20, kRow = 512;
-  const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(C));
-  const bool by_pages =
-      channels_are_crowded(g, input, sizeof(C)) && input.d[1] * static_cast<int64_t>(sizeof(C)) <= kRow;
-  const int64_t stays = by_pages ? kShareOfL3 : kL3;
-  const bool waits = input.c != 1 && g.batch * g.groups * bytes > stays && g.groups * bytes <= kLarge;
+  constexpr int64_t kL3 = 36 << 20, kShareOfL3 = 6 << 20, kLarge = 8 << 20, kRow = 512, size = sizeof(Compute<E>);
+  if (input.c == 1 || (kIsPair<E> && !in_place)) return 0;
+  const bool by_pages = in_place && channels_are_crowded(g, input, size) && input.d[1] * size <= kRow;
+  const int64_t bytes = group_size(g) * size;
+  const bool waits = g.batch * g.groups * bytes > (by_pages ? kShareOfL3 : kL3) && g.groups * bytes <= kLarge;
   return waits ? kByte * static_cast<double>(bytes) : 0;
 }
 
@@ -87,7 +86,7 @@ template <class E, class C = Compute<E>>
 double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   const int64_t vectors = divide_up(g.out_channels, kLanes<C>);
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
-  const double products = products_cost<E>(g, input, plan, row), arrival = arrival_cost<C>(g, input);
+  const double products = products_cost<E>(g, input, plan, row), arrival = arrival_cost<E>(g, input, plan.in_place);
   const double multiplications = products > arrival ? products : arrival;
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
   constexpr double kItem = 300, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels

@@ -148,11 +148,14 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
     const double squares = static_cast<double>(round_up(s.pitch, kLanes<C>) * round_up(together, kLanes<C>));
     copy = runs * (squares * kTransposeCost + kRunCost) / static_cast<double>(plan.tile_groups);
   }
-  constexpr double kItem = 400, kOverhead = 1.1;                  // per band, on multiplications
+  constexpr double kItem = 400;  // per band
+  // On multiplications, of which each takes a load of its own, across lines, where a channel read in place has one
+  // output.
+  const double overhead = plan.in_place && g.out_channels == 1 && g.in_channels == 1 ? 1.8 : 1.1;
   const double place = g.pool_stride[2] > kMostStride ? 60 : 15;  // of a vector of windows
   const double windows =
       static_cast<double>(g.out_channels * plan.band * divide_up(g.output[2], kLanes<C>) * g.places());
-  return bands * (kItem + kOverhead * multiplications + (plan.in_place ? 0 : copy) + place * windows);
+  return bands * (kItem + overhead * multiplications + (plan.in_place ? 0 : copy) + place * windows);
 }
 
 }  // namespace FASTNN_ISA
