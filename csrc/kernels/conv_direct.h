@@ -46,7 +46,7 @@ class DirectForward {
       step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
       channel_step_ = channels_inside() ? 1 : channel_step<C>(g_, plan_);
     }
-    asks_ahead_ = asks_ahead();
+    asks_ahead_ = plan_.in_place && rows_are_asked_for<E>(g_, call.input_layout);
     for (int64_t i = 0; i < g_.groups * divide_up(g_.out_channels, kBlockChannels<C>); ++i) scratch_.moderate[i] = -1;
     for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       if (kIsOfMatrix<E>) {  // the numbers that begin a block
@@ -344,29 +344,12 @@ class DirectForward {
     return count;
   }
 
-  // Whether the next conv row's input is asked for: strided kernels take little else to hide how long it is on its way,
-  // where images read in place, channels first, do not stay in the cache; a long row's lines the hardware foresees.
-  bool asks_ahead() const {
-    constexpr int64_t kCache = 12 << 20, kRow = 512, kMost = 128 << 10;
-    const ConvLayout& layout = call_.input_layout;
-    const int64_t row = g_.input[2] * static_cast<int64_t>(sizeof(E)),
-                  fresh = smaller(g_.stride[1], g_.kernel_extent(1));
-    const int64_t images = g_.batch * image_size(g_) * static_cast<int64_t>(sizeof(E));
-    return plan_.in_place && layout.c != 1 && layout.d[2] == 1 && g_.stride[1] > 1 && row <= kRow && images > kCache &&
-           fresh * g_.in_channels * row <= kMost;
-  }
-  // What the next conv row reads that this one does not. One line of each channel is more than the hardware foresees.
+  // What the next conv row reads that this one does not.
   void ask_for_next_row(int64_t z, int64_t y) const {
-    constexpr int64_t kLine = 64 / sizeof(E);
     const int64_t extent = g_.kernel_extent(1), fresh = smaller(g_.stride[1], extent);
     const int64_t columns = (conv_columns_ - 1) * g_.stride[2] + g_.kernel_extent(2);
     const E* rows = conv_corner(z, y + 1) + (extent - fresh) * step_[1];
-    for (int64_t c = 0; c < g_.in_channels; ++c) {
-      for (int64_t row = 0; row < fresh; ++row) {
-        const E* from = rows + c * channel_step_ + row * step_[1];
-        for (int64_t x = 0; x < columns + kLine - 1; x += kLine) __builtin_prefetch(from + x, 0, 2);
-      }
-    }
+    ask_for_rows(rows, g_.in_channels, channel_step_, fresh, step_[1], columns);
   }
 
   template <int vectors>

@@ -2,6 +2,7 @@
 // may be NaN.
 #pragma once
 
+#include "conv_ahead.h"
 #include "conv_tile.h"
 
 namespace fastnn {
@@ -60,23 +61,6 @@ struct PooledRow {
         if (with_winners) winners[at] = winner;
       }
     }
-  }
-};
-
-// A row of an image whose channels come first: its lines are asked for before they are used, since one of each channel
-// is more than the hardware foresees.
-struct RowLines {
-  const char* row;                // of the first channel; null for none
-  int64_t element, channel_step;  // in bytes
-  int64_t channels;
-
-  // Those that begin within pixels [first, first + count).
-  template <bool to_write>
-  FASTNN_INLINE void ask_for(int64_t first, int64_t count) const {
-    constexpr uintptr_t line = 64;
-    const char *from = row + first * element, *past = from + count * element;
-    if (!row || reinterpret_cast<uintptr_t>(from) / line == reinterpret_cast<uintptr_t>(past) / line) return;
-    for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(past + c * channel_step, to_write, to_write ? 3 : 2);
   }
 };
 
