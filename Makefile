@@ -22,7 +22,7 @@ help:  ## List the targets
 
 build: $(VENV)/build.stamp  ## Build the extension and install fastnn into .venv, editable
 
-test: $(VENV)/test.stamp  ## Run the tests
+test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## Run the tests, the benchmark programs' too
 	$(RUN) -m pytest $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## Check style and types

@@ -149,19 +149,20 @@ class BackwardWorker {
       const E* image = window_.image(block);
       const int64_t block_at = block * g_.out_channels * s_.row;
       for_each_register_block<E>(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
-        for (int64_t i = 0; i < slices * channels; ++i) {
-          const int64_t slice = i / channels, o = i % channels;
-          const int64_t* starts = scratch_.slice_starts + slice * width + o;
-          const int64_t at = block_at + o * s_.row + (run * s_.vectors + vector) * kLanes<C>;
-          bool writes = fresh && slice == 0;
-          for (int64_t part = starts[0]; writes || part < starts[width]; part += kLongestSum) {
-            const int64_t entry = o * scratch_.list_room + part;
-            const GradientList<E> list = {scratch_.values + entry, scratch_.offsets + entry,
-                                          smaller(starts[width] - part, kLongestSum)};
-            add_runs<decltype(runs)::value, decltype(vectors)::value>(list, image + vector * kLanes<C>,
-                                                                      scratch_.run_offsets + run, writes, to + at,
-                                                                      lost ? lost + at : nullptr);
-            writes = false;
+        for (int64_t slice = 0; slice < slices; ++slice) {
+          const int64_t* starts = scratch_.slice_starts + slice * width;
+          for (int64_t o = 0; o < channels; ++o, ++starts) {
+            const int64_t at = block_at + o * s_.row + (run * s_.vectors + vector) * kLanes<C>;
+            bool writes = fresh && slice == 0;
+            for (int64_t part = starts[0]; writes || part < starts[width]; part += kLongestSum) {
+              const int64_t entry = o * scratch_.list_room + part;
+              const GradientList<E> list = {scratch_.values + entry, scratch_.offsets + entry,
+                                            smaller(starts[width] - part, kLongestSum)};
+              add_runs<decltype(runs)::value, decltype(vectors)::value>(list, image + vector * kLanes<C>,
+                                                                        scratch_.run_offsets + run, writes, to + at,
+                                                                        lost ? lost + at : nullptr);
+              writes = false;
+            }
           }
         }
       });

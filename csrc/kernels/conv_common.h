@@ -200,6 +200,9 @@ FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout
   return sizeof(T) == sizeof(Compute<T>) && !padded && (!crowded || read_once);
 }
 
+// What of L3, which processors and processes share, many images can count on.
+constexpr int64_t kShareOfL3 = 6 << 20;
+
 // What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, copied as
 // it lies, with a small stride, transposed in squares or one by one, and this much a run.
 constexpr double kCopyCost = 0.25, kStridedCost = 0.6, kTransposeCost = 1, kSingleCost = 2, kRunCost = 40;

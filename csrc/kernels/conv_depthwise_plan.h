@@ -214,8 +214,8 @@ template <class C>
 double depthwise_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   constexpr double kRow = 60, kImage = 350;                // of a block
   constexpr double kPixel = 5, kEdge = 100, kWayOut = 12;  // of a vector
-  // What a register tile reads, weight and input, is read from L2 again for the next one unless it stays in L1; at the
-  // edges, by tiles of few pixels, more often.
+  // What a register tile reads, weight and input, is read from L2 again for the next one unless it stays in L1. (Why
+  // that takes longer with padding is not known.)
   constexpr int64_t kCache = 32 << 10, kPixels = 8;
   const int64_t lanes = smaller(kBlockChannels<C>, round_up(g.groups, kLanes<C>));
   const int64_t under_tile = g.kernel[0] * g.kernel[1] * ((kPixels - 1) * g.stride[2] + g.kernel_extent(2));

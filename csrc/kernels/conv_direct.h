@@ -288,7 +288,7 @@ class DirectForward {
           const int64_t z = slice * g_.pool_stride[0] + i * g_.pool_dilation[0];
           for (int64_t j = 0; j < g_.pool_kernel[1]; ++j) {
             const int64_t y = row * g_.pool_stride[1] + j * g_.pool_dilation[1];
-            if (asks_ahead_ && block == 0) ask_for_next_row(z, y);
+            ask_for_next_row(block, z, y);
             pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, windows, input_lines(block, z, y), lines, pooled);
             pooled.is_first = false;
@@ -306,7 +306,7 @@ class DirectForward {
     int64_t waiting = 0;
     for (int64_t row = first; row < last; ++row) {
       ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
-        if (asks_ahead_ && block == 0) ask_for_next_row(z, y);
+        ask_for_next_row(block, z, y);
         scratch_.to_make[waiting++] = {conv_corner(z, y), to};
       });
     }
@@ -332,7 +332,7 @@ class DirectForward {
       } else if constexpr (kIsOfMatrix<E>) {
         scratch_.to_make[waiting++] = {conv_corner(z, y), to};
       } else {
-        if (asks_ahead_ && block == 0) ask_for_next_row(z, y);
+        ask_for_next_row(block, z, y);
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, conv_columns_, to);
       }
@@ -344,8 +344,9 @@ class DirectForward {
     return count;
   }
 
-  // What the next conv row reads that this one does not.
-  void ask_for_next_row(int64_t z, int64_t y) const {
+  // What the next conv row reads that this one does not, while a first block of channels is computed.
+  void ask_for_next_row(int64_t block, int64_t z, int64_t y) const {
+    if (!asks_ahead_ || block > 0) return;
     const int64_t extent = g_.kernel_extent(1), fresh = smaller(g_.stride[1], extent);
     const int64_t columns = (conv_columns_ - 1) * g_.stride[2] + g_.kernel_extent(2);
     const E* rows = conv_corner(z, y + 1) + (extent - fresh) * step_[1];

@@ -75,7 +75,10 @@ FASTNN_INLINE void accumulate_zipped(Vec<float> values, const bfloat16* const (&
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; v += 2) {
       const bfloat16* run = from[r] + v * kLanes<float>;
-      const Vec<float> x = load_once(run + first), y = has_second ? load_once(run + second) : Vec<float>{};
+      Vec<float> x = load_numbers<bfloat16x2>(run + first), y = {};
+      if (has_second) y = load_numbers<bfloat16x2>(run + second);
+      keep_in_register(x);
+      keep_in_register(y);
       total[r][v] = multiply_add_pairs(values, zip_quarters_low(x, y), total[r][v]);
       total[r][v + 1] = multiply_add_pairs(values, zip_quarters_high(x, y), total[r][v + 1]);
     }

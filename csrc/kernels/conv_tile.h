@@ -61,7 +61,7 @@ FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const i
     Vec<C> right[vectors];
     for (int v = 0; v < vectors; ++v) {
       right[v] = load(weight + v * kLanes<C>);
-      asm("" : "+v"(right[v]));  // or few pixels would each load it again
+      keep_in_register(right[v]);  // or few pixels would each load it again
     }
     // Two multiply-adds a cycle are through with a row of the weight before the next one comes from L2 or beyond.
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(weight + (kRowsAhead * vectors + v) * kLanes<C>);

@@ -63,7 +63,7 @@ double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   const double element = input.d[2] == 1 ? 0.45 : 0.7;  // picked from its run
   const double block = narrow ? 110 : element * kColumns * kChannels;
   constexpr double kLostByte = narrow ? 0 : 0.04, kFarByte = narrow ? 0 : 0.08, kFurtherByte = narrow ? 0.2 : 0.45;
-  constexpr int64_t kNear = 1 << 20, kFar = 8 << 20, kFarOfMany = 5 << 19, kShareOfL3 = 6 << 20;
+  constexpr int64_t kNear = 1 << 20, kFar = 8 << 20, kFarOfMany = 5 << 19;
   const TurnRuns runs = turn_runs(g, input);
   const double blocks =
       static_cast<double>(divide_up(runs.columns, kColumns)) + (runs.columns % kColumns != 0 ? kPart / block : 0);

@@ -155,12 +155,6 @@ FASTNN_INLINE void transpose<float>(Vec<float> (&rows)[kLanes<float>]) {
 #endif
 
 #if defined(__AVX512F__)
-// A vector of bfloat16 that is used twice: else GCC would load it twice.
-FASTNN_INLINE Vec<float> load_once(const bfloat16* from) {
-  Vec<float> x = load(reinterpret_cast<const bfloat16x2*>(from));
-  __asm__("" : "+v"(x));
-  return x;
-}
 // Pairs of the bfloat16 of x and y: of the first half of each quarter of them, of the second half.
 FASTNN_INLINE Vec<float> zip_quarters_low(Vec<float> x, Vec<float> y) {
   return (Vec<float>)_mm512_unpacklo_epi16((__m512i)x, (__m512i)y);
@@ -168,7 +162,8 @@ FASTNN_INLINE Vec<float> zip_quarters_low(Vec<float> x, Vec<float> y) {
 FASTNN_INLINE Vec<float> zip_quarters_high(Vec<float> x, Vec<float> y) {
   return (Vec<float>)_mm512_unpackhi_epi16((__m512i)x, (__m512i)y);
 }
-// Orders each vector of `count` numbers so that the one above takes its first half in order, and the other its second.
+// Orders each vector of `count` numbers so that zip_quarters_low takes its first half in order, and zip_quarters_high
+// its second.
 inline void order_for_zip(bfloat16* numbers, int64_t count) {
   constexpr int lanes = 2 * kLanes<float>;
   uint16_t order[lanes];

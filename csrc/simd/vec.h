@@ -298,6 +298,16 @@ FASTNN_INLINE Vec<float> multiply_add_pairs(Vec<float> x, Vec<float> y, Vec<floa
 constexpr bool kMultipliesPairs = false;
 #endif
 
+// Where the compiler would load a vector again for each use.
+template <class V>
+FASTNN_INLINE void keep_in_register(V& x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+}
+
 // x where it is larger, else y: one instruction, which drops a NaN of x.
 template <class V>
 FASTNN_INLINE V larger_of(V x, V y) {
