@@ -5,8 +5,12 @@
 // outside the input are left out; but small images are copied with their padding. Conv rows go into a ring, from which
 // windows are pooled.
 //
-// Where bfloat16 is multiplied in pairs, these are of taps side by side: each column of the slots has the one that the
-// next tap meets beside it. An odd last tap is multiplied alone: a neighbour that its window does not have may be NaN.
+// Where many taps of a row fall into its padding, rows get that in the slots: the pixels at the edges, each with taps
+// of its own, would be computed one by one.
+//
+// Where bfloat16 is multiplied in pairs, these are of taps side by side: each column of the slots, which are padded so,
+// has the one that the next tap meets beside it. An odd last tap is multiplied alone: a neighbour that its window does
+// not have may be NaN.
 #pragma once
 
 #include "conv_depthwise_pack.h"
@@ -30,7 +34,7 @@ class DepthwiseForward {
         padded_(call.geometry),
         scratch_(call.geometry, call.plan, units_, memory),
         ring_(ring(0)),
-        block_(call.geometry, 0) {
+        block_(call.geometry, call.plan, 0) {
     if (!plan_.skips_padding) {
       int32_t* place = scratch_.places;
       for (int64_t z = 0; z < g_.input[0]; ++z) {
@@ -41,12 +45,12 @@ class DepthwiseForward {
       }
     }
     interior_ = {pixels_inside(g_, 2, 0).first, pixels_inside(g_, 2, g_.kernel[2] - 1).last};
-    if (kIsPair<E>) interior_ = {0, g_.conv[2]};
+    if (plan_.pads_rows) interior_ = {0, g_.conv[2]};
     taps_ = static_cast<DepthwiseTap<E>*>(scratch_.taps);
   }
 
   void run(int64_t item) {
-    const int64_t blocks = divide_up(g_.groups, kBlockChannels<C>), block_part = item % plan_.block_parts;
+    const int64_t blocks = divide_up(g_.groups, plan_.block_groups), block_part = item % plan_.block_parts;
     item /= plan_.block_parts;
     const int64_t row_part = item % plan_.row_parts, rows = g_.output[0] * g_.output[1];
     image_ = item / plan_.row_parts;
@@ -69,7 +73,7 @@ class DepthwiseForward {
 
   void run_block(int64_t number, int64_t place, int64_t first_row, int64_t last_row) {
     const ConvLayout& layout = call_.input_layout;
-    block_ = DepthwiseBlock<C>(g_, number * kBlockChannels<C>);
+    block_ = DepthwiseBlock<C>(g_, plan_, number);
     input_ = call_.input + image_ * layout.n + block_.first * layout.c;
     for (int d = 0; d < 3; ++d) step_[d] = plan_.in_place ? layout.d[d] : units_.slot_d[d] * block_.lanes;
     if (loaded_image_ != image_ || loaded_block_ != number) {
@@ -78,7 +82,7 @@ class DepthwiseForward {
       for (int64_t i = 0; i < units_.slots(); ++i) scratch_.unit_tags[i] = -1;
       // Lanes without a channel are computed with as well.
       if (!plan_.in_place && plan_.skips_padding && block_.live < block_.lanes) {
-        if (kIsPair<E>) {
+        if (plan_.pads_rows) {
           fill_zeros(static_cast<T*>(scratch_.unit), units_.size * block_.lanes);
         } else {
           fill_zeros(scratch_.tile, units_.size * units_.slots() * block_.lanes);
@@ -195,15 +199,19 @@ class DepthwiseForward {
     const int64_t in_row = all / (g_.kernel[0] * g_.kernel[1]);
     const int64_t count = (slices.last - slices.first) * (rows.last - rows.first) * columns;
     DepthwiseTap<E>*to_taps = taps_, *single = taps_ + count;
+    const int64_t column_step = (kIsPair<E> ? 2 : 1) * g_.dilation[2] * step_[2];
+    const int64_t first_column = plan_.pads_rows ? 0 : -g_.padding[2] * step_[2];
     for (int64_t d = slices.first; d < slices.last; ++d) {
       for (int64_t h = rows.first; h < rows.last; ++h) {
         const E* row = input_row(z * g_.stride[0] - g_.padding[0] + d * g_.dilation[0],
                                  y * g_.stride[1] - g_.padding[1] + h * g_.dilation[1]);
         const C* factor = weight + (d * g_.kernel[1] + h) * in_row * lanes;
-        for (int64_t w = 0; w < in_row; ++w) {
-          const int64_t column = kIsPair<E> ? 2 * w * g_.dilation[2] : w * g_.dilation[2] - g_.padding[2];
-          *(w < columns ? to_taps++ : single++) = {row + column * step_[2], factor + w * lanes};
+        const E* at = row + first_column;
+        for (int64_t w = 0; w < columns; ++w, at += column_step, factor += lanes) {
+          *to_taps++ = {at, factor};
+          asm volatile("" : "+r"(at));  // one by one, as they are read: a vector of them is not forwarded
         }
+        if (columns < in_row) *single++ = {at, factor};
       }
     }
     const int64_t single_count = single - (taps_ + count);
@@ -216,8 +224,9 @@ class DepthwiseForward {
         continue;
       }
       // A whole last vector reaches into the next pixel, as long as there is one.
-      const int64_t wanted = smaller(kDepthwisePixels, interior_.last - x);
-      const int64_t past = (x + wanted - 1) * g_.stride[2] - g_.padding[2] + g_.kernel_extent(2);
+      const int64_t wanted = interior_.last - x;
+      const int64_t past =
+          (x + smaller(kDepthwisePixels<vectors>, wanted) - 1) * g_.stride[2] - g_.padding[2] + g_.kernel_extent(2);
       x += partial && (past >= g_.input[2] || step_[2] < kLanes<C>)
                ? depthwise_pixels<vectors, partial>(wanted, taps_, count, single_count, x * step, step, last, bias,
                                                     to + x * lanes)
@@ -246,28 +255,32 @@ class DepthwiseForward {
     C* tile = scratch_.tile + slot * units_.slot_size * block_.lanes;
     if (scratch_.unit_tags[slot] != unit) {
       scratch_.unit_tags[slot] = unit;
-      if constexpr (kIsPair<E>) {
-        load_pairs(z, y, tile);
-      } else {
-        load_unit(z, y, tile);
-      }
+      plan_.pads_rows ? load_padded(z, y, tile) : load_unit(z, y, tile);
     }
     return reinterpret_cast<const E*>(tile) + (units_.whole_image ? z * step_[0] : 0) +
            (units_.whole_slices ? y * step_[1] : 0);
   }
 
-  template <class To>
-  void load_unit(int64_t z, int64_t y, To* to) {
+  // The first element of what fills a slot.
+  const T* unit_at(int64_t z, int64_t y) const {
     const ConvLayout& layout = call_.input_layout;
-    const T* from = input_ + (units_.whole_image ? 0 : z * layout.d[0]) + (units_.whole_slices ? 0 : y * layout.d[1]);
-    if (layout.c != 1 && units_.as_it_lies) {
-      if (!units_.whole_slices && y + 1 < g_.input[1]) ask_for_row(from + layout.d[1]);
-      return transpose_matrix(from, layout.c, block_.live, units_.size, to, block_.lanes);
-    }
-    if constexpr (!kIsPair<E>) {  // pairs are made of such only as above
-      for (int64_t x = 0; x < g_.input[2]; ++x) {
-        copy_run(from + x * layout.d[2], layout.c, block_.live, to + x * block_.lanes);
-      }
+    return input_ + (units_.whole_image ? 0 : z * layout.d[0]) + (units_.whole_slices ? 0 : y * layout.d[1]);
+  }
+
+  template <class To>
+  void transpose_unit(int64_t z, int64_t y, To* to) {
+    const ConvLayout& layout = call_.input_layout;
+    const T* from = unit_at(z, y);
+    if (!units_.whole_slices && y + 1 < g_.input[1]) ask_for_row(from + layout.d[1]);
+    transpose_matrix(from, layout.c, block_.live, units_.size, to, block_.lanes);
+  }
+
+  void load_unit(int64_t z, int64_t y, C* to) {
+    const ConvLayout& layout = call_.input_layout;
+    if (layout.c != 1 && units_.as_it_lies) return transpose_unit(z, y, to);
+    const T* from = unit_at(z, y);
+    for (int64_t x = 0; x < g_.input[2]; ++x) {
+      copy_run(from + x * layout.d[2], layout.c, block_.live, to + x * block_.lanes);
     }
   }
 
@@ -279,37 +292,53 @@ class DepthwiseForward {
     }
   }
 
-  // The same with zeros in a row's padding, and beside each column the one that the next tap meets.
-  void load_pairs(int64_t z, int64_t y, C* to) {
+  // The same with zeros in a row's padding.
+  void load_padded(int64_t z, int64_t y, C* to) {
     const ConvLayout& layout = call_.input_layout;
     if (layout.c == 1) {
-      const T* row = input_ + z * layout.d[0] + y * layout.d[1];
+      const T* row = unit_at(z, y);
       const bool asks = y + 1 < g_.input[1];
       for (int64_t x = 0; x < g_.input[2] && asks; ++x) __builtin_prefetch(row + layout.d[1] + x * layout.d[2], 0, 2);
-      return pair_columns(row, layout.d[2], block_.live, to);
+      return pad_row(row, layout.d[2], block_.live, to);
     }
     T* const unit = static_cast<T*>(scratch_.unit);
-    load_unit(z, y, unit);
+    transpose_unit(z, y, unit);
     const int64_t slices = units_.whole_image ? g_.input[0] : 1, rows = units_.whole_slices ? g_.input[1] : 1;
     for (int64_t i = 0; i < slices; ++i) {
       for (int64_t j = 0; j < rows; ++j, to += units_.slot_d[1] * block_.lanes) {
-        pair_columns(unit + (i * units_.d[0] + j * units_.d[1]) * block_.lanes, units_.d[2] * block_.lanes,
-                     block_.lanes, to);
+        pad_row(unit + (i * units_.d[0] + j * units_.d[1]) * block_.lanes, units_.d[2] * block_.lanes, block_.lanes,
+                to);
       }
     }
   }
 
-  template <class From>
-  void pair_columns(const From* row, int64_t step, int64_t live, C* to) const {
+  void pad_row(const T* row, int64_t step, int64_t live, C* to) const {
     const int64_t padding = g_.padding[2], past = padding + g_.input[2];
-    for (int64_t x = 0; x < units_.slot_d[1]; ++x) {
-      for (int64_t i = 0; i < block_.lanes; i += kLanes<C>, to += kLanes<C>) {
+    const auto part = [&](const T* from, int64_t i) __attribute__((always_inline)) {
+      return live - i >= kLanes<C> ? load(from + i) : load_up_to<T>(from + i, live - i);
+    };
+    if constexpr (kIsPair<E>) {  // each column gets the one beside it that the next tap meets
+      const int64_t beside = g_.dilation[2];
+      for (int64_t i = 0; i < block_.lanes; i += kLanes<C>) {
         const auto column = [&](int64_t at) __attribute__((always_inline)) {
-          return at < padding || at >= past ? Vec<C>{} : load_up_to<From>(row + (at - padding) * step + i, live - i);
+          return at < padding || at >= past ? Vec<C>{} : part(row + (at - padding) * step, i);
         };
-        store(to, zip_pairs(column(x), column(x + g_.dilation[2])));
+        C* target = to + i;
+        Vec<C> next = column(0);
+        for (int64_t x = 0; x < units_.slot_d[1]; ++x, target += block_.lanes) {
+          const Vec<C> first = beside == 1 ? next : column(x);
+          next = column(x + beside);
+          store(target, zip_pairs(first, next));
+        }
       }
+      return;
     }
+    fill_zeros(to, padding * block_.lanes);
+    to += padding * block_.lanes;
+    for (int64_t x = 0; x < g_.input[2]; ++x, row += step) {
+      for (int64_t i = 0; i < block_.lanes; i += kLanes<C>, to += kLanes<C>) store(to, part(row, i));
+    }
+    fill_zeros(to, padding * block_.lanes);
   }
 
   // `count` pooled pixels [pixel][lane] to where they belong.

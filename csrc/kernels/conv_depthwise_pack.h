@@ -34,12 +34,13 @@ template <class T>
 void pack_depthwise(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
-  const int64_t blocks = divide_up(g.groups, kBlockChannels<C>);
+  const int64_t blocks = divide_up(g.groups, call.plan.block_groups);
   ConvLayout layout = call.weight_layout;
   layout.n *= g.out_channels;
   for (int64_t item = first_item; item < last_item; ++item) {
-    const int64_t output = item / blocks, first = item % blocks * kBlockChannels<C>;
-    const DepthwiseBlock<C> block(g, first);
+    const int64_t output = item / blocks;
+    const DepthwiseBlock<C> block(g, call.plan, item % blocks);
+    const int64_t first = block.first;
     const T* from = call.weight + (first * g.out_channels + output) * call.weight_layout.n;
     C* to = call.packed + (output * round_up(g.groups, kLanes<C>) + first) * depthwise_weights(g, call.plan);
     if constexpr (kHasPairs<T>) {

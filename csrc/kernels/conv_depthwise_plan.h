@@ -15,8 +15,9 @@ template <class C>
 struct DepthwiseBlock {
   int64_t first, live, lanes;
 
-  DepthwiseBlock(const ConvPoolGeometry& g, int64_t first_group) : first(first_group) {
-    live = smaller(kBlockChannels<C>, g.groups - first);
+  DepthwiseBlock(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t number)
+      : first(number * plan.block_groups) {
+    live = smaller(plan.block_groups, g.groups - first);
     lanes = round_up(live, kLanes<C>);
   }
 };
@@ -28,11 +29,6 @@ struct DepthwiseTap {
   const Compute<E>* weight;
 };
 
-// A row's columns in the padding are there only where taps are taken in pairs: where each column of the tile has its
-// neighbour, of the next tap, beside it.
-FASTNN_INLINE int64_t depthwise_columns(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  return plan.pairs_taps ? padded_extent(g, 2) : g.input[2];
-}
 // Vectors of a packed weight; an odd last tap has one of its own.
 FASTNN_INLINE int64_t depthwise_weights(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   return g.kernel[0] * g.kernel[1] * (plan.pairs_taps ? divide_up(g.kernel[2], 2) : g.kernel[2]);
@@ -76,9 +72,9 @@ InputUnits input_units(const ConvPoolGeometry& g, const ConvPoolPlan& plan, cons
   u.size = u.whole_image ? image : u.whole_slices ? slice : u.as_it_lies ? row : g.input[2];
   for (int d = 0; d < 3; ++d) u.slot_d[d] = u.d[d] = u.as_it_lies ? input.d[d] : 1;
   u.slot_size = u.size;
-  if (plan.pairs_taps) {
+  if (plan.pads_rows) {
     u.slot_d[2] = 1;
-    u.slot_d[1] = depthwise_columns(g, plan);
+    u.slot_d[1] = padded_extent(g, 2);
     u.slot_d[0] = u.slot_d[1] * g.input[1];
     u.slot_size = u.whole_image ? g.input[0] * u.slot_d[0] : u.whole_slices ? u.slot_d[0] : u.slot_d[1];
   }
@@ -107,7 +103,7 @@ struct PaddedImage {
 template <class C>
 struct DepthwiseScratch {
   C* tile;          // [slot][element][lane], or pairs
-  void* unit;       // [element][lane], before they become pairs
+  void* unit;       // [element][lane], before its rows get their padding
   C* padded;        // [slice][row][column][lane]
   int32_t* places;  // where each pixel of an image lies in that, in pixels
   C* ring;          // [slot][column][lane]
@@ -124,14 +120,14 @@ struct DepthwiseScratch {
   DepthwiseScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const InputUnits& units, void* memory) {
     const RingShape shape = ring_shape(g, plan);
     const int64_t slots = shape.slices * shape.rows, lanes = kBlockChannels<C>;
-    const int64_t blocks = divide_up(divide_up(g.groups, kBlockChannels<C>), plan.block_parts);
+    const int64_t blocks = divide_up(divide_up(g.groups, plan.block_groups), plan.block_parts);
     rings = shape.persistent ? blocks * g.out_channels : 1;
     ring_size = slots * shape.columns * lanes;
     const int64_t stage_pixels = plan.band * g.output[2];
     MemoryParts parts(memory);
     const bool pads = !plan.skips_padding;
     tile = parts.take<C>(plan.in_place || pads ? 0 : units.slots() * units.slot_size * lanes);
-    unit = parts.take<C>(plan.pairs_taps ? units.size * lanes : 0);
+    unit = parts.take<C>(plan.pads_rows ? units.size * lanes : 0);
     padded = parts.take<C>(pads ? PaddedImage(g).pixels() * lanes : 0);
     places = parts.take<int32_t>(pads ? g.input[0] * g.input[1] * g.input[2] : 0);
     ring = parts.take<C>(rings * ring_size);
@@ -174,25 +170,49 @@ FASTNN_INLINE bool depthwise_applies(const ConvPoolGeometry& g) {
   return g.in_channels == 1 && g.groups > 1;
 }
 
+// What a register tile reads, weight and input, in a block of so many lanes.
+template <class C>
+int64_t depthwise_tile_bytes(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t lanes) {
+  constexpr int64_t kPixels = 8;
+  const int64_t under_tile = g.kernel[0] * g.kernel[1] * ((kPixels - 1) * g.stride[2] + g.kernel_extent(2));
+  return (depthwise_weights(g, plan) + under_tile) * lanes * static_cast<int64_t>(sizeof(C));
+}
+constexpr int64_t kDepthwiseTileBytes = 32 << 10;  // of L1
+
+// How conv rows find their input.
+enum class DepthwiseRows {
+  plain,   // where it lies, or in a transposed copy; small images padded
+  padded,  // in a copy with the rows' padding
+  pairs,   // the same, by pairs of taps
+};
+
 template <class T>
-ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
+bool depthwise_rows_apply(const ConvPoolGeometry& g, const ConvLayout& input, DepthwiseRows rows) {
+  if (rows == DepthwiseRows::plain) return true;
+  if (input.c != 1 && !lies_in_units(input)) return false;
+  if (rows == DepthwiseRows::padded) return edge_pixels(g) > 0;
+  // Of a row's vectors of products, an odd last tap counting as two: it is shifted first.
+  const int64_t saved = g.kernel[2] / 2 - g.kernel[2] % 2;
+  return kHasPairs<T> && isa_multiplies_pairs() && saved > 0 && g.kernel[2] <= kMostPairedTaps;
+}
+
+template <class T>
+ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads,
+                            DepthwiseRows input_rows) {
   using C = Compute<T>;
   ConvPoolPlan plan = {};
   plan.algorithm = ConvAlgorithm::depthwise;
-  // Elements that are widened where they lie, rather than in a copy, if few taps meet each.
-  const int64_t met = g.out_channels * g.taps() * g.conv[0] * g.conv[1] * g.conv[2];
-  const bool few = met <= g.input[0] * g.input[1] * g.input[2], widens = sizeof(T) != sizeof(C);
-  // Of a row's vectors of products, an odd last tap counting as two: it is shifted first.
-  const int64_t saved = g.kernel[2] / 2 - g.kernel[2] % 2;
-  plan.pairs_taps = kHasPairs<T> && isa_multiplies_pairs() && !few && saved > 0 && g.kernel[2] <= kMostPairedTaps &&
-                    (input.c == 1 || lies_in_units(input));
-  plan.skips_padding = plan.pairs_taps || (widens && few) || !depthwise_pads<C>(g, input);
-  plan.in_place = input.c == 1 && plan.skips_padding && (!widens || few);
+  plan.pairs_taps = input_rows == DepthwiseRows::pairs;
+  plan.pads_rows = input_rows != DepthwiseRows::plain;
+  plan.skips_padding = plan.pads_rows || !depthwise_pads<C>(g, input);
+  plan.in_place = input.c == 1 && plan.skips_padding && !plan.pads_rows;
+  const bool wide = depthwise_tile_bytes<C>(g, plan, kBlockChannels<C>) <= kDepthwiseTileBytes;
+  plan.block_groups = wide ? kBlockChannels<C> : kLanes<C>;
   plan.columns = g.output[2];
   const int64_t rows = g.output[0] * g.output[1];
   const int64_t row_bytes = g.output[2] * kBlockChannels<C> * static_cast<int64_t>(sizeof(C));
   plan.band = larger(1, smaller(rows, kStageBytes / row_bytes));
-  const int64_t blocks = divide_up(g.groups, kBlockChannels<C>);
+  const int64_t blocks = divide_up(g.groups, plan.block_groups);
   const int64_t wanted = threads == 1 ? 1 : 4 * threads;
   // In place, a thread has all blocks, which lie side by side in the input, as long as there is enough else to share.
   plan.block_parts = !plan.in_place ? blocks : g.batch >= wanted ? 1 : smaller(blocks, divide_up(wanted, g.batch));
@@ -210,32 +230,62 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
 }
 
 // For one image and group, in vector multiply-adds.
-template <class C>
-double depthwise_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  constexpr double kRow = 60, kImage = 350;                // of a block
-  constexpr double kPixel = 5, kEdge = 100, kWayOut = 12;  // of a vector
-  // What a register tile reads, weight and input, is read from L2 again for the next one unless it stays in L1. (Why
-  // that takes longer with padding is not known.)
-  constexpr int64_t kCache = 32 << 10, kPixels = 8;
-  const int64_t lanes = smaller(kBlockChannels<C>, round_up(g.groups, kLanes<C>));
-  const int64_t under_tile = g.kernel[0] * g.kernel[1] * ((kPixels - 1) * g.stride[2] + g.kernel_extent(2));
-  const int64_t bytes = (g.taps() + under_tile) * lanes * static_cast<int64_t>(sizeof(C));
-  const double product_cost = bytes <= kCache ? 1.5 : plan.skips_padding ? 2.5 : 1.7;
+template <class T>
+double depthwise_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  using C = Compute<T>;
+  constexpr double kRow = 60, kImage = 350;                                   // of a block
+  constexpr double kPixel = 5, kEdge = 60, kEdgeProduct = 2.5, kWayOut = 12;  // of a vector
+  // Of a vector of the input: to arrive from L2 or from beyond, to be transposed, to be copied with its row's padding.
+  constexpr double kArrives = 2, kArrivesLate = 8, kTransposed = 7, kPadded = 5;
+  constexpr int64_t kNearBytes = 1 << 20;
+  // What a register tile reads is read from L2 again for the next one unless it stays in L1. Where it is widened, that
+  // takes as long again.
+  constexpr double kNear = 1.5, kFar = 1.8, kWidened = 2;
+  const int64_t lanes = smaller(plan.block_groups, round_up(g.groups, kLanes<C>));
+  const bool near = depthwise_tile_bytes<C>(g, plan, lanes) <= kDepthwiseTileBytes, widens = sizeof(T) != sizeof(C);
+  const double product_cost = (near ? kNear : kFar) * (plan.in_place && widens ? kWidened : 1);
   const double rows = static_cast<double>(g.conv[0] * g.conv[1]), pixels = rows * static_cast<double>(g.conv[2]);
   // Of a pair of taps as of one; an odd last one takes a shift besides.
   const double columns = plan.pairs_taps ? static_cast<double>(g.kernel[2] / 2) + 1.3 * (g.kernel[2] % 2) : g.kernel[2];
-  const double products =
-      pixels * static_cast<double>(g.kernel[0] * g.kernel[1]) * columns * (plan.pairs_taps ? 1 : share_inside(g));
+  const double inside = plan.pads_rows ? share_inside(g, 0) * share_inside(g, 1) : share_inside(g);
+  const double products = pixels * static_cast<double>(g.kernel[0] * g.kernel[1]) * columns * inside;
   const double windows = static_cast<double>(g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
-  const double input = plan.in_place ? 0
-                                     : (plan.pairs_taps ? 1.5 : 1) * kTransposeCost *
-                                           static_cast<double>(g.input[0] * g.input[1] * g.input[2]);
-  const double edges = plan.skips_padding && !plan.pairs_taps ? rows * static_cast<double>(edge_pixels(g)) : 0;
-  const double vector = g.out_channels * (product_cost * products + kEdge * edges + kPixel * pixels + windows) + input;
+  const bool late = g.batch * image_size(g) * static_cast<int64_t>(sizeof(T)) > kNearBytes;
+  const double input_rows = static_cast<double>(g.input[0] * g.input[1]);
+  const double part = static_cast<double>(g.groups) / static_cast<double>(round_up(g.groups, kLanes<C>));
+  const double arrival = input.c != 1 ? kTransposed : late ? part * kArrivesLate : kArrives;
+  // In place, pixels that the kernel strides over stay where they are.
+  double met = 1;
+  for (int d = 0; d < 3 && plan.in_place; ++d) {
+    met *= static_cast<double>(smaller(g.stride[d], g.kernel[d])) / static_cast<double>(g.stride[d]);
+  }
+  const double copied = arrival * met * input_rows * static_cast<double>(g.input[2]) +
+                        (plan.pads_rows ? kPadded * input_rows * static_cast<double>(padded_extent(g, 2)) : 0);
+  // At an edge pixels are computed one by one.
+  const double edges = plan.skips_padding && !plan.pads_rows ? rows * static_cast<double>(edge_pixels(g)) : 0;
+  const double edge = kEdge + kEdgeProduct * static_cast<double>(g.taps()) * inside;
+  const double vector = g.out_channels * (product_cost * products + edge * edges + kPixel * pixels + windows) + copied;
   const double block = g.out_channels * kRow * rows + kImage;
   return (vector * static_cast<double>(divide_up(g.groups, kLanes<C>)) +
-          block * static_cast<double>(divide_up(g.groups, kBlockChannels<C>))) /
+          block * static_cast<double>(divide_up(g.groups, plan.block_groups))) /
          static_cast<double>(g.groups);
+}
+
+// The cheapest.
+template <class T>
+ConvPoolPlan choose_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, double& costs) {
+  ConvPoolPlan least = plan_depthwise<T>(g, input, threads, DepthwiseRows::plain);
+  costs = depthwise_cost<T>(g, input, least);
+  constexpr DepthwiseRows others[] = {DepthwiseRows::padded, DepthwiseRows::pairs};
+  for (const DepthwiseRows rows : others) {
+    if (!depthwise_rows_apply<T>(g, input, rows)) continue;
+    const ConvPoolPlan plan = plan_depthwise<T>(g, input, threads, rows);
+    const double own = depthwise_cost<T>(g, input, plan);
+    if (own >= costs) continue;
+    costs = own;
+    least = plan;
+  }
+  return least;
 }
 
 }  // namespace FASTNN_ISA

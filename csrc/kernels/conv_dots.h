@@ -1,73 +1,12 @@
 // Forward as dot products along the depth: for weights that serve too few pixels to be worth packing, and for few
-// outputs of many channels. The input is read where it lies if it has long runs in common with the weight; else what is
-// under each conv pixel is copied in the weight's order.
+// outputs of many channels. The input is read where it lies if it has long runs in common with the weight, a box of
+// conv pixels at a time that the same taps meet; else what is under each conv pixel is copied in the weight's order.
 #pragma once
 
-#include "conv_dots_plan.h"
+#include "conv_dots_tile.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
-
-// x, negative where `negative` is -0 rather than 0.
-template <class V>
-FASTNN_INLINE V with_sign_of(V x, V negative) {
-  typedef decltype(x < negative) Bits;
-  return (V)((Bits)x | (Bits)negative);
-}
-
-// The register tile: dot products of `pixels` conv pixels by `outputs` weights -> to [pixel][lane], by vectors of
-// elements E. `whole` steps are of whole vectors, the others of `rest` numbers.
-template <int pixels, int outputs, class E, class In, class T, class C = Compute<T>>
-FASTNN_INLINE void dots_tile(const In* input, const int64_t* offsets, const T* weight, int64_t output_step,
-                             const DotStep* steps, int64_t whole, int64_t count, int rest, const C* bias, C* to) {
-  const In* from[pixels];
-  for (int p = 0; p < pixels; ++p) from[p] = input + offsets[p];
-  // From -0, which adds nothing to -0: all that is missing in a vector is 0 by -0.
-  Vec<C> total[pixels * outputs][1];
-#pragma GCC unroll 16
-  for (int i = 0; i < pixels * outputs; ++i) total[i][0] = -Vec<C>{};
-  const auto add = [&](const Vec<C>(&value)[pixels], const Vec<C>(&factor)[outputs]) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int p = 0; p < pixels; ++p) {
-#pragma GCC unroll 4
-      for (int o = 0; o < outputs; ++o) {
-        total[p * outputs + o][0] = add_products<E>(value[p], factor[o], total[p * outputs + o][0]);
-      }
-    }
-  };
-  sum_in_parts(whole, total, [&](int64_t k) __attribute__((always_inline)) {
-    Vec<C> value[pixels], factor[outputs];
-#pragma GCC unroll 16
-    for (int p = 0; p < pixels; ++p) value[p] = load_numbers<E>(from[p] + steps[k].input);
-#pragma GCC unroll 4
-    for (int o = 0; o < outputs; ++o) factor[o] = load_numbers<E>(weight + o * output_step + steps[k].weight);
-    add(value, factor);
-  });
-  const Vec<C> missing = negative_zeros_beyond<E>(rest);
-  for (int64_t k = whole; k < count; ++k) {
-    Vec<C> value[pixels], factor[outputs];
-#pragma GCC unroll 16
-    for (int p = 0; p < pixels; ++p) value[p] = load_numbers<E>(from[p] + steps[k].input, rest);
-#pragma GCC unroll 4
-    for (int o = 0; o < outputs; ++o) {
-      factor[o] = with_sign_of(load_numbers<E>(weight + o * output_step + steps[k].weight, rest), missing);
-    }
-    add(value, factor);
-  }
-  constexpr int sum_count = pixels * outputs, together = kLanes<C>;
-  C sums[sum_count + together];
-#pragma GCC unroll 4
-  for (int first = 0; first < sum_count; first += together) {
-    Vec<C> rows[together] = {};
-    constexpr int most = sum_count < together ? sum_count : together;
-#pragma GCC unroll 16
-    for (int i = 0; i < most; ++i) rows[i] = total[first + i][0];
-    store(sums + first, sum_each<C>(rows));
-  }
-  for (int p = 0; p < pixels; ++p) {
-    for (int o = 0; o < outputs; ++o) to[p * kLanes<C> + o] = sums[p * outputs + o] + bias[o];
-  }
-}
 
 // One thread's way through its items, with products of elements E.
 template <class E, class T>
@@ -82,19 +21,26 @@ class DotsForward {
         scratch_(call.geometry, call.plan, memory),
         input_(dot_input_layout(call.geometry, call.plan, call.input_layout, call.weight_layout)),
         weight_(dot_weight_layout(call.geometry, call.plan, call.weight_layout)) {
-    set_steps(dot_runs(g_, input_, weight_));
-    const int64_t pixels = g_.conv[0] * g_.conv[1] * g_.conv[2];
+    asks_ahead_ = dots_ask_ahead<T>(g_, call.plan);
     const bool by_pixel = !call.plan.in_place && !call.plan.copies_image;
-    for (int64_t p = 0; p < scratch_.images * pixels && by_pixel; ++p) scratch_.pixels[p] = p * g_.depth();
-    int64_t* pixel = scratch_.pixels;
-    for (int64_t image = 0; image < scratch_.images && !by_pixel; ++image) {
-      for (int64_t z = 0; z < g_.conv[0]; ++z) {
-        for (int64_t y = 0; y < g_.conv[1]; ++y) {
-          const int64_t row = image * input_.n + z * g_.stride[0] * input_.d[0] + y * g_.stride[1] * input_.d[1];
-          for (int64_t x = 0; x < g_.conv[2]; ++x) *pixel++ = row + x * g_.stride[2] * input_.d[2];
+    DotPixel* pixel = scratch_.pixels;
+    DotBox* box = scratch_.boxes;
+    for_each_dot_box(g_, call.plan, [&](const Range(&conv)[3], const Range(&taps)[3]) {
+      *box = {pixel - scratch_.pixels, 0, {taps[0], taps[1], taps[2]}};
+      const int64_t step = by_pixel ? g_.depth() : g_.stride[2] * input_.d[2];
+      for (int64_t image = 0; image < scratch_.images; ++image) {
+        for (int64_t z = conv[0].first; z < conv[0].last; ++z) {
+          for (int64_t y = conv[1].first; y < conv[1].last; ++y) {
+            int64_t at = ((image * g_.conv[0] + z) * g_.conv[1] + y) * g_.conv[2] + conv[2].first;
+            int64_t from = by_pixel ? at * step : image * input_.n + under_pixel(z, y, conv[2].first, taps);
+            for (int64_t x = conv[2].first; x < conv[2].last; ++x, from += step) *pixel++ = {from, at++};
+          }
         }
       }
-    }
+      box->pixels = (pixel - scratch_.pixels - box->first) / scratch_.images;
+      ++box;
+    });
+    box_count_ = box - scratch_.boxes;
     // All conv pixels are there when windows are looked for.
     for (int64_t i = 0; i < g_.conv[0] * g_.conv[1]; ++i) scratch_.tags[i] = i;
   }
@@ -104,7 +50,6 @@ class DotsForward {
     item /= call_.plan.block_parts;
     const int64_t group = item % g_.groups, first_image = item / g_.groups * scratch_.images;
     const int64_t images = smaller(scratch_.images, g_.batch - first_image);
-    const int64_t pixels = images * g_.conv[0] * g_.conv[1] * g_.conv[2];
     const T* input = call_.input + first_image * call_.input_layout.n + group * g_.in_channels * call_.input_layout.c;
     for (int64_t i = 0; i < images && !call_.plan.in_place; ++i) copy_input(input + i * call_.input_layout.n, i);
     const int64_t last = blocks * (block_part + 1) / call_.plan.block_parts;
@@ -112,9 +57,9 @@ class DotsForward {
       const int64_t first = b * kLanes<C>, channels = smaller(kLanes<C>, g_.out_channels - first);
       const int64_t channel = group * g_.out_channels + first;
       if (call_.plan.in_place) {
-        multiply(input, channel, channels, pixels);
+        multiply(input, channel, channels, images);
       } else {
-        multiply(copy(), channel, channels, pixels);
+        multiply(copy(), channel, channels, images);
       }
       for (int64_t i = 0; i < images; ++i) {
         call_.winners ? pool<true>(first_image + i, i, channel, channels)
@@ -126,12 +71,32 @@ class DotsForward {
  private:
   Copied* copy() const { return reinterpret_cast<Copied*>(scratch_.copy); }
 
-  void set_steps(const DotRuns& runs) {
-    const int64_t vectors = runs.length / kNumbers<E>;
-    rest_ = static_cast<int>(runs.length % kNumbers<E>);
-    whole_ = runs.count * vectors;
+  // The first element that taps meet under a conv pixel.
+  int64_t under_pixel(int64_t z, int64_t y, int64_t x, const Range (&taps)[3]) const {
+    const int64_t pixel[3] = {z, y, x};
+    int64_t offset = 0;
+    for (int d = 0; d < 3; ++d) {
+      const int64_t padding = call_.plan.in_place ? g_.padding[d] : 0;
+      if (taps[d].first == taps[d].last) return 0;  // none
+      offset += (pixel[d] * g_.stride[d] - padding + taps[d].first * g_.dilation[d]) * input_.d[d];
+    }
+    return offset;
+  }
+
+  // The steps of a box's taps, as of a smaller kernel.
+  DotSteps steps_of(const DotBox& box) const {
+    ConvPoolGeometry g = g_;
+    int64_t first = 0;
+    for (int d = 0; d < 3; ++d) {
+      g.kernel[d] = box.taps[d].last - box.taps[d].first;
+      first += box.taps[d].first * weight_.d[d];
+      if (g.kernel[d] == 0) return {scratch_.steps, 0, 0, 0};
+    }
+    const DotRuns runs = dot_runs(g, input_, weight_);
+    const int64_t vectors = runs.length / kNumbers<E>, whole = runs.count * vectors;
+    const int rest = static_cast<int>(runs.length % kNumbers<E>);
     for (int64_t run = 0; run < runs.count; ++run) {
-      DotStep at = {0, 0};
+      DotStep at = {0, first};
       for (int64_t i = 0, left = run; i < runs.outside; left /= runs.size[i++]) {
         at.input += left % runs.size[i] * runs.input[i];
         at.weight += left % runs.size[i] * runs.weight[i];
@@ -140,8 +105,9 @@ class DotsForward {
         scratch_.steps[run * vectors + v] = {at.input + v * kNumbers<E>, at.weight + v * kNumbers<E>};
       }
       const int64_t last = vectors * kNumbers<E>;
-      if (rest_ > 0) scratch_.steps[whole_ + run] = {at.input + last, at.weight + last};
+      if (rest > 0) scratch_.steps[whole + run] = {at.input + last, at.weight + last};
     }
+    return {scratch_.steps, whole, whole + (rest > 0 ? runs.count : 0), rest};
   }
 
   void copy_input(const T* input, int64_t number) {
@@ -173,43 +139,55 @@ class DotsForward {
 
   // The weight is read once, for all pixels. But if it stays in cache and the input does not, that is.
   template <class In>
-  void multiply(const In* input, int64_t channel, int64_t channels, int64_t pixels) {
+  void multiply(const In* input, int64_t channel, int64_t channels, int64_t images) {
     constexpr int64_t kCache = 256 << 10, size = sizeof(T);
-    const int64_t image = g_.in_channels * g_.input[0] * g_.input[1] * g_.input[2];
     const bool whole = call_.plan.in_place || call_.plan.copies_image;
-    const int64_t pixel = whole ? divide_up(image, g_.conv[0] * g_.conv[1] * g_.conv[2]) : g_.depth();
+    const int64_t pixel = whole ? divide_up(group_size(g_), g_.conv[0] * g_.conv[1] * g_.conv[2]) : g_.depth();
     const bool weight_stays = channels * g_.depth() * size <= kCache;
-    const int64_t some = weight_stays ? round_up(divide_up(kCache, pixel * size), kLanes<C>) : pixels;
-    for (int64_t first = 0; first < pixels; first += some) {
-      multiply_some(input, channel, channels, first, smaller(first + some, pixels));
+    for (int64_t b = 0; b < box_count_; ++b) {
+      const DotBox& box = scratch_.boxes[b];
+      const int64_t past = box.first + images * box.pixels;
+      const int64_t some = weight_stays ? round_up(divide_up(kCache, pixel * size), kLanes<C>) : past;
+      if (box_count_ > 1 || steps_.steps == nullptr) steps_ = steps_of(box);
+      for (int64_t first = box.first; first < past; first += some) {
+        multiply_some(input, channel, channels, first, smaller(first + some, past), past);
+      }
     }
   }
 
-  // Some outputs of all these pixels before the next.
+  // Some outputs of pixels [first, last) of the box, which ends at `past`, before the next.
   template <class In>
-  void multiply_some(const In* input, int64_t channel, int64_t channels, int64_t first, int64_t past) {
+  void multiply_some(const In* input, int64_t channel, int64_t channels, int64_t first, int64_t last, int64_t past) {
     C bias[kLanes<C>] = {};
     for (int64_t o = 0; o < channels && call_.bias; ++o) bias[o] = to_compute(call_.bias[channel + o]);
     const T* weight = call_.plan.turns_weight ? reinterpret_cast<const T*>(call_.packed) : call_.weight;
     for (int64_t o = 0; o < channels;) {
-      const int64_t left = channels - o;
-      const auto tiles = [&](auto pixel_count, auto output_count) {
-        constexpr int together = decltype(pixel_count)::value, outputs = decltype(output_count)::value;
-        const auto tile = [&](auto count, int64_t p) {
-          dots_tile<decltype(count)::value, outputs, E>(input, scratch_.pixels + p, weight + (channel + o) * weight_.n,
-                                                        weight_.n, scratch_.steps, whole_, call_.plan.columns, rest_,
-                                                        bias + o, scratch_.conv + p * kLanes<C> + o);
+      with_constant<kDotOutputs>(static_cast<int>(smaller(channels - o, kDotOutputs)), [&](auto output_count) {
+        constexpr int outputs = decltype(output_count)::value, together = kDotSums / outputs;
+        const auto tile = [&](auto count, auto asks, int64_t p) {
+          const DotPixel* const at = scratch_.pixels + p;
+          const int64_t next = smaller(p + together, past - 1);
+          dots_tile<decltype(count)::value, outputs, decltype(asks)::value != 0, E>(
+              input, at, scratch_.pixels[next].input - at->input, weight + (channel + o) * weight_.n, weight_.n, steps_,
+              bias + o, scratch_.conv + o);
         };
         int64_t p = first;
-        for (; p + together <= past; p += together) tile(Constant<together>{}, p);
-        for (; p < past; ++p) tile(Constant<1>{}, p);
+        for (; p + together <= last; p += together) {
+          asks_ahead_&& o == 0 ? tile(Constant<together>{}, Constant<1>{}, p)
+                               : tile(Constant<together>{}, Constant<0>{}, p);
+        }
+        const auto some = [&](auto count) {
+          constexpr int pixels = decltype(count)::value;
+          if constexpr (pixels < together) {
+            for (; p + pixels <= last; p += pixels) tile(count, Constant<0>{}, p);
+          }
+        };
+        some(Constant<8>{});
+        some(Constant<4>{});
+        some(Constant<2>{});
+        some(Constant<1>{});
         o += outputs;
-      };
-      if (left >= kDotOutputs) {
-        tiles(Constant<kDotPixels>{}, Constant<kDotOutputs>{});
-      } else {
-        tiles(Constant<kLanes<C>>{}, Constant<1>{});
-      }
+      });
     }
   }
 
@@ -233,8 +211,9 @@ class DotsForward {
   const ConvPoolGeometry& g_;
   const DotsScratch<T> scratch_;
   const ConvLayout input_, weight_;  // as they are read
-  int64_t whole_;                    // steps of whole vectors
-  int rest_;                         // numbers of the others
+  int64_t box_count_;
+  DotSteps steps_ = {};  // of the box at hand
+  bool asks_ahead_;
 };
 
 // The weight with channels last, where the plan has it turned.

@@ -6,7 +6,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-constexpr int kDotPixels = 4, kDotOutputs = 4;  // of a register tile
+constexpr int kDotOutputs = 4, kDotSums = 16;   // of a register tile: most outputs; products of outputs and pixels
 constexpr int64_t kDotBufferBytes = 256 << 10;  // conv pixels of the images worked on together, or copies for them
 constexpr int64_t kDotImageBytes = 512 << 10;   // of an image that is copied: part of L2
 constexpr int64_t kDotCopyBytes = 16 << 20;     // of what is copied from under an image's conv pixels
@@ -45,9 +45,61 @@ FASTNN_INLINE DotRuns dot_runs(const ConvPoolGeometry& g, const ConvLayout& inpu
 struct DotStep {
   int64_t input, weight;
 };
+// All of them: `whole` of whole vectors, the others of `rest` numbers.
+struct DotSteps {
+  const DotStep* steps;
+  int64_t whole, count;
+  int rest;
+};
+
+// A conv pixel: the first element of the input under it, and which it is.
+struct DotPixel {
+  int64_t input, conv;
+};
+// Pixels from the `first` of all images on, so many of each image, that the same taps meet.
+struct DotBox {
+  int64_t first, pixels;
+  Range taps[3];
+};
+
+// Conv pixels [pixel, returned) along a dimension, if `pads`, are met by the same taps.
+FASTNN_INLINE int64_t past_same_taps(const ConvPoolGeometry& g, int d, int64_t pixel, bool pads) {
+  if (!pads || g.padding[d] == 0) return g.conv[d];
+  const Range inside = {pixels_inside(g, d, 0).first, pixels_inside(g, d, g.kernel[d] - 1).last};
+  return pixel >= inside.first && pixel < inside.last ? inside.last : pixel + 1;
+}
+template <class Body>
+void for_each_dot_box(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const Body& body) {
+  Range conv[3], taps[3];
+  const auto set = [&](int d, int64_t pixel) {
+    const bool all = !plan.skips_padding || g.padding[d] == 0;
+    conv[d] = {pixel, past_same_taps(g, d, pixel, plan.skips_padding)};
+    taps[d] = all ? Range{0, g.kernel[d]} : taps_inside(g, d, pixel);
+    return conv[d].last;
+  };
+  for (int64_t z = 0; z < g.conv[0];) {
+    z = set(0, z);
+    for (int64_t y = 0; y < g.conv[1];) {
+      y = set(1, y);
+      for (int64_t x = 0; x < g.conv[2];) {
+        x = set(2, x);
+        body(conv, taps);
+      }
+    }
+  }
+}
+FASTNN_INLINE int64_t dot_boxes(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  int64_t boxes = 1;
+  for (int d = 0; d < 3 && plan.skips_padding; ++d) {
+    int64_t along = 0;
+    for (int64_t pixel = 0; pixel < g.conv[d]; ++along) pixel = past_same_taps(g, d, pixel, true);
+    boxes *= along;
+  }
+  return boxes;
+}
 
 // What of its operands a plan has copied first.
-//   in_place       the input is read where it lies
+//   in_place       the input is read where it lies, without the taps that fall into its padding
 //   copies_image   or from a copy with its padding, channels last
 //                  or else from copies of what is under each conv pixel, in the weight's order
 //   turns_weight   the packed weight is the weight with channels last
@@ -111,8 +163,9 @@ struct DotsScratch {
   C* conv;     // [image][conv pixel][lane]: outputs of a vector
   C* stage;
   uint8_t* winner_stage;
-  int64_t* pixels;  // where each conv pixel's input begins
-  DotStep* steps;   // whole vectors of all runs, then what is left of each
+  DotPixel* pixels;  // box by box, image by image
+  DotBox* boxes;
+  DotStep* steps;  // whole vectors of all runs, then what is left of each
   WindowRow<C>* window_rows;
   int64_t* tags;
   int64_t images;
@@ -126,7 +179,8 @@ struct DotsScratch {
     conv = parts.take<C>(images * conv_pixels * kLanes<C>);
     stage = parts.take<C>(g.pixels() * kLanes<C>);
     winner_stage = parts.take<uint8_t>(g.pixels() * kLanes<C>);
-    pixels = parts.take<int64_t>(images * conv_pixels);
+    pixels = parts.take<DotPixel>(images * conv_pixels);
+    boxes = parts.take<DotBox>(dot_boxes(g, plan));
     steps = parts.take<DotStep>(plan.columns);
     window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
     tags = parts.take<int64_t>(g.conv[0] * g.conv[1]);
@@ -139,27 +193,31 @@ template <class T>
 bool dot_copies_apply(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const ConvLayout& input,
                       const ConvLayout& weight) {
   constexpr int64_t kShortest = 16;
-  const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
   const bool dilated = g.dilation[0] > 1 || g.dilation[1] > 1 || g.dilation[2] > 1;
   if (plan.turns_weight) {
     const bool dense = weight.d[2] == 1 && weight.d[1] == g.kernel[2] && weight.d[0] == g.kernel[1] * g.kernel[2];
     if (!dense || g.taps() == 1 || g.in_channels == 1) return false;
   }
+  // Fewer taps have no runs in common but of channels.
+  const bool last = dot_weight_layout(g, plan, weight).c == 1 && g.in_channels >= kShortest;
+  if (plan.skips_padding && !last) return false;
   if (plan.in_place || plan.copies_image) {
     const bool has_image = (input.c == 1 || dots_in_pairs<T>()) && dot_copy_bytes<T>(g, plan) <= kDotImageBytes;
-    return (plan.in_place ? !padded : has_image) && dot_runs(g, plan, input, weight).length >= kShortest;
+    return (plan.in_place || has_image) && dot_runs(g, plan, input, weight).length >= kShortest;
   }
   const bool is_last = dot_copy_is_last(g, plan, input, weight), fits = dot_copy_bytes<T>(g, plan) <= kDotCopyBytes;
   return fits && !dilated && (input.c == 1 || !is_last) && dot_runs(g, plan, input, weight).count == 1;
 }
 
-// Here `columns` counts the vectors of the depth, `band` the images worked on together.
+// Here `columns` counts the vectors of the depth, at most, `band` the images worked on together.
 template <class T>
 void cut_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, int64_t threads,
               ConvPoolPlan& plan) {
   using C = Compute<T>;
   const DotRuns runs = dot_runs(g, plan, input, weight);
   plan.columns = runs.count * divide_up(runs.length, dot_numbers<T>());
+  // Fewer taps may have shorter runs in common.
+  if (plan.skips_padding) plan.columns = g.taps() * divide_up(g.in_channels, dot_numbers<T>());
   const int64_t conv_bytes = g.conv[0] * g.conv[1] * g.conv[2] * kLanes<C> * static_cast<int64_t>(sizeof(C));
   const int64_t blocks = divide_up(g.out_channels, kLanes<C>);
   // What is read again for other outputs, unless the weight takes more room than that.
@@ -181,6 +239,18 @@ void cut_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayo
   plan.scratch_size = DotsScratch<T>(g, plan, nullptr).size;
 }
 
+// Whether a tile of pixels asks for the next one's input: large images of which each element meets one tap at most, and
+// whose pixels are too long for the hardware to follow all of a tile's, or lie apart.
+template <class T>
+bool dots_ask_ahead(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  constexpr int64_t kCache = 1 << 20, kPixel = 256, kLongPixel = 1024;
+  const int64_t bytes = g.batch * image_size(g) * static_cast<int64_t>(sizeof(T));
+  const int64_t steps = g.stride[0] * g.stride[1] * g.stride[2];
+  const bool all = g.taps() == 1 && steps == 1;  // pixels, one after the other
+  const bool long_pixels = g.in_channels * static_cast<int64_t>(sizeof(T)) >= (all ? kLongPixel : kPixel);
+  return plan.in_place && long_pixels && bytes > kCache && g.taps() <= steps;
+}
+
 // Of packing the weight, which this saves, for one of so many images and one group.
 FASTNN_INLINE double packing_cost(const ConvPoolGeometry& g, int64_t images) {
   constexpr double kPack = 2;  // an element
@@ -193,15 +263,22 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
                  int64_t images) {
   using C = Compute<T>;
   constexpr double kSum = 12, kWayOut = 12;  // of the sum of a vector's lanes; of pooled pixels
+  constexpr double kListed = 10;             // of a step of a box
   // Of a product's vector. Each tile widens what it loads, for as many products as it has outputs or pixels.
   constexpr double kStep = 1.2, kFarStep = 1.4, kWiden = 3;  // weights of a tile that are in L1, or not
   constexpr int64_t kL1 = 32 << 10;
   const bool widens = sizeof(T) < sizeof(C) && !dots_in_pairs<T>();
-  const double inputs = plan.in_place ? 1 / static_cast<double>(smaller(g.out_channels, kDotOutputs)) : 0;
-  const bool near = kDotOutputs * g.depth() * static_cast<int64_t>(sizeof(T)) <= kL1;
-  const double step = (near ? kStep : kFarStep) + (widens ? kWiden * (inputs + 1.0 / kDotPixels) : 0);
+  const int64_t outputs = smaller(g.out_channels, kDotOutputs), together = kDotSums / outputs;
+  const double inputs = plan.in_place ? 1 / static_cast<double>(outputs) : 0;
+  const bool near = outputs * g.depth() * static_cast<int64_t>(sizeof(T)) <= kL1;
+  const double step = (near ? kStep : kFarStep) + (widens ? kWiden * (inputs + 1 / static_cast<double>(together)) : 0);
   const int64_t pixels = g.conv[0] * g.conv[1] * g.conv[2], blocks = divide_up(g.out_channels, kLanes<C>);
-  const double dots = static_cast<double>(round_up(pixels * plan.band, kDotPixels) / plan.band * g.out_channels);
+  const double boxes = static_cast<double>(dot_boxes(g, plan)) / static_cast<double>(plan.band);  // of an image
+  // Of each box some pixels are left, for smaller tiles.
+  const double left = 0.35 * static_cast<double>(together) * boxes;
+  const double dots = (static_cast<double>(pixels) + left) * static_cast<double>(g.out_channels);
+  const double vectors = (plan.skips_padding ? share_inside(g) : 1) * static_cast<double>(plan.columns);
+  const double lists = plan.skips_padding ? kListed * boxes * static_cast<double>(blocks) * vectors : 0;
   const double windows =
       static_cast<double>(blocks * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   constexpr double kCopiedRun = 15, kGatheredRun = 45, kTurned = 0.8;  // of a number that is moved on its own
@@ -219,10 +296,16 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   // Few taps fill but a part of the squares that are transposed. Pairs are packed as slowly then.
   const double square = dots_in_pairs<T>() ? 1 : static_cast<double>(round_up(g.taps(), kLanes<C>)) / g.taps();
   const double turned = plan.turns_weight ? kTurned / 2 * square * packing_cost(g, images) : 0;
-  const double copied = turned + (plan.in_place ? 0 : plan.copies_image ? image : copy);
+  // What comes from beyond L2, of strided kernels a part.
+  constexpr double kLateByte = 0.12;
+  double arrival = images * bytes * g.groups > kNear ? kLateByte * static_cast<double>(bytes) : 0;
+  for (int d = 0; d < 3; ++d) {
+    arrival *= static_cast<double>(smaller(g.stride[d], g.kernel[d])) / static_cast<double>(g.stride[d]);
+  }
+  const double copied = turned + arrival + (plan.in_place ? 0 : plan.copies_image ? image : copy);
   // Where pairs do not gain, the estimate has to be less by more than it may be wrong by.
   const double doubt = (plan.copies_image || plan.turns_weight) && !dots_in_pairs<T>() ? 1.16 : 1;
-  return (dots * (step * static_cast<double>(plan.columns) + kSum) + windows + copied) * doubt;
+  return (dots * (step * vectors + kSum) + lists + windows + copied) * doubt;
 }
 
 // The cheapest, for so many images with one weight; false if there is none. Chosen as for a single thread.
@@ -236,6 +319,7 @@ bool plan_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLay
     plan.in_place = copies % 3 == 0;
     plan.copies_image = copies % 3 == 1;
     plan.turns_weight = copies >= 3;
+    plan.skips_padding = plan.in_place && (g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0);
     if (!dot_copies_apply<T>(g, plan, input, weight)) continue;
     cut_dots<T>(g, input, weight, 1, plan);
     const double own = dots_cost<T>(g, input, weight, plan, images);

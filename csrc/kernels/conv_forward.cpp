@@ -84,8 +84,8 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
   const double products = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]);
   if (least_costs < tiles_costs || least_costs >= 1.02 * products / kLanes<C>) {
     if (depthwise_applies(g)) {
-      candidate = plan_depthwise<T>(g, input, threads);
-      consider(depthwise_cost<C>(g, candidate), [&] { return candidate; });
+      candidate = choose_depthwise<T>(g, input, threads, costs);
+      consider(costs, [&] { return candidate; });
     }
     if (windows_apply<C>(g)) {
       consider(windows_cost<C>(g, input, plan_windows<T>(g, 1)), [&] { return plan_windows<T>(g, threads); });

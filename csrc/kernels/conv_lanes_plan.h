@@ -125,17 +125,20 @@ LanesPlan plan_lanes(const ConvPoolGeometry& g, int64_t threads) {
 // For one image and group, in vector multiply-adds.
 template <class C>
 double lanes_cost(const ConvPoolGeometry& g, const ConvLayout& input, const LanesPlan& lanes) {
-  constexpr double kProduct = 1.05, kPixel = 5, kRow = 100;  // of a vector; of a conv row's
-  constexpr double kElement = 0.5, kRun = 16;  // of the tile, beside its copy; of a row that is copied before
+  constexpr double kPixel = 5, kRow = 100;     // of a vector; of a conv row's
+  constexpr double kElement = 0.7, kRun = 16;  // of the tile, beside its copy; of a row that is copied before
   constexpr int64_t kCache = 32 << 10;
   const int64_t bands = lanes.plan.bands, width = lanes.plan.lane_vectors * kLanes<C>;
   const ConvPoolGeometry piece = piece_geometry(g, bands);
   const int64_t outputs = smaller(g.out_channels, kLaneOutputs), blocks = divide_up(g.out_channels, kLaneOutputs);
   const int64_t slots = smaller(piece.conv[0], piece.pool_extent(0)) * smaller(piece.conv[1], piece.pool_extent(1));
   const int64_t ring_bytes = slots * outputs * piece.conv[2] * width * static_cast<int64_t>(sizeof(C));
+  // A vector's; that of a single output takes a load of its own, which should find its row in L1.
+  const int64_t row_bytes = g.kernel[0] * piece.kernel_extent(1) * piece_extent(piece, 2) * width * sizeof(C);
+  const double product = g.out_channels > 1 ? 1.05 : row_bytes > kCache ? 1.8 : 1.4;
   const double place = (ring_bytes > kCache ? 0.8 : 0.3) * place_cost(g);
   const double pixels = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
-  const double output = kProduct * static_cast<double>(g.depth()) * pixels + kPixel * pixels +
+  const double output = product * static_cast<double>(g.depth()) * pixels + kPixel * pixels +
                         place * static_cast<double>(g.pixels() * g.places());
   const double conv_rows = static_cast<double>(piece.conv[0] * piece.conv[1] * bands * blocks);
   const int64_t rows = bands * piece_extent(piece, 0) * piece_extent(piece, 1);

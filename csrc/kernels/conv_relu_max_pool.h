@@ -73,6 +73,8 @@ struct ConvPoolPlan {
   bool copies_image;              // conv_dots.h: a copy of a whole image is read
   bool turns_weight;              // conv_dots.h: the packed weight has its channels last
   bool pairs_taps;                // conv_depthwise.h: two taps side by side are multiplied at once
+  bool pads_rows;                 // conv_depthwise.h: rows of the input are copied with their padding
+  int64_t block_groups;           // conv_depthwise.h: side by side in one or two vectors
   TapOrder order;                 // of the packed weight
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together

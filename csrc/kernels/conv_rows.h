@@ -53,7 +53,8 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t*
       for (int o = 0; o < outputs; ++o) factor[o] = broadcast<C>(weight[o]);
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) {
-        const Vec<C> value = load(from[v] + offset);
+        Vec<C> value = load(from[v] + offset);
+        if (outputs > 1) keep_in_register(value);  // or each output would load it again
 #pragma GCC unroll 16
         for (int o = 0; o < outputs; ++o) total[o][v] += value * factor[o];
       }

@@ -148,14 +148,25 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
     const double squares = static_cast<double>(round_up(s.pitch, kLanes<C>) * round_up(together, kLanes<C>));
     copy = runs * (squares * kTransposeCost + kRunCost) / static_cast<double>(plan.tile_groups);
   }
-  constexpr double kItem = 400;  // per band
-  // On multiplications, of which each takes a load of its own, across lines, where a channel read in place has one
-  // output.
-  const double overhead = plan.in_place && g.out_channels == 1 && g.in_channels == 1 ? 1.8 : 1.1;
+  constexpr double kItem = 400, kTile = 80;  // per band; of a register tile
+  // On multiplications: of a single output each takes a load of its own, across lines but for those that begin a row.
+  const double begin = plan.in_place ? 0 : 1 / static_cast<double>(divide_up(g.kernel[2], g.stride[2]));
+  const double overhead = 1.1 + (g.out_channels == 1 ? 0.9 * (1 - begin) : 0);
   const double place = g.pool_stride[2] > kMostStride ? 60 : 15;  // of a vector of windows
   const double windows =
       static_cast<double>(g.out_channels * plan.band * divide_up(g.output[2], kLanes<C>) * g.places());
-  return bands * (kItem + overhead * multiplications + (plan.in_place ? 0 : copy) + place * windows);
+  // From beyond L2; large images come from memory, every channel on a page of its own.
+  constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
+  constexpr double kLateByte = 0.08, kFarByte = 0.45, kStridedByte = 1;
+  const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(C));
+  const bool far = input.c != 1 && !plan.in_place && g.groups * bytes > kFar;
+  const bool late = input.c != 1 && g.batch * g.groups * bytes > kNear;
+  const double byte = far ? (g.stride[2] > 1 ? kStridedByte : kFarByte) : late ? kLateByte : 0;
+  const double waits = byte * static_cast<double>(bytes);
+  const int64_t outputs = smaller(g.out_channels, kRowOutputs), tile = outputs * row_vectors(static_cast<int>(outputs));
+  const double tiles = static_cast<double>(g.out_channels * s.conv[0] * s.vectors) / static_cast<double>(tile);
+  return bands * (kItem + kTile * tiles + overhead * multiplications + (plan.in_place ? 0 : copy) + place * windows) +
+         waits;
 }
 
 }  // namespace FASTNN_ISA

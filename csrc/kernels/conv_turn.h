@@ -63,6 +63,7 @@ double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   const double element = input.d[2] == 1 ? 0.45 : 0.7;  // picked from its run
   const double block = narrow ? 110 : element * kColumns * kChannels;
   constexpr double kLostByte = narrow ? 0 : 0.04, kFarByte = narrow ? 0 : 0.08, kFurtherByte = narrow ? 0.2 : 0.45;
+  constexpr double kFurthestByte = narrow ? 1 : 0.45;
   constexpr int64_t kNear = 1 << 20, kFar = 8 << 20, kFarOfMany = 5 << 19;
   const TurnRuns runs = turn_runs(g, input);
   const double blocks =
@@ -70,7 +71,11 @@ double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   const double bands = static_cast<double>(divide_up(g.groups * g.in_channels, kChannels));
   const int64_t bytes = image_size(g) * static_cast<int64_t>(sizeof(T));
   const bool far = bytes > kFar || (narrow && bytes > kFarOfMany && g.batch * bytes > kShareOfL3);
-  const double byte = far ? kFurtherByte : bytes > kNear ? kFarByte : g.batch * bytes > kNear ? kLostByte : 0;
+  const double byte = bytes > kFar              ? kFurthestByte
+                      : far                     ? kFurtherByte
+                      : bytes > kNear           ? kFarByte
+                      : g.batch * bytes > kNear ? kLostByte
+                                                : 0;
   const double waits = byte * static_cast<double>(bytes);
   return static_cast<double>(runs.slices * runs.rows) * block * blocks * bands + waits;
 }
@@ -96,6 +101,10 @@ void turn_images(const ConvPoolForward<T>& call, int64_t parts, int64_t first, i
           transpose_strided(from + z * layout.d[0] + y * layout.d[1], layout.c, layout.d[2], count, runs.columns,
                             target, pixel);
         } else {
+          if (count == channels) {
+            fill_zeros(target, runs.columns * pixel - (pixel - channels));
+            continue;
+          }
           for (int64_t x = 0; x < runs.columns; ++x) fill_zeros(target + x * pixel, count);
         }
       }
