@@ -164,17 +164,17 @@ class DotsForward {
     for (int64_t o = 0; o < channels;) {
       with_constant<kDotOutputs>(static_cast<int>(smaller(channels - o, kDotOutputs)), [&](auto output_count) {
         constexpr int outputs = decltype(output_count)::value, together = kDotSums / outputs;
-        const auto tile = [&](auto count, auto asks, int64_t p) {
+        const auto tile = [&](auto count, auto asks_too, int64_t p) {
           const DotPixel* const at = scratch_.pixels + p;
           const int64_t next = smaller(p + together, past - 1);
-          dots_tile<decltype(count)::value, outputs, decltype(asks)::value != 0, E>(
+          dots_tile<decltype(count)::value, outputs, decltype(asks_too)::value != 0, E>(
               input, at, scratch_.pixels[next].input - at->input, weight + (channel + o) * weight_.n, weight_.n, steps_,
               bias + o, scratch_.conv + o);
         };
         int64_t p = first;
+        const bool asks = asks_ahead_ && o == 0;
         for (; p + together <= last; p += together) {
-          asks_ahead_&& o == 0 ? tile(Constant<together>{}, Constant<1>{}, p)
-                               : tile(Constant<together>{}, Constant<0>{}, p);
+          asks ? tile(Constant<together>{}, Constant<1>{}, p) : tile(Constant<together>{}, Constant<0>{}, p);
         }
         const auto some = [&](auto count) {
           constexpr int pixels = decltype(count)::value;

@@ -134,7 +134,8 @@ double lanes_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Lane
   const int64_t slots = smaller(piece.conv[0], piece.pool_extent(0)) * smaller(piece.conv[1], piece.pool_extent(1));
   const int64_t ring_bytes = slots * outputs * piece.conv[2] * width * static_cast<int64_t>(sizeof(C));
   // A vector's; that of a single output takes a load of its own, which should find its row in L1.
-  const int64_t row_bytes = g.kernel[0] * piece.kernel_extent(1) * piece_extent(piece, 2) * width * sizeof(C);
+  const int64_t row_bytes =
+      g.kernel[0] * piece.kernel_extent(1) * piece_extent(piece, 2) * width * static_cast<int64_t>(sizeof(C));
   const double product = g.out_channels > 1 ? 1.05 : row_bytes > kCache ? 1.8 : 1.4;
   const double place = (ring_bytes > kCache ? 0.8 : 0.3) * place_cost(g);
   const double pixels = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
