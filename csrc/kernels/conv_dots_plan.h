@@ -296,9 +296,14 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   // Few taps fill but a part of the squares that are transposed. Pairs are packed as slowly then.
   const double square = dots_in_pairs<T>() ? 1 : static_cast<double>(round_up(g.taps(), kLanes<C>)) / g.taps();
   const double turned = plan.turns_weight ? kTurned / 2 * square * packing_cost(g, images) : 0;
-  // What comes from beyond L2, of strided kernels a part.
-  constexpr double kLateByte = 0.12;
+  // What comes from beyond L2, of strided kernels a part; again for each conv row, where L2 does not hold the rows that
+  // one reads.
+  constexpr double kLateByte = 0.12, kFarByte = 0.45;
+  const int64_t under_row = g.kernel[0] * g.kernel[1] * g.input[2] * g.in_channels * static_cast<int64_t>(sizeof(T));
+  const bool again = plan.in_place && under_row > kNear / 2 && bytes > kNear;
+  const double times = static_cast<double>(larger(g.stride[1], g.kernel[1])) / static_cast<double>(g.stride[1]);
   double arrival = images * bytes * g.groups > kNear ? kLateByte * static_cast<double>(bytes) : 0;
+  if (again) arrival = kFarByte * times * static_cast<double>(bytes);
   for (int d = 0; d < 3; ++d) {
     arrival *= static_cast<double>(smaller(g.stride[d], g.kernel[d])) / static_cast<double>(g.stride[d]);
   }
