@@ -63,15 +63,16 @@ double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   const double element = input.d[2] == 1 ? 0.45 : 0.7;  // picked from its run
   const double block = narrow ? 110 : element * kColumns * kChannels;
   constexpr double kLostByte = narrow ? 0 : 0.04, kFarByte = narrow ? 0 : 0.08, kFurtherByte = narrow ? 0.2 : 0.45;
-  constexpr double kFurthestByte = narrow ? 1 : 0.45;
-  constexpr int64_t kNear = 1 << 20, kFar = 8 << 20, kFarOfMany = 5 << 19;
+  constexpr double kFurthestByte = narrow ? 1 : 0.45, kMappedByte = 4;  // whose pages are fresh at each call
+  constexpr int64_t kNear = 1 << 20, kFar = 8 << 20, kFarOfMany = 5 << 19, kMapped = 32 << 20;
   const TurnRuns runs = turn_runs(g, input);
   const double blocks =
       static_cast<double>(divide_up(runs.columns, kColumns)) + (runs.columns % kColumns != 0 ? kPart / block : 0);
   const double bands = static_cast<double>(divide_up(g.groups * g.in_channels, kChannels));
   const int64_t bytes = image_size(g) * static_cast<int64_t>(sizeof(T));
   const bool far = bytes > kFar || (narrow && bytes > kFarOfMany && g.batch * bytes > kShareOfL3);
-  const double byte = bytes > kFar              ? kFurthestByte
+  const double byte = bytes > kMapped           ? kMappedByte
+                      : bytes > kFar            ? kFurthestByte
                       : far                     ? kFurtherByte
                       : bytes > kNear           ? kFarByte
                       : g.batch * bytes > kNear ? kLostByte
