@@ -229,6 +229,11 @@ FASTNN_INLINE int64_t image_size(const ConvPoolGeometry& g) {
   return g.groups * group_size(g);
 }
 
+// Of the input's pixels along one dimension, those that the kernel does not stride over.
+FASTNN_INLINE double share_met(const ConvPoolGeometry& g, int d) {
+  return static_cast<double>(smaller(g.stride[d], g.kernel[d])) / static_cast<double>(g.stride[d]);
+}
+
 // Of the input with its padding, along one dimension.
 FASTNN_INLINE int64_t padded_extent(const ConvPoolGeometry& g, int d) {
   return g.input[d] + 2 * g.padding[d];

@@ -207,10 +207,7 @@ class DepthwiseForward {
                                  y * g_.stride[1] - g_.padding[1] + h * g_.dilation[1]);
         const C* factor = weight + (d * g_.kernel[1] + h) * in_row * lanes;
         const E* at = row + first_column;
-        for (int64_t w = 0; w < columns; ++w, at += column_step, factor += lanes) {
-          *to_taps++ = {at, factor};
-          asm volatile("" : "+r"(at));  // one by one, as they are read: a vector of them is not forwarded
-        }
+        for (int64_t w = 0; w < columns; ++w, at += column_step, factor += lanes) *to_taps++ = {at, factor};
         if (columns < in_row) *single++ = {at, factor};
       }
     }
@@ -292,7 +289,7 @@ class DepthwiseForward {
     }
   }
 
-  // The same with zeros in a row's padding.
+  // A unit with zeros in its rows' padding.
   void load_padded(int64_t z, int64_t y, C* to) {
     const ConvLayout& layout = call_.input_layout;
     if (layout.c == 1) {

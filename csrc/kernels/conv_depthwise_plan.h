@@ -256,9 +256,7 @@ double depthwise_cost(const ConvPoolGeometry& g, const ConvLayout& input, const 
   const double arrival = input.c != 1 ? kTransposed : late ? part * kArrivesLate : kArrives;
   // In place, pixels that the kernel strides over stay where they are.
   double met = 1;
-  for (int d = 0; d < 3 && plan.in_place; ++d) {
-    met *= static_cast<double>(smaller(g.stride[d], g.kernel[d])) / static_cast<double>(g.stride[d]);
-  }
+  for (int d = 0; d < 3 && plan.in_place; ++d) met *= share_met(g, d);
   const double copied = arrival * met * input_rows * static_cast<double>(g.input[2]) +
                         (plan.pads_rows ? kPadded * input_rows * static_cast<double>(padded_extent(g, 2)) : 0);
   // At an edge pixels are computed one by one.

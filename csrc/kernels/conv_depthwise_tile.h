@@ -37,15 +37,13 @@ FASTNN_INLINE void depthwise_tile(const DepthwiseTap<E>* taps, int64_t count, in
       }
     }
   };
-  const auto add = [&](const DepthwiseTap<E>* tap, int64_t tap_count, const auto& multiply)
-                       __attribute__((always_inline)) {
-                         sum_in_parts(tap_count / chains, total, [&](int64_t k) __attribute__((always_inline)) {
+  const auto add = [&](const DepthwiseTap<E>* tap, int64_t all, const auto& multiply) __attribute__((always_inline)) {
+    sum_in_parts(all / chains, total, [&](int64_t k) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-                           for (int chain = 0; chain < chains; ++chain)
-                             add_tap(tap[k * chains + chain], chain, multiply);
-                         });
-                         for (int64_t k = tap_count / chains * chains; k < tap_count; ++k) add_tap(tap[k], 0, multiply);
-                       };
+      for (int chain = 0; chain < chains; ++chain) add_tap(tap[k * chains + chain], chain, multiply);
+    });
+    for (int64_t k = all / chains * chains; k < all; ++k) add_tap(tap[k], 0, multiply);
+  };
   add(taps, count,
       [](Vec<C> x, Vec<C> y, Vec<C> z) __attribute__((always_inline)) { return add_products<E>(x, y, z); });
   if constexpr (kIsPair<E>) {

@@ -290,7 +290,7 @@ class DirectForward {
             const int64_t y = row * g_.pool_stride[1] + j * g_.pool_dilation[1];
             ask_for_next_row(block, z, y);
             pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
-                          bias, windows, input_lines(block, z, y), pixels_ahead(block, z, y), lines, pooled);
+                          bias, windows, input_lines(block, z, y), lines, pooled);
             pooled.is_first = false;
             pooled.place += taps;
           }
@@ -323,7 +323,7 @@ class DirectForward {
       if (plan_.skips_padding) {
         if constexpr (!kIsOfRun<E>) {  // whose input never lies in the tile's order
           conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
-                                   conv_columns_, channel_step_, block == 0, to);
+                                   conv_columns_, to);
         }
       } else if (in_phases()) {
         if constexpr (kHasPhases<E>) {
@@ -334,7 +334,7 @@ class DirectForward {
       } else {
         ask_for_next_row(block, z, y);
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
-                          bias, conv_columns_, pixels_ahead(block, z, y), to);
+                          bias, conv_columns_, to);
       }
     });
     if constexpr (kIsOfMatrix<E>) {
@@ -344,12 +344,7 @@ class DirectForward {
     return count;
   }
 
-  // What the next conv row reads that this one does not, while a first block of channels is computed: pixels whose
-  // channels are last, and rows whose channels come first.
-  RowsAhead<E> pixels_ahead(int64_t block, int64_t z, int64_t y) const {
-    if (!plan_.in_place || block > 0) return {};
-    return rows_ahead(g_, conv_corner(z, y), channel_step_, step_);
-  }
+  // What the next conv row reads that this one does not, while a first block of channels is computed.
   void ask_for_next_row(int64_t block, int64_t z, int64_t y) const {
     if (!asks_ahead_ || block > 0) return;
     const int64_t extent = g_.kernel_extent(1), fresh = smaller(g_.stride[1], extent);

@@ -76,7 +76,7 @@ class DotsForward {
     const int64_t pixel[3] = {z, y, x};
     int64_t offset = 0;
     for (int d = 0; d < 3; ++d) {
-      const int64_t padding = call_.plan.in_place ? g_.padding[d] : 0;
+      const int64_t padding = call_.plan.skips_padding ? g_.padding[d] : 0;
       if (taps[d].first == taps[d].last) return 0;  // none
       offset += (pixel[d] * g_.stride[d] - padding + taps[d].first * g_.dilation[d]) * input_.d[d];
     }
@@ -164,10 +164,10 @@ class DotsForward {
     for (int64_t o = 0; o < channels;) {
       with_constant<kDotOutputs>(static_cast<int>(smaller(channels - o, kDotOutputs)), [&](auto output_count) {
         constexpr int outputs = decltype(output_count)::value, together = kDotSums / outputs;
-        const auto tile = [&](auto count, auto asks_too, int64_t p) {
+        const auto tile = [&](auto count, auto with_asking, int64_t p) {
           const DotPixel* const at = scratch_.pixels + p;
           const int64_t next = smaller(p + together, past - 1);
-          dots_tile<decltype(count)::value, outputs, decltype(asks_too)::value != 0, E>(
+          dots_tile<decltype(count)::value, outputs, decltype(with_asking)::value != 0, E>(
               input, at, scratch_.pixels[next].input - at->input, weight + (channel + o) * weight_.n, weight_.n, steps_,
               bias + o, scratch_.conv + o);
         };

@@ -62,9 +62,8 @@ struct DotBox {
   Range taps[3];
 };
 
-// Conv pixels [pixel, returned) along a dimension, if `pads`, are met by the same taps.
-FASTNN_INLINE int64_t past_same_taps(const ConvPoolGeometry& g, int d, int64_t pixel, bool pads) {
-  if (!pads || g.padding[d] == 0) return g.conv[d];
+// Conv pixels [pixel, returned) along a dimension are met by the same taps.
+FASTNN_INLINE int64_t past_same_taps(const ConvPoolGeometry& g, int d, int64_t pixel) {
   const Range inside = {pixels_inside(g, d, 0).first, pixels_inside(g, d, g.kernel[d] - 1).last};
   return pixel >= inside.first && pixel < inside.last ? inside.last : pixel + 1;
 }
@@ -72,9 +71,8 @@ template <class Body>
 void for_each_dot_box(const ConvPoolGeometry& g, const ConvPoolPlan& plan, const Body& body) {
   Range conv[3], taps[3];
   const auto set = [&](int d, int64_t pixel) {
-    const bool all = !plan.skips_padding || g.padding[d] == 0;
-    conv[d] = {pixel, past_same_taps(g, d, pixel, plan.skips_padding)};
-    taps[d] = all ? Range{0, g.kernel[d]} : taps_inside(g, d, pixel);
+    conv[d] = {pixel, plan.skips_padding ? past_same_taps(g, d, pixel) : g.conv[d]};
+    taps[d] = plan.skips_padding ? taps_inside(g, d, pixel) : Range{0, g.kernel[d]};
     return conv[d].last;
   };
   for (int64_t z = 0; z < g.conv[0];) {
@@ -92,7 +90,7 @@ FASTNN_INLINE int64_t dot_boxes(const ConvPoolGeometry& g, const ConvPoolPlan& p
   int64_t boxes = 1;
   for (int d = 0; d < 3 && plan.skips_padding; ++d) {
     int64_t along = 0;
-    for (int64_t pixel = 0; pixel < g.conv[d]; ++along) pixel = past_same_taps(g, d, pixel, true);
+    for (int64_t pixel = 0; pixel < g.conv[d]; ++along) pixel = past_same_taps(g, d, pixel);
     boxes *= along;
   }
   return boxes;
@@ -301,11 +299,10 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   constexpr double kLateByte = 0.12, kFarByte = 0.45;
   const int64_t under_row = g.kernel[0] * g.kernel[1] * g.input[2] * g.in_channels * static_cast<int64_t>(sizeof(T));
   const bool again = plan.in_place && under_row > kNear / 2 && bytes > kNear;
-  const double times = static_cast<double>(larger(g.stride[1], g.kernel[1])) / static_cast<double>(g.stride[1]);
-  double arrival = images * bytes * g.groups > kNear ? kLateByte * static_cast<double>(bytes) : 0;
-  if (again) arrival = kFarByte * times * static_cast<double>(bytes);
+  const double byte = again ? kFarByte : images * bytes * g.groups > kNear ? kLateByte : 0;
+  double arrival = byte * static_cast<double>(bytes);
   for (int d = 0; d < 3; ++d) {
-    arrival *= static_cast<double>(smaller(g.stride[d], g.kernel[d])) / static_cast<double>(g.stride[d]);
+    arrival *= again && d == 1 ? static_cast<double>(g.kernel[d]) / static_cast<double>(g.stride[d]) : share_met(g, d);
   }
   const double copied = turned + arrival + (plan.in_place ? 0 : plan.copies_image ? image : copy);
   // Where pairs do not gain, the estimate has to be less by more than it may be wrong by.

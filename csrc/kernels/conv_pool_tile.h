@@ -68,14 +68,13 @@ struct PooledRow {
 template <int taps, int vectors, bool with_winners, class E, class C = Compute<E>>
 FASTNN_SHARED void pool_conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
                                  const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t windows,
-                                 const RowLines& input, const RowsAhead<E>& ahead, const RowLines& output,
+                                 const RowLines& input, const RowLines& output,
                                  PooledRow<C, taps, vectors, with_winners> pooled) {
   conv_groups<taps, vectors>(tile, step, offsets, depth, weight, bias, windows,
                              [&](int64_t first, const auto& conv) __attribute__((always_inline)) {
                                constexpr int64_t pixels = sizeof(conv) / sizeof(conv[0]);
                                if (pooled.is_first) output.ask_for<true>(first, pixels / taps);
                                input.ask_for<false>(first * taps, pixels);
-                               ahead.ask_for(first * taps, pixels);
                                pooled.add(first, conv);
                              });
 }

@@ -59,12 +59,20 @@ FASTNN_INLINE double inside_passes(const ConvPoolGeometry& g) {
   return static_cast<double>(slices * (taps_leave_input(g, 2) ? g.kernel[2] : 1));
 }
 
+// Where the next conv row's input is asked for ahead: large inputs whose pixels, channels last, are lines of their own.
+// What the hardware foresees ends at the channels of a group and at the columns that a stride skips.
+template <class E>
+FASTNN_INLINE bool asks_ahead(const ConvPoolGeometry& g, const InputSource<E>& input) {
+  constexpr int64_t kLine = 64, kCache = 1 << 20, size = sizeof(E);
+  return input.d[2] * size >= kLine && g.batch * g.input[0] * g.input[1] * g.input[2] * input.d[2] * size > kCache;
+}
+
 // Conv pixels [first, first + count) of row y of slice z -> to (count, vectors x lanes). Offsets and weight are those
 // of inside_order.
 template <int vectors, class E, class C = Compute<E>>
 FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const int64_t* offsets,
                                    const E* weight, const Vec<C> (&bias)[vectors], int64_t z, int64_t y, int64_t first,
-                                   int64_t count, int64_t channel_step, bool asks, C* to) {
+                                   int64_t count, C* to) {
   constexpr int64_t width = vectors * kLanes<C>;
   for (int64_t x = 0; x < count; ++x) {
     for (int v = 0; v < vectors; ++v) store(to + x * width + v * kLanes<C>, bias[v]);
@@ -77,7 +85,9 @@ FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<
   const int64_t step = g.stride[2] * input.d[2];
   const E* corner = input.data + (z * g.stride[0] - g.padding[0]) * input.d[0] +
                     (y * g.stride[1] - g.padding[1]) * input.d[1] - g.padding[2] * input.d[2];
-  const RowsAhead<E> ahead = rows_ahead(g, corner, channel_step, input.d);
+  const bool asks = asks_ahead(g, input);
+  const int64_t fresh = smaller(g.stride[1], g.kernel_extent(1));  // input rows that this conv row does not read
+  const E* const ahead = corner + (g.stride[1] + g.kernel_extent(1) - fresh) * input.d[1];
   const Vec<C> zero[vectors] = {};
   for (int64_t pass = 0; pass < passes; ++pass) {
     Range pixels = {first, first + count};
@@ -93,8 +103,11 @@ FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<
       for (const auto& pixel : total) {
         for (int v = 0; v < vectors; ++v, at += kLanes<C>) store(at, load(at) + pixel[v]);
       }
-      constexpr int64_t pixel_count = sizeof(total) / sizeof(total[0]);
-      if (pass == 0 && asks) ahead.ask_for(pixels.first + from, pixel_count);
+      for (int64_t row = 0; asks && pass == 0 && row < fresh; ++row) {
+        constexpr int64_t line = 64 / sizeof(E), pixel_count = sizeof(total) / sizeof(total[0]);
+        const E* next = ahead + row * input.d[1] + (pixels.first + from) * step;
+        for (int64_t i = 0; i < pixel_count * step; i += line) __builtin_prefetch(next + i);
+      }
     };
     for (int64_t d = slices.first; d < slices.last; d = all_rows ? slices.last : d + 1) {
       const int64_t k = ((pass * g.kernel[0] + d) * g.kernel[1] + rows.first) * run;

@@ -1,7 +1,7 @@
 // The register tile of direct convolution: conv pixels by vectors of output channels.
 #pragma once
 
-#include "conv_ahead.h"
+#include "conv_common.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -116,12 +116,11 @@ FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offse
   }
 }
 
-// `count` conv pixels of a row -> to (count, vectors x lanes). What is `ahead` is asked for.
+// `count` conv pixels of a row -> to (count, vectors x lanes)
 template <int vectors, class E, class C = Compute<E>>
 FASTNN_SHARED void conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const Weight<E>* weight,
-                            const Vec<C> (&bias)[vectors], int64_t count, const RowsAhead<E>& ahead, C* to) {
+                            const Vec<C> (&bias)[vectors], int64_t count, C* to) {
   const auto store_all = [&](int64_t first, const auto& total) __attribute__((always_inline)) {
-    ahead.ask_for(first, sizeof(total) / sizeof(total[0]));
     C* target = to + first * vectors * kLanes<C>;
 #pragma GCC unroll 28
     for (const auto& pixel : total) {

@@ -101,11 +101,9 @@ void turn_images(const ConvPoolForward<T>& call, int64_t parts, int64_t first, i
         if ((runs.slices == 1 || is_met(0, z)) && (runs.rows == 1 || is_met(1, y))) {
           transpose_strided(from + z * layout.d[0] + y * layout.d[1], layout.c, layout.d[2], count, runs.columns,
                             target, pixel);
+        } else if (count == channels) {
+          fill_zeros(target, runs.columns * pixel - (pixel - channels));
         } else {
-          if (count == channels) {
-            fill_zeros(target, runs.columns * pixel - (pixel - channels));
-            continue;
-          }
           for (int64_t x = 0; x < runs.columns; ++x) fill_zeros(target + x * pixel, count);
         }
       }
