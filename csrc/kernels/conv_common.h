@@ -19,6 +19,12 @@ FASTNN_INLINE int64_t round_up(int64_t a, int64_t multiple) {
   return divide_up(a, multiple) * multiple;
 }
 
+// Numbers of a packed weight for each element of its depth.
+template <class E>
+FASTNN_INLINE int64_t packed_width(int64_t out_channels) {
+  return kSums<E> * round_up(out_channels, kLanes<Compute<E>>);
+}
+
 // Into how many parts the rows of each of `others` pieces of work are cut, of which every thread has an equal share: a
 // part costs its rows, and `again` that are computed for its neighbour as well.
 FASTNN_INLINE int64_t parts_of_rows(int64_t others, int64_t rows, double again, int64_t threads) {
@@ -176,6 +182,12 @@ FASTNN_INLINE Vec<C> add_squares(const T* run, int64_t count, Vec<C> total) {
 FASTNN_INLINE Vec<float> add_squares(const bfloat16x2* run, int64_t count, Vec<float> total) {
   return add_squares(reinterpret_cast<const bfloat16*>(run), 2 * count, total);
 }
+FASTNN_INLINE Vec<float> add_squares(const Floats<2>* run, int64_t count, Vec<float> total) {
+  return add_squares(run->channel, 2 * count, total);
+}
+FASTNN_INLINE Vec<float> add_squares(const Floats<4>* run, int64_t count, Vec<float> total) {
+  return add_squares(run->channel, 4 * count, total);
+}
 FASTNN_INLINE Vec<float> add_squares(const FirstOfPair* run, int64_t count, Vec<float> total) {
   return add_squares(reinterpret_cast<const bfloat16*>(run), count, total);
 }
@@ -208,6 +220,19 @@ constexpr int64_t kShareOfL3 = 6 << 20;
 constexpr double kCopyCost = 0.25, kStridedCost = 0.6, kTransposeCost = 1, kSingleCost = 2, kRunCost = 40;
 FASTNN_INLINE double copy_cost(int64_t stride) {
   return stride == 1 ? kCopyCost : stride <= kMostStride ? kStridedCost : kSingleCost;
+}
+
+// Of so many columns' channels brought into channels last: blocks of columns and channels, of which some are not full.
+template <class T>
+double turned_run_cost(const ConvLayout& input, int64_t channels, int64_t columns) {
+  constexpr bool narrow = sizeof(T) == sizeof(bfloat16);
+  constexpr int64_t kColumns = narrow ? 8 : kLanes<float>, kChannels = narrow ? 32 : kLanes<float>;
+  constexpr double kPart = narrow ? 100 : 65;
+  const double element = input.d[2] == 1 ? 0.45 : 0.7;  // picked from its run
+  const double block = narrow ? 110 : element * kColumns * kChannels;
+  const double blocks =
+      static_cast<double>(divide_up(columns, kColumns)) * block + (columns % kColumns != 0 ? kPart : 0);
+  return blocks * static_cast<double>(divide_up(channels, kChannels));
 }
 
 // Of a place in a vector of windows: pool_row's fast way is for few rows and columns.

@@ -41,7 +41,7 @@ class DirectForward {
       for (int d = 0; d < 3; ++d) step_[d] = layout.d[d];
       channel_step_ = layout.c;
     } else {
-      step_[2] = channels_inside() ? g_.in_channels : 1;
+      step_[2] = channels_inside() ? tile_pixel<E>(g_.in_channels) : 1;
       step_[1] = step_[2] * input_extent(g_, 2, plan_.columns);
       step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
       channel_step_ = channels_inside() ? 1 : channel_step<C>(g_, plan_);
@@ -140,7 +140,8 @@ class DirectForward {
       if (in_phases()) {
         if constexpr (kHasPhases<E>) fill_phases(input, used);
       } else {
-        fill_tile(call_.geometry, input, layout, channels_inside(), g_.in_channels, used);
+        fill_tile(call_.geometry, input, layout, channels_inside(), channels_inside() ? step_[2] : g_.in_channels,
+                  used);
       }
     }
     tile_is_moderate_ = false;
@@ -170,13 +171,14 @@ class DirectForward {
   void run_block(int64_t block, int64_t slice, int64_t first, int64_t last) {
     const int64_t channels = smaller(g_.out_channels - block * kBlockChannels<C>, kBlockChannels<C>);
     if (!ring_shape_.persistent) ring(block).forget();
-    if (channels > kLanes<C>) {
-      call_.winners ? run_band<2, true>(block, channels, slice, first, last)
-                    : run_band<2, false>(block, channels, slice, first, last);
-    } else {
-      call_.winners ? run_band<1, true>(block, channels, slice, first, last)
-                    : run_band<1, false>(block, channels, slice, first, last);
+    if constexpr (!kIsOfFloats<E>) {
+      if (channels > kLanes<C>) {
+        return call_.winners ? run_band<2, true>(block, channels, slice, first, last)
+                             : run_band<2, false>(block, channels, slice, first, last);
+      }
     }
+    call_.winners ? run_band<1, true>(block, channels, slice, first, last)
+                  : run_band<1, false>(block, channels, slice, first, last);
   }
 
   template <int vectors, bool with_winners>
@@ -213,7 +215,8 @@ class DirectForward {
     const int64_t columns = plan_.in_place ? smaller(box.size[2], g_.input[2] - box.first[2]) : box.size[2];
     const int64_t rows = plan_.in_place ? smaller(box.size[1], g_.input[1] - box.first[1]) : 1;
     const int64_t pixels = plan_.in_place ? columns : columns * box.size[1];
-    const int64_t length = inside ? pixels * g_.in_channels : pixels, runs = inside ? 1 : g_.in_channels;
+    const int64_t pixel = plan_.in_place ? g_.in_channels : step_[2];
+    const int64_t length = inside ? pixels * pixel : pixels, runs = inside ? 1 : g_.in_channels;
     const bool joined = step_[2] == (inside ? g_.in_channels : 1);
     if (plan_.in_place && (!joined || length < kShort)) return false;
     Vec<C> total = {};
@@ -232,7 +235,7 @@ class DirectForward {
   bool block_is_moderate(int64_t block, const Vec<C> (&bias)[vectors]) const {
     int8_t& known = scratch_.moderate[group_ * divide_up(g_.out_channels, kBlockChannels<C>) + block];
     if (known < 0) {
-      Vec<C> total = add_squares(block_weight(block), depth_ * vectors * kLanes<C>, Vec<C>{});
+      Vec<C> total = add_squares(block_weight(block), depth_ * vectors * kSums<E> * kLanes<C>, Vec<C>{});
       for (int v = 0; v < vectors; ++v) total += bias[v] * bias[v];
       known = is_finite<C>(total);
     }
@@ -242,7 +245,7 @@ class DirectForward {
   const Weight<E>* block_weight(int64_t block) const {
     const int64_t depth = in_phases() ? phases_.positions * phases_.depth : depth_;
     return reinterpret_cast<const Weight<E>*>(call_.packed) +
-           depth * (group_ * round_up(g_.out_channels, kLanes<C>) + block * kBlockChannels<C>);
+           depth * (group_ * packed_width<E>(g_.out_channels) + block * kBlockChannels<C>);
   }
 
   // The tile's element under the first tap of a conv row's first pixel.

@@ -49,7 +49,7 @@ template <class E>
 double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan, int64_t row) {
   constexpr double kInFlight = 8;               // accumulators that keep the multipliers busy
   constexpr double kLoads = 3, kCrowded = 1.2;  // of a tile of one vector, beside one for each pixel
-  const int64_t vectors = divide_up(g.out_channels, kLanes<Compute<E>>);
+  const int64_t vectors = packed_width<E>(g.out_channels) / kLanes<Compute<E>>;
   const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
   const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
   const int64_t together = ring.together ? smaller(ring.slices * rows, rows_of_tile<2>(static_cast<int>(row))) : 1;
@@ -81,6 +81,19 @@ double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, bool in_
   return waits ? kByte * static_cast<double>(bytes) : 0;
 }
 
+// The same of elements of several channels, side by side.
+template <class E>
+double lateness(const ConvPoolGeometry& g, const ConvLayout& input) {
+  constexpr double kByte = 0.12, kApartByte = 0.45;
+  constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
+  const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(E));
+  if (g.batch * g.groups * bytes <= kNear) return 0;
+  const bool apart = input.c != 1 ? g.groups * bytes > kFar : g.groups > 1;
+  const double met =
+      apart && input.c != 1 ? 1 : share_met(g, 0) * share_met(g, 1) * (input.c == 1 ? share_met(g, 2) : 1);
+  return (apart ? kApartByte : kByte) * met * static_cast<double>(bytes);
+}
+
 // For one image and group.
 template <class E, class C = Compute<E>>
 double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
@@ -92,7 +105,10 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   constexpr double kItem = 300, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
   const double windows =
       static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
-  const double cost = kItem + kRow * conv_rows + windows;
+  constexpr double kAddUp = 3 * kChannels<E>;  // of a conv pixel's sums
+  const double sums = kIsOfFloats<E> ? kAddUp * static_cast<double>(row * g.conv[0] * g.conv[1]) : 0;
+  const double late = kIsOfFloats<E> ? lateness<E>(g, input) : 0;
+  const double cost = kItem + kRow * conv_rows + windows + sums + late;
   const int64_t tile_rows = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts *
                             input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   const auto looks_at = [&](bool all) {  // numbers that might not be finite
@@ -117,6 +133,16 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
     return cost + multiplications * parts * share_inside(g) * crowded + conv_rows * inside_passes(g) * (kPass + added);
   }
   if (kStartsPair<E>) return cost + multiplications + interleaving + looks_at(row_pairs_reach_beyond(g));
+  if (kIsOfFloats<E>) {
+    const int64_t channels = kChannels<E> * g.in_channels,
+                  columns = smaller(g.input[2], input_extent(g, 2, plan.columns));
+    constexpr double kColumn = 2;
+    const bool joined = input.c == 1 && input.d[2] == channels;
+    const double copied = input.c == 1 ? static_cast<double>(columns) *
+                                             (kCopyCost * static_cast<double>(channels) + (joined ? 0 : kColumn))
+                                       : turned_run_cost<C>(input, channels, columns);
+    return cost + multiplications + (plan.in_place ? 0 : static_cast<double>(tile_rows) * (copied + kRunCost));
+  }
   constexpr double kFarCopy = 2.5;  // of an element of a short run from memory
   constexpr int64_t kFar = 8 << 20;
   const bool far = plan.order != TapOrder::channels_last && group_size(g) * static_cast<int64_t>(sizeof(C)) > kFar;

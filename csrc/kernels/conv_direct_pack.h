@@ -84,6 +84,55 @@ inline void pack_row_pairs(const ConvPoolGeometry& g, int64_t pairs, const bfloa
 }
 #endif
 
+// The weights of `count` output channels -> to (depth, outputs, channels of an element), which is zero. `g` counts
+// elements, of which the last may lack some channels.
+template <int some>
+void pack_floats(const ConvPoolGeometry& g, TapOrder order, int64_t channels, const float* from,
+                 const ConvLayout& layout, int64_t count, float* to) {
+  constexpr int64_t kRow = kSums<Floats<some>> * kLanes<float>, kTaps = 64;  // numbers of a step; taps at a time
+  const int64_t taps = g.taps();
+  const auto copy_channels = [&](const float* source, int64_t c, float* target) __attribute__((always_inline)) {
+    if (layout.c == 1 && channels - c >= some) {
+      __builtin_memcpy(target, source, sizeof(Floats<some>));
+    } else {
+      for (int64_t i = 0; i < some && i < channels - c; ++i) target[i] = source[i * layout.c];
+    }
+  };
+  const bool joined = layout.d[2] == 1 && layout.d[1] == g.kernel[2] && layout.d[0] == g.kernel[1] * g.kernel[2];
+  if (layout.c == 1 || taps == 1 || !joined) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const float* source = from + tap_offset(g, layout, tap);
+      float* target = to + tap_position(g, order, 0, tap) * kRow;
+      for (int64_t c = 0; c < channels; c += some, target += kRow) {
+        for (int64_t o = 0; o < count; ++o) {
+          copy_channels(source + o * layout.n + c * layout.c, c, target + o * some);
+        }
+      }
+    }
+    return;
+  }
+  Floats<some> numbers[kRow / some][kTaps] = {};  // of an element's channels
+  for (int64_t first = 0; first < taps; first += kTaps) {
+    const int64_t here = smaller(kTaps, taps - first);
+    int64_t places[kTaps];
+    for (int64_t t = 0; t < here; ++t) places[t] = tap_position(g, order, 0, first + t) * kRow;
+    for (int64_t c = 0; c < channels; c += some) {
+      const int64_t left = smaller(some, channels - c);
+      if (left < some) fill_zeros(numbers[0], count * kTaps);
+      for (int64_t o = 0; o < count; ++o) {
+        const float* source = from + o * layout.n + c * layout.c + first;
+        transpose_matrix(source, layout.c, left, here, numbers[o]->channel, some);
+      }
+      for (int64_t t = 0; t < here; ++t) {
+        float* target = to + places[t] + c / some * kRow;
+        for (int64_t o = 0; o < kRow / some; ++o) {
+          __builtin_memcpy(target + o * some, &numbers[o][t], sizeof(numbers[o][t]));
+        }
+      }
+    }
+  }
+}
+
 // weight -> [group][block of channels][depth][vectors x lanes], zeros where a block has fewer channels
 template <class E, class T>
 void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item) {
@@ -98,7 +147,14 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
     const int64_t width = round_up(count, kLanes<C>);
     const T* from = call.weight + (group * g.out_channels + first) * layout.n;
     Weight<E>* to =
-        reinterpret_cast<Weight<E>*>(call.packed) + group * depth * round_up(g.out_channels, kLanes<C>) + first * depth;
+        reinterpret_cast<Weight<E>*>(call.packed) + group * depth * packed_width<E>(g.out_channels) + first * depth;
+    if constexpr (kIsOfFloats<E>) {
+      if (count * kChannels<E> < packed_width<E>(count) || call.geometry.in_channels % kChannels<E> != 0) {
+        fill_zeros(to, depth * packed_width<E>(count));
+      }
+      pack_floats<kChannels<E>>(g, call.plan.order, call.geometry.in_channels, from, layout, count, to);
+      continue;
+    }
     if (count < width) {
       for (int64_t k = 0; k < depth; ++k) {
         for (int64_t c = count; c < width; ++c) to[k * width + c] = {};

@@ -18,13 +18,15 @@ constexpr int64_t kPhaseBytes = 384 << 10;  // a band's input, transformed
 
 // Of elements that conv_row_phases.h is for.
 template <class E>
-constexpr bool kHasPhases = sizeof(E) == sizeof(float) && !kIsPair<E>;
+constexpr bool kHasPhases = kChannels<E> == 1 && sizeof(E) == sizeof(float);
 
 template <class E>
-constexpr ConvAlgorithm kDirectAlgorithm = kIsPair<E>       ? ConvAlgorithm::pairs
-                                           : kStartsPair<E> ? ConvAlgorithm::row_pairs
-                                           : kIsOfMatrix<E> ? ConvAlgorithm::matrix
-                                                            : ConvAlgorithm::direct;
+constexpr ConvAlgorithm kDirectAlgorithm = kIsPair<E>          ? ConvAlgorithm::pairs
+                                           : kStartsPair<E>    ? ConvAlgorithm::row_pairs
+                                           : kIsOfMatrix<E>    ? ConvAlgorithm::matrix
+                                           : kChannels<E> == 2 ? ConvAlgorithm::by_two
+                                           : kChannels<E> == 4 ? ConvAlgorithm::by_four
+                                                               : ConvAlgorithm::direct;
 
 // Whether a row's pixels are computed one by one, from a tile or in place.
 FASTNN_INLINE bool makes_plain_rows(const ConvPoolPlan& plan) {
@@ -91,6 +93,11 @@ int64_t channel_step(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   const int64_t size = input_extent(g, 0, 1) * input_extent(g, 1, plan.band) * input_extent(g, 2, plan.columns);
   return plan.order == TapOrder::channels_last || size < line ? size : round_up(size, 2 * line) + line;
 }
+template <class E>
+int64_t tile_size(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  const int64_t channels = plan.order == TapOrder::channels_last ? tile_pixel<E>(g.in_channels) : g.in_channels;
+  return channels * channel_step<Compute<E>>(g, plan) + elements_behind<E>(g);
+}
 
 // Of a band's transformed input, from one position to the next: the products at one read a single run. An odd number of
 // cache lines, as above.
@@ -130,9 +137,7 @@ struct DirectScratch {
     const int64_t stage_pixels = plan.band * plan.columns;
     MemoryParts parts(memory);
     const bool in_phases = plan.algorithm == ConvAlgorithm::phases;
-    tile = parts.take<E>(in_phases       ? phase_tile_size<C>(g, plan)
-                         : plan.in_place ? 0
-                                         : g.in_channels * channel_step<C>(g, plan) + elements_behind<E>(g));
+    tile = parts.take<E>(in_phases ? phase_tile_size<C>(g, plan) : plan.in_place ? 0 : tile_size<E>(g, plan));
     int64_t parted_size = 0, depth = g.depth();
     if (in_phases) {
       const PhaseShape<C> phases(g, ring_size.columns);
@@ -155,7 +160,7 @@ struct DirectScratch {
 // Bytes of the packed weight of so many output channels of a group.
 template <class E>
 int64_t weight_bytes(const ConvPoolGeometry& g, int64_t channels) {
-  return divide_up(channels, kLanes<Compute<E>>) * product_depth<E>(g) * FASTNN_VECTOR_BYTES;
+  return packed_width<E>(channels) * product_depth<E>(g) * static_cast<int64_t>(sizeof(Compute<E>));
 }
 // Those of a group and of a block that stay in L2.
 constexpr int64_t kNearWeight = 1 << 20, kNearBlock = 512 << 10;
@@ -180,7 +185,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   plan.algorithm = algorithm;
   plan.skips_padding = skips_padding;
   plan.in_place = lies && (skips_padding || kIsOfMatrix<E> || can_stay_in_place<E>(g, input, false));
-  const bool channels_last = kIsOfRun<E> || (input.c == 1 && g.in_channels > 1 && input.d[2] != 1);
+  const bool channels_last = kIsOfRun<E> || kIsOfFloats<E> || (input.c == 1 && g.in_channels > 1 && input.d[2] != 1);
   plan.order = skips_padding ? inside_order(g) : channels_last ? TapOrder::channels_last : TapOrder::channels_first;
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
   const int64_t column = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, 1) * g.stride[2];
@@ -221,7 +226,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
                                              : smaller(blocks, divide_up(threads, plan.items));
   plan.items *= plan.block_parts;
   plan.pack_items = g.groups * blocks;
-  plan.packed_size = g.groups * product_depth<E>(g) * round_up(g.out_channels, kLanes<C>);
+  plan.packed_size = g.groups * product_depth<E>(g) * packed_width<E>(g.out_channels);
   plan.scratch_size = DirectScratch<E>(g, plan, nullptr).size;
   return plan;
 }

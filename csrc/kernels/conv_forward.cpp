@@ -18,24 +18,33 @@ namespace {
 template <class T>
 constexpr bool kHasWinograd = sizeof(Compute<T>) == sizeof(float);
 
-// Direct convolution, by pairs or a matrix unit where that is cheaper.
+// Direct convolution, by several channels at a time or a matrix unit where that is cheaper. The weight serves `images`.
 template <class T>
-ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool exact,
+ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int64_t images, int64_t threads, bool exact,
                         double& costs) {
   using C = Compute<T>;
   ConvPoolPlan least = choose_direct<T, C>(g, input, threads, sizeof(T) == sizeof(C), costs);
-  if (!kHasPairs<T> || !isa_multiplies_pairs()) return least;
   const auto take_cheaper = [&](const ConvPoolPlan& plan, double plan_costs) {
     if (plan_costs >= costs) return;
     costs = plan_costs;
     least = plan;
   };
+  constexpr double kPackFloats = 0.5;  // of what packing takes, which is not counted elsewhere, in addition
   double pairs_costs;
-  const bool lies = lies_in_pairs(g, input);
-  const ConvLayout layout = lies ? tile_layout<bfloat16x2>(input) : input;
-  const ConvPoolPlan pairs =
-      choose_direct<T, bfloat16x2>(tile_geometry<bfloat16x2>(g), layout, threads, lies, pairs_costs);
-  take_cheaper(pairs, pairs_costs);
+  const auto consider_elements = [&](auto element) {
+    using E = decltype(element);
+    const bool lies = lies_in_elements<E>(g, input);
+    const ConvLayout layout = lies ? tile_layout<E>(input) : input;
+    const ConvPoolPlan plan = choose_direct<T, E>(tile_geometry<E>(g), layout, threads, lies, pairs_costs);
+    if (kIsOfFloats<E>) pairs_costs += kPackFloats * packing_cost(g, images);
+    take_cheaper(plan, pairs_costs);
+  };
+  if constexpr (kHasFloats<T>) {
+    if (floats_apply<Floats<2>>(g)) consider_elements(Floats<2>{});
+    if (floats_apply<Floats<4>>(g)) consider_elements(Floats<4>{});
+  }
+  if (!kHasPairs<T> || !isa_multiplies_pairs()) return least;
+  consider_elements(bfloat16x2{});
   if (row_pairs_apply(g) && (!exact || !row_pairs_reach_beyond(g))) {
     const ConvPoolPlan row_pairs = choose_direct<T, FirstOfPair>(g, input, threads, false, pairs_costs);
     take_cheaper(row_pairs, pairs_costs);
@@ -55,7 +64,7 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
                              int64_t images, int64_t threads, bool exact) {
   using C = Compute<T>;
   double least_costs;
-  ConvPoolPlan least = plan_tiles<T>(g, input, threads, exact, least_costs);
+  ConvPoolPlan least = plan_tiles<T>(g, input, images, threads, exact, least_costs);
   // Of equal ones the first.
   const auto consider = [&](double costs, const auto& plan) {
     if (costs >= least_costs) return;
@@ -191,6 +200,12 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
     case ConvAlgorithm::matrix:
       if constexpr (kHasPairs<T>) pack_direct<MatrixNumber>(call, first_item, last_item);
       return;
+    case ConvAlgorithm::by_two:
+      if constexpr (kHasFloats<T>) pack_direct<Floats<2>>(call, first_item, last_item);
+      return;
+    case ConvAlgorithm::by_four:
+      if constexpr (kHasFloats<T>) pack_direct<Floats<4>>(call, first_item, last_item);
+      return;
     case ConvAlgorithm::rows:
       return pack_blocks(call, kRowOutputs, first_item, last_item);
     case ConvAlgorithm::windows:
@@ -224,6 +239,12 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
       return;
     case ConvAlgorithm::matrix:
       if constexpr (kHasPairs<T>) forward_direct<MatrixNumber>(call, first_item, last_item, scratch);
+      return;
+    case ConvAlgorithm::by_two:
+      if constexpr (kHasFloats<T>) forward_direct<Floats<2>>(call, first_item, last_item, scratch);
+      return;
+    case ConvAlgorithm::by_four:
+      if constexpr (kHasFloats<T>) forward_direct<Floats<4>>(call, first_item, last_item, scratch);
       return;
     case ConvAlgorithm::rows:
       return forward_rows(call, first_item, last_item, scratch);

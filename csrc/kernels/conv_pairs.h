@@ -1,5 +1,10 @@
-// Pairs as elements of the weight, for bfloat16 where one instruction multiplies two.
+// Elements of the tile and the weight that are several channels.
 //
+// Floats: where an output's channels do not fill two vectors, each has lanes for the products with two or four of the
+// input's channels, which are added up in the end. A tile of one vector takes a load for each multiplication, which is
+// as many as there are in a cycle.
+//
+// Pairs, for bfloat16 where one instruction multiplies two:
 // Pairs of channels are elements of the tile too; an odd last channel has a zero beside it. Or a row of the kernel is
 // one run of columns and channels, side by side in a tile of single numbers, and each pair begins with any of these:
 // fewer products where channels are odd. An odd run's last pair ends with a number beyond the row, by a weight of zero,
@@ -25,6 +30,18 @@ template <class E>
 constexpr bool kIsOfMatrix = false;
 template <>
 constexpr bool kIsOfMatrix<MatrixNumber> = true;
+template <class E>
+constexpr bool kIsOfFloats = false;
+template <int count>
+constexpr bool kIsOfFloats<Floats<count>> = true;
+// Channels of an element.
+template <class E>
+constexpr int kChannels = kIsPair<E> ? 2 : 1;
+template <int count>
+constexpr int kChannels<Floats<count>> = count;
+// Vectors of a tile's sums, and of the weight, that make a vector of output channels.
+template <class E>
+constexpr int kSums = kIsOfFloats<E> ? 2 : 1;
 // Whether the tile has single numbers, channels last, that are multiplied in runs.
 template <class E>
 constexpr bool kIsOfRun = kStartsPair<E> || kIsOfMatrix<E>;
@@ -42,8 +59,27 @@ template <>
 struct WeightOf<MatrixNumber> {
   using Type = bfloat16x2;
 };
+template <int count>
+struct WeightOf<Floats<count>> {
+  using Type = float;
+};
 template <class E>
 using Weight = typename WeightOf<E>::Type;
+
+// Whether outputs fit into a tile of elements Floats<count>.
+#if defined(__AVX512F__) || defined(__AVX2__)
+template <class T>
+constexpr bool kHasFloats = false;
+template <>
+constexpr bool kHasFloats<float> = true;
+#else
+template <class T>
+constexpr bool kHasFloats = false;
+#endif
+template <class E>
+FASTNN_INLINE bool floats_apply(const ConvPoolGeometry& g) {
+  return g.out_channels <= kSums<E> * kLanes<float> / kChannels<E> && g.in_channels > kChannels<E> / 2;
+}
 
 // Whether inputs of type T can be multiplied in pairs, as far as the compiler knows; isa_multiplies_pairs knows the
 // rest.
@@ -72,7 +108,7 @@ constexpr int kSumVectors = kZipsRuns<E> ? 2 : 1;
 // The problem as a tile of elements E has it.
 template <class E>
 FASTNN_INLINE ConvPoolGeometry tile_geometry(ConvPoolGeometry g) {
-  if (kIsPair<E>) g.in_channels = divide_up(g.in_channels, 2);
+  g.in_channels = divide_up(g.in_channels, kChannels<E>);
   return g;
 }
 
@@ -101,15 +137,17 @@ FASTNN_INLINE bool row_pairs_reach_beyond(const ConvPoolGeometry& g) {
   return row_run(g) % 2 != 0;
 }
 
-// Whether the input's pairs lie side by side, to be read there, and their strides. `g` counts single channels.
-FASTNN_INLINE bool lies_in_pairs(const ConvPoolGeometry& g, const ConvLayout& input) {
-  return input.c == 1 && g.in_channels % 2 == 0 && input.n % 2 == 0 && input.d[0] % 2 == 0 && input.d[1] % 2 == 0 &&
-         input.d[2] % 2 == 0;
+// Whether an element's channels lie side by side, to be read there, and their strides. `g` counts single channels.
+template <class E>
+FASTNN_INLINE bool lies_in_elements(const ConvPoolGeometry& g, const ConvLayout& input) {
+  const auto is_whole = [](int64_t channels) { return channels % kChannels<E> == 0; };
+  return input.c == 1 && is_whole(g.in_channels) && is_whole(input.n) && is_whole(input.d[0]) && is_whole(input.d[1]) &&
+         is_whole(input.d[2]);
 }
 template <class E>
 FASTNN_INLINE ConvLayout tile_layout(const ConvLayout& input) {
-  if (!kIsPair<E>) return input;
-  return {input.n / 2, input.c, {input.d[0] / 2, input.d[1] / 2, input.d[2] / 2}};
+  constexpr int64_t count = kChannels<E>;
+  return {input.n / count, input.c, {input.d[0] / count, input.d[1] / count, input.d[2] / count}};
 }
 
 // An element of the tile by a vector of the weight's.
@@ -120,6 +158,35 @@ FASTNN_INLINE Vec<C> broadcast_element(const C* x) {
 template <class E>
 FASTNN_INLINE Vec<Compute<E>> add_products(Vec<Compute<E>> x, Vec<Compute<E>> y, Vec<Compute<E>> z) {
   return multiply_add(x, y, z);
+}
+
+#if defined(__AVX512F__)
+FASTNN_INLINE Vec<float> broadcast_element(const Floats<2>* x) {
+  double bits;
+  __builtin_memcpy(&bits, x, sizeof(bits));
+  return (Vec<float>)_mm512_set1_pd(bits);
+}
+FASTNN_INLINE Vec<float> broadcast_element(const Floats<4>* x) {
+  return (Vec<float>)_mm512_broadcast_f32x4(_mm_loadu_ps(x->channel));
+}
+#elif defined(__AVX2__)
+FASTNN_INLINE Vec<float> broadcast_element(const Floats<2>* x) {
+  double bits;
+  __builtin_memcpy(&bits, x, sizeof(bits));
+  return (Vec<float>)_mm256_set1_pd(bits);
+}
+FASTNN_INLINE Vec<float> broadcast_element(const Floats<4>* x) {
+  const __m128 four = _mm_loadu_ps(x->channel);
+  return (Vec<float>)_mm256_set_m128(four, four);
+}
+#endif
+
+// The sums of each output's lanes. Of those of four channels, a half of the vector.
+template <int channels, class V>
+FASTNN_INLINE V add_channels(V x, V y) {
+  const V sums = every_second<float>(x, y) + every_second<float, 1>(x, y);
+  if constexpr (channels > 2) return add_channels<channels / 2>(sums, sums);
+  return sums;
 }
 
 // What elements E consist of, and how many of these a vector has.
@@ -152,6 +219,47 @@ FASTNN_INLINE Vec<Compute<E>> negative_zeros_beyond(int count) {
   C lanes[kLanes<C>] = {};
   for (int i = count; i < kLanes<C>; ++i) lanes[i] = -C(0);
   return load(lanes);
+}
+
+// From one pixel of a tile to the next, where channels come last. Pixels whole kilobytes apart would meet in few of the
+// cache's sets: those of floats get a line in between.
+template <class E>
+FASTNN_INLINE int64_t tile_pixel(int64_t elements) {
+  constexpr int64_t kCrowded = 1024, kLine = 64, size = sizeof(E);
+  return elements + (kIsOfFloats<E> && elements * size % kCrowded == 0 ? kLine / size : 0);
+}
+
+// conv_common.h has copy_columns for elements that are single channels; here they come last.
+template <class T>
+void bring_channels_together(const T* from, const ConvLayout& layout, int64_t channels, int64_t count, T* to,
+                             int64_t pitch) {
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+  if (count <= 0) return;
+  for (int64_t c = channels; c < pitch; ++c) {
+    for (int64_t w = 0; w < count; ++w) to[w * pitch + c] = {};
+  }
+  if (channels > 1 && layout.c != 1) {
+    return transpose_strided(from, layout.c, layout.d[2], channels, count, to, pitch);
+  }
+  if (layout.d[2] == channels && pitch == channels) {
+    __builtin_memcpy(to, from, count * bytes);
+    return;
+  }
+  if constexpr (sizeof(T) == sizeof(float)) {  // as many instructions as vectors
+    for (int64_t w = 0; w < count; ++w, from += layout.d[2], to += pitch) {
+      for (int64_t c = 0; c < channels; c += kLanes<T>) {
+        store_up_to<T>(to + c, load_up_to<T>(from + c, channels - c), pitch - c);
+      }
+    }
+    return;
+  }
+  for (int64_t w = 0; w < count; ++w) __builtin_memcpy(to + w * pitch, from + w * layout.d[2], bytes);
+}
+template <int some>
+void copy_columns(const float* from, const ConvLayout& layout, int64_t channels, bool, int64_t, int64_t count,
+                  Floats<some>* to) {
+  const int64_t pitch = some * tile_pixel<Floats<some>>(divide_up(channels, some));
+  bring_channels_together(from, layout, channels, count, to->channel, pitch);
 }
 
 #if defined(__AVX512F__)
@@ -213,17 +321,8 @@ inline void copy_run(const bfloat16* from, int64_t stride, int64_t count, bfloat
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, bfloat16* to) {
-  const int64_t run = channels_last ? channels : 1, bytes = run * static_cast<int64_t>(sizeof(bfloat16));
-  if (!channels_last) from += c * layout.c;
-  if (count <= 0) return;
-  if (run > 1 && layout.c != 1) {
-    return transpose_strided(from, layout.c, layout.d[2], channels, count, to, channels);
-  }
-  if (layout.d[2] == run) {
-    __builtin_memcpy(to, from, count * bytes);
-    return;
-  }
-  for (int64_t w = 0; w < count; ++w) __builtin_memcpy(to + w * run, from + w * layout.d[2], bytes);
+  const int64_t run = channels_last ? channels : 1;
+  bring_channels_together(channels_last ? from : from + c * layout.c, layout, run, count, to, run);
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, bfloat16x2* to) {
@@ -231,14 +330,7 @@ inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t
     const bfloat16* even = from + 2 * c * layout.c;
     return zip_runs(even, 2 * c + 1 < channels ? even + layout.c : nullptr, layout.d[2], count, to);
   }
-  bfloat16* const elements = reinterpret_cast<bfloat16*>(to);
-  if (channels % 2 == 0) return copy_columns(from, layout, channels, true, c, count, elements);
-  const int64_t pairs = divide_up(channels, 2), bytes = channels * static_cast<int64_t>(sizeof(bfloat16));
-  for (int64_t w = 0; w < count; ++w) to[w * pairs + pairs - 1].odd = {};
-  if (layout.c != 1) {
-    return transpose_strided(from, layout.c, layout.d[2], channels, count, elements, 2 * pairs);
-  }
-  for (int64_t w = 0; w < count; ++w) __builtin_memcpy(to + w * pairs, from + w * layout.d[2], bytes);
+  bring_channels_together(from, layout, channels, count, reinterpret_cast<bfloat16*>(to), 2 * divide_up(channels, 2));
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, FirstOfPair* to) {

@@ -71,8 +71,8 @@ FASTNN_INLINE bool asks_ahead(const ConvPoolGeometry& g, const InputSource<E>& i
 // of inside_order.
 template <int vectors, class E, class C = Compute<E>>
 FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const int64_t* offsets,
-                                   const E* weight, const Vec<C> (&bias)[vectors], int64_t z, int64_t y, int64_t first,
-                                   int64_t count, C* to) {
+                                   const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t z, int64_t y,
+                                   int64_t first, int64_t count, C* to) {
   constexpr int64_t width = vectors * kLanes<C>;
   for (int64_t x = 0; x < count; ++x) {
     for (int v = 0; v < vectors; ++v) store(to + x * width + v * kLanes<C>, bias[v]);
@@ -112,8 +112,8 @@ FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<
     for (int64_t d = slices.first; d < slices.last; d = all_rows ? slices.last : d + 1) {
       const int64_t k = ((pass * g.kernel[0] + d) * g.kernel[1] + rows.first) * run;
       const int64_t depth = (all_rows ? slices.last - d : 1) * (rows.last - rows.first) * run;
-      conv_groups<1, vectors>(corner + pixels.first * step, step, offsets + k, depth, weight + k * width, zero,
-                              pixels.last - pixels.first, add);
+      conv_groups<1, vectors>(corner + pixels.first * step, step, offsets + k, depth, weight + k * width * kSums<E>,
+                              zero, pixels.last - pixels.first, add);
     }
   }
 }

@@ -13,10 +13,10 @@ constexpr int kShortRow = 7, kShortRows = 4;  // pixels of such a row; rows of a
 template <class C>
 constexpr bool kMakesTogether = sizeof(C) == sizeof(float);
 
-// How many rows of `pixels` a register tile holds.
-template <int vectors>
+// How many rows of `pixels`, of so many sums each, a register tile holds.
+template <int sums>
 FASTNN_INLINE constexpr int rows_of_tile(int pixels) {
-  const int fit = kConvPixels<vectors> / pixels;
+  const int fit = kConvPixels<sums> / pixels;
   return fit < 1 ? 1 : fit < kShortRows ? fit : kShortRows;
 }
 
@@ -31,7 +31,7 @@ FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, 
                                    int64_t depth, const Weight<E>* weight, const Vec<C> (&bias)[vectors],
                                    int64_t count) {
   with_constant<kShortRow>(static_cast<int>(count), [&](auto columns) {
-    constexpr int pixels = decltype(columns)::value, most = rows_of_tile<vectors>(pixels);
+    constexpr int pixels = decltype(columns)::value, most = rows_of_tile<vectors * kSums<E>>(pixels);
     const int64_t tiles = divide_up(row_count, most);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = row_count * t / tiles, last = row_count * (t + 1) / tiles;

@@ -49,23 +49,24 @@ constexpr int64_t kRowsAhead = 96;  // of the weight, asked for before they are 
 template <int rows, int pixels, int vectors, class E, class Finish, class C = Compute<E>>
 FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const int64_t* offsets, int64_t depth,
                              const Weight<E>* weight, const Vec<C> (&bias)[vectors], const Finish& finish) {
-  Vec<C> total[rows * pixels][vectors];
+  constexpr int sums = vectors * kSums<E>;
+  Vec<C> total[rows * pixels][sums];
 #pragma GCC unroll 28
   for (int p = 0; p < rows * pixels; ++p) {
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) total[p][v] = bias[v];
+    for (int v = 0; v < sums; ++v) total[p][v] = kIsOfFloats<E> ? -Vec<C>{} : bias[v % vectors];
   }
   OffsetsAhead ahead(offsets, depth);
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const int64_t offset = ahead.take(k);
-    Vec<C> right[vectors];
-    for (int v = 0; v < vectors; ++v) {
+    Vec<C> right[sums];
+    for (int v = 0; v < sums; ++v) {
       right[v] = load(weight + v * kLanes<C>);
       keep_in_register(right[v]);  // or few pixels would each load it again
     }
     // Two multiply-adds a cycle are through with a row of the weight before the next one comes from L2 or beyond.
-    for (int v = 0; v < vectors; ++v) __builtin_prefetch(weight + (kRowsAhead * vectors + v) * kLanes<C>);
-    weight += vectors * kLanes<C>;
+    for (int v = 0; v < sums; ++v) __builtin_prefetch(weight + (kRowsAhead * sums + v) * kLanes<C>);
+    weight += sums * kLanes<C>;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       const E* from = tile[r] + offset;
@@ -74,13 +75,21 @@ FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const i
         // Four pixels are reached from one address.
         if (p > 0 && p % 4 == 0) from += 4 * step;
         const Vec<C> left = broadcast_element(from + p % 4 * step);
-        for (int v = 0; v < vectors; ++v) {
+        for (int v = 0; v < sums; ++v) {
           total[r * pixels + p][v] = add_products<E>(left, right[v], total[r * pixels + p][v]);
         }
       }
     }
   });
-  finish(total);
+  if constexpr (kIsOfFloats<E>) {
+    static_assert(vectors == 1 && sums == 2);
+    Vec<C> all[rows * pixels][1];
+#pragma GCC unroll 28
+    for (int p = 0; p < rows * pixels; ++p) all[p][0] = add_channels<kChannels<E>>(total[p][0], total[p][1]) + bias[0];
+    finish(all);
+  } else {
+    finish(total);
+  }
 }
 
 // A row of conv pixels to be made.
@@ -103,7 +112,7 @@ template <int taps, int vectors, class E, class Finish, class C = Compute<E>>
 FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
                                const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t count,
                                const Finish& finish) {
-  constexpr int most = kConvPixels<vectors> / taps;
+  constexpr int most = kConvPixels<vectors * kSums<E>> / taps;
   const int64_t tiles = divide_up(count, pixels_meet<E>(step) ? smaller(most, larger(1, kConvPixels<2> / taps)) : most);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;

@@ -53,22 +53,16 @@ FASTNN_INLINE TurnRuns turn_runs(const ConvPoolGeometry& g, const ConvLayout& in
   return {1, 1, g.input[0] * runs.columns};
 }
 
-// Of an image, in vector multiply-adds: blocks of some columns of some channels, of which some are not full. What does
-// not stay in L2 from call to call, or from being turned to being used, is waited for.
+// Of an image, in vector multiply-adds. What does not stay in L2 from call to call, or from being turned to being used,
+// is waited for.
 template <class T>
 double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr bool narrow = sizeof(T) == sizeof(bfloat16);
-  constexpr int64_t kColumns = narrow ? 8 : kLanes<float>, kChannels = narrow ? 32 : kLanes<float>;
-  constexpr double kPart = narrow ? 100 : 65;
-  const double element = input.d[2] == 1 ? 0.45 : 0.7;  // picked from its run
-  const double block = narrow ? 110 : element * kColumns * kChannels;
   constexpr double kLostByte = narrow ? 0 : 0.04, kFarByte = narrow ? 0 : 0.08, kFurtherByte = narrow ? 0.2 : 0.45;
   constexpr double kFurthestByte = narrow ? 1 : 0.45, kMappedByte = 4;  // whose pages are fresh at each call
   constexpr int64_t kNear = 1 << 20, kFar = 8 << 20, kFarOfMany = 5 << 19, kMapped = 32 << 20;
   const TurnRuns runs = turn_runs(g, input);
-  const double blocks =
-      static_cast<double>(divide_up(runs.columns, kColumns)) + (runs.columns % kColumns != 0 ? kPart / block : 0);
-  const double bands = static_cast<double>(divide_up(g.groups * g.in_channels, kChannels));
+  const int64_t channels = g.groups * g.in_channels;
   const int64_t bytes = image_size(g) * static_cast<int64_t>(sizeof(T));
   const bool far = bytes > kFar || (narrow && bytes > kFarOfMany && g.batch * bytes > kShareOfL3);
   const double byte = bytes > kMapped           ? kMappedByte
@@ -78,7 +72,7 @@ double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
                       : g.batch * bytes > kNear ? kLostByte
                                                 : 0;
   const double waits = byte * static_cast<double>(bytes);
-  return static_cast<double>(runs.slices * runs.rows) * block * blocks * bands + waits;
+  return static_cast<double>(runs.slices * runs.rows) * turned_run_cost<T>(input, channels, runs.columns) + waits;
 }
 
 // Parts [first, last) of the images, each cut into `parts` by its channels. Runs that the kernel strides over become

@@ -23,6 +23,12 @@ struct MatrixNumber {
   bfloat16 element;
 };
 
+// So many channels of a pixel, side by side: each output channel's products with them go to as many lanes.
+template <int count>
+struct Floats {
+  float channel[count];
+};
+
 // One kernel table a type: PerDtype<MlpKernels>{...}.get<float>() is MlpKernels<float>.
 template <template <class> class Kernels>
 struct PerDtype {
@@ -77,6 +83,10 @@ struct ComputeOf<FirstOfPair> {
 };
 template <>
 struct ComputeOf<MatrixNumber> {
+  using Type = float;
+};
+template <int count>
+struct ComputeOf<Floats<count>> {
   using Type = float;
 };
 template <class T>

@@ -35,19 +35,19 @@ FASTNN_INLINE Vec<T> zip_high(Vec<T> x, Vec<T> y) {
   return zip<T, kLanes<T> / 2>(x, y, typename CountUp<kLanes<T>>::Type{});
 }
 
-// x0 x2 ... y0 y2 ...
-template <class T, int... lane>
+// x0 x2 ... y0 y2 ... from lane `first` of each on
+template <class T, int first, int... lane>
 FASTNN_INLINE Vec<T> every_second(Vec<T> x, Vec<T> y, Indices<lane...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(x, y, (2 * lane)...);
+  return __builtin_shufflevector(x, y, (2 * lane + first)...);
 #else
   using Integer = typename IntegerOf<T>::Type;
-  return __builtin_shuffle(x, y, Vec<Integer>{(2 * lane)...});
+  return __builtin_shuffle(x, y, Vec<Integer>{(2 * lane + first)...});
 #endif
 }
-template <class T>
+template <class T, int first = 0>
 FASTNN_INLINE Vec<T> every_second(Vec<T> x, Vec<T> y) {
-  return every_second<T>(x, y, typename CountUp<kLanes<T>>::Type{});
+  return every_second<T, first>(x, y, typename CountUp<kLanes<T>>::Type{});
 }
 
 // x0 x3 ... y... z...
