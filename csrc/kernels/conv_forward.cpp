@@ -42,6 +42,10 @@ ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int6
   if constexpr (kHasFloats<T>) {
     if (floats_apply<Floats<2>>(g)) consider_elements(Floats<2>{});
     if (floats_apply<Floats<4>>(g)) consider_elements(Floats<4>{});
+    // For the other algorithms, whose estimates are too high where outputs are few.
+    constexpr double kDoubt = 1.12;
+    const bool has_floats = least.algorithm == ConvAlgorithm::by_two || least.algorithm == ConvAlgorithm::by_four;
+    if (has_floats) costs *= kDoubt;
   }
   if (!kHasPairs<T> || !isa_multiplies_pairs()) return least;
   consider_elements(bfloat16x2{});

@@ -1,8 +1,8 @@
 // Elements of the tile and the weight that are several channels.
 //
-// Floats: where an output's channels do not fill two vectors, each has lanes for the products with two or four of the
-// input's channels, which are added up in the end. A tile of one vector takes a load for each multiplication, which is
-// as many as there are in a cycle.
+// Floats: where output channels do not fill two vectors, each has lanes for the products with two or four of the
+// input's channels, added up in the end. Else a tile, of one vector, would take a load for each multiplication, and as
+// many as these in a cycle is all that there are.
 //
 // Pairs, for bfloat16 where one instruction multiplies two:
 // Pairs of channels are elements of the tile too; an odd last channel has a zero beside it. Or a row of the kernel is

@@ -1,0 +1,101 @@
+"""Few outputs a group, whose products with two or four of the input's channels have lanes of their own."""
+
+from typing import Any
+
+import pytest
+import torch
+from conv_cases import (
+    algorithm,
+    assert_like_stock,
+    assert_right_with,
+    assert_same_bits,
+    assert_winners,
+    geometry,
+    make,
+)
+
+# Batch, channels of a group and size; outputs of a group; kernel; arguments of geometry.
+BY_TWO = (
+    ((2, 40, 20, 20), 13, (5, 5), {"padding": 2, "pool": 2, "pool_stride": 1}),
+    ((2, 33, 17, 17), 15, (3, 3), {"dilation": 2, "groups": 2, "pool": 1}),
+    ((2, 96, 17, 18), 13, (2, 2), {"padding": 1, "pool": 3, "pool_stride": 2}),
+    ((2, 17, 20, 20), 11, (7, 7), {"padding": 3, "dilation": 2, "pool": 1}),
+    ((2, 40, 12, 12, 12), 16, (2, 2, 2), {"stride": 3, "padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
+    ((2, 17, 7, 7, 7), 13, (3, 3, 3), {"padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
+    ((2, 130, 300), 15, (5,), {"stride": 2, "padding": 2, "pool": 3, "pool_stride": 2}),
+    ((2, 96, 300), 16, (7,), {"dilation": 2, "pool": 3}),
+    ((2, 24, 9, 9), 8, (7, 7), {"stride": 2, "padding": 3, "groups": 2, "pool": 1}),
+)
+BY_FOUR = (
+    ((2, 96, 24, 24), 8, (2, 2), {"dilation": 2, "pool": 2, "pool_stride": 1}),
+    ((2, 17, 17, 17), 8, (5, 5), {"stride": 2, "padding": 2, "dilation": 2, "groups": 2, "pool": 1}),
+    ((2, 64, 24, 24), 7, (7, 7), {"groups": 2, "pool": 2}),
+    ((2, 42, 9, 9), 7, (2, 2), {"pool": 1}),
+    ((2, 6, 20, 20), 5, (7, 7), {"dilation": 2, "groups": 2, "pool": 2}),
+    ((2, 42, 12, 12, 12), 7, (3, 3, 3), {"stride": 2, "padding": 1, "groups": 2, "pool": 1}),
+    ((2, 33, 9, 9, 9), 7, (2, 2, 2), {"padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
+    ((2, 42, 100), 7, (7,), {"stride": 2, "padding": 3, "dilation": 2, "groups": 2, "pool": 3}),
+    ((2, 40, 300), 7, (5,), {"dilation": 2, "pool": 2}),
+)
+Case = tuple[tuple[int, ...], int, tuple[int, ...], dict[str, Any]]
+FORMATS = pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+
+
+def call(case: Case, last: bool) -> tuple[list[torch.Tensor | None], tuple[Any, ...]]:
+    size, outputs, kernel, options = case
+    groups = options.get("groups", 1)
+    grouped = (size[0], size[1] * groups, *size[2:])
+    return make(grouped, outputs * groups, kernel, groups, last=last), geometry(len(kernel), **options)
+
+
+@FORMATS
+@pytest.mark.parametrize("case", BY_TWO + BY_FOUR)
+@pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), 1e-42])
+def test_like_stock(instruction_set: str, case: Case, last: bool, special: float) -> None:
+    assert_right_with(special, 4, *call(case, last))
+
+
+@FORMATS
+@pytest.mark.parametrize("case", [BY_TWO[0], BY_TWO[2], BY_FOUR[1], BY_FOUR[3]])
+def test_winners(instruction_set: str, case: Case, last: bool) -> None:
+    assert_winners(*call(case, last))
+
+
+@FORMATS
+@pytest.mark.parametrize("outputs", range(1, 18))
+@pytest.mark.parametrize("channels", [62, 63, 64, 65])
+def test_every_number_of_outputs(instruction_set: str, outputs: int, channels: int, last: bool) -> None:
+    tensors = make((1, channels, 9, 13), outputs, (2, 3), last=last)
+    for pool in (1, 2):
+        assert_like_stock(tensors, geometry(2, dilation=2, pool=pool), gradients=False)
+
+
+@FORMATS
+@pytest.mark.parametrize("case", [BY_TWO[1], BY_TWO[7], BY_FOUR[0], BY_FOUR[5]])
+def test_same_bits_by_any_number_of_threads(instruction_set: str, case: Case, last: bool) -> None:
+    assert_same_bits(*call(case, last))
+
+
+def test_weights_that_lie_elsewhere(instruction_set: str) -> None:
+    """Channels last though the input's come first, and neither."""
+    for case in (BY_TWO[0], BY_TWO[4], BY_FOUR[1], BY_FOUR[8]):
+        tensors, arguments = call(case, last=False)
+        for weight in (call(case, last=True)[0][1], torch.flip(tensors[1], (-1,)).mT if tensors[1].dim() > 3 else None):
+            if weight is not None:
+                assert_like_stock([tensors[0], weight, tensors[2]], arguments, gradients=False)
+
+
+def test_negative_zeros(instruction_set: str) -> None:
+    """What adds up to -0 stays it, and is no winner."""
+    for case in (BY_TWO[0], BY_FOUR[0]):
+        tensors, arguments = call(case, last=True)
+        zeros = [torch.zeros_like(tensors[0]), -tensors[1].abs(), torch.full_like(tensors[2], -0.0)]
+        assert_like_stock(zeros, arguments)
+
+
+@pytest.mark.parametrize(("cases", "expected"), [(BY_TWO[:8], "by_two"), (BY_FOUR, "by_four")])
+def test_chosen(cases: tuple[Case, ...], expected: str) -> None:
+    for case in cases:
+        chosen = {algorithm("avx512", *call(case, last)) for last in (False, True)}
+        assert chosen & {expected, ""}, (case, chosen)
+    assert algorithm("avx2", *call(BY_TWO[8], True)) in ("by_two", "")
