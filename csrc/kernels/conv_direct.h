@@ -46,7 +46,7 @@ class DirectForward {
       step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
       channel_step_ = channels_inside() ? 1 : channel_step<C>(g_, plan_);
     }
-    asks_ahead_ = plan_.in_place && rows_are_asked_for<E>(g_, call.input_layout);
+    asks_ahead_ = plan_.in_place && !plan_.skips_padding && rows_are_asked_for<E>(g_, call.input_layout);
     for (int64_t i = 0; i < g_.groups * divide_up(g_.out_channels, kBlockChannels<C>); ++i) scratch_.moderate[i] = -1;
     for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       if (kIsOfMatrix<E>) {  // the numbers that begin a block
@@ -303,6 +303,15 @@ class DirectForward {
     });
   }
 
+  // So many of the rows to be made, without the padding.
+  template <int vectors>
+  void make_inside(int64_t block, int64_t rows, const Vec<C> (&bias)[vectors]) {
+    if constexpr (!kIsOfRun<E>) {  // whose input never lies in the tile's order
+      conv_rows_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, scratch_.to_make, rows,
+                                first_conv_[2], conv_columns_);
+    }
+  }
+
   // The conv rows of a band that are not there yet.
   template <int vectors>
   void make_together(int64_t block, int64_t slice, int64_t first, int64_t last, const Vec<C> (&bias)[vectors]) {
@@ -310,9 +319,10 @@ class DirectForward {
     for (int64_t row = first; row < last; ++row) {
       ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
         ask_for_next_row(block, z, y);
-        scratch_.to_make[waiting++] = {conv_corner(z, y), to};
+        scratch_.to_make[waiting++] = {plan_.skips_padding ? nullptr : conv_corner(z, y), to, z, y};
       });
     }
+    if (plan_.skips_padding) return make_inside<vectors>(block, waiting, bias);
     if constexpr (!kIsOfMatrix<E> && kMakesTogether<C>) {
       conv_rows_short<vectors>(scratch_.to_make, waiting, g_.stride[2] * step_[2], scratch_.offsets, depth_,
                                block_weight(block), bias, conv_columns_);
@@ -324,16 +334,14 @@ class DirectForward {
     int64_t waiting = 0;  // rows that a matrix unit makes together
     const int64_t count = ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
       if (plan_.skips_padding) {
-        if constexpr (!kIsOfRun<E>) {  // whose input never lies in the tile's order
-          conv_row_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, z, y, first_conv_[2],
-                                   conv_columns_, to);
-        }
+        scratch_.to_make[0] = {nullptr, to, z, y};
+        make_inside<vectors>(block, 1, bias);
       } else if (in_phases()) {
         if constexpr (kHasPhases<E>) {
           conv_row_phases<vectors>(phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
         }
       } else if constexpr (kIsOfMatrix<E>) {
-        scratch_.to_make[waiting++] = {conv_corner(z, y), to};
+        scratch_.to_make[waiting++] = {conv_corner(z, y), to, z, y};
       } else {
         ask_for_next_row(block, z, y);
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),

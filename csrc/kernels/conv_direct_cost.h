@@ -52,14 +52,16 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
   const int64_t vectors = packed_width<E>(g.out_channels) / kLanes<Compute<E>>;
   const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
   const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
-  const int64_t together = ring.together ? smaller(ring.slices * rows, rows_of_tile<2>(static_cast<int>(row))) : 1;
+  const auto most_together = [&](int64_t fit) { return plan.skips_padding ? smaller(fit, kRowsInside) : fit; };
+  const int64_t together =
+      ring.together ? smaller(ring.slices * rows, most_together(rows_of_tile<2>(static_cast<int>(row)))) : 1;
   const double inside = plan.skips_padding ? share_inside(g, 2) : 1;  // of a row, on average
   const double pixels = inside * static_cast<double>(smaller(row * together, kConvPixels<2>));
   const double to_be_busy = kInFlight / static_cast<double>(smaller(2, vectors)),
                to_wait = weight_cost<E>(g, plan, rows);
   const double needed = to_be_busy > to_wait ? to_be_busy : to_wait;
   const double slow = needed > pixels ? needed / pixels : 1;
-  const int64_t in_run = ring.together ? row * rows_of_tile<1>(static_cast<int>(row)) : row;
+  const int64_t in_run = ring.together ? row * most_together(rows_of_tile<1>(static_cast<int>(row))) : row;
   const double in_tile = static_cast<double>(in_run) / static_cast<double>(divide_up(in_run, kConvPixels<1>));
   const double single = vectors % 2 == 0 ? 1 : 1 + kLoads / (in_tile * static_cast<double>(vectors));
   const double crowded = vectors == 1 && plan.in_place && pixels_meet<E>(input.d[2] * g.stride[2]) ? kCrowded : 1;

@@ -60,7 +60,7 @@ FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan
 template <class C>
 RingShape direct_ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   RingShape shape = ring_shape(g, plan);
-  shape.together = makes_plain_rows(plan) && rows_are_short<C>(shape.columns);
+  shape.together = (makes_plain_rows(plan) || plan.skips_padding) && rows_are_short<C>(shape.columns);
   if (shape.together) {
     const int64_t under_band = (plan.band - 1) * g.pool_stride[1] + g.pool_extent(1);
     shape.rows = larger(shape.rows, smaller(g.conv[1], under_band));
@@ -149,7 +149,7 @@ struct DirectScratch {
     stage = parts.take<C>(stage_pixels * kBlockChannels<C>);
     winner_stage = parts.take<uint8_t>(stage_pixels * kBlockChannels<C>);
     window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
-    to_make = parts.take<RowToMake<E>>(kIsOfMatrix<E> || ring_size.together ? ring_size.slices * ring_size.rows : 0);
+    to_make = parts.take<RowToMake<E>>(kIsOfMatrix<E> || ring_size.together ? ring_size.slices * ring_size.rows : 1);
     tags = parts.take<int64_t>(slots);
     offsets = parts.take<int64_t>(depth);
     moderate = parts.take<int8_t>(g.groups * divide_up(g.out_channels, kBlockChannels<C>));

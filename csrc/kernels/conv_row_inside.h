@@ -1,11 +1,12 @@
 // A row of conv pixels from the input where it lies, without the taps that fall into the padding.
 //
 // Where a row is padded, different pixels have different taps: so the columns of the kernel are taken one at a time,
-// each for the pixels under which it meets the input. For large kernels on small images, whose taps are mostly padding,
-// and for inputs of which a copy would cost more than the product.
+// each for the pixels under which it meets the input. Two short rows share a tile, for the taps that both have. For
+// large kernels on small images, whose taps are mostly padding, and for inputs of which a copy would cost more than the
+// product.
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_row_short.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -32,6 +33,8 @@ FASTNN_INLINE Range pixels_inside(const ConvPoolGeometry& g, int d, int64_t tap)
   const int64_t last = start >= g.input[d] ? 0 : smaller(g.conv[d], divide_up(g.input[d] - start, g.stride[d]));
   return {smaller(first, last), last};
 }
+
+constexpr int kRowsInside = 2;  // short rows of a tile
 
 FASTNN_INLINE bool taps_leave_input(const ConvPoolGeometry& g, int d) {
   return g.padding[d] > 0;
@@ -67,27 +70,29 @@ FASTNN_INLINE bool asks_ahead(const ConvPoolGeometry& g, const InputSource<E>& i
   return input.d[2] * size >= kLine && g.batch * g.input[0] * g.input[1] * g.input[2] * input.d[2] * size > kCache;
 }
 
-// Conv pixels [first, first + count) of row y of slice z -> to (count, vectors x lanes). Offsets and weight are those
-// of inside_order.
-template <int vectors, class E, class C = Compute<E>>
-FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const int64_t* offsets,
-                                   const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t z, int64_t y,
-                                   int64_t first, int64_t count, C* to) {
+// What the kernel's rows `taps` add to conv pixels [first, first + count) of rows of one slice, one or, of short rows,
+// some together. Offsets and weight are those of inside_order.
+template <int together, int vectors, class E, class C = Compute<E>>
+FASTNN_SHARED void add_taps_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const int64_t* offsets,
+                                   const Weight<E>* weight, const RowToMake<E>* rows, Range taps, int64_t first,
+                                   int64_t count) {
   constexpr int64_t width = vectors * kLanes<C>;
-  for (int64_t x = 0; x < count; ++x) {
-    for (int v = 0; v < vectors; ++v) store(to + x * width + v * kLanes<C>, bias[v]);
-  }
-  const Range slices = taps_inside(g, 0, z), rows = taps_inside(g, 1, y);
-  const bool all_rows = rows.last - rows.first == g.kernel[1];
+  if (taps.first >= taps.last) return;
+  const int64_t z = rows[0].z;
+  const Range slices = taps_inside(g, 0, z);
+  const bool all_taps = taps.last - taps.first == g.kernel[1];
   const bool by_columns = taps_leave_input(g, 2);
   const int64_t passes = by_columns ? g.kernel[2] : 1;
   const int64_t run = g.in_channels * g.kernel[2] / passes;  // of the depth: a row of the kernel in one pass
   const int64_t step = g.stride[2] * input.d[2];
-  const E* corner = input.data + (z * g.stride[0] - g.padding[0]) * input.d[0] +
-                    (y * g.stride[1] - g.padding[1]) * input.d[1] - g.padding[2] * input.d[2];
-  const bool asks = asks_ahead(g, input);
+  const E* corners[together];
+  for (int r = 0; r < together; ++r) {
+    corners[r] = input.data + (z * g.stride[0] - g.padding[0]) * input.d[0] +
+                 (rows[r].y * g.stride[1] - g.padding[1]) * input.d[1] - g.padding[2] * input.d[2];
+  }
+  const bool asks = together == 1 && asks_ahead(g, input);
   const int64_t fresh = smaller(g.stride[1], g.kernel_extent(1));  // input rows that this conv row does not read
-  const E* const ahead = corner + (g.stride[1] + g.kernel_extent(1) - fresh) * input.d[1];
+  const E* const ahead = corners[0] + (g.stride[1] + g.kernel_extent(1) - fresh) * input.d[1];
   const Vec<C> zero[vectors] = {};
   for (int64_t pass = 0; pass < passes; ++pass) {
     Range pixels = {first, first + count};
@@ -96,25 +101,76 @@ FASTNN_SHARED void conv_row_inside(const ConvPoolGeometry& g, const InputSource<
       pixels = {larger(first, inside.first), smaller(first + count, inside.last)};
     }
     if (pixels.first >= pixels.last) continue;
-    C* target = to + (pixels.first - first) * width;
     const auto add = [&](int64_t from, const auto& total) __attribute__((always_inline)) {
-      C* at = target + from * width;
+      constexpr int64_t pixel_count = sizeof(total) / sizeof(total[0]), of_row = pixel_count / together;
 #pragma GCC unroll 28
-      for (const auto& pixel : total) {
-        for (int v = 0; v < vectors; ++v, at += kLanes<C>) store(at, load(at) + pixel[v]);
+      for (int p = 0; p < pixel_count; ++p) {
+        C* at = rows[p / of_row].to + (pixels.first - first + from + p % of_row) * width;
+        for (int v = 0; v < vectors; ++v) store(at + v * kLanes<C>, load(at + v * kLanes<C>) + total[p][v]);
       }
       for (int64_t row = 0; asks && pass == 0 && row < fresh; ++row) {
-        constexpr int64_t line = 64 / sizeof(E), pixel_count = sizeof(total) / sizeof(total[0]);
+        constexpr int64_t line = 64 / sizeof(E);
         const E* next = ahead + row * input.d[1] + (pixels.first + from) * step;
         for (int64_t i = 0; i < pixel_count * step; i += line) __builtin_prefetch(next + i);
       }
     };
-    for (int64_t d = slices.first; d < slices.last; d = all_rows ? slices.last : d + 1) {
-      const int64_t k = ((pass * g.kernel[0] + d) * g.kernel[1] + rows.first) * run;
-      const int64_t depth = (all_rows ? slices.last - d : 1) * (rows.last - rows.first) * run;
-      conv_groups<1, vectors>(corner + pixels.first * step, step, offsets + k, depth, weight + k * width * kSums<E>,
-                              zero, pixels.last - pixels.first, add);
+    for (int64_t d = slices.first; d < slices.last; d = all_taps ? slices.last : d + 1) {
+      const int64_t k = ((pass * g.kernel[0] + d) * g.kernel[1] + taps.first) * run;
+      const int64_t depth = (all_taps ? slices.last - d : 1) * (taps.last - taps.first) * run;
+      const Weight<E>* from_weight = weight + k * width * kSums<E>;
+      if constexpr (together == 1) {
+        conv_groups<1, vectors>(corners[0] + pixels.first * step, step, offsets + k, depth, from_weight, zero,
+                                pixels.last - pixels.first, add);
+      } else {
+        with_constant<kShortRow>(static_cast<int>(pixels.last - pixels.first), [&](auto columns) {
+          const E* from[together];
+          for (int r = 0; r < together; ++r) from[r] = corners[r] + pixels.first * step;
+          conv_tile<together, decltype(columns)::value, vectors>(from, step, offsets + k, depth, from_weight, zero,
+                                                                 [&](const auto& total)
+                                                                     __attribute__((always_inline)) { add(0, total); });
+        });
+      }
     }
+  }
+}
+
+// Conv pixels [first, first + count) of rows -> to (count, vectors x lanes) of each. Short ones two together as far as
+// they meet the same rows of the kernel; and alone, where the other is not there, in the same order of summation.
+template <int vectors, class E, class C = Compute<E>>
+FASTNN_SHARED void conv_rows_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const int64_t* offsets,
+                                    const Weight<E>* weight, const Vec<C> (&bias)[vectors], const RowToMake<E>* rows,
+                                    int64_t row_count, int64_t first, int64_t count) {
+  for (int64_t r = 0; r < row_count; ++r) {
+    for (int64_t x = 0; x < count * vectors; ++x) store(rows[r].to + x * kLanes<C>, bias[x % vectors]);
+  }
+  const auto add_alone = [&](const RowToMake<E>* row, Range taps) {
+    add_taps_inside<1, vectors>(g, input, offsets, weight, row, taps, first, count);
+  };
+  for (int64_t r = 0; r < row_count; ++r) {
+    const RowToMake<E>* row = rows + r;
+    const int64_t other = row->y ^ 1;
+    const Range taps = taps_inside(g, 1, row->y);
+    if (!rows_are_short<C>(count) || other >= g.conv[1]) {
+      add_alone(row, taps);
+      continue;
+    }
+    const Range others = taps_inside(g, 1, other);
+    const Range common = {larger(taps.first, others.first), smaller(taps.last, others.last)};
+    if (common.first >= common.last) {
+      add_alone(row, taps);
+      continue;
+    }
+    const bool both = r + 1 < row_count && row[1].y == other && row[1].z == row->z;
+    if constexpr (kMakesTogether<C>) {
+      if (both) add_taps_inside<kRowsInside, vectors>(g, input, offsets, weight, row, common, first, count);
+    }
+    for (int i = 0; i <= both; ++i) {
+      const Range own = i == 0 ? taps : others;
+      if (!both) add_alone(row, common);
+      add_alone(row + i, {own.first, common.first});
+      add_alone(row + i, {common.last, own.last});
+    }
+    r += both;
   }
 }
 

@@ -97,6 +97,7 @@ template <class E>
 struct RowToMake {
   const E* tile;   // the element under the first tap of its first pixel
   Compute<E>* to;  // (pixels, vectors x lanes)
+  int64_t z, y;    // conv_row_inside.h: slice and row
 };
 
 // Whether pixels that many elements apart share two of the cache's sets, which have room for those of two vectors'
