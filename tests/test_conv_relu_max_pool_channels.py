@@ -20,7 +20,7 @@ BY_TWO = (
     ((2, 33, 17, 17), 15, (3, 3), {"dilation": 2, "groups": 2, "pool": 1}),
     ((2, 96, 17, 18), 13, (2, 2), {"padding": 1, "pool": 3, "pool_stride": 2}),
     ((2, 17, 20, 20), 11, (7, 7), {"padding": 3, "dilation": 2, "pool": 1}),
-    ((2, 40, 12, 12, 12), 16, (2, 2, 2), {"stride": 3, "padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
+    ((2, 24, 12, 12, 12), 16, (2, 2, 2), {"padding": 1, "groups": 2, "pool": 2}),
     ((2, 17, 7, 7, 7), 13, (3, 3, 3), {"padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
     ((2, 130, 300), 15, (5,), {"stride": 2, "padding": 2, "pool": 3, "pool_stride": 2}),
     ((2, 96, 300), 16, (7,), {"dilation": 2, "pool": 3}),

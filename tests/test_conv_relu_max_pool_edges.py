@@ -27,6 +27,16 @@ FEW_OUTPUTS = (
 )
 
 
+# Large kernels on small images: size, kernel, padding, stride.
+SHORT_ROWS = (
+    ((7, 7), (7, 7), (3, 3), 1),
+    ((5, 6), (5, 3), (4, 1), 1),
+    ((8, 8), (11, 11), (5, 5), 2),
+    ((6, 4), (5, 5), (2, 2), 1),
+    ((3, 5, 6), (3, 3, 3), (1, 1, 1), 1),
+)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "outputs", "kernel", "stride", "padding", "dilation"), FEW_OUTPUTS)
 def test_few_outputs(
@@ -99,6 +109,31 @@ def test_same_bits_by_any_number_of_threads(instruction_set: str) -> None:
             make((2, 80, 18, 18), 80, (11, 11), 80, dtype, last=True),
             geometry(2, padding=5, groups=80, pool=3, pool_stride=1),
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(("size", "kernel", "padding", "stride"), SHORT_ROWS)
+def test_short_rows_two_together(
+    instruction_set: str,
+    dtype: torch.dtype,
+    last: bool,
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: int,
+) -> None:
+    """An odd number of rows, rows that share no taps, windows that overlap, outputs of one vector and of two."""
+    for outputs, pool, pool_stride in ((16, 1, 1), (40, 2, 1), (33, 3, 2)):
+        tensors = make((2, 24, *size), outputs, kernel, dtype=dtype, last=last)
+        assert_like_stock(tensors, geometry(len(size), stride, padding, pool=pool, pool_stride=pool_stride))
+
+
+def test_same_bits_of_short_rows_by_any_number_of_threads(instruction_set: str) -> None:
+    for dtype in DTYPES:
+        for size, kernel, padding, stride in SHORT_ROWS:
+            tensors = make((1, 24, *size), 40, kernel, dtype=dtype, last=True)
+            assert_same_bits(tensors, geometry(len(size), stride, padding, pool=2, pool_stride=1))
 
 
 def test_chosen() -> None:

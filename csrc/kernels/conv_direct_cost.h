@@ -76,7 +76,7 @@ template <class E>
 double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, bool in_place) {
   constexpr double kByte = 0.9;
   constexpr int64_t kL3 = 36 << 20, kLarge = 8 << 20, kRow = 512, size = sizeof(Compute<E>);
-  if (input.c == 1 || (kIsPair<E> && !in_place)) return 0;
+  if (input.c == 1 || kIsOfFloats<E> || (kIsPair<E> && !in_place)) return 0;
   const bool by_pages = in_place && channels_are_crowded(g, input, size) && input.d[1] * size <= kRow;
   const int64_t bytes = group_size(g) * size;
   const bool waits = g.batch * g.groups * bytes > (by_pages ? kShareOfL3 : kL3) && g.groups * bytes <= kLarge;
