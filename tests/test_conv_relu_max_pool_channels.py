@@ -10,6 +10,7 @@ from conv_cases import (
     assert_right_with,
     assert_same_bits,
     assert_winners,
+    channels_last,
     geometry,
     make,
 )
@@ -79,14 +80,14 @@ def test_same_bits_by_any_number_of_threads(instruction_set: str, case: Case, la
 def test_weights_that_lie_elsewhere(instruction_set: str) -> None:
     """Channels last though the input's come first, and neither."""
     for case in (BY_TWO[0], BY_TWO[4], BY_FOUR[1], BY_FOUR[8]):
-        tensors, arguments = call(case, last=False)
-        for weight in (call(case, last=True)[0][1], torch.flip(tensors[1], (-1,)).mT if tensors[1].dim() > 3 else None):
-            if weight is not None:
-                assert_like_stock([tensors[0], weight, tensors[2]], arguments, gradients=False)
+        (input, weight, bias), arguments = call(case, last=False)
+        weights = [channels_last(weight), *([weight.mT] if weight.dim() > 3 else [])]
+        for other in weights:
+            assert_like_stock([input, other, bias], arguments, gradients=False)
 
 
 def test_negative_zeros(instruction_set: str) -> None:
-    """What adds up to -0 stays it, and is no winner."""
+    """Windows of them have no winner."""
     for case in (BY_TWO[0], BY_FOUR[0]):
         tensors, arguments = call(case, last=True)
         zeros = [torch.zeros_like(tensors[0]), -tensors[1].abs(), torch.full_like(tensors[2], -0.0)]

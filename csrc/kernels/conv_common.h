@@ -2,7 +2,7 @@
 // whether numbers are finite, the costs of copies, the copy of a box of the input, the way out.
 #pragma once
 
-#include "conv_pairs.h"
+#include "conv_elements.h"
 #include "conv_pool_window.h"
 
 namespace fastnn {
@@ -309,7 +309,8 @@ FASTNN_INLINE void copy_columns(const T* from, const ConvLayout& layout, int64_t
   for (int64_t w = 0; w < count; ++w) copy_run(from + w * layout.d[2], 1, channels, to + w * channels);
 }
 
-// `from` is the input's (channel, slice, row, column) = 0 of the image and group, `elements` the tile's of a pixel.
+// `from` is the input's (channel, slice, row, column) = 0 of the image and group, `elements` the tile's of a
+// pixel, up to the next one.
 template <class T, class C>
 void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layout, bool channels_last, int64_t elements,
                const InputTile<C>& tile) {

@@ -215,8 +215,7 @@ class DirectForward {
     const int64_t columns = plan_.in_place ? smaller(box.size[2], g_.input[2] - box.first[2]) : box.size[2];
     const int64_t rows = plan_.in_place ? smaller(box.size[1], g_.input[1] - box.first[1]) : 1;
     const int64_t pixels = plan_.in_place ? columns : columns * box.size[1];
-    const int64_t pixel = plan_.in_place ? g_.in_channels : step_[2];
-    const int64_t length = inside ? pixels * pixel : pixels, runs = inside ? 1 : g_.in_channels;
+    const int64_t length = inside ? pixels * step_[2] : pixels, runs = inside ? 1 : g_.in_channels;
     const bool joined = step_[2] == (inside ? g_.in_channels : 1);
     if (plan_.in_place && (!joined || length < kShort)) return false;
     Vec<C> total = {};

@@ -83,9 +83,10 @@ double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, bool in_
   return waits ? kByte * static_cast<double>(bytes) : 0;
 }
 
-// The same of elements of several channels, side by side.
+// The same of Floats, which the products do not hide: contiguous images that L2 does not hold come whole, and lines
+// that groups share once for each.
 template <class E>
-double lateness(const ConvPoolGeometry& g, const ConvLayout& input) {
+double floats_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr double kByte = 0.12, kApartByte = 0.45;
   constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
   const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(E));
@@ -94,6 +95,17 @@ double lateness(const ConvPoolGeometry& g, const ConvLayout& input) {
   const double met =
       apart && input.c != 1 ? 1 : share_met(g, 0) * share_met(g, 1) * (input.c == 1 ? share_met(g, 2) : 1);
   return (apart ? kApartByte : kByte) * met * static_cast<double>(bytes);
+}
+
+// Of a row of a tile of Floats.
+template <class E>
+double floats_row_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  constexpr double kColumn = 2;  // that is a run of its own
+  const int64_t channels = kChannels<E> * g.in_channels;
+  const int64_t columns = smaller(g.input[2], input_extent(g, 2, plan.columns));
+  if (input.c != 1) return turned_run_cost<Compute<E>>(input, channels, columns);
+  const double column = kCopyCost * static_cast<double>(channels) + (input.d[2] == channels ? 0 : kColumn);
+  return static_cast<double>(columns) * column;
 }
 
 // For one image and group.
@@ -109,7 +121,7 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
       static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   constexpr double kAddUp = 3 * kChannels<E>;  // of a conv pixel's sums
   const double sums = kIsOfFloats<E> ? kAddUp * static_cast<double>(row * g.conv[0] * g.conv[1]) : 0;
-  const double late = kIsOfFloats<E> ? lateness<E>(g, input) : 0;
+  const double late = kIsOfFloats<E> ? floats_arrival_cost<E>(g, input) : 0;
   const double cost = kItem + kRow * conv_rows + windows + sums + late;
   const int64_t tile_rows = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts *
                             input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
@@ -136,14 +148,8 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   }
   if (kStartsPair<E>) return cost + multiplications + interleaving + looks_at(row_pairs_reach_beyond(g));
   if (kIsOfFloats<E>) {
-    const int64_t channels = kChannels<E> * g.in_channels,
-                  columns = smaller(g.input[2], input_extent(g, 2, plan.columns));
-    constexpr double kColumn = 2;
-    const bool joined = input.c == 1 && input.d[2] == channels;
-    const double copied = input.c == 1 ? static_cast<double>(columns) *
-                                             (kCopyCost * static_cast<double>(channels) + (joined ? 0 : kColumn))
-                                       : turned_run_cost<C>(input, channels, columns);
-    return cost + multiplications + (plan.in_place ? 0 : static_cast<double>(tile_rows) * (copied + kRunCost));
+    const double copied = static_cast<double>(tile_rows) * (floats_row_cost<E>(g, input, plan) + kRunCost);
+    return cost + multiplications + (plan.in_place ? 0 : copied);
   }
   constexpr double kFarCopy = 2.5;  // of an element of a short run from memory
   constexpr int64_t kFar = 8 << 20;

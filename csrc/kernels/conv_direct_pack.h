@@ -84,8 +84,8 @@ inline void pack_row_pairs(const ConvPoolGeometry& g, int64_t pairs, const bfloa
 }
 #endif
 
-// The weights of `count` output channels -> to (depth, outputs, channels of an element), which is zero. `g` counts
-// elements, of which the last may lack some channels.
+// The weights of `count` output channels -> to (depth, outputs, channels of an element), zeros where there is none. `g`
+// counts elements, of which the last may lack some channels.
 template <int some>
 void pack_floats(const ConvPoolGeometry& g, TapOrder order, int64_t channels, const float* from,
                  const ConvLayout& layout, int64_t count, float* to) {
@@ -100,6 +100,7 @@ void pack_floats(const ConvPoolGeometry& g, TapOrder order, int64_t channels, co
   };
   const bool joined = layout.d[2] == 1 && layout.d[1] == g.kernel[2] && layout.d[0] == g.kernel[1] * g.kernel[2];
   if (layout.c == 1 || taps == 1 || !joined) {
+    if (count * some < kRow || channels % some != 0) fill_zeros(to, g.depth() * kRow);
     for (int64_t tap = 0; tap < taps; ++tap) {
       const float* source = from + tap_offset(g, layout, tap);
       float* target = to + tap_position(g, order, 0, tap) * kRow;
@@ -149,9 +150,6 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
     Weight<E>* to =
         reinterpret_cast<Weight<E>*>(call.packed) + group * depth * packed_width<E>(g.out_channels) + first * depth;
     if constexpr (kIsOfFloats<E>) {
-      if (count * kChannels<E> < packed_width<E>(count) || call.geometry.in_channels % kChannels<E> != 0) {
-        fill_zeros(to, depth * packed_width<E>(count));
-      }
       pack_floats<kChannels<E>>(g, call.plan.order, call.geometry.in_channels, from, layout, count, to);
       continue;
     }

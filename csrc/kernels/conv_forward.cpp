@@ -29,29 +29,28 @@ ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int6
     costs = plan_costs;
     least = plan;
   };
-  constexpr double kPackFloats = 0.5;  // of what packing takes, which is not counted elsewhere, in addition
-  double pairs_costs;
+  double element_costs;
   const auto consider_elements = [&](auto element) {
     using E = decltype(element);
     const bool lies = lies_in_elements<E>(g, input);
     const ConvLayout layout = lies ? tile_layout<E>(input) : input;
-    const ConvPoolPlan plan = choose_direct<T, E>(tile_geometry<E>(g), layout, threads, lies, pairs_costs);
-    if (kIsOfFloats<E>) pairs_costs += kPackFloats * packing_cost(g, images);
-    take_cheaper(plan, pairs_costs);
+    const ConvPoolPlan plan = choose_direct<T, E>(tile_geometry<E>(g), layout, threads, lies, element_costs);
+    constexpr double kPackFloats = 0.5;  // of what packing takes, which is not counted elsewhere, in addition
+    if (kIsOfFloats<E>) element_costs += kPackFloats * packing_cost(g, images);
+    take_cheaper(plan, element_costs);
   };
   if constexpr (kHasFloats<T>) {
     if (floats_apply<Floats<2>>(g)) consider_elements(Floats<2>{});
     if (floats_apply<Floats<4>>(g)) consider_elements(Floats<4>{});
     // For the other algorithms, whose estimates are too high where outputs are few.
     constexpr double kDoubt = 1.12;
-    const bool has_floats = least.algorithm == ConvAlgorithm::by_two || least.algorithm == ConvAlgorithm::by_four;
-    if (has_floats) costs *= kDoubt;
+    if (least.algorithm != ConvAlgorithm::direct) costs *= kDoubt;
   }
   if (!kHasPairs<T> || !isa_multiplies_pairs()) return least;
   consider_elements(bfloat16x2{});
   if (row_pairs_apply(g) && (!exact || !row_pairs_reach_beyond(g))) {
-    const ConvPoolPlan row_pairs = choose_direct<T, FirstOfPair>(g, input, threads, false, pairs_costs);
-    take_cheaper(row_pairs, pairs_costs);
+    const ConvPoolPlan row_pairs = choose_direct<T, FirstOfPair>(g, input, threads, false, element_costs);
+    take_cheaper(row_pairs, element_costs);
   }
   if (isa_multiplies_matrices() && (!exact || elements_behind<MatrixNumber>(g) == 0)) {
     const bool stays = matrix_stays_in_place(g, input);

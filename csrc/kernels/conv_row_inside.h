@@ -1,4 +1,4 @@
-// A row of conv pixels from the input where it lies, without the taps that fall into the padding.
+// Rows of conv pixels from the input where it lies, without the taps that fall into the padding.
 //
 // Where a row is padded, different pixels have different taps: so the columns of the kernel are taken one at a time,
 // each for the pixels under which it meets the input. Two short rows share a tile, for the taps that both have. For
@@ -10,6 +10,8 @@
 
 namespace fastnn {
 namespace FASTNN_ISA {
+
+constexpr int kRowsInside = 2;  // short rows of a tile
 
 // An image's channels of a group: element (0, 0, 0) and the strides.
 template <class C>
@@ -33,8 +35,6 @@ FASTNN_INLINE Range pixels_inside(const ConvPoolGeometry& g, int d, int64_t tap)
   const int64_t last = start >= g.input[d] ? 0 : smaller(g.conv[d], divide_up(g.input[d] - start, g.stride[d]));
   return {smaller(first, last), last};
 }
-
-constexpr int kRowsInside = 2;  // short rows of a tile
 
 FASTNN_INLINE bool taps_leave_input(const ConvPoolGeometry& g, int d) {
   return g.padding[d] > 0;
@@ -149,12 +149,8 @@ FASTNN_SHARED void conv_rows_inside(const ConvPoolGeometry& g, const InputSource
   for (int64_t r = 0; r < row_count; ++r) {
     const RowToMake<E>* row = rows + r;
     const int64_t other = row->y ^ 1;
-    const Range taps = taps_inside(g, 1, row->y);
-    if (!rows_are_short<C>(count) || other >= g.conv[1]) {
-      add_alone(row, taps);
-      continue;
-    }
-    const Range others = taps_inside(g, 1, other);
+    const bool has_other = rows_are_short<C>(count) && other < g.conv[1];
+    const Range taps = taps_inside(g, 1, row->y), others = has_other ? taps_inside(g, 1, other) : Range{};
     const Range common = {larger(taps.first, others.first), smaller(taps.last, others.last)};
     if (common.first >= common.last) {
       add_alone(row, taps);
@@ -162,11 +158,11 @@ FASTNN_SHARED void conv_rows_inside(const ConvPoolGeometry& g, const InputSource
     }
     const bool both = r + 1 < row_count && row[1].y == other && row[1].z == row->z;
     if constexpr (kMakesTogether<C>) {
-      if (both) add_taps_inside<kRowsInside, vectors>(g, input, offsets, weight, row, common, first, count);
+      both ? add_taps_inside<kRowsInside, vectors>(g, input, offsets, weight, row, common, first, count)
+           : add_alone(row, common);
     }
     for (int i = 0; i <= both; ++i) {
       const Range own = i == 0 ? taps : others;
-      if (!both) add_alone(row, common);
       add_alone(row + i, {own.first, common.first});
       add_alone(row + i, {common.last, own.last});
     }

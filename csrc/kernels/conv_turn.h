@@ -12,12 +12,10 @@ constexpr bool kTurns = kHasPairs<T>;
 template <>
 constexpr bool kTurns<float> = true;
 
-// Channels last. Pixels whole kilobytes apart would meet in few of the cache's sets: these get a line in between.
+// Channels last.
 template <class T>
 ConvLayout turned_layout(const ConvPoolGeometry& g) {
-  constexpr int64_t kCrowded = 1024, kLine = 64, size = sizeof(T);
-  const int64_t channels = g.groups * g.in_channels;
-  const int64_t pixel = channels + (channels * size % kCrowded == 0 ? kLine / size : 0);
+  const int64_t pixel = spread_pixel<T>(g.groups * g.in_channels);
   const int64_t row = g.input[2] * pixel, slice = g.input[1] * row;
   return {g.input[0] * slice, 1, {slice, row, pixel}};
 }

@@ -4,11 +4,11 @@
 // input's channels, added up in the end. Else a tile, of one vector, would take a load for each multiplication, and as
 // many as these in a cycle is all that there are.
 //
-// Pairs, for bfloat16 where one instruction multiplies two:
-// Pairs of channels are elements of the tile too; an odd last channel has a zero beside it. Or a row of the kernel is
-// one run of columns and channels, side by side in a tile of single numbers, and each pair begins with any of these:
-// fewer products where channels are odd. An odd run's last pair ends with a number beyond the row, by a weight of zero,
-// so that all numbers have to be finite. Sums are float32's; as in PyTorch's own kernels, denormals count as zero.
+// Pairs: for bfloat16 where one instruction multiplies two. An odd last channel has a zero beside it. Or a row of the
+// kernel is one run of columns and channels, side by side in a tile of single numbers, and each pair begins with any of
+// these: fewer products where channels are odd. An odd run's last pair ends with a number beyond the row, by a weight
+// of zero, so that all numbers have to be finite. Sums are float32's; as in PyTorch's own kernels, denormals count as
+// zero.
 #pragma once
 
 #include "../simd/transpose.h"
@@ -66,16 +66,12 @@ struct WeightOf<Floats<count>> {
 template <class E>
 using Weight = typename WeightOf<E>::Type;
 
-// Whether outputs fit into a tile of elements Floats<count>.
-#if defined(__AVX512F__) || defined(__AVX2__)
+// Whether there are Floats for inputs of type T: where vectors are long enough. And whether outputs fit into their
+// sums.
 template <class T>
 constexpr bool kHasFloats = false;
 template <>
-constexpr bool kHasFloats<float> = true;
-#else
-template <class T>
-constexpr bool kHasFloats = false;
-#endif
+constexpr bool kHasFloats<float> = FASTNN_VECTOR_BYTES > 16;
 template <class E>
 FASTNN_INLINE bool floats_apply(const ConvPoolGeometry& g) {
   return g.out_channels <= kSums<E> * kLanes<float> / kChannels<E> && g.in_channels > kChannels<E> / 2;
@@ -160,24 +156,23 @@ FASTNN_INLINE Vec<Compute<E>> add_products(Vec<Compute<E>> x, Vec<Compute<E>> y,
   return multiply_add(x, y, z);
 }
 
+#if defined(__AVX2__)
+FASTNN_INLINE Vec<float> broadcast_element(const Floats<2>* x) {
+  double bits;
+  __builtin_memcpy(&bits, x, sizeof(bits));
 #if defined(__AVX512F__)
-FASTNN_INLINE Vec<float> broadcast_element(const Floats<2>* x) {
-  double bits;
-  __builtin_memcpy(&bits, x, sizeof(bits));
   return (Vec<float>)_mm512_set1_pd(bits);
-}
-FASTNN_INLINE Vec<float> broadcast_element(const Floats<4>* x) {
-  return (Vec<float>)_mm512_broadcast_f32x4(_mm_loadu_ps(x->channel));
-}
-#elif defined(__AVX2__)
-FASTNN_INLINE Vec<float> broadcast_element(const Floats<2>* x) {
-  double bits;
-  __builtin_memcpy(&bits, x, sizeof(bits));
+#else
   return (Vec<float>)_mm256_set1_pd(bits);
+#endif
 }
 FASTNN_INLINE Vec<float> broadcast_element(const Floats<4>* x) {
   const __m128 four = _mm_loadu_ps(x->channel);
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_broadcast_f32x4(four);
+#else
   return (Vec<float>)_mm256_set_m128(four, four);
+#endif
 }
 #endif
 
@@ -221,40 +216,43 @@ FASTNN_INLINE Vec<Compute<E>> negative_zeros_beyond(int count) {
   return load(lanes);
 }
 
-// From one pixel of a tile to the next, where channels come last. Pixels whole kilobytes apart would meet in few of the
-// cache's sets: those of floats get a line in between.
+// From one pixel to the next, where channels come last. Pixels whole kilobytes apart would meet in few of the cache's
+// sets: these get a line in between.
+template <class E>
+FASTNN_INLINE int64_t spread_pixel(int64_t elements) {
+  constexpr int64_t kCrowded = 1024, kLine = 64, size = sizeof(E);
+  return elements + (elements * size % kCrowded == 0 ? kLine / size : 0);
+}
 template <class E>
 FASTNN_INLINE int64_t tile_pixel(int64_t elements) {
-  constexpr int64_t kCrowded = 1024, kLine = 64, size = sizeof(E);
-  return elements + (kIsOfFloats<E> && elements * size % kCrowded == 0 ? kLine / size : 0);
+  return kIsOfFloats<E> ? spread_pixel<E>(elements) : elements;
 }
 
-// conv_common.h has copy_columns for elements that are single channels; here they come last.
+// `count` columns' channels -> to, `pitch` numbers for each, zeros behind them.
 template <class T>
 void bring_channels_together(const T* from, const ConvLayout& layout, int64_t channels, int64_t count, T* to,
                              int64_t pitch) {
   const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
   if (count <= 0) return;
-  for (int64_t c = channels; c < pitch; ++c) {
-    for (int64_t w = 0; w < count; ++w) to[w * pitch + c] = {};
-  }
-  if (channels > 1 && layout.c != 1) {
-    return transpose_strided(from, layout.c, layout.d[2], channels, count, to, pitch);
-  }
-  if (layout.d[2] == channels && pitch == channels) {
+  const bool apart = channels > 1 && layout.c != 1;
+  if (!apart && layout.d[2] == channels && pitch == channels) {
     __builtin_memcpy(to, from, count * bytes);
     return;
   }
   if constexpr (sizeof(T) == sizeof(float)) {  // as many instructions as vectors
-    for (int64_t w = 0; w < count; ++w, from += layout.d[2], to += pitch) {
-      for (int64_t c = 0; c < channels; c += kLanes<T>) {
-        store_up_to<T>(to + c, load_up_to<T>(from + c, channels - c), pitch - c);
+    for (; !apart && count > 0; --count, from += layout.d[2], to += pitch) {
+      for (int64_t c = 0; c < pitch; c += kLanes<T>) {
+        store_up_to<T>(to + c, c < channels ? load_up_to<T>(from + c, channels - c) : Vec<T>{}, pitch - c);
       }
     }
-    return;
   }
+  for (int64_t c = channels; c < pitch; ++c) {
+    for (int64_t w = 0; w < count; ++w) to[w * pitch + c] = {};
+  }
+  if (apart) return transpose_strided(from, layout.c, layout.d[2], channels, count, to, pitch);
   for (int64_t w = 0; w < count; ++w) __builtin_memcpy(to + w * pitch, from + w * layout.d[2], bytes);
 }
+// conv_common.h has these for elements that are single channels.
 template <int some>
 void copy_columns(const float* from, const ConvLayout& layout, int64_t channels, bool, int64_t, int64_t count,
                   Floats<some>* to) {
