@@ -23,23 +23,32 @@ struct RowLines {
   }
 };
 
-// Whether a conv row that is read in place asks for what the next one reads: strided kernels take little else to hide
-// how long it is on its way, where the images do not stay in the cache. A long row's lines the hardware foresees.
+// Whether a conv row that is read in place asks for what the next one reads: strided kernels, and those of one tap,
+// take little else to hide how long it is on its way, where the images do not stay in L2. A long row's lines the
+// hardware foresees.
 template <class E>
 bool rows_are_asked_for(const ConvPoolGeometry& g, const ConvLayout& input) {
-  constexpr int64_t kCache = 12 << 20, kRow = 512, kMost = 128 << 10, size = sizeof(E);
+  constexpr int64_t kCache = 2 << 20, kFarCache = 8 << 20, kRow = 512, kMost = 512 << 10, size = sizeof(E);
   const int64_t row = g.input[2] * size, fresh = smaller(g.stride[1], g.kernel_extent(1));
-  return input.c != 1 && input.d[2] == 1 && g.stride[1] > 1 && row <= kRow && g.batch * image_size(g) * size > kCache &&
-         fresh * g.in_channels * row <= kMost;
+  const bool single = g.taps() == 1;
+  const bool hides_little = single ? g.out_channels > kLanes<Compute<E>> : g.stride[1] > 1;
+  return input.c != 1 && input.d[2] == 1 && hides_little && row <= kRow &&
+         g.kernel[0] * fresh * g.in_channels * row <= kMost &&
+         g.batch * image_size(g) * size > (single ? kFarCache : kCache);
 }
 template <class E>
 void ask_for_rows(const E* first, int64_t channels, int64_t channel_step, int64_t rows, int64_t row_step,
                   int64_t columns) {
   constexpr int64_t kLine = 64 / sizeof(E);
+  const bool joined = row_step < columns + kLine;  // the line that a row begins in is the last of the row before it
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t row = 0; row < rows; ++row) {
       const E* from = first + c * channel_step + row * row_step;
-      for (int64_t x = 0; x < columns + kLine - 1; x += kLine) __builtin_prefetch(from + x, 0, 2);
+      const int64_t in_line = reinterpret_cast<uintptr_t>(from) / sizeof(E) % kLine;
+      for (int64_t x = joined && in_line > 0 ? kLine - in_line : 0; x < columns + (joined ? 0 : kLine - 1);
+           x += kLine) {
+        __builtin_prefetch(from + x, 0, 2);
+      }
     }
   }
 }

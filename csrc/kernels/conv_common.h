@@ -199,7 +199,7 @@ FASTNN_INLINE bool is_finite(Vec<C> x) {
 
 // Whether the input's channels all fall into the same few sets of the cache.
 FASTNN_INLINE bool channels_are_crowded(const ConvPoolGeometry& g, const ConvLayout& input, int64_t element) {
-  constexpr int64_t kSetsApart = 4096, kFewChannels = 8;
+  constexpr int64_t kSetsApart = 2048, kFewChannels = 8;
   return input.c * element % kSetsApart == 0 && g.in_channels > kFewChannels;
 }
 
@@ -301,9 +301,10 @@ FASTNN_INLINE void fill_zeros(C* to, int64_t count) {
 }
 
 // `count` columns of a row of the input -> the tile's element `c` of each, or all elements where they lie inside.
+// `pixel` (unused where it is the number of channels): elements from one pixel of the tile to the next.
 template <class T, class C>
 FASTNN_INLINE void copy_columns(const T* from, const ConvLayout& layout, int64_t channels, bool channels_last,
-                                int64_t c, int64_t count, C* to) {
+                                int64_t c, int64_t count, C* to, int64_t) {
   if (!channels_last) return copy_run(from + c * layout.c, layout.d[2], count, to);
   if (layout.d[2] == channels) return copy_run(from, 1, count * channels, to);
   for (int64_t w = 0; w < count; ++w) copy_run(from + w * layout.d[2], 1, channels, to + w * channels);
@@ -335,11 +336,11 @@ void fill_tile(const ConvPoolGeometry& g, const T* from, const ConvLayout& layou
         const T* source = from + slice * layout.d[0] + row * layout.d[1] + (tile.first[2] + left) * layout.d[2];
         if (joined) {
           const int64_t rows = smaller(tile.size[1] - h, g.input[1] - row);
-          copy_columns(source, layout, g.in_channels, channels_last, c, rows * right, to);
+          copy_columns(source, layout, g.in_channels, channels_last, c, rows * right, to, pixel);
           h += rows - 1;
           continue;
         }
-        copy_columns(source, layout, g.in_channels, channels_last, c, right - left, to + left * pixel);
+        copy_columns(source, layout, g.in_channels, channels_last, c, right - left, to + left * pixel, pixel);
       }
     }
   }

@@ -46,7 +46,7 @@ class DirectForward {
       step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
       channel_step_ = channels_inside() ? 1 : channel_step<C>(g_, plan_);
     }
-    asks_ahead_ = plan_.in_place && !plan_.skips_padding && rows_are_asked_for<E>(g_, call.input_layout);
+    asks_ahead_ = plan_.in_place && rows_are_asked_for<E>(g_, call.input_layout);
     for (int64_t i = 0; i < g_.groups * divide_up(g_.out_channels, kBlockChannels<C>); ++i) scratch_.moderate[i] = -1;
     for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       if (kIsOfMatrix<E>) {  // the numbers that begin a block
@@ -126,12 +126,12 @@ class DirectForward {
     }
     const int64_t past = (last_column_ - 1) * g_.pool_stride[2] - g_.pool_padding[2] + g_.pool_extent(2);
     conv_columns_ = larger(0, smaller(past, g_.conv[2]) - first_conv_[2]);
-    if (plan_.skips_padding) {
-      source_ = {reinterpret_cast<const E*>(input), {step_[0], step_[1], step_[2]}};
-    } else if (plan_.in_place) {
+    if (plan_.in_place) {
       // Of such elements, or the plan would not be to leave it there.
-      tile_ = reinterpret_cast<const E*>(input) + used.first[0] * step_[0] + used.first[1] * step_[1] +
-              used.first[2] * step_[2];
+      source_ = {reinterpret_cast<const E*>(input), {step_[0], step_[1], step_[2]}};
+      if (!plan_.skips_padding) {
+        tile_ = source_.data + used.first[0] * step_[0] + used.first[1] * step_[1] + used.first[2] * step_[2];
+      }
     } else {
       tile_ = used.data;
       for (int64_t d = 0; kIsOfRun<E> && d < extent[0]; ++d) {  // what the last run ends with
@@ -332,6 +332,7 @@ class DirectForward {
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
     int64_t waiting = 0;  // rows that a matrix unit makes together
     const int64_t count = ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
+      ask_for_next_row(block, z, y);
       if (plan_.skips_padding) {
         scratch_.to_make[0] = {nullptr, to, z, y};
         make_inside<vectors>(block, 1, bias);
@@ -342,7 +343,6 @@ class DirectForward {
       } else if constexpr (kIsOfMatrix<E>) {
         scratch_.to_make[waiting++] = {conv_corner(z, y), to, z, y};
       } else {
-        ask_for_next_row(block, z, y);
         conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
                           bias, conv_columns_, to);
       }
@@ -354,13 +354,20 @@ class DirectForward {
     return count;
   }
 
-  // What the next conv row reads that this one does not, while a first block of channels is computed.
+  // What the next conv row reads that this one does not, while a block of channels is computed that finds it far away.
   void ask_for_next_row(int64_t block, int64_t z, int64_t y) const {
-    if (!asks_ahead_ || block > 0) return;
+    if (!asks_ahead_ || (block > 0 && !plan_.blocks_first)) return;
     const int64_t extent = g_.kernel_extent(1), fresh = smaller(g_.stride[1], extent);
-    const int64_t columns = (conv_columns_ - 1) * g_.stride[2] + g_.kernel_extent(2);
-    const E* rows = conv_corner(z, y + 1) + (extent - fresh) * step_[1];
-    ask_for_rows(rows, g_.in_channels, channel_step_, fresh, step_[1], columns);
+    const int64_t past = (y + 1) * g_.stride[1] - g_.padding[1] + extent;
+    const int64_t row = larger(0, past - fresh), rows = smaller(past, g_.input[1]) - row;
+    const int64_t column = larger(0, first_conv_[2] * g_.stride[2] - g_.padding[2]);
+    const int64_t most = (conv_columns_ - 1) * g_.stride[2] + g_.kernel_extent(2);
+    for (int64_t d = 0; d < g_.kernel[0]; ++d) {
+      const int64_t slice = z * g_.stride[0] - g_.padding[0] + d * g_.dilation[0];
+      if (slice < 0 || slice >= g_.input[0]) continue;
+      const E* first = source_.data + slice * step_[0] + row * step_[1] + column;
+      ask_for_rows(first, g_.in_channels, channel_step_, rows, step_[1], smaller(most, g_.input[2] - column));
+    }
   }
 
   template <int vectors>

@@ -1,6 +1,8 @@
 // What direct convolution costs: by this it is compared with the other algorithms, and with or without a copy.
 #pragma once
 
+#include <type_traits>
+
 #include "conv_direct_plan.h"
 
 namespace fastnn {
@@ -83,6 +85,17 @@ double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, bool in_
   return waits ? kByte * static_cast<double>(bytes) : 0;
 }
 
+// The same of a strided kernel that reads images of channels apart in place: parts of many lines at a time, too few
+// products to hide how long they are on their way.
+template <class E>
+double strided_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  constexpr double kByte = 0.3;
+  constexpr int64_t kL3 = 12 << 20;
+  const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(E));
+  if (!plan.in_place || input.c == 1 || g.stride[1] == 1 || g.batch * g.groups * bytes <= kL3) return 0;
+  return kByte * share_met(g, 0) * share_met(g, 1) * static_cast<double>(bytes);
+}
+
 // The same of Floats, which the products do not hide: contiguous images that L2 does not hold come whole, and lines
 // that groups share once for each.
 template <class E>
@@ -97,15 +110,28 @@ double floats_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   return (apart ? kApartByte : kByte) * met * static_cast<double>(bytes);
 }
 
-// Of a row of a tile of Floats.
+// Of a band's copy with channels last, of an input whose channels lie apart: whole rows that follow one another are one
+// run.
 template <class E>
-double floats_row_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+double turned_band_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  using N = std::conditional_t<kIsPair<E>, bfloat16, Compute<E>>;
+  const int64_t channels = kChannels<E> * g.in_channels, extent = input_extent(g, 2, plan.columns);
+  const int64_t slices = input_extent(g, 0, 1), rows = input_extent(g, 1, plan.band);
+  const bool joined = extent == g.input[2] && g.padding[2] == 0 && input.d[1] == extent * input.d[2];
+  const int64_t runs = joined ? slices : slices * rows, columns = joined ? rows * extent : smaller(g.input[2], extent);
+  return static_cast<double>(runs) * (turned_run_cost<N>(input, channels, columns) + kRunCost);
+}
+
+// The same of Floats' channels that lie side by side.
+template <class E>
+double floats_band_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kColumn = 2;  // that is a run of its own
+  if (input.c != 1) return turned_band_cost<E>(g, input, plan);
   const int64_t channels = kChannels<E> * g.in_channels;
   const int64_t columns = smaller(g.input[2], input_extent(g, 2, plan.columns));
-  if (input.c != 1) return turned_run_cost<Compute<E>>(input, channels, columns);
   const double column = kCopyCost * static_cast<double>(channels) + (input.d[2] == channels ? 0 : kColumn);
-  return static_cast<double>(columns) * column;
+  return static_cast<double>(input_extent(g, 0, 1) * input_extent(g, 1, plan.band)) *
+         (static_cast<double>(columns) * column + kRunCost);
 }
 
 // For one image and group.
@@ -121,10 +147,10 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
       static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   constexpr double kAddUp = 3 * kChannels<E>;  // of a conv pixel's sums
   const double sums = kIsOfFloats<E> ? kAddUp * static_cast<double>(row * g.conv[0] * g.conv[1]) : 0;
-  const double late = kIsOfFloats<E> ? floats_arrival_cost<E>(g, input) : 0;
+  const double late = kIsOfFloats<E> ? floats_arrival_cost<E>(g, input) : strided_arrival_cost<E>(g, input, plan);
   const double cost = kItem + kRow * conv_rows + windows + sums + late;
-  const int64_t tile_rows = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts *
-                            input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
+  const double bands = static_cast<double>(g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts);
+  const int64_t tile_rows = static_cast<int64_t>(bands) * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   const auto looks_at = [&](bool all) {  // numbers that might not be finite
     constexpr double kLook = 0.125;
     return all ? kLook * static_cast<double>(group_size(g)) : 0;
@@ -142,14 +168,16 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
     const double added = static_cast<double>(row * smaller(2, vectors)) * kAdded;
     const double lost = kStart * inside_passes(g) / static_cast<double>(g.depth());
     const double parts = 1 + (lost < kMost ? lost : kMost);
-    const bool reads_again = g.taps() > g.stride[0] * g.stride[1] * g.stride[2];
+    const bool reads_again = g.kernel[2] > 1 || g.taps() > g.stride[0] * g.stride[1] * g.stride[2];
     const double crowded = channels_are_crowded(g, input, sizeof(C)) && reads_again ? 1.6 : 1;
     return cost + multiplications * parts * share_inside(g) * crowded + conv_rows * inside_passes(g) * (kPass + added);
   }
   if (kStartsPair<E>) return cost + multiplications + interleaving + looks_at(row_pairs_reach_beyond(g));
   if (kIsOfFloats<E>) {
-    const double copied = static_cast<double>(tile_rows) * (floats_row_cost<E>(g, input, plan) + kRunCost);
-    return cost + multiplications + (plan.in_place ? 0 : copied);
+    return cost + multiplications + (plan.in_place ? 0 : bands * floats_band_cost<E>(g, input, plan));
+  }
+  if (input.c != 1 && !plan.in_place && plan.order == TapOrder::channels_last) {
+    return cost + multiplications + bands * turned_band_cost<E>(g, input, plan);
   }
   constexpr double kFarCopy = 2.5;  // of an element of a short run from memory
   constexpr int64_t kFar = 8 << 20;
@@ -197,18 +225,22 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   return kItem + conv_rows * (kRow * blocks + products + results + waits) + windows + rows * transform + packing;
 }
 
-// With or without a padded copy of the input, whichever is cheaper.
+// The cheapest way to take the input.
 template <class T, class E>
 ConvPoolPlan choose_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool lies,
                            double& costs) {
-  const ConvPoolPlan padded = plan_direct<T, E>(g, input, threads, lies, false);
-  costs = direct_cost<E>(g, input, padded);
-  if (padded.in_place || !lies) return padded;
-  const ConvPoolPlan inside = plan_direct<T, E>(g, input, threads, lies, true);
-  const double inside_costs = direct_cost<E>(g, input, inside);
-  if (inside_costs >= costs) return padded;
-  costs = inside_costs;
-  return inside;
+  ConvPoolPlan least = plan_direct<T, E>(g, input, threads, lies, TileWay::as_it_lies);
+  costs = direct_cost<E>(g, input, least);
+  const auto consider = [&](TileWay way) {
+    const ConvPoolPlan plan = plan_direct<T, E>(g, input, threads, lies, way);
+    const double plan_costs = direct_cost<E>(g, input, plan);
+    if (plan_costs >= costs) return;
+    costs = plan_costs;
+    least = plan;
+  };
+  if (lies && !least.in_place) consider(TileWay::inside);
+  if (can_turn_tile<E>(g, input)) consider(TileWay::turned);
+  return least;
 }
 
 }  // namespace FASTNN_ISA

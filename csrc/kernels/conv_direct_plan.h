@@ -175,18 +175,33 @@ bool blocks_come_first(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int6
          g.batch >= kEnough * threads && plan.algorithm != ConvAlgorithm::matrix;
 }
 
+// How a tile of direct convolution takes its input.
+enum class TileWay {
+  as_it_lies,  // copied with its padding, or read in place where there is none
+  inside,      // read in place, whatever its padding (conv_row_inside.h)
+  turned,      // copied into channels last
+};
+
+// Whether there is a choice for a tile of elements E.
+template <class E>
+bool can_turn_tile(const ConvPoolGeometry& g, const ConvLayout& input) {
+  return kIsPair<E> && input.c != 1 && input.d[2] >= 1 && input.d[2] <= kMostStride && g.in_channels > 1;
+}
+
 // For a tile of elements E, which `g` counts. `lies`: the input consists of such elements, and its layout counts them.
-// `skips_padding`: it is read in place, whatever its padding.
 template <class T, class E>
-ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool lies,
-                         bool skips_padding, ConvAlgorithm algorithm = kDirectAlgorithm<E>) {
+ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool lies, TileWay way,
+                         ConvAlgorithm algorithm = kDirectAlgorithm<E>) {
   using C = Compute<T>;
   ConvPoolPlan plan = {};
   plan.algorithm = algorithm;
-  plan.skips_padding = skips_padding;
-  plan.in_place = lies && (skips_padding || kIsOfMatrix<E> || can_stay_in_place<E>(g, input, false));
-  const bool channels_last = kIsOfRun<E> || kIsOfFloats<E> || (input.c == 1 && g.in_channels > 1 && input.d[2] != 1);
-  plan.order = skips_padding ? inside_order(g) : channels_last ? TapOrder::channels_last : TapOrder::channels_first;
+  const bool turned = way == TileWay::turned;
+  plan.skips_padding = way == TileWay::inside;
+  plan.in_place = lies && !turned && (plan.skips_padding || kIsOfMatrix<E> || can_stay_in_place<E>(g, input, false));
+  const bool is_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
+  plan.order = plan.skips_padding                                   ? inside_order(g)
+               : kIsOfRun<E> || kIsOfFloats<E> || is_last || turned ? TapOrder::channels_last
+                                                                    : TapOrder::channels_first;
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
   const int64_t column = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, 1) * g.stride[2];
   const int64_t room = smaller(kTileRowPixels, kTileBytes / 2 / (column * static_cast<int64_t>(sizeof(E))));
@@ -234,7 +249,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
 // The same with conv rows by phases.
 template <class T, class C = Compute<T>>
 ConvPoolPlan plan_phases(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
-  ConvPoolPlan plan = plan_direct<T, C>(g, input, threads, false, false, ConvAlgorithm::phases);
+  ConvPoolPlan plan = plan_direct<T, C>(g, input, threads, false, TileWay::as_it_lies, ConvAlgorithm::phases);
   plan.order = TapOrder::channels_first;
   while (plan.band > 1 && phase_tile_size<C>(g, plan) * static_cast<int64_t>(sizeof(C)) > kPhaseBytes) --plan.band;
   const PhaseShape<C> s(g, 1);

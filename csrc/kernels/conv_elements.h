@@ -225,7 +225,7 @@ FASTNN_INLINE int64_t spread_pixel(int64_t elements) {
 }
 template <class E>
 FASTNN_INLINE int64_t tile_pixel(int64_t elements) {
-  return kIsOfFloats<E> ? spread_pixel<E>(elements) : elements;
+  return kIsOfFloats<E> || kIsPair<E> ? spread_pixel<E>(elements) : elements;
 }
 
 // `count` columns' channels -> to, `pitch` numbers for each, zeros behind them.
@@ -255,9 +255,8 @@ void bring_channels_together(const T* from, const ConvLayout& layout, int64_t ch
 // conv_common.h has these for elements that are single channels.
 template <int some>
 void copy_columns(const float* from, const ConvLayout& layout, int64_t channels, bool, int64_t, int64_t count,
-                  Floats<some>* to) {
-  const int64_t pitch = some * tile_pixel<Floats<some>>(divide_up(channels, some));
-  bring_channels_together(from, layout, channels, count, to->channel, pitch);
+                  Floats<some>* to, int64_t pixel) {
+  bring_channels_together(from, layout, channels, count, to->channel, some * pixel);
 }
 
 #if defined(__AVX512F__)
@@ -295,7 +294,17 @@ FASTNN_INLINE Vec<float> first_of_pairs(Vec<float> pairs) {
   return (Vec<float>)((Vec<uint32_t>)pairs << 16);
 }
 
-// `odd` may be null.
+// Every `stride`-th of two rows, as pairs; `odd` may be null.
+template <int stride>
+void zip_strided(const bfloat16* even, const bfloat16* odd, int64_t count, bfloat16x2* to) {
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    const int64_t read = (count - i - 1) * stride + 1;
+    const Vec<float> first = load_strided_up_to<stride>(even + i * stride, read);
+    const Vec<float> second = odd ? load_strided_up_to<stride>(odd + i * stride, read) : Vec<float>{};
+    store_up_to<float>(reinterpret_cast<float*>(to + i), zip_pairs(first, second), count - i);
+  }
+}
+// Also next to each other.
 inline void zip_runs(const bfloat16* even, const bfloat16* odd, int64_t stride, int64_t count, bfloat16x2* to) {
   if (stride == 1) {
     for (int64_t i = 0; i < count; i += kLanes<float>) {
@@ -306,7 +315,16 @@ inline void zip_runs(const bfloat16* even, const bfloat16* odd, int64_t stride, 
     }
     return;
   }
-  for (int64_t i = 0; i < count; ++i) to[i] = {even[i * stride], odd ? odd[i * stride] : bfloat16{}};
+  switch (stride) {
+    case 2:
+      return zip_strided<2>(even, odd, count, to);
+    case 3:
+      return zip_strided<3>(even, odd, count, to);
+    case 4:
+      return zip_strided<4>(even, odd, count, to);
+    default:
+      for (int64_t i = 0; i < count; ++i) to[i] = {even[i * stride], odd ? odd[i * stride] : bfloat16{}};
+  }
 }
 
 // conv_common.h has these for elements that are widened.
@@ -318,25 +336,26 @@ inline void copy_run(const bfloat16* from, int64_t stride, int64_t count, bfloat
   for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
-                         int64_t c, int64_t count, bfloat16* to) {
+                         int64_t c, int64_t count, bfloat16* to, int64_t pixel) {
   const int64_t run = channels_last ? channels : 1;
-  bring_channels_together(channels_last ? from : from + c * layout.c, layout, run, count, to, run);
+  bring_channels_together(channels_last ? from : from + c * layout.c, layout, run, count, to,
+                          channels_last ? pixel : 1);
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
-                         int64_t c, int64_t count, bfloat16x2* to) {
+                         int64_t c, int64_t count, bfloat16x2* to, int64_t pixel) {
   if (!channels_last) {
     const bfloat16* even = from + 2 * c * layout.c;
     return zip_runs(even, 2 * c + 1 < channels ? even + layout.c : nullptr, layout.d[2], count, to);
   }
-  bring_channels_together(from, layout, channels, count, reinterpret_cast<bfloat16*>(to), 2 * divide_up(channels, 2));
+  bring_channels_together(from, layout, channels, count, reinterpret_cast<bfloat16*>(to), 2 * pixel);
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
-                         int64_t c, int64_t count, FirstOfPair* to) {
-  copy_columns(from, layout, channels, channels_last, c, count, reinterpret_cast<bfloat16*>(to));
+                         int64_t c, int64_t count, FirstOfPair* to, int64_t pixel) {
+  copy_columns(from, layout, channels, channels_last, c, count, reinterpret_cast<bfloat16*>(to), pixel);
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
-                         int64_t c, int64_t count, MatrixNumber* to) {
-  copy_columns(from, layout, channels, channels_last, c, count, reinterpret_cast<bfloat16*>(to));
+                         int64_t c, int64_t count, MatrixNumber* to, int64_t pixel) {
+  copy_columns(from, layout, channels, channels_last, c, count, reinterpret_cast<bfloat16*>(to), pixel);
 }
 #endif
 

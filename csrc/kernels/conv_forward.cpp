@@ -54,7 +54,7 @@ ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int6
   }
   if (isa_multiplies_matrices() && (!exact || elements_behind<MatrixNumber>(g) == 0)) {
     const bool stays = matrix_stays_in_place(g, input);
-    const ConvPoolPlan matrix = plan_direct<T, MatrixNumber>(g, input, threads, stays, false);
+    const ConvPoolPlan matrix = plan_direct<T, MatrixNumber>(g, input, threads, stays, TileWay::as_it_lies);
     take_cheaper(matrix, direct_cost<MatrixNumber>(g, input, matrix));
   }
   return least;

@@ -163,9 +163,9 @@ FASTNN_INLINE __m128i load_eight(const bfloat16* from, int64_t count) {
   } else if constexpr (stride == 4) {
     return _mm512_cvtepi64_epi16(_mm512_maskz_loadu_epi16(inside, from));
   } else {
-    uint16_t elements[8] = {};
-    for (int i = 0; i < 8 && i < count; ++i) elements[i] = from[i * stride].bits;
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(elements));
+    static_assert(stride == 3);
+    const __m512i lanes = _mm512_castsi128_si512(_mm_setr_epi16(0, 3, 6, 9, 12, 15, 18, 21));
+    return _mm512_castsi512_si128(_mm512_permutexvar_epi16(lanes, _mm512_maskz_loadu_epi16(inside, from)));
   }
 }
 
