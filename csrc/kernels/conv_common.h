@@ -235,6 +235,16 @@ double turned_run_cost(const ConvLayout& input, int64_t channels, int64_t column
   return blocks * static_cast<double>(divide_up(channels, kChannels));
 }
 
+// Of `bytes` of an image whose columns lie apart: lines come of which parts are used, row by row.
+template <class T>
+double parted_lines_cost(const ConvPoolGeometry& g, const ConvLayout& input, int64_t bytes) {
+  constexpr double kByte = sizeof(T) == sizeof(bfloat16) ? 0 : 0.12, kFarByte = 0.4;
+  constexpr int64_t kNear = 4 << 20;
+  const int64_t lines = bytes * input.d[2];
+  if (input.d[2] == 1) return 0;
+  return (kByte + (g.batch * lines > kNear ? kFarByte : 0)) * static_cast<double>(lines);
+}
+
 // Of a place in a vector of windows: pool_row's fast way is for few rows and columns.
 FASTNN_INLINE double place_cost(const ConvPoolGeometry& g) {
   return g.pool_kernel[0] * g.pool_kernel[1] <= 3 && g.pool_kernel[2] <= 3 ? 4 : 12;

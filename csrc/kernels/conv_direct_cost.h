@@ -177,7 +177,8 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
     return cost + multiplications + (plan.in_place ? 0 : bands * floats_band_cost<E>(g, input, plan));
   }
   if (input.c != 1 && !plan.in_place && plan.order == TapOrder::channels_last) {
-    return cost + multiplications + bands * turned_band_cost<E>(g, input, plan);
+    const double lines = parted_lines_cost<bfloat16>(g, input, group_size(g) * static_cast<int64_t>(sizeof(E)));
+    return cost + multiplications + bands * turned_band_cost<E>(g, input, plan) + lines;
   }
   constexpr double kFarCopy = 2.5;  // of an element of a short run from memory
   constexpr int64_t kFar = 8 << 20;

@@ -82,6 +82,7 @@ struct ConvPoolPlan {
   int64_t band;                   // pooled rows worked on together
   int64_t row_parts, block_parts;
   int64_t tile_groups;   // conv_rows.h: groups that are copied together
+  int64_t row_pitch;     // conv_rows.h: of the input's rows that are read in place, or 0
   int64_t tile_results;  // conv_winograd.h: conv pixels of a tile along a dimension
   // conv_lanes.h
   int64_t bands;  // of an image's rows: pieces

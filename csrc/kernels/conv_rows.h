@@ -125,7 +125,7 @@ class RowsForward {
   RowsForward(const ConvPoolForward<T>& call, void* memory)
       : call_(call),
         g_(call.geometry),
-        s_(row_shape<C>(call.geometry, call.plan.band)),
+        s_(row_shape<C>(call.geometry, call.plan.band, call.plan.row_pitch)),
         scratch_(call.geometry, call.plan, memory) {
     // More channels than the hardware foresees, each in pages of its own.
     constexpr int64_t kCache = 1 << 20, kPage = 4096, kChannels = 32, size = sizeof(C);

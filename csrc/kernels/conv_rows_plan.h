@@ -39,14 +39,15 @@ void set_rows(const ConvPoolGeometry& g, int64_t rows, RowShape& s) {
   s.vectors = s.by_rows ? apart : along_run;
 }
 
+// `in_place`: the pitch of rows that are read where they lie, or 0.
 template <class C>
-RowShape row_shape(const ConvPoolGeometry& g, int64_t band) {
+RowShape row_shape(const ConvPoolGeometry& g, int64_t band, int64_t in_place) {
   RowShape s;
   constexpr int64_t line = 64 / sizeof(C);
   s.conv[0] = smaller(g.conv[0], g.pool_extent(0));
   const int64_t past = (g.output[2] - 1) * g.pool_stride[2] - g.pool_padding[2] + g.pool_extent(2);
   s.margin = larger(g.pool_padding[2], larger(0, past - g.conv[2]));
-  s.pitch = g.conv[2] + larger((g.kernel_extent(2) - 1) / g.stride[2], s.margin);
+  s.pitch = in_place > 0 ? in_place : g.conv[2] + larger((g.kernel_extent(2) - 1) / g.stride[2], s.margin);
   set_rows<C>(g, smaller(g.conv[1], (band - 1) * g.pool_stride[1] + g.pool_extent(1)), s);
   s.slices = (s.conv[0] - 1) * g.stride[0] + g.kernel_extent(0);
   s.rows = s.conv[1] + (g.kernel_extent(1) - 1) / g.stride[1];
@@ -71,7 +72,7 @@ struct RowScratch {
   int64_t size;
 
   RowScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
-    const RowShape s = row_shape<C>(g, plan.band);
+    const RowShape s = row_shape<C>(g, plan.band, plan.row_pitch);
     const int64_t outputs = smaller(g.out_channels, kRowOutputs);
     pixel_step = round_up(s.run, kLanes<C>) + 2 * s.margin + kLanes<C>;
     stage_step = plan.band * g.output[2] + kLanes<C>;  // whole vectors are stored
@@ -94,16 +95,17 @@ FASTNN_INLINE bool rows_apply(const ConvPoolGeometry& g) {
   return g.pool_dilation[0] == 1 && g.pool_dilation[1] == 1 && g.pool_dilation[2] == 1;
 }
 
-// Whether the input's rows follow one another at the pitch wanted, and the last band's are a vector at least.
+// Whether the input's rows follow one another at about the pitch wanted, which a last column that no window has makes
+// larger, and the last band's are a vector at least.
 template <class T>
 FASTNN_INLINE bool rows_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  const int64_t pitch = row_shape<Compute<T>>(g, plan.band).pitch;
+  const int64_t pitch = row_shape<Compute<T>>(g, plan.band, 0).pitch;
+  const bool follow = input.d[2] == 1 && input.d[1] >= pitch && input.d[1] <= pitch + kLanes<Compute<T>>;
   const bool strided = g.stride[0] * g.stride[1] * g.stride[2] > 1;
   const int64_t past = smaller(g.conv[1], (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1));
   const int64_t last_rows = past - (plan.row_parts - 1) * plan.band * g.pool_stride[1];
-  return can_stay_in_place<T>(g, input, g.taps() == 1 && g.out_channels <= kRowOutputs) && !strided &&
-         input.d[2] == 1 && input.d[1] == pitch && g.pool_padding[1] == 0 &&
-         (last_rows - 1) * pitch + g.conv[2] >= kLanes<Compute<T>>;
+  return can_stay_in_place<T>(g, input, g.taps() == 1 && g.out_channels <= kRowOutputs) && !strided && follow &&
+         g.pool_padding[1] == 0 && (last_rows - 1) * input.d[1] + g.conv[2] >= kLanes<Compute<T>>;
 }
 
 template <class T>
@@ -112,7 +114,7 @@ ConvPoolPlan plan_rows(const ConvPoolGeometry& g, const ConvLayout& input, int64
   ConvPoolPlan plan = {};
   plan.algorithm = ConvAlgorithm::rows;
   const auto tile_bytes = [&](int64_t band) {
-    return plan.tile_groups * g.in_channels * row_shape<C>(g, band).channel * static_cast<int64_t>(sizeof(C));
+    return plan.tile_groups * g.in_channels * row_shape<C>(g, band, 0).channel * static_cast<int64_t>(sizeof(C));
   };
   // Groups that share the input's cache lines are transposed together if there is room.
   plan.tile_groups = input.c == 1 ? g.groups : 1;
@@ -129,6 +131,7 @@ ConvPoolPlan plan_rows(const ConvPoolGeometry& g, const ConvLayout& input, int64
   plan.pack_items = g.groups * divide_up(g.out_channels, kRowOutputs);
   plan.packed_size = g.groups * g.out_channels * g.depth();
   plan.in_place = rows_stay_in_place<T>(g, input, plan);
+  plan.row_pitch = plan.in_place ? input.d[1] : 0;
   plan.scratch_size = RowScratch<C>(g, plan, nullptr).size;
   return plan;
 }
@@ -136,7 +139,7 @@ ConvPoolPlan plan_rows(const ConvPoolGeometry& g, const ConvLayout& input, int64
 // For one image and group.
 template <class C>
 double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  const RowShape s = row_shape<C>(g, plan.band);
+  const RowShape s = row_shape<C>(g, plan.band, plan.row_pitch);
   const double bands = static_cast<double>(g.output[0] * plan.row_parts);
   const double multiplications = static_cast<double>(g.out_channels * g.depth() * s.conv[0] * s.vectors);
   const int64_t phases = smaller(g.stride[1], g.kernel_extent(1)) * smaller(g.stride[2], g.kernel_extent(2));

@@ -69,11 +69,7 @@ double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
                       : bytes > kNear           ? kFarByte
                       : g.batch * bytes > kNear ? kLostByte
                                                 : 0;
-  // Of columns apart, lines come of which parts are used, and row by row.
-  constexpr double kPartByte = narrow ? 0 : 0.12, kFarPartByte = 0.4;
-  const int64_t lines = bytes * input.d[2];
-  const double part = input.d[2] == 1 ? 0 : kPartByte + (g.batch * lines > kShareOfL3 ? kFarPartByte : 0);
-  const double waits = byte * static_cast<double>(bytes) + part * static_cast<double>(lines);
+  const double waits = byte * static_cast<double>(bytes) + parted_lines_cost<T>(g, input, bytes);
   return static_cast<double>(runs.slices * runs.rows) * turned_run_cost<T>(input, channels, runs.columns) + waits;
 }
 
