@@ -39,7 +39,7 @@ def test_columns_apart(instruction_set: str, dtype: torch.dtype, stride: int, ch
 def test_channels_brought_together(
     instruction_set: str, channels: int, size: tuple[int, ...], kernel: tuple[int, ...], stride: int, padding: int
 ) -> None:
-    """In pairs, where a pixel's channels may crowd the cache's sets or not, of windows that share bands' rows or not."""
+    """In pairs, where a pixel's channels may crowd the cache's sets or not, of windows that share rows or not."""
     for groups in (1, 2):
         for pool, pool_stride in ((1, 1), (2, 1), (2, 2)):
             tensors = make((2, channels * groups, *size), 20 * groups, kernel, groups, torch.bfloat16)
