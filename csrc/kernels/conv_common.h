@@ -311,7 +311,7 @@ FASTNN_INLINE void fill_zeros(C* to, int64_t count) {
 }
 
 // `count` columns of a row of the input -> the tile's element `c` of each, or all elements where they lie inside.
-// `pixel` (unused where it is the number of channels): elements from one pixel of the tile to the next.
+// The last argument, from one pixel of the tile to the next, is here the number of channels.
 template <class T, class C>
 FASTNN_INLINE void copy_columns(const T* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                                 int64_t c, int64_t count, C* to, int64_t) {
