@@ -222,6 +222,11 @@ FASTNN_INLINE double copy_cost(int64_t stride) {
   return stride == 1 ? kCopyCost : stride <= kMostStride ? kStridedCost : kSingleCost;
 }
 
+// Whether channels lie apart, in columns that vectors can pick.
+FASTNN_INLINE bool can_be_turned(const ConvLayout& input) {
+  return input.c != 1 && input.d[2] >= 1 && input.d[2] <= kMostStride;
+}
+
 // Of so many columns' channels brought into channels last: blocks of columns and channels, of which some are not full.
 template <class T>
 double turned_run_cost(const ConvLayout& input, int64_t channels, int64_t columns) {
@@ -310,14 +315,14 @@ FASTNN_INLINE void fill_zeros(C* to, int64_t count) {
   if (count > 0) __builtin_memset(to, 0, count * sizeof(C));
 }
 
-// `count` columns of a row of the input -> the tile's element `c` of each, or all elements where they lie inside.
-// The last argument, from one pixel of the tile to the next, is here the number of channels.
+// `count` columns of a row of the input -> the tile's element `c` of each, or all elements where they lie inside, where
+// it is `pixel` elements from one column to the next.
 template <class T, class C>
 FASTNN_INLINE void copy_columns(const T* from, const ConvLayout& layout, int64_t channels, bool channels_last,
-                                int64_t c, int64_t count, C* to, int64_t) {
+                                int64_t c, int64_t count, C* to, int64_t pixel) {
   if (!channels_last) return copy_run(from + c * layout.c, layout.d[2], count, to);
-  if (layout.d[2] == channels) return copy_run(from, 1, count * channels, to);
-  for (int64_t w = 0; w < count; ++w) copy_run(from + w * layout.d[2], 1, channels, to + w * channels);
+  if (layout.d[2] == channels && pixel == channels) return copy_run(from, 1, count * channels, to);
+  for (int64_t w = 0; w < count; ++w) copy_run(from + w * layout.d[2], 1, channels, to + w * pixel);
 }
 
 // `from` is the input's (channel, slice, row, column) = 0 of the image and group, `elements` the tile's of a

@@ -1,8 +1,6 @@
 // What direct convolution costs: by this it is compared with the other algorithms, and with or without a copy.
 #pragma once
 
-#include <type_traits>
-
 #include "conv_direct_plan.h"
 
 namespace fastnn {
@@ -114,12 +112,11 @@ double floats_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
 // run.
 template <class E>
 double turned_band_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  using N = std::conditional_t<kIsPair<E>, bfloat16, Compute<E>>;
   const int64_t channels = kChannels<E> * g.in_channels, extent = input_extent(g, 2, plan.columns);
   const int64_t slices = input_extent(g, 0, 1), rows = input_extent(g, 1, plan.band);
   const bool joined = extent == g.input[2] && g.padding[2] == 0 && input.d[1] == extent * input.d[2];
   const int64_t runs = joined ? slices : slices * rows, columns = joined ? rows * extent : smaller(g.input[2], extent);
-  return static_cast<double>(runs) * (turned_run_cost<N>(input, channels, columns) + kRunCost);
+  return static_cast<double>(runs) * (turned_run_cost<Number<E>>(input, channels, columns) + kRunCost);
 }
 
 // The same of Floats' channels that lie side by side.
@@ -149,8 +146,8 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double sums = kIsOfFloats<E> ? kAddUp * static_cast<double>(row * g.conv[0] * g.conv[1]) : 0;
   const double late = kIsOfFloats<E> ? floats_arrival_cost<E>(g, input) : strided_arrival_cost<E>(g, input, plan);
   const double cost = kItem + kRow * conv_rows + windows + sums + late;
-  const double bands = static_cast<double>(g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts);
-  const int64_t tile_rows = static_cast<int64_t>(bands) * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
+  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
+  const int64_t tile_rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   const auto looks_at = [&](bool all) {  // numbers that might not be finite
     constexpr double kLook = 0.125;
     return all ? kLook * static_cast<double>(group_size(g)) : 0;
@@ -174,11 +171,12 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   }
   if (kStartsPair<E>) return cost + multiplications + interleaving + looks_at(row_pairs_reach_beyond(g));
   if (kIsOfFloats<E>) {
-    return cost + multiplications + (plan.in_place ? 0 : bands * floats_band_cost<E>(g, input, plan));
+    return cost + multiplications +
+           (plan.in_place ? 0 : static_cast<double>(bands) * floats_band_cost<E>(g, input, plan));
   }
   if (input.c != 1 && !plan.in_place && plan.order == TapOrder::channels_last) {
-    const double lines = parted_lines_cost<bfloat16>(g, input, group_size(g) * static_cast<int64_t>(sizeof(E)));
-    return cost + multiplications + bands * turned_band_cost<E>(g, input, plan) + lines;
+    const double lines = parted_lines_cost<Number<E>>(g, input, group_size(g) * static_cast<int64_t>(sizeof(E)));
+    return cost + multiplications + static_cast<double>(bands) * turned_band_cost<E>(g, input, plan) + lines;
   }
   constexpr double kFarCopy = 2.5;  // of an element of a short run from memory
   constexpr int64_t kFar = 8 << 20;

@@ -182,10 +182,11 @@ enum class TileWay {
   turned,      // copied into channels last
 };
 
-// Whether there is a choice for a tile of elements E.
+// Whether a tile of elements E, which `g` counts, may be in either order. (Others have one that is theirs; float32
+// gains nothing by it.)
 template <class E>
 bool can_turn_tile(const ConvPoolGeometry& g, const ConvLayout& input) {
-  return kIsPair<E> && input.c != 1 && input.d[2] >= 1 && input.d[2] <= kMostStride && g.in_channels > 1;
+  return kIsPair<E> && can_be_turned(input) && g.in_channels > 1;
 }
 
 // For a tile of elements E, which `g` counts. `lies`: the input consists of such elements, and its layout counts them.

@@ -294,7 +294,6 @@ FASTNN_INLINE Vec<float> first_of_pairs(Vec<float> pairs) {
   return (Vec<float>)((Vec<uint32_t>)pairs << 16);
 }
 
-// Every `stride`-th of two rows, as pairs; `odd` may be null.
 template <int stride>
 void zip_strided(const bfloat16* even, const bfloat16* odd, int64_t count, bfloat16x2* to) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {
@@ -304,18 +303,11 @@ void zip_strided(const bfloat16* even, const bfloat16* odd, int64_t count, bfloa
     store_up_to<float>(reinterpret_cast<float*>(to + i), zip_pairs(first, second), count - i);
   }
 }
-// Also next to each other.
+// Every `stride`-th number of two rows, as pairs; `odd` may be null.
 inline void zip_runs(const bfloat16* even, const bfloat16* odd, int64_t stride, int64_t count, bfloat16x2* to) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; i += kLanes<float>) {
-      const int64_t left = count - i;
-      const Vec<float> second = odd ? load_up_to<bfloat16>(odd + i, left) : Vec<float>{};
-      store_up_to<float>(reinterpret_cast<float*>(to + i), zip_pairs(load_up_to<bfloat16>(even + i, left), second),
-                         left);
-    }
-    return;
-  }
   switch (stride) {
+    case 1:
+      return zip_strided<1>(even, odd, count, to);
     case 2:
       return zip_strided<2>(even, odd, count, to);
     case 3:
@@ -338,8 +330,7 @@ inline void copy_run(const bfloat16* from, int64_t stride, int64_t count, bfloat
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, bfloat16* to, int64_t pixel) {
   const int64_t run = channels_last ? channels : 1;
-  bring_channels_together(channels_last ? from : from + c * layout.c, layout, run, count, to,
-                          channels_last ? pixel : 1);
+  bring_channels_together(channels_last ? from : from + c * layout.c, layout, run, count, to, pixel);
 }
 inline void copy_columns(const bfloat16* from, const ConvLayout& layout, int64_t channels, bool channels_last,
                          int64_t c, int64_t count, bfloat16x2* to, int64_t pixel) {

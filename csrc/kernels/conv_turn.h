@@ -22,7 +22,7 @@ ConvLayout turned_layout(const ConvPoolGeometry& g) {
 
 template <class T>
 bool can_turn(const ConvPoolGeometry& g, const ConvLayout& input) {
-  if (!kTurns<T> || input.c == 1 || input.d[2] < 1 || input.d[2] > kMostStride) return false;
+  if (!kTurns<T> || !can_be_turned(input)) return false;
   return kHasPairs<T> ? isa_multiplies_pairs() && g.in_channels % 2 == 0 : g.in_channels > 1;
 }
 

@@ -76,7 +76,9 @@ FASTNN_INLINE Vec<C> load_strided_up_to(const T* from, int64_t count) {
   const auto part = [&](int i) __attribute__((always_inline)) {
     return count > i * lanes ? load_up_to<T>(from + i * lanes, count - i * lanes) : Vec<C>{};
   };
-  if constexpr (stride == 2) {
+  if constexpr (stride == 1) {
+    return part(0);
+  } else if constexpr (stride == 2) {
     return every_second<C>(part(0), part(1));
   } else if constexpr (stride == 3) {
     return every_third<C>(part(0), part(1), part(2));
