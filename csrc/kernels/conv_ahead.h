@@ -1,5 +1,4 @@
-// Lines of images whose channels come first, asked for before they are used: one of each channel is more than the
-// hardware foresees.
+// Lines of images asked for before they are used.
 #pragma once
 
 #include "conv_common.h"
@@ -7,51 +6,137 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// A row of an image.
+constexpr int64_t kLineBytes = 64;
+
+// Where the numbers lie that products take, and from one to the next, in bytes.
+struct StepsAhead {
+  const int64_t* offsets;  // of each product of an output
+  int64_t pixel, channel;
+};
+
+// What a register tile of so many rows asks for while it is computed: with each product what the same one takes of
+// pixels to come. More lines than can be on their way at once would be waited for.
+template <int rows>
+struct LinesAhead {
+  StepsAhead steps;        // from the tile's first product on
+  const char* from[rows];  // each row's first pixel to come
+
+  void start(int row, const char* pixel) { from[row] = pixel; }
+  LinesAhead after(int64_t pixels) const {
+    LinesAhead lines = *this;
+    for (int r = 0; r < rows; ++r) lines.from[r] += pixels * steps.pixel;
+    return lines;
+  }
+
+  // The first and the last of so many pixels: without branches, for which the compiler would keep sums in memory.
+  template <int pixels, int channels>
+  FASTNN_INLINE void ask_for(int64_t k) const {
+    const int64_t offset = steps.offsets[k], last = (pixels - 1) * steps.pixel;
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+      for (int c = 0; c < channels; ++c) {
+        const char* at = from[r] + offset + c * steps.channel;
+        __builtin_prefetch(at, 0, 2);
+        __builtin_prefetch(at + last, 0, 2);
+      }
+    }
+  }
+};
+template <int rows>
+LinesAhead<rows> lines_ahead(const StepsAhead& steps, int64_t product) {
+  return {{steps.offsets + product, steps.pixel, steps.channel}, {}};
+}
+
+// The same of a tile that asks for nothing.
+struct NothingAhead {
+  void start(int, const char*) {}
+  NothingAhead after(int64_t) const { return *this; }
+  template <int pixels, int channels>
+  FASTNN_INLINE void ask_for(int64_t) const {}
+};
+template <int rows>
+FASTNN_INLINE NothingAhead lines_ahead(NothingAhead, int64_t) {
+  return {};
+}
+
+// Tiles of these elements may ask.
+template <class E>
+constexpr bool kAsksAhead = false;
+template <>
+constexpr bool kAsksAhead<float> = true;
+template <>
+constexpr bool kAsksAhead<bfloat16x2> = true;
+
+// The input that is next to be read, or copied, where a conv row has read: under the next windows. It is asked for
+// where channels lie apart, more of them than the hardware follows, images do not stay in L2, and there are not so many
+// products that they hide how long it is on its way.
+template <class T>
+class InputAhead {
+ public:
+  // Of a tile of elements E; keeps its offsets in `memory`.
+  template <class E>
+  InputAhead(const ConvPoolGeometry& g, const ConvLayout& layout, int64_t* memory, E)
+      : g_(g), layout_(layout), offsets_(memory), channels_(kChannels<E>) {
+    constexpr int64_t kFar = 6 << 20, kMany = 32;
+    const int64_t vectors = smaller(2, divide_up(g.out_channels, kLanes<Compute<E>>));
+    const int64_t products = vectors * g.taps() / (g.stride[0] * g.stride[1] * g.stride[2]);
+    const bool far = g.batch * image_size(g) * channels_ * kSize > kFar;
+    asks_ = kAsksAhead<E> && layout.c != 1 && far && products <= kMany;
+  }
+
+  bool asks() const { return asks_; }
+  StepsAhead steps() const { return {offsets_, g_.stride[2] * layout_.d[2] * kSize, layout_.c * kSize}; }
+
+  // Product k takes element c of a pixel under tap (d, h, w).
+  void add_product(int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) const {
+    if (!asks_) return;
+    offsets_[k] = kSize * (c * channels_ * layout_.c + d * g_.dilation[0] * layout_.d[0] +
+                           h * g_.dilation[1] * layout_.d[1] + w * g_.dilation[2] * layout_.d[2]);
+  }
+
+  // Of an image the columns at hand, the first of which lies under conv pixel (0, 0) at `part`; from there to the next
+  // ones, or the next image's.
+  void start(const T* part, int64_t next_part) {
+    part_ = part;
+    next_part_ = next_part;
+  }
+
+  // What is next where conv row (z, y) has read, one of `rows` from `first` on; the last such ones begin with `last`.
+  // `slice` is of windows.
+  const char* next(int64_t z, int64_t y, int64_t slice, int64_t first, int64_t rows, int64_t last) const {
+    const int64_t next_slice = g_.pool_stride[0] * g_.stride[0] * layout_.d[0], row = g_.stride[1] * layout_.d[1];
+    const int64_t further = first + rows <= last       ? rows * row
+                            : slice + 1 < g_.output[0] ? next_slice - first * row
+                                                       : next_part_ - slice * next_slice - first * row;
+    return reinterpret_cast<const char*>(part_ + z * g_.stride[0] * layout_.d[0] + y * row + further);
+  }
+
+ private:
+  static constexpr int64_t kSize = sizeof(T);
+  const ConvPoolGeometry& g_;  // of the tile
+  const ConvLayout& layout_;
+  int64_t* const offsets_;
+  const int64_t channels_;  // of an element
+  bool asks_;
+  const T* part_ = nullptr;
+  int64_t next_part_ = 0;
+};
+
+// A row of an image that is about to be written.
 struct RowLines {
   const char* row;                // of the first channel; null for none
   int64_t element, channel_step;  // in bytes
   int64_t channels;
 
   // Those that begin within pixels [first, first + count).
-  template <bool to_write>
   FASTNN_INLINE void ask_for(int64_t first, int64_t count) const {
-    constexpr uintptr_t line = 64;
     const char *from = row + first * element, *past = from + count * element;
-    if (!row || reinterpret_cast<uintptr_t>(from) / line == reinterpret_cast<uintptr_t>(past) / line) return;
-    for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(past + c * channel_step, to_write, to_write ? 3 : 2);
+    if (!row || reinterpret_cast<uintptr_t>(from) / kLineBytes == reinterpret_cast<uintptr_t>(past) / kLineBytes)
+      return;
+    for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(past + c * channel_step, 1, 3);
   }
 };
-
-// Whether a conv row that is read in place asks for what the next one reads: strided kernels, and those of one tap,
-// take little else to hide how long it is on its way, where the images do not stay in L2. A long row's lines the
-// hardware foresees.
-template <class E>
-bool rows_are_asked_for(const ConvPoolGeometry& g, const ConvLayout& input) {
-  constexpr int64_t kCache = 2 << 20, kFarCache = 8 << 20, kRow = 512, kMost = 512 << 10, size = sizeof(E);
-  const int64_t row = g.input[2] * size, fresh = smaller(g.stride[1], g.kernel_extent(1));
-  const bool single = g.taps() == 1;
-  const bool hides_little = single ? g.out_channels > kLanes<Compute<E>> : g.stride[1] > 1;
-  return input.c != 1 && input.d[2] == 1 && hides_little && row <= kRow &&
-         g.kernel[0] * fresh * g.in_channels * row <= kMost &&
-         g.batch * image_size(g) * size > (single ? kFarCache : kCache);
-}
-template <class E>
-void ask_for_rows(const E* first, int64_t channels, int64_t channel_step, int64_t rows, int64_t row_step,
-                  int64_t columns) {
-  constexpr int64_t kLine = 64 / sizeof(E);
-  const bool joined = row_step < columns + kLine;  // the line that a row begins in is the last of the row before it
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const E* from = first + c * channel_step + row * row_step;
-      const int64_t in_line = reinterpret_cast<uintptr_t>(from) / sizeof(E) % kLine;
-      for (int64_t x = joined && in_line > 0 ? kLine - in_line : 0; x < columns + (joined ? 0 : kLine - 1);
-           x += kLine) {
-        __builtin_prefetch(from + x, 0, 2);
-      }
-    }
-  }
-}
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

@@ -29,7 +29,8 @@ class DirectForward {
         phases_(g_, ring_shape_.columns),
         matrix_(g_, ring_shape_.columns),
         depth_(product_depth<E>(g_)),
-        scratch_(g_, call.plan, memory) {
+        scratch_(g_, call.plan, memory),
+        ahead_(g_, call.input_layout, scratch_.ahead, E()) {
     if (in_phases()) {
       position_step_ = phase_step<C>(g_, plan_);
       step_[1] = phases_.pitch;
@@ -46,7 +47,6 @@ class DirectForward {
       step_[0] = step_[1] * input_extent(g_, 1, plan_.band);
       channel_step_ = channels_inside() ? 1 : channel_step<C>(g_, plan_);
     }
-    asks_ahead_ = plan_.in_place && rows_are_asked_for<E>(g_, call.input_layout);
     for (int64_t i = 0; i < g_.groups * divide_up(g_.out_channels, kBlockChannels<C>); ++i) scratch_.moderate[i] = -1;
     for_each_tap(g_, plan_.order, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       if (kIsOfMatrix<E>) {  // the numbers that begin a block
@@ -61,7 +61,10 @@ class DirectForward {
       }
       const int64_t offset = c * channel_step_ + d * g_.dilation[0] * step_[0] + h * g_.dilation[1] * step_[1] +
                              w * g_.dilation[2] * step_[2];
-      if (!in_phases()) scratch_.offsets[k] = offset;
+      if (!in_phases()) {
+        scratch_.offsets[k] = offset;
+        ahead_.add_product(k, c, d, h, w);
+      }
       for (int64_t p = 0; in_phases() && w == 0 && p < phases_.positions; ++p) {
         scratch_.offsets[p * phases_.depth + k / g_.kernel[2]] = offset + p * position_step_;
       }
@@ -93,6 +96,7 @@ class DirectForward {
       const int64_t slice = row / g_.output[1], first = row % g_.output[1];
       const int64_t last = smaller(smaller(first + plan_.band, g_.output[1]), first + last_row - row);
       load_band(slice, first, last);
+      start_ahead();
       for (int64_t b = blocks * block_part / plan_.block_parts; b < blocks * (block_part + 1) / plan_.block_parts;
            ++b) {
         run_block(b, slice, first, last);
@@ -113,6 +117,8 @@ class DirectForward {
 
   void load_band(int64_t slice, int64_t first, int64_t last) {
     const int64_t pooled[3] = {slice, first, first_column_};
+    band_ = {first, last};
+    slice_ = slice;
     const ConvLayout& layout = call_.input_layout;
     const T* input = call_.input + image_ * layout.n + group_ * call_.geometry.in_channels * layout.c;
     const int64_t extent[3] = {input_extent(g_, 0, 1), input_extent(g_, 1, last - first),
@@ -252,20 +258,6 @@ class DirectForward {
     return tile_ + (z - first_conv_[0]) * g_.stride[0] * step_[0] + (y - first_conv_[1]) * g_.stride[1] * step_[1];
   }
 
-  // What the next part of a row of the input has to copy, while a first block of channels is computed.
-  RowLines input_lines(int64_t block, int64_t z, int64_t y) const {
-    const ConvLayout& layout = call_.input_layout;
-    const int64_t row = y * g_.stride[1] - g_.padding[1], slice = z * g_.stride[0] - g_.padding[0];
-    const bool copies = !plan_.in_place && layout.d[2] == 1 && block == 0;
-    if (!copies || last_column_ == g_.output[2] || row < 0 || row >= g_.input[1] || slice < 0 || slice >= g_.input[0]) {
-      return {nullptr, 0, 0, 0};
-    }
-    const int64_t size = sizeof(T), column = last_column_ * g_.pool_stride[2] - g_.padding[2];
-    const T* from = call_.input + image_ * layout.n + group_ * call_.geometry.in_channels * layout.c +
-                    slice * layout.d[0] + row * layout.d[1] + column;
-    return {reinterpret_cast<const char*>(from), size * g_.stride[2], layout.c * size, call_.geometry.in_channels};
-  }
-
   // A row of the output from pixel `at` on; without lines to ask for where channels come last.
   RowLines output_lines(int64_t block, int64_t channels, int64_t at) const {
     const ConvLayout& layout = call_.output_layout;
@@ -290,9 +282,12 @@ class DirectForward {
           const int64_t z = slice * g_.pool_stride[0] + i * g_.pool_dilation[0];
           for (int64_t j = 0; j < g_.pool_kernel[1]; ++j) {
             const int64_t y = row * g_.pool_stride[1] + j * g_.pool_dilation[1];
-            ask_for_next_row(block, z, y);
-            pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
-                          bias, windows, input_lines(block, z, y), lines, pooled);
+            const auto pool = [&](const auto& ahead) {
+              pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], ahead, scratch_.offsets, depth_,
+                            block_weight(block), bias, windows, lines, pooled);
+            };
+            // Not in training: its share of the build's time would be more than it is worth.
+            with_winners ? pool(NothingAhead{}) : with_row_ahead(block, z, y, pool);
             pooled.is_first = false;
             pooled.place += taps;
           }
@@ -306,8 +301,10 @@ class DirectForward {
   template <int vectors>
   void make_inside(int64_t block, int64_t rows, const Vec<C> (&bias)[vectors]) {
     if constexpr (!kIsOfRun<E>) {  // whose input never lies in the tile's order
-      conv_rows_inside<vectors>(g_, source_, scratch_.offsets, block_weight(block), bias, scratch_.to_make, rows,
-                                first_conv_[2], conv_columns_);
+      with_steps_ahead(block, [&](const auto& ahead) {
+        conv_rows_inside<vectors>(g_, source_, ahead, scratch_.offsets, block_weight(block), bias, scratch_.to_make,
+                                  rows, first_conv_[2], conv_columns_);
+      });
     }
   }
 
@@ -317,14 +314,15 @@ class DirectForward {
     int64_t waiting = 0;
     for (int64_t row = first; row < last; ++row) {
       ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
-        ask_for_next_row(block, z, y);
-        scratch_.to_make[waiting++] = {plan_.skips_padding ? nullptr : conv_corner(z, y), to, z, y};
+        scratch_.to_make[waiting++] = {plan_.skips_padding ? nullptr : conv_corner(z, y), to, z, y, next_row(z, y)};
       });
     }
     if (plan_.skips_padding) return make_inside<vectors>(block, waiting, bias);
     if constexpr (!kIsOfMatrix<E> && kMakesTogether<C>) {
-      conv_rows_short<vectors>(scratch_.to_make, waiting, g_.stride[2] * step_[2], scratch_.offsets, depth_,
-                               block_weight(block), bias, conv_columns_);
+      with_steps_ahead(block, [&](const auto& ahead) {
+        conv_rows_short<vectors>(scratch_.to_make, waiting, g_.stride[2] * step_[2], ahead, scratch_.offsets, depth_,
+                                 block_weight(block), bias, conv_columns_);
+      });
     }
   }
 
@@ -332,19 +330,20 @@ class DirectForward {
   int64_t window_rows(int64_t block, int64_t slice, int64_t row, const Vec<C> (&bias)[vectors]) {
     int64_t waiting = 0;  // rows that a matrix unit makes together
     const int64_t count = ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
-      ask_for_next_row(block, z, y);
       if (plan_.skips_padding) {
-        scratch_.to_make[0] = {nullptr, to, z, y};
+        scratch_.to_make[0] = {nullptr, to, z, y, next_row(z, y)};
         make_inside<vectors>(block, 1, bias);
       } else if (in_phases()) {
         if constexpr (kHasPhases<E>) {
           conv_row_phases<vectors>(phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
         }
       } else if constexpr (kIsOfMatrix<E>) {
-        scratch_.to_make[waiting++] = {conv_corner(z, y), to, z, y};
+        scratch_.to_make[waiting++] = {conv_corner(z, y), to, z, y, nullptr};
       } else {
-        conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], scratch_.offsets, depth_, block_weight(block),
-                          bias, conv_columns_, to);
+        with_row_ahead(block, z, y, [&](const auto& ahead) {
+          conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], ahead, scratch_.offsets, depth_,
+                            block_weight(block), bias, conv_columns_, to);
+        });
       }
     });
     if constexpr (kIsOfMatrix<E>) {
@@ -354,20 +353,47 @@ class DirectForward {
     return count;
   }
 
-  // What the next conv row reads that this one does not, while a block of channels is computed that finds it far away.
-  void ask_for_next_row(int64_t block, int64_t z, int64_t y) const {
-    if (!asks_ahead_ || (block > 0 && !plan_.blocks_first)) return;
-    const int64_t extent = g_.kernel_extent(1), fresh = smaller(g_.stride[1], extent);
-    const int64_t past = (y + 1) * g_.stride[1] - g_.padding[1] + extent;
-    const int64_t row = larger(0, past - fresh), rows = smaller(past, g_.input[1]) - row;
-    const int64_t column = larger(0, first_conv_[2] * g_.stride[2] - g_.padding[2]);
-    const int64_t most = (conv_columns_ - 1) * g_.stride[2] + g_.kernel_extent(2);
-    for (int64_t d = 0; d < g_.kernel[0]; ++d) {
-      const int64_t slice = z * g_.stride[0] - g_.padding[0] + d * g_.dilation[0];
-      if (slice < 0 || slice >= g_.input[0]) continue;
-      const E* first = source_.data + slice * step_[0] + row * step_[1] + column;
-      ask_for_rows(first, g_.in_channels, channel_step_, rows, step_[1], smaller(most, g_.input[2] - column));
+  // Calls body(how conv rows ask for what is next to be read): those of a first block of channels, which finds it far
+  // away.
+  template <class Body>
+  void with_steps_ahead(int64_t block, const Body& body) const {
+    if constexpr (kAsksAhead<E>) {
+      if (ahead_.asks() && (block == 0 || plan_.blocks_first)) return body(ahead_.steps());
     }
+    body(NothingAhead{});
+  }
+
+  // Calls body(what conv row (z, y) asks for).
+  template <class Body>
+  void with_row_ahead(int64_t block, int64_t z, int64_t y, const Body& body) const {
+    with_steps_ahead(block, [&](const auto& steps) {
+      auto lines = lines_ahead<1>(steps, 0);
+      lines.start(0, next_row(z, y));
+      body(lines);
+    });
+  }
+
+  // Of conv row (z, y).
+  const char* next_row(int64_t z, int64_t y) const {
+    if (!ahead_.asks()) return nullptr;
+    const int64_t step = g_.pool_stride[1], last = (g_.output[1] - 1) * step;
+    if (!plan_.in_place) {
+      return ahead_.next(z, y, slice_, band_.first * step, (band_.last - band_.first) * step, last);
+    }
+    // Rows of windows of a single slice take conv rows one after the other.
+    if (g_.pool_kernel[0] == 1) return ahead_.next(z, y, slice_, y, 1, last + g_.pool_extent(1) - 1);
+    return ahead_.next(z, y, slice_, smaller(y / step * step, last), step, last);
+  }
+
+  // Next come more columns, or those of another group or image.
+  void start_ahead() {
+    const ConvLayout& layout = call_.input_layout;
+    const int64_t group = call_.geometry.in_channels * layout.c, column = g_.stride[2] * layout.d[2];
+    const T* part = call_.input + image_ * layout.n + group_ * group + first_conv_[2] * column;
+    for (int d = 0; d < 3; ++d) part -= g_.padding[d] * layout.d[d];
+    const int64_t next = group_ + 1 < g_.groups ? group : layout.n - group_ * group;
+    const bool is_last = last_column_ == g_.output[2];
+    ahead_.start(part, is_last ? next - first_conv_[2] * column : plan_.columns * g_.pool_stride[2] * column);
   }
 
   template <int vectors>
@@ -394,7 +420,10 @@ class DirectForward {
   const DirectScratch<E> scratch_;
   const E* tile_;  // the band's first conv pixel, first tap
   InputSource<E> source_;
-  bool tile_is_moderate_, asks_ahead_;
+  bool tile_is_moderate_;
+  InputAhead<T> ahead_;
+  Range band_;     // rows of windows
+  int64_t slice_;  // theirs
   int64_t step_[3], channel_step_;
   int64_t position_step_;  // phase_step
   int64_t image_, group_, first_column_, last_column_, conv_columns_;

@@ -74,20 +74,20 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
 // other. (Of one that is larger than what is turned at once nothing is known.)
 template <class E>
 double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, bool in_place) {
-  constexpr double kByte = 0.9;
+  const double byte = in_place ? 0.6 : 0.9;
   constexpr int64_t kL3 = 36 << 20, kLarge = 8 << 20, kRow = 512, size = sizeof(Compute<E>);
   if (input.c == 1 || kIsOfFloats<E> || (kIsPair<E> && !in_place)) return 0;
   const bool by_pages = in_place && channels_are_crowded(g, input, size) && input.d[1] * size <= kRow;
   const int64_t bytes = group_size(g) * size;
   const bool waits = g.batch * g.groups * bytes > (by_pages ? kShareOfL3 : kL3) && g.groups * bytes <= kLarge;
-  return waits ? kByte * static_cast<double>(bytes) : 0;
+  return waits ? byte * static_cast<double>(bytes) : 0;
 }
 
 // The same of a strided kernel that reads images of channels apart in place: parts of many lines at a time, too few
 // products to hide how long they are on their way.
 template <class E>
 double strided_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  constexpr double kByte = 0.3;
+  constexpr double kByte = 0.2;
   constexpr int64_t kL3 = 12 << 20;
   const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(E));
   if (!plan.in_place || input.c == 1 || g.stride[1] == 1 || g.batch * g.groups * bytes <= kL3) return 0;

@@ -127,6 +127,7 @@ struct DirectScratch {
   RowToMake<E>* to_make;  // by a matrix unit, or together
   int64_t* tags;          // which conv row each slot of the ring holds
   int64_t* offsets;       // of the tile's elements under a conv pixel
+  int64_t* ahead;         // InputAhead's
   int8_t* moderate;       // whether a block's weight and bias are, by group and block; -1 if not known
   int64_t size;
 
@@ -152,6 +153,7 @@ struct DirectScratch {
     to_make = parts.take<RowToMake<E>>(kIsOfMatrix<E> || ring_size.together ? ring_size.slices * ring_size.rows : 1);
     tags = parts.take<int64_t>(slots);
     offsets = parts.take<int64_t>(depth);
+    ahead = parts.take<int64_t>(depth);
     moderate = parts.take<int8_t>(g.groups * divide_up(g.out_channels, kBlockChannels<C>));
     size = parts.used();
   }

@@ -2,7 +2,6 @@
 // may be NaN.
 #pragma once
 
-#include "conv_ahead.h"
 #include "conv_tile.h"
 
 namespace fastnn {
@@ -65,16 +64,14 @@ struct PooledRow {
 };
 
 // A row of conv pixels, pooled into the windows that it belongs to.
-template <int taps, int vectors, bool with_winners, class E, class C = Compute<E>>
-FASTNN_SHARED void pool_conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
+template <int taps, int vectors, bool with_winners, class E, class Ahead, class C = Compute<E>>
+FASTNN_SHARED void pool_conv_row(const E* tile, int64_t step, const Ahead& ahead, const int64_t* offsets, int64_t depth,
                                  const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t windows,
-                                 const RowLines& input, const RowLines& output,
-                                 PooledRow<C, taps, vectors, with_winners> pooled) {
-  conv_groups<taps, vectors>(tile, step, offsets, depth, weight, bias, windows,
+                                 const RowLines& output, PooledRow<C, taps, vectors, with_winners> pooled) {
+  conv_groups<taps, vectors>(tile, step, ahead, offsets, depth, weight, bias, windows,
                              [&](int64_t first, const auto& conv) __attribute__((always_inline)) {
                                constexpr int64_t pixels = sizeof(conv) / sizeof(conv[0]);
-                               if (pooled.is_first) output.ask_for<true>(first, pixels / taps);
-                               input.ask_for<false>(first * taps, pixels);
+                               if (pooled.is_first) output.ask_for(first, pixels / taps);
                                pooled.add(first, conv);
                              });
 }

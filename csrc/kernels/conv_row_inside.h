@@ -65,17 +65,17 @@ FASTNN_INLINE double inside_passes(const ConvPoolGeometry& g) {
 // Where the next conv row's input is asked for ahead: large inputs whose pixels, channels last, are lines of their own.
 // What the hardware foresees ends at the channels of a group and at the columns that a stride skips.
 template <class E>
-FASTNN_INLINE bool asks_ahead(const ConvPoolGeometry& g, const InputSource<E>& input) {
-  constexpr int64_t kLine = 64, kCache = 1 << 20, size = sizeof(E);
-  return input.d[2] * size >= kLine && g.batch * g.input[0] * g.input[1] * g.input[2] * input.d[2] * size > kCache;
+FASTNN_INLINE bool asks_for_pixels(const ConvPoolGeometry& g, const InputSource<E>& input) {
+  constexpr int64_t kCache = 1 << 20, size = sizeof(E);
+  return input.d[2] * size >= kLineBytes && g.batch * g.input[0] * g.input[1] * g.input[2] * input.d[2] * size > kCache;
 }
 
 // What the kernel's rows `taps` add to conv pixels [first, first + count) of rows of one slice, one or, of short rows,
 // some together. Offsets and weight are those of inside_order.
-template <int together, int vectors, class E, class C = Compute<E>>
-FASTNN_SHARED void add_taps_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const int64_t* offsets,
-                                   const Weight<E>* weight, const RowToMake<E>* rows, Range taps, int64_t first,
-                                   int64_t count) {
+template <int together, int vectors, class E, class Ahead, class C = Compute<E>>
+FASTNN_SHARED void add_taps_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const Ahead& steps,
+                                   const int64_t* offsets, const Weight<E>* weight, const RowToMake<E>* rows,
+                                   Range taps, int64_t first, int64_t count) {
   constexpr int64_t width = vectors * kLanes<C>;
   if (taps.first >= taps.last) return;
   const int64_t z = rows[0].z;
@@ -90,7 +90,7 @@ FASTNN_SHARED void add_taps_inside(const ConvPoolGeometry& g, const InputSource<
     corners[r] = input.data + (z * g.stride[0] - g.padding[0]) * input.d[0] +
                  (rows[r].y * g.stride[1] - g.padding[1]) * input.d[1] - g.padding[2] * input.d[2];
   }
-  const bool asks = together == 1 && asks_ahead(g, input);
+  const bool asks = together == 1 && asks_for_pixels(g, input);
   const int64_t fresh = smaller(g.stride[1], g.kernel_extent(1));  // input rows that this conv row does not read
   const E* const ahead = corners[0] + (g.stride[1] + g.kernel_extent(1) - fresh) * input.d[1];
   const Vec<C> zero[vectors] = {};
@@ -109,7 +109,7 @@ FASTNN_SHARED void add_taps_inside(const ConvPoolGeometry& g, const InputSource<
         for (int v = 0; v < vectors; ++v) store(at + v * kLanes<C>, load(at + v * kLanes<C>) + total[p][v]);
       }
       for (int64_t row = 0; asks && pass == 0 && row < fresh; ++row) {
-        constexpr int64_t line = 64 / sizeof(E);
+        constexpr int64_t line = kLineBytes / sizeof(E);
         const E* next = ahead + row * input.d[1] + (pixels.first + from) * step;
         for (int64_t i = 0; i < pixel_count * step; i += line) __builtin_prefetch(next + i);
       }
@@ -118,16 +118,18 @@ FASTNN_SHARED void add_taps_inside(const ConvPoolGeometry& g, const InputSource<
       const int64_t k = ((pass * g.kernel[0] + d) * g.kernel[1] + taps.first) * run;
       const int64_t depth = (all_taps ? slices.last - d : 1) * (taps.last - taps.first) * run;
       const Weight<E>* from_weight = weight + k * width * kSums<E>;
+      auto lines = lines_ahead<together>(steps, k);
+      for (int r = 0; r < together; ++r) lines.start(r, rows[r].ahead);
       if constexpr (together == 1) {
-        conv_groups<1, vectors>(corners[0] + pixels.first * step, step, offsets + k, depth, from_weight, zero,
-                                pixels.last - pixels.first, add);
+        conv_groups<1, vectors>(corners[0] + pixels.first * step, step, lines.after(pixels.first), offsets + k, depth,
+                                from_weight, zero, pixels.last - pixels.first, add);
       } else {
         with_constant<kShortRow>(static_cast<int>(pixels.last - pixels.first), [&](auto columns) {
           const E* from[together];
           for (int r = 0; r < together; ++r) from[r] = corners[r] + pixels.first * step;
-          conv_tile<together, decltype(columns)::value, vectors>(from, step, offsets + k, depth, from_weight, zero,
-                                                                 [&](const auto& total)
-                                                                     __attribute__((always_inline)) { add(0, total); });
+          conv_tile<together, decltype(columns)::value, vectors>(
+              from, step, lines.after(pixels.first), offsets + k, depth, from_weight, zero,
+              [&](const auto& total) __attribute__((always_inline)) { add(0, total); });
         });
       }
     }
@@ -136,15 +138,15 @@ FASTNN_SHARED void add_taps_inside(const ConvPoolGeometry& g, const InputSource<
 
 // Conv pixels [first, first + count) of rows -> to (count, vectors x lanes) of each. Short ones two together as far as
 // they meet the same rows of the kernel; and alone, where the other is not there, in the same order of summation.
-template <int vectors, class E, class C = Compute<E>>
-FASTNN_SHARED void conv_rows_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const int64_t* offsets,
-                                    const Weight<E>* weight, const Vec<C> (&bias)[vectors], const RowToMake<E>* rows,
-                                    int64_t row_count, int64_t first, int64_t count) {
+template <int vectors, class E, class Ahead, class C = Compute<E>>
+FASTNN_SHARED void conv_rows_inside(const ConvPoolGeometry& g, const InputSource<E>& input, const Ahead& steps_ahead,
+                                    const int64_t* offsets, const Weight<E>* weight, const Vec<C> (&bias)[vectors],
+                                    const RowToMake<E>* rows, int64_t row_count, int64_t first, int64_t count) {
   for (int64_t r = 0; r < row_count; ++r) {
     for (int64_t x = 0; x < count * vectors; ++x) store(rows[r].to + x * kLanes<C>, bias[x % vectors]);
   }
   const auto add_alone = [&](const RowToMake<E>* row, Range taps) {
-    add_taps_inside<1, vectors>(g, input, offsets, weight, row, taps, first, count);
+    add_taps_inside<1, vectors>(g, input, steps_ahead, offsets, weight, row, taps, first, count);
   };
   for (int64_t r = 0; r < row_count; ++r) {
     const RowToMake<E>* row = rows + r;
@@ -158,7 +160,7 @@ FASTNN_SHARED void conv_rows_inside(const ConvPoolGeometry& g, const InputSource
     }
     const bool both = r + 1 < row_count && row[1].y == other && row[1].z == row->z;
     if constexpr (kMakesTogether<C>) {
-      both ? add_taps_inside<kRowsInside, vectors>(g, input, offsets, weight, row, common, first, count)
+      both ? add_taps_inside<kRowsInside, vectors>(g, input, steps_ahead, offsets, weight, row, common, first, count)
            : add_alone(row, common);
     }
     for (int i = 0; i <= both; ++i) {

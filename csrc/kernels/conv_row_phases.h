@@ -201,7 +201,8 @@ FASTNN_SHARED void conv_row_phases(const PhaseShape<C>& s, const C* tile, const 
         }
       }
     };
-    conv_groups<1, vectors>(tile, 1, offsets + k, depth, weight + k * width, starts ? bias : zero, s.pairs, add);
+    conv_groups<1, vectors>(tile, 1, NothingAhead{}, offsets + k, depth, weight + k * width, starts ? bias : zero,
+                            s.pairs, add);
   }
 }
 

@@ -26,10 +26,10 @@ FASTNN_INLINE bool rows_are_short(int64_t pixels) {
 }
 
 // Rows of `count` conv pixels, `step` elements of the tile apart.
-template <int vectors, class E, class C = Compute<E>>
-FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, int64_t step, const int64_t* offsets,
-                                   int64_t depth, const Weight<E>* weight, const Vec<C> (&bias)[vectors],
-                                   int64_t count) {
+template <int vectors, class E, class Ahead, class C = Compute<E>>
+FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, int64_t step, const Ahead& ahead,
+                                   const int64_t* offsets, int64_t depth, const Weight<E>* weight,
+                                   const Vec<C> (&bias)[vectors], int64_t count) {
   with_constant<kShortRow>(static_cast<int>(count), [&](auto columns) {
     constexpr int pixels = decltype(columns)::value, most = rows_of_tile<vectors * kSums<E>>(pixels);
     const int64_t tiles = divide_up(row_count, most);
@@ -38,8 +38,12 @@ FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, 
       with_constant<most>(static_cast<int>(last - first), [&](auto some) {
         constexpr int together = decltype(some)::value;
         const E* from[together];
-        for (int r = 0; r < together; ++r) from[r] = rows[first + r].tile;
-        conv_tile<together, pixels, vectors>(from, step, offsets, depth, weight, bias,
+        auto lines = lines_ahead<together>(ahead, 0);
+        for (int r = 0; r < together; ++r) {
+          from[r] = rows[first + r].tile;
+          lines.start(r, rows[first + r].ahead);
+        }
+        conv_tile<together, pixels, vectors>(from, step, lines, offsets, depth, weight, bias,
                                              [&](const auto& total) __attribute__((always_inline)) {
 #pragma GCC unroll 28
                                                for (int p = 0; p < together * pixels; ++p) {

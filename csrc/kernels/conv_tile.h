@@ -1,7 +1,7 @@
 // The register tile of direct convolution: conv pixels by vectors of output channels.
 #pragma once
 
-#include "conv_common.h"
+#include "conv_ahead.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -45,10 +45,11 @@ class OffsetsAhead {
 constexpr int64_t kRowsAhead = 96;  // of the weight, asked for before they are multiplied by
 
 // The register tile: `pixels` conv pixels, `step` apart, of each of `rows` rows by `vectors` vectors of output
-// channels. finish(total) takes what comes out.
-template <int rows, int pixels, int vectors, class E, class Finish, class C = Compute<E>>
-FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const int64_t* offsets, int64_t depth,
-                             const Weight<E>* weight, const Vec<C> (&bias)[vectors], const Finish& finish) {
+// channels. Meanwhile it asks for what is `ahead`. finish(total) takes what comes out.
+template <int rows, int pixels, int vectors, class E, class Ahead, class Finish, class C = Compute<E>>
+FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const Ahead& ahead, const int64_t* offsets,
+                             int64_t depth, const Weight<E>* weight, const Vec<C> (&bias)[vectors],
+                             const Finish& finish) {
   constexpr int sums = vectors * kSums<E>;
   Vec<C> total[rows * pixels][sums];
 #pragma GCC unroll 28
@@ -56,9 +57,10 @@ FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const i
 #pragma GCC unroll 2
     for (int v = 0; v < sums; ++v) total[p][v] = kIsOfFloats<E> ? -Vec<C>{} : bias[v % vectors];
   }
-  OffsetsAhead ahead(offsets, depth);
+  OffsetsAhead next_offsets(offsets, depth);
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
-    const int64_t offset = ahead.take(k);
+    const int64_t offset = next_offsets.take(k);
+    ahead.template ask_for<pixels, kChannels<E>>(k);
     Vec<C> right[sums];
     for (int v = 0; v < sums; ++v) {
       right[v] = load(weight + v * kLanes<C>);
@@ -95,9 +97,10 @@ FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const i
 // A row of conv pixels to be made.
 template <class E>
 struct RowToMake {
-  const E* tile;   // the element under the first tap of its first pixel
-  Compute<E>* to;  // (pixels, vectors x lanes)
-  int64_t z, y;    // conv_row_inside.h: slice and row
+  const E* tile;      // the element under the first tap of its first pixel
+  Compute<E>* to;     // (pixels, vectors x lanes)
+  int64_t z, y;       // conv_row_inside.h: slice and row
+  const char* ahead;  // what it asks for: LinesAhead's `from`
 };
 
 // Whether pixels that many elements apart share two of the cache's sets, which have room for those of two vectors'
@@ -109,8 +112,8 @@ FASTNN_INLINE bool pixels_meet(int64_t step) {
 
 // `count` groups of `taps` consecutive conv pixels of a row, a register tile of some at a time. finish(first, total)
 // takes the pixels of the groups from the first on.
-template <int taps, int vectors, class E, class Finish, class C = Compute<E>>
-FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offsets, int64_t depth,
+template <int taps, int vectors, class E, class Ahead, class Finish, class C = Compute<E>>
+FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const Ahead& ahead, const int64_t* offsets, int64_t depth,
                                const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t count,
                                const Finish& finish) {
   constexpr int most = kConvPixels<vectors * kSums<E>> / taps;
@@ -120,16 +123,16 @@ FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const int64_t* offse
     with_constant<most>(static_cast<int>(last - first), [&](auto groups) {
       const E* const from[1] = {tile + first * taps * step};
       conv_tile<1, decltype(groups)::value * taps, vectors>(
-          from, step, offsets, depth, weight, bias,
+          from, step, ahead.after(first * taps), offsets, depth, weight, bias,
           [&](const auto& total) __attribute__((always_inline)) { finish(first, total); });
     });
   }
 }
 
 // `count` conv pixels of a row -> to (count, vectors x lanes)
-template <int vectors, class E, class C = Compute<E>>
-FASTNN_SHARED void conv_row(const E* tile, int64_t step, const int64_t* offsets, int64_t depth, const Weight<E>* weight,
-                            const Vec<C> (&bias)[vectors], int64_t count, C* to) {
+template <int vectors, class E, class Ahead, class C = Compute<E>>
+FASTNN_SHARED void conv_row(const E* tile, int64_t step, const Ahead& ahead, const int64_t* offsets, int64_t depth,
+                            const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t count, C* to) {
   const auto store_all = [&](int64_t first, const auto& total) __attribute__((always_inline)) {
     C* target = to + first * vectors * kLanes<C>;
 #pragma GCC unroll 28
@@ -137,7 +140,7 @@ FASTNN_SHARED void conv_row(const E* tile, int64_t step, const int64_t* offsets,
       for (int v = 0; v < vectors; ++v, target += kLanes<C>) store(target, pixel[v]);
     }
   };
-  conv_groups<1, vectors>(tile, step, offsets, depth, weight, bias, count, store_all);
+  conv_groups<1, vectors>(tile, step, ahead, offsets, depth, weight, bias, count, store_all);
 }
 
 }  // namespace FASTNN_ISA

@@ -56,8 +56,9 @@ FASTNN_INLINE TurnRuns turn_runs(const ConvPoolGeometry& g, const ConvLayout& in
 template <class T>
 double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr bool narrow = sizeof(T) == sizeof(bfloat16);
-  constexpr double kLostByte = narrow ? 0 : 0.04, kFarByte = narrow ? 0 : 0.08, kFurtherByte = narrow ? 0.2 : 0.45;
-  constexpr double kFurthestByte = narrow ? 1 : 0.45, kMappedByte = 4;  // whose pages are fresh at each call
+  constexpr double kNearByte = narrow ? 0.1 : 0, kLostByte = narrow ? 0.1 : 0.04, kFarByte = narrow ? 0.1 : 0.08;
+  constexpr double kFurtherByte = narrow ? 0.3 : 0.45, kFurthestByte = narrow ? 1 : 0.45,
+                   kMappedByte = 4;  // whose pages are fresh at each call
   constexpr int64_t kNear = 1 << 20, kFar = 8 << 20, kFarOfMany = 5 << 19, kMapped = 32 << 20;
   const TurnRuns runs = turn_runs(g, input);
   const int64_t channels = g.groups * g.in_channels;
@@ -68,7 +69,7 @@ double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
                       : far                     ? kFurtherByte
                       : bytes > kNear           ? kFarByte
                       : g.batch * bytes > kNear ? kLostByte
-                                                : 0;
+                                                : kNearByte;
   const double waits = byte * static_cast<double>(bytes) + parted_lines_cost<T>(g, input, bytes);
   return static_cast<double>(runs.slices * runs.rows) * turned_run_cost<T>(input, channels, runs.columns) + waits;
 }

@@ -192,8 +192,9 @@ class WinogradForward {
     const Vec<C> zero[vectors] = {};
     for (int64_t position = 0; position < kPositions; ++position) {
       conv_row<vectors>(scratch_.transformed + position * call_.plan.columns * scratch_.pitch, scratch_.pitch,
-                        scratch_.offsets, g_.in_channels, weight + position * winograd_position<C>(g_, width), zero,
-                        count_, scratch_.products + position * call_.plan.columns * width);
+                        NothingAhead{}, scratch_.offsets, g_.in_channels,
+                        weight + position * winograd_position<C>(g_, width), zero, count_,
+                        scratch_.products + position * call_.plan.columns * width);
     }
     for (int v = 0; v < vectors; ++v) {
       const Vec<C> bias =
