@@ -47,21 +47,37 @@ def test_channels_brought_together(
             assert_like_stock(tensors, arguments, gradients=False)
 
 
+# More than 6 MB in either type: rows in place and copied, short ones, of three slices, in parts, of groups, and under
+# more blocks of outputs than a cache holds the weight of.
+ASKED_FOR = [
+    ((14, 256, 30, 31), 40, (2, 2), 3, 1),
+    ((40, 512, 13, 13), 24, (3, 3), 2, 1),
+    ((5, 512, 11, 12, 10), 33, (3, 3, 3), 3, 1),
+    ((3, 512, 17, 18, 9), 20, (1, 1, 1), 1, 1),
+    ((5, 24, 30000), 20, (5,), 1, 1),
+    ((12, 256, 34, 35), 36, (3, 3), 2, 4),
+    ((6, 384, 28, 60), 350, (3, 3), 2, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize(
-    ("size", "outputs", "kernel", "stride"),
-    [
-        ((3, 256, 30, 31), 40, (2, 2), 3),
-        ((2, 512, 11, 12, 10), 33, (3, 3, 3), 3),
-        ((2, 512, 17, 18, 9), 20, (1, 1, 1), 1),
-        ((1, 384, 28, 60), 600, (3, 3), 2),
-    ],
-)
-def test_rows_asked_for(
-    instruction_set: str, size: tuple[int, ...], outputs: int, kernel: tuple[int, ...], stride: int, padding: int
+@pytest.mark.parametrize(("size", "outputs", "kernel", "stride", "groups"), ASKED_FOR)
+def test_what_is_next_is_asked_for(
+    instruction_set: str,
+    size: tuple[int, ...],
+    outputs: int,
+    kernel: tuple[int, ...],
+    stride: int,
+    groups: int,
+    padding: int,
+    dtype: torch.dtype,
 ) -> None:
     """Images that a cache does not hold, up to the last rows and slices, beyond which there is nothing to ask for."""
-    assert_like_stock(make(size, outputs, kernel), geometry(len(kernel), stride, padding), gradients=False)
+    tensors = make(size, outputs, kernel, groups, dtype)
+    for pool, pool_stride in ((2, 2), (3, 2)):
+        arguments = geometry(len(kernel), stride, padding, groups=groups, pool=pool, pool_stride=pool_stride)
+        assert_like_stock(tensors, arguments, gradients=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,6 +106,7 @@ def test_same_bits_by_any_number_of_threads(instruction_set: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert_same_bits(make((3, 64, 17, 17), 3, (1, 1), 1, dtype), geometry(2, pool=2))
         assert_same_bits(make((2, 512, 28, 28), 64, (2, 2), 1, dtype), geometry(2, 3, pool=3, pool_stride=2))
+        assert_same_bits(make((9, 512, 28, 28), 64, (2, 2), 1, dtype), geometry(2, 3, pool=3, pool_stride=2))
 
 
 def test_chosen() -> None:
