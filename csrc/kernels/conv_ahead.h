@@ -60,7 +60,7 @@ FASTNN_INLINE NothingAhead lines_ahead(NothingAhead, int64_t) {
   return {};
 }
 
-// Tiles of these elements may ask.
+// Tiles of these elements may ask. Each kind has its share of the build's time.
 template <class E>
 constexpr bool kAsksAhead = false;
 template <>
@@ -74,10 +74,10 @@ constexpr bool kAsksAhead<bfloat16x2> = true;
 template <class T>
 class InputAhead {
  public:
-  // Of a tile of elements E; keeps its offsets in `memory`.
+  // Of a tile of elements E, which copies the input or leaves it in place; keeps its offsets in `memory`.
   template <class E>
-  InputAhead(const ConvPoolGeometry& g, const ConvLayout& layout, int64_t* memory, E)
-      : g_(g), layout_(layout), offsets_(memory), channels_(kChannels<E>) {
+  InputAhead(const ConvPoolGeometry& g, const ConvLayout& layout, bool copies, int64_t* memory, E)
+      : g_(g), layout_(layout), copies_(copies), offsets_(memory), channels_(kChannels<E>) {
     constexpr int64_t kFar = 6 << 20, kMany = 32;
     const int64_t vectors = smaller(2, divide_up(g.out_channels, kLanes<Compute<E>>));
     const int64_t products = vectors * g.taps() / (g.stride[0] * g.stride[1] * g.stride[2]);
@@ -95,20 +95,33 @@ class InputAhead {
                            h * g_.dilation[1] * layout_.d[1] + w * g_.dilation[2] * layout_.d[2]);
   }
 
-  // Of an image the columns at hand, the first of which lies under conv pixel (0, 0) at `part`; from there to the next
-  // ones, or the next image's.
-  void start(const T* part, int64_t next_part) {
+  // A band of windows of a slice. The first of its columns lies under conv row (0, 0) at `part`; from there it is so
+  // far to the next columns, or the next image's.
+  void start(const T* part, int64_t next_part, int64_t slice, Range band) {
     part_ = part;
     next_part_ = next_part;
+    slice_ = slice;
+    band_ = band;
   }
 
-  // What is next where conv row (z, y) has read, one of `rows` from `first` on; the last such ones begin with `last`.
-  // `slice` is of windows.
-  const char* next(int64_t z, int64_t y, int64_t slice, int64_t first, int64_t rows, int64_t last) const {
+  // What is next where conv row (z, y) of the band has read; null if it is not asked for.
+  const char* next(int64_t z, int64_t y) const {
+    if (!asks_) return nullptr;
+    const int64_t step = g_.pool_stride[1];
+    // Conv rows that are taken before the next ones in their stead, and where the last such begin.
+    int64_t first = band_.first * step, rows = (band_.last - band_.first) * step, last = (g_.output[1] - 1) * step;
+    if (!copies_ && g_.pool_kernel[0] == 1) {  // one after the other
+      first = y;
+      rows = 1;
+      last += g_.pool_extent(1) - 1;
+    } else if (!copies_) {
+      first = smaller(y / step * step, last);
+      rows = step;
+    }
     const int64_t next_slice = g_.pool_stride[0] * g_.stride[0] * layout_.d[0], row = g_.stride[1] * layout_.d[1];
-    const int64_t further = first + rows <= last       ? rows * row
-                            : slice + 1 < g_.output[0] ? next_slice - first * row
-                                                       : next_part_ - slice * next_slice - first * row;
+    const int64_t further = first + rows <= last        ? rows * row
+                            : slice_ + 1 < g_.output[0] ? next_slice - first * row
+                                                        : next_part_ - slice_ * next_slice - first * row;
     return reinterpret_cast<const char*>(part_ + z * g_.stride[0] * layout_.d[0] + y * row + further);
   }
 
@@ -116,11 +129,13 @@ class InputAhead {
   static constexpr int64_t kSize = sizeof(T);
   const ConvPoolGeometry& g_;  // of the tile
   const ConvLayout& layout_;
+  const bool copies_;
   int64_t* const offsets_;
   const int64_t channels_;  // of an element
   bool asks_;
   const T* part_ = nullptr;
-  int64_t next_part_ = 0;
+  int64_t next_part_ = 0, slice_ = 0;
+  Range band_ = {};  // rows of windows
 };
 
 // A row of an image that is about to be written.

@@ -30,7 +30,7 @@ class DirectForward {
         matrix_(g_, ring_shape_.columns),
         depth_(product_depth<E>(g_)),
         scratch_(g_, call.plan, memory),
-        ahead_(g_, call.input_layout, scratch_.ahead, E()) {
+        ahead_(g_, call.input_layout, !call.plan.in_place, scratch_.ahead, E()) {
     if (in_phases()) {
       position_step_ = phase_step<C>(g_, plan_);
       step_[1] = phases_.pitch;
@@ -96,7 +96,7 @@ class DirectForward {
       const int64_t slice = row / g_.output[1], first = row % g_.output[1];
       const int64_t last = smaller(smaller(first + plan_.band, g_.output[1]), first + last_row - row);
       load_band(slice, first, last);
-      start_ahead();
+      start_ahead(slice, {first, last});
       for (int64_t b = blocks * block_part / plan_.block_parts; b < blocks * (block_part + 1) / plan_.block_parts;
            ++b) {
         run_block(b, slice, first, last);
@@ -117,8 +117,6 @@ class DirectForward {
 
   void load_band(int64_t slice, int64_t first, int64_t last) {
     const int64_t pooled[3] = {slice, first, first_column_};
-    band_ = {first, last};
-    slice_ = slice;
     const ConvLayout& layout = call_.input_layout;
     const T* input = call_.input + image_ * layout.n + group_ * call_.geometry.in_channels * layout.c;
     const int64_t extent[3] = {input_extent(g_, 0, 1), input_extent(g_, 1, last - first),
@@ -314,7 +312,7 @@ class DirectForward {
     int64_t waiting = 0;
     for (int64_t row = first; row < last; ++row) {
       ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
-        scratch_.to_make[waiting++] = {plan_.skips_padding ? nullptr : conv_corner(z, y), to, z, y, next_row(z, y)};
+        scratch_.to_make[waiting++] = {plan_.skips_padding ? nullptr : conv_corner(z, y), to, z, y, ahead_.next(z, y)};
       });
     }
     if (plan_.skips_padding) return make_inside<vectors>(block, waiting, bias);
@@ -331,7 +329,7 @@ class DirectForward {
     int64_t waiting = 0;  // rows that a matrix unit makes together
     const int64_t count = ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
       if (plan_.skips_padding) {
-        scratch_.to_make[0] = {nullptr, to, z, y, next_row(z, y)};
+        scratch_.to_make[0] = {nullptr, to, z, y, ahead_.next(z, y)};
         make_inside<vectors>(block, 1, bias);
       } else if (in_phases()) {
         if constexpr (kHasPhases<E>) {
@@ -368,32 +366,21 @@ class DirectForward {
   void with_row_ahead(int64_t block, int64_t z, int64_t y, const Body& body) const {
     with_steps_ahead(block, [&](const auto& steps) {
       auto lines = lines_ahead<1>(steps, 0);
-      lines.start(0, next_row(z, y));
+      lines.start(0, ahead_.next(z, y));
       body(lines);
     });
   }
 
-  // Of conv row (z, y).
-  const char* next_row(int64_t z, int64_t y) const {
-    if (!ahead_.asks()) return nullptr;
-    const int64_t step = g_.pool_stride[1], last = (g_.output[1] - 1) * step;
-    if (!plan_.in_place) {
-      return ahead_.next(z, y, slice_, band_.first * step, (band_.last - band_.first) * step, last);
-    }
-    // Rows of windows of a single slice take conv rows one after the other.
-    if (g_.pool_kernel[0] == 1) return ahead_.next(z, y, slice_, y, 1, last + g_.pool_extent(1) - 1);
-    return ahead_.next(z, y, slice_, smaller(y / step * step, last), step, last);
-  }
-
   // Next come more columns, or those of another group or image.
-  void start_ahead() {
+  void start_ahead(int64_t slice, Range band) {
     const ConvLayout& layout = call_.input_layout;
     const int64_t group = call_.geometry.in_channels * layout.c, column = g_.stride[2] * layout.d[2];
     const T* part = call_.input + image_ * layout.n + group_ * group + first_conv_[2] * column;
     for (int d = 0; d < 3; ++d) part -= g_.padding[d] * layout.d[d];
     const int64_t next = group_ + 1 < g_.groups ? group : layout.n - group_ * group;
     const bool is_last = last_column_ == g_.output[2];
-    ahead_.start(part, is_last ? next - first_conv_[2] * column : plan_.columns * g_.pool_stride[2] * column);
+    ahead_.start(part, is_last ? next - first_conv_[2] * column : plan_.columns * g_.pool_stride[2] * column, slice,
+                 band);
   }
 
   template <int vectors>
@@ -422,8 +409,6 @@ class DirectForward {
   InputSource<E> source_;
   bool tile_is_moderate_;
   InputAhead<T> ahead_;
-  Range band_;     // rows of windows
-  int64_t slice_;  // theirs
   int64_t step_[3], channel_step_;
   int64_t position_step_;  // phase_step
   int64_t image_, group_, first_column_, last_column_, conv_columns_;
