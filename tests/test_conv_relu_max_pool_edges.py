@@ -37,6 +37,24 @@ SHORT_ROWS = (
 )
 
 
+# Kernels some of whose rows or slices meet nothing but padding, or all of them: size, kernel, padding, stride, dilation;
+# rows of more conv pixels than are made together, and of fewer.
+OUTER_ROWS = (
+    ((12, 12), (3, 3), (1, 1), 1, 1),
+    ((6, 11), (5, 3), (4, 0), 1, 1),
+    ((9, 9), (11, 11), (5, 5), 1, 1),
+    ((13, 13), (7, 7), (3, 3), 2, 1),
+    ((8, 20), (5, 2), (5, 1), 1, 2),
+    ((2, 10), (3, 3), (5, 1), 1, 1),
+    ((7, 5), (3, 3), (1, 1), 1, 1),
+    ((4, 6), (5, 1), (4, 0), 3, 1),
+    ((5, 4, 9), (3, 3, 3), (1, 1, 1), 1, 1),
+    ((4, 6, 8), (2, 3, 1), (1, 2, 0), 1, 1),
+    ((3, 5, 5), (3, 2, 2), (2, 1, 1), 1, 2),
+    ((2, 3, 10), (3, 1, 3), (3, 0, 1), 1, 1),
+)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "outputs", "kernel", "stride", "padding", "dilation"), FEW_OUTPUTS)
 def test_few_outputs(
@@ -134,6 +152,41 @@ def test_same_bits_of_short_rows_by_any_number_of_threads(instruction_set: str) 
         for size, kernel, padding, stride in SHORT_ROWS:
             tensors = make((1, 24, *size), 40, kernel, dtype=dtype, last=True)
             assert_same_bits(tensors, geometry(len(size), stride, padding, pool=2, pool_stride=1))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "kernel", "padding", "stride", "dilation"), OUTER_ROWS)
+def test_kernel_rows_outside(
+    instruction_set: str,
+    dtype: torch.dtype,
+    last: bool,
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: int,
+    dilation: int,
+) -> None:
+    """Of odd channels and even, outputs of a part of a vector and of more than a block, each way of pooling."""
+    for channels, outputs, pool, pool_stride in ((3, 16, 2, 2), (20, 40, 2, 2), (9, 5, 1, 1), (16, 33, 2, 1)):
+        tensors = make((2, channels, *size), outputs, kernel, dtype=dtype, last=last)
+        assert_like_stock(tensors, geometry(len(size), stride, padding, dilation, pool=pool, pool_stride=pool_stride))
+
+
+def test_same_bits_without_kernel_rows_by_any_number_of_threads(instruction_set: str) -> None:
+    for dtype in DTYPES:
+        for size, kernel, padding, stride, dilation in OUTER_ROWS:
+            tensors = make((1, 20, *size), 40, kernel, dtype=dtype, last=True)
+            assert_same_bits(tensors, geometry(len(size), stride, padding, dilation, pool=2, pool_stride=1))
+
+
+@pytest.mark.parametrize("special", [0.0, -0.0, float("nan"), float("inf"), 1e-42])
+def test_special_values_beside_kernel_rows_outside(instruction_set: str, special: float) -> None:
+    for size, kernel, padding, stride, dilation in OUTER_ROWS[:8]:
+        for pool, pool_stride in ((2, 2), (2, 1)):
+            tensors = make((2, 8, *size), 24, kernel)
+            arguments = geometry(2, stride, padding, dilation, pool=pool, pool_stride=pool_stride)
+            assert_right_with(special, 3, tensors, arguments)
 
 
 def test_chosen() -> None:

@@ -68,6 +68,8 @@ FASTNN_INLINE int64_t tap_position(const ConvPoolGeometry& g, TapOrder order, in
   switch (order) {
     case TapOrder::channels_last:
       return (row * g.kernel[2] + w) * g.in_channels + c;
+    case TapOrder::rows_first:
+      return (row * g.in_channels + c) * g.kernel[2] + w;
     case TapOrder::columns_first:
       return (w * g.kernel[0] * g.kernel[1] + row) * g.in_channels + c;
     default:
@@ -127,7 +129,7 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
   if (joined && layout.d[2] == 1 && order == TapOrder::channels_first && layout.c == taps) {
     return transpose_matrix(from, layout.n, count, g.depth(), to, width);
   }
-  if (layout.c == 1 && order != TapOrder::channels_first) {  // runs of channels
+  if (layout.c == 1 && (order == TapOrder::channels_last || order == TapOrder::columns_first)) {  // runs of channels
     for (int64_t tap = 0; tap < taps; ++tap) {
       transpose_matrix(from + tap_offset(g, layout, tap), layout.n, count, g.in_channels,
                        to + tap_position(g, order, 0, tap) * width, width);

@@ -66,7 +66,8 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
   const double single = vectors % 2 == 0 ? 1 : 1 + kLoads / (in_tile * static_cast<double>(vectors));
   const double crowded = vectors == 1 && plan.in_place && pixels_meet<E>(input.d[2] * g.stride[2]) ? kCrowded : 1;
   const int64_t products = vectors * row * g.conv[0] * g.conv[1] * product_depth<E>(g);
-  return static_cast<double>(products) * slow * single * crowded;
+  const double taken = skips_rows(g, plan) ? share_of_rows(g) : 1;
+  return static_cast<double>(products) * taken * slow * single * crowded;
 }
 
 // Until an image whose channels lie apart has arrived from memory, where the images do not stay in L3 from call to

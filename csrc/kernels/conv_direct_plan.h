@@ -33,6 +33,16 @@ FASTNN_INLINE bool makes_plain_rows(const ConvPoolPlan& plan) {
   return !plan.skips_padding && plan.algorithm != ConvAlgorithm::phases && plan.algorithm != ConvAlgorithm::matrix;
 }
 
+// Whether a plain row leaves out the kernel's rows that meet nothing but padding, as far as they are its first or last.
+FASTNN_INLINE bool skips_rows(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  return makes_plain_rows(plan) && plan.order != TapOrder::channels_first && rows_leave_input(g);
+}
+
+// For the cost: which share of the products that leaves.
+FASTNN_INLINE double share_of_rows(const ConvPoolGeometry& g) {
+  return share_inside(g, 0) - (1 - share_inside(g, 1)) / static_cast<double>(g.kernel[0]);
+}
+
 // Input rows (or slices, or columns) under `pooled` consecutive windows along dimension d.
 FASTNN_INLINE int64_t input_extent(const ConvPoolGeometry& g, int d, int64_t pooled) {
   const int64_t conv = (pooled - 1) * g.pool_stride[d] + g.pool_extent(d);
@@ -204,6 +214,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   const bool is_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
   plan.order = plan.skips_padding                                   ? inside_order(g)
                : kIsOfRun<E> || kIsOfFloats<E> || is_last || turned ? TapOrder::channels_last
+               : rows_leave_input(g)                                ? TapOrder::rows_first
                                                                     : TapOrder::channels_first;
   const int64_t row = smaller(g.conv[2], (g.output[2] - 1) * g.pool_stride[2] + g.pool_extent(2));
   const int64_t column = g.in_channels * input_extent(g, 0, 1) * input_extent(g, 1, 1) * g.stride[2];

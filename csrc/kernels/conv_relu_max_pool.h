@@ -40,6 +40,7 @@ struct ConvLayout {
 enum class TapOrder : int32_t {
   channels_first,  // channel, slice, row, column of the kernel
   channels_last,   // slice, row, column, channel
+  rows_first,      // slice, row, channel, column
   columns_first,   // column, slice, row, channel
 };
 

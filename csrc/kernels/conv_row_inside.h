@@ -40,6 +40,11 @@ FASTNN_INLINE bool taps_leave_input(const ConvPoolGeometry& g, int d) {
   return g.padding[d] > 0;
 }
 
+// Whether some conv rows meet but a part of the kernel's rows.
+FASTNN_INLINE bool rows_leave_input(const ConvPoolGeometry& g) {
+  return taps_leave_input(g, 0) || taps_leave_input(g, 1);
+}
+
 FASTNN_INLINE TapOrder inside_order(const ConvPoolGeometry& g) {
   return taps_leave_input(g, 2) ? TapOrder::columns_first : TapOrder::channels_last;
 }

@@ -99,7 +99,8 @@ template <class E>
 struct RowToMake {
   const E* tile;      // the element under the first tap of its first pixel
   Compute<E>* to;     // (pixels, vectors x lanes)
-  int64_t z, y;       // conv_row_inside.h: slice and row
+  int64_t z, y;       // slice and row
+  Range products;     // those that are taken, of the depth
   const char* ahead;  // what it asks for: LinesAhead's `from`
 };
 
