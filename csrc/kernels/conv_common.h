@@ -324,7 +324,10 @@ FASTNN_INLINE void copy_columns(const T* from, const ConvLayout& layout, int64_t
                                 int64_t c, int64_t count, C* to, int64_t pixel) {
   if (!channels_last) return copy_run(from + c * layout.c, layout.d[2], count, to);
   if (layout.d[2] == channels && pixel == channels) return copy_run(from, 1, count * channels, to);
-  for (int64_t w = 0; w < count; ++w) copy_run(from + w * layout.d[2], 1, channels, to + w * pixel);
+  for (int64_t w = 0; w < count; ++w, to += pixel) {
+    copy_run(from + w * layout.d[2], 1, channels, to);
+    fill_zeros(to + channels, pixel - channels);
+  }
 }
 
 // `from` is the input's (channel, slice, row, column) = 0 of the image and group, `elements` the tile's of a

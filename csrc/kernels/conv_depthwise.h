@@ -23,6 +23,7 @@ namespace FASTNN_ISA {
 template <class E, class T>
 class DepthwiseForward {
   using C = Compute<T>;
+  static constexpr int64_t kLine = 64 / sizeof(T);
   static constexpr bool kMayPad = sizeof(E) == sizeof(C) && !kIsPair<E>;
 
  public:
@@ -46,6 +47,10 @@ class DepthwiseForward {
     }
     interior_ = {pixels_inside(g_, 2, 0).first, pixels_inside(g_, 2, g_.kernel[2] - 1).last};
     if (plan_.pads_rows) interior_ = {0, g_.conv[2]};
+    // More pixels than the hardware follows, which come from memory sooner than their products are through.
+    constexpr int64_t kFar = 8 << 20, kMany = 12;
+    asks_ = plan_.in_place && g_.batch * image_size(g_) * static_cast<int64_t>(sizeof(T)) > kFar &&
+            g_.taps() <= kMany * g_.stride[0] * g_.stride[1] * g_.stride[2];
     taps_ = static_cast<DepthwiseTap<E>*>(scratch_.taps);
   }
 
@@ -150,10 +155,13 @@ class DepthwiseForward {
       return;
     }
     const int32_t* place = scratch_.places;
+    // The next block's, which comes next but lies apart for the hardware.
+    const int64_t ahead = smaller(block_.live, g_.groups - block_.first - block_.live);
     for (int64_t z = 0; z < g_.input[0]; ++z) {
       for (int64_t y = 0; y < g_.input[1]; ++y) {
         const T* from = input_ + z * layout.d[0] + y * layout.d[1];
         for (int64_t x = 0; x < g_.input[2]; ++x, from += layout.d[2]) {
+          for (int64_t i = 0; i < ahead; i += kLine) __builtin_prefetch(from + block_.live + i);
           C* to = scratch_.padded + *place++ * lanes;
           if (block_.live < lanes) {
             copy_run(from, 1, block_.live, to);
@@ -184,9 +192,11 @@ class DepthwiseForward {
     constexpr int64_t lanes = vectors * kLanes<C>;
     const int64_t from = (z * g_.stride[0] * padded_.d[0] + y * g_.stride[1] * padded_.d[1]) * lanes;
     const int64_t step = g_.stride[2] * lanes;
+    const Range rows = kernel_rows_inside(g_, z, y);
+    const DepthwiseTap<E>* taps = taps_ + rows.first * g_.kernel[2];
     for (int64_t x = 0; x < g_.conv[2];) {
-      x += depthwise_pixels<vectors, false>(g_.conv[2] - x, taps_, g_.taps(), 0, from + x * step, step, 0, bias,
-                                            to + x * lanes);
+      x += depthwise_pixels<vectors, false>(g_.conv[2] - x, taps, (rows.last - rows.first) * g_.kernel[2], 0,
+                                            from + x * step, step, 0, bias, to + x * lanes);
     }
   }
 
@@ -224,11 +234,28 @@ class DepthwiseForward {
       const int64_t wanted = interior_.last - x;
       const int64_t past =
           (x + smaller(kDepthwisePixels<vectors>, wanted) - 1) * g_.stride[2] - g_.padding[2] + g_.kernel_extent(2);
-      x += partial && (past >= g_.input[2] || step_[2] < kLanes<C>)
-               ? depthwise_pixels<vectors, partial>(wanted, taps_, count, single_count, x * step, step, last, bias,
-                                                    to + x * lanes)
-               : depthwise_pixels<vectors, false>(wanted, taps_, count, single_count, x * step, step, last, bias,
-                                                  to + x * lanes);
+      const int64_t pixels = partial && (past >= g_.input[2] || step_[2] < kLanes<C>)
+                                 ? depthwise_pixels<vectors, partial>(wanted, taps_, count, single_count, x * step,
+                                                                      step, last, bias, to + x * lanes)
+                                 : depthwise_pixels<vectors, false>(wanted, taps_, count, single_count, x * step, step,
+                                                                    last, bias, to + x * lanes);
+      if (asks_) ask_for_next_row(slices.last - slices.first, rows.last - rows.first, x * step, pixels, step);
+      x += pixels;
+    }
+  }
+
+  // What is new under the same pixels of the next conv row, which has the same taps: of slices and rows the last.
+  void ask_for_next_row(int64_t slices, int64_t rows, int64_t from, int64_t pixels, int64_t step) const {
+    const int64_t next_row = g_.stride[1] * step_[1];
+    for (int64_t d = larger(0, slices - g_.stride[0]); d < slices; ++d) {
+      for (int64_t h = larger(0, rows - g_.stride[1]); h < rows; ++h) {
+        for (int64_t w = 0; w < smaller(g_.stride[2], g_.kernel[2]); ++w) {
+          const E* at = taps_[(d * rows + h) * g_.kernel[2] + w].input + from + next_row;
+          for (int64_t p = 0; p < pixels; ++p, at += step) {
+            for (int64_t i = 0; i < block_.live; i += kLine) __builtin_prefetch(at + i, 0, 2);
+          }
+        }
+      }
     }
   }
 
@@ -283,9 +310,8 @@ class DepthwiseForward {
 
   // More lines, far apart, than the hardware foresees.
   void ask_for_row(const T* row) const {
-    constexpr int64_t line = 64 / sizeof(T);
     for (int64_t c = 0; c < block_.live; ++c) {
-      for (int64_t i = 0; i < units_.size; i += line) __builtin_prefetch(row + c * call_.input_layout.c + i, 0, 2);
+      for (int64_t i = 0; i < units_.size; i += kLine) __builtin_prefetch(row + c * call_.input_layout.c + i, 0, 2);
     }
   }
 
@@ -366,6 +392,7 @@ class DepthwiseForward {
   ConvRing<C> ring_;
   DepthwiseBlock<C> block_;
   DepthwiseTap<E>* taps_;
+  bool asks_;
   Range interior_;  // conv columns at which the whole kernel meets the input, or its slot
   const T* input_;  // the image's first channel of the block
   int64_t step_[3], image_, loaded_image_ = -1, loaded_block_ = -1, padded_channels_ = -1;

@@ -159,7 +159,7 @@ FASTNN_INLINE bool depthwise_pads(const ConvPoolGeometry& g, const ConvLayout& i
   if (PaddedImage(g).pixels() * lanes * static_cast<int64_t>(sizeof(C)) > kUnitBytes) return false;
   if (input.c != 1 && !is_dense) return false;
   const double edges = static_cast<double>(edge_pixels(g));
-  const double row = kProduct * static_cast<double>(g.conv[2] * g.taps()) * (1 - share_inside(g));
+  const double row = kProduct * static_cast<double>(g.conv[2] * g.taps()) * (share_of_rows(g) - share_inside(g));
   const double saved = static_cast<double>(g.out_channels * g.conv[0] * g.conv[1]) * (kRow + kEdge * edges - row);
   // Other images are copied in any case.
   const double copied = input.c != 1 ? 0 : channels < lanes ? kPartlyCopied : kCopied;
@@ -247,16 +247,20 @@ double depthwise_cost(const ConvPoolGeometry& g, const ConvLayout& input, const 
   const double rows = static_cast<double>(g.conv[0] * g.conv[1]), pixels = rows * static_cast<double>(g.conv[2]);
   // Of a pair of taps as of one; an odd last one takes a shift besides.
   const double columns = plan.pairs_taps ? static_cast<double>(g.kernel[2] / 2) + 1.3 * (g.kernel[2] % 2) : g.kernel[2];
-  const double inside = plan.pads_rows ? share_inside(g, 0) * share_inside(g, 1) : share_inside(g);
+  const double inside = plan.pads_rows       ? share_inside(g, 0) * share_inside(g, 1)
+                        : plan.skips_padding ? share_inside(g)
+                                             : share_of_rows(g);
   const double products = pixels * static_cast<double>(g.kernel[0] * g.kernel[1]) * columns * inside;
   const double windows = static_cast<double>(g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   const bool late = g.batch * image_size(g) * static_cast<int64_t>(sizeof(T)) > kNearBytes;
   const double input_rows = static_cast<double>(g.input[0] * g.input[1]);
   const double part = static_cast<double>(g.groups) / static_cast<double>(round_up(g.groups, kLanes<C>));
   const double arrival = input.c != 1 ? kTransposed : late ? part * kArrivesLate : kArrives;
-  // In place, pixels that the kernel strides over stay where they are.
+  // Pixels, or whole rows or slices, that the kernel strides over stay where they are.
+  const InputUnits units = input_units<C>(g, plan, input);
+  const bool leaves[3] = {!units.whole_image, !units.whole_slices, plan.in_place};
   double met = 1;
-  for (int d = 0; d < 3 && plan.in_place; ++d) met *= share_met(g, d);
+  for (int d = 0; d < 3; ++d) met *= plan.in_place || (plan.skips_padding && leaves[d]) ? share_met(g, d) : 1;
   const double copied = arrival * met * input_rows * static_cast<double>(g.input[2]) +
                         (plan.pads_rows ? kPadded * input_rows * static_cast<double>(padded_extent(g, 2)) : 0);
   // At an edge pixels are computed one by one.

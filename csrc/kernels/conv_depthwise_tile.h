@@ -22,17 +22,21 @@ FASTNN_INLINE void depthwise_tile(const DepthwiseTap<E>* taps, int64_t count, in
   }
   const auto add_tap = [&](const DepthwiseTap<E>& tap, int chain, const auto& multiply) __attribute__((always_inline)) {
     const E* at = tap.input + from;
+    Vec<C> weight[vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) {
-      const Vec<C> weight = load(tap.weight + v * kLanes<C>);
+    for (int v = 0; v < vectors; ++v) weight[v] = load(tap.weight + v * kLanes<C>);
 #pragma GCC unroll 16
-      for (int p = 0; p < pixels; ++p) {
-        const E* pixel = at + p * step + v * kLanes<C>;
+    for (int p = 0; p < pixels; ++p) {
+      // Four pixels are reached from one address.
+      if (p > 0 && p % 4 == 0) at += 4 * step;
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) {
+        const E* pixel = at + p % 4 * step + v * kLanes<C>;
         Vec<C>& sum = total[chain * pixels + p][v];
         if constexpr (partial && !kIsPair<E>) {
-          sum = multiply(v == vectors - 1 ? load_partial<E>(pixel, last) : load(pixel), weight, sum);
+          sum = multiply(v == vectors - 1 ? load_partial<E>(pixel, last) : load(pixel), weight[v], sum);
         } else {
-          sum = multiply(load(pixel), weight, sum);
+          sum = multiply(load(pixel), weight[v], sum);
         }
       }
     }
@@ -65,7 +69,7 @@ FASTNN_INLINE void depthwise_tile(const DepthwiseTap<E>* taps, int64_t count, in
 
 // Conv pixels of a register tile: many where there are registers for them, since a tile reads all of the weight.
 template <int vectors>
-constexpr int kDepthwisePixels = (FASTNN_VECTOR_BYTES == 64 ? 16 : 8) / vectors;
+constexpr int kDepthwisePixels = FASTNN_VECTOR_BYTES == 64 ? (vectors == 1 ? 16 : 12) : 8 / vectors;
 
 // At most as many pixels as wanted, which tiles share evenly; returns how many.
 template <int vectors, bool partial, class E, class C = Compute<E>>

@@ -29,7 +29,7 @@ class DirectForward {
         phases_(g_, ring_shape_.columns),
         matrix_(g_, ring_shape_.columns),
         depth_(product_depth<E>(g_)),
-        skips_rows_(skips_rows(g_, plan_)),
+        skips_rows_(skips_rows<C>(g_, plan_)),
         scratch_(g_, call.plan, memory),
         ahead_(g_, call.input_layout, !call.plan.in_place, scratch_.ahead, E()) {
     if (in_phases()) {
@@ -262,13 +262,12 @@ class DirectForward {
     return tile_ + (z - first_conv_[0]) * g_.stride[0] * step_[0] + (y - first_conv_[1]) * g_.stride[1] * step_[1];
   }
 
-  // Those products of conv row (z, y) that meet more than padding, as far as they are one run of the depth.
+  // The products of conv row (z, y): a part of the depth.
   Range products(int64_t z, int64_t y) const {
     if (!skips_rows_) return {0, depth_};
-    const Range slices = taps_inside(g_, 0, z), rows = taps_inside(g_, 1, y);
-    if (slices.first == slices.last || rows.first == rows.last) return {};
-    const int64_t row = depth_ / (g_.kernel[0] * g_.kernel[1]);
-    return {(slices.first * g_.kernel[1] + rows.first) * row, ((slices.last - 1) * g_.kernel[1] + rows.last) * row};
+    const Range rows = kernel_rows_inside(g_, z, y);
+    const int64_t of_row = depth_ / (g_.kernel[0] * g_.kernel[1]);
+    return {rows.first * of_row, rows.last * of_row};
   }
 
   // A row of the output from pixel `at` on; without lines to ask for where channels come last.
@@ -328,34 +327,16 @@ class DirectForward {
     int64_t waiting = 0;
     for (int64_t row = first; row < last; ++row) {
       ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
-        scratch_.to_make[waiting++] = {
-            plan_.skips_padding ? nullptr : conv_corner(z, y), to, z, y, products(z, y), ahead_.next(z, y)};
+        scratch_.to_make[waiting++] = {plan_.skips_padding ? nullptr : conv_corner(z, y), to, z, y, ahead_.next(z, y)};
       });
     }
     if (plan_.skips_padding) return make_inside<vectors>(block, waiting, bias);
     if constexpr (!kIsOfMatrix<E> && kMakesTogether<C>) {
-      for (int64_t made = 0; made < waiting;) {
-        RowToMake<E>* rows = scratch_.to_make + made;
-        const int64_t alike = gather_alike(rows, waiting - made);
-        with_steps_ahead(block, [&](const auto& ahead) {
-          conv_rows_short<vectors>(rows, alike, g_.stride[2] * step_[2], ahead, scratch_.offsets, block_weight(block),
-                                   bias, conv_columns_);
-        });
-        made += alike;
-      }
+      with_steps_ahead(block, [&](const auto& ahead) {
+        conv_rows_short<vectors>(scratch_.to_make, waiting, g_.stride[2] * step_[2], ahead, scratch_.offsets, depth_,
+                                 block_weight(block), bias, conv_columns_);
+      });
     }
-  }
-
-  // Puts the rows of the first one's products in front: how many.
-  static int64_t gather_alike(RowToMake<E>* rows, int64_t count) {
-    int64_t alike = 1;
-    for (int64_t r = 1; r < count; ++r) {
-      if (rows[r].products.first != rows->products.first || rows[r].products.last != rows->products.last) continue;
-      const RowToMake<E> row = rows[r];
-      rows[r] = rows[alike];
-      rows[alike++] = row;
-    }
-    return alike;
   }
 
   template <int vectors>
@@ -363,14 +344,14 @@ class DirectForward {
     int64_t waiting = 0;  // rows that a matrix unit makes together
     const int64_t count = ring(block).find_rows(g_, slice, row, scratch_.window_rows, [&](int64_t z, int64_t y, C* to) {
       if (plan_.skips_padding) {
-        scratch_.to_make[0] = {nullptr, to, z, y, {}, ahead_.next(z, y)};
+        scratch_.to_make[0] = {nullptr, to, z, y, ahead_.next(z, y)};
         make_inside<vectors>(block, 1, bias);
       } else if (in_phases()) {
         if constexpr (kHasPhases<E>) {
           conv_row_phases<vectors>(phases_, conv_corner(z, y), scratch_.offsets, block_weight(block), bias, to);
         }
       } else if constexpr (kIsOfMatrix<E>) {
-        scratch_.to_make[waiting++] = {conv_corner(z, y), to, z, y, {}, nullptr};
+        scratch_.to_make[waiting++] = {conv_corner(z, y), to, z, y, nullptr};
       } else {
         with_row_ahead(block, z, y, [&](const auto& ahead, Range taken) {
           conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], ahead, scratch_.offsets + taken.first,

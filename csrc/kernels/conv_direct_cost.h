@@ -49,6 +49,7 @@ template <class E>
 double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan, int64_t row) {
   constexpr double kInFlight = 8;               // accumulators that keep the multipliers busy
   constexpr double kLoads = 3, kCrowded = 1.2;  // of a tile of one vector, beside one for each pixel
+  constexpr double kOneSet = 1.3;               // of a tile of two, whose pixels meet in one of the cache's sets
   const int64_t vectors = packed_width<E>(g.out_channels) / kLanes<Compute<E>>;
   const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
   const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
@@ -64,9 +65,10 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
   const int64_t in_run = ring.together ? row * most_together(rows_of_tile<1>(static_cast<int>(row))) : row;
   const double in_tile = static_cast<double>(in_run) / static_cast<double>(divide_up(in_run, kConvPixels<1>));
   const double single = vectors % 2 == 0 ? 1 : 1 + kLoads / (in_tile * static_cast<double>(vectors));
-  const double crowded = vectors == 1 && plan.in_place && pixels_meet<E>(input.d[2] * g.stride[2]) ? kCrowded : 1;
+  const int64_t apart = plan.in_place ? input.d[2] * g.stride[2] : 1;
+  const double crowded = vectors == 1 && pixels_meet<E>(apart) ? kCrowded : pixels_meet<E, 1>(apart) ? kOneSet : 1;
   const int64_t products = vectors * row * g.conv[0] * g.conv[1] * product_depth<E>(g);
-  const double taken = skips_rows(g, plan) ? share_of_rows(g) : 1;
+  const double taken = skips_rows<Compute<E>>(g, plan) ? share_of_rows(g) : 1;
   return static_cast<double>(products) * taken * slow * single * crowded;
 }
 
@@ -180,19 +182,23 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
     return cost + multiplications + static_cast<double>(bands) * turned_band_cost<E>(g, input, plan) + lines;
   }
   constexpr double kFarCopy = 2.5;  // of an element of a short run from memory
+  constexpr double kColumn = 6;     // that is a run of its own
   constexpr int64_t kFar = 8 << 20;
   const bool far = plan.order != TapOrder::channels_last && group_size(g) * static_cast<int64_t>(sizeof(C)) > kFar;
   const double elements = static_cast<double>(g.in_channels * tile_rows * input_extent(g, 2, plan.columns));
-  const double runs =
-      static_cast<double>(plan.order == TapOrder::channels_last ? tile_rows : tile_rows * g.in_channels);
-  return cost + multiplications + (plan.in_place ? 0 : elements * (far ? kFarCopy : kCopyCost) + runs * kRunCost);
+  const bool last = plan.order == TapOrder::channels_last;
+  const bool joined = !last || input.d[2] == g.in_channels || input.d[2] == kChannels<E> * g.in_channels;
+  const double columns = joined ? 0 : static_cast<double>(tile_rows * input_extent(g, 2, plan.columns));
+  const double runs = static_cast<double>(last ? tile_rows : tile_rows * g.in_channels);
+  const double copy = elements * (far ? kFarCopy : kCopyCost) + columns * kColumn + runs * kRunCost;
+  return cost + multiplications + (plan.in_place ? 0 : copy);
 }
 
 // For one image and group.
 template <class C>
 double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 10;
-  constexpr double kProduct = 1.1;            // of direct convolution's
+  constexpr double kProduct = 1;              // of direct convolution's
   constexpr double kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
   constexpr double kTransformed = 5;          // of a vector of input
   constexpr double kPack = 4;                 // of a weight, beyond what packing takes elsewhere

@@ -33,16 +33,6 @@ FASTNN_INLINE bool makes_plain_rows(const ConvPoolPlan& plan) {
   return !plan.skips_padding && plan.algorithm != ConvAlgorithm::phases && plan.algorithm != ConvAlgorithm::matrix;
 }
 
-// Whether a plain row leaves out the kernel's rows that meet nothing but padding, as far as they are its first or last.
-FASTNN_INLINE bool skips_rows(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  return makes_plain_rows(plan) && plan.order != TapOrder::channels_first && rows_leave_input(g);
-}
-
-// For the cost: which share of the products that leaves.
-FASTNN_INLINE double share_of_rows(const ConvPoolGeometry& g) {
-  return share_inside(g, 0) - (1 - share_inside(g, 1)) / static_cast<double>(g.kernel[0]);
-}
-
 // Input rows (or slices, or columns) under `pooled` consecutive windows along dimension d.
 FASTNN_INLINE int64_t input_extent(const ConvPoolGeometry& g, int d, int64_t pooled) {
   const int64_t conv = (pooled - 1) * g.pool_stride[d] + g.pool_extent(d);
@@ -64,6 +54,14 @@ FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan
   const bool in_pairs = plan.algorithm == ConvAlgorithm::phases;
   return {smaller(g.conv[0], g.pool_extent(0)), rows, in_pairs ? round_up(columns, 2) : columns,
           overlap_depth || overlap_height, false};
+}
+
+// Whether a plain row takes kernel_rows_inside alone.
+// Not short ones, which share their tiles with others.
+template <class C>
+bool skips_rows(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  return makes_plain_rows(plan) && plan.order != TapOrder::channels_first && rows_leave_input(g) &&
+         !rows_are_short<C>(ring_shape(g, plan).columns);
 }
 
 // Direct convolution's: where rows are short, those under a band.
@@ -210,7 +208,9 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   plan.algorithm = algorithm;
   const bool turned = way == TileWay::turned;
   plan.skips_padding = way == TileWay::inside;
-  plan.in_place = lies && !turned && (plan.skips_padding || kIsOfMatrix<E> || can_stay_in_place<E>(g, input, false));
+  const bool meet = input.c == 1 && pixels_meet<E, 1>(input.d[2] * g.stride[2]);
+  const bool stays_there = can_stay_in_place<E>(g, input, false) && !meet;
+  plan.in_place = lies && !turned && (plan.skips_padding || kIsOfMatrix<E> || stays_there);
   const bool is_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
   plan.order = plan.skips_padding                                   ? inside_order(g)
                : kIsOfRun<E> || kIsOfFloats<E> || is_last || turned ? TapOrder::channels_last

@@ -263,7 +263,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   constexpr double kSum = 12, kWayOut = 12;  // of the sum of a vector's lanes; of pooled pixels
   constexpr double kListed = 10;             // of a step of a box
   // Of a product's vector. Each tile widens what it loads, for as many products as it has outputs or pixels.
-  constexpr double kStep = 1.2, kFarStep = 1.4, kWiden = 3;  // weights of a tile that are in L1, or not
+  constexpr double kStep = 1.06, kFarStep = 1.24, kWiden = 3;  // weights of a tile that are in L1, or not
   constexpr int64_t kL1 = 32 << 10;
   const bool widens = sizeof(T) < sizeof(C) && !dots_in_pairs<T>();
   const int64_t outputs = smaller(g.out_channels, kDotOutputs), together = kDotSums / outputs;
@@ -306,7 +306,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   }
   const double copied = turned + arrival + (plan.in_place ? 0 : plan.copies_image ? image : copy);
   // Where pairs do not gain, the estimate has to be less by more than it may be wrong by.
-  const double doubt = (plan.copies_image || plan.turns_weight) && !dots_in_pairs<T>() ? 1.16 : 1;
+  const double doubt = (plan.copies_image || plan.turns_weight) && !dots_in_pairs<T>() ? 1.05 : 1;
   return (dots * (step * vectors + kSum) + lists + windows + copied) * doubt;
 }
 

@@ -225,7 +225,7 @@ FASTNN_INLINE int64_t spread_pixel(int64_t elements) {
 }
 template <class E>
 FASTNN_INLINE int64_t tile_pixel(int64_t elements) {
-  return kIsOfFloats<E> || kIsPair<E> ? spread_pixel<E>(elements) : elements;
+  return kIsOfRun<E> || kIsOfMatrix<E> ? elements : spread_pixel<E>(elements);
 }
 
 // `count` columns' channels -> to, `pitch` numbers for each, zeros behind them.

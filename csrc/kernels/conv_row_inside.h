@@ -45,6 +45,13 @@ FASTNN_INLINE bool rows_leave_input(const ConvPoolGeometry& g) {
   return taps_leave_input(g, 0) || taps_leave_input(g, 1);
 }
 
+// The kernel's rows, numbered slice by slice, that conv row (z, y) meets more than padding with: from the first to the
+// last.
+FASTNN_INLINE Range kernel_rows_inside(const ConvPoolGeometry& g, int64_t z, int64_t y) {
+  const Range slices = taps_inside(g, 0, z), rows = taps_inside(g, 1, y);
+  if (slices.first == slices.last || rows.first == rows.last) return {};
+  return {slices.first * g.kernel[1] + rows.first, (slices.last - 1) * g.kernel[1] + rows.last};
+}
 FASTNN_INLINE TapOrder inside_order(const ConvPoolGeometry& g) {
   return taps_leave_input(g, 2) ? TapOrder::columns_first : TapOrder::channels_last;
 }
@@ -61,6 +68,10 @@ FASTNN_INLINE double share_inside(const ConvPoolGeometry& g, int d) {
 }
 FASTNN_INLINE double share_inside(const ConvPoolGeometry& g) {
   return share_inside(g, 0) * share_inside(g, 1) * share_inside(g, 2);
+}
+// The share of kernel_rows_inside.
+FASTNN_INLINE double share_of_rows(const ConvPoolGeometry& g) {
+  return share_inside(g, 0) - (1 - share_inside(g, 1)) / static_cast<double>(g.kernel[0]);
 }
 FASTNN_INLINE double inside_passes(const ConvPoolGeometry& g) {
   const int64_t slices = taps_leave_input(g, 1) ? g.kernel[0] : 1;

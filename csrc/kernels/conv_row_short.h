@@ -25,14 +25,11 @@ FASTNN_INLINE bool rows_are_short(int64_t pixels) {
   return kMakesTogether<C> && pixels <= kShortRow && 2 * pixels <= kConvPixels<2>;
 }
 
-// Rows of `count` conv pixels, `step` elements of the tile apart, all of the same products.
+// Rows of `count` conv pixels, `step` elements of the tile apart.
 template <int vectors, class E, class Ahead, class C = Compute<E>>
 FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, int64_t step, const Ahead& ahead,
-                                   const int64_t* offsets, const Weight<E>* weight, const Vec<C> (&bias)[vectors],
-                                   int64_t count) {
-  const int64_t depth = rows->products.last - rows->products.first;
-  offsets += rows->products.first;
-  weight += rows->products.first * vectors * kSums<E> * kLanes<C>;
+                                   const int64_t* offsets, int64_t depth, const Weight<E>* weight,
+                                   const Vec<C> (&bias)[vectors], int64_t count) {
   with_constant<kShortRow>(static_cast<int>(count), [&](auto columns) {
     constexpr int pixels = decltype(columns)::value, most = rows_of_tile<vectors * kSums<E>>(pixels);
     const int64_t tiles = divide_up(row_count, most);
@@ -41,7 +38,7 @@ FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, 
       with_constant<most>(static_cast<int>(last - first), [&](auto some) {
         constexpr int together = decltype(some)::value;
         const E* from[together];
-        auto lines = lines_ahead<together>(ahead, rows->products.first);
+        auto lines = lines_ahead<together>(ahead, 0);
         for (int r = 0; r < together; ++r) {
           from[r] = rows[first + r].tile;
           lines.start(r, rows[first + r].ahead);

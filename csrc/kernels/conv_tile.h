@@ -99,16 +99,15 @@ template <class E>
 struct RowToMake {
   const E* tile;      // the element under the first tap of its first pixel
   Compute<E>* to;     // (pixels, vectors x lanes)
-  int64_t z, y;       // slice and row
-  Range products;     // those that are taken, of the depth
+  int64_t z, y;       // conv_row_inside.h: slice and row
   const char* ahead;  // what it asks for: LinesAhead's `from`
 };
 
-// Whether pixels that many elements apart share two of the cache's sets, which have room for those of two vectors'
+// Whether pixels that many elements apart share so many of the cache's sets. Two have room for those of two vectors'
 // tile.
-template <class E>
+template <class E, int sets = 2>
 FASTNN_INLINE bool pixels_meet(int64_t step) {
-  return step * static_cast<int64_t>(sizeof(E)) % 2048 == 0;
+  return step * static_cast<int64_t>(sizeof(E)) % (4096 / sets) == 0;
 }
 
 // `count` groups of `taps` consecutive conv pixels of a row, a register tile of some at a time. finish(first, total)

@@ -38,8 +38,12 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
 }
 
 // The longest sum taken in one go: rounding errors grow with it, so that longer ones are summed in parts. As accurate
-// as stock's sums of any length.
+// as stock's sums of any length. Where products are rounded as well, before they are added, half as many.
+#if defined(__FMA__)
 constexpr int64_t kLongestSum = 128;
+#else
+constexpr int64_t kLongestSum = 64;
+#endif
 
 // earlier (+)= total, total = 0
 template <int rows, int vectors, class V>
