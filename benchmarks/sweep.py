@@ -1,8 +1,8 @@
 """Random cases of one op against stock PyTorch, all drawn from one seed: where is fastnn slower?
 
 ``python -m benchmarks.sweep mlp`` checks and times each case in both directions, looks at those that seem slower again
-for longer, and lists the losses that remain. Images are measured in both memory formats, each against the better of
-stock's two.
+for longer, and lists the losses that remain, those of convolutions with what bounds them. Images are measured in both
+memory formats, each against the better of stock's two.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bounds import describe_bounds
 from benchmarks.cases import Case, conv_case, mlp_case
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.providers import in_channels_last, prepare
@@ -36,6 +37,7 @@ class Outcome:
     provider: str  # fastnn, in either memory format
     speedup: float  # stock's time over ours
     microseconds: float  # ours
+    bounds: str = ""  # of a loss: what nobody can be faster than
 
 
 def _log_uniform(draw: random.Random, most: int) -> int:
@@ -104,7 +106,12 @@ def measure(case: Case, direction: str, dtype: torch.dtype, seconds: float) -> l
             stock = min(best.pop(name) for name in _STOCK if name in best)
             if stock / max(best.values()) >= TOLERATED:
                 break
-    return [Outcome(case, direction, name, stock / time, time * 1e6) for name, time in best.items()]
+    lost = direction == "inference" and stock / max(best.values()) < TOLERATED
+    bounds = describe_bounds(problem) if lost else ""
+    return [
+        Outcome(case, direction, name, stock / time, time * 1e6, bounds if stock / time < TOLERATED else "")
+        for name, time in best.items()
+    ]
 
 
 def summary(outcomes: list[Outcome]) -> str:
@@ -124,7 +131,8 @@ def summary(outcomes: list[Outcome]) -> str:
 
 def describe(outcome: Outcome) -> str:
     kind = f"{outcome.direction}, {outcome.provider}"
-    return f"{outcome.speedup:6.2f}  {outcome.microseconds:10.1f} us  {kind}  {outcome.case.name}"
+    line = f"{outcome.speedup:6.2f}  {outcome.microseconds:10.1f} us  {kind}  {outcome.case.name}"
+    return f"{line}; {outcome.bounds}" if outcome.bounds else line
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import compare, lengths, overhead, report, sweep
+from benchmarks import bounds, compare, lengths, overhead, report, sweep
 from benchmarks.cases import CASES, Case, first_tensor
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.timing import Timing, bandwidth, environment, interleave, peak_flops, speedups
@@ -100,6 +100,19 @@ def test_sweep() -> None:
         "fastnn",
         "fastnn channels_last",
     ]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_bounds(dims: int) -> None:
+    """Of 1x1 kernels of stride 2 over lines of 16 numbers: every second row of pixels, and every second pixel of it."""
+    case = sweep.conv_case((1, 16, *[32] * dims), 4, 1, 1, stride=2)
+    problem = Problem(case, "inference")
+    met = bounds._pixels_met(problem.stock[0], problem.input)
+    lines = 16 * 32**dims // 16
+    assert bounds._lines(met, 4) == lines // 2 ** (dims - 1)
+    assert bounds._lines(met.movedim(0, -1), 4) == lines // 2**dims
+    assert bounds.describe_bounds(problem).count(" us of ") == 3
+    assert bounds.describe_bounds(Problem(sweep.mlp_case(4, [3, 2]), "inference")) == ""
 
 
 def sweep_case(place: int) -> Case:

@@ -37,8 +37,8 @@ SHORT_ROWS = (
 )
 
 
-# Kernels some of whose rows or slices meet nothing but padding, or all of them: size, kernel, padding, stride, dilation;
-# rows of more conv pixels than are made together, and of fewer.
+# Kernels some of whose rows or slices meet nothing but padding, or all of them: size, kernel, padding, stride and
+# dilation. Rows of more conv pixels than are made together, and of fewer.
 OUTER_ROWS = (
     ((12, 12), (3, 3), (1, 1), 1, 1),
     ((6, 11), (5, 3), (4, 0), 1, 1),

@@ -241,7 +241,7 @@ void cut_dots(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayo
 // whose pixels are too long for the hardware to follow all of a tile's, or lie apart.
 template <class T>
 bool dots_ask_ahead(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  constexpr int64_t kCache = 1 << 20, kPixel = 256, kLongPixel = 1024;
+  constexpr int64_t kCache = 1 << 20, kPixel = 256, kLongPixel = 512;
   const int64_t bytes = g.batch * image_size(g) * static_cast<int64_t>(sizeof(T));
   const int64_t steps = g.stride[0] * g.stride[1] * g.stride[2];
   const bool all = g.taps() == 1 && steps == 1;  // pixels, one after the other

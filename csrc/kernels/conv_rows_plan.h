@@ -147,10 +147,13 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
   const double elements = static_cast<double>(s.slices * s.slice), channels = static_cast<double>(g.in_channels);
   double copy = channels * (elements * copy_cost(input.d[2] * g.stride[2]) + runs * kRunCost);
   const int64_t together = plan.tile_groups * g.in_channels;
-  if (input.c == 1 && together > 1) {  // whole squares are transposed, of which a short row fills but a part
-    constexpr double kSquare = 0.7 * kTransposeCost;  // of an element, whether there or not
-    const double squares = static_cast<double>(round_up(s.pitch, kLanes<C>) * round_up(together, kLanes<C>));
-    copy = runs * (squares * kSquare + kRunCost) / static_cast<double>(plan.tile_groups);
+  if (input.c == 1 &&
+      together >
+          1) {  // whole squares are transposed, of which a short row fills but a part; few channels take half of one
+    const int64_t part = together % kLanes<C>;
+    const int64_t lines = together - part + (part > 0 ? kLanes<C> / 2 : 0);
+    const double squares = static_cast<double>(round_up(s.pitch, kLanes<C>) * lines);
+    copy = runs * (squares * kTransposeCost + kRunCost) / static_cast<double>(plan.tile_groups);
   }
   constexpr double kItem = 400, kTile = 80;  // per band; of a register tile
   // On multiplications: of a single output each takes a load of its own, across lines but for those that begin a row.

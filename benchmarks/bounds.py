@@ -1,0 +1,56 @@
+"""What a convolution cannot be faster than: its products at the multipliers' peak, and its input's cache lines at the
+speed at which that much is read."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
+
+from benchmarks.problem import Problem
+from benchmarks.timing import bandwidth, peak_flops
+
+_LINE = 64  # bytes
+_INPUT_GRADIENT = {3: conv1d_input, 4: conv2d_input, 5: conv3d_input}  # by rank
+
+
+def describe_bounds(problem: Problem) -> str:
+    """Microseconds of one thread for the products of one inference and for the input's lines in either memory format;
+    nothing for other ops."""
+    layers = list(problem.stock) if isinstance(problem.stock, nn.Sequential) else []
+    if not layers or problem.input.dim() not in _INPUT_GRADIENT or not hasattr(layers[0], "kernel_size"):
+        return ""
+    met = _pixels_met(layers[0], problem.input)
+    size, images = problem.input.element_size(), len(problem.input)
+    lines = {
+        "contiguous": _lines(met, size),
+        "channels last": _lines(met.movedim(0, -1), size),
+    }
+    texts = [f"{1e6 * problem.flops / _peak():.0f} us of products at the float32 peak"]
+    for name, count in lines.items():
+        read = images * count * _LINE
+        texts.append(f"{1e6 * read / bandwidth(read / 1e6):.0f} us of lines {name}")
+    return ", ".join(texts)
+
+
+@functools.lru_cache
+def _peak() -> float:
+    return peak_flops()
+
+
+def _pixels_met(conv: nn.Module, input: Tensor) -> Tensor:
+    """The elements of an image that have a product. (channels, ..., bool)"""
+    image = torch.zeros_like(input[:1], dtype=torch.float32)
+    ones = torch.ones_like(conv.weight, dtype=torch.float32)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    convolve = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}[input.dim()]
+    outputs = torch.ones_like(convolve(image, ones, None, *geometry))
+    return _INPUT_GRADIENT[input.dim()](image.shape, ones, outputs, *geometry)[0] != 0
+
+
+def _lines(met: Tensor, element: int) -> int:
+    """How many lines have such an element, where they follow one another in memory as in `met`."""
+    elements = _LINE // element
+    flat = met.flatten()
+    padded = nn.functional.pad(flat, (0, -len(flat) % elements))
+    return int(padded.view(-1, elements).any(dim=1).sum())
