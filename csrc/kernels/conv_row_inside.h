@@ -52,6 +52,7 @@ FASTNN_INLINE Range kernel_rows_inside(const ConvPoolGeometry& g, int64_t z, int
   if (slices.first == slices.last || rows.first == rows.last) return {};
   return {slices.first * g.kernel[1] + rows.first, (slices.last - 1) * g.kernel[1] + rows.last};
 }
+
 FASTNN_INLINE TapOrder inside_order(const ConvPoolGeometry& g) {
   return taps_leave_input(g, 2) ? TapOrder::columns_first : TapOrder::channels_last;
 }

@@ -147,9 +147,8 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
   const double elements = static_cast<double>(s.slices * s.slice), channels = static_cast<double>(g.in_channels);
   double copy = channels * (elements * copy_cost(input.d[2] * g.stride[2]) + runs * kRunCost);
   const int64_t together = plan.tile_groups * g.in_channels;
-  if (input.c == 1 &&
-      together >
-          1) {  // whole squares are transposed, of which a short row fills but a part; few channels take half of one
+  // Whole squares are transposed, of which a short row fills but a part; channels that do not fill one take half of it.
+  if (input.c == 1 && together > 1) {
     const int64_t part = together % kLanes<C>;
     const int64_t lines = together - part + (part > 0 ? kLanes<C> / 2 : 0);
     const double squares = static_cast<double>(round_up(s.pitch, kLanes<C>) * lines);
