@@ -40,12 +40,10 @@ def _peak() -> float:
 
 def _pixels_met(conv: nn.Module, input: Tensor) -> Tensor:
     """The elements of an image that have a product. (channels, ..., bool)"""
-    image = torch.zeros_like(input[:1], dtype=torch.float32)
-    ones = torch.ones_like(conv.weight, dtype=torch.float32)
+    image = input[:1]
+    weight, outputs = torch.ones(conv.weight.shape), torch.ones(conv(image).shape)
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    convolve = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}[input.dim()]
-    outputs = torch.ones_like(convolve(image, ones, None, *geometry))
-    return _INPUT_GRADIENT[input.dim()](image.shape, ones, outputs, *geometry)[0] != 0
+    return _INPUT_GRADIENT[input.dim()](image.shape, weight, outputs, *geometry)[0] != 0
 
 
 def _lines(met: Tensor, element: int) -> int:

@@ -106,10 +106,10 @@ def measure(case: Case, direction: str, dtype: torch.dtype, seconds: float) -> l
             stock = min(best.pop(name) for name in _STOCK if name in best)
             if stock / max(best.values()) >= TOLERATED:
                 break
-    lost = direction == "inference" and stock / max(best.values()) < TOLERATED
-    bounds = describe_bounds(problem) if lost else ""
+    lost = [name for name, time in best.items() if stock / time < TOLERATED]
+    bounds = describe_bounds(problem) if lost and direction == "inference" else ""
     return [
-        Outcome(case, direction, name, stock / time, time * 1e6, bounds if stock / time < TOLERATED else "")
+        Outcome(case, direction, name, stock / time, time * 1e6, bounds if name in lost else "")
         for name, time in best.items()
     ]
 

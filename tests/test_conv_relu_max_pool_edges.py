@@ -1,6 +1,8 @@
 """Conv pixels at the edges, which not all taps meet: dot products of the taps that do, depthwise rows with their
 padding in a copy, and the few pixels of a tile, whose sums are split."""
 
+from typing import Any
+
 import pytest
 import torch
 from conv_cases import (
@@ -156,18 +158,10 @@ def test_same_bits_of_short_rows_by_any_number_of_threads(instruction_set: str) 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "kernel", "padding", "stride", "dilation"), OUTER_ROWS)
-def test_kernel_rows_outside(
-    instruction_set: str,
-    dtype: torch.dtype,
-    last: bool,
-    size: tuple[int, ...],
-    kernel: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: int,
-    dilation: int,
-) -> None:
+@pytest.mark.parametrize("layer", OUTER_ROWS)
+def test_kernel_rows_outside(instruction_set: str, dtype: torch.dtype, last: bool, layer: tuple[Any, ...]) -> None:
     """Of odd channels and even, outputs of a part of a vector and of more than a block, each way of pooling."""
+    size, kernel, padding, stride, dilation = layer
     for channels, outputs, pool, pool_stride in ((3, 16, 2, 2), (20, 40, 2, 2), (9, 5, 1, 1), (16, 33, 2, 1)):
         tensors = make((2, channels, *size), outputs, kernel, dtype=dtype, last=last)
         assert_like_stock(tensors, geometry(len(size), stride, padding, dilation, pool=pool, pool_stride=pool_stride))

@@ -47,7 +47,7 @@ class DepthwiseForward {
     }
     interior_ = {pixels_inside(g_, 2, 0).first, pixels_inside(g_, 2, g_.kernel[2] - 1).last};
     if (plan_.pads_rows) interior_ = {0, g_.conv[2]};
-    // More pixels than the hardware follows, which come from memory sooner than their products are through.
+    // More pixels than the hardware follows, which come from memory later than their products are through.
     constexpr int64_t kFar = 8 << 20, kMany = 12;
     comes_from_afar_ = g_.batch * image_size(g_) * static_cast<int64_t>(sizeof(T)) > kFar;
     asks_ = plan_.in_place && comes_from_afar_ && g_.taps() <= kMany * g_.stride[0] * g_.stride[1] * g_.stride[2];
@@ -295,12 +295,12 @@ class DepthwiseForward {
   void transpose_unit(int64_t z, int64_t y, To* to) {
     const ConvLayout& layout = call_.input_layout;
     const T* from = unit_at(z, y);
-    if (!units_.whole_slices && y + 1 < g_.input[1]) ask_for_row(from + layout.d[1], units_.size);
+    if (!units_.whole_slices && y + 1 < g_.input[1]) ask_for_run(from + layout.d[1], units_.size);
     // Long ones in parts, each of which asks for the next: more channels than the hardware follows.
     const int64_t part = units_.whole_slices && comes_from_afar_ ? 2 * kLine : units_.size;
     for (int64_t x = 0; x < units_.size; x += part) {
       const int64_t left = units_.size - x;
-      if (left > part) ask_for_row(from + x + part, smaller(part, left - part));
+      if (left > part) ask_for_run(from + x + part, smaller(part, left - part));
       transpose_matrix(from + x, layout.c, block_.live, smaller(part, left), to + x * block_.lanes, block_.lanes);
     }
   }
@@ -314,10 +314,10 @@ class DepthwiseForward {
     }
   }
 
-  // More lines, far apart, than the hardware foresees.
-  void ask_for_row(const T* row, int64_t count) const {
+  // A run of each channel of the block: more lines, far apart, than the hardware foresees.
+  void ask_for_run(const T* run, int64_t count) const {
     for (int64_t c = 0; c < block_.live; ++c) {
-      for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(row + c * call_.input_layout.c + i, 0, 2);
+      for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(run + c * call_.input_layout.c + i, 0, 2);
     }
   }
 

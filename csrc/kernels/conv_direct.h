@@ -246,11 +246,6 @@ class DirectForward {
     return known;
   }
 
-  // Of the packed weight.
-  template <int vectors>
-  static constexpr int64_t product_width() {
-    return vectors * kSums<E> * kLanes<C>;
-  }
   const Weight<E>* block_weight(int64_t block) const {
     const int64_t depth = in_phases() ? phases_.positions * phases_.depth : depth_;
     return reinterpret_cast<const Weight<E>*>(call_.packed) +
@@ -262,12 +257,19 @@ class DirectForward {
     return tile_ + (z - first_conv_[0]) * g_.stride[0] * step_[0] + (y - first_conv_[1]) * g_.stride[1] * step_[1];
   }
 
-  // The products of conv row (z, y): a part of the depth.
-  Range products(int64_t z, int64_t y) const {
-    if (!skips_rows_) return {0, depth_};
-    const Range rows = kernel_rows_inside(g_, z, y);
-    const int64_t of_row = depth_ / (g_.kernel[0] * g_.kernel[1]);
-    return {rows.first * of_row, rows.last * of_row};
+  // The products of a conv row: a part of the depth, from the one numbered `first` on.
+  struct Products {
+    int64_t first, count;
+    const int64_t* offsets;
+    const Weight<E>* weight;
+  };
+  template <int vectors>
+  Products products(int64_t block, int64_t z, int64_t y) const {
+    const int64_t rows = g_.kernel[0] * g_.kernel[1], of_row = depth_ / rows;
+    const Range taken = skips_rows_ ? kernel_rows_inside(g_, z, y) : Range{0, rows};
+    const int64_t first = taken.first * of_row;
+    return {first, taken.last * of_row - first, scratch_.offsets + first,
+            block_weight(block) + first * vectors * kSums<E> * kLanes<C>};
   }
 
   // A row of the output from pixel `at` on; without lines to ask for where channels come last.
@@ -294,13 +296,13 @@ class DirectForward {
           const int64_t z = slice * g_.pool_stride[0] + i * g_.pool_dilation[0];
           for (int64_t j = 0; j < g_.pool_kernel[1]; ++j) {
             const int64_t y = row * g_.pool_stride[1] + j * g_.pool_dilation[1];
-            const auto pool = [&](const auto& ahead, Range taken) {
-              pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], ahead, scratch_.offsets + taken.first,
-                            taken.last - taken.first, block_weight(block) + taken.first * product_width<vectors>(),
+            const Products taken = products<vectors>(block, z, y);
+            const auto pool = [&](const auto& ahead) {
+              pool_conv_row(conv_corner(z, y), g_.stride[2] * step_[2], ahead, taken.offsets, taken.count, taken.weight,
                             bias, windows, lines, pooled);
             };
             // Not in training: its share of the build's time would be more than it is worth.
-            with_winners ? pool(NothingAhead{}, products(z, y)) : with_row_ahead(block, z, y, pool);
+            with_winners ? pool(NothingAhead{}) : with_row_ahead(block, z, y, taken.first, pool);
             pooled.is_first = false;
             pooled.place += taps;
           }
@@ -353,9 +355,9 @@ class DirectForward {
       } else if constexpr (kIsOfMatrix<E>) {
         scratch_.to_make[waiting++] = {conv_corner(z, y), to, z, y, nullptr};
       } else {
-        with_row_ahead(block, z, y, [&](const auto& ahead, Range taken) {
-          conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], ahead, scratch_.offsets + taken.first,
-                            taken.last - taken.first, block_weight(block) + taken.first * product_width<vectors>(),
+        const Products taken = products<vectors>(block, z, y);
+        with_row_ahead(block, z, y, taken.first, [&](const auto& ahead) {
+          conv_row<vectors>(conv_corner(z, y), g_.stride[2] * step_[2], ahead, taken.offsets, taken.count, taken.weight,
                             bias, conv_columns_, to);
         });
       }
@@ -377,14 +379,13 @@ class DirectForward {
     body(NothingAhead{});
   }
 
-  // Calls body(what conv row (z, y) asks for, its products).
+  // Calls body(what conv row (z, y) asks for), from that product on.
   template <class Body>
-  void with_row_ahead(int64_t block, int64_t z, int64_t y, const Body& body) const {
+  void with_row_ahead(int64_t block, int64_t z, int64_t y, int64_t product, const Body& body) const {
     with_steps_ahead(block, [&](const auto& steps) {
-      const Range taken = products(z, y);
-      auto lines = lines_ahead<1>(steps, taken.first);
+      auto lines = lines_ahead<1>(steps, product);
       lines.start(0, ahead_.next(z, y));
-      body(lines, taken);
+      body(lines);
     });
   }
 

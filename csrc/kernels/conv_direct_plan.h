@@ -207,6 +207,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   plan.algorithm = algorithm;
   const bool turned = way == TileWay::turned;
   plan.skips_padding = way == TileWay::inside;
+  // In one of the cache's sets; a copy has them apart.
   const bool meet = input.c == 1 && pixels_meet<E, 1>(input.d[2] * g.stride[2]);
   const bool stays_there = can_stay_in_place<E>(g, input, false) && !meet;
   plan.in_place = lies && !turned && (plan.skips_padding || kIsOfMatrix<E> || stays_there);
