@@ -219,7 +219,7 @@ constexpr int64_t kShareOfL3 = 6 << 20;
 
 // What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, copied as
 // it lies, with a small stride, transposed in squares or one by one, and this much a run.
-constexpr double kCopyCost = 0.25, kStridedCost = 0.6, kTransposeCost = 1, kSingleCost = 2, kRunCost = 40;
+constexpr double kCopyCost = 0.25, kStridedCost = 0.6, kTransposeCost = 0.8, kSingleCost = 2, kRunCost = 40;
 FASTNN_INLINE double copy_cost(int64_t stride) {
   return stride == 1 ? kCopyCost : stride <= kMostStride ? kStridedCost : kSingleCost;
 }

@@ -240,7 +240,7 @@ double depthwise_cost(const ConvPoolGeometry& g, const ConvLayout& input, const 
   constexpr int64_t kNearBytes = 1 << 20;
   // What a register tile reads is read from L2 again for the next one unless it stays in L1. Where it is widened, that
   // takes as long again.
-  constexpr double kNear = 1.5, kFar = 1.8, kWidened = 2;
+  constexpr double kNear = 1.5, kFar = 1.8, kWidened = 1.2;
   const int64_t lanes = smaller(plan.block_groups, round_up(g.groups, kLanes<C>));
   const bool near = depthwise_tile_bytes<C>(g, plan, lanes) <= kDepthwiseTileBytes, widens = sizeof(T) != sizeof(C);
   const double product_cost = (near ? kNear : kFar) * (plan.in_place && widens ? kWidened : 1);

@@ -101,7 +101,7 @@ double strided_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, 
 // that groups share once for each.
 template <class E>
 double floats_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
-  constexpr double kByte = 0.12, kApartByte = 0.45;
+  constexpr double kByte = 0.07, kApartByte = 0.45;
   constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
   const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(E));
   if (g.batch * g.groups * bytes <= kNear) return 0;
@@ -142,7 +142,7 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double products = products_cost<E>(g, input, plan, row), arrival = arrival_cost<E>(g, input, plan.in_place);
   const double multiplications = products > arrival ? products : arrival;
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
-  constexpr double kItem = 300, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
+  constexpr double kItem = 480, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
   const double windows =
       static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   constexpr double kAddUp = 3 * kChannels<E>;  // of a conv pixel's sums
@@ -163,7 +163,7 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
     return kCall + cost + rows + (plan.in_place ? 0 : interleaving) + looks_at(elements_behind<E>(g) > 0);
   }
   if (plan.skips_padding) {
-    constexpr double kPass = 20, kAdded = 2;    // of a pass over a conv row; of a vector of it
+    constexpr double kPass = 20, kAdded = 1.2;  // of a pass over a conv row; of a vector of it
     constexpr double kStart = 28, kMost = 0.2;  // products that each pass's sums lose; of all, at most
     const double added = static_cast<double>(row * smaller(2, vectors)) * kAdded;
     const double lost = kStart * inside_passes(g) / static_cast<double>(g.depth());
@@ -201,7 +201,7 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   constexpr double kProduct = 1;              // of direct convolution's
   constexpr double kPoint = 20, kResult = 4;  // of a register tile's sums at a point; of each of them
   constexpr double kTransformed = 5;          // of a vector of input
-  constexpr double kPack = 4;                 // of a weight, beyond what packing takes elsewhere
+  constexpr double kPack = 3.2;               // of a weight, beyond what packing takes elsewhere
   const PhaseShape<C> s(g, ring_shape(g, plan).columns);
   const int64_t vectors = divide_up(g.out_channels, kLanes<C>), tiles = divide_up(s.pairs, kConvPixels<2>);
   const int64_t blocks = divide_up(vectors, 2);

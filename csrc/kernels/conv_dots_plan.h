@@ -251,7 +251,7 @@ bool dots_ask_ahead(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
 
 // Of packing the weight, which this saves, for one of so many images and one group.
 FASTNN_INLINE double packing_cost(const ConvPoolGeometry& g, int64_t images) {
-  constexpr double kPack = 2;  // an element
+  constexpr double kPack = 2.5;  // an element
   return kPack * static_cast<double>(g.out_channels * g.depth()) / static_cast<double>(images);
 }
 
@@ -260,10 +260,10 @@ template <class T>
 double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvLayout& weight, const ConvPoolPlan& plan,
                  int64_t images) {
   using C = Compute<T>;
-  constexpr double kSum = 12, kWayOut = 12;  // of the sum of a vector's lanes; of pooled pixels
+  constexpr double kSum = 12, kWayOut = 15;  // of the sum of a vector's lanes; of pooled pixels
   constexpr double kListed = 10;             // of a step of a box
   // Of a product's vector. Each tile widens what it loads, for as many products as it has outputs or pixels.
-  constexpr double kStep = 1.06, kFarStep = 1.24, kWiden = 3;  // weights of a tile that are in L1, or not
+  constexpr double kStep = 1.06, kFarStep = 1.12, kWiden = 3;  // weights of a tile that are in L1, or not
   constexpr int64_t kL1 = 32 << 10;
   const bool widens = sizeof(T) < sizeof(C) && !dots_in_pairs<T>();
   const int64_t outputs = smaller(g.out_channels, kDotOutputs), together = kDotSums / outputs;
@@ -279,7 +279,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   const double lists = plan.skips_padding ? kListed * boxes * static_cast<double>(blocks) * vectors : 0;
   const double windows =
       static_cast<double>(blocks * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
-  constexpr double kCopiedRun = 15, kGatheredRun = 45, kTurned = 0.8;  // of a number that is moved on its own
+  constexpr double kCopiedRun = 24, kGatheredRun = 45, kTurned = 0.5;  // of a number that is moved on its own
   const bool is_last = dot_copy_is_last(g, plan, input, weight);
   const int64_t runs = (is_last ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];
   const double run = is_last || input.d[2] == 1 ? kCopiedRun : kGatheredRun;

@@ -153,7 +153,7 @@ class RowsForward {
     group_ = item % parts * call_.plan.tile_groups;
     image_ = item / parts;
     first_conv_[0] = larger(0, slice_ * g_.pool_stride[0] - g_.pool_padding[0]);
-    first_conv_[1] = larger(0, first_ * g_.pool_stride[1] - g_.pool_padding[1]);
+    first_conv_[1] = rows_under_band(g_, first_, call_.plan.band).first;
     find_tile();
     for (int64_t i = 0; i < call_.plan.tile_groups; ++i, ++group_, tile_ += g_.in_channels * s_.channel) run_group();
   }
@@ -171,9 +171,8 @@ class RowsForward {
   void find_tile() {
     const ConvLayout& layout = call_.input_layout;
     const T* image = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
-    // The last band has no more rows than are left.
-    const int64_t past = (last_ - 1) * g_.pool_stride[1] - g_.pool_padding[1] + g_.pool_extent(1);
-    set_rows<C>(g_, smaller(past, g_.conv[1]) - first_conv_[1], s_);
+    const Range rows = rows_under_band(g_, first_, call_.plan.band);
+    set_rows<C>(g_, rows.last - rows.first, s_);
     if (call_.plan.in_place) {
       // Of the type computed in, or the plan would not be to leave it there.
       tile_ = reinterpret_cast<const C*>(image) + first_conv_[0] * layout.d[0] + first_conv_[1] * layout.d[1];
@@ -240,9 +239,7 @@ class RowsForward {
       C* to = pixels(z, 0, outputs);
       rows_slice<outputs>(s_, g_.conv[2], call_.plan.in_place, asks_ahead_, tile_ + z * g_.stride[0] * s_.slice,
                           scratch_.offsets, g_.depth(), weight, bias, to, scratch_.pixel_step);
-      if (s_.margin > 0) {
-        for (int o = 0; o < outputs; ++o) fill_margins(to + o * scratch_.pixel_step);
-      }
+      for (int o = 0; o < outputs; ++o) spread_rows(to + o * scratch_.pixel_step);
     }
     for (int64_t y = first_; y < last_; ++y) {
       const int64_t count = find_rows(y, outputs);
@@ -265,10 +262,13 @@ class RowsForward {
     return scratch_.pixels + s_.margin + (z * outputs + o) * scratch_.pixel_step;
   }
 
-  // What windows find beside the rows of one channel.
-  void fill_margins(C* row) {
+  // Makes room between the rows of one channel for what windows find beside them.
+  void spread_rows(C* row) {
     constexpr C lowest = -static_cast<C>(__builtin_inf());
-    for (int64_t r = 0; r < s_.conv[1]; ++r, row += s_.pitch) {
+    for (int64_t r = s_.conv[1] - 1; r > 0 && s_.spread > s_.pitch; --r) {
+      __builtin_memmove(row + r * s_.spread, row + r * s_.pitch, g_.conv[2] * sizeof(C));
+    }
+    for (int64_t r = 0; r < s_.conv[1] && s_.margin > 0; ++r, row += s_.spread) {
       for (int64_t i = 0; i < s_.margin; ++i) row[-1 - i] = row[g_.conv[2] + i] = lowest;
     }
   }
@@ -281,7 +281,7 @@ class RowsForward {
       const int64_t z = slice_ * g_.pool_stride[0] - g_.pool_padding[0] + i - first_conv_[0];
       for (int64_t j = rows.first; j < rows.last; ++j) {
         const int64_t y = row * g_.pool_stride[1] - g_.pool_padding[1] + j - first_conv_[1];
-        const C* first = pixels(z, 0, outputs) + y * s_.pitch - g_.pool_padding[2];
+        const C* first = pixels(z, 0, outputs) + y * s_.spread - g_.pool_padding[2];
         scratch_.window_rows[count++] = {first, (i * g_.pool_kernel[1] + j) * g_.pool_kernel[2]};
       }
     }

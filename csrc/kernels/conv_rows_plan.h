@@ -19,7 +19,8 @@ constexpr int row_vectors(int outputs) {
 struct RowShape {
   int64_t conv[2];       // slices and rows of conv pixels
   int64_t margin;        // columns beside a conv row that windows reach to
-  int64_t pitch;         // of a row of pixels
+  int64_t pitch;         // of a row of pixels as they are computed
+  int64_t spread;        // and as windows find them, with room for their margins
   int64_t run;           // pixels of a slice, from the first to the last
   bool by_rows;          // vectors begin anew with each row, or else go along the run
   int64_t vectors;       // of a slice
@@ -48,6 +49,7 @@ RowShape row_shape(const ConvPoolGeometry& g, int64_t band, int64_t in_place) {
   const int64_t past = (g.output[2] - 1) * g.pool_stride[2] - g.pool_padding[2] + g.pool_extent(2);
   s.margin = larger(g.pool_padding[2], larger(0, past - g.conv[2]));
   s.pitch = in_place > 0 ? in_place : g.conv[2] + larger((g.kernel_extent(2) - 1) / g.stride[2], s.margin);
+  s.spread = larger(s.pitch, g.conv[2] + s.margin);
   set_rows<C>(g, smaller(g.conv[1], (band - 1) * g.pool_stride[1] + g.pool_extent(1)), s);
   s.slices = (s.conv[0] - 1) * g.stride[0] + g.kernel_extent(0);
   s.rows = s.conv[1] + (g.kernel_extent(1) - 1) / g.stride[1];
@@ -74,7 +76,8 @@ struct RowScratch {
   RowScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
     const RowShape s = row_shape<C>(g, plan.band, plan.row_pitch);
     const int64_t outputs = smaller(g.out_channels, kRowOutputs);
-    pixel_step = round_up(s.run, kLanes<C>) + 2 * s.margin + kLanes<C>;
+    const int64_t run = (s.conv[1] - 1) * s.spread + g.conv[2];
+    pixel_step = round_up(run, kLanes<C>) + 2 * s.margin + kLanes<C>;
     stage_step = plan.band * g.output[2] + kLanes<C>;  // whole vectors are stored
     MemoryParts parts(memory);
     tile = parts.take<C>(plan.in_place ? 0 : plan.tile_groups * g.in_channels * s.channel + kLanes<C>);
@@ -95,17 +98,26 @@ FASTNN_INLINE bool rows_apply(const ConvPoolGeometry& g) {
   return g.pool_dilation[0] == 1 && g.pool_dilation[1] == 1 && g.pool_dilation[2] == 1;
 }
 
+// Conv rows under the band that begins with the pooled row `first`.
+FASTNN_INLINE Range rows_under_band(const ConvPoolGeometry& g, int64_t first, int64_t band) {
+  const int64_t last = smaller(first + band, g.output[1]);
+  return {larger(0, first * g.pool_stride[1] - g.pool_padding[1]),
+          smaller(g.conv[1], (last - 1) * g.pool_stride[1] - g.pool_padding[1] + g.pool_extent(1))};
+}
+
 // Whether the input's rows follow one another at about the pitch wanted, which a last column that no window has makes
-// larger, and the last band's are a vector at least.
+// larger, and each band's are a vector at least.
 template <class T>
 FASTNN_INLINE bool rows_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  const int64_t pitch = row_shape<Compute<T>>(g, plan.band, 0).pitch;
-  const bool follow = input.d[2] == 1 && input.d[1] >= pitch && input.d[1] <= pitch + kLanes<Compute<T>>;
+  const int64_t lanes = kLanes<Compute<T>>, pitch = g.conv[2] + g.kernel_extent(2) - 1;
+  const bool follow = input.d[2] == 1 && input.d[1] >= pitch && input.d[1] <= pitch + lanes;
   const bool strided = g.stride[0] * g.stride[1] * g.stride[2] > 1;
-  const int64_t past = smaller(g.conv[1], (g.output[1] - 1) * g.pool_stride[1] + g.pool_extent(1));
-  const int64_t last_rows = past - (plan.row_parts - 1) * plan.band * g.pool_stride[1];
+  const auto fills_vector = [&](int64_t first) {
+    const Range rows = rows_under_band(g, first, plan.band);
+    return (rows.last - rows.first - 1) * input.d[1] + g.conv[2] >= lanes;
+  };
   return can_stay_in_place<T>(g, input, g.taps() == 1 && g.out_channels <= kRowOutputs) && !strided && follow &&
-         g.pool_padding[1] == 0 && (last_rows - 1) * input.d[1] + g.conv[2] >= kLanes<Compute<T>>;
+         fills_vector(0) && fills_vector((plan.row_parts - 1) * plan.band);
 }
 
 template <class T>
@@ -154,7 +166,7 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
     const double squares = static_cast<double>(round_up(s.pitch, kLanes<C>) * lines);
     copy = runs * (squares * kTransposeCost + kRunCost) / static_cast<double>(plan.tile_groups);
   }
-  constexpr double kItem = 400, kTile = 80;  // per band; of a register tile
+  constexpr double kItem = 400, kTile = 100;  // per band; of a register tile
   // On multiplications: of a single output each takes a load of its own, across lines but for those that begin a row.
   const double begin = plan.in_place ? 0 : 1 / static_cast<double>(divide_up(g.kernel[2], g.stride[2]));
   const double overhead = 1.1 + (g.out_channels == 1 ? 0.9 * (1 - begin) : 0);
@@ -163,7 +175,7 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
       static_cast<double>(g.out_channels * plan.band * divide_up(g.output[2], kLanes<C>) * g.places());
   // From beyond L2; large images come from memory, every channel on a page of its own.
   constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
-  constexpr double kLateByte = 0.08, kFarByte = 0.45, kStridedByte = 1;
+  constexpr double kLateByte = 0.05, kFarByte = 0.45, kStridedByte = 1;
   const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(C));
   const bool far = input.c != 1 && !plan.in_place && g.groups * bytes > kFar;
   const bool late = input.c != 1 && g.batch * g.groups * bytes > kNear;
