@@ -94,7 +94,10 @@ def test_sweep() -> None:
     assert cases[3].name == sweep_case(3).name
     (outcome,) = sweep.measure(min(cases, key=lambda case: case.flops), "training", torch.float32, seconds=0.01)
     assert outcome.speedup > 0
-    assert sweep.summary([dataclasses.replace(outcome, speedup=0.5)]).count(outcome.case.name) == 1
+    lost = dataclasses.replace(outcome, speedup=0.5)
+    assert sweep.summary([lost]).count(outcome.case.name) == 1
+    won = dataclasses.replace(outcome, provider="fastnn channels_last", speedup=2.0)
+    assert "the better format of each: 1 cases, 0 losses" in sweep.summary([lost, won])
     image = sweep.conv_case((2, 3, 9, 9), 4, 3, 2)
     assert [o.provider for o in sweep.measure(image, "inference", torch.float32, seconds=0.01)] == [
         "fastnn",

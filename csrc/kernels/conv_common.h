@@ -184,10 +184,7 @@ FASTNN_INLINE Vec<C> add_squares(const T* run, int64_t count, Vec<C> total) {
 FASTNN_INLINE Vec<float> add_squares(const bfloat16x2* run, int64_t count, Vec<float> total) {
   return add_squares(reinterpret_cast<const bfloat16*>(run), 2 * count, total);
 }
-FASTNN_INLINE Vec<float> add_squares(const Floats<2>* run, int64_t count, Vec<float> total) {
-  return add_squares(run->channel, 2 * count, total);
-}
-FASTNN_INLINE Vec<float> add_squares(const Floats<4>* run, int64_t count, Vec<float> total) {
+FASTNN_INLINE Vec<float> add_squares(const FourFloats* run, int64_t count, Vec<float> total) {
   return add_squares(run->channel, 4 * count, total);
 }
 FASTNN_INLINE Vec<float> add_squares(const FirstOfPair* run, int64_t count, Vec<float> total) {

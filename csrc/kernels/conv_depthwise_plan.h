@@ -236,7 +236,7 @@ double depthwise_cost(const ConvPoolGeometry& g, const ConvLayout& input, const 
   constexpr double kRow = 60, kImage = 350;                                   // of a block
   constexpr double kPixel = 5, kEdge = 60, kEdgeProduct = 2.5, kWayOut = 12;  // of a vector
   // Of a vector of the input: to arrive from L2 or from beyond, to be transposed, to be copied with its row's padding.
-  constexpr double kArrives = 2, kArrivesLate = 8, kTransposed = 7, kPadded = 5;
+  constexpr double kArrives = 3.2, kArrivesLate = 8, kTransposed = 7, kPadded = 5;
   constexpr int64_t kNearBytes = 1 << 20;
   // What a register tile reads is read from L2 again for the next one unless it stays in L1. Where it is widened, that
   // takes as long again.

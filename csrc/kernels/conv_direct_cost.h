@@ -47,9 +47,9 @@ FASTNN_INLINE double matrix_row_cost(const ConvPoolGeometry& g, const ConvPoolPl
 // for each multiplication, and has pixels enough to crowd the sets in which they meet.
 template <class E>
 double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan, int64_t row) {
-  constexpr double kInFlight = 8;               // accumulators that keep the multipliers busy
-  constexpr double kLoads = 3, kCrowded = 1.2;  // of a tile of one vector, beside one for each pixel
-  constexpr double kOneSet = 1.3;               // of a tile of two, whose pixels meet in one of the cache's sets
+  constexpr double kInFlight = 8;                  // accumulators that keep the multipliers busy
+  constexpr double kLoads = 3.75, kCrowded = 1.2;  // of a tile of one vector, beside one for each pixel
+  constexpr double kOneSet = 1.3;                  // of a tile of two, whose pixels meet in one of the cache's sets
   const int64_t vectors = packed_width<E>(g.out_channels) / kLanes<Compute<E>>;
   const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
   const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
@@ -90,14 +90,14 @@ double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, bool in_
 // products to hide how long they are on their way.
 template <class E>
 double strided_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  constexpr double kByte = 0.2;
+  constexpr double kByte = 0.12;
   constexpr int64_t kL3 = 12 << 20;
   const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(E));
   if (!plan.in_place || input.c == 1 || g.stride[1] == 1 || g.batch * g.groups * bytes <= kL3) return 0;
   return kByte * share_met(g, 0) * share_met(g, 1) * static_cast<double>(bytes);
 }
 
-// The same of Floats, which the products do not hide: contiguous images that L2 does not hold come whole, and lines
+// The same of FourFloats, which the products do not hide: contiguous images that L2 does not hold come whole, and lines
 // that groups share once for each.
 template <class E>
 double floats_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
@@ -122,7 +122,7 @@ double turned_band_cost(const ConvPoolGeometry& g, const ConvLayout& input, cons
   return static_cast<double>(runs) * (turned_run_cost<Number<E>>(input, channels, columns) + kRunCost);
 }
 
-// The same of Floats' channels that lie side by side.
+// The same of FourFloats' channels that lie side by side.
 template <class E>
 double floats_band_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kColumn = 2;  // that is a run of its own
@@ -142,7 +142,7 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double products = products_cost<E>(g, input, plan, row), arrival = arrival_cost<E>(g, input, plan.in_place);
   const double multiplications = products > arrival ? products : arrival;
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
-  constexpr double kItem = 480, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
+  constexpr double kItem = 600, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
   const double windows =
       static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
   constexpr double kAddUp = 3 * kChannels<E>;  // of a conv pixel's sums

@@ -86,14 +86,14 @@ inline void pack_row_pairs(const ConvPoolGeometry& g, int64_t pairs, const bfloa
 
 // The weights of `count` output channels -> to (depth, outputs, channels of an element), zeros where there is none. `g`
 // counts elements, of which the last may lack some channels.
-template <int some>
-void pack_floats(const ConvPoolGeometry& g, TapOrder order, int64_t channels, const float* from,
-                 const ConvLayout& layout, int64_t count, float* to) {
-  constexpr int64_t kRow = kSums<Floats<some>> * kLanes<float>, kTaps = 64;  // numbers of a step; taps at a time
+inline void pack_floats(const ConvPoolGeometry& g, TapOrder order, int64_t channels, const float* from,
+                        const ConvLayout& layout, int64_t count, float* to) {
+  constexpr int some = kChannels<FourFloats>;
+  constexpr int64_t kRow = kSums<FourFloats> * kLanes<float>, kTaps = 64;  // numbers of a step; taps at a time
   const int64_t taps = g.taps();
   const auto copy_channels = [&](const float* source, int64_t c, float* target) __attribute__((always_inline)) {
     if (layout.c == 1 && channels - c >= some) {
-      __builtin_memcpy(target, source, sizeof(Floats<some>));
+      __builtin_memcpy(target, source, sizeof(FourFloats));
     } else {
       for (int64_t i = 0; i < some && i < channels - c; ++i) target[i] = source[i * layout.c];
     }
@@ -112,7 +112,7 @@ void pack_floats(const ConvPoolGeometry& g, TapOrder order, int64_t channels, co
     }
     return;
   }
-  Floats<some> numbers[kRow / some][kTaps] = {};  // of an element's channels
+  FourFloats numbers[kRow / some][kTaps] = {};  // of an element's channels
   for (int64_t first = 0; first < taps; first += kTaps) {
     const int64_t here = smaller(kTaps, taps - first);
     int64_t places[kTaps];
@@ -150,7 +150,7 @@ void pack_direct(const ConvPoolForward<T>& call, int64_t first_item, int64_t las
     Weight<E>* to =
         reinterpret_cast<Weight<E>*>(call.packed) + group * depth * packed_width<E>(g.out_channels) + first * depth;
     if constexpr (kIsOfFloats<E>) {
-      pack_floats<kChannels<E>>(g, call.plan.order, call.geometry.in_channels, from, layout, count, to);
+      pack_floats(g, call.plan.order, call.geometry.in_channels, from, layout, count, to);
       continue;
     }
     if (count < width) {

@@ -21,12 +21,11 @@ template <class E>
 constexpr bool kHasPhases = kChannels<E> == 1 && sizeof(E) == sizeof(float);
 
 template <class E>
-constexpr ConvAlgorithm kDirectAlgorithm = kIsPair<E>          ? ConvAlgorithm::pairs
-                                           : kStartsPair<E>    ? ConvAlgorithm::row_pairs
-                                           : kIsOfMatrix<E>    ? ConvAlgorithm::matrix
-                                           : kChannels<E> == 2 ? ConvAlgorithm::by_two
-                                           : kChannels<E> == 4 ? ConvAlgorithm::by_four
-                                                               : ConvAlgorithm::direct;
+constexpr ConvAlgorithm kDirectAlgorithm = kIsPair<E>       ? ConvAlgorithm::pairs
+                                           : kStartsPair<E> ? ConvAlgorithm::row_pairs
+                                           : kIsOfMatrix<E> ? ConvAlgorithm::matrix
+                                           : kIsOfFloats<E> ? ConvAlgorithm::by_four
+                                                            : ConvAlgorithm::direct;
 
 // Whether a row's pixels are computed one by one, from a tile or in place.
 FASTNN_INLINE bool makes_plain_rows(const ConvPoolPlan& plan) {

@@ -264,7 +264,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   constexpr double kListed = 10;             // of a step of a box
   // Of a product's vector. Each tile widens what it loads, for as many products as it has outputs or pixels.
   constexpr double kStep = 1.06, kFarStep = 1.12, kWiden = 3;  // weights of a tile that are in L1, or not
-  constexpr int64_t kL1 = 32 << 10;
+  constexpr int64_t kL1 = 40 << 10;
   const bool widens = sizeof(T) < sizeof(C) && !dots_in_pairs<T>();
   const int64_t outputs = smaller(g.out_channels, kDotOutputs), together = kDotSums / outputs;
   const double inputs = plan.in_place ? 1 / static_cast<double>(outputs) : 0;

@@ -1,8 +1,7 @@
 // Elements of the tile and the weight that are several channels.
 //
-// Floats: where output channels do not fill two vectors, each has lanes for the products with two or four of the
-// input's channels, added up in the end. Else a tile, of one vector, would take a load for each multiplication, and as
-// many as these in a cycle is all that there are.
+// FourFloats: where output channels would not fill half a vector, each has lanes for the products with four of the
+// input's channels, added up in the end.
 //
 // Pairs: for bfloat16 where one instruction multiplies two. An odd last channel has a zero beside it. Or a row of the
 // kernel is one run of columns and channels, side by side in a tile of single numbers, and each pair begins with any of
@@ -32,13 +31,13 @@ template <>
 constexpr bool kIsOfMatrix<MatrixNumber> = true;
 template <class E>
 constexpr bool kIsOfFloats = false;
-template <int count>
-constexpr bool kIsOfFloats<Floats<count>> = true;
+template <>
+constexpr bool kIsOfFloats<FourFloats> = true;
 // Channels of an element.
 template <class E>
-constexpr int kChannels = kIsPair<E> ? 2 : 1;
-template <int count>
-constexpr int kChannels<Floats<count>> = count;
+constexpr int kChannels = kIsOfFloats<E> ? 4
+                          : kIsPair<E>   ? 2
+                                         : 1;
 // Vectors of a tile's sums, and of the weight, that make a vector of output channels.
 template <class E>
 constexpr int kSums = kIsOfFloats<E> ? 2 : 1;
@@ -59,21 +58,21 @@ template <>
 struct WeightOf<MatrixNumber> {
   using Type = bfloat16x2;
 };
-template <int count>
-struct WeightOf<Floats<count>> {
+template <>
+struct WeightOf<FourFloats> {
   using Type = float;
 };
 template <class E>
 using Weight = typename WeightOf<E>::Type;
 
-// Whether there are Floats for inputs of type T: where vectors are long enough. And whether outputs fit into their
+// Whether there are FourFloats for inputs of type T: where vectors are long enough. And whether outputs fit into their
 // sums.
 template <class T>
 constexpr bool kHasFloats = false;
 template <>
 constexpr bool kHasFloats<float> = FASTNN_VECTOR_BYTES > 16;
-template <class E>
 FASTNN_INLINE bool floats_apply(const ConvPoolGeometry& g) {
+  using E = FourFloats;
   return g.out_channels <= kSums<E> * kLanes<float> / kChannels<E> && g.in_channels > kChannels<E> / 2;
 }
 
@@ -157,16 +156,7 @@ FASTNN_INLINE Vec<Compute<E>> add_products(Vec<Compute<E>> x, Vec<Compute<E>> y,
 }
 
 #if defined(__AVX2__)
-FASTNN_INLINE Vec<float> broadcast_element(const Floats<2>* x) {
-  double bits;
-  __builtin_memcpy(&bits, x, sizeof(bits));
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_set1_pd(bits);
-#else
-  return (Vec<float>)_mm256_set1_pd(bits);
-#endif
-}
-FASTNN_INLINE Vec<float> broadcast_element(const Floats<4>* x) {
+FASTNN_INLINE Vec<float> broadcast_element(const FourFloats* x) {
   const __m128 four = _mm_loadu_ps(x->channel);
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_broadcast_f32x4(four);
@@ -176,12 +166,11 @@ FASTNN_INLINE Vec<float> broadcast_element(const Floats<4>* x) {
 }
 #endif
 
-// The sums of each output's lanes. Of those of four channels, a half of the vector.
-template <int channels, class V>
+// The sums of each output's four lanes, in half of the vector.
+template <class V>
 FASTNN_INLINE V add_channels(V x, V y) {
   const V sums = every_second<float>(x, y) + every_second<float, 1>(x, y);
-  if constexpr (channels > 2) return add_channels<channels / 2>(sums, sums);
-  return sums;
+  return every_second<float>(sums, sums) + every_second<float, 1>(sums, sums);
 }
 
 // What elements E consist of, and how many of these a vector has.
@@ -253,10 +242,9 @@ void bring_channels_together(const T* from, const ConvLayout& layout, int64_t ch
   for (int64_t w = 0; w < count; ++w) __builtin_memcpy(to + w * pitch, from + w * layout.d[2], bytes);
 }
 // conv_common.h has these for elements that are single channels.
-template <int some>
-void copy_columns(const float* from, const ConvLayout& layout, int64_t channels, bool, int64_t, int64_t count,
-                  Floats<some>* to, int64_t pixel) {
-  bring_channels_together(from, layout, channels, count, to->channel, some * pixel);
+inline void copy_columns(const float* from, const ConvLayout& layout, int64_t channels, bool, int64_t, int64_t count,
+                         FourFloats* to, int64_t pixel) {
+  bring_channels_together(from, layout, channels, count, to->channel, kChannels<FourFloats> * pixel);
 }
 
 #if defined(__AVX512F__)

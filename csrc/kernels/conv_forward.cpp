@@ -35,15 +35,14 @@ ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int6
     const bool lies = lies_in_elements<E>(g, input);
     const ConvLayout layout = lies ? tile_layout<E>(input) : input;
     const ConvPoolPlan plan = choose_direct<T, E>(tile_geometry<E>(g), layout, threads, lies, element_costs);
-    constexpr double kPackFloats = 0.5;  // of what packing takes, which is not counted elsewhere, in addition
+    constexpr double kPackFloats = 0.3;  // of what packing takes, which is not counted elsewhere, in addition
     if (kIsOfFloats<E>) element_costs += kPackFloats * packing_cost(g, images);
     take_cheaper(plan, element_costs);
   };
   if constexpr (kHasFloats<T>) {
-    if (floats_apply<Floats<2>>(g)) consider_elements(Floats<2>{});
-    if (floats_apply<Floats<4>>(g)) consider_elements(Floats<4>{});
+    if (floats_apply(g)) consider_elements(FourFloats{});
     // For the other algorithms, whose estimates are too high where outputs are few.
-    constexpr double kDoubt = 1.12;
+    constexpr double kDoubt = 1.2;
     if (least.algorithm != ConvAlgorithm::direct) costs *= kDoubt;
   }
   if (!kHasPairs<T> || !isa_multiplies_pairs()) return least;
@@ -203,11 +202,8 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
     case ConvAlgorithm::matrix:
       if constexpr (kHasPairs<T>) pack_direct<MatrixNumber>(call, first_item, last_item);
       return;
-    case ConvAlgorithm::by_two:
-      if constexpr (kHasFloats<T>) pack_direct<Floats<2>>(call, first_item, last_item);
-      return;
     case ConvAlgorithm::by_four:
-      if constexpr (kHasFloats<T>) pack_direct<Floats<4>>(call, first_item, last_item);
+      if constexpr (kHasFloats<T>) pack_direct<FourFloats>(call, first_item, last_item);
       return;
     case ConvAlgorithm::rows:
       return pack_blocks(call, kRowOutputs, first_item, last_item);
@@ -243,11 +239,8 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
     case ConvAlgorithm::matrix:
       if constexpr (kHasPairs<T>) forward_direct<MatrixNumber>(call, first_item, last_item, scratch);
       return;
-    case ConvAlgorithm::by_two:
-      if constexpr (kHasFloats<T>) forward_direct<Floats<2>>(call, first_item, last_item, scratch);
-      return;
     case ConvAlgorithm::by_four:
-      if constexpr (kHasFloats<T>) forward_direct<Floats<4>>(call, first_item, last_item, scratch);
+      if constexpr (kHasFloats<T>) forward_direct<FourFloats>(call, first_item, last_item, scratch);
       return;
     case ConvAlgorithm::rows:
       return forward_rows(call, first_item, last_item, scratch);

@@ -48,8 +48,7 @@ enum class ConvAlgorithm : int32_t {
   direct,     // conv_direct.h: output channels in the vector's lanes
   pairs,      // the same, two input channels a multiplication (bfloat16)
   row_pairs,  // the same, two numbers side by side in a row of the kernel
-  by_two,     // the same, the lanes of an output channel have products with two input channels (float32)
-  by_four,    // the same, with four
+  by_four,    // the same, the lanes of an output channel have products with four input channels (float32)
   rows,       // conv_rows.h: consecutive pixels in the lanes
   lanes,      // conv_lanes.h: independent pieces of the problem in the lanes
   depthwise,  // conv_depthwise.h: groups of one channel in the lanes

@@ -87,7 +87,7 @@ FASTNN_INLINE void conv_tile(const E* const (&tile)[rows], int64_t step, const A
     static_assert(vectors == 1 && sums == 2);
     Vec<C> all[rows * pixels][1];
 #pragma GCC unroll 28
-    for (int p = 0; p < rows * pixels; ++p) all[p][0] = add_channels<kChannels<E>>(total[p][0], total[p][1]) + bias[0];
+    for (int p = 0; p < rows * pixels; ++p) all[p][0] = add_channels(total[p][0], total[p][1]) + bias[0];
     finish(all);
   } else {
     finish(total);

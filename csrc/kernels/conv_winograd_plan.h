@@ -54,7 +54,7 @@ FASTNN_INLINE int64_t winograd_block(const ConvPoolGeometry& g, int64_t position
 template <class C>
 double winograd_cost(const ConvPoolGeometry& g, int64_t results, int64_t images) {
   // Of a position of a tile; of a vector of its products, its input and its output; of one of the weight.
-  constexpr double kTile = 8, kProduct = 1.05, kIn = 8, kOut = 6, kWeight = 13;
+  constexpr double kTile = 8, kProduct = 1.05, kIn = 8, kOut = 6, kWeight = 8;
   constexpr double kPart = 10;     // of a last vector of input that is not full
   constexpr double kInFlight = 8;  // accumulators that keep the multipliers busy
   const WinogradTiles tiles(g, results);

@@ -23,10 +23,9 @@ struct MatrixNumber {
   bfloat16 element;
 };
 
-// So many channels of a pixel, side by side: each output channel's products with them go to as many lanes.
-template <int count>
-struct Floats {
-  float channel[count];
+// Four channels of a pixel, side by side: each output channel's products with them go to as many lanes.
+struct FourFloats {
+  float channel[4];
 };
 
 // One kernel table a type: PerDtype<MlpKernels>{...}.get<float>() is MlpKernels<float>.
@@ -85,8 +84,8 @@ template <>
 struct ComputeOf<MatrixNumber> {
   using Type = float;
 };
-template <int count>
-struct ComputeOf<Floats<count>> {
+template <>
+struct ComputeOf<FourFloats> {
   using Type = float;
 };
 template <class T>

@@ -82,8 +82,6 @@ std::string algorithm_name(ConvAlgorithm algorithm) {
       return "pairs";
     case ConvAlgorithm::row_pairs:
       return "row_pairs";
-    case ConvAlgorithm::by_two:
-      return "by_two";
     case ConvAlgorithm::by_four:
       return "by_four";
     case ConvAlgorithm::depthwise:
