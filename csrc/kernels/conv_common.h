@@ -249,9 +249,13 @@ double parted_lines_cost(const ConvPoolGeometry& g, const ConvLayout& input, int
   return (kByte + (g.batch * lines > kNear ? kFarByte : 0)) * static_cast<double>(lines);
 }
 
-// Of a place in a vector of windows: pool_row's fast way is for few rows and columns.
-FASTNN_INLINE double place_cost(const ConvPoolGeometry& g) {
-  return g.pool_kernel[0] * g.pool_kernel[1] <= 3 && g.pool_kernel[2] <= 3 ? 4 : 12;
+// Of a vector of windows, by the way that pool_row takes where only the values are wanted.
+FASTNN_INLINE double window_cost(const ConvPoolGeometry& g) {
+  constexpr double kPlace = 4, kAnyPlace = 12, kColumnStep = 2.5;
+  const int64_t rows = g.pool_kernel[0] * g.pool_kernel[1];
+  if (pools_columns(g, rows)) return kColumnStep * static_cast<double>(column_steps(g, rows));
+  const bool few = rows <= kMostWindowSide && g.pool_kernel[2] <= kMostWindowSide;
+  return (few ? kPlace : kAnyPlace) * static_cast<double>(g.places());
 }
 
 // A kernel's or an image's elements, dense with channels last.

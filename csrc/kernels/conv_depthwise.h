@@ -291,11 +291,18 @@ class DepthwiseForward {
     return input_ + (units_.whole_image ? 0 : z * layout.d[0]) + (units_.whole_slices ? 0 : y * layout.d[1]);
   }
 
+  // The row that the kernel meets next.
+  int64_t next_row(int64_t y) const {
+    const int64_t left = g_.kernel_extent(1) - 1 - (y + g_.padding[1]) % g_.stride[1];
+    return left > 0 ? y + 1 : y + 1 + g_.stride[1] - g_.kernel_extent(1);
+  }
+
   template <class To>
   void transpose_unit(int64_t z, int64_t y, To* to) {
     const ConvLayout& layout = call_.input_layout;
     const T* from = unit_at(z, y);
-    if (!units_.whole_slices && y + 1 < g_.input[1]) ask_for_run(from + layout.d[1], units_.size);
+    const int64_t next = next_row(y);
+    if (!units_.whole_slices && next < g_.input[1]) ask_for_run(from + (next - y) * layout.d[1], units_.size);
     // Long ones in parts, each of which asks for the next: more channels than the hardware follows.
     const int64_t part = units_.whole_slices && comes_from_afar_ ? 2 * kLine : units_.size;
     for (int64_t x = 0; x < units_.size; x += part) {

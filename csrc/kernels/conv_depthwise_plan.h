@@ -67,8 +67,9 @@ InputUnits input_units(const ConvPoolGeometry& g, const ConvPoolPlan& plan, cons
   const int64_t image = (g.input[0] - 1) * input.d[0] + slice;
   const bool dense_slice = u.as_it_lies && input.d[1] >= row && input.d[1] < 2 * row;
   const bool dense_image = dense_slice && (g.input[0] == 1 || (input.d[0] >= slice && input.d[0] < 2 * slice));
-  u.whole_slices = dense_slice && slice <= most;
-  u.whole_image = u.whole_slices && dense_image && image <= most;
+  // What the kernel strides over is not worth bringing.
+  u.whole_slices = dense_slice && slice <= most && g.stride[1] <= g.kernel_extent(1);
+  u.whole_image = u.whole_slices && dense_image && image <= most && g.stride[0] <= g.kernel_extent(0);
   u.size = u.whole_image ? image : u.whole_slices ? slice : u.as_it_lies ? row : g.input[2];
   for (int d = 0; d < 3; ++d) u.slot_d[d] = u.d[d] = u.as_it_lies ? input.d[d] : 1;
   u.slot_size = u.size;
@@ -251,7 +252,7 @@ double depthwise_cost(const ConvPoolGeometry& g, const ConvLayout& input, const 
                         : plan.skips_padding ? share_inside(g)
                                              : share_of_rows(g);
   const double products = pixels * static_cast<double>(g.kernel[0] * g.kernel[1]) * columns * inside;
-  const double windows = static_cast<double>(g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
+  const double windows = static_cast<double>(g.pixels()) * (kWayOut + window_cost(g));
   const bool late = g.batch * image_size(g) * static_cast<int64_t>(sizeof(T)) > kNearBytes;
   const double input_rows = static_cast<double>(g.input[0] * g.input[1]);
   const double part = static_cast<double>(g.groups) / static_cast<double>(round_up(g.groups, kLanes<C>));

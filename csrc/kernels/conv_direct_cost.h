@@ -143,8 +143,7 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double multiplications = products > arrival ? products : arrival;
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
   constexpr double kItem = 600, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
-  const double windows =
-      static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
+  const double windows = static_cast<double>(vectors * g.pixels()) * (kWayOut + window_cost(g));
   constexpr double kAddUp = 3 * kChannels<E>;  // of a conv pixel's sums
   const double sums = kIsOfFloats<E> ? kAddUp * static_cast<double>(row * g.conv[0] * g.conv[1]) : 0;
   const double late = kIsOfFloats<E> ? floats_arrival_cost<E>(g, input) : strided_arrival_cost<E>(g, input, plan);
@@ -220,8 +219,7 @@ double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const int64_t bytes = s.positions * s.depth * smaller(2, vectors) * FASTNN_VECTOR_BYTES;
   const bool far = bytes + phase_tile_size<C>(g, plan) * static_cast<int64_t>(sizeof(C)) > kNear;
   const double waits = far ? kFarByte * static_cast<double>(blocks * bytes) : 0;
-  const double windows =
-      static_cast<double>(vectors * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
+  const double windows = static_cast<double>(vectors * g.pixels()) * (kWayOut + window_cost(g));
   const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
   const double rows =
       static_cast<double>(g.in_channels * bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band));

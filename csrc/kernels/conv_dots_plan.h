@@ -277,8 +277,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   const double dots = (static_cast<double>(pixels) + left) * static_cast<double>(g.out_channels);
   const double vectors = (plan.skips_padding ? share_inside(g) : 1) * static_cast<double>(plan.columns);
   const double lists = plan.skips_padding ? kListed * boxes * static_cast<double>(blocks) * vectors : 0;
-  const double windows =
-      static_cast<double>(blocks * g.pixels()) * (kWayOut + place_cost(g) * static_cast<double>(g.places()));
+  const double windows = static_cast<double>(blocks * g.pixels()) * (kWayOut + window_cost(g));
   constexpr double kCopiedRun = 24, kGatheredRun = 45, kTurned = 0.5;  // of a number that is moved on its own
   const bool is_last = dot_copy_is_last(g, plan, input, weight);
   const int64_t runs = (is_last ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];

@@ -137,10 +137,10 @@ double lanes_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Lane
   const int64_t row_bytes =
       g.kernel[0] * piece.kernel_extent(1) * piece_extent(piece, 2) * width * static_cast<int64_t>(sizeof(C));
   const double product = g.out_channels > 1 ? 1.05 : row_bytes > kCache ? 1.8 : 1.4;
-  const double place = (ring_bytes > kCache ? 0.8 : 0.3) * place_cost(g);
+  const double window = (ring_bytes > kCache ? 0.8 : 0.3) * window_cost(g);
   const double pixels = static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
-  const double output = product * static_cast<double>(g.depth()) * pixels + kPixel * pixels +
-                        place * static_cast<double>(g.pixels() * g.places());
+  const double output =
+      product * static_cast<double>(g.depth()) * pixels + kPixel * pixels + window * static_cast<double>(g.pixels());
   const double conv_rows = static_cast<double>(piece.conv[0] * piece.conv[1] * bands * blocks);
   const int64_t rows = bands * piece_extent(piece, 0) * piece_extent(piece, 1);
   const bool together = input.c == 1 && input.d[2] == g.in_channels;  // a row's channels are one run

@@ -142,19 +142,19 @@ bool pool_finite_windows(const WindowRow<C>* rows, int64_t start, int64_t tap_st
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
       const Vec<C> first = load(from[0] + v * kLanes<C>);
-      total[v] += first;
-      Vec<C> best = relu(first);
+      Vec<C> sum = first, best = relu(first);  // of a window: windows need not wait for each other
       Places<C> winner = Places<C>{} + static_cast<Place>(rows[0].place);
 #pragma GCC unroll 3
       for (int r = 0; r < row_count; ++r) {
 #pragma GCC unroll 3
         for (int t = r == 0 ? 1 : 0; t < taps; ++t) {
           const Vec<C> value = load(from[r] + t * tap_step + v * kLanes<C>);
-          total[v] += value;
+          sum += value;
           if (with_winners) winner = value > best ? Places<C>{} + static_cast<Place>(rows[r].place + t) : winner;
           best = larger_of(value, best);
         }
       }
+      total[v] += sum;
       store(to + v * kLanes<C>, best);
       if (with_winners) {
         const Places<C> place = best <= Vec<C>{} ? Places<C>{} + kDead : winner;
@@ -172,41 +172,52 @@ bool pool_finite_windows(const WindowRow<C>* rows, int64_t start, int64_t tap_st
   return !has_nan<C>(all);
 }
 
-// `count` whole windows of any number of rows, of which only the values are wanted, in the same hope: the largest of
-// each column's pixels first, which serves all windows that have the column.
+// The windows [first, last) of any number of rows, of which only the values are wanted, in the same hope: the largest
+// of each column's pixels first, which serves all windows that have the column.
 template <class C, int vectors>
-bool pool_finite_columns(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t start,
-                         int64_t count, C* to) {
+bool pool_finite_columns(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64_t row_count, int64_t first_conv,
+                         int64_t first, int64_t last, C* to) {
   constexpr int64_t pixel = vectors * kLanes<C>;
   C largest[kLargestTogether * pixel];
-  const int64_t stride = g.pool_stride[2], together = (kLargestTogether - g.pool_extent(2)) / stride + 1;
+  const int64_t stride = g.pool_stride[2], padding = g.pool_padding[2], extent = g.pool_extent(2);
+  const int64_t together = (kLargestTogether - extent) / stride + 1;
   Vec<C> total[vectors] = {};  // NaN once a NaN has been seen
-  for (int64_t first = 0; first < count; first += together) {
-    const int64_t windows = smaller(together, count - first), columns = (windows - 1) * stride + g.pool_extent(2);
-    const int64_t from = start + first * stride * pixel;
+  for (int64_t past; first < last; first = past) {
+    past = smaller(last, first + together);
+    const int64_t begin = larger(0, first * stride - padding);
+    const int64_t columns = smaller(g.conv[2], (past - 1) * stride - padding + extent) - begin;
+    const int64_t from = (begin - first_conv) * pixel;
     for (int64_t i = 0; i < columns * pixel; i += pixel) {
-      Vec<C> best[vectors];
+      Vec<C> sum[vectors], best[vectors];
       for (int v = 0; v < vectors; ++v) {
-        const Vec<C> value = load(rows[0].pixels + from + i + v * kLanes<C>);
-        total[v] += value;
-        best[v] = relu(value);
+        sum[v] = load(rows[0].pixels + from + i + v * kLanes<C>);
+        best[v] = relu(sum[v]);
       }
       for (int64_t r = 1; r < row_count; ++r) {
         for (int v = 0; v < vectors; ++v) {
           const Vec<C> value = load(rows[r].pixels + from + i + v * kLanes<C>);
-          total[v] += value;
+          sum[v] += value;
           best[v] = larger_of(value, best[v]);
         }
       }
-      for (int v = 0; v < vectors; ++v) store(largest + i + v * kLanes<C>, best[v]);
-    }
-    for (int64_t w = 0; w < windows; ++w, to += pixel) {
       for (int v = 0; v < vectors; ++v) {
-        const C* column = largest + w * stride * pixel + v * kLanes<C>;
-        Vec<C> best = load(column);
-        for (int64_t t = 1; t < g.pool_kernel[2]; ++t) {
-          best = larger_of(load(column + t * g.pool_dilation[2] * pixel), best);
-        }
+        total[v] += sum[v];
+        store(largest + i + v * kLanes<C>, best[v]);
+      }
+    }
+    for (int64_t x = first; x < past; ++x, to += pixel) {
+      const int64_t start = x * stride - padding;
+      const bool is_whole = start >= 0 && start + extent <= g.conv[2];
+      const Range places = is_whole ? Range{0, g.pool_kernel[2]} : places_inside(g, 2, x);
+      if (places.first >= places.last) {
+        write_empty_window<C, vectors>(to, nullptr);
+        continue;
+      }
+      for (int v = 0; v < vectors; ++v) {
+        const C* column = largest + (start - begin) * pixel + v * kLanes<C>;
+        const int64_t step = g.pool_dilation[2] * pixel;
+        Vec<C> best = load(column + places.first * step);
+        for (int64_t t = places.first + 1; t < places.last; ++t) best = larger_of(load(column + t * step), best);
         store(to + v * kLanes<C>, best);
       }
     }
@@ -245,10 +256,13 @@ void pool_any_windows(const ConvPoolGeometry& g, const WindowRow<C>* rows, int64
 
 // Whether windows of `row_count` rows are pooled column by column: where that takes fewer steps than place by place, or
 // there is no code for so many places.
+FASTNN_INLINE int64_t column_steps(const ConvPoolGeometry& g, int64_t row_count) {
+  return row_count * g.pool_stride[2] + g.pool_kernel[2] + 1;
+}
 FASTNN_INLINE bool pools_columns(const ConvPoolGeometry& g, int64_t row_count) {
   if (g.pool_extent(2) > kLargestTogether || g.pool_stride[2] > g.pool_extent(2)) return false;
-  const int64_t taps = g.pool_kernel[2], by_columns = row_count * g.pool_stride[2] + taps + 1;
-  return row_count > kMostWindowSide || taps > kMostWindowSide || by_columns < row_count * taps;
+  const int64_t taps = g.pool_kernel[2];
+  return row_count > kMostWindowSide || taps > kMostWindowSide || column_steps(g, row_count) < row_count * taps;
 }
 
 // One row of pooled pixels, [first, last), into `to` and `winners` (columns, vectors x lanes).
@@ -265,8 +279,8 @@ FASTNN_SHARED void pool_row(const ConvPoolGeometry& g, const WindowRow<C>* rows,
   const int64_t at = (whole_first - first) * pixel;
   const int64_t start = (whole_first * stride - padding - first_conv) * pixel, whole = whole_last - whole_first;
   bool done = false;
-  if (!with_winners && row_count >= 1 && whole > 0 && pools_columns(g, row_count)) {
-    done = pool_finite_columns<C, vectors>(g, rows, row_count, start, whole, to + at);
+  if (!with_winners && row_count >= 1 && pools_columns(g, row_count)) {
+    if (pool_finite_columns<C, vectors>(g, rows, row_count, first_conv, first, last, to)) return;
   } else if (row_count >= 1 && row_count <= kMostWindowSide && g.pool_kernel[2] <= kMostWindowSide && whole > 0) {
     with_constant<kMostWindowSide>(static_cast<int>(row_count), [&](auto rows_constant) {
       with_constant<kMostWindowSide>(static_cast<int>(g.pool_kernel[2]), [&](auto taps_constant) {

@@ -108,7 +108,7 @@ ConvPoolPlan plan_windows(const ConvPoolGeometry& g, int64_t threads) {
 // For one image and group.
 template <class C>
 double windows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  constexpr double kItem = 300, kBlock = 40, kPass = 15, kProduct = 1.15, kInFlight = 5;
+  constexpr double kItem = 300, kBlock = 40, kPass = 15, kProduct = 1.03, kInFlight = 5;
   constexpr double kPlace = 48, kRow = 6;        // of a copy: of the rows at one place, of one of them
   const double way_out = input.c == 1 ? 50 : 2;  // with channels last, in pieces of a block
   const int pixels = pixels_together(g), most = window_outputs(pixels);
