@@ -251,7 +251,7 @@ double parted_lines_cost(const ConvPoolGeometry& g, const ConvLayout& input, int
 
 // Of a vector of windows, by the way that pool_row takes where only the values are wanted.
 FASTNN_INLINE double window_cost(const ConvPoolGeometry& g) {
-  constexpr double kPlace = 4, kAnyPlace = 12, kColumnStep = 2.5;
+  constexpr double kPlace = 4, kAnyPlace = 12, kColumnStep = 3.5;
   const int64_t rows = g.pool_kernel[0] * g.pool_kernel[1];
   if (pools_columns(g, rows)) return kColumnStep * static_cast<double>(column_steps(g, rows));
   const bool few = rows <= kMostWindowSide && g.pool_kernel[2] <= kMostWindowSide;
