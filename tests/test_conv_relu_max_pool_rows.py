@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from conv_cases import FUSED, RAW_ALGORITHM, assert_like_stock, assert_same_bits, flat, geometry, make
+from conv_cases import (
+    FUSED,
+    RAW_ALGORITHM,
+    assert_like_stock,
+    assert_right_with,
+    assert_same_bits,
+    flat,
+    geometry,
+    make,
+)
 
 from fastnn.reference import conv_relu_max_pool as reference
 
@@ -278,3 +287,45 @@ class TestPoolsThatOverlap:
         expected = reference.conv_relu_max_pool(*(tensor.double() for tensor in tensors), *arguments)
         assert torch.equal(result.isnan(), expected.isnan())
         assert torch.equal(result.isinf(), expected.isinf())
+
+
+class TestPaddedWindows:
+    """Windows beyond the conv pixels: rows read in place are moved apart for them, edges are pooled by columns."""
+
+    @pytest.mark.parametrize("size", [(5, 16), (7, 17), (16, 15), (13, 33), (33, 3), (1, 31)])
+    @pytest.mark.parametrize("kernel", [1, 2])
+    @pytest.mark.parametrize("outputs", [1, 3, 12])
+    def test_rows_in_place(self, instruction_set: str, size: tuple[int, int], kernel: int, outputs: int) -> None:
+        side = kernel - 1
+        tensors = make((2, 40, size[0] + side, size[1] + side), outputs, (kernel, kernel))
+        for stride in (1, 2):
+            assert_like_stock(tensors, geometry(2, pool=3, pool_stride=stride, pool_padding=1), gradients=False)
+            assert_same_bits(tensors, geometry(2, pool=3, pool_stride=stride, pool_padding=(1, 0)))
+
+    def test_chosen(self) -> None:
+        arguments = geometry(2, pool=3, pool_stride=1, pool_padding=1)
+        assert RAW_ALGORITHM(*make((1, 128, 56, 56), 1, (1, 1)), flat(arguments))[0] == "rows"
+
+    @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+    @pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize(
+        ("columns", "pool", "pool_stride", "pool_padding", "pool_dilation"),
+        [(3, 3, 1, 1, 1), (5, 3, 1, 1, 1), (8, 3, 2, 1, 1), (7, 5, 1, 2, 1), (7, 3, 1, 1, 2), (40, 4, 1, 2, 1)],
+    )
+    def test_columns(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        columns: int,
+        pool: int,
+        pool_stride: int,
+        pool_padding: int,
+        pool_dilation: int,
+        special: float,
+        last: bool,
+    ) -> None:
+        arguments = geometry(
+            3, pool=pool, pool_stride=pool_stride, pool_padding=pool_padding, pool_dilation=pool_dilation
+        )
+        tensors = make((2, 3, 5, 6, columns), 20, (1, 1, 1), 1, dtype, last=last)
+        assert_right_with(special, 2, tensors, arguments)
