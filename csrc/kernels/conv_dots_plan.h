@@ -263,7 +263,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   constexpr double kSum = 12, kWayOut = 15;  // of the sum of a vector's lanes; of pooled pixels
   constexpr double kListed = 10;             // of a step of a box
   // Of a product's vector. Each tile widens what it loads, for as many products as it has outputs or pixels.
-  constexpr double kStep = 1.06, kFarStep = 1.06, kWiden = 3;  // weights of a tile that are in L1, or not
+  constexpr double kStep = 1.06, kFarStep = 1.12, kWiden = 3;  // weights of a tile that are in L1, or not
   constexpr int64_t kL1 = 40 << 10;
   const bool widens = sizeof(T) < sizeof(C) && !dots_in_pairs<T>();
   const int64_t outputs = smaller(g.out_channels, kDotOutputs), together = kDotSums / outputs;
