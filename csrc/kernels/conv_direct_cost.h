@@ -47,9 +47,9 @@ FASTNN_INLINE double matrix_row_cost(const ConvPoolGeometry& g, const ConvPoolPl
 // for each multiplication, and has pixels enough to crowd the sets in which they meet.
 template <class E>
 double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan, int64_t row) {
-  constexpr double kInFlight = 8;                 // accumulators that keep the multipliers busy
-  constexpr double kLoads = 4.7, kCrowded = 1.2;  // of a tile of one vector, beside one for each pixel
-  constexpr double kOneSet = 1.3;                 // of a tile of two, whose pixels meet in one of the cache's sets
+  constexpr double kInFlight = 8;                  // accumulators that keep the multipliers busy
+  constexpr double kLoads = 3.75, kCrowded = 1.2;  // of a tile of one vector, beside one for each pixel
+  constexpr double kOneSet = 1.3;                  // of a tile of two, whose pixels meet in one of the cache's sets
   const int64_t vectors = packed_width<E>(g.out_channels) / kLanes<Compute<E>>;
   const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
   const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
