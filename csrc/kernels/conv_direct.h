@@ -143,34 +143,14 @@ class DirectForward {
         fill_zeros(used.data + d * step_[0] + extent[1] * step_[1], elements_behind<E>(call_.geometry));
       }
       if (in_phases()) {
-        if constexpr (kHasPhases<E>) fill_phases(input, used);
+        if constexpr (kHasPhases<E>) fill_phases(g_, phases_, input, layout, used, position_step_, scratch_.parted);
       } else {
         fill_tile(call_.geometry, input, layout, channels_inside(), channels_inside() ? step_[2] : g_.in_channels,
                   used);
       }
     }
     tile_is_moderate_ = false;
-    if constexpr (kPoolsThem) tile_is_moderate_ = pools_in_tiles_ && box_is_moderate(used);
-  }
-
-  // `from` is the group's channel, slice, row and column 0.
-  void fill_phases(const T* from, const InputTile<E>& tile) {
-    const ConvLayout& layout = call_.input_layout;
-    const PartedRow<C> parted(g_, phases_, tile.first[2], scratch_.parted);
-    for (int64_t c = 0; c < g_.in_channels; ++c) {
-      for (int64_t d = 0; d < tile.size[0]; ++d) {
-        for (int64_t h = 0; h < tile.size[1]; ++h) {
-          const int64_t z = tile.first[0] + d, y = tile.first[1] + h;
-          C* to = tile.data + c * tile.c + d * tile.d[0] + h * tile.d[1];
-          if (z < 0 || z >= g_.input[0] || y < 0 || y >= g_.input[1]) {
-            for (int64_t p = 0; p < phases_.positions; ++p) fill_zeros(to + p * position_step_, phases_.pitch);
-            continue;
-          }
-          parted.take(from + c * layout.c + z * layout.d[0] + y * layout.d[1], layout.d[2]);
-          transform_row(phases_, parted.data, to, position_step_);
-        }
-      }
-    }
+    if constexpr (kPoolsThem) tile_is_moderate_ = pools_in_tiles_ && box_is_moderate(g_, plan_.in_place, tile_, used);
   }
 
   void run_block(int64_t block, int64_t slice, int64_t first, int64_t last) {
@@ -211,30 +191,7 @@ class DirectForward {
     write_band<vectors>(channel, channels, slice, first, last);
   }
 
-  // Whether no conv pixel can be NaN for the sake of the tile's elements; false as well where it would take too long to
-  // know.
-  bool box_is_moderate(const InputTile<E>& box) const {
-    constexpr int64_t kShort = 64;
-    const bool inside = channel_step_ == 1;
-    // In place, the last columns and rows may lie beyond the input. In a copy, rows follow one another.
-    const int64_t columns = plan_.in_place ? smaller(box.size[2], g_.input[2] - box.first[2]) : box.size[2];
-    const int64_t rows = plan_.in_place ? smaller(box.size[1], g_.input[1] - box.first[1]) : 1;
-    const int64_t pixels = plan_.in_place ? columns : columns * box.size[1];
-    const int64_t length = inside ? pixels * step_[2] : pixels, runs = inside ? 1 : g_.in_channels;
-    const bool joined = step_[2] == (inside ? g_.in_channels : 1);
-    if (plan_.in_place && (!joined || length < kShort)) return false;
-    Vec<C> total = {};
-    for (int64_t d = 0; d < box.size[0]; ++d) {
-      for (int64_t h = 0; h < rows; ++h) {
-        for (int64_t r = 0; r < runs; ++r) {
-          total = add_squares(tile_ + d * step_[0] + h * step_[1] + r * channel_step_, length, total);
-        }
-      }
-    }
-    return is_finite<C>(total);
-  }
-
-  // The same for the sake of a block's weight and bias.
+  // Whether no conv pixel can be NaN for the sake of a block's weight and bias.
   template <int vectors>
   bool block_is_moderate(int64_t block, const Vec<C> (&bias)[vectors]) const {
     int8_t& known = scratch_.moderate[group_ * divide_up(g_.out_channels, kBlockChannels<C>) + block];

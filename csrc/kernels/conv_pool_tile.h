@@ -23,6 +23,31 @@ FASTNN_INLINE bool windows_are_apart(const ConvPoolGeometry& g) {
   return apart;
 }
 
+// Whether no conv pixel can be NaN for the sake of the tile's elements, of which `tile` is that under the first tap of
+// the first pixel; false as well where it would take too long to know.
+template <class E>
+bool box_is_moderate(const ConvPoolGeometry& g, bool in_place, const E* tile, const InputTile<E>& box) {
+  using C = Compute<E>;
+  constexpr int64_t kShort = 64;
+  const bool inside = box.c == 1;
+  // In place, the last columns and rows may lie beyond the input. In a copy, rows follow one another.
+  const int64_t columns = in_place ? smaller(box.size[2], g.input[2] - box.first[2]) : box.size[2];
+  const int64_t rows = in_place ? smaller(box.size[1], g.input[1] - box.first[1]) : 1;
+  const int64_t pixels = in_place ? columns : columns * box.size[1];
+  const int64_t length = inside ? pixels * box.d[2] : pixels, runs = inside ? 1 : g.in_channels;
+  const bool joined = box.d[2] == (inside ? g.in_channels : 1);
+  if (in_place && (!joined || length < kShort)) return false;
+  Vec<C> total = {};
+  for (int64_t d = 0; d < box.size[0]; ++d) {
+    for (int64_t h = 0; h < rows; ++h) {
+      for (int64_t r = 0; r < runs; ++r) {
+        total = add_squares(tile + d * box.d[0] + h * box.d[1] + r * box.c, length, total);
+      }
+    }
+  }
+  return is_finite<C>(total);
+}
+
 // A row of windows on its way, row after row of conv pixels.
 template <class C, int taps, int vectors, bool with_winners>
 struct PooledRow {

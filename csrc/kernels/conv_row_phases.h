@@ -176,6 +176,28 @@ void transform_row(const PhaseShape<C>& s, const C* parted, C* to, int64_t step)
   }
 }
 
+// A tile's rows, transformed, each position `step` from the one before. `from` is the group's channel, slice, row and
+// column 0; `memory` is for a row of the input.
+template <class T, class C>
+void fill_phases(const ConvPoolGeometry& g, const PhaseShape<C>& s, const T* from, const ConvLayout& layout,
+                 const InputTile<C>& tile, int64_t step, C* memory) {
+  const PartedRow<C> parted(g, s, tile.first[2], memory);
+  for (int64_t c = 0; c < g.in_channels; ++c) {
+    for (int64_t d = 0; d < tile.size[0]; ++d) {
+      for (int64_t h = 0; h < tile.size[1]; ++h) {
+        const int64_t z = tile.first[0] + d, y = tile.first[1] + h;
+        C* to = tile.data + c * tile.c + d * tile.d[0] + h * tile.d[1];
+        if (z < 0 || z >= g.input[0] || y < 0 || y >= g.input[1]) {
+          for (int64_t p = 0; p < s.positions; ++p) fill_zeros(to + p * step, s.pitch);
+          continue;
+        }
+        parted.take(from + c * layout.c + z * layout.d[0] + y * layout.d[1], layout.d[2]);
+        transform_row(s, parted.data, to, step);
+      }
+    }
+  }
+}
+
 // The pairs of a conv row -> to (2 x pairs, vectors x lanes)
 template <int vectors, class C>
 FASTNN_SHARED void conv_row_phases(const PhaseShape<C>& s, const C* tile, const int64_t* offsets, const C* weight,

@@ -153,7 +153,9 @@ class RowsForward {
     group_ = item % parts * call_.plan.tile_groups;
     image_ = item / parts;
     first_conv_[0] = larger(0, slice_ * g_.pool_stride[0] - g_.pool_padding[0]);
-    first_conv_[1] = rows_under_band(g_, first_, call_.plan.band).first;
+    const Range rows = rows_under_band(g_, first_, call_.plan.band);
+    first_conv_[1] = rows.first;
+    set_rows<C>(g_, rows.last - rows.first, s_);
     find_tile();
     for (int64_t i = 0; i < call_.plan.tile_groups; ++i, ++group_, tile_ += g_.in_channels * s_.channel) run_group();
   }
@@ -171,8 +173,6 @@ class RowsForward {
   void find_tile() {
     const ConvLayout& layout = call_.input_layout;
     const T* image = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
-    const Range rows = rows_under_band(g_, first_, call_.plan.band);
-    set_rows<C>(g_, rows.last - rows.first, s_);
     if (call_.plan.in_place) {
       // Of the type computed in, or the plan would not be to leave it there.
       tile_ = reinterpret_cast<const C*>(image) + first_conv_[0] * layout.d[0] + first_conv_[1] * layout.d[1];
