@@ -43,8 +43,8 @@ BY_FOUR = (
 BY_FOUR_AVX2 = (
     ((2, 20, 20, 20), 4, (2, 2), {"stride": 2, "groups": 2, "pool": 1}),
     ((2, 96, 9, 9), 4, (7, 7), {"padding": 3, "pool": 1}),
-    ((2, 24, 100), 4, (5,), {"stride": 2, "dilation": 2, "pool": 2}),
-    ((2, 96, 9, 9, 9), 3, (3, 3, 3), {"stride": 2, "groups": 2, "pool": 3, "pool_stride": 2}),
+    ((2, 24, 100), 4, (7,), {"stride": 2, "dilation": 2, "pool": 2}),
+    ((2, 96, 9, 9, 9), 4, (3, 3, 3), {"stride": 2, "padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
 )
 Case = tuple[tuple[int, ...], int, tuple[int, ...], dict[str, Any]]
 FORMATS = pytest.mark.parametrize("last", [False, True], ids=["first", "last"])

@@ -80,6 +80,33 @@ def test_what_is_next_is_asked_for(
         assert_like_stock(tensors, arguments, gradients=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "outputs", "kernel", "stride", "padding", "groups"),
+    [
+        ((17, 64, 80, 81), 20, 1, 1, 0, 1),
+        ((17, 72, 80, 81), 40, 1, 1, 0, 2),
+        ((17, 64, 80, 81), 33, 2, 2, 0, 1),
+        ((17, 50, 82, 100), 10, 3, 3, 1, 1),
+    ],
+)
+def test_pixels_are_asked_for(
+    instruction_set: str,
+    size: tuple[int, ...],
+    outputs: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    groups: int,
+    dtype: torch.dtype,
+) -> None:
+    """Channels last, more than 12 MB in either type, few products with each number."""
+    tensors = make(size, outputs, (kernel, kernel), groups, dtype, last=True)
+    for pool, pool_stride in ((2, 2), (3, 1)):
+        arguments = geometry(2, stride, padding, groups=groups, pool=pool, pool_stride=pool_stride)
+        assert_like_stock(tensors, arguments, gradients=False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outputs", [1, 3, 13])
 @pytest.mark.parametrize("kernel", [1, 3])

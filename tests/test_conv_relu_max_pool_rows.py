@@ -8,6 +8,7 @@ import torch
 from conv_cases import (
     FUSED,
     RAW_ALGORITHM,
+    algorithm,
     assert_like_stock,
     assert_right_with,
     assert_same_bits,
@@ -329,3 +330,73 @@ class TestPaddedWindows:
         )
         tensors = make((2, 3, 5, 6, columns), 20, (1, 1, 1), 1, dtype, last=last)
         assert_right_with(special, 2, tensors, arguments)
+
+
+class TestPickedColumns:
+    """Kernels that stride over contiguous images, few outputs: vectors pick their columns where these lie."""
+
+    @pytest.mark.parametrize("columns", [3, 7, 8, 9, 15, 16, 17, 31, 33, 50])
+    @pytest.mark.parametrize(("kernel", "stride"), [(1, 2), (1, 3), (2, 2), (2, 3), (3, 2), (3, 3), (5, 3)])
+    @pytest.mark.parametrize(("channels", "outputs", "groups"), [(40, 1, 1), (33, 3, 1), (6, 10, 2), (5, 5, 5)])
+    def test_like_stock(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        channels: int,
+        outputs: int,
+        groups: int,
+        kernel: int,
+        stride: int,
+        columns: int,
+    ) -> None:
+        height, width = (kernel + stride * (conv - 1) + 1 for conv in (5, columns))
+        tensors = make((5, channels, height, width), outputs, (kernel, kernel), groups, dtype)
+        for pool, pool_stride, pool_padding in ((2, 2, 0), (3, 2, 1), (3, 3, 0)):
+            arguments = geometry(
+                2, stride, groups=groups, pool=pool, pool_stride=pool_stride, pool_padding=pool_padding
+            )
+            assert_like_stock(tensors, arguments, gradients=False)
+
+    @pytest.mark.parametrize("special", [0.0, -0.0, float("nan"), float("inf")])
+    @pytest.mark.parametrize(("kernel", "stride"), [(1, 3), (2, 3), (3, 2)])
+    def test_special_values(self, instruction_set: str, kernel: int, stride: int, special: float) -> None:
+        """Also in columns that the kernel strides over, which no output may see."""
+        for column in (9, 10, 11):
+            tensors = make((2, 40, 20, 50), 3, (kernel, kernel))
+            assert_right_with(special, column, tensors, geometry(2, stride, pool=3, pool_stride=2))
+
+    @pytest.mark.parametrize(
+        ("size", "kernel", "dilation"),
+        [((3, 20, 100), (2,), 1), ((2, 24, 7, 9, 35), (2, 2, 2), 2), ((2, 24, 5, 8, 33), (1, 1, 1), 1)],
+    )
+    def test_dimensions(
+        self, instruction_set: str, dtype: torch.dtype, size: tuple[int, ...], kernel: tuple[int, ...], dilation: int
+    ) -> None:
+        arguments = geometry(len(kernel), 2, dilation=dilation, pool=2)
+        assert_like_stock(make(size, 4, kernel, 1, dtype), arguments, gradients=False)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_chosen(self, dtype: torch.dtype) -> None:
+        tensors = make((1, 48, 112, 112), 16, (3, 3), 4, dtype)
+        arguments = geometry(2, 2, groups=4, pool=2)
+        assert algorithm("avx512", tensors, arguments) in ("rows", "")
+        assert_same_bits(tensors, arguments)
+
+
+class TestBfloat16InPlace:
+    """Kernels of one tap and few outputs widen rows on the way."""
+
+    @pytest.mark.parametrize("columns", [3, 8, 15, 16, 17, 33])
+    @pytest.mark.parametrize(("channels", "outputs"), [(40, 1), (130, 4), (300, 12)])
+    @pytest.mark.parametrize("special", [0.0, float("nan"), -float("inf")])
+    def test_special_values(
+        self, instruction_set: str, channels: int, outputs: int, columns: int, special: float
+    ) -> None:
+        for pool in ({"pool": 2}, {"pool": 3, "pool_stride": 1, "pool_padding": 1}):
+            tensors = make((2, channels, 17, columns), outputs, (1, 1), 1, torch.bfloat16)
+            assert_right_with(special, 2, tensors, geometry(2, **pool))
+
+    def test_chosen(self) -> None:
+        tensors = make((1, 256, 32, 32), 4, (1, 1), 1, torch.bfloat16)
+        assert algorithm("avx512", tensors, geometry(2, pool=2)) in ("rows", "")
+        assert_same_bits(tensors, geometry(2, pool=2))

@@ -8,7 +8,8 @@ namespace FASTNN_ISA {
 
 constexpr int64_t kLineBytes = 64;
 
-// Where the numbers lie that products take, and from one to the next, in bytes.
+// Where the numbers lie that products take, and from one to the next, in bytes: where channels lie apart, or come last.
+template <bool last>
 struct StepsAhead {
   const int64_t* offsets;  // of each product of an output
   int64_t pixel, channel;
@@ -16,9 +17,9 @@ struct StepsAhead {
 
 // What a register tile of so many rows asks for while it is computed: with each product what the same one takes of
 // pixels to come. More lines than can be on their way at once would be waited for.
-template <int rows>
+template <int rows, bool last>
 struct LinesAhead {
-  StepsAhead steps;        // from the tile's first product on
+  StepsAhead<last> steps;  // from the tile's first product on
   const char* from[rows];  // each row's first pixel to come
 
   void start(int row, const char* pixel) { from[row] = pixel; }
@@ -28,23 +29,27 @@ struct LinesAhead {
     return lines;
   }
 
-  // The first and the last of so many pixels: without branches, for which the compiler would keep sums in memory.
+  // Of so many pixels the first and the last; where channels come last, whose line serves many products, one or two
+  // after the other. Without branches, for which the compiler would keep sums in memory.
   template <int pixels, int channels>
   FASTNN_INLINE void ask_for(int64_t k) const {
-    const int64_t offset = steps.offsets[k], last = (pixels - 1) * steps.pixel;
+    constexpr int products = kLineBytes / sizeof(float);  // of a line
+    const int64_t first = last ? smaller(k % products, pixels - 1) : 0;
+    const int64_t other = last ? pixels - products : pixels - 1;  // pixels further
+    const int64_t offset = steps.offsets[k] + first * steps.pixel;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-      for (int c = 0; c < channels; ++c) {
+      for (int c = 0; c < (last ? 1 : channels); ++c) {
         const char* at = from[r] + offset + c * steps.channel;
         __builtin_prefetch(at, 0, 2);
-        __builtin_prefetch(at + last, 0, 2);
+        if (other > 0) __builtin_prefetch(at + other * steps.pixel, 0, 2);
       }
     }
   }
 };
-template <int rows>
-LinesAhead<rows> lines_ahead(const StepsAhead& steps, int64_t product) {
+template <int rows, bool last>
+LinesAhead<rows, last> lines_ahead(const StepsAhead<last>& steps, int64_t product) {
   return {{steps.offsets + product, steps.pixel, steps.channel}, {}};
 }
 
@@ -69,8 +74,8 @@ template <>
 constexpr bool kAsksAhead<bfloat16x2> = true;
 
 // The input that is next to be read, or copied, where a conv row has read: under the next windows. It is asked for
-// where channels lie apart, more of them than the hardware follows, images do not stay in L2, and there are not so many
-// products that they hide how long it is on its way.
+// where images do not stay in cache and there are not so many products that they hide how long it is on its way: of
+// channels that lie apart, more of them than the hardware follows; of pixels, which it follows well, with few products.
 template <class T>
 class InputAhead {
  public:
@@ -78,15 +83,21 @@ class InputAhead {
   template <class E>
   InputAhead(const ConvPoolGeometry& g, const ConvLayout& layout, bool copies, int64_t* memory, E)
       : g_(g), layout_(layout), copies_(copies), offsets_(memory), channels_(kChannels<E>) {
-    constexpr int64_t kFar = 6 << 20, kMany = 32;
+    constexpr int64_t kFar = 6 << 20, kMany = 32, kFarPixels = 12 << 20, kFew = 2;
     const int64_t vectors = smaller(2, divide_up(g.out_channels, kLanes<Compute<E>>));
     const int64_t products = vectors * g.taps() / (g.stride[0] * g.stride[1] * g.stride[2]);
-    const bool far = g.batch * image_size(g) * channels_ * kSize > kFar;
-    asks_ = kAsksAhead<E> && layout.c != 1 && far && products <= kMany;
+    const int64_t bytes = g.batch * image_size(g) * channels_ * kSize;
+    const bool asks = layout.c == 1 ? layout.d[2] * kSize >= kLineBytes && bytes > kFarPixels && products <= kFew
+                                    : bytes > kFar && products <= kMany;
+    asks_ = kAsksAhead<E> && asks;
   }
 
   bool asks() const { return asks_; }
-  StepsAhead steps() const { return {offsets_, g_.stride[2] * layout_.d[2] * kSize, layout_.c * kSize}; }
+  bool asks_for_pixels() const { return layout_.c == 1; }
+  template <bool last>
+  StepsAhead<last> steps() const {
+    return {offsets_, g_.stride[2] * layout_.d[2] * kSize, layout_.c * kSize};
+  }
 
   // Product k takes element c of a pixel under tap (d, h, w).
   void add_product(int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) const {

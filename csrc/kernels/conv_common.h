@@ -202,13 +202,13 @@ FASTNN_INLINE bool channels_are_crowded(const ConvPoolGeometry& g, const ConvLay
   return input.c * element % kSetsApart == 0 && g.in_channels > kFewChannels;
 }
 
-// Whether a tile is of use: not where the input has the type computed in and no padding, unless it is read again and
-// again from few sets of the cache.
+// Whether a tile is of use: not where there is no padding, unless the input is read more than once, and widened each
+// time or from few sets of the cache.
 template <class T>
 FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout& input, bool read_once) {
   const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
   const bool crowded = channels_are_crowded(g, input, sizeof(T));
-  return sizeof(T) == sizeof(Compute<T>) && !padded && (!crowded || read_once);
+  return !padded && (read_once || (sizeof(T) == sizeof(Compute<T>) && !crowded));
 }
 
 // What of L3, which processors and processes share, many images can count on.
@@ -231,7 +231,7 @@ template <class T>
 double turned_run_cost(const ConvLayout& input, int64_t channels, int64_t columns) {
   constexpr bool narrow = sizeof(T) == sizeof(bfloat16);
   constexpr int64_t kColumns = narrow ? 8 : kLanes<float>, kChannels = narrow ? 32 : kLanes<float>;
-  constexpr double kPart = narrow ? 100 : 65;
+  constexpr double kPart = narrow ? 60 : 65;
   const double element = input.d[2] == 1 ? 0.45 : 0.7;  // picked from its run
   const double block = narrow ? 110 : element * kColumns * kChannels;
   const double blocks =

@@ -326,24 +326,31 @@ class DirectForward {
     return count;
   }
 
-  // Calls body(how conv rows ask for what is next to be read): those of a first block of channels, which finds it far
-  // away.
+  // A first block of channels finds what is next to be read far away.
+  bool asks_ahead(int64_t block) const { return ahead_.asks() && (block == 0 || plan_.blocks_first); }
+
+  // Calls body(how conv rows ask for channels that lie apart).
   template <class Body>
   void with_steps_ahead(int64_t block, const Body& body) const {
     if constexpr (kAsksAhead<E>) {
-      if (ahead_.asks() && (block == 0 || plan_.blocks_first)) return body(ahead_.steps());
+      if (asks_ahead(block) && !ahead_.asks_for_pixels()) return body(ahead_.template steps<false>());
     }
     body(NothingAhead{});
   }
 
-  // Calls body(what conv row (z, y) asks for), from that product on.
+  // Calls body(what conv row (z, y) asks for), from that product on. Rows that are made together, or leave the padding
+  // out, do not ask for pixels.
   template <class Body>
   void with_row_ahead(int64_t block, int64_t z, int64_t y, int64_t product, const Body& body) const {
-    with_steps_ahead(block, [&](const auto& steps) {
+    const auto ask = [&](const auto& steps) {
       auto lines = lines_ahead<1>(steps, product);
       lines.start(0, ahead_.next(z, y));
       body(lines);
-    });
+    };
+    if constexpr (kAsksAhead<E>) {
+      if (asks_ahead(block) && ahead_.asks_for_pixels()) return ask(ahead_.template steps<true>());
+    }
+    with_steps_ahead(block, ask);
   }
 
   // Next come more columns, or those of another group or image.

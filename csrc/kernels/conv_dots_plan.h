@@ -251,7 +251,7 @@ bool dots_ask_ahead(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
 
 // Of packing the weight, which this saves, for one of so many images and one group.
 FASTNN_INLINE double packing_cost(const ConvPoolGeometry& g, int64_t images) {
-  constexpr double kPack = 2.5;  // an element
+  constexpr double kPack = 2;  // an element
   return kPack * static_cast<double>(g.out_channels * g.depth()) / static_cast<double>(images);
 }
 
@@ -284,7 +284,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   const double run = is_last || input.d[2] == 1 ? kCopiedRun : kGatheredRun;
   // From beyond L2, and back to there.
   constexpr double kFarCopy = 1.5, kFarImage = 0.3, kNearImage = 0.06;
-  constexpr int64_t kNear = 1 << 20;
+  constexpr int64_t kNear = 5 << 19;
   const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(T));
   const double number = dot_copy_bytes<T>(g, plan) > 2 * kNear ? kFarCopy : kCopyCost;
   const double copy = static_cast<double>(pixels) * (run * runs + number * static_cast<double>(g.depth()));
@@ -295,7 +295,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   const double turned = plan.turns_weight ? kTurned / 2 * square * packing_cost(g, images) : 0;
   // What comes from beyond L2, of strided kernels a part; again for each conv row, where L2 does not hold the rows that
   // one reads.
-  constexpr double kLateByte = 0.12, kFarByte = 0.45;
+  constexpr double kLateByte = 0.1, kFarByte = 0.45;
   const int64_t under_row = g.kernel[0] * g.kernel[1] * g.input[2] * g.in_channels * static_cast<int64_t>(sizeof(T));
   const bool again = plan.in_place && under_row > kNear / 2 && bytes > kNear;
   const double byte = again ? kFarByte : images * bytes * g.groups > kNear ? kLateByte : 0;

@@ -102,7 +102,7 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
       consider(windows_cost<C>(g, input, plan_windows<T>(g, 1)), [&] { return plan_windows<T>(g, threads); });
     }
     if (rows_apply(g)) {
-      consider(rows_cost<C>(g, input, plan_rows<T>(g, input, 1)), [&] { return plan_rows<T>(g, input, threads); });
+      consider(rows_cost<T>(g, input, plan_rows<T>(g, input, 1)), [&] { return plan_rows<T>(g, input, threads); });
     }
     const LanesPlan lanes = plan_lanes<C>(g, 1);
     if (lanes.useful > 0) {

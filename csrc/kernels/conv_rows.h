@@ -3,7 +3,8 @@
 // A thread copies the input under a band of pooled rows into a tile padded with zeros, in which the conv rows of one
 // slice follow one another at one pitch, a plane for each phase of the stride: so that the whole slice is one run of
 // pixels that a register tile goes along, and the pixels under a tap are consecutive whatever the stride. What it
-// computes between the end of a row and the start of the next is not used.
+// computes between the end of a row and the start of the next is not used. Contiguous images are read where they lie
+// instead if each number is read once or, of every second or third column, few times.
 #pragma once
 
 #include "conv_rows_plan.h"
@@ -26,14 +27,26 @@ void pack_blocks(const ConvPoolForward<T>& call, int64_t most, int64_t first_ite
   }
 }
 
-// The register tile: `vectors` vectors of consecutive pixels of each of `outputs` channels, the vectors from first[..]
-// on. `asks`: for the tile's next pixels ahead.
-template <int outputs, int vectors, bool asks, class C>
-FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t* offsets, int64_t depth,
-                             const C* weight, const C* bias, C* to, int64_t to_step) {
-  const C* from[vectors];
+// Vectors of pixels: their elements of the input, `stride` apart, and where they go, from `pixels` on.
+template <class E, int vectors>
+struct RowVectors {
+  const E* from[vectors];
+  int64_t pixels[vectors];
+  int64_t count;  // pixels of each vector
+};
+
+// The register tile: vectors of pixels of each of `outputs` channels. `asks`: for the tile's next pixels ahead.
+template <int outputs, int vectors, int stride, bool asks, class E, int most, class C = Compute<E>>
+FASTNN_INLINE void rows_tile(const RowVectors<E, most>& row, const int64_t* offsets, int64_t depth, const C* weight,
+                             const C* bias, C* to, int64_t to_step) {
+  const E* from[vectors];
 #pragma GCC unroll 16
-  for (int v = 0; v < vectors; ++v) from[v] = tile + first[v];
+  for (int v = 0; v < vectors; ++v) from[v] = row.from[v];
+  const int64_t elements = (row.count - 1) * stride + 1;
+  const auto load_pixels = [&](const E* at) __attribute__((always_inline)) {
+    if constexpr (stride == 1) return load(at);
+    return load_strided_up_to<stride>(at, elements);
+  };
   Vec<C> total[outputs][vectors];
 #pragma GCC unroll 16
   for (int o = 0; o < outputs; ++o) {
@@ -45,7 +58,7 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t*
     const int64_t offset = ahead.take(k);
     if constexpr (asks) {
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) __builtin_prefetch(from[v] + vectors * kLanes<C> + offset);
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(from[v] + vectors * stride * kLanes<C> + offset);
     }
     if constexpr (outputs <= vectors) {
       Vec<C> factor[outputs];
@@ -53,7 +66,7 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t*
       for (int o = 0; o < outputs; ++o) factor[o] = broadcast<C>(weight[o]);
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) {
-        Vec<C> value = load(from[v] + offset);
+        Vec<C> value = load_pixels(from[v] + offset);
         if (outputs > 1) keep_in_register(value);  // or each output would load it again
 #pragma GCC unroll 16
         for (int o = 0; o < outputs; ++o) total[o][v] += value * factor[o];
@@ -61,7 +74,7 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t*
     } else {
       Vec<C> value[vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) value[v] = load(from[v] + offset);
+      for (int v = 0; v < vectors; ++v) value[v] = load_pixels(from[v] + offset);
 #pragma GCC unroll 16
       for (int o = 0; o < outputs; ++o) {
         const Vec<C> factor = broadcast<C>(weight[o]);
@@ -74,31 +87,32 @@ FASTNN_INLINE void rows_tile(const C* tile, const int64_t* first, const int64_t*
 #pragma GCC unroll 16
   for (int o = 0; o < outputs; ++o) {
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) store(to + o * to_step + first[v], total[o][v]);
+    for (int v = 0; v < vectors; ++v) store(to + o * to_step + row.pixels[v], total[o][v]);
   }
 }
 
-// The conv pixels of a slice, whose rows have `columns`. Where vectors may not read beyond the run, its last one ends
-// with it, as a row's does.
-template <int outputs, class C>
-FASTNN_SHARED void rows_slice(const RowShape& s, int64_t columns, bool within_run, bool asks, const C* tile,
+// The conv pixels of a slice, whose rows have `columns` and begin `row_step` elements apart. Where vectors may not read
+// beyond the run, its last one ends with it, as a row's does.
+template <int outputs, int stride, bool asks, class E, class C = Compute<E>>
+FASTNN_SHARED void rows_slice(const RowShape& s, int64_t columns, int64_t row_step, bool within_run, const E* tile,
                               const int64_t* offsets, int64_t depth, const C* weight, const C* bias, C* to,
                               int64_t to_step) {
-  constexpr int most = row_vectors(outputs);
+  constexpr int most = stride == 1 ? row_vectors(outputs) : picked_vectors(outputs);
   const int64_t last = s.by_rows ? columns : within_run ? s.run : s.vectors * kLanes<C>;
   const int64_t in_row = s.by_rows ? divide_up(last, kLanes<C>) : s.vectors;
   const int64_t tiles = divide_up(s.vectors, most);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = s.vectors * t / tiles, count = s.vectors * (t + 1) / tiles - begin;
-    int64_t at[most];
+    RowVectors<E, most> vectors;
+    vectors.count = smaller(last, kLanes<C>);
     for (int64_t v = 0; v < count; ++v) {
-      const int64_t row = (begin + v) / in_row, column = (begin + v) % in_row * kLanes<C>;
-      at[v] = row * s.pitch + smaller(column, last - kLanes<C>);
+      const int64_t row = (begin + v) / in_row;
+      const int64_t column = smaller((begin + v) % in_row * kLanes<C>, last - vectors.count);
+      vectors.from[v] = tile + row * row_step + column * stride;
+      vectors.pixels[v] = row * s.pitch + column;
     }
-    with_constant<most>(static_cast<int>(count), [&](auto vectors) {
-      constexpr int together = decltype(vectors)::value;
-      asks ? rows_tile<outputs, together, true>(tile, at, offsets, depth, weight, bias, to, to_step)
-           : rows_tile<outputs, together, false>(tile, at, offsets, depth, weight, bias, to, to_step);
+    with_constant<most>(static_cast<int>(count), [&](auto some) {
+      rows_tile<outputs, decltype(some)::value, stride, asks>(vectors, offsets, depth, weight, bias, to, to_step);
     });
   }
 }
@@ -125,19 +139,25 @@ class RowsForward {
   RowsForward(const ConvPoolForward<T>& call, void* memory)
       : call_(call),
         g_(call.geometry),
-        s_(row_shape<C>(call.geometry, call.plan.band, call.plan.row_pitch)),
+        s_(row_shape<C>(call.geometry, call.plan, call.plan.band)),
         scratch_(call.geometry, call.plan, memory) {
     // More channels than the hardware foresees, each in pages of its own.
-    constexpr int64_t kCache = 1 << 20, kPage = 4096, kChannels = 32, size = sizeof(C);
+    constexpr int64_t kCache = 1 << 20, kPage = 4096, kChannels = 32, size = sizeof(T);
     const int64_t bytes = g_.batch * g_.groups * g_.in_channels * g_.input[0] * g_.input[1] * g_.input[2] * size;
     asks_ahead_ =
         call.plan.in_place && g_.in_channels >= kChannels && call.input_layout.c * size >= kPage && bytes > kCache;
+    const ConvLayout& layout = call.input_layout;
     if (call.plan.in_place) {
-      s_.channel = call.input_layout.c;
-      s_.slice = call.input_layout.d[0];
+      s_.channel = layout.c;
+      s_.slice = layout.d[0];
     }
     for_each_tap(g_, TapOrder::channels_first, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       const int64_t row = h * g_.dilation[1], column = w * g_.dilation[2];
+      if (call.plan.in_place) {
+        scratch_.offsets[k] =
+            c * layout.c + d * g_.dilation[0] * layout.d[0] + row * layout.d[1] + column * layout.d[2];
+        return;
+      }
       scratch_.offsets[k] = c * s_.channel + d * g_.dilation[0] * s_.slice + row % g_.stride[1] * s_.phase[0] +
                             row / g_.stride[1] * s_.pitch + column % g_.stride[2] * s_.phase[1] + column / g_.stride[2];
     });
@@ -156,29 +176,29 @@ class RowsForward {
     const Range rows = rows_under_band(g_, first_, call_.plan.band);
     first_conv_[1] = rows.first;
     set_rows<C>(g_, rows.last - rows.first, s_);
-    find_tile();
-    for (int64_t i = 0; i < call_.plan.tile_groups; ++i, ++group_, tile_ += g_.in_channels * s_.channel) run_group();
-  }
-
- private:
-  void run_group() {
-    const int64_t blocks = divide_up(g_.out_channels, kRowOutputs);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = g_.out_channels * b / blocks, last = g_.out_channels * (b + 1) / blocks;
-      with_constant<kRowOutputs>(static_cast<int>(last - first),
-                                 [&](auto outputs) { run_block<decltype(outputs)::value>(first); });
-    }
-  }
-
-  void find_tile() {
     const ConvLayout& layout = call_.input_layout;
     const T* image = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
     if (call_.plan.in_place) {
-      // Of the type computed in, or the plan would not be to leave it there.
-      tile_ = reinterpret_cast<const C*>(image) + first_conv_[0] * layout.d[0] + first_conv_[1] * layout.d[1];
+      run_groups(image + first_conv_[0] * g_.stride[0] * layout.d[0] + first_conv_[1] * g_.stride[1] * layout.d[1]);
     } else {
-      tile_ = scratch_.tile;
       load_tile(image);
+      run_groups(static_cast<const C*>(scratch_.tile));
+    }
+  }
+
+ private:
+  // From a tile, or an image, of elements E: its band's first conv pixel, first tap.
+  template <class E>
+  void run_groups(const E* tile) {
+    const int64_t blocks = divide_up(g_.out_channels, kRowOutputs);
+    for (int64_t i = 0; i < call_.plan.tile_groups; ++i, ++group_, tile += g_.in_channels * s_.channel) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first = g_.out_channels * b / blocks, last = g_.out_channels * (b + 1) / blocks;
+        with_constant<kRowOutputs>(static_cast<int>(last - first),
+                                   [&](auto outputs) { make_pixels<decltype(outputs)::value>(tile, first); });
+        pool(last - first);
+        write(group_ * g_.out_channels + first, last - first);
+      }
     }
   }
 
@@ -227,8 +247,9 @@ class RowsForward {
     }
   }
 
-  template <int outputs>
-  void run_block(int64_t first) {
+  // The conv pixels of a block of outputs, of which it is the first.
+  template <int outputs, class E>
+  void make_pixels(const E* tile, int64_t first) {
     C bias[outputs] = {};
     for (int o = 0; o < outputs && call_.bias; ++o) {
       bias[o] = to_compute(call_.bias[group_ * g_.out_channels + first + o]);
@@ -237,13 +258,32 @@ class RowsForward {
     const int64_t slices = smaller(s_.conv[0], g_.conv[0] - first_conv_[0]);
     for (int64_t z = 0; z < slices; ++z) {
       C* to = pixels(z, 0, outputs);
-      rows_slice<outputs>(s_, g_.conv[2], call_.plan.in_place, asks_ahead_, tile_ + z * g_.stride[0] * s_.slice,
-                          scratch_.offsets, g_.depth(), weight, bias, to, scratch_.pixel_step);
+      make_slice<outputs>(tile + z * g_.stride[0] * s_.slice, weight, bias, to);
       for (int o = 0; o < outputs; ++o) spread_rows(to + o * scratch_.pixel_step);
     }
+  }
+
+  // A slice of the block's conv pixels -> to.
+  template <int outputs, class E>
+  void make_slice(const E* tile, const C* weight, const C* bias, C* to) {
+    const int64_t row_step = s_.picks ? g_.stride[1] * call_.input_layout.d[1] : s_.pitch;
+    const auto run = [&](auto stride, auto asks) {
+      rows_slice<outputs, decltype(stride)::value, decltype(asks)::value>(s_, g_.conv[2], row_step, call_.plan.in_place,
+                                                                          tile, scratch_.offsets, g_.depth(), weight,
+                                                                          bias, to, scratch_.pixel_step);
+    };
+    if constexpr (sizeof(E) == sizeof(T) && kPicksRows<T>) {
+      const int64_t stride = g_.stride[2] * call_.input_layout.d[2];
+      if (s_.picks) return stride == 2 ? run(Constant<2>{}, Constant<1>{}) : run(Constant<3>{}, Constant<1>{});
+    }
+    asks_ahead_ ? run(Constant<1>{}, Constant<1>{}) : run(Constant<1>{}, Constant<0>{});
+  }
+
+  // Those that have been made -> the stage.
+  void pool(int64_t outputs) {
     for (int64_t y = first_; y < last_; ++y) {
       const int64_t count = find_rows(y, outputs);
-      for (int o = 0; o < outputs; ++o) {
+      for (int64_t o = 0; o < outputs; ++o) {
         const int64_t at = o * scratch_.stage_step + (y - first_) * g_.output[2];
         const int64_t shift = o * scratch_.pixel_step;
         if (count > 1 && !call_.winners) {
@@ -254,7 +294,6 @@ class RowsForward {
         }
       }
     }
-    write(group_ * g_.out_channels + first, outputs);
   }
 
   // The first pixel of a slice's channel; margins lie before and behind each row.
@@ -360,7 +399,6 @@ class RowsForward {
   const ConvPoolGeometry& g_;
   RowShape s_;
   const RowScratch<C> scratch_;
-  const C* tile_;  // the band's first conv pixel, first tap
   int64_t image_, group_, slice_, first_, last_;
   int64_t first_conv_[2];
   bool asks_ahead_;

@@ -15,6 +15,11 @@ constexpr int row_vectors(int outputs) {
   return kRowAccumulators / outputs < 8 ? kRowAccumulators / outputs : 8;
 }
 
+// The same where they are picked from the input; each number has its share of the build's time.
+constexpr int picked_vectors(int outputs) {
+  return row_vectors(outputs) < 4 ? row_vectors(outputs) : 4;
+}
+
 // One band: sizes of the tile and of the conv rows computed from it.
 struct RowShape {
   int64_t conv[2];       // slices and rows of conv pixels
@@ -22,6 +27,7 @@ struct RowShape {
   int64_t pitch;         // of a row of pixels as they are computed
   int64_t spread;        // and as windows find them, with room for their margins
   int64_t run;           // pixels of a slice, from the first to the last
+  bool picks;            // every stride-th column of the input, where it lies
   bool by_rows;          // vectors begin anew with each row, or else go along the run
   int64_t vectors;       // of a slice
   int64_t phase[2];      // of rows and columns: from one plane of the tile to the next
@@ -36,19 +42,20 @@ void set_rows(const ConvPoolGeometry& g, int64_t rows, RowShape& s) {
   s.conv[1] = rows;
   s.run = (rows - 1) * s.pitch + g.conv[2];
   const int64_t along_run = divide_up(s.run, kLanes<C>), apart = rows * divide_up(g.conv[2], kLanes<C>);
-  s.by_rows = g.conv[2] >= kLanes<C> && apart < along_run;
+  s.by_rows = s.picks || (g.conv[2] >= kLanes<C> && apart < along_run);
   s.vectors = s.by_rows ? apart : along_run;
 }
 
-// `in_place`: the pitch of rows that are read where they lie, or 0.
 template <class C>
-RowShape row_shape(const ConvPoolGeometry& g, int64_t band, int64_t in_place) {
+RowShape row_shape(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t band) {
   RowShape s;
+  const int64_t pitch = plan.row_pitch;  // of rows that are read where they lie, as they follow one another, or 0
+  s.picks = plan.in_place && pitch == 0;
   constexpr int64_t line = 64 / sizeof(C);
   s.conv[0] = smaller(g.conv[0], g.pool_extent(0));
   const int64_t past = (g.output[2] - 1) * g.pool_stride[2] - g.pool_padding[2] + g.pool_extent(2);
   s.margin = larger(g.pool_padding[2], larger(0, past - g.conv[2]));
-  s.pitch = in_place > 0 ? in_place : g.conv[2] + larger((g.kernel_extent(2) - 1) / g.stride[2], s.margin);
+  s.pitch = pitch > 0 ? pitch : g.conv[2] + larger((g.kernel_extent(2) - 1) / g.stride[2], s.margin);
   s.spread = larger(s.pitch, g.conv[2] + s.margin);
   set_rows<C>(g, smaller(g.conv[1], (band - 1) * g.pool_stride[1] + g.pool_extent(1)), s);
   s.slices = (s.conv[0] - 1) * g.stride[0] + g.kernel_extent(0);
@@ -74,7 +81,7 @@ struct RowScratch {
   int64_t size;
 
   RowScratch(const ConvPoolGeometry& g, const ConvPoolPlan& plan, void* memory) {
-    const RowShape s = row_shape<C>(g, plan.band, plan.row_pitch);
+    const RowShape s = row_shape<C>(g, plan, plan.band);
     const int64_t outputs = smaller(g.out_channels, kRowOutputs);
     const int64_t run = (s.conv[1] - 1) * s.spread + g.conv[2];
     pixel_step = round_up(run, kLanes<C>) + 2 * s.margin + kLanes<C>;
@@ -120,13 +127,25 @@ FASTNN_INLINE bool rows_stay_in_place(const ConvPoolGeometry& g, const ConvLayou
          fills_vector(0) && fills_vector((plan.row_parts - 1) * plan.band);
 }
 
+// Whether vectors pick the columns that the kernel strides to from where they lie, each number few times.
+template <class T>
+constexpr bool kPicksRows = sizeof(Compute<T>) == sizeof(float);
+template <class T>
+FASTNN_INLINE bool rows_are_picked(const ConvPoolGeometry& g, const ConvLayout& input) {
+  constexpr int64_t kTimes = 3, kMost = 3;  // of columns that stride, each of which has its share of the build's time
+  const int64_t stride = g.stride[2] * input.d[2];
+  const bool padded = g.padding[0] > 0 || g.padding[1] > 0 || g.padding[2] > 0;
+  return kPicksRows<T> && !padded && stride > 1 && stride <= kMost &&
+         g.taps() <= kTimes * g.stride[0] * g.stride[1] * g.stride[2];
+}
+
 template <class T>
 ConvPoolPlan plan_rows(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads) {
   using C = Compute<T>;
   ConvPoolPlan plan = {};
   plan.algorithm = ConvAlgorithm::rows;
   const auto tile_bytes = [&](int64_t band) {
-    return plan.tile_groups * g.in_channels * row_shape<C>(g, band, 0).channel * static_cast<int64_t>(sizeof(C));
+    return plan.tile_groups * g.in_channels * row_shape<C>(g, plan, band).channel * static_cast<int64_t>(sizeof(C));
   };
   // Groups that share the input's cache lines are transposed together if there is room.
   plan.tile_groups = input.c == 1 ? g.groups : 1;
@@ -142,16 +161,16 @@ ConvPoolPlan plan_rows(const ConvPoolGeometry& g, const ConvLayout& input, int64
   plan.items = others * plan.row_parts;
   plan.pack_items = g.groups * divide_up(g.out_channels, kRowOutputs);
   plan.packed_size = g.groups * g.out_channels * g.depth();
-  plan.in_place = rows_stay_in_place<T>(g, input, plan);
-  plan.row_pitch = plan.in_place ? input.d[1] : 0;
+  plan.row_pitch = rows_stay_in_place<T>(g, input, plan) ? input.d[1] : 0;
+  plan.in_place = plan.row_pitch > 0 || rows_are_picked<T>(g, input);
   plan.scratch_size = RowScratch<C>(g, plan, nullptr).size;
   return plan;
 }
 
 // For one image and group.
-template <class C>
+template <class T, class C = Compute<T>>
 double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
-  const RowShape s = row_shape<C>(g, plan.band, plan.row_pitch);
+  const RowShape s = row_shape<C>(g, plan, plan.band);
   const double bands = static_cast<double>(g.output[0] * plan.row_parts);
   const double multiplications = static_cast<double>(g.out_channels * g.depth() * s.conv[0] * s.vectors);
   const int64_t phases = smaller(g.stride[1], g.kernel_extent(1)) * smaller(g.stride[2], g.kernel_extent(2));
@@ -169,7 +188,11 @@ double rows_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvP
   constexpr double kItem = 400, kTile = 100;  // per band; of a register tile
   // On multiplications: of a single output each takes a load of its own, across lines but for those that begin a row.
   const double begin = plan.in_place ? 0 : 1 / static_cast<double>(divide_up(g.kernel[2], g.stride[2]));
-  const double overhead = 1.1 + (g.out_channels == 1 ? 0.9 * (1 - begin) : 0);
+  // Of a vector, once for all outputs of a tile.
+  constexpr double kWidened = 1, kPicked = sizeof(T) == sizeof(C) ? 2.5 : 2;
+  const double once = s.picks ? kPicked : plan.in_place && sizeof(T) != sizeof(C) ? kWidened : 0;
+  const double overhead = 1.1 + (g.out_channels == 1 ? 0.9 * (1 - begin) : 0) +
+                          once / static_cast<double>(smaller(g.out_channels, kRowOutputs));
   const double place = g.pool_stride[2] > kMostStride ? 60 : 15;  // of a vector of windows
   const double windows =
       static_cast<double>(g.out_channels * plan.band * divide_up(g.output[2], kLanes<C>) * g.places());

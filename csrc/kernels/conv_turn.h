@@ -57,7 +57,7 @@ template <class T>
 double turn_cost(const ConvPoolGeometry& g, const ConvLayout& input) {
   constexpr bool narrow = sizeof(T) == sizeof(bfloat16);
   constexpr double kNearByte = narrow ? 0.14 : 0, kLostByte = narrow ? 0.1 : 0.04, kFarByte = narrow ? 0.1 : 0.08;
-  constexpr double kFurtherByte = narrow ? 0.3 : 0.45, kFurthestByte = narrow ? 1 : 0.45;
+  constexpr double kFurtherByte = narrow ? 0.3 : 0.45, kFurthestByte = narrow ? 0.6 : 0.45;
   constexpr double kMappedByte = 4;  // whose pages are fresh at each call
   constexpr int64_t kNear = 1 << 20, kFar = 8 << 20, kFarOfMany = 5 << 19, kMapped = 32 << 20;
   const TurnRuns runs = turn_runs(g, input);

@@ -88,6 +88,38 @@ FASTNN_INLINE Vec<C> load_strided_up_to(const T* from, int64_t count) {
   }
 }
 
+#if defined(__AVX512F__)
+// Where the numbers of a vector come from that are every third of 48: into the upper halves of floats.
+struct EveryThird {
+  uint16_t number[32];
+  constexpr EveryThird() : number{} {
+    for (int i = 0; i < 16; ++i) number[2 * i + 1] = static_cast<uint16_t>(3 * i);
+  }
+};
+static constexpr EveryThird kEveryThird;
+
+// The same of bfloat16, which the upper halves of floats are.
+template <int stride>
+FASTNN_INLINE Vec<float> load_strided_up_to(const bfloat16* from, int64_t count) {
+  const __m512i low = _mm512_maskz_loadu_epi16(first_elements(count), from);
+  if constexpr (stride == 1) {
+    return load_up_to<bfloat16>(from, count);
+  } else if constexpr (stride == 2) {
+    return (Vec<float>)_mm512_slli_epi32(low, 16);
+  } else {
+    const __m512i high = _mm512_maskz_loadu_epi16(count > 32 ? first_elements(count - 32) : 0, from + 32);
+    if constexpr (stride == 3) {
+      constexpr uint32_t kUpper = 0xaaaaaaaa;
+      const __m512i numbers = _mm512_loadu_si512(kEveryThird.number);
+      return (Vec<float>)_mm512_maskz_permutex2var_epi16(kUpper, low, numbers, high);
+    } else {
+      static_assert(stride == kMostStride);
+      return every_second<float>((Vec<float>)_mm512_slli_epi32(low, 16), (Vec<float>)_mm512_slli_epi32(high, 16));
+    }
+  }
+}
+#endif
+
 // The other way: a vector's first `count` lanes to every second element; those between are left alone.
 template <class T>
 FASTNN_INLINE void store_every_second(T* to, Vec<Compute<T>> x, int64_t count) {
