@@ -35,7 +35,8 @@ struct RowVectors {
   int64_t count;  // pixels of each vector
 };
 
-// The register tile: vectors of pixels of each of `outputs` channels. `asks`: for the tile's next pixels ahead.
+// The register tile: vectors of pixels of each of `outputs` channels. `asks`: for what lies ahead, the same channel's
+// next pixels, or where the kernel strides, so that these lie elsewhere, the next channels' pixels.
 template <int outputs, int vectors, int stride, bool asks, class E, int most, class C = Compute<E>>
 FASTNN_INLINE void rows_tile(const RowVectors<E, most>& row, const int64_t* offsets, int64_t depth, const C* weight,
                              const C* bias, C* to, int64_t to_step) {
@@ -57,8 +58,10 @@ FASTNN_INLINE void rows_tile(const RowVectors<E, most>& row, const int64_t* offs
   sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
     const int64_t offset = ahead.take(k);
     if constexpr (asks) {
+      constexpr int64_t kProductsAhead = 8;
+      const int64_t next = stride == 1 ? offset + vectors * kLanes<C> : offsets[smaller(k + kProductsAhead, depth - 1)];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) __builtin_prefetch(from[v] + vectors * stride * kLanes<C> + offset);
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(from[v] + next);
     }
     if constexpr (outputs <= vectors) {
       Vec<C> factor[outputs];
