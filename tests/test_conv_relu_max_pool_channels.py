@@ -34,7 +34,7 @@ BY_FOUR = (
     ((2, 42, 24, 24), 8, (5, 5), {"padding": 2, "dilation": 2, "pool": 1}),
     ((2, 17, 20, 20), 7, (5, 5), {"dilation": 2, "groups": 2, "pool": 3, "pool_stride": 2}),
     ((2, 20, 9, 9, 9), 5, (2, 2, 2), {"padding": 1, "pool": 2}),
-    ((2, 6, 17, 17), 4, (7, 7), {"stride": 2, "dilation": 2, "groups": 2, "pool": 2}),
+    ((2, 13, 19, 19), 4, (7, 7), {"stride": 2, "dilation": 2, "groups": 2, "pool": 2}),
     ((2, 20, 24, 24), 5, (2, 2), {"stride": 2, "pool": 2}),
     ((2, 6, 7, 7, 7), 8, (3, 3, 3), {"padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
     ((2, 33, 12, 12, 12), 8, (2, 2, 2), {"dilation": 2, "groups": 2, "pool": 2}),

@@ -105,3 +105,33 @@ class TestPaddedImages:
         arguments = geometry(2, padding=1, groups=70, pool=3, pool_stride=1)
         for last in (False, True):
             assert_same_bits(make((5, 70, 9, 9), 70, (3, 3), 70, last=last), arguments)
+
+
+class TestSharedColumns:
+    """Taps each of which meets under one pixel what the tap before it meets under the next pixel, or some columns
+    further on; of rows too short for that, and with columns left over."""
+
+    @pytest.mark.parametrize("channels", [3, 16, 17, 33])
+    @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+    @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (3, 1), (2, 2), (1, 2), (3, 2), (4, 2)])
+    def test_like_stock(
+        self, instruction_set: str, dtype: torch.dtype, channels: int, last: bool, stride: int, dilation: int
+    ) -> None:
+        for columns, kernel in ((40, 7), (33, 3), (64, 11), (20, 6)):
+            columns += (kernel - 1) * (dilation - 1)
+            tensors = make((1, channels, 5, columns), channels, (2, kernel), channels, dtype, last=last)
+            for padding in (0, kernel // 2):
+                arguments = geometry(2, (1, stride), (0, padding), (1, dilation), channels, pool=(2, 1))
+                assert_like_stock(tensors, arguments, gradients=False)
+
+    @pytest.mark.parametrize("special", [float("nan"), float("inf"), 1e-42])
+    def test_special_values(self, instruction_set: str, special: float) -> None:
+        for last in (False, True):
+            tensors = make((2, 20, 6, 40), 20, (3, 7), 20, last=last)
+            tensors[0][0, ::2, 2, 7] = special
+            assert_like_stock(tensors, geometry(2, (1, 2), (1, 3), groups=20), gradients=False)
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        for stride in (1, 2):
+            tensors = make((3, 40, 12, 50), 40, (3, 7), 40, last=True)
+            assert_same_bits(tensors, geometry(2, stride, (1, 3), groups=40))

@@ -88,3 +88,17 @@ def test_chosen() -> None:
     (_, *image), out_channels, kernel = LARGE
     tensors = make((32, *image), out_channels, (kernel, kernel), last=True)
     assert algorithm("avx512", tensors, geometry(2, 2, pool=2)) in ("direct", "")
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("columns", [2, 3, 6, 7, 8, 15, 16, 29])
+@pytest.mark.parametrize(("channels", "stride"), [(256, 2), (512, 1), (512, 2)])
+def test_pixels_in_few_sets_of_the_cache(
+    instruction_set: str, channels: int, stride: int, columns: int, padding: int
+) -> None:
+    """2048 or 4096 bytes apart, channels last: fewer of them are computed together."""
+    side = (columns - 1) * stride + 2 - 2 * padding
+    for outputs in (8, 40):
+        tensors = make((1, channels, 4, max(side, 1)), outputs, (2, 2), last=True)
+        for pool in ((2, 1), (1, 2)):
+            assert_like_stock(tensors, geometry(2, (1, stride), padding, pool=pool), gradients=False)

@@ -83,7 +83,7 @@ class InputAhead {
   template <class E>
   InputAhead(const ConvPoolGeometry& g, const ConvLayout& layout, bool copies, int64_t* memory, E)
       : g_(g), layout_(layout), copies_(copies), offsets_(memory), channels_(kChannels<E>) {
-    constexpr int64_t kFar = 6 << 20, kMany = 32, kFarPixels = 12 << 20, kFew = 2;
+    constexpr int64_t kFar = 6 << 20, kMany = 32, kFarPixels = 12 << 20, kFew = 18;
     const int64_t vectors = smaller(2, divide_up(g.out_channels, kLanes<Compute<E>>));
     const int64_t products = vectors * g.taps() / (g.stride[0] * g.stride[1] * g.stride[2]);
     const int64_t bytes = g.batch * image_size(g) * channels_ * kSize;

@@ -52,6 +52,7 @@ class DepthwiseForward {
     comes_from_afar_ = g_.batch * image_size(g_) * static_cast<int64_t>(sizeof(T)) > kFar;
     asks_ = plan_.in_place && comes_from_afar_ && g_.taps() <= kMany * g_.stride[0] * g_.stride[1] * g_.stride[2];
     taps_ = static_cast<DepthwiseTap<E>*>(scratch_.taps);
+    shared_apart_ = shared_columns_apart(g_);
   }
 
   void run(int64_t item) {
@@ -127,7 +128,7 @@ class DepthwiseForward {
     }
     const C* weight =
         call_.packed + (output * round_up(g_.groups, kLanes<C>) + block_.first) * depthwise_weights(g_, plan_);
-    if (!plan_.skips_padding) list_taps(weight);
+    if (!plan_.skips_padding) list_rows(weight);
     for (int64_t row = first_row; row < last_row; ++row) {
       const int64_t at = (row - first_row) * g_.output[2] * block_.lanes;
       const int64_t count = ring_.find_rows(g_, row / g_.output[1], row % g_.output[1], scratch_.window_rows,
@@ -173,16 +174,13 @@ class DepthwiseForward {
     }
   }
 
-  // The taps of an output under the first conv pixel of a padded image.
-  void list_taps(const C* weight) {
+  // The kernel's rows of an output under the first conv pixel of a padded image.
+  void list_rows(const C* weight) {
     DepthwiseTap<E>* tap = taps_;
     for (int64_t d = 0; d < g_.kernel[0]; ++d) {
-      for (int64_t h = 0; h < g_.kernel[1]; ++h) {
-        for (int64_t w = 0; w < g_.kernel[2]; ++w, weight += block_.lanes) {
-          const int64_t pixel =
-              d * g_.dilation[0] * padded_.d[0] + h * g_.dilation[1] * padded_.d[1] + w * g_.dilation[2];
-          *tap++ = {reinterpret_cast<const E*>(scratch_.padded) + pixel * block_.lanes, weight};
-        }
+      for (int64_t h = 0; h < g_.kernel[1]; ++h, weight += g_.kernel[2] * block_.lanes) {
+        const int64_t pixel = d * g_.dilation[0] * padded_.d[0] + h * g_.dilation[1] * padded_.d[1];
+        *tap++ = {reinterpret_cast<const E*>(scratch_.padded) + pixel * block_.lanes, weight};
       }
     }
   }
@@ -193,10 +191,10 @@ class DepthwiseForward {
     const int64_t from = (z * g_.stride[0] * padded_.d[0] + y * g_.stride[1] * padded_.d[1]) * lanes;
     const int64_t step = g_.stride[2] * lanes;
     const Range rows = kernel_rows_inside(g_, z, y);
-    const DepthwiseTap<E>* taps = taps_ + rows.first * g_.kernel[2];
+    const DepthwiseTaps<E> taps = {taps_ + rows.first,     rows.last - rows.first, {0, g_.kernel[2]},
+                                   g_.dilation[2] * lanes, shared_apart_,          0};
     for (int64_t x = 0; x < g_.conv[2];) {
-      x += depthwise_pixels<vectors, false>(g_.conv[2] - x, taps, (rows.last - rows.first) * g_.kernel[2], 0,
-                                            from + x * step, step, 0, bias, to + x * lanes);
+      x += depthwise_pixels<vectors, false>(g_.conv[2] - x, taps, from + x * step, step, 0, bias, to + x * lanes);
     }
   }
 
@@ -204,29 +202,31 @@ class DepthwiseForward {
   void conv_row(int64_t z, int64_t y, const C* weight, const Vec<C> (&bias)[vectors], C* to) {
     constexpr int64_t lanes = vectors * kLanes<C>;
     const Range slices = taps_inside(g_, 0, z), rows = taps_inside(g_, 1, y);
-    // Of the kernel's rows that meet the input: taps or pairs, then what these leave of each row.
+    // The kernel's rows that meet the input: taps or pairs, then what these leave of each row.
     const int64_t columns = kIsPair<E> ? g_.kernel[2] / 2 : g_.kernel[2], all = depthwise_weights(g_, plan_);
     const int64_t in_row = all / (g_.kernel[0] * g_.kernel[1]);
-    const int64_t count = (slices.last - slices.first) * (rows.last - rows.first) * columns;
-    DepthwiseTap<E>*to_taps = taps_, *single = taps_ + count;
+    const int64_t count = (slices.last - slices.first) * (rows.last - rows.first);
     const int64_t column_step = (kIsPair<E> ? 2 : 1) * g_.dilation[2] * step_[2];
+    const DepthwiseTaps<E> taps = {taps_,       count,         {0, columns},
+                                   column_step, shared_apart_, columns < in_row ? count : 0};
+    DepthwiseTap<E>* tap = taps_;
     const int64_t first_column = plan_.pads_rows ? 0 : -g_.padding[2] * step_[2];
     for (int64_t d = slices.first; d < slices.last; ++d) {
-      for (int64_t h = rows.first; h < rows.last; ++h) {
+      for (int64_t h = rows.first; h < rows.last; ++h, ++tap) {
         const E* row = input_row(z * g_.stride[0] - g_.padding[0] + d * g_.dilation[0],
                                  y * g_.stride[1] - g_.padding[1] + h * g_.dilation[1]);
         const C* factor = weight + (d * g_.kernel[1] + h) * in_row * lanes;
-        const E* at = row + first_column;
-        for (int64_t w = 0; w < columns; ++w, at += column_step, factor += lanes) *to_taps++ = {at, factor};
-        if (columns < in_row) *single++ = {at, factor};
+        tap[0] = {row + first_column, factor};
+        if (taps.single > 0) tap[count] = {tap->input + columns * column_step, factor + columns * lanes};
       }
     }
-    const int64_t single_count = single - (taps_ + count);
     const int64_t step = g_.stride[2] * step_[2];
     const int last = static_cast<int>(block_.live - (vectors - 1) * kLanes<C>);
     for (int64_t x = 0; x < g_.conv[2];) {
       if (x < interior_.first || x >= interior_.last) {
-        edge_pixel<vectors, partial>(count, x, step, last, bias, to + x * lanes);
+        DepthwiseTaps<E> inside = taps;
+        inside.columns = taps_inside(g_, 2, x);
+        depthwise_pixels<vectors, partial>(1, inside, x * step, step, last, bias, to + x * lanes);
         ++x;
         continue;
       }
@@ -234,11 +234,10 @@ class DepthwiseForward {
       const int64_t wanted = interior_.last - x;
       const int64_t past =
           (x + smaller(kDepthwisePixels<vectors>, wanted) - 1) * g_.stride[2] - g_.padding[2] + g_.kernel_extent(2);
-      const int64_t pixels = partial && (past >= g_.input[2] || step_[2] < kLanes<C>)
-                                 ? depthwise_pixels<vectors, partial>(wanted, taps_, count, single_count, x * step,
-                                                                      step, last, bias, to + x * lanes)
-                                 : depthwise_pixels<vectors, false>(wanted, taps_, count, single_count, x * step, step,
-                                                                    last, bias, to + x * lanes);
+      const int64_t pixels =
+          partial && (past >= g_.input[2] || step_[2] < kLanes<C>)
+              ? depthwise_pixels<vectors, partial>(wanted, taps, x * step, step, last, bias, to + x * lanes)
+              : depthwise_pixels<vectors, false>(wanted, taps, x * step, step, last, bias, to + x * lanes);
       if (asks_) ask_for_next_row(slices.last - slices.first, rows.last - rows.first, x * step, pixels, step);
       x += pixels;
     }
@@ -250,25 +249,13 @@ class DepthwiseForward {
     for (int64_t d = larger(0, slices - g_.stride[0]); d < slices; ++d) {
       for (int64_t h = larger(0, rows - g_.stride[1]); h < rows; ++h) {
         for (int64_t w = 0; w < smaller(g_.stride[2], g_.kernel[2]); ++w) {
-          const E* at = taps_[(d * rows + h) * g_.kernel[2] + w].input + from + next_row;
+          const E* at = taps_[d * rows + h].input + w * g_.dilation[2] * step_[2] + from + next_row;
           for (int64_t p = 0; p < pixels; ++p, at += step) {
             for (int64_t i = 0; i < block_.live; i += kLine) __builtin_prefetch(at + i, 0, 2);
           }
         }
       }
     }
-  }
-
-  // A conv pixel at which not all columns of the kernel meet the input.
-  template <int vectors, bool partial>
-  void edge_pixel(int64_t count, int64_t x, int64_t step, int last, const Vec<C> (&bias)[vectors], C* to) {
-    const Range columns = taps_inside(g_, 2, x);
-    DepthwiseTap<E>* const taps = static_cast<DepthwiseTap<E>*>(scratch_.edge_taps);
-    int64_t inside = 0;
-    for (int64_t k = 0; k < count; k += g_.kernel[2]) {
-      for (int64_t w = columns.first; w < columns.last; ++w) taps[inside++] = taps_[k + w];
-    }
-    depthwise_pixels<vectors, partial>(1, taps, inside, 0, x * step, step, last, bias, to);
   }
 
   // A row of the input, the block's channels innermost.
@@ -405,6 +392,7 @@ class DepthwiseForward {
   ConvRing<C> ring_;
   DepthwiseBlock<C> block_;
   DepthwiseTap<E>* taps_;
+  int64_t shared_apart_;
   bool comes_from_afar_, asks_;
   Range interior_;  // conv columns at which the whole kernel meets the input, or its slot
   const T* input_;  // the image's first channel of the block

@@ -22,11 +22,21 @@ struct DepthwiseBlock {
   }
 };
 
-// A tap, or two of them side by side; a vector of weights for either.
+// The first of a row of taps, or of pairs of them side by side; a vector of weights for either.
 template <class E>
 struct DepthwiseTap {
   const E* input;  // under the first conv pixel of a row
   const Compute<E>* weight;
+};
+
+// The taps of conv pixels: some columns of `count` rows of taps or pairs, `column_step` elements apart; then of each of
+// `single` rows the first of a pair. Shared taps are so many columns apart; 0 if there are none.
+template <class E>
+struct DepthwiseTaps {
+  const DepthwiseTap<E>* rows;
+  int64_t count;
+  Range columns;
+  int64_t column_step, shared_apart, single;
 };
 
 // Vectors of a packed weight; an odd last tap has one of its own.
@@ -111,7 +121,6 @@ struct DepthwiseScratch {
   C* stage;         // [pooled pixel][lane]
   uint8_t* winner_stage;
   void* taps;
-  void* edge_taps;
   WindowRow<C>* window_rows;
   int64_t* tags;             // which conv row each slot of the ring holds
   int64_t* unit_tags;        // which unit each slot of the tile holds
@@ -134,8 +143,7 @@ struct DepthwiseScratch {
     ring = parts.take<C>(rings * ring_size);
     stage = parts.take<C>(stage_pixels * lanes);
     winner_stage = parts.take<uint8_t>(stage_pixels * lanes);
-    taps = parts.take<DepthwiseTap<C>>(g.taps());
-    edge_taps = parts.take<DepthwiseTap<C>>(g.taps());
+    taps = parts.take<DepthwiseTap<C>>(2 * g.kernel[0] * g.kernel[1]);
     window_rows = parts.take<WindowRow<C>>(g.pool_kernel[0] * g.pool_kernel[1]);
     tags = parts.take<int64_t>(rings * slots);
     unit_tags = parts.take<int64_t>(units.slots());
@@ -169,6 +177,17 @@ FASTNN_INLINE bool depthwise_pads(const ConvPoolGeometry& g, const ConvLayout& i
 
 FASTNN_INLINE bool depthwise_applies(const ConvPoolGeometry& g) {
   return g.in_channels == 1 && g.groups > 1;
+}
+
+// Taps of a row that a tile takes at a time where one pixel meets under one of them what the pixel beside it (of pairs,
+// the one after that) meets under the next: the columns of the input that they meet are loaded once.
+constexpr int kSharedTaps = 3;
+template <class E>
+constexpr int kPixelsApart = kIsPair<E> ? 2 : 1;
+
+// How many columns of taps or pairs such ones lie apart; 0 if there are none.
+FASTNN_INLINE int64_t shared_columns_apart(const ConvPoolGeometry& g) {
+  return g.stride[2] % g.dilation[2] == 0 ? g.stride[2] / g.dilation[2] : 0;
 }
 
 // What a register tile reads, weight and input, in a block of so many lanes.
@@ -234,27 +253,30 @@ ConvPoolPlan plan_depthwise(const ConvPoolGeometry& g, const ConvLayout& input, 
 template <class T>
 double depthwise_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   using C = Compute<T>;
-  constexpr double kRow = 60, kImage = 350;                                   // of a block
-  constexpr double kPixel = 5, kEdge = 60, kEdgeProduct = 2.5, kWayOut = 12;  // of a vector
+  constexpr double kRow = 135, kImage = 240;                                  // of a block
+  constexpr double kPixel = 1, kEdge = 21, kEdgeProduct = 1.45, kWayOut = 7;  // of a vector
   // Of a vector of the input: to arrive from L2 or from beyond, to be transposed, to be copied with its row's padding.
-  constexpr double kArrives = 3.2, kArrivesLate = 8, kTransposed = 7, kPadded = 5;
+  constexpr double kArrives = 0.8, kArrivesLate = 1.5, kTransposed = 5.8, kPadded = 4.2;
   constexpr int64_t kNearBytes = 1 << 20;
-  // What a register tile reads is read from L2 again for the next one unless it stays in L1. Where it is widened, that
-  // takes as long again.
-  constexpr double kNear = 1.5, kFar = 1.8, kWidened = 1.2;
+  // What a register tile reads is read from L2 again for the next one unless it stays in L1. Of columns that taps
+  // share, and of the rest.
+  constexpr double kShared = 1.35, kNear = 1.7, kFar = 2.2;
   const int64_t lanes = smaller(plan.block_groups, round_up(g.groups, kLanes<C>));
-  const bool near = depthwise_tile_bytes<C>(g, plan, lanes) <= kDepthwiseTileBytes, widens = sizeof(T) != sizeof(C);
-  const double product_cost = (near ? kNear : kFar) * (plan.in_place && widens ? kWidened : 1);
+  const bool near = depthwise_tile_bytes<C>(g, plan, lanes) <= kDepthwiseTileBytes;
   const double rows = static_cast<double>(g.conv[0] * g.conv[1]), pixels = rows * static_cast<double>(g.conv[2]);
-  // Of a pair of taps as of one; an odd last one takes a shift besides.
-  const double columns = plan.pairs_taps ? static_cast<double>(g.kernel[2] / 2) + 1.3 * (g.kernel[2] % 2) : g.kernel[2];
+  // A pair of taps counts as one; an odd last one takes a shift besides.
+  const int64_t columns = plan.pairs_taps ? g.kernel[2] / 2 : g.kernel[2];
+  const double single = plan.pairs_taps ? 1.3 * static_cast<double>(g.kernel[2] % 2) : 0;
+  const int64_t apart = shared_columns_apart(g);
+  const int64_t shared = apart > 0 ? columns / (kSharedTaps * apart) * (kSharedTaps * apart) : 0;
+  const double row_of_taps =
+      kShared * static_cast<double>(shared) + (near ? kNear : kFar) * (static_cast<double>(columns - shared) + single);
   const double inside = plan.pads_rows       ? share_inside(g, 0) * share_inside(g, 1)
                         : plan.skips_padding ? share_inside(g)
                                              : share_of_rows(g);
-  const double products = pixels * static_cast<double>(g.kernel[0] * g.kernel[1]) * columns * inside;
+  const double products = pixels * static_cast<double>(g.kernel[0] * g.kernel[1]) * row_of_taps * inside;
   const double windows = static_cast<double>(g.pixels()) * (kWayOut + window_cost(g));
   const bool late = g.batch * image_size(g) * static_cast<int64_t>(sizeof(T)) > kNearBytes;
-  const double input_rows = static_cast<double>(g.input[0] * g.input[1]);
   const double part = static_cast<double>(g.groups) / static_cast<double>(round_up(g.groups, kLanes<C>));
   const double arrival = input.c != 1 ? kTransposed : late ? part * kArrivesLate : kArrives;
   // Pixels, or whole rows or slices, that the kernel strides over stay where they are.
@@ -262,12 +284,16 @@ double depthwise_cost(const ConvPoolGeometry& g, const ConvLayout& input, const 
   const bool leaves[3] = {!units.whole_image, !units.whole_slices, plan.in_place};
   double met = 1;
   for (int d = 0; d < 3; ++d) met *= plan.in_place || (plan.skips_padding && leaves[d]) ? share_met(g, d) : 1;
+  // Rows that slices of windows share are copied for each, unless all rows of a slice have slots.
+  const bool drops_rows = !plan.in_place && plan.skips_padding && !units.whole_slices && units.rows < g.input[1];
+  const int64_t copies = drops_rows ? larger(g.input[0], g.output[0] * input_extent(g, 0, 1)) : g.input[0];
+  const double input_rows = static_cast<double>(copies * g.input[1]);
   const double copied = arrival * met * input_rows * static_cast<double>(g.input[2]) +
                         (plan.pads_rows ? kPadded * input_rows * static_cast<double>(padded_extent(g, 2)) : 0);
   // At an edge pixels are computed one by one.
   const double edges = plan.skips_padding && !plan.pads_rows ? rows * static_cast<double>(edge_pixels(g)) : 0;
   const double edge = kEdge + kEdgeProduct * static_cast<double>(g.taps()) * inside;
-  const double vector = g.out_channels * (product_cost * products + edge * edges + kPixel * pixels + windows) + copied;
+  const double vector = g.out_channels * (products + edge * edges + kPixel * pixels + windows) + copied;
   const double block = g.out_channels * kRow * rows + kImage;
   return (vector * static_cast<double>(divide_up(g.groups, kLanes<C>)) +
           block * static_cast<double>(divide_up(g.groups, plan.block_groups))) /

@@ -25,7 +25,7 @@ class DirectForward {
         g_(tile_geometry<E>(call.geometry)),
         plan_(call.plan),
         ring_shape_(direct_ring_shape<C>(g_, call.plan)),
-        pools_in_tiles_(kPoolsThem && windows_are_apart(g_) && makes_plain_rows(call.plan) && !ring_shape_.together),
+        pools_in_tiles_(kPoolsThem && pools_in_tiles<E>(g_, call.plan)),
         phases_(g_, ring_shape_.columns),
         matrix_(g_, ring_shape_.columns),
         depth_(product_depth<E>(g_)),
@@ -326,31 +326,32 @@ class DirectForward {
     return count;
   }
 
-  // A first block of channels finds what is next to be read far away.
-  bool asks_ahead(int64_t block) const { return ahead_.asks() && (block == 0 || plan_.blocks_first); }
+  // A first block of channels finds what is next to be read far away. Rows that are made together do not ask for
+  // pixels, nor do blocks that each go through all images.
+  bool asks_ahead(int64_t block) const {
+    if (ahead_.asks_for_pixels() && (ring_shape_.together || plan_.blocks_first)) return false;
+    return ahead_.asks() && (block == 0 || plan_.blocks_first);
+  }
 
-  // Calls body(how conv rows ask for channels that lie apart).
+  // Calls body(how conv rows ask for what is ahead).
   template <class Body>
   void with_steps_ahead(int64_t block, const Body& body) const {
     if constexpr (kAsksAhead<E>) {
-      if (asks_ahead(block) && !ahead_.asks_for_pixels()) return body(ahead_.template steps<false>());
+      if (asks_ahead(block)) {
+        return ahead_.asks_for_pixels() ? body(ahead_.template steps<true>()) : body(ahead_.template steps<false>());
+      }
     }
     body(NothingAhead{});
   }
 
-  // Calls body(what conv row (z, y) asks for), from that product on. Rows that are made together, or leave the padding
-  // out, do not ask for pixels.
+  // Calls body(what conv row (z, y) asks for), from that product on.
   template <class Body>
   void with_row_ahead(int64_t block, int64_t z, int64_t y, int64_t product, const Body& body) const {
-    const auto ask = [&](const auto& steps) {
+    with_steps_ahead(block, [&](const auto& steps) {
       auto lines = lines_ahead<1>(steps, product);
       lines.start(0, ahead_.next(z, y));
       body(lines);
-    };
-    if constexpr (kAsksAhead<E>) {
-      if (asks_ahead(block) && ahead_.asks_for_pixels()) return ask(ahead_.template steps<true>());
-    }
-    with_steps_ahead(block, ask);
+    });
   }
 
   // Next come more columns, or those of another group or image.

@@ -10,7 +10,7 @@ namespace FASTNN_ISA {
 // conv rows.
 template <class E>
 double weight_cost(const ConvPoolGeometry& g, const ConvPoolPlan& plan, int64_t rows) {
-  constexpr double kNear = 4.5, kFar = 6.5;  // from L2; from L3
+  constexpr double kNear = 4.5, kFar = 5.3;  // from L2; from L3
   constexpr int64_t kL1 = 24 << 10;
   const int64_t block = weight_bytes<E>(g, smaller(g.out_channels, kBlockChannels<Compute<E>>));
   if (block <= kL1) return 0;
@@ -44,20 +44,23 @@ FASTNN_INLINE double matrix_row_cost(const ConvPoolGeometry& g, const ConvPoolPl
 
 // Of the products of a group, `row` pixels of each conv row: its output channels may not fill its vectors, and a short
 // row's tile neither the multipliers' pipelines nor the time that its weight takes. A tile of one vector takes a load
-// for each multiplication, and has pixels enough to crowd the sets in which they meet.
+// for each multiplication.
 template <class E>
 double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan, int64_t row) {
-  constexpr double kInFlight = 8;                  // accumulators that keep the multipliers busy
-  constexpr double kLoads = 3.75, kCrowded = 1.2;  // of a tile of one vector, beside one for each pixel
-  constexpr double kOneSet = 1.3;                  // of a tile of two, whose pixels meet in one of the cache's sets
+  constexpr double kInFlight = 5.3;  // accumulators that keep the multipliers busy
+  constexpr double kLoads = 0.75;    // of a tile of one vector, beside one for each pixel
   const int64_t vectors = packed_width<E>(g.out_channels) / kLanes<Compute<E>>;
   const RingShape ring = direct_ring_shape<Compute<E>>(g, plan);
   const int64_t rows = smaller(plan.band * g.pool_stride[1], g.conv[1]);
   const auto most_together = [&](int64_t fit) { return plan.skips_padding ? smaller(fit, kRowsInside) : fit; };
+  const int64_t apart = plan.in_place ? input.d[2] * g.stride[2] : 1;
+  const int64_t fit = pixels_of_tile<E, 2>(apart), group = pools_in_tiles<E>(g, plan) ? g.pool_kernel[2] : 1;
+  const int64_t parts = divide_up(row, larger(1, fit / group) * group);
   const int64_t together =
       ring.together ? smaller(ring.slices * rows, most_together(rows_of_tile<2>(static_cast<int>(row)))) : 1;
   const double inside = plan.skips_padding ? share_inside(g, 2) : 1;  // of a row, on average
-  const double pixels = inside * static_cast<double>(smaller(row * together, kConvPixels<2>));
+  const double pixels = inside * (together > 1 ? static_cast<double>(row * together)
+                                               : static_cast<double>(row) / static_cast<double>(parts));
   const double to_be_busy = kInFlight / static_cast<double>(smaller(2, vectors)),
                to_wait = weight_cost<E>(g, plan, rows);
   const double needed = to_be_busy > to_wait ? to_be_busy : to_wait;
@@ -65,25 +68,21 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
   const int64_t in_run = ring.together ? row * most_together(rows_of_tile<1>(static_cast<int>(row))) : row;
   const double in_tile = static_cast<double>(in_run) / static_cast<double>(divide_up(in_run, kConvPixels<1>));
   const double single = vectors % 2 == 0 ? 1 : 1 + kLoads / (in_tile * static_cast<double>(vectors));
-  const int64_t apart = plan.in_place ? input.d[2] * g.stride[2] : 1;
-  const double crowded = vectors == 1 && pixels_meet<E>(apart) ? kCrowded : pixels_meet<E, 1>(apart) ? kOneSet : 1;
   const int64_t products = vectors * row * g.conv[0] * g.conv[1] * product_depth<E>(g);
   const double taken = skips_rows<Compute<E>>(g, plan) ? share_of_rows(g) : 1;
-  return static_cast<double>(products) * taken * slow * single * crowded;
+  return static_cast<double>(products) * taken * slow * single;
 }
 
-// Until an image whose channels lie apart has arrived from memory, where the images do not stay in L3 from call to
-// call, or share it; sooner where short rows, read in place, lie whole pages apart, which memory serves one after the
-// other. (Of one that is larger than what is turned at once nothing is known.)
+// Until an image whose channels lie apart has arrived from memory to be copied, where the images do not stay in L3 from
+// call to call. (Of one that is larger than what is turned at once nothing is known.)
 template <class E>
 double arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, bool in_place) {
-  const double byte = in_place ? 0.6 : 0.9;
-  constexpr int64_t kL3 = 36 << 20, kLarge = 8 << 20, kRow = 512, size = sizeof(Compute<E>);
-  if (input.c == 1 || kIsOfFloats<E> || (kIsPair<E> && !in_place)) return 0;
-  const bool by_pages = in_place && channels_are_crowded(g, input, size) && input.d[1] * size <= kRow;
-  const int64_t bytes = group_size(g) * size;
-  const bool waits = g.batch * g.groups * bytes > (by_pages ? kShareOfL3 : kL3) && g.groups * bytes <= kLarge;
-  return waits ? byte * static_cast<double>(bytes) : 0;
+  constexpr double kByte = 0.9;
+  constexpr int64_t kL3 = 36 << 20, kLarge = 8 << 20;
+  if (input.c == 1 || kIsOfFloats<E> || kIsPair<E> || in_place) return 0;
+  const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(Compute<E>));
+  const bool waits = g.batch * g.groups * bytes > kL3 && g.groups * bytes <= kLarge;
+  return waits ? kByte * static_cast<double>(bytes) : 0;
 }
 
 // The same of a strided kernel that reads images of channels apart in place: parts of many lines at a time, too few
@@ -142,18 +141,18 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   const double products = products_cost<E>(g, input, plan, row), arrival = arrival_cost<E>(g, input, plan.in_place);
   const double multiplications = products > arrival ? products : arrival;
   const double conv_rows = static_cast<double>(g.conv[0] * g.conv[1] * divide_up(vectors, 2));
-  constexpr double kItem = 600, kRow = 60, kWayOut = 12;  // of a conv row; of a vector of pooled pixels
+  constexpr double kItem = 400, kRow = 60, kWayOut = 8;  // of a conv row; of a vector of pooled pixels
   const double windows = static_cast<double>(vectors * g.pixels()) * (kWayOut + window_cost(g));
   constexpr double kAddUp = 3 * kChannels<E>;  // of a conv pixel's sums
   const double sums = kIsOfFloats<E> ? kAddUp * static_cast<double>(row * g.conv[0] * g.conv[1]) : 0;
   const double late = kIsOfFloats<E> ? floats_arrival_cost<E>(g, input) : strided_arrival_cost<E>(g, input, plan);
-  const double cost = kItem + kRow * conv_rows + windows + sums + late;
-  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
-  const int64_t tile_rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   const auto looks_at = [&](bool all) {  // numbers that might not be finite
     constexpr double kLook = 0.125;
     return all ? kLook * static_cast<double>(group_size(g)) : 0;
   };
+  const double cost = kItem + kRow * conv_rows + windows + sums + late + looks_at(pools_in_tiles<E>(g, plan));
+  const int64_t bands = g.output[0] * divide_up(g.output[1], plan.band) * plan.column_parts;
+  const int64_t tile_rows = bands * input_extent(g, 0, 1) * input_extent(g, 1, plan.band);
   const double interleaving = static_cast<double>(tile_rows) *
                               (kRunCost + interleave_cost(g.in_channels, input_extent(g, 2, plan.columns), input));
   if (kIsOfMatrix<E>) {
@@ -162,14 +161,12 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
     return kCall + cost + rows + (plan.in_place ? 0 : interleaving) + looks_at(elements_behind<E>(g) > 0);
   }
   if (plan.skips_padding) {
-    constexpr double kPass = 20, kAdded = 1.2;  // of a pass over a conv row; of a vector of it
-    constexpr double kStart = 28, kMost = 0.2;  // products that each pass's sums lose; of all, at most
+    constexpr double kPass = 30, kAdded = 1.8;  // of a pass over a conv row; of a vector of it
+    constexpr double kStart = 4, kMost = 0.1;   // products that each pass's sums lose; of all, at most
     const double added = static_cast<double>(row * smaller(2, vectors)) * kAdded;
     const double lost = kStart * inside_passes(g) / static_cast<double>(g.depth());
     const double parts = 1 + (lost < kMost ? lost : kMost);
-    const bool reads_again = g.kernel[2] > 1 || g.taps() > g.stride[0] * g.stride[1] * g.stride[2];
-    const double crowded = channels_are_crowded(g, input, sizeof(C)) && reads_again ? 1.6 : 1;
-    return cost + multiplications * parts * share_inside(g) * crowded + conv_rows * inside_passes(g) * (kPass + added);
+    return cost + multiplications * parts * share_inside(g) + conv_rows * inside_passes(g) * (kPass + added);
   }
   if (kStartsPair<E>) return cost + multiplications + interleaving + looks_at(row_pairs_reach_beyond(g));
   if (kIsOfFloats<E>) {
@@ -180,8 +177,8 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
     const double lines = parted_lines_cost<Number<E>>(g, input, group_size(g) * static_cast<int64_t>(sizeof(E)));
     return cost + multiplications + static_cast<double>(bands) * turned_band_cost<E>(g, input, plan) + lines;
   }
-  constexpr double kFarCopy = 2.5;  // of an element of a short run from memory
-  constexpr double kColumn = 6;     // that is a run of its own
+  constexpr double kFarCopy = 1.7;  // of an element of a short run from memory
+  constexpr double kColumn = 2.7;   // that is a run of its own
   constexpr int64_t kFar = 8 << 20;
   const bool far = plan.order != TapOrder::channels_last && group_size(g) * static_cast<int64_t>(sizeof(C)) > kFar;
   const double elements = static_cast<double>(g.in_channels * tile_rows * input_extent(g, 2, plan.columns));
@@ -242,7 +239,7 @@ ConvPoolPlan choose_direct(const ConvPoolGeometry& g, const ConvLayout& input, i
     costs = plan_costs;
     least = plan;
   };
-  if (lies && !least.in_place) consider(TileWay::inside);
+  if (lies) consider(TileWay::inside);
   if (can_turn_tile<E>(g, input)) consider(TileWay::turned);
   return least;
 }

@@ -74,6 +74,13 @@ RingShape direct_ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan& plan)
   return shape;
 }
 
+// Whether windows may be pooled in registers; unless their pixels turn out to be not all finite.
+template <class E>
+bool pools_in_tiles(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  using C = Compute<E>;
+  return kPoolsInTiles<C> && windows_are_apart(g) && makes_plain_rows(plan) && !direct_ring_shape<C>(g, plan).together;
+}
+
 // Elements behind a row of the tile that the last run of a pixel reaches.
 template <class E>
 FASTNN_INLINE int64_t elements_behind(const ConvPoolGeometry& g) {
@@ -206,10 +213,7 @@ ConvPoolPlan plan_direct(const ConvPoolGeometry& g, const ConvLayout& input, int
   plan.algorithm = algorithm;
   const bool turned = way == TileWay::turned;
   plan.skips_padding = way == TileWay::inside;
-  // In one of the cache's sets; a copy has them apart.
-  const bool meet = input.c == 1 && pixels_meet<E, 1>(input.d[2] * g.stride[2]);
-  const bool stays_there = can_stay_in_place<E>(g, input, false) && !meet;
-  plan.in_place = lies && !turned && (plan.skips_padding || kIsOfMatrix<E> || stays_there);
+  plan.in_place = lies && !turned && (plan.skips_padding || kIsOfMatrix<E> || can_stay_in_place<E>(g, input, false));
   const bool is_last = input.c == 1 && g.in_channels > 1 && input.d[2] != 1;
   plan.order = plan.skips_padding                                   ? inside_order(g)
                : kIsOfRun<E> || kIsOfFloats<E> || is_last || turned ? TapOrder::channels_last

@@ -79,14 +79,6 @@ FASTNN_INLINE double inside_passes(const ConvPoolGeometry& g) {
   return static_cast<double>(slices * (taps_leave_input(g, 2) ? g.kernel[2] : 1));
 }
 
-// Where the next conv row's input is asked for ahead: large inputs whose pixels, channels last, are lines of their own.
-// What the hardware foresees ends at the channels of a group and at the columns that a stride skips.
-template <class E>
-FASTNN_INLINE bool asks_for_pixels(const ConvPoolGeometry& g, const InputSource<E>& input) {
-  constexpr int64_t kCache = 1 << 20, size = sizeof(E);
-  return input.d[2] * size >= kLineBytes && g.batch * g.input[0] * g.input[1] * g.input[2] * input.d[2] * size > kCache;
-}
-
 // What the kernel's rows `taps` add to conv pixels [first, first + count) of rows of one slice, one or, of short rows,
 // some together. Offsets and weight are those of inside_order.
 template <int together, int vectors, class E, class Ahead, class C = Compute<E>>
@@ -107,9 +99,6 @@ FASTNN_SHARED void add_taps_inside(const ConvPoolGeometry& g, const InputSource<
     corners[r] = input.data + (z * g.stride[0] - g.padding[0]) * input.d[0] +
                  (rows[r].y * g.stride[1] - g.padding[1]) * input.d[1] - g.padding[2] * input.d[2];
   }
-  const bool asks = together == 1 && asks_for_pixels(g, input);
-  const int64_t fresh = smaller(g.stride[1], g.kernel_extent(1));  // input rows that this conv row does not read
-  const E* const ahead = corners[0] + (g.stride[1] + g.kernel_extent(1) - fresh) * input.d[1];
   const Vec<C> zero[vectors] = {};
   for (int64_t pass = 0; pass < passes; ++pass) {
     Range pixels = {first, first + count};
@@ -120,15 +109,12 @@ FASTNN_SHARED void add_taps_inside(const ConvPoolGeometry& g, const InputSource<
     if (pixels.first >= pixels.last) continue;
     const auto add = [&](int64_t from, const auto& total) __attribute__((always_inline)) {
       constexpr int64_t pixel_count = sizeof(total) / sizeof(total[0]), of_row = pixel_count / together;
+      C* to[together];  // known here, or each store might have changed it
+      for (int r = 0; r < together; ++r) to[r] = rows[r].to + (pixels.first - first + from) * width;
 #pragma GCC unroll 28
       for (int p = 0; p < pixel_count; ++p) {
-        C* at = rows[p / of_row].to + (pixels.first - first + from + p % of_row) * width;
+        C* at = to[p / of_row] + p % of_row * width;
         for (int v = 0; v < vectors; ++v) store(at + v * kLanes<C>, load(at + v * kLanes<C>) + total[p][v]);
-      }
-      for (int64_t row = 0; asks && pass == 0 && row < fresh; ++row) {
-        constexpr int64_t line = kLineBytes / sizeof(E);
-        const E* next = ahead + row * input.d[1] + (pixels.first + from) * step;
-        for (int64_t i = 0; i < pixel_count * step; i += line) __builtin_prefetch(next + i);
       }
     };
     for (int64_t d = slices.first; d < slices.last; d = all_taps ? slices.last : d + 1) {

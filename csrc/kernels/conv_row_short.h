@@ -31,27 +31,28 @@ FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, 
                                    const int64_t* offsets, int64_t depth, const Weight<E>* weight,
                                    const Vec<C> (&bias)[vectors], int64_t count) {
   with_constant<kShortRow>(static_cast<int>(count), [&](auto columns) {
-    constexpr int pixels = decltype(columns)::value, most = rows_of_tile<vectors * kSums<E>>(pixels);
-    const int64_t tiles = divide_up(row_count, most);
+    constexpr int pixels = decltype(columns)::value, sums = vectors * kSums<E>, most = rows_of_tile<sums>(pixels);
+    const int64_t tiles = divide_up(row_count, pixels_meet<E>(step) ? smaller(most, rows_of_tile<4>(pixels)) : most);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = row_count * t / tiles, last = row_count * (t + 1) / tiles;
       with_constant<most>(static_cast<int>(last - first), [&](auto some) {
         constexpr int together = decltype(some)::value;
         const E* from[together];
+        C* to[together];  // known here, or each store might have changed it
         auto lines = lines_ahead<together>(ahead, 0);
         for (int r = 0; r < together; ++r) {
           from[r] = rows[first + r].tile;
+          to[r] = rows[first + r].to;
           lines.start(r, rows[first + r].ahead);
         }
-        conv_tile<together, pixels, vectors>(from, step, lines, offsets, depth, weight, bias,
-                                             [&](const auto& total) __attribute__((always_inline)) {
+        const auto store_rows = [&](const auto& total) __attribute__((always_inline)) {
 #pragma GCC unroll 28
-                                               for (int p = 0; p < together * pixels; ++p) {
-                                                 C* to = rows[first + p / pixels].to + p % pixels * vectors * kLanes<C>;
-                                                 for (int v = 0; v < vectors; ++v)
-                                                   store(to + v * kLanes<C>, total[p][v]);
-                                               }
-                                             });
+          for (int p = 0; p < together * pixels; ++p) {
+            C* at = to[p / pixels] + p % pixels * vectors * kLanes<C>;
+            for (int v = 0; v < vectors; ++v) store(at + v * kLanes<C>, total[p][v]);
+          }
+        };
+        conv_tile<together, pixels, vectors>(from, step, lines, offsets, depth, weight, bias, store_rows);
       });
     }
   });

@@ -10,11 +10,15 @@ namespace FASTNN_ISA {
 template <int rows, int vectors, class V, class Add>
 FASTNN_INLINE void sum_in_parts(int64_t depth, V (&total)[rows][vectors], const Add& add) {
   V earlier[rows][vectors];  // in memory: the registers are taken
+  bool has_earlier = false;
   for (int64_t k = 0; k < depth;) {
-    if (k > 0) set_aside(total, earlier, k > kLongestSum);
+    if (k > 0) {
+      set_aside(total, earlier, has_earlier);
+      has_earlier = true;
+    }
     for (const int64_t end = smaller(k + kLongestSum, depth); k < end; ++k) add(k);
   }
-  if (depth <= kLongestSum) return;
+  if (!has_earlier) return;
 #pragma GCC unroll 28
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
@@ -104,10 +108,16 @@ struct RowToMake {
 };
 
 // Whether pixels that many elements apart share so many of the cache's sets. Two have room for those of two vectors'
-// tile.
+// tile, one for half as many.
 template <class E, int sets = 2>
 FASTNN_INLINE bool pixels_meet(int64_t step) {
   return step * static_cast<int64_t>(sizeof(E)) % (4096 / sets) == 0;
+}
+
+// How many pixels of a register tile, that many elements apart, stay in cache until all of their channels are taken.
+template <class E, int sums>
+FASTNN_INLINE int pixels_of_tile(int64_t step) {
+  return pixels_meet<E, 1>(step) ? kConvPixels<2> / 2 : pixels_meet<E>(step) ? kConvPixels<2> : kConvPixels<sums>;
 }
 
 // `count` groups of `taps` consecutive conv pixels of a row, a register tile of some at a time. finish(first, total)
@@ -116,11 +126,11 @@ template <int taps, int vectors, class E, class Ahead, class Finish, class C = C
 FASTNN_INLINE void conv_groups(const E* tile, int64_t step, const Ahead& ahead, const int64_t* offsets, int64_t depth,
                                const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t count,
                                const Finish& finish) {
-  constexpr int most = kConvPixels<vectors * kSums<E>> / taps;
-  const int64_t tiles = divide_up(count, pixels_meet<E>(step) ? smaller(most, larger(1, kConvPixels<2> / taps)) : most);
+  constexpr int sums = vectors * kSums<E>, most = kConvPixels<sums> / taps;
+  const int64_t tiles = divide_up(count, smaller(most, larger(1, pixels_of_tile<E, sums>(step) / taps)));
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;
-    with_constant<most>(static_cast<int>(last - first), [&](auto groups) {
+    with_constant<most>(static_cast<int>(last - first), [&](auto groups) __attribute__((noinline)) {
       const E* const from[1] = {tile + first * taps * step};
       conv_tile<1, decltype(groups)::value * taps, vectors>(
           from, step, ahead.after(first * taps), offsets, depth, weight, bias,
