@@ -130,9 +130,23 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
     return transpose_matrix(from, layout.n, count, g.depth(), to, width);
   }
   if (layout.c == 1 && (order == TapOrder::channels_last || order == TapOrder::columns_first)) {  // runs of channels
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      transpose_matrix(from + tap_offset(g, layout, tap), layout.n, count, g.in_channels,
-                       to + tap_position(g, order, 0, tap) * width, width);
+    constexpr int64_t numbers = 512;
+    // Short ones that follow one another, and leave a part of a vector over, some together.
+    const bool shares = joined && layout.d[2] == g.in_channels && g.in_channels % kLanes<Compute<T>> != 0;
+    const int64_t together = shares ? numbers / g.in_channels : 1;
+    int64_t places[numbers];
+    for (int64_t first = 0; first < taps; first += larger(together, 1)) {
+      const T* run = from + tap_offset(g, layout, first);
+      if (together <= 1) {
+        transpose_matrix(run, layout.n, count, g.in_channels, to + tap_position(g, order, 0, first) * width, width);
+        continue;
+      }
+      int64_t here = 0;
+      for (int64_t tap = first; tap < smaller(first + together, taps); ++tap) {
+        const int64_t position = tap_position(g, order, 0, tap);
+        for (int64_t c = 0; c < g.in_channels; ++c) places[here++] = (position + c) * width;
+      }
+      transpose_to_places(run, layout.n, count, here, to, [&](int64_t number) { return places[number]; });
     }
     return;
   }

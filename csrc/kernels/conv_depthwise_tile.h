@@ -20,6 +20,12 @@ struct SharedTaps {
   int64_t weight_step;
 };
 
+// sum + the product of the first of each pair with the weight.
+template <class V>
+FASTNN_INLINE V add_product(V pairs, V weight, V sum) {
+  return multiply_add(first_of_pairs(pairs), weight, sum);
+}
+
 // Adds what `together` of them contribute to `pixels` sums, from the first on.
 template <int together, int pixels, int vectors, bool partial, class E, class V, int sums, class Multiply>
 FASTNN_INLINE void add_taps(SharedTaps<E> taps, int64_t step, int last, int first, V (&total)[sums][vectors],
@@ -89,9 +95,7 @@ FASTNN_INLINE void depthwise_tile(const DepthwiseTaps<E>& taps, int64_t from, in
     }
   };
   const auto multiply = [](auto x, auto y, auto z) __attribute__((always_inline)) { return add_products<E>(x, y, z); };
-  const auto multiply_first = [](auto x, auto y, auto z) __attribute__((always_inline)) {
-    return multiply_add(first_of_pairs(x), y, z);  //
-  };
+  const auto add_first = [](auto x, auto y, auto z) __attribute__((always_inline)) { return add_product(x, y, z); };
   const int64_t others = larger(1, apart);
   for (int64_t first = 0; first < others; ++first) {
     int64_t column = taps.columns.first + first;
@@ -104,7 +108,7 @@ FASTNN_INLINE void depthwise_tile(const DepthwiseTaps<E>& taps, int64_t from, in
   }
   if constexpr (kIsPair<E>) {
     const DepthwiseTaps<E> singles = {taps.rows + taps.count, taps.single, {0, 1}, 0, 0, 0};
-    add(Constant<1>{}, singles, 0, multiply_first);
+    add(Constant<1>{}, singles, 0, add_first);
   }
 #pragma GCC unroll 16
   for (int p = 0; p < pixels; ++p) {

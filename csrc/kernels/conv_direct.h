@@ -29,7 +29,7 @@ class DirectForward {
         phases_(g_, ring_shape_.columns),
         matrix_(g_, ring_shape_.columns),
         depth_(product_depth<E>(g_)),
-        skips_rows_(skips_rows<C>(g_, plan_)),
+        skips_rows_(skips_rows(g_, plan_)),
         scratch_(g_, call.plan, memory),
         ahead_(g_, call.input_layout, !call.plan.in_place, scratch_.ahead, E()) {
     if (in_phases()) {
@@ -219,6 +219,8 @@ class DirectForward {
     int64_t first, count;
     const int64_t* offsets;
     const Weight<E>* weight;
+
+    bool operator==(const Products& other) const { return first == other.first && count == other.count; }
   };
   template <int vectors>
   Products products(int64_t block, int64_t z, int64_t y) const {
@@ -292,8 +294,15 @@ class DirectForward {
     if (plan_.skips_padding) return make_inside<vectors>(block, waiting, bias);
     if constexpr (!kIsOfMatrix<E> && kMakesTogether<C>) {
       with_steps_ahead(block, [&](const auto& ahead) {
-        conv_rows_short<vectors>(scratch_.to_make, waiting, g_.stride[2] * step_[2], ahead, scratch_.offsets, depth_,
-                                 block_weight(block), bias, conv_columns_);
+        for (int64_t first = 0, past = 0; first < waiting; first = past) {  // of the same products
+          const RowToMake<E>* rows = scratch_.to_make;
+          const Products taken = products<vectors>(block, rows[first].z, rows[first].y);
+          do {
+            ++past;
+          } while (past < waiting && products<vectors>(block, rows[past].z, rows[past].y) == taken);
+          conv_rows_short<vectors>(rows + first, past - first, g_.stride[2] * step_[2], ahead, taken.first,
+                                   taken.offsets, taken.count, taken.weight, bias, conv_columns_);
+        }
       });
     }
   }

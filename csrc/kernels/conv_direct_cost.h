@@ -69,7 +69,7 @@ double products_cost(const ConvPoolGeometry& g, const ConvLayout& input, const C
   const double in_tile = static_cast<double>(in_run) / static_cast<double>(divide_up(in_run, kConvPixels<1>));
   const double single = vectors % 2 == 0 ? 1 : 1 + kLoads / (in_tile * static_cast<double>(vectors));
   const int64_t products = vectors * row * g.conv[0] * g.conv[1] * product_depth<E>(g);
-  const double taken = skips_rows<Compute<E>>(g, plan) ? share_of_rows(g) : 1;
+  const double taken = skips_rows(g, plan) ? share_of_rows(g) : 1;
   return static_cast<double>(products) * taken * slow * single;
 }
 
@@ -190,7 +190,21 @@ double direct_cost(const ConvPoolGeometry& g, const ConvLayout& input, const Con
   return cost + multiplications + (plan.in_place ? 0 : copy);
 }
 
-// For one image and group.
+// The same with what is waited for where pixels read in place come from memory and groups share their lines: the first
+// group's products hide a part of how long they are on their way, the others find them in cache.
+template <class E>
+double cost_with_arrival(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  constexpr double kByte = 0.3;
+  constexpr int64_t kFar = 12 << 20;
+  const double cost = direct_cost<E>(g, input, plan);
+  const int64_t bytes = g.groups * group_size(g) * static_cast<int64_t>(sizeof(E));
+  const bool shares_lines = g.groups > 1 && g.in_channels * static_cast<int64_t>(sizeof(E)) < kLineBytes;
+  if (kIsOfFloats<E> || !plan.in_place || input.c != 1 || !shares_lines || g.batch * bytes <= kFar) return cost;
+  const double arrival = kByte * share_met(g, 0) * share_met(g, 1) * share_met(g, 2) * static_cast<double>(bytes);
+  return arrival > cost ? cost + (arrival - cost) / static_cast<double>(g.groups) : cost;
+}
+
+// For one image and group, by phases.
 template <class C>
 double phases_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
   constexpr double kItem = 300, kRow = 60, kWayOut = 12, kInFlight = 10;
@@ -231,10 +245,10 @@ template <class T, class E>
 ConvPoolPlan choose_direct(const ConvPoolGeometry& g, const ConvLayout& input, int64_t threads, bool lies,
                            double& costs) {
   ConvPoolPlan least = plan_direct<T, E>(g, input, threads, lies, TileWay::as_it_lies);
-  costs = direct_cost<E>(g, input, least);
+  costs = cost_with_arrival<E>(g, input, least);
   const auto consider = [&](TileWay way) {
     const ConvPoolPlan plan = plan_direct<T, E>(g, input, threads, lies, way);
-    const double plan_costs = direct_cost<E>(g, input, plan);
+    const double plan_costs = cost_with_arrival<E>(g, input, plan);
     if (plan_costs >= costs) return;
     costs = plan_costs;
     least = plan;

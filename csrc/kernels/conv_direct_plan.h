@@ -55,11 +55,9 @@ FASTNN_INLINE RingShape ring_shape(const ConvPoolGeometry& g, const ConvPoolPlan
           overlap_depth || overlap_height, false};
 }
 
-// Whether a plain row takes kernel_rows_inside alone. Not a short one, which shares its tile with others.
-template <class C>
-bool skips_rows(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
-  return makes_plain_rows(plan) && plan.order != TapOrder::channels_first && rows_leave_input(g) &&
-         !rows_are_short<C>(ring_shape(g, plan).columns);
+// Whether a plain row takes kernel_rows_inside alone.
+FASTNN_INLINE bool skips_rows(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
+  return makes_plain_rows(plan) && plan.order != TapOrder::channels_first && rows_leave_input(g);
 }
 
 // Direct convolution's: where rows are short, those under a band.

@@ -25,11 +25,11 @@ FASTNN_INLINE bool rows_are_short(int64_t pixels) {
   return kMakesTogether<C> && pixels <= kShortRow && 2 * pixels <= kConvPixels<2>;
 }
 
-// Rows of `count` conv pixels, `step` elements of the tile apart.
+// Rows of `count` conv pixels, `step` elements of the tile apart. They ask from that product on.
 template <int vectors, class E, class Ahead, class C = Compute<E>>
 FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, int64_t step, const Ahead& ahead,
-                                   const int64_t* offsets, int64_t depth, const Weight<E>* weight,
-                                   const Vec<C> (&bias)[vectors], int64_t count) {
+                                   int64_t first_product, const int64_t* offsets, int64_t depth,
+                                   const Weight<E>* weight, const Vec<C> (&bias)[vectors], int64_t count) {
   with_constant<kShortRow>(static_cast<int>(count), [&](auto columns) {
     constexpr int pixels = decltype(columns)::value, sums = vectors * kSums<E>, most = rows_of_tile<sums>(pixels);
     const int64_t tiles = divide_up(row_count, pixels_meet<E>(step) ? smaller(most, rows_of_tile<4>(pixels)) : most);
@@ -39,7 +39,7 @@ FASTNN_SHARED void conv_rows_short(const RowToMake<E>* rows, int64_t row_count, 
         constexpr int together = decltype(some)::value;
         const E* from[together];
         C* to[together];  // known here, or each store might have changed it
-        auto lines = lines_ahead<together>(ahead, 0);
+        auto lines = lines_ahead<together>(ahead, first_product);
         for (int r = 0; r < together; ++r) {
           from[r] = rows[first + r].tile;
           to[r] = rows[first + r].to;
