@@ -120,7 +120,8 @@ FASTNN_INLINE void copy_one(uint8_t from, uint8_t* to) {
 template <class T>
 void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const ConvLayout& layout, int64_t count,
                Compute<T>* to, int64_t width) {
-  constexpr int64_t some = 64, least = 8, most = 64;  // taps at a time, output channels
+  constexpr int64_t numbers = 512, least = 8;  // at a time; output channels
+  int64_t places[numbers];
   const int64_t taps = g.taps();
   const bool joined = layout.d[1] == layout.d[2] * g.kernel[2] && layout.d[0] == layout.d[1] * g.kernel[1];
   if (joined && layout.c == 1 && order == TapOrder::channels_last && layout.d[2] == g.in_channels) {
@@ -130,11 +131,9 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
     return transpose_matrix(from, layout.n, count, g.depth(), to, width);
   }
   if (layout.c == 1 && (order == TapOrder::channels_last || order == TapOrder::columns_first)) {  // runs of channels
-    constexpr int64_t numbers = 512;
     // Short ones that follow one another, and leave a part of a vector over, some together.
     const bool shares = joined && layout.d[2] == g.in_channels && g.in_channels % kLanes<Compute<T>> != 0;
     const int64_t together = shares ? numbers / g.in_channels : 1;
-    int64_t places[numbers];
     for (int64_t first = 0; first < taps; first += larger(together, 1)) {
       const T* run = from + tap_offset(g, layout, first);
       if (together <= 1) {
@@ -150,18 +149,19 @@ void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const C
     }
     return;
   }
-  if (joined && layout.d[2] == 1 && count >= least && count <= most) {  // runs of taps, put in their places afterwards
-    Compute<T> rows[some * most];
-    for (int64_t c = 0; c < g.in_channels; ++c) {
-      int64_t place[3] = {};  // of the tap in the kernel
-      for (int64_t first = 0; first < taps; first += some) {
-        const int64_t last = smaller(first + some, taps);
-        transpose_matrix(from + c * layout.c + first, layout.n, count, last - first, rows, most);
-        for (int64_t tap = first; tap < last; ++tap) {
-          const int64_t k = tap_position(g, order, c, place[0], place[1], place[2]);
-          copy_out(rows + (tap - first) * most, count, to + k * width);
-          for (int d = 2; d >= 0 && ++place[d] == g.kernel[d] && d > 0; --d) place[d] = 0;
+  if (joined && layout.d[2] == 1 && count >= least) {  // runs of taps, of all channels that follow one another
+    const int64_t together = layout.c == taps ? g.in_channels : 1, run = together * taps;
+    const int64_t size[4] = {g.in_channels, g.kernel[0], g.kernel[1], g.kernel[2]};
+    for (int64_t c = 0; c < g.in_channels; c += together) {
+      int64_t at[4] = {c};  // channel and tap
+      for (int64_t first = 0; first < run; first += numbers) {
+        const int64_t here = smaller(numbers, run - first);
+        for (int64_t i = 0; i < here; ++i) {
+          places[i] = tap_position(g, order, at[0], at[1], at[2], at[3]) * width;
+          for (int d = 3; d >= 0 && ++at[d] == size[d] && d > 0; --d) at[d] = 0;
         }
+        transpose_to_places(from + c * layout.c + first, layout.n, count, here, to,
+                            [&](int64_t number) { return places[number]; });
       }
     }
     return;
@@ -286,9 +286,20 @@ FASTNN_INLINE int64_t image_size(const ConvPoolGeometry& g) {
   return g.groups * group_size(g);
 }
 
+// The greatest.
+FASTNN_INLINE int64_t common_divisor(int64_t a, int64_t b) {
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
 // Of the input's pixels along one dimension, those that the kernel does not stride over.
 FASTNN_INLINE double share_met(const ConvPoolGeometry& g, int d) {
-  return static_cast<double>(smaller(g.stride[d], g.kernel[d])) / static_cast<double>(g.stride[d]);
+  const int64_t apart = g.stride[d] / common_divisor(g.stride[d], g.dilation[d]);
+  return static_cast<double>(smaller(apart, g.kernel[d])) / static_cast<double>(g.stride[d]);
 }
 
 // Of the input with its padding, along one dimension.

@@ -25,7 +25,7 @@ class DirectForward {
         g_(tile_geometry<E>(call.geometry)),
         plan_(call.plan),
         ring_shape_(direct_ring_shape<C>(g_, call.plan)),
-        pools_in_tiles_(kPoolsThem && pools_in_tiles<E>(g_, call.plan)),
+        pools_in_tiles_(pools_in_tiles<E>(g_, call.plan)),
         phases_(g_, ring_shape_.columns),
         matrix_(g_, ring_shape_.columns),
         depth_(product_depth<E>(g_)),

@@ -16,8 +16,9 @@ inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channe
   const auto zip = [&](int64_t even, int64_t odd, int64_t c, int64_t tap) {
     bfloat16x2* target = to + tap_position(g, order, c, tap) * width;
     for (int64_t i = 0; i < width; i += kLanes<float>) {
-      store(target + i,
-            zip_pairs(load(rows + even * pitch + i), odd < 0 ? Vec<float>{} : load(rows + odd * pitch + i)));
+      const Vec<float> pairs =
+          zip_pairs(load(rows + even * pitch + i), odd < 0 ? Vec<float>{} : load(rows + odd * pitch + i));
+      store_up_to<float>(reinterpret_cast<float*>(target + i), pairs, width - i);
     }
   };
   const int64_t taps = g.taps(), pairs = divide_up(channels, 2);
@@ -35,6 +36,19 @@ inline void pack_pairs(const ConvPoolGeometry& g, TapOrder order, int64_t channe
     return;
   }
   const bool joined = layout.d[2] == 1 && layout.d[1] == g.kernel[2] && layout.d[0] == g.kernel[1] * g.kernel[2];
+  if (joined && layout.c == taps && taps <= some) {  // runs of channels and taps
+    const int64_t together = 2 * (some / taps);
+    for (int64_t first = 0; first < channels; first += together) {
+      const int64_t here = smaller(together, channels - first);
+      transpose_matrix(from + first * taps, layout.n, count, here * taps, rows, pitch);
+      for (int64_t c = 0; c < here; c += 2) {
+        for (int64_t t = 0; t < taps; ++t) {
+          zip(c * taps + t, c + 1 < here ? (c + 1) * taps + t : -1, (first + c) / 2, t);
+        }
+      }
+    }
+    return;
+  }
   for (int64_t c = 0; c < pairs; ++c) {
     const int64_t single = smaller(2, channels - 2 * c);
     for (int64_t first = 0; first < taps; first += some) {

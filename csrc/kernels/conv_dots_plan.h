@@ -251,7 +251,7 @@ bool dots_ask_ahead(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
 
 // Of packing the weight, which this saves, for one of so many images and one group.
 FASTNN_INLINE double packing_cost(const ConvPoolGeometry& g, int64_t images) {
-  constexpr double kPack = 2;  // an element
+  constexpr double kPack = 0.8;  // an element
   return kPack * static_cast<double>(g.out_channels * g.depth()) / static_cast<double>(images);
 }
 
@@ -279,6 +279,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   const double lists = plan.skips_padding ? kListed * boxes * static_cast<double>(blocks) * vectors : 0;
   const double windows = static_cast<double>(blocks * g.pixels()) * (kWayOut + window_cost(g));
   constexpr double kCopiedRun = 24, kGatheredRun = 45, kTurned = 0.5;  // of a number that is moved on its own
+  constexpr double kTurnedWeight = 0.6;                                // of what packing takes
   const bool is_last = dot_copy_is_last(g, plan, input, weight);
   const int64_t runs = (is_last ? 1 : g.in_channels) * g.kernel[0] * g.kernel[1];
   const double run = is_last || input.d[2] == 1 ? kCopiedRun : kGatheredRun;
@@ -292,7 +293,7 @@ double dots_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvL
   const double image = static_cast<double>(dot_copy_size(g, plan)) * of_image;
   // Few taps fill but a part of the squares that are transposed. Pairs are packed as slowly then.
   const double square = dots_in_pairs<T>() ? 1 : static_cast<double>(round_up(g.taps(), kLanes<C>)) / g.taps();
-  const double turned = plan.turns_weight ? kTurned / 2 * square * packing_cost(g, images) : 0;
+  const double turned = plan.turns_weight ? kTurnedWeight * square * packing_cost(g, images) : 0;
   // What comes from beyond L2, of strided kernels a part; again for each conv row, where L2 does not hold the rows that
   // one reads.
   constexpr double kLateByte = 0.1, kFarByte = 0.45;

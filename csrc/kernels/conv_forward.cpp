@@ -35,7 +35,7 @@ ConvPoolPlan plan_tiles(const ConvPoolGeometry& g, const ConvLayout& input, int6
     const bool lies = lies_in_elements<E>(g, input);
     const ConvLayout layout = lies ? tile_layout<E>(input) : input;
     const ConvPoolPlan plan = choose_direct<T, E>(tile_geometry<E>(g), layout, threads, lies, element_costs);
-    constexpr double kPackFloats = 0.3;  // of what packing takes, which is not counted elsewhere, in addition
+    constexpr double kPackFloats = 0.75;  // of what packing takes, which is not counted elsewhere, in addition
     if (kIsOfFloats<E>) element_costs += kPackFloats * packing_cost(g, images);
     take_cheaper(plan, element_costs);
   };
@@ -73,11 +73,12 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
     least_costs = costs;
     least = plan();
   };
+  constexpr double kTooHigh = 0.9;  // beside those of tiles, the estimates of dots, windows and lanes
   const double tiles_costs = least_costs;
   double costs = 0;
   ConvPoolPlan candidate;
   if (plan_dots<T>(g, input, weight, images, threads, candidate, costs)) {
-    consider(costs - packing_cost(g, images), [&] { return candidate; });
+    consider(kTooHigh * costs - packing_cost(g, images), [&] { return candidate; });
   }
   const bool has_pairs = kHasPairs<T> && isa_multiplies_pairs();
   if constexpr (kHasWinograd<T>) {
@@ -93,20 +94,29 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
   }
   // The others, which save no products, cannot gain on what takes little else.
   const double products = static_cast<double>(g.out_channels * g.depth() * g.conv[0] * g.conv[1] * g.conv[2]);
-  if (least_costs < tiles_costs || least_costs >= 1.02 * products / kLanes<C>) {
+  const int64_t together = has_pairs ? 2 * kLanes<C> : kLanes<C>;
+  if (least_costs < tiles_costs || least_costs >= 1.02 * products / static_cast<double>(together)) {
     if (depthwise_applies(g)) {
       candidate = choose_depthwise<T>(g, input, threads, costs);
       consider(costs, [&] { return candidate; });
     }
     if (windows_apply<C>(g)) {
-      consider(windows_cost<C>(g, input, plan_windows<T>(g, 1)), [&] { return plan_windows<T>(g, threads); });
+      consider(kTooHigh * windows_cost<C>(g, input, plan_windows<T>(g, 1)),
+               [&] { return plan_windows<T>(g, threads); });
     }
-    if (rows_apply(g)) {
-      consider(rows_cost<T>(g, input, plan_rows<T>(g, input, 1)), [&] { return plan_rows<T>(g, input, threads); });
+    const auto consider_rows = [&](auto element) {
+      using E = decltype(element);
+      if (!rows_apply(g) || !has_row_elements<E>(g, input)) return;
+      candidate = plan_rows<E, T>(g, input, 1);
+      consider(rows_cost<E, T>(g, input, candidate), [&] { return plan_rows<E, T>(g, input, threads); });
+    };
+    consider_rows(C{});
+    if constexpr (kHasPairs<T>) {
+      if (has_pairs) consider_rows(bfloat16x2{});
     }
     const LanesPlan lanes = plan_lanes<C>(g, 1);
     if (lanes.useful > 0) {
-      consider(lanes_cost<C>(g, input, lanes), [&] { return plan_lanes<C>(g, threads).plan; });
+      consider(kTooHigh * lanes_cost<C>(g, input, lanes), [&] { return plan_lanes<C>(g, threads).plan; });
     }
   }
   least.cost = least_costs * static_cast<double>(g.groups);
@@ -206,11 +216,14 @@ void pack(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item)
       if constexpr (kHasFloats<T>) pack_direct<FourFloats>(call, first_item, last_item);
       return;
     case ConvAlgorithm::rows:
-      return pack_blocks(call, kRowOutputs, first_item, last_item);
+      return pack_blocks<Compute<T>>(call, kRowOutputs, first_item, last_item);
+    case ConvAlgorithm::rows_by_two:
+      if constexpr (kHasPairs<T>) pack_blocks<bfloat16x2>(call, kRowOutputs, first_item, last_item);
+      return;
     case ConvAlgorithm::windows:
-      return pack_blocks(call, window_outputs(pixels_together(call.geometry)), first_item, last_item);
+      return pack_blocks<Compute<T>>(call, window_outputs(pixels_together(call.geometry)), first_item, last_item);
     case ConvAlgorithm::lanes:
-      return pack_blocks(call, kLaneOutputs, first_item, last_item);
+      return pack_blocks<Compute<T>>(call, kLaneOutputs, first_item, last_item);
     case ConvAlgorithm::depthwise:
       return pack_depthwise(call, first_item, last_item);
     case ConvAlgorithm::winograd:
@@ -243,7 +256,10 @@ void forward(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_it
       if constexpr (kHasFloats<T>) forward_direct<FourFloats>(call, first_item, last_item, scratch);
       return;
     case ConvAlgorithm::rows:
-      return forward_rows(call, first_item, last_item, scratch);
+      return forward_rows<Compute<T>>(call, first_item, last_item, scratch);
+    case ConvAlgorithm::rows_by_two:
+      if constexpr (kHasPairs<T>) forward_rows<bfloat16x2>(call, first_item, last_item, scratch);
+      return;
     case ConvAlgorithm::windows:
       if constexpr (kPoolsInTiles<Compute<T>>) forward_windows(call, first_item, last_item, scratch);
       return;

@@ -45,18 +45,19 @@ enum class TapOrder : int32_t {
 };
 
 enum class ConvAlgorithm : int32_t {
-  direct,     // conv_direct.h: output channels in the vector's lanes
-  pairs,      // the same, two input channels a multiplication (bfloat16)
-  row_pairs,  // the same, two numbers side by side in a row of the kernel
-  by_four,    // the same, the lanes of an output channel have products with four input channels (float32)
-  rows,       // conv_rows.h: consecutive pixels in the lanes
-  lanes,      // conv_lanes.h: independent pieces of the problem in the lanes
-  depthwise,  // conv_depthwise.h: groups of one channel in the lanes
-  winograd,   // conv_winograd.h: fewer multiplications
-  dots,       // conv_dots.h: the depth of the product in the lanes
-  windows,    // conv_windows.h: consecutive windows in the lanes
-  phases,     // conv_row_phases.h: direct, with fewer multiplications along a row
-  matrix,     // conv_row_matrix.h: direct, by a matrix unit
+  direct,       // conv_direct.h: output channels in the vector's lanes
+  pairs,        // the same, two input channels a multiplication (bfloat16)
+  row_pairs,    // the same, two numbers side by side in a row of the kernel
+  by_four,      // the same, the lanes of an output channel have products with four input channels (float32)
+  rows,         // conv_rows.h: consecutive pixels in the lanes
+  lanes,        // conv_lanes.h: independent pieces of the problem in the lanes
+  depthwise,    // conv_depthwise.h: groups of one channel in the lanes
+  winograd,     // conv_winograd.h: fewer multiplications
+  dots,         // conv_dots.h: the depth of the product in the lanes
+  windows,      // conv_windows.h: consecutive windows in the lanes
+  phases,       // conv_row_phases.h: direct, with fewer multiplications along a row
+  matrix,       // conv_row_matrix.h: direct, by a matrix unit
+  rows_by_two,  // conv_rows.h: rows, two input channels a multiplication (bfloat16)
 };
 
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.
@@ -81,6 +82,7 @@ struct ConvPoolPlan {
   int64_t columns, column_parts;  // pooled columns worked on together
   int64_t band;                   // pooled rows worked on together
   int64_t row_parts, block_parts;
+  int64_t slices;        // conv_rows.h: pooled slices worked on together
   int64_t tile_groups;   // conv_rows.h: groups that are copied together
   int64_t row_pitch;     // conv_rows.h: of the input's rows that are read in place, or 0
   int64_t tile_results;  // conv_winograd.h: conv pixels of a tile along a dimension

@@ -7,116 +7,28 @@
 // instead if each number is read once or, of every second or third column, few times.
 #pragma once
 
-#include "conv_rows_plan.h"
+#include "conv_direct_pack.h"
+#include "conv_rows_tile.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// weight -> [group][block of at most so many output channels][depth][channel]
-template <class T>
+// weight -> [group][block of at most so many output channels][depth][channel], in elements E
+template <class E, class T>
 void pack_blocks(const ConvPoolForward<T>& call, int64_t most, int64_t first_item, int64_t last_item) {
-  const ConvPoolGeometry& g = call.geometry;
+  const ConvPoolGeometry g = tile_geometry<E>(call.geometry);
   const ConvLayout& layout = call.weight_layout;
   const int64_t blocks = divide_up(g.out_channels, most), depth = g.depth();
   for (int64_t item = first_item; item < last_item; ++item) {
     const int64_t group = item / blocks, block = item % blocks;
     const int64_t first = g.out_channels * block / blocks, count = g.out_channels * (block + 1) / blocks - first;
     const T* from = call.weight + (group * g.out_channels + first) * layout.n;
-    Compute<T>* to = call.packed + (group * g.out_channels + first) * depth;
-    pack_taps(g, TapOrder::channels_first, from, layout, count, to, count);
-  }
-}
-
-// Vectors of pixels: their elements of the input, `stride` apart, and where they go, from `pixels` on.
-template <class E, int vectors>
-struct RowVectors {
-  const E* from[vectors];
-  int64_t pixels[vectors];
-  int64_t count;  // pixels of each vector
-};
-
-// The register tile: vectors of pixels of each of `outputs` channels. `asks`: for what lies ahead, the same channel's
-// next pixels, or where the kernel strides, so that these lie elsewhere, the next channels' pixels.
-template <int outputs, int vectors, int stride, bool asks, class E, int most, class C = Compute<E>>
-FASTNN_INLINE void rows_tile(const RowVectors<E, most>& row, const int64_t* offsets, int64_t depth, const C* weight,
-                             const C* bias, C* to, int64_t to_step) {
-  const E* from[vectors];
-#pragma GCC unroll 16
-  for (int v = 0; v < vectors; ++v) from[v] = row.from[v];
-  const int64_t elements = (row.count - 1) * stride + 1;
-  const auto load_pixels = [&](const E* at) __attribute__((always_inline)) {
-    if constexpr (stride == 1) return load(at);
-    return load_strided_up_to<stride>(at, elements);
-  };
-  Vec<C> total[outputs][vectors];
-#pragma GCC unroll 16
-  for (int o = 0; o < outputs; ++o) {
-#pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) total[o][v] = broadcast<C>(bias[o]);
-  }
-  OffsetsAhead ahead(offsets, depth);
-  sum_in_parts(depth, total, [&](int64_t k) __attribute__((always_inline)) {
-    const int64_t offset = ahead.take(k);
-    if constexpr (asks) {
-      constexpr int64_t kProductsAhead = 8;
-      const int64_t next = stride == 1 ? offset + vectors * kLanes<C> : offsets[smaller(k + kProductsAhead, depth - 1)];
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) __builtin_prefetch(from[v] + next);
-    }
-    if constexpr (outputs <= vectors) {
-      Vec<C> factor[outputs];
-#pragma GCC unroll 16
-      for (int o = 0; o < outputs; ++o) factor[o] = broadcast<C>(weight[o]);
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) {
-        Vec<C> value = load_pixels(from[v] + offset);
-        if (outputs > 1) keep_in_register(value);  // or each output would load it again
-#pragma GCC unroll 16
-        for (int o = 0; o < outputs; ++o) total[o][v] += value * factor[o];
-      }
+    E* to = reinterpret_cast<E*>(call.packed) + (group * g.out_channels + first) * depth;
+    if constexpr (kIsPair<E>) {
+      pack_pairs(g, TapOrder::channels_first, call.geometry.in_channels, from, layout, count, to, count);
     } else {
-      Vec<C> value[vectors];
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) value[v] = load_pixels(from[v] + offset);
-#pragma GCC unroll 16
-      for (int o = 0; o < outputs; ++o) {
-        const Vec<C> factor = broadcast<C>(weight[o]);
-#pragma GCC unroll 16
-        for (int v = 0; v < vectors; ++v) total[o][v] += value[v] * factor;
-      }
+      pack_taps(g, TapOrder::channels_first, from, layout, count, to, count);
     }
-    weight += outputs;
-  });
-#pragma GCC unroll 16
-  for (int o = 0; o < outputs; ++o) {
-#pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) store(to + o * to_step + row.pixels[v], total[o][v]);
-  }
-}
-
-// The conv pixels of a slice, whose rows have `columns` and begin `row_step` elements apart. Where vectors may not read
-// beyond the run, its last one ends with it, as a row's does.
-template <int outputs, int stride, bool asks, class E, class C = Compute<E>>
-FASTNN_SHARED void rows_slice(const RowShape& s, int64_t columns, int64_t row_step, bool within_run, const E* tile,
-                              const int64_t* offsets, int64_t depth, const C* weight, const C* bias, C* to,
-                              int64_t to_step) {
-  constexpr int most = stride == 1 ? row_vectors(outputs) : picked_vectors(outputs);
-  const int64_t last = s.by_rows ? columns : within_run ? s.run : s.vectors * kLanes<C>;
-  const int64_t in_row = s.by_rows ? divide_up(last, kLanes<C>) : s.vectors;
-  const int64_t tiles = divide_up(s.vectors, most);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = s.vectors * t / tiles, count = s.vectors * (t + 1) / tiles - begin;
-    RowVectors<E, most> vectors;
-    vectors.count = smaller(last, kLanes<C>);
-    for (int64_t v = 0; v < count; ++v) {
-      const int64_t row = (begin + v) / in_row;
-      const int64_t column = smaller((begin + v) % in_row * kLanes<C>, last - vectors.count);
-      vectors.from[v] = tile + row * row_step + column * stride;
-      vectors.pixels[v] = row * s.pitch + column;
-    }
-    with_constant<most>(static_cast<int>(count), [&](auto some) {
-      rows_tile<outputs, decltype(some)::value, stride, asks>(vectors, offsets, depth, weight, bias, to, to_step);
-    });
   }
 }
 
@@ -134,31 +46,31 @@ FASTNN_INLINE Vec<C> load_strided(const C* from, int64_t stride) {
   }
 }
 
-template <class T>
+// One thread's way through its items, with a weight of elements E and a tile of them.
+template <class E, class T>
 class RowsForward {
   using C = Compute<T>;
 
  public:
   RowsForward(const ConvPoolForward<T>& call, void* memory)
       : call_(call),
-        g_(call.geometry),
-        s_(row_shape<C>(call.geometry, call.plan, call.plan.band)),
-        scratch_(call.geometry, call.plan, memory) {
+        g_(tile_geometry<E>(call.geometry)),
+        s_(row_shape<C>(g_, call.plan)),
+        scratch_(g_, call.plan, memory) {
     // More channels than the hardware foresees, each in pages of its own.
-    constexpr int64_t kCache = 1 << 20, kPage = 4096, kChannels = 32, size = sizeof(T);
-    const int64_t bytes = g_.batch * g_.groups * g_.in_channels * g_.input[0] * g_.input[1] * g_.input[2] * size;
-    asks_ahead_ =
-        call.plan.in_place && g_.in_channels >= kChannels && call.input_layout.c * size >= kPage && bytes > kCache;
+    constexpr int64_t kCache = 1 << 20, kPage = 4096, kMany = 32, size = sizeof(T);
+    asks_ahead_ = call.plan.in_place && call.geometry.in_channels >= kMany && call.input_layout.c * size >= kPage &&
+                  call.geometry.batch * image_size(call.geometry) * size > kCache;
     const ConvLayout& layout = call.input_layout;
     if (call.plan.in_place) {
-      s_.channel = layout.c;
+      s_.channel = kChannels<E> * layout.c;
       s_.slice = layout.d[0];
     }
     for_each_tap(g_, TapOrder::channels_first, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
       const int64_t row = h * g_.dilation[1], column = w * g_.dilation[2];
       if (call.plan.in_place) {
         scratch_.offsets[k] =
-            c * layout.c + d * g_.dilation[0] * layout.d[0] + row * layout.d[1] + column * layout.d[2];
+            c * s_.channel + d * g_.dilation[0] * layout.d[0] + row * layout.d[1] + column * layout.d[2];
         return;
       }
       scratch_.offsets[k] = c * s_.channel + d * g_.dilation[0] * s_.slice + row % g_.stride[1] * s_.phase[0] +
@@ -170,37 +82,43 @@ class RowsForward {
     first_ = item % call_.plan.row_parts * call_.plan.band;
     last_ = smaller(first_ + call_.plan.band, g_.output[1]);
     item /= call_.plan.row_parts;
-    slice_ = item % g_.output[0];
-    item /= g_.output[0];
+    const int64_t slice_parts = divide_up(g_.output[0], call_.plan.slices);
+    first_slice_ = item % slice_parts * call_.plan.slices;
+    item /= slice_parts;
     const int64_t parts = g_.groups / call_.plan.tile_groups;
     group_ = item % parts * call_.plan.tile_groups;
     image_ = item / parts;
-    first_conv_[0] = larger(0, slice_ * g_.pool_stride[0] - g_.pool_padding[0]);
-    const Range rows = rows_under_band(g_, first_, call_.plan.band);
+    const Range slices = conv_under(g_, 0, first_slice_, call_.plan.slices);
+    first_conv_[0] = slices.first;
+    slices_ = slices.last - slices.first;
+    const Range rows = conv_under(g_, 1, first_, call_.plan.band);
     first_conv_[1] = rows.first;
     set_rows<C>(g_, rows.last - rows.first, s_);
     const ConvLayout& layout = call_.input_layout;
-    const T* image = call_.input + image_ * layout.n + group_ * g_.in_channels * layout.c;
+    const T* image = call_.input + image_ * layout.n + group_ * call_.geometry.in_channels * layout.c;
     if (call_.plan.in_place) {
       run_groups(image + first_conv_[0] * g_.stride[0] * layout.d[0] + first_conv_[1] * g_.stride[1] * layout.d[1]);
     } else {
       load_tile(image);
-      run_groups(static_cast<const C*>(scratch_.tile));
+      run_groups(static_cast<const E*>(scratch_.tile));
     }
   }
 
  private:
-  // From a tile, or an image, of elements E: its band's first conv pixel, first tap.
-  template <class E>
-  void run_groups(const E* tile) {
+  // From a tile, or an image of numbers: its band's first conv pixel, first tap.
+  template <class S>
+  void run_groups(const S* tile) {
     const int64_t blocks = divide_up(g_.out_channels, kRowOutputs);
     for (int64_t i = 0; i < call_.plan.tile_groups; ++i, ++group_, tile += g_.in_channels * s_.channel) {
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = g_.out_channels * b / blocks, last = g_.out_channels * (b + 1) / blocks;
         with_constant<kRowOutputs>(static_cast<int>(last - first),
                                    [&](auto outputs) { make_pixels<decltype(outputs)::value>(tile, first); });
-        pool(last - first);
-        write(group_ * g_.out_channels + first, last - first);
+        const int64_t last_slice = smaller(first_slice_ + call_.plan.slices, g_.output[0]);
+        for (slice_ = first_slice_; slice_ < last_slice; ++slice_) {
+          pool(last - first);
+          write(group_ * g_.out_channels + first, last - first);
+        }
       }
     }
   }
@@ -211,26 +129,26 @@ class RowsForward {
     const bool channels_inside = layout.c == 1 && channels > 1;
     const int64_t row_phases = smaller(g_.stride[1], g_.kernel_extent(1));
     for (int64_t c = 0; c < (channels_inside ? 1 : channels); ++c) {
-      for (int64_t d = 0; d < s_.slices; ++d) {
+      for (int64_t d = 0; d < s_.slices; d += s_.every[0]) {
         const int64_t z = first_conv_[0] * g_.stride[0] - g_.padding[0] + d;
-        for (int64_t phase = 0; phase < row_phases; ++phase) {
+        for (int64_t phase = 0; phase < row_phases; phase += s_.every[1]) {
           for (int64_t r = 0; r < s_.rows; ++r) {
             const int64_t y = (first_conv_[1] + r) * g_.stride[1] - g_.padding[1] + phase;
-            C* to = scratch_.tile + c * s_.channel + d * s_.slice + phase * s_.phase[0] + r * s_.pitch;
+            E* to = scratch_.tile + c * s_.channel + d * s_.slice + phase * s_.phase[0] + r * s_.pitch;
             const bool inside = z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1];
-            load_row(inside ? image + c * layout.c + z * layout.d[0] + y * layout.d[1] : nullptr, channels_inside, to);
+            load_row(inside ? image + z * layout.d[0] + y * layout.d[1] : nullptr, channels_inside, c, to);
           }
         }
       }
     }
   }
 
-  // A row of one channel, or of all where they lie inside the pixels; zeros for null.
-  void load_row(const T* from, bool channels_inside, C* to) {
-    const ConvLayout& layout = call_.input_layout;
+  // A row of an element of channels, or of all where they lie inside the pixels; zeros for null.
+  void load_row(const T* from, bool channels_inside, int64_t element, E* to) {
+    ConvLayout layout = call_.input_layout;
     const int64_t phases = smaller(g_.stride[2], g_.kernel_extent(2)), stride = g_.stride[2];
     const int64_t channels = channels_inside ? call_.plan.tile_groups * g_.in_channels : 1;
-    for (int64_t phase = 0; phase < phases; ++phase, to += s_.phase[1]) {
+    for (int64_t phase = 0; phase < phases; phase += s_.every[2], to += s_.every[2] * s_.phase[1]) {
       // Columns [left, right) of the tile are inside the input.
       const int64_t offset = g_.padding[2] - phase, room = g_.input[2] + offset;
       const int64_t left = smaller(s_.pitch, offset > 0 ? divide_up(offset, stride) : 0);
@@ -241,25 +159,28 @@ class RowsForward {
         fill_zeros(to + c * s_.channel + right, s_.pitch - right);
       }
       if (right == left) continue;
-      const T* source = from + (left * stride - offset) * layout.d[2];
-      if (channels_inside) {
-        transpose_matrix(source, layout.d[2] * stride, right - left, channels, to + left, s_.channel);
+      const T* source = from + (left * stride - offset) * call_.input_layout.d[2];
+      layout.d[2] = call_.input_layout.d[2] * stride;
+      if (!channels_inside) {
+        copy_columns(source, layout, call_.geometry.in_channels, false, element, right - left, to + left, 1);
+      } else if constexpr (kIsPair<E>) {
+        transpose_matrix(reinterpret_cast<const float*>(source), layout.d[2] / 2, right - left, channels,
+                         reinterpret_cast<float*>(to + left), s_.channel);
       } else {
-        copy_run(source, layout.d[2] * stride, right - left, to + left);
+        transpose_matrix(source, layout.d[2], right - left, channels, to + left, s_.channel);
       }
     }
   }
 
   // The conv pixels of a block of outputs, of which it is the first.
-  template <int outputs, class E>
-  void make_pixels(const E* tile, int64_t first) {
+  template <int outputs, class S>
+  void make_pixels(const S* tile, int64_t first) {
     C bias[outputs] = {};
     for (int o = 0; o < outputs && call_.bias; ++o) {
       bias[o] = to_compute(call_.bias[group_ * g_.out_channels + first + o]);
     }
-    const C* weight = call_.packed + (group_ * g_.out_channels + first) * g_.depth();
-    const int64_t slices = smaller(s_.conv[0], g_.conv[0] - first_conv_[0]);
-    for (int64_t z = 0; z < slices; ++z) {
+    const E* weight = reinterpret_cast<const E*>(call_.packed) + (group_ * g_.out_channels + first) * g_.depth();
+    for (int64_t z = 0; z < slices_; ++z) {
       C* to = pixels(z, 0, outputs);
       make_slice<outputs>(tile + z * g_.stride[0] * s_.slice, weight, bias, to);
       for (int o = 0; o < outputs; ++o) spread_rows(to + o * scratch_.pixel_step);
@@ -267,19 +188,22 @@ class RowsForward {
   }
 
   // A slice of the block's conv pixels -> to.
-  template <int outputs, class E>
-  void make_slice(const E* tile, const C* weight, const C* bias, C* to) {
+  template <int outputs, class S>
+  void make_slice(const S* tile, const E* weight, const C* bias, C* to) {
     const int64_t row_step = s_.picks ? g_.stride[1] * call_.input_layout.d[1] : s_.pitch;
     const auto run = [&](auto stride, auto asks) {
-      rows_slice<outputs, decltype(stride)::value, decltype(asks)::value>(s_, g_.conv[2], row_step, call_.plan.in_place,
-                                                                          tile, scratch_.offsets, g_.depth(), weight,
-                                                                          bias, to, scratch_.pixel_step);
+      rows_slice<E, outputs, decltype(stride)::value, decltype(asks)::value>(
+          s_, g_.conv[2], row_step, call_.plan.in_place, tile, scratch_.offsets, g_.depth(), weight, bias, to,
+          scratch_.pixel_step);
     };
-    if constexpr (sizeof(E) == sizeof(T) && kPicksRows<T>) {
+    if constexpr (sizeof(S) == sizeof(T) && kPicksRows<T>) {
       const int64_t stride = g_.stride[2] * call_.input_layout.d[2];
       if (s_.picks) return stride == 2 ? run(Constant<2>{}, Constant<1>{}) : run(Constant<3>{}, Constant<1>{});
     }
-    asks_ahead_ ? run(Constant<1>{}, Constant<1>{}) : run(Constant<1>{}, Constant<0>{});
+    if constexpr (sizeof(S) == sizeof(T)) {
+      if (asks_ahead_) return run(Constant<1>{}, Constant<1>{});
+    }
+    run(Constant<1>{}, Constant<0>{});
   }
 
   // Those that have been made -> the stage.
@@ -399,17 +323,17 @@ class RowsForward {
   }
 
   const ConvPoolForward<T>& call_;
-  const ConvPoolGeometry& g_;
+  const ConvPoolGeometry g_;  // whose channels are elements
   RowShape s_;
-  const RowScratch<C> scratch_;
-  int64_t image_, group_, slice_, first_, last_;
-  int64_t first_conv_[2];
+  const RowScratch<E> scratch_;
+  int64_t image_, group_, first_slice_, slice_, first_, last_;
+  int64_t first_conv_[2], slices_;  // of conv pixels, the first slice and row, and how many slices
   bool asks_ahead_;
 };
 
-template <class T>
+template <class E, class T>
 void forward_rows(const ConvPoolForward<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
-  RowsForward<T> worker(call, scratch);
+  RowsForward<E, T> worker(call, scratch);
   for (int64_t item = first_item; item < last_item; ++item) worker.run(item);
 }
 

@@ -76,6 +76,8 @@ std::string algorithm_name(ConvAlgorithm algorithm) {
       return "direct";
     case ConvAlgorithm::rows:
       return "rows";
+    case ConvAlgorithm::rows_by_two:
+      return "rows_by_two";
     case ConvAlgorithm::lanes:
       return "lanes";
     case ConvAlgorithm::pairs:
