@@ -208,6 +208,22 @@ ConvPoolPlan plan_rows(const ConvPoolGeometry& call, const ConvLayout& input, in
   return plan;
 }
 
+// What is waited for, for one image and group: from beyond L2; of large images from memory, every channel on a page of
+// its own. In place each block of outputs reads it again. `g` counts single channels.
+template <class T>
+double rows_arrival_cost(const ConvPoolGeometry& g, const ConvLayout& input, const ConvPoolPlan& plan) {
+  constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
+  constexpr double kLateByte = 0.01, kFarByte = 0.45, kStridedByte = 1, kPlaceByte = 0.12, kLastByte = 0.06;
+  const int64_t bytes = group_size(g) * static_cast<int64_t>(sizeof(T)), all = g.batch * g.groups * bytes;
+  const double met = share_met(g, 0) * share_met(g, 1) * static_cast<double>(bytes);
+  if (plan.in_place && all > kFar) {
+    return kPlaceByte * met * static_cast<double>(bytes > kNear ? divide_up(g.out_channels, kRowOutputs) : 1);
+  }
+  if (input.c == 1) return all > kFar ? kLastByte * met : 0;
+  const bool far = !plan.in_place && g.groups * bytes > kFar;
+  return met * (far ? (g.stride[2] > 1 ? kStridedByte : kFarByte) : all > kNear ? kLateByte : 0);
+}
+
 // For one image and group.
 template <class E, class T, class C = Compute<T>>
 double rows_cost(const ConvPoolGeometry& call, const ConvLayout& input, const ConvPoolPlan& plan) {
@@ -241,14 +257,7 @@ double rows_cost(const ConvPoolGeometry& call, const ConvLayout& input, const Co
   const double place = g.pool_stride[2] > kMostStride ? 60 : 5;  // of a vector of windows
   const double windows =
       static_cast<double>(g.out_channels * plan.slices * plan.band * divide_up(g.output[2], kLanes<C>) * g.places());
-  // From beyond L2; large images come from memory, every channel on a page of its own.
-  constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
-  constexpr double kLateByte = 0.01, kFarByte = 0.45, kStridedByte = 1;
-  const int64_t bytes = group_size(call) * static_cast<int64_t>(sizeof(T));
-  const bool far = input.c != 1 && !plan.in_place && g.groups * bytes > kFar;
-  const bool late = input.c != 1 && g.batch * g.groups * bytes > kNear;
-  const double byte = far ? (g.stride[2] > 1 ? kStridedByte : kFarByte) : late ? kLateByte : 0;
-  const double waits = byte * share_met(g, 0) * share_met(g, 1) * static_cast<double>(bytes);
+  const double waits = rows_arrival_cost<T>(call, input, plan);
   const int64_t outputs = smaller(g.out_channels, kRowOutputs), tile = outputs * row_vectors(static_cast<int>(outputs));
   const double tiles = static_cast<double>(g.out_channels * s.conv[0] * s.vectors) / static_cast<double>(tile);
   return bands * (kItem + kTile * tiles + overhead * multiplications + (plan.in_place ? 0 : copy) + place * windows) +
