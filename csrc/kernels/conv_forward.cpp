@@ -73,7 +73,8 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
     least_costs = costs;
     least = plan();
   };
-  constexpr double kTooHigh = 0.9;  // beside those of tiles, the estimates of dots, windows and lanes
+  // Beside those of tiles, the estimates of dots and lanes, and of windows.
+  constexpr double kTooHigh = 0.9, kWindowsTooHigh = 0.95;
   const double tiles_costs = least_costs;
   double costs = 0;
   ConvPoolPlan candidate;
@@ -101,7 +102,7 @@ ConvPoolPlan plan_as_it_lies(const ConvPoolGeometry& g, const ConvLayout& input,
       consider(costs, [&] { return candidate; });
     }
     if (windows_apply<C>(g)) {
-      consider(kTooHigh * windows_cost<C>(g, input, plan_windows<T>(g, 1)),
+      consider(kWindowsTooHigh * windows_cost<C>(g, input, plan_windows<T>(g, 1)),
                [&] { return plan_windows<T>(g, threads); });
     }
     const auto consider_rows = [&](auto element) {
