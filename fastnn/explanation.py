@@ -64,10 +64,11 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     ``dots``, ``depthwise`` or ``winograd``, the files of csrc/kernels; ``pairs`` is ``direct`` with two channels a
     multiplication, ``row_pairs`` with two numbers of a row of the kernel, ``by_four`` with lanes for four input
     channels of each output, ``matrix`` with a matrix unit's products, ``phases`` with fewer multiplications;
-    ``rows_by_two`` is ``rows`` with two channels a multiplication) and of a training step's backward: ``winners``, which visits the windows' winners alone, ``depthwise``, which has channels in
-    the lanes, ``pixels`` and ``taps``, which have pixels there (for 1x1 kernels, and for few taps), or ``stock``,
-    torch's own convolution. A layer that isn't listed takes PyTorch's own path. ``fastnn.models.Conv2DNet``, which
-    otherwise infers by one operator, is reported layer by layer: the algorithms are the same.
+    ``rows_by_two`` is ``rows`` with two channels a multiplication) and of a training step's backward: ``winners``,
+    which visits the windows' winners alone, ``depthwise``, which has channels in the lanes, ``pixels`` and ``taps``,
+    which have pixels there (for 1x1 kernels, and for few taps), or ``stock``, torch's own convolution. A layer that
+    isn't listed takes PyTorch's own path. ``fastnn.models.Conv2DNet``, which otherwise infers by one operator, is
+    reported layer by layer: the algorithms are the same.
     """
     recorder = _Recorder()
     hooks = []
