@@ -29,7 +29,7 @@ ONE_VECTOR = (
     ((2, 24, 9, 9), 8, (7, 7), {"stride": 2, "padding": 3, "groups": 2, "pool": 1}),
 )
 BY_FOUR = (
-    ((2, 16, 100), 8, (2,), {"stride": 2, "padding": 1, "groups": 2, "pool": 3}),
+    ((2, 24, 100), 8, (2,), {"stride": 2, "padding": 1, "groups": 2, "pool": 3}),
     ((2, 16, 7, 7, 7), 8, (2, 2, 2), {"padding": 1, "dilation": 2, "groups": 2, "pool": 2}),
     ((2, 42, 24, 24), 8, (5, 5), {"padding": 2, "dilation": 2, "pool": 1}),
     ((2, 17, 20, 20), 7, (5, 5), {"dilation": 2, "groups": 2, "pool": 3, "pool_stride": 2}),
@@ -43,7 +43,7 @@ BY_FOUR = (
 BY_FOUR_AVX2 = (
     ((2, 20, 20, 20), 4, (2, 2), {"stride": 2, "groups": 2, "pool": 1}),
     ((2, 96, 9, 9), 4, (7, 7), {"padding": 3, "pool": 1}),
-    ((2, 24, 100), 4, (7,), {"stride": 2, "dilation": 2, "pool": 2}),
+    ((2, 24, 31), 4, (7,), {"stride": 2, "dilation": 2, "pool": 2}),
     ((2, 96, 9, 9, 9), 4, (3, 3, 3), {"stride": 2, "padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
 )
 Case = tuple[tuple[int, ...], int, tuple[int, ...], dict[str, Any]]
