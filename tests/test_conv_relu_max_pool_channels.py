@@ -33,12 +33,12 @@ BY_FOUR = (
     ((2, 16, 7, 7, 7), 8, (2, 2, 2), {"padding": 1, "dilation": 2, "groups": 2, "pool": 2}),
     ((2, 42, 24, 24), 8, (5, 5), {"padding": 2, "dilation": 2, "pool": 1}),
     ((2, 17, 20, 20), 7, (5, 5), {"dilation": 2, "groups": 2, "pool": 3, "pool_stride": 2}),
-    ((2, 20, 9, 9, 9), 5, (2, 2, 2), {"padding": 1, "pool": 2}),
-    ((2, 13, 19, 19), 4, (7, 7), {"stride": 2, "dilation": 2, "groups": 2, "pool": 2}),
-    ((2, 20, 24, 24), 5, (2, 2), {"stride": 2, "pool": 2}),
-    ((2, 6, 7, 7, 7), 8, (3, 3, 3), {"padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
+    ((2, 20, 9, 9, 9), 8, (2, 2, 2), {"padding": 1, "pool": 2}),
+    ((2, 13, 19, 19), 7, (7, 7), {"stride": 2, "dilation": 2, "groups": 2, "pool": 2}),
+    ((2, 20, 36, 36), 5, (2, 2), {"stride": 2, "pool": 2}),
+    ((2, 17, 7, 7, 7), 8, (3, 3, 3), {"padding": 1, "groups": 2, "pool": 3, "pool_stride": 2}),
     ((2, 33, 12, 12, 12), 8, (2, 2, 2), {"dilation": 2, "groups": 2, "pool": 2}),
-    ((2, 64, 100), 7, (2,), {"padding": 1, "dilation": 2, "pool": 3, "pool_stride": 2}),
+    ((2, 64, 100), 8, (2,), {"padding": 1, "dilation": 2, "pool": 3, "pool_stride": 2}),
 )
 BY_FOUR_AVX2 = (
     ((2, 20, 20, 20), 4, (2, 2), {"stride": 2, "groups": 2, "pool": 1}),
