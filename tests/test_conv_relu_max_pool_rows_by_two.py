@@ -23,7 +23,7 @@ IN_PLACE = (
     ((2, 130, 9, 16), 12, (1, 1), geometry(2, **OVERLAPPING)),
     ((2, 64, 8, 8, 8), 31, (1, 1, 1), geometry(3)),
     ((2, 96, 20, 45), 8, (3, 3), geometry(2, 2, **OVERLAPPING)),
-    ((2, 48, 40, 52), 7, (3, 3), geometry(2, 3, groups=1, pool=2)),
+    ((2, 48, 40, 52), 7, (3, 3), geometry(2, 3, pool=2)),
     ((2, 24, 9, 13, 35), 4, (2, 2, 2), geometry(3, 2, pool=3, pool_stride=2, pool_padding=1)),
     ((3, 64, 300), 6, (1,), geometry(1, pool=4)),
 )
@@ -34,7 +34,7 @@ COPIED = (
     ((2, 20, 18, 35), 8, (3, 3), geometry(2, 2, 1, groups=4)),
     ((2, 18, 18, 35), 6, (3, 3), geometry(2, 2, 1, groups=2)),
     ((2, 12, 21, 33), 4, (2, 3), geometry(2, (2, 3), 1, (2, 3), pool=2)),
-    ((2, 10, 9, 12, 17), 3, (2, 2, 2), geometry(3, 2, 1, 2, groups=1, pool=3, pool_stride=1)),
+    ((2, 10, 9, 12, 17), 3, (2, 2, 2), geometry(3, 2, 1, 2, pool=3, pool_stride=1)),
     ((2, 33, 120), 2, (5,), geometry(1, 4, 2, 2, pool=3)),
 )
 

@@ -120,7 +120,7 @@ FASTNN_INLINE void copy_one(uint8_t from, uint8_t* to) {
 template <class T>
 void pack_taps(const ConvPoolGeometry& g, TapOrder order, const T* from, const ConvLayout& layout, int64_t count,
                Compute<T>* to, int64_t width) {
-  constexpr int64_t numbers = 512, least = 8;  // at a time; output channels
+  constexpr int64_t numbers = 512, least = 8;  // of each output, at a time; outputs that are worth a transpose
   int64_t places[numbers];
   const int64_t taps = g.taps();
   const bool joined = layout.d[1] == layout.d[2] * g.kernel[2] && layout.d[0] == layout.d[1] * g.kernel[1];
@@ -229,8 +229,8 @@ FASTNN_INLINE bool can_stay_in_place(const ConvPoolGeometry& g, const ConvLayout
 constexpr int64_t kShareOfL3 = 6 << 20;
 
 // What the cost rules count: vector multiply-adds. Copying the input into a tile costs this much an element, copied as
-// it lies, with a small stride, transposed in squares or one by one, and this much a run.
-constexpr double kCopyCost = 0.25, kStridedCost = 0.6, kTransposeCost = 0.8, kSingleCost = 2, kRunCost = 40;
+// it lies, with a small stride or one by one, and this much a run.
+constexpr double kCopyCost = 0.25, kStridedCost = 0.6, kSingleCost = 2, kRunCost = 40;
 FASTNN_INLINE double copy_cost(int64_t stride) {
   return stride == 1 ? kCopyCost : stride <= kMostStride ? kStridedCost : kSingleCost;
 }
@@ -286,8 +286,7 @@ FASTNN_INLINE int64_t image_size(const ConvPoolGeometry& g) {
   return g.groups * group_size(g);
 }
 
-// The greatest.
-FASTNN_INLINE int64_t common_divisor(int64_t a, int64_t b) {
+FASTNN_INLINE int64_t greatest_common_divisor(int64_t a, int64_t b) {
   while (b != 0) {
     const int64_t rest = a % b;
     a = b;
@@ -298,7 +297,7 @@ FASTNN_INLINE int64_t common_divisor(int64_t a, int64_t b) {
 
 // Of the input's pixels along one dimension, those that the kernel does not stride over.
 FASTNN_INLINE double share_met(const ConvPoolGeometry& g, int d) {
-  const int64_t apart = g.stride[d] / common_divisor(g.stride[d], g.dilation[d]);
+  const int64_t apart = g.stride[d] / greatest_common_divisor(g.stride[d], g.dilation[d]);
   return static_cast<double>(smaller(apart, g.kernel[d])) / static_cast<double>(g.stride[d]);
 }
 

@@ -1,4 +1,4 @@
-// The weight of direct convolution, packed for its tiles.
+// The weight of direct convolution, packed for its tiles, and of pairs for conv_rows.h too.
 #pragma once
 
 #include "conv_row_matrix.h"

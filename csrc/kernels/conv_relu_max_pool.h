@@ -50,6 +50,7 @@ enum class ConvAlgorithm : int32_t {
   row_pairs,    // the same, two numbers side by side in a row of the kernel
   by_four,      // the same, the lanes of an output channel have products with four input channels (float32)
   rows,         // conv_rows.h: consecutive pixels in the lanes
+  rows_by_two,  // the same, two input channels a multiplication (bfloat16)
   lanes,        // conv_lanes.h: independent pieces of the problem in the lanes
   depthwise,    // conv_depthwise.h: groups of one channel in the lanes
   winograd,     // conv_winograd.h: fewer multiplications
@@ -57,7 +58,6 @@ enum class ConvAlgorithm : int32_t {
   windows,      // conv_windows.h: consecutive windows in the lanes
   phases,       // conv_row_phases.h: direct, with fewer multiplications along a row
   matrix,       // conv_row_matrix.h: direct, by a matrix unit
-  rows_by_two,  // conv_rows.h: rows, two input channels a multiplication (bfloat16)
 };
 
 // How a forward call is cut up: a function of the geometry, the layouts and the number of threads.

@@ -60,7 +60,7 @@ RowShape row_shape(const ConvPoolGeometry& g, const ConvPoolPlan& plan) {
   s.pitch = pitch > 0 ? pitch : g.conv[2] + larger((g.kernel_extent(2) - 1) / g.stride[2], s.margin);
   s.spread = larger(s.pitch, g.conv[2] + s.margin);
   set_rows<C>(g, smaller(g.conv[1], (plan.band - 1) * g.pool_stride[1] + g.pool_extent(1)), s);
-  for (int d = 0; d < 3; ++d) s.every[d] = common_divisor(g.stride[d], g.dilation[d]);
+  for (int d = 0; d < 3; ++d) s.every[d] = greatest_common_divisor(g.stride[d], g.dilation[d]);
   s.slices = (s.conv[0] - 1) * g.stride[0] + g.kernel_extent(0);
   s.rows = s.conv[1] + (g.kernel_extent(1) - 1) / g.stride[1];
   s.phase[1] = s.rows * s.pitch;

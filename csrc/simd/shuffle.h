@@ -105,15 +105,19 @@ FASTNN_INLINE Vec<float> load_strided_up_to(const bfloat16* from, int64_t count)
     return load_up_to<bfloat16>(from, count);
   } else {
     const __m512i low = _mm512_maskz_loadu_epi16(first_elements(count), from);
-    if constexpr (stride == 2) return (Vec<float>)_mm512_slli_epi32(low, 16);
-    const __m512i high = _mm512_maskz_loadu_epi16(count > 32 ? first_elements(count - 32) : 0, from + 32);
-    if constexpr (stride == 3) {
-      constexpr uint32_t kUpper = 0xaaaaaaaa;
-      const __m512i numbers = _mm512_loadu_si512(kEveryThird.number);
-      return (Vec<float>)_mm512_maskz_permutex2var_epi16(kUpper, low, numbers, high);
+    if constexpr (stride == 2) {
+      return (Vec<float>)_mm512_slli_epi32(low, 16);
+    } else {
+      const __m512i high = _mm512_maskz_loadu_epi16(count > 32 ? first_elements(count - 32) : 0, from + 32);
+      if constexpr (stride == 3) {
+        constexpr uint32_t kUpper = 0xaaaaaaaa;
+        const __m512i numbers = _mm512_loadu_si512(kEveryThird.number);
+        return (Vec<float>)_mm512_maskz_permutex2var_epi16(kUpper, low, numbers, high);
+      } else {
+        static_assert(stride == kMostStride);
+        return every_second<float>((Vec<float>)_mm512_slli_epi32(low, 16), (Vec<float>)_mm512_slli_epi32(high, 16));
+      }
     }
-    static_assert(stride <= kMostStride);
-    return every_second<float>((Vec<float>)_mm512_slli_epi32(low, 16), (Vec<float>)_mm512_slli_epi32(high, 16));
   }
 }
 #endif
