@@ -16,6 +16,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 VERSION = "0.1.0"
+# Of the kernels, what takes the instruction set as data.
+ISA_INDEPENDENT = [CSRC / "kernels" / "conv" / "plan.cpp"]
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # No -ffast-math: it drops NaN and can set flush-to-zero for the whole process.
@@ -62,7 +64,8 @@ class BuildExtension(build_ext):
         jobs = [(source, "common", []) for source in ext.sources]
         for isa, flags in INSTRUCTION_SETS.items():
             isa_flags = [f"-DFASTNN_ISA={isa}", *KERNEL_FLAGS, *flags]
-            jobs += [(str(source), isa, isa_flags) for source in sorted(CSRC.glob("kernels/*.cpp"))]
+            sources = [path for path in sorted(CSRC.glob("kernels/**/*.cpp")) if path not in ISA_INDEPENDENT]
+            jobs += [(str(source), isa, isa_flags) for source in sources]
         jobs.sort(key=lambda job: job[1] != "avx512")  # the slowest first
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda job: self.compile_one(ext, *job), jobs))
@@ -112,7 +115,13 @@ def extension():
     return Extension(
         "fastnn._C",
         sources=[
-            str(p) for p in [CSRC / "module.cpp", *sorted(CSRC.glob("ops/*.cpp")), *sorted(CSRC.glob("simd/*.cpp"))]
+            str(path)
+            for path in [
+                CSRC / "module.cpp",
+                *sorted(CSRC.glob("ops/*.cpp")),
+                *sorted(CSRC.glob("simd/*.cpp")),
+                *ISA_INDEPENDENT,
+            ]
         ],
         depends=[str(p) for p in sorted(CSRC.glob("**/*.h"))],
         # System headers: their warnings are not ours.

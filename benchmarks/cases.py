@@ -38,34 +38,42 @@ class Case:
 # ---- convolution ------------------------------------------------------------------------------------------
 
 
+Size = int | Sequence[int]
+
+
 def conv_case(
     shape: tuple[int, ...],
     out_channels: int,
-    kernel: int,
-    pool: int,
+    kernel: Size,
+    pool: Size,
     *,
-    stride: int = 1,
-    padding: int = 0,
+    stride: Size = 1,
+    padding: Size = 0,
     dilation: int = 1,
     groups: int = 1,
-    pool_stride: int | None = None,
-    pool_padding: int = 0,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    ceil_mode: bool = False,
 ) -> Case:
     dims, in_channels = len(shape) - 2, shape[1]
-    conv = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    each = [(size,) * dims if isinstance(size, int) else tuple(size) for size in (kernel, stride, padding)]
+    conv = {**dict(zip(("kernel_size", "stride", "padding"), each, strict=True)), "dilation": dilation, "groups": groups}
     pooling = {"kernel_size": pool, "stride": pool_stride, "padding": pool_padding}
 
     def stock() -> nn.Module:
         layer = getattr(nn, f"Conv{dims}d")(in_channels, out_channels, **conv)
-        return nn.Sequential(layer, nn.ReLU(), getattr(nn, f"MaxPool{dims}d")(**pooling))
+        return nn.Sequential(layer, nn.ReLU(), getattr(nn, f"MaxPool{dims}d")(**pooling, ceil_mode=ceil_mode))
 
     def fused() -> nn.Module:
         layer = getattr(fastnn.nn, f"ConvReLUMaxPool{dims}d")
-        return layer(in_channels, out_channels, **conv, **{f"pool_{key}": value for key, value in pooling.items()})
+        pools = {f"pool_{key}": value for key, value in pooling.items()}
+        return layer(in_channels, out_channels, **conv, **pools, ceil_mode=ceil_mode)
 
-    pixels = math.prod((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for size in shape[2:])
-    flops = 2.0 * shape[0] * out_channels * pixels * in_channels // groups * kernel**dims
-    step = f"/{stride}" if stride > 1 else ""
+    pixels = math.prod(
+        (size + 2 * p - dilation * (k - 1) - 1) // s + 1 for size, k, s, p in zip(shape[2:], *each, strict=True)
+    )
+    flops = 2.0 * shape[0] * out_channels * pixels * in_channels // groups * math.prod(each[0])
+    step = f"/{stride}" if stride != 1 else ""
     pool_step = f"/{pool_stride}" if pool_stride else ""
     others = (f" dilation {dilation}" if dilation > 1 else "") + (f" groups {groups}" if groups > 1 else "")
     name = f"{shape} {in_channels}->{out_channels} k{kernel}{step}{others} pool {pool}{pool_step}"

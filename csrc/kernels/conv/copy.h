@@ -1,0 +1,152 @@
+// The way in and the way out: bands of the input copied beside zeros for their padding, pooled pixels written in the
+// output's memory format.
+#pragma once
+
+#include "../../simd/transpose.h"
+#include "pool.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// `count` elements side by side, converted.
+template <class From, class To>
+FASTNN_INLINE void copy_run(const From* from, int64_t count, To* to) {
+  if constexpr (sizeof(From) == sizeof(To)) {
+    __builtin_memcpy(to, from, count * sizeof(To));
+  } else {
+    using C = Compute<From>;
+    int64_t i = 0;
+    for (; i + kLanes<C> <= count; i += kLanes<C>) store(to + i, load(from + i));
+    if (i < count) store_up_to<To>(to + i, load_up_to<From>(from + i, count - i), count - i);
+  }
+}
+template <class E>
+FASTNN_INLINE void fill_zeros(E* to, int64_t count) {
+  if (count > 0) __builtin_memset(static_cast<void*>(to), 0, count * sizeof(E));
+}
+
+// The part of `extent` positions from `first` on that lies within [0, size): [first, last), counted from `first`.
+FASTNN_INLINE Inside overlap(int64_t first, int64_t extent, int64_t size) {
+  const int64_t begin = smaller(extent, larger(0, -first));
+  return {begin, larger(begin, smaller(extent, size - first))};
+}
+
+// The columns of a row that lie inside the input, and zeros beside them: `write(to, first column, count)` copies.
+template <class E, class Write>
+FASTNN_INLINE void copy_row(bool is_inside, Inside columns, int64_t extent, int64_t pixel, E* to, const Write& write) {
+  if (!is_inside) return fill_zeros(to, extent * pixel);
+  fill_zeros(to, columns.first * pixel);
+  if (columns.last > columns.first) write(to + columns.first * pixel, columns.first, columns.last - columns.first);
+  fill_zeros(to + columns.last * pixel, (extent - columns.last) * pixel);
+}
+
+#if defined(__AVX512F__)
+// Two rows of numbers as one of pairs; `odd` may be null, which stands for zeros.
+FASTNN_INLINE void copy_pairs(const bfloat16* even, const bfloat16* odd, int64_t count, bfloat16x2* to) {
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    const int64_t left = count - i;
+    const Vec<float> x = load_up_to<bfloat16>(even + i, left);
+    const Vec<float> y = odd ? load_up_to<bfloat16>(odd + i, left) : Vec<float>{};
+    store_up_to<float>(reinterpret_cast<float*>(to + i), zip_pairs(x, y), left);
+  }
+}
+#endif
+
+// The input under a band of one image, in elements E -> DirectPlan's copy.
+template <class E, class T>
+void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band, int64_t image, E* copy) {
+  constexpr bool pairs = sizeof(E) != sizeof(Compute<E>) || !__is_same(E, Compute<E>);
+  const ConvPoolGeometry& g = call.geometry;
+  const ConvLayout& layout = call.input_layout;
+  const int64_t(&extent)[3] = plan.band.input;
+  const Inside columns = overlap(band.input[2], extent[2], g.input[2]);
+  const T* const from = call.input + image * layout.n + band.group * g.in_channels * layout.c;
+  const auto for_each_row = [&](const auto& body) {
+    for (int64_t d = 0; d < extent[0]; ++d) {
+      for (int64_t h = 0; h < extent[1]; ++h) {
+        const int64_t z = band.input[0] + d, y = band.input[1] + h;
+        const bool inside = z >= 0 && z < g.input[0] && y >= 0 && y < g.input[1];
+        const T* row = inside ? from + z * layout.d[0] + y * layout.d[1] + band.input[2] * layout.d[2] : nullptr;
+        body(inside, row, copy + d * plan.step[0] + h * plan.step[1]);
+      }
+    }
+  };
+  if (!plan.channels_last) {
+    for (int64_t c = 0; c < plan.channels; ++c) {
+      for_each_row([&](bool inside, const T* row, E* to) {
+        copy_row(inside, columns, extent[2], 1, to + c * plan.channel_step, [&](E* at, int64_t first, int64_t count) {
+          const T* source = row + (pairs ? 2 * c : c) * layout.c + first * layout.d[2];
+          if constexpr (pairs) {
+#if defined(__AVX512F__)
+            copy_pairs(source, 2 * c + 1 < g.in_channels ? source + layout.c : nullptr, count, at);
+#endif
+          } else {
+            copy_run(source, count, at);
+          }
+        });
+      });
+    }
+    return;
+  }
+  const bool whole = plan.step[2] * (pairs ? 2 : 1) == g.in_channels && layout.d[2] == g.in_channels;
+  for_each_row([&](bool inside, const T* row, E* to) {
+    copy_row(inside, columns, extent[2], plan.step[2], to, [&](E* at, int64_t first, int64_t count) {
+      const T* source = row + first * layout.d[2];
+      if constexpr (pairs) {
+        if (whole) return __builtin_memcpy(static_cast<void*>(at), source, count * g.in_channels * sizeof(T)), void();
+        for (int64_t x = 0; x < count; ++x, source += layout.d[2], at += plan.step[2]) {
+          at[plan.channels - 1] = {};
+          __builtin_memcpy(static_cast<void*>(at), source, g.in_channels * sizeof(T));
+        }
+      } else {
+        if (whole) return copy_run(source, count * g.in_channels, at);
+        for (int64_t x = 0; x < count; ++x) copy_run(source + x * layout.d[2], g.in_channels, at + x * plan.step[2]);
+      }
+    });
+  });
+}
+
+// ---- the way out ------------------------------------------------------------------------------------------------
+
+template <class C, class T>
+FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<T>(to + i, load_up_to<C>(from + i, count - i), count - i);
+}
+FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
+  if (count > 0) __builtin_memcpy(to, from, count);
+}
+
+// `channels` of `count` pooled pixels, [pixel][pitch], to the output from `at` on.
+template <class T, class C>
+void write_pixels(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count, const C* from,
+                  const uint8_t* winners, int64_t pitch) {
+  const ConvLayout& layout = call.output_layout;
+  if (layout.d[2] == 1) {
+    transpose_matrix(from, pitch, count, channels, call.output + at, layout.c);
+    if (call.winners) transpose_matrix(winners, pitch, count, channels, call.winners + at, layout.c);
+    return;
+  }
+  for (int64_t x = 0; x < count; ++x) {
+    copy_out(from + x * pitch, channels, call.output + at + x * layout.d[2]);
+    if (call.winners) copy_out(winners + x * pitch, channels, call.winners + at + x * layout.d[2]);
+  }
+}
+
+// `count` pooled pixels of `channels`, [channel][pitch], to the output from `at` on.
+template <class T, class C>
+void write_rows(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count, const C* from,
+                const uint8_t* winners, int64_t pitch) {
+  const ConvLayout& layout = call.output_layout;
+  if (layout.d[2] != 1) {
+    transpose_matrix(from, pitch, channels, count, call.output + at, layout.d[2]);
+    if (call.winners) transpose_matrix(winners, pitch, channels, count, call.winners + at, layout.d[2]);
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    copy_out(from + c * pitch, count, call.output + at + c * layout.c);
+    if (call.winners) copy_out(winners + c * pitch, count, call.winners + at + c * layout.c);
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

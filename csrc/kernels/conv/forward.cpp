@@ -1,0 +1,74 @@
+// The kernels of every algorithm, by a plan.
+#include "depthwise.h"
+#include "direct.h"
+#include "moderate.h"
+#include "phases.h"
+#include "pixels.h"
+#include "winograd.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+namespace {
+
+template <class T>
+void pack(const ConvCall<T>& call, int64_t first, int64_t last) {
+  constexpr bool single = sizeof(Compute<T>) == sizeof(float);
+  switch (call.plan->algorithm) {
+    case ForwardAlgorithm::winograd:
+      if constexpr (single) pack_winograd(call, first, last);
+      return;
+    case ForwardAlgorithm::phases:
+      if constexpr (single) pack_phases(call, first, last);
+      return;
+    case ForwardAlgorithm::pixels:
+      if constexpr (single) pack_pixels(call, first, last);
+      return;
+    case ForwardAlgorithm::depthwise:
+      return pack_depthwise(call, first, last);
+    case ForwardAlgorithm::direct:
+#if defined(__AVX512F__)
+      if constexpr (sizeof(T) == sizeof(bfloat16)) {
+        if (call.plan->direct.pairs) return pack_direct<bfloat16x2>(call, first, last);
+      }
+#endif
+      return pack_direct<Compute<T>>(call, first, last);
+    case ForwardAlgorithm::stock:
+      return;
+  }
+}
+
+template <class T>
+void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
+  constexpr bool single = sizeof(Compute<T>) == sizeof(float);
+  switch (call.plan->algorithm) {
+    case ForwardAlgorithm::winograd:
+      if constexpr (single) run_winograd(call, first, last, scratch);
+      return;
+    case ForwardAlgorithm::phases:
+      if constexpr (single) run_phases(call, first, last, scratch);
+      return;
+    case ForwardAlgorithm::pixels:
+      if constexpr (single) run_pixels(call, first, last, scratch);
+      return;
+    case ForwardAlgorithm::depthwise:
+      return run_depthwise(call, first, last, scratch);
+    case ForwardAlgorithm::direct:
+#if defined(__AVX512F__)
+      if constexpr (sizeof(T) == sizeof(bfloat16)) {
+        if (call.plan->direct.pairs) return run_direct<bfloat16x2>(call, first, last, scratch);
+      }
+#endif
+      return run_direct<Compute<T>>(call, first, last, scratch);
+    case ForwardAlgorithm::stock:
+      return;
+  }
+}
+
+}  // namespace
+
+extern const ConvKernelTable conv_kernels = {{pack<float>, run<float>, is_moderate<float>},
+                                             {pack<double>, run<double>, is_moderate<double>},
+                                             {pack<bfloat16>, run<bfloat16>, is_moderate<bfloat16>}};
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,32 @@
+// Every tuned number of the convolution, with its unit and where it comes from.
+//
+// Costs are counted in vector multiply-adds, of which every processor that we know starts as many in a cycle as it
+// starts loads (two, or one of 512 bits on Zen 4), and twice as many as stores.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastnn {
+namespace tuned {
+
+// ---- memory: bytes -----------------------------------------------------------------------------------------------
+constexpr int64_t kBandBytes = 256 << 10;       // of a band's copy: half of the smallest L2 (Ice Lake client, 512 KB)
+constexpr int64_t kWinogradBytes = 512 << 10;   // of a band's transformed input and sums: half of Zen 4's L2
+constexpr int64_t kMeetingBytes = 2048;         // pixels so far apart share two sets of L1, where 14 don't fit
+constexpr int64_t kDeepBandBytes = 1 << 20;     // of a band's copy and sums where the weight is what has to stay near
+constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
+
+// ---- costs: vector multiply-adds ------------------------------------------------------------------------------------
+constexpr double kStoreSum = 4;    // a store, and the load of what is added
+constexpr double kPoolPixel = 3;   // a load, a maximum, and the sum that shows a NaN
+constexpr double kWriteOut = 6;    // a pooled vector: store, load again, transpose, store
+constexpr double kCopy = 3;        // a vector of the input: load and store
+constexpr double kTranspose = 6;   // the same, with its share of a square's shuffles
+constexpr double kGather = 2;      // a single element, moved on its own
+constexpr double kWinogradIn = 100;  // a tile's vector of channels: 16 loads, 64 additions, 16 stores, counted
+constexpr double kWinogradOut = 56;  // a tile's vector of outputs: 16 loads, 24 additions, 4 stores, counted
+constexpr double kPackWeight = 6;    // a vector of the weight, transposed
+constexpr double kInFlight = 8;      // sums that keep the multipliers busy: latency 4, two a cycle
+
+}  // namespace tuned
+}  // namespace fastnn

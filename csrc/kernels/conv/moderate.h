@@ -1,0 +1,43 @@
+// Whether elements are such that transforms may be taken of them.
+#pragma once
+
+#include "band.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// total + the squares of `count` elements side by side, scaled so that where their sum is finite no transform of such
+// elements, nor a product of two, can overflow.
+template <class T, class C = Compute<T>>
+Vec<C> add_squares(const T* from, int64_t count, Vec<C> total) {
+  constexpr C scale = 1e4f;
+  constexpr int chains = 4;  // sums that need not wait for each other
+  Vec<C> part[chains] = {total};
+  int64_t i = 0;
+  for (; i + chains * kLanes<C> <= count; i += chains * kLanes<C>) {
+    for (int p = 0; p < chains; ++p) {
+      const Vec<C> value = load(from + i + p * kLanes<C>) * scale;
+      part[p] = multiply_add(value, value, part[p]);
+    }
+  }
+  for (; i < count; i += kLanes<C>) {
+    const Vec<C> value = load_up_to<T>(from + i, count - i) * scale;
+    part[0] = multiply_add(value, value, part[0]);
+  }
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+template <class T>
+bool is_moderate(const ConvCall<T>& call) {
+  using C = Compute<T>;
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t image = g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2];
+  Vec<C> total = {};
+  for (int64_t i = 0; i < g.batch; ++i) total = add_squares(call.input + i * call.input_layout.n, image, total);
+  total = add_squares(call.weight, g.groups * g.out_channels * g.depth(), total);
+  const C sum = sum_lanes<C>(total);
+  return sum - sum == 0;
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,254 @@
+// Direct convolution, pixels in the vector's lanes.
+//
+// For layers whose outputs would not fill vectors, or whose few inputs make little work of each pixel: the weight is
+// broadcast, the input needs no transpose to come in nor the output one to go out. Columns that meet the same place of
+// neighbouring windows are copied side by side, so that pooling is a maximum of vectors. Where a row has too few
+// windows to fill vectors, some images share them.
+//
+// Costs depth multiply-adds a vector of pixels and output, at the multipliers' peak where lanes are full, and a load and
+// a store for each element of the input.
+#pragma once
+
+#include "pack.h"
+#include "tile.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// Every `step`-th of a row's columns: to[i] = from[i * step], i < count.
+template <class T, class C>
+FASTNN_INLINE void copy_every(const T* from, int64_t step, int64_t count, C* to) {
+  if (step == 1) return copy_run(from, count, to);
+  if (step == 2) {
+    for (int64_t i = 0; i < count; i += kLanes<C>) {
+      store_up_to<C>(to + i, load_strided_up_to<2>(from + 2 * i, 2 * (count - i) - 1), count - i);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i * step]);
+}
+
+template <class T>
+class PixelsForward {
+  using C = Compute<T>;
+
+ public:
+  PixelsForward(const ConvCall<T>& call, void* scratch)
+      : call_(call),
+        g_(call.geometry),
+        plan_(call.plan->pixels),
+        parts_(scratch),
+        copy_(parts_.take<C>(plan_.copy_size)),
+        offsets_(parts_.take<int64_t>(g_.pool_stride[2] * plan_.depth)),
+        ring_(plan_.ring, parts_.take<C>(plan_.ring.slices * plan_.ring.rows * plan_.ring.row_size),
+              parts_.take<int64_t>(plan_.ring.slices * plan_.ring.rows)),
+        outside_(parts_.take<C>(plan_.ring.row_size)),
+        stage_(parts_.take<C>(plan_.block * plan_.band.rows * plan_.pitch)),
+        winner_stage_(parts_.take<uint8_t>(plan_.block * plan_.band.rows * plan_.pitch)),
+        rows_(parts_.take<const C*>(g_.pool_kernel[0] * g_.pool_kernel[1])),
+        places_(parts_.take<const C*>(g_.places())),
+        bias_(parts_.take<C>(plan_.block)) {
+    fill_zeros(copy_, plan_.copy_size);  // what stands behind runs is multiplied too, if not used
+    fill(outside_, plan_.ring.row_size, kMinusInfinity<C>);
+    for (int64_t residue = 0; residue < g_.pool_stride[2]; ++residue) {
+      for_each_tap(g_, g_.in_channels, weight_is_channels_last(call),
+                   [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+                     const int64_t column = residue * g_.stride[2] + w * g_.dilation[2];
+                     offsets_[residue * plan_.depth + k] =
+                         c * plan_.channel_step + d * g_.dilation[0] * plan_.step[0] +
+                         h * g_.dilation[1] * plan_.step[1] + place_of(column);
+                   });
+    }
+  }
+
+  void run(int64_t first_item, int64_t last_item) {
+    for (int64_t item = first_item; item < last_item; ++item) {
+      band_ = band_of(g_, plan_.band, 1, item);
+      copy_band();
+      for (int64_t b = 0; b < plan_.blocks; ++b) {
+        first_ = g_.out_channels * b / plan_.blocks;
+        count_ = g_.out_channels * (b + 1) / plan_.blocks - first_;
+        run_block();
+      }
+    }
+  }
+
+ private:
+  // Where a column of the band stands in its row.
+  int64_t place_of(int64_t column) const {
+    return column % plan_.residues * plan_.run + column / plan_.residues * plan_.band.images;
+  }
+
+  void copy_band() {
+    const ConvLayout& layout = call_.input_layout;
+    const int64_t(&extent)[3] = plan_.band.input;
+    const Inside columns = overlap(band_.input[2], extent[2], g_.input[2]);
+    const int64_t count = columns.last - columns.first, images = plan_.band.images;
+    const T* const from = call_.input + band_.image * layout.n + band_.group * g_.in_channels * layout.c +
+                          (band_.input[2] + columns.first) * layout.d[2];
+    const int64_t channels = g_.in_channels, row_size = plan_.step[1];
+    // The padding beside rows stays as it is while bands lie alike.
+    const bool alike = columns.first == zeroed_.first && columns.last == zeroed_.last && band_.images == zeroed_images_;
+    padding_is_zero_ = alike;
+    zeroed_ = columns;
+    zeroed_images_ = band_.images;
+    for (int64_t d = 0; d < extent[0]; ++d) {
+      for (int64_t h = 0; h < extent[1]; ++h) {
+        const int64_t z = band_.input[0] + d, y = band_.input[1] + h;
+        C* const to = copy_ + d * plan_.step[0] + h * plan_.step[1];
+        const bool inside = z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1] && count > 0;
+        if (!inside || !padding_is_zero_) {
+          for (int64_t c = 0; c < channels; ++c) fill_zeros(to + c * plan_.channel_step, row_size);
+        }
+        if (!inside) continue;
+        const T* row = from + z * layout.d[0] + y * layout.d[1];
+        if (layout.d[2] != 1) {  // channels last: pixel by pixel, or a run of pixels of one image
+          for (int64_t x = 0; x < count; ++x) {
+            transpose_matrix(row + x * layout.d[2], layout.n, band_.images, channels,
+                             to + place_of(columns.first + x), plan_.channel_step);
+          }
+          continue;
+        }
+        for (int64_t c = 0; c < channels; ++c, row += layout.c) {
+          C* const at = to + c * plan_.channel_step;
+          if (images > 1) {
+            transpose_to_places(row, layout.n, band_.images, count, at, [&](int64_t x) __attribute__((always_inline)) {
+              return place_of(columns.first + x);
+            });
+            continue;
+          }
+          for (int64_t r = 0; r < smaller(plan_.residues, count); ++r) {
+            const int64_t left = count - r;
+            copy_every(row + r, plan_.residues, divide_up(left, plan_.residues), at + place_of(columns.first + r));
+          }
+        }
+      }
+    }
+  }
+
+  void run_block() {
+    const int64_t output = band_.group * g_.out_channels + first_;
+    for (int64_t o = 0; o < count_; ++o) bias_[o] = call_.bias ? to_compute(call_.bias[output + o]) : C(0);
+    ring_.forget();
+    const int64_t images = plan_.band.images, vectors = plan_.pitch / kLanes<C>;
+    for (int64_t r = 0; r < band_.rows; ++r) {
+      C* to = stage_ + r * plan_.pitch;
+      uint8_t* winners = call_.winners ? winner_stage_ + r * plan_.pitch : nullptr;
+      const bool any = find_rows(g_, ring_, band_.slice, band_.row + r, outside_, rows_,
+                                 [&](int64_t z, int64_t y) { make_row(z, y); });
+      for (int64_t i = 0; i < g_.places(); ++i) {
+        const int64_t column = i % g_.pool_kernel[2] * g_.pool_dilation[2];
+        places_[i] = rows_[i / g_.pool_kernel[2]] + column % g_.pool_stride[2] * plan_.block * plan_.conv_run +
+                     column / g_.pool_stride[2] * images;
+      }
+      const int64_t result = plan_.band.rows * plan_.pitch;
+      pool_windows<C>({places_, g_.places(), plan_.conv_run, result, count_, vectors}, to, winners);
+      for_each_empty(g_, band_.column, band_.columns, any, [&](int64_t x) {
+        for (int64_t o = 0; o < count_; ++o) {
+          fill(to + o * result + x * images, images, kMinusInfinity<C>);
+          if (winners) __builtin_memset(winners + o * result + x * images, kDead, images);
+        }
+      });
+    }
+    write();
+  }
+
+  void make_row(int64_t z, int64_t y) {
+    C* const slot = ring_.slot(z, y);
+    const C* const pixels = copy_ + (z - band_.conv[0]) * g_.stride[0] * plan_.step[0] +
+                            (y - band_.conv[1]) * g_.stride[1] * plan_.step[1];
+    const C* const weight = call_.packed + (band_.group * g_.out_channels + first_) * plan_.depth;
+    const int64_t images = plan_.band.images, stride = g_.pool_stride[2];
+    const int64_t used = smaller(stride, g_.pool_extent(2));
+    const auto tile = pixel_tiles_f32.at[plan_.vectors == 8 ? 3 : plan_.vectors / 2][count_ - 1];
+    for (int64_t residue = 0; residue < used; ++residue) {
+      C* const to = slot + residue * plan_.block * plan_.conv_run;
+      const int64_t* offsets = offsets_ + residue * plan_.depth;
+      for (int64_t k = 0; k < plan_.depth; k += kLongestSum) {
+        tile({plan_.conv_run / (plan_.vectors * kLanes<C>), pixels, offsets + k, smaller(kLongestSum, plan_.depth - k),
+              weight + k * count_, count_, k == 0 ? bias_ : nullptr, to, plan_.conv_run});
+      }
+      // Conv pixels that are not there: conv column conv[2] + residue + stride * place.
+      const int64_t start = band_.conv[2] + residue;
+      const int64_t first = start < 0 ? smaller(plan_.conv_places, divide_up(-start, stride)) : 0;
+      const int64_t room = g_.conv[2] - start;
+      const int64_t last = room <= 0 ? first : larger(first, smaller(plan_.conv_places, divide_up(room, stride)));
+      if (first == 0 && last == plan_.conv_places) continue;
+      for (int64_t o = 0; o < count_; ++o) {
+        fill(to + o * plan_.conv_run, first * images, kMinusInfinity<C>);
+        fill(to + o * plan_.conv_run + last * images, (plan_.conv_places - last) * images, kMinusInfinity<C>);
+      }
+    }
+  }
+
+  void write() {
+    const ConvLayout& layout = call_.output_layout;
+    const int64_t images = plan_.band.images, output = band_.group * g_.out_channels + first_;
+    const int64_t result = plan_.band.rows * plan_.pitch;
+    const bool joined = band_.columns * images == plan_.pitch && band_.columns == g_.output[2];
+    const int64_t rows = joined ? 1 : band_.rows, columns = joined ? band_.rows * band_.columns : band_.columns;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = band_.image * layout.n + output * layout.c + band_.slice * layout.d[0] +
+                         (band_.row + r) * layout.d[1] + band_.column * layout.d[2];
+      const C* from = stage_ + r * plan_.pitch;
+      const uint8_t* winners = winner_stage_ + r * plan_.pitch;
+      if (images == 1) {
+        write_rows(call_, at, count_, columns, from, winners, result);
+        continue;
+      }
+      if (layout.d[2] == 1) {  // of each output [pixel][image]
+        for (int64_t o = 0; o < count_; ++o) {
+          transpose_matrix(from + o * result, images, columns, band_.images, call_.output + at + o * layout.c, layout.n);
+          if (!call_.winners) continue;
+          transpose_matrix(winners + o * result, images, columns, band_.images, call_.winners + at + o * layout.c,
+                           layout.n);
+        }
+        continue;
+      }
+      for (int64_t x = 0; x < columns; ++x) {  // of each pixel [output][image]
+        transpose_matrix(from + x * images, result, count_, band_.images, call_.output + at + x * layout.d[2], layout.n);
+        if (!call_.winners) continue;
+        transpose_matrix(winners + x * images, result, count_, band_.images, call_.winners + at + x * layout.d[2],
+                         layout.n);
+      }
+    }
+  }
+
+  const ConvCall<T>& call_;
+  const ConvPoolGeometry& g_;
+  const PixelsPlan& plan_;
+  Parts parts_;
+  C* copy_;
+  int64_t* offsets_;
+  const Ring<C> ring_;
+  C *outside_, *stage_;
+  uint8_t* winner_stage_;
+  const C **rows_, **places_;
+  C* bias_;
+  Band band_;
+  int64_t first_, count_;  // outputs of the block
+  bool padding_is_zero_ = false;  // beside the rows of the copy
+  Inside zeroed_ = {-1, -1};
+  int64_t zeroed_images_ = 0;
+};
+
+template <class T>
+void run_pixels(const ConvCall<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
+  PixelsForward<T>(call, scratch).run(first_item, last_item);
+}
+
+// weight -> [group][block][depth][outputs of the block]
+template <class T>
+void pack_pixels(const ConvCall<T>& call, int64_t first_item, int64_t last_item) {
+  const ConvPoolGeometry& g = call.geometry;
+  const PixelsPlan& plan = call.plan->pixels;
+  for (int64_t item = first_item; item < last_item; ++item) {
+    const int64_t group = item / plan.blocks, b = item % plan.blocks;
+    const int64_t first = g.out_channels * b / plan.blocks, count = g.out_channels * (b + 1) / plan.blocks - first;
+    const int64_t output = group * g.out_channels + first;
+    pack_outputs<Compute<T>>(call, output, count, call.packed + output * plan.depth, count);
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,542 @@
+// Which algorithm computes a call, and how it cuts the call up. Compiled once: the instruction set is data.
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+
+#include "../conv_relu_max_pool.h"
+#include "machine.h"
+
+namespace fastnn {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+int64_t round_up(int64_t a, int64_t multiple) {
+  return divide_up(a, multiple) * multiple;
+}
+
+// What every algorithm's plan is made from.
+struct Planner {
+  const ConvPoolGeometry& g;
+  const PlanRequest& request;
+  const Machine& machine;
+  int64_t compute_bytes = std::max<int64_t>(4, request.element_bytes);
+  int64_t lanes = machine.vector_bytes / compute_bytes;
+  int64_t most_rows = machine.vector_bytes == 64 ? 14 : 6;  // of a register tile
+  int64_t block = 2 * lanes;                                // output channels
+
+  double conv_pixels() const {  // of all images
+    return static_cast<double>(g.batch) * g.conv[0] * g.conv[1] * g.conv[2];
+  }
+  double outputs() const { return static_cast<double>(g.batch) * g.output[0] * g.output[1] * g.output[2]; }
+  double inputs() const { return static_cast<double>(g.batch) * g.input[0] * g.input[1] * g.input[2]; }
+};
+
+// Memory as `Parts` gives it out.
+class Memory {
+ public:
+  Memory& take(int64_t count, int64_t element) {
+    bytes_ += round_up(count * element, 64);
+    return *this;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+// ---- bands --------------------------------------------------------------------------------------------------------
+
+void set_extents(const ConvPoolGeometry& g, BandPlan& band) {
+  const int64_t size[3] = {1, band.rows, band.columns};
+  for (int d = 0; d < 3; ++d) {
+    band.conv[d] = (size[d] - 1) * g.pool_stride[d] + g.pool_extent(d);
+    band.input[d] = (band.conv[d] - 1) * g.stride[d] + g.kernel_extent(d);
+  }
+}
+
+// As many rows of `images` images as `fits` admits, or else as many columns of one row; more bands where threads would
+// be idle. `others`: pieces that each band is worked on in (groups).
+template <class Fits>
+BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
+  const ConvPoolGeometry& g = p.g;
+  BandPlan band{};
+  band.images = images;
+  band.columns = g.output[2];
+  const auto admits = [&](int64_t rows, int64_t columns) {
+    band.rows = rows;
+    band.columns = columns;
+    set_extents(g, band);
+    return fits(band);
+  };
+  int64_t rows = g.output[1], columns = g.output[2];
+  const auto largest = [&](int64_t most, const auto& fits_so_many) {  // by halving the range
+    int64_t least = 1;
+    while (least < most) {
+      const int64_t middle = least + (most - least + 1) / 2;
+      if (fits_so_many(middle)) {
+        least = middle;
+      } else {
+        most = middle - 1;
+      }
+    }
+    return least;
+  };
+  if (!admits(rows, columns)) {
+    rows = largest(rows, [&](int64_t n) { return admits(n, columns); });
+    if (rows == 1 && !admits(1, columns)) columns = largest(columns, [&](int64_t n) { return admits(1, n); });
+  }
+  band.image_bands = divide_up(g.batch, images);
+  const int64_t others = band.image_bands * g.groups * g.output[0] * divide_up(g.output[2], columns);
+  int64_t row_bands = divide_up(g.output[1], rows);
+  if (p.request.threads > 1 && others * row_bands < tuned::kEvenItems * p.request.threads) {
+    row_bands = std::min(g.output[1], std::max(row_bands, divide_up(tuned::kEvenItems * p.request.threads, others)));
+  }
+  band.rows = divide_up(g.output[1], row_bands);
+  band.row_bands = divide_up(g.output[1], band.rows);
+  band.column_bands = divide_up(g.output[2], columns);
+  band.columns = divide_up(g.output[2], band.column_bands);
+  band.column_bands = divide_up(g.output[2], band.columns);
+  set_extents(g, band);
+  return band;
+}
+
+int64_t bands_of(const ConvPoolGeometry& g, const BandPlan& band) {
+  return band.image_bands * g.groups * g.output[0] * band.row_bands * band.column_bands;
+}
+
+// Parts of the output channels' blocks, where there are fewer bands than threads.
+int64_t block_parts(const Planner& p, int64_t bands, int64_t blocks) {
+  return bands >= p.request.threads ? 1 : std::min(blocks, divide_up(p.request.threads, bands));
+}
+
+RingPlan ring_of(const ConvPoolGeometry& g, const BandPlan& band, int64_t pixel) {
+  return {g.pool_extent(0), g.pool_extent(1), band.conv[2] * pixel};
+}
+
+// What ChannelPool takes.
+void take_pool(const Planner& p, const BandPlan& band, const RingPlan& ring, Memory& memory) {
+  const ConvPoolGeometry& g = p.g;
+  const int64_t stage = band.rows * band.columns * p.block, pointer = sizeof(void*);
+  memory.take(ring.slices * ring.rows * ring.row_size, p.compute_bytes)
+      .take(ring.slices * ring.rows, 8)
+      .take(ring.row_size, p.compute_bytes)
+      .take(stage, p.compute_bytes)
+      .take(stage, 1)
+      .take(g.pool_kernel[0] * g.pool_kernel[1], pointer)
+      .take(g.places(), pointer)
+      .take(p.block, p.compute_bytes);
+}
+
+// ---- costs --------------------------------------------------------------------------------------------------------
+
+// Of the register tiles of one row of `pixels` pixels and `outputs` channels, for each product of the depth.
+double channel_tiles(const Planner& p, int64_t pixels, int64_t outputs) {
+  const int64_t tiles = divide_up(pixels, p.most_rows), vectors = divide_up(outputs, p.lanes);
+  const double rows = static_cast<double>(pixels) / tiles;
+  const auto tile = [&](double width) {
+    return std::max({width * rows, rows + width + 1, tuned::kInFlight});  // products, loads, or their latency
+  };
+  return tiles * (vectors / 2 * tile(2) + vectors % 2 * tile(1));
+}
+
+// What is done to conv pixels besides: for all images of one group.
+double channel_rest(const Planner& p) {
+  const double vectors = divide_up(p.g.out_channels, p.lanes);
+  return vectors * (p.conv_pixels() * (tuned::kStoreSum + tuned::kPoolPixel) + p.outputs() * tuned::kWriteOut);
+}
+
+double copy_cost(const Planner& p) {
+  return tuned::kCopy * p.inputs() * p.g.in_channels / p.lanes;
+}
+double packing_cost(const Planner& p, double positions) {
+  return tuned::kPackWeight * positions * divide_up(p.g.out_channels, p.lanes);
+}
+
+constexpr int64_t kLongestPart = 128;  // products that are summed in one go
+
+// ---- direct -------------------------------------------------------------------------------------------------------
+
+void set_copy(const Planner& p, DirectPlan& plan, int64_t element) {
+  const ConvPoolGeometry& g = p.g;
+  const int64_t(&input)[3] = plan.band.input;
+  if (p.request.input_channels_last) {
+    plan.step[2] = plan.channels;
+    if (plan.step[2] * element % tuned::kMeetingBytes == 0) plan.step[2] += 64 / element;
+    plan.channel_step = 1;
+  } else {
+    plan.step[2] = 1;
+  }
+  plan.step[1] = input[2] * plan.step[2];
+  plan.step[0] = input[1] * plan.step[1];
+  plan.copy_size = input[0] * plan.step[0];
+  if (plan.step[2] == 1) {
+    plan.channel_step = plan.copy_size;
+    plan.copy_size *= plan.channels;
+  }
+  plan.depth = plan.channels * g.taps();
+}
+
+ConvPlan plan_direct(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  ConvPlan plan{};
+  plan.algorithm = ForwardAlgorithm::direct;
+  DirectPlan& d = plan.direct;
+  d.pairs = p.request.element_bytes == 2 && p.machine.has_pairs;
+  d.channels_last = p.request.input_channels_last;
+  d.channels = d.pairs ? divide_up(g.in_channels, 2) : g.in_channels;
+  d.block = p.block;
+  const int64_t element = p.compute_bytes;
+  // A block's weight would leave L1 between two tiles: of a part of it, all pixels of a larger band are summed.
+  d.whole_band = d.channels * g.taps() > 2 * kLongestPart;
+  d.band = choose_band(p, 1, [&](const BandPlan& band) {
+    const int64_t copy = band.input[0] * band.input[1] * band.input[2] * d.channels * element;
+    const int64_t sums = band.conv[0] * band.conv[1] * band.conv[2] * p.block * p.compute_bytes;
+    return d.whole_band ? copy + sums <= tuned::kDeepBandBytes : copy <= tuned::kBandBytes;
+  });
+  set_copy(p, d, element);
+  d.ring = ring_of(g, d.band, p.block);
+  if (d.whole_band) {
+    d.ring.slices = d.band.conv[0];
+    d.ring.rows = d.band.conv[1];
+  }
+  const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, d.band);
+  d.block_parts = block_parts(p, bands, blocks);
+  plan.items = bands * d.block_parts;
+  plan.pack_items = g.groups * blocks;
+  plan.packed_size = g.groups * round_up(g.out_channels, p.lanes) * d.depth;
+  Memory memory;
+  memory.take(d.copy_size, element).take(d.depth, 8);
+  take_pool(p, d.band, d.ring, memory);
+  plan.scratch_size = memory.bytes();
+  const double rows = p.conv_pixels() / g.conv[2];
+  plan.cost = g.groups * (rows * channel_tiles(p, g.conv[2], g.out_channels) * d.depth + channel_rest(p) +
+                          copy_cost(p) + packing_cost(p, d.depth));
+  return plan;
+}
+
+// ---- phases -------------------------------------------------------------------------------------------------------
+
+bool phases_apply(const ConvPoolGeometry& g) {
+  const int64_t taps = divide_up(g.kernel[2], g.stride[2]);  // of the first phase
+  return g.dilation[2] == 1 && g.kernel[2] > g.stride[2] && g.stride[2] <= 4 && g.conv[2] > 1 &&
+         divide_up(taps, kMostTaps) * g.stride[2] <= kMostPieces;
+}
+
+ConvPlan plan_phases(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  ConvPlan plan{};
+  plan.algorithm = ForwardAlgorithm::phases;
+  PhasesPlan& f = plan.phases;
+  DirectPlan& d = f.direct;
+  for (int64_t phase = 0; phase < g.stride[2]; ++phase) {
+    const int64_t taps = divide_up(g.kernel[2] - phase, g.stride[2]), parts = divide_up(taps, kMostTaps);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = taps * part / parts, end = taps * (part + 1) / parts;
+      KernelPiece& piece = f.piece[f.pieces++];
+      piece.first = phase + begin * g.stride[2];
+      piece.taps = end - begin;
+      for (int64_t i = 0; i <= piece.taps; ++i) piece.pixels[i] = piece.first + i * g.stride[2];
+      f.points = std::max(f.points, piece.taps + 1);
+    }
+  }
+  for (int point = 0; point < kMostPoints; ++point) {
+    for (int64_t i = 0; i < f.pieces; ++i) {
+      if (point <= f.piece[i].taps) f.piece[i].position[point] = f.positions++;
+    }
+    f.first[point + 1] = f.positions;
+  }
+  d.channels = g.in_channels;
+  d.block = p.block;
+  d.depth = g.in_channels * g.kernel[0] * g.kernel[1];
+  const bool channels_last = d.channels_last = p.request.input_channels_last;
+  const auto pairs_of = [](const BandPlan& band) { return divide_up(band.conv[2], 2); };
+  const auto pitch_of = [&](const BandPlan& band) {  // of a row of pairs of one channel
+    return channels_last ? pairs_of(band) : round_up(pairs_of(band), p.lanes);
+  };
+  d.band = choose_band(p, 1, [&](const BandPlan& band) {
+    return f.positions * g.in_channels * band.input[0] * band.input[1] * pitch_of(band) * 4 <= tuned::kWinogradBytes;
+  });
+  f.pairs = pairs_of(d.band);
+  d.step[2] = channels_last ? g.in_channels : 1;
+  if (channels_last && d.step[2] * 4 % tuned::kMeetingBytes == 0) d.step[2] += p.lanes;
+  d.step[1] = pitch_of(d.band) * d.step[2];
+  d.step[0] = d.band.input[1] * d.step[1];
+  const int64_t plane = d.band.input[0] * d.step[0];
+  d.channel_step = channels_last ? 1 : plane;
+  f.position_step = channels_last ? plane : plane * g.in_channels;
+  d.copy_size = f.positions * f.position_step + p.lanes;
+  const int64_t places = 2 * g.stride[2];
+  // A vector beyond the last pair, and the columns that its kernel reaches.
+  f.column_run = round_up(f.pairs, p.lanes) + p.lanes + round_up(divide_up(g.kernel[2] + g.stride[2], places), p.lanes);
+  d.ring = ring_of(g, d.band, p.block);
+  const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, d.band);
+  d.block_parts = block_parts(p, bands, blocks);
+  plan.items = bands * d.block_parts;
+  plan.pack_items = g.groups * blocks;
+  plan.packed_size = g.groups * round_up(g.out_channels, p.lanes) * d.depth * f.positions;
+  Memory memory;
+  memory.take(d.copy_size, 4)
+      .take(places * f.column_run, 4)
+      .take(g.in_channels, p.request.element_bytes)
+      .take(p.block, 4)
+      .take(kMostPoints * f.pairs * p.block, 4)
+      .take(f.positions * d.depth, 8);
+  take_pool(p, d.band, d.ring, memory);
+  plan.scratch_size = memory.bytes();
+  const double rows = p.conv_pixels() / g.conv[2], vectors = divide_up(g.out_channels, p.lanes);
+  const double pairs = divide_up(g.conv[2], 2);
+  const double sums = channel_tiles(p, static_cast<int64_t>(pairs), g.out_channels) * d.depth * f.positions +
+                      pairs * vectors * f.points * (tuned::kStoreSum + 1);
+  const double lanes_filled = channels_last ? static_cast<double>(g.in_channels) / round_up(g.in_channels, p.lanes) : 1;
+  // Each input row: the columns parted, then for each piece r + 1 loads, as many stores, and additions.
+  const double transform = rows * g.stride[1] * g.in_channels * pairs / p.lanes / lanes_filled *
+                           (tuned::kCopy * 2 * g.stride[2] + 4.0 * f.positions);
+  plan.cost = g.groups * (rows * sums + channel_rest(p) + transform + packing_cost(p, d.depth * f.positions));
+  return plan;
+}
+
+// ---- winograd -----------------------------------------------------------------------------------------------------
+
+bool winograd_applies(const ConvPoolGeometry& g) {
+  bool applies = g.input[0] == 1 && g.kernel[0] == 1 && g.conv[0] == 1 && g.pool_extent(0) == 1 && g.output[0] == 1;
+  for (int d = 1; d < 3; ++d) applies = applies && g.kernel[d] == 3 && g.stride[d] == 1 && g.dilation[d] == 1;
+  return applies;
+}
+
+ConvPlan plan_winograd(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  constexpr int64_t kPositions = 16;
+  ConvPlan plan{};
+  plan.algorithm = ForwardAlgorithm::winograd;
+  WinogradPlan& w = plan.winograd;
+  w.pitch = round_up(g.in_channels, p.lanes) + p.lanes;  // off the powers of two, for the sake of the cache's sets
+  w.block = p.block;
+  const auto tile_bytes = [&](const BandPlan& band) {
+    return divide_up(band.conv[1], 2) * divide_up(band.conv[2], 2) * kPositions * (w.pitch + p.block) * 4;
+  };
+  w.band = choose_band(p, 1, [&](const BandPlan& band) { return tile_bytes(band) <= tuned::kWinogradBytes; });
+  if (w.band.row_bands == 1 && w.band.column_bands == 1) {  // small images: some together, for each use of the weight
+    const int64_t most = std::max<int64_t>(1, tuned::kWinogradBytes / tile_bytes(w.band));
+    const int64_t even = std::max<int64_t>(1, g.batch * g.groups / p.request.threads);
+    w.band.images = std::min({most, even, g.batch});
+    w.band.image_bands = divide_up(g.batch, w.band.images);
+  }
+  w.tile_rows = divide_up(w.band.conv[1], 2);
+  w.tile_columns = divide_up(w.band.conv[2], 2);
+  // A row of tiles fills two slots, of which no window needs what was there before.
+  w.ring = {1, round_up(g.pool_extent(1) + 1, 2), w.band.conv[2] * p.block};
+  const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, w.band);
+  w.block_parts = block_parts(p, bands, blocks);
+  plan.items = bands * w.block_parts;
+  plan.pack_items = g.groups * blocks;
+  plan.packed_size =
+      kPositions * g.groups * (round_up(g.out_channels, p.lanes) * g.in_channels + blocks * p.lanes);
+  const int64_t tiles = w.band.images * w.tile_rows * w.tile_columns;
+  Memory memory;
+  memory.take(4 * (2 * w.tile_columns + 2) * w.pitch, 4)
+      .take(kPositions * tiles * w.pitch, 4)
+      .take(kPositions * tiles * p.block, 4)
+      .take(p.block, 4)
+      .take(g.in_channels, 8);
+  take_pool(p, w.band, w.ring, memory);
+  plan.scratch_size = memory.bytes();
+  const double all = static_cast<double>(g.batch) * w.band.row_bands * w.tile_rows * w.band.column_bands * w.tile_columns;
+  const double sums = channel_tiles(p, tiles, g.out_channels) / tiles * kPositions;
+  const double vectors = divide_up(g.out_channels, p.lanes), in = divide_up(g.in_channels, p.lanes);
+  plan.cost = g.groups * (all * (sums * g.in_channels + kPositions * vectors * tuned::kStoreSum +
+                                 tuned::kWinogradIn * in + tuned::kWinogradOut * vectors) +
+                          channel_rest(p) + p.inputs() * in * tuned::kTranspose + packing_cost(p, g.in_channels * 16.0 * 2));
+  return plan;
+}
+
+// ---- pixels -------------------------------------------------------------------------------------------------------
+
+int64_t most_outputs(const Planner& p, int64_t vectors) {
+  const int64_t registers = p.machine.vector_bytes == 64 ? 32 : 16;
+  return std::min(p.most_rows, (registers - 1 - vectors) / vectors);
+}
+
+ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) {
+  const ConvPoolGeometry& g = p.g;
+  ConvPlan plan{};
+  plan.algorithm = ForwardAlgorithm::pixels;
+  PixelsPlan& x = plan.pixels;
+  x.residues = g.stride[2] * g.pool_stride[2];
+  x.depth = g.depth();
+  const auto set_runs = [&](const BandPlan& band) {
+    x.conv_places = band.columns + (g.pool_extent(2) - 1) / g.pool_stride[2];
+    x.conv_run = round_up(x.conv_places * images, p.lanes * tile_vectors);
+    x.run = divide_up(band.input[2], x.residues) * images;
+    x.step[1] = x.residues * x.run;
+    x.step[0] = band.input[1] * x.step[1];
+    x.channel_step = band.input[0] * x.step[0];
+    // The last run is read as far as a row of conv pixels is computed.
+    x.copy_size = g.in_channels * x.channel_step + x.conv_run + x.residues * images + p.lanes;
+    x.pitch = round_up(band.columns * images, p.lanes);
+  };
+  x.band = choose_band(p, images, [&](const BandPlan& band) {
+    set_runs(band);
+    return x.copy_size * 4 <= tuned::kBandBytes;
+  });
+  set_runs(x.band);
+  x.vectors = tile_vectors;
+  x.blocks = divide_up(g.out_channels, most_outputs(p, tile_vectors));
+  x.block = divide_up(g.out_channels, x.blocks);
+  const int64_t used = std::min(g.pool_stride[2], g.pool_extent(2));
+  x.ring = {g.pool_extent(0), g.pool_extent(1), used * x.block * x.conv_run};
+  x.ring.row_size = std::max(x.ring.row_size, g.pool_stride[2] * x.block * x.conv_run);
+  plan.items = bands_of(g, x.band);
+  plan.pack_items = g.groups * x.blocks;
+  plan.packed_size = g.groups * g.out_channels * x.depth;
+  const int64_t pointer = sizeof(void*);
+  Memory memory;
+  memory.take(x.copy_size, 4)
+      .take(g.pool_stride[2] * x.depth, 8)
+      .take(x.ring.slices * x.ring.rows * x.ring.row_size, 4)
+      .take(x.ring.slices * x.ring.rows, 8)
+      .take(x.ring.row_size, 4)
+      .take(x.block * x.band.rows * x.pitch, 4)
+      .take(x.block * x.band.rows * x.pitch, 1)
+      .take(g.pool_kernel[0] * g.pool_kernel[1], pointer)
+      .take(g.places(), pointer)
+      .take(x.block, 4);
+  plan.scratch_size = memory.bytes();
+  const double rows = static_cast<double>(g.batch) / images * g.conv[0] * g.conv[1] * x.band.column_bands;
+  const double row_vectors = x.conv_run / p.lanes * used;
+  const double together = tile_vectors, outputs = static_cast<double>(x.block);
+  // Loads of vectors mostly cross lines, and then count twice.
+  const double tile = std::max({outputs * together, outputs + 2 * together + 1, tuned::kInFlight}) / together;
+  const double moves = images == 1 && !p.request.input_channels_last
+                           ? (x.residues <= 2 ? tuned::kCopy * x.residues / p.lanes : tuned::kGather)
+                           : tuned::kTranspose / std::min<double>(p.lanes, std::max<int64_t>(images, 4));
+  const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * g.output[1] * x.band.column_bands;
+  plan.cost = g.groups * (rows * row_vectors * (x.blocks * tile * x.depth + g.out_channels * (tuned::kStoreSum + tuned::kPoolPixel)) +
+                          out_rows * (x.pitch / p.lanes) * g.out_channels * (images == 1 ? tuned::kCopy : tuned::kWriteOut) +
+                          p.inputs() * g.in_channels * moves + packing_cost(p, static_cast<double>(x.depth)));
+  return plan;
+}
+
+ConvPlan plan_pixels(const Planner& p) {
+  ConvPlan best{};
+  best.cost = INFINITY;
+  for (const int64_t images : {int64_t{1}, p.lanes / 2, p.lanes, 2 * p.lanes}) {
+    if (images > p.g.batch) continue;
+    for (const int64_t vectors : {1, 2, 4, 8}) {
+      const ConvPlan plan = plan_pixels_of(p, images, vectors);
+      if (plan.cost < best.cost) best = plan;
+    }
+  }
+  return best;
+}
+
+// ---- depthwise ----------------------------------------------------------------------------------------------------
+
+bool depthwise_applies(const ConvPoolGeometry& g, const PlanRequest& request) {
+  return g.in_channels == 1 && g.out_channels == 1 && g.groups > 1 && request.input_channels_last;
+}
+
+ConvPlan plan_depthwise(const Planner& p) {
+  ConvPoolGeometry g = p.g;
+  g.out_channels = g.groups;  // as the kernel has it
+  g.groups = 1;
+  const Planner joined{g, p.request, p.machine};
+  ConvPlan plan{};
+  plan.algorithm = ForwardAlgorithm::depthwise;
+  DepthwisePlan& d = plan.depthwise;
+  d.block = p.block;
+  d.band = choose_band(joined, 1, [&](const BandPlan& band) {
+    return band.input[0] * band.input[1] * band.input[2] * p.block * p.compute_bytes <= tuned::kBandBytes;
+  });
+  d.copy_size = d.band.input[0] * d.band.input[1] * d.band.input[2] * p.block;
+  d.ring = ring_of(g, d.band, p.block);
+  const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, d.band);
+  d.block_parts = block_parts(p, bands, blocks);
+  plan.items = bands * d.block_parts;
+  plan.pack_items = blocks;
+  plan.packed_size = round_up(g.out_channels, p.lanes) * g.taps();
+  Memory memory;
+  memory.take(d.copy_size, p.compute_bytes).take(g.taps(), 8);
+  take_pool(joined, d.band, d.ring, memory);
+  plan.scratch_size = memory.bytes();
+  const double vectors = divide_up(g.out_channels, p.lanes);
+  plan.cost = vectors * (p.conv_pixels() * g.taps() * 1.2 + p.inputs() * tuned::kCopy) + channel_rest(joined);
+  return plan;
+}
+
+// ---- the choice ---------------------------------------------------------------------------------------------------
+
+bool transforms(ForwardAlgorithm algorithm) {
+  return algorithm == ForwardAlgorithm::winograd || algorithm == ForwardAlgorithm::phases;
+}
+
+ConvPlan plan_of(ForwardAlgorithm algorithm, const Planner& p) {
+  switch (algorithm) {
+    case ForwardAlgorithm::winograd:
+      return plan_winograd(p);
+    case ForwardAlgorithm::phases:
+      return plan_phases(p);
+    case ForwardAlgorithm::pixels:
+      return plan_pixels(p);
+    case ForwardAlgorithm::depthwise:
+      return plan_depthwise(p);
+    case ForwardAlgorithm::direct:
+      return plan_direct(p);
+    case ForwardAlgorithm::stock:
+      break;
+  }
+  ConvPlan plan{};
+  plan.algorithm = ForwardAlgorithm::stock;
+  return plan;
+}
+
+}  // namespace
+
+bool algorithm_applies(ForwardAlgorithm algorithm, const ConvPoolGeometry& g, const PlanRequest& request,
+                       const Machine&) {
+  if (request.exact && transforms(algorithm)) return false;
+  const bool is_double = request.element_bytes == 8;
+  switch (algorithm) {
+    case ForwardAlgorithm::winograd:
+      return !is_double && winograd_applies(g);
+    case ForwardAlgorithm::phases:
+      return !is_double && phases_apply(g);
+    case ForwardAlgorithm::pixels:
+      return !is_double;
+    case ForwardAlgorithm::depthwise:
+      return depthwise_applies(g, request);
+    case ForwardAlgorithm::direct:
+    case ForwardAlgorithm::stock:
+      return true;
+  }
+  return false;
+}
+
+ConvPlan plan_forward(const ConvPoolGeometry& g, const PlanRequest& request, const Machine& machine) {
+  const Planner p{g, request, machine};
+  if (request.algorithm >= 0) return plan_of(static_cast<ForwardAlgorithm>(request.algorithm), p);
+  PlanRequest alone = request;  // the choice must not depend on the number of threads, nor with it the order of sums
+  alone.threads = 1;
+  const Planner one{g, alone, machine};
+  ForwardAlgorithm best = ForwardAlgorithm::direct;
+  double least = INFINITY;
+  for (int i = 0; i < kForwardAlgorithms; ++i) {
+    const ForwardAlgorithm algorithm = static_cast<ForwardAlgorithm>(i);
+    if (algorithm == ForwardAlgorithm::stock || !algorithm_applies(algorithm, g, request, machine)) continue;
+    const ConvPlan plan = plan_of(algorithm, one);
+    if (plan.cost >= least) continue;
+    least = plan.cost;
+    best = algorithm;
+  }
+  return plan_of(best, p);
+}
+
+const char* algorithm_name(ForwardAlgorithm algorithm) {
+  static const char* const names[kForwardAlgorithms] = {"winograd", "phases", "pixels", "depthwise", "direct", "stock"};
+  return names[static_cast<int>(algorithm)];
+}
+
+}  // namespace fastnn

@@ -1,0 +1,149 @@
+// How a forward call is computed: which algorithm, and how that cuts the call up. A plan follows from the geometry, the
+// memory formats, the machine and the number of threads; plan.cpp makes it, the kernels read it.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastnn {
+
+struct ConvPoolGeometry;
+
+enum class ForwardAlgorithm : int32_t {
+  winograd,   // 3x3 kernels: 16 multiplications in place of 36
+  phases,     // longer rows of a kernel: two pixels of r taps from r + 1 multiplications
+  pixels,     // pixels in the vector's lanes: few outputs, or few inputs
+  depthwise,  // groups of one channel in the lanes
+  direct,     // output channels in the lanes
+  stock,      // torch's own convolution (csrc/ops/conv_stock.h)
+};
+constexpr int kForwardAlgorithms = 6;
+
+// The instruction set in use, as planning sees it.
+struct Machine {
+  int64_t vector_bytes;
+  bool has_pairs;  // multiplies vectors of pairs of bfloat16
+};
+
+// A band: the pooled pixels that are computed together, `rows` x `columns` of one slice of each of `images` images,
+// and what they need. Bands of the last row, column and image may be smaller.
+struct BandPlan {
+  int64_t images, rows, columns;
+  int64_t image_bands, row_bands, column_bands;  // how many there are
+  int64_t input[3];                              // extent of the input under a band, padding included
+  int64_t conv[3];                               // extent of its conv pixels, the pool's padding included
+};
+
+// Rows of conv pixels kept while windows need them. Row y of slice z is in slot (z % slices) * rows + y % rows.
+struct RingPlan {
+  int64_t slices, rows;
+  int64_t row_size;  // elements of a slot
+};
+
+// Channels in the lanes. A packed copy of the band, [channel][slice][row][column] or channels last.
+struct DirectPlan {
+  BandPlan band;
+  RingPlan ring;
+  bool pairs;                    // elements of the copy are pairs of bfloat16
+  bool channels_last;            // in the input, and in the copy
+  int64_t channels;              // of the copy, in its elements
+  int64_t channel_step, step[3]; // of the copy, in its elements
+  int64_t copy_size;             // its elements
+  int64_t depth;                 // products of an output
+  bool whole_band;               // all of a band's conv pixels are summed, a part of the depth at a time, then pooled
+  int64_t block;                 // output channels of a block: two vectors
+  int64_t block_parts;           // so many items share a band's blocks
+};
+
+constexpr int kMostTaps = 4, kMostPoints = kMostTaps + 1;  // of a piece of a kernel's row
+constexpr int kMostPieces = 8;
+
+// Columns of the kernel, a stride apart.
+struct KernelPiece {
+  int64_t first, taps;
+  int64_t position[kMostPoints];  // of its product at each point
+  int64_t pixels[kMostPoints];    // of the input that it meets: columns behind the first of a pair
+};
+
+// Direct, over a copy that is transformed along its rows: [position][channel][slice][row][pair of conv pixels], or
+// [position][slice][row][pair][channel]. `depth` is that of one position.
+struct PhasesPlan {
+  DirectPlan direct;
+  int64_t pieces;
+  KernelPiece piece[kMostPieces];
+  int64_t points;
+  int64_t first[kMostPoints + 1];  // the position of each point's first product; those of a point add up
+  int64_t positions;               // products of a pair of pixels, a row of the kernel and channel
+  int64_t position_step;           // elements of the copy
+  int64_t pairs;                   // of a row
+  int64_t column_run;              // elements from a run of columns that are 2 strides apart to the next
+};
+
+// Winograd's F(2x2, 3x3). A band has rows x columns of tiles of each image, each of 2x2 conv pixels.
+struct WinogradPlan {
+  BandPlan band;
+  RingPlan ring;
+  int64_t tile_rows, tile_columns;
+  int64_t pitch;  // elements from a tile's channels to the next tile's
+  int64_t block, block_parts;
+};
+
+// Pixels in the lanes. The copy is [channel][slice][row][residue][place][image]: columns that are conv stride x pool
+// stride apart lie side by side, and of the images of a band the same column. Conv pixels likewise: a ring's slot is
+// [residue of the pool's stride][output of a block][window][image].
+struct PixelsPlan {
+  BandPlan band;
+  RingPlan ring;
+  int64_t residues;               // conv stride x pool stride
+  int64_t run;                    // elements of a run of columns, of all images
+  int64_t conv_run;               // elements of a run of conv pixels, of all images
+  int64_t conv_places;            // conv pixels of a run
+  int64_t pitch;                  // elements of a row of pooled pixels
+  int64_t channel_step, step[2];  // of the copy, elements
+  int64_t copy_size;
+  int64_t depth;
+  int64_t block, blocks;  // outputs computed together, and how often
+  int64_t vectors;        // and vectors: 1, 2, 4 or 8, of which a run of conv pixels is a multiple
+};
+
+// Groups of one channel in the lanes, channels last.
+struct DepthwisePlan {
+  BandPlan band;
+  RingPlan ring;
+  int64_t block, block_parts;
+  int64_t step[3];
+  int64_t copy_size;
+};
+
+struct ConvPlan {
+  ForwardAlgorithm algorithm;
+  int64_t items;         // independent pieces of work
+  int64_t pack_items;    // and of packing the weight
+  int64_t packed_size;   // elements of the packed weight
+  int64_t scratch_size;  // bytes, a thread
+  double cost;           // vector multiply-adds that take as long
+  union {
+    DirectPlan direct;
+    PhasesPlan phases;
+    WinogradPlan winograd;
+    PixelsPlan pixels;
+    DepthwisePlan depthwise;
+  };
+};
+
+struct PlanRequest {
+  int64_t threads;
+  int64_t element_bytes;          // of the input: 8 float64, 4 float32, 2 bfloat16
+  bool input_channels_last, output_channels_last;
+  bool exact;                     // elements are not moderate: no transforms
+  int32_t algorithm;              // the one to take, or -1
+};
+
+// Whether the algorithm can compute such a call at all.
+bool algorithm_applies(ForwardAlgorithm, const ConvPoolGeometry&, const PlanRequest&, const Machine&);
+
+// The plan; `request.algorithm`, if any, applies.
+ConvPlan plan_forward(const ConvPoolGeometry&, const PlanRequest&, const Machine&);
+
+const char* algorithm_name(ForwardAlgorithm);
+
+}  // namespace fastnn

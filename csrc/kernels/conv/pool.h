@@ -1,0 +1,215 @@
+// The other half: a window's largest value, ReLU and winner, from conv pixels in cache.
+//
+// A window is a list of places, in the order of PyTorch's max-pool. Of the places outside the convolution's output, the
+// conv pixels are minus infinity. The same code pools pixels whose lanes are channels (a step of a pixel from a window
+// to the next) and lanes that are windows (a step of a vector).
+#pragma once
+
+#include "band.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int64_t kMostPlacesAtOnce = 64;  // larger windows are pooled a part at a time
+
+template <class C>
+constexpr C kMinusInfinity = -static_cast<C>(__builtin_inf());
+
+template <class C>
+FASTNN_INLINE void fill(C* to, int64_t count, C value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+// Numbers of places, as wide as what they are selected by.
+template <class C>
+using Numbers = Vec<typename IntegerOf<C>::Type>;
+template <class C>
+FASTNN_INLINE Numbers<C> number(int64_t place) {
+  return Numbers<C>{} + static_cast<typename IntegerOf<C>::Type>(place);
+}
+
+template <class C>
+FASTNN_INLINE bool has_nan(Vec<C> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == sizeof(float)) {
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q) != 0;
+  } else {
+    return _mm512_cmp_pd_mask((__m512d)x, (__m512d)x, _CMP_UNORD_Q) != 0;
+  }
+#else
+  C lanes[kLanes<C>];
+  store(lanes, x);
+  bool found = false;
+  for (C lane : lanes) found |= lane != lane;
+  return found;
+#endif
+}
+
+template <class C>
+FASTNN_INLINE void store_winners(Vec<C> best, Numbers<C> winner, uint8_t* to) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<C>)));
+  const Numbers<C> place = best <= Vec<C>{} ? number<C>(kDead) : winner;
+  const Bytes bytes = __builtin_convertvector(place, Bytes);
+  __builtin_memcpy(to, &bytes, sizeof(bytes));
+}
+
+// Where windows stand: place i of window w, vector v, is places[i][w * step + v * lanes].
+template <class C>
+struct Windows {
+  const C* const* places;
+  int64_t count;   // of places
+  int64_t step;    // elements from a window to the next
+  int64_t to_step;  // and between their results
+  int64_t windows, vectors;
+};
+
+// Windows, of `count` places if that is not 0, in the hope that no conv pixel is NaN. Returns false, having written
+// rubbish, when one is (or when infinities of both signs meet).
+template <class C, int count, bool with_winners>
+bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
+  const int64_t places = count > 0 ? count : w.count;
+  Vec<C> total = {};  // NaN once a NaN has been seen
+  for (int64_t window = 0; window < w.windows; ++window) {
+    for (int64_t v = 0; v < w.vectors; ++v) {
+      const int64_t at = window * w.step + v * kLanes<C>;
+      const Vec<C> first = load(w.places[0] + at);
+      // Later pixels are compared unrectified: above the rectified first one they are their own ReLU.
+      Vec<C> sum = first, best = relu(first);
+      Numbers<C> winner = {};
+#pragma GCC unroll 9
+      for (int64_t i = 1; i < places; ++i) {
+        const Vec<C> pixel = load(w.places[i] + at);
+        sum += pixel;
+        if (with_winners) winner = pixel > best ? number<C>(i) : winner;
+        best = larger_of(pixel, best);
+      }
+      total += sum;
+      const int64_t result = window * w.to_step + v * kLanes<C>;
+      store(to + result, best);
+      if (with_winners) store_winners<C>(best, winner, winners + result);
+    }
+  }
+  return !has_nan<C>(total);
+}
+
+// The same, whatever the pixels are. Or more places of windows that begin with those from `first` on: `to` and `winners`
+// then hold what came before.
+template <class C, bool with_winners>
+void pool_any(const Windows<C>& w, int64_t first, C* to, uint8_t* winners) {
+  for (int64_t window = 0; window < w.windows; ++window) {
+    for (int64_t v = 0; v < w.vectors; ++v) {
+      const int64_t at = window * w.step + v * kLanes<C>;
+      const int64_t result = window * w.to_step + v * kLanes<C>;
+      int64_t i = 0;
+      Vec<C> best;
+      Numbers<C> winner = {};
+      if (first > 0) {
+        best = load(to + result);
+        if (with_winners) winner = load_bytes_up_to<C>(winners + result, kLanes<C>);
+      } else {
+        best = relu(load(w.places[i++] + at));
+      }
+      for (; i < w.count; ++i) {
+        const Vec<C> pixel = load(w.places[i] + at);
+        const auto wins = (pixel > best) | (pixel != pixel);
+        best = wins ? pixel : best;
+        if (with_winners) winner = wins ? number<C>(first + i) : winner;
+      }
+      store(to + result, best);
+      if (with_winners) store_winners<C>(best, winner, winners + result);
+    }
+  }
+}
+
+template <class C, bool with_winners>
+FASTNN_SHARED void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
+  bool done = false;
+  switch (w.count) {
+    case 1:
+      done = pool_finite<C, 1, with_winners>(w, to, winners);
+      break;
+    case 2:
+      done = pool_finite<C, 2, with_winners>(w, to, winners);
+      break;
+    case 3:
+      done = pool_finite<C, 3, with_winners>(w, to, winners);
+      break;
+    case 4:
+      done = pool_finite<C, 4, with_winners>(w, to, winners);
+      break;
+    case 9:
+      done = pool_finite<C, 9, with_winners>(w, to, winners);
+      break;
+    default:
+      done = w.count <= kMostPlacesAtOnce && pool_finite<C, 0, with_winners>(w, to, winners);
+  }
+  if (done) return;
+  for (int64_t first = 0; first < w.count; first += kMostPlacesAtOnce) {
+    const Windows<C> part = {w.places + first, smaller(w.count - first, kMostPlacesAtOnce), w.step, w.to_step, w.windows,
+                             w.vectors};
+    pool_any<C, with_winners>(part, first, to, winners);
+  }
+}
+
+template <class C>
+void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
+  winners ? pool_windows<C, true>(w, to, winners) : pool_windows<C, false>(w, to, nullptr);
+}
+
+// The places of a window that lie on the convolution's output, along one dimension: [first, last).
+struct Inside {
+  int64_t first, last;
+};
+FASTNN_INLINE Inside places_inside(const ConvPoolGeometry& g, int d, int64_t pooled) {
+  const int64_t start = pooled * g.pool_stride[d] - g.pool_padding[d], step = g.pool_dilation[d];
+  const int64_t first = start < 0 ? divide_up(-start, step) : 0, room = g.conv[d] - start;
+  return {first, room <= 0 ? 0 : smaller(g.pool_kernel[d], divide_up(room, step))};
+}
+FASTNN_INLINE bool is_empty(const ConvPoolGeometry& g, int d, int64_t pooled) {
+  const Inside inside = places_inside(g, d, pooled);
+  return inside.first >= inside.last;
+}
+
+// Calls body(x) for each of the windows [first, first + count) of a row that hold nothing but padding: all, where there
+// is no conv row under them (`any`).
+template <class Body>
+FASTNN_INLINE void for_each_empty(const ConvPoolGeometry& g, int64_t first, int64_t count, bool any, const Body& body) {
+  const int64_t stride = g.pool_stride[2], padding = g.pool_padding[2];
+  // Windows before `inside` begin outside, those from `outside` on end there.
+  const int64_t inside = any ? smaller(count, larger(0, divide_up(padding, stride) - first)) : count;
+  const int64_t room = g.conv[2] + padding - g.pool_extent(2);
+  const int64_t outside = larger(inside, room < 0 ? 0 : smaller(count, room / stride + 1 - first));
+  for (int64_t x = 0; x < inside; ++x) {
+    if (!any || is_empty(g, 2, first + x)) body(x);
+  }
+  for (int64_t x = outside; x < count; ++x) {
+    if (is_empty(g, 2, first + x)) body(x);
+  }
+}
+
+// The rows of conv pixels under a row of windows, one for each slice and row of the window: `outside`, a row of minus
+// infinity, where there is none. make(z, y) is called for those that the ring does not hold. Returns whether there is a
+// row at all.
+template <class C, class Make>
+FASTNN_INLINE bool find_rows(const ConvPoolGeometry& g, const Ring<C>& ring, int64_t slice, int64_t row,
+                             const C* outside, const C** rows, const Make& make) {
+  const Inside in_depth = places_inside(g, 0, slice), in_height = places_inside(g, 1, row);
+  bool any = false;
+  for (int64_t i = 0; i < g.pool_kernel[0]; ++i) {
+    const int64_t z = slice * g.pool_stride[0] - g.pool_padding[0] + i * g.pool_dilation[0];
+    for (int64_t j = 0; j < g.pool_kernel[1]; ++j) {
+      const int64_t y = row * g.pool_stride[1] - g.pool_padding[1] + j * g.pool_dilation[1];
+      const bool inside = i >= in_depth.first && i < in_depth.last && j >= in_height.first && j < in_height.last;
+      if (inside && !ring.holds(g, z, y)) {
+        ring.mark(g, z, y);
+        make(z, y);
+      }
+      rows[i * g.pool_kernel[1] + j] = inside ? ring.slot(z, y) : outside;
+      any |= inside;
+    }
+  }
+  return any;
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

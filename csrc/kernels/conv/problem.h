@@ -1,0 +1,39 @@
+// What every algorithm of the convolution works on: the call, and the kernels of one instruction set.
+#pragma once
+
+#include "../conv_relu_max_pool.h"
+#include "plan.h"
+
+namespace fastnn {
+
+// max_pool(relu(conv(input, weight) + bias)) over raw memory.
+template <class T>
+struct ConvCall {
+  ConvPoolGeometry geometry;
+  const ConvPlan* plan;
+  const T* input;  // contiguous or channels last
+  ConvLayout input_layout;
+  const T* weight;  // dense, contiguous or channels last; the layout's n is from an output channel to the next
+  ConvLayout weight_layout;
+  const T* bias;       // [groups x out_channels], or null
+  Compute<T>* packed;  // the weight, as the plan's algorithm reads it
+  T* output;           // dense, contiguous or channels last
+  ConvLayout output_layout;
+  uint8_t* winners;  // as the output, or null
+};
+
+template <class T>
+struct ConvKernels {
+  // Items [first, last) of plan.pack_items: call.weight -> call.packed.
+  void (*pack)(const ConvCall<T>&, int64_t first, int64_t last);
+  // Items [first, last) of plan.items, with a thread's own scratch memory.
+  void (*run)(const ConvCall<T>&, int64_t first, int64_t last, void* scratch);
+  // Whether all elements of input and weight are finite and so small that transforms cannot make infinities of them.
+  bool (*is_moderate)(const ConvCall<T>&);
+};
+
+using ConvKernelTable = PerDtype<ConvKernels>;
+
+}  // namespace fastnn
+
+FASTNN_DECLARE_KERNELS(ConvKernelTable, conv_kernels)

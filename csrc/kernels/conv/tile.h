@@ -1,0 +1,200 @@
+// The register tile: the one inner loop of all algorithms but depthwise.
+//
+// A tile adds up products over `depth` in registers and writes the sums to memory that stays in L1; bias, ReLU and
+// pooling are others' work (pool.h). Two operands, of which one is broadcast, element by element, and the other is
+// loaded in vectors. In a channel tile the pixels are broadcast and the vectors are output channels; in a pixel tile
+// the weights are broadcast and the vectors are pixels. The packed weight is dense, the pixels are reached by a list
+// of offsets, one for each k, so that any order of channels and kernel positions is the same loop.
+//
+// What a tile costs: rows x vectors multiply-adds for rows + vectors + 1 loads. Two loads and two multiply-adds a
+// cycle then keep the multipliers busy from two vectors on.
+#pragma once
+
+#include "../../simd/vec.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// Accumulators, an operand's vectors and a broadcast fill the register file: 32 registers with AVX-512, else 16.
+constexpr int kMostRows = FASTNN_VECTOR_BYTES == 64 ? 14 : 6;
+constexpr int kBlockVectors = 2;  // of a block of output channels
+
+// An element of the broadcast operand, and the weight it is multiplied by.
+FASTNN_INLINE Vec<float> broadcast_element(const float* x) {
+  return broadcast<float>(*x);
+}
+FASTNN_INLINE Vec<double> broadcast_element(const double* x) {
+  return broadcast<double>(*x);
+}
+template <class E>
+FASTNN_INLINE Vec<Compute<E>> add_product(Vec<Compute<E>> x, Vec<Compute<E>> y, Vec<Compute<E>> sum) {
+  return multiply_add(x, y, sum);
+}
+#if defined(__AVX512F__)
+FASTNN_INLINE Vec<float> broadcast_element(const bfloat16x2* x) {
+  return broadcast_pair(*x);
+}
+template <>
+FASTNN_INLINE Vec<float> add_product<bfloat16x2>(Vec<float> x, Vec<float> y, Vec<float> sum) {
+  return multiply_add_pairs(x, y, sum);
+}
+#endif
+
+// Sums of a channel tile: to[p * to_step + lane] (+)= sum over k of pixels[p * step + offsets[k]] * weight[k][lane].
+template <class E>
+struct ChannelTile {
+  using C = Compute<E>;
+  const E* pixels;         // the first pixel, under the kernel's first position
+  int64_t step;            // elements from a pixel to the next
+  const int64_t* offsets;  // [depth]
+  int64_t depth;
+  const E* weight;  // [depth][vectors x lanes]
+  const C* bias;    // [vectors x lanes], added to the sums; null: the sums are added to what stands in `to`
+  C* to;
+  int64_t to_step;
+};
+
+// Sums of `tiles` pixel tiles side by side: to[o * to_step + lane] (+)= sum over k of weight[k][o] *
+// pixels[offsets[k] + lane].
+template <class C>
+struct PixelTile {
+  int64_t tiles;
+  const C* pixels;
+  const int64_t* offsets;  // [depth]
+  int64_t depth;
+  const C* weight;  // [depth][weight_step], of which a row's first outputs are multiplied
+  int64_t weight_step;
+  const C* bias;  // [outputs]; null: the sums are added to what stands in `to`
+  C* to;
+  int64_t to_step;
+};
+
+template <int rows, int vectors, class C>
+FASTNN_INLINE void start_sums(Vec<C> (&sums)[rows][vectors]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sums[r][v] = Vec<C>{};
+  }
+}
+
+template <int rows, int vectors, class E>
+void channel_tile(const ChannelTile<E>& call) {
+  using C = Compute<E>;
+  Vec<C> sums[rows][vectors];
+  start_sums<rows, vectors, C>(sums);
+  const int64_t step = call.step;
+  const int64_t* offsets = call.offsets;
+  const int64_t* const end = offsets + call.depth;
+  const E* const pixels = call.pixels;
+  const E* weight = call.weight;
+  for (; offsets != end; ++offsets) {
+    const E* from = pixels + *offsets;
+    Vec<C> right[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      right[v] = load(weight + v * kLanes<C>);
+      keep_in_register(right[v]);
+    }
+    weight += vectors * kLanes<C>;
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      if (r > 0 && r % 4 == 0) from += 4 * step;  // four pixels are reached from one address
+      const Vec<C> left = broadcast_element(from + r % 4 * step);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sums[r][v] = add_product<E>(left, right[v], sums[r][v]);
+    }
+  }
+  C* to = call.to;
+  const C* add = call.bias ? call.bias : to;
+  const int64_t add_step = call.bias ? 0 : call.to_step;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r, to += call.to_step, add += add_step) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) store(to + v * kLanes<C>, sums[r][v] + load(add + v * kLanes<C>));
+  }
+}
+
+template <int rows, int vectors, class C>
+void pixel_tile(const PixelTile<C>& call) {
+  const int64_t* const end = call.offsets + call.depth;
+  const int64_t weight_step = call.weight_step;
+  const C* pixels = call.pixels;
+  C* first = call.to;
+  for (int64_t t = 0; t < call.tiles; ++t, pixels += vectors * kLanes<C>, first += vectors * kLanes<C>) {
+    Vec<C> sums[rows][vectors];
+    start_sums<rows, vectors, C>(sums);
+    const C* weight = call.weight;
+    for (const int64_t* offset = call.offsets; offset != end; ++offset, weight += weight_step) {
+      const C* from = pixels + *offset;
+      Vec<C> right[vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        right[v] = load(from + v * kLanes<C>);
+        keep_in_register(right[v]);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        const Vec<C> left = broadcast<C>(weight[r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sums[r][v] = multiply_add(left, right[v], sums[r][v]);
+      }
+    }
+    C* to = first;
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r, to += call.to_step) {
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        const Vec<C> add = call.bias ? broadcast<C>(call.bias[r]) : load(to + v * kLanes<C>);
+        store(to + v * kLanes<C>, sums[r][v] + add);
+      }
+    }
+  }
+}
+
+// ---- the manifest of instances (tiles.cpp) ----------------------------------------------------------------------
+
+template <class E>
+using ChannelTileFunction = void (*)(const ChannelTile<E>&);
+template <class C>
+using PixelTileFunction = void (*)(const PixelTile<C>&);
+
+// [vectors - 1][rows - 1]
+template <class E>
+struct ChannelTiles {
+  ChannelTileFunction<E> at[kBlockVectors][kMostRows];
+};
+// [which number of vectors][outputs - 1]: 1, 2, 4 and 8 vectors; null where they would not fit the registers.
+template <class C>
+struct PixelTiles {
+  PixelTileFunction<C> at[4][kMostRows];
+};
+// Outputs of a pixel tile of so many vectors.
+constexpr int most_outputs(int vectors) {
+  constexpr int registers = FASTNN_VECTOR_BYTES == 64 ? 32 : 16;
+  const int most = (registers - 1 - vectors) / vectors;
+  return most < kMostRows ? most : kMostRows;
+}
+
+extern const ChannelTiles<float> channel_tiles_f32;
+extern const ChannelTiles<double> channel_tiles_f64;
+extern const PixelTiles<float> pixel_tiles_f32;
+#if defined(__AVX512F__)
+extern const ChannelTiles<bfloat16x2> channel_tiles_pairs;
+#endif
+
+template <class E>
+FASTNN_INLINE const ChannelTiles<E>& channel_tiles() {
+  if constexpr (sizeof(E) == sizeof(double)) {
+    return channel_tiles_f64;
+#if defined(__AVX512F__)
+  } else if constexpr (sizeof(Compute<E>) == sizeof(float) && !__is_same(E, float)) {
+    return channel_tiles_pairs;
+#endif
+  } else {
+    return channel_tiles_f32;
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

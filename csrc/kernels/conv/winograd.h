@@ -1,0 +1,232 @@
+// Winograd's F(2x2, 3x3).
+//
+// For 3x3 kernels of stride 1 with enough channels on both sides to be worth the transforms. A tile of 4x4 input pixels
+// and the 3x3 weights are transformed so that the tile's four conv pixels take 16 multiplications a channel instead of
+// 36 (Lavin and Gray, 2015). A band's tiles are transformed, multiplied by a block of output channels' transformed
+// weight, one position after another, and transformed back into the ring of conv rows, from which windows are pooled.
+//
+// Costs 4 / 9 of direct convolution's multiply-adds, some 80 additions and moves for each tile's input channel, and as
+// many for its output channel. Rounding errors stay at direct convolution's. NaN, infinity and huge values would spread
+// over a tile, so calls that have some go to direct convolution.
+#pragma once
+
+#include "channels.h"
+#include "pack.h"
+#include "transforms.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+constexpr int kPoints = 4, kPositions = kPoints * kPoints;
+
+// Of the packed weight, for a block `width` channels wide: from one position to the next, a line off the powers of two
+// for the sake of the cache's sets, and where a block begins.
+template <class C>
+FASTNN_INLINE int64_t position_size(const ConvPoolGeometry& g, int64_t width) {
+  return g.in_channels * width + kLanes<C>;
+}
+template <class C>
+FASTNN_INLINE int64_t weight_offset(const ConvPoolGeometry& g, int64_t group, const Block& block) {
+  const int64_t number = group * blocks_of<C>(g) + block.first / (kBlockVectors * kLanes<C>);
+  return kPositions * (lanes_before<C>(g, group, block) * g.in_channels + number * kLanes<C>);
+}
+
+// weight -> [group][block][position][channel][vectors x lanes]
+template <class T>
+void pack_winograd(const ConvCall<T>& call, int64_t first_item, int64_t last_item) {
+  using C = Compute<T>;
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t blocks = blocks_of<C>(g);
+  const bool last = weight_is_channels_last(call);
+  constexpr int64_t some = 16;  // channels at a time
+  alignas(64) C taps[9 * some * kBlockVectors * kLanes<C>] = {};
+  for (int64_t item = first_item; item < last_item; ++item) {
+    const Block block = block_of<C>(g, item % blocks);
+    const int64_t width = block.vectors * kLanes<C>;
+    C* const to = call.packed + weight_offset<C>(g, item / blocks, block);
+    const int64_t position = position_size<C>(g, width);
+    const T* const from = call.weight + (item / blocks * g.out_channels + block.first) * call.weight_layout.n;
+    for (int64_t c = 0; c < g.in_channels; c += some) {
+      const int64_t channels = smaller(some, g.in_channels - c);
+      if (last) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          transpose_matrix(from + tap * g.in_channels + c, call.weight_layout.n, block.count, channels,
+                           taps + tap * some * width, width);
+        }
+      } else {
+        transpose_matrix(from + c * 9, call.weight_layout.n, block.count, 9 * channels, taps, width);
+      }
+      const int64_t tap_step = last ? some * width : width, channel_step = last ? width : 9 * width;
+      for (int64_t i = 0; i < channels; ++i) {
+        for (int64_t o = 0; o < width; o += kLanes<C>) {
+          const C* source = taps + i * channel_step + o;
+          Vec<C> half[kPoints][3];
+          for (int x = 0; x < 3; ++x) {
+            Vec<C> column[3], point[kPoints];
+            for (int y = 0; y < 3; ++y) column[y] = load(source + (y * 3 + x) * tap_step);
+            transform_weight(column, point);
+            for (int y = 0; y < kPoints; ++y) half[y][x] = point[y];
+          }
+          for (int y = 0; y < kPoints; ++y) {
+            Vec<C> point[kPoints];
+            transform_weight(half[y], point);
+            for (int x = 0; x < kPoints; ++x) {
+              store(to + (y * kPoints + x) * position + (c + i) * width + o, point[x]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+class WinogradForward {
+  using C = Compute<T>;
+
+ public:
+  WinogradForward(const ConvCall<T>& call, void* scratch)
+      : call_(call), g_(call.geometry), plan_(call.plan->winograd), parts_(scratch) {
+    const int64_t tiles = plan_.band.images * plan_.tile_rows * plan_.tile_columns;
+    rows_ = parts_.take<C>(kPoints * (2 * plan_.tile_columns + 2) * plan_.pitch);
+    transformed_ = parts_.take<C>(kPositions * tiles * plan_.pitch);
+    sums_ = parts_.take<C>(kPositions * tiles * kBlockVectors * kLanes<C>);
+    zeros_ = parts_.take<C>(kBlockVectors * kLanes<C>);
+    offsets_ = parts_.take<int64_t>(g_.in_channels);
+    fill_zeros(zeros_, kBlockVectors * kLanes<C>);
+    for (int64_t c = 0; c < g_.in_channels; ++c) offsets_[c] = c;
+  }
+
+  void run(int64_t first_item, int64_t last_item) {
+    ChannelPool<T> pool(call_, plan_.band, plan_.ring, parts_);
+    for (int64_t item = first_item; item < last_item; ++item) {
+      const Band band = band_of(g_, plan_.band, plan_.block_parts, item);
+      const int64_t tile_rows = divide_up((band.rows - 1) * g_.pool_stride[1] + g_.pool_extent(1), 2);
+      const int64_t image_tiles = tile_rows * plan_.tile_columns, tiles = band.images * image_tiles;
+      for (int64_t i = 0; i < band.images; ++i) transform_image(band, band.image + i, tile_rows, tiles, i * image_tiles);
+      const Inside columns = pool.inside(band);
+      int64_t first, last;
+      part_of(blocks_of<C>(g_), band.part, plan_.block_parts, first, last);
+      for (int64_t b = first; b < last; ++b) {
+        const Block block = block_of<C>(g_, b);
+        const int64_t width = block.vectors * kLanes<C>;
+        const C* weight = call_.packed + weight_offset<C>(g_, band.group, block);
+        for (int64_t position = 0; position < kPositions; ++position) {
+          sum_pixels<C>(block.vectors, transformed_ + position * tiles * plan_.pitch, plan_.pitch, tiles, offsets_, 0,
+                        g_.in_channels, weight + position * position_size<C>(g_, width), zeros_,
+                        sums_ + position * tiles * width);
+        }
+        for (int64_t i = 0; i < band.images; ++i) {
+          pool.start(band, block);
+          pool.run(band, band.image + i, block, [&](int64_t z, int64_t y) {
+            const int64_t row = (y - band.conv[1]) / 2;
+            const C* sums = sums_ + (i * image_tiles + row * plan_.tile_columns) * width;
+            make_rows(pool, z, band.conv[1] + 2 * row, sums, tiles * width, block.vectors, columns);
+          });
+        }
+      }
+    }
+  }
+
+ private:
+  // The input under a row of tiles, channels innermost: [row][column][pitch].
+  void load_rows(const Band& band, int64_t image, int64_t row, int64_t columns) {
+    const ConvLayout& layout = call_.input_layout;
+    const Inside inside = overlap(band.input[2], columns, g_.input[2]);
+    for (int64_t r = 0; r < kPoints; ++r) {
+      const int64_t y = row + r;
+      copy_row(y >= 0 && y < g_.input[1], inside, columns, plan_.pitch, rows_ + r * columns * plan_.pitch,
+               [&](C* to, int64_t first, int64_t count) {
+                 const T* from = call_.input + image * layout.n + band.group * g_.in_channels * layout.c +
+                                 y * layout.d[1] + (band.input[2] + first) * layout.d[2];
+                 if (layout.d[2] == 1) {
+                   transpose_matrix(from, layout.c, g_.in_channels, count, to, plan_.pitch);
+                 } else {
+                   for (int64_t x = 0; x < count; ++x) {
+                     copy_run(from + x * layout.d[2], g_.in_channels, to + x * plan_.pitch);
+                   }
+                 }
+               });
+    }
+  }
+
+  void transform_image(const Band& band, int64_t image, int64_t tile_rows, int64_t tiles, int64_t tile) {
+    const int64_t columns = 2 * plan_.tile_columns + 2;
+    for (int64_t row = 0; row < tile_rows; ++row) {
+      load_rows(band, image, band.input[1] + 2 * row, columns);
+      for (int64_t x = 0; x < plan_.tile_columns; ++x, ++tile) {
+        transform_tile(rows_ + 2 * x * plan_.pitch, columns * plan_.pitch, transformed_ + tile * plan_.pitch,
+                       tiles * plan_.pitch);
+      }
+    }
+  }
+
+  void transform_tile(const C* from, int64_t row_step, C* to, int64_t position_step) const {
+    for (int64_t c = 0; c < g_.in_channels; c += kLanes<C>) {
+      Vec<C> half[kPoints][kPoints];
+#pragma GCC unroll 4
+      for (int x = 0; x < kPoints; ++x) {
+        Vec<C> pixels[kPoints], point[kPoints];
+        for (int y = 0; y < kPoints; ++y) pixels[y] = load(from + y * row_step + x * plan_.pitch + c);
+        transform_input(pixels, point);
+        for (int y = 0; y < kPoints; ++y) half[y][x] = point[y];
+      }
+#pragma GCC unroll 4
+      for (int y = 0; y < kPoints; ++y) {
+        Vec<C> point[kPoints];
+        transform_input(half[y], point);
+        for (int x = 0; x < kPoints; ++x) store(to + (y * kPoints + x) * position_step + c, point[x]);
+      }
+    }
+  }
+
+  // Two conv rows from a row of tiles' sums, as far as they are on the convolution's output.
+  void make_rows(const ChannelPool<T>& pool, int64_t z, int64_t y, const C* sums, int64_t position_step, int vectors,
+                 Inside columns) const {
+    const int64_t width = vectors * kLanes<C>;
+    C* rows[2];
+    for (int i = 0; i < 2; ++i) {
+      const bool inside = y + i >= 0 && y + i < g_.conv[1];
+      rows[i] = inside ? pool.ring().slot(z, y + i) : nullptr;
+      if (inside) pool.ring().mark(g_, z, y + i);
+    }
+    for (int64_t tile = columns.first / 2; 2 * tile < columns.last; ++tile) {
+      for (int v = 0; v < vectors; ++v) {
+        const C* from = sums + tile * width + v * kLanes<C>;
+        const Vec<C> bias = load(pool.bias() + v * kLanes<C>);
+        Vec<C> half[2][kPoints];
+#pragma GCC unroll 4
+        for (int x = 0; x < kPoints; ++x) {
+          Vec<C> m[kPoints], result[2];
+          for (int i = 0; i < kPoints; ++i) m[i] = load(from + (i * kPoints + x) * position_step);
+          transform_results(m, result);
+          for (int i = 0; i < 2; ++i) half[i][x] = result[i];
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          if (!rows[i]) continue;
+          Vec<C> pixel[2];
+          transform_results(half[i], pixel);
+          C* to = rows[i] + 2 * tile * width + v * kLanes<C>;
+          if (2 * tile >= columns.first) store(to, pixel[0] + bias);
+          if (2 * tile + 1 < columns.last) store(to + width, pixel[1] + bias);
+        }
+      }
+    }
+  }
+
+  const ConvCall<T>& call_;
+  const ConvPoolGeometry& g_;
+  const WinogradPlan& plan_;
+  Parts parts_;
+  C *rows_, *transformed_, *sums_, *zeros_;
+  int64_t* offsets_;
+};
+
+template <class T>
+void run_winograd(const ConvCall<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
+  WinogradForward<T>(call, scratch).run(first_item, last_item);
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn
