@@ -9,20 +9,15 @@
 
 namespace fastnn {
 
-inline Machine this_machine() {
-  switch (active_isa()) {
-    case Isa::baseline:
-      return {16, false};
+// Field by field, since keys are compared byte by byte.
+inline void set_machine(Machine& machine) {
+  const Isa isa = active_isa();
+  machine.vector_bytes = isa == Isa::baseline ? 16 : 64;
 #if defined(__x86_64__) || defined(_M_X64)
-    case Isa::avx2:
-      return {32, false};
-    default:
-      return {64, isa_multiplies_pairs()};
-#else
-    default:
-      return {16, false};
+  if (isa == Isa::avx2) machine.vector_bytes = 32;
+  machine.has_pairs = isa_multiplies_pairs();
+  machine.has_matrix = isa_multiplies_matrices();
 #endif
-  }
 }
 
 // What a plan follows from, to be compared byte by byte.
@@ -31,7 +26,7 @@ struct PlanKey {
   PlanRequest request;
   Machine machine;
 
-  PlanKey() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
+  PlanKey() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }  // what lies between the fields, too
   bool operator==(const PlanKey& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
 

@@ -28,18 +28,20 @@ void run_new(const ConvPoolProblem& problem, const Tensor& given_input, const Te
   call.winners = winners ? mutable_data<uint8_t>(*winners) : nullptr;
   PlanKey key;
   key.geometry = problem.geometry;
-  key.request = {useful_threads(problem.work), static_cast<int64_t>(sizeof(T)), input.channels_last,
-                 result.channels_last, false, static_cast<int32_t>(algorithm)};
-  key.machine = this_machine();
+  key.request.threads = useful_threads(problem.work);
+  key.request.element_bytes = sizeof(T);
+  key.request.input_channels_last = input.channels_last;
+  key.request.output_channels_last = result.channels_last;
+  key.request.algorithm = static_cast<int32_t>(algorithm);
+  set_machine(key.machine);
   FASTNN_CHECK(algorithm < kForwardAlgorithms, "no algorithm ", algorithm);
   FASTNN_CHECK(algorithm < 0 || algorithm_applies(static_cast<ForwardAlgorithm>(algorithm), key.geometry, key.request,
                                                   key.machine),
                "the algorithm does not apply");
   const ConvPlan* plan = &plan_for(key);
-  const bool transforms = plan->algorithm == ForwardAlgorithm::winograd || plan->algorithm == ForwardAlgorithm::phases;
-  if (transforms && !conv_kernels().get<T>().is_moderate(call)) {
+  if (plan->needs_moderate && !conv_kernels().get<T>().is_moderate(call)) {
     key.request.exact = true;
-    key.request.algorithm = -1;
+    if (algorithm != static_cast<int64_t>(ForwardAlgorithm::direct)) key.request.algorithm = -1;
     plan = &plan_for(key);
   }
   if (chosen) {

@@ -50,9 +50,12 @@ void relu_max_pool(const ConvPoolGeometry& pool, const T* input, const ConvLayou
     g.padding[d] = 0;
   }
   const double work = 20.0 * static_cast<double>(g.batch * channels) * static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
-  key.request = {useful_threads(work), static_cast<int64_t>(sizeof(T)), layout.c == 1 && layout.d[2] != 1,
-                 output_layout.c == 1 && output_layout.d[2] != 1, true, -1};
-  key.machine = this_machine();
+  key.request.threads = useful_threads(work);
+  key.request.element_bytes = sizeof(T);
+  key.request.input_channels_last = layout.c == 1 && layout.d[2] != 1;
+  key.request.output_channels_last = output_layout.c == 1 && output_layout.d[2] != 1;
+  key.request.exact = true;
+  set_machine(key.machine);
   const ForwardAlgorithm algorithm = key.request.input_channels_last ? ForwardAlgorithm::depthwise
                                      : sizeof(T) == sizeof(double)   ? ForwardAlgorithm::direct
                                                                      : ForwardAlgorithm::pixels;

@@ -11,7 +11,9 @@ namespace tuned {
 
 // ---- memory: bytes -----------------------------------------------------------------------------------------------
 constexpr int64_t kBandBytes = 256 << 10;       // of a band's copy: half of the smallest L2 (Ice Lake client, 512 KB)
-constexpr int64_t kWinogradBytes = 512 << 10;   // of a band's transformed input and sums: half of Zen 4's L2
+constexpr int64_t kTransformedBytes = 1 << 20;  // of a band's transformed input and sums: Zen 4's L2
+constexpr int64_t kLeastTiles = 28;             // of a band of Winograd's: two register tiles for each read of a weight
+constexpr int64_t kBlockWeightBytes = 512 << 10;  // of a block's weight that is read again for each row: half of an L2
 constexpr int64_t kMeetingBytes = 2048;         // pixels so far apart share two sets of L1, where 14 don't fit
 constexpr int64_t kDeepBandBytes = 1 << 20;     // of a band's copy and sums where the weight is what has to stay near
 constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
@@ -26,6 +28,7 @@ constexpr double kGather = 2;      // a single element, moved on its own
 constexpr double kWinogradIn = 100;  // a tile's vector of channels: 16 loads, 64 additions, 16 stores, counted
 constexpr double kWinogradOut = 56;  // a tile's vector of outputs: 16 loads, 24 additions, 4 stores, counted
 constexpr double kPackWeight = 6;    // a vector of the weight, transposed
+constexpr double kMatrixProduct = 16;  // of a matrix unit: cycles on Sapphire Rapids, in halves of which vectors start
 constexpr double kInFlight = 8;      // sums that keep the multipliers busy: latency 4, two a cycle
 
 }  // namespace tuned

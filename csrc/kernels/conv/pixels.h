@@ -246,7 +246,7 @@ void pack_pixels(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
     const int64_t group = item / plan.blocks, b = item % plan.blocks;
     const int64_t first = g.out_channels * b / plan.blocks, count = g.out_channels * (b + 1) / plan.blocks - first;
     const int64_t output = group * g.out_channels + first;
-    pack_outputs<Compute<T>>(call, output, count, call.packed + output * plan.depth, count);
+    pack_outputs(call, output, count, call.packed + output * plan.depth, count);
   }
 }
 
