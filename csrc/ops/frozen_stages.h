@@ -1,6 +1,7 @@
 // The stages of a frozen network: each one's sizes, packed weights and run, over raw memory.
 #pragma once
 
+#include <limits>
 #include <memory>
 
 #include "../kernels/mlp.h"
@@ -30,6 +31,7 @@ class FrozenMlp : public FrozenStage<T> {
   FrozenMlp(Words& words, WeightReader<T>& weights) {
     const bool biases = words.number(0, 1);
     int64_t in = words.size();
+    widest_ = in;
     while (!words.stage_ends()) {
       const int64_t out = words.size();
       const Activation activation =
@@ -76,8 +78,8 @@ class FrozenMlp : public FrozenStage<T> {
 
  private:
   std::vector<MlpLayer<T>> layers_;
-  int64_t widest_ = 0;
-  double work_ = 0;  // floating-point operations a row
+  int64_t widest_ = 0;  // columns of the input or of a layer's output
+  double work_ = 0;     // floating-point operations a row
 };
 
 // "conv dimensions bias out in kernel... geometry...": fastnn::conv_relu_max_pool with its geometry.
@@ -93,7 +95,12 @@ class FrozenConv : public FrozenStage<T> {
     bias_ = has_bias ? weights.take({weight_sizes_[0]}) : nullptr;
   }
 
-  Ints output_sizes(const Ints& input) const override { return fastnn::output_sizes(problem(input)); }
+  Ints output_sizes(const Ints& input) const override {
+    FASTNN_CHECK(input.size() == weight_sizes_.size(), "frozen: expected a convolution's input to be ",
+                 weight_sizes_.size(), "D (batch, channels, ", weight_sizes_.size() - 2, " dimensions), got size ",
+                 to_string(input));
+    return fastnn::output_sizes(problem(input));
+  }
 
   void pack(const Ints& input, PackedWriter& packed) const override {
     const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
@@ -229,11 +236,13 @@ class FrozenRnn : public FrozenStage<T> {
 
  private:
   void run_network(RnnNetwork<T>& network, const RnnForwardKernels<T>& kernels) const {
-    const Scratch<T> between(network.layers > 1 && network.directions > 1 ? network.rows * network.width() : 0);
+    const bool needs_between = network.layers > 1 && network.directions > 1;
+    const Scratch<T> between(needs_between ? checked_product(network.rows, network.width()) : 0);
     network.hidden_outputs = between.get();
     const ForwardParts<T> parts(network, kernels, work_ * network.rows);
-    const int64_t state_size = network.layers * network.directions * network.batch * network.hidden;
-    const Scratch<T> state(2 * state_size), scratch(parts.scratch_size());
+    const int64_t state_size = checked_product(checked_product(network.layers, network.directions),
+                                               checked_product(network.batch, network.hidden));
+    const Scratch<T> state(checked_product(2, state_size)), scratch(parts.scratch_size());
     T* const c_n = network.mode == RnnMode::lstm ? state.get() + state_size : nullptr;
     parts.run(false, state.get(), c_n, scratch.get());
   }
@@ -245,6 +254,32 @@ class FrozenRnn : public FrozenStage<T> {
   std::vector<RnnWeights<T>> weights_;
   double work_ = 0;  // floating-point operations a row
   bool batch_first_, last_;
+};
+
+// "input size...": what the input must be, size by size; 0 stands for any.
+template <class T>
+class FrozenInput : public FrozenStage<T> {
+ public:
+  explicit FrozenInput(Words& words) {
+    while (!words.stage_ends()) sizes_.push_back(words.number(0, std::numeric_limits<int64_t>::max()));
+  }
+
+  Ints output_sizes(const Ints& input) const override {
+    bool fits = input.size() == sizes_.size();
+    for (size_t i = 0; fits && i < sizes_.size(); ++i) fits = sizes_[i] == 0 || input[i] == sizes_[i];
+    if (!fits) {
+      std::vector<std::string> expected;
+      for (const int64_t size : sizes_) expected.push_back(size == 0 ? "any" : std::to_string(size));
+      fail("frozen: expected an input of size ", to_string(expected), ", got ", to_string(input));
+    }
+    return input;
+  }
+  void pack(const Ints&, PackedWriter&) const override {}
+  void run(const T*, const Ints&, T*, PackedReader&) const override {}
+  bool only_reshapes() const override { return true; }
+
+ private:
+  Ints sizes_;
 };
 
 // "flatten": all dimensions but the first become one.
