@@ -25,6 +25,8 @@ _ACTIVATIONS: dict[Any, str] = {
     _aten.gelu.default: "gelu",
     _aten.leaky_relu.default: "leaky_relu",
 }
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+_ANY = (0, 0)  # a size without limits, in an input stage
 _RNN_DIRECTIONS, _RNN_BATCH_FIRST, _RNN_LAST = 2, 3, 5  # places among the numbers of an rnn stage
 
 
@@ -38,32 +40,36 @@ class Stage:
 
 
 def read_chain(model: nn.Module, example_input: Tensor) -> list[Stage]:
-    """The stages that compute what ``model`` does, for an input of any batch size. The first, "input", says which of
-    the example's other sizes are the only ones.
+    """The stages that compute what ``model`` does, for an input of any batch size. The first, "input", says what its
+    other sizes may be.
 
     ``example_input``: of a batch of at least two. Raises ValueError where there are no such stages.
     """
     try:
-        return _read(model, example_input, range(example_input.dim()))
+        # (A size of 1 is always taken for a constant.)
+        return _read(model, example_input, [dim for dim, size in enumerate(example_input.shape) if size > 1])
     except ValueError:  # ``view(-1, 320)``, for one, flattens images of one size alone
-        return _read(model, example_input, range(1))
+        return _read(model, example_input, [0])
 
 
 def _read(model: nn.Module, example_input: Tensor, free: Sequence[int]) -> list[Stage]:
     """The same, with the example's sizes in all dimensions that are not ``free``."""
     exported = _export(model, example_input, free)
     input, output = _ends(exported)
+    ranges = _ranges(exported)
+    if ranges.get(str(_sizes(input)[0])) != _ANY:
+        raise ValueError(f"freeze: what {type(model).__name__} does depends on the batch's size")
     chain = _Chain(input, _constants(exported))
     for node in _path(exported.graph, input, output):
         chain.add(node)
     if chain.node is not output:
         raise _refusal(output, "does not depend on the input")
     chain.settle()
-    fixed = [
-        known if statically_known_true(size == known) else chain.required.get(str(size), 0)
-        for size, known in zip(_sizes(input), example_input.shape, strict=True)
-    ]
-    return [Stage("input", fixed), *chain.stages]
+    numbers: list[int] = []
+    for size, known in zip(_sizes(input), example_input.shape, strict=True):
+        required = chain.required.get(str(size))
+        numbers += ranges.get(str(size), (known, known)) if required is None else (required, required)
+    return [Stage("input", numbers), *chain.stages]
 
 
 def _export(model: nn.Module, example_input: Tensor, free: Sequence[int]) -> ExportedProgram:
@@ -90,13 +96,19 @@ def _ends(exported: ExportedProgram) -> tuple[Node, Node]:
     input = next(node for node in exported.graph.nodes if node.name == name)
     (outputs,) = exported.graph.output_node().args
     (output,) = outputs
-    batch = _sizes(input)[0]
-    ranges = {str(symbol): bounds for symbol, bounds in exported.range_constraints.items()}
-    free = ranges.get(str(batch))
-    if free is None or free.lower > 2 or free.upper < 2**31:  # (0 and 1 are left out of every range.)
-        sizes = f"of {batch} alone" if free is None else f"from {free.lower} to {free.upper}"
-        raise ValueError(f"freeze: what the model does depends on the batch: as captured, it is for batches {sizes}")
     return input, output
+
+
+def _ranges(exported: ExportedProgram) -> dict[str, tuple[int, int]]:
+    """Of the input's sizes that are free, by their names: the least and the most for which the export holds. (It leaves
+    0 and 1 out of every range.)"""
+    return {
+        str(symbol): (
+            0 if bounds.lower <= 2 else int(bounds.lower),
+            0 if bounds.upper >= 2**31 else int(bounds.upper),
+        )
+        for symbol, bounds in exported.range_constraints.items()
+    }
 
 
 def _constants(exported: ExportedProgram) -> dict[str, Tensor]:
@@ -184,7 +196,9 @@ class _Chain:
                 self.reshape,
                 "changes sizes in a way that a frozen model cannot: it can make one of all dimensions but the batch",
             )
-        self.stages.append(Stage("flatten", []))
+        # ``view(-1, 320)`` says how many they must be, which the symbols of sizes may not.
+        named: Any = self.reshape.args[1] if self.reshape.target in _VIEWS else [None]
+        self.stages.append(Stage("flatten", [named[-1]] if isinstance(named[-1], int) and named[-1] > 0 else []))
         self.sizes = sizes
 
     def last(self, name: str) -> Stage | None:
@@ -317,8 +331,8 @@ _READERS: dict[Any, Callable[[_Chain, Node], None]] = {
     **dict.fromkeys((_aten.clone.default, _aten.contiguous.default, _aten.alias.default), _Chain.add_copy),
     **dict.fromkeys(
         (
-            *(_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.flatten.using_ints),
-            *(_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.unsqueeze.default),
+            *(*_VIEWS, _aten.flatten.using_ints, _aten.unsqueeze.default),
+            *(_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims),
         ),
         _Chain.add_reshape,
     ),

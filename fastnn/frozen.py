@@ -51,10 +51,10 @@ def freeze(model: nn.Module, example_input: Tensor) -> "FrozenModel":
         weights = torch.cat([tensor.reshape(-1) for tensor in tensors])
         program = write_program((stage.name, stage.numbers) for stage in stages)
         frozen = FrozenModel(program, weights, tuple(example_input.shape))
-        _compare(frozen(example_input), expected)
+        _compare(frozen, example_input, expected)
         # Once more, as nothing that the model does may depend on the batch's size.
         other = example_input[:1] if doubled is None else doubled
-        _compare(frozen(other), model(other))
+        _compare(frozen, other, model(other))
     return frozen
 
 
@@ -80,20 +80,23 @@ def _check_arguments(model: Any, example_input: Any) -> None:
         ) from error
 
 
-def _compare(result: Tensor, expected: Tensor) -> None:
+def _compare(frozen: "FrozenModel", input: Tensor, expected: Tensor) -> None:
+    result = frozen(input)
     if result.shape != expected.shape or not torch.allclose(result, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise ValueError(
-            f"freeze: the frozen model does not compute what the model does on an input of batch {expected.shape[0]}"
+            "freeze: the frozen model does not compute what the model does on an input of size "
+            f"{tuple(input.shape)}: expected a result of size {tuple(expected.shape)}, got {tuple(result.shape)}"
+            + ("" if result.shape != expected.shape else " with other values")
         )
 
 
 @contextmanager
 def _as_in_inference(model: nn.Module) -> Iterator[None]:
-    """Has the model be in eval mode, and nothing recorded for a gradient."""
+    """Has the model be in eval mode, nothing recorded for a gradient, and no dtype changed by autocast."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             yield
     finally:
         for module, training in modes:
@@ -179,7 +182,7 @@ def _describe(program: str) -> Iterator[str]:
     """A line a layer, as the layers themselves print."""
     for name, numbers in read_program(program):
         if name == "input":
-            yield f"input size: ({', '.join(str(size or 'any') for size in numbers)})"
+            yield f"input size: ({', '.join(map(_describe_range, numbers[::2], numbers[1::2]))})"
         elif name == "mlp":
             widths = numbers[1:2] + numbers[2::2]
             for i, activation in enumerate(numbers[3::2]):
@@ -191,6 +194,12 @@ def _describe(program: str) -> Iterator[str]:
             yield _describe_rnn(*numbers)
         else:
             yield name
+
+
+def _describe_range(least: int, most: int) -> str:
+    if least == most:
+        return str(least or "any")
+    return f"{least} to {most}" if most else f"{least} or more"
 
 
 def _describe_conv(dims: int, biased: int, out: int, in_each: int, *numbers: int) -> str:

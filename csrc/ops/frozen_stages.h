@@ -3,6 +3,7 @@
 
 #include <limits>
 #include <memory>
+#include <string>
 
 #include "../kernels/mlp.h"
 #include "conv_problem.h"
@@ -256,20 +257,25 @@ class FrozenRnn : public FrozenStage<T> {
   bool batch_first_, last_;
 };
 
-// "input size...": what the input must be, size by size; 0 stands for any.
+// "input (least most)*": what the input's sizes may be; a most of 0 stands for no limit.
 template <class T>
 class FrozenInput : public FrozenStage<T> {
  public:
   explicit FrozenInput(Words& words) {
-    while (!words.stage_ends()) sizes_.push_back(words.number(0, std::numeric_limits<int64_t>::max()));
+    constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+    while (!words.stage_ends()) {
+      const int64_t least = words.number(0, kAny), most = words.number(0, kAny);
+      ranges_.push_back({least, most == 0 ? kAny : most});
+    }
   }
 
   Ints output_sizes(const Ints& input) const override {
-    bool fits = input.size() == sizes_.size();
-    for (size_t i = 0; fits && i < sizes_.size(); ++i) fits = sizes_[i] == 0 || input[i] == sizes_[i];
+    bool fits = input.size() == ranges_.size();
+    for (size_t i = 0; fits && i < ranges_.size(); ++i)
+      fits = ranges_[i].least <= input[i] && input[i] <= ranges_[i].most;
     if (!fits) {
       std::vector<std::string> expected;
-      for (const int64_t size : sizes_) expected.push_back(size == 0 ? "any" : std::to_string(size));
+      for (const Range& range : ranges_) expected.push_back(range.words());
       fail("frozen: expected an input of size ", to_string(expected), ", got ", to_string(input));
     }
     return input;
@@ -279,22 +285,43 @@ class FrozenInput : public FrozenStage<T> {
   bool only_reshapes() const override { return true; }
 
  private:
-  Ints sizes_;
+  struct Range {
+    int64_t least, most;
+
+    std::string words() const {
+      if (least == most) return std::to_string(least);
+      const bool limited = most != std::numeric_limits<int64_t>::max();
+      if (least == 0 && !limited) return "any";
+      return std::to_string(least) + (limited ? " to " + std::to_string(most) : " or more");
+    }
+  };
+
+  std::vector<Range> ranges_;
 };
 
-// "flatten": all dimensions but the first become one.
+// "flatten", or "flatten features": all dimensions but the first become one, of that size if it is given.
 template <class T>
 class FrozenFlatten : public FrozenStage<T> {
  public:
-  explicit FrozenFlatten(Words& words) { FASTNN_CHECK(words.stage_ends(), "frozen: flatten has no numbers"); }
+  explicit FrozenFlatten(Words& words) {
+    if (words.stage_ends()) return;
+    features_ = words.size();
+    FASTNN_CHECK(words.stage_ends(), "frozen: flatten has one number");
+  }
 
   Ints output_sizes(const Ints& input) const override {
     FASTNN_CHECK(!input.empty(), "frozen: expected an input to flatten");
-    return {input[0], product(input, 1, input.size())};
+    const int64_t features = product(input, 1, input.size());
+    FASTNN_CHECK(features_ == 0 || features == features_, "frozen: expected ", features_,
+                 " elements a sample to flatten, got size ", to_string(input));
+    return {input[0], features};
   }
   void pack(const Ints&, PackedWriter&) const override {}
   void run(const T*, const Ints&, T*, PackedReader&) const override {}
   bool only_reshapes() const override { return true; }
+
+ private:
+  int64_t features_ = 0;  // 0: any
 };
 
 }  // namespace fastnn
