@@ -210,6 +210,17 @@ def test_conv_net_infers_other_sizes_at_once() -> None:
     torch.testing.assert_close(output, F.linear(expected.flatten(1), fused.output.weight).detach())
 
 
+def test_conv_net_after_an_input_that_it_refuses() -> None:
+    fused, _ = twins()
+    x = torch.randn(1, 3, 20, 20)
+    expected, called = infer(fused, x)
+    assert called == AT_ONCE
+    for _ in range(3):
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            fused(torch.randn(1, 3, 40, 40))  # refused by the last layer alone
+        assert torch.equal(infer(fused, x)[0], expected)
+
+
 def add_hook(model: nn.Module, name: str, seen: list[str]) -> None:
     getattr(model, name).register_forward_hook(lambda *_: seen.append(name))
 
