@@ -23,6 +23,17 @@ _RUN_TIME = ["steps", "batch_size", "rows", "stride_time", "stride_batch"]
 
 
 @triton.jit
+def _wait_until(place, count, SPIN_LIMIT: tl.constexpr):
+    """Until other programs have brought the number at ``place`` to ``count``. SPIN_LIMIT: see _launch."""
+    looked = 0
+    while tl.atomic_add(place, 0, sem="acquire") < count:
+        if SPIN_LIMIT > 0:
+            looked += 1
+            tl.device_assert(looked < SPIN_LIMIT, "a program waits for one that does not come")
+    tl.debug_barrier()
+
+
+@triton.jit
 def _tile(batch_size, HIDDEN: tl.constexpr, TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr):
     """This program's sequences and hidden units, and the mask of those that exist."""
     sequence = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)

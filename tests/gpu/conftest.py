@@ -22,6 +22,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of:UserWarning")
     if _INTERPRETED:
         _let_scalars_be_ints()
+        _let_kernels_assert()
         _say_nothing_of_overflow()
         sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
         import gpu_stand_in
@@ -40,6 +41,13 @@ def _let_scalars_be_ints():
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patch_all
+
+
+def _let_kernels_assert():
+    """Of a launch's options, the interpreter does not see ``debug``."""
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
 
 
 def _say_nothing_of_overflow():
@@ -83,6 +91,14 @@ def without_tf32(_exact_float32):
 @pytest.fixture
 def device():
     return torch.device("cpu" if _INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _waiting_ends(monkeypatch):
+    """A program that waits for ever ends the test, not the tests: on a GPU after some ten seconds."""
+    from fastnn.kernels import _launch
+
+    monkeypatch.setattr(_launch, "spin_limit", 100 if _INTERPRETED else 2**24)
 
 
 @pytest.fixture(autouse=True)

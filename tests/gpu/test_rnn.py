@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.kernels import _launch, _rnn_config
+from fastnn.kernels import _launch, _rnn_config, _rnn_wave
 from fastnn.kernels import rnn as kernels
 from fastnn.kernels._rnn_problem import MODES, check_problem
 
@@ -157,6 +157,25 @@ def test_layers_of_any_network_as_a_wavefront(mode, device, assert_near, wave):
 
 def test_bfloat16_as_a_wavefront(device, assert_near, wave):
     check(*make("GRU", torch.bfloat16, device, layers=2, length=9), assert_near)
+
+
+# A device assert would take the GPU from all other tests of the process.
+@pytest.mark.skipif(not _launch.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("sharing", ["spread", "wave"])
+def test_a_program_that_waits_for_ever_fails(sharing, device, monkeypatch, request):
+    request.getfixturevalue(sharing)
+    _, arguments = make("RNN_TANH", torch.float32, device, hidden=9, layers=2)
+    output, final, reserve = kernels.rnn_with_reserve(**arguments)
+    if sharing == "spread":  # the others, as it looks, have never come
+        monkeypatch.setattr(kernels, "_arrived", lambda launch: torch.full(launch.grid[:2], -1000, dtype=torch.int32))
+    else:  # the second to run comes first
+        monkeypatch.setattr(_rnn_wave, "run_wave", lambda launch, layers, chunk, tensors, sizes:
+                            launch(*tensors, 1, chunk, *sizes))  # fmt: skip
+    with pytest.raises(Exception, match="waits for one that does not come"):
+        kernels.rnn(**arguments)
+    with pytest.raises(Exception, match="waits for one that does not come"):
+        kernels.rnn_backward(output, final, **arguments, output=output, reserve=reserve, input_wanted=True,
+                             state_wanted=True, weights_wanted=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", MODES)
