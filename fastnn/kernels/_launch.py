@@ -217,7 +217,8 @@ def _is_profiled() -> bool:
     """Whether somebody has asked Triton to be told of launches."""
     runtime = triton.knobs.runtime
     # Chains of hooks, in whose place users also put None or a single one.
-    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 class Plans(dict):
