@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,6 +141,60 @@ class TestBadInput:
                     FUSED[2](*tensors)
             else:
                 assert_close(FUSED[2](*tensors), reference.conv_relu_max_pool(*tensors, *geometry(2)))
+
+
+NAMES = (
+    *("stride", "padding", "dilation", "groups"),
+    *("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation"),
+)
+NUMBERS = [np.int64, np.int32, torch.tensor, lambda number: torch.tensor([number])]
+
+
+class TestNumbers:
+    """What stock takes for a number, it is here; whatever way a call takes, ReLU is on it."""
+
+    @pytest.mark.parametrize("dims", [1, 2, 3])
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("number", NUMBERS)
+    def test_of_numpy_and_tensors(self, dims: int, name: str, number: Any) -> None:
+        input, weight, bias = make((2, 4, *[9] * dims), 4, (3,) * dims, groups=2 if name == "groups" else 1)
+        arguments = {"pool_kernel_size": 3, name: 1 if name == "pool_padding" else 2}
+        expected = FUSED[dims](input, weight, bias, **arguments)
+        forms = [number(arguments[name])] if name == "groups" else [number(arguments[name])] * dims
+        for given in (forms[0], forms, tuple(forms)):
+            if name == "groups" and given is not forms[0]:
+                continue
+            assert torch.equal(FUSED[dims](input, weight, bias, **{**arguments, name: given}), expected)
+            if name != "groups":  # torch.nn.Conv2d itself takes no such thing for it
+                module = MODULES[dims](4, 4, 3, pool_kernel_size=3)
+                module.weight.data, module.bias.data = weight, bias
+                setattr(module, name, given)
+                if name == "pool_kernel_size":
+                    module.pool_stride = given
+                assert torch.equal(module(input), expected)
+
+    @pytest.mark.parametrize("stride", [np.int64(1), torch.tensor(1), [np.int64(1)] * 2])
+    def test_beside_padding_same(self, stride: Any) -> None:
+        input, weight, bias = make((2, 3, 8, 8), 4, (5, 3))
+        expected = F.max_pool2d(F.conv2d(input, weight, bias, padding="same").relu(), 2)
+        assert_close(FUSED[2](input, weight, bias, stride, "same"), expected)
+        with pytest.raises(RuntimeError, match="padding='same' is not supported for strided convolutions"):
+            FUSED[2](input, weight, bias, np.int64(2), "same")
+
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("value", [1.0, True, torch.tensor(1.0), np.array([1, 1]), [1.0, 1.0], [True, True], "1"])
+    def test_what_is_none(self, name: str, value: Any) -> None:
+        with pytest.raises((RuntimeError, TypeError)):
+            FUSED[2](*make((2, 3, 8, 8), 3, (3, 3)), **{name: value})
+
+    def test_rectified_where_stock_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Were stock to take what nobody expects it to."""
+        from fastnn.ops import conv_relu_max_pool as op
+
+        input, weight, _ = make((1, 3, 8, 8), 4, (3, 3), bias=False)
+        expected = FUSED[2](input, weight)
+        monkeypatch.setattr(op, "flat_geometry", lambda *arguments: None)
+        assert_close(FUSED[2](input, weight), expected)
 
 
 class TestModules:
