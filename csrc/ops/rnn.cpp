@@ -1,4 +1,5 @@
 // fastnn::rnn and its backward: checks, allocation, threads.
+#include <array>
 #include <tuple>
 
 #include "register.h"
@@ -137,6 +138,14 @@ Tensor place_gradient(Problem& problem, const Tensor& gradient, int64_t* stride)
   return result;
 }
 
+// A view with its sign turned, as torch.func and complex numbers make them, is read as it lies. libtorch resolves those
+// among an operator's tensors and lists of tensors, but not in lists of optional ones.
+Tensor resolved(const Tensor& tensor) {
+  std::array<StableIValue, 1> stack{give(tensor)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resolve_neg", "", stack.data(), TORCH_ABI_VERSION));
+  return Argument<Tensor>::take(stack[0]);
+}
+
 OutputGradients check_gradients(Problem& problem, const OptionalTensor& grad_output,
                                 const std::vector<OptionalTensor>& grad_state) {
   const char* op = problem.kind.op;
@@ -157,7 +166,7 @@ OutputGradients check_gradients(Problem& problem, const OptionalTensor& grad_out
     } else {
       check_one_state(problem, *grad_state[i], i, "grad_state");
     }
-    gradients.state.back() = dense(*grad_state[i]);
+    gradients.state.back() = dense(resolved(*grad_state[i]));
   }
   return gradients;
 }
