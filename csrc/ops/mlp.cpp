@@ -175,6 +175,7 @@ std::vector<Tensor> check_saved(const Chain& chain, const Activations& activatio
     const bool serves = output_serves(chain, i, activations[i]);
     FASTNN_CHECK(serves || next < hidden.size(), op, ": expected more hidden tensors than ", hidden.size());
     const Tensor& tensor = serves ? output : hidden[next++];
+  check_plain(output, op, "output");  // even where it does not serve
     check_same_kind(tensor, chain.kind, serves ? "output" : "hidden");
     check_sizes(tensor, {chain.rows, chain.widths[i + 1]}, op, serves ? "output" : "hidden");
     saved.push_back(tensor.borrow());

@@ -75,7 +75,8 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                     const OptionalTensor& bias_hh) {
   const char* op = "rnn_cell";
-  FASTNN_CHECK(input.defined() && input.dim() == 2, op, ": expected input to be 2D (batch, features)");
+  check_plain(input, op, "input");
+  FASTNN_CHECK(input.dim() == 2, op, ": expected input to be 2D (batch, features)");
   TensorList state, weights;
   state.reserve(2);
   weights.reserve(4);
