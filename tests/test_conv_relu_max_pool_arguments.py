@@ -107,6 +107,51 @@ class TestBadInput:
             with pytest.raises((RuntimeError, NotImplementedError)):
                 RAW(input, weight, bad, flat(arguments))
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            # Products of three dimensions that are zero in 64 bits.
+            {"dims": 3, "padding": 2**21 - 1, "pool": 1, "pool_stride": 1398101},
+            {"dims": 3, "padding": 2**21 - 1, "pool": 1, "pool_stride": 1398101, "last": True},
+            {"dims": 2, "stride": 2147483647, "padding": 2147483646, "pool": 1},
+            {"dims": 2, "kernel": 3, "padding": 2**30 - 1, "dilation": 2**30 - 1, "pool": 1},
+            {"dims": 3, "kernel": 3, "padding": 2**30 - 1, "dilation": 2**30 - 1, "pool": 1},
+            # Padding whose pixels plans would go through for minutes.
+            {"dims": 1, "padding": 715827883, "dilation": 3, "pool": 3, "pool_stride": 1},
+            {"dims": 1, "padding": 2**30, "pool": 2**31 - 1, "pool_stride": 1},
+        ],
+        ids=str,
+    )
+    def test_extents(self, change: dict[str, Any]) -> None:
+        change = dict(change)
+        dims, kernel, last = change.pop("dims"), change.pop("kernel", 1), change.pop("last", False)
+        input, weight, _ = make((1, 16, *[2] * dims), 16, (kernel,) * dims, bias=False, last=last)
+        arguments = geometry(dims, **change)
+        for operator in (RAW, RAW_WITH_WINNERS, RAW_ALGORITHM):
+            with pytest.raises(RuntimeError, match="too large"):
+                operator(input, weight, None, flat(arguments))
+        with pytest.raises(RuntimeError, match="too large"):
+            FUSED[dims](input, weight, None, *arguments)
+
+    def test_elements_without_memory(self) -> None:
+        """Tensors that are expanded take no more time than there is memory to copy them to."""
+        input, weight, bias = make((1, 3, 8, 8), 4, (3, 3))
+        expanded = [input[:1].expand(5, -1, -1, -1), weight[:1].expand(4, -1, -1, -1), bias[:1].expand(4)]
+        output, winners = RAW_WITH_WINNERS(*expanded, flat(geometry(2)))
+        assert_close(output, FUSED[2](*(tensor.contiguous() for tensor in expanded)))
+        rest = [flat(geometry(2)), True, True, True]
+        dense = [tensor.contiguous() for tensor in expanded[:2]]
+        gradients = RAW_BACKWARD(output[:1].expand(5, -1, -1, -1), winners, *expanded[:2], *rest)
+        assert_close(gradients, RAW_BACKWARD(output, winners, *dense, *rest))
+        huge = input.expand(2**40, -1, -1, -1)
+        with pytest.raises(RuntimeError):
+            RAW_ALGORITHM(huge, weight, bias, flat(geometry(2)))
+        with pytest.raises(RuntimeError):
+            RAW_BACKWARD(
+                torch.zeros(1).expand(2**40, 4, 3, 3), torch.zeros(1, dtype=torch.uint8).expand(2**40, 4, 3, 3),
+                huge, weight, flat(geometry(2)), False, False, True,
+            )  # fmt: skip
+
     def test_no_images_take_no_algorithm(self) -> None:
         input, weight, bias = make((0, 3, 17, 33), 64, (3, 3))
         assert RAW_ALGORITHM(input, weight, bias, flat(geometry(2))) == ("none", "none")

@@ -89,6 +89,22 @@ def calls() -> dict[str, list[Any]]:
 
 class TestWhateverIsGiven:
     @pytest.mark.parametrize("name", calls())
+    def test_memory_that_was_freed(self, name: str) -> None:
+        """As FSDP frees that of parameters between their uses, or partly."""
+        operator = getattr(torch.ops.fastnn, name)
+        leaves, structure = pytree.tree_flatten(calls()[name])
+        operator(*pytree.tree_unflatten(leaves, structure))
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
+                continue
+            whole = leaf.numel() * leaf.element_size()
+            for left in (0, 1, whole // 2, whole - 1):
+                for tensor in (leaf.clone(), leaf.movedim(0, -1).clone().movedim(-1, 0)):
+                    tensor.untyped_storage().resize_(left)
+                    with pytest.raises(RuntimeError, match="needs a storage of"):
+                        operator(*pytree.tree_unflatten([*leaves[:i], tensor, *leaves[i + 1 :]], structure))
+
+    @pytest.mark.parametrize("name", calls())
     def test_no_tensor(self, name: str) -> None:
         operator, arguments = getattr(torch.ops.fastnn, name), calls()[name]
         for device in ("cpu", "meta"):

@@ -254,3 +254,17 @@ def test_batch_sizes_elsewhere():
     for operator, given in (("rnn", arguments), ("rnn_with_reserve", arguments), ("rnn_backward", backward)):
         with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
             getattr(torch.ops.fastnn, operator)(*given)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_steps_without_rows(batch_first):
+    """Any number, in no time."""
+    arguments = raw_arguments("LSTM", state=False)
+    sizes = (0, 2**40) if batch_first else (2**40, 0)
+    arguments[0], arguments[8] = torch.zeros(*sizes, 3), batch_first
+    output, final, reserve = torch.ops.fastnn.rnn_with_reserve(*arguments)
+    assert output.shape == (*sizes, 10)
+    backward = [output, list(final), *arguments[:5], output, reserve, *arguments[5:], True, True, True]
+    grad_input, _, grad_weights = torch.ops.fastnn.rnn_backward(*backward)
+    assert grad_input.shape == (*sizes, 3)
+    assert all(not g.any() for g in grad_weights)
