@@ -51,6 +51,44 @@ struct Expected {
   const char* op;
 };
 
+// Fails unless the product of the sizes, zeros counted as ones, is below 2^50: more than there is memory for elements
+// or time for multiplications, and so far from 2^63 that kernels and plans, which multiply such sizes by lanes, bytes
+// or costs, need not check. In double precision, which does not wrap.
+template <class... Numbers>
+void check_product(const char* op, Numbers... sizes) {
+  constexpr double kMost = int64_t{1} << 50;
+  const double product = (1.0 * ... * (sizes > 0 ? static_cast<double>(sizes) : 1));
+  FASTNN_CHECK(product < kMost, op, ": sizes ", to_string(std::vector<double>{static_cast<double>(sizes)...}),
+               " are too large together");
+}
+
+// The bytes that a tensor's storage needs for the elements that its sizes and strides reach.
+inline int64_t bytes_reached(const Tensor& tensor) {
+  const int64_t numel = tensor.numel();
+  if (numel == 0) return 0;
+  int64_t elements = checked_sum(tensor.storage_offset(), 1);
+  if (tensor.is_contiguous()) {
+    elements = checked_sum(elements, numel - 1);
+  } else {
+    const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      elements = checked_sum(elements, checked_product(sizes[i] - 1, strides[i]));
+    }
+  }
+  return checked_product(elements, static_cast<int64_t>(tensor.element_size()));
+}
+
+// Storage may have been freed or cut under a tensor, as FSDP does with parameters between their uses; and some tensors
+// of libtorch's own, all zeros, have none from the beginning.
+inline void check_memory(const Tensor& tensor, const char* op, const char* name) {
+  const int64_t reached = bytes_reached(tensor);
+  if (reached == 0) return;
+  const int64_t bytes = tensor.storage_bytes();
+  FASTNN_CHECK(bytes >= reached, op, ": ", name, " needs a storage of ", reached, " bytes, but its storage has ", bytes,
+               "; has it been freed or resized?");
+  FASTNN_CHECK(tensor.const_data_ptr() != nullptr, op, ": ", name, " has elements, but no memory for them");
+}
+
 inline void check_plain(const Tensor& tensor, const char* op, const char* name) {
   FASTNN_CHECK(tensor.defined(), op, ": ", name, " must be a tensor, got an undefined one");
   FASTNN_CHECK(tensor.is_cpu(), op, ": expected all tensors to be on the same device, the CPU, but ", name, " is not");
@@ -63,6 +101,7 @@ inline Expected check_first(const Tensor& tensor, const char* op, const char* na
   FASTNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op, ": \"",
                name, "\" not implemented for '", torch::headeronly::toString(dtype),
                "'; use float32, float64 or bfloat16");
+  check_memory(tensor, op, name);
   return {dtype, tensor.dtype_code(), op};
 }
 
@@ -79,7 +118,7 @@ inline bool is_plain_of(const Tensor& tensor, int32_t dtype) {
 }
 
 inline void check_same_kind(const Tensor& tensor, const Expected& expected, const char* name) {
-  if (is_plain_of(tensor, expected.dtype_code)) return;
+  if (is_plain_of(tensor, expected.dtype_code)) return check_memory(tensor, expected.op, name);
   check_plain(tensor, expected.op, name);
   fail(expected.op, ": expected ", name, " to have dtype ", torch::headeronly::toString(expected.dtype), ", but got ",
        torch::headeronly::toString(tensor.scalar_type()));

@@ -54,8 +54,7 @@ inline void skip_unused(ConvPoolGeometry& g, ConvLayout& input) {
 // Decides how a call, whose unused pixels have been left out, is done by so many threads, by its sizes, and where large
 // elements would spoil the result by those.
 template <class T>
-void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
-  const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
+void choose_plan(const ConvForwardKernels<T>& kernels, ConvPoolForward<T>& call, int64_t threads) {
   call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, threads, false);
   if (!kernels.plan_holds(call)) {
     call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, threads, true);
@@ -66,7 +65,7 @@ void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
 // operations count, for small ones are fast, and numbers that are brought in or pooled as some more; where all
 // operations would ask for more threads, the plan's cost for one decides.
 template <class T>
-int64_t choose_plan_and_threads(ConvPoolForward<T>& call, double work) {
+int64_t choose_plan_and_threads(const ConvForwardKernels<T>& kernels, ConvPoolForward<T>& call, double work) {
   constexpr double kNumber = 4, kPacked = 2, kCostPerThread = 12e3;
   skip_unused(call.geometry, call.input_layout);
   const ConvPoolGeometry& g = call.geometry;
@@ -77,28 +76,30 @@ int64_t choose_plan_and_threads(ConvPoolForward<T>& call, double work) {
   const int64_t most = useful_threads(work);
   int64_t threads = useful_threads(work / 2 + kNumber * moved);
   if (threads < most) {
-    choose_plan(call, 1);
+    choose_plan(kernels, call, 1);
     const double cost =
         call.plan.cost * static_cast<double>(g.batch) + kPacked * static_cast<double>(call.plan.packed_size);
     threads = std::max(threads, std::min(most, static_cast<int64_t>(cost / kCostPerThread)));
     if (threads == 1) return 1;
   }
-  choose_plan(call, threads);
+  choose_plan(kernels, call, threads);
   return threads;
 }
 
 // Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed.
 template <class T, class Packed>
 void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_for) {
+  // Read once: another thread may change the instruction set, and plans are for the kernels of their own.
   const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
-  const int64_t threads = choose_plan_and_threads(call, work);
+  const int64_t threads = choose_plan_and_threads(kernels, call, work);
   const ConvPoolPlan& plan = call.plan;
   const Compute<T>* packed = packed_for(plan);
   const int64_t chunks = std::min(threads, plan.items);
   const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
   const int64_t scratch_size = lines(plan.scratch_size);
   const int64_t packed_bytes = packed ? 0 : lines(checked_product(plan.packed_size, sizeof(Compute<T>)));
-  const int64_t turned_bytes = lines(checked_product(plan.turned_images * plan.turned_layout.n, sizeof(T)));
+  const int64_t turned_bytes =
+      lines(checked_product(checked_product(plan.turned_images, plan.turned_layout.n), sizeof(T)));
   const Scratch<char> memory(
       checked_sum(checked_sum(packed_bytes, turned_bytes), checked_product(chunks, scratch_size)));
   T* turned = reinterpret_cast<T*>(memory.get() + packed_bytes);

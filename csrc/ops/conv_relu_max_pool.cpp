@@ -35,9 +35,10 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tens
 }
 
 // winners: where to put them, or null.
-Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_weight, const std::optional<Tensor>& bias,
                const Ints& geometry, std::optional<Tensor>* winners) {
-  const ConvPoolProblem problem = check_problem(op, input, weight, bias, geometry);
+  const ConvPoolProblem problem = check_problem(op, given_input, given_weight, bias, geometry);
+  const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
   const ScalarType dtype = problem.kind.dtype;
   // As stock: its float64 convolution in three dimensions knows no channels last.
   const bool channels_last =
@@ -116,10 +117,12 @@ std::string algorithm_name(ConvBackwardAlgorithm algorithm) {
   return "";
 }
 
-std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& input, const Tensor& weight,
+std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& given_input, const Tensor& given_weight,
                                                                   const std::optional<Tensor>& bias,
                                                                   const Ints& geometry) {
-  const ConvPoolProblem problem = check_problem("conv_relu_max_pool_algorithm", input, weight, bias, geometry);
+  const ConvPoolProblem problem =
+      check_problem("conv_relu_max_pool_algorithm", given_input, given_weight, bias, geometry);
+  const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
   if (problem.geometry.batch == 0) return {"none", "none"};
   return with_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
     using T = decltype(type);
@@ -134,7 +137,7 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     skip_unused_input(g, layout);
     const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(g, layout, layout, false);
     skip_unused(call.geometry, call.input_layout);
-    choose_plan(call, 1);
+    choose_plan(conv_forward_kernels().get<T>(), call, 1);
     const bool by_stock = goes_by_stock(problem, is_channels_last(input));
     return {algorithm_name(call.plan.algorithm), by_stock ? "stock" : algorithm_name(backward.algorithm)};
   });
@@ -159,11 +162,10 @@ void sum_parts(C* parts, int64_t count, int64_t size, int64_t threads) {
 }
 
 template <class T>
-void run_backward(const ConvPoolProblem& problem, const Tensor& grad_output, const Tensor& winners, const Tensor& input,
-                  const Tensor& weight, Wanted wanted, const Tensor& grad_input, const Tensor& grad_weight,
-                  const Tensor& grad_bias) {
+void run_backward(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem, const Tensor& grad_output,
+                  const Tensor& winners, const Tensor& input, const Tensor& weight, Wanted wanted,
+                  const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias) {
   using C = Compute<T>;
-  const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
   ConvPoolGeometry g = problem.geometry, same = problem.geometry;
   ConvLayout input_layout = layout_of(input), grad_input_layout = layout_of(grad_input);
   skip_unused_input(g, input_layout);
@@ -248,20 +250,24 @@ void check_size(const Tensor& tensor, const Ints& sizes, const char* op, const c
                to_string(tensor.sizes()));
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& grad_output, const Tensor& winners,
-                                                               const Tensor& input, const Tensor& weight,
-                                                               const Ints& geometry, bool input_wanted,
-                                                               bool weight_wanted, bool bias_wanted) {
+std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& given_gradient,
+                                                               const Tensor& given_winners, const Tensor& given_input,
+                                                               const Tensor& given_weight, const Ints& geometry,
+                                                               bool input_wanted, bool weight_wanted,
+                                                               bool bias_wanted) {
   const char* op = "conv_relu_max_pool_backward";
-  const ConvPoolProblem problem = check_problem(op, input, weight, std::nullopt, geometry);
+  const ConvPoolProblem problem = check_problem(op, given_input, given_weight, std::nullopt, geometry);
   const ConvPoolGeometry& g = problem.geometry;
   check_places(op, g);
-  check_same_kind(grad_output, problem.kind, "grad_output");
-  check_size(grad_output, output_sizes(problem), op, "grad_output");
-  FASTNN_CHECK(
-      winners.defined() && winners.is_cpu() && winners.is_strided() && winners.scalar_type() == ScalarType::Byte, op,
-      ": expected winners to be a dense uint8 tensor on the CPU");
-  check_size(winners, output_sizes(problem), op, "winners");
+  check_same_kind(given_gradient, problem.kind, "grad_output");
+  check_size(given_gradient, output_sizes(problem), op, "grad_output");
+  check_plain(given_winners, op, "winners");
+  FASTNN_CHECK(given_winners.scalar_type() == ScalarType::Byte, op, ": expected winners to have dtype Byte, but got ",
+               torch::headeronly::toString(given_winners.scalar_type()));
+  check_memory(given_winners, op, "winners");
+  check_size(given_winners, output_sizes(problem), op, "winners");
+  const Tensor grad_output = in_memory(given_gradient), winners = in_memory(given_winners);
+  const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
   int64_t image = 1;  // elements of a padded image, which the kernels number with 32 bits
   for (int d = 0; d < 3; ++d) image = checked_product(image, g.input[d] + 2 * g.padding[d] + g.kernel_extent(d));
   FASTNN_CHECK(checked_product(image, 64) < (int64_t{1} << 31) &&
@@ -274,31 +280,27 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
     return sizes;
   };
   const Wanted wanted{input_wanted, weight_wanted, bias_wanted};
-  const bool is_empty = g.batch == 0;
-  if (!is_empty) {
-    with_dtype(dtype, [&](auto type) {
-      const auto& kernels = conv_backward_kernels().get<decltype(type)>();
-      FASTNN_CHECK(kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), op,
-                   ": winners has a place that its window doesn't have");
-    });
-  }
-  if (!is_empty && input_wanted && weight_wanted && goes_by_stock(problem, is_channels_last(input))) {
-    ConvGradients gradients = gradients_by_stock(problem, grad_output, winners, input, weight, bias_wanted);
-    return {std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};
-  }
-  Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
-  Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));
-  Tensor grad_bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
-  if (is_empty) {
-    std::memset(grad_weight.mutable_data_ptr(), 0, grad_weight.numel() * grad_weight.element_size());
-    std::memset(grad_bias.mutable_data_ptr(), 0, grad_bias.numel() * grad_bias.element_size());
-  } else {
-    with_dtype(dtype, [&](auto type) {
-      run_backward<decltype(type)>(problem, grad_output, winners, input, weight, wanted, grad_input, grad_weight,
-                                   grad_bias);
-    });
-  }
-  return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+  return with_dtype(dtype, [&](auto type) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(type);
+    const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();  // read once: see run_conv_pool
+    const bool is_empty = g.batch == 0;
+    FASTNN_CHECK(is_empty || kernels.winners_are_valid(g, data<uint8_t>(winners), layout_of(winners)), op,
+                 ": winners has a place that its window doesn't have");
+    if (!is_empty && input_wanted && weight_wanted && goes_by_stock(problem, is_channels_last(input))) {
+      ConvGradients gradients = gradients_by_stock(kernels, problem, grad_output, winners, input, weight, bias_wanted);
+      return {std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};
+    }
+    Tensor grad_input = new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input));
+    Tensor grad_weight = new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight));
+    Tensor grad_bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
+    if (is_empty) {
+      std::fill_n(mutable_data<T>(grad_weight), grad_weight.numel(), T{});
+      std::fill_n(mutable_data<T>(grad_bias), grad_bias.numel(), T{});
+    } else {
+      run_backward(kernels, problem, grad_output, winners, input, weight, wanted, grad_input, grad_weight, grad_bias);
+    }
+    return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+  });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {

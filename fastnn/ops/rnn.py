@@ -308,6 +308,11 @@ class RnnBackward(torch.autograd.Function):
         return (None, None, None, *grad_of_grads, None, None, result[0], None, None, *result[1:])
 
 
+def _check_devices(batch_sizes: Tensor | None, *tensors: Tensor | None) -> None:
+    """batch_sizes is on the CPU wherever the others are, or with them on ``meta``."""
+    check_same_device(*tensors, None if batch_sizes is None or batch_sizes.is_cpu else batch_sizes)
+
+
 _KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
 
 
@@ -320,7 +325,7 @@ def _fake_results(
     *config: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Output, final state and reserve."""
-    check_same_device(input, *state, *weights, masks)
+    _check_devices(batch_sizes, input, *state, *weights, masks)
     torch._check(input.shape[-1] == weights[0].shape[1], lambda: "rnn: the input does not fit the weights")
     mode, layers, bidirectional, batch_first = config
     directions = 2 if bidirectional else 1
@@ -374,7 +379,7 @@ def _(
     state_wanted: bool,
     weights_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    check_same_device(grad_output, *grad_state, input, *state, *weights, masks, output, reserve)
+    _check_devices(batch_sizes, grad_output, *grad_state, input, *state, *weights, masks, output, reserve)
     return (
         input.new_empty(input.shape if input_wanted else (0,)),
         [s.new_empty(s.shape) for s in state] if state_wanted else [],
