@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "conv_by_stock.h"
+#include "conv_stock.h"
 #include "register.h"
 
 namespace fastnn {
@@ -18,31 +19,53 @@ void check_places(const char* op, const ConvPoolGeometry& g) {
 // ---- forward ------------------------------------------------------------------------------------------------
 
 template <class T>
-void run_forward(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight,
-                 const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners) {
+void run_forward(const ConvPoolProblem& problem, const Tensor& given_input, const Tensor& given_weight,
+                 const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners, int64_t algorithm) {
   const Tensor dense_bias = bias ? dense(*bias) : Tensor();
-  ConvPoolForward<T> call{};
+  const PlainImages input(given_input), weight(given_weight), result(output);
+  ConvCall<T> call{};
   call.geometry = problem.geometry;
-  call.input = data<T>(input);
-  call.input_layout = layout_of(input);
-  call.weight = data<T>(weight);
-  call.weight_layout = layout_of(weight);
+  call.input = data<T>(input.tensor);
+  call.input_layout = input.layout;
+  call.weight = data<T>(weight.tensor);
+  call.weight_layout = weight.layout;
   call.bias = bias ? data<T>(dense_bias) : nullptr;
   call.output = mutable_data<T>(output);
-  call.output_layout = layout_of(output);
+  call.output_layout = result.layout;
   call.winners = winners ? mutable_data<uint8_t>(*winners) : nullptr;
-  run_conv_pool(call, problem.work, [](const ConvPoolPlan&) -> const Compute<T>* { return nullptr; });
+  run_conv(call, problem.dims, input.channels_last, result.channels_last, algorithm,
+           [](const ConvPlan&) -> const Compute<T>* { return nullptr; });
+}
+
+// As stock: its float64 convolution in three dimensions knows no channels last.
+bool output_is_channels_last(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
+  return (is_channels_last(input) || is_channels_last(weight)) &&
+         !(problem.kind.dtype == ScalarType::Double && problem.dims == 3);
+}
+
+// The algorithm's number, or -1 for none.
+template <class T>
+int64_t algorithm_of(const char* op, const std::optional<std::string>& name, const ConvPoolProblem& problem,
+                     bool input_channels_last) {
+  if (!name) return -1;
+  const PlanKey key = plan_key<T>(conv_kernels().get<T>(), problem.geometry, input_channels_last, false, -1);
+  for (int i = 0; i < kForwardAlgorithms; ++i) {
+    const ForwardAlgorithm algorithm = static_cast<ForwardAlgorithm>(i);
+    if (*name != algorithm_name(algorithm)) continue;
+    FASTNN_CHECK(algorithm_applies(algorithm, key.geometry, key.request, key.machine), op, ": algorithm '", *name,
+                 "' does not apply to this call");
+    return i;
+  }
+  fail(op, ": there is no algorithm '", *name, "'");
 }
 
 // winners: where to put them, or null.
 Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_weight, const std::optional<Tensor>& bias,
-               const Ints& geometry, std::optional<Tensor>* winners) {
+               const Ints& geometry, const std::optional<std::string>& algorithm, std::optional<Tensor>* winners) {
   const ConvPoolProblem problem = check_problem(op, given_input, given_weight, bias, geometry);
   const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
   const ScalarType dtype = problem.kind.dtype;
-  // As stock: its float64 convolution in three dimensions knows no channels last.
-  const bool channels_last =
-      (is_channels_last(input) || is_channels_last(weight)) && !(dtype == ScalarType::Double && problem.dims == 3);
+  const bool channels_last = output_is_channels_last(problem, input, weight);
   const Ints sizes = output_sizes(problem);
   Tensor output = new_formatted(sizes, dtype, channels_last);
   if (winners) {
@@ -51,57 +74,28 @@ Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_we
   }
   if (output.numel() > 0) {
     with_dtype(dtype, [&](auto type) {
-      run_forward<decltype(type)>(problem, input, weight, bias, output, winners ? &**winners : nullptr);
+      using T = decltype(type);
+      run_forward<T>(problem, input, weight, bias, output, winners ? &**winners : nullptr,
+                     algorithm_of<T>(op, algorithm, problem, is_channels_last(input)));
     });
   }
   return output;
 }
 
 Tensor conv_relu_max_pool(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                          const Ints& geometry) {
-  return forward("conv_relu_max_pool", input, weight, bias, geometry, nullptr);
+                          const Ints& geometry, const std::optional<std::string>& algorithm) {
+  return forward("conv_relu_max_pool", input, weight, bias, geometry, algorithm, nullptr);
 }
 
 std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, const Tensor& weight,
-                                                           const std::optional<Tensor>& bias, const Ints& geometry) {
+                                                           const std::optional<Tensor>& bias, const Ints& geometry,
+                                                           const std::optional<std::string>& algorithm) {
   std::optional<Tensor> winners;
-  Tensor output = forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, &winners);
+  Tensor output = forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, algorithm, &winners);
   return {std::move(output), std::move(*winners)};
 }
 
 // ---- what is chosen ------------------------------------------------------------------------------------------
-
-std::string algorithm_name(ConvAlgorithm algorithm) {
-  switch (algorithm) {
-    case ConvAlgorithm::direct:
-      return "direct";
-    case ConvAlgorithm::rows:
-      return "rows";
-    case ConvAlgorithm::rows_by_two:
-      return "rows_by_two";
-    case ConvAlgorithm::lanes:
-      return "lanes";
-    case ConvAlgorithm::pairs:
-      return "pairs";
-    case ConvAlgorithm::row_pairs:
-      return "row_pairs";
-    case ConvAlgorithm::by_four:
-      return "by_four";
-    case ConvAlgorithm::depthwise:
-      return "depthwise";
-    case ConvAlgorithm::winograd:
-      return "winograd";
-    case ConvAlgorithm::dots:
-      return "dots";
-    case ConvAlgorithm::windows:
-      return "windows";
-    case ConvAlgorithm::phases:
-      return "phases";
-    case ConvAlgorithm::matrix:
-      return "matrix";
-  }
-  return "";
-}
 
 std::string algorithm_name(ConvBackwardAlgorithm algorithm) {
   switch (algorithm) {
@@ -126,20 +120,16 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
   if (problem.geometry.batch == 0) return {"none", "none"};
   return with_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
     using T = decltype(type);
-    ConvPoolForward<T> call{};
-    call.geometry = problem.geometry;
-    call.input = data<T>(input);
-    call.input_layout = layout_of(input);
-    call.weight = data<T>(weight);
-    call.weight_layout = layout_of(weight);
+    const PlainImages images(input);
+    const bool channels_last = output_is_channels_last(problem, input, weight);
+    const ConvPlan& forward = plan_for(
+        plan_key<T>(conv_kernels().get<T>(), problem.geometry, images.channels_last, channels_last, -1));
     ConvPoolGeometry g = problem.geometry;  // as backward takes it
-    ConvLayout layout = call.input_layout;
+    ConvLayout layout = layout_of(input);
     skip_unused_input(g, layout);
     const ConvPoolBackwardPlan backward = conv_backward_kernels().get<T>().plan(g, layout, layout, false);
-    skip_unused(call.geometry, call.input_layout);
-    choose_plan(conv_forward_kernels().get<T>(), call, 1);
     const bool by_stock = goes_by_stock(problem, is_channels_last(input));
-    return {algorithm_name(call.plan.algorithm), by_stock ? "stock" : algorithm_name(backward.algorithm)};
+    return {algorithm_name(forward.algorithm), by_stock ? "stock" : algorithm_name(backward.algorithm)};
   });
 }
 
@@ -306,13 +296,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one value a
   // dimension each, then groups and ceil_mode (fastnn.ops.conv_relu_max_pool.Geometry)
-  m.def("conv_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, int[] geometry) -> Tensor");
+  // algorithm: of csrc/kernels/conv/plan.h, by name, for tests; None leaves the choice to the planner
+  m.def("conv_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, int[] geometry, str? algorithm=None) -> Tensor");
   // winners: uint8 of the output's size, each window's winner by its place in the window, 255 where the output has
   // no gradient. A window may have at most 254 elements.
   m.def(
-      "conv_relu_max_pool_with_winners(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
+      "conv_relu_max_pool_with_winners(Tensor input, Tensor weight, Tensor? bias, int[] geometry, str? algorithm=None)"
       " -> (Tensor output, Tensor winners)");
-  // The names of csrc/kernels' algorithms for such a call (conv_relu_max_pool.h) and for its backward; "none" if there
+  // The names of csrc/kernels/conv's algorithms for such a call and for its backward; "none" if there
   // is nothing to compute.
   m.def(
       "conv_relu_max_pool_algorithm(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"

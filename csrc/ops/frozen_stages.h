@@ -6,7 +6,7 @@
 #include <string>
 
 #include "../kernels/mlp.h"
-#include "conv_problem.h"
+#include "conv_stock.h"
 #include "frozen_memory.h"
 #include "rnn_threads.h"
 
@@ -104,28 +104,28 @@ class FrozenConv : public FrozenStage<T> {
   }
 
   void pack(const Ints& input, PackedWriter& packed) const override {
-    const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
-    ConvPoolForward<T> call = call_of(problem(input).geometry);
-    skip_unused(call.geometry, call.input_layout);
-    call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, 1, false);
-    call.packed = packed.give<T>(packing_of(call.plan), call.plan.packed_size);
-    if (call.packed) kernels.pack(call, 0, call.plan.pack_items);
+    ConvCall<T> call = call_of(problem(input).geometry);
+    const ConvKernels<T>& kernels = conv_kernels().get<T>();
+    const ConvPlan& plan = plan_for(plan_key<T>(kernels, call.geometry, false, false, -1));
+    call.plan = &plan;
+    call.packed = packed.give<T>(packing_of(plan), plan.packed_size);
+    if (call.packed) kernels.pack(call, 0, plan.pack_items);
   }
 
   void run(const T* input, const Ints& sizes, T* output, PackedReader& packed) const override {
     const ConvPoolProblem problem = this->problem(sizes);
-    ConvPoolForward<T> call = call_of(problem.geometry);
+    ConvCall<T> call = call_of(problem.geometry);
     call.input = input;
     call.output = output;
-    run_conv_pool(call, problem.work,
-                  [&](const ConvPoolPlan& plan) { return packed.take<T>(packing_of(plan), plan.packed_size); });
+    run_conv(call, problem.dims, false, false, -1,
+             [&](const ConvPlan& plan) { return packed.take<T>(packing_of(plan), plan.packed_size); });
   }
 
  private:
   ConvPoolProblem problem(const Ints& input) const { return problem_of(kind_, input, weight_sizes_, geometry_); }
 
-  ConvPoolForward<T> call_of(const ConvPoolGeometry& g) const {
-    ConvPoolForward<T> call{};
+  ConvCall<T> call_of(const ConvPoolGeometry& g) const {
+    ConvCall<T> call{};
     call.geometry = g;
     call.input_layout = contiguous_layout(g.groups * g.in_channels, g.input);
     call.weight = weight_;

@@ -149,6 +149,15 @@ struct Argument<std::string> {
   }
 };
 
+template <>
+struct Argument<std::optional<std::string>> {
+  static std::optional<std::string> take(StableIValue value) {
+    const auto handle = torch::stable::detail::to<std::optional<StringHandle>>(value);
+    if (!handle) return std::nullopt;
+    return Argument<std::string>::take(torch::stable::detail::from(*handle));
+  }
+};
+
 // ---- results ------------------------------------------------------------------------------------------------
 
 // Results to libtorch's stack, which takes them over.

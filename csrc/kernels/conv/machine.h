@@ -18,6 +18,8 @@ constexpr int64_t kMeetingBytes = 2048;         // pixels so far apart share two
 constexpr int64_t kDeepBandBytes = 1 << 20;     // of a band's copy and sums where the weight is what has to stay near
 constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
 
+constexpr double kCostPerThread = 12e3;  // vector multiply-adds: below, waking a second thread costs more than it saves
+
 // ---- costs: vector multiply-adds ------------------------------------------------------------------------------------
 constexpr double kStoreSum = 4;    // a store, and the load of what is added
 constexpr double kPoolPixel = 3;   // a load, a maximum, and the sum that shows a NaN

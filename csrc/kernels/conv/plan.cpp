@@ -356,7 +356,7 @@ ConvPlan plan_winograd(const Planner& p) {
     return slice_tiles(band) * kPositions * (w.pitch * band.input[0] + p.block * band.conv[0]) * 4;
   };
   w.band = choose_band(p, 1, [&](const BandPlan& band) {
-    return slice_tiles(band) <= tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
+    return slice_tiles(band) <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
   });
   if (w.band.row_bands == 1 && w.band.column_bands == 1) {  // small images: some together, for each use of the weight
     const int64_t most = std::max({int64_t{1}, tuned::kTransformedBytes / tile_bytes(w.band),
@@ -558,26 +558,51 @@ bool algorithm_applies(ForwardAlgorithm algorithm, const ConvPoolGeometry& g, co
   return false;
 }
 
-ConvPlan plan_forward(const ConvPoolGeometry& g, const PlanRequest& request, const Machine& machine) {
-  const Planner p{g, request, machine};
-  if (request.algorithm >= 0) return plan_of(static_cast<ForwardAlgorithm>(request.algorithm), p);
-  PlanRequest alone = request;  // the choice must not depend on the number of threads, nor with it the order of sums
-  alone.threads = 1;
-  const Planner one{g, alone, machine};
-  ForwardAlgorithm best = ForwardAlgorithm::direct;
-  double least = INFINITY;
+namespace {
+
+// Where none of ours has fewer multiplications, fewer bytes or fuller lanes, torch's convolution is at or near the peak
+// of whatever machine this is: kernels of one position, which do nothing but multiply matrices.
+bool stock_wins(const Planner& p, const ConvPlan& best) {
+  const ConvPoolGeometry& g = p.g;
+  if (p.request.element_bytes == 8 || best.algorithm != ForwardAlgorithm::direct) return false;
+  return g.taps() == 1 && g.in_channels >= 4 * p.lanes;
+}
+
+// By a single thread: the choice must not depend on the number of threads, nor with it the order of sums.
+ConvPlan choose(const Planner& one) {
+  const ConvPoolGeometry& g = one.g;
+  ConvPlan best{};
+  best.cost = INFINITY;
   for (int i = 0; i < kForwardAlgorithms; ++i) {
     const ForwardAlgorithm algorithm = static_cast<ForwardAlgorithm>(i);
-    if (algorithm == ForwardAlgorithm::stock || !algorithm_applies(algorithm, g, request, machine)) continue;
+    if (algorithm == ForwardAlgorithm::stock || !algorithm_applies(algorithm, g, one.request, one.machine)) continue;
     const ConvPlan plan = plan_of(algorithm, one);
-    if (plan.cost >= least) continue;
+    if (plan.cost >= best.cost) continue;
     // Each row reads all of a block's weight, which has to be near.
     const int64_t block_weight = plan.packed_size / std::max<int64_t>(1, plan.pack_items) * one.compute_bytes;
     if (algorithm == ForwardAlgorithm::phases && block_weight > tuned::kBlockWeightBytes) continue;
-    least = plan.cost;
-    best = algorithm;
+    best = plan;
   }
-  return plan_of(best, p);
+  if (one.request.may_take_stock && stock_wins(one, best)) return plan_of(ForwardAlgorithm::stock, one);
+  return best;
+}
+
+}  // namespace
+
+ConvPlan plan_forward(const ConvPoolGeometry& g, const PlanRequest& request, const Machine& machine) {
+  PlanRequest alone = request;
+  alone.threads = 1;
+  const Planner one{g, alone, machine};
+  ConvPlan plan =
+      request.algorithm >= 0 ? plan_of(static_cast<ForwardAlgorithm>(request.algorithm), one) : choose(one);
+  const double worth = plan.cost / tuned::kCostPerThread;
+  const int64_t threads = worth >= request.threads ? request.threads : std::max<int64_t>(1, static_cast<int64_t>(worth));
+  if (threads > 1) {
+    alone.threads = threads;
+    plan = plan_of(plan.algorithm, Planner{g, alone, machine});
+  }
+  plan.threads = threads;
+  return plan;
 }
 
 const char* algorithm_name(ForwardAlgorithm algorithm) {

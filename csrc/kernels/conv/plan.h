@@ -134,6 +134,7 @@ struct DepthwisePlan {
 
 struct ConvPlan {
   ForwardAlgorithm algorithm;
+  int64_t threads;       // worth starting
   int64_t items;         // independent pieces of work
   int64_t pack_items;    // and of packing the weight
   int64_t packed_size;   // elements of the packed weight
@@ -150,9 +151,10 @@ struct ConvPlan {
 };
 
 struct PlanRequest {
-  int64_t threads;
+  int64_t threads;                // at hand
   int64_t element_bytes;          // of the input: 8 float64, 4 float32, 2 bfloat16
   bool input_channels_last, output_channels_last;
+  bool may_take_stock;
   bool exact;                     // elements are not moderate: no transforms
   int32_t algorithm;              // the one to take, or -1
 };
