@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.nn._hooks import has_hooks
+from fastnn.nn._hooks import may_pass_by
 from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference, wants_gradient
 from fastnn.ops.rnn import NUMBER_OF, plain_rnn, plain_rnn_cell, rnn, rnn_cell
 from fastnn.ops.rnn_head import train_rnn_with_head
@@ -222,11 +222,10 @@ def train_with_head(layers: Any, input: Any, head: Sequence[Tensor]) -> Tensor |
     """``linear(h, *head)`` of the final h of the last of ``layers``, where that is a training step that one function
     can record; else None."""
     if (
-        not isinstance(layers, _Recurrent)  # another module may have been put in their place
-        or not isinstance(input, Tensor)
+        not isinstance(input, Tensor)
         or not input.is_cpu
         or not is_plain(input)
-        or has_hooks(layers)
+        or not may_pass_by(layers, _Recurrent)  # another module may have been put in their place
         or not wants_gradient(input, *layers._flat_weights, *head)
     ):
         return None

@@ -210,7 +210,8 @@ class Rnn(torch.autograd.Function):
         ctx.call = (config, states, 1 + len(final_state))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output, reserve, input, batch_sizes, masks, *tensors)
-        return (output, *final_state)
+        # The caller may change theirs in place, as stock's may be: backward needs what it was.
+        return (output.clone(), *final_state)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
