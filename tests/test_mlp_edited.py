@@ -65,7 +65,6 @@ def own_forward(module: MLP) -> None:
     module[0].forward = lambda x: 3 * stock(x)
 
 
-
 # What is done to MLP([8, 8, 8, 8]), and how many fused calls are left of its one.
 EDITS: dict[str, tuple[Callable[[MLP], Any], int]] = {
     "nothing": (lambda m: None, 1),

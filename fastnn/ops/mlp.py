@@ -27,8 +27,9 @@ ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _DIGIT_OF = {name: str(place) for place, name in enumerate(ACTIVATION_NAMES)}
 _MOST_LAYERS = 20  # of one call of the operators
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
-# Of the last layer: the others' outputs are nobody else's.
-_BACKWARD_NEEDS_OUTPUT = frozenset({"relu", "tanh", "sigmoid", "leaky_relu"})
+# Activations of the last layer for whose derivative the output is kept.
+_KEEPS_OUTPUT = frozenset(ACTIVATION_NAMES.index(name) for name in ("relu", "tanh", "sigmoid", "leaky_relu"))
+_LEAKY_RELU = ACTIVATION_NAMES.index("leaky_relu")
 _IDENTITY, _RELU = _DIGIT_OF["identity"], _DIGIT_OF["relu"]
 # Multiply-adds of a lone linear layer below which autograd's own linear is faster in training: nothing is fused, and a
 # function written in Python costs some 5 us more. From some 1000 on, stock's products have shapes that take 40 us.
@@ -244,6 +245,8 @@ class Mlp(torch.autograd.Function):
     def record(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = Mlp.forward(*inputs)
         Mlp._keep(ctx, inputs, output)
+        if inputs[1] % 8 == _LEAKY_RELU:  # whose output the caller may change in place: stock keeps its input
+            return (output[0].clone(),)
         return output[:1]
 
     @staticmethod
@@ -252,8 +255,8 @@ class Mlp(torch.autograd.Function):
         ctx.call = (code, recompute, len(parameters))
         if recompute:
             output = ()
-        elif names_of_code(code)[-1] not in _BACKWARD_NEEDS_OUTPUT:
-            output = output[1:]  # the caller's: it may be changed in place, as stock's may
+        elif code % 8 not in _KEEPS_OUTPUT:
+            output = output[1:]  # the caller may change it in place, as stock's
         ctx.save_for_backward(input, *parameters, *output)
 
     @staticmethod
@@ -263,7 +266,7 @@ class Mlp(torch.autograd.Function):
         if recompute:
             with torch.no_grad():
                 saved = (*saved, *Mlp.forward(saved[0], code, False, *saved[1:]))
-        elif names_of_code(code)[-1] not in _BACKWARD_NEEDS_OUTPUT:
+        elif code % 8 not in _KEEPS_OUTPUT:
             # In the output's place anything of its sizes: it will not be looked at.
             saved = (*saved[: 1 + parameters], grad_output, *saved[1 + parameters :])
         wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
