@@ -74,7 +74,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     hooks = []
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn."):
-            continue  # it calls none of fastnn's operators, and its hooks would keep an MLP from running it in its kernel
+            continue  # it calls no operator of fastnn, and hooks would keep its MLP from running it in the kernel
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.layers.append(name)))
         hooks.append(module.register_forward_hook(lambda *_: recorder.leave()))
     try:

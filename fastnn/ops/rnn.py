@@ -11,6 +11,7 @@ from fastnn.ops._autograd import (
     check_same_device,
     differentiate_twice,
     eager_recorder,
+    is_exporting,
     is_plain,
     needs_autograd,
     needs_reference,
@@ -67,6 +68,8 @@ def rnn(
     """
     masks = None
     number = NUMBER_OF[mode]
+    if not state and batch_sizes is None and is_exporting():
+        state = _zero_state(input, weights, mode, num_layers, bidirectional, batch_first)
     if dropout > 0 and num_layers > 1:
         masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout)
     if is_plain(input):
@@ -115,6 +118,8 @@ def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weig
         return reference.rnn_cell(input, tuple(state), weights, mode)
     if not needs_autograd(input, *state, *weights):
         return call_kernel(_cell_op, input, number, h, c, *weights)
+    if not state and is_exporting():
+        state = [s[0] for s in _zero_state(input.unsqueeze(0), weights, mode)]
     return _record(input, None, None, _CELL_CONFIGS[number], len(state), *state, *weights)[1:]
 
 
@@ -131,6 +136,21 @@ def plain_rnn_cell(
         if recorded is not None:
             return recorded[1]
     return _record_plain(input, None, None, config, len(state), *state, *given)[1:]
+
+
+def _zero_state(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    mode: str,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> list[Tensor]:
+    """The state that none stands for. In an exported program it is given: AOTInductor drops an empty list."""
+    count = num_layers * (2 if bidirectional else 1)
+    outputs, hidden = reference.state_sizes(weights[: len(weights) // count])
+    batch = input.shape[0 if batch_first else 1]
+    return [input.new_zeros(count, batch, size) for size in (outputs, hidden)[: 2 if mode == "LSTM" else 1]]
 
 
 def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
