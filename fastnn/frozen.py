@@ -244,19 +244,20 @@ class _Reader:
         self.stages.append(_Stage("conv", conv_numbers(tensors[0].shape, len(tensors) > 1, geometry), tensors))
 
     def add_rnn(self, node: Node) -> None:
-        _, batch_sizes, state, weights, masks, mode, layers, bidirectional, batch_first = node.args
+        arguments: Any = node.args
+        _, batch_sizes, state, weights, masks, mode, layers, bidirectional, batch_first = arguments
         is_zero = all(part.target is _aten.new_zeros.default for part in state)  # what fastnn.ops.rnn takes for none
         if batch_sizes is not None or not is_zero or masks is not None:
             raise self.refusal(node, "has packed sequences or a state, which a frozen model cannot take")
         tensors = self.constants_of(node, weights)
         directions = 2 if bidirectional else 1
-        each = len(tensors) // (directions * layers)  # type: ignore[operator]
+        each = len(tensors) // (directions * layers)
         in_features, hidden, projected = tensors[0].shape[1], tensors[1].shape[1], 0
         if each % 2:
             projected, hidden = tensors[int(each) - 1].shape
         flags = [int(bool(batch_first)), int(each >= 4), 0]
         numbers = [mode, layers, directions, *flags, in_features, hidden, projected]
-        self.stages.append(_Stage("rnn", numbers, tensors))  # type: ignore[arg-type]
+        self.stages.append(_Stage("rnn", numbers, tensors))
 
     @staticmethod
     def flattens(node: Node) -> bool:

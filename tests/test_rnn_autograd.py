@@ -255,3 +255,13 @@ def test_aot_inductor(tmp_path):
     package = str(tmp_path / "model.pt2")
     torch._inductor.aoti_compile_and_package(torch.export.export(model, (x,)), package_path=package)
     torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+def test_compile_fullgraph_under_autocast(name):
+    module = getattr(nn, name)(4, 3)
+    x = torch.randn(5, 2, 4) if name in NETWORKS else torch.randn(2, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), module(x))

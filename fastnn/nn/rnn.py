@@ -1,7 +1,7 @@
 """Recurrent networks and cells in place of torch.nn's.
 
 They derive from ``RNNBase`` rather than from ``torch.nn.RNN``, because ``torch.compile`` refuses any instance of the
-latter. Whatever the kernels do not cover (other dtypes, autocast) and every argument that does not fit goes through
+latter. Whatever the kernels do not cover (other dtypes) and every argument that does not fit goes through
 the stock module's own ``forward``, so that the answer, or the error, is that of the installed torch. What fits is the
 operator's to decide, which checks everything anyway.
 """
@@ -28,7 +28,10 @@ _settings = itemgetter(
 
 def _covers(input: Any) -> bool:
     """Whether to ask the operator at all."""
-    return isinstance(input, Tensor) and not autocast_is_on() and not needs_reference(input)
+    if not isinstance(input, Tensor) or needs_reference(input):
+        return False
+    # On the CPU there are no kernels in float16, which stock's results then have.
+    return not (autocast_is_on() and input.is_cpu and torch.get_autocast_dtype("cpu") is torch.float16)
 
 
 def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
