@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import fastnn
+from fastnn import _extension
+from fastnn._digest import interface_digest
 from fastnn._extension import load_extension
 
 ROOT = Path(fastnn.__file__).parent.parent
@@ -45,26 +47,24 @@ def test_stale_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> N
         load_extension()
 
 
-@pytest.mark.parametrize("change", ["none", "edited", "added", "removed"])
-def test_stale_extension_in_an_installation(change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["edited", "added", "removed"])
+def test_stale_extension_in_an_installation(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installation has no C++ sources beside it: the extension is held against the operators' Python side."""
+    assert re.fullmatch("[0-9a-f]{16}", fastnn._C.interface_digest)
+    monkeypatch.setattr(fastnn._C, "interface_digest", interface_digest(ROOT / "fastnn"))
     package = tmp_path / "fastnn"
-    shutil.copytree(ROOT / "fastnn", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "fastnn", package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    monkeypatch.setattr(_extension, "__file__", str(package / "_extension.py"))
+    assert load_extension() is fastnn._C
     ops = package / "ops"
     if change == "edited":
         (ops / "rnn.py").write_text((ops / "rnn.py").read_text() + "\n# of another version\n")
     elif change == "added":
         (ops / "more.py").touch()
-    elif change == "removed":
-        (ops / "rnn_head.py").unlink()
-    command = [sys.executable, "-W", "ignore", "-c", "import fastnn; print(fastnn.__file__)"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    if change == "none":
-        assert Path(result.stdout.strip()).parent == package, result.stderr
     else:
-        assert result.returncode == 1
-        assert "ImportError: fastnn's compiled extension was built with other Python files" in result.stderr
-        assert "pip install ." in result.stderr
+        (ops / "rnn_head.py").unlink()
+    with pytest.raises(ImportError, match=r"was built with other Python files.*pip install \."):
+        load_extension()
 
 
 def test_version_is_written_once() -> None:
