@@ -127,14 +127,17 @@ def mlp_reconstruction_error(
     names = activation_names(activation, len(weights))
     parameters = join_parameters(weights, biases)
     if (
-        input.dim() != 2
-        or len(names) > _MOST_LAYERS
-        or needs_autograd(input, *parameters)
-        or needs_reference(autocast(input)[0])
+        input.dim() == 2
+        and len(names) <= _MOST_LAYERS
+        and not needs_autograd(input, *parameters)
+        and not needs_reference(autocast(input)[0])
     ):
-        return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
-    input, *parameters = autocast(input, *parameters)
-    return call_kernel(_mlp_reconstruction_error_op, input, parameters, operator_code(activation_digits(names)))
+        given, *parameters = autocast(input, *parameters)
+        try:
+            return call_kernel(_mlp_reconstruction_error_op, given, parameters, operator_code(activation_digits(names)))
+        except NotImplementedError:  # as of mlp_of_parameters
+            pass
+    return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
 
 
 def join_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:

@@ -312,8 +312,9 @@ class Rnn(torch.autograd.Function):
         ctx.call = (config, states, 1 + len(final_state))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output, reserve, input, batch_sizes, masks, *tensors)
-        # The caller may change theirs in place, as stock's may be: backward needs what it was.
-        return (output.clone(), *final_state)
+        is_cell = batch_sizes is None and input.dim() == 2
+        # The caller may change a network's output in place, as stock's: backward needs what it was. A cell's stays.
+        return (output if is_cell else output.clone(), *final_state)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
