@@ -96,6 +96,28 @@ def test_outputs_may_change_in_place(twins: tuple[nn.Module, nn.Module, Tensor],
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["MLP", "MLP, leaky_relu last", "GRU", "LSTM", "conv", "LinearReLU"])
+def test_outputs_may_change_in_place_when_compiled_and_transformed(name: str) -> None:
+    """Where there is no version of a tensor to tell that it has changed."""
+    if name == "LinearReLU":
+        module, x = fastnn.nn.LinearReLU(4, 5), torch.randn(3, 4)
+    else:
+        module, x = LAYERS[name][0](), torch.randn(LAYERS[name][2])
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], change: Callable[[Tensor], Tensor] = lambda y: y.mul_(2)) -> Tensor:
+        output = first(torch.func.functional_call(module, parameters, x))
+        return change(output).square().sum()
+
+    expected = torch.autograd.grad(loss(parameters, lambda y: 2 * y), list(parameters.values()))
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(parameters), list(parameters.values()))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    transformed = torch.func.grad(loss)({name: value.detach() for name, value in parameters.items()})
+    torch.testing.assert_close(tuple(transformed.values()), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_backward_needs_may_not_change() -> None:
     layer, x = fastnn.nn.LinearReLU(4, 5), torch.randn(3, 4)
     output = layer(x)

@@ -116,7 +116,7 @@ def eager_recorder(function: type[torch.autograd.Function]) -> Callable[..., tup
 def recorder(
     function: type[torch.autograd.Function], record_plain: Callable[..., tuple[Tensor, ...]], results: int
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """``function.apply``, of whose outputs the first ``results`` are the caller's (all but the last, if it is -1).
+    """``function.apply``, of whose outputs the first ``results`` are the caller's (all but the last two, if it is -2).
 
     The others are what backward needs. Transforms and compilation must see them as outputs; other calls go to
     ``record_plain``, the function's :func:`eager_recorder`.

@@ -237,30 +237,30 @@ class Mlp(torch.autograd.Function):
         if recompute:
             return (_mlp_op(input, parameters, code),)
         output, hidden = _mlp_with_hidden_op(input, parameters, code)
-        return (output, *hidden)
+        # The caller may change the first in place.
+        return (output, *((output.clone(),) if code % 8 in _KEEPS_OUTPUT else ()), *hidden)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        Mlp._keep(ctx, inputs, output)
+        Mlp._keep(ctx, inputs, output[1:])
 
     @staticmethod
     def record(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = Mlp.forward(*inputs)
-        Mlp._keep(ctx, inputs, output)
-        if inputs[1] % 8 == _LEAKY_RELU:  # whose output the caller may change in place: stock keeps its input
-            return (output[0].clone(),)
-        return output[:1]
+        input, code, recompute, *parameters = inputs
+        if recompute:
+            Mlp._keep(ctx, inputs, ())
+            return (_mlp_op(input, parameters, code),)
+        output, hidden = _mlp_with_hidden_op(input, parameters, code)
+        Mlp._keep(ctx, inputs, (output, *hidden) if code % 8 in _KEEPS_OUTPUT else hidden)
+        # Stock's leaky ReLU keeps its input, so that its output may be changed in place.
+        return (output.clone() if code % 8 == _LEAKY_RELU else output,)
 
     @staticmethod
-    def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def _keep(ctx: Any, inputs: tuple[Any, ...], made: Sequence[Tensor]) -> None:
         input, code, recompute, *parameters = inputs
         ctx.call = (code, recompute, len(parameters))
-        if recompute:
-            output = ()
-        elif code % 8 not in _KEEPS_OUTPUT:
-            output = output[1:]  # the caller may change it in place, as stock's
-        ctx.save_for_backward(input, *parameters, *output)
+        ctx.save_for_backward(input, *parameters, *made)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -268,7 +268,8 @@ class Mlp(torch.autograd.Function):
         needed, saved, layers = ctx.needs_input_grad, ctx.saved_tensors, layers_of_code(code)
         if recompute:
             with torch.no_grad():
-                saved = (*saved, *Mlp.forward(saved[0], code, False, *saved[1:]))
+                output, hidden = _mlp_with_hidden_op(saved[0], saved[1:], code)
+            saved = (*saved, output, *hidden)
         elif code % 8 not in _KEEPS_OUTPUT:
             # In the output's place anything of its sizes: it will not be looked at.
             saved = (*saved[: 1 + parameters], grad_output, *saved[1 + parameters :])

@@ -286,15 +286,15 @@ class Rnn(torch.autograd.Function):
         output, final_state, reserve = _with_reserve_op(
             input, batch_sizes, tensors[:states], tensors[states:], masks, *config
         )
-        return (output, *final_state, reserve)
+        return (output, *final_state, output.clone(), reserve)  # the caller may change the first in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, batch_sizes, masks, config, states, *tensors = inputs
-        ctx.mark_non_differentiable(output[-1])
-        ctx.call = (config, states, len(output) - 1)
+        ctx.mark_non_differentiable(*output[-2:])
+        ctx.call = (config, states, len(output) - 2)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[0], output[-1], input, batch_sizes, masks, *tensors)
+        ctx.save_for_backward(*output[-2:], input, batch_sizes, masks, *tensors)
 
     @staticmethod
     def record(
@@ -329,7 +329,7 @@ class Rnn(torch.autograd.Function):
 
 
 _record_plain = eager_recorder(Rnn)
-_record = recorder(Rnn, _record_plain, results=-1)
+_record = recorder(Rnn, _record_plain, results=-2)
 
 
 class RnnBackward(torch.autograd.Function):
