@@ -265,8 +265,10 @@ class _Chain:
 
     def add_rnn(self, node: Node) -> None:
         self.settle()
-        _, batch_sizes, state, weights, masks, mode, layers, bidirectional, batch_first = node.args
-        if batch_sizes is not None or state or masks is not None:
+        arguments: Any = node.args
+        _, batch_sizes, state, weights, masks, mode, layers, bidirectional, batch_first = arguments
+        is_zero = all(part.target is _aten.new_zeros.default for part in state)  # what fastnn.ops.rnn takes for none
+        if batch_sizes is not None or not is_zero or masks is not None:
             raise _refusal(node, "has packed sequences or a state, which a frozen model cannot take")
         tensors = self.constants_of(node, weights)
         directions = 2 if bidirectional else 1

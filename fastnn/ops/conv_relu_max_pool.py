@@ -160,13 +160,16 @@ def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geome
     if not batched:
         _check_rank(input, dims)
         input = input.unsqueeze(0)
-    if not is_plain(input):
-        input, weight, bias = autocast(input, weight, bias)
-        output = _not_plain(input, weight, bias, geometry, dims)
-    elif wants_gradient(input, weight, bias):
-        output = _differentiable(_record_plain, input, weight, bias, geometry, dims)
-    else:
-        output = _call(input, weight, bias, geometry)
+    try:
+        if not is_plain(input):
+            input, weight, bias = autocast(input, weight, bias)
+            output = _not_plain(input, weight, bias, geometry, dims)
+        elif wants_gradient(input, weight, bias):
+            output = _differentiable(_record_plain, input, weight, bias, geometry, dims)
+        else:
+            output = _call(input, weight, bias, geometry)
+    except NotImplementedError:  # tensors that only stock computes with, such as DTensor
+        output = reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
     return output if batched else output.squeeze(0).contiguous()
 
 
