@@ -138,9 +138,11 @@ Tensor place_gradient(Problem& problem, const Tensor& gradient, int64_t* stride)
   return result;
 }
 
-// A view with its sign turned, as torch.func and complex numbers make them, is read as it lies. libtorch resolves those
-// among an operator's tensors and lists of tensors, but not in lists of optional ones.
+// What libtorch does with an operator's tensors and lists of tensors, but not in lists of optional ones: a view with
+// its sign turned, as torch.func and complex numbers make them, is read as it lies, and a tensor of nothing but zeros
+// may have no memory at all.
 Tensor resolved(const Tensor& tensor) {
+  FASTNN_CHECK(tensor.numel() == 0 || tensor.const_data_ptr(), "rnn_backward: grad_state has no memory");
   std::array<StableIValue, 1> stack{give(tensor)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resolve_neg", "", stack.data(), TORCH_ABI_VERSION));
   return Argument<Tensor>::take(stack[0]);
