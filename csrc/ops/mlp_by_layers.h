@@ -88,7 +88,7 @@ inline Tensor errors_by_layers(const Forward& call) {
   bfloat16* const to = mutable_data<bfloat16>(errors);
   parallel_range(call.chain.rows, 3.0 * static_cast<double>(columns), [&](int64_t first, int64_t last) {
     mlp_kernels().elementwise.bf16.mean_squared_errors(before + first * columns, after + first * columns, last - first,
-                                                  columns, to + first);
+                                                       columns, to + first);
   });
   return errors;
 }
