@@ -45,13 +45,6 @@ inline Tensor linear(const Tensor& input, const Tensor& weight, const Tensor* bi
   return settled(Argument<Tensor>::take(stack[0]));
 }
 
-// body(first, last) for parts of [0, count), in parallel if `work` a piece is worth it.
-template <class Body>
-void parallel_range(int64_t count, double work, const Body& body) {
-  const int64_t chunks = std::min(useful_threads(work * static_cast<double>(count)), count);
-  parallel_chunks(chunks, count, [&](int64_t, int64_t first, int64_t last) { body(first, last); });
-}
-
 constexpr double kActivationWork = 20;
 
 // to (count) <- activation(from), which may be the same.
@@ -96,13 +89,8 @@ inline Tensor errors_by_layers(const Forward& call) {
 // The sums of a matrix's rows.
 template <class T>
 Tensor sums_of_rows(const T* matrix, int64_t rows, int64_t columns, ScalarType dtype) {
-  using C = Compute<T>;
   Tensor sums = new_tensor({columns}, widened(dtype));
-  const Scratch<C> lost(columns);
-  const auto& elementwise = mlp_kernels().elementwise.get<T>();
-  parallel_range(columns, static_cast<double>(rows), [&](int64_t first, int64_t last) {
-    elementwise.sum_rows(matrix, rows, columns, first, last, mutable_data<C>(sums), lost.get());
-  });
+  sum_rows(matrix, rows, columns, mutable_data<Compute<T>>(sums));
   return narrowed(std::move(sums), dtype);
 }
 

@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "../kernels/mlp.h"
 #include "tensor.h"
 
 namespace fastnn {
@@ -46,6 +47,23 @@ void multiply(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<T
   std::array<StableIValue, 3> stack{give(a.tensor()), give(b.tensor()), give(product.tensor())};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   Argument<Tensor>::take(stack[0]);
+}
+
+// body(first, last) for parts of [0, count), in parallel if `work` a piece is worth it.
+template <class Body>
+void parallel_range(int64_t count, double work, const Body& body) {
+  const int64_t chunks = std::min(useful_threads(work * static_cast<double>(count)), count);
+  parallel_chunks(chunks, count, [&](int64_t, int64_t first, int64_t last) { body(first, last); });
+}
+
+// sums (columns) of a matrix's rows
+template <class T>
+void sum_rows(const T* matrix, int64_t rows, int64_t columns, Compute<T>* sums) {
+  const Scratch<Compute<T>> lost(columns);
+  const auto& elementwise = mlp_kernels().elementwise.get<T>();
+  parallel_range(columns, static_cast<double>(rows), [&](int64_t first, int64_t last) {
+    elementwise.sum_rows(matrix, rows, columns, first, last, sums, lost.get());
+  });
 }
 
 }  // namespace fastnn
