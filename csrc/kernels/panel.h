@@ -37,8 +37,8 @@ template <int rows, int vectors, int parts, bool transposed, class C>
 __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<transposed> strides, const C* panel,
                                              const C* start, int64_t start_stride, C* out, int64_t out_stride) {
   constexpr int lanes = kLanes<C>, width = vectors * lanes;
-  // Large weights come from far at every step of a recurrent network, sooner if they are asked for ahead of time. A tile
-  // of few rows has no time to spare for that between its loads.
+  // Large weights come from far at every step of a recurrent network, sooner if they are asked for ahead of time. A
+  // tile of few rows has no time to spare for that between its loads.
   constexpr bool kFetchesAhead = 2 * rows > tile_rows(vectors);
   constexpr int kAhead = 2048, kRowBytes = width * sizeof(C);
   Vec<C> total[parts][rows][vectors] = {};
@@ -50,7 +50,8 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
     if constexpr (kFetchesAhead) {
 #pragma GCC unroll 4
       for (int byte = 0; byte < kRowBytes; byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(panel + part * width) + kAhead + byte);
+        const auto address = reinterpret_cast<uintptr_t>(panel + part * width);
+        __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead + byte));  // may be beyond the weights
       }
     }
 #pragma GCC unroll 16
