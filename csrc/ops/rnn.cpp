@@ -3,8 +3,7 @@
 #include <tuple>
 
 #include "register.h"
-#include "rnn_problem.h"
-#include "rnn_threads.h"
+#include "rnn_large.h"
 
 namespace fastnn {
 namespace {
@@ -214,6 +213,9 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
                                   input_wanted ? mutable_data<T>(wanted.input) : nullptr,
                                   state_or_null(0),
                                   state_or_null(1)};
+  if constexpr (std::is_same_v<T, C>) {
+    if (has_large_products(problem)) return backward_by_products(problem, network, gradients, wanted.weights);
+  }
   const int64_t members = team_members(network);
   const int64_t chunks = members > 1 ? 1 : rnn_chunks(2 * problem.work(), problem.batch);
   const std::vector<int64_t> bounds = split_sequences(network, chunks);
