@@ -59,6 +59,17 @@ int64_t algorithm_of(const char* op, const std::optional<std::string>& name, con
   fail(op, ": there is no algorithm '", *name, "'");
 }
 
+// Whether torch's convolution and ReLU are all there is to a call.
+template <class T>
+bool is_left_to_stock(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last,
+                      int64_t algorithm) {
+  const ConvPoolGeometry& g = problem.geometry;
+  if (g.batch == 0 || !pools_nothing(g)) return false;
+  const PlanKey key =
+      plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, algorithm);
+  return plan_for(key).algorithm == ForwardAlgorithm::stock;
+}
+
 // winners: where to put them, or null.
 Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_weight, const std::optional<Tensor>& bias,
                const Ints& geometry, const std::optional<std::string>& algorithm, std::optional<Tensor>* winners) {
@@ -67,19 +78,24 @@ Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_we
   const ScalarType dtype = problem.kind.dtype;
   const bool channels_last = output_is_channels_last(problem, input, weight);
   const Ints sizes = output_sizes(problem);
-  Tensor output = new_formatted(sizes, dtype, channels_last);
   if (winners) {
     check_places(op, problem.geometry);
     *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
   }
-  if (output.numel() > 0) {
-    with_dtype(dtype, [&](auto type) {
-      using T = decltype(type);
-      run_forward<T>(problem, input, weight, bias, output, winners ? &**winners : nullptr,
-                     algorithm_of<T>(op, algorithm, problem, is_channels_last(input)));
-    });
-  }
-  return output;
+  return with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t number = algorithm_of<T>(op, algorithm, problem, is_channels_last(input));
+    if (!winners && is_left_to_stock<T>(problem, input, channels_last, number)) {
+      const Tensor result = convolution(input, weight, bias, problem.geometry, problem.dims);
+      rectify(result);
+      return in_format<T>(conv_backward_kernels().get<T>(), result, channels_last);
+    }
+    Tensor output = new_formatted(sizes, dtype, channels_last);
+    if (output.numel() > 0) {
+      run_forward<T>(problem, input, weight, bias, output, winners ? &**winners : nullptr, number);
+    }
+    return output;
+  });
 }
 
 Tensor conv_relu_max_pool(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -48,6 +48,18 @@ inline Tensor convolution(const Tensor& input, const Tensor& weight, const std::
   return Argument<Tensor>::take(stack[0]);
 }
 
+// relu_(tensor)
+inline void rectify(const Tensor& tensor) {
+  std::array<StableIValue, 1> stack{give(tensor)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu_", "", stack.data(), TORCH_ABI_VERSION));
+  Argument<Tensor>::take(stack[0]);
+}
+
+// Whether windows are of one conv pixel each.
+inline bool pools_nothing(const ConvPoolGeometry& g) {
+  return std::equal(g.output, g.output + 3, g.conv) && g.places() == 1;
+}
+
 // max_pool(relu(input * scale + shift)) of dense images, of which scale and shift have one number a channel, or are
 // null: a convolution of groups of one channel. Of the geometry, the sizes of `conv` and the pooling count.
 template <class T>

@@ -34,7 +34,12 @@ bool is_moderate(const ConvCall<T>& call) {
   const int64_t image = g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2];
   Vec<C> total = {};
   for (int64_t i = 0; i < g.batch; ++i) total = add_squares(call.input + i * call.input_layout.n, image, total);
-  total = add_squares(call.weight, g.groups * g.out_channels * g.depth(), total);
+  const int64_t outputs = g.groups * g.out_channels, step = call.weight_layout.n;
+  if (step == g.depth()) {
+    total = add_squares(call.weight, outputs * step, total);
+  } else {
+    for (int64_t o = 0; o < outputs; ++o) total = add_squares(call.weight + o * step, g.depth(), total);
+  }
   const C sum = sum_lanes<C>(total);
   return sum - sum == 0;
 }

@@ -69,7 +69,9 @@ class PixelsForward {
       for (int64_t b = 0; b < plan_.blocks; ++b) {
         first_ = g_.out_channels * b / plan_.blocks;
         count_ = g_.out_channels * (b + 1) / plan_.blocks - first_;
-        plan_.in_registers ? run_windows() : run_block();
+        plan_.joins_rows     ? run_joined()
+        : plan_.in_registers ? run_windows()
+                             : run_block();
       }
     }
   }
@@ -153,6 +155,37 @@ class PixelsForward {
     for (int64_t o = 0; o < count_; ++o) bias_[o] = call_.bias ? to_compute(call_.bias[output + o]) : C(0);
   }
 
+  // All of the band's conv pixels as one row, in which those beside the rows' ends are of no use.
+  void run_joined() {
+    start_block();
+    C* const sums = ring_.all();
+    const C* const weight = call_.packed + (band_.group * g_.out_channels + first_) * plan_.depth;
+    sum_run(copy_, offsets_, weight, sums);
+    places_[0] = sums;
+    pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>}, stage_,
+                    call_.winners ? winner_stage_ : nullptr);
+    for (int64_t r = 0; r < band_.rows; ++r) {
+      const int64_t row = r * plan_.step[1];
+      write_rows(call_, output_at(r), count_, band_.columns, stage_ + row, winner_stage_ + row, plan_.pitch);
+    }
+  }
+
+  // Where the pooled row r of the band begins in the output, of the block's first output.
+  int64_t output_at(int64_t r) const {
+    const ConvLayout& layout = call_.output_layout;
+    return band_.image * layout.n + (band_.group * g_.out_channels + first_) * layout.c + band_.slice * layout.d[0] +
+           (band_.row + r) * layout.d[1] + band_.column * layout.d[2];
+  }
+
+  // A run of conv pixels of each of the block's outputs.
+  void sum_run(const C* pixels, const int64_t* offsets, const C* weight, C* to) const {
+    const auto tile = pixel_tiles_f32.at[plan_.vectors == 8 ? 3 : plan_.vectors / 2][count_ - 1];
+    for (int64_t k = 0; k < plan_.depth; k += kLongestSum) {
+      tile({plan_.conv_run / (plan_.vectors * kLanes<C>), pixels, offsets + k, smaller(kLongestSum, plan_.depth - k),
+            weight + k * count_, count_, k == 0 ? bias_ : nullptr, to, plan_.conv_run});
+    }
+  }
+
   void run_windows() {
     start_block();
     const C* const weight = call_.packed + (band_.group * g_.out_channels + first_) * plan_.depth;
@@ -200,14 +233,10 @@ class PixelsForward {
     const C* const weight = call_.packed + (band_.group * g_.out_channels + first_) * plan_.depth;
     const int64_t images = plan_.band.images, stride = g_.pool_stride[2];
     const int64_t used = smaller(stride, g_.pool_extent(2));
-    const auto tile = pixel_tiles_f32.at[plan_.vectors == 8 ? 3 : plan_.vectors / 2][count_ - 1];
     for (int64_t residue = 0; residue < used; ++residue) {
       C* const to = slot + residue * plan_.block * plan_.conv_run;
       const int64_t* offsets = offsets_ + residue * plan_.depth;
-      for (int64_t k = 0; k < plan_.depth; k += kLongestSum) {
-        tile({plan_.conv_run / (plan_.vectors * kLanes<C>), pixels, offsets + k, smaller(kLongestSum, plan_.depth - k),
-              weight + k * count_, count_, k == 0 ? bias_ : nullptr, to, plan_.conv_run});
-      }
+      sum_run(pixels, offsets, weight, to);
       // Conv pixels that are not there: conv column conv[2] + residue + stride * place.
       const int64_t start = band_.conv[2] + residue;
       const int64_t first = start < 0 ? smaller(plan_.conv_places, divide_up(-start, stride)) : 0;
@@ -224,13 +253,12 @@ class PixelsForward {
   // The staged rows, from the band's `first` on.
   void write(int64_t first, int64_t staged) {
     const ConvLayout& layout = call_.output_layout;
-    const int64_t images = plan_.band.images, output = band_.group * g_.out_channels + first_;
+    const int64_t images = plan_.band.images;
     const int64_t result = plan_.band.stage_rows * plan_.pitch;
     const bool joined = band_.columns * images == plan_.pitch && band_.columns == g_.output[2];
     const int64_t rows = joined ? 1 : staged, columns = joined ? staged * band_.columns : band_.columns;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = band_.image * layout.n + output * layout.c + band_.slice * layout.d[0] +
-                         (band_.row + first + r) * layout.d[1] + band_.column * layout.d[2];
+      const int64_t at = output_at(first + r);
       const C* from = stage_ + r * plan_.pitch;
       const uint8_t* winners = winner_stage_ + r * plan_.pitch;
       if (images == 1) {

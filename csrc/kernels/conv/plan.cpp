@@ -351,9 +351,11 @@ ConvPlan plan_phases(const Planner& p) {
   const double sums = channel_tiles(p, static_cast<int64_t>(pairs), g.out_channels) * d.depth * f.positions +
                       pairs * vectors * f.points * (tuned::kStoreSum + 1);
   const double lanes_filled = channels_last ? static_cast<double>(g.in_channels) / round_up(g.in_channels, p.lanes) : 1;
-  // Each input row: the columns parted, then for each piece r + 1 loads, as many stores, and additions.
+  // Each input row: the columns parted, one by one where the stride is more than 1; then for each piece r + 1 loads, as
+  // many stores, and additions.
+  const double part = channels_last ? 0 : g.stride[2] == 1 ? 2 * tuned::kCopy : 2 * g.stride[2] * tuned::kGather * p.lanes;
   const double transform = rows * g.stride[1] * g.in_channels * pairs / p.lanes / lanes_filled *
-                           (tuned::kCopy * 2 * g.stride[2] + 4.0 * f.positions);
+                           (part + 4.0 * f.positions);
   plan.cost = g.groups * (rows * sums + channel_rest(p) + transform + packing_cost(p, d.depth * f.positions));
   return plan;
 }
@@ -437,6 +439,13 @@ bool pools_in_registers(const ConvPoolGeometry& g) {
   return whole;
 }
 
+// Whether the rows of a plane may be taken for one: each conv pixel lies where its input does.
+bool rows_join(const ConvPoolGeometry& g) {
+  bool join = true;
+  for (int d = 1; d < 3; ++d) join = join && g.stride[d] == 1 && g.pool_stride[d] == 1 && g.pool_kernel[d] == 1;
+  return join && g.pool_kernel[0] == 1 && g.pool_padding[0] == 0 && g.pool_padding[1] == 0 && g.pool_padding[2] == 0;
+}
+
 // tile_vectors: of a pixel tile; 0 pools in registers.
 ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) {
   const ConvPoolGeometry& g = p.g;
@@ -446,9 +455,11 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
   x.residues = g.stride[2] * g.pool_stride[2];
   x.depth = g.depth();
   x.in_registers = tile_vectors == 0;
+  x.joins_rows = images == 1 && rows_join(g);
   x.vectors = std::max<int64_t>(1, tile_vectors);
   const auto set_runs = [&](const BandPlan& band) {
-    x.conv_places = band.columns + (g.pool_extent(2) - 1) / g.pool_stride[2];
+    x.conv_places = x.joins_rows ? (band.rows - 1) * band.input[2] + band.columns
+                                 : band.columns + (g.pool_extent(2) - 1) / g.pool_stride[2];
     x.conv_run = round_up(x.conv_places * images, p.lanes * x.vectors);
     x.run = divide_up(band.input[2], x.residues) * images;
     x.step[1] = x.residues * x.run;
@@ -456,7 +467,7 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
     x.channel_step = band.input[0] * x.step[0];
     // The last run is read as far as a row of conv pixels is computed.
     x.copy_size = g.in_channels * x.channel_step + x.conv_run + x.residues * images + p.lanes;
-    x.pitch = round_up(band.columns * images, p.lanes);
+    x.pitch = x.joins_rows ? x.conv_run : round_up(band.columns * images, p.lanes);
   };
   x.blocks = divide_up(g.out_channels, x.in_registers ? p.most_rows : most_outputs(p, x.vectors));
   x.block = divide_up(g.out_channels, x.blocks);
@@ -472,7 +483,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
   });
   set_runs(x.band);
   set_ring();
-  x.band.stage_rows = std::min(x.band.rows, std::max<int64_t>(1, tuned::kStageBytes / (x.block * x.pitch * 4)));
+  x.band.stage_rows =
+      x.joins_rows ? 1 : std::min(x.band.rows, std::max<int64_t>(1, tuned::kStageBytes / (x.block * x.pitch * 4)));
   plan.items = bands_of(g, x.band);
   plan.pack_items = g.groups * x.blocks;
   plan.packed_size = g.groups * g.out_channels * x.depth;
@@ -489,7 +501,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
       .take(g.places(), pointer)
       .take(x.block, 4);
   plan.scratch_size = memory.bytes();
-  const double rows = static_cast<double>(g.batch) / images * g.conv[0] * g.conv[1] * x.band.column_bands;
+  const double band_rows = x.joins_rows ? x.band.row_bands : g.conv[1];
+  const double rows = static_cast<double>(g.batch) / images * g.conv[0] * band_rows * x.band.column_bands;
   const double row_vectors = x.conv_run / p.lanes * used;
   const double together = x.in_registers ? 2 : static_cast<double>(x.vectors), outputs = static_cast<double>(x.block);
   // Loads of vectors mostly cross lines, and then count twice.
@@ -497,7 +510,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
   const double moves = images == 1 && !p.request.input_channels_last
                            ? (x.residues <= 2 ? tuned::kCopy * x.residues / p.lanes : tuned::kGather)
                            : tuned::kTranspose / std::min<double>(p.lanes, std::max<int64_t>(images, 4));
-  const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * g.output[1] * x.band.column_bands;
+  const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * x.band.column_bands *
+                          (x.joins_rows ? x.band.row_bands : g.output[1]);
   const double per_sum = x.in_registers ? tuned::kPoolSum : tuned::kStoreSum + tuned::kPoolPixel;
   const double sums = x.in_registers ? out_rows * (x.pitch / p.lanes) * g.places() : rows * row_vectors;
   plan.cost = g.groups * (sums * (x.blocks * tile * x.depth + g.out_channels * per_sum) +
@@ -512,7 +526,7 @@ ConvPlan plan_pixels(const Planner& p) {
   for (const int64_t images : {int64_t{1}, p.lanes / 2, p.lanes, 2 * p.lanes}) {
     if (images > p.g.batch) continue;
     for (const int64_t vectors : {0, 1, 2, 4, 8}) {
-      if (vectors == 0 && !pools_in_registers(p.g)) continue;
+      if (vectors == 0 ? !pools_in_registers(p.g) : most_outputs(p, vectors) < 1) continue;
       const ConvPlan plan = plan_pixels_of(p, images, vectors);
       if (plan.cost < best.cost) best = plan;
     }

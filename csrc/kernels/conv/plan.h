@@ -122,6 +122,7 @@ struct PixelsPlan {
   int64_t copy_size;
   int64_t depth;
   int64_t block, blocks;  // outputs computed together, and how often
+  bool joins_rows;        // nothing strides or pools: a band's rows are one, with the columns between them
   bool in_registers;      // windows do not overlap and are whole: they are pooled there, and no ring is kept
   int64_t vectors;        // and vectors: 1, 2, 4 or 8, of which a run of conv pixels is a multiple
 };
