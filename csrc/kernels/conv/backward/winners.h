@@ -1,40 +1,52 @@
-// Backward: only the winner of each window has a gradient, so most of the convolution's output gradient is zero. It is
-// laid out a band at a time, and what is not zero there listed as (value, place).
+// Backward for any convolution: only the winner of each window has a gradient, so most of the gradient of the
+// convolution's output is zero. It is laid out a band at a time, and what is not zero there listed as (value, place). A
+// winner costs twice the depth in multiply-adds, whatever the number of conv pixels.
 //
-// With L channels of the input side by side (a block), the elements under a conv pixel are a few runs, each of whole
+// With some channels of the input side by side (a block), the elements under a conv pixel are a few runs, each of whole
 // vectors. The weight's gradient for one output channel is the sum over its list of value x runs of the input; the
 // input's gradient at one conv pixel is the sum over its list (one entry an output channel) of value x runs of the
-// weight. Both sums are the same loop, with the runs accumulated in registers. In bfloat16 two entries of a list are
-// one product, where the processor has an instruction for it: their runs are zipped with each other on the way.
+// weight. Both sums are the same loop, with the runs accumulated in registers.
 #pragma once
 
-#include "conv_backward_plan.h"
+#include "gradient_band.h"
+#include "runs.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 
 template <class T, class E>
-class BackwardWorker {
+class WinnersWorker {
   using C = Compute<T>;
 
  public:
-  BackwardWorker(const ConvPoolBackward<T>& call, bool weight_wanted, void* memory)
+  WinnersWorker(const ConvBackward<T>& call, bool weight_wanted, Parts& memory)
       : call_(call),
         g_(call.geometry),
-        s_(run_shape<E>(call.geometry)),
-        scratch_(call.geometry, memory),
-        window_(call, scratch_.image, weight_wanted ? scratch_.images : nullptr,
-                call.grad_input ? scratch_.gradients : nullptr, scratch_.parts),
-        band_(call, scratch_.shape, scratch_.band) {
-    const BlockImage& image = scratch_.image;
-    for (int64_t d = 0; d < g_.kernel[0]; ++d) {
-      for (int64_t h = 0; h < g_.kernel[1]; ++h) {
-        scratch_.run_offsets[d * g_.kernel[1] + h] = d * g_.dilation[0] * image.d[0] + h * g_.dilation[1] * image.d[1];
-      }
+        s_(call.plan->winners),
+        width_(call.plan->band.width),
+        list_room_(call.plan->band.pixels + kLanes<C>),
+        window_(call, s_.blocks, weight_wanted, memory),
+        band_(call, memory) {
+    const int64_t pixels = call.plan->band.pixels;
+    values_ = memory.take<E>(list_room_ * width_);
+    offsets_ = memory.take<Offset<C>>(list_room_ * width_);
+    slice_starts_ = memory.take<int64_t>((divide_up(pixels, s_.slice_pixels) + 1) * width_);
+    pixel_starts_ = memory.take<int64_t>(pixels + 1);
+    run_offsets_ = memory.take<int64_t>(s_.runs);
+    pixel_offsets_ = memory.take<Offset<C>>(pixels);
+    channel_offsets_ = memory.take<Offset<C>>(width_);
+    bias_ = memory.take<double>(round_up(g_.out_channels, width_));
+  }
+
+  // Once the memory is there.
+  void prepare() {
+    const int64_t(&d)[3] = call_.plan->image.d;
+    for (int64_t run = 0; run < s_.runs; ++run) {
+      const int64_t tap = run * s_.columns, row = tap / g_.kernel[2];
+      run_offsets_[run] = row / g_.kernel[1] * g_.dilation[0] * d[0] + row % g_.kernel[1] * g_.dilation[1] * d[1] +
+                          tap % g_.kernel[2] * g_.dilation[2] * d[2];
     }
-    for (int64_t o = 0; o < scratch_.shape.width; ++o) {
-      scratch_.channel_offsets[o] = static_cast<Offset<C>>(o * s_.row);
-    }
+    for (int64_t o = 0; o < width_; ++o) channel_offsets_[o] = static_cast<Offset<C>>(o * s_.row);
   }
 
   // Blocks [first, last) of one group of an image, the conv pixels `pixels` along the axis. The gradients are null
@@ -46,31 +58,28 @@ class BackwardWorker {
     blocks_ = last - first;
     first_ = first;
     grad_bias = first == 0 ? grad_bias : nullptr;
-    fill_zeros(scratch_.bias, round_up(g_.out_channels, scratch_.shape.width));
+    fill_zeros(bias_, round_up(g_.out_channels, width_));
     const int64_t channel = first * s_.lanes, channels = smaller(blocks_ * s_.lanes, g_.in_channels - channel);
     window_.for_each_place(image, group * g_.in_channels + channel, channels, pixels,
                            [&](int64_t pixel, int64_t past, bool is_before) {
                              if (is_before) return run_window(pixel, past, false, nullptr, nullptr, nullptr);
                              run_window(pixel, past, fresh && pixel == pixels.first, grad_weight, lost, grad_bias);
                            });
-    for (int64_t o = 0; grad_bias && o < g_.out_channels; ++o) {
-      grad_bias[group * g_.out_channels + o] += static_cast<C>(scratch_.bias[o]);
-    }
+    if (grad_bias) add_bias(bias_, g_.out_channels, grad_bias + group * g_.out_channels);
   }
 
  private:
   // The conv pixels [first, last) along the axis that the window moves along.
   void run_window(int64_t first, int64_t last, bool fresh, C* grad_weight, C* lost, C* grad_bias) {
-    const int64_t width = scratch_.shape.width;
-    for (int64_t channel = 0; channel < g_.out_channels; channel += width) {
-      const int64_t channels = smaller(width, g_.out_channels - channel);
+    for (int64_t channel = 0; channel < g_.out_channels; channel += width_) {
+      const int64_t channels = smaller(width_, g_.out_channels - channel);
       const int64_t at = ((group_ * s_.blocks + first_) * g_.out_channels + channel) * s_.row;
       bool is_fresh = fresh;
-      scratch_.shape.for_each(g_, scratch_.image.axis, first, last, [&](const ConvBox& box) {
+      for_each_band(g_, call_.plan->band, call_.plan->image.axis, first, last, [&](const ConvBox& box) {
         band_.fill(image_, group_ * g_.out_channels + channel, 1, channels, box);
         if (grad_weight || call_.grad_input) find_pixels(box, first);
         const int64_t pixels = round_up(box.pixels(), kLanes<C>);
-        if (grad_bias) band_.add_pixels(0, pixels, scratch_.bias + channel);
+        if (grad_bias) band_.add_pixels(pixels, bias_ + channel);
         if (grad_weight) add_weight_gradient(pixels, channels, is_fresh, grad_weight + at, lost ? lost + at : nullptr);
         is_fresh = false;
         if (call_.grad_input) {
@@ -84,42 +93,41 @@ class BackwardWorker {
   // Where the first tap of each of the box's pixels lies in the window, which begins with the pixel `origin`. Those
   // that fill up the last vector have no gradient.
   void find_pixels(const ConvBox& box, int64_t origin) {
-    const BlockImage& image = scratch_.image;
+    const ImagePlan& image = call_.plan->image;
     const int64_t before = origin * g_.stride[image.axis] * image.d[image.axis];
-    Offset<C>* to = scratch_.pixel_offsets;
+    Offset<C>* to = pixel_offsets_;
     for (int64_t z = box.first[0]; z < box.last[0]; ++z) {
       for (int64_t y = box.first[1]; y < box.last[1]; ++y) {
         const int64_t row = z * g_.stride[0] * image.d[0] + y * g_.stride[1] * image.d[1] - before;
         for (int64_t x = box.first[2]; x < box.last[2]; ++x) {
-          *to++ = static_cast<Offset<C>>(row + image.column(x * g_.stride[2]));
+          *to++ = static_cast<Offset<C>>(row + x * g_.stride[2] * image.d[2]);
         }
       }
     }
-    for (; (to - scratch_.pixel_offsets) % kLanes<C> != 0; ++to) *to = 0;
+    for (; (to - pixel_offsets_) % kLanes<C> != 0; ++to) *to = 0;
   }
 
   // A list a channel: of the pixels in whose gradient it has a part, slice after slice.
   void list_by_channel(int64_t pixels) const {
     constexpr int lanes = kLanes<C>;
-    const int64_t width = scratch_.shape.width, room = scratch_.list_room;
-    for (int64_t o = 0; o < width; o += lanes) {
+    for (int64_t o = 0; o < width_; o += lanes) {
       int64_t counts[lanes] = {};
-      int64_t* starts = scratch_.slice_starts + o;
-      E* values = scratch_.values + o * room;
-      Offset<C>* offsets = scratch_.offsets + o * room;
+      int64_t* starts = slice_starts_ + o;
+      E* values = values_ + o * list_room_;
+      Offset<C>* offsets = offsets_ + o * list_room_;
       for (int64_t p = 0; p < pixels; p += lanes) {
-        if (p % scratch_.slice_pixels == 0) {
+        if (p % s_.slice_pixels == 0) {
           __builtin_memcpy(starts, counts, sizeof(counts));
-          starts += width;
+          starts += width_;
         }
-        const Vec<Offset<C>> places = load(scratch_.pixel_offsets + p);
+        const Vec<Offset<C>> places = load(pixel_offsets_ + p);
         Vec<C> square[lanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = load(band_.pixels() + (p + i) * width + o);
+        for (int i = 0; i < lanes; ++i) square[i] = load(band_.pixels() + (p + i) * width_ + o);
         transpose<C>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
-          const int64_t at = i * room + counts[i];
+          const int64_t at = i * list_room_ + counts[i];
           counts[i] += append_nonzero(square[i], places, values + at, offsets + at);
         }
       }
@@ -129,37 +137,36 @@ class BackwardWorker {
 
   // A list a pixel, one after the other: of the channels that have a gradient there.
   void list_by_pixel(int64_t pixels) const {
-    const int64_t width = scratch_.shape.width;
     int64_t count = 0;
     for (int64_t p = 0; p < pixels; ++p) {
-      scratch_.pixel_starts[p] = count;
-      for (int64_t o = 0; o < width; o += kLanes<C>) {
-        count += append_nonzero(load(band_.pixels() + p * width + o), load(scratch_.channel_offsets + o),
-                                scratch_.values + count, scratch_.offsets + count);
+      pixel_starts_[p] = count;
+      for (int64_t o = 0; o < width_; o += kLanes<C>) {
+        count += append_nonzero(load(band_.pixels() + p * width_ + o), load(channel_offsets_ + o),
+                                values_ + count, offsets_ + count);
       }
     }
-    scratch_.pixel_starts[pixels] = count;
+    pixel_starts_[pixels] = count;
   }
 
   // What a slice adds is rounded by the size of the whole sum: `lost` keeps what that takes away.
   void add_weight_gradient(int64_t pixels, int64_t channels, bool fresh, C* to, C* lost) {
     list_by_channel(pixels);
-    const int64_t width = scratch_.shape.width, slices = divide_up(pixels, scratch_.slice_pixels);
+    const int64_t slices = divide_up(pixels, s_.slice_pixels);
     for (int64_t block = 0; block < blocks_; ++block) {
       const E* image = window_.image(block);
       const int64_t block_at = block * g_.out_channels * s_.row;
       for_each_register_block<E>(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
         for (int64_t slice = 0; slice < slices; ++slice) {
-          const int64_t* starts = scratch_.slice_starts + slice * width;
+          const int64_t* starts = slice_starts_ + slice * width_;
           for (int64_t o = 0; o < channels; ++o, ++starts) {
             const int64_t at = block_at + o * s_.row + (run * s_.vectors + vector) * kLanes<C>;
             bool writes = fresh && slice == 0;
-            for (int64_t part = starts[0]; writes || part < starts[width]; part += kLongestSum) {
-              const int64_t entry = o * scratch_.list_room + part;
-              const GradientList<E> list = {scratch_.values + entry, scratch_.offsets + entry,
-                                            smaller(starts[width] - part, kLongestSum)};
+            for (int64_t part = starts[0]; writes || part < starts[width_]; part += kLongestSum) {
+              const int64_t entry = o * list_room_ + part;
+              const GradientList<E> list = {values_ + entry, offsets_ + entry,
+                                            smaller(starts[width_] - part, kLongestSum)};
               add_runs<decltype(runs)::value, decltype(vectors)::value>(list, image + vector * kLanes<C>,
-                                                                        scratch_.run_offsets + run, writes, to + at,
+                                                                        run_offsets_ + run, writes, to + at,
                                                                         lost ? lost + at : nullptr);
               writes = false;
             }
@@ -193,12 +200,12 @@ class BackwardWorker {
       C* image = window_.gradient(block);
       for_each_register_block<E>(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
         for (int64_t p = 0; p < pixels; ++p) {
-          const int64_t start = scratch_.pixel_starts[p], count = scratch_.pixel_starts[p + 1] - start;
+          const int64_t start = pixel_starts_[p], count = pixel_starts_[p + 1] - start;
           if (count == 0) continue;
           scatter_runs<decltype(runs)::value, decltype(vectors)::value>(
-              {scratch_.values + start, scratch_.offsets + start, count},
-              rows + (run * s_.vectors + vector) * kLanes<C>, scratch_.run_offsets + run,
-              s_.length - vector * kLanes<C>, image + scratch_.pixel_offsets[p] + vector * kLanes<C>);
+              {values_ + start, offsets_ + start, count},
+              rows + (run * s_.vectors + vector) * kLanes<C>, run_offsets_ + run,
+              s_.length - vector * kLanes<C>, image + pixel_offsets_[p] + vector * kLanes<C>);
         }
       });
     }
@@ -219,7 +226,7 @@ class BackwardWorker {
       for (int v = 0; v < vectors; ++v) {
         // The unused lanes are left alone: infinity times their zeros is NaN.
         const Vec<C> sum = load(target + v * kLanes<C>) + total[r][v];
-        if constexpr (kZipsRuns<E>) {
+        if constexpr (kZips<E>) {
           store(target + v * kLanes<C>, sum);
         } else {
           store_up_to<C>(target + v * kLanes<C>, sum, length - v * kLanes<C>);
@@ -228,20 +235,31 @@ class BackwardWorker {
     }
   }
 
-  const ConvPoolBackward<T>& call_;
+  const ConvBackward<T>& call_;
   const ConvPoolGeometry& g_;
-  const RunShape s_;
-  const BackwardScratch<E> scratch_;
+  const WinnersPlan& s_;
+  const int64_t width_;      // output channels of a band
+  const int64_t list_room_;  // of one channel's list
   ImageWindow<T, E> window_;
   GradientBand<T> band_;
+  E* values_;  // of the lists of a band
+  Offset<C>* offsets_;
+  int64_t* slice_starts_;                   // where in each channel's list each slice begins
+  int64_t* pixel_starts_;                   // where each pixel's list begins
+  int64_t* run_offsets_;                    // in the window
+  Offset<C>* pixel_offsets_;                // in the window, of each pixel of the band
+  Offset<C>* channel_offsets_;              // in the packed weight, of each channel of the band
+  double* bias_;                            // of each output channel
   int64_t image_, group_, first_, blocks_;  // first: of the blocks
 };
 
 template <class E, class T>
-void backward_runs(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, Compute<T>* grad_weight,
-                   Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
-  BackwardWorker<T, E> worker(call, grad_weight != nullptr, scratch);
-  const int64_t blocks = call.plan.blocks / call.geometry.groups;
+void backward_winners(const ConvBackward<T>& call, const ConvBackwardPiece& piece, Compute<T>* grad_weight,
+                      Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
+  Parts memory(scratch);
+  WinnersWorker<T, E> worker(call, grad_weight != nullptr, memory);
+  worker.prepare();
+  const int64_t blocks = call.plan->winners.blocks;
   const Range pixels = pixels_of(call, piece);
   for (int64_t image = piece.first_image; image < piece.last_image; ++image) {
     for (int64_t block = piece.first_block; block < piece.last_block;) {
@@ -251,7 +269,7 @@ void backward_runs(const ConvPoolBackward<T>& call, const ConvPoolPiece& piece, 
       block += count;
     }
   }
-  if (grad_weight && lost) add_lost(call, piece.first_block, piece.last_block, grad_weight, lost);
+  if (grad_weight && lost) add_lost(call, piece, grad_weight, lost);
 }
 
 }  // namespace FASTNN_ISA
