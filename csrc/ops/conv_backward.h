@@ -57,14 +57,14 @@ inline BackwardKey backward_key(const ConvPoolProblem& problem, bool input_chann
   return key;
 }
 
-// A call of plain tensors that lacks but the plan and what is written.
+// A call that lacks but the plan and what is written. grad_output stays as it is: that of a sum is a single element.
 template <class T>
-ConvBackward<T> backward_call(const ConvPoolGeometry& g, const PlainImages& grad_output, const PlainImages& winners,
+ConvBackward<T> backward_call(const ConvPoolGeometry& g, const Tensor& grad_output, const PlainImages& winners,
                               const PlainImages& input, const PlainImages& weight) {
   ConvBackward<T> call{};
   call.geometry = g;
-  call.grad_output = data<T>(grad_output.tensor);
-  call.output_layout = grad_output.layout;
+  call.grad_output = data<T>(grad_output);
+  call.output_layout = layout_of(grad_output);
   call.winners = data<uint8_t>(winners.tensor);
   call.winners_layout = winners.layout;
   call.input = data<T>(input.tensor);

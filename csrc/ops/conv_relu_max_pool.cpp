@@ -173,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
-    const PlainImages plain_output(grad_output), plain_winners(winners), plain_input(input), plain_weight(weight);
-    ConvBackward<T> call = backward_call<T>(g, plain_output, plain_winners, plain_input, plain_weight);
+    const PlainImages plain_winners(winners), plain_input(input), plain_weight(weight);
+    ConvBackward<T> call = backward_call<T>(g, grad_output, plain_winners, plain_input, plain_weight);
     FASTNN_CHECK(kernels.winners_are_valid(g, call.winners, call.winners_layout), op,
                  ": winners has a place that its window doesn't have");
     BackwardKey key = backward_key(problem, plain_input.channels_last, wanted, algorithm);

@@ -39,22 +39,24 @@ constexpr int64_t kFewAdditions = 16;            // to a sum, after which roundi
 constexpr int64_t kEnoughVectors = 4;            // sums under a pixel that keep the multipliers busy
 constexpr int64_t kPartPixels = 8;               // conv pixels of a thread's part for each that its neighbour has too
 
-// ---- backward: costs in half vector multiply-adds, measured on Zen 4 --------------------------------------------------
-constexpr double kListed = 8;          // a vector of gradients put into a list: transposed, compressed, stored twice
+// ---- backward: costs in multiplied vectors, each in both gradients (0.5 ns on Sapphire Rapids, where they were measured) --
+constexpr double kListed = 23;         // a vector of gradients put into two lists: transposed, compressed, stored
 constexpr double kImageVector = 6;     // of the input and its gradient, moved in and out
-constexpr double kListProduct = 2;     // of an entry, for both gradients: the vector has to be loaded
-constexpr double kZippedProduct = 1.3; // the same of a pair of entries
-constexpr double kAddProduct = 3;      // pixels in the lanes: a vector of the input's gradient read, added to, written
-constexpr double kSumLanes = 20;       // the same: a sum over the lanes, at the end
-constexpr double kPutWinner = 2.5;     // the same: a window's gradient put at its winner, twice that from channels last
-constexpr double kPutRow = 16;         // the same: what a row of windows takes besides
-constexpr int64_t kTapsInputs = 4;     // the same: input channels, at most; more lose where there are few outputs
-constexpr int64_t kTapsDepth = 128;    // the same: products of an output, at most; their sums have to stay in L1
+constexpr double kPixelVector = 5;     // of the runs under a pixel, read, added to and written
+constexpr double kListProduct = 3;     // a vector of an entry's runs: it has to be loaded
+constexpr double kZippedProduct = 2;   // the same of a pair of entries, for each
+constexpr double kAddProduct = 4.5;    // taps: a vector of the input's gradient read, added to, written
+constexpr double kSumLanes = 20;       // taps: a sum over the lanes, at the end
+constexpr double kPutWinner = 3;       // taps: a window's gradient put at its winner, twice that from channels last
+constexpr double kPutRow = 16;         // taps: what a row of windows takes besides
+constexpr int64_t kTapsInputs = 4;     // taps: input channels, at most; more lose where there are few outputs
+constexpr int64_t kTapsDepth = 128;    // taps: products of an output, at most; their sums have to stay in L1
 
 // ---- backward by stock: where the sweep (benchmarks/sweep.py) found torch faster --------------------------------------
 constexpr int64_t kLargeWeight = 1 << 18;   // elements that leave the cache with each image
 constexpr int64_t kFewWinners = 32;         // of an image and output channel, for which such a weight is read
 constexpr int64_t kFewImages = 4;           // with fewer, torch's own overhead is not made up for
+constexpr int64_t kShortRuns = 2;           // vectors under a pixel, for which its list costs more than its products
 constexpr double kManyProducts = 2e7;       // with a matrix unit: products of a call
 constexpr double kProductsANumber = 150;    // and for each number that it moves
 constexpr int64_t kManyElements = 400'000;  // bfloat16 channels last: of the input, and at most

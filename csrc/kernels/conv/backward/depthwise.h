@@ -45,6 +45,111 @@ void unpack_depthwise(const ConvBackward<T>& call, const C* packed, T* to, const
   });
 }
 
+// The sums over a band's pixels, of some taps of a row of the kernel.
+template <class C>
+class DepthwiseSums {
+ public:
+  // `band`: the gradients of the pixels of a box. `origin`: where the window begins in the image.
+  DepthwiseSums(const ConvPoolGeometry& g, const int64_t (&step)[3], const C* band, const ConvBox& box, int64_t origin)
+      : g_(g), step_(step), band_(band), box_(box), origin_(origin) {}
+
+  // Sums of some kLongestSum pixels, which what they add to, longer ones, would round off: `lost` keeps that.
+  template <int taps>
+  FASTNN_SHARED void add_weight_gradient(const C* image, C* to, C* lost) const {
+    const int64_t step = g_.stride[2] * kLanes<C>, tap_step = g_.dilation[2] * kLanes<C>;
+    Vec<C> total[taps] = {};
+    int64_t summed = 0;
+    for_each_row([&](const C* gradients, int64_t start) {
+      for (int64_t x = 0; x < box_.size(2);) {
+        const int64_t end = smaller(box_.size(2), x + kLongestSum);
+        summed += end - x;
+        for (const C* from = image + start + x * step; x < end; ++x, from += step) {
+          const Vec<C> gradient = load(gradients + x * kLanes<C>);
+#pragma GCC unroll 12
+          for (int w = 0; w < taps; ++w) total[w] = multiply_add(gradient, load(from + w * tap_step), total[w]);
+        }
+        if (summed < kLongestSum) continue;
+        add_exactly<taps>(total, to, lost);
+        summed = 0;
+      }
+    });
+    add_exactly<taps>(total, to, lost);
+  }
+
+  template <int taps>
+  FASTNN_SHARED void add_input_gradient(const C* weight, C* image) const {
+    const int64_t step = g_.stride[2] * kLanes<C>, tap_step = g_.dilation[2] * kLanes<C>;
+    for_each_row([&](const C* gradients, int64_t start) {
+      C* to = image + start;
+      int64_t x = 0;
+      const auto add_together = [&](auto stride) {
+        for (; x + kPixelsTogether <= box_.size(2); x += kPixelsTogether) {
+          add_pixels<taps, kPixelsTogether, decltype(stride)::value>(gradients + x * kLanes<C>, weight, to + x * step);
+        }
+      };
+      const bool dense = g_.dilation[2] == 1;
+      if (dense && g_.stride[2] == 1) add_together(Constant<1>{});
+      if (dense && g_.stride[2] == 2 && taps > 2) add_together(Constant<2>{});
+      for (; x < box_.size(2); ++x) {
+        const Vec<C> gradient = load(gradients + x * kLanes<C>);
+#pragma GCC unroll 12
+        for (int w = 0; w < taps; ++w) {
+          C* pixel = to + x * step + w * tap_step;
+          store(pixel, multiply_add(gradient, load(weight + w * kLanes<C>), load(pixel)));
+        }
+      }
+    });
+  }
+
+ private:
+  // Calls body(gradients of a row of the box, where its first pixel lies in the window) for each row.
+  template <class Body>
+  FASTNN_INLINE void for_each_row(const Body& body) const {
+    const int64_t (&step)[3] = step_;
+    const C* row = band_;
+    for (int64_t z = box_.first[0]; z < box_.last[0]; ++z) {
+      for (int64_t y = box_.first[1]; y < box_.last[1]; ++y, row += box_.size(2) * kLanes<C>) {
+        body(row,
+             z * g_.stride[0] * step[0] + y * g_.stride[1] * step[1] + box_.first[2] * g_.stride[2] * step[2] - origin_);
+      }
+    }
+  }
+
+  template <int taps>
+  FASTNN_INLINE static void add_exactly(Vec<C> (&total)[taps], C* to, C* lost) {
+    for (int w = 0; w < taps; ++w) {
+      add_keeping_lost(total[w], to + w * kLanes<C>, lost + w * kLanes<C>);
+      total[w] = Vec<C>{};
+    }
+  }
+
+  // Neighbours, whose taps meet the same pixels of the image: these are read and written once.
+  template <int taps, int pixels, int stride>
+  FASTNN_INLINE static void add_pixels(const C* gradients, const C* weight, C* to) {
+    constexpr int met = (pixels - 1) * stride + taps;
+    Vec<C> total[met];
+#pragma GCC unroll 18
+    for (int i = 0; i < met; ++i) total[i] = load(to + i * kLanes<C>);
+#pragma GCC unroll 4
+    for (int i = 0; i < pixels; ++i) {
+      const Vec<C> gradient = load(gradients + i * kLanes<C>);
+#pragma GCC unroll 12
+      for (int w = 0; w < taps; ++w) {
+        Vec<C>& sum = total[i * stride + w];
+        sum = multiply_add(gradient, load(weight + w * kLanes<C>), sum);
+      }
+    }
+#pragma GCC unroll 18
+    for (int i = 0; i < met; ++i) store(to + i * kLanes<C>, total[i]);
+  }
+
+  const ConvPoolGeometry& g_;
+  const int64_t (&step_)[3];  // of the image
+  const C* band_;
+  const ConvBox& box_;
+  const int64_t origin_;
+};
+
 template <class T>
 class DepthwiseBackwardWorker {
   using C = Compute<T>;
@@ -64,18 +169,21 @@ class DepthwiseBackwardWorker {
     const int axis = call_.plan->image.axis;
     fill_zeros(bias_, s_.multiplier * kLanes<C>);
     window_.for_each_place(image, group, lanes, {0, g_.conv[axis]}, [&](int64_t first, int64_t last, bool) {
-      origin_ = first * g_.stride[axis] * call_.plan->image.d[axis];
+      const int64_t origin = first * g_.stride[axis] * call_.plan->image.d[axis];
       for (int64_t m = 0; m < s_.multiplier; ++m) {
         const int64_t at = (block * s_.multiplier + m) * s_.taps;
         for_each_band(g_, call_.plan->band, axis, first, last, [&](const ConvBox& box) {
           band_.fill(image, group * s_.multiplier + m, s_.multiplier, lanes, box);
           if (grad_bias) band_.add_pixels(box.pixels(), bias_ + m * kLanes<C>);
+          const DepthwiseSums<C> sums(g_, call_.plan->image.d, band_.pixels(), box, origin);
           for_each_tap_row([&](auto taps, int64_t tap, int64_t offset) {
             constexpr int count = decltype(taps)::value;
             const int64_t element = at + tap * kLanes<C>;
-            if (grad_weight) add_weight_gradient<count>(box, offset, grad_weight + element, lost + element);
+            if (grad_weight) {
+              sums.template add_weight_gradient<count>(window_.image(0) + offset, grad_weight + element, lost + element);
+            }
             if (call_.grad_input) {
-              add_input_gradient<count>(box, offset, call_.packed + element);
+              sums.template add_input_gradient<count>(call_.packed + element, window_.gradient(0) + offset);
               window_.count_additions(smaller(box.pixels(), count));
             }
           });
@@ -104,102 +212,12 @@ class DepthwiseBackwardWorker {
     }
   }
 
-  // Calls body(gradients of a row of the box, where its first pixel lies in the window) for each row.
-  template <class Body>
-  FASTNN_INLINE void for_each_row(const ConvBox& box, const Body& body) const {
-    const int64_t (&step)[3] = call_.plan->image.d;
-    const C* row = band_.pixels();
-    for (int64_t z = box.first[0]; z < box.last[0]; ++z) {
-      for (int64_t y = box.first[1]; y < box.last[1]; ++y, row += box.size(2) * kLanes<C>) {
-        body(row,
-             z * g_.stride[0] * step[0] + y * g_.stride[1] * step[1] + box.first[2] * g_.stride[2] * step[2] - origin_);
-      }
-    }
-  }
-
-  // Sums of some kLongestSum pixels, which what they add to, longer ones, would round off: `lost` keeps that.
-  template <int taps>
-  void add_weight_gradient(const ConvBox& box, int64_t offset, C* to, C* lost) const {
-    const int64_t step = g_.stride[2] * kLanes<C>, tap_step = g_.dilation[2] * kLanes<C>;
-    Vec<C> total[taps] = {};
-    int64_t summed = 0;
-    for_each_row(box, [&](const C* gradients, int64_t start) {
-      for (int64_t x = 0; x < box.size(2);) {
-        const int64_t end = smaller(box.size(2), x + kLongestSum);
-        summed += end - x;
-        for (const C* from = window_.image(0) + start + offset + x * step; x < end; ++x, from += step) {
-          const Vec<C> gradient = load(gradients + x * kLanes<C>);
-#pragma GCC unroll 12
-          for (int w = 0; w < taps; ++w) total[w] = multiply_add(gradient, load(from + w * tap_step), total[w]);
-        }
-        if (summed < kLongestSum) continue;
-        add_exactly<taps>(total, to, lost);
-        summed = 0;
-      }
-    });
-    add_exactly<taps>(total, to, lost);
-  }
-
-  template <int taps>
-  FASTNN_INLINE static void add_exactly(Vec<C> (&total)[taps], C* to, C* lost) {
-    for (int w = 0; w < taps; ++w) {
-      add_keeping_lost(total[w], to + w * kLanes<C>, lost + w * kLanes<C>);
-      total[w] = Vec<C>{};
-    }
-  }
-
-  template <int taps>
-  void add_input_gradient(const ConvBox& box, int64_t offset, const C* weight) const {
-    const int64_t step = g_.stride[2] * kLanes<C>, tap_step = g_.dilation[2] * kLanes<C>;
-    for_each_row(box, [&](const C* gradients, int64_t start) {
-      C* to = window_.gradient(0) + start + offset;
-      int64_t x = 0;
-      const auto add_together = [&](auto stride) {
-        for (; x + kPixelsTogether <= box.size(2); x += kPixelsTogether) {
-          add_pixels<taps, kPixelsTogether, decltype(stride)::value>(gradients + x * kLanes<C>, weight, to + x * step);
-        }
-      };
-      const bool dense = g_.dilation[2] == 1;
-      if (dense && g_.stride[2] == 1) add_together(Constant<1>{});
-      if (dense && g_.stride[2] == 2 && taps > 2) add_together(Constant<2>{});
-      for (; x < box.size(2); ++x) {
-        const Vec<C> gradient = load(gradients + x * kLanes<C>);
-#pragma GCC unroll 12
-        for (int w = 0; w < taps; ++w) {
-          C* pixel = to + x * step + w * tap_step;
-          store(pixel, multiply_add(gradient, load(weight + w * kLanes<C>), load(pixel)));
-        }
-      }
-    });
-  }
-
-  // Neighbours, whose taps meet the same pixels of the image: these are read and written once.
-  template <int taps, int pixels, int stride>
-  FASTNN_INLINE static void add_pixels(const C* gradients, const C* weight, C* to) {
-    constexpr int met = (pixels - 1) * stride + taps;
-    Vec<C> total[met];
-#pragma GCC unroll 18
-    for (int i = 0; i < met; ++i) total[i] = load(to + i * kLanes<C>);
-#pragma GCC unroll 4
-    for (int i = 0; i < pixels; ++i) {
-      const Vec<C> gradient = load(gradients + i * kLanes<C>);
-#pragma GCC unroll 12
-      for (int w = 0; w < taps; ++w) {
-        Vec<C>& sum = total[i * stride + w];
-        sum = multiply_add(gradient, load(weight + w * kLanes<C>), sum);
-      }
-    }
-#pragma GCC unroll 18
-    for (int i = 0; i < met; ++i) store(to + i * kLanes<C>, total[i]);
-  }
-
   const ConvBackward<T>& call_;
   const ConvPoolGeometry& g_;
   const DepthwiseBackwardPlan& s_;
   ImageWindow<T> window_;
   GradientBand<T> band_;
-  double* bias_;    // [output channel of a group][lane]
-  int64_t origin_;  // of the window in the image
+  double* bias_;  // [output channel of a group][lane]
 };
 
 template <class T>

@@ -41,7 +41,8 @@ class GradientBand {
     const uint8_t* winners = call_.winners + image * wl.n + channel * wl.c + first[2] * wl.d[2];
     // Short rows that follow each other are loaded together.
     const int64_t columns = last[2] - first[2];
-    const int64_t together = columns == g_.output[2] ? larger(1, kTogether / columns) : 1;
+    const bool joined = gl.d[1] == gl.d[2] * columns && wl.d[1] == wl.d[2] * columns;
+    const int64_t together = joined ? larger(1, kTogether / columns) : 1;
     for (int64_t z = first[0]; z < last[0]; ++z) {
       for (int64_t row = first[1]; row < last[1]; row += together) {
         const int64_t rows = smaller(together, last[1] - row);
@@ -99,7 +100,7 @@ class GradientBand {
     if (column_step == 1 && channel_step != 1) return transpose_matrix(from, channel_step, channels, columns, to, width_);
     for (int64_t x = 0; x < columns; ++x, from += column_step, to += width_) {
       if (channel_step == 1) {
-        copy_run(from, channels, to);
+        copy_few(from, channels, to);
       } else {
         for (int64_t c = 0; c < channels; ++c) to[c] = element(from[c * channel_step]);
       }

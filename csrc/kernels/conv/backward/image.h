@@ -145,17 +145,6 @@ class ImageWindow {
     }
   }
 
-  // Few channels, for which a call of memcpy would be long.
-  static void copy_pixel(const T* from, int64_t channels, E* to) {
-    if constexpr (__is_same(E, C)) {
-      for (int64_t c = 0; c < channels; c += kLanes<C>) {
-        store_up_to<C>(to + c, load_up_to<T>(from + c, channels - c), channels - c);
-      }
-    } else {
-      copy_run(from, channels, to);
-    }
-  }
-
   void load(int64_t first, int64_t last) const {
     const ConvLayout& layout = call_.input_layout;
     const int64_t lanes = plan_.lanes;
@@ -170,7 +159,7 @@ class ImageWindow {
         } else if (lanes == 1) {
           for (int64_t x = 0; x < columns; ++x) to[x] = from_compute<E>(to_compute(from[x * layout.d[2]]));
         } else {
-          for (int64_t x = 0; x < columns; ++x) copy_pixel(from + x * layout.d[2], channels, to + x * lanes);
+          for (int64_t x = 0; x < columns; ++x) copy_few(from + x * layout.d[2], channels, to + x * lanes);
         }
         if constexpr (!__is_same(E, C)) order_for_zip(to, columns * lanes);
       });

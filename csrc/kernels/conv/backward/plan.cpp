@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "../machine.h"
 
@@ -106,15 +107,16 @@ WinnersPlan plan_runs(const Planner& p, bool zips) {
 double winners_cost(const Planner& p, bool zips) {
   const ConvPoolGeometry& g = p.g;
   const WinnersPlan s = plan_runs(p, zips);
-  // Windows that overlap share winners, which are listed once.
-  int64_t winners = 1;
-  for (int d = 0; d < 3; ++d) winners *= std::min(g.output[d], divide_up(2 * g.conv[d], g.pool_kernel[d] + 1));
+  // Windows that overlap share winners, which are listed once. Half of the pixels are not positive.
+  double winners = 1 - std::exp2(-real(g.places()));
+  for (int d = 0; d < 3; ++d) winners *= real(std::min(g.output[d], divide_up(2 * g.conv[d], g.pool_kernel[d] + 1)));
   const double input = real(g.input[0] * g.input[1] * g.input[2]);
   const double image = tuned::kImageVector * input * real(s.blocks * divide_up(s.lanes, p.lanes));
   const double band = tuned::kListed * real(p.conv * divide_up(g.out_channels, p.lanes));
   const double product = zips ? tuned::kZippedProduct : tuned::kListProduct;
-  const double products = product * real(s.blocks * std::max<int64_t>(2, s.runs * s.vectors));
-  return real(g.groups) * (band + image + real(winners * g.out_channels) * products);
+  const double vectors = real(s.blocks * s.runs * s.vectors);
+  const double each = tuned::kPixelVector * real(p.conv) + product * winners * real(g.out_channels);
+  return real(g.groups) * (band + image + vectors * each);
 }
 
 // Gradients of windows that overlap are sums, which zipping would have to round.
@@ -252,6 +254,10 @@ bool stock_pays(const Planner& p) {
   const int64_t weight = g.groups * g.out_channels * g.depth();
   const bool few = g.batch >= tuned::kFewImages && std::min(g.pixels(), p.conv) <= tuned::kFewWinners;
   if (weight > tuned::kLargeWeight && few) return true;
+  // Without pooling half of the pixels have a gradient, and products of a single element of the kernel are too few for
+  // what it takes to list these: as fast as any of all pixels, where torch need not turn the input or lists are short.
+  const bool short_lists = g.in_channels <= tuned::kShortRuns * p.lanes;
+  if (g.places() == 1 && g.taps() == 1 && g.groups == 1 && (p.request.input_channels_last || short_lists)) return true;
   if (p.request.element_bytes != 2) return false;
   // Many products of bfloat16 for each number that has to be brought there: a matrix unit makes those of all pixels
   // sooner than we those of the winners.

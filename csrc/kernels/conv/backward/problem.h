@@ -7,7 +7,7 @@
 
 namespace fastnn {
 
-// Each image of a tensor is contiguous or channels last, without gaps.
+// Each image of a tensor but grad_output is contiguous or channels last, without gaps.
 template <class T>
 struct ConvBackward {
   ConvPoolGeometry geometry;

@@ -10,6 +10,21 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+// A few elements, for which a call of memcpy would be long.
+template <class T, class E>
+FASTNN_INLINE void copy_few(const T* from, int64_t count, E* to) {
+  using C = Compute<T>;
+  if constexpr (__is_same(E, C)) {
+    for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<C>(to + i, load_up_to<T>(from + i, count - i), count - i);
+  } else {
+    __builtin_memcpy(to, from, count * sizeof(E));
+  }
+}
+FASTNN_INLINE void copy_few(const uint8_t* from, int64_t count, uint8_t* to) {
+  for (; count >= 16; count -= 16, from += 16, to += 16) __builtin_memcpy(to, from, 16);
+  if (count > 0) store_bytes(to, load_bytes(from, count), count);
+}
+
 // to += total; what rounding takes from the sum goes to `lost`.
 template <class C>
 FASTNN_INLINE void add_keeping_lost(const Vec<C>& total, C* to, C* lost) {

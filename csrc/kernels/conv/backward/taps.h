@@ -13,6 +13,98 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+// The sums over a band's pixels, [output channel][pixel].
+template <class C>
+class TapSums {
+ public:
+  TapSums(const TapsPlan& plan, Parts& memory) : s_(plan) {
+    products_ = memory.take<C>(s_.depth * s_.pass);
+    offsets_ = memory.take<int64_t>(s_.depth);
+  }
+
+  int64_t* offsets() const { return offsets_; }
+
+  FASTNN_SHARED void add_weight_gradient(const C* band, int64_t channels, const C* image, int64_t pixels, bool fresh,
+                                         C* to, C* lost) const {
+    constexpr int choices = kLanes<C> >= 4 ? 3 : 2;  // of 1, 2 and 4 rows
+    with_constant<choices>(static_cast<int>(s_.rows / 2 + 1), [&](auto choice) {
+      constexpr int rows = 1 << (decltype(choice)::value - 1);
+      for (int64_t o = 0; o < channels; o += rows) {
+        for (int64_t tile = 0; tile < s_.tap_tiles; ++tile) {
+          const int64_t first = s_.first_tap(tile), taps = s_.first_tap(tile + 1) - first;
+          const int64_t at = (o / rows * s_.tap_tiles + tile) * s_.tile_size;
+          with_constant<most_dot_taps(FASTNN_VECTOR_BYTES)>(static_cast<int>(taps), [&](auto columns) {
+            add_dots<rows, decltype(columns)::value>(band, o, channels, image, offsets_ + first, pixels, fresh, to + at,
+                                                     lost ? lost + at : nullptr);
+          });
+        }
+      }
+    });
+  }
+
+  // The products of each tap's weight, then each tap's at its distance.
+  FASTNN_SHARED void add_input_gradient(const C* band, const C* weight, int64_t channels, int64_t pixels, C* to) const {
+    const int64_t depth = s_.depth, pass = s_.pass;
+    for (int64_t first = 0; first < pixels; first += pass) {
+      const int64_t count = smaller(pass, pixels - first);
+      for_each_tile<C>(depth, count, false, [&](auto rows, auto vectors, int64_t row, int64_t column, int last) {
+        Vec<C> total[decltype(rows)::value][decltype(vectors)::value];
+        multiply_tile(channels, weight + row, 1, depth, band + first + column, s_.step, kLanes<C>,
+                      total);
+        store_tile<decltype(rows)::value, decltype(vectors)::value, C>(
+            total, last, products_ + row * pass + column, pass, [](Vec<C> x, int) { return x; });
+      });
+      for (int64_t row = 0; row < depth; ++row) {
+        const C* from = products_ + row * pass;
+        C* target = to + first + offsets_[row];
+        for (int64_t p = 0; p < count; p += kLanes<C>) store(target + p, load(target + p) + load(from + p));
+      }
+    }
+  }
+
+ private:
+  // Rows beyond the channels repeat the last.
+  template <int rows, int columns>
+  void add_dots(const C* band, int64_t o, int64_t channels, const C* image, const int64_t* offsets, int64_t pixels,
+                bool fresh, C* to, C* lost) const {
+    constexpr int lanes = kLanes<C>, vectors = (rows * columns + lanes - 1) / lanes;
+    const C* left[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) left[r] = band + smaller(o + r, channels - 1) * s_.step;
+    const C* right[columns];
+#pragma GCC unroll 6
+    for (int c = 0; c < columns; ++c) right[c] = image + offsets[c];
+    Vec<C> total[rows * columns] = {};
+    for (int64_t p = 0; p < pixels; p += lanes) {
+      Vec<C> gradient[rows];
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) gradient[r] = load(left[r] + p);
+#pragma GCC unroll 6
+      for (int c = 0; c < columns; ++c) {
+        const Vec<C> value = load(right[c] + p);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          total[r * columns + c] = multiply_add(gradient[r], value, total[r * columns + c]);
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int v = 0; v < vectors; ++v) {
+      Vec<C> part[lanes] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        if (v * lanes + i < rows * columns) part[i] = total[v * lanes + i];
+      }
+      const Vec<C> sums = sum_each<C, lanes>(part);
+      put_sums(sums, fresh, to + v * lanes, lost ? lost + v * lanes : nullptr);
+    }
+  }
+
+  const TapsPlan& s_;
+  C* products_;       // [channel of the input and tap][pixel of a pass]
+  int64_t* offsets_;  // of each channel and tap in the windows
+};
+
 template <class T>
 class TapsWorker {
   using C = Compute<T>;
@@ -23,9 +115,8 @@ class TapsWorker {
         g_(call.geometry),
         s_(call.plan->taps),
         window_(call, g_.in_channels, weight_wanted, memory),
-        band_(call, memory.take<C>(s_.channels * s_.step)) {
-    products_ = memory.take<C>(s_.depth * s_.pass);
-    offsets_ = memory.take<int64_t>(s_.depth);
+        band_(call, memory.take<C>(s_.channels * s_.step)),
+        sums_(s_, memory) {
     bias_ = memory.take<double>(g_.out_channels);
   }
 
@@ -33,7 +124,7 @@ class TapsWorker {
   void prepare() {
     for (int64_t k = 0; k < s_.depth; ++k) {
       const int64_t tap = k % g_.taps(), row = tap / g_.kernel[2];
-      offsets_[k] = k / g_.taps() * call_.plan->image.size +
+      sums_.offsets()[k] = k / g_.taps() * call_.plan->image.size +
                     band_.number_of(row / g_.kernel[1] * g_.dilation[0], row % g_.kernel[1] * g_.dilation[1],
                                  tap % g_.kernel[2] * g_.dilation[2]);
     }
@@ -67,90 +158,16 @@ class TapsWorker {
         }
         if (grad_weight) {
           const int64_t at = channel / s_.channels * s_.size();
-          add_weight_gradient(channels, window_.image(0) + start, pixels, is_fresh, grad_weight + at,
-                              lost ? lost + at : nullptr);
+          sums_.add_weight_gradient(band_.channel(0), channels, window_.image(0) + start, pixels, is_fresh,
+                                    grad_weight + at, lost ? lost + at : nullptr);
         }
         is_fresh = false;
         if (call_.grad_input) {
-          add_input_gradient(call_.packed + (group_ * g_.out_channels + channel) * g_.depth(), channels, pixels,
-                             window_.gradient(0) + start);
+          const C* weight = call_.packed + (group_ * g_.out_channels + channel) * g_.depth();
+          sums_.add_input_gradient(band_.channel(0), weight, channels, pixels, window_.gradient(0) + start);
           window_.count_additions(g_.taps());
         }
       });
-    }
-  }
-
-  void add_weight_gradient(int64_t channels, const C* image, int64_t pixels, bool fresh, C* to, C* lost) const {
-    constexpr int choices = kLanes<C> >= 4 ? 3 : 2;  // of 1, 2 and 4 rows
-    with_constant<choices>(static_cast<int>(s_.rows / 2 + 1), [&](auto choice) {
-      constexpr int rows = 1 << (decltype(choice)::value - 1);
-      for (int64_t o = 0; o < channels; o += rows) {
-        for (int64_t tile = 0; tile < s_.tap_tiles; ++tile) {
-          const int64_t first = s_.first_tap(tile), taps = s_.first_tap(tile + 1) - first;
-          const int64_t at = (o / rows * s_.tap_tiles + tile) * s_.tile_size;
-          with_constant<most_dot_taps(FASTNN_VECTOR_BYTES)>(static_cast<int>(taps), [&](auto columns) {
-            add_dots<rows, decltype(columns)::value>(o, channels, image, offsets_ + first, pixels, fresh,
-                                                     to + at, lost ? lost + at : nullptr);
-          });
-        }
-      }
-    });
-  }
-
-  // Rows beyond the channels repeat the last.
-  template <int rows, int columns>
-  void add_dots(int64_t o, int64_t channels, const C* image, const int64_t* offsets, int64_t pixels, bool fresh, C* to,
-                C* lost) const {
-    constexpr int lanes = kLanes<C>, vectors = (rows * columns + lanes - 1) / lanes;
-    const C* left[rows];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) left[r] = band_.channel(smaller(o + r, channels - 1));
-    const C* right[columns];
-#pragma GCC unroll 6
-    for (int c = 0; c < columns; ++c) right[c] = image + offsets[c];
-    Vec<C> total[rows * columns] = {};
-    for (int64_t p = 0; p < pixels; p += lanes) {
-      Vec<C> gradient[rows];
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) gradient[r] = load(left[r] + p);
-#pragma GCC unroll 6
-      for (int c = 0; c < columns; ++c) {
-        const Vec<C> value = load(right[c] + p);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-          total[r * columns + c] = multiply_add(gradient[r], value, total[r * columns + c]);
-        }
-      }
-    }
-#pragma GCC unroll 12
-    for (int v = 0; v < vectors; ++v) {
-      Vec<C> part[lanes] = {};
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) {
-        if (v * lanes + i < rows * columns) part[i] = total[v * lanes + i];
-      }
-      const Vec<C> sums = sum_each<C, lanes>(part);
-      put_sums(sums, fresh, to + v * lanes, lost ? lost + v * lanes : nullptr);
-    }
-  }
-
-  // The products of each tap's weight, then each tap's at its distance.
-  void add_input_gradient(const C* weight, int64_t channels, int64_t pixels, C* to) const {
-    const int64_t depth = g_.depth(), pass = s_.pass;
-    for (int64_t first = 0; first < pixels; first += pass) {
-      const int64_t count = smaller(pass, pixels - first);
-      for_each_tile<C>(depth, count, false, [&](auto rows, auto vectors, int64_t row, int64_t column, int last) {
-        Vec<C> total[decltype(rows)::value][decltype(vectors)::value];
-        multiply_tile(channels, weight + row, 1, depth, band_.channel(0) + first + column, s_.step, kLanes<C>,
-                      total);
-        store_tile<decltype(rows)::value, decltype(vectors)::value, C>(
-            total, last, products_ + row * pass + column, pass, [](Vec<C> x, int) { return x; });
-      });
-      for (int64_t row = 0; row < depth; ++row) {
-        const C* from = products_ + row * pass;
-        C* target = to + first + offsets_[row];
-        for (int64_t p = 0; p < count; p += kLanes<C>) store(target + p, load(target + p) + load(from + p));
-      }
     }
   }
 
@@ -159,9 +176,8 @@ class TapsWorker {
   const TapsPlan& s_;
   ImageWindow<T> window_;
   PixelBand<T> band_;
-  C* products_;       // [channel of the input and tap][pixel of a pass]
-  int64_t* offsets_;  // of each channel and tap in the windows
-  double* bias_;      // of each output channel
+  const TapSums<C> sums_;
+  double* bias_;  // of each output channel
   int64_t image_, group_;
 };
 
