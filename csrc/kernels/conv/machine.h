@@ -45,11 +45,12 @@ constexpr double kImageVector = 6;     // of the input and its gradient, moved i
 constexpr double kPixelVector = 5;     // of the runs under a pixel, read, added to and written
 constexpr double kListProduct = 3;     // a vector of an entry's runs: it has to be loaded
 constexpr double kZippedProduct = 2;   // the same of a pair of entries, for each
+constexpr double kSingle = 2;           // taps: an element of the input and its gradient, moved on its own from channels last
 constexpr double kAddProduct = 4.5;    // taps: a vector of the input's gradient read, added to, written
 constexpr double kSumLanes = 20;       // taps: a sum over the lanes, at the end
 constexpr double kPutWinner = 3;       // taps: a window's gradient put at its winner, twice that from channels last
 constexpr double kPutRow = 16;         // taps: what a row of windows takes besides
-constexpr int64_t kTapsInputs = 4;     // taps: input channels, at most; more lose where there are few outputs
+constexpr int64_t kTapsInputs = 16;    // taps: input channels, at most: more leave L1 between output channels
 constexpr int64_t kTapsDepth = 128;    // taps: products of an output, at most; their sums have to stay in L1
 
 // ---- backward by stock: where the sweep (benchmarks/sweep.py) found torch faster --------------------------------------

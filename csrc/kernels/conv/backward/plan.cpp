@@ -94,7 +94,8 @@ WinnersPlan plan_runs(const Planner& p, bool zips) {
   s.columns = g.dilation[2] == 1 ? g.kernel[2] : 1;
   s.runs = g.taps() / s.columns;
   const int64_t least = (zips ? 2 : 1) * p.lanes;
-  const int64_t enough = divide_up(tuned::kEnoughVectors, std::min(tuned::kEnoughVectors, g.taps()));
+  const int64_t together = s.columns < g.kernel[2] ? s.columns : g.taps();
+  const int64_t enough = divide_up(tuned::kEnoughVectors, std::min(tuned::kEnoughVectors, together));
   const int64_t parts = divide_up(g.in_channels, std::max(least, p.lanes * enough));
   s.lanes = parts == 1 && !zips ? g.in_channels : round_up(divide_up(g.in_channels, parts), least);
   s.blocks = divide_up(g.in_channels, s.lanes);
@@ -230,11 +231,14 @@ bool taps_pay(const Planner& p) {
   const int64_t columns = g.conv[2] > 1 ? plan.image.extent[2] : 1;
   const double pixels = real(g.conv[0] * (g.conv[0] > 1 ? plan.image.extent[1] : g.conv[1]) * columns);
   const double products = pixels * real(g.depth()) / real(p.lanes), bands = divide_up(p.conv, plan.band.pixels);
-  const double put = tuned::kPutWinner * (p.request.input_channels_last && g.in_channels > 1 ? 2 : 1);
+  const bool strided = p.request.input_channels_last && g.in_channels > 1;
+  const double put = tuned::kPutWinner * (strided ? 2 : 1);
+  const double image = real(g.in_channels * g.input[0] * g.input[1] * g.input[2]) *
+                       (strided ? tuned::kSingle : tuned::kImageVector / real(p.lanes));
   const double windows = real(g.pixels()), rows = windows / real(g.output[2]);
   const double each = products + bands * tuned::kSumLanes * real(g.depth()) / real(p.lanes) + put * windows +
                       tuned::kPutRow * rows;
-  const double cost = real(g.groups) * (tuned::kAddProduct * products + real(g.out_channels) * each);
+  const double cost = real(g.groups) * (image + tuned::kAddProduct * products + real(g.out_channels) * each);
   return cost < winners_cost(p, false);
 }
 
