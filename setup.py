@@ -40,6 +40,7 @@ def module_macros():
     return [
         ("FASTNN_VERSION", f'"{VERSION}"'),
         ("FASTNN_SOURCE_DIGEST", f'"{digest.source_digest(ROOT / CSRC)}"'),
+        ("FASTNN_INTERFACE_DIGEST", f'"{digest.interface_digest(ROOT / "fastnn")}"'),
         ("FASTNN_TORCH_VERSION", f'"{torch.__version__}"'),
     ]
 
@@ -84,8 +85,9 @@ class BuildExtension(build_ext):
         output_dir = os.path.join(self.build_temp, folder)
         (compiled,) = self.compiler.object_filenames([source], output_dir=output_dir)
         is_module = source == str(CSRC / "module.cpp")
-        # The module carries the digest of all sources (folders show that one is gone) and torch's version.
-        everything = [CSRC, *CSRC.rglob("*"), torch.version.__file__]
+        # The module carries the digests of all sources (folders show that one is gone) and torch's version.
+        ops = Path("fastnn", "ops")
+        everything = [CSRC, *CSRC.rglob("*"), ops, *ops.rglob("*.py"), torch.version.__file__]
         # Kernels know nothing of the operators.
         headers = [path for path in ext.depends if folder == "common" or not path.startswith(str(CSRC / "ops"))]
         if self.is_current(compiled, everything if is_module else [source, *headers]):

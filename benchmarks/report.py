@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks.cases import MODELS, Case
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.providers import prepare
-from benchmarks.timing import environment, interleave, quartiles, speedups
+from benchmarks.timing import environment, interleave, is_reliable, quartiles, speedups
 from fastnn.testing import using_threads
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,15 +27,17 @@ def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[st
     with using_threads(threads), problem.context():
         runners = {"stock": prepare("eager", problem), "fused": prepare("fastnn", problem)}
         timings = interleave(runners, seconds)
-    ratios = speedups(timings["fused"], timings["stock"])
+    ratio = timings["stock"].median / timings["fused"].median
+    ratio_quartiles = quartiles(speedups(timings["fused"], timings["stock"]))
     return {
         "case": case.name,
         "direction": direction,
         "threads": threads,
         "stock_us": timings["stock"].median * 1e6,
         "fused_us": timings["fused"].median * 1e6,
-        "ratio": timings["stock"].median / timings["fused"].median,
-        "ratio_quartiles": quartiles(ratios),
+        "ratio": ratio,
+        "ratio_quartiles": ratio_quartiles,
+        "reliable": is_reliable(ratio, ratio_quartiles),
     }
 
 
@@ -70,11 +72,30 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
             str(row["threads"]),
             as_time(row["stock_us"]),
             as_time(row["fused_us"]),
-            f"{row['ratio']:.1f}x",
+            as_ratio(row),
             f"{low:.1f}-{high:.1f}",
             end_section=i + 1 < len(rows) and rows[i + 1]["case"] != row["case"],
         )
     return table
+
+
+def as_ratio(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.1f}x" if row["reliable"] else "worthless"
+
+
+def print_table(rows: list[dict[str, Any]], console: Console) -> None:
+    """In full, even where the console says that it is narrow, as a pipe does; with a word on rows that say nothing."""
+    table = as_table(rows)
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    console.print(table)
+    worthless = sum(not row["reliable"] for row in rows)
+    if worthless:
+        console.print(
+            f"{worthless} of {len(rows)} rows are worthless: their spread is larger than what they measure. Something "
+            "else keeps this machine busy; measure again when it is idle.",
+            style="bold red",
+            highlight=False,
+        )
 
 
 def as_time(microseconds: float) -> str:
@@ -104,19 +125,23 @@ def plot(rows: list[dict[str, Any]], info: dict[str, Any], path: Path) -> None:
             places = [cases.index(row["case"]) + (i - (len(counts) - 1) / 2) * height for row in chosen]
             bars = panel.barh(
                 places,
-                [row["ratio"] for row in chosen],
+                [row["ratio"] if row["reliable"] else 0 for row in chosen],
                 height,
-                xerr=[[abs(row["ratio"] - row["ratio_quartiles"][side]) for row in chosen] for side in (0, 1)],
+                xerr=[
+                    [abs(r["ratio"] - r["ratio_quartiles"][side]) if r["reliable"] else 0 for r in chosen]
+                    for side in (0, 1)
+                ],
                 error_kw={"ecolor": "#555555", "elinewidth": 1},
                 color=("#1f4e79", "#7fb2d9", "#c9dff0")[i % 3],
                 label=_threads_text(count),
             )
-            labels = [f"{r['ratio']:.1f}x  ({as_time(r['stock_us'])} → {as_time(r['fused_us'])})" for r in chosen]
+            labels = [f"{as_ratio(r)}  ({as_time(r['stock_us'])} → {as_time(r['fused_us'])})" for r in chosen]
             panel.bar_label(bars, labels, padding=6, fontsize=8)
         panel.axvline(1, color="#b03030", linewidth=1)
         panel.set_title(direction)
         panel.set_xlabel("times faster than stock PyTorch (1 = the same)")
-        panel.set_xlim(0, 1.6 * max(row["ratio"] for row in rows if row["direction"] == direction))
+        longest = max((row["ratio"] for row in rows if row["direction"] == direction and row["reliable"]), default=1)
+        panel.set_xlim(0, 1.6 * longest)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(cases)), cases)
     panels[0].invert_yaxis()
@@ -138,9 +163,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     console = Console()
-    console = Console(width=max(console.width, 100))  # a pipe says 80, which would cut the table
     rows, failures = measure_all(arguments.threads, arguments.seconds, console)
-    console.print(as_table(rows))
+    print_table(rows, console)
     arguments.output.mkdir(parents=True, exist_ok=True)
     info = environment()
     (arguments.output / "models.json").write_text(json.dumps({"environment": info, "rows": rows}, indent=1) + "\n")

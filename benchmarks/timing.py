@@ -13,6 +13,7 @@ import torch
 import fastnn
 
 _BLOCK_SECONDS = 3e-3
+_LARGEST_SPREAD = 1.5  # of the middle half of the rounds' speed-ups (measured on an idle machine: below 1.2)
 _SPIN_SECONDS = 80e-3  # for which other engines' threads keep a core busy after a call (measured: 20 to 77 ms)
 
 
@@ -41,6 +42,12 @@ def quartiles(samples: tuple[float, ...]) -> tuple[float, float]:
 def speedups(of: Timing, over: Timing) -> tuple[float, ...]:
     """How many times faster ``of`` is than ``over``, round by round, so that a drift of the machine cancels."""
     return tuple(theirs / ours for ours, theirs in zip(of.samples, over.samples, strict=True))
+
+
+def is_reliable(ratio: float, ratio_quartiles: tuple[float, float]) -> bool:
+    """Whether a speed-up says something: on a busy machine rounds differ by more than what is to be measured."""
+    low, high = ratio_quartiles
+    return max(ratio, high) <= _LARGEST_SPREAD * min(ratio, low)
 
 
 def interleave(runners: dict[str, Callable[[], Any]], seconds: float, rounds: int = 7) -> dict[str, Timing]:

@@ -77,6 +77,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of fastnn: CPU kernels and operator registration.";
   m.attr("version") = FASTNN_VERSION;
   m.attr("source_digest") = FASTNN_SOURCE_DIGEST;
+  m.attr("interface_digest") = FASTNN_INTERFACE_DIGEST;
   m.attr("built_with_torch") = FASTNN_TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
   m.def(

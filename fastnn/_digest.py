@@ -1,4 +1,4 @@
-"""A fingerprint of the C++ sources, by which an import notices an extension built from others."""
+"""Fingerprints of the sources, by which an import notices an extension built from others."""
 
 import hashlib
 from pathlib import Path
@@ -6,8 +6,18 @@ from pathlib import Path
 
 def source_digest(csrc: Path) -> str:
     """Hash of every C++ file below `csrc`, by path and content."""
+    return _digest(csrc, (".h", ".cpp"))
+
+
+def interface_digest(package: Path) -> str:
+    """The same of the Python side of the operators, the folder ops of the package fastnn: what an installation has of
+    the sources."""
+    return _digest(package / "ops", (".py",))
+
+
+def _digest(folder: Path, suffixes: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(csrc.rglob("*")):
-        if path.suffix in (".h", ".cpp"):
-            digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in suffixes:
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch  # noqa: F401 (brings libtorch into the process, which the extension is linked to)
 
-from fastnn._digest import source_digest
+from fastnn._digest import interface_digest, source_digest
 
 _HOW_TO_BUILD = (
     "Build it with 'pip install .' (or 'pip install --no-build-isolation -e .' to develop) in fastnn's source folder; "
@@ -15,12 +15,20 @@ _HOW_TO_BUILD = (
 
 
 def load_extension() -> ModuleType:
-    """Import ``fastnn._C``; ImportError if it is missing or was built from other sources than those beside it."""
+    """Import ``fastnn._C``; ImportError if it is missing or was built from other sources than those beside it, which
+    are the C++ files where there are any, and in an installation the Python files of the operators."""
     try:
         extension = importlib.import_module("fastnn._C")
     except ImportError as error:
         raise ImportError(f"fastnn's compiled extension could not be loaded ({error}). {_HOW_TO_BUILD}") from error
-    csrc = Path(__file__).parent.parent / "csrc"
-    if csrc.is_dir() and source_digest(csrc) != extension.source_digest:
-        raise ImportError(f"fastnn's compiled extension is older than the sources in {csrc}. {_HOW_TO_BUILD}")
+    package = Path(__file__).parent
+    csrc = package.parent / "csrc"
+    if csrc.is_dir():
+        if source_digest(csrc) != extension.source_digest:
+            raise ImportError(f"fastnn's compiled extension is older than the sources in {csrc}. {_HOW_TO_BUILD}")
+    elif interface_digest(package) != extension.interface_digest:
+        raise ImportError(
+            f"fastnn's compiled extension was built with other Python files than those in {package}: an older version "
+            f"was left there, or part of another copied over it. Uninstall fastnn, then build it again. {_HOW_TO_BUILD}"
+        )
     return extension

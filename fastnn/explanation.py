@@ -73,6 +73,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     recorder = _Recorder()
     hooks = []
     for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn."):
+            continue  # it calls no operator of fastnn, and hooks would keep its MLP from running it in the kernel
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.layers.append(name)))
         hooks.append(module.register_forward_hook(lambda *_: recorder.leave()))
     try:

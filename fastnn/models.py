@@ -9,27 +9,21 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from fastnn import nn
-from fastnn.nn._hooks import has_hooks
-from fastnn.nn.mlp import linear_parameters
+from fastnn.nn._hooks import has_global_hooks, has_own_call
+from fastnn.nn.mlp import parameters_of_plain
 from fastnn.nn.rnn import train_with_head
 from fastnn.ops._autograd import is_plain
 from fastnn.ops.frozen import conv_numbers, frozen_unpacked, write_program
-from fastnn.ops.mlp import activation_digits, mlp, mlp_of_parameters, mlp_reconstruction_error
+from fastnn.ops.mlp import activation_digits, mlp_of_parameters, mlp_reconstruction_error, split_parameters
 
 _IDENTITY = activation_digits(("identity",))
 _network_call = frozen_unpacked._op
 
 
-def _may_pass_by(layer: Any, kind: type) -> bool:
-    """Whether ``layer`` is of that kind, not of another in its place, and nobody looks at its calls."""
-    return type(layer) is kind and not has_hooks(layer)
-
-
 def _linear(layer: Any, x: Tensor) -> Tensor:
     """``layer(x)``, by the fused operator where it is a linear layer: of a few rows, half of the time of stock's."""
-    if not _may_pass_by(layer, nn.Linear):
-        return layer(x)
-    return mlp_of_parameters(x, linear_parameters((layer,)), _IDENTITY)
+    parameters = parameters_of_plain((layer,))
+    return layer(x) if parameters is None else mlp_of_parameters(x, parameters, _IDENTITY)
 
 
 def _infer_at_once(x: Tensor, convs: Sequence[Any], linear: Any) -> Tensor | None:
@@ -37,11 +31,15 @@ def _infer_at_once(x: Tensor, convs: Sequence[Any], linear: Any) -> Tensor | Non
     have to be called, for an input of another kind or since somebody looks at them."""
     if type(x) is not Tensor or not is_plain(x) or not x.is_cpu or x.dtype is torch.bfloat16 or not x.is_contiguous():
         return None
+    if has_global_hooks():
+        return None
     parameters, stages = [], []
     for layer in (*convs, linear):
-        if not _may_pass_by(layer, nn.Linear if layer is linear else nn.ConvReLUMaxPool2d):
+        # Of these classes alone: in a parametrized one's _parameters there is no weight.
+        if type(layer) is not (nn.Linear if layer is linear else nn.ConvReLUMaxPool2d) or has_own_call(layer):
             return None
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        weight: Any = layer._parameters["weight"]
+        bias = layer._parameters["bias"]
         parameters += [weight] if bias is None else [weight, bias]
         stages.append((weight.shape, bias is not None, None if layer is linear else layer._geometry))
     program = _program(tuple(stages))
@@ -93,8 +91,9 @@ class RNN(nn.Module):
         self.fc = nn.Linear(hidden_size, output_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_grad_enabled() and _may_pass_by(self.fc, nn.Linear):
-            trained = train_with_head(self.rnn, x, linear_parameters((self.fc,)))
+        head = parameters_of_plain((self.fc,)) if is_grad_enabled() else None
+        if head is not None:
+            trained = train_with_head(self.rnn, x, head)
             if trained is not None:
                 return trained
         _, state = self.rnn(x)  # no state given: zeros
@@ -104,7 +103,9 @@ class RNN(nn.Module):
 
 
 _AUTOENCODER_ACTIVATIONS = ("relu", "identity", "relu", "identity")
-_AUTOENCODER_DIGITS = activation_digits(_AUTOENCODER_ACTIVATIONS)
+_AUTOENCODER_DIGITS, _HALF_DIGITS = activation_digits(_AUTOENCODER_ACTIVATIONS), activation_digits(("relu", "identity"))
+_ENCODER, _DECODER = ("encoder_1", "encoder_2"), ("decoder_1", "decoder_2")
+_LAYERS = (*_ENCODER, *_DECODER)
 
 
 class Autoencoder(nn.Module):
@@ -118,20 +119,31 @@ class Autoencoder(nn.Module):
         self.decoder_2 = nn.Linear(reduced_size, input_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp_of_parameters(x, linear_parameters(self._modules.values()), _AUTOENCODER_DIGITS)
+        modules = self._modules
+        parameters = parameters_of_plain([modules[name] for name in _LAYERS])
+        if parameters is None:
+            return self.decode(self.encode(x))
+        return mlp_of_parameters(x, parameters, _AUTOENCODER_DIGITS)
 
     def encode(self, x: Tensor) -> Tensor:
         """(..., input_size) -> (..., encoding_size)."""
-        first, second = self.encoder_1, self.encoder_2
-        return mlp(x, (first.weight, second.weight), (first.bias, second.bias))
+        return _two_layers(x, *(self._modules[name] for name in _ENCODER))
 
     def decode(self, encoding: Tensor) -> Tensor:
         """(..., encoding_size) -> (..., input_size)."""
-        first, second = self.decoder_1, self.decoder_2
-        return mlp(encoding, (first.weight, second.weight), (first.bias, second.bias))
+        return _two_layers(encoding, *(self._modules[name] for name in _DECODER))
 
     def reconstruction_error(self, x: Tensor) -> Tensor:
         """Mean squared error of each row, high for a row unlike those of the training: (..., input_size) -> (...)."""
-        layers: Any = self._modules.values()
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        return mlp_reconstruction_error(x, weights, biases, _AUTOENCODER_ACTIVATIONS)
+        parameters = parameters_of_plain([self._modules[name] for name in _LAYERS])
+        if parameters is None:
+            return torch.mean((self(x) - x) ** 2, dim=-1)
+        return mlp_reconstruction_error(x, *split_parameters(parameters, 4), _AUTOENCODER_ACTIVATIONS)
+
+
+def _two_layers(x: Tensor, first: Any, second: Any) -> Tensor:
+    """``second(relu(first(x)))``"""
+    parameters = parameters_of_plain((first, second))
+    if parameters is None:
+        return second(torch.relu(first(x)))
+    return mlp_of_parameters(x, parameters, _HALF_DIGITS)

@@ -1,6 +1,7 @@
 """The benchmark programs work, and give no time for a wrong result."""
 
 import dataclasses
+import io
 import json
 import random
 from pathlib import Path
@@ -12,10 +13,12 @@ from torch import nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+from rich.console import Console
+
 from benchmarks import bounds, compare, lengths, overhead, report, sweep
 from benchmarks.cases import CASES, Case, first_tensor
 from benchmarks.problem import DIRECTIONS, Problem
-from benchmarks.timing import Timing, bandwidth, environment, interleave, peak_flops, speedups
+from benchmarks.timing import Timing, bandwidth, environment, interleave, is_reliable, peak_flops, speedups
 
 SMALL = CASES["mlp"][0]
 
@@ -39,6 +42,36 @@ def test_report(tmp_path: Path) -> None:
     json.dumps({"environment": environment(), "rows": rows})
     report.plot(rows, environment(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_report_is_whole_in_a_pipe_and_says_what_is_worthless(tmp_path: Path) -> None:
+    row = {
+        "case": "Autoencoder (256, 784) 128-32",
+        "direction": "inference",
+        "threads": 1,
+        "stock_us": 123456.7,
+        "fused_us": 999999.9,
+        "ratio": 6.1,
+        "ratio_quartiles": (5.9, 6.3),
+    }
+    rows = []
+    for ratio, ratio_quartiles in ((6.1, (5.9, 6.3)), (6013.2, (1.3, 10480.5)), (40.0, (5.9, 6.3))):
+        reliable = is_reliable(ratio, ratio_quartiles)
+        rows.append(row | {"ratio": ratio, "ratio_quartiles": ratio_quartiles, "reliable": reliable})
+    assert [row["reliable"] for row in rows] == [True, False, False]
+    piped = io.StringIO()
+    report.print_table(rows, Console(file=piped, width=80))
+    text = piped.getvalue()
+    assert text.count("123.46 ms") == text.count("1000.00 ms") == 3
+    assert "…" not in text
+    assert "6.1x" in text
+    assert "6013.2" not in text
+    assert "1.3-10480.5" in text
+    assert "2 of 3 rows are worthless" in " ".join(text.split())
+    report.plot(rows, environment(), tmp_path / "plot.png")
+    piped = io.StringIO()
+    report.print_table(rows[:1], Console(file=piped, width=80))
+    assert "worthless" not in piped.getvalue()
 
 
 def test_compare() -> None:

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,51 @@ class TestBadInput:
             with pytest.raises((RuntimeError, NotImplementedError)):
                 RAW(input, weight, bad, flat(arguments))
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            # Products of three dimensions that are zero in 64 bits.
+            {"dims": 3, "padding": 2**21 - 1, "pool": 1, "pool_stride": 1398101},
+            {"dims": 3, "padding": 2**21 - 1, "pool": 1, "pool_stride": 1398101, "last": True},
+            {"dims": 2, "stride": 2147483647, "padding": 2147483646, "pool": 1},
+            {"dims": 2, "kernel": 3, "padding": 2**30 - 1, "dilation": 2**30 - 1, "pool": 1},
+            {"dims": 3, "kernel": 3, "padding": 2**30 - 1, "dilation": 2**30 - 1, "pool": 1},
+            # Padding whose pixels plans would go through for minutes.
+            {"dims": 1, "padding": 715827883, "dilation": 3, "pool": 3, "pool_stride": 1},
+            {"dims": 1, "padding": 2**30, "pool": 2**31 - 1, "pool_stride": 1},
+        ],
+        ids=str,
+    )
+    def test_extents(self, change: dict[str, Any]) -> None:
+        change = dict(change)
+        dims, kernel, last = change.pop("dims"), change.pop("kernel", 1), change.pop("last", False)
+        input, weight, _ = make((1, 16, *[2] * dims), 16, (kernel,) * dims, bias=False, last=last)
+        arguments = geometry(dims, **change)
+        for operator in (RAW, RAW_WITH_WINNERS, RAW_ALGORITHM):
+            with pytest.raises(RuntimeError, match="too large"):
+                operator(input, weight, None, flat(arguments))
+        with pytest.raises(RuntimeError, match="too large"):
+            FUSED[dims](input, weight, None, *arguments)
+
+    def test_elements_without_memory(self) -> None:
+        """Tensors that are expanded take no more time than there is memory to copy them to."""
+        input, weight, bias = make((1, 3, 8, 8), 4, (3, 3))
+        expanded = [input[:1].expand(5, -1, -1, -1), weight[:1].expand(4, -1, -1, -1), bias[:1].expand(4)]
+        output, winners = RAW_WITH_WINNERS(*expanded, flat(geometry(2)))
+        assert_close(output, FUSED[2](*(tensor.contiguous() for tensor in expanded)))
+        rest = [flat(geometry(2)), True, True, True]
+        dense = [tensor.contiguous() for tensor in expanded[:2]]
+        gradients = RAW_BACKWARD(output[:1].expand(5, -1, -1, -1), winners, *expanded[:2], *rest)
+        assert_close(gradients, RAW_BACKWARD(output, winners, *dense, *rest))
+        huge = input.expand(2**40, -1, -1, -1)
+        with pytest.raises(RuntimeError):
+            RAW_ALGORITHM(huge, weight, bias, flat(geometry(2)))
+        with pytest.raises(RuntimeError):
+            RAW_BACKWARD(
+                torch.zeros(1).expand(2**40, 4, 3, 3), torch.zeros(1, dtype=torch.uint8).expand(2**40, 4, 3, 3),
+                huge, weight, flat(geometry(2)), False, False, True,
+            )  # fmt: skip
+
     def test_no_images_take_no_algorithm(self) -> None:
         input, weight, bias = make((0, 3, 17, 33), 64, (3, 3))
         assert RAW_ALGORITHM(input, weight, bias, flat(geometry(2))) == ("none", "none")
@@ -140,6 +186,60 @@ class TestBadInput:
                     FUSED[2](*tensors)
             else:
                 assert_close(FUSED[2](*tensors), reference.conv_relu_max_pool(*tensors, *geometry(2)))
+
+
+NAMES = (
+    *("stride", "padding", "dilation", "groups"),
+    *("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation"),
+)
+NUMBERS = [np.int64, np.int32, torch.tensor, lambda number: torch.tensor([number])]
+
+
+class TestNumbers:
+    """What stock takes for a number, it is here; whatever way a call takes, ReLU is on it."""
+
+    @pytest.mark.parametrize("dims", [1, 2, 3])
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("number", NUMBERS)
+    def test_of_numpy_and_tensors(self, dims: int, name: str, number: Any) -> None:
+        input, weight, bias = make((2, 4, *[9] * dims), 4, (3,) * dims, groups=2 if name == "groups" else 1)
+        arguments = {"pool_kernel_size": 3, name: 1 if name == "pool_padding" else 2}
+        expected = FUSED[dims](input, weight, bias, **arguments)
+        forms = [number(arguments[name])] if name == "groups" else [number(arguments[name])] * dims
+        for given in (forms[0], forms, tuple(forms)):
+            if name == "groups" and given is not forms[0]:
+                continue
+            assert torch.equal(FUSED[dims](input, weight, bias, **{**arguments, name: given}), expected)
+            if name != "groups":  # torch.nn.Conv2d itself takes no such thing for it
+                module = MODULES[dims](4, 4, 3, pool_kernel_size=3)
+                module.weight.data, module.bias.data = weight, bias
+                setattr(module, name, given)
+                if name == "pool_kernel_size":
+                    module.pool_stride = given
+                assert torch.equal(module(input), expected)
+
+    @pytest.mark.parametrize("stride", [np.int64(1), torch.tensor(1), [np.int64(1)] * 2])
+    def test_beside_padding_same(self, stride: Any) -> None:
+        input, weight, bias = make((2, 3, 8, 8), 4, (5, 3))
+        expected = F.max_pool2d(F.conv2d(input, weight, bias, padding="same").relu(), 2)
+        assert_close(FUSED[2](input, weight, bias, stride, "same"), expected)
+        with pytest.raises(RuntimeError, match="padding='same' is not supported for strided convolutions"):
+            FUSED[2](input, weight, bias, np.int64(2), "same")
+
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("value", [1.0, True, torch.tensor(1.0), np.array([1, 1]), [1.0, 1.0], [True, True], "1"])
+    def test_what_is_none(self, name: str, value: Any) -> None:
+        with pytest.raises((RuntimeError, TypeError)):
+            FUSED[2](*make((2, 3, 8, 8), 3, (3, 3)), **{name: value})
+
+    def test_rectified_where_stock_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Were stock to take what nobody expects it to."""
+        from fastnn.ops import conv_relu_max_pool as op
+
+        input, weight, _ = make((1, 3, 8, 8), 4, (3, 3), bias=False)
+        expected = FUSED[2](input, weight)
+        monkeypatch.setattr(op, "flat_geometry", lambda *arguments: None)
+        assert_close(FUSED[2](input, weight), expected)
 
 
 class TestModules:

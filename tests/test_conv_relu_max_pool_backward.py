@@ -61,7 +61,7 @@ def gradient_of_the_convolution(
 
 
 def assert_gradients_of_winners(
-    input: Tensor, weight: Tensor, arguments: tuple[Any, ...], algorithm: int = -1
+    input: Tensor, weight: Tensor, arguments: tuple[Any, ...], algorithm: str | None = None
 ) -> tuple[Tensor, ...]:
     """Backward is as accurate as torch's own convolution from the exact gradient of the convolution's output."""
     stride, padding, dilation, groups = arguments[:4]
@@ -91,18 +91,18 @@ class TestAlgorithms:
         applies = (is_small and dense, channels == 1, True, dense)
         for last in (False, True) if len(kernel) > 1 else (False,):
             input, weight, _ = make(size, outputs, kernel, groups, dtype, last=last)
-            for algorithm in range(len(ALGORITHMS)):
-                if applies[algorithm]:
+            for algorithm, is_applicable in zip(ALGORITHMS, applies, strict=True):
+                if is_applicable:
                     with using_threads(2 if last else 1):
                         assert_gradients_of_winners(input, weight, arguments, algorithm)
                 else:
-                    with pytest.raises(RuntimeError, match="the algorithm does not apply"):
+                    with pytest.raises(RuntimeError, match="does not apply to this call"):
                         assert_gradients_of_winners(input, weight, arguments, algorithm)
 
     def test_there_is_no_other(self) -> None:
         input, weight, _ = make((1, 2, 6, 6), 3, (3, 3))
-        with pytest.raises(RuntimeError, match="no algorithm 4"):
-            assert_gradients_of_winners(input, weight, geometry(2), 4)
+        with pytest.raises(RuntimeError, match="there is no algorithm 'pixels'"):
+            assert_gradients_of_winners(input, weight, geometry(2), "pixels")
 
 
 class TestBackward:

@@ -1,5 +1,6 @@
 """fastnn.freeze: the frozen model computes what the model does, for any batch, from any thread, after any journey."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -34,6 +35,18 @@ class FirstResult(LastStep):
         return self.layer(x)[0]
 
 
+class Reshaped(nn.Module):
+    """Reshapes around its layers, none of which mixes one sample with another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(18, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.first(x.reshape(-1, 4)).relu_()
+        return self.second(rows.unsqueeze(1).view(-1, 18)).unsqueeze(1)[:].squeeze(1)
+
+
 def sequential() -> nn.Module:
     layers = [nn.Linear(7, 9), nn.Tanh(), nn.Dropout(), nn.LinearReLU(9, 33, bias=False), nn.Identity()]
     return nn.Sequential(*layers, nn.MLP([33, 17, 5], "gelu"), nn.Sigmoid())
@@ -49,6 +62,8 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "wide autoencoder": (lambda: models.Autoencoder(784, 128, 32), (3, 784)),
     "chain": (sequential, (11, 7)),
     "chain over steps": (sequential, (3, 4, 7)),
+    "reshaped": (Reshaped, (4, 3, 4)),
+    "in place": (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2)), (4, 4)),
     "1d": (lambda: nn.Sequential(nn.ConvReLUMaxPool1d(2, 9, 3, padding=1), nn.ConvReLUMaxPool1d(9, 4, 3)), (3, 2, 33)),
     "3d": (
         lambda: nn.Sequential(
@@ -135,7 +150,7 @@ def test_saved_loaded_copied_exported(name: str, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(frozen, buffer)
     buffer.seek(0)
-    assert torch.equal(torch.load(buffer, weights_only=False)(example), expected)
+    assert torch.equal(torch.load(buffer, weights_only=True)(example), expected)
     assert torch.equal(pickle.loads(pickle.dumps(frozen))(example), expected)
     assert torch.equal(copy.deepcopy(frozen)(example), expected)
     exported = torch.export.export(frozen, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
@@ -191,6 +206,68 @@ class TwoResults(Residual):
         return self.layer(x), x
 
 
+class TwoInputs(Residual):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return self.layer(x + y)
+
+
+class Joined(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.layer(x)])
+
+
+class Split(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).split(2, -1)[1]
+
+
+class Branched(Residual):
+    """The second use of the input is that of a layer which a chain could hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return torch.cat([torch.tanh(y), self.layer(x)])
+
+
+class Reused(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(self.layer(x), self.layer(self.layer.weight))
+
+
+class Unused(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer.weight)
+
+
+class Counting(Residual):
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.layer(x)
+
+
+class ChangesInput(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.mul_(2))
+
+
+class ChangesPart(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y[:, 0].relu_()
+        return y
+
+
+class DependsOnValues(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
 class CellState(LastStep):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)[1][1][-1]
@@ -201,6 +278,16 @@ class FirstLayersState(LastStep):
         return self.layer(x)[1][0]
 
 
+class AllStates(LastStep):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[1]
+
+
+class FirstStep(LastStep):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0][0]
+
+
 @pytest.mark.parametrize(
     ("model", "sizes", "message"),
     [
@@ -209,28 +296,226 @@ class FirstLayersState(LastStep):
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(0.5)), (3, 4), "a slope other than 0.01"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), (3, 3, 8, 8), r"conv2d.*of layer '0' .*Conv2d"),
         (lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))), (3, 4), "of layer '0.1'"),
-        (Residual, (3, 4), "add"),
-        (TwoResults, (3, 4), "one tensor"),
+        (Residual, (3, 4), r"add.*of the model itself \(.*Residual\), has no counterpart"),
+        (TwoResults, (3, 4), "returns one tensor, but TwoResults returns a tuple"),
+        (TwoInputs, (3, 4), r"takes one input, but TwoInputs takes \(x: .*, y: "),
+        (Joined, (3, 4), "cat.*of the model itself .*Joined"),
+        (Split, (3, 4), "split.*of the model itself .*Split"),
+        (Branched, (3, 4), "linear.*of layer 'layer' .*takes something other than the result"),
+        (Reused, (3, 4), "linear.*Reused.*neither the input nor a parameter"),
+        (Unused, (3, 4), "linear.*of layer 'layer' .*does not depend on the input"),
+        (nn.Identity, (3, 4), "no parameters"),
+        (Counting, (3, 4), "Counting changes calls in place"),
+        (ChangesInput, (3, 4), "ChangesInput changes x in place"),
+        (ChangesPart, (3, 4), "ChangesPart"),
+        (DependsOnValues, (3, 4), "torch.export cannot take DependsOnValues"),
         (lambda: CellState(nn.LSTM(4, 4)), (3, 2, 4), "rnn.*second result"),
         (lambda: FirstLayersState(nn.RNN(4, 4, 2)), (3, 2, 4), "rnn.*second result"),
         (lambda: FirstLayersState(nn.GRU(4, 4, bidirectional=True)), (3, 2, 4), "rnn.*second result"),
-        (lambda: nn.Linear(4, 4, dtype=torch.bfloat16), (3, 4), "float32 or float64"),
+        (lambda: AllStates(nn.GRU(4, 4)), (3, 2, 4), "rnn.*second result"),
+        (lambda: nn.Sequential(AllStates(nn.GRU(4, 4)), nn.Linear(4, 4)), (3, 2, 4), "rnn.*second result"),
+        (lambda: FirstStep(nn.GRU(4, 4)), (3, 2, 4), "select.*does not choose the last step"),
+        (lambda: nn.Linear(4, 4, dtype=torch.bfloat16), (3, 4), "float32 or float64, got torch.bfloat16"),
     ],
 )
 def test_refuses_what_it_cannot_hold(model: Any, sizes: tuple[int, ...], message: str) -> None:
     model = model()
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
     with pytest.raises(ValueError, match=message):
-        fastnn.freeze(model, torch.randn(sizes, dtype=next(model.parameters()).dtype))
+        fastnn.freeze(model, torch.randn(sizes, dtype=dtype))
+
+
+def test_refuses_an_embedding_by_name() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"embedding.*of layer '0' \(.*Embedding\), has no counterpart"):
+        fastnn.freeze(model, torch.randint(9, (3, 5)))
+    with pytest.raises(ValueError, match=r"embedding.*of the model itself \(.*Embedding\), has no counterpart"):
+        fastnn.freeze(model[0], torch.randint(9, (3, 5)))
+
+
+class Calls(nn.Module):
+    """A layer and a function of its result."""
+
+    def __init__(self, layer: Any, function: Any, then: Any = None) -> None:
+        super().__init__()
+        self.layer, self.function, self.then = layer, function, then
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.function(self.layer(x))
+        return x if self.then is None else self.then(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "then", "message"),
+    [
+        (lambda x: x.reshape(5, -1, 4), None, "reshape|view"),
+        (lambda x: x.reshape(5, -1, 4), lambda: FirstResult(nn.GRU(4, 4)), "reshape|view"),
+        (lambda x: x.reshape(10, 6, 4), None, "Calls does depends on the batch"),
+        (lambda x: x.reshape(-1, 4), None, "reshape|view"),
+        (lambda x: x.reshape(-1, 8), None, "reshape|view"),
+        (lambda x: x.reshape(x.shape[1], x.shape[0], 4), None, "reshape|view"),
+        (lambda x: x if x.shape[0] > 4 else x + 1, None, "Calls does depends on the batch"),
+        (lambda x: x if x.shape[0] % 2 == 0 else x + 1, None, r"does not compute what .* of size \(1, 6, 4\)"),
+    ],
+)
+def test_refuses_what_depends_on_the_batch(function: Any, then: Any, message: str) -> None:
+    model = Calls(nn.Linear(4, 4), function, then and then())
+    with pytest.raises(ValueError, match=message):
+        fastnn.freeze(model, torch.randn(10, 6, 4))
+
+
+def test_sizes_that_the_model_fixes_are_fixed() -> None:
+    model = Calls(nn.Linear(4, 4), lambda x: x.reshape(-1, 24))
+    frozen = fastnn.freeze(model, torch.randn(10, 6, 4))
+    with torch.no_grad():
+        x = torch.randn(3, 6, 4)
+        assert_close(frozen(x), model(x))
+    with pytest.raises(RuntimeError, match=r"expected an input of size \[any, 6, 4\], got \[2, 12, 4\]"):
+        frozen(torch.randn(2, 12, 4))  # of which the model makes (4, 24)
+    branches = Calls(nn.Linear(4, 4), lambda x: x if x.shape[1] > 5 else x + 1)
+    frozen = fastnn.freeze(branches, torch.randn(10, 7, 4))
+    assert "(any, 6 or more, 4)" in repr(frozen)
+    with pytest.raises(RuntimeError, match=r"expected an input of size \[any, 6 or more, 4\], got \[2, 5, 4\]"):
+        frozen(torch.randn(2, 5, 4))
+    images = Calls(nn.ConvReLUMaxPool2d(1, 2, 1), lambda x: x.view(-1, 24))
+    frozen = fastnn.freeze(images, torch.randn(3, 1, 6, 8))
+    with torch.no_grad():
+        x = torch.randn(5, 1, 6, 8)
+        assert_close(frozen(x), images(x))
+    with pytest.raises(RuntimeError, match="expected"):
+        frozen(torch.randn(2, 1, 12, 8))  # of which the model makes (4, 24)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.empty(0, 3, 20, 20), r"not empty, got size \(0, 3, 20, 20\)"),
+        (torch.randn(3), r"\(batch, ...\).*got size \(3,\)"),
+        ((torch.randn(3, 4), torch.randn(3, 4)), "to be a Tensor, as a frozen model takes one input, got a tuple"),
+        (torch.randn(2, 3, 20, 20, device="meta"), "on the CPU.* on meta"),
+    ],
+)
+def test_refuses_examples_that_show_nothing(example: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastnn.freeze(models.Conv2DNet(4), example)
 
 
 def test_bad_input() -> None:
-    frozen = fastnn.freeze(*make("cnn"))
+    model, example = make("cnn")
+    frozen = fastnn.freeze(model, example)
     for bad in (torch.randn(2, 4, 20, 20), torch.randn(2, 3, 200, 200), torch.randn(3, 20), torch.randn(2, 3, 1, 1)):
         with pytest.raises(RuntimeError):
             frozen(bad)
-    for bad in (torch.randn(2, 3, 20, 20).double(), torch.randn(2, 3, 20, 20).half(), torch.zeros(2, 3, 20, 20).int()):
+    with pytest.raises(RuntimeError, match=r"expected an input of size \[any, 3, .*\], got \[3, 20, 20\]"):
+        frozen(example[0])
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int32):
+        with pytest.raises(RuntimeError, match="expected input to have dtype Float, but got"):
+            frozen(example.to(dtype))
+    with torch.no_grad():
+        assert_close(frozen(example), model(example))
+
+
+@pytest.mark.parametrize(("name", "refused"), [("cnn", 40), ("1d", 4)])
+def test_input_refused_half_way_changes_nothing(name: str, refused: int) -> None:
+    """A later stage refuses what the first ones take: the call after it must not find half a plan."""
+    model, example = make(name)
+    parameters = [p.detach() for p in model.parameters()]
+    program = fastnn.freeze(model, example)._program
+    bad = torch.randn(*example.shape[:2], *(refused for _ in example.shape[2:]))
+    run = torch.ops.fastnn.frozen_unpacked
+    program = program[program.index("conv") :]  # without the sizes of the input, which would refuse it at once
+    expected = run(example, parameters, program)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"an input of size .* does not fit the network"):
+            run(bad, parameters, program)
+        assert torch.equal(run(example, parameters, program), expected)
+
+
+def test_input_wider_than_every_output() -> None:
+    """Each thread has scratch memory for a block of rows of the widest of input and outputs."""
+    model = nn.Sequential(nn.Linear(70000, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    example = torch.randn(48, 70000)
+    with torch.no_grad():
+        expected = model(example)
+        for threads in (1, 2):
+            with using_threads(threads):
+                assert_close(fastnn.freeze(model, example)(example), expected)
+
+
+def test_weights_of_functional_call() -> None:
+    for name in ("autoencoder", "cnn", "gru"):
+        model, example = make(name)
+        frozen = fastnn.freeze(model, example)
+        other_model = CASES[name][0]()
+        other = fastnn.freeze(other_model, example)
+        expected, of_other = frozen(example), other(example)
+        assert not torch.allclose(expected, of_other)
+        weights = {"weights": other.weights}
+        assert_close(torch.func.functional_call(frozen, weights, (example,)), of_other)
+        assert torch.equal(frozen(example), expected)
+
+        def call(weights: Any, x: Tensor, frozen: Any = frozen) -> Tensor:
+            return torch.func.functional_call(frozen, weights, (x,))
+
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        assert_close(compiled(weights, example), of_other)
+        both = {"weights": torch.stack([frozen.weights, other.weights])}
+        assert_close(torch.func.vmap(call, (0, None))(both, example), torch.stack([expected, of_other]))
+
+
+def test_weights_replaced() -> None:
+    model, example = make("autoencoder")
+    frozen, other = fastnn.freeze(model, example), fastnn.freeze(CASES["autoencoder"][0](), example)
+    frozen.weights = other.weights.clone()
+    assert_close(frozen(example), other(example))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)])
+def test_frozen_in_other_modes(mode: Any) -> None:
+    model, example = make("autoencoder")
+    expected = model(example)
+    with mode:
+        frozen = fastnn.freeze(model, example)
+    assert_close(frozen(example), expected)
+
+
+def test_refused_conversion_changes_nothing() -> None:
+    model, example = make("autoencoder")
+    frozen = fastnn.freeze(model, example)
+    expected = frozen(example)
+    for convert in (lambda: frozen.half(), lambda: frozen.bfloat16(), lambda: frozen.to("meta")):
         with pytest.raises(RuntimeError):
-            frozen(bad)
+            convert()
+        assert torch.equal(frozen(example), expected)
+
+
+def test_prints_its_layers() -> None:
+    layers = [
+        nn.ConvReLUMaxPool2d(4, 6, 3, padding=(1, 2), groups=2, pool_kernel_size=2, ceil_mode=True),
+        nn.Flatten(),
+        nn.Linear(6 * 10 * 11, 8, bias=False),
+        nn.GELU("tanh"),
+        nn.Linear(8, 2, bias=False),
+    ]
+    assert repr(fastnn.freeze(nn.Sequential(*layers), torch.randn(2, 4, 20, 20))).splitlines() == [
+        "FrozenModel(",
+        "  input size: (any, 4, any, any)",
+        f"  {layers[0]}",
+        "  flatten",
+        f"  {layers[2]}, gelu_tanh",
+        f"  {layers[4]}",
+        ")",
+    ]
+    rnn = nn.LSTM(4, 6, 2, batch_first=True, proj_size=3, bidirectional=True)
+    frozen = fastnn.freeze(nn.Sequential(LastStep(rnn), nn.Linear(6, 2)), torch.randn(2, 5, 4))
+    assert repr(frozen).splitlines()[1:4] == [
+        "  input size: (any, any, 4)",
+        f"  {rnn}, last step",
+        "  Linear(in_features=6, out_features=2, bias=True)",
+    ]
+    assert str(nn.RNN(3, 4, bias=False)) in repr(
+        fastnn.freeze(FirstResult(nn.RNN(3, 4, bias=False)), torch.randn(2, 2, 3))
+    )
 
 
 def test_raw_operators_are_safe() -> None:
@@ -240,6 +525,8 @@ def test_raw_operators_are_safe() -> None:
     expected = frozen(example)
     hostile = [
         *("", ";", "mlp", "mlp;", "mlp 1 10;", "other 1 2;", program[:-1], program + "mlp 1 10 10 0;", "flatten 1;"),
+        *("flatten 11;" + program, "flatten 10 1;" + program, "input;" + program, "input 4 4 11 11;" + program),
+        *("input 4;" + program, "input 4 4 10;" + program, "input 5 0 10 10;" + program, "input 1 3 10 10;" + program),
         *("mlp 1 10 8 9;", "mlp 2 10 8 0;", "mlp 1 -1 8 0;", f"mlp 0 {2**31} {2**31} 0;", f"mlp 0 {'9' * 40} 1 0;"),
         *(
             "conv 2 1 10;",
@@ -258,15 +545,35 @@ def test_raw_operators_are_safe() -> None:
     for bad in (weights[:-1], weights[None], weights.double(), torch.cat([weights, weights[:1]]), weights[::2]):
         with pytest.raises(RuntimeError):
             run(example, bad, packed, program)
-    for sizes in ([], [4], [-1, 10], [4, 11], [2**62, 2**62]):
+    for sizes in ([], [4], [-1, 10], [0, 10], [4, 11], [2**62, 2**62], [2**62, 10]):
         with pytest.raises(RuntimeError):
             torch.ops.fastnn.frozen_packed(weights, program, sizes)
     # Packed weights that do not fit are not used.
     for other in (packed[:0], packed[:100], packed[:-64], torch.zeros_like(packed), torch.full_like(packed, 255)):
         assert_close(run(example, weights, other.contiguous(), program), expected)
+    assert_close(run(example, weights, torch.cat([packed[:1], packed])[1:], program), expected)  # off its alignment
     with pytest.raises(RuntimeError, match="uint8"):
         run(example, weights, packed.int(), program)
     torch.library.opcheck(run, (example, weights, packed, program))
+
+
+@pytest.mark.parametrize("name", ["cnn", "1d", "3d"])
+def test_packing_for_sizes_that_no_tensor_has(name: str) -> None:
+    frozen = fastnn.freeze(*make(name))
+    sizes = frozen._sizes
+    for bad in (0, 2**31, 2**32, 2**62, 2**63 - 1):
+        for dim in range(len(sizes)):
+            hostile = [*sizes[:dim], bad, *sizes[dim + 1 :]]
+            program = frozen._program[frozen._program.index("conv") :]
+            if bad == 0 or dim > 0:
+                with pytest.raises(RuntimeError):
+                    torch.ops.fastnn.frozen_packed(frozen.weights, program, hostile)
+            else:  # some are only large
+                with contextlib.suppress(RuntimeError):
+                    torch.ops.fastnn.frozen_packed(frozen.weights, program, hostile)
+    frozen._sizes = (0, *sizes[1:])
+    with pytest.raises(RuntimeError, match="expected sizes of at least 1"):
+        pickle.loads(pickle.dumps(frozen))
 
 
 def test_unpacked_operator_is_safe() -> None:

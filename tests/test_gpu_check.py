@@ -75,6 +75,20 @@ def test_no_matrix_instruction(check: Any, monkeypatch: pytest.MonkeyPatch, targ
     assert failed == 1
 
 
+@pytest.mark.parametrize(("limit", "asserts"), [(0, False), (1000, True)])
+def test_waiting_for_ever_ends_in_an_assert(
+    check: Any, monkeypatch: pytest.MonkeyPatch, limit: int, asserts: bool
+) -> None:
+    """Where a limit is set, as for tests; else the kernel has no such code."""
+    monkeypatch.setattr(check._launch, "spin_limit", limit)
+    target = next(target for target in check._launch.TARGETS if target.name == "sm_90")
+    case = next(case for case in check.all_cases() if case.shape == "RNN_TANH model")
+    launch = next(launch for launch in check.record_launches(case, target) if "wave" in launch.kernel.__name__)
+    compiled = check.compile_launch(launch, target)
+    assert ("waits for one that does not come" in compiled.asm["ttir"]) == asserts
+    assert ("__assertfail" in compiled.asm["ptx"]) == asserts
+
+
 def test_the_command_fails_with_a_launch_at_fault(check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     summary = tmp_path / "summary.md"
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "--write", str(summary)])

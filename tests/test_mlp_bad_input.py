@@ -1,5 +1,7 @@
 """What fastnn.functional.mlp and its operators say to arguments that do not fit."""
 
+import itertools
+
 import pytest
 import torch
 from mlp_chains import make_chain, split
@@ -83,6 +85,31 @@ class TestBadInput:
             for value in values:
                 with pytest.raises((RuntimeError, NotImplementedError)):
                     torch.ops.fastnn.mlp_backward(*good[:place], value, *good[place + 1 :])
+
+    def test_rows_of_no_features(self) -> None:
+        """Any number, in no time."""
+        ops, weight = torch.ops.fastnn, torch.zeros(0, 0)
+        for activations in (0o11, 0o14):  # the second keeps its input
+            x = torch.zeros(2**40, 0)
+            assert ops.mlp(x, [weight], activations).shape == x.shape
+            output, hidden = ops.mlp_with_hidden(x, [weight], activations)
+            gradients = ops.mlp_backward(x, x, [weight], activations, output, hidden, True, True, True)
+            assert [g.shape for g in (gradients[0], *gradients[1], *gradients[2])] == [x.shape, (0, 0), (0,)]
+
+    def test_gradients_of_no_outputs(self) -> None:
+        x, weight = torch.randn(5, 3), torch.zeros(0, 3)
+        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, [weight], 0o11)
+        gradients = torch.ops.fastnn.mlp_backward(output, x, [weight], 0o11, output, hidden, True, True, True)
+        assert torch.equal(gradients[0], torch.zeros(5, 3))
+
+    @pytest.mark.parametrize("widths", [(0, 2**58, 0), (0, 2**62, 0), (0, 2**45, 0, 2**45)])
+    def test_widths_without_memory(self, widths: tuple[int, ...]) -> None:
+        x, weights = torch.zeros(5, 0), [torch.zeros(out, width) for width, out in itertools.pairwise(widths)]
+        code = 1 << 3 * len(weights)
+        with pytest.raises(RuntimeError):
+            torch.ops.fastnn.mlp(x, weights, code)
+        with pytest.raises(RuntimeError):
+            torch.ops.fastnn.mlp_with_hidden(x, weights, code)
 
     def test_raw_operators_refuse_to_lose_a_gradient(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))

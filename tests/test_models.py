@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -210,6 +211,17 @@ def test_conv_net_infers_other_sizes_at_once() -> None:
     torch.testing.assert_close(output, F.linear(expected.flatten(1), fused.output.weight).detach())
 
 
+def test_conv_net_after_an_input_that_it_refuses() -> None:
+    fused, _ = twins()
+    x = torch.randn(1, 3, 20, 20)
+    expected, called = infer(fused, x)
+    assert called == AT_ONCE
+    for _ in range(3):
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            fused(torch.randn(1, 3, 40, 40))  # refused by the last layer alone
+        assert torch.equal(infer(fused, x)[0], expected)
+
+
 def add_hook(model: nn.Module, name: str, seen: list[str]) -> None:
     getattr(model, name).register_forward_hook(lambda *_: seen.append(name))
 
@@ -341,3 +353,38 @@ def test_rnn_refuses_an_unknown_cell() -> None:
     for module in (models, reference_models):
         with pytest.raises(ValueError, match="cell must be one of RNN, GRU, LSTM"):
             module.RNN(2, 3, 1, 1, cell="Elman")
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "old weight norm": lambda model: nn.utils.weight_norm(model.encoder_2),
+    "old spectral norm": lambda model: nn.utils.spectral_norm(model.encoder_1),
+    "pruning": lambda model: nn.utils.prune.l1_unstructured(model.decoder_1, "weight", 0.5),
+    "parametrization": lambda model: nn.utils.parametrizations.weight_norm(model.decoder_2),
+    "hook": lambda model: model.encoder_2.register_forward_hook(lambda module, args, output: 2 * output),
+    "another layer": lambda model: setattr(model, "encoder_2", nn.Sequential(nn.Linear(8, 5), nn.Tanh())),
+    "no bias": lambda model: setattr(model, "decoder_1", nn.Linear(5, 8, bias=False)),
+    "one layer more": lambda model: setattr(model, "head", nn.Linear(5, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("change", CHANGES)
+def test_autoencoder_trains_with_other_layers(change: str) -> None:
+    fused, stock = models.Autoencoder(10, 8, 5), reference_models.Autoencoder(10, 8, 5)
+    x = torch.randn(32, 10)
+    histories = []
+    for model in (fused, stock):
+        torch.manual_seed(1)
+        CHANGES[change](model)
+    stock.load_state_dict(fused.state_dict())
+    for model in (fused, stock):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        history = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), x) + model.reconstruction_error(x).mean() + model.decode(model.encode(x)).mean()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        histories.append(history)
+    torch.testing.assert_close(*histories, rtol=1e-5, atol=1e-6)

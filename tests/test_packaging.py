@@ -1,15 +1,21 @@
 """The built extension, and what import and ``python -m fastnn`` make of it."""
 
+import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastnn
+from fastnn import _extension
+from fastnn._digest import interface_digest
 from fastnn._extension import load_extension
 
 ROOT = Path(fastnn.__file__).parent.parent
@@ -38,6 +44,26 @@ def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) ->
 def test_stale_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastnn._C, "source_digest", "of other sources")
     with pytest.raises(ImportError, match=r"older than the sources.*pip install \."):
+        load_extension()
+
+
+@pytest.mark.parametrize("change", ["edited", "added", "removed"])
+def test_stale_extension_in_an_installation(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation has no C++ sources beside it: the extension is held against the operators' Python side."""
+    assert re.fullmatch("[0-9a-f]{16}", fastnn._C.interface_digest)
+    monkeypatch.setattr(fastnn._C, "interface_digest", interface_digest(ROOT / "fastnn"))
+    package = tmp_path / "fastnn"
+    shutil.copytree(ROOT / "fastnn", package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    monkeypatch.setattr(_extension, "__file__", str(package / "_extension.py"))
+    assert load_extension() is fastnn._C
+    ops = package / "ops"
+    if change == "edited":
+        (ops / "rnn.py").write_text((ops / "rnn.py").read_text() + "\n# of another version\n")
+    elif change == "added":
+        (ops / "more.py").touch()
+    else:
+        (ops / "rnn_head.py").unlink()
+    with pytest.raises(ImportError, match=r"was built with other Python files.*pip install \."):
         load_extension()
 
 
@@ -82,6 +108,63 @@ def test_fastnn_nn_has_everything_of_torch_nn_and_leaves_it_alone() -> None:
         assert getattr(torch.nn, fused.__name__, None) is not fused
         assert not fused.__module__.startswith("torch")
     assert fastnn.nn.Linear is torch.nn.Linear
-    assert fastnn.nn.functional is torch.nn.functional
-    with pytest.raises(AttributeError):
-        fastnn.nn.no_such_layer  # noqa: B018
+    assert fastnn.nn.functional is not torch.nn.functional
+
+
+@pytest.mark.parametrize("module", ["fastnn.functional", "fastnn.nn.functional"])
+def test_functional_has_everything_of_torch_nn_functional(module: str) -> None:
+    ours = importlib.import_module(module)
+    assert [name for name in dir(F) if not name.startswith("__") and getattr(ours, name) is not getattr(F, name)] == []
+    assert {"relu", "mlp", "_canonical_mask"} <= set(dir(ours))
+    assert ours.mlp is fastnn.functional.mlp
+    star: dict[str, Any] = {}
+    exec(f"from {module} import *", star)
+    assert star["conv_relu_max_pool2d"] is fastnn.functional.conv_relu_max_pool2d
+    assert star["softmax"] is F.softmax
+
+
+SUBMODULES = [
+    info.name.removeprefix("torch.nn.")
+    for info in pkgutil.walk_packages(torch.nn.__path__, "torch.nn.", onerror=lambda name: None)
+    if info.name != "torch.nn.functional"
+]
+
+
+def test_submodules_of_torch_nn_import() -> None:
+    assert {"init", "utils.rnn", "utils.parametrize", "modules.rnn", "attention.flex_attention"} <= set(SUBMODULES)
+    code = f"""
+import importlib, sys, torch
+import fastnn.nn.functional as F
+from fastnn.nn.utils.rnn import pad_sequence
+import fastnn.nn.utils.parametrize
+from fastnn.nn.init import zeros_
+assert F.mlp and F.relu is torch.nn.functional.relu and fastnn.nn.functional is F
+assert pad_sequence is torch.nn.utils.rnn.pad_sequence and zeros_ is torch.nn.init.zeros_
+for name in {SUBMODULES}:
+    try:
+        stock = importlib.import_module("torch.nn." + name)
+    except ImportError:
+        continue
+    spec = stock.__spec__
+    assert importlib.import_module("fastnn.nn." + name) is stock, name
+    assert stock.__spec__ is spec and stock.__name__ == "torch.nn." + name
+assert not [m for m in sys.modules.values() if (getattr(m, "__file__", None) or "").startswith(torch.nn.__path__[0])
+            and m.__name__.startswith("fastnn")]
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", ["fastnn.nn.no_such", "fastnn.nn.utils.no_such", "fastnn.no_such"])
+def test_modules_that_torch_has_not(name: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=f"No module named '{name}'"):
+        importlib.import_module(name)
+
+
+@pytest.mark.parametrize("module", ["fastnn.nn", "fastnn.functional", "fastnn.nn.functional"])
+def test_misspelt_name_blames_the_module_it_was_asked_of(module: str) -> None:
+    ours = importlib.import_module(module)
+    with pytest.raises(AttributeError, match=rf"^module '{module}' has no attribute 'Lineaer'$") as error:
+        ours.Lineaer  # noqa: B018
+    assert (error.value.name, error.value.obj) == ("Lineaer", ours)
+    with pytest.raises(ImportError, match=rf"cannot import name 'Lineaer' from '{module}'"):
+        exec(f"from {module} import Lineaer")

@@ -1,12 +1,14 @@
 """Differentiation and tracing of the recurrent op: gradcheck, torch.func, torch.compile, torch.export."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from rnn_common import CELLS, NETWORKS, clone_wanting_gradients, pair, random_state, run, tensors_of
 from torch.nn.utils.rnn import pack_sequence
 
+from fastnn import nn
 from fastnn.reference import rnn as plain
 
 
@@ -209,3 +211,57 @@ def test_export_cells_with_dynamic_batch(name):
     program = torch.export.export(ours, (torch.randn(4, 3),), dynamic_shapes=({0: batch},))
     input = torch.randn(9, 3)
     torch.testing.assert_close(tensors_of([program.module()(input)]), tensors_of([ours(input)]))
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_export_gives_the_state_that_a_call_leaves_out(wants_gradient):
+    """AOTInductor's packages cannot hand an operator an empty list."""
+    for make, sizes in (
+        (lambda: nn.RNN(4, 3), (5, 2, 4)),
+        (lambda: nn.GRU(4, 3, 2, batch_first=True, bidirectional=True), (5, 2, 4)),
+        (lambda: nn.LSTM(4, 3, proj_size=2), (5, 2, 4)),
+        (lambda: nn.LSTM(4, 3), (5, 4)),
+        (lambda: nn.GRUCell(4, 3), (2, 4)),
+        (lambda: nn.LSTMCell(4, 3), (2, 4)),
+    ):
+        module, x = make().requires_grad_(wants_gradient), torch.randn(sizes)
+        exported = torch.export.export(module, (x,))
+        lists = [
+            argument
+            for node in exported.graph.nodes
+            if str(node.target).startswith("fastnn.rnn")
+            for argument in node.args
+            if isinstance(argument, (list, tuple))
+        ]
+        assert all(lists)
+        torch.testing.assert_close(exported.module()(x), module(x))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's, of its own code
+def test_aot_inductor(tmp_path):
+    class All(torch.nn.Module):
+        """One package of all, since compiling takes its time."""
+
+        def __init__(self):
+            super().__init__()
+            self.networks = torch.nn.ModuleList([nn.RNN(4, 4), nn.GRU(4, 4), nn.LSTM(4, 4)])
+            self.cells = torch.nn.ModuleList([nn.RNNCell(4, 4), nn.GRUCell(4, 4), nn.LSTMCell(4, 4)])
+
+        def forward(self, x):
+            return [network(x) for network in self.networks], [cell(x[0]) for cell in self.cells]
+
+    model, x = All().eval(), torch.randn(5, 2, 4)
+    package = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(torch.export.export(model, (x,)), package_path=package)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+def test_compile_fullgraph_under_autocast(name):
+    module = getattr(nn, name)(4, 3)
+    x = torch.randn(5, 2, 4) if name in NETWORKS else torch.randn(2, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), module(x))

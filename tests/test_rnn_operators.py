@@ -229,3 +229,42 @@ def test_layouts_of_the_gradient(mode: str, batch_first: bool, dtype: torch.dtyp
     for name, layout in layouts.items():
         assert torch.equal(backward(layout), backward(layout.contiguous())), name
     assert torch.equal(backward(layouts["the other order"]), backward(grad))
+
+
+@pytest.mark.parametrize("mode", op.MODES)
+def test_gradients_with_their_sign_turned(mode):
+    """As torch.func has them of complex numbers: views that say that each element is the negative of what is there."""
+    arguments = raw_arguments(mode)
+    output, final, reserve = torch.ops.fastnn.rnn_with_reserve(*arguments)
+    final = [torch.randn_like(s) for s in final]
+    rest = [*arguments[:5], output, reserve, *arguments[5:], True, True, True]
+    turned = [torch._neg_view(-s) for s in final]
+    assert all(t.is_neg() for t in turned)
+    expected = torch.ops.fastnn.rnn_backward(None, final, *rest)
+    torch.testing.assert_close(torch.ops.fastnn.rnn_backward(None, turned, *rest), expected, rtol=0, atol=0)
+
+
+def test_batch_sizes_elsewhere():
+    arguments = raw_arguments("GRU")
+    arguments[0], arguments[1] = arguments[0].flatten(0, 1), torch.tensor([2, 2, 2, 2])
+    output, final, reserve = torch.ops.fastnn.rnn_with_reserve(*arguments)
+    backward = [output, list(final), *arguments[:5], output, reserve, *arguments[5:], True, True, True]
+    torch.ops.fastnn.rnn_backward(*backward)
+    backward[3] = arguments[1] = arguments[1].to("meta")
+    for operator, given in (("rnn", arguments), ("rnn_with_reserve", arguments), ("rnn_backward", backward)):
+        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+            getattr(torch.ops.fastnn, operator)(*given)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_steps_without_rows(batch_first):
+    """Any number, in no time."""
+    arguments = raw_arguments("LSTM", state=False)
+    sizes = (0, 2**40) if batch_first else (2**40, 0)
+    arguments[0], arguments[8] = torch.zeros(*sizes, 3), batch_first
+    output, final, reserve = torch.ops.fastnn.rnn_with_reserve(*arguments)
+    assert output.shape == (*sizes, 10)
+    backward = [output, list(final), *arguments[:5], output, reserve, *arguments[5:], True, True, True]
+    grad_input, _, grad_weights = torch.ops.fastnn.rnn_backward(*backward)
+    assert grad_input.shape == (*sizes, 3)
+    assert all(not g.any() for g in grad_weights)

@@ -38,7 +38,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid", "debug", "sanitize_overflow")
 
 
 class Launch(NamedTuple):
@@ -108,11 +108,15 @@ def describe_all(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[A
     return signature | dict.fromkeys(launch.constexprs, "constexpr"), constants, attributes
 
 
-def build(launch: Launch, target: _launch.Target) -> Built:
+def compile_launch(launch: Launch, target: _launch.Target) -> Any:
     signature, constants, attributes = describe_all(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
-    compiled = triton.compile(source, target=gpu, options=launch.options)
+    return triton.compile(source, target=gpu, options=launch.options)
+
+
+def build(launch: Launch, target: _launch.Target) -> Built:
+    compiled = compile_launch(launch, target)
     read = _read_cubin if target.backend == "cuda" else _read_amdgcn
     return read(compiled)
 

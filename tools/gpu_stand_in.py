@@ -64,7 +64,8 @@ def graph(graph: CUDAGraph) -> Iterator[None]:
 def install() -> None:
     """In place of torch.cuda's own, which there is nothing behind. ``is_available`` goes on telling the truth."""
     nothing = {
-        name: lambda *args: None for name in ("synchronize", "reset_peak_memory_stats", "empty_cache")
+        name: lambda *args: None
+        for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode")
     } | {name: lambda *args: 0 for name in ("memory_allocated", "max_memory_allocated")}  # fmt: skip
     own = {"Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph, "current_stream": Stream,
            "stream": contextlib.nullcontext}  # fmt: skip

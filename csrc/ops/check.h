@@ -51,6 +51,35 @@ struct Expected {
   const char* op;
 };
 
+// Fails unless the product of the sizes, zeros counted as ones, is below 2^50: more than there is memory for elements
+// or time for multiplications, and so far from 2^63 that kernels and plans, which multiply such sizes by lanes, bytes
+// or costs, need not check. In double precision, which does not wrap.
+template <class... Numbers>
+void check_product(const char* op, Numbers... sizes) {
+  constexpr double kMost = int64_t{1} << 50;
+  const double product = (1.0 * ... * (sizes > 0 ? static_cast<double>(sizes) : 1));
+  FASTNN_CHECK(product < kMost, op, ": sizes ", to_string(std::vector<double>{static_cast<double>(sizes)...}),
+               " are too large together");
+}
+
+// How many elements of its storage a tensor's sizes and strides reach over, from the first to the last.
+inline int64_t reach(const Tensor& tensor) {
+  const int64_t numel = tensor.numel();
+  if (numel == 0 || tensor.is_contiguous()) return numel;
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) last = checked_sum(last, checked_product(sizes[i] - 1, strides[i]));
+  return checked_sum(last, 1);
+}
+
+// Storage may have been freed or cut under a tensor, as FSDP does with parameters between their uses.
+inline void check_memory(const Tensor& tensor, const char* op, const char* name) {
+  const int64_t reached = reach(tensor), needed = checked_sum(tensor.storage_offset(), reached);
+  const int64_t elements = tensor.storage_numel();
+  FASTNN_CHECK(elements >= needed || reached == 0, op, ": ", name, " needs a storage of ", needed,
+               " elements, but its storage has ", elements, "; has it been freed or resized?");
+}
+
 inline void check_plain(const Tensor& tensor, const char* op, const char* name) {
   FASTNN_CHECK(tensor.defined(), op, ": ", name, " must be a tensor, got an undefined one");
   FASTNN_CHECK(tensor.is_cpu(), op, ": expected all tensors to be on the same device, the CPU, but ", name, " is not");
@@ -63,6 +92,7 @@ inline Expected check_first(const Tensor& tensor, const char* op, const char* na
   FASTNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op, ": \"",
                name, "\" not implemented for '", torch::headeronly::toString(dtype),
                "'; use float32, float64 or bfloat16");
+  check_memory(tensor, op, name);
   return {dtype, tensor.dtype_code(), op};
 }
 
@@ -79,7 +109,7 @@ inline bool is_plain_of(const Tensor& tensor, int32_t dtype) {
 }
 
 inline void check_same_kind(const Tensor& tensor, const Expected& expected, const char* name) {
-  if (is_plain_of(tensor, expected.dtype_code)) return;
+  if (is_plain_of(tensor, expected.dtype_code)) return check_memory(tensor, expected.op, name);
   check_plain(tensor, expected.op, name);
   fail(expected.op, ": expected ", name, " to have dtype ", torch::headeronly::toString(expected.dtype), ", but got ",
        torch::headeronly::toString(tensor.scalar_type()));

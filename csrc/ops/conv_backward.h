@@ -38,22 +38,20 @@ inline const ConvBackwardPlan& plan_for(const BackwardKey& key) {
   return entry.plan;
 }
 
-// The plan of elements that are finite.
-inline BackwardKey backward_key(const ConvPoolProblem& problem, bool input_channels_last, const Wanted& wanted,
-                                int64_t algorithm) {
+// The key of a call by these kernels whose elements are finite; `algorithm` is the one to take, or -1.
+template <class T>
+BackwardKey backward_key(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
+                         bool input_channels_last, const Wanted& wanted, int32_t algorithm) {
   BackwardKey key;
   key.geometry = problem.geometry;
   key.request.dims = problem.dims;
-  key.request.element_bytes = problem.kind.dtype == ScalarType::Double     ? 8
-                              : problem.kind.dtype == ScalarType::BFloat16 ? 2
-                                                                           : 4;
+  key.request.element_bytes = sizeof(T);
   key.request.input_channels_last = input_channels_last;
   key.request.both = wanted.input && wanted.weight;
-  key.request.algorithm = static_cast<int32_t>(algorithm);
-  key.request.matrix_unit = isa_multiplies_matrices();
-  const Machine machine = this_machine();
-  key.machine.vector_bytes = machine.vector_bytes;
-  key.machine.has_pairs = machine.has_pairs;
+  key.request.algorithm = algorithm;
+  key.machine.vector_bytes = kernels.vector_bytes;
+  key.machine.has_pairs = kernels.vector_bytes == 64 && isa_multiplies_pairs();
+  key.machine.has_matrix = kernels.vector_bytes == 64 && isa_multiplies_matrices();
   return key;
 }
 
@@ -92,10 +90,9 @@ void sum_parts(C* parts, int64_t count, int64_t size, int64_t threads) {
 
 // By the plan of `call`, which is none of stock. The gradients that are not wanted are empty.
 template <class T>
-void run_backward(ConvBackward<T>& call, double work, const Wanted& wanted, const Tensor& grad_input,
-                  const Tensor& grad_weight, const Tensor& grad_bias) {
+void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, double work, const Wanted& wanted,
+                  const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias) {
   using C = Compute<T>;
-  const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
   const ConvPoolGeometry& g = call.geometry;
   const ConvBackwardPlan& plan = *call.plan;
   if (wanted.input) {

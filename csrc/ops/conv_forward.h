@@ -9,31 +9,34 @@
 
 namespace fastnn {
 
-inline Machine this_machine() {
-  switch (active_isa()) {
-    case Isa::baseline:
-      return {16, false};
-#if defined(__x86_64__) || defined(_M_X64)
-    case Isa::avx2:
-      return {32, false};
-    default:
-      return {64, isa_multiplies_pairs()};
-#else
-    default:
-      return {16, false};
-#endif
-  }
-}
-
 // What a plan follows from, to be compared byte by byte.
 struct PlanKey {
   ConvPoolGeometry geometry;
   PlanRequest request;
   Machine machine;
 
-  PlanKey() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
+  PlanKey() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }  // what lies between the fields, too
   bool operator==(const PlanKey& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
+
+// The key of a call by these kernels and all of torch's threads; `algorithm` is the one to take, or -1. A call reads the
+// kernel table once, for another thread may change the instruction set, and a plan is for the kernels of its own.
+template <class T>
+PlanKey plan_key(const ConvKernels<T>& kernels, const ConvPoolGeometry& geometry, bool input_channels_last,
+                 bool output_channels_last, int64_t algorithm) {
+  PlanKey key;
+  key.geometry = geometry;
+  key.request.threads = torch::stable::get_num_threads();
+  key.request.element_bytes = sizeof(T);
+  key.request.input_channels_last = input_channels_last;
+  key.request.output_channels_last = output_channels_last;
+  key.request.may_take_stock = true;
+  key.request.algorithm = static_cast<int32_t>(algorithm);
+  key.machine.vector_bytes = kernels.vector_bytes;
+  key.machine.has_pairs = kernels.vector_bytes == 64 && isa_multiplies_pairs();
+  key.machine.has_matrix = kernels.vector_bytes == 64 && isa_multiplies_matrices();
+  return key;
+}
 
 // The plans of a thread's last calls: planning takes microseconds, which small calls consist of.
 inline const ConvPlan& plan_for(const PlanKey& key) {
@@ -53,59 +56,63 @@ inline const ConvPlan& plan_for(const PlanKey& key) {
   return entry.plan;
 }
 
-// Whether each image lies without gaps, contiguous or channels last.
-inline bool is_dense_image(const Tensor& tensor, bool channels_last) {
-  int64_t stride = 1;
-  const auto matches = [&](int64_t d) {
-    const bool same = tensor.size(d) == 1 || tensor.stride(d) == stride;
-    stride *= tensor.size(d);
-    return same;
-  };
-  bool same = !channels_last || matches(1);
-  for (int64_t d = tensor.dim(); d-- > 2;) same = same && matches(d);
-  return same && (channels_last || matches(1));
-}
-
-// A tensor as the kernels read it: each image contiguous or channels last, the strides of dimensions of one element as
-// that has them.
+// A tensor, which outlives this, as the kernels read it: each image contiguous or channels last, without gaps; the strides of dimensions of
+// one element as that has them.
 struct PlainImages {
   bool channels_last;
   Tensor tensor;
   ConvLayout layout;
 
   explicit PlainImages(const Tensor& given)
-      : channels_last(!is_dense_image(given, false) && is_dense_image(given, true)),
-        tensor(channels_last || is_dense_image(given, false) ? given.borrow() : dense(given)) {
+      : channels_last(!is_dense(given, false) && is_dense(given, true)),
+        tensor(channels_last || is_dense(given, false) ? given.borrow() : dense(given)) {
     const int64_t rank = tensor.dim(), channels = tensor.size(1);
-    int64_t stride = channels_last ? channels : 1;
-    layout.d[0] = layout.d[1] = 0;
-    for (int64_t d = 2; d >= 0; --d) {
-      layout.d[d] = stride;
-      if (rank - 3 + d >= 2) stride *= tensor.size(rank - 3 + d);
-    }
-    layout.c = channels_last ? 1 : stride;
-    layout.n = tensor.size(0) > 1 ? tensor.stride(0) : channels * (channels_last ? stride / channels : stride);
+    int64_t sizes[3] = {1, 1, 1};
+    for (int64_t d = 2; d < rank; ++d) sizes[d + 3 - rank] = tensor.size(d);
+    layout = channels_last ? channels_last_layout(channels, sizes) : contiguous_layout(channels, sizes);
+    if (tensor.size(0) > 1) layout.n = tensor.stride(0);
+  }
+
+ private:
+  static bool is_dense(const Tensor& tensor, bool channels_last) {
+    int64_t stride = 1;
+    const auto matches = [&](int64_t d) {
+      const bool same = tensor.size(d) == 1 || tensor.stride(d) == stride;
+      stride *= tensor.size(d);
+      return same;
+    };
+    bool same = !channels_last || matches(1);
+    for (int64_t d = tensor.dim(); d-- > 2;) same = same && matches(d);
+    return same && (channels_last || matches(1));
   }
 };
 
+// Runs a call by a plan that is not `stock`. packed: the weight as the plan has it, or null to have it packed.
 template <class T>
-void run_conv(ConvCall<T>& call, const ConvPlan& plan, int64_t threads, Compute<T>* packed) {
-  const ConvKernels<T>& kernels = conv_kernels().get<T>();
+void run_planned(const ConvKernels<T>& kernels, ConvCall<T>& call, const ConvPlan& plan, const Compute<T>* packed) {
   call.plan = &plan;
-  const int64_t chunks = std::min(threads, plan.items);
-  const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  const int64_t chunks = std::min(plan.threads, plan.items);
+  const auto lines = [](int64_t bytes) { return checked_sum(bytes, 63) / 64 * 64; };
   const int64_t packed_bytes = packed ? 0 : lines(checked_product(plan.packed_size, sizeof(Compute<T>)));
   const int64_t scratch = lines(plan.scratch_size);
   const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch)));
-  call.packed = packed ? packed : reinterpret_cast<Compute<T>*>(memory.get());
+  call.packed = packed ? const_cast<Compute<T>*>(packed) : reinterpret_cast<Compute<T>*>(memory.get());
   if (!packed) {
     constexpr int64_t kSmallWeight = 8192;  // elements, packed before a second thread has come
-    parallel_chunks(plan.packed_size < kSmallWeight ? 1 : std::min(threads, plan.pack_items), plan.pack_items,
+    parallel_chunks(plan.packed_size < kSmallWeight ? 1 : std::min(plan.threads, plan.pack_items), plan.pack_items,
                     [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
   }
   parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
     kernels.run(call, first, last, memory.get() + packed_bytes + chunk * scratch);
   });
+}
+
+// Packed weights of the same key and size are alike.
+inline int64_t packing_of(const ConvPlan& plan) {
+  int64_t order = 0;
+  if (plan.algorithm == ForwardAlgorithm::pixels) order = plan.pixels.blocks;
+  if (plan.algorithm == ForwardAlgorithm::direct) order = static_cast<int64_t>(plan.direct.elements);
+  return order * kForwardAlgorithms + static_cast<int64_t>(plan.algorithm);
 }
 
 }  // namespace fastnn

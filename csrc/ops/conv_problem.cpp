@@ -5,7 +5,7 @@
 namespace fastnn {
 namespace {
 
-// No product of a few sizes below it comes near the end of 64 bits.
+// No product of two numbers below it comes near the end of 64 bits.
 constexpr int64_t kLargest = int64_t{1} << 31;
 
 // ---- checks: stock's words where stock has them -------------------------------------------------------------
@@ -187,6 +187,29 @@ void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims
   }
 }
 
+// Every product of sizes that plans and kernels make is of some of these: of what kernels and windows reach over, all
+// together or each window on its own, of channels and images, and of what is multiplied. Of a geometry that fits, an
+// extent of one dimension is below 2^36.
+void check_products(const char* op, const ConvPoolGeometry& g) {
+  double image = 1, padded_image = 1, together = 1, apart = 1, multiplied = 1;
+  for (int d = 0; d < 3; ++d) {
+    const int64_t padded = g.input[d] + 2 * g.padding[d], pooled = g.pool_extent(d) + 2 * g.pool_padding[d];
+    const double reach = static_cast<double>(g.pool_extent(d) - 1) * static_cast<double>(g.stride[d]) +
+                         static_cast<double>(g.kernel_extent(d));
+    image *= static_cast<double>(g.input[d]);
+    padded_image *= static_cast<double>(padded);
+    together *= static_cast<double>(padded + g.stride[d] + pooled + g.pool_stride[d]);
+    apart *= static_cast<double>(g.output[d]) * reach;
+    multiplied *= static_cast<double>(g.conv[d]) * static_cast<double>(g.kernel[d]);
+  }
+  check_product(op, std::max(together, apart), g.groups, g.in_channels + g.out_channels, g.batch);
+  check_product(op, multiplied, g.groups, g.in_channels, g.out_channels, g.batch);
+  // Plans go through pixels, and kernels may copy them, as if the padding were there.
+  constexpr double kMostPixels = 1 << 24, kTimes = 64;
+  FASTNN_CHECK(padded_image <= kMostPixels + kTimes * image, op, ": padding is too large: it makes an image of ", image,
+               " pixels one of ", padded_image);
+}
+
 }  // namespace
 
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
@@ -218,6 +241,7 @@ ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes
     FASTNN_CHECK(geometry[i] < kLargest, op, ": ", geometry[i], " is too large, expected less than 2**31");
   const ConvPoolGeometry g = geometry_of(op, input, weight, a);
   check_sizes_fit(input, g, dims);
+  check_products(op, g);
   const double work = 2.0 * g.batch * g.groups * g.out_channels * g.conv[0] * g.conv[1] * g.conv[2] * g.depth();
   return {kind, dims, g, work};
 }

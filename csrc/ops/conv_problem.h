@@ -1,7 +1,7 @@
 // The arguments of fastnn::conv_relu_max_pool, checked, and what follows from them.
 #pragma once
 
-#include "../kernels/conv_relu_max_pool.h"
+#include "../kernels/conv/problem.h"
 #include "tensor.h"
 
 namespace fastnn {
@@ -26,111 +26,6 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
 
 // The same of an input and a weight of these sizes.
 ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry);
-
-// Plans alike in this and in packed_size take the same packed weight.
-inline int64_t packing_of(const ConvPoolPlan& plan) {
-  return static_cast<int64_t>(plan.algorithm) * 4 + static_cast<int64_t>(plan.order);
-}
-
-// A kernel of one element that strides over the input: the same over a view of what it meets.
-inline void skip_unused_input(ConvPoolGeometry& g, ConvLayout& input) {
-  for (int d = 0; d < 3; ++d) {
-    if (g.kernel[d] != 1 || g.padding[d] != 0) continue;
-    g.input[d] = g.conv[d];
-    input.d[d] *= g.stride[d];
-    g.stride[d] = 1;
-  }
-}
-
-// Nor are conv pixels beyond the last window of use to forward.
-inline void skip_unused(ConvPoolGeometry& g, ConvLayout& input) {
-  for (int d = 0; d < 3; ++d) {
-    const int64_t used = (g.output[d] - 1) * g.pool_stride[d] - g.pool_padding[d] + g.pool_extent(d);
-    g.conv[d] = std::max<int64_t>(1, std::min(g.conv[d], used));
-  }
-  skip_unused_input(g, input);
-}
-
-// Decides how a call, whose unused pixels have been left out, is done by so many threads, by its sizes, and where large
-// elements would spoil the result by those.
-template <class T>
-void choose_plan(ConvPoolForward<T>& call, int64_t threads) {
-  const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
-  call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, threads, false);
-  if (!kernels.plan_holds(call)) {
-    call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, threads, true);
-  }
-}
-
-// The same of any call, for as many threads as are worth starting, and returns how many these are. Half of the
-// operations count, for small ones are fast, and numbers that are brought in or pooled as some more; where all
-// operations would ask for more threads, the plan's cost for one decides.
-template <class T>
-int64_t choose_plan_and_threads(ConvPoolForward<T>& call, double work) {
-  constexpr double kNumber = 4, kPacked = 2, kCostPerThread = 12e3;
-  skip_unused(call.geometry, call.input_layout);
-  const ConvPoolGeometry& g = call.geometry;
-  const auto numbers = [&](int64_t channels, const int64_t (&sizes)[3]) {
-    return static_cast<double>(g.batch * g.groups * channels * sizes[0] * sizes[1] * sizes[2]);
-  };
-  const double moved = numbers(g.in_channels, g.input) + numbers(g.out_channels, g.conv);
-  const int64_t most = useful_threads(work);
-  int64_t threads = useful_threads(work / 2 + kNumber * moved);
-  if (threads < most) {
-    choose_plan(call, 1);
-    const double cost =
-        call.plan.cost * static_cast<double>(g.batch) + kPacked * static_cast<double>(call.plan.packed_size);
-    threads = std::max(threads, std::min(most, static_cast<int64_t>(cost / kCostPerThread)));
-    if (threads == 1) return 1;
-  }
-  choose_plan(call, threads);
-  return threads;
-}
-
-// Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed.
-template <class T, class Packed>
-void run_conv_pool(ConvPoolForward<T>& call, double work, const Packed& packed_for) {
-  const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
-  const int64_t threads = choose_plan_and_threads(call, work);
-  const ConvPoolPlan& plan = call.plan;
-  const Compute<T>* packed = packed_for(plan);
-  const int64_t chunks = std::min(threads, plan.items);
-  const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  const int64_t scratch_size = lines(plan.scratch_size);
-  const int64_t packed_bytes = packed ? 0 : lines(checked_product(plan.packed_size, sizeof(Compute<T>)));
-  const int64_t turned_bytes = lines(checked_product(plan.turned_images * plan.turned_layout.n, sizeof(T)));
-  const Scratch<char> memory(
-      checked_sum(checked_sum(packed_bytes, turned_bytes), checked_product(chunks, scratch_size)));
-  T* turned = reinterpret_cast<T*>(memory.get() + packed_bytes);
-  char* scratch = memory.get() + packed_bytes + turned_bytes;
-  call.packed = packed ? const_cast<Compute<T>*>(packed) : reinterpret_cast<Compute<T>*>(memory.get());
-  if (!packed) {
-    constexpr int64_t kSmallWeight = 8192;  // packed before a second thread has come
-    const int64_t most = plan.packed_size < kSmallWeight ? 1 : threads;
-    parallel_chunks(std::min(most, plan.pack_items), plan.pack_items,
-                    [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
-  }
-  const auto forward = [&](const ConvPoolForward<T>& images) {
-    parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
-      kernels.forward(images, first, last, scratch + chunk * scratch_size);
-    });
-  };
-  if (plan.turned_images == 0) return forward(call);
-  ConvPoolForward<T> some = call;  // of the images that are turned together, once they are
-  some.geometry.batch = plan.turned_images;
-  some.input = turned;
-  some.input_layout = plan.turned_layout;
-  for (int64_t image = 0; image < call.geometry.batch; image += plan.turned_images) {
-    const int64_t parts = std::min(threads, plan.turned_images) == threads ? 1 : threads;
-    parallel_chunks(threads, plan.turned_images * parts, [&](int64_t, int64_t first, int64_t last) {
-      kernels.turn_input(call, parts, first, last, turned);
-    });
-    forward(some);
-    call.input += plan.turned_images * call.input_layout.n;
-    some.output += plan.turned_images * call.output_layout.n;
-    if (some.winners) some.winners += plan.turned_images * call.output_layout.n;
-  }
-}
 
 // ---- memory formats -----------------------------------------------------------------------------------------
 
@@ -159,6 +54,11 @@ inline ConvLayout layout_of(const Tensor& tensor) {
 inline ConvLayout contiguous_layout(int64_t channels, const int64_t (&sizes)[3]) {
   const int64_t row = sizes[2], plane = checked_product(sizes[1], row), image = checked_product(sizes[0], plane);
   return {checked_product(channels, image), image, {plane, row, 1}};
+}
+
+inline ConvLayout channels_last_layout(int64_t channels, const int64_t (&sizes)[3]) {
+  const int64_t row = checked_product(sizes[2], channels), plane = checked_product(sizes[1], row);
+  return {checked_product(sizes[0], plane), 1, {plane, row, channels}};
 }
 
 inline Ints format_strides(const Ints& sizes, bool channels_last) {

@@ -1,65 +1,75 @@
-// Forward by torch's own convolution, a few images at a time so that its output stays in cache, and our ReLU and
-// max-pool of that in one pass.
+// Forward by torch's own convolution, some images at a time so that its output stays in cache, and our ReLU and max-pool
+// of that in one pass.
 #pragma once
 
 #include "conv_forward.h"
 
 namespace fastnn {
 
-// torch.convolution(input, weight, bias, ...)
-inline Tensor stock_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                const ConvPoolProblem& problem) {
-  const ConvPoolGeometry& g = problem.geometry;
-  const auto given = [&](const int64_t (&values)[3]) { return Ints(values + 3 - problem.dims, values + 3); };
-  std::array<StableIValue, 9> stack{give(input),
-                                    give(weight),
-                                    bias ? torch::stable::detail::from(std::optional<AtenTensorHandle>(Tensor(*bias).release()))
-                                         : torch::stable::detail::from(std::optional<AtenTensorHandle>()),
-                                    give(given(g.stride)),
-                                    give(given(g.padding)),
-                                    give(given(g.dilation)),
-                                    give(false),
-                                    give(Ints(problem.dims, 0)),
-                                    give(g.groups)};
+// The numbers that libtorch knows the kernels' types by.
+template <class T>
+int32_t dtype_code() {
+  if constexpr (sizeof(T) == sizeof(double)) return aoti_torch_dtype_float64();
+  return sizeof(T) == sizeof(float) ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+}
+
+// Memory of somebody who keeps it longer, as a tensor of `dims` dimensions besides batch and channels.
+template <class T>
+Tensor as_tensor(const T* memory, int64_t batch, int64_t channels, const int64_t (&sizes)[3], const ConvLayout& layout,
+                 int64_t dims) {
+  Ints all{batch, channels}, strides{layout.n, layout.c};
+  for (int64_t d = 3 - dims; d < 3; ++d) {
+    all.push_back(sizes[d]);
+    strides.push_back(layout.d[d]);
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<T*>(memory), dims + 2, all.data(),
+                                                            strides.data(), 0, dtype_code<T>(),
+                                                            aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// torch.convolution
+inline Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const ConvPoolGeometry& g, int64_t dims) {
+  const auto given = [&](const int64_t (&values)[3]) { return Ints(values + 3 - dims, values + 3); };
+  const std::optional<AtenTensorHandle> no_bias;
+  std::array<StableIValue, 9> stack{
+      give(input),
+      give(weight),
+      bias ? torch::stable::detail::from(std::optional<AtenTensorHandle>(Tensor(*bias).release())) : give(no_bias),
+      give(given(g.stride)),
+      give(given(g.padding)),
+      give(given(g.dilation)),
+      give(false),
+      give(Ints(dims, 0)),
+      give(g.groups)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return Argument<Tensor>::take(stack[0]);
 }
 
-// Images [first, first + count) of a tensor, without a copy.
-inline Tensor narrow_images(const Tensor& tensor, int64_t first, int64_t count) {
-  if (first == 0 && count == tensor.size(0)) return tensor;
-  std::array<StableIValue, 4> stack{give(tensor), give(int64_t{0}), give(first), give(count)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::narrow", "", stack.data(), TORCH_ABI_VERSION));
-  return Argument<Tensor>::take(stack[0]);
-}
-
-// max_pool(relu(input * scale + shift)), of which scale and shift are one number a channel or null: a convolution whose
-// groups are the channels. `input` is dense; geometry's `conv` sizes and pooling count.
+// max_pool(relu(input * scale + shift)) of dense images, of which scale and shift have one number a channel, or are
+// null: a convolution of groups of one channel. Of the geometry, the sizes of `conv` and the pooling count.
 template <class T>
-void relu_max_pool(const ConvPoolGeometry& pool, const T* input, const ConvLayout& layout, const T* scale,
-                   const T* shift, T* output, const ConvLayout& output_layout, uint8_t* winners) {
-  const int64_t channels = pool.groups * pool.out_channels;
-  PlanKey key;
-  ConvPoolGeometry& g = key.geometry;
-  g = pool;
-  g.groups = channels;
+void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, const T* input,
+                   const ConvLayout& layout, const T* scale, const T* shift, T* output,
+                   const ConvLayout& output_layout, uint8_t* winners) {
+  ConvPoolGeometry g = pool;
+  g.groups = pool.groups * pool.out_channels;
   g.in_channels = g.out_channels = 1;
   for (int d = 0; d < 3; ++d) {
     g.input[d] = g.conv[d];
     g.kernel[d] = g.stride[d] = g.dilation[d] = 1;
     g.padding[d] = 0;
   }
-  const double work = 20.0 * static_cast<double>(g.batch * channels) * static_cast<double>(g.conv[0] * g.conv[1] * g.conv[2]);
-  key.request = {useful_threads(work), static_cast<int64_t>(sizeof(T)), layout.c == 1 && layout.d[2] != 1,
-                 output_layout.c == 1 && output_layout.d[2] != 1, true, -1};
-  key.machine = this_machine();
-  const ForwardAlgorithm algorithm = key.request.input_channels_last ? ForwardAlgorithm::depthwise
+  const bool channels_last = layout.c == 1 && layout.d[2] != 1;
+  const ForwardAlgorithm algorithm = channels_last                   ? ForwardAlgorithm::depthwise
                                      : sizeof(T) == sizeof(double)   ? ForwardAlgorithm::direct
                                                                      : ForwardAlgorithm::pixels;
-  key.request.algorithm = static_cast<int32_t>(algorithm);
-  const Scratch<T> numbers(2 * channels);
-  T* const ones = numbers.get();
-  T* const zeros = ones + channels;
+  PlanKey key = plan_key<T>(kernels, g, channels_last, output_layout.c == 1 && output_layout.d[2] != 1,
+                            static_cast<int64_t>(algorithm));
+  key.request.exact = true;
+  const Scratch<T> numbers(checked_product(2, g.groups));
   T one, zero;
   if constexpr (sizeof(T) == sizeof(bfloat16)) {
     one = {0x3f80};
@@ -68,55 +78,68 @@ void relu_max_pool(const ConvPoolGeometry& pool, const T* input, const ConvLayou
     one = 1;
     zero = -T(0);  // which leaves each number as it is, -0 too
   }
-  std::fill_n(ones, channels, one);
-  std::fill_n(zeros, channels, zero);
+  std::fill_n(numbers.get(), g.groups, one);
+  std::fill_n(numbers.get() + g.groups, g.groups, zero);
   ConvCall<T> call{};
   call.geometry = g;
   call.input = input;
   call.input_layout = layout;
-  call.weight = scale ? scale : ones;
+  call.weight = scale ? scale : numbers.get();
   call.weight_layout = {1, 1, {1, 1, 1}};
-  call.bias = shift ? shift : zeros;
+  call.bias = shift ? shift : numbers.get() + g.groups;
   call.output = output;
   call.output_layout = output_layout;
   call.winners = winners;
-  run_conv(call, plan_for(key), key.request.threads, static_cast<Compute<T>*>(nullptr));
-}
-
-// relu_(input)
-inline void rectify(const Tensor& tensor) {
-  std::array<StableIValue, 1> stack{give(tensor)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu_", "", stack.data(), TORCH_ABI_VERSION));
-  Argument<Tensor>::take(stack[0]);
-}
-
-inline bool pools_nothing(const ConvPoolGeometry& g) {
-  for (int d = 0; d < 3; ++d) {
-    if (g.pool_kernel[d] != 1 || g.pool_stride[d] != 1 || g.pool_padding[d] != 0) return false;
-  }
-  return true;
+  run_planned<T>(kernels, call, plan_for(key), nullptr);
 }
 
 template <class T>
-void run_stock(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight,
-               const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners) {
-  const ConvPoolGeometry& g = problem.geometry;
+void run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t dims) {
+  const ConvPoolGeometry& g = call.geometry;
   constexpr int64_t kBytes = 1 << 20;  // of the convolution's output at a time: what L2 holds
-  const int64_t conv = g.groups * g.out_channels * g.conv[0] * g.conv[1] * g.conv[2] * static_cast<int64_t>(sizeof(T));
-  const int64_t weights = g.groups * g.out_channels * g.depth() * static_cast<int64_t>(sizeof(T));
+  const int64_t size = sizeof(T), channels = g.groups * g.out_channels;
+  const int64_t conv = channels * g.conv[0] * g.conv[1] * g.conv[2] * size, weights = channels * g.depth() * size;
   // The library brings the weight into an order of its own at each call.
-  const int64_t images = std::min(g.batch, std::max<int64_t>(1, std::max(kBytes, 4 * weights) / std::max<int64_t>(1, conv)));
-  const ConvLayout layout = PlainImages(output).layout;
-  for (int64_t first = 0; first < g.batch; first += images) {
-    const int64_t count = std::min(images, g.batch - first);
-    const Tensor convolved = stock_convolution(narrow_images(input, first, count), weight, bias, problem);
-    const PlainImages plain(convolved);
-    ConvPoolGeometry pool = g;
-    pool.batch = count;
-    relu_max_pool<T>(pool, data<T>(plain.tensor), plain.layout, nullptr, nullptr,
-                     mutable_data<T>(output) + first * layout.n, layout,
-                     winners ? mutable_data<uint8_t>(*winners) + first * layout.n : nullptr);
+  const int64_t images = std::min(g.batch, std::max<int64_t>(1, std::max(kBytes, 4 * weights) / conv));
+  const Tensor weight = as_tensor(call.weight, channels, g.in_channels, g.kernel, call.weight_layout, dims);
+  std::optional<Tensor> bias;
+  if (call.bias) {
+    const int64_t stride = 1;
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<T*>(call.bias), 1, &channels, &stride, 0,
+                                                              dtype_code<T>(), aoti_torch_device_type_cpu(), 0,
+                                                              &handle));
+    bias.emplace(handle);
   }
+  for (int64_t first = 0; first < g.batch; first += images) {
+    ConvPoolGeometry some = g;
+    some.batch = std::min(images, g.batch - first);
+    const Tensor input = as_tensor(call.input + first * call.input_layout.n, some.batch, g.groups * g.in_channels,
+                                   g.input, call.input_layout, dims);
+    const Tensor result = convolution(input, weight, bias, g, dims);
+    const PlainImages convolved(result);
+    const int64_t to = first * call.output_layout.n;
+    relu_max_pool<T>(kernels, some, data<T>(convolved.tensor), convolved.layout, nullptr, nullptr, call.output + to,
+                     call.output_layout, call.winners ? call.winners + to : nullptr);
+  }
+}
+
+// Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed;
+// `algorithm` is to be taken, if it is not -1.
+template <class T, class PackedFor>
+void run_conv(ConvCall<T>& call, int64_t dims, bool input_channels_last, bool output_channels_last, int64_t algorithm,
+              const PackedFor& packed_for) {
+  const ConvKernels<T>& kernels = conv_kernels().get<T>();
+  PlanKey key = plan_key<T>(kernels, call.geometry, input_channels_last, output_channels_last, algorithm);
+  const ConvPlan* plan = &plan_for(key);
+  if (plan->needs_moderate && !kernels.is_moderate(call)) {
+    key.request.exact = true;
+    key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
+    plan = &plan_for(key);
+  }
+  const Compute<T>* const packed = packed_for(*plan);
+  if (plan->algorithm == ForwardAlgorithm::stock) return run_stock(kernels, call, dims);
+  run_planned(kernels, call, *plan, packed);
 }
 
 }  // namespace fastnn

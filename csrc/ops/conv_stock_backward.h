@@ -13,9 +13,9 @@ struct ConvGradients {
 
 // [items][rows][columns] -> [items][columns][rows]
 template <class T>
-void turn_each(const T* from, int64_t items, int64_t rows, int64_t columns, T* to) {
+void turn_each(const ConvBackwardKernels<T>& kernels, const T* from, int64_t items, int64_t rows, int64_t columns,
+               T* to) {
   const int64_t size = rows * columns;
-  const auto& kernels = conv_backward_kernels().get<T>();
   parallel_chunks(std::min(useful_threads(10.0 * items * size), items), items,
                   [&](int64_t, int64_t first, int64_t last) {
                     for (int64_t i = first; i < last; ++i) kernels.turn(from + i * size, rows, columns, to + i * size);
@@ -23,7 +23,8 @@ void turn_each(const T* from, int64_t items, int64_t rows, int64_t columns, T* t
 }
 
 // The tensor with its channels last, or contiguous.
-inline Tensor in_format(const Tensor& tensor, bool channels_last) {
+template <class T>
+Tensor in_format(const ConvBackwardKernels<T>& kernels, const Tensor& tensor, bool channels_last) {
   if (channels_last ? is_channels_last(tensor) : tensor.is_contiguous()) return tensor;
   const int64_t items = tensor.size(0), channels = tensor.size(1), pixels = tensor.numel() / (items * channels);
   // Dense channels last, as torch's convolution makes its gradients.
@@ -31,11 +32,8 @@ inline Tensor in_format(const Tensor& tensor, bool channels_last) {
   if (!channels_last && !is_last) return dense(Tensor(tensor));
   const Tensor source = is_last ? tensor : dense(Tensor(tensor));
   Tensor result = new_formatted(sizes_of(tensor), tensor.scalar_type(), channels_last);
-  with_dtype(tensor.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    turn_each(data<T>(source), items, channels_last ? channels : pixels, channels_last ? pixels : channels,
-              mutable_data<T>(result));
-  });
+  turn_each(kernels, data<T>(source), items, channels_last ? channels : pixels, channels_last ? pixels : channels,
+            mutable_data<T>(result));
   return result;
 }
 
@@ -52,10 +50,10 @@ inline Tensor with_strides(Tensor tensor, bool channels_last) {
 
 // grad_conv, channels last, and, where it is wanted, the bias's gradient.
 template <class T>
-Tensor spread_gradient(const ConvPoolProblem& problem, const ConvBackward<T>& call, const Tensor& grad_bias) {
+Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
+                       const ConvBackward<T>& call, const Tensor& grad_bias) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = problem.geometry;
-  const auto& kernels = conv_backward_kernels().get<T>();
   const int64_t channels = g.groups * g.out_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
   Ints sizes = {g.batch, channels};
   for (int64_t d = 3 - problem.dims; d < 3; ++d) sizes.push_back(g.conv[d]);
@@ -76,21 +74,22 @@ Tensor spread_gradient(const ConvPoolProblem& problem, const ConvBackward<T>& ca
 
 // All of them, but that of the bias only where it is wanted.
 template <class T>
-ConvGradients gradients_by_stock(const ConvPoolProblem& problem, const ConvBackward<T>& call, const Tensor& input,
-                                 const Tensor& weight, bool bias_wanted) {
+ConvGradients gradients_by_stock(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
+                                 const ConvBackward<T>& call, const Tensor& input, const Tensor& weight,
+                                 bool bias_wanted) {
   const ConvPoolGeometry& g = problem.geometry;
   const ScalarType dtype = problem.kind.dtype;
   ConvGradients result;
   result.bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
-  const Tensor grad_conv = spread_gradient(problem, call, result.bias);
+  const Tensor grad_conv = spread_gradient(kernels, problem, call, result.bias);
   const auto given = [&](const int64_t (&values)[3]) { return Ints(values + 3 - problem.dims, values + 3); };
   const std::optional<Ints> no_bias;
   const bool mask[] = {true, true, false};
   // Torch would do this itself, an element at a time.
-  const Tensor input_last = in_format(input, true), weight_last = in_format(weight, true);
+  const Tensor given_input = in_format(kernels, input, true), given_weight = in_format(kernels, weight, true);
   std::array<StableIValue, 11> stack{give(grad_conv),
-                                     give(input_last),
-                                     give(weight_last),
+                                     give(given_input),
+                                     give(given_weight),
                                      give(no_bias),
                                      give(given(g.stride)),
                                      give(given(g.padding)),
@@ -102,8 +101,9 @@ ConvGradients gradients_by_stock(const ConvPoolProblem& problem, const ConvBackw
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor gradients[] = {Argument<Tensor>::take(stack[0]), Argument<Tensor>::take(stack[1])};
   const Tensor rest = Argument<Tensor>::take(stack[2]);
-  result.input = with_strides(in_format(gradients[0], is_channels_last(input)), is_channels_last(input));
-  result.weight = with_strides(in_format(gradients[1], is_channels_last(weight)), is_channels_last(weight));
+  const bool input_last = is_channels_last(input), weight_last = is_channels_last(weight);
+  result.input = with_strides(in_format(kernels, gradients[0], input_last), input_last);
+  result.weight = with_strides(in_format(kernels, gradients[1], weight_last), weight_last);
   return result;
 }
 

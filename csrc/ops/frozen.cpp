@@ -24,6 +24,8 @@ struct FrozenNetwork {
         stages.push_back(std::make_unique<FrozenConv<T>>(words, reader, kind));
       } else if (name == "rnn") {
         stages.push_back(std::make_unique<FrozenRnn<T>>(words, reader));
+      } else if (name == "input") {
+        stages.push_back(std::make_unique<FrozenInput<T>>(words));
       } else {
         FASTNN_CHECK(name == "flatten", "frozen: the program has no stage \"", name, "\"");
         stages.push_back(std::make_unique<FrozenFlatten<T>>(words));
@@ -33,12 +35,30 @@ struct FrozenNetwork {
     FASTNN_CHECK(reader.ends(), "frozen: there are more weights than the program asks for");
   }
 
-  void pack(Ints sizes, PackedWriter& packed) const {
+  // An input's sizes, and those of each stage's output. Raises unless the input fits, and so does every tensor's number
+  // of bytes into 64 bits.
+  std::vector<Ints> sizes_from(Ints input) const {
+    std::vector<Ints> sizes;
+    sizes.reserve(stages.size() + 1);
+    const auto add = [&](Ints next) {
+      checked_product(product(next, 0, next.size()), sizeof(T));
+      sizes.push_back(std::move(next));
+    };
+    add(std::move(input));
     for (const auto& stage : stages) {
-      const Ints next = stage->output_sizes(sizes);
-      stage->pack(sizes, packed);
-      sizes = next;
+      try {
+        add(stage->output_sizes(sizes.back()));
+      } catch (const std::runtime_error& error) {
+        if (sizes.size() == 1) throw;
+        // In the caller's terms too, who knows nothing of the sizes inside of the network.
+        fail("frozen: an input of size ", to_string(sizes[0]), " does not fit the network: ", error.what());
+      }
     }
+    return sizes;
+  }
+
+  void pack(const std::vector<Ints>& sizes, PackedWriter& packed) const {
+    for (size_t i = 0; i < stages.size(); ++i) stages[i]->pack(sizes[i], packed);
   }
 };
 
@@ -48,9 +68,8 @@ Expected check_kind(const char* op, const Tensor& first, const char* name) {
   return kind;
 }
 
-Expected check_tensors(const char* op, const Tensor& first, const char* name, const Tensor& weights) {
-  const Expected kind = check_kind(op, first, name);
-  check_same_kind(weights, kind, "weights");
+Expected check_weights(const char* op, const Tensor& weights) {
+  const Expected kind = check_kind(op, weights, "weights");
   FASTNN_CHECK(weights.dim() == 1 && weights.is_contiguous(), op, ": expected weights to be 1D and contiguous");
   return kind;
 }
@@ -85,16 +104,18 @@ struct Plan {
     if (!sizes.empty() && input.size() == sizes[0].size() && std::equal(input.begin(), input.end(), sizes[0].begin())) {
       return;
     }
-    std::vector<Ints> all{Ints(input.begin(), input.end())};
+    // All that follows from the sizes changes together, once no stage has refused them.
+    std::vector<Ints> accepted = network.sizes_from(Ints(input.begin(), input.end()));
     int64_t most = 0;
+    size_t computes = 0;
     for (size_t i = 0; i < network.stages.size(); ++i) {
-      all.push_back(network.stages[i]->output_sizes(all.back()));
-      if (!network.stages[i]->only_reshapes()) last = i;
-      most = std::max(most, product(all.back(), 0, all.back().size()));
+      if (!network.stages[i]->only_reshapes()) computes = i;
+      most = std::max(most, product(accepted[i + 1], 0, accepted[i + 1].size()));
     }
     constexpr int64_t line = 64 / sizeof(T);
-    largest = (most + line - 1) / line * line;
-    sizes = std::move(all);
+    largest = checked_sum(most, line - 1) / line * line;
+    last = computes;
+    sizes = std::move(accepted);
   }
 };
 
@@ -130,7 +151,8 @@ Tensor run(const Plan<T>& plan, const Tensor& input, PackedReader reader) {
 
 Tensor frozen(const Tensor& input, const Tensor& weights, const Tensor& packed, const std::string& program) {
   const char* op = "frozen";
-  const Expected kind = check_tensors(op, input, "input", weights);
+  const Expected kind = check_weights(op, weights);
+  check_same_kind(input, kind, "input");
   check_plain(packed, op, "packed");
   FASTNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), op,
                ": expected packed to be uint8, 1D and contiguous");
@@ -163,17 +185,18 @@ Tensor frozen_unpacked(const Tensor& input, const std::vector<Tensor>& parameter
 // sizes: an input's, for which the packing is best.
 Tensor frozen_packed(const Tensor& weights, const std::string& program, const Ints& sizes) {
   const char* op = "frozen_packed";
-  const Expected kind = check_tensors(op, weights, "weights", weights);
-  FASTNN_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 0; }), op,
-               ": sizes should not be negative, got ", to_string(sizes));
+  const Expected kind = check_weights(op, weights);
+  FASTNN_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 0; }), op,
+               ": expected sizes of at least 1, got ", to_string(sizes));
   return with_frozen_dtype(kind.dtype, [&](auto type) {
     using T = decltype(type);
     const FrozenNetwork<T> network(kind, {WeightPiece<T>(weights)}, true, program);
+    const std::vector<Ints> all_sizes = network.sizes_from(sizes);
     PackedWriter counted(nullptr, sizeof(T));
-    network.pack(sizes, counted);
+    network.pack(all_sizes, counted);
     Tensor packed = new_tensor({counted.bytes()}, ScalarType::Byte);
     PackedWriter written(mutable_data<char>(packed), sizeof(T));
-    network.pack(sizes, written);
+    network.pack(all_sizes, written);
     return packed;
   });
 }

@@ -162,7 +162,8 @@ class PackedReader {
       left_ = 0;
       return nullptr;
     }
-    const bool fits = heading.key == key && heading.bytes / static_cast<int64_t>(sizeof(T)) >= count;
+    const bool fits = heading.key == key && heading.bytes / static_cast<int64_t>(sizeof(T)) >= count &&
+                      reinterpret_cast<uintptr_t>(at_) % alignof(T) == 0;
     const T* block = reinterpret_cast<const T*>(at_);
     at_ += heading.bytes;
     left_ -= heading.bytes;

@@ -1,10 +1,12 @@
 // The stages of a frozen network: each one's sizes, packed weights and run, over raw memory.
 #pragma once
 
+#include <limits>
 #include <memory>
+#include <string>
 
 #include "../kernels/mlp.h"
-#include "conv_problem.h"
+#include "conv_stock.h"
 #include "frozen_memory.h"
 #include "rnn_threads.h"
 
@@ -30,6 +32,7 @@ class FrozenMlp : public FrozenStage<T> {
   FrozenMlp(Words& words, WeightReader<T>& weights) {
     const bool biases = words.number(0, 1);
     int64_t in = words.size();
+    widest_ = in;
     while (!words.stage_ends()) {
       const int64_t out = words.size();
       const Activation activation =
@@ -76,8 +79,8 @@ class FrozenMlp : public FrozenStage<T> {
 
  private:
   std::vector<MlpLayer<T>> layers_;
-  int64_t widest_ = 0;
-  double work_ = 0;  // floating-point operations a row
+  int64_t widest_ = 0;  // columns of the input or of a layer's output
+  double work_ = 0;     // floating-point operations a row
 };
 
 // "conv dimensions bias out in kernel... geometry...": fastnn::conv_relu_max_pool with its geometry.
@@ -93,31 +96,36 @@ class FrozenConv : public FrozenStage<T> {
     bias_ = has_bias ? weights.take({weight_sizes_[0]}) : nullptr;
   }
 
-  Ints output_sizes(const Ints& input) const override { return fastnn::output_sizes(problem(input)); }
+  Ints output_sizes(const Ints& input) const override {
+    FASTNN_CHECK(input.size() == weight_sizes_.size(), "frozen: expected a convolution's input to be ",
+                 weight_sizes_.size(), "D (batch, channels, ", weight_sizes_.size() - 2, " dimensions), got size ",
+                 to_string(input));
+    return fastnn::output_sizes(problem(input));
+  }
 
   void pack(const Ints& input, PackedWriter& packed) const override {
-    const ConvForwardKernels<T>& kernels = conv_forward_kernels().get<T>();
-    ConvPoolForward<T> call = call_of(problem(input).geometry);
-    skip_unused(call.geometry, call.input_layout);
-    call.plan = kernels.plan(call.geometry, call.input_layout, call.weight_layout, 1, false);
-    call.packed = packed.give<T>(packing_of(call.plan), call.plan.packed_size);
-    if (call.packed) kernels.pack(call, 0, call.plan.pack_items);
+    ConvCall<T> call = call_of(problem(input).geometry);
+    const ConvKernels<T>& kernels = conv_kernels().get<T>();
+    const ConvPlan& plan = plan_for(plan_key<T>(kernels, call.geometry, false, false, -1));
+    call.plan = &plan;
+    call.packed = packed.give<T>(packing_of(plan), plan.packed_size);
+    if (call.packed) kernels.pack(call, 0, plan.pack_items);
   }
 
   void run(const T* input, const Ints& sizes, T* output, PackedReader& packed) const override {
     const ConvPoolProblem problem = this->problem(sizes);
-    ConvPoolForward<T> call = call_of(problem.geometry);
+    ConvCall<T> call = call_of(problem.geometry);
     call.input = input;
     call.output = output;
-    run_conv_pool(call, problem.work,
-                  [&](const ConvPoolPlan& plan) { return packed.take<T>(packing_of(plan), plan.packed_size); });
+    run_conv(call, problem.dims, false, false, -1,
+             [&](const ConvPlan& plan) { return packed.take<T>(packing_of(plan), plan.packed_size); });
   }
 
  private:
   ConvPoolProblem problem(const Ints& input) const { return problem_of(kind_, input, weight_sizes_, geometry_); }
 
-  ConvPoolForward<T> call_of(const ConvPoolGeometry& g) const {
-    ConvPoolForward<T> call{};
+  ConvCall<T> call_of(const ConvPoolGeometry& g) const {
+    ConvCall<T> call{};
     call.geometry = g;
     call.input_layout = contiguous_layout(g.groups * g.in_channels, g.input);
     call.weight = weight_;
@@ -229,11 +237,13 @@ class FrozenRnn : public FrozenStage<T> {
 
  private:
   void run_network(RnnNetwork<T>& network, const RnnForwardKernels<T>& kernels) const {
-    const Scratch<T> between(network.layers > 1 && network.directions > 1 ? network.rows * network.width() : 0);
+    const bool needs_between = network.layers > 1 && network.directions > 1;
+    const Scratch<T> between(needs_between ? checked_product(network.rows, network.width()) : 0);
     network.hidden_outputs = between.get();
     const ForwardParts<T> parts(network, kernels, work_ * network.rows);
-    const int64_t state_size = network.layers * network.directions * network.batch * network.hidden;
-    const Scratch<T> state(2 * state_size), scratch(parts.scratch_size());
+    const int64_t state_size = checked_product(checked_product(network.layers, network.directions),
+                                               checked_product(network.batch, network.hidden));
+    const Scratch<T> state(checked_product(2, state_size)), scratch(parts.scratch_size());
     T* const c_n = network.mode == RnnMode::lstm ? state.get() + state_size : nullptr;
     parts.run(false, state.get(), c_n, scratch.get());
   }
@@ -247,19 +257,71 @@ class FrozenRnn : public FrozenStage<T> {
   bool batch_first_, last_;
 };
 
-// "flatten": all dimensions but the first become one.
+// "input (least most)*": what the input's sizes may be; a most of 0 stands for no limit.
 template <class T>
-class FrozenFlatten : public FrozenStage<T> {
+class FrozenInput : public FrozenStage<T> {
  public:
-  explicit FrozenFlatten(Words& words) { FASTNN_CHECK(words.stage_ends(), "frozen: flatten has no numbers"); }
+  explicit FrozenInput(Words& words) {
+    constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+    while (!words.stage_ends()) {
+      const int64_t least = words.number(0, kAny), most = words.number(0, kAny);
+      ranges_.push_back({least, most == 0 ? kAny : most});
+    }
+  }
 
   Ints output_sizes(const Ints& input) const override {
-    FASTNN_CHECK(!input.empty(), "frozen: expected an input to flatten");
-    return {input[0], product(input, 1, input.size())};
+    bool fits = input.size() == ranges_.size();
+    for (size_t i = 0; fits && i < ranges_.size(); ++i)
+      fits = ranges_[i].least <= input[i] && input[i] <= ranges_[i].most;
+    if (!fits) {
+      std::vector<std::string> expected;
+      for (const Range& range : ranges_) expected.push_back(range.words());
+      fail("frozen: expected an input of size ", to_string(expected), ", got ", to_string(input));
+    }
+    return input;
   }
   void pack(const Ints&, PackedWriter&) const override {}
   void run(const T*, const Ints&, T*, PackedReader&) const override {}
   bool only_reshapes() const override { return true; }
+
+ private:
+  struct Range {
+    int64_t least, most;
+
+    std::string words() const {
+      if (least == most) return std::to_string(least);
+      const bool limited = most != std::numeric_limits<int64_t>::max();
+      if (least == 0 && !limited) return "any";
+      return std::to_string(least) + (limited ? " to " + std::to_string(most) : " or more");
+    }
+  };
+
+  std::vector<Range> ranges_;
+};
+
+// "flatten", or "flatten features": all dimensions but the first become one, of that size if it is given.
+template <class T>
+class FrozenFlatten : public FrozenStage<T> {
+ public:
+  explicit FrozenFlatten(Words& words) {
+    if (words.stage_ends()) return;
+    features_ = words.size();
+    FASTNN_CHECK(words.stage_ends(), "frozen: flatten has one number");
+  }
+
+  Ints output_sizes(const Ints& input) const override {
+    FASTNN_CHECK(!input.empty(), "frozen: expected an input to flatten");
+    const int64_t features = product(input, 1, input.size());
+    FASTNN_CHECK(features_ == 0 || features == features_, "frozen: expected ", features_,
+                 " elements a sample to flatten, got size ", to_string(input));
+    return {input[0], features};
+  }
+  void pack(const Ints&, PackedWriter&) const override {}
+  void run(const T*, const Ints&, T*, PackedReader&) const override {}
+  bool only_reshapes() const override { return true; }
+
+ private:
+  int64_t features_ = 0;  // 0: any
 };
 
 }  // namespace fastnn

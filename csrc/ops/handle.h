@@ -78,6 +78,11 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_stride(handle_, dimension, &stride));
     return stride;
   }
+  // In elements, as far as there is memory for whole ones: storage may be any bytes, those of a file for example.
+  int64_t storage_numel() const {
+    return read<int64_t>(aoti_torch_get_storage_size) / static_cast<int64_t>(element_size());
+  }
+  int64_t storage_offset() const { return read<int64_t>(aoti_torch_get_storage_offset); }
   const void* const_data_ptr() const { return read<const void*>(torch_get_const_data_ptr); }
   void* mutable_data_ptr() const { return read<void*>(torch_get_mutable_data_ptr); }
 
@@ -144,6 +149,15 @@ struct Argument<std::string> {
     std::string result(text, length);
     TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
     return result;
+  }
+};
+
+template <>
+struct Argument<std::optional<std::string>> {
+  static std::optional<std::string> take(StableIValue value) {
+    const auto handle = torch::stable::detail::to<std::optional<StringHandle>>(value);
+    if (!handle) return std::nullopt;
+    return Argument<std::string>::take(torch::stable::detail::from(*handle));
   }
 };
 

@@ -59,11 +59,17 @@ inline int64_t team_size(const Chain& chain, double times) {
   return std::min(most, useful_threads(times * std::max(chain.work, 12 * chain.weights()) / 5));
 }
 
+inline bool all_empty(const std::vector<Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return !t.defined() || t.numel() == 0; });
+}
+
 // Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is null.
 template <class T>
 void run_forward(const Forward& call, T* output, T* errors, const std::vector<Tensor>& saved) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const Chain& chain = call.chain;
+  // Rows of no features may be any number, for they take no memory.
+  if (!errors && chain.widths.back() == 0 && all_empty(saved)) return;
   const MlpPlan plan = kernels.make_plan(chain.widths.data(), chain.layers(), chain.rows);
   const int64_t units = (chain.rows + plan.unit - 1) / plan.unit;
   const int64_t chunks = plan.together ? 1 : std::min(useful_threads(chain.work), units);
@@ -169,6 +175,7 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, con
 std::vector<Tensor> check_saved(const Chain& chain, const Activations& activations, const Tensor& output,
                                 const std::vector<Tensor>& hidden) {
   const char* op = chain.kind.op;
+  check_plain(output, op, "output");  // even where it does not serve
   std::vector<Tensor> saved;
   size_t next = 0;
   for (int64_t i = 0; i < chain.layers(); ++i) {
@@ -191,7 +198,7 @@ class ParameterGradient {
   ParameterGradient(const Sizes& sizes, ScalarType dtype, int64_t chunks)
       : result_(new_tensor(sizes, dtype)), count_(result_.numel()), chunks_(chunks) {}
 
-  int64_t scratch_size() const { return (chunks_ - 1) * count_; }
+  int64_t scratch_size() const { return checked_product(chunks_ - 1, count_); }
   void use_scratch(T* scratch) { scratch_ = scratch; }
   T* part(int64_t chunk) const { return chunk == 0 ? mutable_data<T>(result_) : scratch_ + (chunk - 1) * count_; }
   // Adds up one of `pieces` pieces of it.
@@ -203,7 +210,7 @@ class ParameterGradient {
       for (int64_t i = first; i < last; ++i) to[i] += from[i];
     }
   }
-  // Of no rows at all.
+  // Where there is no output at all.
   void set_to_zero() const { std::fill_n(part(0), count_, T(0)); }
   Tensor release() && { return std::move(result_); }
 
@@ -236,12 +243,13 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
                        KernelInputs& inputs, Wanted wanted) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const ScalarType dtype = widened(chain.kind.dtype);
-  const bool together = chain.rows > 0 && chain.rows <= kernels.few_rows;
-  const int64_t chunks = together ? 1 : std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), chain.rows));
+  const int64_t rows = chain.widths.back() > 0 ? chain.rows : 0;  // that have a gradient
+  const bool together = rows > 0 && rows <= kernels.few_rows;
+  const int64_t chunks = together ? 1 : std::max<int64_t>(1, std::min(useful_threads(2 * chain.work), rows));
   const int64_t block_size = kernels.backward_scratch_size(chain.widest());
-  const int64_t chunk_size = block_size + chain.outputs();
+  const int64_t chunk_size = checked_sum(block_size, chain.outputs());
   std::vector<ParameterGradient<T>> grad_weights, grad_biases;
-  int64_t scratch_size = chunks * chunk_size;
+  int64_t scratch_size = checked_product(chunks, chunk_size);
   for (int64_t i = 0; i < chain.layers(); ++i) {
     if (wanted.weights) grad_weights.emplace_back(Sizes{chain.widths[i + 1], chain.widths[i]}, dtype, chunks);
     if (wanted.biases) grad_biases.emplace_back(Sizes{chain.widths[i + 1]}, dtype, chunks);
@@ -260,6 +268,7 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
   Tensor grad_input = new_tensor({wanted.input ? chain.rows : 0, chain.widths[0]}, dtype);
   const T* grad_output_data = inputs.data<T>(grad_output);
   T* grad_input_data = wanted.input ? mutable_data<T>(grad_input) : nullptr;
+  if (rows == 0 && wanted.input) std::fill_n(grad_input_data, grad_input.numel(), T(0));
   const auto run_chunk = [&](int64_t chunk, int64_t first, int64_t last, Member& member) {
     PerLayer<MlpLayerBackward<T>> own = layers;
     T* const block = scratch.get() + chunk * chunk_size;
@@ -273,16 +282,16 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
     kernels.backward(own.data(), chain.layers(), grad_output_data, grad_input_data, first, last, block, member);
   };
   if (together) {
-    parallel_team(team_size(chain, 3), 3 * chain.work, 1, [&](Member& member) { run_chunk(0, 0, chain.rows, member); });
+    parallel_team(team_size(chain, 3), 3 * chain.work, 1, [&](Member& member) { run_chunk(0, 0, rows, member); });
   } else {
-    parallel_chunks(chain.rows > 0 ? chunks : 0, chain.rows, [&](int64_t chunk, int64_t first, int64_t last) {
+    parallel_chunks(rows > 0 ? chunks : 0, rows, [&](int64_t chunk, int64_t first, int64_t last) {
       Member alone;
       run_chunk(chunk, first, last, alone);
     });
   }
   // The threads' parts are added up by as many threads, if that is worth waking them.
   const int64_t pieces = chunks == 1 ? 0 : std::min(chunks, useful_threads(4 * chain.weights()));
-  parallel_chunks(chain.rows > 0 ? pieces : 0, pieces, [&](int64_t piece, int64_t, int64_t) {
+  parallel_chunks(rows > 0 ? pieces : 0, pieces, [&](int64_t piece, int64_t, int64_t) {
     for (auto* gradients : {&grad_weights, &grad_biases}) {
       for (const auto& gradient : *gradients) gradient.sum(piece, pieces);
     }
@@ -291,7 +300,7 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
     std::vector<Tensor> result;
     result.reserve(gradients.size());
     for (auto& gradient : gradients) {
-      if (chain.rows == 0) gradient.set_to_zero();
+      if (rows == 0) gradient.set_to_zero();
       result.push_back(narrowed(std::move(gradient).release(), chain.kind.dtype));
     }
     return result;
@@ -312,7 +321,9 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
   const Wanted wanted{input_wanted, weights_wanted, biases_wanted};
   if (goes_by_layers(chain, true)) {
-    return backward_by_layers(chain, grad_output, input, weights, activations, saved, wanted);
+    return with_dtype(chain.kind.dtype, [&](auto type) {
+      return backward_by_layers<decltype(type)>(chain, grad_output, input, weights, activations, saved, wanted);
+    });
   }
   return with_kernel_dtype(chain.kind.dtype, [&](auto type) {
     using T = decltype(type);

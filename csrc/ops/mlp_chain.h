@@ -88,6 +88,7 @@ inline Chain check_chain(const char* op, const Tensor& input, const std::vector<
     FASTNN_CHECK(sizes[1] == chain.widths.back(), op, ": mat1 and mat2 shapes cannot be multiplied (", chain.rows, "x",
                  chain.widths.back(), " and ", sizes[1], "x", sizes[0], ")");
     chain.widths.push_back(sizes[0]);
+    check_product(op, chain.rows, sizes[1], sizes[0]);
     chain.work += 2.0 * chain.rows * chain.widths[i] * chain.widths[i + 1];
   }
   return chain;

@@ -1,9 +1,9 @@
 // fastnn::rnn and its backward: checks, allocation, threads.
+#include <array>
 #include <tuple>
 
 #include "register.h"
-#include "rnn_problem.h"
-#include "rnn_threads.h"
+#include "rnn_large.h"
 
 namespace fastnn {
 namespace {
@@ -18,7 +18,7 @@ void run_forward(const Problem& problem, const Tensor& output, const TensorList&
   const ForwardParts<T> parts(network, kernels, problem.work());
   const int64_t packed_size = packs ? network.packed_size(kernels) : 0;
   Scratch<Compute<T>> scratch(checked_sum(packed_size, parts.scratch_size()));
-  Scratch<T> buffer(needs_buffer ? problem.rows * problem.width() : 0);
+  Scratch<T> buffer(needs_buffer ? checked_product(problem.rows, problem.width()) : 0);
   if (reserve) {
     network.set_reserve(problem, mutable_data<T>(*reserve));
   } else {
@@ -74,7 +74,8 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                     const OptionalTensor& bias_hh) {
   const char* op = "rnn_cell";
-  FASTNN_CHECK(input.defined() && input.dim() == 2, op, ": expected input to be 2D (batch, features)");
+  check_plain(input, op, "input");
+  FASTNN_CHECK(input.dim() == 2, op, ": expected input to be 2D (batch, features)");
   TensorList state, weights;
   state.reserve(2);
   weights.reserve(4);
@@ -115,13 +116,12 @@ Tensor time_major(const Problem& problem, const Tensor& tensor) {
 void check_output_like(const Problem& problem, const Tensor& tensor, const char* name) {
   const char* op = problem.kind.op;
   check_same_kind(tensor, problem.kind, name);
-  const int64_t length = static_cast<int64_t>(problem.steps.size());
   if (problem.packed || problem.cell) {
     check_sizes(tensor, {problem.rows, problem.width()}, op, name);
   } else if (problem.batch_first) {
-    check_sizes(tensor, {problem.batch, length, problem.width()}, op, name);
+    check_sizes(tensor, {problem.batch, problem.length, problem.width()}, op, name);
   } else {
-    check_sizes(tensor, {length, problem.batch, problem.width()}, op, name);
+    check_sizes(tensor, {problem.length, problem.batch, problem.width()}, op, name);
   }
 }
 
@@ -135,6 +135,16 @@ Tensor place_gradient(Problem& problem, const Tensor& gradient, int64_t* stride)
     problem.steps[t].gradient = in_place ? static_cast<int64_t>(t) * step : problem.steps[t].row * *stride;
   }
   return result;
+}
+
+// What libtorch does with an operator's tensors and lists of tensors, but not in lists of optional ones: a view with
+// its sign turned, as torch.func and complex numbers make them, is read as it lies, and a tensor of nothing but zeros
+// may have no memory at all.
+Tensor resolved(const Tensor& tensor) {
+  FASTNN_CHECK(tensor.numel() == 0 || tensor.const_data_ptr(), "rnn_backward: grad_state has no memory");
+  std::array<StableIValue, 1> stack{give(tensor)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resolve_neg", "", stack.data(), TORCH_ABI_VERSION));
+  return Argument<Tensor>::take(stack[0]);
 }
 
 OutputGradients check_gradients(Problem& problem, const OptionalTensor& grad_output,
@@ -157,7 +167,7 @@ OutputGradients check_gradients(Problem& problem, const OptionalTensor& grad_out
     } else {
       check_one_state(problem, *grad_state[i], i, "grad_state");
     }
-    gradients.state.back() = dense(*grad_state[i]);
+    gradients.state.back() = dense(resolved(*grad_state[i]));
   }
   return gradients;
 }
@@ -203,20 +213,24 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
                                   input_wanted ? mutable_data<T>(wanted.input) : nullptr,
                                   state_or_null(0),
                                   state_or_null(1)};
+  if constexpr (std::is_same_v<T, C>) {
+    if (has_large_products(problem)) return backward_by_products(problem, network, gradients, wanted.weights);
+  }
   const int64_t members = team_members(network);
   const int64_t chunks = members > 1 ? 1 : rnn_chunks(2 * problem.work(), problem.batch);
   const std::vector<int64_t> bounds = split_sequences(network, chunks);
   const RnnScratchSize scratch_size = kernels.scratch_size(network, longest_chunk(bounds));
   std::vector<int64_t> sums_at{0};
   for (int64_t i = 0; i < problem.count(); ++i) {
-    sums_at.push_back(sums_at.back() + kernels.sums_size(network, problem.input_size_of(i)));
+    sums_at.push_back(checked_sum(sums_at.back(), kernels.sums_size(network, problem.input_size_of(i))));
   }
   const int64_t sums_size = wanted.weights.empty() ? 0 : sums_at.back();
   const int64_t packed_size = network.packed_size(kernels);
   const int64_t layer_grads_size = problem.layers > 1 ? 2 * problem.rows * problem.width() : 0;
-  const int64_t chunk_size = checked_sum(scratch_size.shared + scratch_size.own, sums_size);
-  Scratch<C> memory(checked_sum(checked_sum(packed_size + layer_grads_size, checked_product(chunks, chunk_size)),
-                                checked_product(members - 1, scratch_size.own)));
+  const int64_t chunk_size = checked_sum(checked_sum(scratch_size.shared, scratch_size.own), sums_size);
+  Scratch<C> memory(
+      checked_sum(checked_sum(checked_sum(packed_size, layer_grads_size), checked_product(chunks, chunk_size)),
+                  checked_product(members - 1, scratch_size.own)));
   C* layer_grads = memory.get() + packed_size;
   C* sums = layer_grads + layer_grads_size;
   C* scratch = sums + chunks * sums_size;

@@ -15,6 +15,7 @@ struct Problem {
   RnnMode mode = RnnMode::tanh;
   int64_t layers = 1, directions = 1, input_size = 0, hidden = 0, batch = 0, rows = 0;
   int64_t projected = 0;  // LSTM's proj_size, or 0
+  int64_t length = 1;     // steps, of which none are listed below where there are no rows
   bool batch_first = false;
   bool packed = false;       // rows of steps of different sizes, in two dimensions
   bool cell = false;         // one step of one layer: no dimension for time, none for layers
@@ -37,7 +38,7 @@ struct Problem {
   // The output's sizes, and its strides: time-major in memory, whatever the order of the dimensions.
   Tensor new_output() const {
     if (packed || cell) return new_tensor({rows, width()}, kind.dtype);
-    const int64_t length = static_cast<int64_t>(steps.size()), step = std::max<int64_t>(batch, 1) * width();
+    const int64_t step = checked_product(std::max<int64_t>(batch, 1), width());
     const int64_t strides[] = {batch_first ? width() : step, batch_first ? step : width(), 1};
     return new_strided_tensor(
         batch_first ? std::vector<int64_t>{batch, length, width()} : std::vector<int64_t>{length, batch, width()},
@@ -100,13 +101,15 @@ inline void set_packed_steps(Problem& problem, const Tensor& batch_sizes) {
   FASTNN_CHECK(batch_sizes.defined() && batch_sizes.is_cpu() && batch_sizes.scalar_type() == ScalarType::Long, op,
                ": batch_sizes should be a 1D CPU int64 tensor");
   FASTNN_CHECK(batch_sizes.dim() == 1 && batch_sizes.size(0) > 0, op, ": batch_sizes should be 1D and not empty");
+  check_memory(batch_sizes, op, "batch_sizes");
   const Tensor sizes = dense(batch_sizes);
   const int64_t* size = data<int64_t>(sizes);
-  problem.steps.reserve(sizes.size(0));
+  problem.length = sizes.size(0);
+  problem.steps.reserve(problem.length);
   problem.batch = size[0];
   problem.rows = problem.input.size(0);
   int64_t row = 0;
-  for (int64_t t = 0; t < sizes.size(0); ++t) {
+  for (int64_t t = 0; t < problem.length; ++t) {
     FASTNN_CHECK(size[t] > 0 && size[t] <= (t ? size[t - 1] : problem.rows), op,
                  ": batch_sizes should be positive and in decreasing order, got ", size[t], " at ", t);
     FASTNN_CHECK(size[t] <= problem.rows - row, op, ": batch_sizes sum to more than the ", problem.rows,
@@ -119,12 +122,14 @@ inline void set_packed_steps(Problem& problem, const Tensor& batch_sizes) {
 
 inline void set_steps(Problem& problem) {
   const bool batch_first = problem.batch_first;
-  const int64_t length = problem.input.size(batch_first ? 1 : 0);
+  const int64_t length = problem.length = problem.input.size(batch_first ? 1 : 0);
   problem.batch = problem.input.size(batch_first ? 0 : 1);
   FASTNN_CHECK(length > 0, "Expected sequence length to be larger than 0 in RNN");
   problem.rows = checked_product(length, problem.batch);
+  if (problem.rows == 0) return;  // of steps without rows there may be any number
   problem.steps.reserve(length);
-  const int64_t step = batch_first ? problem.input_size : problem.batch * problem.input_size;
+  const int64_t step = batch_first ? problem.input_size : checked_product(problem.batch, problem.input_size);
+  checked_product(length, step);
   for (int64_t t = 0; t < length; ++t) problem.steps.push_back({t * step, t * problem.batch, problem.batch});
 }
 
@@ -182,6 +187,8 @@ inline Problem check_problem(const char* op, const Tensor& input, const Optional
   } else {
     set_steps(problem);
   }
+  check_product(op, problem.count(), problem.rows, gates_of(problem.mode) * problem.hidden,
+                problem.input_size + problem.width() + problem.hidden);
   check_state(problem, state);
   if (masks) {
     check_same_kind(*masks, problem.kind, "masks");
@@ -238,7 +245,7 @@ struct Network : RnnNetwork<T> {
   int64_t packed_size(const Kernels& kernels) const {
     int64_t size = 0;
     for (const RnnWeights<T>& weights : directions_) {
-      size += kernels.packed_size(*this, weights.input_size);
+      size = checked_sum(size, kernels.packed_size(*this, weights.input_size));
     }
     return size;
   }

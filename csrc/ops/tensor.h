@@ -18,8 +18,9 @@ inline Tensor new_strided_tensor(const Sizes& sizes, const int64_t* strides, Sca
                        : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
                                                      : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, code,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, code,
+                                                        aoti_torch_device_type_cpu(), 0, &handle);
+  FASTNN_CHECK(error == AOTI_TORCH_SUCCESS, "out of memory: could not allocate a tensor of size ", to_string(sizes));
   return Tensor(handle);
 }
 
@@ -42,6 +43,12 @@ inline Tensor dense(const Tensor& tensor) {
 }
 inline Tensor dense(Tensor&& tensor) {
   return tensor.is_contiguous() ? std::move(tensor) : Tensor(torch::stable::contiguous(tensor.share()));
+}
+
+// The tensor, or where it has more elements than memory, as expand() makes it, a copy: so that time is bounded by
+// memory that somebody has paid for.
+inline Tensor in_memory(const Tensor& tensor) {
+  return tensor.numel() <= tensor.storage_numel() ? tensor.borrow() : dense(tensor);
 }
 
 template <class T>

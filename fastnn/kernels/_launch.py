@@ -140,15 +140,33 @@ def without_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
+# How often a program that waits for another one looks, 0 for no end: for tests, in which a kernel that waits for ever
+# is to end in a device assert, not to hang.
+spin_limit = 0
+
+
+def meeting_options() -> dict[str, Any]:
+    """Of a kernel whose programs wait for each other: all of them must run at once."""
+    # Triton keeps its asserts only with ``debug``, which would check all integers for overflow as well.
+    asserts = {"debug": True, "sanitize_overflow": False} if spin_limit else {}
+    return {"SPIN_LIMIT": spin_limit, "launch_cooperative_grid": True, **asserts}
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """With ``device`` as torch's current one, for what is asked of that alone."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> Any:
     """Run ``kernel`` on ``device``. ``options``: its constexprs, num_warps and num_stages. -> what Triton compiled."""
     # Named, because Triton 3.9 warns where it is not.
     options["enable_fp_fusion"] = True
     if INTERPRETED:
-        options.pop("launch_cooperative_grid", None)
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return kernel[grid](*args, **options)
-    with torch.cuda.device(device):
+        for name in ("launch_cooperative_grid", "debug", "sanitize_overflow"):
+            options.pop(name, None)
+    with on(device):
         return kernel[grid](*args, **options)
 
 
@@ -198,7 +216,9 @@ def _addresses(args: Sequence[Any]) -> tuple[list[Any], int]:
 def _is_profiled() -> bool:
     """Whether somebody has asked Triton to be told of launches."""
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    # Chains of hooks, in whose place users also put None or a single one.
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 class Plans(dict):

@@ -22,6 +22,15 @@ def _finish_layer(sums, bias, saved, row, row_mask, column, WIDTH: tl.constexpr,
     return value
 
 
+@triton.jit
+def _next_operand(value, column, DTYPE: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
+    """A layer's output (rows, tile) as the next product takes it, rounded as a tensor would be. Lanes beyond WIDTH are
+    made zero: a row with an inf has NaN there (inf * 0), which the product would spread to the whole row."""
+    if column.shape[0] > WIDTH:
+        value = tl.where((column < WIDTH)[None, :], value, 0.0)
+    return value.to(DTYPE).to(OPERAND)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def chain_forward(
     input, weights, biases, saved, output, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr, ACTIVATIONS: tl.constexpr,
@@ -46,7 +55,7 @@ def chain_forward(
                     mask=(column < WIDTHS[1])[None, :] & k_mask[:, None], other=0.0)  # fmt: skip
         sums = tl.dot(x.to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
     value = _finish_layer(sums, biases[0], saved[0], row, row_mask, column, WIDTHS[1], ACTIVATIONS[0], KEEPS_INPUT[0])
-    x = value.to(output.dtype.element_ty).to(OPERAND)
+    x = _next_operand(value, column, output.dtype.element_ty, WIDTHS[1], OPERAND)
 
     for layer in tl.static_range(1, LAYERS - 1):
         k = tl.arange(0, TILES[layer])
@@ -56,7 +65,7 @@ def chain_forward(
         sums = tl.dot(x, w.to(OPERAND), input_precision=PRECISION)
         value = _finish_layer(sums, biases[layer], saved[layer], row, row_mask, column, WIDTHS[layer + 1],
                               ACTIVATIONS[layer], KEEPS_INPUT[layer])  # fmt: skip
-        x = value.to(output.dtype.element_ty).to(OPERAND)
+        x = _next_operand(value, column, output.dtype.element_ty, WIDTHS[layer + 1], OPERAND)
 
     LAST: tl.constexpr = LAYERS - 1
     k = tl.arange(0, TILES[LAST])
@@ -99,7 +108,7 @@ def resident_chain_forward(
             sums = tl.dot(x, loaded[layer], input_precision=PRECISION)
             value = _finish_layer(sums, biases[layer], saved[layer], row, row_mask, column, WIDTHS[layer + 1],
                                   ACTIVATIONS[layer], KEEPS_INPUT[layer])  # fmt: skip
-            x = value.to(output.dtype.element_ty).to(OPERAND)
+            x = _next_operand(value, column, output.dtype.element_ty, WIDTHS[layer + 1], OPERAND)
         last = tl.arange(0, TILES[LAYERS])
         tl.store(output + row[:, None] * WIDTHS[LAYERS] + last[None, :], x.to(output.dtype.element_ty),
                  mask=row_mask[:, None] & (last < WIDTHS[LAYERS])[None, :])  # fmt: skip

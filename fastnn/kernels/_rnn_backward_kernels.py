@@ -3,7 +3,8 @@ program a batch tile, the recurrent weights staying on chip.
 
 Shapes as in _rnn_kernels. grad_output (rows, D * H), grad_h_n and grad_c_n (D, batch, H) may be None. grad_gates (D,
 rows, kinds * H) is the gradient before each activation, from which launchers make the weights' and the input's
-gradients; grad_h0 and grad_c0 (D, batch, H). What a step reads is loaded while the step after it is computed.
+gradients; grad_h0 and grad_c0 (D, batch, H). What a step reads is loaded while the step after it is computed. As in
+forward, what is carried stays zero in lanes beyond H.
 """
 
 import triton
@@ -58,7 +59,7 @@ def simple_steps_back(
         before = tl.where(exists, activation_gradient(grad_h + grad, h, ACTIVATION), 0.0)
         _store(grad_gates + _saved_offset(row, unit, rows, HIDDEN, 1), before, exists)
         operand = before.to(output.dtype.element_ty).to(OPERAND)
-        grad_h = tl.where(runs[:, None], tl.dot(operand, w, input_precision=PRECISION), grad_h)
+        grad_h = tl.where(exists, tl.dot(operand, w, input_precision=PRECISION), grad_h)
         row, runs, exists, h, grad = next_row, next_runs, next_exists, next_h, next_grad
     return grad_h
 
@@ -129,7 +130,7 @@ def gru_steps_back(
         through = tl.dot(grad_r.to(DTYPE).to(OPERAND), w_r, through, input_precision=PRECISION)
         through = tl.dot(grad_z.to(DTYPE).to(OPERAND), w_z, through, input_precision=PRECISION)
         through = tl.dot(grad_hidden_n.to(DTYPE).to(OPERAND), w_n, through, input_precision=PRECISION)
-        grad_h = tl.where(runs[:, None], through, grad_h)
+        grad_h = tl.where(exists, through, grad_h)
         row, runs, before_row, before_runs = before_row, before_runs, next_row, next_runs
         r, z, n, hidden_n, h_before, grad = next_r, next_z, next_n, next_hidden_n, next_h_before, next_grad
     return grad_h
@@ -205,8 +206,8 @@ def lstm_steps_back(
         through = tl.dot(grad_f.to(DTYPE).to(OPERAND), w_f, through, input_precision=PRECISION)
         through = tl.dot(grad_g.to(DTYPE).to(OPERAND), w_g, through, input_precision=PRECISION)
         through = tl.dot(grad_o.to(DTYPE).to(OPERAND), w_o, through, input_precision=PRECISION)
-        grad_h = tl.where(runs[:, None], through, grad_h)
-        grad_c = tl.where(runs[:, None], through_c * f, grad_c)
+        grad_h = tl.where(exists, through, grad_h)
+        grad_c = tl.where(exists, through_c * f, grad_c)
         row, runs, before_row, before_runs = before_row, before_runs, next_row, next_runs
         c, i, f, g, o, c_before, grad = c_before, next_i, next_f, next_g, next_o, next_c_before, next_grad
     return grad_h, grad_c

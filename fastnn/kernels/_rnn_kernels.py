@@ -8,6 +8,9 @@ sequences are sorted by length, step ``time`` has the rows from schedule[time] t
 on with each sequence's length, int64. ``schedule`` is None where nothing is packed.
 
 A step's gates are loaded while the step before is computed: nothing waits for memory but the recurrence itself.
+
+What is carried from step to step stays zero in the tile's lanes beyond H. The weights are zero there too, but that is
+not enough: a state with an inf gives inf * 0 = NaN in every such lane, and the next product would spread it.
 """
 
 import triton
@@ -17,6 +20,17 @@ from fastnn.kernels._activation import activate, sigmoid, tanh
 
 # Sizes that differ from batch to batch: one compiled kernel serves them all.
 _RUN_TIME = ["steps", "batch_size", "rows", "stride_time", "stride_batch"]
+
+
+@triton.jit
+def _wait_until(place, count, SPIN_LIMIT: tl.constexpr):
+    """Until other programs have brought the number at ``place`` to ``count``. SPIN_LIMIT: see _launch."""
+    looked = 0
+    while tl.atomic_add(place, 0, sem="acquire") < count:
+        if SPIN_LIMIT > 0:
+            looked += 1
+            tl.device_assert(looked < SPIN_LIMIT, "a program waits for one that does not come")
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -154,8 +168,9 @@ def simple_steps(
             x += bias
         sums = tl.dot(h.to(output.dtype.element_ty).to(OPERAND), w, x, input_precision=PRECISION)
         row, runs = _rows_at(step, own_steps, sequence, schedule, batch_size)
-        h = tl.where(runs[:, None], activate(sums, ACTIVATION), h)
-        _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, mask & runs[:, None])
+        store_mask = mask & runs[:, None]
+        h = tl.where(store_mask, activate(sums, ACTIVATION), h)
+        _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, store_mask)
         x = next_x
     return h
 
@@ -204,7 +219,7 @@ def gru_steps(
         n = tanh(x_n + r * hidden_n)
         row, runs = _rows_at(step, own_steps, sequence, schedule, batch_size)
         store_mask = mask & runs[:, None]
-        h = tl.where(runs[:, None], n + z * (h - n), h)
+        h = tl.where(store_mask, n + z * (h - n), h)
         _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, store_mask)
         if saved is not None:
             kept = saved + _saved_offset(row, unit, rows, HIDDEN, 4)
@@ -265,8 +280,8 @@ def lstm_steps(
         o = sigmoid(tl.dot(operand, w_o, x_o, input_precision=PRECISION))
         row, runs = _rows_at(step, own_steps, sequence, schedule, batch_size)
         store_mask = mask & runs[:, None]
-        c = tl.where(runs[:, None], f * c + i * g, c)
-        h = tl.where(runs[:, None], o * tanh(c), h)
+        c = tl.where(store_mask, f * c + i * g, c)
+        h = tl.where(store_mask, o * tanh(c), h)
         _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, store_mask)
         if saved is not None:
             kept = saved + _saved_offset(row, unit, rows, HIDDEN, 5)

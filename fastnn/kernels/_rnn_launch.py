@@ -33,14 +33,14 @@ def _constexprs(problem: Problem, config: Config) -> dict[str, Any]:
     if config.units:
         own = {"MODE": MODES.index(problem.mode), "GATES": problem.gates, "UNITS": config.units,
                "PARTS": min(config.num_warps, _launch.padded(problem.hidden) // 16),
-               "launch_cooperative_grid": True}  # fmt: skip
+               **_launch.meeting_options()}  # fmt: skip
     else:
         if problem.gates == 1 or config.chunk:
             own = {"ACTIVATION": (RELU if problem.mode == "RNN_RELU" else TANH).value}
         if config.chunk:
             own |= {"GATES": problem.gates, "LAYERS": problem.layers, "PRODUCT_STEPS": PRODUCT_STEPS,
                     "BLOCK_K": min(_launch.padded(problem.hidden), 128 // problem.kind.dtype.itemsize),
-                    "launch_cooperative_grid": True}  # fmt: skip
+                    **_launch.meeting_options()}  # fmt: skip
     if not config.chunk:
         own["DIRECTIONS"] = problem.directions
     return {

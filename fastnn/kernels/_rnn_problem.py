@@ -1,6 +1,7 @@
 """The arguments of ``fastnn::rnn`` on a GPU, checked, and where their parts lie."""
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastnn.kernels import _launch
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
+from fastnn.kernels._rnn_schedule import schedule_of
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")  # by their numbers in the operators' schema
 KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}  # tensors a step keeps for backward besides the output
@@ -124,20 +126,12 @@ class Problem:
             (tensor.transpose(0, 1) if self.batch_first else tensor).reshape(self.rows, tensor.shape[-1]).contiguous()
         )
 
-    @property
+    @functools.cached_property
     def schedule(self) -> Tensor | None:
         """For a packed batch, where each step's rows begin, with the end, and then each sequence's length."""
         if self.batch_sizes is None:
             return None
-        schedule = self.kept.get("schedule")
-        if schedule is None:
-            sizes = torch.tensor(self.batch_sizes)
-            starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-            lengths = (sizes[:, None] > torch.arange(self.batch)).sum(0)
-            schedule = self.kept["schedule"] = torch.cat([starts, lengths]).to(self.kind.device)
-        if schedule.is_cuda and torch.cuda.is_current_stream_capturing():
-            _read_by_graphs[schedule.data_ptr()] = schedule
-        return schedule
+        return schedule_of(self.kind.op, self.batch_sizes, self.kind.device)
 
     def _rows_before(self, direction: int) -> Tensor:
         """In a packed batch, the row of the step before each row; past all rows, the sequence."""
@@ -160,10 +154,6 @@ class Problem:
         if self.batch_sizes is not None:
             return torch.cat([own, first]).index_select(0, self._rows_before(direction))
         return torch.cat([first, own[: -self.batch]] if direction == 0 else [own[self.batch :], first])
-
-
-# A captured CUDA graph goes on reading what it was captured with, whether or not a plan still holds it.
-_read_by_graphs: dict[int, Tensor] = {}
 
 
 def _check_weights(problem: Problem, input: Tensor, weights: Sequence[Tensor]) -> None:

@@ -22,6 +22,7 @@ from fastnn.kernels._rnn_kernels import (
     _state_offset,
     _steps_of_tile,
     _store,
+    _wait_until,
 )
 
 SIMPLE_TANH = tl.constexpr(0)  # by their numbers in the operators' schema
@@ -32,14 +33,12 @@ _RUN_TIME = ["first", "last", "steps", "batch_size", "rows", "stride_time", "str
 
 
 @triton.jit
-def _wait_for_all(arrived, launches_steps):
+def _wait_for_all(arrived, launches_steps, SPIN_LIMIT: tl.constexpr):
     """Until the programs of this batch tile and direction have come here ``launches_steps`` times."""
     place = arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.debug_barrier()  # the release below is one thread's, for what all threads have written
     tl.atomic_add(place, 1, sem="release")
-    while tl.atomic_add(place, 0, sem="acquire") < launches_steps * tl.num_programs(2):
-        pass
-    tl.debug_barrier()
+    _wait_until(place, launches_steps * tl.num_programs(2), SPIN_LIMIT)
 
 
 @triton.jit
@@ -86,7 +85,7 @@ def spread_forward(
     gates, weight_hh, bias_hh, hidden, state, output, saved, arrived, schedule, first, last, steps, batch_size, rows,
     stride_time, stride_batch, MODE: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr,
     DIRECTIONS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr,
-    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SPIN_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """hidden: (2, D, batch, H), where programs find the state that the step before left, h0 in the second half."""
     sequence, unit, mask = _own(batch_size, HIDDEN, UNITS, BLOCK_BATCH)
@@ -156,7 +155,7 @@ def spread_forward(
         _store(hidden + step % 2 * all_states + at, h, mask)
         _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, store_mask)
         if step + 1 < limit:
-            _wait_for_all(arrived, step + 1 - first)
+            _wait_for_all(arrived, step + 1 - first, SPIN_LIMIT)
     tl.store(state + at, h, mask=mask)
     if MODE == LSTM:
         tl.store(state + all_states + at, c, mask=mask)
@@ -167,7 +166,7 @@ def spread_backward(
     grad_output, output, saved, h0, c0, weight_hh, grad_gates, state, arrived, schedule, first, last, steps,
     batch_size, rows, MODE: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr, BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SPIN_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Step ``first`` is the sequence's last. A step begins with the part of the state's gradient that goes through the
     gates of the step after it, which all programs have left in grad_gates; so there is one step more than in forward.
@@ -243,7 +242,7 @@ def spread_backward(
                 _store(place, activation_gradient(total, h, TANH), exists)
             grad_h = tl.where(runs[:, None], 0.0, grad_h)
         if back + 1 < limit:
-            _wait_for_all(arrived, back + 1 - first)
+            _wait_for_all(arrived, back + 1 - first, SPIN_LIMIT)
     tl.store(state + at, grad_h, mask=mask)
     if MODE == LSTM:
         tl.store(state + at_c, grad_c, mask=mask)

@@ -27,6 +27,7 @@ from fastnn.kernels._rnn_kernels import (
     _steps_of_tile,
     _store,
     _tile,
+    _wait_until,
     gru_steps,
     lstm_steps,
     simple_steps,
@@ -43,14 +44,6 @@ def _pick(tensors, layer, LAYERS: tl.constexpr):
         if layer == i:
             tensor = tensors[i]
     return tensor
-
-
-@triton.jit
-def _wait_for(progress, steps):
-    """Until another layer's program has left there that it has done so many steps."""
-    while tl.atomic_add(progress, 0, sem="acquire") < steps:
-        pass
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -107,7 +100,7 @@ def wave_forward(
     progress, schedule, first_layer, chunk, steps, batch_size, rows, stride_time, stride_batch,
     ACTIVATION: tl.constexpr, GATES: tl.constexpr, LAYERS: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr,
     PRODUCT_STEPS: tl.constexpr, BLOCK_BATCH: tl.constexpr, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SPIN_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """ACTIVATION is that of a simple network (GATES = 1). c0 and c_n are LSTM's (GATES = 4), else None."""
     layer = first_layer + tl.program_id(2)
@@ -146,7 +139,7 @@ def wave_forward(
     for first in range(0, own_steps, chunk):
         last = tl.minimum(first + chunk, own_steps)
         if layer > 0:
-            _wait_for(own_progress - tl.num_programs(0), last)
+            _wait_until(own_progress - tl.num_programs(0), last, SPIN_LIMIT)
             _fill_gates(own_gates, below, masks, weight_ih, bias_ih, first, last, schedule, batch_size, GATES, HIDDEN,
                         TILE, PRODUCT_STEPS, BLOCK_BATCH, BLOCK_K, OPERAND, PRECISION)  # fmt: skip
         if GATES == 1:
@@ -203,7 +196,7 @@ def wave_backward(
     grad_gates, grad_h0, grad_c0, progress, schedule, first_layer, chunk, steps, batch_size, rows,
     ACTIVATION: tl.constexpr, GATES: tl.constexpr, LAYERS: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr,
     PRODUCT_STEPS: tl.constexpr, BLOCK_BATCH: tl.constexpr, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SPIN_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """The last layer comes first. grads (L - 1, rows, H): of hidden_outputs, for the programs to fill."""
     KINDS: tl.constexpr = 1 if GATES == 1 else 4
@@ -235,7 +228,7 @@ def wave_backward(
     for first in range(0, own_steps, chunk):
         last = tl.minimum(first + chunk, own_steps)
         if layer < LAYERS - 1:
-            _wait_for(own_progress + tl.num_programs(0), last)
+            _wait_until(own_progress + tl.num_programs(0), last, SPIN_LIMIT)
             _fill_gradient(own_grad, above, masks, weight_above, own_steps - last, own_steps - first, schedule,
                            batch_size, GATES, HIDDEN, TILE, PRODUCT_STEPS, BLOCK_BATCH, BLOCK_K, OPERAND,
                            PRECISION)  # fmt: skip

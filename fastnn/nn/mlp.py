@@ -1,12 +1,15 @@
 """Linear layers fused with their activations."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastnn.nn._hooks import forward_of, has_global_hooks, has_own_call
+from fastnn.ops._autograd import is_compiling, is_exporting
 from fastnn.ops.mlp import activation_digits, activation_names, join_parameters, linear_relu, mlp_of_parameters
 
 _MODULES: dict[str, Any] = {
@@ -34,8 +37,9 @@ class MLP(nn.Sequential):
     """A chain of ``Linear`` layers with an activation between them and none after the last, run in one call.
 
     It is a ``torch.nn.Sequential`` of the stock modules, ``Linear, activation, Linear, ...``: same children, initial
-    weights and state dict. Hooks of the children do not run, since the children are not called. See
-    :func:`fastnn.functional.mlp`.
+    weights and state dict. It runs what its children are at the time of the call, and may be sliced and edited as a
+    ``Sequential``: linear layers and the activations below go to the kernel; children of any other kind, and those with
+    hooks, are called. See :func:`fastnn.functional.mlp`.
 
     Args:
         sizes: features of the input, then of each layer's output; at least two.
@@ -45,6 +49,7 @@ class MLP(nn.Sequential):
         device, dtype: of the parameters.
 
     Raises:
+        TypeError: sizes that are no list, or an activation that is neither a name nor a list of names.
         ValueError: fewer than two sizes, or an activation that is not in the list.
     """
 
@@ -56,8 +61,14 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(sizes, Iterable):
+            raise TypeError(
+                f"MLP: sizes must be a list, the input's features and then each layer's, such as [784, 512, 10], got "
+                f"{sizes!r}"
+            )
+        sizes = list(sizes)
         if len(sizes) < 2:
-            raise ValueError(f"MLP: sizes must name the input's features and at least one layer's, got {list(sizes)}")
+            raise ValueError(f"MLP: sizes must name the input's features and at least one layer's, got {sizes}")
         names = activation_names(activation, len(sizes) - 1)
         children: list[nn.Module] = []
         for (in_features, out_features), name in zip(pairwise(sizes), names, strict=True):
@@ -65,16 +76,121 @@ class MLP(nn.Sequential):
             if name != "identity":
                 children.append(_MODULES[name]())
         super().__init__(*children)
-        self.activations = names
-        self._digits = activation_digits(names)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def __getitem__(self, index: Any) -> Any:
+        """A child, or of a slice an ``MLP`` of these children."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        part = MLP.__new__(MLP)
+        nn.Module.__init__(part)
+        for name, child in list(self._modules.items())[index]:
+            part.add_module(name, child)
+        return part
+
+    def forward(self, input: Any) -> Any:
         """input (..., sizes[0]) -> (..., sizes[-1])."""
-        linears = [child for child in self._modules.values() if isinstance(child, nn.Linear)]
-        return mlp_of_parameters(input, linear_parameters(linears), self._digits)
+        if has_global_hooks():
+            return super().forward(input)
+        children: list[Any] = list(self._modules.values())
+        kinds: list[type | None] = []
+        for child in children:
+            own = child.__dict__  # and has_own_call, written out
+            calls = (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            )
+            kinds.append(None if calls else type(child))
+        read = _read if is_compiling() or is_exporting() else _read_once
+        steps, settings = read(tuple(kinds))
+        if settings:
+            steps, _ = read(tuple(kinds), tuple([getattr(children[place], name) for place, name in settings]))
+        for step in steps:
+            if step.digits and isinstance(input, Tensor):
+                linears = [children[place] for place in step.linears]
+                input = mlp_of_parameters(input, parameters_of(linears), step.digits)
+            else:
+                for place in step.children:
+                    input = children[place](input)
+        return input
 
 
-def linear_parameters(linears: Collection[Any]) -> list[Tensor]:
+class _Step(NamedTuple):
+    """Some of a Sequential's children, by their places: a chain that the kernel holds, or, without digits, one to
+    call."""
+
+    children: Sequence[int]
+    linears: Sequence[int] = ()
+    digits: str = ""
+
+
+# What may run in the kernel, by its forward, which a subclass may have too.
+_LINEARS: dict[Any, str] = {nn.Linear.forward: "identity", LinearReLU.forward: "relu"}
+_ACTIVATIONS: dict[Any, str] = {
+    nn.Identity.forward: "identity",
+    nn.ReLU.forward: "relu",
+    nn.Tanh.forward: "tanh",
+    nn.Sigmoid.forward: "sigmoid",
+    nn.SiLU.forward: "silu",
+}
+# Activations with a setting, and the names of its values that the kernel knows.
+_SETTINGS: dict[Any, tuple[str, dict[Any, str]]] = {
+    nn.GELU.forward: ("approximate", {"none": "gelu", "tanh": "gelu_tanh"}),
+    nn.LeakyReLU.forward: ("negative_slope", {0.01: "leaky_relu"}),
+}
+
+
+def _read(
+    kinds: tuple[type | None, ...], values: tuple[Any, ...] | None = None
+) -> tuple[tuple[_Step, ...], tuple[tuple[int, str], ...]]:
+    """The steps of a Sequential whose children are of these classes (None for one that must be called), and its
+    settings, places and attributes, whose ``values`` must be given to know the steps."""
+    forwards = [None if kind is None else forward_of(kind) for kind in kinds]
+    settings = tuple([(place, _SETTINGS[f][0]) for place, f in enumerate(forwards) if f in _SETTINGS])
+    if settings and values is None:
+        return (), settings
+    left = list(values or ())
+    steps: list[_Step] = []
+    chain: list[int] = []
+    linears: list[int] = []
+    names: list[str] = []
+    for place, forward in enumerate(forwards):
+        activation = _SETTINGS[forward][1].get(left.pop(0)) if forward in _SETTINGS else _ACTIVATIONS.get(forward)
+        if forward in _LINEARS:
+            chain.append(place)
+            linears.append(place)
+            names.append(_LINEARS[forward])
+        elif activation is not None and chain and "identity" in (activation, names[-1]):
+            chain.append(place)
+            if activation != "identity":
+                names[-1] = activation
+        else:
+            if chain:
+                steps.append(_Step(chain, linears, activation_digits(names)))
+                chain, linears, names = [], [], []
+            steps.append(_Step([place]))
+    if chain:
+        steps.append(_Step(chain, linears, activation_digits(names)))
+    return tuple(steps), settings
+
+
+_read_once = lru_cache(maxsize=1024)(_read)
+
+
+def parameters_of_plain(linears: Collection[Any]) -> list[Tensor] | None:
+    """:func:`parameters_of`; None where one must be called: it is no ``Linear``, or has hooks."""
+    if has_global_hooks():
+        return None
+    for linear in linears:
+        kind = type(linear)
+        if (kind is not nn.Linear and forward_of(kind) is not nn.Linear.forward) or has_own_call(linear):
+            return None
+    return parameters_of(linears)
+
+
+def parameters_of(linears: Collection[Any]) -> list[Tensor]:
     """The parameters of ``Linear`` layers as operators take them, read anew: they may have been replaced."""
     weights, biases, complete = [], [], True
     for linear in linears:

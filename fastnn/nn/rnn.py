@@ -1,21 +1,21 @@
 """Recurrent networks and cells in place of torch.nn's.
 
 They derive from ``RNNBase`` rather than from ``torch.nn.RNN``, because ``torch.compile`` refuses any instance of the
-latter. Whatever the kernels do not cover (other dtypes, autocast) and every argument that does not fit goes through
+latter. Whatever the kernels do not cover (other dtypes) and every argument that does not fit goes through
 the stock module's own ``forward``, so that the answer, or the error, is that of the installed torch. What fits is the
 operator's to decide, which checks everything anyway.
 """
 
 from collections.abc import Sequence
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.nn._hooks import has_hooks
+from fastnn.nn._hooks import may_pass_by
 from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference, wants_gradient
 from fastnn.ops.rnn import NUMBER_OF, plain_rnn, plain_rnn_cell, rnn, rnn_cell
 from fastnn.ops.rnn_head import train_rnn_with_head
@@ -28,7 +28,10 @@ _settings = itemgetter(
 
 def _covers(input: Any) -> bool:
     """Whether to ask the operator at all."""
-    return isinstance(input, Tensor) and not autocast_is_on() and not needs_reference(input)
+    if not isinstance(input, Tensor) or needs_reference(input):
+        return False
+    # On the CPU there are no kernels in float16, which stock's results then have.
+    return not (autocast_is_on() and input.is_cpu and torch.get_autocast_dtype("cpu") is torch.float16)
 
 
 def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
@@ -175,6 +178,24 @@ class RNN(_Recurrent):
     _stock = torch.nn.RNN
     nonlinearity: str
 
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -194,6 +215,23 @@ class GRU(_Recurrent):
 
     _stock = torch.nn.GRU
 
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -210,6 +248,24 @@ class LSTM(_Recurrent):
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
@@ -222,11 +278,10 @@ def train_with_head(layers: Any, input: Any, head: Sequence[Tensor]) -> Tensor |
     """``linear(h, *head)`` of the final h of the last of ``layers``, where that is a training step that one function
     can record; else None."""
     if (
-        not isinstance(layers, _Recurrent)  # another module may have been put in their place
-        or not isinstance(input, Tensor)
+        not isinstance(input, Tensor)
         or not input.is_cpu
         or not is_plain(input)
-        or has_hooks(layers)
+        or not may_pass_by(layers, _Recurrent)  # another module may have been put in their place
         or not wants_gradient(input, *layers._flat_weights, *head)
     ):
         return None

@@ -23,17 +23,19 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
 def needs_reference(input: Tensor) -> bool:
     """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, forward-mode
-    differentiation, and ``torch.jit.trace``, whose graphs hold no gradient written in Python and are to be loaded where
-    there is no fastnn. (Tensors that do not fit the input are the operator's to refuse.)"""
+    differentiation, and ``torch.jit.trace`` and ``torch.onnx``, whose graphs hold no gradient written in Python and are
+    to be loaded where there is no fastnn. (Tensors that do not fit the input are the operator's to refuse.)"""
     if forward_ad._current_level >= 0 or (not is_compiling() and is_tracing()):
+        return True
+    if is_exporting() and torch.onnx.is_in_onnx_export():
         return True
     return input.dtype not in KERNEL_DTYPES and not (input.dtype is torch.float16 and input.is_cuda)
 
 
 def is_plain(input: Tensor) -> bool:
     """Whether nothing but the kernel and perhaps a gradient is asked of an operator, so that it may be called by its
-    ``_op``, 0.25 us sooner: no autocast, compilation, tracing or ``torch.func`` transform, and a dtype that kernels
-    cover."""
+    ``_op``, 0.25 us sooner: no autocast, compilation, tracing, export or ``torch.func`` transform, and a dtype that
+    kernels cover."""
     return (
         (input.dtype is _float32 or input.dtype in KERNEL_DTYPES)
         and not autocast_is_on()
@@ -41,6 +43,7 @@ def is_plain(input: Tensor) -> bool:
         and forward_ad._current_level < 0
         and not is_compiling()
         and not is_tracing()
+        and not is_exporting()
     )
 
 
@@ -113,7 +116,7 @@ def eager_recorder(function: type[torch.autograd.Function]) -> Callable[..., tup
 def recorder(
     function: type[torch.autograd.Function], record_plain: Callable[..., tuple[Tensor, ...]], results: int
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """``function.apply``, of whose outputs the first ``results`` are the caller's (all but the last, if it is -1).
+    """``function.apply``, of whose outputs the first ``results`` are the caller's (all but the last two, if it is -2).
 
     The others are what backward needs. Transforms and compilation must see them as outputs; other calls go to
     ``record_plain``, the function's :func:`eager_recorder`.

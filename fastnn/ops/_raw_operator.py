@@ -16,6 +16,14 @@ _REFUSAL = (
 )
 
 
+def check_given(op: Any, arguments: Sequence[Any]) -> None:
+    """For kernels in Python, which get None for a tensor that a caller leaves undefined. (csrc/ops/check.h has the
+    same.)"""
+    for argument, given in zip(op._schema.arguments, arguments, strict=False):
+        if given is None and isinstance(argument.type, torch.TensorType):
+            raise RuntimeError(f"{op.name()}: {argument.name} must be a tensor, got None")
+
+
 class RefuseGradient(torch.autograd.Function):
     """The output of a raw operator one of whose inputs required grad, so that asking for the gradient raises."""
 
@@ -23,6 +31,7 @@ class RefuseGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(output: Tensor, input: Tensor) -> Tensor:
+        check_given(torch.ops.fastnn.refuse_gradient.default, (output, input))
         return output.view_as(output)
 
     @staticmethod
@@ -108,8 +117,12 @@ def raw_operator(name: str) -> Callable[[Callable[..., Any]], None]:
         return pytree.tree_unflatten(list(tensors), call.result)
 
     def register(fake: Callable[..., Any]) -> None:
+        def checked(*args: Any) -> Any:
+            check_given(op, args)
+            return refuse_gradients(fake(*args), args)
+
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         _library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
-        torch.library.register_fake(f"fastnn::{name}", lambda *args: refuse_gradients(fake(*args), args))
+        torch.library.register_fake(f"fastnn::{name}", checked)
 
     return register

@@ -1,6 +1,7 @@
 """Convolution, ReLU and max-pool in one: schema's Python side, autograd and the public functions."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.reference.conv_relu_max_pool import Geometry
 
-MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/conv_relu_max_pool.h has the same)
+MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/conv/geometry.h has the same)
 
 _op = torch.ops.fastnn.conv_relu_max_pool.default
 _call = _op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
@@ -148,8 +149,8 @@ def _conv_relu_max_pool(
         dims, stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
     )
     if geometry is None:  # stock raises, in its own words
-        convolved: Any = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
-        return reference.POOL[dims](convolved, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+        activated = F.relu(reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups))
+        return reference.POOL[dims](activated, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
     return conv_relu_max_pool(input, weight, bias, geometry, dims)
 
 
@@ -159,13 +160,16 @@ def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geome
     if not batched:
         _check_rank(input, dims)
         input = input.unsqueeze(0)
-    if not is_plain(input):
-        input, weight, bias = autocast(input, weight, bias)
-        output = _not_plain(input, weight, bias, geometry, dims)
-    elif wants_gradient(input, weight, bias):
-        output = _differentiable(_record_plain, input, weight, bias, geometry, dims)
-    else:
-        output = _call(input, weight, bias, geometry)
+    try:
+        if not is_plain(input):
+            input, weight, bias = autocast(input, weight, bias)
+            output = _not_plain(input, weight, bias, geometry, dims)
+        elif wants_gradient(input, weight, bias):
+            output = _differentiable(_record_plain, input, weight, bias, geometry, dims)
+        else:
+            output = _call(input, weight, bias, geometry)
+    except NotImplementedError:  # tensors that only stock computes with, such as DTensor
+        output = reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
     return output if batched else output.squeeze(0).contiguous()
 
 
@@ -208,7 +212,7 @@ _TYPES_OF_NUMBERS = (*(int,) * 9, bool)
 def flat_geometry(
     dims: int,
     stride: Size,
-    padding: Size,
+    padding: Size | str,
     dilation: Size,
     groups: int,
     pool_kernel_size: Size,
@@ -218,8 +222,8 @@ def flat_geometry(
     ceil_mode: bool,
 ) -> FlatGeometry | None:
     """The public functions' arguments as the operators take them (:meth:`Geometry.flat`); None where one has neither
-    one value nor one a dimension."""
-    if pool_stride is None or pool_stride == []:  # stock takes an empty stride for none
+    one number nor one a dimension."""
+    if pool_stride is None or (isinstance(pool_stride, Sequence) and not pool_stride):  # stock takes an empty one so
         pool_stride = pool_kernel_size
     sizes = (stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation)
     call: Any = (*sizes, groups, dims, bool(ceil_mode))
@@ -227,34 +231,43 @@ def flat_geometry(
     if numbers and (known := _geometry_of_numbers.get(call)):
         return known
     flat: list[int] = []
-    for value in sizes:
-        if isinstance(value, int):
-            flat += (value,) * dims
-            continue
-        values = len(value) if isinstance(value, Sequence) else 0
-        if values == dims:
-            flat += value
-        elif values == 1:
-            flat += (value[0],) * dims
-        else:
+    for value, count in (*((size, dims) for size in sizes), (groups, 1)):
+        values = _numbers(value, count)
+        if values is None:
             return None
-    geometry = (*flat, groups, int(bool(ceil_mode)))
+        flat += values
+    geometry = (*flat, int(bool(ceil_mode)))
     if numbers:
         _geometry_of_numbers[call] = geometry
     return geometry
 
 
+def _numbers(value: Any, count: int) -> list[int] | None:
+    """``count`` numbers from one or as many, where stock takes them: ints, NumPy's and tensors of one; else None."""
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    if len(values) not in (1, count) or bool in map(type, values):
+        return None
+    try:
+        numbers = [operator.index(v) for v in values]
+    except TypeError:
+        return None
+    return numbers if len(numbers) == count else numbers * count
+
+
 def _named_padding(
     name: str, dims: int, input: Tensor, weight: Tensor, stride: Size, dilation: Size
-) -> tuple[Tensor, list[int]]:
-    """The padding in numbers, with what is one-sided in it already applied to the input."""
+) -> tuple[Tensor, list[int] | str]:
+    """The padding in numbers, with what is one-sided in it already applied to the input. Its name where the other
+    arguments are not what stock takes."""
     if name == "valid":
         return input, [0] * dims
     if name != "same":
         raise RuntimeError(f"Invalid padding string: '{name}'")
-    if any(s != 1 for s in ((stride,) if isinstance(stride, int) else stride)):
+    strides, dilations = _numbers(stride, dims), _numbers(dilation, dims)
+    if strides is None or dilations is None:
+        return input, name
+    if any(s != 1 for s in strides):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    dilations = (dilation,) * dims if isinstance(dilation, int) else dilation
     total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=False)]
     if any(t % 2 for t in total):
         input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])

@@ -1,6 +1,6 @@
 """A whole network in one operator: its Python side."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,11 +24,16 @@ def write_program(stages: Iterable[tuple[str, Iterable[int]]]) -> str:
     return "".join(" ".join(map(str, (name, *numbers))) + ";" for name, numbers in stages)
 
 
+def read_program(program: str) -> Iterator[tuple[str, list[int]]]:
+    """The stages that :func:`write_program` was given."""
+    for stage in program.removesuffix(";").split(";"):
+        name, *numbers = stage.split()
+        yield name, [int(number) for number in numbers]
+
+
 def output_sizes(program: str, sizes: list[int]) -> list[int]:
     """What becomes of an input of ``sizes``. (Whether they fit is the operator's to check.)"""
-    for stage in program.removesuffix(";").split(";"):
-        name, *words = stage.split()
-        numbers = [int(word) for word in words]
+    for name, numbers in read_program(program):
         if name == "mlp":
             sizes = [*sizes[:-1], numbers[-2]]
         elif name == "conv":
@@ -38,7 +43,7 @@ def output_sizes(program: str, sizes: list[int]) -> list[int]:
             _, _, directions, batch_first, _, last, _, hidden, projected = numbers
             steps_left = [sizes[1 - batch_first]] if last else sizes[:2]
             sizes = [*steps_left, directions * (projected or hidden)]
-        else:
+        elif name == "flatten":
             features = 1
             for size in sizes[1:]:
                 features = features * size

@@ -1,7 +1,7 @@
 """A chain of linear layers with activations: schema's Python side, autograd and the public functions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _DIGIT_OF = {name: str(place) for place, name in enumerate(ACTIVATION_NAMES)}
 _MOST_LAYERS = 20  # of one call of the operators
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
+# Activations of the last layer for whose derivative the output is kept.
+_KEEPS_OUTPUT = frozenset(ACTIVATION_NAMES.index(name) for name in ("relu", "tanh", "sigmoid", "leaky_relu"))
+_LEAKY_RELU = ACTIVATION_NAMES.index("leaky_relu")
 _IDENTITY, _RELU = _DIGIT_OF["identity"], _DIGIT_OF["relu"]
 # Multiply-adds of a lone linear layer below which autograd's own linear is faster in training: nothing is fused, and a
 # function written in Python costs some 5 us more. From some 1000 on, stock's products have shapes that take 40 us.
@@ -61,11 +64,12 @@ def mlp(
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together.
+        TypeError: an activation that is neither a name nor a list of names.
         ValueError: an activation that is not in the list, or not one a layer.
     """
     weights, biases = tuple(weights), tuple(biases)
     layers = len(weights)
-    called = (activation if isinstance(activation, str) else tuple(activation), layers)
+    called = (activation if isinstance(activation, str) else _list_of_names(activation), layers)
     digits = _digits_of_call.get(called)
     if digits is None:
         digits = _digits_of_call[called] = activation_digits(activation_names(activation, layers))
@@ -84,11 +88,22 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return mlp_of_parameters(input, (weight,) if bias is None else (weight, bias), _RELU)
 
 
+def _list_of_names(activation: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(activation) if isinstance(activation, Iterable) else (activation,)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"mlp: activation must be a name, or a list of one a layer, of {', '.join(ACTIVATION_NAMES)}, got "
+                f"{activation!r}"
+            )
+    return names
+
+
 def activation_names(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
     names = (
         (activation,) * (layers - 1) + ("identity",) * min(layers, 1)
         if isinstance(activation, str)
-        else tuple(activation)
+        else _list_of_names(activation)
     )
     if len(names) != layers:
         raise ValueError(f"mlp: expected {layers} activations, one a weight, got {len(names)}")
@@ -112,14 +127,17 @@ def mlp_reconstruction_error(
     names = activation_names(activation, len(weights))
     parameters = join_parameters(weights, biases)
     if (
-        input.dim() != 2
-        or len(names) > _MOST_LAYERS
-        or needs_autograd(input, *parameters)
-        or needs_reference(autocast(input)[0])
+        input.dim() == 2
+        and len(names) <= _MOST_LAYERS
+        and not needs_autograd(input, *parameters)
+        and not needs_reference(autocast(input)[0])
     ):
-        return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
-    input, *parameters = autocast(input, *parameters)
-    return call_kernel(_mlp_reconstruction_error_op, input, parameters, operator_code(activation_digits(names)))
+        given, *parameters = autocast(input, *parameters)
+        try:
+            return call_kernel(_mlp_reconstruction_error_op, given, parameters, operator_code(activation_digits(names)))
+        except NotImplementedError:  # as of mlp_of_parameters
+            pass
+    return torch.mean((mlp(input, weights, biases, names) - input) ** 2, dim=-1)
 
 
 def join_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -171,27 +189,30 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
     """:func:`mlp` for callers that know their arguments: ``parameters`` as of :func:`join_parameters`, ``digits`` the
     activations as of :func:`activation_digits`."""
     rank = input.dim()
-    if rank == 2 and (code := _codes.get(digits)) and is_plain(input):
-        if wants_gradient(input, *parameters):
-            if digits == _IDENTITY and _is_small_linear(input, *parameters):
-                return torch.nn.functional.linear(input, *parameters)
-            return _record_plain(input, code, recompute, *parameters)[0]
-        return _mlp_call(input, parameters, code)
-    if len(digits) > _MOST_LAYERS:
-        weights, biases = split_parameters(parameters, len(digits))
-        for first in range(0, len(digits), _MOST_LAYERS):
-            some = slice(first, first + _MOST_LAYERS)
-            input = mlp_of_parameters(input, join_parameters(weights[some], biases[some]), digits[some], recompute)
-        return input
-    input, *parameters = autocast(input, *parameters)
-    if rank == 0 or not digits or needs_reference(input):
-        return reference.mlp(input, *split_parameters(parameters, len(digits)), _names_of(digits))
-    rows = input if rank == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    if needs_autograd(input, *parameters):
-        output = _record(rows, operator_code(digits), recompute, *parameters)[0]
-    else:
-        output = call_kernel(_mlp_op, rows, parameters, operator_code(digits))
-    return output if rank == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
+    try:
+        if rank == 2 and (code := _codes.get(digits)) and is_plain(input):
+            if wants_gradient(input, *parameters):
+                if digits == _IDENTITY and _is_small_linear(input, *parameters):
+                    return torch.nn.functional.linear(input, *parameters)
+                return _record_plain(input, code, recompute, *parameters)[0]
+            return _mlp_call(input, parameters, code)
+        if len(digits) > _MOST_LAYERS:
+            weights, biases = split_parameters(parameters, len(digits))
+            for first in range(0, len(digits), _MOST_LAYERS):
+                some = slice(first, first + _MOST_LAYERS)
+                input = mlp_of_parameters(input, join_parameters(weights[some], biases[some]), digits[some], recompute)
+            return input
+        input, *parameters = autocast(input, *parameters)
+        if rank > 0 and digits and not needs_reference(input):
+            rows = input if rank == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+            if needs_autograd(input, *parameters):
+                output = _record(rows, operator_code(digits), recompute, *parameters)[0]
+            else:
+                output = call_kernel(_mlp_op, rows, parameters, operator_code(digits))
+            return output if rank == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
+    except NotImplementedError:  # tensors that only stock computes with: DTensor, sparse, quantized
+        pass
+    return reference.mlp(input, *split_parameters(parameters, len(digits)), _names_of(digits))
 
 
 def _is_small_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -216,24 +237,30 @@ class Mlp(torch.autograd.Function):
         if recompute:
             return (_mlp_op(input, parameters, code),)
         output, hidden = _mlp_with_hidden_op(input, parameters, code)
-        return (output, *hidden)
+        # The caller may change the first in place.
+        return (output, *((output.clone(),) if code % 8 in _KEEPS_OUTPUT else ()), *hidden)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        Mlp._keep(ctx, inputs, output)
+        Mlp._keep(ctx, inputs, output[1:])
 
     @staticmethod
     def record(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = Mlp.forward(*inputs)
-        Mlp._keep(ctx, inputs, output)
-        return output[:1]
+        input, code, recompute, *parameters = inputs
+        if recompute:
+            Mlp._keep(ctx, inputs, ())
+            return (_mlp_op(input, parameters, code),)
+        output, hidden = _mlp_with_hidden_op(input, parameters, code)
+        Mlp._keep(ctx, inputs, (output, *hidden) if code % 8 in _KEEPS_OUTPUT else hidden)
+        # Stock's leaky ReLU keeps its input, so that its output may be changed in place.
+        return (output.clone() if code % 8 == _LEAKY_RELU else output,)
 
     @staticmethod
-    def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def _keep(ctx: Any, inputs: tuple[Any, ...], made: Sequence[Tensor]) -> None:
         input, code, recompute, *parameters = inputs
         ctx.call = (code, recompute, len(parameters))
-        ctx.save_for_backward(input, *parameters, *(() if recompute else output))
+        ctx.save_for_backward(input, *parameters, *made)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -241,7 +268,11 @@ class Mlp(torch.autograd.Function):
         needed, saved, layers = ctx.needs_input_grad, ctx.saved_tensors, layers_of_code(code)
         if recompute:
             with torch.no_grad():
-                saved = (*saved, *Mlp.forward(saved[0], code, False, *saved[1:]))
+                output, hidden = _mlp_with_hidden_op(saved[0], saved[1:], code)
+            saved = (*saved, output, *hidden)
+        elif code % 8 not in _KEEPS_OUTPUT:
+            # In the output's place anything of its sizes: it will not be looked at.
+            saved = (*saved[: 1 + parameters], grad_output, *saved[1 + parameters :])
         wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
         grad_input, *grad_parameters = compute(grad_output, code, parameters, wanted, *saved)

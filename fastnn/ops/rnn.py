@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from fastnn.ops._autograd import (
+    autocast_is_on,
     call_kernel,
     check_same_device,
     differentiate_twice,
     eager_recorder,
+    is_exporting,
     is_plain,
     needs_autograd,
     needs_reference,
@@ -65,8 +67,33 @@ def rnn(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together.
     """
+    dtypes = _autocast_dtypes(input, batch_sizes, state, mode, len(weights) // (num_layers * (1 + bidirectional)))
+    if dtypes is None:
+        return _rnn(input, batch_sizes, state, weights, mode, num_layers, bidirectional, batch_first, dropout)
+    input, state, weights = _cast(dtypes, input, state, weights)
+    with torch.autocast(input.device.type, enabled=False):
+        output, final_state = _rnn(
+            input, batch_sizes, state, weights, mode, num_layers, bidirectional, batch_first, dropout
+        )
+        return output.to(dtypes[0]), [part.to(dtype) for part, dtype in zip(final_state, dtypes, strict=False)]
+
+
+def _rnn(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    mode: str,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """:func:`rnn` but for autocast."""
     masks = None
     number = NUMBER_OF[mode]
+    if not state and batch_sizes is None and is_exporting():
+        state = _zero_state(input, weights, mode, num_layers, bidirectional, batch_first)
     if dropout > 0 and num_layers > 1:
         masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout)
     if is_plain(input):
@@ -78,6 +105,49 @@ def rnn(
         return call_kernel(_rnn_op, input, batch_sizes, state, weights, masks, *config)
     output, *final_state = _record(input, batch_sizes, masks, config, len(state), *state, *weights)
     return output, final_state
+
+
+def _autocast_dtypes(
+    input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], mode: str, weights: int
+) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtypes of h, with the output, and of c that stock's network or cell (an input of two dimensions without batch
+    sizes) returns under autocast, of as many `weights` a direction; None outside of it.
+
+    On a GPU everything is cast. On the CPU the products are, and then, in oneDNN's LSTM, everything; elsewhere GRU and
+    LSTM carry on a state of the dtype that they were given, or the input's, where that is wider."""
+    device = input.device.type
+    if not autocast_is_on() or not torch.is_autocast_enabled(device) or input.dtype is torch.float64:
+        return None
+    low = torch.get_autocast_dtype(device)
+    if device != "cpu" or mode.startswith("RNN"):
+        return low, low
+    wide = torch.promote_types(low, state[-1].dtype if state else input.dtype)
+    if mode == "GRU":
+        return wide, wide
+    if weights % 2:  # a projection, which is one more product, gives h
+        return low, wide
+    return (low, low) if input.dim() == 3 and _stock_has_onednn(input) else (wide, wide)
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_ONEDNN_HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _stock_has_onednn(input: Tensor) -> bool:
+    has = _HAS_ONEDNN if input.dtype is torch.float32 else _ONEDNN_HAS_BFLOAT16
+    return bool(has and torch.backends.mkldnn.enabled and input.numel() > 0)
+
+
+def _cast(
+    dtypes: tuple[torch.dtype, torch.dtype], input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Everything in the wider dtype, but for what autocast leaves alone, which does not fit then."""
+    dtype = torch.promote_types(*dtypes)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype is not torch.float64 else tensor
+
+    return cast(input), list(map(cast, state)), list(map(cast, weights))
 
 
 def plain_rnn(
@@ -107,6 +177,21 @@ def plain_rnn(
 def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weights: Tensor) -> Sequence[Tensor]:
     """One step of one layer: input (batch, in), h and for LSTM c (batch, hidden) or None for zeros, weights as for
     :func:`rnn` -> the new state, [h] or [h, c]."""
+    state = _given((h, c))
+    dtypes = _autocast_dtypes(input, None, state, mode, 4)
+    if dtypes is None:
+        return _rnn_cell(input, mode, h, c, weights)
+    input, state, given = _cast(dtypes, input, state, weights)
+    h, c = (*state, None, None)[:2]
+    with torch.autocast(input.device.type, enabled=False):
+        new_state = _rnn_cell(input, mode, h, c, given)
+        return [part.to(dtype) for part, dtype in zip(new_state, dtypes, strict=False)]
+
+
+def _rnn_cell(
+    input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """:func:`rnn_cell` but for autocast."""
     number = NUMBER_OF[mode]
     if is_plain(input):
         return plain_rnn_cell(input, number, h, c, *weights)
@@ -115,6 +200,8 @@ def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weig
         return reference.rnn_cell(input, tuple(state), weights, mode)
     if not needs_autograd(input, *state, *weights):
         return call_kernel(_cell_op, input, number, h, c, *weights)
+    if not state and is_exporting():
+        state = [s[0] for s in _zero_state(input.unsqueeze(0), weights, mode)]
     return _record(input, None, None, _CELL_CONFIGS[number], len(state), *state, *weights)[1:]
 
 
@@ -131,6 +218,21 @@ def plain_rnn_cell(
         if recorded is not None:
             return recorded[1]
     return _record_plain(input, None, None, config, len(state), *state, *given)[1:]
+
+
+def _zero_state(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    mode: str,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> list[Tensor]:
+    """The state that none stands for. In an exported program it is given: AOTInductor drops an empty list."""
+    count = num_layers * (2 if bidirectional else 1)
+    outputs, hidden = reference.state_sizes(weights[: len(weights) // count])
+    batch = input.shape[0 if batch_first else 1]
+    return [input.new_zeros(count, batch, size) for size in (outputs, hidden)[: 2 if mode == "LSTM" else 1]]
 
 
 def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -184,15 +286,15 @@ class Rnn(torch.autograd.Function):
         output, final_state, reserve = _with_reserve_op(
             input, batch_sizes, tensors[:states], tensors[states:], masks, *config
         )
-        return (output, *final_state, reserve)
+        return (output, *final_state, output.clone(), reserve)  # the caller may change the first in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, batch_sizes, masks, config, states, *tensors = inputs
-        ctx.mark_non_differentiable(output[-1])
-        ctx.call = (config, states, len(output) - 1)
+        ctx.mark_non_differentiable(*output[-2:])
+        ctx.call = (config, states, len(output) - 2)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[0], output[-1], input, batch_sizes, masks, *tensors)
+        ctx.save_for_backward(*output[-2:], input, batch_sizes, masks, *tensors)
 
     @staticmethod
     def record(
@@ -210,7 +312,9 @@ class Rnn(torch.autograd.Function):
         ctx.call = (config, states, 1 + len(final_state))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output, reserve, input, batch_sizes, masks, *tensors)
-        return (output, *final_state)
+        is_cell = batch_sizes is None and input.dim() == 2
+        # The caller may change a network's output in place, as stock's: backward needs what it was. A cell's stays.
+        return (output if is_cell else output.clone(), *final_state)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -225,7 +329,7 @@ class Rnn(torch.autograd.Function):
 
 
 _record_plain = eager_recorder(Rnn)
-_record = recorder(Rnn, _record_plain, results=-1)
+_record = recorder(Rnn, _record_plain, results=-2)
 
 
 class RnnBackward(torch.autograd.Function):
@@ -308,6 +412,11 @@ class RnnBackward(torch.autograd.Function):
         return (None, None, None, *grad_of_grads, None, None, result[0], None, None, *result[1:])
 
 
+def _check_devices(batch_sizes: Tensor | None, *tensors: Tensor | None) -> None:
+    """batch_sizes is on the CPU wherever the others are, or with them on ``meta``."""
+    check_same_device(*tensors, None if batch_sizes is None or batch_sizes.is_cpu else batch_sizes)
+
+
 _KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
 
 
@@ -320,7 +429,7 @@ def _fake_results(
     *config: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Output, final state and reserve."""
-    check_same_device(input, *state, *weights, masks)
+    _check_devices(batch_sizes, input, *state, *weights, masks)
     torch._check(input.shape[-1] == weights[0].shape[1], lambda: "rnn: the input does not fit the weights")
     mode, layers, bidirectional, batch_first = config
     directions = 2 if bidirectional else 1
@@ -374,7 +483,7 @@ def _(
     state_wanted: bool,
     weights_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    check_same_device(grad_output, *grad_state, input, *state, *weights, masks, output, reserve)
+    _check_devices(batch_sizes, grad_output, *grad_state, input, *state, *weights, masks, output, reserve)
     return (
         input.new_empty(input.shape if input_wanted else (0,)),
         [s.new_empty(s.shape) for s in state] if state_wanted else [],

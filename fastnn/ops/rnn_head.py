@@ -35,20 +35,21 @@ class RnnWithHead(torch.autograd.Function):
         h = final_state[0][-1]
         result, _ = _with_hidden_call(h, tensors[weights:], _CODE)
         ctx.call = (config, weights)
-        ctx.save_for_backward(input, output, reserve, h, result, *tensors)
+        # Not the result, which is the caller's to change: backward through a linear layer does not look at it.
+        ctx.save_for_backward(input, output, reserve, h, *tensors)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         config, weights = ctx.call
-        input, output, reserve, h, result, *tensors = ctx.saved_tensors
+        input, output, reserve, h, *tensors = ctx.saved_tensors
         own, head = tensors[:weights], tensors[weights:]
         if torch.is_grad_enabled():
             return RnnWithHead._backward_to_differentiate(ctx, grad, input, own, head)
         needed = ctx.needs_input_grad
         head_needed = needed[3 + weights :]
         grad_h, grad_head_weight, grad_head_bias = _mlp_backward_call(
-            grad, h, head[:1], _CODE, result, (), True, head_needed[0], True in head_needed[1:]
+            grad, h, head[:1], _CODE, grad, (), True, head_needed[0], True in head_needed[1:]
         )
         grads = (grad_h, None) if MODES[config[0]] == "LSTM" else (grad_h,)  # of the last layer alone
         own_needed = True in needed[3 : 3 + weights]

@@ -22,6 +22,8 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of:UserWarning")
     if _INTERPRETED:
         _let_scalars_be_ints()
+        _let_kernels_assert()
+        _say_nothing_of_overflow()
         sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
         import gpu_stand_in
 
@@ -39,6 +41,20 @@ def _let_scalars_be_ints():
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patch_all
+
+
+def _let_kernels_assert():
+    """Of a launch's options, the interpreter does not see ``debug``."""
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
+
+
+def _say_nothing_of_overflow():
+    """As a GPU: the interpreter's numpy warns of each inf and NaN that it makes."""
+    import numpy
+
+    numpy.seterr(over="ignore", invalid="ignore", divide="ignore")
 
 
 @contextlib.contextmanager
@@ -78,6 +94,14 @@ def device():
 
 
 @pytest.fixture(autouse=True)
+def _waiting_ends(monkeypatch):
+    """A program that waits for ever ends the test, not the tests: on a GPU after some ten seconds."""
+    from fastnn.kernels import _launch
+
+    monkeypatch.setattr(_launch, "spin_limit", 100 if _INTERPRETED else 2**24)
+
+
+@pytest.fixture(autouse=True)
 def _without_plans():
     """A test may replace what a plan was made with."""
     from fastnn.kernels._launch import Plans
@@ -88,10 +112,13 @@ def _without_plans():
 @pytest.fixture
 def assert_near():
     """assert_near(actual, exact): ``exact`` in float64; the error is held against the largest value, as sums have it.
-    The table's floor stands for stock's own error too, which is not at hand here; ``factor`` counts the roundings."""
+    What is beyond the dtype's range is inf. The table's floor stands for stock's own error too, which is not at hand
+    here; ``factor`` counts the roundings."""
 
     def check(actual, exact, factor=1.0):
         assert actual.shape == exact.shape
+        rounded = exact.to(actual.dtype).double()
+        exact = rounded.where(rounded.isinf(), exact)
         tolerance = factor * TOLERANCES[actual.dtype].ratio * TOLERANCES[actual.dtype].floor
         if _INTERPRETED and actual.dtype is torch.bfloat16:
             tolerance *= 3  # it truncates where a GPU rounds: twice the error, and always towards zero

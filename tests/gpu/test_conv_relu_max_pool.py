@@ -40,14 +40,16 @@ def make(sizes, out_channels, kernel, a, dtype, device):
     return input, weight, torch.randn(out_channels).to(device, dtype)
 
 
-def check(input, weight, bias, a, assert_near):
+def check(input, weight, bias, a, assert_near, grad=None):
     """Forward and every gradient."""
     exact = [t.double().cpu().contiguous().requires_grad_() for t in (input, weight, bias)]
     expected = reference(*exact, a)
     output, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, a.flat())
     assert_near(output, expected.detach(), factor=2)
-    torch.testing.assert_close(kernels.conv_relu_max_pool(input, weight, bias, a.flat()), output, rtol=0, atol=0)
-    grad = torch.randn(output.shape).to(output)
+    again = kernels.conv_relu_max_pool(input, weight, bias, a.flat())
+    torch.testing.assert_close(again, output, rtol=0, atol=0, equal_nan=True)
+    if grad is None:
+        grad = torch.randn(output.shape).to(output)
     gradients = torch.autograd.grad(expected, exact, grad.double().cpu())
     actual = kernels.conv_relu_max_pool_backward(grad, winners, input, weight, a.flat(), True, True, True)
     for got, want in zip(actual, gradients, strict=True):
@@ -91,6 +93,47 @@ def test_around_stocks_convolution(case, device, assert_near, monkeypatch):
     sizes, out_channels, kernel, options = case
     a = arguments(len(sizes) - 2, **options)
     check(*make(sizes, out_channels, kernel, a, torch.float32, device), a, assert_near)
+
+
+INF, NAN = float("inf"), float("nan")
+OFF_EVERY_TILE = pytest.mark.parametrize("name", ["1d, many channels", "2d"])
+
+
+@OFF_EVERY_TILE
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+def test_not_finite(name, value, fused, device, assert_near, monkeypatch):
+    """In an element of the first image's gradient and in one of the second image."""
+    monkeypatch.setattr(_conv_plan, "is_fused", lambda *_: fused)
+    sizes, out_channels, kernel, options = CASES[name]
+    a = arguments(len(sizes) - 2, **options)
+    input, weight, bias = make(sizes, out_channels, kernel, a, torch.float16, device)
+    input[(1, 1, *[2] * (len(sizes) - 2))] = value
+    expected = reference(input.float(), weight.float(), bias.float(), a)
+    grad = torch.randn(expected.shape).to(input)
+    grad[tuple((expected[:1] > 0).nonzero()[0])] = value
+    output, _ = check(input, weight, bias, a, assert_near, grad)
+    assert output[0].isfinite().all()
+    assert value == -INF or not output[1].isfinite().all()
+
+
+@OFF_EVERY_TILE
+@pytest.mark.parametrize("fused", [True, False])
+def test_overflow(name, fused, device, assert_near, monkeypatch):
+    """Of float16: forward, then backward."""
+    monkeypatch.setattr(_conv_plan, "is_fused", lambda *_: fused)
+    sizes, out_channels, kernel, options = CASES[name]
+    a = arguments(len(sizes) - 2, **options)
+    input, weight, bias = make(sizes, out_channels, kernel, a, torch.float16, device)
+    weight.mul_(16)
+    large = input.clone()
+    large[(1, 1, *[2] * (len(sizes) - 2))] = 65504
+    output = kernels.conv_relu_max_pool(large, weight, bias, a.flat())
+    assert_near(output, reference(*(t.double().cpu() for t in (large, weight, bias)), a), factor=2)
+    assert output.isinf().any()
+    grad = torch.randn(output.shape).to(output)
+    grad[tuple((output[:1] > 0).nonzero()[0])] = 65504
+    check(input, weight, bias, a, assert_near, grad)
 
 
 def test_float64(device):

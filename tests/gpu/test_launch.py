@@ -68,6 +68,27 @@ def test_tensors_at_odd_addresses_are_left_to_triton(on_a_gpu):
     assert (kernel.dispatched, kernel.launched) == (4, [])
 
 
+def test_hooks_see_every_launch(on_a_gpu, monkeypatch):
+    """Triton has a chain of hooks; other versions and users None or a single one in its place."""
+    runtime = _launch.triton.knobs.runtime
+    kernel = Kernel()
+    launch = _launch.Launcher(kernel, (3,), torch.device("cpu"), BLOCK=16)
+    launch(torch.ones(8), (), 8)
+    for hook, dispatched in [
+        (None, 1),
+        (SimpleNamespace(calls=[]), 1),
+        (SimpleNamespace(calls=[print]), 2),
+        (print, 3),
+    ]:
+        monkeypatch.setattr(runtime, "launch_enter_hook", hook)
+        launch(torch.ones(8), (), 8)
+        assert kernel.dispatched == dispatched
+    monkeypatch.setattr(runtime, "launch_enter_hook", None)
+    monkeypatch.setattr(runtime, "launch_exit_hook", print)
+    launch(torch.ones(8), (), 8)
+    assert kernel.dispatched == 4
+
+
 def test_plans_are_forgotten_when_there_are_many(monkeypatch):
     plans = _launch.Plans()
     monkeypatch.setattr(_launch.Plans, "_MOST", 2)

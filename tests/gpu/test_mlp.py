@@ -23,25 +23,30 @@ def make(rows, widths, dtype, device, bias=True):
 def check(rows, widths, names, dtype, device, assert_near, bias=True):
     """Forward and every gradient of one chain."""
     input, weights, biases = make(rows, widths, dtype, device, bias)
+    grad = torch.randn(rows, widths[-1]).to(input)
+    check_on(input, weights, biases, grad, names, assert_near)
+
+
+def check_on(input, weights, biases, grad, names, assert_near, dtype=torch.float64):
+    """-> output and the input's gradient, by the reference in ``dtype``."""
     activations = operator_code(activation_digits(names))
-    exact = [t.double().cpu().requires_grad_() for t in (input, *weights)]
-    exact_biases = [None if b is None else b.double().cpu().requires_grad_() for b in biases]
+    exact = [t.to("cpu", dtype).requires_grad_() for t in (input, *weights)]
+    exact_biases = [None if b is None else b.to("cpu", dtype).requires_grad_() for b in biases]
     expected = reference(exact[0], exact[1:], exact_biases, names)
     output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), activations)
     assert_near(output, expected.detach())
-    torch.testing.assert_close(
-        kernels.mlp(input, join_parameters(weights, biases), activations), output, rtol=0, atol=0
-    )
+    again = kernels.mlp(input, join_parameters(weights, biases), activations)
+    torch.testing.assert_close(again, output, rtol=0, atol=0, equal_nan=True)
 
-    grad = torch.randn_like(output)
     wanted = [*exact, *(b for b in exact_biases if b is not None)]
-    gradients = torch.autograd.grad(expected, wanted, grad.double().cpu())
+    gradients = torch.autograd.grad(expected, wanted, grad.to(expected))
     grad_input, grad_weights, grad_biases = kernels.mlp_backward(
         grad, input, weights, activations, output, hidden, True, True, True
     )
     actual = [grad_input, *grad_weights, *(g for g, b in zip(grad_biases, biases, strict=True) if b is not None)]
     for got, want in zip(actual, gradients, strict=True):
         assert_near(got, want, factor=4)
+    return expected.detach(), gradients[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,6 +105,65 @@ def test_nan_passes_and_relus_gradient_there_is_one(device):
     grad_input = kernels.mlp_backward(output, input, weights, 0o111, output, hidden, True, False, False)[0]
     assert grad_input[3].isnan().all()
     assert not grad_input[4].isnan().any()
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(params=["chain", "resident chain", "layer"])
+def widths(request, monkeypatch):
+    """Off every tile, of layers that one kind of kernels runs."""
+    if request.param == "layer":
+        return (5, 7)
+    monkeypatch.setattr(_mlp_plan, "is_resident", lambda *_: request.param == "resident chain")
+    return (5, 7, 7, 4)
+
+
+def make_positive(widths, dtype, device):
+    """Sums with one inf are inf, never inf - inf: with NaN in the reference too, nothing would be seen of one that
+    comes from a lane beside them."""
+    input, weights, biases = make(19, widths, dtype, device)
+    for tensor in (input, *weights, *biases):
+        tensor.abs_()
+    return input, weights, biases
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "silu"])
+def test_rows_that_are_not_finite(name, value, widths, device, assert_near):
+    input, weights, biases = make_positive(widths, torch.float32, device)
+    names = (name,) * len(weights)
+    grad = torch.rand(19, widths[-1], device=device)
+    input[3, 1] = value
+    output, grad_input = check_on(input, weights, biases, grad, names, assert_near)
+    assert value != INF or not output.isnan().any()
+    assert torch.cat([grad_input[:3], grad_input[4:]]).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "silu"])
+def test_gradients_that_are_not_finite(name, value, widths, device, assert_near):
+    input, weights, biases = make_positive(widths, torch.float32, device)
+    grad = torch.rand(19, widths[-1], device=device)
+    grad[3, 1] = value
+    _, grad_input = check_on(input, weights, biases, grad, (name,) * len(weights), assert_near)
+    assert (grad_input[3].isnan() if value != value else grad_input[3] == value).all()
+    assert torch.cat([grad_input[:3], grad_input[4:]]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+def test_overflow(name, widths, device, assert_near):
+    """Of float16, forward in one row and backward in another, far from where rounding decides."""
+    input, weights, biases = make_positive(widths, torch.float16, device)
+    for weight in weights:
+        weight.mul_(4)
+    grad = torch.rand(19, widths[-1]).to(input)
+    input[3], grad[3], grad[4] = 65504, 1e-6, 65504
+    names = (name,) * len(weights)
+    output, grad_input = check_on(input, weights, biases, grad, names, assert_near, torch.float16)
+    assert output[3].isinf().all()
+    assert grad_input[4].isinf().all()
+    assert not output.isnan().any()
 
 
 def test_reconstruction_error(device):

@@ -2,6 +2,8 @@
 runs on the CPU's kernels and on stand-ins (tools/gpu_stand_in.py), so that this file itself is tested."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -156,20 +158,24 @@ def test_training_in_a_cuda_graph(name, dtype, device):
     torch.testing.assert_close(captured, expected, rtol=0, atol=0)
 
 
+def make_packed(cell, device, dtype=torch.float32, hidden=16):
+    network = getattr(fastnn.nn, cell)(6, hidden, device=device, dtype=dtype)
+    packed = pack_padded_sequence(torch.randn(9, 4, 6, device=device, dtype=dtype), torch.tensor([9, 7, 3, 1]))
+    return network, packed
+
+
+def packed_step(network, packed):
+    output = network(packed)[0].data
+    return [output, *torch.autograd.grad(output.square().sum(), list(network.parameters()))]
+
+
 # Whatever the card, by kernels of ours: whether stock's can be captured is another matter.
 @pytest.mark.parametrize(("cell", "hidden", "dtype"), [
     ("GRU", 16, torch.float32), ("LSTM", 16, torch.bfloat16), ("LSTM", 300, torch.bfloat16),
 ])  # fmt: skip
 def test_packed_sequences_in_a_cuda_graph(cell, hidden, dtype, device):
-    network = getattr(fastnn.nn, cell)(6, hidden, device=device, dtype=dtype)
-    packed = pack_padded_sequence(torch.randn(9, 4, 6, device=device, dtype=dtype), torch.tensor([9, 7, 3, 1]))
-    leaves = list(network.parameters())
-
-    def step():
-        output = network(packed)[0].data
-        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
-
-    captured, expected = capture(step)
+    network, packed = make_packed(cell, device, dtype, hidden)
+    captured, expected = capture(lambda: packed_step(network, packed))
     torch.testing.assert_close(captured, expected, rtol=0, atol=0)
 
 
@@ -219,15 +225,45 @@ def test_large(device):
         torch.testing.assert_close(mlp(rows)[-128:], mlp(rows[-128:]), rtol=0, atol=0)
 
 
-def test_another_thread_and_stream(device):
-    _, fused, input = make("mlp", device)
-    expected = fused(input)
+@pytest.mark.parametrize("name", ["mlp", "packed"])
+def test_another_thread_and_stream(name, device):
+    """Backward too; once with what a plan of the first thread's and stream's has kept, once without."""
+    if name == "packed":
+        fused, input = make_packed("GRU", device)
+        run = packed_step
+    else:
+        _, fused, input = make(name, device)
+        run = step
+    expected = run(fused, input)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        actual = fused(input)
-    stream.synchronize()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+    def in_thread():
+        with torch.cuda.stream(stream):
+            kept = run(fused, input)
+            Plans.forget_all()
+            again = run(fused, input)
+        stream.synchronize()
+        return threading.get_ident(), kept, again
+
+    with ThreadPoolExecutor(1) as pool:
+        thread, *results = pool.submit(in_thread).result()
+    assert thread != threading.get_ident()
+    for actual in results:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_a_packed_batch_waits_for_nothing(cell, device):
+    """Training with new batch sizes: torch raises where the CPU would wait for the GPU."""
+    network, packed = make_packed(cell, device, torch.bfloat16)
+    packed_step(network, packed)
+    Plans.forget_all()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed_step(network, packed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["conv2d", "lstm", "mlp"])

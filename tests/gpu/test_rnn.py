@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.kernels import _launch, _rnn_config
+from fastnn.kernels import _launch, _rnn_config, _rnn_wave
 from fastnn.kernels import rnn as kernels
 from fastnn.kernels._rnn_problem import MODES, check_problem
 
+INF, NAN = float("inf"), float("nan")
 NETWORKS = {
     "RNN_TANH": (torch.nn.RNN, {"nonlinearity": "tanh"}),
     "RNN_RELU": (torch.nn.RNN, {"nonlinearity": "relu"}),
@@ -43,9 +44,10 @@ def make(mode, dtype, device, inputs=5, hidden=7, layers=1, bidirectional=False,
 
 
 def run_stock(stock, arguments):
-    """Output, final state, and the leaves: input, state, weights."""
-    input = arguments["input"].detach().double().cpu().requires_grad_()
-    state = [s.detach().double().cpu().requires_grad_() for s in arguments["state"]]
+    """Output, final state, and the leaves: input, state, weights, all of the network's dtype."""
+    like = stock._flat_weights[0]
+    input = arguments["input"].detach().to(like).requires_grad_()
+    state = [s.detach().to(like).requires_grad_() for s in arguments["state"]]
     hx = None if not state else tuple(state) if len(state) == 2 else state[0]
     if arguments["batch_sizes"] is None:
         output, final = stock(input, hx)
@@ -55,17 +57,21 @@ def run_stock(stock, arguments):
     return output, list(final) if isinstance(final, tuple) else [final], [input, *state, *stock._flat_weights]
 
 
-def check(stock, arguments, assert_near, factor=4):
-    """Forward and every gradient."""
+def check(stock, arguments, assert_near, factor=4, grad_output=None):
+    """Forward and every gradient -> the input's."""
     expected, expected_final, leaves = run_stock(stock, arguments)
     output, final, reserve = kernels.rnn_with_reserve(**arguments)
     assert_near(output, expected.detach(), factor)
     for got, want in zip(final, expected_final, strict=True):
         assert_near(got, want.detach(), factor)
-    torch.testing.assert_close(kernels.rnn(**arguments)[0], output, rtol=0, atol=0)
+    torch.testing.assert_close(kernels.rnn(**arguments)[0], output, rtol=0, atol=0, equal_nan=True)
 
     grads = [torch.randn(t.shape).to(output) for t in (output, *final)]
-    gradients = torch.autograd.grad((expected, *expected_final), leaves, [g.double().cpu() for g in grads])
+    if grad_output is not None:
+        grads = [grad_output, *map(torch.zeros_like, final)]
+    # GRU on a CPU computes grad - grad * z, which is NaN of an inf; on a GPU stock's is grad * (1 - z), as ours.
+    large = [g.to(expected).nan_to_num(NAN, 1e200, -1e200) for g in grads]
+    gradients = torch.autograd.grad((expected, *expected_final), leaves, large)
     grad_input, grad_state, grad_weights = kernels.rnn_backward(
         grads[0], grads[1:], **arguments, output=output, reserve=reserve, input_wanted=True, state_wanted=True,
         weights_wanted=True,
@@ -73,6 +79,7 @@ def check(stock, arguments, assert_near, factor=4):
     actual = [grad_input, *grad_state[: len(arguments["state"])], *grad_weights]
     for got, want in zip(actual, gradients, strict=True):
         assert_near(got, want, 2 * factor)
+    return grad_input
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -152,6 +159,25 @@ def test_bfloat16_as_a_wavefront(device, assert_near, wave):
     check(*make("GRU", torch.bfloat16, device, layers=2, length=9), assert_near)
 
 
+# A device assert would take the GPU from all other tests of the process.
+@pytest.mark.skipif(not _launch.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("sharing", ["spread", "wave"])
+def test_a_program_that_waits_for_ever_fails(sharing, device, monkeypatch, request):
+    request.getfixturevalue(sharing)
+    _, arguments = make("RNN_TANH", torch.float32, device, hidden=9, layers=2)
+    output, final, reserve = kernels.rnn_with_reserve(**arguments)
+    if sharing == "spread":  # the others, as it looks, have never come
+        monkeypatch.setattr(kernels, "_arrived", lambda launch: torch.full(launch.grid[:2], -1000, dtype=torch.int32))
+    else:  # the second to run comes first
+        monkeypatch.setattr(_rnn_wave, "run_wave", lambda launch, layers, chunk, tensors, sizes:
+                            launch(*tensors, 1, chunk, *sizes))  # fmt: skip
+    with pytest.raises(Exception, match="waits for one that does not come"):
+        kernels.rnn(**arguments)
+    with pytest.raises(Exception, match="waits for one that does not come"):
+        kernels.rnn_backward(output, final, **arguments, output=output, reserve=reserve, input_wanted=True,
+                             state_wanted=True, weights_wanted=True)  # fmt: skip
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_wavefront_is_layer_after_layer(mode, device, monkeypatch, same_products_in_any_row):
     """Bit for bit, wherever chunks end."""
@@ -169,6 +195,87 @@ def test_a_wavefront_is_layer_after_layer(mode, device, monkeypatch, same_produc
             assert torch.equal(got, want)
     for got, want in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(params=["resident", "spread", "wave"])
+def sizes(request):
+    """Sizes off every tile, of a network that one kind of kernels runs."""
+    if request.param == "resident":
+        return {"hidden": 19, "length": 4}
+    request.getfixturevalue(request.param)
+    return {"hidden": 19, "length": 4} if request.param == "spread" else {"hidden": 19, "length": 10, "layers": 2}
+
+
+def make_of_one_sign(mode, device, sizes, scale=0.5, dtype=torch.float16):
+    """``make`` with weights of ``scale``'s sign and all else positive, so that sums with one inf are inf: with NaN in
+    stock's results too, nothing would be seen of one that comes from a lane beside them."""
+    stock, arguments = make(mode, dtype, device, **sizes)
+    for tensor in (arguments["input"], *arguments["state"]):
+        tensor.abs_().mul_(0.25).add_(0.25)
+    set_weights(stock, arguments, [weight.abs() * scale for weight in stock._flat_weights])
+    return stock, arguments
+
+
+def set_weights(stock, arguments, values):
+    with torch.no_grad():
+        for weight, own, value in zip(stock._flat_weights, arguments["weights"], values, strict=True):
+            weight.copy_(own.copy_(value))
+
+
+def keep_gradients_of_one_sign(stock, arguments, hidden):
+    """Of GRU too, where they have the state's difference to the new gate as a factor: positive while that gate is
+    negative and the state decays slowly."""
+    values = [weight.clone() for weight in stock._flat_weights]
+    for b_ih, b_hh in zip(values[2::4], values[3::4], strict=True):
+        b_ih[hidden : 2 * hidden] = b_hh[hidden : 2 * hidden] = 2
+        b_ih[2 * hidden :], b_hh[2 * hidden :] = -2.5, 1
+    set_weights(stock, arguments, values)
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_that_is_not_finite_stays_where_it_is(mode, value, device, assert_near, sizes):
+    stock, arguments = make_of_one_sign(mode, device, sizes, -0.5 if value < 0 else 0.5)
+    arguments["state"][0][0, 0, 1] = value
+    if value != value:
+        check(stock, arguments, assert_near)
+        assert not kernels.rnn(**arguments)[0][:, 1:].isnan().any()
+        return
+    assert not run_stock(stock, arguments)[0].isnan().any()
+    check(stock, arguments, assert_near)
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_that_is_not_finite_spreads_as_in_stock(mode, value, device, assert_near, sizes):
+    stock, arguments = make_of_one_sign(mode, device, sizes)
+    if mode == "GRU":
+        keep_gradients_of_one_sign(stock, arguments, sizes["hidden"])
+    grad = torch.ones(sizes["length"], 3, 19).to(device, torch.float16)
+    grad[-1, 0, 1] = value
+    grad_input = check(stock, arguments, assert_near, grad_output=grad)
+    assert grad_input[:, 1:].isfinite().all()
+    assert (grad_input[:, 0].isnan() if value != value else grad_input[:, 0] == value).all()
+
+
+def test_overflow(device, assert_near, sizes):
+    """In forward in the first sequence, in backward in the second. Not of float16: stock's sums have that too, those of
+    the kernels float32, so that they do not overflow together."""
+    stock, arguments = make_of_one_sign("RNN_RELU", device, sizes, 1, torch.float32)
+    arguments["state"][0][0, 0] = 3e38
+    grad = torch.ones(sizes["length"], 3, 19, device=device)
+    grad[:, 1] = 3e38
+    grad_input = check(stock.float(), arguments, assert_near, 8, grad_output=grad)
+    assert grad_input[:, 1].isinf().any()
+    assert grad_input[:, 2].isfinite().all()
+
+
+def test_overflow_of_float16(device, assert_near, sizes):
+    stock, arguments = make_of_one_sign("RNN_RELU", device, sizes, 1)
+    arguments["state"][0][0, 0] = 65504
+    output = kernels.rnn(**arguments)[0]
+    assert_near(output, run_stock(stock, arguments)[0].detach())
+    assert output[:, 0].isinf().all()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -55,7 +55,7 @@ FASTNN_INLINE void copy_pairs(const bfloat16* even, const bfloat16* odd, int64_t
 // The input under a band of one image, in elements E -> DirectPlan's copy.
 template <class E, class T>
 void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band, int64_t image, E* copy) {
-  constexpr bool pairs = sizeof(E) != sizeof(Compute<E>) || !__is_same(E, Compute<E>);
+  constexpr bool pairs = __is_same(E, bfloat16x2);
   const ConvPoolGeometry& g = call.geometry;
   const ConvLayout& layout = call.input_layout;
   const int64_t(&extent)[3] = plan.band.input;
@@ -71,6 +71,14 @@ void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band
       }
     }
   };
+  if (plan.channels_last && layout.d[2] == 1) {  // contiguous, to be turned
+    for_each_row([&](bool inside, const T* row, E* to) {
+      copy_row(inside, columns, extent[2], plan.step[2], to, [&](E* at, int64_t first, int64_t count) {
+        if constexpr (__is_same(E, T)) transpose_matrix(row + first, layout.c, g.in_channels, count, at, plan.step[2]);
+      });
+    });
+    return;
+  }
   if (!plan.channels_last) {
     for (int64_t c = 0; c < plan.channels; ++c) {
       for_each_row([&](bool inside, const T* row, E* to) {

@@ -9,8 +9,7 @@
 // store for each element of the input (a band of few rows copies some of them twice).
 #pragma once
 
-#include "channels.h"
-#include "pack.h"
+#include "matrix.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -25,49 +24,98 @@ void list_offsets(const ConvCall<T>& call, const DirectPlan& plan, int64_t* offs
   });
 }
 
+// Of a weight of pairs of channels, the place of the number n.
+template <class T>
+FASTNN_INLINE int64_t pair_source(const ConvCall<T>& call, int64_t n) {
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t k = n / 2, pairs = divide_up(g.in_channels, 2), taps = g.taps();
+  const bool last = weight_is_channels_last(call);
+  const int64_t channel = 2 * (last ? k % pairs : k / taps) + n % 2, tap = last ? k / pairs : k % taps;
+  if (channel >= g.in_channels) return -1;
+  return last ? tap * g.in_channels + channel : channel * taps + tap;
+}
+
 template <class E, class T>
 void pack_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
-  const int64_t blocks = blocks_of<C>(g), depth = call.plan->direct.depth;
+  const DirectPlan& plan = call.plan->direct;
+  const int64_t blocks = blocks_of<C>(g);
   for (int64_t item = first_item; item < last_item; ++item) {
     const Block block = block_of<C>(g, item % blocks);
-    E* to = reinterpret_cast<E*>(call.packed) + lanes_before<C>(g, item / blocks, block) * depth;
-    pack_outputs<E>(call, item / blocks * g.out_channels + block.first, block.count, to, block.vectors * kLanes<C>);
+    const int64_t output = item / blocks * g.out_channels + block.first, width = block.vectors * kLanes<C>;
+    const int64_t before = lanes_before<C>(g, item / blocks, block);
+    if constexpr (__is_same(E, C)) {
+      pack_outputs(call, output, block.count, call.packed + before * plan.depth, width);
+#if defined(__AVX512F__)
+    } else if constexpr (__is_same(E, bfloat16x2)) {
+      pack_pairs(call, output, block.count, plan.depth, [&](int64_t n) { return pair_source(call, n); },
+                 reinterpret_cast<bfloat16x2*>(call.packed) + before * plan.depth, width);
+    } else {
+      const int64_t pairs = plan.depth * plan.matrix.numbers / 2;
+      pack_pairs(call, output, block.count, pairs, [&](int64_t n) { return matrix_source(call, n); },
+                 reinterpret_cast<bfloat16x2*>(call.packed) + before * pairs, width);
+#endif
+    }
   }
 }
 
 template <class E, class T>
 void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
   using C = Compute<T>;
+  constexpr bool by_matrix = __is_same(E, bfloat16);
   const ConvPoolGeometry& g = call.geometry;
   const DirectPlan& plan = call.plan->direct;
   Parts parts(scratch);
   E* const copy = parts.take<E>(plan.copy_size);
   int64_t* const offsets = parts.take<int64_t>(plan.depth);
   ChannelPool<T> pool(call, plan.band, plan.ring, parts);
-  list_offsets(call, plan, offsets);
+  const int64_t depth = by_matrix ? plan.depth * plan.matrix.numbers / 2 : plan.depth;  // of the weight
+  if constexpr (by_matrix) {
+    list_blocks(call, offsets);
+    fill_zeros(copy, plan.copy_size);  // what runs end beyond is multiplied by zero
+  } else {
+    list_offsets(call, plan, offsets);
+  }
   for (int64_t item = first_item; item < last_item; ++item) {
     const Band band = band_of(g, plan.band, plan.block_parts, item);
     copy_band<E>(call, plan, band, band.image, copy);
     const Inside columns = pool.inside(band);
+    const int64_t count = columns.last - columns.first, step = g.stride[2] * plan.step[2];
     int64_t first, last;
     part_of(blocks_of<C>(g), band.part, plan.block_parts, first, last);
-    for (int64_t b = first; b < last; ++b) {
-      const Block block = block_of<C>(g, b);
-      const E* weight = reinterpret_cast<const E*>(call.packed) + lanes_before<C>(g, band.group, block) * plan.depth;
-      const auto sum_row = [&](int64_t z, int64_t y, int64_t first_k, int64_t last_k) {
-        const E* pixels = copy + (z - band.conv[0]) * g.stride[0] * plan.step[0] +
-                          (y - band.conv[1]) * g.stride[1] * plan.step[1] +
-                          columns.first * g.stride[2] * plan.step[2];
-        sum_pixels<E>(block.vectors, pixels, g.stride[2] * plan.step[2], columns.last - columns.first, offsets, first_k,
-                      last_k, weight, pool.bias(), pool.ring().slot(z, y) + columns.first * block.vectors * kLanes<C>);
-      };
-      pool.start(band, block);
-      for (int64_t k = 0; plan.whole_band && k < plan.depth; k += kLongestSum) {
-        pool.for_each_row(band, [&](int64_t z, int64_t y) { sum_row(z, y, k, smaller(k + kLongestSum, plan.depth)); });
+    const auto run_blocks = [&](const auto& sum) {
+      for (int64_t b = first; b < last; ++b) {
+        const Block block = block_of<C>(g, b);
+        const C* weight = call.packed + lanes_before<C>(g, band.group, block) * depth;
+        const auto sum_row = [&](int64_t z, int64_t y, int64_t first_k, int64_t last_k) {
+          const E* pixels = copy + (z - band.conv[0]) * g.stride[0] * plan.step[0] +
+                            (y - band.conv[1]) * g.stride[1] * plan.step[1] + columns.first * step;
+          sum(block.vectors, pixels, first_k, last_k, weight,
+              pool.ring().slot(z, y) + columns.first * block.vectors * kLanes<C>);
+        };
+        pool.start(band, block);
+        for (int64_t k = 0; plan.whole_band && k < plan.depth; k += kLongestSum) {
+          pool.for_each_row(band, [&](int64_t z, int64_t y) { sum_row(z, y, k, smaller(k + kLongestSum, plan.depth)); });
+        }
+        pool.run(band, band.image, block, [&](int64_t z, int64_t y) { sum_row(z, y, 0, plan.depth); });
       }
-      pool.run(band, band.image, block, [&](int64_t z, int64_t y) { sum_row(z, y, 0, plan.depth); });
+    };
+    if (count <= 0) {
+      run_blocks([](int, const E*, int64_t, int64_t, const C*, C*) {});
+    } else if constexpr (by_matrix) {
+#if defined(__AVX512F__)
+      const MatrixUnit unit(matrix_pixels(count), plan.matrix.numbers);
+      run_blocks([&](int vectors, const E* pixels, int64_t, int64_t, const C* weight, C* to) {
+        sum_pixels_by_matrix(plan, vectors, pixels, step, count, offsets, reinterpret_cast<const bfloat16x2*>(weight),
+                             pool.bias(), to);
+      });
+#endif
+    } else {
+      run_blocks([&](int vectors, const E* pixels, int64_t first_k, int64_t last_k, const C* weight, C* to) {
+        sum_pixels<E>(vectors, pixels, step, count, offsets, first_k, last_k, reinterpret_cast<const E*>(weight),
+                      pool.bias(), to);
+      });
     }
   }
 }

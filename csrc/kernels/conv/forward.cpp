@@ -28,7 +28,8 @@ void pack(const ConvCall<T>& call, int64_t first, int64_t last) {
     case ForwardAlgorithm::direct:
 #if defined(__AVX512F__)
       if constexpr (sizeof(T) == sizeof(bfloat16)) {
-        if (call.plan->direct.pairs) return pack_direct<bfloat16x2>(call, first, last);
+        if (call.plan->direct.elements == Elements::pairs) return pack_direct<bfloat16x2>(call, first, last);
+        if (call.plan->direct.elements == Elements::blocks) return pack_direct<bfloat16>(call, first, last);
       }
 #endif
       return pack_direct<Compute<T>>(call, first, last);
@@ -55,7 +56,8 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
     case ForwardAlgorithm::direct:
 #if defined(__AVX512F__)
       if constexpr (sizeof(T) == sizeof(bfloat16)) {
-        if (call.plan->direct.pairs) return run_direct<bfloat16x2>(call, first, last, scratch);
+        if (call.plan->direct.elements == Elements::pairs) return run_direct<bfloat16x2>(call, first, last, scratch);
+        if (call.plan->direct.elements == Elements::blocks) return run_direct<bfloat16>(call, first, last, scratch);
       }
 #endif
       return run_direct<Compute<T>>(call, first, last, scratch);
@@ -66,9 +68,10 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
 
 }  // namespace
 
-extern const ConvKernelTable conv_kernels = {{pack<float>, run<float>, is_moderate<float>},
-                                             {pack<double>, run<double>, is_moderate<double>},
-                                             {pack<bfloat16>, run<bfloat16>, is_moderate<bfloat16>}};
+extern const ConvKernelTable conv_kernels = {
+    {FASTNN_VECTOR_BYTES, pack<float>, run<float>, is_moderate<float>},
+    {FASTNN_VECTOR_BYTES, pack<double>, run<double>, is_moderate<double>},
+    {FASTNN_VECTOR_BYTES, pack<bfloat16>, run<bfloat16>, is_moderate<bfloat16>}};
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

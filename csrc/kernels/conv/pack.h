@@ -2,6 +2,7 @@
 #pragma once
 
 #include "copy.h"
+#include "tile.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -9,7 +10,7 @@ namespace FASTNN_ISA {
 // The weight is dense: [output][channel][kernel position], or channels last.
 template <class T>
 FASTNN_INLINE bool weight_is_channels_last(const ConvCall<T>& call) {
-  return call.geometry.in_channels > 1 && call.weight_layout.c == 1 && call.geometry.taps() > 1;
+  return call.geometry.in_channels > 1 && call.weight_layout.c == 1 && call.weight_layout.d[2] != 1;
 }
 
 // Calls body(k, channel, slice, row, column of the kernel) in the order in which the weight lies, of `channels` of them
@@ -28,29 +29,35 @@ FASTNN_INLINE void for_each_tap(const ConvPoolGeometry& g, int64_t channels, boo
   }
 }
 
-// Outputs [output, output + count) -> to [depth][width], of which the first `count` elements of a row are written, and
-// zeros behind them.
-template <class E, class T>
-void pack_outputs(const ConvCall<T>& call, int64_t output, int64_t count, E* to, int64_t width) {
-  const ConvPoolGeometry& g = call.geometry;
-  const int64_t row = g.depth();
+// Outputs [output, output + count) -> to [depth][width], in the weight's own order; zeros behind the first `count`
+// elements of a row.
+template <class T>
+void pack_outputs(const ConvCall<T>& call, int64_t output, int64_t count, Compute<T>* to, int64_t width) {
+  const int64_t depth = call.geometry.depth();
+  if (count < width) fill_zeros(to, depth * width);
+  transpose_matrix(call.weight + output * call.weight_layout.n, call.weight_layout.n, count, depth, to, width);
+}
+
+// The same in pairs of numbers, `pairs` of them. source(n) is where in an output's weight the number n lies, or -1 for a
+// zero; numbers 2 i and 2 i + 1 are a pair.
+template <class T, class Source>
+void pack_pairs(const ConvCall<T>& call, int64_t output, int64_t count, int64_t pairs, const Source& source,
+                bfloat16x2* to, int64_t width) {
+  constexpr int64_t some = 256, most = kBlockVectors * kLanes<float>;  // pairs at a time, outputs
+  alignas(64) bfloat16x2 rows[most * some];
+  int64_t places[2 * some];
   const T* from = call.weight + output * call.weight_layout.n;
-  if constexpr (__is_same(E, Compute<E>)) {
-    if (count < width) fill_zeros(to, row * width);
-    transpose_matrix(from, call.weight_layout.n, count, row, to, width);
-  } else {
-    const bool last = weight_is_channels_last(call);
-    const int64_t channels = divide_up(g.in_channels, 2), taps = g.taps();
-    fill_zeros(to, channels * taps * width);
-    for_each_tap(g, channels, last, [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-      const int64_t tap = (d * g.kernel[1] + h) * g.kernel[2] + w;
-      const T* even = from + (last ? tap * g.in_channels + 2 * c : 2 * c * taps + tap);
-      const T* odd = 2 * c + 1 < g.in_channels ? even + (last ? 1 : taps) : nullptr;
-      for (int64_t o = 0; o < count; ++o) {
-        to[k * width + o].even = even[o * call.weight_layout.n];
-        if (odd) to[k * width + o].odd = odd[o * call.weight_layout.n];
-      }
-    });
+  if (count < width) fill_zeros(to, pairs * width);
+  for (int64_t first = 0; first < pairs; first += some) {
+    const int64_t here = smaller(some, pairs - first);
+    for (int64_t n = 0; n < 2 * here; ++n) places[n] = source(2 * first + n);
+    for (int64_t o = 0; o < count; ++o) {
+      T* row = reinterpret_cast<T*>(rows + o * some);
+      const T* weight = from + o * call.weight_layout.n;
+      for (int64_t n = 0; n < 2 * here; ++n) row[n] = places[n] < 0 ? T{} : weight[places[n]];
+    }
+    transpose_matrix(reinterpret_cast<const float*>(rows), some, count, here,
+                     reinterpret_cast<float*>(to + first * width), width);
   }
 }
 

@@ -57,19 +57,18 @@ void set_extents(const ConvPoolGeometry& g, BandPlan& band) {
   }
 }
 
-// As many rows of `images` images as `fits` admits, or else as many columns of one row; more bands where threads would
-// be idle. `others`: pieces that each band is worked on in (groups).
-template <class Fits>
-BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
+// As many columns of a row of `images` images as `is_near` admits, whose conv pixels stay in L1, and of them as many
+// rows as `fits`, or else fewer columns; more bands where threads would be idle.
+template <class Near, class Fits>
+BandPlan choose_band(const Planner& p, int64_t images, const Near& is_near, const Fits& fits) {
   const ConvPoolGeometry& g = p.g;
   BandPlan band{};
   band.images = images;
-  band.columns = g.output[2];
   const auto admits = [&](int64_t rows, int64_t columns) {
     band.rows = rows;
     band.columns = columns;
     set_extents(g, band);
-    return fits(band);
+    return is_near(band) && fits(band);
   };
   int64_t rows = g.output[1], columns = g.output[2];
   const auto largest = [&](int64_t most, const auto& fits_so_many) {  // by halving the range
@@ -84,10 +83,9 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
     }
     return least;
   };
-  if (!admits(rows, columns)) {
-    rows = largest(rows, [&](int64_t n) { return admits(n, columns); });
-    if (rows == 1 && !admits(1, columns)) columns = largest(columns, [&](int64_t n) { return admits(1, n); });
-  }
+  columns = largest(columns, [&](int64_t n) { return admits(1, n); });
+  columns = divide_up(g.output[2], divide_up(g.output[2], columns));
+  rows = largest(rows, [&](int64_t n) { return admits(n, columns); });
   band.image_bands = divide_up(g.batch, images);
   const int64_t others = band.image_bands * g.groups * g.output[0] * divide_up(g.output[2], columns);
   int64_t row_bands = divide_up(g.output[1], rows);
@@ -99,8 +97,19 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
   band.column_bands = divide_up(g.output[2], columns);
   band.columns = divide_up(g.output[2], band.column_bands);
   band.column_bands = divide_up(g.output[2], band.columns);
+  band.stage_rows = band.rows;
   set_extents(g, band);
   return band;
+}
+
+// Bytes of the conv pixels that wait for their windows, `pixel` of each.
+int64_t ring_bytes(const ConvPoolGeometry& g, const BandPlan& band, int64_t pixel) {
+  return g.pool_extent(0) * g.pool_extent(1) * band.conv[2] * pixel;
+}
+
+// Pooled rows of `row` bytes that are written out together.
+void set_stage(BandPlan& band, int64_t row) {
+  band.stage_rows = std::min(band.rows, std::max<int64_t>(1, tuned::kStageBytes / row));
 }
 
 int64_t bands_of(const ConvPoolGeometry& g, const BandPlan& band) {
@@ -119,7 +128,7 @@ RingPlan ring_of(const ConvPoolGeometry& g, const BandPlan& band, int64_t pixel)
 // What ChannelPool takes.
 void take_pool(const Planner& p, const BandPlan& band, const RingPlan& ring, Memory& memory) {
   const ConvPoolGeometry& g = p.g;
-  const int64_t stage = band.rows * band.columns * p.block, pointer = sizeof(void*);
+  const int64_t stage = band.stage_rows * band.columns * p.block, pointer = sizeof(void*);
   memory.take(ring.slices * ring.rows * ring.row_size, p.compute_bytes)
       .take(ring.slices * ring.rows, 8)
       .take(ring.row_size, p.compute_bytes)
@@ -159,12 +168,13 @@ constexpr int64_t kLongestPart = 128;  // products that are summed in one go
 
 // ---- direct -------------------------------------------------------------------------------------------------------
 
-void set_copy(const Planner& p, DirectPlan& plan, int64_t element) {
-  const ConvPoolGeometry& g = p.g;
+void set_copy(DirectPlan& plan, int64_t element) {
   const int64_t(&input)[3] = plan.band.input;
-  if (p.request.input_channels_last) {
+  if (plan.channels_last) {
     plan.step[2] = plan.channels;
-    if (plan.step[2] * element % tuned::kMeetingBytes == 0) plan.step[2] += 64 / element;
+    if (plan.elements != Elements::blocks && plan.step[2] * element % tuned::kMeetingBytes == 0) {
+      plan.step[2] += 64 / element;
+    }
     plan.channel_step = 1;
   } else {
     plan.step[2] = 1;
@@ -172,31 +182,54 @@ void set_copy(const Planner& p, DirectPlan& plan, int64_t element) {
   plan.step[1] = input[2] * plan.step[2];
   plan.step[0] = input[1] * plan.step[1];
   plan.copy_size = input[0] * plan.step[0];
-  if (plan.step[2] == 1) {
+  if (!plan.channels_last) {
     plan.channel_step = plan.copy_size;
     plan.copy_size *= plan.channels;
   }
-  plan.depth = plan.channels * g.taps();
 }
 
-ConvPlan plan_direct(const Planner& p) {
+MatrixPlan matrix_of(const ConvPoolGeometry& g) {
+  constexpr int64_t kNumbers = 32, kMostRun = 256;  // of a multiplication's depth; of a run across columns
+  const int64_t row = g.kernel[2] * g.in_channels, columns_blocks = g.kernel[2] * divide_up(g.in_channels, kNumbers);
+  MatrixPlan m{};
+  m.joins_columns = g.kernel[2] > 1 && g.dilation[2] == 1 && row <= kMostRun && divide_up(row, kNumbers) < columns_blocks;
+  m.run = m.joins_columns ? row : g.in_channels;
+  m.blocks = divide_up(m.run, kNumbers);
+  m.numbers = 2 * divide_up(m.run, 2 * m.blocks);
+  return m;
+}
+
+ConvPlan plan_direct_of(const Planner& p, Elements elements) {
   const ConvPoolGeometry& g = p.g;
   ConvPlan plan{};
   plan.algorithm = ForwardAlgorithm::direct;
   DirectPlan& d = plan.direct;
-  d.pairs = p.request.element_bytes == 2 && p.machine.has_pairs;
-  d.channels_last = p.request.input_channels_last;
-  d.channels = d.pairs ? divide_up(g.in_channels, 2) : g.in_channels;
+  d.elements = elements;
+  d.channels_last = p.request.input_channels_last || elements == Elements::blocks;
+  d.channels = elements == Elements::pairs ? divide_up(g.in_channels, 2) : g.in_channels;
   d.block = p.block;
-  const int64_t element = p.compute_bytes;
+  const int64_t element = elements == Elements::blocks ? 2 : p.compute_bytes;
+  d.depth = d.channels * g.taps();
+  int64_t weight_pairs = d.depth;  // elements of an output's packed weight
+  if (elements == Elements::blocks) {
+    d.matrix = matrix_of(g);
+    d.depth = g.taps() / (d.matrix.joins_columns ? g.kernel[2] : 1) * d.matrix.blocks;
+    weight_pairs = d.depth * d.matrix.numbers / 2;
+    plan.needs_moderate = d.matrix.blocks * d.matrix.numbers > d.matrix.run;
+  }
   // A block's weight would leave L1 between two tiles: of a part of it, all pixels of a larger band are summed.
-  d.whole_band = d.channels * g.taps() > 2 * kLongestPart;
-  d.band = choose_band(p, 1, [&](const BandPlan& band) {
+  d.whole_band = elements != Elements::blocks && d.depth > 2 * kLongestPart;
+  const auto is_near = [&](const BandPlan& band) {
+    return d.whole_band || ring_bytes(g, band, p.block * p.compute_bytes) <= tuned::kRingBytes;
+  };
+  d.band = choose_band(p, 1, is_near, [&](const BandPlan& band) {
     const int64_t copy = band.input[0] * band.input[1] * band.input[2] * d.channels * element;
     const int64_t sums = band.conv[0] * band.conv[1] * band.conv[2] * p.block * p.compute_bytes;
     return d.whole_band ? copy + sums <= tuned::kDeepBandBytes : copy <= tuned::kBandBytes;
   });
-  set_copy(p, d, element);
+  set_stage(d.band, d.band.columns * p.block * p.compute_bytes);
+  set_copy(d, element);
+  if (elements == Elements::blocks) d.copy_size += d.matrix.numbers;  // which the last run may end beyond
   d.ring = ring_of(g, d.band, p.block);
   if (d.whole_band) {
     d.ring.slices = d.band.conv[0];
@@ -206,15 +239,29 @@ ConvPlan plan_direct(const Planner& p) {
   d.block_parts = block_parts(p, bands, blocks);
   plan.items = bands * d.block_parts;
   plan.pack_items = g.groups * blocks;
-  plan.packed_size = g.groups * round_up(g.out_channels, p.lanes) * d.depth;
+  plan.packed_size = g.groups * round_up(g.out_channels, p.lanes) * weight_pairs;
   Memory memory;
   memory.take(d.copy_size, element).take(d.depth, 8);
   take_pool(p, d.band, d.ring, memory);
   plan.scratch_size = memory.bytes();
   const double rows = p.conv_pixels() / g.conv[2];
-  plan.cost = g.groups * (rows * channel_tiles(p, g.conv[2], g.out_channels) * d.depth + channel_rest(p) +
-                          copy_cost(p) + packing_cost(p, d.depth));
+  double sums = channel_tiles(p, g.conv[2], g.out_channels) * d.depth;
+  double copy = copy_cost(p);
+  if (elements == Elements::blocks) {
+    // A multiplication of a tile takes as long as 16 of vectors.
+    sums = d.depth * static_cast<double>(divide_up(g.conv[2], 16) * divide_up(g.out_channels, p.lanes)) * tuned::kMatrixProduct;
+    if (!p.request.input_channels_last) copy *= tuned::kTranspose / tuned::kCopy;
+  }
+  plan.cost = g.groups * (rows * sums + channel_rest(p) + copy + packing_cost(p, static_cast<double>(weight_pairs)));
   return plan;
+}
+
+ConvPlan plan_direct(const Planner& p) {
+  const bool halves = p.request.element_bytes == 2;
+  ConvPlan plan = plan_direct_of(p, halves && p.machine.has_pairs ? Elements::pairs : Elements::numbers);
+  if (!halves || !p.machine.has_matrix) return plan;
+  const ConvPlan blocks = plan_direct_of(p, Elements::blocks);
+  return blocks.cost < plan.cost && !(p.request.exact && blocks.needs_moderate) ? blocks : plan;
 }
 
 // ---- phases -------------------------------------------------------------------------------------------------------
@@ -229,6 +276,7 @@ ConvPlan plan_phases(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   ConvPlan plan{};
   plan.algorithm = ForwardAlgorithm::phases;
+  plan.needs_moderate = true;
   PhasesPlan& f = plan.phases;
   DirectPlan& d = f.direct;
   for (int64_t phase = 0; phase < g.stride[2]; ++phase) {
@@ -256,9 +304,11 @@ ConvPlan plan_phases(const Planner& p) {
   const auto pitch_of = [&](const BandPlan& band) {  // of a row of pairs of one channel
     return channels_last ? pairs_of(band) : round_up(pairs_of(band), p.lanes);
   };
-  d.band = choose_band(p, 1, [&](const BandPlan& band) {
-    return f.positions * g.in_channels * band.input[0] * band.input[1] * pitch_of(band) * 4 <= tuned::kWinogradBytes;
+  const auto is_near = [&](const BandPlan& band) { return ring_bytes(g, band, p.block * 4) <= tuned::kRingBytes; };
+  d.band = choose_band(p, 1, is_near, [&](const BandPlan& band) {
+    return f.positions * g.in_channels * band.input[0] * band.input[1] * pitch_of(band) * 4 <= tuned::kTransformedBytes;
   });
+  set_stage(d.band, d.band.columns * p.block * 4);
   f.pairs = pairs_of(d.band);
   d.step[2] = channels_last ? g.in_channels : 1;
   if (channels_last && d.step[2] * 4 % tuned::kMeetingBytes == 0) d.step[2] += p.lanes;
@@ -301,7 +351,7 @@ ConvPlan plan_phases(const Planner& p) {
 // ---- winograd -----------------------------------------------------------------------------------------------------
 
 bool winograd_applies(const ConvPoolGeometry& g) {
-  bool applies = g.input[0] == 1 && g.kernel[0] == 1 && g.conv[0] == 1 && g.pool_extent(0) == 1 && g.output[0] == 1;
+  bool applies = true;
   for (int d = 1; d < 3; ++d) applies = applies && g.kernel[d] == 3 && g.stride[d] == 1 && g.dilation[d] == 1;
   return applies;
 }
@@ -311,44 +361,54 @@ ConvPlan plan_winograd(const Planner& p) {
   constexpr int64_t kPositions = 16;
   ConvPlan plan{};
   plan.algorithm = ForwardAlgorithm::winograd;
+  plan.needs_moderate = true;
   WinogradPlan& w = plan.winograd;
   w.pitch = round_up(g.in_channels, p.lanes) + p.lanes;  // off the powers of two, for the sake of the cache's sets
   w.block = p.block;
+  const auto slice_tiles = [](const BandPlan& band) { return divide_up(band.conv[1], 2) * divide_up(band.conv[2], 2); };
   const auto tile_bytes = [&](const BandPlan& band) {
-    return divide_up(band.conv[1], 2) * divide_up(band.conv[2], 2) * kPositions * (w.pitch + p.block) * 4;
+    return slice_tiles(band) * kPositions * (w.pitch * band.input[0] + p.block * band.conv[0]) * 4;
   };
-  w.band = choose_band(p, 1, [&](const BandPlan& band) { return tile_bytes(band) <= tuned::kWinogradBytes; });
+  const auto is_near = [&](const BandPlan& band) { return ring_bytes(g, band, p.block * 4) <= 2 * tuned::kRingBytes; };
+  w.band = choose_band(p, 1, is_near, [&](const BandPlan& band) {
+    return slice_tiles(band) <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
+  });
   if (w.band.row_bands == 1 && w.band.column_bands == 1) {  // small images: some together, for each use of the weight
-    const int64_t most = std::max<int64_t>(1, tuned::kWinogradBytes / tile_bytes(w.band));
+    const int64_t most = std::max({int64_t{1}, tuned::kTransformedBytes / tile_bytes(w.band),
+                                   tuned::kLeastTiles / slice_tiles(w.band)});
     const int64_t even = std::max<int64_t>(1, g.batch * g.groups / p.request.threads);
     w.band.images = std::min({most, even, g.batch});
     w.band.image_bands = divide_up(g.batch, w.band.images);
   }
+  set_stage(w.band, w.band.columns * p.block * 4);
   w.tile_rows = divide_up(w.band.conv[1], 2);
   w.tile_columns = divide_up(w.band.conv[2], 2);
   // A row of tiles fills two slots, of which no window needs what was there before.
-  w.ring = {1, round_up(g.pool_extent(1) + 1, 2), w.band.conv[2] * p.block};
+  w.ring = {g.pool_extent(0), round_up(g.pool_extent(1) + 1, 2), w.band.conv[2] * p.block};
   const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, w.band);
   w.block_parts = block_parts(p, bands, blocks);
   plan.items = bands * w.block_parts;
   plan.pack_items = g.groups * blocks;
   plan.packed_size =
-      kPositions * g.groups * (round_up(g.out_channels, p.lanes) * g.in_channels + blocks * p.lanes);
+      kPositions * g.groups * (round_up(g.out_channels, p.lanes) * g.in_channels * g.kernel[0] + blocks * p.lanes);
   const int64_t tiles = w.band.images * w.tile_rows * w.tile_columns;
   Memory memory;
   memory.take(4 * (2 * w.tile_columns + 2) * w.pitch, 4)
-      .take(kPositions * tiles * w.pitch, 4)
-      .take(kPositions * tiles * p.block, 4)
+      .take(kPositions * tiles * w.band.input[0] * w.pitch, 4)
+      .take(kPositions * tiles * w.band.conv[0] * p.block, 4)
       .take(p.block, 4)
-      .take(g.in_channels, 8);
+      .take(g.in_channels * g.kernel[0], 8);
   take_pool(p, w.band, w.ring, memory);
   plan.scratch_size = memory.bytes();
-  const double all = static_cast<double>(g.batch) * w.band.row_bands * w.tile_rows * w.band.column_bands * w.tile_columns;
+  const double all = static_cast<double>(g.batch) * g.output[0] * w.band.row_bands * w.tile_rows * w.band.column_bands *
+                     w.tile_columns;
   const double sums = channel_tiles(p, tiles, g.out_channels) / tiles * kPositions;
   const double vectors = divide_up(g.out_channels, p.lanes), in = divide_up(g.in_channels, p.lanes);
-  plan.cost = g.groups * (all * (sums * g.in_channels + kPositions * vectors * tuned::kStoreSum +
-                                 tuned::kWinogradIn * in + tuned::kWinogradOut * vectors) +
-                          channel_rest(p) + p.inputs() * in * tuned::kTranspose + packing_cost(p, g.in_channels * 16.0 * 2));
+  const double conv_slices = w.band.conv[0], in_slices = w.band.input[0];
+  plan.cost = g.groups * (all * (conv_slices * (sums * g.in_channels * g.kernel[0] + kPositions * vectors * tuned::kStoreSum +
+                                                tuned::kWinogradOut * vectors) +
+                                 in_slices * (tuned::kWinogradIn + 4 * tuned::kTranspose) * in) +
+                          channel_rest(p) + packing_cost(p, g.in_channels * g.kernel[0] * 16.0 * 2));
   return plan;
 }
 
@@ -377,17 +437,23 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
     x.copy_size = g.in_channels * x.channel_step + x.conv_run + x.residues * images + p.lanes;
     x.pitch = round_up(band.columns * images, p.lanes);
   };
-  x.band = choose_band(p, images, [&](const BandPlan& band) {
-    set_runs(band);
-    return x.copy_size * 4 <= tuned::kBandBytes;
-  });
-  set_runs(x.band);
   x.vectors = tile_vectors;
   x.blocks = divide_up(g.out_channels, most_outputs(p, tile_vectors));
   x.block = divide_up(g.out_channels, x.blocks);
   const int64_t used = std::min(g.pool_stride[2], g.pool_extent(2));
-  x.ring = {g.pool_extent(0), g.pool_extent(1), used * x.block * x.conv_run};
-  x.ring.row_size = std::max(x.ring.row_size, g.pool_stride[2] * x.block * x.conv_run);
+  const auto set_ring = [&] { x.ring = {g.pool_extent(0), g.pool_extent(1), used * x.block * x.conv_run}; };
+  const auto is_near = [&](const BandPlan& band) {
+    set_runs(band);
+    set_ring();
+    return x.ring.slices * x.ring.rows * x.ring.row_size * 4 <= tuned::kRingBytes;
+  };
+  x.band = choose_band(p, images, is_near, [&](const BandPlan& band) {
+    set_runs(band);
+    return x.copy_size * 4 <= tuned::kBandBytes;
+  });
+  set_runs(x.band);
+  set_ring();
+  set_stage(x.band, x.block * x.pitch * 4);
   plan.items = bands_of(g, x.band);
   plan.pack_items = g.groups * x.blocks;
   plan.packed_size = g.groups * g.out_channels * x.depth;
@@ -398,8 +464,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
       .take(x.ring.slices * x.ring.rows * x.ring.row_size, 4)
       .take(x.ring.slices * x.ring.rows, 8)
       .take(x.ring.row_size, 4)
-      .take(x.block * x.band.rows * x.pitch, 4)
-      .take(x.block * x.band.rows * x.pitch, 1)
+      .take(x.block * x.band.stage_rows * x.pitch, 4)
+      .take(x.block * x.band.stage_rows * x.pitch, 1)
       .take(g.pool_kernel[0] * g.pool_kernel[1], pointer)
       .take(g.places(), pointer)
       .take(x.block, 4);
@@ -447,9 +513,13 @@ ConvPlan plan_depthwise(const Planner& p) {
   plan.algorithm = ForwardAlgorithm::depthwise;
   DepthwisePlan& d = plan.depthwise;
   d.block = p.block;
-  d.band = choose_band(joined, 1, [&](const BandPlan& band) {
+  const auto is_near = [&](const BandPlan& band) {
+    return ring_bytes(g, band, p.block * p.compute_bytes) <= tuned::kRingBytes;
+  };
+  d.band = choose_band(joined, 1, is_near, [&](const BandPlan& band) {
     return band.input[0] * band.input[1] * band.input[2] * p.block * p.compute_bytes <= tuned::kBandBytes;
   });
+  set_stage(d.band, d.band.columns * p.block * p.compute_bytes);
   d.copy_size = d.band.input[0] * d.band.input[1] * d.band.input[2] * p.block;
   d.ring = ring_of(g, d.band, p.block);
   const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, d.band);
@@ -514,23 +584,51 @@ bool algorithm_applies(ForwardAlgorithm algorithm, const ConvPoolGeometry& g, co
   return false;
 }
 
-ConvPlan plan_forward(const ConvPoolGeometry& g, const PlanRequest& request, const Machine& machine) {
-  const Planner p{g, request, machine};
-  if (request.algorithm >= 0) return plan_of(static_cast<ForwardAlgorithm>(request.algorithm), p);
-  PlanRequest alone = request;  // the choice must not depend on the number of threads, nor with it the order of sums
-  alone.threads = 1;
-  const Planner one{g, alone, machine};
-  ForwardAlgorithm best = ForwardAlgorithm::direct;
-  double least = INFINITY;
+namespace {
+
+// Where none of ours has fewer multiplications, fewer bytes or fuller lanes, torch's convolution is at or near the peak
+// of whatever machine this is: kernels of one position, which do nothing but multiply matrices.
+bool stock_wins(const Planner& p, const ConvPlan& best) {
+  const ConvPoolGeometry& g = p.g;
+  if (p.request.element_bytes == 8 || best.algorithm != ForwardAlgorithm::direct) return false;
+  return g.taps() == 1 && g.in_channels >= 4 * p.lanes;
+}
+
+// By a single thread: the choice must not depend on the number of threads, nor with it the order of sums.
+ConvPlan choose(const Planner& one) {
+  const ConvPoolGeometry& g = one.g;
+  ConvPlan best{};
+  best.cost = INFINITY;
   for (int i = 0; i < kForwardAlgorithms; ++i) {
     const ForwardAlgorithm algorithm = static_cast<ForwardAlgorithm>(i);
-    if (algorithm == ForwardAlgorithm::stock || !algorithm_applies(algorithm, g, request, machine)) continue;
+    if (algorithm == ForwardAlgorithm::stock || !algorithm_applies(algorithm, g, one.request, one.machine)) continue;
     const ConvPlan plan = plan_of(algorithm, one);
-    if (plan.cost >= least) continue;
-    least = plan.cost;
-    best = algorithm;
+    if (plan.cost >= best.cost) continue;
+    // Each row reads all of a block's weight, which has to be near.
+    const int64_t block_weight = plan.packed_size / std::max<int64_t>(1, plan.pack_items) * one.compute_bytes;
+    if (algorithm == ForwardAlgorithm::phases && block_weight > tuned::kBlockWeightBytes) continue;
+    best = plan;
   }
-  return plan_of(best, p);
+  if (one.request.may_take_stock && stock_wins(one, best)) return plan_of(ForwardAlgorithm::stock, one);
+  return best;
+}
+
+}  // namespace
+
+ConvPlan plan_forward(const ConvPoolGeometry& g, const PlanRequest& request, const Machine& machine) {
+  PlanRequest alone = request;
+  alone.threads = 1;
+  const Planner one{g, alone, machine};
+  ConvPlan plan =
+      request.algorithm >= 0 ? plan_of(static_cast<ForwardAlgorithm>(request.algorithm), one) : choose(one);
+  const double worth = plan.cost / tuned::kCostPerThread;
+  const int64_t threads = worth >= request.threads ? request.threads : std::max<int64_t>(1, static_cast<int64_t>(worth));
+  if (threads > 1) {
+    alone.threads = threads;
+    plan = plan_of(plan.algorithm, Planner{g, alone, machine});
+  }
+  plan.threads = threads;
+  return plan;
 }
 
 const char* algorithm_name(ForwardAlgorithm algorithm) {

@@ -19,13 +19,15 @@ constexpr int kForwardAlgorithms = 6;
 // The instruction set in use, as planning sees it.
 struct Machine {
   int64_t vector_bytes;
-  bool has_pairs;  // multiplies vectors of pairs of bfloat16
+  bool has_pairs;   // multiplies vectors of pairs of bfloat16
+  bool has_matrix;  // multiplies matrices of them
 };
 
 // A band: the pooled pixels that are computed together, `rows` x `columns` of one slice of each of `images` images,
 // and what they need. Bands of the last row, column and image may be smaller.
 struct BandPlan {
   int64_t images, rows, columns;
+  int64_t stage_rows;                            // pooled rows that are written out together
   int64_t image_bands, row_bands, column_bands;  // how many there are
   int64_t input[3];                              // extent of the input under a band, padding included
   int64_t conv[3];                               // extent of its conv pixels, the pool's padding included
@@ -37,12 +39,29 @@ struct RingPlan {
   int64_t row_size;  // elements of a slot
 };
 
+// What a multiplication of direct convolution takes of the copy and the weight.
+enum class Elements : int32_t {
+  numbers,
+  pairs,   // of bfloat16: two channels at a time
+  blocks,  // of bfloat16: runs of channels, by a matrix unit
+};
+
+// Numbers that lie side by side under a conv pixel are a run: those of a row of the kernel, or of each of its columns.
+// A run is cut into equal blocks, the last of which may end beyond it, by weights of zero.
+struct MatrixPlan {
+  bool joins_columns;  // a run is a row of the kernel
+  int64_t run;         // numbers
+  int64_t blocks;      // of a run
+  int64_t numbers;     // of a block, even
+};
+
 // Channels in the lanes. A packed copy of the band, [channel][slice][row][column] or channels last.
 struct DirectPlan {
   BandPlan band;
   RingPlan ring;
-  bool pairs;                    // elements of the copy are pairs of bfloat16
-  bool channels_last;            // in the input, and in the copy
+  Elements elements;
+  bool channels_last;            // in the copy
+  MatrixPlan matrix;
   int64_t channels;              // of the copy, in its elements
   int64_t channel_step, step[3]; // of the copy, in its elements
   int64_t copy_size;             // its elements
@@ -114,11 +133,13 @@ struct DepthwisePlan {
 
 struct ConvPlan {
   ForwardAlgorithm algorithm;
+  int64_t threads;       // worth starting
   int64_t items;         // independent pieces of work
   int64_t pack_items;    // and of packing the weight
   int64_t packed_size;   // elements of the packed weight
   int64_t scratch_size;  // bytes, a thread
   double cost;           // vector multiply-adds that take as long
+  bool needs_moderate;   // input and weight: else the plan of an `exact` request is to be taken
   union {
     DirectPlan direct;
     PhasesPlan phases;
@@ -129,9 +150,10 @@ struct ConvPlan {
 };
 
 struct PlanRequest {
-  int64_t threads;
+  int64_t threads;                // at hand
   int64_t element_bytes;          // of the input: 8 float64, 4 float32, 2 bfloat16
   bool input_channels_last, output_channels_last;
+  bool may_take_stock;
   bool exact;                     // elements are not moderate: no transforms
   int32_t algorithm;              // the one to take, or -1
 };

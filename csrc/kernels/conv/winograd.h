@@ -1,6 +1,6 @@
-// Winograd's F(2x2, 3x3).
+// Winograd's F(2x2, 3x3), in each slice of the image.
 //
-// For 3x3 kernels of stride 1 with enough channels on both sides to be worth the transforms. A tile of 4x4 input pixels
+// For kernels of 3x3 (and any depth) of stride 1 with enough channels on both sides to be worth the transforms. A tile of 4x4 input pixels
 // and the 3x3 weights are transformed so that the tile's four conv pixels take 16 multiplications a channel instead of
 // 36 (Lavin and Gray, 2015). A band's tiles are transformed, multiplied by a block of output channels' transformed
 // weight, one position after another, and transformed back into the ring of conv rows, from which windows are pooled.
@@ -23,15 +23,15 @@ constexpr int kPoints = 4, kPositions = kPoints * kPoints;
 // for the sake of the cache's sets, and where a block begins.
 template <class C>
 FASTNN_INLINE int64_t position_size(const ConvPoolGeometry& g, int64_t width) {
-  return g.in_channels * width + kLanes<C>;
+  return g.in_channels * g.kernel[0] * width + kLanes<C>;
 }
 template <class C>
 FASTNN_INLINE int64_t weight_offset(const ConvPoolGeometry& g, int64_t group, const Block& block) {
   const int64_t number = group * blocks_of<C>(g) + block.first / (kBlockVectors * kLanes<C>);
-  return kPositions * (lanes_before<C>(g, group, block) * g.in_channels + number * kLanes<C>);
+  return kPositions * (lanes_before<C>(g, group, block) * g.in_channels * g.kernel[0] + number * kLanes<C>);
 }
 
-// weight -> [group][block][position][channel][vectors x lanes]
+// weight -> [group][block][position][channel and slice, in the weight's order][vectors x lanes]
 template <class T>
 void pack_winograd(const ConvCall<T>& call, int64_t first_item, int64_t last_item) {
   using C = Compute<T>;
@@ -46,11 +46,13 @@ void pack_winograd(const ConvCall<T>& call, int64_t first_item, int64_t last_ite
     C* const to = call.packed + weight_offset<C>(g, item / blocks, block);
     const int64_t position = position_size<C>(g, width);
     const T* const from = call.weight + (item / blocks * g.out_channels + block.first) * call.weight_layout.n;
-    for (int64_t c = 0; c < g.in_channels; c += some) {
-      const int64_t channels = smaller(some, g.in_channels - c);
+    const int64_t depth = g.in_channels * g.kernel[0];
+    for (int64_t c = 0, channels; c < depth; c += channels) {
+      channels = smaller(some, last ? g.in_channels - c % g.in_channels : depth - c);  // of one slice
       if (last) {
+        const T* slice = from + c / g.in_channels * 9 * g.in_channels + c % g.in_channels;
         for (int64_t tap = 0; tap < 9; ++tap) {
-          transpose_matrix(from + tap * g.in_channels + c, call.weight_layout.n, block.count, channels,
+          transpose_matrix(slice + tap * g.in_channels, call.weight_layout.n, block.count, channels,
                            taps + tap * some * width, width);
         }
       } else {
@@ -86,15 +88,18 @@ class WinogradForward {
 
  public:
   WinogradForward(const ConvCall<T>& call, void* scratch)
-      : call_(call), g_(call.geometry), plan_(call.plan->winograd), parts_(scratch) {
-    const int64_t tiles = plan_.band.images * plan_.tile_rows * plan_.tile_columns;
+      : call_(call),
+        g_(call.geometry),
+        plan_(call.plan->winograd),
+        depth_(call.geometry.in_channels * call.geometry.kernel[0]),
+        parts_(scratch) {
+    const int64_t tiles = plan_.band.images * plan_.band.input[0] * plan_.tile_rows * plan_.tile_columns;
     rows_ = parts_.take<C>(kPoints * (2 * plan_.tile_columns + 2) * plan_.pitch);
     transformed_ = parts_.take<C>(kPositions * tiles * plan_.pitch);
-    sums_ = parts_.take<C>(kPositions * tiles * kBlockVectors * kLanes<C>);
+    sums_ = parts_.take<C>(kPositions * tiles / plan_.band.input[0] * plan_.band.conv[0] * kBlockVectors * kLanes<C>);
     zeros_ = parts_.take<C>(kBlockVectors * kLanes<C>);
-    offsets_ = parts_.take<int64_t>(g_.in_channels);
+    offsets_ = parts_.take<int64_t>(g_.in_channels * g_.kernel[0]);
     fill_zeros(zeros_, kBlockVectors * kLanes<C>);
-    for (int64_t c = 0; c < g_.in_channels; ++c) offsets_[c] = c;
   }
 
   void run(int64_t first_item, int64_t last_item) {
@@ -102,8 +107,21 @@ class WinogradForward {
     for (int64_t item = first_item; item < last_item; ++item) {
       const Band band = band_of(g_, plan_.band, plan_.block_parts, item);
       const int64_t tile_rows = divide_up((band.rows - 1) * g_.pool_stride[1] + g_.pool_extent(1), 2);
-      const int64_t image_tiles = tile_rows * plan_.tile_columns, tiles = band.images * image_tiles;
-      for (int64_t i = 0; i < band.images; ++i) transform_image(band, band.image + i, tile_rows, tiles, i * image_tiles);
+      const int64_t in_slices = plan_.band.input[0], conv_slices = plan_.band.conv[0];
+      const int64_t slice_tiles = tile_rows * plan_.tile_columns;
+      const int64_t in_tiles = band.images * in_slices * slice_tiles, tiles = band.images * conv_slices * slice_tiles;
+      for (int64_t i = 0; i < band.images * in_slices; ++i) {
+        transform_slice(band, band.image + i / in_slices, band.input[0] + i % in_slices, tile_rows, in_tiles,
+                        i * slice_tiles);
+      }
+      const bool slices_first = weight_is_channels_last(call_);
+      for (int64_t k = 0; k < depth_; ++k) {
+        const int64_t c = slices_first ? k % g_.in_channels : k / g_.kernel[0];
+        const int64_t d = slices_first ? k / g_.in_channels : k % g_.kernel[0];
+        offsets_[k] = c + d * g_.dilation[0] * slice_tiles * plan_.pitch;
+      }
+      // Slices of input that each make one of conv pixels follow one another.
+      const int64_t together = in_slices == conv_slices ? band.images * conv_slices : 1;
       const Inside columns = pool.inside(band);
       int64_t first, last;
       part_of(blocks_of<C>(g_), band.part, plan_.block_parts, first, last);
@@ -112,15 +130,20 @@ class WinogradForward {
         const int64_t width = block.vectors * kLanes<C>;
         const C* weight = call_.packed + weight_offset<C>(g_, band.group, block);
         for (int64_t position = 0; position < kPositions; ++position) {
-          sum_pixels<C>(block.vectors, transformed_ + position * tiles * plan_.pitch, plan_.pitch, tiles, offsets_, 0,
-                        g_.in_channels, weight + position * position_size<C>(g_, width), zeros_,
-                        sums_ + position * tiles * width);
+          for (int64_t i = 0; i < band.images * conv_slices; i += together) {
+            const int64_t slice = i / conv_slices * in_slices + i % conv_slices * g_.stride[0];
+            sum_pixels<C>(block.vectors, transformed_ + (position * in_tiles + slice * slice_tiles) * plan_.pitch,
+                          plan_.pitch, together * slice_tiles, offsets_, 0, depth_,
+                          weight + position * position_size<C>(g_, width), zeros_,
+                          sums_ + (position * tiles + i * slice_tiles) * width);
+          }
         }
         for (int64_t i = 0; i < band.images; ++i) {
           pool.start(band, block);
           pool.run(band, band.image + i, block, [&](int64_t z, int64_t y) {
             const int64_t row = (y - band.conv[1]) / 2;
-            const C* sums = sums_ + (i * image_tiles + row * plan_.tile_columns) * width;
+            const int64_t slice = i * conv_slices + z - band.conv[0];
+            const C* sums = sums_ + (slice * slice_tiles + row * plan_.tile_columns) * width;
             make_rows(pool, z, band.conv[1] + 2 * row, sums, tiles * width, block.vectors, columns);
           });
         }
@@ -130,15 +153,15 @@ class WinogradForward {
 
  private:
   // The input under a row of tiles, channels innermost: [row][column][pitch].
-  void load_rows(const Band& band, int64_t image, int64_t row, int64_t columns) {
+  void load_rows(const Band& band, int64_t image, int64_t z, int64_t row, int64_t columns) {
     const ConvLayout& layout = call_.input_layout;
     const Inside inside = overlap(band.input[2], columns, g_.input[2]);
     for (int64_t r = 0; r < kPoints; ++r) {
       const int64_t y = row + r;
-      copy_row(y >= 0 && y < g_.input[1], inside, columns, plan_.pitch, rows_ + r * columns * plan_.pitch,
+      copy_row(z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1], inside, columns, plan_.pitch, rows_ + r * columns * plan_.pitch,
                [&](C* to, int64_t first, int64_t count) {
                  const T* from = call_.input + image * layout.n + band.group * g_.in_channels * layout.c +
-                                 y * layout.d[1] + (band.input[2] + first) * layout.d[2];
+                                 z * layout.d[0] + y * layout.d[1] + (band.input[2] + first) * layout.d[2];
                  if (layout.d[2] == 1) {
                    transpose_matrix(from, layout.c, g_.in_channels, count, to, plan_.pitch);
                  } else {
@@ -150,10 +173,10 @@ class WinogradForward {
     }
   }
 
-  void transform_image(const Band& band, int64_t image, int64_t tile_rows, int64_t tiles, int64_t tile) {
+  void transform_slice(const Band& band, int64_t image, int64_t z, int64_t tile_rows, int64_t tiles, int64_t tile) {
     const int64_t columns = 2 * plan_.tile_columns + 2;
     for (int64_t row = 0; row < tile_rows; ++row) {
-      load_rows(band, image, band.input[1] + 2 * row, columns);
+      load_rows(band, image, z, band.input[1] + 2 * row, columns);
       for (int64_t x = 0; x < plan_.tile_columns; ++x, ++tile) {
         transform_tile(rows_ + 2 * x * plan_.pitch, columns * plan_.pitch, transformed_ + tile * plan_.pitch,
                        tiles * plan_.pitch);
@@ -218,6 +241,7 @@ class WinogradForward {
   const ConvCall<T>& call_;
   const ConvPoolGeometry& g_;
   const WinogradPlan& plan_;
+  const int64_t depth_;  // products of a position's sum
   Parts parts_;
   C *rows_, *transformed_, *sums_, *zeros_;
   int64_t* offsets_;

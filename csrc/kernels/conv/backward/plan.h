@@ -93,7 +93,6 @@ struct BackwardRequest {
   bool input_channels_last;
   bool both;                 // the gradients of input and weight are wanted
   bool exact;                // elements may be infinite: no algorithm that multiplies them by zeros
-  bool matrix_unit;          // the processor has one for bfloat16, which torch uses
   int32_t algorithm;         // the one to take, or -1
 };
 

@@ -34,6 +34,7 @@ struct ConvBackwardPiece {
 
 template <class T>
 struct ConvBackwardKernels {
+  int64_t vector_bytes;  // of the instruction set
   // Whether no element of input and weight is infinite or NaN (or nearly infinite).
   bool (*is_finite)(const ConvBackward<T>&);
   // Bytes of a thread's scratch memory.

@@ -1,0 +1,112 @@
+// Sums of conv pixels by a matrix unit (simd/matrix.h): bfloat16, channels last.
+//
+// A block of numbers of neighbouring pixels is a left operand as it lies in the copy of the input, the weight's pairs
+// for as many outputs as a vector has lanes the right one. A multiplication makes up to 16 x 16 x 32 products. Sums are
+// float32's; as in PyTorch's own kernels, denormals count as zero.
+#pragma once
+
+#include "../../simd/matrix.h"
+#include "channels.h"
+#include "pack.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// Of the packed weight, the place of the number n: block by block, each run's last one filled up with zeros.
+template <class T>
+FASTNN_INLINE int64_t matrix_source(const ConvCall<T>& call, int64_t n) {
+  const ConvPoolGeometry& g = call.geometry;
+  const MatrixPlan& plan = call.plan->direct.matrix;
+  const int64_t padded = plan.blocks * plan.numbers, in_run = n % padded, run = n / padded;
+  if (in_run >= plan.run) return -1;
+  const int64_t channel = in_run % g.in_channels;
+  const int64_t tap = plan.joins_columns ? run * g.kernel[2] + in_run / g.in_channels : run;
+  return weight_is_channels_last(call) ? tap * g.in_channels + channel : channel * g.taps() + tap;
+}
+
+// Where each block begins, relative to the first.
+template <class T>
+void list_blocks(const ConvCall<T>& call, int64_t* offsets) {
+  const ConvPoolGeometry& g = call.geometry;
+  const DirectPlan& plan = call.plan->direct;
+  const int64_t columns = plan.matrix.joins_columns ? 1 : g.kernel[2];
+  int64_t k = 0;
+  for (int64_t d = 0; d < g.kernel[0]; ++d) {
+    for (int64_t h = 0; h < g.kernel[1]; ++h) {
+      for (int64_t w = 0; w < columns; ++w) {
+        for (int64_t b = 0; b < plan.matrix.blocks; ++b) {
+          offsets[k++] = d * g.dilation[0] * plan.step[0] + h * g.dilation[1] * plan.step[1] +
+                         w * g.dilation[2] * plan.step[2] + b * plan.matrix.numbers;
+        }
+      }
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+// Pixels of a register tile, for rows of `count`.
+FASTNN_INLINE int64_t matrix_pixels(int64_t count) {
+  return divide_up(count, divide_up(count, kMatrixRows));
+}
+
+// `tiles` tiles of conv pixels by `vectors` vectors of output channels: four tiles of sums at most.
+template <int tiles, int vectors>
+FASTNN_INLINE void matrix_tile(const DirectPlan& plan, const bfloat16* const (&from)[tiles], int64_t step,
+                               const int64_t* offsets, const bfloat16x2* weight, const float* bias,
+                               float* const (&to)[tiles]) {
+  constexpr int64_t pixel = vectors * kMatrixRows * sizeof(float);  // bytes of one, and of a pair of numbers' weight
+  const auto for_each_sum = [](const auto& body) __attribute__((always_inline)) {
+    body(Constant<0>{}, Constant<0>{});
+    if constexpr (vectors > 1) body(Constant<0>{}, Constant<1>{});
+    if constexpr (tiles > 1) body(Constant<1>{}, Constant<0>{});
+    if constexpr (tiles > 1 && vectors > 1) body(Constant<1>{}, Constant<1>{});
+  };
+  static_assert(tiles <= 2 && vectors <= 2, "there are four tiles of sums");
+  for_each_sum([&](auto t, auto v) __attribute__((always_inline)) {
+    load_tile<t.value * vectors + v.value>(bias + v.value * kMatrixRows, 0);
+  });
+  for (int64_t k = 0; k < plan.depth; ++k) {
+    load_tile<6>(weight, pixel);
+    if constexpr (vectors > 1) load_tile<7>(weight + kMatrixRows, pixel);
+    for_each_sum([&](auto t, auto v) __attribute__((always_inline)) {
+      if constexpr (v.value == 0) load_tile<4 + t.value>(from[t.value] + offsets[k], step);
+      multiply_tiles<t.value * vectors + v.value, 4 + t.value, 6 + v.value>();
+    });
+    weight += plan.matrix.numbers / 2 * vectors * kMatrixRows;
+  }
+  for_each_sum([&](auto t, auto v) __attribute__((always_inline)) {
+    store_tile<t.value * vectors + v.value>(to[t.value] + v.value * kMatrixRows, pixel);
+  });
+}
+
+template <int vectors>
+void sum_pixels_by_matrix(const DirectPlan& plan, const bfloat16* pixels, int64_t step, int64_t count,
+                          const int64_t* offsets, const bfloat16x2* weight, const float* bias, float* to) {
+  const int64_t size = matrix_pixels(count), tiles = divide_up(count, size);
+  // The last tile covers again what the one before has covered.
+  const auto first = [&](int64_t t) { return smaller(t * size, count - size); };
+  const int64_t bytes = step * static_cast<int64_t>(sizeof(bfloat16));
+  constexpr int64_t width = vectors * kMatrixRows;
+  int64_t t = 0;
+  for (; t + 2 <= tiles; t += 2) {
+    const bfloat16* const from[2] = {pixels + first(t) * step, pixels + first(t + 1) * step};
+    float* const sums[2] = {to + first(t) * width, to + first(t + 1) * width};
+    matrix_tile<2, vectors>(plan, from, bytes, offsets, weight, bias, sums);
+  }
+  if (t == tiles) return;
+  const bfloat16* const from[1] = {pixels + first(t) * step};
+  float* const sums[1] = {to + first(t) * width};
+  matrix_tile<1, vectors>(plan, from, bytes, offsets, weight, bias, sums);
+}
+
+// Sums of `count` pixels, `step` apart, of the whole depth.
+FASTNN_INLINE void sum_pixels_by_matrix(const DirectPlan& plan, int vectors, const bfloat16* pixels, int64_t step,
+                                        int64_t count, const int64_t* offsets, const bfloat16x2* weight,
+                                        const float* bias, float* to) {
+  if (vectors == 2) return sum_pixels_by_matrix<2>(plan, pixels, step, count, offsets, weight, bias, to);
+  sum_pixels_by_matrix<1>(plan, pixels, step, count, offsets, weight, bias, to);
+}
+#endif
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,228 @@
+"""Calls of the raw operators with sizes and numbers near the ends of 21, 31, 32 and 63 bits, made by a seed:
+
+    python tests/hostile_calls.py SEED COUNT
+
+Each must answer or raise a Python exception, soon. What ends the process is found by whoever started it
+(test_hostile_calls.py): the call to be made is the last line on standard error.
+"""
+
+import faulthandler
+import random
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastnn.ops.conv_relu_max_pool
+import fastnn.ops.mlp
+import fastnn.ops.rnn
+
+OPS = torch.ops.fastnn
+MEMORY = 512 << 20  # that calls may take beyond what the process has: more is an exception
+SOON = 10  # seconds
+
+Call = tuple[str, list[Any]]
+
+
+class Hostile:
+    """Draws arguments: most of them small and fitting, some of them near the end of what numbers hold."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def huge(self, least_bits: int = 21) -> int:
+        bits = self.random.choice([b for b in (21, 31, 32, 62, 63) if b >= least_bits])
+        value = (1 << bits) // self.random.choice([1, 1, 1, 2, 3]) + self.random.choice([-2, -1, -1, 0, 0, 1, 2])
+        return min(value, (1 << 63) - 1)
+
+    def maybe(self, share: float) -> bool:
+        return self.random.random() < share
+
+    def small(self, most: int) -> int:
+        return self.random.randint(1, most)
+
+    def tensor(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Of memory as far as there is any: beyond, its elements are all the same one. Some have lost theirs."""
+        empty = 0 in sizes
+        own = [size if empty or size < 1 << 12 else 1 for size in sizes]
+        try:
+            tensor = torch.zeros(own, dtype=dtype).expand(list(sizes))
+        except RuntimeError:  # libtorch has none of these sizes
+            tensor = torch.zeros([0] * len(sizes), dtype=dtype)
+        if self.maybe(0.02):
+            tensor.untyped_storage().resize_(self.random.choice([0, 0, 1, 7]))
+        return tensor
+
+    def sizes(self, *sizes: int, share: float = 0.05, empty: float = 0.03) -> list[int]:
+        """Each in some calls huge, or none. (Sizes from 2^21 on would be worked on, which takes time.)"""
+        return [self.huge(31) if self.maybe(share) else 0 if self.maybe(empty) else size for size in sizes]
+
+    def conv(self) -> Call:
+        dims = self.random.randint(1, 3)
+        dtype = self.random.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
+        hostile = self.random.choice([0.02, 0.1, 0.3])
+
+        def each(least: int, most: int, share: float = hostile) -> list[int]:
+            return [self.huge() if self.maybe(share) else self.random.randint(least, most) for _ in range(dims)]
+
+        kernel, stride, padding, dilation = each(1, 3, 0.01), each(1, 2), each(0, 1), each(1, 2)
+        pool, pool_stride, pool_padding, pool_dilation = each(1, 3), each(1, 3), each(0, 0), each(1, 2)
+        for d in range(dims):
+            if self.maybe(0.7):
+                pool_padding[d] = self.random.choice([0, min(1, pool[d] // 2), pool[d] // 2])
+            if max(padding[d], dilation[d]) > 99 and self.maybe(0.7):  # so that the kernel's ends meet the input's
+                padding[d] = dilation[d] = self.random.choice([padding[d], dilation[d]])
+                kernel[d] = self.random.choice([1, 3])
+                stride[d] = self.random.choice([1, max(padding[d], 1), 2 * padding[d] + 1])
+            if pool[d] > 99 and self.maybe(0.7):
+                pool_stride[d] = self.random.choice([1, pool[d], pool[d] - 1])
+        groups = self.random.choice([1, 1, 2, 4, self.huge()]) if self.maybe(0.3) else 1
+        batch, channels, out = self.sizes(self.small(3), self.small(20), self.small(20), share=0.02)
+        image = [self.huge(31) if self.maybe(0.01) else self.random.randint(1, 12) for _ in range(dims)]
+        groups_used = groups if groups < 99 else 1
+        input = self.tensor([batch, channels * groups_used if channels < 99 else channels, *image], dtype)
+        weight = self.tensor([out * groups_used if out < 99 else out, channels, *kernel], dtype)
+        whole = input.untyped_storage().nbytes() == input.numel() * input.element_size()
+        if dims > 1 and whole and self.maybe(0.3):
+            input = input.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+        bias = self.tensor([weight.shape[0]], dtype) if self.maybe(0.5) else None
+        numbers = [stride, padding, dilation, pool, pool_stride, pool_padding, pool_dilation]
+        geometry = [
+            *(number for values in numbers for number in values),
+            groups,
+            self.huge() if self.maybe(0.05) else self.random.randint(0, 1),
+        ]
+        name = self.random.choice(["", "", "_with_winners", "_algorithm", "_backward"])
+        if name != "_backward":
+            return f"conv_relu_max_pool{name}", [input, weight, bias, geometry]
+        try:
+            sizes = fastnn.ops.conv_relu_max_pool.output_sizes(input.shape, weight.shape, geometry)
+        except ZeroDivisionError:
+            sizes = [1] * (dims + 2)
+        sizes = [size if 0 <= size < 1 << 63 else 1 for size in sizes]
+        wanted = [self.maybe(0.8) for _ in range(3)]
+        gradient, winners = self.tensor(sizes, dtype), self.tensor(sizes, torch.uint8)
+        return "conv_relu_max_pool_backward", [gradient, winners, input, weight, geometry, *wanted]
+
+    def mlp(self) -> Call:
+        dtype = self.random.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
+        share, empty = self.random.choice([(0.03, 0.03), (0.3, 0.5), (0.1, 0.8)])
+        layers = self.random.choice([1, 2, 3, 20])
+        fitting = [self.small(9), *(self.small(20) for _ in range(layers + 1))]
+        rows, *widths = self.sizes(*fitting, share=share, empty=empty)
+        code = 1
+        for _ in range(layers):
+            code = code * 8 + self.random.randrange(8)
+        if self.maybe(0.05):
+            code = self.huge()
+        input = self.tensor([rows, widths[0]], dtype)
+        weights = [self.tensor([widths[i + 1], widths[i]], dtype) for i in range(layers)]
+        biases = [self.tensor([width], dtype) for width in widths[1:]] if self.maybe(0.5) else []
+        name = self.random.choice(["mlp", "mlp_reconstruction_error", "mlp_with_hidden", "mlp_backward"])
+        if name != "mlp_backward":
+            return name, [input, weights + biases, code]
+        keeps_input = fastnn.ops.mlp.ACTIVATION_NAMES[code % 8] in ("gelu", "gelu_tanh", "silu")
+        hidden = [self.tensor([rows, width], dtype) for width in (widths[1:] if keeps_input else widths[1:-1])]
+        output = self.tensor([rows, widths[-1]], dtype)
+        gradient, wanted = self.tensor([rows, widths[-1]], dtype), [self.maybe(0.8) for _ in range(3)]
+        return name, [gradient, input, weights, code, output, hidden, *wanted]
+
+    def rnn(self) -> Call:
+        dtype = self.random.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
+        mode = self.random.randrange(4)
+        gates, states = (1, 1, 3, 4)[mode], 2 if mode == 3 else 1
+        share, empty = self.random.choice([(0.02, 0.02), (0.1, 0.1), (0.3, 0.5)])
+        length, batch, features, hidden = self.sizes(
+            self.small(4), self.small(4), self.small(9), self.small(9), share=share, empty=empty
+        )
+        layers, directions = self.small(3), self.small(2)
+        bidirectional, batch_first, biased = directions == 2, self.maybe(0.5), self.maybe(0.5)
+        name = self.random.choice(["rnn", "rnn_cell", "rnn_with_reserve", "rnn_backward"])
+        packed = name != "rnn_cell" and self.maybe(0.3)
+        if name == "rnn_cell":
+            layers = directions = 1
+        projects = mode == 3 and 1 < hidden < 99 and self.maybe(0.3) and name != "rnn_cell"
+        projected = self.small(hidden - 1) if projects else 0
+        units = gates * hidden if hidden < 99 else hidden
+        outputs = projected or hidden
+        weights = []
+        for i in range(layers * directions):
+            columns = features if i < directions else directions * outputs if outputs < 99 else outputs
+            weights += [self.tensor([units, columns], dtype), self.tensor([units, outputs], dtype)]
+            weights += [self.tensor([units], dtype), self.tensor([units], dtype)] if biased else []
+            weights += [self.tensor([projected, hidden], dtype)] if projected else []
+        if name == "rnn_cell":
+            state = [self.tensor([batch, hidden], dtype) for _ in range(states)]
+            if self.maybe(0.1):
+                mode = self.huge()
+            h, c = [state[0] if self.maybe(0.7) else None, state[1] if states == 2 else None]
+            if h is None:
+                c = None
+            return name, [self.tensor([batch, features], dtype), mode, h, c, *weights]
+        number = layers * directions
+        state = [self.tensor([number, batch, size], dtype) for size in (outputs, hidden)[:states]]
+        if self.maybe(0.5):
+            state = []
+        batch_sizes = None
+        rows = length * batch if max(length, batch) < 99 else max(length, batch)
+        if packed:
+            lengths = [batch] * min(length, 9) if length < 99 else [batch]
+            if self.maybe(0.2):
+                lengths = [self.huge() for _ in range(self.small(3))]
+            batch_sizes = torch.tensor(lengths, dtype=torch.int64)
+            input = self.tensor([rows, features], dtype)
+            batch_first = False
+        else:
+            input = self.tensor([batch, length, features] if batch_first else [length, batch, features], dtype)
+        width = directions * outputs if outputs < 99 else outputs
+        masks = self.tensor([layers - 1, rows, width], dtype) if self.maybe(0.2) else None
+        given_layers = self.huge() if self.maybe(0.05) else layers
+        given_mode = self.huge() if self.maybe(0.03) else mode
+        config = [given_mode, given_layers, bidirectional, batch_first]
+        if name != "rnn_backward":
+            return name, [input, batch_sizes, state, weights, masks, *config]
+        output = self.tensor([rows, width] if packed else [*input.shape[:2], width], dtype)
+        kept = (0, 0, 4, 5)[mode]
+        reserve = self.tensor([min((layers - 1) * rows * width + number * kept * rows * hidden, (1 << 63) - 1)], dtype)
+        gradient = self.tensor(output.shape, dtype) if self.maybe(0.7) else None
+        grad_state = [
+            self.tensor([number, batch, size], dtype) if self.maybe(0.7) else None
+            for size in (outputs, hidden)[:states]
+        ]
+        wanted = [self.maybe(0.8) for _ in range(3)]
+        return name, [gradient, grad_state, input, batch_sizes, state, weights, masks, output, reserve,
+                      *config, *wanted]  # fmt: skip
+
+
+def described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype)[6:]}{list(value.shape)}"
+    return f"[{', '.join(map(described, value))}]" if isinstance(value, list) else repr(value)
+
+
+def main(seed: int, count: int) -> None:
+    torch.set_num_threads(2)
+    torch.ops.fastnn.mlp(torch.zeros(999, 99), [torch.zeros(99, 99)], 8)  # starts the threads
+    hostile = Hostile(seed)
+    kinds: list[Callable[[], Call]] = [hostile.conv, hostile.conv, hostile.mlp, hostile.rnn]
+    with open("/proc/self/statm") as memory:
+        limit = int(memory.read().split()[0]) * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    answered = refused = 0
+    for i in range(count):
+        name, arguments = hostile.random.choice(kinds)()
+        print(f"{i} {name}({', '.join(map(described, arguments))})", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(SOON, exit=True)
+        try:
+            getattr(OPS, name)(*arguments)
+            answered += 1
+        except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError):
+            refused += 1
+    print(answered, refused)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
