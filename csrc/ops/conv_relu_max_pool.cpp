@@ -153,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
                torch::headeronly::toString(given_winners.scalar_type()));
   check_memory(given_winners, op, "winners");
   check_size(given_winners, output_sizes(problem), op, "winners");
-  const Tensor grad_output = in_memory(given_gradient), winners = in_memory(given_winners);
+  // A gradient that expand() made, as that of a sum, stays as it is: it has no more elements than the winners.
+  const Tensor grad_output = given_gradient.borrow(), winners = in_memory(given_winners);
   const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
   int64_t image = 1;  // elements of a padded image, which the kernels number with 32 bits
   for (int d = 0; d < 3; ++d) image = checked_product(image, g.input[d] + 2 * g.padding[d] + g.kernel_extent(d));

@@ -83,11 +83,6 @@ void unpack_weight(const ConvBackward<T>& call, const Compute<T>* grad_weight, T
 }
 
 template <class T>
-void store_computed(const Compute<T>* from, int64_t count, T* to) {
-  copy_out(from, count, to);
-}
-
-template <class T>
 void spread(const ConvBackward<T>& call, int64_t first, int64_t last, T* to, Compute<T>* grad_bias, void* scratch) {
   Parts memory(scratch);
   SpreadWorker<T>(call, memory).run(first, last, to, grad_bias);
@@ -101,7 +96,7 @@ void turn(const T* from, int64_t rows, int64_t columns, T* to) {
 template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
   return {FASTNN_VECTOR_BYTES, is_finite<T>,      scratch_size<T>,   pack<T>,   run<T>,
-          unpack_weight<T>,    store_computed<T>, winners_are_valid, spread<T>, turn<T>};
+          unpack_weight<T>,    copy_out<Compute<T>, T>, winners_are_valid, spread<T>, turn<T>};
 }
 
 }  // namespace

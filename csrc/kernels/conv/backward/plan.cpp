@@ -158,10 +158,6 @@ ConvBackwardPlan plan_winners(const Planner& p) {
 
 // ---- depthwise ------------------------------------------------------------------------------------------------------
 
-bool depthwise_applies(const ConvPoolGeometry& g) {
-  return g.in_channels == 1;
-}
-
 // Vectors of products, and of what goes with them, a conv pixel: of a vector's groups at once, or of a list for each.
 bool depthwise_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
@@ -289,7 +285,7 @@ bool algorithm_applies(BackwardAlgorithm algorithm, const ConvPoolGeometry& g, c
     case BackwardAlgorithm::taps:
       return taps_apply(g) && !request.exact;
     case BackwardAlgorithm::depthwise:
-      return depthwise_applies(g);
+      return g.in_channels == 1;
     case BackwardAlgorithm::stock:
       return stock_applies(g, request);
     default:
@@ -303,7 +299,7 @@ ConvBackwardPlan plan_backward(const ConvPoolGeometry& g, const BackwardRequest&
     return request.algorithm < 0 ? pays : request.algorithm == static_cast<int32_t>(algorithm);
   };
   if (takes(BackwardAlgorithm::stock, stock_pays(p))) return plan_stock(p);
-  if (takes(BackwardAlgorithm::depthwise, depthwise_applies(g) && depthwise_pays(p))) return plan_depthwise(p);
+  if (takes(BackwardAlgorithm::depthwise, g.in_channels == 1 && depthwise_pays(p))) return plan_depthwise(p);
   if (takes(BackwardAlgorithm::taps, taps_apply(g) && !request.exact && taps_pay(p))) return plan_taps(p);
   return plan_winners(p);
 }

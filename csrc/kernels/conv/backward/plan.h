@@ -48,7 +48,7 @@ struct WinnersPlan {
   int64_t runs;     // under a conv pixel
   int64_t length;   // elements of a run
   int64_t vectors;  // that hold one
-  int64_t row;      // elements of all runs of one output channel: runs x vectors x lanes of a vector
+  int64_t row;      // elements of all runs of one output channel
   int64_t slice_pixels;  // conv pixels whose input stays in L1
 };
 
