@@ -23,6 +23,88 @@ from torch import Tensor
 from fastnn.testing import assert_close_to_reference, using_threads
 
 
+ALGORITHMS = ("taps", "depthwise", "winners", "stock")
+
+# What each algorithm is forced on: classes of geometry, with sizes about those of vectors.
+GEOMETRIES = {
+    "1-d": ((2, 3, 70), 17, (5,), geometry(1, padding=2, pool=3)),
+    "3-d": ((2, 2, 6, 9, 17), 9, (2, 3, 3), geometry(3, padding=(0, 1, 1), pool=(1, 2, 2))),
+    "one element": ((3, 4, 15, 17), 33, (1, 1), geometry(2)),
+    "overlapping": ((2, 3, 21, 35), 15, (3, 3), geometry(2, padding=1, pool=3, pool_stride=2, pool_padding=1)),
+    "ceil_mode": ((2, 1, 20, 31), 16, (3, 2), geometry(2, pool=(2, 3), ceil_mode=True)),
+    "apart": ((2, 4, 19, 20), 5, (3, 3), geometry(2, pool=2, pool_stride=3, pool_dilation=2)),
+    "no pooling": ((2, 2, 9, 16), 31, (3, 3), geometry(2, padding=1, pool=1)),
+    "dilation": ((2, 3, 18, 33), 20, (3, 3), geometry(2, padding=2, dilation=(2, 3))),
+    "many channels": ((2, 33, 10, 9), 70, (3, 3), geometry(2, padding=1)),
+    "stride": ((2, 20, 23, 30), 18, (3, 4), geometry(2, stride=(2, 3), padding=1)),
+    "strides over": ((2, 20, 13, 15), 6, (1, 1), geometry(2, stride=(2, 3))),
+    "groups": ((2, 12, 11, 12), 30, (3, 3), geometry(2, padding=1, groups=3)),
+    "depthwise": ((2, 17, 21, 20), 17, (3, 5), geometry(2, padding=1, groups=17)),
+    "depthwise, multiplied": ((2, 16, 14, 33), 48, (3, 3), geometry(2, stride=2, padding=1, dilation=2, groups=16)),
+    "a single pixel": ((3, 9, 3, 3), 20, (3, 3), geometry(2, pool=1)),
+}
+
+
+def gradient_of_the_convolution(
+    grad_output: Tensor, winners: Tensor, sizes: torch.Size, arguments: tuple[Any, ...]
+) -> Tensor:
+    """From the winners one place at a time, in float64."""
+    pool, pool_stride, pool_padding, pool_dilation = arguments[4:8]
+    along = list(zip(pool, pool_stride, pool_padding, pool_dilation, sizes[2:], grad_output.shape[2:], strict=True))
+    room = [max(p + size, (n - 1) * s + (k - 1) * d + 1) for k, s, p, d, size, n in along]
+    padded = torch.zeros(*sizes[:2], *room, dtype=torch.float64)
+    for number, place in enumerate(itertools.product(*map(range, pool))):
+        starts = [i * d for i, (_, _, _, d, _, _) in zip(place, along, strict=True)]
+        slices = [slice(i, i + s * (n - 1) + 1, s) for i, (_, s, _, _, _, n) in zip(starts, along, strict=True)]
+        padded[(..., *slices)] += grad_output.double() * (winners == number)
+    return padded[(..., *[slice(p, p + size) for _, _, p, _, size, _ in along])]
+
+
+def assert_gradients_of_winners(
+    input: Tensor, weight: Tensor, arguments: tuple[Any, ...], algorithm: str | None = None
+) -> tuple[Tensor, ...]:
+    """Backward is as accurate as torch's own convolution from the exact gradient of the convolution's output."""
+    stride, padding, dilation, groups = arguments[:4]
+    output, winners = RAW_WITH_WINNERS(input, weight, None, flat(arguments))
+    grad_output = torch.randn_like(output)
+    sizes = CONV[len(stride)](input, weight, None, stride, padding, dilation, groups).shape
+    grad_conv = gradient_of_the_convolution(grad_output, winners, sizes, arguments)
+    exact, stock = (
+        torch.ops.aten.convolution_backward(
+            grad_conv.to(kind), input.to(kind).contiguous(), weight.to(kind).contiguous(), [len(weight)], stride,
+            padding, dilation, False, [0] * len(stride), groups, [True] * 3,
+        )
+        for kind in (torch.float64, input.dtype)
+    )  # fmt: skip
+    gradients = RAW_BACKWARD(grad_output, winners, input, weight, flat(arguments), True, True, True, algorithm)
+    assert_close_to_reference(list(gradients), list(stock), list(exact))
+    return gradients
+
+
+class TestAlgorithms:
+    @pytest.mark.parametrize("case", GEOMETRIES)
+    def test_each_wherever_it_applies(self, instruction_set: str, dtype: torch.dtype, case: str) -> None:
+        size, outputs, kernel, arguments = GEOMETRIES[case]
+        stride, groups = arguments[0], arguments[3]
+        channels, dense = size[1] // groups, set(stride) == {1}
+        is_small = channels <= 16 and channels * math.prod(kernel) <= 128
+        applies = (is_small and dense, channels == 1, True, dense)
+        for last in (False, True) if len(kernel) > 1 else (False,):
+            input, weight, _ = make(size, outputs, kernel, groups, dtype, last=last)
+            for algorithm, is_applicable in zip(ALGORITHMS, applies, strict=True):
+                if is_applicable:
+                    with using_threads(2 if last else 1):
+                        assert_gradients_of_winners(input, weight, arguments, algorithm)
+                else:
+                    with pytest.raises(RuntimeError, match="does not apply to this call"):
+                        assert_gradients_of_winners(input, weight, arguments, algorithm)
+
+    def test_there_is_no_other(self) -> None:
+        input, weight, _ = make((1, 2, 6, 6), 3, (3, 3))
+        with pytest.raises(RuntimeError, match="there is no algorithm 'pixels'"):
+            assert_gradients_of_winners(input, weight, geometry(2), "pixels")
+
+
 class TestBackward:
     @pytest.mark.parametrize(
         ("size", "channels", "kernel", "arguments"),
@@ -57,7 +139,7 @@ class TestBackward:
         assert (~grad_weight.isfinite()).flatten(1).all(1).tolist() == [3 <= i < 6 for i in range(12)]
         assert grad_bias.isfinite().sum() == 9
 
-    @pytest.mark.parametrize("last", ["", "input", "weight", "both"])
+    @pytest.mark.parametrize("last", ["", "both"])
     @pytest.mark.parametrize(
         ("size", "channels", "kernel", "arguments"),
         [
@@ -73,13 +155,13 @@ class TestBackward:
             ((1, 20, 23, 22), 18, (1, 1), geometry(2, groups=2, pool=5)),
             # Bands that are small so that many channels of the input stay in the cache.
             ((1, 200, 6, 12, 13), 5, (1, 1, 1), geometry(3)),
-            # Groups of few channels, worked on as one.
+            # Groups of few channels.
             ((2, 24, 15, 20), 32, (1, 1), geometry(2, groups=4, pool=3, pool_stride=2)),
             ((2, 8, 7, 8, 9), 24, (2, 2, 2), geometry(3, groups=4, pool=3, pool_stride=1, pool_padding=1)),
             ((2, 12, 30), 6, (3,), geometry(1, padding=1, groups=6)),
             ((2, 4, 13, 12), 4, (3, 5), geometry(2, groups=2, pool=(4, 3))),
             ((2, 16, 8, 9, 20), 16, (2, 3, 3), geometry(3, dilation=(1, 2, 1), groups=16, pool_stride=1)),
-            # Pixels in the lanes.
+            # Kernels of one element.
             ((2, 5, 70, 61), 3, (1, 1), geometry(2, pool=3, pool_stride=1, pool_padding=1)),
             ((1, 2, 9001), 37, (1,), geometry(1, pool=3, pool_stride=2)),
             ((1, 1, 50, 90), 2, (1, 1), geometry(2, pool=(2, 3), pool_dilation=2)),
@@ -106,8 +188,8 @@ class TestBackward:
         last: str,
     ) -> None:
         input, weight, bias = make(size, channels, kernel, arguments[3], dtype)
-        input = channels_last(input) if last in ("input", "both") else input
-        weight = channels_last(weight) if last in ("weight", "both") else weight
+        if last:
+            input, weight = channels_last(input), channels_last(weight)
         assert_like_stock([input, weight, bias], arguments)
         output, winners = RAW_WITH_WINNERS(input, weight, bias, flat(arguments))
         gradients = RAW_BACKWARD(output, winners, input, weight, flat(arguments), True, True, True)
@@ -137,71 +219,31 @@ class TestBackward:
         pool_stride: tuple[int, ...],
         last: str,
     ) -> None:
-        """Against the gradient of the convolution's output, from the winners one place at a time, in float64."""
-        dims = len(kernel)
-        arguments = flat(geometry(dims, pool=pool, pool_stride=pool_stride))
+        arguments = geometry(len(kernel), pool=pool, pool_stride=pool_stride)
         input, weight, bias = make(size, channels, kernel, 1, dtype)
         input = channels_last(input) if last in ("input", "both") else input
         weight = channels_last(weight) if last in ("weight", "both") else weight
         moves = dtype is torch.bfloat16 and last in ("input", "both")
         expected = dtype is not torch.float64 and (math.prod(kernel) > 1 or moves)
-        assert (RAW_ALGORITHM(input, weight, bias, arguments)[1] == "stock") == expected
-        output, winners = RAW_WITH_WINNERS(input, weight, bias, arguments)
-        grad_output = torch.randn_like(output)
-        grad_conv = torch.zeros(CONV[dims](input, weight).shape, dtype=torch.float64)
-        for number, place in enumerate(itertools.product(*map(range, pool))):
-            along = zip(place, pool_stride, output.shape[2:], strict=True)
-            slices = [slice(p, p + s * (n - 1) + 1, s) for p, s, n in along]
-            grad_conv[(..., *slices)] += grad_output.double() * (winners == number)
-        nothing = [0] * dims
-        exact, stock = (
-            torch.ops.aten.convolution_backward(
-                grad_conv.to(kind), input.to(kind), weight.to(kind), [channels], [1] * dims, nothing, [1] * dims,
-                False, nothing, 1, [True] * 3,
-            )
-            for kind in (torch.float64, dtype)
-        )  # fmt: skip
-        gradients = RAW_BACKWARD(grad_output, winners, input, weight, arguments, True, True, True)
-        assert_close_to_reference(list(gradients), list(stock), list(exact))
+        assert (RAW_ALGORITHM(input, weight, bias, flat(arguments))[1] == "stock") == expected
+        gradients = assert_gradients_of_winners(input, weight, arguments)
         assert gradients[0].stride() == torch.empty_like(input).stride()
-        again = RAW_BACKWARD(grad_output, winners, input, weight, arguments, True, True, True)
+        output, winners = RAW_WITH_WINNERS(input, weight, bias, flat(arguments))
+        given = (torch.randn_like(output), winners, input, weight, flat(arguments))
+        gradients, again = (RAW_BACKWARD(*given, True, True, True) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
-        assert RAW_BACKWARD(grad_output, winners, input, weight, arguments, True, True, False)[2].numel() == 0
+        assert RAW_BACKWARD(*given, True, True, False)[2].numel() == 0
 
     @pytest.mark.parametrize(("groups", "backward"), [(1, "winners"), (2, "winners"), (64, "depthwise")])
     def test_which_has_channels_in_the_lanes(self, groups: int, backward: str) -> None:
         tensors = make((2, 64, 9, 9), 64, (3, 3), groups)
-        chosen = RAW_ALGORITHM(*tensors, flat(geometry(2, groups=groups)))
-        assert chosen[1] == backward
-        assert (chosen[0] == "depthwise") == (groups == 64)
-
-    @pytest.mark.parametrize(
-        ("channels", "outputs", "groups", "stride", "backward"),
-        [
-            (64, 16, 1, 1, "pixels"),
-            (4, 192, 1, 1, "pixels"),
-            (24, 32, 4, 1, "pixels"),
-            (1, 1, 1, 1, "pixels"),
-            (64, 64, 1, 1, "winners"),
-            (64, 16, 1, 2, "winners"),
-            (64, 64, 64, 1, "depthwise"),
-        ],
-    )
-    def test_which_has_pixels_in_the_lanes(
-        self, channels: int, outputs: int, groups: int, stride: int, backward: str
-    ) -> None:
-        tensors = make((2, channels, 9, 9), outputs, (1, 1), groups)
-        arguments = flat(geometry(2, stride=stride, groups=groups))
-        assert RAW_ALGORITHM(*tensors, arguments)[1] == backward
-        if channels > 1:
-            tensors[0] = channels_last(tensors[0])
-            assert RAW_ALGORITHM(*tensors, arguments)[1] != "pixels"
+        assert RAW_ALGORITHM(*tensors, flat(geometry(2, groups=groups)))[1] == backward
 
     @pytest.mark.parametrize(
         ("channels", "outputs", "kernel", "stride", "backward"),
         [(1, 32, 3, 1, "taps"), (2, 5, 3, 1, "taps"), (1, 32, 3, 2, "winners"), (16, 32, 3, 1, "winners")],
     )
-    def test_which_has_pixels_in_the_lanes_for_each_tap(
+    def test_which_has_pixels_in_the_lanes(
         self, channels: int, outputs: int, kernel: int, stride: int, backward: str
     ) -> None:
         tensors = make((2, channels, 28, 28), outputs, (kernel, kernel))
@@ -256,7 +298,7 @@ class TestBackward:
     @pytest.mark.parametrize("batch", [1, 3])
     @pytest.mark.parametrize(
         ("channels", "outputs", "kernel", "groups", "backward"),
-        [(64, 16, 1, 1, "pixels"), (3, 64, 5, 1, "winners"), (64, 64, 3, 64, "depthwise")],
+        [(1, 16, 3, 1, "taps"), (3, 64, 5, 1, "winners"), (64, 64, 3, 64, "depthwise")],
     )
     def test_images_shared_by_threads(
         self, batch: int, channels: int, outputs: int, kernel: int, groups: int, backward: str

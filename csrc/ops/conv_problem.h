@@ -1,7 +1,7 @@
 // The arguments of fastnn::conv_relu_max_pool, checked, and what follows from them.
 #pragma once
 
-#include "../kernels/conv_relu_max_pool.h"
+#include "../kernels/conv/problem.h"
 #include "tensor.h"
 
 namespace fastnn {
@@ -26,16 +26,6 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
 
 // The same of an input and a weight of these sizes.
 ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry);
-
-// A kernel of one element that strides over the input: the same over a view of what it meets.
-inline void skip_unused_input(ConvPoolGeometry& g, ConvLayout& input) {
-  for (int d = 0; d < 3; ++d) {
-    if (g.kernel[d] != 1 || g.padding[d] != 0) continue;
-    g.input[d] = g.conv[d];
-    input.d[d] *= g.stride[d];
-    g.stride[d] = 1;
-  }
-}
 
 // ---- memory formats -----------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.reference.conv_relu_max_pool import Geometry
 
-MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/conv_relu_max_pool.h has the same)
+MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/conv/geometry.h has the same)
 
 _op = torch.ops.fastnn.conv_relu_max_pool.default
 _call = _op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former

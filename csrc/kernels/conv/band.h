@@ -21,6 +21,7 @@ class Parts {
     next_ += round_up(count * static_cast<int64_t>(sizeof(Element)), 64);
     return part;
   }
+  char* end() const { return next_; }
 
  private:
   char* next_;

@@ -36,5 +36,40 @@ constexpr double kPackWeight = 6;    // a vector of the weight, transposed
 constexpr double kMatrixProduct = 16;  // of a matrix unit: cycles on Sapphire Rapids, in halves of which vectors start
 constexpr double kInFlight = 8;      // sums that keep the multipliers busy: latency 4, two a cycle
 
+// ---- backward: bytes and counts ------------------------------------------------------------------------------------
+constexpr int64_t kNearBytes = 32 << 10;         // what an inner loop comes back to: the smallest L1
+constexpr int64_t kGradientBandBytes = 128 << 10;  // of a band of gradients: a quarter of the smallest L2
+constexpr int64_t kWindowBytes = 384 << 10;      // of the windows of the input and its gradient: most of the smallest L2
+constexpr int64_t kProductBytes = 16 << 10;      // products that are added up at once: half of L1
+constexpr int64_t kBandChannels = 64;            // output channels of a band: sums of so many stay accurate, lists short
+constexpr int64_t kSlicePixels = 256;            // conv pixels whose input is met again by each output channel, at most
+constexpr int64_t kFewAdditions = 16;            // to a sum, after which rounding would show: it is then kept
+constexpr int64_t kEnoughVectors = 4;            // sums under a pixel that keep the multipliers busy
+constexpr int64_t kPartPixels = 8;               // conv pixels of a thread's part for each that its neighbour has too
+
+// ---- backward: costs in multiplied vectors, each in both gradients (0.5 ns on Sapphire Rapids, where they were measured) --
+constexpr double kListed = 23;         // a vector of gradients put into two lists: transposed, compressed, stored
+constexpr double kImageVector = 6;     // of the input and its gradient, moved in and out
+constexpr double kPixelVector = 5;     // of the runs under a pixel, read, added to and written
+constexpr double kListProduct = 3;     // a vector of an entry's runs: it has to be loaded
+constexpr double kZippedProduct = 2;   // the same of a pair of entries, for each
+constexpr double kSingle = 2;           // taps: an element of the input and its gradient, moved on its own from channels last
+constexpr double kAddProduct = 4.5;    // taps: a vector of the input's gradient read, added to, written
+constexpr double kSumLanes = 20;       // taps: a sum over the lanes, at the end
+constexpr double kPutWinner = 3;       // taps: a window's gradient put at its winner, twice that from channels last
+constexpr double kPutRow = 16;         // taps: what a row of windows takes besides
+constexpr int64_t kTapsInputs = 16;    // taps: input channels, at most: more leave L1 between output channels
+constexpr int64_t kTapsDepth = 128;    // taps: products of an output, at most; their sums have to stay in L1
+
+// ---- backward by stock: where the sweep (benchmarks/sweep.py) found torch faster --------------------------------------
+constexpr int64_t kLargeWeight = 1 << 18;   // elements that leave the cache with each image
+constexpr int64_t kFewWinners = 32;         // of an image and output channel, for which such a weight is read
+constexpr int64_t kFewImages = 4;           // with fewer, torch's own overhead is not made up for
+constexpr int64_t kShortRuns = 2;           // vectors under a pixel, for which its list costs more than its products
+constexpr double kManyProducts = 2e7;       // with a matrix unit: products of a call
+constexpr double kProductsANumber = 150;    // and for each number that it moves
+constexpr int64_t kManyElements = 400'000;  // bfloat16 channels last: of the input, and at most
+constexpr int64_t kFewOutputs = 4;          // so many of the output for each of them
+
 }  // namespace tuned
 }  // namespace fastnn

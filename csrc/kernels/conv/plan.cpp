@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstddef>
 
-#include "../conv_relu_max_pool.h"
 #include "machine.h"
 
 namespace fastnn {

@@ -2,11 +2,9 @@
 // memory formats, the machine and the number of threads; plan.cpp makes it, the kernels read it.
 #pragma once
 
-#include <stdint.h>
+#include "geometry.h"
 
 namespace fastnn {
-
-struct ConvPoolGeometry;
 
 enum class ForwardAlgorithm : int32_t {
   winograd,   // 3x3 kernels: 16 multiplications in place of 36

@@ -1,7 +1,9 @@
 // What every algorithm of the convolution works on: the call, and the kernels of one instruction set.
 #pragma once
 
-#include "../conv_relu_max_pool.h"
+#include "../../simd/isa.h"
+#include "../dtype.h"
+#include "geometry.h"
 #include "plan.h"
 
 namespace fastnn {

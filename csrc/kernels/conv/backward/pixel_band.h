@@ -1,44 +1,36 @@
 // A band of the gradient of the convolution's output with pixels in the lanes: [output channel][pixel], and zeros where
-// no window has its winner.
+// no window has its winner. A pooled pixel costs a scalar store.
 #pragma once
 
-#include "conv_gradient_band.h"
+#include "sums.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
-
-// The rows of a product with the weight's gradient that are made together (output channels).
-template <class C>
-int dot_rows(const ConvPoolGeometry& g) {
-  const int64_t most = smaller(4, kLanes<C>);
-  return static_cast<int>(g.out_channels >= most ? most : g.out_channels == 3 ? 4 : g.out_channels);
-}
 
 template <class T>
 class PixelBand {
   using C = Compute<T>;
 
  public:
-  // Numbers the pixels so that a row lies `row` behind the one before, a slice `slice`. Of each channel `memory` has
-  // `step` elements: the pixels of a band, and a vector more, where gradients for others are put.
-  PixelBand(const ConvPoolBackward<T>& call, int64_t slice, int64_t row, C* memory, int64_t step)
-      : call_(call), g_(call.geometry), slice_(slice), row_(row), memory_(memory), step_(step) {
-    tiled_ = true;
-    for (int d = 0; d < 3; ++d) tiled_ = tiled_ && windows_are_tiles(g_, d);
+  // Numbers the pixels as those of the window of the image. Of each channel `memory` has the plan's step: the pixels of
+  // a band, and a vector more, where gradients for others are put.
+  PixelBand(const ConvBackward<T>& call, C* memory)
+      : call_(call), g_(call.geometry), memory_(memory), step_(call.plan->taps.step) {
+    tiled_ = windows_are_tiles(g_);
     paired_ = tiled_ && g_.pool_kernel[2] == 2 && call.output_layout.d[2] == 1 && call.winners_layout.d[2] == 1;
     // Beyond every pixel.
     for (int64_t& place : places_) place = int64_t{1} << 40;
     for (int64_t place = 0; place < g_.places(); ++place) {
       const int64_t w = place % g_.pool_kernel[2], h = place / g_.pool_kernel[2] % g_.pool_kernel[1];
       const int64_t d = place / g_.pool_kernel[2] / g_.pool_kernel[1];
-      places_[place] = number(d * g_.pool_dilation[0], h * g_.pool_dilation[1], w * g_.pool_dilation[2]);
+      places_[place] = number_of(d * g_.pool_dilation[0], h * g_.pool_dilation[1], w * g_.pool_dilation[2]);
     }
   }
 
-  int64_t number(int64_t z, int64_t y, int64_t x) const { return z * slice_ + y * row_ + x; }
-  int64_t first_of(const ConvBox& box) const { return number(box.first[0], box.first[1], box.first[2]); }
+  int64_t number_of(int64_t z, int64_t y, int64_t x) const { return z * call_.plan->image.d[0] + y * call_.plan->image.d[1] + x; }
+  int64_t first_of(const ConvBox& box) const { return number_of(box.first[0], box.first[1], box.first[2]); }
   // From a box's first pixel to behind its last one: boxes of several rows have whole ones, of slices too.
-  int64_t span(const ConvBox& box) const { return number(box.size(0) - 1, box.size(1) - 1, box.size(2) - 1) + 1; }
+  int64_t span(const ConvBox& box) const { return number_of(box.size(0) - 1, box.size(1) - 1, box.size(2) - 1) + 1; }
 
   const C* channel(int64_t o) const { return memory_ + o * step_; }
 
@@ -54,13 +46,13 @@ class PixelBand {
     const uint8_t* winners = call_.winners + image * wl.n + channel * wl.c;
     for (int64_t z = windows.first[0]; z < windows.last[0]; ++z) {
       for (int64_t y = windows.first[1]; y < windows.last[1]; ++y) {
-        const int64_t start = number(z * g_.pool_stride[0] - g_.pool_padding[0],
+        const int64_t start = number_of(z * g_.pool_stride[0] - g_.pool_padding[0],
                                      y * g_.pool_stride[1] - g_.pool_padding[1], -g_.pool_padding[2]);
         const T* from = gradients + z * gl.d[0] + y * gl.d[1];
         const uint8_t* winner = winners + z * wl.d[0] + y * wl.d[1];
         if (tiled_) {
           // Windows that do not lie in the box as a whole are put one by one.
-          const Range whole = paired_ ? whole_windows(box) : Range{windows.first[2], windows.first[2]};
+          const Range whole = paired_ ? whole_pairs(box) : Range{windows.first[2], windows.first[2]};
           put_row<false>(from, winner, windows.first[2], whole.first, start - first, count, to);
           put_pairs(from, winner, whole, z, y, box, to - first);
           put_row<false>(from, winner, whole.last, windows.last[2], start - first, count, to);
@@ -83,7 +75,7 @@ class PixelBand {
 
  private:
   // Of a row of windows of two columns, those whose columns both lie in the box.
-  Range whole_windows(const ConvBox& box) const {
+  Range whole_pairs(const ConvBox& box) const {
     const int64_t first = larger(0, divide_up(box.first[2] + g_.pool_padding[2], 2));
     return {first, larger(first, smaller(g_.output[2], (box.last[2] + g_.pool_padding[2]) / 2))};
   }
@@ -91,28 +83,21 @@ class PixelBand {
   // A vector of windows at a time: what each column of theirs gets, zipped. `to` is where pixel 0 would be.
   void put_pairs(const T* gradients, const uint8_t* winners, const Range& windows, int64_t z, int64_t y,
                  const ConvBox& box, C* to) const {
-    using Integer = typename IntegerOf<C>::Type;
-    for (int64_t d = 0; d < g_.pool_kernel[0]; ++d) {
-      const int64_t slice = z * g_.pool_stride[0] - g_.pool_padding[0] + d;
-      if (slice < box.first[0] || slice >= box.last[0]) continue;
-      for (int64_t h = 0; h < g_.pool_kernel[1]; ++h) {
-        const int64_t row = y * g_.pool_stride[1] - g_.pool_padding[1] + h;
-        if (row < box.first[1] || row >= box.last[1]) continue;
-        const Places<C> place = Places<C>{} + static_cast<Integer>((d * g_.pool_kernel[1] + h) * 2);
-        C* target = to + number(slice, row, 2 * windows.first - g_.pool_padding[2]);
-        for (int64_t x = windows.first; x < windows.last; x += kLanes<C>, target += 2 * kLanes<C>) {
-          const int64_t left = windows.last - x;
-          const Places<C> winner = load_bytes_up_to<C>(winners + x, left);
-          const Vec<C> gradient = load_up_to<T>(gradients + x, left);
-          const Vec<C> even = winner == place ? gradient : Vec<C>{};
-          const Vec<C> odd = winner == place + 1 ? gradient : Vec<C>{};
-          store_up_to<C>(target, zip_low<C>(even, odd), 2 * left);
-          if (2 * left > kLanes<C>) {
-            store_up_to<C>(target + kLanes<C>, zip_high<C>(even, odd), 2 * left - kLanes<C>);
-          }
+    for_each_covered_row(g_, z, y, box, [&](int64_t slice, int64_t row, int64_t place) {
+      const Numbers<C> even_place = number<C>(place), odd_place = number<C>(place + 1);
+      C* target = to + number_of(slice, row, 2 * windows.first - g_.pool_padding[2]);
+      for (int64_t x = windows.first; x < windows.last; x += kLanes<C>, target += 2 * kLanes<C>) {
+        const int64_t left = windows.last - x;
+        const Numbers<C> winner = load_bytes_up_to<C>(winners + x, left);
+        const Vec<C> gradient = load_up_to<T>(gradients + x, left);
+        const Vec<C> even = winner == even_place ? gradient : Vec<C>{};
+        const Vec<C> odd = winner == odd_place ? gradient : Vec<C>{};
+        store_up_to<C>(target, zip_low<C>(even, odd), 2 * left);
+        if (2 * left > kLanes<C>) {
+          store_up_to<C>(target + kLanes<C>, zip_high<C>(even, odd), 2 * left - kLanes<C>);
         }
       }
-    }
+    });
   }
 
   // Without a branch, which dead windows would make a costly one: what is not for these pixels goes behind them.
@@ -130,9 +115,8 @@ class PixelBand {
     }
   }
 
-  const ConvPoolBackward<T>& call_;
+  const ConvBackward<T>& call_;
   const ConvPoolGeometry& g_;
-  const int64_t slice_, row_;
   C* const memory_;
   const int64_t step_;
   bool tiled_;           // windows lie side by side, so that a pixel has one gradient

@@ -1,41 +1,15 @@
 // Backward by torch's own convolution, from the gradient of the convolution's output: where products of all its pixels,
-// by whoever makes them fastest, cost less than ours of the winners alone.
+// by whoever makes them fastest, cost less than ours of the winners alone. It costs that gradient, channels last, and the
+// input brought there if it isn't.
 #pragma once
 
-#include "conv_problem.h"
+#include "conv_backward.h"
 
 namespace fastnn {
 
 struct ConvGradients {
   Tensor input, weight, bias;
 };
-
-// As measured (benchmarks/sweep.py), for the gradients of both input and weight. Only without strides: torch's library
-// then writes where it should (the log of performance has more).
-inline bool goes_by_stock(const ConvPoolProblem& problem, bool channels_last) {
-  const ConvPoolGeometry& g = problem.geometry;
-  const bool strided = g.stride[0] != 1 || g.stride[1] != 1 || g.stride[2] != 1;
-  if (problem.dims == 1 || strided || g.in_channels == 1 || problem.kind.dtype == ScalarType::Double) return false;
-  const int64_t conv = g.conv[0] * g.conv[1] * g.conv[2];
-  // A weight that leaves the cache with each image, for the sake of few winners.
-  constexpr int64_t kLargeWeight = 1 << 18, kFewWinners = 32, kFewImages = 4;
-  const int64_t weight = g.groups * g.out_channels * g.depth();
-  if (weight > kLargeWeight && g.batch >= kFewImages && std::min(g.pixels(), conv) <= kFewWinners) return true;
-  const int64_t inputs = g.batch * g.in_channels * g.input[0] * g.input[1] * g.input[2];
-  // Many products of bfloat16 for each number that has to be brought there: a matrix unit, which torch's library has
-  // for them, makes those of all pixels sooner than we those of the winners.
-  constexpr double kManyProducts = 2e7, kProductsANumber = 150;
-  const double products = 2.0 * static_cast<double>(g.batch * g.pixels() * weight);
-  const double numbers = static_cast<double>(g.groups * inputs + g.batch * g.groups * g.out_channels * conv);
-  if (problem.kind.dtype == ScalarType::BFloat16 && isa_multiplies_matrices() && products > kManyProducts &&
-      products > kProductsANumber * numbers) {
-    return true;
-  }
-  // Little but moving bfloat16, which we widen, between memory and cache.
-  constexpr int64_t kManyElements = 400'000, kFewOutputs = 4;
-  return problem.kind.dtype == ScalarType::BFloat16 && channels_last && g.taps() == 1 && g.groups == 1 &&
-         inputs >= kManyElements && g.batch * conv * g.out_channels <= kFewOutputs * inputs;
-}
 
 // [items][rows][columns] -> [items][columns][rows]
 template <class T>
@@ -76,22 +50,16 @@ inline Tensor with_strides(Tensor tensor, bool channels_last) {
 
 // grad_conv, channels last, and, where it is wanted, the bias's gradient.
 template <class T>
-Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem, const Tensor& grad_output,
-                       const Tensor& winners, const Tensor& grad_bias) {
+Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
+                       const ConvBackward<T>& call, const Tensor& grad_bias) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = problem.geometry;
   const int64_t channels = g.groups * g.out_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
   Ints sizes = {g.batch, channels};
   for (int64_t d = 3 - problem.dims; d < 3; ++d) sizes.push_back(g.conv[d]);
   Tensor grad_conv = new_formatted(sizes, problem.kind.dtype, true);
-  ConvPoolBackward<T> call{};
-  call.geometry = g;
-  call.grad_output = data<T>(grad_output);
-  call.output_layout = layout_of(grad_output);
-  call.winners = data<uint8_t>(winners);
-  call.winners_layout = layout_of(winners);
   const int64_t threads = std::min(useful_threads(10.0 * g.batch * pixels * channels), g.batch);
-  const int64_t scratch_size = (kernels.spread_scratch_size(g) + 63) / 64 * 64;
+  const int64_t scratch_size = whole_lines(kernels.scratch_size(call));
   const Scratch<char> scratch(checked_product(threads, scratch_size));
   const Scratch<C> bias_parts(checked_product(threads, channels));
   std::fill(bias_parts.get(), bias_parts.get() + threads * channels, C(0));
@@ -99,9 +67,7 @@ Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProb
     kernels.spread(call, first, last, mutable_data<T>(grad_conv), bias_parts.get() + chunk * channels,
                    scratch.get() + chunk * scratch_size);
   });
-  for (int64_t part = 1; part < threads; ++part) {
-    for (int64_t o = 0; o < channels; ++o) bias_parts.get()[o] += bias_parts.get()[part * channels + o];
-  }
+  sum_parts(bias_parts.get(), threads, channels, 1);
   if (grad_bias.numel() > 0) kernels.store(bias_parts.get(), channels, mutable_data<T>(grad_bias));
   return grad_conv;
 }
@@ -109,13 +75,13 @@ Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProb
 // All of them, but that of the bias only where it is wanted.
 template <class T>
 ConvGradients gradients_by_stock(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
-                                 const Tensor& grad_output, const Tensor& winners, const Tensor& input,
-                                 const Tensor& weight, bool bias_wanted) {
+                                 const ConvBackward<T>& call, const Tensor& input, const Tensor& weight,
+                                 bool bias_wanted) {
   const ConvPoolGeometry& g = problem.geometry;
   const ScalarType dtype = problem.kind.dtype;
   ConvGradients result;
   result.bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
-  const Tensor grad_conv = spread_gradient(kernels, problem, grad_output, winners, result.bias);
+  const Tensor grad_conv = spread_gradient(kernels, problem, call, result.bias);
   const auto given = [&](const int64_t (&values)[3]) { return Ints(values + 3 - problem.dims, values + 3); };
   const std::optional<Ints> no_bias;
   const bool mask[] = {true, true, false};

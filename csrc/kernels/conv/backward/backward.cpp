@@ -1,0 +1,107 @@
+// Backward's kernels: what the plan says, done by its algorithm.
+#include "check.h"
+#include "depthwise.h"
+#include "spread.h"
+#include "taps.h"
+#include "winners.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+namespace {
+
+// Calls body(Element) with what the winners' runs consist of.
+template <class T, class Body>
+auto with_run_element(const ConvBackward<T>& call, const Body& body) {
+  if constexpr (kMultipliesPairs && sizeof(T) == sizeof(bfloat16)) {
+    if (call.plan->winners.zips) return body(T{});
+  }
+  return body(Compute<T>{});
+}
+
+template <class T>
+int64_t scratch_size(const ConvBackward<T>& call) {
+  Parts memory(nullptr);
+  switch (call.plan->algorithm) {
+    case BackwardAlgorithm::taps:
+      TapsWorker<T>(call, true, memory);
+      break;
+    case BackwardAlgorithm::depthwise:
+      DepthwiseBackwardWorker<T>(call, true, memory);
+      break;
+    case BackwardAlgorithm::winners:
+      with_run_element(call, [&](auto element) { WinnersWorker<T, decltype(element)>(call, true, memory); });
+      break;
+    case BackwardAlgorithm::stock:
+      SpreadWorker<T>(call, memory);
+  }
+  return memory.end() - static_cast<char*>(nullptr);
+}
+
+template <class T>
+void pack(const ConvBackward<T>& call) {
+  switch (call.plan->algorithm) {
+    case BackwardAlgorithm::taps:
+      return pack_taps(call);
+    case BackwardAlgorithm::depthwise:
+      return pack_depthwise(call);
+    case BackwardAlgorithm::winners:
+      return with_run_element(call, [&](auto element) { pack_runs<decltype(element)>(call); });
+    case BackwardAlgorithm::stock:
+      return;
+  }
+}
+
+template <class T>
+void run(const ConvBackward<T>& call, const ConvBackwardPiece& piece, Compute<T>* grad_weight, Compute<T>* lost,
+         Compute<T>* grad_bias, void* scratch) {
+  switch (call.plan->algorithm) {
+    case BackwardAlgorithm::taps:
+      return backward_taps(call, piece, grad_weight, lost, grad_bias, scratch);
+    case BackwardAlgorithm::depthwise:
+      return backward_depthwise(call, piece, grad_weight, lost, grad_bias, scratch);
+    case BackwardAlgorithm::winners:
+      return with_run_element(call, [&](auto element) {
+        backward_winners<decltype(element)>(call, piece, grad_weight, lost, grad_bias, scratch);
+      });
+    case BackwardAlgorithm::stock:
+      return;
+  }
+}
+
+template <class T>
+void unpack_weight(const ConvBackward<T>& call, const Compute<T>* grad_weight, T* to, const ConvLayout& layout) {
+  switch (call.plan->algorithm) {
+    case BackwardAlgorithm::taps:
+      return unpack_taps(call, grad_weight, to, layout);
+    case BackwardAlgorithm::depthwise:
+      return unpack_depthwise(call, grad_weight, to, layout);
+    case BackwardAlgorithm::winners:
+      return unpack_runs(call, grad_weight, to, layout);
+    case BackwardAlgorithm::stock:
+      return;
+  }
+}
+
+template <class T>
+void spread(const ConvBackward<T>& call, int64_t first, int64_t last, T* to, Compute<T>* grad_bias, void* scratch) {
+  Parts memory(scratch);
+  SpreadWorker<T>(call, memory).run(first, last, to, grad_bias);
+}
+
+template <class T>
+void turn(const T* from, int64_t rows, int64_t columns, T* to) {
+  transpose_matrix(from, columns, rows, columns, to, rows);
+}
+
+template <class T>
+constexpr ConvBackwardKernels<T> kernels() {
+  return {FASTNN_VECTOR_BYTES, is_finite<T>,      scratch_size<T>,   pack<T>,   run<T>,
+          unpack_weight<T>,    copy_out<Compute<T>, T>, winners_are_valid, spread<T>, turn<T>};
+}
+
+}  // namespace
+
+extern const ConvBackwardTable conv_backward_kernels = {kernels<float>(), kernels<double>(), kernels<bfloat16>()};
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,312 @@
+// Which algorithm computes a backward call, and how it cuts the call up. Compiled once: the instruction set is data.
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "../machine.h"
+
+namespace fastnn {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+int64_t round_up(int64_t a, int64_t multiple) {
+  return divide_up(a, multiple) * multiple;
+}
+double real(int64_t count) {
+  return static_cast<double>(count);
+}
+
+struct Planner {
+  const ConvPoolGeometry& g;
+  const BackwardRequest& request;
+  const Machine& machine;
+  int64_t compute_bytes = std::max<int64_t>(4, request.element_bytes);
+  int64_t lanes = machine.vector_bytes / compute_bytes;
+  int64_t longest_sum = machine.vector_bytes > 16 ? 128 : 64;  // as kernels/gemm.h has it
+  int64_t conv = g.conv[0] * g.conv[1] * g.conv[2];
+};
+
+// ---- bands of the gradient, windows of the image --------------------------------------------------------------------
+
+// Of `channels` and, if that can be, at most `most` pixels.
+GradientBandPlan plan_band(const Planner& p, int64_t channels, int64_t most) {
+  const ConvPoolGeometry& g = p.g;
+  GradientBandPlan band{};
+  band.width = round_up(channels, p.lanes);
+  int64_t room = std::max(p.lanes, std::min(most, tuned::kGradientBandBytes / (band.width * p.compute_bytes)));
+  for (int d = 2; d >= 0; --d) {
+    band.size[d] = std::max<int64_t>(1, std::min(g.conv[d], room));
+    // No window should lie across two bands without need.
+    if (band.size[d] < g.conv[d] && band.size[d] > g.pool_stride[d]) band.size[d] -= band.size[d] % g.pool_stride[d];
+    room = band.size[d] < g.conv[d] ? 1 : room / band.size[d];
+  }
+  band.pixels = round_up(band.size[0] * band.size[1] * band.size[2], p.lanes);
+  return band;
+}
+
+// Windows of `lanes` channels, of which `count` are to fit into cache; `slack` elements are to follow each. What they
+// serve at a place are whole bands.
+ImagePlan plan_image(const Planner& p, int64_t lanes, const GradientBandPlan& band, int64_t count, int64_t slack) {
+  const ConvPoolGeometry& g = p.g;
+  ImagePlan image{};
+  image.lanes = lanes;
+  image.axis = 2;
+  for (int d = 2; d >= 0; --d) {
+    image.extent[d] = std::max((g.conv[d] - 1) * g.stride[d] + g.kernel_extent(d), g.padding[d] + g.input[d]);
+    if (image.extent[d] > 1) image.axis = d;
+  }
+  image.d[2] = lanes;
+  image.d[1] = image.d[2] * image.extent[2];
+  image.d[0] = image.d[1] * image.extent[1];
+  const int axis = image.axis;
+  image.step = g.conv[axis];
+  image.slices = image.extent[axis];
+  const int64_t slice_bytes = std::max<int64_t>(1, count * image.d[axis] * p.compute_bytes);
+  if (slice_bytes * image.slices > tuned::kWindowBytes) {
+    const int64_t overlap = std::max<int64_t>(0, g.kernel_extent(axis) - g.stride[axis]);
+    const int64_t fit = (tuned::kWindowBytes / slice_bytes - overlap) / g.stride[axis] / band.size[axis];
+    image.step = std::min(image.step, std::max<int64_t>(1, fit) * band.size[axis]);
+    image.slices = image.step * g.stride[axis] + overlap;
+  }
+  image.size = round_up(image.slices * image.d[axis] + slack, 16);
+  return image;
+}
+
+// The pixels that two neighbouring parts of an image both work on should be few.
+int64_t most_parts(const Planner& p, const ImagePlan& image) {
+  const int64_t shared = (p.g.kernel_extent(image.axis) - 1) / p.g.stride[image.axis];
+  return std::max<int64_t>(1, p.g.conv[image.axis] / (tuned::kPartPixels * (shared + 1)));
+}
+
+int64_t channels_together(int64_t channels) {
+  return divide_up(channels, divide_up(channels, tuned::kBandChannels));
+}
+
+// ---- winners --------------------------------------------------------------------------------------------------------
+
+WinnersPlan plan_runs(const Planner& p, bool zips) {
+  const ConvPoolGeometry& g = p.g;
+  WinnersPlan s{};
+  s.zips = zips;
+  s.columns = g.dilation[2] == 1 ? g.kernel[2] : 1;
+  s.runs = g.taps() / s.columns;
+  const int64_t least = (zips ? 2 : 1) * p.lanes;
+  const int64_t together = s.columns < g.kernel[2] ? s.columns : g.taps();
+  const int64_t enough = divide_up(tuned::kEnoughVectors, std::min(tuned::kEnoughVectors, together));
+  const int64_t parts = divide_up(g.in_channels, std::max(least, p.lanes * enough));
+  s.lanes = parts == 1 && !zips ? g.in_channels : round_up(divide_up(g.in_channels, parts), least);
+  s.blocks = divide_up(g.in_channels, s.lanes);
+  s.length = s.lanes * s.columns;
+  s.vectors = divide_up(s.length, p.lanes);
+  s.row = s.runs * s.vectors * p.lanes;
+  return s;
+}
+
+double winners_cost(const Planner& p, bool zips) {
+  const ConvPoolGeometry& g = p.g;
+  const WinnersPlan s = plan_runs(p, zips);
+  // Windows that overlap share winners, which are listed once. Half of the pixels are not positive.
+  double winners = 1 - std::exp2(-real(g.places()));
+  for (int d = 0; d < 3; ++d) winners *= real(std::min(g.output[d], divide_up(2 * g.conv[d], g.pool_kernel[d] + 1)));
+  const double input = real(g.input[0] * g.input[1] * g.input[2]);
+  const double image = tuned::kImageVector * input * real(s.blocks * divide_up(s.lanes, p.lanes));
+  const double band = tuned::kListed * real(p.conv * divide_up(g.out_channels, p.lanes));
+  const double product = zips ? tuned::kZippedProduct : tuned::kListProduct;
+  const double vectors = real(s.blocks * s.runs * s.vectors);
+  const double each = tuned::kPixelVector * real(p.conv) + product * winners * real(g.out_channels);
+  return real(g.groups) * (band + image + vectors * each);
+}
+
+// Gradients of windows that overlap are sums, which zipping would have to round.
+bool zipping_pays(const Planner& p) {
+  if (p.request.element_bytes != 2 || !p.machine.has_pairs) return false;
+  for (int d = 0; d < 3; ++d) {
+    if (p.g.pool_extent(d) > p.g.pool_stride[d]) return false;
+  }
+  return winners_cost(p, true) < winners_cost(p, false);
+}
+
+ConvBackwardPlan plan_winners(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  ConvBackwardPlan plan{};
+  plan.algorithm = BackwardAlgorithm::winners;
+  WinnersPlan& s = plan.winners;
+  s = plan_runs(p, zipping_pays(p));
+  const int64_t element = s.zips ? p.request.element_bytes : p.compute_bytes;
+  // As many output channels as have their weights stay in L1.
+  const int64_t near = std::max<int64_t>(1, tuned::kNearBytes / (s.row * element) / p.lanes) * p.lanes;
+  const int64_t width = divide_up(g.out_channels, divide_up(g.out_channels, std::min(tuned::kBandChannels, near)));
+  // As many conv pixels as have their input and its gradient stay in L2. All, where the weight, with its gradient and
+  // what that has lost, doesn't: that is walked through for each band.
+  const int64_t weight = 3 * s.blocks * g.out_channels * s.row, room = tuned::kWindowBytes / p.compute_bytes;
+  const int64_t under_pixel = s.lanes * g.stride[0] * g.stride[1] * g.stride[2];
+  plan.band = plan_band(p, width, weight > room / 2 ? p.conv : room / (2 * s.blocks * under_pixel));
+  plan.image = plan_image(p, s.lanes, plan.band, 2 * s.blocks, s.vectors * p.lanes);
+  const int64_t slice = tuned::kNearBytes / 2 / (under_pixel * element) / p.lanes * p.lanes;
+  s.slice_pixels = std::min({plan.band.pixels, tuned::kSlicePixels, std::max(tuned::kSlicePixels / 2, slice)});
+  plan.packed_size = g.groups * s.blocks * g.out_channels * s.row;
+  plan.weight_size = plan.packed_size;
+  plan.blocks = g.groups * s.blocks;
+  plan.most_parts = most_parts(p, plan.image);
+  plan.keeps_lost = g.batch * divide_up(p.conv, s.slice_pixels) > tuned::kFewAdditions;
+  plan.in_parts = g.taps() * divide_up(g.out_channels, plan.band.width) > p.longest_sum;
+  return plan;
+}
+
+// ---- depthwise ------------------------------------------------------------------------------------------------------
+
+// Vectors of products, and of what goes with them, a conv pixel: of a vector's groups at once, or of a list for each.
+bool depthwise_pays(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  if (g.groups == 1) return false;
+  const WinnersPlan s = plan_runs(p, false);
+  const double together = real(g.taps() * g.out_channels * divide_up(g.groups, p.lanes));
+  const double winners = std::min(1.0, real(g.pixels()) / real(p.conv));
+  return together < real(g.groups) * (2 + winners * real(g.out_channels * s.runs * s.vectors));
+}
+
+ConvBackwardPlan plan_depthwise(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  ConvBackwardPlan plan{};
+  plan.algorithm = BackwardAlgorithm::depthwise;
+  plan.depthwise = {g.out_channels, g.taps() * p.lanes};
+  plan.blocks = divide_up(g.groups, p.lanes);
+  plan.packed_size = plan.blocks * g.out_channels * plan.depthwise.taps;
+  plan.weight_size = plan.packed_size;
+  plan.band = plan_band(p, p.lanes, p.conv);
+  plan.image = plan_image(p, p.lanes, plan.band, 2, 0);
+  plan.most_parts = 1;
+  plan.keeps_lost = true;
+  plan.in_parts = g.taps() * g.out_channels > p.longest_sum;
+  return plan;
+}
+
+// ---- taps -----------------------------------------------------------------------------------------------------------
+
+bool taps_apply(const ConvPoolGeometry& g) {
+  if (g.in_channels > tuned::kTapsInputs || g.depth() > tuned::kTapsDepth) return false;
+  return g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1;
+}
+
+ConvBackwardPlan plan_taps(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  ConvBackwardPlan plan{};
+  plan.algorithm = BackwardAlgorithm::taps;
+  TapsPlan& s = plan.taps;
+  s.channels = channels_together(g.out_channels);
+  // So many pixels that sums over them are long, so few that some channels stay in L1.
+  plan.band = plan_band(p, s.channels, p.lanes * tuned::kBandChannels);
+  plan.image = plan_image(p, 1, plan.band, 2 * g.in_channels, p.lanes);
+  const int64_t(&size)[3] = plan.band.size;
+  s.step = p.lanes + round_up((size[0] - 1) * plan.image.d[0] + (size[1] - 1) * plan.image.d[1] + size[2], p.lanes);
+  const int64_t tile = 2 * p.lanes;  // columns of gemm.h's
+  s.pass = std::max<int64_t>(1, tuned::kProductBytes / p.compute_bytes / g.depth() / tile) * tile;
+  s.depth = g.depth();
+  s.rows = g.out_channels == 3 ? 4 : std::min<int64_t>(g.out_channels, 4);
+  s.rows = std::min(s.rows, p.lanes);
+  s.row_tiles = divide_up(s.channels, s.rows);
+  s.tap_tiles = divide_up(s.depth, most_dot_taps(p.machine.vector_bytes));
+  s.tile_size = round_up(s.rows * divide_up(s.depth, s.tap_tiles), p.lanes);
+  plan.packed_size = g.groups * g.out_channels * s.depth;
+  plan.weight_size = g.groups * divide_up(g.out_channels, s.channels) * s.size();
+  plan.blocks = g.groups;
+  plan.most_parts = most_parts(p, plan.image);
+  const int64_t bands = divide_up(g.conv[0], size[0]) * divide_up(g.conv[1], size[1]) * divide_up(g.conv[2], size[2]);
+  plan.keeps_lost = g.batch * bands > tuned::kFewAdditions;
+  plan.in_parts = g.taps() * divide_up(g.out_channels, s.channels) > p.longest_sum;
+  return plan;
+}
+
+// Products of all pixels, of a row's padding too, against those of the winners and what it takes to list these.
+bool taps_pay(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  const ConvBackwardPlan plan = plan_taps(p);
+  const int64_t columns = g.conv[2] > 1 ? plan.image.extent[2] : 1;
+  const double pixels = real(g.conv[0] * (g.conv[0] > 1 ? plan.image.extent[1] : g.conv[1]) * columns);
+  const double products = pixels * real(g.depth()) / real(p.lanes), bands = divide_up(p.conv, plan.band.pixels);
+  const bool strided = p.request.input_channels_last && g.in_channels > 1;
+  const double put = tuned::kPutWinner * (strided ? 2 : 1);
+  const double image = real(g.in_channels * g.input[0] * g.input[1] * g.input[2]) *
+                       (strided ? tuned::kSingle : tuned::kImageVector / real(p.lanes));
+  const double windows = real(g.pixels()), rows = windows / real(g.output[2]);
+  const double each = products + bands * tuned::kSumLanes * real(g.depth()) / real(p.lanes) + put * windows +
+                      tuned::kPutRow * rows;
+  const double cost = real(g.groups) * (image + tuned::kAddProduct * products + real(g.out_channels) * each);
+  return cost < winners_cost(p, false);
+}
+
+// ---- stock ----------------------------------------------------------------------------------------------------------
+
+// Only without strides: torch's library then writes where it should.
+bool stock_applies(const ConvPoolGeometry& g, const BackwardRequest& request) {
+  return request.both && g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1;
+}
+
+bool stock_pays(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  if (!stock_applies(g, p.request) || p.request.dims == 1 || g.in_channels == 1 || p.request.element_bytes == 8) {
+    return false;
+  }
+  // A weight that leaves the cache with each image, for the sake of few winners.
+  const int64_t weight = g.groups * g.out_channels * g.depth();
+  const bool few = g.batch >= tuned::kFewImages && std::min(g.pixels(), p.conv) <= tuned::kFewWinners;
+  if (weight > tuned::kLargeWeight && few) return true;
+  // Without pooling half of the pixels have a gradient, and products of a single element of the kernel are too few for
+  // what it takes to list these: as fast as any of all pixels, where torch need not turn the input or lists are short.
+  const bool short_lists = g.in_channels <= tuned::kShortRuns * p.lanes;
+  if (g.places() == 1 && g.taps() == 1 && g.groups == 1 && (p.request.input_channels_last || short_lists)) return true;
+  if (p.request.element_bytes != 2) return false;
+  // Many products of bfloat16 for each number that has to be brought there: a matrix unit makes those of all pixels
+  // sooner than we those of the winners.
+  const int64_t inputs = g.batch * g.in_channels * g.input[0] * g.input[1] * g.input[2];
+  const double products = 2 * real(g.batch * g.pixels() * weight);
+  const double numbers = real(g.groups * inputs + g.batch * g.groups * g.out_channels * p.conv);
+  const bool many = products > tuned::kManyProducts && products > tuned::kProductsANumber * numbers;
+  if (p.machine.has_matrix && many) return true;
+  // Little but moving bfloat16, which we widen, between memory and cache.
+  return p.request.input_channels_last && g.taps() == 1 && g.groups == 1 && inputs >= tuned::kManyElements &&
+         g.batch * p.conv * g.out_channels <= tuned::kFewOutputs * inputs;
+}
+
+ConvBackwardPlan plan_stock(const Planner& p) {
+  ConvBackwardPlan plan{};
+  plan.algorithm = BackwardAlgorithm::stock;
+  plan.band = plan_band(p, channels_together(p.g.groups * p.g.out_channels), p.conv);
+  return plan;
+}
+
+}  // namespace
+
+bool algorithm_applies(BackwardAlgorithm algorithm, const ConvPoolGeometry& g, const BackwardRequest& request) {
+  switch (algorithm) {
+    case BackwardAlgorithm::taps:
+      return taps_apply(g) && !request.exact;
+    case BackwardAlgorithm::depthwise:
+      return g.in_channels == 1;
+    case BackwardAlgorithm::stock:
+      return stock_applies(g, request);
+    default:
+      return true;
+  }
+}
+
+ConvBackwardPlan plan_backward(const ConvPoolGeometry& g, const BackwardRequest& request, const Machine& machine) {
+  const Planner p{g, request, machine};
+  const auto takes = [&](BackwardAlgorithm algorithm, bool pays) {
+    return request.algorithm < 0 ? pays : request.algorithm == static_cast<int32_t>(algorithm);
+  };
+  if (takes(BackwardAlgorithm::stock, stock_pays(p))) return plan_stock(p);
+  if (takes(BackwardAlgorithm::depthwise, g.in_channels == 1 && depthwise_pays(p))) return plan_depthwise(p);
+  if (takes(BackwardAlgorithm::taps, taps_apply(g) && !request.exact && taps_pay(p))) return plan_taps(p);
+  return plan_winners(p);
+}
+
+const char* algorithm_name(BackwardAlgorithm algorithm) {
+  static constexpr const char* names[] = {"taps", "depthwise", "winners", "stock"};
+  return names[static_cast<int>(algorithm)];
+}
+
+}  // namespace fastnn

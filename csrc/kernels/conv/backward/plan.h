@@ -1,0 +1,113 @@
+// How a backward call is computed: which algorithm, and how that cuts the call up. plan.cpp makes a plan, once for all
+// instruction sets; the kernels read it.
+#pragma once
+
+#include "../plan.h"
+
+namespace fastnn {
+
+enum class BackwardAlgorithm : int32_t {
+  taps,       // pixels in the lanes: few input channels
+  depthwise,  // groups of one channel in the lanes
+  winners,    // input channels in the lanes: only what has a gradient is multiplied
+  stock,      // torch's own convolution (csrc/ops/conv_stock_backward.h)
+};
+constexpr int kBackwardAlgorithms = 4;
+
+// [first, last)
+struct Range {
+  int64_t first, last;
+};
+
+// How the gradient of the convolution's output is cut into bands (gradient_band.h).
+struct GradientBandPlan {
+  int64_t width;    // channels, in whole vectors
+  int64_t size[3];  // of a band, at most
+  int64_t pixels;   // of a band, in whole vectors
+};
+
+// Some channels of an image and its gradient as they are worked on (image.h): padded, [z][y][x][channel]. Only a window
+// of either is in memory, which moves along `axis`, the first dimension that is not one.
+struct ImagePlan {
+  int64_t lanes;      // channels
+  int64_t extent[3];  // of the whole image: the padding before, and all that either the kernel or the input reaches to
+  int64_t d[3];       // strides
+  int axis;
+  int64_t step;    // conv pixels along the axis that the window serves at a place
+  int64_t slices;  // of the window, along the axis
+  int64_t size;    // elements of the window
+};
+
+// The elements of the input under a conv pixel are a few runs, each a row of the kernel with all channels of a block; a
+// single tap where dilation keeps the row's apart.
+struct WinnersPlan {
+  bool zips;        // bfloat16 stays such, and two runs are multiplied at once
+  int64_t lanes;    // channels of a block
+  int64_t blocks;   // of a group
+  int64_t columns;  // of the kernel, in a run
+  int64_t runs;     // under a conv pixel
+  int64_t length;   // elements of a run
+  int64_t vectors;  // that hold one
+  int64_t row;      // elements of all runs of one output channel
+  int64_t slice_pixels;  // conv pixels whose input stays in L1
+};
+
+struct DepthwiseBackwardPlan {
+  int64_t multiplier;  // output channels of a group
+  int64_t taps;        // elements of the kernel of a vector of channels
+};
+
+// The weight's gradient is made in tiles of some output channels by some elements of the depth.
+struct TapsPlan {
+  int64_t channels;  // output channels worked on together
+  int64_t step;      // from one channel of the band to the next
+  int64_t pass;      // pixels whose products are made together
+  int64_t rows, row_tiles;    // output channels of a tile, and tiles
+  int64_t depth, tap_tiles;
+  int64_t tile_size;
+
+  int64_t first_tap(int64_t tile) const { return depth * tile / tap_tiles; }
+  int64_t size() const { return row_tiles * tap_tiles * tile_size; }
+};
+
+struct ConvBackwardPlan {
+  BackwardAlgorithm algorithm;
+  int64_t packed_size;  // elements of the packed weight, for the input's gradient
+  int64_t weight_size;  // elements of one private weight gradient
+  int64_t blocks;       // of channels; pieces of work are (images) x (blocks)
+  int64_t most_parts;   // into so many an image may be cut along the window's axis
+  bool keeps_lost;      // what rounding takes from the weight's gradient is noted
+  bool in_parts;        // so much is added to the input's gradient that it is summed in parts
+  GradientBandPlan band;
+  ImagePlan image;  // not of stock
+  union {
+    WinnersPlan winners;
+    DepthwiseBackwardPlan depthwise;
+    TapsPlan taps;
+  };
+};
+
+struct BackwardRequest {
+  int64_t dims;
+  int64_t element_bytes;     // of the input: 8 float64, 4 float32, 2 bfloat16
+  bool input_channels_last;
+  bool both;                 // the gradients of input and weight are wanted
+  bool exact;                // elements may be infinite: no algorithm that multiplies them by zeros
+  int32_t algorithm;         // the one to take, or -1
+};
+
+// Whether the algorithm can compute such a call at all.
+bool algorithm_applies(BackwardAlgorithm, const ConvPoolGeometry&, const BackwardRequest&);
+
+// The plan; `request.algorithm`, if any, applies.
+ConvBackwardPlan plan_backward(const ConvPoolGeometry&, const BackwardRequest&, const Machine&);
+
+const char* algorithm_name(BackwardAlgorithm);
+
+// A tile of the weight's gradient, whose sums fill the registers, has 1, 2 or 4 output channels and at most so many
+// elements of the depth.
+constexpr int most_dot_taps(int64_t vector_bytes) {
+  return vector_bytes == 64 ? 6 : 3;
+}
+
+}  // namespace fastnn

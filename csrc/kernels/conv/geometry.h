@@ -1,0 +1,36 @@
+// The sizes of a convolution with its pooling, and where the elements of its tensors lie.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastnn {
+
+// The winner of a window whose output has no gradient: the largest value is not above zero, or there is none.
+constexpr uint8_t kDead = 255;
+// So that a winner's place fits a byte.
+constexpr int64_t kMostPlaces = 254;
+
+// Dimensions are depth, height, width; a problem of fewer has ones in front.
+struct ConvPoolGeometry {
+  int64_t batch, groups;
+  int64_t in_channels, out_channels;  // of one group
+  int64_t input[3], kernel[3], stride[3], padding[3], dilation[3];
+  int64_t conv[3];  // the convolution's output
+  int64_t pool_kernel[3], pool_stride[3], pool_padding[3], pool_dilation[3];
+  int64_t output[3];
+
+  int64_t pixels() const { return output[0] * output[1] * output[2]; }
+  int64_t places() const { return pool_kernel[0] * pool_kernel[1] * pool_kernel[2]; }
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t depth() const { return in_channels * taps(); }
+  // Conv pixels from a window's first to its last, along one dimension.
+  int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }
+  int64_t kernel_extent(int d) const { return (kernel[d] - 1) * dilation[d] + 1; }
+};
+
+// Where the elements of a (batch, channels, depth, height, width) tensor lie.
+struct ConvLayout {
+  int64_t n, c, d[3];
+};
+
+}  // namespace fastnn

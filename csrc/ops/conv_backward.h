@@ -1,0 +1,144 @@
+// Backward of the convolution: a plan, kept for the next call of its kind, and the kernels by it.
+#pragma once
+
+#include "../kernels/conv/backward/problem.h"
+#include "conv_forward.h"
+
+namespace fastnn {
+
+struct Wanted {
+  bool input, weight, bias;
+};
+
+// What a plan follows from, to be compared byte by byte.
+struct BackwardKey {
+  ConvPoolGeometry geometry;
+  BackwardRequest request;
+  Machine machine;
+
+  BackwardKey() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }  // what lies between the fields, too
+  bool operator==(const BackwardKey& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
+};
+
+// The plans of a thread's last calls.
+inline const ConvBackwardPlan& plan_for(const BackwardKey& key) {
+  constexpr size_t kKept = 16;
+  struct Entry {
+    BackwardKey key;
+    ConvBackwardPlan plan;
+  };
+  static thread_local std::array<Entry, kKept> entries{};
+  static thread_local size_t next = 0;
+  for (Entry& entry : entries) {
+    if (entry.key == key) return entry.plan;
+  }
+  Entry& entry = entries[next++ % kKept];
+  entry.plan = plan_backward(key.geometry, key.request, key.machine);
+  entry.key = key;
+  return entry.plan;
+}
+
+// The key of a call by these kernels whose elements are finite; `algorithm` is the one to take, or -1.
+template <class T>
+BackwardKey backward_key(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
+                         bool input_channels_last, const Wanted& wanted, int32_t algorithm) {
+  BackwardKey key;
+  key.geometry = problem.geometry;
+  key.request.dims = problem.dims;
+  key.request.element_bytes = sizeof(T);
+  key.request.input_channels_last = input_channels_last;
+  key.request.both = wanted.input && wanted.weight;
+  key.request.algorithm = algorithm;
+  key.machine.vector_bytes = kernels.vector_bytes;
+  key.machine.has_pairs = kernels.vector_bytes == 64 && isa_multiplies_pairs();
+  key.machine.has_matrix = kernels.vector_bytes == 64 && isa_multiplies_matrices();
+  return key;
+}
+
+// A call that lacks but the plan and what is written. grad_output stays as it is: that of a sum is a single element.
+template <class T>
+ConvBackward<T> backward_call(const ConvPoolGeometry& g, const Tensor& grad_output, const PlainImages& winners,
+                              const PlainImages& input, const PlainImages& weight) {
+  ConvBackward<T> call{};
+  call.geometry = g;
+  call.grad_output = data<T>(grad_output);
+  call.output_layout = layout_of(grad_output);
+  call.winners = data<uint8_t>(winners.tensor);
+  call.winners_layout = winners.layout;
+  call.input = data<T>(input.tensor);
+  call.input_layout = input.layout;
+  call.weight = data<T>(weight.tensor);
+  call.weight_layout = weight.layout;
+  return call;
+}
+
+inline int64_t whole_lines(int64_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+
+// Private parts [part][size], summed in order into the first.
+template <class C>
+void sum_parts(C* parts, int64_t count, int64_t size, int64_t threads) {
+  if (count == 1) return;
+  parallel_chunks(threads, size, [&](int64_t, int64_t first, int64_t last) {
+    for (int64_t part = 1; part < count; ++part) {
+      const C* from = parts + part * size;
+      for (int64_t i = first; i < last; ++i) parts[i] += from[i];
+    }
+  });
+}
+
+// By the plan of `call`, which is none of stock. The gradients that are not wanted are empty.
+template <class T>
+void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, double work, const Wanted& wanted,
+                  const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias) {
+  using C = Compute<T>;
+  const ConvPoolGeometry& g = call.geometry;
+  const ConvBackwardPlan& plan = *call.plan;
+  if (wanted.input) {
+    call.grad_input = mutable_data<T>(grad_input);
+    call.grad_input_layout = PlainImages(grad_input).layout;
+  }
+  // Images first; where they are fewer than threads, each thread has some of the channels, or of the pixels.
+  const int64_t threads = useful_threads(work / 2), blocks = plan.blocks;
+  const int64_t image_parts = std::min(threads, g.batch);
+  const int64_t block_parts = std::min(std::max<int64_t>(threads / image_parts, 1), blocks);
+  const int64_t pixel_parts = std::min(std::max<int64_t>(threads / (image_parts * block_parts), 1), plan.most_parts);
+  const int64_t parts = image_parts * pixel_parts;  // of which each has a weight gradient of its own
+  const int64_t bias_size = g.groups * g.out_channels;
+  const int64_t scratch_size = whole_lines(kernels.scratch_size(call));
+  const int64_t weight_size = wanted.weight ? plan.weight_size : 0;
+  Scratch<C> packed(wanted.input ? plan.packed_size : 0);
+  Scratch<C> weight_parts(checked_product(parts, weight_size));
+  Scratch<C> weight_lost(plan.keeps_lost ? checked_product(parts, weight_size) : 0);
+  Scratch<C> bias_parts(checked_product(parts, bias_size));
+  Scratch<char> scratch(checked_product(parts * block_parts, scratch_size));
+  call.packed = packed.get();
+  if (wanted.input) kernels.pack(call);
+  std::fill(bias_parts.get(), bias_parts.get() + parts * bias_size, C(0));
+  parallel_chunks(parts * block_parts, parts * block_parts, [&](int64_t chunk, int64_t, int64_t) {
+    const int64_t part = chunk / block_parts, image_part = part / pixel_parts, block_part = chunk % block_parts;
+    const int64_t first_block = blocks * block_part / block_parts, last_block = blocks * (block_part + 1) / block_parts;
+    const ConvBackwardPiece piece = {g.batch * image_part / image_parts,
+                                     g.batch * (image_part + 1) / image_parts,
+                                     first_block,
+                                     last_block,
+                                     part % pixel_parts,
+                                     pixel_parts};
+    const int64_t block_size = plan.weight_size / blocks;
+    C* weight_part = wanted.weight ? weight_parts.get() + part * weight_size : nullptr;
+    C* lost_part = wanted.weight && plan.keeps_lost ? weight_lost.get() + part * weight_size : nullptr;
+    if (lost_part) std::fill(lost_part + first_block * block_size, lost_part + last_block * block_size, C(0));
+    C* bias_part = bias_parts.get() + part * bias_size;
+    kernels.run(call, piece, weight_part, lost_part, wanted.bias ? bias_part : nullptr,
+                scratch.get() + chunk * scratch_size);
+  });
+  sum_parts(weight_parts.get(), parts, weight_size, threads);
+  sum_parts(bias_parts.get(), parts, bias_size, 1);
+  if (wanted.weight) {
+    kernels.unpack_weight(call, weight_parts.get(), mutable_data<T>(grad_weight), PlainImages(grad_weight).layout);
+  }
+  if (wanted.bias) kernels.store(bias_parts.get(), bias_size, mutable_data<T>(grad_bias));
+}
+
+}  // namespace fastnn
