@@ -87,8 +87,10 @@ Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_we
     const int64_t number = algorithm_of<T>(op, algorithm, problem, is_channels_last(input));
     if (!winners && is_left_to_stock<T>(problem, input, channels_last, number)) {
       const Tensor result = convolution(input, weight, bias, problem.geometry, problem.dims);
-      rectify(result);
-      return in_format<T>(conv_backward_kernels().get<T>(), result, channels_last);
+      if (result.scalar_type() == dtype) {
+        rectify(result);
+        return with_strides(in_format<T>(conv_backward_kernels().get<T>(), result, channels_last), channels_last);
+      }
     }
     Tensor output = new_formatted(sizes, dtype, channels_last);
     if (output.numel() > 0) {

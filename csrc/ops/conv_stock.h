@@ -105,8 +105,9 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
   run_planned<T>(kernels, call, plan_for(key), nullptr);
 }
 
+// False, having done nothing, where an autocast that is on would have the convolution round.
 template <class T>
-void run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t dims) {
+bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t dims) {
   const ConvPoolGeometry& g = call.geometry;
   constexpr int64_t kBytes = 1 << 20;  // of the convolution's output at a time: what L2 holds
   const int64_t size = sizeof(T), channels = g.groups * g.out_channels;
@@ -129,11 +130,13 @@ void run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t d
     const Tensor input = as_tensor(call.input + first * call.input_layout.n, some.batch, g.groups * g.in_channels,
                                    g.input, call.input_layout, dims);
     const Tensor result = convolution(input, weight, bias, g, dims);
+    if (result.dtype_code() != dtype_code<T>()) return false;
     const PlainImages convolved(result);
     const int64_t to = first * call.output_layout.n;
     relu_max_pool<T>(kernels, some, data<T>(convolved.tensor), convolved.layout, nullptr, nullptr, call.output + to,
                      call.output_layout, call.winners ? call.winners + to : nullptr);
   }
+  return true;
 }
 
 // Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed;
@@ -150,7 +153,11 @@ void run_conv(ConvCall<T>& call, int64_t dims, bool input_channels_last, bool ou
     plan = &plan_for(key);
   }
   const Compute<T>* const packed = packed_for(*plan);
-  if (plan->algorithm == ForwardAlgorithm::stock) return run_stock(kernels, call, dims);
+  if (plan->algorithm == ForwardAlgorithm::stock) {
+    if (run_stock(kernels, call, dims)) return;
+    key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
+    return run_planned<T>(kernels, call, plan_for(key), nullptr);
+  }
   run_planned(kernels, call, *plan, packed);
 }
 
