@@ -18,15 +18,17 @@ constexpr int64_t kRingBytes = 16 << 10;        // of conv pixels that wait for 
 constexpr int64_t kStageBytes = 128 << 10;      // of pooled pixels that wait to be written, many at once: a quarter of L2
 constexpr int64_t kMeetingBytes = 2048;         // pixels so far apart share two sets of L1, where 14 don't fit
 constexpr int64_t kDeepBandBytes = 1 << 20;     // of a band's copy and sums where the weight is what has to stay near
+constexpr int64_t kFarWeightBytes = 4 << 20;    // of a packed weight that no L2 holds
 constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
 
+constexpr double kMostProducts = 0.7;      // of direct convolution's that phases may take, or transforms cost what they save
 constexpr double kCostPerThread = 12e3;  // vector multiply-adds: below, waking a second thread costs more than it saves
 
 // ---- costs: vector multiply-adds ------------------------------------------------------------------------------------
 constexpr double kStoreSum = 8;    // of a tile, to memory: zeroing, an addition, a store, its share of the call (measured: 4 cycles)
 constexpr double kPoolSum = 3;     // of a sum in a register: an addition, a maximum, its share of a store
 constexpr double kPoolPixel = 3;   // a load, a maximum, and the sum that shows a NaN
-constexpr double kWriteOut = 6;    // a pooled vector: store, load again, transpose, store
+constexpr double kWriteOut = 10;   // a pooled vector: store, load again, transpose, store
 constexpr double kCopy = 3;        // a vector of the input: load and store
 constexpr double kTranspose = 6;   // the same, with its share of a square's shuffles
 constexpr double kGather = 2;      // a single element, moved on its own

@@ -160,13 +160,19 @@ class PixelsForward {
     start_block();
     C* const sums = ring_.all();
     const C* const weight = call_.packed + (band_.group * g_.out_channels + first_) * plan_.depth;
-    sum_run(copy_, offsets_, weight, sums);
-    places_[0] = sums;
-    pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>}, stage_,
-                    call_.winners ? winner_stage_ : nullptr);
+    const C* rectified = sums;
+    if (call_.winners) {
+      sum_run(copy_, offsets_, weight, false, sums);
+      places_[0] = sums;
+      pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>}, stage_,
+                      winner_stage_);
+      rectified = stage_;
+    } else {
+      sum_run(copy_, offsets_, weight, true, sums);
+    }
     for (int64_t r = 0; r < band_.rows; ++r) {
       const int64_t row = r * plan_.step[1];
-      write_rows(call_, output_at(r), count_, band_.columns, stage_ + row, winner_stage_ + row, plan_.pitch);
+      write_rows(call_, output_at(r), count_, band_.columns, rectified + row, winner_stage_ + row, plan_.pitch);
     }
   }
 
@@ -177,12 +183,13 @@ class PixelsForward {
            (band_.row + r) * layout.d[1] + band_.column * layout.d[2];
   }
 
-  // A run of conv pixels of each of the block's outputs.
-  void sum_run(const C* pixels, const int64_t* offsets, const C* weight, C* to) const {
+  // A run of conv pixels of each of the block's outputs, or their ReLU.
+  void sum_run(const C* pixels, const int64_t* offsets, const C* weight, bool rectifies, C* to) const {
     const auto tile = pixel_tiles_f32.at[plan_.vectors == 8 ? 3 : plan_.vectors / 2][count_ - 1];
     for (int64_t k = 0; k < plan_.depth; k += kLongestSum) {
       tile({plan_.conv_run / (plan_.vectors * kLanes<C>), pixels, offsets + k, smaller(kLongestSum, plan_.depth - k),
-            weight + k * count_, count_, k == 0 ? bias_ : nullptr, to, plan_.conv_run});
+            weight + k * count_, count_, k == 0 ? bias_ : nullptr, rectifies && k + kLongestSum >= plan_.depth, to,
+            plan_.conv_run});
     }
   }
 
@@ -236,7 +243,7 @@ class PixelsForward {
     for (int64_t residue = 0; residue < used; ++residue) {
       C* const to = slot + residue * plan_.block * plan_.conv_run;
       const int64_t* offsets = offsets_ + residue * plan_.depth;
-      sum_run(pixels, offsets, weight, to);
+      sum_run(pixels, offsets, weight, false, to);
       // Conv pixels that are not there: conv column conv[2] + residue + stride * place.
       const int64_t start = band_.conv[2] + residue;
       const int64_t first = start < 0 ? smaller(plan_.conv_places, divide_up(-start, stride)) : 0;

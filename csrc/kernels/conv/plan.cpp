@@ -168,7 +168,8 @@ double channel_tiles(const Planner& p, int64_t pixels, int64_t outputs) {
 // What is done to conv pixels besides: for all images of one group.
 double channel_rest(const Planner& p) {
   const double vectors = divide_up(p.g.out_channels, p.lanes);
-  return vectors * (p.conv_pixels() * (tuned::kStoreSum + tuned::kPoolPixel) + p.outputs() * tuned::kWriteOut);
+  const double write = p.request.output_channels_last ? tuned::kCopy : tuned::kWriteOut;
+  return vectors * (p.conv_pixels() * (tuned::kStoreSum + tuned::kPoolPixel) + p.outputs() * write);
 }
 
 double copy_cost(const Planner& p) {
@@ -353,7 +354,9 @@ ConvPlan plan_phases(const Planner& p) {
   // Each input row: the columns parted, one by one where the stride is more than 1; then for each piece r + 1 loads, as
   // many stores, and additions.
   const double part = channels_last ? 0 : g.stride[2] == 1 ? 2 * tuned::kCopy : 2 * g.stride[2] * tuned::kGather * p.lanes;
-  const double transform = rows * g.stride[1] * g.in_channels * pairs / p.lanes / lanes_filled *
+  // Slices under several bands are transformed for each.
+  const double again = static_cast<double>(d.band.input[0]) / d.band.conv[0];
+  const double transform = again * rows * g.stride[1] * g.in_channels * pairs / p.lanes / lanes_filled *
                            (part + 4.0 * f.positions);
   plan.cost = g.groups * (rows * sums + channel_rest(p) + transform + packing_cost(p, d.depth * f.positions));
   return plan;
@@ -381,7 +384,7 @@ ConvPlan plan_winograd(const Planner& p) {
     return slice_tiles(band) * kPositions * (w.pitch * band.input[0] + p.block * band.conv[0]) * 4;
   };
   w.band = choose_channel_band(p, g.pool_extent(0) * round_up(g.pool_extent(1) + 1, 2), [&](const BandPlan& band) {
-    return slice_tiles(band) <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
+    return slice_tiles(band) * band.conv[0] <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
   });
   if (w.band.row_bands == 1 && w.band.column_bands == 1) {  // small images: some together, for each use of the weight
     const int64_t most = std::max({int64_t{1}, tuned::kTransformedBytes / tile_bytes(w.band),
@@ -618,11 +621,13 @@ bool algorithm_applies(ForwardAlgorithm algorithm, const ConvPoolGeometry& g, co
 namespace {
 
 // Where none of ours has fewer multiplications, fewer bytes or fuller lanes, torch's convolution is at or near the peak
-// of whatever machine this is: kernels of one position, which do nothing but multiply matrices.
+// of whatever machine this is: kernels of one position over many channels, which do nothing but multiply matrices; and
+// deep kernels whose weight, read again for each slice, comes from far away.
 bool stock_wins(const Planner& p, const ConvPlan& best) {
   const ConvPoolGeometry& g = p.g;
-  if (p.request.element_bytes == 8 || best.algorithm != ForwardAlgorithm::direct) return false;
-  return g.taps() == 1 && g.in_channels >= 4 * p.lanes;
+  if (p.request.element_bytes == 8) return false;
+  if (g.kernel[0] > 1 && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;
+  return best.algorithm == ForwardAlgorithm::direct && g.taps() == 1 && g.in_channels >= 4 * p.lanes;
 }
 
 // By a single thread: the choice must not depend on the number of threads, nor with it the order of sums.
@@ -635,9 +640,12 @@ ConvPlan choose(const Planner& one) {
     if (algorithm == ForwardAlgorithm::stock || !algorithm_applies(algorithm, g, one.request, one.machine)) continue;
     const ConvPlan plan = plan_of(algorithm, one);
     if (plan.cost >= best.cost) continue;
-    // Each row reads all of a block's weight, which has to be near.
+    // Each row reads all of a block's weight, which has to be near; and enough products have to be saved.
     const int64_t block_weight = plan.packed_size / std::max<int64_t>(1, plan.pack_items) * one.compute_bytes;
-    if (algorithm == ForwardAlgorithm::phases && block_weight > tuned::kBlockWeightBytes) continue;
+    if (algorithm == ForwardAlgorithm::phases) {
+      const double products = static_cast<double>(plan.phases.positions) / static_cast<double>(2 * g.kernel[2]);
+      if (block_weight > tuned::kBlockWeightBytes || products > tuned::kMostProducts) continue;
+    }
     best = plan;
   }
   if (one.request.may_take_stock && stock_wins(one, best)) return plan_of(ForwardAlgorithm::stock, one);

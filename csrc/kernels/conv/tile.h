@@ -70,6 +70,7 @@ struct PixelTile {
   const C* weight;  // [depth][weight_step], of which a row's first outputs are multiplied
   int64_t weight_step;
   const C* bias;  // [outputs]; null: the sums are added to what stands in `to`
+  bool rectifies;  // ReLU of the sums
   C* to;
   int64_t to_step;
 };
@@ -162,12 +163,13 @@ void pixel_tile(const PixelTile<C>& call) {
       }
     }
     C* to = first;
+    const Vec<C> least = broadcast<C>(call.rectifies ? C(0) : -static_cast<C>(__builtin_inf()));
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r, to += call.to_step) {
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         const Vec<C> add = call.bias ? broadcast<C>(call.bias[r]) : load(to + v * kLanes<C>);
-        store(to + v * kLanes<C>, sums[r][v] + add);
+        store(to + v * kLanes<C>, larger_of(least, sums[r][v] + add));  // NaN stays
       }
     }
   }
