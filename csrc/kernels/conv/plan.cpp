@@ -469,6 +469,7 @@ ConvPlan plan_pixels(const Planner& p) {
   for (const int64_t images : {int64_t{1}, p.lanes / 2, p.lanes, 2 * p.lanes}) {
     if (images > p.g.batch) continue;
     for (const int64_t vectors : {1, 2, 4, 8}) {
+      if (most_outputs(p, vectors) < 1) continue;  // too few registers
       const ConvPlan plan = plan_pixels_of(p, images, vectors);
       if (plan.cost < best.cost) best = plan;
     }
