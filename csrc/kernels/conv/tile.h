@@ -69,12 +69,13 @@ struct PixelTile {
   int64_t to_step;
 };
 
+// With -0, which leaves what is added as it is: a sum of nothing but -0 stays so.
 template <int rows, int vectors, class C>
 FASTNN_INLINE void start_sums(Vec<C> (&sums)[rows][vectors]) {
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sums[r][v] = Vec<C>{};
+    for (int v = 0; v < vectors; ++v) sums[r][v] = -Vec<C>{};
   }
 }
 
