@@ -1,5 +1,6 @@
 """What the tests of conv_relu_max_pool share: tensors, arguments, comparison with plain PyTorch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -148,3 +149,18 @@ def assert_winners(tensors: list[Tensor], arguments: tuple[Any, ...]) -> None:
     exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
     assert torch.equal(output, FUSED[2](*tensors, *arguments))
     assert (winners == exact).double().mean() > 0.999
+
+
+def outputs_and_winners(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Those of plain PyTorch, the winners as the operators give them."""
+    stride, padding, dilation, groups, kernel, *pool = arguments
+    dims = len(stride)
+    activated = reference.CONV[dims](*tensors, stride, padding, dilation, groups).relu()
+    output, index = reference.POOL[dims](activated, kernel, *pool, return_indices=True)
+    place = torch.zeros_like(index)
+    for d, size in enumerate(kernel):
+        coordinate = index // math.prod(activated.shape[d + 3 :]) % activated.shape[d + 2]
+        windows = torch.arange(output.shape[d + 2]).view(-1, *[1] * (dims - 1 - d))
+        first = windows * pool[0][d] - pool[1][d]
+        place = place * size + (coordinate - first) // pool[2][d]
+    return output, torch.where((output > 0) | output.isnan(), place, 255).to(torch.uint8)

@@ -72,13 +72,12 @@ Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_we
     check_places(op, problem.geometry);
     *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
   }
-  if (output.numel() > 0) {
-    with_dtype(dtype, [&](auto type) {
-      using T = decltype(type);
-      run_forward<T>(problem, input, weight, bias, output, winners ? &**winners : nullptr,
-                     algorithm_of<T>(op, algorithm, problem, is_channels_last(input)));
-    });
-  }
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t wanted = algorithm_of<T>(op, algorithm, problem, is_channels_last(input));
+    if (output.numel() == 0) return;
+    run_forward<T>(problem, input, weight, bias, output, winners ? &**winners : nullptr, wanted);
+  });
   return output;
 }
 
