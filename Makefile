@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test lint format bench bench-conv bench-rnn bench-mlp bench-frozen bench-overhead \
+.PHONY: help build test lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-overhead \
     sweep-conv sweep-mlp dist clean
 
 help:  ## List the targets
@@ -42,6 +42,9 @@ bench: $(VENV)/bench.stamp  ## Measure the three models against stock PyTorch (u
 bench-conv: $(VENV)/rivals.stamp  ## Compare conv_relu_max_pool with every rival, in bfloat16 too
 	$(RUN) -m benchmarks.compare conv_relu_max_pool $(ARGS)
 	$(RUN) -m benchmarks.compare conv_relu_max_pool --dtype bfloat16 $(ARGS)
+
+bench-layers: $(VENV)/bench.stamp  ## Compare convolution layers of published networks with stock PyTorch
+	$(RUN) -m benchmarks.layers $(ARGS)
 
 bench-rnn: $(VENV)/rivals.stamp  ## Compare the recurrent layers with every rival; time against length (12 minutes)
 	$(RUN) -m benchmarks.lengths

@@ -151,6 +151,12 @@ RNN = [
     *(rnn_case(cell, (64, 200, 64), 128, lengths=_LENGTHS) for cell in GATES),
     rnn_case("LSTM", (16, 64, 32), 64, 2, bidirectional=True),
     *(cell_case(cell, 1, 64, 64) for cell in GATES),
+    # Large products: nothing is gained by fusing them, and nothing may be lost.
+    rnn_case("LSTM", (16, 30, 100), 512),
+    rnn_case("LSTM", (16, 30, 256), 1024),
+    rnn_case("LSTM", (32, 50, 128), 256, 2),
+    rnn_case("GRU", (16, 30, 256), 1024),
+    cell_case("LSTM", 32, 128, 128),
 ]
 
 # ---- fully connected --------------------------------------------------------------------------------------
@@ -167,6 +173,43 @@ def mlp_case(rows: int, widths: Sequence[int]) -> Case:
 
     name = f"MLP ({rows}, {widths[0]}) " + "-".join(map(str, widths[1:]))
     return Case(name, (rows, widths[0]), stock, lambda: fastnn.nn.MLP(widths), chain_flops(rows, widths))
+
+
+def linear_relu_case(rows: int, features: int, outputs: int) -> Case:
+    return Case(
+        f"LinearReLU ({rows}, {features}) {outputs}",
+        (rows, features),
+        lambda: nn.Sequential(nn.Linear(features, outputs), nn.ReLU()),
+        lambda: fastnn.nn.LinearReLU(features, outputs),
+        chain_flops(rows, (features, outputs)),
+    )
+
+
+class TwoHeads(nn.Module):
+    """What a variational autoencoder's encoder ends in, mean and log variance, here simply added up."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__()
+        self.mean, self.log_variance = nn.Linear(features, outputs), nn.Linear(features, outputs)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.mean(hidden) + self.log_variance(hidden)
+
+
+def variational_case(rows: int, features: int, hidden: int, encoding: int) -> Case:
+    """The linear layers of a variational autoencoder, as a user would write them."""
+
+    def stock() -> nn.Module:
+        encoder = nn.Linear(features, hidden), nn.ReLU(), TwoHeads(hidden, encoding)
+        return nn.Sequential(*encoder, nn.Linear(encoding, hidden), nn.ReLU(), nn.Linear(hidden, features))
+
+    def fused() -> nn.Module:
+        encoder = fastnn.nn.LinearReLU(features, hidden), TwoHeads(hidden, encoding)
+        return nn.Sequential(*encoder, fastnn.nn.MLP([encoding, hidden, features]))
+
+    flops = chain_flops(rows, (features, hidden, 2 * encoding)) + chain_flops(rows, (encoding, hidden, features))
+    name = f"VAE ({rows}, {features}) {hidden}-{encoding}"
+    return Case(name, (rows, features), stock, fused, flops, input_gradient=False)
 
 
 # ---- the three models -------------------------------------------------------------------------------------
@@ -214,6 +257,11 @@ MLP = [
     MODELS[2],
     *(autoencoder_case(rows, 784, 128, 32) for rows in (1, 64, 256, 4096)),
     mlp_case(1024, [64] * 7),
+    # Large products: nothing is gained by fusing them, and nothing may be lost.
+    mlp_case(256, [1024, 1024, 1024, 10]),
+    linear_relu_case(256, 1024, 1024),
+    mlp_case(128, [784, 512, 512, 10]),
+    variational_case(128, 784, 400, 20),
 ]
 
 CASES = {

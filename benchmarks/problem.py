@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,26 @@ def _near_ties(stock: nn.Sequential, input: Tensor) -> Tensor:
     the two takes the gradient is chance there, in stock as in a fused layer. (of the output's shape, bool)"""
     exact = copy.deepcopy(stock).double()
     pool = exact[-1]
-    pool.return_indices = True
+    dims = input.dim() - 2
+    kernel, stride, padding = (
+        (value,) * dims if isinstance(value, int) else tuple(value)
+        for value in (pool.kernel_size, pool.stride, pool.padding)
+    )
     with torch.no_grad():
         values = exact[:-1](input.double())
-        largest, place = pool(values)
-        values.flatten(2).scatter_(2, place.flatten(2), -torch.inf)
-        second, _ = pool(values)
+        shape = pool(values).shape
+        # Room for a last window that ceil_mode lets begin inside and end outside.
+        room = [side for k, p in zip(reversed(kernel), reversed(padding), strict=True) for side in (p, p + k)]
+        padded = nn.functional.pad(values, room, value=-torch.inf)
+        largest = second = torch.full(shape, -torch.inf, dtype=torch.float64)
+        for place in itertools.product(*map(range, kernel)):
+            spans = (
+                slice(first, first + (size - 1) * step + 1, step)
+                for first, step, size in zip(place, stride, shape[2:], strict=True)
+            )
+            pixels = padded[(slice(None), slice(None), *spans)]
+            second = torch.maximum(second, torch.minimum(largest, pixels))
+            largest = torch.maximum(largest, pixels)
     return largest - second < max(1e-5, torch.finfo(input.dtype).eps) * largest.max()
 
 

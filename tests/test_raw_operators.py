@@ -104,6 +104,11 @@ class TestWhateverIsGiven:
                     with pytest.raises(RuntimeError, match="needs a storage of"):
                         operator(*pytree.tree_unflatten([*leaves[:i], tensor, *leaves[i + 1 :]], structure))
 
+    def test_storage_that_is_no_whole_elements(self) -> None:
+        """As that of a file may be."""
+        x = torch.zeros(0).set_(torch.zeros(62, dtype=torch.uint8).untyped_storage(), 0, (5, 3))
+        assert mlp(x).shape == (5, 5)
+
     @pytest.mark.parametrize("name", calls())
     def test_no_tensor(self, name: str) -> None:
         operator, arguments = getattr(torch.ops.fastnn, name), calls()[name]

@@ -169,6 +169,22 @@ void gradient_of_all(Activation activation, const T* gradient, const T* saved, T
 }
 
 template <class T>
+void sum_all_rows(const T* matrix, int64_t rows, int64_t columns, int64_t first, int64_t last, Compute<T>* sums,
+                  Compute<T>* lost) {
+  int64_t row = 0;
+  do {  // of no rows the sums are zeros
+    const int64_t count = smaller(rows - row, kGradientRows);
+    sum_rows<T>(matrix + row * columns, count, columns, sums, lost, row > 0, {first, last});
+    row += count;
+  } while (row < rows);
+}
+
+template <class T>
+constexpr MlpElementwise<T> elementwise() {
+  return {activate_all<T>, gradient_of_all<T>, sum_all_rows<T>, mean_squared_errors<T>};
+}
+
+template <class T>
 constexpr MlpKernels<T> kernels() {
   return {make_plan<T>, worth_packing<T>,    packed_size<T>,           pack_part<T>, scratch_size<T>,
           forward<T>,   forward_together<T>, backward_scratch_size<T>, kFewRows,     backward<T>};
@@ -178,7 +194,7 @@ constexpr MlpKernels<T> kernels() {
 
 extern const MlpTable mlp_kernels = {
     {kernels<float>(), kernels<double>()},
-    {activate_all<bfloat16>, gradient_of_all<bfloat16>, mean_squared_errors<bfloat16>},
+    {elementwise<float>(), elementwise<double>(), elementwise<bfloat16>()},
 };
 
 }  // namespace FASTNN_ISA

@@ -82,11 +82,14 @@ struct MlpElementwise {
   void (*activate)(Activation activation, const T* input, T* output, int64_t count);
   // saved: the activation's input or output, as keeps_input says
   void (*gradient)(Activation activation, const T* gradient, const T* saved, T* output, int64_t count);
+  // sums (columns) of the rows, those of the columns [first, last)
+  void (*sum_rows)(const T* matrix, int64_t rows, int64_t columns, int64_t first, int64_t last, Compute<T>* sums,
+                   Compute<T>* lost);
   void (*mean_squared_errors)(const T* input, const T* output, int64_t rows, int64_t columns, T* errors);
 };
 
 struct MlpTable : PerWideDtype<MlpKernels> {
-  MlpElementwise<bfloat16> elementwise;
+  PerDtype<MlpElementwise> elementwise;
 };
 
 }  // namespace fastnn

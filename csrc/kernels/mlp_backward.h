@@ -79,35 +79,37 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
 // total (columns) = the sum of the rows, those of its columns that `which` says, added to what is there if `add`;
 // `lost` (columns) is what rounding has kept from it so far (Kahan). Stock's sums are as accurate.
 template <class T>
-void sum_rows(const T* gradient, int64_t rows, int64_t columns, T* total, T* lost, bool add, Share which) {
+void sum_rows(const T* gradient, int64_t rows, int64_t columns, Compute<T>* total, Compute<T>* lost, bool add,
+              Share which) {
+  using C = Compute<T>;
   constexpr int chains = 4, kWide = kTileRows / 3;
   const auto sum_columns = [&](auto width, int64_t column) {
     constexpr int vectors = decltype(width)::value;
     const int64_t left_over = which.last - column;  // less than a vector only where it is a single one
-    Vec<T> sums[chains][vectors] = {};
+    Vec<C> sums[chains][vectors] = {};
     for (int64_t row = 0; row < rows; row += chains) {
 #pragma GCC unroll 4
       for (int c = 0; c < chains; ++c) {
         if (row + c >= rows) continue;
         const T* const from = gradient + (row + c) * columns + column;
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sums[c][v] += load_up_to<T>(from + v * kLanes<T>, left_over);
+        for (int v = 0; v < vectors; ++v) sums[c][v] += load_up_to<T>(from + v * kLanes<C>, left_over);
       }
     }
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      const int64_t at = column + v * kLanes<T>;
-      const Vec<T> sum = (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]);
-      const Vec<T> before = add ? load_up_to<T>(total + at, left_over) : Vec<T>{};
-      const Vec<T> term = add ? sum - load_up_to<T>(lost + at, left_over) : sum;
-      const Vec<T> after = before + term;
-      store_up_to<T>(total + at, after, left_over);
-      store_up_to<T>(lost + at, add ? (after - before) - term : Vec<T>{}, left_over);
+      const int64_t at = column + v * kLanes<C>;
+      const Vec<C> sum = (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]);
+      const Vec<C> before = add ? load_up_to<C>(total + at, left_over) : Vec<C>{};
+      const Vec<C> term = add ? sum - load_up_to<C>(lost + at, left_over) : sum;
+      const Vec<C> after = before + term;
+      store_up_to<C>(total + at, after, left_over);
+      store_up_to<C>(lost + at, add ? (after - before) - term : Vec<C>{}, left_over);
     }
   };
   int64_t column = which.first;
-  for (; column + kWide * kLanes<T> <= which.last; column += kWide * kLanes<T>) sum_columns(Constant<kWide>{}, column);
-  for (; column < which.last; column += kLanes<T>) sum_columns(Constant<1>{}, column);
+  for (; column + kWide * kLanes<C> <= which.last; column += kWide * kLanes<C>) sum_columns(Constant<kWide>{}, column);
+  for (; column < which.last; column += kLanes<C>) sum_columns(Constant<1>{}, column);
 }
 
 // A layer of few inputs fills few lanes of a tile: turned over, it has the outputs in its lanes.

@@ -14,7 +14,7 @@ constexpr int tile_rows(int vectors) {
   return FASTNN_VECTOR_BYTES == 64 ? (vectors == 4   ? 6
                                       : vectors == 3 ? 8
                                                      : 12)
-                                   : (vectors == 4   ? 2
+                                   : (vectors == 4   ? 3
                                       : vectors == 3 ? 4
                                                      : 6);
 }
@@ -37,12 +37,23 @@ template <int rows, int vectors, int parts, bool transposed, class C>
 __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<transposed> strides, const C* panel,
                                              const C* start, int64_t start_stride, C* out, int64_t out_stride) {
   constexpr int lanes = kLanes<C>, width = vectors * lanes;
+  // Large weights come from far at every step of a recurrent network, sooner if they are asked for ahead of time. A
+  // tile of few rows has no time to spare for that between its loads.
+  constexpr bool kFetchesAhead = 2 * rows > tile_rows(vectors);
+  constexpr int kAhead = 2048, kRowBytes = width * sizeof(C);
   Vec<C> total[parts][rows][vectors] = {};
   const int64_t row = strides.row(), step = strides.depth();
   const auto multiply_one = [&](int part) __attribute__((always_inline)) {
     Vec<C> right[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) right[v] = load(panel + part * width + v * lanes);
+    if constexpr (kFetchesAhead) {
+#pragma GCC unroll 4
+      for (int byte = 0; byte < kRowBytes; byte += 64) {
+        const auto address = reinterpret_cast<uintptr_t>(panel + part * width);
+        __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead + byte));  // may be beyond the weights
+      }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const Vec<C> left = broadcast<C>(a[r * row + part * step]);

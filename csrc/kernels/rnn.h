@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include <array>
+
 #include "../simd/isa.h"
 #include "dtype.h"
 #include "team.h"
@@ -21,6 +23,24 @@ inline int64_t gates_of(RnnMode mode) {
 // and the hidden half of the candidate.
 inline int64_t saved_of(RnnMode mode) {
   return mode == RnnMode::lstm ? 5 : mode == RnnMode::gru ? 4 : 0;
+}
+
+// Gradients of a row of a step: `slots` of a hidden unit, in an order of the kernels' own. In it, runs of gates as
+// torch stacks their weights: `count` gates from `gate` on are the slots from `slot` on.
+struct GateRun {
+  int64_t slot, gate, count;
+};
+inline int64_t slots_of(RnnMode mode) {
+  return mode == RnnMode::gru ? 4 : gates_of(mode);
+}
+// Of x W_ih^T: GRU's slots are those of n, r, z, and the hidden part of n.
+inline std::array<GateRun, 2> input_gates_of(RnnMode mode) {
+  if (mode == RnnMode::gru) return {GateRun{1, 0, 2}, GateRun{0, 2, 1}};
+  return {GateRun{0, 0, gates_of(mode)}, GateRun{0, 0, 0}};
+}
+// Of h W_hh^T.
+inline GateRun hidden_gates_of(RnnMode mode) {
+  return {mode == RnnMode::gru ? 1 : 0, 0, gates_of(mode)};
 }
 
 // One time step. Sequences are sorted by length, so that the ones still running are the first `rows`.
@@ -128,6 +148,9 @@ struct RnnBackwardKernels {
   int64_t (*packed_size)(const RnnNetwork<T>& network, int64_t input_size);
   // The member's share of a round.
   void (*pack)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member, Compute<T>* packed);
+  // The same without weight_ih, which run_steps does not read.
+  void (*pack_hidden)(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member,
+                      Compute<T>* packed);
   RnnScratchSize (*scratch_size)(const RnnNetwork<T>& network, int64_t sequences);
   // Elements of the sums below for one direction of one layer.
   int64_t (*sums_size)(const RnnNetwork<T>& network, int64_t input_size);
@@ -139,6 +162,22 @@ struct RnnBackwardKernels {
   // Adds up `parts` such sums, `stride` apart, of one direction of one layer. The biases' gradients may be null.
   void (*finish)(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* sums, int64_t parts,
                  int64_t stride, const RnnWeightGradients<T>& gradients);
+
+  // For one direction of one layer without a projection, what `run` does but for the products of all rows, which are
+  // left to the caller: the steps of the sequences [first, last). grad_output (rows, width()) is the gradient of the
+  // layer's output, null for that of the last layer, which `gradients` has. gates (rows, slots_of(mode) * hidden) takes
+  // the gradients that those products are made of. Whole rounds.
+  void (*run_steps)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, int64_t direction,
+                    const Compute<T>* grad_output, Compute<T>* gates, int64_t first, int64_t last, Member& member,
+                    RnnScratch<Compute<T>> scratch);
+  // Their other factors, of the steps [first, last): the layer's input (rows, input_size), dropout included, and h of
+  // the step before (rows, hidden).
+  void (*gather)(const RnnNetwork<T>& network, int64_t layer, int64_t direction, int64_t first, int64_t last,
+                 Compute<T>* inputs, Compute<T>* previous);
+  // The product that is the gradient of the input (rows, input_size), of the steps [first, last), through the dropout:
+  // to grad_below (rows, width()), or from the first layer to `gradients`. The second direction adds to what is there.
+  void (*pass_down)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, int64_t direction,
+                    int64_t first, int64_t last, const Compute<T>* product, Compute<T>* grad_below);
 };
 
 using RnnForwardTable = PerDtype<RnnForwardKernels>;

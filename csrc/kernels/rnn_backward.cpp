@@ -5,6 +5,25 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
+// to (count) <- value, times mask if there is one, added to what is there if `adding`
+template <class C, class T, class To>
+FASTNN_INLINE void add_masked(const C* value, const T* mask, int64_t count, bool adding, To* to) {
+  for (int64_t i = 0; i < count; i += kLanes<C>) {
+    Vec<C> sum = load_up_to<C>(value + i, count - i);
+    if (mask) sum *= load_up_to<T>(mask + i, count - i);
+    if (adding) sum += load_up_to<To>(to + i, count - i);
+    store_up_to<To>(to + i, sum, count - i);
+  }
+}
+
+// h of the step before, or null for zeros. `running`: whether the sequence has run there.
+template <class T>
+FASTNN_INLINE const T* previous_output(const Direction<T>& direction, int64_t t, int64_t sequence, bool running) {
+  const RnnNetwork<T>& network = direction.network;
+  if (running) return direction.output(network.step[direction.reverse() ? t + 1 : t - 1], sequence);
+  return network.h0 ? network.h0 + direction.h_offset(sequence) : nullptr;
+}
+
 // grad_output is the gradient of a layer's output: the caller's, or what the layer after has passed down. Members of a
 // team share its columns, or hidden units, in steps, and rows of sums and of the input's gradient between blocks of
 // them.
@@ -37,6 +56,16 @@ class BackwardDirection {
     const BackwardLayout<Cell, C> layout(network, 0);
     const int64_t padded = layout.padded(network.hidden);
     return {most_rows * (layout.gradients() + network.projected) + 3 * sequences * padded, padded + most_rows * widest};
+  }
+
+  // The steps alone, the gradients of whose gates go to `gates`, at each row's place among all rows.
+  void run_steps(const RnnGradients<T>& gradients, C* gates) {
+    gates_ = gates;
+    for (int64_t i = 0; i < network_.steps; ++i) {
+      const int64_t t = direction_.reverse() ? i : network_.steps - 1 - i;
+      if (part_.rows(network_.step[t]) > 0) run_step(t, network_.step[t].row + part_.first, gradients);
+    }
+    member_.end_round();
   }
 
   // `destination`, if not null, takes the gradient of the layer's input; the second direction adds to it.
@@ -147,11 +176,6 @@ class BackwardDirection {
     if (!grad_output_.base) return nullptr;
     return grad_output_.at(step, sequence) + direction_.direction * layout_.outputs();
   }
-  // h of the step before, or null for zeros.
-  const T* previous_output(int64_t t, int64_t sequence, bool runs) const {
-    if (runs) return direction_.output(step_before(t), sequence);
-    return network_.h0 ? network_.h0 + direction_.h_offset(sequence) : nullptr;
-  }
   const T* previous_cell(int64_t t, int64_t sequence, bool runs) const {
     if (runs) return direction_.template saved<Cell>(step_before(t), sequence) + (Cell::kSaved - 1) * layout_.hidden;
     return network_.c0 ? network_.c0 + direction_.c_offset(sequence) : nullptr;
@@ -161,7 +185,7 @@ class BackwardDirection {
   void finish_row(int64_t t, int64_t sequence, bool runs, Share units, C* gates) {
     const RnnStep& step = network_.step[t];
     const T* output = direction_.output(step, sequence);
-    const T* before = Cell::kNeedsPrevious ? previous_output(t, sequence, runs) : nullptr;
+    const T* before = Cell::kNeedsPrevious ? previous_output(direction_, t, sequence, runs) : nullptr;
     const T* cell_before = Cell::kHasCellState ? previous_cell(t, sequence, runs) : nullptr;
     const T* kept = Cell::kSaved > 0 ? direction_.template saved<Cell>(step, sequence) : nullptr;
     const Source* grad_output = layout_.projected ? nullptr : output_gradient(step, sequence);
@@ -203,7 +227,7 @@ class BackwardDirection {
     add_products(gates, layout_.gates(), block.rows, gates_, layout_.gradients(), input_size, sums_);
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       const int64_t t = &step - network_.step;
-      const T* before = previous_output(t, sequence, sequence < direction_.running(t, part_));
+      const T* before = previous_output(direction_, t, sequence, sequence < direction_.running(t, part_));
       C* panel = panels_ + local * 2 * kLanes<C>;
       if (before) {
         pack_row(before, outputs, block.rows, panel);
@@ -265,14 +289,8 @@ class BackwardDirection {
                            columns, false, panels_ + share.first * stride, stride);
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       if (local < share.first || local >= share.last) return;
-      To* to = const_cast<To*>(destination.at(step, sequence));
-      const T* row_mask = mask ? mask + (step.row + sequence) * columns : nullptr;
-      for (int64_t i = 0; i < columns; i += kLanes<C>) {
-        Vec<C> value = load(panels_ + local * stride + i);
-        if (row_mask) value *= load_up_to<T>(row_mask + i, columns - i);
-        if (direction_.direction > 0) value += load_up_to<To>(to + i, columns - i);
-        store_up_to<To>(to + i, value, columns - i);
-      }
+      add_masked(panels_ + local * stride, mask ? mask + (step.row + sequence) * columns : nullptr, columns,
+                 direction_.direction > 0, const_cast<To*>(destination.at(step, sequence)));
     });
   }
 
@@ -316,7 +334,14 @@ int64_t packed_size(const RnnNetwork<T>& network, int64_t input_size) {
 template <class T>
 void pack_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member,
                   Compute<T>* packed) {
-  with_cell(network.mode, [&](auto cell) { pack_backward<decltype(cell), T>(network, weights, member, packed); });
+  with_cell(network.mode, [&](auto cell) { pack_backward<decltype(cell), T>(network, weights, true, member, packed); });
+}
+
+template <class T>
+void pack_hidden_weights(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member,
+                         Compute<T>* packed) {
+  with_cell(network.mode,
+            [&](auto cell) { pack_backward<decltype(cell), T>(network, weights, false, member, packed); });
 }
 
 template <class T>
@@ -386,8 +411,80 @@ void finish(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* 
 }
 
 template <class T>
+void run_steps(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, int64_t direction,
+               const Compute<T>* grad_output, Compute<T>* gates, int64_t first, int64_t last, Member& member,
+               RnnScratch<Compute<T>> scratch) {
+  using C = Compute<T>;
+  with_cell(network.mode, [&](auto cell) {
+    using Cell = decltype(cell);
+    const auto run = [&](auto rows_of_gradient) {
+      const int64_t rows = most_rows<Cell>(network, last - first);
+      BackwardDirection<Cell, T, typename decltype(rows_of_gradient)::Element>(
+          network, layer, direction, {first, last}, rows, rows_of_gradient, nullptr, member, scratch)
+          .run_steps(gradients, gates);
+    };
+    if (grad_output) {
+      run(Rows<C>{grad_output, network.width()});
+    } else {
+      run(Rows<T>{gradients.grad_output, gradients.grad_output_stride, &RnnStep::gradient});
+    }
+  });
+}
+
+// body(step, t, sequence): every row of the steps [first, last).
+template <class T, class Body>
+void for_rows_of_steps(const RnnNetwork<T>& network, int64_t first, int64_t last, const Body& body) {
+  for (int64_t t = first; t < last; ++t) {
+    const RnnStep& step = network.step[t];
+    for (int64_t sequence = 0; sequence < step.rows; ++sequence) body(step, t, sequence);
+  }
+}
+
+template <class T>
+void gather(const RnnNetwork<T>& network, int64_t layer, int64_t direction, int64_t first, int64_t last,
+            Compute<T>* inputs, Compute<T>* previous) {
+  using C = Compute<T>;
+  const Direction<T> here(network, layer, direction);
+  const int64_t input_size = here.weights.input_size, outputs = network.outputs();
+  const Rows<T> rows = layer_input(network, layer);
+  const T* mask = layer_mask(network, layer);
+  for_rows_of_steps(network, first, last, [&](const RnnStep& step, int64_t t, int64_t sequence) {
+    const int64_t row = step.row + sequence;
+    copy_masked(rows.at(step, sequence), mask ? mask + row * input_size : nullptr, input_size,
+                inputs + row * input_size);
+    const T* before = previous_output(here, t, sequence, sequence < here.running(t, {0, network.batch}));
+    C* const to = previous + row * outputs;
+    if (before) {
+      copy_masked<T, C>(before, nullptr, outputs, to);
+    } else {
+      for (int64_t i = 0; i < outputs; i += kLanes<C>) store_up_to<C>(to + i, Vec<C>{}, outputs - i);
+    }
+  });
+}
+
+template <class T>
+void pass_down(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, int64_t direction,
+               int64_t first, int64_t last, const Compute<T>* product, Compute<T>* grad_below) {
+  const int64_t input_size = network.weights[layer * network.directions].input_size;
+  const T* mask = layer_mask(network, layer);
+  const Rows<T> given{gradients.grad_input, network.input_stride, &RnnStep::input};
+  for_rows_of_steps(network, first, last, [&](const RnnStep& step, int64_t, int64_t sequence) {
+    const int64_t row = step.row + sequence;
+    const auto pass = [&](auto* to) {
+      add_masked(product + row * input_size, mask ? mask + row * input_size : nullptr, input_size, direction > 0, to);
+    };
+    if (layer == 0) {
+      pass(const_cast<T*>(given.at(step, sequence)));
+    } else {
+      pass(grad_below + row * network.width());
+    }
+  });
+}
+
+template <class T>
 constexpr RnnBackwardKernels<T> kernels() {
-  return {packed_size<T>, pack_weights<T>, scratch_size<T>, sums_size<T>, run<T>, finish<T>};
+  return {packed_size<T>, pack_weights<T>, pack_hidden_weights<T>, scratch_size<T>, sums_size<T>,
+          run<T>,         finish<T>,       run_steps<T>,           gather<T>,       pass_down<T>};
 }
 
 }  // namespace

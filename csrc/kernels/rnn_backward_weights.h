@@ -35,7 +35,7 @@ struct BackwardLayout {
 };
 
 template <class Cell, class T>
-void pack_backward(const RnnNetwork<T>& network, const RnnWeights<T>& weights, const Member& member,
+void pack_backward(const RnnNetwork<T>& network, const RnnWeights<T>& weights, bool weight_ih, const Member& member,
                    Compute<T>* packed) {
   using C = Compute<T>;
   const int64_t input_size = weights.input_size, hidden = network.hidden, outputs = network.outputs();
@@ -43,8 +43,10 @@ void pack_backward(const RnnNetwork<T>& network, const RnnWeights<T>& weights, c
   const Share gates = member.share(layout.gates()), projected = member.share(network.projected);
   for (int64_t row = gates.first; row < gates.last; ++row) {
     const int64_t gate = Cell::input_gate(static_cast<int>(row / hidden)), unit = row % hidden;
-    pack_row(weights.weight_ih + (gate * hidden + unit) * input_size, input_size, layout.gates(),
-             packed + row * 2 * kLanes<C>);
+    if (weight_ih) {
+      pack_row(weights.weight_ih + (gate * hidden + unit) * input_size, input_size, layout.gates(),
+               packed + row * 2 * kLanes<C>);
+    }
     pack_row(weights.weight_hh + row * outputs, outputs, layout.gates(),
              packed + layout.hidden_panels() + row * 2 * kLanes<C>);
   }

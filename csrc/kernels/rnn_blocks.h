@@ -45,6 +45,7 @@ Block next_block(const RnnNetwork<T>& network, Part part, int64_t edge, bool bac
 // Rows of a matrix that are dense in a step but may lie anywhere from step to step.
 template <class T>
 struct Rows {
+  using Element = T;
   const T* base;
   int64_t stride;
   int64_t RnnStep::* start = nullptr;  // of what lies as the caller has it, where a step's first row does

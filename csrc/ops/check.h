@@ -62,31 +62,22 @@ void check_product(const char* op, Numbers... sizes) {
                " are too large together");
 }
 
-// The bytes that a tensor's storage needs for the elements that its sizes and strides reach.
-inline int64_t bytes_reached(const Tensor& tensor) {
+// How many elements of its storage a tensor's sizes and strides reach over, from the first to the last.
+inline int64_t reach(const Tensor& tensor) {
   const int64_t numel = tensor.numel();
-  if (numel == 0) return 0;
-  int64_t elements = checked_sum(tensor.storage_offset(), 1);
-  if (tensor.is_contiguous()) {
-    elements = checked_sum(elements, numel - 1);
-  } else {
-    const Sizes sizes = tensor.sizes(), strides = tensor.strides();
-    for (size_t i = 0; i < sizes.size(); ++i) {
-      elements = checked_sum(elements, checked_product(sizes[i] - 1, strides[i]));
-    }
-  }
-  return checked_product(elements, static_cast<int64_t>(tensor.element_size()));
+  if (numel == 0 || tensor.is_contiguous()) return numel;
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) last = checked_sum(last, checked_product(sizes[i] - 1, strides[i]));
+  return checked_sum(last, 1);
 }
 
-// Storage may have been freed or cut under a tensor, as FSDP does with parameters between their uses; and some tensors
-// of libtorch's own, all zeros, have none from the beginning.
+// Storage may have been freed or cut under a tensor, as FSDP does with parameters between their uses.
 inline void check_memory(const Tensor& tensor, const char* op, const char* name) {
-  const int64_t reached = bytes_reached(tensor);
-  if (reached == 0) return;
-  const int64_t bytes = tensor.storage_bytes();
-  FASTNN_CHECK(bytes >= reached, op, ": ", name, " needs a storage of ", reached, " bytes, but its storage has ", bytes,
-               "; has it been freed or resized?");
-  FASTNN_CHECK(tensor.const_data_ptr() != nullptr, op, ": ", name, " has elements, but no memory for them");
+  const int64_t reached = reach(tensor), needed = checked_sum(tensor.storage_offset(), reached);
+  const int64_t elements = tensor.storage_numel();
+  FASTNN_CHECK(elements >= needed || reached == 0, op, ": ", name, " needs a storage of ", needed,
+               " elements, but its storage has ", elements, "; has it been freed or resized?");
 }
 
 inline void check_plain(const Tensor& tensor, const char* op, const char* name) {

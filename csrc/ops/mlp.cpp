@@ -321,7 +321,9 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
   const Wanted wanted{input_wanted, weights_wanted, biases_wanted};
   if (goes_by_layers(chain, true)) {
-    return backward_by_layers(chain, grad_output, input, weights, activations, saved, wanted);
+    return with_dtype(chain.kind.dtype, [&](auto type) {
+      return backward_by_layers<decltype(type)>(chain, grad_output, input, weights, activations, saved, wanted);
+    });
   }
   return with_kernel_dtype(chain.kind.dtype, [&](auto type) {
     using T = decltype(type);

@@ -1,14 +1,27 @@
-// mlp a layer at a time with torch's own matrix products: for bfloat16, which they multiply by instructions made for it
-// where our kernels widen it to float.
+// mlp a layer at a time with torch's own matrix products: backward where they are large, so that fusing them gains
+// nothing; and bfloat16, which they multiply by instructions made for it where our kernels widen it to float.
 #pragma once
 
 #include "mlp_chain.h"
+#include "product.h"
 
 namespace fastnn {
 
-// In microseconds, as measured: what our kernels lose to torch's by widening and by slower products, against what
-// torch's calls cost.
+// Whether most of the work is large products. Forward's are as fast by our kernels, which give the same bits for any
+// number of threads.
+inline bool has_large_products(const Chain& chain) {
+  double large = 0;
+  for (int64_t i = 0; i < chain.layers(); ++i) {
+    const int64_t in = chain.widths[i], out = chain.widths[i + 1];
+    if (is_large_product(chain.rows, in, out)) large += 2.0 * chain.rows * in * out;
+  }
+  return large > chain.work / 2;
+}
+
+// In microseconds, as measured for bfloat16: what our kernels lose to torch's by widening and by slower products,
+// against what torch's calls cost.
 inline bool goes_by_layers(const Chain& chain, bool backward) {
+  if (backward && has_large_products(chain)) return true;
   if (chain.kind.dtype != ScalarType::BFloat16) return false;
   const double layers = static_cast<double>(chain.layers());
   const double values = static_cast<double>(chain.rows) * static_cast<double>(chain.widths[0] + chain.outputs());
@@ -32,25 +45,14 @@ inline Tensor linear(const Tensor& input, const Tensor& weight, const Tensor* bi
   return settled(Argument<Tensor>::take(stack[0]));
 }
 
-inline Tensor product(const Tensor& a, const Tensor& b) {
-  return settled(torch::stable::matmul(a.share(), b.share()));
-}
-
-// body(first, last) for parts of [0, count), in parallel if `work` a piece is worth it.
-template <class Body>
-void parallel_range(int64_t count, double work, const Body& body) {
-  const int64_t chunks = std::min(useful_threads(work * static_cast<double>(count)), count);
-  parallel_chunks(chunks, count, [&](int64_t, int64_t first, int64_t last) { body(first, last); });
-}
-
 constexpr double kActivationWork = 20;
 
-// activation(input), into `output`, which may be `input`.
-inline void activate(Activation activation, const Tensor& input, const Tensor& output) {
-  const bfloat16* const from = data<bfloat16>(input);
-  bfloat16* const to = mutable_data<bfloat16>(output);
-  parallel_range(input.numel(), kActivationWork, [&](int64_t first, int64_t last) {
-    mlp_kernels().elementwise.activate(activation, from + first, to + first, last - first);
+// to (count) <- activation(from), which may be the same.
+template <class T>
+void activate(Activation activation, const T* from, int64_t count, T* to) {
+  const auto& elementwise = mlp_kernels().elementwise.get<T>();
+  parallel_range(count, kActivationWork, [&](int64_t first, int64_t last) {
+    elementwise.activate(activation, from + first, to + first, last - first);
   });
 }
 
@@ -63,7 +65,9 @@ inline std::tuple<Tensor, std::vector<Tensor>> forward_by_layers(const Forward& 
     const Tensor before = linear(current, call.weight(i), call.has_biases() ? &call.bias(i) : nullptr);
     const bool kept = saves && keeps_input(activation);
     current = kept ? new_tensor({call.chain.rows, call.chain.widths[i + 1]}, ScalarType::BFloat16) : before;
-    if (activation != Activation::identity) activate(activation, before, current);
+    if (activation != Activation::identity) {
+      activate(activation, data<bfloat16>(before), before.numel(), mutable_data<bfloat16>(current));
+    }
     if (saves && !output_serves(call.chain, i, activation)) hidden.push_back(before);
   }
   return {std::move(current), std::move(hidden)};
@@ -76,46 +80,66 @@ inline Tensor errors_by_layers(const Forward& call) {
   const bfloat16 *const before = data<bfloat16>(input), *const after = data<bfloat16>(output);
   bfloat16* const to = mutable_data<bfloat16>(errors);
   parallel_range(call.chain.rows, 3.0 * static_cast<double>(columns), [&](int64_t first, int64_t last) {
-    mlp_kernels().elementwise.mean_squared_errors(before + first * columns, after + first * columns, last - first,
-                                                  columns, to + first);
+    mlp_kernels().elementwise.bf16.mean_squared_errors(before + first * columns, after + first * columns, last - first,
+                                                       columns, to + first);
   });
   return errors;
 }
 
+// The sums of a matrix's rows.
+template <class T>
+Tensor sums_of_rows(const T* matrix, int64_t rows, int64_t columns, ScalarType dtype) {
+  Tensor sums = new_tensor({columns}, widened(dtype));
+  sum_rows(matrix, rows, columns, mutable_data<Compute<T>>(sums));
+  return narrowed(std::move(sums), dtype);
+}
+
 // saved: one a layer, as check_saved returns them
-inline Gradients backward_by_layers(const Chain& chain, const Tensor& grad_output, const Tensor& input,
-                                    const std::vector<Tensor>& weights, const Activations& activations,
-                                    const std::vector<Tensor>& saved, Wanted wanted) {
-  const size_t layers = weights.size();
-  std::vector<Tensor> grad_weights(wanted.weights ? layers : 0), grad_biases(wanted.biases ? layers : 0);
-  Tensor gradient = dense(grad_output);
-  for (size_t i = layers; i-- > 0;) {
-    const Activation activation = activations[i];
-    if (activation != Activation::identity) {
-      const Tensor kept = dense(saved[i]), before = new_tensor({chain.rows, chain.widths[i + 1]}, ScalarType::BFloat16);
-      const bfloat16 *const after = data<bfloat16>(gradient), *const known = data<bfloat16>(kept);
-      bfloat16* const to = mutable_data<bfloat16>(before);
-      parallel_range(before.numel(), kActivationWork, [&](int64_t first, int64_t last) {
-        mlp_kernels().elementwise.gradient(activation, after + first, known + first, to + first, last - first);
+template <class T>
+Gradients backward_by_layers(const Chain& chain, const Tensor& grad_output, const Tensor& input,
+                             const std::vector<Tensor>& weights, const Activations& activations,
+                             const std::vector<Tensor>& saved, Wanted wanted) {
+  const ScalarType dtype = chain.kind.dtype;
+  const int64_t rows = chain.rows, size = checked_product(rows, chain.widest());
+  const Scratch<T> buffers(checked_product(3, size));
+  T *own = buffers.get(), *other = own + size, *const activated = other + size;
+  const auto& elementwise = mlp_kernels().elementwise.get<T>();
+  Tensor grad_input = new_tensor({wanted.input ? rows : 0, chain.widths[0]}, dtype);
+  std::vector<Tensor> grad_weights, grad_biases;
+  const Tensor dense_output = dense(grad_output);
+  const T* gradient = data<T>(dense_output);  // of the layer's output; in `own`, but for the last layer's
+  for (int64_t i = chain.layers() - 1; i >= 0; --i) {
+    const int64_t in = chain.widths[i], out = chain.widths[i + 1];
+    if (activations[i] != Activation::identity) {
+      const Tensor kept = dense(saved[i]);
+      parallel_range(rows * out, kActivationWork, [&](int64_t first, int64_t last) {
+        elementwise.gradient(activations[i], gradient + first, data<T>(kept) + first, own + first, last - first);
       });
-      gradient = before;
+      gradient = own;
     }
-    if (wanted.biases) {
-      const int64_t rows = 0;
-      grad_biases[i] = settled(torch::stable::sum(gradient.share(), Sizes(&rows, 1)));
-    }
+    const Matrix<const T> before(gradient, rows, out);
+    if (wanted.biases) grad_biases.push_back(sums_of_rows(gradient, rows, out, dtype));
     if (wanted.weights) {
-      Tensor layer_input = i > 0 ? saved[i - 1] : input;
+      const Tensor kept = dense(i > 0 ? saved[i - 1] : input);
+      const T* layer_input = data<T>(kept);
       if (i > 0 && keeps_input(activations[i - 1])) {
-        layer_input = new_tensor({chain.rows, chain.widths[i]}, ScalarType::BFloat16);
-        activate(activations[i - 1], dense(saved[i - 1]), layer_input);
+        activate(activations[i - 1], layer_input, rows * in, activated);
+        layer_input = activated;
       }
-      grad_weights[i] = product(torch::stable::transpose(gradient.share(), 0, 1), layer_input);
+      grad_weights.push_back(new_tensor({out, in}, dtype));
+      multiply<T>(before.transposed(), {layer_input, rows, in}, {mutable_data<T>(grad_weights.back()), out, in});
     }
-    if (i > 0 || wanted.input) gradient = product(gradient, weights[i]);
+    if (i > 0 || wanted.input) {
+      const Tensor weight = dense(weights[i]);
+      T* const to = i > 0 ? other : mutable_data<T>(grad_input);
+      multiply<T>(before, {data<T>(weight), out, in}, {to, rows, in});
+      gradient = other;
+      std::swap(own, other);
+    }
   }
-  if (!wanted.input) gradient = new_tensor({0, chain.widths[0]}, ScalarType::BFloat16);
-  return {std::move(gradient), std::move(grad_weights), std::move(grad_biases)};
+  std::reverse(grad_weights.begin(), grad_weights.end());
+  std::reverse(grad_biases.begin(), grad_biases.end());
+  return {std::move(grad_input), std::move(grad_weights), std::move(grad_biases)};
 }
 
 }  // namespace fastnn

@@ -3,8 +3,7 @@
 #include <tuple>
 
 #include "register.h"
-#include "rnn_problem.h"
-#include "rnn_threads.h"
+#include "rnn_large.h"
 
 namespace fastnn {
 namespace {
@@ -138,9 +137,11 @@ Tensor place_gradient(Problem& problem, const Tensor& gradient, int64_t* stride)
   return result;
 }
 
-// A view with its sign turned, as torch.func and complex numbers make them, is read as it lies. libtorch resolves those
-// among an operator's tensors and lists of tensors, but not in lists of optional ones.
+// What libtorch does with an operator's tensors and lists of tensors, but not in lists of optional ones: a view with
+// its sign turned, as torch.func and complex numbers make them, is read as it lies, and a tensor of nothing but zeros
+// may have no memory at all.
 Tensor resolved(const Tensor& tensor) {
+  FASTNN_CHECK(tensor.numel() == 0 || tensor.const_data_ptr(), "rnn_backward: grad_state has no memory");
   std::array<StableIValue, 1> stack{give(tensor)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resolve_neg", "", stack.data(), TORCH_ABI_VERSION));
   return Argument<Tensor>::take(stack[0]);
@@ -212,6 +213,9 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
                                   input_wanted ? mutable_data<T>(wanted.input) : nullptr,
                                   state_or_null(0),
                                   state_or_null(1)};
+  if constexpr (std::is_same_v<T, C>) {
+    if (has_large_products(problem)) return backward_by_products(problem, network, gradients, wanted.weights);
+  }
   const int64_t members = team_members(network);
   const int64_t chunks = members > 1 ? 1 : rnn_chunks(2 * problem.work(), problem.batch);
   const std::vector<int64_t> bounds = split_sequences(network, chunks);

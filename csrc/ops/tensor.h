@@ -48,8 +48,7 @@ inline Tensor dense(Tensor&& tensor) {
 // The tensor, or where it has more elements than memory, as expand() makes it, a copy: so that time is bounded by
 // memory that somebody has paid for.
 inline Tensor in_memory(const Tensor& tensor) {
-  const int64_t bytes = checked_product(tensor.numel(), static_cast<int64_t>(tensor.element_size()));
-  return bytes <= tensor.storage_bytes() ? tensor.borrow() : dense(tensor);
+  return tensor.numel() <= tensor.storage_numel() ? tensor.borrow() : dense(tensor);
 }
 
 template <class T>

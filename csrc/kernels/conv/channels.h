@@ -56,11 +56,12 @@ class ChannelPool {
       : call_(call),
         g_(call.geometry),
         conv_columns_(band.conv[2]),
+        stage_rows_(band.stage_rows),
         width_(kBlockVectors * kLanes<C>),
         ring_(ring, parts.take<C>(ring.slices * ring.rows * ring.row_size), parts.take<int64_t>(ring.slices * ring.rows)),
         outside_(parts.take<C>(ring.row_size)),
-        stage_(parts.take<C>(band.rows * band.columns * width_)),
-        winner_stage_(parts.take<uint8_t>(band.rows * band.columns * width_)),
+        stage_(parts.take<C>(band.stage_rows * band.columns * width_)),
+        winner_stage_(parts.take<uint8_t>(band.stage_rows * band.columns * width_)),
         rows_(parts.take<const C*>(g_.pool_kernel[0] * g_.pool_kernel[1])),
         places_(parts.take<const C*>(g_.places())),
         bias_(parts.take<C>(width_)) {
@@ -109,8 +110,9 @@ class ChannelPool {
   void run(const Band& band, int64_t image, const Block& block, const Make& make) {
     const int64_t row_size = band.columns * width_;
     for (int64_t r = 0; r < band.rows; ++r) {
-      C* to = stage_ + r * row_size;
-      uint8_t* winners = call_.winners ? winner_stage_ + r * row_size : nullptr;
+      const int64_t staged = r % stage_rows_;
+      C* to = stage_ + staged * row_size;
+      uint8_t* winners = call_.winners ? winner_stage_ + staged * row_size : nullptr;
       const bool any = find_rows(g_, ring_, band.slice, band.row + r, outside_, rows_, make);
       const int64_t tap = g_.pool_dilation[2] * width_, taps = g_.pool_kernel[2];
       for (int64_t i = 0; i < g_.places(); ++i) places_[i] = rows_[i / taps] + i % taps * tap;
@@ -119,19 +121,20 @@ class ChannelPool {
         fill(to + x * width_, width_, kMinusInfinity<C>);
         if (winners) __builtin_memset(winners + x * width_, kDead, width_);
       });
+      if (staged + 1 == stage_rows_ || r + 1 == band.rows) write(band, image, block, r - staged, staged + 1);
     }
-    write(band, image, block);
   }
 
  private:
-  void write(const Band& band, int64_t image, const Block& block) {
+  // The staged rows, from the band's `first` on.
+  void write(const Band& band, int64_t image, const Block& block, int64_t first, int64_t staged) {
     const ConvLayout& layout = call_.output_layout;
     const bool joined = band.columns == g_.output[2];  // the rows follow one another
-    const int64_t rows = joined ? 1 : band.rows, count = joined ? band.rows * band.columns : band.columns;
+    const int64_t rows = joined ? 1 : staged, count = joined ? staged * band.columns : band.columns;
     const int64_t channel = band.group * g_.out_channels + block.first;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = image * layout.n + channel * layout.c + band.slice * layout.d[0] +
-                         (band.row + r) * layout.d[1] + band.column * layout.d[2];
+                         (band.row + first + r) * layout.d[1] + band.column * layout.d[2];
       write_pixels(call_, at, block.count, count, stage_ + r * count * width_, winner_stage_ + r * count * width_,
                    width_);
     }
@@ -139,7 +142,7 @@ class ChannelPool {
 
   const ConvCall<T>& call_;
   const ConvPoolGeometry& g_;
-  const int64_t conv_columns_;
+  const int64_t conv_columns_, stage_rows_;
   int64_t width_;
   const Ring<C> ring_;
   C* outside_;

@@ -43,12 +43,13 @@ class PixelsForward {
         ring_(plan_.ring, parts_.take<C>(plan_.ring.slices * plan_.ring.rows * plan_.ring.row_size),
               parts_.take<int64_t>(plan_.ring.slices * plan_.ring.rows)),
         outside_(parts_.take<C>(plan_.ring.row_size)),
-        stage_(parts_.take<C>(plan_.block * plan_.band.rows * plan_.pitch)),
-        winner_stage_(parts_.take<uint8_t>(plan_.block * plan_.band.rows * plan_.pitch)),
+        stage_(parts_.take<C>(plan_.block * plan_.band.stage_rows * plan_.pitch)),
+        winner_stage_(parts_.take<uint8_t>(plan_.block * plan_.band.stage_rows * plan_.pitch)),
         rows_(parts_.take<const C*>(g_.pool_kernel[0] * g_.pool_kernel[1])),
         places_(parts_.take<const C*>(g_.places())),
         bias_(parts_.take<C>(plan_.block)) {
-    fill_zeros(copy_, plan_.copy_size);  // what stands behind runs is multiplied too, if not used
+    // Of what stands behind runs of columns, sums are made too, if not used.
+    fill_zeros(copy_ + g_.in_channels * plan_.channel_step, plan_.copy_size - g_.in_channels * plan_.channel_step);
     fill(outside_, plan_.ring.row_size, kMinusInfinity<C>);
     for (int64_t residue = 0; residue < g_.pool_stride[2]; ++residue) {
       for_each_tap(g_, g_.in_channels, weight_is_channels_last(call),
@@ -79,6 +80,18 @@ class PixelsForward {
     return column % plan_.residues * plan_.run + column / plan_.residues * plan_.band.images;
   }
 
+  // Zeros for the columns of a row that are not inside the input, and for images that are not there.
+  void fill_beside(Inside columns, C* row) const {
+    const int64_t places = plan_.step[1] / plan_.band.images;
+    for (int64_t x = 0; x < places; ++x) {
+      if (x < columns.first || x >= columns.last) {
+        fill_zeros(row + place_of(x), plan_.band.images);
+      } else if (band_.images < plan_.band.images) {
+        fill_zeros(row + place_of(x) + band_.images, plan_.band.images - band_.images);
+      }
+    }
+  }
+
   void copy_band() {
     const ConvLayout& layout = call_.input_layout;
     const int64_t(&extent)[3] = plan_.band.input;
@@ -89,7 +102,6 @@ class PixelsForward {
     const int64_t channels = g_.in_channels, row_size = plan_.step[1];
     // The padding beside rows stays as it is while bands lie alike.
     const bool alike = columns.first == zeroed_.first && columns.last == zeroed_.last && band_.images == zeroed_images_;
-    padding_is_zero_ = alike;
     zeroed_ = columns;
     zeroed_images_ = band_.images;
     for (int64_t d = 0; d < extent[0]; ++d) {
@@ -97,10 +109,9 @@ class PixelsForward {
         const int64_t z = band_.input[0] + d, y = band_.input[1] + h;
         C* const to = copy_ + d * plan_.step[0] + h * plan_.step[1];
         const bool inside = z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1] && count > 0;
-        if (!inside || !padding_is_zero_) {
-          for (int64_t c = 0; c < channels; ++c) fill_zeros(to + c * plan_.channel_step, row_size);
-        }
+        for (int64_t c = 0; c < channels && !inside; ++c) fill_zeros(to + c * plan_.channel_step, row_size);
         if (!inside) continue;
+        for (int64_t c = 0; c < channels && !alike; ++c) fill_beside(columns, to + c * plan_.channel_step);
         const T* row = from + z * layout.d[0] + y * layout.d[1];
         if (layout.d[2] != 1) {  // channels last: pixel by pixel, or a run of pixels of one image
           for (int64_t x = 0; x < count; ++x) {
@@ -132,8 +143,9 @@ class PixelsForward {
     ring_.forget();
     const int64_t images = plan_.band.images, vectors = plan_.pitch / kLanes<C>;
     for (int64_t r = 0; r < band_.rows; ++r) {
-      C* to = stage_ + r * plan_.pitch;
-      uint8_t* winners = call_.winners ? winner_stage_ + r * plan_.pitch : nullptr;
+      const int64_t staged = r % plan_.band.stage_rows;
+      C* to = stage_ + staged * plan_.pitch;
+      uint8_t* winners = call_.winners ? winner_stage_ + staged * plan_.pitch : nullptr;
       const bool any = find_rows(g_, ring_, band_.slice, band_.row + r, outside_, rows_,
                                  [&](int64_t z, int64_t y) { make_row(z, y); });
       for (int64_t i = 0; i < g_.places(); ++i) {
@@ -141,7 +153,7 @@ class PixelsForward {
         places_[i] = rows_[i / g_.pool_kernel[2]] + column % g_.pool_stride[2] * plan_.block * plan_.conv_run +
                      column / g_.pool_stride[2] * images;
       }
-      const int64_t result = plan_.band.rows * plan_.pitch;
+      const int64_t result = plan_.band.stage_rows * plan_.pitch;
       pool_windows<C>({places_, g_.places(), plan_.conv_run, result, count_, vectors}, to, winners);
       for_each_empty(g_, band_.column, band_.columns, any, [&](int64_t x) {
         for (int64_t o = 0; o < count_; ++o) {
@@ -149,8 +161,8 @@ class PixelsForward {
           if (winners) __builtin_memset(winners + o * result + x * images, kDead, images);
         }
       });
+      if (staged + 1 == plan_.band.stage_rows || r + 1 == band_.rows) write(r - staged, staged + 1);
     }
-    write();
   }
 
   void make_row(int64_t z, int64_t y) {
@@ -181,15 +193,16 @@ class PixelsForward {
     }
   }
 
-  void write() {
+  // The staged rows, from the band's `first` on.
+  void write(int64_t first, int64_t staged) {
     const ConvLayout& layout = call_.output_layout;
     const int64_t images = plan_.band.images, output = band_.group * g_.out_channels + first_;
-    const int64_t result = plan_.band.rows * plan_.pitch;
+    const int64_t result = plan_.band.stage_rows * plan_.pitch;
     const bool joined = band_.columns * images == plan_.pitch && band_.columns == g_.output[2];
-    const int64_t rows = joined ? 1 : band_.rows, columns = joined ? band_.rows * band_.columns : band_.columns;
+    const int64_t rows = joined ? 1 : staged, columns = joined ? staged * band_.columns : band_.columns;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = band_.image * layout.n + output * layout.c + band_.slice * layout.d[0] +
-                         (band_.row + r) * layout.d[1] + band_.column * layout.d[2];
+                         (band_.row + first + r) * layout.d[1] + band_.column * layout.d[2];
       const C* from = stage_ + r * plan_.pitch;
       const uint8_t* winners = winner_stage_ + r * plan_.pitch;
       if (images == 1) {
@@ -227,7 +240,6 @@ class PixelsForward {
   C* bias_;
   Band band_;
   int64_t first_, count_;  // outputs of the block
-  bool padding_is_zero_ = false;  // beside the rows of the copy
   Inside zeroed_ = {-1, -1};
   int64_t zeroed_images_ = 0;
 };

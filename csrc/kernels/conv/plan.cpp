@@ -58,19 +58,18 @@ void set_extents(const ConvPoolGeometry& g, BandPlan& band) {
   }
 }
 
-// As many rows of `images` images as `fits` admits, or else as many columns of one row; more bands where threads would
-// be idle. `others`: pieces that each band is worked on in (groups).
-template <class Fits>
-BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
+// As many columns of a row of `images` images as `is_near` admits, whose conv pixels stay in L1, and of them as many
+// rows as `fits`, or else fewer columns; more bands where threads would be idle.
+template <class Near, class Fits>
+BandPlan choose_band(const Planner& p, int64_t images, const Near& is_near, const Fits& fits) {
   const ConvPoolGeometry& g = p.g;
   BandPlan band{};
   band.images = images;
-  band.columns = g.output[2];
   const auto admits = [&](int64_t rows, int64_t columns) {
     band.rows = rows;
     band.columns = columns;
     set_extents(g, band);
-    return fits(band);
+    return is_near(band) && fits(band);
   };
   int64_t rows = g.output[1], columns = g.output[2];
   const auto largest = [&](int64_t most, const auto& fits_so_many) {  // by halving the range
@@ -85,10 +84,9 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
     }
     return least;
   };
-  if (!admits(rows, columns)) {
-    rows = largest(rows, [&](int64_t n) { return admits(n, columns); });
-    if (rows == 1 && !admits(1, columns)) columns = largest(columns, [&](int64_t n) { return admits(1, n); });
-  }
+  columns = largest(columns, [&](int64_t n) { return admits(1, n); });
+  columns = divide_up(g.output[2], divide_up(g.output[2], columns));
+  rows = largest(rows, [&](int64_t n) { return admits(n, columns); });
   band.image_bands = divide_up(g.batch, images);
   const int64_t others = band.image_bands * g.groups * g.output[0] * divide_up(g.output[2], columns);
   int64_t row_bands = divide_up(g.output[1], rows);
@@ -100,8 +98,19 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
   band.column_bands = divide_up(g.output[2], columns);
   band.columns = divide_up(g.output[2], band.column_bands);
   band.column_bands = divide_up(g.output[2], band.columns);
+  band.stage_rows = band.rows;
   set_extents(g, band);
   return band;
+}
+
+// Bytes of the conv pixels that wait for their windows, `pixel` of each.
+int64_t ring_bytes(const ConvPoolGeometry& g, const BandPlan& band, int64_t pixel) {
+  return g.pool_extent(0) * g.pool_extent(1) * band.conv[2] * pixel;
+}
+
+// Pooled rows of `row` bytes that are written out together.
+void set_stage(BandPlan& band, int64_t row) {
+  band.stage_rows = std::min(band.rows, std::max<int64_t>(1, tuned::kStageBytes / row));
 }
 
 int64_t bands_of(const ConvPoolGeometry& g, const BandPlan& band) {
@@ -120,7 +129,7 @@ RingPlan ring_of(const ConvPoolGeometry& g, const BandPlan& band, int64_t pixel)
 // What ChannelPool takes.
 void take_pool(const Planner& p, const BandPlan& band, const RingPlan& ring, Memory& memory) {
   const ConvPoolGeometry& g = p.g;
-  const int64_t stage = band.rows * band.columns * p.block, pointer = sizeof(void*);
+  const int64_t stage = band.stage_rows * band.columns * p.block, pointer = sizeof(void*);
   memory.take(ring.slices * ring.rows * ring.row_size, p.compute_bytes)
       .take(ring.slices * ring.rows, 8)
       .take(ring.row_size, p.compute_bytes)
@@ -211,11 +220,15 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
   }
   // A block's weight would leave L1 between two tiles: of a part of it, all pixels of a larger band are summed.
   d.whole_band = elements != Elements::blocks && d.depth > 2 * kLongestPart;
-  d.band = choose_band(p, 1, [&](const BandPlan& band) {
+  const auto is_near = [&](const BandPlan& band) {
+    return d.whole_band || ring_bytes(g, band, p.block * p.compute_bytes) <= tuned::kRingBytes;
+  };
+  d.band = choose_band(p, 1, is_near, [&](const BandPlan& band) {
     const int64_t copy = band.input[0] * band.input[1] * band.input[2] * d.channels * element;
     const int64_t sums = band.conv[0] * band.conv[1] * band.conv[2] * p.block * p.compute_bytes;
     return d.whole_band ? copy + sums <= tuned::kDeepBandBytes : copy <= tuned::kBandBytes;
   });
+  set_stage(d.band, d.band.columns * p.block * p.compute_bytes);
   set_copy(d, element);
   if (elements == Elements::blocks) d.copy_size += d.matrix.numbers;  // which the last run may end beyond
   d.ring = ring_of(g, d.band, p.block);
@@ -292,9 +305,11 @@ ConvPlan plan_phases(const Planner& p) {
   const auto pitch_of = [&](const BandPlan& band) {  // of a row of pairs of one channel
     return channels_last ? pairs_of(band) : round_up(pairs_of(band), p.lanes);
   };
-  d.band = choose_band(p, 1, [&](const BandPlan& band) {
+  const auto is_near = [&](const BandPlan& band) { return ring_bytes(g, band, p.block * 4) <= tuned::kRingBytes; };
+  d.band = choose_band(p, 1, is_near, [&](const BandPlan& band) {
     return f.positions * g.in_channels * band.input[0] * band.input[1] * pitch_of(band) * 4 <= tuned::kTransformedBytes;
   });
+  set_stage(d.band, d.band.columns * p.block * 4);
   f.pairs = pairs_of(d.band);
   d.step[2] = channels_last ? g.in_channels : 1;
   if (channels_last && d.step[2] * 4 % tuned::kMeetingBytes == 0) d.step[2] += p.lanes;
@@ -355,7 +370,8 @@ ConvPlan plan_winograd(const Planner& p) {
   const auto tile_bytes = [&](const BandPlan& band) {
     return slice_tiles(band) * kPositions * (w.pitch * band.input[0] + p.block * band.conv[0]) * 4;
   };
-  w.band = choose_band(p, 1, [&](const BandPlan& band) {
+  const auto is_near = [&](const BandPlan& band) { return ring_bytes(g, band, p.block * 4) <= 2 * tuned::kRingBytes; };
+  w.band = choose_band(p, 1, is_near, [&](const BandPlan& band) {
     return slice_tiles(band) <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
   });
   if (w.band.row_bands == 1 && w.band.column_bands == 1) {  // small images: some together, for each use of the weight
@@ -365,6 +381,7 @@ ConvPlan plan_winograd(const Planner& p) {
     w.band.images = std::min({most, even, g.batch});
     w.band.image_bands = divide_up(g.batch, w.band.images);
   }
+  set_stage(w.band, w.band.columns * p.block * 4);
   w.tile_rows = divide_up(w.band.conv[1], 2);
   w.tile_columns = divide_up(w.band.conv[2], 2);
   // A row of tiles fills two slots, of which no window needs what was there before.
@@ -421,17 +438,23 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
     x.copy_size = g.in_channels * x.channel_step + x.conv_run + x.residues * images + p.lanes;
     x.pitch = round_up(band.columns * images, p.lanes);
   };
-  x.band = choose_band(p, images, [&](const BandPlan& band) {
-    set_runs(band);
-    return x.copy_size * 4 <= tuned::kBandBytes;
-  });
-  set_runs(x.band);
   x.vectors = tile_vectors;
   x.blocks = divide_up(g.out_channels, most_outputs(p, tile_vectors));
   x.block = divide_up(g.out_channels, x.blocks);
   const int64_t used = std::min(g.pool_stride[2], g.pool_extent(2));
-  x.ring = {g.pool_extent(0), g.pool_extent(1), used * x.block * x.conv_run};
-  x.ring.row_size = std::max(x.ring.row_size, g.pool_stride[2] * x.block * x.conv_run);
+  const auto set_ring = [&] { x.ring = {g.pool_extent(0), g.pool_extent(1), used * x.block * x.conv_run}; };
+  const auto is_near = [&](const BandPlan& band) {
+    set_runs(band);
+    set_ring();
+    return x.ring.slices * x.ring.rows * x.ring.row_size * 4 <= tuned::kRingBytes;
+  };
+  x.band = choose_band(p, images, is_near, [&](const BandPlan& band) {
+    set_runs(band);
+    return x.copy_size * 4 <= tuned::kBandBytes;
+  });
+  set_runs(x.band);
+  set_ring();
+  set_stage(x.band, x.block * x.pitch * 4);
   plan.items = bands_of(g, x.band);
   plan.pack_items = g.groups * x.blocks;
   plan.packed_size = g.groups * g.out_channels * x.depth;
@@ -442,8 +465,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
       .take(x.ring.slices * x.ring.rows * x.ring.row_size, 4)
       .take(x.ring.slices * x.ring.rows, 8)
       .take(x.ring.row_size, 4)
-      .take(x.block * x.band.rows * x.pitch, 4)
-      .take(x.block * x.band.rows * x.pitch, 1)
+      .take(x.block * x.band.stage_rows * x.pitch, 4)
+      .take(x.block * x.band.stage_rows * x.pitch, 1)
       .take(g.pool_kernel[0] * g.pool_kernel[1], pointer)
       .take(g.places(), pointer)
       .take(x.block, 4);
@@ -492,9 +515,13 @@ ConvPlan plan_depthwise(const Planner& p) {
   plan.algorithm = ForwardAlgorithm::depthwise;
   DepthwisePlan& d = plan.depthwise;
   d.block = p.block;
-  d.band = choose_band(joined, 1, [&](const BandPlan& band) {
+  const auto is_near = [&](const BandPlan& band) {
+    return ring_bytes(g, band, p.block * p.compute_bytes) <= tuned::kRingBytes;
+  };
+  d.band = choose_band(joined, 1, is_near, [&](const BandPlan& band) {
     return band.input[0] * band.input[1] * band.input[2] * p.block * p.compute_bytes <= tuned::kBandBytes;
   });
+  set_stage(d.band, d.band.columns * p.block * p.compute_bytes);
   d.copy_size = d.band.input[0] * d.band.input[1] * d.band.input[2] * p.block;
   d.ring = ring_of(g, d.band, p.block);
   const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, d.band);

@@ -29,6 +29,7 @@ struct Machine {
 // and what they need. Bands of the last row, column and image may be smaller.
 struct BandPlan {
   int64_t images, rows, columns;
+  int64_t stage_rows;                            // pooled rows that are written out together
   int64_t image_bands, row_bands, column_bands;  // how many there are
   int64_t input[3];                              // extent of the input under a band, padding included
   int64_t conv[3];                               // extent of its conv pixels, the pool's padding included
