@@ -468,7 +468,7 @@ class TestChoice:
                     if applies(algorithm, dtype, *case[:4], last):
                         continue
                     tensors = random_case(name, dtype, last)[0]
-                    for operator in (RAW, RAW_WITH_WINNERS):
+                    for operator in (RAW, RAW_WITH_WINNERS, RAW_ALGORITHM):
                         with pytest.raises(RuntimeError, match=f"algorithm '{algorithm}' does not apply to this call"):
                             operator(*tensors, flat(case.arguments), algorithm)
 
@@ -476,9 +476,18 @@ class TestChoice:
     @pytest.mark.parametrize("batch", [0, 2])
     def test_unknown(self, name: str, batch: int) -> None:
         tensors = make((batch, 3, 8, 8), 4, (3, 3))
-        for operator in (RAW, RAW_WITH_WINNERS):
+        for operator in (RAW, RAW_WITH_WINNERS, RAW_ALGORITHM):
             with pytest.raises(RuntimeError, match="there is no algorithm '"):
                 operator(*tensors, flat(geometry(2)), algorithm=name)
+
+    def test_on_a_gpu(self) -> None:
+        pytest.importorskip("triton")
+        from fastnn.kernels import conv_relu_max_pool as gpu
+
+        tensors = make((2, 3, 8, 8), 4, (3, 3))
+        for operator in (gpu.conv_relu_max_pool, gpu.conv_relu_max_pool_with_winners):
+            with pytest.raises(RuntimeError, match="algorithm 'direct' does not apply to a GPU"):
+                operator(*tensors, flat(geometry(2)), "direct")
 
     def test_of_no_images(self) -> None:
         tensors = make((0, 3, 8, 8), 4, (3, 3))
