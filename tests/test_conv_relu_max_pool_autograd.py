@@ -36,7 +36,7 @@ class TestAutograd:
     )
     def test_bfloat16_is_exact_on_integers(
         self,
-        instruction_set: str,
+        every_instruction_set: str,
         channels: tuple[int, int],
         kernel: int,
         options: dict[str, Any],
