@@ -98,7 +98,7 @@ class Hostile:
         ]
         name = self.random.choice(["", "", "_with_winners", "_algorithm", "_backward"])
         if name != "_backward":
-            algorithm = self.random.choice([None, None, None, *ALGORITHMS]) if self.maybe(0.95) else "x" * self.small(999)
+            algorithm = self.random.choice([None, None, None, *ALGORITHMS, "x" * self.small(999)])
             return f"conv_relu_max_pool{name}", [input, weight, bias, geometry, algorithm]
         try:
             sizes = fastnn.ops.conv_relu_max_pool.output_sizes(input.shape, weight.shape, geometry)

@@ -138,11 +138,17 @@ def test_geometries(algorithm: str, instructions: str, dtype: torch.dtype, name:
         for last in formats(algorithm, len(case.kernel)):
             assert_exact(algorithm, given(tensors, dtype, last), case.arguments, expected)
             drawn, stock, exact = random_case(name, dtype, last)
-            ours = RAW(*drawn, flat(case.arguments), algorithm)
+            ours, winners = RAW_WITH_WINNERS(*drawn, flat(case.arguments), algorithm)
             assert_close_to_reference(ours, stock, exact, f"channels last {last}")
+            with using_threads(2):
+                again = RAW_WITH_WINNERS(*drawn, flat(case.arguments), algorithm)
+            assert torch.equal(again[0], ours)
+            assert torch.equal(again[1], winners)
+            assert torch.equal(RAW(*drawn, flat(case.arguments), algorithm), ours)
 
 
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 27, 28, 29, 31, 32, 33, 47, 49, 64, 65)  # about vectors and tiles
+# About the number of a vector's lanes, of two, and of a register tile's pixels.
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 27, 28, 29, 31, 32, 33, 47, 49, 64, 65)
 
 
 def small_call(
@@ -157,8 +163,6 @@ def small_call(
 
 
 class TestSizes:
-    """About the number of a vector's lanes, of two, and of a register tile's pixels."""
-
     @of_each_kernel
     def test_columns(self, algorithm: str, instructions: str, dtype: torch.dtype) -> None:
         with using_instruction_set(instructions):
@@ -262,9 +266,7 @@ of_each_kernel_of_ours = pytest.mark.parametrize(
 class TestSpecialValues:
     @of_each_kernel_of_ours
     @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 1e30])
-    def test_stay_in_their_windows(
-        self, algorithm: str, instructions: str, dtype: torch.dtype, special: float
-    ) -> None:
+    def test_stay_in_their_windows(self, algorithm: str, instructions: str, dtype: torch.dtype, special: float) -> None:
         with using_instruction_set(instructions):
             for (input, weight, bias), arguments in special_calls(algorithm, dtype):
                 middle = tuple(size // 2 for size in input.shape)
