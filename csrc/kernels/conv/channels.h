@@ -46,6 +46,13 @@ void sum_pixels(int vectors, const E* pixels, int64_t step, int64_t count, const
   }
 }
 
+// Columns of a band that are pooled together, so that their conv pixels stay in L1.
+struct Segment {
+  int64_t column, columns;  // pooled: the first, counted from the band's, and how many
+  int64_t conv;             // the first conv pixel, counted from the band's
+  Inside inside;            // of its conv pixels, those that exist
+};
+
 // Pools a block's conv rows into a stage and writes that out.
 template <class T>
 class ChannelPool {
@@ -55,42 +62,23 @@ class ChannelPool {
   ChannelPool(const ConvCall<T>& call, const BandPlan& band, const RingPlan& ring, Parts& parts)
       : call_(call),
         g_(call.geometry),
-        conv_columns_(band.conv[2]),
-        stage_rows_(band.stage_rows),
+        segment_(band.segment),
         width_(kBlockVectors * kLanes<C>),
         ring_(ring, parts.take<C>(ring.slices * ring.rows * ring.row_size), parts.take<int64_t>(ring.slices * ring.rows)),
         outside_(parts.take<C>(ring.row_size)),
-        stage_(parts.take<C>(band.stage_rows * band.columns * width_)),
-        winner_stage_(parts.take<uint8_t>(band.stage_rows * band.columns * width_)),
+        stage_(parts.take<C>(band.rows * band.columns * width_)),
+        winner_stage_(parts.take<uint8_t>(band.rows * band.columns * width_)),
         rows_(parts.take<const C*>(g_.pool_kernel[0] * g_.pool_kernel[1])),
         places_(parts.take<const C*>(g_.places())),
         bias_(parts.take<C>(width_)) {
     fill(outside_, ring.row_size, kMinusInfinity<C>);
   }
 
-  const Ring<C>& ring() const { return ring_; }
   const C* bias() const { return bias_; }
 
-  // Conv pixels of the band's rows that exist: [first, last), counted from its first.
-  Inside inside(const Band& band) const { return overlap(band.conv[2], conv_columns_, g_.conv[2]); }
-
-  // Before the conv rows of a block, of one image, are made.
-  void start(const Band& band, const Block& block) {
-    width_ = block.vectors * kLanes<C>;
-    const int64_t channel = band.group * g_.out_channels + block.first;
-    for (int64_t i = 0; i < width_; i += kLanes<C>) {
-      const int64_t left = block.count - i;
-      store(bias_ + i, call_.bias && left > 0 ? load_up_to<T>(call_.bias + channel + i, left) : Vec<C>{});
-    }
-    ring_.forget();
-    const Inside columns = inside(band);
-    if (columns.first == 0 && columns.last == conv_columns_) return;
-    for (int64_t i = 0; i < ring_.plan().slices * ring_.plan().rows; ++i) {
-      C* row = ring_.all() + i * ring_.plan().row_size;
-      fill(row, columns.first * width_, kMinusInfinity<C>);
-      fill(row + columns.last * width_, (conv_columns_ - columns.last) * width_, kMinusInfinity<C>);
-    }
-  }
+  // Where the conv pixels of a row that exist go.
+  C* row(int64_t z, int64_t y, const Segment& segment) const { return ring_.slot(z, y) + segment.inside.first * width_; }
+  const Ring<C>& ring() const { return ring_; }
 
   // Calls make(z, y) for each conv row that the band's windows have, of which the ring must hold all, and takes them
   // for made.
@@ -105,36 +93,72 @@ class ChannelPool {
     }
   }
 
-  // make(z, y) puts a row of conv pixels into the ring: `inside` pixels of its slot.
+  // Pools and writes the band of an image and block. make(z, y, segment) puts a row of conv pixels into the ring;
+  // before(segment) may have put all of them there.
+  template <class Before, class Make>
+  void run(const Band& band, int64_t image, const Block& block, const Before& before, const Make& make) {
+    start(band, block);
+    for (int64_t first = 0; first < band.columns; first += segment_) {
+      Segment segment = {first, smaller(segment_, band.columns - first), first * g_.pool_stride[2], {}};
+      const int64_t extent = (segment.columns - 1) * g_.pool_stride[2] + g_.pool_extent(2);
+      segment.inside = overlap(band.conv[2] + segment.conv, extent, g_.conv[2]);
+      start(segment, extent);
+      before(segment);
+      for (int64_t r = 0; r < band.rows; ++r) {
+        const bool any = find_rows(g_, ring_, band.slice, band.row + r, outside_, rows_,
+                                   [&](int64_t z, int64_t y) { make(z, y, segment); });
+        pool_row(band, block, segment, r * band.columns + first, any);
+      }
+    }
+    write(band, image, block);
+  }
   template <class Make>
   void run(const Band& band, int64_t image, const Block& block, const Make& make) {
-    const int64_t row_size = band.columns * width_;
-    for (int64_t r = 0; r < band.rows; ++r) {
-      const int64_t staged = r % stage_rows_;
-      C* to = stage_ + staged * row_size;
-      uint8_t* winners = call_.winners ? winner_stage_ + staged * row_size : nullptr;
-      const bool any = find_rows(g_, ring_, band.slice, band.row + r, outside_, rows_, make);
-      const int64_t tap = g_.pool_dilation[2] * width_, taps = g_.pool_kernel[2];
-      for (int64_t i = 0; i < g_.places(); ++i) places_[i] = rows_[i / taps] + i % taps * tap;
-      pool_windows<C>({places_, g_.places(), g_.pool_stride[2] * width_, width_, band.columns, block.vectors}, to, winners);
-      for_each_empty(g_, band.column, band.columns, any, [&](int64_t x) {
-        fill(to + x * width_, width_, kMinusInfinity<C>);
-        if (winners) __builtin_memset(winners + x * width_, kDead, width_);
-      });
-      if (staged + 1 == stage_rows_ || r + 1 == band.rows) write(band, image, block, r - staged, staged + 1);
-    }
+    run(band, image, block, [](const Segment&) {}, make);
   }
 
  private:
-  // The staged rows, from the band's `first` on.
-  void write(const Band& band, int64_t image, const Block& block, int64_t first, int64_t staged) {
+  void start(const Band& band, const Block& block) {
+    width_ = block.vectors * kLanes<C>;
+    const int64_t channel = band.group * g_.out_channels + block.first;
+    for (int64_t i = 0; i < width_; i += kLanes<C>) {
+      const int64_t left = block.count - i;
+      store(bias_ + i, call_.bias && left > 0 ? load_up_to<T>(call_.bias + channel + i, left) : Vec<C>{});
+    }
+  }
+
+  void start(const Segment& segment, int64_t extent) const {
+    ring_.forget();
+    if (segment.inside.first == 0 && segment.inside.last == extent) return;
+    for (int64_t i = 0; i < ring_.plan().slices * ring_.plan().rows; ++i) {
+      C* row = ring_.all() + i * ring_.plan().row_size;
+      fill(row, segment.inside.first * width_, kMinusInfinity<C>);
+      fill(row + segment.inside.last * width_, (extent - segment.inside.last) * width_, kMinusInfinity<C>);
+    }
+  }
+
+  // The windows over the rows found, into the stage from the pixel `at` on.
+  void pool_row(const Band& band, const Block& block, const Segment& segment, int64_t at, bool any) const {
+    C* to = stage_ + at * width_;
+    uint8_t* winners = call_.winners ? winner_stage_ + at * width_ : nullptr;
+    const int64_t tap = g_.pool_dilation[2] * width_, taps = g_.pool_kernel[2];
+    for (int64_t i = 0; i < g_.places(); ++i) places_[i] = rows_[i / taps] + i % taps * tap;
+    pool_windows<C>({places_, g_.places(), g_.pool_stride[2] * width_, width_, segment.columns, block.vectors}, to,
+                    winners);
+    for_each_empty(g_, band.column + segment.column, segment.columns, any, [&](int64_t x) {
+      fill(to + x * width_, width_, kMinusInfinity<C>);
+      if (winners) __builtin_memset(winners + x * width_, kDead, width_);
+    });
+  }
+
+  void write(const Band& band, int64_t image, const Block& block) const {
     const ConvLayout& layout = call_.output_layout;
     const bool joined = band.columns == g_.output[2];  // the rows follow one another
-    const int64_t rows = joined ? 1 : staged, count = joined ? staged * band.columns : band.columns;
+    const int64_t rows = joined ? 1 : band.rows, count = joined ? band.rows * band.columns : band.columns;
     const int64_t channel = band.group * g_.out_channels + block.first;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = image * layout.n + channel * layout.c + band.slice * layout.d[0] +
-                         (band.row + first + r) * layout.d[1] + band.column * layout.d[2];
+                         (band.row + r) * layout.d[1] + band.column * layout.d[2];
       write_pixels(call_, at, block.count, count, stage_ + r * count * width_, winner_stage_ + r * count * width_,
                    width_);
     }
@@ -142,7 +166,7 @@ class ChannelPool {
 
   const ConvCall<T>& call_;
   const ConvPoolGeometry& g_;
-  const int64_t conv_columns_, stage_rows_;
+  const int64_t segment_;
   int64_t width_;
   const Ring<C> ring_;
   C* outside_;

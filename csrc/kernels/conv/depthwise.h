@@ -66,7 +66,7 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
   ChannelPool<T> pool(call, plan.band, plan.ring, parts);
   for (int64_t item = first_item; item < last_item; ++item) {
     const Band band = band_of(g, plan.band, plan.block_parts, item);
-    const Inside inside = overlap(band.input[2], extent[2], g.input[2]), columns = pool.inside(band);
+    const Inside inside = overlap(band.input[2], extent[2], g.input[2]);
     int64_t first, last;
     part_of(blocks_of<C>(g), band.part, plan.block_parts, first, last);
     for (int64_t b = first; b < last; ++b) {
@@ -91,12 +91,11 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
                  });
       }
       const C* weight = call.packed + block.first * taps;
-      pool.start(band, block);
-      pool.run(band, band.image, block, [&](int64_t z, int64_t y) {
+      pool.run(band, band.image, block, [&](int64_t z, int64_t y, const Segment& segment) {
         const C* from = copy + (z - band.conv[0]) * g.stride[0] * step[0] + (y - band.conv[1]) * g.stride[1] * step[1] +
-                        columns.first * g.stride[2] * step[2];
-        C* to = pool.ring().slot(z, y) + columns.first * width;
-        const int64_t count = columns.last - columns.first, pixel = g.stride[2] * step[2];
+                        (segment.conv + segment.inside.first) * g.stride[2] * step[2];
+        C* to = pool.row(z, y, segment);
+        const int64_t count = segment.inside.last - segment.inside.first, pixel = g.stride[2] * step[2];
         for (int v = 0; v < block.vectors; ++v) {
           const int64_t lane = v * kLanes<C>;
           const Vec<C> bias = load(pool.bias() + lane);

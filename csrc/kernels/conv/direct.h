@@ -80,41 +80,39 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
   for (int64_t item = first_item; item < last_item; ++item) {
     const Band band = band_of(g, plan.band, plan.block_parts, item);
     copy_band<E>(call, plan, band, band.image, copy);
-    const Inside columns = pool.inside(band);
-    const int64_t count = columns.last - columns.first, step = g.stride[2] * plan.step[2];
+    const int64_t step = g.stride[2] * plan.step[2];
     int64_t first, last;
     part_of(blocks_of<C>(g), band.part, plan.block_parts, first, last);
-    const auto run_blocks = [&](const auto& sum) {
-      for (int64_t b = first; b < last; ++b) {
-        const Block block = block_of<C>(g, b);
-        const C* weight = call.packed + lanes_before<C>(g, band.group, block) * depth;
-        const auto sum_row = [&](int64_t z, int64_t y, int64_t first_k, int64_t last_k) {
-          const E* pixels = copy + (z - band.conv[0]) * g.stride[0] * plan.step[0] +
-                            (y - band.conv[1]) * g.stride[1] * plan.step[1] + columns.first * step;
-          sum(block.vectors, pixels, first_k, last_k, weight,
-              pool.ring().slot(z, y) + columns.first * block.vectors * kLanes<C>);
-        };
-        pool.start(band, block);
-        for (int64_t k = 0; plan.whole_band && k < plan.depth; k += kLongestSum) {
-          pool.for_each_row(band, [&](int64_t z, int64_t y) { sum_row(z, y, k, smaller(k + kLongestSum, plan.depth)); });
-        }
-        pool.run(band, band.image, block, [&](int64_t z, int64_t y) { sum_row(z, y, 0, plan.depth); });
-      }
-    };
-    if (count <= 0) {
-      run_blocks([](int, const E*, int64_t, int64_t, const C*, C*) {});
-    } else if constexpr (by_matrix) {
+    for (int64_t b = first; b < last; ++b) {
+      const Block block = block_of<C>(g, b);
+      const C* weight = call.packed + lanes_before<C>(g, band.group, block) * depth;
+      const auto sum_row = [&](int64_t z, int64_t y, const Segment& segment, int64_t first_k, int64_t last_k) {
+        const E* pixels = copy + (z - band.conv[0]) * g.stride[0] * plan.step[0] +
+                          (y - band.conv[1]) * g.stride[1] * plan.step[1] +
+                          (segment.conv + segment.inside.first) * step;
+        const int64_t count = segment.inside.last - segment.inside.first;
+        if (count == 0) return;
+        C* to = pool.row(z, y, segment);
+        if constexpr (by_matrix) {
 #if defined(__AVX512F__)
-      const MatrixUnit unit(matrix_pixels(count), plan.matrix.numbers);
-      run_blocks([&](int vectors, const E* pixels, int64_t, int64_t, const C* weight, C* to) {
-        sum_pixels_by_matrix(plan, vectors, pixels, step, count, offsets, reinterpret_cast<const bfloat16x2*>(weight),
-                             pool.bias(), to);
-      });
+          const MatrixUnit unit(matrix_pixels(count), plan.matrix.numbers);
+          sum_pixels_by_matrix(plan, block.vectors, pixels, step, count, offsets,
+                               reinterpret_cast<const bfloat16x2*>(weight), pool.bias(), to);
 #endif
-    } else {
-      run_blocks([&](int vectors, const E* pixels, int64_t first_k, int64_t last_k, const C* weight, C* to) {
-        sum_pixels<E>(vectors, pixels, step, count, offsets, first_k, last_k, reinterpret_cast<const E*>(weight),
-                      pool.bias(), to);
+        } else {
+          sum_pixels<E>(block.vectors, pixels, step, count, offsets, first_k, last_k,
+                        reinterpret_cast<const E*>(weight), pool.bias(), to);
+        }
+      };
+      const auto sum_whole_band = [&](const Segment& segment) {
+        for (int64_t k = 0; plan.whole_band && k < plan.depth; k += kLongestSum) {
+          pool.for_each_row(band, [&](int64_t z, int64_t y) {
+            sum_row(z, y, segment, k, smaller(k + kLongestSum, plan.depth));
+          });
+        }
+      };
+      pool.run(band, band.image, block, sum_whole_band, [&](int64_t z, int64_t y, const Segment& segment) {
+        sum_row(z, y, segment, 0, plan.depth);
       });
     }
   }

@@ -15,7 +15,7 @@ constexpr int64_t kTransformedBytes = 1 << 20;  // of a band's transformed input
 constexpr int64_t kLeastTiles = 28;             // of a band of Winograd's: two register tiles for each read of a weight
 constexpr int64_t kBlockWeightBytes = 512 << 10;  // of a block's weight that is read again for each row: half of an L2
 constexpr int64_t kRingBytes = 16 << 10;        // of conv pixels that wait for their windows: half of the smallest L1
-constexpr int64_t kStageBytes = 8 << 10;        // of pooled pixels that wait to be written: a quarter of it
+constexpr int64_t kStageBytes = 128 << 10;      // of pooled pixels that wait to be written, many at once: a quarter of L2
 constexpr int64_t kMeetingBytes = 2048;         // pixels so far apart share two sets of L1, where 14 don't fit
 constexpr int64_t kDeepBandBytes = 1 << 20;     // of a band's copy and sums where the weight is what has to stay near
 constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
@@ -23,7 +23,8 @@ constexpr int64_t kEvenItems = 4;               // bands a thread, so that none 
 constexpr double kCostPerThread = 12e3;  // vector multiply-adds: below, waking a second thread costs more than it saves
 
 // ---- costs: vector multiply-adds ------------------------------------------------------------------------------------
-constexpr double kStoreSum = 4;    // a store, and the load of what is added
+constexpr double kStoreSum = 8;    // of a tile, to memory: zeroing, an addition, a store, its share of the call (measured: 4 cycles)
+constexpr double kPoolSum = 3;     // of a sum in a register: an addition, a maximum, its share of a store
 constexpr double kPoolPixel = 3;   // a load, a maximum, and the sum that shows a NaN
 constexpr double kWriteOut = 6;    // a pooled vector: store, load again, transpose, store
 constexpr double kCopy = 3;        // a vector of the input: load and store

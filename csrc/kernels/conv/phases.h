@@ -210,32 +210,35 @@ void run_phases(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
   for (int64_t item = first_item; item < last_item; ++item) {
     const Band band = band_of(g, shape.band, shape.block_parts, item);
     transform_band(call, band, band.image, pad, parted, copy);
-    const Inside columns = pool.inside(band);
     int64_t first, last;
     part_of(blocks_of<C>(g), band.part, shape.block_parts, first, last);
     for (int64_t b = first; b < last; ++b) {
       const Block block = block_of<C>(g, b);
       const int64_t width = block.vectors * kLanes<C>, point_step = plan.pairs * width;
       const C* weight = call.packed + lanes_before<C>(g, band.group, block) * shape.depth * plan.positions;
-      pool.start(band, block);
-      pool.run(band, band.image, block, [&](int64_t z, int64_t y) {
+      pool.run(band, band.image, block, [&](int64_t z, int64_t y, const Segment& segment) {
+        const int64_t first_pair = (segment.conv + segment.inside.first) / 2;  // segments begin with an even pixel
+        const int64_t pairs = divide_up(segment.conv + segment.inside.last, 2) - first_pair;
+        if (segment.inside.last <= segment.inside.first) return;
         const C* pixels = copy + (z - band.conv[0]) * g.stride[0] * shape.step[0] +
-                          (y - band.conv[1]) * g.stride[1] * shape.step[1];
+                          (y - band.conv[1]) * g.stride[1] * shape.step[1] + first_pair * shape.step[2];
         for (int64_t point = 0; point < plan.points; ++point) {
           const int64_t at = plan.first[point] * shape.depth, depth = plan.first[point + 1] * shape.depth - at;
-          sum_pixels<C>(block.vectors, pixels, shape.step[2], plan.pairs, offsets + at, 0, depth, weight + at * width,
-                        zeros, sums + point * point_step);
+          sum_pixels<C>(block.vectors, pixels, shape.step[2], pairs, offsets + at, 0, depth, weight + at * width, zeros,
+                        sums + point * point_step);
         }
-        C* to = pool.ring().slot(z, y);
+        const int64_t start = 2 * first_pair - segment.conv;  // the first pair's place in the row
+        C* to = pool.ring().slot(z, y) + start * width;
+        const Inside inside = {segment.inside.first - start, segment.inside.last - start};
         switch (plan.points) {
           case 2:
-            return join_pairs<2>(sums, point_step, pool.bias(), block.vectors, columns, to);
+            return join_pairs<2>(sums, point_step, pool.bias(), block.vectors, inside, to);
           case 3:
-            return join_pairs<3>(sums, point_step, pool.bias(), block.vectors, columns, to);
+            return join_pairs<3>(sums, point_step, pool.bias(), block.vectors, inside, to);
           case 4:
-            return join_pairs<4>(sums, point_step, pool.bias(), block.vectors, columns, to);
+            return join_pairs<4>(sums, point_step, pool.bias(), block.vectors, inside, to);
           default:
-            return join_pairs<5>(sums, point_step, pool.bias(), block.vectors, columns, to);
+            return join_pairs<5>(sums, point_step, pool.bias(), block.vectors, inside, to);
         }
       });
     }

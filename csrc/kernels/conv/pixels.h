@@ -39,7 +39,7 @@ class PixelsForward {
         plan_(call.plan->pixels),
         parts_(scratch),
         copy_(parts_.take<C>(plan_.copy_size)),
-        offsets_(parts_.take<int64_t>(g_.pool_stride[2] * plan_.depth)),
+        offsets_(parts_.take<int64_t>((plan_.in_registers ? g_.places() : g_.pool_stride[2]) * plan_.depth)),
         ring_(plan_.ring, parts_.take<C>(plan_.ring.slices * plan_.ring.rows * plan_.ring.row_size),
               parts_.take<int64_t>(plan_.ring.slices * plan_.ring.rows)),
         outside_(parts_.take<C>(plan_.ring.row_size)),
@@ -51,14 +51,14 @@ class PixelsForward {
     // Of what stands behind runs of columns, sums are made too, if not used.
     fill_zeros(copy_ + g_.in_channels * plan_.channel_step, plan_.copy_size - g_.in_channels * plan_.channel_step);
     fill(outside_, plan_.ring.row_size, kMinusInfinity<C>);
-    for (int64_t residue = 0; residue < g_.pool_stride[2]; ++residue) {
-      for_each_tap(g_, g_.in_channels, weight_is_channels_last(call),
-                   [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-                     const int64_t column = residue * g_.stride[2] + w * g_.dilation[2];
-                     offsets_[residue * plan_.depth + k] =
-                         c * plan_.channel_step + d * g_.dilation[0] * plan_.step[0] +
-                         h * g_.dilation[1] * plan_.step[1] + place_of(column);
-                   });
+    if (plan_.in_registers) {
+      for (int64_t place = 0; place < g_.places(); ++place) {
+        const int64_t row = place / g_.pool_kernel[2];
+        list_offsets(place, row / g_.pool_kernel[1] * g_.pool_dilation[0], row % g_.pool_kernel[1] * g_.pool_dilation[1],
+                     place % g_.pool_kernel[2] * g_.pool_dilation[2]);
+      }
+    } else {
+      for (int64_t residue = 0; residue < g_.pool_stride[2]; ++residue) list_offsets(residue, 0, 0, residue);
     }
   }
 
@@ -69,12 +69,23 @@ class PixelsForward {
       for (int64_t b = 0; b < plan_.blocks; ++b) {
         first_ = g_.out_channels * b / plan_.blocks;
         count_ = g_.out_channels * (b + 1) / plan_.blocks - first_;
-        run_block();
+        plan_.in_registers ? run_windows() : run_block();
       }
     }
   }
 
  private:
+  // What a conv pixel (slice, row, column) of the band meets, into the list of this number.
+  void list_offsets(int64_t list, int64_t slice, int64_t row, int64_t column) {
+    for_each_tap(g_, g_.in_channels, weight_is_channels_last(call_),
+                 [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+                   offsets_[list * plan_.depth + k] = c * plan_.channel_step +
+                                                      (slice * g_.stride[0] + d * g_.dilation[0]) * plan_.step[0] +
+                                                      (row * g_.stride[1] + h * g_.dilation[1]) * plan_.step[1] +
+                                                      place_of(column * g_.stride[2] + w * g_.dilation[2]);
+                 });
+  }
+
   // Where a column of the band stands in its row.
   int64_t place_of(int64_t column) const {
     return column % plan_.residues * plan_.run + column / plan_.residues * plan_.band.images;
@@ -137,9 +148,26 @@ class PixelsForward {
     }
   }
 
-  void run_block() {
+  void start_block() {
     const int64_t output = band_.group * g_.out_channels + first_;
     for (int64_t o = 0; o < count_; ++o) bias_[o] = call_.bias ? to_compute(call_.bias[output + o]) : C(0);
+  }
+
+  void run_windows() {
+    start_block();
+    const C* const weight = call_.packed + (band_.group * g_.out_channels + first_) * plan_.depth;
+    const auto tile = (call_.winners ? window_tiles_f32.winners : window_tiles_f32.values)[count_ - 1];
+    for (int64_t r = 0; r < band_.rows; ++r) {
+      const int64_t staged = r % plan_.band.stage_rows;
+      tile({plan_.pitch / kLanes<C>, copy_ + r * g_.pool_stride[1] * g_.stride[1] * plan_.step[1], offsets_,
+            g_.places() / 2, plan_.depth, weight, count_, bias_, stage_ + staged * plan_.pitch,
+            plan_.band.stage_rows * plan_.pitch, winner_stage_ + staged * plan_.pitch});
+      if (staged + 1 == plan_.band.stage_rows || r + 1 == band_.rows) write(r - staged, staged + 1);
+    }
+  }
+
+  void run_block() {
+    start_block();
     ring_.forget();
     const int64_t images = plan_.band.images, vectors = plan_.pitch / kLanes<C>;
     for (int64_t r = 0; r < band_.rows; ++r) {

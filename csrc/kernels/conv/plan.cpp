@@ -58,10 +58,10 @@ void set_extents(const ConvPoolGeometry& g, BandPlan& band) {
   }
 }
 
-// As many columns of a row of `images` images as `is_near` admits, whose conv pixels stay in L1, and of them as many
-// rows as `fits`, or else fewer columns; more bands where threads would be idle.
-template <class Near, class Fits>
-BandPlan choose_band(const Planner& p, int64_t images, const Near& is_near, const Fits& fits) {
+// As many columns of a row of `images` images as `fits` admits, and of them as many rows; more bands where threads
+// would be idle.
+template <class Fits>
+BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
   const ConvPoolGeometry& g = p.g;
   BandPlan band{};
   band.images = images;
@@ -69,7 +69,7 @@ BandPlan choose_band(const Planner& p, int64_t images, const Near& is_near, cons
     band.rows = rows;
     band.columns = columns;
     set_extents(g, band);
-    return is_near(band) && fits(band);
+    return fits(band);
   };
   int64_t rows = g.output[1], columns = g.output[2];
   const auto largest = [&](int64_t most, const auto& fits_so_many) {  // by halving the range
@@ -103,14 +103,28 @@ BandPlan choose_band(const Planner& p, int64_t images, const Near& is_near, cons
   return band;
 }
 
-// Bytes of the conv pixels that wait for their windows, `pixel` of each.
-int64_t ring_bytes(const ConvPoolGeometry& g, const BandPlan& band, int64_t pixel) {
-  return g.pool_extent(0) * g.pool_extent(1) * band.conv[2] * pixel;
+// The same where output channels are in the lanes: what is pooled waits in L2, segments of conv pixels in L1. `waits`:
+// conv rows of the ring, or 0 where a segment is all columns.
+template <class Fits>
+BandPlan choose_channel_band(const Planner& p, int64_t waits, const Fits& fits) {
+  const ConvPoolGeometry& g = p.g;
+  const int64_t pixel = p.block * p.compute_bytes;
+  BandPlan band = choose_band(p, 1, [&](const BandPlan& candidate) {
+    return candidate.rows * candidate.columns * pixel <= tuned::kStageBytes && fits(candidate);
+  });
+  band.segment = band.columns;
+  if (waits == 0) return band;
+  const int64_t pixels = tuned::kRingBytes / (waits * pixel);  // of a conv row
+  const int64_t most = std::max<int64_t>(2, (pixels - g.pool_extent(2)) / g.pool_stride[2] + 1);
+  if (most < band.columns) {
+    band.segment = std::min(band.columns, round_up(divide_up(band.columns, divide_up(band.columns, most)), 2));
+  }
+  return band;
 }
 
-// Pooled rows of `row` bytes that are written out together.
-void set_stage(BandPlan& band, int64_t row) {
-  band.stage_rows = std::min(band.rows, std::max<int64_t>(1, tuned::kStageBytes / row));
+// Conv pixels of a row of a segment, those for its last windows included.
+int64_t segment_conv(const ConvPoolGeometry& g, const BandPlan& band) {
+  return (band.segment - 1) * g.pool_stride[2] + g.pool_extent(2);
 }
 
 int64_t bands_of(const ConvPoolGeometry& g, const BandPlan& band) {
@@ -123,13 +137,13 @@ int64_t block_parts(const Planner& p, int64_t bands, int64_t blocks) {
 }
 
 RingPlan ring_of(const ConvPoolGeometry& g, const BandPlan& band, int64_t pixel) {
-  return {g.pool_extent(0), g.pool_extent(1), band.conv[2] * pixel};
+  return {g.pool_extent(0), g.pool_extent(1), segment_conv(g, band) * pixel};
 }
 
 // What ChannelPool takes.
 void take_pool(const Planner& p, const BandPlan& band, const RingPlan& ring, Memory& memory) {
   const ConvPoolGeometry& g = p.g;
-  const int64_t stage = band.stage_rows * band.columns * p.block, pointer = sizeof(void*);
+  const int64_t stage = band.rows * band.columns * p.block, pointer = sizeof(void*);
   memory.take(ring.slices * ring.rows * ring.row_size, p.compute_bytes)
       .take(ring.slices * ring.rows, 8)
       .take(ring.row_size, p.compute_bytes)
@@ -220,15 +234,12 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
   }
   // A block's weight would leave L1 between two tiles: of a part of it, all pixels of a larger band are summed.
   d.whole_band = elements != Elements::blocks && d.depth > 2 * kLongestPart;
-  const auto is_near = [&](const BandPlan& band) {
-    return d.whole_band || ring_bytes(g, band, p.block * p.compute_bytes) <= tuned::kRingBytes;
-  };
-  d.band = choose_band(p, 1, is_near, [&](const BandPlan& band) {
+  const int64_t waits = d.whole_band ? 0 : g.pool_extent(0) * g.pool_extent(1);
+  d.band = choose_channel_band(p, waits, [&](const BandPlan& band) {
     const int64_t copy = band.input[0] * band.input[1] * band.input[2] * d.channels * element;
     const int64_t sums = band.conv[0] * band.conv[1] * band.conv[2] * p.block * p.compute_bytes;
     return d.whole_band ? copy + sums <= tuned::kDeepBandBytes : copy <= tuned::kBandBytes;
   });
-  set_stage(d.band, d.band.columns * p.block * p.compute_bytes);
   set_copy(d, element);
   if (elements == Elements::blocks) d.copy_size += d.matrix.numbers;  // which the last run may end beyond
   d.ring = ring_of(g, d.band, p.block);
@@ -305,11 +316,9 @@ ConvPlan plan_phases(const Planner& p) {
   const auto pitch_of = [&](const BandPlan& band) {  // of a row of pairs of one channel
     return channels_last ? pairs_of(band) : round_up(pairs_of(band), p.lanes);
   };
-  const auto is_near = [&](const BandPlan& band) { return ring_bytes(g, band, p.block * 4) <= tuned::kRingBytes; };
-  d.band = choose_band(p, 1, is_near, [&](const BandPlan& band) {
+  d.band = choose_channel_band(p, g.pool_extent(0) * g.pool_extent(1), [&](const BandPlan& band) {
     return f.positions * g.in_channels * band.input[0] * band.input[1] * pitch_of(band) * 4 <= tuned::kTransformedBytes;
   });
-  set_stage(d.band, d.band.columns * p.block * 4);
   f.pairs = pairs_of(d.band);
   d.step[2] = channels_last ? g.in_channels : 1;
   if (channels_last && d.step[2] * 4 % tuned::kMeetingBytes == 0) d.step[2] += p.lanes;
@@ -370,8 +379,7 @@ ConvPlan plan_winograd(const Planner& p) {
   const auto tile_bytes = [&](const BandPlan& band) {
     return slice_tiles(band) * kPositions * (w.pitch * band.input[0] + p.block * band.conv[0]) * 4;
   };
-  const auto is_near = [&](const BandPlan& band) { return ring_bytes(g, band, p.block * 4) <= 2 * tuned::kRingBytes; };
-  w.band = choose_band(p, 1, is_near, [&](const BandPlan& band) {
+  w.band = choose_channel_band(p, g.pool_extent(0) * round_up(g.pool_extent(1) + 1, 2), [&](const BandPlan& band) {
     return slice_tiles(band) <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
   });
   if (w.band.row_bands == 1 && w.band.column_bands == 1) {  // small images: some together, for each use of the weight
@@ -381,11 +389,10 @@ ConvPlan plan_winograd(const Planner& p) {
     w.band.images = std::min({most, even, g.batch});
     w.band.image_bands = divide_up(g.batch, w.band.images);
   }
-  set_stage(w.band, w.band.columns * p.block * 4);
   w.tile_rows = divide_up(w.band.conv[1], 2);
   w.tile_columns = divide_up(w.band.conv[2], 2);
   // A row of tiles fills two slots, of which no window needs what was there before.
-  w.ring = {g.pool_extent(0), round_up(g.pool_extent(1) + 1, 2), w.band.conv[2] * p.block};
+  w.ring = {g.pool_extent(0), round_up(g.pool_extent(1) + 1, 2), segment_conv(g, w.band) * p.block};
   const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, w.band);
   w.block_parts = block_parts(p, bands, blocks);
   plan.items = bands * w.block_parts;
@@ -420,6 +427,17 @@ int64_t most_outputs(const Planner& p, int64_t vectors) {
   return std::min(p.most_rows, (registers - 1 - vectors) / vectors);
 }
 
+// Whether windows are pooled in registers: two places at a time, each with sums that are short.
+bool pools_in_registers(const ConvPoolGeometry& g) {
+  bool whole = g.places() % 2 == 0 && g.depth() <= kLongestPart;
+  for (int d = 0; d < 3; ++d) {
+    const int64_t past = (g.output[d] - 1) * g.pool_stride[d] + g.pool_extent(d);
+    whole = whole && g.pool_padding[d] == 0 && past <= g.conv[d] && g.pool_stride[d] >= g.pool_kernel[d];
+  }
+  return whole;
+}
+
+// tile_vectors: of a pixel tile; 0 pools in registers.
 ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) {
   const ConvPoolGeometry& g = p.g;
   ConvPlan plan{};
@@ -427,9 +445,11 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
   PixelsPlan& x = plan.pixels;
   x.residues = g.stride[2] * g.pool_stride[2];
   x.depth = g.depth();
+  x.in_registers = tile_vectors == 0;
+  x.vectors = std::max<int64_t>(1, tile_vectors);
   const auto set_runs = [&](const BandPlan& band) {
     x.conv_places = band.columns + (g.pool_extent(2) - 1) / g.pool_stride[2];
-    x.conv_run = round_up(x.conv_places * images, p.lanes * tile_vectors);
+    x.conv_run = round_up(x.conv_places * images, p.lanes * x.vectors);
     x.run = divide_up(band.input[2], x.residues) * images;
     x.step[1] = x.residues * x.run;
     x.step[0] = band.input[1] * x.step[1];
@@ -438,30 +458,28 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
     x.copy_size = g.in_channels * x.channel_step + x.conv_run + x.residues * images + p.lanes;
     x.pitch = round_up(band.columns * images, p.lanes);
   };
-  x.vectors = tile_vectors;
-  x.blocks = divide_up(g.out_channels, most_outputs(p, tile_vectors));
+  x.blocks = divide_up(g.out_channels, x.in_registers ? p.most_rows : most_outputs(p, x.vectors));
   x.block = divide_up(g.out_channels, x.blocks);
   const int64_t used = std::min(g.pool_stride[2], g.pool_extent(2));
-  const auto set_ring = [&] { x.ring = {g.pool_extent(0), g.pool_extent(1), used * x.block * x.conv_run}; };
-  const auto is_near = [&](const BandPlan& band) {
+  const auto set_ring = [&] {
+    x.ring = {g.pool_extent(0), g.pool_extent(1), used * x.block * x.conv_run};
+    if (x.in_registers) x.ring = {0, 0, 0};
+  };
+  x.band = choose_band(p, images, [&](const BandPlan& band) {
     set_runs(band);
     set_ring();
-    return x.ring.slices * x.ring.rows * x.ring.row_size * 4 <= tuned::kRingBytes;
-  };
-  x.band = choose_band(p, images, is_near, [&](const BandPlan& band) {
-    set_runs(band);
-    return x.copy_size * 4 <= tuned::kBandBytes;
+    return x.ring.slices * x.ring.rows * x.ring.row_size * 4 <= tuned::kRingBytes && x.copy_size * 4 <= tuned::kBandBytes;
   });
   set_runs(x.band);
   set_ring();
-  set_stage(x.band, x.block * x.pitch * 4);
+  x.band.stage_rows = std::min(x.band.rows, std::max<int64_t>(1, tuned::kStageBytes / (x.block * x.pitch * 4)));
   plan.items = bands_of(g, x.band);
   plan.pack_items = g.groups * x.blocks;
   plan.packed_size = g.groups * g.out_channels * x.depth;
   const int64_t pointer = sizeof(void*);
   Memory memory;
   memory.take(x.copy_size, 4)
-      .take(g.pool_stride[2] * x.depth, 8)
+      .take((x.in_registers ? g.places() : g.pool_stride[2]) * x.depth, 8)
       .take(x.ring.slices * x.ring.rows * x.ring.row_size, 4)
       .take(x.ring.slices * x.ring.rows, 8)
       .take(x.ring.row_size, 4)
@@ -473,14 +491,16 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
   plan.scratch_size = memory.bytes();
   const double rows = static_cast<double>(g.batch) / images * g.conv[0] * g.conv[1] * x.band.column_bands;
   const double row_vectors = x.conv_run / p.lanes * used;
-  const double together = tile_vectors, outputs = static_cast<double>(x.block);
+  const double together = x.in_registers ? 2 : static_cast<double>(x.vectors), outputs = static_cast<double>(x.block);
   // Loads of vectors mostly cross lines, and then count twice.
   const double tile = std::max({outputs * together, outputs + 2 * together + 1, tuned::kInFlight}) / together;
   const double moves = images == 1 && !p.request.input_channels_last
                            ? (x.residues <= 2 ? tuned::kCopy * x.residues / p.lanes : tuned::kGather)
                            : tuned::kTranspose / std::min<double>(p.lanes, std::max<int64_t>(images, 4));
   const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * g.output[1] * x.band.column_bands;
-  plan.cost = g.groups * (rows * row_vectors * (x.blocks * tile * x.depth + g.out_channels * (tuned::kStoreSum + tuned::kPoolPixel)) +
+  const double per_sum = x.in_registers ? tuned::kPoolSum : tuned::kStoreSum + tuned::kPoolPixel;
+  const double sums = x.in_registers ? out_rows * (x.pitch / p.lanes) * g.places() : rows * row_vectors;
+  plan.cost = g.groups * (sums * (x.blocks * tile * x.depth + g.out_channels * per_sum) +
                           out_rows * (x.pitch / p.lanes) * g.out_channels * (images == 1 ? tuned::kCopy : tuned::kWriteOut) +
                           p.inputs() * g.in_channels * moves + packing_cost(p, static_cast<double>(x.depth)));
   return plan;
@@ -491,8 +511,8 @@ ConvPlan plan_pixels(const Planner& p) {
   best.cost = INFINITY;
   for (const int64_t images : {int64_t{1}, p.lanes / 2, p.lanes, 2 * p.lanes}) {
     if (images > p.g.batch) continue;
-    for (const int64_t vectors : {1, 2, 4, 8}) {
-      if (most_outputs(p, vectors) < 1) continue;  // too few registers
+    for (const int64_t vectors : {0, 1, 2, 4, 8}) {
+      if (vectors == 0 ? !pools_in_registers(p.g) : most_outputs(p, vectors) < 1) continue;  // too few registers
       const ConvPlan plan = plan_pixels_of(p, images, vectors);
       if (plan.cost < best.cost) best = plan;
     }
@@ -515,13 +535,9 @@ ConvPlan plan_depthwise(const Planner& p) {
   plan.algorithm = ForwardAlgorithm::depthwise;
   DepthwisePlan& d = plan.depthwise;
   d.block = p.block;
-  const auto is_near = [&](const BandPlan& band) {
-    return ring_bytes(g, band, p.block * p.compute_bytes) <= tuned::kRingBytes;
-  };
-  d.band = choose_band(joined, 1, is_near, [&](const BandPlan& band) {
+  d.band = choose_channel_band(joined, g.pool_extent(0) * g.pool_extent(1), [&](const BandPlan& band) {
     return band.input[0] * band.input[1] * band.input[2] * p.block * p.compute_bytes <= tuned::kBandBytes;
   });
-  set_stage(d.band, d.band.columns * p.block * p.compute_bytes);
   d.copy_size = d.band.input[0] * d.band.input[1] * d.band.input[2] * p.block;
   d.ring = ring_of(g, d.band, p.block);
   const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, d.band);

@@ -29,7 +29,8 @@ struct Machine {
 // and what they need. Bands of the last row, column and image may be smaller.
 struct BandPlan {
   int64_t images, rows, columns;
-  int64_t stage_rows;                            // pooled rows that are written out together
+  int64_t segment;                               // columns whose conv pixels wait in L1 together; even, or all
+  int64_t stage_rows;                            // rows that are written out together
   int64_t image_bands, row_bands, column_bands;  // how many there are
   int64_t input[3];                              // extent of the input under a band, padding included
   int64_t conv[3];                               // extent of its conv pixels, the pool's padding included
@@ -121,6 +122,7 @@ struct PixelsPlan {
   int64_t copy_size;
   int64_t depth;
   int64_t block, blocks;  // outputs computed together, and how often
+  bool in_registers;      // windows do not overlap and are whole: they are pooled there, and no ring is kept
   int64_t vectors;        // and vectors: 1, 2, 4 or 8, of which a run of conv pixels is a multiple
 };
 

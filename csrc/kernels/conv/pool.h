@@ -6,6 +6,7 @@
 #pragma once
 
 #include "band.h"
+#include "winner.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -18,39 +19,6 @@ constexpr C kMinusInfinity = -static_cast<C>(__builtin_inf());
 template <class C>
 FASTNN_INLINE void fill(C* to, int64_t count, C value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
-}
-
-// Numbers of places, as wide as what they are selected by.
-template <class C>
-using Numbers = Vec<typename IntegerOf<C>::Type>;
-template <class C>
-FASTNN_INLINE Numbers<C> number(int64_t place) {
-  return Numbers<C>{} + static_cast<typename IntegerOf<C>::Type>(place);
-}
-
-template <class C>
-FASTNN_INLINE bool has_nan(Vec<C> x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(C) == sizeof(float)) {
-    return _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q) != 0;
-  } else {
-    return _mm512_cmp_pd_mask((__m512d)x, (__m512d)x, _CMP_UNORD_Q) != 0;
-  }
-#else
-  C lanes[kLanes<C>];
-  store(lanes, x);
-  bool found = false;
-  for (C lane : lanes) found |= lane != lane;
-  return found;
-#endif
-}
-
-template <class C>
-FASTNN_INLINE void store_winners(Vec<C> best, Numbers<C> winner, uint8_t* to) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes<C>)));
-  const Numbers<C> place = best <= Vec<C>{} ? number<C>(kDead) : winner;
-  const Bytes bytes = __builtin_convertvector(place, Bytes);
-  __builtin_memcpy(to, &bytes, sizeof(bytes));
 }
 
 // Where windows stand: place i of window w, vector v, is places[i][w * step + v * lanes].

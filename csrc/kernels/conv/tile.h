@@ -10,7 +10,7 @@
 // cycle then keep the multipliers busy from two vectors on.
 #pragma once
 
-#include "../../simd/vec.h"
+#include "winner.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -18,6 +18,11 @@ namespace FASTNN_ISA {
 // Accumulators, an operand's vectors and a broadcast fill the register file: 32 registers with AVX-512, else 16.
 constexpr int kMostRows = FASTNN_VECTOR_BYTES == 64 ? 14 : 6;
 constexpr int kBlockVectors = 2;  // of a block of output channels
+
+template <bool yes>
+struct Yes {
+  static constexpr bool value = yes;
+};
 
 // An element of the broadcast operand, and the weight it is multiplied by.
 FASTNN_INLINE Vec<float> broadcast_element(const float* x) {
@@ -67,6 +72,22 @@ struct PixelTile {
   const C* bias;  // [outputs]; null: the sums are added to what stands in `to`
   C* to;
   int64_t to_step;
+};
+
+// Windows, pooled in registers: of `tiles` vectors of windows side by side the largest value of 2 x pairs places and 0,
+// and its place. Of a window, the sums of a place are sum over k of weight[k][o] * pixels[offsets[place][k] + lane] + bias.
+template <class C>
+struct WindowTile {
+  int64_t tiles;
+  const C* pixels;
+  const int64_t* offsets;  // [place][depth]
+  int64_t pairs, depth;
+  const C* weight;  // [depth][weight_step], of which a row's first outputs are multiplied
+  int64_t weight_step;
+  const C* bias;  // [outputs]
+  C* to;          // [output][to_step]
+  int64_t to_step;
+  uint8_t* winners;  // as `to`, or null
 };
 
 // With -0, which leaves what is added as it is: a sum of nothing but -0 stays so.
@@ -153,10 +174,73 @@ void pixel_tile(const PixelTile<C>& call) {
   }
 }
 
+// The larger of `best` and the sums of two places, the first of which has this number.
+template <class C, bool with_winners, bool careful>
+FASTNN_INLINE void take_places(const Vec<C> (&sums)[2], int64_t place, Vec<C>& best, Numbers<C>& winner) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const Vec<C> pixel = sums[i];
+    if constexpr (careful) {
+      const auto wins = (pixel > best) | (pixel != pixel);
+      best = wins ? pixel : best;
+      if (with_winners) winner = wins ? number<C>(place + i) : winner;
+    } else {
+      if (with_winners) winner = pixel > best ? number<C>(place + i) : winner;
+      best = larger_of(pixel, best);
+    }
+  }
+}
+
+template <int rows, bool with_winners, class C>
+void window_tile(const WindowTile<C>& call) {
+  const int64_t depth = call.depth, weight_step = call.weight_step;
+  const C* pixels = call.pixels;
+  for (int64_t t = 0; t < call.tiles; ++t, pixels += kLanes<C>) {
+    for (int64_t pair = 0; pair < call.pairs; ++pair) {
+      const int64_t *first = call.offsets + 2 * pair * depth, *second = first + depth;
+      Vec<C> sums[rows][2];
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) sums[r][0] = sums[r][1] = broadcast<C>(call.bias[r]);
+      const C* weight = call.weight;
+      for (int64_t k = 0; k < depth; ++k, weight += weight_step) {
+        Vec<C> right[2] = {load(pixels + first[k]), load(pixels + second[k])};
+        keep_in_register(right[0]);
+        keep_in_register(right[1]);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          const Vec<C> left = broadcast<C>(weight[r]);
+          sums[r][0] = multiply_add(left, right[0], sums[r][0]);
+          sums[r][1] = multiply_add(left, right[1], sums[r][1]);
+        }
+      }
+      Vec<C> total = {};  // NaN if a sum is
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) total += sums[r][0] + sums[r][1];
+      C* to = call.to + t * kLanes<C>;
+      uint8_t* winners = with_winners ? call.winners + t * kLanes<C> : nullptr;
+      const auto pool = [&](auto careful) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          // Nothing is above zero yet: later sums are compared unrectified.
+          Vec<C> best = pair > 0 ? load(to + r * call.to_step) : Vec<C>{};
+          Numbers<C> winner = {};
+          if (with_winners && pair > 0) winner = load_bytes_up_to<C>(winners + r * call.to_step, kLanes<C>);
+          take_places<C, with_winners, decltype(careful)::value>(sums[r], 2 * pair, best, winner);
+          store(to + r * call.to_step, best);
+          if (with_winners) store_winners<C>(best, winner, winners + r * call.to_step);
+        }
+      };
+      has_nan<C>(total) ? pool(Yes<true>{}) : pool(Yes<false>{});
+    }
+  }
+}
+
 // ---- the manifest of instances (tiles.cpp) ----------------------------------------------------------------------
 
 template <class E>
 using ChannelTileFunction = void (*)(const ChannelTile<E>&);
+template <class C>
+using WindowTileFunction = void (*)(const WindowTile<C>&);
 template <class C>
 using PixelTileFunction = void (*)(const PixelTile<C>&);
 
@@ -170,6 +254,11 @@ template <class C>
 struct PixelTiles {
   PixelTileFunction<C> at[4][kMostRows];
 };
+// [outputs - 1]
+template <class C>
+struct WindowTiles {
+  WindowTileFunction<C> values[kMostRows], winners[kMostRows];
+};
 // Outputs of a pixel tile of so many vectors.
 constexpr int most_outputs(int vectors) {
   constexpr int registers = FASTNN_VECTOR_BYTES == 64 ? 32 : 16;
@@ -180,6 +269,7 @@ constexpr int most_outputs(int vectors) {
 extern const ChannelTiles<float> channel_tiles_f32;
 extern const ChannelTiles<double> channel_tiles_f64;
 extern const PixelTiles<float> pixel_tiles_f32;
+extern const WindowTiles<float> window_tiles_f32;
 #if defined(__AVX512F__)
 extern const ChannelTiles<bfloat16x2> channel_tiles_pairs;
 #endif

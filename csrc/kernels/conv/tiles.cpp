@@ -39,6 +39,9 @@ extern const PixelTiles<float> pixel_tiles_f32 = {{{FASTNN_ROWS(FASTNN_TILE, 1)}
                                                    {FASTNN_ROWS(FASTNN_TILE, 4)},
                                                    {FASTNN_ROWS(FASTNN_TILE, 8)}}};
 #undef FASTNN_TILE
+#define FASTNN_TILE(r, winners) window_tile<r, winners, float>
+extern const WindowTiles<float> window_tiles_f32 = {{FASTNN_ROWS(FASTNN_TILE, false)}, {FASTNN_ROWS(FASTNN_TILE, true)}};
+#undef FASTNN_TILE
 #undef FASTNN_ROWS
 
 }  // namespace FASTNN_ISA

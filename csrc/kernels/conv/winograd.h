@@ -122,7 +122,6 @@ class WinogradForward {
       }
       // Slices of input that each make one of conv pixels follow one another.
       const int64_t together = in_slices == conv_slices ? band.images * conv_slices : 1;
-      const Inside columns = pool.inside(band);
       int64_t first, last;
       part_of(blocks_of<C>(g_), band.part, plan_.block_parts, first, last);
       for (int64_t b = first; b < last; ++b) {
@@ -139,12 +138,11 @@ class WinogradForward {
           }
         }
         for (int64_t i = 0; i < band.images; ++i) {
-          pool.start(band, block);
-          pool.run(band, band.image + i, block, [&](int64_t z, int64_t y) {
-            const int64_t row = (y - band.conv[1]) / 2;
+          pool.run(band, band.image + i, block, [&](int64_t z, int64_t y, const Segment& segment) {
+            const int64_t row = (y - band.conv[1]) / 2, tile = segment.conv / 2;  // segments begin with an even pixel
             const int64_t slice = i * conv_slices + z - band.conv[0];
-            const C* sums = sums_ + (slice * slice_tiles + row * plan_.tile_columns) * width;
-            make_rows(pool, z, band.conv[1] + 2 * row, sums, tiles * width, block.vectors, columns);
+            const C* sums = sums_ + (slice * slice_tiles + row * plan_.tile_columns + tile) * width;
+            make_rows(pool, z, band.conv[1] + 2 * row, sums, tiles * width, block.vectors, segment.inside);
           });
         }
       }
