@@ -140,11 +140,13 @@ def test_geometries(algorithm: str, instructions: str, dtype: torch.dtype, name:
             drawn, stock, exact = random_case(name, dtype, last)
             ours, winners = RAW_WITH_WINNERS(*drawn, flat(case.arguments), algorithm)
             assert_close_to_reference(ours, stock, exact, f"channels last {last}")
+            assert torch.equal(RAW(*drawn, flat(case.arguments), algorithm), ours)
+            if algorithm == "stock":  # whose sums depend on the number of threads
+                continue
             with using_threads(2):
                 again = RAW_WITH_WINNERS(*drawn, flat(case.arguments), algorithm)
             assert torch.equal(again[0], ours)
             assert torch.equal(again[1], winners)
-            assert torch.equal(RAW(*drawn, flat(case.arguments), algorithm), ours)
 
 
 # About the number of a vector's lanes, of two, and of a register tile's pixels.
