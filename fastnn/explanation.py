@@ -60,15 +60,20 @@ class _Recorder(TorchDispatchMode):
 def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Run ``model(*inputs)`` once, without gradients, and report every call of an operator of fastnn that it makes.
 
-    For ``conv_relu_max_pool`` the report names the algorithm of forward (``direct``, ``rows``, ``lanes``, ``windows``,
-    ``dots``, ``depthwise`` or ``winograd``, the files of csrc/kernels; ``pairs`` is ``direct`` with two channels a
-    multiplication, ``row_pairs`` with two numbers of a row of the kernel, ``by_four`` with lanes for four input
-    channels of each output, ``matrix`` with a matrix unit's products, ``phases`` with fewer multiplications;
-    ``rows_by_two`` is ``rows`` with two channels a multiplication) and of a training step's backward: ``winners``,
-    which visits the windows' winners alone, ``depthwise``, which has channels in the lanes, ``pixels`` and ``taps``,
-    which have pixels there (for 1x1 kernels, and for few taps), or ``stock``, torch's own convolution. A layer that
-    isn't listed takes PyTorch's own path. ``fastnn.models.Conv2DNet``, which otherwise infers by one operator, is
-    reported layer by layer: the algorithms are the same.
+    For ``conv_relu_max_pool`` the report names the algorithm of forward (the files of csrc/kernels/conv):
+
+    - ``winograd``: 3x3 kernels of stride 1 by 16 multiplications in place of 36 for four pixels;
+    - ``phases``: rows of a kernel that are longer than its stride, two pixels of r taps by r + 1 multiplications;
+    - ``pixels``: pixels in the vector's lanes, for few outputs or few inputs;
+    - ``depthwise``: groups of one channel, channels last, in the lanes;
+    - ``direct``: output channels in the lanes, or the processor's matrix unit for bfloat16;
+    - ``stock``: torch's own convolution, some images at a time, with ReLU and max-pool in one pass behind it;
+
+    and of a training step's backward: ``winners``, which visits the windows' winners alone, ``depthwise``, which has
+    channels in the lanes, ``pixels`` and ``taps``, which have pixels there (for 1x1 kernels, and for few taps), or
+    ``stock``, torch's own convolution. A layer that isn't listed takes PyTorch's own path.
+    ``fastnn.models.Conv2DNet``, which otherwise infers by one operator, is reported layer by layer: the algorithms are
+    the same.
     """
     recorder = _Recorder()
     hooks = []

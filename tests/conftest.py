@@ -28,9 +28,20 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=testing.instruction_sets())
+# Their kernels are those of avx512, but for the convolution in bfloat16.
+OF_BFLOAT16 = ("avx512_bf16", "amx_bf16")
+
+
+@pytest.fixture(params=[name for name in testing.instruction_sets() if name not in OF_BFLOAT16])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test with the kernels of each instruction set that this machine has."""
+    """Run the test with the kernels of each instruction set that this machine has and that has kernels of its own."""
+    with testing.using_instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=testing.instruction_sets())
+def every_instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same for the convolution in bfloat16: each that this machine has."""
     with testing.using_instruction_set(request.param):
         yield request.param
 

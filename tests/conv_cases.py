@@ -1,7 +1,8 @@
 """What the tests of conv_relu_max_pool share: tensors, arguments, comparison with plain PyTorch."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 import fastnn.nn
 from fastnn import functional
 from fastnn.reference import conv_relu_max_pool as reference
-from fastnn.testing import compare_with_stock, instruction_sets, using_instruction_set, using_threads
+from fastnn.testing import compare_with_stock
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 FUSED = {
@@ -102,49 +103,128 @@ def assert_like_stock(tensors: list[Tensor | None], arguments: tuple[Any, ...], 
     )
 
 
-def assert_like_float64(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
-    """For bfloat16 with a NaN or infinity, which some of stock's ways carry into windows beside."""
-    fused = FUSED[tensors[0].dim() - 2]
-    ours = fused(*tensors, *arguments)
-    exact = fused(*(None if tensor is None else tensor.double() for tensor in tensors), *arguments)
-    torch.testing.assert_close(ours.double(), exact, rtol=2e-2, atol=2e-2, equal_nan=True)
+def outputs_and_winners(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Those of plain PyTorch, the winners as the operators give them."""
+    stride, padding, dilation, groups, kernel, *pool = arguments
+    dims = len(stride)
+    activated = reference.CONV[dims](*tensors, stride, padding, dilation, groups).relu()
+    output, index = reference.POOL[dims](activated, kernel, *pool, return_indices=True)
+    place = torch.zeros_like(index)
+    for d, size in enumerate(kernel):
+        coordinate = index // math.prod(activated.shape[d + 3 :]) % activated.shape[d + 2]
+        windows = torch.arange(output.shape[d + 2]).view(-1, *[1] * (dims - 1 - d))
+        first = windows * pool[0][d] - pool[1][d]
+        place = place * size + (coordinate - first) // pool[2][d]
+    return output, torch.where((output > 0) | output.isnan(), place, 255).to(torch.uint8)
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """Equal where the tensor's are, all NaNs alike."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return torch.where(tensor.isnan(), torch.nan, tensor).view(integer)
+def integers(
+    size: tuple[int, ...],
+    outputs: int,
+    kernel: tuple[int, ...],
+    groups: int = 1,
+    bias: bool = True,
+    small: bool = False,
+) -> list[Tensor | None]:
+    """Input, weight and bias in float64: integers of which all sums, and those of transforms, are exact in float32;
+    ``small``: in bfloat16."""
+    most, factor = (1, 1) if small else (2, 12)
+    drawn = make(size, outputs, kernel, groups, torch.float64, bias)
+    input, weight, *rest = (None if t is None else torch.randint_like(t, -most, most + 1) for t in drawn)
+    return [input, weight * factor, *rest]
 
 
-def assert_same_bits(tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
-    """Forward, by any number of threads."""
-    fused = FUSED[tensors[0].dim() - 2]
-    with using_threads(1):
-        expected = fused(*tensors, *arguments)
-    for threads in (2, 3, 7):
-        with using_threads(threads):
-            assert torch.equal(bits(fused(*tensors, *arguments)), bits(expected))
+def given(tensors: list[Tensor | None], dtype: torch.dtype, last: bool) -> list[Tensor | None]:
+    input, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return [channels_last(input), channels_last(weight), bias] if last else [input, weight, bias]
 
 
-def algorithm(instruction_set: str, tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> str:
-    """What such a call takes; nothing where the machine lacks the instruction set."""
-    if instruction_set not in instruction_sets():
-        return ""
-    with using_instruction_set(instruction_set):
-        return RAW_ALGORITHM(*tensors, flat(arguments))[0]
+OVERLAPPING = {"pool": 3, "pool_stride": 2, "pool_padding": 1}
 
 
-def assert_right_with(special: float, column: int, tensors: list[Tensor | None], arguments: tuple[Any, ...]) -> None:
-    """Like stock, or with a special value in a column of the last image, like float64."""
-    if special == 0:
-        return assert_like_stock(tensors, arguments)
-    tensors[0][-1:, ..., column] = special
-    return assert_like_float64(tensors, arguments)
+class Case(NamedTuple):
+    size: tuple[int, ...]
+    outputs: int
+    kernel: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    bias: bool = True
 
 
-def assert_winners(tensors: list[Tensor], arguments: tuple[Any, ...]) -> None:
-    """Those of float64, but for sums that lie close."""
-    output, winners = RAW_WITH_WINNERS(*tensors, flat(arguments))
-    exact = RAW_WITH_WINNERS(*(tensor.double() for tensor in tensors), flat(arguments))[1]
-    assert torch.equal(output, FUSED[2](*tensors, *arguments))
-    assert (winners == exact).double().mean() > 0.999
+def case(size: tuple[int, ...], outputs: int, kernel: tuple[int, ...], bias: bool = True, **options: Any) -> Case:
+    return Case(size, outputs, kernel, geometry(len(kernel), **options), bias)
+
+
+CASES = {
+    # One dimension.
+    "1d": case((3, 5, 41), 17, (5,), padding=2),
+    "1d_overlapping": case((2, 4, 70), 33, (4,), stride=3, pool=3, pool_stride=2, pool_padding=1, ceil_mode=True),
+    "1d_dilated_groups": case((2, 6, 50), 10, (3,), bias=False, dilation=3, padding=3, groups=2, pool=(4,)),
+    "1d_windows_apart": case((2, 3, 60), 4, (3,), pool=2, pool_stride=5, pool_padding=1, pool_dilation=2),
+    "1d_bands": case((1, 20, 9001), 9, (5,), padding=2, pool=3, pool_stride=2),
+    "1d_one_column": case((4, 9, 1), 20, (1,), pool=1),
+    # Two: strides, dilation, groups, nothing square.
+    "3x3": case((2, 5, 12, 13), 19, (3, 3), padding=1),
+    "not_square": case((2, 3, 11, 23), 20, (2, 5), stride=(2, 1), padding=(1, 3), pool=(3, 2), pool_stride=(1, 3)),
+    "dilated": case((2, 4, 17, 19), 10, (3, 2), dilation=(2, 3), padding=(3, 2)),
+    "dilated_rows": case((2, 4, 17, 19), 10, (3, 3), dilation=(2, 1), padding=(3, 1)),
+    "groups": case((3, 9, 10, 11), 12, (3, 3), groups=3, padding=1),
+    "groups_of_many": case((2, 40, 9, 9), 66, (3, 3), groups=2, padding=1, pool=3, pool_stride=1),
+    "1x1": case((2, 40, 9, 17), 33, (1, 1)),
+    "1x1_strided": case((2, 17, 12, 11), 5, (1, 1), stride=3, pool=2, pool_stride=1),
+    "2x2_strided": case((2, 8, 16, 15), 24, (2, 2), stride=2),
+    "3x3_strided": case((2, 20, 18, 35), 8, (3, 3), stride=(3, 2), groups=2, padding=1),
+    "stride_beyond_kernel": case((2, 6, 16, 20), 7, (2, 2), stride=3, padding=1, pool=2),
+    "5x5": case((2, 3, 14, 15), 10, (5, 5), padding=2, bias=False),
+    "first_layer": case((1, 3, 45, 47), 40, (7, 7), stride=2, padding=3, **OVERLAPPING),
+    "11x11_strided": case((1, 3, 47, 51), 34, (11, 11), stride=4, padding=2, pool=3, pool_stride=2),
+    "4_taps_strided": case((2, 5, 13, 24), 18, (3, 4), stride=(1, 2), padding=1),
+    "row": case((2, 3, 6, 40), 9, (1, 9), stride=(1, 3), padding=(0, 4)),
+    "column": case((2, 3, 40, 6), 9, (9, 1), stride=(3, 1), padding=(4, 0)),
+    "long_row": case((1, 3, 4, 60), 5, (1, 32)),
+    "longer_row": case((1, 3, 4, 60), 5, (1, 33)),
+    "beyond_input": case((2, 4, 8, 8), 20, (11, 11), padding=5, **OVERLAPPING),
+    "outside_input": case((2, 5, 5, 5), 6, (2, 2), stride=3, padding=4, pool=1),
+    "one_pixel": case((3, 7, 1, 1), 35, (3, 3), padding=1, pool=1),
+    # Windows: overlapping, apart, dilated, cut off by ceil_mode, of padding alone, large.
+    "overlapping": case((2, 4, 13, 14), 18, (3, 3), padding=1, pool=3, pool_stride=1, pool_padding=1),
+    "apart": case((2, 4, 15, 16), 5, (3, 3), pool=2, pool_stride=3, padding=1),
+    "dilated_windows": case((2, 4, 17, 18), 7, (3, 3), pool=4, pool_stride=1, pool_padding=(2, 1), pool_dilation=3),
+    "ceil_mode": case((2, 4, 14, 15), 6, (3, 3), pool=(3, 2), pool_stride=3, pool_padding=1, ceil_mode=True),
+    "padding_alone": case((2, 3, 7, 8), 5, (3, 3), padding=0, pool=2, pool_stride=1, pool_padding=1, pool_dilation=6),
+    "in_much_padding": case((2, 3, 6, 7), 4, (3, 3), padding=5, pool=2, pool_stride=5),
+    "large_windows": case((1, 3, 33, 30), 4, (3, 3), pool=(15, 16), pool_stride=(7, 9)),
+    "no_pool": case((2, 4, 9, 10), 16, (3, 3), pool=1),
+    # Depths that are summed in parts (more than 128 products), and of a whole band (more than 256).
+    "deep_in_parts": case((2, 16, 9, 16), 20, (3, 3), padding=1),
+    "deep_1x1": case((2, 257, 6, 11), 33, (1, 1)),
+    "deep_band": case((1, 300, 24, 90), 5, (1, 1), **OVERLAPPING),
+    "deep_3x3": case((1, 130, 14, 15), 34, (3, 3), padding=1),
+    "deep_strided": case((1, 41, 21, 20), 40, (5, 5), stride=2, padding=2, pool=3, pool_stride=1),
+    "channels_2048_bytes_apart": case((1, 512, 4, 18), 8, (2, 2)),
+    # Several bands of rows and of columns; several blocks of outputs; more images than lanes.
+    "bands_of_rows": case((1, 24, 90, 70), 9, (3, 3), padding=1, **OVERLAPPING),
+    "bands_of_columns": case((1, 130, 6, 300), 5, (3, 3), padding=1, pool=2, pool_stride=2),
+    "bands_of_long_rows": case((1, 48, 7, 500), 5, (3, 5), padding=(1, 2), stride=(1, 2), pool=3, pool_stride=1),
+    "many_outputs": case((2, 10, 10, 9), 135, (3, 3), padding=1),
+    "many_images": case((35, 3, 6, 7), 10, (3, 3), padding=1, pool=3, pool_stride=2),
+    "many_tiny_images": case((37, 20, 4, 4), 18, (3, 3), padding=1),
+    # Three.
+    "3d": case((2, 4, 6, 7, 8), 18, (3, 3, 3), padding=1),
+    "3d_overlapping": case((1, 5, 7, 9, 10), 17, (3, 3, 3), padding=(0, 1, 1), **OVERLAPPING),
+    "3d_not_cubic": case((2, 6, 5, 8, 17), 8, (2, 1, 3), stride=(1, 2, 1), groups=2, pool=(1, 2, 2)),
+    "3d_dilated": case((1, 3, 9, 10, 12), 5, (2, 3, 2), dilation=(2, 1, 3), padding=1, pool=(2, 3, 1), bias=False),
+    "3d_slices_apart": case((1, 3, 11, 9, 9), 6, (1, 3, 3), stride=(2, 1, 1), pool=(2, 2, 2), pool_stride=(3, 2, 1)),
+    "3d_1x1": case((2, 33, 5, 6, 5), 7, (1, 1, 1), pool=3, pool_stride=1, pool_padding=1, pool_dilation=(1, 2, 1)),
+    # Groups of one channel.
+    "depthwise": case((2, 37, 12, 13), 37, (3, 3), padding=1, groups=37),
+    "depthwise_strided": case((2, 16, 21, 22), 16, (5, 4), stride=(2, 3), padding=2, groups=16, **OVERLAPPING),
+    "depthwise_dilated": case((1, 70, 17, 16), 70, (3, 3), dilation=(1, 2), padding=2, groups=70, pool_stride=1),
+    "depthwise_bands": case((1, 33, 120, 60), 33, (3, 3), groups=33, pool=2),
+    "depthwise_pixels": case((3, 20, 1, 2), 20, (1, 1), groups=20, pool=1),
+    "depthwise_twofold": case((2, 9, 10, 10), 18, (3, 3), groups=9),
+    "depthwise_3d": case((2, 18, 5, 6, 7), 18, (2, 3, 3), padding=1, groups=18, pool=(2, 3, 2), pool_stride=1),
+    # 3x3 of many channels.
+    "winograd": case((2, 64, 21, 26), 40, (3, 3), padding=1),
+    "winograd_groups": case((2, 66, 9, 11), 34, (3, 3), padding=2, groups=2, pool=3, pool_stride=1, pool_padding=1),
+    "winograd_bands": case((1, 40, 66, 130), 17, (3, 3), padding=1),
+}  # fmt: skip

@@ -23,6 +23,7 @@ import fastnn.ops.rnn
 OPS = torch.ops.fastnn
 MEMORY = 512 << 20  # that calls may take beyond what the process has: more is an exception
 SOON = 10  # seconds
+ALGORITHMS = ("winograd", "phases", "pixels", "depthwise", "direct", "stock")
 
 Call = tuple[str, list[Any]]
 
@@ -97,7 +98,8 @@ class Hostile:
         ]
         name = self.random.choice(["", "", "_with_winners", "_algorithm", "_backward"])
         if name != "_backward":
-            return f"conv_relu_max_pool{name}", [input, weight, bias, geometry]
+            algorithm = self.random.choice([None, None, None, *ALGORITHMS, "x" * self.small(999)])
+            return f"conv_relu_max_pool{name}", [input, weight, bias, geometry, algorithm]
         try:
             sizes = fastnn.ops.conv_relu_max_pool.output_sizes(input.shape, weight.shape, geometry)
         except ZeroDivisionError:

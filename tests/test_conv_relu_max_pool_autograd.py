@@ -36,7 +36,7 @@ class TestAutograd:
     )
     def test_bfloat16_is_exact_on_integers(
         self,
-        instruction_set: str,
+        every_instruction_set: str,
         channels: tuple[int, int],
         kernel: int,
         options: dict[str, Any],
@@ -120,7 +120,9 @@ class TestCompile:
         for x, w in ((input, weight), (channels_last(input), weight), (input, channels_last(weight))):
             arguments = geometry(dims, padding=1, pool=3, pool_stride=2, pool_padding=1)
             torch.library.opcheck(RAW, (x, w, bias, flat(arguments)))
+            torch.library.opcheck(RAW, (x, w, bias, flat(arguments), "stock"))
             torch.library.opcheck(RAW_WITH_WINNERS, (x, w, bias, flat(arguments)))
+            torch.library.opcheck(RAW_WITH_WINNERS, (x, w, bias, flat(arguments)), {"algorithm": "direct"})
             output, winners = RAW_WITH_WINNERS(x, w, bias, flat(arguments))
             for wanted in ((True, True, True), (False, True, False)):
                 torch.library.opcheck(RAW_BACKWARD, (torch.ones_like(output), winners, x, w, flat(arguments), *wanted))

@@ -50,7 +50,7 @@ class TestZippedRuns:
     @pytest.mark.parametrize(("size", "channels", "kernel", "arguments"), CASES)
     def test_exact_on_integers(
         self,
-        instruction_set: str,
+        every_instruction_set: str,
         size: tuple[int, ...],
         channels: int,
         kernel: tuple[int, ...],
@@ -70,7 +70,7 @@ class TestZippedRuns:
     @pytest.mark.parametrize("of", [0, 1, 2])
     @pytest.mark.parametrize("count", [1, 2, 3])
     def test_special_numbers_stay_in_their_place(
-        self, instruction_set: str, special: float, of: int, count: int
+        self, every_instruction_set: str, special: float, of: int, count: int
     ) -> None:
         """Also those beside a winner that has no other to be multiplied with."""
         arguments = geometry(2, padding=1)

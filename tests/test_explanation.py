@@ -8,9 +8,11 @@ import fastnn.nn
 from fastnn import functional
 
 FORWARD, BACKWARD = (
-    {"direct", "rows", "lanes", "windows", "depthwise", "winograd", "dots", "phases"},
+    {"winograd", "phases", "pixels", "depthwise", "direct", "stock"},
     {"winners", "depthwise", "pixels"},
 )
+
+GEOMETRY = [1, 1, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1, 1, 0]
 
 
 class Network(nn.Module):
@@ -42,6 +44,14 @@ def test_values_that_an_algorithm_cannot_take() -> None:
     model, input = Network(), torch.randn(2, 3, 64, 64)
     input[0, 0, 0, 0] = float("inf")
     assert fastnn.explain(model, input).calls[1].forward == "direct"
+
+
+def test_an_algorithm_that_is_asked_for() -> None:
+    class Raw(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.fastnn.conv_relu_max_pool(x, torch.ones(9, 3, 3, 3), None, GEOMETRY, "phases")
+
+    assert fastnn.explain(Raw(), torch.randn(1, 3, 8, 8)).calls[0].forward == "phases"
 
 
 def test_prints_as_a_table() -> None:

@@ -188,7 +188,7 @@ def twins() -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [0, 1, 2, 15, 33, 64])
-def test_conv_net_infers_at_once(batch: int, dtype: torch.dtype, instruction_set: str) -> None:
+def test_conv_net_infers_at_once(batch: int, dtype: torch.dtype, every_instruction_set: str) -> None:
     fused, stock = twins()
     x = torch.randn(batch, 3, 20, 20, dtype=dtype)
     output, called = infer(fused.to(dtype), x)

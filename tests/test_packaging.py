@@ -94,8 +94,8 @@ def test_backend_info() -> None:
     assert len(str(info).splitlines()) == 12
 
 
-def test_instruction_set_can_be_chosen(instruction_set: str) -> None:
-    assert fastnn.backend_info().instruction_set == instruction_set
+def test_instruction_set_can_be_chosen(every_instruction_set: str) -> None:
+    assert fastnn.backend_info().instruction_set == every_instruction_set
     with pytest.raises(ValueError, match="instruction set 'mmx'"):
         fastnn._C.use_instruction_set("mmx")
 

@@ -23,12 +23,16 @@ def conv(x: Tensor) -> Tensor:
     return torch.ops.fastnn.conv_relu_max_pool(x[None], torch.ones(2, 4, 2), None, _POOL_2)
 
 
+def conv_by_algorithm(x: Tensor) -> Tensor:
+    return torch.ops.fastnn.conv_relu_max_pool(x[None], torch.ones(2, 4, 2), None, _POOL_2, algorithm="phases")
+
+
 def rnn_cell(x: Tensor) -> Tensor:
     mode, state = MODES.index("RNN_TANH"), torch.zeros(4, 2)
     return torch.ops.fastnn.rnn_cell(x, mode, state, None, torch.ones(2, 3), torch.ones(2, 2))[0]
 
 
-OPERATORS = [mlp, conv, rnn_cell]
+OPERATORS = [mlp, conv, conv_by_algorithm, rnn_cell]
 INPUT = torch.linspace(-1, 1, 12).reshape(4, 3)
 
 

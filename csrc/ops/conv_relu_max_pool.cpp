@@ -18,17 +18,24 @@ void check_places(const char* op, const ConvPoolGeometry& g) {
 
 // ---- forward ------------------------------------------------------------------------------------------------
 
+// A call that lacks bias, output and plan.
 template <class T>
-void run_forward(const ConvPoolProblem& problem, const Tensor& given_input, const Tensor& given_weight,
-                 const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners, int64_t algorithm) {
-  const Tensor dense_bias = bias ? dense(*bias) : Tensor();
-  const PlainImages input(given_input), weight(given_weight), result(output);
+ConvCall<T> call_of(const ConvPoolProblem& problem, const PlainImages& input, const PlainImages& weight) {
   ConvCall<T> call{};
   call.geometry = problem.geometry;
   call.input = data<T>(input.tensor);
   call.input_layout = input.layout;
   call.weight = data<T>(weight.tensor);
   call.weight_layout = weight.layout;
+  return call;
+}
+
+template <class T>
+void run_forward(const ConvPoolProblem& problem, const Tensor& given_input, const Tensor& given_weight,
+                 const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners, int64_t algorithm) {
+  const Tensor dense_bias = bias ? dense(*bias) : Tensor();
+  const PlainImages input(given_input), weight(given_weight), result(output);
+  ConvCall<T> call = call_of<T>(problem, input, weight);
   call.bias = bias ? data<T>(dense_bias) : nullptr;
   call.output = mutable_data<T>(output);
   call.output_layout = result.layout;
@@ -117,17 +124,21 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, 
 
 std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& given_input, const Tensor& given_weight,
                                                                   const std::optional<Tensor>& bias,
-                                                                  const Ints& geometry) {
-  const ConvPoolProblem problem =
-      check_problem("conv_relu_max_pool_algorithm", given_input, given_weight, bias, geometry);
+                                                                  const Ints& geometry,
+                                                                  const std::optional<std::string>& algorithm) {
+  const char* op = "conv_relu_max_pool_algorithm";
+  const ConvPoolProblem problem = check_problem(op, given_input, given_weight, bias, geometry);
   const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
-  if (problem.geometry.batch == 0) return {"none", "none"};
   return with_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
     using T = decltype(type);
-    const PlainImages images(input);
+    const ConvKernels<T>& kernels = conv_kernels().get<T>();
+    const int64_t wanted = algorithm_of<T>(op, algorithm, problem, is_channels_last(input));
+    if (problem.geometry.batch == 0) return {"none", "none"};
+    const PlainImages images(input), weights(weight);
     const bool channels_last = output_is_channels_last(problem, input, weight);
-    const ConvPlan& forward = plan_for(
-        plan_key<T>(conv_kernels().get<T>(), problem.geometry, images.channels_last, channels_last, -1));
+    const ConvPlan& forward =
+        plan_of_call(kernels, call_of<T>(problem, images, weights),
+                     plan_key<T>(kernels, problem.geometry, images.channels_last, channels_last, wanted));
     const BackwardKey backward =
         backward_key(conv_backward_kernels().get<T>(), problem, images.channels_last, {true, true, true}, -1);
     return {algorithm_name(forward.algorithm), algorithm_name(plan_for(backward).algorithm)};
@@ -238,7 +249,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // The names of csrc/kernels/conv's algorithms for such a call and for its backward; "none" if there
   // is nothing to compute.
   m.def(
-      "conv_relu_max_pool_algorithm(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
+      "conv_relu_max_pool_algorithm(Tensor input, Tensor weight, Tensor? bias, int[] geometry, str? algorithm=None)"
       " -> (str forward, str backward)");
   // A gradient that is not wanted comes back empty. algorithm: of csrc/kernels/conv/backward/plan.h
   m.def(

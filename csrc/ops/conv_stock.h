@@ -139,26 +139,30 @@ bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t d
   return true;
 }
 
+// The key's plan, or where it needs moderate elements and a call has others, that of direct convolution.
+template <class T>
+const ConvPlan& plan_of_call(const ConvKernels<T>& kernels, const ConvCall<T>& call, PlanKey key) {
+  const ConvPlan& plan = plan_for(key);
+  if (!plan.needs_moderate || kernels.is_moderate(call)) return plan;
+  key.request.exact = true;
+  key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
+  return plan_for(key);
+}
+
 // Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed;
 // `algorithm` is to be taken, if it is not -1.
 template <class T, class PackedFor>
 void run_conv(ConvCall<T>& call, int64_t dims, bool input_channels_last, bool output_channels_last, int64_t algorithm,
               const PackedFor& packed_for) {
   const ConvKernels<T>& kernels = conv_kernels().get<T>();
-  PlanKey key = plan_key<T>(kernels, call.geometry, input_channels_last, output_channels_last, algorithm);
-  const ConvPlan* plan = &plan_for(key);
-  if (plan->needs_moderate && !kernels.is_moderate(call)) {
-    key.request.exact = true;
-    key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
-    plan = &plan_for(key);
-  }
-  const Compute<T>* const packed = packed_for(*plan);
-  if (plan->algorithm == ForwardAlgorithm::stock) {
-    if (run_stock(kernels, call, dims)) return;
-    key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
-    return run_planned<T>(kernels, call, plan_for(key), nullptr);
-  }
-  run_planned(kernels, call, *plan, packed);
+  const PlanKey key = plan_key<T>(kernels, call.geometry, input_channels_last, output_channels_last, algorithm);
+  const ConvPlan& plan = plan_of_call(kernels, call, key);
+  const Compute<T>* const packed = packed_for(plan);
+  if (plan.algorithm != ForwardAlgorithm::stock) return run_planned(kernels, call, plan, packed);
+  if (run_stock(kernels, call, dims)) return;
+  PlanKey ours = key;
+  ours.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
+  run_planned<T>(kernels, call, plan_for(ours), nullptr);
 }
 
 }  // namespace fastnn

@@ -8,23 +8,33 @@ import torch
 from torch import Tensor
 
 from fastnn.kernels import _launch
+from fastnn.kernels._check import check
 from fastnn.kernels._conv_geometry import Problem, channels_last, memory_format
 from fastnn.kernels._conv_plan import Plan, facts, is_tap_by_tap, plan_backward, plan_forward
 
 # ---- forward ----------------------------------------------------------------------------------------------
 
 
-def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Tensor:
+def conv_relu_max_pool(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], algorithm: str | None = None
+) -> Tensor:
     """``fastnn::conv_relu_max_pool``: input (images, in channels, ...), weight (out channels, in channels / groups,
-    ...), bias (out channels) or None, geometry as Geometry.flat gives it -> (images, out channels, ...)."""
+    ...), bias (out channels) or None, geometry as Geometry.flat gives it -> (images, out channels, ...). There are
+    no algorithms to be asked for by name."""
+    _check_no_algorithm("conv_relu_max_pool", algorithm)
     return _forward("conv_relu_max_pool", input, weight, bias, geometry, False)[0]
 
 
 def conv_relu_max_pool_with_winners(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], algorithm: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """``fastnn::conv_relu_max_pool_with_winners``: the output, and each window's winner by its place, uint8."""
+    _check_no_algorithm("conv_relu_max_pool_with_winners", algorithm)
     return _forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, True)
+
+
+def _check_no_algorithm(op: str, algorithm: str | None) -> None:
+    check(algorithm is None, op, ": algorithm '", algorithm, "' does not apply to a GPU")
 
 
 _plans = _launch.Plans()

@@ -380,13 +380,17 @@ def _channels_format(tensor: Tensor) -> torch.memory_format:
 
 
 @raw_operator("conv_relu_max_pool")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Tensor:
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], algorithm: str | None = None
+) -> Tensor:
     check_same_device(input, weight, bias)
     return _output_like(input, weight, geometry, input.dtype)
 
 
 @raw_operator("conv_relu_max_pool_with_winners")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], algorithm: str | None = None
+) -> tuple[Tensor, Tensor]:
     check_same_device(input, weight, bias)
     return _output_like(input, weight, geometry, input.dtype), _output_like(input, weight, geometry, torch.uint8)
 

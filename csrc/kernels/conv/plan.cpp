@@ -386,6 +386,12 @@ ConvPlan plan_winograd(const Planner& p) {
   w.band = choose_channel_band(p, g.pool_extent(0) * round_up(g.pool_extent(1) + 1, 2), [&](const BandPlan& band) {
     return slice_tiles(band) * band.conv[0] <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
   });
+  // All bands begin with the same row of a tile, whatever their number: it depends on that of threads, and sums must not.
+  if (w.band.row_bands > 1 && w.band.rows * g.pool_stride[1] % 2 != 0) {
+    w.band.stage_rows = ++w.band.rows;
+    w.band.row_bands = divide_up(g.output[1], w.band.rows);
+    set_extents(g, w.band);
+  }
   if (w.band.row_bands == 1 && w.band.column_bands == 1) {  // small images: some together, for each use of the weight
     const int64_t most = std::max({int64_t{1}, tuned::kTransformedBytes / tile_bytes(w.band),
                                    tuned::kLeastTiles / slice_tiles(w.band)});
@@ -528,7 +534,7 @@ ConvPlan plan_pixels(const Planner& p) {
   for (const int64_t images : {int64_t{1}, p.lanes / 2, p.lanes, 2 * p.lanes}) {
     if (images > p.g.batch) continue;
     for (const int64_t vectors : {0, 1, 2, 4, 8}) {
-      if (vectors == 0 ? !pools_in_registers(p.g) : most_outputs(p, vectors) < 1) continue;
+      if (vectors == 0 ? !pools_in_registers(p.g) : most_outputs(p, vectors) < 1) continue;  // too few registers
       const ConvPlan plan = plan_pixels_of(p, images, vectors);
       if (plan.cost < best.cost) best = plan;
     }

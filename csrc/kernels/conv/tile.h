@@ -91,12 +91,13 @@ struct WindowTile {
   uint8_t* winners;  // as `to`, or null
 };
 
+// With -0, which leaves what is added as it is: a sum of nothing but -0 stays so.
 template <int rows, int vectors, class C>
 FASTNN_INLINE void start_sums(Vec<C> (&sums)[rows][vectors]) {
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sums[r][v] = Vec<C>{};
+    for (int v = 0; v < vectors; ++v) sums[r][v] = -Vec<C>{};
   }
 }
 
@@ -222,8 +223,8 @@ void window_tile(const WindowTile<C>& call) {
       const auto pool = [&](auto careful) __attribute__((always_inline)) {
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-          // Nothing is above zero yet: later sums are compared unrectified.
-          Vec<C> best = pair > 0 ? load(to + r * call.to_step) : Vec<C>{};
+          // Rectified once, for -0 to stay: later sums are compared unrectified.
+          Vec<C> best = pair > 0 ? load(to + r * call.to_step) : relu(sums[r][0]);
           Numbers<C> winner = {};
           if (with_winners && pair > 0) winner = load_bytes_up_to<C>(winners + r * call.to_step, kLanes<C>);
           take_places<C, with_winners, decltype(careful)::value>(sums[r], 2 * pair, best, winner);
