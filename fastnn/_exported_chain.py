@@ -125,14 +125,15 @@ def _constants(exported: ExportedProgram) -> dict[str, Tensor]:
 
 def _path(graph: Graph, input: Node, output: Node) -> list[Node]:
     """The operators that take part in what becomes of the input's numbers, in their order: neither those that only ask
-    for its sizes, nor those whose result is not used."""
+    for its sizes or kind, nor those whose result is not used."""
     needed, nodes = {output}, list(graph.nodes)
     for node in reversed(nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
     carrying = {input}
     for node in nodes:
-        if not isinstance(node.meta.get("val"), torch.SymInt) and not carrying.isdisjoint(node.all_input_nodes):
+        asks = node.target is _aten.new_zeros.default or isinstance(node.meta.get("val"), torch.SymInt)
+        if not asks and not carrying.isdisjoint(node.all_input_nodes):
             carrying.add(node)
     return [node for node in nodes if node in needed and node in carrying and node.op == "call_function"]
 
@@ -272,14 +273,14 @@ class _Chain:
             raise _refusal(node, "has packed sequences or a state, which a frozen model cannot take")
         tensors = self.constants_of(node, weights)
         directions = 2 if bidirectional else 1
-        each = len(tensors) // (directions * layers)  # type: ignore[operator]
+        each = len(tensors) // (directions * layers)
         in_features, hidden, projected = tensors[0].shape[1], tensors[1].shape[1], 0
         if each % 2:
             projected, hidden = tensors[int(each) - 1].shape
         flags = [int(bool(batch_first)), int(each >= 4), 0]
         numbers = [mode, layers, directions, *flags, in_features, hidden, projected]
         self.require(self.sizes[-1], in_features)
-        self.stages.append(Stage("rnn", numbers, tensors))  # type: ignore[arg-type]
+        self.stages.append(Stage("rnn", numbers, tensors))
         self.sizes = _sizes(node)
 
     def add_result(self, node: Node) -> None:
