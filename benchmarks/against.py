@@ -21,7 +21,11 @@ _BLOCK_SECONDS = 20e-3
 def build(revision: str) -> Path:
     """The folder of a built copy of the revision."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short=12", f"{revision}^{{commit}}"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "rev-parse", "--short=12", f"{revision}^{{commit}}"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
     folder = ROOT / "build" / "against" / commit
     if not folder.exists():
@@ -42,7 +46,8 @@ def _import_fastnn(folder: Path) -> None:
     spec = importlib.util.spec_from_file_location(
         "fastnn", folder / "fastnn" / "__init__.py", submodule_search_locations=[str(folder / "fastnn")]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["fastnn"] = module
     spec.loader.exec_module(module)
@@ -55,9 +60,9 @@ def work(folder: Path) -> None:
 
     import torch
 
+    from benchmarks.cases import CASES
     from benchmarks.layers import layer_cases
     from benchmarks.problem import Problem
-    from benchmarks.cases import CASES
 
     cases: dict[str, list[Any]] = {**CASES, "layers": [case for _, case in layer_cases()]}
     run, calls = lambda: None, 1
@@ -107,7 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against", description=__doc__.splitlines()[0])
     parser.add_argument("revision", nargs="?", help="a commit to compare with")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--ops", nargs="+", default=["conv_relu_max_pool"], help="ops of benchmarks/cases.py, or layers")
+    parser.add_argument(
+        "--ops", nargs="+", default=["conv_relu_max_pool"], help="ops of benchmarks/cases.py, or layers"
+    )
     parser.add_argument("--only", default="", help="the cases whose name contains this text")
     parser.add_argument("--directions", nargs="+", default=["inference", "training"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])

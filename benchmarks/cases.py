@@ -57,7 +57,11 @@ def conv_case(
 ) -> Case:
     dims, in_channels = len(shape) - 2, shape[1]
     each = [(size,) * dims if isinstance(size, int) else tuple(size) for size in (kernel, stride, padding)]
-    conv = {**dict(zip(("kernel_size", "stride", "padding"), each, strict=True)), "dilation": dilation, "groups": groups}
+    conv = {
+        **dict(zip(("kernel_size", "stride", "padding"), each, strict=True)),
+        "dilation": dilation,
+        "groups": groups,
+    }
     pooling = {"kernel_size": pool, "stride": pool_stride, "padding": pool_padding}
 
     def stock() -> nn.Module:

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fastnn
 from benchmarks.cases import Case, conv_case
 from benchmarks.problem import DIRECTIONS, Problem

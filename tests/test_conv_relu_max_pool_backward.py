@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fastnn.testing import assert_close_to_reference, using_threads
 
-
 ALGORITHMS = ("taps", "depthwise", "winners", "stock")
 
 # What each algorithm is forced on: classes of geometry, with sizes about those of vectors.
