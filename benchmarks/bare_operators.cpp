@@ -27,7 +27,8 @@ Tensor mlp(const Tensor&, const Tensors&, int64_t) {
   return empty();
 }
 
-Tensor conv_relu_max_pool(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::vector<int64_t>&) {
+Tensor conv_relu_max_pool(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::vector<int64_t>&,
+                          const std::optional<std::string>&) {
   return empty();
 }
 
@@ -47,7 +48,7 @@ Tensors rnn_cell(const Tensor&, int64_t, const std::optional<Tensor>&, const std
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn_bare, m) {
   m.def("mlp(Tensor input, Tensor[] parameters, int activations) -> Tensor");
-  m.def("conv_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, int[] geometry) -> Tensor");
+  m.def("conv_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, int[] geometry, str? algorithm=None) -> Tensor");
   m.def(
       "rnn(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor[] final_state)");

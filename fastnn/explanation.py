@@ -70,8 +70,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     - ``stock``: torch's own convolution, some images at a time, with ReLU and max-pool in one pass behind it;
 
     and of a training step's backward: ``winners``, which visits the windows' winners alone, ``depthwise``, which has
-    channels in the lanes, ``pixels`` and ``taps``, which have pixels there (for 1x1 kernels, and for few taps), or
-    ``stock``, torch's own convolution. A layer that isn't listed takes PyTorch's own path.
+    channels in the lanes, ``taps``, which has pixels there (for few input channels), or ``stock``, torch's own
+    convolution. A layer that isn't listed takes PyTorch's own path.
     ``fastnn.models.Conv2DNet``, which otherwise infers by one operator, is reported layer by layer: the algorithms are
     the same.
     """

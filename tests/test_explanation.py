@@ -9,7 +9,7 @@ from fastnn import functional
 
 FORWARD, BACKWARD = (
     {"winograd", "phases", "pixels", "depthwise", "direct", "stock"},
-    {"winners", "depthwise", "pixels"},
+    {"winners", "depthwise", "taps", "stock"},
 )
 
 GEOMETRY = [1, 1, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1, 1, 0]

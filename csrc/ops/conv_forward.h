@@ -19,8 +19,8 @@ struct PlanKey {
   bool operator==(const PlanKey& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
 
-// The key of a call by these kernels and all of torch's threads; `algorithm` is the one to take, or -1. A call reads the
-// kernel table once, for another thread may change the instruction set, and a plan is for the kernels of its own.
+// The key of a call by these kernels and all of torch's threads; `algorithm` is the one to take, or -1. A call reads
+// the kernel table once, for another thread may change the instruction set, and a plan is for the kernels of its own.
 template <class T>
 PlanKey plan_key(const ConvKernels<T>& kernels, const ConvPoolGeometry& geometry, bool input_channels_last,
                  bool output_channels_last, int64_t algorithm) {
@@ -56,8 +56,8 @@ inline const ConvPlan& plan_for(const PlanKey& key) {
   return entry.plan;
 }
 
-// A tensor, which outlives this, as the kernels read it: each image contiguous or channels last, without gaps; the strides of dimensions of
-// one element as that has them.
+// A tensor, which outlives this, as the kernels read it: each image contiguous or channels last, without gaps; the
+// strides of dimensions of one element as that has them.
 struct PlainImages {
   bool channels_last;
   Tensor tensor;

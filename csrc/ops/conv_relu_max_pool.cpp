@@ -72,8 +72,7 @@ bool is_left_to_stock(const ConvPoolProblem& problem, const Tensor& input, bool 
                       int64_t algorithm) {
   const ConvPoolGeometry& g = problem.geometry;
   if (g.batch == 0 || !pools_nothing(g)) return false;
-  const PlanKey key =
-      plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, algorithm);
+  const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, algorithm);
   return plan_for(key).algorithm == ForwardAlgorithm::stock;
 }
 
@@ -168,8 +167,7 @@ void check_size(const Tensor& tensor, const Ints& sizes, const char* op, const c
 std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& given_gradient,
                                                                const Tensor& given_winners, const Tensor& given_input,
                                                                const Tensor& given_weight, const Ints& geometry,
-                                                               bool input_wanted, bool weight_wanted,
-                                                               bool bias_wanted,
+                                                               bool input_wanted, bool weight_wanted, bool bias_wanted,
                                                                const std::optional<std::string>& algorithm) {
   const char* op = "conv_relu_max_pool_backward";
   const ConvPoolProblem problem = check_problem(op, given_input, given_weight, std::nullopt, geometry);

@@ -1,5 +1,5 @@
-// Forward by torch's own convolution, some images at a time so that its output stays in cache, and our ReLU and max-pool
-// of that in one pass.
+// Forward by torch's own convolution, some images at a time so that its output stays in cache, and our ReLU and
+// max-pool of that in one pass.
 #pragma once
 
 #include "conv_forward.h"
@@ -64,8 +64,8 @@ inline bool pools_nothing(const ConvPoolGeometry& g) {
 // null: a convolution of groups of one channel. Of the geometry, the sizes of `conv` and the pooling count.
 template <class T>
 void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, const T* input,
-                   const ConvLayout& layout, const T* scale, const T* shift, T* output,
-                   const ConvLayout& output_layout, uint8_t* winners) {
+                   const ConvLayout& layout, const T* scale, const T* shift, T* output, const ConvLayout& output_layout,
+                   uint8_t* winners) {
   ConvPoolGeometry g = pool;
   g.groups = pool.groups * pool.out_channels;
   g.in_channels = g.out_channels = 1;
@@ -75,9 +75,9 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
     g.padding[d] = 0;
   }
   const bool channels_last = layout.c == 1 && layout.d[2] != 1;
-  const ForwardAlgorithm algorithm = channels_last                   ? ForwardAlgorithm::depthwise
-                                     : sizeof(T) == sizeof(double)   ? ForwardAlgorithm::direct
-                                                                     : ForwardAlgorithm::pixels;
+  const ForwardAlgorithm algorithm = channels_last                 ? ForwardAlgorithm::depthwise
+                                     : sizeof(T) == sizeof(double) ? ForwardAlgorithm::direct
+                                                                   : ForwardAlgorithm::pixels;
   PlanKey key = plan_key<T>(kernels, g, channels_last, output_layout.c == 1 && output_layout.d[2] != 1,
                             static_cast<int64_t>(algorithm));
   key.request.exact = true;

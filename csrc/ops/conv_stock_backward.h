@@ -1,6 +1,6 @@
 // Backward by torch's own convolution, from the gradient of the convolution's output: where products of all its pixels,
-// by whoever makes them fastest, cost less than ours of the winners alone. It costs that gradient, channels last, and the
-// input brought there if it isn't.
+// by whoever makes them fastest, cost less than ours of the winners alone. It costs that gradient, channels last, and
+// the input brought there if it isn't.
 #pragma once
 
 #include "conv_backward.h"

@@ -109,9 +109,11 @@ def conv_relu_max_pool_backward(
     input_wanted: bool,
     weight_wanted: bool,
     bias_wanted: bool,
+    algorithm: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastnn::conv_relu_max_pool_backward``: the gradients of input, weight and bias; one that is not wanted comes
     back empty."""
+    _check_no_algorithm("conv_relu_max_pool_backward", algorithm)
     wanted = (input_wanted, weight_wanted, bias_wanted)
     target = _launch.target_of(input.device)
     precision = _launch.dot_precision(input.dtype, "conv", target)

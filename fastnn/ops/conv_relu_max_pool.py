@@ -405,6 +405,7 @@ def _(
     input_wanted: bool,
     weight_wanted: bool,
     bias_wanted: bool,
+    algorithm: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device(grad_output, winners, input, weight)
 

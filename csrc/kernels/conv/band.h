@@ -30,11 +30,11 @@ class Parts {
 struct Band {
   int64_t image, images;  // the first, and how many
   int64_t group;
-  int64_t slice;                  // pooled
-  int64_t row, rows;              // pooled: the first, and how many
-  int64_t column, columns;        // pooled
-  int64_t part;                   // of the output channels
-  int64_t conv[3], input[3];      // the first conv pixel and input pixel, which may be padding
+  int64_t slice;              // pooled
+  int64_t row, rows;          // pooled: the first, and how many
+  int64_t column, columns;    // pooled
+  int64_t part;               // of the output channels
+  int64_t conv[3], input[3];  // the first conv pixel and input pixel, which may be padding
 };
 
 // The item'th band of the plan: images outermost, parts of the output channels innermost.

@@ -64,7 +64,8 @@ class ChannelPool {
         g_(call.geometry),
         segment_(band.segment),
         width_(kBlockVectors * kLanes<C>),
-        ring_(ring, parts.take<C>(ring.slices * ring.rows * ring.row_size), parts.take<int64_t>(ring.slices * ring.rows)),
+        ring_(ring, parts.take<C>(ring.slices * ring.rows * ring.row_size),
+              parts.take<int64_t>(ring.slices * ring.rows)),
         outside_(parts.take<C>(ring.row_size)),
         stage_(parts.take<C>(band.rows * band.columns * width_)),
         winner_stage_(parts.take<uint8_t>(band.rows * band.columns * width_)),
@@ -77,7 +78,9 @@ class ChannelPool {
   const C* bias() const { return bias_; }
 
   // Where the conv pixels of a row that exist go.
-  C* row(int64_t z, int64_t y, const Segment& segment) const { return ring_.slot(z, y) + segment.inside.first * width_; }
+  C* row(int64_t z, int64_t y, const Segment& segment) const {
+    return ring_.slot(z, y) + segment.inside.first * width_;
+  }
   const Ring<C>& ring() const { return ring_; }
 
   // Calls make(z, y) for each conv row that the band's windows have, of which the ring must hold all, and takes them

@@ -58,7 +58,7 @@ void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band
   constexpr bool pairs = __is_same(E, bfloat16x2);
   const ConvPoolGeometry& g = call.geometry;
   const ConvLayout& layout = call.input_layout;
-  const int64_t(&extent)[3] = plan.band.input;
+  const int64_t (&extent)[3] = plan.band.input;
   const Inside columns = overlap(band.input[2], extent[2], g.input[2]);
   const T* const from = call.input + image * layout.n + band.group * g.in_channels * layout.c;
   const auto for_each_row = [&](const auto& body) {

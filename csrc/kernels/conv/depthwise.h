@@ -47,7 +47,8 @@ void pack_depthwise(const ConvCall<T>& call, int64_t first_item, int64_t last_it
     const int64_t width = block.vectors * kLanes<C>;
     C* to = call.packed + block.first * taps;
     fill_zeros(to, taps * width);
-    transpose_matrix(call.weight + block.first * call.weight_layout.n, call.weight_layout.n, block.count, taps, to, width);
+    transpose_matrix(call.weight + block.first * call.weight_layout.n, call.weight_layout.n, block.count, taps, to,
+                     width);
   }
 }
 
@@ -58,7 +59,7 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
   const ConvPoolGeometry& g = call.geometry;
   const ConvLayout& layout = call.input_layout;
   const DepthwisePlan& plan = original.plan->depthwise;
-  const int64_t(&extent)[3] = plan.band.input;
+  const int64_t (&extent)[3] = plan.band.input;
   const int64_t taps = g.taps();
   Parts parts(scratch);
   C* const copy = parts.take<C>(plan.copy_size);
@@ -71,10 +72,12 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
     part_of(blocks_of<C>(g), band.part, plan.block_parts, first, last);
     for (int64_t b = first; b < last; ++b) {
       const Block block = block_of<C>(g, b);
-      const int64_t width = block.vectors * kLanes<C>, step[] = {extent[1] * extent[2] * width, extent[2] * width, width};
+      const int64_t width = block.vectors * kLanes<C>,
+                    step[] = {extent[1] * extent[2] * width, extent[2] * width, width};
       for (int64_t k = 0; k < taps; ++k) {
         offsets[k] = k / (g.kernel[1] * g.kernel[2]) * g.dilation[0] * step[0] +
-                     k / g.kernel[2] % g.kernel[1] * g.dilation[1] * step[1] + k % g.kernel[2] * g.dilation[2] * step[2];
+                     k / g.kernel[2] % g.kernel[1] * g.dilation[1] * step[1] +
+                     k % g.kernel[2] * g.dilation[2] * step[2];
       }
       for (int64_t row = 0; row < extent[0] * extent[1]; ++row) {
         const int64_t z = band.input[0] + row / extent[1], y = band.input[1] + row % extent[1];

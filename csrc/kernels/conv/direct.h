@@ -18,10 +18,11 @@ namespace FASTNN_ISA {
 template <class T>
 void list_offsets(const ConvCall<T>& call, const DirectPlan& plan, int64_t* offsets) {
   const ConvPoolGeometry& g = call.geometry;
-  for_each_tap(g, plan.channels, weight_is_channels_last(call), [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-    offsets[k] = c * plan.channel_step + d * g.dilation[0] * plan.step[0] + h * g.dilation[1] * plan.step[1] +
-                 w * g.dilation[2] * plan.step[2];
-  });
+  for_each_tap(g, plan.channels, weight_is_channels_last(call),
+               [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
+                 offsets[k] = c * plan.channel_step + d * g.dilation[0] * plan.step[0] +
+                              h * g.dilation[1] * plan.step[1] + w * g.dilation[2] * plan.step[2];
+               });
 }
 
 // Of a weight of pairs of channels, the place of the number n.
@@ -49,12 +50,14 @@ void pack_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
       pack_outputs(call, output, block.count, call.packed + before * plan.depth, width);
 #if defined(__AVX512F__)
     } else if constexpr (__is_same(E, bfloat16x2)) {
-      pack_pairs(call, output, block.count, plan.depth, [&](int64_t n) { return pair_source(call, n); },
-                 reinterpret_cast<bfloat16x2*>(call.packed) + before * plan.depth, width);
+      pack_pairs(
+          call, output, block.count, plan.depth, [&](int64_t n) { return pair_source(call, n); },
+          reinterpret_cast<bfloat16x2*>(call.packed) + before * plan.depth, width);
     } else {
       const int64_t pairs = plan.depth * plan.matrix.numbers / 2;
-      pack_pairs(call, output, block.count, pairs, [&](int64_t n) { return matrix_source(call, n); },
-                 reinterpret_cast<bfloat16x2*>(call.packed) + before * pairs, width);
+      pack_pairs(
+          call, output, block.count, pairs, [&](int64_t n) { return matrix_source(call, n); },
+          reinterpret_cast<bfloat16x2*>(call.packed) + before * pairs, width);
 #endif
     }
   }
@@ -106,14 +109,12 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
       };
       const auto sum_whole_band = [&](const Segment& segment) {
         for (int64_t k = 0; plan.whole_band && k < plan.depth; k += kLongestSum) {
-          pool.for_each_row(band, [&](int64_t z, int64_t y) {
-            sum_row(z, y, segment, k, smaller(k + kLongestSum, plan.depth));
-          });
+          pool.for_each_row(
+              band, [&](int64_t z, int64_t y) { sum_row(z, y, segment, k, smaller(k + kLongestSum, plan.depth)); });
         }
       };
-      pool.run(band, band.image, block, sum_whole_band, [&](int64_t z, int64_t y, const Segment& segment) {
-        sum_row(z, y, segment, 0, plan.depth);
-      });
+      pool.run(band, band.image, block, sum_whole_band,
+               [&](int64_t z, int64_t y, const Segment& segment) { sum_row(z, y, segment, 0, plan.depth); });
     }
   }
 }

@@ -38,8 +38,8 @@ void pack_outputs(const ConvCall<T>& call, int64_t output, int64_t count, Comput
   transpose_matrix(call.weight + output * call.weight_layout.n, call.weight_layout.n, count, depth, to, width);
 }
 
-// The same in pairs of numbers, `pairs` of them. source(n) is where in an output's weight the number n lies, or -1 for a
-// zero; numbers 2 i and 2 i + 1 are a pair.
+// The same in pairs of numbers, `pairs` of them. source(n) is where in an output's weight the number n lies, or -1 for
+// a zero; numbers 2 i and 2 i + 1 are a pair.
 template <class T, class Source>
 void pack_pairs(const ConvCall<T>& call, int64_t output, int64_t count, int64_t pairs, const Source& source,
                 bfloat16x2* to, int64_t width) {

@@ -5,9 +5,9 @@
 // over every s-th column of the input; a long one is several pieces in a row. A piece of r columns makes two
 // neighbouring pixels from r + 1 products a row of the kernel and channel in place of 2 r.
 //
-// Costs 4 multiply-adds in place of 6 for 3 columns, 7 in place of 10 for 5, 9 in place of 14 for 7 columns of stride 2,
-// and (r + 1) / 2 stores for each element of the input. Rounding errors stay at direct convolution's; NaN, infinity and
-// huge values would spread over the pair, so calls that have some go to direct convolution.
+// Costs 4 multiply-adds in place of 6 for 3 columns, 7 in place of 10 for 5, 9 in place of 14 for 7 columns of stride
+// 2, and (r + 1) / 2 stores for each element of the input. Rounding errors stay at direct convolution's; NaN, infinity
+// and huge values would spread over the pair, so calls that have some go to direct convolution.
 #pragma once
 
 #include "direct.h"
@@ -55,7 +55,8 @@ void pack_phases(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
     int64_t k = 0;
     for (int64_t c = 0; c < g.in_channels; ++c) {
       for (int64_t r = 0; r < g.kernel[0] * g.kernel[1]; ++r, ++k) {
-        const T* taps = from + (last ? r * g.kernel[2] * g.in_channels + c : (c * g.kernel[0] * g.kernel[1] + r) * g.kernel[2]);
+        const T* taps =
+            from + (last ? r * g.kernel[2] * g.in_channels + c : (c * g.kernel[0] * g.kernel[1] + r) * g.kernel[2]);
         if (column_step == 1) {
           transpose_matrix(taps, call.weight_layout.n, block.count, g.kernel[2], row, width);
         } else {
@@ -140,7 +141,7 @@ void transform_band(const ConvCall<T>& call, const Band& band, int64_t image, co
   const ConvLayout& layout = call.input_layout;
   const PhasesPlan& plan = call.plan->phases;
   const DirectPlan& shape = plan.direct;
-  const int64_t(&extent)[3] = shape.band.input;
+  const int64_t (&extent)[3] = shape.band.input;
   const bool channels_last = shape.channels_last;
   const Inside columns = overlap(band.input[2], extent[2], g.input[2]);
   const T* const from = call.input + image * layout.n + band.group * g.in_channels * layout.c;
@@ -202,7 +203,8 @@ void run_phases(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
   for (int64_t c = 0; c < g.in_channels; ++c) {
     for (int64_t d = 0; d < g.kernel[0]; ++d) {
       for (int64_t h = 0; h < g.kernel[1]; ++h, ++k) {
-        const int64_t offset = c * shape.channel_step + d * g.dilation[0] * shape.step[0] + h * g.dilation[1] * shape.step[1];
+        const int64_t offset =
+            c * shape.channel_step + d * g.dilation[0] * shape.step[0] + h * g.dilation[1] * shape.step[1];
         for (int64_t p = 0; p < plan.positions; ++p) offsets[p * shape.depth + k] = p * plan.position_step + offset;
       }
     }

@@ -5,8 +5,8 @@
 // neighbouring windows are copied side by side, so that pooling is a maximum of vectors. Where a row has too few
 // windows to fill vectors, some images share them.
 //
-// Costs depth multiply-adds a vector of pixels and output, at the multipliers' peak where lanes are full, and a load and
-// a store for each element of the input.
+// Costs depth multiply-adds a vector of pixels and output, at the multipliers' peak where lanes are full, and a load
+// and a store for each element of the input.
 #pragma once
 
 #include "pack.h"
@@ -54,8 +54,8 @@ class PixelsForward {
     if (plan_.in_registers) {
       for (int64_t place = 0; place < g_.places(); ++place) {
         const int64_t row = place / g_.pool_kernel[2];
-        list_offsets(place, row / g_.pool_kernel[1] * g_.pool_dilation[0], row % g_.pool_kernel[1] * g_.pool_dilation[1],
-                     place % g_.pool_kernel[2] * g_.pool_dilation[2]);
+        list_offsets(place, row / g_.pool_kernel[1] * g_.pool_dilation[0],
+                     row % g_.pool_kernel[1] * g_.pool_dilation[1], place % g_.pool_kernel[2] * g_.pool_dilation[2]);
       }
     } else {
       for (int64_t residue = 0; residue < g_.pool_stride[2]; ++residue) list_offsets(residue, 0, 0, residue);
@@ -69,9 +69,7 @@ class PixelsForward {
       for (int64_t b = 0; b < plan_.blocks; ++b) {
         first_ = g_.out_channels * b / plan_.blocks;
         count_ = g_.out_channels * (b + 1) / plan_.blocks - first_;
-        plan_.joins_rows     ? run_joined()
-        : plan_.in_registers ? run_windows()
-                             : run_block();
+        plan_.joins_rows ? run_joined() : plan_.in_registers ? run_windows() : run_block();
       }
     }
   }
@@ -107,7 +105,7 @@ class PixelsForward {
 
   void copy_band() {
     const ConvLayout& layout = call_.input_layout;
-    const int64_t(&extent)[3] = plan_.band.input;
+    const int64_t (&extent)[3] = plan_.band.input;
     const Inside columns = overlap(band_.input[2], extent[2], g_.input[2]);
     const int64_t count = columns.last - columns.first, images = plan_.band.images;
     const T* const from = call_.input + band_.image * layout.n + band_.group * g_.in_channels * layout.c +
@@ -128,17 +126,16 @@ class PixelsForward {
         const T* row = from + z * layout.d[0] + y * layout.d[1];
         if (layout.d[2] != 1) {  // channels last: pixel by pixel, or a run of pixels of one image
           for (int64_t x = 0; x < count; ++x) {
-            transpose_matrix(row + x * layout.d[2], layout.n, band_.images, channels,
-                             to + place_of(columns.first + x), plan_.channel_step);
+            transpose_matrix(row + x * layout.d[2], layout.n, band_.images, channels, to + place_of(columns.first + x),
+                             plan_.channel_step);
           }
           continue;
         }
         for (int64_t c = 0; c < channels; ++c, row += layout.c) {
           C* const at = to + c * plan_.channel_step;
           if (images > 1) {
-            transpose_to_places(row, layout.n, band_.images, count, at, [&](int64_t x) __attribute__((always_inline)) {
-              return place_of(columns.first + x);
-            });
+            transpose_to_places(row, layout.n, band_.images, count, at,
+                                [&](int64_t x) __attribute__((always_inline)) { return place_of(columns.first + x); });
             continue;
           }
           for (int64_t r = 0; r < smaller(plan_.residues, count); ++r) {
@@ -235,8 +232,8 @@ class PixelsForward {
 
   void make_row(int64_t z, int64_t y) {
     C* const slot = ring_.slot(z, y);
-    const C* const pixels = copy_ + (z - band_.conv[0]) * g_.stride[0] * plan_.step[0] +
-                            (y - band_.conv[1]) * g_.stride[1] * plan_.step[1];
+    const C* const pixels =
+        copy_ + (z - band_.conv[0]) * g_.stride[0] * plan_.step[0] + (y - band_.conv[1]) * g_.stride[1] * plan_.step[1];
     const C* const weight = call_.packed + (band_.group * g_.out_channels + first_) * plan_.depth;
     const int64_t images = plan_.band.images, stride = g_.pool_stride[2];
     const int64_t used = smaller(stride, g_.pool_extent(2));
@@ -274,7 +271,8 @@ class PixelsForward {
       }
       if (layout.d[2] == 1) {  // of each output [pixel][image]
         for (int64_t o = 0; o < count_; ++o) {
-          transpose_matrix(from + o * result, images, columns, band_.images, call_.output + at + o * layout.c, layout.n);
+          transpose_matrix(from + o * result, images, columns, band_.images, call_.output + at + o * layout.c,
+                           layout.n);
           if (!call_.winners) continue;
           transpose_matrix(winners + o * result, images, columns, band_.images, call_.winners + at + o * layout.c,
                            layout.n);
@@ -282,7 +280,8 @@ class PixelsForward {
         continue;
       }
       for (int64_t x = 0; x < columns; ++x) {  // of each pixel [output][image]
-        transpose_matrix(from + x * images, result, count_, band_.images, call_.output + at + x * layout.d[2], layout.n);
+        transpose_matrix(from + x * images, result, count_, band_.images, call_.output + at + x * layout.d[2],
+                         layout.n);
         if (!call_.winners) continue;
         transpose_matrix(winners + x * images, result, count_, band_.images, call_.winners + at + x * layout.d[2],
                          layout.n);

@@ -184,7 +184,7 @@ constexpr int64_t kLongestPart = 128;  // products that are summed in one go
 // ---- direct -------------------------------------------------------------------------------------------------------
 
 void set_copy(DirectPlan& plan, int64_t element) {
-  const int64_t(&input)[3] = plan.band.input;
+  const int64_t (&input)[3] = plan.band.input;
   if (plan.channels_last) {
     plan.step[2] = plan.channels;
     if (plan.elements != Elements::blocks && plan.step[2] * element % tuned::kMeetingBytes == 0) {
@@ -207,7 +207,8 @@ MatrixPlan matrix_of(const ConvPoolGeometry& g) {
   constexpr int64_t kNumbers = 32, kMostRun = 256;  // of a multiplication's depth; of a run across columns
   const int64_t row = g.kernel[2] * g.in_channels, columns_blocks = g.kernel[2] * divide_up(g.in_channels, kNumbers);
   MatrixPlan m{};
-  m.joins_columns = g.kernel[2] > 1 && g.dilation[2] == 1 && row <= kMostRun && divide_up(row, kNumbers) < columns_blocks;
+  m.joins_columns =
+      g.kernel[2] > 1 && g.dilation[2] == 1 && row <= kMostRun && divide_up(row, kNumbers) < columns_blocks;
   m.run = m.joins_columns ? row : g.in_channels;
   m.blocks = divide_up(m.run, kNumbers);
   m.numbers = 2 * divide_up(m.run, 2 * m.blocks);
@@ -261,7 +262,8 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
   double copy = copy_cost(p);
   if (elements == Elements::blocks) {
     // A multiplication of a tile takes as long as 16 of vectors.
-    sums = d.depth * static_cast<double>(divide_up(g.conv[2], 16) * divide_up(g.out_channels, p.lanes)) * tuned::kMatrixProduct;
+    sums = d.depth * static_cast<double>(divide_up(g.conv[2], 16) * divide_up(g.out_channels, p.lanes)) *
+           tuned::kMatrixProduct;
     if (!p.request.input_channels_last) copy *= tuned::kTranspose / tuned::kCopy;
   }
   plan.cost = g.groups * (rows * sums + channel_rest(p) + copy + packing_cost(p, static_cast<double>(weight_pairs)));
@@ -353,11 +355,13 @@ ConvPlan plan_phases(const Planner& p) {
   const double lanes_filled = channels_last ? static_cast<double>(g.in_channels) / round_up(g.in_channels, p.lanes) : 1;
   // Each input row: the columns parted, one by one where the stride is more than 1; then for each piece r + 1 loads, as
   // many stores, and additions.
-  const double part = channels_last ? 0 : g.stride[2] == 1 ? 2 * tuned::kCopy : 2 * g.stride[2] * tuned::kGather * p.lanes;
+  const double part = channels_last      ? 0
+                      : g.stride[2] == 1 ? 2 * tuned::kCopy
+                                         : 2 * g.stride[2] * tuned::kGather * p.lanes;
   // Slices under several bands are transformed for each.
   const double again = static_cast<double>(d.band.input[0]) / d.band.conv[0];
-  const double transform = again * rows * g.stride[1] * g.in_channels * pairs / p.lanes / lanes_filled *
-                           (part + 4.0 * f.positions);
+  const double transform =
+      again * rows * g.stride[1] * g.in_channels * pairs / p.lanes / lanes_filled * (part + 4.0 * f.positions);
   plan.cost = g.groups * (rows * sums + channel_rest(p) + transform + packing_cost(p, d.depth * f.positions));
   return plan;
 }
@@ -386,15 +390,16 @@ ConvPlan plan_winograd(const Planner& p) {
   w.band = choose_channel_band(p, g.pool_extent(0) * round_up(g.pool_extent(1) + 1, 2), [&](const BandPlan& band) {
     return slice_tiles(band) * band.conv[0] <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
   });
-  // All bands begin with the same row of a tile, whatever their number: it depends on that of threads, and sums must not.
+  // All bands begin with the same row of a tile, whatever their number: it depends on that of threads, and sums must
+  // not.
   if (w.band.row_bands > 1 && w.band.rows * g.pool_stride[1] % 2 != 0) {
     w.band.stage_rows = ++w.band.rows;
     w.band.row_bands = divide_up(g.output[1], w.band.rows);
     set_extents(g, w.band);
   }
   if (w.band.row_bands == 1 && w.band.column_bands == 1) {  // small images: some together, for each use of the weight
-    const int64_t most = std::max({int64_t{1}, tuned::kTransformedBytes / tile_bytes(w.band),
-                                   tuned::kLeastTiles / slice_tiles(w.band)});
+    const int64_t most =
+        std::max({int64_t{1}, tuned::kTransformedBytes / tile_bytes(w.band), tuned::kLeastTiles / slice_tiles(w.band)});
     const int64_t even = std::max<int64_t>(1, g.batch * g.groups / p.request.threads);
     w.band.images = std::min({most, even, g.batch});
     w.band.image_bands = divide_up(g.batch, w.band.images);
@@ -423,10 +428,11 @@ ConvPlan plan_winograd(const Planner& p) {
   const double sums = channel_tiles(p, tiles, g.out_channels) / tiles * kPositions;
   const double vectors = divide_up(g.out_channels, p.lanes), in = divide_up(g.in_channels, p.lanes);
   const double conv_slices = w.band.conv[0], in_slices = w.band.input[0];
-  plan.cost = g.groups * (all * (conv_slices * (sums * g.in_channels * g.kernel[0] + kPositions * vectors * tuned::kStoreSum +
-                                                tuned::kWinogradOut * vectors) +
-                                 in_slices * (tuned::kWinogradIn + 4 * tuned::kTranspose) * in) +
-                          channel_rest(p) + packing_cost(p, g.in_channels * g.kernel[0] * 16.0 * 2));
+  plan.cost =
+      g.groups * (all * (conv_slices * (sums * g.in_channels * g.kernel[0] + kPositions * vectors * tuned::kStoreSum +
+                                        tuned::kWinogradOut * vectors) +
+                         in_slices * (tuned::kWinogradIn + 4 * tuned::kTranspose) * in) +
+                  channel_rest(p) + packing_cost(p, g.in_channels * g.kernel[0] * 16.0 * 2));
   return plan;
 }
 
@@ -487,7 +493,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
   x.band = choose_band(p, images, [&](const BandPlan& band) {
     set_runs(band);
     set_ring();
-    return x.ring.slices * x.ring.rows * x.ring.row_size * 4 <= tuned::kRingBytes && x.copy_size * 4 <= tuned::kBandBytes;
+    return x.ring.slices * x.ring.rows * x.ring.row_size * 4 <= tuned::kRingBytes &&
+           x.copy_size * 4 <= tuned::kBandBytes;
   });
   set_runs(x.band);
   set_ring();
@@ -522,9 +529,10 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
                           (x.joins_rows ? x.band.row_bands : g.output[1]);
   const double per_sum = x.in_registers ? tuned::kPoolSum : tuned::kStoreSum + tuned::kPoolPixel;
   const double sums = x.in_registers ? out_rows * (x.pitch / p.lanes) * g.places() : rows * row_vectors;
-  plan.cost = g.groups * (sums * (x.blocks * tile * x.depth + g.out_channels * per_sum) +
-                          out_rows * (x.pitch / p.lanes) * g.out_channels * (images == 1 ? tuned::kCopy : tuned::kWriteOut) +
-                          p.inputs() * g.in_channels * moves + packing_cost(p, static_cast<double>(x.depth)));
+  plan.cost =
+      g.groups * (sums * (x.blocks * tile * x.depth + g.out_channels * per_sum) +
+                  out_rows * (x.pitch / p.lanes) * g.out_channels * (images == 1 ? tuned::kCopy : tuned::kWriteOut) +
+                  p.inputs() * g.in_channels * moves + packing_cost(p, static_cast<double>(x.depth)));
   return plan;
 }
 
@@ -664,10 +672,10 @@ ConvPlan plan_forward(const ConvPoolGeometry& g, const PlanRequest& request, con
   PlanRequest alone = request;
   alone.threads = 1;
   const Planner one{g, alone, machine};
-  ConvPlan plan =
-      request.algorithm >= 0 ? plan_of(static_cast<ForwardAlgorithm>(request.algorithm), one) : choose(one);
+  ConvPlan plan = request.algorithm >= 0 ? plan_of(static_cast<ForwardAlgorithm>(request.algorithm), one) : choose(one);
   const double worth = plan.cost / tuned::kCostPerThread;
-  const int64_t threads = worth >= request.threads ? request.threads : std::max<int64_t>(1, static_cast<int64_t>(worth));
+  const int64_t threads =
+      worth >= request.threads ? request.threads : std::max<int64_t>(1, static_cast<int64_t>(worth));
   if (threads > 1) {
     alone.threads = threads;
     plan = plan_of(plan.algorithm, Planner{g, alone, machine});

@@ -61,15 +61,15 @@ struct DirectPlan {
   BandPlan band;
   RingPlan ring;
   Elements elements;
-  bool channels_last;            // in the copy
+  bool channels_last;  // in the copy
   MatrixPlan matrix;
-  int64_t channels;              // of the copy, in its elements
-  int64_t channel_step, step[3]; // of the copy, in its elements
-  int64_t copy_size;             // its elements
-  int64_t depth;                 // products of an output
-  bool whole_band;               // all of a band's conv pixels are summed, a part of the depth at a time, then pooled
-  int64_t block;                 // output channels of a block: two vectors
-  int64_t block_parts;           // so many items share a band's blocks
+  int64_t channels;               // of the copy, in its elements
+  int64_t channel_step, step[3];  // of the copy, in its elements
+  int64_t copy_size;              // its elements
+  int64_t depth;                  // products of an output
+  bool whole_band;                // all of a band's conv pixels are summed, a part of the depth at a time, then pooled
+  int64_t block;                  // output channels of a block: two vectors
+  int64_t block_parts;            // so many items share a band's blocks
 };
 
 constexpr int kMostTaps = 4, kMostPoints = kMostTaps + 1;  // of a piece of a kernel's row
@@ -153,12 +153,12 @@ struct ConvPlan {
 };
 
 struct PlanRequest {
-  int64_t threads;                // at hand
-  int64_t element_bytes;          // of the input: 8 float64, 4 float32, 2 bfloat16
+  int64_t threads;        // at hand
+  int64_t element_bytes;  // of the input: 8 float64, 4 float32, 2 bfloat16
   bool input_channels_last, output_channels_last;
   bool may_take_stock;
-  bool exact;                     // elements are not moderate: no transforms
-  int32_t algorithm;              // the one to take, or -1
+  bool exact;         // elements are not moderate: no transforms
+  int32_t algorithm;  // the one to take, or -1
 };
 
 // Whether the algorithm can compute such a call at all.

@@ -25,8 +25,8 @@ FASTNN_INLINE void fill(C* to, int64_t count, C value) {
 template <class C>
 struct Windows {
   const C* const* places;
-  int64_t count;   // of places
-  int64_t step;    // elements from a window to the next
+  int64_t count;    // of places
+  int64_t step;     // elements from a window to the next
   int64_t to_step;  // and between their results
   int64_t windows, vectors;
 };
@@ -60,8 +60,8 @@ bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
   return !has_nan<C>(total);
 }
 
-// The same, whatever the pixels are. Or more places of windows that begin with those from `first` on: `to` and `winners`
-// then hold what came before.
+// The same, whatever the pixels are. Or more places of windows that begin with those from `first` on: `to` and
+// `winners` then hold what came before.
 template <class C, bool with_winners>
 void pool_any(const Windows<C>& w, int64_t first, C* to, uint8_t* winners) {
   for (int64_t window = 0; window < w.windows; ++window) {
@@ -113,8 +113,8 @@ FASTNN_SHARED void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
   }
   if (done) return;
   for (int64_t first = 0; first < w.count; first += kMostPlacesAtOnce) {
-    const Windows<C> part = {w.places + first, smaller(w.count - first, kMostPlacesAtOnce), w.step, w.to_step, w.windows,
-                             w.vectors};
+    const Windows<C> part = {
+        w.places + first, smaller(w.count - first, kMostPlacesAtOnce), w.step, w.to_step, w.windows, w.vectors};
     pool_any<C, with_winners>(part, first, to, winners);
   }
 }

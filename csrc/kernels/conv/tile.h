@@ -69,14 +69,15 @@ struct PixelTile {
   int64_t depth;
   const C* weight;  // [depth][weight_step], of which a row's first outputs are multiplied
   int64_t weight_step;
-  const C* bias;  // [outputs]; null: the sums are added to what stands in `to`
+  const C* bias;   // [outputs]; null: the sums are added to what stands in `to`
   bool rectifies;  // ReLU of the sums
   C* to;
   int64_t to_step;
 };
 
 // Windows, pooled in registers: of `tiles` vectors of windows side by side the largest value of 2 x pairs places and 0,
-// and its place. Of a window, the sums of a place are sum over k of weight[k][o] * pixels[offsets[place][k] + lane] + bias.
+// and its place. Of a window, the sums of a place are sum over k of weight[k][o] * pixels[offsets[place][k] + lane] +
+// bias.
 template <class C>
 struct WindowTile {
   int64_t tiles;

@@ -8,7 +8,9 @@ namespace {
 template <class E>
 constexpr ChannelTiles<E> all_channel_tiles() {
 #if FASTNN_VECTOR_BYTES == 64
-#define FASTNN_ROWS(X, v) X(1, v), X(2, v), X(3, v), X(4, v), X(5, v), X(6, v), X(7, v), X(8, v), X(9, v), X(10, v), X(11, v), X(12, v), X(13, v), X(14, v)
+#define FASTNN_ROWS(X, v)                                                                                        \
+  X(1, v), X(2, v), X(3, v), X(4, v), X(5, v), X(6, v), X(7, v), X(8, v), X(9, v), X(10, v), X(11, v), X(12, v), \
+      X(13, v), X(14, v)
 #else
 #define FASTNN_ROWS(X, v) X(1, v), X(2, v), X(3, v), X(4, v), X(5, v), X(6, v)
 #endif
@@ -40,7 +42,8 @@ extern const PixelTiles<float> pixel_tiles_f32 = {{{FASTNN_ROWS(FASTNN_TILE, 1)}
                                                    {FASTNN_ROWS(FASTNN_TILE, 8)}}};
 #undef FASTNN_TILE
 #define FASTNN_TILE(r, winners) window_tile<r, winners, float>
-extern const WindowTiles<float> window_tiles_f32 = {{FASTNN_ROWS(FASTNN_TILE, false)}, {FASTNN_ROWS(FASTNN_TILE, true)}};
+extern const WindowTiles<float> window_tiles_f32 = {{FASTNN_ROWS(FASTNN_TILE, false)},
+                                                    {FASTNN_ROWS(FASTNN_TILE, true)}};
 #undef FASTNN_TILE
 #undef FASTNN_ROWS
 

@@ -1,9 +1,10 @@
 // Winograd's F(2x2, 3x3), in each slice of the image.
 //
-// For kernels of 3x3 (and any depth) of stride 1 with enough channels on both sides to be worth the transforms. A tile of 4x4 input pixels
-// and the 3x3 weights are transformed so that the tile's four conv pixels take 16 multiplications a channel instead of
-// 36 (Lavin and Gray, 2015). A band's tiles are transformed, multiplied by a block of output channels' transformed
-// weight, one position after another, and transformed back into the ring of conv rows, from which windows are pooled.
+// For kernels of 3x3 (and any depth) of stride 1 with enough channels on both sides to be worth the transforms. A tile
+// of 4x4 input pixels and the 3x3 weights are transformed so that the tile's four conv pixels take 16 multiplications a
+// channel instead of 36 (Lavin and Gray, 2015). A band's tiles are transformed, multiplied by a block of output
+// channels' transformed weight, one position after another, and transformed back into the ring of conv rows, from which
+// windows are pooled.
 //
 // Costs 4 / 9 of direct convolution's multiply-adds, some 80 additions and moves for each tile's input channel, and as
 // many for its output channel. Rounding errors stay at direct convolution's. NaN, infinity and huge values would spread
@@ -156,8 +157,8 @@ class WinogradForward {
     const Inside inside = overlap(band.input[2], columns, g_.input[2]);
     for (int64_t r = 0; r < kPoints; ++r) {
       const int64_t y = row + r;
-      copy_row(z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1], inside, columns, plan_.pitch, rows_ + r * columns * plan_.pitch,
-               [&](C* to, int64_t first, int64_t count) {
+      copy_row(z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1], inside, columns, plan_.pitch,
+               rows_ + r * columns * plan_.pitch, [&](C* to, int64_t first, int64_t count) {
                  const T* from = call_.input + image * layout.n + band.group * g_.in_channels * layout.c +
                                  z * layout.d[0] + y * layout.d[1] + (band.input[2] + first) * layout.d[2];
                  if (layout.d[2] == 1) {

@@ -109,8 +109,8 @@ class DepthwiseSums {
     const C* row = band_;
     for (int64_t z = box_.first[0]; z < box_.last[0]; ++z) {
       for (int64_t y = box_.first[1]; y < box_.last[1]; ++y, row += box_.size(2) * kLanes<C>) {
-        body(row,
-             z * g_.stride[0] * step[0] + y * g_.stride[1] * step[1] + box_.first[2] * g_.stride[2] * step[2] - origin_);
+        body(row, z * g_.stride[0] * step[0] + y * g_.stride[1] * step[1] + box_.first[2] * g_.stride[2] * step[2] -
+                      origin_);
       }
     }
   }
@@ -180,7 +180,8 @@ class DepthwiseBackwardWorker {
             constexpr int count = decltype(taps)::value;
             const int64_t element = at + tap * kLanes<C>;
             if (grad_weight) {
-              sums.template add_weight_gradient<count>(window_.image(0) + offset, grad_weight + element, lost + element);
+              sums.template add_weight_gradient<count>(window_.image(0) + offset, grad_weight + element,
+                                                       lost + element);
             }
             if (call_.grad_input) {
               sums.template add_input_gradient<count>(call_.packed + element, window_.gradient(0) + offset);

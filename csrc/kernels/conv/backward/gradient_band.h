@@ -33,7 +33,7 @@ class GradientBand {
     fill_zeros(pixels_ + written * width_, (round_up(box.pixels(), kLanes<C>) - written) * width_);
     if (count < width_) __builtin_memset(winners_, kDead, larger(g_.output[2], kTogether) * width_);
     const ConvBox windows = windows_of(g_, box);
-    const int64_t(&first)[3] = windows.first, (&last)[3] = windows.last;
+    const int64_t (&first)[3] = windows.first, (&last)[3] = windows.last;
     if (first[2] >= last[2]) return;
     const ConvLayout& gl = call_.output_layout;
     const ConvLayout& wl = call_.winners_layout;
@@ -97,7 +97,8 @@ class GradientBand {
   template <class From, class To>
   void load_row(const From* from, int64_t channel_step, int64_t column_step, int64_t channels, int64_t columns,
                 To* to) const {
-    if (column_step == 1 && channel_step != 1) return transpose_matrix(from, channel_step, channels, columns, to, width_);
+    if (column_step == 1 && channel_step != 1)
+      return transpose_matrix(from, channel_step, channels, columns, to, width_);
     for (int64_t x = 0; x < columns; ++x, from += column_step, to += width_) {
       if (channel_step == 1) {
         copy_few(from, channels, to);

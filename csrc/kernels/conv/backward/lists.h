@@ -1,5 +1,5 @@
-// The lists of a band's winners, and the sums over them: value x run, accumulated in registers. An entry costs a load and a
-// multiply-add for each vector of its runs, in each of the two gradients.
+// The lists of a band's winners, and the sums over them: value x run, accumulated in registers. An entry costs a load
+// and a multiply-add for each vector of its runs, in each of the two gradients.
 #pragma once
 
 #include "runs.h"
@@ -29,7 +29,7 @@ class WinnerLists {
 
   // Once the memory is there.
   void prepare(const ConvPoolGeometry& g, const ImagePlan& image) const {
-    const int64_t(&d)[3] = image.d;
+    const int64_t (&d)[3] = image.d;
     for (int64_t run = 0; run < s_.runs; ++run) {
       const int64_t tap = run * s_.columns, row = tap / g.kernel[2];
       run_offsets_[run] = row / g.kernel[1] * g.dilation[0] * d[0] + row % g.kernel[1] * g.dilation[1] * d[1] +
@@ -73,9 +73,8 @@ class WinnerLists {
               const int64_t entry = o * list_room_ + part;
               const GradientList<E> list = {values_ + entry, offsets_ + entry,
                                             smaller(starts[width_] - part, kLongestSum)};
-              add_runs<decltype(runs)::value, decltype(vectors)::value>(list, image + vector * kLanes<C>,
-                                                                        run_offsets_ + run, writes, to + at,
-                                                                        lost ? lost + at : nullptr);
+              add_runs<decltype(runs)::value, decltype(vectors)::value>(
+                  list, image + vector * kLanes<C>, run_offsets_ + run, writes, to + at, lost ? lost + at : nullptr);
               writes = false;
             }
           }
@@ -95,9 +94,8 @@ class WinnerLists {
           const int64_t start = pixel_starts_[p], count = pixel_starts_[p + 1] - start;
           if (count == 0) continue;
           scatter_runs<decltype(runs)::value, decltype(vectors)::value>(
-              {values_ + start, offsets_ + start, count},
-              rows + (run * s_.vectors + vector) * kLanes<C>, run_offsets_ + run,
-              s_.length - vector * kLanes<C>, image + pixel_offsets_[p] + vector * kLanes<C>);
+              {values_ + start, offsets_ + start, count}, rows + (run * s_.vectors + vector) * kLanes<C>,
+              run_offsets_ + run, s_.length - vector * kLanes<C>, image + pixel_offsets_[p] + vector * kLanes<C>);
         }
       });
     }
@@ -138,8 +136,8 @@ class WinnerLists {
     for (int64_t p = 0; p < pixels; ++p) {
       pixel_starts_[p] = count;
       for (int64_t o = 0; o < width_; o += kLanes<C>) {
-        count += append_nonzero(load(band + p * width_ + o), load(channel_offsets_ + o),
-                                values_ + count, offsets_ + count);
+        count +=
+            append_nonzero(load(band + p * width_ + o), load(channel_offsets_ + o), values_ + count, offsets_ + count);
       }
     }
     pixel_starts_[pixels] = count;

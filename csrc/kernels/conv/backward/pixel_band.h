@@ -27,7 +27,9 @@ class PixelBand {
     }
   }
 
-  int64_t number_of(int64_t z, int64_t y, int64_t x) const { return z * call_.plan->image.d[0] + y * call_.plan->image.d[1] + x; }
+  int64_t number_of(int64_t z, int64_t y, int64_t x) const {
+    return z * call_.plan->image.d[0] + y * call_.plan->image.d[1] + x;
+  }
   int64_t first_of(const ConvBox& box) const { return number_of(box.first[0], box.first[1], box.first[2]); }
   // From a box's first pixel to behind its last one: boxes of several rows have whole ones, of slices too.
   int64_t span(const ConvBox& box) const { return number_of(box.size(0) - 1, box.size(1) - 1, box.size(2) - 1) + 1; }
@@ -47,7 +49,7 @@ class PixelBand {
     for (int64_t z = windows.first[0]; z < windows.last[0]; ++z) {
       for (int64_t y = windows.first[1]; y < windows.last[1]; ++y) {
         const int64_t start = number_of(z * g_.pool_stride[0] - g_.pool_padding[0],
-                                     y * g_.pool_stride[1] - g_.pool_padding[1], -g_.pool_padding[2]);
+                                        y * g_.pool_stride[1] - g_.pool_padding[1], -g_.pool_padding[2]);
         const T* from = gradients + z * gl.d[0] + y * gl.d[1];
         const uint8_t* winner = winners + z * wl.d[0] + y * wl.d[1];
         if (tiled_) {

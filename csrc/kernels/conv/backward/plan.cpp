@@ -200,7 +200,7 @@ ConvBackwardPlan plan_taps(const Planner& p) {
   // So many pixels that sums over them are long, so few that some channels stay in L1.
   plan.band = plan_band(p, s.channels, p.lanes * tuned::kBandChannels);
   plan.image = plan_image(p, 1, plan.band, 2 * g.in_channels, p.lanes);
-  const int64_t(&size)[3] = plan.band.size;
+  const int64_t (&size)[3] = plan.band.size;
   s.step = p.lanes + round_up((size[0] - 1) * plan.image.d[0] + (size[1] - 1) * plan.image.d[1] + size[2], p.lanes);
   const int64_t tile = 2 * p.lanes;  // columns of gemm.h's
   s.pass = std::max<int64_t>(1, tuned::kProductBytes / p.compute_bytes / g.depth() / tile) * tile;
@@ -232,8 +232,8 @@ bool taps_pay(const Planner& p) {
   const double image = real(g.in_channels * g.input[0] * g.input[1] * g.input[2]) *
                        (strided ? tuned::kSingle : tuned::kImageVector / real(p.lanes));
   const double windows = real(g.pixels()), rows = windows / real(g.output[2]);
-  const double each = products + bands * tuned::kSumLanes * real(g.depth()) / real(p.lanes) + put * windows +
-                      tuned::kPutRow * rows;
+  const double each =
+      products + bands * tuned::kSumLanes * real(g.depth()) / real(p.lanes) + put * windows + tuned::kPutRow * rows;
   const double cost = real(g.groups) * (image + tuned::kAddProduct * products + real(g.out_channels) * each);
   return cost < winners_cost(p, false);
 }

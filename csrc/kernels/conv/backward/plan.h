@@ -41,14 +41,14 @@ struct ImagePlan {
 // The elements of the input under a conv pixel are a few runs, each a row of the kernel with all channels of a block; a
 // single tap where dilation keeps the row's apart.
 struct WinnersPlan {
-  bool zips;        // bfloat16 stays such, and two runs are multiplied at once
-  int64_t lanes;    // channels of a block
-  int64_t blocks;   // of a group
-  int64_t columns;  // of the kernel, in a run
-  int64_t runs;     // under a conv pixel
-  int64_t length;   // elements of a run
-  int64_t vectors;  // that hold one
-  int64_t row;      // elements of all runs of one output channel
+  bool zips;             // bfloat16 stays such, and two runs are multiplied at once
+  int64_t lanes;         // channels of a block
+  int64_t blocks;        // of a group
+  int64_t columns;       // of the kernel, in a run
+  int64_t runs;          // under a conv pixel
+  int64_t length;        // elements of a run
+  int64_t vectors;       // that hold one
+  int64_t row;           // elements of all runs of one output channel
   int64_t slice_pixels;  // conv pixels whose input stays in L1
 };
 
@@ -59,10 +59,10 @@ struct DepthwiseBackwardPlan {
 
 // The weight's gradient is made in tiles of some output channels by some elements of the depth.
 struct TapsPlan {
-  int64_t channels;  // output channels worked on together
-  int64_t step;      // from one channel of the band to the next
-  int64_t pass;      // pixels whose products are made together
-  int64_t rows, row_tiles;    // output channels of a tile, and tiles
+  int64_t channels;         // output channels worked on together
+  int64_t step;             // from one channel of the band to the next
+  int64_t pass;             // pixels whose products are made together
+  int64_t rows, row_tiles;  // output channels of a tile, and tiles
   int64_t depth, tap_tiles;
   int64_t tile_size;
 
@@ -89,11 +89,11 @@ struct ConvBackwardPlan {
 
 struct BackwardRequest {
   int64_t dims;
-  int64_t element_bytes;     // of the input: 8 float64, 4 float32, 2 bfloat16
+  int64_t element_bytes;  // of the input: 8 float64, 4 float32, 2 bfloat16
   bool input_channels_last;
-  bool both;                 // the gradients of input and weight are wanted
-  bool exact;                // elements may be infinite: no algorithm that multiplies them by zeros
-  int32_t algorithm;         // the one to take, or -1
+  bool both;          // the gradients of input and weight are wanted
+  bool exact;         // elements may be infinite: no algorithm that multiplies them by zeros
+  int32_t algorithm;  // the one to take, or -1
 };
 
 // Whether the algorithm can compute such a call at all.

@@ -1,5 +1,5 @@
-// What the winners' algorithm multiplies: lists of gradients that are not zero, and runs, the elements of the input under
-// a conv pixel or of the weight of an output channel (WinnersPlan).
+// What the winners' algorithm multiplies: lists of gradients that are not zero, and runs, the elements of the input
+// under a conv pixel or of the weight of an output channel (WinnersPlan).
 #pragma once
 
 #include "image.h"
@@ -101,8 +101,8 @@ FASTNN_INLINE void for_each_register_block(int64_t runs, int64_t vectors, const 
   }
 }
 
-// Calls body(output channel of all, its first channel in the weight, channels, place in the packed weight) for each block
-// of each output channel. The weight is packed as [group][block][output channel][run][vectors x lanes].
+// Calls body(output channel of all, its first channel in the weight, channels, place in the packed weight) for each
+// block of each output channel. The weight is packed as [group][block][output channel][run][vectors x lanes].
 template <class T, class Body>
 FASTNN_INLINE void for_each_row_of_runs(const ConvBackward<T>& call, const Body& body) {
   const ConvPoolGeometry& g = call.geometry;

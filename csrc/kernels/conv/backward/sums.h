@@ -15,7 +15,8 @@ template <class T, class E>
 FASTNN_INLINE void copy_few(const T* from, int64_t count, E* to) {
   using C = Compute<T>;
   if constexpr (__is_same(E, C)) {
-    for (int64_t i = 0; i < count; i += kLanes<C>) store_up_to<C>(to + i, load_up_to<T>(from + i, count - i), count - i);
+    for (int64_t i = 0; i < count; i += kLanes<C>)
+      store_up_to<C>(to + i, load_up_to<T>(from + i, count - i), count - i);
   } else {
     __builtin_memcpy(to, from, count * sizeof(E));
   }

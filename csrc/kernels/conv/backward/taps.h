@@ -1,6 +1,6 @@
-// Backward of small kernels over few input channels, without strides: with pixels in the lanes every vector is full, and
-// the products of all pixels, two for each element of the depth, are cheaper than what it takes to list those with a
-// gradient.
+// Backward of small kernels over few input channels, without strides: with pixels in the lanes every vector is full,
+// and the products of all pixels, two for each element of the depth, are cheaper than what it takes to list those with
+// a gradient.
 //
 // The pixels of the gradient's band are numbered as those of the padded input, so that each tap meets the input's
 // pixels from a fixed distance on: those at the end of a row, which only the padded input has, have no gradient.
@@ -49,10 +49,9 @@ class TapSums {
       const int64_t count = smaller(pass, pixels - first);
       for_each_tile<C>(depth, count, false, [&](auto rows, auto vectors, int64_t row, int64_t column, int last) {
         Vec<C> total[decltype(rows)::value][decltype(vectors)::value];
-        multiply_tile(channels, weight + row, 1, depth, band + first + column, s_.step, kLanes<C>,
-                      total);
-        store_tile<decltype(rows)::value, decltype(vectors)::value, C>(
-            total, last, products_ + row * pass + column, pass, [](Vec<C> x, int) { return x; });
+        multiply_tile(channels, weight + row, 1, depth, band + first + column, s_.step, kLanes<C>, total);
+        store_tile<decltype(rows)::value, decltype(vectors)::value, C>(total, last, products_ + row * pass + column,
+                                                                       pass, [](Vec<C> x, int) { return x; });
       });
       for (int64_t row = 0; row < depth; ++row) {
         const C* from = products_ + row * pass;
@@ -125,8 +124,8 @@ class TapsWorker {
     for (int64_t k = 0; k < s_.depth; ++k) {
       const int64_t tap = k % g_.taps(), row = tap / g_.kernel[2];
       sums_.offsets()[k] = k / g_.taps() * call_.plan->image.size +
-                    band_.number_of(row / g_.kernel[1] * g_.dilation[0], row % g_.kernel[1] * g_.dilation[1],
-                                 tap % g_.kernel[2] * g_.dilation[2]);
+                           band_.number_of(row / g_.kernel[1] * g_.dilation[0], row % g_.kernel[1] * g_.dilation[1],
+                                           tap % g_.kernel[2] * g_.dilation[2]);
     }
   }
 
@@ -212,8 +211,7 @@ void unpack_taps(const ConvBackward<T>& call, const Compute<T>* from, T* to, con
     for_each_weight(g, layout, [&](int64_t k, int64_t at) {
       if (k == s.first_tap(tile + 1)) ++tile;
       const int64_t first = s.first_tap(tile), count = s.first_tap(tile + 1) - first;
-      to[i * layout.n + at] =
-          from_compute<T>(part[(row * s.tap_tiles + tile) * s.tile_size + r * count + k - first]);
+      to[i * layout.n + at] = from_compute<T>(part[(row * s.tap_tiles + tile) * s.tile_size + r * count + k - first]);
     });
   }
 }
