@@ -14,19 +14,6 @@ struct bfloat16 {
 struct bfloat16x2 {
   bfloat16 even, odd;
 };
-// An element that makes such a pair with the one behind it.
-struct FirstOfPair {
-  bfloat16 element;
-};
-// An element of the runs that a matrix unit multiplies (kernels/conv_row_matrix.h).
-struct MatrixNumber {
-  bfloat16 element;
-};
-
-// Four channels of a pixel, side by side: each output channel's products with them go to as many lanes.
-struct FourFloats {
-  float channel[4];
-};
 
 // One kernel table a type: PerDtype<MlpKernels>{...}.get<float>() is MlpKernels<float>.
 template <template <class> class Kernels>
@@ -74,18 +61,6 @@ struct ComputeOf<bfloat16> {
 };
 template <>
 struct ComputeOf<bfloat16x2> {
-  using Type = float;
-};
-template <>
-struct ComputeOf<FirstOfPair> {
-  using Type = float;
-};
-template <>
-struct ComputeOf<MatrixNumber> {
-  using Type = float;
-};
-template <>
-struct ComputeOf<FourFloats> {
   using Type = float;
 };
 template <class T>

@@ -10,48 +10,22 @@ struct Wanted {
   bool input, weight, bias;
 };
 
-// What a plan follows from, to be compared byte by byte.
-struct BackwardKey {
-  ConvPoolGeometry geometry;
-  BackwardRequest request;
-  Machine machine;
+using BackwardKey = KeyOf<BackwardRequest>;
 
-  BackwardKey() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }  // what lies between the fields, too
-  bool operator==(const BackwardKey& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
-};
-
-// The plans of a thread's last calls.
 inline const ConvBackwardPlan& plan_for(const BackwardKey& key) {
-  constexpr size_t kKept = 16;
-  struct Entry {
-    BackwardKey key;
-    ConvBackwardPlan plan;
-  };
-  static thread_local std::array<Entry, kKept> entries{};
-  static thread_local size_t next = 0;
-  for (Entry& entry : entries) {
-    if (entry.key == key) return entry.plan;
-  }
-  Entry& entry = entries[next++ % kKept];
-  entry.plan = plan_backward(key.geometry, key.request, key.machine);
-  entry.key = key;
-  return entry.plan;
+  return kept_plan(key, plan_backward);
 }
 
 // The key of a call by these kernels whose elements are finite; `algorithm` is the one to take, or -1.
 template <class T>
 BackwardKey backward_key(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
                          bool input_channels_last, const Wanted& wanted, int32_t algorithm) {
-  BackwardKey key;
-  key.geometry = problem.geometry;
+  BackwardKey key(problem.geometry, kernels.vector_bytes);
   key.request.dims = problem.dims;
   key.request.element_bytes = sizeof(T);
   key.request.input_channels_last = input_channels_last;
   key.request.both = wanted.input && wanted.weight;
   key.request.algorithm = algorithm;
-  key.machine.vector_bytes = kernels.vector_bytes;
-  key.machine.has_pairs = kernels.vector_bytes == 64 && isa_multiplies_pairs();
-  key.machine.has_matrix = kernels.vector_bytes == 64 && isa_multiplies_matrices();
   return key;
 }
 

@@ -10,50 +10,60 @@
 namespace fastnn {
 
 // What a plan follows from, to be compared byte by byte.
-struct PlanKey {
+template <class Request>
+struct KeyOf {
   ConvPoolGeometry geometry;
-  PlanRequest request;
+  Request request;
   Machine machine;
 
-  PlanKey() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }  // what lies between the fields, too
-  bool operator==(const PlanKey& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
+  // A call reads its kernels' table once, for another thread may change the instruction set, and a plan is for the
+  // kernels of its own.
+  KeyOf(const ConvPoolGeometry& sizes, int64_t vector_bytes) {
+    std::memset(static_cast<void*>(this), 0, sizeof(*this));  // what lies between the fields, too
+    geometry = sizes;
+    machine.vector_bytes = vector_bytes;
+    machine.has_pairs = vector_bytes == 64 && isa_multiplies_pairs();
+    machine.has_matrix = vector_bytes == 64 && isa_multiplies_matrices();
+  }
+  bool operator==(const KeyOf& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
+using PlanKey = KeyOf<PlanRequest>;
 
-// The key of a call by these kernels and all of torch's threads; `algorithm` is the one to take, or -1. A call reads
-// the kernel table once, for another thread may change the instruction set, and a plan is for the kernels of its own.
-template <class T>
-PlanKey plan_key(const ConvKernels<T>& kernels, const ConvPoolGeometry& geometry, bool input_channels_last,
-                 bool output_channels_last, int64_t algorithm) {
-  PlanKey key;
-  key.geometry = geometry;
-  key.request.threads = torch::stable::get_num_threads();
-  key.request.element_bytes = sizeof(T);
-  key.request.input_channels_last = input_channels_last;
-  key.request.output_channels_last = output_channels_last;
-  key.request.may_take_stock = true;
-  key.request.algorithm = static_cast<int32_t>(algorithm);
-  key.machine.vector_bytes = kernels.vector_bytes;
-  key.machine.has_pairs = kernels.vector_bytes == 64 && isa_multiplies_pairs();
-  key.machine.has_matrix = kernels.vector_bytes == 64 && isa_multiplies_matrices();
-  return key;
-}
-
-// The plans of a thread's last calls: planning takes microseconds, which small calls consist of.
-inline const ConvPlan& plan_for(const PlanKey& key) {
+// The plans of a thread's last calls: planning takes microseconds, which small calls consist of. make(geometry,
+// request, machine) plans. The result stays until this thread has asked for as many others.
+template <class Request, class Plan>
+const Plan& kept_plan(const KeyOf<Request>& key,
+                      Plan (*make)(const ConvPoolGeometry&, const Request&, const Machine&)) {
   constexpr size_t kKept = 32;
   struct Entry {
-    PlanKey key;
-    ConvPlan plan;
+    std::optional<KeyOf<Request>> key;
+    Plan plan;
   };
   static thread_local std::array<Entry, kKept> entries{};
   static thread_local size_t next = 0;
   for (Entry& entry : entries) {
-    if (entry.key == key) return entry.plan;
+    if (entry.key && *entry.key == key) return entry.plan;
   }
   Entry& entry = entries[next++ % kKept];
-  entry.plan = plan_forward(key.geometry, key.request, key.machine);
+  entry.plan = make(key.geometry, key.request, key.machine);
   entry.key = key;
   return entry.plan;
+}
+inline const ConvPlan& plan_for(const PlanKey& key) {
+  return kept_plan(key, plan_forward);
+}
+
+// The key of a call by these kernels and all of torch's threads; `algorithm` is the one to take, or -1.
+template <class T>
+PlanKey plan_key(const ConvKernels<T>& kernels, const ConvPoolGeometry& geometry, bool input_channels_last,
+                 bool output_channels_last, int64_t algorithm) {
+  PlanKey key(geometry, kernels.vector_bytes);
+  key.request.threads = torch::stable::get_num_threads();
+  key.request.element_bytes = sizeof(T);
+  key.request.input_channels_last = input_channels_last;
+  key.request.output_channels_last = output_channels_last;
+  key.request.algorithm = static_cast<int32_t>(algorithm);
+  return key;
 }
 
 // A tensor, which outlives this, as the kernels read it: each image contiguous or channels last, without gaps; the

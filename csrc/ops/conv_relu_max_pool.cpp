@@ -50,20 +50,27 @@ bool output_is_channels_last(const ConvPoolProblem& problem, const Tensor& input
          !(problem.kind.dtype == ScalarType::Double && problem.dims == 3);
 }
 
-// The algorithm's number, or -1 for none.
-template <class T>
-int64_t algorithm_of(const char* op, const std::optional<std::string>& name, const ConvPoolProblem& problem,
-                     bool input_channels_last) {
-  if (!name) return -1;
-  const PlanKey key = plan_key<T>(conv_kernels().get<T>(), problem.geometry, input_channels_last, false, -1);
-  for (int i = 0; i < kForwardAlgorithms; ++i) {
-    const ForwardAlgorithm algorithm = static_cast<ForwardAlgorithm>(i);
-    if (*name != algorithm_name(algorithm)) continue;
-    FASTNN_CHECK(algorithm_applies(algorithm, key.geometry, key.request, key.machine), op, ": algorithm '", *name,
+// The number of the one of `count` algorithms that has this name and applies to a key's call.
+template <class Algorithm, class Key>
+int64_t algorithm_of(const char* op, const std::string& name, int count, const Key& key) {
+  for (int i = 0; i < count; ++i) {
+    const Algorithm algorithm = static_cast<Algorithm>(i);
+    if (name != algorithm_name(algorithm)) continue;
+    FASTNN_CHECK(algorithm_applies(algorithm, key.geometry, key.request), op, ": algorithm '", name,
                  "' does not apply to this call");
     return i;
   }
-  fail(op, ": there is no algorithm '", *name, "'");
+  fail(op, ": there is no algorithm '", name, "'");
+}
+
+// The same, or -1 for none.
+template <class T>
+int64_t forward_algorithm(const char* op, const std::optional<std::string>& name, const ConvPoolProblem& problem,
+                          bool input_channels_last) {
+  if (!name) return -1;
+  return algorithm_of<ForwardAlgorithm>(
+      op, *name, kForwardAlgorithms,
+      plan_key<T>(conv_kernels().get<T>(), problem.geometry, input_channels_last, false, -1));
 }
 
 // Whether torch's convolution and ReLU are all there is to a call.
@@ -90,7 +97,7 @@ Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_we
   }
   return with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t number = algorithm_of<T>(op, algorithm, problem, is_channels_last(input));
+    const int64_t number = forward_algorithm<T>(op, algorithm, problem, is_channels_last(input));
     if (!winners && is_left_to_stock<T>(problem, input, channels_last, number)) {
       const Tensor result = convolution(input, weight, bias, problem.geometry, problem.dims);
       if (result.scalar_type() == dtype) {
@@ -131,7 +138,7 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
   return with_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
     using T = decltype(type);
     const ConvKernels<T>& kernels = conv_kernels().get<T>();
-    const int64_t wanted = algorithm_of<T>(op, algorithm, problem, is_channels_last(input));
+    const int64_t wanted = forward_algorithm<T>(op, algorithm, problem, is_channels_last(input));
     if (problem.geometry.batch == 0) return {"none", "none"};
     const PlainImages images(input), weights(weight);
     const bool channels_last = output_is_channels_last(problem, input, weight);
@@ -145,19 +152,6 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------
-
-// The algorithm's number, or -1 for none.
-int64_t backward_algorithm_of(const char* op, const std::optional<std::string>& name, const BackwardKey& key) {
-  if (!name) return -1;
-  for (int i = 0; i < kBackwardAlgorithms; ++i) {
-    const BackwardAlgorithm algorithm = static_cast<BackwardAlgorithm>(i);
-    if (*name != algorithm_name(algorithm)) continue;
-    FASTNN_CHECK(algorithm_applies(algorithm, key.geometry, key.request), op, ": algorithm '", *name,
-                 "' does not apply to this call");
-    return i;
-  }
-  fail(op, ": there is no algorithm '", *name, "'");
-}
 
 void check_size(const Tensor& tensor, const Ints& sizes, const char* op, const char* name) {
   FASTNN_CHECK(sizes_of(tensor) == sizes, op, ": expected ", name, " of size ", to_string(sizes), ", got ",
@@ -217,9 +211,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
     FASTNN_CHECK(kernels.winners_are_valid(g, call.winners, call.winners_layout), op,
                  ": winners has a place that its window doesn't have");
     BackwardKey key = backward_key(kernels, problem, plain_input.channels_last, wanted, -1);
-    key.request.algorithm = static_cast<int32_t>(backward_algorithm_of(op, algorithm, key));
+    if (algorithm) {
+      key.request.algorithm =
+          static_cast<int32_t>(algorithm_of<BackwardAlgorithm>(op, *algorithm, kBackwardAlgorithms, key));
+    }
     call.plan = &plan_for(key);
-    if (call.plan->algorithm == BackwardAlgorithm::taps && !kernels.is_finite(call)) {
+    if (call.plan->algorithm == BackwardAlgorithm::taps && !kernels.is_moderate(call)) {
       key.request.exact = true;
       key.request.algorithm = -1;
       call.plan = &plan_for(key);

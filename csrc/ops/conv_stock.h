@@ -6,27 +6,16 @@
 
 namespace fastnn {
 
-// The numbers that libtorch knows the kernels' types by.
+// Memory as a tensor of `dims` dimensions besides batch and channels.
 template <class T>
-int32_t dtype_code() {
-  if constexpr (sizeof(T) == sizeof(double)) return aoti_torch_dtype_float64();
-  return sizeof(T) == sizeof(float) ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
-}
-
-// Memory of somebody who keeps it longer, as a tensor of `dims` dimensions besides batch and channels.
-template <class T>
-Tensor as_tensor(const T* memory, int64_t batch, int64_t channels, const int64_t (&sizes)[3], const ConvLayout& layout,
-                 int64_t dims) {
+Tensor images_over(const T* memory, int64_t batch, int64_t channels, const int64_t (&sizes)[3],
+                   const ConvLayout& layout, int64_t dims) {
   Ints all{batch, channels}, strides{layout.n, layout.c};
   for (int64_t d = 3 - dims; d < 3; ++d) {
     all.push_back(sizes[d]);
     strides.push_back(layout.d[d]);
   }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<T*>(memory), dims + 2, all.data(),
-                                                            strides.data(), 0, dtype_code<T>(),
-                                                            aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return tensor_over(memory, all, strides);
 }
 
 // torch.convolution
@@ -60,12 +49,11 @@ inline bool pools_nothing(const ConvPoolGeometry& g) {
   return std::equal(g.output, g.output + 3, g.conv) && g.places() == 1;
 }
 
-// max_pool(relu(input * scale + shift)) of dense images, of which scale and shift have one number a channel, or are
-// null: a convolution of groups of one channel. Of the geometry, the sizes of `conv` and the pooling count.
+// max_pool(relu(input)) of dense images: a convolution of groups of one channel, whose weights are 1. Of the geometry,
+// the sizes of `conv` and the pooling count.
 template <class T>
 void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, const T* input,
-                   const ConvLayout& layout, const T* scale, const T* shift, T* output, const ConvLayout& output_layout,
-                   uint8_t* winners) {
+                   const ConvLayout& layout, T* output, const ConvLayout& output_layout, uint8_t* winners) {
   ConvPoolGeometry g = pool;
   g.groups = pool.groups * pool.out_channels;
   g.in_channels = g.out_channels = 1;
@@ -96,9 +84,9 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
   call.geometry = g;
   call.input = input;
   call.input_layout = layout;
-  call.weight = scale ? scale : numbers.get();
+  call.weight = numbers.get();
   call.weight_layout = {1, 1, {1, 1, 1}};
-  call.bias = shift ? shift : numbers.get() + g.groups;
+  call.bias = numbers.get() + g.groups;
   call.output = output;
   call.output_layout = output_layout;
   call.winners = winners;
@@ -114,27 +102,20 @@ bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t d
   const int64_t conv = channels * g.conv[0] * g.conv[1] * g.conv[2] * size, weights = channels * g.depth() * size;
   // The library brings the weight into an order of its own at each call.
   const int64_t images = std::min(g.batch, std::max<int64_t>(1, std::max(kBytes, 4 * weights) / conv));
-  const Tensor weight = as_tensor(call.weight, channels, g.in_channels, g.kernel, call.weight_layout, dims);
+  const Tensor weight = images_over(call.weight, channels, g.in_channels, g.kernel, call.weight_layout, dims);
   std::optional<Tensor> bias;
-  if (call.bias) {
-    const int64_t stride = 1;
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<T*>(call.bias), 1, &channels, &stride, 0,
-                                                              dtype_code<T>(), aoti_torch_device_type_cpu(), 0,
-                                                              &handle));
-    bias.emplace(handle);
-  }
+  if (call.bias) bias = tensor_over(call.bias, {channels}, {1});
   for (int64_t first = 0; first < g.batch; first += images) {
     ConvPoolGeometry some = g;
     some.batch = std::min(images, g.batch - first);
-    const Tensor input = as_tensor(call.input + first * call.input_layout.n, some.batch, g.groups * g.in_channels,
-                                   g.input, call.input_layout, dims);
+    const Tensor input = images_over(call.input + first * call.input_layout.n, some.batch, g.groups * g.in_channels,
+                                     g.input, call.input_layout, dims);
     const Tensor result = convolution(input, weight, bias, g, dims);
-    if (result.dtype_code() != dtype_code<T>()) return false;
+    if (result.scalar_type() != kDtypeOf<T>) return false;
     const PlainImages convolved(result);
     const int64_t to = first * call.output_layout.n;
-    relu_max_pool<T>(kernels, some, data<T>(convolved.tensor), convolved.layout, nullptr, nullptr, call.output + to,
-                     call.output_layout, call.winners ? call.winners + to : nullptr);
+    relu_max_pool<T>(kernels, some, data<T>(convolved.tensor), convolved.layout, call.output + to, call.output_layout,
+                     call.winners ? call.winners + to : nullptr);
   }
   return true;
 }

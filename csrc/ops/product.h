@@ -27,18 +27,7 @@ struct Matrix {
       : data(data), rows(rows), columns(columns), row(row), column(column) {}
   Matrix transposed() const { return {data, columns, rows, column, row}; }
 
-  // For torch, while the memory lives: without a gradient of its own, whatever tensor it belongs to.
-  Tensor tensor() const {
-    using Element = std::remove_const_t<T>;
-    const int32_t dtype = std::is_same_v<Element, float>    ? aoti_torch_dtype_float32()
-                          : std::is_same_v<Element, double> ? aoti_torch_dtype_float64()
-                                                            : aoti_torch_dtype_bfloat16();
-    const int64_t sizes[] = {rows, columns}, strides[] = {row, column};
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<Element*>(data), 2, sizes, strides, 0, dtype,
-                                                              aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
-  }
+  Tensor tensor() const { return tensor_over<std::remove_const_t<T>>(data, {rows, columns}, {row, column}); }
 };
 
 // product = a b. With `out` given, an autocast in force does not change what it is computed in.

@@ -11,15 +11,24 @@
 
 namespace fastnn {
 
+// libtorch's own number for a dtype of ours.
+inline int32_t code_of(ScalarType dtype) {
+  return dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
+         : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
+         : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
+                                       : aoti_torch_dtype_bfloat16();
+}
+// The dtype of the kernels' type.
+template <class T>
+constexpr ScalarType kDtypeOf = std::is_same_v<T, double>     ? ScalarType::Double
+                                : std::is_same_v<T, bfloat16> ? ScalarType::BFloat16
+                                                              : ScalarType::Float;
+
 // A new uninitialised CPU tensor.
 inline Tensor new_strided_tensor(const Sizes& sizes, const int64_t* strides, ScalarType dtype) {
-  const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
-                                                     : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
-  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, code,
-                                                        aoti_torch_device_type_cpu(), 0, &handle);
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                        code_of(dtype), aoti_torch_device_type_cpu(), 0, &handle);
   FASTNN_CHECK(error == AOTI_TORCH_SUCCESS, "out of memory: could not allocate a tensor of size ", to_string(sizes));
   return Tensor(handle);
 }
@@ -35,6 +44,16 @@ inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
     stride = checked_product(stride, std::max<int64_t>(sizes[i], 1));
   }
   return new_strided_tensor(sizes, strides, dtype);
+}
+
+// Memory as a tensor for torch, while the memory lives: without a gradient of its own, whatever tensor it belongs to.
+template <class T>
+Tensor tensor_over(const T* memory, const Sizes& sizes, const Sizes& strides) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<T*>(memory), static_cast<int64_t>(sizes.size()),
+                                                            sizes.data(), strides.data(), 0, code_of(kDtypeOf<T>),
+                                                            aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // The tensor, or a copy of it, to be read while the tensor lives.

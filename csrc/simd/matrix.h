@@ -8,7 +8,6 @@ namespace fastnn {
 namespace FASTNN_ISA {
 
 constexpr int64_t kMatrixRows = 16;
-constexpr int64_t kMatrixNumbers = 32;  // of bfloat16 in a row
 
 #if defined(__AVX512F__)
 // What a thread's tiles are, while there is one of these.

@@ -50,95 +50,17 @@ FASTNN_INLINE Vec<T> every_second(Vec<T> x, Vec<T> y) {
   return every_second<T, first>(x, y, typename CountUp<kLanes<T>>::Type{});
 }
 
-// x0 x3 ... y... z...
-template <class T, int... lane>
-FASTNN_INLINE Vec<T> every_third(Vec<T> x, Vec<T> y, Vec<T> z, Indices<lane...>) {
-  constexpr int lanes = sizeof...(lane), two = 2 * lanes;
-#if defined(__clang__) || __GNUC__ >= 12
-  const Vec<T> first = __builtin_shufflevector(x, y, (3 * lane < two ? 3 * lane : 0)...);
-  return __builtin_shufflevector(first, z, (3 * lane < two ? lane : lanes + 3 * lane - two)...);
-#else
-  using Integer = typename IntegerOf<T>::Type;
-  const Vec<T> first = __builtin_shuffle(x, y, Vec<Integer>{(3 * lane < two ? 3 * lane : 0)...});
-  return __builtin_shuffle(first, z, Vec<Integer>{(3 * lane < two ? lane : lanes + 3 * lane - two)...});
+// A vector of every second of `count` elements; those beyond are not read.
+template <class T, class C = Compute<T>>
+FASTNN_INLINE Vec<C> load_every_second_up_to(const T* from, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(bfloat16)) {  // the upper halves of floats
+    return (Vec<float>)_mm512_slli_epi32((__m512i)load_elements(from, count), 16);
+  }
 #endif
-}
-template <class T>
-FASTNN_INLINE Vec<T> every_third(Vec<T> x, Vec<T> y, Vec<T> z) {
-  return every_third<T>(x, y, z, typename CountUp<kLanes<T>>::Type{});
-}
-
-// A vector of every `stride`-th of `count` elements; those beyond are not read.
-constexpr int kMostStride = 4;
-template <int stride, class T, class C = Compute<T>>
-FASTNN_INLINE Vec<C> load_strided_up_to(const T* from, int64_t count) {
   constexpr int lanes = kLanes<C>;
-  const auto part = [&](int i) __attribute__((always_inline)) {
-    return count > i * lanes ? load_up_to<T>(from + i * lanes, count - i * lanes) : Vec<C>{};
-  };
-  if constexpr (stride == 1) {
-    return part(0);
-  } else if constexpr (stride == 2) {
-    return every_second<C>(part(0), part(1));
-  } else if constexpr (stride == 3) {
-    return every_third<C>(part(0), part(1), part(2));
-  } else {
-    static_assert(stride == kMostStride);
-    return every_second<C>(every_second<C>(part(0), part(1)), every_second<C>(part(2), part(3)));
-  }
-}
-
-#if defined(__AVX512F__)
-// Where the numbers of a vector come from that are every third of 48: into the upper halves of floats.
-struct EveryThird {
-  uint16_t number[32];
-  constexpr EveryThird() : number{} {
-    for (int i = 0; i < 16; ++i) number[2 * i + 1] = static_cast<uint16_t>(3 * i);
-  }
-};
-static constexpr EveryThird kEveryThird;
-
-// The same of bfloat16, which the upper halves of floats are.
-template <int stride>
-FASTNN_INLINE Vec<float> load_strided_up_to(const bfloat16* from, int64_t count) {
-  if constexpr (stride == 1) {
-    return load_up_to<bfloat16>(from, count);
-  } else {
-    const __m512i low = _mm512_maskz_loadu_epi16(first_elements(count), from);
-    if constexpr (stride == 2) {
-      return (Vec<float>)_mm512_slli_epi32(low, 16);
-    } else {
-      const __m512i high = _mm512_maskz_loadu_epi16(count > 32 ? first_elements(count - 32) : 0, from + 32);
-      if constexpr (stride == 3) {
-        constexpr uint32_t kUpper = 0xaaaaaaaa;
-        const __m512i numbers = _mm512_loadu_si512(kEveryThird.number);
-        return (Vec<float>)_mm512_maskz_permutex2var_epi16(kUpper, low, numbers, high);
-      } else {
-        static_assert(stride == kMostStride);
-        return every_second<float>((Vec<float>)_mm512_slli_epi32(low, 16), (Vec<float>)_mm512_slli_epi32(high, 16));
-      }
-    }
-  }
-}
-#endif
-
-// The other way: a vector's first `count` lanes to every second element; those between are left alone.
-template <class T>
-FASTNN_INLINE void store_every_second(T* to, Vec<Compute<T>> x, int64_t count) {
-#if defined(__AVX512F__)
-  const uint32_t inside = first_elements(2 * count) & 0x55555555;
-  if constexpr (sizeof(T) == sizeof(bfloat16)) {
-    _mm512_mask_storeu_epi16(to, inside, _mm512_cvtepu16_epi32((__m256i)to_bfloat16(x)));
-    return;
-  } else if constexpr (sizeof(T) == sizeof(float)) {
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(inside), (__m512)zip_low<T>(x, x));
-    _mm512_mask_storeu_ps(to + kLanes<T>, static_cast<__mmask16>(inside >> 16), (__m512)zip_high<T>(x, x));
-    return;
-  }
-#endif
-  T lanes[kLanes<T>];
-  store(lanes, x);
-  for (int i = 0; i < kLanes<T> && i < count; ++i) to[2 * i] = lanes[i];
+  const Vec<C> behind = count > lanes ? load_up_to<T>(from + lanes, count - lanes) : Vec<C>{};
+  return every_second<C>(load_up_to<T>(from, count), behind);
 }
 
 // Transposes a square of lanes in place: zipping row i with row i + half, log2(lanes) times over.

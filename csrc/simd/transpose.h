@@ -109,71 +109,11 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
   transpose_to_places(from, from_stride, rows, columns, to, place);
 }
 
-// The same of every `stride`-th element of the rows, whole squares of lanes: to[c * to_stride + r] =
-// from[r * from_stride + c * stride].
-template <int stride, class From, class To>
-void transpose_every(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
-  using C = Compute<From>;
-  constexpr int lanes = kLanes<C>;
-  for (int64_t r = 0; r < rows; r += lanes) {
-    for (int64_t c = 0; c < columns; c += lanes) {
-      Vec<C> block[lanes] = {};
-      for (int i = 0; i < lanes && i < rows - r; ++i) {
-        const From* row = from + (r + i) * from_stride + c * stride;
-        block[i] = load_strided_up_to<stride>(row, (columns - c - 1) * stride + 1);
-      }
-      transpose<C>(block);
-      for (int i = 0; i < lanes && i < columns - c; ++i) {
-        store_up_to<To>(to + (c + i) * to_stride + r, block[i], rows - r);
-      }
-    }
-  }
-}
-
-// The other way: to[c * to_stride + 2 * r] = from[r * from_stride + c].
-template <class From, class To>
-void transpose_to_every_second(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
-                               int64_t to_stride) {
-  using C = Compute<From>;
-  constexpr int lanes = kLanes<C>;
-  for (int64_t c = 0; c < columns; c += lanes) {
-    for (int64_t r = 0; r < rows; r += lanes) {
-      Vec<C> block[lanes] = {};
-      for (int i = 0; i < lanes && i < rows - r; ++i) {
-        block[i] = load_up_to<From>(from + (r + i) * from_stride + c, columns - c);
-      }
-      transpose<C>(block);
-      for (int i = 0; i < lanes && i < columns - c; ++i) {
-        store_every_second<To>(to + (c + i) * to_stride + 2 * r, block[i], rows - r);
-      }
-    }
-  }
-}
-
 #if defined(__AVX512F__)
-// Every `stride`-th of a row's elements, `count` of them, at most 8; the others are zero.
-template <int stride>
-FASTNN_INLINE __m128i load_eight(const bfloat16* from, int64_t count) {
-  const auto first = [](int64_t elements) { return static_cast<__mmask32>((uint64_t{1} << elements) - 1); };
-  const __mmask32 inside = first((count - 1) * stride + 1);  // what is skipped behind the last may not be there
-  if constexpr (stride == 1) {
-    return _mm_maskz_loadu_epi16(static_cast<__mmask8>(inside), from);
-  } else if constexpr (stride == 2) {
-    return _mm256_cvtepi32_epi16(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(inside), from));
-  } else if constexpr (stride == 4) {
-    return _mm512_cvtepi64_epi16(_mm512_maskz_loadu_epi16(inside, from));
-  } else {
-    static_assert(stride == 3);
-    const __m512i lanes = _mm512_castsi128_si512(_mm_setr_epi16(0, 3, 6, 9, 12, 15, 18, 21));
-    return _mm512_castsi512_si128(_mm512_permutexvar_epi16(lanes, _mm512_maskz_loadu_epi16(inside, from)));
-  }
-}
-
-// The same for bfloat16 that stays such, of every `stride`-th element of the rows. Blocks of 8 columns of 32 rows, of
-// which each quarter of a vector transposes 8: three rounds of zips within quarters.
-template <int stride>
-void transpose_every(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, bfloat16* to,
-                     int64_t to_stride) {
+// The same for bfloat16 that stays such. Blocks of 8 columns of 32 rows, of which each quarter of a vector transposes
+// 8: three rounds of zips within quarters.
+inline void transpose_by_quarters(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                  bfloat16* to, int64_t to_stride) {
   constexpr int64_t height = 32, width = 8;
   for (int64_t r = 0; r < rows; r += height) {
     const int64_t rows_left = rows - r < height ? rows - r : height;
@@ -181,7 +121,7 @@ void transpose_every(const bfloat16* from, int64_t from_stride, int64_t rows, in
       const bool last = next > 0 && columns - next < width;
       const int64_t c = last ? columns - width : next;
       const int64_t columns_left = columns - c < width ? columns - c : width;
-      const bfloat16* source = from + r * from_stride + c * stride;
+      const bfloat16* source = from + r * from_stride + c;
       bfloat16* target = to + c * to_stride + r;
       __m512i x[width], y[width];
       const auto load_rows = [&](auto load) __attribute__((always_inline)) {
@@ -194,13 +134,14 @@ void transpose_every(const bfloat16* from, int64_t from_stride, int64_t rows, in
         }
       };
       const bool whole = rows_left == height && columns_left == width;
-      if (whole && stride == 1) {
+      if (whole) {
         load_rows([&](int64_t i) __attribute__((always_inline)) {
           return _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i * from_stride));
         });
       } else {
         load_rows([&](int64_t i) __attribute__((always_inline)) {
-          return i < rows_left ? load_eight<stride>(source + i * from_stride, columns_left) : _mm_setzero_si128();
+          const __mmask8 inside = static_cast<__mmask8>((1u << columns_left) - 1);
+          return i < rows_left ? _mm_maskz_loadu_epi16(inside, source + i * from_stride) : _mm_setzero_si128();
         });
       }
 #pragma GCC unroll 4
@@ -269,10 +210,10 @@ inline void transpose_matrix(const bfloat16* from, int64_t from_stride, int64_t 
   if (lines_are_crowded(from_stride, columns)) {
     return transpose_by_lines(from, from_stride, rows, columns, to, to_stride,
                               [&](const bfloat16* copy, int64_t height, int64_t width, bfloat16* target) {
-                                transpose_every<1>(copy, kCopiedLine, height, width, target, to_stride);
+                                transpose_by_quarters(copy, kCopiedLine, height, width, target, to_stride);
                               });
   }
-  transpose_every<1>(from, from_stride, rows, columns, to, to_stride);
+  transpose_by_quarters(from, from_stride, rows, columns, to, to_stride);
 }
 #endif
 
@@ -330,26 +271,6 @@ inline void transpose_matrix(const uint8_t* from, int64_t from_stride, int64_t r
       }
       for (int64_t i = 0; i < column_count; ++i) store_bytes(to + (c + i) * to_stride + r, block[i], row_count);
     }
-  }
-}
-
-// Of every `from_step`-th element of the rows: to[c * to_stride + r] = from[r * from_stride + c * from_step].
-template <class From, class To>
-void transpose_strided(const From* from, int64_t from_stride, int64_t from_step, int64_t rows, int64_t columns, To* to,
-                       int64_t to_stride) {
-  switch (from_step) {
-    case 1:
-      return transpose_matrix(from, from_stride, rows, columns, to, to_stride);
-    case 2:
-      return transpose_every<2>(from, from_stride, rows, columns, to, to_stride);
-    case 3:
-      return transpose_every<3>(from, from_stride, rows, columns, to, to_stride);
-    case 4:
-      return transpose_every<4>(from, from_stride, rows, columns, to, to_stride);
-    default:
-      for (int64_t c = 0; c < columns; ++c, from += from_step, to += to_stride) {
-        for (int64_t r = 0; r < rows; ++r) to[r] = from_compute<To>(to_compute(from[r * from_stride]));
-      }
   }
 }
 

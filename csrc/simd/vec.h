@@ -329,12 +329,6 @@ FASTNN_INLINE V relu(V x) {
   return larger_of(V{}, x);
 }
 
-// The larger of two, NaN if either is: torch's max-pool.
-template <class V>
-FASTNN_INLINE V max_propagating_nan(V x, V y) {
-  return (y > x) | (y != y) ? y : x;
-}
-
 template <class T>
 FASTNN_INLINE T sum(const T (&lanes)[kLanes<T>]) {
   T total = 0;

@@ -20,6 +20,19 @@ FASTNN_INLINE void copy_run(const From* from, int64_t count, To* to) {
     if (i < count) store_up_to<To>(to + i, load_up_to<From>(from + i, count - i), count - i);
   }
 }
+// Every `step`-th of a row's columns: to[i] = from[i * step], i < count.
+template <class T, class C>
+FASTNN_INLINE void copy_every(const T* from, int64_t step, int64_t count, C* to) {
+  if (step == 1) return copy_run(from, count, to);
+  if (step == 2) {
+    for (int64_t i = 0; i < count; i += kLanes<C>) {
+      store_up_to<C>(to + i, load_every_second_up_to(from + 2 * i, 2 * (count - i) - 1), count - i);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i * step]);
+}
+
 template <class E>
 FASTNN_INLINE void fill_zeros(E* to, int64_t count) {
   if (count > 0) __builtin_memset(static_cast<void*>(to), 0, count * sizeof(E));

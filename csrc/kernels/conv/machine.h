@@ -28,15 +28,18 @@ constexpr double kCostPerThread = 12e3;  // vector multiply-adds: below, waking 
 // ---- costs: vector multiply-adds ------------------------------------------------------------------------------------
 constexpr double kStoreSum =
     8;  // of a tile, to memory: zeroing, an addition, a store, its share of the call (measured: 4 cycles)
-constexpr double kPoolSum = 3;         // of a sum in a register: an addition, a maximum, its share of a store
-constexpr double kPoolPixel = 3;       // a load, a maximum, and the sum that shows a NaN
-constexpr double kWriteOut = 10;       // a pooled vector: store, load again, transpose, store
-constexpr double kCopy = 3;            // a vector of the input: load and store
-constexpr double kTranspose = 6;       // the same, with its share of a square's shuffles
-constexpr double kGather = 2;          // a single element, moved on its own
-constexpr double kWinogradIn = 100;    // a tile's vector of channels: 16 loads, 64 additions, 16 stores, counted
-constexpr double kWinogradOut = 56;    // a tile's vector of outputs: 16 loads, 24 additions, 4 stores, counted
-constexpr double kPackWeight = 6;      // a vector of the weight, transposed
+constexpr double kPoolSum = 3;             // of a sum in a register: an addition, a maximum, its share of a store
+constexpr double kPoolPixel = 3;           // a load, a maximum, and the sum that shows a NaN
+constexpr double kWriteOut = 10;           // a pooled vector: store, load again, transpose, store
+constexpr double kCopy = 3;                // a vector of the input: load and store
+constexpr double kTranspose = 6;           // the same, with its share of a square's shuffles
+constexpr double kGather = 2;              // a single element, moved on its own
+constexpr double kWinogradIn = 100;        // a tile's vector of channels: 16 loads, 64 additions, 16 stores, counted
+constexpr double kWinogradOut = 56;        // a tile's vector of outputs: 16 loads, 24 additions, 4 stores, counted
+constexpr double kWinogradPack = 2;        // of the weight, which is transformed first
+constexpr double kPhasesIn = 4;            // a transformed vector of the input: a load, a store, its share of additions
+constexpr double kDepthwiseProduct = 1.2;  // a load besides each multiply-add, which waits for it
+constexpr double kPackWeight = 6;          // a vector of the weight, transposed
 constexpr double kMatrixProduct = 16;  // of a matrix unit: cycles on Sapphire Rapids, in halves of which vectors start
 constexpr double kInFlight = 8;        // sums that keep the multipliers busy: latency 4, two a cycle
 

@@ -27,19 +27,23 @@ Vec<C> add_squares(const T* from, int64_t count, Vec<C> total) {
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-template <class T>
-bool is_moderate(const ConvCall<T>& call) {
+// The same of `count` parts of `size` elements, `step` apart.
+template <class T, class C = Compute<T>>
+Vec<C> add_squares_of_parts(const T* from, int64_t count, int64_t size, int64_t step, Vec<C> total) {
+  if (step == size) return add_squares(from, count * size, total);
+  for (int64_t i = 0; i < count; ++i) total = add_squares(from + i * step, size, total);
+  return total;
+}
+
+// Whether the input and the weight of a call, forward or backward, are such, and finite.
+template <class T, template <class> class Call>
+bool is_moderate(const Call<T>& call) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
   const int64_t image = g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2];
   Vec<C> total = {};
-  for (int64_t i = 0; i < g.batch; ++i) total = add_squares(call.input + i * call.input_layout.n, image, total);
-  const int64_t outputs = g.groups * g.out_channels, step = call.weight_layout.n;
-  if (step == g.depth()) {
-    total = add_squares(call.weight, outputs * step, total);
-  } else {
-    for (int64_t o = 0; o < outputs; ++o) total = add_squares(call.weight + o * step, g.depth(), total);
-  }
+  total = add_squares_of_parts(call.input, g.batch, image, call.input_layout.n, total);
+  total = add_squares_of_parts(call.weight, g.groups * g.out_channels, g.depth(), call.weight_layout.n, total);
   const C sum = sum_lanes<C>(total);
   return sum - sum == 0;
 }

@@ -24,16 +24,7 @@ void part_row(const T* row, Inside columns, int64_t extent, int64_t places, int6
   for (int64_t place = 0; place < smaller(places, extent); ++place) {
     const int64_t begin = columns.first <= place ? 0 : divide_up(columns.first - place, places);
     const int64_t end = columns.last <= place ? 0 : divide_up(columns.last - place, places);
-    C* at = to + place * run;
-    const T* from = row + place;
-    if (places == 2) {
-      int64_t i = begin;
-      for (; i < end; i += kLanes<C>) {
-        store_up_to<C>(at + i, load_strided_up_to<2>(from + 2 * i, 2 * (end - i) - 1), end - i);
-      }
-      continue;
-    }
-    for (int64_t i = begin; i < end; ++i) at[i] = to_compute(from[i * places]);
+    copy_every(row + place + begin * places, places, end - begin, to + place * run + begin);
   }
 }
 

@@ -15,19 +15,6 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Every `step`-th of a row's columns: to[i] = from[i * step], i < count.
-template <class T, class C>
-FASTNN_INLINE void copy_every(const T* from, int64_t step, int64_t count, C* to) {
-  if (step == 1) return copy_run(from, count, to);
-  if (step == 2) {
-    for (int64_t i = 0; i < count; i += kLanes<C>) {
-      store_up_to<C>(to + i, load_strided_up_to<2>(from + 2 * i, 2 * (count - i) - 1), count - i);
-    }
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i * step]);
-}
-
 template <class T>
 class PixelsForward {
   using C = Compute<T>;

@@ -5,17 +5,13 @@
 #include <cmath>
 #include <cstddef>
 
-#include "machine.h"
+#include "planner.h"
 
 namespace fastnn {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-int64_t round_up(int64_t a, int64_t multiple) {
-  return divide_up(a, multiple) * multiple;
-}
+using planner::divide_up;
+using planner::round_up;
 
 // What every algorithm's plan is made from.
 struct Planner {
@@ -26,6 +22,7 @@ struct Planner {
   int64_t lanes = machine.vector_bytes / compute_bytes;
   int64_t most_rows = machine.vector_bytes == 64 ? 14 : 6;  // of a register tile
   int64_t block = 2 * lanes;                                // output channels
+  int64_t longest_sum = planner::longest_sum(machine);
 
   double conv_pixels() const {  // of all images
     return static_cast<double>(g.batch) * g.conv[0] * g.conv[1] * g.conv[2];
@@ -179,8 +176,6 @@ double packing_cost(const Planner& p, double positions) {
   return tuned::kPackWeight * positions * divide_up(p.g.out_channels, p.lanes);
 }
 
-constexpr int64_t kLongestPart = 128;  // products that are summed in one go
-
 // ---- direct -------------------------------------------------------------------------------------------------------
 
 void set_copy(DirectPlan& plan, int64_t element) {
@@ -223,7 +218,6 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
   d.elements = elements;
   d.channels_last = p.request.input_channels_last || elements == Elements::blocks;
   d.channels = elements == Elements::pairs ? divide_up(g.in_channels, 2) : g.in_channels;
-  d.block = p.block;
   const int64_t element = elements == Elements::blocks ? 2 : p.compute_bytes;
   d.depth = d.channels * g.taps();
   int64_t weight_pairs = d.depth;  // elements of an output's packed weight
@@ -234,7 +228,7 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
     plan.needs_moderate = d.matrix.blocks * d.matrix.numbers > d.matrix.run;
   }
   // A block's weight would leave L1 between two tiles: of a part of it, all pixels of a larger band are summed.
-  d.whole_band = elements != Elements::blocks && d.depth > 2 * kLongestPart;
+  d.whole_band = elements != Elements::blocks && d.depth > 2 * p.longest_sum;
   const int64_t waits = d.whole_band ? 0 : g.pool_extent(0) * g.pool_extent(1);
   d.band = choose_channel_band(p, waits, [&](const BandPlan& band) {
     const int64_t copy = band.input[0] * band.input[1] * band.input[2] * d.channels * element;
@@ -311,7 +305,6 @@ ConvPlan plan_phases(const Planner& p) {
     f.first[point + 1] = f.positions;
   }
   d.channels = g.in_channels;
-  d.block = p.block;
   d.depth = g.in_channels * g.kernel[0] * g.kernel[1];
   const bool channels_last = d.channels_last = p.request.input_channels_last;
   const auto pairs_of = [](const BandPlan& band) { return divide_up(band.conv[2], 2); };
@@ -353,15 +346,14 @@ ConvPlan plan_phases(const Planner& p) {
   const double sums = channel_tiles(p, static_cast<int64_t>(pairs), g.out_channels) * d.depth * f.positions +
                       pairs * vectors * f.points * (tuned::kStoreSum + 1);
   const double lanes_filled = channels_last ? static_cast<double>(g.in_channels) / round_up(g.in_channels, p.lanes) : 1;
-  // Each input row: the columns parted, one by one where the stride is more than 1; then for each piece r + 1 loads, as
-  // many stores, and additions.
+  // Each input row: the columns parted, one by one where the stride is more than 1; then each piece is transformed.
   const double part = channels_last      ? 0
                       : g.stride[2] == 1 ? 2 * tuned::kCopy
                                          : 2 * g.stride[2] * tuned::kGather * p.lanes;
   // Slices under several bands are transformed for each.
   const double again = static_cast<double>(d.band.input[0]) / d.band.conv[0];
-  const double transform =
-      again * rows * g.stride[1] * g.in_channels * pairs / p.lanes / lanes_filled * (part + 4.0 * f.positions);
+  const double transform = again * rows * g.stride[1] * g.in_channels * pairs / p.lanes / lanes_filled *
+                           (part + tuned::kPhasesIn * f.positions);
   plan.cost = g.groups * (rows * sums + channel_rest(p) + transform + packing_cost(p, d.depth * f.positions));
   return plan;
 }
@@ -382,7 +374,6 @@ ConvPlan plan_winograd(const Planner& p) {
   plan.needs_moderate = true;
   WinogradPlan& w = plan.winograd;
   w.pitch = round_up(g.in_channels, p.lanes) + p.lanes;  // off the powers of two, for the sake of the cache's sets
-  w.block = p.block;
   const auto slice_tiles = [](const BandPlan& band) { return divide_up(band.conv[1], 2) * divide_up(band.conv[2], 2); };
   const auto tile_bytes = [&](const BandPlan& band) {
     return slice_tiles(band) * kPositions * (w.pitch * band.input[0] + p.block * band.conv[0]) * 4;
@@ -432,7 +423,7 @@ ConvPlan plan_winograd(const Planner& p) {
       g.groups * (all * (conv_slices * (sums * g.in_channels * g.kernel[0] + kPositions * vectors * tuned::kStoreSum +
                                         tuned::kWinogradOut * vectors) +
                          in_slices * (tuned::kWinogradIn + 4 * tuned::kTranspose) * in) +
-                  channel_rest(p) + packing_cost(p, g.in_channels * g.kernel[0] * 16.0 * 2));
+                  channel_rest(p) + tuned::kWinogradPack * packing_cost(p, g.in_channels * g.kernel[0] * kPositions));
   return plan;
 }
 
@@ -444,8 +435,9 @@ int64_t most_outputs(const Planner& p, int64_t vectors) {
 }
 
 // Whether windows are pooled in registers: two places at a time, each with sums that are short.
-bool pools_in_registers(const ConvPoolGeometry& g) {
-  bool whole = g.places() % 2 == 0 && g.depth() <= kLongestPart;
+bool pools_in_registers(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  bool whole = g.places() % 2 == 0 && g.depth() <= p.longest_sum;
   for (int d = 0; d < 3; ++d) {
     const int64_t past = (g.output[d] - 1) * g.pool_stride[d] + g.pool_extent(d);
     whole = whole && g.pool_padding[d] == 0 && past <= g.conv[d] && g.pool_stride[d] >= g.pool_kernel[d];
@@ -542,7 +534,7 @@ ConvPlan plan_pixels(const Planner& p) {
   for (const int64_t images : {int64_t{1}, p.lanes / 2, p.lanes, 2 * p.lanes}) {
     if (images > p.g.batch) continue;
     for (const int64_t vectors : {0, 1, 2, 4, 8}) {
-      if (vectors == 0 ? !pools_in_registers(p.g) : most_outputs(p, vectors) < 1) continue;  // too few registers
+      if (vectors == 0 ? !pools_in_registers(p) : most_outputs(p, vectors) < 1) continue;  // too few registers
       const ConvPlan plan = plan_pixels_of(p, images, vectors);
       if (plan.cost < best.cost) best = plan;
     }
@@ -564,7 +556,6 @@ ConvPlan plan_depthwise(const Planner& p) {
   ConvPlan plan{};
   plan.algorithm = ForwardAlgorithm::depthwise;
   DepthwisePlan& d = plan.depthwise;
-  d.block = p.block;
   d.band = choose_channel_band(joined, g.pool_extent(0) * g.pool_extent(1), [&](const BandPlan& band) {
     return band.input[0] * band.input[1] * band.input[2] * p.block * p.compute_bytes <= tuned::kBandBytes;
   });
@@ -580,7 +571,8 @@ ConvPlan plan_depthwise(const Planner& p) {
   take_pool(joined, d.band, d.ring, memory);
   plan.scratch_size = memory.bytes();
   const double vectors = divide_up(g.out_channels, p.lanes);
-  plan.cost = vectors * (p.conv_pixels() * g.taps() * 1.2 + p.inputs() * tuned::kCopy) + channel_rest(joined);
+  plan.cost = vectors * (p.conv_pixels() * g.taps() * tuned::kDepthwiseProduct + p.inputs() * tuned::kCopy) +
+              channel_rest(joined);
   return plan;
 }
 
@@ -612,8 +604,7 @@ ConvPlan plan_of(ForwardAlgorithm algorithm, const Planner& p) {
 
 }  // namespace
 
-bool algorithm_applies(ForwardAlgorithm algorithm, const ConvPoolGeometry& g, const PlanRequest& request,
-                       const Machine&) {
+bool algorithm_applies(ForwardAlgorithm algorithm, const ConvPoolGeometry& g, const PlanRequest& request) {
   if (request.exact && transforms(algorithm)) return false;
   const bool is_double = request.element_bytes == 8;
   switch (algorithm) {
@@ -651,18 +642,18 @@ ConvPlan choose(const Planner& one) {
   best.cost = INFINITY;
   for (int i = 0; i < kForwardAlgorithms; ++i) {
     const ForwardAlgorithm algorithm = static_cast<ForwardAlgorithm>(i);
-    if (algorithm == ForwardAlgorithm::stock || !algorithm_applies(algorithm, g, one.request, one.machine)) continue;
+    if (algorithm == ForwardAlgorithm::stock || !algorithm_applies(algorithm, g, one.request)) continue;
     const ConvPlan plan = plan_of(algorithm, one);
     if (plan.cost >= best.cost) continue;
-    // Each row reads all of a block's weight, which has to be near; and enough products have to be saved.
-    const int64_t block_weight = plan.packed_size / std::max<int64_t>(1, plan.pack_items) * one.compute_bytes;
     if (algorithm == ForwardAlgorithm::phases) {
+      // Each row reads all of a block's weight, which has to be near; and enough products have to be saved.
+      const int64_t block_weight = plan.packed_size / plan.pack_items * one.compute_bytes;
       const double products = static_cast<double>(plan.phases.positions) / static_cast<double>(2 * g.kernel[2]);
       if (block_weight > tuned::kBlockWeightBytes || products > tuned::kMostProducts) continue;
     }
     best = plan;
   }
-  if (one.request.may_take_stock && stock_wins(one, best)) return plan_of(ForwardAlgorithm::stock, one);
+  if (stock_wins(one, best)) return plan_of(ForwardAlgorithm::stock, one);
   return best;
 }
 

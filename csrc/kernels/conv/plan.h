@@ -68,7 +68,6 @@ struct DirectPlan {
   int64_t copy_size;              // its elements
   int64_t depth;                  // products of an output
   bool whole_band;                // all of a band's conv pixels are summed, a part of the depth at a time, then pooled
-  int64_t block;                  // output channels of a block: two vectors
   int64_t block_parts;            // so many items share a band's blocks
 };
 
@@ -102,7 +101,7 @@ struct WinogradPlan {
   RingPlan ring;
   int64_t tile_rows, tile_columns;
   int64_t pitch;  // elements from a tile's channels to the next tile's
-  int64_t block, block_parts;
+  int64_t block_parts;
 };
 
 // Pixels in the lanes. The copy is [channel][slice][row][residue][place][image]: columns that are conv stride x pool
@@ -129,8 +128,7 @@ struct PixelsPlan {
 struct DepthwisePlan {
   BandPlan band;
   RingPlan ring;
-  int64_t block, block_parts;
-  int64_t step[3];
+  int64_t block_parts;
   int64_t copy_size;
 };
 
@@ -156,13 +154,12 @@ struct PlanRequest {
   int64_t threads;        // at hand
   int64_t element_bytes;  // of the input: 8 float64, 4 float32, 2 bfloat16
   bool input_channels_last, output_channels_last;
-  bool may_take_stock;
   bool exact;         // elements are not moderate: no transforms
   int32_t algorithm;  // the one to take, or -1
 };
 
 // Whether the algorithm can compute such a call at all.
-bool algorithm_applies(ForwardAlgorithm, const ConvPoolGeometry&, const PlanRequest&, const Machine&);
+bool algorithm_applies(ForwardAlgorithm, const ConvPoolGeometry&, const PlanRequest&);
 
 // The plan; `request.algorithm`, if any, applies.
 ConvPlan plan_forward(const ConvPoolGeometry&, const PlanRequest&, const Machine&);

@@ -11,8 +11,6 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-constexpr int64_t kMostPlacesAtOnce = 64;  // larger windows are pooled a part at a time
-
 template <class C>
 constexpr C kMinusInfinity = -static_cast<C>(__builtin_inf());
 
@@ -48,8 +46,7 @@ bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
       for (int64_t i = 1; i < places; ++i) {
         const Vec<C> pixel = load(w.places[i] + at);
         sum += pixel;
-        if (with_winners) winner = pixel > best ? number<C>(i) : winner;
-        best = larger_of(pixel, best);
+        take_place<C, with_winners, false>(pixel, i, best, winner);
       }
       total += sum;
       const int64_t result = window * w.to_step + v * kLanes<C>;
@@ -60,28 +57,17 @@ bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
   return !has_nan<C>(total);
 }
 
-// The same, whatever the pixels are. Or more places of windows that begin with those from `first` on: `to` and
-// `winners` then hold what came before.
+// The same, whatever the pixels are.
 template <class C, bool with_winners>
-void pool_any(const Windows<C>& w, int64_t first, C* to, uint8_t* winners) {
+void pool_any(const Windows<C>& w, C* to, uint8_t* winners) {
   for (int64_t window = 0; window < w.windows; ++window) {
     for (int64_t v = 0; v < w.vectors; ++v) {
       const int64_t at = window * w.step + v * kLanes<C>;
       const int64_t result = window * w.to_step + v * kLanes<C>;
-      int64_t i = 0;
-      Vec<C> best;
+      Vec<C> best = relu(load(w.places[0] + at));
       Numbers<C> winner = {};
-      if (first > 0) {
-        best = load(to + result);
-        if (with_winners) winner = load_bytes_up_to<C>(winners + result, kLanes<C>);
-      } else {
-        best = relu(load(w.places[i++] + at));
-      }
-      for (; i < w.count; ++i) {
-        const Vec<C> pixel = load(w.places[i] + at);
-        const auto wins = (pixel > best) | (pixel != pixel);
-        best = wins ? pixel : best;
-        if (with_winners) winner = wins ? number<C>(first + i) : winner;
+      for (int64_t i = 1; i < w.count; ++i) {
+        take_place<C, with_winners, true>(load(w.places[i] + at), i, best, winner);
       }
       store(to + result, best);
       if (with_winners) store_winners<C>(best, winner, winners + result);
@@ -109,14 +95,9 @@ FASTNN_SHARED void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
       done = pool_finite<C, 9, with_winners>(w, to, winners);
       break;
     default:
-      done = w.count <= kMostPlacesAtOnce && pool_finite<C, 0, with_winners>(w, to, winners);
+      done = pool_finite<C, 0, with_winners>(w, to, winners);
   }
-  if (done) return;
-  for (int64_t first = 0; first < w.count; first += kMostPlacesAtOnce) {
-    const Windows<C> part = {
-        w.places + first, smaller(w.count - first, kMostPlacesAtOnce), w.step, w.to_step, w.windows, w.vectors};
-    pool_any<C, with_winners>(part, first, to, winners);
-  }
+  if (!done) pool_any<C, with_winners>(w, to, winners);
 }
 
 template <class C>

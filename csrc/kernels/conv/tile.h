@@ -177,23 +177,6 @@ void pixel_tile(const PixelTile<C>& call) {
   }
 }
 
-// The larger of `best` and the sums of two places, the first of which has this number.
-template <class C, bool with_winners, bool careful>
-FASTNN_INLINE void take_places(const Vec<C> (&sums)[2], int64_t place, Vec<C>& best, Numbers<C>& winner) {
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const Vec<C> pixel = sums[i];
-    if constexpr (careful) {
-      const auto wins = (pixel > best) | (pixel != pixel);
-      best = wins ? pixel : best;
-      if (with_winners) winner = wins ? number<C>(place + i) : winner;
-    } else {
-      if (with_winners) winner = pixel > best ? number<C>(place + i) : winner;
-      best = larger_of(pixel, best);
-    }
-  }
-}
-
 template <int rows, bool with_winners, class C>
 void window_tile(const WindowTile<C>& call) {
   const int64_t depth = call.depth, weight_step = call.weight_step;
@@ -228,7 +211,10 @@ void window_tile(const WindowTile<C>& call) {
           Vec<C> best = pair > 0 ? load(to + r * call.to_step) : relu(sums[r][0]);
           Numbers<C> winner = {};
           if (with_winners && pair > 0) winner = load_bytes_up_to<C>(winners + r * call.to_step, kLanes<C>);
-          take_places<C, with_winners, decltype(careful)::value>(sums[r], 2 * pair, best, winner);
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            take_place<C, with_winners, decltype(careful)::value>(sums[r][i], 2 * pair + i, best, winner);
+          }
           store(to + r * call.to_step, best);
           if (with_winners) store_winners<C>(best, winner, winners + r * call.to_step);
         }

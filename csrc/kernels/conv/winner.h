@@ -32,6 +32,20 @@ FASTNN_INLINE bool has_nan(Vec<C> x) {
 #endif
 }
 
+// The larger of `best` and the pixel of this place, and its number; of equal ones the first. `careful` keeps NaN, as
+// torch's max-pool does.
+template <class C, bool with_winners, bool careful>
+FASTNN_INLINE void take_place(Vec<C> pixel, int64_t place, Vec<C>& best, Numbers<C>& winner) {
+  if constexpr (careful) {
+    const auto wins = (pixel > best) | (pixel != pixel);
+    best = wins ? pixel : best;
+    if (with_winners) winner = wins ? number<C>(place) : winner;
+  } else {
+    if (with_winners) winner = pixel > best ? number<C>(place) : winner;
+    best = larger_of(pixel, best);
+  }
+}
+
 template <class C>
 FASTNN_INLINE void store_winners(Vec<C> best, Numbers<C> winner, uint8_t* to) {
   typedef uint8_t Bytes __attribute__((vector_size(kLanes<C>)));

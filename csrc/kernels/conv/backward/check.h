@@ -1,8 +1,6 @@
-// Checks of what backward is given: of saved winners, which it turns into addresses, and of what must be finite. They
-// cost one pass over each tensor.
+// Whether saved winners are such as forward saves: backward turns them into addresses. One pass over them.
 #pragma once
 
-#include "../moderate.h"
 #include "sums.h"
 
 namespace fastnn {
@@ -57,27 +55,6 @@ inline bool winners_are_valid(const ConvPoolGeometry& g, const uint8_t* winners,
     }
   }
   return true;
-}
-
-// Whether `count` parts of `size` elements, `step` apart, are finite, and so small that their squares are.
-template <class T, class C = Compute<T>>
-bool parts_are_finite(const T* from, int64_t count, int64_t size, int64_t step) {
-  Vec<C> total = {};
-  if (step == size) {
-    total = add_squares(from, count * size, total);
-  } else {
-    for (int64_t i = 0; i < count; ++i) total = add_squares(from + i * step, size, total);
-  }
-  const C sum = sum_lanes<C>(total);
-  return sum - sum == 0;
-}
-
-template <class T>
-bool is_finite(const ConvBackward<T>& call) {
-  const ConvPoolGeometry& g = call.geometry;
-  const int64_t image = g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2];
-  return parts_are_finite(call.input, g.batch, image, call.input_layout.n) &&
-         parts_are_finite(call.weight, g.groups * g.out_channels, g.depth(), call.weight_layout.n);
 }
 
 }  // namespace FASTNN_ISA

@@ -4,17 +4,14 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../machine.h"
+#include "../planner.h"
 
 namespace fastnn {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-int64_t round_up(int64_t a, int64_t multiple) {
-  return divide_up(a, multiple) * multiple;
-}
+using planner::divide_up;
+using planner::round_up;
+
 double real(int64_t count) {
   return static_cast<double>(count);
 }
@@ -25,7 +22,7 @@ struct Planner {
   const Machine& machine;
   int64_t compute_bytes = std::max<int64_t>(4, request.element_bytes);
   int64_t lanes = machine.vector_bytes / compute_bytes;
-  int64_t longest_sum = machine.vector_bytes > 16 ? 128 : 64;  // as kernels/gemm.h has it
+  int64_t longest_sum = planner::longest_sum(machine);
   int64_t conv = g.conv[0] * g.conv[1] * g.conv[2];
 };
 

@@ -35,8 +35,8 @@ struct ConvBackwardPiece {
 template <class T>
 struct ConvBackwardKernels {
   int64_t vector_bytes;  // of the instruction set
-  // Whether no element of input and weight is infinite or NaN (or nearly infinite).
-  bool (*is_finite)(const ConvBackward<T>&);
+  // As forward's: whether no element of input and weight is infinite, nearly infinite or NaN.
+  bool (*is_moderate)(const ConvBackward<T>&);
   // Bytes of a thread's scratch memory.
   int64_t (*scratch_size)(const ConvBackward<T>&);
   void (*pack)(const ConvBackward<T>&);
