@@ -33,7 +33,8 @@ def _near_ties(stock: nn.Sequential, input: Tensor) -> Tensor:
         # Room for a last window that ceil_mode lets begin inside and end outside.
         room = [side for k, p in zip(reversed(kernel), reversed(padding), strict=True) for side in (p, p + k)]
         padded = nn.functional.pad(values, room, value=-torch.inf)
-        largest = second = torch.full(shape, -torch.inf, dtype=torch.float64)
+        largest = torch.full(shape, -torch.inf, dtype=torch.float64)
+        second = torch.zeros(shape, dtype=torch.float64)  # a largest value near ReLU's kink is as close a call
         for place in itertools.product(*map(range, kernel)):
             spans = (
                 slice(first, first + (size - 1) * step + 1, step)

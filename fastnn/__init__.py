@@ -7,20 +7,24 @@ __version__: str = _C.version
 
 from fastnn import functional, kernels, models, nn, reference  # noqa: E402 (the operators must be registered first)
 from fastnn.explanation import ExplainedCall, Explanation, explain  # noqa: E402
-from fastnn.frozen import FrozenModel, freeze  # noqa: E402
+from fastnn.frozen import FrozenGraph, FrozenModel, freeze  # noqa: E402
+from fastnn.fusion import fuse, unfuse  # noqa: E402
 from fastnn.info import BackendInfo, backend_info  # noqa: E402
 
 __all__ = [
     "BackendInfo",
     "ExplainedCall",
     "Explanation",
+    "FrozenGraph",
     "FrozenModel",
     "backend_info",
     "explain",
     "freeze",
     "functional",
+    "fuse",
     "kernels",
     "models",
     "nn",
     "reference",
+    "unfuse",
 ]

@@ -1,39 +1,192 @@
-"""Which of fastnn's operators a model calls, and how they will do their work."""
+"""``fastnn.explain``: every layer of a model that could be fused; by which operator and algorithm it is, or why not."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_EXPLAINED = {torch.ops.fastnn.conv_relu_max_pool.default: torch.ops.fastnn.conv_relu_max_pool_algorithm.default}
+from fastnn.graph import forward as forwards
+from fastnn.graph.forward import FusedForward, FusedRecurrent, Program
+from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
+from fastnn.graph.tracing import Fused, copied
+from fastnn.nn import FUSED
+from fastnn.nn._hooks import forward_of
+
+_ALGORITHM_OF = torch.ops.fastnn.conv_relu_max_pool_algorithm.default
+_EXPLAINED = {torch.ops.fastnn.conv_relu_max_pool.default, torch.ops.fastnn.conv_relu_max_pool_with_winners.default}
+_WHY = {
+    "winograd": "3x3 kernels of stride 1: 16 multiplications in place of 36 for four pixels",
+    "phases": "rows of a kernel longer than its stride: two pixels of r taps by r + 1 multiplications",
+    "pixels": "few channels: pixels fill the vector's lanes",
+    "depthwise": "groups of one channel, channels last: channels fill the vector's lanes",
+    "direct": "output channels fill the vector's lanes",
+    "stock": "torch's own convolution, some images at a time, with ReLU and max-pool in one pass behind it",
+    "fused": "one call, sums stay in cache",
+    "none": "there is nothing to compute",
+}
 
 
 @dataclass(frozen=True)
 class ExplainedCall:
-    """One operator call: where it comes from, and the algorithms that its sizes lead to."""
+    """A layer, or layers that are one operator call.
 
-    layer: str  # the innermost module's name in the model
+    Of a layer that is left, `operator`, `forward` and `backward` are empty; of one that was not called, `input`.
+    """
+
+    layer: str  # its name in the model, or that of its function
     operator: str
     input: str
-    forward: str
+    forward: str  # the algorithms that the sizes lead to
     backward: str
+    why: str  # that algorithm, or it was left
+    is_candidate: bool = True  # whether fastnn has an operator for such a layer
 
 
 @dataclass(frozen=True)
 class Explanation:
     """What :func:`explain` found. Prints as a table."""
 
-    calls: tuple[ExplainedCall, ...]
+    rows: tuple[ExplainedCall, ...]
+    is_fused: bool = True  # False: it tells of what `fastnn.fuse` would do
+
+    @property
+    def calls(self) -> tuple[ExplainedCall, ...]:
+        """The rows of fused layers."""
+        return tuple(row for row in self.rows if row.operator)
+
+    @property
+    def left(self) -> tuple[ExplainedCall, ...]:
+        """The rows of layers that stay as they are."""
+        return tuple(row for row in self.rows if not row.operator)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As lists, dictionaries, strings and bools."""
+        return {"is_fused": self.is_fused, "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        if not self.calls:
-            return "no operator of fastnn is called"
-        heading = ("layer", "operator", "input", "forward", "backward")
-        rows = [heading, *(tuple(getattr(call, name) for name in heading) for call in self.calls)]
+        if not self.rows:
+            return "there is no layer that fastnn could fuse"
+        heading = tuple(field.name for field in fields(ExplainedCall) if field.name != "is_candidate")
+        rows = [heading]
+        for row in self.rows:
+            rows.append(
+                tuple(getattr(row if row.operator else replace(row, operator="left"), name) for name in heading)
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
-        return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if not self.is_fused:
+            lines.append("The model is not fused yet: this is what fastnn.fuse would do.")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, *inputs: Any) -> Explanation:
+    """Run ``model(*inputs)`` once, without gradients, and account for every convolution, pool, linear layer, activation
+    and recurrent layer: the operator that runs it and by which algorithm, or why it stays torch's.
+
+    A stock model is reported as :func:`fastnn.fuse` would make it. The model itself is not changed. Of
+    ``conv_relu_max_pool`` the algorithms of forward are those of csrc/kernels/conv: ``winograd``, ``phases``,
+    ``pixels``, ``depthwise``, ``direct``, and ``stock``, torch's own convolution with ReLU and max-pool in one pass
+    behind it; the table says why each. Those of a training step's backward are ``winners``, which visits the windows'
+    winners alone, ``depthwise``, which has channels in the lanes, ``taps``, which has pixels there (for few input
+    channels), and ``stock``.
+    """
+    is_fused = _is_fused(model)
+    if not is_fused:
+        from fastnn.fusion import fuse
+
+        model = fuse(model)
+    else:
+        model = copied(model)
+    recorder = _Recorder()
+    hooks = []
+    for name, module in model.named_modules():
+        if type(module) in FUSED:
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.begin(name)))
+            hooks.append(module.register_forward_hook(lambda *_: recorder.end()))
+    watch = _Watch(model, recorder)
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad(), recorder, forwards.observing(watch):
+            model(*inputs)
+    finally:
+        torch.set_rng_state(state)
+        for hook in hooks:
+            hook.remove()
+    called = list(dict.fromkeys(recorder.calls))  # a cell in a loop makes the same many times
+    seen = {name for call in called for name in call.layer.split(", ")}
+    rows = called + [row for row in account_for(model) if not row.operator and row.layer not in seen]
+    return Explanation(tuple(rows), is_fused)
+
+
+def _is_fused(model: nn.Module) -> bool:
+    """Whether fuse has been here, or the layers are fastnn's own."""
+    modules = list(model.modules())
+    return any(isinstance(m.__dict__.get("forward"), Fused) or type(m) in FUSED for m in modules)
+
+
+def account_for(model: nn.Module) -> list[ExplainedCall]:
+    """The rows of a fused model, by what is known without a call: no algorithms."""
+    rows: list[ExplainedCall] = []
+    names = {module: name for name, module in model.named_modules()}
+    known: set[nn.Module] = set()
+    inside: dict[nn.Module, str] = {}  # modules that a program of an outer one runs, or why that has none
+    for name, module in model.named_modules():
+        fused = module.__dict__.get("forward")
+        if not isinstance(fused, FusedForward) or module in inside:
+            continue
+        program = fused.program()
+        if program is None:
+            inside[module] = fused.why or ""
+            continue
+        for part in program.passed:
+            inside[part] = ""
+        prefix = f"{name}." if name else ""
+        for found in program.matches.found:
+            rows.append(_row(prefix, found.layers, found.operator, ""))
+            known.update(found.modules)
+        for one in program.matches.left:
+            rows.append(_row(prefix, [one.layer], "", one.reason))
+            known.update([one.layer.module] if one.layer.module is not None else [])
+    for module, name in names.items():
+        fused = module.__dict__.get("forward")
+        kind = kind_of(module)
+        if module in known or (kind is None and forward_of(type(module)) not in RECURRENT):
+            continue
+        if isinstance(fused, FusedRecurrent):
+            reason = fused.left.get(module)
+            row = ExplainedCall(name, "" if reason else "rnn", "", "", "", reason or _WHY["fused"])
+        else:
+            row = ExplainedCall(name, "", "", "", "", _why_left(model, names, module, inside), kind in _CANDIDATES)
+        rows.append(row)
+    return rows
+
+
+_CANDIDATES = ("conv1d", "conv2d", "conv3d", "linear", "RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
+
+
+def _row(prefix: str, layers: Sequence[Layer], operator: str, why: str) -> ExplainedCall:
+    names = ", ".join(prefix + layer.name for layer in layers)
+    return ExplainedCall(names, operator, "", "", "", why, any(layer.kind in _CANDIDATES for layer in layers))
+
+
+def _why_left(model: nn.Module, names: dict[nn.Module, str], module: nn.Module, inside: dict[nn.Module, str]) -> str:
+    """Of a layer that is in no program."""
+    if why := why_not_read(module):
+        return why
+    name = names[module]
+    while name:
+        name = name.rpartition(".")[0]
+        outer = model.get_submodule(name)
+        if inside.get(outer):
+            return f"in {type(outer).__name__}: {inside[outer]}"
+        if type(outer).__module__.startswith("torch.nn.modules.transformer"):
+            return f"{type(outer).__name__} is torch's"
+    return "the model's forward does not call it"
 
 
 class _Recorder(TorchDispatchMode):
@@ -44,48 +197,67 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[ExplainedCall] = []
         self.layers: list[str] = []  # those being run, the innermost last
 
-    def leave(self) -> None:
+    def begin(self, layer: str) -> None:
+        self.layers.append(layer)
+
+    def end(self) -> None:
         self.layers.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastnn":
-            algorithms = _EXPLAINED[func](*args) if func in _EXPLAINED else ("fused", "fused")
+            algorithms = ("fused", "fused")
+            if func in _EXPLAINED:
+                algorithms = _ALGORITHM_OF(*args)
             input = next(argument for argument in args if isinstance(argument, Tensor))
             text = f"{tuple(input.shape)} {str(input.dtype).removeprefix('torch.')}"
             layer = self.layers[-1] if self.layers else ""
-            self.calls.append(ExplainedCall(layer, func.overloadpacket.__name__, text, *algorithms))
+            operator = func.overloadpacket.__name__
+            self.calls.append(ExplainedCall(layer, operator, text, *algorithms, _WHY[algorithms[0]]))
         return func(*args, **(kwargs or {}))
 
 
-def explain(model: nn.Module, *inputs: Any) -> Explanation:
-    """Run ``model(*inputs)`` once, without gradients, and report every call of an operator of fastnn that it makes.
+class _Watch:
+    """Has the recorder know which layers of a fused model an operator stands for."""
 
-    For ``conv_relu_max_pool`` the report names the algorithm of forward (the files of csrc/kernels/conv):
+    def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
+        self.recorder = recorder
+        self.names = {module: name for name, module in model.named_modules()}
 
-    - ``winograd``: 3x3 kernels of stride 1 by 16 multiplications in place of 36 for four pixels;
-    - ``phases``: rows of a kernel that are longer than its stride, two pixels of r taps by r + 1 multiplications;
-    - ``pixels``: pixels in the vector's lanes, for few outputs or few inputs;
-    - ``depthwise``: groups of one channel, channels last, in the lanes;
-    - ``direct``: output channels in the lanes, or the processor's matrix unit for bfloat16;
-    - ``stock``: torch's own convolution, some images at a time, with ReLU and max-pool in one pass behind it;
+    def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
+        return _WatchedRun(module, program, self).run(*inputs)
 
-    and of a training step's backward: ``winners``, which visits the windows' winners alone, ``depthwise``, which has
-    channels in the lanes, ``taps``, which has pixels there (for few input channels), or ``stock``, torch's own
-    convolution. A layer that isn't listed takes PyTorch's own path.
-    ``fastnn.models.Conv2DNet``, which otherwise infers by one operator, is reported layer by layer: the algorithms are
-    the same.
-    """
-    recorder = _Recorder()
-    hooks = []
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn."):
-            continue  # it calls no operator of fastnn, and hooks would keep its MLP from running it in the kernel
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.layers.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: recorder.leave()))
-    try:
-        with torch.no_grad(), recorder:
-            model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Explanation(tuple(recorder.calls))
+    def see_recurrent(self, fused: FusedRecurrent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.recorder.begin(self.names[fused.module])
+        try:
+            return fused.run(*args, **kwargs)
+        finally:
+            self.recorder.end()
+
+
+class _WatchedRun(fx.Interpreter):
+    """Runs a program's stock graph, the matches in their layers' place."""
+
+    def __init__(self, module: nn.Module, program: Program, watch: _Watch) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=program.stock_graph)
+        self.watch = watch
+        name = watch.names[module]
+        self.prefix = f"{name}." if name else ""
+        self.matches = {match.nodes[-1]: match for match in program.matches.found}
+        self.skipped = {node for match in program.matches.found for node in match.nodes[:-1]}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.skipped:
+            return None
+        match = self.matches.get(n)
+        if match is None:
+            return super().run_node(n)
+        self.watch.recorder.begin(", ".join(self.prefix + layer.name for layer in match.layers))
+        try:
+            tensors = [None if place is None else self._value(*place) for place in match.tensors]
+            return match.call(self.env[match.layers[0].input], tensors)
+        finally:
+            self.watch.recorder.end()
+
+    def _value(self, layer: Layer, name: str) -> Any:
+        value = layer.tensors[name]
+        return self.env[value] if layer.module is None else getattr(layer.module, value)

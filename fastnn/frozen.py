@@ -1,15 +1,19 @@
 """``fastnn.freeze``: a model for inference alone, its weights packed, run by one operator call."""
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from fastnn import nn
-from fastnn._exported_chain import read_chain
+from fastnn.fusion import fuse
+from fastnn.graph.exported import VIEWS, Exported, Segment, read
 from fastnn.ops.frozen import frozen_op, frozen_packed, read_program, write_program
 from fastnn.ops.mlp import ACTIVATION_NAMES
 from fastnn.ops.rnn import MODES
@@ -18,76 +22,112 @@ _frozen_call = frozen_op._op  # what calling it comes to, 0.25 us sooner; torch.
 _is_compiling = torch.compiler.is_compiling
 
 
-def freeze(model: nn.Module, example_input: Tensor) -> "FrozenModel":
-    """``model`` as it is now, for inference alone: one operator call that goes through the whole network.
+def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
+    """``model`` as it is now, for inference alone, in as few operator calls as it allows.
 
-    The model may be any chain of fastnn's layers and functions, ``Linear``, activations and ``flatten`` from one input
-    to one output: the three of ``fastnn.models``, for example, or a ``Sequential``. Dropout is left out. The frozen
-    model is compared with the model, on the example and on a batch of another size, before it is returned.
+    Layers that fastnn has an operator for are fused as by :func:`fastnn.fuse`, batch norms become part of the layers
+    before them, and each chain of such layers, ``flatten`` and activations becomes one operator call. A model that is
+    one chain becomes a :class:`FrozenModel`; of others, what lies between the chains stays as it is, in a
+    :class:`FrozenGraph`. Dropout is left out. The frozen model is compared with the model, on the example and on a
+    batch of another size, before it is returned.
 
     Args:
         model: float32 or float64, on the CPU. It is not changed, and later changes of it do not reach the frozen model.
-        example_input: (batch, ...). The frozen model takes any batch size, and is fastest for sizes like these. It
-            takes other sizes in further dimensions (lengths, heights) where the model does.
+        example_input: (batch, ...), or a tuple of such inputs. The frozen model takes any batch size, and is fastest
+            for sizes like these. It takes other sizes in further dimensions (lengths, heights) where the model does.
 
     Raises:
-        ValueError: the model does something that a frozen model cannot hold; the message names the layer.
+        ValueError: there is nothing to freeze, or the model does something that cannot be captured; the message names
+            the layer and says why.
     """
-    _check_arguments(model, example_input)
+    inputs = tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)
+    _check_arguments(model, inputs)
     # The export takes a batch of one for a constant.
-    doubled = torch.cat([example_input, example_input]) if example_input.shape[0] == 1 else None
+    doubled = tuple(torch.cat([input, input]) for input in inputs)
+    is_single = any(input.shape[0] == 1 for input in inputs)
+    with torch.inference_mode(False):
+        model = fuse(model)
     with _as_in_inference(model):
-        expected = model(example_input)
-        if not isinstance(expected, Tensor):
-            raise ValueError(
-                f"freeze: expected a model that returns one tensor, but {type(model).__name__} returns a "
-                f"{type(expected).__name__}"
-            )
-        stages = read_chain(model, example_input if doubled is None else doubled)
-        tensors = [tensor.detach() for stage in stages for tensor in stage.tensors]
-        if len({tensor.dtype for tensor in tensors}) != 1 or tensors[0].dtype not in (torch.float32, torch.float64):
-            found = ", ".join(sorted({str(tensor.dtype) for tensor in tensors})) or "no parameters"
-            raise ValueError(f"freeze: expected parameters of one dtype, float32 or float64, got {found}")
-        weights = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        program = write_program((stage.name, stage.numbers) for stage in stages)
-        frozen = FrozenModel(program, weights, tuple(example_input.shape))
-        _compare(frozen, example_input, expected)
+        try:
+            expected = model(*inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
+        exported = read(model, doubled if is_single else inputs)
+        frozen = _build(model, exported, inputs)
+        _compare(frozen, inputs, expected)
         # Once more, as nothing that the model does may depend on the batch's size.
-        other = example_input[:1] if doubled is None else doubled
-        _compare(frozen, other, model(other))
+        other = doubled if is_single else tuple(input[:1] for input in inputs)
+        try:
+            expected = model(*other)
+        except RuntimeError as error:
+            raise ValueError(
+                f"freeze: what {type(model).__name__} does depends on the batch's size: {error}"
+            ) from error
+        _compare(frozen, other, expected)
     return frozen
 
 
-def _check_arguments(model: Any, example_input: Any) -> None:
+def _build(model: nn.Module, exported: Exported, inputs: tuple[Tensor, ...]) -> "FrozenModel | FrozenGraph":
+    name = type(model).__name__
+    if not exported.segments:
+        why = f": {str(exported.refusals[0]).removeprefix('freeze: ')}" if exported.refusals else ""
+        raise ValueError(f"freeze: there is nothing in {name} to freeze{why}")
+    for segment in exported.segments:
+        tensors = [tensor for stage in segment.stages for tensor in stage.tensors]
+        if len({t.dtype for t in tensors}) != 1 or tensors[0].dtype not in (torch.float32, torch.float64):
+            found = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
+            raise ValueError(f"freeze: expected parameters of one dtype, float32 or float64, got {found}")
+    if exported.is_one_chain:
+        return _frozen_chain(exported.segments[0], tuple(inputs[0].shape))
+    return FrozenGraph(*_write_graph(exported, inputs))
+
+
+def _frozen_chain(segment: Segment, sizes: tuple[int, ...]) -> "FrozenModel":
+    weights = torch.cat([tensor.detach().reshape(-1) for stage in segment.stages for tensor in stage.tensors])
+    return FrozenModel(write_program((stage.name, stage.numbers) for stage in segment.stages), weights, sizes)
+
+
+def _check_arguments(model: Any, inputs: tuple[Any, ...]) -> None:
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"freeze: expected a model that is a torch.nn.Module, got a {type(model).__name__}")
-    if not isinstance(example_input, Tensor):
-        raise ValueError(
-            "freeze: expected example_input to be a Tensor, as a frozen model takes one input, got a "
-            f"{type(example_input).__name__}"
-        )
-    if example_input.dim() < 2 or example_input.numel() == 0 or not example_input.is_cpu:
-        raise ValueError(
-            "freeze: expected example_input to be on the CPU, of size (batch, ...) and not empty, got size "
-            f"{tuple(example_input.shape)} on {example_input.device}"
-        )
+    for input in inputs:
+        if not isinstance(input, Tensor):
+            raise ValueError(
+                f"freeze: expected example_input to be a Tensor, or a tuple of Tensors, got a {type(input).__name__}"
+            )
+        if input.dim() < 1 or input.numel() == 0 or not input.is_cpu:
+            raise ValueError(
+                "freeze: expected example_input to be on the CPU, of size (batch, ...) and not empty, got size "
+                f"{tuple(input.shape)} on {input.device}"
+            )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_cpu:
+            raise ValueError(f"freeze: expected a model on the CPU, but {name} is on {parameter.device}: model.cpu()")
     signature = inspect.signature(model.forward)
     try:
-        signature.bind(example_input)
+        signature.bind(*inputs)
     except TypeError as error:
         raise ValueError(
-            f"freeze: expected a model that takes one input, but {type(model).__name__} takes {signature}: {error}"
+            f"freeze: {type(model).__name__} takes {signature}, and example_input has {len(inputs)} inputs: {error}"
         ) from error
 
 
-def _compare(frozen: "FrozenModel", input: Tensor, expected: Tensor) -> None:
-    result = frozen(input)
-    if result.shape != expected.shape or not torch.allclose(result, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
+def _compare(frozen: "FrozenModel | FrozenGraph", inputs: tuple[Tensor, ...], expected: Any) -> None:
+    results, spec = pytree.tree_flatten(frozen(*inputs))
+    wanted, wanted_spec = pytree.tree_flatten(expected)
+    same = spec == wanted_spec and all(a.shape == b.shape for a, b in zip(results, wanted, strict=True))
+    if not same or not all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in zip(results, wanted, strict=True)
+    ):
         raise ValueError(
             "freeze: the frozen model does not compute what the model does on an input of size "
-            f"{tuple(input.shape)}: expected a result of size {tuple(expected.shape)}, got {tuple(result.shape)}"
-            + ("" if result.shape != expected.shape else " with other values")
+            f"{', '.join(str(tuple(input.shape)) for input in inputs)}: expected a result of size "
+            f"{_sizes_of(wanted)}, got {_sizes_of(results)}" + (" with other values" if same else "")
         )
+
+
+def _sizes_of(results: list[Any]) -> str:
+    return ", ".join(str(tuple(result.shape)) for result in results)
 
 
 @contextmanager
@@ -237,4 +277,206 @@ def _describe_rnn(
     return f"{layer}, last step" if last else str(layer)
 
 
-torch.serialization.add_safe_globals([FrozenModel])
+# ---- models that are more than one chain -------------------------------------------------------------------------
+
+
+class FrozenGraph(nn.Module):
+    """What :func:`freeze` returns of a model that is more than one chain: its chains as frozen models, and what lies
+    between them, operator by operator. Immutable, without gradients, safe to call from several threads.
+
+    It can be saved, loaded (by ``torch.load`` with ``weights_only=True`` too) and exported. It prints as the chains and
+    operators that it runs.
+    """
+
+    def __init__(
+        self, parts: list[FrozenModel], constants: list[Tensor], steps: list[Any], ranges: list[Any], output: Any
+    ) -> None:
+        # parts: the chains. steps: each the name of an operator, or the number of a chain, its arguments, and the
+        # values that nobody needs after it. A value is an input, a constant or a step's result, by its number in this
+        # order. ranges: of each input's sizes, the least and the most. output: a value, or a list, tuple or dict of
+        # such.
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        for number, constant in enumerate(constants):
+            self.register_buffer(f"constant_{number}", constant)
+        self._constants, self._steps, self._ranges, self._output = len(constants), steps, ranges, output
+        self._calls = [(_function(step[0]), step[1], step[2], step[3]) for step in steps]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The model's inputs -> what the model returned for them."""
+        if len(inputs) != len(self._ranges):
+            raise TypeError(f"expected {len(self._ranges)} inputs, got {len(inputs)}")
+        for input, ranges in zip(inputs, self._ranges, strict=True):
+            _check_sizes(input, ranges)
+        values: list[Any] = [*inputs, *(getattr(self, f"constant_{i}") for i in range(self._constants))]
+        parts = list(self.parts)
+        with torch.no_grad():
+            for function, args, kwargs, done in self._calls:
+                call = parts[function] if isinstance(function, int) else function
+                values.append(call(*_fill(args, values), **_fill(kwargs, values)))
+                for number in done:
+                    values[number] = None
+        return _fill(self._output, values)
+
+    def _refuse_hook(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a FrozenGraph runs no hooks")
+
+    register_forward_hook = register_forward_pre_hook = _refuse_hook
+    register_full_backward_hook = register_full_backward_pre_hook = _refuse_hook
+
+    def __getstate__(self) -> dict[str, Any]:
+        parts = [(part._program, part.weights, part._sizes) for part in self.parts]
+        constants = [getattr(self, f"constant_{i}") for i in range(self._constants)]
+        return {
+            "parts": parts,
+            "constants": constants,
+            "rest": (self._steps, self._ranges, self._output),
+            "training": self.training,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        parts = [FrozenModel(*part) for part in state["parts"]]
+        FrozenGraph.__init__(self, parts, state["constants"], *state["rest"])
+        self.training = state["training"]
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}("]
+        for name, *_ in self._steps:
+            part = repr(self.parts[name]) if isinstance(name, int) else name
+            lines += [f"  {line}" for line in part.splitlines()]
+        return "\n".join([*lines, ")"])
+
+
+_VALUE, _LIST, _TUPLE, _DICT, _TORCH = "value", "list", "tuple", "dict", "torch"
+
+
+def _write_graph(exported: Exported, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The arguments of a FrozenGraph."""
+    numbers = {node: i for i, node in enumerate(exported.inputs)}
+    last = {segment.nodes[-1]: segment for segment in exported.segments}
+    needed = {output for output in exported.outputs if isinstance(output, Node)}
+    nodes: list[Node] = []
+    for node in reversed(list(exported.graph.nodes)):
+        if node in needed and node not in numbers:
+            nodes.insert(0, node)
+            if node.name not in exported.constants:
+                needed.update([last[node].input] if node in last else node.all_input_nodes)
+    constants = [node for node in nodes if node.name in exported.constants]
+    calls = [node for node in nodes if node.name not in exported.constants]
+    numbers.update({node: len(numbers) + i for i, node in enumerate([*constants, *calls])})
+    outputs = {output for output in exported.outputs if isinstance(output, Node)}
+    users: dict[Node, Node] = {}  # each value's last
+    for node in calls:
+        users.update(dict.fromkeys([last[node].input] if node in last else node.all_input_nodes, node))
+    parts: list[FrozenModel] = []
+    steps: list[Any] = []
+    for node in calls:
+        done = [numbers[one] for one, user in users.items() if user is node and one not in outputs]
+        if node in last:
+            segment = last[node]
+            sizes = tuple(_hint(size) for size in segment.input.meta["val"].shape)
+            parts.append(_frozen_chain(segment, sizes))
+            steps.append((len(parts) - 1, (_TUPLE, [(_VALUE, numbers[segment.input])]), (_DICT, {}), done))
+        else:
+            steps.append((_name(node), _write(node.args, numbers), _write(dict(node.kwargs), numbers), done))
+    output = pytree.tree_unflatten(exported.outputs, exported.out_spec)
+    tensors = [exported.constants[node.name].detach().clone() for node in constants]
+    del inputs
+    return parts, tensors, steps, exported.ranges, _write(output, numbers)
+
+
+def _hint(size: Any) -> int:
+    """A size of the example."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _name(node: Node) -> str:
+    """An operator's, by which `_function` finds it."""
+    target = node.target
+    if target in VIEWS:  # which the export has chosen for the example's strides
+        target = torch.ops.aten.reshape.default
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if getattr(target, "__module__", "") in ("_operator", "operator"):
+        return f"operator.{target.__name__}"  # type: ignore[union-attr]
+    raise ValueError(f"freeze: a frozen model cannot hold {target}")
+
+
+def _function(name: Any) -> Any:
+    """What a step calls. Names come from files, too: nothing but torch's and fastnn's operators, and arithmetic."""
+    if isinstance(name, int):
+        return name
+    namespace, _, rest = name.partition(".")
+    if namespace == "operator" and rest in _ARITHMETIC:
+        return getattr(operator, rest)
+    if namespace in ("aten", "fastnn"):
+        packet, _, overload = rest.partition(".")
+        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    raise ValueError(f"a frozen model cannot hold {name}")
+
+
+_ARITHMETIC = (
+    "add",
+    "sub",
+    "mul",
+    "floordiv",
+    "truediv",
+    "mod",
+    "neg",
+    "getitem",
+    "pow",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+)
+
+
+def _write(value: Any, numbers: dict[Node, int]) -> Any:
+    """An argument in lists, tuples, strings and numbers, in which nodes are the numbers of their values."""
+    if isinstance(value, Node):
+        return (_VALUE, numbers[value])
+    if isinstance(value, dict):
+        return (_DICT, {name: _write(one, numbers) for name, one in value.items()})
+    if isinstance(value, (list, tuple)) and type(value).__name__ in ("list", "tuple", "immutable_list", "Size"):
+        return (_LIST if isinstance(value, list) else _TUPLE, [_write(one, numbers) for one in value])
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return (_TORCH, str(value).removeprefix("torch."))
+    if isinstance(value, torch.device):
+        return str(value)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise ValueError(f"freeze: a frozen model cannot hold an argument or a result that is a {type(value).__name__}")
+
+
+def _fill(value: Any, values: list[Any]) -> Any:
+    """What `_write` was given."""
+    if not isinstance(value, tuple):
+        return value
+    kind, content = value
+    if kind == _VALUE:
+        return values[content]
+    if kind == _DICT:
+        return {name: _fill(one, values) for name, one in content.items()}
+    if kind == _TORCH:
+        return getattr(torch, content)
+    filled = [_fill(one, values) for one in content]
+    return filled if kind == _LIST else tuple(filled)
+
+
+def _check_sizes(input: Tensor, ranges: list[int]) -> None:
+    sizes = input.shape
+    if len(sizes) * 2 == len(ranges):
+        for i, size in enumerate(sizes):
+            least, most = ranges[2 * i], ranges[2 * i + 1]
+            if size < least or (most and size > most):
+                break
+        else:
+            return
+    expected = ", ".join(map(_describe_range, ranges[::2], ranges[1::2]))
+    raise RuntimeError(f"frozen: expected an input of size [{expected}], got {list(sizes)}")
+
+
+torch.serialization.add_safe_globals([FrozenModel, FrozenGraph])

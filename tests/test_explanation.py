@@ -1,5 +1,7 @@
 """fastnn.explain names the operators that a model calls, and their algorithms."""
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -56,15 +58,30 @@ def test_an_algorithm_that_is_asked_for() -> None:
 
 def test_prints_as_a_table() -> None:
     lines = str(fastnn.explain(Network(), torch.randn(1, 3, 64, 64))).split("\n")
-    assert lines[0].split() == ["layer", "operator", "input", "forward", "backward"]
-    assert len(lines) == 4
-    assert len({line.index("conv_relu_max_pool") for line in lines[1:]}) == 1
+    assert lines[0].split() == ["layer", "operator", "input", "forward", "backward", "why"]
+    assert len(lines) == 5
+    assert len({line.index("conv_relu_max_pool") for line in lines[1:4]}) == 1
+    assert "output" in lines[4]
+    assert " left " in lines[4]
 
 
 def test_other_operators_and_stock_layers() -> None:
     calls = fastnn.explain(fastnn.nn.MLP([3, 4, 2]), torch.randn(5, 3)).calls
     assert [(call.operator, call.forward) for call in calls] == [("mlp", "fused")]
-    stock = fastnn.explain(nn.Linear(3, 4), torch.randn(5, 3))
-    assert str(stock) == "no operator of fastnn is called"
+    assert str(fastnn.explain(nn.Identity(), torch.randn(5, 3))) == "there is no layer that fastnn could fuse"
     half = fastnn.nn.ConvReLUMaxPool2d(3, 4, 3).half()
     assert fastnn.explain(half, torch.randn(1, 3, 8, 8).half()).calls == ()
+
+
+def test_a_stock_model_is_told_what_fuse_would_do() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1))
+    report = fastnn.explain(model, torch.randn(2, 3, 9, 9))
+    assert not report.is_fused
+    assert [(row.layer, row.operator) for row in report.rows] == [("0, 1, 2", "conv_relu_max_pool"), ("3", "")]
+    assert report.left[0].why == "average and adaptive pools are torch's"
+    assert "The model is not fused yet" in str(report)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    fused = fastnn.explain(fastnn.fuse(model), torch.randn(2, 3, 9, 9))
+    assert fused.is_fused
+    assert fused.rows == report.rows
+    assert fused.to_dict() == {"is_fused": True, "rows": [dataclasses.asdict(row) for row in fused.rows]}

@@ -234,7 +234,7 @@ def test_hooks_of_layers_run(name: str) -> None:
     x = torch.randn(4, 3, 20, 20)
     output, called = infer(fused, x)
     assert seen == [name]
-    assert called != AT_ONCE
+    assert name == "output" or called != AT_ONCE  # else the convolutions are one operator, and the layer is called
     torch.testing.assert_close(output, stock(x).detach())
 
 

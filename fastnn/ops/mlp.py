@@ -215,6 +215,13 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
     return reference.mlp(input, *split_parameters(parameters, len(digits)), _names_of(digits))
 
 
+def mlp_with_some_biases(input: Tensor, parameters: Sequence[Tensor | None], digits: str) -> Tensor:
+    """The same of layers of which some have no bias, None in its place."""
+    layers = len(digits)
+    weights: Any = parameters[:layers]
+    return mlp_of_parameters(input, join_parameters(weights, parameters[layers:]), digits)
+
+
 def _is_small_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Of shapes that the operator takes too, stock's linear taking more; and of rows that are a number, not a symbol as
     in ``torch.export``."""

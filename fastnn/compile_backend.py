@@ -1,0 +1,27 @@
+"""``torch.compile(model, backend="fastnn")``: the matches of ``fastnn/graph/matcher.py``, the rest by Inductor.
+
+torch finds it by the entry point of that name (pyproject.toml), without fastnn having been imported.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastnn.graph.matcher import insert, match
+
+
+def fastnn(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """What Dynamo has captured, with fastnn's operators in it, compiled by Inductor."""
+    found = match(graph.graph, dict(graph.named_modules())).found
+    if found:
+        insert(graph.graph, found, {node: node for node in graph.graph.nodes}, _no_modules)
+        graph.graph.lint()
+        graph.recompile()
+    compiled: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(graph, example_inputs, **options)
+    return compiled
+
+
+def _no_modules(module: nn.Module, name: str) -> str:
+    raise AssertionError("Dynamo captures functions, whose tensors are nodes")

@@ -1,0 +1,1 @@
+"""Whole models as graphs: traced, matched with our operators, and run."""

@@ -1,0 +1,248 @@
+"""Stretches of a fused graph as one call, for small networks, whose time goes into calls.
+
+Two forms: convolution blocks, a flattening and linear layers, which ``fastnn::frozen_unpacked`` runs in one go in
+inference; and a recurrent layer with a linear layer on its last step, which training records as one function.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled, nn
+from torch.fx import Graph, Node
+
+from fastnn.nn._hooks import has_own_call
+from fastnn.nn.rnn import _Recurrent
+from fastnn.ops._autograd import is_plain, wants_gradient
+from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
+from fastnn.ops.frozen import conv_numbers, frozen_unpacked, write_program
+from fastnn.ops.mlp import mlp_of_parameters
+
+_network_call = frozen_unpacked._op
+
+
+class _Step(NamedTuple):
+    """One call of a stretch: of convolutions their geometry and dimensions, of linear layers their activations."""
+
+    kind: str
+    tensors: int
+    numbers: tuple[Any, ...]
+    function: Callable[..., Tensor]
+
+
+class Network:
+    """Convolution blocks, ``flatten`` and linear layers: by one operator where nothing is recorded for a gradient,
+    which saves a sixth of a small network's time, else by one each. Called with the input and all tensors."""
+
+    __name__ = "network"
+    __module__ = "fastnn"
+
+    def __init__(self, steps: Sequence[_Step]) -> None:
+        self.steps = steps
+
+    def __call__(self, input: Tensor, *tensors: Tensor | None) -> Tensor:
+        if not is_grad_enabled() and type(input) is Tensor and self._may_run_at_once(input):
+            shapes = tuple([None if tensor is None else tensor.shape for tensor in tensors])
+            try:
+                return _network_call(input, self._in_order(tensors), _program(self, shapes))
+            except RuntimeError:  # the layers have words of their own for it
+                pass
+        return self.run(input, *tensors)
+
+    @staticmethod
+    def _may_run_at_once(input: Tensor) -> bool:
+        return input.is_cpu and input.dtype is not torch.bfloat16 and is_plain(input) and input.is_contiguous()
+
+    def _in_order(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """As the program wants them: each layer's weight, then its bias."""
+        result: list[Tensor] = []
+        first = 0
+        for step in self.steps:
+            some: Any = tensors[first : first + step.tensors]
+            first += step.tensors
+            if step.kind == "mlp":
+                layers = len(step.numbers[0])
+                for i in range(layers):
+                    result.append(some[i])
+                    if step.tensors > layers:
+                        result.append(some[layers + i])
+            else:
+                result += [tensor for tensor in some if tensor is not None]
+        return result
+
+    def run(self, input: Tensor, *tensors: Tensor | None) -> Tensor:
+        first = 0
+        for step in self.steps:
+            input = step.function(input, *tensors[first : first + step.tensors])
+            first += step.tensors
+        return input
+
+
+@lru_cache(maxsize=256)
+def _program(network: Network, shapes: tuple[Sequence[int] | None, ...]) -> str:
+    """For tensors of these sizes."""
+    stages: list[tuple[str, Sequence[int]]] = []
+    first = 0
+    for step in network.steps:
+        some: Any = shapes[first : first + step.tensors]
+        first += step.tensors
+        if step.kind == "conv":
+            stages.append(("conv", conv_numbers(some[0], some[1] is not None, step.numbers)))
+        elif step.kind == "flatten":
+            stages.append(("flatten", ()))
+        else:
+            digits = step.numbers[0]
+            numbers = [int(len(some) > len(digits)), some[0][1]]
+            for weight, digit in zip(some, digits, strict=False):
+                numbers += [weight[0], int(digit)]
+            stages.append(("mlp", numbers))
+    return write_program(stages)
+
+
+class RecurrentHead:
+    """``linear(last step of recurrent(x))``: in training one function for both. Called with the input, the linear
+    layer's weight and its bias."""
+
+    __name__ = "recurrent_with_head"
+    __module__ = "fastnn"
+
+    def __init__(self, module: Any, digits: str) -> None:
+        self.module, self.digits = module, digits
+
+    def __call__(self, input: Tensor, *parameters: Tensor) -> Tensor:
+        if is_grad_enabled() and input.is_cpu and is_plain(input):
+            layer = _kernel_of(self.module)
+            if wants_gradient(input, *layer._flat_weights, *parameters):
+                trained: Tensor | None = layer._run_plain(input, None, parameters)
+                if trained is not None:
+                    return trained
+        _, state = self.module(input)
+        # The last layer's last output: a smaller tensor to take it from than all outputs.
+        h = state[0] if isinstance(state, tuple) else state
+        return mlp_of_parameters(h[-1], parameters, self.digits)
+
+
+def _kernel_of(module: nn.Module) -> Any:
+    """The layer of ``fastnn.nn`` that runs a recurrent module: itself, or what stands for its forward; None if neither
+    does."""
+    if isinstance(module, _Recurrent):
+        return None if has_own_call(module) else module
+    forward: Any = module.__dict__.get("forward")
+    return forward.twin() if hasattr(forward, "twin") else None
+
+
+def join(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Puts one call in the place of each stretch of the fused graph that is of one of the forms above."""
+    for node in reversed(list(graph.nodes)):  # parts of a result that nobody has asked for
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        _join_head(graph, node, modules)
+    taken: set[Node] = set()
+    for node in list(graph.nodes):
+        if node not in taken:
+            taken.update(_join_network(graph, node))
+
+
+def _join_network(graph: Graph, first: Node) -> list[Node]:
+    nodes: list[Node] = []
+    node: Node | None = first
+    steps: list[_Step] = []
+    while node is not None and (step := _step(node, [s.kind for s in steps])) is not None:
+        nodes.append(node)
+        steps.append(step)
+        follower = next(iter(node.users)) if len(node.users) == 1 else None
+        node = follower if follower is not None and follower.args and follower.args[0] is node else None
+    while steps and steps[-1].kind == "flatten":
+        nodes.pop()
+        steps.pop()
+    if sum(step.kind != "flatten" for step in steps) < 2:
+        return []
+    tensors = [value for node in nodes for value in _tensors_of(node)]
+    with graph.inserting_before(nodes[0]):
+        call = graph.call_function(Network(steps), (nodes[0].args[0], *tensors))
+    nodes[-1].replace_all_uses_with(call)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return nodes
+
+
+def _tensors_of(node: Node) -> Sequence[Any]:
+    if node.target is conv_relu_max_pool:
+        return node.args[1:3]
+    return node.args[1] if node.target is mlp_of_parameters else ()  # type: ignore[return-value]
+
+
+def _step(node: Node, before: Sequence[str]) -> _Step | None:
+    """The node as the next step after those before."""
+    if node.op != "call_function":
+        return _Step("flatten", 0, (), _flatten) if _flattens(node) and before and before[-1] == "conv" else None
+    if node.target is conv_relu_max_pool and "mlp" not in before and "flatten" not in before:
+        geometry, dims = node.kwargs["geometry"], node.kwargs["dims"]
+        return _Step("conv", 2, geometry, lambda x, w, b: conv_relu_max_pool(x, w, b, geometry, dims))  # type: ignore
+    if _flattens(node) and before and before[-1] == "conv":
+        return _Step("flatten", 0, (), _flatten)
+    if node.target is mlp_of_parameters and before and before[-1] == "flatten":
+        digits: Any = node.kwargs["digits"]
+        return _Step("mlp", len(node.args[1]), (digits,), lambda x, *p: mlp_of_parameters(x, p, digits))  # type: ignore[arg-type]
+    return None
+
+
+def _flatten(x: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+def _flattens(node: Node) -> bool:
+    """Whether it makes one of all dimensions but the batch."""
+    if node.target is torch.flatten or node.target == "flatten":
+        given = (*node.args[1:], *node.kwargs.values())
+        return given in ((1,), (1, -1)) and all(name in ("start_dim", "end_dim") for name in node.kwargs)
+    return False
+
+
+def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> None:
+    """``linear`` of the last step of a recurrent layer, taken from its output or from its final state."""
+    module = modules.get(str(layer.target)) if layer.op == "call_module" else None
+    if not isinstance(module, nn.RNNBase) or len(layer.args) != 1 or layer.kwargs or _kernel_of(module) is None:
+        return
+    if module.bidirectional or module.dropout:
+        return
+    parts = {user.args[1]: user for user in layer.users if user.target is operator.getitem and user.args[0] is layer}
+    if len(parts) != len(layer.users) or not parts.keys() <= {0, 1}:
+        return
+    if len(parts) != 1:
+        return
+    path = [layer, *parts.values()]
+    last: Any = -1
+    if 0 in parts:
+        last = (slice(None), -1) if module.batch_first else -1
+    elif module.mode == "LSTM":
+        h = next(iter(path[-1].users))
+        if h.target is not operator.getitem or h.args[1] != 0:
+            return
+        path.append(h)
+    if any(len(node.users) != 1 for node in path):
+        return
+    step = next(iter(path[-1].users))
+    if step.target is not operator.getitem or not _chooses(step.args[1], last) or len(step.users) != 1:
+        return
+    head = next(iter(step.users))
+    if head.target is not mlp_of_parameters or head.kwargs["digits"] != "0" or head.args[0] is not step:
+        return
+    parameters: Any = head.args[1]
+    with graph.inserting_before(layer):
+        call = graph.call_function(RecurrentHead(module, "0"), (layer.args[0], *parameters))
+    head.replace_all_uses_with(call)
+    for node in (head, step, *reversed(path)):
+        graph.erase_node(node)
+
+
+def _chooses(index: Any, last: Any) -> bool:
+    """Whether the index is the last step's: ``[:, -1]``, or ``[:, -1, :]``."""
+    if not isinstance(last, tuple):
+        return index == last or index in ((-1,), (-1, slice(None)), (-1, slice(None), slice(None)))
+    return index in ((slice(None), -1), (slice(None), -1, slice(None)))

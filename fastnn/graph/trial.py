@@ -1,0 +1,184 @@
+"""Each candidate of a fused model against stock, on what the model gives it: the same numbers, and faster?"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fastnn.graph import forward
+from fastnn.graph.forward import FusedForward, FusedRecurrent, Program, keys_of
+from fastnn.graph.matcher import Match
+
+_SECONDS = 0.04  # to time a candidate for
+_LEAST_ROUNDS = 5
+_CLOSE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of a result's norm; of coarser types:
+_CLOSE_OTHERWISE = 3e-2
+
+
+def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]) -> None:
+    """Runs the model on its inputs, and writes into `left` why a candidate is to stay stock, by its key.
+
+    The model's buffers and torch's random numbers are what they were.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    state = torch.get_rng_state()
+    trial = _Trial(left, training=model.training)
+    try:
+        with forward.observing(trial):
+            model(*inputs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        words = str(error).partition("\n")[0]  # torch.fx adds the node to it
+        raise ValueError(f"fuse: the model does not take the example inputs: {words}") from error
+    finally:
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module in model.modules():
+            fused = module.__dict__.get("forward")
+            if isinstance(fused, FusedForward):
+                fused.forget()
+
+
+class _Trial:
+    def __init__(self, left: dict[Any, str], training: bool) -> None:
+        self.left, self.training = left, training
+
+    def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
+        return _TrialRun(module, program, self).run(*inputs)
+
+    def see_recurrent(self, fused: FusedRecurrent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def run(function: Callable[..., Any]) -> Callable[[Sequence[Tensor]], Any]:
+            _, spec = pytree.tree_flatten((args, kwargs))
+
+            def call(tensors: Sequence[Tensor]) -> Any:
+                some, named = pytree.tree_unflatten(list(tensors), spec)
+                return function(*some, **named)
+
+            return call
+
+        given, _ = pytree.tree_flatten((args, kwargs))
+        parameters = list(fused.module.parameters())
+        self.compare(fused.module, run(fused.run), run(fused.stock), given, parameters)
+        return fused.stock(*args, **kwargs)
+
+    def compare(
+        self,
+        key: Any,
+        ours: Callable[[Sequence[Any]], Any],
+        stock: Callable[[Sequence[Any]], Any],
+        given: Sequence[Any],
+        parameters: Sequence[Tensor],
+    ) -> None:
+        """Both of the same inputs."""
+        inputs = [
+            value.detach().requires_grad_(self.training and value.is_floating_point())
+            if isinstance(value, Tensor)
+            else value
+            for value in given
+        ]
+        leaves = [t for t in (*inputs, *parameters) if isinstance(t, Tensor) and t.requires_grad]
+
+        def step(function: Callable[[Sequence[Any]], Any]) -> list[Tensor]:
+            with torch.set_grad_enabled(self.training and bool(leaves)):
+                outputs = [t for t in pytree.tree_leaves(function(inputs)) if isinstance(t, Tensor)]
+            wanted = [t for t in outputs if t.requires_grad]
+            if not wanted:
+                return outputs
+            ones = [torch.ones_like(t) for t in wanted]
+            return [
+                *outputs,
+                *(g for g in torch.autograd.grad(wanted, leaves, ones, allow_unused=True) if g is not None),
+            ]
+
+        state = torch.get_rng_state()
+        results = []
+        for function in (ours, stock):
+            torch.set_rng_state(state)
+            try:
+                results.append(step(function))
+            except NotImplementedError as error:
+                self.left[key] = f"it cannot run on these inputs: {error}"
+                return
+        if not _agree(*results):
+            self.left[key] = "on the example, its results are not stock's"
+            return
+        our_time, stock_time = _time(lambda: step(ours), lambda: step(stock))
+        if our_time >= stock_time:
+            self.left[key] = (
+                f"stock is as fast here: {_microseconds(stock_time)}, fused {_microseconds(our_time)}"
+                f" ({'training' if self.training else 'inference'})"
+            )
+
+
+class _TrialRun(fx.Interpreter):
+    """Runs a program's stock layers, and each match after its last."""
+
+    def __init__(self, module: nn.Module, program: Program, trial: _Trial) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=program.stock_graph)
+        self.trial = trial
+        self.last = {match.nodes[-1]: match for match in program.matches.found}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        match = self.last.get(n)
+        if match is not None:
+            self._try(match)
+        return result
+
+    def _try(self, match: Match) -> None:
+        given = self.env[match.layers[0].input]
+        tensors = [None if place is None else self._value(*place) for place in match.tensors]
+
+        def ours(inputs: Sequence[Any]) -> Any:
+            return match.call(inputs[0], tensors)
+
+        def stock(inputs: Sequence[Any]) -> Any:
+            values = {**self.env, match.layers[0].input: inputs[0]}
+            for node in match.nodes:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = getattr(self, node.op)(node.target, args, kwargs)
+            return values[match.nodes[-1]]
+
+        parameters = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+        for key in keys_of(match):
+            self.trial.compare(key, ours, stock, [given], parameters)
+
+    def _value(self, layer: Any, name: str) -> Any:
+        value = layer.tensors[name]
+        return self.env[value] if layer.module is None else getattr(layer.module, value)
+
+
+def _agree(ours: Sequence[Tensor], stock: Sequence[Tensor]) -> bool:
+    if len(ours) != len(stock):
+        return False
+    for a, b in zip(ours, stock, strict=True):
+        a, b = a.detach(), b.detach()
+        close = _CLOSE.get(b.dtype, _CLOSE_OTHERWISE)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if b.is_floating_point() and float((a - b).norm()) > close * (float(b.norm()) + 1e-6):
+            return False
+    return True
+
+
+def _time(*functions: Callable[[], Any]) -> list[float]:
+    """Seconds that each takes, in turns."""
+    samples: list[list[float]] = [[] for _ in functions]
+    end = time.perf_counter() + _SECONDS
+    while len(samples[0]) < _LEAST_ROUNDS or time.perf_counter() < end:
+        for function, taken in zip(functions, samples, strict=True):
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in samples]
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"

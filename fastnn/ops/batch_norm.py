@@ -1,0 +1,265 @@
+"""Batch norm, ReLU and max-pool in one pass, after a convolution or without one.
+
+A batch norm whose statistics are known multiplies each channel by a number and adds another. Before a pool that is
+``conv_relu_max_pool`` of a convolution of one pixel and groups of one channel, which is how it is computed; after a
+convolution the numbers go into its weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnn.ops._autograd import autocast_is_on, differentiate_twice, is_compiling, is_exporting, transforms_active
+from fastnn.ops.conv_relu_max_pool import (
+    MOST_PLACES,
+    conv_relu_max_pool,
+    conv_relu_max_pool1d,
+    conv_relu_max_pool2d,
+    conv_relu_max_pool3d,
+    flat_geometry,
+)
+from fastnn.reference import conv_relu_max_pool as reference
+
+_CONV_RELU_MAX_POOL = (conv_relu_max_pool1d, conv_relu_max_pool2d, conv_relu_max_pool3d)
+_backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
+_with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
+
+# Multiplying a weight by the normalisation costs a read and a write of each of its elements; the convolution multiplies
+# each by so many pixels. Of fewer than these the former would be felt: a twentieth of the latter, at 8 bytes in the
+# time of 40 multiplications.
+_PIXELS_TO_FOLD_FOR = 800
+
+
+def conv_batch_norm_relu_max_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    pool_kernel_size: Any = 1,
+    pool_stride: Any = None,
+    pool_padding: Any = 0,
+    pool_dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``max_pool(relu(batch_norm(conv(input))))`` with the running statistics, as ``torch.nn``'s layers in eval mode.
+
+    input (batch, in_channels, ...) or without batch, weight (out_channels, in_channels / groups, ...), statistics,
+    gamma and beta (out_channels) -> (batch, out_channels, ...).
+    """
+    dims = weight.dim() - 2
+    pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+    if not (is_compiling() or is_exporting()) and _has_few_pixels(input, dims):
+        convolved = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
+        return _scaled_pool(convolved, *_scale_and_shift(running_mean, running_var, gamma, beta, eps), *pool)
+    scale, shift = _scale_and_shift(running_mean, running_var, gamma, beta, eps)
+    if bias is not None:
+        shift = torch.addcmul(shift, bias, scale)
+    folded = weight * scale.reshape(-1, *(1,) * (dims + 1))
+    return _CONV_RELU_MAX_POOL[dims - 1](input, folded, shift, stride, padding, dilation, groups, *pool)
+
+
+def batch_norm_relu_max_pool(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    num_batches_tracked: Tensor | None = None,
+    *,
+    dims: int,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    pool_kernel_size: Any = 1,
+    pool_stride: Any = None,
+    pool_padding: Any = 0,
+    pool_dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``max_pool(relu(batch_norm(input)))``; in ``training`` with the statistics of the batch, by which the running
+    ones are moved, and ``num_batches_tracked`` goes up by one."""
+    pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+    if num_batches_tracked is not None and training:
+        num_batches_tracked.add_(1)
+    if not training and running_mean is not None and running_var is not None:
+        return _scaled_pool(input, *_scale_and_shift(running_mean, running_var, gamma, beta, eps), *pool)
+    geometry = _depthwise_geometry(dims, input.shape[1] if input.dim() == dims + 2 else 0, *pool)
+    if geometry is None or not _may_train_by_kernel(input, gamma, beta, running_mean, running_var, geometry, dims):
+        normed = F.batch_norm(input, running_mean, running_var, gamma, beta, training, momentum, eps)
+        return relu_max_pool(normed, dims=dims, **_names(pool))
+    output: Tensor = BatchNormReluMaxPool.apply(input, gamma, beta, running_mean, running_var, momentum, eps, geometry)
+    return output
+
+
+def relu_max_pool(
+    input: Tensor,
+    *,
+    dims: int,
+    pool_kernel_size: Any,
+    pool_stride: Any = None,
+    pool_padding: Any = 0,
+    pool_dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``max_pool(relu(input))``, in ``dims`` dimensions: without an index for each window, and in one pass."""
+    pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+    channels = input.shape[1] if input.dim() == dims + 2 else 0
+    geometry = _depthwise_geometry(dims, channels, *pool)
+    if geometry is None or channels == 0:
+        return reference.POOL[dims](F.relu(input), *pool)
+    # A shift of -0 leaves each number as it is, -0 too.
+    ones, zeros = input.new_ones(channels, *(1,) * (dims + 1)), input.new_full((channels,), -0.0)
+    return conv_relu_max_pool(input, ones, zeros, geometry, dims)
+
+
+def _has_few_pixels(input: Tensor, dims: int) -> bool:
+    return input.dim() == dims + 2 and input.numel() < _PIXELS_TO_FOLD_FOR * input.shape[1]
+
+
+def _scaled_pool(input: Tensor, scale: Tensor, shift: Tensor, *pool: Any) -> Tensor:
+    """``max_pool(relu(scale * input + shift))``, a scale and a shift a channel."""
+    dims = input.dim() - 2
+    geometry = _depthwise_geometry(dims, scale.shape[0], *pool)
+    if geometry is None or scale.dtype is not input.dtype:
+        sizes = (-1, *(1,) * dims)
+        return reference.POOL[dims](F.relu(input * scale.reshape(sizes) + shift.reshape(sizes)).to(input.dtype), *pool)
+    return conv_relu_max_pool(input, scale.reshape(-1, *(1,) * (dims + 1)), shift, geometry, dims)
+
+
+def _scale_and_shift(
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+
+
+def _depthwise_geometry(dims: int, channels: int, *pool: Any) -> tuple[int, ...] | None:
+    return flat_geometry(dims, 1, 0, 1, channels, *pool)
+
+
+def _names(pool: Sequence[Any]) -> dict[str, Any]:
+    return dict(
+        zip(("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"), pool, strict=True)
+    )
+
+
+def _may_train_by_kernel(
+    input: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    geometry: Sequence[int],
+    dims: int,
+) -> bool:
+    """Whether :class:`BatchNormReluMaxPool` covers a call: float tensors of one dtype on the CPU, in eager mode."""
+    kinds = {(t.dtype, t.device.type) for t in (input, gamma, beta, mean, var) if t is not None}
+    places = 1
+    for size in geometry[3 * dims : 4 * dims]:
+        places *= size
+    return (
+        kinds in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")})
+        and input.dim() == dims + 2
+        and input.numel() > input.shape[1] > 0
+        and places <= MOST_PLACES
+        and not autocast_is_on()
+        and not transforms_active()
+        and not is_compiling()
+        and not is_exporting()
+        and not torch._C._is_tracing()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+class BatchNormReluMaxPool(torch.autograd.Function):
+    """Training's batch norm, ReLU and max-pool. Keeps the input, two numbers a channel and a byte a window."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, gamma: Any, beta: Any, mean: Any, var: Any, momentum: float, eps: float,
+                geometry: tuple[int, ...]) -> Tensor:  # fmt: skip
+        batch_mean, batch_var = torch.ops.aten.batch_norm_update_stats(input, mean, var, momentum)
+        scale, shift = _scale_and_shift(batch_mean, batch_var, gamma, beta, eps)
+        weight = scale.reshape(-1, *(1,) * (input.dim() - 1))
+        output, winners = _with_winners_op(input, weight, shift, geometry)
+        ctx.eps, ctx.geometry = eps, geometry
+        ctx.save_for_backward(input, gamma, beta, batch_mean, torch.rsqrt(batch_var + eps), winners)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        input, gamma, beta, batch_mean, batch_invstd, winners = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[0], gamma is not None, beta is not None]
+        if torch.is_grad_enabled():
+            result = _BatchNormReluMaxPoolBackward.apply(
+                grads[0], input, gamma, beta, batch_mean, batch_invstd, winners, ctx.eps, ctx.geometry, wanted
+            )
+        else:
+            result = _gradients(
+                grads[0], input, gamma, batch_mean, batch_invstd, winners, ctx.eps, ctx.geometry, wanted
+            )
+        return (*(g if w else None for g, w in zip(result, wanted, strict=True)), None, None, None, None, None)
+
+
+def _gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    gamma: Tensor | None,
+    batch_mean: Tensor,
+    batch_invstd: Tensor,
+    winners: Tensor,
+    eps: float,
+    geometry: tuple[int, ...],
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    ones = input.new_ones(input.shape[1], *(1,) * (input.dim() - 1))
+    grad_normed, _, _ = _backward_op(grad_output, winners, input, ones, geometry, True, False, False)
+    gradients: tuple[Tensor, ...] = torch.ops.aten.native_batch_norm_backward(
+        grad_normed, input, gamma, None, None, batch_mean, batch_invstd, True, eps, wanted
+    )
+    return gradients
+
+
+class _BatchNormReluMaxPoolBackward(torch.autograd.Function):
+    """The gradients, differentiable through the reference."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, input: Tensor, gamma: Any, beta: Any, *rest: Any) -> tuple[Tensor, ...]:
+        batch_mean, batch_invstd, winners, ctx.eps, ctx.geometry, ctx.wanted = rest
+        ctx.save_for_backward(grad_output, input, gamma, beta)
+        return _gradients(
+            grad_output, input, gamma, batch_mean, batch_invstd, winners, ctx.eps, ctx.geometry, ctx.wanted
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
+        grad_output, *inputs = ctx.saved_tensors
+        given = [i for i, wanted in enumerate(ctx.wanted) if wanted]
+        geometry = reference.Geometry.of_flat(ctx.geometry, inputs[0].dim() - 2)
+
+        def forward(*tensors: Tensor) -> Tensor:
+            everything = list(inputs)
+            for i, tensor in zip(given, tensors, strict=True):
+                everything[i] = tensor
+            input, gamma, beta = everything
+            normed = F.batch_norm(input, None, None, gamma, beta, True, 0.0, ctx.eps)
+            return reference.max_pool(F.relu(normed), *geometry[4:])
+
+        second = differentiate_twice(forward, grad_output, [inputs[i] for i in given], [grad_grads[i] for i in given])
+        result: list[Tensor | None] = [None] * 3
+        for i, gradient in zip(given, second[1:], strict=True):
+            result[i] = gradient
+        return (second[0], *result, None, None, None, None, None, None)

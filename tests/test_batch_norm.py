@@ -1,0 +1,126 @@
+"""Batch norm, ReLU and max-pool in one pass: numbers, gradients of gradients, statistics, special values."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
+from fastnn.reference.conv_relu_max_pool import POOL
+from fastnn.testing import assert_close_to_reference, compare_with_stock
+
+POOLS: list[dict[str, Any]] = [
+    {"pool_kernel_size": 2},
+    {"pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1, "ceil_mode": True},
+    {"pool_kernel_size": 1},
+]
+NAMES = {
+    "pool_kernel_size": "kernel_size",
+    "pool_stride": "stride",
+    "pool_padding": "padding",
+    "ceil_mode": "ceil_mode",
+}
+
+
+def stock_pool(x: Tensor, pool: dict[str, Any]) -> Tensor:
+    return POOL[x.dim() - 2](F.relu(x), **{NAMES[name]: value for name, value in pool.items()})
+
+
+def tensors(channels: int, dtype: torch.dtype) -> list[Tensor]:
+    """Mean, variance, gamma of both signs, beta."""
+    mean, gamma, beta = (torch.randn(channels, dtype=dtype) for _ in range(3))
+    return [mean, torch.rand(channels, dtype=dtype) + 0.5, gamma, beta]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+def test_against_stock(pool: dict[str, Any], dims: int, dtype: torch.dtype, training: bool) -> None:
+    torch.manual_seed(dims)
+    x = torch.randn(3, 5, *(9, 8, 7)[:dims], dtype=dtype) * 3 + 2
+
+    def ours(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        running = (mean.detach().clone(), var.detach().clone())
+        return batch_norm_relu_max_pool(x, *running, gamma, beta, dims=dims, training=training, **pool)
+
+    def stock(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        running = (mean.detach().clone(), var.detach().clone())
+        return stock_pool(F.batch_norm(x, *running, gamma, beta, training), pool)
+
+    mean, var, gamma, beta = tensors(5, dtype)
+
+    def given(function: Any) -> Any:
+        return lambda x, gamma, beta: function(x, mean.to(x.dtype), var.to(x.dtype), gamma, beta)
+
+    compare_with_stock(given(ours), given(stock), [x, gamma, beta])
+    if dims > 1:
+        formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+        last = x.contiguous(memory_format=formats[dims])
+        compare_with_stock(given(ours), given(stock), [last, gamma, beta])
+
+
+def test_statistics_move_as_stocks() -> None:
+    x = torch.randn(4, 3, 6, 6)
+    layers = [torch.nn.BatchNorm2d(3, momentum=0.3) for _ in range(2)]
+    for _ in range(3):
+        layers[0](x)
+        one = layers[1]
+        arguments = (one.running_mean, one.running_var, one.weight, one.bias, one.num_batches_tracked)
+        batch_norm_relu_max_pool(x, *arguments, dims=2, training=True, momentum=0.3, pool_kernel_size=2)
+    torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
+
+
+def test_gradients_of_gradients() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    mean, var, gamma, beta = tensors(2, torch.float64)
+    gamma.requires_grad_()
+    beta.requires_grad_()
+
+    def function(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        running = (mean.clone(), var.clone())
+        return batch_norm_relu_max_pool(x, *running, gamma, beta, dims=2, training=True, pool_kernel_size=2)
+
+    assert torch.autograd.gradcheck(function, (x, gamma, beta))
+    assert torch.autograd.gradgradcheck(function, (x, gamma, beta))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (40, 3, 9, 9)], ids=["few pixels", "many"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_after_a_convolution(shape: tuple[int, ...], pool: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape), torch.randn(6, 3, 3, 3), torch.randn(6)
+    mean, var, gamma, beta = tensors(6, torch.float32)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor) -> Tensor:
+        statistics = (mean.to(x.dtype), var.to(x.dtype))
+        return conv_batch_norm_relu_max_pool(x, weight, bias, *statistics, gamma, beta, padding=1, **pool)
+
+    def stock(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor) -> Tensor:
+        normed = F.batch_norm(F.conv2d(x, weight, bias, padding=1), mean.to(x.dtype), var.to(x.dtype), gamma, beta)
+        return stock_pool(normed, pool)
+
+    compare_with_stock(ours, stock, [x, weight, bias, gamma, beta])
+    compare_with_stock(ours, stock, [x, weight, None, gamma, beta])
+
+
+def test_special_values_and_empty() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    x[0, 0, 0, 0], x[0, 1, 0, 0], x[1, 2, 0, 0] = float("nan"), float("inf"), -float("inf")
+    pool = {"pool_kernel_size": 2}
+    assert_close_to_reference(relu_max_pool(x, dims=2, **pool), stock_pool(x, pool), stock_pool(x.double(), pool))
+    minus = torch.full((1, 1, 2, 2), -0.0)
+    assert torch.equal(torch.signbit(relu_max_pool(minus, dims=2, **pool)), torch.signbit(stock_pool(minus, pool)))
+    mean, var, gamma, beta = tensors(3, torch.float32)
+    for training in (False, True):
+        arguments = (mean.clone(), var.clone(), gamma, beta)
+        ours = batch_norm_relu_max_pool(x, *arguments, dims=2, training=training, **pool)
+        stock = stock_pool(F.batch_norm(x, mean.clone(), var.clone(), gamma, beta, training), pool)
+        assert torch.equal(ours.isnan(), stock.isnan())
+    assert relu_max_pool(torch.randn(0, 3, 4, 4), dims=2, **pool).shape == (0, 3, 2, 2)
+    for bad in (torch.randn(1, 3, 1, 1), torch.randn(3, 4, 4)):
+        with pytest.raises((ValueError, RuntimeError)):
+            batch_norm_relu_max_pool(bad, mean, var, gamma[:2], beta, dims=2, training=True, **pool)

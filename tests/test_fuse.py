@@ -1,0 +1,602 @@
+"""fastnn.fuse on what real models do: which layers become one operator, which stay and why, and what users do after."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.testing import assert_close
+
+import fastnn
+
+
+class Calls(nn.Module):
+    """A function of some layers and the input."""
+
+    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, *self.layers)
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(3, 8, 3)
+
+
+def image() -> Tensor:
+    return torch.randn(2, 3, 12, 13)
+
+
+def operators(model: nn.Module, x: Any, training: bool = False) -> list[str]:
+    """Of a fused model, checked against the stock one, outputs and gradients."""
+    torch.manual_seed(0)
+    model.train(training)
+    fused = fastnn.fuse(model)
+    results = []
+    for one in (model, fused):
+        torch.manual_seed(0)
+        output = one(x)
+        results.append((output, torch.autograd.grad(output.square().sum(), list(one.parameters()), allow_unused=True)))
+    assert_close(results[1], results[0], rtol=2e-4, atol=2e-4)
+    return [row.operator for row in fastnn.explain(fused, x).calls]
+
+
+# ---- what is fused --------------------------------------------------------------------------------------------------
+
+CONV = "conv_relu_max_pool"
+FUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "functions": (lambda: Calls(lambda x, c: F.max_pool2d(F.relu(c(x)), 2), conv()), [CONV]),
+    "torch's functions": (lambda: Calls(lambda x, c: torch.max_pool2d(torch.relu(c(x)), 2), conv()), [CONV]),
+    "methods": (lambda: Calls(lambda x, c: F.max_pool2d(c(x).relu(), 2), conv()), [CONV]),
+    "in place": (lambda: Calls(lambda x, c: F.max_pool2d(c(x).relu_(), 2), conv()), [CONV]),
+    "in place, a function": (lambda: Calls(lambda x, c: F.max_pool2d(F.relu(c(x), inplace=True), 2), conv()), [CONV]),
+    "weights of its own": (
+        lambda: Calls(lambda x, c: F.max_pool2d(F.relu(F.conv2d(x, c.weight, c.bias, padding=1)), 2), conv()),
+        [CONV],
+    ),
+    "no bias": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
+        [CONV],
+    ),
+    "nested": (lambda: nn.Sequential(nn.Sequential(conv(), nn.ReLU()), nn.Sequential(nn.MaxPool2d(2))), [CONV]),
+    "one object twice": (
+        lambda: Calls(
+            lambda x, c, d, r, p: p(r(d(p(r(c(x)))))), conv(), nn.Conv2d(8, 4, 2), nn.ReLU(), nn.MaxPool2d(2)
+        ),
+        [CONV, CONV],
+    ),
+    "pool before ReLU": (lambda: nn.Sequential(conv(), nn.MaxPool2d(3, 2, 1), nn.ReLU()), [CONV]),
+    "no pool": (lambda: nn.Sequential(conv(), nn.ReLU()), [CONV]),
+    "uneven pool": (lambda: nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d((2, 1), (2, 1), (1, 0))), [CONV]),
+    "stem": (lambda: nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)), [CONV]),
+    "same": (lambda: nn.Sequential(nn.Conv2d(3, 8, 5, padding="same"), nn.ReLU(), nn.MaxPool2d(2)), [CONV]),
+    "depthwise": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.MaxPool2d(2)), [CONV]),
+    "batch norm": (lambda: nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)), [CONV]),
+    "batch norm, nothing to learn": (
+        lambda: nn.Sequential(conv(), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.MaxPool2d(2)),
+        [CONV],
+    ),
+    "batch norm after a sum": (
+        lambda: Calls(lambda x, c, b: F.max_pool2d(F.relu(b(c(x) + 1)), 2), conv(), nn.BatchNorm2d(8)),
+        [CONV],  # of one pixel, in groups of one channel
+    ),
+    "identity and dropout": (
+        lambda: nn.Sequential(conv(), nn.Identity(), nn.ReLU(), nn.Dropout(), nn.MaxPool2d(2)),
+        [CONV],
+    ),
+    "a chain": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(468, 9), nn.Tanh(), nn.Dropout(), nn.Linear(9, 5), nn.GELU()),
+        ["mlp"],
+    ),
+    "a chain of which some have a bias": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(468, 9, bias=False), nn.SiLU(), nn.Linear(9, 5)),
+        ["mlp"],
+    ),
+    "a head": (
+        lambda: Calls(lambda x, a, b: F.log_softmax(b(F.relu(a(x.flatten(1)))), 1), nn.Linear(468, 9), nn.Linear(9, 4)),
+        ["mlp"],
+    ),
+    "fastnn's own": (
+        lambda: nn.Sequential(fastnn.nn.ConvReLUMaxPool2d(3, 8, 3), nn.Flatten(), fastnn.nn.LinearReLU(200, 4)),
+        [CONV, "mlp"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused(name: str) -> None:
+    model, expected = FUSED[name]
+    assert operators(model(), image()) == expected
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_dimensions(dims: int) -> None:
+    layers = [getattr(nn, f"{kind}{dims}d") for kind in ("Conv", "BatchNorm", "MaxPool")]
+    x = torch.randn(2, 3, *(9,) * dims)
+    model = nn.Sequential(layers[0](3, 5, 3), layers[1](5), nn.ReLU(), layers[2](2), nn.Flatten())
+    assert operators(model, x) == [CONV]
+    assert operators(model, x, training=True) == [CONV + "_with_winners"]
+    assert operators(nn.Sequential(layers[0](3, 5, 3), nn.ReLU(), layers[2](2)), x, training=True) == [CONV]
+
+
+def test_dropout_is_a_border_in_training() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 4))
+    assert operators(model, torch.randn(3, 6)) == ["mlp"]
+    assert operators(model, torch.randn(3, 6), training=True) == ["mlp", "mlp"]
+    with_function = Calls(lambda x, a, b: b(F.dropout(a(x), training=a.training)), nn.Linear(6, 5), nn.Linear(5, 4))
+    assert operators(with_function, torch.randn(3, 6)) == ["mlp"]
+    assert operators(with_function, torch.randn(3, 6), training=True) == ["mlp", "mlp"]
+
+
+def test_a_small_network_is_one_operator() -> None:
+    model = nn.Sequential(
+        conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 5), nn.ReLU(), nn.Linear(5, 2)
+    )
+    fused = fastnn.fuse(model.eval())
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        result = fused(image())
+    assert [e.name for e in profile.events() if e.name.startswith("fastnn::")] == ["fastnn::frozen_unpacked"]
+    assert result.shape == (2, 2)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"), torch.no_grad():
+        fused(torch.randn(2, 3, 20, 20))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("last", ["output", "state"])
+def test_a_recurrent_network_with_a_head_trains_as_one_function(kind: str, last: str) -> None:
+    def run(x: Tensor, rnn: Any, head: Any) -> Tensor:
+        output, state = rnn(x)
+        h = state[0] if kind == "LSTM" else state
+        return head(output[:, -1] if last == "output" else h[-1])
+
+    layers = getattr(nn, kind)(4, 6, 2, batch_first=True), nn.Linear(6, 3)
+    model = Calls(run, *layers)
+    assert operators(model, torch.randn(3, 5, 4), training=True)[:1] == ["rnn"]
+    fused = fastnn.fuse(model)
+    assert fused(torch.randn(3, 5, 4)).grad_fn.name() == "RnnWithHeadBackward"
+
+
+# ---- what is left ---------------------------------------------------------------------------------------------------
+
+
+def hooked() -> nn.Module:
+    layer = conv()
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    return layer
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def pool_with_indices(x: Tensor, c: Any) -> Tensor:
+    values, indices = F.max_pool2d(F.relu(c(x)), 2, return_indices=True)
+    return values + indices
+
+
+def changed_in_place(x: Tensor, c: Any) -> Tensor:
+    y = c(x)
+    F.relu(y, inplace=True)
+    return F.max_pool2d(y, 2)
+
+
+def both(x: Tensor, c: Any) -> Tensor:
+    y = F.relu(c(x))
+    return F.max_pool2d(y, 2).sum() + y.sum()
+
+
+def twice(x: Tensor, c: Any, b: Any) -> Tensor:
+    return F.max_pool2d(F.relu(b(c(x))), 2) + F.max_pool2d(F.relu(b(c(x + 1))), 2)
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "ReLU has a second user": (lambda: Calls(both, conv()), "its ReLU has 2 users"),
+    "convolution has a second user": (lambda: Calls(lambda x, c: (y := c(x)) + F.relu(y), conv()), "it has 2 users"),
+    "changed in place": (lambda: Calls(changed_in_place, conv()), "it has 2 users"),
+    "ReLU6": (lambda: nn.Sequential(conv(), nn.ReLU6(), nn.MaxPool2d(2)), "no ReLU follows, but relu6"),
+    "no ReLU": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2)), "no ReLU beside its max-pool"),
+    "average": (lambda: nn.Sequential(conv(), nn.AvgPool2d(2)), "no ReLU follows, but other pool"),
+    "indices": (lambda: Calls(pool_with_indices, conv()), "returns indices"),
+    "all padding": (
+        lambda: nn.Sequential(conv(), nn.MaxPool2d(3, 2, 1, dilation=2), nn.ReLU()),
+        "may be all padding",
+    ),
+    "padding mode": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU()),
+        "reflect",
+    ),
+    "hooks": (lambda: nn.Sequential(hooked(), nn.ReLU(), nn.MaxPool2d(2)), "it has hooks"),
+    "a forward of its own": (lambda: nn.Sequential(Doubled(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)), ""),
+    "batch norm used twice": (lambda: Calls(twice, conv(), nn.BatchNorm2d(8)), "batch norm is used twice"),
+    "batch norm without statistics": (
+        lambda: nn.Sequential(conv(), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2)),
+        "no running statistics",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_and_why(name: str) -> None:
+    model = LEFT[name][0]().eval()
+    torch.manual_seed(0)
+    x = image()
+    fused = fastnn.fuse(model)
+    assert_close(fused(x), model(x))
+    report = fastnn.explain(fused, x)
+    if LEFT[name][1]:
+        assert any(LEFT[name][1] in row.why for row in report.left), report
+        if any(row.is_candidate for row in report.left):
+            with pytest.raises(ValueError, match=r"fuse: .* stays as it is: "):
+                fastnn.fuse(model, strict=True)
+
+
+def test_a_pool_with_a_second_user_of_its_relu_leaves_a_fused_convolution() -> None:
+    report = fastnn.explain(fastnn.fuse(Calls(both, conv())), image())
+    assert [row.layer for row in report.calls] == ["layers.0, relu"]
+    assert "has 2 users" in report.left[0].why
+
+
+def test_transformers_and_subclasses_are_untouched() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 5, 8)
+    fused = fastnn.fuse(model)
+    assert_close(fused(x), model(x))
+    assert not any("forward" in module.__dict__ for module in fused[0].modules())
+    why = {row.layer: row.why for row in fastnn.explain(fused, x).left}
+    assert why["0.linear1"] == "TransformerEncoderLayer is torch's"
+
+
+class Branches(nn.Module):
+    """Control flow that depends on values: its children are fused one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = (
+            nn.Sequential(nn.Conv2d(3, c, 3), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1)) for c in (8, 8)
+        )
+        self.rnn = nn.GRU(8, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = (self.small if x.mean() < 0 else self.large)(x)
+        return self.head(self.rnn(features.flatten(1))[0])
+
+
+def test_what_cannot_be_traced_is_fused_module_by_module() -> None:
+    model = Branches()
+    fused = fastnn.fuse(model)
+    for x in (image() + 5, image() - 5):
+        assert_close(fused(x), model(x))
+    report = fastnn.explain(fused, image() + 5)
+    assert [row.layer for row in report.calls] == ["large.0, large.1, large.2", "rnn"]
+    left = {row.layer: row.why for row in report.left}
+    assert left["head"].startswith("in Branches: its forward cannot be traced: ")
+    assert "small.0, small.1, small.2" not in left
+
+
+def depends_on_kind(x: Any, c: Any) -> Tensor:
+    return F.relu(c(x)) if isinstance(x, Tensor) else c(x)
+
+
+class TakesAnOption(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        y = torch.relu(self.linear(x)) * scale
+        return y if mask is None else y * mask
+
+
+class Counts(nn.Module):
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), 0
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.total.add_(1)
+        return torch.relu(self.linear(x))
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x)) + torch.randn(4)
+
+
+def test_traces_that_would_not_be_what_the_model_does() -> None:
+    model = Calls(depends_on_kind, conv())
+    assert_close(fastnn.fuse(model)(image()).min(), torch.tensor(0.0))
+    option, x = TakesAnOption(), torch.randn(3, 4)
+    fused, mask = fastnn.fuse(option), torch.rand(3, 4)
+    for args, kwargs in (((x,), {}), ((x, mask), {}), ((x,), {"mask": mask}), ((x, None, 2.0), {}), ((), {"x": x})):
+        assert_close(fused(*args, **kwargs), option(*args, **kwargs))
+    counts = fastnn.fuse(Counts())
+    for number in range(1, 4):
+        counts(x)
+        assert counts.calls == counts.total == number
+    noisy = fastnn.fuse(Noisy())
+    assert not torch.equal(noisy(x), noisy(x))
+    before = torch.get_rng_state()
+    fastnn.fuse(Noisy())(x)
+    torch.set_rng_state(before)
+    torch.manual_seed(3)
+    expected = fastnn.unfuse(noisy)(x)
+    torch.manual_seed(3)
+    assert_close(fastnn.fuse(noisy)(x), expected)
+
+
+def test_children_of_a_model_whose_entry_is_another_method() -> None:
+    class TwoHalves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+            self.decoder = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 6))
+
+        def encode(self, x: Tensor) -> Tensor:
+            return self.encoder(x)
+
+    model = TwoHalves()
+    fused, x = fastnn.fuse(model), torch.randn(3, 6)
+    assert_close(fused.encode(x), model.encode(x))
+    with torch.profiler.profile() as profile:
+        fused.encode(x)
+    assert sum(e.name.startswith("fastnn::mlp") for e in profile.events()) == 1
+
+
+# ---- recurrent layers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_recurrent_layers_in_every_way() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (2, 5, 3)], enforce_sorted=False)
+    for kind, options in (
+        ("GRU", {"bidirectional": True, "num_layers": 2}),
+        ("LSTM", {"proj_size": 3}),
+        ("RNN", {"nonlinearity": "relu"}),
+    ):
+        stock = getattr(nn, kind)(4, 6, **options)
+        fused = fastnn.fuse(stock)
+        assert type(fused) is type(stock)
+        assert_close(fused(x), stock(x))
+        assert_close(fused(packed)[0].data, stock(packed)[0].data)
+        state = stock(x)[1]
+        assert_close(fused(x, state), stock(x, state))
+        assert_close(fused(x[:, 0]), stock(x[:, 0]))
+        with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
+            fused(torch.randn(5, 3, 9))
+        assert [row.operator for row in fastnn.explain(fused, x).rows] == ["rnn"]
+    for kind in ("RNNCell", "GRUCell", "LSTMCell"):
+        stock = getattr(nn, kind)(4, 6)
+        assert_close(fastnn.fuse(stock)(x[0]), stock(x[0]))
+
+
+# ---- what users do with a fused model -----------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(conv(), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 6), nn.ReLU()),
+        nn.Linear(6, 2),
+    )
+
+
+def check(fused: nn.Module, model: nn.Module, x: Tensor | None = None) -> None:
+    x = image() if x is None else x
+    with torch.no_grad():
+        assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_that_change() -> None:
+    model = network()
+    fused = fastnn.fuse(model)
+    for training in (True, False, True, False):
+        model.train(training)
+        fused.train(training)
+        check(fused, model)
+    other = network().eval()
+    with torch.no_grad():
+        for tensor in (*other.parameters(), other[1].running_mean, other[1].running_var):
+            tensor.add_(torch.rand_like(tensor))
+    fused.load_state_dict(other.state_dict())
+    check(fused, other)
+    with torch.no_grad():
+        for one in (fused, other):
+            one[1].weight.data.mul_(-2)
+            one[1].running_mean.data.add_(1)
+    check(fused, other)
+    fused[1].train()
+    other[1].train()
+    check(fused, other)
+
+
+def test_states_and_places() -> None:
+    model = network().eval()
+    fused = fastnn.fuse(model)
+    fused.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    check(fused, model)
+    check(fused.double(), copy.deepcopy(model).double(), image().double())
+    check(fused.float(), model)
+    with torch.device("meta"):
+        empty = fastnn.fuse(network())
+    empty = empty.to_empty(device="cpu").eval()
+    empty.load_state_dict(model.state_dict())
+    check(empty, model)
+    weights = {name: torch.rand_like(value) for name, value in model.named_parameters()}
+    with torch.no_grad():
+        x = image()
+        assert_close(torch.func.functional_call(fused, weights, x), torch.func.functional_call(model, weights, x))
+    assert_close(
+        torch.func.grad(lambda w: torch.func.functional_call(fused, w, x).sum())(weights),
+        torch.func.grad(lambda w: torch.func.functional_call(model, w, x).sum())(weights),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+def test_edits_after_fuse() -> None:
+    model = network().eval()
+    fused = fastnn.fuse(model)
+    for one in (fused, model):
+        one[0].stride = (2, 2)
+        one[5] = nn.Linear(48, 6)
+    fused.load_state_dict(model.state_dict())
+    check(fused, model)
+    for one in (fused, model):
+        one[3] = nn.AvgPool2d(2)
+        one.append(nn.Tanh())
+    check(fused, model)
+    seen: list[int] = []
+    fused[2].register_forward_hook(lambda *_: seen.append(1))
+    check(fused, model)
+    assert seen == [1]
+    nn.utils.parametrizations.weight_norm(fused[0])
+    check(fused, model)
+    prune.l1_unstructured(fused[5], "weight", 0.5)
+    prune.l1_unstructured(model[5], "weight", 0.5)
+    check(fused, model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(2))
+    try:
+        fused(image())
+    finally:
+        handle.remove()
+    assert seen.count(2) >= len(fused)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale, self.flag = nn.Linear(4, 4), 2.0, True
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.linear(x)) * self.scale
+            return y if self.flag else -y
+
+    stock = Scaled()
+    scaled, x = fastnn.fuse(stock), torch.randn(2, 4)
+    for scale, flag in ((3.0, True), (0.5, False), (2.0, True)):
+        for one in (scaled, stock):
+            one.scale, one.flag = scale, flag
+        check(scaled, stock, x)
+
+
+def test_weight_norm_and_pruning_as_they_were_before_parametrizations() -> None:
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Linear(6, 5))
+    prune.random_unstructured(other := nn.Linear(5, 4), "weight", 0.5)
+    model = nn.Sequential(layer, nn.ReLU(), other)
+    fused = fastnn.fuse(model)
+    optimizers = [torch.optim.SGD(one.parameters(), 0.1) for one in (model, fused)]
+    for _ in range(3):
+        x = torch.randn(3, 6)
+        for one, optimizer in zip((model, fused), optimizers, strict=True):
+            optimizer.zero_grad()
+            one(x).square().sum().backward()
+            optimizer.step()
+        check(fused, model, x)
+    assert any("hooks" in row.why for row in fastnn.explain(fused, torch.randn(3, 6)).left)
+
+
+def test_scripted_lazy_and_compiled_models() -> None:
+    with pytest.warns(DeprecationWarning, match="jit"):
+        scripted = torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4))
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), scripted)
+    fused, x = fastnn.fuse(model, inplace=True), torch.randn(2, 4)
+    assert fused(x).shape == (2, 3)
+    lazy = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 2))
+    fused = fastnn.fuse(lazy, inplace=True)
+    assert fused(x).shape == (2, 2)
+    stock = fastnn.unfuse(copy.deepcopy(fused))
+    check(fused, stock, x)
+    assert len(fastnn.explain(fused, x).calls) == 1
+    check(torch.compile(fused, backend="aot_eager", fullgraph=True), stock, x)
+    exported = torch.export.export(fastnn.fuse(network().eval()), (image(),)).module()
+    check(exported, network().eval())
+
+
+def test_bad_calls() -> None:
+    with pytest.raises(TypeError, match=r"expected a model that is a torch\.nn\.Module, got a list"):
+        fastnn.fuse([nn.Linear(2, 2)])  # type: ignore[arg-type]
+    model = network()
+    with pytest.raises(ValueError, match="does not take the example inputs"):
+        fastnn.fuse(model, torch.randn(2, 5))
+    with pytest.raises(ValueError, match="does not take the example inputs"):
+        fastnn.fuse(model, (image(), image()))
+    fused = fastnn.fuse(model)
+    for bad in (None, "image", [image()]):
+        with pytest.raises((TypeError, AttributeError)) as ours:
+            fused(bad)
+        with pytest.raises(type(ours.value)):
+            model(bad)
+    assert fastnn.unfuse(nn.Linear(2, 2)) is not None
+
+
+def test_what_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastnn.graph import trial
+
+    times = [[1.0, 2.0], [3e-3, 2e-3]]
+    monkeypatch.setattr(trial, "_time", lambda ours, stock: times[len(seen) - 1] if not seen.append(ours()) else None)
+    seen: list[Any] = []
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 4)).eval()
+    fused = fastnn.fuse(model, image())
+    assert len(seen) == 2
+    report = fastnn.explain(fused, image())
+    assert [row.layer for row in report.calls] == ["0, 1, 2"]
+    assert report.left[0].why == "stock is as fast here: 2.00 ms, fused 3.00 ms (inference)"
+    check(fused, model)
+    again = fastnn.explain(copy.deepcopy(fused), image())
+    assert again == report
+    with pytest.raises(ValueError, match=r"4 stays as it is: stock is as fast here"):
+        fastnn.fuse(fused, strict=True)
+
+
+def test_threads_that_run_other_models_while_one_is_traced() -> None:
+    other, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    expected, stop, wrong = other(x), threading.Event(), []
+
+    def run() -> None:
+        while not stop.is_set():
+            if not torch.equal(other(x), expected):
+                wrong.append(1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(10):
+            fastnn.fuse(network())(image())
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_and_autocast(dtype: torch.dtype) -> None:
+    model = network().eval()
+    fused, x = fastnn.fuse(model), image()
+    with torch.no_grad():
+        close = {"rtol": 5e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {}
+        assert_close(copy.deepcopy(fused).to(dtype)(x.to(dtype)), copy.deepcopy(model).to(dtype)(x.to(dtype)), **close)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close(fused(x), model(x), rtol=5e-2, atol=5e-2)
+            model.train()
+            fused.train()
+            assert_close(fused(x), model(x), rtol=5e-2, atol=5e-2)
