@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-overhead \
+.PHONY: help build test lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-zoo bench-step bench-overhead \
     sweep-conv sweep-mlp dist clean
 
 help:  ## List the targets
@@ -55,6 +55,12 @@ bench-mlp: $(VENV)/rivals.stamp  ## Compare mlp with every rival
 
 bench-frozen: $(VENV)/rivals.stamp  ## Compare the whole models, frozen too, with every rival
 	$(RUN) -m benchmarks.compare models $(ARGS)
+
+bench-zoo: $(VENV)/rivals.stamp  ## Compare twenty real models, fused and frozen, with stock, compile and ONNX Runtime
+	$(RUN) -m benchmarks.zoo $(ARGS)
+
+bench-step: $(VENV)/rivals.stamp  ## Compare whole training steps with stock, compile and JAX
+	$(RUN) -m benchmarks.step $(ARGS)
 
 sweep-conv: $(VENV)/bench.stamp  ## Compare random convolution layers with stock PyTorch (about fifteen minutes)
 	$(RUN) -m benchmarks.sweep conv_relu_max_pool --output benchmarks/results/sweep_conv_relu_max_pool.txt $(ARGS)

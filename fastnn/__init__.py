@@ -10,6 +10,7 @@ from fastnn.explanation import ExplainedCall, Explanation, explain  # noqa: E402
 from fastnn.frozen import FrozenGraph, FrozenModel, freeze  # noqa: E402
 from fastnn.fusion import fuse, unfuse  # noqa: E402
 from fastnn.info import BackendInfo, backend_info  # noqa: E402
+from fastnn.training_step import TrainingStep, training_step  # noqa: E402
 
 __all__ = [
     "BackendInfo",
@@ -17,6 +18,7 @@ __all__ = [
     "Explanation",
     "FrozenGraph",
     "FrozenModel",
+    "TrainingStep",
     "backend_info",
     "explain",
     "freeze",
@@ -26,5 +28,6 @@ __all__ = [
     "models",
     "nn",
     "reference",
+    "training_step",
     "unfuse",
 ]

@@ -30,7 +30,8 @@ assert_type(relu(F.softmax(G.relu(x), dim=1)), torch.Tensor)
 assert_type(mlp(x, [], []), torch.Tensor)
 assert_type(nn.functional.linear_relu(x, x), torch.Tensor)
 nn.init.zeros_(nn.utils.rnn.pad_sequence([x]))
-assert_type(fastnn.freeze(nn.MLP([3, 4]), x), fastnn.FrozenModel)
+assert_type(fastnn.freeze(nn.MLP([3, 4]), x), fastnn.FrozenModel | fastnn.FrozenGraph)
+assert_type(fastnn.fuse(nn.Linear(3, 4)), torch.nn.Module)
 fastnn.models.RNN(3, 4, 1, 2, cell="GRU")
 """
 

@@ -5,6 +5,7 @@
 
 #include "conv_stock.h"
 #include "conv_stock_backward.h"
+#include "operators.h"
 #include "register.h"
 
 namespace fastnn {
@@ -118,6 +119,8 @@ Tensor conv_relu_max_pool(const Tensor& input, const Tensor& weight, const std::
   return forward("conv_relu_max_pool", input, weight, bias, geometry, algorithm, nullptr);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, const Tensor& weight,
                                                            const std::optional<Tensor>& bias, const Ints& geometry,
                                                            const std::optional<std::string>& algorithm) {
@@ -125,6 +128,8 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, 
   Tensor output = forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, algorithm, &winners);
   return {std::move(output), std::move(*winners)};
 }
+
+namespace {
 
 // ---- what is chosen ------------------------------------------------------------------------------------------
 
@@ -157,6 +162,8 @@ void check_size(const Tensor& tensor, const Ints& sizes, const char* op, const c
   FASTNN_CHECK(sizes_of(tensor) == sizes, op, ": expected ", name, " of size ", to_string(sizes), ", got ",
                to_string(tensor.sizes()));
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& given_gradient,
                                                                const Tensor& given_winners, const Tensor& given_input,
@@ -230,6 +237,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
     return {std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};
   });
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one value a

@@ -1,5 +1,6 @@
 // fastnn::mlp and its backward: checks, allocation, threads.
 #include "mlp_by_layers.h"
+#include "operators.h"
 #include "register.h"
 
 namespace fastnn {
@@ -146,6 +147,8 @@ std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) 
   return tensors;
 }
 
+}  // namespace
+
 std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& parameters,
                                                         int64_t activations) {
   const Forward call("mlp_with_hidden", input, parameters, activations);
@@ -168,6 +171,8 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, con
   });
   return {narrowed(std::move(output), dtype), all_narrowed(std::move(hidden), dtype)};
 }
+
+namespace {
 
 // ---- backward ---------------------------------------------------------------------------------------------
 
@@ -308,6 +313,8 @@ Gradients run_backward(const Chain& chain, const Tensor& grad_output, const PerL
   return {narrowed(std::move(grad_input), chain.kind.dtype), finished(grad_weights), finished(grad_biases)};
 }
 
+}  // namespace
+
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
                        int64_t activation_code, const Tensor& output, const std::vector<Tensor>& hidden,
                        bool input_wanted, bool weights_wanted, bool biases_wanted) {
@@ -332,6 +339,8 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
                            inputs, wanted);
   });
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // parameters: the weights (out, in), then the biases (out), or no biases at all.

@@ -2,6 +2,7 @@
 #include <array>
 #include <tuple>
 
+#include "operators.h"
 #include "register.h"
 #include "rnn_large.h"
 
@@ -59,6 +60,8 @@ std::tuple<Tensor, TensorList> rnn(const Tensor& input, const OptionalTensor& ba
   return {std::move(result.output), std::move(result.final_state)};
 }
 
+}  // namespace
+
 std::tuple<Tensor, TensorList, Tensor> rnn_with_reserve(const Tensor& input, const OptionalTensor& batch_sizes,
                                                         const TensorList& state, const TensorList& weights,
                                                         const OptionalTensor& masks, int64_t mode, int64_t num_layers,
@@ -68,6 +71,8 @@ std::tuple<Tensor, TensorList, Tensor> rnn_with_reserve(const Tensor& input, con
                           true);
   return {std::move(result.output), std::move(result.final_state), std::move(*result.reserve)};
 }
+
+namespace {
 
 // A cell's output is its final state: one tensor fewer than by way of `rnn`. And no lists: each costs 0.3 us.
 TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, const OptionalTensor& c,
@@ -259,6 +264,8 @@ void run_backward(const Problem& problem, const OutputGradients& given, const Te
   if (sums_size) finish_weights(problem, network, kernels, wanted, sums, sums_at, chunks);
 }
 
+}  // namespace
+
 std::tuple<Tensor, TensorList, TensorList> rnn_backward(
     const OptionalTensor& grad_output, const std::vector<OptionalTensor>& grad_state, const Tensor& input,
     const OptionalTensor& batch_sizes, const TensorList& state, const TensorList& weights, const OptionalTensor& masks,
@@ -291,6 +298,8 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
   });
   return {std::move(wanted.input), std::move(wanted.state), std::move(wanted.weights)};
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // state: [] for zeros, [h], or for LSTM [h, c]. mode: by its number in fastnn.ops.rnn.MODES. masks: what the

@@ -85,11 +85,7 @@ class Program:
             if reason is not None:
                 self.matches.found.remove(found)
                 self.matches.left += [Left(layer, reason) for layer in found.layers]
-        self.sources: list[tuple[Any, str]] = []  # a dictionary of tensors and a name in it
-        graph = fx.Graph()
-        values: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(self.stock_graph, values))
-        insert(graph, self.matches.found, values, self._lift)
+        graph, self.sources = self.write()
         join(graph, self.modules)
         code = graph.python_code("self")
         scope = dict(code.globals)
@@ -97,15 +93,21 @@ class Program:
         self.run = scope["forward"]
         self._guard()
 
-    def _lift(self, module: nn.Module, name: str) -> str:
-        """The name of the further input that a module's tensor becomes."""
-        for own in (module._parameters, module._buffers):
-            if name in own:
-                self.sources.append((own, name))
-                break
-        else:  # a parametrization's
-            self.sources.append((_Attributes(module), name))
-        return f"tensor_{len(self.sources) - 1}"
+    def write(self) -> tuple[fx.Graph, list[tuple[Any, str]]]:
+        """The graph with its matches fused, whose inputs are the module's and then tensors of layers, `tensor_0` and so
+        on; and of each of these a dictionary and a name by which it is found there."""
+        sources: list[tuple[Any, str]] = []
+
+        def lift(module: nn.Module, name: str) -> str:
+            own: Any = next((held for held in (module._parameters, module._buffers) if name in held), None)
+            sources.append((_Attributes(module) if own is None else own, name))  # (None: a parametrization's)
+            return f"tensor_{len(sources) - 1}"
+
+        graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.stock_graph, values))
+        insert(graph, self.matches.found, values, lift)
+        return graph, sources
 
     def _guard(self) -> None:
         """Notes what the trace rests on."""

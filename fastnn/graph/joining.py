@@ -115,7 +115,7 @@ class RecurrentHead:
 
     def __call__(self, input: Tensor, *parameters: Tensor) -> Tensor:
         if is_grad_enabled() and input.is_cpu and is_plain(input):
-            layer = _kernel_of(self.module)
+            layer = kernel_of(self.module)
             if wants_gradient(input, *layer._flat_weights, *parameters):
                 trained: Tensor | None = layer._run_plain(input, None, parameters)
                 if trained is not None:
@@ -126,7 +126,7 @@ class RecurrentHead:
         return mlp_of_parameters(h[-1], parameters, self.digits)
 
 
-def _kernel_of(module: nn.Module) -> Any:
+def kernel_of(module: nn.Module) -> Any:
     """The layer of ``fastnn.nn`` that runs a recurrent module: itself, or what stands for its forward; None if neither
     does."""
     if isinstance(module, _Recurrent):
@@ -135,11 +135,16 @@ def _kernel_of(module: nn.Module) -> Any:
     return forward.twin() if hasattr(forward, "twin") else None
 
 
-def join(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Puts one call in the place of each stretch of the fused graph that is of one of the forms above."""
-    for node in reversed(list(graph.nodes)):  # parts of a result that nobody has asked for
+def drop_unused_parts(graph: Graph) -> None:
+    """Takes out what unpacks a result of several parts and is asked for by nobody."""
+    for node in reversed(list(graph.nodes)):
         if node.target is operator.getitem and not node.users:
             graph.erase_node(node)
+
+
+def join(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Puts one call in the place of each stretch of the fused graph that is of one of the forms above."""
+    drop_unused_parts(graph)
     for node in list(graph.nodes):
         _join_head(graph, node, modules)
     taken: set[Node] = set()
@@ -180,11 +185,11 @@ def _tensors_of(node: Node) -> Sequence[Any]:
 def _step(node: Node, before: Sequence[str]) -> _Step | None:
     """The node as the next step after those before."""
     if node.op != "call_function":
-        return _Step("flatten", 0, (), _flatten) if _flattens(node) and before and before[-1] == "conv" else None
+        return _Step("flatten", 0, (), _flatten) if flattens(node) and before and before[-1] == "conv" else None
     if node.target is conv_relu_max_pool and "mlp" not in before and "flatten" not in before:
         geometry, dims = node.kwargs["geometry"], node.kwargs["dims"]
         return _Step("conv", 2, geometry, lambda x, w, b: conv_relu_max_pool(x, w, b, geometry, dims))  # type: ignore
-    if _flattens(node) and before and before[-1] == "conv":
+    if flattens(node) and before and before[-1] == "conv":
         return _Step("flatten", 0, (), _flatten)
     if node.target is mlp_of_parameters and before and before[-1] == "flatten":
         digits: Any = node.kwargs["digits"]
@@ -196,7 +201,7 @@ def _flatten(x: Tensor) -> Tensor:
     return x.flatten(1)
 
 
-def _flattens(node: Node) -> bool:
+def flattens(node: Node) -> bool:
     """Whether it makes one of all dimensions but the batch."""
     if node.target is torch.flatten or node.target == "flatten":
         given = (*node.args[1:], *node.kwargs.values())
@@ -207,7 +212,7 @@ def _flattens(node: Node) -> bool:
 def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> None:
     """``linear`` of the last step of a recurrent layer, taken from its output or from its final state."""
     module = modules.get(str(layer.target)) if layer.op == "call_module" else None
-    if not isinstance(module, nn.RNNBase) or len(layer.args) != 1 or layer.kwargs or _kernel_of(module) is None:
+    if not isinstance(module, nn.RNNBase) or len(layer.args) != 1 or layer.kwargs or kernel_of(module) is None:
         return
     if module.bidirectional or module.dropout:
         return
@@ -228,7 +233,7 @@ def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> N
     if any(len(node.users) != 1 for node in path):
         return
     step = next(iter(path[-1].users))
-    if step.target is not operator.getitem or not _chooses(step.args[1], last) or len(step.users) != 1:
+    if step.target is not operator.getitem or not chooses_last(step.args[1], last) or len(step.users) != 1:
         return
     head = next(iter(step.users))
     if head.target is not mlp_of_parameters or head.kwargs["digits"] != "0" or head.args[0] is not step:
@@ -241,7 +246,7 @@ def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> N
         graph.erase_node(node)
 
 
-def _chooses(index: Any, last: Any) -> bool:
+def chooses_last(index: Any, last: Any) -> bool:
     """Whether the index is the last step's: ``[:, -1]``, or ``[:, -1, :]``."""
     if not isinstance(last, tuple):
         return index == last or index in ((-1,), (-1, slice(None)), (-1, slice(None), slice(None)))

@@ -1,0 +1,174 @@
+"""The real models of tests/zoo: stock, compiled, fused, frozen and in ONNX Runtime.
+
+``make bench-zoo``. Whole models as their authors would write them, taken as they are; ``fuse`` has the example inputs
+with which it may try each layer. A training step is forward and backward.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import io
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fastnn
+from benchmarks.report import RESULTS
+from benchmarks.sweep import TOLERATED
+from benchmarks.timing import environment, interleave
+from fastnn.testing import using_threads
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from zoo import ZOO
+
+_LOOK_AGAIN = 4  # times as long, where the first look shows a loss
+CONTENDERS = ("stock", "compile", "fused", "frozen", "onnxruntime")
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+
+
+def _runner(model: Callable[..., Any], inputs: tuple[Any, ...], parameters: list[Tensor]) -> Callable[[], Any]:
+    """A call: of inference without parameters, else of a training step."""
+    if not parameters:
+        return lambda: model(*inputs)
+
+    def step() -> Any:
+        outputs = _tensors(model(*inputs))
+        return torch.autograd.grad(outputs, parameters, [torch.ones_like(o) for o in outputs], allow_unused=True)
+
+    return step
+
+
+def _onnx_runtime(model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Callable[[], Any] | None:
+    if not importlib.util.find_spec("onnxruntime"):
+        return None
+    import onnxruntime
+
+    file = io.BytesIO()
+    try:
+        torch.onnx.export(copy.deepcopy(model), inputs, file, dynamo=False)
+    except Exception:  # of whatever kind: not every model has a counterpart in ONNX
+        return None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    feed = {node.name: value.numpy() for node, value in zip(session.get_inputs(), inputs, strict=False)}
+    return lambda: session.run(None, feed)
+
+
+def runners_of(name: str, direction: str, threads: int, contenders: list[str]) -> dict[str, Callable[[], Any]]:
+    torch.manual_seed(0)
+    entry = ZOO[name]
+    model, inputs = entry.real(), entry.real_inputs()
+    training = direction == "training"
+    model.train(training)
+    fused = fastnn.fuse(model, inputs)
+    runners: dict[str, Callable[[], Any]] = {}
+
+    def add(contender: str, run: Callable[..., Any] | None) -> None:
+        if contender not in contenders or run is None:
+            return
+        parameters = list(run.parameters()) if training and isinstance(run, nn.Module) else []
+        runners[contender] = _runner(run, inputs, parameters) if isinstance(run, nn.Module) else run
+        runners[contender]()
+
+    add("stock", model)
+    add("fused", fused)
+    if "compile" in contenders:
+        torch.compiler.reset()
+        add("compile", torch.compile(copy.deepcopy(model)))
+    if not training:
+        if "frozen" in contenders:
+            with contextlib.suppress(ValueError):  # what freeze cannot take, it says in tests
+                add("frozen", fastnn.freeze(model, inputs))
+        if "onnxruntime" in contenders:
+            add("onnxruntime", _onnx_runtime(model, inputs, threads))
+    if not training:
+        expected = _tensors(model(*inputs))
+        for contender, run in runners.items():
+            result = run()
+            if contender != "onnxruntime":
+                for a, b in zip(_tensors(result), expected, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max() + 1e-6))
+    return runners
+
+
+def measure(name: str, direction: str, threads: int, seconds: float, contenders: list[str]) -> dict[str, Any]:
+    context = torch.no_grad() if direction == "inference" else torch.enable_grad()
+    with using_threads(threads), context, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other people's software
+        runners = runners_of(name, direction, threads, contenders)
+        for longer in (1, _LOOK_AGAIN):
+            timings = interleave(runners, longer * seconds, rounds=5 * longer)
+            medians = {contender: timing.median for contender, timing in timings.items()}
+            if medians["stock"] / medians["fused"] >= TOLERATED:
+                break
+    return {"model": name, "direction": direction, "threads": threads, **medians}
+
+
+def as_line(row: dict[str, Any]) -> str:
+    cells = [f"{row['stock'] / row[c]:5.2f}x" if c in row else "     -" for c in CONTENDERS[1:]]
+    time = f"{row['stock'] * 1e3:9.3f} ms"
+    return f"| {row['model']:21} | {row['direction']:9} | {row['threads']} | {time} | {' | '.join(cells)} |"
+
+
+def as_text(rows: list[dict[str, Any]], title: str) -> str:
+    heads = " | ".join(f"{c:>6}" for c in CONTENDERS[1:])
+    lines = [
+        title,
+        "",
+        "Times faster than stock PyTorch.",
+        "",
+        f"| {'model':21} | direction | threads | stock | {heads} |",
+    ]
+    lines += ["|---" * 8 + "|", *map(as_line, rows), ""]
+    for direction in ("inference", "training"):
+        for threads in sorted({row["threads"] for row in rows}):
+            some = [r for r in rows if (r["direction"], r["threads"]) == (direction, threads)]
+            for contender in CONTENDERS[1:]:
+                ratios = [r["stock"] / r[contender] for r in some if contender in r]
+                if ratios:
+                    mean = statistics.geometric_mean(ratios)
+                    lines.append(
+                        f"- {direction}, {threads} thread(s), {contender}: {len(ratios)} models, least "
+                        f"{min(ratios):.2f}, geometric mean {mean:.2f}"
+                    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="the models whose name contains this text")
+    parser.add_argument("--directions", nargs="+", default=["inference", "training"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time of a row (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "zoo.md", help="file for the table")
+    arguments = parser.parse_args()
+    rows = []
+    for name in ZOO:
+        if arguments.only not in name:
+            continue
+        for direction in arguments.directions:
+            for threads in arguments.threads:
+                rows.append(measure(name, direction, threads, arguments.seconds, arguments.contenders))
+                print(as_line(rows[-1]), flush=True)
+    text = as_text(rows, ", ".join(str(value) for value in environment().values()))
+    print(f"\n{text}")
+    if not arguments.only:
+        arguments.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

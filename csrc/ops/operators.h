@@ -1,0 +1,38 @@
+// The operators that fastnn::training_step calls by themselves.
+#pragma once
+
+#include <tuple>
+
+#include "tensor.h"
+
+namespace fastnn {
+
+using TensorList = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, TensorList> mlp_with_hidden(const Tensor& input, const TensorList& parameters, int64_t activations);
+std::tuple<Tensor, TensorList, TensorList> mlp_backward(const Tensor& grad_output, const Tensor& input,
+                                                        const TensorList& weights, int64_t activations,
+                                                        const Tensor& output, const TensorList& hidden,
+                                                        bool input_wanted, bool weights_wanted, bool biases_wanted);
+
+std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, const Tensor& weight,
+                                                           const OptionalTensor& bias, const Ints& geometry,
+                                                           const std::optional<std::string>& algorithm);
+std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& grad_output, const Tensor& winners,
+                                                               const Tensor& input, const Tensor& weight,
+                                                               const Ints& geometry, bool input_wanted,
+                                                               bool weight_wanted, bool bias_wanted,
+                                                               const std::optional<std::string>& algorithm);
+
+std::tuple<Tensor, TensorList, Tensor> rnn_with_reserve(const Tensor& input, const OptionalTensor& batch_sizes,
+                                                        const TensorList& state, const TensorList& weights,
+                                                        const OptionalTensor& masks, int64_t mode, int64_t num_layers,
+                                                        bool bidirectional, bool batch_first);
+std::tuple<Tensor, TensorList, TensorList> rnn_backward(
+    const OptionalTensor& grad_output, const std::vector<OptionalTensor>& grad_state, const Tensor& input,
+    const OptionalTensor& batch_sizes, const TensorList& state, const TensorList& weights, const OptionalTensor& masks,
+    const Tensor& output, const Tensor& reserve, int64_t mode, int64_t num_layers, bool bidirectional, bool batch_first,
+    bool input_wanted, bool state_wanted, bool weights_wanted);
+
+}  // namespace fastnn

@@ -1,0 +1,189 @@
+"""A fused graph as one chain of stages, for a whole training step (csrc/ops/training_step.cpp)."""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from fastnn.graph.forward import Program
+from fastnn.graph.joining import chooses_last, drop_unused_parts, flattens, kernel_of
+from fastnn.graph.matcher import Layer, read_layer
+from fastnn.nn._hooks import has_own_call
+from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
+from fastnn.ops.frozen import write_program
+from fastnn.ops.mlp import mlp_of_parameters, operator_code
+from fastnn.ops.rnn import NUMBER_OF
+
+_MOST_LAYERS = 20  # of one mlp
+
+
+class ChainError(Exception):
+    """Why something is no such chain."""
+
+
+@dataclass
+class Chain:
+    """Its stages in words, as the operator reads them, and where each parameter is found, in their order."""
+
+    text: str
+    sources: list[tuple[Any, str]]
+    dims: int | None  # of the input, if the first layer asks for so many
+    ends_in_log_softmax: bool  # behind the last stage
+
+    def describe(self) -> Iterator[str]:
+        for stage in self.text.split(";"):
+            if stage:
+                yield stage.split(" ")[0]
+
+
+def read_chain(program: Program) -> Chain:
+    """The chain that a program is. ChainError where it is none."""
+    graph, sources = program.write()
+    drop_unused_parts(graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = len(program.names)
+    if inputs != 1:
+        raise ChainError(f"the model takes {inputs} inputs")
+    source_of = dict(zip(placeholders[inputs:], _in_order(placeholders[inputs:], sources), strict=True))
+    reader = _Reader(source_of, program.modules)
+    node = placeholders[0]
+    while True:
+        if len(node.users) != 1:
+            raise ChainError(f"what comes out of {node.name} has {len(node.users)} users")
+        follower = next(iter(node.users))
+        if follower.op == "output":
+            if follower.args[0] is not node:
+                raise ChainError("the model returns more than one tensor")
+            break
+        if not follower.args or follower.args[0] is not node:
+            raise ChainError(f"{follower.name} takes more than what comes before it")
+        node = reader.add(follower)
+    if not reader.stages:
+        raise ChainError("there is no layer in the model")
+    return Chain(write_program(reader.stages), reader.sources, reader.dims, reader.ends_in_log_softmax)
+
+
+def _in_order(placeholders: list[Node], sources: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """The sources of inputs that are tensors of the model: `tensor_3` is the fourth."""
+    return [sources[int(str(node.target).rpartition("_")[2])] for node in placeholders]
+
+
+class _Reader:
+    def __init__(self, source_of: dict[Node, tuple[Any, str]], modules: dict[str, nn.Module]) -> None:
+        self.source_of, self.modules = source_of, modules
+        self.stages: list[tuple[str, list[int]]] = []
+        self.sources: list[tuple[Any, str]] = []
+        self.dims: int | None = None
+        self.ends_in_log_softmax = False
+
+    def add(self, node: Node) -> Node:
+        """Take the operator of this node, and of those that choose a part of its result -> the last of them."""
+        if node.target is conv_relu_max_pool:
+            dims: Any = node.kwargs["dims"]
+            self._begin(dims + 2)
+            tensors = [one for one in node.args[1:3] if one is not None]
+            self.stages.append(("conv", [len(tensors) - 1, *node.kwargs["geometry"]]))  # type: ignore[misc]
+            self._take(tensors)
+            return node
+        if node.target is mlp_of_parameters:
+            digits: Any = node.kwargs["digits"]
+            tensors = list(node.args[1])  # type: ignore[arg-type]
+            if len(digits) > _MOST_LAYERS:
+                raise ChainError(f"there are more than {_MOST_LAYERS} linear layers in a row")
+            if not self.stages:
+                self.dims = 2
+            biased = int(len(tensors) > len(digits))
+            self.stages.append(("mlp", [len(digits), biased, operator_code(digits)]))
+            self._take(tensors)
+            return node
+        if flattens(node):
+            self.stages.append(("flatten", []))
+            return node
+        if node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.RNNBase):
+            return self._add_recurrent(node)
+        layer = read_layer(node, self.modules)
+        if layer is not None and layer.kind == "dropout" and self.stages and not is_of_channels(layer):
+            if layer.settings["training"]:
+                (bits,) = struct.unpack("<q", struct.pack("<d", layer.settings["p"]))
+                self.stages.append(("dropout", [bits]))
+            return node
+        if layer is not None and layer.kind == "identity":
+            return node
+        if is_log_softmax(node, self.modules) and next(iter(node.users)).op == "output":
+            self.ends_in_log_softmax = True
+            return node
+        raise ChainError(f"{node.name} ({_name(node, self.modules)}) is no layer of a chain")
+
+    def _begin(self, dims: int) -> None:
+        if not self.stages:
+            self.dims = dims
+
+    def _take(self, tensors: list[Any]) -> None:
+        for tensor in tensors:
+            if tensor not in self.source_of:
+                raise ChainError(f"{tensor.name} is computed from something else")
+            self.sources.append(self.source_of[tensor])
+
+    def _add_recurrent(self, node: Node) -> Node:
+        layer: Any = kernel_of(self.modules[str(node.target)])
+        if layer is None or len(node.args) != 1 or node.kwargs:
+            raise ChainError(f"{node.name} has a state, hooks or a forward of its own")
+        if layer.dropout and layer.training:
+            raise ChainError(f"{node.name} drops elements between its layers")
+        self._begin(3)
+        last = 0
+        part = next(iter(node.users))
+        if len(node.users) != 1 or part.target is not operator.getitem:
+            raise ChainError(f"more than one result of {node.name} is used")
+        end = part
+        follower = next(iter(part.users)) if len(part.users) == 1 else None
+        if part.args[1] == 1:
+            if layer.mode == "LSTM" and follower is not None and follower.target is operator.getitem:
+                end = follower if follower.args[1] == 0 else part
+                follower = next(iter(end.users)) if len(end.users) == 1 else None
+            if layer.bidirectional or follower is None or not _takes_last(follower, -1):
+                raise ChainError(f"{node.name} gives its state")
+            last, end = 1, follower
+        elif follower is not None and follower.target is operator.getitem:
+            if layer.bidirectional or not _takes_last(follower, (slice(None), -1) if layer.batch_first else -1):
+                raise ChainError(f"a part of {node.name}'s output is chosen")
+            last, end = 1, follower
+        names = layer._flat_weights_names
+        numbers = [len(names), NUMBER_OF[layer.mode], layer.num_layers]
+        self.stages.append(("rnn", [*numbers, int(layer.bidirectional), int(layer.batch_first), last]))
+        self.sources += [(layer._parameters, name) for name in names]
+        return end
+
+
+def is_of_channels(layer: Layer) -> bool:
+    """Whether a dropout drops more than single elements, or does not set them to zero."""
+    return layer.module is not None and type(layer.module) is not nn.Dropout
+
+
+def is_log_softmax(node: Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether it is one over the classes of rows."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) is nn.LogSoftmax and module.dim in (1, -1) and not has_own_call(module)
+    if node.target not in (F.log_softmax, torch.log_softmax, "log_softmax"):
+        return False
+    given = {**dict(zip(("dim", "dtype"), node.args[1:], strict=False)), **node.kwargs}
+    return given.get("dim") in (1, -1) and given.get("dtype") is None
+
+
+def _takes_last(node: Node, last: Any) -> bool:
+    return node.target is operator.getitem and chooses_last(node.args[1], last)
+
+
+def _name(node: Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]).__name__
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))

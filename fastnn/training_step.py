@@ -1,0 +1,382 @@
+"""``fastnn.training_step``: forward, loss, backward, clipping and update of a model in one operator call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnn.fusion import fuse
+from fastnn.graph.chain import Chain, ChainError, read_chain
+from fastnn.graph.forward import FusedForward, Program
+from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
+from fastnn.ops.training_step import training_step_op
+
+_call = training_step_op._op
+_OF_STEP, _OF_PARAMETER = 6, 14  # numbers: csrc/ops/training_step.cpp, StepNumbers
+
+
+class TrainingStep:
+    """What :func:`training_step` returns. Call it with an input and a target; it returns the loss, without a graph.
+
+    ``gradients`` is None, or with ``keep_gradients`` each parameter's ``grad`` is what the last step moved it by
+    (before clipping).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_norm: float | None = None,
+        keep_gradients: bool = False,
+        strict: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"training_step: expected a model that is a torch.nn.Module, got a {type(model).__name__}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"training_step: expected an optimizer of torch.optim, got a {type(optimizer).__name__}")
+        if not callable(loss):
+            raise TypeError(f"training_step: expected a loss that can be called, got a {type(loss).__name__}")
+        if max_norm is not None and not max_norm >= 0:
+            raise ValueError(f"training_step: expected max_norm to be at least 0, got {max_norm}")
+        self.model = fuse(model, inplace=True)
+        self.loss, self.optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
+        self._why = ""
+        self._chain: Chain | None = None
+        self._program: Program | None = None
+        self._numbers: Tensor | None = None
+        self._now: Any = None  # what the numbers were made of
+        self._states: list[tuple[dict[str, Any], str]] = []
+        self._get_settings: list[Callable[[Any], Any]] = []
+        self._created: list[Tensor] = []  # the parameters whose state the optimizer did not have before this step
+        self._read()
+        if strict and self._why:
+            raise ValueError(f"training_step: this is not one call: {self._why}")
+
+    def explain(self) -> str:
+        """Whether a step is one operator call, and if not, why."""
+        if self._chain is None or self._why:
+            return f"forward and backward by autograd, the optimizer's own step: {self._why}"
+        return "one operator call: " + "; ".join(self._chain.describe())
+
+    def __call__(self, input: Any, target: Any) -> Tensor:
+        """One step on a batch -> the loss, as it was before the step."""
+        arguments = self._arguments(input, target)
+        if arguments is None:
+            return self._ordinary(input, target)
+        try:
+            with torch.no_grad():
+                loss, gradients = _call(*arguments)
+        except RuntimeError:
+            for parameter in self._created:
+                del self.optimizer.state[parameter]
+            self._now, self._created = None, []
+            raise
+        self._after(arguments[2], gradients)
+        return loss
+
+    # ---- the one call ---------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """Finds out whether there is one call for the model, loss and optimizer as they are."""
+        self._chain = self._program = self._numbers = self._now = None
+        self._why = ""
+        try:
+            forward: Any = self.model.__dict__.get("forward")
+            program = forward.program(anew=True) if isinstance(forward, FusedForward) else None
+            if program is None:
+                raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")
+            _check_optimizer(self.optimizer)
+            self._chain, self._program = read_chain(program), program
+            self._loss_numbers, self._loss_weight = _numbers_of_loss(self.loss, self._chain.ends_in_log_softmax)
+            _check_parameters(self._parameters(), self.optimizer)
+        except ChainError as reason:
+            self._why = str(reason)
+            self._chain = self._program = None
+
+    def _parameters(self) -> list[Tensor]:
+        assert self._chain is not None
+        return [own[name] for own, name in self._chain.sources]
+
+    def _arguments(self, input: Any, target: Any) -> tuple[Any, ...] | None:
+        """The operator's; None where the ordinary way is due."""
+        if self._chain is None or self._program is None:
+            return None
+        if type(input) is not Tensor or type(target) is not Tensor or not input.is_cpu or input.requires_grad:
+            return None
+        if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
+            return None
+        if not self.model.training or not self._program.holds():
+            self._read()
+            if self._chain is None or not self.model.training:
+                return None
+        optimizer = self.optimizer
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return None
+        try:
+            parameters = self._parameters()
+        except KeyError:
+            self._read()
+            return None
+        if input.dim() != self._chain.dims or input.numel() == 0:
+            return None
+        for p in parameters:
+            if p.grad is not None:
+                p.grad = None
+        settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=False)]
+        trained = [p.requires_grad for p in parameters]
+        now = (settings, trained, list(map(id, parameters)), id(optimizer.state), len(optimizer.param_groups))
+        try:
+            states = [state[name] for state, name in self._states] if now == self._now else None
+        except KeyError:
+            states = None
+        if states is None or self._numbers is None:
+            self._numbers = self._write_numbers(parameters)
+            self._states = [place for p in parameters if p.requires_grad for place in _state_of(optimizer, p)]
+            self._get_settings = [itemgetter(*filter(group.__contains__, _HYPER)) for group in optimizer.param_groups]
+            settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=True)]
+            self._now = (settings, *now[1:])
+            states = [state[name] for state, name in self._states]
+        weight = self._loss_weight
+        return (input, target, parameters, states, self._chain.text, weight, self._numbers, self.keep_gradients)
+
+    def _write_numbers(self, parameters: Sequence[Tensor]) -> Tensor:
+        max_norm = -1.0 if self.max_norm is None else float(self.max_norm)
+        kind = _KINDS[type(self.optimizer)]
+        numbers = [*self._loss_numbers, float(kind), max_norm]
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for p in parameters:
+            if not p.requires_grad:
+                numbers += [0.0] * _OF_PARAMETER
+                continue
+            state = self.optimizer.state.get(p, {})
+            is_new = not state
+            numbers += _WRITERS[kind](groups[id(p)], p, state)
+            if is_new and state:
+                self.optimizer.state[p] = state
+                self._created.append(p)
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    def _after(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        torch.autograd.graph.increment_version(parameters)
+        if self.keep_gradients:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                if p.requires_grad:
+                    p.grad = gradient
+        # Schedulers ask whether the optimizer has made a step, and warn if not.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if self._created:  # the first step of a momentum is over
+            self._now, self._created = None, []
+
+    # ---- and the ordinary one ---------------------------------------------------------------------------------------
+
+    def _ordinary(self, input: Any, target: Any) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss(self.model(input), target)
+        loss.backward()
+        if self.max_norm is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        self.optimizer.step()
+        if not self.keep_gradients:
+            self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def training_step(
+    model: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_norm: float | None = None,
+    keep_gradients: bool = False,
+    strict: bool = False,
+) -> TrainingStep:
+    """A whole training step as one call: ``loss_value = step(input, target)`` runs forward, loss, backward, clipping
+    and the optimizer's update in one operator, where model, loss and optimizer allow it; else the ordinary way, on
+    fused layers. ``step.explain()`` says which, and why.
+
+    Models that are one chain of convolution blocks, ``flatten``, linear layers with activations and recurrent layers
+    allow it, in float32 and float64 on the CPU. The optimizer's state is its own, and so are its learning rates: going
+    back to ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
+
+    Args:
+        model: is fused in place (:func:`fastnn.fuse`).
+        loss: a module or function of torch's: mse_loss, l1_loss, smooth_l1_loss, huber_loss, cross_entropy,
+            nll_loss behind log_softmax, binary_cross_entropy_with_logits, with reduction "mean" or "sum"; or anything
+            that gives one number for an output and a target, which takes the ordinary way.
+        optimizer: SGD, Adam, AdamW or RMSprop; any other takes the ordinary way.
+        max_norm: clip the gradient's norm, as ``torch.nn.utils.clip_grad_norm_``.
+        keep_gradients: leave the gradients in ``p.grad``, where they stay None otherwise.
+        strict: raise where a step is not one call.
+
+    Raises:
+        TypeError: arguments that are no such things.
+        ValueError: with ``strict``, why a step is not one call.
+    """
+    return TrainingStep(model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict)
+
+
+# ---- losses -------------------------------------------------------------------------------------------------------
+
+_MSE, _L1, _SMOOTH_L1, _HUBER, _BCE, _CROSS_ENTROPY, _NLL = range(7)  # csrc/kernels/update.h, LossKind
+_FUNCTIONS: dict[Any, int] = {
+    F.mse_loss: _MSE,
+    F.l1_loss: _L1,
+    F.smooth_l1_loss: _SMOOTH_L1,
+    F.huber_loss: _HUBER,
+    F.cross_entropy: _CROSS_ENTROPY,
+    F.nll_loss: _NLL,
+    F.binary_cross_entropy_with_logits: _BCE,
+}
+_MODULES: dict[type, int] = {
+    nn.MSELoss: _MSE,
+    nn.L1Loss: _L1,
+    nn.SmoothL1Loss: _SMOOTH_L1,
+    nn.HuberLoss: _HUBER,
+    nn.CrossEntropyLoss: _CROSS_ENTROPY,
+    nn.NLLLoss: _NLL,
+    nn.BCEWithLogitsLoss: _BCE,
+}
+_NUMBER = {_SMOOTH_L1: "beta", _HUBER: "delta", _CROSS_ENTROPY: "label_smoothing"}
+
+
+def _numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tensor | None]:
+    """Kind, whether it is the mean, its number and the class to ignore; and the weights of classes. The loss of a model
+    that ends in log_softmax is to be nll_loss, which both together are the cross entropy of what was before."""
+    settings: dict[str, Any] = {}
+    if isinstance(loss, functools.partial) and not loss.args:
+        settings, loss = dict(loss.keywords), loss.func
+    if isinstance(loss, nn.Module):
+        kind = _MODULES.get(type(loss))
+        names = ("reduction", "beta", "delta", "label_smoothing", "ignore_index", "weight", "pos_weight")
+        settings = {name: getattr(loss, name) for name in names if hasattr(loss, name)}
+    else:
+        kind = _FUNCTIONS.get(loss)
+    if kind is None:
+        raise ChainError(f"the loss is {getattr(loss, '__name__', type(loss).__name__)}")
+    if of_log_softmax != (kind == _NLL):
+        raise ChainError("nll_loss and log_softmax are not together")
+    kind = _CROSS_ENTROPY if kind == _NLL else kind
+    reduction = settings.pop("reduction", "mean")
+    if reduction not in ("mean", "sum"):
+        raise ChainError(f"the loss's reduction is {reduction!r}")
+    number = float(settings.pop(_NUMBER.get(kind, ""), 0.0 if kind == _CROSS_ENTROPY else 1.0))
+    if kind in (_SMOOTH_L1, _HUBER) and not number > 0:
+        raise ChainError(f"the loss's {_NUMBER[kind]} is {number}")
+    ignore_index = float(settings.pop("ignore_index", -100))
+    weight = settings.pop("pos_weight" if kind == _BCE else "weight", None)
+    if any(value is not None for value in settings.values()):
+        raise ChainError(f"the loss has {', '.join(settings)}")
+    return [float(kind), float(reduction == "mean"), number, ignore_index], weight
+
+
+# ---- optimizers ---------------------------------------------------------------------------------------------------
+
+_SGD, _ADAM, _RMSPROP = range(3)
+_KINDS: dict[type, int] = {
+    torch.optim.SGD: _SGD,
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    torch.optim.RMSprop: _RMSPROP,
+}
+_STATES = {
+    _ADAM: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    _RMSPROP: ("square_avg", "grad_avg", "momentum_buffer"),
+}
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if type(optimizer) not in _KINDS:
+        raise ChainError(f"the optimizer is {type(optimizer).__name__}")
+    for group in optimizer.param_groups:
+        if group.get("capturable") or group.get("differentiable"):
+            raise ChainError("the optimizer is capturable or differentiable")
+
+
+def _check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [p for p in parameters if p.requires_grad]
+    if not trained:
+        raise ChainError("none of the model's parameters requires a gradient")
+    if len({id(p) for p in parameters}) != len(parameters):
+        raise ChainError("a parameter is used twice")
+    if not all(id(p) in own for p in trained):
+        raise ChainError("the optimizer does not have all of the model's parameters")
+    if own - {id(p) for p in trained} and any(
+        p.requires_grad and id(p) not in {id(q) for q in trained}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ):
+        raise ChainError("the optimizer has parameters that are not the model's")
+    kinds = {(p.dtype, p.device.type) for p in parameters}
+    if kinds not in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")}):
+        raise ChainError(f"the parameters are {', '.join(sorted(f'{d} on {place}' for d, place in kinds))}")
+    if not all(type(p) is nn.Parameter and p.is_leaf and p.is_contiguous() and not p._backward_hooks for p in trained):
+        raise ChainError("a parameter is computed from others, not contiguous or hooked")
+
+
+# Of a group's settings, those that numbers are made of.
+_HYPER = (
+    *("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "betas", "eps", "amsgrad", "alpha"),
+    *("centered", "decoupled_weight_decay"),
+)
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[tuple[dict[str, Any], str]]:
+    """A parameter's state as the operator takes it: where each of its tensors is found."""
+    state, kind = optimizer.state.get(parameter, {}), _KINDS[type(optimizer)]
+    names = ("momentum_buffer",) if kind == _SGD else ("step", *_STATES[kind])
+    return [(state, name) for name in names if state.get(name) is not None]
+
+
+def _write_sgd(group: Any, parameter: Tensor, state: dict[str, Any]) -> list[float]:
+    first = 0.0
+    if group["momentum"] and state.get("momentum_buffer") is None:
+        state["momentum_buffer"], first = torch.zeros_like(parameter), 1.0
+    momentum = float(bool(group["momentum"]))
+    return [
+        *(1.0, float(group["lr"]), group["weight_decay"], float(group["maximize"]), group["momentum"]),
+        *(group["dampening"], float(group["nesterov"]), first, 0.0, 0.0, 0.0, momentum, 0.0, 0.0),
+    ]
+
+
+def _new_step() -> Tensor:
+    """As torch.optim makes it."""
+    return torch.tensor(0.0, dtype=torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32)
+
+
+def _write_adam(group: Any, parameter: Tensor, state: dict[str, Any]) -> list[float]:
+    if not state:
+        state["step"] = _new_step()
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        if group["amsgrad"]:
+            state["max_exp_avg_sq"] = torch.zeros_like(parameter)
+    return [
+        *(1.0, float(group["lr"]), group["weight_decay"], float(group["maximize"])),
+        *(float(group.get("decoupled_weight_decay", False)), 0.0, 0.0, 0.0),
+        *(float(group["betas"][0]), float(group["betas"][1]), group["eps"], 1.0, 1.0, float(group["amsgrad"])),
+    ]
+
+
+def _write_rmsprop(group: Any, parameter: Tensor, state: dict[str, Any]) -> list[float]:
+    if not state:
+        state["step"], state["square_avg"] = _new_step(), torch.zeros_like(parameter)
+        if group["momentum"] > 0:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        if group["centered"]:
+            state["grad_avg"] = torch.zeros_like(parameter)
+    return [
+        *(1.0, float(group["lr"]), group["weight_decay"], float(group["maximize"]), group["momentum"], 0.0, 0.0, 0.0),
+        *(0.0, group["alpha"], group["eps"], 1.0, float(bool(group["centered"])), float(group["momentum"] > 0)),
+    ]
+
+
+_WRITERS = {_SGD: _write_sgd, _ADAM: _write_adam, _RMSPROP: _write_rmsprop}

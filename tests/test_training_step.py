@@ -1,0 +1,487 @@
+"""fastnn.training_step: the same parameters, losses and optimizer state as the ordinary loop, and what is no one
+call."""
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+from zoo import ZOO
+
+import fastnn
+from fastnn.reference import models as stock_models
+from fastnn.testing import using_threads
+
+
+class Steps(nn.Module):
+    """A linear layer on each step of a recurrent one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.fc = nn.LSTM(4, 6, 2, bidirectional=True, batch_first=True), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rnn(x)[0])
+
+
+class LastState(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.rnn, self.fc = getattr(nn, kind)(4, 6, 2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, state = self.rnn(x)
+        return self.fc((state[0] if isinstance(self.rnn, nn.LSTM) else state)[-1])
+
+
+# name: the model, and its input's sizes
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "autoencoder": (lambda: stock_models.Autoencoder(10, 8, 5), (32, 10)),
+    "cnn": (lambda: stock_models.Conv2DNet(4), (6, 3, 20, 20)),
+    "rnn": (lambda: stock_models.RNN(4, 6, 2, 3), (5, 7, 4)),
+    "gru": (lambda: LastState("GRU"), (7, 5, 4)),
+    "lstm": (lambda: LastState("LSTM"), (7, 5, 4)),
+    "all steps": (Steps, (5, 7, 4)),
+    "chain": (
+        lambda: nn.Sequential(nn.Linear(7, 9, bias=False), nn.Tanh(), nn.Linear(9, 5, bias=False), nn.GELU()),
+        (11, 7),
+    ),
+    "chain over steps": (lambda: nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 2)), (3, 5, 4)),
+    "1d": (
+        lambda: nn.Sequential(nn.Conv1d(2, 5, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(35, 3)),
+        (4, 2, 16),
+    ),
+    "lenet": (ZOO["LeNet-5"].small, (3, 1, 28, 28)),
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 5), nn.Dropout(0.1)),
+        (11, 7),
+    ),
+}
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.1, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.02),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95), amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, maximize=True),
+    "fused adam": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9),
+    "centered": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5, weight_decay=0.01),
+}
+
+
+def batch(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    make, sizes = MODELS[name]
+    model, x = make().to(dtype), torch.randn(sizes, dtype=dtype)
+    return model, x, torch.randn(model(x).shape, dtype=dtype)
+
+
+def ordinary(
+    model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, max_norm: float | None = None
+) -> Tensor:
+    optimizer.zero_grad()
+    value = loss(model(x), y)
+    value.backward()
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    return value.detach()
+
+
+def check_same(ours: Any, theirs: Any, rtol: float = 1e-7, atol: float = 1e-9) -> None:
+    """Models and optimizers."""
+    for one, other in zip(ours, theirs, strict=True):
+        mine, their = one.state_dict(), other.state_dict()
+        if "state" in mine:
+            assert mine["param_groups"] == their["param_groups"]
+            mine, their = ({f"{k}": v for k, v in s["state"].items()} for s in (mine, their))
+            mine, their = (
+                {k: {n: t for n, t in v.items() if t is not None} for k, v in s.items()} for s in (mine, their)
+            )
+        assert_close(mine, their, rtol=rtol, atol=atol)
+
+
+def follow(
+    name: str,
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    loss: Any = F.mse_loss,
+    steps: int = 12,
+    dtype: torch.dtype = torch.float64,
+    one_call: bool = True,
+    max_norm: float | None = None,
+    target: Tensor | None = None,
+) -> None:
+    model, x, y = batch(name, dtype)
+    y = y if target is None else target
+    mine = copy.deepcopy(model)
+    theirs, ours = optimizer(model.parameters()), optimizer(mine.parameters())
+    step = fastnn.training_step(mine, loss, ours, max_norm=max_norm, strict=one_call)
+    close = {"rtol": 1e-7, "atol": 1e-9} if dtype is torch.float64 else {"rtol": 2e-3, "atol": 2e-4}
+    for number in range(steps):
+        inputs = x + 0.1 * (number % 7)
+        torch.manual_seed(number)
+        expected = ordinary(model, loss, theirs, inputs, y, max_norm)
+        torch.manual_seed(number)
+        assert_close(step(inputs, y), expected, **close)
+    assert step.explain().startswith("one operator call" if one_call else "forward and backward")
+    check_same((mine, ours), (model, theirs), **close)
+    assert all(p.grad is None for p in mine.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_models(name: str, dtype: torch.dtype) -> None:
+    follow(name, OPTIMIZERS["sgd"], dtype=dtype)
+    follow(name, OPTIMIZERS["adam"], steps=5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("model", ["autoencoder", "cnn"])
+def test_optimizers(name: str, model: str) -> None:
+    follow(model, OPTIMIZERS[name])
+    follow(model, OPTIMIZERS[name], max_norm=0.05)
+
+
+@pytest.mark.parametrize("model", ["autoencoder", "cnn", "rnn"])
+def test_two_hundred_steps(model: str) -> None:
+    follow(model, OPTIMIZERS["adam"], steps=200)
+    follow(model, OPTIMIZERS["momentum"], steps=200, max_norm=1.0)
+
+
+CLASSES = torch.tensor([0, 3, 1, -100, 2, 3])
+LOSSES: dict[str, tuple[Any, Tensor | None]] = {
+    "mse": (nn.MSELoss(), None),
+    "mse, sum": (nn.MSELoss(reduction="sum"), None),
+    "l1": (F.l1_loss, None),
+    "smooth l1": (nn.SmoothL1Loss(beta=0.5), None),
+    "huber": (functools.partial(F.huber_loss, delta=0.3), None),
+    "classes": (nn.CrossEntropyLoss(), CLASSES),
+    "classes, sum": (functools.partial(F.cross_entropy, reduction="sum"), CLASSES),
+    "weights of classes": (nn.CrossEntropyLoss(torch.tensor([1.0, 2, 0.5, 3]).double()), CLASSES),
+    "smoothed": (nn.CrossEntropyLoss(torch.tensor([1.0, 2, 0.5, 3]).double(), label_smoothing=0.2), CLASSES),
+    "smoothed, sum": (nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum", ignore_index=3), CLASSES.clamp(0)),
+    "logits": (nn.BCEWithLogitsLoss(), torch.rand(6, 4).double()),
+    "logits, weights": (
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2, 3, 4]).double()),
+        torch.ones(6, 4).double(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str) -> None:
+    loss, target = LOSSES[name]
+    follow("cnn", OPTIMIZERS["sgd"], loss, target=target)
+
+
+def test_nll_loss_behind_log_softmax() -> None:
+    """The MNIST example, its dropout and all."""
+    torch.manual_seed(0)
+    model, x, y = ZOO["MNIST example"].small().double(), torch.randn(3, 1, 28, 28).double(), torch.tensor([1, 9, 4])
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.Adam(one.parameters()) for one in (model, mine))
+    with pytest.raises(ValueError, match="nll_loss and log_softmax are not together"):
+        fastnn.training_step(mine, F.cross_entropy, ours, strict=True)
+    step = fastnn.training_step(mine, F.nll_loss, ours, strict=True)
+    for number in range(3):
+        torch.manual_seed(number)
+        expected = ordinary(model, F.nll_loss, theirs, x, y)
+        torch.manual_seed(number)
+        assert_close(step(x, y), expected)
+    check_same((mine, ours), (model, theirs))
+
+
+OTHER_LOSSES: dict[str, Any] = {
+    "a function": lambda a, b: (a - b).abs().pow(1.5).mean(),
+    "a reduction of the user's": lambda a, b: F.mse_loss(a, b, reduction="none").sum(),
+    "weights of elements": lambda a, b: F.binary_cross_entropy_with_logits(a, torch.sigmoid(b), weight=b.abs()),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_other_losses_take_the_ordinary_way(name: str) -> None:
+    follow("cnn", OPTIMIZERS["adam"], OTHER_LOSSES[name], steps=4, one_call=False)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "no chain": (TwoInputs, torch.optim.SGD, "x has 2 users"),
+    "dropout of channels": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(), nn.Linear(4, 4)),
+        torch.optim.SGD,
+        "AlphaDropout",
+    ),
+    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.optim.SGD, "BatchNorm1d"),
+    "shared": (tied, torch.optim.SGD, "used twice"),
+    "optimizer": (lambda: nn.Sequential(nn.Linear(4, 4)), torch.optim.Adagrad, "the optimizer is Adagrad"),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+        torch.optim.SGD,
+        "does not have all",
+    ),
+    "control flow": (
+        lambda: nn.Sequential(TwoInputs(), nn.Softmax(-1)),
+        functools.partial(torch.optim.SGD, momentum=0.9),
+        "input_1 has 2 users",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_one_call(name: str) -> None:
+    make, optimizer, why = OTHERS[name]
+    torch.manual_seed(0)
+    model, x, y = make(), torch.randn(5, 4), torch.randn(5, 4)
+    mine = make()
+    mine.load_state_dict(model.state_dict())
+    theirs, ours = (optimizer(one.parameters(), lr=0.1) for one in (model, mine))
+    with pytest.raises(ValueError, match=f"this is not one call: .*{why}"):
+        fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    step = fastnn.training_step(mine, F.mse_loss, ours, max_norm=1.0)
+    assert why in step.explain()
+    for number in range(4):
+        torch.manual_seed(number)
+        value = step(x, y)
+        torch.manual_seed(number)
+        assert_close(value, ordinary(model, F.mse_loss, theirs, x, y, 1.0), rtol=1e-4, atol=1e-5)
+        assert not value.requires_grad
+    check_same((mine, ours), (model, theirs), rtol=1e-3, atol=1e-4)
+
+
+# ---- the optimizer stays the user's -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["momentum", "amsgrad", "centered"])
+def test_back_and_forth(name: str) -> None:
+    """Ordinary steps between ours, a checkpoint, a scheduler, and groups of parameters of which one is frozen."""
+    model, x, y = batch("cnn")
+    mine = copy.deepcopy(model)
+
+    def made(one: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+        groups = [
+            {"params": list(one.conv1.parameters())},
+            {"params": [*one.conv2.parameters(), *one.output.parameters()]},
+        ]
+        groups[0]["lr"] = 0.001
+        optimizer = OPTIMIZERS[name](groups)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+    (theirs, their_schedule), (ours, our_schedule) = made(model), made(mine)
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for number in range(12):
+        if number == 5:
+            for one in (model, mine):
+                one.conv2.weight.requires_grad_(False)
+        if number == 8:
+            saved = copy.deepcopy((mine.state_dict(), ours.state_dict()))
+            mine.load_state_dict(saved[0])
+            ours.load_state_dict(saved[1])
+            for one in (model, mine):
+                one.conv2.weight.requires_grad_(True)
+        run = step if number % 3 else functools.partial(ordinary, mine, F.mse_loss, ours)
+        assert_close(run(x, y), ordinary(model, F.mse_loss, theirs, x, y))
+        their_schedule.step()
+        our_schedule.step()
+    check_same((mine, ours), (model, theirs))
+
+
+def test_gradients_that_are_kept() -> None:
+    model, x, y = batch("autoencoder")
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.Adam(one.parameters()) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, keep_gradients=True, strict=True)
+    for _ in range(3):
+        step(x, y)
+        ordinary(model, F.mse_loss, theirs, x, y)
+        for p, q in zip(mine.parameters(), model.parameters(), strict=True):
+            assert_close(p.grad, q.grad)
+    check_same((mine, ours), (model, theirs))
+
+
+def test_a_step_bumps_versions() -> None:
+    model, x, y = batch("autoencoder")
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
+    before = [p._version for p in model.parameters()]
+    value = model(x).sum()
+    step(x, y)
+    assert all(p._version > version for p, version in zip(model.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_a_failed_step_changes_nothing(name: str) -> None:
+    model, x, y = batch("cnn", torch.float32)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    step = fastnn.training_step(model, F.cross_entropy, optimizer, strict=True)
+    classes = torch.randint(4, (6,))
+    for trained in (False, True):
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        for bad in (
+            (torch.randn(6, 2, 20, 20), classes),
+            (x, classes[:3]),
+            (x, classes + 9),
+            (x.double(), classes),
+            (x.to("meta"), classes),
+            (x[:0], classes[:0]),
+            (None, classes),
+            (x, "classes"),
+        ):
+            if bad[0] is not None and bad[0].numel() == 0:
+                continue  # the mean of nothing is NaN, in stock too
+            with pytest.raises((RuntimeError, TypeError, AttributeError, ValueError, IndexError, NotImplementedError)):
+                step(*bad)
+            assert_close(model.state_dict(), before[0], rtol=0, atol=0)
+            assert str(optimizer.state_dict()) == str(before[1])
+        if not trained:
+            step(x, classes)
+    del y
+
+
+def test_nan_and_infinity_travel() -> None:
+    for value in (float("nan"), float("inf")):
+        model, x, y = batch("autoencoder")
+        mine = copy.deepcopy(model)
+        x[3, 2] = value
+        theirs, ours = (torch.optim.Adam(one.parameters()) for one in (model, mine))
+        step = fastnn.training_step(mine, F.mse_loss, ours, max_norm=1.0, strict=True)
+        for _ in range(2):
+            assert step(x, y).isfinite() == ordinary(model, F.mse_loss, theirs, x, y, 1.0).isfinite()
+        for p, q in zip(mine.parameters(), model.parameters(), strict=True):
+            assert torch.equal(p.isnan(), q.isnan())
+
+
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    results = []
+    for threads in (1, 2):
+        with using_threads(threads):
+            model, x, y = batch("autoencoder", torch.float32)
+            x, y = x.repeat(40, 1), y.repeat(40, 1)
+            step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters()), strict=True)
+            results.append([step(x, y) for _ in range(3)][-1])
+    assert torch.equal(*results)
+
+
+def test_several_python_threads() -> None:
+    def train(seed: int, results: dict[int, Tensor]) -> None:
+        torch.manual_seed(seed)
+        model, x = stock_models.Autoencoder(10, 8, 5), torch.ones(32, 10)
+        step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters()), strict=True)
+        for _ in range(50):
+            results[seed] = step(x, x)
+
+    alone: dict[int, Tensor] = {}
+    together: dict[int, Tensor] = {}
+    lock = threading.Lock()
+    torch.manual_seed(0)
+    models = [stock_models.Autoencoder(10, 8, 5) for _ in range(4)]
+
+    def run(number: int, results: dict[int, Tensor]) -> None:
+        model, x = copy.deepcopy(models[number]), torch.ones(32, 10)
+        with lock:
+            step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters()), strict=True)
+        for _ in range(50):
+            results[number] = step(x, x)
+
+    for number in range(4):
+        run(number, alone)
+    threads = [threading.Thread(target=run, args=(number, together)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+    del train
+
+
+def test_edits_of_the_model_are_seen() -> None:
+    model, x, y = batch("lenet")
+    mine = copy.deepcopy(model)
+    ours = torch.optim.SGD(mine.parameters(), 0.05)
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    theirs = torch.optim.SGD(model.parameters(), 0.05)
+    for edit in (
+        lambda one: None,
+        lambda one: one.classifier.__setitem__(1, nn.Tanh()),
+        lambda one: one.classifier.append(nn.Softmax(1)),
+        lambda one: one.eval(),
+        lambda one: one.train(),
+    ):
+        for one in (model, mine):
+            edit(one)
+        for _ in range(2):
+            assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y))
+    check_same((mine, ours), (model, theirs))
+
+
+def test_bad_arguments() -> None:
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match=r"expected a model that is a torch\.nn\.Module, got a str"):
+        fastnn.training_step("model", F.mse_loss, optimizer)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected an optimizer of torch\.optim, got a float"):
+        fastnn.training_step(model, F.mse_loss, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected a loss that can be called, got a str"):
+        fastnn.training_step(model, "mse", optimizer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected max_norm to be at least 0, got -1"):
+        fastnn.training_step(model, F.mse_loss, optimizer, max_norm=-1)
+
+
+def test_the_raw_operator_is_safe() -> None:
+    run = torch.ops.fastnn.training_step
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    weight, bias = torch.randn(2, 3), torch.randn(2)
+    numbers = torch.zeros(6 + 28, dtype=torch.float64)
+    numbers[1], numbers[5] = 1, -1
+    for i in range(2):
+        numbers[6 + 14 * i], numbers[7 + 14 * i] = 1, 0.1
+    good = [x, y, [weight, bias], [], "mlp 1 1 8;", None, numbers, True]
+    before = weight.clone()
+    loss, gradients = run(*good)
+    assert_close(loss, F.mse_loss(F.linear(x, before, bias + 0.1 * gradients[1]), y))
+    assert_close(weight, before - 0.1 * gradients[0])
+
+    def bad(place: int, *values: Any) -> None:
+        for value in values:
+            arguments = list(good)
+            arguments[place] = value
+            kept = weight.clone(), bias.clone()
+            with pytest.raises(RuntimeError):
+                run(*arguments)
+            assert torch.equal(weight, kept[0])
+            assert torch.equal(bias, kept[1])
+
+    bad(0, x[:, :2], x.double(), x.bfloat16(), x[:0], torch.randn(3), x.to("meta"))
+    bad(1, y[:, :1], y.long(), y.double(), y[:2])
+    bad(2, [], [weight], [weight, bias, bias], [weight.t(), bias], [weight, bias[:1]], [weight.double(), bias.double()])
+    bad(3, [torch.zeros(())], [weight])
+    bad(
+        4, "", ";", "mlp", "mlp 1 1 8", "mlp 21 1 8;", "mlp 1 1 9223372036854775808;", "mlp 2 1 8;", "other;", "conv 1;"
+    )
+    bad(
+        4, "rnn 2 0 1 0 0 1;", "rnn 2 99 1 0 0 1;", "flatten;", "flatten 3;", "mlp 1 1 8;mlp 1 1 8;", "rnn 2 0 1 1 1 1;"
+    )
+    bad(5, torch.ones(3), torch.ones(2).double())
+    bad(6, numbers[:-1], numbers.float(), torch.full_like(numbers, 99.0), torch.full_like(numbers, float("nan")))
+    bad(6, torch.full_like(numbers, -5.0), numbers.flip(0)[::1].flip(0)[:33])
