@@ -13,20 +13,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.cases import MODELS, Case
-from benchmarks.problem import DIRECTIONS, Problem
+from benchmarks.problem import Problem
 from benchmarks.providers import prepare
+from benchmarks.step import steps_of
 from benchmarks.timing import environment, interleave, is_reliable, quartiles, speedups
 from fastnn.testing import using_threads
 
 RESULTS = Path(__file__).parent / "results"
+DIRECTIONS = ("inference", "training", "step")
 
 
 def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[str, Any]:
-    """Stock against fused on one case, after checking that the fused model is right."""
-    problem = Problem(case, direction)
-    with using_threads(threads), problem.context():
-        runners = {"stock": prepare("eager", problem), "fused": prepare("fastnn", problem)}
-        timings = interleave(runners, seconds)
+    """Stock against fused on one case, after checking that the fused model is right. A "step" is a whole training step
+    with Adam: stock's fused optimizer against ``fastnn.training_step``."""
+    with using_threads(threads):
+        if direction == "step":
+            steps = steps_of(case, ["stock, fused Adam", "training_step"])
+            timings = interleave(dict(zip(("stock", "fused"), steps.values(), strict=True)), seconds)
+        else:
+            problem = Problem(case, direction)
+            with problem.context():
+                runners = {"stock": prepare("eager", problem), "fused": prepare("fastnn", problem)}
+                timings = interleave(runners, seconds)
     ratio = timings["stock"].median / timings["fused"].median
     ratio_quartiles = quartiles(speedups(timings["fused"], timings["stock"]))
     return {
@@ -157,7 +165,7 @@ def _threads_text(count: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6, help="measuring time of each row (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5, help="measuring time of each row (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of models.json and models.png")
     arguments = parser.parse_args()

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import fastnn
 from benchmarks.cases import MODELS, Case
-from benchmarks.report import RESULTS
 from benchmarks.timing import environment, interleave
 from fastnn.testing import using_threads
 
 CONTENDERS = ("stock", "stock, fused Adam", "compile", "fastnn layers", "training_step", "jax")
 _LR = 1e-3
+_RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], Any]  # returns the loss
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of a row (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "step.md", help="file for the table")
+    parser.add_argument("--output", type=Path, default=_RESULTS / "step.md", help="file for the table")
     arguments = parser.parse_args()
     lines = [
         ", ".join(str(value) for value in environment().values()),

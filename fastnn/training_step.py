@@ -113,7 +113,7 @@ class TrainingStep:
             return None
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return None
-        if not self.model.training or not self._program.holds():
+        if not self.model.training or not self._program.holds() or any(self._chain.hooks):
             self._read()
             if self._chain is None or not self.model.training:
                 return None

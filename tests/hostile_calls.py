@@ -198,6 +198,45 @@ class Hostile:
         return name, [gradient, grad_state, input, batch_sizes, state, weights, masks, output, reserve,
                       *config, *wanted]  # fmt: skip
 
+    def step(self) -> Call:
+        dtype = self.random.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
+        rows, features, classes = self.sizes(self.small(4), self.small(9), self.small(9))
+        parameters = [self.tensor([classes, features], dtype), self.tensor([classes], dtype)]
+        program = "mlp 1 1 8;"
+        if self.maybe(0.4):
+            numbers = [self.huge() if self.maybe(0.1) else self.random.randint(0, 2) for _ in range(9)]
+            program = self.random.choice(
+                [
+                    f"conv {numbers[0]} {' '.join(map(str, numbers[1:]))};",
+                    f"mlp {numbers[0]} 1 {numbers[1]};",
+                    f"rnn {' '.join(map(str, numbers[:6]))};",
+                    f"dropout {numbers[0]};mlp 1 1 8;",
+                    "flatten;mlp 1 1 8;",
+                ]
+            )
+        kind, optimizer = self.random.randrange(6), self.random.randrange(3)
+        by_class = kind == 5
+        target = self.tensor([rows] if by_class else [rows, classes], torch.int64 if by_class else dtype)
+        numbers_of_step = [kind, 1, 0.5, -100, optimizer, self.random.choice([-1, 1])]
+        kept = [self.maybe(0.5) for _ in range(3)] if optimizer else [self.maybe(0.5), False, False]
+        if optimizer == 1:
+            kept[:2] = True, True
+        if optimizer == 2:
+            kept[0] = True
+        of_parameter = [1, 0.1, 0, 0, 0, 0, 0, 0, 0.9, 0.9, 1e-8, *kept]
+        all_numbers = torch.tensor([*numbers_of_step, *(of_parameter * 2)], dtype=torch.float64)
+        if self.maybe(0.1):
+            all_numbers[self.random.randrange(len(all_numbers))] = float(self.huge())
+        state = []
+        for parameter in parameters:
+            state += [torch.zeros(())] if optimizer else []
+            state += [self.tensor(parameter.shape, dtype) for one in kept if one]
+        weight = self.tensor([classes], dtype) if self.maybe(0.2) else None
+        return "training_step", [
+            *(self.tensor([rows, features], dtype), target, parameters, state, program, weight, all_numbers),
+            self.maybe(0.5),
+        ]
+
 
 def described(value: Any) -> str:
     if isinstance(value, Tensor):
@@ -209,7 +248,7 @@ def main(seed: int, count: int) -> None:
     torch.set_num_threads(2)
     torch.ops.fastnn.mlp(torch.zeros(999, 99), [torch.zeros(99, 99)], 8)  # starts the threads
     hostile = Hostile(seed)
-    kinds: list[Callable[[], Call]] = [hostile.conv, hostile.conv, hostile.mlp, hostile.rnn]
+    kinds: list[Callable[[], Call]] = [hostile.conv, hostile.conv, hostile.mlp, hostile.rnn, hostile.step]
     with open("/proc/self/statm") as memory:
         limit = int(memory.read().split()[0]) * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

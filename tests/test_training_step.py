@@ -238,7 +238,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "weight norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         torch.optim.SGD,
-        "does not have all",
+        "computed from something else",
     ),
     "control flow": (
         lambda: nn.Sequential(TwoInputs(), nn.Softmax(-1)),

@@ -16,6 +16,7 @@ from torch.fx import Node
 from fastnn.graph.forward import Program
 from fastnn.graph.joining import chooses_last, drop_unused_parts, flattens, kernel_of
 from fastnn.graph.matcher import Layer, read_layer
+from fastnn.graph.tracing import HOOKS
 from fastnn.nn._hooks import has_own_call
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
 from fastnn.ops.frozen import write_program
@@ -37,6 +38,7 @@ class Chain:
     sources: list[tuple[Any, str]]
     dims: int | None  # of the input, if the first layer asks for so many
     ends_in_log_softmax: bool  # behind the last stage
+    hooks: list[dict[int, Any]]  # of layers that the program calls and the chain does not: there must be none
 
     def describe(self) -> Iterator[str]:
         for stage in self.text.split(";"):
@@ -68,7 +70,7 @@ def read_chain(program: Program) -> Chain:
         node = reader.add(follower)
     if not reader.stages:
         raise ChainError("there is no layer in the model")
-    return Chain(write_program(reader.stages), reader.sources, reader.dims, reader.ends_in_log_softmax)
+    return Chain(write_program(reader.stages), reader.sources, reader.dims, reader.ends_in_log_softmax, reader.hooks)
 
 
 def _in_order(placeholders: list[Node], sources: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
@@ -83,6 +85,7 @@ class _Reader:
         self.sources: list[tuple[Any, str]] = []
         self.dims: int | None = None
         self.ends_in_log_softmax = False
+        self.hooks: list[dict[int, Any]] = []
 
     def add(self, node: Node) -> Node:
         """Take the operator of this node, and of those that choose a part of its result -> the last of them."""
@@ -116,6 +119,17 @@ class _Reader:
                 self.stages.append(("dropout", [bits]))
             return node
         if layer is not None and layer.kind == "identity":
+            return node
+        if layer is not None and layer.kind == "linear" and layer.module is not None:
+            if not self.stages:
+                self.dims = 2
+            own = layer.module._parameters
+            names = [name for name in ("weight", "bias") if own.get(name) is not None]
+            if not names or names[0] != "weight":
+                raise ChainError(f"{node.name}'s weight is computed from something else")
+            self.stages.append(("mlp", [1, len(names) - 1, operator_code("0")]))
+            self.sources += [(own, name) for name in names]
+            self.hooks += [layer.module.__dict__[name] for name in HOOKS]
             return node
         if is_log_softmax(node, self.modules) and next(iter(node.users)).op == "output":
             self.ends_in_log_softmax = True

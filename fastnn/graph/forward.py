@@ -27,15 +27,16 @@ class Observer(Protocol):
 
 
 observer: Observer | None = None
+_observing = 0  # the thread that the observer looks at
 _observer_lock = threading.Lock()
 
 
 @contextmanager
 def observing(by: Observer) -> Iterator[None]:
-    """Has fused models run under an observer within the block."""
-    global observer
+    """Has fused models that this thread calls run under an observer within the block."""
+    global observer, _observing
     with _observer_lock:
-        observer = by
+        observer, _observing = by, threading.get_ident()
         try:
             yield
         finally:
@@ -53,7 +54,7 @@ class FusedRecurrent(Fused):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.left and self.module in self.left:
             return self.stock(*args, **kwargs)
-        if observer is not None:
+        if observer is not None and _observing == threading.get_ident():
             return observer.see_recurrent(self, args, kwargs)
         return self.run(*args, **kwargs)
 
@@ -131,7 +132,7 @@ class Program:
             for own, reader, values in self.readers:
                 if reader(own) != values:
                     return False
-        except (KeyError, RuntimeError):  # an attribute that is gone, or a tensor compared with another
+        except (KeyError, RuntimeError, ValueError):  # an attribute that is gone, or arrays compared with others
             return False
         for modules, values in self.children:
             if list(modules.values()) != values:
@@ -183,7 +184,7 @@ class FusedForward(Fused):
             return program.run(self.module, *args, *[own[name] for own, name in program.sources])
         if has_global_hooks():
             return self.stock(*args)
-        if observer is not None:
+        if observer is not None and _observing == threading.get_ident():
             return observer.see_program(self.module, program, args)
         if not program.holds():
             program = self.program(anew=True)

@@ -15,6 +15,7 @@ Every layer that is part of no pattern gets a reason.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -454,6 +455,8 @@ class _Matcher:
             else:
                 break
             last = following
+        if names == ["identity"] and not self.is_worth_it_alone(first):
+            return "a linear layer alone, trained: there is nothing to fuse it with"
         weights = [_tensor(linear, "weight") for linear in linears]
         biases = [_tensor(linear, "bias") for linear in linears]
         if any(biases) and not all(biases):
@@ -461,6 +464,13 @@ class _Matcher:
             return Match("mlp", layers, mlp_with_some_biases, [*weights, *biases], settings, in_a_list=True)
         tensors = [*weights, *(biases if all(biases) else [])]
         return Match("mlp", layers, mlp_of_parameters, tensors, {"digits": activation_digits(names)}, in_a_list=True)
+
+    def is_worth_it_alone(self, linear: Layer) -> bool:
+        """Of a linear layer without an activation: in inference, for few rows; else where it may become one call with a
+        recurrent layer whose last step it takes, or with the convolutions before a flattening (joining.py)."""
+        if linear.input.target in (operator.getitem, torch.flatten, "flatten"):
+            return True
+        return linear.module is not None and not linear.module.training
 
     def reason(self, layer: Layer) -> str | None:
         if layer.kind.startswith("max_pool"):

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnn.graph.matcher import why_not_read
+from fastnn.ops._autograd import autocast_is_on
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -92,6 +93,11 @@ class _NothingHappens(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _modes() -> tuple[bool, ...]:
+    """What a ``with`` of torch's changes for all that is inside."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_is_on()
+
+
 class _Tracer(fx.Tracer):
     """Traces a module through those that it calls, but not through layers, nor through what cannot be traced."""
 
@@ -103,6 +109,13 @@ class _Tracer(fx.Tracer):
         self.inlined: list[nn.Module] = []
         self.refused: dict[str, str] = {}
         self.trace_asserts = True
+        self.modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes and threading.get_ident() == self.thread:
+            # The trace holds what is computed, not under which `with torch.no_grad()`.
+            raise UntraceableError("its forward changes whether gradients are recorded, or autocast")
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

@@ -139,16 +139,27 @@ class _TrialRun(fx.Interpreter):
         def ours(inputs: Sequence[Any]) -> Any:
             return match.call(inputs[0], tensors)
 
+        calls = [self._call_of(node) for node in match.nodes]
+
         def stock(inputs: Sequence[Any]) -> Any:
-            values = {**self.env, match.layers[0].input: inputs[0]}
-            for node in match.nodes:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = getattr(self, node.op)(node.target, args, kwargs)
-            return values[match.nodes[-1]]
+            value = inputs[0]
+            for function, args, kwargs in calls:
+                value = function(value, *args, **kwargs)
+            return value
 
         parameters = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
         for key in keys_of(match):
             self.trial.compare(key, ours, stock, [given], parameters)
+
+    def _call_of(self, node: fx.Node) -> tuple[Callable[..., Any], Any, Any]:
+        """What the node calls, and what with besides its first argument: as little work as in the model itself."""
+        function: Any = node.target
+        if node.op == "call_module":
+            function = self.fetch_attr(str(node.target))
+        elif node.op == "call_method":
+            function = getattr(Tensor, str(node.target))
+        args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), self.env.__getitem__)
+        return function, args, kwargs
 
     def _value(self, layer: Any, name: str) -> Any:
         value = layer.tensors[name]

@@ -453,7 +453,8 @@ bool rows_join(const ConvPoolGeometry& g) {
 }
 
 // tile_vectors: of a pixel tile; 0 pools in registers.
-ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) {
+// parts: that each band's columns are cut into, besides.
+ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, int64_t parts) {
   const ConvPoolGeometry& g = p.g;
   ConvPlan plan{};
   plan.algorithm = ForwardAlgorithm::pixels;
@@ -488,6 +489,11 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
     return x.ring.slices * x.ring.rows * x.ring.row_size * 4 <= tuned::kRingBytes &&
            x.copy_size * 4 <= tuned::kBandBytes;
   });
+  if (parts > 1) {
+    x.band.columns = divide_up(g.output[2], std::min(g.output[2], x.band.column_bands * parts));
+    x.band.column_bands = divide_up(g.output[2], x.band.columns);
+    set_extents(g, x.band);
+  }
   set_runs(x.band);
   set_ring();
   x.band.stage_rows =
@@ -530,14 +536,26 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors) 
 
 ConvPlan plan_pixels(const Planner& p) {
   ConvPlan best{};
+  int64_t best_images = 1, best_vectors = 1;
   best.cost = INFINITY;
   for (const int64_t images : {int64_t{1}, p.lanes / 2, p.lanes, 2 * p.lanes}) {
     if (images > p.g.batch) continue;
     for (const int64_t vectors : {0, 1, 2, 4, 8}) {
       if (vectors == 0 ? !pools_in_registers(p) : most_outputs(p, vectors) < 1) continue;  // too few registers
-      const ConvPlan plan = plan_pixels_of(p, images, vectors);
-      if (plan.cost < best.cost) best = plan;
+      const ConvPlan plan = plan_pixels_of(p, images, vectors, 1);
+      if (plan.cost >= best.cost) continue;
+      best = plan;
+      best_images = images;
+      best_vectors = vectors;
     }
+  }
+  // Signals have a single row: where there are fewer bands than threads, columns are shared out. (What is chosen must
+  // not depend on the threads, so the cost stays.)
+  const int64_t parts = divide_up(p.request.threads, best.items);
+  if (parts > 1 && !best.pixels.joins_rows) {
+    const double cost = best.cost;
+    best = plan_pixels_of(p, best_images, best_vectors, parts);
+    best.cost = cost;
   }
   return best;
 }
