@@ -27,9 +27,9 @@ _CONV_RELU_MAX_POOL = (conv_relu_max_pool1d, conv_relu_max_pool2d, conv_relu_max
 _backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
 _with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
 
-# Multiplying a weight by the normalisation moves 8 bytes for each of its elements, some 0.6 ns; the convolution multiplies
-# each by so many pixels, at 0.02 ns. Of fewer pixels than these the former takes a fifth of the latter, which is about
-# what one call in place of three saves.
+# Multiplying a weight by the normalisation moves 8 bytes for each of its elements, some 0.6 ns; the convolution
+# multiplies each by so many pixels, at 0.02 ns. Of fewer pixels than these the former takes a fifth of the latter,
+# which is about what one call in place of three saves.
 _PIXELS_TO_FOLD_FOR = 150
 
 

@@ -34,7 +34,9 @@ class PixelsForward {
         winner_stage_(parts_.take<uint8_t>(plan_.block * plan_.band.stage_rows * plan_.pitch)),
         rows_(parts_.take<const C*>(g_.pool_kernel[0] * g_.pool_kernel[1])),
         places_(parts_.take<const C*>(g_.places())),
-        bias_(parts_.take<C>(plan_.block)) {
+        bias_(parts_.take<C>(plan_.block)),
+        places_in_row_(parts_.take<int64_t>(plan_.band.input[2])) {
+    for (int64_t x = 0; x < plan_.band.input[2]; ++x) places_in_row_[x] = place_of(x);
     // Of what stands behind runs of columns, sums are made too, if not used.
     fill_zeros(copy_ + g_.in_channels * plan_.channel_step, plan_.copy_size - g_.in_channels * plan_.channel_step);
     fill(outside_, plan_.ring.row_size, kMinusInfinity<C>);
@@ -113,16 +115,17 @@ class PixelsForward {
         const T* row = from + z * layout.d[0] + y * layout.d[1];
         if (layout.d[2] != 1) {  // channels last: pixel by pixel, or a run of pixels of one image
           for (int64_t x = 0; x < count; ++x) {
-            transpose_matrix(row + x * layout.d[2], layout.n, band_.images, channels, to + place_of(columns.first + x),
-                             plan_.channel_step);
+            transpose_matrix(row + x * layout.d[2], layout.n, band_.images, channels,
+                             to + places_in_row_[columns.first + x], plan_.channel_step);
           }
           continue;
         }
         for (int64_t c = 0; c < channels; ++c, row += layout.c) {
           C* const at = to + c * plan_.channel_step;
           if (images > 1) {
+            const int64_t* const places = places_in_row_ + columns.first;
             transpose_to_places(row, layout.n, band_.images, count, at,
-                                [&](int64_t x) __attribute__((always_inline)) { return place_of(columns.first + x); });
+                                [=](int64_t x) __attribute__((always_inline)) { return places[x]; });
             continue;
           }
           for (int64_t r = 0; r < smaller(plan_.residues, count); ++r) {
@@ -181,11 +184,30 @@ class PixelsForward {
     start_block();
     const C* const weight = call_.packed + (band_.group * g_.out_channels + first_) * plan_.depth;
     const auto tile = (call_.winners ? window_tiles_f32.winners : window_tiles_f32.values)[count_ - 1];
+    const ConvLayout& layout = call_.output_layout;
+    // Rows of whole vectors go where they belong at once.
+    const bool in_place =
+        sizeof(T) == sizeof(C) && plan_.band.images == 1 && layout.d[2] == 1 && band_.columns == plan_.pitch;
     for (int64_t r = 0; r < band_.rows; ++r) {
       const int64_t staged = r % plan_.band.stage_rows;
-      tile({plan_.pitch / kLanes<C>, copy_ + r * g_.pool_stride[1] * g_.stride[1] * plan_.step[1], offsets_,
-            g_.places() / 2, plan_.depth, weight, count_, bias_, stage_ + staged * plan_.pitch,
-            plan_.band.stage_rows * plan_.pitch, winner_stage_ + staged * plan_.pitch});
+      WindowTile<C> call = {plan_.pitch / kLanes<C>,
+                            copy_ + r * g_.pool_stride[1] * g_.stride[1] * plan_.step[1],
+                            offsets_,
+                            g_.places() / 2,
+                            plan_.depth,
+                            weight,
+                            count_,
+                            bias_,
+                            stage_ + staged * plan_.pitch,
+                            plan_.band.stage_rows * plan_.pitch,
+                            winner_stage_ + staged * plan_.pitch};
+      if (in_place) {
+        call.to = reinterpret_cast<C*>(call_.output) + output_at(r);
+        call.winners = call_.winners ? call_.winners + output_at(r) : nullptr;
+        call.to_step = layout.c;
+      }
+      tile(call);
+      if (in_place) continue;
       if (staged + 1 == plan_.band.stage_rows || r + 1 == band_.rows) write(r - staged, staged + 1);
     }
   }
@@ -287,6 +309,7 @@ class PixelsForward {
   uint8_t* winner_stage_;
   const C **rows_, **places_;
   C* bias_;
+  int64_t* places_in_row_;  // place_of each of the band's columns
   Band band_;
   int64_t first_, count_;  // outputs of the block
   Inside zeroed_ = {-1, -1};

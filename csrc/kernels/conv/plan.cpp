@@ -512,7 +512,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
       .take(x.block * x.band.stage_rows * x.pitch, 1)
       .take(g.pool_kernel[0] * g.pool_kernel[1], pointer)
       .take(g.places(), pointer)
-      .take(x.block, 4);
+      .take(x.block, 4)
+      .take(x.band.input[2], 8);
   plan.scratch_size = memory.bytes();
   const double band_rows = x.joins_rows ? x.band.row_bands : g.conv[1];
   const double rows = static_cast<double>(g.batch) / images * g.conv[0] * band_rows * x.band.column_bands;
