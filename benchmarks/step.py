@@ -136,7 +136,9 @@ def steps_of(case: Case, contenders: list[str]) -> dict[str, Step]:
         step = makers[contender]()
         if step is not None:
             steps[contender] = step
-    losses = {contender: [float(step()) for _ in range(10)] for contender, step in steps.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
+        losses = {contender: [float(step()) for _ in range(10)] for contender, step in steps.items()}
     expected = next(iter(losses.values()))
     for found in losses.values():
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
