@@ -121,6 +121,11 @@ def test_special_values_and_empty() -> None:
         stock = stock_pool(F.batch_norm(x, mean.clone(), var.clone(), gamma, beta, training), pool)
         assert torch.equal(ours.isnan(), stock.isnan())
     assert relu_max_pool(torch.randn(0, 3, 4, 4), dims=2, **pool).shape == (0, 3, 2, 2)
+    rows = torch.randn(5, 3)
+    ours = batch_norm_relu_max_pool(rows, mean, var, gamma, beta, dims=1, training=False, **pool)
+    torch.testing.assert_close(ours, F.max_pool1d(F.relu(F.batch_norm(rows, mean, var, gamma, beta)), 2))
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+        conv_batch_norm_relu_max_pool(torch.randn(3, 4, 4), torch.randn(3, 3, 1, 1), None, mean, var, gamma, beta)
     for bad in (torch.randn(1, 3, 1, 1), torch.randn(3, 4, 4)):
         with pytest.raises((ValueError, RuntimeError)):
             batch_norm_relu_max_pool(bad, mean, var, gamma[:2], beta, dims=2, training=True, **pool)

@@ -168,6 +168,19 @@ def test_a_recurrent_network_with_a_head_trains_as_one_function(kind: str, last:
     assert fused(torch.randn(3, 5, 4)).grad_fn.name() == "RnnWithHeadBackward"
 
 
+def test_hooks_of_a_recurrent_layer_with_a_head() -> None:
+    for make in (lambda: nn.GRU(4, 6, batch_first=True), lambda: fastnn.nn.GRU(4, 6, batch_first=True)):
+        model = Calls(lambda x, rnn, head: head(rnn(x)[0][:, -1]), make(), nn.Linear(6, 40))
+        fused, x = fastnn.fuse(model), torch.randn(3, 5, 4)
+        assert_close(fused(x), model(x))
+        seen: list[int] = []
+        for one in (model, fused):
+            one.layers[0].register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(1))
+            one.layers[0].register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+        assert_close(fused(x), model(x))
+        assert seen == [1, 1]
+
+
 # ---- what is left ---------------------------------------------------------------------------------------------------
 
 

@@ -174,6 +174,7 @@ class _Reader:
         numbers = [len(names), NUMBER_OF[layer.mode], layer.num_layers]
         self.stages.append(("rnn", [*numbers, int(layer.bidirectional), int(layer.batch_first), last]))
         self.sources += [(layer._parameters, name) for name in names]
+        self.hooks += [layer.__dict__[name] for name in HOOKS]
         return end
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.fx import Graph, Node
 
-from fastnn.nn._hooks import has_own_call
+from fastnn.graph.tracing import HOOKS
 from fastnn.nn.rnn import _Recurrent
 from fastnn.ops._autograd import is_plain, wants_gradient
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
@@ -116,7 +116,7 @@ class RecurrentHead:
     def __call__(self, input: Tensor, *parameters: Tensor) -> Tensor:
         if is_grad_enabled() and input.is_cpu and is_plain(input):
             layer = kernel_of(self.module)
-            if wants_gradient(input, *layer._flat_weights, *parameters):
+            if layer is not None and wants_gradient(input, *layer._flat_weights, *parameters):
                 trained: Tensor | None = layer._run_plain(input, None, parameters)
                 if trained is not None:
                     return trained
@@ -127,12 +127,14 @@ class RecurrentHead:
 
 
 def kernel_of(module: nn.Module) -> Any:
-    """The layer of ``fastnn.nn`` that runs a recurrent module: itself, or what stands for its forward; None if neither
-    does."""
-    if isinstance(module, _Recurrent):
-        return None if has_own_call(module) else module
+    """The layer of ``fastnn.nn`` that runs a recurrent module: itself, or what stands for its forward; None where the
+    module has to be called, for its hooks or since it stays stock."""
+    if any(module.__dict__[name] for name in HOOKS):
+        return None
     forward: Any = module.__dict__.get("forward")
-    return forward.twin() if hasattr(forward, "twin") else None
+    if isinstance(module, _Recurrent):
+        return module if forward is None else None
+    return forward.twin() if hasattr(forward, "twin") and module not in forward.left else None
 
 
 def drop_unused_parts(graph: Graph) -> None:
