@@ -345,7 +345,7 @@ class _Matcher:
         if pool is not None and pool.dims != conv.dims:
             return "its max-pool has other dimensions"
         if norm is not None and _trains(norm):
-            return "its batch norm waits for all of its output: that is fused with what follows"
+            return "its batch norm takes the statistics of all of its output first"
         tensors: list[tuple[Layer, str] | None] = [_tensor(conv, "weight"), _tensor(conv, "bias")]
         settings = {name: conv.settings[name] for name in _CONV[3:]} | _pool_settings(pool)
         if norm is None:
