@@ -88,12 +88,13 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Run ``model(*inputs)`` once, without gradients, and account for every convolution, pool, linear layer, activation
     and recurrent layer: the operator that runs it and by which algorithm, or why it stays torch's.
 
-    A stock model is reported as :func:`fastnn.fuse` would make it. The model itself is not changed. Of
-    ``conv_relu_max_pool`` the algorithms of forward are those of csrc/kernels/conv: ``winograd``, ``phases``,
-    ``pixels``, ``depthwise``, ``direct``, and ``stock``, torch's own convolution with ReLU and max-pool in one pass
-    behind it; the table says why each. Those of a training step's backward are ``winners``, which visits the windows'
-    winners alone, ``depthwise``, which has channels in the lanes, ``taps``, which has pixels there (for few input
-    channels), and ``stock``.
+    Without inputs nothing is run, and the algorithms, which follow from sizes, are left out. A stock model is
+    reported as :func:`fastnn.fuse` would make it. The model itself is not changed. Of ``conv_relu_max_pool`` the
+    algorithms of forward are those of csrc/kernels/conv: ``winograd``, ``phases``, ``pixels``, ``depthwise``,
+    ``direct``, and ``stock``, torch's own convolution with ReLU and max-pool in one pass behind it; the table says
+    why each. Those of a training step's backward are ``winners``, which visits the windows' winners alone,
+    ``depthwise``, which has channels in the lanes, ``taps``, which has pixels there (for few input channels), and
+    ``stock``.
     """
     is_fused = _is_fused(model)
     if not is_fused:
@@ -102,6 +103,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
         model = fuse(model)
     else:
         model = copied(model)
+    if not inputs:
+        return Explanation(tuple(account_for(model)), is_fused)
     recorder = _Recorder()
     hooks = []
     for name, module in model.named_modules():

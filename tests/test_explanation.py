@@ -84,4 +84,7 @@ def test_a_stock_model_is_told_what_fuse_would_do() -> None:
     fused = fastnn.explain(fastnn.fuse(model), torch.randn(2, 3, 9, 9))
     assert fused.is_fused
     assert fused.rows == report.rows
+    assert [(row.layer, row.operator) for row in fastnn.explain(model).rows] == [
+        (row.layer, row.operator) for row in report.rows
+    ]
     assert fused.to_dict() == {"is_fused": True, "rows": [dataclasses.asdict(row) for row in fused.rows]}
