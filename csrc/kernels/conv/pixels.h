@@ -82,13 +82,12 @@ class PixelsForward {
 
   // Zeros for the columns of a row that are not inside the input, and for images that are not there.
   void fill_beside(Inside columns, C* row) const {
-    const int64_t places = plan_.step[1] / plan_.band.images;
-    for (int64_t x = 0; x < places; ++x) {
-      if (x < columns.first || x >= columns.last) {
-        fill_zeros(row + place_of(x), plan_.band.images);
-      } else if (band_.images < plan_.band.images) {
-        fill_zeros(row + place_of(x) + band_.images, plan_.band.images - band_.images);
-      }
+    const int64_t places = plan_.step[1] / plan_.band.images, images = plan_.band.images;
+    for (int64_t x = 0; x < smaller(columns.first, places); ++x) fill_zeros(row + place_of(x), images);
+    for (int64_t x = larger(columns.last, 0); x < places; ++x) fill_zeros(row + place_of(x), images);
+    if (band_.images == images) return;
+    for (int64_t x = columns.first; x < columns.last; ++x) {
+      fill_zeros(row + place_of(x) + band_.images, images - band_.images);
     }
   }
 
