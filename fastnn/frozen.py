@@ -1,4 +1,4 @@
-"""``fastnn.freeze``: a model for inference alone, its weights packed, run by one operator call."""
+"""``fastnn.freeze``: a model for inference alone, its weights packed, run by one operator call or one for each part."""
 
 import inspect
 import operator
@@ -79,7 +79,7 @@ def _build(model: nn.Module, exported: Exported, inputs: tuple[Tensor, ...]) -> 
             raise ValueError(f"freeze: expected parameters of one dtype, float32 or float64, got {found}")
     if exported.is_one_chain:
         return _frozen_chain(exported.segments[0], tuple(inputs[0].shape))
-    return FrozenGraph(*_write_graph(exported, inputs))
+    return FrozenGraph(*_write_graph(exported))
 
 
 def _frozen_chain(segment: Segment, sizes: tuple[int, ...]) -> "FrozenModel":
@@ -350,7 +350,7 @@ class FrozenGraph(nn.Module):
 _VALUE, _LIST, _TUPLE, _DICT, _TORCH = "value", "list", "tuple", "dict", "torch"
 
 
-def _write_graph(exported: Exported, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+def _write_graph(exported: Exported) -> tuple[Any, ...]:
     """The arguments of a FrozenGraph."""
     numbers = {node: i for i, node in enumerate(exported.inputs)}
     last = {segment.nodes[-1]: segment for segment in exported.segments}
@@ -381,7 +381,6 @@ def _write_graph(exported: Exported, inputs: tuple[Tensor, ...]) -> tuple[Any, .
             steps.append((_name(node), _write(node.args, numbers), _write(dict(node.kwargs), numbers), done))
     output = pytree.tree_unflatten(exported.outputs, exported.out_spec)
     tensors = [exported.constants[node.name].detach().clone() for node in constants]
-    del inputs
     return parts, tensors, steps, exported.ranges, _write(output, numbers)
 
 
@@ -415,6 +414,7 @@ def _function(name: Any) -> Any:
     raise ValueError(f"a frozen model cannot hold {name}")
 
 
+# Of sizes, as torch.export writes it.
 _ARITHMETIC = (
     "add",
     "sub",

@@ -24,8 +24,8 @@ _OF_STEP, _OF_PARAMETER = 6, 14  # numbers: csrc/ops/training_step.cpp, StepNumb
 class TrainingStep:
     """What :func:`training_step` returns. Call it with an input and a target; it returns the loss, without a graph.
 
-    ``gradients`` is None, or with ``keep_gradients`` each parameter's ``grad`` is what the last step moved it by
-    (before clipping).
+    With ``keep_gradients`` each parameter's ``grad`` holds the last step's gradient, which one call leaves as before
+    clipping and the ordinary step as after it; otherwise it is None.
     """
 
     def __init__(

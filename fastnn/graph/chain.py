@@ -101,8 +101,7 @@ class _Reader:
             tensors = list(node.args[1])  # type: ignore[arg-type]
             if len(digits) > _MOST_LAYERS:
                 raise ChainError(f"there are more than {_MOST_LAYERS} linear layers in a row")
-            if not self.stages:
-                self.dims = 2
+            self._begin(2)
             biased = int(len(tensors) > len(digits))
             self.stages.append(("mlp", [len(digits), biased, operator_code(digits)]))
             self._take(tensors)
@@ -121,8 +120,7 @@ class _Reader:
         if layer is not None and layer.kind == "identity":
             return node
         if layer is not None and layer.kind == "linear" and layer.module is not None:
-            if not self.stages:
-                self.dims = 2
+            self._begin(2)
             own = layer.module._parameters
             names = [name for name in ("weight", "bias") if own.get(name) is not None]
             if not names or names[0] != "weight":

@@ -77,7 +77,6 @@ class Program:
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
         self.names = input_names(type(module).forward)
         self.stock_graph, tracer = trace(module)
-        self.refused = tracer.refused
         self.modules = dict(module.named_modules())
         self.passed = [module, *tracer.inlined]
         self.matches = match(self.stock_graph, self.modules)

@@ -38,7 +38,7 @@ class Network:
     """Convolution blocks, ``flatten`` and linear layers: by one operator where nothing is recorded for a gradient,
     which saves a sixth of a small network's time, else by one each. Called with the input and all tensors."""
 
-    __name__ = "network"
+    __name__ = "network"  # torch.fx writes a call of it as that of a function of this name and module
     __module__ = "fastnn"
 
     def __init__(self, steps: Sequence[_Step]) -> None:
@@ -107,7 +107,7 @@ class RecurrentHead:
     """``linear(last step of recurrent(x))``: in training one function for both. Called with the input, the linear
     layer's weight and its bias."""
 
-    __name__ = "recurrent_with_head"
+    __name__ = "recurrent_with_head"  # as above
     __module__ = "fastnn"
 
     def __init__(self, module: Any, digits: str) -> None:

@@ -6,11 +6,12 @@ methods of tensors, as ``torch.fx`` traces a model (``fastnn.fuse``) and as Dyna
 
 1. convolution, batch norm or none, ReLU, max-pool (or max-pool and ReLU, which is the same): ``conv_relu_max_pool``,
 2. convolution, batch norm or none, ReLU: the same with windows of one pixel,
-3. batch norm or none, ReLU, max-pool of anything else: ``relu_max_pool``,
-4. linear layers with activations between them: ``mlp``,
-5. a recurrent layer and the linear layer of its last step: one function for both.
+3. batch norm or none, ReLU, max-pool of anything else: ``relu_max_pool`` of ``ops/batch_norm.py``,
+4. linear layers with activations between them: ``mlp``.
 
-Every layer that is part of no pattern gets a reason.
+fastnn.nn's own blocks are read as what they compute. What is made of neighbouring operators afterwards (a recurrent
+layer with the linear layer of its last step, a whole network) is in ``joining.py``. Every layer that is part of no
+pattern gets a reason.
 """
 
 from __future__ import annotations
@@ -322,8 +323,7 @@ class _Matcher:
             return "a window of its max-pool, which comes before ReLU, may be all padding"
         return None
 
-    # -- the patterns: a Match, a reason why there is none, or None where there is nothing to say
-    # ------------------------
+    # ---- the patterns: a Match, a reason why there is none, or None where there is nothing to say
 
     def block(self, block: Layer) -> Match | str | None:
         """A layer of ``fastnn.nn`` that is the whole pattern."""
@@ -341,7 +341,7 @@ class _Matcher:
         layers, why = self.epilogue(conv)
         if why:
             return why
-        _, norm, pool = layers[0], _of(layers, "batch_norm"), _of(layers, "max_pool")
+        norm, pool = _of(layers, "batch_norm"), _of(layers, "max_pool")
         if pool is not None and pool.dims != conv.dims:
             return "its max-pool has other dimensions"
         if norm is not None and _trains(norm):
@@ -490,14 +490,14 @@ class _Matcher:
 def _conv_relu_max_pool(
     layers: list[Layer], dims: int, tensors: list[tuple[Layer, str] | None], settings: dict[str, Any]
 ) -> Match:
-    operator = "conv_relu_max_pool"
+    name = "conv_relu_max_pool"
     if not isinstance(settings["padding"], str):
         unset = {"pool_stride": None, "pool_padding": 0, "pool_dilation": 1, "ceil_mode": False}
         given = {**unset, **settings}
-        geometry = flat_geometry(dims, *(given[name] for name in (*_CONV[3:], *_BLOCK)))
+        geometry = flat_geometry(dims, *(given[setting] for setting in (*_CONV[3:], *_BLOCK)))
         if geometry is not None:
-            return Match(operator, layers, conv_relu_max_pool, tensors, {"geometry": geometry, "dims": dims})
-    return Match(operator, layers, _CONVS[dims - 1], tensors, settings)
+            return Match(name, layers, conv_relu_max_pool, tensors, {"geometry": geometry, "dims": dims})
+    return Match(name, layers, _CONVS[dims - 1], tensors, settings)
 
 
 def _passes_on(layer: Layer) -> bool:

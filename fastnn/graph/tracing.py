@@ -107,7 +107,6 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.thread = threading.get_ident()  # torch.fx patches classes while it traces, which other threads see
         self.inlined: list[nn.Module] = []
-        self.refused: dict[str, str] = {}
         self.trace_asserts = True
         self.modes = _modes()
 
@@ -141,8 +140,7 @@ class _Tracer(fx.Tracer):
             _check_unchanged(m, state[0])
             self.inlined.append(m)
             return result
-        except Exception as error:  # whatever a forward may raise that is given proxies
-            self.refused[path] = words_of(error)
+        except Exception:  # whatever a forward may raise that is given proxies: the module stays one call
             for node in reversed(self.graph.nodes):
                 if node is last:
                     break

@@ -103,7 +103,7 @@ class _Trial:
             torch.set_rng_state(state)
             try:
                 results.append(step(function))
-            except NotImplementedError as error:
+            except NotImplementedError as error:  # of torch: no kernel for such tensors, a meta tensor for one
                 self.left[key] = f"it cannot run on these inputs: {error}"
                 return
         if not _agree(*results):
