@@ -45,7 +45,7 @@ def faults(check: Any, monkeypatch: pytest.MonkeyPatch, target: str, warps: int 
     case = check.Case("op", "shape", torch.float16, lambda device: lambda: None)
     monkeypatch.setattr(check, "all_cases", lambda: iter([case]))
     monkeypatch.setattr(check, "record_launches", lambda *_: [launch])
-    rows, failed = check.check([t for t in check._launch.TARGETS if t.name == target], [])
+    rows, failed = check.check([t for t in check._target.TARGETS if t.name == target], [])
     return rows[0][-1], failed
 
 
@@ -81,7 +81,7 @@ def test_waiting_for_ever_ends_in_an_assert(
 ) -> None:
     """Where a limit is set, as for tests; else the kernel has no such code."""
     monkeypatch.setattr(check._launch, "spin_limit", limit)
-    target = next(target for target in check._launch.TARGETS if target.name == "sm_90")
+    target = next(target for target in check._target.TARGETS if target.name == "sm_90")
     case = next(case for case in check.all_cases() if case.shape == "RNN_TANH model")
     launch = next(launch for launch in check.record_launches(case, target) if "wave" in launch.kernel.__name__)
     compiled = check.compile_launch(launch, target)

@@ -88,12 +88,12 @@ def test_nothing_wrong_is_measured(tool) -> None:
 
 def test_tuning_keeps_what_is_faster(tool, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_tune = tool("gpu_tune")
-    launch = gpu_tune._launch
-    monkeypatch.setattr(launch, "launch", lambda *args, **options: None)
-    monkeypatch.setattr(launch, "tuned", launch.tuned)
+    target = gpu_tune._target
+    monkeypatch.setattr(gpu_tune._launch, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(target, "tuned", target.tuned)
     case = next(case for case in tool("gpu_cases").all_cases() if case.op == "mlp")
     table: dict[str, dict[str, int]] = {}
-    with launch.assume_target(launch.TARGETS[2]):
+    with target.assume_target(target.TARGETS[2]):
         trial = gpu_tune.Trial(case, torch.device("meta"), table, rehearse=True)
         tried = list(gpu_tune.candidates(trial))
         assert {field for _, field, _ in tried} >= {"num_warps", "num_stages", "block_rows"}
@@ -128,16 +128,17 @@ class HostTensors(TorchDispatchMode):
 @pytest.mark.parametrize("op", ["mlp", "conv_relu_max_pool", "rnn"])
 def test_calls_bring_nothing_to_the_gpu(op: str, tool, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_cases = tool("gpu_cases")
-    launch = tool("gpu_tune")._launch
-    monkeypatch.setattr(launch, "launch", lambda *args, **options: None)
+    gpu_tune = tool("gpu_tune")
+    target = gpu_tune._target
+    monkeypatch.setattr(gpu_tune._launch, "launch", lambda *args, **options: None)
     cases = [c for c in gpu_cases.all_cases() if c.op == op and c.dtype.itemsize == 2]
-    with launch.assume_target(launch.TARGETS[2]), torch.no_grad():
+    with target.assume_target(target.TARGETS[2]), torch.no_grad():
         for case in cases:
-            launch.Plans.forget_all()
+            gpu_tune._plan_cache.Plans.forget_all()
             with HostTensors() as host:
                 run = case.make(torch.device("meta"))
                 run()
                 host.found.clear()  # what a plan keeps for the next call
                 run()
             assert host.found == set(), case
-    launch.Plans.forget_all()
+    gpu_tune._plan_cache.Plans.forget_all()

@@ -28,7 +28,7 @@ from gpu_cases import Case, all_cases, float32_precision
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _plan_cache, _precision, _target
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -60,10 +60,10 @@ class Built(NamedTuple):
     matrix_instructions: int
 
 
-def record_launches(case: Case, target: _launch.Target) -> list[Launch]:
+def record_launches(case: Case, target: _target.Target) -> list[Launch]:
     """The launches of a case on ``target``."""
     launches = []
-    _launch.Plans.forget_all()
+    _plan_cache.Plans.forget_all()
 
     def record(kernel: Any, grid: Any, device: torch.device, *args: Any, **keywords: Any) -> None:
         constexprs = {name: value for name, value in keywords.items() if name not in _OPTIONS}
@@ -72,7 +72,7 @@ def record_launches(case: Case, target: _launch.Target) -> list[Launch]:
 
     launch, _launch.launch = _launch.launch, record
     try:
-        with _launch.assume_target(target), float32_precision(case), torch.no_grad():
+        with _target.assume_target(target), float32_precision(case), torch.no_grad():
             case.make(torch.device("meta"))()
     finally:
         _launch.launch = launch
@@ -108,14 +108,14 @@ def describe_all(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[A
     return signature | dict.fromkeys(launch.constexprs, "constexpr"), constants, attributes
 
 
-def compile_launch(launch: Launch, target: _launch.Target) -> Any:
+def compile_launch(launch: Launch, target: _target.Target) -> Any:
     signature, constants, attributes = describe_all(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     return triton.compile(source, target=gpu, options=launch.options)
 
 
-def build(launch: Launch, target: _launch.Target) -> Built:
+def build(launch: Launch, target: _target.Target) -> Built:
     compiled = compile_launch(launch, target)
     read = _read_cubin if target.backend == "cuda" else _read_amdgcn
     return read(compiled)
@@ -160,13 +160,13 @@ def _read_amdgcn(compiled: Any) -> Built:
     )
 
 
-def faults(built: Built, launch: Launch, case: Case, target: _launch.Target) -> Iterator[str]:
+def faults(built: Built, launch: Launch, case: Case, target: _target.Target) -> Iterator[str]:
     if built.spills_in_loops:
         yield "spills in a loop"
     if built.shared_memory > target.shared_memory:
         yield f"shared memory over {target.shared_memory}"
     precision = launch.constexprs.get("PRECISION")  # of a kernel with dots
-    if precision and _launch.uses_matrix_units(case.dtype, precision, target) and built.matrix_instructions == 0:
+    if precision and _precision.uses_matrix_units(case.dtype, precision, target) and built.matrix_instructions == 0:
         yield "no matrix instruction"
 
 
@@ -194,7 +194,7 @@ def summary(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def check_target(target: _launch.Target, ops: Sequence[str], sample: bool) -> tuple[list[tuple[str, ...]], int]:
+def check_target(target: _target.Target, ops: Sequence[str], sample: bool) -> tuple[list[tuple[str, ...]], int]:
     """The table's rows, and how many of them are at fault. ``sample``: of each kernel one launch."""
     rows, failed = [], 0
     seen: set[Any] = set()
@@ -220,7 +220,7 @@ def check_target(target: _launch.Target, ops: Sequence[str], sample: bool) -> tu
 
 
 def check(
-    targets: Sequence[_launch.Target], ops: Sequence[str], sample: bool = False
+    targets: Sequence[_target.Target], ops: Sequence[str], sample: bool = False
 ) -> tuple[list[tuple[str, ...]], int]:
     """The same for several targets, side by side."""
     if len(targets) == 1:
@@ -234,7 +234,7 @@ def check(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = {target.name: target for target in _launch.TARGETS}
+    known = {target.name: target for target in _target.TARGETS}
     parser.add_argument("--target", action="append", choices=known, help="default: all")
     parser.add_argument("--op", action="append", help="default: all")
     parser.add_argument("--sample", action="store_true", help="of each kernel one launch only")

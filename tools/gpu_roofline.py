@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from gpu_cases import CONV_SHAPES, MLP_SHAPES, RNN_SHAPES, conv_geometry
 
-from fastnn.kernels import _conv_plan, _launch, _mlp_plan, _rnn_config
+from fastnn.kernels import _conv_plan, _mlp_plan, _rnn_config, _target
 from fastnn.kernels._conv_geometry import Problem, check_problem
 from fastnn.kernels._rnn_problem import MODES
 
@@ -32,7 +32,7 @@ LAUNCH = 2.5e-6  # seconds from one kernel to the next in a CUDA graph
 # a product a step, here a barrier a step.
 STEP = {"stock": 1.3e-6, "fastnn": 0.4e-6}
 WIDE_STEP = {"stock": 9e-6, "fastnn": 2.5e-6}
-TARGET = _launch.TARGETS[2]
+TARGET = _target.TARGETS[2]
 
 
 class Cost(NamedTuple):

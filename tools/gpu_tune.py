@@ -21,9 +21,9 @@ import torch
 from gpu_bench import seconds_a_call
 from gpu_cases import Case, all_cases, float32_precision
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _plan_cache, _target
 
-TABLE = Path(_launch.__file__).with_name("tuned.json")
+TABLE = Path(_target.__file__).with_name("tuned.json")
 FIELDS = {  # what else a field of a configuration may be
     "num_warps": (4, 8, 16),
     "num_stages": (2, 3, 4),
@@ -47,16 +47,16 @@ class Trial:
         self.device, self.table, self.rehearse = device, table, rehearse
         self.asked: dict[str, Any] = {}  # the classes that the case is in, with what the rules and the table choose
         self.run: Callable[[], object] = case.make(device)
-        _launch.tuned = self._tuned
+        _target.tuned = self._tuned
         self.best = self._seconds()
 
-    def _tuned(self, config: Any, target: _launch.Target, *shape_class: Any) -> Any:
+    def _tuned(self, config: Any, target: _target.Target, *shape_class: Any) -> Any:
         key = " ".join(map(str, shape_class))
         self.asked[key] = config._replace(**self.table.get(key, {}))
         return self.asked[key]
 
     def _seconds(self) -> float:
-        _launch.Plans.forget_all()
+        _plan_cache.Plans.forget_all()
         if self.device.type == "meta":
             self.run()
             return 1.0
@@ -116,16 +116,16 @@ def main() -> int:
         parser.error("no GPU is to be seen; --rehearse goes through the steps without one")
     device = torch.device("meta" if options.rehearse else "cuda")
     shipped = json.loads(TABLE.read_text())
-    target = _launch.target_of(torch.device("meta") if options.rehearse else torch.device("cuda", 0))
+    target = _target.target_of(torch.device("meta") if options.rehearse else torch.device("cuda", 0))
     table = shipped.setdefault(target.name, {})
-    original, launch = _launch.tuned, _launch.launch
+    original, launch = _target.tuned, _launch.launch
     if options.rehearse:
         _launch.launch = lambda *args, **options: None
     try:
         cases = [case for case in all_cases() if not options.op or case.op in options.op]
         tune(cases, device, table, time.monotonic() + 60 * options.minutes, options.rehearse)
     finally:
-        _launch.tuned, _launch.launch = original, launch
+        _target.tuned, _launch.launch = original, launch
     print(f"{len(table)} classes of shapes on {target.name} are run otherwise than by the rules")
     if not options.rehearse:
         TABLE.write_text(json.dumps(shipped, indent=1, sort_keys=True) + "\n")

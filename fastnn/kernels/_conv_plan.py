@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._check import check, check_same_kind, check_sizes
 from fastnn.kernels._conv_geometry import (
     MOST_PLACES,
@@ -68,13 +68,13 @@ _FEW_CHANNELS = 16
 _WIDEST_GRID = 65535  # in all dimensions but the first
 
 
-def is_fused(problem: Problem, direction: str, precision: str, target: _launch.Target) -> bool:
+def is_fused(problem: Problem, direction: str, precision: str, target: _target.Target) -> bool:
     """Whether the convolution is computed here; else by stock's kernel. ``direction``: "forward" or "backward"."""
     if problem.kind.dtype is torch.float64:
         return False
     if problem.groups > 1 and min(problem.channels, problem.out_channels) < _FEW_CHANNELS:
         return False  # tiles would stay empty
-    fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
+    fast = _precision.uses_matrix_units(problem.kind.dtype, precision, target)
     worth = _WORTH["tf32x3" if precision == "tf32x3" else "matrix units" if fast else "no matrix units"]
     saved = worth.forward if direction == "forward" else worth.backward
     repeated = max(problem.recomputed, 1.0)
@@ -88,44 +88,44 @@ def is_tap_by_tap(problem: Problem) -> bool:
     return problem.channels >= _FEW_CHANNELS
 
 
-def conv_config(problem: Problem, precision: str, target: _launch.Target) -> Config:
+def conv_config(problem: Problem, precision: str, target: _target.Target) -> Config:
     """The fused kernels' tiles, as large as registers hold without spilling (tools/gpu_check.py)."""
     wide = problem.kind.dtype.itemsize == 2
-    fast = _launch.uses_matrix_units(problem.kind.dtype, precision, target)
-    block_out = min(64, _launch.padded(problem.out_channels))
+    fast = _precision.uses_matrix_units(problem.kind.dtype, precision, target)
+    block_out = min(64, _target.padded(problem.out_channels))
     if is_tap_by_tap(problem):
-        most = 128 if wide and (target.backend == "hip" or target.arch in _launch.LARGE_TILES) else 64
-        block_k = min(64 if wide else 32, _launch.padded(problem.channels))
+        most = 128 if wide and (target.backend == "hip" or target.arch in _target.LARGE_TILES) else 64
+        block_k = min(64 if wide else 32, _target.padded(problem.channels))
     else:  # every element of a step has a place of its own, and places fill registers
-        most, block_k = 64, min(32 if wide else 16, _launch.padded(problem.depth))
+        most, block_k = 64, min(32 if wide else 16, _target.padded(problem.depth))
     pixels = problem.images * math.prod(problem.out_size)
-    block_pixels = min(most if fast else 32, _launch.padded(triton.cdiv(pixels, target.processors)))
+    block_pixels = min(most if fast else 32, _target.padded(triton.cdiv(pixels, target.processors)))
     num_warps = 8 if block_pixels * block_out * problem.kind.dtype.itemsize >= 8192 else 4
     config = Config(block_pixels, block_out, block_k, num_warps, num_stages=3 if target.shared_memory > 65536 else 2)
-    config = _launch.tuned(
-        config, target, "conv", problem.kind.dtype.itemsize, precision, block_pixels, _launch.padded(problem.channels),
+    config = _target.tuned(
+        config, target, "conv", problem.kind.dtype.itemsize, precision, block_pixels, _target.padded(problem.channels),
         block_out, problem.taps, problem.places,
     )  # fmt: skip
     if precision == "tf32x3":
-        config = config._replace(block_k=min(config.block_k, _launch.MOST_PRODUCTS_IN_TF32X3))
+        config = config._replace(block_k=min(config.block_k, _precision.MOST_PRODUCTS_IN_TF32X3))
     return config
 
 
 _MOST_TOGETHER = 8  # places: a longer program only takes longer to compile
 
 
-def _registers_for_sums(problem: Problem, config: Config, precision: str, target: _launch.Target) -> int:
+def _registers_for_sums(problem: Problem, config: Config, precision: str, target: _target.Target) -> int:
     """Of a thread, without spilling (tools/gpu_check.py)."""
     if target.arch in (100, 103) and precision == "tf32":
         return 32  # the compiler gives eight warps 128 registers each
-    operands_elsewhere = target.backend == "hip" or target.arch in _launch.LARGE_TILES
+    operands_elsewhere = target.backend == "hip" or target.arch in _target.LARGE_TILES
     # In a loop every element of a patch of few channels has a place to be kept.
     if operands_elsewhere and (is_tap_by_tap(problem) or _steps(problem, config) == 1):
         return 128
     return 16 if precision == "tf32x3" else 32
 
 
-def forward_config(problem: Problem, precision: str, target: _launch.Target) -> tuple[Config, int]:
+def forward_config(problem: Problem, precision: str, target: _target.Target) -> tuple[Config, int]:
     """conv_forward's tiles, and how many places of a window share the weight's: a divisor of their number, as many as
     registers hold the sums of. Two programs should fit a processor: one computes while the other begins or ends."""
     config = conv_config(problem, precision, target)
@@ -164,12 +164,12 @@ class Plan(NamedTuple):
 
 
 def facts(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (_launch.facts(tensor), tensor.stride())
+    return None if tensor is None else (_plan_cache.facts(tensor), tensor.stride())
 
 
 def plan_forward(
     op: str, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], with_winners: bool,
-    precision: str, target: _launch.Target,
+    precision: str, target: _target.Target,
 ) -> Plan:  # fmt: skip
     arguments = Geometry.of_flat(geometry, input.dim() - 2)
     problem = check_problem(op, input, weight, bias, arguments)
@@ -208,12 +208,12 @@ def _shape_constexprs(problem: Problem) -> dict[str, Any]:
         "OUT_CHANNELS": problem.out_channels,
         "GEOMETRY": problem.geometry,
         "TAP_BY_TAP": is_tap_by_tap(problem),
-        "OPERAND": _launch.operand_dtype(problem.kind.dtype),
+        "OPERAND": _precision.operand_dtype(problem.kind.dtype),
     }
 
 
 def _fused_launcher(
-    problem: Problem, in_last: bool, out_last: bool, precision: str, target: _launch.Target
+    problem: Problem, in_last: bool, out_last: bool, precision: str, target: _target.Target
 ) -> tuple[_launch.Launcher, int]:
     config, together = forward_config(problem, precision, target)
     launch = _launch.Launcher(
@@ -255,7 +255,7 @@ def _tiles(pixels: int, options: dict[str, Any]) -> tuple[int, int]:
 
 def plan_backward(
     grad_output: Tensor, winners: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[int], precision: str,
-    target: _launch.Target,
+    target: _target.Target,
 ) -> Plan:  # fmt: skip
     op = "conv_relu_max_pool_backward"
     arguments = Geometry.of_flat(geometry, input.dim() - 2)
@@ -280,10 +280,10 @@ def plan_backward(
 
 
 def _input_gradient_launcher(
-    problem: Problem, in_last: bool, precision: str, target: _launch.Target
+    problem: Problem, in_last: bool, precision: str, target: _target.Target
 ) -> _launch.Launcher:
     config = conv_config(problem, precision, target)
-    block_k = min(64, _launch.padded(problem.channels))
+    block_k = min(64, _target.padded(problem.channels))
     config = config._replace(block_k=block_k, block_out=min(config.block_out, 32))
     pixels = problem.images * math.prod(problem.in_size)
     return _launch.Launcher(
@@ -298,10 +298,10 @@ def _input_gradient_launcher(
 
 
 def _weight_gradient_launcher(
-    problem: Problem, in_last: bool, precision: str, target: _launch.Target
+    problem: Problem, in_last: bool, precision: str, target: _target.Target
 ) -> _launch.Launcher:
     config = conv_config(problem, precision, target)
-    most = _launch.MOST_PRODUCTS_IN_TF32X3 if precision == "tf32x3" else 64
+    most = _precision.MOST_PRODUCTS_IN_TF32X3 if precision == "tf32x3" else 64
     config = config._replace(block_pixels=min(config.block_pixels, most))
     steps, blocks = _steps(problem, config), problem.groups * triton.cdiv(problem.out_channels, config.block_out)
     tiles = triton.cdiv(problem.pooled_pixels, config.block_pixels)

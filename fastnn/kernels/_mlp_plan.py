@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _precision, _target
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
 from fastnn.kernels._mlp_kernels import chain_backward, chain_forward, layer_forward, resident_chain_forward
 from fastnn.ops.mlp import _KEEPS_INPUT, ACTIVATION_NAMES, split_parameters
@@ -45,7 +45,7 @@ _LAUNCH_BOUND_WORK = 100e6
 _DEEPEST_LAYER_SUM = 512
 
 
-def _block_rows(rows: int, most: int, target: _launch.Target) -> int:
+def _block_rows(rows: int, most: int, target: _target.Target) -> int:
     """Few rows are spread over the processors."""
     return min(most, max(16, triton.next_power_of_2(triton.cdiv(rows, target.processors))))
 
@@ -55,7 +55,7 @@ def chain_config(
     rows: int,
     dtype: torch.dtype,
     precision: str,
-    target: _launch.Target,
+    target: _target.Target,
     backward: bool = False,
 ) -> Config | None:
     """The configuration of the one-launch kernels, or None where layers run one at a time.
@@ -67,11 +67,11 @@ def chain_config(
         return None
     if max(hidden) > _WIDEST_HIDDEN or max(widths[0], widths[-1]) > _WIDEST_ENDS:
         return None
-    fast = _launch.uses_matrix_units(dtype, precision, target)
+    fast = _precision.uses_matrix_units(dtype, precision, target)
     work = 2.0 * rows * sum(a * b for a, b in pairwise(widths))
     if not fast and (backward or max(hidden) > _WIDEST_WITHOUT_MATRIX_UNITS) and work > _LAUNCH_BOUND_WORK:
         return None
-    tiles = [_launch.padded(width) for width in hidden]
+    tiles = [_target.padded(width) for width in hidden]
     # A row tile as tall as registers hold without spilling (tools/gpu_check.py).
     values = (16384 if dtype.itemsize == 2 else 8192 if fast else 2048) // (2 if backward else 1)
     if target.backend == "hip" and backward:
@@ -82,21 +82,21 @@ def chain_config(
     on_chip = dtype.itemsize * (max(largest, 2 * chunk * max(tiles)) + block_rows * (max(tiles) + chunk))
     if on_chip > target.shared_memory:
         return None
-    block_in, block_out = min(chunk, _launch.padded(widths[0])), min(chunk, _launch.padded(widths[-1]))
+    block_in, block_out = min(chunk, _target.padded(widths[0])), min(chunk, _target.padded(widths[-1]))
     # Without matrix units both operands of a dot are in registers as a whole.
     many_warps = block_rows * max(tiles) >= (8192 if fast else 1024)
     config = Config(block_rows, block_in, block_out, num_warps=8 if many_warps else 4, num_stages=2)
     direction = "backward" if backward else "forward"
-    return _launch.tuned(config, target, "chain", direction, dtype.itemsize, precision, block_rows, max(tiles), layers)
+    return _target.tuned(config, target, "chain", direction, dtype.itemsize, precision, block_rows, max(tiles), layers)
 
 
 def is_resident(
-    widths: Sequence[int], rows: int, dtype: torch.dtype, precision: str, config: Config, target: _launch.Target
+    widths: Sequence[int], rows: int, dtype: torch.dtype, precision: str, config: Config, target: _target.Target
 ) -> bool:
     """Whether the weights of all layers fit on chip, and rows are so many that a program loads them for several
     tiles."""
-    tiles = [_launch.padded(width) for width in widths]
-    if max(tiles) > 128 or not _launch.uses_matrix_units(dtype, precision, target):
+    tiles = [_target.padded(width) for width in widths]
+    if max(tiles) > 128 or not _precision.uses_matrix_units(dtype, precision, target):
         return False
     if target.backend == "hip" or int(target.arch) >= 100:
         return False  # weights would be kept in registers, or the layers' sums overflow tensor memory
@@ -106,21 +106,21 @@ def is_resident(
 
 
 def layer_config(
-    rows: int, inputs: int, outputs: int, activation: int, dtype: torch.dtype, precision: str, target: _launch.Target
+    rows: int, inputs: int, outputs: int, activation: int, dtype: torch.dtype, precision: str, target: _target.Target
 ) -> Config | None:
     """The configuration of the one-layer kernel, or None where stock's GEMM and activation are at least as fast: a
     fused epilogue only pays where the sum is short."""
     if rows * inputs * outputs == 0 or dtype is torch.float64 or ACTIVATION_NAMES[activation] == "identity":
         return None
-    fast = _launch.uses_matrix_units(dtype, precision, target)
+    fast = _precision.uses_matrix_units(dtype, precision, target)
     if inputs > (_DEEPEST_LAYER_SUM if fast else _WIDEST_WITHOUT_MATRIX_UNITS):
         return None
     block_rows = _block_rows(rows, 128 if fast else 64, target)
-    block_out = min(_launch.padded(outputs), 128 if fast else 64)
-    block_in = min(_launch.padded(inputs), 64 if dtype.itemsize == 2 else 32)
+    block_out = min(_target.padded(outputs), 128 if fast else 64)
+    block_in = min(_target.padded(inputs), 64 if dtype.itemsize == 2 else 32)
     num_warps = 8 if block_rows * block_out >= 16384 else 4
     config = Config(block_rows, block_in, block_out, num_warps, 3 if target.shared_memory > 65536 else 2)
-    return _launch.tuned(config, target, "layer", dtype.itemsize, precision, block_rows, block_in, block_out)
+    return _target.tuned(config, target, "layer", dtype.itemsize, precision, block_rows, block_in, block_out)
 
 
 # ---- checks -----------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class Plan(NamedTuple):
 
 
 def plan_forward(
-    op: str, input: Tensor, parameters: Sequence[Tensor], code: int, target: _launch.Target, precision: str
+    op: str, input: Tensor, parameters: Sequence[Tensor], code: int, target: _target.Target, precision: str
 ) -> Plan:
     activations = _numbers(op, code)
     layers = len(activations)
@@ -209,10 +209,10 @@ def plan_forward(
 def _constexprs(chain: Chain, activations: Sequence[int], config: Config, precision: str) -> dict[str, Any]:
     return {
         "WIDTHS": tuple(chain.widths),
-        "TILES": tuple(_launch.padded(width) for width in chain.widths),
+        "TILES": tuple(_target.padded(width) for width in chain.widths),
         "ACTIVATIONS": tuple(activations),
         "LAYERS": chain.layers,
-        "OPERAND": _launch.operand_dtype(chain.kind.dtype),
+        "OPERAND": _precision.operand_dtype(chain.kind.dtype),
         "PRECISION": precision,
         **config.options(),
     }
@@ -220,7 +220,7 @@ def _constexprs(chain: Chain, activations: Sequence[int], config: Config, precis
 
 def _chain_launcher(
     chain: Chain, activations: Sequence[int], keeps_input: tuple[bool, ...], config: Config, precision: str,
-    target: _launch.Target,
+    target: _target.Target,
 ) -> _launch.Launcher:  # fmt: skip
     constexprs = _constexprs(chain, activations, config, precision) | {"KEEPS_INPUT": keeps_input}
     tiles = triton.cdiv(chain.rows, config.block_rows)
@@ -231,7 +231,7 @@ def _chain_launcher(
 
 
 def _layer_launcher(
-    chain: Chain, layer: int, activation: int, precision: str, target: _launch.Target
+    chain: Chain, layer: int, activation: int, precision: str, target: _target.Target
 ) -> _launch.Launcher | None:
     inputs, outputs = chain.widths[layer : layer + 2]
     config = layer_config(chain.rows, inputs, outputs, activation, chain.kind.dtype, precision, target)
@@ -244,7 +244,7 @@ def _layer_launcher(
         IN=inputs,
         OUT=outputs,
         ACTIVATION=activation,
-        OPERAND=_launch.operand_dtype(chain.kind.dtype),
+        OPERAND=_precision.operand_dtype(chain.kind.dtype),
         PRECISION=precision,
         **config.options(),
     )
@@ -252,7 +252,7 @@ def _layer_launcher(
 
 def plan_backward(
     grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], code: int, output: Tensor, hidden: Sequence[Tensor],
-    target: _launch.Target, precision: str,
+    target: _target.Target, precision: str,
 ) -> Plan:  # fmt: skip
     op = "mlp_backward"
     activations = _numbers(op, code)
@@ -278,7 +278,7 @@ def _check_saved(chain: Chain, saved: Sequence[Tensor], hidden: int) -> None:
 
 
 def _backward_launcher(
-    chain: Chain, activations: Sequence[int], precision: str, target: _launch.Target
+    chain: Chain, activations: Sequence[int], precision: str, target: _target.Target
 ) -> _launch.Launcher | None:
     config = chain_config(chain.widths, chain.rows, chain.kind.dtype, precision, target, backward=True)
     if config is None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _precision, _target
 from fastnn.kernels._rnn_problem import Problem
 
 
@@ -25,7 +25,7 @@ _LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the process
 
 
 def rnn_config(
-    mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, target: _launch.Target,
+    mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, target: _target.Target,
     packed: bool = False,
 ) -> Config | None:  # fmt: skip
     """The configuration, or None where stock's kernels are at least as fast.
@@ -36,9 +36,9 @@ def rnn_config(
     """
     if dtype is torch.float64 or hidden == 0:
         return None
-    tile = _launch.padded(hidden)
+    tile = _target.padded(hidden)
     gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
-    fast = _launch.uses_matrix_units(dtype, precision, target)
+    fast = _precision.uses_matrix_units(dtype, precision, target)
     # Without matrix units LSTM's four dots at a step are more than Triton 3.9 compiles: LLVM aborts.
     if not fast and (gates == 4 or tile > _WIDEST_WITHOUT_MATRIX_UNITS):
         return None
@@ -51,25 +51,25 @@ def rnn_config(
     many = batch * directions >= 64 * target.processors and gates == 1
     block_batch = 32 if many else 16
     num_warps = 16 if tile >= 128 and gates == 4 else 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
-    return _launch.tuned(Config(block_batch, num_warps), target, "rnn", gates, dtype.itemsize, precision, tile, many)
+    return _target.tuned(Config(block_batch, num_warps), target, "rnn", gates, dtype.itemsize, precision, tile, many)
 
 
 def _spread_config(
-    gates: int, hidden: int, batch: int, directions: int, dtype: torch.dtype, target: _launch.Target, packed: bool
+    gates: int, hidden: int, batch: int, directions: int, dtype: torch.dtype, target: _target.Target, packed: bool
 ) -> Config | None:
     if target.backend == "hip" or hidden > _WIDEST_SPREAD or batch > _LARGEST_SPREAD_BATCH:
         return None
     # cuDNN keeps float16 weights on chip at any width, float32 ones up to some.
     if not packed and (dtype is torch.float16 or hidden <= _WIDEST_OF_CUDNN[gates]):
         return None
-    tile, block_batch = _launch.padded(hidden), 16
+    tile, block_batch = _target.padded(hidden), 16
     for units in (16, 32, 64):
         on_chip = dtype.itemsize * tile * (gates * units + 2 * block_batch)
         programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * directions
         # All programs run at once, one a processor.
         if on_chip <= target.shared_memory and programs <= target.processors:
             config = Config(block_batch, 8 if tile > 512 else 4, units)
-            return _launch.tuned(config, target, "rnn spread", gates, dtype.itemsize, tile, units)
+            return _target.tuned(config, target, "rnn spread", gates, dtype.itemsize, tile, units)
     return None
 
 
@@ -82,10 +82,10 @@ CHUNK_STEPS = 4
 
 def wave_chunk(
     config: Config, layers: int, directions: int, steps: int, batch: int, hidden: int, gates: int, itemsize: int,
-    target: _launch.Target,
+    target: _target.Target,
 ) -> int:  # fmt: skip
     """Steps that each layer is behind the one below it where that is faster than one layer after another, else 0."""
-    tile, programs = _launch.padded(hidden), layers * triton.cdiv(batch, config.block_batch)
+    tile, programs = _target.padded(hidden), layers * triton.cdiv(batch, config.block_batch)
     if config.units or layers == 1 or directions > 1 or target.backend == "hip" or tile > _WIDEST_WAVE:
         return 0
     # Beside the weights, two operands of the product and its sum on its way to memory.
@@ -120,5 +120,5 @@ def _with_wavefront(problem: Problem, config: Config) -> Config:
         return config
     if target.arch in (100, 103):  # with the product in the same kernel, 16 warps have too few registers each
         config = config._replace(num_warps=min(config.num_warps, 8))
-    shape_class = (gates, itemsize, problem.precision, _launch.padded(problem.hidden), problem.layers, chunk)
-    return _launch.tuned(config._replace(chunk=chunk), target, "rnn wave", *shape_class)
+    shape_class = (gates, itemsize, problem.precision, _target.padded(problem.hidden), problem.layers, chunk)
+    return _target.tuned(config._replace(chunk=chunk), target, "rnn wave", *shape_class)

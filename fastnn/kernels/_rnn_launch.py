@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _precision, _target
 from fastnn.kernels._activation import RELU, TANH
 from fastnn.kernels._rnn_config import PRODUCT_STEPS, Config
 from fastnn.kernels._rnn_problem import MODES, Problem
@@ -22,7 +22,7 @@ def launcher(problem: Problem, kernel: Any, config: Config, *optional: Tensor | 
         if config.units:
             grid = (*grid, triton.cdiv(problem.hidden, config.units))
         if config.chunk:
-            grid = (grid[0], 1, 1 if _launch.INTERPRETED else problem.layers)
+            grid = (grid[0], 1, 1 if _target.INTERPRETED else problem.layers)
         constexprs = _constexprs(problem, config)
         launcher = problem.kept[key] = _launch.Launcher(kernel, grid, problem.kind.device, **constexprs)
     return launcher
@@ -32,23 +32,23 @@ def _constexprs(problem: Problem, config: Config) -> dict[str, Any]:
     own: dict[str, Any] = {}
     if config.units:
         own = {"MODE": MODES.index(problem.mode), "GATES": problem.gates, "UNITS": config.units,
-               "PARTS": min(config.num_warps, _launch.padded(problem.hidden) // 16),
+               "PARTS": min(config.num_warps, _target.padded(problem.hidden) // 16),
                **_launch.meeting_options()}  # fmt: skip
     else:
         if problem.gates == 1 or config.chunk:
             own = {"ACTIVATION": (RELU if problem.mode == "RNN_RELU" else TANH).value}
         if config.chunk:
             own |= {"GATES": problem.gates, "LAYERS": problem.layers, "PRODUCT_STEPS": PRODUCT_STEPS,
-                    "BLOCK_K": min(_launch.padded(problem.hidden), 128 // problem.kind.dtype.itemsize),
+                    "BLOCK_K": min(_target.padded(problem.hidden), 128 // problem.kind.dtype.itemsize),
                     **_launch.meeting_options()}  # fmt: skip
     if not config.chunk:
         own["DIRECTIONS"] = problem.directions
     return {
         **own,
         "HIDDEN": problem.hidden,
-        "TILE": _launch.padded(problem.hidden),
+        "TILE": _target.padded(problem.hidden),
         "BLOCK_BATCH": config.block_batch,
-        "OPERAND": _launch.operand_dtype(problem.kind.dtype),
+        "OPERAND": _precision.operand_dtype(problem.kind.dtype),
         "PRECISION": problem.precision,
         "num_warps": config.num_warps,
         "num_stages": 1,
@@ -58,7 +58,7 @@ def _constexprs(problem: Problem, config: Config) -> dict[str, Any]:
 def run_spread(launch: _launch.Launcher, steps: int, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
     """``steps`` steps in one launch. Under the interpreter, which runs programs one after another, each step has a
     launch of its own, or the first program would wait for the others for ever."""
-    each = 1 if _launch.INTERPRETED and launch.grid[2] > 1 else steps
+    each = 1 if _target.INTERPRETED and launch.grid[2] > 1 else steps
     for first in range(0, steps, each):
         launch(*tensors, first, first + each, *sizes)
 

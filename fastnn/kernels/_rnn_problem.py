@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _plan_cache, _precision, _target
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
 from fastnn.kernels._rnn_schedule import schedule_of
 
@@ -29,7 +29,7 @@ class Problem:
     batch_first: bool
     batch_sizes: tuple[int, ...] | None
     precision: str
-    target: _launch.Target
+    target: _target.Target
     steps: int = 0
     batch: int = 0
     rows: int = 0
@@ -194,17 +194,17 @@ def _set_packed_steps(problem: Problem, sizes: tuple[int, ...], rows: int) -> No
     problem.steps, problem.batch, problem.rows = len(sizes), sizes[0], rows
 
 
-_plans = _launch.Plans()
+_plans = _plan_cache.Plans()
 
 
 def check_problem(
     op: str, input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], weights: Sequence[Tensor],
     masks: Tensor | None, mode: int, layers: int, bidirectional: bool, batch_first: bool,
 ) -> Problem:  # fmt: skip
-    target = _launch.target_of(input.device)
-    precision = _launch.dot_precision(input.dtype, "rnn", target)
+    target = _target.target_of(input.device)
+    precision = _precision.dot_precision(input.dtype, "rnn", target)
     options = (mode, layers, bidirectional, batch_first, _sizes(op, batch_sizes), precision, target)
-    key = (op, *options, len(state), *map(_launch.facts, (input, masks, *state, *weights)))
+    key = (op, *options, len(state), *map(_plan_cache.facts, (input, masks, *state, *weights)))
     plan = _plans.get(key)
     if plan is None:
         plan = _plans.keep(key, _make_problem(op, input, state, weights, masks, *options))
@@ -214,7 +214,7 @@ def check_problem(
 def _make_problem(
     op: str, input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], masks: Tensor | None, mode: int,
     layers: int, bidirectional: bool, batch_first: bool, batch_sizes: tuple[int, ...] | None, precision: str,
-    target: _launch.Target,
+    target: _target.Target,
 ) -> Problem:  # fmt: skip
     check(0 <= mode < len(MODES), op, ": mode must be between 0 and ", len(MODES) - 1, ", got ", mode)
     kind, dims = check_first(op, input, "input"), 3 if batch_sizes is None else 2

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _plan_cache
 from fastnn.kernels._check import check
 
 
@@ -48,7 +48,7 @@ class Schedule:
         return self._tensor
 
 
-_schedules = _launch.Plans()  # forward and backward have theirs in common
+_schedules = _plan_cache.Plans()  # forward and backward have theirs in common
 _read_by_graphs: set[Schedule] = set()
 
 

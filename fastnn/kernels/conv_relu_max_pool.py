@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._check import check
 from fastnn.kernels._conv_geometry import Problem, channels_last, memory_format
 from fastnn.kernels._conv_plan import Plan, facts, is_tap_by_tap, plan_backward, plan_forward
@@ -37,14 +37,14 @@ def _check_no_algorithm(op: str, algorithm: str | None) -> None:
     check(algorithm is None, op, ": algorithm '", algorithm, "' does not apply to a GPU")
 
 
-_plans = _launch.Plans()
+_plans = _plan_cache.Plans()
 
 
 def _forward(
     op: str, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], with_winners: bool
 ) -> tuple[Tensor, Tensor | None]:
-    target = _launch.target_of(input.device)
-    precision = _launch.dot_precision(input.dtype, "conv", target)
+    target = _target.target_of(input.device)
+    precision = _precision.dot_precision(input.dtype, "conv", target)
     key = (op, *geometry, target, precision, facts(input), facts(weight), facts(bias))
     plan = _plans.get(key)
     if plan is None:
@@ -115,8 +115,8 @@ def conv_relu_max_pool_backward(
     back empty."""
     _check_no_algorithm("conv_relu_max_pool_backward", algorithm)
     wanted = (input_wanted, weight_wanted, bias_wanted)
-    target = _launch.target_of(input.device)
-    precision = _launch.dot_precision(input.dtype, "conv", target)
+    target = _target.target_of(input.device)
+    precision = _precision.dot_precision(input.dtype, "conv", target)
     tensors = (grad_output, winners, input, weight)
     key = ("backward", *geometry, *wanted, target, precision, *map(facts, tensors))
     plan = _plans.get(key)

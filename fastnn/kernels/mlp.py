@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._check import check
 from fastnn.kernels._mlp_plan import Chain, Plan, keeps_input, plan_backward, plan_forward, saved_of
 from fastnn.ops.mlp import ACTIVATION_NAMES, split_parameters
@@ -41,15 +41,15 @@ def mlp_with_hidden(input: Tensor, parameters: Sequence[Tensor], activations: in
     return _forward("mlp_with_hidden", input, parameters, activations, save=True)
 
 
-_plans = _launch.Plans()
+_plans = _plan_cache.Plans()
 
 
 def _forward(
     op: str, input: Tensor, parameters: Sequence[Tensor], code: int, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    target = _launch.target_of(input.device)
-    precision = _launch.dot_precision(input.dtype, "linear", target)
-    key = (op, code, save, target, precision, _launch.facts(input), *map(_launch.facts, parameters))
+    target = _target.target_of(input.device)
+    precision = _precision.dot_precision(input.dtype, "linear", target)
+    key = (op, code, save, target, precision, _plan_cache.facts(input), *map(_plan_cache.facts, parameters))
     plan = _plans.get(key)
     if plan is None:
         plan = _plans.keep(key, plan_forward(op, input, parameters, code, target, precision))
@@ -103,11 +103,11 @@ def mlp_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """``fastnn::mlp_backward``: grad_output and output (rows, out of the last), hidden as mlp_with_hidden gave it.
     A gradient that is not wanted comes back empty."""
-    target = _launch.target_of(input.device)
-    precision = _launch.dot_precision(input.dtype, "linear", target)
+    target = _target.target_of(input.device)
+    precision = _precision.dot_precision(input.dtype, "linear", target)
     tensors = (grad_output, input, *weights, output, *hidden)
     wanted = (input_wanted, biases_wanted)
-    key = ("backward", activations, target, precision, wanted, len(weights), *map(_launch.facts, tensors))
+    key = ("backward", activations, target, precision, wanted, len(weights), *map(_plan_cache.facts, tensors))
     plan = _plans.get(key)
     if plan is None:
         plan = plan_backward(grad_output, input, weights, activations, output, hidden, target, precision)

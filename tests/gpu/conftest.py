@@ -104,7 +104,7 @@ def _waiting_ends(monkeypatch):
 @pytest.fixture(autouse=True)
 def _without_plans():
     """A test may replace what a plan was made with."""
-    from fastnn.kernels._launch import Plans
+    from fastnn.kernels._plan_cache import Plans
 
     Plans.forget_all()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastnn.kernels import _conv_plan, _launch
+from fastnn.kernels import _conv_plan, _launch, _precision, _target
 from fastnn.kernels import conv_relu_max_pool as kernels
 from fastnn.kernels._conv_geometry import Geometry, check_problem
 
@@ -82,8 +82,8 @@ def test_fused(name, dtype, device, assert_near):
     a = arguments(len(sizes) - 2, **options)
     input, weight, bias = make(sizes, out_channels, kernel, a, dtype, device)
     problem = check_problem("", input, weight, bias, a)
-    assert _conv_plan.is_fused(problem, "forward", "ieee", _launch.TARGETS[2])
-    assert _conv_plan.is_fused(problem, "backward", "ieee", _launch.TARGETS[2])
+    assert _conv_plan.is_fused(problem, "forward", "ieee", _target.TARGETS[2])
+    assert _conv_plan.is_fused(problem, "backward", "ieee", _target.TARGETS[2])
     check(input, weight, bias, a, assert_near)
 
 
@@ -229,7 +229,7 @@ def test_places_together(case, dtype, device, monkeypatch):
     if dtype.itemsize == 2 and len(sizes) > 3:
         own[0] = own[0].contiguous(memory_format=_conv_plan.channels_last(len(sizes) - 2))
     problem = check_problem("", *own, a)
-    assert _conv_plan.forward_config(problem, "ieee", _launch.TARGETS[2])[1] == together
+    assert _conv_plan.forward_config(problem, "ieee", _target.TARGETS[2])[1] == together
     output, winners = kernels.conv_relu_max_pool_with_winners(*own, a.flat())
     torch.testing.assert_close(output.double().cpu(), expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(winners.long().cpu(), winner, rtol=0, atol=0)
@@ -310,33 +310,33 @@ def test_choice_of_path():
 
     half = torch.bfloat16
     middle = problem(64, 64, 64, 112, half)
-    assert _conv_plan.is_fused(middle, "forward", "ieee", _launch.TARGETS[2])
-    assert not _conv_plan.is_fused(middle, "backward", "ieee", _launch.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(8, 256, 512, 28, half), "forward", "ieee", _launch.TARGETS[2])
+    assert _conv_plan.is_fused(middle, "forward", "ieee", _target.TARGETS[2])
+    assert not _conv_plan.is_fused(middle, "backward", "ieee", _target.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(8, 256, 512, 28, half), "forward", "ieee", _target.TARGETS[2])
     stem = problem(64, 3, 64, 224, half, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
-    assert _conv_plan.is_fused(stem, "forward", "ieee", _launch.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "ieee", _launch.TARGETS[2])
-    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32", _launch.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee", _launch.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee", _launch.TARGETS[2])
-    assert _conv_plan.conv_config(middle, "ieee", _launch.TARGETS[2]).block_pixels == 128
-    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32x3", _launch.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(64, 96, 64, 112, torch.float32), "forward", "tf32x3", _launch.TARGETS[2])
+    assert _conv_plan.is_fused(stem, "forward", "ieee", _target.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "ieee", _target.TARGETS[2])
+    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32", _target.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee", _target.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee", _target.TARGETS[2])
+    assert _conv_plan.conv_config(middle, "ieee", _target.TARGETS[2]).block_pixels == 128
+    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32x3", _target.TARGETS[2])
+    assert not _conv_plan.is_fused(problem(64, 96, 64, 112, torch.float32), "forward", "tf32x3", _target.TARGETS[2])
     stem = problem(64, 3, 64, 224, torch.float32, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
-    assert not _conv_plan.is_fused(stem, "forward", "tf32x3", _launch.TARGETS[2])
+    assert not _conv_plan.is_fused(stem, "forward", "tf32x3", _target.TARGETS[2])
 
 
 def test_float32_without_tf32(device, without_tf32, monkeypatch):
     """Three tf32 products where that pays, and then in short dots, whatever has been tuned."""
-    monkeypatch.setattr(_launch, "tuned", lambda config, *_: config._replace(block_k=64))
+    monkeypatch.setattr(_target, "tuned", lambda config, *_: config._replace(block_k=64))
     chosen = []
     monkeypatch.setattr(_launch, "Launcher", lambda *args, **constexprs: chosen.append(constexprs))
     a = arguments(2, padding=1)
-    for target, precision in zip(_launch.TARGETS, ("tf32x3", "ieee", "tf32x3", "tf32x3", "ieee"), strict=True):
+    for target, precision in zip(_target.TARGETS, ("tf32x3", "ieee", "tf32x3", "tf32x3", "ieee"), strict=True):
         chosen.clear()
-        with _launch.assume_target(target):
-            assert _launch.dot_precision(torch.float32, "conv", target) == precision
-            assert _launch.dot_precision(torch.float32, "rnn", target) != "tf32x3"
+        with _target.assume_target(target):
+            assert _precision.dot_precision(torch.float32, "conv", target) == precision
+            assert _precision.dot_precision(torch.float32, "rnn", target) != "tf32x3"
             tensors = make((1, 32, 9, 9), 40, 3, a, torch.float32, device)
             _conv_plan.plan_forward("", *tensors, a.flat(), False, precision, target)
             pooled = torch.empty(1, 40, 4, 4, device=device)
@@ -348,6 +348,6 @@ def test_float32_without_tf32(device, without_tf32, monkeypatch):
 
 
 def test_three_tf32_products(device, assert_near, without_tf32):
-    with _launch.assume_target(_launch.TARGETS[2]):
+    with _target.assume_target(_target.TARGETS[2]):
         a = arguments(2, padding=1)
         check(*make((1, 40, 7, 6), 5, 3, a, torch.float32, device), a, assert_near)

@@ -1,5 +1,5 @@
-"""fastnn.kernels._launch: compiled kernels launched without Triton's dispatch, and plans; and that operators, launchers
-and modules fit together, as far as that can be told from outside."""
+"""Compiled kernels launched without Triton's dispatch, and plans kept; and that operators, launchers and modules fit
+together, as far as that can be told from outside."""
 
 import importlib
 import inspect
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
 from fastnn import kernels
-from fastnn.kernels import _launch
+from fastnn.kernels import _launch, _plan_cache, _target
 
 
 class Kernel:
@@ -90,27 +90,27 @@ def test_hooks_see_every_launch(on_a_gpu, monkeypatch):
 
 
 def test_plans_are_forgotten_when_there_are_many(monkeypatch):
-    plans = _launch.Plans()
-    monkeypatch.setattr(_launch.Plans, "_MOST", 2)
+    plans = _plan_cache.Plans()
+    monkeypatch.setattr(_plan_cache.Plans, "_MOST", 2)
     assert [plans.keep(key, -key) for key in range(3)] == [0, -1, -2]
     assert plans == {2: -2}
-    _launch.Plans.forget_all()
+    _plan_cache.Plans.forget_all()
     assert plans == {}
 
 
 def test_a_plan_depends_on_all_facts():
     tensor = torch.ones(2, 3)
     others = (torch.ones(3, 2), tensor.double(), tensor.to("meta"), tensor.to_sparse())
-    assert len({_launch.facts(t) for t in (None, tensor, torch.zeros(2, 3), *others)}) == 6
+    assert len({_plan_cache.facts(t) for t in (None, tensor, torch.zeros(2, 3), *others)}) == 6
 
 
 def test_tuned(monkeypatch):
-    target = _launch.TARGETS[0]
+    target = _target.TARGETS[0]
     config = SimpleNamespace(_replace=lambda **fields: fields)
-    monkeypatch.setattr(_launch, "_table", lambda: {target.name: {"mlp 2 64": {"num_warps": 8}}})
-    assert _launch.tuned(config, target, "mlp", 2, 64) == {"num_warps": 8}
-    assert _launch.tuned(config, target, "mlp", 2, 128) == {}
-    assert _launch.tuned(config, _launch.TARGETS[1], "mlp", 2, 64) is config
+    monkeypatch.setattr(_target, "_table", lambda: {target.name: {"mlp 2 64": {"num_warps": 8}}})
+    assert _target.tuned(config, target, "mlp", 2, 64) == {"num_warps": 8}
+    assert _target.tuned(config, target, "mlp", 2, 128) == {}
+    assert _target.tuned(config, _target.TARGETS[1], "mlp", 2, 64) is config
 
 
 @pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in kernels._OPERATORS.items() for n in names])
@@ -130,11 +130,15 @@ def test_precision_follows_torchs_flags():
         "torch.backends.cudnn.conv.fp32_precision = 'ieee'": ("ieee", "tf32x3", "tf32"),
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'": ("tf32", "tf32", "tf32"),
     }
-    lines = ["import torch", "from fastnn.kernels._launch import TARGETS, dot_precision"]
+    lines = [
+        "import torch",
+        "from fastnn.kernels._precision import dot_precision",
+        "from fastnn.kernels._target import TARGETS",
+    ]
     for flag in flags:
         lines += ["if os.fork() == 0:", f"    {flag}", "    print(ask(), flush=True)", "    os._exit(0)", "os.wait()"]
     ask = "ask = lambda: tuple(dot_precision(torch.float32, op, TARGETS[2]) for op in ('linear', 'conv', 'rnn'))"
-    program = "\n".join(["import os", *lines[:2], ask, *lines[2:]])
+    program = "\n".join(["import os", *lines[:3], ask, *lines[3:]])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -173,6 +177,6 @@ def test_modules_on_a_gpu_reach_the_operators(module, sizes, name):
 
     module, input = module(), on_a_gpu(torch.empty(sizes))
     parameters = {key: on_a_gpu(tensor) for key, tensor in module.named_parameters()}
-    with mode, _launch.assume_target(_launch.TARGETS[2]), torch.no_grad(), Called() as called:
+    with mode, _target.assume_target(_target.TARGETS[2]), torch.no_grad(), Called() as called:
         torch.func.functional_call(module, parameters, input)
     assert f"fastnn::{name}" in called.names

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastnn.kernels import _launch, _mlp_plan
+from fastnn.kernels import _mlp_plan, _target
 from fastnn.kernels import mlp as kernels
 from fastnn.ops.mlp import ACTIVATION_NAMES, activation_digits, join_parameters, operator_code
 from fastnn.reference.mlp import mlp as reference
@@ -58,8 +58,8 @@ def test_chain(widths, dtype, device, assert_near):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_all_layers_on_chip(dtype, device, assert_near, monkeypatch):
     monkeypatch.setattr(_mlp_plan, "is_resident", lambda *_: True)
-    few = _launch.Target("cuda", 90, 232448, 2)
-    with _launch.assume_target(few):
+    few = _target.Target("cuda", 90, 232448, 2)
+    with _target.assume_target(few):
         check(150, (10, 20, 5, 12), ("relu", "gelu", "tanh"), dtype, device, assert_near)
 
 
@@ -76,7 +76,7 @@ def test_one_layer_with_fused_epilogue(name, device, assert_near):
 
 def test_wide_layers_take_one_launch_each(device, assert_near):
     widths = (20, 300, 24)
-    target = _launch.target_of(device)
+    target = _target.target_of(device)
     assert _mlp_plan.chain_config(widths, 18, torch.float32, "ieee", target) is None
     check(18, widths, ("silu", "identity"), torch.float32, device, assert_near)
 
@@ -236,20 +236,20 @@ def test_backward_refuses(change, message, device):
 
 
 def test_choice_of_kernel():
-    half, target = torch.bfloat16, _launch.TARGETS[2]
+    half, target = torch.bfloat16, _target.TARGETS[2]
     narrow = (64, 128, 128, 64)
     assert _mlp_plan.chain_config(narrow, 65536, half, "ieee", target).block_rows == 128
     config = _mlp_plan.chain_config(narrow, 65536, half, "ieee", target)
     assert not _mlp_plan.is_resident(narrow, 65536, half, "ieee", config, target)
     assert _mlp_plan.is_resident(narrow, 131072, half, "ieee", config, target)
-    assert not _mlp_plan.is_resident(narrow, 131072, half, "ieee", config, _launch.TARGETS[3])
+    assert not _mlp_plan.is_resident(narrow, 131072, half, "ieee", config, _target.TARGETS[3])
     assert not _mlp_plan.is_resident((256, 128, 128), 131072, half, "ieee", config, target)
     assert _mlp_plan.chain_config(narrow, 32, half, "ieee", target).block_rows == 16
     assert _mlp_plan.chain_config((64, 256, 256, 64), 65536, half, "ieee", target) is not None
     assert _mlp_plan.chain_config((64, 512, 64), 65536, half, "ieee", target) is None
     assert _mlp_plan.chain_config(narrow, 65536, torch.float32, "ieee", target) is None
     assert _mlp_plan.chain_config(narrow, 65536, torch.float32, "tf32", target) is not None
-    assert _mlp_plan.chain_config((64, 256, 256, 64), 65536, half, "ieee", _launch.TARGETS[1]) is None
+    assert _mlp_plan.chain_config((64, 256, 256, 64), 65536, half, "ieee", _target.TARGETS[1]) is None
     for rows, backward, fused in [(131072, False, True), (131072, True, False), (64, True, True)]:
         config = _mlp_plan.chain_config([64] * 5, rows, torch.float32, "ieee", target, backward)
         assert (config is not None) == fused

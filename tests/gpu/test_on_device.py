@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastnn
-from fastnn.kernels._launch import Plans
+from fastnn.kernels._plan_cache import Plans
 from fastnn.reference import models as stock_models
 
 # PyTorch's own, on a GPU: about tf32, about weights that a copy has scattered.

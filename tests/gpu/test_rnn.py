@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.kernels import _launch, _rnn_config, _rnn_wave
+from fastnn.kernels import _plan_cache, _rnn_config, _rnn_wave, _target
 from fastnn.kernels import rnn as kernels
 from fastnn.kernels._rnn_problem import MODES, check_problem
 
@@ -160,7 +160,7 @@ def test_bfloat16_as_a_wavefront(device, assert_near, wave):
 
 
 # A device assert would take the GPU from all other tests of the process.
-@pytest.mark.skipif(not _launch.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.skipif(not _target.INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("sharing", ["spread", "wave"])
 def test_a_program_that_waits_for_ever_fails(sharing, device, monkeypatch, request):
     request.getfixturevalue(sharing)
@@ -186,7 +186,7 @@ def test_a_wavefront_is_layer_after_layer(mode, device, monkeypatch, same_produc
     results = []
     for chunk in (0, 8, 16, 64):
         monkeypatch.setattr(_rnn_config, "wave_chunk", lambda *_, chunk=chunk: chunk)
-        _launch.Plans.forget_all()
+        _plan_cache.Plans.forget_all()
         output, final, reserve = kernels.rnn_with_reserve(**arguments)
         gradients = kernels.rnn_backward(None, final, **arguments, output=output, reserve=reserve, **wanted)
         results.append([output, *final, reserve, gradients[0], *gradients[1], *gradients[2]])
@@ -314,7 +314,7 @@ def test_stocks_own_gradient(mode, kind, device, assert_near, monkeypatch):
     if kind != "projected":
         assert kernels.with_stocks_gradient(**arguments) is None
     monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
-    _launch.Plans.forget_all()
+    _plan_cache.Plans.forget_all()
     leaves = [arguments["input"], *arguments["state"], *arguments["weights"]]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -452,7 +452,7 @@ def test_backward_refuses(device):
 
 
 def test_choice_of_kernel():
-    half, h100, ampere = torch.float16, _launch.TARGETS[2], _launch.TARGETS[1]
+    half, h100, ampere = torch.float16, _target.TARGETS[2], _target.TARGETS[1]
     config = _rnn_config.rnn_config
     assert config("RNN_TANH", 128, 32, 1, half, "ieee", h100) is not None
     assert config("RNN_TANH", 256, 32, 1, half, "ieee", h100) is not None
@@ -463,12 +463,12 @@ def test_choice_of_kernel():
     assert config("LSTM", 128, 32, 1, half, "ieee", h100) is not None
     assert config("LSTM", 256, 32, 1, half, "ieee", h100) is None
     assert config("LSTM", 16, 32, 1, torch.float32, "ieee", h100) is None
-    assert config("LSTM", 16, 32, 1, torch.float32, "ieee", _launch.TARGETS[4]) is not None
+    assert config("LSTM", 16, 32, 1, torch.float32, "ieee", _target.TARGETS[4]) is not None
     assert config("LSTM", 8, 32, 1, torch.float64, "ieee", h100) is None
 
 
 def test_choice_of_a_wavefront():
-    h100, hip = _launch.TARGETS[2], _launch.TARGETS[4]
+    h100, hip = _target.TARGETS[2], _target.TARGETS[4]
     config = _rnn_config.Config(16, 4)
 
     def chunk(layers, steps, batch, hidden=128, gates=1, itemsize=2, directions=1, config=config, target=h100):
@@ -482,13 +482,13 @@ def test_choice_of_a_wavefront():
     assert chunk(2, 4, 32) == 0  # the second layer would wait for all of the first
     assert chunk(2, 128, 2048) == 0  # more programs than processors
     assert chunk(2, 128, 32, hidden=256) == 0
-    assert chunk(2, 128, 32, gates=4, target=_launch.TARGETS[1]) == 0  # not enough memory on chip
+    assert chunk(2, 128, 32, gates=4, target=_target.TARGETS[1]) == 0  # not enough memory on chip
     assert chunk(2, 128, 32, config=config._replace(units=16)) == 0
     assert chunk(2, 128, 32, target=hip) == 0
 
 
 def test_choice_of_sharing_weights():
-    half, brain, h100 = torch.float16, torch.bfloat16, _launch.TARGETS[2]
+    half, brain, h100 = torch.float16, torch.bfloat16, _target.TARGETS[2]
 
     def shares(*arguments):
         config = _rnn_config.rnn_config(*arguments)
@@ -504,12 +504,12 @@ def test_choice_of_sharing_weights():
     assert not shares("GRU", 512, 32, 1, torch.float32, "ieee", h100)  # no matrix units
     assert not shares("RNN_TANH", 512, 128, 1, brain, "ieee", h100)  # a product a step keeps a GPU busy
     assert not shares("LSTM", 2048, 16, 1, brain, "ieee", h100)  # more than all processors hold
-    assert not shares("RNN_TANH", 512, 32, 1, brain, "ieee", _launch.TARGETS[4])
+    assert not shares("RNN_TANH", 512, 32, 1, brain, "ieee", _target.TARGETS[4])
 
 
 @pytest.mark.parametrize(("length", "shared"), [(1, False), (3, False), (4, True)])
 def test_few_steps_do_not_share_weights(length, shared, device):
-    with _launch.assume_target(_launch.TARGETS[2]):
+    with _target.assume_target(_target.TARGETS[2]):
         _, arguments = make("GRU", torch.float16, device, hidden=257, batch_sizes=[2] * length)
         arguments["layers"] = arguments.pop("num_layers")
         config = _rnn_config.config_of(check_problem("rnn", **arguments))

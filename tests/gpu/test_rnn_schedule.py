@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastnn.kernels import _launch, _rnn_schedule
+from fastnn.kernels import _plan_cache, _rnn_schedule
 from fastnn.kernels._rnn_schedule import schedule_of
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
@@ -92,7 +92,7 @@ def test_a_captured_graph_keeps_what_it_reads(cuda):
     cuda.streams[1], cuda.capturing = Stream(), 1  # and the first GPU is current
     assert schedule_of("rnn", (3, 2), SECOND) is schedule
     assert (cuda.recorded, cuda.streams[1].waited_for, cuda.current) == ([], [], 0)
-    _launch.Plans.forget_all()
+    _plan_cache.Plans.forget_all()
     assert [kept._tensor is schedule for kept in _rnn_schedule._read_by_graphs] == [True]
 
 
