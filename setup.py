@@ -88,9 +88,8 @@ class BuildExtension(build_ext):
         # The module carries the digests of all sources (folders show that one is gone) and torch's version.
         ops = Path("fastnn", "ops")
         everything = [CSRC, *CSRC.rglob("*"), ops, *ops.rglob("*.py"), torch.version.__file__]
-        # Kernels know nothing of the operators.
-        headers = [path for path in ext.depends if folder == "common" or not path.startswith(str(CSRC / "ops"))]
-        if self.is_current(compiled, everything if is_module else [source, *headers]):
+        included = f"{compiled}.d"  # by the compiler: what it read, as a rule of make
+        if self.is_current(compiled, everything if is_module else self.read_rule(included)):
             return compiled
         print(f"fastnn: compiling {source} ({folder})", flush=True)
         self.compiler.compile(
@@ -98,15 +97,21 @@ class BuildExtension(build_ext):
             output_dir=output_dir,
             macros=[*ext.define_macros, *(module_macros() if is_module else [])],
             include_dirs=ext.include_dirs,
-            extra_postargs=[*ext.extra_compile_args, *COMMON_FLAGS, *flags],
+            extra_postargs=[*ext.extra_compile_args, *COMMON_FLAGS, *flags, "-MMD", "-MF", included],
         )
         return compiled
 
+    def read_rule(self, path):
+        """The prerequisites of a rule of make, or none where it was not written yet."""
+        if not os.path.exists(path):
+            return []
+        return Path(path).read_text().replace("\\\n", " ").split()[1:]
+
     def is_current(self, compiled, inputs):
-        if self.force or not os.path.exists(compiled):
+        if self.force or not inputs or not os.path.exists(compiled):
             return False
         built = os.path.getmtime(compiled)
-        return all(os.path.getmtime(path) <= built for path in [*inputs, "setup.py"])
+        return all(os.path.exists(path) and os.path.getmtime(path) <= built for path in [*inputs, "setup.py"])
 
 
 def extension():

@@ -27,6 +27,7 @@ struct Planner {
   double conv_pixels() const {  // of all images
     return static_cast<double>(g.batch) * g.conv[0] * g.conv[1] * g.conv[2];
   }
+  double input_bytes() const { return inputs() * g.groups * g.in_channels * request.element_bytes; }
   double outputs() const { return static_cast<double>(g.batch) * g.output[0] * g.output[1] * g.output[2]; }
   double inputs() const { return static_cast<double>(g.batch) * g.input[0] * g.input[1] * g.input[2]; }
 };
@@ -169,8 +170,10 @@ double channel_rest(const Planner& p) {
   return vectors * (p.conv_pixels() * (tuned::kStoreSum + tuned::kPoolPixel) + p.outputs() * write);
 }
 
+// Of a copy as the input lies: runs of channels, which fill no vector where groups are narrow, or rows of columns.
 double copy_cost(const Planner& p) {
-  return tuned::kCopy * p.inputs() * p.g.in_channels / p.lanes;
+  const double channels = static_cast<double>(p.g.in_channels) / p.lanes;
+  return tuned::kCopy * p.inputs() * (p.request.input_channels_last ? std::ceil(channels) : channels);
 }
 double packing_cost(const Planner& p, double positions) {
   return tuned::kPackWeight * positions * divide_up(p.g.out_channels, p.lanes);
@@ -521,9 +524,13 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   const double together = x.in_registers ? 2 : static_cast<double>(x.vectors), outputs = static_cast<double>(x.block);
   // Loads of vectors mostly cross lines, and then count twice.
   const double tile = std::max({outputs * together, outputs + 2 * together + 1, tuned::kInFlight}) / together;
-  const double moves = images == 1 && !p.request.input_channels_last
-                           ? (x.residues <= 2 ? tuned::kCopy * x.residues / p.lanes : tuned::kGather)
-                           : tuned::kTranspose / std::min<double>(p.lanes, std::max<int64_t>(images, 4));
+  // An element's share of its move: rows are copied, squares of images and columns or channels transposed.
+  const bool is_far = !p.request.input_channels_last && p.input_bytes() > tuned::kTransformedBytes;
+  const int64_t square = std::min({images, p.lanes, p.request.input_channels_last ? g.in_channels : p.lanes});
+  const double moves = images > 1
+                           ? tuned::kTranspose / static_cast<double>(square) + (is_far ? tuned::kFarLine / 16 : 0)
+                       : p.request.input_channels_last || x.residues > 2 ? tuned::kScatter
+                                                                         : tuned::kCopy * x.residues / p.lanes;
   const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * x.band.column_bands *
                           (x.joins_rows ? x.band.row_bands : g.output[1]);
   const double per_sum = x.in_registers ? tuned::kPoolSum : tuned::kStoreSum + tuned::kPoolPixel;
@@ -645,13 +652,18 @@ bool algorithm_applies(ForwardAlgorithm algorithm, const ConvPoolGeometry& g, co
 namespace {
 
 // Where none of ours has fewer multiplications, fewer bytes or fuller lanes, torch's convolution is at or near the peak
-// of whatever machine this is: kernels of one position over many channels, which do nothing but multiply matrices; and
-// deep kernels whose weight, read again for each slice, comes from far away.
+// of whatever machine this is: kernels of one position over many channels of signals and images, which do nothing but
+// multiply matrices; deep kernels whose weight, read again for each slice, comes from far away; and groups of so few
+// channels, among others at the same pixel, that neither channels nor pixels fill a vector.
 bool stock_wins(const Planner& p, const ConvPlan& best) {
   const ConvPoolGeometry& g = p.g;
   if (p.request.element_bytes == 8) return false;
+  if (g.groups > 1 && p.request.input_channels_last && g.in_channels * g.out_channels < p.lanes) {
+    return best.algorithm != ForwardAlgorithm::depthwise && p.input_bytes() > tuned::kBandBytes;
+  }
   if (g.kernel[0] > 1 && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;
-  return best.algorithm == ForwardAlgorithm::direct && g.taps() == 1 && g.in_channels >= 4 * p.lanes;
+  const bool is_product = g.taps() == 1 && g.in_channels >= 4 * p.lanes;
+  return best.algorithm == ForwardAlgorithm::direct && is_product && (g.input[0] == 1 || g.stride[2] > 1);
 }
 
 // By a single thread: the choice must not depend on the number of threads, nor with it the order of sums.
