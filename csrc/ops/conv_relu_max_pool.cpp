@@ -79,7 +79,7 @@ template <class T>
 bool is_left_to_stock(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last,
                       int64_t algorithm) {
   const ConvPoolGeometry& g = problem.geometry;
-  if (g.batch == 0 || !pools_nothing(g)) return false;
+  if (g.batch == 0 || !g.pools_nothing()) return false;
   const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, algorithm);
   return plan_for(key).algorithm == ForwardAlgorithm::stock;
 }
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
       call.plan = &plan_for(key);
     }
     if (call.plan->algorithm == BackwardAlgorithm::stock) {
-      gradients = gradients_by_stock(kernels, problem, call, input, weight, bias_wanted);
+      gradients = gradients_by_stock(kernels, problem, call, grad_output, winners, input, weight, bias_wanted);
     } else {
       gradients = empty_gradients();
       run_backward(kernels, call, problem.work, wanted, gradients.input, gradients.weight, gradients.bias);

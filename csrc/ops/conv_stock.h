@@ -44,11 +44,6 @@ inline void rectify(const Tensor& tensor) {
   Argument<Tensor>::take(stack[0]);
 }
 
-// Whether windows are of one conv pixel each.
-inline bool pools_nothing(const ConvPoolGeometry& g) {
-  return std::equal(g.output, g.output + 3, g.conv) && g.places() == 1;
-}
-
 // max_pool(relu(input)) of dense images: a convolution of groups of one channel, whose weights are 1. Of the geometry,
 // the sizes of `conv` and the pooling count.
 template <class T>

@@ -1,6 +1,6 @@
 // Backward by torch's own convolution, from the gradient of the convolution's output: where products of all its pixels,
-// by whoever makes them fastest, cost less than ours of the winners alone. It costs that gradient, channels last, and
-// the input brought there if it isn't.
+// by whoever makes them fastest, cost less than ours of the winners alone. It costs that gradient and, unless nothing
+// is pooled, the input brought to channels last if it isn't there.
 #pragma once
 
 #include "conv_backward.h"
@@ -72,25 +72,43 @@ Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProb
   return grad_conv;
 }
 
+// grad_conv of contiguous tensors where nothing is pooled.
+template <class T>
+Tensor masked_gradient(const ConvBackwardKernels<T>& kernels, const Tensor& grad_output, const Tensor& winners) {
+  Tensor grad_conv = new_tensor(sizes_of(grad_output), grad_output.scalar_type());
+  const int64_t count = grad_output.numel();
+  parallel_chunks(std::min(useful_threads(2.0 * count), std::max<int64_t>(count, 1)), count,
+                  [&](int64_t, int64_t first, int64_t last) {
+                    kernels.mask_dead(data<T>(grad_output) + first, data<uint8_t>(winners) + first, last - first,
+                                      mutable_data<T>(grad_conv) + first);
+                  });
+  return grad_conv;
+}
+
 // All of them, but that of the bias only where it is wanted.
 template <class T>
 ConvGradients gradients_by_stock(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
-                                 const ConvBackward<T>& call, const Tensor& input, const Tensor& weight,
-                                 bool bias_wanted) {
+                                 const ConvBackward<T>& call, const Tensor& grad_output, const Tensor& winners,
+                                 const Tensor& input, const Tensor& weight, bool bias_wanted) {
   const ConvPoolGeometry& g = problem.geometry;
   const ScalarType dtype = problem.kind.dtype;
   ConvGradients result;
-  result.bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
-  const Tensor grad_conv = spread_gradient(kernels, problem, call, result.bias);
+  const bool as_they_lie =
+      g.pools_nothing() && grad_output.is_contiguous() && winners.is_contiguous() && input.is_contiguous();
+  const bool their_bias = as_they_lie && bias_wanted;
+  if (!their_bias) result.bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
+  const Tensor grad_conv = as_they_lie ? masked_gradient(kernels, grad_output, winners)
+                                       : spread_gradient(kernels, problem, call, result.bias);
   const auto given = [&](const int64_t (&values)[3]) { return Ints(values + 3 - problem.dims, values + 3); };
-  const std::optional<Ints> no_bias;
-  const bool mask[] = {true, true, false};
+  const std::optional<Ints> bias_sizes{Ints{weight.size(0)}};
+  const bool mask[] = {true, true, their_bias};
   // Torch would do this itself, an element at a time.
-  const Tensor given_input = in_format(kernels, input, true), given_weight = in_format(kernels, weight, true);
+  const Tensor given_input = in_format(kernels, input, !as_they_lie);
+  const Tensor given_weight = in_format(kernels, weight, !as_they_lie);
   std::array<StableIValue, 11> stack{give(grad_conv),
                                      give(given_input),
                                      give(given_weight),
-                                     give(no_bias),
+                                     give(bias_sizes),
                                      give(given(g.stride)),
                                      give(given(g.padding)),
                                      give(given(g.dilation)),
@@ -100,7 +118,8 @@ ConvGradients gradients_by_stock(const ConvBackwardKernels<T>& kernels, const Co
                                      give(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor gradients[] = {Argument<Tensor>::take(stack[0]), Argument<Tensor>::take(stack[1])};
-  const Tensor rest = Argument<Tensor>::take(stack[2]);
+  Tensor bias = Argument<Tensor>::take(stack[2]);
+  if (their_bias) result.bias = std::move(bias);
   const bool input_last = is_channels_last(input), weight_last = is_channels_last(weight);
   result.input = with_strides(in_format(kernels, gradients[0], input_last), input_last);
   result.weight = with_strides(in_format(kernels, gradients[1], weight_last), weight_last);

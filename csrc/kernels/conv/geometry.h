@@ -26,6 +26,10 @@ struct ConvPoolGeometry {
   // Conv pixels from a window's first to its last, along one dimension.
   int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }
   int64_t kernel_extent(int d) const { return (kernel[d] - 1) * dilation[d] + 1; }
+  // Whether each window is a conv pixel of its own.
+  bool pools_nothing() const {
+    return places() == 1 && output[0] == conv[0] && output[1] == conv[1] && output[2] == conv[2];
+  }
 };
 
 // Where the elements of a (batch, channels, depth, height, width) tensor lie.

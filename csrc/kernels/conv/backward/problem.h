@@ -53,6 +53,8 @@ struct ConvBackwardKernels {
   // For stock: the gradient of the convolution's output (spread.h).
   void (*spread)(const ConvBackward<T>&, int64_t first_image, int64_t last_image, T* to, Compute<T>* grad_bias,
                  void* scratch);
+  // The same of windows of one pixel, where all lie alike.
+  void (*mask_dead)(const T* gradient, const uint8_t* winners, int64_t count, T* to);
   // [rows][columns] -> [columns][rows]
   void (*turn)(const T* from, int64_t rows, int64_t columns, T* to);
 };
