@@ -5,7 +5,6 @@
 
 import argparse
 import copy
-import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import fastnn
 from benchmarks.cases import MODELS, Case
+from benchmarks.jax_step import jax_step
 from benchmarks.timing import environment, interleave
 from fastnn.testing import using_threads
 
@@ -61,62 +61,6 @@ def _compiled(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def _jax(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> Step | None:
-    """The same by jax.jit and optax, from the same parameters; None where they are not installed."""
-    if not (importlib.util.find_spec("jax") and importlib.util.find_spec("optax")):
-        return None
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    parameters = {name: jnp.asarray(value.detach().numpy()) for name, value in model.named_parameters()}
-
-    def linear(p: Any, name: str, x: Any) -> Any:
-        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-    def conv(p: Any, name: str, x: Any, stride: int, padding: int) -> Any:
-        x = jax.lax.conv_general_dilated(x, p[f"{name}.weight"], (stride, stride), [(padding, padding)] * 2)
-        x = jax.nn.relu(x + p[f"{name}.bias"][:, None, None])
-        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
-
-    def network(p: Any, x: Any) -> Any:
-        if case.name.startswith("Autoencoder"):
-            x = linear(p, "encoder_2", jax.nn.relu(linear(p, "encoder_1", x)))
-            return linear(p, "decoder_2", jax.nn.relu(linear(p, "decoder_1", x)))
-        if case.name.startswith("Conv2DNet"):
-            x = conv(p, "conv2", conv(p, "conv1", x, 2, 2), 2, 1)
-            return linear(p, "output", x.reshape(x.shape[0], -1))
-        x = x.transpose(1, 0, 2)
-        for layer in range(2):
-            w_ih, w_hh, b_ih, b_hh = (
-                p[f"rnn.{kind}_l{layer}"] for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            )
-
-            def cell(h: Any, gates: Any, w_hh: Any = w_hh) -> Any:
-                h = jnp.tanh(gates + h @ w_hh.T)
-                return h, h
-
-            _, x = jax.lax.scan(cell, jnp.zeros((x.shape[1], w_hh.shape[0])), x @ w_ih.T + b_ih + b_hh)
-        return linear(p, "fc", x[-1])
-
-    optimizer = optax.adam(_LR)
-
-    @jax.jit
-    def update(p: Any, state: Any, x: Any, y: Any) -> Any:
-        loss, gradients = jax.value_and_grad(lambda p: jnp.mean((network(p, x) - y) ** 2))(p)
-        updates, state = optimizer.update(gradients, state)
-        return optax.apply_updates(p, updates), state, loss
-
-    now: list[Any] = [parameters, optimizer.init(parameters)]
-    inputs = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
-
-    def step() -> Any:
-        *now[:], loss = update(*now, *inputs)
-        return loss.block_until_ready()
-
-    return step
-
-
 def steps_of(case: Case, contenders: list[str]) -> dict[str, Step]:
     torch.manual_seed(0)
     stock, x = case.stock(), case.make_input(torch.Generator().manual_seed(0))
@@ -129,7 +73,7 @@ def steps_of(case: Case, contenders: list[str]) -> dict[str, Step]:
         "compile": lambda: _compiled(models["compile"], x, y),
         "fastnn layers": lambda: _ordinary(fused, fused.parameters(), x, y, fused=True),
         "training_step": lambda: _in_one_call(models["training_step"], x, y),
-        "jax": lambda: _jax(case, models["jax"], x, y),
+        "jax": lambda: jax_step(models["jax"], x, y, _LR),
     }
     steps = {}
     for contender in contenders:

@@ -1,13 +1,14 @@
-"""Trains the three models by ``fastnn.training_step`` and by stock PyTorch's loop, and draws loss over time.
+"""Trains the three models by ``fastnn.training_step``, by stock PyTorch's loop and, where it is installed, by JAX, and
+draws loss over time.
 
     python examples/training_step.py [--seconds 2] [--output losses.png]
 
-All start from the same parameters and see the same batch, so the curves are the same but for time. (JAX is compared in
-`make bench-step`.)
+All start from the same parameters and see the same batch, so the curves are the same but for time.
 """
 
 import argparse
 import copy
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 import fastnn
 from fastnn.reference import models
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.jax_step import jax_step
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Conv2DNet (32, 3, 20, 20)": (lambda: models.Conv2DNet(10), (32, 3, 20, 20)),
@@ -35,7 +39,7 @@ def stock_loop(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
         loss = F.mse_loss(model(x), y)
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -44,6 +48,11 @@ def one_call(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     step = fastnn.training_step(model, F.mse_loss, optimizer, strict=True)
     return lambda: float(step(x, y))
+
+
+def jax_loop(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float] | None:
+    step = jax_step(model, x, y, lr=1e-3)
+    return None if step is None else lambda: float(step())
 
 
 def losses(step: Callable[[], float], seconds: float) -> tuple[list[float], list[float]]:
@@ -73,11 +82,14 @@ def main() -> None:
         y = model(x).detach() + torch.randn(())  # something that can be learnt
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.1)
-        for label, begin in (("stock PyTorch", stock_loop), ("fastnn.training_step", one_call)):
-            times, values = losses(begin(copy.deepcopy(model), x, y), arguments.seconds)
+        for label, begin in (("stock PyTorch", stock_loop), ("JAX", jax_loop), ("fastnn.training_step", one_call)):
+            step = begin(copy.deepcopy(model), x, y)
+            if step is None:
+                continue
+            times, values = losses(step, arguments.seconds)
             panel.plot(times, values, label=f"{label}: {len(times) / times[-1]:.1f} steps a millisecond")
         panel.set(title=name, xlabel="milliseconds", ylabel="loss", yscale="log", xscale="log")
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(arguments.output, dpi=120)
     print(f"Written: {arguments.output}")

@@ -24,8 +24,7 @@ _OF_STEP, _OF_PARAMETER = 6, 14  # numbers: csrc/ops/training_step.cpp, StepNumb
 class TrainingStep:
     """What :func:`training_step` returns. Call it with an input and a target; it returns the loss, without a graph.
 
-    With ``keep_gradients`` each parameter's ``grad`` holds the last step's gradient, which one call leaves as before
-    clipping and the ordinary step as after it; otherwise it is None.
+    With ``keep_gradients`` each parameter's ``grad`` holds the last step's gradient, clipped; otherwise it is None.
     """
 
     def __init__(
@@ -166,6 +165,8 @@ class TrainingStep:
 
     def _after(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(parameters)
+        for own, name in self._chain.counters:  # type: ignore[union-attr]
+            own[name].add_(1)
         if self.keep_gradients:
             for p, gradient in zip(parameters, gradients, strict=True):
                 if p.requires_grad:
@@ -203,9 +204,10 @@ def training_step(
     and the optimizer's update in one operator, where model, loss and optimizer allow it; else the ordinary way, on
     fused layers. ``step.explain()`` says which, and why.
 
-    Models that are one chain of convolution blocks, ``flatten``, linear layers with activations and recurrent layers
-    allow it, in float32 and float64 on the CPU. The optimizer's state is its own, and so are its learning rates: going
-    back to ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
+    Models that are one chain of convolution blocks, with batch norm or without, ``flatten``, Dropout, linear layers
+    with activations and recurrent layers allow it, in float32 and float64 on the CPU. The optimizer's state is its own,
+    and so are its learning rates: going back to ``loss.backward(); optimizer.step()`` is possible at any step, as are
+    schedulers and checkpoints.
 
     Args:
         model: is fused in place (:func:`fastnn.fuse`).

@@ -100,7 +100,7 @@ Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_we
     using T = decltype(type);
     const int64_t number = forward_algorithm<T>(op, algorithm, problem, is_channels_last(input));
     if (!winners && is_left_to_stock<T>(problem, input, channels_last, number)) {
-      const Tensor result = convolution(input, weight, bias, problem.geometry, problem.dims);
+      const Tensor result = convolution(input, weight, bias, stock_convolution(problem.geometry, problem.dims));
       if (result.scalar_type() == dtype) {
         rectify(result);
         return with_strides(in_format<T>(conv_backward_kernels().get<T>(), result, channels_last), channels_last);

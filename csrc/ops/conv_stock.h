@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv_forward.h"
+#include "stock.h"
 
 namespace fastnn {
 
@@ -18,30 +19,10 @@ Tensor images_over(const T* memory, int64_t batch, int64_t channels, const int64
   return tensor_over(memory, all, strides);
 }
 
-// torch.convolution
-inline Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                          const ConvPoolGeometry& g, int64_t dims) {
+// The part of a geometry that torch's convolution takes.
+inline StockConvolution stock_convolution(const ConvPoolGeometry& g, int64_t dims) {
   const auto given = [&](const int64_t (&values)[3]) { return Ints(values + 3 - dims, values + 3); };
-  const std::optional<AtenTensorHandle> no_bias;
-  std::array<StableIValue, 9> stack{
-      give(input),
-      give(weight),
-      bias ? torch::stable::detail::from(std::optional<AtenTensorHandle>(Tensor(*bias).release())) : give(no_bias),
-      give(given(g.stride)),
-      give(given(g.padding)),
-      give(given(g.dilation)),
-      give(false),
-      give(Ints(dims, 0)),
-      give(g.groups)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return Argument<Tensor>::take(stack[0]);
-}
-
-// relu_(tensor)
-inline void rectify(const Tensor& tensor) {
-  std::array<StableIValue, 1> stack{give(tensor)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu_", "", stack.data(), TORCH_ABI_VERSION));
-  Argument<Tensor>::take(stack[0]);
+  return {given(g.stride), given(g.padding), given(g.dilation), g.groups};
 }
 
 // max_pool(relu(input)) of dense images: a convolution of groups of one channel, whose weights are 1. Of the geometry,
@@ -105,7 +86,7 @@ bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t d
     some.batch = std::min(images, g.batch - first);
     const Tensor input = images_over(call.input + first * call.input_layout.n, some.batch, g.groups * g.in_channels,
                                      g.input, call.input_layout, dims);
-    const Tensor result = convolution(input, weight, bias, g, dims);
+    const Tensor result = convolution(input, weight, bias, stock_convolution(g, dims));
     if (result.scalar_type() != kDtypeOf<T>) return false;
     const PlainImages convolved(result);
     const int64_t to = first * call.output_layout.n;

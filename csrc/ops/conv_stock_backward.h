@@ -4,6 +4,7 @@
 #pragma once
 
 #include "conv_backward.h"
+#include "conv_stock.h"
 
 namespace fastnn {
 
@@ -99,30 +100,15 @@ ConvGradients gradients_by_stock(const ConvBackwardKernels<T>& kernels, const Co
   if (!their_bias) result.bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
   const Tensor grad_conv = as_they_lie ? masked_gradient(kernels, grad_output, winners)
                                        : spread_gradient(kernels, problem, call, result.bias);
-  const auto given = [&](const int64_t (&values)[3]) { return Ints(values + 3 - problem.dims, values + 3); };
-  const std::optional<Ints> bias_sizes{Ints{weight.size(0)}};
-  const bool mask[] = {true, true, their_bias};
   // Torch would do this itself, an element at a time.
   const Tensor given_input = in_format(kernels, input, !as_they_lie);
   const Tensor given_weight = in_format(kernels, weight, !as_they_lie);
-  std::array<StableIValue, 11> stack{give(grad_conv),
-                                     give(given_input),
-                                     give(given_weight),
-                                     give(bias_sizes),
-                                     give(given(g.stride)),
-                                     give(given(g.padding)),
-                                     give(given(g.dilation)),
-                                     give(false),
-                                     give(Ints(problem.dims, 0)),
-                                     give(g.groups),
-                                     give(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-  const Tensor gradients[] = {Argument<Tensor>::take(stack[0]), Argument<Tensor>::take(stack[1])};
-  Tensor bias = Argument<Tensor>::take(stack[2]);
-  if (their_bias) result.bias = std::move(bias);
+  auto [grad_input, grad_weight, grad_bias] = convolution_backward(
+      grad_conv, given_input, given_weight, stock_convolution(g, problem.dims), {true, true, their_bias});
+  if (their_bias) result.bias = std::move(grad_bias);
   const bool input_last = is_channels_last(input), weight_last = is_channels_last(weight);
-  result.input = with_strides(in_format(kernels, gradients[0], input_last), input_last);
-  result.weight = with_strides(in_format(kernels, gradients[1], weight_last), weight_last);
+  result.input = with_strides(in_format(kernels, grad_input, input_last), input_last);
+  result.weight = with_strides(in_format(kernels, grad_weight, weight_last), weight_last);
   return result;
 }
 

@@ -17,10 +17,12 @@ struct Loss {
   int64_t ignore_index;  // cross_entropy
 };
 
-// Rows of scores, a class each. weights: of the classes, or null. Raises on a class that there is not.
+// output: of each of `batch` samples [classes][places], scores at so many places; target: [batch][places]. weights: of
+// the classes, or null. Raises on a class that there is not.
 template <class T>
-double class_loss(const char* op, const Loss& loss, const T* output, const int64_t* target, int64_t rows,
-                  int64_t classes, const T* weights, T* gradient) {
+double class_loss(const char* op, const Loss& loss, const T* output, const int64_t* target, int64_t batch,
+                  int64_t classes, int64_t places, const T* weights, T* gradient) {
+  const int64_t rows = batch * places;
   double total = 0, weight_sum = 0;
   double all_weights = 0;
   for (int64_t c = 0; c < classes; ++c) all_weights += weights ? static_cast<double>(weights[c]) : 1.0;
@@ -31,34 +33,35 @@ double class_loss(const char* op, const Loss& loss, const T* output, const int64
   }
   const double divisor = loss.mean ? weight_sum : 1.0, smooth = loss.number;
   for (int64_t row = 0; row < rows; ++row) {
-    const T* const x = output + row * classes;
-    T* const slope = gradient + row * classes;
+    const int64_t at = row / places * classes * places + row % places;
+    const auto x = [=](int64_t c) -> T { return output[at + c * places]; };
+    const auto slope = [=](int64_t c) -> T& { return gradient[at + c * places]; };
     if (target[row] == loss.ignore_index) {
-      for (int64_t c = 0; c < classes; ++c) slope[c] = 0;
+      for (int64_t c = 0; c < classes; ++c) slope(c) = 0;
       continue;
     }
     T most = -std::numeric_limits<T>::infinity();
-    for (int64_t c = 0; c < classes; ++c) most = x[c] > most || x[c] != x[c] ? x[c] : most;
+    for (int64_t c = 0; c < classes; ++c) most = x(c) > most || x(c) != x(c) ? x(c) : most;
     if (!std::isfinite(most)) most = most != most ? most : T(0);
     T sum = 0;
-    for (int64_t c = 0; c < classes; ++c) sum += slope[c] = std::exp(x[c] - most);
+    for (int64_t c = 0; c < classes; ++c) sum += slope(c) = std::exp(x(c) - most);
     const T log_sum = most + std::log(sum);
     const double weight = weights ? static_cast<double>(weights[target[row]]) : 1.0;
     double smoothed = 0;
     if (smooth > 0) {
       for (int64_t c = 0; c < classes; ++c) {
-        smoothed += (weights ? static_cast<double>(weights[c]) : 1.0) * static_cast<double>(log_sum - x[c]);
+        smoothed += (weights ? static_cast<double>(weights[c]) : 1.0) * static_cast<double>(log_sum - x(c));
       }
     }
     const double n = static_cast<double>(classes);
-    total += (1 - smooth) * weight * static_cast<double>(log_sum - x[target[row]]) + smooth / n * smoothed;
+    total += (1 - smooth) * weight * static_cast<double>(log_sum - x(target[row])) + smooth / n * smoothed;
     const T probabilities = static_cast<T>(((1 - smooth) * weight + smooth / n * all_weights) / divisor) / sum;
     for (int64_t c = 0; c < classes; ++c) {
-      slope[c] *= probabilities;
+      slope(c) *= probabilities;
       if (smooth > 0)
-        slope[c] -= static_cast<T>(smooth / n * (weights ? static_cast<double>(weights[c]) : 1.0) / divisor);
+        slope(c) -= static_cast<T>(smooth / n * (weights ? static_cast<double>(weights[c]) : 1.0) / divisor);
     }
-    slope[target[row]] -= static_cast<T>((1 - smooth) * weight / divisor);
+    slope(target[row]) -= static_cast<T>((1 - smooth) * weight / divisor);
   }
   return total / divisor;
 }

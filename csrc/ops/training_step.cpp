@@ -1,276 +1,18 @@
 // fastnn::training_step: forward, loss, backward, clipping and update of a chain of layers, in one call.
 //
-// The layers are the ops' own forward and backward, called here one after another: what a step saves is everything
-// between them. Nothing is written to a parameter or a state before all that may be refused has been.
-#include <array>
+// What a step saves is everything between the stages (training_stages.h). Nothing is written to a parameter or a state
+// before all that may be refused has been.
 #include <cmath>
-#include <cstring>
-#include <memory>
 
 #include "../kernels/update.h"
-#include "frozen_memory.h"
 #include "loss.h"
-#include "operators.h"
 #include "register.h"
+#include "training_stages.h"
 
 namespace fastnn {
 namespace {
 
-constexpr const char* kOp = "training_step";
-
-// A tensor's memory under other sizes, while that lives.
-template <class T>
-Tensor as_sizes(const T* memory, const Ints& sizes) {
-  Ints strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-  return tensor_over(memory, sizes, strides);
-}
-
-Ints sizes_of(const Tensor& tensor) {
-  return Ints(tensor.sizes().begin(), tensor.sizes().end());
-}
-
-TensorList borrowed(const TensorList& tensors, size_t first, size_t count) {
-  TensorList result;
-  result.reserve(count);
-  for (size_t i = first; i < first + count; ++i) result.push_back(tensors[i].borrow());
-  return result;
-}
-
-// One stage: `forward` keeps what `backward` needs, which writes the gradients of the stage's own parameters.
-template <class T>
-class Stage {
- public:
-  virtual ~Stage() = default;
-  virtual Tensor forward(const Tensor& input, const TensorList& parameters) = 0;
-  // wanted: of each parameter whether its gradient is. Returns the input's gradient, if that is.
-  virtual Tensor backward(const Tensor& gradient, bool input_wanted, const bool* wanted, TensorList& gradients) = 0;
-  size_t count = 0;  // of parameters
-
- protected:
-  Tensor input_;
-  TensorList parameters_;
-};
-
-// "conv biased geometry..."
-template <class T>
-class ConvStage : public Stage<T> {
- public:
-  explicit ConvStage(Words& words) {
-    biased_ = words.number(0, 1);
-    while (!words.stage_ends()) geometry_.push_back(words.number(0, int64_t{1} << 31));
-    this->count = 1 + biased_;
-  }
-
-  Tensor forward(const Tensor& input, const TensorList& parameters) override {
-    this->input_ = input.borrow();
-    this->parameters_ = borrowed(parameters, 0, parameters.size());
-    const OptionalTensor bias = biased_ ? OptionalTensor(parameters[1].borrow()) : std::nullopt;
-    auto [output, winners] = conv_relu_max_pool_with_winners(input, parameters[0], bias, geometry_, std::nullopt);
-    winners_ = std::move(winners);
-    return std::move(output);
-  }
-
-  Tensor backward(const Tensor& gradient, bool input_wanted, const bool* wanted, TensorList& gradients) override {
-    auto [input, weight, bias] =
-        conv_relu_max_pool_backward(gradient, winners_, this->input_, this->parameters_[0], geometry_, input_wanted,
-                                    wanted[0], biased_ && wanted[1], std::nullopt);
-    gradients.push_back(std::move(weight));
-    if (biased_) gradients.push_back(std::move(bias));
-    return std::move(input);
-  }
-
- private:
-  bool biased_;
-  Ints geometry_;
-  Tensor winners_;
-};
-
-// "mlp layers biased activations"
-template <class T>
-class MlpStage : public Stage<T> {
- public:
-  explicit MlpStage(Words& words) {
-    layers_ = static_cast<size_t>(words.number(1, 20));
-    biased_ = words.number(0, 1);
-    code_ = words.number(1, std::numeric_limits<int64_t>::max());
-    FASTNN_CHECK(words.stage_ends(), kOp, ": the program has more of an mlp than it should");
-    this->count = layers_ * (1 + biased_);
-  }
-
-  Tensor forward(const Tensor& input, const TensorList& parameters) override {
-    sizes_ = sizes_of(input);
-    FASTNN_CHECK(sizes_.size() >= 2, kOp, ": expected a linear layer's input to have a batch");
-    this->input_ = dense(input);
-    rows_ = input.dim() == 2 ? this->input_.borrow()
-                             : as_sizes(data<T>(this->input_), {product(sizes_, 0, sizes_.size() - 1), sizes_.back()});
-    this->parameters_ = borrowed(parameters, 0, layers_);
-    auto [output, hidden] = mlp_with_hidden(rows_, parameters, code_);
-    hidden_ = std::move(hidden);
-    output_ = std::move(output);
-    if (sizes_.size() == 2) return output_.borrow();
-    Ints sizes = sizes_;
-    sizes.back() = output_.size(1);
-    return as_sizes(data<T>(output_), sizes);
-  }
-
-  Tensor backward(const Tensor& gradient, bool input_wanted, const bool* wanted, TensorList& gradients) override {
-    const bool is_flat = sizes_.size() == 2;
-    const Tensor rows = is_flat ? gradient.borrow() : as_sizes(data<T>(gradient), sizes_of(output_));
-    const bool weights = std::any_of(wanted, wanted + layers_, [](bool one) { return one; });
-    const bool biases = biased_ && std::any_of(wanted + layers_, wanted + 2 * layers_, [](bool one) { return one; });
-    auto [input, grad_weights, grad_biases] =
-        mlp_backward(rows, rows_, this->parameters_, code_, output_, hidden_, input_wanted, weights, biases);
-    const auto take = [&](TensorList& from, bool computed) {
-      for (size_t i = 0; i < layers_; ++i) gradients.push_back(computed ? std::move(from[i]) : Tensor());
-    };
-    take(grad_weights, weights);
-    if (biased_) take(grad_biases, biases);
-    if (!input_wanted || is_flat) return std::move(input);
-    kept_ = std::move(input);
-    return as_sizes(data<T>(kept_), sizes_);
-  }
-
- private:
-  size_t layers_;
-  bool biased_;
-  int64_t code_;
-  Ints sizes_;
-  Tensor rows_, output_, kept_;
-  TensorList hidden_;
-};
-
-// "rnn weights mode layers bidirectional batch_first last": the output of all steps, or the last layer's final h.
-template <class T>
-class RnnStage : public Stage<T> {
- public:
-  explicit RnnStage(Words& words) {
-    this->count = static_cast<size_t>(words.number(1, 1 << 16));
-    mode_ = words.number(0, 16);
-    layers_ = words.number(1, 1 << 16);
-    bidirectional_ = words.number(0, 1);
-    batch_first_ = words.number(0, 1);
-    last_ = words.number(0, 1);
-    FASTNN_CHECK(words.stage_ends(), kOp, ": the program has more of an rnn than it should");
-    FASTNN_CHECK(!(last_ && bidirectional_), kOp, ": the last step of both directions is not supported");
-  }
-
-  Tensor forward(const Tensor& input, const TensorList& parameters) override {
-    FASTNN_CHECK(input.dim() == 3, kOp, ": expected a recurrent layer's input to be 3D");
-    this->input_ = input.borrow();
-    this->parameters_ = borrowed(parameters, 0, parameters.size());
-    auto [output, state, reserve] = rnn_with_reserve(input, std::nullopt, {}, parameters, std::nullopt, mode_, layers_,
-                                                     bidirectional_, batch_first_);
-    output_ = std::move(output);
-    state_ = std::move(state);
-    reserve_ = std::move(reserve);
-    if (!last_) return output_.borrow();
-    const int64_t batch = state_[0].size(1), width = state_[0].size(2);
-    return as_sizes(data<T>(state_[0]) + (layers_ - 1) * batch * width, {batch, width});
-  }
-
-  Tensor backward(const Tensor& gradient, bool input_wanted, const bool* wanted, TensorList& gradients) override {
-    std::vector<OptionalTensor> grad_state(state_.size());
-    OptionalTensor grad_output;
-    (last_ ? grad_state[0] : grad_output) = gradient.borrow();
-    const bool any = std::any_of(wanted, wanted + this->count, [](bool one) { return one; });
-    auto [input, state, weights] =
-        rnn_backward(grad_output, grad_state, this->input_, std::nullopt, {}, this->parameters_, std::nullopt, output_,
-                     reserve_, mode_, layers_, bidirectional_, batch_first_, input_wanted, false, any);
-    for (size_t i = 0; i < this->count; ++i) gradients.push_back(any ? std::move(weights[i]) : Tensor());
-    return std::move(input);
-  }
-
- private:
-  int64_t mode_, layers_;
-  bool bidirectional_, batch_first_, last_;
-  Tensor output_, reserve_;
-  TensorList state_;
-};
-
-// "flatten": all dimensions but the batch become one.
-template <class T>
-class FlattenStage : public Stage<T> {
- public:
-  explicit FlattenStage(Words& words) {
-    FASTNN_CHECK(words.stage_ends(), kOp, ": the program has more of a flatten than it should");
-  }
-  Tensor forward(const Tensor& input, const TensorList&) override {
-    this->input_ = dense(input);
-    sizes_ = sizes_of(this->input_);
-    return as_sizes(data<T>(this->input_), {sizes_[0], product(sizes_, 1, sizes_.size())});
-  }
-  Tensor backward(const Tensor& gradient, bool, const bool*, TensorList&) override {
-    kept_ = gradient.borrow();
-    return gradient.defined() ? as_sizes(data<T>(gradient), sizes_) : Tensor();
-  }
-
- private:
-  Ints sizes_;
-  Tensor kept_;
-};
-
-// "dropout probability", its bits: torch's own mask, so that a seed gives the same elements as stock's.
-template <class T>
-class DropoutStage : public Stage<T> {
- public:
-  explicit DropoutStage(Words& words) {
-    const int64_t bits = words.number(0, std::numeric_limits<int64_t>::max());
-    std::memcpy(&drops_, &bits, sizeof(drops_));
-    FASTNN_CHECK(drops_ >= 0 && drops_ <= 1, kOp, ": dropout probability has to be between 0 and 1, but got ", drops_);
-    FASTNN_CHECK(words.stage_ends(), kOp, ": the program has more of a dropout than it should");
-  }
-  Tensor forward(const Tensor& input, const TensorList&) override {
-    const Tensor dense_input = dense(input);
-    scales_ = new_tensor(sizes_of(dense_input), kDtypeOf<T>);
-    const std::optional<AtenTensorHandle> generator;
-    std::array<StableIValue, 3> stack{give(scales_), give(1 - drops_), give(generator)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bernoulli_", "float", stack.data(), TORCH_ABI_VERSION));
-    Argument<Tensor>::take(stack[0]);
-    T* const scales = mutable_data<T>(scales_);
-    const T scale = static_cast<T>(1 - drops_);
-    for (int64_t i = 0, count = scales_.numel(); drops_ < 1 && i < count; ++i) scales[i] /= scale;
-    return times(dense_input);
-  }
-  Tensor backward(const Tensor& gradient, bool input_wanted, const bool*, TensorList&) override {
-    return input_wanted ? times(dense(gradient)) : Tensor();
-  }
-
- private:
-  Tensor times(const Tensor& tensor) const {
-    Tensor result = new_tensor(sizes_of(tensor), kDtypeOf<T>);
-    const T *from = data<T>(tensor), *scales = data<T>(scales_);
-    T* const to = mutable_data<T>(result);
-    for (int64_t i = 0, count = result.numel(); i < count; ++i) to[i] = from[i] * scales[i];
-    return result;
-  }
-
-  double drops_;
-  Tensor scales_;
-};
-
-template <class T>
-std::vector<std::unique_ptr<Stage<T>>> read_stages(const std::string& program) {
-  std::vector<std::unique_ptr<Stage<T>>> stages;
-  Words words(program);
-  while (!words.ends()) {
-    const std::string name = words.word();
-    if (name == "conv") {
-      stages.push_back(std::make_unique<ConvStage<T>>(words));
-    } else if (name == "mlp") {
-      stages.push_back(std::make_unique<MlpStage<T>>(words));
-    } else if (name == "rnn") {
-      stages.push_back(std::make_unique<RnnStage<T>>(words));
-    } else if (name == "dropout") {
-      stages.push_back(std::make_unique<DropoutStage<T>>(words));
-    } else {
-      FASTNN_CHECK(name == "flatten", kOp, ": the program has no stage \"", name, "\"");
-      stages.push_back(std::make_unique<FlattenStage<T>>(words));
-    }
-  }
-  FASTNN_CHECK(!stages.empty(), kOp, ": expected at least one stage");
-  return stages;
-}
+constexpr const char* kOp = kTrainingStep;
 
 // ---- numbers ------------------------------------------------------------------------------------------------
 
@@ -392,19 +134,22 @@ Tensor loss_gradient(const Loss& loss, const Tensor& output, const Tensor& targe
   Tensor dense_weight;
   if (weight) {
     check_plain(*weight, kOp, "weight");
-    FASTNN_CHECK(weight->scalar_type() == kDtypeOf<T> && weight->numel() == sizes.back(), kOp,
-                 ": expected a weight of ", sizes.back(), " elements of the output's dtype");
+    const int64_t classes = loss.kind == LossKind::cross_entropy && sizes.size() > 1 ? sizes[1] : sizes.back();
+    FASTNN_CHECK(weight->scalar_type() == kDtypeOf<T> && weight->numel() == classes, kOp, ": expected a weight of ",
+                 classes, " elements of the output's dtype");
     check_memory(*weight, kOp, "weight");
     dense_weight = dense(*weight);
     weights = data<T>(dense_weight);
   }
   if (loss.kind == LossKind::cross_entropy) {
-    FASTNN_CHECK(sizes.size() == 2 && target.dim() == 1 && target.size(0) == sizes[0], kOp,
-                 ": expected an output (batch, classes) and a target (batch), got ", to_string(output.sizes()), " and ",
-                 to_string(target.sizes()));
+    Ints expected = sizes;  // without the classes
+    if (sizes.size() >= 2) expected.erase(expected.begin() + 1);
+    FASTNN_CHECK(sizes.size() >= 2 && sizes_of(target) == expected, kOp,
+                 ": expected an output (batch, classes, ...) and a target (batch, ...), got ",
+                 to_string(output.sizes()), " and ", to_string(target.sizes()));
     FASTNN_CHECK(target.scalar_type() == ScalarType::Long, kOp, ": expected the target's classes to be Long");
-    *value = class_loss(kOp, loss, data<T>(dense_output), data<int64_t>(dense_target), sizes[0], sizes[1], weights,
-                        mutable_data<T>(gradient));
+    *value = class_loss(kOp, loss, data<T>(dense_output), data<int64_t>(dense_target), sizes[0], sizes[1],
+                        product(sizes, 2, sizes.size()), weights, mutable_data<T>(gradient));
   } else {
     FASTNN_CHECK(sizes_of(target) == sizes && target.scalar_type() == kDtypeOf<T>, kOp,
                  ": expected a target like the output, of size ", to_string(output.sizes()), ", got ",
@@ -418,19 +163,24 @@ Tensor loss_gradient(const Loss& loss, const Tensor& output, const Tensor& targe
   return gradient;
 }
 
+// What gradients are multiplied by so that their norm is at most max_norm.
 template <class T>
-void update(const StepNumbers& numbers, const TensorList& parameters, const TensorList& gradients,
+double clip_scale(const StepNumbers& numbers, const TensorList& gradients) {
+  if (numbers.max_norm < 0) return 1;
+  double squares = 0;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    if (numbers.wanted(i)) {
+      squares += update_kernels().get<T>().sum_of_squares(gradients[i].numel(), data<T>(gradients[i]));
+    }
+  }
+  const double most = numbers.max_norm / (std::sqrt(squares) + 1e-6);
+  return most < 1 || most != most ? most : 1;
+}
+
+template <class T>
+void update(const StepNumbers& numbers, const TensorList& parameters, const TensorList& gradients, double scale,
             const std::vector<ParameterState<T>>& states) {
   const UpdateKernels<T>& kernels = update_kernels().get<T>();
-  double scale = 1;
-  if (numbers.max_norm >= 0) {
-    double squares = 0;
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      if (numbers.wanted(i)) squares += kernels.sum_of_squares(gradients[i].numel(), data<T>(gradients[i]));
-    }
-    const double most = numbers.max_norm / (std::sqrt(squares) + 1e-6);
-    scale = most < 1 || most != most ? most : 1;
-  }
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!numbers.wanted(i)) continue;
     const ParameterState<T>& state = states[i];
@@ -499,12 +249,16 @@ std::tuple<Tensor, TensorList> run(const Tensor& input, const Tensor& target, co
       if (wanted[j]) gradients[next + j] = dense(std::move(own[j]));
     }
   }
-  update<T>(numbers, parameters, gradients, states);
+  for (const auto& stage : stages) stage->commit();
+  const double scale = clip_scale<T>(numbers, gradients);
+  update<T>(numbers, parameters, gradients, scale, states);
   Tensor loss = new_tensor({}, kDtypeOf<T>);
   mutable_data<T>(loss)[0] = static_cast<T>(value);
   TensorList returned;
   for (size_t i = 0; keep_gradients && i < gradients.size(); ++i) {
     returned.push_back(numbers.wanted(i) ? std::move(gradients[i]) : new_tensor({0}, kDtypeOf<T>));
+    T* const kept = mutable_data<T>(returned.back());
+    for (int64_t j = 0, count = returned.back().numel(); scale != 1 && j < count; ++j) kept[j] *= static_cast<T>(scale);
   }
   return {std::move(loss), std::move(returned)};
 }

@@ -18,7 +18,8 @@ from fastnn.graph.joining import chooses_last, drop_unused_parts, flattens, kern
 from fastnn.graph.matcher import Layer, read_layer
 from fastnn.graph.tracing import HOOKS
 from fastnn.nn._hooks import has_own_call
-from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
+from fastnn.ops.batch_norm import batch_norm_relu_max_pool
+from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, flat_geometry
 from fastnn.ops.frozen import write_program
 from fastnn.ops.mlp import mlp_of_parameters, operator_code
 from fastnn.ops.rnn import NUMBER_OF
@@ -39,6 +40,7 @@ class Chain:
     dims: int | None  # of the input, if the first layer asks for so many
     ends_in_log_softmax: bool  # behind the last stage
     hooks: list[dict[int, Any]]  # of layers that the program calls and the chain does not: there must be none
+    counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
 
     def describe(self) -> Iterator[str]:
         for stage in self.text.split(";"):
@@ -70,7 +72,10 @@ def read_chain(program: Program) -> Chain:
         node = reader.add(follower)
     if not reader.stages:
         raise ChainError("there is no layer in the model")
-    return Chain(write_program(reader.stages), reader.sources, reader.dims, reader.ends_in_log_softmax, reader.hooks)
+    return Chain(
+        write_program(reader.stages), reader.sources, reader.dims, reader.ends_in_log_softmax, reader.hooks,
+        reader.counters,
+    )  # fmt: skip
 
 
 def _in_order(placeholders: list[Node], sources: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
@@ -86,6 +91,7 @@ class _Reader:
         self.dims: int | None = None
         self.ends_in_log_softmax = False
         self.hooks: list[dict[int, Any]] = []
+        self.counters: list[tuple[Any, str]] = []
 
     def add(self, node: Node) -> Node:
         """Take the operator of this node, and of those that choose a part of its result -> the last of them."""
@@ -106,30 +112,30 @@ class _Reader:
             self.stages.append(("mlp", [len(digits), biased, operator_code(digits)]))
             self._take(tensors)
             return node
+        if node.target is batch_norm_relu_max_pool:
+            self._add_norm(node)
+            return node
         if flattens(node):
             self.stages.append(("flatten", []))
             return node
         if node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.RNNBase):
             return self._add_recurrent(node)
         layer = read_layer(node, self.modules)
-        if layer is not None and layer.kind == "dropout" and self.stages and not is_of_channels(layer):
+        if layer is not None and layer.kind == "dropout" and self.stages and not _is_of_channels(layer):
             if layer.settings["training"]:
-                (bits,) = struct.unpack("<q", struct.pack("<d", layer.settings["p"]))
-                self.stages.append(("dropout", [bits]))
+                self.stages.append(("dropout", [_bits(layer.settings["p"])]))
             return node
         if layer is not None and layer.kind == "identity":
             return node
         if layer is not None and layer.kind == "linear" and layer.module is not None:
             self._begin(2)
-            own = layer.module._parameters
-            names = [name for name in ("weight", "bias") if own.get(name) is not None]
-            if not names or names[0] != "weight":
-                raise ChainError(f"{node.name}'s weight is computed from something else")
-            self.stages.append(("mlp", [1, len(names) - 1, operator_code("0")]))
-            self.sources += [(own, name) for name in names]
-            self.hooks += [layer.module.__dict__[name] for name in HOOKS]
+            self.stages.append(("mlp", [1, self._take_own(layer), operator_code("0")]))
             return node
-        if is_log_softmax(node, self.modules) and next(iter(node.users)).op == "output":
+        if layer is not None and layer.kind.startswith("conv") and layer.module is not None:
+            self._begin(layer.dims + 2)
+            self.stages.append(("convolution", [layer.dims, self._take_own(layer), *_convolution(layer)]))
+            return node
+        if _is_log_softmax(node, self.modules) and next(iter(node.users)).op == "output":
             self.ends_in_log_softmax = True
             return node
         raise ChainError(f"{node.name} ({_name(node, self.modules)}) is no layer of a chain")
@@ -143,6 +149,43 @@ class _Reader:
             if tensor not in self.source_of:
                 raise ChainError(f"{tensor.name} is computed from something else")
             self.sources.append(self.source_of[tensor])
+
+    def _take_own(self, layer: Layer) -> int:
+        """Take the weight and bias of a layer that the program calls -> how many biases these are."""
+        assert layer.module is not None
+        own = layer.module._parameters
+        names = [name for name in ("weight", "bias") if own.get(name) is not None]
+        if not names or names[0] != "weight":
+            raise ChainError(f"{layer.name}'s weight is computed from something else")
+        self.sources += [(own, name) for name in names]
+        self.hooks += [layer.module.__dict__[name] for name in HOOKS]
+        return len(names) - 1
+
+    def _add_norm(self, node: Node) -> None:
+        settings: dict[str, Any] = dict(node.kwargs)
+        mean, var, weight, bias, counter = node.args[1:6]
+        if not settings["training"]:
+            raise ChainError(f"{node.name} is a batch norm in eval mode")
+        tensors = [tensor for tensor in (mean, var, weight, bias) if tensor is not None]
+        self._begin(settings["dims"] + 2)
+        self._take(tensors)
+        if not tensors:
+            raise ChainError(f"{node.name} has neither weight nor running mean")
+        own, name = self.sources[-1]
+        kernel, stride, padding, dilation = (
+            settings[f"pool_{name}"] for name in ("kernel_size", "stride", "padding", "dilation")
+        )
+        channels = own[name].shape[0]
+        geometry = flat_geometry(
+            settings["dims"], 1, 0, 1, channels, kernel, stride, padding, dilation, settings["ceil_mode"]
+        )
+        if geometry is None:
+            raise ChainError(f"{node.name}'s pool has other dimensions")
+        numbers = [_bits(settings["momentum"]), _bits(settings["eps"])]
+        there = [int(tensor is not None) for tensor in (mean, weight, bias)]
+        self.stages.append(("norm", [*there, *numbers, *geometry]))
+        if counter is not None:
+            self.counters.append(self.source_of[counter])  # type: ignore[index]
 
     def _add_recurrent(self, node: Node) -> Node:
         layer: Any = kernel_of(self.modules[str(node.target)])
@@ -176,12 +219,12 @@ class _Reader:
         return end
 
 
-def is_of_channels(layer: Layer) -> bool:
+def _is_of_channels(layer: Layer) -> bool:
     """Whether a dropout drops more than single elements, or does not set them to zero."""
     return layer.module is not None and type(layer.module) is not nn.Dropout
 
 
-def is_log_softmax(node: Node, modules: dict[str, nn.Module]) -> bool:
+def _is_log_softmax(node: Node, modules: dict[str, nn.Module]) -> bool:
     """Whether it is one over the classes of rows."""
     if node.op == "call_module":
         module = modules[str(node.target)]
@@ -190,6 +233,22 @@ def is_log_softmax(node: Node, modules: dict[str, nn.Module]) -> bool:
         return False
     given = {**dict(zip(("dim", "dtype"), node.args[1:], strict=False)), **node.kwargs}
     return given.get("dim") in (1, -1) and given.get("dtype") is None
+
+
+def _bits(number: float) -> int:
+    """Of a number that is not negative."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", number))
+    return int(bits)
+
+
+def _convolution(layer: Layer) -> list[int]:
+    """Stride, padding, dilation and groups of a plain convolution."""
+    settings = layer.settings
+    if settings["padding_mode"] != "zeros" or isinstance(settings["padding"], str):
+        raise ChainError(f"{layer.name}'s padding is {settings['padding']!r} of {settings['padding_mode']}")
+    if all(size == 1 for size in layer.module.kernel_size) and any(n > 1 for n in settings["stride"]):  # type: ignore
+        raise ChainError(f"{layer.name} is a kernel of one pixel with strides")
+    return [*settings["stride"], *settings["padding"], *settings["dilation"], settings["groups"]]
 
 
 def _takes_last(node: Node, last: Any) -> bool:
