@@ -21,10 +21,8 @@ from fastnn.nn._hooks import has_own_call
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, flat_geometry
 from fastnn.ops.frozen import write_program
-from fastnn.ops.mlp import mlp_of_parameters, operator_code
+from fastnn.ops.mlp import MOST_LAYERS, mlp_of_parameters, operator_code
 from fastnn.ops.rnn import NUMBER_OF
-
-_MOST_LAYERS = 20  # of one mlp
 
 
 class ChainError(Exception):
@@ -105,8 +103,8 @@ class _Reader:
         if node.target is mlp_of_parameters:
             digits: Any = node.kwargs["digits"]
             tensors = list(node.args[1])  # type: ignore[arg-type]
-            if len(digits) > _MOST_LAYERS:
-                raise ChainError(f"there are more than {_MOST_LAYERS} linear layers in a row")
+            if len(digits) > MOST_LAYERS:
+                raise ChainError(f"there are more than {MOST_LAYERS} linear layers in a row")
             self._begin(2)
             biased = int(len(tensors) > len(digits))
             self.stages.append(("mlp", [len(digits), biased, operator_code(digits)]))

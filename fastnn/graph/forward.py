@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, Protocol
@@ -81,7 +81,7 @@ class Program:
         self.passed = [module, *tracer.inlined]
         self.matches = match(self.stock_graph, self.modules)
         for found in list(self.matches.found):
-            reason = next((left[key] for key in keys_of(found) if key in left), None)
+            reason = left.get(key_of(found))
             if reason is not None:
                 self.matches.found.remove(found)
                 self.matches.left += [Left(layer, reason) for layer in found.layers]
@@ -145,10 +145,10 @@ def _may_be_read(name: str) -> bool:
     return not name.startswith("_") and name != "forward" and name not in ("call_super_init", "dump_patches")
 
 
-def keys_of(found: Match) -> Iterable[Any]:
+def key_of(found: Match) -> Any:
     """By what a trial remembers a match: its first layer's module, or the name of its function's node."""
     first = found.layers[0]
-    return (first.module if first.module is not None else first.node.name,)
+    return first.module if first.module is not None else first.node.name
 
 
 class _Attributes:

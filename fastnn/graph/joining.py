@@ -110,8 +110,8 @@ class RecurrentHead:
     __name__ = "recurrent_with_head"  # as above
     __module__ = "fastnn"
 
-    def __init__(self, module: Any, digits: str) -> None:
-        self.module, self.digits = module, digits
+    def __init__(self, module: Any) -> None:
+        self.module = module
 
     def __call__(self, input: Tensor, *parameters: Tensor) -> Tensor:
         if is_grad_enabled() and input.is_cpu and is_plain(input):
@@ -123,7 +123,7 @@ class RecurrentHead:
         _, state = self.module(input)
         # The last layer's last output: a smaller tensor to take it from than all outputs.
         h = state[0] if isinstance(state, tuple) else state
-        return mlp_of_parameters(h[-1], parameters, self.digits)
+        return mlp_of_parameters(h[-1], parameters, "0")
 
 
 def kernel_of(module: nn.Module) -> Any:
@@ -242,7 +242,7 @@ def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> N
         return
     parameters: Any = head.args[1]
     with graph.inserting_before(layer):
-        call = graph.call_function(RecurrentHead(module, "0"), (layer.args[0], *parameters))
+        call = graph.call_function(RecurrentHead(module), (layer.args[0], *parameters))
     head.replace_all_uses_with(call)
     for node in (head, step, *reversed(path)):
         graph.erase_node(node)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fastnn.graph import forward
-from fastnn.graph.forward import FusedForward, FusedRecurrent, Program, keys_of
+from fastnn.graph.forward import FusedForward, FusedRecurrent, Program, key_of
 from fastnn.graph.matcher import Match
 
 _SECONDS = 0.04  # to time a candidate for
@@ -148,8 +148,7 @@ class _TrialRun(fx.Interpreter):
             return value
 
         parameters = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-        for key in keys_of(match):
-            self.trial.compare(key, ours, stock, [given], parameters)
+        self.trial.compare(key_of(match), ours, stock, [given], parameters)
 
     def _call_of(self, node: fx.Node) -> tuple[Callable[..., Any], Any, Any]:
         """What the node calls, and what with besides its first argument: as little work as in the model itself."""

@@ -25,7 +25,7 @@ from fastnn.reference import mlp as reference
 # The operator takes activations by their place in this list (csrc/kernels/mlp.h has the same).
 ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _DIGIT_OF = {name: str(place) for place, name in enumerate(ACTIVATION_NAMES)}
-_MOST_LAYERS = 20  # of one call of the operators
+MOST_LAYERS = 20  # of one call of the operators
 _KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
 # Activations of the last layer for whose derivative the output is kept.
 _KEEPS_OUTPUT = frozenset(ACTIVATION_NAMES.index(name) for name in ("relu", "tanh", "sigmoid", "leaky_relu"))
@@ -128,7 +128,7 @@ def mlp_reconstruction_error(
     parameters = join_parameters(weights, biases)
     if (
         input.dim() == 2
-        and len(names) <= _MOST_LAYERS
+        and len(names) <= MOST_LAYERS
         and not needs_autograd(input, *parameters)
         and not needs_reference(autocast(input)[0])
     ):
@@ -162,7 +162,7 @@ _codes: dict[str, int] = {}
 def activation_digits(names: Sequence[str]) -> str:
     """The names in short: a digit a layer, its place in ``ACTIVATION_NAMES``."""
     digits = "".join(_DIGIT_OF[name] for name in names)
-    if 0 < len(digits) <= _MOST_LAYERS:
+    if 0 < len(digits) <= MOST_LAYERS:
         _codes[digits] = operator_code(digits)
     return digits
 
@@ -196,10 +196,10 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
                     return torch.nn.functional.linear(input, *parameters)
                 return _record_plain(input, code, recompute, *parameters)[0]
             return _mlp_call(input, parameters, code)
-        if len(digits) > _MOST_LAYERS:
+        if len(digits) > MOST_LAYERS:
             weights, biases = split_parameters(parameters, len(digits))
-            for first in range(0, len(digits), _MOST_LAYERS):
-                some = slice(first, first + _MOST_LAYERS)
+            for first in range(0, len(digits), MOST_LAYERS):
+                some = slice(first, first + MOST_LAYERS)
                 input = mlp_of_parameters(input, join_parameters(weights[some], biases[some]), digits[some], recompute)
             return input
         input, *parameters = autocast(input, *parameters)
