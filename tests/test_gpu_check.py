@@ -41,7 +41,7 @@ def faults(check: Any, monkeypatch: pytest.MonkeyPatch, target: str, warps: int 
     tensors = tuple(torch.empty(16, dtype=dtype, device="meta") for dtype in (torch.float16,) * 2 + (torch.float32,))
     constexprs = {"BY_DOT": True, "PRECISION": "ieee"} | sizes
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-    launch = check.Launch(product, (*tensors, 100), constexprs, options)
+    launch = check.Launch(product, (1,), (*tensors, 100), constexprs, options)
     case = check.Case("op", "shape", torch.float16, lambda device: lambda: None)
     monkeypatch.setattr(check, "all_cases", lambda: iter([case]))
     monkeypatch.setattr(check, "record_launches", lambda *_: [launch])

@@ -45,6 +45,7 @@ class Launch(NamedTuple):
     """A launch that a launcher asked for."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constexprs: dict[str, Any]
     options: dict[str, Any]
@@ -65,10 +66,10 @@ def record_launches(case: Case, target: _target.Target) -> list[Launch]:
     launches = []
     _plan_cache.Plans.forget_all()
 
-    def record(kernel: Any, grid: Any, device: torch.device, *args: Any, **keywords: Any) -> None:
+    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **keywords: Any) -> None:
         constexprs = {name: value for name, value in keywords.items() if name not in _OPTIONS}
         options = {name: value for name, value in keywords.items() if name in _OPTIONS}
-        launches.append(Launch(kernel, args, constexprs, options | {"enable_fp_fusion": True}))
+        launches.append(Launch(kernel, grid, args, constexprs, options | {"enable_fp_fusion": True}))
 
     launch, _launch.launch = _launch.launch, record
     try:
