@@ -1,6 +1,7 @@
 """Launches a kernel of every kind through Triton's own driver, with the library of libcuda_stub.c in place of the
-card's: by Triton's dispatch and as `_launch.Launcher` does it the second time. Prints, as JSON, a list a kernel of its
-launches as the stub has seen them. tests/test_gpu_launch.py starts it, in a process of its own."""
+card's: by Triton's dispatch, and as `_launch.Launcher` does it the second time. Prints, as JSON, of each kernel its
+launches as the stub has seen them, and what tools/gpu_check.py makes of a call's. tests/test_gpu_launch.py starts it,
+in a process of its own."""
 
 import importlib
 import json
@@ -89,6 +90,15 @@ def log_of(launch: Any) -> dict[str, Any]:
     }
 
 
+def floors() -> tuple[float | None, float]:
+    """Of a call of an operator, from what it launches; and from its launches, compiled for an H100."""
+    case = next(case for case in gpu_cases.all_cases() if case.shape == "RNN_TANH model")
+    with gpu_cases.as_asked(case):
+        of_call = gpu_check.floor_of_call(case.make(torch.device("cpu")).training, torch.device("cpu"))
+    launches = gpu_check.record_launches(case, H100)
+    return of_call, sum(gpu_check.floor_of(gpu_check.build(la, H100), la, H100).seconds for la in launches)
+
+
 if __name__ == "__main__":
     assume_a_card()
-    print(json.dumps([log_of(launch) for launch in first_launches()]))
+    print(json.dumps({"kernels": [log_of(launch) for launch in first_launches()], "floors": floors()}))

@@ -22,8 +22,8 @@ WAITING = {"wave_forward", "wave_backward", "spread_forward", "spread_backward"}
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By kernel: what launches_on_stub.py prints."""
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By launches_on_stub.py."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     assert compiler is not None, "these tests build a library in C"
     folder = tmp_path_factory.mktemp("driver")
@@ -39,7 +39,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run([sys.executable, str(TESTS / "launches_on_stub.py")], env=environment, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return {launch["kernel"]: launch for launch in json.loads(done.stdout)}
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def recorded(printed: dict[str, Any]) -> dict[str, Any]:
+    return {launch["kernel"]: launch for launch in printed["kernels"]}
 
 
 def pointer(address: int) -> str:
@@ -76,3 +81,9 @@ def test_launches_say_what_was_asked_for(kernel: str, recorded: dict[str, Any]) 
         *passed, global_scratch, profile_scratch = pointers
         assert passed == [pointer(address) for address in addresses]
         assert (global_scratch, profile_scratch) == (pointer(0), pointer(0))
+
+
+def test_a_call_s_floor_is_that_of_its_launches(printed: dict[str, Any]) -> None:
+    of_call, of_launches = printed["floors"]
+    assert of_call == pytest.approx(of_launches)
+    assert of_call > 1e-6

@@ -13,6 +13,7 @@ memory, matrix instructions; on an H100 the issue floor) and fails
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,23 +119,48 @@ class Report(NamedTuple):
         return sum(bool(row.problems) for row in self.rows) + sum(bound.is_exceeded for bound in self.bounds)
 
 
-def record_launches(case: Case, target: _target.Target, direction: str = "training") -> list[Launch]:
-    """The launches of a case on ``target``."""
-    launches = []
-    _plan_cache.Plans.forget_all()
+@contextlib.contextmanager
+def recorded(dispatches: bool) -> Iterator[list[tuple[Launch, Any]]]:
+    """The launches that launchers ask for, and with ``dispatches`` what Triton has compiled for them and launched."""
+    launches: list[tuple[Launch, Any]] = []
+    launch, call = _launch.launch, _launch.Launcher.__call__
 
-    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **keywords: Any) -> None:
+    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **keywords: Any) -> Any:
+        compiled = launch(kernel, grid, device, *args, **keywords) if dispatches else None
         constexprs = {name: value for name, value in keywords.items() if name not in _OPTIONS}
         options = {name: value for name, value in keywords.items() if name in _OPTIONS}
-        launches.append(Launch(kernel, grid, args, constexprs, options | {"enable_fp_fusion": True}))
+        launches.append((Launch(kernel, grid, args, constexprs, options | {"enable_fp_fusion": True}), compiled))
+        return compiled
 
-    launch, _launch.launch = _launch.launch, record
+    def call_anew(self: _launch.Launcher, *args: Any) -> None:
+        self._compiled = None  # which would be launched without our knowing
+        call(self, *args)
+
+    _plan_cache.Plans.forget_all()
+    _launch.launch, _launch.Launcher.__call__ = record, call_anew  # type: ignore[method-assign]
     try:
-        with _target.assume_target(target), as_asked(case):
-            getattr(case.make(torch.device("meta")), direction)()
+        yield launches
     finally:
-        _launch.launch = launch
-    return launches
+        _launch.launch, _launch.Launcher.__call__ = launch, call  # type: ignore[method-assign]
+
+
+def record_launches(case: Case, target: _target.Target, direction: str = "training") -> list[Launch]:
+    """The launches of a case on ``target``."""
+    with _target.assume_target(target), as_asked(case), recorded(dispatches=False) as launches:
+        getattr(case.make(torch.device("meta")), direction)()
+    return [launch for launch, _ in launches]
+
+
+def floor_of_call(run: Callable[[], object], device: torch.device) -> float | None:
+    """Seconds that a call on this machine's GPU takes at the least to issue its launches' instructions; None where
+    nothing is known of its clock."""
+    target = _target.target_of(device)
+    if target.name not in gpu_floor.CLOCK or _target.INTERPRETED:
+        return None
+    with recorded(dispatches=True) as launches:
+        run()
+    floors = (floor_of(_read_cubin(compiled), launch, target) for launch, compiled in launches)
+    return sum(floor.seconds for floor in floors if floor)
 
 
 def describe(argument: Any, path: tuple[int, ...], constants: dict, attributes: dict, specialize: bool = True) -> Any:
