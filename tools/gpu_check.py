@@ -314,7 +314,7 @@ def check_target(target: _target.Target, ops: Sequence[str], sample: bool) -> Re
         if ops and case.op not in ops:
             continue
         predicted = {} if sample else gpu_roofline.predictions(case)
-        for direction in DIRECTIONS:
+        for direction in ("training",) if sample else DIRECTIONS:
             floors = []
             for launch in record_launches(case, target, direction):
                 # Layers of one shape launch one kernel.

@@ -149,7 +149,7 @@ def run_tests(folder: Path, deadline: float, rehearse: bool) -> dict[str, Any]:
     other test is to look like the reason. Then the others, with what the benchmark's kernels have to be compiled."""
     paths = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     recurrent = [path for path in paths if path.stem == "test_rnn"]
-    first = finish_tests(start_tests(recurrent, folder, rehearse), 0.25 * (deadline - time.monotonic()))
+    first = finish_tests(start_tests(recurrent, folder, rehearse), 0.4 * (deadline - time.monotonic()))
     shards = max(1, min(4, (os.cpu_count() or 1) // 4))
     started = start_tests([path for path in paths if path not in recurrent], folder, rehearse, shards)
     compiling = start_compiling(rehearse)
