@@ -152,6 +152,15 @@ def test_every_loop_of_every_kernel_has_its_turns(check: Any) -> None:
     assert ("wave_forward", "_wait_until", "while tl.atomic_add(place, 0, sem='acquire') < count") in seen
 
 
+def test_a_loop_whose_turns_nobody_knows_is_a_fault(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = product_launch(check, M=64, N=64, K=32)
+    renamed = launch._replace(arguments=launch.arguments[:3])
+    monkeypatch.setattr(check, "build", lambda *_, build=check.build: build(launch, target_named(check, "sm_90")))
+    report = report_on(check, monkeypatch, "sm_90", renamed)
+    assert "how often `for .. in range(steps)` of product turns" in report.rows[0].problems
+    assert report.failed == 1
+
+
 def test_turns(check: Any) -> None:
     """Of a convolution with a window of 4 places and 9 taps of 64 channels; of a wavefront of 20 steps."""
     target = target_named(check, "sm_90")

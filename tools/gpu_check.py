@@ -321,13 +321,17 @@ def check_target(target: _target.Target, ops: Sequence[str], sample: bool) -> Re
                 key = launch.kernel.__name__ if sample else _key(launch)
                 is_new = key not in seen
                 built = seen[key] = build(launch, target) if is_new else seen[key]
-                floor = floor_of(built, launch, target)
+                problems = []
+                try:
+                    floor = floor_of(built, launch, target)
+                except LookupError as error:
+                    floor, problems = None, [str(error)]
                 floors.append(0.0 if floor is None else floor.seconds)
                 if is_new:
                     report.rows.append(Row(
                         launch.kernel.__name__, f"{case.op} {case.shape}", str(case.dtype).removeprefix("torch."),
                         launch.constexprs.get("PRECISION", ""), configuration(launch), target.name, built, floor,
-                        ", ".join(faults(built, floor, launch, case, target)),
+                        ", ".join([*problems, *faults(built, floor, launch, case, target)]),
                     ))  # fmt: skip
                     print(report.rows[-1], flush=True)
             if direction in predicted and any(floors):

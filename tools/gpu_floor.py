@@ -109,7 +109,7 @@ def functions_of(kernel: Any) -> dict[str, Any]:
 
 
 class Floor(NamedTuple):
-    """Of one launch."""
+    """Of one launch. ``floor`` raises LookupError where it can't tell how often a loop turns."""
 
     seconds: float
     hot: int  # instructions in the loop that most of them are issued in, or of all where there is no loop
@@ -134,6 +134,8 @@ def floor(
     functions = functions_of(kernel)
     turns = {loop: 1 if loop.waits else _turns(loop, functions, values) for loop in code.loops}
     working = [loop for loop in code.loops if not loop.waits]
+    if len({loop.lines for loop in working}) < len(working):
+        raise LookupError("a loop is there twice, as compilers unroll one: nobody knows how often each turns")
 
     def count(number: int) -> int:
         return math.prod(turns[loop] for loop in code.loops_around(number))
