@@ -58,15 +58,61 @@ def test_shards_run_every_test_once(tool, tmp_path: Path) -> None:
     assert set(result["tails"]) == {"test_three.py 2/4"}
 
 
+def test_warnings_are_no_failures_on_a_card(tool, tmp_path: Path) -> None:
+    (tmp_path / "test_warns.py").write_text("import warnings\ndef test_warns(): warnings.warn('of another driver')\n")
+    gpu_run = tool("gpu_run")
+    result = gpu_run.finish_tests(gpu_run.start_tests([tmp_path / "test_warns.py"], tmp_path, True), 60)
+    assert (result["passed"], result["failed"]) == (1, [])
+
+
+def test_recurrent_tests_run_first_and_by_themselves(tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_run = tool("gpu_run")
+    order: list[Any] = []
+
+    def start(paths, folder, rehearse, shards=1):
+        order.append(([path.stem for path in paths], shards))
+
+    def finish(started, seconds):
+        order.append("finished")
+        return {"passed": 1, "skipped": 2, "failed": ["a"], "unfinished": [], "tails": {str(len(order)): "log"}}
+
+    monkeypatch.setattr(gpu_run, "start_tests", start)
+    monkeypatch.setattr(gpu_run, "finish_tests", finish)
+    monkeypatch.setattr(gpu_run, "start_compiling", lambda rehearse: [])
+    result = gpu_run.run_tests(tmp_path, time.monotonic() + 1, True)
+    assert order[:2] == [(["test_rnn"], 1), "finished"]
+    assert "test_mlp" in order[2][0]
+    assert "test_rnn" not in order[2][0]
+    assert result == {"passed": 2, "skipped": 4, "failed": ["a", "a"], "unfinished": [],
+                      "tails": {"2": "log", "4": "log"}}  # fmt: skip
+
+
+def test_sanitizers_that_are_at_hand(tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_run = tool("gpu_run")
+    monkeypatch.setattr(gpu_run.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gpu_run.importlib.util, "find_spec", lambda name: object())
+    assert gpu_run.sanitizers() == {
+        "races": ({"TRITON_INSTRUMENTATION_MODE": "gsan"}, []),
+        "memory": ({}, ["/bin/compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "3"]),
+    }
+    rehearsed = gpu_run.sanitize(120, rehearse=True)
+    assert {name: result["status"] for name, result in rehearsed.items()} == {"races": 0, "memory": 0}
+    assert "GRU, spread: nothing found" in rehearsed["races"]["output"]
+    assert "conv_relu_max_pool" in rehearsed["memory"]["output"]
+    monkeypatch.setattr(gpu_run.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_run.importlib.util, "find_spec", lambda name: None)
+    assert gpu_run.sanitizers() == {}
+
+
 def test_table(tool) -> None:
     row = {"op": "mlp", "case": "a", "dtype": "float32", "direction": "forward", "graph": False, "memory": 10}
     rows = [
         row | {"provider": "eager", "seconds": [1e-6, 2e-6, 3e-6], "memory": 20},
-        row | {"provider": "fastnn", "seconds": [1e-6, 1e-6, 1e-6]},
+        row | {"provider": "fastnn", "seconds": [1e-6, 1e-6, 1e-6], "floor": 4e-7},
         row | {"provider": "compile", "failed": "it did"},
     ]
     assert tool("gpu_run").as_table(rows)[2:] == [
-        "| mlp | a | float32 | forward | launches | 2.0 | 1.0 | 2.00x | 50% |"
+        "| mlp | a | float32 | forward | launches | 2.0 | 1.0 | 0.4 | 2.00x | 50% |"
     ]
 
 
@@ -136,7 +182,7 @@ def test_calls_bring_nothing_to_the_gpu(op: str, tool, monkeypatch: pytest.Monke
         for case in cases:
             gpu_tune._plan_cache.Plans.forget_all()
             with HostTensors() as host:
-                run = case.make(torch.device("meta"))
+                run = case.make(torch.device("meta")).training
                 run()
                 host.found.clear()  # what a plan keeps for the next call
                 run()

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gpu_stand_in
 import torch
+from gpu_check import floor_of_call
 
 from benchmarks.cases import (
     Case,
@@ -178,6 +179,15 @@ def peak_memory(run: Runner) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def issue_floor(run: Runner) -> float | None:
+    """Seconds that issuing the instructions of fastnn's kernels takes at the least, to be read beside the time."""
+    try:
+        return floor_of_call(run, torch.device("cuda", torch.cuda.current_device()))
+    except Exception:  # it must not cost the measurement
+        traceback.print_exc()
+        return None
+
+
 def measure(
     problem: Problem, name: str, provider: Callable[[Problem], Runner | None], rehearse: bool
 ) -> Iterator[dict]:
@@ -195,6 +205,8 @@ def measure(
         if not error < LARGEST_ERROR[problem.direction]:
             raise AssertionError(f"the result is {error:.2g} off stock's: nothing to be measured")
         row |= {"error": error, "memory": peak_memory(run)}
+        if name.startswith("fastnn") and problem.device.type == "cuda":
+            row["floor"] = issue_floor(run)
         yield row | {"graph": False, "seconds": seconds_a_call(run, rehearse)}
         if isinstance(problem.input, torch.Tensor):
             yield row | {"graph": True, "seconds": seconds_a_call(in_graph(run), rehearse)}

@@ -1,18 +1,24 @@
-"""The launches that the GPU tools look at: the benchmark shapes, one a shape class of the kernels' tables.
+"""The launches that the GPU tools look at: the benchmark shapes, one a shape class of the kernels' tables, and the
+shapes on which a test forces kernels that no rule chooses there.
 
 Every case calls an operator's launchers, forward and backward, as a user's call does, on tensors of a given device:
 "meta" is enough to see which kernels it would launch with which arguments.
 """
 
 import contextlib
+import importlib
+import sys
+import unittest.mock
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastnn.kernels import conv_relu_max_pool, mlp, rnn
+from fastnn.kernels import _conv_plan, _mlp_plan, _rnn_config, conv_relu_max_pool, mlp, rnn
 from fastnn.kernels._conv_geometry import Geometry
 from fastnn.kernels._rnn_problem import MODES
 from fastnn.ops.mlp import activation_digits, join_parameters, operator_code
@@ -20,17 +26,40 @@ from fastnn.ops.mlp import activation_digits, join_parameters, operator_code
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
 
+class Calls(NamedTuple):
+    """Of an operator on a case's tensors: ``forward`` alone, as in inference; ``training`` is forward and backward."""
+
+    forward: Callable[[], object]
+    training: Callable[[], object]
+
+
 class Case(NamedTuple):
     op: str
     shape: str
     dtype: torch.dtype
-    make: Callable[[torch.device], Callable[[], object]]
+    make: Callable[[torch.device], Calls]
     allow_tf32: bool = False
+    # What the tables below say of it, for the roofline; None of a shape that only a test has.
+    sizes: tuple[Any, ...] | None = None
+    forced: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
+    @property
+    def is_forced(self) -> bool:
+        return self.forced is not contextlib.nullcontext
+
+
+DIRECTIONS = Calls._fields
+
+
+@contextlib.contextmanager
+def as_asked(case: Case) -> Iterator[None]:
+    """With torch's flags, and the kernels, that the case asks for."""
+    with float32_precision(case), case.forced(), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager
 def float32_precision(case: Case) -> Iterator[None]:
-    """torch's flags as the case asks for them."""
     flags = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
     before = [flag.fp32_precision for flag in flags]
     try:
@@ -61,7 +90,7 @@ MLP_SHAPES = [  # rows, widths
 
 
 def _mlp_case(rows: int, widths: tuple[int, ...], dtype: torch.dtype, allow_tf32: bool, name: str) -> Case:
-    def make(device: torch.device) -> Callable[[], object]:
+    def make(device: torch.device) -> Calls:
         def new(*sizes: int) -> Tensor:
             return torch.randn(sizes, device=device).to(dtype)
 
@@ -71,14 +100,14 @@ def _mlp_case(rows: int, widths: tuple[int, ...], dtype: torch.dtype, allow_tf32
         input = new(rows, widths[0])
         parameters = join_parameters(weights, biases)
 
-        def run() -> None:
+        def train() -> None:
             output, hidden = mlp.mlp_with_hidden(input, parameters, activations)
             mlp.mlp_backward(output, input, weights, activations, output, hidden, True, True, True)
 
-        return run
+        return Calls(lambda: mlp.mlp(input, parameters, activations), train)
 
     shape = f"({rows}, {'-'.join(map(str, widths))}) {name}"
-    return Case("mlp", shape, dtype, make, allow_tf32)
+    return Case("mlp", shape, dtype, make, allow_tf32, (rows, widths, name))
 
 
 def mlp_cases() -> Iterator[Case]:
@@ -114,20 +143,25 @@ def _conv_case(name: str, dtype: torch.dtype, allow_tf32: bool, last: bool) -> C
     sizes, out_channels, kernel, *_ = CONV_SHAPES[name]
     dims, geometry = len(sizes) - 2, conv_geometry(name).flat()
 
-    def make(device: torch.device) -> Callable[[], object]:
+    def make(device: torch.device) -> Calls:
         input = torch.randn(sizes, device=device).to(dtype)
         if last:
             input = input.contiguous(memory_format=torch.channels_last)
         weight = torch.randn(out_channels, sizes[1], *[kernel] * dims, device=device).to(dtype)
         bias = torch.randn(out_channels, device=device).to(dtype)
 
-        def run() -> None:
-            output, winners = conv_relu_max_pool.conv_relu_max_pool_with_winners(input, weight, bias, geometry)
-            conv_relu_max_pool.conv_relu_max_pool_backward(output, winners, input, weight, geometry, True, True, True)
+        return _conv_calls(input, weight, bias, geometry)
 
-        return run
+    shape = f"{name}{', channels last' if last else ''}"
+    return Case("conv_relu_max_pool", shape, dtype, make, allow_tf32, (name, last))
 
-    return Case("conv_relu_max_pool", f"{name}{', channels last' if last else ''}", dtype, make, allow_tf32)
+
+def _conv_calls(input: Tensor, weight: Tensor, bias: Tensor, geometry: list[int]) -> Calls:
+    def train() -> None:
+        output, winners = conv_relu_max_pool.conv_relu_max_pool_with_winners(input, weight, bias, geometry)
+        conv_relu_max_pool.conv_relu_max_pool_backward(output, winners, input, weight, geometry, True, True, True)
+
+    return Calls(lambda: conv_relu_max_pool.conv_relu_max_pool(input, weight, bias, geometry), train)
 
 
 def conv_cases() -> Iterator[Case]:
@@ -178,17 +212,19 @@ def rnn_arguments(name: str, mode: str, dtype: torch.dtype, device: torch.device
 
 
 def _rnn_case(name: str, mode: str, dtype: torch.dtype, allow_tf32: bool, packed: bool = False) -> Case:
-    def make(device: torch.device) -> Callable[[], object]:
-        arguments = rnn_arguments(name, mode, dtype, device, packed)
+    def make(device: torch.device) -> Calls:
+        return _rnn_calls(rnn_arguments(name, mode, dtype, device, packed))
 
-        def run() -> None:
-            output, final_state, reserve = rnn.rnn_with_reserve(**arguments)
-            rnn.rnn_backward(output, final_state, **arguments, output=output, reserve=reserve, input_wanted=True,
-                             state_wanted=False, weights_wanted=True)  # fmt: skip
+    return Case("rnn", f"{mode} {name}{', packed' if packed else ''}", dtype, make, allow_tf32, (name, mode, packed))
 
-        return run
 
-    return Case("rnn", f"{mode} {name}{', packed' if packed else ''}", dtype, make, allow_tf32)
+def _rnn_calls(arguments: dict[str, Any]) -> Calls:
+    def train() -> None:
+        output, final_state, reserve = rnn.rnn_with_reserve(**arguments)
+        rnn.rnn_backward(output, final_state, **arguments, output=output, reserve=reserve, input_wanted=True,
+                         state_wanted=False, weights_wanted=True)  # fmt: skip
+
+    return Calls(lambda: rnn.rnn(**arguments), train)
 
 
 def rnn_cases() -> Iterator[Case]:
@@ -199,3 +235,76 @@ def rnn_cases() -> Iterator[Case]:
         for name in ("h128", "h512"):
             yield _rnn_case(name, mode, BFLOAT, False, packed=True)
         yield _rnn_case("h1024", mode, BFLOAT, False)
+
+
+# ---- what tests force -------------------------------------------------------------------------------------
+
+
+def forced_cases() -> Iterator[Case]:
+    """The shapes of tests/gpu on which tests replace a rule, by the tests' own functions and with what they replace it
+    by, so that what a card would compile for them is compiled without one. (float32 is without tf32 on a card.)"""
+    yield from _forced_convs(_test_module("test_conv_relu_max_pool"))
+    yield from _forced_chains(_test_module("test_mlp"))
+    yield from _forced_networks(_test_module("test_rnn"))
+
+
+def _test_module(name: str) -> ModuleType:
+    folder = str(Path(__file__).parent.parent / "tests" / "gpu")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
+def _replaced(module: ModuleType, **functions: Callable[..., Any]) -> contextlib.AbstractContextManager[object]:
+    return unittest.mock.patch.multiple(module, **functions)
+
+
+def _forced_convs(tests: ModuleType) -> Iterator[Case]:
+    def case(shape: str, sizes: Any, out: int, kernel: Any, options: dict, dtype: torch.dtype, fused: bool) -> Case:
+        def make(device: torch.device) -> Calls:
+            geometry = tests.arguments(len(sizes) - 2, **options)
+            input, weight, bias = tests.make(sizes, out, kernel, geometry, dtype, device)
+            return _conv_calls(input, weight, bias, geometry.flat())
+
+        return Case("conv_relu_max_pool", f"forced: {shape}", dtype, make,
+                    forced=lambda: _replaced(_conv_plan, is_fused=lambda *_: fused))  # fmt: skip
+
+    for name, (*of_test, _) in tests.WINDOWS.items():
+        for dtype in (FLOAT, HALF):
+            yield case(name, *of_test, dtype, True)
+    for name, of_test in tests.CASES.items():
+        yield case(f"{name}, around stock's", *of_test, FLOAT, False)
+
+
+def _forced_chains(tests: ModuleType) -> Iterator[Case]:
+    def case(dtype: torch.dtype) -> Case:
+        def make(device: torch.device) -> Calls:
+            input, weights, biases = tests.make(150, (10, 20, 5, 12), dtype, device)
+            code = operator_code(activation_digits(["relu", "gelu", "tanh"]))
+            parameters = join_parameters(weights, biases)
+            return Calls(lambda: mlp.mlp(input, parameters, code), lambda: mlp.mlp_with_hidden(input, parameters, code))
+
+        return Case("mlp", "forced: weights of all layers on chip", dtype, make,
+                    forced=lambda: _replaced(_mlp_plan, is_resident=lambda *_: True))  # fmt: skip
+
+    yield from map(case, (FLOAT, BFLOAT))
+
+
+def _forced_networks(tests: ModuleType) -> Iterator[Case]:
+    spread = {"_FEWEST_SPREAD_STEPS": 1, "rnn_config": lambda *_: _rnn_config.Config(16, 4, 16)}
+    wave = {"wave_chunk": lambda *_: 8}
+    sizes = {"spread": {"hidden": 19}, "wave": {"hidden": 19, "layers": 3, "length": 19}}
+
+    def case(mode: str, way: str, dtype: torch.dtype) -> Case:
+        def make(device: torch.device) -> Calls:
+            return _rnn_calls(tests.make(mode, dtype, device, **sizes[way])[1])
+
+        return Case("rnn", f"forced: {mode}, {way}", dtype, make,
+                    forced=lambda: _replaced(_rnn_config, **(spread if way == "spread" else wave)))  # fmt: skip
+
+    for mode in MODES:
+        for way in sizes:
+            for dtype in (FLOAT, HALF):
+                yield case(mode, way, dtype)

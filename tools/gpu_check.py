@@ -2,14 +2,20 @@
 
 The launchers run on meta tensors and hand their launches over instead of launching, so that what is compiled here,
 alignment included, is what a user's call compiles. Prints a table (kernel, configuration, registers, spills, shared
-memory, matrix instructions) and fails on a spill in a loop, on shared memory beyond the target's limit, and on a
-16-bit or tf32 dot without a matrix instruction.
+memory, matrix instructions; on an H100 the issue floor) and fails
+
+- on a spill in a loop, on shared memory beyond the target's limit, on a 16-bit or tf32 dot without matrix instruction;
+- where programs wait for each other, on a step that is missing in the sequence by which results reach them
+  (gpu_sass.py), and on more programs than run at once;
+- where the instructions of a call take longer to be issued (gpu_floor.py) than the roofline says that it takes.
 
     python tools/gpu_check.py [--target sm_90 ...] [--op mlp ...] [--sample] [--write SUMMARY.md]
 """
 
 import argparse
+import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -17,14 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_floor
+import gpu_roofline
+import gpu_sass
 import torch
 import triton
-from gpu_cases import Case, all_cases, float32_precision
+from gpu_cases import DIRECTIONS, Case, all_cases, as_asked, forced_cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -45,6 +54,7 @@ class Launch(NamedTuple):
     """A launch that a launcher asked for."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constexprs: dict[str, Any]
     options: dict[str, Any]
@@ -58,25 +68,99 @@ class Built(NamedTuple):
     spills_in_loops: int  # in innermost loops, and in the innermost with matrix instructions
     shared_memory: int
     matrix_instructions: int
+    code: gpu_sass.Code | None = None  # NVIDIA's
 
 
-def record_launches(case: Case, target: _target.Target) -> list[Launch]:
-    """The launches of a case on ``target``."""
-    launches = []
-    _plan_cache.Plans.forget_all()
+class Row(NamedTuple):
+    """Of the table: what was compiled for a target, first for which case."""
 
-    def record(kernel: Any, grid: Any, device: torch.device, *args: Any, **keywords: Any) -> None:
+    kernel: str
+    case: str
+    dtype: str
+    precision: str
+    configuration: str
+    target: str
+    built: Built
+    floor: gpu_floor.Floor | None
+    problems: str
+
+    def __str__(self) -> str:
+        figures = [str(figure) for figure in self.built if not isinstance(figure, gpu_sass.Code | None)]
+        return "  ".join([*self[:6], *figures, *([str(self.floor)] if self.floor else []), self.problems or "ok"])
+
+
+class Bound(NamedTuple):
+    """Of a case and direction: seconds that issuing its launches takes at least, and that are predicted of the call."""
+
+    case: str
+    dtype: str
+    direction: str
+    floor: float
+    predicted: float
+
+    @property
+    def is_exceeded(self) -> bool:
+        return self.floor > self.predicted
+
+    def __str__(self) -> str:
+        verdict = "ABOVE" if self.is_exceeded else "within"
+        return (
+            f"{self.case}  {self.dtype}  {self.direction}: floor {1e6 * self.floor:.1f} us, {verdict} the predicted "
+            f"{1e6 * self.predicted:.1f} us"
+        )
+
+
+class Report(NamedTuple):
+    rows: list[Row]
+    bounds: list[Bound]
+
+    @property
+    def failed(self) -> int:
+        return sum(bool(row.problems) for row in self.rows) + sum(bound.is_exceeded for bound in self.bounds)
+
+
+@contextlib.contextmanager
+def recorded(dispatches: bool) -> Iterator[list[tuple[Launch, Any]]]:
+    """The launches that launchers ask for, and with ``dispatches`` what Triton has compiled for them and launched."""
+    launches: list[tuple[Launch, Any]] = []
+    launch, call = _launch.launch, _launch.Launcher.__call__
+
+    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **keywords: Any) -> Any:
+        compiled = launch(kernel, grid, device, *args, **keywords) if dispatches else None
         constexprs = {name: value for name, value in keywords.items() if name not in _OPTIONS}
         options = {name: value for name, value in keywords.items() if name in _OPTIONS}
-        launches.append(Launch(kernel, args, constexprs, options | {"enable_fp_fusion": True}))
+        launches.append((Launch(kernel, grid, args, constexprs, options | {"enable_fp_fusion": True}), compiled))
+        return compiled
 
-    launch, _launch.launch = _launch.launch, record
+    def call_anew(self: _launch.Launcher, *args: Any) -> None:
+        self._compiled = None  # which would be launched without our knowing
+        call(self, *args)
+
+    _plan_cache.Plans.forget_all()
+    _launch.launch, _launch.Launcher.__call__ = record, call_anew  # type: ignore[method-assign]
     try:
-        with _target.assume_target(target), float32_precision(case), torch.no_grad():
-            case.make(torch.device("meta"))()
+        yield launches
     finally:
-        _launch.launch = launch
-    return launches
+        _launch.launch, _launch.Launcher.__call__ = launch, call  # type: ignore[method-assign]
+
+
+def record_launches(case: Case, target: _target.Target, direction: str = "training") -> list[Launch]:
+    """The launches of a case on ``target``."""
+    with _target.assume_target(target), as_asked(case), recorded(dispatches=False) as launches:
+        getattr(case.make(torch.device("meta")), direction)()
+    return [launch for launch, _ in launches]
+
+
+def floor_of_call(run: Callable[[], object], device: torch.device) -> float | None:
+    """Seconds that a call on this machine's GPU takes at the least to issue its launches' instructions; None where
+    nothing is known of its clock."""
+    target = _target.target_of(device)
+    if target.name not in gpu_floor.CLOCK or _target.INTERPRETED:
+        return None
+    with recorded(dispatches=True) as launches:
+        run()
+    floors = (floor_of(_read_cubin(compiled), launch, target) for launch, compiled in launches)
+    return sum(floor.seconds for floor in floors if floor)
 
 
 def describe(argument: Any, path: tuple[int, ...], constants: dict, attributes: dict, specialize: bool = True) -> Any:
@@ -123,29 +207,23 @@ def build(launch: Launch, target: _target.Target) -> Built:
 
 def _read_cubin(compiled: Any) -> Built:
     tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
-        machine_code = subprocess.run([tool, "-sass", path], check=True, capture_output=True, text=True).stdout
-    instructions = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", machine_code)]
-    # A branch backwards closes a loop; the one to itself at a kernel's end is padding.
-    jumps = [(re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text), at) for at, text in instructions]
-    loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
-    matrix = [at for at, text in instructions if re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)]
-    hot = _innermost(loops) + _innermost([(a, b) for a, b in loops if any(a <= at <= b for at in matrix)])
-    spills = [at for at, text in instructions if re.search(r"\b(STL|LDL)\b", text)]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    code = gpu_sass.disassemble(compiled.asm["cubin"])
+    matrix = [number for number, own in enumerate(code.instructions) if re.search(r"MMA\b", own.opcode.split(".")[0])]
+    with_matrix = [loop for loop in code.loops if any(loop.first <= number <= loop.last for number in matrix)]
+    hot = code.innermost() + code.innermost(with_matrix)
+    spills = [number for number, own in enumerate(code.instructions) if own.starts("STL", "LDL")]
     return Built(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=len(spills),
-        spills_in_loops=sum(any(first <= at <= last for first, last in hot) for at in spills),
+        spills_in_loops=sum(any(loop.first <= number <= loop.last for loop in hot) for number in spills),
         shared_memory=compiled.metadata.shared,
         matrix_instructions=len(matrix),
+        code=code,
     )
-
-
-def _innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [(a, b) for a, b in loops if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in loops)]
 
 
 def _read_amdgcn(compiled: Any) -> Built:
@@ -160,14 +238,32 @@ def _read_amdgcn(compiled: Any) -> Built:
     )
 
 
-def faults(built: Built, launch: Launch, case: Case, target: _target.Target) -> Iterator[str]:
-    if built.spills_in_loops:
-        yield "spills in a loop"
+def floor_of(built: Built, launch: Launch, target: _target.Target) -> gpu_floor.Floor | None:
+    """None for a target of whose clock nothing is known."""
+    if built.code is None or target.name not in gpu_floor.CLOCK:
+        return None
+    values = gpu_floor.values_of(launch.kernel, launch.grid, launch.arguments, launch.constexprs)
+    return gpu_floor.floor(
+        built.code, launch.kernel, values, math.prod(launch.grid), launch.options["num_warps"], built.registers,
+        built.shared_memory, target.processors, gpu_floor.CLOCK[target.name],
+    )  # fmt: skip
+
+
+def faults(
+    built: Built, floor: gpu_floor.Floor | None, launch: Launch, case: Case, target: _target.Target
+) -> Iterator[str]:
     if built.shared_memory > target.shared_memory:
         yield f"shared memory over {target.shared_memory}"
+    if built.spills_in_loops and not case.is_forced:  # which no user's call is
+        yield "spills in a loop"
     precision = launch.constexprs.get("PRECISION")  # of a kernel with dots
     if precision and _precision.uses_matrix_units(case.dtype, precision, target) and built.matrix_instructions == 0:
         yield "no matrix instruction"
+    if launch.options.get("launch_cooperative_grid"):  # programs wait for each other
+        if built.code is not None:
+            yield from gpu_sass.faults_of_waiting(built.code)
+        if floor is not None and math.prod(launch.grid) > floor.at_once * target.processors:
+            yield "more programs than run at once"
 
 
 def configuration(launch: Launch) -> str:
@@ -175,61 +271,90 @@ def configuration(launch: Launch) -> str:
     return ", ".join([*blocks, f"{launch.options['num_warps']} warps", f"{launch.options['num_stages']} stages"])
 
 
-def summary(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown: a line a kernel and target, with the worst of its configurations' figures."""
-    groups: dict[tuple[str, str], list[Sequence[str]]] = {}
-    for row in rows:
-        groups.setdefault((row[0], row[5]), []).append(row)
+def summary(report: Report) -> list[str]:
+    """Markdown: a line a kernel and target, with the worst of its configurations' figures; then a line a case of which
+    the roofline says something."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in report.rows:
+        groups.setdefault((row.kernel, row.target), []).append(row)
     lines = [
         "| kernel | target | configurations | registers | spills | of them in hot loops | shared memory |"
-        " fewest matrix instructions, 16 bits and tf32 | at fault |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " fewest matrix instructions, 16 bits and tf32 | most barriers a turn of the hot loop |"
+        " narrowest loads there, bits | at fault |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (kernel, target), group in sorted(groups.items()):
-        worst = [str(max(int(row[column]) for row in group)) for column in (6, 7, 8, 9)]
-        matrix = [int(row[10]) for row in group if row[3] and (row[2] != "float32" or row[3].startswith("tf32"))]
-        at_fault = sum(row[-1] != "ok" for row in group)
-        columns = [kernel, target, len(group), *worst, min(matrix, default=""), at_fault]
+        worst = [max(row.built[column] for row in group) for column in range(4)]
+        matrix = [
+            row.built.matrix_instructions for row in group
+            if row.precision and (row.dtype != "float32" or row.precision.startswith("tf32"))
+        ]  # fmt: skip
+        floors = [row.floor for row in group if row.floor]
+        barriers = max((floor.barriers for floor in floors), default="")
+        loads = min((bits for floor in floors for bits in floor.loads), default="")
+        at_fault = sum(bool(row.problems) for row in group)
+        columns = [kernel, target, len(group), *worst, min(matrix, default=""), barriers, loads, at_fault]
         lines.append(f"| {' | '.join(map(str, columns))} |")
+    if report.bounds:
+        lines += ["", "What issuing a call's instructions takes on an H100 at the least (`tools/gpu_floor.py`), and",
+                  "what `gpu_roofline.md` predicts of the call: the prediction must not be below the floor.", "",
+                  "| case | dtype | direction | floor µs | predicted µs | |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for bound in report.bounds:
+        columns = [bound.case, bound.dtype, bound.direction, f"{1e6 * bound.floor:.1f}", f"{1e6 * bound.predicted:.1f}",
+                   "at fault" if bound.is_exceeded else ""]  # fmt: skip
+        lines.append(f"| {' | '.join(columns)} |")
     return lines
 
 
-def check_target(target: _target.Target, ops: Sequence[str], sample: bool) -> tuple[list[tuple[str, ...]], int]:
-    """The table's rows, and how many of them are at fault. ``sample``: of each kernel one launch."""
-    rows, failed = [], 0
-    seen: set[Any] = set()
-    for case in all_cases():
+def check_target(target: _target.Target, ops: Sequence[str], sample: bool) -> Report:
+    """``sample``: of each kernel one launch."""
+    report = Report([], [])
+    seen: dict[Any, Built] = {}
+    for case in itertools.chain(all_cases(), () if sample else forced_cases()):
         if ops and case.op not in ops:
             continue
-        for launch in record_launches(case, target):
-            name, precision = launch.kernel.__name__, launch.constexprs.get("PRECISION", "")
-            # Layers of one shape launch one kernel.
-            key = name if sample else repr((name, describe_all(launch), launch.options))
-            if key in seen:
-                continue
-            seen.add(key)
-            built = build(launch, target)
-            problems = ", ".join(faults(built, launch, case, target))
-            failed += bool(problems)
-            rows.append((
-                name, f"{case.op} {case.shape}", str(case.dtype).removeprefix("torch."), precision,
-                configuration(launch), target.name, *map(str, built), problems or "ok",
-            ))  # fmt: skip
-            print("  ".join(rows[-1]), flush=True)
-    return rows, failed
+        predicted = {} if sample else gpu_roofline.predictions(case)
+        for direction in ("training",) if sample else DIRECTIONS:
+            floors = []
+            for launch in record_launches(case, target, direction):
+                # Layers of one shape launch one kernel.
+                key = launch.kernel.__name__ if sample else _key(launch)
+                is_new = key not in seen
+                built = seen[key] = build(launch, target) if is_new else seen[key]
+                problems = []
+                try:
+                    floor = floor_of(built, launch, target)
+                except LookupError as error:
+                    floor, problems = None, [str(error)]
+                floors.append(0.0 if floor is None else floor.seconds)
+                if is_new:
+                    report.rows.append(Row(
+                        launch.kernel.__name__, f"{case.op} {case.shape}", str(case.dtype).removeprefix("torch."),
+                        launch.constexprs.get("PRECISION", ""), configuration(launch), target.name, built, floor,
+                        ", ".join([*problems, *faults(built, floor, launch, case, target)]),
+                    ))  # fmt: skip
+                    print(report.rows[-1], flush=True)
+            if direction in predicted and any(floors):
+                dtype = predicted[direction].row()[2]
+                seconds = predicted[direction].seconds()[-1]
+                report.bounds.append(Bound(f"{case.op} {case.shape}", dtype, direction, sum(floors), seconds))
+                print(report.bounds[-1], flush=True)
+    return Report([row._replace(built=row.built._replace(code=None)) for row in report.rows], report.bounds)
 
 
-def check(
-    targets: Sequence[_target.Target], ops: Sequence[str], sample: bool = False
-) -> tuple[list[tuple[str, ...]], int]:
+def _key(launch: Launch) -> str:
+    return repr((launch.kernel.__name__, describe_all(launch), launch.options))
+
+
+def check(targets: Sequence[_target.Target], ops: Sequence[str], sample: bool = False) -> Report:
     """The same for several targets, side by side."""
     if len(targets) == 1:
         return check_target(targets[0], ops, sample)
     # Not forked: compilers have threads.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1), mp_context=spawn) as pool:
-        results = list(pool.map(check_target, targets, itertools.repeat(ops), itertools.repeat(sample)))
-    return [row for rows, _ in results for row in rows], sum(failed for _, failed in results)
+        reports = list(pool.map(check_target, targets, itertools.repeat(ops), itertools.repeat(sample)))
+    return Report(*([each for part in parts for each in part] for parts in zip(*reports, strict=True)))
 
 
 def main() -> int:
@@ -241,13 +366,16 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="also write a summary as Markdown")
     options = parser.parse_args()
     started = time.monotonic()
-    rows, failed = check([known[name] for name in options.target or known], options.op or [], options.sample)
-    verdict = f"{len(rows)} launches compiled with Triton {triton.__version__}, {failed} at fault"
+    report = check([known[name] for name in options.target or known], options.op or [], options.sample)
+    verdict = (
+        f"{len(report.rows)} launches compiled with Triton {triton.__version__} and {len(report.bounds)} floors held "
+        f"against predictions, {report.failed} at fault"
+    )
     print(f"{verdict}, in {time.monotonic() - started:.0f} s")
     if options.write:
         title = "# What compilers make of the GPU kernels\n\n`make gpu-check`, on a machine without a GPU: "
-        options.write.write_text("\n".join([f"{title}{verdict}.", "", *summary(rows)]) + "\n")
-    return 1 if failed or not rows else 0
+        options.write.write_text("\n".join([f"{title}{verdict}.", "", *summary(report)]) + "\n")
+    return 1 if report.failed or not report.rows else 0
 
 
 if __name__ == "__main__":

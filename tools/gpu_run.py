@@ -1,6 +1,6 @@
 """Everything that a GPU can tell about fastnn, in one command of under nine minutes, on a machine without a network:
-builds the extension, runs the GPU tests, then the benchmarks, whatever fails on the way, and writes one JSON and one
-table with the card's name to benchmarks/results/.
+builds the extension, runs the GPU tests, the sanitizers that are at hand, then the benchmarks, whatever fails on the
+way, and writes one JSON and one table with the card's name to benchmarks/results/.
 
     python tools/gpu_run.py [--minutes 8.5] [--rehearse]
 
@@ -10,17 +10,19 @@ runs every step on the CPU in little time, the kernels under Triton's interprete
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +31,19 @@ import triton
 
 ROOT = Path(__file__).parent.parent
 OPS = ("models", "rnn", "conv_relu_max_pool", "mlp")
+SANITIZED = {0: "nothing found", 124: "not finished"}  # by exit status
 NO_TESTS = 5  # pytest's exit status: a file may have fewer tests than shards
 
 
-def run(command: Sequence[str | Path], seconds: float, folder: Path = ROOT) -> tuple[int, str]:
+def run(
+    command: Sequence[str | Path], seconds: float, folder: Path = ROOT, environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> tuple[int, str]:  # fmt: skip
     """Exit status and output of a Python command in ``folder``; 124 where it took too long."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    own = os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment or {})
     try:
         done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=folder, env=environment, timeout=max(seconds, 1),
+            [*prefix, sys.executable, *map(str, command)], cwd=folder, env=own, timeout=max(seconds, 1),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
     except subprocess.TimeoutExpired as expired:
@@ -74,8 +80,9 @@ def start_tests(paths: Sequence[Path], folder: Path, rehearse: bool, shards: int
     for path, shard in itertools.product(paths, range(shards)):
         name = path.name if shards == 1 else f"{path.name} {shard + 1}/{shards}"
         report = folder / f"{path.stem}.{shard}.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu_shard",
-                   f"--shard={shard}/{shards}", f"--junitxml={report}", str(path)]  # fmt: skip
+        # A warning that another torch or driver gives there is no failure, as it is in `make test`.
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider",
+                   "-p", "gpu_shard", f"--shard={shard}/{shards}", f"--junitxml={report}", str(path)]  # fmt: skip
         with report.with_suffix(".log").open("w") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         started.append(TestRun(name, report, process))
@@ -137,6 +144,44 @@ def finish_tests(started: Sequence[TestRun], seconds: float, grace: float = 5) -
     return result
 
 
+def run_tests(folder: Path, deadline: float, rehearse: bool) -> dict[str, Any]:
+    """The recurrent tests first, by themselves: their programs wait for each other, and should one wait for ever, no
+    other test is to look like the reason. Then the others, with what the benchmark's kernels have to be compiled."""
+    paths = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    recurrent = [path for path in paths if path.stem == "test_rnn"]
+    first = finish_tests(start_tests(recurrent, folder, rehearse), 0.4 * (deadline - time.monotonic()))
+    shards = max(1, min(4, (os.cpu_count() or 1) // 4))
+    started = start_tests([path for path in paths if path not in recurrent], folder, rehearse, shards)
+    compiling = start_compiling(rehearse)
+    others = finish_tests(started, 0.4 * (deadline - time.monotonic()))
+    kill(compiling)
+    # Numbers, lists and, of the tails, dictionaries.
+    return {name: value | others[name] if name == "tails" else value + others[name] for name, value in first.items()}
+
+
+def sanitizers() -> dict[str, tuple[dict[str, str], list[str]]]:
+    """By name those at hand on this machine: what they add to the environment, and what they put before Python."""
+    found: dict[str, tuple[dict[str, str], list[str]]] = {}
+    # Triton's, from 3.9 on: races between programs, by vector clocks.
+    if importlib.util.find_spec("triton.experimental") and importlib.util.find_spec("triton.experimental.gsan"):
+        found["races"] = ({"TRITON_INSTRUMENTATION_MODE": "gsan"}, [])
+    if tool := shutil.which("compute-sanitizer"):
+        found["memory"] = ({}, [tool, "--tool", "memcheck", "--error-exitcode", "3"])
+    return found
+
+
+def sanitize(seconds: float, rehearse: bool) -> dict[str, Any]:
+    """gpu_sanitize.py once with each of them: exit status and output."""
+    results: dict[str, Any] = {}
+    for name, (environment, prefix) in sanitizers().items():
+        command = ["tools/gpu_sanitize.py", name, *(["--rehearse"] if rehearse else [])]
+        if rehearse:
+            environment, prefix = {}, []
+        status, output = run(command, seconds, environment=environment, prefix=prefix)
+        results[name] = {"status": status, "output": output[-3000:]}
+    return results
+
+
 def benchmark(folder: Path, deadline: float, rehearse: bool) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """All measurements, and the ends of the logs of the runs that failed."""
     path, logs = folder / "measurements.jsonl", {}
@@ -156,14 +201,16 @@ def benchmark(folder: Path, deadline: float, rehearse: bool) -> tuple[list[dict[
 
 def as_table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown: one line a case, dtype, direction and way of launching; times in microseconds, and how much faster
-    fastnn is than the fastest of the others."""
+    fastnn is than the fastest of the others. Beside fastnn's time what issuing its kernels' instructions takes alone
+    (gpu_floor.py): a time far above it waits for something else."""
     groups: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         if "failed" not in row:
             key = (row["op"], row["case"], row["dtype"], row["direction"], "graph" if row["graph"] else "launches")
             groups.setdefault(key, {})[row["provider"]] = row
     providers = sorted({provider for group in groups.values() for provider in group}, key=lambda p: ("fastnn" in p, p))
-    header = ["operator", "case", "dtype", "direction", "as", *providers, "fastnn is faster", "memory of eager"]
+    header = ["operator", "case", "dtype", "direction", "as", *providers, "floor of fastnn", "fastnn is faster",
+              "memory of eager"]  # fmt: skip
     lines = [header, ["---"] * len(header)]
     for key, group in groups.items():
         times = {provider: row["seconds"][1] * 1e6 for provider, row in group.items()}
@@ -172,7 +219,9 @@ def as_table(rows: list[dict[str, Any]]) -> list[str]:
         ratio = f"{min(others) / min(ours):.2f}x" if ours and others else ""
         memory = [group[p]["memory"] if p in group else None for p in ("fastnn", "eager")]
         share = f"{memory[0] / memory[1]:.0%}" if memory[0] is not None and memory[1] else ""
-        lines.append([*key, *(f"{times[p]:.1f}" if p in times else "" for p in providers), ratio, share])
+        floor = group.get("fastnn", {}).get("floor")
+        least = "" if floor is None else f"{floor * 1e6:.1f}"
+        lines.append([*key, *(f"{times[p]:.1f}" if p in times else "" for p in providers), least, ratio, share])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -200,6 +249,8 @@ def write(report: dict[str, Any], folder: Path) -> Path:
              f"{tests['passed']} tests passed, {len(tests['failed'])} failed, {tests['skipped']} skipped.", "",
              *(f"- failed: {test}" for test in tests["failed"]),
              *(f"- not finished: {name}" for name in tests["unfinished"]),
+             *(f"- sanitizer, {name}: {SANITIZED.get(result['status'], 'see the JSON')}"
+               for name, result in report["sanitizers"].items()),
              *(f"- failed: {row['provider']} on {row['case']}, {row['dtype']}, {row['direction']}: {row['failed']}"
                for row in report["measurements"] if "failed" in row), "",
              "Median microseconds a call.", "", *as_table(report["measurements"])]  # fmt: skip
@@ -223,18 +274,17 @@ def main() -> int:
         print(f"built in {built['seconds']:.0f} s, status {built['status']}", flush=True)
         if built["status"]:
             print(built["output"], flush=True)
-        paths = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-        shards = max(1, min(4, (os.cpu_count() or 1) // 4))
-        started = start_tests(paths, folder, options.rehearse, shards)
-        compiling = start_compiling(options.rehearse)
-        tests = finish_tests(started, 0.45 * (deadline - time.monotonic()))
-        kill(compiling)
+        tests = run_tests(folder, deadline, options.rehearse)
         print({name: tests[name] for name in ("passed", "skipped", "failed", "unfinished")}, flush=True)
+        sanitized = sanitize(0.1 * (deadline - time.monotonic()), options.rehearse)
+        print({name: result["status"] for name, result in sanitized.items()}, flush=True)
         measurements, logs = benchmark(folder, deadline - 5, options.rehearse)
-        report = describe() | {"build": built, "tests": tests, "measurements": measurements, "logs": logs}
+        report = describe() | {"build": built, "tests": tests, "sanitizers": sanitized, "measurements": measurements}
+        report["logs"] = logs
         table = write(report, folder / "results" if options.rehearse else options.results)
         print(table.read_text())
-    return int(bool(built["status"] or tests["failed"] or tests["unfinished"] or logs))
+    found = any(result["status"] for result in sanitized.values())
+    return int(bool(built["status"] or tests["failed"] or tests["unfinished"] or found or logs))
 
 
 if __name__ == "__main__":

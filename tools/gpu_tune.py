@@ -46,7 +46,7 @@ class Trial:
     def __init__(self, case: Case, device: torch.device, table: Table, rehearse: bool) -> None:
         self.device, self.table, self.rehearse = device, table, rehearse
         self.asked: dict[str, Any] = {}  # the classes that the case is in, with what the rules and the table choose
-        self.run: Callable[[], object] = case.make(device)
+        self.run: Callable[[], object] = case.make(device).training
         _target.tuned = self._tuned
         self.best = self._seconds()
 
