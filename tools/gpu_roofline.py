@@ -194,7 +194,8 @@ def rnn_predictions() -> Iterator[Prediction]:
         for name, (length, batch, inputs, hidden, layers) in RNN_SHAPES.items():
             for dtype, kind, precision in _kinds("rnn"):
                 size, rows = dtype.itemsize, length * batch
-                config = _rnn_config.rnn_config(mode, hidden, batch, 1, dtype, precision, TARGET)
+                network = _rnn_config.Network(mode, hidden, batch, dtype, precision, inputs, layers)
+                config = _rnn_config.rnn_config(network, TARGET)
                 if config is None:
                     continue
                 flops = sum(2.0 * rows * gates * hidden * (hidden + (hidden if i else inputs)) for i in range(layers))

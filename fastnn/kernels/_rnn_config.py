@@ -16,29 +16,65 @@ class Config(NamedTuple):
     chunk: int = 0  # steps that a layer is behind the one below it where all run at once; 0: one layer after another
 
 
+class Network(NamedTuple):
+    """What the choice of kernels depends on."""
+
+    mode: str
+    hidden: int
+    batch: int
+    dtype: torch.dtype
+    precision: str = "ieee"
+    inputs: int = 0  # features of the input
+    layers: int = 1
+    directions: int = 1
+    packed: bool = False
+    training: bool = False  # a forward whose backward follows, or that backward
+
+    @property
+    def gates(self) -> int:
+        return {"GRU": 3, "LSTM": 4}.get(self.mode, 1)
+
+
+def cudnn_keeps_weights(network: Network, target: _target.Target, forward: bool) -> bool:
+    """Whether torch asks cuDNN for an algorithm that keeps the recurrent weights on chip (``get_algo`` in its
+    ATen/native/cudnn/RNN.cpp); else each step is a product that reads them again.
+
+    On cards of sm_80 and later, which are all that Triton supports: PERSIST_STATIC_SMALL_H for any dtype but float64,
+    whose backward ends at narrower networks than forward; PERSIST_STATIC for float16 alone, never for GRU.
+    """
+    if target.backend != "cuda" or network.packed or network.dtype is torch.float64:
+        return False
+    simple, hidden, batch = network.gates == 1, network.hidden, network.batch
+    if hidden <= ((384 if forward else 256) if simple else (192 if forward else 128)):
+        return True
+    if network.dtype is not torch.float16 or network.mode == "GRU":
+        return False
+    one_by_one = network.layers == 1 and network.directions == 1
+    in_blocks = hidden <= 1024 and hidden % 128 == 0 and network.inputs % 128 == 0 and batch <= 128 and batch % 8 == 0
+    large_card = target.processors >= 98 and int(target.arch) % 10 != 6
+    return one_by_one and in_blocks and large_card and not (simple and batch >= 96 and hidden >= 896)
+
+
 _WIDEST_WITHOUT_MATRIX_UNITS = 32
-# Up to here cuDNN has kernels that keep the weights on chip too, and needs no barrier between processors.
-_WIDEST_OF_CUDNN = {1: 384, 3: 192, 4: 192}
 _WIDEST_SPREAD = 2048
 _FEWEST_SPREAD_STEPS = 4  # fewer, a cell's one among them, do not make up for its launches
 _LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the processors busy
 
 
-def rnn_config(
-    mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, target: _target.Target,
-    packed: bool = False,
-) -> Config | None:  # fmt: skip
+def rnn_config(network: Network, target: _target.Target) -> Config | None:
     """The configuration, or None where stock's kernels are at least as fast.
 
     Where the recurrent weights fit on one processor, each program keeps them all and has a tile of the batch. Where
-    they don't, programs share them out and meet after each step, if that beats cuDNN: not where it has kernels for such
-    a size, which it has not for packed sequences.
+    they don't, programs share them out and meet after each step, unless cuDNN too keeps them on chip: its kernels need
+    no barrier between processors. Forward and backward of one training are chosen together, since cuDNN hands over
+    nothing that ours could read: by backward, which takes the greater part of the time, and where cuDNN's way ends
+    earlier. Inference goes by forward.
     """
+    hidden, gates, dtype = network.hidden, network.gates, network.dtype
     if dtype is torch.float64 or hidden == 0:
         return None
     tile = _target.padded(hidden)
-    gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
-    fast = _precision.uses_matrix_units(dtype, precision, target)
+    fast = _precision.uses_matrix_units(dtype, network.precision, target)
     # Without matrix units LSTM's four dots at a step are more than Triton 3.9 compiles: LLVM aborts.
     if not fast and (gates == 4 or tile > _WIDEST_WITHOUT_MATRIX_UNITS):
         return None
@@ -46,26 +82,25 @@ def rnn_config(
     weights = gates * tile * tile * dtype.itemsize
     # On AMD's cards the weights of several gates are kept in registers.
     if weights + exchanged > target.shared_memory or (target.backend == "hip" and gates > 1 and weights > 24576):
-        return _spread_config(gates, hidden, batch, directions, dtype, target, packed) if fast else None
+        return _spread_config(network, target) if fast else None
     # Enough sequences for two programs a processor: the weights are shared by more rows.
-    many = batch * directions >= 64 * target.processors and gates == 1
+    many = network.batch * network.directions >= 64 * target.processors and gates == 1
     block_batch = 32 if many else 16
     num_warps = 16 if tile >= 128 and gates == 4 else 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
-    return _target.tuned(Config(block_batch, num_warps), target, "rnn", gates, dtype.itemsize, precision, tile, many)
+    shape_class = (gates, dtype.itemsize, network.precision, tile, many)
+    return _target.tuned(Config(block_batch, num_warps), target, "rnn", *shape_class)
 
 
-def _spread_config(
-    gates: int, hidden: int, batch: int, directions: int, dtype: torch.dtype, target: _target.Target, packed: bool
-) -> Config | None:
+def _spread_config(network: Network, target: _target.Target) -> Config | None:
+    hidden, batch, gates, dtype = network.hidden, network.batch, network.gates, network.dtype
     if target.backend == "hip" or hidden > _WIDEST_SPREAD or batch > _LARGEST_SPREAD_BATCH:
         return None
-    # cuDNN keeps float16 weights on chip at any width, float32 ones up to some.
-    if not packed and (dtype is torch.float16 or hidden <= _WIDEST_OF_CUDNN[gates]):
+    if cudnn_keeps_weights(network, target, forward=not network.training):
         return None
     tile, block_batch = _target.padded(hidden), 16
     for units in (16, 32, 64):
         on_chip = dtype.itemsize * tile * (gates * units + 2 * block_batch)
-        programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * directions
+        programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * network.directions
         # All programs run at once, one a processor.
         if on_chip <= target.shared_memory and programs <= target.processors:
             config = Config(block_batch, 8 if tile > 512 else 4, units)
@@ -99,17 +134,21 @@ def wave_chunk(
     return chunk if 1.1 * at_once < one_by_one else 0
 
 
-def config_of(problem: Problem) -> Config | None:
-    if "config" not in problem.kept:
-        config = None if problem.is_projected else rnn_config(
-            problem.mode, problem.hidden, problem.batch, problem.directions, problem.kind.dtype, problem.precision,
-            problem.target, problem.batch_sizes is not None,
-        )  # fmt: skip
+def config_of(problem: Problem, training: bool) -> Config | None:
+    if ("config", training) not in problem.kept:
+        config = None if problem.is_projected else rnn_config(_network(problem, training), problem.target)
         if config is not None and config.units:
             most = 2**31 // problem.hidden  # the programs' meetings are counted with 32 bits
             config = config if _FEWEST_SPREAD_STEPS <= problem.steps < most else None
-        problem.kept["config"] = None if config is None else _with_wavefront(problem, config)
-    return problem.kept["config"]
+        problem.kept["config", training] = None if config is None else _with_wavefront(problem, config)
+    return problem.kept["config", training]
+
+
+def _network(problem: Problem, training: bool) -> Network:
+    return Network(
+        problem.mode, problem.hidden, problem.batch, problem.kind.dtype, problem.precision, problem.input.shape[-1],
+        problem.layers, problem.directions, problem.batch_sizes is not None, training,
+    )  # fmt: skip
 
 
 def _with_wavefront(problem: Problem, config: Config) -> Config:

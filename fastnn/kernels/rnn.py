@@ -78,7 +78,7 @@ def rnn_cell(
     state = [s.unsqueeze(0) for s in (h, c) if s is not None]
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     problem = check_problem(op, input.unsqueeze(0), None, state, weights, None, mode, 1, False, False)
-    if problem.rows > 0 and _rnn_config.config_of(problem) is None:
+    if problem.rows > 0 and _rnn_config.config_of(problem, training=False) is None:
         with _launch.without_autocast(input.device):
             return stock_cell(problem, input, [s for s in (h, c) if s is not None], weights)
     return [s.squeeze(0) for s in _forward(problem, None)[1]]
@@ -93,7 +93,7 @@ def with_stocks_gradient(
     shaped, states = (input.unsqueeze(0), _unsqueezed(state)) if is_cell else (input, state)
     problem = check_problem("rnn", shaped, batch_sizes, states, weights, masks, mode, num_layers, bidirectional,
                             batch_first)  # fmt: skip
-    if problem.rows == 0 or _rnn_config.config_of(problem) is not None:
+    if problem.rows == 0 or _rnn_config.config_of(problem, training=True) is not None:
         return None
     if is_cell:
         final = stock_cell(problem, input, state, weights)
@@ -119,7 +119,7 @@ def _forward(problem: Problem, reserve: Tensor | None) -> tuple[Tensor, list[Ten
     final_state = [problem.input.new_empty(sizes) for sizes in problem.state_sizes]
     if problem.rows == 0:
         return problem.as_given(output), final_state
-    config = _rnn_config.config_of(problem)
+    config = _rnn_config.config_of(problem, training=reserve is not None)
     if config is None:
         return stock_forward(problem)
     if config.chunk:
@@ -196,7 +196,7 @@ def rnn_backward(
     check_same_kind(problem.kind, reserve, "reserve")
     check_sizes(op, reserve, (problem.reserve_size,), "reserve")
     wanted = (input_wanted, state_wanted, weights_wanted)
-    config = _rnn_config.config_of(problem)
+    config = _rnn_config.config_of(problem, training=True)
     with _launch.without_autocast(input.device):
         if config is None or problem.rows == 0:
             return stock_backward(problem, grad_output, grad_state, wanted)
