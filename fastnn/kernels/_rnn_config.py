@@ -83,12 +83,21 @@ def rnn_config(network: Network, target: _target.Target) -> Config | None:
     # On AMD's cards the weights of several gates are kept in registers.
     if weights + exchanged > target.shared_memory or (target.backend == "hip" and gates > 1 and weights > 24576):
         return _spread_config(network, target) if fast else None
-    # Enough sequences for two programs a processor: the weights are shared by more rows.
-    many = network.batch * network.directions >= 64 * target.processors and gates == 1
-    block_batch = 32 if many else 16
-    num_warps = 16 if tile >= 128 and gates == 4 else 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
-    shape_class = (gates, dtype.itemsize, network.precision, tile, many)
+    block_batch = _block_batch(network, target)
+    num_warps = 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
+    shape_class = (gates, dtype.itemsize, network.precision, tile, block_batch)
     return _target.tuned(Config(block_batch, num_warps), target, "rnn", *shape_class)
+
+
+def _block_batch(network: Network, target: _target.Target) -> int:
+    """Sequences of a program: the fewest with which all programs run at once, since a step's arithmetic grows with
+    them; of a large batch more, which share the weights."""
+    for block_batch in (8, 16) if target.backend == "cuda" else (16,):
+        if triton.cdiv(network.batch, block_batch) * network.directions <= target.processors:
+            return block_batch
+    # Enough sequences for two programs a processor, and one gate's sums.
+    many = network.batch * network.directions >= 64 * target.processors and network.gates == 1
+    return 32 if many else 16
 
 
 def _spread_config(network: Network, target: _target.Target) -> Config | None:
@@ -97,14 +106,17 @@ def _spread_config(network: Network, target: _target.Target) -> Config | None:
         return None
     if cudnn_keeps_weights(network, target, forward=not network.training):
         return None
-    tile, block_batch = _target.padded(hidden), 16
+    tile = _target.padded(hidden)
+    stacked = 1 if gates == 1 else 4  # GRU's three gates as well
     for units in (16, 32, 64):
-        on_chip = dtype.itemsize * tile * (gates * units + 2 * block_batch)
-        programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * network.directions
-        # All programs run at once, one a processor.
-        if on_chip <= target.shared_memory and programs <= target.processors:
-            config = Config(block_batch, 8 if tile > 512 else 4, units)
-            return _target.tuned(config, target, "rnn spread", gates, dtype.itemsize, tile, units)
+        for block_batch in (8, 16):
+            on_chip = dtype.itemsize * tile * (stacked * units + 2 * block_batch)
+            programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * network.directions
+            # All programs run at once, one a processor.
+            if on_chip <= target.shared_memory and programs <= target.processors:
+                config = Config(block_batch, 8 if tile > 512 else 4, units)
+                shape_class = (gates, dtype.itemsize, tile, units, block_batch)
+                return _target.tuned(config, target, "rnn spread", *shape_class)
     return None
 
 
@@ -153,11 +165,11 @@ def _network(problem: Problem, training: bool) -> Network:
 
 def _with_wavefront(problem: Problem, config: Config) -> Config:
     gates, itemsize, target = problem.gates, problem.kind.dtype.itemsize, problem.target
-    chunk = wave_chunk(config, problem.layers, problem.directions, problem.steps, problem.batch, problem.hidden, gates,
-                       itemsize, target)  # fmt: skip
-    if not chunk:
-        return config
-    if target.arch in (100, 103):  # with the product in the same kernel, 16 warps have too few registers each
-        config = config._replace(num_warps=min(config.num_warps, 8))
-    shape_class = (gates, itemsize, problem.precision, _target.padded(problem.hidden), problem.layers, chunk)
-    return _target.tuned(config._replace(chunk=chunk), target, "rnn wave", *shape_class)
+    for block_batch in (config.block_batch, 16):  # more sequences a program: fewer programs
+        wide = config._replace(block_batch=block_batch)
+        chunk = wave_chunk(wide, problem.layers, problem.directions, problem.steps, problem.batch, problem.hidden,
+                           gates, itemsize, target)  # fmt: skip
+        if chunk:
+            shape_class = (gates, itemsize, problem.precision, _target.padded(problem.hidden), problem.layers, chunk)
+            return _target.tuned(wide._replace(chunk=chunk), target, "rnn wave", *shape_class)
+    return config
