@@ -204,7 +204,11 @@ def check_target(target: _target.Target, ops: Sequence[str], sample: bool) -> tu
         for launch in record_launches(case, target):
             name, precision = launch.kernel.__name__, launch.constexprs.get("PRECISION", "")
             # Layers of one shape launch one kernel.
-            key = name if sample else repr((name, describe_all(launch), launch.options))
+            key = (
+                repr((name, launch.constexprs.get("MODE")))
+                if sample
+                else repr((name, describe_all(launch), launch.options))
+            )
             if key in seen:
                 continue
             seen.add(key)

@@ -10,11 +10,10 @@ import triton.language as tl
 from fastnn.kernels._rnn_cells import GRU, LSTM, gru_cell, lstm_cell, simple_cell
 from fastnn.kernels._rnn_tile import (
     Gates,
-    gate_ptrs,
     kinds_offset,
     kinds_ptrs,
-    load,
     load_bias,
+    load_gates,
     load_or_zero,
     load_weight,
     make_tile,
@@ -48,15 +47,11 @@ def load_weights(weight_hh_ptr, unit, MODE: tl.constexpr, HIDDEN: tl.constexpr, 
 def _load_gates(gates, step, tile, MODE: tl.constexpr, HIDDEN: tl.constexpr):
     """A tile a dot."""
     if MODE == GRU:
-        ptrs, mask = gate_ptrs(gates, step, tile, 0, 2, 3, HIDDEN)
-        n_ptrs, n_mask = gate_ptrs(gates, step, tile, 2, 1, 3, HIDDEN)
-        x = (load(ptrs, mask), load(n_ptrs, n_mask))
+        x = (load_gates(gates, step, tile, 0, 2, 3, HIDDEN), load_gates(gates, step, tile, 2, 1, 3, HIDDEN))
     elif MODE == LSTM:
-        ptrs, mask = gate_ptrs(gates, step, tile, 0, 4, 4, HIDDEN)
-        x = (load(ptrs, mask),)
+        x = (load_gates(gates, step, tile, 0, 4, 4, HIDDEN),)
     else:
-        ptrs, mask = gate_ptrs(gates, step, tile, 0, 1, 1, HIDDEN)
-        x = (load(ptrs, mask),)
+        x = (load_gates(gates, step, tile, 0, 1, 1, HIDDEN),)
     return x
 
 

@@ -26,11 +26,12 @@ from fastnn.kernels._rnn_cells import (
 from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES
 from fastnn.kernels._rnn_tile import (
     Gates,
-    gate_ptrs,
+    gate_rows,
     kinds_offset,
     kinds_ptrs,
     load,
     load_bias,
+    load_gates,
     load_or_zero,
     make_tile,
     output_offset,
@@ -112,9 +113,27 @@ def _load_all(ptr, start, every, exists, HIDDEN: tl.constexpr, OPERAND: tl.const
 
 
 @triton.jit
-def _load_gates(gates, step, tile, STACKED: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr):
-    ptrs, mask = gate_ptrs(gates, step, tile, 0, STACKED, GATES, HIDDEN)
-    return load(ptrs, mask)
+def _load_gates(gates, step, tile, GATES: tl.constexpr, HIDDEN: tl.constexpr):
+    """The input's share, stacked as the products are; GRU's new gate comes fourth, in the place of the products that
+    there are not, since the third's are only the hidden half of it."""
+    if GATES == 3:
+        start, runs = gate_rows(gates, step, tile, 3 * HIDDEN)
+        offset, exists = stack_offset(tile.unit, 0, 4, 4, HIDDEN)
+        is_fourth = offset >= 3 * HIDDEN
+        exists &= (offset < 2 * HIDDEN) | is_fourth
+        offset -= tl.where(is_fourth, HIDDEN, 0)
+        return load(gates.x_ptr + start[None, :] + offset[:, None], exists[:, None] & runs[None, :])
+    else:
+        return load_gates(gates, step, tile, 0, GATES, GATES, HIDDEN)
+
+
+@triton.jit
+def _store_4(ptrs, a, b, c, d, mask, HIDDEN: tl.constexpr):
+    """Four kinds, from the first one's pointers on."""
+    store(ptrs, a, mask)
+    store(ptrs + HIDDEN, b, mask)
+    store(ptrs + 2 * HIDDEN, c, mask)
+    store(ptrs + 3 * HIDDEN, d, mask)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME_SIZES)
@@ -136,41 +155,45 @@ def spread_forward(
     KEPT: tl.constexpr = 5 if MODE == LSTM else 4
     w = _load_weight(weight_hh_ptr, every, tile.unit, STACKED, GATES, HIDDEN, OPERAND)
     bias = load_bias(bias_hh_ptr, tile.unit, 0, STACKED, GATES, HIDDEN)
+    is_product = tl.arange(0, STACKED * UNITS) < GATES * UNITS
     h = load(state_ptr + at, tile.mask)
     if MODE == LSTM:
         c = load(state_ptr + all_states + at, tile.mask)
     gates = Gates(x_ptr, stride_time, stride_batch)
-    x = _load_gates(gates, first, tile, STACKED, GATES, HIDDEN)
+    x = _load_gates(gates, first, tile, GATES, HIDDEN)
     for step in range(first, limit):
         row, runs = rows_of(step, tile)
         mask = tile.mask & runs[None, :]
         operand = _load_all(hidden_ptr + (step + 1) % 2 * all_states, start, every, tile.sequence < batch_size, HIDDEN,
                             OPERAND)  # fmt: skip
         sums = tl.sum(tl.dot(w, operand, input_precision=PRECISION), 0) + bias
+        if MODE == GRU:  # the fourth product is zero times a state that may be inf
+            sums = tl.where(is_product[:, None], sums, 0.0)
+        sums += x
         if MODE == GRU:
-            sum_r, sum_z, hidden_n, _ = unstack_4(sums)
-            x_r, x_z, x_n, _ = unstack_4(x)
-            new_h, r, z, n = gru_cell(x_r + sum_r, x_z + sum_z, x_n, hidden_n, h, MATH)
-            kinds = stack_4(hidden_n, r, z, n)
+            sum_r, sum_z, hidden_n, x_n = unstack_4(sums)
+            new_h, r, z, n = gru_cell(sum_r, sum_z, x_n, hidden_n, h, MATH)
         elif MODE == LSTM:
-            sum_i, sum_f, sum_g, sum_o = unstack_4(x + sums)
+            sum_i, sum_f, sum_g, sum_o = unstack_4(sums)
             new_h, new_c, i, f, g, o = lstm_cell(sum_i, sum_f, sum_g, sum_o, c, MATH)
-            kinds = stack_4(i, f, g, o)
             c = tl.where(mask, new_c, c)
         else:
-            new_h = simple_cell(x + sums, MODE, MATH)
+            new_h = simple_cell(sums, MODE, MATH)
         h = tl.where(mask, new_h, h)
         store(hidden_ptr + step % 2 * all_states + at, h, tile.mask)
-        x = _load_gates(gates, step + 1, tile, STACKED, GATES, HIDDEN)
+        x = _load_gates(gates, step + 1, tile, GATES, HIDDEN)
         if step + 1 < limit:
             _arrive(arrived_ptr)
         # What no other program waits for.
         store(output_ptr + output_offset(row, tile.unit, HIDDEN, DIRECTIONS), h, mask)
         if saved_ptr is not None:
-            ptrs, stack_mask = kinds_ptrs(saved_ptr, row, runs, tile, HIDDEN, KEPT)
-            store(ptrs, kinds, stack_mask)
-            if MODE == LSTM:
-                store(saved_ptr + 4 * HIDDEN + kinds_offset(row, tile.unit, rows, HIDDEN, KEPT), c, mask)
+            # Not stacked: for that, all warps would compute the same.
+            ptrs = saved_ptr + kinds_offset(row, tile.unit, rows, HIDDEN, KEPT)
+            if MODE == GRU:
+                _store_4(ptrs, hidden_n, r, z, n, mask, HIDDEN)
+            elif MODE == LSTM:
+                _store_4(ptrs, i, f, g, o, mask, HIDDEN)
+                store(ptrs + 4 * HIDDEN, c, mask)
         if step + 1 < limit:
             _wait_for_all(arrived_ptr, step + 1 - first, SPIN_LIMIT)
     tl.store(state_ptr + at, h, mask=tile.mask)

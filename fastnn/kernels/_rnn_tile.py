@@ -162,15 +162,21 @@ def load_bias(bias_hh_ptr, unit, FIRST: tl.constexpr, COUNT: tl.constexpr, GATES
 
 
 @triton.jit
-def gate_ptrs(gates, step, tile, FIRST: tl.constexpr, COUNT: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr):
-    """Of a step's gates from FIRST on, stacked, with the mask of those that exist."""
+def gate_rows(gates, step, tile, WIDTH: tl.constexpr):
+    """Where a step's gates begin, WIDTH a row, and which sequences run there."""
     row, runs = rows_of(step, tile)
     if tile.schedule_ptr is None:
         time = step + tl.program_id(1) * (tile.steps - 1 - 2 * step)
         row = time.to(tl.int64) * gates.stride_time + tile.sequence.to(tl.int64) * gates.stride_batch
-    row = (tl.program_id(1) * tile.rows.to(tl.int64) + row) * (GATES * HIDDEN)
+    return (tl.program_id(1) * tile.rows.to(tl.int64) + row) * WIDTH, runs
+
+
+@triton.jit
+def load_gates(gates, step, tile, FIRST: tl.constexpr, COUNT: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr):
+    """COUNT of a step's gates from FIRST on, stacked."""
+    start, runs = gate_rows(gates, step, tile, GATES * HIDDEN)
     offset, exists = stack_offset(tile.unit, FIRST, COUNT, GATES, HIDDEN)
-    return gates.x_ptr + row[None, :] + offset[:, None], exists[:, None] & runs[None, :]
+    return load(gates.x_ptr + start[None, :] + offset[:, None], exists[:, None] & runs[None, :])
 
 
 @triton.jit

@@ -265,26 +265,26 @@ def _of_input(problem: Problem, grad_gates: Tensor) -> Tensor:
     return grad_gates[:, -problem.gates :].flatten(1)
 
 
+def _of_state(problem: Problem, grad_gates: Tensor) -> list[Tensor]:
+    """The same for the recurrent weights, (rows, .. * hidden) each, in the order of the weights' rows."""
+    if problem.mode == "GRU":
+        return [grad_gates[:, 1:3].flatten(1), grad_gates[:, 0]]
+    return [grad_gates.flatten(1)]
+
+
 def _weight_gradients(problem: Problem, layer: int, grad_gates: Tensor, x: Tensor, output: Tensor) -> list[Tensor]:
     result = []
     for direction, own in enumerate(grad_gates):
-        result.append(_of_input(problem, own).t() @ x)
-        result.append(_recurrent_gradient(problem, own, problem.states_before(layer, direction, output)))
+        before = problem.states_before(layer, direction, output)
+        recurrent = before.new_empty(problem.gates * problem.hidden, problem.hidden)
+        start = 0
+        for part in _of_state(problem, own):
+            torch.mm(part.t(), before, out=recurrent[start : start + part.shape[1]])
+            start += part.shape[1]
+        result += [_of_input(problem, own).t() @ x, recurrent]
         if problem.has_biases:
-            sums = own.sum(0)  # of each kind
-            result.append(sums[-problem.gates :].flatten())
-            result.append((torch.cat([sums[1:3], sums[:1]]) if problem.mode == "GRU" else sums).flatten())
-    return result
-
-
-def _recurrent_gradient(problem: Problem, grad_gates: Tensor, before: Tensor) -> Tensor:
-    """Of weight_hh, from one direction's (rows, kinds, hidden) and the states (rows, hidden) that steps began with."""
-    if problem.mode != "GRU":
-        return grad_gates.flatten(1).t() @ before
-    # Its kinds are the hidden half of n, r, z, (n); its weights' rows r, z, n.
-    result = before.new_empty(3 * problem.hidden, problem.hidden)
-    torch.mm(grad_gates[:, 1:3].flatten(1).t(), before, out=result[: 2 * problem.hidden])
-    torch.mm(grad_gates[:, 0].t(), before, out=result[2 * problem.hidden :])
+            sums = own.sum(0, keepdim=True)
+            result += [_of_input(problem, sums).flatten(), torch.cat(_of_state(problem, sums), 1).flatten()]
     return result
 
 

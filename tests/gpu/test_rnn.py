@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.kernels import _plan_cache, _rnn_config, _rnn_wave, _target
+from fastnn.kernels import _activation, _plan_cache, _rnn_config, _rnn_wave, _target
 from fastnn.kernels import rnn as kernels
 from fastnn.kernels._rnn_problem import MODES, check_problem
 
@@ -471,6 +473,17 @@ def test_choice_of_kernel():
     assert chosen("LSTM", 8, dtype=torch.float64) is None
 
 
+def test_sequences_of_a_program():
+    """The fewest with which all programs run at once; of a large batch more."""
+    h100, hip = _target.TARGETS[2], _target.TARGETS[4]
+    assert chosen("LSTM", 128).block_batch == 8
+    assert chosen("LSTM", 128, 8 * h100.processors).block_batch == 8
+    assert chosen("LSTM", 128, 8 * h100.processors, directions=2).block_batch == 16
+    assert chosen("LSTM", 128, 16384).block_batch == 16
+    assert chosen("RNN_TANH", 128, 16384).block_batch == 32
+    assert chosen("RNN_TANH", 64, 8, target=hip).block_batch == 16  # a matrix instruction's fewest there
+
+
 def test_choice_of_a_wavefront():
     h100, hip = _target.TARGETS[2], _target.TARGETS[4]
     config = _rnn_config.Config(16, 4)
@@ -569,3 +582,57 @@ def test_few_steps_do_not_share_weights(length, shared, device):
         arguments["layers"] = arguments.pop("num_layers")
         config = _rnn_config.config_of(check_problem("rnn", **arguments), training=False)
     assert (config is not None and config.units > 0) == shared
+
+
+@triton.jit
+def _exp2_stand_in(x):
+    return tl.exp2(x)
+
+
+@triton.jit
+def _reciprocal_stand_in(x):
+    return 1.0 / x
+
+
+@triton.jit
+def _tanh_and_sigmoid(x_ptr, tanh_ptr, sigmoid_ptr, size: tl.constexpr, math: tl.constexpr):
+    offs = tl.arange(0, size)
+    x = tl.load(x_ptr + offs)
+    tl.store(tanh_ptr + offs, _activation.tanh(x, math))
+    tl.store(sigmoid_ptr + offs, _activation.sigmoid(x, math))
+
+
+# The interpreter has no single instruction for tanh, and an AMD card none of these.
+WAYS = ["PORTABLE"] if torch.version.hip else ["PORTABLE", "PTX"] if _target.INTERPRETED else ["PTX", "PTX_ROUGH"]
+
+
+@pytest.mark.parametrize("math", WAYS)
+def test_tanh_and_sigmoid(math, device, monkeypatch):
+    """Relative errors, of small and large arguments alike; the interpreter has stand-ins for PTX's instructions."""
+    if _target.INTERPRETED:
+        monkeypatch.setattr(_activation, "_exp2_ptx", _exp2_stand_in)
+        monkeypatch.setattr(_activation, "_reciprocal_ptx", _reciprocal_stand_in)
+    sizes = torch.logspace(-30, 1.9, 2045)
+    for sign in (1, -1):
+        x = torch.cat([sign * sizes, torch.tensor([0.0, sign * INF, NAN])]).to(device)
+        results = torch.empty(2, 2048, device=device)
+        _tanh_and_sigmoid[(1,)](x, *results, size=2048, math=getattr(_activation, math).value)
+        exact = torch.stack([x.double().tanh(), x.double().sigmoid()])
+        small = torch.finfo(torch.float32).tiny  # below it NVIDIA's instructions give zero
+        errors = (results.double() - exact).abs() / exact.abs().clamp(min=small)
+        errors = torch.where(exact == results, 0, errors).nan_to_num(1e9)[:, :-1]
+        assert results[:, -1].isnan().all()
+        assert errors[0].max() < (2**-10.9 if math == "PTX_ROUGH" else 6e-7)
+        # exp rounds the product of its argument with log2 e.
+        assert errors[1].max() < 1e-5
+
+
+def test_gate_gradients_are_read_where_they_lie(device):
+    """No order of kinds has to be made for the products with the input's and the recurrent weights."""
+    for mode in MODES:
+        _, arguments = make(mode, torch.float32, device)
+        arguments["layers"] = arguments.pop("num_layers")
+        problem = check_problem("rnn", **arguments)
+        grad_gates = torch.randn(12, 1 if problem.gates == 1 else 4, 7, device=device)
+        for part in (kernels._of_input(problem, grad_gates), *kernels._of_state(problem, grad_gates)):
+            assert part.untyped_storage().data_ptr() == grad_gates.data_ptr()
