@@ -44,6 +44,11 @@ def _reciprocal_ptx(x):
 
 
 @triton.jit
+def _tanh_ptx(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def sigmoid(x, MATH: tl.constexpr = PORTABLE):
     # Never by tanh: a gate that is nearly closed would be wrong by more than it is open, in every step.
     if MATH == PORTABLE:
@@ -55,7 +60,7 @@ def sigmoid(x, MATH: tl.constexpr = PORTABLE):
 @triton.jit
 def tanh(x, MATH: tl.constexpr = PORTABLE):
     if MATH == PTX_ROUGH:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        return _tanh_ptx(x)
     else:
         square = x * x
         # Where the quotient below would cancel, a polynomial that was fitted to tanh(x) / x.

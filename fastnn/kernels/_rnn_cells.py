@@ -8,7 +8,7 @@ hold what the recurrent weights meet; LSTM's are i, f, g, o, and among what is k
 import triton
 import triton.language as tl
 
-from fastnn.kernels._activation import RELU, TANH, activate, activation_gradient, sigmoid, tanh
+from fastnn.kernels._activation import PTX, PTX_ROUGH, RELU, TANH, activate, activation_gradient, sigmoid, tanh
 
 SIMPLE_TANH = tl.constexpr(0)  # by their numbers in the operators' schema
 SIMPLE_RELU = tl.constexpr(1)
@@ -63,7 +63,8 @@ def lstm_cell(sum_i, sum_f, sum_g, sum_o, c, MATH: tl.constexpr):
 @triton.jit
 def lstm_cell_back(grad_h, grad_c, i, f, g, o, c, c_before, MATH: tl.constexpr):
     """-> the gradients before the activations of i, f, g, o; that of c_before."""
-    tanh_c = tanh(c, MATH)
+    # Not roughly: where c is large, the difference to 1 is all that is left of the gradient.
+    tanh_c = tanh(c, PTX if MATH == PTX_ROUGH else MATH)
     grad_c += grad_h * o * (1.0 - tanh_c * tanh_c)
     grad_i = grad_c * g * i * (1.0 - i)
     grad_f = grad_c * c_before * f * (1.0 - f)

@@ -84,7 +84,8 @@ def rnn_config(network: Network, target: _target.Target) -> Config | None:
     if weights + exchanged > target.shared_memory or (target.backend == "hip" and gates > 1 and weights > 24576):
         return _spread_config(network, target) if fast else None
     block_batch = _block_batch(network, target)
-    num_warps = 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
+    # Four warps issue the fewest instructions in all; of more weights they have too few registers.
+    num_warps = 4 if gates * tile * tile <= 16384 and tile * dtype.itemsize <= 256 else 8
     shape_class = (gates, dtype.itemsize, network.precision, tile, block_batch)
     return _target.tuned(Config(block_batch, num_warps), target, "rnn", *shape_class)
 

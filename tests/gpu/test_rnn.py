@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.kernels import _activation, _plan_cache, _rnn_config, _rnn_wave, _target
+from fastnn.kernels import _activation, _plan_cache, _rnn_config, _rnn_launch, _rnn_wave, _target
 from fastnn.kernels import rnn as kernels
 from fastnn.kernels._rnn_problem import MODES, check_problem
 
@@ -595,6 +595,21 @@ def _reciprocal_stand_in(x):
 
 
 @triton.jit
+def _tanh_stand_in(x):
+    rough = _activation.tanh(x) * 1.00048828125  # wrong by 2**-11
+    return tl.where(rough > 1, 1.0, tl.where(rough < -1, -1.0, rough))
+
+
+@pytest.fixture
+def ptx(monkeypatch):
+    """PTX's instructions, or in the interpreter what computes as much."""
+    if _target.INTERPRETED:
+        monkeypatch.setattr(_activation, "_exp2_ptx", _exp2_stand_in)
+        monkeypatch.setattr(_activation, "_reciprocal_ptx", _reciprocal_stand_in)
+        monkeypatch.setattr(_activation, "_tanh_ptx", _tanh_stand_in)
+
+
+@triton.jit
 def _tanh_and_sigmoid(x_ptr, tanh_ptr, sigmoid_ptr, size: tl.constexpr, math: tl.constexpr):
     offs = tl.arange(0, size)
     x = tl.load(x_ptr + offs)
@@ -602,16 +617,12 @@ def _tanh_and_sigmoid(x_ptr, tanh_ptr, sigmoid_ptr, size: tl.constexpr, math: tl
     tl.store(sigmoid_ptr + offs, _activation.sigmoid(x, math))
 
 
-# The interpreter has no single instruction for tanh, and an AMD card none of these.
-WAYS = ["PORTABLE"] if torch.version.hip else ["PORTABLE", "PTX"] if _target.INTERPRETED else ["PTX", "PTX_ROUGH"]
+WAYS = ["PORTABLE"] if torch.version.hip else ["PORTABLE", "PTX", "PTX_ROUGH"]
 
 
 @pytest.mark.parametrize("math", WAYS)
-def test_tanh_and_sigmoid(math, device, monkeypatch):
-    """Relative errors, of small and large arguments alike; the interpreter has stand-ins for PTX's instructions."""
-    if _target.INTERPRETED:
-        monkeypatch.setattr(_activation, "_exp2_ptx", _exp2_stand_in)
-        monkeypatch.setattr(_activation, "_reciprocal_ptx", _reciprocal_stand_in)
+def test_tanh_and_sigmoid(math, device, ptx):
+    """Relative errors, of small and large arguments alike."""
     sizes = torch.logspace(-30, 1.9, 2045)
     for sign in (1, -1):
         x = torch.cat([sign * sizes, torch.tensor([0.0, sign * INF, NAN])]).to(device)
@@ -625,6 +636,14 @@ def test_tanh_and_sigmoid(math, device, monkeypatch):
         assert errors[0].max() < (2**-10.9 if math == "PTX_ROUGH" else 6e-7)
         # exp rounds the product of its argument with log2 e.
         assert errors[1].max() < 1e-5
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="NVIDIA's instructions")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rough_tanh_is_enough_for_16_bits(mode, dtype, device, assert_near, ptx, monkeypatch):
+    monkeypatch.setattr(_rnn_launch, "_math", lambda problem: _activation.PTX_ROUGH.value)
+    check(*make(mode, dtype, device, length=9), assert_near)
 
 
 def test_gate_gradients_are_read_where_they_lie(device):
