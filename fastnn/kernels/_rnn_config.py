@@ -78,27 +78,29 @@ def rnn_config(network: Network, target: _target.Target) -> Config | None:
     # Without matrix units LSTM's four dots at a step are more than Triton 3.9 compiles: LLVM aborts.
     if not fast and (gates == 4 or tile > _WIDEST_WITHOUT_MATRIX_UNITS):
         return None
-    exchanged = 2 * 16 * tile * dtype.itemsize  # the state, on its way from a step's result to the next's operand
     weights = gates * tile * tile * dtype.itemsize
+    # Beside the weights, a sequence's float32 gates on their way to another layout, and its state on that to a dot.
+    most = (target.shared_memory - weights) // (tile * (4 * (1 if gates == 1 else 4) + dtype.itemsize))
+    block_batch = _block_batch(network, target, most)
     # On AMD's cards the weights of several gates are kept in registers.
-    if weights + exchanged > target.shared_memory or (target.backend == "hip" and gates > 1 and weights > 24576):
+    if block_batch > most or (target.backend == "hip" and gates > 1 and weights > 24576):
         return _spread_config(network, target) if fast else None
-    block_batch = _block_batch(network, target)
     # Four warps issue the fewest instructions in all; of more weights they have too few registers.
     num_warps = 4 if gates * tile * tile <= 16384 and tile * dtype.itemsize <= 256 else 8
     shape_class = (gates, dtype.itemsize, network.precision, tile, block_batch)
     return _target.tuned(Config(block_batch, num_warps), target, "rnn", *shape_class)
 
 
-def _block_batch(network: Network, target: _target.Target) -> int:
+def _block_batch(network: Network, target: _target.Target, most: int) -> int:
     """Sequences of a program: the fewest with which all programs run at once, since a step's arithmetic grows with
-    them; of a large batch more, which share the weights."""
-    for block_batch in (8, 16) if target.backend == "cuda" else (16,):
-        if triton.cdiv(network.batch, block_batch) * network.directions <= target.processors:
-            return block_batch
+    them; of a large batch more, which share the weights, but not more than ``most`` if there is a choice."""
+    fewest = 8 if target.backend == "cuda" else 16  # columns of a matrix instruction
     # Enough sequences for two programs a processor, and one gate's sums.
     many = network.batch * network.directions >= 64 * target.processors and network.gates == 1
-    return 32 if many else 16
+    if many and most >= 32:
+        return 32
+    at_once = triton.cdiv(network.batch, fewest) * network.directions <= target.processors
+    return fewest if at_once or most < 16 else 16
 
 
 def _spread_config(network: Network, target: _target.Target) -> Config | None:
