@@ -148,8 +148,8 @@ def test_every_loop_of_every_kernel_has_its_turns(check: Any) -> None:
                 assert check.gpu_floor.trips(loop, function, values) >= (0 if "LAYERS" in ast.unparse(loop) else 1)
                 seen.add((launch.kernel.__name__, function.__name__, ast.unparse(loop).split(":")[0]))
     kernels = {kernel for kernel, _, _ in seen}
-    assert {"conv_forward", "gru_backward", "wave_forward", "spread_backward", "resident_chain_forward"} <= kernels
-    assert ("wave_forward", "_wait_until", "while tl.atomic_add(place, 0, sem='acquire') < count") in seen
+    assert {"conv_forward", "backward", "wave_forward", "spread_backward", "resident_chain_forward"} <= kernels
+    assert ("wave_forward", "wait_until", "while tl.atomic_add(count_ptr, 0, sem='acquire') < count") in seen
 
 
 def test_a_loop_whose_turns_nobody_knows_is_a_fault(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +179,8 @@ def test_turns(check: Any) -> None:
     assert convolution["conv_forward step"] == 9
     assert convolution["conv_forward first_place"] in (1, 2, 4)
     wave = turns("RNN_TANH model", "wave_forward")
-    assert {name: wave[name] for name in ("wave_forward first", "simple_steps step", "_fill_gates step")} == {
-        "wave_forward first": 3, "simple_steps step": 8, "_fill_gates step": 1
+    assert {name: wave[name] for name in ("wave_forward first", "forward_steps step", "_fill_gates step")} == {
+        "wave_forward first": 3, "forward_steps step": 8, "_fill_gates step": 1
     }  # fmt: skip
 
 

@@ -15,9 +15,8 @@ triton = pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
 KERNELS = {"conv_forward", "conv_input_gradient", "conv_weight_gradient", "pool_forward", "spread_gradient",
-           "chain_forward", "chain_backward", "resident_chain_forward", "layer_forward", "simple_forward",
-           "simple_backward", "gru_forward", "gru_backward", "lstm_forward", "lstm_backward", "wave_forward",
-           "wave_backward", "spread_forward", "spread_backward"}  # fmt: skip
+           "chain_forward", "chain_backward", "resident_chain_forward", "layer_forward", "forward", "backward",
+           "wave_forward", "wave_backward", "spread_forward", "spread_backward"}  # fmt: skip
 WAITING = {"wave_forward", "wave_backward", "spread_forward", "spread_backward"}
 
 

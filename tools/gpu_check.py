@@ -318,7 +318,7 @@ def check_target(target: _target.Target, ops: Sequence[str], sample: bool) -> Re
             floors = []
             for launch in record_launches(case, target, direction):
                 # Layers of one shape launch one kernel.
-                key = launch.kernel.__name__ if sample else _key(launch)
+                key = (launch.kernel.__name__, launch.constexprs.get("MODE")) if sample else _key(launch)
                 is_new = key not in seen
                 built = seen[key] = build(launch, target) if is_new else seen[key]
                 problems = []

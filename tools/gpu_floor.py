@@ -37,21 +37,17 @@ def _tiles_each(v: Values) -> int:
 
 # By kernel, or by a function that kernels have in common: what its local names are for the program with the most to do,
 # where a loop's range has such names. ("last" and "first" are a chunk's; sequences are as long as the longest.)
-_CHUNK: dict[str, Callable[[Values], int]] = {"first": lambda v: 0, "last": _chunk}
-LOCALS: dict[str, dict[str, Callable[[Values], int]]] = {
+_CHUNK: dict[str, Callable[[Values], Any]] = {"first": lambda v: 0, "last": _chunk}
+LOCALS: dict[str, dict[str, Callable[[Values], Any]]] = {
     "conv_weight_gradient": {"tiles_each": _tiles_each},
-    "simple_steps": _CHUNK,
-    "gru_steps": _CHUNK,
-    "lstm_steps": _CHUNK,
-    "simple_steps_back": _CHUNK,
-    "gru_steps_back": _CHUNK,
-    "lstm_steps_back": _CHUNK,
+    "forward_steps": _CHUNK,
+    "backward_steps": _CHUNK,
     "spread_forward": {"limit": lambda v: v["steps"]},
     "spread_backward": {"limit": lambda v: v["steps"] + 1},
     "_fill_gates": _CHUNK,
     "_fill_gradient": _CHUNK,
-    "wave_forward": {"own_steps": lambda v: v["steps"]},
-    "wave_backward": {"own_steps": lambda v: v["steps"]},
+    "wave_forward": {"tile": lambda v: types.SimpleNamespace(steps=v["steps"])},
+    "wave_backward": {"tile": lambda v: types.SimpleNamespace(steps=v["steps"])},
 }
 
 

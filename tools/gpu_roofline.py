@@ -234,29 +234,33 @@ def rnn_predictions(case: Case) -> Iterator[Prediction]:
     length, batch, inputs, hidden, layers = RNN_SHAPES[name]
     gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
     size, rows = case.dtype.itemsize, length * batch
-    config = _rnn_config.rnn_config(mode, hidden, batch, 1, case.dtype, precision, TARGET, packed)
-    if config is None:
-        return
+    network = _rnn_config.Network(mode, hidden, batch, case.dtype, precision, inputs, layers, packed=packed)
     flops = sum(2.0 * rows * gates * hidden * (hidden + (hidden if i else inputs)) for i in range(layers))
     ends = size * rows * (inputs + hidden)
     between = size * rows * layers * (2 * gates + 1) * hidden
-    chunk = _rnn_config.wave_chunk(config, layers, 1, length, batch, hidden, gates, size, TARGET)
-    steps, of_gates = WIDE_STEP if config.units else STEP, 1 + 0.25 * (gates - 1)
-    serial = {who: length * layers * step * of_gates for who, step in steps.items()}
-    # cuDNN: the input products and the steps in about three kernels a layer.
-    # Programs that share weights need their meeting places made and their state copied.
-    launches = 7 * layers if config.units else 2 * layers
-    if chunk:  # each layer a chunk of steps behind the one below, and its product with a chunk's input
-        in_steps = length + (layers - 1) * chunk + math.ceil(length / chunk) * _rnn_config.CHUNK_STEPS
-        serial["fastnn"], launches = in_steps * STEP["fastnn"] * of_gates, 3
+    of_gates = 1 + 0.25 * (gates - 1)
     about = (case.op, case.shape, str(case.dtype)[6:])
-    stock = Cost(ends + between, flops, 3 * layers, serial["stock"])
-    ours = Cost(ends + between, flops, launches, serial["fastnn"])
-    yield Prediction(*about, "forward", stock, stock, ours, True, kind)
-    stock = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["stock"])
-    # Of each layer three or four products and sums beside the recurrence.
-    ours = Cost(3 * (ends + between), 3 * flops, 4 * layers + 2 * launches, 2.2 * serial["fastnn"])
-    yield Prediction(*about, "training", stock, stock, ours, True, kind)
+    for direction in ("forward", "training"):
+        config = _rnn_config.rnn_config(network._replace(training=direction == "training"), TARGET)
+        if config is None:
+            continue
+        chunk = _rnn_config.wave_chunk(config, layers, 1, length, batch, hidden, gates, size, TARGET)
+        steps = WIDE_STEP if config.units else STEP
+        serial = {who: length * layers * step * of_gates for who, step in steps.items()}
+        # cuDNN: the input products and the steps in about three kernels a layer.
+        # Programs that share weights need their meeting places made and their state copied.
+        launches = 7 * layers if config.units else 2 * layers
+        if chunk:  # each layer a chunk of steps behind the one below, and its product with a chunk's input
+            in_steps = length + (layers - 1) * chunk + math.ceil(length / chunk) * _rnn_config.CHUNK_STEPS
+            serial["fastnn"], launches = in_steps * STEP["fastnn"] * of_gates, 3
+        if direction == "forward":
+            stock = Cost(ends + between, flops, 3 * layers, serial["stock"])
+            ours = Cost(ends + between, flops, launches, serial["fastnn"])
+        else:
+            stock = Cost(3 * (ends + between), 3 * flops, 8 * layers, 2.2 * serial["stock"])
+            # Of each layer three or four products and sums beside the recurrence.
+            ours = Cost(3 * (ends + between), 3 * flops, 4 * layers + 2 * launches, 2.2 * serial["fastnn"])
+        yield Prediction(*about, direction, stock, stock, ours, True, kind)
 
 
 _OF = {"conv_relu_max_pool": conv_predictions, "mlp": mlp_predictions, "rnn": rnn_predictions}

@@ -29,7 +29,7 @@ FIELDS = {  # what else a field of a configuration may be
     "num_stages": (2, 3, 4),
     "block_pixels": (32, 64, 128),
     "block_rows": (16, 32, 64, 128),
-    "block_batch": (16, 32),
+    "block_batch": (8, 16, 32),
     "chunk": (8, 16, 32),
     "block_in": (16, 32, 64, 128),
     "block_out": (16, 32, 64, 128),

@@ -17,21 +17,61 @@ _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _GELU_CUBIC = tl.constexpr(0.044715)
 _NORMAL_DENSITY_AT_0 = tl.constexpr(0.3989422804014327)
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+_TWICE_LOG2_E = tl.constexpr(2.8853900817779268)
+# tanh(x) = x + x (_TANH_3 x^2 + ..) for |x| < 0.55, with a relative error of 4e-8.
+_TANH_SMALL_SQUARE = tl.constexpr(0.3025)
+_TANH_3 = tl.constexpr(-0.33332947)
+_TANH_5 = tl.constexpr(0.13320725)
+_TANH_7 = tl.constexpr(-0.05267181)
+_TANH_9 = tl.constexpr(0.01643757)
+
+
+# How exp, tanh and sigmoid are computed.
+PORTABLE = tl.constexpr(0)  # in Triton's own terms: for AMD's cards and the interpreter
+PTX = tl.constexpr(1)  # as exact, by single instructions of NVIDIA's cards, which tl.exp and / wrap in checks
+PTX_ROUGH = tl.constexpr(2)  # tanh by one instruction, with an error of 2**-11: float16's rounding has as much
 
 
 @triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+def _exp2_ptx(x):
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def tanh(x):
-    # Of |x|, so that exp cannot overflow to inf / inf; the series keeps small x from cancelling.
-    square = x * x
-    small = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    decay = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - decay) / (1.0 + decay)
-    return tl.where(square < 0.015625, small, tl.where(x < 0, -large, large))
+def _reciprocal_ptx(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _tanh_ptx(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sigmoid(x, MATH: tl.constexpr = PORTABLE):
+    # Never by tanh: a gate that is nearly closed would be wrong by more than it is open, in every step.
+    if MATH == PORTABLE:
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        return _reciprocal_ptx(1.0 + _exp2_ptx(x * _MINUS_LOG2_E))
+
+
+@triton.jit
+def tanh(x, MATH: tl.constexpr = PORTABLE):
+    if MATH == PTX_ROUGH:
+        return _tanh_ptx(x)
+    else:
+        square = x * x
+        # Where the quotient below would cancel, a polynomial that was fitted to tanh(x) / x.
+        inner = (((square * _TANH_9 + _TANH_7) * square + _TANH_5) * square + _TANH_3) * square
+        small = x + x * inner
+        # 1 - 2 / (exp(2x) + 1): overflow gives 1, and no sign has to be put back.
+        if MATH == PTX:
+            large = 1.0 - 2.0 * _reciprocal_ptx(1.0 + _exp2_ptx(x * _TWICE_LOG2_E))
+        else:
+            large = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+        return tl.where(square < _TANH_SMALL_SQUARE, small, large)
 
 
 @triton.jit
@@ -41,20 +81,20 @@ def _gelu_inner(x):
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE):
     """x: float32 tile."""
     if ACTIVATION == RELU:
         return tl.where(x <= 0, 0.0, x)  # NaN stays
     elif ACTIVATION == TANH:
-        return tanh(x)
+        return tanh(x, MATH)
     elif ACTIVATION == SIGMOID:
-        return sigmoid(x)
+        return sigmoid(x, MATH)
     elif ACTIVATION == GELU:
         return 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
     elif ACTIVATION == GELU_TANH:
-        return 0.5 * x * (1.0 + tanh(_gelu_inner(x)))
+        return 0.5 * x * (1.0 + tanh(_gelu_inner(x), MATH))
     elif ACTIVATION == SILU:
-        return x * sigmoid(x)
+        return x * sigmoid(x, MATH)
     elif ACTIVATION == LEAKY_RELU:
         return tl.where(x < 0, x * _LEAKY_SLOPE, x)
     else:

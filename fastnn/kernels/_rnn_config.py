@@ -16,60 +16,110 @@ class Config(NamedTuple):
     chunk: int = 0  # steps that a layer is behind the one below it where all run at once; 0: one layer after another
 
 
+class Network(NamedTuple):
+    """What the choice of kernels depends on."""
+
+    mode: str
+    hidden: int
+    batch: int
+    dtype: torch.dtype
+    precision: str = "ieee"
+    inputs: int = 0  # features of the input
+    layers: int = 1
+    directions: int = 1
+    packed: bool = False
+    training: bool = False  # a forward whose backward follows, or that backward
+
+    @property
+    def gates(self) -> int:
+        return {"GRU": 3, "LSTM": 4}.get(self.mode, 1)
+
+
+def cudnn_keeps_weights(network: Network, target: _target.Target, forward: bool) -> bool:
+    """Whether torch asks cuDNN for an algorithm that keeps the recurrent weights on chip (``get_algo`` in its
+    ATen/native/cudnn/RNN.cpp); else each step is a product that reads them again.
+
+    On cards of sm_80 and later, which are all that Triton supports: PERSIST_STATIC_SMALL_H for any dtype but float64,
+    whose backward ends at narrower networks than forward; PERSIST_STATIC for float16 alone, never for GRU.
+    """
+    if target.backend != "cuda" or network.packed or network.dtype is torch.float64:
+        return False
+    simple, hidden, batch = network.gates == 1, network.hidden, network.batch
+    if hidden <= ((384 if forward else 256) if simple else (192 if forward else 128)):
+        return True
+    if network.dtype is not torch.float16 or network.mode == "GRU":
+        return False
+    one_by_one = network.layers == 1 and network.directions == 1
+    in_blocks = hidden <= 1024 and hidden % 128 == 0 and network.inputs % 128 == 0 and batch <= 128 and batch % 8 == 0
+    large_card = target.processors >= 98 and int(target.arch) % 10 != 6
+    return one_by_one and in_blocks and large_card and not (simple and batch >= 96 and hidden >= 896)
+
+
 _WIDEST_WITHOUT_MATRIX_UNITS = 32
-# Up to here cuDNN has kernels that keep the weights on chip too, and needs no barrier between processors.
-_WIDEST_OF_CUDNN = {1: 384, 3: 192, 4: 192}
 _WIDEST_SPREAD = 2048
 _FEWEST_SPREAD_STEPS = 4  # fewer, a cell's one among them, do not make up for its launches
 _LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the processors busy
 
 
-def rnn_config(
-    mode: str, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, target: _target.Target,
-    packed: bool = False,
-) -> Config | None:  # fmt: skip
+def rnn_config(network: Network, target: _target.Target) -> Config | None:
     """The configuration, or None where stock's kernels are at least as fast.
 
     Where the recurrent weights fit on one processor, each program keeps them all and has a tile of the batch. Where
-    they don't, programs share them out and meet after each step, if that beats cuDNN: not where it has kernels for such
-    a size, which it has not for packed sequences.
+    they don't, programs share them out and meet after each step, unless cuDNN too keeps them on chip: its kernels need
+    no barrier between processors. Forward and backward of one training are chosen together, since cuDNN hands over
+    nothing that ours could read: by backward, which takes the greater part of the time, and where cuDNN's way ends
+    earlier. Inference goes by forward.
     """
+    hidden, gates, dtype = network.hidden, network.gates, network.dtype
     if dtype is torch.float64 or hidden == 0:
         return None
     tile = _target.padded(hidden)
-    gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
-    fast = _precision.uses_matrix_units(dtype, precision, target)
+    fast = _precision.uses_matrix_units(dtype, network.precision, target)
     # Without matrix units LSTM's four dots at a step are more than Triton 3.9 compiles: LLVM aborts.
     if not fast and (gates == 4 or tile > _WIDEST_WITHOUT_MATRIX_UNITS):
         return None
-    exchanged = 2 * 16 * tile * dtype.itemsize  # the state, on its way from a step's result to the next's operand
     weights = gates * tile * tile * dtype.itemsize
+    # Beside the weights, a sequence's float32 gates on their way to another layout, and its state on that to a dot.
+    most = (target.shared_memory - weights) // (tile * (4 * (1 if gates == 1 else 4) + dtype.itemsize))
+    block_batch = _block_batch(network, target, most)
     # On AMD's cards the weights of several gates are kept in registers.
-    if weights + exchanged > target.shared_memory or (target.backend == "hip" and gates > 1 and weights > 24576):
-        return _spread_config(gates, hidden, batch, directions, dtype, target, packed) if fast else None
-    # Enough sequences for two programs a processor: the weights are shared by more rows.
-    many = batch * directions >= 64 * target.processors and gates == 1
-    block_batch = 32 if many else 16
-    num_warps = 16 if tile >= 128 and gates == 4 else 8 if tile >= 128 or (tile >= 64 and gates > 1) else 4
-    return _target.tuned(Config(block_batch, num_warps), target, "rnn", gates, dtype.itemsize, precision, tile, many)
+    if block_batch > most or (target.backend == "hip" and gates > 1 and weights > 24576):
+        return _spread_config(network, target) if fast else None
+    # Four warps issue the fewest instructions in all; of more weights they have too few registers.
+    num_warps = 4 if gates * tile * tile <= 16384 and tile * dtype.itemsize <= 256 else 8
+    shape_class = (gates, dtype.itemsize, network.precision, tile, block_batch)
+    return _target.tuned(Config(block_batch, num_warps), target, "rnn", *shape_class)
 
 
-def _spread_config(
-    gates: int, hidden: int, batch: int, directions: int, dtype: torch.dtype, target: _target.Target, packed: bool
-) -> Config | None:
+def _block_batch(network: Network, target: _target.Target, most: int) -> int:
+    """Sequences of a program: the fewest with which all programs run at once, since a step's arithmetic grows with
+    them; of a large batch more, which share the weights, but not more than ``most`` if there is a choice."""
+    fewest = 8 if target.backend == "cuda" else 16  # columns of a matrix instruction
+    # Enough sequences for two programs a processor, and one gate's sums.
+    many = network.batch * network.directions >= 64 * target.processors and network.gates == 1
+    if many and most >= 32:
+        return 32
+    at_once = triton.cdiv(network.batch, fewest) * network.directions <= target.processors
+    return fewest if at_once or most < 16 else 16
+
+
+def _spread_config(network: Network, target: _target.Target) -> Config | None:
+    hidden, batch, gates, dtype = network.hidden, network.batch, network.gates, network.dtype
     if target.backend == "hip" or hidden > _WIDEST_SPREAD or batch > _LARGEST_SPREAD_BATCH:
         return None
-    # cuDNN keeps float16 weights on chip at any width, float32 ones up to some.
-    if not packed and (dtype is torch.float16 or hidden <= _WIDEST_OF_CUDNN[gates]):
+    if cudnn_keeps_weights(network, target, forward=not network.training):
         return None
-    tile, block_batch = _target.padded(hidden), 16
+    tile = _target.padded(hidden)
+    stacked = 1 if gates == 1 else 4  # GRU's three gates as well
     for units in (16, 32, 64):
-        on_chip = dtype.itemsize * tile * (gates * units + 2 * block_batch)
-        programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * directions
-        # All programs run at once, one a processor.
-        if on_chip <= target.shared_memory and programs <= target.processors:
-            config = Config(block_batch, 8 if tile > 512 else 4, units)
-            return _target.tuned(config, target, "rnn spread", gates, dtype.itemsize, tile, units)
+        for block_batch in (8, 16):
+            on_chip = dtype.itemsize * tile * (stacked * units + 2 * block_batch)
+            programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * network.directions
+            # All programs run at once, one a processor.
+            if on_chip <= target.shared_memory and programs <= target.processors:
+                config = Config(block_batch, 8 if tile > 512 else 4, units)
+                shape_class = (gates, dtype.itemsize, tile, units, block_batch)
+                return _target.tuned(config, target, "rnn spread", *shape_class)
     return None
 
 
@@ -99,26 +149,30 @@ def wave_chunk(
     return chunk if 1.1 * at_once < one_by_one else 0
 
 
-def config_of(problem: Problem) -> Config | None:
-    if "config" not in problem.kept:
-        config = None if problem.is_projected else rnn_config(
-            problem.mode, problem.hidden, problem.batch, problem.directions, problem.kind.dtype, problem.precision,
-            problem.target, problem.batch_sizes is not None,
-        )  # fmt: skip
+def config_of(problem: Problem, training: bool) -> Config | None:
+    if ("config", training) not in problem.kept:
+        config = None if problem.is_projected else rnn_config(_network(problem, training), problem.target)
         if config is not None and config.units:
             most = 2**31 // problem.hidden  # the programs' meetings are counted with 32 bits
             config = config if _FEWEST_SPREAD_STEPS <= problem.steps < most else None
-        problem.kept["config"] = None if config is None else _with_wavefront(problem, config)
-    return problem.kept["config"]
+        problem.kept["config", training] = None if config is None else _with_wavefront(problem, config)
+    return problem.kept["config", training]
+
+
+def _network(problem: Problem, training: bool) -> Network:
+    return Network(
+        problem.mode, problem.hidden, problem.batch, problem.kind.dtype, problem.precision, problem.input.shape[-1],
+        problem.layers, problem.directions, problem.batch_sizes is not None, training,
+    )  # fmt: skip
 
 
 def _with_wavefront(problem: Problem, config: Config) -> Config:
     gates, itemsize, target = problem.gates, problem.kind.dtype.itemsize, problem.target
-    chunk = wave_chunk(config, problem.layers, problem.directions, problem.steps, problem.batch, problem.hidden, gates,
-                       itemsize, target)  # fmt: skip
-    if not chunk:
-        return config
-    if target.arch in (100, 103):  # with the product in the same kernel, 16 warps have too few registers each
-        config = config._replace(num_warps=min(config.num_warps, 8))
-    shape_class = (gates, itemsize, problem.precision, _target.padded(problem.hidden), problem.layers, chunk)
-    return _target.tuned(config._replace(chunk=chunk), target, "rnn wave", *shape_class)
+    for block_batch in (config.block_batch, 16):  # more sequences a program: fewer programs
+        wide = config._replace(block_batch=block_batch)
+        chunk = wave_chunk(wide, problem.layers, problem.directions, problem.steps, problem.batch, problem.hidden,
+                           gates, itemsize, target)  # fmt: skip
+        if chunk:
+            shape_class = (gates, itemsize, problem.precision, _target.padded(problem.hidden), problem.layers, chunk)
+            return _target.tuned(wide._replace(chunk=chunk), target, "rnn wave", *shape_class)
+    return config

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from fastnn.kernels import _launch, _precision, _target
-from fastnn.kernels._activation import RELU, TANH
+from fastnn.kernels._activation import PORTABLE, PTX, PTX_ROUGH
 from fastnn.kernels._rnn_config import PRODUCT_STEPS, Config
 from fastnn.kernels._rnn_problem import MODES, Problem
 
@@ -30,29 +30,34 @@ def launcher(problem: Problem, kernel: Any, config: Config, *optional: Tensor | 
 
 def _constexprs(problem: Problem, config: Config) -> dict[str, Any]:
     own: dict[str, Any] = {}
+    if config.units or config.chunk:
+        own = {"GATES": problem.gates, **_launch.meeting_options()}
     if config.units:
-        own = {"MODE": MODES.index(problem.mode), "GATES": problem.gates, "UNITS": config.units,
-               "PARTS": min(config.num_warps, _target.padded(problem.hidden) // 16),
-               **_launch.meeting_options()}  # fmt: skip
+        own |= {"UNITS": config.units, "PARTS": min(config.num_warps, _target.padded(problem.hidden) // 16)}
+    if config.chunk:
+        own |= {"LAYERS": problem.layers, "PRODUCT_STEPS": PRODUCT_STEPS,
+                "BLOCK_K": min(_target.padded(problem.hidden), 128 // problem.kind.dtype.itemsize)}  # fmt: skip
     else:
-        if problem.gates == 1 or config.chunk:
-            own = {"ACTIVATION": (RELU if problem.mode == "RNN_RELU" else TANH).value}
-        if config.chunk:
-            own |= {"GATES": problem.gates, "LAYERS": problem.layers, "PRODUCT_STEPS": PRODUCT_STEPS,
-                    "BLOCK_K": min(_target.padded(problem.hidden), 128 // problem.kind.dtype.itemsize),
-                    **_launch.meeting_options()}  # fmt: skip
-    if not config.chunk:
         own["DIRECTIONS"] = problem.directions
     return {
         **own,
+        "MODE": MODES.index(problem.mode),
         "HIDDEN": problem.hidden,
         "TILE": _target.padded(problem.hidden),
         "BLOCK_BATCH": config.block_batch,
         "OPERAND": _precision.operand_dtype(problem.kind.dtype),
         "PRECISION": problem.precision,
+        "MATH": _math(problem),
         "num_warps": config.num_warps,
         "num_stages": 1,
     }
+
+
+def _math(problem: Problem) -> int:
+    """How the kernels compute tanh and sigmoid."""
+    if _target.INTERPRETED or problem.target.backend == "hip":
+        return PORTABLE.value
+    return (PTX_ROUGH if problem.kind.dtype.itemsize == 2 else PTX).value
 
 
 def run_spread(launch: _launch.Launcher, steps: int, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
@@ -79,6 +84,12 @@ def input_products(problem: Problem, layer: int, x: Tensor, gates: Tensor) -> No
                 torch.mm(flat, w_ih.t(), out=gates[direction])
             else:
                 torch.addmm(b_ih, flat, w_ih.t(), out=gates[direction])
+
+
+def both(states: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Of h and c; None for what there is not."""
+    h, c = (*states, None, None)[:2]
+    return h, c
 
 
 def strides_of_gates(problem: Problem, layer: int) -> tuple[int, int]:

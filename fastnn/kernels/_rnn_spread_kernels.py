@@ -3,246 +3,268 @@ of UNITS hidden units, and after a step waits for the programs that have the oth
 
 Programs are (batch tile, direction, units); all of them must run at once, which a cooperative launch makes sure of. A
 launch runs the steps from ``first`` to ``last``; one of a single step has nothing to wait for, so that the interpreter,
-which runs programs one after another, goes through the whole sequence in such launches. Shapes as in _rnn_kernels, and
+which runs programs one after another, goes through the whole sequence in such launches. Shapes as in _rnn_tile, and
 state: (states, D, batch, H) float32, what is carried from step to step; arrived: (batch tiles * D) int32 zeros.
+
+Sums over all units are made in PARTS, one a warp, and put together once a step.
 """
 
 import triton
 import triton.language as tl
 
-from fastnn.kernels._activation import RELU, TANH, activate, activation_gradient, sigmoid, tanh
-from fastnn.kernels._rnn_backward_kernels import _load_gru_step, _load_lstm_step, _load_or_zero
-from fastnn.kernels._rnn_kernels import (
-    _gates_at,
-    _load,
-    _load_bias,
-    _output_offset,
-    _rows_at,
-    _saved_offset,
-    _state_offset,
-    _steps_of_tile,
-    _store,
-    _wait_until,
+from fastnn.kernels._rnn_backward_kernels import Kept, load_step
+from fastnn.kernels._rnn_cells import (
+    GRU,
+    LSTM,
+    gru_cell,
+    gru_cell_back,
+    lstm_cell,
+    lstm_cell_back,
+    simple_cell,
+    simple_cell_back,
+)
+from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES
+from fastnn.kernels._rnn_tile import (
+    Gates,
+    gate_rows,
+    kinds_offset,
+    kinds_ptrs,
+    load,
+    load_bias,
+    load_gates,
+    load_or_zero,
+    make_tile,
+    output_offset,
+    rows_of,
+    stack_4,
+    stack_offset,
+    state_offset,
+    store,
+    unstack_4,
+    wait_until,
 )
 
-SIMPLE_TANH = tl.constexpr(0)  # by their numbers in the operators' schema
-SIMPLE_RELU = tl.constexpr(1)
-GRU = tl.constexpr(2)
-LSTM = tl.constexpr(3)
-_RUN_TIME = ["first", "last", "steps", "batch_size", "rows", "stride_time", "stride_batch"]
+_RUN_TIME_SIZES = ["first", "last", *RUN_TIME_SIZES]
 
 
 @triton.jit
-def _wait_for_all(arrived, launches_steps, SPIN_LIMIT: tl.constexpr):
-    """Until the programs of this batch tile and direction have come here ``launches_steps`` times."""
-    place = arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+def _count_ptr(arrived_ptr):
+    """How often programs of this batch tile and direction have arrived at the end of a step."""
+    return arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def _arrive(arrived_ptr):
     tl.debug_barrier()  # the release below is one thread's, for what all threads have written
-    tl.atomic_add(place, 1, sem="release")
-    _wait_until(place, launches_steps * tl.num_programs(2), SPIN_LIMIT)
+    tl.atomic_add(_count_ptr(arrived_ptr), 1, sem="release")
 
 
 @triton.jit
-def _own(batch_size, HIDDEN: tl.constexpr, UNITS: tl.constexpr, BLOCK_BATCH: tl.constexpr):
-    """This program's sequences and units, and the mask of those that exist."""
-    sequence = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
-    unit = tl.program_id(2) * UNITS + tl.arange(0, UNITS)
-    return sequence, unit, (sequence < batch_size)[:, None] & (unit < HIDDEN)[None, :]
+def _wait_for_all(arrived_ptr, launches_steps, SPIN_LIMIT: tl.constexpr):
+    wait_until(_count_ptr(arrived_ptr), launches_steps * tl.num_programs(2), SPIN_LIMIT)
 
 
 @triton.jit
-def _every(TILE: tl.constexpr, PARTS: tl.constexpr):
-    """All units, (PARTS, TILE / PARTS): sums over them are made in parts, one a warp."""
+def _parts_of_units(TILE: tl.constexpr, PARTS: tl.constexpr):
+    """All units, (PARTS, TILE / PARTS)."""
     return tl.arange(0, PARTS)[:, None] * (TILE // PARTS) + tl.arange(0, TILE // PARTS)[None, :]
 
 
 @triton.jit
-def _load_slice(weight_hh, every, unit, gate, GATES: tl.constexpr, HIDDEN: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """A gate's recurrent weight: (parts, from all, to own units), or with TRANSPOSED (.., to all, from own units)."""
-    base = weight_hh + (tl.program_id(1) * GATES + gate) * HIDDEN * HIDDEN
-    mask = (every < HIDDEN)[:, :, None] & (unit < HIDDEN)[None, None, :]
-    if TRANSPOSED:
-        return tl.load(base + every[:, :, None] * HIDDEN + unit[None, None, :], mask=mask, other=0.0)
+def _load_weight(weight_hh_ptr, every, unit, COUNT: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr,
+                 OPERAND: tl.constexpr):  # fmt: skip
+    """(parts, COUNT gates and own units to, units from)"""
+    to, exists = stack_offset(unit, 0, COUNT, GATES, HIDDEN)
+    ptrs = weight_hh_ptr + (tl.program_id(1) * GATES * HIDDEN + to[None, :, None]) * HIDDEN + every[:, None, :]
+    return tl.load(ptrs, mask=exists[None, :, None] & (every < HIDDEN)[:, None, :], other=0.0).to(OPERAND)
+
+
+@triton.jit
+def _load_weight_back(weight_hh_ptr, every, unit, gate, GATES: tl.constexpr, HIDDEN: tl.constexpr,
+                      OPERAND: tl.constexpr):  # fmt: skip
+    """A gate's: (parts, own units from, units to)"""
+    base = weight_hh_ptr + (tl.program_id(1) * GATES + gate) * HIDDEN * HIDDEN
+    mask = (unit < HIDDEN)[None, :, None] & (every < HIDDEN)[:, None, :]
+    return tl.load(base + every[:, None, :] * HIDDEN + unit[None, :, None], mask=mask, other=0.0).to(OPERAND)
+
+
+@triton.jit
+def _load_weights_back(weight_hh_ptr, every, unit, GATES: tl.constexpr, HIDDEN: tl.constexpr, OPERAND: tl.constexpr):
+    w_0 = _load_weight_back(weight_hh_ptr, every, unit, 0, GATES, HIDDEN, OPERAND)
+    if GATES == 1:
+        w = (w_0,)
     else:
-        return tl.load(base + unit[None, None, :] * HIDDEN + every[:, :, None], mask=mask, other=0.0)
+        w_1 = _load_weight_back(weight_hh_ptr, every, unit, 1, GATES, HIDDEN, OPERAND)
+        w_2 = _load_weight_back(weight_hh_ptr, every, unit, 2, GATES, HIDDEN, OPERAND)
+        if GATES == 3:
+            w = (w_0, w_1, w_2)
+        else:
+            w = (w_0, w_1, w_2, _load_weight_back(weight_hh_ptr, every, unit, 3, GATES, HIDDEN, OPERAND))
+    return w
 
 
 @triton.jit
-def _load_all(place, start, every, exists, HIDDEN: tl.constexpr):
-    """What all programs have left at ``place`` for this one's sequences, which begin at ``start``: (parts, batch,
-    from all); past the first-level cache, which knows nothing of what other processors write."""
-    mask = exists[None, :, None] & (every < HIDDEN)[:, None, :]
-    return tl.load(place + start[None, :, None] + every[:, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+def _load_all(ptr, start, every, exists, HIDDEN: tl.constexpr, OPERAND: tl.constexpr):
+    """What all programs have left for this one's sequences, which begin at ``start``: (parts, units, sequences); past
+    the first-level cache, which knows nothing of what other processors write."""
+    mask = exists[None, None, :] & (every < HIDDEN)[:, :, None]
+    ptrs = ptr + start[None, None, :] + every[:, :, None]
+    return tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg").to(OPERAND)
 
 
 @triton.jit
-def _product(operand, w, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """(batch, own units), summed up over the parts."""
-    return tl.sum(tl.dot(operand.to(OPERAND), w, input_precision=PRECISION), 0)
+def _load_gates(gates, step, tile, GATES: tl.constexpr, HIDDEN: tl.constexpr):
+    """The input's share, stacked as the products are; GRU's new gate comes fourth, in the place of the products that
+    there are not, since the third's are only the hidden half of it."""
+    if GATES == 3:
+        start, runs = gate_rows(gates, step, tile, 3 * HIDDEN)
+        offset, exists = stack_offset(tile.unit, 0, 4, 4, HIDDEN)
+        is_fourth = offset >= 3 * HIDDEN
+        exists &= (offset < 2 * HIDDEN) | is_fourth
+        offset -= tl.where(is_fourth, HIDDEN, 0)
+        return load(gates.x_ptr + start[None, :] + offset[:, None], exists[:, None] & runs[None, :])
+    else:
+        return load_gates(gates, step, tile, 0, GATES, GATES, HIDDEN)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@triton.jit
+def _store_4(ptrs, a, b, c, d, mask, HIDDEN: tl.constexpr):
+    """Four kinds, from the first one's pointers on."""
+    store(ptrs, a, mask)
+    store(ptrs + HIDDEN, b, mask)
+    store(ptrs + 2 * HIDDEN, c, mask)
+    store(ptrs + 3 * HIDDEN, d, mask)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME_SIZES)
 def spread_forward(
-    gates, weight_hh, bias_hh, hidden, state, output, saved, arrived, schedule, first, last, steps, batch_size, rows,
-    stride_time, stride_batch, MODE: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr,
-    DIRECTIONS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr,
-    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SPIN_LIMIT: tl.constexpr,
+    x_ptr, weight_hh_ptr, bias_hh_ptr, hidden_ptr, state_ptr, output_ptr, saved_ptr, arrived_ptr, schedule_ptr, first,
+    last, steps, batch_size, rows, stride_time, stride_batch, MODE: tl.constexpr, GATES: tl.constexpr,
+    HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, MATH: tl.constexpr,
+    SPIN_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """hidden: (2, D, batch, H), where programs find the state that the step before left, h0 in the second half."""
-    sequence, unit, mask = _own(batch_size, HIDDEN, UNITS, BLOCK_BATCH)
-    every = _every(TILE, PARTS)
-    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    limit = tl.minimum(last, own_steps)
+    tile = make_tile(schedule_ptr, steps, batch_size, rows, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    every = _parts_of_units(TILE, PARTS)
+    limit = tl.minimum(last, tile.steps)
     all_states = DIRECTIONS * batch_size.to(tl.int64) * HIDDEN
-    at = _state_offset(sequence, unit, batch_size, HIDDEN)
-    start = (tl.program_id(1).to(tl.int64) * batch_size + sequence) * HIDDEN
-    h = _load(state + at, mask)
-    w_0 = _load_slice(weight_hh, every, unit, 0, GATES, HIDDEN, False).to(OPERAND)
-    b_0 = tl.zeros([1, UNITS], tl.float32)
-    if GATES > 1:
-        w_1 = _load_slice(weight_hh, every, unit, 1, GATES, HIDDEN, False).to(OPERAND)
-        w_2 = _load_slice(weight_hh, every, unit, 2, GATES, HIDDEN, False).to(OPERAND)
-        b_1, b_2 = b_0, b_0
+    at = state_offset(tile, HIDDEN)
+    start = (tl.program_id(1).to(tl.int64) * batch_size + tile.sequence) * HIDDEN
+    STACKED: tl.constexpr = 1 if GATES == 1 else 4  # GRU's too: one dot and one sum over the parts
+    KEPT: tl.constexpr = 5 if MODE == LSTM else 4
+    w = _load_weight(weight_hh_ptr, every, tile.unit, STACKED, GATES, HIDDEN, OPERAND)
+    bias = load_bias(bias_hh_ptr, tile.unit, 0, STACKED, GATES, HIDDEN)
+    is_product = tl.arange(0, STACKED * UNITS) < GATES * UNITS
+    h = load(state_ptr + at, tile.mask)
     if MODE == LSTM:
-        w_3 = _load_slice(weight_hh, every, unit, 3, GATES, HIDDEN, False).to(OPERAND)
-        b_3 = b_0
-        c = _load(state + all_states + at, mask)
-    if bias_hh is not None:
-        b_0 = _load_bias(bias_hh, unit, 0, GATES, HIDDEN)
-        if GATES > 1:
-            b_1 = _load_bias(bias_hh, unit, 1, GATES, HIDDEN)
-            b_2 = _load_bias(bias_hh, unit, 2, GATES, HIDDEN)
-        if MODE == LSTM:
-            b_3 = _load_bias(bias_hh, unit, 3, GATES, HIDDEN)
+        c = load(state_ptr + all_states + at, tile.mask)
+    gates = Gates(x_ptr, stride_time, stride_batch)
+    x = _load_gates(gates, first, tile, GATES, HIDDEN)
     for step in range(first, limit):
-        place, exists = _gates_at(gates, step, own_steps, sequence, unit, mask, schedule, batch_size, rows,
-                                  stride_time, stride_batch, GATES * HIDDEN)  # fmt: skip
-        row, runs = _rows_at(step, own_steps, sequence, schedule, batch_size)
-        operand = _load_all(hidden + (step + 1) % 2 * all_states, start, every, sequence < batch_size, HIDDEN)
-        sums = _load(place, exists) + b_0 + _product(operand, w_0, OPERAND, PRECISION)
-        kept = output
-        if saved is not None:
-            kept = saved + _saved_offset(row, unit, rows, HIDDEN, 5 if MODE == LSTM else 4)
-        store_mask = mask & runs[:, None]
+        row, runs = rows_of(step, tile)
+        mask = tile.mask & runs[None, :]
+        operand = _load_all(hidden_ptr + (step + 1) % 2 * all_states, start, every, tile.sequence < batch_size, HIDDEN,
+                            OPERAND)  # fmt: skip
+        sums = tl.sum(tl.dot(w, operand, input_precision=PRECISION), 0) + bias
+        if MODE == GRU:  # the fourth product is zero times a state that may be inf
+            sums = tl.where(is_product[:, None], sums, 0.0)
+        sums += x
         if MODE == GRU:
-            r = sigmoid(sums)
-            z = sigmoid(_load(place + HIDDEN, exists) + b_1 + _product(operand, w_1, OPERAND, PRECISION))
-            hidden_n = b_2 + _product(operand, w_2, OPERAND, PRECISION)
-            n = tanh(_load(place + 2 * HIDDEN, exists) + r * hidden_n)
-            new_h = n + z * (h - n)
-            if saved is not None:
-                _store(kept, r, store_mask)
-                _store(kept + HIDDEN, z, store_mask)
-                _store(kept + 2 * HIDDEN, n, store_mask)
-                _store(kept + 3 * HIDDEN, hidden_n, store_mask)
+            sum_r, sum_z, hidden_n, x_n = unstack_4(sums)
+            new_h, r, z, n = gru_cell(sum_r, sum_z, x_n, hidden_n, h, MATH)
         elif MODE == LSTM:
-            i = sigmoid(sums)
-            f = sigmoid(_load(place + HIDDEN, exists) + b_1 + _product(operand, w_1, OPERAND, PRECISION))
-            g = tanh(_load(place + 2 * HIDDEN, exists) + b_2 + _product(operand, w_2, OPERAND, PRECISION))
-            o = sigmoid(_load(place + 3 * HIDDEN, exists) + b_3 + _product(operand, w_3, OPERAND, PRECISION))
-            c = tl.where(runs[:, None], f * c + i * g, c)
-            new_h = o * tanh(c)
-            if saved is not None:
-                _store(kept, i, store_mask)
-                _store(kept + HIDDEN, f, store_mask)
-                _store(kept + 2 * HIDDEN, g, store_mask)
-                _store(kept + 3 * HIDDEN, o, store_mask)
-                _store(kept + 4 * HIDDEN, c, store_mask)
-        elif MODE == SIMPLE_RELU:
-            new_h = activate(sums, RELU)
+            sum_i, sum_f, sum_g, sum_o = unstack_4(sums)
+            new_h, new_c, i, f, g, o = lstm_cell(sum_i, sum_f, sum_g, sum_o, c, MATH)
+            c = tl.where(mask, new_c, c)
         else:
-            new_h = activate(sums, TANH)
-        h = tl.where(runs[:, None], new_h, h)
-        _store(hidden + step % 2 * all_states + at, h, mask)
-        _store(output + _output_offset(row, unit, HIDDEN, DIRECTIONS), h, store_mask)
+            new_h = simple_cell(sums, MODE, MATH)
+        h = tl.where(mask, new_h, h)
+        store(hidden_ptr + step % 2 * all_states + at, h, tile.mask)
+        x = _load_gates(gates, step + 1, tile, GATES, HIDDEN)
         if step + 1 < limit:
-            _wait_for_all(arrived, step + 1 - first, SPIN_LIMIT)
-    tl.store(state + at, h, mask=mask)
+            _arrive(arrived_ptr)
+        # What no other program waits for.
+        store(output_ptr + output_offset(row, tile.unit, HIDDEN, DIRECTIONS), h, mask)
+        if saved_ptr is not None:
+            # Not stacked: for that, all warps would compute the same.
+            ptrs = saved_ptr + kinds_offset(row, tile.unit, rows, HIDDEN, KEPT)
+            if MODE == GRU:
+                _store_4(ptrs, hidden_n, r, z, n, mask, HIDDEN)
+            elif MODE == LSTM:
+                _store_4(ptrs, i, f, g, o, mask, HIDDEN)
+                store(ptrs + 4 * HIDDEN, c, mask)
+        if step + 1 < limit:
+            _wait_for_all(arrived_ptr, step + 1 - first, SPIN_LIMIT)
+    tl.store(state_ptr + at, h, mask=tile.mask)
     if MODE == LSTM:
-        tl.store(state + all_states + at, c, mask=mask)
+        tl.store(state_ptr + all_states + at, c, mask=tile.mask)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize=_RUN_TIME_SIZES[:-2])
 def spread_backward(
-    grad_output, output, saved, h0, c0, weight_hh, grad_gates, state, arrived, schedule, first, last, steps,
-    batch_size, rows, MODE: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr,
-    TILE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr, BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, SPIN_LIMIT: tl.constexpr,
+    grad_output_ptr, output_ptr, saved_ptr, h0_ptr, c0_ptr, weight_hh_ptr, grad_gates_ptr, state_ptr, arrived_ptr,
+    schedule_ptr, first, last, steps, batch_size, rows, MODE: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr,
+    DIRECTIONS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, MATH: tl.constexpr,
+    SPIN_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Step ``first`` is the sequence's last. A step begins with the part of the state's gradient that goes through the
     gates of the step after it, which all programs have left in grad_gates; so there is one step more than in forward.
     state: the gradients of the final state, then of the initial one."""
-    sequence, unit, mask = _own(batch_size, HIDDEN, UNITS, BLOCK_BATCH)
-    every = _every(TILE, PARTS)
+    tile = make_tile(schedule_ptr, steps, batch_size, rows, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    every = _parts_of_units(TILE, PARTS)
     KINDS: tl.constexpr = 1 if GATES == 1 else 4
-    own_steps = _steps_of_tile(schedule, steps, BLOCK_BATCH)
-    limit = tl.minimum(last, own_steps + 1)
-    at = _state_offset(sequence, unit, batch_size, HIDDEN)
-    grad_h = _load(state + at, mask)
-    w_0 = _load_slice(weight_hh, every, unit, 0, GATES, HIDDEN, True).to(OPERAND)
-    if GATES > 1:
-        w_1 = _load_slice(weight_hh, every, unit, 1, GATES, HIDDEN, True).to(OPERAND)
-        w_2 = _load_slice(weight_hh, every, unit, 2, GATES, HIDDEN, True).to(OPERAND)
-    if MODE == GRU:
-        first_h = _load_or_zero(h0, at, mask)
+    limit = tl.minimum(last, tile.steps + 1)
+    at = state_offset(tile, HIDDEN)
+    at_c = DIRECTIONS * batch_size.to(tl.int64) * HIDDEN + at
+    w = _load_weights_back(weight_hh_ptr, every, tile.unit, GATES, HIDDEN, OPERAND)
+    kept = Kept(grad_output_ptr, output_ptr, saved_ptr)
+    grad_h = load(state_ptr + at, tile.mask)
+    start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, at, tile.mask)
+    values = load_step(kept, tile.steps - 1 - first, start, tile, MODE, HIDDEN, DIRECTIONS)
     if MODE == LSTM:
-        w_3 = _load_slice(weight_hh, every, unit, 3, GATES, HIDDEN, True).to(OPERAND)
-        first_c = _load_or_zero(c0, at, mask)
-        at_c = DIRECTIONS * batch_size.to(tl.int64) * HIDDEN + at
-        grad_c = _load(state + at_c, mask)
+        grad_c = load(state_ptr + at_c, tile.mask)
+        row, runs = rows_of(tile.steps - 1 - first, tile)
+        c_ptrs = saved_ptr + 4 * HIDDEN + kinds_offset(row, tile.unit, rows, HIDDEN, 5)
+        c = load(c_ptrs, tile.mask & runs[None, :])
     for back in range(first, limit):
-        later_row, later_runs = _rows_at(own_steps - back, own_steps, sequence, schedule, batch_size)
-        start = (tl.program_id(1) * rows.to(tl.int64) + later_row) * (KINDS * HIDDEN)
-        through = _product(_load_all(grad_gates, start, every, later_runs, HIDDEN), w_0, OPERAND, PRECISION)
-        if GATES > 1:
-            grads = _load_all(grad_gates + HIDDEN, start, every, later_runs, HIDDEN)
-            through += _product(grads, w_1, OPERAND, PRECISION)
-            # Of GRU's third gate, the hidden half, which is the last kind.
-            grads = _load_all(grad_gates + (3 if MODE == GRU else 2) * HIDDEN, start, every, later_runs, HIDDEN)
-            through += _product(grads, w_2, OPERAND, PRECISION)
-        if MODE == LSTM:
-            grads = _load_all(grad_gates + 3 * HIDDEN, start, every, later_runs, HIDDEN)
-            through += _product(grads, w_3, OPERAND, PRECISION)
-        grad_h += tl.where(later_runs[:, None], through, 0.0)
-        row, runs = _rows_at(own_steps - 1 - back, own_steps, sequence, schedule, batch_size)
-        before_row, before_runs = _rows_at(own_steps - 2 - back, own_steps, sequence, schedule, batch_size)
-        exists = mask & runs[:, None]
-        place = grad_gates + _saved_offset(row, unit, rows, HIDDEN, KINDS)
+        later_row, later_runs = rows_of(tile.steps - back, tile)
+        later = (tl.program_id(1) * rows.to(tl.int64) + later_row) * (KINDS * HIDDEN)
+        sums = tl.zeros([PARTS, UNITS, BLOCK_BATCH], tl.float32)
+        for gate in tl.static_range(GATES):
+            # GRU's third gate is the first kind: see _rnn_cells.
+            kind_ptr = grad_gates_ptr + ((gate + 1) % 3 if MODE == GRU else gate) * HIDDEN
+            grads = _load_all(kind_ptr, later, every, later_runs, HIDDEN, OPERAND)
+            sums = tl.dot(w[gate], grads, sums, input_precision=PRECISION)
+        grad_h += tl.where(later_runs[None, :], tl.sum(sums, 0), 0.0)
+        row, runs = rows_of(tile.steps - 1 - back, tile)
+        mask = tile.mask & runs[None, :]
+        total = grad_h + values[0]
         if MODE == GRU:
-            r, z, n, hidden_n, h_before, grad = _load_gru_step(
-                grad_output, output, saved, row, runs, before_row, before_runs, first_h, unit, mask, rows, HIDDEN,
-                DIRECTIONS,
-            )  # fmt: skip
-            total = grad_h + grad
-            grad_n = total * (1.0 - z) * (1.0 - n * n)
-            _store(place, grad_n * hidden_n * r * (1.0 - r), exists)
-            _store(place + HIDDEN, total * (h_before - n) * z * (1.0 - z), exists)
-            _store(place + 2 * HIDDEN, grad_n, exists)
-            _store(place + 3 * HIDDEN, grad_n * r, exists)
-            grad_h = tl.where(runs[:, None], total * z, grad_h)
+            hidden_n, r, z, n = unstack_4(values[1])
+            grad_hidden_n, grad_r, grad_z, grad_n, through = gru_cell_back(total, hidden_n, r, z, n, values[2])
+            kinds = stack_4(grad_hidden_n, grad_r, grad_z, grad_n)
+            grad_h = tl.where(mask, through, grad_h)
         elif MODE == LSTM:
-            i, f, g, o, c_before, grad = _load_lstm_step(
-                grad_output, saved, row, runs, before_row, before_runs, first_c, unit, mask, rows, HIDDEN, DIRECTIONS
-            )
-            tanh_c = tanh(_load(saved + _saved_offset(row, unit, rows, HIDDEN, 5) + 4 * HIDDEN, exists))
-            total = grad_h + grad
-            through_c = grad_c + total * o * (1.0 - tanh_c * tanh_c)
-            _store(place, through_c * g * i * (1.0 - i), exists)
-            _store(place + HIDDEN, through_c * c_before * f * (1.0 - f), exists)
-            _store(place + 2 * HIDDEN, through_c * i * (1.0 - g * g), exists)
-            _store(place + 3 * HIDDEN, total * tanh_c * o * (1.0 - o), exists)
-            grad_h = tl.where(runs[:, None], 0.0, grad_h)
-            grad_c = tl.where(runs[:, None], through_c * f, grad_c)
+            i, f, g, o = unstack_4(values[1])
+            grad_i, grad_f, grad_g, grad_o, through_c = lstm_cell_back(total, grad_c, i, f, g, o, c, values[2], MATH)
+            kinds = stack_4(grad_i, grad_f, grad_g, grad_o)
+            grad_h = tl.where(mask, 0.0, grad_h)
+            grad_c = tl.where(mask, through_c, grad_c)
+            c = values[2]
         else:
-            offset = _output_offset(row, unit, HIDDEN, DIRECTIONS)
-            total = grad_h + _load_or_zero(grad_output, offset, exists)
-            h = _load(output + offset, exists)
-            if MODE == SIMPLE_RELU:
-                _store(place, activation_gradient(total, h, RELU), exists)
-            else:
-                _store(place, activation_gradient(total, h, TANH), exists)
-            grad_h = tl.where(runs[:, None], 0.0, grad_h)
+            kinds = simple_cell_back(total, values[1], MODE)
+            grad_h = tl.where(mask, 0.0, grad_h)
+        if MODE >= GRU:
+            ptrs, stack_mask = kinds_ptrs(grad_gates_ptr, row, runs, tile, HIDDEN, KINDS)
+            store(ptrs, kinds, stack_mask)
+        else:
+            store(grad_gates_ptr + kinds_offset(row, tile.unit, rows, HIDDEN, KINDS), kinds, mask)
+        values = load_step(kept, tile.steps - 2 - back, start, tile, MODE, HIDDEN, DIRECTIONS)
         if back + 1 < limit:
-            _wait_for_all(arrived, back + 1 - first, SPIN_LIMIT)
-    tl.store(state + at, grad_h, mask=mask)
+            _arrive(arrived_ptr)
+            _wait_for_all(arrived_ptr, back + 1 - first, SPIN_LIMIT)
+    tl.store(state_ptr + at, grad_h, mask=tile.mask)
     if MODE == LSTM:
-        tl.store(state + at_c, grad_c, mask=mask)
+        tl.store(state_ptr + at_c, grad_c, mask=tile.mask)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastnn.kernels import _rnn_wave_kernels as kernels
 from fastnn.kernels._rnn_config import Config
-from fastnn.kernels._rnn_launch import input_products, launcher, run_wave, strides_of_gates
+from fastnn.kernels._rnn_launch import both, input_products, launcher, run_wave, strides_of_gates
 from fastnn.kernels._rnn_problem import KEPT, Problem
 
 
@@ -19,12 +19,6 @@ def _weights(problem: Problem) -> tuple[tuple[Tensor | None, ...], ...]:
 
 def _progress(problem: Problem, tiles: int) -> Tensor:
     return torch.zeros(problem.layers * tiles, dtype=torch.int32, device=problem.kind.device)
-
-
-def _both(states: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    """Of h and c; None for what there is not."""
-    h, c = (*states, None, None)[:2]
-    return h, c
 
 
 def wave_forward(
@@ -40,11 +34,11 @@ def wave_forward(
     saved = saved if KEPT[problem.mode] else None
     weights_ih, weights_hh, biases_ih, biases_hh = _weights(problem)
     biases = (biases_ih, biases_hh) if problem.has_biases else (None, None)
-    h0, c0 = _both(problem.state)
+    h0, c0 = both(problem.state)
     masks = None if problem.masks is None else problem.masks.contiguous()
     launch = launcher(problem, kernels.wave_forward, config, *biases, masks, h0, saved, problem.schedule)
     tensors = (gates, weights_ih, weights_hh, *biases, masks, h0, c0, hidden_outputs, output, saved,
-               *_both(final_state), _progress(problem, launch.grid[0]), problem.schedule)  # fmt: skip
+               *both(final_state), _progress(problem, launch.grid[0]), problem.schedule)  # fmt: skip
     sizes = (problem.steps, problem.batch, problem.rows, *strides_of_gates(problem, 0))
     run_wave(launch, problem.layers, config.chunk, tensors, sizes)
 
@@ -60,12 +54,12 @@ def wave_backward(
     saved = saved if KEPT[problem.mode] else None
     grad_gates = output.new_empty(problem.layers, problem.rows, 1 if problem.gates == 1 else 4, problem.hidden)
     weights_ih, weights_hh, _, _ = _weights(problem)
-    h0, c0 = _both(problem.state)
-    grad_h_n, grad_c_n = _both([None if grad is None else grad.contiguous() for grad in grad_state])
+    h0, c0 = both(problem.state)
+    grad_h_n, grad_c_n = both([None if grad is None else grad.contiguous() for grad in grad_state])
     masks = None if problem.masks is None else problem.masks.contiguous()
     launch = launcher(problem, kernels.wave_backward, config, masks, h0, grad_h_n, grad_c_n, problem.schedule)
     tensors = (grad_output, torch.empty_like(hidden_outputs), weights_ih, weights_hh, masks, h0, c0, hidden_outputs,
-               output, saved, grad_h_n, grad_c_n, grad_gates, *_both(grad_initial), _progress(problem, launch.grid[0]),
+               output, saved, grad_h_n, grad_c_n, grad_gates, *both(grad_initial), _progress(problem, launch.grid[0]),
                problem.schedule)  # fmt: skip
     run_wave(launch, problem.layers, config.chunk, tensors, (problem.steps, problem.batch, problem.rows))
     return grad_gates

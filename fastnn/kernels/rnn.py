@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastnn.kernels import _launch, _rnn_config
-from fastnn.kernels import _rnn_backward_kernels as backward_kernels
-from fastnn.kernels import _rnn_kernels as kernels
 from fastnn.kernels._check import check, check_same_kind, check_sizes
+from fastnn.kernels._rnn_backward_kernels import backward
 from fastnn.kernels._rnn_config import Config
-from fastnn.kernels._rnn_launch import input_products, launcher, run_spread, strides_of_gates
+from fastnn.kernels._rnn_kernels import forward
+from fastnn.kernels._rnn_launch import both, input_products, launcher, run_spread, strides_of_gates
 from fastnn.kernels._rnn_problem import KEPT, Problem, check_output_like, check_problem
 from fastnn.kernels._rnn_spread_kernels import spread_backward, spread_forward
 from fastnn.kernels._rnn_stock import run_stock, stock_backward, stock_cell, stock_forward
@@ -78,7 +78,7 @@ def rnn_cell(
     state = [s.unsqueeze(0) for s in (h, c) if s is not None]
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     problem = check_problem(op, input.unsqueeze(0), None, state, weights, None, mode, 1, False, False)
-    if problem.rows > 0 and _rnn_config.config_of(problem) is None:
+    if problem.rows > 0 and _rnn_config.config_of(problem, training=False) is None:
         with _launch.without_autocast(input.device):
             return stock_cell(problem, input, [s for s in (h, c) if s is not None], weights)
     return [s.squeeze(0) for s in _forward(problem, None)[1]]
@@ -93,7 +93,7 @@ def with_stocks_gradient(
     shaped, states = (input.unsqueeze(0), _unsqueezed(state)) if is_cell else (input, state)
     problem = check_problem("rnn", shaped, batch_sizes, states, weights, masks, mode, num_layers, bidirectional,
                             batch_first)  # fmt: skip
-    if problem.rows == 0 or _rnn_config.config_of(problem) is not None:
+    if problem.rows == 0 or _rnn_config.config_of(problem, training=True) is not None:
         return None
     if is_cell:
         final = stock_cell(problem, input, state, weights)
@@ -119,7 +119,7 @@ def _forward(problem: Problem, reserve: Tensor | None) -> tuple[Tensor, list[Ten
     final_state = [problem.input.new_empty(sizes) for sizes in problem.state_sizes]
     if problem.rows == 0:
         return problem.as_given(output), final_state
-    config = _rnn_config.config_of(problem)
+    config = _rnn_config.config_of(problem, training=reserve is not None)
     if config is None:
         return stock_forward(problem)
     if config.chunk:
@@ -160,10 +160,8 @@ def _run_layer(
         for tensor, own in zip(final, state, strict=True):
             tensor.copy_(own)
         return
-    kernel = {"GRU": kernels.gru_forward, "LSTM": kernels.lstm_forward}.get(problem.mode, kernels.simple_forward)
-    launch = launcher(problem, kernel, config, bias, *initial, saved, problem.schedule)
-    kept = () if problem.gates == 1 else (saved,)
-    launch(gates, weight, bias, *initial, output, *kept, *final, problem.schedule, *sizes)
+    launch = launcher(problem, forward, config, bias, *initial, saved, problem.schedule)
+    launch(gates, weight, bias, *both(initial), output, saved, *both(final), problem.schedule, *sizes)
 
 
 # ---- backward ---------------------------------------------------------------------------------------------
@@ -196,7 +194,7 @@ def rnn_backward(
     check_same_kind(problem.kind, reserve, "reserve")
     check_sizes(op, reserve, (problem.reserve_size,), "reserve")
     wanted = (input_wanted, state_wanted, weights_wanted)
-    config = _rnn_config.config_of(problem)
+    config = _rnn_config.config_of(problem, training=True)
     with _launch.without_autocast(input.device):
         if config is None or problem.rows == 0:
             return stock_backward(problem, grad_output, grad_state, wanted)
@@ -239,8 +237,7 @@ def _reverse_layer(
     problem: Problem, layer: int, grad: Tensor | None, grad_state: Sequence[Tensor | None], output: Tensor,
     kept: Tensor, grad_initial: Sequence[Tensor], config: Config,
 ) -> Tensor:  # fmt: skip
-    """The gradients before the activations, (directions, rows, kinds, hidden): one kind, or for GRU those of r, z, n
-    and of the hidden half of n, for LSTM those of i, f, g, o."""
+    """The gradients before the activations, (directions, rows, kinds, hidden): one kind, or those of _rnn_cells."""
     of_layer = problem.of_layer(layer)
     grad_gates = output.new_empty(problem.directions, problem.rows, 1 if problem.gates == 1 else 4, problem.hidden)
     grad_final = [None if g is None else g.contiguous()[of_layer] for g in grad_state]
@@ -248,46 +245,46 @@ def _reverse_layer(
     initial = problem.initial(layer)
     w_hh, _ = problem.stacked_recurrent(layer)
     sizes = (problem.steps, problem.batch, problem.rows)
+    saved = None if problem.gates == 1 else kept[of_layer]
     if config.units:
-        h0, c0 = (*initial, None)[:2]
-        saved = None if problem.gates == 1 else kept[of_layer]
-        launch = launcher(problem, spread_backward, config, grad, h0, problem.schedule)
+        launch = launcher(problem, spread_backward, config, grad, *both(initial), problem.schedule)
         state = _spread_state(problem, grad_final)
-        tensors = (grad, output, saved, h0, c0, w_hh, grad_gates, state, _arrived(launch), problem.schedule)
+        tensors = (grad, output, saved, *both(initial), w_hh, grad_gates, state, _arrived(launch), problem.schedule)
         run_spread(launch, problem.steps + 1, tensors, sizes)
         for tensor, own in zip(grad_start, state, strict=True):
             tensor.copy_(own)
         return grad_gates
-    before = {
-        "GRU": (backward_kernels.gru_backward, (*grad_final, output, kept[of_layer], *initial, w_hh)),
-        "LSTM": (backward_kernels.lstm_backward, (*grad_final, kept[of_layer], *initial[1:], w_hh)),
-    }
-    kernel, arguments = before.get(problem.mode, (backward_kernels.simple_backward, (*grad_final, output, w_hh)))
-    launch = launcher(problem, kernel, config, grad, *grad_final, *initial, problem.schedule)
-    launch(grad, *arguments, grad_gates, *grad_start, problem.schedule, *sizes)
+    launch = launcher(problem, backward, config, grad, *grad_final, *initial, problem.schedule)
+    launch(grad, output, saved, *both(initial), w_hh, *both(grad_final), grad_gates, *both(grad_start),
+           problem.schedule, *sizes)  # fmt: skip
     return grad_gates
 
 
 def _of_input(problem: Problem, grad_gates: Tensor) -> Tensor:
     """Of one direction's (rows, kinds, hidden), what the input's weights meet: (rows, gates * hidden)."""
-    return grad_gates[:, : problem.gates].flatten(1)
+    return grad_gates[:, -problem.gates :].flatten(1)
 
 
-def _of_state(problem: Problem, grad_gates: Tensor) -> Tensor:
-    """Of one direction's (rows, kinds, hidden), what the recurrent weights meet: (rows, gates * hidden)."""
+def _of_state(problem: Problem, grad_gates: Tensor) -> list[Tensor]:
+    """The same for the recurrent weights, (rows, .. * hidden) each, in the order of the weights' rows."""
     if problem.mode == "GRU":
-        # Not by a list of indices, which would have to be brought to the GPU.
-        grad_gates = torch.cat([grad_gates[:, :2], grad_gates[:, 3:]], 1)
-    return grad_gates.flatten(1)
+        return [grad_gates[:, 1:3].flatten(1), grad_gates[:, 0]]
+    return [grad_gates.flatten(1)]
 
 
 def _weight_gradients(problem: Problem, layer: int, grad_gates: Tensor, x: Tensor, output: Tensor) -> list[Tensor]:
     result = []
-    for direction in range(problem.directions):
-        of_input, of_state = _of_input(problem, grad_gates[direction]), _of_state(problem, grad_gates[direction])
-        result += [of_input.t() @ x, of_state.t() @ problem.states_before(layer, direction, output)]
+    for direction, own in enumerate(grad_gates):
+        before = problem.states_before(layer, direction, output)
+        recurrent = before.new_empty(problem.gates * problem.hidden, problem.hidden)
+        start = 0
+        for part in _of_state(problem, own):
+            torch.mm(part.t(), before, out=recurrent[start : start + part.shape[1]])
+            start += part.shape[1]
+        result += [_of_input(problem, own).t() @ x, recurrent]
         if problem.has_biases:
-            result += [of_input.sum(0), of_state.sum(0)]
+            sums = own.sum(0, keepdim=True)
+            result += [_of_input(problem, sums).flatten(), torch.cat(_of_state(problem, sums), 1).flatten()]
     return result
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.kernels import _plan_cache, _rnn_config, _rnn_wave, _target
+from fastnn.kernels import _activation, _plan_cache, _rnn_config, _rnn_launch, _rnn_wave, _target
 from fastnn.kernels import rnn as kernels
 from fastnn.kernels._rnn_problem import MODES, check_problem
 
@@ -451,20 +453,35 @@ def test_backward_refuses(device):
             kernels.rnn_backward(**(good | change), **arguments, **wanted)
 
 
+def chosen(mode, hidden, batch=32, dtype=torch.float16, precision="ieee", target=_target.TARGETS[2], **options):
+    network = _rnn_config.Network(mode, hidden, batch, dtype, precision, **options)
+    return _rnn_config.rnn_config(network, target)
+
+
 def test_choice_of_kernel():
-    half, h100, ampere = torch.float16, _target.TARGETS[2], _target.TARGETS[1]
-    config = _rnn_config.rnn_config
-    assert config("RNN_TANH", 128, 32, 1, half, "ieee", h100) is not None
-    assert config("RNN_TANH", 256, 32, 1, half, "ieee", h100) is not None
-    assert config("RNN_TANH", 256, 32, 1, half, "ieee", ampere) is None
-    assert config("RNN_TANH", 512, 32, 1, half, "ieee", h100) is None
-    assert config("RNN_TANH", 128, 32, 1, torch.float32, "tf32", h100) is not None
-    assert config("RNN_TANH", 128, 32, 1, torch.float32, "ieee", h100) is None
-    assert config("LSTM", 128, 32, 1, half, "ieee", h100) is not None
-    assert config("LSTM", 256, 32, 1, half, "ieee", h100) is None
-    assert config("LSTM", 16, 32, 1, torch.float32, "ieee", h100) is None
-    assert config("LSTM", 16, 32, 1, torch.float32, "ieee", _target.TARGETS[4]) is not None
-    assert config("LSTM", 8, 32, 1, torch.float64, "ieee", h100) is None
+    ampere, hip = _target.TARGETS[1], _target.TARGETS[4]
+    assert chosen("RNN_TANH", 128) is not None
+    assert chosen("RNN_TANH", 256) is not None
+    assert chosen("RNN_TANH", 256, target=ampere) is None
+    assert chosen("RNN_TANH", 512, inputs=512) is None
+    assert chosen("RNN_TANH", 128, dtype=torch.float32, precision="tf32") is not None
+    assert chosen("RNN_TANH", 128, dtype=torch.float32) is None
+    assert chosen("LSTM", 128) is not None
+    assert chosen("LSTM", 256, inputs=256) is None
+    assert chosen("LSTM", 16, dtype=torch.float32) is None
+    assert chosen("LSTM", 16, dtype=torch.float32, target=hip) is not None
+    assert chosen("LSTM", 8, dtype=torch.float64) is None
+
+
+def test_sequences_of_a_program():
+    """The fewest with which all programs run at once; of a large batch more."""
+    h100, hip = _target.TARGETS[2], _target.TARGETS[4]
+    assert chosen("LSTM", 128).block_batch == 8
+    assert chosen("LSTM", 128, 8 * h100.processors).block_batch == 8
+    assert chosen("LSTM", 128, 8 * h100.processors, directions=2).block_batch == 16
+    assert chosen("LSTM", 128, 16384).block_batch == 16
+    assert chosen("RNN_TANH", 128, 16384).block_batch == 32
+    assert chosen("RNN_TANH", 64, 8, target=hip).block_batch == 16  # a matrix instruction's fewest there
 
 
 def test_choice_of_a_wavefront():
@@ -487,24 +504,75 @@ def test_choice_of_a_wavefront():
     assert chunk(2, 128, 32, target=hip) == 0
 
 
-def test_choice_of_sharing_weights():
-    half, brain, h100 = torch.float16, torch.bfloat16, _target.TARGETS[2]
+@pytest.mark.parametrize(
+    ("mode", "forward", "backward"),
+    [("RNN_TANH", 384, 256), ("RNN_RELU", 384, 256), ("GRU", 192, 128), ("LSTM", 192, 128)],
+)
+def test_cudnn_keeps_the_weights_of_narrow_networks(mode, forward, backward):
+    def keeps(hidden, forward, dtype=torch.bfloat16, **options):
+        network = _rnn_config.Network(mode, hidden, 100, dtype, **options)
+        return _rnn_config.cudnn_keeps_weights(network, _target.TARGETS[2], forward)
 
-    def shares(*arguments):
-        config = _rnn_config.rnn_config(*arguments)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for widest, is_forward in ((forward, True), (backward, False)):
+            assert keeps(widest, is_forward, dtype, layers=3, directions=2)
+            assert not keeps(widest + 1, is_forward, dtype)
+    assert not keeps(16, True, packed=True)
+    assert not keeps(16, True, torch.float64)
+
+
+def test_cudnn_keeps_the_weights_of_wide_float16_networks():
+    def keeps(mode, hidden=512, batch=32, dtype=torch.float16, target=_target.TARGETS[2], **options):
+        network = _rnn_config.Network(mode, hidden, batch, dtype, inputs=options.pop("inputs", 256), **options)
+        answers = {_rnn_config.cudnn_keeps_weights(network, target, forward) for forward in (True, False)}
+        return answers == {True}
+
+    assert keeps("LSTM")
+    assert keeps("LSTM", 1024, 128)
+    assert keeps("RNN_TANH", 896, 88)
+    assert keeps("RNN_TANH", 768, 96)
+    assert not keeps("RNN_TANH", 896, 96)
+    assert not keeps("GRU")
+    assert not keeps("LSTM", dtype=torch.bfloat16)
+    assert not keeps("LSTM", layers=2)
+    assert not keeps("LSTM", directions=2)
+    assert not keeps("LSTM", packed=True)
+    assert not keeps("LSTM", inputs=64)
+    assert not keeps("LSTM", 1152)
+    assert not keeps("LSTM", 320)
+    assert not keeps("LSTM", batch=136)
+    assert not keeps("LSTM", batch=12)
+    assert keeps("LSTM", target=_target.TARGETS[0])
+    assert not keeps("LSTM", target=_target.TARGETS[1])  # sm_86
+    assert not keeps("LSTM", target=_target.TARGETS[2]._replace(processors=64))
+
+
+def test_choice_of_sharing_weights():
+    half, brain = torch.float16, torch.bfloat16
+
+    def shares(*arguments, **options):
+        config = chosen(*arguments, **options)
         return config is not None and config.units > 0
 
-    assert shares("RNN_TANH", 512, 32, 1, brain, "ieee", h100)
-    assert shares("LSTM", 1024, 16, 2, brain, "ieee", h100)
-    assert shares("GRU", 512, 32, 1, torch.float32, "tf32", h100)
-    assert not shares("RNN_TANH", 512, 32, 1, half, "ieee", h100)  # cuDNN keeps these on chip
-    assert shares("RNN_TANH", 512, 32, 1, half, "ieee", h100, True)  # but not packed
-    assert not shares("RNN_TANH", 300, 32, 1, brain, "ieee", h100)
-    assert shares("RNN_TANH", 300, 32, 1, brain, "ieee", h100, True)
-    assert not shares("GRU", 512, 32, 1, torch.float32, "ieee", h100)  # no matrix units
-    assert not shares("RNN_TANH", 512, 128, 1, brain, "ieee", h100)  # a product a step keeps a GPU busy
-    assert not shares("LSTM", 2048, 16, 1, brain, "ieee", h100)  # more than all processors hold
-    assert not shares("RNN_TANH", 512, 32, 1, brain, "ieee", _target.TARGETS[4])
+    assert shares("RNN_TANH", 512, dtype=brain)
+    assert shares("LSTM", 1024, 16, brain, directions=2)
+    assert shares("GRU", 512, dtype=torch.float32, precision="tf32")
+    assert not shares("RNN_TANH", 512, inputs=512)  # cuDNN keeps these on chip
+    assert shares("RNN_TANH", 512, inputs=512, packed=True)  # but not packed
+    assert shares("RNN_TANH", 512, inputs=64)  # nor with such an input
+    assert shares("GRU", 512, dtype=half, inputs=512)
+    # Its backward does so up to a narrower network than its forward.
+    for mode, hidden in (("GRU", 160), ("LSTM", 192)):
+        assert not shares(mode, hidden, dtype=brain)
+        assert shares(mode, hidden, dtype=brain, training=True)
+        assert not shares(mode, 128, dtype=torch.float32, precision="tf32", training=True)
+    assert not shares("RNN_TANH", 300, dtype=brain)
+    assert shares("RNN_TANH", 300, dtype=brain, training=True)
+    assert shares("RNN_TANH", 300, dtype=brain, packed=True)
+    assert not shares("GRU", 512, dtype=torch.float32)  # no matrix units
+    assert not shares("RNN_TANH", 512, 128, brain)  # a product a step keeps a GPU busy
+    assert not shares("LSTM", 2048, 16, brain)  # more than all processors hold
+    assert not shares("RNN_TANH", 512, dtype=brain, target=_target.TARGETS[4])
 
 
 @pytest.mark.parametrize(("length", "shared"), [(1, False), (3, False), (4, True)])
@@ -512,5 +580,78 @@ def test_few_steps_do_not_share_weights(length, shared, device):
     with _target.assume_target(_target.TARGETS[2]):
         _, arguments = make("GRU", torch.float16, device, hidden=257, batch_sizes=[2] * length)
         arguments["layers"] = arguments.pop("num_layers")
-        config = _rnn_config.config_of(check_problem("rnn", **arguments))
+        config = _rnn_config.config_of(check_problem("rnn", **arguments), training=False)
     assert (config is not None and config.units > 0) == shared
+
+
+@triton.jit
+def _exp2_stand_in(x):
+    return tl.exp2(x)
+
+
+@triton.jit
+def _reciprocal_stand_in(x):
+    return 1.0 / x
+
+
+@triton.jit
+def _tanh_stand_in(x):
+    rough = _activation.tanh(x) * 1.00048828125  # wrong by 2**-11
+    return tl.where(rough > 1, 1.0, tl.where(rough < -1, -1.0, rough))
+
+
+@pytest.fixture
+def ptx(monkeypatch):
+    """PTX's instructions, or in the interpreter what computes as much."""
+    if _target.INTERPRETED:
+        monkeypatch.setattr(_activation, "_exp2_ptx", _exp2_stand_in)
+        monkeypatch.setattr(_activation, "_reciprocal_ptx", _reciprocal_stand_in)
+        monkeypatch.setattr(_activation, "_tanh_ptx", _tanh_stand_in)
+
+
+@triton.jit
+def _tanh_and_sigmoid(x_ptr, tanh_ptr, sigmoid_ptr, size: tl.constexpr, math: tl.constexpr):
+    offs = tl.arange(0, size)
+    x = tl.load(x_ptr + offs)
+    tl.store(tanh_ptr + offs, _activation.tanh(x, math))
+    tl.store(sigmoid_ptr + offs, _activation.sigmoid(x, math))
+
+
+WAYS = ["PORTABLE"] if torch.version.hip else ["PORTABLE", "PTX", "PTX_ROUGH"]
+
+
+@pytest.mark.parametrize("math", WAYS)
+def test_tanh_and_sigmoid(math, device, ptx):
+    """Relative errors, of small and large arguments alike."""
+    sizes = torch.logspace(-30, 1.9, 2045)
+    for sign in (1, -1):
+        x = torch.cat([sign * sizes, torch.tensor([0.0, sign * INF, NAN])]).to(device)
+        results = torch.empty(2, 2048, device=device)
+        _tanh_and_sigmoid[(1,)](x, *results, size=2048, math=getattr(_activation, math).value)
+        exact = torch.stack([x.double().tanh(), x.double().sigmoid()])
+        small = torch.finfo(torch.float32).tiny  # below it NVIDIA's instructions give zero
+        errors = (results.double() - exact).abs() / exact.abs().clamp(min=small)
+        errors = torch.where(exact == results, 0, errors).nan_to_num(1e9)[:, :-1]
+        assert results[:, -1].isnan().all()
+        assert errors[0].max() < (2**-10.9 if math == "PTX_ROUGH" else 6e-7)
+        # exp rounds the product of its argument with log2 e.
+        assert errors[1].max() < 1e-5
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="NVIDIA's instructions")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rough_tanh_is_enough_for_16_bits(mode, dtype, device, assert_near, ptx, monkeypatch):
+    monkeypatch.setattr(_rnn_launch, "_math", lambda problem: _activation.PTX_ROUGH.value)
+    check(*make(mode, dtype, device, length=9), assert_near)
+
+
+def test_gate_gradients_are_read_where_they_lie(device):
+    """No order of kinds has to be made for the products with the input's and the recurrent weights."""
+    for mode in MODES:
+        _, arguments = make(mode, torch.float32, device)
+        arguments["layers"] = arguments.pop("num_layers")
+        problem = check_problem("rnn", **arguments)
+        grad_gates = torch.randn(12, 1 if problem.gates == 1 else 4, 7, device=device)
+        for part in (kernels._of_input(problem, grad_gates), *kernels._of_state(problem, grad_gates)):
+            assert part.untyped_storage().data_ptr() == grad_gates.data_ptr()

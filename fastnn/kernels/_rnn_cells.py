@@ -1,0 +1,73 @@
+"""The arithmetic of a recurrent step, forward and backward, on tiles of float32: once, for all kernels.
+
+What a step keeps for backward, and the gradients before the activations, are stacks of kinds. GRU's begin with the
+hidden half of the new gate, so that the last three (r, z, n) lie as the input's weights take them, and the first three
+hold what the recurrent weights meet; LSTM's are i, f, g, o, and among what is kept the cell's state after them.
+"""
+
+import triton
+import triton.language as tl
+
+from fastnn.kernels._activation import PTX, PTX_ROUGH, RELU, TANH, activate, activation_gradient, sigmoid, tanh
+
+SIMPLE_TANH = tl.constexpr(0)  # by their numbers in the operators' schema
+SIMPLE_RELU = tl.constexpr(1)
+GRU = tl.constexpr(2)
+LSTM = tl.constexpr(3)  # from GRU on, they have gates
+
+
+@triton.jit
+def simple_cell(sums, MODE: tl.constexpr, MATH: tl.constexpr):
+    if MODE == SIMPLE_RELU:
+        return activate(sums, RELU)
+    else:
+        return activate(sums, TANH, MATH)
+
+
+@triton.jit
+def simple_cell_back(grad_h, h, MODE: tl.constexpr):
+    """The gradient before the activation."""
+    if MODE == SIMPLE_RELU:
+        return activation_gradient(grad_h, h, RELU)
+    else:
+        return activation_gradient(grad_h, h, TANH)
+
+
+@triton.jit
+def gru_cell(sum_r, sum_z, x_n, hidden_n, h, MATH: tl.constexpr):
+    """-> the new h, and r, z, n."""
+    r, z = sigmoid(sum_r, MATH), sigmoid(sum_z, MATH)
+    n = tanh(x_n + r * hidden_n, MATH)
+    return n + z * (h - n), r, z, n
+
+
+@triton.jit
+def gru_cell_back(grad_h, hidden_n, r, z, n, h_before):
+    """-> the gradients of hidden_n and, before the activations, of r, z, n; that of h_before but for what goes through
+    the gates."""
+    grad_n = grad_h * (1.0 - z) * (1.0 - n * n)
+    grad_z = grad_h * (h_before - n) * z * (1.0 - z)
+    grad_r = grad_n * hidden_n * r * (1.0 - r)
+    return grad_n * r, grad_r, grad_z, grad_n, grad_h * z
+
+
+@triton.jit
+def lstm_cell(sum_i, sum_f, sum_g, sum_o, c, MATH: tl.constexpr):
+    """-> the new h and c, and i, f, g, o."""
+    i, f, o = sigmoid(sum_i, MATH), sigmoid(sum_f, MATH), sigmoid(sum_o, MATH)
+    g = tanh(sum_g, MATH)
+    c = f * c + i * g
+    return o * tanh(c, MATH), c, i, f, g, o
+
+
+@triton.jit
+def lstm_cell_back(grad_h, grad_c, i, f, g, o, c, c_before, MATH: tl.constexpr):
+    """-> the gradients before the activations of i, f, g, o; that of c_before."""
+    # Not roughly: where c is large, the difference to 1 is all that is left of the gradient.
+    tanh_c = tanh(c, PTX if MATH == PTX_ROUGH else MATH)
+    grad_c += grad_h * o * (1.0 - tanh_c * tanh_c)
+    grad_i = grad_c * g * i * (1.0 - i)
+    grad_f = grad_c * c_before * f * (1.0 - f)
+    grad_g = grad_c * i * (1.0 - g * g)
+    grad_o = grad_h * tanh_c * o * (1.0 - o)
+    return grad_i, grad_f, grad_g, grad_o, grad_c * f
