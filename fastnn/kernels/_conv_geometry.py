@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     in_size: Triple
     conv_size: Triple
     out_size: Triple
+    in_last: bool  # whether the input's channels are last in memory
 
     @property
     def taps(self) -> int:
@@ -143,8 +144,9 @@ def check_problem(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, a
               "2**31 elements an image and 2**31 pixels")  # fmt: skip
     geometry = (kernel, stride, padding, dilation, *pool)
     return Problem(
-        kind, dims, images, groups, weight.shape[1], weight.shape[0] // groups, geometry, in_size, conv_size, out_size
-    )
+        kind, dims, images, groups, weight.shape[1], weight.shape[0] // groups, geometry, in_size, conv_size, out_size,
+        as_image(input).is_contiguous(memory_format=channels_last(dims)),
+    )  # fmt: skip
 
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
@@ -159,3 +161,8 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
 
 def channels_last(dims: int) -> torch.memory_format:
     return torch.channels_last_3d if dims == 3 else torch.channels_last
+
+
+def as_image(tensor: Tensor) -> Tensor:
+    """A 1-d tensor as images of height 1: 1-d tensors have no format with the channels last."""
+    return tensor.unsqueeze(2) if tensor.dim() == 3 else tensor

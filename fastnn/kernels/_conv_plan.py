@@ -49,39 +49,73 @@ class Config(NamedTuple):
         }
 
 
-class Worth(NamedTuple):
-    """When a fused kernel pays: its sums take ``slower`` times as long as cuDNN's, and what it saves, about 14 bytes of
-    traffic a 16-bit value of the convolution, is worth that of so many of cuDNN's products a value."""
+class Rates(NamedTuple):
+    """Products of a convolution in the time in which a byte goes to or from memory."""
 
-    slower: float
-    forward: float
-    backward: float
+    stock: float  # by cuDNN
+    fused: float  # here
 
 
-_WORTH = {
-    "matrix units": Worth(2, 1300, 300),
-    "tf32x3": Worth(4 / 3, 215, 50),  # which cuDNN does without
-    "no matrix units": Worth(2, 220, 60),
+# Of an H100, at the shares of its limits that tools/gpu_roofline.py assumes; other cards are near.
+_RATES = {
+    "16-bit": Rates(110, 70),
+    "tf32": Rates(55, 35),
+    "tf32x3": Rates(7.5, 7),  # which cuDNN does without
+    "no matrix units": Rates(7.5, 4),
 }
-_LAUNCH_BOUND_WORK = 100e6
+_INSTRUCTIONS = 10  # of a lane, in the time of a byte
+# Instructions of a lane, as the compiler makes them for sm_90 (cuobjdump): to bring an element of a patch of few
+# channels on chip; an element of the convolution's gradient, rebuilt from the winners, for the input's gradient; and an
+# element of a patch with the gradients of its place for the weight's.
+_GATHER = 30
+_REBUILD = 18
+_MATCH = 26
+_MOST_OUT = 64  # channels of a tile
+_MOST_IN = 64  # of one of the input's gradient
+_LAUNCH_BOUND_WORK = 100e6  # floating-point operations
 _FEW_CHANNELS = 16
 _WIDEST_GRID = 65535  # in all dimensions but the first
 
 
 def is_fused(problem: Problem, direction: str, precision: str, target: _target.Target) -> bool:
-    """Whether the convolution is computed here; else by stock's kernel. ``direction``: "forward" or "backward"."""
+    """Whether the convolution is computed here; else by stock's kernel, with one launch of ours behind or before it.
+    ``direction``: "forward" or "backward"."""
     if problem.kind.dtype is torch.float64:
         return False
     if problem.groups > 1 and min(problem.channels, problem.out_channels) < _FEW_CHANNELS:
         return False  # tiles would stay empty
-    fast = _precision.uses_matrix_units(problem.kind.dtype, precision, target)
-    worth = _WORTH["tf32x3" if precision == "tf32x3" else "matrix units" if fast else "no matrix units"]
-    saved = worth.forward if direction == "forward" else worth.backward
     repeated = max(problem.recomputed, 1.0)
     if direction == "backward":
         # The input's gradient visits every tap, also those that a stride leaves out.
         repeated = max(repeated, math.prod(problem.geometry[1]))
-    return problem.depth * (worth.slower * repeated - 1) <= saved or problem.work * repeated <= _LAUNCH_BOUND_WORK
+    if problem.work * repeated <= _LAUNCH_BOUND_WORK:
+        return True
+    halves = problem.kind.dtype.itemsize == 2
+    rates = _RATES["16-bit" if halves else precision if precision in _RATES else "no matrix units"]
+    directions = 1 if direction == "forward" else 2  # products of the convolution's depth
+    # In bytes of memory traffic a value of the convolution. Stock's output is written and read again; its gradient is
+    # written and read by two products.
+    stock = (directions + 1) * problem.kind.dtype.itemsize + directions * problem.depth / rates.stock
+    fused = directions * problem.depth * repeated / rates.fused + _conversion(problem)
+    return fused + _instructions(problem, direction, repeated) / _INSTRUCTIONS <= stock
+
+
+def _conversion(problem: Problem) -> float:
+    """Bytes a value of the convolution for a copy of the input with its channels last."""
+    if not is_tap_by_tap(problem) or problem.in_last:
+        return 0.0
+    values = problem.out_channels * math.prod(problem.conv_size)
+    return 2.0 * problem.kind.dtype.itemsize * problem.channels * math.prod(problem.in_size) / values
+
+
+def _instructions(problem: Problem, direction: str, repeated: float) -> float:
+    """Of a lane, a value of the convolution, beside those that stock's way has too."""
+    out_tile = min(_MOST_OUT, problem.out_channels)  # that share an element of a patch
+    if direction == "forward":
+        return 0.0 if is_tap_by_tap(problem) else repeated * problem.depth * _GATHER / out_tile
+    pixels = math.prod(problem.in_size) / math.prod(problem.conv_size)
+    rebuilt = pixels * problem.taps * triton.cdiv(problem.channels, _MOST_IN)
+    return rebuilt * _REBUILD + problem.recomputed * problem.depth * _MATCH / out_tile
 
 
 def is_tap_by_tap(problem: Problem) -> bool:
@@ -92,7 +126,7 @@ def conv_config(problem: Problem, precision: str, target: _target.Target) -> Con
     """The fused kernels' tiles, as large as registers hold without spilling (tools/gpu_check.py)."""
     wide = problem.kind.dtype.itemsize == 2
     fast = _precision.uses_matrix_units(problem.kind.dtype, precision, target)
-    block_out = min(64, _target.padded(problem.out_channels))
+    block_out = min(_MOST_OUT, _target.padded(problem.out_channels))
     if is_tap_by_tap(problem):
         most = 128 if wide and (target.backend == "hip" or target.arch in _target.LARGE_TILES) else 64
         block_k = min(64 if wide else 32, _target.padded(problem.channels))
@@ -283,7 +317,7 @@ def _input_gradient_launcher(
     problem: Problem, in_last: bool, precision: str, target: _target.Target
 ) -> _launch.Launcher:
     config = conv_config(problem, precision, target)
-    block_k = min(64, _target.padded(problem.channels))
+    block_k = min(_MOST_IN, _target.padded(problem.channels))
     config = config._replace(block_k=block_k, block_out=min(config.block_out, 32))
     pixels = problem.images * math.prod(problem.in_size)
     return _launch.Launcher(

@@ -301,29 +301,40 @@ def test_refuses_tensors(device):
 
 
 def test_choice_of_path():
-    def problem(images, channels, out_channels, size, dtype, kernel=3, **options):
+    def problem(images, channels, out_channels, size, dtype, kernel=3, last=True, **options):
         a = arguments(2, **options)
         with torch.device("meta"):
             input = torch.empty(images, channels, size, size, dtype=dtype)
             weight = torch.empty(out_channels, channels // a.groups, kernel, kernel, dtype=dtype)
-        return check_problem("", input, weight, None, a)
+        return check_problem("", input.contiguous(memory_format=torch.channels_last) if last else input, weight, None, a)
 
-    half = torch.bfloat16
+    def is_fused(problem, precision="ieee", direction="forward"):
+        return _conv_plan.is_fused(problem, direction, precision, _target.TARGETS[2])
+
+    half, single = torch.bfloat16, torch.float32
     middle = problem(64, 64, 64, 112, half)
-    assert _conv_plan.is_fused(middle, "forward", "ieee", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(middle, "backward", "ieee", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(8, 256, 512, 28, half), "forward", "ieee", _target.TARGETS[2])
-    stem = problem(64, 3, 64, 224, half, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
-    assert _conv_plan.is_fused(stem, "forward", "ieee", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "ieee", _target.TARGETS[2])
-    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee", _target.TARGETS[2])
+    assert is_fused(middle)
+    assert not is_fused(middle, direction="backward")
+    assert not is_fused(problem(8, 256, 512, 28, half))
+    assert not is_fused(problem(64, 64, 64, 112, half, groups=64))
+    assert not is_fused(problem(1, 3, 4, 8, torch.float64))
+    assert not is_fused(problem(64, 64, 64, 112, single))
+    assert is_fused(problem(64, 64, 64, 112, single), "tf32")
+    assert is_fused(problem(64, 64, 64, 112, single), "tf32x3")
+    assert not is_fused(problem(64, 96, 64, 112, single), "tf32x3")
     assert _conv_plan.conv_config(middle, "ieee", _target.TARGETS[2]).block_pixels == 128
-    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32x3", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(64, 96, 64, 112, torch.float32), "forward", "tf32x3", _target.TARGETS[2])
-    stem = problem(64, 3, 64, 224, torch.float32, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
-    assert not _conv_plan.is_fused(stem, "forward", "tf32x3", _target.TARGETS[2])
+    # A copy with the channels last costs what is saved, unless many channels come out of few.
+    assert not is_fused(problem(64, 64, 64, 112, half, last=False))
+    assert is_fused(problem(64, 16, 128, 112, half, last=False))
+    # What is gathered element by element: little of few channels, much where windows overlap, or backward.
+    few = problem(64, 3, 64, 224, half)
+    assert is_fused(few)
+    assert not is_fused(few, direction="backward")
+    assert not is_fused(problem(64, 32, 32, 112, half), direction="backward")
+    assert is_fused(problem(1, 32, 32, 56, half), direction="backward")  # which is bound by launches
+    for dtype, precision in ((half, "ieee"), (single, "tf32"), (single, "tf32x3")):
+        stem = problem(64, 3, 64, 224, dtype, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
+        assert not is_fused(stem, precision)
 
 
 def test_float32_without_tf32(device, without_tf32, monkeypatch):
