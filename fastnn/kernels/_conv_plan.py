@@ -77,7 +77,6 @@ _REBUILD = 18
 _MATCH = 26
 _MOST_OUT = 64  # channels of a tile
 _MOST_IN = 64  # of one of the input's gradient
-_MOST_FEW = 64  # columns of a step of few channels
 _LAUNCH_BOUND_WORK = 100e6  # floating-point operations
 _FEW_CHANNELS = 16
 _PACKED_PIXELS = 512  # of a program
@@ -103,7 +102,9 @@ def is_fused(problem: Problem, direction: str, precision: str, target: _target.T
     # In bytes of memory traffic a value of the convolution. Stock's output is written and read again; its gradient is
     # written and read by two products.
     stock = (directions + 1) * problem.kind.dtype.itemsize + directions * problem.depth / rates.stock
-    depth = problem.depth if is_tap_by_tap(problem) else _few_columns(problem)
+    depth = problem.depth
+    if not is_tap_by_tap(problem):
+        depth = _few_columns(_as_packed(problem) if direction == "forward" and is_packed(problem) else problem)[1]
     fused = directions * depth * repeated / rates.fused + _conversion(problem, direction)
     return fused + _instructions(problem, direction, repeated) / _INSTRUCTIONS <= stock
 
@@ -124,7 +125,8 @@ def _instructions(problem: Problem, direction: str, repeated: float) -> float:
     if direction == "forward":
         if is_tap_by_tap(problem):
             return 0.0
-        loads = _few_columns(problem) / (_packed_channels(problem) if is_packed(problem) else 1)
+        taken = _as_packed(problem) if is_packed(problem) else problem
+        loads = _few_columns(taken)[1] / (taken.channels if _loads_pixels(taken) else 1)
         return repeated * loads * _GATHER / out_tile
     pixels = math.prod(problem.in_size) / math.prod(problem.conv_size)
     rebuilt = pixels * problem.taps * triton.cdiv(problem.channels, _MOST_IN)
@@ -141,17 +143,25 @@ def _packed_channels(problem: Problem) -> int:
     return max(4, triton.next_power_of_2(problem.channels))
 
 
-def _few_columns(problem: Problem) -> int:
-    """Columns that a sum over few channels takes in all, in whole steps."""
-    columns = problem.taps * _packed_channels(problem)
-    return triton.cdiv(columns, _MOST_FEW) * _MOST_FEW if columns > _MOST_FEW else _target.padded(columns)
+def _loads_pixels(problem: Problem) -> bool:
+    """Whether one load brings the few channels of a pixel."""
+    return problem.in_last and problem.channels == _packed_channels(problem)
+
+
+def _few_columns(problem: Problem) -> tuple[int, int]:
+    """Of a sum over few channels: the columns of a step, and of all steps."""
+    columns = problem.taps * _tap_columns(problem, 0)
+    # Elements that come one by one all have a place of their own, and places fill registers.
+    most = 64 if _loads_pixels(problem) else 32 if problem.kind.dtype.itemsize == 2 else 16
+    step = min(most, _target.padded(columns))
+    return step, triton.cdiv(columns, step) * step
 
 
 def _tap_columns(problem: Problem, block_k: int) -> int:
     """Columns of a tap in the fused kernels' sums."""
     if is_tap_by_tap(problem):
         return triton.cdiv(problem.channels, block_k) * block_k
-    return _packed_channels(problem)
+    return triton.next_power_of_2(problem.channels)
 
 
 def _packed_size(problem: Problem) -> Triple:
@@ -165,7 +175,7 @@ def is_packed(problem: Problem) -> bool:
     channels, pixels = _packed_channels(problem), math.prod(_packed_size(problem))
     if is_tap_by_tap(problem) or problem.work <= _LAUNCH_BOUND_WORK or problem.groups > 1:
         return False
-    if problem.in_last and problem.channels == channels:
+    if _loads_pixels(problem):
         return False
     return pixels <= 2 * math.prod(problem.in_size) and max(channels, problem.images) * pixels < LARGEST
 
@@ -188,8 +198,8 @@ def conv_config(problem: Problem, precision: str, target: _target.Target) -> Con
     if is_tap_by_tap(problem):
         most = 128 if wide and (target.backend == "hip" or target.arch in _target.LARGE_TILES) else 64
         block_k = min(64 if wide else 32, _target.padded(problem.channels))
-    else:  # every element of a step has a place of its own, and places fill registers
-        most, block_k = 64, min(_MOST_FEW, _target.padded(problem.taps * _packed_channels(problem)))
+    else:
+        most, block_k = 64, _few_columns(problem)[0]
     pixels = problem.images * math.prod(problem.out_size)
     block_pixels = min(most if fast else 32, _target.padded(triton.cdiv(pixels, target.processors)))
     num_warps = 8 if block_pixels * block_out * problem.kind.dtype.itemsize >= 8192 else 4
@@ -211,8 +221,8 @@ def _registers_for_sums(problem: Problem, config: Config, precision: str, target
     if target.arch in (100, 103) and precision == "tf32":
         return 32  # the compiler gives eight warps 128 registers each
     operands_elsewhere = target.backend == "hip" or target.arch in _target.LARGE_TILES
-    # In a loop every element of a patch of few channels has a place to be kept.
-    if operands_elsewhere and (is_tap_by_tap(problem) or _steps(problem, config) == 1):
+    # In a loop every element of a patch that comes alone has a place to be kept.
+    if operands_elsewhere and (is_tap_by_tap(problem) or _loads_pixels(problem) or _steps(problem, config) == 1):
         return 128
     return 16 if precision == "tf32x3" else 32
 
@@ -450,6 +460,8 @@ def _weight_gradient_launcher(
     config = conv_config(problem, precision, target)
     most = _precision.MOST_PRODUCTS_IN_TF32X3 if precision == "tf32x3" else 64
     config = config._replace(block_pixels=min(config.block_pixels, most))
+    if not is_tap_by_tap(problem):
+        config = config._replace(block_k=min(config.block_k, 32 if problem.kind.dtype.itemsize == 2 else 16))
     steps, blocks = _steps(problem, config), problem.groups * triton.cdiv(problem.out_channels, config.block_out)
     tiles = triton.cdiv(problem.pooled_pixels, config.block_pixels)
     # Enough parts for two programs a processor; they are added up in a fixed order, so results repeat bit for bit.
