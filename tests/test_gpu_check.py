@@ -175,7 +175,7 @@ def test_turns(check: Any) -> None:
             for function, loop in check.gpu_floor.loops_of(launch.kernel)
         }  # fmt: skip
 
-    convolution = turns("64 channels", "conv_forward")
+    convolution = turns("64 channels, channels last", "conv_forward")
     assert convolution["conv_forward step"] == 9
     assert convolution["conv_forward first_place"] in (1, 2, 4)
     wave = turns("RNN_TANH model", "wave_forward")

@@ -14,9 +14,9 @@ import pytest
 triton = pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
-KERNELS = {"conv_forward", "conv_input_gradient", "conv_weight_gradient", "pool_forward", "spread_gradient",
-           "chain_forward", "chain_backward", "resident_chain_forward", "layer_forward", "forward", "backward",
-           "wave_forward", "wave_backward", "spread_forward", "spread_backward"}  # fmt: skip
+KERNELS = {"conv_forward", "conv_input_gradient", "conv_weight_gradient", "pack_channels", "pool_forward",
+           "spread_gradient", "chain_forward", "chain_backward", "resident_chain_forward", "layer_forward", "forward",
+           "backward", "wave_forward", "wave_backward", "spread_forward", "spread_backward"}  # fmt: skip
 WAITING = {"wave_forward", "wave_backward", "spread_forward", "spread_backward"}
 
 

@@ -28,9 +28,6 @@ PEAK = {"16-bit": 989e12, "tf32": 494e12, "tf32x3": 494e12 / 3, "float32": 67e12
 REACHED = {"cuDNN and cuBLAS": 0.65, "Triton": 0.4, "memory": 0.85, "issue": 0.8}
 LAUNCH = 2.5e-6  # seconds from one kernel to the next in a CUDA graph
 ISSUE = 4 * 132 * 1.755e9  # instructions of a warp that all schedulers issue a second
-# Of a warp that gathers an element a thread: its offset, its bounds, its load, and its way to the product. What the
-# machine code of sm_90 has where the loop leaves most of that out; the least of our cases.
-GATHER = 20
 ACTIVATION = {"gelu": 34}  # instructions an element, where they are more than a few; of the same machine code
 # Seconds that a recurrent step of one gate takes, by its latencies: with the weights on chip; and beyond that, in cuDNN
 # a product a step, here a barrier a step.
@@ -48,8 +45,7 @@ class Cost(NamedTuple):
     serial: float = 0.0  # seconds that steps take one after another, whatever the limits
     tiles: float = 0.0  # bytes from L2
     apart: float = 0.0  # of ``bytes``, those of kernels that only move them
-    gathered: float = 0.0  # elements that a thread loads by itself
-    issued: float = 0.0  # other instructions that are counted, of a thread
+    issued: float = 0.0  # instructions that are counted, of a thread
 
     def plus(self, other: "Cost") -> "Cost":
         return Cost(*map(sum, zip(self, other, strict=True)))
@@ -62,7 +58,7 @@ class Cost(NamedTuple):
         """Seconds at the shares of the limits that kernels reach."""
         streamed, apart = ((n / (BANDWIDTH * REACHED["memory"])) for n in (self.bytes - self.apart, self.apart))
         computed = self.flops / (PEAK[kind] * REACHED[library])
-        issued = (self.gathered * GATHER + self.issued) / 32 / (ISSUE * REACHED["issue"])
+        issued = self.issued / 32 / (ISSUE * REACHED["issue"])
         return max(streamed, computed, self.tiles / L2_BANDWIDTH, issued, self.serial) + apart + self.launches * LAUNCH
 
 
@@ -92,7 +88,7 @@ class Prediction(NamedTuple):
             *(self.op, self.shape, f"{self.dtype}{', ' + kind if self.dtype == 'float32' else ''}", self.direction),
             *(f"{cost.bytes / 1e6:.2f}" for cost in (self.stock, self.compiled, self.fastnn)),
             *(f"{cost.tiles / 1e6:.0f}" if cost.tiles else "" for cost in (self.stock, self.fastnn)),
-            f"{self.fastnn.gathered / 1e6:.0f}" if self.fastnn.gathered else "",
+            f"{self.fastnn.issued / 1e6:.0f}" if self.fastnn.issued else "",
             f"{self.fastnn.flops / 1e9:.2f}",
             *(str(cost.launches) for cost in (self.stock, self.compiled, self.fastnn)),
             f"{1e6 * max(self.fastnn.floor(kind), self.fastnn.serial):.1f}",
@@ -104,7 +100,7 @@ class Prediction(NamedTuple):
 
 
 HEADER = ("operator", "shape", "dtype", "direction", "MB stock", "MB compile", "MB fastnn", "MB of tiles stock",
-          "MB of tiles fastnn", "M gathers fastnn", "GFLOP fastnn",
+          "MB of tiles fastnn", "M counted instructions fastnn", "GFLOP fastnn",
           "kernels stock", "kernels compile", "kernels fastnn", "floor µs", "stock µs", "compile µs", "fastnn µs",
           "against stock", "against compile", "how")  # fmt: skip
 
@@ -122,16 +118,6 @@ def conv_tiles(problem: Problem, precision: str) -> tuple[float, float]:
     return patches, float(blocks * column * (places + problem.places // together * config.block_out))
 
 
-def conv_gathers(problem: Problem, config: _conv_plan.Config) -> float:
-    """Elements of the input that a fused kernel loads one by one: of few channels, whole tiles of them."""
-    if _conv_plan.is_tap_by_tap(problem):
-        return 0.0
-    pixels = math.ceil(problem.pooled_pixels / config.block_pixels) * config.block_pixels
-    columns = math.ceil(problem.depth / config.block_k) * config.block_k
-    blocks = problem.groups * math.ceil(problem.out_channels / config.block_out)
-    return float(pixels * problem.places * columns * blocks)
-
-
 def _copy(values: float, size: int, times: int = 1) -> Cost:
     """Of a kernel that only copies, as to another memory format: read and written."""
     moved = 2.0 * values * size * times
@@ -145,7 +131,8 @@ def conv_predictions(case: Case) -> Iterator[Prediction]:
     precision, kind = _precision_of(case, "conv")
     sizes, out_channels, kernel, *_ = CONV_SHAPES[name]
     with torch.device("meta"):
-        input = torch.empty(sizes, dtype=case.dtype)
+        format = torch.channels_last if last else torch.contiguous_format
+        input = torch.empty(sizes, dtype=case.dtype, memory_format=format)
         weight = torch.empty(out_channels, sizes[1], *[kernel] * (len(sizes) - 2), dtype=case.dtype)
     problem = check_problem("", input, weight, None, conv_geometry(name))
     size = case.dtype.itemsize
@@ -159,15 +146,19 @@ def conv_predictions(case: Case) -> Iterator[Prediction]:
     weight_last = _copy(weight.numel(), size, int(tap_by_tap))
     # conv writes; the bias is added, reading and writing; so does ReLU; pool reads, and writes its int64 indices.
     # compile's conv writes and its one kernel behind reads.
-    written = problem.images * out_channels * math.prod(problem.conv_size) * size
+    values = problem.images * out_channels * math.prod(problem.conv_size)
+    written = values * size
     apart = pooled * size
     stock = Cost(ends + written * 6 + pooled * 8, flops, 4, 0, patches, apart + written * 5 + pooled * 8)
     compiled = Cost(ends + written * 2, flops, 2, 0, patches, apart + written)
     ours = Cost(ends + written * 4, flops, 3, 0, patches, apart + written * 3)
     if fused:
-        gathered = conv_gathers(problem, _conv_plan.forward_config(problem, precision, TARGET)[0])
-        ours = Cost(ends, flops * max(problem.recomputed, 1), 1, 0, tiles, gathered=gathered)
-        ours = ours.plus(input_last).plus(weight_last)
+        repeated = max(problem.recomputed, 1)
+        issued = values * _conv_plan.instructions(problem, "forward", repeated)
+        ours = Cost(ends, flops * repeated, 1, 0, tiles, issued=issued).plus(input_last).plus(weight_last)
+        if _conv_plan.is_packed(problem):
+            moved = values * _conv_plan.conversion(problem, "forward")
+            ours = ours.plus(Cost(moved, 0.0, 2, apart=moved))
     about = (case.op, case.shape, str(case.dtype)[6:])
     yield Prediction(*about, "forward", stock, compiled, ours, fused, kind)
     # Beside forward: the pool's and ReLU's gradients written, read and read again by both products and the bias's sum.
@@ -179,9 +170,9 @@ def conv_predictions(case: Case) -> Iterator[Prediction]:
     gradients_last = _copy(pooled, size, int(not last)).plus(_copy(pooled, 1, int(not last)))
     fused_back = _conv_plan.is_fused(problem, "backward", precision, TARGET)
     if fused_back:
-        # What the fused gradients gather comes through L1, except the patches of the weight's.
-        gathered = conv_gathers(problem, _conv_plan.conv_config(problem, precision, TARGET))
-        back = Cost(ends + pooled * (size + 2), 2 * flops * problem.recomputed, 2, 0, patches, gathered=gathered)
+        # What the fused gradients load comes through L1, except the patches of the weight's.
+        issued = values * _conv_plan.instructions(problem, "backward", max(problem.recomputed, 1))
+        back = Cost(ends + pooled * (size + 2), 2 * flops * problem.recomputed, 2, 0, patches, issued=issued)
         # Weight and bias are sums over parts, then rounded, and the weight's brought into its own order.
         with torch.device("meta"):
             grad = torch.empty(problem.sizes(problem.out_size), dtype=case.dtype)
@@ -196,7 +187,7 @@ def conv_predictions(case: Case) -> Iterator[Prediction]:
         spread = pooled * (size + 1) + written
         back = Cost(ends + spread + written * 3, 2 * flops, 4, 0, 2 * patches, spread + written)
         # Ours is channels last, and stock's convolution brings it into the input's format.
-        back = back.plus(_copy(written / size, size, int(not last)))
+        back = back.plus(_copy(values, size, int(not last)))
     yield Prediction(*about, "training", stock, compiled, ours.plus(back).plus(gradients_last), fused and fused_back,
                      kind)  # fmt: skip
 
@@ -298,7 +289,6 @@ def page() -> str:
         f"are counted. The limits are the data sheet's: {BANDWIDTH / 1e12:.2f} TB/s, {peaks}.",
         f"Assumed: {assumed};",
         f"{L2_BANDWIDTH / 1e12:.0f} TB/s from L2, which a convolution's tiles come from;",
-        f"{GATHER} instructions of a warp an element where a thread gathers it by itself;",
         f"{LAUNCH * 1e6:.1f} µs from kernel to kernel in a CUDA graph; {steps[0]} a recurrent step of one gate in",
         f"cuDNN and {steps[1]} here, and where one processor cannot hold the weights {steps[2]} and {steps[3]}.",
         "cuDNN is taken to run one layer after another, which it need not, and to convert no memory format.",

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind
 from fastnn.reference.conv_relu_max_pool import Geometry
 
 MOST_PLACES = 254  # so that a winner's place fits a byte
-_LARGEST = 2**31 - 2**10  # kernels number pixels, a last tile's too, and the elements of an image with 32 bits
+LARGEST = 2**31 - 2**10  # kernels number pixels, a last tile's too, and the elements of an image with 32 bits
 
 Triple = tuple[int, int, int]
 
@@ -27,6 +28,7 @@ class Problem(NamedTuple):
     in_size: Triple
     conv_size: Triple
     out_size: Triple
+    in_last: bool  # whether the input's channels are last in memory
 
     @property
     def taps(self) -> int:
@@ -75,7 +77,7 @@ def _check_values(op: str, arguments: Geometry) -> None:
               padding, " and kernel_size=", kernel)  # fmt: skip
     for given in arguments:
         for value in given if isinstance(given, Sequence) else (given,):
-            check(value < _LARGEST, op, ": ", value, " is too large, expected less than 2**31")
+            check(value < LARGEST, op, ": ", value, " is too large, expected less than 2**31")
 
 
 def _check_tensors(kind: Expected, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
@@ -139,12 +141,13 @@ def check_problem(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, a
           list(out_size[3 - dims :]), ". Output size is too small")  # fmt: skip
     groups, images = arguments.groups, input.shape[0]
     for channels, size in ((weight.shape[1], in_size), (weight.shape[0], conv_size)):
-        check(max(groups * channels, images) * math.prod(size) < _LARGEST, op, ": input too large, expected less than "
+        check(max(groups * channels, images) * math.prod(size) < LARGEST, op, ": input too large, expected less than "
               "2**31 elements an image and 2**31 pixels")  # fmt: skip
     geometry = (kernel, stride, padding, dilation, *pool)
     return Problem(
-        kind, dims, images, groups, weight.shape[1], weight.shape[0] // groups, geometry, in_size, conv_size, out_size
-    )
+        kind, dims, images, groups, weight.shape[1], weight.shape[0] // groups, geometry, in_size, conv_size, out_size,
+        as_image(input).is_contiguous(memory_format=channels_last(dims)),
+    )  # fmt: skip
 
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
@@ -159,3 +162,19 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
 
 def channels_last(dims: int) -> torch.memory_format:
     return torch.channels_last_3d if dims == 3 else torch.channels_last
+
+
+def as_image(tensor: Tensor) -> Tensor:
+    """A 1-d tensor as images of height 1: 1-d tensors have no format with the channels last."""
+    return tensor.unsqueeze(2) if tensor.dim() == 3 else tensor
+
+
+def divisors(size: Triple) -> tuple[int, ...]:
+    """(multiplier, shift) of each of the sizes, by which kernels divide without a division: for 0 <= n < 2**31 and a
+    size above 1, n // size is the upper half of the 64-bit product n * multiplier, shifted to the right. The
+    multiplier, 32 bits without a sign, as an int32."""
+    result = []
+    for each in size:
+        bits = (each - 1).bit_length()
+        result += [triton.cdiv(2 ** (31 + bits), each) - 2**32, max(bits - 1, 0)]
+    return tuple(result)

@@ -13,17 +13,22 @@ from torch import Tensor
 from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._check import check, check_same_kind, check_sizes
 from fastnn.kernels._conv_geometry import (
+    LARGEST,
     MOST_PLACES,
     Geometry,
     Problem,
+    Triple,
+    as_image,
     channels_last,
     check_problem,
+    divisors,
     memory_format,
 )
 from fastnn.kernels._conv_kernels import (
     conv_forward,
     conv_input_gradient,
     conv_weight_gradient,
+    pack_channels,
     pool_forward,
     spread_gradient,
 )
@@ -49,55 +54,153 @@ class Config(NamedTuple):
         }
 
 
-class Worth(NamedTuple):
-    """When a fused kernel pays: its sums take ``slower`` times as long as cuDNN's, and what it saves, about 14 bytes of
-    traffic a 16-bit value of the convolution, is worth that of so many of cuDNN's products a value."""
+class Rates(NamedTuple):
+    """Products of a convolution in the time in which a byte goes to or from memory."""
 
-    slower: float
-    forward: float
-    backward: float
+    stock: float  # by cuDNN
+    fused: float  # here
 
 
-_WORTH = {
-    "matrix units": Worth(2, 1300, 300),
-    "tf32x3": Worth(4 / 3, 215, 50),  # which cuDNN does without
-    "no matrix units": Worth(2, 220, 60),
+# Of an H100, at the shares of its limits that tools/gpu_roofline.py assumes; other cards are near.
+_RATES = {
+    "16-bit": Rates(110, 70),
+    "tf32": Rates(55, 35),
+    "tf32x3": Rates(7.5, 7),  # which cuDNN does without
+    "no matrix units": Rates(7.5, 4),
 }
-_LAUNCH_BOUND_WORK = 100e6
+_INSTRUCTIONS = 10  # of a lane, in the time of a byte
+# Instructions of a lane, as the compiler makes them for sm_90 (cuobjdump): to bring an element of a patch of few
+# channels on chip, or of packed ones a pixel; an element of the convolution's gradient, rebuilt from the winners, for
+# the input's gradient; and an element of a patch with the gradients of its place for the weight's.
+_GATHER = 30
+_REBUILD = 18
+_MATCH = 26
+_MOST_OUT = 64  # channels of a tile
+_MOST_IN = 64  # of one of the input's gradient
+_LAUNCH_BOUND_WORK = 100e6  # floating-point operations
 _FEW_CHANNELS = 16
+_PACKED_PIXELS = 512  # of a program
 _WIDEST_GRID = 65535  # in all dimensions but the first
 
 
 def is_fused(problem: Problem, direction: str, precision: str, target: _target.Target) -> bool:
-    """Whether the convolution is computed here; else by stock's kernel. ``direction``: "forward" or "backward"."""
+    """Whether the convolution is computed here; else by stock's kernel, with one launch of ours behind or before it.
+    ``direction``: "forward" or "backward"."""
     if problem.kind.dtype is torch.float64:
         return False
     if problem.groups > 1 and min(problem.channels, problem.out_channels) < _FEW_CHANNELS:
         return False  # tiles would stay empty
-    fast = _precision.uses_matrix_units(problem.kind.dtype, precision, target)
-    worth = _WORTH["tf32x3" if precision == "tf32x3" else "matrix units" if fast else "no matrix units"]
-    saved = worth.forward if direction == "forward" else worth.backward
     repeated = max(problem.recomputed, 1.0)
     if direction == "backward":
         # The input's gradient visits every tap, also those that a stride leaves out.
         repeated = max(repeated, math.prod(problem.geometry[1]))
-    return problem.depth * (worth.slower * repeated - 1) <= saved or problem.work * repeated <= _LAUNCH_BOUND_WORK
+    halves = problem.kind.dtype.itemsize == 2
+    if problem.work * repeated <= _LAUNCH_BOUND_WORK:
+        # Sums of parts in 16 bits are rounded by two launches more, which makes them as many as stock's.
+        return direction == "forward" or not halves
+    rates = _RATES["16-bit" if halves else precision if precision in _RATES else "no matrix units"]
+    directions = 1 if direction == "forward" else 2  # products of the convolution's depth
+    # In bytes of memory traffic a value of the convolution. Stock's output is written and read again; its gradient is
+    # written and read by two products.
+    stock = (directions + 1) * problem.kind.dtype.itemsize + directions * problem.depth / rates.stock
+    depth = problem.depth
+    if not is_tap_by_tap(problem):
+        depth = _few_columns(_as_packed(problem) if direction == "forward" and is_packed(problem) else problem)[1]
+    fused = directions * depth * repeated / rates.fused + conversion(problem, direction)
+    return fused + instructions(problem, direction, repeated) / _INSTRUCTIONS <= stock
+
+
+def conversion(problem: Problem, direction: str) -> float:
+    """Bytes a value of the convolution for a copy of the input with its channels last."""
+    if is_tap_by_tap(problem):
+        elements = 0 if problem.in_last else problem.channels * math.prod(problem.in_size)
+    else:
+        is_copied = direction == "forward" and is_packed(problem)
+        elements = _packed_channels(problem) * math.prod(_packed_size(problem)) if is_copied else 0
+    return 2.0 * problem.kind.dtype.itemsize * elements / (problem.out_channels * math.prod(problem.conv_size))
+
+
+def instructions(problem: Problem, direction: str, repeated: float) -> float:
+    """Of a lane, a value of the convolution, beside those that stock's way has too."""
+    out_tile = min(_MOST_OUT, problem.out_channels)  # that share an element of a patch
+    if direction == "forward":
+        if is_tap_by_tap(problem):
+            return 0.0
+        taken = _as_packed(problem) if is_packed(problem) else problem
+        loads = _few_columns(taken)[1] / (taken.channels if _loads_pixels(taken) else 1)
+        return repeated * loads * _GATHER / out_tile
+    pixels = math.prod(problem.in_size) / math.prod(problem.conv_size)
+    rebuilt = pixels * problem.taps * triton.cdiv(problem.channels, _MOST_IN)
+    return rebuilt * _REBUILD + problem.recomputed * problem.depth * _MATCH / out_tile
 
 
 def is_tap_by_tap(problem: Problem) -> bool:
+    """Whether a step of a sum is one tap's; else, for few channels, it has several taps."""
     return problem.channels >= _FEW_CHANNELS
+
+
+def _packed_channels(problem: Problem) -> int:
+    """Few channels, filled up so that one load brings a pixel."""
+    return max(4, triton.next_power_of_2(problem.channels))
+
+
+def _loads_pixels(problem: Problem) -> bool:
+    """Whether one load brings the few channels of a pixel."""
+    return problem.in_last and problem.channels == _packed_channels(problem)
+
+
+def _few_columns(problem: Problem) -> tuple[int, int]:
+    """Of a sum over few channels: the columns of a step, and of all steps."""
+    columns = problem.taps * _tap_columns(problem, 0)
+    # Elements that come one by one all have a place of their own, and places fill registers.
+    most = 64 if _loads_pixels(problem) else 32 if problem.kind.dtype.itemsize == 2 else 16
+    step = min(most, _target.padded(columns))
+    return step, triton.cdiv(columns, step) * step
+
+
+def _tap_columns(problem: Problem, block_k: int) -> int:
+    """Columns of a tap in the fused kernels' sums."""
+    if is_tap_by_tap(problem):
+        return triton.cdiv(problem.channels, block_k) * block_k
+    return triton.next_power_of_2(problem.channels)
+
+
+def _packed_size(problem: Problem) -> Triple:
+    depth, height, width = (size + 2 * pad for size, pad in zip(problem.in_size, problem.geometry[2], strict=True))
+    return depth, height, width
+
+
+def is_packed(problem: Problem) -> bool:
+    """Whether the fused forward kernel takes a copy of the input, made by pack_channels: few channels last and filled
+    up, with the padding around, so that no load asks whether it is inside."""
+    channels, pixels = _packed_channels(problem), math.prod(_packed_size(problem))
+    if is_tap_by_tap(problem) or problem.work <= _LAUNCH_BOUND_WORK or problem.groups > 1:
+        return False
+    if _loads_pixels(problem):
+        return False
+    return pixels <= 2 * math.prod(problem.in_size) and max(channels, problem.images) * pixels < LARGEST
+
+
+def _as_packed(problem: Problem) -> Problem:
+    kernel, stride, _, *others = problem.geometry
+    return problem._replace(
+        channels=_packed_channels(problem),
+        geometry=(kernel, stride, (0, 0, 0), *others),
+        in_size=_packed_size(problem),
+        in_last=True,
+    )
 
 
 def conv_config(problem: Problem, precision: str, target: _target.Target) -> Config:
     """The fused kernels' tiles, as large as registers hold without spilling (tools/gpu_check.py)."""
     wide = problem.kind.dtype.itemsize == 2
     fast = _precision.uses_matrix_units(problem.kind.dtype, precision, target)
-    block_out = min(64, _target.padded(problem.out_channels))
+    block_out = min(_MOST_OUT, _target.padded(problem.out_channels))
     if is_tap_by_tap(problem):
         most = 128 if wide and (target.backend == "hip" or target.arch in _target.LARGE_TILES) else 64
         block_k = min(64 if wide else 32, _target.padded(problem.channels))
-    else:  # every element of a step has a place of its own, and places fill registers
-        most, block_k = 64, min(32 if wide else 16, _target.padded(problem.depth))
+    else:
+        most, block_k = 64, _few_columns(problem)[0]
     pixels = problem.images * math.prod(problem.out_size)
     block_pixels = min(most if fast else 32, _target.padded(triton.cdiv(pixels, target.processors)))
     num_warps = 8 if block_pixels * block_out * problem.kind.dtype.itemsize >= 8192 else 4
@@ -119,8 +222,8 @@ def _registers_for_sums(problem: Problem, config: Config, precision: str, target
     if target.arch in (100, 103) and precision == "tf32":
         return 32  # the compiler gives eight warps 128 registers each
     operands_elsewhere = target.backend == "hip" or target.arch in _target.LARGE_TILES
-    # In a loop every element of a patch of few channels has a place to be kept.
-    if operands_elsewhere and (is_tap_by_tap(problem) or _steps(problem, config) == 1):
+    # In a loop every element of a patch that comes alone has a place to be kept.
+    if operands_elsewhere and (is_tap_by_tap(problem) or _loads_pixels(problem) or _steps(problem, config) == 1):
         return 128
     return 16 if precision == "tf32x3" else 32
 
@@ -149,16 +252,34 @@ def forward_config(problem: Problem, precision: str, target: _target.Target) -> 
 # ---- plans --------------------------------------------------------------------------------------------------
 
 
+class Pack(NamedTuple):
+    """A copy by pack_channels."""
+
+    launch: _launch.Launcher
+    in_size: Triple
+    sizes: tuple[int, ...]  # of the copy: images, depth, height, width, channels
+    divisors: tuple[int, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        packed = x.new_empty(self.sizes)
+        self.launch(x, packed, math.prod(self.sizes[:4]), self.in_size, self.sizes[1:4], self.divisors)
+        return packed
+
+
 class Plan(NamedTuple):
     """What a call makes of all but the values of its tensors. ``launch`` convolves and pools where ``fused``, else
     pools what stock's convolution gives. In backward: the input's gradient, or the convolution's."""
 
-    problem: Problem
+    problem: Problem  # as ``launch`` takes it
     arguments: Geometry
     format: torch.memory_format  # of the output; in backward, of the input and its gradient
-    kernel_format: torch.memory_format  # of the input as the fused kernels take it
     fused: bool
     launch: _launch.Launcher
+    divisors: tuple[int, ...]  # of the sizes that it splits pixels' numbers by
+    # Of input and weight as the fused kernels take them.
+    x_format: torch.memory_format = torch.contiguous_format
+    w_format: torch.memory_format = torch.contiguous_format
+    packs: tuple[Pack, Pack] | None = None  # of input and weight, copied before
     steps: int = 0  # of the fused convolution's sums
     launch_weight: _launch.Launcher | None = None  # in backward, of the fused gradient of the weight
 
@@ -176,44 +297,82 @@ def plan_forward(
     check(not with_winners or problem.places <= MOST_PLACES, op, ": a winner's place is one byte, so a window may have "
           "at most ", MOST_PLACES, " elements, got ", problem.places)  # fmt: skip
     format = memory_format(input, weight)
-    kernel_format = _kernel_format(problem, input)
     is_last = format is not torch.contiguous_format
-    fused = is_fused(problem, "forward", precision, target)
-    if fused:
-        in_last = kernel_format is not torch.contiguous_format
-        launch, steps = _fused_launcher(problem, in_last, is_last, precision, target)
-    else:
+    if not is_fused(problem, "forward", precision, target):
         options = _pool_options(problem, is_last)
         grid = _tiles(problem.pooled_pixels, options)
-        launch, steps = _launch.Launcher(pool_forward, grid, input.device, LAST=is_last, **options), 0
-    return Plan(problem, arguments, format, kernel_format, fused, launch, steps)
+        launch = _launch.Launcher(pool_forward, grid, input.device, LAST=is_last, **options)
+        return Plan(problem, arguments, format, False, launch, divisors(problem.out_size))
+    x_format, w_format = _x_format(problem, input), _w_format(problem, weight)
+    x_last, w_last = (each is not torch.contiguous_format for each in (x_format, w_format))
+    packs = None
+    if is_packed(problem):
+        kernel, padding, channels = problem.geometry[0], problem.geometry[2], _packed_channels(problem)
+        packs = (
+            _pack(problem, problem.images, problem.in_size, padding, x_last, channels),
+            _pack(problem, problem.out_channels, kernel, (0, 0, 0), w_last, channels),
+        )
+        problem, x_last, w_last = _as_packed(problem), True, True
+    launch, steps = _fused_launcher(problem, x_last, w_last, is_last, precision, target)
+    return Plan(problem, arguments, format, True, launch, divisors(problem.out_size), x_format, w_format, packs, steps)
 
 
 def _steps(problem: Problem, config: Config) -> int:
-    if is_tap_by_tap(problem):
-        return problem.taps * triton.cdiv(problem.channels, config.block_k)
-    return triton.cdiv(problem.depth, config.block_k)
+    return triton.cdiv(problem.taps * _tap_columns(problem, config.block_k), config.block_k)
 
 
-def _kernel_format(problem: Problem, input: Tensor) -> torch.memory_format:
-    """Of the input in the fused kernels: a sum tap by tap needs channels last. (1-d tensors have no such format: they
-    get one as images of height 1.)"""
+def _x_format(problem: Problem, input: Tensor) -> torch.memory_format:
+    """Of the input in the fused kernels: many channels are last, so that one load brings several."""
     return channels_last(problem.dims) if is_tap_by_tap(problem) else memory_format(input)
 
 
-def _shape_constexprs(problem: Problem) -> dict[str, Any]:
+def _w_format(problem: Problem, weight: Tensor) -> torch.memory_format:
+    """Of the weight in the fused kernels, which take it as it lies, except that many channels are read so often that a
+    copy with the channels last, one launch, is cheaper."""
+    last = channels_last(problem.dims)
+    is_copied = is_tap_by_tap(problem) and problem.work > _LAUNCH_BOUND_WORK
+    return last if is_copied or as_image(weight).is_contiguous(memory_format=last) else torch.contiguous_format
+
+
+def _pack(problem: Problem, images: int, in_size: Triple, padding: Triple, last: bool, channels: int) -> Pack:
+    depth, height, width = (size + 2 * pad for size, pad in zip(in_size, padding, strict=True))
+    launch = _launch.Launcher(
+        pack_channels,
+        (triton.cdiv(images * depth * height * width, _PACKED_PIXELS),),
+        problem.kind.device,
+        CHANNELS=problem.channels,
+        PADDING=padding,
+        X_LAST=last,
+        PACKED_CHANNELS=channels,
+        BLOCK_PIXELS=_PACKED_PIXELS,
+        num_warps=4,
+        num_stages=1,
+    )
+    sizes = (images, depth, height, width, channels)
+    return Pack(launch, in_size, sizes, divisors((depth, height, width)))
+
+
+def _shape_constexprs(problem: Problem, x_last: bool, w_last: bool, config: Config) -> dict[str, Any]:
     return {
-        "GROUPS": problem.groups,
-        "CHANNELS": problem.channels,
-        "OUT_CHANNELS": problem.out_channels,
+        "CHANNELS": (problem.groups, problem.channels, problem.out_channels),
         "GEOMETRY": problem.geometry,
-        "TAP_BY_TAP": is_tap_by_tap(problem),
+        "LAYOUT": (x_last, w_last, _tap_columns(problem, config.block_k)),
         "OPERAND": _precision.operand_dtype(problem.kind.dtype),
+        **config.options(),
     }
 
 
+def _has_whole_windows(problem: Problem) -> bool:
+    """Whether no window of the pool reaches beyond the convolution."""
+    reach = zip(problem.out_size, problem.conv_size, *problem.geometry[4:], strict=True)
+    return all(
+        pad == 0 and (out - 1) * stride + (kernel - 1) * dilation < conv
+        for out, conv, kernel, stride, pad, dilation in reach
+    )
+
+
 def _fused_launcher(
-    problem: Problem, in_last: bool, out_last: bool, precision: str, target: _target.Target
+    problem: Problem, x_last: bool, w_last: bool, y_last: bool, precision: str, target: _target.Target
 ) -> tuple[_launch.Launcher, int]:
     config, together = forward_config(problem, precision, target)
     launch = _launch.Launcher(
@@ -223,12 +382,11 @@ def _fused_launcher(
             problem.groups * triton.cdiv(problem.out_channels, config.block_out),
         ),
         problem.kind.device,
-        IN_LAST=in_last,
-        OUT_LAST=out_last,
+        WHOLE=_has_whole_windows(problem),
+        Y_LAST=y_last,
         TOGETHER=together,
         PRECISION=precision,
-        **_shape_constexprs(problem),
-        **config.options(),
+        **_shape_constexprs(problem, x_last, w_last, config),
     )
     return launch, _steps(problem, config)
 
@@ -239,7 +397,7 @@ def _pool_options(problem: Problem, last: bool) -> dict[str, Any]:
     least = triton.next_power_of_2(triton.cdiv(channels, _WIDEST_GRID))
     block_out = max(least, min(64, triton.next_power_of_2(channels)) if last else 1)
     return {
-        "OUT_CHANNELS": channels,
+        "CHANNELS": channels,
         "GEOMETRY": problem.geometry,
         "BLOCK_PIXELS": max(1024 // block_out, 16),
         "BLOCK_OUT": block_out,
@@ -250,7 +408,7 @@ def _pool_options(problem: Problem, last: bool) -> dict[str, Any]:
 
 
 def _tiles(pixels: int, options: dict[str, Any]) -> tuple[int, int]:
-    return triton.cdiv(pixels, options["BLOCK_PIXELS"]), triton.cdiv(options["OUT_CHANNELS"], options["BLOCK_OUT"])
+    return triton.cdiv(pixels, options["BLOCK_PIXELS"]), triton.cdiv(options["CHANNELS"], options["BLOCK_OUT"])
 
 
 def plan_backward(
@@ -265,44 +423,46 @@ def plan_backward(
     check_sizes(op, grad_output, problem.sizes(problem.out_size), "grad_output")
     check_same_kind(problem.kind, winners, "winners", torch.uint8)
     check_sizes(op, winners, problem.sizes(problem.out_size), "winners")
-    format, kernel_format = memory_format(input), _kernel_format(problem, input)
-    fused = is_fused(problem, "backward", precision, target)
-    launch_weight = None
-    if fused:
-        launch = _input_gradient_launcher(problem, format is not torch.contiguous_format, precision, target)
-        in_last = kernel_format is not torch.contiguous_format
-        launch_weight = _weight_gradient_launcher(problem, in_last, precision, target)
-    else:
+    format = memory_format(input)
+    if not is_fused(problem, "backward", precision, target):
         options = _pool_options(problem, last=True)
         grid = _tiles(problem.images * math.prod(problem.conv_size), options)
         launch = _launch.Launcher(spread_gradient, grid, input.device, **options)
-    return Plan(problem, arguments, format, kernel_format, fused, launch, launch_weight=launch_weight)
+        return Plan(problem, arguments, format, False, launch, divisors(problem.conv_size))
+    x_format, w_format = _x_format(problem, input), _w_format(problem, weight)
+    w_last = w_format is not torch.contiguous_format
+    launch = _input_gradient_launcher(problem, format is not torch.contiguous_format, w_last, precision, target)
+    launch_weight = _weight_gradient_launcher(problem, x_format is not torch.contiguous_format, precision, target)
+    return Plan(
+        problem, arguments, format, True, launch, divisors(problem.in_size), x_format, w_format,
+        launch_weight=launch_weight,
+    )  # fmt: skip
 
 
 def _input_gradient_launcher(
-    problem: Problem, in_last: bool, precision: str, target: _target.Target
+    problem: Problem, x_last: bool, w_last: bool, precision: str, target: _target.Target
 ) -> _launch.Launcher:
     config = conv_config(problem, precision, target)
-    block_k = min(64, _target.padded(problem.channels))
+    block_k = min(_MOST_IN, _target.padded(problem.channels))
     config = config._replace(block_k=block_k, block_out=min(config.block_out, 32))
     pixels = problem.images * math.prod(problem.in_size)
     return _launch.Launcher(
         conv_input_gradient,
         (triton.cdiv(pixels, config.block_pixels), problem.groups * triton.cdiv(problem.channels, block_k)),
         problem.kind.device,
-        IN_LAST=in_last,
         PRECISION=precision,
-        **_shape_constexprs(problem),
-        **config.options(),
+        **_shape_constexprs(problem, x_last, w_last, config),
     )
 
 
 def _weight_gradient_launcher(
-    problem: Problem, in_last: bool, precision: str, target: _target.Target
+    problem: Problem, x_last: bool, precision: str, target: _target.Target
 ) -> _launch.Launcher:
     config = conv_config(problem, precision, target)
     most = _precision.MOST_PRODUCTS_IN_TF32X3 if precision == "tf32x3" else 64
     config = config._replace(block_pixels=min(config.block_pixels, most))
+    if not is_tap_by_tap(problem):
+        config = config._replace(block_k=min(config.block_k, 32 if problem.kind.dtype.itemsize == 2 else 16))
     steps, blocks = _steps(problem, config), problem.groups * triton.cdiv(problem.out_channels, config.block_out)
     tiles = triton.cdiv(problem.pooled_pixels, config.block_pixels)
     # Enough parts for two programs a processor; they are added up in a fixed order, so results repeat bit for bit.
@@ -311,8 +471,6 @@ def _weight_gradient_launcher(
         conv_weight_gradient,
         (parts, blocks, steps),
         problem.kind.device,
-        IN_LAST=in_last,
         PRECISION=precision,
-        **_shape_constexprs(problem),
-        **config.options(),
+        **_shape_constexprs(problem, x_last, False, config),
     )

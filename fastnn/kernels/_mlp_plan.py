@@ -43,6 +43,7 @@ _DEEPEST_CHAIN = 16
 _WIDEST_WITHOUT_MATRIX_UNITS = 64
 _LAUNCH_BOUND_WORK = 100e6
 _DEEPEST_LAYER_SUM = 512
+_REGISTERS = 65536  # of a processor
 
 
 def _block_rows(rows: int, most: int, target: _target.Target) -> int:
@@ -100,9 +101,30 @@ def is_resident(
         return False
     if target.backend == "hip" or int(target.arch) >= 100:
         return False  # weights would be kept in registers, or the layers' sums overflow tensor memory
-    # Beside the weights, the tile that is being loaded and two of the one at work.
-    on_chip = dtype.itemsize * (sum(a * b for a, b in pairwise(tiles)) + 3 * config.block_rows * max(tiles))
-    return on_chip <= target.shared_memory and 4 * config.block_rows * target.processors <= rows < 2**31
+    on_chip = _resident_bytes(widths, dtype, config)
+    return on_chip <= target.shared_memory and _TILES_EACH * config.block_rows * target.processors <= rows < 2**31
+
+
+_TILES_EACH = 4  # for which a program's weights are worth being kept
+
+
+def _resident_bytes(widths: Sequence[int], dtype: torch.dtype, config: Config) -> int:
+    """Shared memory of a program: the weights, the tile that is being loaded and two of the one at work."""
+    tiles = [_target.padded(width) for width in widths]
+    return dtype.itemsize * (sum(a * b for a, b in pairwise(tiles)) + 3 * config.block_rows * max(tiles))
+
+
+def resident_programs(
+    widths: Sequence[int], rows: int, dtype: torch.dtype, config: Config, target: _target.Target
+) -> int:
+    """As many as the processors hold at once, each with tiles enough."""
+    threads = 32 * config.num_warps
+    sums = config.block_rows * max(map(_target.padded, widths)) // threads  # of a thread
+    registers = max(64, sums * (3 if dtype.itemsize == 2 else 5))  # tools/gpu_check.py
+    of_registers = _REGISTERS // (threads * registers)
+    fit = max(1, min(target.shared_memory // _resident_bytes(widths, dtype, config), of_registers))
+    tiles = triton.cdiv(rows, config.block_rows)
+    return max(target.processors, min(fit * target.processors, tiles // _TILES_EACH))
 
 
 def layer_config(
@@ -227,7 +249,8 @@ def _chain_launcher(
     if not is_resident(chain.widths, chain.rows, chain.kind.dtype, precision, config, target):
         return _launch.Launcher(chain_forward, (tiles,), chain.kind.device, **constexprs)
     del constexprs["BLOCK_IN"], constexprs["BLOCK_OUT"]
-    return _launch.Launcher(resident_chain_forward, (target.processors,), chain.kind.device, **constexprs)
+    programs = resident_programs(chain.widths, chain.rows, chain.kind.dtype, config, target)
+    return _launch.Launcher(resident_chain_forward, (programs,), chain.kind.device, **constexprs)
 
 
 def _layer_launcher(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._check import check
-from fastnn.kernels._conv_geometry import Problem, channels_last, memory_format
-from fastnn.kernels._conv_plan import Plan, facts, is_tap_by_tap, plan_backward, plan_forward
+from fastnn.kernels._conv_geometry import Problem, as_image, channels_last, divisors, memory_format
+from fastnn.kernels._conv_plan import Plan, facts, plan_backward, plan_forward
 
 # ---- forward ----------------------------------------------------------------------------------------------
 
@@ -60,27 +60,26 @@ def _forward(
 
 
 def _kernel_input(plan: Plan, input: Tensor) -> Tensor:
-    if plan.problem.dims == 1 and is_tap_by_tap(plan.problem):
-        input = input.unsqueeze(2)
-    return input.contiguous(memory_format=plan.kernel_format)
+    """The input in the format that the fused kernels take."""
+    if plan.x_format is torch.contiguous_format:
+        return input.contiguous()
+    return as_image(input).contiguous(memory_format=plan.x_format)
 
 
-def _kernel_weight(problem: Problem, weight: Tensor) -> Tensor:
-    """The weight as (out, taps, channels) where the sum runs tap by tap, else (out, channels, taps)."""
-    if not is_tap_by_tap(problem):
-        return weight.contiguous()
-    return weight.flatten(2).transpose(1, 2).contiguous()
+def _kernel_weight(plan: Plan, weight: Tensor) -> Tensor:
+    return as_image(weight).contiguous(memory_format=plan.w_format)
 
 
 def _run_fused(
     plan: Plan, input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, winners: Tensor | None
 ) -> None:
-    problem = plan.problem
+    problem, x, w = plan.problem, _kernel_input(plan, input), _kernel_weight(plan, weight)
+    if plan.packs is not None:
+        pack_x, pack_w = plan.packs
+        x, w = pack_x(x), pack_w(w)
     plan.launch(
-        _kernel_input(plan, input),
-        _kernel_weight(problem, weight),
-        None if bias is None else bias.contiguous(),
-        *(output, winners, problem.pooled_pixels, problem.in_size, problem.conv_size, problem.out_size, plan.steps),
+        *(x, w, None if bias is None else bias.contiguous(), output, winners, problem.pooled_pixels),
+        *(problem.in_size, problem.conv_size, problem.out_size, plan.divisors, plan.steps),
     )
 
 
@@ -94,7 +93,7 @@ def _run_stock(
             arguments.groups,
         )  # fmt: skip
     conv = conv.contiguous(memory_format=plan.format)
-    plan.launch(conv, output, winners, problem.pooled_pixels, problem.conv_size, problem.out_size)
+    plan.launch(conv, output, winners, problem.pooled_pixels, problem.conv_size, problem.out_size, plan.divisors)
 
 
 # ---- backward ---------------------------------------------------------------------------------------------
@@ -145,9 +144,7 @@ def conv_relu_max_pool_backward(
 
 def _pooled_last(problem: Problem, tensor: Tensor) -> Tensor:
     """A pooled tensor with its channels last in memory, as images of height 1 where it is 1-d."""
-    if problem.dims == 1:
-        return tensor.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-    return tensor.contiguous(memory_format=channels_last(problem.dims))
+    return as_image(tensor).contiguous(memory_format=channels_last(problem.dims))
 
 
 def _stock_gradients(
@@ -160,7 +157,7 @@ def _stock_gradients(
     grad_conv = torch.empty(sizes, dtype=input.dtype, device=input.device,
                             memory_format=channels_last(problem.dims))  # fmt: skip
     pixels = problem.images * math.prod(problem.conv_size)
-    plan.launch(grad_output, winners, grad_conv, pixels, problem.conv_size, problem.out_size)
+    plan.launch(grad_output, winners, grad_conv, pixels, problem.conv_size, problem.out_size, plan.divisors)
     if problem.dims == 1:
         grad_conv = grad_conv.squeeze(2)
     with _launch.without_autocast(input.device):
@@ -180,8 +177,8 @@ def _fused_gradients(
         grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=plan.format)
         pixels = problem.images * math.prod(problem.in_size)
         plan.launch(
-            *(grad_output, winners, _kernel_weight(problem, weight), grad_input, pixels),
-            *(problem.in_size, problem.conv_size, problem.out_size),
+            *(grad_output, winners, _kernel_weight(plan, weight), grad_input, pixels),
+            *(problem.in_size, problem.conv_size, problem.out_size, plan.divisors),
         )
     if weight_wanted:
         grad_weight, grad_bias = _weight_gradient(plan, grad_output, winners, input, weight, bias_wanted)
@@ -201,9 +198,7 @@ def _weight_gradient(
     bias_parts = weight.new_empty(parts, out_channels, dtype=torch.float32) if bias_wanted else None
     launch(
         *(grad_output, winners, _kernel_input(plan, input), weight_parts, bias_parts, problem.pooled_pixels),
-        *(problem.in_size, problem.conv_size, problem.out_size),
+        *(problem.in_size, problem.conv_size, problem.out_size, divisors(problem.out_size)),
     )
-    summed = weight_parts.sum(0).to(weight.dtype)
-    if is_tap_by_tap(problem):
-        summed = summed.view(out_channels, problem.taps, problem.channels).transpose(1, 2)
-    return summed.reshape(weight.shape), None if bias_parts is None else bias_parts.sum(0).to(weight.dtype)
+    grad_weight = weight_parts.sum(0).to(weight.dtype).view(weight.shape)
+    return grad_weight, None if bias_parts is None else bias_parts.sum(0).to(weight.dtype)

@@ -1,6 +1,7 @@
 """fastnn.kernels.conv_relu_max_pool against stock's layers in float64."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -212,27 +213,110 @@ WINDOWS = {  # input, out channels, kernel, options, and how many places are com
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS)
-def test_places_together(case, dtype, device, monkeypatch):
+def check_places(case, dtype, device):
     """On whole numbers, of which every sum is exact: many are equal, and some are NaN. 16 bits are channels last."""
-    monkeypatch.setattr(_conv_plan, "is_fused", lambda *_: True)
-    sizes, out_channels, kernel, options, together = case
+    sizes, out_channels, kernel, options, *together = case
     a = arguments(len(sizes) - 2, **options)
+    kernel = [kernel] * (len(sizes) - 2) if isinstance(kernel, int) else kernel
     input = torch.randint(-1, 2, sizes).double()
-    input.masked_fill_(torch.rand(sizes) < 0.5 / sizes[1] / kernel ** (len(sizes) - 2), float("nan"))
-    weight = torch.randint(-1, 2, (out_channels, sizes[1] // a.groups, *[kernel] * (len(sizes) - 2))).double()
+    input.masked_fill_(torch.rand(sizes) < 0.5 / sizes[1] / math.prod(kernel), float("nan"))
+    weight = torch.randint(-1, 2, (out_channels, sizes[1] // a.groups, *kernel)).double()
     bias = torch.randint(-1, 2, (out_channels,)).double()
-    expected, winner = first_larger(CONV[len(sizes) - 2](input, weight, bias, a.stride, a.padding, groups=a.groups), a)
+    conv = CONV[len(sizes) - 2](input, weight, bias, a.stride, a.padding, a.dilation, a.groups)
+    expected, winner = first_larger(conv, a)
     assert len(winner.unique()) > 2
     own = [tensor.to(device, dtype) for tensor in (input, weight, bias)]
     if dtype.itemsize == 2 and len(sizes) > 3:
         own[0] = own[0].contiguous(memory_format=_conv_plan.channels_last(len(sizes) - 2))
     problem = check_problem("", *own, a)
-    assert _conv_plan.forward_config(problem, "ieee", _target.TARGETS[2])[1] == together
+    assert not together or _conv_plan.forward_config(problem, "ieee", _target.TARGETS[2])[1] == together[0]
     output, winners = kernels.conv_relu_max_pool_with_winners(*own, a.flat())
     torch.testing.assert_close(output.double().cpu(), expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(winners.long().cpu(), winner, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS)
+def test_places_together(case, dtype, device, monkeypatch):
+    monkeypatch.setattr(_conv_plan, "is_fused", lambda *_: True)
+    check_places(case, dtype, device)
+
+
+PACKED = {  # input, out channels, kernel, options
+    "1d": ((3, 1, 37), 5, 5, {"stride": 2, "padding": 3}),
+    "1d, dilated": ((2, 7, 29), 3, 3, {"padding": 2, "dilation": 3, "pool": 3, "pool_stride": 1}),
+    "2d": ((2, 3, 11, 14), 17, 3, {"padding": 1}),
+    "2d, stem": ((2, 3, 15, 17), 6, 7, {"stride": 2, "padding": 3, "pool": 3, "pool_stride": 2, "pool_padding": 1}),
+    "2d, odd": ((2, 2, 17, 13), 3, (2, 3), {"dilation": (2, 1), "padding": (3, 0), "pool": (2, 3), "ceil_mode": True,
+                                            "pool_stride": (3, 2), "pool_dilation": (2, 1)}),
+    "2d, many taps": ((1, 9, 9, 10), 4, 4, {"padding": 1, "pool_padding": 1}),
+    "2d, 65 out": ((1, 5, 9, 8), 65, 2, {}),
+    "3d": ((2, 3, 5, 4, 6), 3, 2, {"padding": (1, 0, 1), "stride": (1, 2, 1)}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """As where much is to be computed: few channels are packed."""
+    monkeypatch.setattr(_conv_plan, "_LAUNCH_BOUND_WORK", 0)
+    monkeypatch.setattr(_conv_plan, "is_fused", lambda *_: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+def test_few_channels_packed(case, dtype, device, assert_near, packed):
+    """16 bits are channels last."""
+    sizes, out_channels, kernel, options = case
+    a = arguments(len(sizes) - 2, **options)
+    input, weight, bias = make(sizes, out_channels, kernel, a, dtype, device)
+    if dtype.itemsize == 2 and len(sizes) > 3:
+        format = _conv_plan.channels_last(len(sizes) - 2)
+        input, weight = input.contiguous(memory_format=format), weight.contiguous(memory_format=format)
+    assert _conv_plan.is_packed(check_problem("", input, weight, bias, a))
+    expected = reference(*(tensor.double().cpu() for tensor in (input, weight, bias)), a)
+    assert_near(kernels.conv_relu_max_pool(input, weight, bias, a.flat()), expected, factor=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+def test_winners_of_few_channels_packed(case, dtype, device, packed):
+    check_places(case, dtype, device)
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+def test_not_finite_packed(value, device, assert_near, packed):
+    """It must not spread through lanes beyond the channels or the taps, nor to the next image."""
+    sizes, out_channels, kernel, options = PACKED["2d"]
+    a = arguments(2, **options)
+    input, weight, bias = make(sizes, out_channels, kernel, a, torch.float16, device)
+    input[0, :, -1, -1] = value
+    expected = reference(*(tensor.double().cpu() for tensor in (input, weight, bias)), a)
+    output = kernels.conv_relu_max_pool(input, weight, bias, a.flat())
+    assert_near(output, expected, factor=2)
+    assert output[1].isfinite().all()
+
+
+def test_what_is_packed():
+    def problem(channels, size, images=64, padding=1, last=False, kernel=3):
+        with torch.device("meta"):
+            input, weight = torch.empty(images, channels, size, size), torch.empty(64, channels, kernel, kernel)
+        input = input.contiguous(memory_format=torch.channels_last) if last else input
+        return check_problem("", input, weight, None, arguments(2, padding=padding))
+
+    assert _conv_plan.is_packed(problem(3, 112))
+    assert _conv_plan.is_packed(problem(4, 112))
+    assert not _conv_plan.is_packed(problem(4, 112, last=True))  # it is as packed already
+    assert not _conv_plan.is_packed(problem(16, 112))
+    assert not _conv_plan.is_packed(problem(3, 20, images=1))  # a launch costs more
+    assert not _conv_plan.is_packed(problem(3, 9, images=512, kernel=9, padding=8))  # nothing but padding
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 113, 226, 1000003, 2**30 + 1, 2**31 - 1025])
+def test_division_by_a_product(size):
+    multiplier, shift = _conv_plan.divisors((1, 1, size))[4:]
+    for index in (0, 1, size - 1, size, 3 * size - 1, 3 * size, 2**31 - 1025, 2**31 - 1):
+        if size > 1 and index < 2**31:
+            assert index * (multiplier + 2**32) >> 32 >> shift == index // size
 
 
 def test_hostile_winners_do_no_harm(device):
@@ -301,29 +385,41 @@ def test_refuses_tensors(device):
 
 
 def test_choice_of_path():
-    def problem(images, channels, out_channels, size, dtype, kernel=3, **options):
+    def problem(images, channels, out_channels, size, dtype, kernel=3, last=True, **options):
         a = arguments(2, **options)
         with torch.device("meta"):
             input = torch.empty(images, channels, size, size, dtype=dtype)
             weight = torch.empty(out_channels, channels // a.groups, kernel, kernel, dtype=dtype)
+        input = input.contiguous(memory_format=torch.channels_last) if last else input
         return check_problem("", input, weight, None, a)
 
-    half = torch.bfloat16
+    def is_fused(problem, precision="ieee", direction="forward"):
+        return _conv_plan.is_fused(problem, direction, precision, _target.TARGETS[2])
+
+    half, single = torch.bfloat16, torch.float32
     middle = problem(64, 64, 64, 112, half)
-    assert _conv_plan.is_fused(middle, "forward", "ieee", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(middle, "backward", "ieee", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(8, 256, 512, 28, half), "forward", "ieee", _target.TARGETS[2])
-    stem = problem(64, 3, 64, 224, half, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
-    assert _conv_plan.is_fused(stem, "forward", "ieee", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "ieee", _target.TARGETS[2])
-    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(64, 64, 64, 112, half, groups=64), "forward", "ieee", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(1, 3, 4, 8, torch.float64), "forward", "ieee", _target.TARGETS[2])
+    assert is_fused(middle)
+    assert not is_fused(middle, direction="backward")
+    assert not is_fused(problem(8, 256, 512, 28, half))
+    assert not is_fused(problem(64, 64, 64, 112, half, groups=64))
+    assert not is_fused(problem(1, 3, 4, 8, torch.float64))
+    assert not is_fused(problem(64, 64, 64, 112, single))
+    assert is_fused(problem(64, 64, 64, 112, single), "tf32")
+    assert is_fused(problem(64, 64, 64, 112, single), "tf32x3")
+    assert not is_fused(problem(64, 96, 64, 112, single), "tf32x3")
     assert _conv_plan.conv_config(middle, "ieee", _target.TARGETS[2]).block_pixels == 128
-    assert _conv_plan.is_fused(problem(64, 64, 64, 112, torch.float32), "forward", "tf32x3", _target.TARGETS[2])
-    assert not _conv_plan.is_fused(problem(64, 96, 64, 112, torch.float32), "forward", "tf32x3", _target.TARGETS[2])
-    stem = problem(64, 3, 64, 224, torch.float32, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
-    assert not _conv_plan.is_fused(stem, "forward", "tf32x3", _target.TARGETS[2])
+    # A copy with the channels last costs what is saved, unless many channels come out of few.
+    assert not is_fused(problem(64, 64, 64, 112, half, last=False))
+    assert is_fused(problem(64, 16, 128, 112, half, last=False))
+    # What is gathered element by element: little of few channels, much where windows overlap, or backward.
+    few = problem(64, 3, 64, 224, half)
+    assert is_fused(few)
+    assert not is_fused(few, direction="backward")
+    assert not is_fused(problem(64, 32, 32, 112, half), direction="backward")
+    assert is_fused(problem(1, 32, 32, 56, half), direction="backward")  # which is bound by launches
+    for dtype, precision in ((half, "ieee"), (single, "tf32"), (single, "tf32x3")):
+        stem = problem(64, 3, 64, 224, dtype, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
+        assert not is_fused(stem, precision)
 
 
 def test_float32_without_tf32(device, without_tf32, monkeypatch):

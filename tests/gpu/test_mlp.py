@@ -243,6 +243,10 @@ def test_choice_of_kernel():
     assert not _mlp_plan.is_resident(narrow, 65536, half, "ieee", config, target)
     assert _mlp_plan.is_resident(narrow, 131072, half, "ieee", config, target)
     assert not _mlp_plan.is_resident(narrow, 131072, half, "ieee", config, _target.TARGETS[3])
+    # Two of 64 wide programs fit a processor, one of 128; and each has four tiles.
+    for width, rows, programs in ((64, 135168, 264), (64, 101376, 198), (64, 67584, 132), (128, 135168, 132)):
+        config = _mlp_plan.chain_config([width] * 5, rows, half, "ieee", target)
+        assert _mlp_plan.resident_programs([width] * 5, rows, half, config, target) == programs
     assert not _mlp_plan.is_resident((256, 128, 128), 131072, half, "ieee", config, target)
     assert _mlp_plan.chain_config(narrow, 32, half, "ieee", target).block_rows == 16
     assert _mlp_plan.chain_config((64, 256, 256, 64), 65536, half, "ieee", target) is not None
