@@ -95,8 +95,9 @@ def _block_batch(network: Network, target: _target.Target, most: int) -> int:
     """Sequences of a program: the fewest with which all programs run at once, since a step's arithmetic grows with
     them; of a large batch more, which share the weights, but not more than ``most`` if there is a choice."""
     fewest = 8 if target.backend == "cuda" else 16  # columns of a matrix instruction
-    # Enough sequences for two programs a processor, and one gate's sums.
-    many = network.batch * network.directions >= 64 * target.processors and network.gates == 1
+    # Enough sequences for two programs a processor, and few enough sums and operands for the registers.
+    many = network.batch * network.directions >= 64 * target.processors
+    many = many and network.gates == 1 and network.dtype.itemsize == 2
     if many and most >= 32:
         return 32
     at_once = triton.cdiv(network.batch, fewest) * network.directions <= target.processors
