@@ -19,6 +19,7 @@ from fastnn.kernels._rnn_tile import (
     kinds_ptrs,
     load,
     load_or_zero,
+    load_stored,
     load_weight_back,
     make_tile,
     output_offset,
@@ -55,11 +56,15 @@ def load_weights_back(weight_hh_ptr, unit, MODE: tl.constexpr, HIDDEN: tl.conste
 @triton.jit
 def load_step(kept, step, start, tile, MODE: tl.constexpr, HIDDEN: tl.constexpr, DIRECTIONS: tl.constexpr):
     """The gradient of a step's output, and what the step kept: of a simple network h; of GRU its kinds, stacked, and
-    the state that the step began with; of LSTM the same of c. ``start``: the state that the first step began with."""
+    the state that the step began with; of LSTM the same of c. ``start``: the state that the first step began with.
+    All as stored: a step ahead, they take registers."""
     row, runs = rows_of(step, tile)
     mask = tile.mask & runs[None, :]
     offset = output_offset(row, tile.unit, HIDDEN, DIRECTIONS)
-    grad = load_or_zero(kept.grad_output_ptr, offset, mask)
+    if kept.grad_output_ptr is None:
+        grad = tl.zeros(offset.shape, kept.output_ptr.dtype.element_ty)
+    else:
+        grad = load_stored(kept.grad_output_ptr + offset, mask)
     if MODE >= GRU:
         KEPT: tl.constexpr = 5 if MODE == LSTM else 4
         ptrs, stack_mask = kinds_ptrs(kept.saved_ptr, row, runs, tile, HIDDEN, KEPT)
@@ -69,10 +74,10 @@ def load_step(kept, step, start, tile, MODE: tl.constexpr, HIDDEN: tl.constexpr,
             before_ptrs = kept.saved_ptr + 4 * HIDDEN + kinds_offset(row_before, tile.unit, tile.rows, HIDDEN, KEPT)
         else:
             before_ptrs = kept.output_ptr + output_offset(row_before, tile.unit, HIDDEN, DIRECTIONS)
-        before = tl.where(mask_before, load(before_ptrs, mask_before), start)
-        values = (grad, load(ptrs, stack_mask), before)
+        before = tl.where(mask_before, load_stored(before_ptrs, mask_before), start)
+        values = (grad, load_stored(ptrs, stack_mask), before)
     else:
-        values = (grad, load(kept.output_ptr + offset, mask))
+        values = (grad, load_stored(kept.output_ptr + offset, mask))
     return values
 
 
@@ -95,23 +100,26 @@ def backward_steps(
         mask = tile.mask & runs[None, :]
         DTYPE: tl.constexpr = grad_gates_ptr.dtype.element_ty
         OPERAND: tl.constexpr = w[0].dtype
-        total = grad_h + values[0]
+        total = grad_h + values[0].to(tl.float32)
         if MODE == GRU:
-            hidden_n, r, z, n = unstack_4(values[1])
-            grad_hidden_n, grad_r, grad_z, grad_n, through = gru_cell_back(total, hidden_n, r, z, n, values[2])
+            hidden_n, r, z, n = unstack_4(values[1].to(tl.float32))
+            grad_hidden_n, grad_r, grad_z, grad_n, through = gru_cell_back(
+                total, hidden_n, r, z, n, values[2].to(tl.float32)
+            )
             kinds = stack_4(grad_hidden_n, grad_r, grad_z, grad_n)
             operand = stack_2(grad_r, grad_z).to(DTYPE).to(OPERAND)
             through = tl.dot(w[0], operand, through, input_precision=PRECISION)
             through = tl.dot(w[1], grad_hidden_n.to(DTYPE).to(OPERAND), through, input_precision=PRECISION)
         elif MODE == LSTM:
-            i, f, g, o = unstack_4(values[1])
-            grad_i, grad_f, grad_g, grad_o, through_c = lstm_cell_back(total, grad_c, i, f, g, o, c, values[2], MATH)
+            i, f, g, o = unstack_4(values[1].to(tl.float32))
+            before = values[2].to(tl.float32)
+            grad_i, grad_f, grad_g, grad_o, through_c = lstm_cell_back(total, grad_c, i, f, g, o, c, before, MATH)
             kinds = stack_4(grad_i, grad_f, grad_g, grad_o)
             through = tl.dot(w[0], kinds.to(DTYPE).to(OPERAND), input_precision=PRECISION)
             grad_c = tl.where(mask, through_c, grad_c)
-            c = values[2]
+            c = before
         else:
-            kinds = tl.where(mask, simple_cell_back(total, values[1], MODE), 0.0)
+            kinds = tl.where(mask, simple_cell_back(total, values[1].to(tl.float32), MODE), 0.0)
             through = tl.dot(w[0], kinds.to(DTYPE).to(OPERAND), input_precision=PRECISION)
         if MODE >= GRU:
             ptrs, stack_mask = kinds_ptrs(grad_gates_ptr, row, runs, tile, HIDDEN, 4)
@@ -134,7 +142,7 @@ def backward(
     tile = make_tile(schedule_ptr, steps, batch_size, rows, 0, HIDDEN, TILE, BLOCK_BATCH)
     w = load_weights_back(weight_hh_ptr, tile.unit, MODE, HIDDEN, OPERAND)
     state = state_offset(tile, HIDDEN)
-    start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, state, tile.mask)
+    start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, state, tile.mask).to(output_ptr.dtype.element_ty)
     grad_h, grad_c = load_or_zero(grad_h_n_ptr, state, tile.mask), load_or_zero(grad_c_n_ptr, state, tile.mask)
     kept = Kept(grad_output_ptr, output_ptr, saved_ptr)
     grad_h, grad_c = backward_steps(0, tile.steps, grad_h, grad_c, w, start, kept, grad_gates_ptr, tile, MODE, HIDDEN,

@@ -56,6 +56,9 @@ def cudnn_keeps_weights(network: Network, target: _target.Target, forward: bool)
 
 
 _WIDEST_WITHOUT_MATRIX_UNITS = 32
+# Cards whose matrix units add up in memory of their own. Of several gates, Triton 3.9 brings the sums to so many
+# registers that kernels with wide weights spill.
+_TENSOR_MEMORY = (100, 103)
 _WIDEST_SPREAD = 2048
 _FEWEST_SPREAD_STEPS = 4  # fewer, a cell's one among them, do not make up for its launches
 _LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the processors busy
@@ -81,6 +84,8 @@ def rnn_config(network: Network, target: _target.Target) -> Config | None:
     weights = gates * tile * tile * dtype.itemsize
     # Beside the weights, a sequence's float32 gates on their way to another layout, and its state on that to a dot.
     most = (target.shared_memory - weights) // (tile * (4 * (1 if gates == 1 else 4) + dtype.itemsize))
+    if target.arch in _TENSOR_MEMORY and gates > 1:
+        most = min(most, 8 if weights <= 131072 else 0)
     block_batch = _block_batch(network, target, most)
     # On AMD's cards the weights of several gates are kept in registers.
     if block_batch > most or (target.backend == "hip" and gates > 1 and weights > 24576):
@@ -139,6 +144,8 @@ def wave_chunk(
     tile, programs = _target.padded(hidden), layers * triton.cdiv(batch, config.block_batch)
     if config.units or layers == 1 or directions > 1 or target.backend == "hip" or tile > _WIDEST_WAVE:
         return 0
+    if target.arch in _TENSOR_MEMORY and itemsize * gates * tile * tile > 98304:
+        return 0
     # Beside the weights, two operands of the product and its sum on its way to memory.
     product = PRODUCT_STEPS * config.block_batch
     on_chip = itemsize * gates * tile * tile + (product + tile) * 128 + 4 * product * tile
@@ -175,5 +182,7 @@ def _with_wavefront(problem: Problem, config: Config) -> Config:
                            gates, itemsize, target)  # fmt: skip
         if chunk:
             shape_class = (gates, itemsize, problem.precision, _target.padded(problem.hidden), problem.layers, chunk)
+            if target.arch in _TENSOR_MEMORY and gates > 1:
+                wide = wide._replace(num_warps=8)
             return _target.tuned(wide._replace(chunk=chunk), target, "rnn wave", *shape_class)
     return config

@@ -81,11 +81,11 @@ def forward_steps(
         row, runs = rows_of(step, tile)
         mask = tile.mask & runs[None, :]
         operand = h.to(output_ptr.dtype.element_ty).to(w[0].dtype)
-        sums = tl.dot(w[0], operand, x[0] + bias[0], input_precision=PRECISION)
+        sums = tl.dot(w[0], operand, x[0].to(tl.float32) + bias[0], input_precision=PRECISION)
         if MODE == GRU:
             sum_r, sum_z = unstack_2(sums)
             hidden_n = tl.dot(w[1], operand, input_precision=PRECISION) + bias[1]
-            new_h, r, z, n = gru_cell(sum_r, sum_z, x[1], hidden_n, h, MATH)
+            new_h, r, z, n = gru_cell(sum_r, sum_z, x[1].to(tl.float32), hidden_n, h, MATH)
             kinds = stack_4(hidden_n, r, z, n)
         elif MODE == LSTM:
             sum_i, sum_f, sum_g, sum_o = unstack_4(sums)

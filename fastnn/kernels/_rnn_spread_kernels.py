@@ -33,6 +33,7 @@ from fastnn.kernels._rnn_tile import (
     load_bias,
     load_gates,
     load_or_zero,
+    load_stored,
     make_tile,
     output_offset,
     rows_of,
@@ -122,7 +123,7 @@ def _load_gates(gates, step, tile, GATES: tl.constexpr, HIDDEN: tl.constexpr):
         is_fourth = offset >= 3 * HIDDEN
         exists &= (offset < 2 * HIDDEN) | is_fourth
         offset -= tl.where(is_fourth, HIDDEN, 0)
-        return load(gates.x_ptr + start[None, :] + offset[:, None], exists[:, None] & runs[None, :])
+        return load_stored(gates.x_ptr + start[None, :] + offset[:, None], exists[:, None] & runs[None, :])
     else:
         return load_gates(gates, step, tile, 0, GATES, GATES, HIDDEN)
 
@@ -169,7 +170,7 @@ def spread_forward(
         sums = tl.sum(tl.dot(w, operand, input_precision=PRECISION), 0) + bias
         if MODE == GRU:  # the fourth product is zero times a state that may be inf
             sums = tl.where(is_product[:, None], sums, 0.0)
-        sums += x
+        sums += x.to(tl.float32)
         if MODE == GRU:
             sum_r, sum_z, hidden_n, x_n = unstack_4(sums)
             new_h, r, z, n = gru_cell(sum_r, sum_z, x_n, hidden_n, h, MATH)
@@ -221,7 +222,7 @@ def spread_backward(
     w = _load_weights_back(weight_hh_ptr, every, tile.unit, GATES, HIDDEN, OPERAND)
     kept = Kept(grad_output_ptr, output_ptr, saved_ptr)
     grad_h = load(state_ptr + at, tile.mask)
-    start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, at, tile.mask)
+    start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, at, tile.mask).to(output_ptr.dtype.element_ty)
     values = load_step(kept, tile.steps - 1 - first, start, tile, MODE, HIDDEN, DIRECTIONS)
     if MODE == LSTM:
         grad_c = load(state_ptr + at_c, tile.mask)
@@ -240,21 +241,24 @@ def spread_backward(
         grad_h += tl.where(later_runs[None, :], tl.sum(sums, 0), 0.0)
         row, runs = rows_of(tile.steps - 1 - back, tile)
         mask = tile.mask & runs[None, :]
-        total = grad_h + values[0]
+        total = grad_h + values[0].to(tl.float32)
         if MODE == GRU:
-            hidden_n, r, z, n = unstack_4(values[1])
-            grad_hidden_n, grad_r, grad_z, grad_n, through = gru_cell_back(total, hidden_n, r, z, n, values[2])
+            hidden_n, r, z, n = unstack_4(values[1].to(tl.float32))
+            grad_hidden_n, grad_r, grad_z, grad_n, through = gru_cell_back(
+                total, hidden_n, r, z, n, values[2].to(tl.float32)
+            )
             kinds = stack_4(grad_hidden_n, grad_r, grad_z, grad_n)
             grad_h = tl.where(mask, through, grad_h)
         elif MODE == LSTM:
-            i, f, g, o = unstack_4(values[1])
-            grad_i, grad_f, grad_g, grad_o, through_c = lstm_cell_back(total, grad_c, i, f, g, o, c, values[2], MATH)
+            i, f, g, o = unstack_4(values[1].to(tl.float32))
+            before = values[2].to(tl.float32)
+            grad_i, grad_f, grad_g, grad_o, through_c = lstm_cell_back(total, grad_c, i, f, g, o, c, before, MATH)
             kinds = stack_4(grad_i, grad_f, grad_g, grad_o)
             grad_h = tl.where(mask, 0.0, grad_h)
             grad_c = tl.where(mask, through_c, grad_c)
-            c = values[2]
+            c = before
         else:
-            kinds = simple_cell_back(total, values[1], MODE)
+            kinds = simple_cell_back(total, values[1].to(tl.float32), MODE)
             grad_h = tl.where(mask, 0.0, grad_h)
         if MODE >= GRU:
             ptrs, stack_mask = kinds_ptrs(grad_gates_ptr, row, runs, tile, HIDDEN, KINDS)

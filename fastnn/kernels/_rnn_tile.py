@@ -123,6 +123,12 @@ def load(ptrs, mask):
 
 
 @triton.jit
+def load_stored(ptrs, mask):
+    """In the dtype of memory."""
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_or_zero(ptr, offset, mask):
     if ptr is None:
         return tl.zeros(offset.shape, tl.float32)
@@ -173,10 +179,10 @@ def gate_rows(gates, step, tile, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_gates(gates, step, tile, FIRST: tl.constexpr, COUNT: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr):
-    """COUNT of a step's gates from FIRST on, stacked."""
+    """COUNT of a step's gates from FIRST on, stacked; as they are stored: a step ahead, they take registers."""
     start, runs = gate_rows(gates, step, tile, GATES * HIDDEN)
     offset, exists = stack_offset(tile.unit, FIRST, COUNT, GATES, HIDDEN)
-    return load(gates.x_ptr + start[None, :] + offset[:, None], exists[:, None] & runs[None, :])
+    return load_stored(gates.x_ptr + start[None, :] + offset[:, None], exists[:, None] & runs[None, :])
 
 
 @triton.jit

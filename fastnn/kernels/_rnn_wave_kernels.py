@@ -183,7 +183,7 @@ def wave_backward(
         saved_ptr += layer * one_layer * (5 if MODE == LSTM else 4)
     state = layer * batch_size.to(tl.int64) * HIDDEN + state_offset(tile, HIDDEN)
     grad_h, grad_c = load_or_zero(grad_h_n_ptr, state, tile.mask), load_or_zero(grad_c_n_ptr, state, tile.mask)
-    start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, state, tile.mask)
+    start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, state, tile.mask).to(output_ptr.dtype.element_ty)
     w = load_weights_back(weight_hh_ptr, tile.unit, MODE, HIDDEN, OPERAND)
     kept = Kept(own_grad_ptr, own_output_ptr, saved_ptr)
     own_progress_ptr = progress_ptr + layer * tl.num_programs(0) + tl.program_id(0)
