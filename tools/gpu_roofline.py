@@ -6,7 +6,6 @@ for the benchmark's shapes, the time that an H100's limits allow each, and the r
 """
 
 import argparse
-import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -125,11 +124,9 @@ def conv_tiles(problem: Problem, precision: str) -> tuple[float, float]:
 
 def conv_predictions() -> Iterator[Prediction]:
     for name, (sizes, out_channels, kernel, *_) in CONV_SHAPES.items():
-        formats = [torch.contiguous_format, torch.channels_last][: 2 if len(sizes) == 4 else 1]
-        for format, (dtype, kind, precision) in itertools.product(formats, _kinds("conv")):
-            shape = name if format is torch.contiguous_format else f"{name}, channels last"
+        for dtype, kind, precision in _kinds("conv"):
             with torch.device("meta"):
-                input = torch.empty(sizes, dtype=dtype, memory_format=format)
+                input = torch.empty(sizes, dtype=dtype)
                 weight = torch.empty(out_channels, sizes[1], *[kernel] * (len(sizes) - 2), dtype=dtype)
             problem = check_problem("", input, weight, None, conv_geometry(name))
             size = dtype.itemsize
@@ -147,7 +144,7 @@ def conv_predictions() -> Iterator[Prediction]:
             ours = compiled
             if fused:
                 ours = Cost(ends, flops * max(problem.recomputed, 1), 1, 0, tiles)
-            yield Prediction("conv_relu_max_pool", shape, str(dtype)[6:], "forward", stock, compiled, ours, fused, kind)
+            yield Prediction("conv_relu_max_pool", name, str(dtype)[6:], "forward", stock, compiled, ours, fused, kind)
             back_fused = _conv_plan.is_fused(problem, "backward", precision, TARGET)
             # Beside the above: the pool's and ReLU's gradients written, read and read again by both products.
             both = 2 * ends + pooled * size
@@ -164,7 +161,7 @@ def conv_predictions() -> Iterator[Prediction]:
             work = flops * (1 + 2 * problem.recomputed if back_fused else 3)
             bytes = both + forward + spread + pooled * 3
             ours = Cost(bytes, work, 4 if back_fused else 5, 0, tiles, apart)
-            yield Prediction("conv_relu_max_pool", shape, str(dtype)[6:], "training", stock, compiled, ours,
+            yield Prediction("conv_relu_max_pool", name, str(dtype)[6:], "training", stock, compiled, ours,
                              fused and back_fused, kind)  # fmt: skip
 
 
