@@ -78,6 +78,9 @@ _MATCH = 26
 _MOST_OUT = 64  # channels of a tile
 _MOST_IN = 64  # of one of the input's gradient
 _LAUNCH_BOUND_WORK = 100e6  # floating-point operations
+# The same of a convolution in which a weight that is read with its taps last costs an H100 what a launch does: of 64
+# channels a step has 327 instructions in place of 258.
+_COPY_BOUND_WORK = 15e9
 _FEW_CHANNELS = 16
 _PACKED_PIXELS = 512  # of a program
 _WIDEST_GRID = 65535  # in all dimensions but the first
@@ -191,16 +194,21 @@ def _as_packed(problem: Problem) -> Problem:
     )
 
 
+def _holds_operands(target: _target.Target) -> bool:
+    """Whether a dot leaves registers to the sums."""
+    return target.backend == "hip" or target.arch in _target.LARGE_TILES
+
+
 def conv_config(problem: Problem, precision: str, target: _target.Target) -> Config:
     """The fused kernels' tiles, as large as registers hold without spilling (tools/gpu_check.py)."""
     wide = problem.kind.dtype.itemsize == 2
     fast = _precision.uses_matrix_units(problem.kind.dtype, precision, target)
     block_out = min(_MOST_OUT, _target.padded(problem.out_channels))
     if is_tap_by_tap(problem):
-        most = 128 if wide and (target.backend == "hip" or target.arch in _target.LARGE_TILES) else 64
+        most = 128 if wide and _holds_operands(target) else 64
         block_k = min(64 if wide else 32, _target.padded(problem.channels))
     else:
-        most, block_k = 64, _few_columns(problem)[0]
+        most, block_k = 64, min(_few_columns(problem)[0], 64 if _holds_operands(target) else 32)
     pixels = problem.images * math.prod(problem.out_size)
     block_pixels = min(most if fast else 32, _target.padded(triton.cdiv(pixels, target.processors)))
     num_warps = 8 if block_pixels * block_out * problem.kind.dtype.itemsize >= 8192 else 4
@@ -221,9 +229,8 @@ def _registers_for_sums(problem: Problem, config: Config, precision: str, target
     """Of a thread, without spilling (tools/gpu_check.py)."""
     if target.arch in (100, 103) and precision == "tf32":
         return 32  # the compiler gives eight warps 128 registers each
-    operands_elsewhere = target.backend == "hip" or target.arch in _target.LARGE_TILES
     # In a loop every element of a patch that comes alone has a place to be kept.
-    if operands_elsewhere and (is_tap_by_tap(problem) or _loads_pixels(problem) or _steps(problem, config) == 1):
+    if _holds_operands(target) and (is_tap_by_tap(problem) or _loads_pixels(problem) or _steps(problem, config) == 1):
         return 128
     return 16 if precision == "tf32x3" else 32
 
@@ -232,6 +239,8 @@ def forward_config(problem: Problem, precision: str, target: _target.Target) -> 
     """conv_forward's tiles, and how many places of a window share the weight's: a divisor of their number, as many as
     registers hold the sums of. Two programs should fit a processor: one computes while the other begins or ends."""
     config = conv_config(problem, precision, target)
+    if config.block_pixels == 128 and problem.out_channels >= 128 and target.arch in _target.LARGE_TILES:
+        config = config._replace(block_pixels=64, block_out=128)  # the patches are brought for twice the channels
     sums = max(1, config.block_pixels * config.block_out // (32 * config.num_warps))  # registers of a place
     most = min(_MOST_TOGETHER, max(1, _registers_for_sums(problem, config, precision, target) // sums))
     together = max(n for n in range(1, most + 1) if problem.places % n == 0)
@@ -327,10 +336,10 @@ def _x_format(problem: Problem, input: Tensor) -> torch.memory_format:
 
 
 def _w_format(problem: Problem, weight: Tensor) -> torch.memory_format:
-    """Of the weight in the fused kernels, which take it as it lies, except that many channels are read so often that a
-    copy with the channels last, one launch, is cheaper."""
+    """Of the weight in the fused kernels, which take it as it lies, unless a copy with many channels last, one launch,
+    is cheaper."""
     last = channels_last(problem.dims)
-    is_copied = is_tap_by_tap(problem) and problem.work > _LAUNCH_BOUND_WORK
+    is_copied = is_tap_by_tap(problem) and problem.work > _COPY_BOUND_WORK
     return last if is_copied or as_image(weight).is_contiguous(memory_format=last) else torch.contiguous_format
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastnn.kernels import _conv_plan, _launch, _precision, _target
+from fastnn.kernels import _conv_plan, _launch, _plan_cache, _precision, _target
 from fastnn.kernels import conv_relu_max_pool as kernels
 from fastnn.kernels._conv_geometry import Geometry, check_problem
 
@@ -160,6 +160,24 @@ def test_channels_last_comes_out_as_it_goes_in(channels, fused, device, assert_n
     grad = kernels.conv_relu_max_pool_backward(output, winners, last, weight, a.flat(), True, False, False)[0]
     assert grad.is_contiguous(memory_format=torch.channels_last)
     assert kernels.conv_relu_max_pool(input, weight, bias, a.flat()).is_contiguous()
+
+
+@pytest.mark.parametrize("work", [0, 1e30])
+@pytest.mark.parametrize("sizes", [(1, 17, 7, 6), (2, 18, 13), (1, 3, 6, 7)])
+def test_weight_as_it_lies_or_copied(sizes, work, device, monkeypatch):
+    """One result, whichever format the weight has and the kernels take."""
+    a = arguments(len(sizes) - 2, padding=1)
+    input, weight, bias = make(sizes, 5, 3, a, torch.float32, device)
+    expected, winners = kernels.conv_relu_max_pool_with_winners(input, weight, bias, a.flat())
+    gradients = kernels.conv_relu_max_pool_backward(expected, winners, input, weight, a.flat(), True, True, True)
+    monkeypatch.setattr(_conv_plan, "_COPY_BOUND_WORK", work)
+    _plan_cache.Plans.forget_all()
+    for given in (weight, weight.movedim(1, -1).contiguous().movedim(-1, 1)):
+        output = kernels.conv_relu_max_pool(input, given, bias, a.flat())
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        again = kernels.conv_relu_max_pool_backward(expected, winners, input, given, a.flat(), True, True, True)
+        for got, want in zip(again, gradients, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -411,6 +429,9 @@ def test_choice_of_path():
     assert is_fused(problem(64, 64, 64, 112, single), "tf32x3")
     assert not is_fused(problem(64, 96, 64, 112, single), "tf32x3")
     assert _conv_plan.conv_config(middle, "ieee", _target.TARGETS[2]).block_pixels == 128
+    for target, tile in ((_target.TARGETS[2], (64, 128)), (_target.TARGETS[0], (64, 64))):
+        config, _ = _conv_plan.forward_config(problem(64, 64, 256, 112, half), "ieee", target)
+        assert (config.block_pixels, config.block_out) == tile
     # A copy with the channels last costs what is saved, unless many channels come out of few.
     assert not is_fused(problem(64, 64, 64, 112, half, last=False))
     assert is_fused(problem(64, 16, 128, 112, half, last=False))
@@ -419,7 +440,9 @@ def test_choice_of_path():
     assert is_fused(few)
     assert not is_fused(few, direction="backward")
     assert not is_fused(problem(64, 32, 32, 112, half), direction="backward")
-    assert is_fused(problem(1, 32, 32, 56, half), direction="backward")  # which is bound by launches
+    # Which is bound by launches; in 16 bits there are two more.
+    assert is_fused(problem(1, 32, 32, 56, single), direction="backward")
+    assert not is_fused(problem(1, 32, 32, 56, half), direction="backward")
     for dtype, precision in ((half, "ieee"), (single, "tf32"), (single, "tf32x3")):
         stem = problem(64, 3, 64, 224, dtype, 7, stride=2, padding=3, pool=3, pool_stride=2, pool_padding=1)
         assert not is_fused(stem, precision)
