@@ -154,7 +154,7 @@ def _loads_pixels(problem: Problem) -> bool:
 
 def _few_columns(problem: Problem) -> tuple[int, int]:
     """Of a sum over few channels: the columns of a step, and of all steps."""
-    columns = problem.taps * _tap_columns(problem, 0)
+    columns = problem.taps * triton.next_power_of_2(problem.channels)
     # Elements that come one by one all have a place of their own, and places fill registers.
     most = 64 if _loads_pixels(problem) else 32 if problem.kind.dtype.itemsize == 2 else 16
     step = min(most, _target.padded(columns))

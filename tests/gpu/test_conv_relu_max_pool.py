@@ -439,6 +439,7 @@ def test_choice_of_path():
     few = problem(64, 3, 64, 224, half)
     assert is_fused(few)
     assert not is_fused(few, direction="backward")
+    assert all(is_fused(problem(64, channels, 64, 224, half, last=False)) for channels in range(1, 16))
     assert not is_fused(problem(64, 32, 32, 112, half), direction="backward")
     # Which is bound by launches; in 16 bits there are two more.
     assert is_fused(problem(1, 32, 32, 56, single), direction="backward")
