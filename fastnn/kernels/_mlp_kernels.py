@@ -8,17 +8,17 @@ from fastnn.kernels._activation import activate, activation_gradient
 
 
 @triton.jit
-def _finish_layer(sums, bias, saved, row, row_mask, column, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+def _finish_layer(sums, bias_ptr, saved_ptr, row, row_mask, column, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
                   KEEPS_INPUT: tl.constexpr):  # fmt: skip
     """act(sums + bias), and what backward needs of it written to ``saved`` (rows, WIDTH) unless that is None."""
     column_mask = column < WIDTH
-    if bias is not None:
-        sums += tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     value = activate(sums, ACTIVATION)
-    if saved is not None:
+    if saved_ptr is not None:
         kept = sums if KEEPS_INPUT else value
-        place = saved + row[:, None] * WIDTH + column[None, :]
-        tl.store(place, kept.to(saved.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+        place = saved_ptr + row[:, None] * WIDTH + column[None, :]
+        tl.store(place, kept.to(saved_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
     return value
 
 
@@ -33,12 +33,12 @@ def _next_operand(value, column, DTYPE: tl.constexpr, WIDTH: tl.constexpr, OPERA
 
 @triton.jit(do_not_specialize=["rows"])
 def chain_forward(
-    input, weights, biases, saved, output, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr, ACTIVATIONS: tl.constexpr,
-    KEEPS_INPUT: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptrs, bias_ptrs, saved_ptrs, y_ptr, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, KEEPS_INPUT: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """input (rows, WIDTHS[0]) -> output (rows, WIDTHS[LAYERS]), a program a tile of BLOCK_ROWS rows, through
-    LAYERS >= 2 layers. weights[i] (WIDTHS[i + 1], WIDTHS[i]); saved[i] (rows, WIDTHS[i + 1]) or None.
+    """x (rows, WIDTHS[0]) -> y (rows, WIDTHS[LAYERS]), a program a tile of BLOCK_ROWS rows, through LAYERS >= 2 layers.
+    w[i] (WIDTHS[i + 1], WIDTHS[i]); saved[i] (rows, WIDTHS[i + 1]) or None.
 
     The input's and the output's width are walked in chunks; the widths between are whole tiles (TILES).
     """
@@ -50,40 +50,41 @@ def chain_forward(
     for start in range(0, WIDTHS[0], BLOCK_IN):
         k = start + tl.arange(0, BLOCK_IN)
         k_mask = k < WIDTHS[0]
-        x = tl.load(input + row[:, None] * WIDTHS[0] + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-        w = tl.load(weights[0] + column[None, :] * WIDTHS[0] + k[:, None],
+        x = tl.load(x_ptr + row[:, None] * WIDTHS[0] + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+        w = tl.load(w_ptrs[0] + column[None, :] * WIDTHS[0] + k[:, None],
                     mask=(column < WIDTHS[1])[None, :] & k_mask[:, None], other=0.0)  # fmt: skip
         sums = tl.dot(x.to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
-    value = _finish_layer(sums, biases[0], saved[0], row, row_mask, column, WIDTHS[1], ACTIVATIONS[0], KEEPS_INPUT[0])
-    x = _next_operand(value, column, output.dtype.element_ty, WIDTHS[1], OPERAND)
+    value = _finish_layer(sums, bias_ptrs[0], saved_ptrs[0], row, row_mask, column, WIDTHS[1], ACTIVATIONS[0],
+                          KEEPS_INPUT[0])  # fmt: skip
+    x = _next_operand(value, column, y_ptr.dtype.element_ty, WIDTHS[1], OPERAND)
 
     for layer in tl.static_range(1, LAYERS - 1):
         k = tl.arange(0, TILES[layer])
         column = tl.arange(0, TILES[layer + 1])
-        w = tl.load(weights[layer] + column[None, :] * WIDTHS[layer] + k[:, None],
+        w = tl.load(w_ptrs[layer] + column[None, :] * WIDTHS[layer] + k[:, None],
                     mask=(column < WIDTHS[layer + 1])[None, :] & (k < WIDTHS[layer])[:, None], other=0.0)  # fmt: skip
         sums = tl.dot(x, w.to(OPERAND), input_precision=PRECISION)
-        value = _finish_layer(sums, biases[layer], saved[layer], row, row_mask, column, WIDTHS[layer + 1],
+        value = _finish_layer(sums, bias_ptrs[layer], saved_ptrs[layer], row, row_mask, column, WIDTHS[layer + 1],
                               ACTIVATIONS[layer], KEEPS_INPUT[layer])  # fmt: skip
-        x = _next_operand(value, column, output.dtype.element_ty, WIDTHS[layer + 1], OPERAND)
+        x = _next_operand(value, column, y_ptr.dtype.element_ty, WIDTHS[layer + 1], OPERAND)
 
     LAST: tl.constexpr = LAYERS - 1
     k = tl.arange(0, TILES[LAST])
     for start in range(0, WIDTHS[LAYERS], BLOCK_OUT):
         out_column = start + tl.arange(0, BLOCK_OUT)
         out_mask = out_column < WIDTHS[LAYERS]
-        out_weight = tl.load(weights[LAST] + out_column[None, :] * WIDTHS[LAST] + k[:, None],
+        out_weight = tl.load(w_ptrs[LAST] + out_column[None, :] * WIDTHS[LAST] + k[:, None],
                              mask=out_mask[None, :] & (k < WIDTHS[LAST])[:, None], other=0.0)  # fmt: skip
         out_sums = tl.dot(x, out_weight.to(OPERAND), input_precision=PRECISION)
-        out_value = _finish_layer(out_sums, biases[LAST], saved[LAST], row, row_mask, out_column, WIDTHS[LAYERS],
-                                   ACTIVATIONS[LAST], KEEPS_INPUT[LAST])  # fmt: skip
-        place = output + row[:, None] * WIDTHS[LAYERS] + out_column[None, :]
-        tl.store(place, out_value.to(output.dtype.element_ty), mask=row_mask[:, None] & out_mask[None, :])
+        out_value = _finish_layer(out_sums, bias_ptrs[LAST], saved_ptrs[LAST], row, row_mask, out_column,
+                                  WIDTHS[LAYERS], ACTIVATIONS[LAST], KEEPS_INPUT[LAST])  # fmt: skip
+        place = y_ptr + row[:, None] * WIDTHS[LAYERS] + out_column[None, :]
+        tl.store(place, out_value.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & out_mask[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def resident_chain_forward(
-    input, weights, biases, saved, output, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr,
+    x_ptr, w_ptrs, bias_ptrs, saved_ptrs, y_ptr, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr,
     ACTIVATIONS: tl.constexpr, KEEPS_INPUT: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,50 +95,50 @@ def resident_chain_forward(
         from_unit = tl.arange(0, TILES[layer])
         to_unit = tl.arange(0, TILES[layer + 1])
         mask = (to_unit < WIDTHS[layer + 1])[None, :] & (from_unit < WIDTHS[layer])[:, None]
-        place = weights[layer] + to_unit[None, :] * WIDTHS[layer] + from_unit[:, None]
+        place = w_ptrs[layer] + to_unit[None, :] * WIDTHS[layer] + from_unit[:, None]
         weight = tl.load(place, mask=mask, other=0.0).to(OPERAND)
         loaded = loaded + (weight,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no star here)
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
         row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         row_mask = row < rows
         first = tl.arange(0, TILES[0])
-        x = tl.load(input + row[:, None] * WIDTHS[0] + first[None, :],
+        x = tl.load(x_ptr + row[:, None] * WIDTHS[0] + first[None, :],
                     mask=row_mask[:, None] & (first < WIDTHS[0])[None, :], other=0.0).to(OPERAND)  # fmt: skip
         for layer in tl.static_range(LAYERS):
             column = tl.arange(0, TILES[layer + 1])
             sums = tl.dot(x, loaded[layer], input_precision=PRECISION)
-            value = _finish_layer(sums, biases[layer], saved[layer], row, row_mask, column, WIDTHS[layer + 1],
+            value = _finish_layer(sums, bias_ptrs[layer], saved_ptrs[layer], row, row_mask, column, WIDTHS[layer + 1],
                                   ACTIVATIONS[layer], KEEPS_INPUT[layer])  # fmt: skip
-            x = _next_operand(value, column, output.dtype.element_ty, WIDTHS[layer + 1], OPERAND)
+            x = _next_operand(value, column, y_ptr.dtype.element_ty, WIDTHS[layer + 1], OPERAND)
         last = tl.arange(0, TILES[LAYERS])
-        tl.store(output + row[:, None] * WIDTHS[LAYERS] + last[None, :], x.to(output.dtype.element_ty),
+        tl.store(y_ptr + row[:, None] * WIDTHS[LAYERS] + last[None, :], x.to(y_ptr.dtype.element_ty),
                  mask=row_mask[:, None] & (last < WIDTHS[LAYERS])[None, :])  # fmt: skip
 
 
 @triton.jit
-def _finish_gradient(grad, saved, grad_sums, bias_parts, row, row_mask, column, WIDTH: tl.constexpr,
+def _finish_gradient(grad, saved_ptr, grad_sums_ptr, bias_parts_ptr, row, row_mask, column, WIDTH: tl.constexpr,
                      ACTIVATION: tl.constexpr):  # fmt: skip
     """The gradient before the activation, written to ``grad_sums`` (rows, WIDTH), and this tile's part of the bias
     gradient to ``bias_parts`` (tiles, WIDTH) unless that is None."""
     column_mask = column < WIDTH
     mask = row_mask[:, None] & column_mask[None, :]
     offset = row[:, None] * WIDTH + column[None, :]
-    kept = tl.load(saved + offset, mask=mask, other=0.0).to(tl.float32)
+    kept = tl.load(saved_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     grad = tl.where(mask, activation_gradient(grad, kept, ACTIVATION), 0.0)
-    tl.store(grad_sums + offset, grad.to(grad_sums.dtype.element_ty), mask=mask)
-    if bias_parts is not None:
-        tl.store(bias_parts + tl.program_id(0) * WIDTH + column, tl.sum(grad, 0), mask=column_mask)
+    tl.store(grad_sums_ptr + offset, grad.to(grad_sums_ptr.dtype.element_ty), mask=mask)
+    if bias_parts_ptr is not None:
+        tl.store(bias_parts_ptr + tl.program_id(0) * WIDTH + column, tl.sum(grad, 0), mask=column_mask)
     return grad
 
 
 @triton.jit(do_not_specialize=["rows"])
 def chain_backward(
-    grad_output, weights, saved, grad_sums, bias_parts, grad_input, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr,
-    ACTIVATIONS: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    grad_y_ptr, w_ptrs, saved_ptrs, grad_sums_ptrs, bias_parts_ptrs, grad_x_ptr, rows, WIDTHS: tl.constexpr,
+    TILES: tl.constexpr, ACTIVATIONS: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The reverse of chain_forward: grad_output (rows, WIDTHS[LAYERS]) -> grad_sums[i] (rows, WIDTHS[i + 1]), the
-    gradient before each activation, from which the weights' gradients are one matrix product each; and grad_input
+    """The reverse of chain_forward: grad_y (rows, WIDTHS[LAYERS]) -> grad_sums[i] (rows, WIDTHS[i + 1]), the
+    gradient before each activation, from which the weights' gradients are one matrix product each; and grad_x
     (rows, WIDTHS[0]) unless that is None."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < rows
@@ -148,47 +149,48 @@ def chain_backward(
     for start in range(0, WIDTHS[LAYERS], BLOCK_OUT):
         out_column = start + tl.arange(0, BLOCK_OUT)
         out_mask = out_column < WIDTHS[LAYERS]
-        g = tl.load(grad_output + row[:, None] * WIDTHS[LAYERS] + out_column[None, :],
+        g = tl.load(grad_y_ptr + row[:, None] * WIDTHS[LAYERS] + out_column[None, :],
                     mask=row_mask[:, None] & out_mask[None, :], other=0.0).to(tl.float32)  # fmt: skip
-        g = _finish_gradient(g, saved[LAST], grad_sums[LAST], bias_parts[LAST], row, row_mask, out_column,
-                             WIDTHS[LAYERS], ACTIVATIONS[LAST])  # fmt: skip
-        w = tl.load(weights[LAST] + out_column[:, None] * WIDTHS[LAST] + column[None, :],
+        g = _finish_gradient(g, saved_ptrs[LAST], grad_sums_ptrs[LAST], bias_parts_ptrs[LAST], row, row_mask,
+                             out_column, WIDTHS[LAYERS], ACTIVATIONS[LAST])  # fmt: skip
+        w = tl.load(w_ptrs[LAST] + out_column[:, None] * WIDTHS[LAST] + column[None, :],
                     mask=out_mask[:, None] & (column < WIDTHS[LAST])[None, :], other=0.0)  # fmt: skip
-        g = g.to(grad_output.dtype.element_ty).to(OPERAND)
+        g = g.to(grad_y_ptr.dtype.element_ty).to(OPERAND)
         grad = tl.dot(g, w.to(OPERAND), grad, input_precision=PRECISION)
 
     for layer in tl.static_range(LAYERS - 2, 0, -1):
         k = tl.arange(0, TILES[layer + 1])
         column = tl.arange(0, TILES[layer])
-        grad = _finish_gradient(grad, saved[layer], grad_sums[layer], bias_parts[layer], row, row_mask, k,
-                                WIDTHS[layer + 1], ACTIVATIONS[layer])  # fmt: skip
-        w = tl.load(weights[layer] + k[:, None] * WIDTHS[layer] + column[None, :],
+        grad = _finish_gradient(grad, saved_ptrs[layer], grad_sums_ptrs[layer], bias_parts_ptrs[layer], row, row_mask,
+                                k, WIDTHS[layer + 1], ACTIVATIONS[layer])  # fmt: skip
+        w = tl.load(w_ptrs[layer] + k[:, None] * WIDTHS[layer] + column[None, :],
                     mask=(k < WIDTHS[layer + 1])[:, None] & (column < WIDTHS[layer])[None, :], other=0.0)  # fmt: skip
-        g = grad.to(grad_output.dtype.element_ty).to(OPERAND)
+        g = grad.to(grad_y_ptr.dtype.element_ty).to(OPERAND)
         grad = tl.dot(g, w.to(OPERAND), input_precision=PRECISION)
 
     k = tl.arange(0, TILES[1])
-    grad = _finish_gradient(grad, saved[0], grad_sums[0], bias_parts[0], row, row_mask, k, WIDTHS[1], ACTIVATIONS[0])
-    if grad_input is not None:
-        g = grad.to(grad_output.dtype.element_ty).to(OPERAND)
+    grad = _finish_gradient(grad, saved_ptrs[0], grad_sums_ptrs[0], bias_parts_ptrs[0], row, row_mask, k, WIDTHS[1],
+                            ACTIVATIONS[0])  # fmt: skip
+    if grad_x_ptr is not None:
+        g = grad.to(grad_y_ptr.dtype.element_ty).to(OPERAND)
         for start in range(0, WIDTHS[0], BLOCK_IN):
             in_column = start + tl.arange(0, BLOCK_IN)
             in_mask = in_column < WIDTHS[0]
-            in_weight = tl.load(weights[0] + k[:, None] * WIDTHS[0] + in_column[None, :],
+            in_weight = tl.load(w_ptrs[0] + k[:, None] * WIDTHS[0] + in_column[None, :],
                         mask=(k < WIDTHS[1])[:, None] & in_mask[None, :], other=0.0)  # fmt: skip
             result = tl.dot(g, in_weight.to(OPERAND), input_precision=PRECISION)
-            tl.store(grad_input + row[:, None] * WIDTHS[0] + in_column[None, :], result.to(grad_input.dtype.element_ty),
+            tl.store(grad_x_ptr + row[:, None] * WIDTHS[0] + in_column[None, :], result.to(grad_x_ptr.dtype.element_ty),
                      mask=row_mask[:, None] & in_mask[None, :])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def layer_forward(
-    input, weight, bias, sums_kept, output, rows, IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, sums_ptr, y_ptr, rows, IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One layer: input (rows, IN), weight (OUT, IN) -> output (rows, OUT), a program a tile of the output. sums_kept:
-    the activation's input (rows, OUT), or None."""
+    """One layer: x (rows, IN), w (OUT, IN) -> y (rows, OUT), a program a tile of y. sums: the activation's input (rows,
+    OUT), or None."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row_mask = row < rows
@@ -197,9 +199,9 @@ def layer_forward(
     for start in range(0, IN, BLOCK_IN):
         k = start + tl.arange(0, BLOCK_IN)
         k_mask = k < IN
-        x = tl.load(input + row[:, None] * IN + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-        w = tl.load(weight + column[None, :] * IN + k[:, None], mask=column_mask[None, :] & k_mask[:, None], other=0.0)
+        x = tl.load(x_ptr + row[:, None] * IN + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+        w = tl.load(w_ptr + column[None, :] * IN + k[:, None], mask=column_mask[None, :] & k_mask[:, None], other=0.0)
         sums = tl.dot(x.to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
-    value = _finish_layer(sums, bias, sums_kept, row, row_mask, column, OUT, ACTIVATION, True)
-    tl.store(output + row[:, None] * OUT + column[None, :], value.to(output.dtype.element_ty),
+    value = _finish_layer(sums, bias_ptr, sums_ptr, row, row_mask, column, OUT, ACTIVATION, True)
+    tl.store(y_ptr + row[:, None] * OUT + column[None, :], value.to(y_ptr.dtype.element_ty),
              mask=row_mask[:, None] & column_mask[None, :])  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastnn.kernels import _launch, _precision, _target
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
 from fastnn.kernels._mlp_kernels import chain_backward, chain_forward, layer_forward, resident_chain_forward
-from fastnn.ops.mlp import _KEEPS_INPUT, ACTIVATION_NAMES, split_parameters
+from fastnn.ops.mlp import ACTIVATION_NAMES, KEEPS_INPUT, split_parameters
 
 # ---- choice of kernel and configuration -------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ def _check_biases(chain: Chain, biases: Sequence[Tensor | None]) -> None:
 
 
 def keeps_input(activation: int) -> bool:
-    return ACTIVATION_NAMES[activation] in _KEEPS_INPUT
+    return ACTIVATION_NAMES[activation] in KEEPS_INPUT
 
 
 # ---- plans --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from fastnn.reference import mlp as reference
 ACTIVATION_NAMES = tuple(reference.ACTIVATIONS)
 _DIGIT_OF = {name: str(place) for place, name in enumerate(ACTIVATION_NAMES)}
 MOST_LAYERS = 20  # of one call of the operators
-_KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
+KEEPS_INPUT = frozenset({"gelu", "gelu_tanh", "silu"})
 # Activations of the last layer for whose derivative the output is kept.
 _KEEPS_OUTPUT = frozenset(ACTIVATION_NAMES.index(name) for name in ("relu", "tanh", "sigmoid", "leaky_relu"))
 _LEAKY_RELU = ACTIVATION_NAMES.index("leaky_relu")
@@ -353,7 +353,7 @@ def _(input: Tensor, parameters: list[Tensor], activations: int) -> tuple[Tensor
     check_same_device(input, *parameters)
     names = names_of_code(activations)
     outputs = [input.new_empty(input.shape[0], weight.shape[0]) for weight in parameters[: len(names)]]
-    output_serves = names[-1] not in _KEEPS_INPUT
+    output_serves = names[-1] not in KEEPS_INPUT
     return input.new_empty(outputs[-1].shape), outputs[:-1] if output_serves else outputs
 
 
