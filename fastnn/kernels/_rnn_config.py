@@ -144,11 +144,12 @@ def wave_chunk(
     tile, programs = _target.padded(hidden), layers * triton.cdiv(batch, config.block_batch)
     if config.units or layers == 1 or directions > 1 or target.backend == "hip" or tile > _WIDEST_WAVE:
         return 0
-    if target.arch in _TENSOR_MEMORY and itemsize * gates * tile * tile > 98304:
+    weights = itemsize * gates * tile * tile
+    if target.arch in _TENSOR_MEMORY and weights * config.block_batch > 8 * 98304:
         return 0
     # Beside the weights, two operands of the product and its sum on its way to memory.
     product = PRODUCT_STEPS * config.block_batch
-    on_chip = itemsize * gates * tile * tile + (product + tile) * 128 + 4 * product * tile
+    on_chip = weights + (product + tile) * 128 + 4 * product * tile
     if programs > target.processors or on_chip > target.shared_memory:
         return 0
     chunk = PRODUCT_STEPS * (2 if steps >= 64 else 1)
@@ -182,7 +183,7 @@ def _with_wavefront(problem: Problem, config: Config) -> Config:
                            gates, itemsize, target)  # fmt: skip
         if chunk:
             shape_class = (gates, itemsize, problem.precision, _target.padded(problem.hidden), problem.layers, chunk)
-            if target.arch in _TENSOR_MEMORY and gates > 1:
+            if gates > 1 or block_batch > 8:  # with the product in the same kernel, four have too few registers
                 wide = wide._replace(num_warps=8)
             return _target.tuned(wide._replace(chunk=chunk), target, "rnn wave", *shape_class)
     return config
