@@ -6,8 +6,8 @@ Every case calls an operator's launchers, forward and backward, as a user's call
 """
 
 import contextlib
-import importlib
-import sys
+import functools
+import importlib.util
 import unittest.mock
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -248,13 +248,15 @@ def forced_cases() -> Iterator[Case]:
     yield from _forced_networks(_test_module("test_rnn"))
 
 
+@functools.cache
 def _test_module(name: str) -> ModuleType:
-    folder = str(Path(__file__).parent.parent / "tests" / "gpu")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
+    """By its path: tests/ has files of the same names."""
+    spec = importlib.util.spec_from_file_location(f"gpu_{name}", Path(__file__).parent.parent / f"tests/gpu/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _replaced(module: ModuleType, **functions: Callable[..., Any]) -> contextlib.AbstractContextManager[object]:
