@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +106,7 @@ class BuildExtension(build_ext):
         """The prerequisites of a rule of make, or none where it was not written yet."""
         if not os.path.exists(path):
             return []
-        return Path(path).read_text().replace("\\\n", " ").split()[1:]
+        return shlex.split(Path(path).read_text().replace("\\\n", " "))[1:]
 
     def is_current(self, compiled, inputs):
         if self.force or not inputs or not os.path.exists(compiled):

@@ -523,3 +523,31 @@ def test_the_raw_operator_is_safe() -> None:
     bad(5, torch.ones(3), torch.ones(2).double())
     bad(6, numbers[:-1], numbers.float(), torch.full_like(numbers, 99.0), torch.full_like(numbers, float("nan")))
     bad(6, torch.full_like(numbers, -5.0), numbers.flip(0)[::1].flip(0)[:33])
+
+
+def test_the_raw_operator_is_safe_with_batch_norm() -> None:
+    x, weight = torch.randn(2, 3, 6, 6), torch.randn(3, 3, 3, 3)
+    statistics = [torch.zeros(3), torch.ones(3), torch.ones(3), torch.zeros(3)]
+    norm = "batch_norm 1 1 1 4602678819172646912 4602678819172646912 1 1 0 0 1 1 1 1 1 1 0 0 1 1 3 0;"
+
+    def run(parameters: list[Tensor], program: str, trained: int) -> None:
+        numbers = torch.zeros(6 + 14 * len(parameters), dtype=torch.float64)
+        numbers[1], numbers[5] = 1, -1
+        numbers[6::14][-trained:] = 1
+        torch.ops.fastnn.training_step(x, x, parameters, [], program, None, numbers, False)
+
+    run(statistics, norm, 2)
+    for parameters, program, trained in (
+        (statistics, norm, 4),  # running statistics have no gradient
+        ([*statistics[:3], torch.zeros(2)], norm, 2),
+        (statistics, norm.replace("batch_norm 1", "batch_norm 2"), 2),
+        (statistics, "batch_norm 1 1 1 0 0 1 1;", 2),
+        ([weight], "plain_conv 2 0 1 1 2147483648 2147483648 1 1 1;", 1),
+        ([weight], "plain_conv 2 0 2147483648 2147483648 1 1 2147483648 1 1;", 1),
+        ([weight], "plain_conv 2 0 0 0 1 1 1 1 1;", 1),
+        ([weight], "plain_conv 2 0 1 1 1 1 1 1 2;", 1),
+        ([weight], "plain_conv 3 0 1 1 1 1 1 1 1 1 1 1;", 1),
+        ([weight[:, :, :1, :1].contiguous()], "plain_conv 2 0 2 2 0 0 1 1 1;", 1),
+    ):
+        with pytest.raises(RuntimeError):
+            run(parameters, program, trained)

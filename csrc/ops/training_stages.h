@@ -91,12 +91,12 @@ class ConvStage : public Stage<T> {
   Tensor winners_;
 };
 
-// "convolution dims biased stride... padding... dilation... groups": torch's own, of which a batch norm takes the
+// "plain_conv dims biased stride... padding... dilation... groups": torch's own, of which a batch norm takes the
 // statistics before anything else may happen.
 template <class T>
-class ConvolutionStage : public Stage<T> {
+class PlainConvStage : public Stage<T> {
  public:
-  explicit ConvolutionStage(Words& words) {
+  explicit PlainConvStage(Words& words) {
     const int64_t dims = words.number(1, 3);
     biased_ = words.number(0, 1);
     for (Ints* values : {&c_.stride, &c_.padding, &c_.dilation}) {
@@ -135,13 +135,13 @@ class ConvolutionStage : public Stage<T> {
   StockConvolution c_;
 };
 
-// "norm running weighted shifted momentum eps geometry...": batch norm with the statistics of the batch, ReLU and
+// "batch_norm running weighted shifted momentum eps geometry...": batch norm with the statistics of the batch, ReLU and
 // max-pool. Each channel is multiplied by a number, another is added: a convolution of one pixel and groups of one
 // channel, whose geometry this is. Parameters: running mean and variance, weight, bias, those that there are.
 template <class T>
-class NormStage : public Stage<T> {
+class BatchNormStage : public Stage<T> {
  public:
-  explicit NormStage(Words& words) {
+  explicit BatchNormStage(Words& words) {
     for (bool* is_there : {&running_, &weighted_, &shifted_}) *is_there = words.number(0, 1);
     momentum_ = real_number(words);
     eps_ = real_number(words);
@@ -387,10 +387,10 @@ std::vector<std::unique_ptr<Stage<T>>> read_stages(const std::string& program) {
     const std::string name = words.word();
     if (name == "conv") {
       stages.push_back(std::make_unique<ConvStage<T>>(words));
-    } else if (name == "convolution") {
-      stages.push_back(std::make_unique<ConvolutionStage<T>>(words));
-    } else if (name == "norm") {
-      stages.push_back(std::make_unique<NormStage<T>>(words));
+    } else if (name == "plain_conv") {
+      stages.push_back(std::make_unique<PlainConvStage<T>>(words));
+    } else if (name == "batch_norm") {
+      stages.push_back(std::make_unique<BatchNormStage<T>>(words));
     } else if (name == "mlp") {
       stages.push_back(std::make_unique<MlpStage<T>>(words));
     } else if (name == "rnn") {

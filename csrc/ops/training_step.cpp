@@ -245,8 +245,10 @@ std::tuple<Tensor, TensorList> run(const Tensor& input, const Tensor& target, co
     kept.push_back(std::move(gradient));
     gradient = stages[i]->backward(kept.back(), i > first_wanted, wanted.get(), own);
     for (size_t j = 0; j < own.size(); ++j) {
+      if (!wanted[j]) continue;
+      FASTNN_CHECK(own[j].defined(), kOp, ": numbers ask for the gradient of what has none");
       // A convolution's comes in its input's format.
-      if (wanted[j]) gradients[next + j] = dense(std::move(own[j]));
+      gradients[next + j] = dense(std::move(own[j]));
     }
   }
   for (const auto& stage : stages) stage->commit();

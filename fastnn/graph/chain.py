@@ -131,7 +131,7 @@ class _Reader:
             return node
         if layer is not None and layer.kind.startswith("conv") and layer.module is not None:
             self._begin(layer.dims + 2)
-            self.stages.append(("convolution", [layer.dims, self._take_own(layer), *_convolution(layer)]))
+            self.stages.append(("plain_conv", [layer.dims, self._take_own(layer), *_convolution(layer)]))
             return node
         if _is_log_softmax(node, self.modules) and next(iter(node.users)).op == "output":
             self.ends_in_log_softmax = True
@@ -181,7 +181,7 @@ class _Reader:
             raise ChainError(f"{node.name}'s pool has other dimensions")
         numbers = [_bits(settings["momentum"]), _bits(settings["eps"])]
         there = [int(tensor is not None) for tensor in (mean, weight, bias)]
-        self.stages.append(("norm", [*there, *numbers, *geometry]))
+        self.stages.append(("batch_norm", [*there, *numbers, *geometry]))
         if counter is not None:
             self.counters.append(self.source_of[counter])  # type: ignore[index]
 

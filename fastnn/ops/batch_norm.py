@@ -61,9 +61,8 @@ def conv_batch_norm_relu_max_pool(
     dims = weight.dim() - 2
     pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
     if input.dim() == dims + 1:
-        raise ValueError(
-            f"expected {dims + 2}D input (got {dims + 1}D input)"
-        )  # the batch norm would, of what comes out
+        # As the batch norm would, of what comes out of the convolution.
+        raise ValueError(f"expected {dims + 2}D input (got {dims + 1}D input)")
     if not (is_compiling() or is_exporting()) and _has_few_pixels(input, dims):
         convolved = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
         return _scaled_pool(convolved, *_scale_and_shift(running_mean, running_var, gamma, beta, eps), *pool)
@@ -95,16 +94,14 @@ def batch_norm_relu_max_pool(
     """``max_pool(relu(batch_norm(input)))``; in ``training`` with the statistics of the batch, by which the running
     ones are moved, and ``num_batches_tracked`` goes up by one."""
     pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
-    if input.dim() != dims + 2:
-        if input.dim() != 2 or dims != 1:
-            raise ValueError(f"expected {dims + 2}D input (got {input.dim()}D input)")
-        # Features without a length, of which each row is a signal to the pool.
-        normed = F.batch_norm(input, running_mean, running_var, gamma, beta, training, momentum, eps)
-        if num_batches_tracked is not None and training:
-            num_batches_tracked.add_(1)
-        return reference.POOL[dims](F.relu(normed), *pool)
+    is_features = input.dim() == 2 and dims == 1  # without a length: each row is a signal to the pool
+    if input.dim() != dims + 2 and not is_features:
+        raise ValueError(f"expected {dims + 2}D input (got {input.dim()}D input)")
     if num_batches_tracked is not None and training:
         num_batches_tracked.add_(1)
+    if is_features:
+        normed = F.batch_norm(input, running_mean, running_var, gamma, beta, training, momentum, eps)
+        return reference.POOL[dims](F.relu(normed), *pool)
     if not training and running_mean is not None and running_var is not None:
         return _scaled_pool(input, *_scale_and_shift(running_mean, running_var, gamma, beta, eps), *pool)
     geometry = _depthwise_geometry(dims, input.shape[1] if input.dim() == dims + 2 else 0, *pool)

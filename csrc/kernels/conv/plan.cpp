@@ -527,8 +527,7 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   // An element's share of its move: rows are copied, squares of images and columns or channels transposed.
   const bool is_far = !p.request.input_channels_last && p.input_bytes() > tuned::kTransformedBytes;
   const int64_t square = std::min({images, p.lanes, p.request.input_channels_last ? g.in_channels : p.lanes});
-  const double moves = images > 1
-                           ? tuned::kTranspose / static_cast<double>(square) + (is_far ? tuned::kFarLine / 16 : 0)
+  const double moves = images > 1 ? tuned::kTranspose / static_cast<double>(square) + (is_far ? tuned::kFarElement : 0)
                        : p.request.input_channels_last || x.residues > 2 ? tuned::kScatter
                                                                          : tuned::kCopy * x.residues / p.lanes;
   const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * x.band.column_bands *
@@ -659,6 +658,7 @@ bool stock_wins(const Planner& p, const ConvPlan& best) {
   const ConvPoolGeometry& g = p.g;
   if (p.request.element_bytes == 8) return false;
   if (g.groups > 1 && p.request.input_channels_last && g.in_channels * g.out_channels < p.lanes) {
+    // A smaller call is over before torch's has begun.
     return best.algorithm != ForwardAlgorithm::depthwise && p.input_bytes() > tuned::kBandBytes;
   }
   if (g.kernel[0] > 1 && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;

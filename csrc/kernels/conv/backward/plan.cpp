@@ -254,8 +254,8 @@ bool stock_pays(const Planner& p) {
   // Without pooling half of the pixels have a gradient, and products of a single element of the kernel are too few for
   // what it takes to list these: where pixels' runs are short, where half of the registers are there to keep sums in,
   // or where torch has its images as it likes them.
-  const bool short_lists = g.in_channels <= tuned::kShortRuns * p.lanes || p.machine.vector_bytes < 64;
-  if (g.pools_nothing() && g.taps() == 1 && g.groups == 1 && (p.request.input_channels_last || short_lists))
+  const bool lists_cost_more = g.in_channels <= tuned::kShortRuns * p.lanes || p.machine.vector_bytes < 64;
+  if (g.pools_nothing() && g.taps() == 1 && g.groups == 1 && (p.request.input_channels_last || lists_cost_more))
     return true;
   if (p.request.element_bytes != 2) return false;
   // Many products of bfloat16 for each number that has to be brought there: a matrix unit makes those of all pixels
