@@ -125,8 +125,8 @@ def _copy(values: float, size: int, times: int = 1) -> Cost:
 
 
 def conv_predictions(case: Case) -> Iterator[Prediction]:
-    """Stock in a memory format of its own, without what cuDNN converts. Here with all that the launchers copy: a sum
-    tap by tap reads channels last, and the weight (out, taps, channels); backward reads channels last."""
+    """Stock in a memory format of its own, without what cuDNN converts. Here with all that the launchers copy: few
+    channels are packed, a sum tap by tap reads channels last, and so does backward."""
     name, last = case.sizes  # type: ignore[misc]
     precision, kind = _precision_of(case, "conv")
     sizes, out_channels, kernel, *_ = CONV_SHAPES[name]
@@ -143,7 +143,7 @@ def conv_predictions(case: Case) -> Iterator[Prediction]:
     patches, tiles = conv_tiles(problem, precision)
     tap_by_tap = _conv_plan.is_tap_by_tap(problem)
     input_last = _copy(input.numel(), size, int(tap_by_tap and not last))
-    weight_last = _copy(weight.numel(), size, int(tap_by_tap))
+    weight_last = _copy(weight.numel(), size, int(_conv_plan.copies_weight(problem)))
     # conv writes; the bias is added, reading and writing; so does ReLU; pool reads, and writes its int64 indices.
     # compile's conv writes and its one kernel behind reads.
     values = problem.images * out_channels * math.prod(problem.conv_size)

@@ -335,12 +335,17 @@ def _x_format(problem: Problem, input: Tensor) -> torch.memory_format:
     return channels_last(problem.dims) if is_tap_by_tap(problem) else memory_format(input)
 
 
+def copies_weight(problem: Problem) -> bool:
+    """Whether the fused kernels are given a weight with many channels last, which may take a copy."""
+    return is_tap_by_tap(problem) and problem.work > _COPY_BOUND_WORK
+
+
 def _w_format(problem: Problem, weight: Tensor) -> torch.memory_format:
     """Of the weight in the fused kernels, which take it as it lies, unless a copy with many channels last, one launch,
     is cheaper."""
     last = channels_last(problem.dims)
-    is_copied = is_tap_by_tap(problem) and problem.work > _COPY_BOUND_WORK
-    return last if is_copied or as_image(weight).is_contiguous(memory_format=last) else torch.contiguous_format
+    is_last = copies_weight(problem) or as_image(weight).is_contiguous(memory_format=last)
+    return last if is_last else torch.contiguous_format
 
 
 def _pack(problem: Problem, images: int, in_size: Triple, padding: Triple, last: bool, channels: int) -> Pack:

@@ -59,6 +59,9 @@ _WIDEST_WITHOUT_MATRIX_UNITS = 32
 # Cards whose matrix units add up in memory of their own. Of several gates, Triton 3.9 brings the sums to so many
 # registers that kernels with wide weights spill.
 _TENSOR_MEMORY = (100, 103)
+# Bytes of such weights up to which they don't (tools/gpu_check.py), by eight sequences; in a wave, whose programs
+# multiply the input too, fewer.
+_WIDEST_GATES, _WIDEST_GATES_IN_WAVE = 131072, 98304
 _WIDEST_SPREAD = 2048
 _FEWEST_SPREAD_STEPS = 4  # fewer, a cell's one among them, do not make up for its launches
 _LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the processors busy
@@ -85,7 +88,7 @@ def rnn_config(network: Network, target: _target.Target) -> Config | None:
     # Beside the weights, a sequence's float32 gates on their way to another layout, and its state on that to a dot.
     most = (target.shared_memory - weights) // (tile * (4 * (1 if gates == 1 else 4) + dtype.itemsize))
     if target.arch in _TENSOR_MEMORY and gates > 1:
-        most = min(most, 8 if weights <= 131072 else 0)
+        most = min(most, 8 if weights <= _WIDEST_GATES else 0)
     block_batch = _block_batch(network, target, most)
     # On AMD's cards the weights of several gates are kept in registers.
     if block_batch > most or (target.backend == "hip" and gates > 1 and weights > 24576):
@@ -145,7 +148,7 @@ def wave_chunk(
     if config.units or layers == 1 or directions > 1 or target.backend == "hip" or tile > _WIDEST_WAVE:
         return 0
     weights = itemsize * gates * tile * tile
-    if target.arch in _TENSOR_MEMORY and weights * config.block_batch > 8 * 98304:
+    if target.arch in _TENSOR_MEMORY and weights * config.block_batch > 8 * _WIDEST_GATES_IN_WAVE:
         return 0
     # Beside the weights, two operands of the product and its sum on its way to memory.
     product = PRODUCT_STEPS * config.block_batch

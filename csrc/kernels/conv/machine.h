@@ -19,6 +19,8 @@ constexpr int64_t kStageBytes = 128 << 10;    // of pooled pixels that wait to b
 constexpr int64_t kMeetingBytes = 2048;       // pixels so far apart share two sets of L1, where 14 don't fit
 constexpr int64_t kDeepBandBytes = 1 << 20;   // of a band's copy and sums where the weight is what has to stay near
 constexpr int64_t kFarWeightBytes = 4 << 20;  // of a packed weight that no L2 holds
+constexpr int64_t kFarBytes = 1 << 20;        // of an input that comes from beyond L2 (Zen 4)
+constexpr int64_t kSmallInput = 256 << 10;    // bytes of one whose call is over before torch's has begun
 constexpr int64_t kEvenItems = 4;             // bands a thread, so that none waits long for another
 
 constexpr double kMostProducts =

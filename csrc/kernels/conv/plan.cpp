@@ -525,7 +525,7 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   // Loads of vectors mostly cross lines, and then count twice.
   const double tile = std::max({outputs * together, outputs + 2 * together + 1, tuned::kInFlight}) / together;
   // An element's share of its move: rows are copied, squares of images and columns or channels transposed.
-  const bool is_far = !p.request.input_channels_last && p.input_bytes() > tuned::kTransformedBytes;
+  const bool is_far = !p.request.input_channels_last && p.input_bytes() > tuned::kFarBytes;
   const int64_t square = std::min({images, p.lanes, p.request.input_channels_last ? g.in_channels : p.lanes});
   const double moves = images > 1 ? tuned::kTranspose / static_cast<double>(square) + (is_far ? tuned::kFarElement : 0)
                        : p.request.input_channels_last || x.residues > 2 ? tuned::kScatter
@@ -658,8 +658,7 @@ bool stock_wins(const Planner& p, const ConvPlan& best) {
   const ConvPoolGeometry& g = p.g;
   if (p.request.element_bytes == 8) return false;
   if (g.groups > 1 && p.request.input_channels_last && g.in_channels * g.out_channels < p.lanes) {
-    // A smaller call is over before torch's has begun.
-    return best.algorithm != ForwardAlgorithm::depthwise && p.input_bytes() > tuned::kBandBytes;
+    return best.algorithm != ForwardAlgorithm::depthwise && p.input_bytes() > tuned::kSmallInput;
   }
   if (g.kernel[0] > 1 && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;
   const bool is_product = g.taps() == 1 && g.in_channels >= 4 * p.lanes;
