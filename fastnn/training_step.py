@@ -1,10 +1,11 @@
-"""``fastnn.training_step``: forward, loss, backward, clipping and update of a model in one operator call."""
+"""``fastnn.training_step``: forward, loss, backward, clipping and update of a model in one operator call, or in two
+where the loss is the caller's own."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from fastnn.fusion import fuse
 from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
-from fastnn.ops.training_step import training_step_op
+from fastnn.ops.training_step import training_step_backward_op, training_step_forward_op, training_step_op
 
-_call = training_step_op._op
-_OF_STEP, _OF_PARAMETER = 6, 14  # numbers: csrc/ops/training_step.cpp, StepNumbers
+_call, _call_forward, _call_backward = (
+    op._op for op in (training_step_op, training_step_forward_op, training_step_backward_op)
+)
+_OF_PARAMETER = 14  # numbers: csrc/ops/training_step.cpp, StepNumbers
+_get_requires_grad, _get_flags = attrgetter("requires_grad"), attrgetter("requires_grad", "grad")
 
 
 class TrainingStep:
@@ -47,14 +51,12 @@ class TrainingStep:
             raise ValueError(f"training_step: expected max_norm to be at least 0, got {max_norm}")
         self.model = fuse(model, inplace=True)
         self.loss, self.optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
-        self._why = ""
+        self._why = ""  # no one call is possible
+        self._loss_why = ""  # the loss is not the operator's
         self._chain: Chain | None = None
         self._program: Program | None = None
-        self._numbers: Tensor | None = None
-        self._now: Any = None  # what the numbers were made of
-        self._states: list[tuple[dict[str, Any], str]] = []
-        self._get_settings: list[Callable[[Any], Any]] = []
-        self._created: list[Tensor] = []  # the parameters whose state the optimizer did not have before this step
+        self._no_grad = torch.no_grad()  # made once: 0.5 us
+        self._forget()
         self._read()
         if strict and self._why:
             raise ValueError(f"training_step: this is not one call: {self._why}")
@@ -63,88 +65,158 @@ class TrainingStep:
         """Whether a step is one operator call, and if not, why."""
         if self._chain is None or self._why:
             return f"forward and backward by autograd, the optimizer's own step: {self._why}"
-        return "one operator call: " + "; ".join(self._chain.describe())
+        stages = "; ".join(self._chain.describe())
+        if self._loss_why:
+            return f"two operator calls and between them the loss ({self._loss_why}): {stages}"
+        return f"one operator call: {stages}"
 
     def __call__(self, input: Any, target: Any) -> Tensor:
         """One step on a batch -> the loss, as it was before the step."""
-        arguments = self._arguments(input, target)
-        if arguments is None:
+        states = self._states_now() if self._is_due(input, target) else None
+        if states is None:
             return self._ordinary(input, target)
+        assert self._chain is not None
         try:
-            with torch.no_grad():
-                loss, gradients = _call(*arguments)
-        except RuntimeError:
-            for parameter in self._created:
-                del self.optimizer.state[parameter]
-            self._now, self._created = None, []
+            if self._loss_why or (self._chain.log_softmax == -1 and target.dim() > 1):
+                loss, gradients = self._in_two_calls(input, target, states)
+            else:
+                with self._no_grad:
+                    loss, gradients = _call(
+                        input, target, self._parameters, states, self._chain.text, self._loss_weight, self._numbers,
+                        self.keep_gradients,
+                    )  # fmt: skip
+        except _OtherLeavesError:
+            self._undo()
+            self._why = "the loss uses parameters by itself"
+            return self._ordinary(input, target)
+        except BaseException:
+            self._undo()
             raise
-        self._after(arguments[2], gradients)
+        self._after(gradients)
         return loss
 
     # ---- the one call ---------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         """Finds out whether there is one call for the model, loss and optimizer as they are."""
-        self._chain = self._program = self._numbers = self._now = None
-        self._why = ""
+        self._chain = self._program = None
+        self._why = self._loss_why = ""
+        self._forget()
         try:
             forward: Any = self.model.__dict__.get("forward")
             program = forward.program(anew=True) if isinstance(forward, FusedForward) else None
             if program is None:
                 raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")
             _check_optimizer(self.optimizer)
-            self._chain, self._program = read_chain(program), program
-            self._loss_numbers, self._loss_weight = _numbers_of_loss(self.loss, self._chain.ends_in_log_softmax)
-            _check_parameters(self._parameters(), self.optimizer)
+            chain = read_chain(program)
+            self._owners, self._names = [own for own, _ in chain.sources], [name for _, name in chain.sources]
+            _check_parameters(list(map(getitem, self._owners, self._names)), self.optimizer)
         except ChainError as reason:
             self._why = str(reason)
-            self._chain = self._program = None
+            return
+        self._chain, self._program = chain, program
+        self._loss_numbers, self._loss_weight = [0.0] * 4, None
+        try:
+            self._loss_numbers, self._loss_weight = _numbers_of_loss(self.loss, chain.log_softmax is not None)
+        except ChainError as reason:
+            self._loss_why = str(reason)
 
-    def _parameters(self) -> list[Tensor]:
-        assert self._chain is not None
-        return [own[name] for own, name in self._chain.sources]
+    def _forget(self) -> None:
+        """What was made of the optimizer's settings and state."""
+        self._settings: list[Any] = []  # of the optimizer's groups, of which the numbers were made
+        self._now: Any = None  # what else the rest was made of
+        self._numbers: Tensor | None = None
+        self._parameters: list[Tensor] = []
+        self._states: list[dict[str, Any]] = []  # where each tensor of the optimizer's state is found
+        self._state_names: list[str] = []
+        self._get_settings: list[Callable[[Any], Any]] = []
+        self._created: list[Tensor] = []  # the parameters whose state the optimizer did not have before this step
+        self._held: list[Tensor] = []
 
-    def _arguments(self, input: Any, target: Any) -> tuple[Any, ...] | None:
-        """The operator's; None where the ordinary way is due."""
+    def _undo(self) -> None:
+        for parameter in self._created:
+            del self.optimizer.state[parameter]
+        self._forget()
+
+    def _is_due(self, input: Any, target: Any) -> bool:
+        """Whether such a call is one for the operators at all."""
         if self._chain is None or self._program is None:
-            return None
-        if type(input) is not Tensor or type(target) is not Tensor or not input.is_cpu or input.requires_grad:
-            return None
+            return False
+        if type(input) is not Tensor or not input.is_cpu or input.requires_grad:
+            return False
+        if type(target) is not Tensor and not self._loss_why:
+            return False
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
-            return None
+            return False
         if not self.model.training or not self._program.holds() or any(self._chain.hooks):
             self._read()
             if self._chain is None or not self.model.training:
-                return None
+                return False
         optimizer = self.optimizer
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-            return None
+            return False
+        return input.dim() == self._chain.dims and input.numel() != 0
+
+    def _states_now(self) -> list[Tensor] | None:
+        """The optimizer's state, with the numbers up to date with the rest of it; None where the model has lost a
+        parameter."""
+        optimizer = self.optimizer
         try:
-            parameters = self._parameters()
+            parameters = list(map(getitem, self._owners, self._names))
+            flags = list(map(_get_requires_grad if self.keep_gradients else _get_flags, parameters))
+            now = (flags, list(map(id, parameters)), id(optimizer.state), len(optimizer.param_groups))
+            settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=False)]
+            if settings == self._settings and now == self._now:
+                return list(map(getitem, self._states, self._state_names))
+        except KeyError:
+            pass
+        try:
+            return self._bind()
         except KeyError:
             self._read()
             return None
-        if input.dim() != self._chain.dims or input.numel() == 0:
-            return None
-        for p in parameters:
-            if p.grad is not None:
+
+    def _bind(self) -> list[Tensor]:
+        optimizer, parameters = self.optimizer, list(map(getitem, self._owners, self._names))
+        if not self.keep_gradients:
+            for p in parameters:
                 p.grad = None
-        settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=False)]
-        trained = [p.requires_grad for p in parameters]
-        now = (settings, trained, list(map(id, parameters)), id(optimizer.state), len(optimizer.param_groups))
-        try:
-            states = [state[name] for state, name in self._states] if now == self._now else None
-        except KeyError:
-            states = None
-        if states is None or self._numbers is None:
-            self._numbers = self._write_numbers(parameters)
-            self._states = [place for p in parameters if p.requires_grad for place in _state_of(optimizer, p)]
-            self._get_settings = [itemgetter(*filter(group.__contains__, _HYPER)) for group in optimizer.param_groups]
-            settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=True)]
-            self._now = (settings, *now[1:])
-            states = [state[name] for state, name in self._states]
-        weight = self._loss_weight
-        return (input, target, parameters, states, self._chain.text, weight, self._numbers, self.keep_gradients)
+        self._forget()
+        self._numbers = self._write_numbers(parameters)
+        for p in parameters:
+            for state, name in _state_of(optimizer, p) if p.requires_grad else ():
+                self._states.append(state)
+                self._state_names.append(name)
+        self._get_settings = [itemgetter(*filter(group.__contains__, _HYPER)) for group in optimizer.param_groups]
+        self._settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=True)]
+        flags = list(map(_get_requires_grad if self.keep_gradients else _get_flags, parameters))
+        self._now = (flags, list(map(id, parameters)), id(optimizer.state), len(optimizer.param_groups))
+        self._parameters, states = parameters, list(map(getitem, self._states, self._state_names))
+        # Views keep their tensors in use in C++. Else each tensor of each call would take the GIL twice, since it goes
+        # from having one owner there to having two and back: 2 of 20 us, and threads in each other's way.
+        with self._no_grad:
+            self._held = [tensor.view_as(tensor) for tensor in (*parameters, *states)]
+        return states
+
+    def _in_two_calls(self, input: Tensor, target: Any, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """With the caller's own loss."""
+        assert self._chain is not None
+        text, log_softmax = self._chain.text, self._chain.log_softmax
+        before = torch.get_rng_state() if "dropout" in text else None
+        with self._no_grad:
+            output, saved = _call_forward(input, self._parameters, text)
+        output.requires_grad_()
+        loss = self.loss(output if log_softmax is None else F.log_softmax(output, log_softmax), target)
+        if _reaches_others(loss, output):
+            if before is not None:
+                torch.set_rng_state(before)
+            raise _OtherLeavesError
+        (gradient,) = torch.autograd.grad(loss, output)
+        with self._no_grad:
+            gradients = _call_backward(
+                gradient, input, self._parameters, states, saved, text, self._numbers, self.keep_gradients
+            )
+        return loss.detach(), gradients
 
     def _write_numbers(self, parameters: Sequence[Tensor]) -> Tensor:
         max_norm = -1.0 if self.max_norm is None else float(self.max_norm)
@@ -163,18 +235,18 @@ class TrainingStep:
                 self._created.append(p)
         return torch.tensor(numbers, dtype=torch.float64)
 
-    def _after(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        torch.autograd.graph.increment_version(parameters)
+    def _after(self, gradients: Sequence[Tensor]) -> None:
+        torch.autograd.graph.increment_version(self._parameters)
         for own, name in self._chain.counters:  # type: ignore[union-attr]
             own[name].add_(1)
         if self.keep_gradients:
-            for p, gradient in zip(parameters, gradients, strict=True):
+            for p, gradient in zip(self._parameters, gradients, strict=True):
                 if p.requires_grad:
                     p.grad = gradient
         # Schedulers ask whether the optimizer has made a step, and warn if not.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self._created:  # the first step of a momentum is over
-            self._now, self._created = None, []
+            self._forget()
 
     # ---- and the ordinary one ---------------------------------------------------------------------------------------
 
@@ -201,8 +273,8 @@ def training_step(
     strict: bool = False,
 ) -> TrainingStep:
     """A whole training step as one call: ``loss_value = step(input, target)`` runs forward, loss, backward, clipping
-    and the optimizer's update in one operator, where model, loss and optimizer allow it; else the ordinary way, on
-    fused layers. ``step.explain()`` says which, and why.
+    and the optimizer's update in one operator, where model, loss and optimizer allow it; in two, with the loss between
+    them, where only the loss doesn't; else the ordinary way, on fused layers. ``step.explain()`` says which, and why.
 
     Models that are one chain of convolution blocks, with batch norm or without, ``flatten``, Dropout, linear layers
     with activations and recurrent layers allow it, in float32 and float64 on the CPU. The optimizer's state is its own,
@@ -213,17 +285,36 @@ def training_step(
         model: is fused in place (:func:`fastnn.fuse`).
         loss: a module or function of torch's: mse_loss, l1_loss, smooth_l1_loss, huber_loss, cross_entropy,
             nll_loss behind log_softmax, binary_cross_entropy_with_logits, with reduction "mean" or "sum"; or anything
-            that gives one number for an output and a target, which takes the ordinary way.
+            that gives one number for an output and a target, which is called between forward and backward.
         optimizer: SGD, Adam, AdamW or RMSprop; any other takes the ordinary way.
         max_norm: clip the gradient's norm, as ``torch.nn.utils.clip_grad_norm_``.
         keep_gradients: leave the gradients in ``p.grad``, where they stay None otherwise.
-        strict: raise where a step is not one call.
+        strict: raise where steps would go the ordinary way.
 
     Raises:
         TypeError: arguments that are no such things.
-        ValueError: with ``strict``, why a step is not one call.
+        ValueError: with ``strict``, why they would.
     """
     return TrainingStep(model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict)
+
+
+class _OtherLeavesError(Exception):
+    """A loss has gradients for more than the model's output."""
+
+
+def _reaches_others(loss: Tensor, output: Tensor) -> bool:
+    """Whether backward would reach a leaf besides the output: a penalty on parameters, for example."""
+    own = torch.autograd.graph.get_gradient_edge(output).node
+    nodes, seen = [loss.grad_fn], {None, own}
+    while nodes:
+        node = nodes.pop()
+        if node in seen or node is None:
+            continue
+        if node.name() == "torch::autograd::AccumulateGrad":
+            return True
+        seen.add(node)
+        nodes += [follower for follower, _ in node.next_functions]
+    return False
 
 
 # ---- losses -------------------------------------------------------------------------------------------------------

@@ -237,6 +237,47 @@ class Hostile:
             self.maybe(0.5),
         ]
 
+    def step_in_two(self) -> Call:
+        """A stage that fits, of which a number or a tensor, the saved ones too, may be another."""
+        half, geometry = "4602678819172646912", "1 1 0 0 1 1 2 2 1 1 0 0 1 1"  # the bits of 0.5; a window of 2x2
+        n, c, k, m = (self.small(4) for _ in range(4))
+        image, weight = [n, c, m + k, m + k], [4, c, k, k]
+        program, sizes, shapes = self.random.choice(
+            [
+                ("mlp 2 1 75;", [n, c], [[k, c], [m, k], [k], [m]]),
+                (f"conv 1 {geometry} 1 0;", image, [weight, [4]]),
+                ("plain_conv 2 1 1 1 0 0 1 1 1;", image, [weight, [4]]),
+                (f"batch_norm 1 1 1 {half} {half} {geometry} {c} 0;", image, [[c]] * 4),
+                ("rnn 4 0 1 0 0 1;", [n, m, c], [[k, c], [k, k], [k], [k]]),
+                (f"flatten;dropout {half};", [n, m, c], []),
+            ]
+        )
+        input, parameters = torch.zeros(sizes), [torch.zeros(shape) for shape in shapes]
+        output, saved = OPS.training_step_forward(input, parameters, program)
+        words = program[:-1].split(" ")
+        if self.maybe(0.4):
+            place = self.random.randrange(1, len(words))
+            words[place] = str(self.huge() if self.maybe(0.5) else self.random.randint(0, 9))
+            program = " ".join(words) + ";"
+        tensors = [output, input, *parameters, *saved]
+        if self.maybe(0.6):
+            place = self.random.randrange(len(tensors))
+            other = list(tensors[place].shape)
+            for i in range(len(other)):
+                other[i] = self.huge() if self.maybe(0.2) else self.random.randint(0, 9)
+            tensors[place] = self.tensor(other, tensors[place].dtype)
+        gradient, input, *rest = tensors
+        parameters, saved = rest[: len(shapes)], rest[len(shapes) :]
+        if self.maybe(0.3):
+            return "training_step_forward", [input, parameters, program]
+        trained = torch.tensor([1, 0.1] + [0.0] * 12, dtype=torch.float64)
+        running = 2 if program.startswith("batch_norm") else 0
+        numbers = [torch.tensor([0.0, 0, 0, 0, 0, -1]).double(), *[trained * 0] * running]
+        numbers += [trained] * (len(parameters) - running)
+        return "training_step_backward", [
+            *(gradient, input, parameters, [], saved, program, torch.cat(numbers)), self.maybe(0.5)
+        ]  # fmt: skip
+
 
 def described(value: Any) -> str:
     if isinstance(value, Tensor):
@@ -249,6 +290,7 @@ def main(seed: int, count: int) -> None:
     torch.ops.fastnn.mlp(torch.zeros(999, 99), [torch.zeros(99, 99)], 8)  # starts the threads
     hostile = Hostile(seed)
     kinds: list[Callable[[], Call]] = [hostile.conv, hostile.conv, hostile.mlp, hostile.rnn, hostile.step]
+    kinds.append(hostile.step_in_two)
     with open("/proc/self/statm") as memory:
         limit = int(memory.read().split()[0]) * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

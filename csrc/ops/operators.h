@@ -10,12 +10,6 @@ namespace fastnn {
 using TensorList = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, TensorList> mlp_with_hidden(const Tensor& input, const TensorList& parameters, int64_t activations);
-std::tuple<Tensor, TensorList, TensorList> mlp_backward(const Tensor& grad_output, const Tensor& input,
-                                                        const TensorList& weights, int64_t activations,
-                                                        const Tensor& output, const TensorList& hidden,
-                                                        bool input_wanted, bool weights_wanted, bool biases_wanted);
-
 std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, const Tensor& weight,
                                                            const OptionalTensor& bias, const Ints& geometry,
                                                            const std::optional<std::string>& algorithm);

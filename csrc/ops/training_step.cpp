@@ -1,4 +1,5 @@
-// fastnn::training_step: forward, loss, backward, clipping and update of a chain of layers, in one call.
+// fastnn::training_step: forward, loss, backward, clipping and update of a chain of layers, in one call; or in two,
+// with the loss between them left to the caller.
 //
 // What a step saves is everything between the stages (training_stages.h). Nothing is written to a parameter or a state
 // before all that may be refused has been.
@@ -49,7 +50,7 @@ struct StepNumbers {
   const double* of(size_t i) const { return of_parameters + kOfParameter * i; }
   bool wanted(size_t i) const { return of(i)[0] != 0; }
   bool has_state(size_t i, int which) const { return of(i)[11 + which] != 0; }  // of up to three beside `step`
-  UpdateNumbers update(size_t i, double scale, double step) const {
+  UpdateNumbers update(size_t i, double scale) const {
     const double* n = of(i);
     UpdateNumbers u{};
     u.lr = n[1];
@@ -63,8 +64,6 @@ struct StepNumbers {
     u.second_beta = n[9];
     u.eps = n[10];
     u.decoupled = optimizer == Optimizer::adam && n[4] != 0;
-    u.first_correction = 1 - std::pow(u.first_beta, step);
-    u.second_correction = 1 - std::pow(u.second_beta, step);
     return u;
   }
 };
@@ -83,11 +82,11 @@ std::vector<ParameterState<T>> read_state(const StepNumbers& numbers, const Tens
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
     FASTNN_CHECK(next < state.size(), kOp, ": there are fewer tensors of the optimizer's state than it should have");
-    check_plain(state[next], kOp, "state");
-    check_memory(state[next], kOp, "state");
-    FASTNN_CHECK(state[next].is_cpu() && state[next].is_contiguous(), kOp,
-                 ": expected the optimizer's state to be contiguous and on the CPU");
-    return state[next++];
+    const Tensor& tensor = state[next++];
+    if (!is_plain_of(tensor, code_of(kDtypeOf<T>))) check_plain(tensor, kOp, "state");
+    FASTNN_CHECK(tensor.is_contiguous(), kOp, ": expected the optimizer's state to be contiguous");
+    check_memory(tensor, kOp, "state");
+    return tensor;
   };
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!numbers.wanted(i)) continue;
@@ -100,7 +99,7 @@ std::vector<ParameterState<T>> read_state(const StepNumbers& numbers, const Tens
     for (int which = 0; which < 3; ++which) {
       if (!numbers.has_state(i, which)) continue;
       const Tensor& tensor = take();
-      FASTNN_CHECK(tensor.scalar_type() == kDtypeOf<T> && sizes_of(tensor) == sizes_of(parameters[i]), kOp,
+      FASTNN_CHECK(tensor.scalar_type() == kDtypeOf<T> && same_sizes(tensor, parameters[i]), kOp,
                    ": expected a state like its parameter, of size ", to_string(parameters[i].sizes()), ", got ",
                    to_string(tensor.sizes()));
       result[i].tensors[which] = mutable_data<T>(tensor);
@@ -165,28 +164,45 @@ Tensor loss_gradient(const Loss& loss, const Tensor& output, const Tensor& targe
 
 // What gradients are multiplied by so that their norm is at most max_norm.
 template <class T>
-double clip_scale(const StepNumbers& numbers, const TensorList& gradients) {
+double clip_scale(const StepNumbers& numbers, const TensorList& parameters, const std::vector<const T*>& gradients) {
   if (numbers.max_norm < 0) return 1;
   double squares = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
-    if (numbers.wanted(i)) {
-      squares += update_kernels().get<T>().sum_of_squares(gradients[i].numel(), data<T>(gradients[i]));
-    }
+    if (numbers.wanted(i)) squares += update_kernels().get<T>().sum_of_squares(parameters[i].numel(), gradients[i]);
   }
   const double most = numbers.max_norm / (std::sqrt(squares) + 1e-6);
   return most < 1 || most != most ? most : 1;
 }
 
+// 1 - beta^step, computed anew only where it is another than the parameter's before.
+class Correction {
+ public:
+  double of(double beta, double step) {
+    if (beta != beta_ || step != step_) {
+      beta_ = beta;
+      step_ = step;
+      value_ = 1 - std::pow(beta, step);
+    }
+    return value_;
+  }
+
+ private:
+  double beta_ = 0, step_ = 0, value_ = 0;
+};
+
 template <class T>
-void update(const StepNumbers& numbers, const TensorList& parameters, const TensorList& gradients, double scale,
-            const std::vector<ParameterState<T>>& states) {
+void update(const StepNumbers& numbers, const TensorList& parameters, const std::vector<const T*>& gradients,
+            double scale, const std::vector<ParameterState<T>>& states) {
   const UpdateKernels<T>& kernels = update_kernels().get<T>();
+  Correction first, second;
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!numbers.wanted(i)) continue;
     const ParameterState<T>& state = states[i];
     const double step = state.step ? next_step(*state.step) : 0;
-    const UpdateNumbers of_this = numbers.update(i, scale, step);
-    const T* const gradient = data<T>(gradients[i]);
+    UpdateNumbers of_this = numbers.update(i, scale);
+    of_this.first_correction = first.of(of_this.first_beta, step);
+    of_this.second_correction = second.of(of_this.second_beta, step);
+    const T* const gradient = gradients[i];
     T* const parameter = mutable_data<T>(parameters[i]);
     const int64_t count = parameters[i].numel();
     constexpr double kWork = 20;  // operations an element, and as many bytes
@@ -207,82 +223,169 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const Tens
   }
 }
 
+// The stages of a program, on their way forward and back.
 template <class T>
-std::tuple<Tensor, TensorList> run(const Tensor& input, const Tensor& target, const TensorList& parameters,
-                                   const TensorList& state, const std::string& program, const OptionalTensor& weight,
-                                   const StepNumbers& numbers, bool keep_gradients) {
-  const auto stages = read_stages<T>(program);
-  size_t total = 0, first_wanted = stages.size();
-  for (size_t i = 0; i < stages.size(); ++i) {
-    FASTNN_CHECK(stages[i]->count <= parameters.size() - total, kOp,
-                 ": there are fewer parameters than the program has");
-    for (size_t j = total; j < total + stages[i]->count; ++j) {
-      if (numbers.wanted(j)) first_wanted = std::min(first_wanted, i);
+class Pass {
+ public:
+  Pass(const std::string& program, const Tensor& input, const TensorList& parameters)
+      : stages_(read_stages<T>(program)), parameters_(parameters), gradients_(parameters.size()) {
+    size_t total = 0;
+    for (const auto& stage : stages_) total = std::min(total + stage->count, parameters.size() + 1);
+    FASTNN_CHECK(total == parameters.size(), kOp, ": there are ", parameters.size(),
+                 " parameters, and not as many as the program has");
+    between_.reserve(stages_.size() + 1);
+    between_.push_back(dense(input));
+  }
+
+  const Tensor& output() const { return between_.back(); }
+  const std::vector<const T*>& gradients() const { return gradients_; }
+
+  void forward() {
+    each([](Stage<T>& stage, const Tensor& input, const TensorList& own) { return stage.forward(input, own); });
+  }
+  TensorList save() {
+    TensorList saved;
+    for (const auto& stage : stages_) stage->save(saved);
+    return saved;
+  }
+  void restore(const TensorList& saved) {
+    SavedReader<T> reader(saved);
+    each([&](Stage<T>& stage, const Tensor& input, const TensorList& own) {
+      Tensor output = stage.restore(input, own, reader);
+      FASTNN_CHECK(output.scalar_type() == kDtypeOf<T>, kOp, ": expected saved outputs of the input's dtype");
+      return output;
+    });
+    FASTNN_CHECK(reader.ends(), kOp, ": there are more saved tensors than the program needs");
+  }
+  // gradient: the output's, of its size
+  void backward(Tensor gradient, const StepNumbers& numbers) {
+    size_t first_wanted = stages_.size(), next = 0;
+    for (size_t i = 0; i < stages_.size(); next += stages_[i++]->count) {
+      for (size_t j = next; j < next + stages_[i]->count; ++j) {
+        if (numbers.wanted(j)) first_wanted = std::min(first_wanted, i);
+      }
     }
-    total += stages[i]->count;
-  }
-  FASTNN_CHECK(total == parameters.size(), kOp, ": there are more parameters than the program has");
-  const std::vector<ParameterState<T>> states = read_state<T>(numbers, parameters, state);
-  Tensor x = dense(input);
-  const Tensor kept_input = x.borrow();
-  std::vector<Tensor> between;  // what a stage borrows of the one before
-  size_t next = 0;
-  for (const auto& stage : stages) {
-    between.push_back(std::move(x));
-    x = stage->forward(between.back(), borrowed(parameters, next, stage->count));
-    next += stage->count;
-  }
-  double value = 0;
-  Tensor gradient = loss_gradient<T>(numbers.loss, x, target, weight, &value);
-  TensorList gradients(parameters.size());
-  std::vector<Tensor> kept;
-  for (size_t i = stages.size(); i-- > 0;) {
-    next -= stages[i]->count;
-    if (i < first_wanted) continue;
-    const std::unique_ptr<bool[]> wanted(new bool[stages[i]->count + 1]);
-    for (size_t j = 0; j < stages[i]->count; ++j) wanted[j] = numbers.wanted(next + j);
-    TensorList own;
-    kept.push_back(std::move(gradient));
-    gradient = stages[i]->backward(kept.back(), i > first_wanted, wanted.get(), own);
-    for (size_t j = 0; j < own.size(); ++j) {
-      if (!wanted[j]) continue;
-      FASTNN_CHECK(own[j].defined(), kOp, ": numbers ask for the gradient of what has none");
-      // A convolution's comes in its input's format.
-      gradients[next + j] = dense(std::move(own[j]));
+    std::vector<Tensor> kept;
+    for (size_t i = stages_.size(); i-- > 0 && i >= first_wanted;) {
+      next -= stages_[i]->count;
+      const std::unique_ptr<bool[]> wanted(new bool[stages_[i]->count + 1]);
+      for (size_t j = 0; j < stages_[i]->count; ++j) wanted[j] = numbers.wanted(next + j);
+      kept.push_back(std::move(gradient));
+      gradient = stages_[i]->backward(kept.back(), i > first_wanted, wanted.get(), gradients_.data() + next);
+      for (size_t j = next; j < next + stages_[i]->count; ++j) {
+        FASTNN_CHECK(!numbers.wanted(j) || gradients_[j] || parameters_[j].numel() == 0, kOp,
+                     ": numbers ask for the gradient of what has none");
+      }
     }
   }
-  for (const auto& stage : stages) stage->commit();
-  const double scale = clip_scale<T>(numbers, gradients);
-  update<T>(numbers, parameters, gradients, scale, states);
-  Tensor loss = new_tensor({}, kDtypeOf<T>);
-  mutable_data<T>(loss)[0] = static_cast<T>(value);
-  TensorList returned;
+  void commit() {
+    for (const auto& stage : stages_) stage->commit();
+  }
+
+ private:
+  template <class Body>
+  void each(const Body& body) {
+    size_t next = 0;
+    for (const auto& stage : stages_) {
+      between_.push_back(body(*stage, between_.back(), borrowed(parameters_, next, stage->count)));
+      next += stage->count;
+    }
+  }
+
+  std::vector<std::unique_ptr<Stage<T>>> stages_;
+  const TensorList& parameters_;
+  std::vector<Tensor> between_;      // the input, and what each stage made of the one before
+  std::vector<const T*> gradients_;  // of the parameters, where the stages keep them
+};
+
+// From the output's gradient on. Returns the parameters' gradients where they are to be kept, zeros where none is
+// wanted.
+template <class T>
+TensorList finish(Pass<T>& pass, Tensor gradient, const TensorList& parameters,
+                  const std::vector<ParameterState<T>>& states, const StepNumbers& numbers, bool keep_gradients) {
+  pass.backward(std::move(gradient), numbers);
+  const std::vector<const T*>& gradients = pass.gradients();
+  const double scale = clip_scale<T>(numbers, parameters, gradients);
+  TensorList kept;
   for (size_t i = 0; keep_gradients && i < gradients.size(); ++i) {
-    returned.push_back(numbers.wanted(i) ? std::move(gradients[i]) : new_tensor({0}, kDtypeOf<T>));
-    T* const kept = mutable_data<T>(returned.back());
-    for (int64_t j = 0, count = returned.back().numel(); scale != 1 && j < count; ++j) kept[j] *= static_cast<T>(scale);
+    kept.push_back(new_tensor(sizes_of(parameters[i]), kDtypeOf<T>));
+    T* const to = mutable_data<T>(kept.back());
+    for (int64_t j = 0, count = kept.back().numel(); j < count; ++j) {
+      to[j] = numbers.wanted(i) ? gradients[i][j] * static_cast<T>(scale) : T(0);
+    }
   }
-  return {std::move(loss), std::move(returned)};
+  pass.commit();
+  update<T>(numbers, parameters, gradients, scale, states);
+  return kept;
+}
+
+// The arguments that all operators here have.
+ScalarType check_arguments(const Tensor& input, const TensorList& parameters) {
+  const Expected kind = check_first(input, kOp, "input");
+  FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, kOp, ": not implemented for BFloat16; use float32 or float64");
+  FASTNN_CHECK(input.numel() > 0, kOp, ": expected an input that is not empty");
+  for (const Tensor& parameter : parameters) {
+    check_same_kind(parameter, kind, "parameters");
+    FASTNN_CHECK(parameter.is_contiguous(), kOp, ": expected parameters to be contiguous");
+  }
+  return kind.dtype;
+}
+
+template <class Body>
+auto with_wide_dtype(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
 std::tuple<Tensor, TensorList> training_step(const Tensor& input, const Tensor& target, const TensorList& parameters,
                                              const TensorList& state, const std::string& program,
                                              const OptionalTensor& weight, const Tensor& numbers, bool keep_gradients) {
-  const Expected kind = check_first(input, kOp, "input");
-  FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, kOp, ": not implemented for BFloat16; use float32 or float64");
-  FASTNN_CHECK(input.numel() > 0, kOp, ": expected an input that is not empty");
+  const ScalarType dtype = check_arguments(input, parameters);
   check_plain(target, kOp, "target");
   check_memory(target, kOp, "target");
-  FASTNN_CHECK(target.is_cpu(), kOp, ": expected target to be on the CPU");
-  for (const Tensor& parameter : parameters) {
-    check_same_kind(parameter, kind, "parameters");
-    FASTNN_CHECK(parameter.is_contiguous(), kOp, ": expected parameters to be contiguous");
-  }
   const StepNumbers all(numbers, parameters.size());
-  if (kind.dtype == ScalarType::Double) {
-    return run<double>(input, target, parameters, state, program, weight, all, keep_gradients);
-  }
-  return run<float>(input, target, parameters, state, program, weight, all, keep_gradients);
+  return with_wide_dtype(dtype, [&](auto type) -> std::tuple<Tensor, TensorList> {
+    using T = decltype(type);
+    Pass<T> pass(program, input, parameters);
+    const auto states = read_state<T>(all, parameters, state);
+    pass.forward();
+    double value = 0;
+    Tensor gradient = loss_gradient<T>(all.loss, pass.output(), target, weight, &value);
+    Tensor loss = new_tensor({}, kDtypeOf<T>);
+    mutable_data<T>(loss)[0] = static_cast<T>(value);
+    return {std::move(loss), finish<T>(pass, std::move(gradient), parameters, states, all, keep_gradients)};
+  });
+}
+
+std::tuple<Tensor, TensorList> training_step_forward(const Tensor& input, const TensorList& parameters,
+                                                     const std::string& program) {
+  return with_wide_dtype(check_arguments(input, parameters), [&](auto type) -> std::tuple<Tensor, TensorList> {
+    using T = decltype(type);
+    Pass<T> pass(program, input, parameters);
+    pass.forward();
+    const Tensor from = dense(pass.output());
+    Tensor output = new_tensor(sizes_of(from), kDtypeOf<T>);  // the stages keep theirs
+    std::copy_n(data<T>(from), from.numel(), mutable_data<T>(output));
+    return {std::move(output), pass.save()};
+  });
+}
+
+TensorList training_step_backward(const Tensor& gradient, const Tensor& input, const TensorList& parameters,
+                                  const TensorList& state, const TensorList& saved, const std::string& program,
+                                  const Tensor& numbers, bool keep_gradients) {
+  const ScalarType dtype = check_arguments(input, parameters);
+  const StepNumbers all(numbers, parameters.size());
+  return with_wide_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    Pass<T> pass(program, input, parameters);
+    const auto states = read_state<T>(all, parameters, state);
+    pass.restore(saved);
+    check_plain(gradient, kOp, "gradient");
+    check_memory(gradient, kOp, "gradient");
+    FASTNN_CHECK(gradient.scalar_type() == dtype && same_sizes(gradient, pass.output()), kOp,
+                 ": expected a gradient like the output, of size ", to_string(pass.output().sizes()), ", got ",
+                 to_string(gradient.sizes()));
+    return finish<T>(pass, dense(gradient), parameters, states, all, keep_gradients);
+  });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
@@ -292,10 +395,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "training_step(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
       " Tensor? weight, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");
+  // The same in two calls: up to the output, and from its gradient on. saved: what the second needs of the first.
+  m.def("training_step_forward(Tensor input, Tensor[] parameters, str program) -> (Tensor output, Tensor[] saved)");
+  m.def(
+      "training_step_backward(Tensor gradient, Tensor input, Tensor(a!)[] parameters, Tensor(b!)[] state,"
+      " Tensor[] saved, str program, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("training_step", FASTNN_BOX(training_step));
+  m.impl("training_step_forward", FASTNN_BOX(training_step_forward));
+  m.impl("training_step_backward", FASTNN_BOX(training_step_backward));
 }
 
 }  // namespace

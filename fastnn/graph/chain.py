@@ -36,7 +36,7 @@ class Chain:
     text: str
     sources: list[tuple[Any, str]]
     dims: int | None  # of the input, if the first layer asks for so many
-    ends_in_log_softmax: bool  # behind the last stage
+    log_softmax: int | None  # the dimension of one behind the last stage
     hooks: list[dict[int, Any]]  # of layers that the program calls and the chain does not: there must be none
     counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
 
@@ -71,7 +71,7 @@ def read_chain(program: Program) -> Chain:
     if not reader.stages:
         raise ChainError("there is no layer in the model")
     return Chain(
-        write_program(reader.stages), reader.sources, reader.dims, reader.ends_in_log_softmax, reader.hooks,
+        write_program(reader.stages), reader.sources, reader.dims, reader.log_softmax, reader.hooks,
         reader.counters,
     )  # fmt: skip
 
@@ -87,7 +87,7 @@ class _Reader:
         self.stages: list[tuple[str, list[int]]] = []
         self.sources: list[tuple[Any, str]] = []
         self.dims: int | None = None
-        self.ends_in_log_softmax = False
+        self.log_softmax: int | None = None
         self.hooks: list[dict[int, Any]] = []
         self.counters: list[tuple[Any, str]] = []
 
@@ -133,8 +133,8 @@ class _Reader:
             self._begin(layer.dims + 2)
             self.stages.append(("plain_conv", [layer.dims, self._take_own(layer), *_convolution(layer)]))
             return node
-        if _is_log_softmax(node, self.modules) and next(iter(node.users)).op == "output":
-            self.ends_in_log_softmax = True
+        self.log_softmax = _dim_of_log_softmax(node, self.modules)
+        if self.log_softmax is not None and next(iter(node.users)).op == "output":
             return node
         raise ChainError(f"{node.name} ({_name(node, self.modules)}) is no layer of a chain")
 
@@ -222,15 +222,17 @@ def _is_of_channels(layer: Layer) -> bool:
     return layer.module is not None and type(layer.module) is not nn.Dropout
 
 
-def _is_log_softmax(node: Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether it is one over the classes of rows."""
+def _dim_of_log_softmax(node: Node, modules: dict[str, nn.Module]) -> int | None:
+    """Its dimension, if it is one over the classes of rows."""
+    dim: Any = None
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return type(module) is nn.LogSoftmax and module.dim in (1, -1) and not has_own_call(module)
-    if node.target not in (F.log_softmax, torch.log_softmax, "log_softmax"):
-        return False
-    given = {**dict(zip(("dim", "dtype"), node.args[1:], strict=False)), **node.kwargs}
-    return given.get("dim") in (1, -1) and given.get("dtype") is None
+        if type(module) is nn.LogSoftmax and not has_own_call(module):
+            dim = module.dim
+    elif node.target in (F.log_softmax, torch.log_softmax, "log_softmax"):
+        given = {**dict(zip(("dim", "dtype"), node.args[1:], strict=False)), **node.kwargs}
+        dim = given.get("dim") if given.get("dtype") is None else None
+    return dim if dim in (1, -1) else None
 
 
 def _bits(number: float) -> int:

@@ -1,12 +1,17 @@
-"""A whole training step in one operator: its Python side."""
+"""A whole training step in one operator, or in two with the loss between them: their Python side."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
+from fastnn.ops.frozen import read_program
 
 training_step_op = torch.ops.fastnn.training_step.default
+training_step_forward_op = torch.ops.fastnn.training_step_forward.default
+training_step_backward_op = torch.ops.fastnn.training_step_backward.default
 
 
 @raw_operator("training_step")
@@ -23,3 +28,78 @@ def _(
     check_same_device(input, target, *parameters, *state, weight, numbers)
     gradients = [parameter.new_empty(parameter.shape) for parameter in parameters] if keep_gradients else []
     return input.new_empty(()), gradients
+
+
+@raw_operator("training_step_forward")
+def _(input: Tensor, parameters: list[Tensor], program: str) -> tuple[Tensor, list[Tensor]]:
+    check_same_device(input, *parameters)
+    saved: list[Tensor] = []
+    rest = list(parameters)
+    for name, numbers in read_program(program):
+        count = _parameters_of(name, numbers)
+        input, kept = _stage(name, numbers, input, rest[:count])
+        del rest[:count]
+        saved += kept
+    return input.new_empty(input.shape), saved
+
+
+@raw_operator("training_step_backward")
+def _(
+    gradient: Tensor,
+    input: Tensor,
+    parameters: list[Tensor],
+    state: list[Tensor],
+    saved: list[Tensor],
+    program: str,
+    numbers: Tensor,
+    keep_gradients: bool,
+) -> list[Tensor]:
+    check_same_device(gradient, input, *parameters, *state, *saved, numbers)
+    return [parameter.new_empty(parameter.shape) for parameter in parameters] if keep_gradients else []
+
+
+def _parameters_of(name: str, numbers: Sequence[int]) -> int:
+    """How many parameters a stage has; its numbers: csrc/ops/training_stages.h."""
+    if name in ("conv", "plain_conv"):
+        return 1 + numbers[int(name == "plain_conv")]
+    if name == "batch_norm":
+        return 2 * numbers[0] + numbers[1] + numbers[2]
+    if name == "mlp":
+        return numbers[0] * (1 + numbers[1])
+    return numbers[0] if name == "rnn" else 0
+
+
+def _stage(name: str, numbers: list[int], input: Tensor, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The output of a stage, and what backward needs of it, in sizes alone."""
+    ops = torch.ops.fastnn
+    if name == "conv":
+        bias = parameters[1] if numbers[0] else None
+        output, winners = ops.conv_relu_max_pool_with_winners(input, parameters[0], bias, numbers[1:])
+        return output, [output, winners]
+    if name == "plain_conv":
+        dims, biased, *rest = numbers
+        stride, padding, dilation = (rest[i * dims : (i + 1) * dims] for i in range(3))
+        bias = parameters[1] if biased else None
+        output = torch.convolution(
+            input, parameters[0], bias, stride, padding, dilation, False, [0] * dims, rest[3 * dims]
+        )
+        return output, [output]
+    if name == "batch_norm":
+        channels = input.shape[1]
+        ones = input.new_empty(channels, 1, *(1 for _ in input.shape[2:]))
+        output, winners = ops.conv_relu_max_pool_with_winners(input, ones, None, numbers[5:])
+        return output, [output, winners, *(input.new_empty(channels) for _ in range(3))]
+    if name == "mlp":
+        rows = input.reshape(-1, input.shape[-1])
+        output, hidden = ops.mlp_with_hidden(rows, parameters, numbers[2])
+        kept = sum(tensor.numel() for tensor in (output, *hidden))
+        return output.reshape(*input.shape[:-1], output.shape[1]), [input.new_empty(kept)]
+    if name == "rnn":
+        _, mode, layers, bidirectional, batch_first, last = numbers
+        output, state, reserve = ops.rnn_with_reserve(
+            input, None, [], parameters, None, mode, layers, bool(bidirectional), bool(batch_first)
+        )
+        return (state[0][-1], [output, reserve, state[0]]) if last else (output, [output, reserve])
+    if name == "dropout":
+        return input, [input.new_empty(input.shape) for _ in range(2)]
+    return input.flatten(1), []
