@@ -124,11 +124,12 @@ def integers(
     kernel: tuple[int, ...],
     groups: int = 1,
     bias: bool = True,
-    small: bool = False,
+    factor: int = 12,
 ) -> list[Tensor | None]:
-    """Input, weight and bias in float64: integers of which all sums, and those of transforms, are exact in float32;
-    ``small``: in bfloat16."""
-    most, factor = (1, 1) if small else (2, 12)
+    """Input, weight and bias in float64: integers, the weight's multiples of a factor. With 12 all sums, and those of
+    transforms, are exact in float32; so are F(4x4, 3x3)'s with 24 * 24; with 1 those without transforms are in
+    bfloat16."""
+    most = 1 if factor == 1 else 2
     drawn = make(size, outputs, kernel, groups, torch.float64, bias)
     input, weight, *rest = (None if t is None else torch.randint_like(t, -most, most + 1) for t in drawn)
     return [input, weight * factor, *rest]

@@ -20,7 +20,7 @@ def case_with_gradients(name: str) -> tuple[list[Tensor], Tensor, Tensor, list[T
     all sums are exact in float32. A third of the output's gradient is zero."""
     case = CASES[name]
     torch.manual_seed(0)
-    tensors = integers(*case[:3], case.arguments[3], small=True)
+    tensors = integers(*case[:3], case.arguments[3], factor=1)
     output, winners = outputs_and_winners(tensors, case.arguments)
     gradient = torch.randint_like(output, -1, 2)
     leaves = [tensor.requires_grad_() for tensor in tensors]

@@ -19,9 +19,10 @@ constexpr int64_t kStageBytes = 128 << 10;    // of pooled pixels that wait to b
 constexpr int64_t kMeetingBytes = 2048;       // pixels so far apart share two sets of L1, where 14 don't fit
 constexpr int64_t kDeepBandBytes = 1 << 20;   // of a band's copy and sums where the weight is what has to stay near
 constexpr int64_t kFarWeightBytes = 4 << 20;  // of a packed weight that no L2 holds
-constexpr int64_t kFarBytes = 1 << 20;        // of an input that comes from beyond L2 (Zen 4)
-constexpr int64_t kSmallInput = 256 << 10;    // bytes of one whose call is over before torch's has begun
-constexpr int64_t kEvenItems = 4;             // bands a thread, so that none waits long for another
+constexpr int64_t kMostPackedBytes = 24 << 20;  // of a weight that each band reads: a share of L3, and no fresh pages
+constexpr int64_t kFarBytes = 1 << 20;          // of an input that comes from beyond L2 (Zen 4)
+constexpr int64_t kSmallInput = 256 << 10;      // bytes of one whose call is over before torch's has begun
+constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
 
 constexpr double kMostProducts =
     0.7;  // of direct convolution's that phases may take, or transforms cost what they save
@@ -38,8 +39,7 @@ constexpr double kTranspose = 6;     // the same, with its share of a square's s
 constexpr double kGather = 2;        // a single element, moved on its own
 constexpr double kScatter = 8;       // the same in `pixels`, each apart from its neighbours (measured: 4 cycles)
 constexpr double kFarElement = 4;    // its share of a line of another image, from beyond L2, unexpected by prefetchers
-constexpr double kWinogradIn = 100;  // a tile's vector of channels: 16 loads, 64 additions, 16 stores, counted
-constexpr double kWinogradOut = 56;  // a tile's vector of outputs: 16 loads, 24 additions, 4 stores, counted
+constexpr double kWinogradMove = 5;  // a position's vector of inputs or outputs: a load, some additions, a store
 constexpr double kWinogradPack = 2;  // of the weight, which is transformed first
 constexpr double kPhasesIn = 4;      // a transformed vector of the input: a load, a store, its share of additions
 constexpr double kDepthwiseProduct = 1.2;  // a load besides each multiply-add, which waits for it

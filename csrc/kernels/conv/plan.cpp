@@ -101,9 +101,9 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
 }
 
 // The same where output channels are in the lanes: what is pooled waits in L2, segments of conv pixels in L1. `waits`:
-// conv rows of the ring, or 0 where a segment is all columns.
+// conv rows of the ring, or 0 where a segment is all columns. tile: what else a segment's columns are a multiple of.
 template <class Fits>
-BandPlan choose_channel_band(const Planner& p, int64_t waits, const Fits& fits) {
+BandPlan choose_channel_band(const Planner& p, int64_t waits, const Fits& fits, int64_t tile = 2) {
   const ConvPoolGeometry& g = p.g;
   const int64_t pixel = p.block * p.compute_bytes;
   BandPlan band = choose_band(p, 1, [&](const BandPlan& candidate) {
@@ -114,7 +114,7 @@ BandPlan choose_channel_band(const Planner& p, int64_t waits, const Fits& fits) 
   const int64_t pixels = tuned::kRingBytes / (waits * pixel);  // of a conv row
   const int64_t most = std::max<int64_t>(2, (pixels - g.pool_extent(2)) / g.pool_stride[2] + 1);
   if (most < band.columns) {
-    band.segment = std::min(band.columns, round_up(divide_up(band.columns, divide_up(band.columns, most)), 2));
+    band.segment = std::min(band.columns, round_up(divide_up(band.columns, divide_up(band.columns, most)), tile));
   }
   return band;
 }
@@ -371,23 +371,29 @@ bool winograd_applies(const ConvPoolGeometry& g) {
 
 ConvPlan plan_winograd(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
-  constexpr int64_t kPositions = 16;
+  const int64_t tile = winograd_tile(p.request.element_bytes), points = tile + 2, positions = points * points;
   ConvPlan plan{};
   plan.algorithm = ForwardAlgorithm::winograd;
   plan.needs_moderate = true;
   WinogradPlan& w = plan.winograd;
   w.pitch = round_up(g.in_channels, p.lanes) + p.lanes;  // off the powers of two, for the sake of the cache's sets
-  const auto slice_tiles = [](const BandPlan& band) { return divide_up(band.conv[1], 2) * divide_up(band.conv[2], 2); };
-  const auto tile_bytes = [&](const BandPlan& band) {
-    return slice_tiles(band) * kPositions * (w.pitch * band.input[0] + p.block * band.conv[0]) * 4;
+  const auto slice_tiles = [&](const BandPlan& band) {
+    return divide_up(band.conv[1], tile) * divide_up(band.conv[2], tile);
   };
-  w.band = choose_channel_band(p, g.pool_extent(0) * round_up(g.pool_extent(1) + 1, 2), [&](const BandPlan& band) {
+  const auto tile_bytes = [&](const BandPlan& band) {
+    return slice_tiles(band) * positions * (w.pitch * band.input[0] + p.block * band.conv[0]) * 4;
+  };
+  // A row of tiles fills as many slots as it has conv rows, of which no window needs what was there before.
+  const int64_t ring_rows = round_up(g.pool_extent(1) + tile - 1, tile);
+  const auto fits = [&](const BandPlan& band) {
     return slice_tiles(band) * band.conv[0] <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
-  });
+  };
+  w.band = choose_channel_band(p, g.pool_extent(0) * ring_rows, fits, tile);
   // All bands begin with the same row of a tile, whatever their number: it depends on that of threads, and sums must
   // not.
-  if (w.band.row_bands > 1 && w.band.rows * g.pool_stride[1] % 2 != 0) {
-    w.band.stage_rows = ++w.band.rows;
+  if (w.band.row_bands > 1) {
+    while (w.band.rows * g.pool_stride[1] % tile != 0) ++w.band.rows;
+    w.band.stage_rows = w.band.rows;
     w.band.row_bands = divide_up(g.output[1], w.band.rows);
     set_extents(g, w.band);
   }
@@ -398,35 +404,34 @@ ConvPlan plan_winograd(const Planner& p) {
     w.band.images = std::min({most, even, g.batch});
     w.band.image_bands = divide_up(g.batch, w.band.images);
   }
-  w.tile_rows = divide_up(w.band.conv[1], 2);
-  w.tile_columns = divide_up(w.band.conv[2], 2);
-  // A row of tiles fills two slots, of which no window needs what was there before.
-  w.ring = {g.pool_extent(0), round_up(g.pool_extent(1) + 1, 2), segment_conv(g, w.band) * p.block};
+  w.tile_rows = divide_up(w.band.conv[1], tile);
+  w.tile_columns = divide_up(w.band.conv[2], tile);
+  w.ring = {g.pool_extent(0), ring_rows, segment_conv(g, w.band) * p.block};
   const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, w.band);
   w.block_parts = block_parts(p, bands, blocks);
   plan.items = bands * w.block_parts;
   plan.pack_items = g.groups * blocks;
   plan.packed_size =
-      kPositions * g.groups * (round_up(g.out_channels, p.lanes) * g.in_channels * g.kernel[0] + blocks * p.lanes);
+      positions * g.groups * (round_up(g.out_channels, p.lanes) * g.in_channels * g.kernel[0] + blocks * p.lanes);
   const int64_t tiles = w.band.images * w.tile_rows * w.tile_columns;
   Memory memory;
-  memory.take(4 * (2 * w.tile_columns + 2) * w.pitch, 4)
-      .take(kPositions * tiles * w.band.input[0] * w.pitch, 4)
-      .take(kPositions * tiles * w.band.conv[0] * p.block, 4)
+  memory.take(points * (tile * w.tile_columns + 2) * w.pitch, 4)
+      .take(positions * tiles * w.band.input[0] * w.pitch, 4)
+      .take(positions * tiles * w.band.conv[0] * p.block, 4)
       .take(p.block, 4)
       .take(g.in_channels * g.kernel[0], 8);
   take_pool(p, w.band, w.ring, memory);
   plan.scratch_size = memory.bytes();
   const double all = static_cast<double>(g.batch) * g.output[0] * w.band.row_bands * w.tile_rows * w.band.column_bands *
                      w.tile_columns;
-  const double sums = channel_tiles(p, tiles, g.out_channels) / tiles * kPositions;
+  const double sums = channel_tiles(p, tiles, g.out_channels) / tiles * positions;
   const double vectors = divide_up(g.out_channels, p.lanes), in = divide_up(g.in_channels, p.lanes);
   const double conv_slices = w.band.conv[0], in_slices = w.band.input[0];
   plan.cost =
-      g.groups * (all * (conv_slices * (sums * g.in_channels * g.kernel[0] + kPositions * vectors * tuned::kStoreSum +
-                                        tuned::kWinogradOut * vectors) +
-                         in_slices * (tuned::kWinogradIn + 4 * tuned::kTranspose) * in) +
-                  channel_rest(p) + tuned::kWinogradPack * packing_cost(p, g.in_channels * g.kernel[0] * kPositions));
+      g.groups * (all * (conv_slices * (sums * g.in_channels * g.kernel[0] +
+                                        positions * vectors * (tuned::kStoreSum + tuned::kWinogradMove)) +
+                         in_slices * (positions * tuned::kWinogradMove + tile * tile * tuned::kTranspose) * in) +
+                  channel_rest(p) + tuned::kWinogradPack * packing_cost(p, g.in_channels * g.kernel[0] * positions));
   return plan;
 }
 
@@ -652,15 +657,17 @@ namespace {
 
 // Where none of ours has fewer multiplications, fewer bytes or fuller lanes, torch's convolution is at or near the peak
 // of whatever machine this is: kernels of one position over many channels of signals and images, which do nothing but
-// multiply matrices; deep kernels whose weight, read again for each slice, comes from far away; and groups of so few
-// channels, among others at the same pixel, that neither channels nor pixels fill a vector.
+// multiply matrices; deep kernels whose weight, read again for each slice, comes from far away, and those of pairs,
+// which multiply twice as fast as it comes; and groups of so few channels, among others at the same pixel, that neither
+// channels nor pixels fill a vector.
 bool stock_wins(const Planner& p, const ConvPlan& best) {
   const ConvPoolGeometry& g = p.g;
   if (p.request.element_bytes == 8) return false;
   if (g.groups > 1 && p.request.input_channels_last && g.in_channels * g.out_channels < p.lanes) {
     return best.algorithm != ForwardAlgorithm::depthwise && p.input_bytes() > tuned::kSmallInput;
   }
-  if (g.kernel[0] > 1 && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;
+  const bool has_pairs = best.algorithm == ForwardAlgorithm::direct && best.direct.elements == Elements::pairs;
+  if ((g.kernel[0] > 1 || has_pairs) && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;
   const bool is_product = g.taps() == 1 && g.in_channels >= 4 * p.lanes;
   return best.algorithm == ForwardAlgorithm::direct && is_product && (g.input[0] == 1 || g.stride[2] > 1);
 }
@@ -675,6 +682,8 @@ ConvPlan choose(const Planner& one) {
     if (algorithm == ForwardAlgorithm::stock || !algorithm_applies(algorithm, g, one.request)) continue;
     const ConvPlan plan = plan_of(algorithm, one);
     if (plan.cost >= best.cost) continue;
+    // Winograd's is four times the weight in bfloat16, of elements twice as large.
+    if (transforms(algorithm) && plan.packed_size * one.compute_bytes > tuned::kMostPackedBytes) continue;
     if (algorithm == ForwardAlgorithm::phases) {
       // Each row reads all of a block's weight, which has to be near; and enough products have to be saved.
       const int64_t block_weight = plan.packed_size / plan.pack_items * one.compute_bytes;

@@ -7,7 +7,7 @@
 namespace fastnn {
 
 enum class ForwardAlgorithm : int32_t {
-  winograd,   // 3x3 kernels: 16 multiplications in place of 36
+  winograd,   // 3x3 kernels: 16 multiplications in place of 36, in bfloat16 of 64
   phases,     // longer rows of a kernel: two pixels of r taps from r + 1 multiplications
   pixels,     // pixels in the vector's lanes: few outputs, or few inputs
   depthwise,  // groups of one channel in the lanes
@@ -27,7 +27,7 @@ struct Machine {
 // and what they need. Bands of the last row, column and image may be smaller.
 struct BandPlan {
   int64_t images, rows, columns;
-  int64_t segment;                               // columns whose conv pixels wait in L1 together; even, or all
+  int64_t segment;                               // columns whose conv pixels wait in L1 together; whole tiles, or all
   int64_t stage_rows;                            // rows that are written out together
   int64_t image_bands, row_bands, column_bands;  // how many there are
   int64_t input[3];                              // extent of the input under a band, padding included
@@ -95,7 +95,11 @@ struct PhasesPlan {
   int64_t column_run;              // elements from a run of columns that are 2 strides apart to the next
 };
 
-// Winograd's F(2x2, 3x3). A band has rows x columns of tiles of each image, each of 2x2 conv pixels.
+// Conv pixels of a row of a tile of Winograd's. (F(4x4)'s errors are hidden by bfloat16's rounding.)
+constexpr int64_t winograd_tile(int64_t element_bytes) {
+  return element_bytes == 2 ? 4 : 2;
+}
+// A band has rows x columns of tiles of each image.
 struct WinogradPlan {
   BandPlan band;
   RingPlan ring;

@@ -1,4 +1,5 @@
-// Winograd's F(2, r) in one dimension: two neighbouring results of r taps from r + 1 multiplications.
+// Winograd's F(2, r) in one dimension: two neighbouring results of r taps from r + 1 multiplications; and F(4, 3), four
+// of three taps from six.
 //
 // (A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks, 2015.) The multiplications are of r + 1
 // transformed taps and as many transformed pixels, one at each of the points 0, infinity, 1, -1, 2: as many of these
@@ -74,6 +75,39 @@ FASTNN_INLINE void transform_results(const V (&m)[4], V (&y)[2]) {
   y[0] = m[0] + m[2] + m[3];
   y[1] = m[1] + m[2] - m[3];
 }
+
+// F(4, 3), at the points 0, 1, -1, 2, -2 and infinity.
+template <class V>
+FASTNN_INLINE void transform_weight(const V (&g)[3], V (&u)[6]) {
+  constexpr float sixth = 1.0f / 6;
+  const V near = g[0] + g[2], far = g[0] + g[2] * 4.0f, middle = g[1] * 2.0f;
+  u[0] = g[0] * 0.25f;
+  u[1] = (near + g[1]) * -sixth;
+  u[2] = (near - g[1]) * -sixth;
+  u[3] = (far + middle) * (sixth / 4);
+  u[4] = (far - middle) * (sixth / 4);
+  u[5] = g[2];
+}
+template <class V>
+FASTNN_INLINE void transform_input(const V (&d)[6], V (&v)[6]) {
+  const V even = d[4] - d[2] * 4.0f, odd = d[3] - d[1] * 4.0f;
+  const V far_even = d[4] - d[2], far_odd = (d[3] - d[1]) * 2.0f;
+  v[0] = d[0] * 4.0f - d[2] * 5.0f + d[4];
+  v[1] = even + odd;
+  v[2] = even - odd;
+  v[3] = far_even + far_odd;
+  v[4] = far_even - far_odd;
+  v[5] = d[1] * 4.0f - d[3] * 5.0f + d[5];
+}
+template <class V>
+FASTNN_INLINE void transform_results(const V (&m)[6], V (&y)[4]) {
+  const V even = m[1] + m[2], odd = m[1] - m[2], far_even = m[3] + m[4], far_odd = m[3] - m[4];
+  y[0] = m[0] + even + far_even;
+  y[1] = odd + far_odd * 2.0f;
+  y[2] = even + far_even * 4.0f;
+  y[3] = odd + far_odd * 8.0f + m[5];
+}
+
 // What the product at each point adds to the second of two results; to the first it adds itself, but for point 1.
 constexpr float kOddShare[] = {0, 1, 1, -1, 2};
 
