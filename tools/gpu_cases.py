@@ -120,6 +120,8 @@ def mlp_cases() -> Iterator[Case]:
 # ---- conv_relu_max_pool -----------------------------------------------------------------------------------
 
 CONV_SHAPES = {  # input, out channels, kernel, stride, padding, pool kernel, pool stride, pool padding
+    # So few programs that float32's gradients are computed here too.
+    "few pixels": ((8, 3, 16, 16), 16, 3, 1, 1, 2, 2, 0),
     "first of Conv2DNet": ((32, 3, 20, 20), 10, 5, 2, 2, 2, 2, 0),
     "MNIST": ((64, 1, 28, 28), 32, 3, 1, 1, 2, 2, 0),
     "stem": ((64, 3, 224, 224), 64, 7, 2, 3, 3, 2, 1),

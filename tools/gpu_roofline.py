@@ -154,7 +154,7 @@ def conv_predictions(case: Case) -> Iterator[Prediction]:
     ours = Cost(ends + written * 4, flops, 3, 0, patches, apart + written * 3)
     if fused:
         repeated = max(problem.recomputed, 1)
-        issued = values * _conv_plan.instructions(problem, "forward", repeated)
+        issued = values * _conv_plan.instructions(problem, "forward", precision, TARGET)
         ours = Cost(ends, flops * repeated, 1, 0, tiles, issued=issued).plus(input_last).plus(weight_last)
         if _conv_plan.is_packed(problem):
             moved = values * _conv_plan.conversion(problem, "forward")
@@ -171,7 +171,7 @@ def conv_predictions(case: Case) -> Iterator[Prediction]:
     fused_back = _conv_plan.is_fused(problem, "backward", precision, TARGET)
     if fused_back:
         # What the fused gradients load comes through L1, except the patches of the weight's.
-        issued = values * _conv_plan.instructions(problem, "backward", max(problem.recomputed, 1))
+        issued = values * _conv_plan.instructions(problem, "backward", precision, TARGET)
         back = Cost(ends + pooled * (size + 2), 2 * flops * problem.recomputed, 2, 0, patches, issued=issued)
         # Weight and bias are sums over parts, then rounded, and the weight's brought into its own order.
         with torch.device("meta"):

@@ -55,9 +55,14 @@ class Problem(NamedTuple):
         return self.images * math.prod(self.out_size)
 
     @property
+    def values(self) -> int:
+        """Of the convolution's output."""
+        return self.images * self.groups * self.out_channels * math.prod(self.conv_size)
+
+    @property
     def work(self) -> float:
         """Floating-point operations of the convolution."""
-        return 2.0 * self.images * self.groups * self.out_channels * math.prod(self.conv_size) * self.depth
+        return 2.0 * self.values * self.depth
 
     def sizes(self, of: Triple) -> list[int]:
         """A tensor's sizes, with all out channels."""

@@ -53,6 +53,12 @@ class Config(NamedTuple):
             "num_stages": self.num_stages,
         }
 
+    def elements_of_lane(self) -> tuple[float, float, float]:
+        """Of the tiles of pixels by out channels, of out channels by columns, of pixels by columns."""
+        tiles = self.block_pixels * self.block_out, self.block_out * self.block_k, self.block_pixels * self.block_k
+        pixels_out, out_columns, pixels_columns = (tile / (32 * self.num_warps) for tile in tiles)
+        return pixels_out, out_columns, pixels_columns
+
 
 class Rates(NamedTuple):
     """Products of a convolution in the time in which a byte goes to or from memory."""
@@ -65,16 +71,24 @@ class Rates(NamedTuple):
 _RATES = {
     "16-bit": Rates(110, 70),
     "tf32": Rates(55, 35),
-    "tf32x3": Rates(7.5, 7),  # which cuDNN does without
+    "tf32x3": Rates(7.5, 35 / 3),  # cuDNN does without, here three products are made of one
     "no matrix units": Rates(7.5, 4),
 }
 _INSTRUCTIONS = 10  # of a lane, in the time of a byte
-# Instructions of a lane, as the compiler makes them for sm_90 (cuobjdump): to bring an element of a patch of few
-# channels on chip, or of packed ones a pixel; an element of the convolution's gradient, rebuilt from the winners, for
-# the input's gradient; and an element of a patch with the gradients of its place for the weight's.
-_GATHER = 30
-_REBUILD = 18
-_MATCH = 26
+_LAUNCH = 7e6  # bytes in the time of a launch, 2.5 us
+# Instructions of a lane, as the compiler makes them for sm_90 (cuobjdump); loops of other tiles have up to 40 % more or
+# fewer (tools/gpu_floor.py).
+_GATHER = 30  # to bring an element of a patch of few channels on chip, or of packed ones a pixel
+# tf32x3, which makes two parts of each operand and adds up each dot in float32: an element of an operand, with its way
+# through shared memory to each of the warps that multiply it; and a sum.
+_SPLIT, _ADD = 20, 4
+# The input's gradient: a tap; and an element of the convolution's gradient rebuilt from the winner of a window, by
+# bytes of the type.
+_TAP, _REBUILD = 140, {2: 7, 4: 12}
+# The weight's gradient: a place of the windows; an element of the patches there, alone or of a vector; and one of the
+# gradients.
+_PLACE, _TAKE, _TAKE_OF_VECTOR, _MATCH = 70, 14, 2, 8
+_ENDS = 300  # of a program of these two, before its loop and behind it
 _MOST_OUT = 64  # channels of a tile
 _MOST_IN = 64  # of one of the input's gradient
 _LAUNCH_BOUND_WORK = 100e6  # floating-point operations
@@ -98,19 +112,21 @@ def is_fused(problem: Problem, direction: str, precision: str, target: _target.T
         # The input's gradient visits every tap, also those that a stride leaves out.
         repeated = max(repeated, math.prod(problem.geometry[1]))
     halves = problem.kind.dtype.itemsize == 2
-    if problem.work * repeated <= _LAUNCH_BOUND_WORK:
-        # Sums of parts in 16 bits are rounded by two launches more, which makes them as many as stock's.
-        return direction == "forward" or not halves
+    if direction == "forward" and problem.work * repeated <= _LAUNCH_BOUND_WORK:
+        return True
     rates = _RATES["16-bit" if halves else precision if precision in _RATES else "no matrix units"]
     directions = 1 if direction == "forward" else 2  # products of the convolution's depth
     # In bytes of memory traffic a value of the convolution. Stock's output is written and read again; its gradient is
     # written and read by two products.
     stock = (directions + 1) * problem.kind.dtype.itemsize + directions * problem.depth / rates.stock
+    if direction == "backward":
+        # Stock's way has a launch more; but sums of parts in 16 bits are rounded, by two.
+        stock += (-_LAUNCH if halves else _LAUNCH) / max(problem.values, 1)
     depth = problem.depth
     if not is_tap_by_tap(problem):
         depth = _few_columns(_as_packed(problem) if direction == "forward" and is_packed(problem) else problem)[1]
     fused = directions * depth * repeated / rates.fused + conversion(problem, direction)
-    return fused + instructions(problem, direction, repeated) / _INSTRUCTIONS <= stock
+    return fused + instructions(problem, direction, precision, target) / _INSTRUCTIONS <= stock
 
 
 def conversion(problem: Problem, direction: str) -> float:
@@ -123,18 +139,55 @@ def conversion(problem: Problem, direction: str) -> float:
     return 2.0 * problem.kind.dtype.itemsize * elements / (problem.out_channels * math.prod(problem.conv_size))
 
 
-def instructions(problem: Problem, direction: str, repeated: float) -> float:
+def instructions(problem: Problem, direction: str, precision: str, target: _target.Target) -> float:
     """Of a lane, a value of the convolution, beside those that stock's way has too."""
-    out_tile = min(_MOST_OUT, problem.out_channels)  # that share an element of a patch
     if direction == "forward":
-        if is_tap_by_tap(problem):
-            return 0.0
-        taken = _as_packed(problem) if is_packed(problem) else problem
+        return max(problem.recomputed, 1.0) * _of_forward(problem, precision, target)
+    issued = _of_input_gradient(problem, precision, target) + _of_weight_gradient(problem, precision, target)
+    return issued / max(problem.values, 1)
+
+
+def _of_forward(problem: Problem, precision: str, target: _target.Target) -> float:
+    """To bring a value's patch on chip where that has few channels, and to split operands in tf32x3."""
+    taken = _as_packed(problem) if is_packed(problem) else problem
+    out_tile = min(_MOST_OUT, problem.out_channels)  # that share an element of a patch
+    result = 0.0
+    if not is_tap_by_tap(problem):
         loads = _few_columns(taken)[1] / (taken.channels if _loads_pixels(taken) else 1)
-        return repeated * loads * _GATHER / out_tile
-    pixels = math.prod(problem.in_size) / math.prod(problem.conv_size)
-    rebuilt = pixels * problem.taps * triton.cdiv(problem.channels, _MOST_IN)
-    return rebuilt * _REBUILD + problem.recomputed * problem.depth * _MATCH / out_tile
+        result += loads * _GATHER / out_tile
+    if precision == "tf32x3":
+        config, together = forward_config(taken, precision, target)
+        operands = config.block_k * (1 / out_tile + 1 / (together * config.block_pixels))
+        result += _steps(taken, config) * (operands * _SPLIT + _ADD)
+    return result
+
+
+def _of_input_gradient(problem: Problem, precision: str, target: _target.Target) -> float:
+    """Of the launch."""
+    config, grid = _input_gradient_launch(problem, precision, target)
+    gradients, weight, sums = config.elements_of_lane()
+    windows = problem.places if problem.recomputed > 1 else 1  # that a pixel may have won
+    turn = _TAP + gradients * windows * _REBUILD[problem.kind.dtype.itemsize]
+    if precision == "tf32x3":
+        turn += (gradients + weight) * _SPLIT + sums * _ADD
+    turns = problem.taps * triton.cdiv(problem.out_channels, config.block_out)
+    return _lanes(grid, config, target) * (_ENDS + turns * turn)
+
+
+def _of_weight_gradient(problem: Problem, precision: str, target: _target.Target) -> float:
+    """Of the launch."""
+    config, grid = _weight_gradient_launch(problem, precision, target)
+    gradients, sums, patches = config.elements_of_lane()
+    turn = _PLACE + gradients * _MATCH + patches * (_TAKE_OF_VECTOR if is_tap_by_tap(problem) else _TAKE)
+    if precision == "tf32x3":
+        turn += (gradients + patches) * _SPLIT + sums * _ADD
+    tiles = triton.cdiv(problem.pooled_pixels, config.block_pixels)
+    return _lanes(grid, config, target) * (_ENDS + triton.cdiv(tiles, grid[0]) * problem.places * turn)
+
+
+def _lanes(grid: tuple[int, ...], config: Config, target: _target.Target) -> int:
+    """Of a launch, were all processors as busy as the one with the most programs."""
+    return triton.cdiv(math.prod(grid), target.processors) * target.processors * 32 * config.num_warps
 
 
 def is_tap_by_tap(problem: Problem) -> bool:
@@ -453,25 +506,31 @@ def plan_backward(
     )  # fmt: skip
 
 
-def _input_gradient_launcher(
-    problem: Problem, x_last: bool, w_last: bool, precision: str, target: _target.Target
-) -> _launch.Launcher:
+def _input_gradient_launch(problem: Problem, precision: str, target: _target.Target) -> tuple[Config, tuple[int, ...]]:
+    """Tiles and grid."""
     config = conv_config(problem, precision, target)
     block_k = min(_MOST_IN, _target.padded(problem.channels))
     config = config._replace(block_k=block_k, block_out=min(config.block_out, 32))
     pixels = problem.images * math.prod(problem.in_size)
+    blocks = problem.groups * triton.cdiv(problem.channels, block_k)
+    return config, (triton.cdiv(pixels, config.block_pixels), blocks)
+
+
+def _input_gradient_launcher(
+    problem: Problem, x_last: bool, w_last: bool, precision: str, target: _target.Target
+) -> _launch.Launcher:
+    config, grid = _input_gradient_launch(problem, precision, target)
     return _launch.Launcher(
         conv_input_gradient,
-        (triton.cdiv(pixels, config.block_pixels), problem.groups * triton.cdiv(problem.channels, block_k)),
+        grid,
         problem.kind.device,
         PRECISION=precision,
         **_shape_constexprs(problem, x_last, w_last, config),
     )
 
 
-def _weight_gradient_launcher(
-    problem: Problem, x_last: bool, precision: str, target: _target.Target
-) -> _launch.Launcher:
+def _weight_gradient_launch(problem: Problem, precision: str, target: _target.Target) -> tuple[Config, tuple[int, ...]]:
+    """Tiles and grid."""
     config = conv_config(problem, precision, target)
     most = _precision.MOST_PRODUCTS_IN_TF32X3 if precision == "tf32x3" else 64
     config = config._replace(block_pixels=min(config.block_pixels, most))
@@ -481,9 +540,16 @@ def _weight_gradient_launcher(
     tiles = triton.cdiv(problem.pooled_pixels, config.block_pixels)
     # Enough parts for two programs a processor; they are added up in a fixed order, so results repeat bit for bit.
     parts = max(1, min(tiles, triton.cdiv(2 * target.processors, blocks * steps)))
+    return config, (parts, blocks, steps)
+
+
+def _weight_gradient_launcher(
+    problem: Problem, x_last: bool, precision: str, target: _target.Target
+) -> _launch.Launcher:
+    config, grid = _weight_gradient_launch(problem, precision, target)
     return _launch.Launcher(
         conv_weight_gradient,
-        (parts, blocks, steps),
+        grid,
         problem.kind.device,
         PRECISION=precision,
         **_shape_constexprs(problem, x_last, False, config),

@@ -63,6 +63,9 @@ _TENSOR_MEMORY = (100, 103)
 # multiply the input too, fewer.
 _WIDEST_GATES, _WIDEST_GATES_IN_WAVE = 131072, 98304
 _WIDEST_SPREAD = 2048
+# Bytes of a program's weights that fill half of four warps' registers, 128 of 4 bytes a lane. Each step reads them all,
+# and the compiler loads them ahead of the products: with twice as many LSTM's inference spills (sm_90, sm_100).
+_MOST_WEIGHTS_OF_FOUR_WARPS = 4 * 32 * 128 * 4
 _FEWEST_SPREAD_STEPS = 4  # fewer, a cell's one among them, do not make up for its launches
 _LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the processors busy
 
@@ -122,11 +125,13 @@ def _spread_config(network: Network, target: _target.Target) -> Config | None:
     stacked = 1 if gates == 1 else 4  # GRU's three gates as well
     for units in (16, 32, 64):
         for block_batch in (8, 16):
-            on_chip = dtype.itemsize * tile * (stacked * units + 2 * block_batch)
+            weights = dtype.itemsize * tile * stacked * units
+            on_chip = weights + dtype.itemsize * tile * 2 * block_batch
             programs = triton.cdiv(hidden, units) * triton.cdiv(batch, block_batch) * network.directions
             # All programs run at once, one a processor.
             if on_chip <= target.shared_memory and programs <= target.processors:
-                config = Config(block_batch, 8 if tile > 512 else 4, units)
+                num_warps = 8 if tile > 512 or weights > _MOST_WEIGHTS_OF_FOUR_WARPS else 4
+                config = Config(block_batch, num_warps, units)
                 shape_class = (gates, dtype.itemsize, tile, units, block_batch)
                 return _target.tuned(config, target, "rnn spread", *shape_class)
     return None

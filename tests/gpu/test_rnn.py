@@ -573,6 +573,9 @@ def test_choice_of_sharing_weights():
     assert not shares("RNN_TANH", 512, 128, brain)  # a product a step keeps a GPU busy
     assert not shares("LSTM", 2048, 16, brain)  # more than all processors hold
     assert not shares("RNN_TANH", 512, dtype=brain, target=_target.TARGETS[4])
+    # More weights than four warps have registers for.
+    assert chosen("LSTM", 512, dtype=brain).num_warps == 4
+    assert chosen("LSTM", 512, dtype=torch.float32, precision="tf32").num_warps == 8
 
 
 @pytest.mark.parametrize(("length", "shared"), [(1, False), (3, False), (4, True)])
