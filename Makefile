@@ -23,7 +23,7 @@ help:  ## List the targets
 build: $(VENV)/build.stamp  ## Build the extension and install fastnn into .venv, editable
 
 test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## Run the tests, the benchmark programs' too
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## Check style and types
 	$(RUN) -m ruff check .

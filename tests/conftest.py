@@ -1,6 +1,5 @@
 """Fixtures for every test: one seed, poisoned memory, and each instruction set in turn where a test asks for it."""
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,20 +9,8 @@ from fastnn import testing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The GPU kernels' tests last: they are processes that run beside the others."""
-    items.sort(key=lambda item: item.path.name == "test_gpu_kernels.py")
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    chosen = [item for item in session.items if item.path.name == "test_gpu_kernels.py"]
-    if chosen and not session.config.option.collectonly:
-        chosen[0].module.begin([item.callspec.params["path"] for item in chosen])  # type: ignore[attr-defined]
-
-
-def pytest_sessionfinish() -> None:
-    module = sys.modules.get("test_gpu_kernels")
-    if module is not None:
-        module.end()
+    """The GPU kernels' tests first: they take longest, and other workers take what comes after them."""
+    items.sort(key=lambda item: item.path.name != "test_gpu_kernels.py")
 
 
 @pytest.fixture(autouse=True)

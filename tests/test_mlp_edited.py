@@ -220,7 +220,9 @@ def test_sizes_that_are_no_list(sizes: Any) -> None:
         MLP(sizes, 10)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU(), None, [nn.ReLU()], torch.relu], ids=str)
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU, nn.ReLU(), None, [nn.ReLU()], torch.relu], ids=lambda value: str(value).split(" at ")[0]
+)
 def test_activations_that_are_no_names(activation: Any) -> None:
     message = "activation must be a name, or a list of one a layer, of identity, relu"
     with pytest.raises(TypeError, match=message):
