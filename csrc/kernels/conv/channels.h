@@ -33,8 +33,8 @@ FASTNN_INLINE int64_t lanes_before(const ConvPoolGeometry& g, int64_t group, con
 // each are taken one by one: long sums would round too much. The sum from 0 on begins with the bias, the others are
 // added to what stands in `to`.
 template <class E, class C = Compute<E>>
-void sum_pixels(int vectors, const E* pixels, int64_t step, int64_t count, const int64_t* offsets, int64_t first_k,
-                int64_t last_k, const E* weight, const C* bias, C* to) {
+void sum_pixels(int vectors, const Number<E>* pixels, int64_t step, int64_t count, const int64_t* offsets,
+                int64_t first_k, int64_t last_k, const E* weight, const C* bias, C* to) {
   const int64_t width = vectors * kLanes<C>, tiles = divide_up(count, kMostRows);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;

@@ -10,18 +10,19 @@
 #pragma once
 
 #include "matrix.h"
+#include "pack.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Where the product number k begins, relative to the first: in the weight's own order.
+// Where the product number k begins, relative to the first, in `numbers` to an element: in the weight's own order.
 template <class T>
-void list_offsets(const ConvCall<T>& call, const DirectPlan& plan, int64_t* offsets) {
+void list_offsets(const ConvCall<T>& call, const DirectPlan& plan, int64_t numbers, int64_t* offsets) {
   const ConvPoolGeometry& g = call.geometry;
   for_each_tap(g, plan.channels, weight_is_channels_last(call),
                [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
-                 offsets[k] = c * plan.channel_step + d * g.dilation[0] * plan.step[0] +
-                              h * g.dilation[1] * plan.step[1] + w * g.dilation[2] * plan.step[2];
+                 offsets[k] = numbers * (c * plan.channel_step + d * g.dilation[0] * plan.step[0] +
+                                         h * g.dilation[1] * plan.step[1] + w * g.dilation[2] * plan.step[2]);
                });
 }
 
@@ -34,6 +35,37 @@ FASTNN_INLINE int64_t pair_source(const ConvCall<T>& call, int64_t n) {
   const int64_t channel = 2 * (last ? k % pairs : k / taps) + n % 2, tap = last ? k / pairs : k % taps;
   if (channel >= g.in_channels) return -1;
   return last ? tap * g.in_channels + channel : channel * taps + tap;
+}
+
+// Of the packed weight, the place of the number n: block by block, each run's last one filled up with zeros.
+template <class T>
+FASTNN_INLINE int64_t run_source(const ConvCall<T>& call, int64_t n) {
+  const ConvPoolGeometry& g = call.geometry;
+  const RunPlan& plan = call.plan->direct.runs;
+  const int64_t padded = plan.blocks * plan.numbers, in_run = n % padded, run = n / padded;
+  if (in_run >= plan.run) return -1;
+  const int64_t channel = in_run % g.in_channels;
+  const int64_t tap = plan.joins_columns ? run * g.kernel[2] + in_run / g.in_channels : run;
+  return weight_is_channels_last(call) ? tap * g.in_channels + channel : channel * g.taps() + tap;
+}
+
+// Where each block begins, relative to the first.
+template <class T>
+void list_blocks(const ConvCall<T>& call, int64_t* offsets) {
+  const ConvPoolGeometry& g = call.geometry;
+  const DirectPlan& plan = call.plan->direct;
+  const int64_t columns = plan.runs.joins_columns ? 1 : g.kernel[2];
+  int64_t k = 0;
+  for (int64_t d = 0; d < g.kernel[0]; ++d) {
+    for (int64_t h = 0; h < g.kernel[1]; ++h) {
+      for (int64_t w = 0; w < columns; ++w) {
+        for (int64_t b = 0; b < plan.runs.blocks; ++b) {
+          offsets[k++] = d * g.dilation[0] * plan.step[0] + h * g.dilation[1] * plan.step[1] +
+                         w * g.dilation[2] * plan.step[2] + b * plan.runs.numbers;
+        }
+      }
+    }
+  }
 }
 
 template <class E, class T>
@@ -49,40 +81,42 @@ void pack_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
     if constexpr (__is_same(E, C)) {
       pack_outputs(call, output, block.count, call.packed + before * plan.depth, width);
 #if defined(__AVX512F__)
-    } else if constexpr (__is_same(E, bfloat16x2)) {
+    } else if (plan.elements == Elements::pairs) {
       pack_pairs(
           call, output, block.count, plan.depth, [&](int64_t n) { return pair_source(call, n); },
           reinterpret_cast<bfloat16x2*>(call.packed) + before * plan.depth, width);
     } else {
-      const int64_t pairs = plan.depth * plan.matrix.numbers / 2;
+      const int64_t pairs = plan.depth * plan.runs.numbers / 2;
       pack_pairs(
-          call, output, block.count, pairs, [&](int64_t n) { return matrix_source(call, n); },
+          call, output, block.count, pairs, [&](int64_t n) { return run_source(call, n); },
           reinterpret_cast<bfloat16x2*>(call.packed) + before * pairs, width);
 #endif
     }
   }
 }
 
-template <class E, class T>
+// E: what is multiplied, or bfloat16 for a matrix unit; In: the copy's elements.
+template <class E, class In = E, class T>
 void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
   using C = Compute<T>;
-  constexpr bool by_matrix = __is_same(E, bfloat16);
+  constexpr bool by_matrix = __is_same(E, bfloat16), by_runs = __is_same(In, bfloat16);
+  constexpr int64_t numbers = sizeof(In) / sizeof(Number<E>);  // of an element of the copy
   const ConvPoolGeometry& g = call.geometry;
   const DirectPlan& plan = call.plan->direct;
   Parts parts(scratch);
-  E* const copy = parts.take<E>(plan.copy_size);
+  In* const copy = parts.take<In>(plan.copy_size);
   int64_t* const offsets = parts.take<int64_t>(plan.depth);
   ChannelPool<T> pool(call, plan.band, plan.ring, parts);
-  const int64_t depth = by_matrix ? plan.depth * plan.matrix.numbers / 2 : plan.depth;  // of the weight
-  if constexpr (by_matrix) {
+  const int64_t depth = by_matrix ? plan.depth * plan.runs.numbers / 2 : plan.depth;  // of the weight
+  if constexpr (by_runs) {
     list_blocks(call, offsets);
     fill_zeros(copy, plan.copy_size);  // what runs end beyond is multiplied by zero
   } else {
-    list_offsets(call, plan, offsets);
+    list_offsets(call, plan, numbers, offsets);
   }
   for (int64_t item = first_item; item < last_item; ++item) {
     const Band band = band_of(g, plan.band, plan.block_parts, item);
-    copy_band<E>(call, plan, band, band.image, copy);
+    copy_band<In>(call, plan, band, band.image, copy);
     const int64_t step = g.stride[2] * plan.step[2];
     int64_t first, last;
     part_of(blocks_of<C>(g), band.part, plan.block_parts, first, last);
@@ -90,21 +124,21 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
       const Block block = block_of<C>(g, b);
       const C* weight = call.packed + lanes_before<C>(g, band.group, block) * depth;
       const auto sum_row = [&](int64_t z, int64_t y, const Segment& segment, int64_t first_k, int64_t last_k) {
-        const E* pixels = copy + (z - band.conv[0]) * g.stride[0] * plan.step[0] +
-                          (y - band.conv[1]) * g.stride[1] * plan.step[1] +
-                          (segment.conv + segment.inside.first) * step;
+        const In* pixels = copy + (z - band.conv[0]) * g.stride[0] * plan.step[0] +
+                           (y - band.conv[1]) * g.stride[1] * plan.step[1] +
+                           (segment.conv + segment.inside.first) * step;
         const int64_t count = segment.inside.last - segment.inside.first;
         if (count == 0) return;
         C* to = pool.row(z, y, segment);
         if constexpr (by_matrix) {
 #if defined(__AVX512F__)
-          const MatrixUnit unit(matrix_pixels(count), plan.matrix.numbers);
+          const MatrixUnit unit(matrix_pixels(count), plan.runs.numbers);
           sum_pixels_by_matrix(plan, block.vectors, pixels, step, count, offsets,
                                reinterpret_cast<const bfloat16x2*>(weight), pool.bias(), to);
 #endif
         } else {
-          sum_pixels<E>(block.vectors, pixels, step, count, offsets, first_k, last_k,
-                        reinterpret_cast<const E*>(weight), pool.bias(), to);
+          sum_pixels<E>(block.vectors, reinterpret_cast<const Number<E>*>(pixels), numbers * step, count, offsets,
+                        first_k, last_k, reinterpret_cast<const E*>(weight), pool.bias(), to);
         }
       };
       const auto sum_whole_band = [&](const Segment& segment) {

@@ -28,8 +28,7 @@ void pack(const ConvCall<T>& call, int64_t first, int64_t last) {
     case ForwardAlgorithm::direct:
 #if defined(__AVX512F__)
       if constexpr (sizeof(T) == sizeof(bfloat16)) {
-        if (call.plan->direct.elements == Elements::pairs) return pack_direct<bfloat16x2>(call, first, last);
-        if (call.plan->direct.elements == Elements::blocks) return pack_direct<bfloat16>(call, first, last);
+        if (call.plan->direct.elements != Elements::numbers) return pack_direct<bfloat16x2>(call, first, last);
       }
 #endif
       return pack_direct<Compute<T>>(call, first, last);
@@ -56,8 +55,16 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
     case ForwardAlgorithm::direct:
 #if defined(__AVX512F__)
       if constexpr (sizeof(T) == sizeof(bfloat16)) {
-        if (call.plan->direct.elements == Elements::pairs) return run_direct<bfloat16x2>(call, first, last, scratch);
-        if (call.plan->direct.elements == Elements::blocks) return run_direct<bfloat16>(call, first, last, scratch);
+        switch (call.plan->direct.elements) {
+          case Elements::pairs:
+            return run_direct<bfloat16x2>(call, first, last, scratch);
+          case Elements::row_pairs:
+            return run_direct<bfloat16x2, bfloat16>(call, first, last, scratch);
+          case Elements::blocks:
+            return run_direct<bfloat16>(call, first, last, scratch);
+          case Elements::numbers:
+            break;
+        }
       }
 #endif
       return run_direct<Compute<T>>(call, first, last, scratch);

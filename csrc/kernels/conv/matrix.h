@@ -7,41 +7,9 @@
 
 #include "../../simd/matrix.h"
 #include "channels.h"
-#include "pack.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
-
-// Of the packed weight, the place of the number n: block by block, each run's last one filled up with zeros.
-template <class T>
-FASTNN_INLINE int64_t matrix_source(const ConvCall<T>& call, int64_t n) {
-  const ConvPoolGeometry& g = call.geometry;
-  const MatrixPlan& plan = call.plan->direct.matrix;
-  const int64_t padded = plan.blocks * plan.numbers, in_run = n % padded, run = n / padded;
-  if (in_run >= plan.run) return -1;
-  const int64_t channel = in_run % g.in_channels;
-  const int64_t tap = plan.joins_columns ? run * g.kernel[2] + in_run / g.in_channels : run;
-  return weight_is_channels_last(call) ? tap * g.in_channels + channel : channel * g.taps() + tap;
-}
-
-// Where each block begins, relative to the first.
-template <class T>
-void list_blocks(const ConvCall<T>& call, int64_t* offsets) {
-  const ConvPoolGeometry& g = call.geometry;
-  const DirectPlan& plan = call.plan->direct;
-  const int64_t columns = plan.matrix.joins_columns ? 1 : g.kernel[2];
-  int64_t k = 0;
-  for (int64_t d = 0; d < g.kernel[0]; ++d) {
-    for (int64_t h = 0; h < g.kernel[1]; ++h) {
-      for (int64_t w = 0; w < columns; ++w) {
-        for (int64_t b = 0; b < plan.matrix.blocks; ++b) {
-          offsets[k++] = d * g.dilation[0] * plan.step[0] + h * g.dilation[1] * plan.step[1] +
-                         w * g.dilation[2] * plan.step[2] + b * plan.matrix.numbers;
-        }
-      }
-    }
-  }
-}
 
 #if defined(__AVX512F__)
 // Pixels of a register tile, for rows of `count`.
@@ -72,7 +40,7 @@ FASTNN_INLINE void matrix_tile(const DirectPlan& plan, const bfloat16* const (&f
       if constexpr (v.value == 0) load_tile<4 + t.value>(from[t.value] + offsets[k], step);
       multiply_tiles<t.value * vectors + v.value, 4 + t.value, 6 + v.value>();
     });
-    weight += plan.matrix.numbers / 2 * vectors * kMatrixRows;
+    weight += plan.runs.numbers / 2 * vectors * kMatrixRows;
   }
   for_each_sum([&](auto t, auto v) __attribute__((always_inline)) {
     store_tile<t.value * vectors + v.value>(to[t.value] + v.value * kMatrixRows, pixel);

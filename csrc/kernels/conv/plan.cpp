@@ -201,16 +201,17 @@ void set_copy(DirectPlan& plan, int64_t element) {
   }
 }
 
-MatrixPlan matrix_of(const ConvPoolGeometry& g) {
-  constexpr int64_t kNumbers = 32, kMostRun = 256;  // of a multiplication's depth; of a run across columns
-  const int64_t row = g.kernel[2] * g.in_channels, columns_blocks = g.kernel[2] * divide_up(g.in_channels, kNumbers);
-  MatrixPlan m{};
-  m.joins_columns =
-      g.kernel[2] > 1 && g.dilation[2] == 1 && row <= kMostRun && divide_up(row, kNumbers) < columns_blocks;
-  m.run = m.joins_columns ? row : g.in_channels;
-  m.blocks = divide_up(m.run, kNumbers);
-  m.numbers = 2 * divide_up(m.run, 2 * m.blocks);
-  return m;
+// numbers: of a multiplication's depth, even
+RunPlan runs_of(const ConvPoolGeometry& g, int64_t numbers) {
+  constexpr int64_t kMostRun = 256;  // across columns
+  const int64_t row = g.kernel[2] * g.in_channels, columns_blocks = g.kernel[2] * divide_up(g.in_channels, numbers);
+  RunPlan r{};
+  r.joins_columns =
+      g.kernel[2] > 1 && g.dilation[2] == 1 && row <= kMostRun && divide_up(row, numbers) < columns_blocks;
+  r.run = r.joins_columns ? row : g.in_channels;
+  r.blocks = divide_up(r.run, numbers);
+  r.numbers = 2 * divide_up(r.run, 2 * r.blocks);
+  return r;
 }
 
 ConvPlan plan_direct_of(const Planner& p, Elements elements) {
@@ -219,16 +220,17 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
   plan.algorithm = ForwardAlgorithm::direct;
   DirectPlan& d = plan.direct;
   d.elements = elements;
-  d.channels_last = p.request.input_channels_last || elements == Elements::blocks;
+  const bool by_runs = elements == Elements::row_pairs || elements == Elements::blocks;
+  d.channels_last = p.request.input_channels_last || (by_runs && g.in_channels > 1);
   d.channels = elements == Elements::pairs ? divide_up(g.in_channels, 2) : g.in_channels;
-  const int64_t element = elements == Elements::blocks ? 2 : p.compute_bytes;
+  const int64_t element = by_runs ? 2 : p.compute_bytes;
   d.depth = d.channels * g.taps();
   int64_t weight_pairs = d.depth;  // elements of an output's packed weight
-  if (elements == Elements::blocks) {
-    d.matrix = matrix_of(g);
-    d.depth = g.taps() / (d.matrix.joins_columns ? g.kernel[2] : 1) * d.matrix.blocks;
-    weight_pairs = d.depth * d.matrix.numbers / 2;
-    plan.needs_moderate = d.matrix.blocks * d.matrix.numbers > d.matrix.run;
+  if (by_runs) {
+    d.runs = runs_of(g, elements == Elements::blocks ? 32 : 2);
+    d.depth = g.taps() / (d.runs.joins_columns ? g.kernel[2] : 1) * d.runs.blocks;
+    weight_pairs = d.depth * d.runs.numbers / 2;
+    plan.needs_moderate = d.runs.blocks * d.runs.numbers > d.runs.run;
   }
   // A block's weight would leave L1 between two tiles: of a part of it, all pixels of a larger band are summed.
   d.whole_band = elements != Elements::blocks && d.depth > 2 * p.longest_sum;
@@ -239,7 +241,7 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
     return d.whole_band ? copy + sums <= tuned::kDeepBandBytes : copy <= tuned::kBandBytes;
   });
   set_copy(d, element);
-  if (elements == Elements::blocks) d.copy_size += d.matrix.numbers;  // which the last run may end beyond
+  if (by_runs) d.copy_size += d.runs.numbers;  // which the last run may end beyond
   d.ring = ring_of(g, d.band, p.block);
   if (d.whole_band) {
     d.ring.slices = d.band.conv[0];
@@ -261,18 +263,22 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
     // A multiplication of a tile takes as long as 16 of vectors.
     sums = d.depth * static_cast<double>(divide_up(g.conv[2], 16) * divide_up(g.out_channels, p.lanes)) *
            tuned::kMatrixProduct;
-    if (!p.request.input_channels_last) copy *= tuned::kTranspose / tuned::kCopy;
   }
+  if (by_runs && g.in_channels > 1 && !p.request.input_channels_last) copy *= tuned::kTranspose / tuned::kCopy;
   plan.cost = g.groups * (rows * sums + channel_rest(p) + copy + packing_cost(p, static_cast<double>(weight_pairs)));
   return plan;
 }
 
 ConvPlan plan_direct(const Planner& p) {
   const bool halves = p.request.element_bytes == 2;
-  ConvPlan plan = plan_direct_of(p, halves && p.machine.has_pairs ? Elements::pairs : Elements::numbers);
-  if (!halves || !p.machine.has_matrix) return plan;
-  const ConvPlan blocks = plan_direct_of(p, Elements::blocks);
-  return blocks.cost < plan.cost && !(p.request.exact && blocks.needs_moderate) ? blocks : plan;
+  ConvPlan best = plan_direct_of(p, halves && p.machine.has_pairs ? Elements::pairs : Elements::numbers);
+  const auto consider = [&](Elements elements) {
+    const ConvPlan plan = plan_direct_of(p, elements);
+    if (plan.cost < best.cost && !(p.request.exact && plan.needs_moderate)) best = plan;
+  };
+  if (halves && p.machine.has_pairs && p.g.in_channels % 2 != 0) consider(Elements::row_pairs);
+  if (halves && p.machine.has_matrix) consider(Elements::blocks);
+  return best;
 }
 
 // ---- phases -------------------------------------------------------------------------------------------------------

@@ -43,13 +43,15 @@ struct RingPlan {
 // What a multiplication of direct convolution takes of the copy and the weight.
 enum class Elements : int32_t {
   numbers,
-  pairs,   // of bfloat16: two channels at a time
-  blocks,  // of bfloat16: runs of channels, by a matrix unit
+  pairs,      // of bfloat16: two channels at a time
+  row_pairs,  // of bfloat16: two numbers of a run at a time, where channels would leave one over
+  blocks,     // of bfloat16: runs, by a matrix unit
 };
 
 // Numbers that lie side by side under a conv pixel are a run: those of a row of the kernel, or of each of its columns.
-// A run is cut into equal blocks, the last of which may end beyond it, by weights of zero.
-struct MatrixPlan {
+// A run is cut into equal blocks (pairs, or what a matrix unit takes), the last of which may end beyond it, by weights
+// of zero.
+struct RunPlan {
   bool joins_columns;  // a run is a row of the kernel
   int64_t run;         // numbers
   int64_t blocks;      // of a run
@@ -61,8 +63,8 @@ struct DirectPlan {
   BandPlan band;
   RingPlan ring;
   Elements elements;
-  bool channels_last;  // in the copy
-  MatrixPlan matrix;
+  bool channels_last;             // in the copy
+  RunPlan runs;                   // of row_pairs and blocks
   int64_t channels;               // of the copy, in its elements
   int64_t channel_step, step[3];  // of the copy, in its elements
   int64_t copy_size;              // its elements

@@ -24,6 +24,19 @@ struct Yes {
   static constexpr bool value = yes;
 };
 
+// What steps and offsets of the broadcast operand count: its elements, but of pairs single numbers, since neighbours
+// are a pair wherever they begin.
+template <class E>
+struct NumberOf {
+  using Type = E;
+};
+template <>
+struct NumberOf<bfloat16x2> {
+  using Type = bfloat16;
+};
+template <class E>
+using Number = typename NumberOf<E>::Type;
+
 // An element of the broadcast operand, and the weight it is multiplied by.
 FASTNN_INLINE Vec<float> broadcast_element(const float* x) {
   return broadcast<float>(*x);
@@ -36,8 +49,8 @@ FASTNN_INLINE Vec<Compute<E>> add_product(Vec<Compute<E>> x, Vec<Compute<E>> y, 
   return multiply_add(x, y, sum);
 }
 #if defined(__AVX512F__)
-FASTNN_INLINE Vec<float> broadcast_element(const bfloat16x2* x) {
-  return broadcast_pair(*x);
+FASTNN_INLINE Vec<float> broadcast_element(const bfloat16* x) {
+  return broadcast_pair({x[0], x[1]});
 }
 template <>
 FASTNN_INLINE Vec<float> add_product<bfloat16x2>(Vec<float> x, Vec<float> y, Vec<float> sum) {
@@ -49,9 +62,9 @@ FASTNN_INLINE Vec<float> add_product<bfloat16x2>(Vec<float> x, Vec<float> y, Vec
 template <class E>
 struct ChannelTile {
   using C = Compute<E>;
-  const E* pixels;         // the first pixel, under the kernel's first position
-  int64_t step;            // elements from a pixel to the next
-  const int64_t* offsets;  // [depth]
+  const Number<E>* pixels;  // the first pixel, under the kernel's first position
+  int64_t step;             // numbers from a pixel to the next
+  const int64_t* offsets;   // [depth]
   int64_t depth;
   const E* weight;  // [depth][vectors x lanes]
   const C* bias;    // [vectors x lanes], added to the sums; null: the sums are added to what stands in `to`
@@ -110,10 +123,10 @@ void channel_tile(const ChannelTile<E>& call) {
   const int64_t step = call.step;
   const int64_t* offsets = call.offsets;
   const int64_t* const end = offsets + call.depth;
-  const E* const pixels = call.pixels;
+  const Number<E>* const pixels = call.pixels;
   const E* weight = call.weight;
   for (; offsets != end; ++offsets) {
-    const E* from = pixels + *offsets;
+    const Number<E>* from = pixels + *offsets;
     Vec<C> right[vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
