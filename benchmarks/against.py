@@ -1,11 +1,14 @@
 """Another revision of fastnn against this one: is anything slower than it was?
 
 ``python -m benchmarks.against REV`` builds the revision in a folder of its own, then both run the same cases in turns,
-in two processes, in the same minutes. The ratios are of medians of these rounds.
+in two processes, in the same minutes. Of two processes of the same code one may be a fifth faster with two threads for
+as long as they live, the second to start more often: so pairs are started anew, in turns. The ratios are of medians of
+all rounds.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -104,6 +107,9 @@ class Worker:
             raise SystemExit(f"a worker ended at {request}")
         return float(json.loads(answer))
 
+    def end(self) -> None:
+        self.process.communicate()
+
 
 # ---- both -----------------------------------------------------------------------------------------------------
 
@@ -119,36 +125,41 @@ def main() -> None:
     parser.add_argument("--directions", nargs="+", default=["inference", "training"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of a case by a pair (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=4, help="of processes, one after another (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.work:
         return work(arguments.work)
     if not arguments.revision:
         parser.error("which revision?")
-    workers = {"this": Worker(ROOT), "that": Worker(build(arguments.revision))}
+    folders = {"this": ROOT, "that": build(arguments.revision)}
     from benchmarks.cases import CASES
     from benchmarks.layers import layer_cases
 
     cases = {**CASES, "layers": [case for _, case in layer_cases()]}
+    chosen = [
+        (op, n, case.name) for op in arguments.ops for n, case in enumerate(cases[op]) if arguments.only in case.name
+    ]
+    calls = list(itertools.product(chosen, arguments.dtypes, arguments.directions, arguments.threads))
+    samples: list[dict[str, list[float]]] = [{name: [] for name in folders} for _ in calls]
+    for pair in range(arguments.pairs):
+        print(f"pair {pair + 1} of {arguments.pairs}", flush=True)
+        workers = {name: Worker(folders[name]) for name in sorted(folders, reverse=pair % 2 == 1)}
+        for ((op, number, _), dtype, direction, threads), of_call in zip(calls, samples, strict=True):
+            request = {"direction": direction, "threads": threads, "dtype": dtype}
+            for worker in workers.values():
+                worker.ask({**request, "op": op, "case": number})
+            for turn in range(arguments.rounds):
+                for name in sorted(workers, reverse=turn % 2 == 1):
+                    of_call[name].append(workers[name].ask(request))
+        for worker in workers.values():
+            worker.end()
     ratios: dict[str, list[float]] = {}
-    for op in arguments.ops:
-        for number, case in enumerate(cases[op]):
-            if arguments.only not in case.name:
-                continue
-            for dtype in arguments.dtypes:
-                for direction in arguments.directions:
-                    for threads in arguments.threads:
-                        request = {"direction": direction, "threads": threads, "dtype": dtype}
-                        for worker in workers.values():
-                            worker.ask({**request, "op": op, "case": number})
-                        samples: dict[str, list[float]] = {name: [] for name in workers}
-                        for turn in range(arguments.rounds):
-                            for name in sorted(workers, reverse=turn % 2 == 1):
-                                samples[name].append(workers[name].ask(request))
-                        this, that = (statistics.median(samples[name]) for name in ("this", "that"))
-                        kind = f"{op}, {dtype}, {direction}, {threads} thread(s)"
-                        ratios.setdefault(kind, []).append(that / this)
-                        print(f"{that / this:6.2f}  {this * 1e6:11.1f} us  {kind}  {case.name}", flush=True)
+    for ((op, _, name), dtype, direction, threads), of_call in zip(calls, samples, strict=True):
+        this, that = (statistics.median(of_call[name]) for name in ("this", "that"))
+        kind = f"{op}, {dtype}, {direction}, {threads} thread(s)"
+        ratios.setdefault(kind, []).append(that / this)
+        print(f"{that / this:6.2f}  {this * 1e6:11.1f} us  {kind}  {name}")
     print(f"\ntime of {arguments.revision} over time of this tree")
     for kind, values in ratios.items():
         mean = statistics.geometric_mean(values)
