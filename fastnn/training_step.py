@@ -87,6 +87,7 @@ class TrainingStep:
                     )  # fmt: skip
         except _OtherLeavesError:
             self._undo()
+            self._chain = self._program = None
             self._why = "the loss uses parameters by itself"
             return self._ordinary(input, target)
         except BaseException:
@@ -159,7 +160,7 @@ class TrainingStep:
 
     def _states_now(self) -> list[Tensor] | None:
         """The optimizer's state, with the numbers up to date with the rest of it; None where the model has lost a
-        parameter."""
+        parameter, or the optimizer got what operators do not take."""
         optimizer = self.optimizer
         try:
             parameters = list(map(getitem, self._owners, self._names))
@@ -171,8 +172,9 @@ class TrainingStep:
         except KeyError:
             pass
         try:
+            _check_optimizer(optimizer)
             return self._bind()
-        except KeyError:
+        except (KeyError, ChainError):
             self._read()
             return None
 
@@ -206,7 +208,9 @@ class TrainingStep:
         with self._no_grad:
             output, saved = _call_forward(input, self._parameters, text)
         output.requires_grad_()
-        loss = self.loss(output if log_softmax is None else F.log_softmax(output, log_softmax), target)
+        # Not the leaf itself, which the loss could not change in place.
+        scores = output.clone() if log_softmax is None else F.log_softmax(output, log_softmax)
+        loss = self.loss(scores, target)
         if _reaches_others(loss, output):
             if before is not None:
                 torch.set_rng_state(before)
@@ -392,6 +396,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable"):
             raise ChainError("the optimizer is capturable or differentiable")
+        if any(isinstance(group.get(name), Tensor) for name in _HYPER):  # which may change in place, unseen
+            raise ChainError("a setting of the optimizer is a tensor")
 
 
 def _check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:

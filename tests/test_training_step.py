@@ -304,6 +304,25 @@ def test_a_loss_that_uses_parameters_by_itself() -> None:
     check_same((mine, ours), (model, theirs))
 
 
+def test_a_loss_that_changes_the_output_in_place() -> None:
+    follow("autoencoder", OPTIMIZERS["sgd"], lambda a, b: a.sub_(b).square_().mean(), how="two operator calls")
+
+
+def test_a_learning_rate_that_is_a_tensor() -> None:
+    """A scheduler changes it in place."""
+    model, x, y = batch("autoencoder")
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.Adam(one.parameters(), torch.tensor(0.1), foreach=False) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours)
+    assert step.explain().endswith("a setting of the optimizer is a tensor")
+    schedules = [torch.optim.lr_scheduler.StepLR(one, 1, 0.5) for one in (theirs, ours)]
+    for _ in range(3):
+        assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y))
+        for schedule in schedules:
+            schedule.step()
+    check_same((mine, ours), (model, theirs))
+
+
 def test_a_loss_that_raises_changes_nothing() -> None:
     model, x, y = batch("batch norm")
 
