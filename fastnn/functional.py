@@ -6,6 +6,7 @@ import torch.nn.functional
 from torch.nn.functional import *  # noqa: F403 (the point of this module)
 
 from fastnn._stock import stock_attribute
+from fastnn.ops.batch_norm import relu_max_pool as relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool1d as conv_relu_max_pool1d
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool2d as conv_relu_max_pool2d
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool3d as conv_relu_max_pool3d

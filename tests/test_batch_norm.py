@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastnn
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
 from fastnn.reference.conv_relu_max_pool import POOL
 from fastnn.testing import assert_close_to_reference, compare_with_stock
@@ -105,6 +106,35 @@ def test_after_a_convolution(shape: tuple[int, ...], pool: dict[str, Any]) -> No
 
     compare_with_stock(ours, stock, [x, weight, bias, gamma, beta])
     compare_with_stock(ours, stock, [x, weight, None, gamma, beta])
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_scales_and_shifts(pool: dict[str, Any], dims: int) -> None:
+    x, scale, shift = torch.randn(3, 5, *(9, 8, 7)[:dims]), torch.randn(5), torch.randn(5)
+    sizes = (-1, *(1,) * dims)
+    relu_max_pool = fastnn.functional.relu_max_pool
+    compare_with_stock(
+        lambda x, scale, shift: relu_max_pool(x, scale, shift, **pool),
+        lambda x, scale, shift: stock_pool(x * scale.reshape(sizes) + shift.reshape(sizes), pool),
+        [x, scale, shift],
+    )
+    compare_with_stock(
+        lambda x, scale: relu_max_pool(x, scale, **pool),
+        lambda x, s: stock_pool(x * s.reshape(sizes), pool),
+        [x, scale],
+    )
+    compare_with_stock(
+        lambda x, shift: relu_max_pool(x, None, shift, **pool),
+        lambda x, shift: stock_pool(x + shift.reshape(sizes), pool),
+        [x, shift],
+    )
+    arguments = [t.double().requires_grad_() for t in (x, scale, shift)]
+    assert torch.autograd.gradcheck(lambda *t: relu_max_pool(*t, **pool), arguments, fast_mode=True)
+    with pytest.raises(ValueError, match=r"expected a 3D, 4D or 5D input \(got 2D input\)"):
+        relu_max_pool(torch.ones(2, 2))
+    with pytest.raises(RuntimeError):
+        relu_max_pool(x, scale[:3])
 
 
 def test_special_values_and_empty() -> None:

@@ -65,7 +65,7 @@ def conv_batch_norm_relu_max_pool(
         raise ValueError(f"expected {dims + 2}D input (got {dims + 1}D input)")
     if not (is_compiling() or is_exporting()) and _has_few_pixels(input, dims):
         convolved = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
-        return _scaled_pool(convolved, *_scale_and_shift(running_mean, running_var, gamma, beta, eps), *pool)
+        return relu_max_pool(convolved, *_scale_and_shift(running_mean, running_var, gamma, beta, eps), **_names(pool))
     scale, shift = _scale_and_shift(running_mean, running_var, gamma, beta, eps)
     if bias is not None:
         shift = torch.addcmul(shift, bias, scale)
@@ -103,8 +103,8 @@ def batch_norm_relu_max_pool(
         normed = F.batch_norm(input, running_mean, running_var, gamma, beta, training, momentum, eps)
         return reference.POOL[dims](F.relu(normed), *pool)
     if not training and running_mean is not None and running_var is not None:
-        return _scaled_pool(input, *_scale_and_shift(running_mean, running_var, gamma, beta, eps), *pool)
-    geometry = _depthwise_geometry(dims, input.shape[1] if input.dim() == dims + 2 else 0, *pool)
+        return relu_max_pool(input, *_scale_and_shift(running_mean, running_var, gamma, beta, eps), **_names(pool))
+    geometry = flat_geometry(dims, 1, 0, 1, input.shape[1], *pool)
     if geometry is None or not _may_train_by_kernel(input, gamma, beta, running_mean, running_var, geometry, dims):
         normed = F.batch_norm(input, running_mean, running_var, gamma, beta, training, momentum, eps)
         return relu_max_pool(normed, dims=dims, **_names(pool))
@@ -114,37 +114,51 @@ def batch_norm_relu_max_pool(
 
 def relu_max_pool(
     input: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     *,
-    dims: int,
-    pool_kernel_size: Any,
+    pool_kernel_size: Any = 2,
     pool_stride: Any = None,
     pool_padding: Any = 0,
     pool_dilation: Any = 1,
     ceil_mode: bool = False,
+    dims: int | None = None,
 ) -> Tensor:
-    """``max_pool(relu(input))``, in ``dims`` dimensions: without an index for each window, and in one pass."""
+    """``max_pool(relu(scale * input + shift))``, without an index for each window, and in one pass.
+
+    Args:
+        input: (batch, channels, ...), of one to three dimensions that are pooled.
+        scale, shift: (channels), or None for ones and zeros.
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode: as ``torch.nn.functional.max_pool2d``
+            has them.
+        dims: how many dimensions are pooled, where ``input`` may come without a batch.
+
+    Returns:
+        (batch, channels, ...), of the pooled sizes. It has gradients for ``input``, ``scale`` and ``shift``.
+
+    Raises:
+        ValueError: an input of other dimensions.
+        RuntimeError: what stock's multiplication or pooling would raise.
+    """
+    dims = input.dim() - 2 if dims is None else dims
+    if dims not in reference.POOL:
+        raise ValueError(f"relu_max_pool: expected a 3D, 4D or 5D input (got {input.dim()}D input)")
     pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
     channels = input.shape[1] if input.dim() == dims + 2 else 0
-    geometry = _depthwise_geometry(dims, channels, *pool)
-    if geometry is None or channels == 0:
-        return reference.POOL[dims](F.relu(input), *pool)
+    geometry = flat_geometry(dims, 1, 0, 1, channels, *pool)
+    sizes = (-1, *(1,) * dims)
+    if geometry is None or channels == 0 or any(t is not None and t.dtype is not input.dtype for t in (scale, shift)):
+        scaled = input if scale is None else input * scale.reshape(sizes)
+        shifted = scaled if shift is None else scaled + shift.reshape(sizes)
+        return reference.POOL[dims](F.relu(shifted), *pool).to(input.dtype)
     # A shift of -0 leaves each number as it is, -0 too.
-    ones, zeros = input.new_ones(channels, *(1,) * (dims + 1)), input.new_full((channels,), -0.0)
-    return conv_relu_max_pool(input, ones, zeros, geometry, dims)
+    weight = input.new_ones(channels) if scale is None else scale
+    bias = input.new_full((channels,), -0.0) if shift is None else shift
+    return conv_relu_max_pool(input, weight.reshape(-1, 1, *(1,) * dims), bias, geometry, dims)
 
 
 def _has_few_pixels(input: Tensor, dims: int) -> bool:
     return input.dim() == dims + 2 and input.numel() < _PIXELS_TO_FOLD_FOR * input.shape[1]
-
-
-def _scaled_pool(input: Tensor, scale: Tensor, shift: Tensor, *pool: Any) -> Tensor:
-    """``max_pool(relu(scale * input + shift))``, a scale and a shift a channel."""
-    dims = input.dim() - 2
-    geometry = _depthwise_geometry(dims, scale.shape[0], *pool)
-    if geometry is None or scale.dtype is not input.dtype:
-        sizes = (-1, *(1,) * dims)
-        return reference.POOL[dims](F.relu(input * scale.reshape(sizes) + shift.reshape(sizes)).to(input.dtype), *pool)
-    return conv_relu_max_pool(input, scale.reshape(-1, *(1,) * (dims + 1)), shift, geometry, dims)
 
 
 def _scale_and_shift(
@@ -154,10 +168,6 @@ def _scale_and_shift(
     if gamma is not None:
         scale = scale * gamma
     return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
-
-
-def _depthwise_geometry(dims: int, channels: int, *pool: Any) -> tuple[int, ...] | None:
-    return flat_geometry(dims, 1, 0, 1, channels, *pool)
 
 
 def _names(pool: Sequence[Any]) -> dict[str, Any]:
