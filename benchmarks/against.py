@@ -152,6 +152,8 @@ def main() -> None:
             for turn in range(arguments.rounds):
                 for name in sorted(workers, reverse=turn % 2 == 1):
                     of_call[name].append(workers[name].ask(request))
+            ratio = statistics.median(of_call["that"]) / statistics.median(of_call["this"])
+            print(f"  {ratio:5.2f}  {op}, {dtype}, {direction}, {threads} thread(s)", flush=True)
         for worker in workers.values():
             worker.end()
     ratios: dict[str, list[float]] = {}

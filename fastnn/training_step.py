@@ -4,7 +4,7 @@ where the loss is the caller's own."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastnn.fusion import fuse
 from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
+from fastnn.nn._hooks import has_own_call
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import training_step_backward_op, training_step_forward_op, training_step_op
 
@@ -51,7 +52,7 @@ class TrainingStep:
             raise ValueError(f"training_step: expected max_norm to be at least 0, got {max_norm}")
         self.model = fuse(model, inplace=True)
         self.loss, self.optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
-        self._why = ""  # no one call is possible
+        self._why = ""  # why steps go the ordinary way
         self._loss_why = ""  # the loss is not the operator's
         self._chain: Chain | None = None
         self._program: Program | None = None
@@ -90,8 +91,11 @@ class TrainingStep:
             self._chain = self._program = None
             self._why = "the loss uses parameters by itself"
             return self._ordinary(input, target)
-        except BaseException:
+        except BaseException as error:
+            parameters = self._parameters
             self._undo()
+            if isinstance(error, RuntimeError) and not all(p.is_contiguous() for p in parameters):
+                return self._ordinary(input, target)  # they were: model.to(memory_format=...)
             raise
         self._after(gradients)
         return loss
@@ -126,17 +130,22 @@ class TrainingStep:
         """What was made of the optimizer's settings and state."""
         self._settings: list[Any] = []  # of the optimizer's groups, of which the numbers were made
         self._now: Any = None  # what else the rest was made of
+        self._state_of_all: Any = None  # the optimizer's state, held so that no other takes its place in memory
         self._numbers: Tensor | None = None
         self._parameters: list[Tensor] = []
         self._states: list[dict[str, Any]] = []  # where each tensor of the optimizer's state is found
         self._state_names: list[str] = []
         self._get_settings: list[Callable[[Any], Any]] = []
-        self._created: list[Tensor] = []  # the parameters whose state the optimizer did not have before this step
+        # Parameters for which this step has made some of the optimizer's state, and what there was before.
+        self._created: list[tuple[Tensor, dict[str, Any]]] = []
         self._held: list[Tensor] = []
 
     def _undo(self) -> None:
-        for parameter in self._created:
-            del self.optimizer.state[parameter]
+        for parameter, before in self._created:
+            if before:
+                self.optimizer.state[parameter] = before
+            else:
+                del self.optimizer.state[parameter]
         self._forget()
 
     def _is_due(self, input: Any, target: Any) -> bool:
@@ -145,7 +154,7 @@ class TrainingStep:
             return False
         if type(input) is not Tensor or not input.is_cpu or input.requires_grad:
             return False
-        if type(target) is not Tensor and not self._loss_why:
+        if not self._loss_why and (type(target) is not Tensor or target.requires_grad):
             return False
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return False
@@ -165,14 +174,15 @@ class TrainingStep:
         try:
             parameters = list(map(getitem, self._owners, self._names))
             flags = list(map(_get_requires_grad if self.keep_gradients else _get_flags, parameters))
-            now = (flags, list(map(id, parameters)), id(optimizer.state), len(optimizer.param_groups))
+            now = (flags, list(map(id, parameters)), len(optimizer.param_groups), self.max_norm)
             settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=False)]
-            if settings == self._settings and now == self._now:
+            if settings == self._settings and now == self._now and optimizer.state is self._state_of_all:
                 return list(map(getitem, self._states, self._state_names))
         except KeyError:
             pass
         try:
             _check_optimizer(optimizer)
+            _check_parameters(list(map(getitem, self._owners, self._names)), optimizer)
             return self._bind()
         except (KeyError, ChainError):
             self._read()
@@ -180,8 +190,8 @@ class TrainingStep:
 
     def _bind(self) -> list[Tensor]:
         optimizer, parameters = self.optimizer, list(map(getitem, self._owners, self._names))
-        if not self.keep_gradients:
-            for p in parameters:
+        for p in parameters:
+            if p.requires_grad or self.keep_gradients:
                 p.grad = None
         self._forget()
         self._numbers = self._write_numbers(parameters)
@@ -192,7 +202,8 @@ class TrainingStep:
         self._get_settings = [itemgetter(*filter(group.__contains__, _HYPER)) for group in optimizer.param_groups]
         self._settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=True)]
         flags = list(map(_get_requires_grad if self.keep_gradients else _get_flags, parameters))
-        self._now = (flags, list(map(id, parameters)), id(optimizer.state), len(optimizer.param_groups))
+        self._now = (flags, list(map(id, parameters)), len(optimizer.param_groups), self.max_norm)
+        self._state_of_all = optimizer.state
         self._parameters, states = parameters, list(map(getitem, self._states, self._state_names))
         # Views keep their tensors in use in C++. Else each tensor of each call would take the GIL twice, since it goes
         # from having one owner there to having two and back: 2 of 20 us, and threads in each other's way.
@@ -204,7 +215,7 @@ class TrainingStep:
         """With the caller's own loss."""
         assert self._chain is not None
         text, log_softmax = self._chain.text, self._chain.log_softmax
-        before = torch.get_rng_state() if "dropout" in text else None
+        before = torch.get_rng_state()  # which dropout and the loss may change
         with self._no_grad:
             output, saved = _call_forward(input, self._parameters, text)
         output.requires_grad_()
@@ -212,13 +223,17 @@ class TrainingStep:
         scores = output.clone() if log_softmax is None else F.log_softmax(output, log_softmax)
         loss = self.loss(scores, target)
         if _reaches_others(loss, output):
-            if before is not None:
-                torch.set_rng_state(before)
+            torch.set_rng_state(before)
             raise _OtherLeavesError
-        (gradient,) = torch.autograd.grad(loss, output)
+        loss.backward()
+        if not self.keep_gradients and any(p.grad is not None for p in self._parameters):  # by way of a checkpoint
+            torch.set_rng_state(before)
+            raise _OtherLeavesError
+        if output.grad is None:
+            raise RuntimeError("training_step: the loss does not depend on the model's output")
         with self._no_grad:
             gradients = _call_backward(
-                gradient, input, self._parameters, states, saved, text, self._numbers, self.keep_gradients
+                output.grad, input, self._parameters, states, saved, text, self._numbers, self.keep_gradients
             )
         return loss.detach(), gradients
 
@@ -232,11 +247,11 @@ class TrainingStep:
                 numbers += [0.0] * _OF_PARAMETER
                 continue
             state = self.optimizer.state.get(p, {})
-            is_new = not state
+            before = dict(state)
             numbers += _WRITERS[kind](groups[id(p)], p, state)
-            if is_new and state:
+            if any(before.get(name) is not tensor for name, tensor in state.items()):
                 self.optimizer.state[p] = state
-                self._created.append(p)
+                self._created.append((p, before))
         return torch.tensor(numbers, dtype=torch.float64)
 
     def _after(self, gradients: Sequence[Tensor]) -> None:
@@ -289,7 +304,8 @@ def training_step(
         model: is fused in place (:func:`fastnn.fuse`).
         loss: a module or function of torch's: mse_loss, l1_loss, smooth_l1_loss, huber_loss, cross_entropy,
             nll_loss behind log_softmax, binary_cross_entropy_with_logits, with reduction "mean" or "sum"; or anything
-            that gives one number for an output and a target, which is called between forward and backward.
+            that gives one number for an output and a target, which is called between forward and backward. One that
+            uses parameters by itself takes the ordinary way, after a first step in which it is called twice.
         optimizer: SGD, Adam, AdamW or RMSprop; any other takes the ordinary way.
         max_norm: clip the gradient's norm, as ``torch.nn.utils.clip_grad_norm_``.
         keep_gradients: leave the gradients in ``p.grad``, where they stay None otherwise.
@@ -352,11 +368,11 @@ def _numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tens
     if isinstance(loss, functools.partial) and not loss.args:
         settings, loss = dict(loss.keywords), loss.func
     if isinstance(loss, nn.Module):
-        kind = _MODULES.get(type(loss))
+        kind = None if has_own_call(loss) else _MODULES.get(type(loss))
         names = ("reduction", "beta", "delta", "label_smoothing", "ignore_index", "weight", "pos_weight")
         settings = {name: getattr(loss, name) for name in names if hasattr(loss, name)}
     else:
-        kind = _FUNCTIONS.get(loss)
+        kind = _FUNCTIONS.get(loss) if isinstance(loss, Hashable) else None
     if kind is None:
         raise ChainError(f"the loss is {getattr(loss, '__name__', type(loss).__name__)}")
     if of_log_softmax != (kind == _NLL):
@@ -418,8 +434,13 @@ def _check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimize
     kinds = {(p.dtype, p.device.type) for p in parameters}
     if kinds not in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")}):
         raise ChainError(f"the parameters are {', '.join(sorted(f'{d} on {place}' for d, place in kinds))}")
-    if not all(type(p) is nn.Parameter and p.is_leaf and p.is_contiguous() and not p._backward_hooks for p in trained):
-        raise ChainError("a parameter is computed from others, not contiguous or hooked")
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    if any(
+        type(p) is not nn.Parameter or not p.is_leaf or any(getattr(p, one, None) for one in hooks) for p in trained
+    ):
+        raise ChainError("a parameter is computed from others or hooked")
+    if not all(p.is_contiguous() for p in parameters):
+        raise ChainError("a parameter is not contiguous")
 
 
 # Of a group's settings, those that numbers are made of.

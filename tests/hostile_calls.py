@@ -219,10 +219,8 @@ class Hostile:
         target = self.tensor([rows] if by_class else [rows, classes], torch.int64 if by_class else dtype)
         numbers_of_step = [kind, 1, 0.5, -100, optimizer, self.random.choice([-1, 1])]
         kept = [self.maybe(0.5) for _ in range(3)] if optimizer else [self.maybe(0.5), False, False]
-        if optimizer == 1:
-            kept[:2] = True, True
-        if optimizer == 2:
-            kept[0] = True
+        if optimizer and self.maybe(0.9):
+            kept[: 3 - optimizer] = [True] * (3 - optimizer)
         of_parameter = [1, 0.1, 0, 0, 0, 0, 0, 0, 0.9, 0.9, 1e-8, *kept]
         all_numbers = torch.tensor([*numbers_of_step, *(of_parameter * 2)], dtype=torch.float64)
         if self.maybe(0.1):

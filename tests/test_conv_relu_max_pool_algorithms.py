@@ -295,6 +295,17 @@ class TestSpecialValues:
                 ours = RAW(input, changed, bias, flat(arguments), algorithm)
                 assert_each_close(ours, [input, changed, bias], arguments)
 
+    @pytest.mark.parametrize("large", [1e4, -1e6, 1e9])
+    def test_large_numbers_do_not_reach_far(self, large: float) -> None:
+        """F(4x4) adds what is beside a window and takes it away again."""
+        x, weight, bias = make((1, 64, 32, 32), 64, (3, 3), 1, torch.bfloat16, True)
+        x[..., 14:] = large
+        ours, exact = (
+            RAW(*tensors, flat(geometry(2, padding=1)), "winograd" if tensors[0] is x else None)[..., :6].double()
+            for tensors in ([x, weight, bias], [t.double() for t in (x, weight, bias)])
+        )
+        assert ((ours - exact).abs() <= 2**-7 * exact.abs() + 2**-8).all()
+
     @of_each_kernel_of_ours
     def test_winners_among_nan(self, algorithm: str, instructions: str, dtype: torch.dtype) -> None:
         """The last NaN of a window."""

@@ -2,6 +2,7 @@
 call."""
 
 import copy
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import ZOO
@@ -323,6 +325,100 @@ def test_a_learning_rate_that_is_a_tensor() -> None:
     check_same((mine, ours), (model, theirs))
 
 
+def test_a_loss_that_draws_numbers_and_uses_parameters_by_itself() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.1) for one in (model, mine))
+
+    def noisy(of: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda a, b: F.mse_loss(a + torch.randn_like(a), b) + 1e-3 * of.weight.square().sum()
+
+    torch.manual_seed(1)
+    expected = [ordinary(model, noisy(model), theirs, x, y) for _ in range(3)]
+    torch.manual_seed(1)
+    step = fastnn.training_step(mine, noisy(mine), ours)
+    assert_close([step(x, y) for _ in range(3)], expected)
+
+
+def test_a_loss_under_a_checkpoint() -> None:
+    """Whose graph does not show what it uses."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    for penalty in (0.0, 0.1):
+        one, other = copy.deepcopy(model), copy.deepcopy(model)
+
+        def loss_of(of: nn.Module, penalty: float = penalty) -> Callable[[Tensor, Tensor], Tensor]:
+            def inner(a: Tensor, b: Tensor) -> Tensor:
+                return F.mse_loss(a, b) + (penalty * of.weight.square().sum() if penalty else 0.0)
+
+            return lambda a, b: torch.utils.checkpoint.checkpoint(inner, a, b, use_reentrant=True)
+
+        theirs, ours = (torch.optim.SGD(m.parameters(), 0.1) for m in (one, other))
+        step = fastnn.training_step(other, loss_of(other), ours)
+        for _ in range(3):
+            assert_close(step(x, y), ordinary(one, loss_of(one), theirs, x, y))
+        check_same((other, ours), (one, theirs))
+
+
+@dataclasses.dataclass
+class Unhashable:
+    factor: float
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return F.mse_loss(a, b) * self.factor
+
+
+def test_losses_with_more_to_them_than_their_numbers() -> None:
+    follow("autoencoder", OPTIMIZERS["sgd"], Unhashable(2.0), how="two operator calls")
+    hooked, seen = nn.MSELoss(), []
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    follow("autoencoder", OPTIMIZERS["sgd"], hooked, steps=3, how="two operator calls")
+    assert len(seen) == 6
+    model, x, y = batch("autoencoder")
+    y.requires_grad_()
+    fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))(x, y)
+    assert y.grad is not None
+
+
+def test_states_that_are_replaced() -> None:
+    """Twice between two steps, so that the new one may lie where the old one was; and by None, as older torch did."""
+    model, x, y = batch("autoencoder")
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.1, momentum=0.9) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    saved: list[Any] = []
+    for number in range(9):
+        if number == 3:
+            saved = [copy.deepcopy(one.state_dict()) for one in (theirs, ours)]
+        for one, state in zip((theirs, ours), saved if number == 6 else (), strict=False):
+            one.load_state_dict(copy.deepcopy(state))
+            one.load_state_dict(copy.deepcopy(state))
+        if number == 7:
+            for one in (theirs, ours):
+                state = copy.deepcopy(one.state_dict())
+                one.load_state_dict({**state, "state": {i: {"momentum_buffer": None} for i in state["state"]}})
+        assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y))
+    check_same((mine, ours), (model, theirs))
+
+
+def test_parameters_that_change_their_ways() -> None:
+    """Memory formats, hooks."""
+    model, x, y = batch("cnn")
+    mine, called = copy.deepcopy(model), []
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.05) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for number in range(4):
+        if number == 2:
+            mine.to(memory_format=torch.channels_last)
+        assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y))
+    check_same((mine, ours), (model, theirs))
+    mine.to(memory_format=torch.contiguous_format)
+    mine.conv1.weight.register_post_accumulate_grad_hook(lambda p: called.append(1))
+    fastnn.training_step(mine, F.mse_loss, ours)(x, y)
+    assert called == [1]
+
+
 def test_a_loss_that_raises_changes_nothing() -> None:
     model, x, y = batch("batch norm")
 
@@ -615,6 +711,10 @@ def test_what_was_saved_is_not_trusted(name: str) -> None:
         with pytest.raises(RuntimeError):
             torch.ops.fastnn.training_step_backward(*backward[:4], one, *backward[5:])
         assert_close(backward[2], kept, rtol=0, atol=0)
+    for i in range(len(kept)):  # which nothing but the update looks at, such as a bias
+        parameters = [torch.cat([p.flatten(), torch.zeros(999)]) if i == j else p for j, p in enumerate(kept)]
+        with pytest.raises(RuntimeError):
+            torch.ops.fastnn.training_step_backward(*backward[:2], parameters, *backward[3:])
     for gradient in (backward[0][:-1], backward[0].double(), backward[0][..., None]):
         with pytest.raises(RuntimeError):
             torch.ops.fastnn.training_step_backward(gradient, *backward[1:])
@@ -654,7 +754,13 @@ def test_the_raw_operator_is_safe() -> None:
     bad(
         4, "rnn 2 0 1 0 0 1;", "rnn 2 99 1 0 0 1;", "flatten;", "flatten 3;", "mlp 1 1 8;mlp 1 1 8;", "rnn 2 0 1 1 1 1;"
     )
+    bad(4, f"mlp 10 1 {8**20};", "mlp 2 0 8;", "mlp 1 0 8;")
     bad(5, torch.ones(3), torch.ones(2).double())
+    freed = numbers.clone()
+    freed.untyped_storage().resize_(0)
+    adam = numbers.clone()
+    adam[4] = 1  # with none of its states
+    bad(6, freed, adam)
     bad(6, numbers[:-1], numbers.float(), torch.full_like(numbers, 99.0), torch.full_like(numbers, float("nan")))
     bad(6, torch.full_like(numbers, -5.0), numbers.flip(0)[::1].flip(0)[:33])
 

@@ -6,11 +6,6 @@
 namespace fastnn {
 namespace {
 
-template <class Body>
-auto with_kernel_dtype(ScalarType dtype, const Body& body) {
-  return dtype == ScalarType::Double ? body(double{}) : body(float{});
-}
-
 Tensor mlp(const Tensor& input, const std::vector<Tensor>& parameters, int64_t activations) {
   const Forward call("mlp", input, parameters, activations);
   if (goes_by_layers(call.chain, false)) return std::get<0>(forward_by_layers(call, false));
@@ -97,7 +92,7 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
   check_same_kind(grad_output, chain.kind, "grad_output");
   check_sizes(grad_output, {chain.rows, chain.widths.back()}, op, "grad_output");
   const std::vector<Tensor> saved = check_saved(chain, activations, output, hidden);
-  const Wanted wanted{input_wanted, weights_wanted, biases_wanted};
+  const MlpWanted wanted{input_wanted, weights_wanted, biases_wanted};
   if (goes_by_layers(chain, true)) {
     return with_dtype(chain.kind.dtype, [&](auto type) {
       return backward_by_layers<decltype(type)>(chain, grad_output, input, weights, activations, saved, wanted);

@@ -98,7 +98,7 @@ Tensor sums_of_rows(const T* matrix, int64_t rows, int64_t columns, ScalarType d
 template <class T>
 Gradients backward_by_layers(const Chain& chain, const Tensor& grad_output, const Tensor& input,
                              const std::vector<Tensor>& weights, const Activations& activations,
-                             const std::vector<Tensor>& saved, Wanted wanted) {
+                             const std::vector<Tensor>& saved, MlpWanted wanted) {
   const ScalarType dtype = chain.kind.dtype;
   const int64_t rows = chain.rows, size = checked_product(rows, chain.widest());
   const Scratch<T> buffers(checked_product(3, size));

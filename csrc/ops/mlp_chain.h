@@ -125,7 +125,7 @@ inline bool output_serves(const Chain& chain, int64_t layer, Activation activati
   return layer + 1 == chain.layers() && !keeps_input(activation);
 }
 
-struct Wanted {
+struct MlpWanted {
   bool input, weights, biases;
 };
 

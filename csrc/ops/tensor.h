@@ -125,6 +125,12 @@ class KernelInputs {
   std::vector<Tensor> copies_;
 };
 
+// body(T{}) for the type T in which such an op computes.
+template <class Body>
+auto with_kernel_dtype(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(double{}) : body(float{});
+}
+
 // body(T{}) for the element type T of `dtype`, which check_first has admitted.
 template <class Body>
 auto with_dtype(ScalarType dtype, const Body& body) {

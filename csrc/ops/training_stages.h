@@ -96,8 +96,10 @@ class Stage {
     input_ = input.borrow();
     parameters_ = borrowed(parameters, 0, parameters.size());
   }
-  // A convolution's gradient comes in its input's format.
-  const T* keep(Tensor gradient) {
+  // Of parameter j. A convolution's gradient comes in its input's format.
+  const T* keep(Tensor gradient, size_t j) {
+    FASTNN_CHECK(gradient.numel() == parameters_[j].numel(), kTrainingStep, ": expected a parameter of size ",
+                 to_string(gradient.sizes()), ", got ", to_string(parameters_[j].sizes()));
     gradients_.push_back(dense(std::move(gradient)));
     return data<T>(gradients_.back());
   }
@@ -137,8 +139,8 @@ class ConvStage : public Stage<T> {
     auto [input, weight, bias] =
         conv_relu_max_pool_backward(gradient, winners_, this->input_, this->parameters_[0], geometry_, input_wanted,
                                     wanted[0], biased_ && wanted[1], std::nullopt);
-    if (wanted[0]) gradients[0] = this->keep(std::move(weight));
-    if (biased_ && wanted[1]) gradients[1] = this->keep(std::move(bias));
+    if (wanted[0]) gradients[0] = this->keep(std::move(weight), 0);
+    if (biased_ && wanted[1]) gradients[1] = this->keep(std::move(bias), 1);
     return std::move(input);
   }
 
@@ -181,8 +183,8 @@ class PlainConvStage : public Stage<T> {
   Tensor backward(const Tensor& gradient, bool input_wanted, const bool* wanted, const T** gradients) override {
     auto [input, weight, bias] = convolution_backward(gradient, this->input_, this->parameters_[0], c_,
                                                       {input_wanted, wanted[0], biased_ && wanted[1]});
-    if (wanted[0]) gradients[0] = this->keep(std::move(weight));
-    if (biased_ && wanted[1]) gradients[1] = this->keep(std::move(bias));
+    if (wanted[0]) gradients[0] = this->keep(std::move(weight), 0);
+    if (biased_ && wanted[1]) gradients[1] = this->keep(std::move(bias), 1);
     return std::move(input);
   }
 
@@ -275,8 +277,9 @@ class BatchNormStage : public Stage<T> {
     auto [input, grad_weight, grad_bias] =
         batch_norm_backward(std::get<0>(normed), this->input_, weight, mean_, inverse_deviation_, eps_,
                             {input_wanted, weighted_ && wanted[first], shifted_ && wanted[first + weighted_]});
-    if (weighted_ && wanted[first]) gradients[first] = this->keep(std::move(grad_weight));
-    if (shifted_ && wanted[first + weighted_]) gradients[first + weighted_] = this->keep(std::move(grad_bias));
+    if (weighted_ && wanted[first]) gradients[first] = this->keep(std::move(grad_weight), first);
+    if (shifted_ && wanted[first + weighted_])
+      gradients[first + weighted_] = this->keep(std::move(grad_bias), first + weighted_);
     return std::move(input);
   }
 
@@ -328,6 +331,8 @@ class MlpStage : public Stage<T> {
     biased_ = words.number(0, 1);
     code_ = words.number(1, std::numeric_limits<int64_t>::max());
     FASTNN_CHECK(words.stage_ends(), kTrainingStep, ": the program has more of an mlp than it should");
+    FASTNN_CHECK(Activations(kTrainingStep, code_).size() == layers_, kTrainingStep,
+                 ": the program has an mlp of other activations than layers");
     this->count = layers_ * (1 + biased_);
   }
 
@@ -421,12 +426,12 @@ class MlpStage : public Stage<T> {
     const auto any = [&](const bool* first) {
       return std::any_of(first, first + layers_, [](bool one) { return one; });
     };
-    const Wanted of_all{input_wanted, any(wanted), biased_ && any(wanted + layers_)};
+    const MlpWanted of_all{input_wanted, any(wanted), biased_ && any(wanted + layers_)};
     auto [input, weights, biases] = backward_by_layers<T>(
         chain, grad_output, rows_, borrowed(this->parameters_, 0, layers_), call_->activations, saved, of_all);
     for (size_t i = 0; i < layers_; ++i) {
-      if (wanted[i]) gradients[i] = this->keep(std::move(weights[i]));
-      if (biased_ && wanted[layers_ + i]) gradients[layers_ + i] = this->keep(std::move(biases[i]));
+      if (wanted[i]) gradients[i] = this->keep(std::move(weights[i]), i);
+      if (biased_ && wanted[layers_ + i]) gradients[layers_ + i] = this->keep(std::move(biases[i]), layers_ + i);
     }
     grad_input_ = std::move(input);
   }
@@ -489,7 +494,7 @@ class RnnStage : public Stage<T> {
         rnn_backward(grad_output, grad_state, this->input_, std::nullopt, {}, this->parameters_, std::nullopt, output_,
                      reserve_, mode_, layers_, bidirectional_, batch_first_, input_wanted, false, any);
     for (size_t i = 0; i < this->count; ++i) {
-      if (wanted[i]) gradients[i] = this->keep(std::move(weights[i]));
+      if (wanted[i]) gradients[i] = this->keep(std::move(weights[i]), i);
     }
     return std::move(input);
   }

@@ -30,6 +30,7 @@ struct StepNumbers {
 
   StepNumbers(const Tensor& numbers, size_t parameters) {
     check_plain(numbers, kOp, "numbers");
+    check_memory(numbers, kOp, "numbers");
     FASTNN_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous() &&
                      numbers.numel() == kOfStep + kOfParameter * static_cast<int64_t>(parameters),
                  kOp, ": expected numbers to be Double, ", kOfStep, " and ", kOfParameter, " for each parameter");
@@ -50,6 +51,7 @@ struct StepNumbers {
   const double* of(size_t i) const { return of_parameters + kOfParameter * i; }
   bool wanted(size_t i) const { return of(i)[0] != 0; }
   bool has_state(size_t i, int which) const { return of(i)[11 + which] != 0; }  // of up to three beside `step`
+  int least_states() const { return optimizer == Optimizer::adam ? 2 : optimizer == Optimizer::rmsprop ? 1 : 0; }
   UpdateNumbers update(size_t i, double scale) const {
     const double* n = of(i);
     UpdateNumbers u{};
@@ -103,6 +105,9 @@ std::vector<ParameterState<T>> read_state(const StepNumbers& numbers, const Tens
                    ": expected a state like its parameter, of size ", to_string(parameters[i].sizes()), ", got ",
                    to_string(tensor.sizes()));
       result[i].tensors[which] = mutable_data<T>(tensor);
+    }
+    for (int which = 0; which < numbers.least_states(); ++which) {
+      FASTNN_CHECK(numbers.has_state(i, which), kOp, ": numbers lack a state that the optimizer cannot do without");
     }
   }
   FASTNN_CHECK(next == state.size(), kOp, ": there are more tensors of the optimizer's state than it should have");
@@ -331,11 +336,6 @@ ScalarType check_arguments(const Tensor& input, const TensorList& parameters) {
   return kind.dtype;
 }
 
-template <class Body>
-auto with_wide_dtype(ScalarType dtype, const Body& body) {
-  return dtype == ScalarType::Double ? body(double{}) : body(float{});
-}
-
 std::tuple<Tensor, TensorList> training_step(const Tensor& input, const Tensor& target, const TensorList& parameters,
                                              const TensorList& state, const std::string& program,
                                              const OptionalTensor& weight, const Tensor& numbers, bool keep_gradients) {
@@ -343,7 +343,7 @@ std::tuple<Tensor, TensorList> training_step(const Tensor& input, const Tensor& 
   check_plain(target, kOp, "target");
   check_memory(target, kOp, "target");
   const StepNumbers all(numbers, parameters.size());
-  return with_wide_dtype(dtype, [&](auto type) -> std::tuple<Tensor, TensorList> {
+  return with_kernel_dtype(dtype, [&](auto type) -> std::tuple<Tensor, TensorList> {
     using T = decltype(type);
     Pass<T> pass(program, input, parameters);
     const auto states = read_state<T>(all, parameters, state);
@@ -358,7 +358,7 @@ std::tuple<Tensor, TensorList> training_step(const Tensor& input, const Tensor& 
 
 std::tuple<Tensor, TensorList> training_step_forward(const Tensor& input, const TensorList& parameters,
                                                      const std::string& program) {
-  return with_wide_dtype(check_arguments(input, parameters), [&](auto type) -> std::tuple<Tensor, TensorList> {
+  return with_kernel_dtype(check_arguments(input, parameters), [&](auto type) -> std::tuple<Tensor, TensorList> {
     using T = decltype(type);
     Pass<T> pass(program, input, parameters);
     pass.forward();
@@ -374,7 +374,7 @@ TensorList training_step_backward(const Tensor& gradient, const Tensor& input, c
                                   const Tensor& numbers, bool keep_gradients) {
   const ScalarType dtype = check_arguments(input, parameters);
   const StepNumbers all(numbers, parameters.size());
-  return with_wide_dtype(dtype, [&](auto type) {
+  return with_kernel_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     Pass<T> pass(program, input, parameters);
     const auto states = read_state<T>(all, parameters, state);
@@ -389,9 +389,9 @@ TensorList training_step_backward(const Tensor& gradient, const Tensor& input, c
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // program: the chain's stages (above); parameters: theirs, in order. state: the optimizer's, of each parameter that
-  // is trained: step (but for SGD), then what the optimizer keeps. numbers: see StepNumbers. weight: the loss's, of
-  // classes.
+  // program: the chain's stages (training_stages.h); parameters: theirs, in order. state: the optimizer's, of each
+  // parameter that is trained: step (but for SGD), then what the optimizer keeps. numbers: see StepNumbers. weight: the
+  // loss's, of classes.
   m.def(
       "training_step(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
       " Tensor? weight, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");

@@ -34,7 +34,7 @@ def _(
 def _(input: Tensor, parameters: list[Tensor], program: str) -> tuple[Tensor, list[Tensor]]:
     check_same_device(input, *parameters)
     saved: list[Tensor] = []
-    rest = list(parameters)
+    input, rest = input.contiguous(), list(parameters)
     for name, numbers in read_program(program):
         count = _parameters_of(name, numbers)
         input, kept = _stage(name, numbers, input, rest[:count])

@@ -7,7 +7,7 @@
 namespace fastnn {
 
 enum class ForwardAlgorithm : int32_t {
-  winograd,   // 3x3 kernels: 16 multiplications in place of 36, in bfloat16 of 64
+  winograd,   // 3x3 kernels: 16 multiplications in place of 36, in bfloat16 36 of 144
   phases,     // longer rows of a kernel: two pixels of r taps from r + 1 multiplications
   pixels,     // pixels in the vector's lanes: few outputs, or few inputs
   depthwise,  // groups of one channel in the lanes

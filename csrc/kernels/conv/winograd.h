@@ -5,7 +5,7 @@
 // channel instead of 36 (Lavin and Gray, 2015). A band's tiles are transformed, multiplied by a block of output
 // channels' transformed weight, one position after another, and transformed back into the ring of conv rows, from which
 // windows are pooled. Tiles of 6x6 pixels, of which 16 conv pixels take 36 multiplications instead of 144, have up to
-// 34 times the error, which vanishes in the rounding of bfloat16, and nowhere else.
+// 34 times the error, which vanishes in the rounding of bfloat16 (moderate.h), and nowhere else.
 //
 // Costs 4 / 9 or 1 / 4 of direct convolution's multiply-adds, some 5 additions and moves for each position of a tile's
 // input channel, and as many for its output channel. F(2x2)'s rounding errors stay at direct convolution's. NaN,
