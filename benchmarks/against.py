@@ -157,11 +157,11 @@ def main() -> None:
         for worker in workers.values():
             worker.end()
     ratios: dict[str, list[float]] = {}
-    for ((op, _, name), dtype, direction, threads), of_call in zip(calls, samples, strict=True):
+    for ((op, _, case_name), dtype, direction, threads), of_call in zip(calls, samples, strict=True):
         this, that = (statistics.median(of_call[name]) for name in ("this", "that"))
         kind = f"{op}, {dtype}, {direction}, {threads} thread(s)"
         ratios.setdefault(kind, []).append(that / this)
-        print(f"{that / this:6.2f}  {this * 1e6:11.1f} us  {kind}  {name}")
+        print(f"{that / this:6.2f}  {this * 1e6:11.1f} us  {kind}  {case_name}")
     print(f"\ntime of {arguments.revision} over time of this tree")
     for kind, values in ratios.items():
         mean = statistics.geometric_mean(values)

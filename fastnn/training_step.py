@@ -114,8 +114,11 @@ class TrainingStep:
                 raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")
             _check_optimizer(self.optimizer)
             chain = read_chain(program)
-            self._owners, self._names = [own for own, _ in chain.sources], [name for _, name in chain.sources]
-            _check_parameters(list(map(getitem, self._owners, self._names)), self.optimizer)
+            self._parameter_owners, self._parameter_names = (
+                [own for own, _ in chain.sources],
+                [name for _, name in chain.sources],
+            )
+            _check_parameters(list(map(getitem, self._parameter_owners, self._parameter_names)), self.optimizer)
         except ChainError as reason:
             self._why = str(reason)
             return
@@ -127,13 +130,12 @@ class TrainingStep:
             self._loss_why = str(reason)
 
     def _forget(self) -> None:
-        """What was made of the optimizer's settings and state."""
-        self._settings: list[Any] = []  # of the optimizer's groups, of which the numbers were made
-        self._now: Any = None  # what else the rest was made of
-        self._state_of_all: Any = None  # the optimizer's state, held so that no other takes its place in memory
+        """Drops what was made of the parameters, and of the optimizer's settings and state."""
+        self._key: Any = None  # of what it was made: see _key_of
+        self._optimizer_state: Any = None  # likewise, held so that no other dict takes its place in memory
         self._numbers: Tensor | None = None
         self._parameters: list[Tensor] = []
-        self._states: list[dict[str, Any]] = []  # where each tensor of the optimizer's state is found
+        self._state_owners: list[dict[str, Any]] = []  # where each tensor of the optimizer's state is found
         self._state_names: list[str] = []
         self._get_settings: list[Callable[[Any], Any]] = []
         # Parameters for which this step has made some of the optimizer's state, and what there was before.
@@ -172,24 +174,28 @@ class TrainingStep:
         parameter, or the optimizer got what operators do not take."""
         optimizer = self.optimizer
         try:
-            parameters = list(map(getitem, self._owners, self._names))
-            flags = list(map(_get_requires_grad if self.keep_gradients else _get_flags, parameters))
-            now = (flags, list(map(id, parameters)), len(optimizer.param_groups), self.max_norm)
-            settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=False)]
-            if settings == self._settings and now == self._now and optimizer.state is self._state_of_all:
-                return list(map(getitem, self._states, self._state_names))
+            parameters = list(map(getitem, self._parameter_owners, self._parameter_names))
+            if self._key == self._key_of(parameters) and self._optimizer_state is optimizer.state:
+                return list(map(getitem, self._state_owners, self._state_names))
         except KeyError:
             pass
         try:
             _check_optimizer(optimizer)
-            _check_parameters(list(map(getitem, self._owners, self._names)), optimizer)
+            _check_parameters(list(map(getitem, self._parameter_owners, self._parameter_names)), optimizer)
             return self._bind()
         except (KeyError, ChainError):
             self._read()
             return None
 
+    def _key_of(self, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
+        groups = self.optimizer.param_groups
+        settings = [get(group) for get, group in zip(self._get_settings, groups, strict=False)]
+        flags = list(map(_get_requires_grad if self.keep_gradients else _get_flags, parameters))
+        return settings, flags, list(map(id, parameters)), len(groups), self.max_norm
+
     def _bind(self) -> list[Tensor]:
-        optimizer, parameters = self.optimizer, list(map(getitem, self._owners, self._names))
+        """Makes all that, and returns the optimizer's state."""
+        optimizer, parameters = self.optimizer, list(map(getitem, self._parameter_owners, self._parameter_names))
         for p in parameters:
             if p.requires_grad or self.keep_gradients:
                 p.grad = None
@@ -197,14 +203,11 @@ class TrainingStep:
         self._numbers = self._write_numbers(parameters)
         for p in parameters:
             for state, name in _state_of(optimizer, p) if p.requires_grad else ():
-                self._states.append(state)
+                self._state_owners.append(state)
                 self._state_names.append(name)
         self._get_settings = [itemgetter(*filter(group.__contains__, _HYPER)) for group in optimizer.param_groups]
-        self._settings = [get(group) for get, group in zip(self._get_settings, optimizer.param_groups, strict=True)]
-        flags = list(map(_get_requires_grad if self.keep_gradients else _get_flags, parameters))
-        self._now = (flags, list(map(id, parameters)), len(optimizer.param_groups), self.max_norm)
-        self._state_of_all = optimizer.state
-        self._parameters, states = parameters, list(map(getitem, self._states, self._state_names))
+        self._key, self._optimizer_state = self._key_of(parameters), optimizer.state
+        self._parameters, states = parameters, list(map(getitem, self._state_owners, self._state_names))
         # Views keep their tensors in use in C++. Else each tensor of each call would take the GIL twice, since it goes
         # from having one owner there to having two and back: 2 of 20 us, and threads in each other's way.
         with self._no_grad:

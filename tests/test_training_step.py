@@ -612,13 +612,6 @@ def test_the_same_bits_on_any_number_of_threads() -> None:
 
 
 def test_several_python_threads() -> None:
-    def train(seed: int, results: dict[int, Tensor]) -> None:
-        torch.manual_seed(seed)
-        model, x = stock_models.Autoencoder(10, 8, 5), torch.ones(32, 10)
-        step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters()), strict=True)
-        for _ in range(50):
-            results[seed] = step(x, x)
-
     alone: dict[int, Tensor] = {}
     together: dict[int, Tensor] = {}
     lock = threading.Lock()
@@ -640,7 +633,6 @@ def test_several_python_threads() -> None:
     for thread in threads:
         thread.join()
     assert together == alone
-    del train
 
 
 def test_edits_of_the_model_are_seen() -> None:

@@ -60,8 +60,10 @@ def _(
 
 def _parameters_of(name: str, numbers: Sequence[int]) -> int:
     """How many parameters a stage has; its numbers: csrc/ops/training_stages.h."""
-    if name in ("conv", "plain_conv"):
-        return 1 + numbers[int(name == "plain_conv")]
+    if name == "conv":
+        return 1 + numbers[0]
+    if name == "plain_conv":
+        return 1 + numbers[1]
     if name == "batch_norm":
         return 2 * numbers[0] + numbers[1] + numbers[2]
     if name == "mlp":
