@@ -43,7 +43,6 @@ def applies(
     outputs: int,
     kernel: tuple[int, ...],
     arguments: tuple[Any, ...],
-    last: bool,
 ) -> bool:
     """What each algorithm is for."""
     stride, padding, dilation, groups, *_ = arguments
@@ -57,7 +56,7 @@ def applies(
         pieces = -(-taps // 4) * stride[-1]
         return dilation[-1] == 1 and stride[-1] <= 4 and taps > 1 and pieces <= 8 and columns > 1
     if algorithm == "depthwise":
-        return groups > 1 and size[1] == outputs == groups and last and len(kernel) > 1
+        return groups > 1 and size[1] == outputs == groups
     return True
 
 
@@ -80,9 +79,9 @@ of_each_kernel = pytest.mark.parametrize(
 )
 
 
-def formats(algorithm: str, dims: int) -> list[bool]:
+def formats(dims: int) -> list[bool]:
     """Whether input and weight are channels last."""
-    return [last for last in (False, True) if (dims > 1 or not last) and (last or algorithm != "depthwise")]
+    return [False, True] if dims > 1 else [False]
 
 
 def assert_exact(
@@ -133,7 +132,7 @@ def random_case(name: str, dtype: torch.dtype, last: bool) -> tuple[list[Tensor 
         (*kernel, name)
         for kernel in KERNELS
         for name, case in CASES.items()
-        if applies(kernel[0], kernel[2], *case[:4], last=True)
+        if applies(kernel[0], kernel[2], *case[:4])
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
@@ -141,7 +140,7 @@ def test_geometries(algorithm: str, instructions: str, dtype: torch.dtype, name:
     case = CASES[name]
     tensors, expected = exact_case(name, factor_of(algorithm, dtype))
     with using_instruction_set(instructions):
-        for last in formats(algorithm, len(case.kernel)):
+        for last in formats(len(case.kernel)):
             assert_exact(algorithm, given(tensors, dtype, last), case.arguments, expected)
             drawn, stock, exact = random_case(name, dtype, last)
             ours, winners = RAW_WITH_WINNERS(*drawn, flat(case.arguments), algorithm)
@@ -185,7 +184,7 @@ class TestSizes:
                 for pool in ((2, 1), (1, 2)):
                     columns = max(columns, pool[1], 2 if algorithm == "phases" else 1)  # of the convolution
                     tensors, arguments = small_call(algorithm, dtype, 3, 19, 2, 3, columns + 1, pool=pool)
-                    for last in formats(algorithm, 2):
+                    for last in formats(2):
                         assert_exact(algorithm, given(tensors, dtype, last), arguments)
 
     @of_each_kernel
@@ -194,7 +193,7 @@ class TestSizes:
             for count in SIZES:
                 for channels, outputs in ((count, 5), (3, max(count, 2)), (count, count + 1)):
                     tensors, arguments = small_call(algorithm, dtype, channels, outputs)
-                    for last in formats(algorithm, 2):
+                    for last in formats(2):
                         assert_exact(algorithm, given(tensors, dtype, last), arguments)
 
     @of_each_kernel
@@ -203,7 +202,7 @@ class TestSizes:
             for batch in SIZES:
                 for options in ({"pool": 2}, {"pool": 3, "pool_stride": 1, "pool_padding": 1}):
                     tensors, arguments = small_call(algorithm, dtype, 3, 6, batch, 4, 5, **options)
-                    for last in formats(algorithm, 2):
+                    for last in formats(2):
                         assert_exact(algorithm, given(tensors, dtype, last), arguments)
 
 
@@ -222,16 +221,13 @@ class TestLayouts:
             last[:, :channels].contiguous(memory_format=torch.channels_last),
             channels_last(last[:, channels:]),
             channels_last(last[:, :channels])[1::2],
+            first[:, channels:],
+            first[1::2, ::2, ::2],
+            first[:, :channels].mT,
+            first[:1, :channels].expand(3, -1, -1, -1),
+            first[:, :channels, :, :1].expand(-1, -1, -1, 9),
+            last[:, channels:, 1:, 2:],
         ]
-        if algorithm != "depthwise":
-            inputs += [
-                first[:, channels:],
-                first[1::2, ::2, ::2],
-                first[:, :channels].mT,
-                first[:1, :channels].expand(3, -1, -1, -1),
-                first[:, :channels, :, :1].expand(-1, -1, -1, 9),
-                last[:, channels:, 1:, 2:],
-            ]
         weight, bias = weight.to(dtype), bias.to(dtype)
         weights = [weight, channels_last(weight), weight.mT.contiguous().mT, weight[:1].expand(outputs, -1, -1, -1)]
         with using_instruction_set(instructions):
@@ -251,7 +247,7 @@ def special_calls(algorithm: str, dtype: torch.dtype) -> list[tuple[list[Tensor 
     return [
         (random_case(name, dtype, last)[0], CASES[name].arguments)
         for name in names
-        for last in formats(algorithm, len(CASES[name].kernel))
+        for last in formats(len(CASES[name].kernel))
     ]
 
 
@@ -313,7 +309,7 @@ class TestSpecialValues:
             for options in ({"pool": 2}, {"pool": 3, "pool_stride": 1, "pool_padding": 1}):
                 (input, weight, bias), arguments = small_call(algorithm, dtype, 4, 17, rows=12, columns=20, **options)
                 input[torch.rand_like(input) < 0.02] = torch.nan
-                for last in formats(algorithm, 2):
+                for last in formats(2):
                     assert_exact(algorithm, given([input, weight, bias], dtype, last), arguments)
 
     @of_each_kernel
@@ -324,7 +320,7 @@ class TestSpecialValues:
         channels = 20 if algorithm == "depthwise" else 1
         tensors = [torch.full((2, 20, 5, 6), -0.0), torch.ones(20, 20 // channels, 1, 1), torch.full((20,), -0.0)]
         with using_instruction_set(instructions):
-            for last in formats(algorithm, 2):
+            for last in formats(2):
                 arguments = flat(geometry(2, groups=channels))
                 ours, winners = RAW_WITH_WINNERS(*given(tensors, dtype, last), arguments, algorithm)
                 assert (ours == 0).all()
@@ -339,7 +335,7 @@ class TestSpecialValues:
         info = torch.finfo(dtype)
         tensors = [tensors[0] * info.tiny / 64, tensors[1] / 12, None]
         with using_instruction_set(instructions):
-            for last in formats(algorithm, 2):
+            for last in formats(2):
                 ours = RAW(*given(tensors, dtype, last), flat(arguments), algorithm)
                 exact = reference.conv_relu_max_pool(*tensors, *arguments)
                 assert exact.count_nonzero() > exact.numel() / 2
@@ -347,7 +343,7 @@ class TestSpecialValues:
 
 
 def draw_call(algorithm: str, data: st.DataObject) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[Any, ...]]:
-    dims = data.draw(st.integers(2 if algorithm in ("winograd", "depthwise") else 1, 3))
+    dims = data.draw(st.integers(2 if algorithm == "winograd" else 1, 3))
 
     def each(least: int, most: int) -> list[int]:
         return data.draw(st.lists(st.integers(least, most), min_size=dims, max_size=dims))
@@ -376,14 +372,14 @@ def test_random_geometries(algorithm: str, data: st.DataObject) -> None:
     torch.manual_seed(0)
     size, outputs, kernel, arguments = draw_call(algorithm, data)
     instructions, dtype = data.draw(st.sampled_from(kernels(algorithm)))
-    last = data.draw(st.sampled_from(formats(algorithm, len(kernel))))
+    last = data.draw(st.sampled_from(formats(len(kernel))))
     bias = data.draw(st.booleans())
     tensors = integers(size, outputs, kernel, arguments[3], bias, factor_of(algorithm, dtype))
     try:
         expected = outputs_and_winners(tensors, arguments)
     except RuntimeError:  # there is no pixel, or no window
         return
-    if applies(algorithm, dtype, size, outputs, kernel, arguments, last):
+    if applies(algorithm, dtype, size, outputs, kernel, arguments):
         with using_instruction_set(instructions):
             assert_exact(algorithm, given(tensors, dtype, last), arguments, expected)
 
@@ -393,9 +389,9 @@ class TestChoice:
     def test_does_not_apply(self, algorithm: str) -> None:
         for name, case in CASES.items():
             for dtype in (torch.float32, torch.float64):
-                for last in (False, True) if len(case.kernel) > 1 else (False,):
-                    if applies(algorithm, dtype, *case[:4], last):
-                        continue
+                if applies(algorithm, dtype, *case[:4]):
+                    continue
+                for last in formats(len(case.kernel)):
                     tensors = random_case(name, dtype, last)[0]
                     for operator in (RAW, RAW_WITH_WINNERS, RAW_ALGORITHM):
                         with pytest.raises(RuntimeError, match=f"algorithm '{algorithm}' does not apply to this call"):

@@ -20,17 +20,23 @@ FASTNN_INLINE void copy_run(const From* from, int64_t count, To* to) {
     if (i < count) store_up_to<To>(to + i, load_up_to<From>(from + i, count - i), count - i);
   }
 }
-// Every `step`-th of a row's columns: to[i] = from[i * step], i < count.
-template <class T, class C>
-FASTNN_INLINE void copy_every(const T* from, int64_t step, int64_t count, C* to) {
-  if (step == 1) return copy_run(from, count, to);
-  if (step == 2) {
-    for (int64_t i = 0; i < count; i += kLanes<C>) {
-      store_up_to<C>(to + i, load_every_second_up_to(from + 2 * i, 2 * (count - i) - 1), count - i);
+// `count` columns of a row, those `apart` from each other side by side: to[place(i)] = from[i], where place(i + apart)
+// is place(i) + 1.
+template <class T, class C, class Place>
+void part_columns(const T* from, int64_t count, int64_t apart, C* to, const Place& place) {
+  if (apart == 1) return copy_run(from, count, to + place(0));
+  if (apart == 2) {
+    for (int64_t first = 0; first < 2; ++first) {
+      C* const at = to + place(first);
+      for (int64_t i = first; i < count; i += 2 * kLanes<C>) {
+        store_up_to<C>(at + i / 2, load_every_second_up_to(from + i, count - i), (count - i + 1) / 2);
+      }
     }
     return;
   }
-  for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i * step]);
+  const int64_t rows = count / apart;
+  transpose_to_places(from, apart, rows, apart, to, place);
+  for (int64_t i = 0; i < count % apart; ++i) to[place(i) + rows] = to_compute(from[rows * apart + i]);
 }
 
 template <class E>
@@ -77,6 +83,7 @@ void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band
   const auto for_each_row = [&](const auto& body) {
     for (int64_t d = 0; d < extent[0]; ++d) {
       for (int64_t h = 0; h < extent[1]; ++h) {
+        if (!g.meets(0, d) || !g.meets(1, h)) continue;
         const int64_t z = band.input[0] + d, y = band.input[1] + h;
         const bool inside = z >= 0 && z < g.input[0] && y >= 0 && y < g.input[1];
         const T* row = inside ? from + z * layout.d[0] + y * layout.d[1] + band.input[2] * layout.d[2] : nullptr;

@@ -1,4 +1,4 @@
-// Groups of one channel, channels last: channels in the vector's lanes, nothing to sum up but the kernel's positions.
+// Groups of one channel: channels in the vector's lanes, nothing to sum up but the kernel's positions.
 //
 // For depthwise layers, where a sum has so few products that no other algorithm fills its lanes. Costs a multiply-add
 // and a load for each product of a vector of channels, which the loads bound, and a load and a store for each element
@@ -79,12 +79,17 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
                      k / g.kernel[2] % g.kernel[1] * g.dilation[1] * step[1] +
                      k % g.kernel[2] * g.dilation[2] * step[2];
       }
+      if (layout.d[2] == 1 && block.count < width) fill_zeros(copy, plan.copy_size);
       for (int64_t row = 0; row < extent[0] * extent[1]; ++row) {
+        if (!g.meets(0, row / extent[1]) || !g.meets(1, row % extent[1])) continue;
         const int64_t z = band.input[0] + row / extent[1], y = band.input[1] + row % extent[1];
         copy_row(z >= 0 && z < g.input[0] && y >= 0 && y < g.input[1], inside, extent[2], width, copy + row * step[1],
                  [&](C* to, int64_t x, int64_t count) {
-                   const T* from = call.input + band.image * layout.n + block.first + z * layout.d[0] +
+                   const T* from = call.input + band.image * layout.n + block.first * layout.c + z * layout.d[0] +
                                    y * layout.d[1] + (band.input[2] + x) * layout.d[2];
+                   if (layout.d[2] == 1) {  // contiguous, to be turned
+                     return transpose_matrix(from, layout.c, block.count, count, to, width);
+                   }
                    for (int64_t i = 0; i < count; ++i, from += layout.d[2], to += width) {
                      for (int64_t c = 0; c < width; c += kLanes<C>) {
                        const int64_t left = block.count - c;

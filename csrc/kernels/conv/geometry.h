@@ -26,6 +26,14 @@ struct ConvPoolGeometry {
   // Conv pixels from a window's first to its last, along one dimension.
   int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }
   int64_t kernel_extent(int d) const { return (kernel[d] - 1) * dilation[d] + 1; }
+  // Whether a conv pixel meets the input position `at`, counted from where one begins: strides may skip positions.
+  bool meets(int d, int64_t at) const {
+    if (dilation[d] == 1 && kernel[d] >= stride[d]) return true;
+    for (int64_t k = 0; k < kernel[d]; ++k) {
+      if ((at - k * dilation[d]) % stride[d] == 0) return true;
+    }
+    return false;
+  }
   // Whether each window is a conv pixel of its own.
   bool pools_nothing() const {
     return places() == 1 && output[0] == conv[0] && output[1] == conv[1] && output[2] == conv[2];

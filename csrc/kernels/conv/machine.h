@@ -21,11 +21,12 @@ constexpr int64_t kDeepBandBytes = 1 << 20;   // of a band's copy and sums where
 constexpr int64_t kFarWeightBytes = 4 << 20;  // of a packed weight that no L2 holds
 constexpr int64_t kMostPackedBytes = 24 << 20;  // of a transformed weight: more, each band would read from memory
 constexpr int64_t kFarBytes = 1 << 20;          // of an input that comes from beyond L2 (Zen 4)
-constexpr int64_t kSmallInput = 256 << 10;      // bytes of one whose call is over before torch's has begun
 constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
 
 constexpr double kMostProducts =
     0.7;  // of direct convolution's that phases may take, or transforms cost what they save
+constexpr double kMostAgain = 1.25;  // of direct convolution's products that overlapping bands may take
+constexpr double kSmallCall = 200e3;  // vector multiply-adds: over before torch's convolution has begun
 constexpr double kCostPerThread = 12e3;  // vector multiply-adds: below, waking a second thread costs more than it saves
 
 // ---- costs: vector multiply-adds ------------------------------------------------------------------------------------
@@ -36,8 +37,6 @@ constexpr double kPoolPixel = 3;     // a load, a maximum, and the sum that show
 constexpr double kWriteOut = 10;     // a pooled vector: store, load again, transpose, store
 constexpr double kCopy = 3;          // a vector of the input: load and store
 constexpr double kTranspose = 6;     // the same, with its share of a square's shuffles
-constexpr double kGather = 2;        // a single element, moved on its own
-constexpr double kScatter = 8;       // the same in `pixels`, each apart from its neighbours (measured: 4 cycles)
 constexpr double kFarElement = 4;    // its share of a line of another image, from beyond L2, unexpected by prefetchers
 constexpr double kWinogradMove = 5;  // a position's vector of inputs or outputs: a load, some additions, a store
 constexpr double kWinogradPack = 2;  // of the weight, which is transformed first

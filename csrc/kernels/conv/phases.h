@@ -19,13 +19,14 @@ namespace FASTNN_ISA {
 // The columns of a row of input, as runs of those that are 2 x stride apart: those under a column of the kernel, for
 // one pair of pixels after another, are then side by side.
 template <class C, class T>
-void part_row(const T* row, Inside columns, int64_t extent, int64_t places, int64_t run, C* to) {
+void part_row(const T* row, Inside columns, int64_t places, int64_t run, C* to) {
   fill_zeros(to, places * run);
-  for (int64_t place = 0; place < smaller(places, extent); ++place) {
-    const int64_t begin = columns.first <= place ? 0 : divide_up(columns.first - place, places);
-    const int64_t end = columns.last <= place ? 0 : divide_up(columns.last - place, places);
-    copy_every(row + place + begin * places, places, end - begin, to + place * run + begin);
+  if (columns.last <= columns.first) return;
+  int64_t place[2 * kMostPhases];
+  for (int64_t i = 0; i < places; ++i) {
+    place[i] = (columns.first + i) % places * run + (columns.first + i) / places;
   }
+  part_columns(row + columns.first, columns.last - columns.first, places, to, [&](int64_t i) { return place[i]; });
 }
 
 template <class T>
@@ -108,7 +109,7 @@ template <class T, class C = Compute<T>>
 void transform_row(const ConvCall<T>& call, const T* row, Inside columns, C* memory, C* to) {
   const PhasesPlan& plan = call.plan->phases;
   const int64_t places = 2 * call.geometry.stride[2], run = plan.column_run;
-  part_row(row, columns, plan.direct.band.input[2], places, run, memory);
+  part_row(row, columns, places, run, memory);
   for (int64_t p = 0; p < plan.pieces; ++p) {
     const KernelPiece& piece = plan.piece[p];
     with_constant<kMostTaps>(static_cast<int>(piece.taps), [&](auto taps_constant) {
@@ -139,6 +140,7 @@ void transform_band(const ConvCall<T>& call, const Band& band, int64_t image, co
   for (int64_t c = 0; c < (channels_last ? 1 : g.in_channels); ++c) {
     for (int64_t d = 0; d < extent[0]; ++d) {
       for (int64_t h = 0; h < extent[1]; ++h) {
+        if (!g.meets(0, d) || !g.meets(1, h)) continue;
         const int64_t z = band.input[0] + d, y = band.input[1] + h;
         C* const to = copy + c * shape.channel_step + d * shape.step[0] + h * shape.step[1];
         if (z < 0 || z >= g.input[0] || y < 0 || y >= g.input[1]) {

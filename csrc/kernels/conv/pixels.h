@@ -105,6 +105,7 @@ class PixelsForward {
     zeroed_images_ = band_.images;
     for (int64_t d = 0; d < extent[0]; ++d) {
       for (int64_t h = 0; h < extent[1]; ++h) {
+        if (!g_.meets(0, d) || !g_.meets(1, h)) continue;
         const int64_t z = band_.input[0] + d, y = band_.input[1] + h;
         C* const to = copy_ + d * plan_.step[0] + h * plan_.step[1];
         const bool inside = z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1] && count > 0;
@@ -112,8 +113,18 @@ class PixelsForward {
         if (!inside) continue;
         for (int64_t c = 0; c < channels && !alike; ++c) fill_beside(columns, to + c * plan_.channel_step);
         const T* row = from + z * layout.d[0] + y * layout.d[1];
-        if (layout.d[2] != 1) {  // channels last: pixel by pixel, or a run of pixels of one image
+        if (layout.d[2] != 1 && images == 1) {  // channels last: pixels that lie side by side in the copy
+          for (int64_t r = 0; r < smaller(plan_.residues, count); ++r) {
+            if (!g_.meets(2, columns.first + r)) continue;
+            transpose_matrix(row + r * layout.d[2], plan_.residues * layout.d[2],
+                             divide_up(count - r, plan_.residues), channels, to + places_in_row_[columns.first + r],
+                             plan_.channel_step);
+          }
+          continue;
+        }
+        if (layout.d[2] != 1) {  // or a pixel of many images
           for (int64_t x = 0; x < count; ++x) {
+            if (!g_.meets(2, columns.first + x)) continue;
             transpose_matrix(row + x * layout.d[2], layout.n, band_.images, channels,
                              to + places_in_row_[columns.first + x], plan_.channel_step);
           }
@@ -121,15 +132,12 @@ class PixelsForward {
         }
         for (int64_t c = 0; c < channels; ++c, row += layout.c) {
           C* const at = to + c * plan_.channel_step;
+          const int64_t* const places = places_in_row_ + columns.first;
+          const auto place = [=](int64_t x) __attribute__((always_inline)) { return places[x]; };
           if (images > 1) {
-            const int64_t* const places = places_in_row_ + columns.first;
-            transpose_to_places(row, layout.n, band_.images, count, at,
-                                [=](int64_t x) __attribute__((always_inline)) { return places[x]; });
-            continue;
-          }
-          for (int64_t r = 0; r < smaller(plan_.residues, count); ++r) {
-            const int64_t left = count - r;
-            copy_every(row + r, plan_.residues, divide_up(left, plan_.residues), at + place_of(columns.first + r));
+            transpose_to_places(row, layout.n, band_.images, count, at, place);
+          } else {
+            part_columns(row, count, plan_.residues, at, place);
           }
         }
       }

@@ -30,6 +30,16 @@ struct Planner {
   double input_bytes() const { return inputs() * g.groups * g.in_channels * request.element_bytes; }
   double outputs() const { return static_cast<double>(g.batch) * g.output[0] * g.output[1] * g.output[2]; }
   double inputs() const { return static_cast<double>(g.batch) * g.input[0] * g.input[1] * g.input[2]; }
+  // Of them those in slices and rows (of columns too: `dims` 3) that strides do not skip.
+  double inputs_met(int dims) const {
+    double met = inputs();
+    for (int d = 0; d < dims; ++d) {
+      int64_t count = 0;
+      for (int64_t at = 0; at < g.stride[d]; ++at) count += g.meets(d, at);
+      met *= static_cast<double>(count) / static_cast<double>(g.stride[d]);
+    }
+    return met;
+  }
 };
 
 // Memory as `Parts` gives it out.
@@ -55,8 +65,20 @@ void set_extents(const ConvPoolGeometry& g, BandPlan& band) {
   }
 }
 
-// As many columns of a row of `images` images as `fits` admits, and of them as many rows; more bands where threads
-// would be idle.
+// How often a conv pixel is computed along a dimension cut into `bands`: windows that overlap have some in common with
+// the next band's.
+double computed_again(const ConvPoolGeometry& g, int d, int64_t bands) {
+  const int64_t beyond = std::max<int64_t>(0, g.pool_extent(d) - g.pool_stride[d]);
+  const int64_t own = g.output[d] * g.pool_stride[d];
+  return static_cast<double>(own + bands * beyond) / static_cast<double>(own + beyond);
+}
+double computed_again(const ConvPoolGeometry& g, const BandPlan& band) {
+  return computed_again(g, 0, g.output[0]) * computed_again(g, 1, divide_up(g.output[1], band.rows)) *
+         computed_again(g, 2, divide_up(g.output[2], band.columns));
+}
+
+// As many columns of a row of `images` images as `fits` admits, and of them as many rows; fewer columns of more rows
+// where the conv rows of a window are more than the band's own; more bands where threads would be idle.
 template <class Fits>
 BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
   const ConvPoolGeometry& g = p.g;
@@ -68,7 +90,6 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
     set_extents(g, band);
     return fits(band);
   };
-  int64_t rows = g.output[1], columns = g.output[2];
   const auto largest = [&](int64_t most, const auto& fits_so_many) {  // by halving the range
     int64_t least = 1;
     while (least < most) {
@@ -81,9 +102,21 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
     }
     return least;
   };
-  columns = largest(columns, [&](int64_t n) { return admits(1, n); });
-  columns = divide_up(g.output[2], divide_up(g.output[2], columns));
-  rows = largest(rows, [&](int64_t n) { return admits(n, columns); });
+  const int64_t widest = largest(g.output[2], [&](int64_t n) { return admits(1, n); });
+  int64_t rows = 1, columns = 1;
+  double least = INFINITY;
+  for (int64_t parts = divide_up(g.output[2], widest); parts <= g.output[2]; parts *= 2) {
+    const int64_t width = divide_up(g.output[2], parts);
+    const int64_t height = largest(g.output[1], [&](int64_t n) { return admits(n, width); });
+    band.rows = height;
+    band.columns = width;
+    if (const double again = computed_again(g, band); again < least) {
+      least = again;
+      rows = height;
+      columns = width;
+    }
+    if (height * g.pool_stride[1] >= g.pool_extent(1)) break;
+  }
   band.image_bands = divide_up(g.batch, images);
   const int64_t others = band.image_bands * g.groups * g.output[0] * divide_up(g.output[2], columns);
   int64_t row_bands = divide_up(g.output[1], rows);
@@ -173,7 +206,7 @@ double channel_rest(const Planner& p) {
 // Of a copy as the input lies: runs of channels, which fill no vector where groups are narrow, or rows of columns.
 double copy_cost(const Planner& p) {
   const double channels = static_cast<double>(p.g.in_channels) / p.lanes;
-  return tuned::kCopy * p.inputs() * (p.request.input_channels_last ? std::ceil(channels) : channels);
+  return tuned::kCopy * p.inputs_met(2) * (p.request.input_channels_last ? std::ceil(channels) : channels);
 }
 double packing_cost(const Planner& p, double positions) {
   return tuned::kPackWeight * positions * divide_up(p.g.out_channels, p.lanes);
@@ -265,7 +298,8 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
            tuned::kMatrixProduct;
   }
   if (by_runs && g.in_channels > 1 && !p.request.input_channels_last) copy *= tuned::kTranspose / tuned::kCopy;
-  plan.cost = g.groups * (rows * sums + channel_rest(p) + copy + packing_cost(p, static_cast<double>(weight_pairs)));
+  plan.cost = g.groups * (computed_again(g, d.band) * rows * sums + channel_rest(p) + copy +
+                          packing_cost(p, static_cast<double>(weight_pairs)));
   return plan;
 }
 
@@ -285,7 +319,7 @@ ConvPlan plan_direct(const Planner& p) {
 
 bool phases_apply(const ConvPoolGeometry& g) {
   const int64_t taps = divide_up(g.kernel[2], g.stride[2]);  // of the first phase
-  return g.dilation[2] == 1 && g.kernel[2] > g.stride[2] && g.stride[2] <= 4 && g.conv[2] > 1 &&
+  return g.dilation[2] == 1 && g.kernel[2] > g.stride[2] && g.stride[2] <= kMostPhases && g.conv[2] > 1 &&
          divide_up(taps, kMostTaps) * g.stride[2] <= kMostPieces;
 }
 
@@ -354,16 +388,17 @@ ConvPlan plan_phases(const Planner& p) {
   const double pairs = divide_up(g.conv[2], 2);
   const double sums = channel_tiles(p, static_cast<int64_t>(pairs), g.out_channels) * d.depth * f.positions +
                       pairs * vectors * f.points * (tuned::kStoreSum + 1);
-  const double lanes_filled = channels_last ? static_cast<double>(g.in_channels) / round_up(g.in_channels, p.lanes) : 1;
+  const double row_vectors = channels_last ? pairs * divide_up(g.in_channels, p.lanes)
+                                           : static_cast<double>(g.in_channels * divide_up(g.conv[2], 2 * p.lanes));
   // Each input row: the columns parted, one by one where the stride is more than 1; then each piece is transformed.
   const double part = channels_last      ? 0
                       : g.stride[2] == 1 ? 2 * tuned::kCopy
-                                         : 2 * g.stride[2] * tuned::kGather * p.lanes;
-  // Slices under several bands are transformed for each.
-  const double again = static_cast<double>(d.band.input[0]) / d.band.conv[0];
-  const double transform = again * rows * g.stride[1] * g.in_channels * pairs / p.lanes / lanes_filled *
-                           (part + tuned::kPhasesIn * f.positions);
-  plan.cost = g.groups * (rows * sums + channel_rest(p) + transform + packing_cost(p, d.depth * f.positions));
+                                         : tuned::kTranspose * p.lanes;  // squares of 2 x stride columns
+  // Slices and rows under several bands are transformed for each.
+  const double input_rows = static_cast<double>(d.band.input[0] * d.band.input[1]) / (d.band.conv[0] * d.band.conv[1]);
+  const double transform = input_rows * row_vectors * (part + tuned::kPhasesIn * f.positions);
+  plan.cost = g.groups * (computed_again(g, d.band) * rows * (sums + transform) + channel_rest(p) +
+                          packing_cost(p, d.depth * f.positions));
   return plan;
 }
 
@@ -486,6 +521,7 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
     x.step[1] = x.residues * x.run;
     x.step[0] = band.input[1] * x.step[1];
     x.channel_step = band.input[0] * x.step[0];
+    if (x.channel_step * 4 % tuned::kMeetingBytes == 0) x.channel_step += p.lanes;
     // The last run is read as far as a row of conv pixels is computed.
     x.copy_size = g.in_channels * x.channel_step + x.conv_run + x.residues * images + p.lanes;
     x.pitch = x.joins_rows ? x.conv_run : round_up(band.columns * images, p.lanes);
@@ -535,20 +571,26 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   const double together = x.in_registers ? 2 : static_cast<double>(x.vectors), outputs = static_cast<double>(x.block);
   // Loads of vectors mostly cross lines, and then count twice.
   const double tile = std::max({outputs * together, outputs + 2 * together + 1, tuned::kInFlight}) / together;
-  // An element's share of its move: rows are copied, squares of images and columns or channels transposed.
-  const bool is_far = !p.request.input_channels_last && p.input_bytes() > tuned::kFarBytes;
-  const int64_t square = std::min({images, p.lanes, p.request.input_channels_last ? g.in_channels : p.lanes});
-  const double moves = images > 1 ? tuned::kTranspose / static_cast<double>(square) + (is_far ? tuned::kFarElement : 0)
-                       : p.request.input_channels_last || x.residues > 2 ? tuned::kScatter
-                                                                         : tuned::kCopy * x.residues / p.lanes;
+  // An element's share of its move: rows are copied, or squares transposed, of images or pixels by channels, columns or
+  // residues.
+  const bool turned = p.request.input_channels_last;
+  const int64_t square_rows = std::min(p.lanes, images > 1 ? images : x.run);
+  const int64_t columns = std::min(p.lanes, turned ? g.in_channels : images > 1 ? x.band.input[2] : x.residues);
+  const bool transposed = turned || images > 1 || x.residues > 2;
+  const bool is_far = images > 1 && !turned && p.input_bytes() > tuned::kFarBytes;
+  const double move = (transposed ? tuned::kTranspose * p.lanes / static_cast<double>(square_rows * columns)
+                                  : tuned::kCopy * static_cast<double>(x.residues) / p.lanes) +
+                      (is_far ? tuned::kFarElement : 0);
+  const double moves = p.inputs_met(turned ? 3 : 2) * g.in_channels * move;
   const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * x.band.column_bands *
                           (x.joins_rows ? x.band.row_bands : g.output[1]);
+  const double again = computed_again(g, 0, g.output[0]) * computed_again(g, 1, x.band.row_bands);
   const double per_sum = x.in_registers ? tuned::kPoolSum : tuned::kStoreSum + tuned::kPoolPixel;
-  const double sums = x.in_registers ? out_rows * (x.pitch / p.lanes) * g.places() : rows * row_vectors;
+  const double sums = x.in_registers ? out_rows * (x.pitch / p.lanes) * g.places() : again * rows * row_vectors;
   plan.cost =
       g.groups * (sums * (x.blocks * tile * x.depth + g.out_channels * per_sum) +
                   out_rows * (x.pitch / p.lanes) * g.out_channels * (images == 1 ? tuned::kCopy : tuned::kWriteOut) +
-                  p.inputs() * g.in_channels * moves + packing_cost(p, static_cast<double>(x.depth)));
+                  moves + packing_cost(p, static_cast<double>(x.depth)));
   return plan;
 }
 
@@ -580,8 +622,8 @@ ConvPlan plan_pixels(const Planner& p) {
 
 // ---- depthwise ----------------------------------------------------------------------------------------------------
 
-bool depthwise_applies(const ConvPoolGeometry& g, const PlanRequest& request) {
-  return g.in_channels == 1 && g.out_channels == 1 && g.groups > 1 && request.input_channels_last;
+bool depthwise_applies(const ConvPoolGeometry& g) {
+  return g.in_channels == 1 && g.out_channels == 1 && g.groups > 1;
 }
 
 ConvPlan plan_depthwise(const Planner& p) {
@@ -607,7 +649,8 @@ ConvPlan plan_depthwise(const Planner& p) {
   take_pool(joined, d.band, d.ring, memory);
   plan.scratch_size = memory.bytes();
   const double vectors = divide_up(g.out_channels, p.lanes);
-  plan.cost = vectors * (p.conv_pixels() * g.taps() * tuned::kDepthwiseProduct + p.inputs() * tuned::kCopy) +
+  const double move = p.request.input_channels_last ? tuned::kCopy : tuned::kTranspose;
+  plan.cost = vectors * (computed_again(g, d.band) * p.conv_pixels() * g.taps() * tuned::kDepthwiseProduct + p.inputs_met(2) * move) +
               channel_rest(joined);
   return plan;
 }
@@ -651,7 +694,7 @@ bool algorithm_applies(ForwardAlgorithm algorithm, const ConvPoolGeometry& g, co
     case ForwardAlgorithm::pixels:
       return !is_double;
     case ForwardAlgorithm::depthwise:
-      return depthwise_applies(g, request);
+      return depthwise_applies(g);
     case ForwardAlgorithm::direct:
     case ForwardAlgorithm::stock:
       return true;
@@ -664,18 +707,22 @@ namespace {
 // Where none of ours has fewer multiplications, fewer bytes or fuller lanes, torch's convolution is at or near the peak
 // of whatever machine this is: kernels of one position over many channels of signals and images, which do nothing but
 // multiply matrices; deep kernels whose weight, read again for each slice, comes from far away, and those of pairs,
-// which multiply twice as fast as it comes; and groups of so few channels, among others at the same pixel, that neither
-// channels nor pixels fill a vector.
+// which multiply twice as fast as it comes; windows that overlap so far that bands compute many conv pixels again, over
+// channels enough for its vectors; and groups of so few channels, among others at the same pixel, that neither channels
+// nor pixels fill a vector.
 bool stock_wins(const Planner& p, const ConvPlan& best) {
   const ConvPoolGeometry& g = p.g;
-  if (p.request.element_bytes == 8) return false;
+  if (p.request.element_bytes == 8 || best.cost < tuned::kSmallCall) return false;
   if (g.groups > 1 && p.request.input_channels_last && g.in_channels * g.out_channels < p.lanes) {
-    return best.algorithm != ForwardAlgorithm::depthwise && p.input_bytes() > tuned::kSmallInput;
+    return best.algorithm != ForwardAlgorithm::depthwise;
   }
+  const bool is_plain = best.algorithm == ForwardAlgorithm::direct || best.algorithm == ForwardAlgorithm::pixels;
+  const BandPlan& band = best.algorithm == ForwardAlgorithm::direct ? best.direct.band : best.pixels.band;
+  if (is_plain && g.in_channels >= 2 * p.lanes && computed_again(g, band) > tuned::kMostAgain) return true;
   const bool has_pairs = best.algorithm == ForwardAlgorithm::direct && best.direct.elements == Elements::pairs;
   if ((g.kernel[0] > 1 || has_pairs) && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;
   const bool is_product = g.taps() == 1 && g.in_channels >= 4 * p.lanes;
-  return best.algorithm == ForwardAlgorithm::direct && is_product && (g.input[0] == 1 || g.stride[2] > 1);
+  return best.algorithm == ForwardAlgorithm::direct && is_product && (g.input[0] == 1 || g.stride[2] > 1 || !p.request.input_channels_last);
 }
 
 // By a single thread: the choice must not depend on the number of threads, nor with it the order of sums.
