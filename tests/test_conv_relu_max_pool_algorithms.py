@@ -128,12 +128,7 @@ def random_case(name: str, dtype: torch.dtype, last: bool) -> tuple[list[Tensor 
 
 @pytest.mark.parametrize(
     ("algorithm", "instructions", "dtype", "name"),
-    [
-        (*kernel, name)
-        for kernel in KERNELS
-        for name, case in CASES.items()
-        if applies(kernel[0], kernel[2], *case[:4])
-    ],
+    [(*kernel, name) for kernel in KERNELS for name, case in CASES.items() if applies(kernel[0], kernel[2], *case[:4])],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_geometries(algorithm: str, instructions: str, dtype: torch.dtype, name: str) -> None:

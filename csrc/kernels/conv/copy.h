@@ -59,6 +59,21 @@ FASTNN_INLINE void copy_row(bool is_inside, Inside columns, int64_t extent, int6
   fill_zeros(to + columns.last * pixel, (extent - columns.last) * pixel);
 }
 
+// Calls body(slice, row, is inside, its place in the input) for each row of the input under a band but those that
+// strides skip.
+template <class Body>
+FASTNN_INLINE void for_each_input_row(const ConvPoolGeometry& g, const ConvLayout& layout, const BandPlan& plan,
+                                      const Band& band, const Body& body) {
+  for (int64_t d = 0; d < plan.input[0]; ++d) {
+    for (int64_t h = 0; h < plan.input[1]; ++h) {
+      if (!g.meets(0, d) || !g.meets(1, h)) continue;
+      const int64_t z = band.input[0] + d, y = band.input[1] + h;
+      const bool inside = z >= 0 && z < g.input[0] && y >= 0 && y < g.input[1];
+      body(d, h, inside, inside ? z * layout.d[0] + y * layout.d[1] : 0);
+    }
+  }
+}
+
 #if defined(__AVX512F__)
 // Two rows of numbers as one of pairs; `odd` may be null, which stands for zeros.
 FASTNN_INLINE void copy_pairs(const bfloat16* even, const bfloat16* odd, int64_t count, bfloat16x2* to) {
@@ -81,15 +96,9 @@ void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band
   const Inside columns = overlap(band.input[2], extent[2], g.input[2]);
   const T* const from = call.input + image * layout.n + band.group * g.in_channels * layout.c;
   const auto for_each_row = [&](const auto& body) {
-    for (int64_t d = 0; d < extent[0]; ++d) {
-      for (int64_t h = 0; h < extent[1]; ++h) {
-        if (!g.meets(0, d) || !g.meets(1, h)) continue;
-        const int64_t z = band.input[0] + d, y = band.input[1] + h;
-        const bool inside = z >= 0 && z < g.input[0] && y >= 0 && y < g.input[1];
-        const T* row = inside ? from + z * layout.d[0] + y * layout.d[1] + band.input[2] * layout.d[2] : nullptr;
-        body(inside, row, copy + d * plan.step[0] + h * plan.step[1]);
-      }
-    }
+    for_each_input_row(g, layout, plan.band, band, [&](int64_t d, int64_t h, bool inside, int64_t at) {
+      body(inside, from + at + band.input[2] * layout.d[2], copy + d * plan.step[0] + h * plan.step[1]);
+    });
   };
   if (plan.channels_last && layout.d[2] == 1) {  // contiguous, to be turned
     for_each_row([&](bool inside, const T* row, E* to) {

@@ -80,24 +80,22 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
                      k % g.kernel[2] * g.dilation[2] * step[2];
       }
       if (layout.d[2] == 1 && block.count < width) fill_zeros(copy, plan.copy_size);
-      for (int64_t row = 0; row < extent[0] * extent[1]; ++row) {
-        if (!g.meets(0, row / extent[1]) || !g.meets(1, row % extent[1])) continue;
-        const int64_t z = band.input[0] + row / extent[1], y = band.input[1] + row % extent[1];
-        copy_row(z >= 0 && z < g.input[0] && y >= 0 && y < g.input[1], inside, extent[2], width, copy + row * step[1],
-                 [&](C* to, int64_t x, int64_t count) {
-                   const T* from = call.input + band.image * layout.n + block.first * layout.c + z * layout.d[0] +
-                                   y * layout.d[1] + (band.input[2] + x) * layout.d[2];
+      const T* const from = call.input + band.image * layout.n + block.first * layout.c + band.input[2] * layout.d[2];
+      for_each_input_row(g, layout, plan.band, band, [&](int64_t d, int64_t h, bool is_inside, int64_t at) {
+        copy_row(is_inside, inside, extent[2], width, copy + d * step[0] + h * step[1],
+                 [&](C* to, int64_t first, int64_t count) {
+                   const T* pixel = from + at + first * layout.d[2];
                    if (layout.d[2] == 1) {  // contiguous, to be turned
-                     return transpose_matrix(from, layout.c, block.count, count, to, width);
+                     return transpose_matrix(pixel, layout.c, block.count, count, to, width);
                    }
-                   for (int64_t i = 0; i < count; ++i, from += layout.d[2], to += width) {
+                   for (int64_t i = 0; i < count; ++i, pixel += layout.d[2], to += width) {
                      for (int64_t c = 0; c < width; c += kLanes<C>) {
                        const int64_t left = block.count - c;
-                       store(to + c, left > 0 ? load_up_to<T>(from + c, left) : Vec<C>{});
+                       store(to + c, left > 0 ? load_up_to<T>(pixel + c, left) : Vec<C>{});
                      }
                    }
                  });
-      }
+      });
       const C* weight = call.packed + block.first * taps;
       pool.run(band, band.image, block, [&](int64_t z, int64_t y, const Segment& segment) {
         const C* from = copy + (z - band.conv[0]) * g.stride[0] * step[0] + (y - band.conv[1]) * g.stride[1] * step[1] +

@@ -20,27 +20,23 @@ constexpr int64_t kMeetingBytes = 2048;       // pixels so far apart share two s
 constexpr int64_t kDeepBandBytes = 1 << 20;   // of a band's copy and sums where the weight is what has to stay near
 constexpr int64_t kFarWeightBytes = 4 << 20;  // of a packed weight that no L2 holds
 constexpr int64_t kMostPackedBytes = 24 << 20;  // of a transformed weight: more, each band would read from memory
-constexpr int64_t kFarBytes = 1 << 20;          // of an input that comes from beyond L2 (Zen 4)
 constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
 
-constexpr double kMostProducts =
-    0.7;  // of direct convolution's that phases may take, or transforms cost what they save
-constexpr double kMostAgain = 1.25;  // of direct convolution's products that overlapping bands may take
-constexpr double kSmallCall = 200e3;  // vector multiply-adds: over before torch's convolution has begun
+constexpr double kMostProducts = 0.7;    // of direct convolution's, for phases: or transforms cost what they save
+constexpr double kMostAgain = 1.25;      // of direct convolution's products that overlapping bands may take
+constexpr double kSmallCall = 200e3;     // vector multiply-adds: over before torch's convolution has begun
 constexpr double kCostPerThread = 12e3;  // vector multiply-adds: below, waking a second thread costs more than it saves
 
 // ---- costs: vector multiply-adds ------------------------------------------------------------------------------------
-constexpr double kStoreSum =
-    8;  // of a tile, to memory: zeroing, an addition, a store, its share of the call (measured: 4 cycles)
-constexpr double kPoolSum = 3;       // of a sum in a register: an addition, a maximum, its share of a store
-constexpr double kPoolPixel = 3;     // a load, a maximum, and the sum that shows a NaN
-constexpr double kWriteOut = 10;     // a pooled vector: store, load again, transpose, store
-constexpr double kCopy = 3;          // a vector of the input: load and store
-constexpr double kTranspose = 6;     // the same, with its share of a square's shuffles
-constexpr double kFarElement = 4;    // its share of a line of another image, from beyond L2, unexpected by prefetchers
-constexpr double kWinogradMove = 5;  // a position's vector of inputs or outputs: a load, some additions, a store
-constexpr double kWinogradPack = 2;  // of the weight, which is transformed first
-constexpr double kPhasesIn = 4;      // a transformed vector of the input: a load, a store, its share of additions
+constexpr double kStoreSum = 8;            // of a tile, to memory: zeroing, an addition, a store, its share of the call
+constexpr double kPoolSum = 3;             // of a sum in a register: an addition, a maximum, its share of a store
+constexpr double kPoolPixel = 3;           // a load, a maximum, and the sum that shows a NaN
+constexpr double kWriteOut = 10;           // a pooled vector: store, load again, transpose, store
+constexpr double kCopy = 3;                // a vector of the input: load and store
+constexpr double kTranspose = 6;           // the same, with its share of a square's shuffles
+constexpr double kWinogradMove = 5;        // a position's vector of inputs or outputs: a load, some additions, a store
+constexpr double kWinogradPack = 2;        // of the weight, which is transformed first
+constexpr double kPhasesIn = 4;            // a transformed vector of the input: a load, a store, its share of additions
 constexpr double kDepthwiseProduct = 1.2;  // a load besides each multiply-add, which waits for it
 constexpr double kPackWeight = 6;          // a vector of the weight, transposed
 constexpr double kMatrixProduct = 16;  // of a matrix unit: cycles on Sapphire Rapids, in halves of which vectors start
@@ -57,8 +53,7 @@ constexpr int64_t kFewAdditions = 16;        // to a sum, after which rounding w
 constexpr int64_t kEnoughVectors = 4;        // sums under a pixel that keep the multipliers busy
 constexpr int64_t kPartPixels = 8;           // conv pixels of a thread's part for each that its neighbour has too
 
-// ---- backward: costs in multiplied vectors, each in both gradients (0.5 ns on Sapphire Rapids, where they were
-// measured) --
+// ---- backward: costs in multiplied vectors, each in both gradients (measured on Sapphire Rapids) -------------------
 constexpr double kListed = 23;        // a vector of gradients put into two lists: transposed, compressed, stored
 constexpr double kImageVector = 6;    // of the input and its gradient, moved in and out
 constexpr double kPixelVector = 5;    // of the runs under a pixel, read, added to and written
@@ -72,8 +67,7 @@ constexpr double kPutRow = 16;       // taps: what a row of windows takes beside
 constexpr int64_t kTapsInputs = 16;  // taps: input channels, at most: more leave L1 between output channels
 constexpr int64_t kTapsDepth = 128;  // taps: products of an output, at most; their sums have to stay in L1
 
-// ---- backward by stock: where the sweep (benchmarks/sweep.py) found torch faster
-// --------------------------------------
+// ---- backward by stock: where the sweep (benchmarks/sweep.py) found torch faster -----------------------------------
 constexpr int64_t kLargeWeight = 1 << 18;   // elements that leave the cache with each image
 constexpr int64_t kFewWinners = 32;         // of an image and output channel, for which such a weight is read
 constexpr int64_t kFewImages = 4;           // with fewer, torch's own overhead is not made up for

@@ -22,11 +22,11 @@ template <class C, class T>
 void part_row(const T* row, Inside columns, int64_t places, int64_t run, C* to) {
   fill_zeros(to, places * run);
   if (columns.last <= columns.first) return;
-  int64_t place[2 * kMostPhases];
-  for (int64_t i = 0; i < places; ++i) {
-    place[i] = (columns.first + i) % places * run + (columns.first + i) / places;
-  }
-  part_columns(row + columns.first, columns.last - columns.first, places, to, [&](int64_t i) { return place[i]; });
+  const int64_t first = columns.first % places, pair = columns.first / places;
+  part_columns(row + columns.first, columns.last - columns.first, places, to, [=](int64_t i) {
+    const int64_t place = first + i;
+    return place < places ? place * run + pair : (place - places) * run + pair + 1;
+  });
 }
 
 template <class T>
@@ -133,24 +133,21 @@ void transform_band(const ConvCall<T>& call, const Band& band, int64_t image, co
   const ConvLayout& layout = call.input_layout;
   const PhasesPlan& plan = call.plan->phases;
   const DirectPlan& shape = plan.direct;
-  const int64_t (&extent)[3] = shape.band.input;
   const bool channels_last = shape.channels_last;
-  const Inside columns = overlap(band.input[2], extent[2], g.input[2]);
+  const Inside columns = overlap(band.input[2], shape.band.input[2], g.input[2]);
   const T* const from = call.input + image * layout.n + band.group * g.in_channels * layout.c;
   for (int64_t c = 0; c < (channels_last ? 1 : g.in_channels); ++c) {
-    for (int64_t d = 0; d < extent[0]; ++d) {
-      for (int64_t h = 0; h < extent[1]; ++h) {
-        if (!g.meets(0, d) || !g.meets(1, h)) continue;
-        const int64_t z = band.input[0] + d, y = band.input[1] + h;
-        C* const to = copy + c * shape.channel_step + d * shape.step[0] + h * shape.step[1];
-        if (z < 0 || z >= g.input[0] || y < 0 || y >= g.input[1]) {
-          for (int64_t p = 0; p < plan.positions; ++p) fill_zeros(to + p * plan.position_step, shape.step[1]);
-          continue;
-        }
-        const T* row = from + c * layout.c + z * layout.d[0] + y * layout.d[1] + band.input[2] * layout.d[2];
-        channels_last ? transform_pixels(call, row, columns, pad, to) : transform_row(call, row, columns, memory, to);
+    for_each_input_row(g, layout, shape.band, band, [&](int64_t d, int64_t h, bool inside, int64_t at) {
+      C* const to = copy + c * shape.channel_step + d * shape.step[0] + h * shape.step[1];
+      const T* row = from + c * layout.c + at + band.input[2] * layout.d[2];
+      if (!inside) {
+        for (int64_t p = 0; p < plan.positions; ++p) fill_zeros(to + p * plan.position_step, shape.step[1]);
+      } else if (channels_last) {
+        transform_pixels(call, row, columns, pad, to);
+      } else {
+        transform_row(call, row, columns, memory, to);
       }
-    }
+    });
   }
 }
 

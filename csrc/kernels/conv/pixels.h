@@ -93,55 +93,41 @@ class PixelsForward {
 
   void copy_band() {
     const ConvLayout& layout = call_.input_layout;
-    const int64_t (&extent)[3] = plan_.band.input;
-    const Inside columns = overlap(band_.input[2], extent[2], g_.input[2]);
+    const Inside columns = overlap(band_.input[2], plan_.band.input[2], g_.input[2]);
     const int64_t count = columns.last - columns.first, images = plan_.band.images;
     const T* const from = call_.input + band_.image * layout.n + band_.group * g_.in_channels * layout.c +
                           (band_.input[2] + columns.first) * layout.d[2];
-    const int64_t channels = g_.in_channels, row_size = plan_.step[1];
+    const int64_t channels = g_.in_channels;
     // The padding beside rows stays as it is while bands lie alike.
     const bool alike = columns.first == zeroed_.first && columns.last == zeroed_.last && band_.images == zeroed_images_;
     zeroed_ = columns;
     zeroed_images_ = band_.images;
-    for (int64_t d = 0; d < extent[0]; ++d) {
-      for (int64_t h = 0; h < extent[1]; ++h) {
-        if (!g_.meets(0, d) || !g_.meets(1, h)) continue;
-        const int64_t z = band_.input[0] + d, y = band_.input[1] + h;
-        C* const to = copy_ + d * plan_.step[0] + h * plan_.step[1];
-        const bool inside = z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1] && count > 0;
-        for (int64_t c = 0; c < channels && !inside; ++c) fill_zeros(to + c * plan_.channel_step, row_size);
-        if (!inside) continue;
-        for (int64_t c = 0; c < channels && !alike; ++c) fill_beside(columns, to + c * plan_.channel_step);
-        const T* row = from + z * layout.d[0] + y * layout.d[1];
-        if (layout.d[2] != 1 && images == 1) {  // channels last: pixels that lie side by side in the copy
-          for (int64_t r = 0; r < smaller(plan_.residues, count); ++r) {
-            if (!g_.meets(2, columns.first + r)) continue;
-            transpose_matrix(row + r * layout.d[2], plan_.residues * layout.d[2],
-                             divide_up(count - r, plan_.residues), channels, to + places_in_row_[columns.first + r],
-                             plan_.channel_step);
-          }
-          continue;
-        }
-        if (layout.d[2] != 1) {  // or a pixel of many images
-          for (int64_t x = 0; x < count; ++x) {
-            if (!g_.meets(2, columns.first + x)) continue;
-            transpose_matrix(row + x * layout.d[2], layout.n, band_.images, channels,
-                             to + places_in_row_[columns.first + x], plan_.channel_step);
-          }
-          continue;
-        }
-        for (int64_t c = 0; c < channels; ++c, row += layout.c) {
-          C* const at = to + c * plan_.channel_step;
-          const int64_t* const places = places_in_row_ + columns.first;
-          const auto place = [=](int64_t x) __attribute__((always_inline)) { return places[x]; };
-          if (images > 1) {
-            transpose_to_places(row, layout.n, band_.images, count, at, place);
-          } else {
-            part_columns(row, count, plan_.residues, at, place);
-          }
-        }
+    for_each_input_row(g_, layout, plan_.band, band_, [&](int64_t d, int64_t h, bool is_inside, int64_t place) {
+      C* const to = copy_ + d * plan_.step[0] + h * plan_.step[1];
+      if (!is_inside || count <= 0) {
+        for (int64_t c = 0; c < channels; ++c) fill_zeros(to + c * plan_.channel_step, plan_.step[1]);
+        return;
       }
-    }
+      for (int64_t c = 0; c < channels && !alike; ++c) fill_beside(columns, to + c * plan_.channel_step);
+      const T* row = from + place;
+      const int64_t* const places = places_in_row_ + columns.first;
+      if (layout.d[2] != 1) {  // channels last: a pixel of many images, or pixels that lie side by side in the copy
+        const int64_t apart = images > 1 ? 1 : plan_.residues;
+        for (int64_t x = 0; x < (images > 1 ? count : smaller(apart, count)); ++x) {
+          if (!g_.meets(2, columns.first + x)) continue;
+          transpose_matrix(row + x * layout.d[2], images > 1 ? layout.n : apart * layout.d[2],
+                           images > 1 ? band_.images : divide_up(count - x, apart), channels, to + places[x],
+                           plan_.channel_step);
+        }
+        return;
+      }
+      const auto place_in_row = [=](int64_t x) __attribute__((always_inline)) { return places[x]; };
+      for (int64_t c = 0; c < channels; ++c, row += layout.c) {
+        C* const at = to + c * plan_.channel_step;
+        images > 1 ? transpose_to_places(row, layout.n, band_.images, count, at, place_in_row)
+                   : part_columns(row, count, plan_.residues, at, place_in_row);
+      }
+    });
   }
 
   void start_block() {

@@ -27,12 +27,10 @@ struct Planner {
   double conv_pixels() const {  // of all images
     return static_cast<double>(g.batch) * g.conv[0] * g.conv[1] * g.conv[2];
   }
-  double input_bytes() const { return inputs() * g.groups * g.in_channels * request.element_bytes; }
   double outputs() const { return static_cast<double>(g.batch) * g.output[0] * g.output[1] * g.output[2]; }
-  double inputs() const { return static_cast<double>(g.batch) * g.input[0] * g.input[1] * g.input[2]; }
-  // Of them those in slices and rows (of columns too: `dims` 3) that strides do not skip.
+  // Pixels of the input in slices and rows (with `dims` 3, columns) that strides do not skip.
   double inputs_met(int dims) const {
-    double met = inputs();
+    double met = static_cast<double>(g.batch) * g.input[0] * g.input[1] * g.input[2];
     for (int d = 0; d < dims; ++d) {
       int64_t count = 0;
       for (int64_t at = 0; at < g.stride[d]; ++at) count += g.meets(d, at);
@@ -319,7 +317,7 @@ ConvPlan plan_direct(const Planner& p) {
 
 bool phases_apply(const ConvPoolGeometry& g) {
   const int64_t taps = divide_up(g.kernel[2], g.stride[2]);  // of the first phase
-  return g.dilation[2] == 1 && g.kernel[2] > g.stride[2] && g.stride[2] <= kMostPhases && g.conv[2] > 1 &&
+  return g.dilation[2] == 1 && g.kernel[2] > g.stride[2] && g.stride[2] <= 4 && g.conv[2] > 1 &&
          divide_up(taps, kMostTaps) * g.stride[2] <= kMostPieces;
 }
 
@@ -577,10 +575,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   const int64_t square_rows = std::min(p.lanes, images > 1 ? images : x.run);
   const int64_t columns = std::min(p.lanes, turned ? g.in_channels : images > 1 ? x.band.input[2] : x.residues);
   const bool transposed = turned || images > 1 || x.residues > 2;
-  const bool is_far = images > 1 && !turned && p.input_bytes() > tuned::kFarBytes;
-  const double move = (transposed ? tuned::kTranspose * p.lanes / static_cast<double>(square_rows * columns)
-                                  : tuned::kCopy * static_cast<double>(x.residues) / p.lanes) +
-                      (is_far ? tuned::kFarElement : 0);
+  const double move = transposed ? tuned::kTranspose * p.lanes / static_cast<double>(square_rows * columns)
+                                 : tuned::kCopy * static_cast<double>(x.residues) / p.lanes;
   const double moves = p.inputs_met(turned ? 3 : 2) * g.in_channels * move;
   const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * x.band.column_bands *
                           (x.joins_rows ? x.band.row_bands : g.output[1]);
@@ -650,7 +646,8 @@ ConvPlan plan_depthwise(const Planner& p) {
   plan.scratch_size = memory.bytes();
   const double vectors = divide_up(g.out_channels, p.lanes);
   const double move = p.request.input_channels_last ? tuned::kCopy : tuned::kTranspose;
-  plan.cost = vectors * (computed_again(g, d.band) * p.conv_pixels() * g.taps() * tuned::kDepthwiseProduct + p.inputs_met(2) * move) +
+  plan.cost = vectors * (computed_again(g, d.band) * p.conv_pixels() * g.taps() * tuned::kDepthwiseProduct +
+                         p.inputs_met(2) * move) +
               channel_rest(joined);
   return plan;
 }
@@ -716,13 +713,14 @@ bool stock_wins(const Planner& p, const ConvPlan& best) {
   if (g.groups > 1 && p.request.input_channels_last && g.in_channels * g.out_channels < p.lanes) {
     return best.algorithm != ForwardAlgorithm::depthwise;
   }
-  const bool is_plain = best.algorithm == ForwardAlgorithm::direct || best.algorithm == ForwardAlgorithm::pixels;
-  const BandPlan& band = best.algorithm == ForwardAlgorithm::direct ? best.direct.band : best.pixels.band;
-  if (is_plain && g.in_channels >= 2 * p.lanes && computed_again(g, band) > tuned::kMostAgain) return true;
-  const bool has_pairs = best.algorithm == ForwardAlgorithm::direct && best.direct.elements == Elements::pairs;
+  const bool is_direct = best.algorithm == ForwardAlgorithm::direct,
+             is_pixels = best.algorithm == ForwardAlgorithm::pixels;
+  const double again = is_direct || is_pixels ? computed_again(g, is_direct ? best.direct.band : best.pixels.band) : 0;
+  if (again > tuned::kMostAgain && g.in_channels >= 2 * p.lanes) return true;
+  const bool has_pairs = is_direct && best.direct.elements == Elements::pairs;
   if ((g.kernel[0] > 1 || has_pairs) && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;
   const bool is_product = g.taps() == 1 && g.in_channels >= 4 * p.lanes;
-  return best.algorithm == ForwardAlgorithm::direct && is_product && (g.input[0] == 1 || g.stride[2] > 1 || !p.request.input_channels_last);
+  return is_direct && is_product && (g.input[0] == 1 || g.stride[2] > 1 || !p.request.input_channels_last);
 }
 
 // By a single thread: the choice must not depend on the number of threads, nor with it the order of sums.

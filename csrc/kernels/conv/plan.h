@@ -74,7 +74,7 @@ struct DirectPlan {
 };
 
 constexpr int kMostTaps = 4, kMostPoints = kMostTaps + 1;  // of a piece of a kernel's row
-constexpr int kMostPieces = 8, kMostPhases = 4;
+constexpr int kMostPieces = 8;
 
 // Columns of the kernel, a stride apart.
 struct KernelPiece {
