@@ -98,7 +98,7 @@ def measure(case: Case, direction: str, dtype: torch.dtype, seconds: float) -> l
         runners = {name: prepare(name, problem) for name in (*_STOCK, "fastnn")}
         ours = runners["fastnn channels_last"] = in_channels_last(problem, problem.fused)
         if ours is not None:
-            problem.check(ours)
+            problem.check(ours, runners["channels_last"])
         served = {name: run for name, run in runners.items() if run is not None}
         for longer in (1, _LOOK_AGAIN):
             timings = interleave(served, longer * seconds, rounds=3 * longer)
