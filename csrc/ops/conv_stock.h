@@ -25,11 +25,23 @@ inline StockConvolution stock_convolution(const ConvPoolGeometry& g, int64_t dim
   return {given(g.stride), given(g.padding), given(g.dilation), g.groups};
 }
 
+inline bool same_layout(const ConvLayout& one, const ConvLayout& other) {
+  return one.n == other.n && one.c == other.c && std::equal(one.d, one.d + 3, other.d);
+}
+
 // max_pool(relu(input)) of dense images: a convolution of groups of one channel, whose weights are 1. Of the geometry,
 // the sizes of `conv` and the pooling count.
 template <class T>
 void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, const T* input,
                    const ConvLayout& layout, T* output, const ConvLayout& output_layout, uint8_t* winners) {
+  if (pool.pools_nothing() && same_layout(layout, output_layout)) {
+    const int64_t count = pool.batch * pool.groups * pool.out_channels * pool.pixels();
+    return parallel_chunks(std::min(useful_threads(2.0 * count), std::max<int64_t>(count, 1)), count,
+                           [&](int64_t, int64_t first, int64_t last) {
+                             kernels.rectify(input + first, last - first, output + first,
+                                             winners ? winners + first : nullptr);
+                           });
+  }
   ConvPoolGeometry g = pool;
   g.groups = pool.groups * pool.out_channels;
   g.in_channels = g.out_channels = 1;
@@ -73,11 +85,11 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
 template <class T>
 bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t dims) {
   const ConvPoolGeometry& g = call.geometry;
-  constexpr int64_t kBytes = 1 << 20;  // of the convolution's output at a time: what L2 holds
+  const int64_t bytes = torch::stable::get_num_threads() << 20;  // of the convolution's output at a time: what L2s hold
   const int64_t size = sizeof(T), channels = g.groups * g.out_channels;
   const int64_t conv = channels * g.conv[0] * g.conv[1] * g.conv[2] * size, weights = channels * g.depth() * size;
   // The library brings the weight into an order of its own at each call.
-  const int64_t images = std::min(g.batch, std::max<int64_t>(1, std::max(kBytes, 4 * weights) / conv));
+  const int64_t images = std::min(g.batch, std::max<int64_t>(1, std::max(bytes, 4 * weights) / conv));
   const Tensor weight = images_over(call.weight, channels, g.in_channels, g.kernel, call.weight_layout, dims);
   std::optional<Tensor> bias;
   if (call.bias) bias = tensor_over(call.bias, {channels}, {1});

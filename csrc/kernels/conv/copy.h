@@ -59,8 +59,7 @@ FASTNN_INLINE void copy_row(bool is_inside, Inside columns, int64_t extent, int6
   fill_zeros(to + columns.last * pixel, (extent - columns.last) * pixel);
 }
 
-// Calls body(slice, row, is inside, its place in the input) for each row of the input under a band but those that
-// strides skip.
+// Calls body(slice, row, is inside, place in the input) for each input row under a band that strides do not skip.
 template <class Body>
 FASTNN_INLINE void for_each_input_row(const ConvPoolGeometry& g, const ConvLayout& layout, const BandPlan& plan,
                                       const Band& band, const Body& body) {
@@ -151,6 +150,23 @@ FASTNN_INLINE void copy_out(const C* from, int64_t count, T* to) {
 }
 FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
   if (count > 0) __builtin_memcpy(to, from, count);
+}
+
+// ReLU and winners of conv pixels of which each is a window, whatever their order.
+template <class T>
+void rectify(const T* from, int64_t count, T* to, uint8_t* winners) {
+  using C = Compute<T>;
+  constexpr int64_t vectors = 16, most = vectors * kLanes<C>;
+  C pixels[most] = {}, best[most];
+  uint8_t places[most];
+  const C* const place = pixels;
+  for (int64_t first = 0; first < count; first += most) {
+    const int64_t some = smaller(most, count - first);
+    copy_run(from + first, some, pixels);
+    pool_windows<C>({&place, 1, kLanes<C>, kLanes<C>, vectors, 1}, best, winners ? places : nullptr);
+    copy_out(best, some, to + first);
+    if (winners) copy_out(places, some, winners + first);
+  }
 }
 
 // `channels` of `count` pooled pixels, [pixel][pitch], to the output from `at` on.

@@ -68,14 +68,12 @@ constexpr int64_t kTapsInputs = 16;  // taps: input channels, at most: more leav
 constexpr int64_t kTapsDepth = 128;  // taps: products of an output, at most; their sums have to stay in L1
 
 // ---- backward by stock: where the sweep (benchmarks/sweep.py) found torch faster -----------------------------------
-constexpr int64_t kLargeWeight = 1 << 18;   // elements that leave the cache with each image
-constexpr int64_t kFewWinners = 32;         // of an image and output channel, for which such a weight is read
-constexpr int64_t kFewImages = 4;           // with fewer, torch's own overhead is not made up for
-constexpr int64_t kShortRuns = 2;           // vectors under a pixel, for which its list costs more than its products
-constexpr double kManyProducts = 2e7;       // with a matrix unit: products of a call
-constexpr double kProductsANumber = 150;    // and for each number that it moves
-constexpr int64_t kManyElements = 400'000;  // bfloat16 channels last: of the input, and at most
-constexpr int64_t kFewOutputs = 4;          // so many of the output for each of them
+constexpr int64_t kLargeWeight = 1 << 18;  // elements that leave the cache with each image
+constexpr int64_t kFewWinners = 32;        // of an image and output channel, for which such a weight is read
+constexpr int64_t kFewImages = 4;          // with fewer, torch's own overhead is not made up for
+constexpr int64_t kShortRuns = 2;          // vectors under a pixel, for which its list costs more than its products
+constexpr double kManyProducts = 2e7;      // with a matrix unit: products of a call
+constexpr double kProductsANumber = 150;   // and for each number that it moves
 
 }  // namespace tuned
 }  // namespace fastnn

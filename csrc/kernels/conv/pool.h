@@ -75,34 +75,20 @@ void pool_any(const Windows<C>& w, C* to, uint8_t* winners) {
   }
 }
 
-template <class C, bool with_winners>
+// Numbers of places that are compiled for themselves.
+template <class C, bool with_winners, int64_t... counts>
 FASTNN_SHARED void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
   bool done = false;
-  switch (w.count) {
-    case 1:
-      done = pool_finite<C, 1, with_winners>(w, to, winners);
-      break;
-    case 2:
-      done = pool_finite<C, 2, with_winners>(w, to, winners);
-      break;
-    case 3:
-      done = pool_finite<C, 3, with_winners>(w, to, winners);
-      break;
-    case 4:
-      done = pool_finite<C, 4, with_winners>(w, to, winners);
-      break;
-    case 9:
-      done = pool_finite<C, 9, with_winners>(w, to, winners);
-      break;
-    default:
-      done = pool_finite<C, 0, with_winners>(w, to, winners);
-  }
+  const bool known =
+      ((w.count == counts && ((done = pool_finite<C, counts, with_winners>(w, to, winners)), true)) || ...);
+  if (!known) done = pool_finite<C, 0, with_winners>(w, to, winners);
   if (!done) pool_any<C, with_winners>(w, to, winners);
 }
 
 template <class C>
 void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
-  winners ? pool_windows<C, true>(w, to, winners) : pool_windows<C, false>(w, to, nullptr);
+  winners ? pool_windows<C, true, 1, 2, 3, 4, 9>(w, to, winners)
+          : pool_windows<C, false, 1, 2, 3, 4, 9>(w, to, nullptr);
 }
 
 // The places of a window that lie on the convolution's output, along one dimension: [first, last).

@@ -33,6 +33,7 @@ struct ConvKernels {
   void (*run)(const ConvCall<T>&, int64_t first, int64_t last, void* scratch);
   // Whether all elements of input and weight are finite and so small that transforms cannot make infinities of them.
   bool (*is_moderate)(const ConvCall<T>&);
+  void (*rectify)(const T* from, int64_t count, T* to, uint8_t* winners);
 };
 
 using ConvKernelTable = PerDtype<ConvKernels>;

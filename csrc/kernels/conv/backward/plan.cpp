@@ -264,10 +264,7 @@ bool stock_pays(const Planner& p) {
   const double products = 2 * real(g.batch * g.pixels() * weight);
   const double numbers = real(g.groups * inputs + g.batch * g.groups * g.out_channels * p.conv);
   const bool many = products > tuned::kManyProducts && products > tuned::kProductsANumber * numbers;
-  if (p.machine.has_matrix && many) return true;
-  // Little but moving bfloat16, which we widen, between memory and cache.
-  return p.request.input_channels_last && g.taps() == 1 && g.groups == 1 && inputs >= tuned::kManyElements &&
-         g.batch * p.conv * g.out_channels <= tuned::kFewOutputs * inputs;
+  return p.machine.has_matrix && many;
 }
 
 ConvBackwardPlan plan_stock(const Planner& p) {
