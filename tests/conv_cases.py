@@ -216,6 +216,7 @@ CASES = {
     "3d_dilated": case((1, 3, 9, 10, 12), 5, (2, 3, 2), dilation=(2, 1, 3), padding=1, pool=(2, 3, 1), bias=False),
     "3d_slices_apart": case((1, 3, 11, 9, 9), 6, (1, 3, 3), stride=(2, 1, 1), pool=(2, 2, 2), pool_stride=(3, 2, 1)),
     "3d_1x1": case((2, 33, 5, 6, 5), 7, (1, 1, 1), pool=3, pool_stride=1, pool_padding=1, pool_dilation=(1, 2, 1)),
+    "3d_1x1_strided": case((2, 9, 7, 9, 8), 6, (1, 1, 1), stride=(2, 1, 3), pool=(1, 2, 1)),
     # Groups of one channel.
     "depthwise": case((2, 37, 12, 13), 37, (3, 3), padding=1, groups=37),
     "depthwise_strided": case((2, 16, 21, 22), 16, (5, 4), stride=(2, 3), padding=2, groups=16, **OVERLAPPING),

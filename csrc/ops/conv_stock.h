@@ -81,10 +81,50 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
   run_planned<T>(kernels, call, plan_for(key), nullptr);
 }
 
+// Whether a kernel of one position strides over most of its input.
+inline bool skips_pixels(const ConvPoolGeometry& g) {
+  bool skips = g.stride[0] * g.stride[1] * g.stride[2] > 1 && g.taps() == 1;
+  for (int d = 0; d < 3; ++d) skips = skips && g.padding[d] == 0;
+  return skips;
+}
+
+// The pixels of contiguous images that such a kernel meets, as images of their own, of which it skips none: the library
+// would move all. Geometry and layout become theirs.
+template <class T>
+Tensor met_pixels(const T* images, ConvPoolGeometry& g, ConvLayout& layout) {
+  const int64_t planes = g.batch * g.groups * g.in_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
+  Tensor met = new_tensor({planes, pixels}, kDtypeOf<T>);
+  T* const to = mutable_data<T>(met);
+  parallel_chunks(std::min(useful_threads(4.0 * planes * pixels), planes), planes,
+                  [&](int64_t, int64_t first, int64_t last) {
+                    T* next = to + first * pixels;
+                    for (int64_t plane = first; plane < last; ++plane) {
+                      for (int64_t row = 0; row < g.conv[0] * g.conv[1]; ++row) {
+                        const T* from = images + plane * layout.c + row / g.conv[1] * g.stride[0] * layout.d[0] +
+                                        row % g.conv[1] * g.stride[1] * layout.d[1];
+                        for (int64_t x = 0; x < g.conv[2]; ++x) *next++ = from[x * g.stride[2]];
+                      }
+                    }
+                  });
+  for (int d = 0; d < 3; ++d) {
+    g.stride[d] = 1;
+    g.input[d] = g.conv[d];
+  }
+  layout = {g.groups * g.in_channels * pixels, pixels, {g.conv[1] * g.conv[2], g.conv[2], 1}};
+  return met;
+}
+
 // False, having done nothing, where an autocast that is on would have the convolution round.
 template <class T>
 bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t dims) {
-  const ConvPoolGeometry& g = call.geometry;
+  ConvPoolGeometry g = call.geometry;
+  ConvLayout layout = call.input_layout;
+  const T* from = call.input;
+  Tensor met;
+  if (layout.d[2] == 1 && skips_pixels(g)) {
+    met = met_pixels<T>(from, g, layout);
+    from = data<T>(met);
+  }
   const int64_t bytes = torch::stable::get_num_threads() << 20;  // of the convolution's output at a time: what L2s hold
   const int64_t size = sizeof(T), channels = g.groups * g.out_channels;
   const int64_t conv = channels * g.conv[0] * g.conv[1] * g.conv[2] * size, weights = channels * g.depth() * size;
@@ -96,8 +136,8 @@ bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t d
   for (int64_t first = 0; first < g.batch; first += images) {
     ConvPoolGeometry some = g;
     some.batch = std::min(images, g.batch - first);
-    const Tensor input = images_over(call.input + first * call.input_layout.n, some.batch, g.groups * g.in_channels,
-                                     g.input, call.input_layout, dims);
+    const Tensor input =
+        images_over(from + first * layout.n, some.batch, g.groups * g.in_channels, g.input, layout, dims);
     const Tensor result = convolution(input, weight, bias, stock_convolution(g, dims));
     if (result.scalar_type() != kDtypeOf<T>) return false;
     const PlainImages convolved(result);
