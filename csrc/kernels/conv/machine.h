@@ -20,8 +20,8 @@ constexpr int64_t kMeetingBytes = 2048;       // pixels so far apart share two s
 constexpr int64_t kDeepBandBytes = 1 << 20;   // of a band's copy and sums where the weight is what has to stay near
 constexpr int64_t kFarWeightBytes = 4 << 20;  // of a packed weight that no L2 holds
 constexpr int64_t kMostPackedBytes = 24 << 20;  // of a transformed weight: more, each band would read from memory
+constexpr int64_t kStreamBytes = 1 << 10;       // of a pixel, side by side, that are read as one stream with the next's
 constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
-
 constexpr double kMostProducts = 0.7;    // of direct convolution's, for phases: or transforms cost what they save
 constexpr double kMostAgain = 1.25;      // of direct convolution's products that overlapping bands may take
 constexpr double kSmallCall = 200e3;     // vector multiply-adds: over before torch's convolution has begun

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstddef>
 
-#include "planner.h"
+#include "machine.h"
 
 namespace fastnn {
 namespace {
@@ -22,12 +22,11 @@ struct Planner {
   int64_t lanes = machine.vector_bytes / compute_bytes;
   int64_t most_rows = machine.vector_bytes == 64 ? 14 : 6;  // of a register tile
   int64_t block = 2 * lanes;                                // output channels
-  int64_t longest_sum = planner::longest_sum(machine);
+  int64_t longest_sum = machine.longest_sum();
 
   double conv_pixels() const {  // of all images
     return static_cast<double>(g.batch) * g.conv[0] * g.conv[1] * g.conv[2];
   }
-  double outputs() const { return static_cast<double>(g.batch) * g.output[0] * g.output[1] * g.output[2]; }
   // Pixels of the input in slices and rows (with `dims` 3, columns) that strides do not skip.
   double inputs_met(int dims) const {
     double met = static_cast<double>(g.batch) * g.input[0] * g.input[1] * g.input[2];
@@ -40,17 +39,12 @@ struct Planner {
   }
 };
 
-// Memory as `Parts` gives it out.
-class Memory {
- public:
+struct Memory {  // as `Parts` gives it out
+  int64_t bytes = 0;
   Memory& take(int64_t count, int64_t element) {
-    bytes_ += round_up(count * element, 64);
+    bytes += round_up(count * element, 64);
     return *this;
   }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  int64_t bytes_ = 0;
 };
 
 // ---- bands --------------------------------------------------------------------------------------------------------
@@ -106,8 +100,7 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
   for (int64_t parts = divide_up(g.output[2], widest); parts <= g.output[2]; parts *= 2) {
     const int64_t width = divide_up(g.output[2], parts);
     const int64_t height = largest(g.output[1], [&](int64_t n) { return admits(n, width); });
-    band.rows = height;
-    band.columns = width;
+    admits(height, width);
     if (const double again = computed_again(g, band); again < least) {
       least = again;
       rows = height;
@@ -198,7 +191,8 @@ double channel_tiles(const Planner& p, int64_t pixels, int64_t outputs) {
 double channel_rest(const Planner& p) {
   const double vectors = divide_up(p.g.out_channels, p.lanes);
   const double write = p.request.output_channels_last ? tuned::kCopy : tuned::kWriteOut;
-  return vectors * (p.conv_pixels() * (tuned::kStoreSum + tuned::kPoolPixel) + p.outputs() * write);
+  return vectors * (p.conv_pixels() * (tuned::kStoreSum + tuned::kPoolPixel) +
+                    static_cast<double>(p.g.batch * p.g.pixels()) * write);
 }
 
 // Of a copy as the input lies: runs of channels, which fill no vector where groups are narrow, or rows of columns.
@@ -286,7 +280,7 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
   Memory memory;
   memory.take(d.copy_size, element).take(d.depth, 8);
   take_pool(p, d.band, d.ring, memory);
-  plan.scratch_size = memory.bytes();
+  plan.scratch_size = memory.bytes;
   const double rows = p.conv_pixels() / g.conv[2];
   double sums = channel_tiles(p, g.conv[2], g.out_channels) * d.depth;
   double copy = copy_cost(p);
@@ -381,7 +375,7 @@ ConvPlan plan_phases(const Planner& p) {
       .take(kMostPoints * f.pairs * p.block, 4)
       .take(f.positions * d.depth, 8);
   take_pool(p, d.band, d.ring, memory);
-  plan.scratch_size = memory.bytes();
+  plan.scratch_size = memory.bytes;
   const double rows = p.conv_pixels() / g.conv[2], vectors = divide_up(g.out_channels, p.lanes);
   const double pairs = divide_up(g.conv[2], 2);
   const double sums = channel_tiles(p, static_cast<int64_t>(pairs), g.out_channels) * d.depth * f.positions +
@@ -460,7 +454,7 @@ ConvPlan plan_winograd(const Planner& p) {
       .take(p.block, 4)
       .take(g.in_channels * g.kernel[0], 8);
   take_pool(p, w.band, w.ring, memory);
-  plan.scratch_size = memory.bytes();
+  plan.scratch_size = memory.bytes;
   const double all = static_cast<double>(g.batch) * g.output[0] * w.band.row_bands * w.tile_rows * w.band.column_bands *
                      w.tile_columns;
   const double sums = channel_tiles(p, tiles, g.out_channels) / tiles * positions;
@@ -562,7 +556,7 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
       .take(g.places(), pointer)
       .take(x.block, 4)
       .take(x.band.input[2], 8);
-  plan.scratch_size = memory.bytes();
+  plan.scratch_size = memory.bytes;
   const double band_rows = x.joins_rows ? x.band.row_bands : g.conv[1];
   const double rows = static_cast<double>(g.batch) / images * g.conv[0] * band_rows * x.band.column_bands;
   const double row_vectors = x.conv_run / p.lanes * used;
@@ -630,20 +624,24 @@ ConvPlan plan_depthwise(const Planner& p) {
   ConvPlan plan{};
   plan.algorithm = ForwardAlgorithm::depthwise;
   DepthwisePlan& d = plan.depthwise;
+  const int64_t blocks = divide_up(g.out_channels, p.block);
+  const bool streams = p.request.input_channels_last;
+  d.together = streams ? std::min(blocks, tuned::kStreamBytes / (p.block * p.compute_bytes)) : 1;
   d.band = choose_channel_band(joined, g.pool_extent(0) * g.pool_extent(1), [&](const BandPlan& band) {
-    return band.input[0] * band.input[1] * band.input[2] * p.block * p.compute_bytes <= tuned::kBandBytes;
+    const int64_t pixels = band.input[0] * band.input[1] * band.input[2];
+    return pixels * d.together * p.block * p.compute_bytes <= (streams ? tuned::kTransformedBytes : tuned::kBandBytes);
   });
   d.copy_size = d.band.input[0] * d.band.input[1] * d.band.input[2] * p.block;
   d.ring = ring_of(g, d.band, p.block);
-  const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, d.band);
+  const int64_t bands = bands_of(g, d.band);
   d.block_parts = block_parts(p, bands, blocks);
   plan.items = bands * d.block_parts;
   plan.pack_items = blocks;
   plan.packed_size = round_up(g.out_channels, p.lanes) * g.taps();
   Memory memory;
-  memory.take(d.copy_size, p.compute_bytes).take(g.taps(), 8);
+  memory.take(d.together * d.copy_size, p.compute_bytes).take(g.taps(), 8);
   take_pool(joined, d.band, d.ring, memory);
-  plan.scratch_size = memory.bytes();
+  plan.scratch_size = memory.bytes;
   const double vectors = divide_up(g.out_channels, p.lanes);
   const double move = p.request.input_channels_last ? tuned::kCopy : tuned::kTranspose;
   plan.cost = vectors * (computed_again(g, d.band) * p.conv_pixels() * g.taps() * tuned::kDepthwiseProduct +
@@ -713,14 +711,16 @@ bool stock_wins(const Planner& p, const ConvPlan& best) {
   if (g.groups > 1 && p.request.input_channels_last && g.in_channels * g.out_channels < p.lanes) {
     return best.algorithm != ForwardAlgorithm::depthwise;
   }
-  const bool is_direct = best.algorithm == ForwardAlgorithm::direct,
-             is_pixels = best.algorithm == ForwardAlgorithm::pixels;
+  const bool is_direct = best.algorithm == ForwardAlgorithm::direct;
+  const bool is_pixels = best.algorithm == ForwardAlgorithm::pixels;
   const double again = is_direct || is_pixels ? computed_again(g, is_direct ? best.direct.band : best.pixels.band) : 0;
   if (again > tuned::kMostAgain && g.in_channels >= 2 * p.lanes) return true;
   const bool has_pairs = is_direct && best.direct.elements == Elements::pairs;
   if ((g.kernel[0] > 1 || has_pairs) && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;
-  const bool is_product = g.taps() == 1 && g.in_channels >= 4 * p.lanes;
-  return is_direct && is_product && (g.input[0] == 1 || g.stride[2] > 1 || !p.request.input_channels_last);
+  if (g.taps() > 1 || g.in_channels < 4 * p.lanes) return false;
+  if (is_pixels)
+    return best.pixels.joins_rows && g.out_channels < tuned::kCopy;  // the copy costs more than the products
+  return is_direct && (g.input[0] == 1 || g.stride[2] > 1 || !p.request.input_channels_last);
 }
 
 // By a single thread: the choice must not depend on the number of threads, nor with it the order of sums.

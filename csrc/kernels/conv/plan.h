@@ -21,7 +21,19 @@ struct Machine {
   int64_t vector_bytes;
   bool has_pairs;   // multiplies vectors of pairs of bfloat16
   bool has_matrix;  // multiplies matrices of them
+  // Products that kernels sum in one go (kLongestSum in kernels/gemm.h).
+  int64_t longest_sum() const { return vector_bytes > 16 ? 128 : 64; }
 };
+
+// What both planners, forward's and backward's, count with.
+namespace planner {
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t multiple) {
+  return divide_up(a, multiple) * multiple;
+}
+}  // namespace planner
 
 // A band: the pooled pixels that are computed together, `rows` x `columns` of one slice of each of `images` images,
 // and what they need. Bands of the last row, column and image may be smaller.
@@ -135,7 +147,8 @@ struct DepthwisePlan {
   BandPlan band;
   RingPlan ring;
   int64_t block_parts;
-  int64_t copy_size;
+  int64_t together;   // blocks that are copied together
+  int64_t copy_size;  // elements of a block's copy
 };
 
 struct ConvPlan {

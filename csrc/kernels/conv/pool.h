@@ -75,8 +75,7 @@ void pool_any(const Windows<C>& w, C* to, uint8_t* winners) {
   }
 }
 
-// Numbers of places that are compiled for themselves.
-template <class C, bool with_winners, int64_t... counts>
+template <class C, bool with_winners, int64_t... counts>  // numbers of places that are compiled for themselves
 FASTNN_SHARED void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
   bool done = false;
   const bool known =

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../planner.h"
+#include "../machine.h"
 
 namespace fastnn {
 namespace {
@@ -22,7 +22,7 @@ struct Planner {
   const Machine& machine;
   int64_t compute_bytes = std::max<int64_t>(4, request.element_bytes);
   int64_t lanes = machine.vector_bytes / compute_bytes;
-  int64_t longest_sum = planner::longest_sum(machine);
+  int64_t longest_sum = machine.longest_sum();
   int64_t conv = g.conv[0] * g.conv[1] * g.conv[2];
 };
 
@@ -260,11 +260,10 @@ bool stock_pays(const Planner& p) {
   if (p.request.element_bytes != 2) return false;
   // Many products of bfloat16 for each number that has to be brought there: a matrix unit makes those of all pixels
   // sooner than we those of the winners.
-  const int64_t inputs = g.batch * g.in_channels * g.input[0] * g.input[1] * g.input[2];
   const double products = 2 * real(g.batch * g.pixels() * weight);
-  const double numbers = real(g.groups * inputs + g.batch * g.groups * g.out_channels * p.conv);
-  const bool many = products > tuned::kManyProducts && products > tuned::kProductsANumber * numbers;
-  return p.machine.has_matrix && many;
+  const double inputs = real(g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2]);
+  const double numbers = real(g.batch) * (inputs + real(g.groups * g.out_channels * p.conv));
+  return p.machine.has_matrix && products > tuned::kManyProducts && products > tuned::kProductsANumber * numbers;
 }
 
 ConvBackwardPlan plan_stock(const Planner& p) {
