@@ -23,7 +23,7 @@ _WHY = {
     "winograd": "3x3 kernels of stride 1: 16 multiplications in place of 36 for four pixels, in bfloat16 9 for four",
     "phases": "rows of a kernel longer than its stride: two pixels of r taps by r + 1 multiplications",
     "pixels": "few channels: pixels fill the vector's lanes",
-    "depthwise": "groups of one channel, channels last: channels fill the vector's lanes",
+    "depthwise": "groups of one channel: channels fill the vector's lanes",
     "direct": "output channels fill the vector's lanes",
     "stock": "torch's own convolution, some images at a time, with ReLU and max-pool in one pass behind it",
     "fused": "one call, sums stay in cache",

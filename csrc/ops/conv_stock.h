@@ -125,7 +125,8 @@ bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t d
     met = met_pixels<T>(from, g, layout);
     from = data<T>(met);
   }
-  const int64_t bytes = torch::stable::get_num_threads() << 20;  // of the convolution's output at a time: what L2s hold
+  const int64_t bytes = int64_t{torch::stable::get_num_threads()}
+                        << 20;  // of the convolution's output at a time: what L2s hold
   const int64_t size = sizeof(T), channels = g.groups * g.out_channels;
   const int64_t conv = channels * g.conv[0] * g.conv[1] * g.conv[2] * size, weights = channels * g.depth() * size;
   // The library brings the weight into an order of its own at each call.
