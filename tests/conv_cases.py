@@ -175,6 +175,7 @@ CASES = {
     "2x2_strided": case((2, 8, 16, 15), 24, (2, 2), stride=2),
     "3x3_strided": case((2, 20, 18, 35), 8, (3, 3), stride=(3, 2), groups=2, padding=1),
     "stride_beyond_kernel": case((2, 6, 16, 20), 7, (2, 2), stride=3, padding=1, pool=2),
+    "stride_beyond_input": case((2, 3, 9, 10), 5, (2, 1), stride=(1, 2**24), dilation=(3, 1), padding=(1, 0), pool=1),
     "5x5": case((2, 3, 14, 15), 10, (5, 5), padding=2, bias=False),
     "first_layer": case((1, 3, 45, 47), 40, (7, 7), stride=2, padding=3, **OVERLAPPING),
     "11x11_strided": case((1, 3, 47, 51), 34, (11, 11), stride=4, padding=2, pool=3, pool_stride=2),

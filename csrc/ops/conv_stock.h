@@ -81,11 +81,14 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
   run_planned<T>(kernels, call, plan_for(key), nullptr);
 }
 
-// Whether a kernel of one position strides over most of its input.
+// Whether a kernel of one position strides past some of its input.
 inline bool skips_pixels(const ConvPoolGeometry& g) {
-  bool skips = g.stride[0] * g.stride[1] * g.stride[2] > 1 && g.taps() == 1;
-  for (int d = 0; d < 3; ++d) skips = skips && g.padding[d] == 0;
-  return skips;
+  bool strides = false, pads = false;
+  for (int d = 0; d < 3; ++d) {
+    strides = strides || g.stride[d] > 1;
+    pads = pads || g.padding[d] > 0;
+  }
+  return g.taps() == 1 && strides && !pads;
 }
 
 // The pixels of contiguous images that such a kernel meets, as images of their own, of which it skips none: the library
@@ -125,8 +128,8 @@ bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t d
     met = met_pixels<T>(from, g, layout);
     from = data<T>(met);
   }
-  const int64_t bytes = int64_t{torch::stable::get_num_threads()}
-                        << 20;  // of the convolution's output at a time: what L2s hold
+  // Of the convolution's output at a time: what the threads' L2s hold.
+  const int64_t bytes = int64_t{torch::stable::get_num_threads()} << 20;
   const int64_t size = sizeof(T), channels = g.groups * g.out_channels;
   const int64_t conv = channels * g.conv[0] * g.conv[1] * g.conv[2] * size, weights = channels * g.depth() * size;
   // The library brings the weight into an order of its own at each call.

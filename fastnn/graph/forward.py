@@ -122,7 +122,7 @@ class Program:
                 reader = itemgetter(*names)
                 self.readers.append((own, reader, reader(own)))
         self.children = [(module._modules, list(module._modules.values())) for module in self.passed]
-        self.typed, self.kinds = list(read), list(map(type, read))
+        self.watched, self.kinds = list(read), list(map(type, read))
 
     def holds(self) -> bool:
         """Whether the module is as it was traced."""
@@ -137,7 +137,7 @@ class Program:
         for modules, values in self.children:
             if list(modules.values()) != values:
                 return False
-        return list(map(type, self.typed)) == self.kinds
+        return list(map(type, self.watched)) == self.kinds
 
 
 def _may_be_read(name: str) -> bool:

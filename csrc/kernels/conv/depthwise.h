@@ -70,7 +70,8 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
     offsets[k] = k / (g.kernel[1] * g.kernel[2]) * g.dilation[0] * step[0] +
                  k / g.kernel[2] % g.kernel[1] * g.dilation[1] * step[1] + k % g.kernel[2] * g.dilation[2] * step[2];
   }
-  fill_zeros(copies, layout.d[2] == 1 && g.out_channels % most ? plan.together * plan.copy_size : 0);
+  // A transpose leaves the lanes beyond the last channel as they are.
+  if (layout.d[2] == 1 && g.out_channels % most) fill_zeros(copies, plan.together * plan.copy_size);
   // All rows of some blocks' channels, row by row: each is a single stream from memory.
   const auto copy_blocks = [&](const Band& band, int64_t first_block, int64_t last_block) {
     const Inside inside = overlap(band.input[2], extent[2], g.input[2]);

@@ -8,7 +8,6 @@
 
 namespace fastnn {
 namespace tuned {
-
 // ---- memory: bytes -----------------------------------------------------------------------------------------------
 constexpr int64_t kBandBytes = 256 << 10;       // of a band's copy: half of the smallest L2 (Ice Lake client, 512 KB)
 constexpr int64_t kTransformedBytes = 1 << 20;  // of a band's transformed input and sums: Zen 4's L2
@@ -22,9 +21,9 @@ constexpr int64_t kFarWeightBytes = 4 << 20;  // of a packed weight that no L2 h
 constexpr int64_t kMostPackedBytes = 24 << 20;  // of a transformed weight: more, each band would read from memory
 constexpr int64_t kStreamBytes = 1 << 10;       // of a pixel, side by side, that are read as one stream with the next's
 constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another
-constexpr double kMostProducts = 0.7;    // of direct convolution's, for phases: or transforms cost what they save
-constexpr double kMostAgain = 1.25;      // of direct convolution's products that overlapping bands may take
-constexpr double kSmallCall = 200e3;     // vector multiply-adds: over before torch's convolution has begun
+constexpr double kMostProducts = 0.7;        // of direct convolution's, for phases: or transforms cost what they save
+constexpr double kMostTimesComputed = 1.25;  // so often a conv pixel may be computed, for bands that overlap
+constexpr double kSmallCall = 200e3;         // vector multiply-adds: over before torch's convolution has begun
 constexpr double kCostPerThread = 12e3;  // vector multiply-adds: below, waking a second thread costs more than it saves
 
 // ---- costs: vector multiply-adds ------------------------------------------------------------------------------------

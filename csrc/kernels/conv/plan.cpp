@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <numeric>
 
 #include "machine.h"
 
@@ -31,9 +32,8 @@ struct Planner {
   double inputs_met(int dims) const {
     double met = static_cast<double>(g.batch) * g.input[0] * g.input[1] * g.input[2];
     for (int d = 0; d < dims; ++d) {
-      int64_t count = 0;
-      for (int64_t at = 0; at < g.stride[d]; ++at) count += g.meets(d, at);
-      met *= static_cast<double>(count) / static_cast<double>(g.stride[d]);
+      const int64_t places = g.stride[d] / std::gcd(g.stride[d], g.dilation[d]);  // at most, for a long kernel
+      met *= static_cast<double>(std::min(g.kernel[d], places)) / static_cast<double>(g.stride[d]);
     }
     return met;
   }
@@ -59,14 +59,14 @@ void set_extents(const ConvPoolGeometry& g, BandPlan& band) {
 
 // How often a conv pixel is computed along a dimension cut into `bands`: windows that overlap have some in common with
 // the next band's.
-double computed_again(const ConvPoolGeometry& g, int d, int64_t bands) {
-  const int64_t beyond = std::max<int64_t>(0, g.pool_extent(d) - g.pool_stride[d]);
-  const int64_t own = g.output[d] * g.pool_stride[d];
-  return static_cast<double>(own + bands * beyond) / static_cast<double>(own + beyond);
+double times_computed(const ConvPoolGeometry& g, int d, int64_t bands) {
+  const double beyond = static_cast<double>(std::max<int64_t>(0, g.pool_extent(d) - g.pool_stride[d]));
+  const double own = static_cast<double>(g.output[d] * g.pool_stride[d]);
+  return (own + static_cast<double>(bands) * beyond) / (own + beyond);
 }
-double computed_again(const ConvPoolGeometry& g, const BandPlan& band) {
-  return computed_again(g, 0, g.output[0]) * computed_again(g, 1, divide_up(g.output[1], band.rows)) *
-         computed_again(g, 2, divide_up(g.output[2], band.columns));
+double times_computed(const ConvPoolGeometry& g, const BandPlan& band) {
+  return times_computed(g, 0, g.output[0]) * times_computed(g, 1, divide_up(g.output[1], band.rows)) *
+         times_computed(g, 2, divide_up(g.output[2], band.columns));
 }
 
 // As many columns of a row of `images` images as `fits` admits, and of them as many rows; fewer columns of more rows
@@ -96,13 +96,13 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
   };
   const int64_t widest = largest(g.output[2], [&](int64_t n) { return admits(1, n); });
   int64_t rows = 1, columns = 1;
-  double least = INFINITY;
+  double fewest = INFINITY;
   for (int64_t parts = divide_up(g.output[2], widest); parts <= g.output[2]; parts *= 2) {
     const int64_t width = divide_up(g.output[2], parts);
     const int64_t height = largest(g.output[1], [&](int64_t n) { return admits(n, width); });
     admits(height, width);
-    if (const double again = computed_again(g, band); again < least) {
-      least = again;
+    if (const double times = times_computed(g, band); times < fewest) {
+      fewest = times;
       rows = height;
       columns = width;
     }
@@ -290,7 +290,7 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
            tuned::kMatrixProduct;
   }
   if (by_runs && g.in_channels > 1 && !p.request.input_channels_last) copy *= tuned::kTranspose / tuned::kCopy;
-  plan.cost = g.groups * (computed_again(g, d.band) * rows * sums + channel_rest(p) + copy +
+  plan.cost = g.groups * (times_computed(g, d.band) * rows * sums + channel_rest(p) + copy +
                           packing_cost(p, static_cast<double>(weight_pairs)));
   return plan;
 }
@@ -389,7 +389,7 @@ ConvPlan plan_phases(const Planner& p) {
   // Slices and rows under several bands are transformed for each.
   const double input_rows = static_cast<double>(d.band.input[0] * d.band.input[1]) / (d.band.conv[0] * d.band.conv[1]);
   const double transform = input_rows * row_vectors * (part + tuned::kPhasesIn * f.positions);
-  plan.cost = g.groups * (computed_again(g, d.band) * rows * (sums + transform) + channel_rest(p) +
+  plan.cost = g.groups * (times_computed(g, d.band) * rows * (sums + transform) + channel_rest(p) +
                           packing_cost(p, d.depth * f.positions));
   return plan;
 }
@@ -574,9 +574,9 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   const double moves = p.inputs_met(turned ? 3 : 2) * g.in_channels * move;
   const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * x.band.column_bands *
                           (x.joins_rows ? x.band.row_bands : g.output[1]);
-  const double again = computed_again(g, 0, g.output[0]) * computed_again(g, 1, x.band.row_bands);
+  const double times = times_computed(g, 0, g.output[0]) * times_computed(g, 1, x.band.row_bands);
   const double per_sum = x.in_registers ? tuned::kPoolSum : tuned::kStoreSum + tuned::kPoolPixel;
-  const double sums = x.in_registers ? out_rows * (x.pitch / p.lanes) * g.places() : again * rows * row_vectors;
+  const double sums = x.in_registers ? out_rows * (x.pitch / p.lanes) * g.places() : times * rows * row_vectors;
   plan.cost =
       g.groups * (sums * (x.blocks * tile * x.depth + g.out_channels * per_sum) +
                   out_rows * (x.pitch / p.lanes) * g.out_channels * (images == 1 ? tuned::kCopy : tuned::kWriteOut) +
@@ -643,8 +643,8 @@ ConvPlan plan_depthwise(const Planner& p) {
   take_pool(joined, d.band, d.ring, memory);
   plan.scratch_size = memory.bytes;
   const double vectors = divide_up(g.out_channels, p.lanes);
-  const double move = p.request.input_channels_last ? tuned::kCopy : tuned::kTranspose;
-  plan.cost = vectors * (computed_again(g, d.band) * p.conv_pixels() * g.taps() * tuned::kDepthwiseProduct +
+  const double move = streams ? tuned::kCopy : tuned::kTranspose;
+  plan.cost = vectors * (times_computed(g, d.band) * p.conv_pixels() * g.taps() * tuned::kDepthwiseProduct +
                          p.inputs_met(2) * move) +
               channel_rest(joined);
   return plan;
@@ -713,13 +713,13 @@ bool stock_wins(const Planner& p, const ConvPlan& best) {
   }
   const bool is_direct = best.algorithm == ForwardAlgorithm::direct;
   const bool is_pixels = best.algorithm == ForwardAlgorithm::pixels;
-  const double again = is_direct || is_pixels ? computed_again(g, is_direct ? best.direct.band : best.pixels.band) : 0;
-  if (again > tuned::kMostAgain && g.in_channels >= 2 * p.lanes) return true;
+  const double times = is_direct || is_pixels ? times_computed(g, is_direct ? best.direct.band : best.pixels.band) : 0;
+  if (times > tuned::kMostTimesComputed && g.in_channels >= 2 * p.lanes) return true;
   const bool has_pairs = is_direct && best.direct.elements == Elements::pairs;
   if ((g.kernel[0] > 1 || has_pairs) && best.packed_size * p.compute_bytes > tuned::kFarWeightBytes) return true;
   if (g.taps() > 1 || g.in_channels < 4 * p.lanes) return false;
-  if (is_pixels)
-    return best.pixels.joins_rows && g.out_channels < tuned::kCopy;  // the copy costs more than the products
+  // Of so few outputs, the copy costs more than the products.
+  if (is_pixels) return best.pixels.joins_rows && g.out_channels < tuned::kCopy;
   return is_direct && (g.input[0] == 1 || g.stride[2] > 1 || !p.request.input_channels_last);
 }
 
