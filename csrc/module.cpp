@@ -10,6 +10,7 @@
 
 #include "kernels/probe.h"
 #include "kernels/team.h"
+#include "ops/bound_step.h"
 #include "ops/team_balance.h"
 #include "simd/isa.h"
 
@@ -71,6 +72,30 @@ std::vector<bool> team_choices(const std::vector<std::pair<double, double>>& cal
   return choices;
 }
 
+// Whether dicts' values and lists' items, one after another, are these very objects: a training step asks it of some
+// forty, which takes Python two microseconds.
+bool holds_same(const py::list& containers, const py::tuple& objects) {
+  Py_ssize_t next = 0;
+  const auto is_next = [&](PyObject* object) {
+    return next < PyTuple_GET_SIZE(objects.ptr()) && PyTuple_GET_ITEM(objects.ptr(), next++) == object;
+  };
+  for (const py::handle container : containers) {
+    if (PyDict_Check(container.ptr())) {
+      Py_ssize_t place = 0;
+      for (PyObject* value; PyDict_Next(container.ptr(), &place, nullptr, &value);) {
+        if (!is_next(value)) return false;
+      }
+    } else if (PyList_Check(container.ptr())) {
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container.ptr()); ++i) {
+        if (!is_next(PyList_GET_ITEM(container.ptr(), i))) return false;
+      }
+    } else {
+      return false;
+    }
+  }
+  return next == PyTuple_GET_SIZE(objects.ptr());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -118,6 +143,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("delays"), py::arg("rounds"), py::arg("things"),
       "Have threads that come after so many microseconds take rounds together, for tests: returns the outcome and how "
       "much each has done.");
+  m.def("holds_same", holds_same, py::arg("containers"), py::arg("objects"),
+        "Whether dicts' values and lists' items, one after another, are these very objects.");
+  m.def("release_training_step", fastnn::BoundSteps::release, py::arg("number"),
+        "Forget what fastnn::bind_training_step bound to this number.");
   m.def("team_choices", team_choices, py::arg("calls"),
         "Whether a team makes each call, if it takes so many nanoseconds by one thread or by a team, for tests.");
 }

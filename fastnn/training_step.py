@@ -4,6 +4,7 @@ where the loss is the caller's own."""
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
@@ -17,13 +18,24 @@ from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
 from fastnn.nn._hooks import has_own_call
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
-from fastnn.ops.training_step import training_step_backward_op, training_step_forward_op, training_step_op
-
-_call, _call_forward, _call_backward = (
-    op._op for op in (training_step_op, training_step_forward_op, training_step_backward_op)
+from fastnn.ops.training_step import (
+    bind_training_step_op,
+    bound_training_step_op,
+    holds_same,
+    release_training_step,
+    training_step_backward_op,
+    training_step_forward_op,
+    training_step_op,
 )
-_OF_PARAMETER = 14  # numbers: csrc/ops/training_step.cpp, StepNumbers
-_get_requires_grad, _get_flags = attrgetter("requires_grad"), attrgetter("requires_grad", "grad")
+
+_call, _call_bound, _call_forward, _call_backward, _bind = (
+    op._op
+    for op in (
+        *(training_step_op, bound_training_step_op, training_step_forward_op, training_step_backward_op),
+        bind_training_step_op,
+    )
+)
+_get_flags, _get_requires_grad = attrgetter("requires_grad", "grad"), attrgetter("requires_grad")
 
 
 class TrainingStep:
@@ -57,6 +69,7 @@ class TrainingStep:
         self._chain: Chain | None = None
         self._program: Program | None = None
         self._no_grad = torch.no_grad()  # made once: 0.5 us
+        self._release: Any = lambda: None  # what is bound
         self._forget()
         self._read()
         if strict and self._why:
@@ -73,19 +86,22 @@ class TrainingStep:
 
     def __call__(self, input: Any, target: Any) -> Tensor:
         """One step on a batch -> the loss, as it was before the step."""
-        states = self._states_now() if self._is_due(input, target) else None
-        if states is None:
+        if not (self._is_due(input, target) and self._is_bound()):
             return self._ordinary(input, target)
         assert self._chain is not None
+        gradients: Sequence[Tensor] = ()
         try:
             if self._loss_why or (self._chain.log_softmax == -1 and target.dim() > 1):
-                loss, gradients = self._in_two_calls(input, target, states)
-            else:
+                loss, gradients = self._in_two_calls(input, target)
+            elif self.keep_gradients:
                 with self._no_grad:
                     loss, gradients = _call(
-                        input, target, self._parameters, states, self._chain.text, self._loss_weight, self._numbers,
-                        self.keep_gradients,
+                        input, target, self._parameters, self._states, self._chain.text, self._loss_weight,
+                        self._layout, self._numbers, True,
                     )  # fmt: skip
+            else:
+                with self._no_grad:
+                    loss = _call_bound(input, target, self._bound, self._numbers)
         except _OtherLeavesError:
             self._undo()
             self._chain = self._program = None
@@ -131,16 +147,22 @@ class TrainingStep:
 
     def _forget(self) -> None:
         """Drops what was made of the parameters, and of the optimizer's settings and state."""
-        self._key: Any = None  # of what it was made: see _key_of
-        self._optimizer_state: Any = None  # likewise, held so that no other dict takes its place in memory
+        self._release()
+        # Of what it was made: tensors (see _containers), whether they require grad, max_norm, the groups' settings.
+        self._parameter_dicts: list[dict[str, Any]] = []
+        self._objects: tuple[Any, ...] = (None,)  # which nothing holds
+        self._flags: list[Any] = []
+        self._bound_norm: float | None = None
+        self._settings: list[Any] = []
         self._numbers: Tensor | None = None
         self._parameters: list[Tensor] = []
-        self._state_owners: list[dict[str, Any]] = []  # where each tensor of the optimizer's state is found
-        self._state_names: list[str] = []
+        self._states: list[Tensor] = []  # the optimizer's, as the operators take them
+        self._kept: list[tuple[str, ...]] = []  # of each group: see _kept_by
+        self._layout: list[int] = []
+        self._bound: Tensor | None = None  # all of these, for the one call
         self._get_settings: list[Callable[[Any], Any]] = []
         # Parameters for which this step has made some of the optimizer's state, and what there was before.
         self._created: list[tuple[Tensor, dict[str, Any]]] = []
-        self._held: list[Tensor] = []
 
     def _undo(self) -> None:
         for parameter, before in self._created:
@@ -169,52 +191,104 @@ class TrainingStep:
             return False
         return input.dim() == self._chain.dims and input.numel() != 0
 
-    def _states_now(self) -> list[Tensor] | None:
-        """The optimizer's state, with the numbers up to date with the rest of it; None where the model has lost a
+    def _is_bound(self) -> bool:
+        """Sees to it that what is bound is what the model and the optimizer have; not where the model has lost a
         parameter, or the optimizer got what operators do not take."""
         optimizer = self.optimizer
         try:
-            parameters = list(map(getitem, self._parameter_owners, self._parameter_names))
-            if self._key == self._key_of(parameters) and self._optimizer_state is optimizer.state:
-                return list(map(getitem, self._state_owners, self._state_names))
-        except KeyError:
-            pass
-        try:
+            if self._is_as_bound():
+                if self._settings == self._settings_now():
+                    return True
+                _check_optimizer(optimizer)
+                if self._kept == [_kept_by(optimizer, group) for group in optimizer.param_groups]:
+                    self._write_numbers()
+                    return True
             _check_optimizer(optimizer)
-            _check_parameters(list(map(getitem, self._parameter_owners, self._parameter_names)), optimizer)
-            return self._bind()
+            parameters = list(map(getitem, self._parameter_owners, self._parameter_names))
+            _check_parameters(parameters, optimizer)
+            self._bind(parameters)
         except (KeyError, ChainError):
+            self._undo()
             self._read()
-            return None
+            return False
+        return True
 
-    def _key_of(self, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
-        groups = self.optimizer.param_groups
-        settings = [get(group) for get, group in zip(self._get_settings, groups, strict=False)]
-        flags = list(map(_get_requires_grad if self.keep_gradients else _get_flags, parameters))
-        return settings, flags, list(map(id, parameters)), len(groups), self.max_norm
+    def _is_as_bound(self) -> bool:
+        """Whether the model's and the optimizer's tensors are, whatever the optimizer's settings."""
+        return (
+            holds_same(self._containers(), self._objects)
+            and self._flags == self._flags_now()
+            and self._bound_norm == self.max_norm
+        )
 
-    def _bind(self) -> list[Tensor]:
-        """Makes all that, and returns the optimizer's state."""
-        optimizer, parameters = self.optimizer, list(map(getitem, self._parameter_owners, self._parameter_names))
+    def _containers(self) -> list[Any]:
+        """What holds the model's parameters, the optimizer's and its state."""
+        optimizer = self.optimizer
+        groups = [group["params"] for group in optimizer.param_groups]
+        return [*self._parameter_dicts, *groups, *optimizer.state.values()]
+
+    def _flags_now(self) -> list[Any]:
+        return list(map(_get_requires_grad if self.keep_gradients else _get_flags, self._parameters))
+
+    def _settings_now(self) -> list[Any]:
+        return [get(group) for get, group in zip(self._get_settings, self.optimizer.param_groups, strict=True)]
+
+    def _bind(self, parameters: list[Tensor]) -> None:
+        assert self._chain is not None
+        optimizer = self.optimizer
         for p in parameters:
             if p.requires_grad or self.keep_gradients:
                 p.grad = None
         self._forget()
-        self._numbers = self._write_numbers(parameters)
+        self._parameters = parameters
+        self._kept = [_kept_by(optimizer, group) for group in optimizer.param_groups]
+        places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for p in parameters:
-            for state, name in _state_of(optimizer, p) if p.requires_grad else ():
-                self._state_owners.append(state)
-                self._state_names.append(name)
-        self._get_settings = [itemgetter(*filter(group.__contains__, _HYPER)) for group in optimizer.param_groups]
-        self._key, self._optimizer_state = self._key_of(parameters), optimizer.state
-        self._parameters, states = parameters, list(map(getitem, self._state_owners, self._state_names))
-        # Views keep their tensors in use in C++. Else each tensor of each call would take the GIL twice, since it goes
-        # from having one owner there to having two and back: 2 of 20 us, and threads in each other's way.
+            group = places[id(p)] if p.requires_grad else -1
+            self._layout += [group, self._take_states(p, self._kept[group]) if p.requires_grad else 0]
+        self._write_numbers()
         with self._no_grad:
-            self._held = [tensor.view_as(tensor) for tensor in (*parameters, *states)]
-        return states
+            self._bound = _bind(parameters, self._states, self._chain.text, self._loss_weight, self._layout)
+        self._release = weakref.finalize(self, release_training_step, int(self._bound))
+        self._release.atexit = False
+        self._bound_norm, self._flags = self.max_norm, self._flags_now()
+        self._parameter_dicts = list({id(own): own for own in self._parameter_owners}.values())
+        self._objects = tuple(
+            item
+            for container in self._containers()
+            for item in (container.values() if isinstance(container, dict) else container)
+        )
 
-    def _in_two_calls(self, input: Tensor, target: Any, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _take_states(self, parameter: Tensor, kept: tuple[str, ...]) -> int:
+        """Adds a parameter's state to the rest, made where there is none yet; its bits in the layout."""
+        state = self.optimizer.state.get(parameter, {})
+        before, names = dict(state), [name for name in kept if name]
+        bits = sum(1 << i for i, name in enumerate(kept) if name)
+        if type(self.optimizer) is torch.optim.SGD:
+            if names and state.get(names[0]) is None:
+                state[names[0]] = torch.zeros_like(parameter)
+                bits |= _IS_FIRST
+        else:
+            if not state:
+                state.update({"step": _new_step()}, **{name: torch.zeros_like(parameter) for name in names})
+            self._states.append(state["step"])
+        self._states += [state[name] for name in names]
+        if any(before.get(name) is not tensor for name, tensor in state.items()):
+            self.optimizer.state[parameter] = state
+            self._created.append((parameter, before))
+        return bits
+
+    def _write_numbers(self) -> None:
+        groups, kind = self.optimizer.param_groups, _KINDS[type(self.optimizer)]
+        max_norm = -1.0 if self.max_norm is None else float(self.max_norm)
+        numbers = [*self._loss_numbers, float(kind), max_norm]
+        for group in groups:
+            numbers += _numbers_of_group(kind, group)
+        self._numbers = torch.tensor(numbers, dtype=torch.float64)
+        self._get_settings = [itemgetter(*filter(group.__contains__, _HYPER)) for group in groups]
+        self._settings = self._settings_now()
+
+    def _in_two_calls(self, input: Tensor, target: Any) -> tuple[Tensor, list[Tensor]]:
         """With the caller's own loss."""
         assert self._chain is not None
         text, log_softmax = self._chain.text, self._chain.log_softmax
@@ -236,26 +310,10 @@ class TrainingStep:
             raise RuntimeError("training_step: the loss does not depend on the model's output")
         with self._no_grad:
             gradients = _call_backward(
-                output.grad, input, self._parameters, states, saved, text, self._numbers, self.keep_gradients
-            )
+                output.grad, input, self._parameters, self._states, saved, text, self._layout, self._numbers,
+                self.keep_gradients,
+            )  # fmt: skip
         return loss.detach(), gradients
-
-    def _write_numbers(self, parameters: Sequence[Tensor]) -> Tensor:
-        max_norm = -1.0 if self.max_norm is None else float(self.max_norm)
-        kind = _KINDS[type(self.optimizer)]
-        numbers = [*self._loss_numbers, float(kind), max_norm]
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        for p in parameters:
-            if not p.requires_grad:
-                numbers += [0.0] * _OF_PARAMETER
-                continue
-            state = self.optimizer.state.get(p, {})
-            before = dict(state)
-            numbers += _WRITERS[kind](groups[id(p)], p, state)
-            if any(before.get(name) is not tensor for name, tensor in state.items()):
-                self.optimizer.state[p] = state
-                self._created.append((p, before))
-        return torch.tensor(numbers, dtype=torch.float64)
 
     def _after(self, gradients: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(self._parameters)
@@ -403,10 +461,13 @@ _KINDS: dict[type, int] = {
     torch.optim.AdamW: _ADAM,
     torch.optim.RMSprop: _RMSPROP,
 }
-_STATES = {
-    _ADAM: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    _RMSPROP: ("square_avg", "grad_avg", "momentum_buffer"),
+# The states of an optimizer beside `step`, and the setting of a group with which it keeps them, if not always.
+_STATES: dict[int, tuple[tuple[str, str | None], ...]] = {
+    _SGD: (("momentum_buffer", "momentum"),),
+    _ADAM: (("exp_avg", None), ("exp_avg_sq", None), ("max_exp_avg_sq", "amsgrad")),
+    _RMSPROP: (("square_avg", None), ("grad_avg", "centered"), ("momentum_buffer", "momentum")),
 }
+_IS_FIRST = 8  # of SGD's momentum. Layout and numbers: csrc/ops/training_step.cpp, StepNumbers
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -453,22 +514,10 @@ _HYPER = (
 )
 
 
-def _state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[tuple[dict[str, Any], str]]:
-    """A parameter's state as the operator takes it: where each of its tensors is found."""
-    state, kind = optimizer.state.get(parameter, {}), _KINDS[type(optimizer)]
-    names = ("momentum_buffer",) if kind == _SGD else ("step", *_STATES[kind])
-    return [(state, name) for name in names if state.get(name) is not None]
-
-
-def _write_sgd(group: Any, parameter: Tensor, state: dict[str, Any]) -> list[float]:
-    first = 0.0
-    if group["momentum"] and state.get("momentum_buffer") is None:
-        state["momentum_buffer"], first = torch.zeros_like(parameter), 1.0
-    momentum = float(bool(group["momentum"]))
-    return [
-        *(1.0, float(group["lr"]), group["weight_decay"], float(group["maximize"]), group["momentum"]),
-        *(group["dampening"], float(group["nesterov"]), first, 0.0, 0.0, 0.0, momentum, 0.0, 0.0),
-    ]
+def _kept_by(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
+    """The states that a group's parameters have, "" for those that they don't."""
+    states = _STATES[_KINDS[type(optimizer)]]
+    return tuple(name if setting is None or group[setting] else "" for name, setting in states)
 
 
 def _new_step() -> Tensor:
@@ -476,30 +525,13 @@ def _new_step() -> Tensor:
     return torch.tensor(0.0, dtype=torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32)
 
 
-def _write_adam(group: Any, parameter: Tensor, state: dict[str, Any]) -> list[float]:
-    if not state:
-        state["step"] = _new_step()
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        if group["amsgrad"]:
-            state["max_exp_avg_sq"] = torch.zeros_like(parameter)
-    return [
-        *(1.0, float(group["lr"]), group["weight_decay"], float(group["maximize"])),
-        *(float(group.get("decoupled_weight_decay", False)), 0.0, 0.0, 0.0),
-        *(float(group["betas"][0]), float(group["betas"][1]), group["eps"], 1.0, 1.0, float(group["amsgrad"])),
+def _numbers_of_group(kind: int, group: dict[str, Any]) -> list[float]:
+    adam = kind == _ADAM
+    numbers = [
+        *(group["lr"], group["weight_decay"], group["maximize"]),
+        *(group.get("decoupled_weight_decay", False) if adam else group["momentum"],),
+        *(group.get("dampening", 0), group.get("nesterov", False)),
+        *(group["betas"] if adam else (0, group.get("alpha", 0))),
+        group.get("eps", 0),
     ]
-
-
-def _write_rmsprop(group: Any, parameter: Tensor, state: dict[str, Any]) -> list[float]:
-    if not state:
-        state["step"], state["square_avg"] = _new_step(), torch.zeros_like(parameter)
-        if group["momentum"] > 0:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        if group["centered"]:
-            state["grad_avg"] = torch.zeros_like(parameter)
-    return [
-        *(1.0, float(group["lr"]), group["weight_decay"], float(group["maximize"]), group["momentum"], 0.0, 0.0, 0.0),
-        *(0.0, group["alpha"], group["eps"], 1.0, float(bool(group["centered"])), float(group["momentum"] > 0)),
-    ]
-
-
-_WRITERS = {_SGD: _write_sgd, _ADAM: _write_adam, _RMSPROP: _write_rmsprop}
+    return list(map(float, numbers))

@@ -221,8 +221,10 @@ class Hostile:
         kept = [self.maybe(0.5) for _ in range(3)] if optimizer else [self.maybe(0.5), False, False]
         if optimizer and self.maybe(0.9):
             kept[: 3 - optimizer] = [True] * (3 - optimizer)
-        of_parameter = [1, 0.1, 0, 0, 0, 0, 0, 0, 0.9, 0.9, 1e-8, *kept]
-        all_numbers = torch.tensor([*numbers_of_step, *(of_parameter * 2)], dtype=torch.float64)
+        all_numbers = torch.tensor([*numbers_of_step, 0.1, 0, 0, 0, 0, 0, 0.9, 0.9, 1e-8], dtype=torch.float64)
+        layout = [0, sum(one << i for i, one in enumerate(kept))] * 2
+        if self.maybe(0.1):
+            layout[self.random.randrange(4)] = self.random.choice([self.huge(), -1, 1, 16])
         if self.maybe(0.1):
             all_numbers[self.random.randrange(len(all_numbers))] = float(self.huge())
         state = []
@@ -230,8 +232,14 @@ class Hostile:
             state += [torch.zeros(())] if optimizer else []
             state += [self.tensor(parameter.shape, dtype) for one in kept if one]
         weight = self.tensor([classes], dtype) if self.maybe(0.2) else None
+        input = self.tensor([rows, features], dtype)
+        if self.maybe(0.3):
+            bound = OPS.bind_training_step(parameters, state, program, weight, layout)
+            if self.maybe(0.1):
+                bound += self.huge()
+            return "bound_training_step", [input, target, bound, all_numbers]
         return "training_step", [
-            *(self.tensor([rows, features], dtype), target, parameters, state, program, weight, all_numbers),
+            *(input, target, parameters, state, program, weight, layout, all_numbers),
             self.maybe(0.5),
         ]
 
@@ -268,12 +276,11 @@ class Hostile:
         parameters, saved = rest[: len(shapes)], rest[len(shapes) :]
         if self.maybe(0.3):
             return "training_step_forward", [input, parameters, program]
-        trained = torch.tensor([1, 0.1] + [0.0] * 12, dtype=torch.float64)
         running = 2 if program.startswith("batch_norm") else 0
-        numbers = [torch.tensor([0.0, 0, 0, 0, 0, -1]).double(), *[trained * 0] * running]
-        numbers += [trained] * (len(parameters) - running)
+        layout = [-1, 0] * running + [0, 0] * (len(parameters) - running)
+        numbers = torch.tensor([0.0, 0, 0, 0, 0, -1, 0.1, *[0] * 8]).double()
         return "training_step_backward", [
-            *(gradient, input, parameters, [], saved, program, torch.cat(numbers)), self.maybe(0.5)
+            *(gradient, input, parameters, [], saved, program, layout, numbers), self.maybe(0.5)
         ]  # fmt: skip
 
 

@@ -4,7 +4,9 @@ call."""
 import copy
 import dataclasses
 import functools
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.testing import assert_close
 from zoo import ZOO
 
 import fastnn
+from fastnn import _C
 from fastnn.reference import models as stock_models
 from fastnn.testing import using_threads
 
@@ -402,6 +405,77 @@ def test_states_that_are_replaced() -> None:
     check_same((mine, ours), (model, theirs))
 
 
+@pytest.mark.parametrize("name", ["momentum", "adamw", "fused adam", "centered"])
+def test_schedules_of_each_step(name: str) -> None:
+    """OneCycleLR moves the momentum, or the first of the betas, too."""
+    model, x, y = batch("autoencoder")
+    mine = copy.deepcopy(model)
+    theirs, ours = (OPTIMIZERS[name](one.parameters()) for one in (model, mine))
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(one, 0.05, total_steps=9, cycle_momentum=name != "centered")
+        for one in (theirs, ours)
+    ]
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for number in range(9):
+        if number == 6:
+            for one in (theirs, ours):
+                one.param_groups[0]["weight_decay"] = 0.3
+        assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y))
+        for schedule in schedules[: 2 * (number < 8)]:
+            schedule.step()
+    check_same((mine, ours), (model, theirs))
+
+
+STATE_EDITS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
+    "forgotten": lambda model, optimizer: optimizer.state.clear(),
+    "one forgotten": lambda model, optimizer: optimizer.state.pop(next(model.parameters())),
+    "another dict": lambda model, optimizer: optimizer.state.update(
+        {p: {name: tensor.clone() for name, tensor in state.items()} for p, state in optimizer.state.items()}
+    ),
+    "another step": lambda model, optimizer: [
+        state.update(step=state["step"].clone()) for state in optimizer.state.values()
+    ],
+    "another average": lambda model, optimizer: [
+        state.update(exp_avg=state["exp_avg"] * 2) for state in optimizer.state.values()
+    ],
+    "more kept": lambda model, optimizer: [
+        optimizer.param_groups[0].update(amsgrad=True),
+        *(state.update(max_exp_avg_sq=state["exp_avg_sq"].clone()) for state in optimizer.state.values()),
+    ],
+    "other data": lambda model, optimizer: [setattr(p, "data", p.data * 0.5) for p in model.parameters()],
+    "another parameter": lambda model, optimizer: [
+        optimizer.state.pop(optimizer.param_groups[0]["params"].pop(0)),
+        next(model.parameters()).requires_grad_(False),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", STATE_EDITS)
+def test_edits_between_steps_are_seen(name: str) -> None:
+    model, x, y = batch("autoencoder")
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.Adam(one.parameters(), lr=0.01) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for number in range(6):
+        if number == 3:
+            STATE_EDITS[name](model, theirs)
+            STATE_EDITS[name](mine, ours)
+        assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y))
+    assert step.explain().startswith("one operator call")
+    check_same((mine, ours), (model, theirs))
+
+
+def test_a_copy_of_a_step_is_one_of_its_own() -> None:
+    model, x, y = batch("autoencoder")
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters(), 0.01), strict=True)
+    step(x, y)
+    other = copy.deepcopy(step)
+    expected = [step(x, y) for _ in range(3)]
+    del step
+    gc.collect()
+    assert_close([other(x, y) for _ in range(3)], expected, rtol=0, atol=0)
+
+
 def test_parameters_that_change_their_ways() -> None:
     """Memory formats, hooks."""
     model, x, y = batch("cnn")
@@ -668,18 +742,18 @@ def test_bad_arguments() -> None:
         fastnn.training_step(model, F.mse_loss, optimizer, max_norm=-1)
 
 
+NUMBERS = torch.tensor([0, 1, 0, 0, 0, -1, 0.1, *[0] * 8], dtype=torch.float64)  # of mse_loss and SGD
+
+
 def raw_calls(name: str) -> tuple[list[Any], list[Any]]:
     """Arguments of training_step_forward for a model, and of training_step_backward after it, with SGD."""
     model, x, _ = batch(name, torch.float32)
     step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
     assert step._chain is not None
     parameters, text = [own[one].detach() for own, one in step._chain.sources], step._chain.text
-    numbers = torch.zeros(6 + 14 * len(parameters), dtype=torch.float64)
-    numbers[5] = -1
-    for i, (own, one) in enumerate(step._chain.sources):
-        numbers[6 + 14 * i : 8 + 14 * i] = torch.tensor([own[one].requires_grad, 0.1])
+    layout = [n for own, one in step._chain.sources for n in (0 if own[one].requires_grad else -1, 0)]
     output, saved = torch.ops.fastnn.training_step_forward(x, parameters, text)
-    return [x, parameters, text], [torch.randn(output.shape), x, parameters, [], saved, text, numbers, True]
+    return [x, parameters, text], [torch.randn(output.shape), x, parameters, [], saved, text, layout, NUMBERS, True]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -689,6 +763,17 @@ def test_opcheck(name: str) -> None:
     if name != "dropout":  # whose mask is another in each call
         torch.library.opcheck(torch.ops.fastnn.training_step_forward.default, forward, test_utils=tests)
     torch.library.opcheck(torch.ops.fastnn.training_step_backward.default, backward, test_utils=tests)
+    x, parameters, text = forward
+    layout, numbers = backward[-3:-1]
+    torch.library.opcheck(
+        torch.ops.fastnn.bind_training_step.default, (parameters, [], text, None, layout), test_utils=tests
+    )
+    bound = torch.ops.fastnn.bind_training_step(parameters, [], text, None, layout)
+    target = torch.zeros(backward[0].shape)
+    if name != "dropout":
+        torch.library.opcheck(
+            torch.ops.fastnn.bound_training_step.default, (x, target, bound, numbers), test_utils=tests
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -716,11 +801,8 @@ def test_the_raw_operator_is_safe() -> None:
     run = torch.ops.fastnn.training_step
     x, y = torch.randn(4, 3), torch.randn(4, 2)
     weight, bias = torch.randn(2, 3), torch.randn(2)
-    numbers = torch.zeros(6 + 28, dtype=torch.float64)
-    numbers[1], numbers[5] = 1, -1
-    for i in range(2):
-        numbers[6 + 14 * i], numbers[7 + 14 * i] = 1, 0.1
-    good = [x, y, [weight, bias], [], "mlp 1 1 8;", None, numbers, True]
+    numbers = NUMBERS.clone()
+    good = [x, y, [weight, bias], [], "mlp 1 1 8;", None, [0, 0, 0, 0], numbers, True]
     before = weight.clone()
     loss, gradients = run(*good)
     assert_close(loss, F.mse_loss(F.linear(x, before, bias + 0.1 * gradients[1]), y))
@@ -752,9 +834,45 @@ def test_the_raw_operator_is_safe() -> None:
     freed.untyped_storage().resize_(0)
     adam = numbers.clone()
     adam[4] = 1  # with none of its states
-    bad(6, freed, adam)
-    bad(6, numbers[:-1], numbers.float(), torch.full_like(numbers, 99.0), torch.full_like(numbers, float("nan")))
-    bad(6, torch.full_like(numbers, -5.0), numbers.flip(0)[::1].flip(0)[:33])
+    bad(6, [], [0, 0, 0], [0, 0] * 3, [1, 0, 0, 0], [-2, 0, 0, 0], [0, 0, 0, 16], [0, 2**63 - 1, 0, 0], [0, 1, 0, 0])
+    bad(7, freed, adam)
+    bad(7, numbers[:-1], numbers.float(), torch.full_like(numbers, 99.0), torch.full_like(numbers, float("nan")))
+    bad(7, torch.full_like(numbers, -5.0), numbers[:6], numbers.repeat(2)[::2])
+
+
+def test_a_bound_step_is_safe() -> None:
+    x, y, weight = torch.randn(4, 3), torch.randn(4, 2), torch.randn(2, 3)
+    bind, run = torch.ops.fastnn.bind_training_step, torch.ops.fastnn.bound_training_step
+    bound = bind([weight], [], "mlp 1 0 8;", None, [0, 0])
+    expected = F.mse_loss(x @ weight.t(), y)
+    assert_close(run(x, y, bound, NUMBERS), expected)
+    for bad in (bound + 1000, bound.double(), bound.repeat(2), bound[:0], -bound, bound.to("meta")):
+        with pytest.raises(RuntimeError):
+            run(x, y, bad, NUMBERS)
+    for edit in (
+        lambda: weight.resize_(3, 3),
+        lambda: weight.resize_(2, 3).t_(),
+        lambda: weight.t_().untyped_storage().resize_(3),
+    ):
+        edit()
+        with pytest.raises(RuntimeError):
+            run(x, y, bound, NUMBERS)
+    _C.release_training_step(int(bound))
+    _C.release_training_step(int(bound))
+    with pytest.raises(RuntimeError, match="no step is bound"):
+        run(x, y, bound, NUMBERS)
+    with pytest.raises(TypeError):
+        _C.release_training_step(2**63)
+
+
+def test_steps_let_go_of_what_they_were_bound_to() -> None:
+    model, x, y = batch("autoencoder")
+    parameter = weakref.ref(next(model.parameters()))
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters()), strict=True)
+    step(x, y)
+    del model, step
+    gc.collect()
+    assert parameter() is None
 
 
 def test_the_raw_operator_is_safe_with_batch_norm() -> None:
@@ -763,10 +881,8 @@ def test_the_raw_operator_is_safe_with_batch_norm() -> None:
     norm = "batch_norm 1 1 1 4602678819172646912 4602678819172646912 1 1 0 0 1 1 1 1 1 1 0 0 1 1 3 0;"
 
     def run(parameters: list[Tensor], program: str, trained: int) -> None:
-        numbers = torch.zeros(6 + 14 * len(parameters), dtype=torch.float64)
-        numbers[1], numbers[5] = 1, -1
-        numbers[6::14][-trained:] = 1
-        torch.ops.fastnn.training_step(x, x, parameters, [], program, None, numbers, False)
+        layout = [-1, 0] * (len(parameters) - trained) + [0, 0] * trained
+        torch.ops.fastnn.training_step(x, x, parameters, [], program, None, layout, NUMBERS, False)
 
     run(statistics, norm, 2)
     for parameters, program, trained in (

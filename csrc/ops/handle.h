@@ -79,9 +79,8 @@ class Tensor {
     return stride;
   }
   // In elements, as far as there is memory for whole ones: storage may be any bytes, those of a file for example.
-  int64_t storage_numel() const {
-    return read<int64_t>(aoti_torch_get_storage_size) / static_cast<int64_t>(element_size());
-  }
+  int64_t storage_numel() const { return storage_bytes() / static_cast<int64_t>(element_size()); }
+  int64_t storage_bytes() const { return read<int64_t>(aoti_torch_get_storage_size); }
   int64_t storage_offset() const { return read<int64_t>(aoti_torch_get_storage_offset); }
   const void* const_data_ptr() const { return read<const void*>(torch_get_const_data_ptr); }
   void* mutable_data_ptr() const { return read<void*>(torch_get_mutable_data_ptr); }

@@ -16,6 +16,7 @@ inline int32_t code_of(ScalarType dtype) {
   return dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
          : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
          : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
+         : dtype == ScalarType::Long   ? aoti_torch_dtype_int64()
                                        : aoti_torch_dtype_bfloat16();
 }
 // The dtype of the kernels' type.
@@ -54,6 +55,20 @@ Tensor tensor_over(const T* memory, const Sizes& sizes, const Sizes& strides) {
                                                             sizes.data(), strides.data(), 0, code_of(kDtypeOf<T>),
                                                             aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// Fails unless the tensor is contiguous, on the CPU, of this dtype and of these sizes, whose product is numel.
+template <class T>
+void check_like(const Tensor& tensor, const Sizes& sizes, int64_t numel, const char* op, const char* name) {
+  static const int32_t code = code_of(kDtypeOf<T>);
+  if (!is_plain_of(tensor, code)) check_same_kind(tensor, {kDtypeOf<T>, code, op}, name);
+  const Sizes actual = tensor.sizes();
+  FASTNN_CHECK(actual.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), actual.begin()), op,
+               ": expected ", name, " of size ", to_string(sizes), ", got ", to_string(actual));
+  FASTNN_CHECK(tensor.is_contiguous(), op, ": expected ", name, " to be contiguous");
+  if (tensor.storage_bytes() / static_cast<int64_t>(sizeof(T)) - tensor.storage_offset() < numel) {
+    check_memory(tensor, op, name);
+  }
 }
 
 // The tensor, or a copy of it, to be read while the tensor lives.

@@ -404,8 +404,8 @@ class MlpStage : public Stage<T> {
       if (wanted[i]) count = checked_sum(count, chain.widths[i] * chain.widths[i + 1]);
       if (biased_ && wanted[layers_ + i]) count = checked_sum(count, chain.widths[i + 1]);
     }
-    this->gradients_.push_back(new_tensor({count}, kDtypeOf<T>));
-    T* next = mutable_data<T>(this->gradients_.back());
+    own_gradients_.reset(new T[static_cast<size_t>(count)]);
+    T* next = own_gradients_.get();
     auto layers = backward_layers<T>(chain, call_->activations, data<T>(rows_), weights, saved_);
     for (int64_t i = 0; i < chain.layers(); ++i) {
       MlpLayerBackward<T>& layer = layers[i];
@@ -441,6 +441,7 @@ class MlpStage : public Stage<T> {
   int64_t code_;
   Ints sizes_;  // of the input
   Tensor rows_, kept_, grad_input_;
+  std::unique_ptr<T[]> own_gradients_;  // of all parameters: a tensor takes a fifth of a microsecond longer
   std::optional<Forward> call_;
   PerLayer<const T*> saved_;  // of each layer what backward needs
 };

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../kernels/update.h"
+#include "bound_step.h"
 #include "loss.h"
 #include "register.h"
 #include "training_stages.h"
@@ -19,21 +20,32 @@ constexpr const char* kOp = kTrainingStep;
 
 enum class Optimizer : int64_t { sgd, adam, rmsprop, count };
 
-// `numbers`, as fastnn/training_step.py writes them: kOfStep for the step, then kOfParameter for each parameter.
+// What fastnn/training_step.py says of a step. numbers: kOfStep, then kOfGroup for each of the optimizer's groups.
+// layout: of each parameter its group, or -1 where it is not trained, and its states' bits: those that it has of up to
+// three beside `step`, and whether SGD's momentum begins.
 struct StepNumbers {
-  static constexpr int64_t kOfStep = 6, kOfParameter = 14;
+  static constexpr int64_t kOfStep = 6, kOfGroup = 9, kStates = 3;
 
   Loss loss;
   Optimizer optimizer;
   double max_norm;  // of the gradient, or negative
-  const double* of_parameters;
+  const double* of_groups;
+  const Ints& layout;
 
-  StepNumbers(const Tensor& numbers, size_t parameters) {
+  StepNumbers(const Tensor& numbers, const Ints& of_parameters, size_t parameters) : layout(of_parameters) {
     check_plain(numbers, kOp, "numbers");
     check_memory(numbers, kOp, "numbers");
-    FASTNN_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous() &&
-                     numbers.numel() == kOfStep + kOfParameter * static_cast<int64_t>(parameters),
-                 kOp, ": expected numbers to be Double, ", kOfStep, " and ", kOfParameter, " for each parameter");
+    const int64_t of_all_groups = numbers.numel() - kOfStep;
+    FASTNN_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous() && of_all_groups >= kOfGroup &&
+                     of_all_groups % kOfGroup == 0,
+                 kOp, ": expected numbers to be Double, ", kOfStep, " and ", kOfGroup, " for each group");
+    FASTNN_CHECK(layout.size() % 2 == 0 && layout.size() / 2 == parameters, kOp,
+                 ": expected a layout of two numbers for each parameter");
+    for (size_t i = 0; i < parameters; ++i) {
+      const int64_t group = layout[2 * i], states = layout[2 * i + 1];
+      FASTNN_CHECK(group >= -1 && group < of_all_groups / kOfGroup && states >= 0 && states < 2 << kStates, kOp,
+                   ": layout has a number out of range");
+    }
     const double* n = data<double>(numbers);
     const auto whole = [&](double number, int64_t count) {
       FASTNN_CHECK(number >= 0 && number < static_cast<double>(count), kOp, ": numbers has one out of range");
@@ -45,27 +57,26 @@ struct StepNumbers {
     loss.ignore_index = std::abs(n[3]) < 9e15 ? static_cast<int64_t>(n[3]) : -100;
     optimizer = static_cast<Optimizer>(whole(n[4], static_cast<int64_t>(Optimizer::count)));
     max_norm = n[5];
-    of_parameters = n + kOfStep;
+    of_groups = n + kOfStep;
   }
 
-  const double* of(size_t i) const { return of_parameters + kOfParameter * i; }
-  bool wanted(size_t i) const { return of(i)[0] != 0; }
-  bool has_state(size_t i, int which) const { return of(i)[11 + which] != 0; }  // of up to three beside `step`
+  bool wanted(size_t i) const { return layout[2 * i] >= 0; }
+  bool has_state(size_t i, int which) const { return layout[2 * i + 1] >> which & 1; }
   int least_states() const { return optimizer == Optimizer::adam ? 2 : optimizer == Optimizer::rmsprop ? 1 : 0; }
   UpdateNumbers update(size_t i, double scale) const {
-    const double* n = of(i);
+    const double* n = of_groups + kOfGroup * layout[2 * i];
     UpdateNumbers u{};
-    u.lr = n[1];
-    u.weight_decay = n[2];
-    u.scale = n[3] != 0 ? -scale : scale;
-    u.momentum = n[4];
-    u.dampening = n[5];
-    u.nesterov = n[6] != 0;
-    u.is_first = n[7] != 0;
-    u.first_beta = n[8];
-    u.second_beta = n[9];
-    u.eps = n[10];
-    u.decoupled = optimizer == Optimizer::adam && n[4] != 0;
+    u.lr = n[0];
+    u.weight_decay = n[1];
+    u.scale = n[2] != 0 ? -scale : scale;
+    u.momentum = n[3];
+    u.dampening = n[4];
+    u.nesterov = n[5] != 0;
+    u.is_first = has_state(i, kStates);
+    u.first_beta = n[6];
+    u.second_beta = n[7];
+    u.eps = n[8];
+    u.decoupled = optimizer == Optimizer::adam && n[3] != 0;
     return u;
   }
 };
@@ -73,57 +84,55 @@ struct StepNumbers {
 // Where each parameter's state is: `step`, but for SGD, then up to three tensors like the parameter.
 template <class T>
 struct ParameterState {
-  const Tensor* step = nullptr;
-  T* tensors[3] = {};
+  float* float_step = nullptr;  // or the other
+  double* double_step = nullptr;
+  T* tensors[StepNumbers::kStates] = {};
+
+  bool has_step() const { return float_step || double_step; }
+  double next_step() const { return float_step ? static_cast<double>(*float_step + 1.0f) : *double_step + 1; }
+  void set_step(double value) const {
+    float_step ? static_cast<void>(*float_step = static_cast<float>(value)) : static_cast<void>(*double_step = value);
+  }
 };
 
 template <class T>
 std::vector<ParameterState<T>> read_state(const StepNumbers& numbers, const TensorList& parameters,
                                           const TensorList& state) {
+  static const int32_t float_code = code_of(ScalarType::Float), double_code = code_of(ScalarType::Double);
   std::vector<ParameterState<T>> result(parameters.size());
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
     FASTNN_CHECK(next < state.size(), kOp, ": there are fewer tensors of the optimizer's state than it should have");
-    const Tensor& tensor = state[next++];
-    if (!is_plain_of(tensor, code_of(kDtypeOf<T>))) check_plain(tensor, kOp, "state");
-    FASTNN_CHECK(tensor.is_contiguous(), kOp, ": expected the optimizer's state to be contiguous");
-    check_memory(tensor, kOp, "state");
-    return tensor;
+    return state[next++];
   };
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!numbers.wanted(i)) continue;
     if (numbers.optimizer != Optimizer::sgd) {
-      result[i].step = &take();
-      const ScalarType dtype = result[i].step->scalar_type();
-      FASTNN_CHECK(result[i].step->numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double), kOp,
-                   ": expected step to be one number, Float or Double");
+      const Tensor& step = take();
+      const bool is_float = is_plain_of(step, float_code);
+      FASTNN_CHECK((is_float || is_plain_of(step, double_code)) && step.numel() == 1, kOp,
+                   ": expected step to be one number, Float or Double, on the CPU");
+      check_memory(step, kOp, "state");
+      if (is_float) {
+        result[i].float_step = mutable_data<float>(step);
+      } else {
+        result[i].double_step = mutable_data<double>(step);
+      }
     }
-    for (int which = 0; which < 3; ++which) {
+    const Sizes sizes = parameters[i].sizes();
+    const int64_t numel = parameters[i].numel();
+    for (int which = 0; which < StepNumbers::kStates; ++which) {
       if (!numbers.has_state(i, which)) continue;
       const Tensor& tensor = take();
-      FASTNN_CHECK(tensor.scalar_type() == kDtypeOf<T> && same_sizes(tensor, parameters[i]), kOp,
-                   ": expected a state like its parameter, of size ", to_string(parameters[i].sizes()), ", got ",
-                   to_string(tensor.sizes()));
+      check_like<T>(tensor, sizes, numel, kOp, "the optimizer's state");
       result[i].tensors[which] = mutable_data<T>(tensor);
     }
     for (int which = 0; which < numbers.least_states(); ++which) {
-      FASTNN_CHECK(numbers.has_state(i, which), kOp, ": numbers lack a state that the optimizer cannot do without");
+      FASTNN_CHECK(numbers.has_state(i, which), kOp, ": layout lacks a state that the optimizer cannot do without");
     }
   }
   FASTNN_CHECK(next == state.size(), kOp, ": there are more tensors of the optimizer's state than it should have");
   return result;
-}
-
-double next_step(const Tensor& step) {
-  return step.scalar_type() == ScalarType::Float ? static_cast<double>(data<float>(step)[0] + 1.0f)
-                                                 : data<double>(step)[0] + 1;
-}
-void set_step(const Tensor& step, double value) {
-  if (step.scalar_type() == ScalarType::Float) {
-    mutable_data<float>(step)[0] = static_cast<float>(value);
-  } else {
-    mutable_data<double>(step)[0] = value;
-  }
 }
 
 // ---- the step -------------------------------------------------------------------------------------------------
@@ -203,7 +212,7 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!numbers.wanted(i)) continue;
     const ParameterState<T>& state = states[i];
-    const double step = state.step ? next_step(*state.step) : 0;
+    const double step = state.has_step() ? state.next_step() : 0;
     UpdateNumbers of_this = numbers.update(i, scale);
     of_this.first_correction = first.of(of_this.first_beta, step);
     of_this.second_correction = second.of(of_this.second_beta, step);
@@ -213,8 +222,8 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
     constexpr double kWork = 20;  // operations an element, and as many bytes
     parallel_chunks(std::min(useful_threads(kWork * static_cast<double>(count)), std::max<int64_t>(count, 1)), count,
                     [&](int64_t, int64_t first, int64_t last) {
-                      T* at[3];
-                      for (int j = 0; j < 3; ++j) at[j] = state.tensors[j] ? state.tensors[j] + first : nullptr;
+                      T* at[StepNumbers::kStates];
+                      for (int j = 0; j < StepNumbers::kStates; ++j) at[j] = state.tensors[j] ? state.tensors[j] + first : nullptr;
                       const int64_t some = last - first;
                       if (numbers.optimizer == Optimizer::sgd) {
                         kernels.sgd(of_this, some, gradient + first, parameter + first, at[0]);
@@ -224,7 +233,7 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
                         kernels.rmsprop(of_this, some, gradient + first, parameter + first, at[0], at[1], at[2]);
                       }
                     });
-    if (state.step) set_step(*state.step, step);
+    if (state.has_step()) state.set_step(step);
   }
 }
 
@@ -338,11 +347,12 @@ ScalarType check_arguments(const Tensor& input, const TensorList& parameters) {
 
 std::tuple<Tensor, TensorList> training_step(const Tensor& input, const Tensor& target, const TensorList& parameters,
                                              const TensorList& state, const std::string& program,
-                                             const OptionalTensor& weight, const Tensor& numbers, bool keep_gradients) {
+                                             const OptionalTensor& weight, const Ints& layout, const Tensor& numbers,
+                                             bool keep_gradients) {
   const ScalarType dtype = check_arguments(input, parameters);
   check_plain(target, kOp, "target");
   check_memory(target, kOp, "target");
-  const StepNumbers all(numbers, parameters.size());
+  const StepNumbers all(numbers, layout, parameters.size());
   return with_kernel_dtype(dtype, [&](auto type) -> std::tuple<Tensor, TensorList> {
     using T = decltype(type);
     Pass<T> pass(program, input, parameters);
@@ -354,6 +364,22 @@ std::tuple<Tensor, TensorList> training_step(const Tensor& input, const Tensor& 
     mutable_data<T>(loss)[0] = static_cast<T>(value);
     return {std::move(loss), finish<T>(pass, std::move(gradient), parameters, states, all, keep_gradients)};
   });
+}
+
+Tensor bind_training_step(const TensorList& parameters, const TensorList& state, const std::string& program,
+                          const OptionalTensor& weight, const Ints& layout) {
+  const Tensor bound = new_tensor({1}, ScalarType::Long);
+  mutable_data<int64_t>(bound)[0] = BoundSteps::add({parameters, state, program, weight, layout});
+  return bound;
+}
+
+Tensor bound_training_step(const Tensor& input, const Tensor& target, const Tensor& bound, const Tensor& numbers) {
+  check_plain(bound, kOp, "bound");
+  check_memory(bound, kOp, "bound");
+  FASTNN_CHECK(bound.scalar_type() == ScalarType::Long && bound.numel() == 1, kOp, ": expected bound to be one Long");
+  const std::shared_ptr<const BoundStep> step = BoundSteps::find(data<int64_t>(bound)[0]);
+  return std::get<0>(training_step(input, target, step->parameters, step->state, step->program, step->weight,
+                                   step->layout, numbers, false));
 }
 
 std::tuple<Tensor, TensorList> training_step_forward(const Tensor& input, const TensorList& parameters,
@@ -371,9 +397,9 @@ std::tuple<Tensor, TensorList> training_step_forward(const Tensor& input, const 
 
 TensorList training_step_backward(const Tensor& gradient, const Tensor& input, const TensorList& parameters,
                                   const TensorList& state, const TensorList& saved, const std::string& program,
-                                  const Tensor& numbers, bool keep_gradients) {
+                                  const Ints& layout, const Tensor& numbers, bool keep_gradients) {
   const ScalarType dtype = check_arguments(input, parameters);
-  const StepNumbers all(numbers, parameters.size());
+  const StepNumbers all(numbers, layout, parameters.size());
   return with_kernel_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     Pass<T> pass(program, input, parameters);
@@ -390,23 +416,35 @@ TensorList training_step_backward(const Tensor& gradient, const Tensor& input, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // program: the chain's stages (training_stages.h); parameters: theirs, in order. state: the optimizer's, of each
-  // parameter that is trained: step (but for SGD), then what the optimizer keeps. numbers: see StepNumbers. weight: the
-  // loss's, of classes.
+  // parameter that is trained: step (but for SGD), then what the optimizer keeps. layout, numbers: see StepNumbers.
+  // weight: the loss's, of classes.
   m.def(
       "training_step(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
-      " Tensor? weight, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");
+      " Tensor? weight, int[] layout, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");
+  // The same, with what stays the same from step to step bound before (bound_step.h), and without gradients.
+  m.def(
+      "bind_training_step(Tensor[] parameters, Tensor[] state, str program, Tensor? weight, int[] layout) -> Tensor");
+  m.def("bound_training_step(Tensor input, Tensor target, Tensor bound, Tensor numbers) -> Tensor loss");
   // The same in two calls: up to the output, and from its gradient on. saved: what the second needs of the first.
   m.def("training_step_forward(Tensor input, Tensor[] parameters, str program) -> (Tensor output, Tensor[] saved)");
   m.def(
       "training_step_backward(Tensor gradient, Tensor input, Tensor(a!)[] parameters, Tensor(b!)[] state,"
-      " Tensor[] saved, str program, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
+      " Tensor[] saved, str program, int[] layout, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("training_step", FASTNN_BOX(training_step));
+  m.impl("bind_training_step", FASTNN_BOX(bind_training_step));
+  m.impl("bound_training_step", FASTNN_BOX(bound_training_step));
   m.impl("training_step_forward", FASTNN_BOX(training_step_forward));
   m.impl("training_step_backward", FASTNN_BOX(training_step_backward));
 }
 
 }  // namespace
+
+BoundSteps& BoundSteps::instance() {
+  static BoundSteps& all = *new BoundSteps;
+  return all;
+}
+
 }  // namespace fastnn

@@ -5,12 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastnn._extension import load_extension
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.ops.frozen import read_program
 
 training_step_op = torch.ops.fastnn.training_step.default
+bind_training_step_op = torch.ops.fastnn.bind_training_step.default
+bound_training_step_op = torch.ops.fastnn.bound_training_step.default
 training_step_forward_op = torch.ops.fastnn.training_step_forward.default
+holds_same, release_training_step = (
+    getattr(load_extension(), name) for name in ("holds_same", "release_training_step")
+)
 training_step_backward_op = torch.ops.fastnn.training_step_backward.default
 
 
@@ -22,12 +28,25 @@ def _(
     state: list[Tensor],
     program: str,
     weight: Tensor | None,
+    layout: list[int],
     numbers: Tensor,
     keep_gradients: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     check_same_device(input, target, *parameters, *state, weight, numbers)
     gradients = [parameter.new_empty(parameter.shape) for parameter in parameters] if keep_gradients else []
     return input.new_empty(()), gradients
+
+
+@raw_operator("bind_training_step")
+def _(parameters: list[Tensor], state: list[Tensor], program: str, weight: Tensor | None, layout: list[int]) -> Tensor:
+    check_same_device(*parameters, *state, weight)
+    return parameters[0].new_empty(1, dtype=torch.int64)
+
+
+@raw_operator("bound_training_step")
+def _(input: Tensor, target: Tensor, bound: Tensor, numbers: Tensor) -> Tensor:
+    check_same_device(input, target, bound, numbers)
+    return input.new_empty(())
 
 
 @raw_operator("training_step_forward")
@@ -51,6 +70,7 @@ def _(
     state: list[Tensor],
     saved: list[Tensor],
     program: str,
+    layout: list[int],
     numbers: Tensor,
     keep_gradients: bool,
 ) -> list[Tensor]:
