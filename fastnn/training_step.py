@@ -182,14 +182,14 @@ class TrainingStep:
             return False
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return False
-        if not self.model.training or not self._program.holds() or any(self._chain.hooks):
+        if not self.model.training or not self._program.holds() or not self._chain.holds():
             self._read()
             if self._chain is None or not self.model.training:
                 return False
         optimizer = self.optimizer
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return False
-        return input.dim() == self._chain.dims and input.numel() != 0
+        return input.dim() in self._chain.dims and input.numel() != 0
 
     def _is_bound(self) -> bool:
         """Sees to it that what is bound is what the model and the optimizer have; not where the model has lost a
@@ -356,10 +356,10 @@ def training_step(
     and the optimizer's update in one operator, where model, loss and optimizer allow it; in two, with the loss between
     them, where only the loss doesn't; else the ordinary way, on fused layers. ``step.explain()`` says which, and why.
 
-    Models that are one chain of convolution blocks, with batch norm or without, ``flatten``, Dropout, linear layers
-    with activations and recurrent layers allow it, in float32 and float64 on the CPU. The optimizer's state is its own,
-    and so are its learning rates: going back to ``loss.backward(); optimizer.step()`` is possible at any step, as are
-    schedulers and checkpoints.
+    Models that are one chain allow it, in float32 and float64 on the CPU: of convolutions, with ReLU and max-pool, batch
+    norm, linear layers, activations, adaptive average pools, flattenings, Dropout, and recurrent layers, of which all
+    steps or the last go on. The optimizer's state is its own, and so are its learning rates: going back to
+    ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
 
     Args:
         model: is fused in place (:func:`fastnn.fuse`).

@@ -254,7 +254,10 @@ class Hostile:
                 (f"conv 1 {geometry} 1 0;", image, [weight, [4]]),
                 ("plain_conv 2 1 1 1 0 0 1 1 1;", image, [weight, [4]]),
                 (f"batch_norm 1 1 1 {half} {half} {geometry} {c} 0;", image, [[c]] * 4),
-                ("rnn 4 0 1 0 0 1;", [n, m, c], [[k, c], [k, k], [k], [k]]),
+                ("rnn 4 0 1 0 0 1 0;", [n, m, c], [[k, c], [k, k], [k], [k]]),
+                (f"rnn 8 0 2 0 1 0 {half};last 1;", [n, m, c], [[c, c], [c, c], [c], [c]] * 2),
+                (f"batch_norm 1 1 1 {half} {half};activation 12;", [n + 1, c], [[c]] * 4),
+                (f"average 2 {k} {m};flatten {c * k * m};", image, []),
                 (f"flatten;dropout {half};", [n, m, c], []),
             ]
         )

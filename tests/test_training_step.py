@@ -45,6 +45,39 @@ class LastState(nn.Module):
         return self.fc((state[0] if isinstance(self.rnn, nn.LSTM) else state)[-1])
 
 
+class BothDirections(nn.Module):
+    """The last step of both, with elements dropped between the layers and behind them."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 5, 3, batch_first=batch_first, bidirectional=True, dropout=0.3)
+        self.drop, self.fc = nn.Dropout(0.2), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, _ = self.rnn(x)
+        return self.fc(self.drop(output)[:, -1, :] if self.rnn.batch_first else output[-1])
+
+
+class Views(nn.Module):
+    """Flattened as tutorials do it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.fc, self.how = nn.Conv2d(3, 4, 3, padding="same"), nn.Linear(4 * 5 * 4, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        if self.how == "size":
+            x = x.view(x.size(0), -1)
+        elif self.how == "shape":
+            x = x.reshape((x.shape[0], -1))
+        elif self.how == "sizes":
+            x = torch.reshape(x, (x.size()[0], -1))
+        else:
+            x = x.view(-1, 80)
+        return self.fc(x)
+
+
 # name: the model, and its input's sizes
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "autoencoder": (lambda: stock_models.Autoencoder(10, 8, 5), (32, 10)),
@@ -78,7 +111,38 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (4, 2, 31),
     ),
-    "dropout": (
+    "batch norm of rows": (
+        lambda: nn.Sequential(
+            *(nn.BatchNorm1d(7, affine=False), nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU()),
+            *(nn.Linear(9, 8, bias=False), nn.BatchNorm1d(8, track_running_stats=False), nn.LeakyReLU()),
+            nn.Linear(8, 3),
+        ),
+        (11, 7),
+    ),
+    "batch norm, not pooled": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(6, 5, 3, 2), nn.BatchNorm2d(5), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            nn.Linear(5, 3),
+        ),
+        (5, 3, 13, 10),
+    ),
+    "averages": (
+        lambda: nn.Sequential(nn.Conv1d(2, 5, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(15, 2)),
+        (4, 2, 16),
+    ),
+    "averages, 3d": (
+        lambda: nn.Sequential(nn.Conv3d(2, 3, 2), nn.AdaptiveAvgPool3d((2, 1, 3)), nn.Flatten(), nn.Linear(18, 2)),
+        (3, 2, 5, 4, 6),
+    ),
+    "flat": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2)), (5, 1, 3, 4)),
+    **{
+        f"view by {how}": (functools.partial(Views, how), (3, 3, 10, 8)) for how in ("size", "shape", "sizes", "number")
+    },
+    "drops in both directions": (functools.partial(BothDirections, True), (5, 7, 4)),
+    "drops, steps first": (functools.partial(BothDirections, False), (7, 5, 4)),
+    "drops all": (lambda: nn.Sequential(nn.Linear(7, 9), nn.Dropout(1.0), nn.Dropout(0.0), nn.Linear(9, 5)), (11, 7)),
+    "drops": (
         lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 5), nn.Dropout(0.1)),
         (11, 7),
     ),
@@ -143,6 +207,7 @@ def follow(
     mine = copy.deepcopy(model)
     theirs, ours = optimizer(model.parameters()), optimizer(mine.parameters())
     step = fastnn.training_step(mine, loss, ours, max_norm=max_norm, strict=True)
+    step._ordinary = None  # type: ignore[assignment, method-assign]  # which no step takes
     close = {"rtol": 1e-7, "atol": 1e-9} if dtype is torch.float64 else {"rtol": 2e-3, "atol": 2e-4}
     for number in range(steps):
         inputs = x + 0.1 * (number % 7)
@@ -213,6 +278,45 @@ def test_classes_of_pixels(loss: nn.Module) -> None:
     for _ in range(4):
         assert_close(step(x, y), ordinary(model, loss, theirs, x, y))
     check_same((mine, ours), (model, theirs))
+
+
+# Those that are a chain in training.
+CHAINS = (
+    "LeNet-5",
+    "CIFAR tutorial",
+    "MNIST example",
+    "AlexNet",
+    "VGG-11 bn",
+    "C3D",
+    "Char-CNN",
+    "MLP with batch norm",
+)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_real_models(name: str) -> None:
+    torch.manual_seed(0)
+    model, (x,) = ZOO[name].small().double(), ZOO[name].small_inputs()
+    x, mine = x.double(), copy.deepcopy(model)
+    loss = F.nll_loss if name == "MNIST example" else F.cross_entropy
+    theirs, ours = (torch.optim.SGD(one.parameters(), 1e-3, momentum=0.9) for one in (model, mine))
+    step = fastnn.training_step(mine, loss, ours, strict=True)
+    step._ordinary = None  # type: ignore[assignment, method-assign]
+    y = torch.randint(model(x).shape[1], x.shape[:1])
+    mine.load_state_dict(model.state_dict())
+    for number in range(200):
+        torch.manual_seed(number)
+        expected = ordinary(model, loss, theirs, x, y)
+        torch.manual_seed(number)
+        assert_close(step(x, y), expected, rtol=1e-6, atol=1e-8)
+    check_same((mine, ours), (model, theirs), rtol=1e-6, atol=1e-8)
+
+
+def test_views_that_do_not_fit() -> None:
+    model, _, _ = batch("view by number")
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
+    with pytest.raises(RuntimeError, match=r"shape '\[-1, 80\]' is invalid for input of size 84"):
+        step(torch.randn(1, 3, 14, 6).double(), torch.randn(1, 3).double())
 
 
 def test_batch_norm_of_single_values() -> None:
@@ -532,7 +636,11 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         torch.optim.SGD,
         "AlphaDropout",
     ),
-    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.optim.SGD, "BatchNorm1d"),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)),
+        torch.optim.SGD,
+        "cumulative average",
+    ),
     "shared": (tied, torch.optim.SGD, "used twice"),
     "optimizer": (lambda: nn.Sequential(nn.Linear(4, 4)), torch.optim.Adagrad, "the optimizer is Adagrad"),
     "weight norm": (
@@ -729,6 +837,41 @@ def test_edits_of_the_model_are_seen() -> None:
     check_same((mine, ours), (model, theirs))
 
 
+SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "dropout": ("drops", lambda model: setattr(model[2], "p", 0.7), "one"),
+    "momentum": ("batch norm of rows", lambda model: setattr(model[2], "momentum", 0.7), "one"),
+    "eps": ("batch norm of rows", lambda model: setattr(model[2], "eps", 0.1), "one"),
+    "slope": ("batch norm of rows", lambda model: setattr(model[6], "negative_slope", 0.2), "forward and backward"),
+    "frozen statistics": ("batch norm of rows", lambda model: model[2].eval(), "forward and backward"),
+    "dropout between layers": ("drops in both directions", lambda model: setattr(model.rnn, "dropout", 0.6), "one"),
+    "parts": ("averages, 3d", lambda model: setattr(model[1], "output_size", (3, 1, 2)), "one"),
+    "hook": (
+        "batch norm, not pooled",
+        lambda model: model[6].register_forward_hook(lambda module, args, output: 2 * output) and None,
+        "forward and backward",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_change_between_steps_are_seen(name: str) -> None:
+    kind, edit, how = SETTINGS[name]
+    model, x, y = batch(kind)
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.05) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for number in range(4):
+        if number == 2:
+            edit(model)
+            edit(mine)
+        torch.manual_seed(number)
+        expected = ordinary(model, F.mse_loss, theirs, x, y)
+        torch.manual_seed(number)
+        assert_close(step(x, y), expected)
+    assert step.explain().startswith(how)
+    check_same((mine, ours), (model, theirs))
+
+
 def test_bad_arguments() -> None:
     model = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -760,7 +903,7 @@ def raw_calls(name: str) -> tuple[list[Any], list[Any]]:
 def test_opcheck(name: str) -> None:
     forward, backward = raw_calls(name)
     tests = ("test_schema", "test_faketensor")
-    if name != "dropout":  # whose mask is another in each call
+    if "drops" not in name:  # whose mask is another in each call
         torch.library.opcheck(torch.ops.fastnn.training_step_forward.default, forward, test_utils=tests)
     torch.library.opcheck(torch.ops.fastnn.training_step_backward.default, backward, test_utils=tests)
     x, parameters, text = forward
@@ -770,7 +913,7 @@ def test_opcheck(name: str) -> None:
     )
     bound = torch.ops.fastnn.bind_training_step(parameters, [], text, None, layout)
     target = torch.zeros(backward[0].shape)
-    if name != "dropout":
+    if "drops" not in name:
         torch.library.opcheck(
             torch.ops.fastnn.bound_training_step.default, (x, target, bound, numbers), test_utils=tests
         )
@@ -826,8 +969,10 @@ def test_the_raw_operator_is_safe() -> None:
         4, "", ";", "mlp", "mlp 1 1 8", "mlp 21 1 8;", "mlp 1 1 9223372036854775808;", "mlp 2 1 8;", "other;", "conv 1;"
     )
     bad(
-        4, "rnn 2 0 1 0 0 1;", "rnn 2 99 1 0 0 1;", "flatten;", "flatten 3;", "mlp 1 1 8;mlp 1 1 8;", "rnn 2 0 1 1 1 1;"
-    )
+        4, "rnn 2 0 1 0 0 1 0;", "rnn 2 99 1 0 0 1 0;", "flatten;", "flatten 5;", "mlp 1 1 8;mlp 1 1 8;",
+        "rnn 2 0 1 1 1 1 0;", "rnn 2 0 1 0 0 1 9223372036854775807;", "last 1;", "average 2 1 1;", "average 0;",
+        "activation 8;", "activation 88;mlp 1 1 8;", "mlp 1 1 8;dropout 4607182418800017409;", "flatten 0;",
+    )  # fmt: skip
     bad(4, f"mlp 10 1 {8**20};", "mlp 2 0 8;", "mlp 1 0 8;")
     bad(5, torch.ones(3), torch.ones(2).double())
     freed = numbers.clone()

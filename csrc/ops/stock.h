@@ -55,12 +55,34 @@ inline void rectify(const Tensor& tensor) {
   Argument<Tensor>::take(stack[0]);
 }
 
+inline Tensor multiplied(const Tensor& one, const Tensor& other) {
+  std::array<StableIValue, 2> stack{give(one), give(other)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  return Argument<Tensor>::take(stack[0]);
+}
+
 // Mean and variance (over the number of elements) of each channel.
 inline std::array<Tensor, 2> channel_statistics(const Tensor& input) {
   const OptionalTensor none;
   std::array<StableIValue, 4> stack{give(input), give_optional(none), give_optional(none), give(0.0)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::batch_norm_update_stats", "", stack.data(), TORCH_ABI_VERSION));
   return {Argument<Tensor>::take(stack[0]), Argument<Tensor>::take(stack[1])};
+}
+
+// (input - mean) / sqrt(variance + eps) * weight + bias, of each channel.
+inline Tensor normalized(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const Tensor& mean, const Tensor& variance, double eps) {
+  std::array<StableIValue, 8> stack{give(input),
+                                    give_optional(weight),
+                                    give_optional(bias),
+                                    give_optional(OptionalTensor(mean.borrow())),
+                                    give_optional(OptionalTensor(variance.borrow())),
+                                    give(false),
+                                    give(0.0),
+                                    give(eps)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::native_batch_norm", "", stack.data(), TORCH_ABI_VERSION));
+  for (size_t i : {1, 2}) Argument<Tensor>::take(stack[i]);  // statistics that it did not take
+  return Argument<Tensor>::take(stack[0]);
 }
 
 // The gradients of input, weight and bias of a batch norm in training. inverse_deviation: 1 / sqrt(variance + eps)
@@ -82,6 +104,21 @@ inline std::array<Tensor, 3> batch_norm_backward(const Tensor& gradient, const T
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::native_batch_norm_backward", "", stack.data(), TORCH_ABI_VERSION));
   return {Argument<Tensor>::take(stack[0]), Argument<Tensor>::take(stack[1]), Argument<Tensor>::take(stack[2])};
+}
+
+// The adaptive average pool of an image of two or three dimensions, contiguous, and its gradient.
+inline Tensor adaptive_average(const Tensor& input, const Ints& parts) {
+  const char* const name = parts.size() == 3 ? "aten::_adaptive_avg_pool3d" : "aten::_adaptive_avg_pool2d";
+  std::array<StableIValue, 2> stack{give(input), give(parts)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return Argument<Tensor>::take(stack[0]);
+}
+inline Tensor adaptive_average_backward(const Tensor& gradient, const Tensor& input) {
+  const char* const name =
+      input.dim() == 5 ? "aten::_adaptive_avg_pool3d_backward" : "aten::_adaptive_avg_pool2d_backward";
+  std::array<StableIValue, 2> stack{give(gradient), give(input)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return Argument<Tensor>::take(stack[0]);
 }
 
 // Fills the tensor with ones, of this probability, and zeros, by torch's generator.

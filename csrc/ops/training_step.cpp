@@ -223,7 +223,8 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
     parallel_chunks(std::min(useful_threads(kWork * static_cast<double>(count)), std::max<int64_t>(count, 1)), count,
                     [&](int64_t, int64_t first, int64_t last) {
                       T* at[StepNumbers::kStates];
-                      for (int j = 0; j < StepNumbers::kStates; ++j) at[j] = state.tensors[j] ? state.tensors[j] + first : nullptr;
+                      for (int j = 0; j < StepNumbers::kStates; ++j)
+                        at[j] = state.tensors[j] ? state.tensors[j] + first : nullptr;
                       const int64_t some = last - first;
                       if (numbers.optimizer == Optimizer::sgd) {
                         kernels.sgd(of_this, some, gradient + first, parameter + first, at[0]);
@@ -422,8 +423,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "training_step(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
       " Tensor? weight, int[] layout, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");
   // The same, with what stays the same from step to step bound before (bound_step.h), and without gradients.
-  m.def(
-      "bind_training_step(Tensor[] parameters, Tensor[] state, str program, Tensor? weight, int[] layout) -> Tensor");
+  m.def("bind_training_step(Tensor[] parameters, Tensor[] state, str program, Tensor? weight, int[] layout) -> Tensor");
   m.def("bound_training_step(Tensor input, Tensor target, Tensor bound, Tensor numbers) -> Tensor loss");
   // The same in two calls: up to the output, and from its gradient on. saved: what the second needs of the first.
   m.def("training_step_forward(Tensor input, Tensor[] parameters, str program) -> (Tensor output, Tensor[] saved)");

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import operator
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fastnn.graph.forward import Program
 from fastnn.graph.joining import chooses_last, drop_unused_parts, flattens, kernel_of
-from fastnn.graph.matcher import Layer, read_layer
+from fastnn.graph.matcher import Layer, activation_name, read_layer, settings_of, why_not_read
 from fastnn.graph.tracing import HOOKS
 from fastnn.nn._hooks import has_own_call
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, flat_geometry
 from fastnn.ops.frozen import write_program
-from fastnn.ops.mlp import MOST_LAYERS, mlp_of_parameters, operator_code
+from fastnn.ops.mlp import MOST_LAYERS, activation_digits, mlp_of_parameters, operator_code
 from fastnn.ops.rnn import NUMBER_OF
+
+_ANY = range(2, 17)  # dimensions; more than sixteen the operators do not take
 
 
 class ChainError(Exception):
@@ -35,10 +38,17 @@ class Chain:
 
     text: str
     sources: list[tuple[Any, str]]
-    dims: int | None  # of the input, if the first layer asks for so many
+    dims: range  # of the input, as many as the first layer takes
     log_softmax: int | None  # the dimension of one behind the last stage
-    hooks: list[dict[int, Any]]  # of layers that the program calls and the chain does not: there must be none
+    # Of layers that the program calls and the chain does not: there must be no hooks, and the attributes that became
+    # numbers must be what they were.
+    hooks: list[dict[int, Any]]
+    settings: list[tuple[dict[str, Any], Callable[[Any], Any], Any]]
     counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
+
+    def holds(self) -> bool:
+        """Whether such layers are as they were read."""
+        return not any(self.hooks) and all(reader(own) == value for own, reader, value in self.settings)
 
     def describe(self) -> Iterator[str]:
         for stage in self.text.split(";"):
@@ -50,6 +60,7 @@ def read_chain(program: Program) -> Chain:
     """The chain that a program is. ChainError where it is none."""
     graph, sources = program.write()
     drop_unused_parts(graph)
+    _write_flattenings(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = len(program.names)
     if inputs != 1:
@@ -71,9 +82,47 @@ def read_chain(program: Program) -> Chain:
     if not reader.stages:
         raise ChainError("there is no layer in the model")
     return Chain(
-        write_program(reader.stages), reader.sources, reader.dims, reader.log_softmax, reader.hooks,
-        reader.counters,
+        write_program(reader.stages), reader.sources, reader.dims or _ANY, reader.log_softmax, reader.hooks,
+        reader.settings,         reader.counters,
     )  # fmt: skip
+
+
+def _write_flattenings(graph: Graph) -> None:
+    """``x.view(x.size(0), -1)``, or by reshape or shape, as ``torch.flatten(x, 1)``, so that x has one user."""
+    for node in list(graph.nodes):
+        x, sizes = node.args[:1], _sizes_of_view(node)
+        if len(sizes) != 2 or sizes[1] != -1 or not isinstance(x[0], Node) or not _is_batch(sizes[0], x[0]):
+            continue
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_function(torch.flatten, (*x, 1)))
+        unused = [node]
+        while unused and not unused[0].users:
+            first = unused.pop(0)
+            unused += [one for one in first.all_input_nodes if one is not x[0]]
+            graph.erase_node(first)
+
+
+def _sizes_of_view(node: Node) -> Sequence[Any]:
+    """What ``x.view(...)`` or reshape asks for; nothing where the node is none."""
+    if node.target not in ("view", "reshape", torch.reshape) or node.kwargs:
+        return ()
+    sizes = node.args[1:]
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+
+
+def _is_batch(size: Any, x: Node) -> bool:
+    """Whether it is x.size(0), x.size()[0] or x.shape[0]."""
+    if not isinstance(size, Node) or size.kwargs:
+        return False
+    if size.target == "size":
+        return size.args == (x, 0)
+    if size.target is not operator.getitem or size.args[1] != 0:
+        return False
+    all_sizes = size.args[0]
+    return isinstance(all_sizes, Node) and (
+        (all_sizes.target == "size" and all_sizes.args == (x,))
+        or (all_sizes.target is getattr and all_sizes.args == (x, "shape"))
+    )
 
 
 def _in_order(placeholders: list[Node], sources: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
@@ -86,9 +135,11 @@ class _Reader:
         self.source_of, self.modules = source_of, modules
         self.stages: list[tuple[str, list[int]]] = []
         self.sources: list[tuple[Any, str]] = []
-        self.dims: int | None = None
+        self.dims: range | None = None
+        self.has_steps = False  # what the stages give is that of all steps of a recurrent layer
         self.log_softmax: int | None = None
         self.hooks: list[dict[int, Any]] = []
+        self.settings: list[tuple[dict[str, Any], Callable[[Any], Any], Any]] = []
         self.counters: list[tuple[Any, str]] = []
 
     def add(self, node: Node) -> Node:
@@ -105,7 +156,7 @@ class _Reader:
             tensors = list(node.args[1])  # type: ignore[arg-type]
             if len(digits) > MOST_LAYERS:
                 raise ChainError(f"there are more than {MOST_LAYERS} linear layers in a row")
-            self._begin(2)
+            self._begin(_ANY)
             biased = int(len(tensors) > len(digits))
             self.stages.append(("mlp", [len(digits), biased, operator_code(digits)]))
             self._take(tensors)
@@ -114,33 +165,62 @@ class _Reader:
             self._add_norm(node)
             return node
         if flattens(node):
+            self._begin(_ANY)
             self.stages.append(("flatten", []))
+            self.has_steps = False
+            return node
+        sizes = _sizes_of_view(node)
+        if len(sizes) == 2 and sizes[0] == -1 and isinstance(sizes[1], int) and sizes[1] > 0:
+            self._begin(_ANY)
+            self.stages.append(("flatten", [sizes[1]]))
+            self.has_steps = False
             return node
         if node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.RNNBase):
             return self._add_recurrent(node)
         layer = read_layer(node, self.modules)
-        if layer is not None and layer.kind == "dropout" and self.stages and not _is_of_channels(layer):
-            if layer.settings["training"]:
+        if layer is not None and layer.module is not None:
+            self._note(layer.module, *settings_of(layer.module))
+        if layer is not None and layer.kind == "dropout" and not _is_of_channels(layer):
+            if layer.settings["training"] and layer.settings["p"]:
+                self._begin(_ANY)
                 self.stages.append(("dropout", [_bits(layer.settings["p"])]))
             return node
         if layer is not None and layer.kind == "identity":
             return node
         if layer is not None and layer.kind == "linear" and layer.module is not None:
-            self._begin(2)
+            self._begin(_ANY)
             self.stages.append(("mlp", [1, self._take_own(layer), operator_code("0")]))
             return node
         if layer is not None and layer.kind.startswith("conv") and layer.module is not None:
             self._begin(layer.dims + 2)
             self.stages.append(("plain_conv", [layer.dims, self._take_own(layer), *_convolution(layer)]))
             return node
+        if layer is not None and layer.kind == "batch_norm" and layer.module is not None:
+            self._add_norm_alone(layer)
+            return node
+        if layer is not None and (name := activation_name(layer)) is not None:
+            self._begin(_ANY)
+            self.stages.append(("activation", [operator_code(activation_digits([name]))]))
+            return node
+        if self.has_steps and (_takes_last(node, -1) or _takes_last(node, (slice(None), -1))):
+            self.stages.append(("last", [int(not _takes_last(node, -1))]))
+            self.has_steps = False
+            return node
+        average = _adaptive_average(node, self.modules)
+        if average is not None:
+            self._begin(len(average) + 2)
+            if node.op == "call_module":
+                self._note(self.modules[str(node.target)], "output_size")
+            self.stages.append(("average", [len(average), *average]))
+            return node
         self.log_softmax = _dim_of_log_softmax(node, self.modules)
         if self.log_softmax is not None and next(iter(node.users)).op == "output":
             return node
         raise ChainError(f"{node.name} ({_name(node, self.modules)}) is no layer of a chain")
 
-    def _begin(self, dims: int) -> None:
+    def _begin(self, dims: int | range) -> None:
         if not self.stages:
-            self.dims = dims
+            self.dims = dims if isinstance(dims, range) else range(dims, dims + 1)
 
     def _take(self, tensors: list[Any]) -> None:
         for tensor in tensors:
@@ -156,8 +236,14 @@ class _Reader:
         if not names or names[0] != "weight":
             raise ChainError(f"{layer.name}'s weight is computed from something else")
         self.sources += [(own, name) for name in names]
-        self.hooks += [layer.module.__dict__[name] for name in HOOKS]
         return len(names) - 1
+
+    def _note(self, module: nn.Module, *names: str) -> None:
+        """That the module's hooks and these attributes are looked at before each step."""
+        self.hooks += [module.__dict__[name] for name in HOOKS]
+        if names:
+            reader = itemgetter(*names)
+            self.settings.append((module.__dict__, reader, reader(module.__dict__)))
 
     def _add_norm(self, node: Node) -> None:
         settings: dict[str, Any] = dict(node.kwargs)
@@ -179,18 +265,37 @@ class _Reader:
         )
         if geometry is None:
             raise ChainError(f"{node.name}'s pool has other dimensions")
-        numbers = [_bits(settings["momentum"]), _bits(settings["eps"])]
-        there = [int(tensor is not None) for tensor in (mean, weight, bias)]
-        self.stages.append(("batch_norm", [*there, *numbers, *geometry]))
+        self._add_statistics([tensor is not None for tensor in (mean, weight, bias)], settings, geometry)
         if counter is not None:
             self.counters.append(self.source_of[counter])  # type: ignore[index]
+
+    def _add_statistics(self, there: Sequence[bool], settings: dict[str, Any], geometry: Sequence[int]) -> None:
+        numbers = [_bits(settings["momentum"] or 0.0), _bits(settings["eps"])]
+        self.stages.append(("batch_norm", [*map(int, there), *numbers, *geometry]))
+
+    def _add_norm_alone(self, layer: Layer) -> None:
+        """A batch norm that no ReLU and max-pool follow."""
+        module: Any = layer.module
+        if not layer.settings["training"]:
+            raise ChainError(f"{layer.name} is a batch norm in eval mode")
+        running = bool(layer.settings["track_running_stats"]) and module.running_mean is not None
+        if running and layer.settings["momentum"] is None:
+            raise ChainError(f"{layer.name} keeps a cumulative average")
+        dims = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+        self._begin(next((dims[kind] for kind in dims if isinstance(module, kind)), range(2, 4)))
+        self.sources += [(module._buffers, name) for name in ("running_mean", "running_var") if running]
+        own = [name for name in ("weight", "bias") if module._parameters.get(name) is not None]
+        if len(own) != sum(getattr(module, name) is not None for name in ("weight", "bias")):
+            raise ChainError(f"{layer.name}'s weight is computed from something else")
+        self.sources += [(module._parameters, name) for name in own]
+        self._add_statistics([running, "weight" in own, "bias" in own], layer.settings, ())
+        if running and module.num_batches_tracked is not None:
+            self.counters.append((module._buffers, "num_batches_tracked"))
 
     def _add_recurrent(self, node: Node) -> Node:
         layer: Any = kernel_of(self.modules[str(node.target)])
         if layer is None or len(node.args) != 1 or node.kwargs:
             raise ChainError(f"{node.name} has a state, hooks or a forward of its own")
-        if layer.dropout and layer.training:
-            raise ChainError(f"{node.name} drops elements between its layers")
         self._begin(3)
         last = 0
         part = next(iter(node.users))
@@ -205,21 +310,46 @@ class _Reader:
             if layer.bidirectional or follower is None or not _takes_last(follower, -1):
                 raise ChainError(f"{node.name} gives its state")
             last, end = 1, follower
-        elif follower is not None and follower.target is operator.getitem:
-            if layer.bidirectional or not _takes_last(follower, (slice(None), -1) if layer.batch_first else -1):
-                raise ChainError(f"a part of {node.name}'s output is chosen")
+        elif (
+            follower is not None
+            and not layer.bidirectional
+            and _takes_last(follower, (slice(None), -1) if layer.batch_first else -1)
+        ):
             last, end = 1, follower
+        self.has_steps = not last
         names = layer._flat_weights_names
         numbers = [len(names), NUMBER_OF[layer.mode], layer.num_layers]
-        self.stages.append(("rnn", [*numbers, int(layer.bidirectional), int(layer.batch_first), last]))
+        numbers += [int(layer.bidirectional), int(layer.batch_first), last]
+        self.stages.append(("rnn", [*numbers, _bits(float(layer.dropout) if layer.training else 0.0)]))
         self.sources += [(layer._parameters, name) for name in names]
-        self.hooks += [layer.__dict__[name] for name in HOOKS]
+        self._note(layer, "dropout", "training")
         return end
 
 
 def _is_of_channels(layer: Layer) -> bool:
     """Whether a dropout drops more than single elements, or does not set them to zero."""
     return layer.module is not None and type(layer.module) is not nn.Dropout
+
+
+_AVERAGES: dict[Any, int] = {
+    **{getattr(nn, f"AdaptiveAvgPool{d}d").forward: d for d in (1, 2, 3)},
+    **{getattr(F, f"adaptive_avg_pool{d}d"): d for d in (1, 2, 3)},
+}
+
+
+def _adaptive_average(node: Node, modules: dict[str, nn.Module]) -> list[int] | None:
+    """Into how many parts each dimension is averaged, if that is what the node does."""
+    if node.op == "call_module":
+        module: Any = modules[str(node.target)]
+        dims = _AVERAGES.get(type(module).forward)
+        size = None if dims is None or why_not_read(module) else module.output_size
+    else:
+        dims = _AVERAGES.get(node.target)
+        size = node.kwargs.get("output_size", *node.args[1:2]) if dims is not None else None
+    if dims is None:
+        return None
+    sizes = [size] * dims if isinstance(size, int) else list(size) if isinstance(size, tuple | list) else []
+    return sizes if len(sizes) == dims and all(isinstance(one, int) and one > 0 for one in sizes) else None
 
 
 def _dim_of_log_softmax(node: Node, modules: dict[str, nn.Module]) -> int | None:

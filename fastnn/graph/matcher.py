@@ -178,6 +178,8 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
         if not isinstance(node.args[0], Node):
             return None
         values = {name: getattr(module, name) for name in settings}
+        if kind.startswith("conv") and isinstance(values["padding"], str):
+            values["padding"] = _padding_in_numbers(values["padding"], module) or values["padding"]
         held = {name: name for name in tensors if getattr(module, name, None) is not None}
         return Layer(node, kind, node.args[0], held, values, module)
     if node.op not in ("call_function", "call_method"):
@@ -200,6 +202,14 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
     if any(isinstance(value, Node) for value in settings_given.values()):
         return None  # a number that only a call knows
     return Layer(node, kind, input, tensors_given, settings_given)
+
+
+def _padding_in_numbers(name: str, conv: Any) -> tuple[int, ...] | None:
+    """Of "valid", and of "same" where it is the same on both sides."""
+    total = [d * (k - 1) if name == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if name not in ("valid", "same") or any(t % 2 for t in total):
+        return None
+    return tuple(t // 2 for t in total)
 
 
 # ---- matches --------------------------------------------------------------------------------------------------------
@@ -440,7 +450,7 @@ class _Matcher:
         pending: list[Layer] = []  # that are part of the chain only if a linear layer or an activation follows
         last = first
         while (following := self.next(last)) is not None:
-            name = _activation_name(following)
+            name = activation_name(following)
             if following.kind in _LINEARS and self.is_ready(following, first):
                 layers += [*pending, following]
                 pending = []
@@ -546,7 +556,7 @@ def _pool_settings(pool: Layer | None) -> dict[str, Any]:
     }
 
 
-def _activation_name(layer: Layer) -> str | None:
+def activation_name(layer: Layer) -> str | None:
     """As ``mlp`` has it."""
     if layer.kind == "gelu":
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(layer.settings["approximate"])

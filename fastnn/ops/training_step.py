@@ -108,6 +108,9 @@ def _stage(name: str, numbers: list[int], input: Tensor, parameters: list[Tensor
         return output, [output]
     if name == "batch_norm":
         channels = input.shape[1]
+        if len(numbers) == 5:
+            output = input.new_empty(input.shape)
+            return output, [output, *(input.new_empty(channels) for _ in range(3))]
         ones = input.new_empty(channels, 1, *(1 for _ in input.shape[2:]))
         output, winners = ops.conv_relu_max_pool_with_winners(input, ones, None, numbers[5:])
         return output, [output, winners, *(input.new_empty(channels) for _ in range(3))]
@@ -117,11 +120,22 @@ def _stage(name: str, numbers: list[int], input: Tensor, parameters: list[Tensor
         kept = sum(tensor.numel() for tensor in (output, *hidden))
         return output.reshape(*input.shape[:-1], output.shape[1]), [input.new_empty(kept)]
     if name == "rnn":
-        _, mode, layers, bidirectional, batch_first, last = numbers
+        _, mode, layers, bidirectional, batch_first, last, drops = numbers
         output, state, reserve = ops.rnn_with_reserve(
             input, None, [], parameters, None, mode, layers, bool(bidirectional), bool(batch_first)
         )
-        return (state[0][-1], [output, reserve, state[0]]) if last else (output, [output, reserve])
+        saved = [output, reserve, *state[: int(last)]]
+        if drops and layers > 1:
+            saved.append(input.new_empty(layers - 1, input.shape[0] * input.shape[1], output.shape[2]))
+        return (state[0][-1] if last else output), saved
+    if name == "average":
+        dims, *parts = numbers
+        output = input.new_empty([*input.shape[:2], *parts])
+        return output, [output[:, :, None] if dims == 1 else output]
+    if name == "last":
+        return input.select(numbers[0], -1).contiguous(), []
+    if name == "activation":
+        return input, [input.new_empty(input.shape)]
     if name == "dropout":
-        return input, [input.new_empty(input.shape) for _ in range(2)]
-    return input.flatten(1), []
+        return input, [torch.empty_like(input) for _ in range(2)]
+    return (input.reshape(-1, numbers[0]) if numbers else input.flatten(1)), []
