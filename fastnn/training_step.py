@@ -35,7 +35,8 @@ _call, _call_bound, _call_forward, _call_backward, _bind = (
         bind_training_step_op,
     )
 )
-_get_flags, _get_requires_grad = attrgetter("requires_grad", "grad"), attrgetter("requires_grad")
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_get_flags, _get_all_flags = attrgetter("requires_grad", *_HOOKS), attrgetter("requires_grad", *_HOOKS, "grad")
 
 
 class TrainingStep:
@@ -89,19 +90,10 @@ class TrainingStep:
         if not (self._is_due(input, target) and self._is_bound()):
             return self._ordinary(input, target)
         assert self._chain is not None
-        gradients: Sequence[Tensor] = ()
+        at_once = not self._loss_why and (self._chain.log_softmax != -1 or target.dim() == 1)
+        random = torch.get_rng_state() if at_once and self._chain.draws else None
         try:
-            if self._loss_why or (self._chain.log_softmax == -1 and target.dim() > 1):
-                loss, gradients = self._in_two_calls(input, target)
-            elif self.keep_gradients:
-                with self._no_grad:
-                    loss, gradients = _call(
-                        input, target, self._parameters, self._states, self._chain.text, self._loss_weight,
-                        self._layout, self._numbers, True,
-                    )  # fmt: skip
-            else:
-                with self._no_grad:
-                    loss = _call_bound(input, target, self._bound, self._numbers)
+            loss, gradients = self._in_one_call(input, target) if at_once else self._in_two_calls(input, target)
         except _OtherLeavesError:
             self._undo()
             self._chain = self._program = None
@@ -110,11 +102,24 @@ class TrainingStep:
         except BaseException as error:
             parameters = self._parameters
             self._undo()
-            if isinstance(error, RuntimeError) and not all(p.is_contiguous() for p in parameters):
-                return self._ordinary(input, target)  # they were: model.to(memory_format=...)
+            if not isinstance(error, RuntimeError):
+                raise
+            if all(p.is_contiguous() for p in parameters) and not at_once:
+                raise
+        else:
+            self._after(gradients)
+            return loss
+        if not all(p.is_contiguous() for p in parameters):  # they were: model.to(memory_format=...)
+            return self._ordinary(input, target)
+        # Targets that the operator does not take may be good for the loss itself; if not, it has words for it.
+        if random is not None:
+            torch.set_rng_state(random)
+        self._loss_why = "its target is none that the operator takes"
+        try:
+            return self(input, target)
+        except BaseException:
+            self._loss_why = ""
             raise
-        self._after(gradients)
-        return loss
 
     # ---- the one call ---------------------------------------------------------------------------------------------
 
@@ -140,6 +145,7 @@ class TrainingStep:
             return
         self._chain, self._program = chain, program
         self._loss_numbers, self._loss_weight = [0.0] * 4, None
+        self._loss_read, self._loss_settings = self.loss, _settings_of_loss(self.loss)
         try:
             self._loss_numbers, self._loss_weight = _numbers_of_loss(self.loss, chain.log_softmax is not None)
         except ChainError as reason:
@@ -148,7 +154,8 @@ class TrainingStep:
     def _forget(self) -> None:
         """Drops what was made of the parameters, and of the optimizer's settings and state."""
         self._release()
-        # Of what it was made: tensors (see _containers), whether they require grad, max_norm, the groups' settings.
+        # Of what it was made: tensors (see _containers), whether they require grad and have hooks, max_norm, the
+        # groups' settings.
         self._parameter_dicts: list[dict[str, Any]] = []
         self._objects: tuple[Any, ...] = (None,)  # which nothing holds
         self._flags: list[Any] = []
@@ -182,7 +189,7 @@ class TrainingStep:
             return False
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return False
-        if not self.model.training or not self._program.holds() or not self._chain.holds():
+        if not (self._program.holds() and self._chain.holds() and self._loss_holds() and self.model.training):
             self._read()
             if self._chain is None or not self.model.training:
                 return False
@@ -190,6 +197,14 @@ class TrainingStep:
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return False
         return input.dim() in self._chain.dims and input.numel() != 0
+
+    def _loss_holds(self) -> bool:
+        """Whether the loss is as it was read."""
+        try:
+            settings = self._loss_settings
+            return self.loss is self._loss_read and (not settings or settings == _settings_of_loss(self.loss))
+        except RuntimeError:  # a tensor compared with another
+            return False
 
     def _is_bound(self) -> bool:
         """Sees to it that what is bound is what the model and the optimizer have; not where the model has lost a
@@ -228,7 +243,7 @@ class TrainingStep:
         return [*self._parameter_dicts, *groups, *optimizer.state.values()]
 
     def _flags_now(self) -> list[Any]:
-        return list(map(_get_requires_grad if self.keep_gradients else _get_flags, self._parameters))
+        return list(map(_get_flags if self.keep_gradients else _get_all_flags, self._parameters))
 
     def _settings_now(self) -> list[Any]:
         return [get(group) for get, group in zip(self._get_settings, self.optimizer.param_groups, strict=True)]
@@ -251,7 +266,8 @@ class TrainingStep:
             self._bound = _bind(parameters, self._states, self._chain.text, self._loss_weight, self._layout)
         self._release = weakref.finalize(self, release_training_step, int(self._bound))
         self._release.atexit = False
-        self._bound_norm, self._flags = self.max_norm, self._flags_now()
+        self._bound_norm = self.max_norm
+        self._flags = [tuple(dict(f) if isinstance(f, dict) else f for f in flags) for flags in self._flags_now()]
         self._parameter_dicts = list({id(own): own for own in self._parameter_owners}.values())
         self._objects = tuple(
             item
@@ -287,6 +303,17 @@ class TrainingStep:
         self._numbers = torch.tensor(numbers, dtype=torch.float64)
         self._get_settings = [itemgetter(*filter(group.__contains__, _HYPER)) for group in groups]
         self._settings = self._settings_now()
+
+    def _in_one_call(self, input: Tensor, target: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        assert self._chain is not None
+        with self._no_grad:
+            if not self.keep_gradients:
+                return _call_bound(input, target, self._bound, self._numbers), ()
+            loss, gradients = _call(
+                input, target, self._parameters, self._states, self._chain.text, self._loss_weight, self._layout,
+                self._numbers, True,
+            )  # fmt: skip
+            return loss, gradients
 
     def _in_two_calls(self, input: Tensor, target: Any) -> tuple[Tensor, list[Tensor]]:
         """With the caller's own loss."""
@@ -356,8 +383,8 @@ def training_step(
     and the optimizer's update in one operator, where model, loss and optimizer allow it; in two, with the loss between
     them, where only the loss doesn't; else the ordinary way, on fused layers. ``step.explain()`` says which, and why.
 
-    Models that are one chain allow it, in float32 and float64 on the CPU: of convolutions, with ReLU and max-pool, batch
-    norm, linear layers, activations, adaptive average pools, flattenings, Dropout, and recurrent layers, of which all
+    Models that are one chain allow it, in float32 and float64 on the CPU: convolutions, with ReLU and max-pool, batch
+    norms, linear layers, activations, adaptive average pools, flattenings, Dropout, and recurrent layers, of which all
     steps or the last go on. The optimizer's state is its own, and so are its learning rates: going back to
     ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
 
@@ -422,6 +449,14 @@ _MODULES: dict[type, int] = {
 _NUMBER = {_SMOOTH_L1: "beta", _HUBER: "delta", _CROSS_ENTROPY: "label_smoothing"}
 
 
+def _settings_of_loss(loss: Any) -> dict[str, Any]:
+    """Of a module, what its forward computes by."""
+    if not isinstance(loss, nn.Module):
+        return {}
+    names = ("reduction", "beta", "delta", "label_smoothing", "ignore_index", "weight", "pos_weight")
+    return {name: getattr(loss, name) for name in names if hasattr(loss, name)} | {"has_own_call": has_own_call(loss)}
+
+
 def _numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tensor | None]:
     """Kind, whether it is the mean, its number and the class to ignore; and the weights of classes. The loss of a model
     that ends in log_softmax is to be nll_loss, which both together are the cross entropy of what was before."""
@@ -429,9 +464,8 @@ def _numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tens
     if isinstance(loss, functools.partial) and not loss.args:
         settings, loss = dict(loss.keywords), loss.func
     if isinstance(loss, nn.Module):
-        kind = None if has_own_call(loss) else _MODULES.get(type(loss))
-        names = ("reduction", "beta", "delta", "label_smoothing", "ignore_index", "weight", "pos_weight")
-        settings = {name: getattr(loss, name) for name in names if hasattr(loss, name)}
+        settings = _settings_of_loss(loss)
+        kind = None if settings.pop("has_own_call") else _MODULES.get(type(loss))
     else:
         kind = _FUNCTIONS.get(loss) if isinstance(loss, Hashable) else None
     if kind is None:
@@ -498,9 +532,8 @@ def _check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimize
     kinds = {(p.dtype, p.device.type) for p in parameters}
     if kinds not in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")}):
         raise ChainError(f"the parameters are {', '.join(sorted(f'{d} on {place}' for d, place in kinds))}")
-    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
     if any(
-        type(p) is not nn.Parameter or not p.is_leaf or any(getattr(p, one, None) for one in hooks) for p in trained
+        type(p) is not nn.Parameter or not p.is_leaf or any(getattr(p, one, None) for one in _HOOKS) for p in trained
     ):
         raise ChainError("a parameter is computed from others or hooked")
     if not all(p.is_contiguous() for p in parameters):

@@ -8,6 +8,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -415,6 +416,38 @@ def test_a_loss_that_uses_parameters_by_itself() -> None:
 
 def test_a_loss_that_changes_the_output_in_place() -> None:
     follow("autoencoder", OPTIMIZERS["sgd"], lambda a, b: a.sub_(b).square_().mean(), how="two operator calls")
+
+
+TARGETS: dict[str, tuple[str, Any, Callable[[Tensor], Tensor]]] = {
+    "probabilities of classes": ("batch norm", F.cross_entropy, lambda y: y.softmax(1)),
+    "probabilities, smoothed": ("drops", nn.CrossEntropyLoss(label_smoothing=0.1), lambda y: y.softmax(1)),
+    "broadcast": ("batch norm of rows", F.mse_loss, lambda y: y[:1]),
+    "of another dtype": ("drops in both directions", F.l1_loss, lambda y: y.float()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_that_only_the_loss_takes(name: str) -> None:
+    kind, loss, of = TARGETS[name]
+    _, _, y = batch(kind)
+    how = "two operator calls and between them the loss (its target"
+    follow(kind, OPTIMIZERS["momentum"], loss, steps=4, how=how, target=of(y))
+
+
+def test_targets_that_nothing_takes() -> None:
+    """The loss's own words; and the next step is one call again."""
+    model, x, y = batch("batch norm")
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
+    before = copy.deepcopy(model.state_dict())
+    with (
+        pytest.raises(RuntimeError, match=r"The size of tensor a \(3\) must match"),
+        pytest.warns(UserWarning, match="Using a target size"),
+    ):
+        step(x, y[:, :2])
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    step(x, y)
+    assert step.explain().startswith("one operator call")
 
 
 def test_a_learning_rate_that_is_a_tensor() -> None:
@@ -870,6 +903,44 @@ def test_settings_that_change_between_steps_are_seen(name: str) -> None:
         assert_close(step(x, y), expected)
     assert step.explain().startswith(how)
     check_same((mine, ours), (model, theirs))
+
+
+LOSS_EDITS: dict[str, Callable[[Any, nn.CrossEntropyLoss], Any]] = {
+    "another": lambda step, loss: setattr(step, "loss", nn.CrossEntropyLoss(label_smoothing=0.3)),
+    "smoothing": lambda step, loss: setattr(loss, "label_smoothing", 0.3),
+    "weights": lambda step, loss: setattr(loss, "weight", torch.tensor([1.0, 2, 3, 4]).double()),
+    "weights in place": lambda step, loss: loss.weight.mul_(torch.tensor([1.0, 2, 3, 4]).double()),
+    "hook": lambda step, loss: loss.register_forward_hook(lambda module, args, output: 3 * output) and None,
+}
+
+
+@pytest.mark.parametrize("name", LOSS_EDITS)
+def test_edits_of_the_loss_are_seen(name: str) -> None:
+    model, x, _ = batch("cnn")
+    mine, one, other = copy.deepcopy(model), *(nn.CrossEntropyLoss(torch.ones(4).double()) for _ in range(2))
+    theirs, ours = (torch.optim.SGD(m.parameters(), 0.05) for m in (model, mine))
+    step = fastnn.training_step(mine, one, ours, strict=True)
+    stock = SimpleNamespace(loss=other)
+    for number in range(4):
+        if number == 2:
+            LOSS_EDITS[name](step, one)
+            LOSS_EDITS[name](stock, other)
+        assert_close(step(x, CLASSES), ordinary(model, stock.loss, theirs, x, CLASSES))
+    check_same((mine, ours), (model, theirs))
+
+
+def test_hooks_of_parameters_are_seen() -> None:
+    model, x, y = batch("autoencoder")
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters()), strict=True)
+    called: list[int] = []
+    parameter = next(model.parameters())
+    parameter.register_hook(lambda grad: None).remove()  # which leaves an empty dict
+    step(x, y)
+    step(x, y)
+    assert step.explain().startswith("one operator call")
+    parameter.register_hook(lambda grad: called.append(1))
+    step(x, y)
+    assert called == [1]
 
 
 def test_bad_arguments() -> None:

@@ -45,10 +45,14 @@ class Chain:
     hooks: list[dict[int, Any]]
     settings: list[tuple[dict[str, Any], Callable[[Any], Any], Any]]
     counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
+    draws: bool  # a step takes numbers from torch's generator
 
     def holds(self) -> bool:
         """Whether such layers are as they were read."""
-        return not any(self.hooks) and all(reader(own) == value for own, reader, value in self.settings)
+        for own, reader, value in self.settings:
+            if reader(own) != value:
+                return False
+        return not any(self.hooks)
 
     def describe(self) -> Iterator[str]:
         for stage in self.text.split(";"):
@@ -83,7 +87,7 @@ def read_chain(program: Program) -> Chain:
         raise ChainError("there is no layer in the model")
     return Chain(
         write_program(reader.stages), reader.sources, reader.dims or _ANY, reader.log_softmax, reader.hooks,
-        reader.settings,         reader.counters,
+        reader.settings,         reader.counters, reader.draws,
     )  # fmt: skip
 
 
@@ -141,6 +145,7 @@ class _Reader:
         self.hooks: list[dict[int, Any]] = []
         self.settings: list[tuple[dict[str, Any], Callable[[Any], Any], Any]] = []
         self.counters: list[tuple[Any, str]] = []
+        self.draws = False
 
     def add(self, node: Node) -> Node:
         """Take the operator of this node, and of those that choose a part of its result -> the last of them."""
@@ -184,6 +189,7 @@ class _Reader:
             if layer.settings["training"] and layer.settings["p"]:
                 self._begin(_ANY)
                 self.stages.append(("dropout", [_bits(layer.settings["p"])]))
+                self.draws = True
             return node
         if layer is not None and layer.kind == "identity":
             return node
@@ -320,7 +326,9 @@ class _Reader:
         names = layer._flat_weights_names
         numbers = [len(names), NUMBER_OF[layer.mode], layer.num_layers]
         numbers += [int(layer.bidirectional), int(layer.batch_first), last]
-        self.stages.append(("rnn", [*numbers, _bits(float(layer.dropout) if layer.training else 0.0)]))
+        drops = float(layer.dropout) if layer.training else 0.0
+        self.stages.append(("rnn", [*numbers, _bits(drops)]))
+        self.draws = self.draws or drops > 0
         self.sources += [(layer._parameters, name) for name in names]
         self._note(layer, "dropout", "training")
         return end
