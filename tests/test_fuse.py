@@ -88,6 +88,13 @@ FUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: Calls(lambda x, c, b: F.max_pool2d(F.relu(b(c(x) + 1)), 2), conv(), nn.BatchNorm2d(8)),
         [CONV],  # of one pixel, in groups of one channel
     ),
+    "padding by name": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 4, 3, padding="same", dilation=2), nn.ReLU(), nn.Conv2d(4, 5, (2, 3), padding="same")),
+            *(nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 2, 3, padding="valid"), nn.ReLU()),
+        ),
+        [CONV, CONV, CONV],
+    ),
     "identity and dropout": (
         lambda: nn.Sequential(conv(), nn.Identity(), nn.ReLU(), nn.Dropout(), nn.MaxPool2d(2)),
         [CONV],
@@ -151,6 +158,29 @@ def test_a_small_network_is_one_operator() -> None:
     assert result.shape == (2, 2)
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"), torch.no_grad():
         fused(torch.randn(2, 3, 20, 20))
+
+
+VIEWS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x.view(x.size(0), -1),
+    lambda x: x.reshape((x.shape[0], -1)),
+    lambda x: torch.reshape(x, (x.size()[0], -1)),
+    lambda x: x.view(x.shape[0], -1) * x.shape[1],  # which has another use for the shape
+)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_small_network_that_flattens_by_view_is_one_operator(view: Callable[[Tensor], Tensor]) -> None:
+    def function(x: Tensor, block: nn.Module, head: nn.Module) -> Tensor:
+        return head(view(block(x)))
+
+    block, head = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)), nn.Linear(200, 5)
+    model, x = Calls(function, block, head).eval(), image()
+    fused = fastnn.fuse(model)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        result = fused(x)
+    assert_close(result, model(x))
+    calls = [e.name for e in profile.events() if e.name.startswith("fastnn::")]
+    assert (calls == ["fastnn::frozen_unpacked"]) == (view is not VIEWS[-1])
 
 
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])

@@ -12,10 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fastnn.graph.forward import Program
-from fastnn.graph.joining import chooses_last, drop_unused_parts, flattens, kernel_of
+from fastnn.graph.joining import (
+    chooses_last,
+    drop_unused_parts,
+    flattens,
+    kernel_of,
+    sizes_of_view,
+    write_flattenings,
+)
 from fastnn.graph.matcher import Layer, activation_name, read_layer, settings_of, why_not_read
 from fastnn.graph.tracing import HOOKS
 from fastnn.nn._hooks import has_own_call
@@ -64,7 +71,7 @@ def read_chain(program: Program) -> Chain:
     """The chain that a program is. ChainError where it is none."""
     graph, sources = program.write()
     drop_unused_parts(graph)
-    _write_flattenings(graph)
+    write_flattenings(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = len(program.names)
     if inputs != 1:
@@ -89,44 +96,6 @@ def read_chain(program: Program) -> Chain:
         write_program(reader.stages), reader.sources, reader.dims or _ANY, reader.log_softmax, reader.hooks,
         reader.settings,         reader.counters, reader.draws,
     )  # fmt: skip
-
-
-def _write_flattenings(graph: Graph) -> None:
-    """``x.view(x.size(0), -1)``, or by reshape or shape, as ``torch.flatten(x, 1)``, so that x has one user."""
-    for node in list(graph.nodes):
-        x, sizes = node.args[:1], _sizes_of_view(node)
-        if len(sizes) != 2 or sizes[1] != -1 or not isinstance(x[0], Node) or not _is_batch(sizes[0], x[0]):
-            continue
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.call_function(torch.flatten, (*x, 1)))
-        unused = [node]
-        while unused and not unused[0].users:
-            first = unused.pop(0)
-            unused += [one for one in first.all_input_nodes if one is not x[0]]
-            graph.erase_node(first)
-
-
-def _sizes_of_view(node: Node) -> Sequence[Any]:
-    """What ``x.view(...)`` or reshape asks for; nothing where the node is none."""
-    if node.target not in ("view", "reshape", torch.reshape) or node.kwargs:
-        return ()
-    sizes = node.args[1:]
-    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
-
-
-def _is_batch(size: Any, x: Node) -> bool:
-    """Whether it is x.size(0), x.size()[0] or x.shape[0]."""
-    if not isinstance(size, Node) or size.kwargs:
-        return False
-    if size.target == "size":
-        return size.args == (x, 0)
-    if size.target is not operator.getitem or size.args[1] != 0:
-        return False
-    all_sizes = size.args[0]
-    return isinstance(all_sizes, Node) and (
-        (all_sizes.target == "size" and all_sizes.args == (x,))
-        or (all_sizes.target is getattr and all_sizes.args == (x, "shape"))
-    )
 
 
 def _in_order(placeholders: list[Node], sources: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
@@ -174,7 +143,7 @@ class _Reader:
             self.stages.append(("flatten", []))
             self.has_steps = False
             return node
-        sizes = _sizes_of_view(node)
+        sizes = sizes_of_view(node)
         if len(sizes) == 2 and sizes[0] == -1 and isinstance(sizes[1], int) and sizes[1] > 0:
             self._begin(_ANY)
             self.stages.append(("flatten", [sizes[1]]))

@@ -147,6 +147,7 @@ def drop_unused_parts(graph: Graph) -> None:
 def join(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
     """Puts one call in the place of each stretch of the fused graph that is of one of the forms above."""
     drop_unused_parts(graph)
+    write_flattenings(graph, behind=conv_relu_max_pool)
     for node in list(graph.nodes):
         _join_head(graph, node, modules)
     taken: set[Node] = set()
@@ -209,6 +210,47 @@ def flattens(node: Node) -> bool:
         given = (*node.args[1:], *node.kwargs.values())
         return given in ((1,), (1, -1)) and all(name in ("start_dim", "end_dim") for name in node.kwargs)
     return False
+
+
+def write_flattenings(graph: Graph, behind: Any = None) -> None:
+    """``x.view(x.size(0), -1)``, or by reshape or shape, as ``torch.flatten(x, 1)``, so that x has one user.
+    behind: where x is what this function returns, if not anywhere."""
+    for node in list(graph.nodes):
+        x, sizes = node.args[:1], sizes_of_view(node)
+        if len(sizes) != 2 or sizes[1] != -1 or not isinstance(x[0], Node) or not _is_batch(sizes[0], x[0]):
+            continue
+        if behind is not None and x[0].target is not behind:
+            continue
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_function(torch.flatten, (*x, 1)))
+        unused = [node]
+        while unused and not unused[0].users:
+            first = unused.pop(0)
+            unused += [one for one in first.all_input_nodes if one is not x[0]]
+            graph.erase_node(first)
+
+
+def sizes_of_view(node: Node) -> Sequence[Any]:
+    """What ``x.view(...)`` or reshape asks for; nothing where the node is none."""
+    if node.target not in ("view", "reshape", torch.reshape) or node.kwargs:
+        return ()
+    sizes = node.args[1:]
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+
+
+def _is_batch(size: Any, x: Node) -> bool:
+    """Whether it is x.size(0), x.size()[0] or x.shape[0]."""
+    if not isinstance(size, Node) or size.kwargs:
+        return False
+    if size.target == "size":
+        return size.args == (x, 0)
+    if size.target is not operator.getitem or size.args[1] != 0:
+        return False
+    all_sizes = size.args[0]
+    return isinstance(all_sizes, Node) and (
+        (all_sizes.target == "size" and all_sizes.args == (x,))
+        or (all_sizes.target is getattr and all_sizes.args == (x, "shape"))
+    )
 
 
 def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> None:
