@@ -90,7 +90,11 @@ FUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     ),
     "padding by name": (
         lambda: nn.Sequential(
-            *(nn.Conv2d(3, 4, 3, padding="same", dilation=2), nn.ReLU(), nn.Conv2d(4, 5, (2, 3), padding="same")),
+            *(
+                nn.Conv2d(3, 4, 3, padding="same", dilation=2),
+                nn.ReLU(),
+                nn.Conv2d(4, 5, (2, 3), padding="same", dilation=2),
+            ),
             *(nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 2, 3, padding="valid"), nn.ReLU()),
         ),
         [CONV, CONV, CONV],
