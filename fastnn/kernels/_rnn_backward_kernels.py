@@ -15,13 +15,14 @@ import triton.language as tl
 from fastnn.kernels._rnn_cells import GRU, LSTM, cell_back
 from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES
 from fastnn.kernels._rnn_tile import (
+    Tile,
+    extent_of,
     kinds_offset,
     kinds_ptrs,
     load,
     load_or_zero,
     load_stored,
     load_weight_back,
-    make_tile,
     output_offset,
     rows_of,
     stack_2,
@@ -139,7 +140,8 @@ def backward(
     PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """c0, grad_c_n and grad_c0 are LSTM's, saved is not of simple networks: else None."""
-    tile = make_tile(schedule_ptr, steps, batch_size, rows, 0, HIDDEN, TILE, BLOCK_BATCH)
+    extent = extent_of(schedule_ptr, steps, batch_size, 0, HIDDEN, TILE, BLOCK_BATCH)
+    tile = Tile(*extent, schedule_ptr, batch_size, rows)
     w = load_weights_back(weight_hh_ptr, tile.unit, MODE, HIDDEN, OPERAND)
     state = state_offset(tile, HIDDEN)
     start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, state, tile.mask).to(output_ptr.dtype.element_ty)

@@ -17,6 +17,8 @@ from fastnn.kernels._rnn_cells import GRU, LSTM, cell_back, gru_cell, lstm_cell,
 from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES
 from fastnn.kernels._rnn_tile import (
     Gates,
+    Tile,
+    extent_of,
     gate_rows,
     kinds_offset,
     load,
@@ -24,7 +26,6 @@ from fastnn.kernels._rnn_tile import (
     load_gates,
     load_or_zero,
     load_stored,
-    make_tile,
     output_offset,
     rows_of,
     stack_offset,
@@ -135,7 +136,8 @@ def spread_forward(
     SPIN_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """hidden: (2, D, batch, H), where programs find the state that the step before left, h0 in the second half."""
-    tile = make_tile(schedule_ptr, steps, batch_size, rows, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    extent = extent_of(schedule_ptr, steps, batch_size, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    tile = Tile(*extent, schedule_ptr, batch_size, rows)
     every = _parts_of_units(TILE, PARTS)
     limit = tl.minimum(last, tile.steps)
     all_states = DIRECTIONS * batch_size.to(tl.int64) * HIDDEN
@@ -202,7 +204,8 @@ def spread_backward(
     """Step ``first`` is the sequence's last. A step begins with the part of the state's gradient that goes through the
     gates of the step after it, which all programs have left in grad_gates; so there is one step more than in forward.
     state: the gradients of the final state, then of the initial one."""
-    tile = make_tile(schedule_ptr, steps, batch_size, rows, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    extent = extent_of(schedule_ptr, steps, batch_size, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    tile = Tile(*extent, schedule_ptr, batch_size, rows)
     every = _parts_of_units(TILE, PARTS)
     KINDS: tl.constexpr = 1 if GATES == 1 else 4
     limit = tl.minimum(last, tile.steps + 1)
