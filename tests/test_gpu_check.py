@@ -206,11 +206,15 @@ def test_a_floor_above_the_prediction_is_a_fault(check: Any, monkeypatch: pytest
 NVIDIA = pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100"])
 
 
-def meeting_faults(check: Any, target: str, *constexprs: Any) -> list[str]:
+def meeting_launch(check: Any, *constexprs: Any, steps: int = 100) -> Any:
     tensors = (torch.empty(16, device="meta"), torch.empty(16, dtype=torch.int32, device="meta"))
     values = dict(zip(("RELEASE", "ACQUIRE", "LOOKS"), constexprs, strict=True))
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True, "launch_cooperative_grid": True}
-    launch = check.Launch(meeting, (2,), (*tensors, 100, 2), values, options)
+    return check.Launch(meeting, (2,), (*tensors, steps, 2), values, options)
+
+
+def meeting_faults(check: Any, target: str, *constexprs: Any) -> list[str]:
+    launch = meeting_launch(check, *constexprs)
     return list(check.gpu_sass.faults_of_waiting(check.build(launch, target_named(check, target)).code))
 
 
@@ -233,6 +237,20 @@ def test_kernels_that_wait(check: Any, kernel: str, target: str) -> None:
     )  # fmt: skip
     built = check.build(next(launches), own)
     assert list(check.gpu_sass.faults_of_waiting(built.code)) == []
+
+
+@pytest.mark.parametrize(("which", "products", "meetings"), [("all", 2, 2), ("sample", 1, 1), ("waiting", 1, 2)])
+def test_which_launches(check: Any, monkeypatch: pytest.MonkeyPatch, which: str, products: int, meetings: int) -> None:
+    """Of two that the compiler tells apart, a multiple of 16 being one of them, of each of two kernels."""
+    launches = [product_launch(check, steps=steps, M=64, N=64, K=32) for steps in (100, 160)]
+    launches += [meeting_launch(check, "release", "acquire", True, steps=steps) for steps in (100, 160)]
+    monkeypatch.setattr(check, "all_cases", lambda: [check.Case("op", "shape", torch.float16, lambda device: None)])
+    monkeypatch.setattr(check, "forced_cases", list)
+    monkeypatch.setattr(check, "record_launches", lambda *_: launches)
+    monkeypatch.setattr(check, "build", lambda *_: check.Built(40, 0, 0, 1024, 8))
+    rows = check.check([target_named(check, "sm_90")], [], which).rows
+    assert [row.kernel for row in rows] == ["product"] * products + ["meeting"] * meetings
+    assert [row.waits for row in rows] == [False] * products + [True] * meetings
 
 
 POLL = """
@@ -298,12 +316,13 @@ def test_the_command_fails_with_a_launch_at_fault(check: Any, monkeypatch: pytes
     summary = tmp_path / "summary.md"
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "--write", str(summary)])
     built, floor = check.Built(40, 0, 0, 1024, 8), check.gpu_floor.Floor(1e-6, 50, 10, 2, 3, 0, {16: 4, 64: 1})
-    good = check.Row("kernel", "case", "float16", "ieee", "4 warps", "sm_90", built, floor, "")
+    good = check.Row("kernel", "case", "float16", "ieee", "4 warps", "sm_90", built, floor, True, "")
     bad = good._replace(problems="spills in a loop")
     bound = check.Bound("case", "float16", "forward", 1e-6, 2e-6)
     monkeypatch.setattr(check, "check", lambda *_: check.Report([good, bad], [bound]))
     assert check.main() == 1
     assert "2 launches compiled" in summary.read_text()
+    assert "2 of programs that wait for each other" in summary.read_text()
     assert "| kernel | sm_90 | 2 | 40 | 0 | 0 | 1024 | 8 | 3 | 16 | 1 |\n" in summary.read_text()
     assert summary.read_text().endswith("| case | float16 | forward | 1.0 | 2.0 |  |\n")
     monkeypatch.setattr(check, "check", lambda *_: check.Report([good], [bound._replace(floor=3e-6)]))

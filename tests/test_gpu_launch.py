@@ -29,11 +29,12 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     command = [compiler, "-shared", "-fPIC", "-Wall", "-Werror", f"-I{include}", str(TESTS / "libcuda_stub.c")]
     subprocess.run([*command, "-o", str(folder / "libcuda.so.1")], check=True)
+    (folder / "libcuda.so").symlink_to("libcuda.so.1")  # by this name older Tritons link with it
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
         "LAUNCHES": str(folder / "launches"),
         "TRITON_LIBCUDA_PATH": str(folder),  # to link with,
         "LD_LIBRARY_PATH": str(folder),  # and to load
-        "PYTHONPATH": str(TESTS.parent),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),  # with a Triton there
     }
     done = subprocess.run([sys.executable, str(TESTS / "launches_on_stub.py")], env=environment, capture_output=True,
                           text=True)  # fmt: skip

@@ -9,7 +9,7 @@ memory, matrix instructions; on an H100 the issue floor) and fails
   (gpu_sass.py), and on more programs than run at once;
 - where the instructions of a call take longer to be issued (gpu_floor.py) than the roofline says that it takes.
 
-    python tools/gpu_check.py [--target sm_90 ...] [--op mlp ...] [--sample] [--write SUMMARY.md]
+    python tools/gpu_check.py [--target sm_90 ...] [--op mlp ...] [--sample | --waiting] [--write SUMMARY.md]
 """
 
 import argparse
@@ -82,6 +82,7 @@ class Row(NamedTuple):
     target: str
     built: Built
     floor: gpu_floor.Floor | None
+    waits: bool  # its programs for each other
     problems: str
 
     def __str__(self) -> str:
@@ -259,11 +260,16 @@ def faults(
     precision = launch.constexprs.get("PRECISION")  # of a kernel with dots
     if precision and _precision.uses_matrix_units(case.dtype, precision, target) and built.matrix_instructions == 0:
         yield "no matrix instruction"
-    if launch.options.get("launch_cooperative_grid"):  # programs wait for each other
+    if _waits(launch):
         if built.code is not None:
             yield from gpu_sass.faults_of_waiting(built.code)
         if floor is not None and math.prod(launch.grid) > floor.at_once * target.processors:
             yield "more programs than run at once"
+
+
+def _waits(launch: Launch) -> bool:
+    """Whether programs wait for each other."""
+    return bool(launch.options.get("launch_cooperative_grid"))
 
 
 def configuration(launch: Launch) -> str:
@@ -306,19 +312,21 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
-def check_target(target: _target.Target, ops: Sequence[str], sample: bool) -> Report:
-    """``sample``: of each kernel one launch."""
+def check_target(target: _target.Target, ops: Sequence[str], which: str) -> Report:
+    """``which``: launches, "all"; "sample", of each kernel one; or "waiting", that and all of the kernels whose
+    programs wait for each other."""
     report = Report([], [])
     seen: dict[Any, Built] = {}
-    for case in itertools.chain(all_cases(), () if sample else forced_cases()):
+    for case in itertools.chain(all_cases(), () if which == "sample" else forced_cases()):
         if ops and case.op not in ops:
             continue
-        predicted = {} if sample else gpu_roofline.predictions(case)
-        for direction in ("training",) if sample else DIRECTIONS:
+        predicted = gpu_roofline.predictions(case) if which == "all" else {}
+        for direction in ("training",) if which == "sample" else DIRECTIONS:
             floors = []
             for launch in record_launches(case, target, direction):
                 # Layers of one shape launch one kernel.
-                key = (launch.kernel.__name__, launch.constexprs.get("MODE")) if sample else _key(launch)
+                is_whole = which == "all" or (which == "waiting" and _waits(launch))
+                key = _key(launch) if is_whole else (launch.kernel.__name__, launch.constexprs.get("MODE"))
                 is_new = key not in seen
                 built = seen[key] = build(launch, target) if is_new else seen[key]
                 problems = []
@@ -331,7 +339,7 @@ def check_target(target: _target.Target, ops: Sequence[str], sample: bool) -> Re
                     report.rows.append(Row(
                         launch.kernel.__name__, f"{case.op} {case.shape}", str(case.dtype).removeprefix("torch."),
                         launch.constexprs.get("PRECISION", ""), configuration(launch), target.name, built, floor,
-                        ", ".join([*problems, *faults(built, floor, launch, case, target)]),
+                        _waits(launch), ", ".join([*problems, *faults(built, floor, launch, case, target)]),
                     ))  # fmt: skip
                     print(report.rows[-1], flush=True)
             if direction in predicted and any(floors):
@@ -346,14 +354,14 @@ def _key(launch: Launch) -> str:
     return repr((launch.kernel.__name__, describe_all(launch), launch.options))
 
 
-def check(targets: Sequence[_target.Target], ops: Sequence[str], sample: bool = False) -> Report:
+def check(targets: Sequence[_target.Target], ops: Sequence[str], which: str = "all") -> Report:
     """The same for several targets, side by side."""
     if len(targets) == 1:
-        return check_target(targets[0], ops, sample)
+        return check_target(targets[0], ops, which)
     # Not forked: compilers have threads.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1), mp_context=spawn) as pool:
-        reports = list(pool.map(check_target, targets, itertools.repeat(ops), itertools.repeat(sample)))
+        reports = list(pool.map(check_target, targets, itertools.repeat(ops), itertools.repeat(which)))
     return Report(*([each for part in parts for each in part] for parts in zip(*reports, strict=True)))
 
 
@@ -362,18 +370,24 @@ def main() -> int:
     known = {target.name: target for target in _target.TARGETS}
     parser.add_argument("--target", action="append", choices=known, help="default: all")
     parser.add_argument("--op", action="append", help="default: all")
-    parser.add_argument("--sample", action="store_true", help="of each kernel one launch only")
+    fewer = parser.add_mutually_exclusive_group()
+    fewer.add_argument("--sample", dest="which", action="store_const", const="sample", default="all",
+                       help="of each kernel one launch only")  # fmt: skip
+    fewer.add_argument("--waiting", dest="which", action="store_const", const="waiting",
+                       help="the same, but all launches of programs that wait for each other")  # fmt: skip
     parser.add_argument("--write", type=Path, help="also write a summary as Markdown")
     options = parser.parse_args()
     started = time.monotonic()
-    report = check([known[name] for name in options.target or known], options.op or [], options.sample)
+    report = check([known[name] for name in options.target or known], options.op or [], options.which)
+    waiting = sum(row.waits for row in report.rows)
     verdict = (
-        f"{len(report.rows)} launches compiled with Triton {triton.__version__} and {len(report.bounds)} floors held "
-        f"against predictions, {report.failed} at fault"
+        f"{len(report.rows)} launches compiled with Triton {triton.__version__}, {waiting} of programs that wait "
+        f"for each other, and {len(report.bounds)} floors held against predictions, {report.failed} at fault"
     )
     print(f"{verdict}, in {time.monotonic() - started:.0f} s")
     if options.write:
-        title = "# What compilers make of the GPU kernels\n\n`make gpu-check`, on a machine without a GPU: "
+        command = "gpu-check-tritons" if options.which == "waiting" else "gpu-check"
+        title = f"# What compilers make of the GPU kernels\n\n`make {command}`, on a machine without a GPU: "
         options.write.write_text("\n".join([f"{title}{verdict}.", "", *summary(report)]) + "\n")
     return 1 if report.failed or not report.rows else 0
 

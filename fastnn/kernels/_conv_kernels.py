@@ -82,18 +82,19 @@ def _window_start(d, h, w, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
-def _from_first(index, SIZE: tl.constexpr, DILATION: tl.constexpr):
-    """How far an element of a window or a kernel lies from its first one."""
-    d = index // SIZE[2] // SIZE[1] * DILATION[0]
-    h = index // SIZE[2] % SIZE[1] * DILATION[1]
-    w = index % SIZE[2] * DILATION[2]
+def _from_first(index, GEOMETRY: tl.constexpr, SIZE: tl.constexpr, APART: tl.constexpr):
+    """How far an element of a window or a kernel lies from its first one. SIZE and APART are the indices of size and
+    dilation in GEOMETRY: Triton 3.5 takes no part of a tuple for an argument."""
+    d = index // GEOMETRY[SIZE][2] // GEOMETRY[SIZE][1] * GEOMETRY[APART][0]
+    h = index // GEOMETRY[SIZE][2] % GEOMETRY[SIZE][1] * GEOMETRY[APART][1]
+    w = index % GEOMETRY[SIZE][2] * GEOMETRY[APART][2]
     return d, h, w
 
 
 @triton.jit
 def _window_place(place, window, conv_size, GEOMETRY: tl.constexpr):
     """The convolution's pixel at a place of the windows that begin at ``window``, and whether there is one."""
-    place_d, place_h, place_w = _from_first(place, GEOMETRY[POOL], GEOMETRY[POOL_DILATION])
+    place_d, place_h, place_w = _from_first(place, GEOMETRY, POOL, POOL_DILATION)
     d, h, w = window[0] + place_d, window[1] + place_h, window[2] + place_w
     return d, h, w, _inside(d, h, w, conv_size)
 
@@ -192,8 +193,8 @@ def _load_patch(x_ptr, first, place, mask, columns, in_size, CHANNELS: tl.conste
     first patches. ``mask``: which of the windows have such a place, or None for all."""
     offset, d, h, w = first
     tap, channel, exists = columns
-    place_d, place_h, place_w = _from_first(place, GEOMETRY[POOL], GEOMETRY[POOL_DILATION])
-    tap_d, tap_h, tap_w = _from_first(tap, GEOMETRY[KERNEL], GEOMETRY[DILATION])
+    place_d, place_h, place_w = _from_first(place, GEOMETRY, POOL, POOL_DILATION)
+    tap_d, tap_h, tap_w = _from_first(tap, GEOMETRY, KERNEL, DILATION)
     tap_d += place_d * GEOMETRY[STRIDE][0]
     tap_h += place_h * GEOMETRY[STRIDE][1]
     tap_w += place_w * GEOMETRY[STRIDE][2]
@@ -407,7 +408,7 @@ def conv_input_gradient(
         channel_out = step % CHUNKS * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         out_mask = channel_out < CHANNELS[OUT]
         channel_out += group * CHANNELS[OUT]
-        tap_d, tap_h, tap_w = _from_first(tap, GEOMETRY[KERNEL], GEOMETRY[DILATION])
+        tap_d, tap_h, tap_w = _from_first(tap, GEOMETRY, KERNEL, DILATION)
         from_d = d + GEOMETRY[PADDING][0] - tap_d
         from_h = h + GEOMETRY[PADDING][1] - tap_h
         from_w = w + GEOMETRY[PADDING][2] - tap_w

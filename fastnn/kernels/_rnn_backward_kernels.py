@@ -12,23 +12,23 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastnn.kernels._rnn_cells import GRU, LSTM, gru_cell_back, lstm_cell_back, simple_cell_back
+from fastnn.kernels._rnn_cells import GRU, LSTM, cell_back
 from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES
 from fastnn.kernels._rnn_tile import (
+    Tile,
+    extent_of,
     kinds_offset,
     kinds_ptrs,
     load,
     load_or_zero,
     load_stored,
     load_weight_back,
-    make_tile,
     output_offset,
     rows_of,
     stack_2,
     stack_4,
     state_offset,
     store,
-    unstack_4,
 )
 
 
@@ -82,6 +82,25 @@ def load_step(kept, step, start, tile, MODE: tl.constexpr, HIDDEN: tl.constexpr,
 
 
 @triton.jit
+def load_c(kept, step, tile, HIDDEN: tl.constexpr):
+    """LSTM's c at the end of a step."""
+    row, runs = rows_of(step, tile)
+    ptrs = kept.saved_ptr + 4 * HIDDEN + kinds_offset(row, tile.unit, tile.rows, HIDDEN, 5)
+    return load(ptrs, tile.mask & runs[None, :])
+
+
+@triton.jit
+def store_grads(grad_gates_ptr, grads, row, runs, tile, MODE: tl.constexpr, HIDDEN: tl.constexpr):
+    """Those of a step's kinds."""
+    if MODE >= GRU:
+        ptrs, mask = kinds_ptrs(grad_gates_ptr, row, runs, tile, HIDDEN, 4)
+        store(ptrs, stack_4(grads[0], grads[1], grads[2], grads[3]), mask)
+    else:
+        ptrs = grad_gates_ptr + kinds_offset(row, tile.unit, tile.rows, HIDDEN, 1)
+        store(ptrs, grads[0], tile.mask & runs[None, :])
+
+
+@triton.jit
 def backward_steps(
     first, last, grad_h, grad_c, w, start, kept, grad_gates_ptr, tile, MODE: tl.constexpr, HIDDEN: tl.constexpr,
     DIRECTIONS: tl.constexpr, PRECISION: tl.constexpr, MATH: tl.constexpr,
@@ -91,42 +110,24 @@ def backward_steps(
     values = load_step(kept, tile.steps - 1 - first, start, tile, MODE, HIDDEN, DIRECTIONS)
     c = grad_c
     if MODE == LSTM:
-        row, runs = rows_of(tile.steps - 1 - first, tile)
-        c_ptrs = kept.saved_ptr + 4 * HIDDEN + kinds_offset(row, tile.unit, tile.rows, HIDDEN, 5)
-        c = load(c_ptrs, tile.mask & runs[None, :])
+        c = load_c(kept, tile.steps - 1 - first, tile, HIDDEN)
     for back in range(first, last):
         next_values = load_step(kept, tile.steps - 2 - back, start, tile, MODE, HIDDEN, DIRECTIONS)
         row, runs = rows_of(tile.steps - 1 - back, tile)
         mask = tile.mask & runs[None, :]
         DTYPE: tl.constexpr = grad_gates_ptr.dtype.element_ty
         OPERAND: tl.constexpr = w[0].dtype
-        total = grad_h + values[0].to(tl.float32)
+        grads, through, grad_c_before, c = cell_back(grad_h, grad_c, values, c, MODE, MATH)
         if MODE == GRU:
-            hidden_n, r, z, n = unstack_4(values[1].to(tl.float32))
-            grad_hidden_n, grad_r, grad_z, grad_n, through = gru_cell_back(
-                total, hidden_n, r, z, n, values[2].to(tl.float32)
-            )
-            kinds = stack_4(grad_hidden_n, grad_r, grad_z, grad_n)
-            operand = stack_2(grad_r, grad_z).to(DTYPE).to(OPERAND)
-            through = tl.dot(w[0], operand, through, input_precision=PRECISION)
-            through = tl.dot(w[1], grad_hidden_n.to(DTYPE).to(OPERAND), through, input_precision=PRECISION)
+            operands = (stack_2(grads[1], grads[2]), grads[0])
         elif MODE == LSTM:
-            i, f, g, o = unstack_4(values[1].to(tl.float32))
-            before = values[2].to(tl.float32)
-            grad_i, grad_f, grad_g, grad_o, through_c = lstm_cell_back(total, grad_c, i, f, g, o, c, before, MATH)
-            kinds = stack_4(grad_i, grad_f, grad_g, grad_o)
-            through = tl.dot(w[0], kinds.to(DTYPE).to(OPERAND), input_precision=PRECISION)
-            grad_c = tl.where(mask, through_c, grad_c)
-            c = before
+            operands = (stack_4(grads[0], grads[1], grads[2], grads[3]),)
         else:
-            kinds = tl.where(mask, simple_cell_back(total, values[1].to(tl.float32), MODE), 0.0)
-            through = tl.dot(w[0], kinds.to(DTYPE).to(OPERAND), input_precision=PRECISION)
-        if MODE >= GRU:
-            ptrs, stack_mask = kinds_ptrs(grad_gates_ptr, row, runs, tile, HIDDEN, 4)
-            store(ptrs, kinds, stack_mask)
-        else:
-            store(grad_gates_ptr + kinds_offset(row, tile.unit, tile.rows, HIDDEN, 1), kinds, mask)
-        grad_h = tl.where(mask, through, grad_h)
+            operands = grads
+        for i in tl.static_range(len(operands)):
+            through = tl.dot(w[i], operands[i].to(DTYPE).to(OPERAND), through, input_precision=PRECISION)
+        store_grads(grad_gates_ptr, grads, row, runs, tile, MODE, HIDDEN)
+        grad_h, grad_c = tl.where(mask, through, grad_h), tl.where(mask, grad_c_before, grad_c)
         values = next_values
     return grad_h, grad_c
 
@@ -139,7 +140,8 @@ def backward(
     PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """c0, grad_c_n and grad_c0 are LSTM's, saved is not of simple networks: else None."""
-    tile = make_tile(schedule_ptr, steps, batch_size, rows, 0, HIDDEN, TILE, BLOCK_BATCH)
+    extent = extent_of(schedule_ptr, steps, batch_size, 0, HIDDEN, TILE, BLOCK_BATCH)
+    tile = Tile(*extent, schedule_ptr, batch_size, rows)
     w = load_weights_back(weight_hh_ptr, tile.unit, MODE, HIDDEN, OPERAND)
     state = state_offset(tile, HIDDEN)
     start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, state, tile.mask).to(output_ptr.dtype.element_ty)

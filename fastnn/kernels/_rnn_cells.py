@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels._activation import PTX, PTX_ROUGH, RELU, TANH, activate, activation_gradient, sigmoid, tanh
+from fastnn.kernels._rnn_tile import unstack_4
 
 SIMPLE_TANH = tl.constexpr(0)  # by their numbers in the operators' schema
 SIMPLE_RELU = tl.constexpr(1)
@@ -25,30 +26,11 @@ def simple_cell(sums, MODE: tl.constexpr, MATH: tl.constexpr):
 
 
 @triton.jit
-def simple_cell_back(grad_h, h, MODE: tl.constexpr):
-    """The gradient before the activation."""
-    if MODE == SIMPLE_RELU:
-        return activation_gradient(grad_h, h, RELU)
-    else:
-        return activation_gradient(grad_h, h, TANH)
-
-
-@triton.jit
 def gru_cell(sum_r, sum_z, x_n, hidden_n, h, MATH: tl.constexpr):
     """-> the new h, and r, z, n."""
     r, z = sigmoid(sum_r, MATH), sigmoid(sum_z, MATH)
     n = tanh(x_n + r * hidden_n, MATH)
     return n + z * (h - n), r, z, n
-
-
-@triton.jit
-def gru_cell_back(grad_h, hidden_n, r, z, n, h_before):
-    """-> the gradients of hidden_n and, before the activations, of r, z, n; that of h_before but for what goes through
-    the gates."""
-    grad_n = grad_h * (1.0 - z) * (1.0 - n * n)
-    grad_z = grad_h * (h_before - n) * z * (1.0 - z)
-    grad_r = grad_n * hidden_n * r * (1.0 - r)
-    return grad_n * r, grad_r, grad_z, grad_n, grad_h * z
 
 
 @triton.jit
@@ -61,13 +43,35 @@ def lstm_cell(sum_i, sum_f, sum_g, sum_o, c, MATH: tl.constexpr):
 
 
 @triton.jit
-def lstm_cell_back(grad_h, grad_c, i, f, g, o, c, c_before, MATH: tl.constexpr):
-    """-> the gradients before the activations of i, f, g, o; that of c_before."""
-    # Not roughly: where c is large, the difference to 1 is all that is left of the gradient.
-    tanh_c = tanh(c, PTX if MATH == PTX_ROUGH else MATH)
-    grad_c += grad_h * o * (1.0 - tanh_c * tanh_c)
-    grad_i = grad_c * g * i * (1.0 - i)
-    grad_f = grad_c * c_before * f * (1.0 - f)
-    grad_g = grad_c * i * (1.0 - g * g)
-    grad_o = grad_h * tanh_c * o * (1.0 - o)
-    return grad_i, grad_f, grad_g, grad_o, grad_c * f
+def cell_back(grad_h, grad_c, values, c, MODE: tl.constexpr, MATH: tl.constexpr):
+    """From the gradients of a step's h, but for its output's, and of its c -> those of its kinds before the
+    activations, a tuple; of the h before it, but for what goes through the gates; of the c before it; and that c.
+    ``values``: what the step kept, see _rnn_backward_kernels.load_step. c and its gradient are LSTM's: else they are
+    handed back."""
+    grad_h += values[0].to(tl.float32)
+    kept = values[1].to(tl.float32)
+    through = tl.zeros_like(grad_h)
+    if MODE == GRU:
+        hidden_n, r, z, n = unstack_4(kept)
+        grad_n = grad_h * (1.0 - z) * (1.0 - n * n)
+        grad_z = grad_h * (values[2].to(tl.float32) - n) * z * (1.0 - z)
+        grad_r = grad_n * hidden_n * r * (1.0 - r)
+        grads = (grad_n * r, grad_r, grad_z, grad_n)
+        through = grad_h * z
+    elif MODE == LSTM:
+        i, f, g, o = unstack_4(kept)
+        c_before = values[2].to(tl.float32)
+        # Not roughly: where c is large, the difference to 1 is all that is left of the gradient.
+        tanh_c = tanh(c, PTX if MATH == PTX_ROUGH else MATH)
+        grad_c += grad_h * o * (1.0 - tanh_c * tanh_c)
+        grad_i = grad_c * g * i * (1.0 - i)
+        grad_f = grad_c * c_before * f * (1.0 - f)
+        grad_g = grad_c * i * (1.0 - g * g)
+        grad_o = grad_h * tanh_c * o * (1.0 - o)
+        grads = (grad_i, grad_f, grad_g, grad_o)
+        grad_c, c = grad_c * f, c_before
+    elif MODE == SIMPLE_RELU:
+        grads = (activation_gradient(grad_h, kept, RELU),)
+    else:
+        grads = (activation_gradient(grad_h, kept, TANH),)
+    return grads, through, grad_c, c

@@ -10,13 +10,14 @@ import triton.language as tl
 from fastnn.kernels._rnn_cells import GRU, LSTM, gru_cell, lstm_cell, simple_cell
 from fastnn.kernels._rnn_tile import (
     Gates,
+    Tile,
+    extent_of,
     kinds_offset,
     kinds_ptrs,
     load_bias,
     load_gates,
     load_or_zero,
     load_weight,
-    make_tile,
     output_offset,
     rows_of,
     stack_4,
@@ -112,7 +113,8 @@ def forward(
     TILE: tl.constexpr, BLOCK_BATCH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """c0 and c_n are LSTM's, saved is not of simple networks: else None."""
-    tile = make_tile(schedule_ptr, steps, batch_size, rows, 0, HIDDEN, TILE, BLOCK_BATCH)
+    extent = extent_of(schedule_ptr, steps, batch_size, 0, HIDDEN, TILE, BLOCK_BATCH)
+    tile = Tile(*extent, schedule_ptr, batch_size, rows)
     w = load_weights(weight_hh_ptr, tile.unit, MODE, HIDDEN, OPERAND)
     state = state_offset(tile, HIDDEN)
     h, c = load_or_zero(h0_ptr, state, tile.mask), load_or_zero(c0_ptr, state, tile.mask)

@@ -12,32 +12,22 @@ Sums over all units are made in PARTS, one a warp, and put together once a step.
 import triton
 import triton.language as tl
 
-from fastnn.kernels._rnn_backward_kernels import Kept, load_step
-from fastnn.kernels._rnn_cells import (
-    GRU,
-    LSTM,
-    gru_cell,
-    gru_cell_back,
-    lstm_cell,
-    lstm_cell_back,
-    simple_cell,
-    simple_cell_back,
-)
+from fastnn.kernels._rnn_backward_kernels import Kept, load_c, load_step, store_grads
+from fastnn.kernels._rnn_cells import GRU, LSTM, cell_back, gru_cell, lstm_cell, simple_cell
 from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES
 from fastnn.kernels._rnn_tile import (
     Gates,
+    Tile,
+    extent_of,
     gate_rows,
     kinds_offset,
-    kinds_ptrs,
     load,
     load_bias,
     load_gates,
     load_or_zero,
     load_stored,
-    make_tile,
     output_offset,
     rows_of,
-    stack_4,
     stack_offset,
     state_offset,
     store,
@@ -146,7 +136,8 @@ def spread_forward(
     SPIN_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """hidden: (2, D, batch, H), where programs find the state that the step before left, h0 in the second half."""
-    tile = make_tile(schedule_ptr, steps, batch_size, rows, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    extent = extent_of(schedule_ptr, steps, batch_size, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    tile = Tile(*extent, schedule_ptr, batch_size, rows)
     every = _parts_of_units(TILE, PARTS)
     limit = tl.minimum(last, tile.steps)
     all_states = DIRECTIONS * batch_size.to(tl.int64) * HIDDEN
@@ -213,7 +204,8 @@ def spread_backward(
     """Step ``first`` is the sequence's last. A step begins with the part of the state's gradient that goes through the
     gates of the step after it, which all programs have left in grad_gates; so there is one step more than in forward.
     state: the gradients of the final state, then of the initial one."""
-    tile = make_tile(schedule_ptr, steps, batch_size, rows, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    extent = extent_of(schedule_ptr, steps, batch_size, tl.program_id(2) * UNITS, HIDDEN, UNITS, BLOCK_BATCH)
+    tile = Tile(*extent, schedule_ptr, batch_size, rows)
     every = _parts_of_units(TILE, PARTS)
     KINDS: tl.constexpr = 1 if GATES == 1 else 4
     limit = tl.minimum(last, tile.steps + 1)
@@ -224,11 +216,9 @@ def spread_backward(
     grad_h = load(state_ptr + at, tile.mask)
     start = load_or_zero(c0_ptr if MODE == LSTM else h0_ptr, at, tile.mask).to(output_ptr.dtype.element_ty)
     values = load_step(kept, tile.steps - 1 - first, start, tile, MODE, HIDDEN, DIRECTIONS)
+    grad_c, c = grad_h, grad_h  # only LSTM has them
     if MODE == LSTM:
-        grad_c = load(state_ptr + at_c, tile.mask)
-        row, runs = rows_of(tile.steps - 1 - first, tile)
-        c_ptrs = saved_ptr + 4 * HIDDEN + kinds_offset(row, tile.unit, rows, HIDDEN, 5)
-        c = load(c_ptrs, tile.mask & runs[None, :])
+        grad_c, c = load(state_ptr + at_c, tile.mask), load_c(kept, tile.steps - 1 - first, tile, HIDDEN)
     for back in range(first, limit):
         later_row, later_runs = rows_of(tile.steps - back, tile)
         later = (tl.program_id(1) * rows.to(tl.int64) + later_row) * (KINDS * HIDDEN)
@@ -236,35 +226,14 @@ def spread_backward(
         for gate in tl.static_range(GATES):
             # GRU's third gate is the first kind: see _rnn_cells.
             kind_ptr = grad_gates_ptr + ((gate + 1) % 3 if MODE == GRU else gate) * HIDDEN
-            grads = _load_all(kind_ptr, later, every, later_runs, HIDDEN, OPERAND)
-            sums = tl.dot(w[gate], grads, sums, input_precision=PRECISION)
+            operand = _load_all(kind_ptr, later, every, later_runs, HIDDEN, OPERAND)
+            sums = tl.dot(w[gate], operand, sums, input_precision=PRECISION)
         grad_h += tl.where(later_runs[None, :], tl.sum(sums, 0), 0.0)
         row, runs = rows_of(tile.steps - 1 - back, tile)
         mask = tile.mask & runs[None, :]
-        total = grad_h + values[0].to(tl.float32)
-        if MODE == GRU:
-            hidden_n, r, z, n = unstack_4(values[1].to(tl.float32))
-            grad_hidden_n, grad_r, grad_z, grad_n, through = gru_cell_back(
-                total, hidden_n, r, z, n, values[2].to(tl.float32)
-            )
-            kinds = stack_4(grad_hidden_n, grad_r, grad_z, grad_n)
-            grad_h = tl.where(mask, through, grad_h)
-        elif MODE == LSTM:
-            i, f, g, o = unstack_4(values[1].to(tl.float32))
-            before = values[2].to(tl.float32)
-            grad_i, grad_f, grad_g, grad_o, through_c = lstm_cell_back(total, grad_c, i, f, g, o, c, before, MATH)
-            kinds = stack_4(grad_i, grad_f, grad_g, grad_o)
-            grad_h = tl.where(mask, 0.0, grad_h)
-            grad_c = tl.where(mask, through_c, grad_c)
-            c = before
-        else:
-            kinds = simple_cell_back(total, values[1].to(tl.float32), MODE)
-            grad_h = tl.where(mask, 0.0, grad_h)
-        if MODE >= GRU:
-            ptrs, stack_mask = kinds_ptrs(grad_gates_ptr, row, runs, tile, HIDDEN, KINDS)
-            store(ptrs, kinds, stack_mask)
-        else:
-            store(grad_gates_ptr + kinds_offset(row, tile.unit, rows, HIDDEN, KINDS), kinds, mask)
+        grads, through, grad_c_before, c = cell_back(grad_h, grad_c, values, c, MODE, MATH)
+        store_grads(grad_gates_ptr, grads, row, runs, tile, MODE, HIDDEN)
+        grad_h, grad_c = tl.where(mask, through, grad_h), tl.where(mask, grad_c_before, grad_c)
         values = load_step(kept, tile.steps - 2 - back, start, tile, MODE, HIDDEN, DIRECTIONS)
         if back + 1 < limit:
             _arrive(arrived_ptr)

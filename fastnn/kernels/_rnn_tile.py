@@ -43,15 +43,16 @@ class Gates(NamedTuple):
 
 
 @triton.jit
-def make_tile(schedule_ptr, steps, batch_size, rows, first_unit, HIDDEN: tl.constexpr, UNITS: tl.constexpr,
+def extent_of(schedule_ptr, steps, batch_size, first_unit, HIDDEN: tl.constexpr, UNITS: tl.constexpr,
               BLOCK_BATCH: tl.constexpr):  # fmt: skip
-    """Of UNITS units from ``first_unit`` on, and the sequences that are this program's in dimension 0."""
+    """A tile's first fields, of UNITS units from ``first_unit`` on and the sequences that are this program's in
+    dimension 0. Kernels add the others: in Triton 3.5 no function returns None, as the schedule may be."""
     unit = first_unit + tl.arange(0, UNITS)
     sequence = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     mask = (unit < HIDDEN)[:, None] & (sequence < batch_size)[None, :]
     if schedule_ptr is not None:  # the tile's first sequence is its longest
         steps = tl.load(schedule_ptr + steps + 1 + tl.program_id(0) * BLOCK_BATCH).to(tl.int32)
-    return Tile(unit, sequence, mask, steps, schedule_ptr, batch_size, rows)
+    return unit, sequence, mask, steps
 
 
 @triton.jit

@@ -17,7 +17,17 @@ import triton.language as tl
 from fastnn.kernels._rnn_backward_kernels import Kept, backward_steps, load_weights_back
 from fastnn.kernels._rnn_cells import GRU, LSTM
 from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES, forward_steps, load_weights
-from fastnn.kernels._rnn_tile import Gates, load, load_or_zero, make_tile, rows_at, state_offset, store, wait_until
+from fastnn.kernels._rnn_tile import (
+    Gates,
+    Tile,
+    extent_of,
+    load,
+    load_or_zero,
+    rows_at,
+    state_offset,
+    store,
+    wait_until,
+)
 
 _RUN_TIME_SIZES = ["first_layer", "chunk", *RUN_TIME_SIZES]
 
@@ -92,7 +102,8 @@ def wave_forward(
 ):  # fmt: skip
     """c0 and c_n are LSTM's, else None."""
     layer = first_layer + tl.program_id(2)
-    tile = make_tile(schedule_ptr, steps, batch_size, rows, 0, HIDDEN, TILE, BLOCK_BATCH)
+    extent = extent_of(schedule_ptr, steps, batch_size, 0, HIDDEN, TILE, BLOCK_BATCH)
+    tile = Tile(*extent, schedule_ptr, batch_size, rows)
     one_layer = rows.to(tl.int64) * HIDDEN
     weight_hh_ptr, weight_ih_ptr = _pick(weights_hh, layer, LAYERS), _pick(weights_ih, layer, LAYERS)
     bias_hh_ptr, bias_ih_ptr = None, None
@@ -170,7 +181,8 @@ def wave_backward(
     """The last layer comes first. grads (L - 1, rows, H): of hidden_outputs, for the programs to fill."""
     KINDS: tl.constexpr = 1 if GATES == 1 else 4
     layer = LAYERS - 1 - first_layer - tl.program_id(2)
-    tile = make_tile(schedule_ptr, steps, batch_size, rows, 0, HIDDEN, TILE, BLOCK_BATCH)
+    extent = extent_of(schedule_ptr, steps, batch_size, 0, HIDDEN, TILE, BLOCK_BATCH)
+    tile = Tile(*extent, schedule_ptr, batch_size, rows)
     one_layer = rows.to(tl.int64) * HIDDEN
     weight_hh_ptr, weight_above_ptr = _pick(weights_hh, layer, LAYERS), _pick(weights_ih, layer + 1, LAYERS)
     own_grad_ptr, own_output_ptr = grads_ptr + layer * one_layer, hidden_outputs_ptr + layer * one_layer
