@@ -72,28 +72,32 @@ std::vector<bool> team_choices(const std::vector<std::pair<double, double>>& cal
   return choices;
 }
 
-// Whether dicts' values and lists' items, one after another, are these very objects: a training step asks it of some
-// forty, which takes Python two microseconds.
-bool holds_same(const py::list& containers, const py::tuple& objects) {
-  Py_ssize_t next = 0;
-  const auto is_next = [&](PyObject* object) {
-    return next < PyTuple_GET_SIZE(objects.ptr()) && PyTuple_GET_ITEM(objects.ptr(), next++) == object;
-  };
-  for (const py::handle container : containers) {
-    if (PyDict_Check(container.ptr())) {
+// Whether dicts and lists hold these very objects, a tuple for each: of a dict each key and its value. A training step
+// asks it of some forty, which takes Python two microseconds.
+bool holds_same(const py::list& containers, const py::list& objects) {
+  if (containers.size() != objects.size()) return false;
+  for (size_t i = 0; i < containers.size(); ++i) {
+    PyObject* const container = PyList_GET_ITEM(containers.ptr(), static_cast<Py_ssize_t>(i));
+    PyObject* const held = PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i));
+    if (!PyTuple_Check(held)) return false;
+    const Py_ssize_t count = PyTuple_GET_SIZE(held);
+    Py_ssize_t next = 0;
+    const auto is_next = [&](PyObject* object) { return next < count && PyTuple_GET_ITEM(held, next++) == object; };
+    if (PyDict_Check(container)) {
       Py_ssize_t place = 0;
-      for (PyObject* value; PyDict_Next(container.ptr(), &place, nullptr, &value);) {
-        if (!is_next(value)) return false;
+      for (PyObject *key, *value; PyDict_Next(container, &place, &key, &value);) {
+        if (!is_next(key) || !is_next(value)) return false;
       }
-    } else if (PyList_Check(container.ptr())) {
-      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container.ptr()); ++i) {
-        if (!is_next(PyList_GET_ITEM(container.ptr(), i))) return false;
+    } else if (PyList_Check(container)) {
+      for (Py_ssize_t j = 0; j < PyList_GET_SIZE(container); ++j) {
+        if (!is_next(PyList_GET_ITEM(container, j))) return false;
       }
     } else {
       return false;
     }
+    if (next != count) return false;
   }
-  return next == PyTuple_GET_SIZE(objects.ptr());
+  return true;
 }
 
 }  // namespace
@@ -144,7 +148,7 @@ PYBIND11_MODULE(_C, m) {
       "Have threads that come after so many microseconds take rounds together, for tests: returns the outcome and how "
       "much each has done.");
   m.def("holds_same", holds_same, py::arg("containers"), py::arg("objects"),
-        "Whether dicts' values and lists' items, one after another, are these very objects.");
+        "Whether dicts and lists hold these very objects, a tuple for each: of a dict each key and its value.");
   m.def("release_training_step", fastnn::BoundSteps::release, py::arg("number"),
         "Forget what fastnn::bind_training_step bound to this number.");
   m.def("team_choices", team_choices, py::arg("calls"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from importlib import import_module
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from fastnn.fusion import fuse
 from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
-from fastnn.nn._hooks import has_own_call
+from fastnn.graph.tracing import HOOKS
+from fastnn.nn._hooks import has_global_hooks, has_own_call
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import (
     bind_training_step_op,
@@ -34,6 +36,10 @@ _call, _call_bound, _call_forward, _call_backward, _bind = (
         *(training_step_op, bound_training_step_op, training_step_forward_op, training_step_backward_op),
         bind_training_step_op,
     )
+)
+# Of all optimizers.
+_global_pre_hooks, _global_post_hooks = (
+    getattr(import_module("torch.optim.optimizer"), f"_global_optimizer_{when}_hooks", {}) for when in ("pre", "post")
 )
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _get_flags, _get_all_flags = attrgetter("requires_grad", *_HOOKS), attrgetter("requires_grad", *_HOOKS, "grad")
@@ -71,10 +77,17 @@ class TrainingStep:
         self._program: Program | None = None
         self._no_grad = torch.no_grad()  # made once: 0.5 us
         self._release: Any = lambda: None  # what is bound
+        self._forward: Any = None  # the model's, when it was read
+        self._retries = False  # a step that one call did not take
         self._forget()
         self._read()
         if strict and self._why:
             raise ValueError(f"training_step: this is not one call: {self._why}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy reads and binds anew."""
+        make = functools.partial(TrainingStep, max_norm=self.max_norm, keep_gradients=self.keep_gradients)
+        return make, (self.model, self.loss, self.optimizer)
 
     def explain(self) -> str:
         """Whether a step is one operator call, and if not, why."""
@@ -99,38 +112,46 @@ class TrainingStep:
             self._chain = self._program = None
             self._why = "the loss uses parameters by itself"
             return self._ordinary(input, target)
-        except BaseException as error:
-            parameters = self._parameters
+        except _RefusedError:
             self._undo()
-            if not isinstance(error, RuntimeError):
-                raise
-            if all(p.is_contiguous() for p in parameters) and not at_once:
+            return self._ordinary(input, target)
+        except BaseException as error:
+            self._undo()
+            if not (at_once and isinstance(error, RuntimeError)) or self._retries:
                 raise
         else:
             self._after(gradients)
             return loss
-        if not all(p.is_contiguous() for p in parameters):  # they were: model.to(memory_format=...)
-            return self._ordinary(input, target)
-        # Targets that the operator does not take may be good for the loss itself; if not, it has words for it.
+        # A target that the operator does not take may be good for the loss itself; if not, it has words for it. What
+        # else the operator does not take, the ordinary way may.
         if random is not None:
             torch.set_rng_state(random)
-        self._loss_why = "its target is none that the operator takes"
+        self._loss_why, self._retries = _OTHER_TARGET, True
         try:
-            return self(input, target)
+            loss = self(input, target)
+            if not self._parameters:  # it was the ordinary way
+                self._loss_why = ""
         except BaseException:
             self._loss_why = ""
             raise
+        finally:
+            self._retries = False
+        return loss
 
     # ---- the one call ---------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         """Finds out whether there is one call for the model, loss and optimizer as they are."""
-        self._chain = self._program = None
+        program, self._chain, self._program = self._program, None, None
         self._why = self._loss_why = ""
         self._forget()
         try:
             forward: Any = self.model.__dict__.get("forward")
-            program = forward.program(anew=True) if isinstance(forward, FusedForward) else None
+            if any(self.model.__dict__[name] for name in HOOKS):
+                raise ChainError("the model has hooks")
+            if program is None or forward is not self._forward or not program.holds():
+                program = forward.program(anew=True) if isinstance(forward, FusedForward) else None
+            self._forward = forward
             if program is None:
                 raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")
             _check_optimizer(self.optimizer)
@@ -157,7 +178,7 @@ class TrainingStep:
         # Of what it was made: tensors (see _containers), whether they require grad and have hooks, max_norm, the
         # groups' settings.
         self._parameter_dicts: list[dict[str, Any]] = []
-        self._objects: tuple[Any, ...] = (None,)  # which nothing holds
+        self._objects: list[Any] = [None]  # which nothing holds
         self._flags: list[Any] = []
         self._bound_norm: float | None = None
         self._settings: list[Any] = []
@@ -189,7 +210,9 @@ class TrainingStep:
             return False
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return False
-        if not (self._program.holds() and self._chain.holds() and self._loss_holds() and self.model.training):
+        if has_global_hooks() or _global_pre_hooks or _global_post_hooks or torch.is_anomaly_enabled():
+            return False
+        if not (self._model_holds() and self._program.holds() and self._chain.holds() and self._loss_holds()):
             self._read()
             if self._chain is None or not self.model.training:
                 return False
@@ -197,6 +220,11 @@ class TrainingStep:
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return False
         return input.dim() in self._chain.dims and input.numel() != 0
+
+    def _model_holds(self) -> bool:
+        """Whether calling the model is still what was read, and that in training."""
+        own = self.model.__dict__
+        return own["training"] and own.get("forward") is self._forward
 
     def _loss_holds(self) -> bool:
         """Whether the loss is as it was read."""
@@ -218,8 +246,13 @@ class TrainingStep:
                 if self._kept == [_kept_by(optimizer, group) for group in optimizer.param_groups]:
                     self._write_numbers()
                     return True
-            _check_optimizer(optimizer)
             parameters = list(map(getitem, self._parameter_owners, self._parameter_names))
+            if self._parameters and list(map(id, parameters)) != list(map(id, self._parameters)):
+                # They may be of other sizes.
+                self._program = None
+                self._read()
+                return self._chain is not None and self._is_bound()
+            _check_optimizer(optimizer)
             _check_parameters(parameters, optimizer)
             self._bind(parameters)
         except (KeyError, ChainError):
@@ -240,7 +273,7 @@ class TrainingStep:
         """What holds the model's parameters, the optimizer's and its state."""
         optimizer = self.optimizer
         groups = [group["params"] for group in optimizer.param_groups]
-        return [*self._parameter_dicts, *groups, *optimizer.state.values()]
+        return [*self._parameter_dicts, *groups, list(optimizer.state), *optimizer.state.values()]
 
     def _flags_now(self) -> list[Any]:
         return list(map(_get_flags if self.keep_gradients else _get_all_flags, self._parameters))
@@ -269,11 +302,10 @@ class TrainingStep:
         self._bound_norm = self.max_norm
         self._flags = [tuple(dict(f) if isinstance(f, dict) else f for f in flags) for flags in self._flags_now()]
         self._parameter_dicts = list({id(own): own for own in self._parameter_owners}.values())
-        self._objects = tuple(
-            item
-            for container in self._containers()
-            for item in (container.values() if isinstance(container, dict) else container)
-        )
+        self._objects = [
+            tuple(item for pair in held.items() for item in pair) if isinstance(held, dict) else tuple(held)
+            for held in self._containers()
+        ]
 
     def _take_states(self, parameter: Tensor, kept: tuple[str, ...]) -> int:
         """Adds a parameter's state to the rest, made where there is none yet; its bits in the layout."""
@@ -320,8 +352,11 @@ class TrainingStep:
         assert self._chain is not None
         text, log_softmax = self._chain.text, self._chain.log_softmax
         before = torch.get_rng_state()  # which dropout and the loss may change
-        with self._no_grad:
-            output, saved = _call_forward(input, self._parameters, text)
+        try:
+            with self._no_grad:
+                output, saved = _call_forward(input, self._parameters, text)
+        except RuntimeError as error:
+            raise _RefusedError from error
         output.requires_grad_()
         # Not the leaf itself, which the loss could not change in place.
         scores = output.clone() if log_softmax is None else F.log_softmax(output, log_softmax)
@@ -335,17 +370,22 @@ class TrainingStep:
             raise _OtherLeavesError
         if output.grad is None:
             raise RuntimeError("training_step: the loss does not depend on the model's output")
-        with self._no_grad:
-            gradients = _call_backward(
-                output.grad, input, self._parameters, self._states, saved, text, self._layout, self._numbers,
-                self.keep_gradients,
-            )  # fmt: skip
+        try:
+            with self._no_grad:
+                gradients = _call_backward(
+                    output.grad, input, self._parameters, self._states, saved, text, self._layout, self._numbers,
+                    self.keep_gradients,
+                )  # fmt: skip
+        except RuntimeError as error:
+            torch.set_rng_state(before)
+            raise _RefusedError from error
         return loss.detach(), gradients
 
     def _after(self, gradients: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(self._parameters)
         for own, name in self._chain.counters:  # type: ignore[union-attr]
-            own[name].add_(1)
+            if own.get(name) is not None:
+                own[name].add_(1)
         if self.keep_gradients:
             for p, gradient in zip(self._parameters, gradients, strict=True):
                 if p.requires_grad:
@@ -406,6 +446,13 @@ def training_step(
     return TrainingStep(model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict)
 
 
+_OTHER_TARGET = "its target is none that the operator takes"
+
+
+class _RefusedError(Exception):
+    """Two calls do not take the model's tensors."""
+
+
 class _OtherLeavesError(Exception):
     """A loss has gradients for more than the model's output."""
 
@@ -451,10 +498,13 @@ _NUMBER = {_SMOOTH_L1: "beta", _HUBER: "delta", _CROSS_ENTROPY: "label_smoothing
 
 def _settings_of_loss(loss: Any) -> dict[str, Any]:
     """Of a module, what its forward computes by."""
+    if isinstance(loss, functools.partial):
+        return dict(loss.keywords)
     if not isinstance(loss, nn.Module):
         return {}
     names = ("reduction", "beta", "delta", "label_smoothing", "ignore_index", "weight", "pos_weight")
-    return {name: getattr(loss, name) for name in names if hasattr(loss, name)} | {"has_own_call": has_own_call(loss)}
+    settings = {name: getattr(loss, name) for name in names if hasattr(loss, name)}
+    return settings | {"has_own_call": has_own_call(loss), "type": type(loss)}
 
 
 def _numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tensor | None]:
@@ -465,7 +515,7 @@ def _numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tens
         settings, loss = dict(loss.keywords), loss.func
     if isinstance(loss, nn.Module):
         settings = _settings_of_loss(loss)
-        kind = None if settings.pop("has_own_call") else _MODULES.get(type(loss))
+        kind = None if settings.pop("has_own_call") else _MODULES.get(settings.pop("type"))
     else:
         kind = _FUNCTIONS.get(loss) if isinstance(loss, Hashable) else None
     if kind is None:
@@ -516,6 +566,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 def _check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(p is None for p in parameters):
+        raise ChainError("a parameter is gone")
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
         raise ChainError("none of the model's parameters requires a gradient")

@@ -8,6 +8,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,6 +90,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "all steps": (Steps, (5, 7, 4)),
     "chain": (
         lambda: nn.Sequential(nn.Linear(7, 9, bias=False), nn.Tanh(), nn.Linear(9, 5, bias=False), nn.GELU()),
+        (11, 7),
+    ),
+    "some biases": (
+        lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 6, bias=False), nn.Tanh(), nn.Linear(6, 5)),
         (11, 7),
     ),
     "chain over steps": (lambda: nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 2)), (3, 5, 4)),
@@ -281,6 +286,31 @@ def test_classes_of_pixels(loss: nn.Module) -> None:
     check_same((mine, ours), (model, theirs))
 
 
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_parts_of_what_a_recurrent_layer_gives(kind: str, batch_first: bool) -> None:
+    """By negative indices; of a square input, where other parts have the same sizes."""
+
+    class Part(nn.Module):
+        def __init__(self, part: Callable[[Any], Tensor]) -> None:
+            super().__init__()
+            self.rnn, self.fc, self.part = getattr(nn, kind)(4, 6, batch_first=batch_first), nn.Linear(6, 3), part
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.part(self.rnn(x)))
+
+    x, y = torch.randn(5, 5, 4).double(), torch.randn(5, 3).double()
+    for part in (lambda out: out[-1][-1], lambda out: out[0][-1], lambda out: out[-2][:, -1], lambda out: out[-1][0]):
+        model = Part(part).double()
+        mine = copy.deepcopy(model)
+        theirs, ours = (torch.optim.SGD(one.parameters(), 0.05) for one in (model, mine))
+        step = fastnn.training_step(mine, F.mse_loss, ours)
+        target = y if part(model.rnn(x)).dim() == 2 else y[None]
+        for _ in range(3):
+            assert_close(step(x, target), ordinary(model, F.mse_loss, theirs, x, target))
+        check_same((mine, ours), (model, theirs))
+
+
 # Those that are a chain in training.
 CHAINS = (
     "LeNet-5",
@@ -323,7 +353,7 @@ def test_views_that_do_not_fit() -> None:
 def test_batch_norm_of_single_values() -> None:
     model = nn.Sequential(nn.Conv1d(2, 3, 4), nn.BatchNorm1d(3), nn.ReLU(), nn.MaxPool1d(1), nn.Flatten())
     step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1), strict=True)
-    with pytest.raises(RuntimeError, match="Expected more than 1 value per channel when training"):
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         step(torch.randn(1, 2, 4), torch.randn(1, 3))
 
 
@@ -422,6 +452,11 @@ TARGETS: dict[str, tuple[str, Any, Callable[[Tensor], Tensor]]] = {
     "probabilities of classes": ("batch norm", F.cross_entropy, lambda y: y.softmax(1)),
     "probabilities, smoothed": ("drops", nn.CrossEntropyLoss(label_smoothing=0.1), lambda y: y.softmax(1)),
     "broadcast": ("batch norm of rows", F.mse_loss, lambda y: y[:1]),
+    "weights of positives along another dimension": (
+        "drops",
+        nn.BCEWithLogitsLoss(pos_weight=torch.arange(1.0, 12).double()[:, None]),
+        lambda y: y.sigmoid(),
+    ),
     "of another dtype": ("drops in both directions", F.l1_loss, lambda y: y.float()),
 }
 
@@ -563,6 +598,15 @@ def test_schedules_of_each_step(name: str) -> None:
     check_same((mine, ours), (model, theirs))
 
 
+def _exchange_states(optimizer: torch.optim.Optimizer) -> None:
+    """Of two biases of one size, in the same places of the dict."""
+    first, second = (p for p in optimizer.param_groups[0]["params"] if p.shape == (8,))
+    states = dict(optimizer.state)
+    optimizer.state.clear()
+    for p, state in states.items():
+        optimizer.state[second if p is first else first if p is second else p] = state
+
+
 STATE_EDITS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
     "forgotten": lambda model, optimizer: optimizer.state.clear(),
     "one forgotten": lambda model, optimizer: optimizer.state.pop(next(model.parameters())),
@@ -579,6 +623,15 @@ STATE_EDITS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
         optimizer.param_groups[0].update(amsgrad=True),
         *(state.update(max_exp_avg_sq=state["exp_avg_sq"].clone()) for state in optimizer.state.values()),
     ],
+    "states exchanged": lambda model, optimizer: _exchange_states(optimizer),
+    "moved to another group": lambda model, optimizer: optimizer.add_param_group(
+        {"params": [optimizer.param_groups[0]["params"].pop()], "lr": 0.1}
+    ),
+    "an empty group": lambda model, optimizer: optimizer.add_param_group({"params": []}),
+    "a bias less": lambda model, optimizer: (
+        optimizer.state.pop(optimizer.param_groups[0]["params"].pop()),
+        setattr(model.decoder_2, "bias", None),
+    ),
     "other data": lambda model, optimizer: [setattr(p, "data", p.data * 0.5) for p in model.parameters()],
     "another parameter": lambda model, optimizer: [
         optimizer.state.pop(optimizer.param_groups[0]["params"].pop(0)),
@@ -605,7 +658,8 @@ def test_edits_between_steps_are_seen(name: str) -> None:
 def test_a_copy_of_a_step_is_one_of_its_own() -> None:
     model, x, y = batch("autoencoder")
     step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters(), 0.01), strict=True)
-    step(x, y)
+    for _ in range(3):
+        step(x, y)
     other = copy.deepcopy(step)
     expected = [step(x, y) for _ in range(3)]
     del step
@@ -662,6 +716,23 @@ def tied() -> nn.Module:
     return model
 
 
+class Calls(nn.Module):
+    """A function of the input, two layers and more."""
+
+    def __init__(self, function: Callable[..., Tensor], *more: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), *more])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.layers)
+
+
+def _with_spectral_norm() -> nn.Module:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    return model
+
+
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "no chain": (TwoInputs, torch.optim.SGD, "x has 2 users"),
     "dropout of channels": (
@@ -676,6 +747,12 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     ),
     "shared": (tied, torch.optim.SGD, "used twice"),
     "optimizer": (lambda: nn.Sequential(nn.Linear(4, 4)), torch.optim.Adagrad, "the optimizer is Adagrad"),
+    "another flattening": (
+        lambda: Calls(lambda x, a, b: b(a(x[:, None]).flatten(end_dim=1))),
+        torch.optim.SGD,
+        "is no layer of a chain",
+    ),
+    "frozen spectral norm": (_with_spectral_norm, torch.optim.SGD, "computed from something else"),
     "weight norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         torch.optim.SGD,
@@ -878,12 +955,145 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "frozen statistics": ("batch norm of rows", lambda model: model[2].eval(), "forward and backward"),
     "dropout between layers": ("drops in both directions", lambda model: setattr(model.rnn, "dropout", 0.6), "one"),
     "parts": ("averages, 3d", lambda model: setattr(model[1], "output_size", (3, 1, 2)), "one"),
+    "no statistics kept": ("batch norm", lambda model: setattr(model[1], "track_running_stats", False), "one"),
+    "no statistics": (
+        "batch norm of rows",
+        lambda model: [setattr(model[2], name, None) for name in ("running_mean", "running_var")],
+        "one",
+    ),
+    "no counter": ("batch norm", lambda model: setattr(model[1], "num_batches_tracked", None), "one"),
+    "another activation": ("averages", lambda model: setattr(model[1], "__class__", nn.Sigmoid), "one"),
     "hook": (
         "batch norm, not pooled",
         lambda model: model[6].register_forward_hook(lambda module, args, output: 2 * output) and None,
         "forward and backward",
     ),
 }
+
+
+def test_a_dropout_that_changes_each_step() -> None:
+    model, x, y = batch("drops")
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.05) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for number in range(60):
+        model[2].p = mine[2].p = number / 100
+        torch.manual_seed(number)
+        expected = ordinary(model, F.mse_loss, theirs, x, y)
+        torch.manual_seed(number)
+        assert_close(step(x, y), expected)
+    assert step.explain().startswith("one operator call")
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_hooks_of_the_model_are_called(kind: str) -> None:
+    model, x, y = batch("autoencoder")
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
+    called: list[int] = []
+    for number in range(4):
+        if number == 2:
+            getattr(model, f"register_{kind}_hook")(lambda *_: called.append(1))
+        step(x, y)
+    assert called == [1, 1]
+    assert "the model has hooks" in step.explain()
+
+
+def test_hooks_of_all_modules_and_optimizers_are_called() -> None:
+    model, x, y = batch("autoencoder")
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
+    step(x, y)
+    called: list[int] = []
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        import_module("torch.optim.optimizer").register_optimizer_step_post_hook,
+    ):
+        handle = register(lambda *_: called.append(1) and None)
+        step(x, y)
+        handle.remove()
+        assert called
+        called.clear()
+    step(x, y)
+    assert not called
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_infinite_parameters_without_weight_decay(name: str) -> None:
+    """A class that is masked by its bias."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(5, 4)).double(), torch.randn(6, 5).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    with torch.no_grad():
+        model[0].bias[3] = -torch.inf
+    mine = copy.deepcopy(model)
+    theirs, ours = (OPTIMIZERS[name](one.parameters()) for one in (model, mine))
+    for one in (theirs, ours):
+        one.param_groups[0]["weight_decay"] = 0
+    step = fastnn.training_step(mine, F.cross_entropy, ours, strict=True)
+    for _ in range(3):
+        assert_close(step(x, y), ordinary(model, F.cross_entropy, theirs, x, y))
+    check_same((mine, ours), (model, theirs))
+
+
+def test_channels_last_inputs_drop_the_same_elements() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Dropout(0.2), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Dropout(0.3), nn.Conv2d(4, 4, 2), nn.ReLU()),
+        *(nn.Dropout(0.3), nn.AdaptiveAvgPool2d(3), nn.Dropout(0.3), nn.Flatten(), nn.Linear(36, 2)),
+    ).double()
+    x, y = torch.randn(3, 3, 9, 8).double().to(memory_format=torch.channels_last), torch.randn(3, 2).double()
+    for loss in (F.mse_loss, OTHER_LOSSES["a function"]):
+        mine, stock = copy.deepcopy(model), copy.deepcopy(model)
+        theirs, ours = (torch.optim.SGD(one.parameters(), 0.05) for one in (stock, mine))
+        step = fastnn.training_step(mine, loss, ours, strict=True)
+        for number in range(4):
+            torch.manual_seed(number)
+            expected = ordinary(stock, loss, theirs, x, y)
+            torch.manual_seed(number)
+            assert_close(step(x, y), expected)
+        check_same((mine, ours), (stock, theirs))
+
+
+def test_channels_that_are_pruned_between_steps() -> None:
+    def prune(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for i, names in ((0, ["weight", "bias"]), (1, ["weight", "bias", "running_mean", "running_var"])):
+            for name in names:
+                tensor = getattr(model[i], name)
+                value = tensor.detach()[:4].clone()
+                setattr(model[i], name, nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value)
+        model[4].weight = nn.Parameter(model[4].weight.detach()[:, :4].clone())
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+
+    model, x, y = batch("batch norm")
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.05) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for number in range(4):
+        if number == 2:
+            prune(model, theirs)
+            prune(mine, ours)
+        assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y))
+    assert step.explain().startswith("one operator call")
+    check_same((mine, ours), (model, theirs))
+
+
+def test_inputs_that_only_the_ordinary_way_takes() -> None:
+    """Without a batch behind a layer of any dimensions; and a model whose dtype is no longer that of the state."""
+    torch.manual_seed(0)
+    unbatched = nn.Sequential(nn.Tanh(), nn.Conv1d(2, 3, 3)).double()
+    x, y = torch.randn(2, 8).double(), torch.randn(3, 6).double()
+    step = fastnn.training_step(unbatched, F.mse_loss, torch.optim.SGD(unbatched.parameters(), 0.1), strict=True)
+    assert_close(step(x, y), F.mse_loss(unbatched(x), y), rtol=1, atol=1)
+    step(x[None], y[None])
+    assert step.explain().startswith("one operator call")
+    model, x, y = batch("autoencoder", torch.float32)
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.1, momentum=0.9) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for number in range(4):
+        if number == 2:
+            (model.double(), mine.double())
+            x, y = x.double(), y.double()
+        assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

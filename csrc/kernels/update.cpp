@@ -105,19 +105,25 @@ double loss(LossKind kind, double number, double scale, int64_t count, const T* 
   }
 }
 
+// The gradient with weight decay in it; without, an infinite parameter adds nothing, where 0 times it is NaN.
+template <class T>
+FASTNN_INLINE T decayed(T gradient, T decay, T parameter) {
+  return decay != 0 ? gradient + decay * parameter : gradient;
+}
+
 template <class T>
 void sgd(const UpdateNumbers& n, int64_t count, const T* __restrict gradient, T* __restrict parameter,
          T* __restrict momentum) {
   const T lr = static_cast<T>(n.lr), decay = static_cast<T>(n.weight_decay), scale = static_cast<T>(n.scale);
   if (!momentum) {
-    for (int64_t i = 0; i < count; ++i) parameter[i] -= lr * (scale * gradient[i] + decay * parameter[i]);
+    for (int64_t i = 0; i < count; ++i) parameter[i] -= lr * decayed(scale * gradient[i], decay, parameter[i]);
     return;
   }
   const T keep = n.is_first ? T(0) : static_cast<T>(n.momentum),
           add = n.is_first ? T(1) : static_cast<T>(1 - n.dampening);
   const T ahead = static_cast<T>(n.momentum);
   for (int64_t i = 0; i < count; ++i) {
-    const T step = scale * gradient[i] + decay * parameter[i];
+    const T step = decayed(scale * gradient[i], decay, parameter[i]);
     const T kept = n.is_first ? step : keep * momentum[i] + add * step;
     momentum[i] = kept;
     parameter[i] -= lr * (n.nesterov ? step + ahead * kept : kept);
@@ -136,7 +142,7 @@ FASTNN_INLINE void adam_loop(const UpdateNumbers& n, int64_t count, const T* __r
   const T correction = static_cast<T>(1 / __builtin_sqrt(n.second_correction));
   for (int64_t i = 0; i < count; ++i) {
     const T weight = shrink * parameter[i];
-    const T g = scale * gradient[i] + decay * weight;
+    const T g = decayed(scale * gradient[i], decay, weight);
     const T m = mean[i] + first * (g - mean[i]);
     const T v = second * square[i] + second_add * g * g;
     mean[i] = m;
@@ -164,7 +170,7 @@ void rmsprop(const UpdateNumbers& n, int64_t count, const T* __restrict gradient
   const T alpha = static_cast<T>(n.second_beta), add = static_cast<T>(1 - n.second_beta), eps = static_cast<T>(n.eps);
   const T keep = static_cast<T>(n.momentum);
   for (int64_t i = 0; i < count; ++i) {
-    const T g = scale * gradient[i] + decay * parameter[i];
+    const T g = decayed(scale * gradient[i], decay, parameter[i]);
     const T v = alpha * square[i] + add * g * g;
     square[i] = v;
     T under = v;

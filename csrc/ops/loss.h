@@ -27,16 +27,19 @@ double class_loss(const char* op, const Loss& loss, const T* output, const int64
   double all_weights = 0;
   for (int64_t c = 0; c < classes; ++c) all_weights += weights ? static_cast<double>(weights[c]) : 1.0;
   for (int64_t row = 0; row < rows; ++row) {
-    if (target[row] == loss.ignore_index) continue;
-    FASTNN_CHECK(target[row] >= 0 && target[row] < classes, op, ": Target ", target[row], " is out of bounds.");
-    weight_sum += weights ? static_cast<double>(weights[target[row]]) : 1.0;
+    const int64_t label = target[row];
+    if (label == loss.ignore_index) continue;
+    FASTNN_CHECK(label >= 0 && label < classes, op, ": Target ", label, " is out of bounds.");
+    weight_sum += weights ? static_cast<double>(weights[label]) : 1.0;
   }
   const double divisor = loss.mean ? weight_sum : 1.0, smooth = loss.number;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = row / places * classes * places + row % places;
     const auto x = [=](int64_t c) -> T { return output[at + c * places]; };
     const auto slope = [=](int64_t c) -> T& { return gradient[at + c * places]; };
-    if (target[row] == loss.ignore_index) {
+    const int64_t label = target[row];
+    // Out of bounds where another thread has written it since.
+    if (label == loss.ignore_index || label < 0 || label >= classes) {
       for (int64_t c = 0; c < classes; ++c) slope(c) = 0;
       continue;
     }
@@ -46,7 +49,7 @@ double class_loss(const char* op, const Loss& loss, const T* output, const int64
     T sum = 0;
     for (int64_t c = 0; c < classes; ++c) sum += slope(c) = std::exp(x(c) - most);
     const T log_sum = most + std::log(sum);
-    const double weight = weights ? static_cast<double>(weights[target[row]]) : 1.0;
+    const double weight = weights ? static_cast<double>(weights[label]) : 1.0;
     double smoothed = 0;
     if (smooth > 0) {
       for (int64_t c = 0; c < classes; ++c) {
@@ -54,14 +57,14 @@ double class_loss(const char* op, const Loss& loss, const T* output, const int64
       }
     }
     const double n = static_cast<double>(classes);
-    total += (1 - smooth) * weight * static_cast<double>(log_sum - x(target[row])) + smooth / n * smoothed;
+    total += (1 - smooth) * weight * static_cast<double>(log_sum - x(label)) + smooth / n * smoothed;
     const T probabilities = static_cast<T>(((1 - smooth) * weight + smooth / n * all_weights) / divisor) / sum;
     for (int64_t c = 0; c < classes; ++c) {
       slope(c) *= probabilities;
       if (smooth > 0)
         slope(c) -= static_cast<T>(smooth / n * (weights ? static_cast<double>(weights[c]) : 1.0) / divisor);
     }
-    slope(target[row]) -= static_cast<T>((1 - smooth) * weight / divisor);
+    slope(label) -= static_cast<T>((1 - smooth) * weight / divisor);
   }
   return total / divisor;
 }

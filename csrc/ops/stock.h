@@ -61,6 +61,14 @@ inline Tensor multiplied(const Tensor& one, const Tensor& other) {
   return Argument<Tensor>::take(stack[0]);
 }
 
+// A copy, with the tensor's strides where it has no gaps.
+inline Tensor copied(const Tensor& tensor) {
+  const std::optional<int32_t> memory_format;
+  std::array<StableIValue, 2> stack{give(tensor), give(memory_format)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::clone", "", stack.data(), TORCH_ABI_VERSION));
+  return Argument<Tensor>::take(stack[0]);
+}
+
 // Mean and variance (over the number of elements) of each channel.
 inline std::array<Tensor, 2> channel_statistics(const Tensor& input) {
   const OptionalTensor none;

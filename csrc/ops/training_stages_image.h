@@ -247,7 +247,7 @@ class AverageStage : public Stage<T> {
   }
   Tensor forward(const Tensor& input, const TensorList&) override {
     begin(input);
-    output_ = dense(adaptive_average(viewed_, as_image(parts_, 0)));
+    output_ = adaptive_average(viewed_, as_image(parts_, 0));
     return result();
   }
   void save(TensorList& saved) override { saved.push_back(std::move(output_)); }
@@ -255,11 +255,12 @@ class AverageStage : public Stage<T> {
     begin(input);
     Ints sizes{input.size(0), input.size(1)};
     sizes.insert(sizes.end(), parts_.begin(), parts_.end());
-    output_ = saved.take(as_image(sizes, 2));
+    output_ = saved.take_strided(as_image(sizes, 2));
     return result();
   }
   Tensor backward(const Tensor& gradient, bool input_wanted, const bool*, const T**) override {
     if (!input_wanted) return Tensor();
+    if (parts_.size() > 1) return adaptive_average_backward(gradient, viewed_);
     const Tensor grad_output = dense(gradient);
     this->gradients_.push_back(
         dense(adaptive_average_backward(as_sizes(data<T>(grad_output), sizes_of(output_)), viewed_)));
@@ -275,12 +276,14 @@ class AverageStage : public Stage<T> {
   void begin(const Tensor& input) {
     FASTNN_CHECK(input.dim() == static_cast<int64_t>(parts_.size()) + 2, kTrainingStep,
                  ": expected what is averaged to be ", parts_.size() + 2, "D, got ", input.dim(), "D");
-    this->input_ = dense(input);
-    viewed_ = as_sizes(data<T>(this->input_), as_image(sizes_of(input), 2));
+    this->input_ = parts_.size() > 1 ? input.borrow() : dense(input);
+    viewed_ = parts_.size() > 1 ? input.borrow() : as_sizes(data<T>(this->input_), as_image(sizes_of(input), 2));
   }
-  Tensor result() const {
+  Tensor result() {
+    if (parts_.size() > 1) return output_.borrow();
+    output_ = dense(std::move(output_));
     Ints sizes = sizes_of(output_);
-    if (parts_.size() == 1) sizes.erase(sizes.begin() + 2);
+    sizes.erase(sizes.begin() + 2);
     return as_sizes(data<T>(output_), sizes);
   }
 

@@ -296,32 +296,39 @@ class ActivationStage : public Stage<T> {
                  ": the program has more of an activation than it should");
     activation_ = activations[0];
   }
+  // With the input's strides, where it has no gaps, since a dropout draws in the order in which elements lie.
   Tensor forward(const Tensor& input, const TensorList&) override {
-    this->input_ = dense(input);
-    output_ = new_tensor(sizes_of(this->input_), kDtypeOf<T>);
+    output_ = input.is_contiguous() ? new_tensor(sizes_of(input), kDtypeOf<T>)
+                                    : Tensor(torch::stable::empty_like(input.share()));
+    this->input_ = same_strides(input, output_) ? input.borrow() : dense(input);
+    if (!same_strides(this->input_, output_)) output_ = new_tensor(sizes_of(input), kDtypeOf<T>);
     activate<T>(activation_, data<T>(this->input_), output_.numel(), mutable_data<T>(output_));
     return output_.borrow();
   }
   void save(TensorList& saved) override { saved.push_back(std::move(output_)); }
   Tensor restore(const Tensor& input, const TensorList&, SavedReader<T>& saved) override {
-    this->input_ = dense(input);
-    output_ = saved.take(sizes_of(input));
+    this->input_ = input.borrow();
+    output_ = saved.take_strided(sizes_of(input));
     return output_.borrow();
   }
   Tensor backward(const Tensor& gradient, bool input_wanted, const bool*, const T**) override {
     if (!input_wanted) return Tensor();
-    const Tensor grad_output = dense(gradient);
-    const T* const kept = data<T>(keeps_input(activation_) ? this->input_ : output_);
+    const Tensor grad_output = dense(gradient), kept = dense(keeps_input(activation_) ? this->input_ : output_);
     Tensor result = new_tensor(sizes_of(output_), kDtypeOf<T>);
     const auto& elementwise = mlp_kernels().elementwise.template get<T>();
     parallel_range(result.numel(), kActivationWork, [&](int64_t first, int64_t last) {
-      elementwise.gradient(activation_, data<T>(grad_output) + first, kept + first, mutable_data<T>(result) + first,
-                           last - first);
+      elementwise.gradient(activation_, data<T>(grad_output) + first, data<T>(kept) + first,
+                           mutable_data<T>(result) + first, last - first);
     });
     return result;
   }
 
  private:
+  static bool same_strides(const Tensor& one, const Tensor& other) {
+    const Sizes a = one.strides(), b = other.strides();
+    return std::equal(a.begin(), a.end(), b.begin(), b.end());
+  }
+
   Activation activation_;
   Tensor output_;
 };

@@ -148,8 +148,8 @@ Tensor loss_gradient(const Loss& loss, const Tensor& output, const Tensor& targe
   if (weight) {
     check_plain(*weight, kOp, "weight");
     const int64_t classes = loss.kind == LossKind::cross_entropy && sizes.size() > 1 ? sizes[1] : sizes.back();
-    FASTNN_CHECK(weight->scalar_type() == kDtypeOf<T> && weight->numel() == classes, kOp, ": expected a weight of ",
-                 classes, " elements of the output's dtype");
+    FASTNN_CHECK(weight->scalar_type() == kDtypeOf<T> && weight->dim() == 1 && weight->numel() == classes, kOp,
+                 ": expected a weight of ", classes, " elements, in one dimension, of the output's dtype");
     check_memory(*weight, kOp, "weight");
     dense_weight = dense(*weight);
     weights = data<T>(dense_weight);
@@ -249,7 +249,7 @@ class Pass {
     FASTNN_CHECK(total == parameters.size(), kOp, ": there are ", parameters.size(),
                  " parameters, and not as many as the program has");
     between_.reserve(stages_.size() + 1);
-    between_.push_back(dense(input));
+    between_.push_back(input.borrow());
   }
 
   const Tensor& output() const { return between_.back(); }
@@ -389,9 +389,8 @@ std::tuple<Tensor, TensorList> training_step_forward(const Tensor& input, const 
     using T = decltype(type);
     Pass<T> pass(program, input, parameters);
     pass.forward();
-    const Tensor from = dense(pass.output());
-    Tensor output = new_tensor(sizes_of(from), kDtypeOf<T>);  // the stages keep theirs
-    std::copy_n(data<T>(from), from.numel(), mutable_data<T>(output));
+    // The stages keep theirs. Of its strides, since a loss may draw numbers in the order in which elements lie.
+    Tensor output = copied(pass.output());
     return {std::move(output), pass.save()};
   });
 }

@@ -29,7 +29,7 @@ from fastnn.nn._hooks import has_own_call
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, flat_geometry
 from fastnn.ops.frozen import write_program
-from fastnn.ops.mlp import MOST_LAYERS, activation_digits, mlp_of_parameters, operator_code
+from fastnn.ops.mlp import MOST_LAYERS, activation_digits, mlp_of_parameters, mlp_with_some_biases, operator_code
 from fastnn.ops.rnn import NUMBER_OF
 
 _ANY = range(2, 17)  # dimensions; more than sixteen the operators do not take
@@ -51,6 +51,7 @@ class Chain:
     # numbers must be what they were.
     hooks: list[dict[int, Any]]
     settings: list[tuple[dict[str, Any], Callable[[Any], Any], Any]]
+    noted: list[tuple[nn.Module, type, Any]]  # the same layers, their classes, and forwards of their own
     counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
     draws: bool  # a step takes numbers from torch's generator
 
@@ -58,6 +59,9 @@ class Chain:
         """Whether such layers are as they were read."""
         for own, reader, value in self.settings:
             if reader(own) != value:
+                return False
+        for module, kind, forward in self.noted:
+            if type(module) is not kind or module.__dict__.get("forward") is not forward:
                 return False
         return not any(self.hooks)
 
@@ -94,7 +98,7 @@ def read_chain(program: Program) -> Chain:
         raise ChainError("there is no layer in the model")
     return Chain(
         write_program(reader.stages), reader.sources, reader.dims or _ANY, reader.log_softmax, reader.hooks,
-        reader.settings,         reader.counters, reader.draws,
+        reader.settings, reader.noted, reader.counters, reader.draws,
     )  # fmt: skip
 
 
@@ -113,6 +117,7 @@ class _Reader:
         self.log_softmax: int | None = None
         self.hooks: list[dict[int, Any]] = []
         self.settings: list[tuple[dict[str, Any], Callable[[Any], Any], Any]] = []
+        self.noted: list[tuple[nn.Module, type, Any]] = []
         self.counters: list[tuple[Any, str]] = []
         self.draws = False
 
@@ -134,6 +139,14 @@ class _Reader:
             biased = int(len(tensors) > len(digits))
             self.stages.append(("mlp", [len(digits), biased, operator_code(digits)]))
             self._take(tensors)
+            return node
+        if node.target is mlp_with_some_biases:
+            both: Any = node.args[1]  # weights, then biases or None
+            names: Any = node.kwargs["digits"]
+            for digit, weight, bias in zip(names, both, both[len(both) // 2 :], strict=False):
+                self._begin(_ANY)
+                self.stages.append(("mlp", [1, int(bias is not None), operator_code(digit)]))
+                self._take([weight] if bias is None else [weight, bias])
             return node
         if node.target is batch_norm_relu_max_pool:
             self._add_norm(node)
@@ -190,6 +203,8 @@ class _Reader:
             return node
         self.log_softmax = _dim_of_log_softmax(node, self.modules)
         if self.log_softmax is not None and next(iter(node.users)).op == "output":
+            if node.op == "call_module":
+                self._note(self.modules[str(node.target)], "dim")
             return node
         raise ChainError(f"{node.name} ({_name(node, self.modules)}) is no layer of a chain")
 
@@ -199,9 +214,10 @@ class _Reader:
 
     def _take(self, tensors: list[Any]) -> None:
         for tensor in tensors:
-            if tensor not in self.source_of:
+            source = self.source_of.get(tensor)
+            if source is None or not isinstance(source[0], dict):
                 raise ChainError(f"{tensor.name} is computed from something else")
-            self.sources.append(self.source_of[tensor])
+            self.sources.append(source)
 
     def _take_own(self, layer: Layer) -> int:
         """Take the weight and bias of a layer that the program calls -> how many biases these are."""
@@ -216,6 +232,7 @@ class _Reader:
     def _note(self, module: nn.Module, *names: str) -> None:
         """That the module's hooks and these attributes are looked at before each step."""
         self.hooks += [module.__dict__[name] for name in HOOKS]
+        self.noted.append((module, type(module), module.__dict__.get("forward")))
         if names:
             reader = itemgetter(*names)
             self.settings.append((module.__dict__, reader, reader(module.__dict__)))
@@ -253,7 +270,8 @@ class _Reader:
         module: Any = layer.module
         if not layer.settings["training"]:
             raise ChainError(f"{layer.name} is a batch norm in eval mode")
-        running = bool(layer.settings["track_running_stats"]) and module.running_mean is not None
+        tracked = bool(layer.settings["track_running_stats"])
+        running = tracked and module.running_mean is not None
         if running and layer.settings["momentum"] is None:
             raise ChainError(f"{layer.name} keeps a cumulative average")
         dims = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
@@ -264,7 +282,7 @@ class _Reader:
             raise ChainError(f"{layer.name}'s weight is computed from something else")
         self.sources += [(module._parameters, name) for name in own]
         self._add_statistics([running, "weight" in own, "bias" in own], layer.settings, ())
-        if running and module.num_batches_tracked is not None:
+        if tracked and module.num_batches_tracked is not None:
             self.counters.append((module._buffers, "num_batches_tracked"))
 
     def _add_recurrent(self, node: Node) -> Node:
@@ -278,9 +296,13 @@ class _Reader:
             raise ChainError(f"more than one result of {node.name} is used")
         end = part
         follower = next(iter(part.users)) if len(part.users) == 1 else None
-        if part.args[1] == 1:
-            if layer.mode == "LSTM" and follower is not None and follower.target is operator.getitem:
-                end = follower if follower.args[1] == 0 else part
+        if part.args[1] not in (0, 1, -1):
+            raise ChainError(f"a part of {node.name}'s results is chosen")
+        if part.args[1] != 0:
+            if layer.mode == "LSTM":
+                if follower is None or follower.target is not operator.getitem or follower.args[1] != 0:
+                    raise ChainError(f"{node.name} gives its state")
+                end = follower
                 follower = next(iter(end.users)) if len(end.users) == 1 else None
             if layer.bidirectional or follower is None or not _takes_last(follower, -1):
                 raise ChainError(f"{node.name} gives its state")
@@ -299,7 +321,7 @@ class _Reader:
         self.stages.append(("rnn", [*numbers, _bits(drops)]))
         self.draws = self.draws or drops > 0
         self.sources += [(layer._parameters, name) for name in names]
-        self._note(layer, "dropout", "training")
+        self._note(layer, "dropout", "training", "batch_first", "num_layers", "bidirectional", "mode")
         return end
 
 

@@ -207,8 +207,8 @@ def _flatten(x: Tensor) -> Tensor:
 def flattens(node: Node) -> bool:
     """Whether it makes one of all dimensions but the batch."""
     if node.target is torch.flatten or node.target == "flatten":
-        given = (*node.args[1:], *node.kwargs.values())
-        return given in ((1,), (1, -1)) and all(name in ("start_dim", "end_dim") for name in node.kwargs)
+        given = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False))}
+        return {**given, **node.kwargs} == {"start_dim": 1, "end_dim": -1}
     return False
 
 

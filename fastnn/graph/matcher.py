@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn.nn._hooks import forward_of, has_own_call
 from fastnn.nn.conv_relu_max_pool import ConvReLUMaxPool2d
@@ -180,7 +181,7 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
         values = {name: getattr(module, name) for name in settings}
         if kind.startswith("conv") and isinstance(values["padding"], str):
             values["padding"] = _padding_in_numbers(values["padding"], module) or values["padding"]
-        held = {name: name for name in tensors if getattr(module, name, None) is not None}
+        held = {name: name for name in tensors if _has_tensor(module, name)}
         return Layer(node, kind, node.args[0], held, values, module)
     if node.op not in ("call_function", "call_method"):
         return None
@@ -202,6 +203,11 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
     if any(isinstance(value, Node) for value in settings_given.values()):
         return None  # a number that only a call knows
     return Layer(node, kind, input, tensors_given, settings_given)
+
+
+def _has_tensor(module: nn.Module, name: str) -> bool:
+    # A parametrization is not asked for its tensor: spectral norm takes a step of its iteration each time.
+    return is_parametrized(module, name) or getattr(module, name, None) is not None
 
 
 def _padding_in_numbers(name: str, conv: Any) -> tuple[int, ...] | None:
@@ -437,6 +443,8 @@ class _Matcher:
                 return None  # it changes its input, which others may see
             return Match("relu_max_pool", layers, relu_max_pool, [], _pool_settings(pool) | {"dims": pool.dims})
         tensors = [_tensor(norm, name) for name in (*_BATCH_NORM[1:5], "num_batches_tracked")]
+        if _trains(norm) and not norm.settings.get("track_running_stats", True):  # which may be there all the same
+            tensors[0] = tensors[1] = tensors[4] = None
         settings = _pool_settings(pool) | {"dims": pool.dims}
         settings |= {"training": _trains(norm), "momentum": norm.settings["momentum"], "eps": norm.settings["eps"]}
         if _trains(norm) and norm.module is not None and norm.settings["momentum"] is None:
