@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
@@ -18,7 +18,7 @@ from fastnn.fusion import fuse
 from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
 from fastnn.graph.tracing import HOOKS
-from fastnn.nn._hooks import has_global_hooks, has_own_call
+from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import (
     bind_training_step_op,
@@ -29,8 +29,21 @@ from fastnn.ops.training_step import (
     training_step_forward_op,
     training_step_op,
 )
+from fastnn.training_numbers import (
+    HYPER,
+    IS_FIRST,
+    KINDS,
+    TENSOR_HOOKS,
+    check_optimizer,
+    check_parameters,
+    kept_by,
+    new_step,
+    numbers_of_group,
+    numbers_of_loss,
+    settings_of_loss,
+)
 
-_call, _call_bound, _call_forward, _call_backward, _bind = (
+_call, _call_bound, _call_forward, _call_backward, _call_bind = (
     op._op
     for op in (
         *(training_step_op, bound_training_step_op, training_step_forward_op, training_step_backward_op),
@@ -41,8 +54,8 @@ _call, _call_bound, _call_forward, _call_backward, _bind = (
 _global_pre_hooks, _global_post_hooks = (
     getattr(import_module("torch.optim.optimizer"), f"_global_optimizer_{when}_hooks", {}) for when in ("pre", "post")
 )
-_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_get_flags, _get_all_flags = attrgetter("requires_grad", *_HOOKS), attrgetter("requires_grad", *_HOOKS, "grad")
+_get_flags = attrgetter("requires_grad", *TENSOR_HOOKS)
+_get_all_flags = attrgetter("requires_grad", *TENSOR_HOOKS, "grad")
 
 
 class TrainingStep:
@@ -154,21 +167,21 @@ class TrainingStep:
             self._forward = forward
             if program is None:
                 raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")
-            _check_optimizer(self.optimizer)
+            check_optimizer(self.optimizer)
             chain = read_chain(program)
             self._parameter_owners, self._parameter_names = (
                 [own for own, _ in chain.sources],
                 [name for _, name in chain.sources],
             )
-            _check_parameters(list(map(getitem, self._parameter_owners, self._parameter_names)), self.optimizer)
+            check_parameters(list(map(getitem, self._parameter_owners, self._parameter_names)), self.optimizer)
         except ChainError as reason:
             self._why = str(reason)
             return
         self._chain, self._program = chain, program
         self._loss_numbers, self._loss_weight = [0.0] * 4, None
-        self._loss_read, self._loss_settings = self.loss, _settings_of_loss(self.loss)
+        self._loss_read, self._loss_settings = self.loss, settings_of_loss(self.loss)
         try:
-            self._loss_numbers, self._loss_weight = _numbers_of_loss(self.loss, chain.log_softmax is not None)
+            self._loss_numbers, self._loss_weight = numbers_of_loss(self.loss, chain.log_softmax is not None)
         except ChainError as reason:
             self._loss_why = str(reason)
 
@@ -185,7 +198,7 @@ class TrainingStep:
         self._numbers: Tensor | None = None
         self._parameters: list[Tensor] = []
         self._states: list[Tensor] = []  # the optimizer's, as the operators take them
-        self._kept: list[tuple[str, ...]] = []  # of each group: see _kept_by
+        self._kept: list[tuple[str, ...]] = []  # of each group: see kept_by
         self._layout: list[int] = []
         self._bound: Tensor | None = None  # all of these, for the one call
         self._get_settings: list[Callable[[Any], Any]] = []
@@ -230,7 +243,7 @@ class TrainingStep:
         """Whether the loss is as it was read."""
         try:
             settings = self._loss_settings
-            return self.loss is self._loss_read and (not settings or settings == _settings_of_loss(self.loss))
+            return self.loss is self._loss_read and (not settings or settings == settings_of_loss(self.loss))
         except RuntimeError:  # a tensor compared with another
             return False
 
@@ -242,8 +255,8 @@ class TrainingStep:
             if self._is_as_bound():
                 if self._settings == self._settings_now():
                     return True
-                _check_optimizer(optimizer)
-                if self._kept == [_kept_by(optimizer, group) for group in optimizer.param_groups]:
+                check_optimizer(optimizer)
+                if self._kept == [kept_by(optimizer, group) for group in optimizer.param_groups]:
                     self._write_numbers()
                     return True
             parameters = list(map(getitem, self._parameter_owners, self._parameter_names))
@@ -252,8 +265,8 @@ class TrainingStep:
                 self._program = None
                 self._read()
                 return self._chain is not None and self._is_bound()
-            _check_optimizer(optimizer)
-            _check_parameters(parameters, optimizer)
+            check_optimizer(optimizer)
+            check_parameters(parameters, optimizer)
             self._bind(parameters)
         except (KeyError, ChainError):
             self._undo()
@@ -289,14 +302,14 @@ class TrainingStep:
                 p.grad = None
         self._forget()
         self._parameters = parameters
-        self._kept = [_kept_by(optimizer, group) for group in optimizer.param_groups]
+        self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
         places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for p in parameters:
             group = places[id(p)] if p.requires_grad else -1
             self._layout += [group, self._take_states(p, self._kept[group]) if p.requires_grad else 0]
         self._write_numbers()
         with self._no_grad:
-            self._bound = _bind(parameters, self._states, self._chain.text, self._loss_weight, self._layout)
+            self._bound = _call_bind(parameters, self._states, self._chain.text, self._loss_weight, self._layout)
         self._release = weakref.finalize(self, release_training_step, int(self._bound))
         self._release.atexit = False
         self._bound_norm = self.max_norm
@@ -315,10 +328,10 @@ class TrainingStep:
         if type(self.optimizer) is torch.optim.SGD:
             if names and state.get(names[0]) is None:
                 state[names[0]] = torch.zeros_like(parameter)
-                bits |= _IS_FIRST
+                bits |= IS_FIRST
         else:
             if not state:
-                state.update({"step": _new_step()}, **{name: torch.zeros_like(parameter) for name in names})
+                state.update({"step": new_step()}, **{name: torch.zeros_like(parameter) for name in names})
             self._states.append(state["step"])
         self._states += [state[name] for name in names]
         if any(before.get(name) is not tensor for name, tensor in state.items()):
@@ -327,13 +340,13 @@ class TrainingStep:
         return bits
 
     def _write_numbers(self) -> None:
-        groups, kind = self.optimizer.param_groups, _KINDS[type(self.optimizer)]
+        groups, kind = self.optimizer.param_groups, KINDS[type(self.optimizer)]
         max_norm = -1.0 if self.max_norm is None else float(self.max_norm)
         numbers = [*self._loss_numbers, float(kind), max_norm]
         for group in groups:
-            numbers += _numbers_of_group(kind, group)
+            numbers += numbers_of_group(kind, group)
         self._numbers = torch.tensor(numbers, dtype=torch.float64)
-        self._get_settings = [itemgetter(*filter(group.__contains__, _HYPER)) for group in groups]
+        self._get_settings = [itemgetter(*filter(group.__contains__, HYPER)) for group in groups]
         self._settings = self._settings_now()
 
     def _in_one_call(self, input: Tensor, target: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
@@ -470,153 +483,3 @@ def _reaches_others(loss: Tensor, output: Tensor) -> bool:
         seen.add(node)
         nodes += [follower for follower, _ in node.next_functions]
     return False
-
-
-# ---- losses -------------------------------------------------------------------------------------------------------
-
-_MSE, _L1, _SMOOTH_L1, _HUBER, _BCE, _CROSS_ENTROPY, _NLL = range(7)  # csrc/kernels/update.h, LossKind
-_FUNCTIONS: dict[Any, int] = {
-    F.mse_loss: _MSE,
-    F.l1_loss: _L1,
-    F.smooth_l1_loss: _SMOOTH_L1,
-    F.huber_loss: _HUBER,
-    F.cross_entropy: _CROSS_ENTROPY,
-    F.nll_loss: _NLL,
-    F.binary_cross_entropy_with_logits: _BCE,
-}
-_MODULES: dict[type, int] = {
-    nn.MSELoss: _MSE,
-    nn.L1Loss: _L1,
-    nn.SmoothL1Loss: _SMOOTH_L1,
-    nn.HuberLoss: _HUBER,
-    nn.CrossEntropyLoss: _CROSS_ENTROPY,
-    nn.NLLLoss: _NLL,
-    nn.BCEWithLogitsLoss: _BCE,
-}
-_NUMBER = {_SMOOTH_L1: "beta", _HUBER: "delta", _CROSS_ENTROPY: "label_smoothing"}
-
-
-def _settings_of_loss(loss: Any) -> dict[str, Any]:
-    """Of a module, what its forward computes by."""
-    if isinstance(loss, functools.partial):
-        return dict(loss.keywords)
-    if not isinstance(loss, nn.Module):
-        return {}
-    names = ("reduction", "beta", "delta", "label_smoothing", "ignore_index", "weight", "pos_weight")
-    settings = {name: getattr(loss, name) for name in names if hasattr(loss, name)}
-    return settings | {"has_own_call": has_own_call(loss), "type": type(loss)}
-
-
-def _numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tensor | None]:
-    """Kind, whether it is the mean, its number and the class to ignore; and the weights of classes. The loss of a model
-    that ends in log_softmax is to be nll_loss, which both together are the cross entropy of what was before."""
-    settings: dict[str, Any] = {}
-    if isinstance(loss, functools.partial) and not loss.args:
-        settings, loss = dict(loss.keywords), loss.func
-    if isinstance(loss, nn.Module):
-        settings = _settings_of_loss(loss)
-        kind = None if settings.pop("has_own_call") else _MODULES.get(settings.pop("type"))
-    else:
-        kind = _FUNCTIONS.get(loss) if isinstance(loss, Hashable) else None
-    if kind is None:
-        raise ChainError(f"the loss is {getattr(loss, '__name__', type(loss).__name__)}")
-    if of_log_softmax != (kind == _NLL):
-        raise ChainError("nll_loss and log_softmax are not together")
-    kind = _CROSS_ENTROPY if kind == _NLL else kind
-    reduction = settings.pop("reduction", "mean")
-    if reduction not in ("mean", "sum"):
-        raise ChainError(f"the loss's reduction is {reduction!r}")
-    number = float(settings.pop(_NUMBER.get(kind, ""), 0.0 if kind == _CROSS_ENTROPY else 1.0))
-    if kind in (_SMOOTH_L1, _HUBER) and not number > 0:
-        raise ChainError(f"the loss's {_NUMBER[kind]} is {number}")
-    ignore_index = float(settings.pop("ignore_index", -100))
-    weight = settings.pop("pos_weight" if kind == _BCE else "weight", None)
-    if any(value is not None for value in settings.values()):
-        raise ChainError(f"the loss has {', '.join(settings)}")
-    return [float(kind), float(reduction == "mean"), number, ignore_index], weight
-
-
-# ---- optimizers ---------------------------------------------------------------------------------------------------
-
-_SGD, _ADAM, _RMSPROP = range(3)
-_KINDS: dict[type, int] = {
-    torch.optim.SGD: _SGD,
-    torch.optim.Adam: _ADAM,
-    torch.optim.AdamW: _ADAM,
-    torch.optim.RMSprop: _RMSPROP,
-}
-# The states of an optimizer beside `step`, and the setting of a group with which it keeps them, if not always.
-_STATES: dict[int, tuple[tuple[str, str | None], ...]] = {
-    _SGD: (("momentum_buffer", "momentum"),),
-    _ADAM: (("exp_avg", None), ("exp_avg_sq", None), ("max_exp_avg_sq", "amsgrad")),
-    _RMSPROP: (("square_avg", None), ("grad_avg", "centered"), ("momentum_buffer", "momentum")),
-}
-_IS_FIRST = 8  # of SGD's momentum. Layout and numbers: csrc/ops/training_step.cpp, StepNumbers
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    if type(optimizer) not in _KINDS:
-        raise ChainError(f"the optimizer is {type(optimizer).__name__}")
-    for group in optimizer.param_groups:
-        if group.get("capturable") or group.get("differentiable"):
-            raise ChainError("the optimizer is capturable or differentiable")
-        if any(isinstance(group.get(name), Tensor) for name in _HYPER):  # which may change in place, unseen
-            raise ChainError("a setting of the optimizer is a tensor")
-
-
-def _check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if any(p is None for p in parameters):
-        raise ChainError("a parameter is gone")
-    trained = [p for p in parameters if p.requires_grad]
-    if not trained:
-        raise ChainError("none of the model's parameters requires a gradient")
-    if len({id(p) for p in parameters}) != len(parameters):
-        raise ChainError("a parameter is used twice")
-    if not all(id(p) in own for p in trained):
-        raise ChainError("the optimizer does not have all of the model's parameters")
-    if own - {id(p) for p in trained} and any(
-        p.requires_grad and id(p) not in {id(q) for q in trained}
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ):
-        raise ChainError("the optimizer has parameters that are not the model's")
-    kinds = {(p.dtype, p.device.type) for p in parameters}
-    if kinds not in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")}):
-        raise ChainError(f"the parameters are {', '.join(sorted(f'{d} on {place}' for d, place in kinds))}")
-    if any(
-        type(p) is not nn.Parameter or not p.is_leaf or any(getattr(p, one, None) for one in _HOOKS) for p in trained
-    ):
-        raise ChainError("a parameter is computed from others or hooked")
-    if not all(p.is_contiguous() for p in parameters):
-        raise ChainError("a parameter is not contiguous")
-
-
-# Of a group's settings, those that numbers are made of.
-_HYPER = (
-    *("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "betas", "eps", "amsgrad", "alpha"),
-    *("centered", "decoupled_weight_decay"),
-)
-
-
-def _kept_by(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
-    """The states that a group's parameters have, "" for those that they don't."""
-    states = _STATES[_KINDS[type(optimizer)]]
-    return tuple(name if setting is None or group[setting] else "" for name, setting in states)
-
-
-def _new_step() -> Tensor:
-    """As torch.optim makes it."""
-    return torch.tensor(0.0, dtype=torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32)
-
-
-def _numbers_of_group(kind: int, group: dict[str, Any]) -> list[float]:
-    adam = kind == _ADAM
-    numbers = [
-        *(group["lr"], group["weight_decay"], group["maximize"]),
-        *(group.get("decoupled_weight_decay", False) if adam else group["momentum"],),
-        *(group.get("dampening", 0), group.get("nesterov", False)),
-        *(group["betas"] if adam else (0, group.get("alpha", 0))),
-        group.get("eps", 0),
-    ]
-    return list(map(float, numbers))

@@ -20,7 +20,7 @@ constexpr const char* kOp = kTrainingStep;
 
 enum class Optimizer : int64_t { sgd, adam, rmsprop, count };
 
-// What fastnn/training_step.py says of a step. numbers: kOfStep, then kOfGroup for each of the optimizer's groups.
+// What fastnn/training_numbers.py makes of a step. numbers: kOfStep, then kOfGroup for each of the optimizer's groups.
 // layout: of each parameter its group, or -1 where it is not trained, and its states' bits: those that it has of up to
 // three beside `step`, and whether SGD's momentum begins.
 struct StepNumbers {
