@@ -500,12 +500,12 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   ConvPlan plan{};
   plan.algorithm = ForwardAlgorithm::pixels;
   PixelsPlan& x = plan.pixels;
-  x.residues = g.stride[2] * g.pool_stride[2];
   x.depth = g.depth();
   x.in_registers = tile_vectors == 0;
   x.joins_rows = images == 1 && rows_join(g);
   x.vectors = std::max<int64_t>(1, tile_vectors);
   const auto set_runs = [&](const BandPlan& band) {
+    x.residues = std::min(g.stride[2] * g.pool_stride[2], band.input[2]);
     x.conv_places = x.joins_rows ? (band.rows - 1) * band.input[2] + band.columns
                                  : band.columns + (g.pool_extent(2) - 1) / g.pool_stride[2];
     x.conv_run = round_up(x.conv_places * images, p.lanes * x.vectors);

@@ -128,7 +128,7 @@ struct WinogradPlan {
 struct PixelsPlan {
   BandPlan band;
   RingPlan ring;
-  int64_t residues;               // conv stride x pool stride
+  int64_t residues;               // conv stride x pool stride, or the columns of a band
   int64_t run;                    // elements of a run of columns, of all images
   int64_t conv_run;               // elements of a run of conv pixels, of all images
   int64_t conv_places;            // conv pixels of a run
