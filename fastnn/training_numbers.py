@@ -39,7 +39,7 @@ _NUMBER = {_SMOOTH_L1: "beta", _HUBER: "delta", _CROSS_ENTROPY: "label_smoothing
 
 
 def settings_of_loss(loss: Any) -> dict[str, Any]:
-    """Of a module, what its forward computes by."""
+    """What a module's forward, or a function with arguments given, computes by."""
     if isinstance(loss, functools.partial):
         return dict(loss.keywords)
     if not isinstance(loss, nn.Module):
@@ -78,8 +78,9 @@ def numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tenso
     return [float(kind), float(reduction == "mean"), number, ignore_index], weight
 
 
-# ---- optimizers ---------------------------------------------------------------------------------------------------
+# ---- optimizers and parameters --------------------------------------------------------------------------------------
 
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # attributes of a parameter
 _SGD, _ADAM, _RMSPROP = range(3)
 KINDS: dict[type, int] = {
     torch.optim.SGD: _SGD,
@@ -93,23 +94,27 @@ _STATES: dict[int, tuple[tuple[str, str | None], ...]] = {
     _ADAM: (("exp_avg", None), ("exp_avg_sq", None), ("max_exp_avg_sq", "amsgrad")),
     _RMSPROP: (("square_avg", None), ("grad_avg", "centered"), ("momentum_buffer", "momentum")),
 }
+# Of a group's settings, those by which an optimizer moves its parameters.
+HYPERPARAMETERS = (
+    *("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "betas", "eps", "amsgrad", "alpha"),
+    *("centered", "decoupled_weight_decay"),
+)
 IS_FIRST = 8  # of SGD's momentum. Layout and numbers: csrc/ops/training_step.cpp, StepNumbers
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """ChainError where the operators do not have the optimizer, or its settings are no numbers."""
     if type(optimizer) not in KINDS:
         raise ChainError(f"the optimizer is {type(optimizer).__name__}")
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable"):
             raise ChainError("the optimizer is capturable or differentiable")
-        if any(isinstance(group.get(name), Tensor) for name in HYPER):  # which may change in place, unseen
+        if any(isinstance(group.get(name), Tensor) for name in HYPERPARAMETERS):  # which may change in place, unseen
             raise ChainError("a setting of the optimizer is a tensor")
 
 
-TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-
-
 def check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
+    """ChainError where the operators do not take a model's parameters, or not with this optimizer."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(p is None for p in parameters):
         raise ChainError("a parameter is gone")
@@ -138,13 +143,6 @@ def check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer
         raise ChainError("a parameter is not contiguous")
 
 
-# Of a group's settings, those that numbers are made of.
-HYPER = (
-    *("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "betas", "eps", "amsgrad", "alpha"),
-    *("centered", "decoupled_weight_decay"),
-)
-
-
 def kept_by(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
     """The states that a group's parameters have, "" for those that they don't."""
     states = _STATES[KINDS[type(optimizer)]]
@@ -157,6 +155,7 @@ def new_step() -> Tensor:
 
 
 def numbers_of_group(kind: int, group: dict[str, Any]) -> list[float]:
+    """As StepNumbers reads them; Adam's says in momentum's place whether weight decay is beside the gradient."""
     adam = kind == _ADAM
     numbers = [
         *(group["lr"], group["weight_decay"], group["maximize"]),

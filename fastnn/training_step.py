@@ -30,7 +30,7 @@ from fastnn.ops.training_step import (
     training_step_op,
 )
 from fastnn.training_numbers import (
-    HYPER,
+    HYPERPARAMETERS,
     IS_FIRST,
     KINDS,
     TENSOR_HOOKS,
@@ -346,7 +346,7 @@ class TrainingStep:
         for group in groups:
             numbers += numbers_of_group(kind, group)
         self._numbers = torch.tensor(numbers, dtype=torch.float64)
-        self._get_settings = [itemgetter(*filter(group.__contains__, HYPER)) for group in groups]
+        self._get_settings = [itemgetter(*filter(group.__contains__, HYPERPARAMETERS)) for group in groups]
         self._settings = self._settings_now()
 
     def _in_one_call(self, input: Tensor, target: Tensor) -> tuple[Tensor, Sequence[Tensor]]:

@@ -114,7 +114,7 @@ inline std::array<Tensor, 3> batch_norm_backward(const Tensor& gradient, const T
   return {Argument<Tensor>::take(stack[0]), Argument<Tensor>::take(stack[1]), Argument<Tensor>::take(stack[2])};
 }
 
-// The adaptive average pool of an image of two or three dimensions, contiguous, and its gradient.
+// The adaptive average pool of images of two or three dimensions, and its gradient.
 inline Tensor adaptive_average(const Tensor& input, const Ints& parts) {
   const char* const name = parts.size() == 3 ? "aten::_adaptive_avg_pool3d" : "aten::_adaptive_avg_pool2d";
   std::array<StableIValue, 2> stack{give(input), give(parts)};

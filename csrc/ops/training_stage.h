@@ -36,6 +36,13 @@ inline double real_number(Words& words) {
   return number;
 }
 
+// A new uninitialised tensor of another's sizes, and of its strides where it has no gaps.
+template <class T>
+Tensor new_like(const Tensor& tensor) {
+  return tensor.is_contiguous() ? new_tensor(sizes_of(tensor), kDtypeOf<T>)
+                                : Tensor(torch::stable::empty_like(tensor.share()));
+}
+
 inline bool same_sizes(const Tensor& one, const Tensor& other) {
   const Sizes a = one.sizes(), b = other.sizes();
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());

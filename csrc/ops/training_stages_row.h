@@ -298,10 +298,10 @@ class ActivationStage : public Stage<T> {
   }
   // With the input's strides, where it has no gaps, since a dropout draws in the order in which elements lie.
   Tensor forward(const Tensor& input, const TensorList&) override {
-    output_ = input.is_contiguous() ? new_tensor(sizes_of(input), kDtypeOf<T>)
-                                    : Tensor(torch::stable::empty_like(input.share()));
-    this->input_ = same_strides(input, output_) ? input.borrow() : dense(input);
-    if (!same_strides(this->input_, output_)) output_ = new_tensor(sizes_of(input), kDtypeOf<T>);
+    output_ = new_like<T>(input);
+    const bool alike = input.is_contiguous() || same_strides(input, output_);
+    this->input_ = alike ? input.borrow() : dense(input);
+    if (!alike) output_ = new_tensor(sizes_of(input), kDtypeOf<T>);
     activate<T>(activation_, data<T>(this->input_), output_.numel(), mutable_data<T>(output_));
     return output_.borrow();
   }
@@ -375,8 +375,7 @@ class DropoutStage : public Stage<T> {
   }
   Tensor forward(const Tensor& input, const TensorList&) override {
     // Of the input's strides, since stock draws in the order in which elements lie.
-    scales_ = input.is_contiguous() ? new_tensor(sizes_of(input), kDtypeOf<T>)
-                                    : Tensor(torch::stable::empty_like(input.share()));
+    scales_ = new_like<T>(input);
     draw_scales<T>(drops_, scales_);
     output_ = times(input);
     return output_.borrow();

@@ -130,8 +130,8 @@ class _Reader:
             self.stages.append(("conv", [len(tensors) - 1, *node.kwargs["geometry"]]))  # type: ignore[misc]
             self._take(tensors)
             return node
+        digits: Any = node.kwargs.get("digits")  # the activations of linear layers
         if node.target is mlp_of_parameters:
-            digits: Any = node.kwargs["digits"]
             tensors = list(node.args[1])  # type: ignore[arg-type]
             if len(digits) > MOST_LAYERS:
                 raise ChainError(f"there are more than {MOST_LAYERS} linear layers in a row")
@@ -142,8 +142,7 @@ class _Reader:
             return node
         if node.target is mlp_with_some_biases:
             both: Any = node.args[1]  # weights, then biases or None
-            names: Any = node.kwargs["digits"]
-            for digit, weight, bias in zip(names, both, both[len(both) // 2 :], strict=False):
+            for digit, weight, bias in zip(digits, both, both[len(both) // 2 :], strict=False):
                 self._begin(_ANY)
                 self.stages.append(("mlp", [1, int(bias is not None), operator_code(digit)]))
                 self._take([weight] if bias is None else [weight, bias])

@@ -216,17 +216,18 @@ def write_flattenings(graph: Graph, behind: Any = None) -> None:
     """``x.view(x.size(0), -1)``, or by reshape or shape, as ``torch.flatten(x, 1)``, so that x has one user.
     behind: where x is what this function returns, if not anywhere."""
     for node in list(graph.nodes):
-        x, sizes = node.args[:1], sizes_of_view(node)
-        if len(sizes) != 2 or sizes[1] != -1 or not isinstance(x[0], Node) or not _is_batch(sizes[0], x[0]):
+        sizes = sizes_of_view(node)
+        if len(sizes) != 2 or sizes[1] != -1:
             continue
-        if behind is not None and x[0].target is not behind:
+        x = node.args[0]
+        if not isinstance(x, Node) or not _is_batch(sizes[0], x) or (behind is not None and x.target is not behind):
             continue
         with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.call_function(torch.flatten, (*x, 1)))
+            node.replace_all_uses_with(graph.call_function(torch.flatten, (x, 1)))
         unused = [node]
         while unused and not unused[0].users:
             first = unused.pop(0)
-            unused += [one for one in first.all_input_nodes if one is not x[0]]
+            unused += [one for one in first.all_input_nodes if one is not x]
             graph.erase_node(first)
 
 

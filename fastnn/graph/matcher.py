@@ -442,9 +442,10 @@ class _Matcher:
             if _is_in_place(first):
                 return None  # it changes its input, which others may see
             return Match("relu_max_pool", layers, relu_max_pool, [], _pool_settings(pool) | {"dims": pool.dims})
-        tensors = [_tensor(norm, name) for name in (*_BATCH_NORM[1:5], "num_batches_tracked")]
+        names = (*_BATCH_NORM[1:5], "num_batches_tracked")
         if _trains(norm) and not norm.settings.get("track_running_stats", True):  # which may be there all the same
-            tensors[0] = tensors[1] = tensors[4] = None
+            names = ("", "", *_BATCH_NORM[3:5], "")
+        tensors = [_tensor(norm, name) for name in names]
         settings = _pool_settings(pool) | {"dims": pool.dims}
         settings |= {"training": _trains(norm), "momentum": norm.settings["momentum"], "eps": norm.settings["eps"]}
         if _trains(norm) and norm.module is not None and norm.settings["momentum"] is None:

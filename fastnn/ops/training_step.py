@@ -14,9 +14,8 @@ training_step_op = torch.ops.fastnn.training_step.default
 bind_training_step_op = torch.ops.fastnn.bind_training_step.default
 bound_training_step_op = torch.ops.fastnn.bound_training_step.default
 training_step_forward_op = torch.ops.fastnn.training_step_forward.default
-holds_same, release_training_step = (
-    getattr(load_extension(), name) for name in ("holds_same", "release_training_step")
-)
+_extension = load_extension()
+holds_same, release_training_step = _extension.holds_same, _extension.release_training_step
 training_step_backward_op = torch.ops.fastnn.training_step_backward.default
 
 
