@@ -73,7 +73,7 @@ def runners_of(name: str, direction: str, threads: int, contenders: list[str]) -
     model, inputs = entry.real(), entry.real_inputs()
     training = direction == "training"
     model.train(training)
-    fused = fastnn.fuse(model, inputs)
+    fused = fastnn.fuse(copy.deepcopy(model), inputs)
     runners: dict[str, Callable[[], Any]] = {}
 
     def add(contender: str, run: Callable[..., Any] | None) -> None:

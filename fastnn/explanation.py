@@ -11,11 +11,10 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnn.graph import forward as forwards
-from fastnn.graph.forward import FusedForward, FusedRecurrent, Program
+from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program, copied
 from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
-from fastnn.graph.tracing import Fused, copied
 from fastnn.nn import FUSED
-from fastnn.nn._hooks import forward_of
+from fastnn.nn._hooks import layer_forward
 
 _ALGORITHM_OF = torch.ops.fastnn.conv_relu_max_pool_algorithm.default
 _EXPLAINED = {torch.ops.fastnn.conv_relu_max_pool.default, torch.ops.fastnn.conv_relu_max_pool_with_winners.default}
@@ -100,7 +99,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     if not is_fused:
         from fastnn.fusion import fuse
 
-        model = fuse(model)
+        model = fuse(copied(model))
     else:
         model = copied(model)
     if not inputs:
@@ -129,7 +128,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
 def _is_fused(model: nn.Module) -> bool:
     """Whether fuse has been here, or the layers are fastnn's own."""
     modules = list(model.modules())
-    return any(isinstance(m.__dict__.get("forward"), Fused) or type(m) in FUSED for m in modules)
+    return any(isinstance(m.__dict__.get("forward"), FusedModule) or type(m) in FUSED for m in modules)
 
 
 def account_for(model: nn.Module) -> list[ExplainedCall]:
@@ -142,7 +141,7 @@ def account_for(model: nn.Module) -> list[ExplainedCall]:
         fused = module.__dict__.get("forward")
         if not isinstance(fused, FusedForward) or module in inside:
             continue
-        program = fused.program()
+        program = fused.program(now=True)
         if program is None:
             inside[module] = fused.why or ""
             continue
@@ -158,7 +157,7 @@ def account_for(model: nn.Module) -> list[ExplainedCall]:
     for module, name in names.items():
         fused = module.__dict__.get("forward")
         kind = kind_of(module)
-        if module in known or (kind is None and forward_of(type(module)) not in RECURRENT):
+        if module in known or (kind is None and layer_forward(module) not in RECURRENT):
             continue
         if isinstance(fused, FusedRecurrent):
             reason = fused.left.get(module)
@@ -227,7 +226,7 @@ class _Watch:
         self.names = {module: name for name, module in model.named_modules()}
 
     def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
-        return _WatchedRun(module, program, self).run(*inputs)
+        return _WatchedRun(module, program, self).run(*inputs, *program.further_inputs())
 
     def see_recurrent(self, fused: FusedRecurrent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.recorder.begin(self.names[fused.module])

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from fastnn import nn
 from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
+from fastnn.graph.forward import copied
 from fastnn.ops.frozen import frozen_op, frozen_packed, read_program, write_program
 from fastnn.ops.mlp import ACTIVATION_NAMES
 from fastnn.ops.rnn import MODES
@@ -46,7 +47,7 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
     doubled = tuple(torch.cat([input, input]) for input in inputs)
     is_single = any(input.shape[0] == 1 for input in inputs)
     with torch.inference_mode(False):
-        model = fuse(model)
+        model = fuse(copied(model))
     with _as_in_inference(model):
         try:
             expected = model(*inputs)

@@ -1,7 +1,7 @@
 """``fastnn.fuse``: the user's own model, with the layers that fastnn has an operator for run by it.
 
 Nothing of the model changes but the ``forward`` of instances: each module that calls layers gets a
-:class:`FusedForward`, which runs what torch.fx traced of it, the layers of each match of ``fastnn/graph/matcher.py`` by
+:class:`FusedForward`, which runs what was traced of it, the layers of each match of ``fastnn/graph/matcher.py`` by
 one operator; each recurrent layer gets a :class:`FusedRecurrent`. A trace holds for the module as it was: whatever it
 depends on is compared at every call, and where something has changed the module is traced anew.
 """
@@ -14,28 +14,28 @@ import torch
 from torch import nn
 
 from fastnn.explanation import account_for
-from fastnn.graph.forward import FusedForward, FusedRecurrent
+from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, may_hold_layers
+from fastnn.graph.guard import TOKEN
 from fastnn.graph.matcher import RECURRENT
-from fastnn.graph.tracing import Fused, copied, may_hold_layers
 from fastnn.graph.trial import try_candidates
-from fastnn.nn._hooks import forward_of
+from fastnn.nn._hooks import layer_forward
 
 
-def fuse(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False, strict: bool = False) -> nn.Module:
-    """The same model, faster: its class, methods, submodules, parameters and state dict, with the layers that fastnn
-    has an operator for run by that, in training and in inference.
+def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) -> nn.Module:
+    """Make a model faster, in place, and return it: its class, methods, submodules, parameters and state dict are what
+    they were, and the layers that fastnn has an operator for are run by that, in training and in inference.
 
     Convolutions with their ReLU and max-pool (and, between them, batch norm), chains of linear layers and activations,
     and recurrent layers become operators of fastnn; all else stays as it is, as does everything that cannot be traced:
-    :func:`fastnn.explain` lists both. :func:`unfuse` gives the stock model back. Optimizers made before, checkpoints,
-    ``copy.deepcopy`` and pickle go on working.
+    :func:`fastnn.explain` lists both. :func:`unfuse` gives the stock model back. Optimizers, trainers and whatever else
+    holds the model go on working, as do checkpoints, ``copy.deepcopy`` and pickle. Whoever wants the stock model beside
+    the fused one copies it first: ``fastnn.fuse(copy.deepcopy(model))``.
 
     Args:
         model: any module. Wrappers such as DistributedDataParallel come after ``fuse``.
         example_inputs: a tensor, or a tuple of the model's arguments. With them, each candidate is compared with stock
             on what the model gives it (outputs, and gradients where there are parameters to train) and timed, in the
             mode that the model is in; one that is not faster here stays stock.
-        inplace: change ``model`` itself in place of a deep copy. Optimizers made before go on with it.
         strict: raise on the first layer that is left.
 
     Raises:
@@ -44,12 +44,10 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False,
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a model that is a torch.nn.Module, got a {type(model).__name__}")
-    if not inplace:
-        model = copied(model)
     left: dict[Any, str] = {}
     for module in model.modules():
         present = module.__dict__.get("forward")
-        if isinstance(present, Fused):
+        if isinstance(present, FusedModule):
             left = present.left
     for module in model.modules():
         _fuse_module(module, left)
@@ -66,16 +64,15 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False,
 def unfuse(model: nn.Module) -> nn.Module:
     """The stock model again: takes what :func:`fuse` put there off ``model``, in place, and returns it."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), Fused):
-            del module.__dict__["forward"]
+        if isinstance(module.__dict__.get("forward"), FusedModule):
+            del module.__dict__["forward"], module.__dict__[TOKEN]
     return model
 
 
 def _fuse_module(module: nn.Module, left: dict[Any, str]) -> None:
     if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return
-    kind = type(module)
-    if forward_of(kind) in RECURRENT:
-        module.__dict__["forward"] = FusedRecurrent(module, left)
+    if layer_forward(module) in RECURRENT:
+        FusedRecurrent(module, left)
     elif may_hold_layers(module):
-        module.__dict__["forward"] = FusedForward(module, left)
+        FusedForward(module, left)

@@ -16,7 +16,7 @@ class Conv2DNet(nn.Module):
         self.conv1 = nn.ConvReLUMaxPool2d(3, 10, kernel_size=5, stride=2, padding=2, pool_kernel_size=2)
         self.conv2 = nn.ConvReLUMaxPool2d(10, 10, kernel_size=2, stride=2, padding=1, pool_kernel_size=2)
         self.output = nn.Linear(10, num_classes)
-        fuse(self, inplace=True)
+        fuse(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.conv2(self.conv1(x)).flatten(1))
@@ -35,7 +35,7 @@ class RNN(nn.Module):
             raise ValueError(f"RNN: cell must be one of {', '.join(layers)}, got {cell!r}")
         self.rnn = layers[cell](input_size, hidden_size, num_layers, batch_first=True)
         self.fc = nn.Linear(hidden_size, output_size)
-        fuse(self, inplace=True)
+        fuse(self)
 
     def forward(self, x: Tensor) -> Tensor:
         output, _ = self.rnn(x)  # no state given: zeros
@@ -51,7 +51,7 @@ class Autoencoder(nn.Module):
         self.encoder_2 = nn.Linear(reduced_size, encoding_size)
         self.decoder_1 = nn.Linear(encoding_size, reduced_size)
         self.decoder_2 = nn.Linear(reduced_size, input_size)
-        fuse(self, inplace=True)
+        fuse(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))

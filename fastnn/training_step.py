@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastnn.fusion import fuse
 from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
-from fastnn.graph.tracing import HOOKS
+from fastnn.graph.guard import HOOKS
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import (
@@ -82,7 +82,7 @@ class TrainingStep:
             raise TypeError(f"training_step: expected a loss that can be called, got a {type(loss).__name__}")
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"training_step: expected max_norm to be at least 0, got {max_norm}")
-        self.model = fuse(model, inplace=True)
+        self.model = fuse(model)
         self.loss, self.optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
         self._why = ""  # why steps go the ordinary way
         self._loss_why = ""  # the loss is not the operator's
@@ -163,7 +163,7 @@ class TrainingStep:
             if any(self.model.__dict__[name] for name in HOOKS):
                 raise ChainError("the model has hooks")
             if program is None or forward is not self._forward or not program.holds():
-                program = forward.program(anew=True) if isinstance(forward, FusedForward) else None
+                program = forward.program(now=True) if isinstance(forward, FusedForward) else None
             self._forward = forward
             if program is None:
                 raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")

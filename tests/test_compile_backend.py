@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from fusing import fused_copy
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 from zoo import ZOO
 
-import fastnn
 from fastnn import compile_backend
 
 MODELS = ("CIFAR tutorial", "M5", "Char-CNN", "VAE", "CRNN")
@@ -100,7 +100,7 @@ def test_found_without_an_import() -> None:
 def test_a_fused_model_compiled() -> None:
     torch.compiler.reset()
     model = without_chance(ZOO["VGG-11 bn"].small()).eval()
-    fused, (x,) = fastnn.fuse(model), ZOO["VGG-11 bn"].small_inputs()
+    fused, (x,) = fused_copy(model), ZOO["VGG-11 bn"].small_inputs()
     compiled = torch.compile(fused, fullgraph=True)
     with torch.no_grad():
         assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fusing import fused_copy
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
@@ -39,7 +40,7 @@ def operators(model: nn.Module, x: Any, training: bool = False) -> list[str]:
     """Of a fused model, checked against the stock one, outputs and gradients."""
     torch.manual_seed(0)
     model.train(training)
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     results = []
     for one in (model, fused):
         torch.manual_seed(0)
@@ -155,7 +156,7 @@ def test_a_small_network_is_one_operator() -> None:
     model = nn.Sequential(
         conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 5), nn.ReLU(), nn.Linear(5, 2)
     )
-    fused = fastnn.fuse(model.eval())
+    fused = fused_copy(model.eval())
     with torch.no_grad(), torch.profiler.profile() as profile:
         result = fused(image())
     assert [e.name for e in profile.events() if e.name.startswith("fastnn::")] == ["fastnn::frozen_unpacked"]
@@ -179,7 +180,7 @@ def test_a_small_network_that_flattens_by_view_is_one_operator(view: Callable[[T
 
     block, head = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)), nn.Linear(200, 5)
     model, x = Calls(function, block, head).eval(), image()
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     with torch.no_grad(), torch.profiler.profile() as profile:
         result = fused(x)
     assert_close(result, model(x))
@@ -198,14 +199,14 @@ def test_a_recurrent_network_with_a_head_trains_as_one_function(kind: str, last:
     layers = getattr(nn, kind)(4, 6, 2, batch_first=True), nn.Linear(6, 3)
     model = Calls(run, *layers)
     assert operators(model, torch.randn(3, 5, 4), training=True)[:1] == ["rnn"]
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     assert fused(torch.randn(3, 5, 4)).grad_fn.name() == "RnnWithHeadBackward"
 
 
 def test_hooks_of_a_recurrent_layer_with_a_head() -> None:
     for make in (lambda: nn.GRU(4, 6, batch_first=True), lambda: fastnn.nn.GRU(4, 6, batch_first=True)):
         model = Calls(lambda x, rnn, head: head(rnn(x)[0][:, -1]), make(), nn.Linear(6, 40))
-        fused, x = fastnn.fuse(model), torch.randn(3, 5, 4)
+        fused, x = fused_copy(model), torch.randn(3, 5, 4)
         assert_close(fused(x), model(x))
         seen: list[int] = []
         for one in (model, fused):
@@ -280,14 +281,14 @@ def test_what_is_left_and_why(name: str) -> None:
     model = LEFT[name][0]().eval()
     torch.manual_seed(0)
     x = image()
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     assert_close(fused(x), model(x))
     report = fastnn.explain(fused, x)
     if LEFT[name][1]:
         assert any(LEFT[name][1] in row.why for row in report.left), report
         if any(row.is_candidate for row in report.left):
             with pytest.raises(ValueError, match=r"fuse: .* stays as it is: "):
-                fastnn.fuse(model, strict=True)
+                fused_copy(model, strict=True)
 
 
 def test_a_pool_with_a_second_user_of_its_relu_leaves_a_fused_convolution() -> None:
@@ -299,7 +300,7 @@ def test_a_pool_with_a_second_user_of_its_relu_leaves_a_fused_convolution() -> N
 def test_transformers_and_subclasses_are_untouched() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).eval()
     x = torch.randn(2, 5, 8)
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     assert_close(fused(x), model(x))
     assert not any("forward" in module.__dict__ for module in fused[0].modules())
     why = {row.layer: row.why for row in fastnn.explain(fused, x).left}
@@ -324,13 +325,13 @@ class Branches(nn.Module):
 
 def test_what_cannot_be_traced_is_fused_module_by_module() -> None:
     model = Branches()
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     for x in (image() + 5, image() - 5):
         assert_close(fused(x), model(x))
     report = fastnn.explain(fused, image() + 5)
     assert [row.layer for row in report.calls] == ["large.0, large.1, large.2", "rnn"]
     left = {row.layer: row.why for row in report.left}
-    assert left["head"].startswith("in Branches: its forward cannot be traced: ")
+    assert left["head"].startswith("in Branches: it decides by the values, or the sizes, of a tensor (line ")
     assert "small.0, small.1, small.2" not in left
 
 
@@ -373,9 +374,9 @@ class Noisy(nn.Module):
 
 def test_traces_that_would_not_be_what_the_model_does() -> None:
     model = Calls(depends_on_kind, conv())
-    assert_close(fastnn.fuse(model)(image()).min(), torch.tensor(0.0))
+    assert_close(fused_copy(model)(image()).min(), torch.tensor(0.0))
     option, x = TakesAnOption(), torch.randn(3, 4)
-    fused, mask = fastnn.fuse(option), torch.rand(3, 4)
+    fused, mask = fused_copy(option), torch.rand(3, 4)
     for args, kwargs in (((x,), {}), ((x, mask), {}), ((x,), {"mask": mask}), ((x, None, 2.0), {}), ((), {"x": x})):
         assert_close(fused(*args, **kwargs), option(*args, **kwargs))
     counts = fastnn.fuse(Counts())
@@ -417,7 +418,7 @@ class Backbone(nn.Module):
 @pytest.mark.parametrize("how", ["no_grad", "detach", "autocast"])
 def test_modes_inside_of_a_forward(how: str) -> None:
     model, x = Backbone(how), image()
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     for one in (model, fused):
         one(x).sum().backward()
     for p, q in zip(fused.parameters(), model.parameters(), strict=True):
@@ -438,7 +439,7 @@ def test_children_of_a_model_whose_entry_is_another_method() -> None:
             return self.encoder(x)
 
     model = TwoHalves()
-    fused, x = fastnn.fuse(model), torch.randn(3, 6)
+    fused, x = fused_copy(model), torch.randn(3, 6)
     assert_close(fused.encode(x), model.encode(x))
     with torch.profiler.profile() as profile:
         fused.encode(x)
@@ -459,7 +460,7 @@ def test_recurrent_layers_in_every_way() -> None:
         ("RNN", {"nonlinearity": "relu"}),
     ):
         stock = getattr(nn, kind)(4, 6, **options)
-        fused = fastnn.fuse(stock)
+        fused = fused_copy(stock)
         assert type(fused) is type(stock)
         assert_close(fused(x), stock(x))
         assert_close(fused(packed)[0].data, stock(packed)[0].data)
@@ -471,7 +472,7 @@ def test_recurrent_layers_in_every_way() -> None:
         assert [row.operator for row in fastnn.explain(fused, x).rows] == ["rnn"]
     for kind in ("RNNCell", "GRUCell", "LSTMCell"):
         stock = getattr(nn, kind)(4, 6)
-        assert_close(fastnn.fuse(stock)(x[0]), stock(x[0]))
+        assert_close(fused_copy(stock)(x[0]), stock(x[0]))
 
 
 # ---- what users do with a fused model -----------------------------------------------------------------------------
@@ -493,7 +494,7 @@ def check(fused: nn.Module, model: nn.Module, x: Tensor | None = None) -> None:
 
 def test_statistics_that_change() -> None:
     model = network()
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     for training in (True, False, True, False):
         model.train(training)
         fused.train(training)
@@ -516,7 +517,7 @@ def test_statistics_that_change() -> None:
 
 def test_states_and_places() -> None:
     model = network().eval()
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     fused.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     check(fused, model)
     check(fused.double(), copy.deepcopy(model).double(), image().double())
@@ -540,7 +541,7 @@ def test_states_and_places() -> None:
 
 def test_edits_after_fuse() -> None:
     model = network().eval()
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     for one in (fused, model):
         one[0].stride = (2, 2)
         one[5] = nn.Linear(48, 6)
@@ -576,7 +577,7 @@ def test_edits_after_fuse() -> None:
             return y if self.flag else -y
 
     stock = Scaled()
-    scaled, x = fastnn.fuse(stock), torch.randn(2, 4)
+    scaled, x = fused_copy(stock), torch.randn(2, 4)
     for scale, flag in ((3.0, True), (0.5, False), (2.0, True)):
         for one in (scaled, stock):
             one.scale, one.flag = scale, flag
@@ -588,7 +589,7 @@ def test_weight_norm_and_pruning_as_they_were_before_parametrizations() -> None:
         layer = nn.utils.weight_norm(nn.Linear(6, 5))
     prune.random_unstructured(other := nn.Linear(5, 4), "weight", 0.5)
     model = nn.Sequential(layer, nn.ReLU(), other)
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     optimizers = [torch.optim.SGD(one.parameters(), 0.1) for one in (model, fused)]
     for _ in range(3):
         x = torch.randn(3, 6)
@@ -604,10 +605,10 @@ def test_scripted_lazy_and_compiled_models() -> None:
     with pytest.warns(DeprecationWarning, match="jit"):
         scripted = torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4))
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), scripted)
-    fused, x = fastnn.fuse(model, inplace=True), torch.randn(2, 4)
+    fused, x = fastnn.fuse(model), torch.randn(2, 4)
     assert fused(x).shape == (2, 3)
     lazy = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 2))
-    fused = fastnn.fuse(lazy, inplace=True)
+    fused = fastnn.fuse(lazy)
     assert fused(x).shape == (2, 2)
     stock = fastnn.unfuse(copy.deepcopy(fused))
     check(fused, stock, x)
@@ -622,10 +623,10 @@ def test_bad_calls() -> None:
         fastnn.fuse([nn.Linear(2, 2)])  # type: ignore[arg-type]
     model = network()
     with pytest.raises(ValueError, match="does not take the example inputs"):
-        fastnn.fuse(model, torch.randn(2, 5))
+        fused_copy(model, torch.randn(2, 5))
     with pytest.raises(ValueError, match="does not take the example inputs"):
-        fastnn.fuse(model, (image(), image()))
-    fused = fastnn.fuse(model)
+        fused_copy(model, (image(), image()))
+    fused = fused_copy(model)
     for bad in (None, "image", [image()]):
         with pytest.raises((TypeError, AttributeError)) as ours:
             fused(bad)
@@ -641,7 +642,7 @@ def test_what_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_time", lambda ours, stock: times[len(seen) - 1] if not seen.append(ours()) else None)
     seen: list[Any] = []
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 4)).eval()
-    fused = fastnn.fuse(model, image())
+    fused = fused_copy(model, image())
     assert len(seen) == 2
     report = fastnn.explain(fused, image())
     assert [row.layer for row in report.calls] == ["0, 1, 2"]
@@ -676,7 +677,7 @@ def test_threads_that_run_other_models_while_one_is_traced() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_and_autocast(dtype: torch.dtype) -> None:
     model = network().eval()
-    fused, x = fastnn.fuse(model), image()
+    fused, x = fused_copy(model), image()
     with torch.no_grad():
         close = {"rtol": 5e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {}
         assert_close(copy.deepcopy(fused).to(dtype)(x.to(dtype)), copy.deepcopy(model).to(dtype)(x.to(dtype)), **close)

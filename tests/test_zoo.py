@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusing import fused_copy
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
@@ -56,7 +57,7 @@ def doubled(inputs: Any) -> Any:
 def test_outputs_gradients_and_state(entry: Entry, training: bool) -> None:
     model, inputs = build(entry)
     model.double().train(training)
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     for _ in range(2):
         theirs, ours = step(model, doubled(inputs)), step(fused, doubled(inputs))
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-8, atol=1e-9)
@@ -73,7 +74,7 @@ def test_outputs_gradients_and_state(entry: Entry, training: bool) -> None:
 def test_float32_inference(entry: Entry) -> None:
     model, inputs = build(entry)
     model.eval()
-    fused = fastnn.fuse(model)
+    fused = fused_copy(model)
     with torch.no_grad():
         exact = tensors_of(copy.deepcopy(model).double()(*doubled(inputs)))
         assert_close_to_reference(tensors_of(fused(*inputs)), tensors_of(model(*inputs)), exact)
@@ -86,7 +87,7 @@ def test_ten_steps_follow_stock(entry: Entry, optimizer: Callable[..., torch.opt
     model.double()
     fused = copy.deepcopy(model)
     made_before = optimizer(fused.parameters(), lr=1e-3)
-    assert fastnn.fuse(fused, inplace=True) is fused
+    assert fastnn.fuse(fused) is fused
     theirs = optimizer(model.parameters(), lr=1e-3)
     for number in range(10):
         for network, steps in ((model, theirs), (fused, made_before)):
@@ -105,7 +106,7 @@ def test_ten_steps_follow_stock(entry: Entry, optimizer: Callable[..., torch.opt
 def test_unfuse_copies_and_checkpoints(entry: Entry) -> None:
     model, inputs = build(entry)
     model.eval()
-    fused = fastnn.fuse(fastnn.fuse(model))
+    fused = fastnn.fuse(fused_copy(model))
     assert type(fused) is type(model)
     assert [name for name, _ in fused.named_modules()] == [name for name, _ in model.named_modules()]
     with torch.no_grad():
@@ -131,7 +132,7 @@ def test_unfuse_copies_and_checkpoints(entry: Entry) -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_every_layer_is_accounted_for(entry: Entry, training: bool) -> None:
     model, inputs = build(entry)
-    fused = fastnn.fuse(model.train(training))
+    fused = fused_copy(model.train(training))
     before = copy.deepcopy(fused.state_dict())
     report = fastnn.explain(fused, *inputs)
     torch.testing.assert_close(fused.state_dict(), before, rtol=0, atol=0)
@@ -151,7 +152,7 @@ def test_with_example_inputs(entry: Entry) -> None:
     model, inputs = build(entry)
     model.train()
     before = copy.deepcopy(model.state_dict())
-    fused = fastnn.fuse(model, inputs)
+    fused = fused_copy(model, inputs)
     torch.testing.assert_close(fused.state_dict(), before, rtol=0, atol=0)
     fused.eval()
     model.eval()

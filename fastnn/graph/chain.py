@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import Node
 
 from fastnn.graph.forward import Program
+from fastnn.graph.guard import HOOKS
 from fastnn.graph.joining import (
     chooses_last,
     drop_unused_parts,
@@ -24,7 +25,6 @@ from fastnn.graph.joining import (
     write_flattenings,
 )
 from fastnn.graph.matcher import Layer, activation_name, read_layer, settings_of, why_not_read
-from fastnn.graph.tracing import HOOKS
 from fastnn.nn._hooks import has_own_call
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, flat_geometry

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
+import inspect
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import itemgetter
+from sys import getrefcount
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, fx, nn
 
+from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join
 from fastnn.graph.matcher import RECURRENT, Left, Match, insert, match, settings_of
-from fastnn.graph.tracing import HOOKS, Fused, input_names, trace, words_of
+from fastnn.graph.tracing import Fused, UntraceableError, input_names, trace
 from fastnn.nn import rnn as fused_rnn
-from fastnn.nn._hooks import forward_of, has_global_hooks
+from fastnn.nn._hooks import has_global_hooks, layer_class, layer_forward
 from fastnn.ops._autograd import is_compiling
 
 
@@ -43,16 +51,78 @@ def observing(by: Observer) -> Iterator[None]:
             observer = None
 
 
-_MOST_TRACES = 50  # of a module, after which it is taken for one that changes at every call
+class _Token:
+    """An object that a fused module's own dict holds, and nothing else but the forward that stands there.
+
+    A shallow copy of the module (``copy.copy``, a replica of DataParallel) has the same forward, which cannot tell for
+    which of the two it is called. But such a copy holds the token too, which the count of references tells at once.
+    """
 
 
-class FusedRecurrent(Fused):
+_MOST_PROGRAMS = 8  # of a module that are kept, for as many states that it goes back to
+_FREE_TRACES = 8  # of a module, after which it must have run for longer than tracing it takes, twice as long each time
+
+
+class FusedModule(Fused):
+    """What stands in the place of ``module.forward``. `left`: of the whole model, what a trial has decided to leave."""
+
+    def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
+        self.module, self.left = module, left
+        self.token = module.__dict__[TOKEN] = _Token()
+        module.__dict__["forward"] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "left": self.left, "token": self.token}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.stock)
+
+    @property
+    def __code__(self) -> Any:  # torch.export names its inputs by it
+        return type(self.module).forward.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        return functools.partial(type(self.module).forward, self.module)
+
+    def own(self) -> FusedModule:
+        """That of the module for which the caller of the caller called: a shallow copy gets one of its own."""
+        caller = sys._getframe(2).f_locals.get("self")
+        if isinstance(caller, nn.Module) and caller.__dict__.get("forward") is self:
+            return self if caller is self.module else type(self)(caller, self.left)
+        holders = [one for one in gc.get_referrers(self.token) if isinstance(one, dict) and one.get("forward") is self]
+        if len(holders) == 1 and holders[0] is self.module.__dict__:  # another thread had the token at hand
+            return self
+        raise RuntimeError(
+            f"fuse: a {type(self.module).__name__} and its shallow copy have one forward: call the module, which tells "
+            f"the two apart, and not its forward"
+        )
+
+
+class FusedRecurrent(FusedModule):
     """The kernel in place of a recurrent layer's forward, by the layer of ``fastnn.nn`` of that name."""
 
     _twin: Any = None
 
+    def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
+        super().__init__(module, left)
+        self._stock_forward = type(module).forward
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stock_forward = type(self.module).forward
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.left and self.module in self.left:
+        if not is_compiling() and getrefcount(self.token) != _REFERENCES and (own := self.own()) is not self:
+            return own(*args, **kwargs)
+        if (self.left and self.module in self.left) or type(self.module).forward is not self._stock_forward:
             return self.stock(*args, **kwargs)
         if observer is not None and _observing == threading.get_ident():
             return observer.see_recurrent(self, args, kwargs)
@@ -65,20 +135,23 @@ class FusedRecurrent(Fused):
     def twin(self) -> Any:
         """The same module, as one of fastnn's class: all it has is in the one dictionary that both share."""
         if self._twin is None:
-            kind = getattr(fused_rnn, RECURRENT[forward_of(type(self.module))])
+            kind = getattr(fused_rnn, RECURRENT[layer_forward(self.module)])
             self._twin = kind.__new__(kind)
             object.__setattr__(self._twin, "__dict__", self.module.__dict__)
         return self._twin
 
 
 class Program:
-    """A module's forward as traced, its matches fused. ``run(*inputs, *tensors)``."""
+    """A module's forward as traced, its matches fused. ``run(*inputs, *tensors)``. It stands for the forward as long as
+    its guard holds."""
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
         self.names = input_names(type(module).forward)
         self.stock_graph, tracer = trace(module)
+        self.guard = tracer.guard
+        self.tensors = tracer.tensors  # containers and keys of the graph's further inputs
         self.modules = dict(module.named_modules())
-        self.passed = [module, *tracer.inlined]
+        self.passed = tracer.inlined
         self.matches = match(self.stock_graph, self.modules)
         for found in list(self.matches.found):
             reason = left.get(key_of(found))
@@ -87,17 +160,25 @@ class Program:
                 self.matches.left += [Left(layer, reason) for layer in found.layers]
         graph, self.sources = self.write()
         join(graph, self.modules)
+        for found in self.matches.found:
+            for layer in found.modules:
+                self.guard.note_settings(layer, settings_of(layer))
         self.is_idle = not self.matches.found  # the module's own forward is as good, and nothing needs a guard
         code = graph.python_code("self")
         scope = dict(code.globals)
         exec(compile(code.src, f"<fused {type(module).__name__}>", "exec"), scope)
         self.run = scope["forward"]
-        self._guard()
+        self.guard.seal()
+        self.holds = self.guard.holds
 
-    def write(self) -> tuple[fx.Graph, list[tuple[Any, str]]]:
+    def further_inputs(self) -> list[Any]:
+        """What the traced graph takes besides the call's own inputs."""
+        return [own[name] for own, name in self.tensors]
+
+    def write(self) -> tuple[fx.Graph, list[tuple[Any, Any]]]:
         """The graph with its matches fused, whose inputs are the module's and then tensors of layers, `tensor_0` and so
         on; and of each of these a dictionary and a name by which it is found there."""
-        sources: list[tuple[Any, str]] = []
+        sources: list[tuple[Any, Any]] = list(self.tensors)
 
         def lift(module: nn.Module, name: str) -> str:
             own: Any = next((held for held in (module._parameters, module._buffers) if name in held), None)
@@ -109,40 +190,6 @@ class Program:
         graph.output(graph.graph_copy(self.stock_graph, values))
         insert(graph, self.matches.found, values, lift)
         return graph, sources
-
-    def _guard(self) -> None:
-        """Notes what the trace rests on."""
-        read = dict.fromkeys([*self.passed, *(m for found in self.matches.found for m in found.modules)])
-        self.hooks = [module.__dict__[name] for module in read for name in HOOKS]
-        self.readers: list[tuple[dict[str, Any], Any, Any]] = []
-        for module in read:
-            own = module.__dict__
-            names = settings_of(module) if module not in self.passed else [n for n in own if _may_be_read(n)]
-            if names:
-                reader = itemgetter(*names)
-                self.readers.append((own, reader, reader(own)))
-        self.children = [(module._modules, list(module._modules.values())) for module in self.passed]
-        self.watched, self.kinds = list(read), list(map(type, read))
-
-    def holds(self) -> bool:
-        """Whether the module is as it was traced."""
-        if any(self.hooks):
-            return False
-        try:
-            for own, reader, values in self.readers:
-                if reader(own) != values:
-                    return False
-        except (KeyError, RuntimeError, ValueError):  # an attribute that is gone, or arrays compared with others
-            return False
-        for modules, values in self.children:
-            if list(modules.values()) != values:
-                return False
-        return list(map(type, self.watched)) == self.kinds
-
-
-def _may_be_read(name: str) -> bool:
-    """Whether an attribute may be a setting that the module's forward reads."""
-    return not name.startswith("_") and name != "forward" and name not in ("call_super_init", "dump_patches")
 
 
 def key_of(found: Match) -> Any:
@@ -159,7 +206,26 @@ class _Attributes:
         return getattr(self.module, name)
 
 
-class FusedForward(Fused):
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, of modules too that keep what they have computed in an attribute, as weight_norm and spectral_norm
+    do, which ``copy.deepcopy`` refuses."""
+    computed = [t for module in model.modules() for t in module.__dict__.values() if isinstance(t, Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
+
+
+def may_hold_layers(module: nn.Module) -> bool:
+    """Whether a module's forward is worth tracing: it has a forward and modules, or parameters, and is no layer."""
+    kind = type(module)
+    if kind.__module__.startswith(("torch.", "fastnn.nn")) and kind is not nn.Sequential:
+        return False
+    if layer_class(kind) is not None or isinstance(module, torch.jit.ScriptModule):
+        return False
+    if kind.forward is nn.Module.forward or kind.__call__ is not nn.Module.__call__:
+        return False
+    return bool(module._modules) or bool(module._parameters)
+
+
+class FusedForward(FusedModule):
     """Runs a module's program; where there is none, the module's own forward, whose layers may be fused themselves."""
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
@@ -167,12 +233,19 @@ class FusedForward(Fused):
         self.forget()
 
     def forget(self) -> None:
-        self.programs: dict[bool, Program | None] = {}
+        # By mode, the programs that there are, the last one used first.
+        self.programs: dict[bool, tuple[Program, ...]] = {True: (), False: ()}
         self.why: str | None = None  # there is no program
         self.traces = 0
+        self._resume = 0.0  # when the module may be traced again, after it could not be or has changed often
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        program = self.programs.get(self.module.training)
+        if is_compiling():  # whose guards are of what the module's own forward reads
+            return self.stock(*args, **kwargs)
+        if getrefcount(self.token) != _REFERENCES and (own := self.own()) is not self:
+            return own(*args, **kwargs)
+        programs = self.programs[self.module.training]
+        program = programs[0] if programs else None
         if program is None or kwargs or len(args) != len(program.names):
             program, args, kwargs = self._look_closer(args, kwargs)
             if program is None:
@@ -182,30 +255,21 @@ class FusedForward(Fused):
         for arg in args:
             if not isinstance(arg, Tensor):
                 return self.stock(*args)
-        if is_compiling():
-            return program.run(self.module, *args, *[own[name] for own, name in program.sources])
         if has_global_hooks():
             return self.stock(*args)
+        if not program.holds():
+            program = self.program()
+            if program is None or program.is_idle:
+                return self.stock(*args)
         if observer is not None and _observing == threading.get_ident():
             return observer.see_program(self.module, program, args)
-        if not program.holds():
-            program = self.program(anew=True)
-            if program is None:
-                return self.stock(*args)
-        try:
-            tensors = [own[name] for own, name in program.sources]
-        except KeyError:  # a parameter that has been taken away, as parametrizations do
-            program = self.program(anew=True)
-            if program is None:
-                return self.stock(*args)
-            tensors = [own[name] for own, name in program.sources]
-        return program.run(self.module, *args, *tensors)
+        return program.run(self.module, *args, *[own[name] for own, name in program.sources])
 
     def _look_closer(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """The program, if there is one for such arguments, and these in its order."""
-        if is_compiling() or any(isinstance(arg, fx.Proxy) for arg in args):
+        if any(isinstance(arg, fx.Proxy) for arg in args):
             return None, args, kwargs
         program = self.program()
         if program is None or len(args) + len(kwargs) != len(program.names):
@@ -215,19 +279,41 @@ class FusedForward(Fused):
             return None, args, kwargs
         return program, (*args, *(kwargs[name] for name in names)), {}
 
-    def program(self, anew: bool = False) -> Program | None:
-        """That for the mode that the module is in; `anew` where the one there is does not hold."""
-        mode = self.module.training
-        if mode not in self.programs or anew:
-            self.programs[mode] = None
-            self.traces += 1
-            if self.traces <= _MOST_TRACES:
-                try:
-                    self.programs[mode] = Program(self.module, self.left)
-                except Exception as error:  # whatever a forward may raise that is given proxies
-                    self.why = words_of(error)
-        return self.programs[mode]
+    def program(self, now: bool = False) -> Program | None:
+        """That for the state that the module is in. Where the forward could not be traced, or is another at each call,
+        that is tried again, since something may have changed: more and more seldom, but for `now`."""
+        programs = self.programs[self.module.training]
+        for known in programs:
+            if known.holds():
+                self.programs[self.module.training] = (known, *(one for one in programs if one is not known))
+                return known
+        if not now and time.monotonic() < self._resume:
+            return None
+        begin = time.monotonic()
+        self.traces += 1
+        program: Program | None = None
+        try:
+            program = Program(self.module, self.left)
+            self.why = None
+        except UntraceableError as error:
+            self.why = str(error)
+        if program is None or self.traces > _FREE_TRACES:
+            end = time.monotonic()
+            self._resume = end + (end - begin) * 2 ** min(self.traces, 30)
+        if program is not None:
+            self.programs[self.module.training] = (program, *programs[: _MOST_PROGRAMS - 1])
+        return program
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.forget()
+
+
+def _count_references() -> int:
+    """How many references a token has, as FusedModule counts them, where no copy holds it."""
+    module = nn.Module()
+    fused = FusedModule(module, {})
+    return getrefcount(fused.token)
+
+
+_REFERENCES = _count_references()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.fx import Graph, Node
 
-from fastnn.graph.tracing import HOOKS
+from fastnn.graph.guard import HOOKS
+from fastnn.graph.order import Order
 from fastnn.nn.rnn import _Recurrent
 from fastnn.ops._autograd import is_plain, wants_gradient
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
@@ -153,10 +154,10 @@ def join(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
     taken: set[Node] = set()
     for node in list(graph.nodes):
         if node not in taken:
-            taken.update(_join_network(graph, node))
+            taken.update(_join_network(graph, node, modules))
 
 
-def _join_network(graph: Graph, first: Node) -> list[Node]:
+def _join_network(graph: Graph, first: Node, modules: Mapping[str, nn.Module]) -> list[Node]:
     nodes: list[Node] = []
     node: Node | None = first
     steps: list[_Step] = []
@@ -171,6 +172,9 @@ def _join_network(graph: Graph, first: Node) -> list[Node]:
     if sum(step.kind != "flatten" for step in steps) < 2:
         return []
     tensors = [value for node in nodes for value in _tensors_of(node)]
+    order = Order(graph, modules)
+    if not order.is_there(tensors, nodes[0]) or not order.may_be_one(nodes):
+        return []
     with graph.inserting_before(nodes[0]):
         call = graph.call_function(Network(steps), (nodes[0].args[0], *tensors))
     nodes[-1].replace_all_uses_with(call)
@@ -284,6 +288,9 @@ def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> N
     if head.target is not mlp_of_parameters or head.kwargs["digits"] != "0" or head.args[0] is not step:
         return
     parameters: Any = head.args[1]
+    order = Order(graph, modules)
+    if not order.is_there(parameters, layer) or not order.may_be_one([layer, head]):
+        return
     with graph.inserting_before(layer):
         call = graph.call_function(RecurrentHead(module), (layer.args[0], *parameters))
     head.replace_all_uses_with(call)

@@ -27,7 +27,8 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastnn.nn._hooks import forward_of, has_own_call
+from fastnn.graph.order import Order
+from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.nn.conv_relu_max_pool import ConvReLUMaxPool2d
 from fastnn.nn.mlp import LinearReLU
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
@@ -86,7 +87,8 @@ def _functions() -> Iterator[tuple[Any, str, Sequence[str]]]:
 
 _FUNCTIONS = {function: (kind, names) for function, kind, names in _functions()}
 
-# Modules by their forward, which a subclass may have too: the kind, its parameters and buffers, and its settings.
+# Modules by their forward, which a subclass may have too (layer_class): the kind, its parameters and buffers, and its
+# settings.
 _MODULES: dict[Any, tuple[str, Sequence[str], Sequence[str]]] = {
     nn.BatchNorm1d.forward: (  # and 2d's and 3d's, which share it
         *("batch_norm", (*_BATCH_NORM[1:5], "num_batches_tracked")),
@@ -124,13 +126,13 @@ _ACTIVATIONS = ("relu", "tanh", "sigmoid", "silu", "gelu", "leaky_relu")
 
 def settings_of(module: nn.Module) -> Sequence[str]:
     """The attributes that say what a module of `_MODULES` computes."""
-    known = _MODULES.get(forward_of(type(module)))
+    known = _MODULES.get(layer_forward(module))
     return known[2] if known else ()
 
 
 def kind_of(module: nn.Module) -> str | None:
     """The kind of layer that a module is, if it is one of those that are accounted for."""
-    forward = forward_of(type(module))
+    forward = layer_forward(module)
     known = _MODULES.get(forward)
     if known is not None:
         return None if known[0] in ("identity", "dropout", "batch_norm") else known[0]
@@ -172,7 +174,7 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
     """What the node computes, if it is one of the layers above."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        known = _MODULES.get(forward_of(type(module)))
+        known = _MODULES.get(layer_forward(module))
         if known is None or why_not_read(module) or len(node.args) != 1 or node.kwargs:
             return None
         kind, tensors, settings = known
@@ -273,11 +275,11 @@ def match(graph: Graph, modules: Mapping[str, nn.Module]) -> Matches:
     for layer in layers.values():
         if layer.module is not None:
             used[layer.name] = used.get(layer.name, 0) + 1
-    return _Matcher(layers, used, {node: i for i, node in enumerate(graph.nodes)}).run()
+    return _Matcher(layers, used, Order(graph, modules)).run()
 
 
 class _Matcher:
-    def __init__(self, layers: dict[Node, Layer], used: dict[str, int], order: dict[Node, int]) -> None:
+    def __init__(self, layers: dict[Node, Layer], used: dict[str, int], order: Order) -> None:
         self.layers = layers
         self.order = order
         self.used = used  # how often a module is called
@@ -292,6 +294,8 @@ class _Matcher:
                 found = pattern(layer)
                 if isinstance(found, Match) and not all(self.is_ready(one, layer) for one in found.layers):
                     found = "its weights are computed while it runs"
+                if isinstance(found, Match) and not self.order.may_be_one(found.nodes):
+                    found = "what runs between its layers may change what they read"
                 if isinstance(found, Match):
                     self.result.found.append(found)
                     self.taken.update(found.nodes)
@@ -307,8 +311,7 @@ class _Matcher:
 
     def is_ready(self, layer: Layer, first: Layer) -> bool:
         """Whether all that the layer takes is there before `first` runs."""
-        given = [value for value in layer.tensors.values() if isinstance(value, Node) and value.op != "get_attr"]
-        return all(self.order[node] < self.order[first.node] for node in given)
+        return self.order.is_there(layer.tensors.values(), first.node)
 
     # -- the chain of nodes -------------------------------------------------------------------------------------------
 

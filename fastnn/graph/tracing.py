@@ -1,171 +1,671 @@
-"""A module's forward as a graph of layers and functions, by torch.fx, where that is what every call does."""
+"""A module's forward as a graph of layers and functions, where that graph is what every call would do.
+
+The forward runs once, in a world of stand-ins. The functions that it calls are made anew from their code, with globals
+and closures that ask the tracer for each name, so that nothing enters this world unseen:
+
+- The call's tensors, and tensors that belong to the model, are :class:`Traced`: what is done with them becomes nodes of
+  the graph, in their order, and is done at each call.
+- Constants (numbers, strings, None, tuples of them) enter as they are. Where each was read is noted in the guard.
+- Modules, other objects, classes and Python modules are stand-ins whose attributes are read as Python reads them, and
+  noted; lists and dicts are copies that cannot be changed, whose contents are noted.
+- Functions written in Python are made anew in turn, layers and functions of torch become nodes, and a few functions of
+  Python that only compute (``len``, ``math.sqrt``) are called.
+- Everything else ends the trace, as does every write to what outlives the call, every question about a tensor's values
+  that decides where the code goes on, and code that catches exceptions.
+
+So a trace rests on what it has noted and on nothing else; what cannot be noted is not traced. A module inside whose
+forward cannot be traced is called as it is, and since its code may change anything, nothing may be read after it.
+"""
 
 from __future__ import annotations
 
-import copy
+import builtins
+import functools
 import inspect
-import random
+import linecache
+import operator
+import os
 import sys
-import threading
-from collections.abc import Callable
-from typing import Any
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.graph.matcher import why_not_read
-from fastnn.ops._autograd import autocast_is_on
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Fused:
-    """Stands in the place of ``module.forward``. `left`: of the whole model, what a trial has decided to leave."""
-
-    def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
-        self.module, self.left = module, left
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "left": self.left}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.stock)
-
-    @property
-    def __code__(self) -> Any:  # torch.export names its inputs by it
-        return type(self.module).forward.__code__
-
-    @property
-    def stock(self) -> Callable[..., Any]:
-        return type(self.module).forward.__get__(self.module)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, of modules too that keep what they have computed in an attribute, as weight_norm and spectral_norm
-    do, which ``copy.deepcopy`` refuses."""
-    computed = [t for module in model.modules() for t in module.__dict__.values() if isinstance(t, Tensor)]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
-
-
-def may_hold_layers(module: nn.Module) -> bool:
-    """Whether a module's forward is worth tracing: it has a forward of its own and modules in it, and is no layer of
-    torch.nn but Sequential."""
-    kind = type(module)
-    if kind.__module__.startswith(("torch.nn", "torch.ao", "fastnn.nn")) and kind.__name__ not in ("Sequential",):
-        return False
-    if kind.forward is nn.Module.forward or kind.__call__ is not nn.Module.__call__:
-        return False
-    return bool(module._modules) or bool(module._parameters)
+from fastnn.graph.guard import ABSENT, HOOKS, Guard, is_constant
+from fastnn.graph.order import unpack
+from fastnn.graph.stand_ins import (
+    ClassStandIn,
+    FixedDict,
+    FixedList,
+    FixedSet,
+    Globals,
+    Instance,
+    Namespace,
+    NotUnderstood,
+    Primitive,
+    StandIn,
+    Super,
+    Traced,
+    class_name,
+    is_a,
+    real_of,
+)
+from fastnn.graph.understood import (
+    PURE_CLASSES,
+    PURE_FUNCTIONS,
+    asks_for_none,
+    is_primitive,
+    mode_functions,
+    why_not_run,
+)
+from fastnn.nn._hooks import layer_class
 
 
 class UntraceableError(Exception):
-    """Raised while tracing, where the trace would not be what the model does."""
+    """Raised while tracing, where the graph would not be what every call of the forward does."""
 
 
-class _Proxy(fx.Proxy):
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        # `isinstance(x, Tensor)` would be answered for the proxy, and the wrong branch traced. torch's own code asks
-        # too, and knows what to do, but for `torch.is_tensor`.
-        frame = sys._getframe(1)
-        if frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
-            asks = frame.f_code.co_name == "is_tensor"
-        else:
-            asks = "isinstance" in frame.f_code.co_names
-        if asks:
-            raise UntraceableError("its forward asks for the class of a tensor")
-        return fx.Proxy
+class Fused:
+    """What stands in the place of a fused module's ``forward``."""
 
 
-class _NothingHappens(TorchDispatchMode):
-    """Refuses what a forward does to real tensors while it is traced, and would not do at later calls."""
+class Tracer(fx.Tracer):
+    """Runs a module's forward in the world of stand-ins. `guard` holds what was read, `inlined` the modules whose
+    forwards were run, `tensors` a container and a key for each further input that the graph has."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            raise UntraceableError("its forward changes a tensor that is no input")
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise UntraceableError("its forward draws random numbers")
-        return func(*args, **(kwargs or {}))
+    trace_asserts = True
 
-
-def _modes() -> tuple[bool, ...]:
-    """What a ``with`` of torch's changes for all that is inside."""
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_is_on()
-
-
-class _Tracer(fx.Tracer):
-    """Traces a module through those that it calls, but not through layers, nor through what cannot be traced."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
+    def __init__(self, root: nn.Module) -> None:
         super().__init__()
-        self.thread = threading.get_ident()  # torch.fx patches classes while it traces, which other threads see
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=Tracer)
+        self.guard = Guard()
         self.inlined: list[nn.Module] = []
-        self.trace_asserts = True
-        self.modes = _modes()
+        self.called: list[nn.Module] = []
+        self.tensors: list[tuple[Any, Any]] = []
+        self.places = {module: name for name, module in root.named_modules()}
+        self.opaque: str | None = None  # what has run whose code is not known
+        self.refused: UntraceableError | None = None
+        self.codes: set[types.CodeType] = set()  # of functions made anew
+        self._stand_ins: dict[int, Any] = {}
+        self._inputs: dict[tuple[int, Any], Traced] = {}
+        self._has_maybe_none = self._asks_for_none = False
+        self._builtins: dict[str, Any] = {
+            "isinstance": self._isinstance,
+            "type": self._type,
+            "super": self._super,
+            "callable": self._callable,
+        }
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self.modes and threading.get_ident() == self.thread:
-            # The trace holds what is computed, not under which `with torch.no_grad()`.
-            raise UntraceableError("its forward changes whether gradients are recorded, or autocast")
-        return super().create_node(*args, **kwargs)
+    def run(self) -> fx.Graph:
+        forward = self.function(_class_forward(self.root))
+        args = [self.node("placeholder", name, ()) for name in input_names(type(self.root).forward)]
+        self.inlined.append(self.root)
+        self.guard.note_layer(self.root)
+        result = forward(self.stand_in(Instance, self.root), *args)
+        if self.refused is not None:
+            raise self.refused
+        self.graph.output(self.create_arg(self._given_back(result)))
+        return self.graph
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+    def refuse(self, why: str) -> NoReturn:
+        """Ends the trace, whoever may swallow the exception."""
+        if self.refused is None:
+            self.refused = UntraceableError(why)
+        raise self.refused
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = m.__dict__.get("forward")
-        if isinstance(own, Fused):
-            return any(m.__dict__[name] for name in HOOKS) or not may_hold_layers(m)
-        if type(m) is nn.Flatten:  # of which its function is as good
-            return why_not_read(m) is not None
-        return why_not_read(m) is not None or not may_hold_layers(m)
+    # ---- nodes ------------------------------------------------------------------------------------------------------
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:
-            return forward(*args, **kwargs)
-        path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
-        state = (dict(m.__dict__), dict(self.num_calls), copy.copy(self.module_stack), list(self.inlined))
+    def node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Traced:
+        return self.create_proxy(op, target, args, kwargs or {})  # type: ignore[return-value]
+
+    def proxy(self, node: fx.Node) -> Traced:
+        return Traced(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if is_a(a, Traced):
+            return a.node
+        kind = type(a)
+        if kind is FixedList or kind is FixedDict:
+            a = kind.__bases__[0](a)
+        elif kind not in (tuple, list, dict, slice, range) and not _is_named_tuple(a):
+            if is_a(a, (StandIn, FixedSet, Super)):
+                self.refuse(f"it hands a {class_name(a) if is_a(a, StandIn) else kind.__name__} to torch")
+            if not is_constant(a):
+                self.refuse(f"it hands a {kind.__name__} to torch")
+            if kind.__module__ == "numpy":
+                return a.item()
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self.refuse("it decides by the values, or the sizes, of a tensor")
+
+    def parts(self, value: Traced, count: int) -> Iterator[Any]:
+        """``a, b = value``."""
+        if not self._is_recurrent(value.node) or count != 2:
+            value = self.node("call_function", unpack, (value, count))
+        return iter([self.node("call_function", operator.getitem, (value, i)) for i in range(count)])
+
+    def _is_recurrent(self, node: fx.Node) -> bool:
+        """Whether a node gives a recurrent layer's two results, or an LSTM's two states."""
+        if node.target is operator.getitem and node.args[1] == 1:
+            layer: Any = node.args[0]
+            return layer.op == "call_module" and is_a(self.root.get_submodule(str(layer.target)), nn.LSTM)
+        return node.op == "call_module" and is_a(self.root.get_submodule(str(node.target)), nn.RNNBase)
+
+    def _given_back(self, result: Any) -> Any:
+        """What the forward returns: new objects, and constants."""
+        if is_a(result, (FixedList, FixedDict, FixedSet, StandIn)):
+            self.refuse(f"it returns a {type(real_of(result)).__name__.strip('_').lower()} that outlives the call")
+        if is_a(result, (tuple, list)):
+            for one in result:
+                self._given_back(one)
+        if is_a(result, dict):
+            for one in result.values():
+                self._given_back(one)
+        return result
+
+    # ---- what enters ------------------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """To be called before something is read that may change."""
+        if self.opaque is not None:
+            self.refuse(f"it reads on after {self.opaque}, which may have changed what it reads")
+
+    def stand_in(self, kind: type[Any], real: Any) -> Any:
+        """The one stand-in of an object."""
+        known = self._stand_ins.get(id(real))
+        if known is None:
+            known = self._stand_ins[id(real)] = kind(self, real)
+        return known
+
+    def enter(self, value: Any, source: tuple[Any, Any] | None = None) -> Any:
+        """A value as code may have it. source: the container that holds it, and its key there."""
+        kind: Any = type(value)
+        if is_constant(value):
+            return value
+        if is_a(value, Tensor):
+            return self._input(value, source)
+        if is_a(value, nn.Module):
+            return self.stand_in(Instance, value)
+        if kind is tuple:
+            return tuple([self.enter(one, (value, i)) for i, one in enumerate(value)])
+        if kind is list or kind is dict or kind is set:
+            return self._copy(value)
+        if is_primitive(value):
+            return self.stand_in(Primitive, value)
+        if kind is types.FunctionType:
+            return self.function(value)
+        if kind is types.MethodType:
+            return types.MethodType(self.enter(value.__func__), self.enter(value.__self__))
+        if kind is functools.partial:
+            args = [self.enter(one) for one in value.args]
+            keywords = {name: self.enter(one) for name, one in value.keywords.items()}
+            return functools.partial(self.enter(value.func), *args, **keywords)
+        if kind is types.ModuleType:
+            return self.stand_in(Namespace, value)
+        if is_a(value, type):
+            is_error = issubclass(value, BaseException) and value.__module__ == "builtins"
+            return value if is_error else self.stand_in(ClassStandIn, value)
+        if _reads_as_usual(kind):
+            self.guard.note_type(value)
+            return self.stand_in(Instance, value)
+        return self.stand_in(NotUnderstood, value)
+
+    def _input(self, tensor: Tensor, source: tuple[Any, Any] | None) -> Traced:
+        """A tensor that is read anew at each call: by its name where the module holds it, else as a further input."""
+        if source is None:
+            self.refuse("it uses a tensor that nothing holds by name")
+        container, key = source
+        place = (id(container), key)
+        if place not in self._inputs:
+            last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
+                self._inputs[place] = self.node("placeholder", f"tensor_{len(self.tensors)}", ())
+            self.tensors.append((container, key))
+        return self._inputs[place]
+
+    def _copy(self, container: Any) -> Any:
+        """A list, dict or set that cannot be changed. The one copy of each, as the original is one object."""
+        known = self._stand_ins.get(id(container))
+        if known is not None:
+            return known
+        self.read()
+        if is_a(container, set):
+            if not all(map(is_constant, container)):
+                return self.stand_in(NotUnderstood, container)
+            self.guard.note_call(_frozen, (_Held(container),), frozenset(container))
+            copy: Any = FixedSet(container)
+        elif is_a(container, list):
+            self.guard.note_contents(container)
+            copy = FixedList([self.enter(one, (container, i)) for i, one in enumerate(container)])
+        else:
+            self.guard.note_contents(container)
+            if not all(map(is_constant, container)):
+                return self.stand_in(NotUnderstood, container)
+            copy = FixedDict({key: self.enter(one, (container, key)) for key, one in container.items()})
+        copy.tracer = self
+        self._stand_ins[id(container)] = copy
+        return copy
+
+    # ---- names --------------------------------------------------------------------------------------------------
+
+    def global_value(self, names: dict[str, Any], name: str) -> Any:
+        value = names.get(name, ABSENT)
+        self.read_item(names, name, value)
+        if value is not ABSENT:
+            return self.enter(value, (names, name))
+        own = self._builtins.get(name)
+        if own is not None:
+            return own
+        value = vars(builtins).get(name, ABSENT)
+        if value is ABSENT:
+            raise NameError(f"name {name!r} is not defined")
+        return self.enter(value)
+
+    def read_item(self, container: Any, key: Any, value: Any) -> None:
+        self.read()
+        self.guard.note_item(container, key, value)
+
+    def attribute(self, stand_in: StandIn, name: str) -> Any:
+        """``stand_in.name``, found where Python would find it."""
+        real = real_of(stand_in)
+        if is_a(stand_in, NotUnderstood):
+            self.refuse(f"it uses a {type(real).__name__}")
+        if is_a(stand_in, Primitive):
+            self.refuse(f"it asks for the attribute {name} of a function")
+        if is_a(stand_in, Namespace):
+            value = vars(real).get(name, ABSENT)
+            if value is ABSENT:
+                self.refuse(f"it asks {real.__name__} for {name}")
+            self.read_item(vars(real), name, value)
+            return self.enter(value, (vars(real), name))
+        if is_a(stand_in, ClassStandIn):
+            if name in ("__name__", "__qualname__", "__module__"):
+                return getattr(real, name)
+            owner, value = self.in_classes(real.__mro__, name)
+            if owner is None or hasattr(type(real), name):
+                self.refuse(f"it asks the class {real.__name__} for {name}")
+            if is_a(value, classmethod):
+                return types.MethodType(self.enter(value.__func__), stand_in)
+            if is_a(value, staticmethod):
+                value = value.__func__
+            elif hasattr(type(value), "__get__") and not callable(value):
+                self.refuse(f"it asks the class {real.__name__} for {name}")
+            return self.enter(value, (vars(owner), name))
+        return self._instance_attribute(stand_in, real, name)
+
+    def _instance_attribute(self, stand_in: StandIn, real: Any, name: str) -> Any:
+        kind: Any = type(real)
+        if name == "__class__":
+            self.guard.note_type(real)
+            return self.stand_in(ClassStandIn, kind)
+        if name == "__dict__" or not _reads_as_usual(kind):
+            self.refuse(f"it asks a {kind.__name__} for {name}")
+        owner, value = self.in_classes(kind.__mro__, name)
+        if owner is not None and hasattr(type(value), "__set__"):
+            return self.bound(stand_in, owner, name, value)
+        self.read()
+        own = real.__dict__.get(name, ABSENT)
+        self.guard.note_instance(real, name, own)
+        if own is not ABSENT and not is_a(own, Fused):
+            return self.enter(own, (real.__dict__, name))
+        if owner is not None:
+            return self.bound(stand_in, owner, name, value)
+        if is_a(real, nn.Module):
+            for tensors in ("_parameters", "_buffers"):
+                held = real.__dict__[tensors]
+                self.read_item(held, name, held.get(name, ABSENT))
+                if name in held:
+                    return None if held[name] is None else self._own_tensor(real, name, held)
+            children = real.__dict__["_modules"]
+            self.read_item(children, name, children.get(name, ABSENT))
+            if name in children:
+                return self.enter(children[name])
+        raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}", name=name, obj=stand_in)
+
+    def _own_tensor(self, module: nn.Module, name: str, held: dict[str, Any]) -> Traced:
+        place = (id(held), name)
+        if module not in self.places:
+            return self._input(held[name], (held, name))
+        if place not in self._inputs:
+            self._inputs[place] = self.node("get_attr", self._target(module, name), ())
+        return self._inputs[place]
+
+    def _target(self, module: nn.Module, *name: str) -> str:
+        """How the graph finds a module, or a tensor of it. It is noted that this path leads there."""
+        names = [one for one in self.places[module].split(".") if one]
+        current = self.root
+        for one in names:
+            children = current.__dict__["_modules"]
+            self.guard.note_item(children, one, children[one])
+            current = children[one]
+        return ".".join([*names, *name])
+
+    def in_classes(self, kinds: Sequence[type], name: str) -> tuple[Any, Any]:
+        """The first of the classes that has the name, and what it has; None where none has."""
+        for kind in kinds:
+            value = vars(kind).get(name, ABSENT)
+            if value is not ABSENT or kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+                self.read_item(kind, name, value)
+            if value is not ABSENT:
+                return kind, value
+        return None, None
+
+    def bound(self, instance: Any, owner: type, name: str, value: Any) -> Any:
+        """What a class has, as an instance's attribute."""
+        real = real_of(instance)
+        if is_a(value, types.FunctionType):
+            if value is nn.Module.__call__:
+                self.refuse("it calls a module by __call__")
+            return types.MethodType(self.enter(value), instance)
+        if is_a(value, property):
+            if value.fget is None:
+                raise AttributeError(name)
+            if is_a(real, nn.Module) and owner.__module__ == "torch.nn.utils.parametrize":
+                return self._parametrized(real, name)
+            return self.enter(value.fget)(instance)
+        if is_a(value, staticmethod):
+            return self.enter(value.__func__, (vars(owner), name))
+        if is_a(value, classmethod):
+            return types.MethodType(self.enter(value.__func__), self.stand_in(ClassStandIn, type(real)))
+        if hasattr(type(value), "__get__"):
+            self.refuse(f"it asks a {type(real).__name__} for {name}, which is a {type(value).__name__}")
+        return self.enter(value, (vars(owner), name))
+
+    def _parametrized(self, module: nn.Module, name: str) -> Traced:
+        """A tensor that torch computes at each reading."""
+        if module not in self.places or not is_all_torchs(module):
+            self.refuse(f"{name} is computed by a parametrization")
+        return self.node("get_attr", self._target(module, name), ())
+
+    # ---- functions --------------------------------------------------------------------------------------------------
+
+    def function(self, function: Any) -> Any:
+        """The function made anew: its code, in the world of stand-ins."""
+        known = self._stand_ins.get(id(function))
+        if known is not None:
+            return known
+        if not is_a(function, types.FunctionType):
+            self.refuse(f"it calls a {type(function).__name__}")
+        code = function.__code__
+        reason = why_not_run(code)
+        if reason is not None:
+            why, line = reason
+            self.refuse(f"{why}{_place_in_words(code, line)}")
+        self.read()
+        self.guard.note_function(function)
+        if asks_for_none(code):
+            self._asks_for_none = True
+            self._check_none()
+        globals_key = -id(function.__globals__)  # no object's address is negative
+        names = self._stand_ins.get(globals_key)
+        if names is None:
+            names = self._stand_ins[globals_key] = Globals(self, function.__globals__)
+        anew = code.replace()  # without what the interpreter has specialized for the real globals
+        self.codes.add(anew)
+        cells = []
+        for cell in function.__closure__ or ():
+            try:
+                value = cell.cell_contents
+            except ValueError:  # it is empty as yet
+                self.read_item(cell, None, ABSENT)
+                cells.append(types.CellType())
+                continue
+            self.read_item(cell, None, value)
+            cells.append(types.CellType(value if value is function else self.enter(value, (_Cell(cell), 0))))
+        made = types.FunctionType(anew, names, function.__name__, None, tuple(cells))
+        self._stand_ins[id(function)] = made
+        for cell in made.__closure__ or ():
+            if _contents(cell) is function:  # it calls itself
+                cell.cell_contents = made
+        defaults = function.__defaults__
+        made.__defaults__ = (
+            None if defaults is None else tuple([self.enter(d, (defaults, i)) for i, d in enumerate(defaults)])
+        )
+        if function.__kwdefaults__ is not None:
+            made.__kwdefaults__ = {
+                k: self.enter(v, (function.__kwdefaults__, k)) for k, v in function.__kwdefaults__.items()
+            }
+        return made
+
+    def call(self, stand_in: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        real = real_of(stand_in)
+        if is_a(stand_in, Primitive):
+            if real in mode_functions():
+                value = real(*args, **kwargs)
+                if kwargs or not is_constant(value) or not all(map(is_constant, args)):
+                    self.refuse(f"it calls {real.__name__}")
+                self.read()
+                self.guard.note_call(real, args, value)
+                return value
+            if real in PURE_FUNCTIONS:
+                return real(*args, **kwargs)
+            if real in (F.multi_head_attention_forward,):
+                self._has_maybe_none = True
+                self._check_none()
+            return self.node("call_function", real, args, kwargs)
+        if is_a(stand_in, ClassStandIn):
+            if real in PURE_CLASSES:
+                return real(*args, **kwargs)
+            self.refuse(f"it makes a {real.__name__}")
+        if is_a(stand_in, Instance):
+            if is_a(real, nn.Module):
+                return self.call_layer(real, args, kwargs)
+            return self.special(stand_in, "__call__", *args, **kwargs)
+        self.refuse(f"it calls a {type(real).__name__}")
+
+    def special(self, stand_in: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A method that Python calls by itself, as ``len(x)`` calls ``__len__``."""
+        real = real_of(stand_in)
+        if not is_a(stand_in, Instance):
+            self.refuse(f"it uses a {type(real).__name__}")
+        self.guard.note_type(real)
+        _, value = self.in_classes(type(real).__mro__, name)
+        if not is_a(value, types.FunctionType):
+            self.refuse(f"it uses {name} of a {type(real).__name__}")
+        return self.enter(value)(stand_in, *args, **kwargs)
+
+    # ---- modules ------------------------------------------------------------------------------------------------
+
+    def call_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module's call: a layer of torch becomes a node, any other module's forward is run."""
+        self.read()
+        own = module.__dict__
+        if module not in self.places:
+            self.refuse(f"it calls a {type(module).__name__} that is none of its submodules")
+        if is_a(module, nn.modules.lazy.LazyModuleMixin):
+            self.refuse(f"{self._name(module)} is lazy")
+        is_layer = layer_class(type(module)) is not None or is_a(module, torch.jit.ScriptModule)
+        hooks = [hook for name in HOOKS for hook in own[name].values()]
+        forward = own.get("forward")
+        if hooks or own.get("_compiled_call_impl") is not None or type(module).__call__ is not nn.Module.__call__:
+            if is_layer and all(map(_is_torchs, hooks)) and len(hooks) == sum(map(len, map(own.get, HOOKS))):  # type: ignore[arg-type]
+                return self._call_as_node(module, args, kwargs)
+            return self._call_opaque(module, args, kwargs, "it has hooks, or a call of its own")
+        if forward is not None and not is_a(forward, Fused):
+            self.guard.note_layer(module)
+            return self.enter(forward, (own, "forward"))(*args, **kwargs)
+        if is_layer:
+            if not is_all_torchs(module):
+                return self._call_opaque(module, args, kwargs, "it calls modules, or functions, that are not torch's")
+            return self._call_as_node(module, args, kwargs)
+        return self._call_inlined(module, args, kwargs)
+
+    def _call_as_node(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+        if is_a(module, nn.MultiheadAttention):
+            self._has_maybe_none = True
+            self._check_none()
+        for part in module.modules():
+            self.guard.note_layer(part)
+        self.called.append(module)
+        return self.node("call_module", self._target(module), args, kwargs)
+
+    def _call_inlined(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.guard.note_layer(module)
         last = next(iter(reversed(self.graph.nodes)), None)
+        before, inlined = set(self._inputs), len(self.inlined)
         try:
-            result = super().call_module(m, lambda *a, **k: type(m).forward(m, *a, **k), args, kwargs)
-            _check_unchanged(m, state[0])
-            self.inlined.append(m)
-            return result
-        except Exception:  # whatever a forward may raise that is given proxies: the module stays one call
+            forward = self.function(_class_forward(module))
+            result = forward(self.stand_in(Instance, module), *args, **kwargs)
+            if self.refused is not None:
+                raise self.refused
+        except Exception as error:  # whatever a forward may raise that is given stand-ins
             for node in reversed(self.graph.nodes):
                 if node is last:
                     break
                 self.graph.erase_node(node)
-            m.__dict__.clear()
-            m.__dict__.update(state[0])
-            self.num_calls, self.module_stack, self.inlined = state[1], state[2], state[3]
-            return self.create_proxy("call_module", path, args, kwargs)
+            for place in self._inputs.keys() - before:
+                if self._inputs[place].node.op == "get_attr":  # which has been erased
+                    del self._inputs[place]
+            del self.inlined[inlined:]
+            self.refused = None
+            return self._call_opaque(module, args, kwargs, words_of(error, self.codes))
+        self.inlined.append(module)
+        return result
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+    def _call_opaque(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Traced:
+        """A call of code that is not known. It may keep or change the objects that it is given: only tensors are."""
+        for one in (*args, *kwargs.values()):
+            if not is_a(one, Traced) and not is_constant(one):
+                self.refuse(f"it hands a {type(real_of(one)).__name__} to {self._name(module)}")
+        self.guard.note_type(module)
+        result = self.node("call_module", self._target(module), args, kwargs)
+        self.opaque = f"{self._name(module)} ({why})"
+        return result
 
-    def create_arg(self, a: Any) -> Any:
-        if type(a) is _Proxy:
-            return a.node
-        if isinstance(a, (Tensor, torch.ScriptObject)) and not any(
-            a is held for held in (*self.root.parameters(), *self.root.buffers())
-        ):
-            raise UntraceableError("its forward makes a tensor of its own")
-        return super().create_arg(a)
+    def _name(self, module: nn.Module) -> str:
+        return self.places.get(module) or type(module).__name__
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in input_names(root_fn))]
+    def _check_none(self) -> None:
+        if self._has_maybe_none and self._asks_for_none:
+            self.refuse("it asks whether something is None, which an attention's result may be")
+
+    # ---- builtins that look at objects ------------------------------------------------------------------------------
+
+    def _isinstance(self, value: Any, kinds: Any) -> bool:
+        wanted = _real_classes(kinds)
+        if wanted is None:
+            self.refuse("it asks isinstance for something that is no class")
+        if is_a(value, Traced):
+            if value.node.op == "placeholder" and all(kind in _KNOWN_OF_TENSORS for kind in wanted):
+                return Tensor in wanted
+            self.refuse("it asks for the class of a tensor")
+        if is_a(value, (StandIn, types.MethodType)):
+            self.guard.note_type(real_of(value))
+        return isinstance(real_of(value), tuple(wanted))
+
+    def _type(self, value: Any, *others: Any) -> Any:
+        if others or is_a(value, (Traced, Super)) or (callable(value) and not is_a(value, StandIn)):
+            self.refuse("it asks for the class of a tensor, or makes one")
+        kind = type(real_of(value))
+        if is_a(value, StandIn):
+            self.guard.note_type(real_of(value))
+        return self.stand_in(ClassStandIn, kind.__bases__[0] if kind in (FixedList, FixedDict, FixedSet) else kind)
+
+    def _super(self, *args: Any) -> Any:
+        if args:
+            after, instance = args
+        else:
+            frame = sys._getframe(1)
+            after, instance = frame.f_locals.get("__class__"), frame.f_locals.get(frame.f_code.co_varnames[0])
+        if not is_a(after, ClassStandIn) or not is_a(instance, Instance):
+            self.refuse("it calls super() of something else than its module")
+        self.guard.note_type(real_of(instance))
+        return Super(self, real_of(after), instance)
+
+    def _callable(self, value: Any) -> bool:
+        if is_a(value, Traced):
+            self.refuse("it asks whether a tensor can be called")
+        return callable(real_of(value))
+
+
+_KNOWN_OF_TENSORS = (Tensor, tuple, list, dict, str, int, float, bool, type(None), PackedSequence, nn.Module)
+
+
+def _real_classes(kinds: Any) -> list[type] | None:
+    found: list[type] = []
+    for kind in kinds if is_a(kinds, tuple) else (kinds,):
+        if is_a(kind, tuple):
+            inner = _real_classes(kind)
+            if inner is None:
+                return None
+            found += inner
+        elif is_a(real_of(kind), type):
+            found.append(real_of(kind))
+        else:
+            return None
+    return found
+
+
+class _Held:
+    """Holds a set, which cannot be a key of a dict."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _frozen(held: _Held) -> frozenset[Any]:
+    return frozenset(held.value)
+
+
+class _Cell:
+    """A closure's cell as a container whose one item is what it holds."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, _: Any) -> Any:
+        return self.cell.cell_contents
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return ABSENT
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return is_a(value, tuple) and hasattr(value, "_fields")
+
+
+@functools.lru_cache(maxsize=4096)
+def _reads_as_usual(kind: type) -> bool:
+    """Whether an attribute of such an object is found in its classes and its own dict, and nowhere else."""
+    if kind.__getattribute__ is not object.__getattribute__ or not hasattr(kind, "__dict__"):
+        return False
+    if kind.__dictoffset__ == 0 or not is_a(kind, type) or kind.__module__ in ("builtins", "_thread"):
+        return False
+    has_own = getattr(kind, "__getattr__", None)
+    return has_own is None or has_own is nn.Module.__getattr__
+
+
+def _class_forward(module: nn.Module) -> Any:
+    return type(module).forward
+
+
+def _is_torchs(value: Any) -> bool:
+    """Whether a function, or an object that can be called, is of torch or of fastnn."""
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return str(module).partition(".")[0] in ("torch", "fastnn")
+
+
+def is_all_torchs(layer: nn.Module) -> bool:
+    """Whether a layer of torch runs no code but torch's: not where it has been given modules or functions, as a
+    transformer's layers may be, or a parametrization of the user's."""
+    for part in layer.modules():
+        if part is not layer and (any(part.__dict__[name] for name in HOOKS) or "forward" in part.__dict__):
+            return False
+        if not _is_torchs(type(part)) and layer_class(type(part)) is None:
+            return False
+        if any(is_a(value, types.FunctionType) and not _is_torchs(value) for value in part.__dict__.values()):
+            return False
+    return True
 
 
 def input_names(forward: Callable[..., Any]) -> list[str]:
@@ -182,49 +682,37 @@ def input_names(forward: Callable[..., Any]) -> list[str]:
     return names
 
 
-def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
-    now = module.__dict__
-    if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
-        raise UntraceableError("its forward changes an attribute of the module")
+# ---- reasons --------------------------------------------------------------------------------------------------------
 
 
-def words_of(error: Exception) -> str:
-    if isinstance(error, UntraceableError):
-        return f"{error}, so it cannot be traced"
-    return f"its forward cannot be traced: {str(error).partition(chr(10))[0] or type(error).__name__}"
+def words_of(error: Exception, codes: set[types.CodeType] | None = None) -> str:
+    """Why there is no trace, with the line of the user's code that was running."""
+    place = ""
+    if codes is not None and "(line " not in str(error):
+        trace = error.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            if code in codes and f"{os.sep}torch{os.sep}" not in code.co_filename:
+                place = _place_in_words(code, trace.tb_lineno)
+            trace = trace.tb_next
+    text = str(error).partition("\n")[0] or type(error).__name__
+    if is_a(error, UntraceableError):
+        return f"{text}{place}"
+    return f"it cannot be run on stand-ins for tensors: {text}{place}"
 
 
-_trace_lock = threading.RLock()
+def _place_in_words(code: types.CodeType, line: int) -> str:
+    text = linecache.getline(code.co_filename, line).strip()
+    shown = f": {text}" if text else ""
+    return f" (line {line} of {os.path.basename(code.co_filename)}{shown})"
 
 
-def trace(module: nn.Module) -> tuple[fx.Graph, _Tracer]:
-    """What ``module`` does, as a graph of layers and functions. Raises if that cannot be told, for all calls, from one
-    run with stand-ins for tensors."""
-    with _trace_lock:
-        tracer = _Tracer()
-        before = dict(module.__dict__)
-        python_state = random.getstate()
-        numpy = sys.modules.get("numpy")
-        numpy_state = numpy.random.get_state() if numpy else None
-        try:
-            with _NothingHappens():
-                graph = tracer.trace(module)
-            _check_unchanged(module, before)
-            drew = random.getstate() != python_state
-            if numpy and numpy_state:
-                drew |= any(map(_differ, numpy.random.get_state(), numpy_state))
-            if drew:
-                raise UntraceableError("its forward draws random numbers")
-        except Exception:
-            module.__dict__.clear()
-            module.__dict__.update(before)
-            raise
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
-        return graph, tracer
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return bool((one != other).any()) if hasattr(one, "any") else bool(one != other)
+def trace(module: nn.Module) -> tuple[fx.Graph, Tracer]:
+    """What ``module`` does, as a graph of layers and functions, with the guard that it rests on. UntraceableError where
+    that cannot be told, for all calls that the guard lets pass, from one run."""
+    tracer = Tracer(module)
+    try:
+        graph = tracer.run()
+    except Exception as error:  # whatever a forward may raise that is given stand-ins
+        raise UntraceableError(words_of(tracer.refused or error, tracer.codes)) from error
+    return graph, tracer

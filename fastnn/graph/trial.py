@@ -51,7 +51,7 @@ class _Trial:
         self.left, self.training = left, training
 
     def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
-        return _TrialRun(module, program, self).run(*inputs)
+        return _TrialRun(module, program, self).run(*inputs, *program.further_inputs())
 
     def see_recurrent(self, fused: FusedRecurrent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def run(function: Callable[..., Any]) -> Callable[[Sequence[Tensor]], Any]:

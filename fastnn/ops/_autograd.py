@@ -85,6 +85,15 @@ def check_same_device(*tensors: Tensor | None) -> None:
         )
 
 
+def in_torchs_words(error: RuntimeError, reference: Callable[..., Any], *args: Any) -> Exception:
+    """The exception for arguments that an operator has refused: torch's, where the reference refuses them too."""
+    try:
+        reference(*args)
+    except (IndexError, RuntimeError, TypeError, ValueError) as torchs:
+        return torchs
+    return error
+
+
 def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
     """Run a raw operator for a caller who has seen to gradients."""
     if not torch.is_grad_enabled():

@@ -15,6 +15,7 @@ from fastnn.ops._autograd import (
     check_same_device,
     differentiate_twice,
     eager_recorder,
+    in_torchs_words,
     is_plain,
     needs_autograd,
     needs_reference,
@@ -170,6 +171,11 @@ def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geome
             output = _call(input, weight, bias, geometry)
     except NotImplementedError:  # tensors that only stock computes with, such as DTensor
         output = reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
+    except RuntimeError as error:
+        if len({tensor.dtype for tensor in (input, weight, bias) if tensor is not None}) == 1:
+            raise  # not by the reference, which would try to compute with sizes that are too large
+        arguments = (input, weight, bias, *Geometry.of_flat(geometry, dims))
+        raise in_torchs_words(error, reference.conv_relu_max_pool, *arguments) from None
     return output if batched else output.squeeze(0).contiguous()
 
 

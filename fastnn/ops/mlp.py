@@ -13,6 +13,7 @@ from fastnn.ops._autograd import (
     check_same_device,
     differentiate_twice,
     eager_recorder,
+    in_torchs_words,
     is_plain,
     needs_autograd,
     needs_reference,
@@ -212,6 +213,12 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], digits: str, 
             return output if rank == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
     except NotImplementedError:  # tensors that only stock computes with: DTensor, sparse, quantized
         pass
+    except RuntimeError as error:
+        raise in_torchs_words(error, _reference, input, parameters, digits) from None
+    return _reference(input, parameters, digits)
+
+
+def _reference(input: Tensor, parameters: Sequence[Tensor], digits: str) -> Tensor:
     return reference.mlp(input, *split_parameters(parameters, len(digits)), _names_of(digits))
 
 

@@ -1,0 +1,126 @@
+// Whether what a trace of Python code rests on is still there (fastnn/graph/guard.py). Identity is all that is asked of
+// an object here: it takes some nanoseconds, and what is not identical Python looks at again.
+#pragma once
+
+#include <Python.h>
+
+namespace fastnn {
+
+// The five tuples of a guard, each of them flat:
+//   contents   container, tuple of what it holds (of a dict each key and its value), ...   lists, tuples and dicts
+//   items      container, key, value, ...                                                  dicts and classes
+//   types      object, its type, ...
+//   empty      dict, ...
+//   functions  function, its code, its defaults, its keyword defaults, ...
+class Guard {
+ public:
+  // `absent` stands for the value of a key that is not there, `any` for a value that may change.
+  Guard(PyObject* absent, PyObject* any) : absent_(absent), any_(any) {}
+
+  // True, false, or -1 with an exception set where `tuples` are no such tuples.
+  int holds(PyObject* tuples) const {
+    if (!PyTuple_Check(tuples) || PyTuple_GET_SIZE(tuples) != 5) return refuse();
+    PyObject* parts[5];
+    for (Py_ssize_t i = 0; i < 5; ++i) {
+      parts[i] = PyTuple_GET_ITEM(tuples, i);
+      if (!PyTuple_Check(parts[i]) || PyTuple_GET_SIZE(parts[i]) % kStrides[i] != 0) return refuse();
+    }
+    return types_hold(parts[2]) && are_empty(parts[3]) && contents_hold(parts[0]) && functions_hold(parts[4])
+               ? items_hold(parts[1])
+               : false;
+  }
+
+ private:
+  static constexpr Py_ssize_t kStrides[5] = {2, 3, 2, 1, 4};
+
+  static int refuse() {
+    PyErr_SetString(PyExc_TypeError, "expected the tuples of a guard");
+    return -1;
+  }
+
+  static bool types_hold(PyObject* part) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(part); i += 2) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(part, i))) != PyTuple_GET_ITEM(part, i + 1)) return false;
+    }
+    return true;
+  }
+
+  static bool are_empty(PyObject* part) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(part); ++i) {
+      PyObject* const dict = PyTuple_GET_ITEM(part, i);
+      if (!PyDict_Check(dict) || PyDict_Size(dict) != 0) return false;
+    }
+    return true;
+  }
+
+  bool contents_hold(PyObject* part) const {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(part); i += 2) {
+      if (!holds_these(PyTuple_GET_ITEM(part, i), PyTuple_GET_ITEM(part, i + 1))) return false;
+    }
+    return true;
+  }
+
+  bool holds_these(PyObject* container, PyObject* held) const {
+    if (!PyTuple_Check(held)) return false;
+    const Py_ssize_t count = PyTuple_GET_SIZE(held);
+    if (PyDict_Check(container)) {
+      if (2 * PyDict_Size(container) != count) return false;
+      Py_ssize_t place = 0, next = 0;
+      for (PyObject *key, *value; next < count && PyDict_Next(container, &place, &key, &value); next += 2) {
+        PyObject* const expected = PyTuple_GET_ITEM(held, next + 1);
+        if (PyTuple_GET_ITEM(held, next) != key || (expected != value && expected != any_)) return false;
+      }
+      return next == count;
+    }
+    if (!PyList_Check(container) && !PyTuple_Check(container)) return false;
+    if (PySequence_Fast_GET_SIZE(container) != count) return false;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (PySequence_Fast_GET_ITEM(container, i) != PyTuple_GET_ITEM(held, i)) return false;
+    }
+    return true;
+  }
+
+  static bool functions_hold(PyObject* part) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(part); i += 4) {
+      PyObject* const function = PyTuple_GET_ITEM(part, i);
+      if (!PyFunction_Check(function) || PyFunction_GetCode(function) != PyTuple_GET_ITEM(part, i + 1)) return false;
+      const auto is = [&](PyObject* value, PyObject* expected) { return (value ? value : Py_None) == expected; };
+      if (!is(PyFunction_GetDefaults(function), PyTuple_GET_ITEM(part, i + 2))) return false;
+      if (!is(PyFunction_GetKwDefaults(function), PyTuple_GET_ITEM(part, i + 3))) return false;
+    }
+    return true;
+  }
+
+  int items_hold(PyObject* part) const {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(part); i += 3) {
+      PyObject* container = PyTuple_GET_ITEM(part, i);
+      PyObject* const expected = PyTuple_GET_ITEM(part, i + 2);
+      PyObject* value = nullptr;
+      if (PyCell_Check(container)) {
+        value = PyCell_GET(container);
+      } else {
+        PyObject* own = nullptr;  // of a class, its dict
+        if (PyType_Check(container)) {
+#if PY_VERSION_HEX >= 0x030C0000
+          own = PyType_GetDict(reinterpret_cast<PyTypeObject*>(container));
+#else
+          own = reinterpret_cast<PyTypeObject*>(container)->tp_dict;
+          Py_XINCREF(own);
+#endif
+          container = own;
+        }
+        if (container != nullptr && PyDict_Check(container)) {
+          value = PyDict_GetItemWithError(container, PyTuple_GET_ITEM(part, i + 1));
+        }
+        Py_XDECREF(own);
+        if (value == nullptr && PyErr_Occurred()) return -1;
+      }
+      if ((value != nullptr ? value : absent_) != expected) return false;
+    }
+    return true;
+  }
+
+  PyObject *absent_, *any_;
+};
+
+}  // namespace fastnn

@@ -1,0 +1,208 @@
+"""What a trace rests on, compared at every call of what was made of it.
+
+A trace stands for a forward only as long as everything that the forward read is what it was: attributes, settings of
+layers, globals, closures, the code of functions. The tracer notes each such read in a :class:`Guard`. Most calls find
+the very same objects, which C compares in a fraction of a microsecond (csrc/guard.h); where one is another, the guard
+looks at values: an equal number, or a tensor in a tensor's place, changes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from operator import is_
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnn._extension import load_extension
+
+_extension = load_extension()
+ABSENT = _extension.absent  # stands for the value of a key that is not there
+_ANY = _extension.any  # and for a value that may change
+_holds = _extension.guard_holds
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+TOKEN = "_fastnn_token"  # the attribute of a fused module that tells it from its shallow copies: see forward.py
+
+# Values of these types cannot change; two of them that are equal are as good as one.
+CONSTANTS: tuple[type, ...] = (
+    *(type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a value, and all in it, can never change."""
+    kind = type(value)
+    if kind is tuple or kind is frozenset:
+        return all(map(is_constant, value))
+    return kind in CONSTANTS or issubclass(kind, Enum) or _is_numpy_number(value)
+
+
+def _is_numpy_number(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and issubclass(type(value), numpy.generic)
+
+
+def is_same(before: Any, now: Any) -> bool:
+    """Whether code that read the one would do with the other just what it did."""
+    if before is now:
+        return True
+    if isinstance(before, Tensor):
+        return isinstance(now, Tensor)  # it is handed over anew at each call
+    if type(before) is not type(now):
+        return False
+    if type(before) is tuple:
+        return len(before) == len(now) and all(map(is_same, before, now))
+    if isinstance(before, (float, complex)) or _is_numpy_number(before):
+        return repr(before) == repr(now)  # the sign of zero counts, and NaN is NaN
+    return is_constant(before) and bool(before == now)
+
+
+class Guard:
+    """Reads, and the values that they gave. The values are held, so that no other object can get their addresses."""
+
+    def __init__(self) -> None:
+        self._items: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
+        self._contents: dict[int, tuple[Any, list[Any]]] = {}
+        self._types: dict[int, tuple[Any, type]] = {}
+        self._empty: dict[int, Any] = {}
+        self._functions: dict[int, tuple[FunctionType, Any, Any, Any]] = {}
+        self._calls: dict[tuple[Any, ...], tuple[Callable[..., Any], tuple[Any, ...], Any]] = {}
+        self._instances: dict[int, dict[str, Any]] = {}
+        self._tuples: tuple[tuple[Any, ...], ...] = ()
+
+    # ---- what is noted ----------------------------------------------------------------------------------------------
+
+    def note_item(self, container: Any, key: Any, value: Any) -> None:
+        """container: a dict, a class (its own dict), or a cell (any key). value: ABSENT where there is none."""
+        self._items.setdefault((id(container), key), (container, key, value))
+
+    def note_instance(self, instance: Any, key: str, value: Any) -> None:
+        """An attribute in an object's own dict, of which C compares the whole, which is faster than key by key."""
+        own = instance.__dict__
+        self._instances[id(own)] = own
+        self.note_type(instance)
+        self.note_item(own, key, value)
+
+    def note_contents(self, container: Any) -> None:
+        """All that a list, tuple or dict holds."""
+        self._contents.setdefault(id(container), (container, _flat(container)))
+
+    def note_type(self, instance: Any) -> None:
+        self._types.setdefault(id(instance), (instance, type(instance)))
+
+    def note_empty(self, container: Any) -> None:
+        self._empty[id(container)] = container
+
+    def note_function(self, function: FunctionType) -> None:
+        self._functions.setdefault(id(function), _parts(function))
+
+    def note_call(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> None:
+        """What a function of no tensors gave, which tells of a mode that anybody may change."""
+        self._calls[function, args] = (function, args, value)
+
+    def note_layer(self, module: nn.Module) -> None:
+        """A module that is called, or whose forward is run: its class, that class's forward, and that it has no other
+        one and no hooks."""
+        own = module.__dict__
+        self.note_type(module)
+        for name in HOOKS:
+            if name in own:
+                self.note_instance(module, name, own[name])
+                if not own[name]:
+                    self.note_empty(own[name])
+        self.note_instance(module, "forward", own.get("forward", ABSENT))
+        for kind in type(module).__mro__:
+            forward = vars(kind).get("forward", ABSENT)
+            self.note_item(kind, "forward", forward)
+            if forward is not ABSENT:
+                break
+
+    def note_settings(self, module: nn.Module, names: Sequence[str]) -> None:
+        """A layer in whose place an operator runs: the attributes that say what it computes, and whether it has each of
+        its tensors."""
+        own = module.__dict__
+        for name in names:
+            self.note_instance(module, name, own.get(name, ABSENT))
+        for name in ("_parameters", "_buffers"):
+            self.note_instance(module, name, own[name])
+            self.note_contents(own[name])
+
+    # ---- and compared ---------------------------------------------------------------------------------------------
+
+    def seal(self) -> None:
+        """To be called once everything has been noted."""
+        self._tuples = self._as_tuples()
+
+    def holds(self) -> bool:
+        """Whether all that was noted is as it was."""
+        if not _holds(self._tuples):
+            if not self._holds_by_value():
+                return False
+            self.seal()
+        return all(function(*args) == value for function, args, value in self._calls.values())
+
+    def _holds_by_value(self) -> bool:
+        for instance, kind in self._types.values():
+            if type(instance) is not kind:
+                return False
+        if any(self._empty.values()):
+            return False
+        for place, (container, key, before) in self._items.items():
+            now = _item(container, key)
+            if not is_same(before, now):
+                return False
+            self._items[place] = (container, key, now)
+        for number, (container, before) in self._contents.items():
+            now = _flat(container)
+            if len(before) != len(now) or not all(map(is_same, before, now)):
+                return False
+            self._contents[number] = (container, now)
+        return all(all(map(is_, parts, _parts(parts[0]))) for parts in self._functions.values())
+
+    def _as_tuples(self) -> tuple[tuple[Any, ...], ...]:
+        """As C takes them."""
+        contents: list[Any] = []
+        for container, held in self._contents.values():
+            contents += [container, tuple(held)]
+        for own in self._instances.values():
+            held = _flat({**own, TOKEN: _ANY} if TOKEN in own else own)
+            contents += [own, tuple(held)]
+        items: list[Any] = []
+        for container, key, value in self._items.values():
+            if id(container) not in self._instances:
+                items += [container, key, value]
+        return (
+            *(tuple(contents), tuple(items), _in_a_row(self._types.values()), tuple(self._empty.values())),
+            _in_a_row(self._functions.values()),
+        )
+
+
+def _in_a_row(tuples: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple([one for each in tuples for one in each])
+
+
+def _parts(function: FunctionType) -> tuple[FunctionType, Any, Any, Any]:
+    return function, function.__code__, function.__defaults__, function.__kwdefaults__
+
+
+def _item(container: Any, key: Any) -> Any:
+    if isinstance(container, type):
+        return vars(container).get(key, ABSENT)
+    if isinstance(container, CellType):
+        try:
+            return container.cell_contents
+        except ValueError:  # it is empty
+            return ABSENT
+    return container.get(key, ABSENT)
+
+
+def _flat(container: Any) -> list[Any]:
+    if isinstance(container, dict):
+        return list(_in_a_row(container.items()))
+    return list(container)

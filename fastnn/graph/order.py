@@ -1,0 +1,113 @@
+"""The order in which a graph's nodes run, and which of them may change what others read."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, Node
+
+from fastnn.nn._hooks import has_own_call, layer_class
+
+
+def in_place(operation: str, value: Any, other: Any) -> Any:
+    """``value += other`` and its like, by their name in the module ``operator``. (The code that torch.fx writes for
+    ``operator.iadd`` assigns to a variable that other nodes go on reading.)"""
+    return getattr(operator, operation)(value, other)
+
+
+def unpack(values: Any, count: int) -> tuple[Any, ...]:
+    """``a, b = values``, with Python's own errors."""
+    result = tuple(values)
+    if len(result) > count:
+        raise ValueError(f"too many values to unpack (expected {count})")
+    if len(result) < count:
+        raise ValueError(f"not enough values to unpack (expected {count}, got {len(result)})")
+    return result
+
+
+class Order:
+    """The order in which a graph's nodes run, and which of them may change what others read."""
+
+    def __init__(self, graph: Graph, modules: Mapping[str, nn.Module]) -> None:
+        self.place = {node: i for i, node in enumerate(graph.nodes)}
+        self.writes = [node for node in graph.nodes if not _only_computes(node, modules)]
+
+    def may_be_one(self, nodes: Sequence[Node]) -> bool:
+        """Whether the nodes, in their order, may run all at once where the first of them stands: nothing between them
+        changes a tensor or a mode."""
+        first, last = self.place[nodes[0]], self.place[nodes[-1]]
+        return not any(first < self.place[node] < last and node not in nodes for node in self.writes)
+
+    def is_there(self, values: Iterable[Any], first: Node) -> bool:
+        """Whether these values are computed before `first` runs."""
+        computed = [
+            value for value in values if isinstance(value, Node) and value.op not in ("get_attr", "placeholder")
+        ]
+        return all(self.place[node] < self.place[first] for node in computed)
+
+
+_KEEPS_STATISTICS = (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm)
+_WRITING_METHODS = ("backward", "retain_grad", "register_hook", "register_post_accumulate_grad_hook")
+_PURE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"),
+        *("neg", "pos", "invert", "not_", "abs", "eq", "ne", "lt", "le", "gt", "ge", "is_", "is_not", "getitem"),
+    )
+)
+
+
+def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node changes nothing that another may read: no tensor, no statistics, no mode."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return True
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if layer_class(type(module)) is None or has_own_call(module) or getattr(module, "inplace", False):
+            return False
+        return not (isinstance(module, nn.modules.batchnorm._NormBase) and module.training)
+    if node.op == "call_method":
+        name = str(node.target)
+        return not (name.endswith("_") and not name.endswith("__")) and name not in _WRITING_METHODS
+    function: Any = node.target
+    if function is getattr or function in _PURE_OPERATORS:
+        return True
+    if function is unpack or str(getattr(function, "__module__", "")).startswith("fastnn"):  # joining's, and operators
+        return not node.kwargs.get("training") and function is not in_place
+    if function not in functions_of_torch() or function.__name__.endswith("_") or "out" in node.kwargs:
+        return False
+    if function in _KEEPS_STATISTICS:
+        return node.kwargs.get("training") is False
+    if not _may_be_in_place(function):
+        return True
+    names = inspect.signature(function).parameters
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return given.get("inplace", False) is False
+
+
+@cache
+def functions_of_torch() -> frozenset[Any]:
+    """The functions of torch that act on tensors and on nothing else."""
+    found = {function for some in torch.overrides.get_overridable_functions().values() for function in some}
+    no_operators = ("boolean_dispatch", "handle_torch_function", "assert_int_or_pair")
+    for name, function in vars(F).items():
+        if name.startswith(("_", "has_torch_function")) or name in no_operators or isinstance(function, type):
+            continue
+        if callable(function):
+            found.add(function)
+    return frozenset(found)
+
+
+@cache
+def _may_be_in_place(function: Any) -> bool:
+    try:
+        return "inplace" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a function of C
+        return False

@@ -1,0 +1,135 @@
+"""What code may do while it is traced: which functions become nodes or are called as they are, and which instructions
+end the trace."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import math
+import operator
+import types
+from typing import Any
+
+import torch
+
+from fastnn import functional
+from fastnn.graph.order import functions_of_torch
+
+# ---- what may be called ---------------------------------------------------------------------------------------------
+
+_FACTORIES = (
+    *(
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+        "arange",
+        "linspace",
+        "logspace",
+        "eye",
+        "tensor",
+        "as_tensor",
+        "scalar_tensor",
+    ),
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "tril_indices"),
+    *("triu_indices", "hann_window", "hamming_window", "blackman_window", "bartlett_window", "kaiser_window"),
+)
+# Functions that give a constant and tell of a mode: they are asked again at each call.
+_MODES = (
+    *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype", "get_num_threads"),
+    *("are_deterministic_algorithms_enabled", "get_autocast_dtype", "get_float32_matmul_precision"),
+)
+PURE_FUNCTIONS = frozenset(
+    {
+        *(abs, all, any, divmod, getattr, hasattr, iter, len, max, min, next, pow, round, sorted, sum),
+        *(value for module in (math, operator) for value in vars(module).values() if callable(value)),
+        functools.reduce,
+    }
+)
+PURE_CLASSES = frozenset(
+    {
+        *(bool, complex, dict, enumerate, filter, float, frozenset, int, list, map, range, reversed, set, slice, str),
+        *(tuple, zip, torch.device, torch.Size, torch.finfo, torch.iinfo),
+    }
+)
+# Attributes of tensors and of packed sequences that are never None.
+ATTRIBUTES = frozenset(
+    {
+        *("T", "mT", "H", "mH", "real", "imag", "data", "shape", "dtype", "device", "layout", "ndim", "itemsize"),
+        *("nbytes", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_sparse", "is_nested", "batch_sizes"),
+    }
+)
+
+
+@functools.cache
+def primitives() -> frozenset[Any]:
+    """The functions of torch that become nodes: they act on tensors, or make one."""
+    found = set(functions_of_torch())
+    found |= {getattr(torch, name) for name in _FACTORIES if hasattr(torch, name)}
+    found |= {f for f in vars(functional).values() if str(getattr(f, "__module__", "")).startswith("fastnn.ops")}
+    return frozenset(found)
+
+
+@functools.cache
+def mode_functions() -> frozenset[Any]:
+    return frozenset(getattr(torch, name) for name in _MODES if hasattr(torch, name))
+
+
+_FUNCTION_TYPES = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+)
+
+
+def is_primitive(value: Any) -> bool:
+    """Whether a function becomes a node, or is called as it is."""
+    if not isinstance(value, _FUNCTION_TYPES):
+        return False
+    return value in primitives() or value in PURE_FUNCTIONS or value in mode_functions()
+
+
+# ---- what code must not do ------------------------------------------------------------------------------------------
+
+_CATCHES = ("SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH", "PUSH_EXC_INFO", "BEFORE_WITH", "LOAD_SPECIAL")
+_WRITES_GLOBALS = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME", "DELETE_NAME")
+
+
+@functools.lru_cache(maxsize=4096)
+def why_not_run(code: types.CodeType) -> tuple[str, int] | None:
+    """What a function's code does, with the number of its line, that stand-ins cannot see or must not do."""
+    line = code.co_firstlineno
+    before: dis.Instruction | None = None
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        line = _line_of(instruction) or line
+        if name in _CATCHES:
+            return "it catches exceptions, or has a with block", line
+        if name in _WRITES_GLOBALS:
+            return f"it writes the global {instruction.argval}", line
+        if name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars:
+            return f"it writes the variable {instruction.argval} of an outer function", line
+        if name == "IS_OP" and not (before is not None and before.opname == "LOAD_CONST" and before.argval is None):
+            return "it asks whether two objects are one", line
+        if name == "IMPORT_NAME":
+            return "it imports a module", line
+        if name != "CACHE":
+            before = instruction
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType) and (reason := why_not_run(constant)):
+            return reason
+    return None
+
+
+def _line_of(instruction: dis.Instruction) -> int | None:
+    line = getattr(instruction, "line_number", None)  # since Python 3.13
+    if line is None and not isinstance(instruction.starts_line, bool):
+        line = instruction.starts_line
+    return line
+
+
+@functools.lru_cache(maxsize=4096)
+def asks_for_none(code: types.CodeType) -> bool:
+    names = {instruction.opname for instruction in dis.get_instructions(code)}
+    return "IS_OP" in names or any(name.endswith("NONE") for name in names)
