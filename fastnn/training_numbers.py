@@ -106,11 +106,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """ChainError where the operators do not have the optimizer, or its settings are no numbers."""
     if type(optimizer) not in KINDS:
         raise ChainError(f"the optimizer is {type(optimizer).__name__}")
+    own_step = optimizer.__dict__.get("step")  # schedulers put one there that calls the class's
+    if own_step is not None and getattr(own_step, "__wrapped__", None) is not type(optimizer).step:
+        raise ChainError("the optimizer's step has been replaced")
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable"):
             raise ChainError("the optimizer is capturable or differentiable")
-        if any(isinstance(group.get(name), Tensor) for name in HYPERPARAMETERS):  # which may change in place, unseen
+        settings = [group.get(name) for name in HYPERPARAMETERS]
+        if any(isinstance(one, Tensor) for one in _flatten(settings)):  # which may change in place, unseen
             raise ChainError("a setting of the optimizer is a tensor")
+
+
+def _flatten(values: Sequence[Any]) -> list[Any]:
+    """With the elements of tuples and lists, as `betas` is one, in their place."""
+    return [one for value in values for one in (value if isinstance(value, (tuple, list)) else (value,))]
 
 
 def check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:

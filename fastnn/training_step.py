@@ -61,7 +61,9 @@ _get_all_flags = attrgetter("requires_grad", *TENSOR_HOOKS, "grad")
 class TrainingStep:
     """What :func:`training_step` returns. Call it with an input and a target; it returns the loss, without a graph.
 
-    With ``keep_gradients`` each parameter's ``grad`` holds the last step's gradient, clipped; otherwise it is None.
+    Gradients that lie in ``p.grad`` when a step begins, as those of micro-batches before it, count, but for those that
+    the optimizer has used already; such a step goes the ordinary way. After a step ``p.grad`` is None, or with
+    ``keep_gradients`` the step's gradient, clipped, until the next step begins.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class TrainingStep:
         self._release: Any = lambda: None  # what is bound
         self._forward: Any = None  # the model's, when it was read
         self._retries = False  # a step that one call did not take
+        self._used = _UsedGradients.of(optimizer)
         self._forget()
         self._read()
         if strict and self._why:
@@ -113,6 +116,8 @@ class TrainingStep:
 
     def __call__(self, input: Any, target: Any) -> Tensor:
         """One step on a batch -> the loss, as it was before the step."""
+        if self.keep_gradients:
+            self._used.drop(self.optimizer)
         if not (self._is_due(input, target) and self._is_bound()):
             return self._ordinary(input, target)
         assert self._chain is not None
@@ -194,6 +199,7 @@ class TrainingStep:
         self._objects: list[Any] = [None]  # which nothing holds
         self._flags: list[Any] = []
         self._bound_norm: float | None = None
+        self._optimizer_step: Any = None  # one of the optimizer's own, which a scheduler puts there
         self._settings: list[Any] = []
         self._numbers: Tensor | None = None
         self._parameters: list[Tensor] = []
@@ -230,7 +236,7 @@ class TrainingStep:
             if self._chain is None or not self.model.training:
                 return False
         optimizer = self.optimizer
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        if optimizer._optimizer_step_pre_hooks or len(optimizer._optimizer_step_post_hooks) != 1:  # _UsedGradients
             return False
         return input.dim() in self._chain.dims and input.numel() != 0
 
@@ -251,6 +257,10 @@ class TrainingStep:
         """Sees to it that what is bound is what the model and the optimizer have; not where the model has lost a
         parameter, or the optimizer got what operators do not take."""
         optimizer = self.optimizer
+        if not self._is_as_bound():
+            self._used.drop(optimizer)
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                return False  # gradients that count too
         try:
             if self._is_as_bound():
                 if self._settings == self._settings_now():
@@ -280,6 +290,8 @@ class TrainingStep:
             holds_same(self._containers(), self._objects)
             and self._flags == self._flags_now()
             and self._bound_norm == self.max_norm
+            and self.optimizer.__dict__.get("step") is self._optimizer_step
+            and not (self.keep_gradients and any(p.grad is not None for p in self._parameters))
         )
 
     def _containers(self) -> list[Any]:
@@ -297,9 +309,6 @@ class TrainingStep:
     def _bind(self, parameters: list[Tensor]) -> None:
         assert self._chain is not None
         optimizer = self.optimizer
-        for p in parameters:
-            if p.requires_grad or self.keep_gradients:
-                p.grad = None
         self._forget()
         self._parameters = parameters
         self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
@@ -313,6 +322,7 @@ class TrainingStep:
         self._release = weakref.finalize(self, release_training_step, int(self._bound))
         self._release.atexit = False
         self._bound_norm = self.max_norm
+        self._optimizer_step = optimizer.__dict__.get("step")
         self._flags = [tuple(dict(f) if isinstance(f, dict) else f for f in flags) for flags in self._flags_now()]
         self._parameter_dicts = list({id(own): own for own in self._parameter_owners}.values())
         self._objects = [
@@ -352,34 +362,64 @@ class TrainingStep:
     def _in_one_call(self, input: Tensor, target: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         assert self._chain is not None
         with self._no_grad:
+            loss: Tensor
+            gradients: Sequence[Tensor] = ()
             if not self.keep_gradients:
-                return _call_bound(input, target, self._bound, self._numbers), ()
-            loss, gradients = _call(
-                input, target, self._parameters, self._states, self._chain.text, self._loss_weight, self._layout,
-                self._numbers, True,
-            )  # fmt: skip
-            return loss, gradients
+                loss = _call_bound(input, target, self._bound, self._numbers)
+            else:
+                loss, gradients = _call(
+                    input, target, self._parameters, self._states, self._chain.text, self._loss_weight, self._layout,
+                    self._numbers, True,
+                )  # fmt: skip
+        self._count_batches()
+        return loss, gradients
 
     def _in_two_calls(self, input: Tensor, target: Any) -> tuple[Tensor, list[Tensor]]:
         """With the caller's own loss."""
         assert self._chain is not None
-        text, log_softmax = self._chain.text, self._chain.log_softmax
-        before = torch.get_rng_state()  # which dropout and the loss may change
+        text = self._chain.text
+        undo = self._copy_of_forward()
         try:
             with self._no_grad:
                 output, saved = _call_forward(input, self._parameters, text)
         except RuntimeError as error:
+            undo()
             raise _RefusedError from error
+        try:
+            return self._from_output(input, target, output, saved)
+        except BaseException:
+            undo()
+            raise
+
+    def _copy_of_forward(self) -> Callable[[], None]:
+        """What a forward changes; calling the result takes that back."""
+        random = torch.get_rng_state()
+        statistics = [(p, p.clone()) for p in self._parameters if not isinstance(p, nn.Parameter)]
+        counters = [(own[name], own[name].clone()) for own, name in self._chain.counters if own.get(name) is not None]  # type: ignore[union-attr]
+
+        def undo() -> None:
+            torch.set_rng_state(random)
+            with torch.no_grad():
+                for tensor, value in (*statistics, *counters):
+                    tensor.copy_(value)
+
+        return undo
+
+    def _from_output(self, input: Tensor, target: Any, output: Tensor, saved: Any) -> tuple[Tensor, list[Tensor]]:
+        """Loss, backward and update of a forward."""
+        assert self._chain is not None
+        text, log_softmax = self._chain.text, self._chain.log_softmax
+        self._count_batches()
         output.requires_grad_()
         # Not the leaf itself, which the loss could not change in place.
         scores = output.clone() if log_softmax is None else F.log_softmax(output, log_softmax)
         loss = self.loss(scores, target)
         if _reaches_others(loss, output):
-            torch.set_rng_state(before)
             raise _OtherLeavesError
         loss.backward()
         if not self.keep_gradients and any(p.grad is not None for p in self._parameters):  # by way of a checkpoint
-            torch.set_rng_state(before)
+            for p in self._parameters:
+                p.grad = None
             raise _OtherLeavesError
         if output.grad is None:
             raise RuntimeError("training_step: the loss does not depend on the model's output")
@@ -390,19 +430,21 @@ class TrainingStep:
                     self.keep_gradients,
                 )  # fmt: skip
         except RuntimeError as error:
-            torch.set_rng_state(before)
             raise _RefusedError from error
         return loss.detach(), gradients
 
-    def _after(self, gradients: Sequence[Tensor]) -> None:
-        torch.autograd.graph.increment_version(self._parameters)
+    def _count_batches(self) -> None:
         for own, name in self._chain.counters:  # type: ignore[union-attr]
             if own.get(name) is not None:
                 own[name].add_(1)
+
+    def _after(self, gradients: Sequence[Tensor]) -> None:
+        torch.autograd.graph.increment_version(self._parameters)
         if self.keep_gradients:
             for p, gradient in zip(self._parameters, gradients, strict=True):
                 if p.requires_grad:
                     p.grad = gradient
+            self._used(self.optimizer)
         # Schedulers ask whether the optimizer has made a step, and warn if not.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self._created:  # the first step of a momentum is over
@@ -411,7 +453,7 @@ class TrainingStep:
     # ---- and the ordinary one ---------------------------------------------------------------------------------------
 
     def _ordinary(self, input: Any, target: Any) -> Tensor:
-        self.optimizer.zero_grad()
+        self._used.drop(self.optimizer)
         loss = self.loss(self.model(input), target)
         loss.backward()
         if self.max_norm is not None:
@@ -457,6 +499,52 @@ def training_step(
         ValueError: with ``strict``, why they would.
     """
     return TrainingStep(model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict)
+
+
+class _UsedGradients:
+    """A hook of an optimizer that notes which gradients its last step has used. A loop that calls ``zero_grad`` before
+    ``backward`` leaves such gradients, which are not to be used once more."""
+
+    def __init__(self) -> None:
+        self._noted: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by parameters' numbers: gradient and version
+
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer) -> _UsedGradients:
+        """The optimizer's one."""
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            if isinstance(hook, _UsedGradients):
+                return hook
+        made = _UsedGradients()
+        optimizer.register_step_post_hook(made)
+        if optimizer.state:  # it has made steps
+            made(optimizer)
+        return made
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._noted = {
+            id(p): (weakref.ref(p.grad), p.grad._version)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
+
+    def drop(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes gradients away that have been used and are as they were."""
+        if not self._noted:
+            return
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                noted, version = self._noted.get(id(p), (None, 0))
+                gradient = None if noted is None else noted()
+                if gradient is None or gradient is not p.grad:
+                    continue
+                if gradient._version != version:
+                    raise RuntimeError(
+                        "training_step: backward has added to gradients that the optimizer has used already: call "
+                        "optimizer.zero_grad() before it"
+                    )
+                p.grad = None
+        self._noted = {}
 
 
 _OTHER_TARGET = "its target is none that the operator takes"

@@ -24,7 +24,7 @@ FASTNN_INLINE T loss_of_difference(T d, T limit, T* slope) {
     *slope = 2 * d;
     return d * d;
   } else if constexpr (kind == LossKind::l1) {
-    *slope = sign;
+    *slope = d != d ? T(0) : sign;  // as torch's sign of NaN
     return a;
   } else if constexpr (kind == LossKind::smooth_l1) {
     *slope = a < limit ? d / limit : sign;

@@ -154,6 +154,7 @@ Tensor frozen(const Tensor& input, const Tensor& weights, const Tensor& packed, 
   const Expected kind = check_weights(op, weights);
   check_same_kind(input, kind, "input");
   check_plain(packed, op, "packed");
+  check_memory(packed, op, "packed");
   FASTNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), op,
                ": expected packed to be uint8, 1D and contiguous");
   const Tensor dense_input = dense(input);

@@ -48,16 +48,18 @@ double class_loss(const char* op, const Loss& loss, const T* output, const int64
     if (!std::isfinite(most)) most = most != most ? most : T(0);
     T sum = 0;
     for (int64_t c = 0; c < classes; ++c) sum += slope(c) = std::exp(x(c) - most);
-    const T log_sum = most + std::log(sum);
+    const T log_sum = std::log(sum);
+    // Not the logarithm of all minus the score, which would lose what the scores have in common.
+    const auto minus_log = [=](int64_t c) -> double { return static_cast<double>((most - x(c)) + log_sum); };
     const double weight = weights ? static_cast<double>(weights[label]) : 1.0;
     double smoothed = 0;
     if (smooth > 0) {
       for (int64_t c = 0; c < classes; ++c) {
-        smoothed += (weights ? static_cast<double>(weights[c]) : 1.0) * static_cast<double>(log_sum - x(c));
+        smoothed += (weights ? static_cast<double>(weights[c]) : 1.0) * minus_log(c);
       }
     }
     const double n = static_cast<double>(classes);
-    total += (1 - smooth) * weight * static_cast<double>(log_sum - x(label)) + smooth / n * smoothed;
+    total += (1 - smooth) * weight * minus_log(label) + smooth / n * smoothed;
     const T probabilities = static_cast<T>(((1 - smooth) * weight + smooth / n * all_weights) / divisor) / sum;
     for (int64_t c = 0; c < classes; ++c) {
       slope(c) *= probabilities;

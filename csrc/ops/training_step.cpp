@@ -313,7 +313,8 @@ class Pass {
   std::vector<const T*> gradients_;  // of the parameters, where the stages keep them
 };
 
-// From the output's gradient on. Returns the parameters' gradients where they are to be kept, zeros where none is
+// From the output's gradient on; what a step leaves behind besides, as running statistics, is the caller's to commit.
+// Returns the parameters' gradients where they are to be kept, zeros where none is
 // wanted.
 template <class T>
 TensorList finish(Pass<T>& pass, Tensor gradient, const TensorList& parameters,
@@ -329,7 +330,6 @@ TensorList finish(Pass<T>& pass, Tensor gradient, const TensorList& parameters,
       to[j] = numbers.wanted(i) ? gradients[i][j] * static_cast<T>(scale) : T(0);
     }
   }
-  pass.commit();
   update<T>(numbers, parameters, gradients, scale, states);
   return kept;
 }
@@ -363,7 +363,9 @@ std::tuple<Tensor, TensorList> training_step(const Tensor& input, const Tensor& 
     Tensor gradient = loss_gradient<T>(all.loss, pass.output(), target, weight, &value);
     Tensor loss = new_tensor({}, kDtypeOf<T>);
     mutable_data<T>(loss)[0] = static_cast<T>(value);
-    return {std::move(loss), finish<T>(pass, std::move(gradient), parameters, states, all, keep_gradients)};
+    TensorList gradients = finish<T>(pass, std::move(gradient), parameters, states, all, keep_gradients);
+    pass.commit();
+    return {std::move(loss), std::move(gradients)};
   });
 }
 
@@ -389,6 +391,7 @@ std::tuple<Tensor, TensorList> training_step_forward(const Tensor& input, const 
     using T = decltype(type);
     Pass<T> pass(program, input, parameters);
     pass.forward();
+    pass.commit();  // before the loss, which may look at what the model has become
     // The stages keep theirs. Of its strides, since a loss may draw numbers in the order in which elements lie.
     Tensor output = copied(pass.output());
     return {std::move(output), pass.save()};
@@ -425,7 +428,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def("bind_training_step(Tensor[] parameters, Tensor[] state, str program, Tensor? weight, int[] layout) -> Tensor");
   m.def("bound_training_step(Tensor input, Tensor target, Tensor bound, Tensor numbers) -> Tensor loss");
   // The same in two calls: up to the output, and from its gradient on. saved: what the second needs of the first.
-  m.def("training_step_forward(Tensor input, Tensor[] parameters, str program) -> (Tensor output, Tensor[] saved)");
+  m.def(
+      "training_step_forward(Tensor input, Tensor(a!)[] parameters, str program) -> (Tensor output, Tensor[] saved)");
   m.def(
       "training_step_backward(Tensor gradient, Tensor input, Tensor(a!)[] parameters, Tensor(b!)[] state,"
       " Tensor[] saved, str program, int[] layout, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
