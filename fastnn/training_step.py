@@ -4,6 +4,7 @@ where the loss is the caller's own."""
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -82,12 +83,14 @@ class TrainingStep:
             raise TypeError(f"training_step: expected an optimizer of torch.optim, got a {type(optimizer).__name__}")
         if not callable(loss):
             raise TypeError(f"training_step: expected a loss that can be called, got a {type(loss).__name__}")
+        _check_calls(model, optimizer)
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"training_step: expected max_norm to be at least 0, got {max_norm}")
         self.model = fuse(model)
         self.loss, self.optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
         self._why = ""  # why steps go the ordinary way
         self._loss_why = ""  # the loss is not the operator's
+        self._last_why = ""  # the last step went the ordinary way
         self._chain: Chain | None = None
         self._program: Program | None = None
         self._no_grad = torch.no_grad()  # made once: 0.5 us
@@ -110,9 +113,10 @@ class TrainingStep:
         if self._chain is None or self._why:
             return f"forward and backward by autograd, the optimizer's own step: {self._why}"
         stages = "; ".join(self._chain.describe())
+        last = f"; but the last step went the ordinary way: {self._last_why}" if self._last_why else ""
         if self._loss_why:
-            return f"two operator calls and between them the loss ({self._loss_why}): {stages}"
-        return f"one operator call: {stages}"
+            return f"two operator calls and between them the loss ({self._loss_why}): {stages}{last}"
+        return f"one operator call: {stages}{last}"
 
     def __call__(self, input: Any, target: Any) -> Tensor:
         """One step on a batch -> the loss, as it was before the step."""
@@ -220,25 +224,33 @@ class TrainingStep:
         self._forget()
 
     def _is_due(self, input: Any, target: Any) -> bool:
-        """Whether such a call is one for the operators at all."""
+        """Whether such a call is one for the operators at all; if not, `_last_why` says why."""
+        self._last_why = self._why_not_due(input, target)
+        return not self._last_why
+
+    def _why_not_due(self, input: Any, target: Any) -> str:
         if self._chain is None or self._program is None:
-            return False
+            return self._why
         if type(input) is not Tensor or not input.is_cpu or input.requires_grad:
-            return False
+            return "its input was no plain tensor on the CPU, or one that requires a gradient"
         if not self._loss_why and (type(target) is not Tensor or target.requires_grad):
-            return False
+            return "its target was no plain tensor, or one that requires a gradient"
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
-            return False
+            return "autocast, torch.func, torch.compile or torch.no_grad was on"
         if has_global_hooks() or _global_pre_hooks or _global_post_hooks or torch.is_anomaly_enabled():
-            return False
+            return "there were hooks of all modules or optimizers, or anomalies were looked for"
         if not (self._model_holds() and self._program.holds() and self._chain.holds() and self._loss_holds()):
             self._read()
-            if self._chain is None or not self.model.training:
-                return False
+            if self._chain is None:
+                return self._why
+            if not self.model.training:
+                return "the model was in eval mode"
         optimizer = self.optimizer
         if optimizer._optimizer_step_pre_hooks or len(optimizer._optimizer_step_post_hooks) != 1:  # _UsedGradients
-            return False
-        return input.dim() in self._chain.dims and input.numel() != 0
+            return "the optimizer had hooks"
+        if input.dim() not in self._chain.dims or input.numel() == 0:
+            return "its input was empty, or of other dimensions than a batch has"
+        return ""
 
     def _model_holds(self) -> bool:
         """Whether calling the model is still what was read, and that in training."""
@@ -260,7 +272,8 @@ class TrainingStep:
         if not self._is_as_bound():
             self._used.drop(optimizer)
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-                return False  # gradients that count too
+                self._last_why = "gradients lay in p.grad, which count too"
+                return False
         try:
             if self._is_as_bound():
                 if self._settings == self._settings_now():
@@ -548,6 +561,23 @@ class _UsedGradients:
 
 
 _OTHER_TARGET = "its target is none that the operator takes"
+
+
+def _check_calls(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """TypeError where a step can call neither the model with one input, nor the optimizer's step without a closure."""
+    optimizer_class = type(optimizer)
+    for called, given, what in (
+        (model.forward, (None,), f"a step gives a model one input, and {type(model).__name__} takes"),
+        (optimizer_class.step, (optimizer,), f"a step gives no closure, and {optimizer_class.__name__}.step takes"),
+    ):
+        try:
+            signature = inspect.signature(called)
+        except (TypeError, ValueError):  # a function of C says nothing
+            continue
+        try:
+            signature.bind(*given)
+        except TypeError as error:
+            raise TypeError(f"training_step: {what} {signature}: {error}") from None
 
 
 class _RefusedError(Exception):

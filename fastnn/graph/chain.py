@@ -26,7 +26,7 @@ from fastnn.graph.joining import (
 )
 from fastnn.graph.matcher import Layer, activation_name, read_layer, settings_of, why_not_read
 from fastnn.nn._hooks import has_own_call
-from fastnn.ops.batch_norm import batch_norm_relu_max_pool
+from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, flat_geometry
 from fastnn.ops.frozen import write_program
 from fastnn.ops.mlp import MOST_LAYERS, activation_digits, mlp_of_parameters, mlp_with_some_biases, operator_code
@@ -205,7 +205,9 @@ class _Reader:
             if node.op == "call_module":
                 self._note(self.modules[str(node.target)], "dim")
             return node
-        raise ChainError(f"{node.name} ({_name(node, self.modules)}) is no layer of a chain")
+        if node.target is conv_batch_norm_relu_max_pool or (layer is not None and layer.kind == "batch_norm"):
+            raise ChainError("a batch norm is in eval mode")
+        raise ChainError(f"{_name(node, self.modules)} is no layer of a chain")
 
     def _begin(self, dims: int | range) -> None:
         if not self.stages:
@@ -384,6 +386,9 @@ def _takes_last(node: Node, last: Any) -> bool:
 
 
 def _name(node: Node, modules: dict[str, nn.Module]) -> str:
+    """What the node does, as the user would call it."""
     if node.op == "call_module":
-        return type(modules[str(node.target)]).__name__
+        return f"{type(modules[str(node.target)]).__name__} '{node.target}'"
+    if node.target is operator.getitem:
+        return "an index"
     return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))

@@ -4,7 +4,10 @@ A chain goes on for as long as the stages of csrc/ops/frozen_stages.h can follow
 come to. A model that is one chain becomes a :class:`fastnn.FrozenModel`, others a :class:`fastnn.FrozenGraph`.
 """
 
+import contextlib
 import copy
+import inspect
+import io
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -67,6 +70,7 @@ class Exported:
     segments: list[Segment]
     refusals: list[ValueError]  # why chains did not begin or go on, in the graph's order
     ranges: list[list[int]]  # of each input: of each size the least and the most, 0 for no limit
+    draws: list[str]  # operators that draw random numbers
 
     @property
     def is_one_chain(self) -> bool:
@@ -117,6 +121,7 @@ def _read(model: nn.Module, inputs: tuple[Tensor, ...], free: Sequence[Sequence[
     _fold_batch_norm(graph, constants)
     segments, refusals, required = _split(graph, constants, ranges)
     (outputs,) = graph.output_node().args
+    draws = [str(node.target) for node in graph.nodes if _draws(node)]
     sizes = [
         [
             bound
@@ -126,7 +131,7 @@ def _read(model: nn.Module, inputs: tuple[Tensor, ...], free: Sequence[Sequence[
         for placeholder, input in zip(placeholders, inputs, strict=True)
     ]
     return Exported(
-        graph, placeholders, list(outputs), exported.call_spec.out_spec, constants, segments, refusals, sizes
+        graph, placeholders, list(outputs), exported.call_spec.out_spec, constants, segments, refusals, sizes, draws
     )
 
 
@@ -232,6 +237,12 @@ def _drop_copies(graph: Graph) -> None:
             graph.erase_node(node)
 
 
+def _draws(node: Node) -> bool:
+    """Whether a node draws random numbers."""
+    operator = node.target
+    return isinstance(operator, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in operator.tags
+
+
 def _fold_constants(graph: Graph, constants: dict[str, Tensor]) -> None:
     """Computes what depends on constants alone, such as weights with a batch norm folded in."""
     by_node = {node: constants[node.name] for node in graph.nodes if node.name in constants}
@@ -239,7 +250,7 @@ def _fold_constants(graph: Graph, constants: dict[str, Tensor]) -> None:
         inputs = node.all_input_nodes
         if node.op != "call_function" or not inputs or not all(one in by_node for one in inputs):
             continue
-        if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+        if not isinstance(node.target, torch._ops.OpOverload) or _draws(node):
             continue
         args, kwargs = map_arg((node.args, node.kwargs), by_node.__getitem__)
         value = node.target(*args, **kwargs)
@@ -321,15 +332,18 @@ _WEIGHTS_OF: dict[Any, Callable[[Node], Any]] = {
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], free: Sequence[Sequence[int]]) -> ExportedProgram:
     """``model`` as a graph that changes nothing in place."""
-    sizes = tuple(dict.fromkeys(dims, Dim.AUTO) for dims in free)
+    # By the names of arguments, of which one may take several inputs (*inputs).
+    sizes = inspect.signature(model.forward).bind(*(dict.fromkeys(dims, Dim.AUTO) for dims in free)).arguments
     try:
-        exported = torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # where torch writes the whole graph that it has failed at
+            exported = torch.export.export(model, inputs, dynamic_shapes=dict(sizes), strict=False)
         if any(node.op == "call_function" and node.is_impure() for node in exported.graph.nodes):
             with warnings.catch_warnings():  # torch's own, about its own code
                 warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
                 exported = exported.run_decompositions({})
     except Exception as error:  # of whatever kind: the model itself has run, so it is the export that cannot take it
-        raise ValueError(f"freeze: torch.export cannot take {type(model).__name__}: {error}") from error
+        words = str(error).partition("\n")[0]
+        raise ValueError(f"freeze: torch.export cannot take {type(model).__name__}: {words}") from error
     signature = exported.graph_signature
     changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if changed:

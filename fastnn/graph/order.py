@@ -102,7 +102,8 @@ def functions_of_torch() -> frozenset[Any]:
             continue
         if callable(function):
             found.add(function)
-    return frozenset(found)
+    packing = ("pack_padded_sequence", "pad_packed_sequence", "pack_sequence", "pad_sequence")
+    return frozenset({*found, *(getattr(nn.utils.rnn, name) for name in packing)})
 
 
 @cache

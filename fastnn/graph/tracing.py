@@ -174,7 +174,7 @@ class Tracer(fx.Tracer):
     def read(self) -> None:
         """To be called before something is read that may change."""
         if self.opaque is not None:
-            self.refuse(f"it reads on after {self.opaque}, which may have changed what it reads")
+            self.refuse(f"it goes on after a call of {self.opaque}, which may have changed what it goes on with")
 
     def stand_in(self, kind: type[Any], real: Any) -> Any:
         """The one stand-in of an object."""

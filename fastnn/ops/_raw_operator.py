@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 _REFUSAL = (
     "an operator of torch.ops.fastnn has no gradient of its own; call it through fastnn.functional or fastnn.nn, or "
-    "under torch.no_grad()"
+    "under torch.no_grad(). (A frozen model has none: it is for inference alone.)"
 )
 
 

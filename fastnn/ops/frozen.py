@@ -53,6 +53,11 @@ def output_sizes(program: str, sizes: list[int]) -> list[int]:
 
 @raw_operator("frozen")
 def _(input: Tensor, weights: Tensor, packed: Tensor, program: str) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "a frozen model cannot be exported to ONNX, which has none of its operators: export the model that it was "
+            "made of"
+        )
     check_same_device(input, weights, packed)
     return input.new_empty(output_sizes(program, list(input.shape)))
 
