@@ -70,7 +70,7 @@ struct IntegerOf<double> {
 template <class T>
 constexpr int kLanes = FASTNN_VECTOR_BYTES / sizeof(T);
 template <>
-constexpr int kLanes<bfloat16> = FASTNN_VECTOR_BYTES / sizeof(float);
+inline constexpr int kLanes<bfloat16> = FASTNN_VECTOR_BYTES / sizeof(float);
 
 FASTNN_INLINE float to_compute(float x) {
   return x;
