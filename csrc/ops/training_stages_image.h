@@ -155,7 +155,7 @@ class BatchNormStage : public Stage<T> {
     const T* const bias = shifted_ ? data<T>(parameters[2 * running_ + weighted_]) : nullptr;
     for (int64_t c = 0; c < channels; ++c) {
       const T inverse = inverse_of(c);
-      const T by = weight ? inverse * weight[c] : inverse;
+      const T by = is_constant(c) ? T(0) : weight ? inverse * weight[c] : inverse;
       mutable_data<T>(inverse_deviation_)[c] = inverse;
       mutable_data<T>(scale)[c] = by;
       mutable_data<T>(shift)[c] = (bias ? bias[c] : T(0)) - data<T>(mean_)[c] * by;
@@ -209,6 +209,13 @@ class BatchNormStage : public Stage<T> {
     return is_there ? OptionalTensor(this->parameters_[i].borrow()) : std::nullopt;
   }
   T inverse_of(int64_t channel) const { return T(1) / std::sqrt(data<T>(variance_)[channel] + static_cast<T>(eps_)); }
+  // Whether a channel has one value but for the mean's rounding. It is the bias exactly then: by its scale, which is
+  // large, it would lie beside the bias by a rounding error, and ReLU decides by that.
+  bool is_constant(int64_t channel) const {
+    constexpr T kLimit = 16 * std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon();
+    const T mean = data<T>(mean_)[channel];
+    return data<T>(variance_)[channel] <= mean * mean * kLimit;
+  }
   // How many channels there are.
   int64_t begin(const Tensor& input, const TensorList& parameters) {
     FASTNN_CHECK(input.dim() >= (geometry_.empty() ? 2 : 3), kTrainingStep,

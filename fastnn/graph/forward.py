@@ -98,8 +98,10 @@ class FusedModule(Fused):
         if isinstance(caller, nn.Module) and caller.__dict__.get("forward") is self:
             return self if caller is self.module else type(self)(caller, self.left)
         holders = [one for one in gc.get_referrers(self.token) if isinstance(one, dict) and one.get("forward") is self]
-        if len(holders) == 1 and holders[0] is self.module.__dict__:  # another thread had the token at hand
-            return self
+        if not holders:  # somebody has put a forward of his own there, and calls this one, which was the module's
+            self.token = self.module.__dict__[TOKEN] = _Token()
+        if not holders or (len(holders) == 1 and holders[0] is self.module.__dict__):
+            return self  # (Another thread may have had the token at hand.)
         raise RuntimeError(
             f"fuse: a {type(self.module).__name__} and its shallow copy have one forward: call the module, which tells "
             f"the two apart, and not its forward"
@@ -141,6 +143,9 @@ class FusedRecurrent(FusedModule):
         return self._twin
 
 
+_RECURRENT_SETTINGS = ("mode", "num_layers", "batch_first", "bidirectional", "dropout", "proj_size", "bias")
+
+
 class Program:
     """A module's forward as traced, its matches fused. ``run(*inputs, *tensors)``. It stands for the forward as long as
     its guard holds."""
@@ -163,6 +168,9 @@ class Program:
         for found in self.matches.found:
             for layer in found.modules:
                 self.guard.note_settings(layer, settings_of(layer))
+        for layer in tracer.called:
+            if isinstance(layer, nn.RNNBase):  # which may become one call with what follows (joining.py)
+                self.guard.note_settings(layer, _RECURRENT_SETTINGS)
         self.is_idle = not self.matches.found  # the module's own forward is as good, and nothing needs a guard
         code = graph.python_code("self")
         scope = dict(code.globals)

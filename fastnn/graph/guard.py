@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 from operator import is_
 from types import CellType, FunctionType
 from typing import Any
@@ -40,7 +39,7 @@ def is_constant(value: Any) -> bool:
     kind = type(value)
     if kind is tuple or kind is frozenset:
         return all(map(is_constant, value))
-    return kind in CONSTANTS or issubclass(kind, Enum) or _is_numpy_number(value)
+    return kind in CONSTANTS or _is_numpy_number(value)
 
 
 def _is_numpy_number(value: Any) -> bool:
@@ -117,11 +116,15 @@ class Guard:
                 if not own[name]:
                     self.note_empty(own[name])
         self.note_instance(module, "forward", own.get("forward", ABSENT))
-        for kind in type(module).__mro__:
-            forward = vars(kind).get("forward", ABSENT)
-            self.note_item(kind, "forward", forward)
-            if forward is not ABSENT:
-                break
+        for name in ("forward", "__call__"):
+            for kind in type(module).__mro__:
+                if kind is nn.Module:
+                    break
+                found = vars(kind).get(name, ABSENT)
+                if found is not ABSENT or not kind.__module__.startswith("torch."):
+                    self.note_item(kind, name, found)
+                if found is not ABSENT:
+                    break
 
     def note_settings(self, module: nn.Module, names: Sequence[str]) -> None:
         """A layer in whose place an operator runs: the attributes that say what it computes, and whether it has each of

@@ -178,7 +178,7 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
         if known is None or why_not_read(module) or len(node.args) != 1 or node.kwargs:
             return None
         kind, tensors, settings = known
-        if not isinstance(node.args[0], Node):
+        if not isinstance(node.args[0], Node) or not all(_has_attribute(module, name) for name in tensors):
             return None
         values = {name: getattr(module, name) for name in settings}
         if kind.startswith("conv") and isinstance(values["padding"], str):
@@ -207,9 +207,13 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
     return Layer(node, kind, input, tensors_given, settings_given)
 
 
+# A parametrization is not asked for its tensor: spectral norm takes a step of its iteration each time.
+def _has_attribute(module: nn.Module, name: str) -> bool:
+    return is_parametrized(module, name) or hasattr(module, name)
+
+
 def _has_tensor(module: nn.Module, name: str) -> bool:
-    # A parametrization is not asked for its tensor: spectral norm takes a step of its iteration each time.
-    return is_parametrized(module, name) or getattr(module, name, None) is not None
+    return is_parametrized(module, name) or getattr(module, name) is not None
 
 
 def _padding_in_numbers(name: str, conv: Any) -> tuple[int, ...] | None:

@@ -28,6 +28,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import Any, NoReturn
 
 import torch
@@ -301,6 +302,8 @@ class Tracer(fx.Tracer):
 
     def _instance_attribute(self, stand_in: StandIn, real: Any, name: str) -> Any:
         kind: Any = type(real)
+        if issubclass(kind, Enum) and name in ("name", "value"):
+            name = f"_{name}_"
         if name == "__class__":
             self.guard.note_type(real)
             return self.stand_in(ClassStandIn, kind)
@@ -428,6 +431,7 @@ class Tracer(fx.Tracer):
             None if defaults is None else tuple([self.enter(d, (defaults, i)) for i, d in enumerate(defaults)])
         )
         if function.__kwdefaults__ is not None:
+            self.guard.note_contents(function.__kwdefaults__)
             made.__kwdefaults__ = {
                 k: self.enter(v, (function.__kwdefaults__, k)) for k, v in function.__kwdefaults__.items()
             }

@@ -204,6 +204,9 @@ def _may_train_by_kernel(
     )
 
 
+_ROUNDING = 16.0  # squares of rounding errors of a mean that its variance is held against (BatchNormStage has it too)
+
+
 class BatchNormReluMaxPool(torch.autograd.Function):
     """Training's batch norm, ReLU and max-pool. Keeps the input, two numbers a channel and a byte a window."""
 
@@ -211,7 +214,12 @@ class BatchNormReluMaxPool(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, gamma: Any, beta: Any, mean: Any, var: Any, momentum: float, eps: float,
                 geometry: tuple[int, ...]) -> Tensor:  # fmt: skip
         batch_mean, batch_var = torch.ops.aten.batch_norm_update_stats(input, mean, var, momentum)
-        scale, shift = _scale_and_shift(batch_mean, batch_var, gamma, beta, eps)
+        scale, _ = _scale_and_shift(batch_mean, batch_var, gamma, None, eps)
+        # A channel that is constant but for the mean's rounding is beta exactly. By its scale, which is large, it would
+        # lie beside beta by a rounding error, and ReLU decides by that.
+        limit = _ROUNDING * torch.finfo(batch_var.dtype).eps ** 2
+        scale.masked_fill_(batch_var <= batch_mean.square() * limit, 0)
+        shift = -batch_mean * scale if beta is None else torch.addcmul(beta, batch_mean, scale, value=-1)
         weight = scale.reshape(-1, *(1,) * (input.dim() - 1))
         output, winners = _with_winners_op(input, weight, shift, geometry)
         ctx.eps, ctx.geometry = eps, geometry
