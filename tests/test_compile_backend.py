@@ -104,3 +104,93 @@ def test_a_fused_model_compiled() -> None:
     compiled = torch.compile(fused, fullgraph=True)
     with torch.no_grad():
         assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Frozen(nn.Module):
+    """A backbone without gradients, or under another autocast."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.back, self.head, self.norm, self.last = (
+            nn.Linear(8, 16),
+            nn.Linear(16, 16),
+            nn.LayerNorm(16),
+            nn.Linear(16, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = torch.no_grad() if self.how == "no_grad" else torch.autocast("cpu", torch.bfloat16, enabled=False)
+        with context:
+            h = self.back(x)
+        return self.last(self.norm(self.head(torch.relu(h))))
+
+
+class Changes(nn.Module):
+    """Changes what a layer of a match reads, between that match's layers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(8, 16), nn.Linear(16, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "buffer":
+            y = self.conv(x)
+            self.mean.add_(1)
+            return torch.relu(nn.functional.batch_norm(y, self.mean, self.var))
+        h = torch.relu(self.a(x))
+        with torch.no_grad():
+            self.b.weight.clamp_(min=0)
+        return self.b(h)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "autocast"])
+def test_nothing_moves_across_a_mode(how: str) -> None:
+    x, found = torch.ones(3, 8), []
+    for backend in ("eager", "fastnn"):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        model = Frozen(how)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            output = torch.compile(model, backend=backend)(x)
+        output.float().sum().backward()
+        found.append((output, {name: p.grad for name, p in model.named_parameters()}))
+    assert found[0][0].dtype == found[1][0].dtype
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        assert (gradient is None) == (found[1][1][name] is None), name
+
+
+@pytest.mark.parametrize("how", ["buffer", "weight"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_moves_across_a_write(how: str, grad: bool) -> None:
+    torch.compiler.reset()
+    model = Changes(how)
+    compiled = torch.compile(copy.deepcopy(model), backend="fastnn")
+    x = torch.randn(2, 3, 8, 8) if how == "buffer" else torch.randn(5, 8)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("backend", ["fastnn", "aot_eager"])
+def test_a_fused_recurrent_layer_with_a_head(kind: str, backend: str) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.fc = getattr(nn, kind)(8, 32, batch_first=True), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.rnn(x)[0][:, -1])
+
+    torch.compiler.reset()
+    model, x = Network(), torch.randn(4, 5, 8)
+    fused = fused_copy(model)
+    fused(x)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(torch.compile(fused, backend=backend)(x), model(x), rtol=1e-4, atol=1e-5)

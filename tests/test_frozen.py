@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -700,3 +701,91 @@ def test_unpacked_operator_is_safe() -> None:
     strided = [p.repeat_interleave(2, 0)[::2] for p in parameters]
     assert_close(run(example.t().contiguous().t(), strided, program), expected)
     torch.library.opcheck(run, (example, parameters, program))
+
+
+# ---- what models may give and take ------------------------------------------------------------------------------
+
+
+class Gives(nn.Module):
+    def __init__(self, give: Callable[..., Any], takes: int = 1) -> None:
+        super().__init__()
+        self.net, self.give, self.takes = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), give, takes
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.give(self.net(torch.cat(inputs, 1)), inputs[0])
+
+
+GIVES: dict[str, Callable[..., Any]] = {
+    "a number": lambda y, x: (y, x.shape[0]),
+    "None and a text": lambda y, x: (y, None, "text"),
+    "a random one": lambda y, x: y + torch.randn(()),
+}
+
+
+@pytest.mark.parametrize("name", GIVES)
+def test_results_that_are_no_tensors(name: str) -> None:
+    model, x = Gives(GIVES[name]).eval(), torch.randn(4, 6)
+    state = torch.get_rng_state()
+    frozen = fastnn.freeze(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    for rows in (4, 1, 7):
+        x = torch.randn(rows, 6)
+        torch.manual_seed(1)
+        expected = model(x)
+        torch.manual_seed(1)
+        found = frozen(x)
+        if isinstance(expected, tuple):
+            assert found[1:] == expected[1:]
+            found, expected = found[0], expected[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_several_inputs_as_one_argument() -> None:
+    model, inputs = Gives(lambda y, x: y).eval(), (torch.randn(4, 2), torch.randn(4, 4))
+    frozen = fastnn.freeze(model, inputs)
+    torch.testing.assert_close(frozen(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+class Streams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.fc = nn.GRU(3, 16, batch_first=True), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor, h: Tensor) -> Any:
+        output, h = self.gru(x, h)
+        return self.fc(output[:, -1]), h
+
+
+def test_what_is_refused_is_named() -> None:
+    x, h = torch.randn(2, 1, 3), torch.zeros(1, 2, 16)
+    with pytest.raises(
+        ValueError, match=r"Input 1 has 1 in dimension 0 where input 0 has 2. It may have the batch in dim"
+    ):
+        fastnn.freeze(Streams().eval(), (x, h))
+    with pytest.raises(ValueError, match="its element 1 to be a Tensor, or a tuple of Tensors, got a tuple"):
+        fastnn.freeze(Streams().eval(), (x, (h, h)))
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    with pytest.raises(ValueError, match=r"depends on the batch's size, .* it takes \(6,\), but of \(1,\)"):
+        fastnn.freeze(plain, torch.randn(6))
+    without = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU()).eval()
+    with pytest.raises(ValueError, match=r"freeze: .*depends on the batch's size.*more than 1 value per channel"):
+        fastnn.freeze(without, torch.randn(3, 6))
+    frozen = fastnn.freeze(plain, torch.randn(4, 6))
+    with pytest.raises(RuntimeError, match="A frozen model has none"):
+        frozen(torch.randn(4, 6, requires_grad=True)).sum().backward()
+
+
+def test_threads_freeze_models_at_once() -> None:
+    models = [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)) for _ in range(8)]
+    x = torch.randn(4, 8)
+    with ThreadPoolExecutor(4) as pool:
+        for model, frozen in zip(models, pool.map(lambda model: fastnn.freeze(model, x), models), strict=True):
+            torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", [0, 64])
+def test_packed_weights_whose_memory_was_freed(left: int) -> None:
+    frozen = fastnn.freeze(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6))
+    frozen.packed.untyped_storage().resize_(left)
+    with pytest.raises(RuntimeError, match="packed needs a storage of"):
+        frozen(torch.randn(4, 6))

@@ -1325,3 +1325,186 @@ def test_the_raw_operator_is_safe_with_batch_norm() -> None:
     ):
         with pytest.raises(RuntimeError):
             run(parameters, program, trained)
+
+
+# ---- what a step is held to by the loop that it stands for ------------------------------------------------------
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).double()
+
+
+def small_batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(5, 8, generator=generator).double(), torch.randn(5, 4, generator=generator).double()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_that_lie_there_count(keep: bool) -> None:
+    """Those of micro-batches, of which a step is the last."""
+    model = small()
+    mine, (theirs, ours) = copy.deepcopy(model), (None, None)
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.5) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, keep_gradients=keep, strict=True)
+    for number in range(3):
+        for one, optimizer in ((model, theirs), (mine, ours)):
+            if keep:
+                optimizer.zero_grad()
+            x, y = small_batch(2 * number)
+            F.mse_loss(one(x), y).backward()
+        x, y = small_batch(2 * number + 1)
+        F.mse_loss(model(x), y).backward()
+        theirs.step()
+        step(x, y)
+        assert "gradients lay in p.grad" in step.explain()
+        if not keep:
+            theirs.zero_grad()
+        check_same((mine, ours), (model, theirs))
+    theirs.zero_grad()
+    assert_close(step(*small_batch()), ordinary(model, F.mse_loss, theirs, *small_batch()))
+    assert step.explain() == "one operator call: mlp"
+    if keep:
+        F.mse_loss(mine(x), y).backward()
+        with pytest.raises(RuntimeError, match="gradients that the optimizer has used already"):
+            step(x, y)
+
+
+def test_gradients_that_the_optimizer_has_used_do_not_count() -> None:
+    model = small()
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.Adam(one.parameters(), 0.1) for one in (model, mine))
+    for number in range(6):
+        x, y = small_batch(number)
+        if number == 2:
+            step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+        expected = ordinary(model, F.mse_loss, theirs, x, y)
+        assert_close(ordinary(mine, F.mse_loss, ours, x, y) if number < 2 or number == 4 else step(x, y), expected)
+    check_same((mine, ours), (model, theirs))
+
+
+@pytest.mark.parametrize("kind", ["reads", "calls in eval", "calls in training"])
+def test_a_loss_sees_what_the_forward_has_moved(kind: str) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=0.5), nn.ReLU(), nn.Linear(8, 3)
+        return nn.Sequential(*layers).double()
+
+    def loss_of(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            if kind == "reads":
+                moved = model[1].running_mean[:3] * model[1].num_batches_tracked
+                return F.mse_loss(output, target) + (output.mean(0) - moved).square().sum()
+            with torch.no_grad():
+                model.train("training" in kind)
+                other = model(3 * x + 1)
+                model.train()
+            return F.mse_loss(output, target) + F.mse_loss(output, other)
+
+        return loss
+
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(5, 6, generator=generator).double(), torch.randn(5, 3, generator=generator).double()
+    model, mine = made(), made()
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.1) for one in (model, mine))
+    step = fastnn.training_step(mine, loss_of(mine), ours, strict=True)
+    for _ in range(3):
+        assert_close(step(x, y), ordinary(model, loss_of(model), theirs, x, y))
+    assert step.explain().startswith("two operator calls")
+    check_same((mine, ours), (model, theirs))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6, 1e12])
+def test_cross_entropy_keeps_what_logits_have_in_common(offset: float) -> None:
+    model = nn.Linear(4, 4).double()
+    nn.init.eye_(model.weight)
+    nn.init.zeros_(model.bias)
+    x, y = torch.randn(8, 4).double() + offset, torch.arange(8) % 4
+    step = fastnn.training_step(nn.Sequential(model), F.cross_entropy, torch.optim.SGD(model.parameters(), 0.0))
+    expected = F.cross_entropy(model(x), y)
+    assert_close(step(x, y), expected.detach(), rtol=1e-12, atol=0)
+
+
+def test_a_refused_forward_gives_its_random_numbers_back() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.gru, self.fc = nn.Dropout(0.5), nn.GRU(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.gru(self.drop(x))[0])
+
+    model = Network()
+    mine, x, y = copy.deepcopy(model), torch.randn(5, 6), torch.randn(5, 3)  # without a batch
+    step = fastnn.training_step(mine, F.mse_loss, torch.optim.SGD(mine.parameters(), 0.1), strict=True)
+    torch.manual_seed(1)
+    expected = F.mse_loss(model(x), y)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert_close(step(x, y), expected.detach())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_settings_that_are_tensors_within_a_tuple() -> None:
+    model = small()
+    mine = copy.deepcopy(model)
+    theirs, ours = (
+        torch.optim.Adam(one.parameters(), 0.1, betas=(torch.tensor(0.9), torch.tensor(0.999))) for one in (model, mine)
+    )
+    step = fastnn.training_step(mine, F.mse_loss, ours)
+    for number in range(4):
+        if number == 2:
+            for optimizer in (theirs, ours):
+                optimizer.param_groups[0]["betas"][0].fill_(0.1)
+        assert_close(step(*small_batch(number)), ordinary(model, F.mse_loss, theirs, *small_batch(number)))
+    assert "a setting of the optimizer is a tensor" in step.explain()
+
+
+def test_an_optimizers_step_that_is_replaced_is_called() -> None:
+    model, calls = small(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step = fastnn.training_step(model, F.mse_loss, optimizer, strict=True)
+    step(*small_batch())
+    real = optimizer.step
+    optimizer.step = lambda *args: calls.append(1) or real(*args)  # type: ignore[method-assign, func-returns-value]
+    step(*small_batch())
+    assert len(calls) == 1
+    assert "the optimizer's step has been replaced" in step.explain()
+
+
+def test_l1_loss_at_nan() -> None:
+    model = small()
+    mine, (x, y) = copy.deepcopy(model), small_batch()
+    y[0, 0] = torch.nan
+    step = fastnn.training_step(mine, F.l1_loss, torch.optim.SGD(mine.parameters(), 0.1), keep_gradients=True)
+    F.l1_loss(model(x), y).backward()
+    step(x, y)
+    for p, q in zip(mine.parameters(), model.parameters(), strict=True):
+        assert_close(p.grad, q.grad)
+
+
+def test_arguments_that_no_step_can_call() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.fc(a + b)
+
+    model = Two()
+    with pytest.raises(TypeError, match=r"a step gives a model one input, and Two takes \(a: .*, b: .*'b'"):
+        fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters()))
+    with pytest.raises(TypeError, match=r"a step gives no closure, and LBFGS\.step takes"):
+        fastnn.training_step(small(), F.mse_loss, torch.optim.LBFGS(small().parameters()))
+
+
+def test_explain_says_why_the_last_step_was_another() -> None:
+    model = small().float()
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
+    x, y = (one.float() for one in small_batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        step(x, y)
+    assert "the last step went the ordinary way: autocast" in step.explain()
+    step(x, y)
+    assert step.explain() == "one operator call: mlp"

@@ -103,7 +103,7 @@ def read_chain(program: Program) -> Chain:
 
 
 def _in_order(placeholders: list[Node], sources: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
-    """The sources of inputs that are tensors of the model: `tensor_3` is the fourth."""
+    """The sources of inputs that are tensors of the model: `fastnn_tensor_3` is the fourth."""
     return [sources[int(str(node.target).rpartition("_")[2])] for node in placeholders]
 
 

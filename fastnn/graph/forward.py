@@ -184,14 +184,14 @@ class Program:
         return [own[name] for own, name in self.tensors]
 
     def write(self) -> tuple[fx.Graph, list[tuple[Any, Any]]]:
-        """The graph with its matches fused, whose inputs are the module's and then tensors of layers, `tensor_0` and so
-        on; and of each of these a dictionary and a name by which it is found there."""
+        """The graph with its matches fused, whose inputs are the module's and then tensors of layers, `fastnn_tensor_0`
+        and so on; and of each of these a dictionary and a name by which it is found there."""
         sources: list[tuple[Any, Any]] = list(self.tensors)
 
         def lift(module: nn.Module, name: str) -> str:
             own: Any = next((held for held in (module._parameters, module._buffers) if name in held), None)
             sources.append((_Attributes(module) if own is None else own, name))  # (None: a parametrization's)
-            return f"tensor_{len(sources) - 1}"
+            return f"fastnn_tensor_{len(sources) - 1}"
 
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}

@@ -226,7 +226,7 @@ class Tracer(fx.Tracer):
         if place not in self._inputs:
             last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
             with self.graph.inserting_after(last):
-                self._inputs[place] = self.node("placeholder", f"tensor_{len(self.tensors)}", ())
+                self._inputs[place] = self.node("placeholder", f"fastnn_tensor_{len(self.tensors)}", ())
             self.tensors.append((container, key))
         return self._inputs[place]
 
@@ -641,12 +641,19 @@ def _is_named_tuple(value: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _reads_as_usual(kind: type) -> bool:
     """Whether an attribute of such an object is found in its classes and its own dict, and nowhere else."""
-    if kind.__getattribute__ is not object.__getattribute__ or not hasattr(kind, "__dict__"):
+    if _in_classes(kind, "__getattribute__") not in _USUAL_GETATTRIBUTE or kind.__dictoffset__ == 0:
         return False
-    if kind.__dictoffset__ == 0 or not is_a(kind, type) or kind.__module__ in ("builtins", "_thread"):
+    if kind.__module__ in ("builtins", "_thread"):
         return False
-    has_own = getattr(kind, "__getattr__", None)
-    return has_own is None or has_own is nn.Module.__getattr__
+    return _in_classes(kind, "__getattr__") in (None, nn.Module.__getattr__)
+
+
+_USUAL_GETATTRIBUTE = (object.__getattribute__, types.SimpleNamespace.__getattribute__)
+
+
+def _in_classes(kind: type, name: str) -> Any:
+    """What a class's instances find by a name. (``getattr`` would ask the class's own class too.)"""
+    return next((vars(one)[name] for one in kind.__mro__ if name in vars(one)), None)
 
 
 def _class_forward(module: nn.Module) -> Any:
