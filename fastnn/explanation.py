@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnn.graph import forward as forwards
-from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program, copied
+from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program
 from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
+from fastnn.graph.rehearsal import cloned, copied, keeping_random_numbers
 from fastnn.nn import FUSED
 from fastnn.nn._hooks import layer_forward
 
@@ -106,17 +107,16 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
         return Explanation(tuple(account_for(model)), is_fused)
     recorder = _Recorder()
     hooks = []
+    in_programs = {layer for program in _programs(model).values() if program for layer in program.called}
     for name, module in model.named_modules():
-        if type(module) in FUSED:
+        if type(module) in FUSED and module not in in_programs:
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.begin(name)))
             hooks.append(module.register_forward_hook(lambda *_: recorder.end()))
     watch = _Watch(model, recorder)
-    state = torch.get_rng_state()
     try:
-        with torch.no_grad(), recorder, forwards.observing(watch):
-            model(*inputs)
+        with keeping_random_numbers(), torch.no_grad(), recorder, forwards.observing(watch):
+            model(*cloned(inputs))
     finally:
-        torch.set_rng_state(state)
         for hook in hooks:
             hook.remove()
     called = list(dict.fromkeys(recorder.calls))  # a cell in a loop makes the same many times
@@ -131,19 +131,28 @@ def _is_fused(model: nn.Module) -> bool:
     return any(isinstance(m.__dict__.get("forward"), FusedModule) or type(m) in FUSED for m in modules)
 
 
+def _programs(model: nn.Module) -> dict[nn.Module, Program | None]:
+    """Of each module that runs one, or might, but for those that an outer one's runs."""
+    found: dict[nn.Module, Program | None] = {}
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        fused = module.__dict__.get("forward")
+        if isinstance(fused, FusedForward) and module not in inside:
+            found[module] = program = fused.program(now=True)
+            inside.update(program.passed if program else ())
+    return found
+
+
 def account_for(model: nn.Module) -> list[ExplainedCall]:
     """The rows of a fused model, by what is known without a call: no algorithms."""
     rows: list[ExplainedCall] = []
     names = {module: name for name, module in model.named_modules()}
     known: set[nn.Module] = set()
     inside: dict[nn.Module, str] = {}  # modules that a program of an outer one runs, or why that has none
-    for name, module in model.named_modules():
-        fused = module.__dict__.get("forward")
-        if not isinstance(fused, FusedForward) or module in inside:
-            continue
-        program = fused.program(now=True)
+    for module, program in _programs(model).items():
+        name = names[module]
         if program is None:
-            inside[module] = fused.why or ""
+            inside[module] = module.__dict__["forward"].why or ""
             continue
         for part in program.passed:
             inside[part] = ""
@@ -252,11 +261,20 @@ class _WatchedRun(fx.Interpreter):
             return None
         match = self.matches.get(n)
         if match is None:
-            return super().run_node(n)
+            return self._run_layer(n)
         self.watch.recorder.begin(", ".join(self.prefix + layer.name for layer in match.layers))
         try:
             tensors = [None if place is None else self._value(*place) for place in match.tensors]
             return match.call(self.env[match.layers[0].input], tensors)
+        finally:
+            self.watch.recorder.end()
+
+    def _run_layer(self, n: fx.Node) -> Any:
+        if n.op != "call_module" or type(self.fetch_attr(str(n.target))) not in FUSED:
+            return super().run_node(n)
+        self.watch.recorder.begin(f"{self.prefix}{n.target}")
+        try:
+            return super().run_node(n)
         finally:
             self.watch.recorder.end()
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fastnn import nn
 from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
-from fastnn.graph.forward import copied
+from fastnn.graph.rehearsal import cloned, copied, keeping_random_numbers
 from fastnn.ops.frozen import frozen_op, frozen_packed, read_program, write_program
 from fastnn.ops.mlp import ACTIVATION_NAMES
 from fastnn.ops.rnn import MODES
@@ -49,16 +49,16 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
     is_single = any(input.shape[0] == 1 for input in inputs)
     with torch.inference_mode(False):
         model = fuse(copied(model))
-    with _as_in_inference(model), _random_numbers() as again:
+    with _as_in_inference(model), keeping_random_numbers() as again:
         try:
-            expected = model(*inputs)
+            expected = model(*cloned(inputs))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
         # Once more, as nothing that the model does may depend on the batch's size.
         other = doubled if is_single else tuple(input[:1] for input in inputs)
         again()
         try:
-            expected_of_other = model(*other)
+            expected_of_other = model(*cloned(other))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(_words_of_batch(model, inputs, other, error)) from error
         with _export_lock:
@@ -71,16 +71,6 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
 
 
 _export_lock = threading.RLock()  # torch.export keeps in globals what it is at
-
-
-@contextmanager
-def _random_numbers() -> Iterator[Callable[[], None]]:
-    """Gives torch's generator back as it was; what it yields has the same numbers be drawn again."""
-    state = torch.get_rng_state()
-    try:
-        yield lambda: torch.set_rng_state(state)
-    finally:
-        torch.set_rng_state(state)
 
 
 def _words_of_batch(model: nn.Module, inputs: tuple[Tensor, ...], other: tuple[Tensor, ...], error: Exception) -> str:

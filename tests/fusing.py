@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 import fastnn
-from fastnn.graph.forward import copied
+from fastnn.graph.rehearsal import copied
 
 
 def fused_copy(model: nn.Module, *args: Any, **options: Any) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import inspect
@@ -157,6 +156,7 @@ class Program:
         self.tensors = tracer.tensors  # containers and keys of the graph's further inputs
         self.modules = dict(module.named_modules())
         self.passed = tracer.inlined
+        self.called = set(tracer.called)  # layers
         self.matches = match(self.stock_graph, self.modules)
         for found in list(self.matches.found):
             reason = left.get(key_of(found))
@@ -212,13 +212,6 @@ class _Attributes:
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self.module, name)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, of modules too that keep what they have computed in an attribute, as weight_norm and spectral_norm
-    do, which ``copy.deepcopy`` refuses."""
-    computed = [t for module in model.modules() for t in module.__dict__.values() if isinstance(t, Tensor)]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
 
 
 def may_hold_layers(module: nn.Module) -> bool:

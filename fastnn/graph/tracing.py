@@ -461,7 +461,7 @@ class Tracer(fx.Tracer):
             if is_a(real, nn.Module):
                 return self.call_layer(real, args, kwargs)
             return self.special(stand_in, "__call__", *args, **kwargs)
-        self.refuse(f"it calls a {type(real).__name__}")
+        self.refuse(f"it calls {getattr(real, '__name__', None) or f'a {type(real).__name__}'}")
 
     def special(self, stand_in: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """A method that Python calls by itself, as ``len(x)`` calls ``__len__``."""

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fastnn.graph import forward
-from fastnn.graph.forward import FusedForward, FusedRecurrent, Program, key_of
+from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program, key_of
 from fastnn.graph.matcher import Match
+from fastnn.graph.rehearsal import cloned, copied, keeping_random_numbers
 
 _SECONDS = 0.04  # to time a candidate for
 _LEAST_ROUNDS = 5
@@ -22,28 +23,26 @@ _CLOSE_OTHERWISE = 3e-2
 
 
 def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]) -> None:
-    """Runs the model on its inputs, and writes into `left` why a candidate is to stay stock, by its key.
-
-    The model's buffers and torch's random numbers are what they were.
-    """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    state = torch.get_rng_state()
-    trial = _Trial(left, training=model.training)
+    """Runs a copy of the fused model on its inputs, and writes into `left` why a candidate is to stay stock, by its
+    key."""
+    twin = copied(model)
+    of_twin = dict(zip(twin.modules(), model.modules(), strict=True))
+    trial = _Trial(next((m.__dict__["forward"].left for m in twin.modules() if _is_fused(m)), {}), model.training)
     try:
-        with forward.observing(trial):
-            model(*inputs)
+        with keeping_random_numbers(), forward.observing(trial):
+            twin(*cloned(tuple(inputs)))
     except (RuntimeError, TypeError, ValueError) as error:
         words = str(error).partition("\n")[0]  # torch.fx adds the node to it
         raise ValueError(f"fuse: the model does not take the example inputs: {words}") from error
-    finally:
-        torch.set_rng_state(state)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for module in model.modules():
-            fused = module.__dict__.get("forward")
-            if isinstance(fused, FusedForward):
-                fused.forget()
+    left.update({of_twin.get(key, key): why for key, why in trial.left.items()})
+    for module in model.modules():
+        fused = module.__dict__.get("forward")
+        if isinstance(fused, FusedForward):
+            fused.forget()
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), FusedModule)
 
 
 class _Trial:

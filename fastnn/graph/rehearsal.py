@@ -1,0 +1,47 @@
+"""Running a model to learn something of it, without a trace of that being left in the model, in what it is given, or in
+the generators of random numbers."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, of modules too that keep what they have computed in an attribute, as weight_norm and spectral_norm
+    do, which ``copy.deepcopy`` refuses."""
+    computed = [t for module in model.modules() for t in module.__dict__.values() if isinstance(t, Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
+
+
+def cloned(inputs: Any) -> Any:
+    """The same inputs in memory of their own, which a forward may change in place."""
+    with torch.no_grad():
+        return pytree.tree_map_only(Tensor, torch.clone, inputs)
+
+
+@contextmanager
+def keeping_random_numbers() -> Iterator[Callable[[], None]]:
+    """Gives torch's, Python's and NumPy's generators back as they were. What it yields does so at once, for the same
+    numbers to be drawn again."""
+    torchs, pythons, numpy = torch.get_rng_state(), random.getstate(), sys.modules.get("numpy")
+    numpys = numpy.random.get_state() if numpy else None
+
+    def again() -> None:
+        torch.set_rng_state(torchs)
+        random.setstate(pythons)
+        if numpy:
+            numpy.random.set_state(numpys)
+
+    try:
+        yield again
+    finally:
+        again()
