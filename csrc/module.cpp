@@ -73,34 +73,6 @@ std::vector<bool> team_choices(const std::vector<std::pair<double, double>>& cal
   return choices;
 }
 
-// Whether dicts and lists hold these very objects, a tuple for each: of a dict each key and its value. A training step
-// asks it of some forty, which takes Python two microseconds.
-bool holds_same(const py::list& containers, const py::list& objects) {
-  if (containers.size() != objects.size()) return false;
-  for (size_t i = 0; i < containers.size(); ++i) {
-    PyObject* const container = PyList_GET_ITEM(containers.ptr(), static_cast<Py_ssize_t>(i));
-    PyObject* const held = PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i));
-    if (!PyTuple_Check(held)) return false;
-    const Py_ssize_t count = PyTuple_GET_SIZE(held);
-    Py_ssize_t next = 0;
-    const auto is_next = [&](PyObject* object) { return next < count && PyTuple_GET_ITEM(held, next++) == object; };
-    if (PyDict_Check(container)) {
-      Py_ssize_t place = 0;
-      for (PyObject *key, *value; PyDict_Next(container, &place, &key, &value);) {
-        if (!is_next(key) || !is_next(value)) return false;
-      }
-    } else if (PyList_Check(container)) {
-      for (Py_ssize_t j = 0; j < PyList_GET_SIZE(container); ++j) {
-        if (!is_next(PyList_GET_ITEM(container, j))) return false;
-      }
-    } else {
-      return false;
-    }
-    if (next != count) return false;
-  }
-  return true;
-}
-
 PyObject *absent, *any;  // what a guard has in an object's place: see Guard
 
 // Whether a guard's tuples hold. Not by pybind11, whose calls take four times as long.
@@ -166,8 +138,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("absent") = py::reinterpret_borrow<py::object>(absent);
   m.attr("any") = py::reinterpret_borrow<py::object>(any);
   m.attr("guard_holds") = py::reinterpret_steal<py::object>(PyCFunction_New(&guard_holds_method, nullptr));
-  m.def("holds_same", holds_same, py::arg("containers"), py::arg("objects"),
-        "Whether dicts and lists hold these very objects, a tuple for each: of a dict each key and its value.");
   m.def("release_training_step", fastnn::BoundSteps::release, py::arg("number"),
         "Forget what fastnn::bind_training_step bound to this number.");
   m.def("team_choices", team_choices, py::arg("calls"),

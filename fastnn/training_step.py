@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from fastnn.fusion import fuse
 from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
-from fastnn.graph.guard import HOOKS
+from fastnn.graph.guard import ABSENT, HOOKS, Guard
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import (
     bind_training_step_op,
     bound_training_step_op,
-    holds_same,
     release_training_step,
     training_step_backward_op,
     training_step_forward_op,
@@ -197,13 +196,11 @@ class TrainingStep:
     def _forget(self) -> None:
         """Drops what was made of the parameters, and of the optimizer's settings and state."""
         self._release()
-        # Of what it was made: tensors (see _containers), whether they require grad and have hooks, max_norm, the
+        # Of what it was made: tensors and what holds them, whether they require grad and have hooks, max_norm, the
         # groups' settings.
-        self._parameter_dicts: list[dict[str, Any]] = []
-        self._objects: list[Any] = [None]  # which nothing holds
+        self._guard: Guard | None = None
         self._flags: list[Any] = []
         self._bound_norm: float | None = None
-        self._optimizer_step: Any = None  # one of the optimizer's own, which a scheduler puts there
         self._settings: list[Any] = []
         self._numbers: Tensor | None = None
         self._parameters: list[Tensor] = []
@@ -239,7 +236,7 @@ class TrainingStep:
             return "autocast, torch.func, torch.compile or torch.no_grad was on"
         if has_global_hooks() or _global_pre_hooks or _global_post_hooks or torch.is_anomaly_enabled():
             return "there were hooks of all modules or optimizers, or anomalies were looked for"
-        if not (self._model_holds() and self._program.holds() and self._chain.holds() and self._loss_holds()):
+        if not (self._model_holds() and self._program.holds() and self._chain.guard.holds() and self._loss_holds()):
             self._read()
             if self._chain is None:
                 return self._why
@@ -269,13 +266,15 @@ class TrainingStep:
         """Sees to it that what is bound is what the model and the optimizer have; not where the model has lost a
         parameter, or the optimizer got what operators do not take."""
         optimizer = self.optimizer
-        if not self._is_as_bound():
+        is_as_bound = self._is_as_bound()
+        if not is_as_bound:
             self._used.drop(optimizer)
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 self._last_why = "gradients lay in p.grad, which count too"
                 return False
+            is_as_bound = self._is_as_bound()
         try:
-            if self._is_as_bound():
+            if is_as_bound:
                 if self._settings == self._settings_now():
                     return True
                 check_optimizer(optimizer)
@@ -300,18 +299,12 @@ class TrainingStep:
     def _is_as_bound(self) -> bool:
         """Whether the model's and the optimizer's tensors are, whatever the optimizer's settings."""
         return (
-            holds_same(self._containers(), self._objects)
+            self._guard is not None
+            and self._guard.holds()
             and self._flags == self._flags_now()
             and self._bound_norm == self.max_norm
-            and self.optimizer.__dict__.get("step") is self._optimizer_step
             and not (self.keep_gradients and any(p.grad is not None for p in self._parameters))
         )
-
-    def _containers(self) -> list[Any]:
-        """What holds the model's parameters, the optimizer's and its state."""
-        optimizer = self.optimizer
-        groups = [group["params"] for group in optimizer.param_groups]
-        return [*self._parameter_dicts, *groups, list(optimizer.state), *optimizer.state.values()]
 
     def _flags_now(self) -> list[Any]:
         return list(map(_get_flags if self.keep_gradients else _get_all_flags, self._parameters))
@@ -335,13 +328,17 @@ class TrainingStep:
         self._release = weakref.finalize(self, release_training_step, int(self._bound))
         self._release.atexit = False
         self._bound_norm = self.max_norm
-        self._optimizer_step = optimizer.__dict__.get("step")
         self._flags = [tuple(dict(f) if isinstance(f, dict) else f for f in flags) for flags in self._flags_now()]
-        self._parameter_dicts = list({id(own): own for own in self._parameter_owners}.values())
-        self._objects = [
-            tuple(item for pair in held.items() for item in pair) if isinstance(held, dict) else tuple(held)
-            for held in self._containers()
-        ]
+        self._guard = Guard(by_value=False)
+        own: dict[str, Any] = optimizer.__dict__
+        for name in ("param_groups", "state", "step"):  # a scheduler puts a step there
+            self._guard.note_item(own, name, own.get(name, ABSENT))
+        for group_of_settings in optimizer.param_groups:
+            self._guard.note_item(group_of_settings, "params", group_of_settings["params"])
+            self._guard.note_contents(group_of_settings["params"])
+        for container in (*self._parameter_owners, optimizer.param_groups, optimizer.state, *optimizer.state.values()):
+            self._guard.note_contents(container)
+        self._guard.seal()
 
     def _take_states(self, parameter: Tensor, kept: tuple[str, ...]) -> int:
         """Adds a parameter's state to the rest, made where there is none yet; its bits in the layout."""

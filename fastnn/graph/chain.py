@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import operator
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from torch.fx import Node
 
 from fastnn.graph.forward import Program
-from fastnn.graph.guard import HOOKS
+from fastnn.graph.guard import Guard
 from fastnn.graph.joining import (
     chooses_last,
     drop_unused_parts,
@@ -47,23 +46,9 @@ class Chain:
     sources: list[tuple[Any, str]]
     dims: range  # of the input, as many as the first layer takes
     log_softmax: int | None  # the dimension of one behind the last stage
-    # Of layers that the program calls and the chain does not: there must be no hooks, and the attributes that became
-    # numbers must be what they were.
-    hooks: list[dict[int, Any]]
-    settings: list[tuple[dict[str, Any], Callable[[Any], Any], Any]]
-    noted: list[tuple[nn.Module, type, Any]]  # the same layers, their classes, and forwards of their own
+    guard: Guard  # of layers that the program calls and the chain does not: their attributes that became numbers
     counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
     draws: bool  # a step takes numbers from torch's generator
-
-    def holds(self) -> bool:
-        """Whether such layers are as they were read."""
-        for own, reader, value in self.settings:
-            if reader(own) != value:
-                return False
-        for module, kind, forward in self.noted:
-            if type(module) is not kind or module.__dict__.get("forward") is not forward:
-                return False
-        return not any(self.hooks)
 
     def describe(self) -> Iterator[str]:
         for stage in self.text.split(";"):
@@ -96,9 +81,10 @@ def read_chain(program: Program) -> Chain:
         node = reader.add(follower)
     if not reader.stages:
         raise ChainError("there is no layer in the model")
+    reader.guard.seal()
     return Chain(
-        write_program(reader.stages), reader.sources, reader.dims or _ANY, reader.log_softmax, reader.hooks,
-        reader.settings, reader.noted, reader.counters, reader.draws,
+        write_program(reader.stages), reader.sources, reader.dims or _ANY, reader.log_softmax, reader.guard,
+        reader.counters, reader.draws,
     )  # fmt: skip
 
 
@@ -115,9 +101,7 @@ class _Reader:
         self.dims: range | None = None
         self.has_steps = False  # what the stages give is that of all steps of a recurrent layer
         self.log_softmax: int | None = None
-        self.hooks: list[dict[int, Any]] = []
-        self.settings: list[tuple[dict[str, Any], Callable[[Any], Any], Any]] = []
-        self.noted: list[tuple[nn.Module, type, Any]] = []
+        self.guard = Guard()
         self.counters: list[tuple[Any, str]] = []
         self.draws = False
 
@@ -231,12 +215,9 @@ class _Reader:
         return len(names) - 1
 
     def _note(self, module: nn.Module, *names: str) -> None:
-        """That the module's hooks and these attributes are looked at before each step."""
-        self.hooks += [module.__dict__[name] for name in HOOKS]
-        self.noted.append((module, type(module), module.__dict__.get("forward")))
-        if names:
-            reader = itemgetter(*names)
-            self.settings.append((module.__dict__, reader, reader(module.__dict__)))
+        """That the module is looked at before each step, and these attributes of it."""
+        self.guard.note_layer(module)
+        self.guard.note_settings(module, names)
 
     def _add_norm(self, node: Node) -> None:
         settings: dict[str, Any] = dict(node.kwargs)

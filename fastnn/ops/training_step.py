@@ -15,7 +15,7 @@ bind_training_step_op = torch.ops.fastnn.bind_training_step.default
 bound_training_step_op = torch.ops.fastnn.bound_training_step.default
 training_step_forward_op = torch.ops.fastnn.training_step_forward.default
 _extension = load_extension()
-holds_same, release_training_step = _extension.holds_same, _extension.release_training_step
+release_training_step = _extension.release_training_step
 training_step_backward_op = torch.ops.fastnn.training_step_backward.default
 
 
