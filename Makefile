@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-zoo bench-step bench-overhead \
+.PHONY: help build test fuzz-semantics lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-zoo bench-step bench-overhead \
     sweep-conv sweep-mlp dist clean
 
 help:  ## List the targets
@@ -24,6 +24,9 @@ build: $(VENV)/build.stamp  ## Build the extension and install fastnn into .venv
 
 test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## Run the tests, the benchmark programs' too
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+fuzz-semantics: $(VENV)/test.stamp  ## Run random forwards fused and not, with changes between the calls (ARGS=, five minutes)
+	$(RUN) tests/semantics.py --first 0 --count 5000 --kind fuse --brief $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## Check style and types
 	$(RUN) -m ruff check .

@@ -73,11 +73,11 @@ std::vector<bool> team_choices(const std::vector<std::pair<double, double>>& cal
   return choices;
 }
 
-PyObject *absent, *any;  // what a guard has in an object's place: see Guard
+PyObject *absent, *any, *some_tensor, *tensors;  // what a guard has in an object's place: see Guard
 
 // Whether a guard's tuples hold. Not by pybind11, whose calls take four times as long.
 PyObject* guard_holds(PyObject*, PyObject* tuples) {
-  const int holds = fastnn::Guard(absent, any).holds(tuples);
+  const int holds = fastnn::Guard(absent, any, some_tensor, tensors).holds(tuples);
   if (holds < 0) return nullptr;
   return PyBool_FromLong(holds);
 }
@@ -133,10 +133,13 @@ PYBIND11_MODULE(_C, m) {
       "Have threads that come after so many microseconds take rounds together, for tests: returns the outcome and how "
       "much each has done.");
   const py::object object_type = py::module_::import("builtins").attr("object");
-  absent = object_type().release().ptr();
-  any = object_type().release().ptr();
-  m.attr("absent") = py::reinterpret_borrow<py::object>(absent);
-  m.attr("any") = py::reinterpret_borrow<py::object>(any);
+  for (const auto& [name, place] : {std::pair("absent", &absent), {"any", &any}, {"some_tensor", &some_tensor}}) {
+    *place = object_type().release().ptr();
+    m.attr(name) = py::reinterpret_borrow<py::object>(*place);
+  }
+  m.def(
+      "set_tensor_classes", [](const py::tuple& classes) { tensors = py::tuple(classes).release().ptr(); },
+      py::arg("classes"), "The classes of tensors of which a guard takes one for another.");
   m.attr("guard_holds") = py::reinterpret_steal<py::object>(PyCFunction_New(&guard_holds_method, nullptr));
   m.def("release_training_step", fastnn::BoundSteps::release, py::arg("number"),
         "Forget what fastnn::bind_training_step bound to this number.");

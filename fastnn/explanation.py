@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastnn.graph import forward as forwards
 from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program
 from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
-from fastnn.graph.rehearsal import cloned, copied, keeping_random_numbers
+from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 from fastnn.nn import FUSED
 from fastnn.nn._hooks import layer_forward
 
@@ -114,7 +114,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
             hooks.append(module.register_forward_hook(lambda *_: recorder.end()))
     watch = _Watch(model, recorder)
     try:
-        with keeping_random_numbers(), torch.no_grad(), recorder, forwards.observing(watch):
+        with leaving_no_trace(), torch.no_grad(), recorder, forwards.observing(watch):
             model(*cloned(inputs))
     finally:
         for hook in hooks:

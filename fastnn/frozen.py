@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fastnn import nn
 from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
-from fastnn.graph.rehearsal import cloned, copied, keeping_random_numbers
+from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 from fastnn.ops.frozen import frozen_op, frozen_packed, read_program, write_program
 from fastnn.ops.mlp import ACTIVATION_NAMES
 from fastnn.ops.rnn import MODES
@@ -47,22 +47,26 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
     # The export takes a batch of one for a constant.
     doubled = tuple(torch.cat([input, input]) for input in inputs)
     is_single = any(input.shape[0] == 1 for input in inputs)
-    with torch.inference_mode(False):
-        model = fuse(copied(model))
-    with _as_in_inference(model), keeping_random_numbers() as again:
+
+    def as_it_is() -> nn.Module:
+        """A copy in eval mode, which no call has changed."""
+        with torch.inference_mode(False):
+            return fuse(copied(model)).eval()
+
+    with _as_in_inference(), leaving_no_trace() as again:
         try:
-            expected = model(*cloned(inputs))
+            expected = as_it_is()(*cloned(inputs))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
         # Once more, as nothing that the model does may depend on the batch's size.
         other = doubled if is_single else tuple(input[:1] for input in inputs)
         again()
         try:
-            expected_of_other = model(*cloned(other))
+            expected_of_other = as_it_is()(*cloned(other))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(_words_of_batch(model, inputs, other, error)) from error
         with _export_lock:
-            exported = read(model, doubled if is_single else inputs)
+            exported = read(as_it_is(), doubled if is_single else inputs)
         frozen = _build(model, exported, inputs)
         for some, wanted in ((inputs, expected), (other, expected_of_other)):
             again()
@@ -177,16 +181,10 @@ def _sizes_of(results: list[Any]) -> str:
 
 
 @contextmanager
-def _as_in_inference(model: nn.Module) -> Iterator[None]:
-    """Has the model be in eval mode, nothing recorded for a gradient, and no dtype changed by autocast."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _as_in_inference() -> Iterator[None]:
+    """Nothing is recorded for a gradient, and no dtype changed by autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 class FrozenModel(nn.Module):

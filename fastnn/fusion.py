@@ -64,8 +64,10 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) 
 def unfuse(model: nn.Module) -> nn.Module:
     """The stock model again: takes what :func:`fuse` put there off ``model``, in place, and returns it."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FusedModule):
-            del module.__dict__["forward"], module.__dict__[TOKEN]
+        fused = module.__dict__.get("forward")
+        if isinstance(fused, FusedModule) and fused.module is module:
+            del module.__dict__["forward"]
+            module.__dict__.pop(TOKEN, None)
     return model
 
 

@@ -761,7 +761,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "control flow": (
         lambda: nn.Sequential(TwoInputs(), nn.Softmax(-1)),
         functools.partial(torch.optim.SGD, momentum=0.9),
-        "input_1 has 2 users",
+        "has 2 users",
     ),
 }
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn.graph.forward import Program
 from fastnn.graph.guard import Guard
@@ -59,7 +60,7 @@ class Chain:
 def read_chain(program: Program) -> Chain:
     """The chain that a program is. ChainError where it is none."""
     graph, sources = program.write()
-    drop_unused_parts(graph)
+    drop_unused_parts(graph, program.modules)
     write_flattenings(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = len(program.names)
@@ -191,6 +192,8 @@ class _Reader:
             return node
         if node.target is conv_batch_norm_relu_max_pool or (layer is not None and layer.kind == "batch_norm"):
             raise ChainError("a batch norm is in eval mode")
+        if node.op == "call_module" and is_parametrized(self.modules[str(node.target)]):
+            raise ChainError(f"a parameter of '{node.target}' is computed from something else")
         raise ChainError(f"{_name(node, self.modules)} is no layer of a chain")
 
     def _begin(self, dims: int | range) -> None:

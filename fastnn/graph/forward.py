@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from sys import getrefcount
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor, fx, nn
 
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join
-from fastnn.graph.matcher import RECURRENT, Left, Match, insert, match, settings_of
+from fastnn.graph.matcher import RECURRENT, Left, Match, insert, kernel_sizes, match, settings_of
 from fastnn.graph.tracing import Fused, UntraceableError, input_names, trace
 from fastnn.nn import rnn as fused_rnn
 from fastnn.nn._hooks import has_global_hooks, layer_class, layer_forward
-from fastnn.ops._autograd import is_compiling
+from fastnn.ops._autograd import functions_are_watched, is_compiling, is_exporting
 
 
 class Observer(Protocol):
@@ -59,11 +60,15 @@ class _Token:
 
 
 _MOST_PROGRAMS = 8  # of a module that are kept, for as many states that it goes back to
-_FREE_TRACES = 8  # of a module, after which it must have run for longer than tracing it takes, twice as long each time
+_FREE_TRACES = 8  # of a module that has changed, after which tracing it may take this part of the time:
+_MOST_TIME = 0.01
 
 
 class FusedModule(Fused):
     """What stands in the place of ``module.forward``. `left`: of the whole model, what a trial has decided to leave."""
+
+    # Without a dict, which functools.update_wrapper would copy.
+    __slots__ = ("__weakref__", "left", "module", "token")
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
         self.module, self.left = module, left
@@ -74,7 +79,26 @@ class FusedModule(Fused):
         return {"module": self.module, "left": self.left, "token": self.token}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    # What the bound method has that stands there otherwise.
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.module
+
+    @property
+    def __func__(self) -> Any:
+        return type(self.module).forward
+
+    @property
+    def __name__(self) -> str:
+        return str(type(self.module).forward.__name__)
+
+    @property
+    def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
+        return type(self.module).forward.__annotations__
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -110,15 +134,15 @@ class FusedModule(Fused):
 class FusedRecurrent(FusedModule):
     """The kernel in place of a recurrent layer's forward, by the layer of ``fastnn.nn`` of that name."""
 
-    _twin: Any = None
+    __slots__ = ("_stock_forward", "_twin")
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
         super().__init__(module, left)
-        self._stock_forward = type(module).forward
+        self._stock_forward, self._twin = type(module).forward, None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stock_forward = type(self.module).forward
+        self._stock_forward, self._twin = type(self.module).forward, None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_compiling() and getrefcount(self.token) != _REFERENCES and (own := self.own()) is not self:
@@ -135,7 +159,7 @@ class FusedRecurrent(FusedModule):
 
     def twin(self) -> Any:
         """The same module, as one of fastnn's class: all it has is in the one dictionary that both share."""
-        if self._twin is None:
+        if self._twin is None or self._twin.__dict__ is not self.module.__dict__:
             kind = getattr(fused_rnn, RECURRENT[layer_forward(self.module)])
             self._twin = kind.__new__(kind)
             object.__setattr__(self._twin, "__dict__", self.module.__dict__)
@@ -150,7 +174,11 @@ class Program:
     its guard holds."""
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
-        self.names = input_names(type(module).forward)
+        forward: Any = type(module).forward
+        self.names = input_names(forward)
+        # A decorated forward may tell arguments by position from those by name.
+        anything = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+        self.takes_keywords = not forward.__code__.co_flags & anything and not hasattr(forward, "__wrapped__")
         self.stock_graph, tracer = trace(module)
         self.guard = tracer.guard
         self.tensors = tracer.tensors  # containers and keys of the graph's further inputs
@@ -169,6 +197,8 @@ class Program:
             for layer in found.modules:
                 self.guard.note_settings(layer, settings_of(layer))
         for layer in tracer.called:
+            if isinstance(getattr(layer, "padding", None), str):  # which becomes numbers by the kernel's size
+                self.guard.note_call(kernel_sizes, (layer,), kernel_sizes(layer))
             if isinstance(layer, nn.RNNBase):  # which may become one call with what follows (joining.py)
                 self.guard.note_settings(layer, _RECURRENT_SETTINGS)
         self.is_idle = not self.matches.found  # the module's own forward is as good, and nothing needs a guard
@@ -189,8 +219,7 @@ class Program:
         sources: list[tuple[Any, Any]] = list(self.tensors)
 
         def lift(module: nn.Module, name: str) -> str:
-            own: Any = next((held for held in (module._parameters, module._buffers) if name in held), None)
-            sources.append((_Attributes(module) if own is None else own, name))  # (None: a parametrization's)
+            sources.append((module._parameters if name in module._parameters else module._buffers, name))
             return f"fastnn_tensor_{len(sources) - 1}"
 
         graph = fx.Graph()
@@ -206,14 +235,6 @@ def key_of(found: Match) -> Any:
     return first.module if first.module is not None else first.node.name
 
 
-class _Attributes:
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
 def may_hold_layers(module: nn.Module) -> bool:
     """Whether a module's forward is worth tracing: it has a forward and modules, or parameters, and is no layer."""
     kind = type(module)
@@ -221,13 +242,16 @@ def may_hold_layers(module: nn.Module) -> bool:
         return False
     if layer_class(kind) is not None or isinstance(module, torch.jit.ScriptModule):
         return False
-    if kind.forward is nn.Module.forward or kind.__call__ is not nn.Module.__call__:
+    forward = next(vars(one)["forward"] for one in kind.__mro__ if "forward" in vars(one))
+    if not isinstance(forward, FunctionType) or forward is nn.Module.forward or kind.__call__ is not nn.Module.__call__:
         return False
     return bool(module._modules) or bool(module._parameters)
 
 
 class FusedForward(FusedModule):
     """Runs a module's program; where there is none, the module's own forward, whose layers may be fused themselves."""
+
+    __slots__ = ("_begin", "_spent", "programs", "traces", "why")
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
         super().__init__(module, left)
@@ -238,7 +262,7 @@ class FusedForward(FusedModule):
         self.programs: dict[bool, tuple[Program, ...]] = {True: (), False: ()}
         self.why: str | None = None  # there is no program
         self.traces = 0
-        self._resume = 0.0  # when the module may be traced again, after it could not be or has changed often
+        self._begin, self._spent = time.monotonic(), 0.0  # seconds: since when, and how many tracing has taken
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():  # whose guards are of what the module's own forward reads
@@ -256,7 +280,7 @@ class FusedForward(FusedModule):
         for arg in args:
             if not isinstance(arg, Tensor):
                 return self.stock(*args)
-        if has_global_hooks():
+        if has_global_hooks() or (functions_are_watched() and not is_exporting()):
             return self.stock(*args)
         if not program.holds():
             program = self.program()
@@ -275,6 +299,8 @@ class FusedForward(FusedModule):
         program = self.program()
         if program is None or len(args) + len(kwargs) != len(program.names):
             return None, args, kwargs
+        if kwargs and not program.takes_keywords:
+            return None, args, kwargs
         names = program.names[len(args) :]
         if kwargs.keys() != set(names):
             return None, args, kwargs
@@ -288,9 +314,10 @@ class FusedForward(FusedModule):
             if known.holds():
                 self.programs[self.module.training] = (known, *(one for one in programs if one is not known))
                 return known
-        if not now and time.monotonic() < self._resume:
-            return None
         begin = time.monotonic()
+        free = _FREE_TRACES if self.why is None else 1
+        if not now and self.traces >= free and self._spent > _MOST_TIME * (begin - self._begin):
+            return None
         self.traces += 1
         program: Program | None = None
         try:
@@ -298,9 +325,7 @@ class FusedForward(FusedModule):
             self.why = None
         except UntraceableError as error:
             self.why = str(error)
-        if program is None or self.traces > _FREE_TRACES:
-            end = time.monotonic()
-            self._resume = end + (end - begin) * 2 ** min(self.traces, 30)
+        self._spent += time.monotonic() - begin
         if program is not None:
             self.programs[self.module.training] = (program, *programs[: _MOST_PROGRAMS - 1])
         return program

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fastnn._extension import load_extension
+from fastnn.nn._hooks import own_methods
 
 _extension = load_extension()
 ABSENT = _extension.absent  # stands for the value of a key that is not there
-_ANY = _extension.any  # and for a value that may change
+_ANY = _extension.any  # for a value that may change
+_SOME_TENSOR = _extension.some_tensor  # and for a tensor, which is handed over anew at each call
 _holds = _extension.guard_holds
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -29,7 +31,7 @@ TOKEN = "_fastnn_token"  # the attribute of a fused module that tells it from it
 
 # Values of these types cannot change; two of them that are equal are as good as one.
 CONSTANTS: tuple[type, ...] = (
-    *(type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice),
+    *(type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
 )
 
@@ -39,31 +41,41 @@ def is_constant(value: Any) -> bool:
     kind = type(value)
     if kind is tuple or kind is frozenset:
         return all(map(is_constant, value))
+    if kind is slice:
+        return all(map(is_constant, (value.start, value.stop, value.step)))
     return kind in CONSTANTS or _is_numpy_number(value)
 
 
 def _is_numpy_number(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
-    return numpy is not None and issubclass(type(value), numpy.generic)
+    return numpy is not None and issubclass(type(value), (numpy.number, numpy.bool_))
 
 
 def is_same(before: Any, now: Any) -> bool:
     """Whether code that read the one would do with the other just what it did."""
     if before is now:
         return True
-    if isinstance(before, Tensor):
-        return isinstance(now, Tensor)  # it is handed over anew at each call
-    if type(before) is not type(now):
-        return False
-    if type(before) is tuple:
+    if before is _SOME_TENSOR:
+        return type(now) in _TENSORS
+    kind = type(before)
+    if type(now) is not kind or kind is frozenset or not is_constant(before):
+        return False  # (Equal sets may have another order.)
+    if kind is tuple:
         return len(before) == len(now) and all(map(is_same, before, now))
-    if isinstance(before, (float, complex)) or _is_numpy_number(before):
+    if kind is slice or kind is range:
+        return all(is_same(getattr(before, name), getattr(now, name)) for name in ("start", "stop", "step"))
+    if kind in (float, complex) or _is_numpy_number(before):
         return repr(before) == repr(now)  # the sign of zero counts, and NaN is NaN
-    return is_constant(before) and bool(before == now)
+    return bool(before == now)
+
+
+_TENSORS = (Tensor, nn.Parameter)  # whose functions are torch's own
+_extension.set_tensor_classes(_TENSORS)
 
 
 class Guard:
-    """Reads, and the values that they gave. The values are held, so that no other object can get their addresses.
+    """Reads, and the values that they gave. Values that are compared by identity are held, so that no other object can
+    get their addresses.
 
     by_value: whether an equal number, or a tensor in another's place, is as good as what was there.
     """
@@ -72,7 +84,8 @@ class Guard:
         self._by_value = by_value
         self._items: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
         self._contents: dict[int, tuple[Any, list[Any]]] = {}
-        self._types: dict[int, tuple[Any, type]] = {}
+        self._types: dict[int, tuple[Any, type, tuple[type, ...], Any]] = {}
+        self._layers: dict[int, tuple[nn.Module, frozenset[str]]] = {}
         self._empty: dict[int, Any] = {}
         self._functions: dict[int, tuple[FunctionType, Any, Any, Any]] = {}
         self._calls: dict[tuple[Any, ...], tuple[Callable[..., Any], tuple[Any, ...], Any]] = {}
@@ -83,7 +96,7 @@ class Guard:
 
     def note_item(self, container: Any, key: Any, value: Any) -> None:
         """container: a dict, a class (its own dict), or a cell (any key). value: ABSENT where there is none."""
-        self._items.setdefault((id(container), key), (container, key, value))
+        self._items.setdefault((id(container), key), (container, key, self._kept(value)))
 
     def note_instance(self, instance: Any, key: str, value: Any) -> None:
         """An attribute in an object's own dict, of which C compares the whole, which is faster than key by key."""
@@ -93,11 +106,25 @@ class Guard:
         self.note_item(own, key, value)
 
     def note_contents(self, container: Any) -> None:
-        """All that a list, tuple or dict holds."""
-        self._contents.setdefault(id(container), (container, _flat(container)))
+        """All that a list, tuple or dict holds, or a class's own dict."""
+        self._contents.setdefault(id(container), (container, self._all_kept(container)))
+
+    def _kept(self, value: Any) -> Any:
+        """What is noted of a value: of a tensor only that it is one, which lets go of those that are replaced."""
+        return _SOME_TENSOR if self._by_value and type(value) in _TENSORS else value
+
+    def _all_kept(self, container: Any) -> list[Any]:
+        return list(map(self._kept, _flat(container)))
 
     def note_type(self, instance: Any) -> None:
-        self._types.setdefault(id(instance), (instance, type(instance)))
+        """An object's class, which dict is its own, and all that its classes have, but for those of torch."""
+        if id(instance) in self._types:
+            return
+        kind = type(instance)
+        self._types[id(instance)] = (instance, kind, kind.__mro__, _own_dict(instance))
+        for one in kind.__mro__:
+            if one.__module__.partition(".")[0] not in ("torch", "fastnn", "builtins"):
+                self.note_contents(one)
 
     def note_empty(self, container: Any) -> None:
         self._empty[id(container)] = container
@@ -117,17 +144,16 @@ class Guard:
         for name in HOOKS:
             if name in own:
                 self.note_instance(module, name, own[name])
-                if not own[name]:
+                if own[name]:
+                    self.note_contents(own[name])
+                else:
                     self.note_empty(own[name])
         self.note_instance(module, "forward", own.get("forward", ABSENT))
+        self._layers[id(module)] = (module, own_methods(module))
         for name in ("forward", "__call__"):
             for kind in type(module).__mro__:
-                if kind is nn.Module:
-                    break
-                found = vars(kind).get(name, ABSENT)
-                if found is not ABSENT or not kind.__module__.startswith("torch."):
-                    self.note_item(kind, name, found)
-                if found is not ABSENT:
+                if name in vars(kind):
+                    self.note_item(kind, name, vars(kind)[name])
                     break
 
     def note_settings(self, module: nn.Module, names: Sequence[str]) -> None:
@@ -136,6 +162,8 @@ class Guard:
         own = module.__dict__
         for name in names:
             self.note_instance(module, name, own.get(name, ABSENT))
+            if isinstance(own.get(name), list):
+                self.note_contents(own[name])
         for name in ("_parameters", "_buffers"):
             self.note_instance(module, name, own[name])
             self.note_contents(own[name])
@@ -155,21 +183,25 @@ class Guard:
         return all(function(*args) == value for function, args, value in self._calls.values())
 
     def _holds_by_value(self) -> bool:
-        for instance, kind in self._types.values():
-            if type(instance) is not kind:
+        for instance, kind, order, own in self._types.values():
+            if type(instance) is not kind or kind.__mro__ is not order:
                 return False
+            if _own_dict(instance) is not own:
+                return False
+        if any(own_methods(module) != names for module, names in self._layers.values()):
+            return False
         if any(self._empty.values()):
             return False
         for place, (container, key, before) in self._items.items():
             now = _item(container, key)
             if not is_same(before, now):
                 return False
-            self._items[place] = (container, key, now)
+            self._items[place] = (container, key, self._kept(now))
         for number, (container, before) in self._contents.items():
             now = _flat(container)
             if len(before) != len(now) or not all(map(is_same, before, now)):
                 return False
-            self._contents[number] = (container, now)
+            self._contents[number] = (container, list(map(self._kept, now)))
         return all(all(map(is_, parts, _parts(parts[0]))) for parts in self._functions.values())
 
     def _as_tuples(self) -> tuple[tuple[Any, ...], ...]:
@@ -178,8 +210,8 @@ class Guard:
         for container, held in self._contents.values():
             contents += [container, tuple(held)]
         for own in self._instances.values():
-            held = _flat({**own, TOKEN: _ANY} if TOKEN in own else own)
-            contents += [own, tuple(held)]
+            noted = {key: self._items[id(own), key][2] if (id(own), key) in self._items else _ANY for key in own}
+            contents += [own, _in_a_row(noted.items())]
         items: list[Any] = []
         for container, key, value in self._items.values():
             if id(container) not in self._instances:
@@ -188,6 +220,12 @@ class Guard:
             *(tuple(contents), tuple(items), _in_a_row(self._types.values()), tuple(self._empty.values())),
             _in_a_row(self._functions.values()),
         )
+
+
+def _own_dict(instance: Any) -> Any:
+    if isinstance(instance, type) or type(instance).__dictoffset__ == 0:
+        return None
+    return instance.__dict__
 
 
 def _in_a_row(tuples: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -210,6 +248,8 @@ def _item(container: Any, key: Any) -> Any:
 
 
 def _flat(container: Any) -> list[Any]:
+    if isinstance(container, type):
+        container = dict(vars(container))
     if isinstance(container, dict):
         return list(_in_a_row(container.items()))
     return list(container)

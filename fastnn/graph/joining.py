@@ -16,7 +16,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.fx import Graph, Node
 
 from fastnn.graph.guard import HOOKS
-from fastnn.graph.order import Order
+from fastnn.graph.order import Order, unpack
 from fastnn.nn.rnn import _Recurrent
 from fastnn.ops._autograd import is_plain, wants_gradient
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
@@ -44,6 +44,7 @@ class Network:
 
     def __init__(self, steps: Sequence[_Step]) -> None:
         self.steps = steps
+        self.takes_nothing = all(step.function is not flatten_rows for step in steps)  # inputs of no rows, that is
 
     def __call__(self, input: Tensor, *tensors: Tensor | None) -> Tensor:
         if not is_grad_enabled() and type(input) is Tensor and self._may_run_at_once(input):
@@ -54,9 +55,9 @@ class Network:
                 pass
         return self.run(input, *tensors)
 
-    @staticmethod
-    def _may_run_at_once(input: Tensor) -> bool:
-        return input.is_cpu and input.dtype is not torch.bfloat16 and is_plain(input) and input.is_contiguous()
+    def _may_run_at_once(self, input: Tensor) -> bool:
+        is_usual = input.is_cpu and input.is_contiguous() and (self.takes_nothing or input.numel() != 0)
+        return is_usual and input.dtype is not torch.bfloat16 and is_plain(input)
 
     def _in_order(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """As the program wants them: each layer's weight, then its bias."""
@@ -111,10 +112,15 @@ class RecurrentHead:
     __name__ = "recurrent_with_head"  # as above
     __module__ = "fastnn"
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    def __init__(self, module: Any, part: int, index: Any) -> None:
+        # part: 0 where the step is taken from the output, 1 from the state, by `index`.
+        self.module, self.part, self.index = module, part, index
 
     def __call__(self, input: Tensor, *parameters: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) or input.dim() != 3:  # a packed sequence, or one without a batch
+            result = self.module(input)[self.part]
+            state = result[0] if self.part and isinstance(result, tuple) else result
+            return mlp_of_parameters(state[self.index], parameters, "0")
         if is_grad_enabled() and input.is_cpu and is_plain(input):
             layer = kernel_of(self.module)
             if layer is not None and wants_gradient(input, *layer._flat_weights, *parameters):
@@ -138,16 +144,26 @@ def kernel_of(module: nn.Module) -> Any:
     return forward.twin() if hasattr(forward, "twin") and module not in forward.left else None
 
 
-def drop_unused_parts(graph: Graph) -> None:
+def drop_unused_parts(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
     """Takes out what unpacks a result of several parts and is asked for by nobody."""
     for node in reversed(list(graph.nodes)):
-        if node.target is operator.getitem and not node.users:
+        if node.target is operator.getitem and not node.users and _is_there(node, modules):
             graph.erase_node(node)
+
+
+def _is_there(part: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a part of a result is sure to be there: of what has been unpacked, or a recurrent layer gives."""
+    whole: Any = part.args[0]
+    if whole.target is unpack:
+        return True
+    while whole.target is operator.getitem:
+        whole = whole.args[0]
+    return whole.op == "call_module" and isinstance(modules[str(whole.target)], nn.RNNBase) and part.args[1] in (0, 1)
 
 
 def join(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
     """Puts one call in the place of each stretch of the fused graph that is of one of the forms above."""
-    drop_unused_parts(graph)
+    drop_unused_parts(graph, modules)
     write_flattenings(graph, behind=conv_relu_max_pool)
     for node in list(graph.nodes):
         _join_head(graph, node, modules)
@@ -173,7 +189,7 @@ def _join_network(graph: Graph, first: Node, modules: Mapping[str, nn.Module]) -
         return []
     tensors = [value for node in nodes for value in _tensors_of(node)]
     order = Order(graph, modules)
-    if not order.is_there(tensors, nodes[0]) or not order.may_be_one(nodes):
+    if not order.is_there(tensors, nodes[0], ("placeholder",)) or not order.may_be_one(nodes):
         return []
     with graph.inserting_before(nodes[0]):
         call = graph.call_function(Network(steps), (nodes[0].args[0], *tensors))
@@ -192,24 +208,31 @@ def _tensors_of(node: Node) -> Sequence[Any]:
 def _step(node: Node, before: Sequence[str]) -> _Step | None:
     """The node as the next step after those before."""
     if node.op != "call_function":
-        return _Step("flatten", 0, (), _flatten) if flattens(node) and before and before[-1] == "conv" else None
+        return _flattening(node) if flattens(node) and before and before[-1] == "conv" else None
     if node.target is conv_relu_max_pool and "mlp" not in before and "flatten" not in before:
         geometry, dims = node.kwargs["geometry"], node.kwargs["dims"]
         return _Step("conv", 2, geometry, lambda x, w, b: conv_relu_max_pool(x, w, b, geometry, dims))  # type: ignore
     if flattens(node) and before and before[-1] == "conv":
-        return _Step("flatten", 0, (), _flatten)
+        return _flattening(node)
     if node.target is mlp_of_parameters and before and before[-1] == "flatten":
         digits: Any = node.kwargs["digits"]
         return _Step("mlp", len(node.args[1]), (digits,), lambda x, *p: mlp_of_parameters(x, p, digits))  # type: ignore[arg-type]
     return None
 
 
-def _flatten(x: Tensor) -> Tensor:
-    return x.flatten(1)
+def _flattening(node: Node) -> _Step:
+    return _Step("flatten", 0, (), flatten_rows if node.target is flatten_rows else lambda x: x.flatten(1))
+
+
+def flatten_rows(x: Tensor) -> Tensor:
+    """``torch.flatten(x, 1)``, with the words that a view has for what it cannot take: no rows, or other strides."""
+    return x.view(x.size(0), -1)
 
 
 def flattens(node: Node) -> bool:
     """Whether it makes one of all dimensions but the batch."""
+    if node.target is flatten_rows:
+        return True
     if node.target is torch.flatten or node.target == "flatten":
         given = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False))}
         return {**given, **node.kwargs} == {"start_dim": 1, "end_dim": -1}
@@ -217,7 +240,7 @@ def flattens(node: Node) -> bool:
 
 
 def write_flattenings(graph: Graph, behind: Any = None) -> None:
-    """``x.view(x.size(0), -1)``, or by reshape or shape, as ``torch.flatten(x, 1)``, so that x has one user.
+    """``x.view(x.size(0), -1)``, or by reshape or shape, as one function of x, so that x has one user.
     behind: where x is what this function returns, if not anywhere."""
     for node in list(graph.nodes):
         sizes = sizes_of_view(node)
@@ -227,7 +250,7 @@ def write_flattenings(graph: Graph, behind: Any = None) -> None:
         if not isinstance(x, Node) or not _is_batch(sizes[0], x) or (behind is not None and x.target is not behind):
             continue
         with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.call_function(torch.flatten, (x, 1)))
+            node.replace_all_uses_with(graph.call_function(flatten_rows, (x,)))
         unused = [node]
         while unused and not unused[0].users:
             first = unused.pop(0)
@@ -289,10 +312,12 @@ def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> N
         return
     parameters: Any = head.args[1]
     order = Order(graph, modules)
-    if not order.is_there(parameters, layer) or not order.may_be_one([layer, head]):
+    if not order.is_there(parameters, layer, ("placeholder",)) or not order.may_be_one([layer, head]):
         return
     with graph.inserting_before(layer):
-        call = graph.call_function(RecurrentHead(module), (layer.args[0], *parameters))
+        call = graph.call_function(
+            RecurrentHead(module, int(0 not in parts), step.args[1]), (layer.args[0], *parameters)
+        )
     head.replace_all_uses_with(call)
     for node in (head, step, *reversed(path)):
         graph.erase_node(node)

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
 
 from fastnn.graph.order import Order
-from fastnn.nn._hooks import has_own_call, layer_forward
+from fastnn.nn._hooks import has_own_call, layer_forward, own_methods
 from fastnn.nn.conv_relu_max_pool import ConvReLUMaxPool2d
 from fastnn.nn.mlp import LinearReLU
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
@@ -48,6 +49,7 @@ _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _ACTIVATION = ("input", "inplace")
+_IN_PLACE = ("inplace",)
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "conv": {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1},
     "max_pool": {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},
@@ -96,17 +98,17 @@ _MODULES: dict[Any, tuple[str, Sequence[str], Sequence[str]]] = {
     ),
     nn.Linear.forward: ("linear", ("weight", "bias"), ()),
     **{
-        getattr(nn, name).forward: ("dropout", (), ("p", "training"))
+        getattr(nn, name).forward: ("dropout", (), ("p", "training", "inplace"))
         for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
     },
     nn.Identity.forward: ("identity", (), ()),
-    nn.ReLU.forward: ("relu", (), ()),
-    nn.ReLU6.forward: ("relu6", (), ()),
+    nn.ReLU.forward: ("relu", (), _IN_PLACE),
+    nn.ReLU6.forward: ("relu6", (), _IN_PLACE),
     nn.Tanh.forward: ("tanh", (), ()),
     nn.Sigmoid.forward: ("sigmoid", (), ()),
-    nn.SiLU.forward: ("silu", (), ()),
+    nn.SiLU.forward: ("silu", (), _IN_PLACE),
     nn.GELU.forward: ("gelu", (), ("approximate",)),
-    nn.LeakyReLU.forward: ("leaky_relu", (), ("negative_slope",)),
+    nn.LeakyReLU.forward: ("leaky_relu", (), ("negative_slope", "inplace")),
 }
 _BLOCK = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
 _MODULES[LinearReLU.forward] = ("linear_relu", ("weight", "bias"), ())
@@ -125,9 +127,9 @@ _ACTIVATIONS = ("relu", "tanh", "sigmoid", "silu", "gelu", "leaky_relu")
 
 
 def settings_of(module: nn.Module) -> Sequence[str]:
-    """The attributes that say what a module of `_MODULES` computes."""
+    """The attributes that say what a module of `_MODULES` computes, and with what."""
     known = _MODULES.get(layer_forward(module))
-    return known[2] if known else ()
+    return (*known[1], *known[2]) if known else ()
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -147,6 +149,8 @@ def why_not_read(module: nn.Module) -> str | None:
         return "it is lazy: fuse the model after its first call"
     if has_own_call(module):
         return "it has hooks, or a forward of its own"
+    if own_methods(module) - {"forward"}:
+        return "it has methods of its own"
     return None
 
 
@@ -178,9 +182,12 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
         if known is None or why_not_read(module) or len(node.args) != 1 or node.kwargs:
             return None
         kind, tensors, settings = known
-        if not isinstance(node.args[0], Node) or not all(_has_attribute(module, name) for name in tensors):
+        own = module.__dict__
+        if not isinstance(node.args[0], Node) or not all(name in own for name in settings):
             return None
-        values = {name: getattr(module, name) for name in settings}
+        if not all(_is_usual_tensor(module, name) for name in tensors):
+            return None
+        values = {name: own[name] for name in settings}
         if kind.startswith("conv") and isinstance(values["padding"], str):
             values["padding"] = _padding_in_numbers(values["padding"], module) or values["padding"]
         held = {name: name for name in tensors if _has_tensor(module, name)}
@@ -202,23 +209,48 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
     is_tensor = ("weight", "bias", "running_mean", "running_var")
     tensors_given = {name: value for name, value in given.items() if name in is_tensor and value is not None}
     settings_given = {name: value for name, value in given.items() if name not in is_tensor}
-    if any(isinstance(value, Node) for value in settings_given.values()):
+    if any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(list(settings_given.values()))):
         return None  # a number that only a call knows
     return Layer(node, kind, input, tensors_given, settings_given)
 
 
-# A parametrization is not asked for its tensor: spectral norm takes a step of its iteration each time.
-def _has_attribute(module: nn.Module, name: str) -> bool:
-    return is_parametrized(module, name) or hasattr(module, name)
+def _is_usual_tensor(module: nn.Module, name: str) -> bool:
+    """Whether a layer has a tensor, or None, by this name where layers have them, whose functions are torch's own; or
+    computes it by a parametrization that only computes."""
+    if is_parametrized(module, name):
+        return computes_only(module)
+    held = next((held for held in (module._parameters, module._buffers) if name in held), None)
+    if held is None or name in module.__dict__:
+        return False
+    tensor: Any = held[name]
+    return tensor is None or type(tensor).__torch_function__ in (Tensor.__torch_function__, _NO_TORCH_FUNCTION)
+
+
+_NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl  # of parameters, and of tensors that see operators alone
+_PURE_PARAMETRIZATIONS = ("_WeightNorm", "_Orthogonal")
+
+
+def computes_only(module: nn.Module) -> bool:
+    """Whether a layer's parametrizations are those of torch that give the same tensor however often they are asked."""
+    parts = [part for some in module.parametrizations.children() for part in some.children()]  # type: ignore[union-attr]
+    return all(
+        type(part).__module__ == "torch.nn.utils.parametrizations" and type(part).__name__ in _PURE_PARAMETRIZATIONS
+        for part in parts
+    )
 
 
 def _has_tensor(module: nn.Module, name: str) -> bool:
+    # A parametrization is not asked for its tensor, which takes time.
     return is_parametrized(module, name) or getattr(module, name) is not None
+
+
+def kernel_sizes(conv: Any) -> tuple[int, ...]:
+    return tuple(conv.weight.shape[2:])
 
 
 def _padding_in_numbers(name: str, conv: Any) -> tuple[int, ...] | None:
     """Of "valid", and of "same" where it is the same on both sides."""
-    total = [d * (k - 1) if name == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    total = [d * (k - 1) if name == "same" else 0 for d, k in zip(conv.dilation, kernel_sizes(conv), strict=True)]
     if name not in ("valid", "same") or any(t % 2 for t in total):
         return None
     return tuple(t // 2 for t in total)
@@ -300,6 +332,8 @@ class _Matcher:
                     found = "its weights are computed while it runs"
                 if isinstance(found, Match) and not self.order.may_be_one(found.nodes):
                     found = "what runs between its layers may change what they read"
+                if isinstance(found, Match) and self.order.is_written_after(found.nodes, layer.input):
+                    found = "its input is changed in place afterwards"
                 if isinstance(found, Match):
                     self.result.found.append(found)
                     self.taken.update(found.nodes)
@@ -596,6 +630,8 @@ def insert(
     last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for one in found:
         nodes = [copied[node] for node in one.nodes]
+        everything = list(graph.nodes)
+        before = set(everything[: everything.index(nodes[0])])
         tensors: list[Node | None] = []
         for place in one.tensors:
             if place is None:
@@ -603,11 +639,14 @@ def insert(
                 continue
             layer, name = place
             value = layer.tensors[name]
-            if layer.module is not None:
+            if layer.module is not None and is_parametrized(layer.module, value):
+                with graph.inserting_before(nodes[0]):  # where it is to be computed
+                    tensors.append(graph.get_attr(f"{layer.name}.{value}"))
+            elif layer.module is not None:
                 with graph.inserting_after(last_input):
                     last_input = graph.placeholder(lift(layer.module, value))
                 tensors.append(last_input)
-            elif value.op == "get_attr":
+            elif value.op == "get_attr" and copied[value] not in before:
                 with graph.inserting_before(nodes[0]):
                     tensors.append(graph.get_attr(str(value.target)))
             else:

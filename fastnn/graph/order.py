@@ -36,6 +36,7 @@ class Order:
     """The order in which a graph's nodes run, and which of them may change what others read."""
 
     def __init__(self, graph: Graph, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
         self.place = {node: i for i, node in enumerate(graph.nodes)}
         self.writes = [node for node in graph.nodes if not _only_computes(node, modules)]
 
@@ -45,16 +46,60 @@ class Order:
         first, last = self.place[nodes[0]], self.place[nodes[-1]]
         return not any(first < self.place[node] < last and node not in nodes for node in self.writes)
 
-    def is_there(self, values: Iterable[Any], first: Node) -> bool:
-        """Whether these values are computed before `first` runs."""
-        computed = [
-            value for value in values if isinstance(value, Node) and value.op not in ("get_attr", "placeholder")
-        ]
-        return all(self.place[node] < self.place[first] for node in computed)
+    def is_written_after(self, nodes: Sequence[Node], value: Node) -> bool:
+        """Whether a value, or another that may lie in the same memory, is changed in place after the first of the nodes
+        runs, by others than these. (A fused operator may keep its input for backward where the layer would not.)"""
+        first = self.place[nodes[0]]
+        writers = [node for node in self.writes if self.place[node] > first and node not in nodes]
+        if not writers:
+            return False
+        while self._may_be_view(value) and value.all_input_nodes:
+            value = value.all_input_nodes[0]
+        aliases = {value}
+        for node in self.place:  # in their order
+            if self._may_be_view(node) and not aliases.isdisjoint(node.all_input_nodes[:1]):
+                aliases.add(node)
+        return any(not aliases.isdisjoint(writer.all_input_nodes[:1]) for writer in writers)
+
+    def _may_be_view(self, node: Node) -> bool:
+        """Whether what a node gives may lie in the memory of what it is given."""
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            passes = isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten))
+            return passes or layer_class(type(module)) is None or bool(getattr(module, "inplace", False))
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        is_view = name in _VIEWS or name.endswith("_") or "dropout" in name or node.kwargs.get("inplace")
+        return node.op.startswith("call") and bool(is_view)
+
+    def is_there(self, values: Iterable[Any], first: Node, ready: Sequence[str] = ("placeholder", "get_attr")) -> bool:
+        """Whether these values are computed before `first` runs, or are nodes of the kinds that are `ready`."""
+        nodes = [value for value in values if isinstance(value, Node) and value.op not in ready]
+        return all(self.place[node] < self.place[first] for node in nodes)
 
 
-_KEEPS_STATISTICS = (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm)
 _WRITING_METHODS = ("backward", "retain_grad", "register_hook", "register_post_accumulate_grad_hook")
+_VIEWS = frozenset(
+    {
+        *("alias", "as_strided", "chunk", "contiguous", "data", "detach", "diagonal", "expand", "expand_as", "flatten"),
+        *(
+            "getattr",
+            "getitem",
+            "in_place",
+            "mT",
+            "movedim",
+            "narrow",
+            "permute",
+            "ravel",
+            "reshape",
+            "select",
+            "split",
+        ),
+        *("split", "squeeze", "swapaxes", "t", "to", "transpose", "type", "unbind", "unflatten", "unfold", "unpack"),
+        *("unsqueeze", "view", "view_as", "float", "double", "T"),
+    }
+)
+
+
 _PURE_OPERATORS = frozenset(
     getattr(operator, name)
     for name in (
@@ -72,6 +117,8 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         module = modules[str(node.target)]
         if layer_class(type(module)) is None or has_own_call(module) or getattr(module, "inplace", False):
             return False
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            return module.max_norm is None  # longer rows are made shorter
         return not (isinstance(module, nn.modules.batchnorm._NormBase) and module.training)
     if node.op == "call_method":
         name = str(node.target)
@@ -83,8 +130,11 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         return not node.kwargs.get("training") and function is not in_place
     if function not in functions_of_torch() or function.__name__.endswith("_") or "out" in node.kwargs:
         return False
-    if function in _KEEPS_STATISTICS:
+    name = function.__name__
+    if "batch_norm" in name or "instance_norm" in name:  # which keep statistics
         return node.kwargs.get("training") is False
+    if name.startswith("embedding"):
+        return "max_norm" not in node.kwargs and len(node.args) < 4
     if not _may_be_in_place(function):
         return True
     names = inspect.signature(function).parameters

@@ -29,9 +29,10 @@ def cloned(inputs: Any) -> Any:
 
 
 @contextmanager
-def keeping_random_numbers() -> Iterator[Callable[[], None]]:
-    """Gives torch's, Python's and NumPy's generators back as they were. What it yields does so at once, for the same
-    numbers to be drawn again."""
+def leaving_no_trace() -> Iterator[Callable[[], None]]:
+    """Gives torch's, Python's and NumPy's generators, and grad mode, back as they were. What it yields does so at once,
+    for the same numbers to be drawn again."""
+    records = torch.is_grad_enabled()
     torchs, pythons, numpy = torch.get_rng_state(), random.getstate(), sys.modules.get("numpy")
     numpys = numpy.random.get_state() if numpy else None
 
@@ -40,6 +41,7 @@ def keeping_random_numbers() -> Iterator[Callable[[], None]]:
         random.setstate(pythons)
         if numpy:
             numpy.random.set_state(numpys)
+        torch.set_grad_enabled(records)
 
     try:
         yield again

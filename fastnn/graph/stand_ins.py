@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.utils.rnn import PackedSequence
 
 from fastnn.graph.order import in_place
-from fastnn.graph.understood import ATTRIBUTES
+from fastnn.graph.understood import ATTRIBUTES, WRITERS
 
 if TYPE_CHECKING:
     from fastnn.graph.tracing import Tracer
@@ -33,19 +32,29 @@ class Traced(fx.Proxy):
 
     tracer: Tracer
 
+    def __getattribute__(self, name: str) -> Any:
+        own = object.__getattribute__
+        if name != "__dict__" and sys._getframe(1).f_code in own(self, "tracer").codes:
+            return own(self, "of_tensor")(name)  # the user's code, to which this is a tensor
+        return own(self, name)
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        own = getattr(Tensor, name, None)
-        if callable(own) or (hasattr(PackedSequence, name) and name not in ATTRIBUTES):
+        raise AttributeError(name)
+
+    def of_tensor(self, name: str) -> Any:
+        """A tensor's attribute, or one of a tuple with names that a function of torch gives."""
+        if name in WRITERS or name.startswith("__"):
+            self.tracer.refuse(f"it asks a tensor for {name}")
+        if callable(getattr(Tensor, name, None)):
             return _Attribute(self, name)
         if name not in ATTRIBUTES:
             self.tracer.refuse(f"it reads the attribute {name} of a tensor")
         return self.tracer.node("call_function", getattr, (self, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
-            self.tracer.refuse(f"it sets the attribute {name} of a tensor")
+        tracer = object.__getattribute__(self, "__dict__").get("tracer")
+        if tracer is not None and sys._getframe(1).f_code in tracer.codes:
+            tracer.refuse(f"it sets the attribute {name} of a tensor")
         object.__setattr__(self, name, value)
 
     def __iter__(self) -> Iterator[Any]:
@@ -74,7 +83,9 @@ def _in_place_method(operation: str) -> Callable[[Traced, Any], Any]:
     return lambda self, other: self.tracer.node("call_function", in_place, (operation, self, other))
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+for _name in (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"),
+):
     setattr(Traced, f"__i{_name}__", _in_place_method(f"i{_name}"))
 
 
@@ -82,18 +93,18 @@ class _Attribute(Traced):
     """A tensor's method, or what is to be had by the same name of something else."""
 
     def __init__(self, owner: Traced, name: str) -> None:
-        for key, value in (("tracer", owner.tracer), ("_owner", owner), ("_name", name), ("_node", None)):
+        for key, value in (("tracer", owner.tracer), ("_owner", owner), ("_called", name), ("_node", None)):
             object.__setattr__(self, key, value)
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
         if self._node is None:
-            made = self.tracer.node("call_function", getattr, (self._owner, self._name)).node
+            made = self.tracer.node("call_function", getattr, (self._owner, self._called)).node
             object.__setattr__(self, "_node", made)
         return self._node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tracer.node("call_method", self._name, (self._owner, *args), kwargs)
+        return self.tracer.node("call_method", self._called, (self._owner, *args), kwargs)
 
 
 class StandIn:
@@ -121,24 +132,16 @@ class StandIn:
         _tracer_of(self).refuse(f"it deletes an item of a {class_name(self)}")
 
     def __eq__(self, other: Any) -> Any:
-        if type(real_of(self)).__eq__ is not object.__eq__ and not is_a(real_of(self), type):
-            return _tracer_of(self).special(self, "__eq__", other)
-        return real_of(self) is real_of(other)
+        return _tracer_of(self).is_equal(self, other)
 
     def __ne__(self, other: Any) -> Any:
-        return not self == other
+        return not _tracer_of(self).is_equal(self, other)
 
     def __hash__(self) -> int:
-        if type(real_of(self)).__hash__ is not object.__hash__ and not is_a(real_of(self), type):
-            _tracer_of(self).refuse(f"it asks for the hash of a {class_name(self)}")
-        return id(real_of(self))
+        return _tracer_of(self).hash_of(self)
 
     def __bool__(self) -> bool:
-        kind = type(real_of(self))
-        for name in ("__bool__", "__len__"):
-            if hasattr(kind, name):
-                return bool(_tracer_of(self).special(self, name))
-        return True
+        return _tracer_of(self).truth_of(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _tracer_of(self).call(self, args, kwargs)
@@ -195,6 +198,25 @@ class Primitive(StandIn):
     __slots__ = ()
 
 
+class FixedSet(StandIn):
+    """For a set, which is asked what it holds and nothing else: a copy would have another order."""
+
+    __slots__ = ()
+
+
+class Function(StandIn):
+    """For a function written in Python, or a method: a call runs `made`."""
+
+    __slots__ = ("_made",)
+
+    def __init__(self, tracer: Tracer, real: Any, made: Callable[..., Any]) -> None:
+        super().__init__(tracer, real)
+        object.__setattr__(self, "_made", made)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return object.__getattribute__(self, "_made")(*args, **kwargs)
+
+
 class NotUnderstood(StandIn):
     """For an object that is not understood: whatever is done with it ends the trace."""
 
@@ -205,23 +227,28 @@ def _refuse_change(self: Any, *_: Any, **__: Any) -> Any:
     self.tracer.refuse(f"it changes a {type(self).__bases__[0].__name__} that outlives the call")
 
 
-class FixedList(list):
+def _refuse_question(self: Any, *_: Any) -> Any:
+    self.tracer.refuse(f"it asks for the class of a {type(self).__bases__[0].__name__}")
+
+
+class FixedList(list[Any]):
+    """A copy of a list that outlives the call."""
+
     tracer: Tracer
+    __class__ = property(_refuse_question)
 
 
-class FixedDict(dict):
+class FixedDict(dict[Any, Any]):
+    """A copy of a dict that outlives the call."""
+
     tracer: Tracer
+    __class__ = property(_refuse_question)
 
 
-class FixedSet(set):
-    tracer: Tracer
-
-
-for _kind in (FixedList, FixedDict, FixedSet):
+for _kind in (FixedList, FixedDict):
     for _name in (
         *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse", "update", "setdefault", "popitem"),
-        *("add", "discard", "intersection_update", "difference_update", "symmetric_difference_update"),
-        *("__setitem__", "__delitem__", "__iadd__", "__imul__", "__ior__", "__iand__", "__isub__", "__ixor__"),
+        *("__setitem__", "__delitem__", "__iadd__", "__imul__", "__ior__"),
     ):
         if hasattr(_kind.__bases__[0], _name):
             setattr(_kind, _name, _refuse_change)

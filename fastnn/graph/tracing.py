@@ -20,15 +20,18 @@ forward cannot be traced is called as it is, and since its code may change anyth
 from __future__ import annotations
 
 import builtins
+import cmath
 import functools
 import inspect
+import keyword
 import linecache
 import operator
 import os
 import sys
 import types
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Sequence
-from enum import Enum
+from enum import Enum, EnumMeta
 from typing import Any, NoReturn
 
 import torch
@@ -36,13 +39,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.graph.guard import ABSENT, HOOKS, Guard, is_constant
+from fastnn.graph.guard import ABSENT, CONSTANTS, HOOKS, Guard, is_constant
+from fastnn.graph.matcher import computes_only
 from fastnn.graph.order import unpack
 from fastnn.graph.stand_ins import (
     ClassStandIn,
     FixedDict,
     FixedList,
     FixedSet,
+    Function,
     Globals,
     Instance,
     Namespace,
@@ -60,10 +65,11 @@ from fastnn.graph.understood import (
     PURE_FUNCTIONS,
     asks_for_none,
     is_primitive,
+    is_special,
     mode_functions,
     why_not_run,
 )
-from fastnn.nn._hooks import layer_class
+from fastnn.nn._hooks import layer_class, own_methods
 
 
 class UntraceableError(Exception):
@@ -73,12 +79,12 @@ class UntraceableError(Exception):
 class Fused:
     """What stands in the place of a fused module's ``forward``."""
 
+    __slots__ = ()
+
 
 class Tracer(fx.Tracer):
     """Runs a module's forward in the world of stand-ins. `guard` holds what was read, `inlined` the modules whose
     forwards were run, `tensors` a container and a key for each further input that the graph has."""
-
-    trace_asserts = True
 
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
@@ -95,8 +101,11 @@ class Tracer(fx.Tracer):
         self._stand_ins: dict[int, Any] = {}
         self._inputs: dict[tuple[int, Any], Traced] = {}
         self._has_maybe_none = self._asks_for_none = False
+        self._recomputed: set[int] = set()  # layers whose hooks have set attributes of theirs
         self._builtins: dict[str, Any] = {
             "isinstance": self._isinstance,
+            "getattr": self._getattr,
+            "hasattr": self._hasattr,
             "type": self._type,
             "super": self._super,
             "callable": self._callable,
@@ -104,13 +113,14 @@ class Tracer(fx.Tracer):
 
     def run(self) -> fx.Graph:
         forward = self.function(_class_forward(self.root))
-        args = [self.node("placeholder", name, ()) for name in input_names(type(self.root).forward)]
+        names = input_names(type(self.root).forward)
+        args = [self.node("placeholder", f"the_{n}" if n in _TAKEN else n, ()) for n in names]
         self.inlined.append(self.root)
         self.guard.note_layer(self.root)
         result = forward(self.stand_in(Instance, self.root), *args)
         if self.refused is not None:
             raise self.refused
-        self.graph.output(self.create_arg(self._given_back(result)))
+        self.graph.output(self.create_arg(self._given_back(result, set())))
         return self.graph
 
     def refuse(self, why: str) -> NoReturn:
@@ -132,14 +142,15 @@ class Tracer(fx.Tracer):
             return a.node
         kind = type(a)
         if kind is FixedList or kind is FixedDict:
-            a = kind.__bases__[0](a)
-        elif kind not in (tuple, list, dict, slice, range) and not _is_named_tuple(a):
-            if is_a(a, (StandIn, FixedSet, Super)):
-                self.refuse(f"it hands a {class_name(a) if is_a(a, StandIn) else kind.__name__} to torch")
-            if not is_constant(a):
-                self.refuse(f"it hands a {kind.__name__} to torch")
-            if kind.__module__ == "numpy":
+            a, kind = kind.__bases__[0](a), kind.__bases__[0]
+        if kind is dict and not all(type(key) is str for key in a):
+            self.refuse("it makes a dict whose keys are no texts")
+        if kind not in (tuple, list, dict, slice, range):
+            name = class_name(a) if is_a(a, StandIn) else kind.__name__
+            if kind.__module__ == "numpy" and is_constant(a):
                 return a.item()
+            if kind not in CONSTANTS or kind is bytes or (kind is complex and not cmath.isfinite(a)):
+                self.refuse(f"it hands a {name} to torch, or returns it")
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -153,21 +164,30 @@ class Tracer(fx.Tracer):
 
     def _is_recurrent(self, node: fx.Node) -> bool:
         """Whether a node gives a recurrent layer's two results, or an LSTM's two states."""
+        layer: Any = node
         if node.target is operator.getitem and node.args[1] == 1:
-            layer: Any = node.args[0]
-            return layer.op == "call_module" and is_a(self.root.get_submodule(str(layer.target)), nn.LSTM)
-        return node.op == "call_module" and is_a(self.root.get_submodule(str(node.target)), nn.RNNBase)
+            layer = node.args[0]
+        if layer.op != "call_module":
+            return False
+        kind = layer_class(type(self.root.get_submodule(str(layer.target))))
+        return kind is not None and issubclass(kind, nn.LSTM if layer is not node else nn.RNNBase)
 
-    def _given_back(self, result: Any) -> Any:
-        """What the forward returns: new objects, and constants."""
-        if is_a(result, (FixedList, FixedDict, FixedSet, StandIn)):
+    def _given_back(self, result: Any, seen: set[int]) -> Any:
+        """What the forward returns: new objects, each of them once, and constants."""
+        if is_a(result, (list, dict)):
+            if id(result) in seen:
+                self.refuse("it returns one list or dict twice")
+            seen.add(id(result))
+        if is_a(result, (FixedList, FixedDict, StandIn)):
             self.refuse(f"it returns a {type(real_of(result)).__name__.strip('_').lower()} that outlives the call")
         if is_a(result, (tuple, list)):
             for one in result:
-                self._given_back(one)
+                self._given_back(one, seen)
         if is_a(result, dict):
             for one in result.values():
-                self._given_back(one)
+                self._given_back(one, seen)
+        elif not is_a(result, (tuple, list, Traced)) and type(result) not in _GIVEN_BACK:
+            self.refuse(f"it returns a {type(result).__name__}")
         return result
 
     # ---- what enters ------------------------------------------------------------------------------------------------
@@ -202,18 +222,16 @@ class Tracer(fx.Tracer):
         if kind is types.FunctionType:
             return self.function(value)
         if kind is types.MethodType:
-            return types.MethodType(self.enter(value.__func__), self.enter(value.__self__))
+            return self.method(value.__func__, self.enter(value.__self__))
         if kind is functools.partial:
-            args = [self.enter(one) for one in value.args]
-            keywords = {name: self.enter(one) for name, one in value.keywords.items()}
-            return functools.partial(self.enter(value.func), *args, **keywords)
+            return self._partial(value)
         if kind is types.ModuleType:
             return self.stand_in(Namespace, value)
         if is_a(value, type):
             is_error = issubclass(value, BaseException) and value.__module__ == "builtins"
             return value if is_error else self.stand_in(ClassStandIn, value)
+        self.guard.note_type(value)
         if _reads_as_usual(kind):
-            self.guard.note_type(value)
             return self.stand_in(Instance, value)
         return self.stand_in(NotUnderstood, value)
 
@@ -240,10 +258,10 @@ class Tracer(fx.Tracer):
             if not all(map(is_constant, container)):
                 return self.stand_in(NotUnderstood, container)
             self.guard.note_call(_frozen, (_Held(container),), frozenset(container))
-            copy: Any = FixedSet(container)
+            return self.stand_in(FixedSet, container)
         elif is_a(container, list):
             self.guard.note_contents(container)
-            copy = FixedList([self.enter(one, (container, i)) for i, one in enumerate(container)])
+            copy: Any = FixedList([self.enter(one, (container, i)) for i, one in enumerate(container)])
         else:
             self.guard.note_contents(container)
             if not all(map(is_constant, container)):
@@ -262,8 +280,10 @@ class Tracer(fx.Tracer):
             return self.enter(value, (names, name))
         own = self._builtins.get(name)
         if own is not None:
+            self.read_item(vars(builtins), name, vars(builtins)[name])
             return own
         value = vars(builtins).get(name, ABSENT)
+        self.read_item(vars(builtins), name, value)
         if value is ABSENT:
             raise NameError(f"name {name!r} is not defined")
         return self.enter(value)
@@ -275,9 +295,9 @@ class Tracer(fx.Tracer):
     def attribute(self, stand_in: StandIn, name: str) -> Any:
         """``stand_in.name``, found where Python would find it."""
         real = real_of(stand_in)
-        if is_a(stand_in, NotUnderstood):
+        if is_a(stand_in, (NotUnderstood, FixedSet)):
             self.refuse(f"it uses a {type(real).__name__}")
-        if is_a(stand_in, Primitive):
+        if is_a(stand_in, (Primitive, Function)):
             self.refuse(f"it asks for the attribute {name} of a function")
         if is_a(stand_in, Namespace):
             value = vars(real).get(name, ABSENT)
@@ -286,16 +306,18 @@ class Tracer(fx.Tracer):
             self.read_item(vars(real), name, value)
             return self.enter(value, (vars(real), name))
         if is_a(stand_in, ClassStandIn):
-            if name in ("__name__", "__qualname__", "__module__"):
-                return getattr(real, name)
+            if name == "__name__":
+                self.read()
+                self.guard.note_call(getattr, (real, name), real.__name__)
+                return real.__name__
             owner, value = self.in_classes(real.__mro__, name)
-            if owner is None or hasattr(type(real), name):
+            if owner is None or hasattr(type(real), name) or type(real) not in (type, EnumMeta, ABCMeta):
                 self.refuse(f"it asks the class {real.__name__} for {name}")
-            if is_a(value, classmethod):
-                return types.MethodType(self.enter(value.__func__), stand_in)
-            if is_a(value, staticmethod):
+            if type(value) is classmethod:
+                return self.method(value.__func__, stand_in)
+            if type(value) is staticmethod:
                 value = value.__func__
-            elif hasattr(type(value), "__get__") and not callable(value):
+            elif hasattr(type(value), "__get__") and type(value) is not types.FunctionType and not is_primitive(value):
                 self.refuse(f"it asks the class {real.__name__} for {name}")
             return self.enter(value, (vars(owner), name))
         return self._instance_attribute(stand_in, real, name)
@@ -309,23 +331,30 @@ class Tracer(fx.Tracer):
             return self.stand_in(ClassStandIn, kind)
         if name == "__dict__" or not _reads_as_usual(kind):
             self.refuse(f"it asks a {kind.__name__} for {name}")
+        if id(real) in self._recomputed:
+            self.refuse(f"it reads {name} of a layer that has computed its weight anew")
+        self.guard.note_type(real)
         owner, value = self.in_classes(kind.__mro__, name)
-        if owner is not None and hasattr(type(value), "__set__"):
+        if owner is not None and type(value).__module__ != "builtins":
+            self.guard.note_type(value)
+        if owner is not None and (hasattr(type(value), "__set__") or hasattr(type(value), "__delete__")):
             return self.bound(stand_in, owner, name, value)
         self.read()
         own = real.__dict__.get(name, ABSENT)
         self.guard.note_instance(real, name, own)
-        if own is not ABSENT and not is_a(own, Fused):
+        if own is not ABSENT and not (name == "forward" and is_a(own, Fused)):
             return self.enter(own, (real.__dict__, name))
         if owner is not None:
             return self.bound(stand_in, owner, name, value)
         if is_a(real, nn.Module):
             for tensors in ("_parameters", "_buffers"):
                 held = real.__dict__[tensors]
+                self.guard.note_instance(real, tensors, held)
                 self.read_item(held, name, held.get(name, ABSENT))
                 if name in held:
                     return None if held[name] is None else self._own_tensor(real, name, held)
             children = real.__dict__["_modules"]
+            self.guard.note_instance(real, "_modules", children)
             self.read_item(children, name, children.get(name, ABSENT))
             if name in children:
                 return self.enter(children[name])
@@ -342,19 +371,25 @@ class Tracer(fx.Tracer):
     def _target(self, module: nn.Module, *name: str) -> str:
         """How the graph finds a module, or a tensor of it. It is noted that this path leads there."""
         names = [one for one in self.places[module].split(".") if one]
+        if any(keyword.iskeyword(one) or set(one) & set("\"'\\\n") for one in (*names, *name)) or names[:1] == ["self"]:
+            self.refuse("a module's, or a parameter's, name is none that Python could write")
         current = self.root
         for one in names:
             children = current.__dict__["_modules"]
+            self.guard.note_instance(current, "_modules", children)
             self.guard.note_item(children, one, children[one])
             current = children[one]
         return ".".join([*names, *name])
 
     def in_classes(self, kinds: Sequence[type], name: str) -> tuple[Any, Any]:
         """The first of the classes that has the name, and what it has; None where none has."""
+        self.read()
         for kind in kinds:
             value = vars(kind).get(name, ABSENT)
-            if value is not ABSENT or kind.__module__.partition(".")[0] not in ("torch", "builtins"):
-                self.read_item(kind, name, value)
+            if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+                self.guard.note_contents(kind)
+            elif value is not ABSENT and kind is not object:
+                self.guard.note_item(kind, name, value)
             if value is not ABSENT:
                 return kind, value
         return None, None
@@ -362,27 +397,27 @@ class Tracer(fx.Tracer):
     def bound(self, instance: Any, owner: type, name: str, value: Any) -> Any:
         """What a class has, as an instance's attribute."""
         real = real_of(instance)
-        if is_a(value, types.FunctionType):
+        if type(value) is types.FunctionType:
             if value is nn.Module.__call__:
                 self.refuse("it calls a module by __call__")
-            return types.MethodType(self.enter(value), instance)
-        if is_a(value, property):
+            return self.method(value, instance)
+        if type(value) is property:
             if value.fget is None:
                 raise AttributeError(name)
             if is_a(real, nn.Module) and owner.__module__ == "torch.nn.utils.parametrize":
                 return self._parametrized(real, name)
             return self.enter(value.fget)(instance)
-        if is_a(value, staticmethod):
+        if type(value) is staticmethod:
             return self.enter(value.__func__, (vars(owner), name))
-        if is_a(value, classmethod):
-            return types.MethodType(self.enter(value.__func__), self.stand_in(ClassStandIn, type(real)))
+        if type(value) is classmethod:
+            return self.method(value.__func__, self.stand_in(ClassStandIn, type(real)))
         if hasattr(type(value), "__get__"):
             self.refuse(f"it asks a {type(real).__name__} for {name}, which is a {type(value).__name__}")
         return self.enter(value, (vars(owner), name))
 
     def _parametrized(self, module: nn.Module, name: str) -> Traced:
         """A tensor that torch computes at each reading."""
-        if module not in self.places or not is_all_torchs(module):
+        if module not in self.places or not is_all_torchs(module) or not computes_only(module):
             self.refuse(f"{name} is computed by a parametrization")
         return self.node("get_attr", self._target(module, name), ())
 
@@ -410,7 +445,7 @@ class Tracer(fx.Tracer):
         if names is None:
             names = self._stand_ins[globals_key] = Globals(self, function.__globals__)
         anew = code.replace()  # without what the interpreter has specialized for the real globals
-        self.codes.add(anew)
+        self.codes.update(_all_codes(anew))
         cells = []
         for cell in function.__closure__ or ():
             try:
@@ -422,10 +457,10 @@ class Tracer(fx.Tracer):
             self.read_item(cell, None, value)
             cells.append(types.CellType(value if value is function else self.enter(value, (_Cell(cell), 0))))
         made = types.FunctionType(anew, names, function.__name__, None, tuple(cells))
-        self._stand_ins[id(function)] = made
+        stand_in = self._stand_ins[id(function)] = Function(self, function, made)
         for cell in made.__closure__ or ():
             if _contents(cell) is function:  # it calls itself
-                cell.cell_contents = made
+                cell.cell_contents = stand_in
         defaults = function.__defaults__
         made.__defaults__ = (
             None if defaults is None else tuple([self.enter(d, (defaults, i)) for i, d in enumerate(defaults)])
@@ -435,7 +470,25 @@ class Tracer(fx.Tracer):
             made.__kwdefaults__ = {
                 k: self.enter(v, (function.__kwdefaults__, k)) for k, v in function.__kwdefaults__.items()
             }
-        return made
+        return stand_in
+
+    def method(self, function: Any, instance: Any) -> Any:
+        """A function with its first argument."""
+        entered = self.enter(function)
+        made = functools.partial(entered, instance)
+        return Function(self, types.MethodType(function, real_of(instance)), made)
+
+    def _partial(self, partial: functools.partial[Any]) -> Any:
+        known = self._stand_ins.get(id(partial))
+        if known is None:
+            self.read()
+            self.guard.note_call(_parts_of_partial, (_Held(partial),), _parts_of_partial(_Held(partial)))
+            self.guard.note_contents(partial.keywords)
+            args = [self.enter(one, (partial.args, i)) for i, one in enumerate(partial.args)]
+            keywords = {name: self.enter(one, (partial.keywords, name)) for name, one in partial.keywords.items()}
+            made = functools.partial(self.enter(partial.func), *args, **keywords)
+            known = self._stand_ins[id(partial)] = Function(self, partial, made)
+        return known
 
     def call(self, stand_in: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         real = real_of(stand_in)
@@ -449,9 +502,8 @@ class Tracer(fx.Tracer):
                 return value
             if real in PURE_FUNCTIONS:
                 return real(*args, **kwargs)
-            if real in (F.multi_head_attention_forward,):
-                self._has_maybe_none = True
-                self._check_none()
+            if real in _MAY_GIVE_NONE:
+                self._note_maybe_none()
             return self.node("call_function", real, args, kwargs)
         if is_a(stand_in, ClassStandIn):
             if real in PURE_CLASSES:
@@ -466,6 +518,8 @@ class Tracer(fx.Tracer):
     def special(self, stand_in: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """A method that Python calls by itself, as ``len(x)`` calls ``__len__``."""
         real = real_of(stand_in)
+        if is_a(stand_in, FixedSet) and name in ("__contains__", "__len__") and all(map(is_constant, args)):
+            return getattr(real, name)(*args)
         if not is_a(stand_in, Instance):
             self.refuse(f"it uses a {type(real).__name__}")
         self.guard.note_type(real)
@@ -485,10 +539,13 @@ class Tracer(fx.Tracer):
         if is_a(module, nn.modules.lazy.LazyModuleMixin):
             self.refuse(f"{self._name(module)} is lazy")
         is_layer = layer_class(type(module)) is not None or is_a(module, torch.jit.ScriptModule)
+        if is_layer and not is_a(module, torch.jit.ScriptModule) and own_methods(module) - {"forward"}:
+            return self._call_opaque(module, args, kwargs, "it has methods of its own")
         hooks = [hook for name in HOOKS for hook in own[name].values()]
         forward = own.get("forward")
         if hooks or own.get("_compiled_call_impl") is not None or type(module).__call__ is not nn.Module.__call__:
-            if is_layer and all(map(_is_torchs, hooks)) and len(hooks) == sum(map(len, map(own.get, HOOKS))):  # type: ignore[arg-type]
+            if is_layer and own.get("_compiled_call_impl") is None and all(map(_is_torchs, hooks)):
+                self._recomputed.add(id(module))  # weight_norm's, for one, set the weight
                 return self._call_as_node(module, args, kwargs)
             return self._call_opaque(module, args, kwargs, "it has hooks, or a call of its own")
         if forward is not None and not is_a(forward, Fused):
@@ -502,10 +559,13 @@ class Tracer(fx.Tracer):
 
     def _call_as_node(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
         if is_a(module, nn.MultiheadAttention):
-            self._has_maybe_none = True
-            self._check_none()
+            self._note_maybe_none()
         for part in module.modules():
             self.guard.note_layer(part)
+            for name, value in part.__dict__.items():
+                if callable(value) and name != "forward":
+                    self.guard.note_instance(part, name, value)
+            self.guard.note_contents(part.__dict__["_modules"])
         self.called.append(module)
         return self.node("call_module", self._target(module), args, kwargs)
 
@@ -538,6 +598,7 @@ class Tracer(fx.Tracer):
             if not is_a(one, Traced) and not is_constant(one):
                 self.refuse(f"it hands a {type(real_of(one)).__name__} to {self._name(module)}")
         self.guard.note_type(module)
+        self._note_maybe_none()
         result = self.node("call_module", self._target(module), args, kwargs)
         self.opaque = f"{self._name(module)} ({why})"
         return result
@@ -545,23 +606,87 @@ class Tracer(fx.Tracer):
     def _name(self, module: nn.Module) -> str:
         return self.places.get(module) or type(module).__name__
 
+    def _note_maybe_none(self) -> None:
+        self._has_maybe_none = True
+        self._check_none()
+
     def _check_none(self) -> None:
         if self._has_maybe_none and self._asks_for_none:
-            self.refuse("it asks whether something is None, which an attention's result may be")
+            self.refuse("it asks whether something is None, and something that it is given may be None")
 
     # ---- builtins that look at objects ------------------------------------------------------------------------------
 
+    def is_equal(self, stand_in: StandIn, other: Any) -> bool:
+        """``stand_in == other``, where no code of the user's has a say in it."""
+        real = real_of(stand_in)
+        if is_a(stand_in, (NotUnderstood, FixedSet)) or is_a(other, (Traced, NotUnderstood, FixedSet)):
+            self.refuse(f"it compares a {type(real).__name__}")
+        for one in (stand_in, other):
+            if is_a(one, Instance):
+                kinds = type(real_of(one)).__mro__
+                for name in ("__eq__", "__ne__"):
+                    if self.in_classes(kinds, name)[1] is not vars(object)[name]:
+                        self.refuse(f"it compares a {type(real_of(one)).__name__}")
+            elif not is_a(one, StandIn) and type(one).__module__ not in ("builtins", "torch"):
+                self.refuse(f"it compares a {type(real).__name__} with a {type(one).__name__}")
+        if is_a(stand_in, Function) and is_a(other, Function):
+            return bool(real == real_of(other))
+        return real is real_of(other)
+
+    def hash_of(self, stand_in: StandIn) -> int:
+        real = real_of(stand_in)
+        if is_a(stand_in, Instance):
+            value = self.in_classes(type(real).__mro__, "__hash__")[1]
+            if value not in (object.__hash__, nn.Module.__hash__, Enum.__hash__):
+                self.refuse(f"it asks for the hash of a {type(real).__name__}")
+        elif is_a(stand_in, NotUnderstood):
+            self.refuse(f"it asks for the hash of a {type(real).__name__}")
+        return hash(real)
+
+    def truth_of(self, stand_in: StandIn) -> bool:
+        real = real_of(stand_in)
+        if is_a(stand_in, Instance):
+            for name in ("__bool__", "__len__"):
+                if self.in_classes(type(real).__mro__, name)[0] is not None:
+                    return bool(self.special(stand_in, name))
+        elif is_a(stand_in, FixedSet):
+            return len(real) != 0
+        elif is_a(stand_in, NotUnderstood) or (is_a(real, type) and type(real) not in (type, ABCMeta)):
+            self.refuse(f"it asks for the truth of a {type(real).__name__}")
+        return True
+
+    def _getattr(self, owner: Any, name: Any, *default: Any) -> Any:
+        if is_special(name):
+            self.refuse(f"it asks for {name}")
+        if is_a(owner, Traced):
+            if default and not hasattr(Tensor, name):
+                self.refuse(f"it asks whether a tensor has {name}")
+            return owner.of_tensor(name)
+        if not is_a(owner, (StandIn, Super, *_PLAIN)):
+            self.refuse(f"it asks a {type(owner).__name__} for {name}")
+        return getattr(owner, name, *default)
+
+    def _hasattr(self, owner: Any, name: Any) -> bool:
+        if is_special(name) or (is_a(owner, Traced) and (owner.node.op != "placeholder" or not hasattr(Tensor, name))):
+            self.refuse(f"it asks whether something has {name}")
+        if is_a(owner, Traced):
+            return True
+        if not is_a(owner, (StandIn, *_PLAIN)):
+            self.refuse(f"it asks whether a {type(owner).__name__} has {name}")
+        return hasattr(owner, name)
+
     def _isinstance(self, value: Any, kinds: Any) -> bool:
         wanted = _real_classes(kinds)
-        if wanted is None:
-            self.refuse("it asks isinstance for something that is no class")
+        if wanted is None or any(type(kind).__instancecheck__ is not type.__instancecheck__ for kind in wanted):
+            self.refuse("it asks isinstance for something else than plain classes")
         if is_a(value, Traced):
             if value.node.op == "placeholder" and all(kind in _KNOWN_OF_TENSORS for kind in wanted):
                 return Tensor in wanted
             self.refuse("it asks for the class of a tensor")
-        if is_a(value, (StandIn, types.MethodType)):
-            self.guard.note_type(real_of(value))
-        return isinstance(real_of(value), tuple(wanted))
+        real = real_of(value)
+        if is_a(value, StandIn):
+            self.guard.note_type(real)
+        return issubclass(type(real), tuple(wanted))
 
     def _type(self, value: Any, *others: Any) -> Any:
         if others or is_a(value, (Traced, Super)) or (callable(value) and not is_a(value, StandIn)):
@@ -569,7 +694,7 @@ class Tracer(fx.Tracer):
         kind = type(real_of(value))
         if is_a(value, StandIn):
             self.guard.note_type(real_of(value))
-        return self.stand_in(ClassStandIn, kind.__bases__[0] if kind in (FixedList, FixedDict, FixedSet) else kind)
+        return self.stand_in(ClassStandIn, kind.__bases__[0] if kind in (FixedList, FixedDict) else kind)
 
     def _super(self, *args: Any) -> Any:
         if args:
@@ -585,9 +710,18 @@ class Tracer(fx.Tracer):
     def _callable(self, value: Any) -> bool:
         if is_a(value, Traced):
             self.refuse("it asks whether a tensor can be called")
+        if is_a(value, Instance):
+            return self.in_classes(type(real_of(value)).__mro__, "__call__")[0] is not None
         return callable(real_of(value))
 
 
+# Constants that generated code gives back as they are.
+_GIVEN_BACK = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+# Values of whose attributes nothing has to be noted.
+_PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type(None))
+# What the generated code has names of its own for.
+_TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", *vars(builtins)})
+_MAY_GIVE_NONE = (F.multi_head_attention_forward, nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pack_sequence)
 _KNOWN_OF_TENSORS = (Tensor, tuple, list, dict, str, int, float, bool, type(None), PackedSequence, nn.Module)
 
 
@@ -634,11 +768,19 @@ def _contents(cell: types.CellType) -> Any:
         return ABSENT
 
 
-def _is_named_tuple(value: Any) -> bool:
-    return is_a(value, tuple) and hasattr(value, "_fields")
+def _parts_of_partial(held: _Held) -> tuple[int, int, int]:
+    """Which function and arguments a partial has. (The guard holds them.)"""
+    return id(held.value.func), id(held.value.args), id(held.value.keywords)
 
 
-@functools.lru_cache(maxsize=4096)
+def _all_codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code, and that of the functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _all_codes(constant)
+
+
 def _reads_as_usual(kind: type) -> bool:
     """Whether an attribute of such an object is found in its classes and its own dict, and nowhere else."""
     if _in_classes(kind, "__getattribute__") not in _USUAL_GETATTRIBUTE or kind.__dictoffset__ == 0:

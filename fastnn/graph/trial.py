@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fastnn.graph import forward
 from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program, key_of
 from fastnn.graph.matcher import Match
-from fastnn.graph.rehearsal import cloned, copied, keeping_random_numbers
+from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 
 _SECONDS = 0.04  # to time a candidate for
 _LEAST_ROUNDS = 5
@@ -29,7 +29,7 @@ def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]
     of_twin = dict(zip(twin.modules(), model.modules(), strict=True))
     trial = _Trial(next((m.__dict__["forward"].left for m in twin.modules() if _is_fused(m)), {}), model.training)
     try:
-        with keeping_random_numbers(), forward.observing(trial):
+        with leaving_no_trace(), forward.observing(trial):
             twin(*cloned(tuple(inputs)))
     except (RuntimeError, TypeError, ValueError) as error:
         words = str(error).partition("\n")[0]  # torch.fx adds the node to it

@@ -41,7 +41,7 @@ _MODES = (
 )
 PURE_FUNCTIONS = frozenset(
     {
-        *(abs, all, any, divmod, getattr, hasattr, iter, len, max, min, next, pow, round, sorted, sum),
+        *(abs, all, any, divmod, iter, len, max, min, next, pow, round, sorted, sum),
         *(value for module in (math, operator) for value in vars(module).values() if callable(value)),
         functools.reduce,
     }
@@ -50,6 +50,14 @@ PURE_CLASSES = frozenset(
     {
         *(bool, complex, dict, enumerate, filter, float, frozenset, int, list, map, range, reversed, set, slice, str),
         *(tuple, zip, torch.device, torch.Size, torch.finfo, torch.iinfo),
+    }
+)
+# Methods of tensors that do more than compute, or give what is no tensor.
+WRITERS = frozenset(
+    {
+        *("apply_", "backward", "data_ptr", "map_", "numpy", "register_hook", "register_post_accumulate_grad_hook"),
+        *("retain_grad", "set_", "share_memory_", "storage", "tolist", "typed_storage", "untyped_storage"),
+        *("__array__", "__dlpack__", "sorted_indices", "unsorted_indices"),
     }
 )
 # Attributes of tensors and of packed sequences that are never None.
@@ -83,16 +91,36 @@ _FUNCTION_TYPES = (
 )
 
 
+_NOT_PURE = frozenset(
+    {
+        *(
+            operator.is_,
+            operator.is_not,
+            operator.setitem,
+            operator.delitem,
+            operator.attrgetter,
+            operator.methodcaller,
+        ),
+        *(operator.itemgetter, operator.call if hasattr(operator, "call") else None),
+    }
+)
+
+
 def is_primitive(value: Any) -> bool:
     """Whether a function becomes a node, or is called as it is."""
     if not isinstance(value, _FUNCTION_TYPES):
+        return False
+    if value in _NOT_PURE:
         return False
     return value in primitives() or value in PURE_FUNCTIONS or value in mode_functions()
 
 
 # ---- what code must not do ------------------------------------------------------------------------------------------
 
+# Attributes, besides those of objects, that code may ask for though their names begin and end with underscores.
+_SPECIAL_NAMES = ("__class__", "__name__", "__call__", "__len__", "__getitem__", "__iter__", "__contains__", "__init__")
 _CATCHES = ("SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH", "PUSH_EXC_INFO", "BEFORE_WITH", "LOAD_SPECIAL")
+_ATTRIBUTE_INSTRUCTIONS = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR")
 _WRITES_GLOBALS = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME", "DELETE_NAME")
 
 
@@ -110,8 +138,15 @@ def why_not_run(code: types.CodeType) -> tuple[str, int] | None:
             return f"it writes the global {instruction.argval}", line
         if name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars:
             return f"it writes the variable {instruction.argval} of an outer function", line
-        if name == "IS_OP" and not (before is not None and before.opname == "LOAD_CONST" and before.argval is None):
+        is_none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        if name == "IS_OP" and (not is_none or instruction.is_jump_target):
             return "it asks whether two objects are one", line
+        if name.startswith("MATCH_"):
+            return "it matches patterns of classes, sequences or mappings", line
+        if is_special(instruction.argval) and name.startswith(
+            ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
+        ):
+            return f"it asks for {instruction.argval}", line
         if name == "IMPORT_NAME":
             return "it imports a module", line
         if name != "CACHE":
@@ -120,6 +155,11 @@ def why_not_run(code: types.CodeType) -> tuple[str, int] | None:
         if isinstance(constant, types.CodeType) and (reason := why_not_run(constant)):
             return reason
     return None
+
+
+def is_special(name: Any) -> bool:
+    """Whether an attribute of this name tells of how an object is made, as a function's globals."""
+    return isinstance(name, str) and name.startswith("__") and name.endswith("__") and name not in _SPECIAL_NAMES
 
 
 def _line_of(instruction: dis.Instruction) -> int | None:

@@ -23,6 +23,12 @@ def has_own_call(module: Any) -> bool:
     )
 
 
+def own_methods(module: Module) -> frozenset[str]:
+    """The names under which a module has something of its own in the place of what its classes have."""
+    classes = type(module).__mro__
+    return frozenset(name for name in module.__dict__ if any(name in vars(kind) for kind in classes))
+
+
 def forward_of(kind: type) -> Callable[..., Any] | None:
     """What calling a module of this class runs. None for a class with a call of its own."""
     return getattr(kind, "forward", None) if kind.__call__ is Module.__call__ else None
@@ -30,20 +36,28 @@ def forward_of(kind: type) -> Callable[..., Any] | None:
 
 _CONTAINERS = (Module, Sequential, ModuleList, ModuleDict, ParameterList, ParameterDict)
 _PARAMETRIZED = "torch.nn.utils.parametrize"  # where the classes of modules with parametrizations are made
-_ALWAYS_ALLOWED = ("extra_repr", "reset_parameters")  # no call of a layer asks for these
+# What a class may have that no call of a layer asks for.
+_NOT_CALLED = frozenset(
+    {
+        *("__annotate__", "__annotate_func__", "__annotations__", "__annotations_cache__", "__dict__", "__doc__"),
+        *("__firstlineno__", "__init__", "__init_subclass__", "__module__", "__orig_bases__", "__parameters__"),
+        *("__qualname__", "__static_attributes__", "__weakref__", "extra_repr", "reset_parameters"),
+    }
+)
 
 
-_layer_classes: WeakKeyDictionary[type, type | None] = WeakKeyDictionary()
+_layer_classes: WeakKeyDictionary[type, tuple[type | None]] = WeakKeyDictionary()
 
 
 def layer_class(kind: type) -> type | None:
     """The layer of torch, or of fastnn, that a module of this class is: the class itself, or one that it derives from
     without a change to what a call does, as parametrizations make them. None where it is no layer: a module of the
-    user's, a container, or a subclass that has a method or an attribute of its own in place of one of the layer's.
+    user's, a container, or a subclass that has methods or attributes of its own.
     """
-    if kind not in _layer_classes:
-        _layer_classes[kind] = _find_layer_class(kind)
-    return _layer_classes[kind]
+    known = _layer_classes.get(kind)
+    if known is None or kind.__module__.partition(".")[0] != "torch":  # to others something may have been added
+        known = _layer_classes[kind] = (_find_layer_class(kind),)
+    return known[0]
 
 
 def _find_layer_class(kind: type) -> type | None:
@@ -54,15 +68,10 @@ def _find_layer_class(kind: type) -> type | None:
                 return None
             if one.__module__.startswith("fastnn.") and not one.__module__.startswith("fastnn.nn."):
                 return None  # a model
-            changes = (name for other in own for name in vars(other) if name not in _ALWAYS_ALLOWED)
-            return None if any(_is_asked_for(name) and hasattr(one, name) for name in changes) else one
+            return one if all(vars(other).keys() <= _NOT_CALLED for other in own) else None
         if one.__module__ != _PARAMETRIZED:
             own.append(one)
     return None
-
-
-def _is_asked_for(name: str) -> bool:
-    return not name.startswith("__") or name in ("__call__", "__getattr__", "__getattribute__", "__setattr__")
 
 
 def layer_forward(module: Module) -> Callable[..., Any] | None:

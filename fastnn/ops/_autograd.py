@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
 
 autocast_is_on = torch._C._is_any_autocast_enabled
 is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
@@ -83,6 +84,17 @@ def check_same_device(*tensors: Tensor | None) -> None:
             f"Expected all tensors to be on the same device, but found at least two devices, "
             f"{' and '.join(sorted(map(str, devices)))}!"
         )
+
+
+_functions_watching = torch._C._len_torch_function_stack
+
+
+def functions_are_watched() -> bool:
+    """Whether a ``TorchFunctionMode`` is on that may change what torch's functions do: another one than that of a
+    default device."""
+    if not _functions_watching():
+        return False
+    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def in_torchs_words(error: RuntimeError, reference: Callable[..., Any], *args: Any) -> Exception:
