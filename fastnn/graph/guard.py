@@ -180,7 +180,7 @@ class Guard:
             if not self._by_value or not self._holds_by_value():
                 return False
             self.seal()
-        return all(function(*args) == value for function, args, value in self._calls.values())
+        return not self._calls or all(function(*args) == value for function, args, value in self._calls.values())
 
     def _holds_by_value(self) -> bool:
         for instance, kind, order, own in self._types.values():
