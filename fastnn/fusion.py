@@ -65,7 +65,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     """The stock model again: takes what :func:`fuse` put there off ``model``, in place, and returns it."""
     for module in model.modules():
         fused = module.__dict__.get("forward")
-        if isinstance(fused, FusedModule) and fused.module is module:
+        if isinstance(fused, FusedModule) and module.__dict__.get(TOKEN) is fused.token:  # not one that it borrows
             del module.__dict__["forward"]
             module.__dict__.pop(TOKEN, None)
     return model

@@ -118,17 +118,20 @@ class FusedModule(Fused):
     def own(self) -> FusedModule:
         """That of the module for which the caller of the caller called: a shallow copy gets one of its own."""
         caller = sys._getframe(2).f_locals.get("self")
+        if caller is self.module:
+            return self
         if isinstance(caller, nn.Module) and caller.__dict__.get("forward") is self:
-            return self if caller is self.module else type(self)(caller, self.left)
+            is_copy = caller.__dict__.get(TOKEN) is self.token
+            return type(self)(caller, self.left) if is_copy else self  # another module may call this one's forward
         holders = [one for one in gc.get_referrers(self.token) if isinstance(one, dict) and one.get("forward") is self]
-        if not holders:  # somebody has put a forward of his own there, and calls this one, which was the module's
+        if len(holders) > 1 or (holders and holders[0] is not self.module.__dict__):
+            raise RuntimeError(
+                f"fuse: a {type(self.module).__name__} and its shallow copy have one forward: call the module, which "
+                f"tells the two apart, and not its forward"
+            )
+        if not holders and TOKEN in self.module.__dict__:  # its owner has put another forward there, which calls this
             self.token = self.module.__dict__[TOKEN] = _Token()
-        if not holders or (len(holders) == 1 and holders[0] is self.module.__dict__):
-            return self  # (Another thread may have had the token at hand.)
-        raise RuntimeError(
-            f"fuse: a {type(self.module).__name__} and its shallow copy have one forward: call the module, which tells "
-            f"the two apart, and not its forward"
-        )
+        return self  # (Another thread may have had the token at hand.)
 
 
 class FusedRecurrent(FusedModule):

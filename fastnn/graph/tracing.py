@@ -572,7 +572,7 @@ class Tracer(fx.Tracer):
     def _call_inlined(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.guard.note_layer(module)
         last = next(iter(reversed(self.graph.nodes)), None)
-        before, inlined = set(self._inputs), len(self.inlined)
+        before, inlined, called = set(self._inputs), len(self.inlined), len(self.called)
         try:
             forward = self.function(_class_forward(module))
             result = forward(self.stand_in(Instance, module), *args, **kwargs)
@@ -586,7 +586,7 @@ class Tracer(fx.Tracer):
             for place in self._inputs.keys() - before:
                 if self._inputs[place].node.op == "get_attr":  # which has been erased
                     del self._inputs[place]
-            del self.inlined[inlined:]
+            del self.inlined[inlined:], self.called[called:]
             self.refused = None
             return self._call_opaque(module, args, kwargs, words_of(error, self.codes))
         self.inlined.append(module)
