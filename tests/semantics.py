@@ -1031,6 +1031,7 @@ def _attributes(value: Any) -> Any:
     if own is None:
         return None
     found = {k: v for k, v in own.items() if k not in _NOT_COMPARED and not (k == "forward" and isinstance(v, Fused))}
+    found = {k: v for k, v in found.items() if not k.startswith("__builtins_dict__")}  # which Dynamo leaves in modules
     if "forward" in found:  # which in a fused model has been there before
         found["forward"] = found.pop("forward")
     return found
