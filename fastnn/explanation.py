@@ -10,41 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastnn.fusion import fuse
 from fastnn.graph import forward as forwards
-from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program
-from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
+from fastnn.graph.account import WHY, ExplainedCall, account_for, programs_of
+from fastnn.graph.forward import FusedModule, FusedRecurrent, Program
+from fastnn.graph.matcher import Layer
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 from fastnn.nn import FUSED
-from fastnn.nn._hooks import layer_forward
 
 _ALGORITHM_OF = torch.ops.fastnn.conv_relu_max_pool_algorithm.default
 _EXPLAINED = {torch.ops.fastnn.conv_relu_max_pool.default, torch.ops.fastnn.conv_relu_max_pool_with_winners.default}
-_WHY = {
-    "winograd": "3x3 kernels of stride 1: 16 multiplications in place of 36 for four pixels, in bfloat16 9 for four",
-    "phases": "rows of a kernel longer than its stride: two pixels of r taps by r + 1 multiplications",
-    "pixels": "few channels: pixels fill the vector's lanes",
-    "depthwise": "groups of one channel: channels fill the vector's lanes",
-    "direct": "output channels fill the vector's lanes",
-    "stock": "torch's own convolution, some images at a time, with ReLU and max-pool in one pass behind it",
-    "fused": "one call, sums stay in cache",
-    "none": "there is nothing to compute",
-}
-
-
-@dataclass(frozen=True)
-class ExplainedCall:
-    """A layer, or layers that are one operator call.
-
-    Of a layer that is left, `operator`, `forward` and `backward` are empty; of one that was not called, `input`.
-    """
-
-    layer: str  # its name in the model, or that of its function
-    operator: str
-    input: str
-    forward: str  # the algorithms that the sizes lead to
-    backward: str
-    why: str  # that algorithm, or it was left
-    is_candidate: bool = True  # whether fastnn has an operator for such a layer
 
 
 @dataclass(frozen=True)
@@ -97,17 +72,12 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     ``stock``.
     """
     is_fused = _is_fused(model)
-    if not is_fused:
-        from fastnn.fusion import fuse
-
-        model = fuse(copied(model))
-    else:
-        model = copied(model)
+    model = copied(model) if is_fused else fuse(copied(model))
     if not inputs:
         return Explanation(tuple(account_for(model)), is_fused)
     recorder = _Recorder()
     hooks = []
-    in_programs = {layer for program in _programs(model).values() if program for layer in program.called}
+    in_programs = {layer for program in programs_of(model).values() if program for layer in program.called}
     for name, module in model.named_modules():
         if type(module) in FUSED and module not in in_programs:
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.begin(name)))
@@ -129,75 +99,6 @@ def _is_fused(model: nn.Module) -> bool:
     """Whether fuse has been here, or the layers are fastnn's own."""
     modules = list(model.modules())
     return any(isinstance(m.__dict__.get("forward"), FusedModule) or type(m) in FUSED for m in modules)
-
-
-def _programs(model: nn.Module) -> dict[nn.Module, Program | None]:
-    """Of each module that runs one, or might, but for those that an outer one's runs."""
-    found: dict[nn.Module, Program | None] = {}
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        fused = module.__dict__.get("forward")
-        if isinstance(fused, FusedForward) and module not in inside:
-            found[module] = program = fused.program(now=True)
-            inside.update(program.passed if program else ())
-    return found
-
-
-def account_for(model: nn.Module) -> list[ExplainedCall]:
-    """The rows of a fused model, by what is known without a call: no algorithms."""
-    rows: list[ExplainedCall] = []
-    names = {module: name for name, module in model.named_modules()}
-    known: set[nn.Module] = set()
-    inside: dict[nn.Module, str] = {}  # modules that a program of an outer one runs, or why that has none
-    for module, program in _programs(model).items():
-        name = names[module]
-        if program is None:
-            inside[module] = module.__dict__["forward"].why or ""
-            continue
-        for part in program.passed:
-            inside[part] = ""
-        prefix = f"{name}." if name else ""
-        for found in program.matches.found:
-            rows.append(_row(prefix, found.layers, found.operator, ""))
-            known.update(found.modules)
-        for one in program.matches.left:
-            rows.append(_row(prefix, [one.layer], "", one.reason))
-            known.update([one.layer.module] if one.layer.module is not None else [])
-    for module, name in names.items():
-        fused = module.__dict__.get("forward")
-        kind = kind_of(module)
-        if module in known or (kind is None and layer_forward(module) not in RECURRENT):
-            continue
-        if isinstance(fused, FusedRecurrent):
-            reason = fused.left.get(module)
-            row = ExplainedCall(name, "" if reason else "rnn", "", "", "", reason or _WHY["fused"])
-        else:
-            row = ExplainedCall(name, "", "", "", "", _why_left(model, names, module, inside), kind in _CANDIDATES)
-        rows.append(row)
-    return rows
-
-
-_CANDIDATES = ("conv1d", "conv2d", "conv3d", "linear", "RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
-
-
-def _row(prefix: str, layers: Sequence[Layer], operator: str, why: str) -> ExplainedCall:
-    names = ", ".join(prefix + layer.name for layer in layers)
-    return ExplainedCall(names, operator, "", "", "", why, any(layer.kind in _CANDIDATES for layer in layers))
-
-
-def _why_left(model: nn.Module, names: dict[nn.Module, str], module: nn.Module, inside: dict[nn.Module, str]) -> str:
-    """Of a layer that is in no program."""
-    if why := why_not_read(module):
-        return why
-    name = names[module]
-    while name:
-        name = name.rpartition(".")[0]
-        outer = model.get_submodule(name)
-        if inside.get(outer):
-            return f"in {type(outer).__name__}: {inside[outer]}"
-        if type(outer).__module__.startswith("torch.nn.modules.transformer"):
-            return f"{type(outer).__name__} is torch's"
-    return "the model's forward does not call it"
 
 
 class _Recorder(TorchDispatchMode):
@@ -223,7 +124,7 @@ class _Recorder(TorchDispatchMode):
             text = f"{tuple(input.shape)} {str(input.dtype).removeprefix('torch.')}"
             layer = self.layers[-1] if self.layers else ""
             operator = func.overloadpacket.__name__
-            self.calls.append(ExplainedCall(layer, operator, text, *algorithms, _WHY[algorithms[0]]))
+            self.calls.append(ExplainedCall(layer, operator, text, *algorithms, WHY[algorithms[0]]))
         return func(*args, **(kwargs or {}))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastnn.explanation import account_for
+from fastnn.graph.account import account_for
 from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, may_hold_layers
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.matcher import RECURRENT

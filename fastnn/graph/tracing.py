@@ -149,7 +149,7 @@ class Tracer(fx.Tracer):
             name = class_name(a) if is_a(a, StandIn) else kind.__name__
             if kind.__module__ == "numpy" and is_constant(a):
                 return a.item()
-            if kind not in CONSTANTS or kind is bytes or (kind is complex and not cmath.isfinite(a)):
+            if kind not in CONSTANTS or kind is bytes or (kind is complex and not _is_plain_complex(a)):
                 self.refuse(f"it hands a {name} to torch, or returns it")
         return super().create_arg(a)
 
@@ -178,7 +178,7 @@ class Tracer(fx.Tracer):
             if id(result) in seen:
                 self.refuse("it returns one list or dict twice")
             seen.add(id(result))
-        if is_a(result, (FixedList, FixedDict, StandIn)):
+        if is_a(result, (FixedList, FixedDict, StandIn, torch.Size)):
             self.refuse(f"it returns a {type(real_of(result)).__name__.strip('_').lower()} that outlives the call")
         if is_a(result, (tuple, list)):
             for one in result:
@@ -759,6 +759,11 @@ class _Cell:
 
     def __getitem__(self, _: Any) -> Any:
         return self.cell.cell_contents
+
+
+def _is_plain_complex(number: complex) -> bool:
+    """Whether Python reads a complex number's text as the same number: infinities, NaN and -0.0 get lost there."""
+    return cmath.isfinite(number) and all(part != 0 or repr(part) == "0.0" for part in (number.real, number.imag))
 
 
 def _contents(cell: types.CellType) -> Any:

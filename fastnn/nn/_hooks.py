@@ -78,14 +78,3 @@ def layer_forward(module: Module) -> Callable[..., Any] | None:
     """What calling a layer runs (:func:`layer_class`); None of any other module."""
     kind = layer_class(type(module))
     return None if kind is None else forward_of(kind)
-
-
-def may_pass_by(module: Any, stock: type) -> bool:
-    """Whether calling ``module`` runs ``stock.forward`` and nothing else: it may be of a subclass, as parametrizations
-    make one."""
-    kind = type(module)
-    return (
-        (kind is stock or forward_of(kind) is stock.forward)  # type: ignore[attr-defined]
-        and not has_own_call(module)
-        and not has_global_hooks()
-    )

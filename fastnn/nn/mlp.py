@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastnn.nn._hooks import forward_of, has_global_hooks, has_own_call
+from fastnn.nn._hooks import forward_of, has_global_hooks
 from fastnn.ops._autograd import is_compiling, is_exporting
 from fastnn.ops.mlp import activation_digits, activation_names, join_parameters, linear_relu, mlp_of_parameters
 
@@ -177,17 +177,6 @@ def _read(
 
 
 _read_once = lru_cache(maxsize=1024)(_read)
-
-
-def parameters_of_plain(linears: Collection[Any]) -> list[Tensor] | None:
-    """:func:`parameters_of`; None where one must be called: it is no ``Linear``, or has hooks."""
-    if has_global_hooks():
-        return None
-    for linear in linears:
-        kind = type(linear)
-        if (kind is not nn.Linear and forward_of(kind) is not nn.Linear.forward) or has_own_call(linear):
-            return None
-    return parameters_of(linears)
 
 
 def parameters_of(linears: Collection[Any]) -> list[Tensor]:

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.nn._hooks import may_pass_by
-from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference, wants_gradient
+from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference
 from fastnn.ops.rnn import NUMBER_OF, plain_rnn, plain_rnn_cell, rnn, rnn_cell
 from fastnn.ops.rnn_head import train_rnn_with_head
 
@@ -78,7 +77,7 @@ class _Recurrent(_OnStock, RNNBase):
 
     def _run_plain(self, input: Tensor, hx: Any, head: Sequence[Tensor] | None = None) -> Any:
         """The kernel's answer to what calls mostly are, in a few microseconds; None where a closer look is due. With a
-        `head`, that of :func:`train_with_head`."""
+        `head`, a linear layer's weight and bias, the answer of that layer on the last step of a training step."""
         try:
             mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
             if hx is None:
@@ -272,21 +271,6 @@ class LSTM(_Recurrent):
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _all_cell_weights = itemgetter(*_CELL_WEIGHTS)  # biases may be None
-
-
-def train_with_head(layers: Any, input: Any, head: Sequence[Tensor]) -> Tensor | None:
-    """``linear(h, *head)`` of the final h of the last of ``layers``, where that is a training step that one function
-    can record; else None."""
-    if (
-        not isinstance(input, Tensor)
-        or not input.is_cpu
-        or not is_plain(input)
-        or not may_pass_by(layers, _Recurrent)  # another module may have been put in their place
-        or not wants_gradient(input, *layers._flat_weights, *head)
-    ):
-        return None
-    trained: Tensor | None = layers._run_plain(input, None, head)
-    return trained
 
 
 class _Cell(_OnStock, RNNCellBase):

@@ -1,0 +1,109 @@
+"""Every layer of a fused model that could be fused: by which operator it runs, or why not, as far as that is known
+without a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastnn.graph.forward import FusedForward, FusedRecurrent, Program
+from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
+from fastnn.nn._hooks import layer_forward
+
+WHY = {
+    "winograd": "3x3 kernels of stride 1: 16 multiplications in place of 36 for four pixels, in bfloat16 9 for four",
+    "phases": "rows of a kernel longer than its stride: two pixels of r taps by r + 1 multiplications",
+    "pixels": "few channels: pixels fill the vector's lanes",
+    "depthwise": "groups of one channel: channels fill the vector's lanes",
+    "direct": "output channels fill the vector's lanes",
+    "stock": "torch's own convolution, some images at a time, with ReLU and max-pool in one pass behind it",
+    "fused": "one call, sums stay in cache",
+    "none": "there is nothing to compute",
+}
+
+
+@dataclass(frozen=True)
+class ExplainedCall:
+    """A layer, or layers that are one operator call.
+
+    Of a layer that is left, `operator`, `forward` and `backward` are empty; of one that was not called, `input`.
+    """
+
+    layer: str  # its name in the model, or that of its function
+    operator: str
+    input: str
+    forward: str  # the algorithms that the sizes lead to
+    backward: str
+    why: str  # that algorithm, or it was left
+    is_candidate: bool = True  # whether fastnn has an operator for such a layer
+
+
+def programs_of(model: nn.Module) -> dict[nn.Module, Program | None]:
+    """Of each module that runs one, or might, but for those that an outer one's runs."""
+    found: dict[nn.Module, Program | None] = {}
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        fused = module.__dict__.get("forward")
+        if isinstance(fused, FusedForward) and module not in inside:
+            found[module] = program = fused.program(now=True)
+            inside.update(program.passed if program else ())
+    return found
+
+
+def account_for(model: nn.Module) -> list[ExplainedCall]:
+    """The rows of a fused model, by what is known without a call: no algorithms."""
+    rows: list[ExplainedCall] = []
+    names = {module: name for name, module in model.named_modules()}
+    known: set[nn.Module] = set()
+    inside: dict[nn.Module, str] = {}  # modules that a program of an outer one runs, or why that has none
+    for module, program in programs_of(model).items():
+        name = names[module]
+        if program is None:
+            inside[module] = module.__dict__["forward"].why or ""
+            continue
+        for part in program.passed:
+            inside[part] = ""
+        prefix = f"{name}." if name else ""
+        for found in program.matches.found:
+            rows.append(_row(prefix, found.layers, found.operator, ""))
+            known.update(found.modules)
+        for one in program.matches.left:
+            rows.append(_row(prefix, [one.layer], "", one.reason))
+            known.update([one.layer.module] if one.layer.module is not None else [])
+    for module, name in names.items():
+        fused = module.__dict__.get("forward")
+        kind = kind_of(module)
+        if module in known or (kind is None and layer_forward(module) not in RECURRENT):
+            continue
+        if isinstance(fused, FusedRecurrent):
+            reason = fused.left.get(module)
+            row = ExplainedCall(name, "" if reason else "rnn", "", "", "", reason or WHY["fused"])
+        else:
+            row = ExplainedCall(name, "", "", "", "", _why_left(model, names, module, inside), kind in _CANDIDATES)
+        rows.append(row)
+    return rows
+
+
+_CANDIDATES = ("conv1d", "conv2d", "conv3d", "linear", "RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
+
+
+def _row(prefix: str, layers: Sequence[Layer], operator: str, why: str) -> ExplainedCall:
+    names = ", ".join(prefix + layer.name for layer in layers)
+    return ExplainedCall(names, operator, "", "", "", why, any(layer.kind in _CANDIDATES for layer in layers))
+
+
+def _why_left(model: nn.Module, names: dict[nn.Module, str], module: nn.Module, inside: dict[nn.Module, str]) -> str:
+    """Of a layer that is in no program."""
+    if why := why_not_read(module):
+        return why
+    name = names[module]
+    while name:
+        name = name.rpartition(".")[0]
+        outer = model.get_submodule(name)
+        if inside.get(outer):
+            return f"in {type(outer).__name__}: {inside[outer]}"
+        if type(outer).__module__.startswith("torch.nn.modules.transformer"):
+            return f"{type(outer).__name__} is torch's"
+    return "the model's forward does not call it"
