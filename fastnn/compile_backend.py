@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastnn._torch import inductor
 from fastnn.graph.matcher import insert, match
 
 
@@ -19,7 +20,7 @@ def fastnn(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: An
         insert(graph.graph, found, {node: node for node in graph.graph.nodes}, _no_modules)
         graph.graph.lint()
         graph.recompile()
-    compiled: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(graph, example_inputs, **options)
+    compiled: Callable[..., Any] = inductor()(graph, example_inputs, **options)
     return compiled
 
 

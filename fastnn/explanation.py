@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastnn._torch import TorchDispatchMode
 from fastnn.fusion import fuse
 from fastnn.graph import forward as forwards
 from fastnn.graph.account import WHY, ExplainedCall, account_for, programs_of

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from fastnn import nn
+from fastnn._torch import OpOverload, pytree
 from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
@@ -439,7 +439,7 @@ def _name(node: Node) -> str:
     target = node.target
     if target in VIEWS:  # which the export has chosen for the example's strides
         target = torch.ops.aten.reshape.default
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     if getattr(target, "__module__", "") in ("_operator", "operator"):
         return f"operator.{target.__name__}"  # type: ignore[union-attr]

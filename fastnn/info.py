@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from fastnn._extension import load_extension
+from fastnn._torch import has_kernel, operator_names
 
 
 @dataclass(frozen=True)
@@ -64,5 +65,5 @@ def _triton_version() -> str | None:
 
 
 def _operators_with_kernel(dispatch_key: str) -> tuple[str, ...]:
-    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")]
-    return tuple(sorted(n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, dispatch_key)))
+    names = [name for name in operator_names() if name.startswith("fastnn::")]
+    return tuple(sorted(n for n in names if has_kernel(n, dispatch_key)))

@@ -428,8 +428,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def("bind_training_step(Tensor[] parameters, Tensor[] state, str program, Tensor? weight, int[] layout) -> Tensor");
   m.def("bound_training_step(Tensor input, Tensor target, Tensor bound, Tensor numbers) -> Tensor loss");
   // The same in two calls: up to the output, and from its gradient on. saved: what the second needs of the first.
-  m.def(
-      "training_step_forward(Tensor input, Tensor(a!)[] parameters, str program) -> (Tensor output, Tensor[] saved)");
+  m.def("training_step_forward(Tensor input, Tensor(a!)[] parameters, str program) -> (Tensor output, Tensor[] saved)");
   m.def(
       "training_step_backward(Tensor gradient, Tensor input, Tensor(a!)[] parameters, Tensor(b!)[] state,"
       " Tensor[] saved, str program, int[] layout, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");

@@ -22,6 +22,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+from fastnn._torch import OpOverload
 from fastnn.ops.frozen import conv_numbers
 from fastnn.ops.mlp import ACTIVATION_NAMES, names_of_code
 
@@ -240,7 +241,7 @@ def _drop_copies(graph: Graph) -> None:
 def _draws(node: Node) -> bool:
     """Whether a node draws random numbers."""
     operator = node.target
-    return isinstance(operator, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in operator.tags
+    return isinstance(operator, OpOverload) and torch.Tag.nondeterministic_seeded in operator.tags
 
 
 def _fold_constants(graph: Graph, constants: dict[str, Tensor]) -> None:
@@ -250,7 +251,7 @@ def _fold_constants(graph: Graph, constants: dict[str, Tensor]) -> None:
         inputs = node.all_input_nodes
         if node.op != "call_function" or not inputs or not all(one in by_node for one in inputs):
             continue
-        if not isinstance(node.target, torch._ops.OpOverload) or _draws(node):
+        if not isinstance(node.target, OpOverload) or _draws(node):
             continue
         args, kwargs = map_arg((node.args, node.kwargs), by_node.__getitem__)
         value = node.target(*args, **kwargs)

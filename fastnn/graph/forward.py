@@ -17,13 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from fastnn._torch import functions_are_watched
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join
 from fastnn.graph.matcher import RECURRENT, Left, Match, insert, kernel_sizes, match, settings_of
 from fastnn.graph.tracing import Fused, UntraceableError, input_names, trace
 from fastnn.nn import rnn as fused_rnn
 from fastnn.nn._hooks import has_global_hooks, layer_class, layer_forward
-from fastnn.ops._autograd import functions_are_watched, is_compiling, is_exporting
+from fastnn.ops._autograd import is_compiling, is_exporting
 
 
 class Observer(Protocol):

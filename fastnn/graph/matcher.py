@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils import _pytree as pytree
 
+from fastnn._torch import no_torch_function, pytree
 from fastnn.graph.order import Order
 from fastnn.nn._hooks import has_own_call, layer_forward, own_methods
 from fastnn.nn.conv_relu_max_pool import ConvReLUMaxPool2d
@@ -223,10 +223,9 @@ def _is_usual_tensor(module: nn.Module, name: str) -> bool:
     if held is None or name in module.__dict__:
         return False
     tensor: Any = held[name]
-    return tensor is None or type(tensor).__torch_function__ in (Tensor.__torch_function__, _NO_TORCH_FUNCTION)
+    return tensor is None or type(tensor).__torch_function__ in (Tensor.__torch_function__, no_torch_function)
 
 
-_NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl  # of parameters, and of tensors that see operators alone
 _PURE_PARAMETRIZATIONS = ("_WeightNorm", "_Orthogonal")
 
 

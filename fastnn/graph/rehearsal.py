@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from fastnn._torch import pytree
 
 
 def copied(model: nn.Module) -> nn.Module:

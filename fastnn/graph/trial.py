@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from fastnn._torch import pytree
 from fastnn.graph import forward
 from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program, key_of
 from fastnn.graph.matcher import Match

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastnn._torch import suggest_memory_format
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind
 from fastnn.reference.conv_relu_max_pool import Geometry
 
@@ -159,7 +160,7 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
     """Channels last if one of the tensors is, as stock's convolution gives it."""
     for tensor in tensors:
         if tensor.dim() > 3:
-            suggested = torch._prims_common.suggest_memory_format(tensor)
+            suggested = suggest_memory_format(tensor)
             if suggested is not torch.contiguous_format:
                 return suggested
     return torch.contiguous_format

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 
+from fastnn._torch import raw_stream
 from fastnn.kernels._target import INTERPRETED
 
 
@@ -66,7 +67,7 @@ class Launcher:
         if self._compiled is not None and self.device.index == torch.cuda.current_device() and not _is_profiled():
             addresses, misaligned = _addresses(args)
             if not misaligned % 16:
-                stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+                stream = raw_stream(self.device.index)
                 compiled = self._compiled
                 compiled.run(*self._whole_grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
                              *addresses, *self._constants)  # fmt: skip

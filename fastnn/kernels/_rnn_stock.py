@@ -12,18 +12,18 @@ from fastnn.kernels import _launch
 from fastnn.kernels._rnn_problem import Problem
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "RNN_TANH": torch._VF.rnn_tanh,
-    "RNN_RELU": torch._VF.rnn_relu,
-    "GRU": torch._VF.gru,
-    "LSTM": torch._VF.lstm,
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+    "GRU": torch.gru,
+    "LSTM": torch.lstm,
 }
 
 
 _CELLS: dict[str, Callable[..., Any]] = {
-    "RNN_TANH": torch._VF.rnn_tanh_cell,
-    "RNN_RELU": torch._VF.rnn_relu_cell,
-    "GRU": torch._VF.gru_cell,
-    "LSTM": torch._VF.lstm_cell,
+    "RNN_TANH": torch.rnn_tanh_cell,
+    "RNN_RELU": torch.rnn_relu_cell,
+    "GRU": torch.gru_cell,
+    "LSTM": torch.lstm_cell,
 }
 
 

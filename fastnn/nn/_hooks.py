@@ -5,9 +5,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.nn import Flatten, Module, ModuleDict, ModuleList, ParameterDict, ParameterList, Sequential
-from torch.nn.modules.module import _has_any_global_hook
 
-has_global_hooks: Callable[[], bool] = _has_any_global_hook  # hooks of all modules
+from fastnn._torch import has_any_global_hook
+
+has_global_hooks: Callable[[], bool] = has_any_global_hook  # hooks of all modules
 
 
 def has_own_call(module: Any) -> bool:

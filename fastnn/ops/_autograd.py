@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
-from torch.utils._device import DeviceContext
 
-autocast_is_on = torch._C._is_any_autocast_enabled
-is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
-is_tracing = torch._C._is_tracing  # by torch.jit.trace
-transforms_active = torch._C._are_functorch_transforms_active  # those of torch.func
+from fastnn._torch import (
+    add_batch_dim,
+    autocast_is_on,
+    forward_ad,
+    is_legacy_batchedtensor,
+    is_tracing,
+    pytree,
+    remove_batch_dim,
+    transforms_active,
+)
+
 _is_grad_enabled = torch.is_grad_enabled
 _float32 = torch.float32
 is_compiling = torch.compiler.is_dynamo_compiling  # by torch.compile
@@ -86,17 +90,6 @@ def check_same_device(*tensors: Tensor | None) -> None:
         )
 
 
-_functions_watching = torch._C._len_torch_function_stack
-
-
-def functions_are_watched() -> bool:
-    """Whether a ``TorchFunctionMode`` is on that may change what torch's functions do: another one than that of a
-    default device."""
-    if not _functions_watching():
-        return False
-    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
-
-
 def in_torchs_words(error: RuntimeError, reference: Callable[..., Any], *args: Any) -> Exception:
     """The exception for arguments that an operator has refused: torch's, where the reference refuses them too."""
     try:
@@ -157,7 +150,7 @@ def one_by_one(backward: Callable[..., Any], grads: Sequence[Tensor | None]) -> 
     batch = next(grad for grad in grads if grad is not None and is_legacy_batchedtensor(grad))
 
     def rows_of(grad: Tensor, level: int, size: int) -> Tensor:  # `size` is that of a tensor without a batch
-        return torch._remove_batch_dim(grad, level, size, 0)
+        return remove_batch_dim(grad, level, size, 0)
 
     level = next(level for level in range(1, 64) if rows_of(batch, level, 0).shape[0] > 0)
     size = rows_of(batch, level, 0).shape[0]
@@ -165,7 +158,8 @@ def one_by_one(backward: Callable[..., Any], grads: Sequence[Tensor | None]) -> 
     results = [backward(*(None if rows is None else rows[i] for rows in batches)) for i in range(size)]
 
     def batch_of(*rows: Tensor | None) -> Tensor | None:
-        return None if rows[0] is None else torch._add_batch_dim(torch.stack(rows), 0, level)  # type: ignore
+        there = [row for row in rows if row is not None]
+        return add_batch_dim(torch.stack(there), 0, level) if there else None
 
     return pytree.tree_map(batch_of, *results)
 

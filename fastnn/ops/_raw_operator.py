@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fastnn._torch import pytree
 
 _REFUSAL = (
     "an operator of torch.ops.fastnn has no gradient of its own; call it through fastnn.functional or fastnn.nn, or "
@@ -46,12 +47,10 @@ class RefuseGradient(torch.autograd.Function):
 def refuse_gradients(result: Any, arguments: Any) -> Any:
     """``result`` of a raw operator written in Python, its tensors refusing gradients if an argument required one.
     (Those in C++ have the same in csrc/ops/register.h.)"""
-    found = next(
-        (t for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad), None
-    )
+    found = next((t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad), None)
     if found is None or not torch.is_grad_enabled():
         return result
-    return torch.utils._pytree.tree_map_only(
+    return pytree.tree_map_only(
         Tensor, lambda t: RefuseGradient.apply(t, found) if t.is_floating_point() else t, result
     )
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnn._torch import forward_ad, is_tracing
 from fastnn.ops._autograd import autocast_is_on, differentiate_twice, is_compiling, is_exporting, transforms_active
 from fastnn.ops.conv_relu_max_pool import (
     MOST_PLACES,
@@ -199,8 +200,8 @@ def _may_train_by_kernel(
         and not transforms_active()
         and not is_compiling()
         and not is_exporting()
-        and not torch._C._is_tracing()
-        and torch.autograd.forward_ad._current_level < 0
+        and not is_tracing()
+        and forward_ad._current_level < 0
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnn._torch import suggest_memory_format
 from fastnn.ops._autograd import (
     autocast,
     call_kernel,
@@ -382,7 +383,7 @@ def _output_like(input: Tensor, weight: Tensor, geometry: Sequence[int], dtype: 
 
 
 def _channels_format(tensor: Tensor) -> torch.memory_format:
-    return torch._prims_common.suggest_memory_format(tensor) if tensor.dim() > 3 else torch.contiguous_format
+    return suggest_memory_format(tensor) if tensor.dim() > 3 else torch.contiguous_format
 
 
 @raw_operator("conv_relu_max_pool")

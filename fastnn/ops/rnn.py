@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn._torch import onednn_has_bfloat16
 from fastnn.ops._autograd import (
     autocast_is_on,
     call_kernel,
@@ -130,7 +131,7 @@ def _autocast_dtypes(
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
-_ONEDNN_HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ONEDNN_HAS_BFLOAT16 = onednn_has_bfloat16()
 
 
 def _stock_has_onednn(input: Tensor) -> bool:

@@ -40,7 +40,7 @@ class Kernel:
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # a CPU's index
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0x5EA, raising=False)
 
 
 def test_compiled_kernels_are_launched_without_dispatch(on_a_gpu):
@@ -52,7 +52,7 @@ def test_compiled_kernels_are_launched_without_dispatch(on_a_gpu):
     launch(b, (a, None), 8)
     assert kernel.dispatched == 1
     assert kernel.launched == [
-        (3, 2, 1, "stream", "function", "metadata", None, None, None, b.data_ptr(), (a.data_ptr(), None), 8, 16)
+        (3, 2, 1, 0x5EA, "function", "metadata", None, None, None, b.data_ptr(), (a.data_ptr(), None), 8, 16)
     ]
 
 

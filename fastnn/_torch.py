@@ -1,0 +1,103 @@
+"""The private names of PyTorch that fastnn uses, in one place: what each is for, and the public way that is taken where
+a torch has the name no longer. tests/test_torch_names.py has it that the torch at hand has each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.utils._device
+from torch import Tensor, nn
+from torch.autograd import forward_ad as forward_ad
+from torch.nn.modules import module as _module
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operator that is called
+
+pytree = _pytree
+
+NAMES: list[str] = []  # within torch, those that have a fallback here
+
+
+def _private(name: str, fallback: Any) -> Any:
+    NAMES.append(name)
+    try:
+        return attrgetter(name)(torch)
+    except AttributeError:
+        return fallback
+
+
+def _suggest_memory_format(tensor: Tensor) -> torch.memory_format:
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+# ---- which modes are on: each is asked at every call, and takes 40 ns, a tenth of what the public ways take ----------
+
+autocast_is_on: Callable[[], bool] = _private(
+    "_C._is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+)
+is_tracing: Callable[[], bool] = _private("_C._is_tracing", torch.jit.is_tracing)
+# Transforms of torch.func. Without the name every call takes the way of transforms, which is right and slower.
+transforms_active: Callable[[], bool] = _private("_C._are_functorch_transforms_active", lambda: True)
+# Hooks of all modules. Without the name fused models run their stock forwards.
+has_any_global_hook: Callable[[], bool] = getattr(_module, "_has_any_global_hook", lambda: True)
+_count_of_function_modes: Callable[[], int] = _private("_C._len_torch_function_stack", lambda: 1)
+_function_modes: Callable[[], Sequence[Any]] = _private("overrides._get_current_function_mode_stack", list)
+_device_context: Any = _private("utils._device.DeviceContext", ())
+
+
+def functions_are_watched() -> bool:
+    """Whether a ``TorchFunctionMode`` is on that may change what torch's functions do: another one than that of a
+    default device."""
+    return bool(_count_of_function_modes()) and any(type(mode) is not _device_context for mode in _function_modes())
+
+
+# ---- what tensors are ------------------------------------------------------------------------------------------------
+
+# Batches of gradients that torch.autograd.grad makes of is_grads_batched, which no public name tells or takes apart.
+is_legacy_batchedtensor: Callable[[Tensor], bool] = _private("_C._functorch.is_legacy_batchedtensor", lambda t: False)
+remove_batch_dim: Callable[..., Tensor] = _private("_remove_batch_dim", None)
+add_batch_dim: Callable[..., Tensor] = _private("_add_batch_dim", None)
+# What parameters, and tensors that see operators alone, have in the place of a __torch_function__.
+no_torch_function: Any = _private("_C._disabled_torch_function_impl", nn.Parameter.__torch_function__)
+suggest_memory_format: Callable[[Tensor], torch.memory_format] = _private(
+    "_prims_common.suggest_memory_format", _suggest_memory_format
+)
+OpOverload: Any = type(torch.ops.aten.relu.default)
+
+# ---- what the build and the machine have -----------------------------------------------------------------------------
+
+operator_names: Callable[[], list[str]] = _private("_C._dispatch_get_all_op_names", list)
+has_kernel: Callable[[str, str], bool] = _private("_C._dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+
+
+def onednn_has_bfloat16() -> bool:
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def raw_stream(device: int) -> int:
+    """The handle of a GPU's current stream, without an object around it: 1 us less at every launch."""
+    get = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return int(torch.cuda.current_stream(device).cuda_stream if get is None else get(device))
+
+
+def inductor() -> Callable[..., Any]:
+    """The compiler that takes a captured graph and example inputs."""
+    compiler: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
+    return compiler
+
+
+# ---- attributes of torch's objects, which are read in place of methods that take longer or are not there -------------
+
+OF_MODULES = (
+    *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"),
+    *("_backward_pre_hooks", "_compiled_call_impl"),
+)
+OF_RECURRENT_LAYERS = ("_flat_weights", "_flat_weights_names")
+OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+OF_TENSORS = ("_version", "_backward_hooks", "_post_accumulate_grad_hooks")

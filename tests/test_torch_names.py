@@ -1,0 +1,49 @@
+"""The private names of PyTorch in fastnn/_torch.py, in the torch at hand."""
+
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastnn import _torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", _torch.NAMES)
+def test_each_name_is_there_and_taken(name: str) -> None:
+    value = attrgetter(name)(torch)
+    assert any(taken is value for taken in vars(_torch).values())
+
+
+def test_attributes_of_objects_are_there() -> None:
+    layer = nn.LSTM(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters())
+    for value, names in (
+        (layer, (*_torch.OF_MODULES, *_torch.OF_RECURRENT_LAYERS)),
+        (optimizer, _torch.OF_OPTIMIZERS),
+        (layer.weight_ih_l0, _torch.OF_TENSORS),
+    ):
+        for name in names:
+            assert hasattr(value, name), name
+
+
+def test_what_they_tell() -> None:
+    assert not _torch.autocast_is_on()
+    assert not _torch.functions_are_watched()
+    with torch.autocast("cpu"):
+        assert _torch.autocast_is_on()
+    with torch.device("cpu"):
+        assert not _torch.functions_are_watched()
+    images = torch.empty(2, 3, 4, 5)
+    last = images.to(memory_format=torch.channels_last)
+    for tensor in (images, last):
+        assert _torch.suggest_memory_format(tensor) == _torch._suggest_memory_format(tensor)
+
+
+def test_no_other_file_names_what_is_private() -> None:
+    for path in (ROOT / "fastnn").rglob("*.py"):
+        if path.name != "_torch.py":
+            assert "torch._C" not in path.read_text(), path
