@@ -3,7 +3,6 @@ where the loss is the caller's own."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -86,7 +85,16 @@ class TrainingStep:
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"training_step: expected max_norm to be at least 0, got {max_norm}")
         self.model = fuse(model)
-        self.loss, self.optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
+        self._prepare(loss, optimizer, max_norm, keep_gradients)
+        self._read()
+        if strict and self._why:
+            raise ValueError(f"training_step: this is not one call: {self._why}")
+
+    def _prepare(
+        self, loss: Callable[[Any, Any], Tensor], optimizer: torch.optim.Optimizer, max_norm: Any, keep_gradients: bool
+    ) -> None:
+        """Sets all but the model, before anything is read."""
+        self.loss, self._optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
         self._why = ""  # why steps go the ordinary way
         self._loss_why = ""  # the loss is not the operator's
         self._last_why = ""  # the last step went the ordinary way
@@ -97,18 +105,36 @@ class TrainingStep:
         self._forward: Any = None  # the model's, when it was read
         self._retries = False  # a step that one call did not take
         self._used = _UsedGradients.of(optimizer)
+        self._is_unread_copy = False
         self._forget()
-        self._read()
-        if strict and self._why:
-            raise ValueError(f"training_step: this is not one call: {self._why}")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy reads and binds anew."""
-        make = functools.partial(TrainingStep, max_norm=self.max_norm, keep_gradients=self.keep_gradients)
-        return make, (self.model, self.loss, self.optimizer)
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What makes the steps."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        before, self._used = self._used, _UsedGradients.of(optimizer)
+        self._used.know(before)
+        self._optimizer = optimizer
+        self._read()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("model", "loss", "optimizer", "max_norm", "keep_gradients")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy reads and binds anew: at its first call, for a model that has its own step as an attribute is still
+        empty here."""
+        settings = dict(state)
+        self.model = settings.pop("model")
+        self._prepare(**settings)
+        self._is_unread_copy = True
 
     def explain(self) -> str:
         """Whether a step is one operator call, and if not, why."""
+        if self._is_unread_copy:
+            self._read()
         if self._chain is None or self._why:
             return f"forward and backward by autograd, the optimizer's own step: {self._why}"
         stages = "; ".join(self._chain.describe())
@@ -120,7 +146,7 @@ class TrainingStep:
     def __call__(self, input: Any, target: Any) -> Tensor:
         """One step on a batch -> the loss, as it was before the step."""
         if self.keep_gradients:
-            self._used.drop(self.optimizer)
+            self._used.drop(self._optimizer)
         if not (self._is_due(input, target) and self._is_bound()):
             return self._ordinary(input, target)
         assert self._chain is not None
@@ -164,6 +190,7 @@ class TrainingStep:
     def _read(self) -> None:
         """Finds out whether there is one call for the model, loss and optimizer as they are."""
         program, self._chain, self._program = self._program, None, None
+        self._is_unread_copy = False
         self._why = self._loss_why = ""
         self._forget()
         try:
@@ -175,13 +202,13 @@ class TrainingStep:
             self._forward = forward
             if program is None:
                 raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")
-            check_optimizer(self.optimizer)
+            check_optimizer(self._optimizer)
             chain = read_chain(program)
             self._parameter_owners, self._parameter_names = (
                 [own for own, _ in chain.sources],
                 [name for _, name in chain.sources],
             )
-            check_parameters(list(map(getitem, self._parameter_owners, self._parameter_names)), self.optimizer)
+            check_parameters(list(map(getitem, self._parameter_owners, self._parameter_names)), self._optimizer)
         except ChainError as reason:
             self._why = str(reason)
             return
@@ -215,9 +242,9 @@ class TrainingStep:
     def _undo(self) -> None:
         for parameter, before in self._created:
             if before:
-                self.optimizer.state[parameter] = before
+                self._optimizer.state[parameter] = before
             else:
-                del self.optimizer.state[parameter]
+                del self._optimizer.state[parameter]
         self._forget()
 
     def _is_due(self, input: Any, target: Any) -> bool:
@@ -226,6 +253,8 @@ class TrainingStep:
         return not self._last_why
 
     def _why_not_due(self, input: Any, target: Any) -> str:
+        if self._is_unread_copy:
+            self._read()
         if self._chain is None or self._program is None:
             return self._why
         if type(input) is not Tensor or not input.is_cpu or input.requires_grad:
@@ -242,7 +271,7 @@ class TrainingStep:
                 return self._why
             if not self.model.training:
                 return "the model was in eval mode"
-        optimizer = self.optimizer
+        optimizer = self._optimizer
         if optimizer._optimizer_step_pre_hooks or len(optimizer._optimizer_step_post_hooks) != 1:  # _UsedGradients
             return "the optimizer had hooks"
         if input.dim() not in self._chain.dims or input.numel() == 0:
@@ -265,7 +294,7 @@ class TrainingStep:
     def _is_bound(self) -> bool:
         """Sees to it that what is bound is what the model and the optimizer have; not where the model has lost a
         parameter, or the optimizer got what operators do not take."""
-        optimizer = self.optimizer
+        optimizer = self._optimizer
         is_as_bound = self._is_as_bound()
         if not is_as_bound:
             self._used.drop(optimizer)
@@ -310,11 +339,11 @@ class TrainingStep:
         return list(map(_get_flags if self.keep_gradients else _get_all_flags, self._parameters))
 
     def _settings_now(self) -> list[Any]:
-        return [get(group) for get, group in zip(self._get_settings, self.optimizer.param_groups, strict=True)]
+        return [get(group) for get, group in zip(self._get_settings, self._optimizer.param_groups, strict=True)]
 
     def _bind(self, parameters: list[Tensor]) -> None:
         assert self._chain is not None
-        optimizer = self.optimizer
+        optimizer = self._optimizer
         self._forget()
         self._parameters = parameters
         self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
@@ -342,10 +371,10 @@ class TrainingStep:
 
     def _take_states(self, parameter: Tensor, kept: tuple[str, ...]) -> int:
         """Adds a parameter's state to the rest, made where there is none yet; its bits in the layout."""
-        state = self.optimizer.state.get(parameter, {})
+        state = self._optimizer.state.get(parameter, {})
         before, names = dict(state), [name for name in kept if name]
         bits = sum(1 << i for i, name in enumerate(kept) if name)
-        if type(self.optimizer) is torch.optim.SGD:
+        if type(self._optimizer) is torch.optim.SGD:
             if names and state.get(names[0]) is None:
                 state[names[0]] = torch.zeros_like(parameter)
                 bits |= IS_FIRST
@@ -355,12 +384,12 @@ class TrainingStep:
             self._states.append(state["step"])
         self._states += [state[name] for name in names]
         if any(before.get(name) is not tensor for name, tensor in state.items()):
-            self.optimizer.state[parameter] = state
+            self._optimizer.state[parameter] = state
             self._created.append((parameter, before))
         return bits
 
     def _write_numbers(self) -> None:
-        groups, kind = self.optimizer.param_groups, KINDS[type(self.optimizer)]
+        groups, kind = self._optimizer.param_groups, KINDS[type(self._optimizer)]
         max_norm = -1.0 if self.max_norm is None else float(self.max_norm)
         numbers = [*self._loss_numbers, float(kind), max_norm]
         for group in groups:
@@ -454,24 +483,24 @@ class TrainingStep:
             for p, gradient in zip(self._parameters, gradients, strict=True):
                 if p.requires_grad:
                     p.grad = gradient
-            self._used(self.optimizer)
+            self._used(self._optimizer)
         # Schedulers ask whether the optimizer has made a step, and warn if not.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]
         if self._created:  # the first step of a momentum is over
             self._forget()
 
     # ---- and the ordinary one ---------------------------------------------------------------------------------------
 
     def _ordinary(self, input: Any, target: Any) -> Tensor:
-        self._used.drop(self.optimizer)
+        self._used.drop(self._optimizer)
         loss = self.loss(self.model(input), target)
         loss.backward()
         if self.max_norm is not None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
-        self.optimizer.step()
+        self._optimizer.step()
         if not self.keep_gradients:
-            self.optimizer.zero_grad()
+            self._optimizer.zero_grad()
         return loss.detach()
 
 
@@ -538,6 +567,10 @@ class _UsedGradients:
             if p.grad is not None
         }
 
+    def know(self, other: _UsedGradients) -> None:
+        """Counts what another optimizer has used as used."""
+        self._noted = {**other._noted, **self._noted}
+
     def drop(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes gradients away that have been used and are as they were."""
         if not self._noted:
@@ -548,10 +581,10 @@ class _UsedGradients:
                 gradient = None if noted is None else noted()
                 if gradient is None or gradient is not p.grad:
                     continue
-                if gradient._version != version:
+                if gradient._version != version and (gradient.layout != torch.strided or gradient.any()):  # not zeroed
                     raise RuntimeError(
-                        "training_step: backward has added to gradients that the optimizer has used already: call "
-                        "optimizer.zero_grad() before it"
+                        "training_step: backward has added to gradients that the optimizer has used already, or they "
+                        "have been changed in place: call optimizer.zero_grad() before the next backward or step"
                     )
                 p.grad = None
         self._noted = {}

@@ -2731,3 +2731,101 @@ def forward_of_child_is_static_method(fuse: Fuse) -> Seen:
             return self.child(self.chain(x))
 
     return observe_changes(fuse(Model()))
+
+
+_MAYBE_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plus": lambda x: +x,
+    "cpu": lambda x: x.cpu(),
+    "swapdims": lambda x: x.swapdims(0, 1),
+    "reshape_as": lambda x: x.reshape_as(x),
+    "type_as": lambda x: x.type_as(x),
+    "einsum": lambda x: torch.einsum("ij->ji", x),
+    "moveaxis": lambda x: x.moveaxis(0, 1),
+    "tensor_split": lambda x: x.tensor_split(1)[0],
+    "broadcast_to": lambda x: x.broadcast_to(4, 4),
+}
+
+
+class _WritesToItsInputLater(nn.Module):
+    """The frozen layers' input is changed in place under another name, or by an `out`, after they have run."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(4, 4).requires_grad_(False) for _ in range(2))
+        self.view = view
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = x if self.view is None else self.view(x)
+        h = self.second(self.first(x).relu())
+        if self.view is None:
+            torch.add(h.detach(), 1, out=x.detach())
+        else:
+            y.add_(1)
+        return h + x
+
+
+@case
+def input_written_under_another_name(fuse: Fuse) -> Seen:
+    seen: Seen = []
+    for view in (*_MAYBE_VIEWS.values(), None):
+        model = fuse(_WritesToItsInputLater(view))
+        x = torch.randn(4, 4, requires_grad=True)
+        output = model(x)
+        output.sum().backward()
+        seen += [output.detach(), x.grad]
+    return seen
+
+
+def _raised(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except (RuntimeError, ValueError) as error:
+        return type(error).__name__, str(error)
+
+
+@case
+def batch_norm_of_other_channels(fuse: Fuse) -> Seen:
+    seen: Seen = []
+    for training in (True, False):
+        for channels in (3, 5, 1):
+            for affine in (True, False):
+                model = fuse(nn.Sequential(nn.BatchNorm2d(4, affine=affine), nn.ReLU(), nn.MaxPool2d(2)))
+                model.train(training)
+                x = torch.randn(2, channels, 6, 6)
+                seen.append(_raised(lambda model=model, x=x: model(x)))
+                seen += [buffer.clone() for buffer in model.buffers()]
+    return seen
+
+
+@case
+def batch_norm_that_does_not_fit_its_convolution(fuse: Fuse) -> Seen:
+    seen: Seen = []
+    for channels in (1, 3):
+        model = fuse(nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))).eval()
+        for shape in ((2, 3, 30, 30), (2, 3, 8, 8), (3, 30, 30), (2, 8, 8)):
+            seen.append(_raised(lambda model=model, shape=shape: model(torch.ones(shape))))
+    return seen
+
+
+@case
+def recurrent_layers_on_tensors_of_too_few_dimensions(fuse: Fuse) -> Seen:
+    layers = [fuse(kind(4, 5)) for kind in (nn.RNN, nn.GRU, nn.LSTM)]
+    shapes: tuple[tuple[int, ...], ...] = ((), (4,), (2, 3, 4, 4))
+    return [_raised(lambda l=l, s=s: l(torch.ones(s))) for l in layers for s in shapes]  # noqa: E741
+
+
+@case
+def tensors_of_other_layouts(fuse: Fuse) -> Seen:
+    model = fuse(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    pooled = fuse(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
+    parts = [torch.randn(2, 4), torch.randn(3, 4)]
+    seen: Seen = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            ragged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+            seen += [part.detach() for part in model(ragged).unbind()]
+    images = torch.randn(1, 2, 4, 4, dtype=torch.float32)
+    with torch.no_grad():
+        seen.append(pooled(images.to_mkldnn()).to_dense())
+    return seen

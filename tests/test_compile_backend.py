@@ -71,6 +71,17 @@ def test_any_batch() -> None:
         assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_any_batch_of_a_batch_norm_that_trains() -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    stock = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="fastnn", fullgraph=True, dynamic=True)
+    for batch in (2, 3, 7):
+        x = torch.randn(batch, 3, 12, 12)
+        assert_close(compiled(x), stock(x), rtol=1e-4, atol=1e-5)
+    assert_close(model.state_dict(), stock.state_dict(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_plain_compile_afterwards_is_unaffected() -> None:
     torch.compiler.reset()
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)

@@ -1370,6 +1370,60 @@ def test_gradients_that_lie_there_count(keep: bool) -> None:
             step(x, y)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_that_are_zeroed_in_place(keep: bool) -> None:
+    model = small()
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.5) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, keep_gradients=keep)
+    for number in range(4):
+        x, y = small_batch(number)
+        ordinary(model, F.mse_loss, theirs, x, y)
+        if number == 1:
+            ordinary(mine, F.mse_loss, ours, x, y)
+        else:
+            step(x, y)
+        for optimizer in (theirs, ours):
+            optimizer.zero_grad(set_to_none=False)
+        for one, other in zip(mine.parameters(), model.parameters(), strict=True):
+            assert_close(one, other)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_another_optimizer(keep: bool) -> None:
+    model = small()
+    mine = copy.deepcopy(model)
+    step = fastnn.training_step(
+        mine, F.mse_loss, torch.optim.SGD(mine.parameters(), 0.5, momentum=0.9), keep_gradients=keep
+    )
+    theirs = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    for number in range(6):
+        if number == 3:
+            theirs = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+            step.optimizer = torch.optim.SGD(mine.parameters(), 0.5, momentum=0.9)
+        x, y = small_batch(number)
+        assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y))
+        if keep:
+            for one, other in zip(mine.parameters(), model.parameters(), strict=True):
+                assert_close(one.grad, other.grad)
+        assert step.explain() == "one operator call: mlp"
+        theirs.zero_grad()
+        for one, other in zip(mine.parameters(), model.parameters(), strict=True):
+            assert_close(one, other)
+
+
+def test_a_model_that_has_its_own_step() -> None:
+    model = small()
+    model.step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.5))  # type: ignore
+    twin = copy.deepcopy(model)
+    assert twin.step is not model.step
+    assert twin.step.model is twin
+    assert twin.step.explain() == "one operator call: mlp"
+    assert_close(twin.step(*small_batch()), model.step(*small_batch()))
+    for one, other in zip(twin.parameters(), model.parameters(), strict=True):
+        assert_close(one, other)
+
+
 def test_gradients_that_the_optimizer_has_used_do_not_count() -> None:
     model = small()
     mine = copy.deepcopy(model)

@@ -170,6 +170,7 @@ class FusedRecurrent(FusedModule):
         return self._twin
 
 
+_strided = torch.strided
 _RECURRENT_SETTINGS = ("mode", "num_layers", "batch_first", "bidirectional", "dropout", "proj_size", "bias")
 
 
@@ -282,7 +283,7 @@ class FusedForward(FusedModule):
         if program.is_idle:
             return self.stock(*args)
         for arg in args:
-            if not isinstance(arg, Tensor):
+            if not isinstance(arg, Tensor) or arg.layout is not _strided or arg.is_nested:
                 return self.stock(*args)
         if has_global_hooks() or (functions_are_watched() and not is_exporting()):
             return self.stock(*args)

@@ -57,19 +57,28 @@ class Order:
             value = value.all_input_nodes[0]
         aliases = {value}
         for node in self.place:  # in their order
-            if self._may_be_view(node) and not aliases.isdisjoint(node.all_input_nodes[:1]):
+            if self._may_be_view(node) and not aliases.isdisjoint(node.all_input_nodes):
                 aliases.add(node)
-        return any(not aliases.isdisjoint(writer.all_input_nodes[:1]) for writer in writers)
+        return any(not aliases.isdisjoint(self._may_be_written_by(writer)) for writer in writers)
 
     def _may_be_view(self, node: Node) -> bool:
-        """Whether what a node gives may lie in the memory of what it is given."""
+        """Whether what a node gives may lie in the memory of what it is given: anything but what is known to make new
+        memory."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            passes = isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten))
-            return passes or layer_class(type(module)) is None or bool(getattr(module, "inplace", False))
+            makes_new = layer_class(type(module)) is not None and not isinstance(module, _LAYERS_THAT_PASS_ON)
+            return not makes_new or bool(getattr(module, "inplace", False))
+        if not node.op.startswith("call"):
+            return False
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        is_view = name in _VIEWS or name.endswith("_") or "dropout" in name or node.kwargs.get("inplace")
-        return node.op.startswith("call") and bool(is_view)
+        return name not in _MAKES_NEW or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+    def _may_be_written_by(self, node: Node) -> Sequence[Node]:
+        """The nodes whose memory a node that writes may write."""
+        is_known = node.op == "call_method" or (node.op == "call_function" and node.target is in_place)
+        if is_known and "out" not in node.kwargs:
+            return [value for value in node.args if isinstance(value, Node)][:1]
+        return node.all_input_nodes
 
     def is_there(self, values: Iterable[Any], first: Node, ready: Sequence[str] = ("placeholder", "get_attr")) -> bool:
         """Whether these values are computed before `first` runs, or are nodes of the kinds that are `ready`."""
@@ -78,24 +87,21 @@ class Order:
 
 
 _WRITING_METHODS = ("backward", "retain_grad", "register_hook", "register_post_accumulate_grad_hook")
-_VIEWS = frozenset(
+_LAYERS_THAT_PASS_ON = (
+    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    nn.modules.dropout._DropoutNd,
+)
+# Functions and methods whose result never lies in the memory of what they are given.
+_MAKES_NEW = frozenset(
     {
-        *("alias", "as_strided", "chunk", "contiguous", "data", "detach", "diagonal", "expand", "expand_as", "flatten"),
-        *(
-            "getattr",
-            "getitem",
-            "in_place",
-            "mT",
-            "movedim",
-            "narrow",
-            "permute",
-            "ravel",
-            "reshape",
-            "select",
-            "split",
-        ),
-        *("split", "squeeze", "swapaxes", "t", "to", "transpose", "type", "unbind", "unflatten", "unfold", "unpack"),
-        *("unsqueeze", "view", "view_as", "float", "double", "T"),
+        *("add", "sub", "mul", "div", "truediv", "pow", "neg", "matmul", "mm", "bmm", "addmm", "baddbmm", "clone"),
+        *("exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "relu", "relu6", "leaky_relu", "elu", "gelu"),
+        *("selu", "celu", "silu", "mish", "softplus", "hardtanh", "hardswish", "softmax", "log_softmax", "linear"),
+        *("sum", "mean", "amax", "amin", "argmax", "argmin", "cat", "concat", "stack", "eq", "ne", "lt", "le", "gt"),
+        *("conv1d", "conv2d", "conv3d", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d"),
+        *("avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "batch_norm", "ge"),
+        *("layer_norm", "group_norm", "embedding", "zeros_like", "ones_like", "rand_like", "randn_like"),
+        *("mse_loss", "l1_loss", "cross_entropy", "nll_loss", "size", "dim", "numel"),
     }
 )
 

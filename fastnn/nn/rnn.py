@@ -71,7 +71,7 @@ class _Recurrent(_OnStock, RNNBase):
         weights = self._weights()
         try:
             answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             answer = None  # the stock module has its own words for arguments that do not fit
         return self._by_stock(input, hx) if answer is None else answer
 

@@ -61,8 +61,11 @@ def conv_batch_norm_relu_max_pool(
     """
     dims = weight.dim() - 2
     pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
-    if input.dim() == dims + 1:
-        # As the batch norm would, of what comes out of the convolution.
+    if input.dim() == dims + 1 or not _fit(weight.shape[0], running_mean, running_var, gamma, beta):
+        # What comes out of the convolution is the batch norm's to refuse.
+        convolved = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
+        if convolved.dim() == dims + 2:
+            F.batch_norm(convolved, running_mean, running_var, gamma, beta, False, 0.0, eps)
         raise ValueError(f"expected {dims + 2}D input (got {dims + 1}D input)")
     if not (is_compiling() or is_exporting()) and _has_few_pixels(input, dims):
         convolved = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
@@ -100,7 +103,7 @@ def batch_norm_relu_max_pool(
         raise ValueError(f"expected {dims + 2}D input (got {input.dim()}D input)")
     if num_batches_tracked is not None and training:
         num_batches_tracked.add_(1)
-    if is_features:
+    if is_features or not _fit(input.shape[1], running_mean, running_var, gamma, beta):  # it has the words
         normed = F.batch_norm(input, running_mean, running_var, gamma, beta, training, momentum, eps)
         return reference.POOL[dims](F.relu(normed), *pool)
     if not training and running_mean is not None and running_var is not None:
@@ -158,6 +161,11 @@ def relu_max_pool(
     return conv_relu_max_pool(input, weight.reshape(-1, 1, *(1,) * dims), bias, geometry, dims)
 
 
+def _fit(channels: int, *tensors: Tensor | None) -> bool:
+    """Whether a batch norm's tensors have a number for each channel. (Others would be broadcast here.)"""
+    return all(tensor is None or tensor.numel() == channels for tensor in tensors)
+
+
 def _has_few_pixels(input: Tensor, dims: int) -> bool:
     return input.dim() == dims + 2 and input.numel() < _PIXELS_TO_FOLD_FOR * input.shape[1]
 
@@ -196,6 +204,7 @@ def _may_train_by_kernel(
         and input.dim() == dims + 2
         and input.numel() > input.shape[1] > 0
         and places <= MOST_PLACES
+        and all(type(size) is int for size in input.shape)  # batch_norm_update_stats is not traced with symbols
         and not autocast_is_on()
         and not transforms_active()
         and not is_compiling()
