@@ -2829,3 +2829,16 @@ def tensors_of_other_layouts(fuse: Fuse) -> Seen:
     with torch.no_grad():
         seen.append(pooled(images.to_mkldnn()).to_dense())
     return seen
+
+
+@case
+def batch_norm_whose_weight_is_a_column(fuse: Fuse) -> Seen:
+    seen: Seen = []
+    for layers in ((nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))):
+        model = fuse(nn.Sequential(*layers, nn.ReLU(), nn.MaxPool2d(2)))
+        norm = next(layer for layer in layers if isinstance(layer, nn.BatchNorm2d))
+        norm.weight = nn.Parameter(torch.randn(4, 1))
+        for training in (True, False):
+            model.train(training)
+            seen.append(_raised(lambda model=model: model(torch.ones(2, 3, 6, 6))))
+    return seen

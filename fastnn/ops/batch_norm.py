@@ -62,10 +62,11 @@ def conv_batch_norm_relu_max_pool(
     dims = weight.dim() - 2
     pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
     if input.dim() == dims + 1 or not _fit(weight.shape[0], running_mean, running_var, gamma, beta):
-        # What comes out of the convolution is the batch norm's to refuse.
+        # What comes out of the convolution is the batch norm's to refuse, or to broadcast.
         convolved = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
         if convolved.dim() == dims + 2:
-            F.batch_norm(convolved, running_mean, running_var, gamma, beta, False, 0.0, eps)
+            normed = F.batch_norm(convolved, running_mean, running_var, gamma, beta, False, 0.0, eps)
+            return relu_max_pool(normed, dims=dims, **_names(pool))
         raise ValueError(f"expected {dims + 2}D input (got {dims + 1}D input)")
     if not (is_compiling() or is_exporting()) and _has_few_pixels(input, dims):
         convolved = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
@@ -163,7 +164,7 @@ def relu_max_pool(
 
 def _fit(channels: int, *tensors: Tensor | None) -> bool:
     """Whether a batch norm's tensors have a number for each channel. (Others would be broadcast here.)"""
-    return all(tensor is None or tensor.numel() == channels for tensor in tensors)
+    return all(tensor is None or tensor.shape == (channels,) for tensor in tensors)
 
 
 def _has_few_pixels(input: Tensor, dims: int) -> bool:
