@@ -94,10 +94,9 @@ def inductor() -> Callable[..., Any]:
 
 # ---- attributes of torch's objects, which are read in place of methods that take longer or are not there -------------
 
-OF_MODULES = (
-    *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"),
-    *("_backward_pre_hooks", "_compiled_call_impl"),
-)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS, "_compiled_call_impl")
 OF_RECURRENT_LAYERS = ("_flat_weights", "_flat_weights_names")
 OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-OF_TENSORS = ("_version", "_backward_hooks", "_post_accumulate_grad_hooks")
+OF_TENSORS = ("_version", *TENSOR_HOOKS)

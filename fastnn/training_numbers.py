@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnn._torch import TENSOR_HOOKS
 from fastnn.graph.chain import ChainError
 from fastnn.nn._hooks import has_own_call
 
@@ -80,7 +81,6 @@ def numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tenso
 
 # ---- optimizers and parameters --------------------------------------------------------------------------------------
 
-TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # attributes of a parameter
 _SGD, _ADAM, _RMSPROP = range(3)
 KINDS: dict[type, int] = {
     torch.optim.SGD: _SGD,

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnn._torch import HOOKS, TENSOR_HOOKS
 from fastnn.fusion import fuse
 from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
-from fastnn.graph.guard import ABSENT, HOOKS, Guard
+from fastnn.graph.guard import ABSENT, Guard
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import (
@@ -32,7 +33,6 @@ from fastnn.training_numbers import (
     HYPERPARAMETERS,
     IS_FIRST,
     KINDS,
-    TENSOR_HOOKS,
     check_optimizer,
     check_parameters,
     kept_by,

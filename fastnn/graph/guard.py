@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnn._extension import load_extension
+from fastnn._torch import HOOKS
 from fastnn.nn._hooks import own_methods
 
 _extension = load_extension()
@@ -26,7 +27,6 @@ _ANY = _extension.any  # for a value that may change
 _SOME_TENSOR = _extension.some_tensor  # and for a tensor, which is handed over anew at each call
 _holds = _extension.guard_holds
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TOKEN = "_fastnn_token"  # the attribute of a fused module that tells it from its shallow copies: see forward.py
 
 # Values of these types cannot change; two of them that are equal are as good as one.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.fx import Graph, Node
 
-from fastnn.graph.guard import HOOKS
+from fastnn._torch import HOOKS
 from fastnn.graph.order import Order, unpack
 from fastnn.nn.rnn import _Recurrent
 from fastnn.ops._autograd import is_plain, wants_gradient

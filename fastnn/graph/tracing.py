@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.graph.guard import ABSENT, CONSTANTS, HOOKS, Guard, is_constant
+from fastnn._torch import HOOKS
+from fastnn.graph.guard import ABSENT, CONSTANTS, Guard, is_constant
 from fastnn.graph.matcher import computes_only
 from fastnn.graph.order import unpack
 from fastnn.graph.stand_ins import (

@@ -120,7 +120,6 @@ def is_primitive(value: Any) -> bool:
 # Attributes, besides those of objects, that code may ask for though their names begin and end with underscores.
 _SPECIAL_NAMES = ("__class__", "__name__", "__call__", "__len__", "__getitem__", "__iter__", "__contains__", "__init__")
 _CATCHES = ("SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH", "PUSH_EXC_INFO", "BEFORE_WITH", "LOAD_SPECIAL")
-_ATTRIBUTE_INSTRUCTIONS = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR")
 _WRITES_GLOBALS = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME", "DELETE_NAME")
 
 
