@@ -23,7 +23,7 @@ import fastnn
 from benchmarks.report import RESULTS
 from benchmarks.timing import environment, interleave
 from fastnn.functional import conv_relu_max_pool2d, mlp
-from fastnn.ops.mlp import activation_digits, activation_names, operator_code
+from fastnn.ops.mlp import join_activations
 from fastnn.ops.rnn import rnn, rnn_cell
 from fastnn.testing import using_threads
 
@@ -63,7 +63,7 @@ def mlp_calls(layers: int) -> Calls:
     module = fastnn.nn.MLP([1] * (layers + 1))
     linears = [child for child in module if isinstance(child, torch.nn.Linear)]
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    x, activations = torch.ones(1, 1), operator_code(activation_digits(activation_names("relu", layers)))
+    x, activations = torch.ones(1, 1), join_activations("relu", layers)
     parameters = [*weights, *biases]
     bare, raw = operators("mlp")
     return Calls(

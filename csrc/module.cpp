@@ -12,7 +12,9 @@
 #include "kernels/probe.h"
 #include "kernels/team.h"
 #include "ops/bound_step.h"
+#include "ops/mlp_chain.h"
 #include "ops/team_balance.h"
+#include "simd/activation.h"
 #include "simd/isa.h"
 
 namespace py = pybind11;
@@ -71,6 +73,20 @@ std::vector<bool> team_choices(const std::vector<std::pair<double, double>>& cal
     choices.back() ? balance.add_team(1, team) : balance.add_one(1, one);
   }
   return choices;
+}
+
+// The table of activations: of each its name, its parameters with their defaults, and what its derivative comes from.
+py::list activations() {
+  py::list result;
+  for (const fastnn::ActivationEntry& entry : fastnn::kActivations) {
+    py::list parameters;
+    for (const fastnn::ActivationParameter& parameter : entry.parameters) {
+      if (parameter.name) parameters.append(py::make_tuple(parameter.name, parameter.value));
+    }
+    constexpr const char* kSources[] = {"nothing", "output", "input"};  // in the order of DerivedFrom
+    result.append(py::make_tuple(entry.name, parameters, kSources[static_cast<int32_t>(entry.derived_from)]));
+  }
+  return result;
 }
 
 PyObject *absent, *any, *some_tensor, *tensors;  // what a guard has in an object's place: see Guard
@@ -132,6 +148,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("delays"), py::arg("rounds"), py::arg("things"),
       "Have threads that come after so many microseconds take rounds together, for tests: returns the outcome and how "
       "much each has done.");
+  m.def("activations", activations,
+        "The table of activations: of each its name, its parameters with their defaults, and what its derivative comes "
+        "from.");
+  m.attr("most_layers") = fastnn::kMostLayers;
   const py::object object_type = py::module_::import("builtins").attr("object");
   for (const auto& [name, place] : {std::pair("absent", &absent), {"any", &any}, {"some_tensor", &some_tensor}}) {
     *place = object_type().release().ptr();

@@ -17,7 +17,6 @@ from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 from fastnn.ops.frozen import frozen_op, frozen_packed, read_program, write_program
-from fastnn.ops.mlp import ACTIVATION_NAMES
 from fastnn.ops.rnn import MODES
 
 _frozen_call = frozen_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
@@ -271,7 +270,7 @@ def _describe(program: str) -> Iterator[str]:
             widths = numbers[1:2] + numbers[2::2]
             for i, activation in enumerate(numbers[3::2]):
                 linear = nn.Linear(widths[i], widths[i + 1], bool(numbers[0]), device="meta")
-                yield f"{linear}, {ACTIVATION_NAMES[activation]}" if activation else str(linear)
+                yield str(linear) if activation == "identity" else f"{linear}, {activation}"
         elif name == "conv":
             yield _describe_conv(*numbers)
         elif name == "rnn":

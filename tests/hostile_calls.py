@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import fastnn.ops.conv_relu_max_pool
-import fastnn.ops.mlp
 import fastnn.ops.rnn
+from fastnn.activations import KINDS
 
 OPS = torch.ops.fastnn
 MEMORY = 512 << 20  # that calls may take beyond what the process has: more is an exception
@@ -115,22 +115,25 @@ class Hostile:
         layers = self.random.choice([1, 2, 3, 20])
         fitting = [self.small(9), *(self.small(20) for _ in range(layers + 1))]
         rows, *widths = self.sizes(*fitting, share=share, empty=empty)
-        code = 1
-        for _ in range(layers):
-            code = code * 8 + self.random.randrange(8)
+        text = "|".join(self.activation() for _ in range(layers))
         if self.maybe(0.05):
-            code = self.huge()
+            text = text[: self.random.randrange(len(text))]
         input = self.tensor([rows, widths[0]], dtype)
         weights = [self.tensor([widths[i + 1], widths[i]], dtype) for i in range(layers)]
         biases = [self.tensor([width], dtype) for width in widths[1:]] if self.maybe(0.5) else []
         name = self.random.choice(["mlp", "mlp_reconstruction_error", "mlp_with_hidden", "mlp_backward"])
         if name != "mlp_backward":
-            return name, [input, weights + biases, code]
-        keeps_input = fastnn.ops.mlp.ACTIVATION_NAMES[code % 8] in ("gelu", "gelu_tanh", "silu")
-        hidden = [self.tensor([rows, width], dtype) for width in (widths[1:] if keeps_input else widths[1:-1])]
+            return name, [input, weights + biases, text]
+        saves_input = not text.endswith(("identity", "relu", "tanh", "sigmoid"))
+        hidden = [self.tensor([rows, width], dtype) for width in (widths[1:] if saves_input else widths[1:-1])]
         output = self.tensor([rows, widths[-1]], dtype)
         gradient, wanted = self.tensor([rows, widths[-1]], dtype), [self.maybe(0.8) for _ in range(3)]
-        return name, [gradient, input, weights, code, output, hidden, *wanted]
+        return name, [gradient, input, weights, text, output, hidden, *wanted]
+
+    def activation(self) -> str:
+        kind = self.random.choice(list(KINDS.values()))
+        values = ",".join(repr(self.random.uniform(-3, 3)) for _ in kind.parameters)
+        return f"{kind.name}({values})" if values and self.maybe(0.7) else kind.name
 
     def rnn(self) -> Call:
         dtype = self.random.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
@@ -202,16 +205,16 @@ class Hostile:
         dtype = self.random.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
         rows, features, classes = self.sizes(self.small(4), self.small(9), self.small(9))
         parameters = [self.tensor([classes, features], dtype), self.tensor([classes], dtype)]
-        program = "mlp 1 1 8;"
+        program = "mlp 1 1 identity;"
         if self.maybe(0.4):
             numbers = [self.huge() if self.maybe(0.1) else self.random.randint(0, 2) for _ in range(9)]
             program = self.random.choice(
                 [
                     f"conv {numbers[0]} {' '.join(map(str, numbers[1:]))};",
-                    f"mlp {numbers[0]} 1 {numbers[1]};",
+                    f"mlp {numbers[0]} 1 identity({numbers[1]});",
                     f"rnn {' '.join(map(str, numbers[:6]))};",
-                    f"dropout {numbers[0]};mlp 1 1 8;",
-                    "flatten;mlp 1 1 8;",
+                    f"dropout {numbers[0]};mlp 1 1 identity;",
+                    "flatten;mlp 1 1 identity;",
                 ]
             )
         kind, optimizer = self.random.randrange(6), self.random.randrange(3)
@@ -250,7 +253,7 @@ class Hostile:
         image, weight = [n, c, m + k, m + k], [4, c, k, k]
         program, sizes, shapes = self.random.choice(
             [
-                ("mlp 2 1 75;", [n, c], [[k, c], [m, k], [k], [m]]),
+                ("mlp 2 1 relu|sigmoid;", [n, c], [[k, c], [m, k], [k], [m]]),
                 (f"conv 1 {geometry} 1 0;", image, [weight, [4]]),
                 ("plain_conv 2 1 1 1 0 0 1 1 1;", image, [weight, [4]]),
                 (f"batch_norm 1 1 1 {half} {half} {geometry} {c} 0;", image, [[c]] * 4),
@@ -295,7 +298,7 @@ def described(value: Any) -> str:
 
 def main(seed: int, count: int) -> None:
     torch.set_num_threads(2)
-    torch.ops.fastnn.mlp(torch.zeros(999, 99), [torch.zeros(99, 99)], 8)  # starts the threads
+    torch.ops.fastnn.mlp(torch.zeros(999, 99), [torch.zeros(99, 99)], "identity")  # starts the threads
     hostile = Hostile(seed)
     kinds: list[Callable[[], Call]] = [hostile.conv, hostile.conv, hostile.mlp, hostile.rnn, hostile.step]
     kinds.append(hostile.step_in_two)

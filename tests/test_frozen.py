@@ -623,10 +623,26 @@ def test_raw_operators_are_safe() -> None:
     run, program = torch.ops.fastnn.frozen, frozen._program
     expected = frozen(example)
     hostile = [
-        *("", ";", "mlp", "mlp;", "mlp 1 10;", "other 1 2;", program[:-1], program + "mlp 1 10 10 0;", "flatten 1;"),
+        *(
+            "",
+            ";",
+            "mlp",
+            "mlp;",
+            "mlp 1 10;",
+            "other 1 2;",
+            program[:-1],
+            program + "mlp 1 10 10 identity;",
+            "flatten 1;",
+        ),
         *("flatten 11;" + program, "flatten 10 1;" + program, "input;" + program, "input 4 4 11 11;" + program),
         *("input 4;" + program, "input 4 4 10;" + program, "input 5 0 10 10;" + program, "input 1 3 10 10;" + program),
-        *("mlp 1 10 8 9;", "mlp 2 10 8 0;", "mlp 1 -1 8 0;", f"mlp 0 {2**31} {2**31} 0;", f"mlp 0 {'9' * 40} 1 0;"),
+        *(
+            "mlp 1 10 8 relo;",
+            "mlp 2 10 8 identity;",
+            "mlp 1 -1 8 identity;",
+            f"mlp 0 {2**31} {2**31} identity;",
+            f"mlp 0 {'9' * 40} 1 identity;",
+        ),
         *(
             "conv 2 1 10;",
             "conv 9 1 1 1;",
@@ -634,7 +650,7 @@ def test_raw_operators_are_safe() -> None:
             "rnn 0 1 1 1 1 1 10;",
             "rnn 9 9 9 9 9 9 9 9 9;",
         ),
-        *(f"rnn 0 {2**31} 2 1 0 0 1 {2**31} 0;", "rnn 0 1 1 1 0 0 0 0 0;", "\0", "mlp 1 10 8 1\0;", "flatten;"),
+        *(f"rnn 0 {2**31} 2 1 0 0 1 {2**31} 0;", "rnn 0 1 1 1 0 0 0 0 0;", "\0", "mlp 1 10 8 relu\0;", "flatten;"),
     ]
     for text in hostile:
         with pytest.raises(RuntimeError):

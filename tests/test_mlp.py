@@ -12,8 +12,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import fastnn.nn
+from fastnn.activations import NAMES
 from fastnn.functional import linear_relu, mlp, mlp_reconstruction_error
-from fastnn.ops.mlp import ACTIVATION_NAMES, join_parameters
+from fastnn.ops.mlp import join_parameters
 from fastnn.reference import mlp as reference
 from fastnn.testing import compare_with_stock, using_threads
 
@@ -31,7 +32,7 @@ class TestValues:
     def test_rows(self, instruction_set: str, dtype: torch.dtype, rows: int) -> None:
         assert_like_stock(make_chain(rows, (10, 8, 5, 8, 10), dtype), ["relu", "identity", "relu", "identity"])
 
-    @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+    @pytest.mark.parametrize("activation", NAMES)
     def test_activations(self, instruction_set: str, dtype: torch.dtype, activation: str) -> None:
         tensors = make_chain(19, (13, 21, 6), dtype)
         assert_like_stock(tensors, [activation, activation])
@@ -83,7 +84,7 @@ class TestValues:
     )
     def test_any_shape(self, rows: int, widths: list[int], bias: bool, data: st.DataObject) -> None:
         layers = len(widths) - 1
-        activations = data.draw(st.lists(st.sampled_from(ACTIVATION_NAMES), min_size=layers, max_size=layers))
+        activations = data.draw(st.lists(st.sampled_from(NAMES), min_size=layers, max_size=layers))
         torch.manual_seed(0)  # a shape fails or passes for itself, whatever came before it
         assert_like_stock(make_chain(rows, widths, bias=bias), activations)
 
@@ -136,7 +137,7 @@ class TestWays:
     def test_narrow_layers(self, instruction_set: str, dtype: torch.dtype, rows: int) -> None:
         assert_like_stock(make_chain(rows, (1, 70, 3, 90, 8, 40, 1), dtype), between(6))
 
-    @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+    @pytest.mark.parametrize("activation", NAMES)
     def test_large_enough_to_be_handed_over(self, dtype: torch.dtype, activation: str) -> None:
         tensors = make_chain(40, (300, 260, 300), dtype)
         assert_like_stock(tensors, [activation, activation])
@@ -161,11 +162,11 @@ class TestWays:
 
     def test_hand_over_keeps_its_dtype_under_autocast(self, dtype: torch.dtype) -> None:
         x, weights, biases = split(make_chain(40, (300, 260, 300), dtype))
-        arguments = (x, join_parameters(weights, biases), 0o130)
+        arguments = (x, join_parameters(weights, biases), "sigmoid|identity")
 
         def results() -> list[torch.Tensor]:
             output, hidden = torch.ops.fastnn.mlp_with_hidden(*arguments)
-            grads = torch.ops.fastnn.mlp_backward(x, x, weights, 0o130, output, hidden, True, True, True)
+            grads = torch.ops.fastnn.mlp_backward(x, x, weights, "sigmoid|identity", output, hidden, True, True, True)
             return [output, *hidden, grads[0], *grads[1], *grads[2]]
 
         plain = results()
@@ -191,7 +192,7 @@ class TestWays:
         results = []
         for threads in (1, 2, 5, 5):
             with using_threads(threads):
-                output, hidden = torch.ops.fastnn.mlp_with_hidden(x, join_parameters(weights, biases), 0o161)
+                output, hidden = torch.ops.fastnn.mlp_with_hidden(x, join_parameters(weights, biases), "silu|relu")
                 results.append([output, *hidden, mlp(x, weights, biases, ["silu", "relu"])])
                 if widths[0] == widths[-1]:
                     results[-1].append(mlp_reconstruction_error(x, weights, biases))
@@ -212,7 +213,7 @@ class TestWays:
 
 
 class TestSpecialValues:
-    @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+    @pytest.mark.parametrize("activation", NAMES)
     def test_nan_and_infinity_go_where_float64_has_them(
         self, instruction_set: str, dtype: torch.dtype, activation: str
     ) -> None:
@@ -336,6 +337,6 @@ class TestReconstructionError:
 
     def test_operator(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 4, 6)))
-        torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights + biases, 0o110))
+        torch.library.opcheck(torch.ops.fastnn.mlp_reconstruction_error.default, (x, weights + biases, "relu|identity"))
         with pytest.raises(RuntimeError, match="expected as many outputs of the last layer as features"):
-            torch.ops.fastnn.mlp_reconstruction_error(x, [weights[0], biases[0]], 0o10)
+            torch.ops.fastnn.mlp_reconstruction_error(x, [weights[0], biases[0]], "identity")

@@ -9,6 +9,14 @@ from mlp_chains import make_chain, split
 from fastnn.functional import mlp
 from fastnn.ops.mlp import join_parameters
 
+# What is not the activations of two layers, though a part of it is.
+BAD_TEXTS = (
+    *("", "|", "relu", "relu|", "|relu", "relu|identity|identity", "relu|gelo", "relu;identity", "relu,identity"),
+    *("relu identity", "relu|identity ", "relu()|relu", "leaky_relu(", "leaky_relu(0.2", "leaky_relu(0.2,1)|identity"),
+    *("leaky_relu(nan)|identity", "leaky_relu(1e999)|identity", "relu(1)|identity", "relu|identity\0"),
+    "|".join(["identity"] * 99),
+)
+
 BAD = {
     "features": lambda x, w, b: (torch.randn(5, 4), w, b),
     "chain": lambda x, w, b: (x, [w[0], torch.randn(3, 8)], b),
@@ -33,9 +41,9 @@ class TestBadInput:
         with pytest.raises(RuntimeError):
             mlp(*arguments)
         with pytest.raises(RuntimeError):
-            torch.ops.fastnn.mlp(*arguments, 0o110)
+            torch.ops.fastnn.mlp(*arguments, "relu|identity")
         with pytest.raises(RuntimeError):
-            torch.ops.fastnn.mlp_with_hidden(*arguments, 0o110)
+            torch.ops.fastnn.mlp_with_hidden(*arguments, "relu|identity")
 
     @pytest.mark.parametrize("rows", [5, 500])
     def test_a_single_layer_in_training(self, rows: int) -> None:
@@ -55,10 +63,10 @@ class TestBadInput:
             mlp(x, weights, biases, "swish")
         with pytest.raises(TypeError):
             mlp(x, None, biases)
-        for activations in (0, 1, -1, 2, 8, 0o11, 0o1100, 0o210, 2**62, 2**63 - 1, -(2**63)):
+        for activations in BAD_TEXTS:
             with pytest.raises(RuntimeError):
                 torch.ops.fastnn.mlp(x, join_parameters(weights, biases), activations)
-        for lists in (([], [], []), (weights, biases[:1], 0o110), (weights[:1], biases, 0o11)):
+        for lists in (([], [], []), (weights, biases[:1], "relu|identity"), (weights[:1], biases, "relu")):
             with pytest.raises(RuntimeError):
                 torch.ops.fastnn.mlp(x, *lists)
 
@@ -66,17 +74,17 @@ class TestBadInput:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
         for bad in (x.to_sparse(), x.half(), x.long(), x.to("meta"), x[None], x.to(torch.complex64)):
             with pytest.raises((RuntimeError, NotImplementedError)):
-                torch.ops.fastnn.mlp(bad, weights + biases, 0o110).sum().item()
+                torch.ops.fastnn.mlp(bad, weights + biases, "relu|identity").sum().item()
 
     def test_hostile_backward(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights + biases, 0o110)
-        good = [torch.randn_like(output), x, weights, 0o110, output, hidden, True, True, True]
+        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, weights + biases, "relu|identity")
+        good = [torch.randn_like(output), x, weights, "relu|identity", output, hidden, True, True, True]
         hostile = {
             0: [output[:4], output[:, :2], output[0], output.double(), output.to("meta"), output.to_sparse()],
             1: [x[:4], x[:, :5], x[0], x.double(), torch.empty(0, 6), x.to("meta")],
             2: [[], weights[:1], weights[::-1], [weights[0], weights[1].double()], [weights[0][0], weights[1]]],
-            3: [0, 1, 0o11, 0o1110, 0o144, 0o210, -1],
+            3: [*BAD_TEXTS, "gelu|gelu"],
             4: [output[:4], output[:, :2], torch.empty(0), output.double(), output.to("meta")],
             5: [[], [hidden[0][:4]], [hidden[0].double()], [hidden[0][:, :3]], hidden * 2, [torch.empty(0)]],
         }
@@ -89,7 +97,7 @@ class TestBadInput:
     def test_rows_of_no_features(self) -> None:
         """Any number, in no time."""
         ops, weight = torch.ops.fastnn, torch.zeros(0, 0)
-        for activations in (0o11, 0o14):  # the second keeps its input
+        for activations in ("relu", "gelu"):  # the second keeps its input
             x = torch.zeros(2**40, 0)
             assert ops.mlp(x, [weight], activations).shape == x.shape
             output, hidden = ops.mlp_with_hidden(x, [weight], activations)
@@ -98,14 +106,14 @@ class TestBadInput:
 
     def test_gradients_of_no_outputs(self) -> None:
         x, weight = torch.randn(5, 3), torch.zeros(0, 3)
-        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, [weight], 0o11)
-        gradients = torch.ops.fastnn.mlp_backward(output, x, [weight], 0o11, output, hidden, True, True, True)
+        output, hidden = torch.ops.fastnn.mlp_with_hidden(x, [weight], "relu")
+        gradients = torch.ops.fastnn.mlp_backward(output, x, [weight], "relu", output, hidden, True, True, True)
         assert torch.equal(gradients[0], torch.zeros(5, 3))
 
     @pytest.mark.parametrize("widths", [(0, 2**58, 0), (0, 2**62, 0), (0, 2**45, 0, 2**45)])
     def test_widths_without_memory(self, widths: tuple[int, ...]) -> None:
         x, weights = torch.zeros(5, 0), [torch.zeros(out, width) for width, out in itertools.pairwise(widths)]
-        code = 1 << 3 * len(weights)
+        code = "|".join(["identity"] * len(weights))
         with pytest.raises(RuntimeError):
             torch.ops.fastnn.mlp(x, weights, code)
         with pytest.raises(RuntimeError):
@@ -113,7 +121,7 @@ class TestBadInput:
 
     def test_raw_operators_refuse_to_lose_a_gradient(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))
-        arguments = [x, weights + biases, 0o110]
+        arguments = [x, weights + biases, "relu|identity"]
         for leaf in (x, weights[1], biases[0]):
             leaf.requires_grad_()
             output = torch.ops.fastnn.mlp(*arguments)

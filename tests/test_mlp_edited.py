@@ -69,7 +69,7 @@ def own_forward(module: MLP) -> None:
 EDITS: dict[str, tuple[Callable[[MLP], Any], int]] = {
     "nothing": (lambda m: None, 1),
     "another activation": (lambda m: m.__setitem__(1, nn.Tanh()), 1),
-    "an activation's setting": (lambda m: m.__setitem__(1, nn.LeakyReLU(0.2)), 2),
+    "an activation's setting": (lambda m: m.__setitem__(1, nn.LeakyReLU(0.2)), 1),
     "tanh's approximation of gelu": (lambda m: m.__setitem__(1, nn.GELU(approximate="tanh")), 1),
     "in place": (lambda m: m.__setitem__(1, nn.ReLU(inplace=True)), 1),
     "no activation": (lambda m: m.__setitem__(1, nn.Identity()), 1),

@@ -16,7 +16,7 @@ _POOL_2 = Geometry([1], [0], [1], 1, [2], [2], [0], [1], False).flat()
 
 
 def mlp(x: Tensor) -> Tensor:
-    return torch.ops.fastnn.mlp(x, [torch.ones(5, 3), torch.ones(5)], 0o11)
+    return torch.ops.fastnn.mlp(x, [torch.ones(5, 3), torch.ones(5)], "relu")
 
 
 def conv(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def calls() -> dict[str, list[Any]]:
     conv = [torch.randn(2, 3, 8), torch.randn(4, 3, 3), torch.randn(4), [1, 1, 1, 2, 2, 0, 1, 1, 0]]
     output, winners = ops.conv_relu_max_pool_with_winners(*conv)
     chain = [torch.randn(5, 3), torch.randn(6, 3), torch.randn(4, 6), torch.randn(6), torch.randn(4)]
-    mlp_output, hidden = ops.mlp_with_hidden(chain[0], chain[1:], 0o141)
+    mlp_output, hidden = ops.mlp_with_hidden(chain[0], chain[1:], "gelu|relu")
     lstm, weights = MODES.index("LSTM"), [torch.randn(size) for size in [(8, 3), (8, 2), (8,), (8,)]]
     state, config = [torch.randn(1, 4, 2), torch.randn(1, 4, 2)], [lstm, 1, False, False]
     rnn = [torch.randn(6, 3), torch.tensor([4, 2]), state, weights, None]
@@ -80,10 +80,10 @@ def calls() -> dict[str, list[Any]]:
         "conv_relu_max_pool_with_winners": conv,
         "conv_relu_max_pool_algorithm": conv,
         "conv_relu_max_pool_backward": [output, winners, *conv[:2], conv[3], True, True, True],
-        "mlp": [chain[0], chain[1:], 0o141],
-        "mlp_with_hidden": [chain[0], chain[1:], 0o141],
-        "mlp_reconstruction_error": [chain[0], [torch.randn(3, 3), torch.randn(3)], 0o11],
-        "mlp_backward": [mlp_output, chain[0], chain[1:3], 0o141, mlp_output, hidden, True, True, True],
+        "mlp": [chain[0], chain[1:], "gelu|relu"],
+        "mlp_with_hidden": [chain[0], chain[1:], "gelu|relu"],
+        "mlp_reconstruction_error": [chain[0], [torch.randn(3, 3), torch.randn(3)], "relu"],
+        "mlp_backward": [mlp_output, chain[0], chain[1:3], "gelu|relu", mlp_output, hidden, True, True, True],
         "rnn": [*rnn, *config],
         "rnn_with_reserve": [*rnn, *config],
         "rnn_backward": [rnn_output, final_state, *rnn, rnn_output, reserve, *config, True, True, True],

@@ -951,7 +951,7 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "dropout": ("drops", lambda model: setattr(model[2], "p", 0.7), "one"),
     "momentum": ("batch norm of rows", lambda model: setattr(model[2], "momentum", 0.7), "one"),
     "eps": ("batch norm of rows", lambda model: setattr(model[2], "eps", 0.1), "one"),
-    "slope": ("batch norm of rows", lambda model: setattr(model[6], "negative_slope", 0.2), "forward and backward"),
+    "slope": ("batch norm of rows", lambda model: setattr(model[6], "negative_slope", 0.2), "one"),
     "frozen statistics": ("batch norm of rows", lambda model: model[2].eval(), "forward and backward"),
     "dropout between layers": ("drops in both directions", lambda model: setattr(model.rnn, "dropout", 0.6), "one"),
     "parts": ("averages, 3d", lambda model: setattr(model[1], "output_size", (3, 1, 2)), "one"),
@@ -1226,7 +1226,7 @@ def test_the_raw_operator_is_safe() -> None:
     x, y = torch.randn(4, 3), torch.randn(4, 2)
     weight, bias = torch.randn(2, 3), torch.randn(2)
     numbers = NUMBERS.clone()
-    good = [x, y, [weight, bias], [], "mlp 1 1 8;", None, [0, 0, 0, 0], numbers, True]
+    good = [x, y, [weight, bias], [], "mlp 1 1 identity;", None, [0, 0, 0, 0], numbers, True]
     before = weight.clone()
     loss, gradients = run(*good)
     assert_close(loss, F.mse_loss(F.linear(x, before, bias + 0.1 * gradients[1]), y))
@@ -1247,14 +1247,24 @@ def test_the_raw_operator_is_safe() -> None:
     bad(2, [], [weight], [weight, bias, bias], [weight.t(), bias], [weight, bias[:1]], [weight.double(), bias.double()])
     bad(3, [torch.zeros(())], [weight])
     bad(
-        4, "", ";", "mlp", "mlp 1 1 8", "mlp 21 1 8;", "mlp 1 1 9223372036854775808;", "mlp 2 1 8;", "other;", "conv 1;"
+        4,
+        "",
+        ";",
+        "mlp",
+        "mlp 1 1 identity",
+        "mlp 21 1 identity;",
+        "mlp 1 1 identitx;",
+        "mlp 2 1 identity;",
+        "other;",
+        "conv 1;",
     )
     bad(
-        4, "rnn 2 0 1 0 0 1 0;", "rnn 2 99 1 0 0 1 0;", "flatten;", "flatten 5;", "mlp 1 1 8;mlp 1 1 8;",
+        4, "rnn 2 0 1 0 0 1 0;", "rnn 2 99 1 0 0 1 0;", "flatten;", "flatten 5;", "mlp 1 1 identity;mlp 1 1 identity;",
         "rnn 2 0 1 1 1 1 0;", "rnn 2 0 1 0 0 1 9223372036854775807;", "last 1;", "average 2 1 1;", "average 0;",
-        "activation 8;", "activation 88;mlp 1 1 8;", "mlp 1 1 8;dropout 4607182418800017409;", "flatten 0;",
+        "activation identity;", "activation relu|relu;mlp 1 1 identity;", "flatten 0;",
+        "mlp 1 1 identity;dropout 4607182418800017409;",
     )  # fmt: skip
-    bad(4, f"mlp 10 1 {8**20};", "mlp 2 0 8;", "mlp 1 0 8;")
+    bad(4, f"mlp 10 1 {'|'.join(['identity'] * 20)};", "mlp 2 0 identity;", "mlp 1 0 identity;")
     bad(5, torch.ones(3), torch.ones(2).double())
     freed = numbers.clone()
     freed.untyped_storage().resize_(0)
@@ -1269,7 +1279,7 @@ def test_the_raw_operator_is_safe() -> None:
 def test_a_bound_step_is_safe() -> None:
     x, y, weight = torch.randn(4, 3), torch.randn(4, 2), torch.randn(2, 3)
     bind, run = torch.ops.fastnn.bind_training_step, torch.ops.fastnn.bound_training_step
-    bound = bind([weight], [], "mlp 1 0 8;", None, [0, 0])
+    bound = bind([weight], [], "mlp 1 0 identity;", None, [0, 0])
     expected = F.mse_loss(x @ weight.t(), y)
     assert_close(run(x, y, bound, NUMBERS), expected)
     for bad in (bound + 1000, bound.double(), bound.repeat(2), bound[:0], -bound, bound.to("meta")):

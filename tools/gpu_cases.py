@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastnn.activations import join
 from fastnn.kernels import _conv_plan, _mlp_plan, _rnn_config, conv_relu_max_pool, mlp, rnn
 from fastnn.kernels._conv_geometry import Geometry
 from fastnn.kernels._rnn_problem import MODES
-from fastnn.ops.mlp import activation_digits, join_parameters, operator_code
+from fastnn.ops.mlp import join_parameters
 
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
@@ -96,7 +97,7 @@ def _mlp_case(rows: int, widths: tuple[int, ...], dtype: torch.dtype, allow_tf32
 
         weights = [new(b, a) for a, b in pairwise(widths)]
         biases = [new(b) for b in widths[1:]]
-        activations = operator_code(activation_digits([name] * len(weights)))
+        activations = join([name] * len(weights))
         input = new(rows, widths[0])
         parameters = join_parameters(weights, biases)
 
@@ -286,7 +287,7 @@ def _forced_chains(tests: ModuleType) -> Iterator[Case]:
     def case(dtype: torch.dtype) -> Case:
         def make(device: torch.device) -> Calls:
             input, weights, biases = tests.make(150, (10, 20, 5, 12), dtype, device)
-            code = operator_code(activation_digits(["relu", "gelu", "tanh"]))
+            code = "relu|gelu|tanh"
             parameters = join_parameters(weights, biases)
             return Calls(lambda: mlp.mlp(input, parameters, code), lambda: mlp.mlp_with_hidden(input, parameters, code))
 

@@ -84,11 +84,11 @@ const T* run_block_in_lanes(const MlpLayer<T>* layers, int64_t count, const T* i
     T* to = buffers[i % 2];
     lanes_layer<vectors>(layer, buffers[(i + 1) % 2], to, rows);
     T* saved = layer.saved ? layer.saved + first_row * layer.out : nullptr;
-    if (saved && keeps_input(layer.activation)) out_of_lanes<vectors>(to, rows, layer.out, saved);
+    if (saved && saves_input(layer.activation)) out_of_lanes<vectors>(to, rows, layer.out, saved);
     if (!taken_with_the_tile(layer.activation)) {
       activate_block<T>(layer, to, nullptr, divide_up(rows, width) * width * layer.out);
     }
-    if (saved && !keeps_input(layer.activation)) out_of_lanes<vectors>(to, rows, layer.out, saved);
+    if (saved && !saves_input(layer.activation)) out_of_lanes<vectors>(to, rows, layer.out, saved);
   }
   T* result = output ? output : buffers[count % 2];
   out_of_lanes<vectors>(buffers[(count + 1) % 2], rows, layers[count - 1].out, result);
@@ -147,22 +147,20 @@ void pack_part(const T* weight, int64_t out, int64_t in, int64_t part, int64_t p
 }
 
 template <class T>
-void activate_all(Activation activation, const T* input, T* output, int64_t count) {
-  with_activation(activation, [&](auto constant) {
+void activate_all(const Activation& activation, const T* input, T* output, int64_t count) {
+  with_activation<Compute<T>>(activation, [&](auto function) {
     for (int64_t i = 0; i < count; i += kLanes<T>) {
-      store_up_to<T>(output + i,
-                     activate<decltype(constant)::activation, Compute<T>>(load_up_to<T>(input + i, count - i)),
-                     count - i);
+      store_up_to<T>(output + i, function(load_up_to<T>(input + i, count - i)), count - i);
     }
   });
 }
 
 template <class T>
-void gradient_of_all(Activation activation, const T* gradient, const T* saved, T* output, int64_t count) {
-  with_activation(activation, [&](auto constant) {
+void gradient_of_all(const Activation& activation, const T* gradient, const T* saved, T* output, int64_t count) {
+  with_activation<Compute<T>>(activation, [&](auto function) {
     for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const auto before = activation_gradient<decltype(constant)::activation, Compute<T>>(
-          load_up_to<T>(gradient + i, count - i), load_up_to<T>(saved + i, count - i));
+      const auto before =
+          function.gradient(load_up_to<T>(gradient + i, count - i), load_up_to<T>(saved + i, count - i));
       store_up_to<T>(output + i, before, count - i);
     }
   });

@@ -3,18 +3,16 @@
 
 #include <stdint.h>
 
+#include "../simd/activation.h"
 #include "../simd/isa.h"
-#include "dtype.h"
+#include "../simd/dtype.h"
 #include "team.h"
 
 namespace fastnn {
 
-// The values are part of the operator's schema: fastnn/ops/mlp.py has the same list.
-enum class Activation : int32_t { identity, relu, tanh, sigmoid, gelu, gelu_tanh, silu, leaky_relu, count };
-
-// Whether the derivative is a function of the activation's input alone, so that backward needs the input kept.
-inline bool keeps_input(Activation activation) {
-  return activation == Activation::gelu || activation == Activation::gelu_tanh || activation == Activation::silu;
+// Whether a layer saves its activation's input for backward, rather than its output.
+static inline bool saves_input(const Activation& activation) {
+  return derived_from(activation) == DerivedFrom::input;
 }
 
 // The way forward goes: row-major, each layer by dot products along the weight's rows or with the weight packed in
@@ -39,7 +37,7 @@ struct MlpLayer {
 template <class T>
 struct MlpLayerBackward {
   const T* weight;  // (out, in)
-  const T* input;   // (rows, in), or null: recomputed from the layer before, which keeps its input
+  const T* input;   // (rows, in), or null: computed again from the layer before, which saved its input
   const T* saved;   // (rows, out)
   int64_t in;
   int64_t out;
@@ -79,9 +77,9 @@ struct MlpKernels {
 // What is left of the chain where torch does the matrix products.
 template <class T>
 struct MlpElementwise {
-  void (*activate)(Activation activation, const T* input, T* output, int64_t count);
-  // saved: the activation's input or output, as keeps_input says
-  void (*gradient)(Activation activation, const T* gradient, const T* saved, T* output, int64_t count);
+  void (*activate)(const Activation& activation, const T* input, T* output, int64_t count);
+  // saved: the activation's input or output, as saves_input says
+  void (*gradient)(const Activation& activation, const T* gradient, const T* saved, T* output, int64_t count);
   // sums (columns) of the rows, those of the columns [first, last)
   void (*sum_rows)(const T* matrix, int64_t rows, int64_t columns, int64_t first, int64_t last, Compute<T>* sums,
                    Compute<T>* lost);

@@ -25,15 +25,14 @@ Share share_vectors(const Member& member, int64_t count) {
 template <class T>
 const T* through_activation(const MlpLayerBackward<T>& layer, const T* source, int64_t first_row, int64_t rows,
                             T* buffer, Member& member) {
-  if (layer.activation == Activation::identity) return source;
+  if (layer.activation.kind == ActivationKind::identity) return source;
   const T* saved = layer.saved + first_row * layer.out;
   const Share which = share_vectors<T>(member, rows * layer.out);
-  with_activation(layer.activation, [&](auto constant) {
-    constexpr Activation activation = decltype(constant)::activation;
+  with_activation<T>(layer.activation, [&](auto function) {
     for (int64_t i = which.first; i < which.last; i += kLanes<T>) {
       const int64_t left_over = which.last - i;
       const Vec<T> grad = load_up_to<T>(source + i, left_over), kept = load_up_to<T>(saved + i, left_over);
-      store_up_to<T>(buffer + i, activation_gradient<activation, T>(grad, kept), left_over);
+      store_up_to<T>(buffer + i, function.gradient(grad, kept), left_over);
     }
   });
   member.end_round();
@@ -201,7 +200,7 @@ void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int
   }
   if (member.share(1).empty()) return;
   transpose_matrix(layer.weight, layer.in, layer.out, layer.in, turned, layer.out);
-  dot_layer<T>({turned, nullptr, layer.out, layer.in, Activation::identity, nullptr, nullptr}, gradient, output, rows,
+  dot_layer<T>({turned, nullptr, layer.out, layer.in, kIdentity, nullptr, nullptr}, gradient, output, rows,
                {0, layer.in});
 }
 
@@ -211,11 +210,10 @@ const T* layer_input(const MlpLayerBackward<T>* layer, int64_t first_row, int64_
   if (layer->input) return layer->input + first_row * layer->in;
   const T* saved = layer[-1].saved + first_row * layer->in;
   const Share which = share_vectors<T>(member, rows * layer->in);
-  with_activation(layer[-1].activation, [&](auto constant) {
+  with_activation<T>(layer[-1].activation, [&](auto function) {
     for (int64_t i = which.first; i < which.last; i += kLanes<T>) {
       const int64_t left_over = which.last - i;
-      store_up_to<T>(buffer + i, activate<decltype(constant)::activation, T>(load_up_to<T>(saved + i, left_over)),
-                     left_over);
+      store_up_to<T>(buffer + i, function(load_up_to<T>(saved + i, left_over)), left_over);
     }
   });
   member.end_round();

@@ -2,7 +2,7 @@
 // rows in the lanes, or packed. Which is best depends on how many rows there are to share the packing.
 #pragma once
 
-#include "../simd/activation.h"
+#include "../simd/activate.h"
 #include "../simd/transpose.h"
 #include "gemm.h"
 
@@ -15,20 +15,20 @@ constexpr int64_t kBlockRows = 4 * kTileRows;
 
 // Whether a layer's tile applies the activation itself. The others cost more than another pass over a block in cache,
 // and would each need a copy of the tile.
-inline bool taken_with_the_tile(Activation activation) {
-  return activation == Activation::relu || activation == Activation::identity;
+inline bool taken_with_the_tile(const Activation& activation) {
+  return activation.kind == ActivationKind::relu || activation.kind == ActivationKind::identity;
 }
 
 // output (count) <- activated, with a copy to `saved` where backward wants one
 template <class T>
 void activate_block(const MlpLayer<T>& layer, T* output, T* saved, int64_t count) {
-  with_activation(layer.activation, [&](auto constant) {
-    constexpr Activation activation = decltype(constant)::activation;
+  const bool input_saved = saves_input(layer.activation);
+  with_activation<T>(layer.activation, [&](auto function) {
     for (int64_t i = 0; i < count; i += kLanes<T>) {
       const Vec<T> before = load_up_to<T>(output + i, count - i);
-      const Vec<T> value = activation == Activation::relu ? before : activate<activation, T>(before);
+      const Vec<T> value = function.kind == ActivationKind::relu ? before : function(before);
       store_up_to<T>(output + i, value, count - i);
-      if (saved) store_up_to<T>(saved + i, keeps_input(activation) ? before : value, count - i);
+      if (saved) store_up_to<T>(saved + i, input_saved ? before : value, count - i);
     }
   });
 }
@@ -55,7 +55,7 @@ FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const T* input, T* outp
       bias[v] = load_up_to<T>(layer.bias + from, layer.out - from);
     }
   }
-  if (layer.activation == Activation::relu) {
+  if (layer.activation.kind == ActivationKind::relu) {
     store_tile<rows, vectors, T>(total, last, output + column, layer.out,
                                  [&](Vec<T> x, int v) { return relu(x + bias[v]); });
   } else {
@@ -151,7 +151,7 @@ FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output
         sums = dot_tile<tile_rows>(layer.in, from, layer.in, weight, layer.in, columns_left, rows - row);
       }
       sums += load(bias);
-      if (layer.activation == Activation::relu) sums = relu(sums);
+      if (layer.activation.kind == ActivationKind::relu) sums = relu(sums);
       T values[kLanes<T>];
       store(values, sums);
       for (int r = 0; r < tile_rows && row + r < rows; ++r) {
@@ -241,7 +241,7 @@ void out_of_lanes(const T* panels, int64_t rows, int64_t features, T* output) {
 template <int vectors, class T>
 void lanes_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
   constexpr int64_t width = vectors * kLanes<T>;
-  const bool relu_wanted = layer.activation == Activation::relu;
+  const bool relu_wanted = layer.activation.kind == ActivationKind::relu;
   for (int64_t column = 0; column < layer.out; column += kTileRows) {
     with_constant<kTileRows>(static_cast<int>(smaller(layer.out - column, kTileRows)), [&](auto constant) {
       constexpr int columns = decltype(constant)::value;

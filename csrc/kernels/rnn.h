@@ -6,7 +6,7 @@
 #include <array>
 
 #include "../simd/isa.h"
-#include "dtype.h"
+#include "../simd/dtype.h"
 #include "team.h"
 
 namespace fastnn {

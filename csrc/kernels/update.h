@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #include "../simd/isa.h"
-#include "dtype.h"
+#include "../simd/dtype.h"
 
 namespace fastnn {
 

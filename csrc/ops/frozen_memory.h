@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../simd/isa.h"
+#include "activation_text.h"
 #include "tensor.h"
 
 namespace fastnn {
@@ -38,6 +39,13 @@ class Words {
                  least, " to ", most, " where it has \"", std::string(first, std::min(end_, first + 20)), "\"");
     skip_space();
     return value;
+  }
+  Activation activation() {
+    Activation result;
+    FASTNN_CHECK(read_activation(at_, end_, result) && (at_ == end_ || *at_ == ' ' || *at_ == ';'),
+                 "frozen: the program should have an activation where it does not");
+    skip_space();
+    return result;
   }
   int64_t size() { return number(1, int64_t{1} << 31); }
 

@@ -35,8 +35,7 @@ class FrozenMlp : public FrozenStage<T> {
     widest_ = in;
     while (!words.stage_ends()) {
       const int64_t out = words.size();
-      const Activation activation =
-          static_cast<Activation>(words.number(0, static_cast<int64_t>(Activation::count) - 1));
+      const Activation activation = words.activation();
       const T* weight = weights.take({out, in});
       const T* bias = biases ? weights.take({out}) : nullptr;
       layers_.push_back({weight, bias, in, out, activation, nullptr, nullptr});

@@ -6,7 +6,7 @@
 namespace fastnn {
 namespace {
 
-Tensor mlp(const Tensor& input, const std::vector<Tensor>& parameters, int64_t activations) {
+Tensor mlp(const Tensor& input, const std::vector<Tensor>& parameters, const std::string& activations) {
   const Forward call("mlp", input, parameters, activations);
   if (goes_by_layers(call.chain, false)) return std::get<0>(forward_by_layers(call, false));
   const ScalarType dtype = call.chain.kind.dtype;
@@ -18,7 +18,8 @@ Tensor mlp(const Tensor& input, const std::vector<Tensor>& parameters, int64_t a
   return narrowed(std::move(output), dtype);
 }
 
-Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& parameters, int64_t activations) {
+Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& parameters,
+                                const std::string& activations) {
   const Forward call("mlp_reconstruction_error", input, parameters, activations);
   const auto& widths = call.chain.widths;
   FASTNN_CHECK(widths.back() == widths[0], call.chain.kind.op,
@@ -40,7 +41,7 @@ std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) 
 }
 
 std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& parameters,
-                                                        int64_t activations) {
+                                                        const std::string& activations) {
   const Forward call("mlp_with_hidden", input, parameters, activations);
   if (goes_by_layers(call.chain, false)) return forward_by_layers(call, true);
   const Chain& chain = call.chain;
@@ -82,10 +83,10 @@ std::vector<Tensor> check_saved(const Chain& chain, const Activations& activatio
 }
 
 Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std::vector<Tensor>& weights,
-                       int64_t activation_code, const Tensor& output, const std::vector<Tensor>& hidden,
+                       const std::string& activation_text, const Tensor& output, const std::vector<Tensor>& hidden,
                        bool input_wanted, bool weights_wanted, bool biases_wanted) {
   const char* op = "mlp_backward";
-  const Activations activations(op, activation_code);
+  const Activations activations(op, activation_text);
   const Chain chain = check_chain(op, input, weights, activations);
   FASTNN_CHECK(weights.size() == activations.size(), op, ": expected ", activations.size(), " weights, got ",
                weights.size());
@@ -127,19 +128,19 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // parameters: the weights (out, in), then the biases (out), or no biases at all.
-  // activations: an octal digit a layer, its place in fastnn.ops.mlp.ACTIVATION_NAMES, after a leading 1
-  m.def("mlp(Tensor input, Tensor[] parameters, int activations) -> Tensor");
+  // activations: one a layer, with bars between them: see activation_text.h.
+  m.def("mlp(Tensor input, Tensor[] parameters, str activations) -> Tensor");
   // One a row: the mean squared difference between the output and the input.
   m.def(
-      "mlp_reconstruction_error(Tensor input, Tensor[] parameters, int activations)"
+      "mlp_reconstruction_error(Tensor input, Tensor[] parameters, str activations)"
       " -> Tensor");
   // hidden: what mlp_backward needs of each layer
   m.def(
-      "mlp_with_hidden(Tensor input, Tensor[] parameters, int activations)"
+      "mlp_with_hidden(Tensor input, Tensor[] parameters, str activations)"
       " -> (Tensor output, Tensor[] hidden)");
   // A gradient that is not wanted comes back empty.
   m.def(
-      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, int activations, Tensor output,"
+      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, str activations, Tensor output,"
       " Tensor[] hidden, bool input_wanted, bool weights_wanted, bool biases_wanted)"
       " -> (Tensor grad_input, Tensor[] grad_weights, Tensor[] grad_biases)");
 }

@@ -49,7 +49,7 @@ constexpr double kActivationWork = 20;
 
 // to (count) <- activation(from), which may be the same.
 template <class T>
-void activate(Activation activation, const T* from, int64_t count, T* to) {
+void activate(const Activation& activation, const T* from, int64_t count, T* to) {
   const auto& elementwise = mlp_kernels().elementwise.get<T>();
   parallel_range(count, kActivationWork, [&](int64_t first, int64_t last) {
     elementwise.activate(activation, from + first, to + first, last - first);
@@ -61,11 +61,11 @@ inline std::tuple<Tensor, std::vector<Tensor>> forward_by_layers(const Forward& 
   Tensor current = call.input.borrow();
   std::vector<Tensor> hidden;
   for (int64_t i = 0; i < call.chain.layers(); ++i) {
-    const Activation activation = call.activations[i];
+    const Activation& activation = call.activations[i];
     const Tensor before = linear(current, call.weight(i), call.has_biases() ? &call.bias(i) : nullptr);
-    const bool kept = saves && keeps_input(activation);
+    const bool kept = saves && saves_input(activation);
     current = kept ? new_tensor({call.chain.rows, call.chain.widths[i + 1]}, ScalarType::BFloat16) : before;
-    if (activation != Activation::identity) {
+    if (activation.kind != ActivationKind::identity) {
       activate(activation, data<bfloat16>(before), before.numel(), mutable_data<bfloat16>(current));
     }
     if (saves && !output_serves(call.chain, i, activation)) hidden.push_back(before);
@@ -110,7 +110,7 @@ Gradients backward_by_layers(const Chain& chain, const Tensor& grad_output, cons
   const T* gradient = data<T>(dense_output);  // of the layer's output; in `own`, but for the last layer's
   for (int64_t i = chain.layers() - 1; i >= 0; --i) {
     const int64_t in = chain.widths[i], out = chain.widths[i + 1];
-    if (activations[i] != Activation::identity) {
+    if (activations[i].kind != ActivationKind::identity) {
       const Tensor kept = dense(saved[i]);
       parallel_range(rows * out, kActivationWork, [&](int64_t first, int64_t last) {
         elementwise.gradient(activations[i], gradient + first, data<T>(kept) + first, own + first, last - first);
@@ -122,7 +122,7 @@ Gradients backward_by_layers(const Chain& chain, const Tensor& grad_output, cons
     if (wanted.weights) {
       const Tensor kept = dense(i > 0 ? saved[i - 1] : input);
       const T* layer_input = data<T>(kept);
-      if (i > 0 && keeps_input(activations[i - 1])) {
+      if (i > 0 && saves_input(activations[i - 1])) {
         activate(activations[i - 1], layer_input, rows * in, activated);
         layer_input = activated;
       }

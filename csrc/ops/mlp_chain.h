@@ -4,36 +4,18 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../kernels/mlp.h"
+#include "activation_text.h"
 #include "tensor.h"
 
 namespace fastnn {
 
-// Operators take activations as one number, an octal digit a layer after a leading 1: strings and lists cost an
-// allocation or two.
-class Activations {
-  static_assert(static_cast<int>(Activation::count) == 8);
-
- public:
-  static constexpr int64_t kMost = 20;  // layers
-
-  Activations(const char* op, int64_t code) : code_(code) {
-    FASTNN_CHECK(code > 0, op, ": activations must be positive, got ", code);
-    int64_t bits = 0;
-    while (code > 1) code /= 2, ++bits;
-    layers_ = bits / 3;
-    FASTNN_CHECK(bits % 3 == 0 && layers_ > 0 && layers_ <= kMost, op, ": activations must be a 1 and 1 to ", kMost,
-                 " octal digits, got ", code_);
-  }
-  size_t size() const { return static_cast<size_t>(layers_); }
-  Activation operator[](int64_t layer) const { return static_cast<Activation>(code_ >> 3 * (layers_ - 1 - layer) & 7); }
-
- private:
-  int64_t code_, layers_;
-};
+// Layers of one call: what a call needs of each is held without an allocation.
+constexpr int64_t kMostLayers = 20;
 
 // One item a layer, or one more, without an allocation.
 template <class T>
@@ -50,7 +32,30 @@ class PerLayer {
   int64_t size() const { return size_; }
 
  private:
-  std::array<T, Activations::kMost + 1> items_;
+  std::array<T, kMostLayers + 1> items_;
+  int64_t size_ = 0;
+};
+
+// The activations of one call, a layer each, from their text.
+class Activations {
+ public:
+  Activations(const char* op, const std::string& text) {
+    const char *at = text.data(), *const end = at + text.size();
+    while (true) {
+      FASTNN_CHECK(size_ < kMostLayers, op, ": expected the activations of at most ", kMostLayers, " layers, got \"",
+                   text, "\"");
+      FASTNN_CHECK(read_activation(at, end, activations_[size_]) && (at == end || *at == '|'), op,
+                   ": expected an activation a layer, such as relu|leaky_relu(0.2)|identity, got \"", text, "\"");
+      ++size_;
+      if (at == end) return;
+      ++at;
+    }
+  }
+  size_t size() const { return static_cast<size_t>(size_); }
+  const Activation& operator[](int64_t layer) const { return activations_[layer]; }
+
+ private:
+  std::array<Activation, kMostLayers> activations_;
   int64_t size_ = 0;
 };
 
@@ -101,8 +106,8 @@ struct Forward {
   const Tensor& input;
   const std::vector<Tensor>& parameters;
 
-  Forward(const char* op, const Tensor& input, const std::vector<Tensor>& parameters, int64_t code)
-      : activations(op, code),
+  Forward(const char* op, const Tensor& input, const std::vector<Tensor>& parameters, const std::string& text)
+      : activations(op, text),
         chain(check_chain(op, input, parameters, activations)),
         input(input),
         parameters(parameters) {
@@ -121,8 +126,8 @@ struct Forward {
 };
 
 // The layers whose `saved` is the output itself, which is at hand anyway.
-inline bool output_serves(const Chain& chain, int64_t layer, Activation activation) {
-  return layer + 1 == chain.layers() && !keeps_input(activation);
+inline bool output_serves(const Chain& chain, int64_t layer, const Activation& activation) {
+  return layer + 1 == chain.layers() && !saves_input(activation);
 }
 
 struct MlpWanted {

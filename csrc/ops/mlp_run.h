@@ -119,7 +119,7 @@ void run_backward(const Chain& chain, const PerLayer<MlpLayerBackward<T>>& layer
     T* place;
     int64_t count, offset;  // in the parts of one thread
   };
-  std::array<Part, 2 * (Activations::kMost + 1)> parts;
+  std::array<Part, 2 * (kMostLayers + 1)> parts;
   size_t number = 0;
   int64_t parts_size = 0;
   const auto add_part = [&](T* place, int64_t count) {
@@ -188,7 +188,7 @@ PerLayer<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Activati
   for (int64_t i = 0; i < chain.layers(); ++i) {
     layers.push_back(
         {weights[i], input, saved[i], chain.widths[i], chain.widths[i + 1], activations[i], nullptr, nullptr, nullptr});
-    input = keeps_input(activations[i]) ? nullptr : saved[i];
+    input = saves_input(activations[i]) ? nullptr : saved[i];
   }
   return layers;
 }

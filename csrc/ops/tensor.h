@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "../kernels/dtype.h"
+#include "../simd/dtype.h"
 #include "../kernels/team.h"
 #include "check.h"
 #include "team_balance.h"

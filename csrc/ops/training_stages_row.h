@@ -36,11 +36,11 @@ template <class T>
 class MlpStage : public Stage<T> {
  public:
   explicit MlpStage(Words& words) {
-    layers_ = static_cast<size_t>(words.number(1, 20));
+    layers_ = static_cast<size_t>(words.number(1, kMostLayers));
     biased_ = words.number(0, 1);
-    code_ = words.number(1, std::numeric_limits<int64_t>::max());
+    activations_ = words.word();
     FASTNN_CHECK(words.stage_ends(), kTrainingStep, ": the program has more of an mlp than it should");
-    FASTNN_CHECK(Activations(kTrainingStep, code_).size() == layers_, kTrainingStep,
+    FASTNN_CHECK(Activations(kTrainingStep, activations_).size() == layers_, kTrainingStep,
                  ": the program has an mlp of other activations than layers");
     this->count = layers_ * (1 + biased_);
   }
@@ -80,7 +80,7 @@ class MlpStage : public Stage<T> {
     this->hold(input, parameters);
     this->input_ = dense(input);
     rows_ = as_sizes(data<T>(this->input_), {product(sizes_, 0, sizes_.size() - 1), sizes_.back()});
-    call_.emplace(kTrainingStep, rows_, this->parameters_, code_);
+    call_.emplace(kTrainingStep, rows_, this->parameters_, activations_);
     const Chain& chain = call_->chain;
     int64_t count = checked_product(chain.rows, chain.widths.back());
     for (int64_t i = 0; i < chain.layers(); ++i) {
@@ -147,7 +147,7 @@ class MlpStage : public Stage<T> {
 
   size_t layers_;
   bool biased_;
-  int64_t code_;
+  std::string activations_;
   Ints sizes_;  // of the input
   Tensor rows_, kept_, grad_input_;
   std::unique_ptr<T[]> own_gradients_;  // of all parameters: a tensor takes a fifth of a microsecond longer
@@ -286,15 +286,13 @@ class LastStage : public Stage<T> {
   Tensor output_;
 };
 
-// "activation code": one of mlp's, on its own.
+// "activation name": one of mlp's, on its own.
 template <class T>
 class ActivationStage : public Stage<T> {
  public:
   explicit ActivationStage(Words& words) {
-    const Activations activations(kTrainingStep, words.number(1, std::numeric_limits<int64_t>::max()));
-    FASTNN_CHECK(activations.size() == 1 && words.stage_ends(), kTrainingStep,
-                 ": the program has more of an activation than it should");
-    activation_ = activations[0];
+    activation_ = words.activation();
+    FASTNN_CHECK(words.stage_ends(), kTrainingStep, ": the program has more of an activation than it should");
   }
   // With the input's strides, where it has no gaps, since a dropout draws in the order in which elements lie.
   Tensor forward(const Tensor& input, const TensorList&) override {
@@ -313,7 +311,7 @@ class ActivationStage : public Stage<T> {
   }
   Tensor backward(const Tensor& gradient, bool input_wanted, const bool*, const T**) override {
     if (!input_wanted) return Tensor();
-    const Tensor grad_output = dense(gradient), kept = dense(keeps_input(activation_) ? this->input_ : output_);
+    const Tensor grad_output = dense(gradient), kept = dense(saves_input(activation_) ? this->input_ : output_);
     Tensor result = new_tensor(sizes_of(output_), kDtypeOf<T>);
     const auto& elementwise = mlp_kernels().elementwise.template get<T>();
     parallel_range(result.numel(), kActivationWork, [&](int64_t first, int64_t last) {

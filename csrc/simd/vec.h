@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#include "../kernels/dtype.h"
+#include "dtype.h"
 
 #ifndef FASTNN_ISA
 #error "compile kernel files with -DFASTNN_ISA=<instruction set>"

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastnn.activations import layers_of, parse
 from fastnn.graph.forward import Program
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import (
@@ -24,12 +25,12 @@ from fastnn.graph.joining import (
     sizes_of_view,
     write_flattenings,
 )
-from fastnn.graph.matcher import Layer, activation_name, read_layer, settings_of, why_not_read
+from fastnn.graph.matcher import Layer, activation_of, read_layer, settings_of, why_not_read
 from fastnn.nn._hooks import has_own_call
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, flat_geometry
 from fastnn.ops.frozen import write_program
-from fastnn.ops.mlp import MOST_LAYERS, activation_digits, mlp_of_parameters, mlp_with_some_biases, operator_code
+from fastnn.ops.mlp import MOST_LAYERS, mlp_of_parameters, mlp_with_some_biases
 from fastnn.ops.rnn import NUMBER_OF
 
 _ANY = range(2, 17)  # dimensions; more than sixteen the operators do not take
@@ -97,7 +98,7 @@ def _in_order(placeholders: list[Node], sources: list[tuple[Any, str]]) -> list[
 class _Reader:
     def __init__(self, source_of: dict[Node, tuple[Any, str]], modules: dict[str, nn.Module]) -> None:
         self.source_of, self.modules = source_of, modules
-        self.stages: list[tuple[str, list[int]]] = []
+        self.stages: list[tuple[str, list[int | str]]] = []
         self.sources: list[tuple[Any, str]] = []
         self.dims: range | None = None
         self.has_steps = False  # what the stages give is that of all steps of a recurrent layer
@@ -115,21 +116,21 @@ class _Reader:
             self.stages.append(("conv", [len(tensors) - 1, *node.kwargs["geometry"]]))  # type: ignore[misc]
             self._take(tensors)
             return node
-        digits: Any = node.kwargs.get("digits")  # the activations of linear layers
+        activations: Any = node.kwargs.get("activations")  # of linear layers
         if node.target is mlp_of_parameters:
             tensors = list(node.args[1])  # type: ignore[arg-type]
-            if len(digits) > MOST_LAYERS:
+            layers = layers_of(activations)
+            if layers > MOST_LAYERS:
                 raise ChainError(f"there are more than {MOST_LAYERS} linear layers in a row")
             self._begin(_ANY)
-            biased = int(len(tensors) > len(digits))
-            self.stages.append(("mlp", [len(digits), biased, operator_code(digits)]))
+            self.stages.append(("mlp", [layers, int(len(tensors) > layers), activations]))
             self._take(tensors)
             return node
         if node.target is mlp_with_some_biases:
             both: Any = node.args[1]  # weights, then biases or None
-            for digit, weight, bias in zip(digits, both, both[len(both) // 2 :], strict=False):
+            for activation, weight, bias in zip(parse(activations), both, both[len(both) // 2 :], strict=False):
                 self._begin(_ANY)
-                self.stages.append(("mlp", [1, int(bias is not None), operator_code(digit)]))
+                self.stages.append(("mlp", [1, int(bias is not None), str(activation)]))
                 self._take([weight] if bias is None else [weight, bias])
             return node
         if node.target is batch_norm_relu_max_pool:
@@ -161,7 +162,7 @@ class _Reader:
             return node
         if layer is not None and layer.kind == "linear" and layer.module is not None:
             self._begin(_ANY)
-            self.stages.append(("mlp", [1, self._take_own(layer), operator_code("0")]))
+            self.stages.append(("mlp", [1, self._take_own(layer), "identity"]))
             return node
         if layer is not None and layer.kind.startswith("conv") and layer.module is not None:
             self._begin(layer.dims + 2)
@@ -170,9 +171,9 @@ class _Reader:
         if layer is not None and layer.kind == "batch_norm" and layer.module is not None:
             self._add_norm_alone(layer)
             return node
-        if layer is not None and (name := activation_name(layer)) is not None:
+        if layer is not None and (alone := activation_of(layer)) is not None:
             self._begin(_ANY)
-            self.stages.append(("activation", [operator_code(activation_digits([name]))]))
+            self.stages.append(("activation", [str(alone)]))
             return node
         if self.has_steps and (_takes_last(node, -1) or _takes_last(node, (slice(None), -1))):
             self.stages.append(("last", [int(not _takes_last(node, -1))]))

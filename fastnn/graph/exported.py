@@ -22,19 +22,11 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+from fastnn import activations
 from fastnn._torch import OpOverload
 from fastnn.ops.frozen import conv_numbers
-from fastnn.ops.mlp import ACTIVATION_NAMES, names_of_code
 
 _aten = torch.ops.aten
-_ACTIVATIONS: dict[Any, str] = {
-    _aten.relu.default: "relu",
-    _aten.tanh.default: "tanh",
-    _aten.sigmoid.default: "sigmoid",
-    _aten.silu.default: "silu",
-    _aten.gelu.default: "gelu",
-    _aten.leaky_relu.default: "leaky_relu",
-}
 VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
 _COPIES = (_aten.clone.default, _aten.contiguous.default, _aten.alias.default)
 _ANY = (0, 0)  # a size without limits, in an input stage
@@ -46,7 +38,7 @@ class Stage:
     """One stage of a program: its name and numbers (csrc/ops/frozen_stages.h), and its weights in their order."""
 
     name: str
-    numbers: list[int]
+    numbers: list[Any]
     tensors: list[Tensor] = field(default_factory=list)
 
 
@@ -314,7 +306,7 @@ _BATCH_NORMS: dict[Any, Callable[[Node], Any]] = {
 
 def _weights_of_mlp(layer: Node) -> tuple[Node, Node | None] | None:
     parameters: Any = layer.args[1]
-    if names_of_code(layer.args[2]) != ["identity"]:  # type: ignore[arg-type]
+    if layer.args[2] != "identity":
         return None
     return parameters[0], parameters[1] if len(parameters) > 1 else None
 
@@ -474,11 +466,11 @@ class _Chain:
         self.add_layers([self.constant(node, node.args[1])], self.constants_of(node, node.args[2:]), ["identity"])
 
     def add_mlp(self, node: Node) -> None:
-        names = names_of_code(node.args[2])  # type: ignore[arg-type]
+        names = activations.parse(str(node.args[2]))
         parameters = self.constants_of(node, node.args[1])
         self.add_layers(parameters[: len(names)], parameters[len(names) :], names)
 
-    def add_layers(self, weights: list[Tensor], biases: list[Tensor], names: Sequence[str]) -> None:
+    def add_layers(self, weights: list[Tensor], biases: list[Tensor], names: Sequence[Any]) -> None:
         if not _same(_sizes(self.node)[-1:], self.sizes[-1:]):
             self.settle()
         if len(self.sizes) < 2:
@@ -489,20 +481,18 @@ class _Chain:
             stage = Stage("mlp", [int(bool(biases)), weights[0].shape[1]])
             self.stages.append(stage)
         for i, (weight, name) in enumerate(zip(weights, names, strict=True)):
-            stage.numbers += [weight.shape[0], ACTIVATION_NAMES.index(name)]
+            stage.numbers += [weight.shape[0], str(name)]
             stage.tensors += [weight, biases[i]] if biases else [weight]
         self.sizes = (*self.sizes[:-1], weights[-1].shape[0])
 
     def add_activation(self, node: Node) -> None:
-        name = _ACTIVATIONS[node.target]
-        if name == "gelu" and node.kwargs.get("approximate", "none") == "tanh":
-            name = "gelu_tanh"
-        if name == "leaky_relu" and node.args[1:] not in ((), (0.01,)):
-            raise _refusal(node, "has a slope other than 0.01")
+        activation = activations.from_operator(node.target, node.args[1:], node.kwargs)
+        if activation is None:
+            raise _refusal(node, "has parameters that no kernel has")
         stage = self.last("mlp")
-        if stage is None or stage.numbers[-1] != ACTIVATION_NAMES.index("identity"):
+        if stage is None or stage.numbers[-1] != "identity":
             raise _refusal(node, "does not follow a Linear layer, as it must in a frozen model")
-        stage.numbers[-1] = ACTIVATION_NAMES.index(name)
+        stage.numbers[-1] = str(activation)
 
     def add_conv(self, node: Node) -> None:
         self.settle()
@@ -570,7 +560,7 @@ class _Chain:
 
 
 _READERS: dict[Any, Callable[[_Chain, Node], None]] = {
-    **dict.fromkeys(_ACTIVATIONS, _Chain.add_activation),
+    **dict.fromkeys(activations.OPERATORS, _Chain.add_activation),
     _aten.linear.default: _Chain.add_linear,
     torch.ops.fastnn.mlp.default: _Chain.add_mlp,
     torch.ops.fastnn.conv_relu_max_pool.default: _Chain.add_conv,

@@ -16,6 +16,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.fx import Graph, Node
 
 from fastnn._torch import HOOKS
+from fastnn.activations import layers_of, parse
 from fastnn.graph.order import Order, unpack
 from fastnn.nn.rnn import _Recurrent
 from fastnn.ops._autograd import is_plain, wants_gradient
@@ -67,7 +68,7 @@ class Network:
             some: Any = tensors[first : first + step.tensors]
             first += step.tensors
             if step.kind == "mlp":
-                layers = len(step.numbers[0])
+                layers = layers_of(step.numbers[0])
                 for i in range(layers):
                     result.append(some[i])
                     if step.tensors > layers:
@@ -87,7 +88,7 @@ class Network:
 @lru_cache(maxsize=256)
 def _program(network: Network, shapes: tuple[Sequence[int] | None, ...]) -> str:
     """For tensors of these sizes."""
-    stages: list[tuple[str, Sequence[int]]] = []
+    stages: list[tuple[str, Sequence[int | str]]] = []
     first = 0
     for step in network.steps:
         some: Any = shapes[first : first + step.tensors]
@@ -97,11 +98,11 @@ def _program(network: Network, shapes: tuple[Sequence[int] | None, ...]) -> str:
         elif step.kind == "flatten":
             stages.append(("flatten", ()))
         else:
-            digits = step.numbers[0]
-            numbers = [int(len(some) > len(digits)), some[0][1]]
-            for weight, digit in zip(some, digits, strict=False):
-                numbers += [weight[0], int(digit)]
-            stages.append(("mlp", numbers))
+            activations = parse(step.numbers[0])
+            words: list[int | str] = [int(len(some) > len(activations)), some[0][1]]
+            for weight, activation in zip(some, activations, strict=False):
+                words += [weight[0], str(activation)]
+            stages.append(("mlp", words))
     return write_program(stages)
 
 
@@ -120,7 +121,7 @@ class RecurrentHead:
         if not isinstance(input, Tensor) or input.dim() != 3:  # a packed sequence, or one without a batch
             result = self.module(input)[self.part]
             state = result[0] if self.part and isinstance(result, tuple) else result
-            return mlp_of_parameters(state[self.index], parameters, "0")
+            return mlp_of_parameters(state[self.index], parameters, "identity")
         if is_grad_enabled() and input.is_cpu and is_plain(input):
             layer = kernel_of(self.module)
             if layer is not None and wants_gradient(input, *layer._flat_weights, *parameters):
@@ -130,7 +131,7 @@ class RecurrentHead:
         _, state = self.module(input)
         # The last layer's last output: a smaller tensor to take it from than all outputs.
         h = state[0] if isinstance(state, tuple) else state
-        return mlp_of_parameters(h[-1], parameters, "0")
+        return mlp_of_parameters(h[-1], parameters, "identity")
 
 
 def kernel_of(module: nn.Module) -> Any:
@@ -215,8 +216,9 @@ def _step(node: Node, before: Sequence[str]) -> _Step | None:
     if flattens(node) and before and before[-1] == "conv":
         return _flattening(node)
     if node.target is mlp_of_parameters and before and before[-1] == "flatten":
-        digits: Any = node.kwargs["digits"]
-        return _Step("mlp", len(node.args[1]), (digits,), lambda x, *p: mlp_of_parameters(x, p, digits))  # type: ignore[arg-type]
+        activations: Any = node.kwargs["activations"]
+        tensors: Any = node.args[1]
+        return _Step("mlp", len(tensors), (activations,), lambda x, *p: mlp_of_parameters(x, p, activations))
     return None
 
 
@@ -308,7 +310,7 @@ def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> N
     if step.target is not operator.getitem or not chooses_last(step.args[1], last) or len(step.users) != 1:
         return
     head = next(iter(step.users))
-    if head.target is not mlp_of_parameters or head.kwargs["digits"] != "0" or head.args[0] is not step:
+    if head.target is not mlp_of_parameters or head.kwargs["activations"] != "identity" or head.args[0] is not step:
         return
     parameters: Any = head.args[1]
     order = Order(graph, modules)

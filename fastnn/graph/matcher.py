@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastnn import activations
 from fastnn._torch import no_torch_function, pytree
 from fastnn.graph.order import Order
 from fastnn.nn._hooks import has_own_call, layer_forward, own_methods
@@ -40,7 +41,7 @@ from fastnn.ops.conv_relu_max_pool import (
     conv_relu_max_pool3d,
     flat_geometry,
 )
-from fastnn.ops.mlp import activation_digits, mlp_of_parameters, mlp_with_some_biases
+from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 
 # ---- what a node computes, whichever way it is written --------------------------------------------------------------
 
@@ -48,16 +49,12 @@ _CONVS = (conv_relu_max_pool1d, conv_relu_max_pool2d, conv_relu_max_pool3d)
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-_ACTIVATION = ("input", "inplace")
-_IN_PLACE = ("inplace",)
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "conv": {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1},
     "max_pool": {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},
     "batch_norm": {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5},
     "linear": {"bias": None},
     "dropout": {"p": 0.5, "training": True},
-    "gelu": {"approximate": "none"},
-    "leaky_relu": {"negative_slope": 0.01},
 }
 
 
@@ -74,17 +71,7 @@ def _functions() -> Iterator[tuple[Any, str, Sequence[str]]]:
     yield F.batch_norm, "batch_norm", _BATCH_NORM
     yield F.linear, "linear", ("input", "weight", "bias")
     yield F.dropout, "dropout", ("input", "p", "training", "inplace")
-    for name in ("relu", "tanh", "sigmoid", "silu"):
-        for place in (F, torch):
-            for variant in (name, f"{name}_"):
-                if hasattr(place, variant):
-                    yield getattr(place, variant), name, _ACTIVATION
-        if hasattr(torch.Tensor, name):
-            yield name, name, _ACTIVATION
-            yield f"{name}_", name, _ACTIVATION
-    yield F.gelu, "gelu", ("input", "approximate")
-    yield F.leaky_relu, "leaky_relu", ("input", "negative_slope", "inplace")
-    yield F.relu6, "relu6", _ACTIVATION
+    yield from activations.functions()
 
 
 _FUNCTIONS = {function: (kind, names) for function, kind, names in _functions()}
@@ -102,13 +89,7 @@ _MODULES: dict[Any, tuple[str, Sequence[str], Sequence[str]]] = {
         for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
     },
     nn.Identity.forward: ("identity", (), ()),
-    nn.ReLU.forward: ("relu", (), _IN_PLACE),
-    nn.ReLU6.forward: ("relu6", (), _IN_PLACE),
-    nn.Tanh.forward: ("tanh", (), ()),
-    nn.Sigmoid.forward: ("sigmoid", (), ()),
-    nn.SiLU.forward: ("silu", (), _IN_PLACE),
-    nn.GELU.forward: ("gelu", (), ("approximate",)),
-    nn.LeakyReLU.forward: ("leaky_relu", (), ("negative_slope", "inplace")),
+    **{forward: (name, (), settings) for forward, name, settings in activations.modules()},
 }
 _BLOCK = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
 _MODULES[LinearReLU.forward] = ("linear_relu", ("weight", "bias"), ())
@@ -123,7 +104,6 @@ RECURRENT: dict[Any, str] = {
     getattr(nn, name).forward: name for name in ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 }
 _LINEARS = {"linear": "identity", "linear_relu": "relu"}
-_ACTIVATIONS = ("relu", "tanh", "sigmoid", "silu", "gelu", "leaky_relu")
 
 
 def settings_of(module: nn.Module) -> Sequence[str]:
@@ -499,16 +479,16 @@ class _Matcher:
         pending: list[Layer] = []  # that are part of the chain only if a linear layer or an activation follows
         last = first
         while (following := self.next(last)) is not None:
-            name = activation_name(following)
+            activation = activation_of(following)
             if following.kind in _LINEARS and self.is_ready(following, first):
                 layers += [*pending, following]
                 pending = []
                 linears.append(following)
                 names.append(_LINEARS[following.kind])
-            elif name is not None and names[-1] == "identity":
+            elif activation is not None and names[-1] == "identity":
                 layers += [*pending, following]
                 pending = []
-                names[-1] = name
+                names[-1] = str(activation)
             elif _passes_on(following):
                 pending.append(following)
             else:
@@ -518,11 +498,11 @@ class _Matcher:
             return "a linear layer alone, trained: there is nothing to fuse it with"
         weights = [_tensor(linear, "weight") for linear in linears]
         biases = [_tensor(linear, "bias") for linear in linears]
+        settings = {"activations": activations.join(names)}
         if any(biases) and not all(biases):
-            settings: dict[str, Any] = {"digits": activation_digits(names)}
             return Match("mlp", layers, mlp_with_some_biases, [*weights, *biases], settings, in_a_list=True)
         tensors = [*weights, *(biases if all(biases) else [])]
-        return Match("mlp", layers, mlp_of_parameters, tensors, {"digits": activation_digits(names)}, in_a_list=True)
+        return Match("mlp", layers, mlp_of_parameters, tensors, settings, in_a_list=True)
 
     def is_worth_it_alone(self, linear: Layer) -> bool:
         """Of a linear layer without an activation: in inference, for few rows; else where it may become one call with a
@@ -541,7 +521,7 @@ class _Matcher:
             return "average and adaptive pools are torch's"
         if layer.kind == "pool with indices":
             return "its max-pool returns indices"
-        if layer.kind in _ACTIVATIONS or layer.kind == "relu6":
+        if layer.kind in activations.TORCH_NAMES:
             return "it follows neither a convolution nor a linear layer alone"
         return None
 
@@ -605,13 +585,9 @@ def _pool_settings(pool: Layer | None) -> dict[str, Any]:
     }
 
 
-def activation_name(layer: Layer) -> str | None:
-    """As ``mlp`` has it."""
-    if layer.kind == "gelu":
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(layer.settings["approximate"])
-    if layer.kind == "leaky_relu":
-        return "leaky_relu" if layer.settings["negative_slope"] == 0.01 else None
-    return layer.kind if layer.kind in _ACTIVATIONS else None
+def activation_of(layer: Layer) -> activations.Activation | None:
+    """The activation that a layer is, where kernels have it."""
+    return activations.from_settings(layer.kind, layer.settings) if layer.kind in activations.TORCH_NAMES else None
 
 
 # ---- and what the graph becomes -------------------------------------------------------------------------------------

@@ -1,18 +1,22 @@
-"""Activations and their derivatives on tiles, by their number in fastnn.ops.mlp.ACTIVATION_NAMES."""
+"""Activations and their derivatives on tiles, by their numbers in the extension's table (fastnn/activations.py)."""
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-IDENTITY = tl.constexpr(0)
-RELU = tl.constexpr(1)
-TANH = tl.constexpr(2)
-SIGMOID = tl.constexpr(3)
-GELU = tl.constexpr(4)
-GELU_TANH = tl.constexpr(5)
-SILU = tl.constexpr(6)
-LEAKY_RELU = tl.constexpr(7)
+from fastnn.activations import KINDS
 
-_LEAKY_SLOPE = tl.constexpr(0.01)
+RELU = tl.constexpr(KINDS["relu"].number)
+TANH = tl.constexpr(KINDS["tanh"].number)
+SIGMOID = tl.constexpr(KINDS["sigmoid"].number)
+GELU = tl.constexpr(KINDS["gelu"].number)
+GELU_TANH = tl.constexpr(KINDS["gelu_tanh"].number)
+SILU = tl.constexpr(KINDS["silu"].number)
+LEAKY_RELU = tl.constexpr(KINDS["leaky_relu"].number)
+
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _GELU_CUBIC = tl.constexpr(0.044715)
@@ -81,8 +85,9 @@ def _gelu_inner(x):
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE):
-    """x: float32 tile."""
+def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE, FIRST: tl.constexpr = 0.0,
+             SECOND: tl.constexpr = 0.0):  # fmt: skip
+    """x: float32 tile. FIRST and SECOND are the activation's parameters."""
     if ACTIVATION == RELU:
         return tl.where(x <= 0, 0.0, x)  # NaN stays
     elif ACTIVATION == TANH:
@@ -96,14 +101,14 @@ def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE):
     elif ACTIVATION == SILU:
         return x * sigmoid(x, MATH)
     elif ACTIVATION == LEAKY_RELU:
-        return tl.where(x < 0, x * _LEAKY_SLOPE, x)
+        return tl.where(x > 0, x, x * FIRST)
     else:
         return x
 
 
 @triton.jit
-def activation_gradient(grad, saved, ACTIVATION: tl.constexpr):
-    """``grad`` times the derivative. saved: the activation's input for gelu, gelu_tanh and silu, else its output."""
+def activation_gradient(grad, saved, ACTIVATION: tl.constexpr, FIRST: tl.constexpr = 0.0, SECOND: tl.constexpr = 0.0):
+    """``grad`` times the derivative. saved: what the table says that the derivative is computed from."""
     if ACTIVATION == RELU:
         return tl.where(saved <= 0, 0.0, grad)
     elif ACTIVATION == TANH:
@@ -121,6 +126,20 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr):
         gate = sigmoid(saved)
         return grad * gate * (1.0 + saved * (1.0 - gate))
     elif ACTIVATION == LEAKY_RELU:
-        return tl.where(saved > 0, grad, grad * _LEAKY_SLOPE)
+        return tl.where(saved > 0, grad, grad * FIRST)
     else:
         return grad
+
+
+# The same by torch's kernels, for layers that those compute: (grad, saved, *parameters) -> grad times the derivative.
+_aten = torch.ops.aten
+STOCK_GRADIENTS: dict[str, Callable[..., Tensor]] = {
+    "identity": lambda grad, saved: grad,
+    "relu": lambda grad, saved: _aten.threshold_backward(grad, saved, 0),
+    "tanh": _aten.tanh_backward,
+    "sigmoid": _aten.sigmoid_backward,
+    "gelu": _aten.gelu_backward,
+    "gelu_tanh": lambda grad, saved: _aten.gelu_backward(grad, saved, approximate="tanh"),
+    "silu": _aten.silu_backward,
+    "leaky_relu": lambda grad, saved, slope: _aten.leaky_relu_backward(grad, saved, slope, False),
+}

@@ -9,14 +9,14 @@ from fastnn.kernels._activation import activate, activation_gradient
 
 @triton.jit
 def _finish_layer(sums, bias_ptr, saved_ptr, row, row_mask, column, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
-                  KEEPS_INPUT: tl.constexpr):  # fmt: skip
+                  FIRST: tl.constexpr, SECOND: tl.constexpr, SAVES_INPUT: tl.constexpr):  # fmt: skip
     """act(sums + bias), and what backward needs of it written to ``saved`` (rows, WIDTH) unless that is None."""
     column_mask = column < WIDTH
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    value = activate(sums, ACTIVATION)
+    value = activate(sums, ACTIVATION, FIRST=FIRST, SECOND=SECOND)
     if saved_ptr is not None:
-        kept = sums if KEEPS_INPUT else value
+        kept = sums if SAVES_INPUT else value
         place = saved_ptr + row[:, None] * WIDTH + column[None, :]
         tl.store(place, kept.to(saved_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
     return value
@@ -34,8 +34,9 @@ def _next_operand(value, column, DTYPE: tl.constexpr, WIDTH: tl.constexpr, OPERA
 @triton.jit(do_not_specialize=["rows"])
 def chain_forward(
     x_ptr, w_ptrs, bias_ptrs, saved_ptrs, y_ptr, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr,
-    ACTIVATIONS: tl.constexpr, KEEPS_INPUT: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, SAVES_INPUT: tl.constexpr,
+    LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x (rows, WIDTHS[0]) -> y (rows, WIDTHS[LAYERS]), a program a tile of BLOCK_ROWS rows, through LAYERS >= 2 layers.
     w[i] (WIDTHS[i + 1], WIDTHS[i]); saved[i] (rows, WIDTHS[i + 1]) or None.
@@ -55,7 +56,7 @@ def chain_forward(
                     mask=(column < WIDTHS[1])[None, :] & k_mask[:, None], other=0.0)  # fmt: skip
         sums = tl.dot(x.to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
     value = _finish_layer(sums, bias_ptrs[0], saved_ptrs[0], row, row_mask, column, WIDTHS[1], ACTIVATIONS[0],
-                          KEEPS_INPUT[0])  # fmt: skip
+                          FIRST[0], SECOND[0], SAVES_INPUT[0])  # fmt: skip
     x = _next_operand(value, column, y_ptr.dtype.element_ty, WIDTHS[1], OPERAND)
 
     for layer in tl.static_range(1, LAYERS - 1):
@@ -65,7 +66,7 @@ def chain_forward(
                     mask=(column < WIDTHS[layer + 1])[None, :] & (k < WIDTHS[layer])[:, None], other=0.0)  # fmt: skip
         sums = tl.dot(x, w.to(OPERAND), input_precision=PRECISION)
         value = _finish_layer(sums, bias_ptrs[layer], saved_ptrs[layer], row, row_mask, column, WIDTHS[layer + 1],
-                              ACTIVATIONS[layer], KEEPS_INPUT[layer])  # fmt: skip
+                              ACTIVATIONS[layer], FIRST[layer], SECOND[layer], SAVES_INPUT[layer])  # fmt: skip
         x = _next_operand(value, column, y_ptr.dtype.element_ty, WIDTHS[layer + 1], OPERAND)
 
     LAST: tl.constexpr = LAYERS - 1
@@ -77,7 +78,8 @@ def chain_forward(
                              mask=out_mask[None, :] & (k < WIDTHS[LAST])[:, None], other=0.0)  # fmt: skip
         out_sums = tl.dot(x, out_weight.to(OPERAND), input_precision=PRECISION)
         out_value = _finish_layer(out_sums, bias_ptrs[LAST], saved_ptrs[LAST], row, row_mask, out_column,
-                                  WIDTHS[LAYERS], ACTIVATIONS[LAST], KEEPS_INPUT[LAST])  # fmt: skip
+                                  WIDTHS[LAYERS], ACTIVATIONS[LAST], FIRST[LAST], SECOND[LAST],
+                                  SAVES_INPUT[LAST])  # fmt: skip
         place = y_ptr + row[:, None] * WIDTHS[LAYERS] + out_column[None, :]
         tl.store(place, out_value.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & out_mask[None, :])
 
@@ -85,8 +87,8 @@ def chain_forward(
 @triton.jit(do_not_specialize=["rows"])
 def resident_chain_forward(
     x_ptr, w_ptrs, bias_ptrs, saved_ptrs, y_ptr, rows, WIDTHS: tl.constexpr, TILES: tl.constexpr,
-    ACTIVATIONS: tl.constexpr, KEEPS_INPUT: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, SAVES_INPUT: tl.constexpr,
+    LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """chain_forward for many rows: a program keeps the weights of all layers on chip and takes tile after tile, so
     that nothing but input and output moves."""
@@ -108,7 +110,7 @@ def resident_chain_forward(
             column = tl.arange(0, TILES[layer + 1])
             sums = tl.dot(x, loaded[layer], input_precision=PRECISION)
             value = _finish_layer(sums, bias_ptrs[layer], saved_ptrs[layer], row, row_mask, column, WIDTHS[layer + 1],
-                                  ACTIVATIONS[layer], KEEPS_INPUT[layer])  # fmt: skip
+                                  ACTIVATIONS[layer], FIRST[layer], SECOND[layer], SAVES_INPUT[layer])  # fmt: skip
             x = _next_operand(value, column, y_ptr.dtype.element_ty, WIDTHS[layer + 1], OPERAND)
         last = tl.arange(0, TILES[LAYERS])
         tl.store(y_ptr + row[:, None] * WIDTHS[LAYERS] + last[None, :], x.to(y_ptr.dtype.element_ty),
@@ -117,14 +119,14 @@ def resident_chain_forward(
 
 @triton.jit
 def _finish_gradient(grad, saved_ptr, grad_sums_ptr, bias_parts_ptr, row, row_mask, column, WIDTH: tl.constexpr,
-                     ACTIVATION: tl.constexpr):  # fmt: skip
+                     ACTIVATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):  # fmt: skip
     """The gradient before the activation, written to ``grad_sums`` (rows, WIDTH), and this tile's part of the bias
     gradient to ``bias_parts`` (tiles, WIDTH) unless that is None."""
     column_mask = column < WIDTH
     mask = row_mask[:, None] & column_mask[None, :]
     offset = row[:, None] * WIDTH + column[None, :]
     kept = tl.load(saved_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.where(mask, activation_gradient(grad, kept, ACTIVATION), 0.0)
+    grad = tl.where(mask, activation_gradient(grad, kept, ACTIVATION, FIRST, SECOND), 0.0)
     tl.store(grad_sums_ptr + offset, grad.to(grad_sums_ptr.dtype.element_ty), mask=mask)
     if bias_parts_ptr is not None:
         tl.store(bias_parts_ptr + tl.program_id(0) * WIDTH + column, tl.sum(grad, 0), mask=column_mask)
@@ -134,8 +136,9 @@ def _finish_gradient(grad, saved_ptr, grad_sums_ptr, bias_parts_ptr, row, row_ma
 @triton.jit(do_not_specialize=["rows"])
 def chain_backward(
     grad_y_ptr, w_ptrs, saved_ptrs, grad_sums_ptrs, bias_parts_ptrs, grad_x_ptr, rows, WIDTHS: tl.constexpr,
-    TILES: tl.constexpr, ACTIVATIONS: tl.constexpr, LAYERS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, ACTIVATIONS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, LAYERS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The reverse of chain_forward: grad_y (rows, WIDTHS[LAYERS]) -> grad_sums[i] (rows, WIDTHS[i + 1]), the
     gradient before each activation, from which the weights' gradients are one matrix product each; and grad_x
@@ -152,7 +155,7 @@ def chain_backward(
         g = tl.load(grad_y_ptr + row[:, None] * WIDTHS[LAYERS] + out_column[None, :],
                     mask=row_mask[:, None] & out_mask[None, :], other=0.0).to(tl.float32)  # fmt: skip
         g = _finish_gradient(g, saved_ptrs[LAST], grad_sums_ptrs[LAST], bias_parts_ptrs[LAST], row, row_mask,
-                             out_column, WIDTHS[LAYERS], ACTIVATIONS[LAST])  # fmt: skip
+                             out_column, WIDTHS[LAYERS], ACTIVATIONS[LAST], FIRST[LAST], SECOND[LAST])  # fmt: skip
         w = tl.load(w_ptrs[LAST] + out_column[:, None] * WIDTHS[LAST] + column[None, :],
                     mask=out_mask[:, None] & (column < WIDTHS[LAST])[None, :], other=0.0)  # fmt: skip
         g = g.to(grad_y_ptr.dtype.element_ty).to(OPERAND)
@@ -162,7 +165,7 @@ def chain_backward(
         k = tl.arange(0, TILES[layer + 1])
         column = tl.arange(0, TILES[layer])
         grad = _finish_gradient(grad, saved_ptrs[layer], grad_sums_ptrs[layer], bias_parts_ptrs[layer], row, row_mask,
-                                k, WIDTHS[layer + 1], ACTIVATIONS[layer])  # fmt: skip
+                                k, WIDTHS[layer + 1], ACTIVATIONS[layer], FIRST[layer], SECOND[layer])  # fmt: skip
         w = tl.load(w_ptrs[layer] + k[:, None] * WIDTHS[layer] + column[None, :],
                     mask=(k < WIDTHS[layer + 1])[:, None] & (column < WIDTHS[layer])[None, :], other=0.0)  # fmt: skip
         g = grad.to(grad_y_ptr.dtype.element_ty).to(OPERAND)
@@ -170,7 +173,7 @@ def chain_backward(
 
     k = tl.arange(0, TILES[1])
     grad = _finish_gradient(grad, saved_ptrs[0], grad_sums_ptrs[0], bias_parts_ptrs[0], row, row_mask, k, WIDTHS[1],
-                            ACTIVATIONS[0])  # fmt: skip
+                            ACTIVATIONS[0], FIRST[0], SECOND[0])  # fmt: skip
     if grad_x_ptr is not None:
         g = grad.to(grad_y_ptr.dtype.element_ty).to(OPERAND)
         for start in range(0, WIDTHS[0], BLOCK_IN):
@@ -186,8 +189,8 @@ def chain_backward(
 @triton.jit(do_not_specialize=["rows"])
 def layer_forward(
     x_ptr, w_ptr, bias_ptr, sums_ptr, y_ptr, rows, IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One layer: x (rows, IN), w (OUT, IN) -> y (rows, OUT), a program a tile of y. sums: the activation's input (rows,
     OUT), or None."""
@@ -202,6 +205,6 @@ def layer_forward(
         x = tl.load(x_ptr + row[:, None] * IN + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
         w = tl.load(w_ptr + column[None, :] * IN + k[:, None], mask=column_mask[None, :] & k_mask[:, None], other=0.0)
         sums = tl.dot(x.to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
-    value = _finish_layer(sums, bias_ptr, sums_ptr, row, row_mask, column, OUT, ACTIVATION, True)
+    value = _finish_layer(sums, bias_ptr, sums_ptr, row, row_mask, column, OUT, ACTIVATION, FIRST, SECOND, True)
     tl.store(y_ptr + row[:, None] * OUT + column[None, :], value.to(y_ptr.dtype.element_ty),
              mask=row_mask[:, None] & column_mask[None, :])  # fmt: skip

@@ -9,10 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
+from fastnn.activations import Activation, parse
 from fastnn.kernels import _launch, _precision, _target
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
 from fastnn.kernels._mlp_kernels import chain_backward, chain_forward, layer_forward, resident_chain_forward
-from fastnn.ops.mlp import ACTIVATION_NAMES, KEEPS_INPUT, split_parameters
+from fastnn.ops.mlp import MOST_LAYERS, split_parameters
 
 # ---- choice of kernel and configuration -------------------------------------------------------------------
 
@@ -128,11 +129,17 @@ def resident_programs(
 
 
 def layer_config(
-    rows: int, inputs: int, outputs: int, activation: int, dtype: torch.dtype, precision: str, target: _target.Target
+    rows: int,
+    inputs: int,
+    outputs: int,
+    activation: Activation,
+    dtype: torch.dtype,
+    precision: str,
+    target: _target.Target,
 ) -> Config | None:
     """The configuration of the one-layer kernel, or None where stock's GEMM and activation are at least as fast: a
     fused epilogue only pays where the sum is short."""
-    if rows * inputs * outputs == 0 or dtype is torch.float64 or ACTIVATION_NAMES[activation] == "identity":
+    if rows * inputs * outputs == 0 or dtype is torch.float64 or activation.kind.name == "identity":
         return None
     fast = _precision.uses_matrix_units(dtype, precision, target)
     if inputs > (_DEEPEST_LAYER_SUM if fast else _WIDEST_WITHOUT_MATRIX_UNITS):
@@ -158,14 +165,17 @@ class Chain(NamedTuple):
         return len(self.widths) - 1
 
 
-def _numbers(op: str, activations: int) -> list[int]:
-    digits = f"{activations:o}"
-    check(activations > 1 and digits[0] == "1", op, ": activations must be a 1 and 1 to 20 octal digits, got ",
-          activations)  # fmt: skip
-    return [int(digit) for digit in digits[1:]]
+def _activations(op: str, text: str) -> tuple[Activation, ...]:
+    try:
+        activations = parse(text)
+    except ValueError:
+        check(False, op, ': expected an activation a layer, such as relu|leaky_relu(0.2)|identity, got "', text, '"')
+    check(len(activations) <= MOST_LAYERS, op, ": expected the activations of at most ", MOST_LAYERS,
+          " layers, got \"", text, "\"")  # fmt: skip
+    return activations
 
 
-def _check_chain(op: str, input: Tensor, weights: Sequence[Tensor], activations: Sequence[int]) -> Chain:
+def _check_chain(op: str, input: Tensor, weights: Sequence[Tensor], activations: Sequence[Activation]) -> Chain:
     kind = check_first(op, input, "input")
     check(input.dim() == 2, op, ": expected input to be 2D (rows, features), got ", input.dim(), "D tensor instead")
     check(len(weights) > 0, op, ": expected at least one weight")
@@ -192,8 +202,14 @@ def _check_biases(chain: Chain, biases: Sequence[Tensor | None]) -> None:
             check_sizes(op, bias, (width,), "biases")
 
 
-def keeps_input(activation: int) -> bool:
-    return ACTIVATION_NAMES[activation] in KEEPS_INPUT
+def saves_input(activation: Activation) -> bool:
+    """Whether a layer saves its activation's input for backward, rather than its output."""
+    return activation.kind.derived_from == "input"
+
+
+def parameter_of(activation: Activation, place: int) -> float:
+    """An activation's first or second parameter as the kernels take it, which is 0 where it has none."""
+    return activation.parameters[place] if place < len(activation.parameters) else 0.0
 
 
 # ---- plans --------------------------------------------------------------------------------------------------
@@ -203,23 +219,23 @@ class Plan(NamedTuple):
     """What a call makes of all but the values of its tensors."""
 
     chain: Chain
-    activations: list[int]
-    keeps_input: tuple[bool, ...]
+    activations: tuple[Activation, ...]
+    saves_input: tuple[bool, ...]
     launch: _launch.Launcher | None  # of all layers at once
     launches: list[_launch.Launcher | None]  # else of each layer, None where it is stock's
 
 
 def plan_forward(
-    op: str, input: Tensor, parameters: Sequence[Tensor], code: int, target: _target.Target, precision: str
+    op: str, input: Tensor, parameters: Sequence[Tensor], text: str, target: _target.Target, precision: str
 ) -> Plan:
-    activations = _numbers(op, code)
+    activations = _activations(op, text)
     layers = len(activations)
     check(len(parameters) in (layers, 2 * layers), op, ": expected ", layers, " weights and ", layers,
           " or no biases, got ", len(parameters), " parameters")  # fmt: skip
     weights, biases = split_parameters(parameters, layers)
     chain = _check_chain(op, input, weights, activations)
     _check_biases(chain, biases)
-    keeps = tuple(map(keeps_input, activations))
+    keeps = tuple(map(saves_input, activations))
     config = chain_config(chain.widths, chain.rows, input.dtype, precision, target)
     if config is not None:
         launch = _chain_launcher(chain, activations, keeps, config, precision, target)
@@ -228,11 +244,13 @@ def plan_forward(
     return Plan(chain, activations, keeps, None, launches)
 
 
-def _constexprs(chain: Chain, activations: Sequence[int], config: Config, precision: str) -> dict[str, Any]:
+def _constexprs(chain: Chain, activations: Sequence[Activation], config: Config, precision: str) -> dict[str, Any]:
     return {
         "WIDTHS": tuple(chain.widths),
         "TILES": tuple(_target.padded(width) for width in chain.widths),
-        "ACTIVATIONS": tuple(activations),
+        "ACTIVATIONS": tuple(activation.kind.number for activation in activations),
+        "FIRST": tuple(parameter_of(activation, 0) for activation in activations),
+        "SECOND": tuple(parameter_of(activation, 1) for activation in activations),
         "LAYERS": chain.layers,
         "OPERAND": _precision.operand_dtype(chain.kind.dtype),
         "PRECISION": precision,
@@ -241,10 +259,10 @@ def _constexprs(chain: Chain, activations: Sequence[int], config: Config, precis
 
 
 def _chain_launcher(
-    chain: Chain, activations: Sequence[int], keeps_input: tuple[bool, ...], config: Config, precision: str,
+    chain: Chain, activations: Sequence[Activation], saves_input: tuple[bool, ...], config: Config, precision: str,
     target: _target.Target,
 ) -> _launch.Launcher:  # fmt: skip
-    constexprs = _constexprs(chain, activations, config, precision) | {"KEEPS_INPUT": keeps_input}
+    constexprs = _constexprs(chain, activations, config, precision) | {"SAVES_INPUT": saves_input}
     tiles = triton.cdiv(chain.rows, config.block_rows)
     if not is_resident(chain.widths, chain.rows, chain.kind.dtype, precision, config, target):
         return _launch.Launcher(chain_forward, (tiles,), chain.kind.device, **constexprs)
@@ -254,7 +272,7 @@ def _chain_launcher(
 
 
 def _layer_launcher(
-    chain: Chain, layer: int, activation: int, precision: str, target: _target.Target
+    chain: Chain, layer: int, activation: Activation, precision: str, target: _target.Target
 ) -> _launch.Launcher | None:
     inputs, outputs = chain.widths[layer : layer + 2]
     config = layer_config(chain.rows, inputs, outputs, activation, chain.kind.dtype, precision, target)
@@ -266,7 +284,9 @@ def _layer_launcher(
         chain.kind.device,
         IN=inputs,
         OUT=outputs,
-        ACTIVATION=activation,
+        ACTIVATION=activation.kind.number,
+        FIRST=parameter_of(activation, 0),
+        SECOND=parameter_of(activation, 1),
         OPERAND=_precision.operand_dtype(chain.kind.dtype),
         PRECISION=precision,
         **config.options(),
@@ -274,11 +294,11 @@ def _layer_launcher(
 
 
 def plan_backward(
-    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], code: int, output: Tensor, hidden: Sequence[Tensor],
+    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], text: str, output: Tensor, hidden: Sequence[Tensor],
     target: _target.Target, precision: str,
 ) -> Plan:  # fmt: skip
     op = "mlp_backward"
-    activations = _numbers(op, code)
+    activations = _activations(op, text)
     chain = _check_chain(op, input, weights, activations)
     check_same_kind(chain.kind, grad_output, "grad_output")
     check_sizes(op, grad_output, (chain.rows, chain.widths[-1]), "grad_output")
@@ -286,9 +306,9 @@ def plan_backward(
     return Plan(chain, activations, (), _backward_launcher(chain, activations, precision, target), [])
 
 
-def saved_of(activations: Sequence[int], output: Tensor, hidden: Sequence[Tensor]) -> list[Tensor]:
+def saved_of(activations: Sequence[Activation], output: Tensor, hidden: Sequence[Tensor]) -> list[Tensor]:
     """The saved tensors, one a layer, with ``output`` standing in where it serves."""
-    return list(hidden) if keeps_input(activations[-1]) else [*hidden, output]
+    return list(hidden) if saves_input(activations[-1]) else [*hidden, output]
 
 
 def _check_saved(chain: Chain, saved: Sequence[Tensor], hidden: int) -> None:
@@ -301,7 +321,7 @@ def _check_saved(chain: Chain, saved: Sequence[Tensor], hidden: int) -> None:
 
 
 def _backward_launcher(
-    chain: Chain, activations: Sequence[int], precision: str, target: _target.Target
+    chain: Chain, activations: Sequence[Activation], precision: str, target: _target.Target
 ) -> _launch.Launcher | None:
     config = chain_config(chain.widths, chain.rows, chain.kind.dtype, precision, target, backward=True)
     if config is None:

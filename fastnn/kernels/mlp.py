@@ -1,17 +1,18 @@
 """``fastnn::mlp`` on a GPU: a chain of narrow layers in one launch, other layers one at a time, with a fused epilogue
 where the sums are short and by stock's kernels where they are long."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnn.activations import Activation
 from fastnn.kernels import _launch, _plan_cache, _precision, _target
+from fastnn.kernels._activation import STOCK_GRADIENTS
 from fastnn.kernels._check import check
-from fastnn.kernels._mlp_plan import Chain, Plan, keeps_input, plan_backward, plan_forward, saved_of
-from fastnn.ops.mlp import ACTIVATION_NAMES, split_parameters
-from fastnn.reference.mlp import ACTIVATIONS
+from fastnn.kernels._mlp_plan import Chain, Plan, plan_backward, plan_forward, saved_of, saves_input
+from fastnn.ops.mlp import split_parameters
 
 
 def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -21,13 +22,13 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 # ---- forward ----------------------------------------------------------------------------------------------
 
 
-def mlp(input: Tensor, parameters: Sequence[Tensor], activations: int) -> Tensor:
+def mlp(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
     """``fastnn::mlp``: input (rows, in); parameters, the weights (out_i, in_i), then the biases (out_i) or none
     -> (rows, out of the last)."""
     return _forward("mlp", input, parameters, activations, save=False)[0]
 
 
-def mlp_reconstruction_error(input: Tensor, parameters: Sequence[Tensor], activations: int) -> Tensor:
+def mlp_reconstruction_error(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
     """``fastnn::mlp_reconstruction_error``: the mean squared difference of output and input, (rows)."""
     op = "mlp_reconstruction_error"
     output = _forward(op, input, parameters, activations, save=False)[0]
@@ -36,7 +37,7 @@ def mlp_reconstruction_error(input: Tensor, parameters: Sequence[Tensor], activa
     return (output - input).square_().mean(dim=-1)
 
 
-def mlp_with_hidden(input: Tensor, parameters: Sequence[Tensor], activations: int) -> tuple[Tensor, list[Tensor]]:
+def mlp_with_hidden(input: Tensor, parameters: Sequence[Tensor], activations: str) -> tuple[Tensor, list[Tensor]]:
     """``fastnn::mlp_with_hidden``: the output, and what backward needs of each layer."""
     return _forward("mlp_with_hidden", input, parameters, activations, save=True)
 
@@ -45,20 +46,20 @@ _plans = _plan_cache.Plans()
 
 
 def _forward(
-    op: str, input: Tensor, parameters: Sequence[Tensor], code: int, save: bool
+    op: str, input: Tensor, parameters: Sequence[Tensor], activations: str, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
     target = _target.target_of(input.device)
     precision = _precision.dot_precision(input.dtype, "linear", target)
-    key = (op, code, save, target, precision, _plan_cache.facts(input), *map(_plan_cache.facts, parameters))
+    key = (op, activations, save, target, precision, _plan_cache.facts(input), *map(_plan_cache.facts, parameters))
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans.keep(key, plan_forward(op, input, parameters, code, target, precision))
+        plan = _plans.keep(key, plan_forward(op, input, parameters, activations, target, precision))
     weights, biases = split_parameters(parameters, plan.chain.layers)
     if plan.launch is not None:
         return _run_chain(plan, plan.launch, input, weights, biases, save)
     x, saved = input, []
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, plan.activations, strict=True)):
-        x, kept = _run_layer(plan.launches[i], x, weight, bias, activation, save and plan.keeps_input[i])
+        x, kept = _run_layer(plan.launches[i], x, weight, bias, activation, save and plan.saves_input[i])
         # The output itself serves for the last layer, unless the derivative needs the activation's input.
         if save and (kept is not None or i + 1 < plan.chain.layers):
             saved.append(x if kept is None else kept)
@@ -74,19 +75,19 @@ def _run_chain(
     saved: list[Tensor | None] = [None] * chain.layers
     if save:
         saved[:-1] = [input.new_empty(chain.rows, width) for width in chain.widths[1:-1]]
-        saved[-1] = torch.empty_like(output) if plan.keeps_input[-1] else None
+        saved[-1] = torch.empty_like(output) if plan.saves_input[-1] else None
     launch(input.contiguous(), _contiguous(weights), _contiguous(biases), tuple(saved), output, chain.rows)
     return output, [tensor for tensor in saved if tensor is not None]
 
 
 def _run_layer(
-    launch: _launch.Launcher | None, x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, keep: bool
+    launch: _launch.Launcher | None, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The layer's output, and with ``keep`` the activation's input."""
     if launch is None:
         with _launch.without_autocast(x.device):
             sums = F.linear(x, weight, bias)
-            return ACTIVATIONS[ACTIVATION_NAMES[activation]](sums), sums if keep else None
+            return activation(sums), sums if keep else None
     rows = x.shape[0]
     output = x.new_empty(rows, weight.shape[0])
     kept = torch.empty_like(output) if keep else None
@@ -98,7 +99,7 @@ def _run_layer(
 
 
 def mlp_backward(
-    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], activations: int, output: Tensor,
+    grad_output: Tensor, input: Tensor, weights: Sequence[Tensor], activations: str, output: Tensor,
     hidden: Sequence[Tensor], input_wanted: bool, weights_wanted: bool, biases_wanted: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """``fastnn::mlp_backward``: grad_output and output (rows, out of the last), hidden as mlp_with_hidden gave it.
@@ -129,8 +130,8 @@ def mlp_backward(
     return input.new_empty(0, chain.widths[0]) if grad_input is None else grad_input, grad_weights, grad_biases
 
 
-def _layer_output(activation: int, saved: Tensor) -> Tensor:
-    return ACTIVATIONS[ACTIVATION_NAMES[activation]](saved) if keeps_input(activation) else saved
+def _layer_output(activation: Activation, saved: Tensor) -> Tensor:
+    return activation(saved) if saves_input(activation) else saved
 
 
 def _chain_gradients(
@@ -152,28 +153,15 @@ def _chain_gradients(
 
 
 def _layer_gradients(
-    chain: Chain, grad: Tensor, weights: Sequence[Tensor], activations: Sequence[int], saved: tuple[Tensor, ...],
+    chain: Chain, grad: Tensor, weights: Sequence[Tensor], activations: Sequence[Activation], saved: tuple[Tensor, ...],
     input_wanted: bool, biases_wanted: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:  # fmt: skip
     """The same by stock's kernels."""
     grad_sums: list[Tensor] = []
     for i in reversed(range(chain.layers)):
-        grad = _STOCK_GRADIENTS[ACTIVATION_NAMES[activations[i]]](grad, saved[i])
+        grad = STOCK_GRADIENTS[activations[i].kind.name](grad, saved[i], *activations[i].parameters)
         grad_sums.insert(0, grad)
         if i > 0 or input_wanted:
             grad = grad @ weights[i]
     grad_biases = [g.sum(0) for g in grad_sums] if biases_wanted else []
     return grad_sums, grad_biases, grad if input_wanted else None
-
-
-_aten = torch.ops.aten
-_STOCK_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "identity": lambda grad, saved: grad,
-    "relu": lambda grad, saved: _aten.threshold_backward(grad, saved, 0),
-    "tanh": _aten.tanh_backward,
-    "sigmoid": _aten.sigmoid_backward,
-    "gelu": _aten.gelu_backward,
-    "gelu_tanh": lambda grad, saved: _aten.gelu_backward(grad, saved, approximate="tanh"),
-    "silu": _aten.silu_backward,
-    "leaky_relu": lambda grad, saved: _aten.leaky_relu_backward(grad, saved, 0.01, True),
-}

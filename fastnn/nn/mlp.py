@@ -8,20 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastnn import activations
 from fastnn.nn._hooks import forward_of, has_global_hooks
 from fastnn.ops._autograd import is_compiling, is_exporting
-from fastnn.ops.mlp import activation_digits, activation_names, join_parameters, linear_relu, mlp_of_parameters
-
-_MODULES: dict[str, Any] = {
-    "identity": nn.Identity,
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU,
-    "leaky_relu": nn.LeakyReLU,
-}
+from fastnn.ops.mlp import join_parameters, linear_relu, mlp_of_parameters, read_activations
 
 
 class LinearReLU(nn.Linear):
@@ -43,14 +33,14 @@ class MLP(nn.Sequential):
 
     Args:
         sizes: features of the input, then of each layer's output; at least two.
-        activation: one name for all gaps, or one a layer (the last included): identity, relu, tanh, sigmoid, gelu,
-            gelu_tanh, silu, leaky_relu.
+        activation: one for all gaps, or one a layer (the last included), as :func:`fastnn.functional.mlp` takes them:
+            ``"relu"``, ``"leaky_relu(0.2)"``.
         bias: whether the layers have one.
         device, dtype: of the parameters.
 
     Raises:
         TypeError: sizes that are no list, or an activation that is neither a name nor a list of names.
-        ValueError: fewer than two sizes, or an activation that is not in the list.
+        ValueError: fewer than two sizes, or an activation that there is no kernel for.
     """
 
     def __init__(
@@ -69,12 +59,12 @@ class MLP(nn.Sequential):
         sizes = list(sizes)
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must name the input's features and at least one layer's, got {sizes}")
-        names = activation_names(activation, len(sizes) - 1)
+        each_activation = read_activations(activation, len(sizes) - 1)
         children: list[nn.Module] = []
-        for (in_features, out_features), name in zip(pairwise(sizes), names, strict=True):
+        for (in_features, out_features), each in zip(pairwise(sizes), each_activation, strict=True):
             children.append(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype))
-            if name != "identity":
-                children.append(_MODULES[name]())
+            if each.kind.name != "identity":
+                children.append(each.module())
         super().__init__(*children)
 
     def __getitem__(self, index: Any) -> Any:
@@ -108,9 +98,9 @@ class MLP(nn.Sequential):
         if settings:
             steps, _ = read(tuple(kinds), tuple([getattr(children[place], name) for place, name in settings]))
         for step in steps:
-            if step.digits and isinstance(input, Tensor):
+            if step.activations and isinstance(input, Tensor):
                 linears = [children[place] for place in step.linears]
-                input = mlp_of_parameters(input, parameters_of(linears), step.digits)
+                input = mlp_of_parameters(input, parameters_of(linears), step.activations)
             else:
                 for place in step.children:
                     input = children[place](input)
@@ -118,27 +108,23 @@ class MLP(nn.Sequential):
 
 
 class _Step(NamedTuple):
-    """Some of a Sequential's children, by their places: a chain that the kernel holds, or, without digits, one to
+    """Some of a Sequential's children, by their places: a chain that the kernel holds, or, without activations, one to
     call."""
 
     children: Sequence[int]
     linears: Sequence[int] = ()
-    digits: str = ""
+    activations: str = ""
 
 
-# What may run in the kernel, by its forward, which a subclass may have too.
+# What may run in the kernel, by its forward, which a subclass may have too: linear layers with the activation that they
+# apply themselves; activations with torch's name for them and the names of their settings.
 _LINEARS: dict[Any, str] = {nn.Linear.forward: "identity", LinearReLU.forward: "relu"}
-_ACTIVATIONS: dict[Any, str] = {
-    nn.Identity.forward: "identity",
-    nn.ReLU.forward: "relu",
-    nn.Tanh.forward: "tanh",
-    nn.Sigmoid.forward: "sigmoid",
-    nn.SiLU.forward: "silu",
-}
-# Activations with a setting, and the names of its values that the kernel knows.
-_SETTINGS: dict[Any, tuple[str, dict[Any, str]]] = {
-    nn.GELU.forward: ("approximate", {"none": "gelu", "tanh": "gelu_tanh"}),
-    nn.LeakyReLU.forward: ("negative_slope", {0.01: "leaky_relu"}),
+_ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    nn.Identity.forward: ("identity", ()),
+    **{
+        forward: (name, tuple(one for one in settings if one != "inplace"))
+        for forward, name, settings in activations.modules()
+    },
 }
 
 
@@ -148,7 +134,8 @@ def _read(
     """The steps of a Sequential whose children are of these classes (None for one that must be called), and its
     settings, places and attributes, whose ``values`` must be given to know the steps."""
     forwards = [None if kind is None else forward_of(kind) for kind in kinds]
-    settings = tuple([(place, _SETTINGS[f][0]) for place, f in enumerate(forwards) if f in _SETTINGS])
+    known = [_ACTIVATIONS.get(forward) for forward in forwards]
+    settings = tuple([(place, name) for place, one in enumerate(known) if one for name in one[1]])
     if settings and values is None:
         return (), settings
     left = list(values or ())
@@ -157,22 +144,24 @@ def _read(
     linears: list[int] = []
     names: list[str] = []
     for place, forward in enumerate(forwards):
-        activation = _SETTINGS[forward][1].get(left.pop(0)) if forward in _SETTINGS else _ACTIVATIONS.get(forward)
+        activation = None
+        if (one := known[place]) is not None:
+            activation = activations.from_settings(one[0], {name: left.pop(0) for name in one[1]})
         if forward in _LINEARS:
             chain.append(place)
             linears.append(place)
             names.append(_LINEARS[forward])
-        elif activation is not None and chain and "identity" in (activation, names[-1]):
+        elif activation is not None and chain and "identity" in (str(activation), names[-1]):
             chain.append(place)
-            if activation != "identity":
-                names[-1] = activation
+            if str(activation) != "identity":
+                names[-1] = str(activation)
         else:
             if chain:
-                steps.append(_Step(chain, linears, activation_digits(names)))
+                steps.append(_Step(chain, linears, activations.join(names)))
                 chain, linears, names = [], [], []
             steps.append(_Step([place]))
     if chain:
-        steps.append(_Step(chain, linears, activation_digits(names)))
+        steps.append(_Step(chain, linears, activations.join(names)))
     return tuple(steps), settings
 
 

@@ -1,6 +1,7 @@
 """A whole network in one operator: its Python side."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +20,17 @@ def conv_numbers(weight: Sequence[int], biased: bool, geometry: Iterable[int]) -
     return [len(weight) - 2, int(biased), *weight, *geometry]
 
 
-def write_program(stages: Iterable[tuple[str, Iterable[int]]]) -> str:
-    """The program of these stages: each a name and the numbers that describe it (csrc/ops/frozen_stages.h)."""
+def write_program(stages: Iterable[tuple[str, Iterable[int | str]]]) -> str:
+    """The program of these stages: each a name and the words that describe it (csrc/ops/frozen_stages.h), which are
+    numbers but for activations."""
     return "".join(" ".join(map(str, (name, *numbers))) + ";" for name, numbers in stages)
 
 
-def read_program(program: str) -> Iterator[tuple[str, list[int]]]:
+def read_program(program: str) -> Iterator[tuple[str, list[Any]]]:
     """The stages that :func:`write_program` was given."""
     for stage in program.removesuffix(";").split(";"):
-        name, *numbers = stage.split()
-        yield name, [int(number) for number in numbers]
+        name, *words = stage.split()
+        yield name, [int(word) if word.isdecimal() else word for word in words]
 
 
 def output_sizes(program: str, sizes: list[int]) -> list[int]:

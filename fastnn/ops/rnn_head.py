@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from fastnn.ops._autograd import eager_recorder
-from fastnn.ops.mlp import _mlp_backward_op, _mlp_with_hidden_op, activation_digits, mlp_of_parameters, operator_code
+from fastnn.ops.mlp import _mlp_backward_op, _mlp_with_hidden_op, mlp_of_parameters
 from fastnn.ops.rnn import MODES, Config, _backward_op, _with_reserve_call, plain_rnn
 
-_IDENTITY = activation_digits(("identity",))
-_CODE = operator_code(_IDENTITY)
 _with_hidden_call, _mlp_backward_call, _backward_call = _mlp_with_hidden_op._op, _mlp_backward_op._op, _backward_op._op
 
 
@@ -33,7 +31,7 @@ class RnnWithHead(torch.autograd.Function):
     def record(ctx: Any, input: Tensor, config: Config, weights: int, *tensors: Tensor) -> Any:
         output, final_state, reserve = _with_reserve_call(input, None, (), tensors[:weights], None, *config)
         h = final_state[0][-1]
-        result, _ = _with_hidden_call(h, tensors[weights:], _CODE)
+        result, _ = _with_hidden_call(h, tensors[weights:], "identity")
         ctx.call = (config, weights)
         # Not the result, which is the caller's to change: backward through a linear layer does not look at it.
         ctx.save_for_backward(input, output, reserve, h, *tensors)
@@ -49,7 +47,7 @@ class RnnWithHead(torch.autograd.Function):
         needed = ctx.needs_input_grad
         head_needed = needed[3 + weights :]
         grad_h, grad_head_weight, grad_head_bias = _mlp_backward_call(
-            grad, h, head[:1], _CODE, grad, (), True, head_needed[0], True in head_needed[1:]
+            grad, h, head[:1], "identity", grad, (), True, head_needed[0], True in head_needed[1:]
         )
         grads = (grad_h, None) if MODES[config[0]] == "LSTM" else (grad_h,)  # of the last layer alone
         own_needed = True in needed[3 : 3 + weights]
@@ -72,7 +70,7 @@ class RnnWithHead(torch.autograd.Function):
         """The gradients with a graph of their own, by way of the two functions that have one."""
         mode, layers, bidirectional, batch_first = ctx.call[0]
         _, state = plain_rnn(input, None, (), weights, None, mode, layers, bidirectional, batch_first)
-        result = mlp_of_parameters(state[0][-1], head, _IDENTITY)
+        result = mlp_of_parameters(state[0][-1], head, "identity")
         inputs: Any = (input, None, None, *weights, *head)
         places = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         found = torch.autograd.grad(result, [inputs[i] for i in places], grad, create_graph=True)

@@ -1,28 +1,22 @@
 """What ``mlp`` means, in plain PyTorch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x,
-    "relu": F.relu,
-    "tanh": F.tanh,
-    "sigmoid": F.sigmoid,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "leaky_relu": F.leaky_relu,
-}
+from fastnn.activations import parse_one
 
 
 def mlp(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
 ) -> Tensor:
     """``act(x W^T + b)`` layer after layer. input (..., in), weights[i] (out_i, in_i) -> (..., out)."""
     for weight, bias, activation in zip(weights, biases, activations, strict=True):
-        input = ACTIVATIONS[activation](F.linear(input, weight, bias))
+        input = parse_one(activation)(F.linear(input, weight, bias))
     return input
 
 

@@ -5,9 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from fastnn.activations import NAMES, join, parse_one
 from fastnn.kernels import _mlp_plan, _target
 from fastnn.kernels import mlp as kernels
-from fastnn.ops.mlp import ACTIVATION_NAMES, activation_digits, join_parameters, operator_code
+from fastnn.ops.mlp import join_parameters
 from fastnn.reference.mlp import mlp as reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -29,7 +30,7 @@ def check(rows, widths, names, dtype, device, assert_near, bias=True):
 
 def check_on(input, weights, biases, grad, names, assert_near, dtype=torch.float64):
     """-> output and the input's gradient, by the reference in ``dtype``."""
-    activations = operator_code(activation_digits(names))
+    activations = join(names)
     exact = [t.to("cpu", dtype).requires_grad_() for t in (input, *weights)]
     exact_biases = [None if b is None else b.to("cpu", dtype).requires_grad_() for b in biases]
     expected = reference(exact[0], exact[1:], exact_biases, names)
@@ -63,7 +64,7 @@ def test_weights_of_all_layers_on_chip(dtype, device, assert_near, monkeypatch):
         check(150, (10, 20, 5, 12), ("relu", "gelu", "tanh"), dtype, device, assert_near)
 
 
-@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_activation(name, device, assert_near):
     check(19, (7, 12, 9, 6), (name, name, name), torch.float32, device, assert_near)
 
@@ -88,7 +89,7 @@ def test_float64_and_empty_sizes_take_stocks_path(device):
         (3, (4, 3), torch.float64),
     ]:
         input, weights, biases = make(rows, widths, dtype, device)
-        names, activations = ["relu"] * len(weights), operator_code("1" * len(weights))
+        names, activations = ["relu"] * len(weights), join(["relu"] * len(weights))
         output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), activations)
         torch.testing.assert_close(output, reference(input, weights, biases, names))
         gradients = kernels.mlp_backward(output, input, weights, activations, output, hidden, True, True, True)
@@ -99,10 +100,10 @@ def test_float64_and_empty_sizes_take_stocks_path(device):
 def test_nan_passes_and_relus_gradient_there_is_one(device):
     input, weights, biases = make(17, (6, 8, 5), torch.float32, device)
     input[3] = float("nan")
-    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), 0o111)
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), "relu|relu")
     assert output[3].isnan().all()
     assert not output[4].isnan().any()
-    grad_input = kernels.mlp_backward(output, input, weights, 0o111, output, hidden, True, False, False)[0]
+    grad_input = kernels.mlp_backward(output, input, weights, "relu|relu", output, hidden, True, False, False)[0]
     assert grad_input[3].isnan().all()
     assert not grad_input[4].isnan().any()
 
@@ -168,26 +169,26 @@ def test_overflow(name, widths, device, assert_near):
 
 def test_reconstruction_error(device):
     input, weights, biases = make(17, (6, 3, 6), torch.float32, device)
-    output = kernels.mlp(input, [*weights, *biases], 0o120)
-    error = kernels.mlp_reconstruction_error(input, [*weights, *biases], 0o120)
+    output = kernels.mlp(input, [*weights, *biases], "tanh|identity")
+    error = kernels.mlp_reconstruction_error(input, [*weights, *biases], "tanh|identity")
     torch.testing.assert_close(error, (output - input).square().mean(1))
     with pytest.raises(RuntimeError, match="as many outputs"):
-        kernels.mlp_reconstruction_error(input, [weights[0]], 0o10)
+        kernels.mlp_reconstruction_error(input, [weights[0]], "identity")
 
 
 def test_non_contiguous_arguments(device, assert_near):
     input, weights, biases = make(18, (6, 8, 5), torch.float32, device)
     strided = [t.t().contiguous().t() for t in (input, *weights)]
-    expected = kernels.mlp(input, join_parameters(weights, biases), 0o120)
+    expected = kernels.mlp(input, join_parameters(weights, biases), "tanh|identity")
     torch.testing.assert_close(
-        kernels.mlp(strided[0], join_parameters(strided[1:], biases), 0o120), expected, rtol=0, atol=0
+        kernels.mlp(strided[0], join_parameters(strided[1:], biases), "tanh|identity"), expected, rtol=0, atol=0
     )
 
 
 def test_gradients_that_are_not_wanted_are_empty(device):
     input, weights, biases = make(18, (6, 8, 5), torch.float32, device)
-    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), 0o120)
-    gradients = kernels.mlp_backward(output, input, weights, 0o120, output, hidden, False, False, False)
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), "tanh|identity")
+    gradients = kernels.mlp_backward(output, input, weights, "tanh|identity", output, hidden, False, False, False)
     assert gradients[0].shape == (0, 6)
     assert gradients[1:] == ([], [])
 
@@ -197,19 +198,19 @@ def test_gradients_that_are_not_wanted_are_empty(device):
     [
         (lambda a: a.update(input=a["input"][0]), "expected input to be 2D"),
         (lambda a: a.update(input=a["input"].to(torch.int32)), "not implemented for"),
-        (lambda a: a.update(activations=1, parameters=[]), "1 to 20 octal digits"),
+        (lambda a: a.update(activations="", parameters=[]), "expected an activation a layer"),
         (lambda a: a.update(parameters=a["parameters"][1::-1]), "cannot be multiplied"),
         (lambda a: a.update(parameters=[a["parameters"][0].double(), a["parameters"][1]]), "dtype"),
         (lambda a: a.update(parameters=[a["parameters"][0].to("meta"), a["parameters"][1]]), "same device"),
         (lambda a: a.update(parameters=a["parameters"][:3]), "expected 2 weights and 2 or no biases"),
         (lambda a: a.update(parameters=a["parameters"][:2] + a["parameters"][:1:-1]), "expected biases of size"),
-        (lambda a: a.update(activations=0o11), "expected 1 weights"),
-        (lambda a: a.update(activations=0o210), "1 to 20 octal digits"),
+        (lambda a: a.update(activations="relu"), "expected 1 weights"),
+        (lambda a: a.update(activations="relu|gelo"), "expected an activation a layer"),
     ],
 )
 def test_forward_refuses(change, message, device):
     input, weights, biases = make(4, (6, 8, 5), torch.float32, device)
-    arguments = {"input": input, "parameters": [*weights, *biases], "activations": 0o110}
+    arguments = {"input": input, "parameters": [*weights, *biases], "activations": "relu|identity"}
     change(arguments)
     with pytest.raises(RuntimeError, match=message):
         kernels.mlp(**arguments)
@@ -227,9 +228,10 @@ def test_forward_refuses(change, message, device):
 )
 def test_backward_refuses(change, message, device):
     input, weights, biases = make(4, (6, 8, 5), torch.float32, device)
-    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), 0o110)
-    arguments = {"grad_output": output, "input": input, "weights": weights, "activations": 0o110, "output": output,
-                 "hidden": hidden, "input_wanted": True, "weights_wanted": True, "biases_wanted": True}  # fmt: skip
+    output, hidden = kernels.mlp_with_hidden(input, join_parameters(weights, biases), "relu|identity")
+    arguments = {"grad_output": output, "input": input, "weights": weights, "activations": "relu|identity",
+                 "output": output, "hidden": hidden, "input_wanted": True, "weights_wanted": True,
+                 "biases_wanted": True}  # fmt: skip
     change(arguments)
     with pytest.raises(RuntimeError, match=message):
         kernels.mlp_backward(**arguments)
@@ -257,6 +259,6 @@ def test_choice_of_kernel():
     for rows, backward, fused in [(131072, False, True), (131072, True, False), (64, True, True)]:
         config = _mlp_plan.chain_config([64] * 5, rows, torch.float32, "ieee", target, backward)
         assert (config is not None) == fused
-    assert _mlp_plan.layer_config(65536, 4096, 4096, 1, half, "ieee", target) is None
-    assert _mlp_plan.layer_config(65536, 256, 1024, 1, half, "ieee", target) is not None
-    assert _mlp_plan.layer_config(65536, 256, 1024, 0, half, "ieee", target) is None
+    assert _mlp_plan.layer_config(65536, 4096, 4096, parse_one("relu"), half, "ieee", target) is None
+    assert _mlp_plan.layer_config(65536, 256, 1024, parse_one("relu"), half, "ieee", target) is not None
+    assert _mlp_plan.layer_config(65536, 256, 1024, parse_one("identity"), half, "ieee", target) is None

@@ -276,7 +276,7 @@ def test_torch_compile(name, device):
 def test_raw_operators_refuse_tensors_of_another_device(device):
     rows, weight = torch.randn(4, 3, device=device), torch.randn(2, 3, device="cpu" if ON_GPU else "meta")
     with pytest.raises(RuntimeError, match="same device"):
-        torch.ops.fastnn.mlp(rows, [weight], 0o10)
+        torch.ops.fastnn.mlp(rows, [weight], "identity")
 
 
 def test_recomputation(device):

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../simd/isa.h"
-#include "../dtype.h"
+#include "../../simd/dtype.h"
 #include "geometry.h"
 #include "plan.h"
 

@@ -1,0 +1,102 @@
+// The formulas of the activations and of their derivatives, on vectors. Include only from csrc/kernels.
+#pragma once
+
+#include <math.h>
+
+#include "activation.h"
+#include "math.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+
+// The error function. In float erf(x) = x P(x^2) below 1 (minimax, 1.2e-9), above it 1 - exp(P(x)) with P the minimax
+// polynomial of log erfc(x) on [1, 4]; erf(4) rounds to 1. In double the C library's, a lane at a time.
+FASTNN_INLINE Vec<float> erf_of(Vec<float> x) {
+  constexpr float near_terms[] = {7.889122814e-05f, -8.020842263e-04f, 5.189535450e-03f, -2.685444465e-02f,
+                                  1.128360018e-01f, -3.761262714e-01f, 1.128379166e+00f};
+  constexpr float far_terms[] = {1.855740694e-04f,  -2.939607872e-03f, 2.180532054e-02f, -1.030373732e-01f,
+                                 -6.382256722e-01f, -1.127040039e+00f, -3.537187812e-04f};
+  const Vec<float> square = x * x, size = x < Vec<float>{} ? -x : x;
+  const Vec<float> bounded = size > broadcast(4.0f) ? broadcast(4.0f) : size;
+  Vec<float> near = broadcast(near_terms[0]), log_rest = broadcast(far_terms[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < 7; ++i) {
+    near = near * square + near_terms[i];
+    log_rest = log_rest * bounded + far_terms[i];
+  }
+  const Vec<float> far = 1.0f - exp_of<float>(log_rest);
+  return size < broadcast(1.0f) ? near * x : x < Vec<float>{} ? -far : far;
+}
+FASTNN_INLINE Vec<double> erf_of(Vec<double> x) {
+  double lanes[kLanes<double>];
+  store(lanes, x);
+  for (int i = 0; i < kLanes<double>; ++i) lanes[i] = erf(lanes[i]);
+  return load(lanes);
+}
+
+// gelu_tanh(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3)
+template <class T>
+FASTNN_INLINE Vec<T> gelu_inner(Vec<T> x) {
+  return T(0.79788456080286535588) * (x + T(0.044715) * x * x * x);
+}
+
+// An activation with its parameters at hand in the kernel's type.
+template <ActivationKind kind_, class T>
+struct ActivationFunction {
+  static constexpr ActivationKind kind = kind_;
+  T first, second;  // the parameters, in the table's order
+
+  FASTNN_INLINE Vec<T> operator()(Vec<T> x) const {
+    if constexpr (kind == ActivationKind::relu) return relu(x);
+    if constexpr (kind == ActivationKind::tanh) return tanh_of<T>(x);
+    if constexpr (kind == ActivationKind::sigmoid) return sigmoid_of<T>(x);
+    if constexpr (kind == ActivationKind::gelu) {
+      return T(0.5) * x * (T(1) + erf_of(x * T(0.70710678118654752440)));
+    }
+    if constexpr (kind == ActivationKind::gelu_tanh) {
+      return T(0.5) * x * (T(1) + tanh_of<T>(gelu_inner<T>(x)));
+    }
+    if constexpr (kind == ActivationKind::silu) return x / (T(1) + exp_of<T>(-x));
+    if constexpr (kind == ActivationKind::leaky_relu) return x > Vec<T>{} ? x : x * first;
+    return x;
+  }
+
+  // grad times the derivative. `s` is what the table says that the derivative is computed from.
+  FASTNN_INLINE Vec<T> gradient(Vec<T> grad, Vec<T> s) const {
+    if constexpr (kind == ActivationKind::relu) return s <= Vec<T>{} ? Vec<T>{} : grad;
+    if constexpr (kind == ActivationKind::tanh) return grad * (T(1) - s * s);
+    if constexpr (kind == ActivationKind::sigmoid) return grad * s * (T(1) - s);
+    if constexpr (kind == ActivationKind::gelu) {
+      const Vec<T> cumulative = T(0.5) * (T(1) + erf_of(s * T(0.70710678118654752440)));
+      const Vec<T> density = T(0.39894228040143267794) * exp_of<T>(s * s * T(-0.5));
+      return grad * (cumulative + s * density);
+    }
+    if constexpr (kind == ActivationKind::gelu_tanh) {
+      const Vec<T> t = tanh_of<T>(gelu_inner<T>(s));
+      const Vec<T> slope = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * s * s);
+      return grad * (T(0.5) * (T(1) + t) + T(0.5) * s * (T(1) - t * t) * slope);
+    }
+    if constexpr (kind == ActivationKind::silu) {
+      const Vec<T> gate = sigmoid_of<T>(s);
+      return grad * gate * (T(1) + s * (T(1) - gate));
+    }
+    if constexpr (kind == ActivationKind::leaky_relu) return s > Vec<T>{} ? grad : grad * first;
+    return grad;
+  }
+};
+
+// Calls body(function) with the run-time activation as an ActivationFunction.
+template <class T, class Body>
+FASTNN_INLINE void with_activation(const Activation& activation, const Body& body) {
+  const T first = static_cast<T>(activation.parameters[0]), second = static_cast<T>(activation.parameters[1]);
+  switch (activation.kind) {
+#define FASTNN_CASE(name, ...) \
+  case ActivationKind::name:   \
+    return body(ActivationFunction<ActivationKind::name, T>{first, second});
+    FASTNN_FOR_EACH_ACTIVATION(FASTNN_CASE)
+#undef FASTNN_CASE
+  }
+}
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

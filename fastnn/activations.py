@@ -1,0 +1,225 @@
+"""The activations that kernels have, and what torch calls them.
+
+The names, the parameters with their defaults, and what a derivative is computed from are the extension's
+(csrc/simd/activation.h). This file adds what only Python needs: torch's functions, modules, methods and operators.
+
+One layer's activation is written ``name``, or ``name(value, ...)`` where its parameters are not the defaults: ``relu``,
+``leaky_relu(0.2)``. Operators take those of several layers with bars between them: ``relu|leaky_relu(0.2)|identity``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnn._extension import load_extension
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the extension's table: its place there, parameters and defaults, and what backward needs."""
+
+    name: str
+    number: int
+    parameters: Mapping[str, float]
+    derived_from: str  # "nothing", "output" or "input"
+
+
+KINDS: dict[str, Kind] = {
+    name: Kind(name, number, dict(parameters), derived_from)
+    for number, (name, parameters, derived_from) in enumerate(load_extension().activations())
+}
+
+
+@dataclass(frozen=True)
+class _TorchName:
+    """One of torch's names for an activation: a function's and, in lower case or not, a method's and an operator's.
+
+    kind: the extension's name. module: torch's class. chosen_by: settings of torch's by which functions of one name are
+    different activations. preset: parameters of the kind that this name fixes.
+    """
+
+    name: str
+    module: type[nn.Module]
+    kind: str
+    chosen_by: Mapping[str, Any] = field(default_factory=dict)
+    preset: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """torch's arguments after the input, in its order: ``inplace`` is the caller's to look at."""
+        return () if self.preset else (*KINDS[self.kind].parameters, *self.chosen_by)
+
+
+# By the names that fastnn's own functions take.
+_NAMES: dict[str, _TorchName] = {
+    "identity": _TorchName("identity", nn.Identity, "identity"),
+    "relu": _TorchName("relu", nn.ReLU, "relu"),
+    "tanh": _TorchName("tanh", nn.Tanh, "tanh"),
+    "sigmoid": _TorchName("sigmoid", nn.Sigmoid, "sigmoid"),
+    "gelu": _TorchName("gelu", nn.GELU, "gelu", chosen_by={"approximate": "none"}),
+    "gelu_tanh": _TorchName("gelu", nn.GELU, "gelu_tanh", chosen_by={"approximate": "tanh"}),
+    "silu": _TorchName("silu", nn.SiLU, "silu"),
+    "leaky_relu": _TorchName("leaky_relu", nn.LeakyReLU, "leaky_relu"),
+}
+NAMES = tuple(_NAMES)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation with the values of its parameters."""
+
+    kind: Kind
+    parameters: tuple[float, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What torch computes for it."""
+        return _FUNCTIONS[self.kind.name](x, *self.parameters)
+
+    def __str__(self) -> str:
+        if self.parameters == tuple(self.kind.parameters.values()):
+            return self.kind.name
+        return f"{self.kind.name}({','.join(map(repr, self.parameters))})"
+
+    def module(self) -> nn.Module:
+        """torch's module of it."""
+        named = _NAMES[self.kind.name]
+        return named.module(**named.chosen_by, **dict(zip(self.kind.parameters, self.parameters, strict=True)))
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# What each kind means: torch's function of the input and the parameters.
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    kind: functools.partial(getattr(F, named.name), **named.chosen_by) if kind != "identity" else _identity
+    for kind, named in _NAMES.items()
+    if not named.preset
+}
+
+
+# ---- the text ---------------------------------------------------------------------------------------------------
+
+# torch.compile traces these functions, so that they are written with the methods of strings alone.
+
+
+def parse(text: str) -> tuple[Activation, ...]:
+    """The activations of such a text. ValueError where it is none."""
+    found = _parsed.get(text)
+    if found is None:
+        found = _parsed[text] = tuple([parse_one(one.strip()) for one in text.split("|")])
+    return found
+
+
+_parsed: dict[str, tuple[Activation, ...]] = {}
+
+
+def parse_one(text: str) -> Activation:
+    """One layer's activation from its text. ValueError where no kernel has it."""
+    name, opened, values = text.partition("(")
+    if name not in _NAMES or (opened and not values.endswith(")")):
+        raise ValueError(f"activation must be one of {', '.join(NAMES)}, got {text!r}")
+    named = _NAMES[name]
+    parameters = {**KINDS[named.kind].parameters, **named.preset}
+    given = [value.strip() for value in values[:-1].split(",")] if opened else []
+    if len(given) > len(named.settings):
+        raise ValueError(f"activation {name} has {len(named.settings)} parameters, got {text!r}")
+    for parameter, value in zip(list(parameters), given, strict=False):
+        try:
+            parameters[parameter] = float(value.removeprefix(f"{parameter}="))
+        except ValueError:
+            raise ValueError(f"parameters of an activation must be numbers, got {text!r}") from None
+        if not math.isfinite(parameters[parameter]):
+            raise ValueError(f"parameters of an activation must be finite, got {text!r}")
+    return Activation(KINDS[named.kind], tuple(parameters.values()))
+
+
+def layers_of(text: str) -> int:
+    """How many layers such a text is of."""
+    return text.count("|") + 1 if text else 0
+
+
+def last_of(text: str) -> Kind:
+    """The kind of its last activation."""
+    return KINDS[text.rpartition("|")[2].partition("(")[0]]
+
+
+def join(activations: Sequence[Activation | str]) -> str:
+    """The text of several layers' activations, as operators take it."""
+    return "|".join([str(activation) for activation in activations])
+
+
+# ---- torch's names ------------------------------------------------------------------------------------------------
+
+
+def from_settings(torch_name: str, settings: Mapping[str, Any]) -> Activation | None:
+    """The activation that torch's function of this name computes with these settings, defaults where one is missing.
+    None where no kernel has it: an unknown choice, or a parameter that is no finite number."""
+    for named in _BY_TORCH_NAME.get(torch_name, ()):
+        kind = KINDS[named.kind]
+        if any(settings.get(name, _default(named, name)) != value for name, value in named.chosen_by.items()):
+            continue
+        parameters = {**kind.parameters, **named.preset}
+        parameters.update((name, settings[name]) for name in parameters if name in settings)
+        values = tuple(parameters.values())
+        if all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            return Activation(kind, tuple(map(float, values)))
+    return None
+
+
+def _default(named: _TorchName, choice: str) -> Any:
+    """What torch chooses where nothing is said: what the first row of the function has."""
+    return _BY_TORCH_NAME[named.name][0].chosen_by[choice]
+
+
+_BY_TORCH_NAME: dict[str, list[_TorchName]] = {}
+for _named in _NAMES.values():
+    _BY_TORCH_NAME.setdefault(_named.name, []).append(_named)
+TORCH_NAMES = tuple(name for name in _BY_TORCH_NAME if name != "identity")
+
+
+def functions() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
+    """Each function of torch's, or name of a method, that is an activation: with torch's name for it and the names of
+    the arguments."""
+    for name in TORCH_NAMES:
+        arguments = ("input", *_BY_TORCH_NAME[name][0].settings, "inplace")
+        for variant in (name, f"{name}_"):
+            for place in (F, torch):
+                if hasattr(place, variant):
+                    yield getattr(place, variant), name, arguments
+            if hasattr(Tensor, variant):
+                yield variant, name, arguments
+
+
+def modules() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
+    """Each forward of a module of torch's that is an activation, which subclasses may share: with torch's name for it
+    and the module's settings."""
+    for name in TORCH_NAMES:
+        named = _BY_TORCH_NAME[name][0]
+        in_place = ("inplace",) if "inplace" in inspect.signature(named.module).parameters else ()
+        yield named.module.forward, name, (*named.settings, *in_place)
+
+
+# torch's name of an activation by its ATen operator.
+OPERATORS: dict[Any, str] = {getattr(torch.ops.aten, name).default: name for name in TORCH_NAMES}
+
+
+def from_operator(operator: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Activation | None:
+    """The activation that an ATen operator computes with these arguments after its input. None as above."""
+    names = [argument.name for argument in operator._schema.arguments[1:]]
+    defaults = {argument.name: argument.default_value for argument in operator._schema.arguments[1:]}
+    settings = {**defaults, **dict(zip(names, arguments, strict=False)), **keywords}
+    name = OPERATORS[operator]
+    known = _BY_TORCH_NAME[name][0].settings
+    if any(settings[other] != defaults[other] for other in settings if other not in known):
+        return None
+    return from_settings(name, settings)
