@@ -69,6 +69,7 @@ _NAMES: dict[str, _TorchName] = {
     "gelu_tanh": _TorchName("gelu", nn.GELU, "gelu_tanh", chosen_by={"approximate": "tanh"}),
     "silu": _TorchName("silu", nn.SiLU, "silu"),
     "leaky_relu": _TorchName("leaky_relu", nn.LeakyReLU, "leaky_relu"),
+    "elu": _TorchName("elu", nn.ELU, "elu"),
 }
 NAMES = tuple(_NAMES)
 

@@ -28,6 +28,9 @@ MODULES: dict[str, nn.Module] = {
     "leaky_relu(0.2)": nn.LeakyReLU(0.2),
     "leaky_relu(0.0)": nn.LeakyReLU(0.0),
     "leaky_relu(-1.5)": nn.LeakyReLU(-1.5),
+    "elu": nn.ELU(),
+    "elu(0.3)": nn.ELU(0.3),
+    "elu(-2.0)": nn.ELU(-2.0),
 }
 
 

@@ -58,6 +58,10 @@ struct ActivationFunction {
     }
     if constexpr (kind == ActivationKind::silu) return x / (T(1) + exp_of<T>(-x));
     if constexpr (kind == ActivationKind::leaky_relu) return x > Vec<T>{} ? x : x * first;
+    if constexpr (kind == ActivationKind::elu) {
+      const Vec<T> t = tanh_of<T>(x * T(0.5));  // exp(x) - 1 = 2t / (1 - t), which cancels nowhere below 0
+      return x > Vec<T>{} ? x : first * (T(2) * t / (T(1) - t));
+    }
     return x;
   }
 
@@ -81,6 +85,7 @@ struct ActivationFunction {
       return grad * gate * (T(1) + s * (T(1) - gate));
     }
     if constexpr (kind == ActivationKind::leaky_relu) return s > Vec<T>{} ? grad : grad * first;
+    if constexpr (kind == ActivationKind::elu) return s <= Vec<T>{} ? grad * first * exp_of<T>(s) : grad;
     return grad;
   }
 };

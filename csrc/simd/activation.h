@@ -26,15 +26,16 @@ struct ActivationEntry {
 };
 
 // X(name, DerivedFrom, {"parameter", default}...)
-#define FASTNN_FOR_EACH_ACTIVATION(X)   \
-  X(identity, DerivedFrom::nothing, {}) \
-  X(relu, DerivedFrom::output, {})      \
-  X(tanh, DerivedFrom::output, {})      \
-  X(sigmoid, DerivedFrom::output, {})   \
-  X(gelu, DerivedFrom::input, {})       \
-  X(gelu_tanh, DerivedFrom::input, {})  \
-  X(silu, DerivedFrom::input, {})       \
-  X(leaky_relu, DerivedFrom::input, {"negative_slope", 0.01})
+#define FASTNN_FOR_EACH_ACTIVATION(X)                         \
+  X(identity, DerivedFrom::nothing, {})                       \
+  X(relu, DerivedFrom::output, {})                            \
+  X(tanh, DerivedFrom::output, {})                            \
+  X(sigmoid, DerivedFrom::output, {})                         \
+  X(gelu, DerivedFrom::input, {})                             \
+  X(gelu_tanh, DerivedFrom::input, {})                        \
+  X(silu, DerivedFrom::input, {})                             \
+  X(leaky_relu, DerivedFrom::input, {"negative_slope", 0.01}) \
+  X(elu, DerivedFrom::input, {"alpha", 1.0})
 
 enum class ActivationKind : int32_t {
 #define FASTNN_ENUMERATOR(name, ...) name,

@@ -16,6 +16,7 @@ GELU = tl.constexpr(KINDS["gelu"].number)
 GELU_TANH = tl.constexpr(KINDS["gelu_tanh"].number)
 SILU = tl.constexpr(KINDS["silu"].number)
 LEAKY_RELU = tl.constexpr(KINDS["leaky_relu"].number)
+ELU = tl.constexpr(KINDS["elu"].number)
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -102,6 +103,9 @@ def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE, FIRST: 
         return x * sigmoid(x, MATH)
     elif ACTIVATION == LEAKY_RELU:
         return tl.where(x > 0, x, x * FIRST)
+    elif ACTIVATION == ELU:
+        t = tanh(x * 0.5, MATH)
+        return tl.where(x > 0, x, 2.0 * t / (1.0 - t) * FIRST)  # exp(x) - 1, which cancels nowhere below 0
     else:
         return x
 
@@ -127,6 +131,8 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr, FIRST: tl.constex
         return grad * gate * (1.0 + saved * (1.0 - gate))
     elif ACTIVATION == LEAKY_RELU:
         return tl.where(saved > 0, grad, grad * FIRST)
+    elif ACTIVATION == ELU:
+        return tl.where(saved <= 0, grad * tl.exp(saved) * FIRST, grad)
     else:
         return grad
 
@@ -142,4 +148,5 @@ STOCK_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "gelu_tanh": lambda grad, saved: _aten.gelu_backward(grad, saved, approximate="tanh"),
     "silu": _aten.silu_backward,
     "leaky_relu": lambda grad, saved, slope: _aten.leaky_relu_backward(grad, saved, slope, False),
+    "elu": lambda grad, saved, alpha: _aten.elu_backward(grad, alpha, 1, 1, False, saved),
 }
