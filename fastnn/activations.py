@@ -70,6 +70,7 @@ _NAMES: dict[str, _TorchName] = {
     "silu": _TorchName("silu", nn.SiLU, "silu"),
     "leaky_relu": _TorchName("leaky_relu", nn.LeakyReLU, "leaky_relu"),
     "elu": _TorchName("elu", nn.ELU, "elu"),
+    "hardswish": _TorchName("hardswish", nn.Hardswish, "hardswish"),
 }
 NAMES = tuple(_NAMES)
 

@@ -31,6 +31,7 @@ MODULES: dict[str, nn.Module] = {
     "elu": nn.ELU(),
     "elu(0.3)": nn.ELU(0.3),
     "elu(-2.0)": nn.ELU(-2.0),
+    "hardswish": nn.Hardswish(),
 }
 
 

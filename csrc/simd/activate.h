@@ -62,6 +62,7 @@ struct ActivationFunction {
       const Vec<T> t = tanh_of<T>(x * T(0.5));  // exp(x) - 1 = 2t / (1 - t), which cancels nowhere below 0
       return x > Vec<T>{} ? x : first * (T(2) * t / (T(1) - t));
     }
+    if constexpr (kind == ActivationKind::hardswish) return x * at_most(at_least(x + T(3), T(0)), T(6)) / T(6);
     return x;
   }
 
@@ -86,6 +87,10 @@ struct ActivationFunction {
     }
     if constexpr (kind == ActivationKind::leaky_relu) return s > Vec<T>{} ? grad : grad * first;
     if constexpr (kind == ActivationKind::elu) return s <= Vec<T>{} ? grad * first * exp_of<T>(s) : grad;
+    if constexpr (kind == ActivationKind::hardswish) {
+      const Vec<T> inner = s < broadcast<T>(3) ? grad * (s / T(3) + T(0.5)) : grad;
+      return s <= broadcast<T>(-3) ? Vec<T>{} : inner;
+    }
     return grad;
   }
 };

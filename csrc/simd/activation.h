@@ -35,7 +35,8 @@ struct ActivationEntry {
   X(gelu_tanh, DerivedFrom::input, {})                        \
   X(silu, DerivedFrom::input, {})                             \
   X(leaky_relu, DerivedFrom::input, {"negative_slope", 0.01}) \
-  X(elu, DerivedFrom::input, {"alpha", 1.0})
+  X(elu, DerivedFrom::input, {"alpha", 1.0})                  \
+  X(hardswish, DerivedFrom::input, {})
 
 enum class ActivationKind : int32_t {
 #define FASTNN_ENUMERATOR(name, ...) name,

@@ -17,6 +17,7 @@ GELU_TANH = tl.constexpr(KINDS["gelu_tanh"].number)
 SILU = tl.constexpr(KINDS["silu"].number)
 LEAKY_RELU = tl.constexpr(KINDS["leaky_relu"].number)
 ELU = tl.constexpr(KINDS["elu"].number)
+HARDSWISH = tl.constexpr(KINDS["hardswish"].number)
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -106,6 +107,8 @@ def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE, FIRST: 
     elif ACTIVATION == ELU:
         t = tanh(x * 0.5, MATH)
         return tl.where(x > 0, x, 2.0 * t / (1.0 - t) * FIRST)  # exp(x) - 1, which cancels nowhere below 0
+    elif ACTIVATION == HARDSWISH:
+        return x * tl.where(x <= -3, 0.0, tl.where(x >= 3, 6.0, x + 3.0)) / 6.0
     else:
         return x
 
@@ -133,6 +136,8 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr, FIRST: tl.constex
         return tl.where(saved > 0, grad, grad * FIRST)
     elif ACTIVATION == ELU:
         return tl.where(saved <= 0, grad * tl.exp(saved) * FIRST, grad)
+    elif ACTIVATION == HARDSWISH:
+        return tl.where(saved <= -3, 0.0, tl.where(saved < 3, grad * (saved / 3.0 + 0.5), grad))
     else:
         return grad
 
@@ -149,4 +154,5 @@ STOCK_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "silu": _aten.silu_backward,
     "leaky_relu": lambda grad, saved, slope: _aten.leaky_relu_backward(grad, saved, slope, False),
     "elu": lambda grad, saved, alpha: _aten.elu_backward(grad, alpha, 1, 1, False, saved),
+    "hardswish": _aten.hardswish_backward,
 }
