@@ -71,6 +71,7 @@ _NAMES: dict[str, _TorchName] = {
     "leaky_relu": _TorchName("leaky_relu", nn.LeakyReLU, "leaky_relu"),
     "elu": _TorchName("elu", nn.ELU, "elu"),
     "hardswish": _TorchName("hardswish", nn.Hardswish, "hardswish"),
+    "softplus": _TorchName("softplus", nn.Softplus, "softplus"),
 }
 NAMES = tuple(_NAMES)
 

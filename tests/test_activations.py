@@ -32,6 +32,9 @@ MODULES: dict[str, nn.Module] = {
     "elu(0.3)": nn.ELU(0.3),
     "elu(-2.0)": nn.ELU(-2.0),
     "hardswish": nn.Hardswish(),
+    "softplus": nn.Softplus(),
+    "softplus(0.5,3.0)": nn.Softplus(0.5, 3.0),
+    "softplus(-3.0,20.0)": nn.Softplus(-3.0),
 }
 
 

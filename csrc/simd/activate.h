@@ -40,6 +40,17 @@ FASTNN_INLINE Vec<T> gelu_inner(Vec<T> x) {
   return T(0.79788456080286535588) * (x + T(0.044715) * x * x * x);
 }
 
+// log(1 + x) for x from 0 to 1: 2 atanh(s) of s = x / (2 + x), which is at most 1/3, by its series.
+template <class T>
+FASTNN_INLINE Vec<T> log1p_of(Vec<T> x) {
+  constexpr int terms = sizeof(T) == sizeof(double) ? 16 : 7;  // the next one is below half an ulp
+  const Vec<T> s = x / (T(2) + x), square = s * s;
+  Vec<T> sum = broadcast<T>(T(1) / (2 * terms + 1));
+#pragma GCC unroll 16
+  for (int i = terms - 1; i > 0; --i) sum = sum * square + T(1) / (2 * i + 1);
+  return T(2) * (s + s * square * sum);
+}
+
 // An activation with its parameters at hand in the kernel's type.
 template <ActivationKind kind_, class T>
 struct ActivationFunction {
@@ -63,6 +74,11 @@ struct ActivationFunction {
       return x > Vec<T>{} ? x : first * (T(2) * t / (T(1) - t));
     }
     if constexpr (kind == ActivationKind::hardswish) return x * at_most(at_least(x + T(3), T(0)), T(6)) / T(6);
+    if constexpr (kind == ActivationKind::softplus) {
+      const Vec<T> scaled = first * x;  // log(1 + exp(a)) = max(a, 0) + log(1 + exp(-|a|))
+      const Vec<T> value = (at_least(scaled, T(0)) + log1p_of<T>(exp_of<T>(-magnitude_of<T>(scaled)))) / first;
+      return scaled > broadcast(second) ? x : value;
+    }
     return x;
   }
 
@@ -90,6 +106,10 @@ struct ActivationFunction {
     if constexpr (kind == ActivationKind::hardswish) {
       const Vec<T> inner = s < broadcast<T>(3) ? grad * (s / T(3) + T(0.5)) : grad;
       return s <= broadcast<T>(-3) ? Vec<T>{} : inner;
+    }
+    if constexpr (kind == ActivationKind::softplus) {
+      const Vec<T> scaled = first * s;
+      return scaled > broadcast(second) ? grad : grad * sigmoid_of<T>(scaled);
     }
     return grad;
   }

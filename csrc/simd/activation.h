@@ -36,7 +36,8 @@ struct ActivationEntry {
   X(silu, DerivedFrom::input, {})                             \
   X(leaky_relu, DerivedFrom::input, {"negative_slope", 0.01}) \
   X(elu, DerivedFrom::input, {"alpha", 1.0})                  \
-  X(hardswish, DerivedFrom::input, {})
+  X(hardswish, DerivedFrom::input, {})                        \
+  X(softplus, DerivedFrom::input, {"beta", 1.0}, {"threshold", 20.0})
 
 enum class ActivationKind : int32_t {
 #define FASTNN_ENUMERATOR(name, ...) name,

@@ -18,6 +18,7 @@ SILU = tl.constexpr(KINDS["silu"].number)
 LEAKY_RELU = tl.constexpr(KINDS["leaky_relu"].number)
 ELU = tl.constexpr(KINDS["elu"].number)
 HARDSWISH = tl.constexpr(KINDS["hardswish"].number)
+SOFTPLUS = tl.constexpr(KINDS["softplus"].number)
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -109,6 +110,13 @@ def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE, FIRST: 
         return tl.where(x > 0, x, 2.0 * t / (1.0 - t) * FIRST)  # exp(x) - 1, which cancels nowhere below 0
     elif ACTIVATION == HARDSWISH:
         return x * tl.where(x <= -3, 0.0, tl.where(x >= 3, 6.0, x + 3.0)) / 6.0
+    elif ACTIVATION == SOFTPLUS:
+        scaled = x * FIRST  # log(1 + exp(a)) = max(a, 0) + log(1 + exp(-|a|))
+        small = tl.exp(tl.where(scaled > 0, -scaled, scaled))
+        rounded = small + 1.0
+        # The logarithm of what the sum was rounded to, put right by how much that was.
+        log1p = tl.where(rounded == 1.0, small, tl.log(rounded) * small / (rounded - 1.0))
+        return tl.where(scaled > SECOND, x, (tl.where(scaled <= 0, 0.0, scaled) + log1p) / FIRST)
     else:
         return x
 
@@ -138,6 +146,8 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr, FIRST: tl.constex
         return tl.where(saved <= 0, grad * tl.exp(saved) * FIRST, grad)
     elif ACTIVATION == HARDSWISH:
         return tl.where(saved <= -3, 0.0, tl.where(saved < 3, grad * (saved / 3.0 + 0.5), grad))
+    elif ACTIVATION == SOFTPLUS:
+        return tl.where(saved * FIRST > SECOND, grad, grad * sigmoid(saved * FIRST))
     else:
         return grad
 
@@ -155,4 +165,5 @@ STOCK_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "leaky_relu": lambda grad, saved, slope: _aten.leaky_relu_backward(grad, saved, slope, False),
     "elu": lambda grad, saved, alpha: _aten.elu_backward(grad, alpha, 1, 1, False, saved),
     "hardswish": _aten.hardswish_backward,
+    "softplus": _aten.softplus_backward,
 }
