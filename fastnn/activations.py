@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,8 @@ class _TorchName:
     """One of torch's names for an activation: a function's and, in lower case or not, a method's and an operator's.
 
     kind: the extension's name. module: torch's class. chosen_by: settings of torch's by which functions of one name are
-    different activations. preset: parameters of the kind that this name fixes.
+    different activations. preset: parameters of the kind that this name fixes. is_valid: whether torch takes these
+    parameters.
     """
 
     name: str
@@ -52,6 +54,7 @@ class _TorchName:
     kind: str
     chosen_by: Mapping[str, Any] = field(default_factory=dict)
     preset: Mapping[str, float] = field(default_factory=dict)
+    is_valid: Callable[..., bool] = lambda *parameters: True
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -72,6 +75,8 @@ _NAMES: dict[str, _TorchName] = {
     "elu": _TorchName("elu", nn.ELU, "elu"),
     "hardswish": _TorchName("hardswish", nn.Hardswish, "hardswish"),
     "softplus": _TorchName("softplus", nn.Softplus, "softplus"),
+    "hardtanh": _TorchName("hardtanh", nn.Hardtanh, "hardtanh", is_valid=operator.le),
+    "relu6": _TorchName("relu6", nn.ReLU6, "hardtanh", preset={"min_val": 0.0, "max_val": 6.0}),
 }
 NAMES = tuple(_NAMES)
 
@@ -94,6 +99,9 @@ class Activation:
 
     def module(self) -> nn.Module:
         """torch's module of it."""
+        for preset in _NAMES.values():
+            if preset.kind == self.kind.name and tuple(preset.preset.values()) == self.parameters != ():
+                return preset.module()
         named = _NAMES[self.kind.name]
         return named.module(**named.chosen_by, **dict(zip(self.kind.parameters, self.parameters, strict=True)))
 
@@ -143,6 +151,8 @@ def parse_one(text: str) -> Activation:
             raise ValueError(f"parameters of an activation must be numbers, got {text!r}") from None
         if not math.isfinite(parameters[parameter]):
             raise ValueError(f"parameters of an activation must be finite, got {text!r}")
+    if not named.is_valid(*parameters.values()):
+        raise ValueError(f"torch refuses these parameters of an activation: {text!r}")
     return Activation(KINDS[named.kind], tuple(parameters.values()))
 
 
@@ -174,7 +184,8 @@ def from_settings(torch_name: str, settings: Mapping[str, Any]) -> Activation | 
         parameters = {**kind.parameters, **named.preset}
         parameters.update((name, settings[name]) for name in parameters if name in settings)
         values = tuple(parameters.values())
-        if all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        are_numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+        if are_numbers and named.is_valid(*values):
             return Activation(kind, tuple(map(float, values)))
     return None
 
@@ -208,6 +219,8 @@ def modules() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
     and the module's settings."""
     for name in TORCH_NAMES:
         named = _BY_TORCH_NAME[name][0]
+        if named.preset:  # its module is one of the general activation's, with these parameters
+            continue
         in_place = ("inplace",) if "inplace" in inspect.signature(named.module).parameters else ()
         yield named.module.forward, name, (*named.settings, *in_place)
 
@@ -216,12 +229,12 @@ def modules() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
 OPERATORS: dict[Any, str] = {getattr(torch.ops.aten, name).default: name for name in TORCH_NAMES}
 
 
-def from_operator(operator: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Activation | None:
+def from_operator(overload: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Activation | None:
     """The activation that an ATen operator computes with these arguments after its input. None as above."""
-    names = [argument.name for argument in operator._schema.arguments[1:]]
-    defaults = {argument.name: argument.default_value for argument in operator._schema.arguments[1:]}
+    names = [argument.name for argument in overload._schema.arguments[1:]]
+    defaults = {argument.name: argument.default_value for argument in overload._schema.arguments[1:]}
     settings = {**defaults, **dict(zip(names, arguments, strict=False)), **keywords}
-    name = OPERATORS[operator]
+    name = OPERATORS[overload]
     known = _BY_TORCH_NAME[name][0].settings
     if any(settings[other] != defaults[other] for other in settings if other not in known):
         return None

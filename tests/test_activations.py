@@ -35,6 +35,9 @@ MODULES: dict[str, nn.Module] = {
     "softplus": nn.Softplus(),
     "softplus(0.5,3.0)": nn.Softplus(0.5, 3.0),
     "softplus(-3.0,20.0)": nn.Softplus(-3.0),
+    "hardtanh": nn.Hardtanh(),
+    "hardtanh(-2.0,0.5)": nn.Hardtanh(-2.0, 0.5),
+    "hardtanh(0.0,6.0)": nn.ReLU6(),
 }
 
 
@@ -45,7 +48,7 @@ def chain(activation: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 
 def test_each_name_has_a_module_here() -> None:
-    assert {text.partition("(")[0] for text in MODULES} == set(NAMES) - {"identity"}
+    assert {text.partition("(")[0] for text in MODULES} == set(NAMES) - {"identity", "relu6"}
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.parameters])
@@ -68,7 +71,17 @@ def test_text_of_several_layers() -> None:
     text = "relu|leaky_relu(0.2)|identity"
     assert join(parse(text)) == text
     assert join(parse("leaky_relu(negative_slope=0.01)|leaky_relu( 2 )")) == "leaky_relu|leaky_relu(2.0)"
-    for bad in ("", "relu|", "relu()", "relu(1)", "leaky_relu(1,2)", "leaky_relu(x)", "leaky_relu(inf)", "ReLU"):
+    for bad in (
+        "",
+        "relu|",
+        "relu()",
+        "relu(1)",
+        "leaky_relu(1,2)",
+        "leaky_relu(x)",
+        "leaky_relu(inf)",
+        "ReLU",
+        "relu6(1)",
+    ):
         with pytest.raises(ValueError, match="activation"):
             parse(bad)
 
@@ -156,6 +169,17 @@ def test_functions_and_methods(name: str) -> None:
             assert_close(fused(x), model(x))
             if not getattr(called, "__name__", called).endswith("_"):  # of those some are calls that a trace refuses
                 assert "mlp" in str(fastnn.explain(fused, x)), called
+
+
+def test_parameters_that_torch_refuses() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Hardtanh(-1, 1))
+    model[1].max_val = -2.0
+    fused, x = fastnn.fuse(copy.deepcopy(model)), torch.randn(2, 3)
+    for one in (model, fused):
+        with pytest.raises(ValueError, match="min_val cannot be greater"):
+            one(x)
+    with pytest.raises(ValueError, match="torch refuses these parameters"):
+        mlp(x, [torch.ones(4, 3)], [None], ["hardtanh(1,-1)"])
 
 
 def test_operators_with_other_parameters() -> None:

@@ -254,6 +254,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ReLU has a second user": (lambda: Calls(both, conv()), "its ReLU has 2 users"),
     "convolution has a second user": (lambda: Calls(lambda x, c: (y := c(x)) + F.relu(y), conv()), "it has 2 users"),
     "changed in place": (lambda: Calls(changed_in_place, conv()), "it has 2 users"),
+    "ReLU6": (lambda: nn.Sequential(conv(), nn.ReLU6(), nn.MaxPool2d(2)), "no ReLU follows, but hardtanh"),
     "no ReLU": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2)), "no ReLU beside its max-pool"),
     "average": (lambda: nn.Sequential(conv(), nn.AvgPool2d(2)), "no ReLU follows, but other pool"),
     "indices": (lambda: Calls(pool_with_indices, conv()), "returns indices"),

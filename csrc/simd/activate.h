@@ -79,6 +79,7 @@ struct ActivationFunction {
       const Vec<T> value = (at_least(scaled, T(0)) + log1p_of<T>(exp_of<T>(-magnitude_of<T>(scaled)))) / first;
       return scaled > broadcast(second) ? x : value;
     }
+    if constexpr (kind == ActivationKind::hardtanh) return at_most(at_least(x, first), second);
     return x;
   }
 
@@ -110,6 +111,10 @@ struct ActivationFunction {
     if constexpr (kind == ActivationKind::softplus) {
       const Vec<T> scaled = first * s;
       return scaled > broadcast(second) ? grad : grad * sigmoid_of<T>(scaled);
+    }
+    if constexpr (kind == ActivationKind::hardtanh) {
+      const Vec<T> above = s <= broadcast(first) ? Vec<T>{} : grad;
+      return s >= broadcast(second) ? Vec<T>{} : above;
     }
     return grad;
   }

@@ -19,6 +19,7 @@ LEAKY_RELU = tl.constexpr(KINDS["leaky_relu"].number)
 ELU = tl.constexpr(KINDS["elu"].number)
 HARDSWISH = tl.constexpr(KINDS["hardswish"].number)
 SOFTPLUS = tl.constexpr(KINDS["softplus"].number)
+HARDTANH = tl.constexpr(KINDS["hardtanh"].number)
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -117,6 +118,8 @@ def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE, FIRST: 
         # The logarithm of what the sum was rounded to, put right by how much that was.
         log1p = tl.where(rounded == 1.0, small, tl.log(rounded) * small / (rounded - 1.0))
         return tl.where(scaled > SECOND, x, (tl.where(scaled <= 0, 0.0, scaled) + log1p) / FIRST)
+    elif ACTIVATION == HARDTANH:
+        return tl.where(x <= FIRST, FIRST, tl.where(x >= SECOND, SECOND, x))
     else:
         return x
 
@@ -148,6 +151,8 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr, FIRST: tl.constex
         return tl.where(saved <= -3, 0.0, tl.where(saved < 3, grad * (saved / 3.0 + 0.5), grad))
     elif ACTIVATION == SOFTPLUS:
         return tl.where(saved * FIRST > SECOND, grad, grad * sigmoid(saved * FIRST))
+    elif ACTIVATION == HARDTANH:
+        return tl.where((saved <= FIRST) | (saved >= SECOND), 0.0, grad)
     else:
         return grad
 
@@ -166,4 +171,5 @@ STOCK_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "elu": lambda grad, saved, alpha: _aten.elu_backward(grad, alpha, 1, 1, False, saved),
     "hardswish": _aten.hardswish_backward,
     "softplus": _aten.softplus_backward,
+    "hardtanh": _aten.hardtanh_backward,
 }

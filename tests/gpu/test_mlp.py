@@ -64,7 +64,7 @@ def test_weights_of_all_layers_on_chip(dtype, device, assert_near, monkeypatch):
         check(150, (10, 20, 5, 12), ("relu", "gelu", "tanh"), dtype, device, assert_near)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "leaky_relu(0.3)", "elu(0.5)", "softplus(3.0,2.0)"])
+@pytest.mark.parametrize("name", [*NAMES, "leaky_relu(0.3)", "elu(0.5)", "softplus(3.0,2.0)", "hardtanh(-0.5,2.0)"])
 def test_every_activation(name, device, assert_near):
     check(19, (7, 12, 9, 6), (name, name, name), torch.float32, device, assert_near)
 
