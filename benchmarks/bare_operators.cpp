@@ -23,7 +23,7 @@ Tensor empty() {
   return Tensor(handle);
 }
 
-Tensor mlp(const Tensor&, const Tensors&, int64_t) {
+Tensor mlp(const Tensor&, const Tensors&, const std::string&) {
   return empty();
 }
 
@@ -47,7 +47,7 @@ Tensors rnn_cell(const Tensor&, int64_t, const std::optional<Tensor>&, const std
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn_bare, m) {
-  m.def("mlp(Tensor input, Tensor[] parameters, int activations) -> Tensor");
+  m.def("mlp(Tensor input, Tensor[] parameters, str activations) -> Tensor");
   m.def("conv_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, int[] geometry, str? algorithm=None) -> Tensor");
   m.def(
       "rnn(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"

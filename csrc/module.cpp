@@ -11,6 +11,7 @@
 #include "guard.h"
 #include "kernels/probe.h"
 #include "kernels/team.h"
+#include "kernels/update.h"
 #include "ops/bound_step.h"
 #include "ops/mlp_chain.h"
 #include "ops/team_balance.h"
@@ -89,6 +90,36 @@ py::list activations() {
   return result;
 }
 
+// The table of losses: of each torch's name, the name of its number or None and torch's default, and the name of its
+// tensor of weights or None.
+py::list losses() {
+  py::list result;
+  for (const fastnn::LossEntry& entry : fastnn::kLosses) {
+    result.append(py::make_tuple(entry.name, entry.number, entry.value, entry.weight));
+  }
+  return result;
+}
+
+// The table of optimizers: of each the name of torch's class, those of its settings, and of what it keeps of a
+// parameter: numbers with their first value, and tensors with the setting with which they are kept, or None.
+py::list optimizers() {
+  py::list result;
+  for (const fastnn::OptimizerEntry& entry : fastnn::kOptimizers) {
+    py::list settings, numbers, states;
+    for (const fastnn::OptimizerSetting& setting : entry.settings) {
+      if (setting.name) settings.append(setting.name);
+    }
+    for (const fastnn::OptimizerNumber& number : entry.numbers) {
+      if (number.name) numbers.append(py::make_tuple(number.name, number.initial));
+    }
+    for (const fastnn::OptimizerState& state : entry.states) {
+      if (state.name) states.append(py::make_tuple(state.name, state.setting));
+    }
+    result.append(py::make_tuple(entry.name, settings, numbers, states));
+  }
+  return result;
+}
+
 PyObject *absent, *any, *some_tensor, *tensors;  // what a guard has in an object's place: see Guard
 
 // Whether a guard's tuples hold. Not by pybind11, whose calls take four times as long.
@@ -151,6 +182,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("activations", activations,
         "The table of activations: of each its name, its parameters with their defaults, and what its derivative comes "
         "from.");
+  m.def("losses", losses, "The table of losses: names, and those of their number, with its default, and weights.");
+  m.def("optimizers", optimizers, "The table of optimizers: names, settings, and what is kept of a parameter.");
+  m.attr("most_optimizer_states") = fastnn::kMostStates;
   m.attr("most_layers") = fastnn::kMostLayers;
   const py::object object_type = py::module_::import("builtins").attr("object");
   for (const auto& [name, place] : {std::pair("absent", &absent), {"any", &any}, {"some_tensor", &some_tensor}}) {

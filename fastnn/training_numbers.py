@@ -5,38 +5,44 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnn._extension import load_extension
 from fastnn._torch import TENSOR_HOOKS
 from fastnn.graph.chain import ChainError
 from fastnn.nn._hooks import has_own_call
 
 # ---- losses -------------------------------------------------------------------------------------------------------
 
-_MSE, _L1, _SMOOTH_L1, _HUBER, _BCE, _CROSS_ENTROPY, _NLL = range(7)  # csrc/kernels/update.h, LossKind
-_FUNCTIONS: dict[Any, int] = {
-    F.mse_loss: _MSE,
-    F.l1_loss: _L1,
-    F.smooth_l1_loss: _SMOOTH_L1,
-    F.huber_loss: _HUBER,
-    F.cross_entropy: _CROSS_ENTROPY,
-    F.nll_loss: _NLL,
-    F.binary_cross_entropy_with_logits: _BCE,
+
+class _Loss(NamedTuple):
+    """A row of the extension's table of losses (csrc/kernels/update.h)."""
+
+    name: str  # of torch's function
+    number: str | None  # the name of its number, and torch's default
+    default: float
+    weight: str | None  # the name of its tensor of weights
+
+    @property
+    def kind(self) -> int:
+        return _LOSSES.index(self)
+
+
+_LOSSES = [_Loss(*row) for row in load_extension().losses()]
+_MODULES: dict[type, str] = {
+    nn.MSELoss: "mse_loss",
+    nn.L1Loss: "l1_loss",
+    nn.SmoothL1Loss: "smooth_l1_loss",
+    nn.HuberLoss: "huber_loss",
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.NLLLoss: "nll_loss",
+    nn.BCEWithLogitsLoss: "binary_cross_entropy_with_logits",
 }
-_MODULES: dict[type, int] = {
-    nn.MSELoss: _MSE,
-    nn.L1Loss: _L1,
-    nn.SmoothL1Loss: _SMOOTH_L1,
-    nn.HuberLoss: _HUBER,
-    nn.CrossEntropyLoss: _CROSS_ENTROPY,
-    nn.NLLLoss: _NLL,
-    nn.BCEWithLogitsLoss: _BCE,
-}
-_NUMBER = {_SMOOTH_L1: "beta", _HUBER: "delta", _CROSS_ENTROPY: "label_smoothing"}
+_NAMES: dict[Any, str] = {getattr(F, name): name for name in _MODULES.values()}
 
 
 def settings_of_loss(loss: Any) -> dict[str, Any]:
@@ -58,53 +64,60 @@ def numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tenso
         settings, loss = dict(loss.keywords), loss.func
     if isinstance(loss, nn.Module):
         settings = settings_of_loss(loss)
-        kind = None if settings.pop("has_own_call") else _MODULES.get(settings.pop("type"))
+        name = None if settings.pop("has_own_call") else _MODULES.get(settings.pop("type"))
     else:
-        kind = _FUNCTIONS.get(loss) if isinstance(loss, Hashable) else None
-    if kind is None:
+        name = _NAMES.get(loss) if isinstance(loss, Hashable) else None
+    if name is None:
         raise ChainError(f"the loss is {getattr(loss, '__name__', type(loss).__name__)}")
-    if of_log_softmax != (kind == _NLL):
+    if of_log_softmax != (name == "nll_loss"):
         raise ChainError("nll_loss and log_softmax are not together")
-    kind = _CROSS_ENTROPY if kind == _NLL else kind
+    row = next(row for row in _LOSSES if row.name == ("cross_entropy" if name == "nll_loss" else name))
     reduction = settings.pop("reduction", "mean")
     if reduction not in ("mean", "sum"):
         raise ChainError(f"the loss's reduction is {reduction!r}")
-    number = float(settings.pop(_NUMBER.get(kind, ""), 0.0 if kind == _CROSS_ENTROPY else 1.0))
-    if kind in (_SMOOTH_L1, _HUBER) and not number > 0:
-        raise ChainError(f"the loss's {_NUMBER[kind]} is {number}")
+    number = float(settings.pop(row.number or "", row.default))
+    if row.number in ("beta", "delta") and not number > 0:
+        raise ChainError(f"the loss's {row.number} is {number}")
     ignore_index = float(settings.pop("ignore_index", -100))
-    weight = settings.pop("pos_weight" if kind == _BCE else "weight", None)
+    weight = settings.pop(row.weight or "weight", None)
     if any(value is not None for value in settings.values()):
         raise ChainError(f"the loss has {', '.join(settings)}")
-    return [float(kind), float(reduction == "mean"), number, ignore_index], weight
+    return [float(row.kind), float(reduction == "mean"), number, ignore_index], weight
 
 
 # ---- optimizers and parameters --------------------------------------------------------------------------------------
 
-_SGD, _ADAM, _RMSPROP = range(3)
-KINDS: dict[type, int] = {
-    torch.optim.SGD: _SGD,
-    torch.optim.Adam: _ADAM,
-    torch.optim.AdamW: _ADAM,
-    torch.optim.RMSprop: _RMSPROP,
-}
-# The states of an optimizer beside `step`, and the setting of a group with which it keeps them, if not always.
-_STATES: dict[int, tuple[tuple[str, str | None], ...]] = {
-    _SGD: (("momentum_buffer", "momentum"),),
-    _ADAM: (("exp_avg", None), ("exp_avg_sq", None), ("max_exp_avg_sq", "amsgrad")),
-    _RMSPROP: (("square_avg", None), ("grad_avg", "centered"), ("momentum_buffer", "momentum")),
-}
-# Of a group's settings, those by which an optimizer moves its parameters.
-HYPERPARAMETERS = (
-    *("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "betas", "eps", "amsgrad", "alpha"),
-    *("centered", "decoupled_weight_decay"),
-)
-IS_FIRST = 8  # of SGD's momentum. Layout and numbers: csrc/ops/training_step.cpp, StepNumbers
+
+class Optimizer(NamedTuple):
+    """A row of the extension's table of optimizers (csrc/kernels/optimizers.h)."""
+
+    name: str  # of the class in torch.optim
+    settings: Sequence[str]  # of a group, as numbers; beta1 and beta2 are its betas
+    numbers: Sequence[tuple[str, float]]  # that it keeps of each parameter, with their first values
+    states: Sequence[tuple[str, str | None]]  # tensors, with the setting with which they are kept
+
+    @property
+    def kind(self) -> int:
+        return _OPTIMIZERS.index(self)
+
+    @property
+    def group_settings(self) -> tuple[str, ...]:
+        """The settings as they stand in a group."""
+        return tuple(dict.fromkeys("betas" if name in _BETAS else name for name in self.settings))
+
+
+_BETAS = ("beta1", "beta2")
+_OPTIMIZERS = [Optimizer(*row) for row in load_extension().optimizers()]
+OPTIMIZERS: dict[type, Optimizer] = {getattr(torch.optim, row.name): row for row in _OPTIMIZERS}
+OPTIMIZERS[torch.optim.AdamW] = OPTIMIZERS[torch.optim.Adam]
+# A bit of a parameter's layout: SGD's momentum begins.
+IS_FIRST = 1 << load_extension().most_optimizer_states
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """ChainError where the operators do not have the optimizer, or its settings are no numbers."""
-    if type(optimizer) not in KINDS:
+    row = OPTIMIZERS.get(type(optimizer))
+    if row is None:
         raise ChainError(f"the optimizer is {type(optimizer).__name__}")
     own_step = optimizer.__dict__.get("step")  # schedulers put one there that calls the class's
     if own_step is not None and getattr(own_step, "__wrapped__", None) is not type(optimizer).step:
@@ -112,7 +125,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable"):
             raise ChainError("the optimizer is capturable or differentiable")
-        settings = [group.get(name) for name in HYPERPARAMETERS]
+        settings = [group.get(name) for name in row.group_settings]
         if any(isinstance(one, Tensor) for one in _flatten(settings)):  # which may change in place, unseen
             raise ChainError("a setting of the optimizer is a tensor")
 
@@ -154,23 +167,16 @@ def check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer
 
 def kept_by(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
     """The states that a group's parameters have, "" for those that they don't."""
-    states = _STATES[KINDS[type(optimizer)]]
+    states = OPTIMIZERS[type(optimizer)].states
     return tuple(name if setting is None or group[setting] else "" for name, setting in states)
 
 
-def new_step() -> Tensor:
-    """As torch.optim makes it."""
-    return torch.tensor(0.0, dtype=torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32)
+def new_number(value: float) -> Tensor:
+    """A number of an optimizer's state, as torch.optim makes it."""
+    return torch.tensor(value, dtype=torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32)
 
 
-def numbers_of_group(kind: int, group: dict[str, Any]) -> list[float]:
-    """As StepNumbers reads them; Adam's says in momentum's place whether weight decay is beside the gradient."""
-    adam = kind == _ADAM
-    numbers = [
-        *(group["lr"], group["weight_decay"], group["maximize"]),
-        *(group.get("decoupled_weight_decay", False) if adam else group["momentum"],),
-        *(group.get("dampening", 0), group.get("nesterov", False)),
-        *(group["betas"] if adam else (0, group.get("alpha", 0))),
-        group.get("eps", 0),
-    ]
-    return list(map(float, numbers))
+def numbers_of_group(row: Optimizer, group: dict[str, Any]) -> list[float]:
+    """The settings of a group in the table's order. Those that torch's class does not have are 0."""
+    betas = dict(zip(_BETAS, group.get("betas", ()), strict=False))
+    return [float(betas[name] if name in _BETAS else group.get(name, 0)) for name in row.settings]

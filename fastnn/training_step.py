@@ -30,13 +30,12 @@ from fastnn.ops.training_step import (
     training_step_op,
 )
 from fastnn.training_numbers import (
-    HYPERPARAMETERS,
     IS_FIRST,
-    KINDS,
+    OPTIMIZERS,
     check_optimizer,
     check_parameters,
     kept_by,
-    new_step,
+    new_number,
     numbers_of_group,
     numbers_of_loss,
     settings_of_loss,
@@ -374,28 +373,28 @@ class TrainingStep:
         state = self._optimizer.state.get(parameter, {})
         before, names = dict(state), [name for name in kept if name]
         bits = sum(1 << i for i, name in enumerate(kept) if name)
-        if type(self._optimizer) is torch.optim.SGD:
+        row = OPTIMIZERS[type(self._optimizer)]
+        if row.name == "SGD":
             if names and state.get(names[0]) is None:
                 state[names[0]] = torch.zeros_like(parameter)
                 bits |= IS_FIRST
-        else:
-            if not state:
-                state.update({"step": new_step()}, **{name: torch.zeros_like(parameter) for name in names})
-            self._states.append(state["step"])
-        self._states += [state[name] for name in names]
+        elif not state:
+            state.update({name: new_number(value) for name, value in row.numbers})
+            state.update({name: torch.zeros_like(parameter) for name in names})
+        self._states += [state[name] for name in (*[name for name, _ in row.numbers], *names)]
         if any(before.get(name) is not tensor for name, tensor in state.items()):
             self._optimizer.state[parameter] = state
             self._created.append((parameter, before))
         return bits
 
     def _write_numbers(self) -> None:
-        groups, kind = self._optimizer.param_groups, KINDS[type(self._optimizer)]
+        groups, row = self._optimizer.param_groups, OPTIMIZERS[type(self._optimizer)]
         max_norm = -1.0 if self.max_norm is None else float(self.max_norm)
-        numbers = [*self._loss_numbers, float(kind), max_norm]
+        numbers = [*self._loss_numbers, float(row.kind), max_norm]
         for group in groups:
-            numbers += numbers_of_group(kind, group)
+            numbers += numbers_of_group(row, group)
         self._numbers = torch.tensor(numbers, dtype=torch.float64)
-        self._get_settings = [itemgetter(*filter(group.__contains__, HYPERPARAMETERS)) for group in groups]
+        self._get_settings = [itemgetter(*filter(group.__contains__, row.group_settings)) for group in groups]
         self._settings = self._settings_now()
 
     def _in_one_call(self, input: Tensor, target: Tensor) -> tuple[Tensor, Sequence[Tensor]]:

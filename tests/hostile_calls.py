@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastnn.ops.conv_relu_max_pool
 import fastnn.ops.rnn
+from fastnn import _C
 from fastnn.activations import KINDS
 
 OPS = torch.ops.fastnn
@@ -217,14 +218,15 @@ class Hostile:
                     "flatten;mlp 1 1 identity;",
                 ]
             )
-        kind, optimizer = self.random.randrange(6), self.random.randrange(3)
+        kind, optimizer = self.random.randrange(6), self.random.randrange(len(_C.optimizers()))
+        _, settings, numbers_kept, states = _C.optimizers()[optimizer]
         by_class = kind == 5
         target = self.tensor([rows] if by_class else [rows, classes], torch.int64 if by_class else dtype)
         numbers_of_step = [kind, 1, 0.5, -100, optimizer, self.random.choice([-1, 1])]
-        kept = [self.maybe(0.5) for _ in range(3)] if optimizer else [self.maybe(0.5), False, False]
-        if optimizer and self.maybe(0.9):
-            kept[: 3 - optimizer] = [True] * (3 - optimizer)
-        all_numbers = torch.tensor([*numbers_of_step, 0.1, 0, 0, 0, 0, 0, 0.9, 0.9, 1e-8], dtype=torch.float64)
+        kept = [self.maybe(0.5) or (not setting and self.maybe(0.9)) for _, setting in states]
+        usual = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "alpha": 0.9, "eps": 1e-8}
+        of_group = [usual.get(name, 0.0) for name in settings]
+        all_numbers = torch.tensor([*numbers_of_step, *of_group], dtype=torch.float64)
         layout = [0, sum(one << i for i, one in enumerate(kept))] * 2
         if self.maybe(0.1):
             layout[self.random.randrange(4)] = self.random.choice([self.huge(), -1, 1, 16])
@@ -232,7 +234,7 @@ class Hostile:
             all_numbers[self.random.randrange(len(all_numbers))] = float(self.huge())
         state = []
         for parameter in parameters:
-            state += [torch.zeros(())] if optimizer else []
+            state += [torch.tensor(value) for _, value in numbers_kept]
             state += [self.tensor(parameter.shape, dtype) for one in kept if one]
         weight = self.tensor([classes], dtype) if self.maybe(0.2) else None
         input = self.tensor([rows, features], dtype)
@@ -259,7 +261,7 @@ class Hostile:
                 (f"batch_norm 1 1 1 {half} {half} {geometry} {c} 0;", image, [[c]] * 4),
                 ("rnn 4 0 1 0 0 1 0;", [n, m, c], [[k, c], [k, k], [k], [k]]),
                 (f"rnn 8 0 2 0 1 0 {half};last 1;", [n, m, c], [[c, c], [c, c], [c], [c]] * 2),
-                (f"batch_norm 1 1 1 {half} {half};activation 12;", [n + 1, c], [[c]] * 4),
+                (f"batch_norm 1 1 1 {half} {half};activation gelu;", [n + 1, c], [[c]] * 4),
                 (f"average 2 {k} {m};flatten {c * k * m};", image, []),
                 (f"flatten;dropout {half};", [n, m, c], []),
             ]
@@ -284,7 +286,7 @@ class Hostile:
             return "training_step_forward", [input, parameters, program]
         running = 2 if program.startswith("batch_norm") else 0
         layout = [-1, 0] * running + [0, 0] * (len(parameters) - running)
-        numbers = torch.tensor([0.0, 0, 0, 0, 0, -1, 0.1, *[0] * 8]).double()
+        numbers = torch.tensor([0.0, 0, 0, 0, 0, -1, 0.1, *[0] * 5]).double()
         return "training_step_backward", [
             *(gradient, input, parameters, [], saved, program, layout, numbers), self.maybe(0.5)
         ]  # fmt: skip

@@ -163,6 +163,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "fused adam": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9),
     "centered": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5, weight_decay=0.01),
+    "rmsprop, maximize": lambda p: torch.optim.RMSprop(p, lr=0.01, eps=0.1, momentum=0.5, maximize=True),
 }
 
 
@@ -1166,7 +1167,7 @@ def test_bad_arguments() -> None:
         fastnn.training_step(model, F.mse_loss, optimizer, max_norm=-1)
 
 
-NUMBERS = torch.tensor([0, 1, 0, 0, 0, -1, 0.1, *[0] * 8], dtype=torch.float64)  # of mse_loss and SGD
+NUMBERS = torch.tensor([0, 1, 0, 0, 0, -1, 0.1, *[0] * 5], dtype=torch.float64)  # of mse_loss and SGD
 
 
 def raw_calls(name: str) -> tuple[list[Any], list[Any]]:
@@ -1247,15 +1248,17 @@ def test_the_raw_operator_is_safe() -> None:
     bad(2, [], [weight], [weight, bias, bias], [weight.t(), bias], [weight, bias[:1]], [weight.double(), bias.double()])
     bad(3, [torch.zeros(())], [weight])
     bad(
-        4,
-        "",
-        ";",
-        "mlp",
-        "mlp 1 1 identity",
-        "mlp 21 1 identity;",
-        "mlp 1 1 identitx;",
-        "mlp 2 1 identity;",
-        "other;",
+        *(
+            4,
+            "",
+            ";",
+            "mlp",
+            "mlp 1 1 identity",
+            "mlp 21 1 identity;",
+            "mlp 1 1 identitx;",
+            "mlp 2 1 identity;",
+            "other;",
+        ),
         "conv 1;",
     )
     bad(

@@ -1,20 +1,11 @@
-// Losses, and the updates of torch.optim's SGD, Adam, AdamW and RMSprop, in the order of torch's own operations.
+// Losses, and the updates of optimizers.
 #include "update.h"
 
-#include "../simd/vec.h"
+#include "optimizer_updates.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
-
-template <class T>
-FASTNN_INLINE T square_root(T x) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return __builtin_sqrtf(x);
-  } else {
-    return __builtin_sqrt(x);
-  }
-}
 
 // One element's loss; its slope.
 template <LossKind kind, class T>
@@ -105,85 +96,6 @@ double loss(LossKind kind, double number, double scale, int64_t count, const T* 
   }
 }
 
-// The gradient with weight decay in it; without, an infinite parameter adds nothing, where 0 times it is NaN.
-template <class T>
-FASTNN_INLINE T decayed(T gradient, T decay, T parameter) {
-  return decay != 0 ? gradient + decay * parameter : gradient;
-}
-
-template <class T>
-void sgd(const UpdateNumbers& n, int64_t count, const T* __restrict gradient, T* __restrict parameter,
-         T* __restrict momentum) {
-  const T lr = static_cast<T>(n.lr), decay = static_cast<T>(n.weight_decay), scale = static_cast<T>(n.scale);
-  if (!momentum) {
-    for (int64_t i = 0; i < count; ++i) parameter[i] -= lr * decayed(scale * gradient[i], decay, parameter[i]);
-    return;
-  }
-  const T keep = n.is_first ? T(0) : static_cast<T>(n.momentum),
-          add = n.is_first ? T(1) : static_cast<T>(1 - n.dampening);
-  const T ahead = static_cast<T>(n.momentum);
-  for (int64_t i = 0; i < count; ++i) {
-    const T step = decayed(scale * gradient[i], decay, parameter[i]);
-    const T kept = n.is_first ? step : keep * momentum[i] + add * step;
-    momentum[i] = kept;
-    parameter[i] -= lr * (n.nesterov ? step + ahead * kept : kept);
-  }
-}
-
-template <class T, bool amsgrad>
-FASTNN_INLINE void adam_loop(const UpdateNumbers& n, int64_t count, const T* __restrict gradient,
-                             T* __restrict parameter, T* __restrict mean, T* __restrict square, T* __restrict largest) {
-  const T scale = static_cast<T>(n.scale), eps = static_cast<T>(n.eps);
-  const T shrink = n.decoupled ? static_cast<T>(1 - n.lr * n.weight_decay) : T(1);
-  const T decay = n.decoupled ? T(0) : static_cast<T>(n.weight_decay);
-  const T first = static_cast<T>(1 - n.first_beta), second = static_cast<T>(n.second_beta);
-  const T second_add = static_cast<T>(1 - n.second_beta);
-  const T step = static_cast<T>(n.lr / n.first_correction);
-  const T correction = static_cast<T>(1 / __builtin_sqrt(n.second_correction));
-  for (int64_t i = 0; i < count; ++i) {
-    const T weight = shrink * parameter[i];
-    const T g = decayed(scale * gradient[i], decay, weight);
-    const T m = mean[i] + first * (g - mean[i]);
-    const T v = second * square[i] + second_add * g * g;
-    mean[i] = m;
-    square[i] = v;
-    T under = v;
-    if (amsgrad) {
-      // NaN stays, as in torch.maximum.
-      under = largest[i] > v || largest[i] != largest[i] ? largest[i] : v;
-      largest[i] = under;
-    }
-    parameter[i] = weight - step * m / (square_root(under) * correction + eps);
-  }
-}
-
-template <class T>
-void adam(const UpdateNumbers& n, int64_t count, const T* gradient, T* parameter, T* mean, T* square, T* largest) {
-  largest ? adam_loop<T, true>(n, count, gradient, parameter, mean, square, largest)
-          : adam_loop<T, false>(n, count, gradient, parameter, mean, square, largest);
-}
-
-template <class T>
-void rmsprop(const UpdateNumbers& n, int64_t count, const T* __restrict gradient, T* __restrict parameter,
-             T* __restrict square, T* __restrict mean, T* __restrict momentum) {
-  const T lr = static_cast<T>(n.lr), decay = static_cast<T>(n.weight_decay), scale = static_cast<T>(n.scale);
-  const T alpha = static_cast<T>(n.second_beta), add = static_cast<T>(1 - n.second_beta), eps = static_cast<T>(n.eps);
-  const T keep = static_cast<T>(n.momentum);
-  for (int64_t i = 0; i < count; ++i) {
-    const T g = decayed(scale * gradient[i], decay, parameter[i]);
-    const T v = alpha * square[i] + add * g * g;
-    square[i] = v;
-    T under = v;
-    if (mean) {
-      mean[i] += add * (g - mean[i]);
-      under = v - mean[i] * mean[i];
-    }
-    T step = g / (square_root(under) + eps);
-    if (momentum) step = momentum[i] = keep * momentum[i] + step;
-    parameter[i] -= lr * step;
-  }
-}
-
 template <class T>
 double sum_of_squares(int64_t count, const T* gradient) {
   double total = 0;
@@ -202,7 +114,7 @@ double sum_of_squares(int64_t count, const T* gradient) {
 
 template <class T>
 constexpr UpdateKernels<T> kernels() {
-  return {loss<T>, sgd<T>, adam<T>, rmsprop<T>, sum_of_squares<T>};
+  return {loss<T>, prepare, update<T>, sum_of_squares<T>};
 }
 
 }  // namespace

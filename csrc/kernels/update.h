@@ -4,23 +4,28 @@
 
 #include <stdint.h>
 
-#include "../simd/isa.h"
 #include "../simd/dtype.h"
+#include "../simd/isa.h"
+#include "optimizers.h"
 
 namespace fastnn {
 
 enum class LossKind : int64_t { mse, l1, smooth_l1, huber, bce_with_logits, cross_entropy, count };
 
-// Of one parameter: its group's numbers, and what they come to at this step.
-struct UpdateNumbers {
-  double lr, weight_decay;
-  double scale;                // of the gradient: -1 to maximize, and what clipping makes of it
-  double momentum, dampening;  // SGD, RMSprop
-  double first_beta, second_beta, eps;
-  double first_correction, second_correction;  // Adam: 1 - beta^step
-  bool nesterov;                               // SGD
-  bool decoupled;                              // AdamW: weight decay beside the gradient
-  bool is_first;                               // SGD: momentum begins with the gradient itself
+// Of each kind, in their order: torch.nn.functional's name, and those of its number and of its tensor of weights.
+struct LossEntry {
+  const char* name;
+  const char* number;  // or null
+  double value;        // torch's default
+  const char* weight;  // or null
+};
+constexpr LossEntry kLosses[] = {
+    {"mse_loss", nullptr, 0, nullptr},
+    {"l1_loss", nullptr, 0, nullptr},
+    {"smooth_l1_loss", "beta", 1, nullptr},
+    {"huber_loss", "delta", 1, nullptr},
+    {"binary_cross_entropy_with_logits", nullptr, 0, "pos_weight"},
+    {"cross_entropy", "label_smoothing", 0, "weight"},
 };
 
 template <class T>
@@ -30,11 +35,11 @@ struct UpdateKernels {
   // row, or null.
   double (*loss)(LossKind kind, double number, double scale, int64_t count, const T* output, const T* target,
                  const T* weights, int64_t columns, T* gradient);
-  // All of `count` elements. A state that the optimizer was not asked to keep is null.
-  void (*sgd)(const UpdateNumbers&, int64_t count, const T* gradient, T* parameter, T* momentum);
-  void (*adam)(const UpdateNumbers&, int64_t count, const T* gradient, T* parameter, T* mean, T* square, T* largest);
-  void (*rmsprop)(const UpdateNumbers&, int64_t count, const T* gradient, T* parameter, T* square, T* mean,
-                  T* momentum);
+  // Fills in what all parameters of a group that are at the same step have in common.
+  void (*prepare)(OptimizerKind kind, UpdateNumbers& numbers);
+  // Moves `count` elements of a parameter. states: one a row of the table, null where it is not kept.
+  void (*update)(OptimizerKind kind, const UpdateNumbers& numbers, int64_t count, const T* gradient, T* parameter,
+                 T* const* states);
   double (*sum_of_squares)(int64_t count, const T* gradient);
 };
 

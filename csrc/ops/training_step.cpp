@@ -18,34 +18,25 @@ constexpr const char* kOp = kTrainingStep;
 
 // ---- numbers ------------------------------------------------------------------------------------------------
 
-enum class Optimizer : int64_t { sgd, adam, rmsprop, count };
-
-// What fastnn/training_numbers.py makes of a step. numbers: kOfStep, then kOfGroup for each of the optimizer's groups.
-// layout: of each parameter its group, or -1 where it is not trained, and its states' bits: those that it has of up to
-// three beside `step`, and whether SGD's momentum begins.
+// What fastnn/training_numbers.py makes of a step. numbers: those of the loss (kind, mean or sum, number, class to
+// ignore), the optimizer's kind and max_norm; then the settings of each of the optimizer's groups, as its entry of the
+// table has them. layout: of each parameter its group, or -1 where it is not trained, and as bits which of the states
+// of the entry it has, and above them whether SGD's momentum begins.
 struct StepNumbers {
-  static constexpr int64_t kOfStep = 6, kOfGroup = 9, kStates = 3;
+  static constexpr int64_t kOfStep = 6;
 
   Loss loss;
-  Optimizer optimizer;
+  OptimizerKind optimizer;
   double max_norm;  // of the gradient, or negative
   const double* of_groups;
+  int64_t of_group = 0;  // how many
   const Ints& layout;
 
   StepNumbers(const Tensor& numbers, const Ints& of_parameters, size_t parameters) : layout(of_parameters) {
     check_plain(numbers, kOp, "numbers");
     check_memory(numbers, kOp, "numbers");
-    const int64_t of_all_groups = numbers.numel() - kOfStep;
-    FASTNN_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous() && of_all_groups >= kOfGroup &&
-                     of_all_groups % kOfGroup == 0,
-                 kOp, ": expected numbers to be Double, ", kOfStep, " and ", kOfGroup, " for each group");
-    FASTNN_CHECK(layout.size() % 2 == 0 && layout.size() / 2 == parameters, kOp,
-                 ": expected a layout of two numbers for each parameter");
-    for (size_t i = 0; i < parameters; ++i) {
-      const int64_t group = layout[2 * i], states = layout[2 * i + 1];
-      FASTNN_CHECK(group >= -1 && group < of_all_groups / kOfGroup && states >= 0 && states < 2 << kStates, kOp,
-                   ": layout has a number out of range");
-    }
+    FASTNN_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous() && numbers.numel() > kOfStep,
+                 kOp, ": expected numbers to be Double, and more than ", kOfStep);
     const double* n = data<double>(numbers);
     const auto whole = [&](double number, int64_t count) {
       FASTNN_CHECK(number >= 0 && number < static_cast<double>(count), kOp, ": numbers has one out of range");
@@ -55,50 +46,80 @@ struct StepNumbers {
     loss.mean = n[1] != 0;
     loss.number = n[2];
     loss.ignore_index = std::abs(n[3]) < 9e15 ? static_cast<int64_t>(n[3]) : -100;
-    optimizer = static_cast<Optimizer>(whole(n[4], static_cast<int64_t>(Optimizer::count)));
+    optimizer = static_cast<OptimizerKind>(whole(n[4], static_cast<int64_t>(OptimizerKind::count)));
     max_norm = n[5];
     of_groups = n + kOfStep;
+    for (const OptimizerSetting& setting : entry().settings) of_group += setting.name != nullptr;
+    const int64_t of_all_groups = numbers.numel() - kOfStep;
+    FASTNN_CHECK(of_all_groups % of_group == 0, kOp, ": expected ", of_group, " numbers for each group of ",
+                 entry().name);
+    FASTNN_CHECK(layout.size() % 2 == 0 && layout.size() / 2 == parameters, kOp,
+                 ": expected a layout of two numbers for each parameter");
+    for (size_t i = 0; i < parameters; ++i) {
+      const int64_t group = layout[2 * i], states = layout[2 * i + 1];
+      FASTNN_CHECK(group >= -1 && group < of_all_groups / of_group && states >= 0 && states < 2 << kMostStates, kOp,
+                   ": layout has a number out of range");
+    }
   }
 
+  const OptimizerEntry& entry() const { return kOptimizers[static_cast<int64_t>(optimizer)]; }
   bool wanted(size_t i) const { return layout[2 * i] >= 0; }
   bool has_state(size_t i, int which) const { return layout[2 * i + 1] >> which & 1; }
-  int least_states() const { return optimizer == Optimizer::adam ? 2 : optimizer == Optimizer::rmsprop ? 1 : 0; }
-  UpdateNumbers update(size_t i, double scale) const {
-    const double* n = of_groups + kOfGroup * layout[2 * i];
+  bool is_first(size_t i) const { return has_state(i, kMostStates); }
+  // Of a parameter that is about to make this step.
+  UpdateNumbers update(size_t i, double scale, double step) const {
+    const double* n = of_groups + of_group * layout[2 * i];
     UpdateNumbers u{};
-    u.lr = n[0];
-    u.weight_decay = n[1];
-    u.scale = n[2] != 0 ? -scale : scale;
-    u.momentum = n[3];
-    u.dampening = n[4];
-    u.nesterov = n[5] != 0;
-    u.is_first = has_state(i, kStates);
-    u.first_beta = n[6];
-    u.second_beta = n[7];
-    u.eps = n[8];
-    u.decoupled = optimizer == Optimizer::adam && n[3] != 0;
+    for (const OptimizerSetting& setting : entry().settings) {
+      if (setting.name) u.*setting.place = *n++;
+    }
+    u.step = step;
+    u.scale = u.maximize != 0 ? -scale : scale;
+    u.is_first = is_first(i);
     return u;
   }
 };
 
-// Where each parameter's state is: `step`, but for SGD, then up to three tensors like the parameter.
+// One number of an optimizer's state, in a tensor of its own, of float or double.
+class StateNumber {
+ public:
+  StateNumber() = default;
+  explicit StateNumber(const Tensor& tensor) {
+    static const int32_t float_code = code_of(ScalarType::Float), double_code = code_of(ScalarType::Double);
+    const bool is_float = is_plain_of(tensor, float_code);
+    FASTNN_CHECK((is_float || is_plain_of(tensor, double_code)) && tensor.numel() == 1, kOp,
+                 ": expected step to be one number, Float or Double, on the CPU");
+    check_memory(tensor, kOp, "state");
+    is_float ? static_cast<void>(float_ = mutable_data<float>(tensor))
+             : static_cast<void>(double_ = mutable_data<double>(tensor));
+  }
+
+  double plus(double value) const {
+    return float_ ? static_cast<double>(*float_ + static_cast<float>(value)) : *double_ + value;
+  }
+  double times(double value) const {
+    return float_ ? static_cast<double>(*float_ * static_cast<float>(value)) : *double_ * value;
+  }
+  void set(double value) const {
+    float_ ? static_cast<void>(*float_ = static_cast<float>(value)) : static_cast<void>(*double_ = value);
+  }
+
+ private:
+  float* float_ = nullptr;  // or the other
+  double* double_ = nullptr;
+};
+
+// Where each parameter's state is.
 template <class T>
 struct ParameterState {
-  float* float_step = nullptr;  // or the other
-  double* double_step = nullptr;
-  T* tensors[StepNumbers::kStates] = {};
-
-  bool has_step() const { return float_step || double_step; }
-  double next_step() const { return float_step ? static_cast<double>(*float_step + 1.0f) : *double_step + 1; }
-  void set_step(double value) const {
-    float_step ? static_cast<void>(*float_step = static_cast<float>(value)) : static_cast<void>(*double_step = value);
-  }
+  StateNumber numbers[kMostNumbers];
+  T* tensors[kMostStates] = {};
 };
 
 template <class T>
 std::vector<ParameterState<T>> read_state(const StepNumbers& numbers, const TensorList& parameters,
                                           const TensorList& state) {
-  static const int32_t float_code = code_of(ScalarType::Float), double_code = code_of(ScalarType::Double);
+  const OptimizerEntry& entry = numbers.entry();
   std::vector<ParameterState<T>> result(parameters.size());
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
@@ -107,28 +128,21 @@ std::vector<ParameterState<T>> read_state(const StepNumbers& numbers, const Tens
   };
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!numbers.wanted(i)) continue;
-    if (numbers.optimizer != Optimizer::sgd) {
-      const Tensor& step = take();
-      const bool is_float = is_plain_of(step, float_code);
-      FASTNN_CHECK((is_float || is_plain_of(step, double_code)) && step.numel() == 1, kOp,
-                   ": expected step to be one number, Float or Double, on the CPU");
-      check_memory(step, kOp, "state");
-      if (is_float) {
-        result[i].float_step = mutable_data<float>(step);
-      } else {
-        result[i].double_step = mutable_data<double>(step);
-      }
+    for (int which = 0; which < kMostNumbers && entry.numbers[which].name; ++which) {
+      result[i].numbers[which] = StateNumber(take());
     }
     const Sizes sizes = parameters[i].sizes();
     const int64_t numel = parameters[i].numel();
-    for (int which = 0; which < StepNumbers::kStates; ++which) {
+    for (int which = 0; which < kMostStates; ++which) {
+      const bool is_always_kept = entry.states[which].name && !entry.states[which].setting;
+      FASTNN_CHECK(numbers.has_state(i, which) || !is_always_kept, kOp,
+                   ": layout lacks a state that the optimizer cannot do without");
+      FASTNN_CHECK(!numbers.has_state(i, which) || entry.states[which].name, kOp,
+                   ": layout has a state that the optimizer has not");
       if (!numbers.has_state(i, which)) continue;
       const Tensor& tensor = take();
       check_like<T>(tensor, sizes, numel, kOp, "the optimizer's state");
       result[i].tensors[which] = mutable_data<T>(tensor);
-    }
-    for (int which = 0; which < numbers.least_states(); ++which) {
-      FASTNN_CHECK(numbers.has_state(i, which), kOp, ": layout lacks a state that the optimizer cannot do without");
     }
   }
   FASTNN_CHECK(next == state.size(), kOp, ": there are more tensors of the optimizer's state than it should have");
@@ -188,53 +202,37 @@ double clip_scale(const StepNumbers& numbers, const TensorList& parameters, cons
   return most < 1 || most != most ? most : 1;
 }
 
-// 1 - beta^step, computed anew only where it is another than the parameter's before.
-class Correction {
- public:
-  double of(double beta, double step) {
-    if (beta != beta_ || step != step_) {
-      beta_ = beta;
-      step_ = step;
-      value_ = 1 - std::pow(beta, step);
-    }
-    return value_;
-  }
-
- private:
-  double beta_ = 0, step_ = 0, value_ = 0;
-};
-
 template <class T>
 void update(const StepNumbers& numbers, const TensorList& parameters, const std::vector<const T*>& gradients,
             double scale, const std::vector<ParameterState<T>>& states) {
   const UpdateKernels<T>& kernels = update_kernels().get<T>();
-  Correction first, second;
+  const OptimizerEntry& entry = numbers.entry();
+  int64_t group = -1;
+  UpdateNumbers of_this{};
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!numbers.wanted(i)) continue;
     const ParameterState<T>& state = states[i];
-    const double step = state.has_step() ? state.next_step() : 0;
-    UpdateNumbers of_this = numbers.update(i, scale);
-    of_this.first_correction = first.of(of_this.first_beta, step);
-    of_this.second_correction = second.of(of_this.second_beta, step);
+    const double step = entry.numbers[0].name ? state.numbers[0].plus(1) : 0;
+    // Parameters of one group are at the same step, as a rule, and powers take a while.
+    if (group != numbers.layout[2 * i] || step != of_this.step || of_this.is_first != numbers.is_first(i)) {
+      group = numbers.layout[2 * i];
+      of_this = numbers.update(i, scale, step);
+      kernels.prepare(numbers.optimizer, of_this);
+    }
+    if (entry.numbers[1].name) of_this.mu_product = state.numbers[1].times(of_this.mu);
     const T* const gradient = gradients[i];
     T* const parameter = mutable_data<T>(parameters[i]);
     const int64_t count = parameters[i].numel();
     constexpr double kWork = 20;  // operations an element, and as many bytes
     parallel_chunks(std::min(useful_threads(kWork * static_cast<double>(count)), std::max<int64_t>(count, 1)), count,
                     [&](int64_t, int64_t first, int64_t last) {
-                      T* at[StepNumbers::kStates];
-                      for (int j = 0; j < StepNumbers::kStates; ++j)
+                      T* at[kMostStates];
+                      for (int j = 0; j < kMostStates; ++j)
                         at[j] = state.tensors[j] ? state.tensors[j] + first : nullptr;
-                      const int64_t some = last - first;
-                      if (numbers.optimizer == Optimizer::sgd) {
-                        kernels.sgd(of_this, some, gradient + first, parameter + first, at[0]);
-                      } else if (numbers.optimizer == Optimizer::adam) {
-                        kernels.adam(of_this, some, gradient + first, parameter + first, at[0], at[1], at[2]);
-                      } else {
-                        kernels.rmsprop(of_this, some, gradient + first, parameter + first, at[0], at[1], at[2]);
-                      }
+                      kernels.update(numbers.optimizer, of_this, last - first, gradient + first, parameter + first, at);
                     });
-    if (state.has_step()) state.set_step(step);
+    if (entry.numbers[0].name) state.numbers[0].set(step);
+    if (entry.numbers[1].name) state.numbers[1].set(of_this.mu_product);
   }
 }
 

@@ -1,0 +1,77 @@
+// The table of optimizers, as torch.optim has them: the settings of their groups, and what they keep of a parameter.
+// fastnn/training_numbers.py reads it from the extension.
+//
+// An optimizer is added in two places: a row here, and its formulas in optimizer_updates.h.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastnn {
+
+// How one parameter moves in one step: the settings of its group, and what they come to in this step.
+struct UpdateNumbers {
+  // Settings of the group, by torch's names: beta1 and beta2 are its betas. Those that are true or false are not 0 or
+  // 0.
+  double lr, weight_decay, maximize, momentum, dampening, nesterov, beta1, beta2, eps, amsgrad, decoupled_weight_decay;
+  double alpha, centered, lr_decay, momentum_decay;
+  // Of this step.
+  double step;                                 // counted from 1
+  double scale;                                // of the gradient: -1 to maximize, and what clipping makes of it
+  bool is_first;                               // SGD: momentum begins with the gradient itself
+  double first_correction, second_correction;  // Adam, NAdam, Adamax: 1 - beta^step
+  double mu, next_mu, mu_product;              // NAdam: momentum now and in the next step, and the product so far
+};
+
+struct OptimizerSetting {
+  const char* name;
+  double UpdateNumbers::* place;
+};
+
+// A number that an optimizer keeps of each parameter, in a tensor of its own: `step`, and what follows from it.
+struct OptimizerNumber {
+  const char* name;
+  double initial;
+};
+
+// A tensor like the parameter that it keeps, of zeros at first.
+struct OptimizerState {
+  const char* name;
+  const char* setting;  // the setting with which it is kept, or null where it always is
+};
+
+constexpr int kMostSettings = 8, kMostStates = 3, kMostNumbers = 2;
+
+// Rows end where there is no name.
+struct OptimizerEntry {
+  const char* name;  // of the class in torch.optim
+  OptimizerSetting settings[kMostSettings];
+  OptimizerNumber numbers[kMostNumbers];
+  OptimizerState states[kMostStates];
+};
+
+enum class OptimizerKind : int64_t { sgd, adam, rmsprop, count };
+
+#define FASTNN_SETTING(name) {#name, &UpdateNumbers::name}
+
+// One entry a kind, in the order of the kinds.
+constexpr OptimizerEntry kOptimizers[] = {
+    {"SGD",
+     {FASTNN_SETTING(lr), FASTNN_SETTING(weight_decay), FASTNN_SETTING(maximize), FASTNN_SETTING(momentum),
+      FASTNN_SETTING(dampening), FASTNN_SETTING(nesterov)},
+     {},
+     {{"momentum_buffer", "momentum"}}},
+    {"Adam",
+     {FASTNN_SETTING(lr), FASTNN_SETTING(weight_decay), FASTNN_SETTING(maximize), FASTNN_SETTING(beta1),
+      FASTNN_SETTING(beta2), FASTNN_SETTING(eps), FASTNN_SETTING(amsgrad), FASTNN_SETTING(decoupled_weight_decay)},
+     {{"step", 0}},
+     {{"exp_avg", nullptr}, {"exp_avg_sq", nullptr}, {"max_exp_avg_sq", "amsgrad"}}},
+    {"RMSprop",
+     {FASTNN_SETTING(lr), FASTNN_SETTING(weight_decay), FASTNN_SETTING(maximize), FASTNN_SETTING(alpha),
+      FASTNN_SETTING(eps), FASTNN_SETTING(momentum), FASTNN_SETTING(centered)},
+     {{"step", 0}},
+     {{"square_avg", nullptr}, {"grad_avg", "centered"}, {"momentum_buffer", "momentum"}}},
+};
+
+#undef FASTNN_SETTING
+
+}  // namespace fastnn
