@@ -163,6 +163,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "fused adam": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9),
     "centered": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5, weight_decay=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "adagrad, all": lambda p: torch.optim.Adagrad(p, 0.1, 0.1, 0.01, initial_accumulator_value=0.5, maximize=True),
     "rmsprop, maximize": lambda p: torch.optim.RMSprop(p, lr=0.01, eps=0.1, momentum=0.5, maximize=True),
 }
 

@@ -98,6 +98,18 @@ void rmsprop(const UpdateNumbers& n, int64_t count, const T* __restrict gradient
   }
 }
 
+template <class T>
+void adagrad(const UpdateNumbers& n, int64_t count, const T* __restrict gradient, T* __restrict parameter,
+             T* __restrict sum) {
+  const T decay = static_cast<T>(n.weight_decay), scale = static_cast<T>(n.scale), eps = static_cast<T>(n.eps);
+  const T lr = static_cast<T>(n.lr / (1 + (n.step - 1) * n.lr_decay));
+  for (int64_t i = 0; i < count; ++i) {
+    const T g = decayed(scale * gradient[i], decay, parameter[i]);
+    sum[i] += g * g;
+    parameter[i] -= lr * (g / (square_root(sum[i]) + eps));
+  }
+}
+
 // ---- of any kind ------------------------------------------------------------------------------------------------
 
 // Fills in what all parameters of a group that are at the same step have in common.
@@ -116,6 +128,8 @@ void update(OptimizerKind kind, const UpdateNumbers& n, int64_t count, const T* 
       return sgd(n, count, gradient, parameter, states[0]);
     case OptimizerKind::adam:
       return adam(n, count, gradient, parameter, states[0], states[1], states[2]);
+    case OptimizerKind::adagrad:
+      return adagrad(n, count, gradient, parameter, states[0]);
     default:
       return rmsprop(n, count, gradient, parameter, states[0], states[1], states[2]);
   }

@@ -49,7 +49,7 @@ struct OptimizerEntry {
   OptimizerState states[kMostStates];
 };
 
-enum class OptimizerKind : int64_t { sgd, adam, rmsprop, count };
+enum class OptimizerKind : int64_t { sgd, adam, rmsprop, adagrad, count };
 
 #define FASTNN_SETTING(name) {#name, &UpdateNumbers::name}
 
@@ -70,6 +70,11 @@ constexpr OptimizerEntry kOptimizers[] = {
       FASTNN_SETTING(eps), FASTNN_SETTING(momentum), FASTNN_SETTING(centered)},
      {{"step", 0}},
      {{"square_avg", nullptr}, {"grad_avg", "centered"}, {"momentum_buffer", "momentum"}}},
+    {"Adagrad",
+     {FASTNN_SETTING(lr), FASTNN_SETTING(weight_decay), FASTNN_SETTING(maximize), FASTNN_SETTING(lr_decay),
+      FASTNN_SETTING(eps)},
+     {{"step", 0}},
+     {{"sum", nullptr}}},
 };
 
 #undef FASTNN_SETTING
