@@ -165,6 +165,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "centered": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5, weight_decay=0.01),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
     "adagrad, all": lambda p: torch.optim.Adagrad(p, 0.1, 0.1, 0.01, initial_accumulator_value=0.5, maximize=True),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.02),
+    "adamax, all": lambda p: torch.optim.Adamax(p, 0.02, (0.8, 0.9), 1e-3, weight_decay=0.05, maximize=True),
     "rmsprop, maximize": lambda p: torch.optim.RMSprop(p, lr=0.01, eps=0.1, momentum=0.5, maximize=True),
 }
 
@@ -749,7 +751,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         "cumulative average",
     ),
     "shared": (tied, torch.optim.SGD, "used twice"),
-    "optimizer": (lambda: nn.Sequential(nn.Linear(4, 4)), torch.optim.Adagrad, "the optimizer is Adagrad"),
+    "optimizer": (lambda: nn.Sequential(nn.Linear(4, 4)), torch.optim.Adadelta, "the optimizer is Adadelta"),
     "another flattening": (
         lambda: Calls(lambda x, a, b: b(a(x[:, None]).flatten(end_dim=1))),
         torch.optim.SGD,
@@ -1250,19 +1252,9 @@ def test_the_raw_operator_is_safe() -> None:
     bad(2, [], [weight], [weight, bias, bias], [weight.t(), bias], [weight, bias[:1]], [weight.double(), bias.double()])
     bad(3, [torch.zeros(())], [weight])
     bad(
-        *(
-            4,
-            "",
-            ";",
-            "mlp",
-            "mlp 1 1 identity",
-            "mlp 21 1 identity;",
-            "mlp 1 1 identitx;",
-            "mlp 2 1 identity;",
-            "other;",
-        ),
+        4, "", ";", "mlp", "mlp 1 1 identity", "mlp 21 1 identity;", "mlp 1 1 identitx;", "mlp 2 1 identity;", "other;",
         "conv 1;",
-    )
+    )  # fmt: skip
     bad(
         4, "rnn 2 0 1 0 0 1 0;", "rnn 2 99 1 0 0 1 0;", "flatten;", "flatten 5;", "mlp 1 1 identity;mlp 1 1 identity;",
         "rnn 2 0 1 1 1 1 0;", "rnn 2 0 1 0 0 1 9223372036854775807;", "last 1;", "average 2 1 1;", "average 0;",

@@ -110,11 +110,26 @@ void adagrad(const UpdateNumbers& n, int64_t count, const T* __restrict gradient
   }
 }
 
+template <class T>
+void adamax(const UpdateNumbers& n, int64_t count, const T* __restrict gradient, T* __restrict parameter,
+            T* __restrict mean, T* __restrict largest) {
+  const T decay = static_cast<T>(n.weight_decay), scale = static_cast<T>(n.scale), eps = static_cast<T>(n.eps);
+  const T first = static_cast<T>(1 - n.beta1), second = static_cast<T>(n.beta2);
+  const T lr = static_cast<T>(n.lr / n.first_correction);
+  for (int64_t i = 0; i < count; ++i) {
+    const T g = decayed(scale * gradient[i], decay, parameter[i]);
+    mean[i] += first * (g - mean[i]);
+    const T before = second * largest[i], now = (g < 0 ? -g : g) + eps;
+    largest[i] = before > now || before != before ? before : now;  // NaN stays, as in torch.maximum
+    parameter[i] -= lr * (mean[i] / largest[i]);
+  }
+}
+
 // ---- of any kind ------------------------------------------------------------------------------------------------
 
 // Fills in what all parameters of a group that are at the same step have in common.
 void prepare(OptimizerKind kind, UpdateNumbers& n) {
-  if (kind == OptimizerKind::adam) {
+  if (kind == OptimizerKind::adam || kind == OptimizerKind::adamax) {
     n.first_correction = 1 - __builtin_pow(n.beta1, n.step);
     n.second_correction = 1 - __builtin_pow(n.beta2, n.step);
   }
@@ -130,6 +145,8 @@ void update(OptimizerKind kind, const UpdateNumbers& n, int64_t count, const T* 
       return adam(n, count, gradient, parameter, states[0], states[1], states[2]);
     case OptimizerKind::adagrad:
       return adagrad(n, count, gradient, parameter, states[0]);
+    case OptimizerKind::adamax:
+      return adamax(n, count, gradient, parameter, states[0], states[1]);
     default:
       return rmsprop(n, count, gradient, parameter, states[0], states[1], states[2]);
   }

@@ -49,7 +49,7 @@ struct OptimizerEntry {
   OptimizerState states[kMostStates];
 };
 
-enum class OptimizerKind : int64_t { sgd, adam, rmsprop, adagrad, count };
+enum class OptimizerKind : int64_t { sgd, adam, rmsprop, adagrad, adamax, count };
 
 #define FASTNN_SETTING(name) {#name, &UpdateNumbers::name}
 
@@ -75,6 +75,11 @@ constexpr OptimizerEntry kOptimizers[] = {
       FASTNN_SETTING(eps)},
      {{"step", 0}},
      {{"sum", nullptr}}},
+    {"Adamax",
+     {FASTNN_SETTING(lr), FASTNN_SETTING(weight_decay), FASTNN_SETTING(maximize), FASTNN_SETTING(beta1),
+      FASTNN_SETTING(beta2), FASTNN_SETTING(eps)},
+     {{"step", 0}},
+     {{"exp_avg", nullptr}, {"exp_inf", nullptr}}},
 };
 
 #undef FASTNN_SETTING
