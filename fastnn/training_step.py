@@ -378,7 +378,7 @@ class TrainingStep:
             if names and state.get(names[0]) is None:
                 state[names[0]] = torch.zeros_like(parameter)
                 bits |= IS_FIRST
-        elif not state:
+        elif not state and row.name != "Adagrad":  # which makes its states when it is made
             state.update({name: new_number(value) for name, value in row.numbers})
             state.update({name: torch.zeros_like(parameter) for name in names})
         self._states += [state[name] for name in (*[name for name, _ in row.numbers], *names)]
@@ -527,7 +527,7 @@ def training_step(
             nll_loss behind log_softmax, binary_cross_entropy_with_logits, with reduction "mean" or "sum"; or anything
             that gives one number for an output and a target, which is called between forward and backward. One that
             uses parameters by itself takes the ordinary way, after a first step in which it is called twice.
-        optimizer: SGD, Adam, AdamW, RMSprop, Adagrad or Adamax; any other takes the ordinary way.
+        optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adamax or NAdam; any other takes the ordinary way.
         max_norm: clip the gradient's norm, as ``torch.nn.utils.clip_grad_norm_``.
         keep_gradients: leave the gradients in ``p.grad``, where they stay None otherwise.
         strict: raise where steps would go the ordinary way.

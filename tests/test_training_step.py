@@ -167,6 +167,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adagrad, all": lambda p: torch.optim.Adagrad(p, 0.1, 0.1, 0.01, initial_accumulator_value=0.5, maximize=True),
     "adamax": lambda p: torch.optim.Adamax(p, lr=0.02),
     "adamax, all": lambda p: torch.optim.Adamax(p, 0.02, (0.8, 0.9), 1e-3, weight_decay=0.05, maximize=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.02),
+    "nadam, all": lambda p: torch.optim.NAdam(p, 0.02, (0.8, 0.9), 1e-3, 0.05, 0.1, maximize=True),
+    "nadam, decoupled": lambda p: torch.optim.NAdam(p, 0.02, weight_decay=0.05, decoupled_weight_decay=True),
     "rmsprop, maximize": lambda p: torch.optim.RMSprop(p, lr=0.01, eps=0.1, momentum=0.5, maximize=True),
 }
 
@@ -243,6 +246,24 @@ def test_models(name: str, dtype: torch.dtype) -> None:
 def test_optimizers(name: str, model: str) -> None:
     follow(model, OPTIMIZERS[name])
     follow(model, OPTIMIZERS[name], max_norm=0.05)
+
+
+@pytest.mark.parametrize("name", ["adagrad", "adamax", "nadam"])
+def test_optimizers_in_single_precision(name: str) -> None:
+    follow("autoencoder", OPTIMIZERS[name], dtype=torch.float32, steps=20)
+
+
+def test_an_adagrad_that_has_lost_its_state() -> None:
+    stock, x, y = batch("autoencoder")
+    ours = copy.deepcopy(stock)
+    optimizers = [torch.optim.Adagrad(m.parameters(), initial_accumulator_value=0.5) for m in (stock, ours)]
+    step = fastnn.training_step(ours, F.mse_loss, optimizers[1], strict=True)
+    for _ in range(3):
+        ordinary(stock, F.mse_loss, optimizers[0], x, y)
+        step(x, y)
+        for optimizer in optimizers:
+            optimizer.state.clear()
+    check_same(list(ours.parameters()), list(stock.parameters()))
 
 
 @pytest.mark.parametrize("model", ["autoencoder", "cnn", "rnn", "batch norm"])

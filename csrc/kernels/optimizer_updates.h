@@ -125,13 +125,44 @@ void adamax(const UpdateNumbers& n, int64_t count, const T* __restrict gradient,
   }
 }
 
+template <class T>
+void nadam(const UpdateNumbers& n, int64_t count, const T* __restrict gradient, T* __restrict parameter,
+           T* __restrict mean, T* __restrict square) {
+  const bool decoupled = n.decoupled_weight_decay != 0 && n.weight_decay != 0;
+  const T shrink = decoupled ? static_cast<T>(1 - n.lr * n.weight_decay) : T(1);
+  const T decay = decoupled ? T(0) : static_cast<T>(n.weight_decay);
+  const T scale = static_cast<T>(n.scale), eps = static_cast<T>(n.eps);
+  const T first = static_cast<T>(1 - n.beta1), second = static_cast<T>(n.beta2);
+  const T second_add = static_cast<T>(1 - n.beta2), correction = static_cast<T>(n.second_correction);
+  const T of_gradient = static_cast<T>(n.lr * (1 - n.mu) / (1 - n.mu_product));
+  const T of_mean = static_cast<T>(n.lr * n.next_mu / (1 - n.mu_product * n.next_mu));
+  for (int64_t i = 0; i < count; ++i) {
+    const T weight = shrink * parameter[i];
+    const T g = decayed(scale * gradient[i], decay, weight);
+    mean[i] += first * (g - mean[i]);
+    square[i] = second * square[i] + second_add * g * g;
+    const T under = square_root(square[i] / correction) + eps;
+    parameter[i] = weight - of_gradient * (g / under) - of_mean * (mean[i] / under);
+  }
+}
+
 // ---- of any kind ------------------------------------------------------------------------------------------------
+
+// NAdam's momentum in a step.
+double nadam_mu(const UpdateNumbers& n, double step) {
+  return n.beta1 * (1 - 0.5 * __builtin_pow(0.96, step * n.momentum_decay));
+}
 
 // Fills in what all parameters of a group that are at the same step have in common.
 void prepare(OptimizerKind kind, UpdateNumbers& n) {
   if (kind == OptimizerKind::adam || kind == OptimizerKind::adamax) {
     n.first_correction = 1 - __builtin_pow(n.beta1, n.step);
     n.second_correction = 1 - __builtin_pow(n.beta2, n.step);
+  }
+  if (kind == OptimizerKind::nadam) {
+    n.second_correction = 1 - __builtin_pow(n.beta2, n.step);
+    n.mu = nadam_mu(n, n.step);
+    n.next_mu = nadam_mu(n, n.step + 1);
   }
 }
 
@@ -147,6 +178,8 @@ void update(OptimizerKind kind, const UpdateNumbers& n, int64_t count, const T* 
       return adagrad(n, count, gradient, parameter, states[0]);
     case OptimizerKind::adamax:
       return adamax(n, count, gradient, parameter, states[0], states[1]);
+    case OptimizerKind::nadam:
+      return nadam(n, count, gradient, parameter, states[0], states[1]);
     default:
       return rmsprop(n, count, gradient, parameter, states[0], states[1], states[2]);
   }

@@ -49,7 +49,7 @@ struct OptimizerEntry {
   OptimizerState states[kMostStates];
 };
 
-enum class OptimizerKind : int64_t { sgd, adam, rmsprop, adagrad, adamax, count };
+enum class OptimizerKind : int64_t { sgd, adam, rmsprop, adagrad, adamax, nadam, count };
 
 #define FASTNN_SETTING(name) {#name, &UpdateNumbers::name}
 
@@ -80,6 +80,12 @@ constexpr OptimizerEntry kOptimizers[] = {
       FASTNN_SETTING(beta2), FASTNN_SETTING(eps)},
      {{"step", 0}},
      {{"exp_avg", nullptr}, {"exp_inf", nullptr}}},
+    {"NAdam",
+     {FASTNN_SETTING(lr), FASTNN_SETTING(weight_decay), FASTNN_SETTING(maximize), FASTNN_SETTING(beta1),
+      FASTNN_SETTING(beta2), FASTNN_SETTING(eps), FASTNN_SETTING(momentum_decay),
+      FASTNN_SETTING(decoupled_weight_decay)},
+     {{"step", 0}, {"mu_product", 1}},
+     {{"exp_avg", nullptr}, {"exp_avg_sq", nullptr}}},
 };
 
 #undef FASTNN_SETTING
