@@ -10,6 +10,7 @@
 
 #include "guard.h"
 #include "kernels/probe.h"
+#include "kernels/rnn.h"
 #include "kernels/team.h"
 #include "kernels/update.h"
 #include "ops/bound_step.h"
@@ -24,7 +25,7 @@ namespace {
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-#define FASTNN_APPEND(name) \
+#define FASTNN_APPEND(name, ...) \
   if (fastnn::isa_is_supported(fastnn::Isa::name)) names.push_back(#name);
   FASTNN_FOR_EACH_ISA(FASTNN_APPEND)
 #undef FASTNN_APPEND
@@ -120,6 +121,15 @@ py::list optimizers() {
   return result;
 }
 
+// The table of recurrent modes: of each torch's name, its gates, its states and what a step saves.
+py::list recurrent_modes() {
+  py::list result;
+  for (const fastnn::RnnModeEntry& entry : fastnn::kRnnModes) {
+    result.append(py::make_tuple(entry.name, entry.gates, entry.states, entry.saved));
+  }
+  return result;
+}
+
 PyObject *absent, *any, *some_tensor, *tensors;  // what a guard has in an object's place: see Guard
 
 // Whether a guard's tuples hold. Not by pybind11, whose calls take four times as long.
@@ -185,6 +195,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("losses", losses, "The table of losses: names, and those of their number, with its default, and weights.");
   m.def("optimizers", optimizers, "The table of optimizers: names, settings, and what is kept of a parameter.");
   m.attr("most_optimizer_states") = fastnn::kMostStates;
+  m.def("recurrent_modes", recurrent_modes, "The table of recurrent modes: names, gates, states, what a step saves.");
   m.attr("most_layers") = fastnn::kMostLayers;
   const py::object object_type = py::module_::import("builtins").attr("object");
   for (const auto& [name, place] : {std::pair("absent", &absent), {"any", &any}, {"some_tensor", &some_tensor}}) {

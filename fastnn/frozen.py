@@ -17,7 +17,7 @@ from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 from fastnn.ops.frozen import frozen_op, frozen_packed, read_program, write_program
-from fastnn.ops.rnn import MODES
+from fastnn.recurrent_modes import MODES
 
 _frozen_call = frozen_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
 _is_compiling = torch.compiler.is_compiling
@@ -307,7 +307,7 @@ def _describe_rnn(
     mode: int, num_layers: int, directions: int, batch_first: int, biased: int, last: int, *sizes: int
 ) -> str:
     features, hidden, projected = sizes
-    kind, _, nonlinearity = MODES[mode].partition("_")
+    kind, _, nonlinearity = MODES[mode].name.partition("_")
     layer = getattr(nn, kind)(
         *(features, hidden, num_layers),
         **({"nonlinearity": nonlinearity.lower()} if nonlinearity else {}),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastnn.ops.rnn import MODES
+from fastnn.recurrent_modes import NUMBER_OF
 from fastnn.reference.conv_relu_max_pool import Geometry
 
 _POOL_2 = Geometry([1], [0], [1], 1, [2], [2], [0], [1], False).flat()
@@ -28,7 +28,7 @@ def conv_by_algorithm(x: Tensor) -> Tensor:
 
 
 def rnn_cell(x: Tensor) -> Tensor:
-    mode, state = MODES.index("RNN_TANH"), torch.zeros(4, 2)
+    mode, state = NUMBER_OF["RNN_TANH"], torch.zeros(4, 2)
     return torch.ops.fastnn.rnn_cell(x, mode, state, None, torch.ones(2, 3), torch.ones(2, 2))[0]
 
 
@@ -70,7 +70,7 @@ def calls() -> dict[str, list[Any]]:
     output, winners = ops.conv_relu_max_pool_with_winners(*conv)
     chain = [torch.randn(5, 3), torch.randn(6, 3), torch.randn(4, 6), torch.randn(6), torch.randn(4)]
     mlp_output, hidden = ops.mlp_with_hidden(chain[0], chain[1:], "gelu|relu")
-    lstm, weights = MODES.index("LSTM"), [torch.randn(size) for size in [(8, 3), (8, 2), (8,), (8,)]]
+    lstm, weights = NUMBER_OF["LSTM"], [torch.randn(size) for size in [(8, 3), (8, 2), (8,), (8,)]]
     state, config = [torch.randn(1, 4, 2), torch.randn(1, 4, 2)], [lstm, 1, False, False]
     rnn = [torch.randn(6, 3), torch.tensor([4, 2]), state, weights, None]
     rnn_output, final_state, reserve = ops.rnn_with_reserve(*rnn, *config)

@@ -9,7 +9,7 @@ from rnn_common import FEATURES, NETWORKS, SHAPES, check_same, pair, random_stat
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from fastnn import testing
-from fastnn.ops import rnn as op
+from fastnn.recurrent_modes import NUMBER_OF
 from fastnn.reference import rnn as plain
 
 
@@ -211,7 +211,7 @@ def test_projection_with_dropout_threads_and_second_derivatives():
 
 def test_reference_is_stock():
     """The specification itself, against torch: dense and packed."""
-    for mode in op.MODES:
+    for mode in NUMBER_OF:
         name = mode.partition("_")[0]
         kwargs = {"nonlinearity": "relu"} if mode == "RNN_RELU" else {}
         stock, ours = pair(name, 3, 5, 2, bidirectional=True, dtype=torch.float64, **kwargs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rnn_common import clone_wanting_gradients, pair
 
-from fastnn.ops import rnn as op
+from fastnn.recurrent_modes import NUMBER_OF
 
 
 def raw_arguments(mode, dtype=torch.float32, bidirectional=True, layers=2, state=True):
@@ -13,7 +13,7 @@ def raw_arguments(mode, dtype=torch.float32, bidirectional=True, layers=2, state
     weights = [p.detach() for p in ours.parameters()]
     given = [torch.randn(layers * (2 if bidirectional else 1), 2, 5, dtype=dtype)] * (2 if name == "LSTM" else 1)
     input = torch.randn(4, 2, 3, dtype=dtype)
-    number = op.MODES.index(mode)
+    number = NUMBER_OF[mode]
     return [input, None, given if state else [], weights, None, number, layers, bidirectional, False]
 
 
@@ -23,7 +23,7 @@ def raw_cell_arguments(arguments):
     return [arguments[0][0], arguments[5], h, c, *arguments[3][:4]]
 
 
-@pytest.mark.parametrize("mode", op.MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_opcheck(mode):
     arguments = raw_arguments(mode)
     ops = torch.ops.fastnn
@@ -50,7 +50,7 @@ def test_opcheck_with_projection():
     sizes = [(20, 3), (20, 2), (20,), (20,), (2, 5)], [(20, 2), (20, 2), (20,), (20,), (2, 5)]
     weights = [torch.randn(size) for layer in sizes for size in layer]
     state = [torch.randn(2, 4, size) for size in (2, 5)]
-    arguments = [torch.randn(6, 4, 3), None, state, weights, None, op.MODES.index("LSTM"), 2, False, False]
+    arguments = [torch.randn(6, 4, 3), None, state, weights, None, NUMBER_OF["LSTM"], 2, False, False]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.rnn_with_reserve.default, arguments, test_utils=tests)
     output, final, reserve = ops.rnn_with_reserve(*arguments)
@@ -64,7 +64,7 @@ def test_opcheck_with_projection():
         (3, [*weights[:4], torch.randn(2, 6), *weights[5:]]),
         (3, [*weights[:4], torch.randn(2, 2), *weights[5:]]),
         (3, [*weights[:4], torch.randn(10), *weights[5:]]),
-        (5, op.MODES.index("GRU")),
+        (5, NUMBER_OF["GRU"]),
     ]:
         broken = list(arguments)
         broken[position] = value
@@ -180,7 +180,7 @@ def test_raw_operators_refuse_gradients():
                 tensor.sum().backward()
 
 
-@pytest.mark.parametrize("mode", op.MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_gradient_of_the_last_state_alone(mode: str, layers: int, dtype: torch.dtype, instruction_set: str) -> None:
     arguments = raw_arguments(mode, dtype, layers=layers)
@@ -198,7 +198,7 @@ def test_gradient_of_the_last_state_alone(mode: str, layers: int, dtype: torch.d
         assert torch.equal(torch.cat([t.flatten() for t in ours]), torch.cat([t.flatten() for t in expected]))
 
 
-@pytest.mark.parametrize("mode", op.MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_layouts_of_the_gradient(mode: str, batch_first: bool, dtype: torch.dtype, instruction_set: str) -> None:
     arguments = raw_arguments(mode, dtype)
@@ -231,7 +231,7 @@ def test_layouts_of_the_gradient(mode: str, batch_first: bool, dtype: torch.dtyp
     assert torch.equal(backward(layouts["the other order"]), backward(grad))
 
 
-@pytest.mark.parametrize("mode", op.MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_gradients_with_their_sign_turned(mode):
     """As torch.func has them of complex numbers: views that say that each element is the negative of what is there."""
     arguments = raw_arguments(mode)

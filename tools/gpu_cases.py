@@ -21,8 +21,8 @@ from torch import Tensor
 from fastnn.activations import join
 from fastnn.kernels import _conv_plan, _mlp_plan, _rnn_config, conv_relu_max_pool, mlp, rnn
 from fastnn.kernels._conv_geometry import Geometry
-from fastnn.kernels._rnn_problem import MODES
 from fastnn.ops.mlp import join_parameters
+from fastnn.recurrent_modes import NUMBER_OF
 
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
@@ -207,7 +207,7 @@ def rnn_arguments(name: str, mode: str, dtype: torch.dtype, device: torch.device
         "state": [],
         "weights": weights,
         "masks": None,
-        "mode": MODES.index(mode),
+        "mode": NUMBER_OF[mode],
         "num_layers": layers,
         "bidirectional": False,
         "batch_first": False,
@@ -309,7 +309,7 @@ def _forced_networks(tests: ModuleType) -> Iterator[Case]:
         return Case("rnn", f"forced: {mode}, {way}", dtype, make,
                     forced=lambda: _replaced(_rnn_config, **(spread if way == "spread" else wave)))  # fmt: skip
 
-    for mode in MODES:
+    for mode in NUMBER_OF:
         for way in sizes:
             for dtype in (FLOAT, HALF):
                 yield case(mode, way, dtype)

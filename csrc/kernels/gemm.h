@@ -16,9 +16,9 @@ FASTNN_INLINE int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Tile size, so that the accumulators, one row of the right operand and a broadcast fill the register file:
-// 32 registers with AVX-512 (12 x 2 + 2 + 1), 16 elsewhere (6 x 2 + 2 + 1).
-constexpr int kTileRows = FASTNN_VECTOR_BYTES == 64 ? 12 : 6;
+// The size of a tile. Its accumulators, one row of the right operand and a broadcast fit into the registers: of 32 they
+// take 12 x 2 + 2 + 1, of 16 they take 6 x 2 + 2 + 1.
+constexpr int kTileRows = FASTNN_VECTOR_REGISTERS * 3 / 8;
 constexpr int kTileVectors = 2;
 template <class T>
 constexpr int kTileColumns = kTileVectors * kLanes<T>;

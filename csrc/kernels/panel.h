@@ -11,12 +11,12 @@ namespace FASTNN_ISA {
 // Accumulators in a tile of `vectors` columns: what is left of the registers after one row of the panel and a
 // broadcast.
 constexpr int tile_rows(int vectors) {
-  return FASTNN_VECTOR_BYTES == 64 ? (vectors == 4   ? 6
-                                      : vectors == 3 ? 8
-                                                     : 12)
-                                   : (vectors == 4   ? 3
-                                      : vectors == 3 ? 4
-                                                     : 6);
+  return FASTNN_VECTOR_REGISTERS == 32 ? (vectors == 4   ? 6
+                                          : vectors == 3 ? 8
+                                                         : 12)
+                                       : (vectors == 4   ? 3
+                                          : vectors == 3 ? 4
+                                                         : 6);
 }
 
 // Where the left operand's element (r, k) lies: a[r * row + k * depth].
@@ -91,7 +91,7 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
 }
 
 // As many panels as one row is multiplied with at a time: the registers hold their sums.
-constexpr int kPanelsOfRow = FASTNN_VECTOR_BYTES == 64 ? 2 : 1;
+constexpr int kPanelsOfRow = FASTNN_VECTOR_REGISTERS / 16;
 
 // sums = start + a panel, for one row and panels `stride` apart, their starts `start_stride` apart. The panels alone
 // need as many loads as multiplications take, so the row is loaded a vector at a time.

@@ -3,44 +3,32 @@
 
 #include <stdint.h>
 
-#include <array>
-
 #include "../simd/isa.h"
 #include "../simd/dtype.h"
 #include "team.h"
 
 namespace fastnn {
 
-// The values are part of the operator's schema: fastnn/ops/rnn.py has the same list.
 enum class RnnMode : int32_t { tanh, relu, gru, lstm, count };
 
-// Rows of weight matrices a hidden unit has.
-inline int64_t gates_of(RnnMode mode) {
-  return mode == RnnMode::lstm ? 4 : mode == RnnMode::gru ? 3 : 1;
-}
-
-// What a step keeps of a hidden unit for backward, besides the output: LSTM its gates and cell state, GRU its gates
-// and the hidden half of the candidate.
-inline int64_t saved_of(RnnMode mode) {
-  return mode == RnnMode::lstm ? 5 : mode == RnnMode::gru ? 4 : 0;
-}
-
-// Gradients of a row of a step: `slots` of a hidden unit, in an order of the kernels' own. In it, runs of gates as
-// torch stacks their weights: `count` gates from `gate` on are the slots from `slot` on.
-struct GateRun {
-  int64_t slot, gate, count;
+// Of each mode, in their order. fastnn/recurrent_modes.py reads this table from the extension.
+struct RnnModeEntry {
+  const char* name;  // that torch.nn.RNNBase has for it
+  int64_t gates;     // rows of the weights for each hidden unit
+  int64_t states;    // h, and LSTM's c
+  // Numbers that a step saves of each hidden unit for backward, besides the output: LSTM its gates and cell state, GRU
+  // its gates and the hidden half of the candidate.
+  int64_t saved;
+  int64_t slots;  // gradients of each hidden unit before the activations, in an order of the kernels' own
 };
-inline int64_t slots_of(RnnMode mode) {
-  return mode == RnnMode::gru ? 4 : gates_of(mode);
-}
-// Of x W_ih^T: GRU's slots are those of n, r, z, and the hidden part of n.
-inline std::array<GateRun, 2> input_gates_of(RnnMode mode) {
-  if (mode == RnnMode::gru) return {GateRun{1, 0, 2}, GateRun{0, 2, 1}};
-  return {GateRun{0, 0, gates_of(mode)}, GateRun{0, 0, 0}};
-}
-// Of h W_hh^T.
-inline GateRun hidden_gates_of(RnnMode mode) {
-  return {mode == RnnMode::gru ? 1 : 0, 0, gates_of(mode)};
+constexpr RnnModeEntry kRnnModes[] = {
+    {"RNN_TANH", 1, 1, 0, 1},
+    {"RNN_RELU", 1, 1, 0, 1},
+    {"GRU", 3, 1, 4, 4},  // its slots are those of n, r and z, and the hidden half of n
+    {"LSTM", 4, 2, 5, 4},
+};
+static inline const RnnModeEntry& entry_of(RnnMode mode) {
+  return kRnnModes[static_cast<int32_t>(mode)];
 }
 
 // One time step. Sequences are sorted by length, so that the ones still running are the first `rows`.
@@ -81,7 +69,7 @@ struct RnnNetwork {
   const T* masks;                // (layers - 1, rows, width()): the dropout between layers, or null
   const T* h0;                   // (layers * directions, batch, outputs()), or null for zeros
   const T* c0;                   // (layers * directions, batch, hidden), or null; LSTM alone
-  T* saved;                      // (layers * directions, rows, saved_of(mode), hidden), or null
+  T* saved;                      // (layers * directions, rows, entry_of(mode).saved, hidden), or null
   T* hidden_outputs;             // (layers - 1 or fewer, rows, width()): see layer_output
   bool keeps_hidden_outputs;     // for backward: each layer's in its own place
   T* output;                     // (rows, width())
@@ -165,8 +153,8 @@ struct RnnBackwardKernels {
 
   // For one direction of one layer without a projection, what `run` does but for the products of all rows, which are
   // left to the caller: the steps of the sequences [first, last). grad_output (rows, width()) is the gradient of the
-  // layer's output, null for that of the last layer, which `gradients` has. gates (rows, slots_of(mode) * hidden) takes
-  // the gradients that those products are made of. Whole rounds.
+  // layer's output, null for that of the last layer, which `gradients` has. gates (rows, entry_of(mode).slots * hidden)
+  // takes the gradients that those products are made of. Whole rounds.
   void (*run_steps)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, int64_t direction,
                     const Compute<T>* grad_output, Compute<T>* gates, int64_t first, int64_t last, Member& member,
                     RnnScratch<Compute<T>> scratch);

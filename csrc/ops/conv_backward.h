@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../kernels/conv/backward/problem.h"
-#include "conv_forward.h"
+#include "conv_plan.h"
 
 namespace fastnn {
 
@@ -20,7 +20,7 @@ inline const ConvBackwardPlan& plan_for(const BackwardKey& key) {
 template <class T>
 BackwardKey backward_key(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
                          bool input_channels_last, const Wanted& wanted, int32_t algorithm) {
-  BackwardKey key(problem.geometry, kernels.vector_bytes);
+  BackwardKey key(problem.geometry, kernels);
   key.request.dims = problem.dims;
   key.request.element_bytes = sizeof(T);
   key.request.input_channels_last = input_channels_last;

@@ -1,128 +1,36 @@
-// Forward of the convolution: a plan, kept for the next call of its kind, and the kernels by it.
+// Forward of the convolution: the one place that chooses between our kernels and torch's convolution.
 #pragma once
 
-#include <array>
-#include <cstring>
-
-#include "../kernels/conv/problem.h"
-#include "conv_problem.h"
+#include "conv_plan.h"
+#include "conv_stock.h"
 
 namespace fastnn {
 
-// What a plan follows from, to be compared byte by byte.
-template <class Request>
-struct KeyOf {
-  ConvPoolGeometry geometry;
-  Request request;
-  Machine machine;
-
-  // A call reads its kernels' table once, for another thread may change the instruction set, and a plan is for the
-  // kernels of its own.
-  KeyOf(const ConvPoolGeometry& sizes, int64_t vector_bytes) {
-    std::memset(static_cast<void*>(this), 0, sizeof(*this));  // what lies between the fields, too
-    geometry = sizes;
-    machine.vector_bytes = vector_bytes;
-    machine.has_pairs = vector_bytes == 64 && isa_multiplies_pairs();
-    machine.has_matrix = vector_bytes == 64 && isa_multiplies_matrices();
-  }
-  bool operator==(const KeyOf& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
-};
-using PlanKey = KeyOf<PlanRequest>;
-
-// The plans of a thread's last calls: planning takes microseconds, which small calls consist of. make(geometry,
-// request, machine) plans. The result stays until this thread has asked for as many others.
-template <class Request, class Plan>
-const Plan& kept_plan(const KeyOf<Request>& key,
-                      Plan (*make)(const ConvPoolGeometry&, const Request&, const Machine&)) {
-  constexpr size_t kKept = 32;
-  struct Entry {
-    std::optional<KeyOf<Request>> key;
-    Plan plan;
-  };
-  static thread_local std::array<Entry, kKept> entries{};
-  static thread_local size_t next = 0;
-  for (Entry& entry : entries) {
-    if (entry.key && *entry.key == key) return entry.plan;
-  }
-  Entry& entry = entries[next++ % kKept];
-  entry.plan = make(key.geometry, key.request, key.machine);
-  entry.key = key;
-  return entry.plan;
-}
-inline const ConvPlan& plan_for(const PlanKey& key) {
-  return kept_plan(key, plan_forward);
-}
-
-// The key of a call by these kernels and all of torch's threads; `algorithm` is the one to take, or -1.
+// The plan of a key. Winograd's sums overflow sooner than direct convolution's, so that a call whose elements are large
+// gets the plan of direct convolution instead.
 template <class T>
-PlanKey plan_key(const ConvKernels<T>& kernels, const ConvPoolGeometry& geometry, bool input_channels_last,
-                 bool output_channels_last, int64_t algorithm) {
-  PlanKey key(geometry, kernels.vector_bytes);
-  key.request.threads = torch::stable::get_num_threads();
-  key.request.element_bytes = sizeof(T);
-  key.request.input_channels_last = input_channels_last;
-  key.request.output_channels_last = output_channels_last;
-  key.request.algorithm = static_cast<int32_t>(algorithm);
-  return key;
+const ConvPlan& plan_of_call(const ConvKernels<T>& kernels, const ConvCall<T>& call, PlanKey key) {
+  const ConvPlan& plan = plan_for(key);
+  if (!plan.needs_moderate || kernels.is_moderate(call)) return plan;
+  key.request.exact = true;
+  key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
+  return plan_for(key);
 }
 
-// A tensor, which outlives this, as the kernels read it: each image contiguous or channels last, without gaps; the
-// strides of dimensions of one element as that has them.
-struct PlainImages {
-  bool channels_last;
-  Tensor tensor;
-  ConvLayout layout;
-
-  explicit PlainImages(const Tensor& given)
-      : channels_last(!is_dense(given, false) && is_dense(given, true)),
-        tensor(channels_last || is_dense(given, false) ? given.borrow() : dense(given)) {
-    const int64_t rank = tensor.dim(), channels = tensor.size(1);
-    int64_t sizes[3] = {1, 1, 1};
-    for (int64_t d = 2; d < rank; ++d) sizes[d + 3 - rank] = tensor.size(d);
-    layout = channels_last ? channels_last_layout(channels, sizes) : contiguous_layout(channels, sizes);
-    if (tensor.size(0) > 1) layout.n = tensor.stride(0);
-  }
-
- private:
-  static bool is_dense(const Tensor& tensor, bool channels_last) {
-    int64_t stride = 1;
-    const auto matches = [&](int64_t d) {
-      const bool same = tensor.size(d) == 1 || tensor.stride(d) == stride;
-      stride *= tensor.size(d);
-      return same;
-    };
-    bool same = !channels_last || matches(1);
-    for (int64_t d = tensor.dim(); d-- > 2;) same = same && matches(d);
-    return same && (channels_last || matches(1));
-  }
-};
-
-// Runs a call by a plan that is not `stock`. packed: the weight as the plan has it, or null to have it packed.
-template <class T>
-void run_planned(const ConvKernels<T>& kernels, ConvCall<T>& call, const ConvPlan& plan, const Compute<T>* packed) {
-  call.plan = &plan;
-  const int64_t chunks = std::min(plan.threads, plan.items);
-  const auto lines = [](int64_t bytes) { return checked_sum(bytes, 63) / 64 * 64; };
-  const int64_t packed_bytes = packed ? 0 : lines(checked_product(plan.packed_size, sizeof(Compute<T>)));
-  const int64_t scratch = lines(plan.scratch_size);
-  const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch)));
-  call.packed = packed ? const_cast<Compute<T>*>(packed) : reinterpret_cast<Compute<T>*>(memory.get());
-  if (!packed) {
-    constexpr int64_t kSmallWeight = 8192;  // elements, packed before a second thread has come
-    parallel_chunks(plan.packed_size < kSmallWeight ? 1 : std::min(plan.threads, plan.pack_items), plan.pack_items,
-                    [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
-  }
-  parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.run(call, first, last, memory.get() + packed_bytes + chunk * scratch);
-  });
-}
-
-// Packed weights of the same key and size are alike.
-inline int64_t packing_of(const ConvPlan& plan) {
-  int64_t order = 0;
-  if (plan.algorithm == ForwardAlgorithm::pixels) order = plan.pixels.blocks;
-  if (plan.algorithm == ForwardAlgorithm::direct) order = static_cast<int64_t>(plan.direct.elements);
-  return order * kForwardAlgorithms + static_cast<int64_t>(plan.algorithm);
+// Runs a call in which the plan and the packed weight are still missing. `packed_for(plan)` returns the weight as the
+// plan has it packed, or null to have it packed here. `algorithm` is the algorithm to take, or -1 to choose one.
+template <class T, class PackedFor>
+void run_conv_forward(ConvCall<T>& call, int64_t dims, bool input_channels_last, bool output_channels_last,
+                      int64_t algorithm, const PackedFor& packed_for) {
+  const ConvKernels<T>& kernels = conv_kernels().get<T>();
+  const PlanKey key = plan_key<T>(kernels, call.geometry, input_channels_last, output_channels_last, algorithm);
+  const ConvPlan& plan = plan_of_call(kernels, call, key);
+  const Compute<T>* const packed = packed_for(plan);
+  if (plan.algorithm != ForwardAlgorithm::stock) return run_by_plan(kernels, call, plan, packed);
+  if (run_by_stock(kernels, call, dims)) return;
+  PlanKey ours = key;
+  ours.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
+  run_by_plan<T>(kernels, call, plan_for(ours), nullptr);
 }
 
 }  // namespace fastnn

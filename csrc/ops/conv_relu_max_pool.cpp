@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "conv_stock.h"
+#include "conv_forward.h"
 #include "conv_stock_backward.h"
 #include "operators.h"
 #include "register.h"
@@ -19,7 +19,7 @@ void check_places(const char* op, const ConvPoolGeometry& g) {
 
 // ---- forward ------------------------------------------------------------------------------------------------
 
-// A call that lacks bias, output and plan.
+// A call in which bias, output and plan are still missing.
 template <class T>
 ConvCall<T> call_of(const ConvPoolProblem& problem, const PlainImages& input, const PlainImages& weight) {
   ConvCall<T> call{};
@@ -31,9 +31,10 @@ ConvCall<T> call_of(const ConvPoolProblem& problem, const PlainImages& input, co
   return call;
 }
 
+// Fills `output`, and `winners` unless that is null.
 template <class T>
-void run_forward(const ConvPoolProblem& problem, const Tensor& given_input, const Tensor& given_weight,
-                 const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners, int64_t algorithm) {
+void fill(const ConvPoolProblem& problem, const Tensor& given_input, const Tensor& given_weight,
+          const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners, int64_t algorithm) {
   const Tensor dense_bias = bias ? dense(*bias) : Tensor();
   const PlainImages input(given_input), weight(given_weight), result(output);
   ConvCall<T> call = call_of<T>(problem, input, weight);
@@ -41,8 +42,8 @@ void run_forward(const ConvPoolProblem& problem, const Tensor& given_input, cons
   call.output = mutable_data<T>(output);
   call.output_layout = result.layout;
   call.winners = winners ? mutable_data<uint8_t>(*winners) : nullptr;
-  run_conv(call, problem.dims, input.channels_last, result.channels_last, algorithm,
-           [](const ConvPlan&) -> const Compute<T>* { return nullptr; });
+  run_conv_forward(call, problem.dims, input.channels_last, result.channels_last, algorithm,
+                   [](const ConvPlan&) -> const Compute<T>* { return nullptr; });
 }
 
 // As stock: its float64 convolution in three dimensions knows no channels last.
@@ -51,7 +52,8 @@ bool output_is_channels_last(const ConvPoolProblem& problem, const Tensor& input
          !(problem.kind.dtype == ScalarType::Double && problem.dims == 3);
 }
 
-// The number of the one of `count` algorithms that has this name and applies to a key's call.
+// The number of the algorithm with this name among `count`. Raises where there is none, or where it does not apply to
+// the key's call.
 template <class Algorithm, class Key>
 int64_t algorithm_of(const char* op, const std::string& name, int count, const Key& key) {
   for (int i = 0; i < count; ++i) {
@@ -64,7 +66,7 @@ int64_t algorithm_of(const char* op, const std::string& name, int count, const K
   fail(op, ": there is no algorithm '", name, "'");
 }
 
-// The same, or -1 for none.
+// The number of the forward algorithm with this name, or -1 where no name is given.
 template <class T>
 int64_t forward_algorithm(const char* op, const std::optional<std::string>& name, const ConvPoolProblem& problem,
                           bool input_channels_last) {
@@ -74,7 +76,7 @@ int64_t forward_algorithm(const char* op, const std::optional<std::string>& name
       plan_key<T>(conv_kernels().get<T>(), problem.geometry, input_channels_last, false, -1));
 }
 
-// Whether torch's convolution and ReLU are all there is to a call.
+// Whether a call is nothing but torch's convolution and its ReLU.
 template <class T>
 bool is_left_to_stock(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last,
                       int64_t algorithm) {
@@ -85,8 +87,9 @@ bool is_left_to_stock(const ConvPoolProblem& problem, const Tensor& input, bool 
 }
 
 // winners: where to put them, or null.
-Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_weight, const std::optional<Tensor>& bias,
-               const Ints& geometry, const std::optional<std::string>& algorithm, std::optional<Tensor>* winners) {
+Tensor checked_forward(const char* op, const Tensor& given_input, const Tensor& given_weight,
+                       const std::optional<Tensor>& bias, const Ints& geometry,
+                       const std::optional<std::string>& algorithm, std::optional<Tensor>* winners) {
   const ConvPoolProblem problem = check_problem(op, given_input, given_weight, bias, geometry);
   const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
   const ScalarType dtype = problem.kind.dtype;
@@ -108,7 +111,7 @@ Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_we
     }
     Tensor output = new_formatted(sizes, dtype, channels_last);
     if (output.numel() > 0) {
-      run_forward<T>(problem, input, weight, bias, output, winners ? &**winners : nullptr, number);
+      fill<T>(problem, input, weight, bias, output, winners ? &**winners : nullptr, number);
     }
     return output;
   });
@@ -116,7 +119,7 @@ Tensor forward(const char* op, const Tensor& given_input, const Tensor& given_we
 
 Tensor conv_relu_max_pool(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                           const Ints& geometry, const std::optional<std::string>& algorithm) {
-  return forward("conv_relu_max_pool", input, weight, bias, geometry, algorithm, nullptr);
+  return checked_forward("conv_relu_max_pool", input, weight, bias, geometry, algorithm, nullptr);
 }
 
 }  // namespace
@@ -125,7 +128,8 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_with_winners(const Tensor& input, 
                                                            const std::optional<Tensor>& bias, const Ints& geometry,
                                                            const std::optional<std::string>& algorithm) {
   std::optional<Tensor> winners;
-  Tensor output = forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, algorithm, &winners);
+  Tensor output =
+      checked_forward("conv_relu_max_pool_with_winners", input, weight, bias, geometry, algorithm, &winners);
   return {std::move(output), std::move(*winners)};
 }
 

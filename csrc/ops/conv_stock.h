@@ -1,8 +1,8 @@
-// Forward by torch's own convolution, some images at a time so that its output stays in cache, and our ReLU and
-// max-pool of that in one pass.
+// Forward by torch's own convolution, a few images at a time so that its output stays in cache. Our ReLU and max-pool
+// take that output in one pass.
 #pragma once
 
-#include "conv_forward.h"
+#include "conv_plan.h"
 #include "stock.h"
 
 namespace fastnn {
@@ -29,8 +29,8 @@ inline bool same_layout(const ConvLayout& one, const ConvLayout& other) {
   return one.n == other.n && one.c == other.c && std::equal(one.d, one.d + 3, other.d);
 }
 
-// max_pool(relu(input)) of dense images: a convolution of groups of one channel, whose weights are 1. Of the geometry,
-// the sizes of `conv` and the pooling count.
+// max_pool(relu(input)) of dense images. It runs as a convolution of one pixel with a group for each channel and
+// weights of 1. Of the geometry it reads the sizes of `conv` and of the pooling.
 template <class T>
 void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, const T* input,
                    const ConvLayout& layout, T* output, const ConvLayout& output_layout, uint8_t* winners) {
@@ -78,7 +78,7 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
   call.output = output;
   call.output_layout = output_layout;
   call.winners = winners;
-  run_planned<T>(kernels, call, plan_for(key), nullptr);
+  run_by_plan<T>(kernels, call, plan_for(key), nullptr);
 }
 
 // Whether a kernel of one position strides past some of its input.
@@ -117,9 +117,10 @@ Tensor met_pixels(const T* images, ConvPoolGeometry& g, ConvLayout& layout) {
   return met;
 }
 
-// False, having done nothing, where an autocast that is on would have the convolution round.
+// Runs a call by torch's convolution. Returns false, having written nothing, where autocast is on and would have the
+// convolution round its result to another dtype.
 template <class T>
-bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t dims) {
+bool run_by_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t dims) {
   ConvPoolGeometry g = call.geometry;
   ConvLayout layout = call.input_layout;
   const T* from = call.input;
@@ -150,32 +151,6 @@ bool run_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_t d
                      call.winners ? call.winners + to : nullptr);
   }
   return true;
-}
-
-// The key's plan, or where it needs moderate elements and a call has others, that of direct convolution.
-template <class T>
-const ConvPlan& plan_of_call(const ConvKernels<T>& kernels, const ConvCall<T>& call, PlanKey key) {
-  const ConvPlan& plan = plan_for(key);
-  if (!plan.needs_moderate || kernels.is_moderate(call)) return plan;
-  key.request.exact = true;
-  key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
-  return plan_for(key);
-}
-
-// Runs a call that lacks but plan and packed weight. packed_for(plan) is the latter, or null to have it packed;
-// `algorithm` is to be taken, if it is not -1.
-template <class T, class PackedFor>
-void run_conv(ConvCall<T>& call, int64_t dims, bool input_channels_last, bool output_channels_last, int64_t algorithm,
-              const PackedFor& packed_for) {
-  const ConvKernels<T>& kernels = conv_kernels().get<T>();
-  const PlanKey key = plan_key<T>(kernels, call.geometry, input_channels_last, output_channels_last, algorithm);
-  const ConvPlan& plan = plan_of_call(kernels, call, key);
-  const Compute<T>* const packed = packed_for(plan);
-  if (plan.algorithm != ForwardAlgorithm::stock) return run_planned(kernels, call, plan, packed);
-  if (run_stock(kernels, call, dims)) return;
-  PlanKey ours = key;
-  ours.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
-  run_planned<T>(kernels, call, plan_for(ours), nullptr);
 }
 
 }  // namespace fastnn

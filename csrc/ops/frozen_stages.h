@@ -6,7 +6,7 @@
 #include <string>
 
 #include "../kernels/mlp.h"
-#include "conv_stock.h"
+#include "conv_forward.h"
 #include "frozen_memory.h"
 #include "rnn_threads.h"
 
@@ -116,8 +116,8 @@ class FrozenConv : public FrozenStage<T> {
     ConvCall<T> call = call_of(problem.geometry);
     call.input = input;
     call.output = output;
-    run_conv(call, problem.dims, false, false, -1,
-             [&](const ConvPlan& plan) { return packed.take<T>(packing_of(plan), plan.packed_size); });
+    run_conv_forward(call, problem.dims, false, false, -1,
+                     [&](const ConvPlan& plan) { return packed.take<T>(packing_of(plan), plan.packed_size); });
   }
 
  private:
@@ -157,7 +157,7 @@ class FrozenRnn : public FrozenStage<T> {
     const bool projects = network_.mode == RnnMode::lstm;
     network_.projected = words.number(0, projects ? network_.hidden - 1 : 0);
     FASTNN_CHECK(words.stage_ends(), "frozen: an rnn stage has 9 numbers");
-    const int64_t gates = checked_product(gates_of(network_.mode), network_.hidden);
+    const int64_t gates = checked_product(entry_of(network_.mode).gates, network_.hidden);
     for (int64_t layer = 0; layer < network_.layers; ++layer, in = network_.width()) {
       for (int64_t i = 0; i < network_.directions; ++i) {
         RnnWeights<T> own{};
@@ -168,7 +168,8 @@ class FrozenRnn : public FrozenStage<T> {
         own.bias_hh = biases ? weights.take({gates}) : nullptr;
         if (network_.projected) own.weight_hr = weights.take({network_.projected, network_.hidden});
         weights_.push_back(own);
-        work_ += 2.0 * network_.hidden * (gates_of(network_.mode) * (in + network_.outputs()) + network_.projected);
+        work_ +=
+            2.0 * network_.hidden * (entry_of(network_.mode).gates * (in + network_.outputs()) + network_.projected);
       }
     }
   }

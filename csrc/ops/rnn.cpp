@@ -39,7 +39,7 @@ struct Result {
 
 Result forward(const Problem& problem, bool save) {
   Result result{problem.new_output(), {}, {}};
-  for (size_t i = 0; i < states_of(problem.mode); ++i) {
+  for (size_t i = 0; i < entry_of(problem.mode).states; ++i) {
     result.final_state.push_back(new_tensor(problem.state_sizes(i), problem.kind.dtype));
   }
   if (save) result.reserve = new_tensor({problem.reserve_size()}, problem.kind.dtype);
@@ -94,7 +94,7 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
   }
   const Problem problem = check_problem(op, input, {}, state, weights, {}, mode, 1, false, false);
   TensorList new_state;
-  for (size_t i = 0; i < states_of(problem.mode); ++i) {
+  for (size_t i = 0; i < entry_of(problem.mode).states; ++i) {
     new_state.push_back(new_tensor(problem.state_sizes(i), problem.kind.dtype));
   }
   if (problem.rows > 0) {
@@ -155,7 +155,7 @@ Tensor resolved(const Tensor& tensor) {
 OutputGradients check_gradients(Problem& problem, const OptionalTensor& grad_output,
                                 const std::vector<OptionalTensor>& grad_state) {
   const char* op = problem.kind.op;
-  const size_t states = states_of(problem.mode);
+  const size_t states = entry_of(problem.mode).states;
   FASTNN_CHECK(grad_state.size() == states, op, ": expected ", states, " grad_state, got ", grad_state.size());
   OutputGradients gradients;
   if (grad_output) {

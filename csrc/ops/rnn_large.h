@@ -2,17 +2,33 @@
 // rows at once, the gradients of the weights and of the layer's input.
 #pragma once
 
+#include <array>
+
 #include "product.h"
 #include "rnn_problem.h"
 #include "rnn_threads.h"
 
 namespace fastnn {
 
+// A run of gates as torch stacks their weights: `count` gates from `gate` on are the kernels' slots from `slot` on.
+struct GateRun {
+  int64_t slot, gate, count;
+};
+// Of x W_ih^T: GRU's slots are those of n, r, z, and the hidden half of n.
+inline std::array<GateRun, 2> input_gates_of(RnnMode mode) {
+  if (mode == RnnMode::gru) return {GateRun{1, 0, 2}, GateRun{0, 2, 1}};
+  return {GateRun{0, 0, entry_of(mode).gates}, GateRun{0, 0, 0}};
+}
+// Of h W_hh^T.
+inline GateRun hidden_gates_of(RnnMode mode) {
+  return {mode == RnnMode::gru ? 1 : 0, 0, entry_of(mode).gates};
+}
+
 // Few sequences take nearly all their time in the steps, and have the same bits for any number of threads.
 inline bool has_large_products(const Problem& problem) {
   constexpr int64_t kSequences = 8;
   return problem.kind.dtype != ScalarType::BFloat16 && problem.projected == 0 && problem.batch >= kSequences &&
-         is_large_product(problem.rows, problem.hidden, gates_of(problem.mode) * problem.hidden);
+         is_large_product(problem.rows, problem.hidden, entry_of(problem.mode).gates * problem.hidden);
 }
 
 // The gradients of one direction of one layer from those of its gates, `gates` (rows, slots * hidden).
@@ -36,20 +52,20 @@ class LayerProducts {
     const T* weight = data<T>(problem_.weights[index_ * problem_.weights_each]);
     const int64_t hidden = problem_.hidden, size = hidden * inputs_;
     const auto runs = input_gates_of(problem_.mode);
-    const Scratch<T> ordered(runs[1].count > 0 ? checked_product(gates_of(problem_.mode), size) : 0);
+    const Scratch<T> ordered(runs[1].count > 0 ? checked_product(entry_of(problem_.mode).gates, size) : 0);
     if (runs[1].count > 0) {  // into the order of the slots
       for (const GateRun& run : runs) {
         std::copy_n(weight + run.gate * size, run.count * size, ordered.get() + run.slot * size);
       }
       weight = ordered.get();
     }
-    const int64_t columns = gates_of(problem_.mode) * hidden;
+    const int64_t columns = entry_of(problem_.mode).gates * hidden;
     multiply<T>({gates_, problem_.rows, columns, stride()}, {weight, columns, inputs_},
                 {product, problem_.rows, inputs_});
   }
 
  private:
-  int64_t stride() const { return slots_of(problem_.mode) * problem_.hidden; }
+  int64_t stride() const { return entry_of(problem_.mode).slots * problem_.hidden; }
 
   // The rows of those gates in a weight's gradient.
   void multiply_gates(const GateRun& run, const T* factor, int64_t columns, const Tensor& gradient) const {
@@ -87,7 +103,7 @@ void backward_by_products(const Problem& problem, Network<T>& network, const Rnn
   const std::vector<int64_t> bounds = split_sequences(network, chunks);
   const RnnScratchSize each = kernels.scratch_size(network, longest_chunk(bounds));
   const int64_t widest = std::max(problem.input_size, problem.layers > 1 ? width : 0);
-  const int64_t gates_size = checked_product(rows, slots_of(problem.mode) * problem.hidden);
+  const int64_t gates_size = checked_product(rows, entry_of(problem.mode).slots * problem.hidden);
   const int64_t inputs_size = checked_product(rows, widest), layer_size = checked_product(rows, width);
   const Scratch<T> packed(network.packed_size(kernels)), gates(gates_size), inputs(inputs_size),
       previous(checked_product(rows, problem.hidden)), grads(problem.layers > 1 ? checked_product(2, layer_size) : 0),

@@ -46,12 +46,12 @@ struct Problem {
   }
   // What backward needs besides the output, in one tensor: the other layers' outputs, then what the cells keep.
   int64_t hidden_outputs_size() const { return checked_product(layers - 1, checked_product(rows, width())); }
-  int64_t saved_size() const { return checked_product(count() * saved_of(mode), checked_product(rows, hidden)); }
+  int64_t saved_size() const { return checked_product(count() * entry_of(mode).saved, checked_product(rows, hidden)); }
   int64_t reserve_size() const { return checked_sum(hidden_outputs_size(), saved_size()); }
   double work() const {  // floating-point operations of one forward
     double total = 0;
     for (int64_t i = 0; i < count(); ++i) {
-      total += 2.0 * rows * hidden * (gates_of(mode) * (input_size_of(i) + outputs()) + projected);
+      total += 2.0 * rows * hidden * (entry_of(mode).gates * (input_size_of(i) + outputs()) + projected);
     }
     return total;
   }
@@ -78,7 +78,7 @@ inline void check_weights(Problem& problem, const TensorList& weights) {
                  ": expected a projection of size (outputs, hidden), with fewer outputs than hidden units");
     problem.hidden = weights[each - 1].size(1);
   }
-  const int64_t gates = checked_product(gates_of(problem.mode), problem.hidden);
+  const int64_t gates = checked_product(entry_of(problem.mode).gates, problem.hidden);
   problem.weights.reserve(given);
   for (int64_t i = 0; i < given; ++i) {
     const Tensor& weight = weights[i];
@@ -133,10 +133,6 @@ inline void set_steps(Problem& problem) {
   for (int64_t t = 0; t < length; ++t) problem.steps.push_back({t * step, t * problem.batch, problem.batch});
 }
 
-inline size_t states_of(RnnMode mode) {
-  return mode == RnnMode::lstm ? 2 : 1;
-}
-
 // h (0) or c (1), or a gradient of such.
 inline void check_one_state(const Problem& problem, const Tensor& tensor, size_t which, const char* name) {
   check_same_kind(tensor, problem.kind, name);
@@ -150,8 +146,8 @@ inline void check_one_state(const Problem& problem, const Tensor& tensor, size_t
 
 inline void check_state(Problem& problem, const TensorList& state) {
   const char* op = problem.kind.op;
-  FASTNN_CHECK(state.empty() || state.size() == states_of(problem.mode), op, ": expected no state or ",
-               states_of(problem.mode), " tensors, got ", state.size());
+  FASTNN_CHECK(state.empty() || state.size() == entry_of(problem.mode).states, op, ": expected no state or ",
+               entry_of(problem.mode).states, " tensors, got ", state.size());
   for (size_t i = 0; i < state.size(); ++i) {
     check_one_state(problem, state[i], i, "state");
     problem.state.push_back(dense(state[i]));
@@ -187,7 +183,7 @@ inline Problem check_problem(const char* op, const Tensor& input, const Optional
   } else {
     set_steps(problem);
   }
-  check_product(op, problem.count(), problem.rows, gates_of(problem.mode) * problem.hidden,
+  check_product(op, problem.count(), problem.rows, entry_of(problem.mode).gates * problem.hidden,
                 problem.input_size + problem.width() + problem.hidden);
   check_state(problem, state);
   if (masks) {

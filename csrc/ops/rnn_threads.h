@@ -53,7 +53,7 @@ template <class T>
 int64_t team_members(const RnnNetwork<T>& network) {
   constexpr double kBytesEach = 64 * 1024, kLeastBytes = 8e6;
   constexpr int64_t kRowsEach = 4;  // with more rows a thread, each takes sequences of its own as fast
-  const double units = static_cast<double>(gates_of(network.mode)) * network.hidden;
+  const double units = static_cast<double>(entry_of(network.mode).gates) * network.hidden;
   const double bytes = sizeof(Compute<T>) * units * network.outputs();
   const int64_t threads = torch::stable::get_num_threads();
   if (network.batch < 1 || network.batch > kRowsEach * threads || bytes * network.steps < kLeastBytes) return 1;

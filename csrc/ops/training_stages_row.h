@@ -201,7 +201,7 @@ class RnnStage : public Stage<T> {
   }
 
   Tensor backward(const Tensor& gradient, bool input_wanted, const bool* wanted, const T** gradients) override {
-    std::vector<OptionalTensor> grad_state(states_of(static_cast<RnnMode>(mode_)));
+    std::vector<OptionalTensor> grad_state(entry_of(static_cast<RnnMode>(mode_)).states);
     OptionalTensor grad_output;
     (last_ ? grad_state[0] : grad_output) = gradient.borrow();
     const bool any = std::any_of(wanted, wanted + this->count, [](bool one) { return one; });

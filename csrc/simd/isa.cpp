@@ -18,7 +18,7 @@ struct IsaName {
 };
 
 constexpr IsaName kIsas[] = {
-#define FASTNN_ROW(name) {Isa::name, #name},
+#define FASTNN_ROW(name, ...) {Isa::name, #name},
     FASTNN_FOR_EACH_ISA(FASTNN_ROW)
 #undef FASTNN_ROW
 };

@@ -5,20 +5,25 @@
 // namespace and include no C++ library header: an inline function outside it could be emitted with one set's
 // instructions and linked for all.
 //
-// avx512_bf16 and amx_bf16 have the kernels of avx512, which ask (isa_multiplies_pairs, isa_multiplies_matrices) before
-// they use instructions beyond it.
+// X(set, the set whose kernels it runs, ...). avx512_bf16 and amx_bf16 run the kernels of avx512, which ask
+// (isa_multiplies_pairs, isa_multiplies_matrices) before they use instructions beyond it.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
-#define FASTNN_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16) X(amx_bf16)
+#define FASTNN_FOR_EACH_ISA(X, ...)   \
+  X(baseline, baseline, __VA_ARGS__)  \
+  X(avx2, avx2, __VA_ARGS__)          \
+  X(avx512, avx512, __VA_ARGS__)      \
+  X(avx512_bf16, avx512, __VA_ARGS__) \
+  X(amx_bf16, avx512, __VA_ARGS__)
 #else
-#define FASTNN_FOR_EACH_ISA(X) X(baseline)
+#define FASTNN_FOR_EACH_ISA(X, ...) X(baseline, baseline, __VA_ARGS__)
 #endif
 
 namespace fastnn {
 
 enum class Isa {
-#define FASTNN_ENUMERATOR(name) name,
+#define FASTNN_ENUMERATOR(name, ...) name,
   FASTNN_FOR_EACH_ISA(FASTNN_ENUMERATOR)
 #undef FASTNN_ENUMERATOR
 };
@@ -35,37 +40,20 @@ bool use_isa(const char* name);
 
 }  // namespace fastnn
 
-// Declares the table `name` of type `Table` in each instruction set's namespace, and fastnn::name(), the table
-// of the set in use.
-#define FASTNN_DECLARE_IN_ISA(isa, Table, name) \
-  namespace isa {                               \
-  extern const Table name;                      \
+// Declares the table `name` of type `Table` in each set's namespace, where that set's kernel files define it, and
+// fastnn::name(), the table of the set in use.
+#define FASTNN_DECLARE_IN_ISA(isa, kernels, Table, name) \
+  namespace kernels {                                    \
+  extern const Table name;                               \
   }
-#if defined(__x86_64__) || defined(_M_X64)
-#define FASTNN_DECLARE_KERNELS(Table, name)    \
-  namespace fastnn {                           \
-  FASTNN_DECLARE_IN_ISA(baseline, Table, name) \
-  FASTNN_DECLARE_IN_ISA(avx2, Table, name)     \
-  FASTNN_DECLARE_IN_ISA(avx512, Table, name)   \
-  static inline const Table& name() {          \
-    switch (active_isa()) {                    \
-      case Isa::avx512:                        \
-      case Isa::avx512_bf16:                   \
-      case Isa::amx_bf16:                      \
-        return avx512::name;                   \
-      case Isa::avx2:                          \
-        return avx2::name;                     \
-      default:                                 \
-        return baseline::name;                 \
-    }                                          \
-  }                                            \
+#define FASTNN_CASE_OF_ISA(isa, kernels, Table, name) \
+  case Isa::isa:                                      \
+    return kernels::name;
+#define FASTNN_DECLARE_KERNELS(Table, name)                                        \
+  namespace fastnn {                                                               \
+  FASTNN_FOR_EACH_ISA(FASTNN_DECLARE_IN_ISA, Table, name)                          \
+  static inline const Table& name() {                                              \
+    switch (active_isa()) { FASTNN_FOR_EACH_ISA(FASTNN_CASE_OF_ISA, Table, name) } \
+    return baseline::name;                                                         \
+  }                                                                                \
   }
-#else
-#define FASTNN_DECLARE_KERNELS(Table, name)    \
-  namespace fastnn {                           \
-  FASTNN_DECLARE_IN_ISA(baseline, Table, name) \
-  static inline const Table& name() {          \
-    return baseline::name;                     \
-  }                                            \
-  }
-#endif

@@ -15,7 +15,7 @@ struct Lockstep {
 };
 
 // As many as the registers hold with what a formula needs of each.
-constexpr int kTogether = FASTNN_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int kTogether = FASTNN_VECTOR_REGISTERS / 8;
 
 // body(a vector of x, those of the others in the same place) for each vector.
 template <class Body, class T, int n, class... Others>

@@ -16,12 +16,19 @@
 #include <immintrin.h>
 #endif
 
+// The bytes of a vector, and the number of registers that hold one.
 #if defined(__AVX512F__)
 #define FASTNN_VECTOR_BYTES 64
+#define FASTNN_VECTOR_REGISTERS 32
 #elif defined(__AVX2__)
 #define FASTNN_VECTOR_BYTES 32
+#define FASTNN_VECTOR_REGISTERS 16
+#elif defined(__aarch64__)
+#define FASTNN_VECTOR_BYTES 16
+#define FASTNN_VECTOR_REGISTERS 32
 #else
 #define FASTNN_VECTOR_BYTES 16
+#define FASTNN_VECTOR_REGISTERS 16
 #endif
 
 #define FASTNN_INLINE inline __attribute__((always_inline))

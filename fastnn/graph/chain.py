@@ -31,7 +31,7 @@ from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, flat_geometry
 from fastnn.ops.frozen import write_program
 from fastnn.ops.mlp import MOST_LAYERS, mlp_of_parameters, mlp_with_some_biases
-from fastnn.ops.rnn import NUMBER_OF
+from fastnn.recurrent_modes import NUMBER_OF
 
 _ANY = range(2, 17)  # dimensions; more than sixteen the operators do not take
 

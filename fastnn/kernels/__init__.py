@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastnn.ops import rnn as rnn_operators
 from fastnn.ops._raw_operator import refuse_gradients
 
 _OPERATORS = {
@@ -41,6 +42,12 @@ def _implementation(module: str, name: str) -> Callable[..., Any]:
 
     return call
 
+
+def _with_stocks_gradient(*arguments: Any) -> Any:
+    return importlib.import_module("fastnn.kernels.rnn").with_stocks_gradient(*arguments)
+
+
+rnn_operators.run_with_stocks_gradient = _with_stocks_gradient
 
 for _module, _names in _OPERATORS.items():
     for _name in _names:

@@ -10,11 +10,12 @@ import triton.language as tl
 
 from fastnn.kernels._activation import PTX, PTX_ROUGH, RELU, TANH, activate, activation_gradient, sigmoid, tanh
 from fastnn.kernels._rnn_tile import unstack_4
+from fastnn.recurrent_modes import NUMBER_OF
 
-SIMPLE_TANH = tl.constexpr(0)  # by their numbers in the operators' schema
-SIMPLE_RELU = tl.constexpr(1)
-GRU = tl.constexpr(2)
-LSTM = tl.constexpr(3)  # from GRU on, they have gates
+SIMPLE_TANH = tl.constexpr(NUMBER_OF["RNN_TANH"])
+SIMPLE_RELU = tl.constexpr(NUMBER_OF["RNN_RELU"])
+GRU = tl.constexpr(NUMBER_OF["GRU"])
+LSTM = tl.constexpr(NUMBER_OF["LSTM"])  # from GRU on, they have gates
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton
 
 from fastnn.kernels import _precision, _target
 from fastnn.kernels._rnn_problem import Problem
+from fastnn.recurrent_modes import MODE_OF
 
 
 class Config(NamedTuple):
@@ -32,7 +33,7 @@ class Network(NamedTuple):
 
     @property
     def gates(self) -> int:
-        return {"GRU": 3, "LSTM": 4}.get(self.mode, 1)
+        return MODE_OF[self.mode].gates
 
 
 def cudnn_keeps_weights(network: Network, target: _target.Target, forward: bool) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastnn.kernels import _launch, _precision, _target
 from fastnn.kernels._activation import PORTABLE, PTX, PTX_ROUGH
 from fastnn.kernels._rnn_config import PRODUCT_STEPS, Config
-from fastnn.kernels._rnn_problem import MODES, Problem
+from fastnn.kernels._rnn_problem import Problem
+from fastnn.recurrent_modes import NUMBER_OF
 
 
 def launcher(problem: Problem, kernel: Any, config: Config, *optional: Tensor | None) -> _launch.Launcher:
@@ -41,7 +42,7 @@ def _constexprs(problem: Problem, config: Config) -> dict[str, Any]:
         own["DIRECTIONS"] = problem.directions
     return {
         **own,
-        "MODE": MODES.index(problem.mode),
+        "MODE": NUMBER_OF[problem.mode],
         "HIDDEN": problem.hidden,
         "TILE": _target.padded(problem.hidden),
         "BLOCK_BATCH": config.block_batch,

@@ -12,9 +12,7 @@ from torch import Tensor
 from fastnn.kernels import _plan_cache, _precision, _target
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
 from fastnn.kernels._rnn_schedule import schedule_of
-
-MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")  # by their numbers in the operators' schema
-KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}  # tensors a step keeps for backward besides the output
+from fastnn.recurrent_modes import MODE_OF, MODES
 
 
 @dataclass
@@ -54,11 +52,11 @@ class Problem:
 
     @property
     def gates(self) -> int:
-        return {"GRU": 3, "LSTM": 4}.get(self.mode, 1)
+        return MODE_OF[self.mode].gates
 
     @property
     def states(self) -> int:
-        return 2 if self.mode == "LSTM" else 1
+        return MODE_OF[self.mode].states
 
     @property
     def width(self) -> int:
@@ -72,7 +70,7 @@ class Problem:
 
     @property
     def reserve_size(self) -> int:
-        kept = (self.layers - 1) * self.outputs + self.layers * KEPT[self.mode] * self.hidden
+        kept = (self.layers - 1) * self.outputs + self.layers * MODE_OF[self.mode].saved * self.hidden
         return self.rows * self.directions * kept
 
     def of_layer(self, layer: int) -> slice:
@@ -88,7 +86,7 @@ class Problem:
         outputs = (self.layers - 1) * self.rows * self.width
         return (
             reserve[:outputs].view(self.layers - 1, self.rows, self.width),
-            reserve[outputs:].view(self.layers * self.directions, self.rows, KEPT[self.mode], self.hidden),
+            reserve[outputs:].view(self.layers * self.directions, self.rows, MODE_OF[self.mode].saved, self.hidden),
         )
 
     def weights_of(self, layer: int, direction: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -221,7 +219,7 @@ def _make_problem(
     check(input.dim() == dims, op, ": input must have ", dims, " dimensions, got ", input.dim())
     check(batch_sizes is None or not batch_first, op, ": batch_first does not go with batch_sizes")
     directions = 2 if bidirectional else 1
-    problem = Problem(kind, MODES[mode], layers, directions, batch_first, batch_sizes, precision, target)
+    problem = Problem(kind, MODES[mode].name, layers, directions, batch_first, batch_sizes, precision, target)
     _check_weights(problem, input, weights)
     if batch_sizes is not None:
         _set_packed_steps(problem, batch_sizes, input.shape[0])

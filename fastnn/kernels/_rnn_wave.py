@@ -8,7 +8,8 @@ from torch import Tensor
 from fastnn.kernels import _rnn_wave_kernels as kernels
 from fastnn.kernels._rnn_config import Config
 from fastnn.kernels._rnn_launch import both, input_products, launcher, run_wave, strides_of_gates
-from fastnn.kernels._rnn_problem import KEPT, Problem
+from fastnn.kernels._rnn_problem import Problem
+from fastnn.recurrent_modes import MODE_OF
 
 
 def _weights(problem: Problem) -> tuple[tuple[Tensor | None, ...], ...]:
@@ -31,7 +32,7 @@ def wave_forward(
         hidden_outputs, saved = output.new_empty(problem.layers - 1, problem.rows, problem.hidden), None
     else:
         hidden_outputs, saved = problem.split_reserve(reserve)
-    saved = saved if KEPT[problem.mode] else None
+    saved = saved if MODE_OF[problem.mode].saved else None
     weights_ih, weights_hh, biases_ih, biases_hh = _weights(problem)
     biases = (biases_ih, biases_hh) if problem.has_biases else (None, None)
     h0, c0 = both(problem.state)
@@ -51,7 +52,7 @@ def wave_backward(
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     hidden_outputs, saved = problem.split_reserve(reserve)
-    saved = saved if KEPT[problem.mode] else None
+    saved = saved if MODE_OF[problem.mode].saved else None
     grad_gates = output.new_empty(problem.layers, problem.rows, 1 if problem.gates == 1 else 4, problem.hidden)
     weights_ih, weights_hh, _, _ = _weights(problem)
     h0, c0 = both(problem.state)

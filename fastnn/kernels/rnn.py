@@ -14,10 +14,11 @@ from fastnn.kernels._rnn_backward_kernels import backward
 from fastnn.kernels._rnn_config import Config
 from fastnn.kernels._rnn_kernels import forward
 from fastnn.kernels._rnn_launch import both, input_products, launcher, run_spread, strides_of_gates
-from fastnn.kernels._rnn_problem import KEPT, Problem, check_output_like, check_problem
+from fastnn.kernels._rnn_problem import Problem, check_output_like, check_problem
 from fastnn.kernels._rnn_spread_kernels import spread_backward, spread_forward
 from fastnn.kernels._rnn_stock import run_stock, stock_backward, stock_cell, stock_forward
 from fastnn.kernels._rnn_wave import wave_backward, wave_forward
+from fastnn.recurrent_modes import MODE_OF
 
 
 def _spread_state(problem: Problem, parts: Sequence[Tensor | None]) -> Tensor:
@@ -133,7 +134,7 @@ def _forward(problem: Problem, reserve: Tensor | None) -> tuple[Tensor, list[Ten
         if reserve is not None:
             hidden_outputs, kept = problem.split_reserve(reserve)
             layer_output = output if last else hidden_outputs[layer]
-            saved = kept[problem.of_layer(layer)] if KEPT[problem.mode] else None
+            saved = kept[problem.of_layer(layer)] if MODE_OF[problem.mode].saved else None
         _run_layer(problem, layer, x, layer_output, saved, final_state, config)
         x = layer_output if last or problem.masks is None else layer_output * problem.masks[layer]
     return problem.as_given(output), final_state

@@ -16,8 +16,9 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from fastnn.ops._autograd import autocast_is_on, is_compiling, is_exporting, is_plain, needs_reference
-from fastnn.ops.rnn import NUMBER_OF, plain_rnn, plain_rnn_cell, rnn, rnn_cell
+from fastnn.ops.rnn import plain_rnn, plain_rnn_cell, rnn, rnn_cell
 from fastnn.ops.rnn_head import train_rnn_with_head
+from fastnn.recurrent_modes import NUMBER_OF
 
 # In one look-up in place of eight, which nn.Module makes slow.
 _settings = itemgetter(
@@ -294,7 +295,7 @@ class _Cell(_OnStock, RNNCellBase):
         return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _mode(self) -> str | None:
-        """Which of ``fastnn.ops.rnn.MODES``, or None for one that only the stock cell can refuse."""
+        """Which of ``fastnn.recurrent_modes.MODES``, or None for one that only the stock cell can refuse."""
         raise NotImplementedError
 
     def _run_plain(self, input: Tensor, hx: Any) -> Any:

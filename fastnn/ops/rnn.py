@@ -1,6 +1,6 @@
 """Recurrent networks: schema's Python side, autograd and the functions behind the modules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,9 @@ from fastnn.ops._autograd import (
     wants_gradient,
 )
 from fastnn.ops._raw_operator import raw_operator
+from fastnn.recurrent_modes import MODE_OF, MODES, NUMBER_OF
 from fastnn.reference import rnn as reference
 
-# The operator takes modes by their place in this list (csrc/kernels/rnn.h has the same).
-MODES = tuple(reference.CELLS)
-NUMBER_OF = {mode: number for number, mode in enumerate(MODES)}
 _rnn_op = torch.ops.fastnn.rnn.default
 _rnn_call = _rnn_op._op  # see is_plain
 _cell_op = torch.ops.fastnn.rnn_cell.default
@@ -35,6 +33,8 @@ _with_reserve_call = _with_reserve_op._op
 _backward_op = torch.ops.fastnn.rnn_backward.default
 
 
+# For a GPU, set by fastnn.kernels: see _with_stocks_gradient.
+run_with_stocks_gradient: Callable[..., tuple[Tensor, Sequence[Tensor]] | None] | None = None
 Config = tuple[int, int, bool, bool]  # mode, num_layers, bidirectional, batch_first
 _CELL_CONFIGS = [(number, 1, False, False) for number in range(len(MODES))]
 
@@ -233,7 +233,7 @@ def _zero_state(
     count = num_layers * (2 if bidirectional else 1)
     outputs, hidden = reference.state_sizes(weights[: len(weights) // count])
     batch = input.shape[0 if batch_first else 1]
-    return [input.new_zeros(count, batch, size) for size in (outputs, hidden)[: 2 if mode == "LSTM" else 1]]
+    return [input.new_zeros(count, batch, size) for size in (outputs, hidden)[: MODE_OF[mode].states]]
 
 
 def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -250,9 +250,9 @@ def _with_stocks_gradient(
 ) -> tuple[Tensor, Sequence[Tensor]] | None:
     """On a GPU, the answer where the operator would run stock's kernels: those keep for backward what the operator
     cannot hand over. Else None."""
-    from fastnn.kernels.rnn import with_stocks_gradient  # only now: it imports Triton
-
-    return with_stocks_gradient(input, batch_sizes, state, weights, masks, *config)
+    if run_with_stocks_gradient is None:
+        return None
+    return run_with_stocks_gradient(input, batch_sizes, state, weights, masks, *config)
 
 
 def _dropout_masks(
@@ -342,7 +342,7 @@ class RnnBackward(torch.autograd.Function):
     def forward(
         config: Config, states: int, wanted: tuple[bool, bool, bool], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        grads = 3 if MODES[config[0]] == "LSTM" else 2
+        grads = 1 + MODES[config[0]].states
         output, reserve, input, batch_sizes, masks, *rest = tensors[grads:]
         grad_input, grad_state, grad_weights = _backward_op(
             tensors[0],
@@ -368,7 +368,7 @@ class RnnBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         ctx.config, ctx.states, _, *tensors = inputs
-        ctx.grads = 3 if MODES[ctx.config[0]] == "LSTM" else 2
+        ctx.grads = 1 + MODES[ctx.config[0]].states
         ctx.outputs_given = [gradient is not None for gradient in output]
         ctx.set_materialize_grads(False)
         # Not the output and the reserve: the reference makes its own.
@@ -389,11 +389,11 @@ class RnnBackward(torch.autograd.Function):
                 everything[i] = tensor
             state, weights = everything[1 : 1 + ctx.states], everything[1 + ctx.states :]
             if everything[0].dim() == 2 and batch_sizes is None:
-                final_state = reference.rnn_cell(everything[0], tuple(state), weights, MODES[mode])
+                final_state = reference.rnn_cell(everything[0], tuple(state), weights, MODES[mode].name)
                 outputs = (final_state[0], *final_state)
             else:
                 output, final_state = reference.rnn(
-                    everything[0], batch_sizes, state, weights, masks, MODES[mode], *config
+                    everything[0], batch_sizes, state, weights, masks, MODES[mode].name, *config
                 )
                 outputs = (output, *final_state)
             return tuple(outputs[i] for i in arrived)
@@ -416,9 +416,6 @@ class RnnBackward(torch.autograd.Function):
 def _check_devices(batch_sizes: Tensor | None, *tensors: Tensor | None) -> None:
     """batch_sizes is on the CPU wherever the others are, or with them on ``meta``."""
     check_same_device(*tensors, None if batch_sizes is None or batch_sizes.is_cpu else batch_sizes)
-
-
-_KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
 
 
 def _fake_results(
@@ -449,9 +446,8 @@ def _fake_results(
         output = input.new_empty(length, batch, directions * outputs)
         if batch_first:
             output = output.transpose(0, 1)
-    states = 2 if MODES[mode] == "LSTM" else 1
-    final_state = [input.new_empty(*state_sizes, size) for size in (outputs, hidden)[:states]]
-    kept = (layers - 1) * outputs + layers * _KEPT[MODES[mode]] * hidden
+    final_state = [input.new_empty(*state_sizes, size) for size in (outputs, hidden)[: MODES[mode].states]]
+    kept = (layers - 1) * outputs + layers * MODES[mode].saved * hidden
     return output, final_state, input.new_empty(output.numel() // outputs * kept)
 
 
@@ -505,4 +501,4 @@ def _(
 ) -> list[Tensor]:
     check_same_device(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
     sizes = (input.shape[0], weight_hh.shape[1])
-    return [input.new_empty(sizes) for _ in range(2 if MODES[mode] == "LSTM" else 1)]
+    return [input.new_empty(sizes) for _ in range(MODES[mode].states)]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastnn.ops._autograd import eager_recorder
 from fastnn.ops.mlp import _mlp_backward_op, _mlp_with_hidden_op, mlp_of_parameters
-from fastnn.ops.rnn import MODES, Config, _backward_op, _with_reserve_call, plain_rnn
+from fastnn.ops.rnn import Config, _backward_op, _with_reserve_call, plain_rnn
+from fastnn.recurrent_modes import MODES
 
 _with_hidden_call, _mlp_backward_call, _backward_call = _mlp_with_hidden_op._op, _mlp_backward_op._op, _backward_op._op
 
@@ -49,7 +50,7 @@ class RnnWithHead(torch.autograd.Function):
         grad_h, grad_head_weight, grad_head_bias = _mlp_backward_call(
             grad, h, head[:1], "identity", grad, (), True, head_needed[0], True in head_needed[1:]
         )
-        grads = (grad_h, None) if MODES[config[0]] == "LSTM" else (grad_h,)  # of the last layer alone
+        grads = (grad_h, None) if MODES[config[0]].states == 2 else (grad_h,)  # of the last layer alone
         own_needed = True in needed[3 : 3 + weights]
         grad_input, _, grad_weights = _backward_call(
             None, grads, input, None, (), own, None, output, reserve, *config, needed[0], False, own_needed

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnn.recurrent_modes import MODE_OF
+
 State = tuple[Tensor, ...]
 
 
@@ -87,7 +89,7 @@ def rnn(
     count = num_layers * directions
     each = len(weights) // count
     if not state:
-        sizes = state_sizes(weights[:each])[: 2 if mode == "LSTM" else 1]
+        sizes = state_sizes(weights[:each])[: MODE_OF[mode].states]
         state = [input.new_zeros(count, steps[0].shape[0], size) for size in sizes]
     finals = []
     for layer in range(num_layers):

@@ -8,7 +8,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastnn.kernels import _activation, _plan_cache, _rnn_config, _rnn_launch, _rnn_wave, _target
 from fastnn.kernels import rnn as kernels
-from fastnn.kernels._rnn_problem import MODES, check_problem
+from fastnn.kernels._rnn_problem import check_problem
+from fastnn.recurrent_modes import NUMBER_OF
 
 INF, NAN = float("inf"), float("nan")
 NETWORKS = {
@@ -37,7 +38,7 @@ def make(mode, dtype, device, inputs=5, hidden=7, layers=1, bidirectional=False,
         "state": [s.to(device, dtype) for s in states],
         "weights": [w.detach().to(device, dtype) for w in stock._flat_weights],
         "masks": None,
-        "mode": MODES.index(mode),
+        "mode": NUMBER_OF[mode],
         "num_layers": layers,
         "bidirectional": bidirectional,
         "batch_first": batch_first,
@@ -85,18 +86,18 @@ def check(stock, arguments, assert_near, factor=4, grad_output=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_one_layer(mode, dtype, device, assert_near):
     check(*make(mode, dtype, device), assert_near)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_layers_directions_batch_first_without_state(mode, device, assert_near):
     options = {"layers": 2, "bidirectional": True, "batch_first": True, "length": 3, "state": False}
     check(*make(mode, torch.float32, device, **options), assert_near)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_packed(mode, device, assert_near):
     options = {"bidirectional": True, "batch_sizes": [4, 3, 3, 1]}
     check(*make(mode, torch.float32, device, **options), assert_near)
@@ -120,12 +121,12 @@ def spread(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_weights_shared_by_programs(mode, dtype, device, assert_near, spread):
     check(*make(mode, dtype, device, hidden=19), assert_near)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_weights_shared_by_programs_in_any_network(mode, device, assert_near, spread):
     options = {"layers": 2, "bidirectional": True, "length": 3, "hidden": 19, "state": False}
     check(*make(mode, torch.float32, device, batch_first=True, **options), assert_near)
@@ -144,12 +145,12 @@ def wave(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_layers_as_a_wavefront(mode, dtype, device, assert_near, wave):
     check(*make(mode, dtype, device, hidden=19, layers=3, length=19), assert_near)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_layers_of_any_network_as_a_wavefront(mode, device, assert_near, wave):
     options = {"layers": 2, "length": 17, "batch": 18, "state": False, "bias": False, "batch_first": True}
     check(*make(mode, torch.float32, device, **options), assert_near)
@@ -180,7 +181,7 @@ def test_a_program_that_waits_for_ever_fails(sharing, device, monkeypatch, reque
                              state_wanted=True, weights_wanted=True)  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_a_wavefront_is_layer_after_layer(mode, device, monkeypatch, same_products_in_any_row):
     """Bit for bit, wherever chunks end."""
     _, arguments = make(mode, torch.float32, device, layers=3, length=19, hidden=24)
@@ -235,7 +236,7 @@ def keep_gradients_of_one_sign(stock, arguments, hidden):
 
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_a_state_that_is_not_finite_stays_where_it_is(mode, value, device, assert_near, sizes):
     stock, arguments = make_of_one_sign(mode, device, sizes, -0.5 if value < 0 else 0.5)
     arguments["state"][0][0, 0, 1] = value
@@ -248,7 +249,7 @@ def test_a_state_that_is_not_finite_stays_where_it_is(mode, value, device, asser
 
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_a_gradient_that_is_not_finite_spreads_as_in_stock(mode, value, device, assert_near, sizes):
     stock, arguments = make_of_one_sign(mode, device, sizes)
     if mode == "GRU":
@@ -280,7 +281,7 @@ def test_overflow_of_float16(device, assert_near, sizes):
     assert output[:, 0].isinf().all()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_stocks_kernels_where_weights_do_not_fit(mode, device, assert_near, monkeypatch):
     monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
     check(*make(mode, torch.float32, device, layers=2), assert_near)
@@ -299,7 +300,7 @@ def assert_gradients(leaves, results, wanted_leaves, wanted, assert_near):
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [(mode, kind) for mode in MODES for kind in ("sequences", "packed", "cell")] + [("LSTM", "projected")],
+    [(mode, kind) for mode in NUMBER_OF for kind in ("sequences", "packed", "cell")] + [("LSTM", "projected")],
 )
 def test_stocks_own_gradient(mode, kind, device, assert_near, monkeypatch):
     """Asked before a gradient is recorded: the answer where the operator would run stock's kernels, else None."""
@@ -331,7 +332,7 @@ def projected(device):
         "input": torch.randn(4, 3, 5, device=device), "batch_sizes": None,
         "state": [torch.randn(4, 3, size, device=device) for size in (3, 7)],
         "weights": [w.detach().to(device, torch.float32) for w in stock._flat_weights], "masks": None,
-        "mode": MODES.index("LSTM"), "num_layers": 2, "bidirectional": True, "batch_first": False,
+        "mode": NUMBER_OF["LSTM"], "num_layers": 2, "bidirectional": True, "batch_first": False,
     }  # fmt: skip
     return stock, arguments
 
@@ -344,7 +345,7 @@ def test_projections(device, assert_near):
     check(stock, arguments, assert_near)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_stocks_cell(mode, device, assert_near, monkeypatch):
     monkeypatch.setattr(_rnn_config, "rnn_config", lambda *_: None)
     for state in (True, False):
@@ -381,7 +382,7 @@ def test_masks_between_layers(way, device, assert_near, monkeypatch):
     assert got[1:] == ([], [])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_cell(mode, device, assert_near):
     stock, arguments = make(mode, torch.float32, device, length=1)
     _, expected, leaves = run_stock(stock, arguments)
@@ -643,7 +644,7 @@ def test_tanh_and_sigmoid(math, device, ptx):
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="NVIDIA's instructions")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", NUMBER_OF)
 def test_a_rough_tanh_is_enough_for_16_bits(mode, dtype, device, assert_near, ptx, monkeypatch):
     monkeypatch.setattr(_rnn_launch, "_math", lambda problem: _activation.PTX_ROUGH.value)
     check(*make(mode, dtype, device, length=9), assert_near)
@@ -651,7 +652,7 @@ def test_a_rough_tanh_is_enough_for_16_bits(mode, dtype, device, assert_near, pt
 
 def test_gate_gradients_are_read_where_they_lie(device):
     """No order of kinds has to be made for the products with the input's and the recurrent weights."""
-    for mode in MODES:
+    for mode in NUMBER_OF:
         _, arguments = make(mode, torch.float32, device)
         arguments["layers"] = arguments.pop("num_layers")
         problem = check_problem("rnn", **arguments)

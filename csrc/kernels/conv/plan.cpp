@@ -21,8 +21,8 @@ struct Planner {
   const Machine& machine;
   int64_t compute_bytes = std::max<int64_t>(4, request.element_bytes);
   int64_t lanes = machine.vector_bytes / compute_bytes;
-  int64_t most_rows = machine.vector_bytes == 64 ? 14 : 6;  // of a register tile
-  int64_t block = 2 * lanes;                                // output channels
+  int64_t most_rows = most_rows_of_tile(machine.registers);
+  int64_t block = 2 * lanes;  // output channels
   int64_t longest_sum = machine.longest_sum();
 
   double conv_pixels() const {  // of all images
@@ -471,8 +471,7 @@ ConvPlan plan_winograd(const Planner& p) {
 // ---- pixels -------------------------------------------------------------------------------------------------------
 
 int64_t most_outputs(const Planner& p, int64_t vectors) {
-  const int64_t registers = p.machine.vector_bytes == 64 ? 32 : 16;
-  return std::min(p.most_rows, (registers - 1 - vectors) / vectors);
+  return std::min(p.most_rows, (p.machine.registers - 1 - vectors) / vectors);
 }
 
 // Whether windows are pooled in registers: two places at a time, each with sums that are short.

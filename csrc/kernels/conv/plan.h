@@ -18,12 +18,18 @@ constexpr int kForwardAlgorithms = 6;
 
 // The instruction set in use, as planning sees it.
 struct Machine {
-  int64_t vector_bytes;
-  bool has_pairs;   // multiplies vectors of pairs of bfloat16
-  bool has_matrix;  // multiplies matrices of them
+  int64_t vector_bytes, registers;  // bytes of a vector, and registers that hold one
+  bool has_pairs;                   // multiplies vectors of pairs of bfloat16
+  bool has_matrix;                  // multiplies matrices of them
   // Products that kernels sum in one go (kLongestSum in kernels/gemm.h).
   int64_t longest_sum() const { return vector_bytes > 16 ? 128 : 64; }
 };
+
+// The rows of a register tile of two vectors: their sums fill the registers that one row of the other operand and a
+// broadcast leave.
+static constexpr int64_t most_rows_of_tile(int64_t registers) {
+  return (registers - 2 - 1) / 2;
+}
 
 // What both planners, forward's and backward's, count with.
 namespace planner {

@@ -15,9 +15,9 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Accumulators, an operand's vectors and a broadcast fill the register file: 32 registers with AVX-512, else 16.
-constexpr int kMostRows = FASTNN_VECTOR_BYTES == 64 ? 14 : 6;
 constexpr int kBlockVectors = 2;  // of a block of output channels
+// The rows of a tile whose accumulators, with an operand's vectors and a broadcast, fill the registers.
+constexpr int kMostRows = most_rows_of_tile(FASTNN_VECTOR_REGISTERS);
 
 template <bool yes>
 struct Yes {
@@ -263,8 +263,7 @@ struct WindowTiles {
 };
 // Outputs of a pixel tile of so many vectors.
 constexpr int most_outputs(int vectors) {
-  constexpr int registers = FASTNN_VECTOR_BYTES == 64 ? 32 : 16;
-  const int most = (registers - 1 - vectors) / vectors;
+  const int most = (FASTNN_VECTOR_REGISTERS - 1 - vectors) / vectors;
   return most < kMostRows ? most : kMostRows;
 }
 

@@ -9,7 +9,7 @@ namespace fastnn {
 namespace FASTNN_ISA {
 
 // Taps of a row of the kernel, and pixels, that are worked on together.
-constexpr int kMostRowTaps = FASTNN_VECTOR_BYTES == 64 ? 12 : 6;
+constexpr int kMostRowTaps = FASTNN_VECTOR_REGISTERS * 3 / 8;
 constexpr int kPixelsTogether = 4;
 
 // Calls body(output channel, place in the packed weight) for each output channel. The weight is packed as

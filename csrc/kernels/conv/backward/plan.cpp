@@ -205,7 +205,7 @@ ConvBackwardPlan plan_taps(const Planner& p) {
   s.rows = g.out_channels == 3 ? 4 : std::min<int64_t>(g.out_channels, 4);
   s.rows = std::min(s.rows, p.lanes);
   s.row_tiles = divide_up(s.channels, s.rows);
-  s.tap_tiles = divide_up(s.depth, most_dot_taps(p.machine.vector_bytes));
+  s.tap_tiles = divide_up(s.depth, most_dot_taps(p.machine.registers));
   s.tile_size = round_up(s.rows * divide_up(s.depth, s.tap_tiles), p.lanes);
   plan.packed_size = g.groups * g.out_channels * s.depth;
   plan.weight_size = g.groups * divide_up(g.out_channels, s.channels) * s.size();

@@ -106,8 +106,8 @@ const char* algorithm_name(BackwardAlgorithm);
 
 // A tile of the weight's gradient, whose sums fill the registers, has 1, 2 or 4 output channels and at most so many
 // elements of the depth.
-constexpr int most_dot_taps(int64_t vector_bytes) {
-  return vector_bytes == 64 ? 6 : 3;
+constexpr int most_dot_taps(int64_t registers) {
+  return registers == 32 ? 6 : 3;
 }
 
 }  // namespace fastnn

@@ -34,7 +34,7 @@ struct ConvBackwardPiece {
 
 template <class T>
 struct ConvBackwardKernels {
-  int64_t vector_bytes;  // of the instruction set
+  int64_t vector_bytes, registers;  // of the instruction set
   // As forward's: whether no element of input and weight is infinite, nearly infinite or NaN.
   bool (*is_moderate)(const ConvBackward<T>&);
   // Bytes of a thread's scratch memory.

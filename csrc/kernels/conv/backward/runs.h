@@ -9,7 +9,7 @@ namespace FASTNN_ISA {
 
 constexpr int kMostRuns = 4;        // that are summed at once
 constexpr int kMostRunVectors = 6;  // of each
-constexpr int kMostAccumulators = FASTNN_VECTOR_BYTES == 64 ? 24 : 12;
+constexpr int kMostAccumulators = FASTNN_VECTOR_REGISTERS * 3 / 4;
 
 // Offsets as wide as the elements.
 template <class C>

@@ -33,7 +33,7 @@ class TapSums {
         for (int64_t tile = 0; tile < s_.tap_tiles; ++tile) {
           const int64_t first = s_.first_tap(tile), taps = s_.first_tap(tile + 1) - first;
           const int64_t at = (o / rows * s_.tap_tiles + tile) * s_.tile_size;
-          with_constant<most_dot_taps(FASTNN_VECTOR_BYTES)>(static_cast<int>(taps), [&](auto columns) {
+          with_constant<most_dot_taps(FASTNN_VECTOR_REGISTERS)>(static_cast<int>(taps), [&](auto columns) {
             add_dots<rows, decltype(columns)::value>(band, o, channels, image, offsets_ + first, pixels, fresh, to + at,
                                                      lost ? lost + at : nullptr);
           });
