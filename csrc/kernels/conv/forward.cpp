@@ -78,7 +78,8 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
 extern const ConvKernelTable conv_kernels = {
     {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<float>, run<float>, is_moderate<float>, rectify<float>},
     {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<double>, run<double>, is_moderate<double>, rectify<double>},
-    {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<bfloat16>, run<bfloat16>, is_moderate<bfloat16>, rectify<bfloat16>}};
+    {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<bfloat16>, run<bfloat16>, is_moderate<bfloat16>,
+     rectify<bfloat16>}};
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

@@ -96,8 +96,8 @@ void turn(const T* from, int64_t rows, int64_t columns, T* to) {
 
 template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
-  return {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS,     is_moderate<T>,    scratch_size<T>, pack<T>,      run<T>, unpack_weight<T>,
-          copy_out<Compute<T>, T>, winners_are_valid, spread<T>,       mask_dead<T>, turn<T>};
+  return {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, is_moderate<T>,    scratch_size<T>, pack<T>,      run<T>,
+          unpack_weight<T>,    copy_out<Compute<T>, T>, winners_are_valid, spread<T>,       mask_dead<T>, turn<T>};
 }
 
 }  // namespace
