@@ -16,7 +16,7 @@ inline bool read_activation(const char*& at, const char* end, Activation& activa
   while (at != end && *at != '(' && *at != '|' && *at != ' ' && *at != ';') ++at;
   const size_t length = static_cast<size_t>(at - name);
   for (const ActivationEntry& entry : kActivations) {
-    if (std::strlen(entry.name) != length || std::memcmp(entry.name, name, length) != 0) continue;
+    if (entry.length != length || std::memcmp(entry.name, name, length) != 0) continue;
     activation.kind = static_cast<ActivationKind>(&entry - kActivations);
     for (int i = 0; i < kMostActivationParameters; ++i) activation.parameters[i] = entry.parameters[i].value;
     if (at == end || *at != '(') return true;

@@ -21,6 +21,7 @@ constexpr int kMostActivationParameters = 2;
 
 struct ActivationEntry {
   const char* name;
+  uint64_t length;  // of the name, which small calls would take long to count
   DerivedFrom derived_from;
   ActivationParameter parameters[kMostActivationParameters];  // those without a name do not exist
 };
@@ -48,7 +49,7 @@ enum class ActivationKind : int32_t {
 
 // One entry a kind, in the order of the kinds.
 constexpr ActivationEntry kActivations[] = {
-#define FASTNN_ENTRY(name, derived_from, ...) {#name, derived_from, {__VA_ARGS__}},
+#define FASTNN_ENTRY(name, derived_from, ...) {#name, sizeof(#name) - 1, derived_from, {__VA_ARGS__}},
     FASTNN_FOR_EACH_ACTIVATION(FASTNN_ENTRY)
 #undef FASTNN_ENTRY
 };
