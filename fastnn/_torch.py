@@ -5,17 +5,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.fx.experimental.symbolic_shapes
+import torch.optim.optimizer
 import torch.utils._device
 from torch import Tensor, nn
 from torch.autograd import forward_ad as forward_ad
+from torch.nn import common_types
+from torch.nn.modules import conv as _conv
 from torch.nn.modules import module as _module
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operator that is called
 
 pytree = _pytree
+ConvNd = _conv._ConvNd  # what Conv1d, Conv2d and Conv3d derive from
+# For annotations: one number, or one a dimension.
+size_1_t: TypeAlias = common_types._size_1_t
+size_2_t: TypeAlias = common_types._size_2_t
+size_3_t: TypeAlias = common_types._size_3_t
 
 NAMES: list[str] = []  # within torch, those that have a fallback here
 
@@ -70,6 +79,8 @@ suggest_memory_format: Callable[[Tensor], torch.memory_format] = _private(
 )
 OpOverload: Any = type(torch.ops.aten.relu.default)
 
+# Whether torch.export knows that a size, or a comparison of sizes, is true for all inputs.
+statically_known_true: Callable[[Any], bool] = _private("fx.experimental.symbolic_shapes.statically_known_true", bool)
 # ---- what the build and the machine have -----------------------------------------------------------------------------
 
 operator_names: Callable[[], list[str]] = _private("_C._dispatch_get_all_op_names", list)
@@ -92,10 +103,22 @@ def inductor() -> Callable[..., Any]:
     return compiler
 
 
+# Hooks of all optimizers. Without the names nothing is known of such hooks.
+_optimizer_pre_hooks: dict[int, Any] = _private("optim.optimizer._global_optimizer_pre_hooks", {})
+_optimizer_post_hooks: dict[int, Any] = _private("optim.optimizer._global_optimizer_post_hooks", {})
+global_optimizer_hooks = (_optimizer_pre_hooks, _optimizer_post_hooks)
+
+
+def note_step_of(optimizer: torch.optim.Optimizer) -> None:
+    """Has the optimizer's schedulers know that it has made a step: they ask, and warn if not."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
 # ---- attributes of torch's objects, which are read in place of methods that take longer or are not there -------------
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+OF_FORWARD_AD = ("_current_level",)  # at least 0 while a level of forward-mode differentiation is open
 OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS, "_compiled_call_impl")
 OF_RECURRENT_LAYERS = ("_flat_weights", "_flat_weights_names")
 OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnn._torch import HOOKS, TENSOR_HOOKS
+from fastnn._torch import HOOKS, TENSOR_HOOKS, global_optimizer_hooks, note_step_of
 from fastnn.fusion import fuse
 from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
@@ -47,10 +46,6 @@ _call, _call_bound, _call_forward, _call_backward, _call_bind = (
         *(training_step_op, bound_training_step_op, training_step_forward_op, training_step_backward_op),
         bind_training_step_op,
     )
-)
-# Of all optimizers.
-_global_pre_hooks, _global_post_hooks = (
-    getattr(import_module("torch.optim.optimizer"), f"_global_optimizer_{when}_hooks", {}) for when in ("pre", "post")
 )
 _get_flags = attrgetter("requires_grad", *TENSOR_HOOKS)
 _get_all_flags = attrgetter("requires_grad", *TENSOR_HOOKS, "grad")
@@ -262,7 +257,7 @@ class TrainingStep:
             return "its target was no plain tensor, or one that requires a gradient"
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return "autocast, torch.func, torch.compile or torch.no_grad was on"
-        if has_global_hooks() or _global_pre_hooks or _global_post_hooks or torch.is_anomaly_enabled():
+        if has_global_hooks() or any(global_optimizer_hooks) or torch.is_anomaly_enabled():
             return "there were hooks of all modules or optimizers, or anomalies were looked for"
         if not (self._model_holds() and self._program.holds() and self._chain.guard.holds() and self._loss_holds()):
             self._read()
@@ -483,8 +478,7 @@ class TrainingStep:
                 if p.requires_grad:
                     p.grad = gradient
             self._used(self._optimizer)
-        # Schedulers ask whether the optimizer has made a step, and warn if not.
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        note_step_of(self._optimizer)
         if self._created:  # the first step of a momentum is over
             self._forget()
 

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from fastnn import activations
-from fastnn._torch import OpOverload
+from fastnn._torch import OpOverload, statically_known_true
 from fastnn.ops.frozen import conv_numbers
 
 _aten = torch.ops.aten

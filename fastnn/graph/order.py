@@ -87,9 +87,13 @@ class Order:
 
 
 _WRITING_METHODS = ("backward", "retain_grad", "register_hook", "register_post_accumulate_grad_hook")
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 _LAYERS_THAT_PASS_ON = (
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
-    nn.modules.dropout._DropoutNd,
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
 # Functions and methods whose result never lies in the memory of what they are given.
 _MAKES_NEW = frozenset(
@@ -125,7 +129,7 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
             return False
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return module.max_norm is None  # longer rows are made shorter
-        return not (isinstance(module, nn.modules.batchnorm._NormBase) and module.training)
+        return not (isinstance(module, _NORMS) and module.training)
     if node.op == "call_method":
         name = str(node.target)
         return not (name.endswith("_") and not name.endswith("__")) and name not in _WRITING_METHODS

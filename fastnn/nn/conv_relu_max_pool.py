@@ -5,8 +5,8 @@ from typing import Any, Literal
 import torch.nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.common_types import _size_1_t, _size_2_t, _size_3_t
 
+from fastnn._torch import ConvNd, size_1_t, size_2_t, size_3_t
 from fastnn.ops.conv_relu_max_pool import (
     conv_relu_max_pool,
     conv_relu_max_pool1d,
@@ -25,7 +25,7 @@ _GEOMETRY = (
 )
 
 
-class _ConvReLUMaxPool(torch.nn.modules.conv._ConvNd):
+class _ConvReLUMaxPool(ConvNd):
     """What the three have in common: the pooling's attributes, and the call."""
 
     pool_kernel_size: Any
@@ -89,18 +89,18 @@ class ConvReLUMaxPool1d(_ConvReLUMaxPool, torch.nn.Conv1d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_1_t,
-        stride: _size_1_t = 1,
-        padding: str | _size_1_t = 0,
-        dilation: _size_1_t = 1,
+        kernel_size: size_1_t,
+        stride: size_1_t = 1,
+        padding: str | size_1_t = 0,
+        dilation: size_1_t = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: _PaddingMode = "zeros",
         *,
-        pool_kernel_size: _size_1_t = 2,
-        pool_stride: _size_1_t | None = None,
-        pool_padding: _size_1_t = 0,
-        pool_dilation: _size_1_t = 1,
+        pool_kernel_size: size_1_t = 2,
+        pool_stride: size_1_t | None = None,
+        pool_padding: size_1_t = 0,
+        pool_dilation: size_1_t = 1,
         ceil_mode: bool = False,
         device: Any = None,
         dtype: Any = None,
@@ -123,18 +123,18 @@ class ConvReLUMaxPool2d(_ConvReLUMaxPool, torch.nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_2_t,
-        stride: _size_2_t = 1,
-        padding: str | _size_2_t = 0,
-        dilation: _size_2_t = 1,
+        kernel_size: size_2_t,
+        stride: size_2_t = 1,
+        padding: str | size_2_t = 0,
+        dilation: size_2_t = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: _PaddingMode = "zeros",
         *,
-        pool_kernel_size: _size_2_t = 2,
-        pool_stride: _size_2_t | None = None,
-        pool_padding: _size_2_t = 0,
-        pool_dilation: _size_2_t = 1,
+        pool_kernel_size: size_2_t = 2,
+        pool_stride: size_2_t | None = None,
+        pool_padding: size_2_t = 0,
+        pool_dilation: size_2_t = 1,
         ceil_mode: bool = False,
         device: Any = None,
         dtype: Any = None,
@@ -158,18 +158,18 @@ class ConvReLUMaxPool3d(_ConvReLUMaxPool, torch.nn.Conv3d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_3_t,
-        stride: _size_3_t = 1,
-        padding: str | _size_3_t = 0,
-        dilation: _size_3_t = 1,
+        kernel_size: size_3_t,
+        stride: size_3_t = 1,
+        padding: str | size_3_t = 0,
+        dilation: size_3_t = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: _PaddingMode = "zeros",
         *,
-        pool_kernel_size: _size_3_t = 2,
-        pool_stride: _size_3_t | None = None,
-        pool_padding: _size_3_t = 0,
-        pool_dilation: _size_3_t = 1,
+        pool_kernel_size: size_3_t = 2,
+        pool_stride: size_3_t | None = None,
+        pool_padding: size_3_t = 0,
+        pool_dilation: size_3_t = 1,
         ceil_mode: bool = False,
         device: Any = None,
         dtype: Any = None,
