@@ -4,12 +4,12 @@ a torch has the name no longer. tests/test_torch_names.py has it that the torch 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
 import torch.fx.experimental.symbolic_shapes
-import torch.optim.optimizer
 import torch.utils._device
 from torch import Tensor, nn
 from torch.autograd import forward_ad as forward_ad
@@ -104,9 +104,9 @@ def inductor() -> Callable[..., Any]:
 
 
 # Hooks of all optimizers. Without the names nothing is known of such hooks.
-_optimizer_pre_hooks: dict[int, Any] = _private("optim.optimizer._global_optimizer_pre_hooks", {})
-_optimizer_post_hooks: dict[int, Any] = _private("optim.optimizer._global_optimizer_post_hooks", {})
-global_optimizer_hooks = (_optimizer_pre_hooks, _optimizer_post_hooks)
+OF_OPTIMIZER_MODULE = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+optimizer_module = import_module("torch.optim.optimizer")  # which torch.optim has no attribute for
+global_optimizer_hooks: Sequence[dict[int, Any]] = [getattr(optimizer_module, name, {}) for name in OF_OPTIMIZER_MODULE]
 
 
 def note_step_of(optimizer: torch.optim.Optimizer) -> None:

@@ -32,6 +32,7 @@ def test_attributes_of_objects_are_there() -> None:
         (optimizer, _torch.OF_OPTIMIZERS),
         (layer.weight_ih_l0, _torch.OF_TENSORS),
         (_torch.forward_ad, _torch.OF_FORWARD_AD),
+        (_torch.optimizer_module, _torch.OF_OPTIMIZER_MODULE),
     ):
         for name in names:
             assert hasattr(value, name), name
