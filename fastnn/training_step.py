@@ -4,51 +4,31 @@ where the loss is the caller's own."""
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable, Sequence
-from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnn._torch import HOOKS, TENSOR_HOOKS, global_optimizer_hooks, note_step_of
+from fastnn._torch import global_optimizer_hooks, note_step_of
 from fastnn.fusion import fuse
-from fastnn.graph.chain import Chain, ChainError, read_chain
-from fastnn.graph.forward import FusedForward, Program
-from fastnn.graph.guard import ABSENT, Guard
+from fastnn.graph.chain import ChainError
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import (
-    bind_training_step_op,
     bound_training_step_op,
-    release_training_step,
     training_step_backward_op,
     training_step_forward_op,
     training_step_op,
 )
-from fastnn.training_numbers import (
-    IS_FIRST,
-    OPTIMIZERS,
-    check_optimizer,
-    check_parameters,
-    kept_by,
-    new_number,
-    numbers_of_group,
-    numbers_of_loss,
-    settings_of_loss,
-)
+from fastnn.training_binding import Binding, UsedGradients
+from fastnn.training_numbers import check_optimizer, check_parameters
+from fastnn.training_reading import Reading
 
-_call, _call_bound, _call_forward, _call_backward, _call_bind = (
-    op._op
-    for op in (
-        *(training_step_op, bound_training_step_op, training_step_forward_op, training_step_backward_op),
-        bind_training_step_op,
-    )
+_call, _call_bound, _call_forward, _call_backward = (
+    op._op for op in (training_step_op, bound_training_step_op, training_step_forward_op, training_step_backward_op)
 )
-_get_flags = attrgetter("requires_grad", *TENSOR_HOOKS)
-_get_all_flags = attrgetter("requires_grad", *TENSOR_HOOKS, "grad")
 
 
 class TrainingStep:
@@ -89,18 +69,14 @@ class TrainingStep:
     ) -> None:
         """Sets all but the model, before anything is read."""
         self.loss, self._optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
-        self._why = ""  # why steps go the ordinary way
-        self._loss_why = ""  # the loss is not the operator's
+        self._reading: Reading | None = None
+        self._binding: Binding | None = None
+        self._why = ""  # there is no reading: steps go the ordinary way
         self._last_why = ""  # the last step went the ordinary way
-        self._chain: Chain | None = None
-        self._program: Program | None = None
         self._no_grad = torch.no_grad()  # made once: 0.5 us
-        self._release: Any = lambda: None  # what is bound
-        self._forward: Any = None  # the model's, when it was read
         self._retries = False  # a step that one call did not take
-        self._used = _UsedGradients.of(optimizer)
+        self._used = UsedGradients.of(optimizer)
         self._is_unread_copy = False
-        self._forget()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -109,7 +85,7 @@ class TrainingStep:
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        before, self._used = self._used, _UsedGradients.of(optimizer)
+        before, self._used = self._used, UsedGradients.of(optimizer)
         self._used.know(before)
         self._optimizer = optimizer
         self._read()
@@ -129,28 +105,33 @@ class TrainingStep:
         """Whether a step is one operator call, and if not, why."""
         if self._is_unread_copy:
             self._read()
-        if self._chain is None or self._why:
+        if self._reading is None:
             return f"forward and backward by autograd, the optimizer's own step: {self._why}"
-        stages = "; ".join(self._chain.describe())
+        stages = "; ".join(self._reading.chain.describe())
         last = f"; but the last step went the ordinary way: {self._last_why}" if self._last_why else ""
-        if self._loss_why:
-            return f"two operator calls and between them the loss ({self._loss_why}): {stages}{last}"
+        if self._reading.loss_why:
+            return f"two operator calls and between them the loss ({self._reading.loss_why}): {stages}{last}"
         return f"one operator call: {stages}{last}"
 
     def __call__(self, input: Any, target: Any) -> Tensor:
         """One step on a batch -> the loss, as it was before the step."""
         if self.keep_gradients:
             self._used.drop(self._optimizer)
-        if not (self._is_due(input, target) and self._is_bound()):
+        self._last_why = self._why_not_due(input, target)
+        if self._last_why or not self._is_bound():
             return self._ordinary(input, target)
-        assert self._chain is not None
-        at_once = not self._loss_why and (self._chain.log_softmax != -1 or target.dim() == 1)
-        random = torch.get_rng_state() if at_once and self._chain.draws else None
+        reading, binding = self._reading, self._binding
+        assert reading is not None
+        assert binding is not None
+        chain = reading.chain
+        at_once = not reading.loss_why and (chain.log_softmax != -1 or target.dim() == 1)
+        random = torch.get_rng_state() if at_once and chain.draws else None
         try:
-            loss, gradients = self._in_one_call(input, target) if at_once else self._in_two_calls(input, target)
+            run = self._in_one_call if at_once else self._in_two_calls
+            loss, gradients = run(reading, binding, input, target)
         except _OtherLeavesError:
             self._undo()
-            self._chain = self._program = None
+            self._reading = None
             self._why = "the loss uses parameters by itself"
             return self._ordinary(input, target)
         except _RefusedError:
@@ -161,288 +142,151 @@ class TrainingStep:
             if not (at_once and isinstance(error, RuntimeError)) or self._retries:
                 raise
         else:
-            self._after(gradients)
+            self._after(binding, gradients)
             return loss
         # A target that the operator does not take may be good for the loss itself; if not, it has words for it. What
         # else the operator does not take, the ordinary way may.
         if random is not None:
             torch.set_rng_state(random)
-        self._loss_why, self._retries = _OTHER_TARGET, True
+        reading.loss_why, self._retries = _OTHER_TARGET, True
         try:
             loss = self(input, target)
-            if not self._parameters:  # it was the ordinary way
-                self._loss_why = ""
         except BaseException:
-            self._loss_why = ""
+            reading.loss_why = ""
             raise
         finally:
             self._retries = False
+        if self._binding is None:  # it was the ordinary way
+            reading.loss_why = ""
         return loss
 
-    # ---- the one call ---------------------------------------------------------------------------------------------
+    # ---- what the one call rests on -------------------------------------------------------------------------------
 
-    def _read(self) -> None:
-        """Finds out whether there is one call for the model, loss and optimizer as they are."""
-        program, self._chain, self._program = self._program, None, None
-        self._is_unread_copy = False
-        self._why = self._loss_why = ""
+    def _read(self, anew: bool = False) -> None:
+        """Finds out whether there is one call for the model, loss and optimizer as they are; `anew`, by a new trace."""
+        before = None if anew else self._reading
+        self._reading, self._why, self._is_unread_copy = None, "", False
         self._forget()
         try:
-            forward: Any = self.model.__dict__.get("forward")
-            if any(self.model.__dict__[name] for name in HOOKS):
-                raise ChainError("the model has hooks")
-            if program is None or forward is not self._forward or not program.holds():
-                program = forward.program(now=True) if isinstance(forward, FusedForward) else None
-            self._forward = forward
-            if program is None:
-                raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")
-            check_optimizer(self._optimizer)
-            chain = read_chain(program)
-            self._parameter_owners, self._parameter_names = (
-                [own for own, _ in chain.sources],
-                [name for _, name in chain.sources],
-            )
-            check_parameters(list(map(getitem, self._parameter_owners, self._parameter_names)), self._optimizer)
+            self._reading = Reading(self.model, self.loss, self._optimizer, before)
         except ChainError as reason:
             self._why = str(reason)
-            return
-        self._chain, self._program = chain, program
-        self._loss_numbers, self._loss_weight = [0.0] * 4, None
-        self._loss_read, self._loss_settings = self.loss, settings_of_loss(self.loss)
-        try:
-            self._loss_numbers, self._loss_weight = numbers_of_loss(self.loss, chain.log_softmax is not None)
-        except ChainError as reason:
-            self._loss_why = str(reason)
 
     def _forget(self) -> None:
         """Drops what was made of the parameters, and of the optimizer's settings and state."""
-        self._release()
-        # Of what it was made: tensors and what holds them, whether they require grad and have hooks, max_norm, the
-        # groups' settings.
-        self._guard: Guard | None = None
-        self._flags: list[Any] = []
-        self._bound_norm: float | None = None
-        self._settings: list[Any] = []
-        self._numbers: Tensor | None = None
-        self._parameters: list[Tensor] = []
-        self._states: list[Tensor] = []  # the optimizer's, as the operators take them
-        self._kept: list[tuple[str, ...]] = []  # of each group: see kept_by
-        self._layout: list[int] = []
-        self._bound: Tensor | None = None  # all of these, for the one call
-        self._get_settings: list[Callable[[Any], Any]] = []
-        # Parameters for which this step has made some of the optimizer's state, and what there was before.
-        self._created: list[tuple[Tensor, dict[str, Any]]] = []
+        if self._binding is not None:
+            self._binding.release()
+            self._binding = None
 
     def _undo(self) -> None:
-        for parameter, before in self._created:
-            if before:
-                self._optimizer.state[parameter] = before
-            else:
-                del self._optimizer.state[parameter]
+        if self._binding is not None:
+            self._binding.undo()
         self._forget()
 
-    def _is_due(self, input: Any, target: Any) -> bool:
-        """Whether such a call is one for the operators at all; if not, `_last_why` says why."""
-        self._last_why = self._why_not_due(input, target)
-        return not self._last_why
-
     def _why_not_due(self, input: Any, target: Any) -> str:
+        """Why such a call is none for the operators, or an empty text where it is one."""
         if self._is_unread_copy:
             self._read()
-        if self._chain is None or self._program is None:
+        reading = self._reading
+        if reading is None:
             return self._why
         if type(input) is not Tensor or not input.is_cpu or input.requires_grad:
             return "its input was no plain tensor on the CPU, or one that requires a gradient"
-        if not self._loss_why and (type(target) is not Tensor or target.requires_grad):
+        if not reading.loss_why and (type(target) is not Tensor or target.requires_grad):
             return "its target was no plain tensor, or one that requires a gradient"
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return "autocast, torch.func, torch.compile or torch.no_grad was on"
         if has_global_hooks() or any(global_optimizer_hooks) or torch.is_anomaly_enabled():
             return "there were hooks of all modules or optimizers, or anomalies were looked for"
-        if not (self._model_holds() and self._program.holds() and self._chain.guard.holds() and self._loss_holds()):
+        if not reading.holds(self.loss):
             self._read()
-            if self._chain is None:
+            reading = self._reading
+            if reading is None:
                 return self._why
             if not self.model.training:
                 return "the model was in eval mode"
         optimizer = self._optimizer
-        if optimizer._optimizer_step_pre_hooks or len(optimizer._optimizer_step_post_hooks) != 1:  # _UsedGradients
+        if optimizer._optimizer_step_pre_hooks or len(optimizer._optimizer_step_post_hooks) != 1:  # UsedGradients
             return "the optimizer had hooks"
-        if input.dim() not in self._chain.dims or input.numel() == 0:
+        if input.dim() not in reading.chain.dims or input.numel() == 0:
             return "its input was empty, or of other dimensions than a batch has"
         return ""
-
-    def _model_holds(self) -> bool:
-        """Whether calling the model is still what was read, and that in training."""
-        own = self.model.__dict__
-        return own["training"] and own.get("forward") is self._forward
-
-    def _loss_holds(self) -> bool:
-        """Whether the loss is as it was read."""
-        try:
-            settings = self._loss_settings
-            return self.loss is self._loss_read and (not settings or settings == settings_of_loss(self.loss))
-        except RuntimeError:  # a tensor compared with another
-            return False
 
     def _is_bound(self) -> bool:
         """Sees to it that what is bound is what the model and the optimizer have; not where the model has lost a
         parameter, or the optimizer got what operators do not take."""
-        optimizer = self._optimizer
-        is_as_bound = self._is_as_bound()
-        if not is_as_bound:
+        reading, binding, optimizer = self._reading, self._binding, self._optimizer
+        assert reading is not None
+        holds = binding is not None and binding.holds(self.max_norm, self.keep_gradients)
+        if not holds:
             self._used.drop(optimizer)
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 self._last_why = "gradients lay in p.grad, which count too"
                 return False
-            is_as_bound = self._is_as_bound()
+            holds = binding is not None and binding.holds(self.max_norm, self.keep_gradients)
         try:
-            if is_as_bound:
-                if self._settings == self._settings_now():
+            if binding is not None and holds:
+                if binding.settings_hold():
                     return True
                 check_optimizer(optimizer)
-                if self._kept == [kept_by(optimizer, group) for group in optimizer.param_groups]:
-                    self._write_numbers()
+                if binding.states_fit():
+                    binding.write_numbers()
                     return True
-            parameters = list(map(getitem, self._parameter_owners, self._parameter_names))
-            if self._parameters and list(map(id, parameters)) != list(map(id, self._parameters)):
-                # They may be of other sizes.
-                self._program = None
-                self._read()
-                return self._chain is not None and self._is_bound()
+            parameters = reading.parameters()
+            if binding is not None and list(map(id, parameters)) != list(map(id, binding.parameters)):
+                self._read(anew=True)  # they may be of other sizes
+                return self._reading is not None and self._is_bound()
             check_optimizer(optimizer)
             check_parameters(parameters, optimizer)
-            self._bind(parameters)
+            self._forget()
+            self._binding = Binding(reading, parameters, optimizer, self.max_norm, self.keep_gradients)
         except (KeyError, ChainError):
             self._undo()
             self._read()
             return False
         return True
 
-    def _is_as_bound(self) -> bool:
-        """Whether the model's and the optimizer's tensors are, whatever the optimizer's settings."""
-        return (
-            self._guard is not None
-            and self._guard.holds()
-            and self._flags == self._flags_now()
-            and self._bound_norm == self.max_norm
-            and not (self.keep_gradients and any(p.grad is not None for p in self._parameters))
-        )
+    # ---- and makes ------------------------------------------------------------------------------------------------
 
-    def _flags_now(self) -> list[Any]:
-        return list(map(_get_flags if self.keep_gradients else _get_all_flags, self._parameters))
-
-    def _settings_now(self) -> list[Any]:
-        return [get(group) for get, group in zip(self._get_settings, self._optimizer.param_groups, strict=True)]
-
-    def _bind(self, parameters: list[Tensor]) -> None:
-        assert self._chain is not None
-        optimizer = self._optimizer
-        self._forget()
-        self._parameters = parameters
-        self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
-        places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        for p in parameters:
-            group = places[id(p)] if p.requires_grad else -1
-            self._layout += [group, self._take_states(p, self._kept[group]) if p.requires_grad else 0]
-        self._write_numbers()
-        with self._no_grad:
-            self._bound = _call_bind(parameters, self._states, self._chain.text, self._loss_weight, self._layout)
-        self._release = weakref.finalize(self, release_training_step, int(self._bound))
-        self._release.atexit = False
-        self._bound_norm = self.max_norm
-        self._flags = [tuple(dict(f) if isinstance(f, dict) else f for f in flags) for flags in self._flags_now()]
-        self._guard = Guard(by_value=False)
-        own: dict[str, Any] = optimizer.__dict__
-        for name in ("param_groups", "state", "step"):  # a scheduler puts a step there
-            self._guard.note_item(own, name, own.get(name, ABSENT))
-        for group_of_settings in optimizer.param_groups:
-            self._guard.note_item(group_of_settings, "params", group_of_settings["params"])
-            self._guard.note_contents(group_of_settings["params"])
-        for container in (*self._parameter_owners, optimizer.param_groups, optimizer.state, *optimizer.state.values()):
-            self._guard.note_contents(container)
-        self._guard.seal()
-
-    def _take_states(self, parameter: Tensor, kept: tuple[str, ...]) -> int:
-        """Adds a parameter's state to the rest, made where there is none yet; its bits in the layout."""
-        state = self._optimizer.state.get(parameter, {})
-        before, names = dict(state), [name for name in kept if name]
-        bits = sum(1 << i for i, name in enumerate(kept) if name)
-        row = OPTIMIZERS[type(self._optimizer)]
-        if row.name == "SGD":
-            if names and state.get(names[0]) is None:
-                state[names[0]] = torch.zeros_like(parameter)
-                bits |= IS_FIRST
-        elif not state and row.name != "Adagrad":  # which makes its states when it is made
-            state.update({name: new_number(value) for name, value in row.numbers})
-            state.update({name: torch.zeros_like(parameter) for name in names})
-        self._states += [state[name] for name in (*[name for name, _ in row.numbers], *names)]
-        if any(before.get(name) is not tensor for name, tensor in state.items()):
-            self._optimizer.state[parameter] = state
-            self._created.append((parameter, before))
-        return bits
-
-    def _write_numbers(self) -> None:
-        groups, row = self._optimizer.param_groups, OPTIMIZERS[type(self._optimizer)]
-        max_norm = -1.0 if self.max_norm is None else float(self.max_norm)
-        numbers = [*self._loss_numbers, float(row.kind), max_norm]
-        for group in groups:
-            numbers += numbers_of_group(row, group)
-        self._numbers = torch.tensor(numbers, dtype=torch.float64)
-        self._get_settings = [itemgetter(*filter(group.__contains__, row.group_settings)) for group in groups]
-        self._settings = self._settings_now()
-
-    def _in_one_call(self, input: Tensor, target: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        assert self._chain is not None
+    def _in_one_call(
+        self, reading: Reading, binding: Binding, input: Tensor, target: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         with self._no_grad:
             loss: Tensor
             gradients: Sequence[Tensor] = ()
             if not self.keep_gradients:
-                loss = _call_bound(input, target, self._bound, self._numbers)
+                loss = _call_bound(input, target, binding.bound, binding.numbers)
             else:
                 loss, gradients = _call(
-                    input, target, self._parameters, self._states, self._chain.text, self._loss_weight, self._layout,
-                    self._numbers, True,
+                    input, target, binding.parameters, binding.states, reading.chain.text, reading.loss_weight,
+                    binding.layout, binding.numbers, True,
                 )  # fmt: skip
-        self._count_batches()
+        _count_batches(reading)
         return loss, gradients
 
-    def _in_two_calls(self, input: Tensor, target: Any) -> tuple[Tensor, list[Tensor]]:
+    def _in_two_calls(
+        self, reading: Reading, binding: Binding, input: Tensor, target: Any
+    ) -> tuple[Tensor, list[Tensor]]:
         """With the caller's own loss."""
-        assert self._chain is not None
-        text = self._chain.text
-        undo = self._copy_of_forward()
+        undo = _copy_of_forward(reading, binding)
         try:
             with self._no_grad:
-                output, saved = _call_forward(input, self._parameters, text)
+                output, saved = _call_forward(input, binding.parameters, reading.chain.text)
         except RuntimeError as error:
             undo()
             raise _RefusedError from error
         try:
-            return self._from_output(input, target, output, saved)
+            return self._from_output(reading, binding, input, target, output, saved)
         except BaseException:
             undo()
             raise
 
-    def _copy_of_forward(self) -> Callable[[], None]:
-        """What a forward changes; calling the result takes that back."""
-        random = torch.get_rng_state()
-        statistics = [(p, p.clone()) for p in self._parameters if not isinstance(p, nn.Parameter)]
-        counters = [(own[name], own[name].clone()) for own, name in self._chain.counters if own.get(name) is not None]  # type: ignore[union-attr]
-
-        def undo() -> None:
-            torch.set_rng_state(random)
-            with torch.no_grad():
-                for tensor, value in (*statistics, *counters):
-                    tensor.copy_(value)
-
-        return undo
-
-    def _from_output(self, input: Tensor, target: Any, output: Tensor, saved: Any) -> tuple[Tensor, list[Tensor]]:
+    def _from_output(
+        self, reading: Reading, binding: Binding, input: Tensor, target: Any, output: Tensor, saved: Any
+    ) -> tuple[Tensor, list[Tensor]]:
         """Loss, backward and update of a forward."""
-        assert self._chain is not None
-        text, log_softmax = self._chain.text, self._chain.log_softmax
-        self._count_batches()
+        log_softmax = reading.chain.log_softmax
+        _count_batches(reading)
         output.requires_grad_()
         # Not the leaf itself, which the loss could not change in place.
         scores = output.clone() if log_softmax is None else F.log_softmax(output, log_softmax)
@@ -450,8 +294,8 @@ class TrainingStep:
         if _reaches_others(loss, output):
             raise _OtherLeavesError
         loss.backward()
-        if not self.keep_gradients and any(p.grad is not None for p in self._parameters):  # by way of a checkpoint
-            for p in self._parameters:
+        if not self.keep_gradients and any(p.grad is not None for p in binding.parameters):  # by way of a checkpoint
+            for p in binding.parameters:
                 p.grad = None
             raise _OtherLeavesError
         if output.grad is None:
@@ -459,27 +303,22 @@ class TrainingStep:
         try:
             with self._no_grad:
                 gradients = _call_backward(
-                    output.grad, input, self._parameters, self._states, saved, text, self._layout, self._numbers,
-                    self.keep_gradients,
+                    output.grad, input, binding.parameters, binding.states, saved, reading.chain.text, binding.layout,
+                    binding.numbers, self.keep_gradients,
                 )  # fmt: skip
         except RuntimeError as error:
             raise _RefusedError from error
         return loss.detach(), gradients
 
-    def _count_batches(self) -> None:
-        for own, name in self._chain.counters:  # type: ignore[union-attr]
-            if own.get(name) is not None:
-                own[name].add_(1)
-
-    def _after(self, gradients: Sequence[Tensor]) -> None:
-        torch.autograd.graph.increment_version(self._parameters)
+    def _after(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
+        torch.autograd.graph.increment_version(binding.parameters)
         if self.keep_gradients:
-            for p, gradient in zip(self._parameters, gradients, strict=True):
+            for p, gradient in zip(binding.parameters, gradients, strict=True):
                 if p.requires_grad:
                     p.grad = gradient
             self._used(self._optimizer)
         note_step_of(self._optimizer)
-        if self._created:  # the first step of a momentum is over
+        if binding.created:  # the first step of a momentum is over
             self._forget()
 
     # ---- and the ordinary one ---------------------------------------------------------------------------------------
@@ -533,56 +372,6 @@ def training_step(
     return TrainingStep(model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict)
 
 
-class _UsedGradients:
-    """A hook of an optimizer that notes which gradients its last step has used. A loop that calls ``zero_grad`` before
-    ``backward`` leaves such gradients, which are not to be used once more."""
-
-    def __init__(self) -> None:
-        self._noted: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by parameters' numbers: gradient and version
-
-    @staticmethod
-    def of(optimizer: torch.optim.Optimizer) -> _UsedGradients:
-        """The optimizer's one."""
-        for hook in optimizer._optimizer_step_post_hooks.values():
-            if isinstance(hook, _UsedGradients):
-                return hook
-        made = _UsedGradients()
-        optimizer.register_step_post_hook(made)
-        if optimizer.state:  # it has made steps
-            made(optimizer)
-        return made
-
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._noted = {
-            id(p): (weakref.ref(p.grad), p.grad._version)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
-
-    def know(self, other: _UsedGradients) -> None:
-        """Counts what another optimizer has used as used."""
-        self._noted = {**other._noted, **self._noted}
-
-    def drop(self, optimizer: torch.optim.Optimizer) -> None:
-        """Takes gradients away that have been used and are as they were."""
-        if not self._noted:
-            return
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                noted, version = self._noted.get(id(p), (None, 0))
-                gradient = None if noted is None else noted()
-                if gradient is None or gradient is not p.grad:
-                    continue
-                if gradient._version != version and (gradient.layout != torch.strided or gradient.any()):  # not zeroed
-                    raise RuntimeError(
-                        "training_step: backward has added to gradients that the optimizer has used already, or they "
-                        "have been changed in place: call optimizer.zero_grad() before the next backward or step"
-                    )
-                p.grad = None
-        self._noted = {}
-
-
 _OTHER_TARGET = "its target is none that the operator takes"
 
 
@@ -601,6 +390,27 @@ def _check_calls(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             signature.bind(*given)
         except TypeError as error:
             raise TypeError(f"training_step: {what} {signature}: {error}") from None
+
+
+def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:
+    """What a forward changes; calling the result takes that back."""
+    random = torch.get_rng_state()
+    statistics = [(p, p.clone()) for p in binding.parameters if not isinstance(p, nn.Parameter)]
+    counters = [(own[name], own[name].clone()) for own, name in reading.chain.counters if own.get(name) is not None]
+
+    def undo() -> None:
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for tensor, value in (*statistics, *counters):
+                tensor.copy_(value)
+
+    return undo
+
+
+def _count_batches(reading: Reading) -> None:
+    for own, name in reading.chain.counters:
+        if own.get(name) is not None:
+            own[name].add_(1)
 
 
 class _RefusedError(Exception):

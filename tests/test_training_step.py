@@ -1199,9 +1199,9 @@ def raw_calls(name: str) -> tuple[list[Any], list[Any]]:
     """Arguments of training_step_forward for a model, and of training_step_backward after it, with SGD."""
     model, x, _ = batch(name, torch.float32)
     step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
-    assert step._chain is not None
-    parameters, text = [own[one].detach() for own, one in step._chain.sources], step._chain.text
-    layout = [n for own, one in step._chain.sources for n in (0 if own[one].requires_grad else -1, 0)]
+    assert step._reading is not None
+    parameters, text = [own[one].detach() for own, one in step._reading.chain.sources], step._reading.chain.text
+    layout = [n for own, one in step._reading.chain.sources for n in (0 if own[one].requires_grad else -1, 0)]
     output, saved = torch.ops.fastnn.training_step_forward(x, parameters, text)
     return [x, parameters, text], [torch.randn(output.shape), x, parameters, [], saved, text, layout, NUMBERS, True]
 

@@ -1,0 +1,180 @@
+"""The tensors of a model and its optimizer as the operators of a training step take them, and whether they are still
+the same; and the gradients that an optimizer has used."""
+
+from __future__ import annotations
+
+import weakref
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn._torch import TENSOR_HOOKS
+from fastnn.graph.guard import ABSENT, Guard
+from fastnn.ops.training_step import bind_training_step_op, release_training_step
+from fastnn.training_numbers import IS_FIRST, OPTIMIZERS, kept_by, new_number, numbers_of_group
+from fastnn.training_reading import Reading
+
+_call_bind = bind_training_step_op._op
+_get_flags = attrgetter("requires_grad", *TENSOR_HOOKS)
+_get_all_flags = attrgetter("requires_grad", *TENSOR_HOOKS, "grad")
+
+
+class Binding:
+    """Parameters, the optimizer's states and its settings, bound to one number for the one call. What the binding
+    itself makes of the optimizer's state, :meth:`undo` takes back.
+
+    KeyError where the optimizer's state lacks something.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        parameters: list[Tensor],
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None,
+        keep_gradients: bool,
+    ) -> None:
+        self.parameters = parameters
+        self.states: list[Tensor] = []  # the optimizer's, as the operators take them
+        self.layout: list[int] = []  # of each parameter its group and which states it has
+        # Whether this made some of the optimizer's state, and what there was before.
+        self.created: list[tuple[Tensor, dict[str, Any]]] = []
+        self._optimizer, self._max_norm, self._loss_numbers = optimizer, max_norm, reading.loss_numbers
+        self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
+        places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        try:
+            for p in parameters:
+                group = places[id(p)] if p.requires_grad else -1
+                self.layout += [group, self._take_states(p, self._kept[group]) if p.requires_grad else 0]
+        except BaseException:
+            self.undo()
+            raise
+        self.write_numbers()
+        with torch.no_grad():
+            self.bound = _call_bind(parameters, self.states, reading.chain.text, reading.loss_weight, self.layout)
+        self.release = weakref.finalize(self, release_training_step, int(self.bound))
+        self.release.atexit = False
+        self._read_flags = _get_flags if keep_gradients else _get_all_flags
+        self._flags = [
+            tuple(dict(f) if isinstance(f, dict) else f for f in flags) for flags in map(self._read_flags, parameters)
+        ]
+        self._guard = Guard(by_value=False)
+        own: dict[str, Any] = optimizer.__dict__
+        for name in ("param_groups", "state", "step"):  # a scheduler puts a step there
+            self._guard.note_item(own, name, own.get(name, ABSENT))
+        for group_of_settings in optimizer.param_groups:
+            self._guard.note_item(group_of_settings, "params", group_of_settings["params"])
+            self._guard.note_contents(group_of_settings["params"])
+        for container in (*reading.owners, optimizer.param_groups, optimizer.state, *optimizer.state.values()):
+            self._guard.note_contents(container)
+        self._guard.seal()
+
+    def holds(self, max_norm: float | None, keep_gradients: bool) -> bool:
+        """Whether the model's and the optimizer's tensors are as bound, whatever the optimizer's settings."""
+        return (
+            self._guard.holds()
+            and self._flags == list(map(self._read_flags, self.parameters))
+            and self._max_norm == max_norm
+            and not (keep_gradients and any(p.grad is not None for p in self.parameters))
+        )
+
+    def settings_hold(self) -> bool:
+        return self._settings == self._settings_now()
+
+    def states_fit(self) -> bool:
+        """Whether the settings, which may be others, ask for the same states."""
+        return self._kept == [kept_by(self._optimizer, group) for group in self._optimizer.param_groups]
+
+    def write_numbers(self) -> None:
+        """Reads the optimizer's settings anew."""
+        groups, row = self._optimizer.param_groups, OPTIMIZERS[type(self._optimizer)]
+        max_norm = -1.0 if self._max_norm is None else float(self._max_norm)
+        numbers = [*self._loss_numbers, float(row.kind), max_norm]
+        for group in groups:
+            numbers += numbers_of_group(row, group)
+        self.numbers = torch.tensor(numbers, dtype=torch.float64)
+        self._get_settings = [itemgetter(*filter(group.__contains__, row.group_settings)) for group in groups]
+        self._settings = self._settings_now()
+
+    def undo(self) -> None:
+        """Takes back what this made of the optimizer's state."""
+        for parameter, before in self.created:
+            if before:
+                self._optimizer.state[parameter] = before
+            else:
+                del self._optimizer.state[parameter]
+        self.created = []
+
+    def _settings_now(self) -> list[Any]:
+        return [get(group) for get, group in zip(self._get_settings, self._optimizer.param_groups, strict=True)]
+
+    def _take_states(self, parameter: Tensor, kept: tuple[str, ...]) -> int:
+        """Adds a parameter's state to the rest, made where there is none yet; its bits in the layout."""
+        state = self._optimizer.state.get(parameter, {})
+        before, names = dict(state), [name for name in kept if name]
+        bits = sum(1 << i for i, name in enumerate(kept) if name)
+        row = OPTIMIZERS[type(self._optimizer)]
+        if row.name == "SGD":
+            if names and state.get(names[0]) is None:
+                state[names[0]] = torch.zeros_like(parameter)
+                bits |= IS_FIRST
+        elif not state and row.name != "Adagrad":  # which makes its states when it is made
+            state.update({name: new_number(value) for name, value in row.numbers})
+            state.update({name: torch.zeros_like(parameter) for name in names})
+        self.states += [state[name] for name in (*[name for name, _ in row.numbers], *names)]
+        if any(before.get(name) is not tensor for name, tensor in state.items()):
+            self._optimizer.state[parameter] = state
+            self.created.append((parameter, before))
+        return bits
+
+
+class UsedGradients:
+    """A hook of an optimizer that notes which gradients its last step has used. A loop that calls ``zero_grad`` before
+    ``backward`` leaves such gradients, which are not to be used once more."""
+
+    def __init__(self) -> None:
+        self._noted: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by parameters' numbers: gradient and version
+
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer) -> UsedGradients:
+        """The optimizer's one."""
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            if isinstance(hook, UsedGradients):
+                return hook
+        made = UsedGradients()
+        optimizer.register_step_post_hook(made)
+        if optimizer.state:  # it has made steps
+            made(optimizer)
+        return made
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._noted = {
+            id(p): (weakref.ref(p.grad), p.grad._version)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
+
+    def know(self, other: UsedGradients) -> None:
+        """Counts what another optimizer has used as used."""
+        self._noted = {**other._noted, **self._noted}
+
+    def drop(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes gradients away that have been used and are as they were."""
+        if not self._noted:
+            return
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                noted, version = self._noted.get(id(p), (None, 0))
+                gradient = None if noted is None else noted()
+                if gradient is None or gradient is not p.grad:
+                    continue
+                if gradient._version != version and (gradient.layout != torch.strided or gradient.any()):  # not zeroed
+                    raise RuntimeError(
+                        "training_step: backward has added to gradients that the optimizer has used already, or they "
+                        "have been changed in place: call optimizer.zero_grad() before the next backward or step"
+                    )
+                p.grad = None
+        self._noted = {}

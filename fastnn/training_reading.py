@@ -1,0 +1,79 @@
+"""What a training step reads of its model and loss before it can be one call, and whether it is still so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnn._torch import HOOKS
+from fastnn.graph.chain import Chain, ChainError, read_chain
+from fastnn.graph.forward import FusedForward, Program
+from fastnn.training_numbers import check_optimizer, check_parameters, numbers_of_loss, settings_of_loss
+
+
+class Reading:
+    """A model as a chain of layers, and its loss in numbers. ChainError where the model is no chain, or where operators
+    do not take its parameters or the optimizer.
+
+    before: the last reading, whose trace serves again where it holds.
+    """
+
+    _forward: Any  # the model's own, as it was read
+    _program: Program  # its trace
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        optimizer: torch.optim.Optimizer,
+        before: Reading | None,
+    ) -> None:
+        forward: Any = model.__dict__.get("forward")
+        if any(model.__dict__[name] for name in HOOKS):
+            raise ChainError("the model has hooks")
+        program: Program | None
+        if before is not None and forward is before._forward and before._program.holds():
+            program = before._program
+        else:
+            program = forward.program(now=True) if isinstance(forward, FusedForward) else None
+        if program is None:
+            raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")
+        check_optimizer(optimizer)
+        self.chain: Chain = read_chain(program)
+        self._model, self._forward, self._program = model, forward, program
+        self.owners, self._names = [own for own, _ in self.chain.sources], [name for _, name in self.chain.sources]
+        check_parameters(self.parameters(), optimizer)
+        self.loss_numbers: list[float] = [0.0] * 4
+        self.loss_weight: Tensor | None = None
+        self.loss_why = ""  # the loss is not the operator's
+        self._loss, self._loss_settings = loss, settings_of_loss(loss)
+        try:
+            self.loss_numbers, self.loss_weight = numbers_of_loss(loss, self.chain.log_softmax is not None)
+        except ChainError as reason:
+            self.loss_why = str(reason)
+
+    def parameters(self) -> list[Tensor]:
+        """The chain's tensors as the model has them now. KeyError where one is gone."""
+        return list(map(getitem, self.owners, self._names))
+
+    def holds(self, loss: Any) -> bool:
+        """Whether calling the model is still what was read, and that in training, and the loss as it was."""
+        own = self._model.__dict__
+        return (
+            own["training"]
+            and own.get("forward") is self._forward
+            and self._program.holds()
+            and self.chain.guard.holds()
+            and self._loss_holds(loss)
+        )
+
+    def _loss_holds(self, loss: Any) -> bool:
+        settings = self._loss_settings
+        try:
+            return loss is self._loss and (not settings or settings == settings_of_loss(loss))
+        except RuntimeError:  # a tensor compared with another
+            return False
