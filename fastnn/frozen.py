@@ -251,14 +251,29 @@ class FrozenModel(nn.Module):
         state = self.__dict__.copy()
         state["_buffers"] = {"weights": self.weights}
         del state["_arguments"]
-        return state
+        return state | {"version": _VERSION}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(_of_this_version(state))
         self._pack()
 
     def __repr__(self) -> str:
         return "\n  ".join([f"{type(self).__name__}(", *_describe(self._program)]) + "\n)"
+
+
+# Of what a saved frozen model holds: its program, in which what a stage says may change, and the steps of a graph.
+_VERSION = 2
+
+
+def _of_this_version(state: dict[str, Any]) -> dict[str, Any]:
+    """What was saved, without the version. RuntimeError where another version of fastnn has written it."""
+    version = state.get("version")
+    if version != _VERSION:
+        raise RuntimeError(
+            f"this frozen model was saved in form {version or 1}, and this version of fastnn reads form {_VERSION}: "
+            "freeze the model again"
+        )
+    return {name: value for name, value in state.items() if name != "version"}
 
 
 def _describe(program: str) -> Iterator[str]:
@@ -372,6 +387,7 @@ class FrozenGraph(nn.Module):
         parts = [(part._program, part.weights, part._sizes) for part in self.parts]
         constants = [getattr(self, f"constant_{i}") for i in range(self._constants)]
         return {
+            "version": _VERSION,
             "parts": parts,
             "constants": constants,
             "rest": (self._steps, self._ranges, self._output),
@@ -379,6 +395,7 @@ class FrozenGraph(nn.Module):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = _of_this_version(state)
         parts = [FrozenModel(*part) for part in state["parts"]]
         FrozenGraph.__init__(self, parts, state["constants"], *state["rest"])
         self.training = state["training"]

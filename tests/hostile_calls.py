@@ -122,7 +122,7 @@ class Hostile:
         input = self.tensor([rows, widths[0]], dtype)
         weights = [self.tensor([widths[i + 1], widths[i]], dtype) for i in range(layers)]
         biases = [self.tensor([width], dtype) for width in widths[1:]] if self.maybe(0.5) else []
-        name = self.random.choice(["mlp", "mlp_reconstruction_error", "mlp_with_hidden", "mlp_backward"])
+        name = self.random.choice(["mlp", "mlp_with_hidden", "mlp_backward"])
         if name != "mlp_backward":
             return name, [input, weights + biases, text]
         saves_input = not text.endswith(("identity", "relu", "tanh", "sigmoid"))

@@ -168,6 +168,18 @@ def test_saved_loaded_copied_exported(name: str, tmp_path: Path) -> None:
     assert_close(frozen.double()(example.double()).float(), expected)
 
 
+def test_saved_by_another_version() -> None:
+    frozen = fastnn.freeze(*make("autoencoder"))
+    graph = fastnn.freeze(nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 2)), torch.randn(2, 3))
+    assert isinstance(graph, fastnn.FrozenGraph)
+    for one in (frozen, graph):
+        state = one.__getstate__()
+        for version in (None, state["version"] + 1):
+            other = {**state, "version": version}
+            with pytest.raises(RuntimeError, match=r"saved in form .* freeze the model again"):
+                type(one).__new__(type(one)).__setstate__(other)
+
+
 @pytest.mark.parametrize("name", ["cnn", "rnn", "autoencoder", "deep conv"])
 def test_on_another_instruction_set(name: str) -> None:
     model, example = make(name)

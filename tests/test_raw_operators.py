@@ -82,7 +82,6 @@ def calls() -> dict[str, list[Any]]:
         "conv_relu_max_pool_backward": [output, winners, *conv[:2], conv[3], True, True, True],
         "mlp": [chain[0], chain[1:], "gelu|relu"],
         "mlp_with_hidden": [chain[0], chain[1:], "gelu|relu"],
-        "mlp_reconstruction_error": [chain[0], [torch.randn(3, 3), torch.randn(3)], "relu"],
         "mlp_backward": [mlp_output, chain[0], chain[1:3], "gelu|relu", mlp_output, hidden, True, True, True],
         "rnn": [*rnn, *config],
         "rnn_with_reserve": [*rnn, *config],

@@ -56,11 +56,11 @@ MlpPlan make_plan(const int64_t* widths, int64_t layers, int64_t rows) {
 
 // A block of rows, row-major, through all layers.
 template <class T>
-const T* run_block(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row, int64_t rows,
-                   T* const (&buffers)[2]) {
+void run_block(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row, int64_t rows,
+               T* const (&buffers)[2]) {
   for (int64_t i = 0; i < count; ++i) {
     const MlpLayer<T>& layer = layers[i];
-    T* to = output && i + 1 == count ? output : buffers[i % 2];
+    T* to = i + 1 == count ? output : buffers[i % 2];
     if (layer.packed) {
       packed_layer<T>(layer, input, to, rows);
     } else {
@@ -70,13 +70,12 @@ const T* run_block(const MlpLayer<T>* layers, int64_t count, const T* input, T* 
     if (saved || !taken_with_the_tile(layer.activation)) activate_block<T>(layer, to, saved, rows * layer.out);
     input = to;
   }
-  return input;
 }
 
 // The same with the rows in the lanes.
 template <int vectors, class T>
-const T* run_block_in_lanes(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row,
-                            int64_t rows, T* const (&buffers)[2]) {
+void run_block_in_lanes(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t first_row,
+                        int64_t rows, T* const (&buffers)[2]) {
   constexpr int64_t width = vectors * kLanes<T>;
   into_lanes<vectors>(input, rows, layers[0].in, buffers[1]);
   for (int64_t i = 0; i < count; ++i) {
@@ -90,14 +89,12 @@ const T* run_block_in_lanes(const MlpLayer<T>* layers, int64_t count, const T* i
     }
     if (saved && !saves_input(layer.activation)) out_of_lanes<vectors>(to, rows, layer.out, saved);
   }
-  T* result = output ? output : buffers[count % 2];
-  out_of_lanes<vectors>(buffers[(count + 1) % 2], rows, layers[count - 1].out, result);
-  return result;
+  out_of_lanes<vectors>(buffers[(count + 1) % 2], rows, layers[count - 1].out, output);
 }
 
 template <class T>
-void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* input, T* output, T* errors,
-             int64_t first_row, int64_t last_row, T* scratch) {
+void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* input, T* output, int64_t first_row,
+             int64_t last_row, T* scratch) {
   int64_t widest = layers[0].in;
   for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
   T* const buffers[2] = {scratch, scratch + kBufferRows<T> * widest};
@@ -110,31 +107,29 @@ void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* i
     const int64_t rest = rows % (2 * lanes);
     if (in_lanes && rows > 2 * lanes && rest > 0 && rest <= lanes) rows -= rest;
     const T* block = input + row * layers[0].in;
-    T* to = output ? output + row * layers[count - 1].out : nullptr;
-    const T* result = !in_lanes      ? run_block<T>(layers, count, block, to, row, rows, buffers)
-                      : rows > lanes ? run_block_in_lanes<2>(layers, count, block, to, row, rows, buffers)
-                                     : run_block_in_lanes<1>(layers, count, block, to, row, rows, buffers);
-    if (errors) mean_squared_errors(block, result, rows, layers[0].in, errors + row);
+    T* to = output + row * layers[count - 1].out;
+    if (!in_lanes) {
+      run_block<T>(layers, count, block, to, row, rows, buffers);
+    } else if (rows > lanes) {
+      run_block_in_lanes<2>(layers, count, block, to, row, rows, buffers);
+    } else {
+      run_block_in_lanes<1>(layers, count, block, to, row, rows, buffers);
+    }
   }
 }
 
 template <class T>
-void forward_together(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t rows,
+void forward_together(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t rows,
                       int64_t round_bytes, T* scratch, Member& member) {
   int64_t widest = 0;
   for (int64_t i = 0; i < count; ++i) widest = larger(widest, layers[i].out);
   T* const buffers[2] = {scratch, scratch + kBufferRows<T> * widest};
   const T* from = input;
   for (int64_t i = 0; i < count; ++i) {
-    T* const to = output && i + 1 == count ? output : buffers[i % 2];
+    T* const to = i + 1 == count ? output : buffers[i % 2];
     dot_layer_together<T>(layers[i], from, to, rows, round_bytes, member);
     from = to;
   }
-  if (!errors) return;
-  const Share share = member.share(rows);
-  const int64_t features = layers[0].in;
-  mean_squared_errors(input + share.first * features, from + share.first * features, share.last - share.first, features,
-                      errors + share.first);
 }
 
 // One of `parts` even parts of the panels.
@@ -179,7 +174,7 @@ void sum_all_rows(const T* matrix, int64_t rows, int64_t columns, int64_t first,
 
 template <class T>
 constexpr MlpElementwise<T> elementwise() {
-  return {activate_all<T>, gradient_of_all<T>, sum_all_rows<T>, mean_squared_errors<T>};
+  return {activate_all<T>, gradient_of_all<T>, sum_all_rows<T>};
 }
 
 template <class T>

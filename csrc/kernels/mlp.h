@@ -58,13 +58,12 @@ struct MlpKernels {
   void (*pack)(const T* weight, int64_t out, int64_t in, int64_t part, int64_t parts, T* packed);
   // Elements of scratch that forward needs for layers of at most `widest` columns.
   int64_t (*scratch_size)(int64_t widest);
-  // input (rows, layers[0].in) -> output (rows, layers[count - 1].out), or, with a null output, errors (rows): the
-  // mean squared difference between a row and what becomes of it, which is then as long.
-  void (*forward)(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* input, T* output, T* errors,
-                  int64_t first_row, int64_t last_row, T* scratch);
+  // input (rows, layers[0].in) -> output (rows, layers[count - 1].out), the rows [first_row, last_row).
+  void (*forward)(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* input, T* output, int64_t first_row,
+                  int64_t last_row, T* scratch);
   // The same of all rows by a team, where the plan says so: each member reads its part of the weights alone, in rounds
   // of `round_bytes` for all of them.
-  void (*forward_together)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, T* errors, int64_t rows,
+  void (*forward_together)(const MlpLayer<T>* layers, int64_t count, const T* input, T* output, int64_t rows,
                            int64_t round_bytes, T* scratch, Member& member);
   int64_t (*backward_scratch_size)(int64_t widest);
   // grad_output (rows, layers[count - 1].out) -> grad_input (rows, layers[0].in), or null. Up to `few_rows` may be
@@ -83,7 +82,6 @@ struct MlpElementwise {
   // sums (columns) of the rows, those of the columns [first, last)
   void (*sum_rows)(const T* matrix, int64_t rows, int64_t columns, int64_t first, int64_t last, Compute<T>* sums,
                    Compute<T>* lost);
-  void (*mean_squared_errors)(const T* input, const T* output, int64_t rows, int64_t columns, T* errors);
 };
 
 struct MlpTable : PerWideDtype<MlpKernels> {

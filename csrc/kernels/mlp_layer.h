@@ -264,20 +264,5 @@ void lanes_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t ro
   }
 }
 
-// errors (rows) = the mean over the columns of (output - input)^2
-template <class T>
-void mean_squared_errors(const T* input, const T* output, int64_t rows, int64_t columns, T* errors) {
-  using C = Compute<T>;
-  for (int64_t r = 0; r < rows; ++r) {
-    Vec<C> total = {};
-    for (int64_t i = 0; i < columns; i += kLanes<T>) {
-      const int64_t from = r * columns + i, left_over = columns - i;
-      const Vec<C> difference = load_up_to<T>(output + from, left_over) - load_up_to<T>(input + from, left_over);
-      total += difference * difference;
-    }
-    errors[r] = from_compute<T>(sum_lanes<C>(total) / static_cast<C>(columns));
-  }
-}
-
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

@@ -15,7 +15,7 @@ enum class RnnMode : int32_t { tanh, relu, gru, lstm, count };
 struct RnnModeEntry {
   const char* name;  // that torch.nn.RNNBase has for it
   int64_t gates;     // rows of the weights for each hidden unit
-  int64_t states;    // h, and LSTM's c
+  uint64_t states;   // h, and LSTM's c
   // Numbers that a step saves of each hidden unit for backward, besides the output: LSTM its gates and cell state, GRU
   // its gates and the hidden half of the candidate.
   int64_t saved;

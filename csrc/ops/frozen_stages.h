@@ -71,7 +71,7 @@ class FrozenMlp : public FrozenStage<T> {
     const int64_t scratch_size = kernels.scratch_size(widest_);
     const Scratch<T> scratch(checked_product(chunks, scratch_size));
     parallel_chunks(chunks, rows, [&](int64_t chunk, int64_t first, int64_t last) {
-      kernels.forward(layers.data(), static_cast<int64_t>(layers.size()), false, input, output, nullptr, first, last,
+      kernels.forward(layers.data(), static_cast<int64_t>(layers.size()), false, input, output, first, last,
                       scratch.get() + chunk * scratch_size);
     });
   }

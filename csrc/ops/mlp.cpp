@@ -13,26 +13,9 @@ Tensor mlp(const Tensor& input, const std::vector<Tensor>& parameters, const std
   Tensor output = new_tensor({call.chain.rows, call.chain.widths.back()}, widened(dtype));
   with_kernel_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    run_forward<T>(call, mutable_data<T>(output), nullptr, {});
+    run_forward<T>(call, mutable_data<T>(output), {});
   });
   return narrowed(std::move(output), dtype);
-}
-
-Tensor mlp_reconstruction_error(const Tensor& input, const std::vector<Tensor>& parameters,
-                                const std::string& activations) {
-  const Forward call("mlp_reconstruction_error", input, parameters, activations);
-  const auto& widths = call.chain.widths;
-  FASTNN_CHECK(widths.back() == widths[0], call.chain.kind.op,
-               ": expected as many outputs of the last layer as features of ", "the input, ", widths[0], ", got ",
-               widths.back());
-  if (goes_by_layers(call.chain, false)) return errors_by_layers(call);
-  const ScalarType dtype = call.chain.kind.dtype;
-  Tensor errors = new_tensor({call.chain.rows}, widened(dtype));
-  with_kernel_dtype(dtype, [&](auto type) {
-    using T = decltype(type);
-    run_forward<T>(call, nullptr, mutable_data<T>(errors), {});
-  });
-  return narrowed(std::move(errors), dtype);
 }
 
 std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) {
@@ -56,7 +39,7 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, con
       if (!serves) hidden.push_back(new_tensor({chain.rows, chain.widths[i + 1]}, widened(dtype)));
       saved.push_back(serves ? nullptr : mutable_data<T>(hidden.back()));
     }
-    run_forward<T>(call, mutable_data<T>(output), nullptr, saved);
+    run_forward<T>(call, mutable_data<T>(output), saved);
   });
   return {narrowed(std::move(output), dtype), all_narrowed(std::move(hidden), dtype)};
 }
@@ -130,10 +113,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // parameters: the weights (out, in), then the biases (out), or no biases at all.
   // activations: one a layer, with bars between them: see activation_text.h.
   m.def("mlp(Tensor input, Tensor[] parameters, str activations) -> Tensor");
-  // One a row: the mean squared difference between the output and the input.
-  m.def(
-      "mlp_reconstruction_error(Tensor input, Tensor[] parameters, str activations)"
-      " -> Tensor");
   // hidden: what mlp_backward needs of each layer
   m.def(
       "mlp_with_hidden(Tensor input, Tensor[] parameters, str activations)"
@@ -147,7 +126,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("mlp", FASTNN_BOX(mlp));
-  m.impl("mlp_reconstruction_error", FASTNN_BOX(mlp_reconstruction_error));
   m.impl("mlp_with_hidden", FASTNN_BOX(mlp_with_hidden));
   m.impl("mlp_backward", FASTNN_BOX(mlp_backward));
 }

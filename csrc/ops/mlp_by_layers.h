@@ -73,19 +73,6 @@ inline std::tuple<Tensor, std::vector<Tensor>> forward_by_layers(const Forward& 
   return {std::move(current), std::move(hidden)};
 }
 
-inline Tensor errors_by_layers(const Forward& call) {
-  const Tensor output = std::get<0>(forward_by_layers(call, false)), input = dense(call.input);
-  const int64_t columns = call.chain.widths[0];
-  const Tensor errors = new_tensor({call.chain.rows}, ScalarType::BFloat16);
-  const bfloat16 *const before = data<bfloat16>(input), *const after = data<bfloat16>(output);
-  bfloat16* const to = mutable_data<bfloat16>(errors);
-  parallel_range(call.chain.rows, 3.0 * static_cast<double>(columns), [&](int64_t first, int64_t last) {
-    mlp_kernels().elementwise.bf16.mean_squared_errors(before + first * columns, after + first * columns, last - first,
-                                                       columns, to + first);
-  });
-  return errors;
-}
-
 // The sums of a matrix's rows.
 template <class T>
 Tensor sums_of_rows(const T* matrix, int64_t rows, int64_t columns, ScalarType dtype) {

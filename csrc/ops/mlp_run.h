@@ -54,16 +54,16 @@ inline int64_t team_size(const Chain& chain, double times) {
   return std::min(most, useful_threads(times * std::max(chain.work, 12 * chain.weights()) / 5));
 }
 
-// Into `output` (rows, out), or, for its reconstruction error, into `errors` (rows); the other is null. saved: where
-// each layer keeps (rows, its out) for backward, or null; or no places at all.
+// Runs all layers into `output` (rows, out). saved: where each layer saves (rows, its out) for backward, or null; or no
+// places at all.
 template <class T>
-void run_forward(const Forward& call, T* output, T* errors, const PerLayer<T*>& saved) {
+void run_forward(const Forward& call, T* output, const PerLayer<T*>& saved) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const Chain& chain = call.chain;
   bool saves = false;
   for (int64_t i = 0; i < saved.size(); ++i) saves = saves || (saved[i] && chain.rows * chain.widths[i + 1] > 0);
   // Rows of no features may be any number, for they take no memory.
-  if (!errors && chain.widths.back() == 0 && !saves) return;
+  if (chain.widths.back() == 0 && !saves) return;
   const MlpPlan plan = kernels.make_plan(chain.widths.data(), chain.layers(), chain.rows);
   const int64_t units = (chain.rows + plan.unit - 1) / plan.unit;
   const int64_t chunks = plan.together ? 1 : std::min(useful_threads(chain.work), units);
@@ -85,7 +85,7 @@ void run_forward(const Forward& call, T* output, T* errors, const PerLayer<T*>& 
   if (plan.together) {
     const int64_t members = team_size(chain, 1);
     return parallel_team(members, chain.work, 1, [&](Member& member) {
-      kernels.forward_together(layers.data(), layers.size(), input, output, errors, chain.rows, members * kBytesEach,
+      kernels.forward_together(layers.data(), layers.size(), input, output, chain.rows, members * kBytesEach,
                                scratch.get(), member);
     });
   }
@@ -102,7 +102,7 @@ void run_forward(const Forward& call, T* output, T* errors, const PerLayer<T*>& 
       panels.place(block + block_size, own);
       panels.pack(own, block + block_size, 0, 1);
     }
-    kernels.forward(own.data(), own.size(), plan.in_lanes, input, output, errors, first * plan.unit,
+    kernels.forward(own.data(), own.size(), plan.in_lanes, input, output, first * plan.unit,
                     std::min(last * plan.unit, chain.rows), block);
   });
 }

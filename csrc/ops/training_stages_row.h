@@ -52,7 +52,7 @@ class MlpStage : public Stage<T> {
     for (int64_t i = 0; i < call_->chain.layers(); ++i) {
       saved.push_back(output_serves(call_->chain, i, call_->activations[i]) ? nullptr : const_cast<T*>(saved_[i]));
     }
-    run_forward<T>(*call_, mutable_data<T>(kept_), nullptr, saved);
+    run_forward<T>(*call_, mutable_data<T>(kept_), saved);
     return output;
   }
   void save(TensorList& saved) override { saved.push_back(std::move(kept_)); }

@@ -422,9 +422,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "training_step(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
       " Tensor? weight, int[] layout, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");
-  // The same, with what stays the same from step to step bound before (bound_step.h), and without gradients.
+  // The same, with what stays the same from step to step bound before (bound_step.h), and without gradients. It
+  // changes the tensors that `bound` stands for, which the schema says of `bound` itself.
   m.def("bind_training_step(Tensor[] parameters, Tensor[] state, str program, Tensor? weight, int[] layout) -> Tensor");
-  m.def("bound_training_step(Tensor input, Tensor target, Tensor bound, Tensor numbers) -> Tensor loss");
+  m.def("bound_training_step(Tensor input, Tensor target, Tensor(a!) bound, Tensor numbers) -> Tensor loss");
   // The same in two calls: up to the output, and from its gradient on. saved: what the second needs of the first.
   m.def("training_step_forward(Tensor input, Tensor(a!)[] parameters, str program) -> (Tensor output, Tensor[] saved)");
   m.def(

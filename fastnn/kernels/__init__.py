@@ -18,7 +18,7 @@ _OPERATORS = {
         "conv_relu_max_pool_with_winners",
         "conv_relu_max_pool_backward",
     ),
-    "mlp": ("mlp", "mlp_reconstruction_error", "mlp_with_hidden", "mlp_backward"),
+    "mlp": ("mlp", "mlp_with_hidden", "mlp_backward"),
     "rnn": ("rnn", "rnn_cell", "rnn_with_reserve", "rnn_backward"),
 }
 _library = torch.library.Library("fastnn", "IMPL")

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastnn.activations import Activation
 from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._activation import STOCK_GRADIENTS
-from fastnn.kernels._check import check
 from fastnn.kernels._mlp_plan import Chain, Plan, plan_backward, plan_forward, saved_of, saves_input
 from fastnn.ops.mlp import split_parameters
 
@@ -26,15 +25,6 @@ def mlp(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor
     """``fastnn::mlp``: input (rows, in); parameters, the weights (out_i, in_i), then the biases (out_i) or none
     -> (rows, out of the last)."""
     return _forward("mlp", input, parameters, activations, save=False)[0]
-
-
-def mlp_reconstruction_error(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
-    """``fastnn::mlp_reconstruction_error``: the mean squared difference of output and input, (rows)."""
-    op = "mlp_reconstruction_error"
-    output = _forward(op, input, parameters, activations, save=False)[0]
-    check(output.shape == input.shape, op, ": expected as many outputs of the last layer as features of the input, ",
-          input.shape[1], ", got ", output.shape[1])  # fmt: skip
-    return (output - input).square_().mean(dim=-1)
 
 
 def mlp_with_hidden(input: Tensor, parameters: Sequence[Tensor], activations: str) -> tuple[Tensor, list[Tensor]]:

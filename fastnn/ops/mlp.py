@@ -31,7 +31,6 @@ MOST_LAYERS: int = load_extension().most_layers  # of one call of the operators
 _SMALL_LINEAR = 500
 _mlp_op = torch.ops.fastnn.mlp.default
 _mlp_call = _mlp_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
-_mlp_reconstruction_error_op = torch.ops.fastnn.mlp_reconstruction_error.default
 _mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
 _mlp_backward_op = torch.ops.fastnn.mlp_backward.default
 
@@ -122,25 +121,17 @@ def mlp_reconstruction_error(
     biases: Sequence[Tensor | None],
     activation: str | Sequence[str] = "relu",
 ) -> Tensor:
-    """Mean squared difference between each row and what the chain makes of it, without keeping the reconstruction.
+    """Mean squared difference between each row and what the chain makes of it.
 
     Takes the arguments of :func:`mlp`, of a chain with as many outputs as inputs: (..., features) -> (...).
     """
-    weights, biases = tuple(weights), tuple(biases)
-    activations = join_activations(activation, len(weights))
-    parameters = join_parameters(weights, biases)
-    if (
-        input.dim() == 2
-        and len(weights) <= MOST_LAYERS
-        and not needs_autograd(input, *parameters)
-        and not needs_reference(autocast(input)[0])
-    ):
-        given, *parameters = autocast(input, *parameters)
-        try:
-            return call_kernel(_mlp_reconstruction_error_op, given, parameters, activations)
-        except NotImplementedError:  # as of mlp_of_parameters
-            pass
-    return torch.mean((mlp_of_parameters(input, join_parameters(weights, biases), activations) - input) ** 2, dim=-1)
+    output = mlp(input, weights, biases, activation)
+    if output.shape != input.shape:
+        raise RuntimeError(
+            f"mlp_reconstruction_error: expected as many outputs of the last layer as features of the input, "
+            f"{input.shape[-1]}, got {output.shape[-1]}"
+        )
+    return torch.mean((output - input) ** 2, dim=-1)
 
 
 def join_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -325,12 +316,6 @@ class MlpBackward(torch.autograd.Function):
 def _(input: Tensor, parameters: list[Tensor], activations: str) -> Tensor:
     check_same_device(input, *parameters)
     return input.new_empty(input.shape[0], parameters[layers_of(activations) - 1].shape[0])
-
-
-@raw_operator("mlp_reconstruction_error")
-def _(input: Tensor, parameters: list[Tensor], activations: str) -> Tensor:
-    check_same_device(input, *parameters)
-    return input.new_empty(input.shape[0])
 
 
 @raw_operator("mlp_with_hidden")

@@ -167,15 +167,6 @@ def test_overflow(name, widths, device, assert_near):
     assert not output.isnan().any()
 
 
-def test_reconstruction_error(device):
-    input, weights, biases = make(17, (6, 3, 6), torch.float32, device)
-    output = kernels.mlp(input, [*weights, *biases], "tanh|identity")
-    error = kernels.mlp_reconstruction_error(input, [*weights, *biases], "tanh|identity")
-    torch.testing.assert_close(error, (output - input).square().mean(1))
-    with pytest.raises(RuntimeError, match="as many outputs"):
-        kernels.mlp_reconstruction_error(input, [weights[0]], "identity")
-
-
 def test_non_contiguous_arguments(device, assert_near):
     input, weights, biases = make(18, (6, 8, 5), torch.float32, device)
     strided = [t.t().contiguous().t() for t in (input, *weights)]
