@@ -1,6 +1,6 @@
 # What is known of the GPU kernels without a GPU, and on one. Included by the Makefile.
 
-.PHONY: gpu gpu-rehearse gpu-check gpu-check-tritons gpu-roofline tune
+.PHONY: gpu gpu-rehearse gpu-check gpu-check-tritons gpu-roofline
 
 # Older ones that pyproject.toml allows; each gets a folder of its own.
 TRITONS := 3.5.1 3.6.0 3.7.1 3.8.0
@@ -27,6 +27,3 @@ $(VENV)/triton-%: | $(VENV)/test.stamp
 
 gpu-roofline: $(VENV)/test.stamp  ## Predict what an H100 gives
 	PYTHONPATH=. $(RUN) tools/gpu_roofline.py --write benchmarks/results/gpu_roofline.md $(ARGS)
-
-tune:  ## On a machine with a GPU: look for faster configurations and write them to fastnn/kernels/tuned.json
-	PYTHONPATH=. $(PYTHON) tools/gpu_tune.py $(ARGS)

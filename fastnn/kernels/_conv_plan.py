@@ -265,14 +265,9 @@ def conv_config(problem: Problem, precision: str, target: _target.Target) -> Con
     pixels = problem.images * math.prod(problem.out_size)
     block_pixels = min(most if fast else 32, _target.padded(triton.cdiv(pixels, target.processors)))
     num_warps = 8 if block_pixels * block_out * problem.kind.dtype.itemsize >= 8192 else 4
-    config = Config(block_pixels, block_out, block_k, num_warps, num_stages=3 if target.shared_memory > 65536 else 2)
-    config = _target.tuned(
-        config, target, "conv", problem.kind.dtype.itemsize, precision, block_pixels, _target.padded(problem.channels),
-        block_out, problem.taps, problem.places,
-    )  # fmt: skip
     if precision == "tf32x3":
-        config = config._replace(block_k=min(config.block_k, _precision.MOST_PRODUCTS_IN_TF32X3))
-    return config
+        block_k = min(block_k, _precision.MOST_PRODUCTS_IN_TF32X3)
+    return Config(block_pixels, block_out, block_k, num_warps, num_stages=3 if target.shared_memory > 65536 else 2)
 
 
 _MOST_TOGETHER = 8  # places: a longer program only takes longer to compile

@@ -87,9 +87,7 @@ def chain_config(
     block_in, block_out = min(chunk, _target.padded(widths[0])), min(chunk, _target.padded(widths[-1]))
     # Without matrix units both operands of a dot are in registers as a whole.
     many_warps = block_rows * max(tiles) >= (8192 if fast else 1024)
-    config = Config(block_rows, block_in, block_out, num_warps=8 if many_warps else 4, num_stages=2)
-    direction = "backward" if backward else "forward"
-    return _target.tuned(config, target, "chain", direction, dtype.itemsize, precision, block_rows, max(tiles), layers)
+    return Config(block_rows, block_in, block_out, num_warps=8 if many_warps else 4, num_stages=2)
 
 
 def is_resident(
@@ -149,7 +147,7 @@ def layer_config(
     block_in = min(_target.padded(inputs), 64 if dtype.itemsize == 2 else 32)
     num_warps = 8 if block_rows * block_out >= 16384 else 4
     config = Config(block_rows, block_in, block_out, num_warps, 3 if target.shared_memory > 65536 else 2)
-    return _target.tuned(config, target, "layer", dtype.itemsize, precision, block_rows, block_in, block_out)
+    return config
 
 
 # ---- checks -----------------------------------------------------------------------------------------------

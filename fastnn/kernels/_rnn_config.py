@@ -99,8 +99,7 @@ def rnn_config(network: Network, target: _target.Target) -> Config | None:
         return _spread_config(network, target) if fast else None
     # Four warps issue the fewest instructions in all; of more weights they have too few registers.
     num_warps = 4 if gates * tile * tile <= 16384 and tile * dtype.itemsize <= 256 else 8
-    shape_class = (gates, dtype.itemsize, network.precision, tile, block_batch)
-    return _target.tuned(Config(block_batch, num_warps), target, "rnn", *shape_class)
+    return Config(block_batch, num_warps)
 
 
 def _block_batch(network: Network, target: _target.Target, most: int) -> int:
@@ -132,9 +131,7 @@ def _spread_config(network: Network, target: _target.Target) -> Config | None:
             # All programs run at once, one a processor.
             if on_chip <= target.shared_memory and programs <= target.processors:
                 num_warps = 8 if tile > 512 or weights > _MOST_WEIGHTS_OF_FOUR_WARPS else 4
-                config = Config(block_batch, num_warps, units)
-                shape_class = (gates, dtype.itemsize, tile, units, block_batch)
-                return _target.tuned(config, target, "rnn spread", *shape_class)
+                return Config(block_batch, num_warps, units)
     return None
 
 
@@ -191,8 +188,7 @@ def _with_wavefront(problem: Problem, config: Config) -> Config:
         chunk = wave_chunk(wide, problem.layers, problem.directions, problem.steps, problem.batch, problem.hidden,
                            gates, itemsize, target)  # fmt: skip
         if chunk:
-            shape_class = (gates, itemsize, problem.precision, _target.padded(problem.hidden), problem.layers, chunk)
             if gates > 1 or block_batch > 8:  # with the product in the same kernel, four have too few registers
                 wide = wide._replace(num_warps=8)
-            return _target.tuned(wide._replace(chunk=chunk), target, "rnn wave", *shape_class)
+            return wide._replace(chunk=chunk)
     return config

@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -73,14 +71,3 @@ LARGE_TILES = (90, 100, 103)
 def padded(size: int) -> int:
     """The size of the tile that holds ``size``: a power of two, and at least what a matrix instruction takes."""
     return max(16, triton.next_power_of_2(size))
-
-
-@functools.cache
-def _table() -> dict[str, dict[str, dict[str, int]]]:
-    return json.loads(Path(__file__).with_name("tuned.json").read_text())
-
-
-def tuned(config: Any, target: Target, *shape_class: Any) -> Any:
-    """``config`` with what tools/gpu_tune.py has measured to be faster for such shapes on such a GPU."""
-    own = _table().get(target.name)
-    return config._replace(**own.get(" ".join(map(str, shape_class)), {})) if own else config

@@ -104,15 +104,6 @@ def test_a_plan_depends_on_all_facts():
     assert len({_plan_cache.facts(t) for t in (None, tensor, torch.zeros(2, 3), *others)}) == 6
 
 
-def test_tuned(monkeypatch):
-    target = _target.TARGETS[0]
-    config = SimpleNamespace(_replace=lambda **fields: fields)
-    monkeypatch.setattr(_target, "_table", lambda: {target.name: {"mlp 2 64": {"num_warps": 8}}})
-    assert _target.tuned(config, target, "mlp", 2, 64) == {"num_warps": 8}
-    assert _target.tuned(config, target, "mlp", 2, 128) == {}
-    assert _target.tuned(config, _target.TARGETS[1], "mlp", 2, 64) is config
-
-
 @pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in kernels._OPERATORS.items() for n in names])
 def test_launchers_take_what_operators_do(module, name):
     launcher = getattr(importlib.import_module(f"fastnn.kernels.{module}"), name)
