@@ -402,7 +402,7 @@ class TestChoice:
 
     def test_on_a_gpu(self) -> None:
         pytest.importorskip("triton")
-        from fastnn.kernels import conv_relu_max_pool as gpu
+        from fastnn.kernels.conv import launch as gpu
 
         tensors = make((2, 3, 8, 8), 4, (3, 3))
         for operator in (gpu.conv_relu_max_pool, gpu.conv_relu_max_pool_with_winners):

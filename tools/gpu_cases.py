@@ -19,8 +19,13 @@ import torch
 from torch import Tensor
 
 from fastnn.activations import join
-from fastnn.kernels import _conv_plan, _mlp_plan, _rnn_config, conv_relu_max_pool, mlp, rnn
-from fastnn.kernels._conv_geometry import Geometry
+from fastnn.kernels.conv import launch as conv_relu_max_pool
+from fastnn.kernels.conv import plan as _conv_plan
+from fastnn.kernels.conv.geometry import Geometry
+from fastnn.kernels.mlp import launch as mlp
+from fastnn.kernels.mlp import plan as _mlp_plan
+from fastnn.kernels.rnn import launch as rnn
+from fastnn.kernels.rnn import plan as _rnn_config
 from fastnn.ops.mlp import join_parameters
 from fastnn.recurrent_modes import NUMBER_OF
 

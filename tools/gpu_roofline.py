@@ -16,8 +16,11 @@ from typing import NamedTuple
 import torch
 from gpu_cases import CONV_SHAPES, RNN_SHAPES, Case, all_cases, conv_geometry, float32_precision
 
-from fastnn.kernels import _conv_plan, _mlp_plan, _precision, _rnn_config, _target
-from fastnn.kernels._conv_geometry import Problem, check_problem
+from fastnn.kernels import _precision, _target
+from fastnn.kernels.conv import plan as _conv_plan
+from fastnn.kernels.conv.geometry import Problem, check_problem
+from fastnn.kernels.mlp import plan as _mlp_plan
+from fastnn.kernels.rnn import plan as _rnn_config
 
 # H100 SXM: data sheet. The shares of a limit that a good kernel reaches are assumed, until they are measured.
 BANDWIDTH = 3.35e12  # bytes a second

@@ -13,7 +13,7 @@ from fastnn.ops import rnn as rnn_operators
 from fastnn.ops._raw_operator import refuse_gradients
 
 _OPERATORS = {
-    "conv_relu_max_pool": (
+    "conv": (
         "conv_relu_max_pool",
         "conv_relu_max_pool_with_winners",
         "conv_relu_max_pool_backward",
@@ -31,7 +31,7 @@ def _implementation(module: str, name: str) -> Callable[..., Any]:
         nonlocal loaded
         if loaded is None:
             try:
-                loaded = getattr(importlib.import_module(f"fastnn.kernels.{module}"), name)
+                loaded = getattr(importlib.import_module(f"fastnn.kernels.{module}.launch"), name)
             except ModuleNotFoundError as error:
                 raise ImportError(f"fastnn on a GPU needs Triton ({error}): pip install triton") from error
         if not torch.is_grad_enabled():
@@ -44,7 +44,7 @@ def _implementation(module: str, name: str) -> Callable[..., Any]:
 
 
 def _with_stocks_gradient(*arguments: Any) -> Any:
-    return importlib.import_module("fastnn.kernels.rnn").with_stocks_gradient(*arguments)
+    return importlib.import_module("fastnn.kernels.rnn.launch").with_stocks_gradient(*arguments)
 
 
 rnn_operators.run_with_stocks_gradient = _with_stocks_gradient

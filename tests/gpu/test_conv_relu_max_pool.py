@@ -1,4 +1,4 @@
-"""fastnn.kernels.conv_relu_max_pool against stock's layers in float64."""
+"""fastnn.kernels.conv.launch against stock's layers in float64."""
 
 import itertools
 import math
@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastnn.kernels import _conv_plan, _launch, _plan_cache, _precision, _target
-from fastnn.kernels import conv_relu_max_pool as kernels
-from fastnn.kernels._conv_geometry import Geometry, check_problem
+from fastnn.kernels import _launch, _plan_cache, _precision, _target
+from fastnn.kernels.conv import launch as kernels
+from fastnn.kernels.conv import plan as _conv_plan
+from fastnn.kernels.conv.geometry import Geometry, check_problem
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}

@@ -106,7 +106,7 @@ def test_a_plan_depends_on_all_facts():
 
 @pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in kernels._OPERATORS.items() for n in names])
 def test_launchers_take_what_operators_do(module, name):
-    launcher = getattr(importlib.import_module(f"fastnn.kernels.{module}"), name)
+    launcher = getattr(importlib.import_module(f"fastnn.kernels.{module}.launch"), name)
     schema = getattr(torch.ops.fastnn, name).default._schema
     assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
 

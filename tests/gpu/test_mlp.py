@@ -1,4 +1,4 @@
-"""fastnn.kernels.mlp against the reference in float64."""
+"""fastnn.kernels.mlp.launch against the reference in float64."""
 
 from itertools import pairwise
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastnn.activations import NAMES, join, parse_one
-from fastnn.kernels import _mlp_plan, _target
-from fastnn.kernels import mlp as kernels
+from fastnn.kernels import _target
+from fastnn.kernels.mlp import launch as kernels
+from fastnn.kernels.mlp import plan as _mlp_plan
 from fastnn.ops.mlp import join_parameters
 from fastnn.reference.mlp import mlp as reference
 

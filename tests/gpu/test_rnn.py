@@ -1,4 +1,4 @@
-"""fastnn.kernels.rnn against stock's networks in float64."""
+"""fastnn.kernels.rnn.launch against stock's networks in float64."""
 
 import pytest
 import torch
@@ -6,9 +6,12 @@ import triton
 import triton.language as tl
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn.kernels import _activation, _plan_cache, _rnn_config, _rnn_launch, _rnn_wave, _target
-from fastnn.kernels import rnn as kernels
-from fastnn.kernels._rnn_problem import check_problem
+from fastnn.kernels import _activation, _plan_cache, _target
+from fastnn.kernels.rnn import launch as kernels
+from fastnn.kernels.rnn import launchers as _rnn_launch
+from fastnn.kernels.rnn import plan as _rnn_config
+from fastnn.kernels.rnn import wave as _rnn_wave
+from fastnn.kernels.rnn.problem import check_problem
 from fastnn.recurrent_modes import NUMBER_OF
 
 INF, NAN = float("inf"), float("nan")

@@ -1,4 +1,4 @@
-"""fastnn.kernels._rnn_schedule: what a packed batch brings to a GPU, on GPUs and streams that are made up."""
+"""fastnn.kernels.rnn.schedule: what a packed batch brings to a GPU, on GPUs and streams that are made up."""
 
 import contextlib
 from types import SimpleNamespace
@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastnn.kernels import _plan_cache, _rnn_schedule
-from fastnn.kernels._rnn_schedule import schedule_of
+from fastnn.kernels import _plan_cache
+from fastnn.kernels.rnn import schedule as _rnn_schedule
+from fastnn.kernels.rnn.schedule import schedule_of
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 
@@ -111,7 +112,7 @@ def test_a_capture_refuses_new_batch_sizes(cuda):
 
 def test_forward_and_backward_of_networks_share_a_schedule(device, monkeypatch):
     """Whatever differs between calls but the batch sizes."""
-    from fastnn.kernels import rnn
+    from fastnn.kernels.rnn import launch as rnn
 
     made = []
     values = _rnn_schedule._values

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._check import check, check_same_kind, check_sizes
-from fastnn.kernels._conv_geometry import (
+from fastnn.kernels.conv.geometry import (
     LARGEST,
     MOST_PLACES,
     Geometry,
@@ -24,7 +24,7 @@ from fastnn.kernels._conv_geometry import (
     divisors,
     memory_format,
 )
-from fastnn.kernels._conv_kernels import (
+from fastnn.kernels.conv.kernels import (
     conv_forward,
     conv_input_gradient,
     conv_weight_gradient,

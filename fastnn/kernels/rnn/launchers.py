@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastnn.kernels import _launch, _precision, _target
 from fastnn.kernels._activation import PORTABLE, PTX, PTX_ROUGH
-from fastnn.kernels._rnn_config import PRODUCT_STEPS, Config
-from fastnn.kernels._rnn_problem import Problem
+from fastnn.kernels.rnn.plan import PRODUCT_STEPS, Config
+from fastnn.kernels.rnn.problem import Problem
 from fastnn.recurrent_modes import NUMBER_OF
 
 

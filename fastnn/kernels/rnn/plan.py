@@ -6,7 +6,7 @@ import torch
 import triton
 
 from fastnn.kernels import _precision, _target
-from fastnn.kernels._rnn_problem import Problem
+from fastnn.kernels.rnn.problem import Problem
 from fastnn.recurrent_modes import MODE_OF
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastnn.activations import Activation
 from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._activation import STOCK_GRADIENTS
-from fastnn.kernels._mlp_plan import Chain, Plan, plan_backward, plan_forward, saved_of, saves_input
+from fastnn.kernels.mlp.plan import Chain, Plan, plan_backward, plan_forward, saved_of, saves_input
 from fastnn.ops.mlp import split_parameters
 
 

@@ -14,10 +14,10 @@ steps that are done. ``chunk`` is a multiple of PRODUCT_STEPS, the steps of one 
 import triton
 import triton.language as tl
 
-from fastnn.kernels._rnn_backward_kernels import Kept, backward_steps, load_weights_back
-from fastnn.kernels._rnn_cells import GRU, LSTM
-from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES, forward_steps, load_weights
-from fastnn.kernels._rnn_tile import (
+from fastnn.kernels.rnn.backward_kernels import Kept, backward_steps, load_weights_back
+from fastnn.kernels.rnn.cells import GRU, LSTM
+from fastnn.kernels.rnn.kernels import RUN_TIME_SIZES, forward_steps, load_weights
+from fastnn.kernels.rnn.tile import (
     Gates,
     Tile,
     extent_of,

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastnn.activations import Activation, parse
 from fastnn.kernels import _launch, _precision, _target
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
-from fastnn.kernels._mlp_kernels import chain_backward, chain_forward, layer_forward, resident_chain_forward
+from fastnn.kernels.mlp.kernels import chain_backward, chain_forward, layer_forward, resident_chain_forward
 from fastnn.ops.mlp import MOST_LAYERS, split_parameters
 
 # ---- choice of kernel and configuration -------------------------------------------------------------------

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnn.kernels import _rnn_wave_kernels as kernels
-from fastnn.kernels._rnn_config import Config
-from fastnn.kernels._rnn_launch import both, input_products, launcher, run_wave, strides_of_gates
-from fastnn.kernels._rnn_problem import Problem
+from fastnn.kernels.rnn import wave_kernels as kernels
+from fastnn.kernels.rnn.launchers import both, input_products, launcher, run_wave, strides_of_gates
+from fastnn.kernels.rnn.plan import Config
+from fastnn.kernels.rnn.problem import Problem
 from fastnn.recurrent_modes import MODE_OF
 
 

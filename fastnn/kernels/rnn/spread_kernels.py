@@ -12,10 +12,10 @@ Sums over all units are made in PARTS, one a warp, and put together once a step.
 import triton
 import triton.language as tl
 
-from fastnn.kernels._rnn_backward_kernels import Kept, load_c, load_step, store_grads
-from fastnn.kernels._rnn_cells import GRU, LSTM, cell_back, gru_cell, lstm_cell, simple_cell
-from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES
-from fastnn.kernels._rnn_tile import (
+from fastnn.kernels.rnn.backward_kernels import Kept, load_c, load_step, store_grads
+from fastnn.kernels.rnn.cells import GRU, LSTM, cell_back, gru_cell, lstm_cell, simple_cell
+from fastnn.kernels.rnn.kernels import RUN_TIME_SIZES
+from fastnn.kernels.rnn.tile import (
     Gates,
     Tile,
     extent_of,

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastnn.kernels._rnn_cells import GRU, LSTM, cell_back
-from fastnn.kernels._rnn_kernels import RUN_TIME_SIZES
-from fastnn.kernels._rnn_tile import (
+from fastnn.kernels.rnn.cells import GRU, LSTM, cell_back
+from fastnn.kernels.rnn.kernels import RUN_TIME_SIZES
+from fastnn.kernels.rnn.tile import (
     Tile,
     extent_of,
     kinds_offset,

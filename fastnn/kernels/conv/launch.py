@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._check import check
-from fastnn.kernels._conv_geometry import Problem, as_image, channels_last, divisors, memory_format
-from fastnn.kernels._conv_plan import Plan, facts, plan_backward, plan_forward
+from fastnn.kernels.conv.geometry import Problem, as_image, channels_last, divisors, memory_format
+from fastnn.kernels.conv.plan import Plan, facts, plan_backward, plan_forward
 
 # ---- forward ----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels._activation import PTX, PTX_ROUGH, RELU, TANH, activate, activation_gradient, sigmoid, tanh
-from fastnn.kernels._rnn_tile import unstack_4
+from fastnn.kernels.rnn.tile import unstack_4
 from fastnn.recurrent_modes import NUMBER_OF
 
 SIMPLE_TANH = tl.constexpr(NUMBER_OF["RNN_TANH"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnn.kernels import _launch
-from fastnn.kernels._rnn_problem import Problem
+from fastnn.kernels.rnn.problem import Problem
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "RNN_TANH": torch.rnn_tanh,

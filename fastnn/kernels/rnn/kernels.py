@@ -7,8 +7,8 @@ A step's gates are loaded while the step before is computed: nothing waits for m
 import triton
 import triton.language as tl
 
-from fastnn.kernels._rnn_cells import GRU, LSTM, gru_cell, lstm_cell, simple_cell
-from fastnn.kernels._rnn_tile import (
+from fastnn.kernels.rnn.cells import GRU, LSTM, gru_cell, lstm_cell, simple_cell
+from fastnn.kernels.rnn.tile import (
     Gates,
     Tile,
     extent_of,

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.kernels import _launch, _rnn_config
+from fastnn.kernels import _launch
 from fastnn.kernels._check import check, check_same_kind, check_sizes
-from fastnn.kernels._rnn_backward_kernels import backward
-from fastnn.kernels._rnn_config import Config
-from fastnn.kernels._rnn_kernels import forward
-from fastnn.kernels._rnn_launch import both, input_products, launcher, run_spread, strides_of_gates
-from fastnn.kernels._rnn_problem import Problem, check_output_like, check_problem
-from fastnn.kernels._rnn_spread_kernels import spread_backward, spread_forward
-from fastnn.kernels._rnn_stock import run_stock, stock_backward, stock_cell, stock_forward
-from fastnn.kernels._rnn_wave import wave_backward, wave_forward
+from fastnn.kernels.rnn import plan as _rnn_config
+from fastnn.kernels.rnn.backward_kernels import backward
+from fastnn.kernels.rnn.kernels import forward
+from fastnn.kernels.rnn.launchers import both, input_products, launcher, run_spread, strides_of_gates
+from fastnn.kernels.rnn.plan import Config
+from fastnn.kernels.rnn.problem import Problem, check_output_like, check_problem
+from fastnn.kernels.rnn.spread_kernels import spread_backward, spread_forward
+from fastnn.kernels.rnn.stock import run_stock, stock_backward, stock_cell, stock_forward
+from fastnn.kernels.rnn.wave import wave_backward, wave_forward
 from fastnn.recurrent_modes import MODE_OF
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnn.kernels import _plan_cache, _precision, _target
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind, check_sizes
-from fastnn.kernels._rnn_schedule import schedule_of
+from fastnn.kernels.rnn.schedule import schedule_of
 from fastnn.recurrent_modes import MODE_OF, MODES
 
 
