@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "guard.h"
+#include "kernels/conv/backward/plan.h"
 #include "kernels/probe.h"
 #include "kernels/rnn.h"
 #include "kernels/team.h"
@@ -130,6 +131,17 @@ py::list recurrent_modes() {
   return result;
 }
 
+// The algorithms of the convolution's forward and of its backward: names and what fastnn.explain says of them.
+py::dict conv_algorithms() {
+  py::dict forward, backward;
+  for (const fastnn::AlgorithmEntry& entry : fastnn::kForwardEntries) forward[entry.name] = entry.words;
+  for (const fastnn::AlgorithmEntry& entry : fastnn::kBackwardEntries) backward[entry.name] = entry.words;
+  py::dict result;
+  result["forward"] = forward;
+  result["backward"] = backward;
+  return result;
+}
+
 PyObject *absent, *any, *some_tensor, *tensors;  // what a guard has in an object's place: see Guard
 
 // Whether a guard's tuples hold. Not by pybind11, whose calls take four times as long.
@@ -196,6 +208,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("optimizers", optimizers, "The table of optimizers: names, settings, and what is kept of a parameter.");
   m.attr("most_optimizer_states") = fastnn::kMostStates;
   m.def("recurrent_modes", recurrent_modes, "The table of recurrent modes: names, gates, states, what a step saves.");
+  m.def("conv_algorithms", conv_algorithms,
+        "The convolution's algorithms, of forward and backward: names and what they are for.");
+  m.attr("most_places") = fastnn::kMostPlaces;
   m.attr("most_layers") = fastnn::kMostLayers;
   const py::object object_type = py::module_::import("builtins").attr("object");
   for (const auto& [name, place] : {std::pair("absent", &absent), {"any", &any}, {"some_tensor", &some_tensor}}) {

@@ -52,16 +52,16 @@ bool output_is_channels_last(const ConvPoolProblem& problem, const Tensor& input
          !(problem.kind.dtype == ScalarType::Double && problem.dims == 3);
 }
 
-// The number of the algorithm with this name among `count`. Raises where there is none, or where it does not apply to
+// The number of the algorithm with this name among `entries`. Raises where there is none, or where it does not apply to
 // the key's call.
-template <class Algorithm, class Key>
-int64_t algorithm_of(const char* op, const std::string& name, int count, const Key& key) {
-  for (int i = 0; i < count; ++i) {
+template <class Algorithm, class Key, size_t count>
+int64_t algorithm_of(const char* op, const std::string& name, const AlgorithmEntry (&entries)[count], const Key& key) {
+  for (size_t i = 0; i < count; ++i) {
     const Algorithm algorithm = static_cast<Algorithm>(i);
-    if (name != algorithm_name(algorithm)) continue;
+    if (name != entries[i].name) continue;
     FASTNN_CHECK(algorithm_applies(algorithm, key.geometry, key.request), op, ": algorithm '", name,
                  "' does not apply to this call");
-    return i;
+    return static_cast<int64_t>(i);
   }
   fail(op, ": there is no algorithm '", name, "'");
 }
@@ -72,7 +72,7 @@ int64_t forward_algorithm(const char* op, const std::optional<std::string>& name
                           bool input_channels_last) {
   if (!name) return -1;
   return algorithm_of<ForwardAlgorithm>(
-      op, *name, kForwardAlgorithms,
+      op, *name, kForwardEntries,
       plan_key<T>(conv_kernels().get<T>(), problem.geometry, input_channels_last, false, -1));
 }
 
@@ -156,7 +156,8 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
                      plan_key<T>(kernels, problem.geometry, images.channels_last, channels_last, wanted));
     const BackwardKey backward =
         backward_key(conv_backward_kernels().get<T>(), problem, images.channels_last, {true, true, true}, -1);
-    return {algorithm_name(forward.algorithm), algorithm_name(plan_for(backward).algorithm)};
+    return {kForwardEntries[static_cast<int>(forward.algorithm)].name,
+            kBackwardEntries[static_cast<int>(plan_for(backward).algorithm)].name};
   });
 }
 
@@ -224,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
     BackwardKey key = backward_key(kernels, problem, plain_input.channels_last, wanted, -1);
     if (algorithm) {
       key.request.algorithm =
-          static_cast<int32_t>(algorithm_of<BackwardAlgorithm>(op, *algorithm, kBackwardAlgorithms, key));
+          static_cast<int32_t>(algorithm_of<BackwardAlgorithm>(op, *algorithm, kBackwardEntries, key));
     }
     call.plan = &plan_for(key);
     if (call.plan->algorithm == BackwardAlgorithm::taps && !kernels.is_moderate(call)) {

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastnn._extension import load_extension
 from fastnn.graph.forward import FusedForward, FusedRecurrent, Program
 from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
 from fastnn.nn._hooks import layer_forward
 
-WHY = {
-    "winograd": "3x3 kernels of stride 1: 16 multiplications in place of 36 for four pixels, in bfloat16 9 for four",
-    "phases": "rows of a kernel longer than its stride: two pixels of r taps by r + 1 multiplications",
-    "pixels": "few channels: pixels fill the vector's lanes",
-    "depthwise": "groups of one channel: channels fill the vector's lanes",
-    "direct": "output channels fill the vector's lanes",
-    "stock": "torch's own convolution, some images at a time, with ReLU and max-pool in one pass behind it",
+# What is said of an algorithm: those of the CPU's convolution, and of the GPU's operators.
+WHY: dict[str, str] = {
+    **load_extension().conv_algorithms()["forward"],
     "fused": "one call, sums stay in cache",
     "none": "there is nothing to compute",
 }

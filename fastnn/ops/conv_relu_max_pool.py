@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnn._extension import load_extension
 from fastnn._torch import suggest_memory_format
 from fastnn.ops._autograd import (
     autocast,
@@ -27,7 +28,7 @@ from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.reference.conv_relu_max_pool import Geometry
 
-MOST_PLACES = 254  # of a window whose winner is kept in a byte (csrc/kernels/conv/geometry.h has the same)
+MOST_PLACES: int = load_extension().most_places  # of a window whose argmax is saved in a byte
 
 _op = torch.ops.fastnn.conv_relu_max_pool.default
 _call = _op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former

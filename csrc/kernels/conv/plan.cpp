@@ -764,9 +764,4 @@ ConvPlan plan_forward(const ConvPoolGeometry& g, const PlanRequest& request, con
   return plan;
 }
 
-const char* algorithm_name(ForwardAlgorithm algorithm) {
-  static const char* const names[kForwardAlgorithms] = {"winograd", "phases", "pixels", "depthwise", "direct", "stock"};
-  return names[static_cast<int>(algorithm)];
-}
-
 }  // namespace fastnn

@@ -6,15 +6,24 @@
 
 namespace fastnn {
 
-enum class ForwardAlgorithm : int32_t {
-  winograd,   // 3x3 kernels: 16 multiplications in place of 36, in bfloat16 36 of 144
-  phases,     // longer rows of a kernel: two pixels of r taps from r + 1 multiplications
-  pixels,     // pixels in the vector's lanes: few outputs, or few inputs
-  depthwise,  // groups of one channel in the lanes
-  direct,     // output channels in the lanes
-  stock,      // torch's own convolution (csrc/ops/conv_stock.h)
+// The algorithms of forward, with what fastnn.explain says of each. Of two that cost the same, the first is taken.
+#define FASTNN_FOR_EACH_FORWARD_ALGORITHM(X)                                                                        \
+  X(winograd, "3x3 kernels of stride 1: 16 multiplications in place of 36 for four pixels, in bfloat16 9 for four") \
+  X(phases, "rows of a kernel longer than its stride: two pixels of r positions by r + 1 multiplications")          \
+  X(pixels, "few channels: pixels fill the vector's lanes")                                                         \
+  X(depthwise, "groups of one channel: channels fill the vector's lanes")                                           \
+  X(direct, "output channels fill the vector's lanes")                                                              \
+  X(stock, "torch's own convolution, some images at a time, with ReLU and max-pool in one pass behind it")
+
+// A name of one of the algorithms of forward or backward, and what is said of it.
+struct AlgorithmEntry {
+  const char *name, *words;
 };
-constexpr int kForwardAlgorithms = 6;
+#define FASTNN_ALGORITHM(name, words) name,
+#define FASTNN_ALGORITHM_ENTRY(name, words) {#name, words},
+enum class ForwardAlgorithm : int32_t { FASTNN_FOR_EACH_FORWARD_ALGORITHM(FASTNN_ALGORITHM) };
+constexpr AlgorithmEntry kForwardEntries[] = {FASTNN_FOR_EACH_FORWARD_ALGORITHM(FASTNN_ALGORITHM_ENTRY)};
+constexpr int kForwardAlgorithms = sizeof(kForwardEntries) / sizeof(AlgorithmEntry);
 
 // The instruction set in use, as planning sees it.
 struct Machine {
@@ -188,7 +197,5 @@ bool algorithm_applies(ForwardAlgorithm, const ConvPoolGeometry&, const PlanRequ
 
 // The plan; `request.algorithm`, if any, applies.
 ConvPlan plan_forward(const ConvPoolGeometry&, const PlanRequest&, const Machine&);
-
-const char* algorithm_name(ForwardAlgorithm);
 
 }  // namespace fastnn

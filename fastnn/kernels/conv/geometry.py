@@ -12,7 +12,6 @@ from fastnn._torch import suggest_memory_format
 from fastnn.kernels._check import Expected, check, check_first, check_same_kind
 from fastnn.reference.conv_relu_max_pool import Geometry
 
-MOST_PLACES = 254  # so that a winner's place fits a byte
 LARGEST = 2**31 - 2**10  # kernels number pixels, a last tile's too, and the elements of an image with 32 bits
 
 Triple = tuple[int, int, int]

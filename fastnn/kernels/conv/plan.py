@@ -14,7 +14,6 @@ from fastnn.kernels import _launch, _plan_cache, _precision, _target
 from fastnn.kernels._check import check, check_same_kind, check_sizes
 from fastnn.kernels.conv.geometry import (
     LARGEST,
-    MOST_PLACES,
     Geometry,
     Problem,
     Triple,
@@ -32,6 +31,7 @@ from fastnn.kernels.conv.kernels import (
     pool_forward,
     spread_gradient,
 )
+from fastnn.ops.conv_relu_max_pool import MOST_PLACES
 
 # ---- choice of kernel and configuration -------------------------------------------------------------------
 

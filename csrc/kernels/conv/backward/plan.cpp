@@ -299,9 +299,4 @@ ConvBackwardPlan plan_backward(const ConvPoolGeometry& g, const BackwardRequest&
   return plan_winners(p);
 }
 
-const char* algorithm_name(BackwardAlgorithm algorithm) {
-  static constexpr const char* names[] = {"taps", "depthwise", "winners", "stock"};
-  return names[static_cast<int>(algorithm)];
-}
-
 }  // namespace fastnn

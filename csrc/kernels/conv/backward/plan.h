@@ -6,13 +6,15 @@
 
 namespace fastnn {
 
-enum class BackwardAlgorithm : int32_t {
-  taps,       // pixels in the lanes: few input channels
-  depthwise,  // groups of one channel in the lanes
-  winners,    // input channels in the lanes: only what has a gradient is multiplied
-  stock,      // torch's own convolution (csrc/ops/conv_stock_backward.h)
-};
-constexpr int kBackwardAlgorithms = 4;
+// The algorithms of backward, with what fastnn.explain says of each.
+#define FASTNN_FOR_EACH_BACKWARD_ALGORITHM(X)                                                  \
+  X(taps, "pixels fill the vector's lanes: few input channels")                                \
+  X(depthwise, "groups of one channel: channels fill the vector's lanes")                      \
+  X(winners, "input channels fill the vector's lanes: only what has a gradient is multiplied") \
+  X(stock, "torch's own convolution")
+enum class BackwardAlgorithm : int32_t { FASTNN_FOR_EACH_BACKWARD_ALGORITHM(FASTNN_ALGORITHM) };
+constexpr AlgorithmEntry kBackwardEntries[] = {FASTNN_FOR_EACH_BACKWARD_ALGORITHM(FASTNN_ALGORITHM_ENTRY)};
+constexpr int kBackwardAlgorithms = sizeof(kBackwardEntries) / sizeof(AlgorithmEntry);
 
 // [first, last)
 struct Range {
@@ -101,8 +103,6 @@ bool algorithm_applies(BackwardAlgorithm, const ConvPoolGeometry&, const Backwar
 
 // The plan; `request.algorithm`, if any, applies.
 ConvBackwardPlan plan_backward(const ConvPoolGeometry&, const BackwardRequest&, const Machine&);
-
-const char* algorithm_name(BackwardAlgorithm);
 
 // A tile of the weight's gradient, whose sums fill the registers, has 1, 2 or 4 output channels and at most so many
 // elements of the depth.
