@@ -218,7 +218,8 @@ class FrozenModel(nn.Module):
         arguments = self._arguments
         if self._buffers["weights"] is arguments[0] and not _is_compiling():
             return _frozen_call(input, *arguments)
-        # Others than those that were packed are used as they are. (An export has both in other guises.)
+        # Weights that have been exchanged since they were packed are used as they are, without the packed ones. In an
+        # export both attributes are other objects, and belong together.
         others = self.weights is not arguments[0] and self.packed is arguments[1]
         return frozen_op(input, self.weights, self.packed[:0] if others else self.packed, self._program)
 

@@ -81,7 +81,7 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
   run_by_plan<T>(kernels, call, plan_for(key), nullptr);
 }
 
-// Whether a kernel of one position strides past some of its input.
+// Whether the kernel has one position and its strides skip pixels of the input.
 inline bool skips_pixels(const ConvPoolGeometry& g) {
   bool strides = false, pads = false;
   for (int d = 0; d < 3; ++d) {
@@ -91,8 +91,9 @@ inline bool skips_pixels(const ConvPoolGeometry& g) {
   return g.taps() == 1 && strides && !pads;
 }
 
-// The pixels of contiguous images that such a kernel meets, as images of their own, of which it skips none: the library
-// would move all. Geometry and layout become theirs.
+// Copies the pixels that a strided kernel of one position reads from contiguous images into images of their own, and
+// changes `g` and `layout` to those of the copy. Torch's convolution would copy all pixels, also those that are
+// skipped.
 template <class T>
 Tensor met_pixels(const T* images, ConvPoolGeometry& g, ConvLayout& layout) {
   const int64_t planes = g.batch * g.groups * g.in_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
@@ -129,11 +130,11 @@ bool run_by_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_
     met = met_pixels<T>(from, g, layout);
     from = data<T>(met);
   }
-  // Of the convolution's output at a time: what the threads' L2s hold.
+  // The convolution's output is computed in pieces of at most so many bytes, which the threads' L2 caches hold.
   const int64_t bytes = int64_t{torch::stable::get_num_threads()} << 20;
   const int64_t size = sizeof(T), channels = g.groups * g.out_channels;
   const int64_t conv = channels * g.conv[0] * g.conv[1] * g.conv[2] * size, weights = channels * g.depth() * size;
-  // The library brings the weight into an order of its own at each call.
+  // The library reorders the weight in each call, so that a call for few images would mostly do that.
   const int64_t images = std::min(g.batch, std::max<int64_t>(1, std::max(bytes, 4 * weights) / conv));
   const Tensor weight = images_over(call.weight, channels, g.in_channels, g.kernel, call.weight_layout, dims);
   std::optional<Tensor> bias;

@@ -1,4 +1,4 @@
-"""The one matcher: which layers of a model become one operator.
+"""The matcher: which layers of a model become one operator.
 
 It reads a graph of torch.fx whose nodes are layers: modules, functions of ``torch`` and ``torch.nn.functional``, and
 methods of tensors, as ``torch.fx`` traces a model (``fastnn.fuse``) and as Dynamo captures one (``backend="fastnn"``).

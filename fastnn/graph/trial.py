@@ -16,9 +16,11 @@ from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Prog
 from fastnn.graph.matcher import Match
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 
-_SECONDS = 0.04  # to time a candidate for
-_LEAST_ROUNDS = 5
-_CLOSE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of a result's norm; of coarser types:
+_SECONDS = 0.04  # A candidate is timed for at least so long,
+_LEAST_ROUNDS = 5  # and for at least so many rounds.
+# How far a candidate's result may be from stock's, as a share of the result's norm; for dtypes that are not named, the
+# last number holds.
+_CLOSE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _CLOSE_OTHERWISE = 3e-2
 
 

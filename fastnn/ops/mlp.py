@@ -249,7 +249,8 @@ class Mlp(torch.autograd.Function):
                 output, hidden = _mlp_with_hidden_op(saved[0], saved[1:], activations)
             saved = (*saved, output, *hidden)
         elif not _saves_output(activations):
-            # In the output's place anything of its sizes: it will not be looked at.
+            # The operator expects a tensor of the output's sizes here, but does not read it: the gradient has these
+            # sizes too.
             saved = (*saved[: 1 + parameters], grad_output, *saved[1 + parameters :])
         wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward

@@ -14,10 +14,11 @@ constexpr int64_t kTransformedBytes = 1 << 20;  // of a band's transformed input
 constexpr int64_t kLeastTiles = 28;             // of a band of Winograd's: two register tiles for each read of a weight
 constexpr int64_t kBlockWeightBytes = 512 << 10;  // of a block's weight that is read again for each row: half of an L2
 constexpr int64_t kRingBytes = 16 << 10;          // of conv pixels that wait for their windows: half of the smallest L1
-constexpr int64_t kStageBytes = 128 << 10;    // of pooled pixels that wait to be written, many at once: a quarter of L2
-constexpr int64_t kMeetingBytes = 2048;       // pixels so far apart share two sets of L1, where 14 don't fit
-constexpr int64_t kDeepBandBytes = 1 << 20;   // of a band's copy and sums where the weight is what has to stay near
-constexpr int64_t kFarWeightBytes = 4 << 20;  // of a packed weight that no L2 holds
+constexpr int64_t kStageBytes = 128 << 10;  // of pooled pixels that wait to be written, many at once: a quarter of L2
+// Pixels that lie so many bytes apart fall into only two sets of the L1 cache, which cannot hold a tile's 14 of them.
+constexpr int64_t kMeetingBytes = 2048;
+constexpr int64_t kDeepBandBytes = 1 << 20;     // of a band's copy and sums where the weight is what has to stay near
+constexpr int64_t kFarWeightBytes = 4 << 20;    // of a packed weight that no L2 holds
 constexpr int64_t kMostPackedBytes = 24 << 20;  // of a transformed weight: more, each band would read from memory
 constexpr int64_t kStreamBytes = 1 << 10;       // of a pixel, side by side, that are read as one stream with the next's
 constexpr int64_t kEvenItems = 4;               // bands a thread, so that none waits long for another

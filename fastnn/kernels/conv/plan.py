@@ -75,25 +75,26 @@ _RATES = {
     "no matrix units": Rates(7.5, 4),
 }
 _INSTRUCTIONS = 10  # of a lane, in the time of a byte
-_LAUNCH = 7e6  # bytes in the time of a launch, 2.5 us
-# Instructions of a lane, as the compiler makes them for sm_90 (cuobjdump); loops of other tiles have up to 40 % more or
-# fewer (tools/gpu_floor.py).
-_GATHER = 30  # to bring an element of a patch of few channels on chip, or of packed ones a pixel
-# tf32x3, which makes two parts of each operand and adds up each dot in float32: an element of an operand, with its way
-# through shared memory to each of the warps that multiply it; and a sum.
+_LAUNCH = 7e6  # The bytes that a card moves while a launch takes place, which is 2.5 us.
+# The following numbers count the instructions that one lane executes. They were read from the code that the compiler
+# makes for sm_90 (cuobjdump). Loops over tiles of other sizes have up to 40 % more or fewer (tools/gpu_floor.py).
+# Loading one element of a patch of few channels into registers; of packed patches, one pixel.
+_GATHER = 30
+# tf32x3 splits each operand into two parts and adds each product up in float32. _SPLIT counts one element of an
+# operand, with its way through shared memory to each warp that multiplies it. _ADD counts one sum.
 _SPLIT, _ADD = 20, 4
-# The input's gradient: a tap; and an element of the convolution's gradient rebuilt from the winner of a window, by
-# bytes of the type.
+# The gradient of the input: _TAP counts one position of the kernel. _REBUILD counts one element of the convolution's
+# gradient, which is computed from the argmax of its window, by the bytes of an element.
 _TAP, _REBUILD = 140, {2: 7, 4: 12}
-# The weight's gradient: a place of the windows; an element of the patches there, alone or of a vector; and one of the
-# gradients.
+# The gradient of the weight: _PLACE counts one position of the windows. _TAKE and _TAKE_OF_VECTOR count one element of
+# the patches there, loaded alone or as part of a vector. _MATCH counts one element of the gradients.
 _PLACE, _TAKE, _TAKE_OF_VECTOR, _MATCH = 70, 14, 2, 8
-_ENDS = 300  # of a program of these two, before its loop and behind it
-_MOST_OUT = 64  # channels of a tile
-_MOST_IN = 64  # of one of the input's gradient
-_LAUNCH_BOUND_WORK = 100e6  # floating-point operations
-# The same of a convolution in which a weight that is read with its taps last costs an H100 what a launch does: of 64
-# channels a step has 327 instructions in place of 258.
+_ENDS = 300  # What a program of these two executes before its loop and after it.
+_MOST_OUT = 64  # The most output channels of a tile.
+_MOST_IN = 64  # The most input channels of a tile of the input's gradient.
+_LAUNCH_BOUND_WORK = 100e6  # Below so many floating-point operations a call takes as long as its launches.
+# Below so many floating-point operations it costs less to read a weight whose kernel positions come last than to launch
+# a kernel that reorders it: for 64 channels a step then has 327 instructions in place of 258 on an H100.
 _COPY_BOUND_WORK = 15e9
 _FEW_CHANNELS = 16
 _PACKED_PIXELS = 512  # of a program
