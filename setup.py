@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 VERSION = "0.1.0"
 # Of the kernels, what takes the instruction set as data.
-ISA_INDEPENDENT = [CSRC / "kernels" / "conv" / "plan.cpp", CSRC / "kernels" / "conv" / "backward" / "plan.cpp"]
+ISA_INDEPENDENT = [
+    CSRC / "kernels" / path
+    for path in (Path("team.cpp"), Path("conv", "plan.cpp"), Path("conv", "backward", "plan.cpp"))
+]
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # No -ffast-math: it drops NaN and can set flush-to-zero for the whole process.

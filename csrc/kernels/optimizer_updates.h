@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../simd/vec.h"
-#include "update.h"
+#include "optimizers.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {

@@ -10,7 +10,7 @@ import dis
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from fastnn.graph.order import in_place
 from fastnn.graph.understood import ATTRIBUTES, WRITERS
 
-if TYPE_CHECKING:
-    from fastnn.graph.tracing import Tracer
+# The tracer of tracing.py, which imports this file.
+Tracer: TypeAlias = Any
 
 
 def is_a(value: Any, kinds: type | tuple[type, ...]) -> bool:
@@ -62,7 +62,7 @@ class Traced(fx.Proxy):
         for instruction in dis.get_instructions(frame.f_code):
             if instruction.offset == frame.f_lasti and instruction.opname == "UNPACK_SEQUENCE":
                 return self.tracer.parts(self, instruction.argval)
-        self.tracer.refuse("it loops over a tensor")
+        return self.tracer.refuse("it loops over a tensor")
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.node("call_function", operator.setitem, (self, index, value))

@@ -1,4 +1,4 @@
-#include "../kernels/team.h"
+#include "team.h"
 
 #include <time.h>
 
