@@ -7,7 +7,7 @@ namespace fastnn {
 namespace {
 
 Tensor mlp(const Tensor& input, const std::vector<Tensor>& parameters, const std::string& activations) {
-  const Forward call("mlp", input, parameters, activations);
+  const MlpCall call("mlp", input, parameters, activations);
   if (goes_by_layers(call.chain, false)) return std::get<0>(forward_by_layers(call, false));
   const ScalarType dtype = call.chain.kind.dtype;
   Tensor output = new_tensor({call.chain.rows, call.chain.widths.back()}, widened(dtype));
@@ -25,7 +25,7 @@ std::vector<Tensor> all_narrowed(std::vector<Tensor> tensors, ScalarType dtype) 
 
 std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, const std::vector<Tensor>& parameters,
                                                         const std::string& activations) {
-  const Forward call("mlp_with_hidden", input, parameters, activations);
+  const MlpCall call("mlp_with_hidden", input, parameters, activations);
   if (goes_by_layers(call.chain, false)) return forward_by_layers(call, true);
   const Chain& chain = call.chain;
   const ScalarType dtype = chain.kind.dtype;

@@ -57,7 +57,7 @@ void activate(const Activation& activation, const T* from, int64_t count, T* to)
 }
 
 // The output, and the hidden tensors of mlp_with_hidden.
-inline std::tuple<Tensor, std::vector<Tensor>> forward_by_layers(const Forward& call, bool saves) {
+inline std::tuple<Tensor, std::vector<Tensor>> forward_by_layers(const MlpCall& call, bool saves) {
   Tensor current = call.input.borrow();
   std::vector<Tensor> hidden;
   for (int64_t i = 0; i < call.chain.layers(); ++i) {

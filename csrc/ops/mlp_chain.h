@@ -100,13 +100,13 @@ inline Chain check_chain(const char* op, const Tensor& input, const std::vector<
 }
 
 // The arguments of every forward operator, checked. parameters: the weights, then the biases, or no biases at all.
-struct Forward {
+struct MlpCall {
   Activations activations;
   Chain chain;
   const Tensor& input;
   const std::vector<Tensor>& parameters;
 
-  Forward(const char* op, const Tensor& input, const std::vector<Tensor>& parameters, const std::string& text)
+  MlpCall(const char* op, const Tensor& input, const std::vector<Tensor>& parameters, const std::string& text)
       : activations(op, text),
         chain(check_chain(op, input, parameters, activations)),
         input(input),

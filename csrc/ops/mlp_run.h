@@ -57,7 +57,7 @@ inline int64_t team_size(const Chain& chain, double times) {
 // Runs all layers into `output` (rows, out). saved: where each layer saves (rows, its out) for backward, or null; or no
 // places at all.
 template <class T>
-void run_forward(const Forward& call, T* output, const PerLayer<T*>& saved) {
+void run_forward(const MlpCall& call, T* output, const PerLayer<T*>& saved) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const Chain& chain = call.chain;
   bool saves = false;

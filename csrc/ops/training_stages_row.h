@@ -151,7 +151,7 @@ class MlpStage : public Stage<T> {
   Ints sizes_;  // of the input
   Tensor rows_, kept_, grad_input_;
   std::unique_ptr<T[]> own_gradients_;  // of all parameters: a tensor takes a fifth of a microsecond longer
-  std::optional<Forward> call_;
+  std::optional<MlpCall> call_;
   PerLayer<const T*> saved_;  // of each layer what backward needs
 };
 

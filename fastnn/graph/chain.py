@@ -33,7 +33,7 @@ from fastnn.ops.frozen import write_program
 from fastnn.ops.mlp import MOST_LAYERS, mlp_of_parameters, mlp_with_some_biases
 from fastnn.recurrent_modes import NUMBER_OF
 
-_ANY = range(2, 17)  # dimensions; more than sixteen the operators do not take
+_ANY_DIMS = range(2, 17)  # dimensions; more than sixteen the operators do not take
 
 
 class ChainError(Exception):
@@ -85,7 +85,7 @@ def read_chain(program: Program) -> Chain:
         raise ChainError("there is no layer in the model")
     reader.guard.seal()
     return Chain(
-        write_program(reader.stages), reader.sources, reader.dims or _ANY, reader.log_softmax, reader.guard,
+        write_program(reader.stages), reader.sources, reader.dims or _ANY_DIMS, reader.log_softmax, reader.guard,
         reader.counters, reader.draws,
     )  # fmt: skip
 
@@ -122,14 +122,14 @@ class _Reader:
             layers = layers_of(activations)
             if layers > MOST_LAYERS:
                 raise ChainError(f"there are more than {MOST_LAYERS} linear layers in a row")
-            self._begin(_ANY)
+            self._begin(_ANY_DIMS)
             self.stages.append(("mlp", [layers, int(len(tensors) > layers), activations]))
             self._take(tensors)
             return node
         if node.target is mlp_with_some_biases:
             both: Any = node.args[1]  # weights, then biases or None
             for activation, weight, bias in zip(parse(activations), both, both[len(both) // 2 :], strict=False):
-                self._begin(_ANY)
+                self._begin(_ANY_DIMS)
                 self.stages.append(("mlp", [1, int(bias is not None), str(activation)]))
                 self._take([weight] if bias is None else [weight, bias])
             return node
@@ -137,13 +137,13 @@ class _Reader:
             self._add_norm(node)
             return node
         if flattens(node):
-            self._begin(_ANY)
+            self._begin(_ANY_DIMS)
             self.stages.append(("flatten", []))
             self.has_steps = False
             return node
         sizes = sizes_of_view(node)
         if len(sizes) == 2 and sizes[0] == -1 and isinstance(sizes[1], int) and sizes[1] > 0:
-            self._begin(_ANY)
+            self._begin(_ANY_DIMS)
             self.stages.append(("flatten", [sizes[1]]))
             self.has_steps = False
             return node
@@ -154,14 +154,14 @@ class _Reader:
             self._note(layer.module, *settings_of(layer.module))
         if layer is not None and layer.kind == "dropout" and not _is_of_channels(layer):
             if layer.settings["training"] and layer.settings["p"]:
-                self._begin(_ANY)
+                self._begin(_ANY_DIMS)
                 self.stages.append(("dropout", [_bits(layer.settings["p"])]))
                 self.draws = True
             return node
         if layer is not None and layer.kind == "identity":
             return node
         if layer is not None and layer.kind == "linear" and layer.module is not None:
-            self._begin(_ANY)
+            self._begin(_ANY_DIMS)
             self.stages.append(("mlp", [1, self._take_own(layer), "identity"]))
             return node
         if layer is not None and layer.kind.startswith("conv") and layer.module is not None:
@@ -172,7 +172,7 @@ class _Reader:
             self._add_norm_alone(layer)
             return node
         if layer is not None and (alone := activation_of(layer)) is not None:
-            self._begin(_ANY)
+            self._begin(_ANY_DIMS)
             self.stages.append(("activation", [str(alone)]))
             return node
         if self.has_steps and (_takes_last(node, -1) or _takes_last(node, (slice(None), -1))):

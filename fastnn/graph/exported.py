@@ -28,7 +28,7 @@ from fastnn.ops.frozen import conv_numbers
 _aten = torch.ops.aten
 VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
 _COPIES = (_aten.clone.default, _aten.contiguous.default, _aten.alias.default)
-_ANY = (0, 0)  # a size without limits, in an input stage
+_NO_LIMITS = (0, 0)  # a size without limits, in an input stage
 _RNN_DIRECTIONS, _RNN_BATCH_FIRST, _RNN_LAST = 2, 3, 5  # places among the numbers of an rnn stage
 
 
@@ -106,7 +106,7 @@ def _read(model: nn.Module, inputs: tuple[Tensor, ...], free: Sequence[Sequence[
     by_name = {node.name: node for node in graph.nodes}
     placeholders = [by_name[name] for name in exported.graph_signature.user_inputs]
     ranges = _ranges(exported)
-    if any(ranges.get(str(_sizes(input)[0])) != _ANY for input in placeholders):
+    if any(ranges.get(str(_sizes(input)[0])) != _NO_LIMITS for input in placeholders):
         raise ValueError(f"freeze: what {type(model).__name__} does depends on the batch's size")
     _drop_copies(graph)
     _fold_constants(graph, constants)

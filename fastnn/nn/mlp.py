@@ -107,7 +107,7 @@ class MLP(nn.Sequential):
         return input
 
 
-class _Step(NamedTuple):
+class _Part(NamedTuple):
     """Some of a Sequential's children, by their places: a chain that the kernel holds, or, without activations, one to
     call."""
 
@@ -130,7 +130,7 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
 
 def _read(
     kinds: tuple[type | None, ...], values: tuple[Any, ...] | None = None
-) -> tuple[tuple[_Step, ...], tuple[tuple[int, str], ...]]:
+) -> tuple[tuple[_Part, ...], tuple[tuple[int, str], ...]]:
     """The steps of a Sequential whose children are of these classes (None for one that must be called), and its
     settings, places and attributes, whose ``values`` must be given to know the steps."""
     forwards = [None if kind is None else forward_of(kind) for kind in kinds]
@@ -139,7 +139,7 @@ def _read(
     if settings and values is None:
         return (), settings
     left = list(values or ())
-    steps: list[_Step] = []
+    steps: list[_Part] = []
     chain: list[int] = []
     linears: list[int] = []
     names: list[str] = []
@@ -157,11 +157,11 @@ def _read(
                 names[-1] = str(activation)
         else:
             if chain:
-                steps.append(_Step(chain, linears, activations.join(names)))
+                steps.append(_Part(chain, linears, activations.join(names)))
                 chain, linears, names = [], [], []
-            steps.append(_Step([place]))
+            steps.append(_Part([place]))
     if chain:
-        steps.append(_Step(chain, linears, activations.join(names)))
+        steps.append(_Part(chain, linears, activations.join(names)))
     return tuple(steps), settings
 
 

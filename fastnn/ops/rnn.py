@@ -35,7 +35,7 @@ _backward_op = torch.ops.fastnn.rnn_backward.default
 
 # For a GPU, set by fastnn.kernels: see _with_stocks_gradient.
 run_with_stocks_gradient: Callable[..., tuple[Tensor, Sequence[Tensor]] | None] | None = None
-Config = tuple[int, int, bool, bool]  # mode, num_layers, bidirectional, batch_first
+RnnConfig = tuple[int, int, bool, bool]  # mode, num_layers, bidirectional, batch_first
 _CELL_CONFIGS = [(number, 1, False, False) for number in range(len(MODES))]
 
 
@@ -246,7 +246,7 @@ def _with_stocks_gradient(
     state: Sequence[Tensor],
     weights: Sequence[Tensor],
     masks: Tensor | None,
-    config: Config,
+    config: RnnConfig,
 ) -> tuple[Tensor, Sequence[Tensor]] | None:
     """On a GPU, the answer where the operator would run stock's kernels: those keep for backward what the operator
     cannot hand over. Else None."""
@@ -280,7 +280,7 @@ class Rnn(torch.autograd.Function):
         input: Tensor,
         batch_sizes: Tensor | None,
         masks: Tensor | None,
-        config: Config,
+        config: RnnConfig,
         states: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -303,7 +303,7 @@ class Rnn(torch.autograd.Function):
         input: Tensor,
         batch_sizes: Tensor | None,
         masks: Tensor | None,
-        config: Config,
+        config: RnnConfig,
         states: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -340,7 +340,7 @@ class RnnBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        config: Config, states: int, wanted: tuple[bool, bool, bool], *tensors: Tensor | None
+        config: RnnConfig, states: int, wanted: tuple[bool, bool, bool], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grads = 1 + MODES[config[0]].states
         output, reserve, input, batch_sizes, masks, *rest = tensors[grads:]

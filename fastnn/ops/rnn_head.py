@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fastnn.ops._autograd import eager_recorder
 from fastnn.ops.mlp import _mlp_backward_op, _mlp_with_hidden_op, mlp_of_parameters
-from fastnn.ops.rnn import Config, _backward_op, _with_reserve_call, plain_rnn
+from fastnn.ops.rnn import RnnConfig, _backward_op, _with_reserve_call, plain_rnn
 from fastnn.recurrent_modes import MODES
 
 _with_hidden_call, _mlp_backward_call, _backward_call = _mlp_with_hidden_op._op, _mlp_backward_op._op, _backward_op._op
 
 
-def train_rnn_with_head(input: Tensor, weights: Sequence[Tensor], head: Sequence[Tensor], config: Config) -> Tensor:
+def train_rnn_with_head(input: Tensor, weights: Sequence[Tensor], head: Sequence[Tensor], config: RnnConfig) -> Tensor:
     """``linear(h, *head)`` of the last layer's final h, from a zero state. For callers that know that the call is plain
     (:func:`is_plain`), on the CPU, and that a gradient is wanted; ``weights`` as for :func:`rnn`."""
     result: Any = _record(input, config, len(weights), *weights, *head)
@@ -29,7 +29,7 @@ class RnnWithHead(torch.autograd.Function):
     """What :func:`train_rnn_with_head` records."""
 
     @staticmethod
-    def record(ctx: Any, input: Tensor, config: Config, weights: int, *tensors: Tensor) -> Any:
+    def record(ctx: Any, input: Tensor, config: RnnConfig, weights: int, *tensors: Tensor) -> Any:
         output, final_state, reserve = _with_reserve_call(input, None, (), tensors[:weights], None, *config)
         h = final_state[0][-1]
         result, _ = _with_hidden_call(h, tensors[weights:], "identity")
