@@ -1,5 +1,61 @@
-"""``python -m fastnn`` prints what this installation is made of and runs on."""
+"""``python -m fastnn`` prints what this installation is made of and runs on; ``bench`` measures a model of yours, and
+``explain`` says what becomes of its layers."""
 
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastnn import bench
+from fastnn.explanation import explain
 from fastnn.info import backend_info
+from fastnn.loading import load_model, random_inputs
 
-print(backend_info())
+
+def _threads(text: str) -> list[int]:
+    counts = [int(count) for count in text.split(",")]
+    if any(count < 1 for count in counts):
+        raise ValueError(text)
+    return counts
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fastnn", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", help="package.module:factory, a torch.nn.Module or a function that makes one")
+    model.add_argument(
+        "--input", action="append", required=True, metavar="SIZES", help="32,3,32,32 or 8,20:int64:100; once an input"
+    )
+    measured = commands.add_parser("bench", parents=[model], help="measure it under stock, torch.compile and fastnn")
+    measured.add_argument("--train", action="store_true", help="whole training steps, in place of inference")
+    measured.add_argument("--threads", type=_threads, default=[1], metavar="1,2", help="numbers of threads (1)")
+    measured.add_argument("--seconds", type=float, default=1.0, help="of timing for each contender (1)")
+    measured.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process each")
+    measured.add_argument("--json", metavar="FILE", help="write the figures there")
+    measured.add_argument("--plot", metavar="FILE", help="draw them there (needs matplotlib)")
+    measured.add_argument("--peak-of", help=argparse.SUPPRESS)
+    explained = commands.add_parser("explain", parents=[model], help="what becomes of every layer, and why")
+    explained.add_argument("--train", action="store_true", help="of the model in training, in place of inference")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "bench":
+            bench.run(given)
+        elif given.command == "explain":
+            print(explain(load_model(given.model).train(given.train), *random_inputs(given.input)))
+        else:
+            print(backend_info())
+    except ValueError as error:
+        parser.exit(2, f"fastnn: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""A model and its inputs as the commands of ``python -m fastnn`` name them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def load_model(name: str) -> nn.Module:
+    """The model that ``package.module:factory`` names: a module of torch's, or what a function without arguments, or a
+    class, makes. ValueError where the name leads to none."""
+    path, found, factory = name.partition(":")
+    if not found:
+        raise ValueError(f"expected package.module:factory, got {name!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the folder that the command was called in
+    try:
+        made = importlib.import_module(path)
+        for part in factory.split("."):
+            made = getattr(made, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no {name}: {error}") from error
+    model = made if isinstance(made, nn.Module) else made() if callable(made) else made
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def random_inputs(descriptions: Sequence[str]) -> list[Tensor]:
+    """A tensor for each description: sizes with commas between them, and perhaps ``:dtype`` (``8,20:int64``, and
+    ``8,20:int64:100`` for numbers below 100). Floating-point numbers are drawn from a normal distribution."""
+    torch.manual_seed(0)
+    inputs = []
+    for description in descriptions:
+        sizes, _, rest = description.partition(":")
+        name, _, most = rest.partition(":")
+        dtype = getattr(torch, name or "float32", None)
+        try:
+            shape = [int(size) for size in sizes.split(",")]
+            if not isinstance(dtype, torch.dtype) or any(size < 0 for size in shape):
+                raise ValueError(description)
+            integers = not (dtype.is_floating_point or dtype.is_complex)
+            if integers:
+                inputs.append(torch.randint(int(most or 2), shape, dtype=dtype))
+            else:
+                inputs.append(torch.randn(shape, dtype=dtype))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"expected sizes such as 32,3,32,32, or 8,20:int64:100, got {description!r}") from error
+    return inputs
