@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test fuzz-semantics lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-zoo bench-step bench-overhead \
+.PHONY: help build examples test fuzz-semantics lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-zoo bench-step bench-overhead \
     sweep-conv sweep-mlp dist clean
 
 help:  ## List the targets
@@ -74,6 +74,14 @@ sweep-mlp: $(VENV)/bench.stamp  ## Compare random chains of linear layers with s
 bench-overhead: $(VENV)/bench.stamp  ## Measure what a call of each op costs before any work
 	$(RUN) -m benchmarks.overhead $(ARGS)
 
+EXAMPLES := digits signals anomalies yours
+
+examples: $(VENV)/examples.stamp  ## Run the examples in a short form, each with its drawing in build/
+	@mkdir -p build
+	for name in $(EXAMPLES); do \
+	    $(RUN) examples/$$name.py --short $$(test $$name = yours || echo --output build/$$name.png) || exit 1; \
+	done
+
 dist: $(VENV)/build.stamp  ## Build the source distribution and the wheel
 	$(RUN) -m build
 
@@ -104,7 +112,7 @@ $(VENV)/build.stamp: $(VENV)/venv.stamp $(SOURCES)
 	CXX="$(CXX)" $(PIP) install --no-build-isolation --editable .
 	@touch $@
 
-# One stamp an extra of pyproject.toml: test, lint, bench, rivals.
+# One stamp an extra of pyproject.toml: test, lint, bench, rivals, examples.
 $(VENV)/%.stamp: $(VENV)/build.stamp
 	$(PIP) install --no-build-isolation --editable ".[$*]"
 	@touch $@

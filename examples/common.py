@@ -1,0 +1,158 @@
+"""What the examples share: the command line, the same training by stock's loop and by fastnn, and how plots look."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fastnn
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+GREY, STOCK, OURS = "#8a8f98", "#8a8f98", "#e07b39"  # Colours that are seen on white and on black.
+COMPARED = 200  # In double precision the two loss curves have to agree for so many steps,
+TOLERANCE = 1e-6  # to so much of the first loss. In single precision rounding errors grow from step to step.
+
+
+def arguments(description: str, output: str) -> argparse.Namespace:
+    """The command line of an example."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--short", action="store_true", help="few epochs, to see that the example works")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (1)")
+    parser.add_argument("--output", default=output, help=f"the drawing ({output})")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    return given
+
+
+@dataclass
+class Trained:
+    """A model after its training, with the loss of every step and the seconds that all steps took."""
+
+    model: nn.Module
+    losses: list[float]
+    seconds: float
+
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def stock_step(model: nn.Module, loss: nn.Module, lr: float) -> Step:
+    """One step of stock's loop, by Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
+def our_step(model: nn.Module, loss: nn.Module, lr: float) -> Step:
+    """The same by ``fastnn.training_step``."""
+    return fastnn.training_step(model, loss, torch.optim.Adam(model.parameters(), lr))
+
+
+def train(name: str, make: Callable[..., Step], model: nn.Module, loss: nn.Module, epochs: list, lr: float) -> Trained:
+    """Trains a copy of the model, with the seed that all trainings have, so that all drop the same elements."""
+    own = copy.deepcopy(model).train()
+    step, values = make(own, loss, lr), []
+    torch.manual_seed(0)
+    begin = time.perf_counter()
+    for batches in tqdm(epochs, desc=name, unit="epoch"):
+        values += [step(x, y) for x, y in batches]
+    seconds = time.perf_counter() - begin
+    return Trained(own, [float(value) for value in values], seconds)
+
+
+def train_both(model: nn.Module, loss: nn.Module, epochs: list, lr: float) -> tuple[Trained, Trained]:
+    """Trains two copies of a model on the same batches with the same seed, one by stock's loop and one by fastnn, and
+    asserts beforehand that both compute the same: the losses of the first steps, in double precision."""
+
+    def double(value: Tensor) -> Tensor:
+        return value.double() if value.is_floating_point() else value
+
+    first = [[(double(x), double(y)) for batches in epochs for x, y in batches][:COMPARED]]
+    exact = copy.deepcopy(model).double()
+    theirs, mine = (train("checking", make, exact, loss, first, lr).losses for make in (stock_step, our_step))
+    worst = max(abs(a - b) for a, b in zip(theirs, mine, strict=True))
+    assert worst <= TOLERANCE * theirs[0], f"the losses differ by {worst}"
+    print(f"in double precision {len(mine)} losses are stock's, to {worst / theirs[0]:.0e} of the first")
+
+    print(f"fastnn.training_step: {our_step(copy.deepcopy(model).train(), loss, lr).explain()}")
+    stock = train("training, stock", stock_step, model, loss, epochs, lr)
+    ours = train("training, fastnn", our_step, model, loss, epochs, lr)
+    print(
+        f"trained {stock.seconds / ours.seconds:.1f} times as fast: {ours.seconds:.2f} s, stock {stock.seconds:.2f} s"
+    )
+    return stock, ours
+
+
+def predict_both(model: nn.Module, x: Tensor) -> Tensor:
+    """What the model predicts, by ``fastnn.freeze``, compared with stock's prediction in numbers and in time."""
+    stock = copy.deepcopy(fastnn.unfuse(model)).eval()
+    frozen = fastnn.freeze(stock, x)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), stock(x), rtol=1e-3, atol=1e-4)
+        seconds = {}
+        for name, run in (("stock", stock), ("fastnn", frozen)):
+            times = []
+            for _ in range(30):
+                begin = time.perf_counter()
+                run(x)
+                times.append(time.perf_counter() - begin)
+            seconds[name] = sorted(times)[len(times) // 2]
+    ratio = seconds["stock"] / seconds["fastnn"]
+    print(f"predicts {ratio:.1f} times as fast: {1e6 * seconds['fastnn']:.0f} us for {len(x)} rows")
+    return frozen(x)
+
+
+def figure(columns: int) -> tuple[plt.Figure, list[plt.Axes]]:
+    """A drawing of so many plots beside each other, which reads well on white and on black."""
+    drawing, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 3.4), layout="constrained", squeeze=False)
+    for one in axes[0]:
+        one.tick_params(colors=GREY)
+        one.xaxis.label.set_color(GREY)
+        one.yaxis.label.set_color(GREY)
+        one.title.set_color(GREY)
+        for side in one.spines.values():
+            side.set_color(GREY)
+    return drawing, list(axes[0])
+
+
+def draw_losses(axes: plt.Axes, stock: Trained, ours: Trained) -> None:
+    """The two loss curves over the time that each training has taken."""
+    together = max(1, len(stock.losses) // 60)  # steps whose mean is drawn: single steps go up and down
+    for name, one, color, style in (("stock", stock, STOCK, "--"), ("fastnn", ours, OURS, "-")):
+        means = torch.tensor(one.losses[: len(one.losses) // together * together]).view(-1, together).mean(1)
+        seconds = torch.linspace(0, one.seconds, len(means))
+        axes.plot(seconds, means, style, color=color, label=name, linewidth=1.6)
+    axes.set(xlabel="seconds", ylabel="loss", yscale="log", title="the same curve, sooner")
+    axes.legend(frameon=False, labelcolor=GREY)
+
+
+def save(drawing: plt.Figure, file: str) -> None:
+    drawing.savefig(file, transparent=True, dpi=160)
+    print(f"written: {file}")
+
+
+def batches_of(x: Tensor, y: Tensor, size: int, epochs: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """Shuffled batches for each epoch, all of them of the same size."""
+    every = []
+    for _ in range(epochs):
+        order = torch.randperm(len(x))
+        every.append([(x[some], y[some]) for some in order.split(size) if len(some) == size])
+    return every
