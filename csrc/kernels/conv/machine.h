@@ -22,8 +22,7 @@ constexpr int64_t kFarWeightBytes = 4 << 20;    // a packed weight that no L2 ho
 constexpr int64_t kMostPackedBytes = 24 << 20;  // a transformed weight at most: bands would read more from memory
 constexpr int64_t kStreamBytes = 1 << 10;       // of a pixel, side by side, that are read as one stream with the next's
 constexpr int64_t kEvenItems = 4;               // bands per thread, so that no thread waits long for another
-constexpr double kMostProducts =
-    0.7;  // share of the products of direct that phases may need: else its transforms do not pay
+constexpr double kMostProducts = 0.7;  // of the products of direct, for phases: with more, its transforms do not pay
 constexpr double kMostTimesComputed = 1.25;  // times that a conv pixel may be computed where bands overlap
 constexpr double kSmallCall = 200e3;     // vector multiply-adds: such a call ends before torch's convolution has begun
 constexpr double kCostPerThread = 12e3;  // vector multiply-adds: below, waking a second thread costs more than it saves

@@ -1,8 +1,8 @@
 // The register tile: the one inner loop of all algorithms but depthwise.
 //
-// A tile adds up products over `depth` in registers and writes the sums to memory that stays in L1; bias, ReLU and
-// pooling are others' work (pool.h). Two operands, of which one is broadcast, element by element, and the other is
-// mostly follow in pool.h. One of the two operands is broadcast, element by element, and the other is
+// A tile adds up products over `depth` in registers and writes the sums to memory that stays in L1; pool.h pools them
+// there, unless a tile pools them itself. One of the two operands is broadcast, element by element, the other is
+// loaded in vectors. In a channel tile the pixels are broadcast and the vectors are output channels; in a pixel tile
 // the weights are broadcast and the vectors are pixels. The packed weight is dense, the pixels are reached by a list
 // of offsets, one for each k, so that any order of channels and kernel positions is the same loop.
 //
