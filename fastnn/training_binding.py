@@ -135,7 +135,7 @@ class UsedGradients:
     ``backward`` leaves such gradients, which must not be used once more."""
 
     def __init__(self) -> None:
-        self._noted: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by a parameter's id: the gradient and its version
+        self._noted: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by a parameter's id: gradient and version
 
     @staticmethod
     def of(optimizer: torch.optim.Optimizer) -> UsedGradients:

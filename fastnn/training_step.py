@@ -288,7 +288,7 @@ class TrainingStep:
         log_softmax = reading.chain.log_softmax
         _count_batches(reading)
         output.requires_grad_()
-        # Not the leaf itself, which the loss could not change in place.
+        # The loss gets a copy, because it could not change the leaf itself in place.
         scores = output.clone() if log_softmax is None else F.log_softmax(output, log_softmax)
         loss = self.loss(scores, target)
         if _reaches_others(loss, output):
@@ -347,7 +347,8 @@ def training_step(
 ) -> TrainingStep:
     """A whole training step as one call: ``loss_value = step(input, target)`` runs forward, loss, backward, clipping
     and the optimizer's update in one operator, where model, loss and optimizer allow it; in two, with the loss between
-    them, where only the loss doesn't; else the ordinary way, on fused layers. ``step.explain()`` says which, and why.
+    them, where only the loss doesn't; else the ordinary way: autograd on fused layers, then the optimizer's own step.
+    ``step.explain()`` says which, and why.
 
     Models that are one chain allow it, in float32 and float64 on the CPU: convolutions, with ReLU and max-pool, batch
     norms, linear layers, activations, adaptive average pools, flattenings, Dropout, and recurrent layers, of which all

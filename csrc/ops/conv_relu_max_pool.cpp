@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
                torch::headeronly::toString(given_winners.scalar_type()));
   check_memory(given_winners, op, "winners");
   check_size(given_winners, output_sizes(problem), op, "winners");
-  // A gradient made by expand(), as that of sum(), is not copied: the winners in memory have as many elements.
+  // A gradient made by expand(), as that of sum(), is not copied: it has no more elements than the winners in memory.
   const Tensor grad_output = given_gradient.borrow(), winners = in_memory(given_winners);
   const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
   int64_t image = 1;  // elements of a padded image, which the kernels number with 32 bits

@@ -25,7 +25,7 @@ WHY: dict[str, str] = {
 class ExplainedCall:
     """A layer, or several layers that run as one operator call.
 
-    `operator`, `forward` and `backward` are empty for an unfused layer, `input` is for a layer that was not called.
+    `operator`, `forward` and `backward` are empty for an unfused layer; `input` is empty for one that was not called.
     """
 
     layer: str  # its name in the model, or that of its function

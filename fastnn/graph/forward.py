@@ -219,8 +219,8 @@ class Program:
         return [own[name] for own, name in self.tensors]
 
     def write(self) -> tuple[fx.Graph, list[tuple[Any, Any]]]:
-        """The graph with its matches fused. Its inputs are the module's, then tensors of layers, `fastnn_tensor_0` and so
-        on. The second result has, for each of these tensors, the dictionary and the key under which it is found."""
+        """The graph with its matches fused. Its inputs are the module's, then tensors of layers: `fastnn_tensor_0` and
+        so on. The second result has, for each of these tensors, the dictionary and the key under which it is found."""
         sources: list[tuple[Any, Any]] = list(self.tensors)
 
         def lift(module: nn.Module, name: str) -> str:
