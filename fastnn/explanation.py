@@ -1,4 +1,4 @@
-"""``fastnn.explain``: every layer of a model that could be fused; by which operator and algorithm it is, or why not."""
+"""``fastnn.explain``: the operator and algorithm that run each layer of a model that could be fused, or why none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Explanation:
     """What :func:`explain` found. Prints as a table."""
 
     rows: tuple[ExplainedCall, ...]
-    is_fused: bool = True  # False: it tells of what `fastnn.fuse` would do
+    is_fused: bool = True  # False: it describes what `fastnn.fuse` would do
 
     @property
     def calls(self) -> tuple[ExplainedCall, ...]:
@@ -40,7 +40,7 @@ class Explanation:
         return tuple(row for row in self.rows if not row.operator)
 
     def to_dict(self) -> dict[str, Any]:
-        """As lists, dictionaries, strings and bools."""
+        """The rows as lists, dictionaries, strings and bools."""
         return {"is_fused": self.is_fused, "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
@@ -64,10 +64,10 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     and recurrent layer: the operator that runs it and by which algorithm, or why it stays torch's.
 
     Without inputs nothing is run, and the algorithms, which follow from sizes, are left out. A stock model is
-    reported as :func:`fastnn.fuse` would make it. The model itself is not changed. Of ``conv_relu_max_pool`` the
-    algorithms of forward are those of csrc/kernels/conv: ``winograd``, ``phases``, ``pixels``, ``depthwise``,
-    ``direct``, and ``stock``, torch's own convolution with ReLU and max-pool in one pass behind it; the table says
-    why each. Those of a training step's backward are ``winners``, which visits the windows' winners alone,
+    reported as :func:`fastnn.fuse` would make it. The model itself is not changed. The algorithms of
+    ``conv_relu_max_pool`` are in forward those of csrc/kernels/conv: ``winograd``, ``phases``, ``pixels``,
+    ``depthwise``, ``direct``, and ``stock``, torch's own convolution followed by ReLU and max-pool in one pass; the
+    table says why each is chosen. In backward they are ``winners``, which visits only the argmax of each window,
     ``depthwise``, which has channels in the lanes, ``taps``, which has pixels there (for few input channels), and
     ``stock``.
     """
@@ -89,14 +89,14 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     finally:
         for hook in hooks:
             hook.remove()
-    called = list(dict.fromkeys(recorder.calls))  # a cell in a loop makes the same many times
+    called = list(dict.fromkeys(recorder.calls))  # a cell in a loop makes the same call many times
     seen = {name for call in called for name in call.layer.split(", ")}
     rows = called + [row for row in account_for(model) if not row.operator and row.layer not in seen]
     return Explanation(tuple(rows), is_fused)
 
 
 def _is_fused(model: nn.Module) -> bool:
-    """Whether fuse has been here, or the layers are fastnn's own."""
+    """Whether :func:`fuse` has changed the model, or some of its layers are those of fastnn.nn."""
     modules = list(model.modules())
     return any(isinstance(m.__dict__.get("forward"), FusedModule) or type(m) in FUSED for m in modules)
 
@@ -107,7 +107,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[ExplainedCall] = []
-        self.layers: list[str] = []  # those being run, the innermost last
+        self.layers: list[str] = []  # the layers that are running, the innermost last
 
     def begin(self, layer: str) -> None:
         self.layers.append(layer)
@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class _Watch:
-    """Has the recorder know which layers of a fused model an operator stands for."""
+    """Tells the recorder which layers of a fused model an operator stands for."""
 
     def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
         self.recorder = recorder
@@ -147,7 +147,7 @@ class _Watch:
 
 
 class _WatchedRun(fx.Interpreter):
-    """Runs a program's stock graph, the matches in their layers' place."""
+    """Runs a program's stock graph, with each match in the place of its layers."""
 
     def __init__(self, module: nn.Module, program: Program, watch: _Watch) -> None:
         super().__init__(module, garbage_collect_values=False, graph=program.stock_graph)

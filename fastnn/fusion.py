@@ -1,9 +1,9 @@
-"""``fastnn.fuse``: the user's own model, with the layers that fastnn has an operator for run by it.
+"""``fastnn.fuse``: changes a model so that fastnn's operators run the layers that they can compute.
 
-Nothing of the model changes but the ``forward`` of instances: each module that calls layers gets a
-:class:`FusedForward`, which runs what was traced of it, the layers of each match of ``fastnn/graph/matcher.py`` by
-one operator; each recurrent layer gets a :class:`FusedRecurrent`. A trace holds for the module as it was: whatever it
-depends on is compared at every call, and where something has changed the module is traced anew.
+Only the ``forward`` of instances is replaced. Each module that calls layers gets a :class:`FusedForward`, which runs a
+trace of the module in which one operator replaces the layers of each match (``fastnn/graph/matcher.py``); each
+recurrent layer gets a :class:`FusedRecurrent`. A trace is valid for the module as it was: whatever the trace depends
+on is compared at every call, and where something has changed the module is traced anew.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from fastnn.nn._hooks import layer_forward
 
 
 def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) -> nn.Module:
-    """Make a model faster, in place, and return it: its class, methods, submodules, parameters and state dict are what
-    they were, and the layers that fastnn has an operator for are run by that, in training and in inference.
+    """Make a model faster, in place, and return it. Its class, methods, submodules, parameters and state dict stay what
+    they were; fastnn's operators run the layers that they can compute, in training and in inference.
 
     Convolutions with their ReLU and max-pool (and, between them, batch norm), chains of linear layers and activations,
-    and recurrent layers become operators of fastnn; all else stays as it is, as does everything that cannot be traced:
-    :func:`fastnn.explain` lists both. :func:`unfuse` gives the stock model back. Optimizers, trainers and whatever else
-    holds the model go on working, as do checkpoints, ``copy.deepcopy`` and pickle. Whoever wants the stock model beside
-    the fused one copies it first: ``fastnn.fuse(copy.deepcopy(model))``.
+    and recurrent layers become operators of fastnn; everything else, and what cannot be traced, stays as it is:
+    :func:`fastnn.explain` lists all of it. :func:`unfuse` gives the stock model back. Optimizers, trainers and what
+    else holds the model go on working, as do checkpoints, ``copy.deepcopy`` and pickle. For a stock model beside the
+    fused one, copy it first: ``fastnn.fuse(copy.deepcopy(model))``.
 
     Args:
         model: any module. Wrappers such as DistributedDataParallel come after ``fuse``.
-        example_inputs: a tensor, or a tuple of the model's arguments. With them, each candidate is compared with stock
-            on what the model gives it (outputs, and gradients where there are parameters to train) and timed, in the
-            mode that the model is in; one that is not faster here stays stock.
-        strict: raise on the first layer that is left.
+        example_inputs: a tensor, or a tuple of the model's arguments. With them, each candidate is compared with
+            torch's layers on what the model gives it (outputs, and gradients where there are parameters to train) and
+            timed, in the mode that the model is in; a candidate that is not faster here stays unfused.
+        strict: raise on the first layer that could be fused and is not.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: with ``strict``, a layer that is left, and why; or example inputs that the model does not take.
+        ValueError: with ``strict``, a layer stays unfused, and why; or the model does not take the example inputs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a model that is a torch.nn.Module, got a {type(model).__name__}")
@@ -62,10 +62,10 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) 
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """The stock model again: takes what :func:`fuse` put there off ``model``, in place, and returns it."""
+    """Undo :func:`fuse`: remove from ``model``, in place, what it has put there, and return the model."""
     for module in model.modules():
         fused = module.__dict__.get("forward")
-        if isinstance(fused, FusedModule) and module.__dict__.get(TOKEN) is fused.token:  # not one that it borrows
+        if isinstance(fused, FusedModule) and module.__dict__.get(TOKEN) is fused.token:  # not that of another module
             del module.__dict__["forward"]
             module.__dict__.pop(TOKEN, None)
     return model

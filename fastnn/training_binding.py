@@ -22,10 +22,10 @@ _get_all_flags = attrgetter("requires_grad", *TENSOR_HOOKS, "grad")
 
 
 class Binding:
-    """Parameters, the optimizer's states and its settings, bound to one number for the one call. What the binding
-    itself makes of the optimizer's state, :meth:`undo` takes back.
+    """The parameters, the optimizer's states and its settings, bound to one number by which the one call finds them.
+    :meth:`undo` removes what the binding itself has created in the optimizer's state.
 
-    KeyError where the optimizer's state lacks something.
+    Raises KeyError where the optimizer's state lacks something.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Binding:
     ) -> None:
         self.parameters = parameters
         self.states: list[Tensor] = []  # the optimizer's, as the operators take them
-        self.layout: list[int] = []  # of each parameter its group and which states it has
-        # Whether this made some of the optimizer's state, and what there was before.
+        self.layout: list[int] = []  # for each parameter, its group and the bits of the states that it has
+        # The parameters whose state was created here, and what the optimizer had before.
         self.created: list[tuple[Tensor, dict[str, Any]]] = []
         self._optimizer, self._max_norm, self._loss_numbers = optimizer, max_norm, reading.loss_numbers
         self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
@@ -84,7 +84,7 @@ class Binding:
         return self._settings == self._settings_now()
 
     def states_fit(self) -> bool:
-        """Whether the settings, which may be others, ask for the same states."""
+        """Whether the settings, which may have changed, ask for the same states."""
         return self._kept == [kept_by(self._optimizer, group) for group in self._optimizer.param_groups]
 
     def write_numbers(self) -> None:
@@ -99,7 +99,7 @@ class Binding:
         self._settings = self._settings_now()
 
     def undo(self) -> None:
-        """Takes back what this made of the optimizer's state."""
+        """Removes what this has created in the optimizer's state."""
         for parameter, before in self.created:
             if before:
                 self._optimizer.state[parameter] = before
@@ -111,7 +111,7 @@ class Binding:
         return [get(group) for get, group in zip(self._get_settings, self._optimizer.param_groups, strict=True)]
 
     def _take_states(self, parameter: Tensor, kept: tuple[str, ...]) -> int:
-        """Adds a parameter's state to the rest, made where there is none yet; its bits in the layout."""
+        """Appends a parameter's state to `states`, creating it where there is none; returns its bits of the layout."""
         state = self._optimizer.state.get(parameter, {})
         before, names = dict(state), [name for name in kept if name]
         bits = sum(1 << i for i, name in enumerate(kept) if name)
@@ -120,7 +120,7 @@ class Binding:
             if names and state.get(names[0]) is None:
                 state[names[0]] = torch.zeros_like(parameter)
                 bits |= IS_FIRST
-        elif not state and row.name != "Adagrad":  # which makes its states when it is made
+        elif not state and row.name != "Adagrad":  # which creates them in its constructor
             state.update({name: new_number(value) for name, value in row.numbers})
             state.update({name: torch.zeros_like(parameter) for name in names})
         self.states += [state[name] for name in (*[name for name, _ in row.numbers], *names)]
@@ -132,14 +132,14 @@ class Binding:
 
 class UsedGradients:
     """A hook of an optimizer that notes which gradients its last step has used. A loop that calls ``zero_grad`` before
-    ``backward`` leaves such gradients, which are not to be used once more."""
+    ``backward`` leaves such gradients, which must not be used once more."""
 
     def __init__(self) -> None:
-        self._noted: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by parameters' numbers: gradient and version
+        self._noted: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by a parameter's id: gradient and version
 
     @staticmethod
     def of(optimizer: torch.optim.Optimizer) -> UsedGradients:
-        """The optimizer's one."""
+        """The hook of this kind that the optimizer has, or else a new one."""
         for hook in optimizer._optimizer_step_post_hooks.values():
             if isinstance(hook, UsedGradients):
                 return hook
@@ -158,11 +158,11 @@ class UsedGradients:
         }
 
     def know(self, other: UsedGradients) -> None:
-        """Counts what another optimizer has used as used."""
+        """Counts the gradients that another optimizer has used as used."""
         self._noted = {**other._noted, **self._noted}
 
     def drop(self, optimizer: torch.optim.Optimizer) -> None:
-        """Takes gradients away that have been used and are as they were."""
+        """Sets ``p.grad`` to None where the gradient has been used and has not changed since."""
         if not self._noted:
             return
         for group in optimizer.param_groups:

@@ -1,5 +1,5 @@
 """A loss and an optimizer in numbers, as the operators of a training step take them (csrc/ops/training_step.cpp,
-StepNumbers), or why they have none."""
+StepNumbers), or why that cannot be done."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _NAMES: dict[Any, str] = {getattr(F, name): name for name in _MODULES.values()}
 
 
 def settings_of_loss(loss: Any) -> dict[str, Any]:
-    """What a module's forward, or a function with arguments given, computes by."""
+    """The settings of a loss: the attributes of a module, or the arguments of a functools.partial."""
     if isinstance(loss, functools.partial):
         return dict(loss.keywords)
     if not isinstance(loss, nn.Module):
@@ -57,8 +57,8 @@ def settings_of_loss(loss: Any) -> dict[str, Any]:
 
 
 def numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tensor | None]:
-    """Kind, whether it is the mean, its number and the class to ignore; and the weights of classes. The loss of a model
-    that ends in log_softmax is to be nll_loss, which both together are the cross entropy of what was before."""
+    """The kind of the loss, whether it is the mean, its number and the class to ignore; and the weights of classes. A
+    model that ends in log_softmax must have nll_loss: together they are the cross entropy of log_softmax's input."""
     settings: dict[str, Any] = {}
     if isinstance(loss, functools.partial) and not loss.args:
         settings, loss = dict(loss.keywords), loss.func
@@ -93,8 +93,8 @@ class Optimizer(NamedTuple):
 
     name: str  # of the class in torch.optim
     settings: Sequence[str]  # of a group, as numbers; beta1 and beta2 are its betas
-    numbers: Sequence[tuple[str, float]]  # that it keeps of each parameter, with their first values
-    states: Sequence[tuple[str, str | None]]  # tensors, with the setting with which they are kept
+    numbers: Sequence[tuple[str, float]]  # that it keeps for each parameter, with their first values
+    states: Sequence[tuple[str, str | None]]  # tensors that it keeps, with the setting that asks for them
 
     @property
     def kind(self) -> int:
@@ -110,33 +110,33 @@ _BETAS = ("beta1", "beta2")
 _OPTIMIZERS = [Optimizer(*row) for row in load_extension().optimizers()]
 OPTIMIZERS: dict[type, Optimizer] = {getattr(torch.optim, row.name): row for row in _OPTIMIZERS}
 OPTIMIZERS[torch.optim.AdamW] = OPTIMIZERS[torch.optim.Adam]
-# A bit of a parameter's layout: SGD's momentum begins.
+# The bit of a parameter's layout which says that SGD's momentum begins with this step.
 IS_FIRST = 1 << load_extension().most_optimizer_states
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """ChainError where the operators do not have the optimizer, or its settings are no numbers."""
+    """Raises ChainError where the operators do not have the optimizer, or its settings are no numbers."""
     row = OPTIMIZERS.get(type(optimizer))
     if row is None:
         raise ChainError(f"the optimizer is {type(optimizer).__name__}")
-    own_step = optimizer.__dict__.get("step")  # schedulers put one there that calls the class's
+    own_step = optimizer.__dict__.get("step")  # schedulers put a step there that calls the class's
     if own_step is not None and getattr(own_step, "__wrapped__", None) is not type(optimizer).step:
         raise ChainError("the optimizer's step has been replaced")
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable"):
             raise ChainError("the optimizer is capturable or differentiable")
         settings = [group.get(name) for name in row.group_settings]
-        if any(isinstance(one, Tensor) for one in _flatten(settings)):  # which may change in place, unseen
+        if any(isinstance(one, Tensor) for one in _flatten(settings)):  # it could change in place, unseen
             raise ChainError("a setting of the optimizer is a tensor")
 
 
 def _flatten(values: Sequence[Any]) -> list[Any]:
-    """With the elements of tuples and lists, as `betas` is one, in their place."""
+    """The values, with the elements of tuples and lists (`betas` is a tuple) in the place of these."""
     return [one for value in values for one in (value if isinstance(value, (tuple, list)) else (value,))]
 
 
 def check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
-    """ChainError where the operators do not take a model's parameters, or not with this optimizer."""
+    """Raises ChainError where the operators do not support a model's parameters, or not with this optimizer."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(p is None for p in parameters):
         raise ChainError("a parameter is gone")
@@ -166,7 +166,7 @@ def check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer
 
 
 def kept_by(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
-    """The states that a group's parameters have, "" for those that they don't."""
+    """The names of the states that a group's parameters have, with "" for each state that they do not have."""
     states = OPTIMIZERS[type(optimizer)].states
     return tuple(name if setting is None or group[setting] else "" for name, setting in states)
 

@@ -1,4 +1,4 @@
-"""What a training step reads of its model and loss before it can be one call, and whether it is still so."""
+"""What a training step reads from its model and loss before it can be one call, and whether that still holds."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastnn.training_numbers import check_optimizer, check_parameters, numbers_o
 
 
 class Reading:
-    """A model as a chain of layers, and its loss in numbers. ChainError where the model is no chain, or where operators
-    do not take its parameters or the optimizer.
+    """A model as a chain of layers, and its loss in numbers. Raises ChainError where the model is no chain, or where
+    the operators do not support its parameters or the optimizer.
 
-    before: the last reading, whose trace serves again where it holds.
+    before: the last reading, whose trace is used again if it still holds.
     """
 
-    _forward: Any  # the model's own, as it was read
+    _forward: Any  # the model's own forward when it was read
     _program: Program  # its trace
 
     def __init__(
@@ -49,7 +49,7 @@ class Reading:
         check_parameters(self.parameters(), optimizer)
         self.loss_numbers: list[float] = [0.0] * 4
         self.loss_weight: Tensor | None = None
-        self.loss_why = ""  # the loss is not the operator's
+        self.loss_why = ""  # why the operator does not compute the loss
         self._loss, self._loss_settings = loss, settings_of_loss(loss)
         try:
             self.loss_numbers, self.loss_weight = numbers_of_loss(loss, self.chain.log_softmax is not None)
@@ -57,11 +57,11 @@ class Reading:
             self.loss_why = str(reason)
 
     def parameters(self) -> list[Tensor]:
-        """The chain's tensors as the model has them now. KeyError where one is gone."""
+        """The chain's tensors as the model has them now. Raises KeyError where one is gone."""
         return list(map(getitem, self.owners, self._names))
 
     def holds(self, loss: Any) -> bool:
-        """Whether calling the model is still what was read, and that in training, and the loss as it was."""
+        """Whether the model is in training mode and still computes what was read, and the loss is as it was."""
         own = self._model.__dict__
         return (
             own["training"]
@@ -75,5 +75,5 @@ class Reading:
         settings = self._loss_settings
         try:
             return loss is self._loss and (not settings or settings == settings_of_loss(loss))
-        except RuntimeError:  # a tensor compared with another
+        except RuntimeError:  # two tensors were compared
             return False

@@ -34,9 +34,9 @@ _call, _call_bound, _call_forward, _call_backward = (
 class TrainingStep:
     """What :func:`training_step` returns. Call it with an input and a target; it returns the loss, without a graph.
 
-    Gradients that lie in ``p.grad`` when a step begins, as those of micro-batches before it, count, but for those that
-    the optimizer has used already; such a step goes the ordinary way. After a step ``p.grad`` is None, or with
-    ``keep_gradients`` the step's gradient, clipped, until the next step begins.
+    Gradients that are in ``p.grad`` when a step begins, such as those of micro-batches before it, are added to its own,
+    unless the optimizer has used them already; such a step goes the ordinary way. After a step ``p.grad`` is None, or
+    with ``keep_gradients`` the step's gradient, clipped, until the next step begins.
     """
 
     def __init__(
@@ -71,16 +71,16 @@ class TrainingStep:
         self.loss, self._optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
         self._reading: Reading | None = None
         self._binding: Binding | None = None
-        self._why = ""  # there is no reading: steps go the ordinary way
-        self._last_why = ""  # the last step went the ordinary way
+        self._why = ""  # why there is no reading, so that steps go the ordinary way
+        self._last_why = ""  # why the last step went the ordinary way
         self._no_grad = torch.no_grad()  # made once: 0.5 us
-        self._retries = False  # a step that one call did not take
+        self._retries = False  # whether this repeats a step that one call did not take
         self._used = UsedGradients.of(optimizer)
         self._is_unread_copy = False
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """What makes the steps."""
+        """The optimizer that makes the steps."""
         return self._optimizer
 
     @optimizer.setter
@@ -94,7 +94,7 @@ class TrainingStep:
         return {name: getattr(self, name) for name in ("model", "loss", "optimizer", "max_norm", "keep_gradients")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy reads and binds anew: at its first call, for a model that has its own step as an attribute is still
+        """A copy reads and binds anew at its first call, since a model that has its own step as an attribute is still
         empty here."""
         settings = dict(state)
         self.model = settings.pop("model")
@@ -144,8 +144,8 @@ class TrainingStep:
         else:
             self._after(binding, gradients)
             return loss
-        # A target that the operator does not take may be good for the loss itself; if not, it has words for it. What
-        # else the operator does not take, the ordinary way may.
+        # The loss itself may take a target that the operator does not take; if not, it raises its own error. The
+        # ordinary way may take whatever else the operator does not take.
         if random is not None:
             torch.set_rng_state(random)
         reading.loss_why, self._retries = _OTHER_TARGET, True
@@ -156,7 +156,7 @@ class TrainingStep:
             raise
         finally:
             self._retries = False
-        if self._binding is None:  # it was the ordinary way
+        if self._binding is None:  # the step went the ordinary way
             reading.loss_why = ""
         return loss
 
@@ -184,7 +184,7 @@ class TrainingStep:
         self._forget()
 
     def _why_not_due(self, input: Any, target: Any) -> str:
-        """Why such a call is none for the operators, or an empty text where it is one."""
+        """Why the operators do not take such a call, or an empty text where they do."""
         if self._is_unread_copy:
             self._read()
         reading = self._reading
@@ -213,8 +213,8 @@ class TrainingStep:
         return ""
 
     def _is_bound(self) -> bool:
-        """Sees to it that what is bound is what the model and the optimizer have; not where the model has lost a
-        parameter, or the optimizer got what operators do not take."""
+        """Binds what the model and the optimizer have now, and returns True. False where the model has lost a
+        parameter, `p.grad` has gradients that count, or the optimizer has what the operators do not take."""
         reading, binding, optimizer = self._reading, self._binding, self._optimizer
         assert reading is not None
         holds = binding is not None and binding.holds(self.max_norm, self.keep_gradients)
@@ -267,7 +267,7 @@ class TrainingStep:
     def _in_two_calls(
         self, reading: Reading, binding: Binding, input: Tensor, target: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """With the caller's own loss."""
+        """Runs a step with the caller's own loss between two calls."""
         undo = _copy_of_forward(reading, binding)
         try:
             with self._no_grad:
@@ -284,11 +284,11 @@ class TrainingStep:
     def _from_output(
         self, reading: Reading, binding: Binding, input: Tensor, target: Any, output: Tensor, saved: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """Loss, backward and update of a forward."""
+        """Computes the loss of an output, then backward and update."""
         log_softmax = reading.chain.log_softmax
         _count_batches(reading)
         output.requires_grad_()
-        # Not the leaf itself, which the loss could not change in place.
+        # The loss gets a copy, because it could not change the leaf itself in place.
         scores = output.clone() if log_softmax is None else F.log_softmax(output, log_softmax)
         loss = self.loss(scores, target)
         if _reaches_others(loss, output):
@@ -347,11 +347,12 @@ def training_step(
 ) -> TrainingStep:
     """A whole training step as one call: ``loss_value = step(input, target)`` runs forward, loss, backward, clipping
     and the optimizer's update in one operator, where model, loss and optimizer allow it; in two, with the loss between
-    them, where only the loss doesn't; else the ordinary way, on fused layers. ``step.explain()`` says which, and why.
+    them, where only the loss doesn't; else the ordinary way: autograd on fused layers, then the optimizer's own step.
+    ``step.explain()`` says which, and why.
 
     Models that are one chain allow it, in float32 and float64 on the CPU: convolutions, with ReLU and max-pool, batch
     norms, linear layers, activations, adaptive average pools, flattenings, Dropout, and recurrent layers, of which all
-    steps or the last go on. The optimizer's state is its own, and so are its learning rates: going back to
+    steps or the last are used. State and learning rates stay in the optimizer, so that going back to
     ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
 
     Args:
@@ -366,8 +367,8 @@ def training_step(
         strict: raise where steps would go the ordinary way.
 
     Raises:
-        TypeError: arguments that are no such things.
-        ValueError: with ``strict``, why they would.
+        TypeError: an argument of the wrong type.
+        ValueError: with ``strict``, steps would go the ordinary way, and why; or ``max_norm`` is negative.
     """
     return TrainingStep(model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict)
 
@@ -393,7 +394,7 @@ def _check_calls(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:
-    """What a forward changes; calling the result takes that back."""
+    """Copies what a forward changes. Calling the result restores it."""
     random = torch.get_rng_state()
     statistics = [(p, p.clone()) for p in binding.parameters if not isinstance(p, nn.Parameter)]
     counters = [(own[name], own[name].clone()) for own, name in reading.chain.counters if own.get(name) is not None]
@@ -414,7 +415,7 @@ def _count_batches(reading: Reading) -> None:
 
 
 class _RefusedError(Exception):
-    """Two calls do not take the model's tensors."""
+    """The operators of the two calls do not take the model's tensors."""
 
 
 class _OtherLeavesError(Exception):

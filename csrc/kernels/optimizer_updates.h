@@ -1,4 +1,4 @@
-// How optimizers move a parameter, in the order of torch's own operations. Include only from update.cpp.
+// How optimizers change a parameter, in the order of torch's own operations. Include only from update.cpp.
 #pragma once
 
 #include "../simd/vec.h"
@@ -17,7 +17,7 @@ FASTNN_INLINE T square_root(T x) {
   }
 }
 
-// The gradient with weight decay in it; without, an infinite parameter adds nothing, where 0 times it is NaN.
+// The gradient plus weight decay. Without decay nothing is added, since 0 times an infinite parameter would be NaN.
 template <class T>
 FASTNN_INLINE T decayed(T gradient, T decay, T parameter) {
   return decay != 0 ? gradient + decay * parameter : gradient;

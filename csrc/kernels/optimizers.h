@@ -10,13 +10,13 @@ namespace fastnn {
 
 // How one parameter moves in one step: the settings of its group, and what they come to in this step.
 struct UpdateNumbers {
-  // Settings of the group, by torch's names: beta1 and beta2 are its betas. Those that are true or false are not 0 or
-  // 0.
+  // Settings of the group, by torch's names: beta1 and beta2 are its betas. A setting that is false is 0, and one that
+  // is true is not.
   double lr, weight_decay, maximize, momentum, dampening, nesterov, beta1, beta2, eps, amsgrad, decoupled_weight_decay;
   double alpha, centered, lr_decay, momentum_decay;
   // Of this step.
   double step;                                 // counted from 1
-  double scale;                                // of the gradient: -1 to maximize, and what clipping makes of it
+  double scale;                                // factor of the gradient: below 1 to clip it, negative to maximize
   bool is_first;                               // SGD: momentum begins with the gradient itself
   double first_correction, second_correction;  // Adam, NAdam, Adamax: 1 - beta^step
   double mu, next_mu, mu_product;              // NAdam: momentum now and in the next step, and the product so far
@@ -33,15 +33,15 @@ struct OptimizerNumber {
   double initial;
 };
 
-// A tensor like the parameter that it keeps, of zeros at first.
+// A tensor that an optimizer keeps for a parameter. It has the parameter's size, and zeros at first.
 struct OptimizerState {
   const char* name;
-  const char* setting;  // the setting with which it is kept, or null where it always is
+  const char* setting;  // the setting that asks for it, or null where it is always kept
 };
 
 constexpr int kMostSettings = 8, kMostStates = 3, kMostNumbers = 2;
 
-// Rows end where there is no name.
+// Each list ends at the first element without a name.
 struct OptimizerEntry {
   const char* name;  // of the class in torch.optim
   OptimizerSetting settings[kMostSettings];
@@ -53,7 +53,7 @@ enum class OptimizerKind : int64_t { sgd, adam, rmsprop, adagrad, adamax, nadam,
 
 #define FASTNN_SETTING(name) {#name, &UpdateNumbers::name}
 
-// One entry a kind, in the order of the kinds.
+// One entry per kind, in the order of the kinds.
 constexpr OptimizerEntry kOptimizers[] = {
     {"SGD",
      {FASTNN_SETTING(lr), FASTNN_SETTING(weight_decay), FASTNN_SETTING(maximize), FASTNN_SETTING(momentum),

@@ -7,7 +7,7 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// One element's loss; its slope.
+// Returns the loss of one element, and sets its slope.
 template <LossKind kind, class T>
 FASTNN_INLINE T loss_of_difference(T d, T limit, T* slope) {
   const T a = d < 0 ? -d : d, sign = d > 0 ? T(1) : d < 0 ? T(-1) : d;  // 0 at 0, NaN at NaN
@@ -26,7 +26,7 @@ FASTNN_INLINE T loss_of_difference(T d, T limit, T* slope) {
   }
 }
 
-constexpr int64_t kBlock = 1024;  // elements of a sum in T, short enough to lose little
+constexpr int64_t kBlock = 1024;  // elements that are summed in T: so few that little is lost
 constexpr int64_t kSums = 16;     // side by side, so that a compiler may use vectors
 
 template <LossKind kind, class T>

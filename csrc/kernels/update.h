@@ -1,5 +1,5 @@
-// The elementwise ends of a training step: losses, as torch.nn.functional has them, and how optimizers move a
-// parameter, as torch.optim has it.
+// The elementwise parts of a training step: losses, computed as in torch.nn.functional, and how optimizers change a
+// parameter, as in torch.optim.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +12,7 @@ namespace fastnn {
 
 enum class LossKind : int64_t { mse, l1, smooth_l1, huber, bce_with_logits, cross_entropy, count };
 
-// Of each kind, in their order: torch.nn.functional's name, and those of its number and of its tensor of weights.
+// One entry per kind, in their order: the loss's name in torch.nn.functional, and the names of its number and weights.
 struct LossEntry {
   const char* name;
   const char* number;  // or null
@@ -31,13 +31,13 @@ constexpr LossEntry kLosses[] = {
 template <class T>
 struct UpdateKernels {
   // The sum of a loss over `count` elements, and its gradient times `scale`; any kind but cross_entropy. number: beta
-  // of smooth_l1, delta of huber. weights: of bce_with_logits' positive elements, one of the `columns` elements of a
-  // row, or null.
+  // of smooth_l1, delta of huber. weights: for bce_with_logits, those of the positive elements, one for each
+  // of the `columns` elements of a row; or null.
   double (*loss)(LossKind kind, double number, double scale, int64_t count, const T* output, const T* target,
                  const T* weights, int64_t columns, T* gradient);
   // Fills in what all parameters of a group that are at the same step have in common.
   void (*prepare)(OptimizerKind kind, UpdateNumbers& numbers);
-  // Moves `count` elements of a parameter. states: one a row of the table, null where it is not kept.
+  // Moves `count` elements of a parameter. states: one for each that the entry names, null where it is not kept.
   void (*update)(OptimizerKind kind, const UpdateNumbers& numbers, int64_t count, const T* gradient, T* parameter,
                  T* const* states);
   double (*sum_of_squares)(int64_t count, const T* gradient);

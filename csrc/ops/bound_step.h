@@ -1,5 +1,5 @@
-// What a training step has in common with the next: parameters, the optimizer's state, the program. Bound once, so that
-// a call need not hand over some thirty tensors, a microsecond for each ten.
+// What a training step has in common with the next: parameters, the optimizer's state, the program. They are bound
+// once, so that a call need not pass some thirty tensors, which takes a microsecond for each ten.
 //
 // Python knows a bound step by a number, which is never used again once the step is released.
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace fastnn {
 
-// As fastnn::bind_training_step was given them, and never changed.
+// The arguments of fastnn::bind_training_step. They never change.
 struct BoundStep {
   TensorList parameters, state;
   std::string program;
@@ -35,9 +35,9 @@ class BoundSteps {
     FASTNN_CHECK(found != all.steps_.end(), "bound_training_step: no step is bound to ", number);
     return found->second;
   }
-  // Calls that are on their way keep it until they end.
+  // Calls that are running keep the step alive until they end.
   static void release(int64_t number) {
-    std::shared_ptr<const BoundStep> last;  // whose tensors are given back without the lock
+    std::shared_ptr<const BoundStep> last;  // its tensors are freed after the lock is
     BoundSteps& all = instance();
     const std::lock_guard<std::mutex> lock(all.mutex_);
     const auto found = all.steps_.find(number);

@@ -1,4 +1,4 @@
-// Argument checks of the operators: whatever an operator is given, a Python exception and nothing worse.
+// Argument checks of the operators: whatever an operator is given, it raises a Python exception and does nothing worse.
 #pragma once
 
 #include <initializer_list>
@@ -17,7 +17,7 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Fails unless `condition`; its words are put together only then.
+// Fails unless `condition`. The message is put together only then.
 #define FASTNN_CHECK(condition, ...)                                      \
   do {                                                                    \
     if (__builtin_expect(!(condition), false)) fastnn::fail(__VA_ARGS__); \
@@ -32,7 +32,7 @@ std::string to_string(const List& values) {
   return text.str();
 }
 
-// a * b, a + b in checked arithmetic: sizes come from outside.
+// a * b and a + b, which fail on overflow: sizes come from outside.
 inline int64_t checked_product(int64_t a, int64_t b) {
   int64_t product;
   FASTNN_CHECK(!__builtin_mul_overflow(a, b, &product), "sizes ", a, " and ", b, " overflow 64 bits");
@@ -53,7 +53,7 @@ struct Expected {
 
 // Fails unless the product of the sizes, zeros counted as ones, is below 2^50: more than there is memory for elements
 // or time for multiplications, and so far from 2^63 that kernels and plans, which multiply such sizes by lanes, bytes
-// or costs, need not check. In double precision, which does not wrap.
+// or costs, need not check. The product is a double, which does not wrap.
 template <class... Numbers>
 void check_product(const char* op, Numbers... sizes) {
   constexpr double kMost = int64_t{1} << 50;
@@ -96,7 +96,7 @@ inline Expected check_first(const Tensor& tensor, const char* op, const char* na
   return {dtype, tensor.dtype_code(), op};
 }
 
-// check_same_kind without its words: every tensor of every call goes this way.
+// A faster check_same_kind without messages. Every tensor of every call is checked by it.
 inline bool is_plain_of(const Tensor& tensor, int32_t dtype) {
   static const int32_t cpu = aoti_torch_device_type_cpu(), strided = aoti_torch_layout_strided();
   const AtenTensorHandle handle = tensor.get();

@@ -1,4 +1,4 @@
-// Backward of the convolution: a plan, kept for the next call of its kind, and the kernels by it.
+// Backward of the convolution: a plan, which is cached for the next call of its kind, and the run of the kernels by it.
 #pragma once
 
 #include "../kernels/conv/backward/problem.h"
@@ -16,7 +16,7 @@ inline const ConvBackwardPlan& plan_for(const BackwardKey& key) {
   return kept_plan(key, plan_backward);
 }
 
-// The key of a call by these kernels whose elements are finite; `algorithm` is the one to take, or -1.
+// The key of a call that uses these kernels and has finite elements. `algorithm` is the algorithm to take, or -1.
 template <class T>
 BackwardKey backward_key(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
                          bool input_channels_last, const Wanted& wanted, int32_t algorithm) {
@@ -29,7 +29,8 @@ BackwardKey backward_key(const ConvBackwardKernels<T>& kernels, const ConvPoolPr
   return key;
 }
 
-// A call that lacks but the plan and what is written. grad_output stays as it is: that of a sum is a single element.
+// A call in which only the plan and the results are missing. grad_output is not made dense: that of sum() is one
+// element with strides of 0.
 template <class T>
 ConvBackward<T> backward_call(const ConvPoolGeometry& g, const Tensor& grad_output, const PlainImages& winners,
                               const PlainImages& input, const PlainImages& weight) {
@@ -50,7 +51,7 @@ inline int64_t whole_lines(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
 
-// Private parts [part][size], summed in order into the first.
+// Adds up the threads' private parts [part][size], in order, into the first part.
 template <class C>
 void sum_parts(C* parts, int64_t count, int64_t size, int64_t threads) {
   if (count == 1) return;
@@ -62,7 +63,7 @@ void sum_parts(C* parts, int64_t count, int64_t size, int64_t threads) {
   });
 }
 
-// By the plan of `call`, which is none of stock. The gradients that are not wanted are empty.
+// Runs backward by the plan of `call`, whose algorithm is not `stock`. Gradients that are not wanted are empty.
 template <class T>
 void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, double work, const Wanted& wanted,
                   const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias) {
@@ -73,12 +74,12 @@ void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, 
     call.grad_input = mutable_data<T>(grad_input);
     call.grad_input_layout = PlainImages(grad_input).layout;
   }
-  // Images first; where they are fewer than threads, each thread has some of the channels, or of the pixels.
+  // Threads share the images. If there are more threads than images, they also share the blocks, then the pixels.
   const int64_t threads = useful_threads(work / 2), blocks = plan.blocks;
   const int64_t image_parts = std::min(threads, g.batch);
   const int64_t block_parts = std::min(std::max<int64_t>(threads / image_parts, 1), blocks);
   const int64_t pixel_parts = std::min(std::max<int64_t>(threads / (image_parts * block_parts), 1), plan.most_parts);
-  const int64_t parts = image_parts * pixel_parts;  // of which each has a weight gradient of its own
+  const int64_t parts = image_parts * pixel_parts;  // each has a weight gradient of its own
   const int64_t bias_size = g.groups * g.out_channels;
   const int64_t scratch_size = whole_lines(kernels.scratch_size(call));
   const int64_t weight_size = wanted.weight ? plan.weight_size : 0;

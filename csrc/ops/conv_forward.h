@@ -17,8 +17,8 @@ const ConvPlan& plan_of_call(const ConvKernels<T>& kernels, const ConvCall<T>& c
   return plan_for(key);
 }
 
-// Runs a call in which the plan and the packed weight are still missing. `packed_for(plan)` returns the weight as the
-// plan has it packed, or null to have it packed here. `algorithm` is the algorithm to take, or -1 to choose one.
+// Runs a call in which the plan and the packed weight are still missing. `packed_for(plan)` returns the weight in the
+// plan's packed format, or null to pack it here. `algorithm` is the algorithm to take, or -1 to choose one.
 template <class T, class PackedFor>
 void run_conv_forward(ConvCall<T>& call, int64_t dims, bool input_channels_last, bool output_channels_last,
                       int64_t algorithm, const PackedFor& packed_for) {

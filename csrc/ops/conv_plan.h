@@ -1,4 +1,4 @@
-// Plans of convolutions, which are kept for the next call of the same kind, and our kernels as a plan has them run.
+// Plans of convolutions, which are cached for the next call of the same kind, and the run of our kernels by a plan.
 #pragma once
 
 #include <array>
@@ -20,7 +20,7 @@ struct KeyOf {
   // the kernels of that one table.
   template <class Kernels>
   KeyOf(const ConvPoolGeometry& sizes, const Kernels& kernels) {
-    std::memset(static_cast<void*>(this), 0, sizeof(*this));  // what lies between the fields, too
+    std::memset(static_cast<void*>(this), 0, sizeof(*this));  // the bytes between the fields, too
     geometry = sizes;
     machine.vector_bytes = kernels.vector_bytes;
     machine.registers = kernels.registers;
@@ -31,7 +31,7 @@ struct KeyOf {
 };
 using PlanKey = KeyOf<PlanRequest>;
 
-// The plan of a key, from the plans of this thread's last calls or made by make(geometry, request, machine). Planning
+// The plan of a key, taken from this thread's cache or made by make(geometry, request, machine). Planning
 // takes microseconds, which is as long as a small call takes. The result stays valid until this thread has asked for
 // kKept other plans.
 template <class Request, class Plan>
@@ -100,8 +100,8 @@ struct PlainImages {
   }
 };
 
-// Runs a call by our kernels, as its plan says. The plan's algorithm is not `stock`. packed: the weight as the plan has
-// it packed, or null to have it packed here.
+// Runs a call by our kernels, as its plan says. The plan's algorithm is not `stock`. packed: the weight in the
+// plan's packed format, or null to pack the weight here.
 template <class T>
 void run_by_plan(const ConvKernels<T>& kernels, ConvCall<T>& call, const ConvPlan& plan, const Compute<T>* packed) {
   call.plan = &plan;
@@ -112,7 +112,7 @@ void run_by_plan(const ConvKernels<T>& kernels, ConvCall<T>& call, const ConvPla
   const Scratch<char> memory(checked_sum(packed_bytes, checked_product(chunks, scratch)));
   call.packed = packed ? const_cast<Compute<T>*>(packed) : reinterpret_cast<Compute<T>*>(memory.get());
   if (!packed) {
-    constexpr int64_t kSmallWeight = 8192;  // elements, packed before a second thread has come
+    constexpr int64_t kSmallWeight = 8192;  // elements; a second thread would wake too late to help
     parallel_chunks(plan.packed_size < kSmallWeight ? 1 : std::min(plan.threads, plan.pack_items), plan.pack_items,
                     [&](int64_t, int64_t first, int64_t last) { kernels.pack(call, first, last); });
   }
@@ -121,7 +121,7 @@ void run_by_plan(const ConvKernels<T>& kernels, ConvCall<T>& call, const ConvPla
   });
 }
 
-// A number that two plans share if their packed weights of the same size are alike.
+// A number of the packed format: plans with the same number and the same packed size can share a packed weight.
 inline int64_t packing_of(const ConvPlan& plan) {
   int64_t order = 0;
   if (plan.algorithm == ForwardAlgorithm::pixels) order = plan.pixels.blocks;

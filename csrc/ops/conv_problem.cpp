@@ -5,16 +5,17 @@
 namespace fastnn {
 namespace {
 
-// No product of two numbers below it comes near the end of 64 bits.
+// The product of two numbers below this one fits into 64 bits with room to spare.
 constexpr int64_t kLargest = int64_t{1} << 31;
 
-// ---- checks: stock's words where stock has them -------------------------------------------------------------
+// ---- checks, with PyTorch's text where PyTorch has one ------------------------------------------------------
+// -------------------------------------------------------------
 
 bool all_at_least(const Sizes& values, int64_t least) {
   return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v >= least; });
 }
 
-// "kT: 1 kH: 2 kW: 3", as stock's 2-d and 3-d pooling name their dimensions.
+// "kT: 1 kH: 2 kW: 3", as PyTorch's 2-d and 3-d pooling name their dimensions.
 std::string by_dimension(const char* prefix, const Sizes& values) {
   static const char* const names[] = {"T", "H", "W"};
   std::ostringstream text;
@@ -67,7 +68,7 @@ void check_pool(const ConvPoolArguments& a, int64_t dims) {
   }
 }
 
-// The types' names as stock's conv has them in this message.
+// The dtype's name in this error of PyTorch's convolution.
 const char* element_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
@@ -121,8 +122,8 @@ int64_t pooled_size(int64_t conv, int64_t kernel, int64_t stride, int64_t paddin
   return ceil_mode && floored * stride >= conv + padding ? floored : floored + 1;
 }
 
-// geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one a dimension
-// each, groups, ceil_mode
+// geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one per
+// dimension each, then groups and ceil_mode
 ConvPoolArguments arguments_of(const char* op, const Ints& geometry, int64_t dims) {
   FASTNN_CHECK(static_cast<int64_t>(geometry.size()) == 7 * dims + 2, op, ": expected geometry to have ", 7 * dims + 2,
                " values, seven a dimension and two, but got ", geometry.size());
@@ -161,7 +162,7 @@ ConvPoolGeometry geometry_of(const char* op, const Sizes& input, const Sizes& we
 }
 
 void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims) {
-  // Of the dimensions that there are, for stock's words.
+  // The values of the dimensions that the tensors have, as PyTorch's errors list them.
   const auto given = [&](const auto& value_of) {
     Ints values;
     for (int64_t d = 3 - dims; d < 3; ++d) values.push_back(value_of(static_cast<int>(d)));
@@ -187,9 +188,9 @@ void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims
   }
 }
 
-// Every product of sizes that plans and kernels make is of some of these: of what kernels and windows reach over, all
-// together or each window on its own, of channels and images, and of what is multiplied. Of a geometry that fits, an
-// extent of one dimension is below 2^36.
+// Checks that products of sizes do not overflow. Every product that plans and kernels compute has some of these
+// factors: what kernels and windows reach over (all windows `together` or each window `apart`), the channels, the
+// images, and the products that are `multiplied`. Once a geometry has passed, an extent of one dimension is below 2^36.
 void check_products(const char* op, const ConvPoolGeometry& g) {
   double image = 1, padded_image = 1, together = 1, apart = 1, multiplied = 1;
   for (int d = 0; d < 3; ++d) {
@@ -204,7 +205,7 @@ void check_products(const char* op, const ConvPoolGeometry& g) {
   }
   check_product(op, std::max(together, apart), g.groups, g.in_channels + g.out_channels, g.batch);
   check_product(op, multiplied, g.groups, g.in_channels, g.out_channels, g.batch);
-  // Plans go through pixels, and kernels may copy them, as if the padding were there.
+  // Planning iterates over pixels, and kernels may copy them, with the padding included.
   constexpr double kMostPixels = 1 << 24, kTimes = 64;
   FASTNN_CHECK(padded_image <= kMostPixels + kTimes * image, op, ": padding is too large: it makes an image of ", image,
                " pixels one of ", padded_image);

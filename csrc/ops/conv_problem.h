@@ -6,7 +6,8 @@
 
 namespace fastnn {
 
-// The operators' `geometry`, which outlives this: one list, since the dispatcher takes 0.5 us for each.
+// Views of the operators' argument `geometry`, which must outlive them. It is one list because the dispatcher takes
+// 0.5 us for each list.
 struct ConvPoolArguments {
   Sizes stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation;  // [dimensions]
   int64_t groups;
@@ -20,11 +21,11 @@ struct ConvPoolProblem {
   double work;  // floating-point operations of the convolution
 };
 
-// Raises, in stock's words where stock has them, unless the arguments make a problem.
+// The problem that the arguments describe. Raises, with PyTorch's text where PyTorch has one, if they are not valid.
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
                               const std::optional<Tensor>& bias, const Ints& geometry);
 
-// The same of an input and a weight of these sizes.
+// The same for an input and a weight of which only the sizes are known.
 ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry);
 
 // ---- memory formats -----------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-// Dimensions that the tensor lacks have the strides of a dense one, by which kernels know such tensors.
+// The tensor's layout. Dimensions that the tensor lacks get the strides of a dense one, which the kernels look at.
 inline ConvLayout layout_of(const Tensor& tensor) {
   const int64_t outer = tensor.stride(2) * tensor.size(2);
   ConvLayout layout{tensor.stride(0), tensor.stride(1), {outer, outer, outer}};

@@ -1,4 +1,4 @@
-// fastnn::conv_relu_max_pool and its backward: allocation, threads, registration.
+// The operators fastnn::conv_relu_max_pool and its backward: argument checks, allocation and registration.
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -46,7 +46,7 @@ void fill(const ConvPoolProblem& problem, const Tensor& given_input, const Tenso
                    [](const ConvPlan&) -> const Compute<T>* { return nullptr; });
 }
 
-// As stock: its float64 convolution in three dimensions knows no channels last.
+// The output has the format of PyTorch's output: its float64 convolution in three dimensions has no channels last.
 bool output_is_channels_last(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
   return (is_channels_last(input) || is_channels_last(weight)) &&
          !(problem.kind.dtype == ScalarType::Double && problem.dims == 3);
@@ -76,7 +76,7 @@ int64_t forward_algorithm(const char* op, const std::optional<std::string>& name
       plan_key<T>(conv_kernels().get<T>(), problem.geometry, input_channels_last, false, -1));
 }
 
-// Whether a call is nothing but torch's convolution and its ReLU.
+// Whether torch computes the convolution and nothing is pooled, so that only the ReLU remains to be done.
 template <class T>
 bool is_left_to_stock(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last,
                       int64_t algorithm) {
@@ -86,7 +86,7 @@ bool is_left_to_stock(const ConvPoolProblem& problem, const Tensor& input, bool 
   return plan_for(key).algorithm == ForwardAlgorithm::stock;
 }
 
-// winners: where to put them, or null.
+// Checks the arguments and computes the output. Each window's argmax goes to `winners` unless that is null.
 Tensor checked_forward(const char* op, const Tensor& given_input, const Tensor& given_weight,
                        const std::optional<Tensor>& bias, const Ints& geometry,
                        const std::optional<std::string>& algorithm, std::optional<Tensor>* winners) {
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
                torch::headeronly::toString(given_winners.scalar_type()));
   check_memory(given_winners, op, "winners");
   check_size(given_winners, output_sizes(problem), op, "winners");
-  // A gradient that expand() made, as that of a sum, stays as it is: it has no more elements than the winners.
+  // A gradient made by expand(), as that of sum(), is not copied: it has no more elements than the winners in memory.
   const Tensor grad_output = given_gradient.borrow(), winners = in_memory(given_winners);
   const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
   int64_t image = 1;  // elements of a padded image, which the kernels number with 32 bits
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
   const Wanted wanted{input_wanted, weight_wanted, bias_wanted};
   return with_dtype(dtype, [&](auto type) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(type);
-    const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();  // read once: see plan_key
+    const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();  // read once, see KeyOf
     const auto empty_gradients = [&] {
       return ConvGradients{
           new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input)),
@@ -246,21 +246,21 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
 namespace {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one value a
-  // dimension each, then groups and ceil_mode (fastnn.ops.conv_relu_max_pool.Geometry)
-  // algorithm: of csrc/kernels/conv/plan.h, by name, for tests; None leaves the choice to the planner
+  // geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one value
+  // per dimension each, then groups and ceil_mode (fastnn.ops.conv_relu_max_pool.Geometry)
+  // algorithm: a name in csrc/kernels/conv/plan.h, for tests; None leaves the choice to the planner
   m.def("conv_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, int[] geometry, str? algorithm=None) -> Tensor");
-  // winners: uint8 of the output's size, each window's winner by its place in the window, 255 where the output has
+  // winners: uint8 of the output's size, the position of each window's argmax in the window, 255 where the output has
   // no gradient. A window may have at most 254 elements.
   m.def(
       "conv_relu_max_pool_with_winners(Tensor input, Tensor weight, Tensor? bias, int[] geometry, str? algorithm=None)"
       " -> (Tensor output, Tensor winners)");
-  // The names of csrc/kernels/conv's algorithms for such a call and for its backward; "none" if there
+  // The names of the algorithms (of csrc/kernels/conv) that compute such a call and its backward; "none" if there
   // is nothing to compute.
   m.def(
       "conv_relu_max_pool_algorithm(Tensor input, Tensor weight, Tensor? bias, int[] geometry, str? algorithm=None)"
       " -> (str forward, str backward)");
-  // A gradient that is not wanted comes back empty. algorithm: of csrc/kernels/conv/backward/plan.h
+  // A gradient that is not wanted comes back empty. algorithm: a name in csrc/kernels/conv/backward/plan.h
   m.def(
       "conv_relu_max_pool_backward(Tensor grad_output, Tensor winners, Tensor input, Tensor weight, int[] geometry,"
       " bool input_wanted, bool weight_wanted, bool bias_wanted, str? algorithm=None)"

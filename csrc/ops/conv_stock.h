@@ -7,7 +7,7 @@
 
 namespace fastnn {
 
-// Memory as a tensor of `dims` dimensions besides batch and channels.
+// A tensor over existing memory, with `dims` dimensions besides batch and channels.
 template <class T>
 Tensor images_over(const T* memory, int64_t batch, int64_t channels, const int64_t (&sizes)[3],
                    const ConvLayout& layout, int64_t dims) {
@@ -29,8 +29,8 @@ inline bool same_layout(const ConvLayout& one, const ConvLayout& other) {
   return one.n == other.n && one.c == other.c && std::equal(one.d, one.d + 3, other.d);
 }
 
-// max_pool(relu(input)) of dense images. It runs as a convolution of one pixel with a group for each channel and
-// weights of 1. Of the geometry it reads the sizes of `conv` and of the pooling.
+// max_pool(relu(input)) of dense images. It runs as a convolution by a kernel of one element of weight 1, with a group
+// for each channel. Of `pool` it reads only the sizes of `conv` and of the pooling.
 template <class T>
 void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, const T* input,
                    const ConvLayout& layout, T* output, const ConvLayout& output_layout, uint8_t* winners) {
@@ -64,7 +64,7 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
     zero = {0x8000};
   } else {
     one = 1;
-    zero = -T(0);  // which leaves each number as it is, -0 too
+    zero = -T(0);  // adding -0 changes no number, not even -0
   }
   std::fill_n(numbers.get(), g.groups, one);
   std::fill_n(numbers.get() + g.groups, g.groups, zero);
@@ -134,7 +134,7 @@ bool run_by_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_
   const int64_t bytes = int64_t{torch::stable::get_num_threads()} << 20;
   const int64_t size = sizeof(T), channels = g.groups * g.out_channels;
   const int64_t conv = channels * g.conv[0] * g.conv[1] * g.conv[2] * size, weights = channels * g.depth() * size;
-  // The library reorders the weight in each call, so that a call for few images would mostly do that.
+  // The library reorders the weight in each call, which would take most of the time of a call for few images.
   const int64_t images = std::min(g.batch, std::max<int64_t>(1, std::max(bytes, 4 * weights) / conv));
   const Tensor weight = images_over(call.weight, channels, g.in_channels, g.kernel, call.weight_layout, dims);
   std::optional<Tensor> bias;

@@ -1,6 +1,6 @@
-// Backward by torch's own convolution, from the gradient of the convolution's output: where products of all its pixels,
-// by whoever makes them fastest, cost less than ours of the winners alone. It costs that gradient and, unless nothing
-// is pooled, the input brought to channels last if it isn't there.
+// Backward by torch's own convolution, from the gradient of the convolution's output. It multiplies all pixels of that
+// gradient, which can cost less than our products for the argmaxes alone. It needs memory for that gradient and, unless
+// nothing is pooled, for the input in channels last if the input is not.
 #pragma once
 
 #include "conv_backward.h"
@@ -28,7 +28,7 @@ template <class T>
 Tensor in_format(const ConvBackwardKernels<T>& kernels, const Tensor& tensor, bool channels_last) {
   if (channels_last ? is_channels_last(tensor) : tensor.is_contiguous()) return tensor;
   const int64_t items = tensor.size(0), channels = tensor.size(1), pixels = tensor.numel() / (items * channels);
-  // Dense channels last, as torch's convolution makes its gradients.
+  // Whether it is dense in channels last, as torch's convolution makes its gradients.
   const bool is_last = !channels_last && is_channels_last(tensor) && tensor.stride(0) == channels * pixels;
   if (!channels_last && !is_last) return dense(Tensor(tensor));
   const Tensor source = is_last ? tensor : dense(Tensor(tensor));
@@ -38,7 +38,7 @@ Tensor in_format(const ConvBackwardKernels<T>& kernels, const Tensor& tensor, bo
   return result;
 }
 
-// The same tensor, its strides along dimensions of one element those of a new tensor.
+// The same tensor, but its dimensions of one element have the strides that they would have in a new tensor.
 inline Tensor with_strides(Tensor tensor, bool channels_last) {
   const Ints sizes = sizes_of(tensor), strides = format_strides(sizes, channels_last);
   const Sizes own = tensor.strides();
@@ -49,7 +49,7 @@ inline Tensor with_strides(Tensor tensor, bool channels_last) {
   return Argument<Tensor>::take(stack[0]);
 }
 
-// grad_conv, channels last, and, where it is wanted, the bias's gradient.
+// Returns the gradient of the convolution's output in channels last, and fills grad_bias unless that is empty.
 template <class T>
 Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
                        const ConvBackward<T>& call, const Tensor& grad_bias) {
@@ -73,7 +73,7 @@ Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProb
   return grad_conv;
 }
 
-// grad_conv of contiguous tensors where nothing is pooled.
+// The same gradient where all tensors are contiguous and nothing is pooled.
 template <class T>
 Tensor masked_gradient(const ConvBackwardKernels<T>& kernels, const Tensor& grad_output, const Tensor& winners) {
   Tensor grad_conv = new_tensor(sizes_of(grad_output), grad_output.scalar_type());
@@ -86,7 +86,7 @@ Tensor masked_gradient(const ConvBackwardKernels<T>& kernels, const Tensor& grad
   return grad_conv;
 }
 
-// All of them, but that of the bias only where it is wanted.
+// The gradients of input and weight, and that of the bias where it is wanted.
 template <class T>
 ConvGradients gradients_by_stock(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
                                  const ConvBackward<T>& call, const Tensor& grad_output, const Tensor& winners,
@@ -100,7 +100,7 @@ ConvGradients gradients_by_stock(const ConvBackwardKernels<T>& kernels, const Co
   if (!their_bias) result.bias = new_tensor({bias_wanted ? weight.size(0) : 0}, dtype);
   const Tensor grad_conv = as_they_lie ? masked_gradient(kernels, grad_output, winners)
                                        : spread_gradient(kernels, problem, call, result.bias);
-  // Torch would do this itself, an element at a time.
+  // Torch would convert the formats itself, one element at a time.
   const Tensor given_input = in_format(kernels, input, !as_they_lie);
   const Tensor given_weight = in_format(kernels, weight, !as_they_lie);
   auto [grad_input, grad_weight, grad_bias] = convolution_backward(

@@ -1,4 +1,4 @@
-// libtorch's tensors as the operators hold them, and the way of arguments and results across the stable ABI.
+// Tensors of libtorch as the operators hold them, and how arguments and results cross the stable ABI.
 //
 // libtorch's own class for this (torch::stable::Tensor) shares a tensor by a std::shared_ptr, which costs an allocation
 // for each argument of each call, and its way of reading a string leaks it. Small calls consist of little else.
@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using Ints = std::vector<int64_t>;
 
-// A tensor of libtorch's, owned, or borrowed from another that lives longer.
+// A tensor of libtorch. The object owns it, or borrows it from another object that lives longer.
 class Tensor {
  public:
   Tensor() = default;
@@ -45,9 +45,9 @@ class Tensor {
     result.handle_ = handle_;
     return result;
   }
-  // For a call of libtorch's.
+  // The tensor for a call of libtorch.
   torch::stable::Tensor share() const { return torch::stable::Tensor(new_handle(handle_)); }
-  // For a caller that takes it over.
+  // The tensor for a caller that takes ownership.
   AtenTensorHandle release() && {
     Tensor last = owned_ ? std::move(*this) : Tensor(*this);
     last.owned_ = false;
@@ -78,7 +78,8 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_stride(handle_, dimension, &stride));
     return stride;
   }
-  // In elements, as far as there is memory for whole ones: storage may be any bytes, those of a file for example.
+  // The whole elements that the storage has memory for: storage may be any number of bytes, for example those of a
+  // file.
   int64_t storage_numel() const { return storage_bytes() / static_cast<int64_t>(element_size()); }
   int64_t storage_bytes() const { return read<int64_t>(aoti_torch_get_storage_size); }
   int64_t storage_offset() const { return read<int64_t>(aoti_torch_get_storage_offset); }
@@ -104,7 +105,7 @@ class Tensor {
 
 // ---- arguments ----------------------------------------------------------------------------------------------
 
-// An argument from libtorch's stack, which gives it away.
+// Takes an argument from libtorch's stack, and owns it from then on.
 template <class T>
 struct Argument {
   static T take(StableIValue value) { return torch::stable::detail::to<T>(value); }
@@ -162,7 +163,7 @@ struct Argument<std::optional<std::string>> {
 
 // ---- results ------------------------------------------------------------------------------------------------
 
-// Results to libtorch's stack, which takes them over.
+// Puts a result on libtorch's stack, which owns it from then on.
 template <class T>
 StableIValue give(const T& value) {
   return torch::stable::detail::from(value);

@@ -1,4 +1,4 @@
-// Cross entropy and its gradient, as torch.nn.functional has them. (Losses of elements: kernels/update.h)
+// Cross entropy and its gradient, as torch.nn.functional has them. (kernels/update.h has the elementwise losses.)
 #pragma once
 
 #include <cmath>
@@ -12,13 +12,13 @@ namespace fastnn {
 // What a loss has besides output and target.
 struct Loss {
   LossKind kind;
-  bool mean;             // of the elements (or, of classes, of the samples by their weights), or the sum
+  bool mean;             // over the elements (cross_entropy: over the samples, by their weights); else the sum
   double number;         // smooth_l1: beta; huber: delta; cross_entropy: the label smoothing
   int64_t ignore_index;  // cross_entropy
 };
 
-// output: of each of `batch` samples [classes][places], scores at so many places; target: [batch][places]. weights: of
-// the classes, or null. Raises on a class that there is not.
+// The cross entropy, and its gradient. output: scores [batch][classes][places]; target: [batch][places]. weights: of
+// the classes, or null. Raises if the target has a class that does not exist.
 template <class T>
 double class_loss(const char* op, const Loss& loss, const T* output, const int64_t* target, int64_t batch,
                   int64_t classes, int64_t places, const T* weights, T* gradient) {
@@ -38,7 +38,7 @@ double class_loss(const char* op, const Loss& loss, const T* output, const int64
     const auto x = [=](int64_t c) -> T { return output[at + c * places]; };
     const auto slope = [=](int64_t c) -> T& { return gradient[at + c * places]; };
     const int64_t label = target[row];
-    // Out of bounds where another thread has written it since.
+    // The label is out of bounds if another thread has written it since the check.
     if (label == loss.ignore_index || label < 0 || label >= classes) {
       for (int64_t c = 0; c < classes; ++c) slope(c) = 0;
       continue;
@@ -49,7 +49,7 @@ double class_loss(const char* op, const Loss& loss, const T* output, const int64
     T sum = 0;
     for (int64_t c = 0; c < classes; ++c) sum += slope(c) = std::exp(x(c) - most);
     const T log_sum = std::log(sum);
-    // Not the logarithm of all minus the score, which would lose what the scores have in common.
+    // Subtracting the score from the logarithm of the whole sum would lose digits that all scores have in common.
     const auto minus_log = [=](int64_t c) -> double { return static_cast<double>((most - x(c)) + log_sum); };
     const double weight = weights ? static_cast<double>(weights[label]) : 1.0;
     double smoothed = 0;

@@ -14,10 +14,10 @@
 
 namespace fastnn {
 
-// Layers of one call: what a call needs of each is held without an allocation.
+// The most layers of one call. What a call needs for each layer is held without an allocation.
 constexpr int64_t kMostLayers = 20;
 
-// One item a layer, or one more, without an allocation.
+// One item per layer, or one more, held without an allocation.
 template <class T>
 class PerLayer {
  public:
@@ -36,7 +36,7 @@ class PerLayer {
   int64_t size_ = 0;
 };
 
-// The activations of one call, a layer each, from their text.
+// The activations of one call, one per layer, read from their text.
 class Activations {
  public:
   Activations(const char* op, const std::string& text) {
@@ -67,7 +67,7 @@ struct Chain {
 
   int64_t layers() const { return widths.size() - 1; }
   int64_t widest() const { return *std::max_element(widths.begin(), widths.end()); }
-  double weights() const {  // elements of all
+  double weights() const {  // elements of all weights
     double count = 0;
     for (int64_t i = 0; i < layers(); ++i) count += static_cast<double>(widths[i]) * static_cast<double>(widths[i + 1]);
     return count;
@@ -125,7 +125,7 @@ struct MlpCall {
   const Tensor& bias(int64_t layer) const { return parameters[activations.size() + layer]; }
 };
 
-// The layers whose `saved` is the output itself, which is at hand anyway.
+// Whether what a layer saves for backward is the output itself, which the caller has anyway.
 inline bool output_serves(const Chain& chain, int64_t layer, const Activation& activation) {
   return layer + 1 == chain.layers() && !saves_input(activation);
 }

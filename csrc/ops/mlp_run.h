@@ -1,11 +1,12 @@
-// A chain of linear layers over plain memory: scratch, panels and threads, for mlp's operators and a training step.
+// Runs a chain of linear layers over plain memory, with scratch, packed panels and threads: for mlp's operators and a
+// training step.
 #pragma once
 
 #include "mlp_chain.h"
 
 namespace fastnn {
 
-// The panels of those layers whose weights are worth packing, one layer's after the other.
+// The packed panels of the layers whose weights are worth packing, one layer's after the other.
 template <class T>
 class Panels {
  public:
@@ -18,18 +19,18 @@ class Panels {
     }
   }
   int64_t size() const { return size_; }
-  // Panels in another core's cache are slower to fetch than to make, so each thread packs for itself what fits into
-  // its own. What doesn't is packed once.
+  // Panels in another core's cache are slower to fetch than to make. So each thread packs for itself what fits into its
+  // own cache, and what does not fit is packed once.
   bool shared(int64_t chunks) const { return chunks > 1 && size_ > (1 << 20) / static_cast<int64_t>(sizeof(T)); }
 
-  // Has the layers read their panels at `memory`.
+  // Makes the layers read their panels from `memory`.
   void place(T* memory, PerLayer<MlpLayer<T>>& layers) const {
     for (int64_t i = 0; i < layers.size(); ++i) {
       if (sizes_[i] > 0) layers[i].packed = memory;
       memory += sizes_[i];
     }
   }
-  // One of `parts` parts of each.
+  // Packs one of `parts` parts of each weight.
   void pack(const PerLayer<MlpLayer<T>>& layers, T* memory, int64_t part, int64_t parts) const {
     for (int64_t i = 0; i < layers.size(); ++i) {
       if (sizes_[i] > 0) kernels_.pack(layers[i].weight, layers[i].out, layers[i].in, part, parts, memory);
@@ -43,10 +44,11 @@ class Panels {
   int64_t size_ = 0;
 };
 
-// Bytes of a weight that a member of a team reads in a round: a microsecond, some times what it waits for the others.
+// Bytes of a weight that a member of a team reads in a round. That takes a microsecond, several times what the member
+// waits for the others.
 constexpr int64_t kBytesEach = 64 << 10;
 
-// How many threads share out the weights of a chain of few rows, each of which is gone through so many times. With up
+// How many threads share the weights of a chain of few rows. `times` is how often each weight is gone through. With up
 // to some 6 rows, reading a weight takes as long as 12 operations; a second thread pays from some 10 microseconds on.
 inline int64_t team_size(const Chain& chain, double times) {
   const double parts = chain.weights() * sizeof(float) / static_cast<double>(kBytesEach * chain.layers());
@@ -54,15 +56,15 @@ inline int64_t team_size(const Chain& chain, double times) {
   return std::min(most, useful_threads(times * std::max(chain.work, 12 * chain.weights()) / 5));
 }
 
-// Runs all layers into `output` (rows, out). saved: where each layer saves (rows, its out) for backward, or null; or no
-// places at all.
+// Runs all layers into `output` (rows, out). saved: where each layer saves (rows, its out) for backward, or null for
+// a layer that saves nothing; or empty.
 template <class T>
 void run_forward(const MlpCall& call, T* output, const PerLayer<T*>& saved) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
   const Chain& chain = call.chain;
   bool saves = false;
   for (int64_t i = 0; i < saved.size(); ++i) saves = saves || (saved[i] && chain.rows * chain.widths[i + 1] > 0);
-  // Rows of no features may be any number, for they take no memory.
+  // There may be any number of rows without features, since they take no memory.
   if (chain.widths.back() == 0 && !saves) return;
   const MlpPlan plan = kernels.make_plan(chain.widths.data(), chain.layers(), chain.rows);
   const int64_t units = (chain.rows + plan.unit - 1) / plan.unit;
@@ -107,17 +109,17 @@ void run_forward(const MlpCall& call, T* output, const PerLayer<T*>& saved) {
   });
 }
 
-// grad_output (rows, out) -> grad_input (rows, in), or null, and the gradients of those parameters that `layers` have a
-// place for. Several threads have a part of each, summed in the order of their rows; the first one's is the place
-// itself.
+// grad_output (rows, out) -> grad_input (rows, in), or null, and the gradients of the parameters for which `layers`
+// have a place. If there are several threads, each has a private part; the parts are added up in the order of their
+// rows. The first thread's part is the place itself.
 template <class T>
 void run_backward(const Chain& chain, const PerLayer<MlpLayerBackward<T>>& layers, const T* grad_output,
                   T* grad_input) {
   const MlpKernels<T>& kernels = mlp_kernels().get<T>();
-  const int64_t rows = chain.widths.back() > 0 ? chain.rows : 0;  // that have a gradient
+  const int64_t rows = chain.widths.back() > 0 ? chain.rows : 0;  // rows that have a gradient
   struct Part {
     T* place;
-    int64_t count, offset;  // in the parts of one thread
+    int64_t count, offset;  // from the start of the parts of one thread
   };
   std::array<Part, 2 * (kMostLayers + 1)> parts;
   size_t number = 0;
@@ -179,7 +181,7 @@ void run_backward(const Chain& chain, const PerLayer<MlpLayerBackward<T>>& layer
   });
 }
 
-// The layers as backward reads them, without a place for a gradient. saved: of each layer what run_forward kept, or the
+// The layers as backward reads them, without places for gradients. saved: for each layer what run_forward saved, or the
 // output.
 template <class T>
 PerLayer<MlpLayerBackward<T>> backward_layers(const Chain& chain, const Activations& activations, const T* input,

@@ -1,8 +1,8 @@
 // Registration of an operator that has no gradient of its own: FASTNN_BOX(function) in place of TORCH_BOX.
 //
-// Autograd passes through it without a trace, so in grad mode a tensor that requires grad would lose its gradient
-// without a word. There, each output becomes the result of fastnn::refuse_gradient (fastnn/ops/_raw_operator.py), whose
-// backward raises.
+// Autograd does not record the operator, so that in grad mode a tensor that requires grad would lose its gradient
+// silently. In grad mode, therefore, each output becomes the result of fastnn::refuse_gradient
+// (fastnn/ops/_raw_operator.py), whose backward raises.
 #pragma once
 
 #include "check.h"
@@ -43,7 +43,7 @@ void refuse_gradients(std::tuple<Parts...>& outputs, const Tensor& input) {
   std::apply([&](Parts&... parts) { (refuse_gradients(parts, input), ...); }, outputs);
 }
 
-// The function that libtorch calls, on its stack of arguments and then results.
+// The function that libtorch calls. The stack holds the arguments at first, and the results at the end.
 template <auto function>
 struct Boxed;
 template <class Result, class... Arguments, Result (*function)(Arguments...)>

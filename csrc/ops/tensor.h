@@ -47,7 +47,7 @@ inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
   return new_strided_tensor(sizes, strides, dtype);
 }
 
-// Memory as a tensor for torch, while the memory lives: without a gradient of its own, whatever tensor it belongs to.
+// Existing memory as a tensor for torch, valid while the memory lives. The tensor records no gradient.
 template <class T>
 Tensor tensor_over(const T* memory, const Sizes& sizes, const Sizes& strides) {
   AtenTensorHandle handle;
@@ -71,7 +71,7 @@ void check_like(const Tensor& tensor, const Sizes& sizes, int64_t numel, const c
   }
 }
 
-// The tensor, or a copy of it, to be read while the tensor lives.
+// The tensor if it is contiguous, else a contiguous copy; valid while the given tensor lives.
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor.borrow() : Tensor(torch::stable::contiguous(tensor.share()));
 }
@@ -79,8 +79,8 @@ inline Tensor dense(Tensor&& tensor) {
   return tensor.is_contiguous() ? std::move(tensor) : Tensor(torch::stable::contiguous(tensor.share()));
 }
 
-// The tensor, or where it has more elements than memory, as expand() makes it, a copy: so that time is bounded by
-// memory that somebody has paid for.
+// The tensor; or a copy, if it has more elements than its memory has, as after expand(). So an operator's time is
+// bounded by memory that the caller has allocated.
 inline Tensor in_memory(const Tensor& tensor) {
   return tensor.numel() <= tensor.storage_numel() ? tensor.borrow() : dense(tensor);
 }
@@ -94,11 +94,11 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// For ops whose kernels take bfloat16 as float: what such a kernel computes in, and the tensor as stored.
+// For operators whose kernels take bfloat16 as float: the dtype that such a kernel computes in, and the tensor in it.
 inline ScalarType widened(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype;
 }
-// Both conversions here rather than by torch::stable::to, which takes three microseconds to be called.
+// Both conversions are written here, since a call of torch::stable::to takes three microseconds.
 inline Tensor widened(const Tensor& tensor) {
   const Tensor source = dense(tensor);
   const Sizes sizes = source.sizes();
@@ -123,7 +123,7 @@ inline Tensor narrowed(Tensor tensor, ScalarType dtype) {
   return result;
 }
 
-// Tensors as such a kernel reads them: contiguous and widened. Holds the copies that this takes.
+// Tensors as such a kernel reads them: contiguous and widened. The object holds the copies that are needed for that.
 class KernelInputs {
  public:
   explicit KernelInputs(ScalarType dtype) : widens_(dtype == ScalarType::BFloat16) {}
@@ -140,13 +140,13 @@ class KernelInputs {
   std::vector<Tensor> copies_;
 };
 
-// body(T{}) for the type T in which such an op computes.
+// Calls body(T{}) for the type T in which such an operator computes.
 template <class Body>
 auto with_kernel_dtype(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
-// body(T{}) for the element type T of `dtype`, which check_first has admitted.
+// Calls body(T{}) for the element type T of `dtype`, which check_first has accepted.
 template <class Body>
 auto with_dtype(ScalarType dtype, const Body& body) {
   switch (dtype) {
@@ -159,11 +159,11 @@ auto with_dtype(ScalarType dtype, const Body& body) {
   }
 }
 
-// A thread's own block of scratch memory, kept so that a small call pays neither for the allocator nor for fresh pages.
+// A thread's own block of scratch memory. It is kept, so that a small call pays neither for malloc nor for new pages.
 struct ThreadScratch {
-  static constexpr size_t kBytes = 8 << 20;  // of addresses: memory, as far as it has been used
+  static constexpr size_t kBytes = 8 << 20;  // of address space; only what has been used takes memory
   char* data = nullptr;
-  size_t used = 0;  // of a stack
+  size_t used = 0;  // bytes; the block is used as a stack
 
   ThreadScratch() = default;
   ThreadScratch(const ThreadScratch&) = delete;
@@ -176,7 +176,7 @@ struct ThreadScratch {
   }
 };
 
-// Uninitialised memory on a cache line, given back in the opposite order by the thread that took it.
+// Uninitialised memory that begins on a cache line. The thread that took it gives it back, in the opposite order.
 template <class T>
 class Scratch {
  public:
@@ -227,8 +227,8 @@ void parallel_chunks(int64_t chunks, int64_t count, const Body& body) {
   });
 }
 
-// body(member) by as many of `most` threads as are there in time: see Team. `steps` of `work` operations each tell what
-// the call costs. Members must compute the same whoever does what, so that timing decides nothing but time.
+// Calls body(member) on as many of `most` threads as arrive in time: see Team. `steps` and the `work` operations of
+// each tell what the call costs. Members must compute the same whoever does what, so that timing changes no result.
 template <class Body>
 void parallel_team(int64_t most, double work, double steps, const Body& body) {
   Member one;
@@ -242,7 +242,7 @@ void parallel_team(int64_t most, double work, double steps, const Body& body) {
     Team team(most);
     most = std::min(most, Team::kMost);
     torch::stable::parallel_for(0, most, 1, [&](int64_t first, int64_t last) {
-      // Fewer threads have several places each.
+      // If there are fewer threads, each has the places of several members.
       Member member(team, (most + last - first - 1) / (last - first));
       if (member.joined()) body(member);
     });

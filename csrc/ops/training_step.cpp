@@ -1,8 +1,8 @@
 // fastnn::training_step: forward, loss, backward, clipping and update of a chain of layers, in one call; or in two,
 // with the loss between them left to the caller.
 //
-// What a step saves is everything between the stages (training_stages.h). Nothing is written to a parameter or a state
-// before all that may be refused has been.
+// A step saves everything between the stages (training_stages.h). Nothing is written to a parameter or a state before
+// every check that may refuse the step has passed.
 #include <cmath>
 
 #include "../kernels/update.h"
@@ -18,18 +18,18 @@ constexpr const char* kOp = kTrainingStep;
 
 // ---- numbers ------------------------------------------------------------------------------------------------
 
-// What fastnn/training_numbers.py makes of a step. numbers: those of the loss (kind, mean or sum, number, class to
-// ignore), the optimizer's kind and max_norm; then the settings of each of the optimizer's groups, as its entry of the
-// table has them. layout: of each parameter its group, or -1 where it is not trained, and as bits which of the states
-// of the entry it has, and above them whether SGD's momentum begins.
+// A step in numbers, as fastnn/training_numbers.py makes it. numbers: those of the loss (kind, mean or sum, number,
+// class to ignore), the optimizer's kind and max_norm; then the settings of each of the optimizer's groups, in the
+// order of its table entry. layout: for each parameter its group, or -1 where it is not trained, and a number of bits,
+// which say which of the entry's states it has, and above them whether SGD's momentum begins.
 struct StepNumbers {
   static constexpr int64_t kOfStep = 6;
 
   Loss loss;
   OptimizerKind optimizer;
-  double max_norm;  // of the gradient, or negative
+  double max_norm;  // of the gradient; negative: it is not clipped
   const double* of_groups;
-  int64_t of_group = 0;  // how many
+  int64_t of_group = 0;  // how many numbers a group has
   const Ints& layout;
 
   StepNumbers(const Tensor& numbers, const Ints& of_parameters, size_t parameters) : layout(of_parameters) {
@@ -66,7 +66,7 @@ struct StepNumbers {
   bool wanted(size_t i) const { return layout[2 * i] >= 0; }
   bool has_state(size_t i, int which) const { return layout[2 * i + 1] >> which & 1; }
   bool is_first(size_t i) const { return has_state(i, kMostStates); }
-  // Of a parameter that is about to make this step.
+  // The numbers of a parameter that is about to make this step.
   UpdateNumbers update(size_t i, double scale, double step) const {
     const double* n = of_groups + of_group * layout[2 * i];
     UpdateNumbers u{};
@@ -105,7 +105,7 @@ class StateNumber {
   }
 
  private:
-  float* float_ = nullptr;  // or the other
+  float* float_ = nullptr;  // one of the two is set
   double* double_ = nullptr;
 };
 
@@ -213,7 +213,7 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
     if (!numbers.wanted(i)) continue;
     const ParameterState<T>& state = states[i];
     const double step = entry.numbers[0].name ? state.numbers[0].plus(1) : 0;
-    // Parameters of one group are at the same step, as a rule, and powers take a while.
+    // Parameters of one group are usually at the same step, so that the powers, which take a while, are computed once.
     if (group != numbers.layout[2 * i] || step != of_this.step || of_this.is_first != numbers.is_first(i)) {
       group = numbers.layout[2 * i];
       of_this = numbers.update(i, scale, step);
@@ -223,7 +223,7 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
     const T* const gradient = gradients[i];
     T* const parameter = mutable_data<T>(parameters[i]);
     const int64_t count = parameters[i].numel();
-    constexpr double kWork = 20;  // operations an element, and as many bytes
+    constexpr double kWork = 20;  // operations per element, and as many bytes
     parallel_chunks(std::min(useful_threads(kWork * static_cast<double>(count)), std::max<int64_t>(count, 1)), count,
                     [&](int64_t, int64_t first, int64_t last) {
                       T* at[kMostStates];
@@ -236,7 +236,7 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
   }
 }
 
-// The stages of a program, on their way forward and back.
+// Runs the stages of a program forward and backward.
 template <class T>
 class Pass {
  public:
@@ -311,9 +311,8 @@ class Pass {
   std::vector<const T*> gradients_;  // of the parameters, where the stages keep them
 };
 
-// From the output's gradient on; what a step leaves behind besides, as running statistics, is the caller's to commit.
-// Returns the parameters' gradients where they are to be kept, zeros where none is
-// wanted.
+// The rest of a step, from the output's gradient on. What else a step changes, such as running statistics, the caller
+// commits. Returns the parameters' gradients if they are to be kept, with zeros for parameters that are not trained.
 template <class T>
 TensorList finish(Pass<T>& pass, Tensor gradient, const TensorList& parameters,
                   const std::vector<ParameterState<T>>& states, const StepNumbers& numbers, bool keep_gradients) {
@@ -390,7 +389,7 @@ std::tuple<Tensor, TensorList> training_step_forward(const Tensor& input, const 
     Pass<T> pass(program, input, parameters);
     pass.forward();
     pass.commit();  // before the loss, which may look at what the model has become
-    // The stages keep theirs. Of its strides, since a loss may draw numbers in the order in which elements lie.
+    // A copy, since the stages keep their own. It has the same strides, since a loss may draw numbers in memory order.
     Tensor output = copied(pass.output());
     return {std::move(output), pass.save()};
   });
@@ -416,9 +415,9 @@ TensorList training_step_backward(const Tensor& gradient, const Tensor& input, c
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // program: the chain's stages (training_stages.h); parameters: theirs, in order. state: the optimizer's, of each
+  // program: the chain's stages (training_stages.h); parameters: theirs, in order. state: the optimizer's, for each
   // parameter that is trained: step (but for SGD), then what the optimizer keeps. layout, numbers: see StepNumbers.
-  // weight: the loss's, of classes.
+  // weight: the loss's weights of classes.
   m.def(
       "training_step(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
       " Tensor? weight, int[] layout, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");
@@ -426,7 +425,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // changes the tensors that `bound` stands for, which the schema says of `bound` itself.
   m.def("bind_training_step(Tensor[] parameters, Tensor[] state, str program, Tensor? weight, int[] layout) -> Tensor");
   m.def("bound_training_step(Tensor input, Tensor target, Tensor(a!) bound, Tensor numbers) -> Tensor loss");
-  // The same in two calls: up to the output, and from its gradient on. saved: what the second needs of the first.
+  // The same in two calls: up to the output, and from its gradient on. saved: what the second needs from the first.
   m.def("training_step_forward(Tensor input, Tensor(a!)[] parameters, str program) -> (Tensor output, Tensor[] saved)");
   m.def(
       "training_step_backward(Tensor gradient, Tensor input, Tensor(a!)[] parameters, Tensor(b!)[] state,"

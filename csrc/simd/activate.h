@@ -51,7 +51,7 @@ FASTNN_INLINE Vec<T> log1p_of(Vec<T> x) {
   return T(2) * (s + s * square * sum);
 }
 
-// An activation with its parameters at hand in the kernel's type.
+// An activation with its parameters in the kernel's type.
 template <ActivationKind kind_, class T>
 struct ActivationFunction {
   static constexpr ActivationKind kind = kind_;

@@ -9,7 +9,7 @@
 
 namespace fastnn {
 
-// What backward needs in order to compute an activation's derivative. Stock saves the same tensor, so that a user may
+// What backward needs in order to compute an activation's derivative. PyTorch saves the same tensor, so that a user may
 // change the other one in place between forward and backward.
 enum class DerivedFrom : int32_t { nothing, output, input };
 
@@ -47,14 +47,14 @@ enum class ActivationKind : int32_t {
 #undef FASTNN_ENUMERATOR
 };
 
-// One entry a kind, in the order of the kinds.
+// One entry per kind, in the order of the kinds.
 constexpr ActivationEntry kActivations[] = {
 #define FASTNN_ENTRY(name, derived_from, ...) {#name, sizeof(#name) - 1, derived_from, {__VA_ARGS__}},
     FASTNN_FOR_EACH_ACTIVATION(FASTNN_ENTRY)
 #undef FASTNN_ENTRY
 };
 
-// One layer's activation, as it travels to the kernels.
+// One layer's activation, in the form that the kernels take.
 struct Activation {
   ActivationKind kind;
   double parameters[kMostActivationParameters];

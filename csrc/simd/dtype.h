@@ -10,12 +10,12 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// Elements of two channels, side by side: what one instruction multiplies and adds up (see simd/vec.h).
+// The elements of two channels, side by side, which one instruction multiplies and adds up (see simd/vec.h).
 struct bfloat16x2 {
   bfloat16 even, odd;
 };
 
-// One kernel table a type: PerDtype<MlpKernels>{...}.get<float>() is MlpKernels<float>.
+// One kernel table per type: PerDtype<MlpKernels>{...}.get<float>() is MlpKernels<float>.
 template <template <class> class Kernels>
 struct PerDtype {
   Kernels<float> f32;

@@ -14,10 +14,10 @@ struct Lockstep {
   Vec<T> part[n];
 };
 
-// As many as the registers hold with what a formula needs of each.
+// As many vectors as fit into the registers together with what a formula needs for each.
 constexpr int kTogether = FASTNN_VECTOR_REGISTERS / 8;
 
-// body(a vector of x, those of the others in the same place) for each vector.
+// Calls body(a vector of x, the vectors of the others at the same index) for each vector.
 template <class Body, class T, int n, class... Others>
 FASTNN_INLINE Lockstep<T, n> each(const Body& body, const Lockstep<T, n>& x, const Others&... others) {
   Lockstep<T, n> result;
@@ -26,8 +26,8 @@ FASTNN_INLINE Lockstep<T, n> each(const Body& body, const Lockstep<T, n>& x, con
   return result;
 }
 
-// `rows` rows of `vectors` vectors, `stride` elements apart, of which the first `count` elements are there: at least
-// one of the last vector.
+// Loads `rows` rows of `vectors` vectors, `stride` elements apart. Only the first `count` elements of a row exist, at
+// least one of them in the last vector.
 template <int rows, int vectors, class T>
 FASTNN_INLINE Lockstep<Compute<T>, rows * vectors> load_rows(const T* from, int64_t stride, int64_t count) {
   Lockstep<Compute<T>, rows * vectors> result;

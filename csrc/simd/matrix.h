@@ -1,5 +1,5 @@
-// The matrix unit of the instruction set amx_bf16: tiles of 16 rows of 64 bytes, of which a third is multiplied by a
-// fourth. Said to the assembler, since the kernels of avx512 have it too (isa.h).
+// The matrix unit of the instruction set amx_bf16: tiles of 16 rows of 64 bytes, of which the product of two is
+// added to a third. It is written in assembler, since the kernels of avx512 contain it too (isa.h).
 #pragma once
 
 #include "vec.h"
@@ -10,7 +10,7 @@ namespace FASTNN_ISA {
 constexpr int64_t kMatrixRows = 16;
 
 #if defined(__AVX512F__)
-// What a thread's tiles are, while there is one of these.
+// Configures a thread's tiles, for as long as the object lives.
 //   0 to 3: sums, [row][lane]; 4, 5: the left operand, [row][number]; 6, 7: the right one, [pair of numbers][lane]
 class MatrixUnit {
  public:

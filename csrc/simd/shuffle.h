@@ -151,7 +151,7 @@ FASTNN_INLINE Vec<T> sum_each(const Vec<T> (&rows)[count]) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// For each set of lanes of eight, those lanes first.
+// For each subset of eight lanes, a list that begins with the lanes of the subset.
 struct LaneLists {
   uint8_t lane[256][8];
   constexpr LaneLists() : lane{} {
@@ -166,8 +166,8 @@ struct LaneLists {
 static constexpr LaneLists kLaneLists;
 #endif
 
-// Appends the lanes of x that are not zero, and beside each its lane of y, to two lists, and returns how many they are.
-// What lies behind them is overwritten, up to a whole vector.
+// Appends the lanes of x that are not zero to one list, and the same lanes of y to another. Returns how many they are.
+// Up to a whole vector behind the ends of the lists is overwritten.
 template <class T, class Integer = typename IntegerOf<T>::Type>
 FASTNN_INLINE int append_nonzero(Vec<T> x, Vec<Integer> y, T* to_x, Integer* to_y) {
   int count = 0;
@@ -186,7 +186,7 @@ FASTNN_INLINE int append_nonzero<float>(Vec<float> x, Vec<int32_t> y, float* to_
   _mm512_storeu_si512(to_y, _mm512_maskz_compress_epi32(set, (__m512i)y));
   return __builtin_popcount(set);
 }
-// The lanes of x have to be bfloat16's numbers.
+// The same for two lists of which the first is bfloat16: the lanes of x must be numbers that bfloat16 has.
 FASTNN_INLINE int append_nonzero(Vec<float> x, Vec<int32_t> y, bfloat16* to_x, int32_t* to_y) {
   const __mmask16 set = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
   const __m512i bits = _mm512_maskz_compress_epi32(set, (__m512i)x);

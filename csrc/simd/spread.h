@@ -6,7 +6,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Elements that lie side by side, each in turn in all lanes.
+// Elements that lie side by side; next() returns the next one in all lanes.
 template <class T>
 class SpreadLanes {
  public:
@@ -18,7 +18,7 @@ class SpreadLanes {
 };
 
 #if defined(__AVX512F__)
-// Loaded as one vector, beyond which nothing may be asked for, and spread from register to register.
+// The elements are loaded as one vector and spread from register to register. next() may not go beyond this vector.
 template <>
 class SpreadLanes<float> {
  public:

@@ -6,7 +6,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// transpose_matrix for at most four rows, which a whole square would be a waste for.
+// transpose_matrix for at most four rows, for which a whole square would be a waste.
 template <int rows, class From, class To>
 void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, To* to, int64_t to_stride) {
   using C = Compute<From>;
@@ -30,8 +30,8 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
   }
 }
 
-// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns. The last square of many columns begins in the
-// one before, rather than be a part of one.
+// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns. If there are many columns, the
+// last square overlaps the one before, so that it is a whole one.
 template <class From, class To, class Place>
 FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
                                        const Place& place) {
@@ -217,7 +217,7 @@ inline void transpose_matrix(const bfloat16* from, int64_t from_stride, int64_t 
 }
 #endif
 
-// The same for bytes, in squares of 16.
+// transpose_matrix for bytes, in squares of 16.
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 
 template <int first>

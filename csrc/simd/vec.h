@@ -1,5 +1,5 @@
-// The vector type: the widest of the instruction set in hand, through the compiler's vector extension, so that
-// arithmetic is written with operators and any target the compiler knows is served.
+// The vector type: the widest vector of the instruction set in use, by the compiler's vector extension, so that
+// arithmetic is written with operators and works on any target that the compiler knows.
 //
 // Include only from csrc/kernels (see isa.h for the rules there).
 #pragma once
@@ -32,7 +32,7 @@
 #endif
 
 #define FASTNN_INLINE inline __attribute__((always_inline))
-// Of large templates that several callers share: compiled once.
+// For large templates that several callers share: they are compiled once.
 #if defined(__clang__)
 #define FASTNN_SHARED __attribute__((noinline))
 #else
@@ -116,7 +116,7 @@ FASTNN_INLINE Vec<T> load(const T* from) {
 }
 FASTNN_INLINE Vec<float> load(const bfloat16* from) {
 #if defined(__AVX512F__)
-  // Said outright: the compiler widens halves and puts them together.
+  // Written as intrinsics, since the compiler widens halves and puts them together.
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 #else
@@ -208,7 +208,7 @@ FASTNN_INLINE void store_partial<double>(double* to, Vec<double> x, int count) {
 }
 #endif
 
-// `count` may be anything from 1 upwards: a whole vector, or the part of one that is left.
+// `count` may be anything from 1 upwards: at least a whole vector, or only the first part of one.
 template <class T>
 FASTNN_INLINE Vec<Compute<T>> load_up_to(const T* from, int64_t count) {
   return count >= kLanes<T> ? load(from) : load_partial<T>(from, static_cast<int>(count));
@@ -222,11 +222,11 @@ FASTNN_INLINE void store_up_to(T* to, Vec<Compute<T>> x, int64_t count) {
   }
 }
 
-// The first `count` of a vector's lanes of bytes, widened to integers as wide as T, zeros in the others.
+// The first `count` bytes, at most one for each lane of T, widened to integers as wide as T; zeros in the other lanes.
 template <class T, class Integer = typename IntegerOf<T>::Type>
 FASTNN_INLINE Vec<Integer> load_bytes_up_to(const uint8_t* from, int64_t count) {
 #if defined(__AVX512F__)
-  // Said outright: the compiler widens them one by one.
+  // Written as intrinsics, since the compiler widens them one by one.
   const uint32_t inside = count >= kLanes<T> ? 0xffff : (1u << count) - 1;
   const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(inside & ((1u << kLanes<T>)-1)), from);
   if constexpr (sizeof(T) == 4) {
@@ -246,8 +246,8 @@ FASTNN_INLINE Vec<Integer> load_bytes_up_to(const uint8_t* from, int64_t count) 
 #endif
 }
 
-// x * y + z, rounded once where there is an instruction for it. Said outright where results must not depend on which
-// instance of a template computed them: left to itself, the compiler takes two instructions in a chain of one.
+// x * y + z, rounded once where there is an instruction for it. Written as intrinsics where results must not
+// depend on which instance of a template computed them: on its own, the compiler uses two instructions in some.
 template <class V>
 FASTNN_INLINE V multiply_add(V x, V y, V z) {
   return x * y + z;
@@ -287,7 +287,7 @@ FASTNN_INLINE Vec<float> broadcast_pair(bfloat16x2 x) {
 FASTNN_INLINE Vec<float> zip_pairs(Vec<float> even, Vec<float> odd) {
   return (Vec<float>)(((Vec<uint32_t>)even >> 16) | (Vec<uint32_t>)odd);
 }
-// A vector's first `count` elements, of which there are two a lane; the others are zero.
+// Selects the first `count` elements of a vector that has two in each lane; loads set the others to zero.
 FASTNN_INLINE __mmask32 first_elements(int64_t count) {
   return count >= 2 * kLanes<float> ? ~__mmask32{0} : static_cast<__mmask32>((1u << count) - 1);
 }
@@ -305,7 +305,7 @@ FASTNN_INLINE Vec<float> multiply_add_pairs(Vec<float> x, Vec<float> y, Vec<floa
 constexpr bool kMultipliesPairs = false;
 #endif
 
-// Where the compiler would load a vector again for each use.
+// Keeps a vector in a register where the compiler would load it again for each use.
 template <class V>
 FASTNN_INLINE void keep_in_register(V& x) {
 #if defined(__x86_64__)
@@ -315,13 +315,13 @@ FASTNN_INLINE void keep_in_register(V& x) {
 #endif
 }
 
-// x where it is larger, else y: one instruction, which drops a NaN of x.
+// x where it is larger, else y. This is one instruction. If x is NaN, the result is y.
 template <class V>
 FASTNN_INLINE V larger_of(V x, V y) {
   return x > y ? x : y;
 }
 #if defined(__AVX512F__)
-// Said outright: where masks have registers of their own, the compiler may keep the comparison for other uses of it.
+// Written as intrinsics: where masks have registers of their own, the compiler may compute and keep a mask instead.
 FASTNN_INLINE Vec<float> larger_of(Vec<float> x, Vec<float> y) {
   return (Vec<float>)_mm512_max_ps((__m512)x, (__m512)y);
 }

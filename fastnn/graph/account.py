@@ -1,5 +1,5 @@
-"""Every layer of a fused model that could be fused: by which operator it runs, or why not, as far as that is known
-without a call."""
+"""The account of a fused model: for each layer that could be fused, the operator that runs it, or why none does, as far
+as that is known without a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastnn.graph.forward import FusedForward, FusedRecurrent, Program
 from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
 from fastnn.nn._hooks import layer_forward
 
-# What is said of an algorithm: those of the CPU's convolution, and of the GPU's operators.
+# The text about each algorithm of the CPU's convolution, and about operators with only one algorithm.
 WHY: dict[str, str] = {
     **load_extension().conv_algorithms()["forward"],
     "fused": "one call, sums stay in cache",
@@ -23,22 +23,22 @@ WHY: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ExplainedCall:
-    """A layer, or layers that are one operator call.
+    """A layer, or several layers that run as one operator call.
 
-    Of a layer that is left, `operator`, `forward` and `backward` are empty; of one that was not called, `input`.
+    `operator`, `forward` and `backward` are empty for an unfused layer; `input` is empty for one that was not called.
     """
 
     layer: str  # its name in the model, or that of its function
     operator: str
     input: str
-    forward: str  # the algorithms that the sizes lead to
+    forward: str  # the algorithms that are chosen for the sizes
     backward: str
-    why: str  # that algorithm, or it was left
+    why: str  # the reason for the algorithm, or for not fusing the layer
     is_candidate: bool = True  # whether fastnn has an operator for such a layer
 
 
 def programs_of(model: nn.Module) -> dict[nn.Module, Program | None]:
-    """Of each module that runs one, or might, but for those that an outer one's runs."""
+    """The program, or None, of each module that runs one or might, except modules inside an outer module's program."""
     found: dict[nn.Module, Program | None] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -50,11 +50,11 @@ def programs_of(model: nn.Module) -> dict[nn.Module, Program | None]:
 
 
 def account_for(model: nn.Module) -> list[ExplainedCall]:
-    """The rows of a fused model, by what is known without a call: no algorithms."""
+    """The rows of a fused model, with what is known without a call: the algorithms are not."""
     rows: list[ExplainedCall] = []
     names = {module: name for name, module in model.named_modules()}
     known: set[nn.Module] = set()
-    inside: dict[nn.Module, str] = {}  # modules that a program of an outer one runs, or why that has none
+    inside: dict[nn.Module, str] = {}  # modules in an outer module's program: ""; modules without a program: why
     for module, program in programs_of(model).items():
         name = names[module]
         if program is None:
@@ -92,7 +92,7 @@ def _row(prefix: str, layers: Sequence[Layer], operator: str, why: str) -> Expla
 
 
 def _why_left(model: nn.Module, names: dict[nn.Module, str], module: nn.Module, inside: dict[nn.Module, str]) -> str:
-    """Of a layer that is in no program."""
+    """Why a layer that is in no program is not fused."""
     if why := why_not_read(module):
         return why
     name = names[module]

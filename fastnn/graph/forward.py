@@ -1,4 +1,4 @@
-"""What the forward of an instance becomes when its model is fused."""
+"""The callables that replace the ``forward`` of modules when a model is fused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastnn.ops._autograd import is_compiling, is_exporting
 
 
 class Observer(Protocol):
-    """Somebody who looks at how a fused model runs: everything that is called goes through it."""
+    """Watches a fused model run: each program and each recurrent layer is handed to it, and it has to run them."""
 
     def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any: ...
 
@@ -36,13 +36,13 @@ class Observer(Protocol):
 
 
 observer: Observer | None = None
-_observing = 0  # the thread that the observer looks at
+_observing = 0  # the thread whose calls the observer sees
 _observer_lock = threading.Lock()
 
 
 @contextmanager
 def observing(by: Observer) -> Iterator[None]:
-    """Has fused models that this thread calls run under an observer within the block."""
+    """Within the block, fused models that this thread calls run through an observer."""
     global observer, _observing
     with _observer_lock:
         observer, _observing = by, threading.get_ident()
@@ -53,22 +53,22 @@ def observing(by: Observer) -> Iterator[None]:
 
 
 class _Token:
-    """An object that a fused module's own dict holds, and nothing else but the forward that stands there.
+    """An object to which only a fused module's own dict and the forward in that dict refer.
 
-    A shallow copy of the module (``copy.copy``, a replica of DataParallel) has the same forward, which cannot tell for
-    which of the two it is called. But such a copy holds the token too, which the count of references tells at once.
+    A shallow copy of the module (``copy.copy``, a replica of DataParallel) has the same forward, which cannot tell
+    which of the two called it. But the dict of such a copy refers to the token too, which adds a reference to it.
     """
 
 
-_MOST_PROGRAMS = 8  # of a module that are kept, for as many states that it goes back to
-_FREE_TRACES = 8  # of a module that has changed, after which tracing it may take this part of the time:
+_MOST_PROGRAMS = 8  # the most programs of a module that are kept, each for a state to which the module may return
+_FREE_TRACES = 8  # After so many traces of a module that has changed, tracing may only take this part of the time:
 _MOST_TIME = 0.01
 
 
 class FusedModule(Fused):
-    """What stands in the place of ``module.forward``. `left`: of the whole model, what a trial has decided to leave."""
+    """Replaces ``module.forward``. `left`: what a trial has decided to leave unfused in the whole model."""
 
-    # Without a dict, which functools.update_wrapper would copy.
+    # It has no dict, since functools.update_wrapper would copy that.
     __slots__ = ("__weakref__", "left", "module", "token")
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
@@ -83,7 +83,7 @@ class FusedModule(Fused):
         for name, value in state.items():
             setattr(self, name, value)
 
-    # What the bound method has that stands there otherwise.
+    # The attributes of the bound method that it replaces.
 
     @property
     def __self__(self) -> nn.Module:
@@ -117,7 +117,7 @@ class FusedModule(Fused):
         return functools.partial(type(self.module).forward, self.module)
 
     def own(self) -> FusedModule:
-        """That of the module for which the caller of the caller called: a shallow copy gets one of its own."""
+        """The forward of the module for which the caller was called: a shallow copy of a module gets its own."""
         caller = sys._getframe(2).f_locals.get("self")
         if caller is self.module:
             return self
@@ -132,11 +132,11 @@ class FusedModule(Fused):
             )
         if not holders and TOKEN in self.module.__dict__:  # its owner has put another forward there, which calls this
             self.token = self.module.__dict__[TOKEN] = _Token()
-        return self  # (Another thread may have had the token at hand.)
+        return self  # (Another thread may have held the token for a moment.)
 
 
 class FusedRecurrent(FusedModule):
-    """The kernel in place of a recurrent layer's forward, by the layer of ``fastnn.nn`` of that name."""
+    """Runs a recurrent layer by the layer of ``fastnn.nn`` of the same name."""
 
     __slots__ = ("_stock_forward", "_twin")
 
@@ -162,7 +162,7 @@ class FusedRecurrent(FusedModule):
         return type(twin).forward(twin, *args, **kwargs)
 
     def twin(self) -> Any:
-        """The same module, as one of fastnn's class: all it has is in the one dictionary that both share."""
+        """The module as an object of fastnn's class. Both objects share one dictionary, with everything they have."""
         if self._twin is None or self._twin.__dict__ is not self.module.__dict__:
             kind = getattr(fused_rnn, RECURRENT[layer_forward(self.module)])
             self._twin = kind.__new__(kind)
@@ -175,8 +175,8 @@ _RECURRENT_SETTINGS = ("mode", "num_layers", "batch_first", "bidirectional", "dr
 
 
 class Program:
-    """A module's forward as traced, its matches fused. ``run(*inputs, *tensors)``. It stands for the forward as long as
-    its guard holds."""
+    """The trace of a module's forward, with its matches fused. ``run(module, *inputs, *tensors)`` computes what the
+    forward does, as long as the guard holds."""
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
         forward: Any = type(module).forward
@@ -202,11 +202,11 @@ class Program:
             for layer in found.modules:
                 self.guard.note_settings(layer, settings_of(layer))
         for layer in tracer.called:
-            if isinstance(getattr(layer, "padding", None), str):  # which becomes numbers by the kernel's size
+            if isinstance(getattr(layer, "padding", None), str):  # the kernel's size turns it into numbers
                 self.guard.note_call(kernel_sizes, (layer,), kernel_sizes(layer))
-            if isinstance(layer, nn.RNNBase):  # which may become one call with what follows (joining.py)
+            if isinstance(layer, nn.RNNBase):  # it may become one call with what follows (joining.py)
                 self.guard.note_settings(layer, _RECURRENT_SETTINGS)
-        self.is_idle = not self.matches.found  # the module's own forward is as good, and nothing needs a guard
+        self.is_idle = not self.matches.found  # then the module's own forward is as good, and needs no guard
         code = graph.python_code("self")
         scope = dict(code.globals)
         exec(compile(code.src, f"<fused {type(module).__name__}>", "exec"), scope)
@@ -219,8 +219,8 @@ class Program:
         return [own[name] for own, name in self.tensors]
 
     def write(self) -> tuple[fx.Graph, list[tuple[Any, Any]]]:
-        """The graph with its matches fused, whose inputs are the module's and then tensors of layers, `fastnn_tensor_0`
-        and so on; and of each of these a dictionary and a name by which it is found there."""
+        """The graph with its matches fused. Its inputs are the module's, then tensors of layers: `fastnn_tensor_0` and
+        so on. The second result has, for each of these tensors, the dictionary and the key under which it is found."""
         sources: list[tuple[Any, Any]] = list(self.tensors)
 
         def lift(module: nn.Module, name: str) -> str:
@@ -235,13 +235,13 @@ class Program:
 
 
 def key_of(found: Match) -> Any:
-    """By what a trial remembers a match: its first layer's module, or the name of its function's node."""
+    """The key of a match in `left`: its first layer's module, or the name of its function's node."""
     first = found.layers[0]
     return first.module if first.module is not None else first.node.name
 
 
 def may_hold_layers(module: nn.Module) -> bool:
-    """Whether a module's forward is worth tracing: it has a forward and modules, or parameters, and is no layer."""
+    """Whether a module's forward is worth tracing: the module is no layer and has submodules or parameters."""
     kind = type(module)
     if kind.__module__.startswith(("torch.", "fastnn.nn")) and kind is not nn.Sequential:
         return False
@@ -254,7 +254,7 @@ def may_hold_layers(module: nn.Module) -> bool:
 
 
 class FusedForward(FusedModule):
-    """Runs a module's program; where there is none, the module's own forward, whose layers may be fused themselves."""
+    """Runs a module's program. Without one it runs the module's own forward, whose layers may be fused themselves."""
 
     __slots__ = ("_begin", "_spent", "programs", "traces", "why")
 
@@ -263,14 +263,14 @@ class FusedForward(FusedModule):
         self.forget()
 
     def forget(self) -> None:
-        # By mode, the programs that there are, the last one used first.
+        # The programs by training mode, the one used last in front.
         self.programs: dict[bool, tuple[Program, ...]] = {True: (), False: ()}
-        self.why: str | None = None  # there is no program
+        self.why: str | None = None  # the reason why there is no program
         self.traces = 0
-        self._begin, self._spent = time.monotonic(), 0.0  # seconds: since when, and how many tracing has taken
+        self._begin, self._spent = time.monotonic(), 0.0  # seconds: the start, and the time that tracing has taken
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():  # whose guards are of what the module's own forward reads
+        if is_compiling():  # its guards are made from what the module's own forward reads
             return self.stock(*args, **kwargs)
         if getrefcount(self.token) != _REFERENCES and (own := self.own()) is not self:
             return own(*args, **kwargs)
@@ -298,7 +298,7 @@ class FusedForward(FusedModule):
     def _look_closer(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The program, if there is one for such arguments, and these in its order."""
+        """The program for such arguments, or None, and the arguments in the order of its inputs."""
         if any(isinstance(arg, fx.Proxy) for arg in args):
             return None, args, kwargs
         program = self.program()
@@ -312,8 +312,8 @@ class FusedForward(FusedModule):
         return program, (*args, *(kwargs[name] for name in names)), {}
 
     def program(self, now: bool = False) -> Program | None:
-        """That for the state that the module is in. Where the forward could not be traced, or is another at each call,
-        that is tried again, since something may have changed: more and more seldom, but for `now`."""
+        """The program for the state that the module is in. Where the forward could not be traced, or differs at each
+        call, tracing is tried again, since something may have changed: more and more seldom, unless `now`."""
         programs = self.programs[self.module.training]
         for known in programs:
             if known.holds():
@@ -341,7 +341,7 @@ class FusedForward(FusedModule):
 
 
 def _count_references() -> int:
-    """How many references a token has, as FusedModule counts them, where no copy holds it."""
+    """The number of references to a token that no copy holds, as FusedModule counts them."""
     module = nn.Module()
     fused = FusedModule(module, {})
     return getrefcount(fused.token)

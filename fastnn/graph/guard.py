@@ -1,8 +1,8 @@
-"""What a trace rests on, compared at every call of what was made of it.
+"""Guards: they compare, at every call of a trace, everything that the trace depends on with what it was.
 
 A trace stands for a forward only as long as everything that the forward read is what it was: attributes, settings of
 layers, globals, closures, the code of functions. The tracer notes each such read in a :class:`Guard`. Most calls find
-the very same objects, which C compares in a fraction of a microsecond (csrc/guard.h); where one is another, the guard
+the very same objects, which C compares in a fraction of a microsecond (csrc/guard.h); for another object the guard
 looks at values: an equal number, or a tensor in a tensor's place, changes nothing.
 """
 
@@ -23,13 +23,13 @@ from fastnn.nn._hooks import own_methods
 
 _extension = load_extension()
 ABSENT = _extension.absent  # stands for the value of a key that is not there
-_ANY = _extension.any  # for a value that may change
-_SOME_TENSOR = _extension.some_tensor  # and for a tensor, which is handed over anew at each call
+_ANY = _extension.any  # stands for a value that may change
+_SOME_TENSOR = _extension.some_tensor  # stands for any tensor, since each call is given the present one
 _holds = _extension.guard_holds
 
 TOKEN = "_fastnn_token"  # the attribute of a fused module that tells it from its shallow copies: see forward.py
 
-# Values of these types cannot change; two of them that are equal are as good as one.
+# Values of these types cannot change, so that any two that are equal are interchangeable.
 CONSTANTS: tuple[type, ...] = (
     *(type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
@@ -52,7 +52,7 @@ def _is_numpy_number(value: Any) -> bool:
 
 
 def is_same(before: Any, now: Any) -> bool:
-    """Whether code that read the one would do with the other just what it did."""
+    """Whether code that read `before` would do just the same with `now`."""
     if before is now:
         return True
     if before is _SOME_TENSOR:
@@ -74,10 +74,10 @@ _extension.set_tensor_classes(_TENSORS)
 
 
 class Guard:
-    """Reads, and the values that they gave. Values that are compared by identity are held, so that no other object can
-    get their addresses.
+    """The reads of a trace, and the values that they gave. Values that are compared by identity are kept alive, so that
+    no other object can get their addresses.
 
-    by_value: whether an equal number, or a tensor in another's place, is as good as what was there.
+    by_value: whether an equal number, or a tensor in another's place, counts as unchanged.
     """
 
     def __init__(self, by_value: bool = True) -> None:
@@ -95,29 +95,29 @@ class Guard:
     # ---- what is noted ----------------------------------------------------------------------------------------------
 
     def note_item(self, container: Any, key: Any, value: Any) -> None:
-        """container: a dict, a class (its own dict), or a cell (any key). value: ABSENT where there is none."""
+        """Notes a read of a dict, a class (its own dict) or a cell (any key). value: ABSENT where there is none."""
         self._items.setdefault((id(container), key), (container, key, self._kept(value)))
 
     def note_instance(self, instance: Any, key: str, value: Any) -> None:
-        """An attribute in an object's own dict, of which C compares the whole, which is faster than key by key."""
+        """Notes an attribute in an object's own dict. C compares the whole dict, which is faster than key by key."""
         own = instance.__dict__
         self._instances[id(own)] = own
         self.note_type(instance)
         self.note_item(own, key, value)
 
     def note_contents(self, container: Any) -> None:
-        """All that a list, tuple or dict holds, or a class's own dict."""
+        """Notes all that a list, tuple or dict holds, or a class's own dict."""
         self._contents.setdefault(id(container), (container, self._all_kept(container)))
 
     def _kept(self, value: Any) -> Any:
-        """What is noted of a value: of a tensor only that it is one, which lets go of those that are replaced."""
+        """What is noted for a value: for a tensor only that it is one, so that replaced tensors are not kept alive."""
         return _SOME_TENSOR if self._by_value and type(value) in _TENSORS else value
 
     def _all_kept(self, container: Any) -> list[Any]:
         return list(map(self._kept, _flat(container)))
 
     def note_type(self, instance: Any) -> None:
-        """An object's class, which dict is its own, and all that its classes have, but for those of torch."""
+        """Notes an object's class, the identity of its dict, and what its classes hold, except those of torch."""
         if id(instance) in self._types:
             return
         kind = type(instance)
@@ -133,12 +133,12 @@ class Guard:
         self._functions.setdefault(id(function), _parts(function))
 
     def note_call(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> None:
-        """What a function of no tensors gave, which tells of a mode that anybody may change."""
+        """Notes the result of a function that takes no tensors and tells of a mode that anybody may change."""
         self._calls[function, args] = (function, args, value)
 
     def note_layer(self, module: nn.Module) -> None:
-        """A module that is called, or whose forward is run: its class, that class's forward, and that it has no other
-        one and no hooks."""
+        """Notes a module that is called, or whose forward is run: its class, that class's forward, and whether it has a
+        forward of its own and hooks."""
         own = module.__dict__
         self.note_type(module)
         for name in HOOKS:
@@ -157,7 +157,7 @@ class Guard:
                     break
 
     def note_settings(self, module: nn.Module, names: Sequence[str]) -> None:
-        """A layer in whose place an operator runs: the attributes that say what it computes, and whether it has each of
+        """Notes a layer that an operator replaces: the attributes that say what it computes, and whether it has each of
         its tensors."""
         own = module.__dict__
         for name in names:
@@ -171,7 +171,7 @@ class Guard:
     # ---- and compared ---------------------------------------------------------------------------------------------
 
     def seal(self) -> None:
-        """To be called once everything has been noted."""
+        """Ends the notes. Call it once everything has been noted."""
         self._tuples = self._as_tuples()
 
     def holds(self) -> bool:
@@ -205,7 +205,7 @@ class Guard:
         return all(all(map(is_, parts, _parts(parts[0]))) for parts in self._functions.values())
 
     def _as_tuples(self) -> tuple[tuple[Any, ...], ...]:
-        """As C takes them."""
+        """What was noted, in the form in which C compares it."""
         contents: list[Any] = []
         for container, held in self._contents.values():
             contents += [container, tuple(held)]

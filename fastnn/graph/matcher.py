@@ -59,7 +59,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def _functions() -> Iterator[tuple[Any, str, Sequence[str]]]:
-    """A function or the name of a method, the kind of layer that it is, and its arguments' names."""
+    """Yields a function or the name of a method, the kind of layer that it is, and its arguments' names."""
     for d in (1, 2, 3):
         yield getattr(F, f"conv{d}d"), f"conv{d}d", _CONV
         for pool in (getattr(F, f"max_pool{d}d"), getattr(torch, f"max_pool{d}d")):
@@ -122,7 +122,7 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def why_not_read(module: nn.Module) -> str | None:
-    """Why a module's call must stay one."""
+    """Why a call of the module must stay as it is, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -136,7 +136,7 @@ def why_not_read(module: nn.Module) -> str | None:
 
 @dataclass
 class Layer:
-    """A node that is a layer. `tensors` are nodes, or of a module the names of its parameters and buffers."""
+    """A node that is a layer. `tensors` are nodes, or for a module the names of its parameters and buffers."""
 
     node: Node
     kind: str
@@ -195,8 +195,8 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
 
 
 def _is_usual_tensor(module: nn.Module, name: str) -> bool:
-    """Whether a layer has a tensor, or None, by this name where layers have them, whose functions are torch's own; or
-    computes it by a parametrization that only computes."""
+    """Whether a layer has a tensor or None by this name where layers have them, and the functions of the tensor are
+    torch's own; or whether it computes the tensor by a parametrization without side effects."""
     if is_parametrized(module, name):
         return computes_only(module)
     held = next((held for held in (module._parameters, module._buffers) if name in held), None)
@@ -210,7 +210,7 @@ _PURE_PARAMETRIZATIONS = ("_WeightNorm", "_Orthogonal")
 
 
 def computes_only(module: nn.Module) -> bool:
-    """Whether a layer's parametrizations are those of torch that give the same tensor however often they are asked."""
+    """Whether a layer's parametrizations are those of torch that give the same tensor at every call."""
     parts = [part for some in module.parametrizations.children() for part in some.children()]  # type: ignore[union-attr]
     return all(
         type(part).__module__ == "torch.nn.utils.parametrizations" and type(part).__name__ in _PURE_PARAMETRIZATIONS
@@ -219,7 +219,7 @@ def computes_only(module: nn.Module) -> bool:
 
 
 def _has_tensor(module: nn.Module, name: str) -> bool:
-    # A parametrization is not asked for its tensor, which takes time.
+    # The tensor of a parametrization is not computed here, which would take time.
     return is_parametrized(module, name) or getattr(module, name) is not None
 
 
@@ -228,7 +228,7 @@ def kernel_sizes(conv: Any) -> tuple[int, ...]:
 
 
 def _padding_in_numbers(name: str, conv: Any) -> tuple[int, ...] | None:
-    """Of "valid", and of "same" where it is the same on both sides."""
+    """The padding that "valid" means, or "same" if it pads both sides alike; else None."""
     total = [d * (k - 1) if name == "same" else 0 for d, k in zip(conv.dilation, kernel_sizes(conv), strict=True)]
     if name not in ("valid", "same") or any(t % 2 for t in total):
         return None
@@ -284,7 +284,7 @@ class Matches:
 
 
 def match(graph: Graph, modules: Mapping[str, nn.Module]) -> Matches:
-    """The patterns of the graph, none of which share a node, and why every other layer is in none."""
+    """The matches of the graph, no two of which share a node, and why every other layer is in none."""
     layers = {node: layer for node in graph.nodes if (layer := read_layer(node, modules)) is not None}
     used: dict[str, int] = {}
     for layer in layers.values():
@@ -333,7 +333,7 @@ class _Matcher:
     # -- the chain of nodes -------------------------------------------------------------------------------------------
 
     def next(self, layer: Layer) -> Layer | None:
-        """The layer that alone takes this one's result."""
+        """The layer that takes this one's result, if nothing else does."""
         if len(layer.node.users) != 1:
             return None
         follower = self.layers.get(next(iter(layer.node.users)))
@@ -451,7 +451,7 @@ class _Matcher:
             return None
         before = self.before(first)
         if before is not None and before.kind == "batch_norm" and len(before.node.users) == 1 and first.kind == "relu":
-            return None  # that begins with the batch norm
+            return None  # the match begins with the batch norm
         layers, why = self.epilogue(first)
         if why:
             return None if first.kind == "relu" else why
@@ -463,7 +463,7 @@ class _Matcher:
                 return None  # it changes its input, which others may see
             return Match("relu_max_pool", layers, relu_max_pool, [], _pool_settings(pool) | {"dims": pool.dims})
         names = (*_BATCH_NORM[1:5], "num_batches_tracked")
-        if _trains(norm) and not norm.settings.get("track_running_stats", True):  # which may be there all the same
+        if _trains(norm) and not norm.settings.get("track_running_stats", True):  # the statistics may still be there
             names = ("", "", *_BATCH_NORM[3:5], "")
         tensors = [_tensor(norm, name) for name in names]
         settings = _pool_settings(pool) | {"dims": pool.dims}
@@ -505,8 +505,9 @@ class _Matcher:
         return Match("mlp", layers, mlp_of_parameters, tensors, settings, in_a_list=True)
 
     def is_worth_it_alone(self, linear: Layer) -> bool:
-        """Of a linear layer without an activation: in inference, for few rows; else where it may become one call with a
-        recurrent layer whose last step it takes, or with the convolutions before a flattening (joining.py)."""
+        """Whether to fuse a linear layer without activation: in inference, for few rows; else where it may become one
+        call with a recurrent layer whose last step it takes, or with the convolutions before a flattening (see
+        joining.py)."""
         if linear.input.target in (operator.getitem, torch.flatten, "flatten"):
             return True
         return linear.module is not None and not linear.module.training
@@ -540,7 +541,7 @@ def _conv_relu_max_pool(
 
 
 def _passes_on(layer: Layer) -> bool:
-    """Whether its result is its input."""
+    """Whether the layer's result is its input."""
     return layer.kind == "identity" or (layer.kind == "dropout" and not layer.settings["training"])
 
 
@@ -598,9 +599,9 @@ def insert(
 ) -> None:
     """Puts the calls of the matches in their layers' places.
 
-    graph: what the matches are of, or its copy; copied: the nodes of the copy by those of the original, kept up to
+    graph: the graph of the matches, or its copy; copied: the nodes of the copy by those of the original, kept up to
     date.
-    lift: notes that a module's tensor, by its name, is to be a further input of the graph, and names that.
+    lift: makes a module's tensor, given by its name, a further input of the graph, and returns that input's name.
     """
     last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for one in found:

@@ -41,14 +41,14 @@ class Order:
         self.writes = [node for node in graph.nodes if not _only_computes(node, modules)]
 
     def may_be_one(self, nodes: Sequence[Node]) -> bool:
-        """Whether the nodes, in their order, may run all at once where the first of them stands: nothing between them
+        """Whether all the nodes may run where the first of them stands, in their order: nothing between them
         changes a tensor or a mode."""
         first, last = self.place[nodes[0]], self.place[nodes[-1]]
         return not any(first < self.place[node] < last and node not in nodes for node in self.writes)
 
     def is_written_after(self, nodes: Sequence[Node], value: Node) -> bool:
-        """Whether a value, or another that may lie in the same memory, is changed in place after the first of the nodes
-        runs, by others than these. (A fused operator may keep its input for backward where the layer would not.)"""
+        """Whether a value, or another that may share its memory, is changed in place after the first of the nodes runs,
+        by a node that is none of them. (A fused operator may save its input for backward where the layer would not.)"""
         first = self.place[nodes[0]]
         writers = [node for node in self.writes if self.place[node] > first and node not in nodes]
         if not writers:
@@ -62,7 +62,7 @@ class Order:
         return any(not aliases.isdisjoint(self._may_be_written_by(writer)) for writer in writers)
 
     def _may_be_view(self, node: Node) -> bool:
-        """Whether what a node gives may lie in the memory of what it is given: anything but what is known to make new
+        """Whether a node's result may share the memory of its inputs: so it may unless the node is known to make new
         memory."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
@@ -74,7 +74,7 @@ class Order:
         return name not in _MAKES_NEW or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
     def _may_be_written_by(self, node: Node) -> Sequence[Node]:
-        """The nodes whose memory a node that writes may write."""
+        """The nodes whose memory a node that writes may change."""
         is_known = node.op == "call_method" or (node.op == "call_function" and node.target is in_place)
         if is_known and "out" not in node.kwargs:
             return [value for value in node.args if isinstance(value, Node)][:1]
@@ -128,7 +128,7 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         if layer_class(type(module)) is None or has_own_call(module) or getattr(module, "inplace", False):
             return False
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            return module.max_norm is None  # longer rows are made shorter
+            return module.max_norm is None  # with it, a call makes longer rows shorter
         return not (isinstance(module, _NORMS) and module.training)
     if node.op == "call_method":
         name = str(node.target)
@@ -136,12 +136,12 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     function: Any = node.target
     if function is getattr or function in _PURE_OPERATORS:
         return True
-    if function is unpack or str(getattr(function, "__module__", "")).startswith("fastnn"):  # joining's, and operators
+    if function is unpack or str(getattr(function, "__module__", "")).startswith("fastnn"):  # joining.py, operators
         return not node.kwargs.get("training") and function is not in_place
     if function not in functions_of_torch() or function.__name__.endswith("_") or "out" in node.kwargs:
         return False
     name = function.__name__
-    if "batch_norm" in name or "instance_norm" in name:  # which keep statistics
+    if "batch_norm" in name or "instance_norm" in name:  # they keep statistics
         return node.kwargs.get("training") is False
     if name.startswith("embedding"):
         return "max_norm" not in node.kwargs and len(node.args) < 4

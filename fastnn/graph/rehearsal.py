@@ -1,4 +1,4 @@
-"""Running a model to learn something of it, without a trace of that being left in the model, in what it is given, or in
+"""Running a model to learn something about it, without leaving a trace of the run in the model, in its inputs or in
 the generators of random numbers."""
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from fastnn._torch import pytree
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, of modules too that keep what they have computed in an attribute, as weight_norm and spectral_norm
-    do, which ``copy.deepcopy`` refuses."""
+    """A deep copy, also of modules that store a computed tensor in an attribute, as weight_norm and spectral_norm do;
+    ``copy.deepcopy`` refuses those."""
     computed = [t for module in model.modules() for t in module.__dict__.values() if isinstance(t, Tensor)]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
 
 
 def cloned(inputs: Any) -> Any:
-    """The same inputs in memory of their own, which a forward may change in place."""
+    """Copies of the inputs, which a forward may change in place."""
     with torch.no_grad():
         return pytree.tree_map_only(Tensor, torch.clone, inputs)
 
 
 @contextmanager
 def leaving_no_trace() -> Iterator[Callable[[], None]]:
-    """Gives torch's, Python's and NumPy's generators, and grad mode, back as they were. What it yields does so at once,
-    for the same numbers to be drawn again."""
+    """Restores torch's, Python's and NumPy's generators and grad mode after the block. The function that it yields does
+    so at once, so that the same numbers are drawn again."""
     records = torch.is_grad_enabled()
     torchs, pythons, numpy = torch.get_rng_state(), random.getstate(), sys.modules.get("numpy")
     numpys = numpy.random.get_state() if numpy else None

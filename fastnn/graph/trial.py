@@ -1,4 +1,4 @@
-"""Each candidate of a fused model against stock, on what the model gives it: the same numbers, and faster?"""
+"""Compares each candidate of a fused model with torch's layers: are its results the same, and is it faster?"""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _CLOSE_OTHERWISE = 3e-2
 
 
 def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]) -> None:
-    """Runs a copy of the fused model on its inputs, and writes into `left` why a candidate is to stay stock, by its
-    key."""
+    """Runs a copy of the fused model on its inputs. Writes into `left`, by a candidate's key, why that candidate stays
+    unfused."""
     twin = copied(model)
     of_twin = dict(zip(twin.modules(), model.modules(), strict=True))
     trial = _Trial(next((m.__dict__["forward"].left for m in twin.modules() if _is_fused(m)), {}), model.training)
@@ -77,7 +77,7 @@ class _Trial:
         given: Sequence[Any],
         parameters: Sequence[Tensor],
     ) -> None:
-        """Both of the same inputs."""
+        """Runs both on the same inputs; notes in `left` if their results differ or ours is not faster."""
         inputs = [
             value.detach().requires_grad_(self.training and value.is_floating_point())
             if isinstance(value, Tensor)
@@ -104,7 +104,7 @@ class _Trial:
             torch.set_rng_state(state)
             try:
                 results.append(step(function))
-            except NotImplementedError as error:  # of torch: no kernel for such tensors, a meta tensor for one
+            except NotImplementedError as error:  # from torch, which has no kernel for meta tensors, for example
                 self.left[key] = f"it cannot run on these inputs: {error}"
                 return
         if not _agree(*results):
@@ -119,7 +119,7 @@ class _Trial:
 
 
 class _TrialRun(fx.Interpreter):
-    """Runs a program's stock layers, and each match after its last."""
+    """Runs the stock layers of a program, and tries each match once its last layer has run."""
 
     def __init__(self, module: nn.Module, program: Program, trial: _Trial) -> None:
         super().__init__(module, garbage_collect_values=False, graph=program.stock_graph)
@@ -152,7 +152,7 @@ class _TrialRun(fx.Interpreter):
         self.trial.compare(key_of(match), ours, stock, [given], parameters)
 
     def _call_of(self, node: fx.Node) -> tuple[Callable[..., Any], Any, Any]:
-        """What the node calls, and what with besides its first argument: as little work as in the model itself."""
+        """What a node calls, and its arguments after the first, so that timing the call adds no work of its own."""
         function: Any = node.target
         if node.op == "call_module":
             function = self.fetch_attr(str(node.target))
@@ -180,7 +180,7 @@ def _agree(ours: Sequence[Tensor], stock: Sequence[Tensor]) -> bool:
 
 
 def _time(*functions: Callable[[], Any]) -> list[float]:
-    """Seconds that each takes, in turns."""
+    """The median time of each function in seconds. The functions run in turns."""
     samples: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + _SECONDS
     while len(samples[0]) < _LEAST_ROUNDS or time.perf_counter() < end:

@@ -1,4 +1,4 @@
-"""Convolution layers that rectify and pool what they compute."""
+"""Layers that are a convolution, a ReLU and a max-pool in one."""
 
 from typing import Any, Literal
 
@@ -26,14 +26,14 @@ _GEOMETRY = (
 
 
 class _ConvReLUMaxPool(ConvNd):
-    """What the three have in common: the pooling's attributes, and the call."""
+    """The base class of the three layers, with the attributes of the pooling and the forward pass."""
 
     pool_kernel_size: Any
     pool_stride: Any
     pool_padding: Any
     pool_dilation: Any
     ceil_mode: bool
-    _geometry: tuple[int, ...] | None  # as operators take it; None where only a call can tell, or must raise
+    _geometry: tuple[int, ...] | None  # the operators' argument; None where it depends on the call or is not valid
 
     def _set_pool(self, kernel_size: Any, stride: Any | None, padding: Any, dilation: Any, ceil_mode: bool) -> None:
         self.pool_kernel_size = kernel_size
@@ -54,17 +54,17 @@ class _ConvReLUMaxPool(ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         try:
-            # A third of the time of attributes, for which nn.Module looks into _parameters last.
+            # This takes a third of the time of `self.weight`, which Python finds only after the ordinary look-up.
             parameters = self._parameters
             weight: Any = parameters["weight"]
             bias: Any = parameters["bias"]
-        except KeyError:  # one is parametrised
+        except KeyError:  # a parametrization has replaced one of them
             weight, bias = self.weight, self.bias
         if self._geometry is not None:
             return conv_relu_max_pool(input, weight, bias, self._geometry, len(self.kernel_size))
         geometry = {name: getattr(self, name) for name in _GEOMETRY}
         if self.padding_mode != "zeros":
-            # As torch.nn's own layers: the input is padded first, for which PyTorch has kernels.
+            # As in torch.nn's own layers, PyTorch's kernels pad the input first.
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             geometry["padding"] = 0
         return _FUNCTIONS[len(self.kernel_size)](input, weight, bias, **geometry)

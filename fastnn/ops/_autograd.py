@@ -27,9 +27,9 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
 
 def needs_reference(input: Tensor) -> bool:
-    """Whether the call is outside what kernels cover, so that plain PyTorch answers it: other dtypes, forward-mode
+    """Whether the kernels do not cover the call, so that plain PyTorch computes it: other dtypes, forward-mode
     differentiation, and ``torch.jit.trace`` and ``torch.onnx``, whose graphs hold no gradient written in Python and are
-    to be loaded where there is no fastnn. (Tensors that do not fit the input are the operator's to refuse.)"""
+    to be loaded where there is no fastnn. (The operator itself refuses tensors that do not fit the input.)"""
     if forward_ad._current_level >= 0 or (not is_compiling() and is_tracing()):
         return True
     if is_exporting() and torch.onnx.is_in_onnx_export():
@@ -38,8 +38,8 @@ def needs_reference(input: Tensor) -> bool:
 
 
 def is_plain(input: Tensor) -> bool:
-    """Whether nothing but the kernel and perhaps a gradient is asked of an operator, so that it may be called by its
-    ``_op``, 0.25 us sooner: no autocast, compilation, tracing, export or ``torch.func`` transform, and a dtype that
+    """Whether a call needs nothing but the kernel and perhaps a gradient, so that an operator may be called by its
+    ``_op``, 0.25 us faster: no autocast, compilation, tracing, export or ``torch.func`` transform, and a dtype that
     kernels cover."""
     return (
         (input.dtype is _float32 or input.dtype in KERNEL_DTYPES)
@@ -63,7 +63,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether the call must go through the op's ``autograd.Function``: a gradient is wanted, or a ``torch.func``
-    transform is at work."""
+    transform is active."""
     return wants_gradient(*tensors) or transforms_active()
 
 
@@ -81,7 +81,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def check_same_device(*tensors: Tensor | None) -> None:
-    """For fake kernels, which a single meta tensor among others is enough to call."""
+    """Checks the tensors of a fake kernel, which is called as soon as one of them is a meta tensor."""
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise RuntimeError(
@@ -91,7 +91,7 @@ def check_same_device(*tensors: Tensor | None) -> None:
 
 
 def in_torchs_words(error: RuntimeError, reference: Callable[..., Any], *args: Any) -> Exception:
-    """The exception for arguments that an operator has refused: torch's, where the reference refuses them too."""
+    """The exception for arguments that an operator has refused: PyTorch's, if the reference refuses them too."""
     try:
         reference(*args)
     except (IndexError, RuntimeError, TypeError, ValueError) as torchs:
@@ -100,7 +100,7 @@ def in_torchs_words(error: RuntimeError, reference: Callable[..., Any], *args: A
 
 
 def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
-    """Run a raw operator for a caller who has seen to gradients."""
+    """Run a raw operator for a caller that takes care of gradients itself."""
     if not torch.is_grad_enabled():
         return op(*args)
     with torch.no_grad():
@@ -110,10 +110,10 @@ def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
 def eager_recorder(function: type[torch.autograd.Function]) -> Callable[..., tuple[Tensor, ...]]:
     """:func:`recorder` for calls that are plain (:func:`is_plain`).
 
-    The forward of a twin of the function is its ``record``, which keeps the outputs that only backward needs without
-    making them any, since each output costs autograd microseconds on both ways. It is applied without the 10
-    microseconds that ``apply`` spends on ``inspect.signature`` to fill in default arguments, of which our functions
-    have none. The function's backward gets gradients of at least the caller's outputs.
+    It makes a twin of the function, whose forward is ``record``. This saves the tensors that only backward needs, but
+    does not make them outputs, since each output costs autograd microseconds on both ways. The twin is applied
+    without the 10 microseconds that ``apply`` spends on ``inspect.signature`` to fill in default arguments, of which
+    our functions have none. The function's backward gets gradients of at least the caller's outputs.
     """
 
     def eager_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -130,7 +130,7 @@ def eager_recorder(function: type[torch.autograd.Function]) -> Callable[..., tup
 def recorder(
     function: type[torch.autograd.Function], record_plain: Callable[..., tuple[Tensor, ...]], results: int
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """``function.apply``, of whose outputs the first ``results`` are the caller's (all but the last two, if it is -2).
+    """``function.apply``, which returns to the caller only the first ``results`` outputs (-2: all but two).
 
     The others are what backward needs. Transforms and compilation must see them as outputs; other calls go to
     ``record_plain``, the function's :func:`eager_recorder`.
@@ -145,8 +145,8 @@ def recorder(
 
 
 def one_by_one(backward: Callable[..., Any], grads: Sequence[Tensor | None]) -> Any:
-    """``backward(*grads)`` where some of ``grads`` are batches of gradients, as ``torch.autograd.grad`` makes them of
-    ``is_grads_batched=True``, which is no transform of ``torch.func``: a call for each row of the batch."""
+    """``backward(*grads)`` where some of ``grads`` are batches of gradients, as ``torch.autograd.grad`` makes them with
+    ``is_grads_batched=True``, which is no transform of ``torch.func``. It calls backward for each row of the batch."""
     batch = next(grad for grad in grads if grad is not None and is_legacy_batchedtensor(grad))
 
     def rows_of(grad: Tensor, level: int, size: int) -> Tensor:  # `size` is that of a tensor without a batch

@@ -1,4 +1,4 @@
-"""Registration of what the operators are besides their kernels: a fake kernel, the refusal of gradients, and their
+"""Registers what the operators are besides their kernels: a fake kernel, the refusal of gradients, and their
 meaning under the transforms of ``torch.func``.
 
 The public functions have gradients (each op's ``autograd.Function``); a raw operator is the forward alone."""
@@ -18,15 +18,15 @@ _REFUSAL = (
 
 
 def check_given(op: Any, arguments: Sequence[Any]) -> None:
-    """For kernels in Python, which get None for a tensor that a caller leaves undefined. (csrc/ops/check.h has the
-    same.)"""
+    """Checks the arguments of kernels in Python, which get None for a tensor that a caller leaves undefined.
+    (csrc/ops/check.h has the same.)"""
     for argument, given in zip(op._schema.arguments, arguments, strict=False):
         if given is None and isinstance(argument.type, torch.TensorType):
             raise RuntimeError(f"{op.name()}: {argument.name} must be a tensor, got None")
 
 
 class RefuseGradient(torch.autograd.Function):
-    """The output of a raw operator one of whose inputs required grad, so that asking for the gradient raises."""
+    """The output of a raw operator, if one of its inputs requires grad: asking for the gradient raises."""
 
     generate_vmap_rule = True
 
@@ -45,7 +45,7 @@ class RefuseGradient(torch.autograd.Function):
 
 
 def refuse_gradients(result: Any, arguments: Any) -> Any:
-    """``result`` of a raw operator written in Python, its tensors refusing gradients if an argument required one.
+    """The ``result`` of a raw operator written in Python; its tensors refuse gradients if an argument requires one.
     (Those in C++ have the same in csrc/ops/register.h.)"""
     found = next((t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad), None)
     if found is None or not torch.is_grad_enabled():
@@ -74,7 +74,7 @@ class _Call:
 
 
 class Transformed(torch.autograd.Function):
-    """A raw operator under a transform of ``torch.func``: a call an example for vmap, no gradient, no tangent."""
+    """A raw operator under a transform of ``torch.func``: one call per example for vmap, no gradient, no tangent."""
 
     @staticmethod
     def forward(call: _Call, *leaves: Any) -> tuple[Tensor, ...]:
@@ -105,7 +105,7 @@ class Transformed(torch.autograd.Function):
 
 
 def raw_operator(name: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorator of the fake kernel of ``fastnn::name``, which registers it, and the rest."""
+    """Decorates the fake kernel of ``fastnn::name``: registers it, and the rest."""
     op = getattr(torch.ops.fastnn, name).default
 
     def transformed(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Convolution, ReLU and max-pool in one: schema's Python side, autograd and the public functions."""
+"""Convolution, ReLU and max-pool in one operator: the public functions, the gradients and the shapes for tracing."""
 
 import math
 import operator
@@ -28,10 +28,10 @@ from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.reference.conv_relu_max_pool import Geometry
 
-MOST_PLACES: int = load_extension().most_places  # of a window whose argmax is saved in a byte
+MOST_PLACES: int = load_extension().most_places  # the most elements of a window, whose argmax is saved in one byte
 
 _op = torch.ops.fastnn.conv_relu_max_pool.default
-_call = _op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
+_call = _op._op  # what _op(...) calls in the end, 0.25 us faster; torch.compile knows only _op
 _with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
 _with_winners_call = _with_winners_op._op
 _backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
@@ -69,7 +69,7 @@ def conv_relu_max_pool1d(
         (batch, out_channels, pooled length), or the same without batch.
 
     Raises:
-        RuntimeError: what stock's convolution or pooling would raise.
+        RuntimeError: the error that PyTorch's convolution or pooling raises for these arguments.
     """
     return _conv_relu_max_pool(
         1, input, weight, bias, stride, padding, dilation, groups,
@@ -95,7 +95,7 @@ def conv_relu_max_pool2d(
 
     input (batch, in_channels, height, width) or without batch, weight (out_channels, in_channels / groups, kernel
     height, kernel width) -> (batch, out_channels, pooled height, pooled width); channels_last if input or weight is.
-    The arguments are those of :func:`conv_relu_max_pool1d`, one number or one a dimension.
+    The other arguments are those of :func:`conv_relu_max_pool1d`, each one number or one number per dimension.
     """
     return _conv_relu_max_pool(
         2, input, weight, bias, stride, padding, dilation, groups,
@@ -121,8 +121,8 @@ def conv_relu_max_pool3d(
 
     input (batch, in_channels, depth, height, width) or without batch, weight (out_channels, in_channels / groups,
     kernel depth, kernel height, kernel width) -> (batch, out_channels, pooled depth, pooled height, pooled width);
-    channels_last_3d if input or weight is. The arguments are those of :func:`conv_relu_max_pool1d`, one number or one
-    a dimension.
+    channels_last_3d if input or weight is. The other arguments are those of :func:`conv_relu_max_pool1d`, each one
+    number or one number per dimension.
     """
     return _conv_relu_max_pool(
         3, input, weight, bias, stride, padding, dilation, groups,
@@ -151,14 +151,14 @@ def _conv_relu_max_pool(
     geometry = flat_geometry(
         dims, stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
     )
-    if geometry is None:  # stock raises, in its own words
+    if geometry is None:  # PyTorch raises its own error
         activated = F.relu(reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups))
         return reference.POOL[dims](activated, pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
     return conv_relu_max_pool(input, weight, bias, geometry, dims)
 
 
 def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
-    """:func:`conv_relu_max_pool1d` and its like, for callers that have put the geometry into numbers."""
+    """The public function of ``dims`` dimensions, for callers that already have its :func:`flat_geometry`."""
     batched = input.dim() == dims + 2
     if not batched:
         _check_rank(input, dims)
@@ -171,18 +171,18 @@ def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geome
             output = _differentiable(_record_plain, input, weight, bias, geometry, dims)
         else:
             output = _call(input, weight, bias, geometry)
-    except NotImplementedError:  # tensors that only stock computes with, such as DTensor
+    except NotImplementedError:  # only PyTorch computes with such tensors, DTensor for example
         output = reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
     except RuntimeError as error:
         if len({tensor.dtype for tensor in (input, weight, bias) if tensor is not None}) == 1:
-            raise  # not by the reference, which would try to compute with sizes that are too large
+            raise  # the reference is not called, since it would try to compute with sizes that are too large
         arguments = (input, weight, bias, *Geometry.of_flat(geometry, dims))
         raise in_torchs_words(error, reference.conv_relu_max_pool, *arguments) from None
     return output if batched else output.squeeze(0).contiguous()
 
 
 def _not_plain(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
-    """Of a call that :func:`is_plain` has turned down, after autocast."""
+    """Computes a call whose input is not plain (:func:`is_plain`), after autocast has cast the tensors."""
     if needs_reference(input):
         return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, dims))
     if needs_autograd(input, weight, bias):
@@ -211,8 +211,8 @@ def _check_rank(input: Tensor, dims: int) -> None:
         )
 
 
-# Of the numbers met so far: a look-up takes half of the time of building it anew. Tuples are not kept, among which 2.0
-# would be found where 2 was meant.
+# The geometries of the calls so far: looking one up takes half of the time of building it anew. Calls with tuples are
+# not stored, because (2.0, 2.0), which must raise, would find the entry of (2, 2).
 _geometry_of_numbers: dict[Any, FlatGeometry] = {}
 _TYPES_OF_NUMBERS = (*(int,) * 9, bool)
 
@@ -229,9 +229,9 @@ def flat_geometry(
     pool_dilation: Size,
     ceil_mode: bool,
 ) -> FlatGeometry | None:
-    """The public functions' arguments as the operators take them (:meth:`Geometry.flat`); None where one has neither
-    one number nor one a dimension."""
-    if pool_stride is None or (isinstance(pool_stride, Sequence) and not pool_stride):  # stock takes an empty one so
+    """The public functions' arguments in one flat tuple, as the operators take them (:meth:`Geometry.flat`). None where
+    an argument has neither one number nor one number per dimension."""
+    if pool_stride is None or (isinstance(pool_stride, Sequence) and not pool_stride):  # PyTorch takes () for None
         pool_stride = pool_kernel_size
     sizes = (stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation)
     call: Any = (*sizes, groups, dims, bool(ceil_mode))
@@ -251,7 +251,7 @@ def flat_geometry(
 
 
 def _numbers(value: Any, count: int) -> list[int] | None:
-    """``count`` numbers from one or as many, where stock takes them: ints, NumPy's and tensors of one; else None."""
+    """``value``, one integer or ``count`` of them, as ``count`` ints; None where PyTorch would not take it."""
     values = value if isinstance(value, (list, tuple)) else (value,)
     if len(values) not in (1, count) or bool in map(type, values):
         return None
@@ -265,8 +265,8 @@ def _numbers(value: Any, count: int) -> list[int] | None:
 def _named_padding(
     name: str, dims: int, input: Tensor, weight: Tensor, stride: Size, dilation: Size
 ) -> tuple[Tensor, list[int] | str]:
-    """The padding in numbers, with what is one-sided in it already applied to the input. Its name where the other
-    arguments are not what stock takes."""
+    """The input and the padding in numbers. Where "same" pads one side more than the other, the input comes back with
+    the surplus already added. The padding stays a name where PyTorch rejects the other arguments."""
     if name == "valid":
         return input, [0] * dims
     if name != "same":

@@ -1,4 +1,4 @@
-"""A chain of linear layers with activations: schema's Python side, autograd and the public functions."""
+"""A chain of linear layers with activations: the public functions, the gradients and the shapes for tracing."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -25,12 +25,12 @@ from fastnn.ops._autograd import (
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import mlp as reference
 
-MOST_LAYERS: int = load_extension().most_layers  # of one call of the operators
+MOST_LAYERS: int = load_extension().most_layers  # of one call of the operators, at most
 # Multiply-adds of a lone linear layer below which autograd's own linear is faster in training: nothing is fused, and a
 # function written in Python costs some 5 us more. From some 1000 on, stock's products have shapes that take 40 us.
 _SMALL_LINEAR = 500
 _mlp_op = torch.ops.fastnn.mlp.default
-_mlp_call = _mlp_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
+_mlp_call = _mlp_op._op  # what _mlp_op(...) calls in the end, 0.25 us faster; torch.compile knows only _mlp_op
 _mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
 _mlp_backward_op = torch.ops.fastnn.mlp_backward.default
 
@@ -47,12 +47,12 @@ def mlp(
 
     Args:
         input: (..., in_features), float32, float64 or bfloat16; other dtypes take PyTorch's own path.
-        weights: one (out_features, in_features) a layer, as ``torch.nn.Linear`` has them.
-        biases: one (out_features) or None a layer.
-        activation: one, used after every layer but the last, or one a layer. Each is a name of
+        weights: one (out_features, in_features) per layer, as ``torch.nn.Linear`` has them.
+        biases: one (out_features) or None per layer.
+        activation: one, used after every layer but the last, or one per layer. Each is a name of
             ``fastnn.activations.NAMES``, followed by its parameters where they are not torch's defaults: ``"relu"``,
             ``"leaky_relu(0.2)"``.
-        recompute: keep only the input for backward, and run forward again there: less memory, more time.
+        recompute: save only the input for backward, which runs forward again: less memory, more time.
 
     Returns:
         (..., out_features of the last layer).
@@ -60,7 +60,7 @@ def mlp(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together.
         TypeError: an activation that is neither a name nor a list of names.
-        ValueError: an activation that there is no kernel for, or not one a layer.
+        ValueError: an activation that there is no kernel for, or not one per layer.
     """
     weights, biases = tuple(weights), tuple(biases)
     layers = len(weights)
@@ -93,7 +93,7 @@ def _names_of(activation: str | Iterable[str]) -> str | tuple[str, ...]:
 
 
 def read_activations(activation: str | Sequence[str], layers: int) -> tuple[Activation, ...]:
-    """What a user named, one a layer; one alone stands for all layers but the last."""
+    """The activations that a user named, one per layer; a single name stands for all layers but the last."""
     names = _names_of(activation)
     if isinstance(names, str):
         names = (names,) * (layers - 1) + ("identity",) * min(layers, 1)
@@ -103,7 +103,7 @@ def read_activations(activation: str | Sequence[str], layers: int) -> tuple[Acti
 
 
 def join_activations(activation: str | Sequence[str], layers: int) -> str:
-    """The same as one text, as operators take it."""
+    """The same as one text, which the operators take."""
     called = (_names_of(activation), layers)
     text = _texts.get(called)
     if text is None:
@@ -111,7 +111,7 @@ def join_activations(activation: str | Sequence[str], layers: int) -> str:
     return text
 
 
-# Of the activations met so far, by how a call named them and its number of layers.
+# The texts of the activations so far, by how a call named them and its number of layers.
 _texts: dict[tuple[str | tuple[str, ...], int], str] = {}
 
 
@@ -121,7 +121,7 @@ def mlp_reconstruction_error(
     biases: Sequence[Tensor | None],
     activation: str | Sequence[str] = "relu",
 ) -> Tensor:
-    """Mean squared difference between each row and what the chain makes of it.
+    """Mean squared difference between each row and the output of the chain for it.
 
     Takes the arguments of :func:`mlp`, of a chain with as many outputs as inputs: (..., features) -> (...).
     """
@@ -135,8 +135,8 @@ def mlp_reconstruction_error(
 
 
 def join_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """As the operators take them: the weights, then the biases, or no biases at all. One that is missing among others
-    is zeros."""
+    """The parameters as the operators take them: the weights, then the biases, or no biases at all. If only some are
+    missing, zeros take their place."""
     given = [bias for bias in biases if bias is not None]
     if given and len(given) < len(weights):
         given = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
@@ -144,7 +144,7 @@ def join_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) 
 
 
 def split_parameters(parameters: Sequence[Tensor], layers: int) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-    """The weights, and a bias or None a weight."""
+    """The weights, and a bias or None per weight."""
     return parameters[:layers], parameters[layers:] or (None,) * layers
 
 
@@ -175,7 +175,7 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], activations: 
             else:
                 output = call_kernel(_mlp_op, rows, parameters, activations)
             return output if rank == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
-    except NotImplementedError:  # tensors that only stock computes with: DTensor, sparse, quantized
+    except NotImplementedError:  # only PyTorch computes with such tensors: DTensor, sparse, quantized
         pass
     except RuntimeError as error:
         raise in_torchs_words(error, _reference, input, parameters, activations) from None
@@ -188,15 +188,15 @@ def _reference(input: Tensor, parameters: Sequence[Tensor], activations: str) ->
 
 
 def mlp_with_some_biases(input: Tensor, parameters: Sequence[Tensor | None], activations: str) -> Tensor:
-    """The same of layers of which some have no bias, None in its place."""
+    """The same for layers of which some have no bias, with None in its place."""
     layers = len(parameters) // 2
     weights: Any = parameters[:layers]
     return mlp_of_parameters(input, join_parameters(weights, parameters[layers:]), activations)
 
 
 def _is_small_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Of shapes that the operator takes too, stock's linear taking more; and of rows that are a number, not a symbol as
-    in ``torch.export``."""
+    """Whether the call is one small linear layer: with shapes that the operator takes too (linear takes more), and a
+    number of rows that is no symbol, as it is in ``torch.export``."""
     rows = input.shape[0]
     return (
         type(rows) is int
@@ -216,7 +216,7 @@ class Mlp(torch.autograd.Function):
         if recompute:
             return (_mlp_op(input, parameters, activations),)
         output, hidden = _mlp_with_hidden_op(input, parameters, activations)
-        # The caller may change the first in place.
+        # Backward gets a copy of the output, since the caller may change the output in place.
         return (output, *((output.clone(),) if _saves_output(activations) else ()), *hidden)
 
     @staticmethod

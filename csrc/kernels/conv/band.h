@@ -11,7 +11,7 @@ FASTNN_INLINE int64_t round_up(int64_t a, int64_t multiple) {
   return divide_up(a, multiple) * multiple;
 }
 
-// Takes parts of a block of memory, each on a cache line.
+// Hands out parts of a block of memory, each of which begins on a cache line.
 class Parts {
  public:
   explicit Parts(void* memory) : next_(static_cast<char*>(memory)) {}
@@ -63,13 +63,13 @@ inline Band band_of(const ConvPoolGeometry& g, const BandPlan& plan, int64_t par
   return band;
 }
 
-// The blocks of `count` that a part of `parts` has: [first, last).
+// Sets [first, last) to the share of `count` blocks that belongs to part `part` of `parts`.
 FASTNN_INLINE void part_of(int64_t count, int64_t part, int64_t parts, int64_t& first, int64_t& last) {
   first = count * part / parts;
   last = count * (part + 1) / parts;
 }
 
-// Conv rows kept while windows need them (RingPlan).
+// The conv rows that windows still need, in a ring buffer (RingPlan).
 template <class C>
 class Ring {
  public:

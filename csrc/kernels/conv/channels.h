@@ -1,5 +1,5 @@
-// What the algorithms with output channels in the lanes share: rows of conv pixels from register tiles, and what
-// becomes of them.
+// What the algorithms with output channels in the lanes share: they sum rows of conv pixels by register tiles, and then
+// pool and write these.
 #pragma once
 
 #include "copy.h"
@@ -8,7 +8,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Output channels [first, first + count) of a group, in so many vectors.
+// Output channels [first, first + count) of a group, in `vectors` vectors.
 struct Block {
   int64_t first, count;
   int vectors;
@@ -23,15 +23,15 @@ template <class C>
 FASTNN_INLINE int64_t blocks_of(const ConvPoolGeometry& g) {
   return divide_up(g.out_channels, kBlockVectors * kLanes<C>);
 }
-// Vectors of a group's output channels before a block's.
+// The lanes of output channels, whole vectors for each group, before those of a block.
 template <class C>
 FASTNN_INLINE int64_t lanes_before(const ConvPoolGeometry& g, int64_t group, const Block& block) {
   return group * round_up(g.out_channels, kLanes<C>) + block.first;
 }
 
-// Sums of `count` pixels, `step` apart, by as equal tiles as possible. The parts [first_k, last_k) of `depth` products
-// each are taken one by one: long sums would round too much. The sum from 0 on begins with the bias, the others are
-// added to what stands in `to`.
+// Sums `count` pixels, `step` apart, by tiles that are as equal as possible. The products [first_k, last_k) are added
+// in parts of kLongestSum, since long sums would round too much. The part from 0 on begins with the bias; the others
+// are added to what stands in `to`.
 template <class E, class C = Compute<E>>
 void sum_pixels(int vectors, const Number<E>* pixels, int64_t step, int64_t count, const int64_t* offsets,
                 int64_t first_k, int64_t last_k, const E* weight, const C* bias, C* to) {
@@ -50,10 +50,10 @@ void sum_pixels(int vectors, const Number<E>* pixels, int64_t step, int64_t coun
 struct Segment {
   int64_t column, columns;  // pooled: the first, counted from the band's, and how many
   int64_t conv;             // the first conv pixel, counted from the band's
-  Inside inside;            // of its conv pixels, those that exist
+  Inside inside;            // the conv pixels that exist
 };
 
-// Pools a block's conv rows into a stage and writes that out.
+// Pools a block's conv rows into memory of its own, the stage, and writes the stage to the output.
 template <class T>
 class ChannelPool {
   using C = Compute<T>;
@@ -77,14 +77,14 @@ class ChannelPool {
 
   const C* bias() const { return bias_; }
 
-  // Where the conv pixels of a row that exist go.
+  // Where the existing conv pixels of a row go.
   C* row(int64_t z, int64_t y, const Segment& segment) const {
     return ring_.slot(z, y) + segment.inside.first * width_;
   }
   const Ring<C>& ring() const { return ring_; }
 
-  // Calls make(z, y) for each conv row that the band's windows have, of which the ring must hold all, and takes them
-  // for made.
+  // Calls make(z, y) for each conv row under the band's windows, and marks the row as made. The ring must have room for
+  // all of these rows.
   template <class Make>
   void for_each_row(const Band& band, const Make& make) const {
     for (int64_t r = 0; r < band.rows; ++r) {
@@ -140,7 +140,7 @@ class ChannelPool {
     }
   }
 
-  // The windows over the rows found, into the stage from the pixel `at` on.
+  // Pools the windows over the rows that were found, into the stage from the pixel `at` on.
   void pool_row(const Band& band, const Block& block, const Segment& segment, int64_t at, bool any) const {
     C* to = stage_ + at * width_;
     uint8_t* winners = call_.winners ? winner_stage_ + at * width_ : nullptr;

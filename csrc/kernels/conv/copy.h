@@ -1,5 +1,5 @@
-// The way in and the way out: bands of the input copied beside zeros for their padding, pooled pixels written in the
-// output's memory format.
+// Input and output: copies bands of the input with zeros for their padding, and writes pooled pixels in the output's
+// memory format.
 #pragma once
 
 #include "../../simd/transpose.h"
@@ -8,7 +8,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// `count` elements side by side, converted.
+// Copies `count` elements that lie side by side, converting them.
 template <class From, class To>
 FASTNN_INLINE void copy_run(const From* from, int64_t count, To* to) {
   if constexpr (sizeof(From) == sizeof(To)) {
@@ -20,8 +20,8 @@ FASTNN_INLINE void copy_run(const From* from, int64_t count, To* to) {
     if (i < count) store_up_to<To>(to + i, load_up_to<From>(from + i, count - i), count - i);
   }
 }
-// `count` columns of a row, those `apart` from each other side by side: to[place(i)] = from[i], where place(i + apart)
-// is place(i) + 1.
+// Copies `count` columns of a row, so that columns `apart` from each other lie side by side: to[place(i)] = from[i],
+// where place(i + apart) is place(i) + 1.
 template <class T, class C, class Place>
 void part_columns(const T* from, int64_t count, int64_t apart, C* to, const Place& place) {
   if (apart == 1) return copy_run(from, count, to + place(0));
@@ -50,7 +50,7 @@ FASTNN_INLINE Inside overlap(int64_t first, int64_t extent, int64_t size) {
   return {begin, larger(begin, smaller(extent, size - first))};
 }
 
-// The columns of a row that lie inside the input, and zeros beside them: `write(to, first column, count)` copies.
+// Copies the columns of a row that lie inside the input, by `write(to, first column, count)`, with zeros beside them.
 template <class E, class Write>
 FASTNN_INLINE void copy_row(bool is_inside, Inside columns, int64_t extent, int64_t pixel, E* to, const Write& write) {
   if (!is_inside) return fill_zeros(to, extent * pixel);
@@ -59,7 +59,7 @@ FASTNN_INLINE void copy_row(bool is_inside, Inside columns, int64_t extent, int6
   fill_zeros(to + columns.last * pixel, (extent - columns.last) * pixel);
 }
 
-// Calls body(slice, row, is inside, place in the input) for each input row under a band that strides do not skip.
+// Calls body(slice, row, is inside, offset in the input) for each input row under a band that strides do not skip.
 template <class Body>
 FASTNN_INLINE void for_each_input_row(const ConvPoolGeometry& g, const ConvLayout& layout, const BandPlan& plan,
                                       const Band& band, const Body& body) {
@@ -74,7 +74,7 @@ FASTNN_INLINE void for_each_input_row(const ConvPoolGeometry& g, const ConvLayou
 }
 
 #if defined(__AVX512F__)
-// Two rows of numbers as one of pairs; `odd` may be null, which stands for zeros.
+// Zips two rows of numbers into one row of pairs. `odd` may be null, which stands for zeros.
 FASTNN_INLINE void copy_pairs(const bfloat16* even, const bfloat16* odd, int64_t count, bfloat16x2* to) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {
     const int64_t left = count - i;
@@ -85,7 +85,7 @@ FASTNN_INLINE void copy_pairs(const bfloat16* even, const bfloat16* odd, int64_t
 }
 #endif
 
-// The input under a band of one image, in elements E -> DirectPlan's copy.
+// Copies the input under a band of one image, in elements E, as DirectPlan describes.
 template <class E, class T>
 void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band, int64_t image, E* copy) {
   constexpr bool pairs = __is_same(E, bfloat16x2);
@@ -99,7 +99,7 @@ void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band
       body(inside, from + at + band.input[2] * layout.d[2], copy + d * plan.step[0] + h * plan.step[1]);
     });
   };
-  if (plan.channels_last && layout.d[2] == 1) {  // contiguous, to be turned
+  if (plan.channels_last && layout.d[2] == 1) {  // the input is contiguous and is transposed
     for_each_row([&](bool inside, const T* row, E* to) {
       copy_row(inside, columns, extent[2], plan.step[2], to, [&](E* at, int64_t first, int64_t count) {
         if constexpr (__is_same(E, T)) transpose_matrix(row + first, layout.c, g.in_channels, count, at, plan.step[2]);
@@ -152,7 +152,7 @@ FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
   if (count > 0) __builtin_memcpy(to, from, count);
 }
 
-// ReLU and winners of conv pixels of which each is a window, whatever their order.
+// ReLU and argmaxes of conv pixels, in any order, where each conv pixel is a window.
 template <class T>
 void rectify(const T* from, int64_t count, T* to, uint8_t* winners) {
   using C = Compute<T>;
@@ -169,7 +169,7 @@ void rectify(const T* from, int64_t count, T* to, uint8_t* winners) {
   }
 }
 
-// `channels` of `count` pooled pixels, [pixel][pitch], to the output from `at` on.
+// Writes `channels` channels of `count` pooled pixels, [pixel][pitch], to the output from `at` on.
 template <class T, class C>
 void write_pixels(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count, const C* from,
                   const uint8_t* winners, int64_t pitch) {
@@ -185,7 +185,7 @@ void write_pixels(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t
   }
 }
 
-// `count` pooled pixels of `channels`, [channel][pitch], to the output from `at` on.
+// Writes `count` pooled pixels of `channels` channels, [channel][pitch], to the output from `at` on.
 template <class T, class C>
 void write_rows(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count, const C* from,
                 const uint8_t* winners, int64_t pitch) {

@@ -1,12 +1,12 @@
 // Direct convolution, output channels in the vector's lanes.
 //
-// For layers with enough output channels to fill vectors, where fewer multiplications are not to be had: strided and
-// dilated kernels, bfloat16 in pairs. A thread copies the input under a band of pooled rows, padding and all, so that
-// the tile checks nothing; then, block of output channels by block, rows of conv pixels go into a ring in L1, from
-// which windows are pooled. Each conv pixel is computed once, however windows overlap.
+// For layers with enough output channels to fill vectors, where no algorithm needs fewer multiplications: strided and
+// dilated kernels, bfloat16 in pairs. A thread copies the input under a band of pooled rows with its padding, so that
+// the register tile checks no bounds. Then, for one block of output channels after another, rows of conv pixels go into
+// a ring in L1, from which windows are pooled. Each conv pixel is computed once, even where windows overlap.
 //
-// Costs depth / lanes multiply-adds an output channel and conv pixel, at 0.9 of the multipliers' peak, and a load and a
-// store for each element of the input (a band of few rows copies some of them twice).
+// It costs depth / lanes multiply-adds per output channel and conv pixel, at 0.9 of the multipliers' peak, and a load
+// and a store for each element of the input (a band of few rows copies some of them twice).
 #pragma once
 
 #include "matrix.h"
@@ -15,7 +15,8 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Where the product number k begins, relative to the first, in `numbers` to an element: in the weight's own order.
+// Lists for each product k, in the weight's own order, the offset in the copy of what it multiplies, relative to the
+// first product. An element of the copy counts as `numbers`.
 template <class T>
 void list_offsets(const ConvCall<T>& call, const DirectPlan& plan, int64_t numbers, int64_t* offsets) {
   const ConvPoolGeometry& g = call.geometry;
@@ -26,7 +27,7 @@ void list_offsets(const ConvCall<T>& call, const DirectPlan& plan, int64_t numbe
                });
 }
 
-// Of a weight of pairs of channels, the place of the number n.
+// The offset in the weight of number n of a packed weight of channel pairs; -1 where that number is zero.
 template <class T>
 FASTNN_INLINE int64_t pair_source(const ConvCall<T>& call, int64_t n) {
   const ConvPoolGeometry& g = call.geometry;
@@ -37,7 +38,7 @@ FASTNN_INLINE int64_t pair_source(const ConvCall<T>& call, int64_t n) {
   return last ? tap * g.in_channels + channel : channel * taps + tap;
 }
 
-// Of the packed weight, the place of the number n: block by block, each run's last one filled up with zeros.
+// The same for a weight that is packed by runs: block by block, the last block of each run filled up with zeros.
 template <class T>
 FASTNN_INLINE int64_t run_source(const ConvCall<T>& call, int64_t n) {
   const ConvPoolGeometry& g = call.geometry;
@@ -49,7 +50,7 @@ FASTNN_INLINE int64_t run_source(const ConvCall<T>& call, int64_t n) {
   return weight_is_channels_last(call) ? tap * g.in_channels + channel : channel * g.taps() + tap;
 }
 
-// Where each block begins, relative to the first.
+// Lists the offset in the copy at which each block begins, relative to the first.
 template <class T>
 void list_blocks(const ConvCall<T>& call, int64_t* offsets) {
   const ConvPoolGeometry& g = call.geometry;
@@ -95,7 +96,7 @@ void pack_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
   }
 }
 
-// E: what is multiplied, or bfloat16 for a matrix unit; In: the copy's elements.
+// E is the type that is multiplied, or bfloat16 for a matrix unit. In is the type of the copy's elements.
 template <class E, class In = E, class T>
 void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, void* scratch) {
   using C = Compute<T>;
@@ -110,7 +111,7 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
   const int64_t depth = by_matrix ? plan.depth * plan.runs.numbers / 2 : plan.depth;  // of the weight
   if constexpr (by_runs) {
     list_blocks(call, offsets);
-    fill_zeros(copy, plan.copy_size);  // what runs end beyond is multiplied by zero
+    fill_zeros(copy, plan.copy_size);  // what lies beyond the end of a run is multiplied by zero and must be finite
   } else {
     list_offsets(call, plan, numbers, offsets);
   }

@@ -1,4 +1,4 @@
-// The kernels of every algorithm, by a plan.
+// Calls the kernels of the algorithm that the plan names.
 #include "depthwise.h"
 #include "direct.h"
 #include "moderate.h"

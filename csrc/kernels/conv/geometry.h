@@ -5,9 +5,9 @@
 
 namespace fastnn {
 
-// The winner of a window whose output has no gradient: the largest value is not above zero, or there is none.
+// The argmax of a window whose output has no gradient: the largest value is not above zero, or there is none.
 constexpr uint8_t kDead = 255;
-// So that a winner's place fits a byte.
+// The most elements of a window, so that an argmax fits into a byte.
 constexpr int64_t kMostPlaces = 254;
 
 // Dimensions are depth, height, width; a problem of fewer has ones in front.
@@ -26,7 +26,7 @@ struct ConvPoolGeometry {
   // Conv pixels from a window's first to its last, along one dimension.
   int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }
   int64_t kernel_extent(int d) const { return (kernel[d] - 1) * dilation[d] + 1; }
-  // Whether a conv pixel meets the input position `at`, counted from where one begins: strides may skip positions.
+  // Whether any conv pixel reads the input at `at`, counted from where a conv pixel's input begins, or strides skip it.
   bool meets(int d, int64_t at) const {
     if (dilation[d] == 1 && kernel[d] >= stride[d]) return true;
     for (int64_t k = 0; k < kernel[d]; ++k) {

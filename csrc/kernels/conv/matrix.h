@@ -1,8 +1,8 @@
 // Sums of conv pixels by a matrix unit (simd/matrix.h): bfloat16, channels last.
 //
-// A block of numbers of neighbouring pixels is a left operand as it lies in the copy of the input, the weight's pairs
-// for as many outputs as a vector has lanes the right one. A multiplication makes up to 16 x 16 x 32 products. Sums are
-// float32's; as in PyTorch's own kernels, denormals count as zero.
+// A block of numbers of neighbouring pixels is the left operand, as it lies in the copy of the input. The right operand
+// is the pairs of the weight for as many outputs as a vector has lanes. A multiplication makes up to 16 x 16 x 32
+// products. Sums are in float32; as in PyTorch's own kernels, denormals count as zero.
 #pragma once
 
 #include "../../simd/matrix.h"
@@ -12,17 +12,17 @@ namespace fastnn {
 namespace FASTNN_ISA {
 
 #if defined(__AVX512F__)
-// Pixels of a register tile, for rows of `count`.
+// The pixels of a register tile in rows of `count` pixels.
 FASTNN_INLINE int64_t matrix_pixels(int64_t count) {
   return divide_up(count, divide_up(count, kMatrixRows));
 }
 
-// `tiles` tiles of conv pixels by `vectors` vectors of output channels: four tiles of sums at most.
+// Sums `tiles` tiles of conv pixels by `vectors` vectors of output channels: four tiles of sums at most.
 template <int tiles, int vectors>
 FASTNN_INLINE void matrix_tile(const DirectPlan& plan, const bfloat16* const (&from)[tiles], int64_t step,
                                const int64_t* offsets, const bfloat16x2* weight, const float* bias,
                                float* const (&to)[tiles]) {
-  constexpr int64_t pixel = vectors * kMatrixRows * sizeof(float);  // bytes of one, and of a pair of numbers' weight
+  constexpr int64_t pixel = vectors * kMatrixRows * sizeof(float);  // bytes of one pixel, and of the weights of a pair
   const auto for_each_sum = [](const auto& body) __attribute__((always_inline)) {
     body(Constant<0>{}, Constant<0>{});
     if constexpr (vectors > 1) body(Constant<0>{}, Constant<1>{});
@@ -51,7 +51,7 @@ template <int vectors>
 void sum_pixels_by_matrix(const DirectPlan& plan, const bfloat16* pixels, int64_t step, int64_t count,
                           const int64_t* offsets, const bfloat16x2* weight, const float* bias, float* to) {
   const int64_t size = matrix_pixels(count), tiles = divide_up(count, size);
-  // The last tile covers again what the one before has covered.
+  // The last tile overlaps the one before.
   const auto first = [&](int64_t t) { return smaller(t * size, count - size); };
   const int64_t bytes = step * static_cast<int64_t>(sizeof(bfloat16));
   constexpr int64_t width = vectors * kMatrixRows;
@@ -67,7 +67,7 @@ void sum_pixels_by_matrix(const DirectPlan& plan, const bfloat16* pixels, int64_
   matrix_tile<1, vectors>(plan, from, bytes, offsets, weight, bias, sums);
 }
 
-// Sums of `count` pixels, `step` apart, of the whole depth.
+// Sums `count` pixels, `step` apart, over the whole depth.
 FASTNN_INLINE void sum_pixels_by_matrix(const DirectPlan& plan, int vectors, const bfloat16* pixels, int64_t step,
                                         int64_t count, const int64_t* offsets, const bfloat16x2* weight,
                                         const float* bias, float* to) {

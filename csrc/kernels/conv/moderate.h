@@ -1,4 +1,4 @@
-// Whether elements are such that transforms may be taken of them.
+// Whether elements are so small that algorithms may transform them.
 #pragma once
 
 #include "band.h"
@@ -6,8 +6,8 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// total + the squares of `count` elements side by side, scaled so that where their sum is finite no transform of such
-// elements, nor a product of two, can overflow.
+// total + the squares of `count` elements side by side. They are scaled so that, if their sum is finite, no transform
+// of such elements and no product of two transforms overflows.
 template <class T, class C = Compute<T>>
 Vec<C> add_squares(const T* from, int64_t count, Vec<C> total) {
   constexpr C scale = 1e4f;
@@ -27,7 +27,7 @@ Vec<C> add_squares(const T* from, int64_t count, Vec<C> total) {
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// The same of `count` parts of `size` elements, `step` apart.
+// The same for `count` parts of `size` elements, `step` apart.
 template <class T, class C = Compute<T>>
 Vec<C> add_squares_of_parts(const T* from, int64_t count, int64_t size, int64_t step, Vec<C> total) {
   if (step == size) return add_squares(from, count * size, total);
@@ -35,9 +35,9 @@ Vec<C> add_squares_of_parts(const T* from, int64_t count, int64_t size, int64_t 
   return total;
 }
 
-// Whether no element of the input is so large that bfloat16's F(4x4) would carry it into windows beside it. Transforms
-// add a tile's pixels up and take them away again, which leaves 3e-7 of the largest (measured; F(2x2) leaves nothing):
-// of 1e4 that is below bfloat16's rounding of a number about 1.
+// Whether no element of the input is so large that bfloat16's F(4x4) would carry errors into windows beside it.
+// Transforms add up the pixels of a tile and subtract them again, which leaves 3e-7 of the largest (measured; F(2x2)
+// leaves none): for 1e4 that is below the rounding of a bfloat16 number about 1.
 template <class T>
 bool is_small(const T* from, int64_t count, int64_t size, int64_t step) {
   using C = Compute<T>;
@@ -56,7 +56,7 @@ bool is_small(const T* from, int64_t count, int64_t size, int64_t step) {
   return small;
 }
 
-// Whether the input and the weight of a call, forward or backward, are such, and finite.
+// Whether the input and the weight of a call, forward or backward, are finite and so small.
 template <class T, template <class> class Call>
 bool is_moderate(const Call<T>& call) {
   using C = Compute<T>;

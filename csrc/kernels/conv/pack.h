@@ -1,4 +1,4 @@
-// The weight, packed: for each product of the depth, output channels side by side.
+// Packing of the weight: for each product of the depth, output channels lie side by side.
 #pragma once
 
 #include "copy.h"
@@ -13,8 +13,8 @@ FASTNN_INLINE bool weight_is_channels_last(const ConvCall<T>& call) {
   return call.geometry.in_channels > 1 && call.weight_layout.c == 1 && call.weight_layout.d[2] != 1;
 }
 
-// Calls body(k, channel, slice, row, column of the kernel) in the order in which the weight lies, of `channels` of them
-// (pairs of channels count as one).
+// Calls body(k, channel, slice, row, column of the kernel) in the order of the weight in memory, for `channels`
+// channels (pairs of channels count as one).
 template <class Body>
 FASTNN_INLINE void for_each_tap(const ConvPoolGeometry& g, int64_t channels, bool channels_last, const Body& body) {
   int64_t k = 0;
@@ -29,8 +29,8 @@ FASTNN_INLINE void for_each_tap(const ConvPoolGeometry& g, int64_t channels, boo
   }
 }
 
-// Outputs [output, output + count) -> to [depth][width], in the weight's own order; zeros behind the first `count`
-// elements of a row.
+// Packs outputs [output, output + count) as [depth][width], in the weight's own order, with zeros behind the first
+// `count` elements of a row.
 template <class T>
 void pack_outputs(const ConvCall<T>& call, int64_t output, int64_t count, Compute<T>* to, int64_t width) {
   const int64_t depth = call.geometry.depth();
@@ -38,12 +38,12 @@ void pack_outputs(const ConvCall<T>& call, int64_t output, int64_t count, Comput
   transpose_matrix(call.weight + output * call.weight_layout.n, call.weight_layout.n, count, depth, to, width);
 }
 
-// The same in pairs of numbers, `pairs` of them. source(n) is where in an output's weight the number n lies, or -1 for
-// a zero; numbers 2 i and 2 i + 1 are a pair.
+// The same in `pairs` pairs of numbers; numbers 2 i and 2 i + 1 are a pair. source(n) is the offset of number n in an
+// output's weight, or -1 for a zero.
 template <class T, class Source>
 void pack_pairs(const ConvCall<T>& call, int64_t output, int64_t count, int64_t pairs, const Source& source,
                 bfloat16x2* to, int64_t width) {
-  constexpr int64_t some = 256, most = kBlockVectors * kLanes<float>;  // pairs at a time, outputs
+  constexpr int64_t some = 256, most = kBlockVectors * kLanes<float>;  // pairs at a time, and outputs
   alignas(64) bfloat16x2 rows[most * some];
   int64_t places[2 * some];
   const T* from = call.weight + output * call.weight_layout.n;

@@ -1,8 +1,8 @@
-// The other half: a window's largest value, ReLU and winner, from conv pixels in cache.
+// Pooling: a window's largest value after ReLU, and its argmax, from conv pixels in cache.
 //
-// A window is a list of places, in the order of PyTorch's max-pool. Of the places outside the convolution's output, the
-// conv pixels are minus infinity. The same code pools pixels whose lanes are channels (a step of a pixel from a window
-// to the next) and lanes that are windows (a step of a vector).
+// A window is a list of window positions, in the order of PyTorch's max-pool. At positions outside the convolution's
+// output the conv pixels are minus infinity. The same code pools vectors of channels (the next window is one pixel-step
+// away) and vectors of windows (the next one is a vector away).
 #pragma once
 
 #include "band.h"
@@ -19,18 +19,18 @@ FASTNN_INLINE void fill(C* to, int64_t count, C value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-// Where windows stand: place i of window w, vector v, is places[i][w * step + v * lanes].
+// Where the conv pixels of windows lie: position i of window w, vector v, is places[i][w * step + v * lanes].
 template <class C>
 struct Windows {
   const C* const* places;
-  int64_t count;    // of places
+  int64_t count;    // window positions
   int64_t step;     // elements from a window to the next
-  int64_t to_step;  // and between their results
+  int64_t to_step;  // elements from the result of a window to the next
   int64_t windows, vectors;
 };
 
-// Windows, of `count` places if that is not 0, in the hope that no conv pixel is NaN. Returns false, having written
-// rubbish, when one is (or when infinities of both signs meet).
+// Pools windows, of `count` positions if that is not 0, assuming that no conv pixel is NaN. Returns false, having
+// written wrong results, if one is NaN (or if infinities of both signs meet).
 template <class C, int count, bool with_winners>
 bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
   const int64_t places = count > 0 ? count : w.count;
@@ -39,7 +39,7 @@ bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
     for (int64_t v = 0; v < w.vectors; ++v) {
       const int64_t at = window * w.step + v * kLanes<C>;
       const Vec<C> first = load(w.places[0] + at);
-      // Later pixels are compared unrectified: above the rectified first one they are their own ReLU.
+      // Only the first pixel is rectified: a later pixel that is above it is positive, and so equals its own ReLU.
       Vec<C> sum = first, best = relu(first);
       Numbers<C> winner = {};
 #pragma GCC unroll 9
@@ -57,7 +57,7 @@ bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
   return !has_nan<C>(total);
 }
 
-// The same, whatever the pixels are.
+// Pools windows whatever the pixels are.
 template <class C, bool with_winners>
 void pool_any(const Windows<C>& w, C* to, uint8_t* winners) {
   for (int64_t window = 0; window < w.windows; ++window) {
@@ -75,7 +75,7 @@ void pool_any(const Windows<C>& w, C* to, uint8_t* winners) {
   }
 }
 
-template <class C, bool with_winners, int64_t... counts>  // numbers of places that are compiled for themselves
+template <class C, bool with_winners, int64_t... counts>  // numbers of positions that have compiled instances
 FASTNN_SHARED void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
   bool done = false;
   const bool known =
@@ -90,7 +90,7 @@ void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
           : pool_windows<C, false, 1, 2, 3, 4, 9>(w, to, nullptr);
 }
 
-// The places of a window that lie on the convolution's output, along one dimension: [first, last).
+// The positions of a window that lie on the convolution's output, along one dimension: [first, last).
 struct Inside {
   int64_t first, last;
 };
@@ -104,12 +104,12 @@ FASTNN_INLINE bool is_empty(const ConvPoolGeometry& g, int d, int64_t pooled) {
   return inside.first >= inside.last;
 }
 
-// Calls body(x) for each of the windows [first, first + count) of a row that hold nothing but padding: all, where there
-// is no conv row under them (`any`).
+// Calls body(x) for each of the windows [first, first + count) of a row that have nothing but padding. Without a conv
+// row under them (`any` is false), these are all windows.
 template <class Body>
 FASTNN_INLINE void for_each_empty(const ConvPoolGeometry& g, int64_t first, int64_t count, bool any, const Body& body) {
   const int64_t stride = g.pool_stride[2], padding = g.pool_padding[2];
-  // Windows before `inside` begin outside, those from `outside` on end there.
+  // Windows before `inside` begin outside the row; windows from `outside` on end outside.
   const int64_t inside = any ? smaller(count, larger(0, divide_up(padding, stride) - first)) : count;
   const int64_t room = g.conv[2] + padding - g.pool_extent(2);
   const int64_t outside = larger(inside, room < 0 ? 0 : smaller(count, room / stride + 1 - first));
@@ -121,9 +121,9 @@ FASTNN_INLINE void for_each_empty(const ConvPoolGeometry& g, int64_t first, int6
   }
 }
 
-// The rows of conv pixels under a row of windows, one for each slice and row of the window: `outside`, a row of minus
-// infinity, where there is none. make(z, y) is called for those that the ring does not hold. Returns whether there is a
-// row at all.
+// Finds the rows of conv pixels under a row of windows, one for each slice and row of the window; where there is none,
+// it is `outside`, a row of minus infinity. Calls make(z, y) for rows that the ring does not hold. Returns whether
+// there is a row at all.
 template <class C, class Make>
 FASTNN_INLINE bool find_rows(const ConvPoolGeometry& g, const Ring<C>& ring, int64_t slice, int64_t row,
                              const C* outside, const C** rows, const Make& make) {

@@ -21,7 +21,7 @@ struct ConvCall {
   Compute<T>* packed;  // the weight, as the plan's algorithm reads it
   T* output;           // dense, contiguous or channels last
   ConvLayout output_layout;
-  uint8_t* winners;  // as the output, or null
+  uint8_t* winners;  // laid out as the output, or null
 };
 
 template <class T>

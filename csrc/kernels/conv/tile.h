@@ -1,13 +1,13 @@
 // The register tile: the one inner loop of all algorithms but depthwise.
 //
-// A tile adds up products over `depth` in registers and writes the sums to memory that stays in L1; bias, ReLU and
-// pooling are others' work (pool.h). Two operands, of which one is broadcast, element by element, and the other is
+// A tile adds up products over `depth` in registers and writes the sums to memory that stays in L1; pool.h pools them
+// there, unless a tile pools them itself. One of the two operands is broadcast, element by element, the other is
 // loaded in vectors. In a channel tile the pixels are broadcast and the vectors are output channels; in a pixel tile
 // the weights are broadcast and the vectors are pixels. The packed weight is dense, the pixels are reached by a list
 // of offsets, one for each k, so that any order of channels and kernel positions is the same loop.
 //
-// What a tile costs: rows x vectors multiply-adds for rows + vectors + 1 loads. Two loads and two multiply-adds a
-// cycle then keep the multipliers busy from two vectors on.
+// A tile takes rows x vectors multiply-adds and rows + vectors + 1 loads for each k. A processor that starts two loads
+// and two multiply-adds in a cycle is then limited by multiply-adds from two vectors on.
 #pragma once
 
 #include "winner.h"
@@ -24,8 +24,8 @@ struct Yes {
   static constexpr bool value = yes;
 };
 
-// What steps and offsets of the broadcast operand count: its elements, but of pairs single numbers, since neighbours
-// are a pair wherever they begin.
+// The unit of the broadcast operand's steps and offsets: its elements, but single numbers where elements are pairs,
+// since a pair may begin at any number.
 template <class E>
 struct NumberOf {
   using Type = E;
@@ -37,7 +37,7 @@ struct NumberOf<bfloat16x2> {
 template <class E>
 using Number = typename NumberOf<E>::Type;
 
-// An element of the broadcast operand, and the weight it is multiplied by.
+// Broadcasts an element, and adds its product with the weight to a sum.
 FASTNN_INLINE Vec<float> broadcast_element(const float* x) {
   return broadcast<float>(*x);
 }
@@ -80,7 +80,7 @@ struct PixelTile {
   const C* pixels;
   const int64_t* offsets;  // [depth]
   int64_t depth;
-  const C* weight;  // [depth][weight_step], of which a row's first outputs are multiplied
+  const C* weight;  // [depth][weight_step], of which the first outputs of each row are multiplied
   int64_t weight_step;
   const C* bias;   // [outputs]; null: the sums are added to what stands in `to`
   bool rectifies;  // ReLU of the sums
@@ -88,24 +88,24 @@ struct PixelTile {
   int64_t to_step;
 };
 
-// Windows, pooled in registers: of `tiles` vectors of windows side by side the largest value of 2 x pairs places and 0,
-// and its place. Of a window, the sums of a place are sum over k of weight[k][o] * pixels[offsets[place][k] + lane] +
-// bias.
+// Windows that are pooled in registers: for `tiles` vectors of windows side by side, the largest of 0 and the values at
+// 2 x pairs window positions, and its position. The value at a window position is sum over k of weight[k][o] *
+// pixels[offsets[place][k] + lane] + bias.
 template <class C>
 struct WindowTile {
   int64_t tiles;
   const C* pixels;
   const int64_t* offsets;  // [place][depth]
   int64_t pairs, depth;
-  const C* weight;  // [depth][weight_step], of which a row's first outputs are multiplied
+  const C* weight;  // [depth][weight_step], of which the first outputs of each row are multiplied
   int64_t weight_step;
   const C* bias;  // [outputs]
   C* to;          // [output][to_step]
   int64_t to_step;
-  uint8_t* winners;  // as `to`, or null
+  uint8_t* winners;  // laid out as `to`, or null
 };
 
-// With -0, which leaves what is added as it is: a sum of nothing but -0 stays so.
+// Starts the sums with -0, which changes nothing that is added to it: a sum of only -0 stays -0.
 template <int rows, int vectors, class C>
 FASTNN_INLINE void start_sums(Vec<C> (&sums)[rows][vectors]) {
 #pragma GCC unroll 16
@@ -261,7 +261,7 @@ template <class C>
 struct WindowTiles {
   WindowTileFunction<C> values[kMostRows], winners[kMostRows];
 };
-// Outputs of a pixel tile of so many vectors.
+// The most output channels of a pixel tile of `vectors` vectors.
 constexpr int most_outputs(int vectors) {
   const int most = (FASTNN_VECTOR_REGISTERS - 1 - vectors) / vectors;
   return most < kMostRows ? most : kMostRows;

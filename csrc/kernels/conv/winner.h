@@ -1,4 +1,4 @@
-// Winners of windows, by vectors: numbers of places, and how they are kept.
+// The argmaxes of windows, as vectors: numbers of window positions, and how they are saved.
 #pragma once
 
 #include "../../simd/vec.h"
@@ -7,7 +7,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Numbers of places, as wide as what they are selected by.
+// Numbers of window positions, in integers as wide as the values by which they are selected.
 template <class C>
 using Numbers = Vec<typename IntegerOf<C>::Type>;
 template <class C>
@@ -32,8 +32,8 @@ FASTNN_INLINE bool has_nan(Vec<C> x) {
 #endif
 }
 
-// The larger of `best` and the pixel of this place, and its number; of equal ones the first. `careful` keeps NaN, as
-// torch's max-pool does.
+// Updates `best` and its position by the pixel at a window position; of equal pixels the first stays. `careful` keeps
+// NaN, as torch's max-pool does.
 template <class C, bool with_winners, bool careful>
 FASTNN_INLINE void take_place(Vec<C> pixel, int64_t place, Vec<C>& best, Numbers<C>& winner) {
   if constexpr (careful) {

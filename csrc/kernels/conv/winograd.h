@@ -1,14 +1,14 @@
 // Winograd's F(2x2, 3x3), in bfloat16 F(4x4, 3x3), in each slice of the image.
 //
-// For kernels of 3x3 (and any depth) of stride 1 with enough channels on both sides to be worth the transforms. A tile
+// For kernels of 3x3 (and any depth) of stride 1 with so many channels on both sides that the transforms pay. A tile
 // of 4x4 input pixels and the 3x3 weights are transformed so that the tile's four conv pixels take 16 multiplications a
 // channel instead of 36 (Lavin and Gray, 2015). A band's tiles are transformed, multiplied by a block of output
 // channels' transformed weight, one position after another, and transformed back into the ring of conv rows, from which
-// windows are pooled. Tiles of 6x6 pixels, of which 16 conv pixels take 36 multiplications instead of 144, have up to
-// 34 times the error, which vanishes in the rounding of bfloat16 (moderate.h), and nowhere else.
+// windows are pooled. With tiles of 6x6 pixels, 16 conv pixels take 36 multiplications instead of 144, but the error is
+// up to 34 times as large, which only the rounding of bfloat16 hides (moderate.h).
 //
-// Costs 4 / 9 or 1 / 4 of direct convolution's multiply-adds, some 5 additions and moves for each position of a tile's
-// input channel, and as many for its output channel. F(2x2)'s rounding errors stay at direct convolution's. NaN,
+// It costs 4 / 9 or 1 / 4 of direct convolution's multiply-adds, and some 5 additions and moves per position of a tile
+// for each input and each output channel. F(2x2)'s rounding errors are no larger than direct convolution's. NaN,
 // infinity and huge values would spread over a tile, so calls that have some go to direct convolution.
 #pragma once
 
@@ -19,7 +19,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Conv pixels of a tile's row, its input pixels, and the multiplications of a tile.
+// The conv pixels in a row of a tile, the input pixels in its row, and the multiplications of a tile.
 template <class T>
 constexpr int kTile = static_cast<int>(winograd_tile(sizeof(T)));
 template <class T>
@@ -27,8 +27,8 @@ constexpr int kPoints = kTile<T> + 2;
 template <class T>
 constexpr int kPositions = kPoints<T> * kPoints<T>;
 
-// Of the packed weight, for a block `width` channels wide: from one position to the next, a line off the powers of two
-// for the sake of the cache's sets, and where a block begins.
+// The packed weight: the elements from one position to the next for a block `width` channels wide, and where a block
+// begins. A position ends with an unused line, since steps of a power of two would fall into few of the cache's sets.
 template <class C>
 FASTNN_INLINE int64_t position_size(const ConvPoolGeometry& g, int64_t width) {
   return g.in_channels * g.kernel[0] * width + kLanes<C>;
@@ -130,7 +130,7 @@ class WinogradForward {
         const int64_t d = slices_first ? k / g_.in_channels : k % g_.kernel[0];
         offsets_[k] = c + d * g_.dilation[0] * slice_tiles * plan_.pitch;
       }
-      // Slices of input that each make one of conv pixels follow one another.
+      // Where each slice of input makes one slice of conv pixels, the slices lie together and are summed at once.
       const int64_t together = in_slices == conv_slices ? band.images * conv_slices : 1;
       int64_t first, last;
       part_of(blocks_of<C>(g_), band.part, plan_.block_parts, first, last);
@@ -160,7 +160,7 @@ class WinogradForward {
   }
 
  private:
-  // The input under a row of tiles, channels innermost: [row][column][pitch].
+  // Loads the input under a row of tiles, channels innermost: [row][column][pitch].
   void load_rows(const Band& band, int64_t image, int64_t z, int64_t row, int64_t columns) {
     const ConvLayout& layout = call_.input_layout;
     const Inside inside = overlap(band.input[2], columns, g_.input[2]);
@@ -211,7 +211,7 @@ class WinogradForward {
     }
   }
 
-  // A tile's conv rows from a row of tiles' sums, as far as they are on the convolution's output.
+  // Transforms the sums of a row of tiles into rows of conv pixels, as far as these are in its output.
   void make_rows(const ChannelPool<T>& pool, int64_t z, int64_t y, const C* sums, int64_t position_step, int vectors,
                  Inside columns) const {
     const int64_t width = vectors * kLanes<C>;

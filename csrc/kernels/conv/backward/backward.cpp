@@ -1,4 +1,4 @@
-// Backward's kernels: what the plan says, done by its algorithm.
+// Calls backward's kernels of the algorithm that the plan names.
 #include "../moderate.h"
 #include "check.h"
 #include "depthwise.h"
@@ -10,7 +10,7 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// Calls body(Element) with what the winners' runs consist of.
+// Calls body(element) with an element of the type that the runs of `winners` consist of.
 template <class T, class Body>
 auto with_run_element(const ConvBackward<T>& call, const Body& body) {
   if constexpr (kMultipliesPairs && sizeof(T) == sizeof(bfloat16)) {

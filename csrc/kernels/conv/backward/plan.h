@@ -6,7 +6,7 @@
 
 namespace fastnn {
 
-// The algorithms of backward, with what fastnn.explain says of each.
+// The algorithms of backward, each with the text that fastnn.explain prints.
 #define FASTNN_FOR_EACH_BACKWARD_ALGORITHM(X)                                                  \
   X(taps, "pixels fill the vector's lanes: few input channels")                                \
   X(depthwise, "groups of one channel: channels fill the vector's lanes")                      \
@@ -28,38 +28,38 @@ struct GradientBandPlan {
   int64_t pixels;   // of a band, in whole vectors
 };
 
-// Some channels of an image and its gradient as they are worked on (image.h): padded, [z][y][x][channel]. Only a window
-// of either is in memory, which moves along `axis`, the first dimension that is not one.
+// The working copy of some channels of an image and of its gradient (image.h): padded, [z][y][x][channel]. Only a
+// window of each is in memory. The window moves along `axis`, the first dimension whose size is not one.
 struct ImagePlan {
   int64_t lanes;      // channels
-  int64_t extent[3];  // of the whole image: the padding before, and all that either the kernel or the input reaches to
+  int64_t extent[3];  // of the whole image: the padding before it, and all that the kernel or the input reaches
   int64_t d[3];       // strides
   int axis;
-  int64_t step;    // conv pixels along the axis that the window serves at a place
+  int64_t step;    // conv pixels along the axis that are computed before the window moves
   int64_t slices;  // of the window, along the axis
   int64_t size;    // elements of the window
 };
 
-// The elements of the input under a conv pixel are a few runs, each a row of the kernel with all channels of a block; a
-// single tap where dilation keeps the row's apart.
+// The elements of the input under a conv pixel form a few runs. A run is a row of the kernel with all channels of a
+// block, or a single kernel position where dilation separates the positions of a row.
 struct WinnersPlan {
-  bool zips;             // bfloat16 stays such, and two runs are multiplied at once
+  bool zips;             // elements stay bfloat16, and two runs are multiplied at once
   int64_t lanes;         // channels of a block
   int64_t blocks;        // of a group
   int64_t columns;       // of the kernel, in a run
   int64_t runs;          // under a conv pixel
   int64_t length;        // elements of a run
-  int64_t vectors;       // that hold one
+  int64_t vectors;       // that hold a run
   int64_t row;           // elements of all runs of one output channel
   int64_t slice_pixels;  // conv pixels whose input stays in L1
 };
 
 struct DepthwiseBackwardPlan {
   int64_t multiplier;  // output channels of a group
-  int64_t taps;        // elements of the kernel of a vector of channels
+  int64_t taps;        // elements of the kernels of one vector of channels
 };
 
-// The weight's gradient is made in tiles of some output channels by some elements of the depth.
+// The weight's gradient is computed in tiles of some output channels by some elements of the depth.
 struct TapsPlan {
   int64_t channels;         // output channels worked on together
   int64_t step;             // from one channel of the band to the next
@@ -77,11 +77,11 @@ struct ConvBackwardPlan {
   int64_t packed_size;  // elements of the packed weight, for the input's gradient
   int64_t weight_size;  // elements of one private weight gradient
   int64_t blocks;       // of channels; pieces of work are (images) x (blocks)
-  int64_t most_parts;   // into so many an image may be cut along the window's axis
-  bool keeps_lost;      // what rounding takes from the weight's gradient is noted
+  int64_t most_parts;   // the most parts into which an image may be cut along the window's axis
+  bool keeps_lost;      // what rounding takes from the weight's gradient is summed up too
   bool in_parts;        // so much is added to the input's gradient that it is summed in parts
   GradientBandPlan band;
-  ImagePlan image;  // not of stock
+  ImagePlan image;  // not set for stock
   union {
     WinnersPlan winners;
     DepthwiseBackwardPlan depthwise;
@@ -95,7 +95,7 @@ struct BackwardRequest {
   bool input_channels_last;
   bool both;          // the gradients of input and weight are wanted
   bool exact;         // elements may be infinite: no algorithm that multiplies them by zeros
-  int32_t algorithm;  // the one to take, or -1
+  int32_t algorithm;  // the algorithm to take, or -1 to choose one
 };
 
 // Whether the algorithm can compute such a call at all.

@@ -7,7 +7,7 @@
 
 namespace fastnn {
 
-// Each image of a tensor but grad_output is contiguous or channels last, without gaps.
+// Each image of every tensor except grad_output is contiguous or channels last, without gaps.
 template <class T>
 struct ConvBackward {
   ConvPoolGeometry geometry;
@@ -25,7 +25,7 @@ struct ConvBackward {
   Compute<T>* packed;  // the packed weight, or null
 };
 
-// Of some images, some blocks, and one of so many parts of the conv pixels along the window's axis.
+// A piece of work: some images, some blocks, and one of `parts` parts of the conv pixels along the window's axis.
 struct ConvBackwardPiece {
   int64_t first_image, last_image;
   int64_t first_block, last_block;
@@ -35,25 +35,25 @@ struct ConvBackwardPiece {
 template <class T>
 struct ConvBackwardKernels {
   int64_t vector_bytes, registers;  // of the instruction set
-  // As forward's: whether no element of input and weight is infinite, nearly infinite or NaN.
+  // As in forward: whether no element of input and weight is infinite, nearly infinite or NaN.
   bool (*is_moderate)(const ConvBackward<T>&);
   // Bytes of a thread's scratch memory.
   int64_t (*scratch_size)(const ConvBackward<T>&);
   void (*pack)(const ConvBackward<T>&);
-  // The gradients that a piece contributes. grad_weight (weight_size) is written, grad_bias (groups x out_channels)
-  // added to; either may be null. lost: where the plan says so, zeros of the weight's size, to take note of rounding;
-  // else null.
+  // Computes a piece's share of the gradients. It writes grad_weight (weight_size) and adds to grad_bias (groups x
+  // out_channels); either may be null. lost: zeros of the weight's size, to which what is rounded off is added, if the
+  // plan keeps it; else null.
   void (*run)(const ConvBackward<T>&, const ConvBackwardPiece&, Compute<T>* grad_weight, Compute<T>* lost,
               Compute<T>* grad_bias, void* scratch);
-  // A private weight gradient, in the weight's layout.
+  // Writes a private weight gradient in the weight's layout.
   void (*unpack_weight)(const ConvBackward<T>&, const Compute<T>* grad_weight, T* to, const ConvLayout& layout);
   void (*store)(const Compute<T>* from, int64_t count, T* to);
-  // Whether each winner is a place that its window has.
+  // Whether each argmax is a position that its window has.
   bool (*winners_are_valid)(const ConvPoolGeometry&, const uint8_t* winners, const ConvLayout&);
-  // For stock: the gradient of the convolution's output (spread.h).
+  // For `stock`: computes the gradient of the convolution's output (spread.h).
   void (*spread)(const ConvBackward<T>&, int64_t first_image, int64_t last_image, T* to, Compute<T>* grad_bias,
                  void* scratch);
-  // The same of windows of one pixel, where all lie alike.
+  // The same where windows are one pixel and all tensors have the same layout.
   void (*mask_dead)(const T* gradient, const uint8_t* winners, int64_t count, T* to);
   // [rows][columns] -> [columns][rows]
   void (*turn)(const T* from, int64_t rows, int64_t columns, T* to);
