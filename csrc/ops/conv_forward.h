@@ -1,4 +1,4 @@
-// Forward of the convolution: the one place that chooses between our kernels and torch's convolution.
+// Forward of the convolution where ReLU or a pool follows: by our kernels, or by torch's convolution, as the plan says.
 #pragma once
 
 #include "conv_plan.h"
