@@ -505,7 +505,7 @@ class _Matcher:
         return Match("mlp", layers, mlp_of_parameters, tensors, settings, in_a_list=True)
 
     def is_worth_it_alone(self, linear: Layer) -> bool:
-        """Whether to fuse a linear layer without activation: in inference, for few rows; else where it may become one
+        """Whether to fuse a linear layer without activation: in inference always; in training where it may become one
         call with a recurrent layer whose last step it takes, or with the convolutions before a flattening (see
         joining.py)."""
         if linear.input.target in (operator.getitem, torch.flatten, "flatten"):
