@@ -27,9 +27,9 @@ struct StepNumbers {
 
   Loss loss;
   OptimizerKind optimizer;
-  double max_norm;  // of the gradient; negative: it is not clipped
-  const double* of_groups;
-  int64_t of_group = 0;  // how many numbers a group has
+  double max_norm;            // of the gradient; negative: it is not clipped
+  const double* settings;     // of all groups, one after another
+  int64_t settings_each = 0;  // of one group
   const Ints& layout;
 
   StepNumbers(const Tensor& numbers, const Ints& of_parameters, size_t parameters) : layout(of_parameters) {
@@ -48,16 +48,16 @@ struct StepNumbers {
     loss.ignore_index = std::abs(n[3]) < 9e15 ? static_cast<int64_t>(n[3]) : -100;
     optimizer = static_cast<OptimizerKind>(whole(n[4], static_cast<int64_t>(OptimizerKind::count)));
     max_norm = n[5];
-    of_groups = n + kOfStep;
-    for (const OptimizerSetting& setting : entry().settings) of_group += setting.name != nullptr;
-    const int64_t of_all_groups = numbers.numel() - kOfStep;
-    FASTNN_CHECK(of_all_groups % of_group == 0, kOp, ": expected ", of_group, " numbers for each group of ",
+    settings = n + kOfStep;
+    for (const OptimizerSetting& setting : entry().settings) settings_each += setting.name != nullptr;
+    const int64_t all_settings = numbers.numel() - kOfStep;
+    FASTNN_CHECK(all_settings % settings_each == 0, kOp, ": expected ", settings_each, " numbers for each group of ",
                  entry().name);
     FASTNN_CHECK(layout.size() % 2 == 0 && layout.size() / 2 == parameters, kOp,
                  ": expected a layout of two numbers for each parameter");
     for (size_t i = 0; i < parameters; ++i) {
       const int64_t group = layout[2 * i], states = layout[2 * i + 1];
-      FASTNN_CHECK(group >= -1 && group < of_all_groups / of_group && states >= 0 && states < 2 << kMostStates, kOp,
+      FASTNN_CHECK(group >= -1 && group < all_settings / settings_each && states >= 0 && states < 2 << kMostStates, kOp,
                    ": layout has a number out of range");
     }
   }
@@ -68,7 +68,7 @@ struct StepNumbers {
   bool is_first(size_t i) const { return has_state(i, kMostStates); }
   // The numbers of a parameter that is about to make this step.
   UpdateNumbers update(size_t i, double scale, double step) const {
-    const double* n = of_groups + of_group * layout[2 * i];
+    const double* n = settings + settings_each * layout[2 * i];
     UpdateNumbers u{};
     for (const OptimizerSetting& setting : entry().settings) {
       if (setting.name) u.*setting.place = *n++;
