@@ -3,6 +3,8 @@
 python examples/anomalies.py [--short] [--threads 1] [--output anomalies.png]
 """
 
+import argparse
+
 import numpy as np
 import torch
 from common import GREY, OURS, STOCK, arguments, batches_of, draw_losses, figure, predict_both, save, train_both
@@ -20,7 +22,7 @@ def autoencoder(features: int) -> nn.Module:
 
 
 def main() -> None:
-    given = arguments(__doc__.splitlines()[0], "anomalies.png")
+    given = arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), "anomalies.png")
     data = load_breast_cancer()
     is_malignant = data.target == 0
     benign = np.flatnonzero(~is_malignant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +24,8 @@ COMPARED = 200  # In double precision the two loss curves have to agree for so m
 TOLERANCE = 1e-6  # to so much of the first loss. In single precision rounding errors grow from step to step.
 
 
-def arguments(description: str, output: str) -> argparse.Namespace:
-    """The command line of an example."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(parser: argparse.ArgumentParser, output: str) -> argparse.Namespace:
+    """The command line of an example: what the parser has already, and what all examples take."""
     parser.add_argument("--short", action="store_true", help="few epochs, to see that the example works")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (1)")
     parser.add_argument("--output", default=output, help=f"the drawing ({output})")
@@ -107,17 +107,19 @@ def predict_both(model: nn.Module, x: Tensor) -> Tensor:
     frozen = fastnn.freeze(stock, x)
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), stock(x), rtol=1e-3, atol=1e-4)
-        seconds = {}
-        for name, run in (("stock", stock), ("fastnn", frozen)):
-            times = []
-            for _ in range(30):
-                begin = time.perf_counter()
-                run(x)
-                times.append(time.perf_counter() - begin)
-            seconds[name] = sorted(times)[len(times) // 2]
-    ratio = seconds["stock"] / seconds["fastnn"]
-    print(f"predicts {ratio:.1f} times as fast: {1e6 * seconds['fastnn']:.0f} us for {len(x)} rows")
+        of_stock, of_ours = seconds_of(stock, x), seconds_of(frozen, x)
+    print(f"predicts {of_stock / of_ours:.1f} times as fast: {1e6 * of_ours:.0f} us for {len(x)} rows")
     return frozen(x)
+
+
+def seconds_of(model: nn.Module, x: Tensor) -> float:
+    """The median time of 31 calls."""
+    times = []
+    for _ in range(31):
+        begin = time.perf_counter()
+        model(x)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def figure(columns: int) -> tuple[plt.Figure, list[plt.Axes]]:

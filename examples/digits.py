@@ -3,6 +3,8 @@
 python examples/digits.py [--short] [--threads 1] [--output digits.png]
 """
 
+import argparse
+
 import torch
 from common import GREY, arguments, batches_of, draw_losses, figure, predict_both, save, train_both
 from sklearn.datasets import load_digits
@@ -19,7 +21,7 @@ def network() -> nn.Module:
 
 
 def main() -> None:
-    given = arguments(__doc__.splitlines()[0], "digits.png")
+    given = arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), "digits.png")
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)

@@ -3,6 +3,7 @@
 python examples/signals.py [--short] [--threads 1] [--output signals.png]
 """
 
+import argparse
 import math
 
 import torch
@@ -41,7 +42,7 @@ def network() -> nn.Module:
 
 
 def main() -> None:
-    given = arguments(__doc__.splitlines()[0], "signals.png")
+    given = arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), "signals.png")
     x, labels = signals(2000)
     unseen, kinds = signals(500)
     epochs = batches_of(x, labels, 50, 6 if given.short else 20)

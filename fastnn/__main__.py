@@ -24,7 +24,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastnn", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", help="package.module:factory, a torch.nn.Module or a function that makes one")
+    model.add_argument(
+        "model", help="package.module:factory or file.py:factory, a torch.nn.Module or a function that makes one"
+    )
     model.add_argument(
         "--input", action="append", required=True, metavar="SIZES", help="32,3,32,32 or 8,20:int64:100; once an input"
     )

@@ -42,11 +42,11 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class _TorchName:
-    """One of torch's names for an activation: a function's and, in lower case or not, a method's and an operator's.
+    """One of torch's names for an activation, under which torch has a function, perhaps a method, and an operator.
 
-    kind: the extension's name. module: torch's class. chosen_by: settings of torch's by which functions of one name are
-    different activations. preset: parameters of the kind that this name fixes. is_valid: whether torch takes these
-    parameters.
+    kind: the extension's name for the activation. module: torch's class. chosen_by: the settings by which torch's one
+    function is this activation and not another. preset: the parameters that this name fixes. is_valid: whether torch
+    accepts these values of the parameters.
     """
 
     name: str

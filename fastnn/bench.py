@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fastnn.training_step import training_step
 
 _BLOCK = 0.02  # Seconds of one measurement: as many calls as fit, one at least.
 _ALLOWED = 1e-2  # The largest error, as a share of the largest result, with which a contender is still timed.
+_GREY, _ORANGE = "#8a8f98", "#e07b39"  # These colours are seen on white and on black.
 Contender = Callable[[], Any]
 
 
@@ -44,9 +45,7 @@ class Row:
     low: float = 0.0  # The quarter of the measurements that were fastest took at most so long.
     high: float = 0.0  # The quarter that were slowest took at least so long.
     times_stock: float = 0.0  # How many times as fast as stock in its better memory format.
-    error: float = (
-        0.0  # The largest difference from float64, as a share of the largest result; in training, the loss's.
-    )
+    error: float = 0.0  # The largest difference from float64, as a share of the largest result, or of a step's loss.
     peak: int = 0  # By how much the process's memory grows in a few calls at most; 0 where that is not known.
     why_not: str = ""  # Why the contender did not run.
 
@@ -77,41 +76,47 @@ def _onnx_runtime(model: nn.Module, inputs: Sequence[Tensor]) -> Contender:
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
+Make = Callable[[Callable[[nn.Module], Any], Sequence[Tensor]], Contender]
+
+
+def _common(make: Make, inputs: Sequence[Tensor]) -> dict[str, Callable[[], Contender]]:
+    """The contenders of inference and of training alike. ``make(prepare, inputs)`` makes one, of what ``prepare`` makes
+    of a copy of the model."""
+    contenders = {"stock": lambda: make(lambda model: model, inputs)}
+    if any(input.dim() in (4, 5) for input in inputs):
+        contenders["stock, channels last"] = lambda: make(_channels_last, [_channels_last(input) for input in inputs])
+    contenders["torch.compile"] = lambda: make(lambda model: torch.compile(model), inputs)
+    contenders["fastnn.fuse"] = lambda: make(lambda model: fuse(model), inputs)
+    return contenders
+
+
 def inference_contenders(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Callable[[], Contender]]:
     """By name, functions that make a contender of a copy of the model."""
 
-    def made(prepare: Callable[[nn.Module], Callable[..., Any]], inputs: Sequence[Tensor] = inputs) -> Contender:
+    def make(prepare: Callable[[nn.Module], Any], inputs: Sequence[Tensor]) -> Contender:
         run = prepare(copy.deepcopy(model).eval())
         return lambda: run(*inputs)
 
-    contenders: dict[str, Callable[[], Contender]] = {"stock": lambda: made(lambda m: m)}
-    if any(input.dim() in (4, 5) for input in inputs):
-        last = [_channels_last(input) for input in inputs]
-        contenders["stock, channels last"] = lambda: made(_channels_last, last)
-    contenders["torch.compile"] = lambda: made(lambda m: torch.compile(m))
-    contenders["fastnn.fuse"] = lambda: made(lambda m: fuse(m))
-    contenders["fastnn.freeze"] = lambda: made(lambda m: freeze(m, tuple(inputs) if len(inputs) > 1 else inputs[0]))
+    contenders = _common(make, inputs)
+    example: Any = tuple(inputs) if len(inputs) > 1 else inputs[0]
+    contenders["fastnn.freeze"] = lambda: make(lambda model: freeze(model, example), inputs)
     if importlib.util.find_spec("onnxruntime") is not None:
         contenders["ONNX Runtime"] = lambda: _onnx_runtime(copy.deepcopy(model).eval(), inputs)
     return contenders
 
 
-def _to_zeros(output: Any, target: Any) -> Tensor:
-    return F.mse_loss(output, target)
-
-
 def training_contenders(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Callable[[], Contender]]:
-    """The same of whole steps: forward, mean squared error, backward and Adam. Each call returns the loss."""
+    """The same for whole steps: forward, mean squared error, backward and Adam. Each call returns the loss."""
     target = torch.zeros_like(_first(copy.deepcopy(model).train()(*inputs))).detach()
 
-    def stepper(prepare: Callable[[nn.Module], Any], inputs: Sequence[Tensor] = inputs) -> Contender:
+    def make(prepare: Callable[[nn.Module], Any], inputs: Sequence[Tensor]) -> Contender:
         own = copy.deepcopy(model).train()
         run = prepare(own)
         optimizer = torch.optim.Adam(own.parameters())
 
         def step() -> Tensor:
             optimizer.zero_grad()
-            loss = _to_zeros(_first(run(*inputs)), target)
+            loss = F.mse_loss(_first(run(*inputs)), target)
             loss.backward()
             optimizer.step()
             return loss.detach()
@@ -125,14 +130,7 @@ def training_contenders(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str,
         step = training_step(own, F.mse_loss, torch.optim.Adam(own.parameters()), strict=True)
         return lambda: step(inputs[0], target)
 
-    contenders: dict[str, Callable[[], Contender]] = {"stock": lambda: stepper(lambda m: m)}
-    if any(input.dim() in (4, 5) for input in inputs):
-        last = [_channels_last(input) for input in inputs]
-        contenders["stock, channels last"] = lambda: stepper(_channels_last, last)
-    contenders["torch.compile"] = lambda: stepper(lambda m: torch.compile(m))
-    contenders["fastnn.fuse"] = lambda: stepper(lambda m: fuse(m))
-    contenders["fastnn.training_step"] = in_one_call
-    return contenders
+    return _common(make, inputs) | {"fastnn.training_step": in_one_call}
 
 
 def _first(output: Any) -> Any:
@@ -148,7 +146,8 @@ def _first(output: Any) -> Any:
 
 
 def _reference(model: nn.Module, inputs: Sequence[Tensor], train: bool) -> Tensor:
-    """The model's result in float64; in training, its first loss. Dropout must not draw for that."""
+    """The model's result in float64; in training, its first loss. From the same seed, dropout draws the same elements
+    for every dtype."""
     exact = copy.deepcopy(model).double().train(train)
     given = [input.double() if input.is_floating_point() else input for input in inputs]
     torch.manual_seed(0)
@@ -189,11 +188,11 @@ def _time(runs: dict[str, Contender], seconds: float) -> dict[str, list[float]]:
 
 
 def measure(model: nn.Module, inputs: Sequence[Tensor], train: bool, threads: int, seconds: float) -> list[Row]:
-    """One row a contender, each checked against float64 before it is timed."""
+    """One row for each contender, which is checked against float64 before it is timed."""
     torch.set_num_threads(threads)
     try:
         exact = _reference(model, inputs, train)
-    except (RuntimeError, TypeError) as reason:
+    except (RuntimeError, TypeError, ValueError, IndexError) as reason:
         raise ValueError(f"the model does not take these inputs: {str(reason).splitlines()[0]}") from reason
     runs: dict[str, Contender] = {}
     rows: dict[str, Row] = {}
@@ -205,7 +204,7 @@ def measure(model: nn.Module, inputs: Sequence[Tensor], train: bool, threads: in
             try:
                 run = make()
                 error = _error(run, exact)
-            except Exception as reason:
+            except Exception as reason:  # whatever a contender raises, the others are still measured
                 rows[name] = Row(name, threads, why_not=(str(reason).strip() or type(reason).__name__).splitlines()[0])
                 continue
         if not error <= _ALLOWED:
@@ -213,7 +212,7 @@ def measure(model: nn.Module, inputs: Sequence[Tensor], train: bool, threads: in
             continue
         runs[name], rows[name] = run, Row(name, threads, error=error)
     if "stock" not in runs:
-        raise RuntimeError(f"the model itself does not run: {rows['stock'].why_not}")
+        raise ValueError(f"the model itself does not run: {rows['stock'].why_not}")
     _progress(f"{threads} thread(s): timing {len(runs)} contenders")
     with torch.set_grad_enabled(train):
         times = _time(runs, seconds)
@@ -222,7 +221,8 @@ def measure(model: nn.Module, inputs: Sequence[Tensor], train: bool, threads: in
     stock = min(seconds for name, seconds in medians.items() if name.startswith("stock"))
     for name, some in times.items():
         low, _, high = statistics.quantiles(some, n=4)
-        rows[name] = Row(name, threads, medians[name], low, high, stock / medians[name], rows[name].error)
+        median = medians[name]
+        rows[name] = replace(rows[name], median=median, low=low, high=high, times_stock=stock / median)
     return list(rows.values())
 
 
@@ -237,7 +237,8 @@ def _peak_of(name: str, arguments: argparse.Namespace) -> int:
 
 
 def print_peak(model: nn.Module, inputs: Sequence[Tensor], train: bool, name: str) -> None:
-    """For :func:`_peak_of`: by how many bytes the process's memory grows in five calls. Linux alone tells."""
+    """For :func:`_peak_of`: prints by how many bytes the process's memory grows in five calls. It works on Linux alone,
+    whose files in /proc say so."""
     makers = (training_contenders if train else inference_contenders)(model, inputs)
     with torch.set_grad_enabled(train), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -252,7 +253,7 @@ def print_peak(model: nn.Module, inputs: Sequence[Tensor], train: bool, name: st
 
 
 def _status(name: str) -> int:
-    """A size that Linux tells of this process, in bytes."""
+    """A size in bytes from what Linux says about this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
@@ -352,15 +353,15 @@ def draw(rows: Sequence[Row], file: str) -> None:
 
     ran = [row for row in rows if row.median]
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.38 * len(ran)), layout="constrained")
-    colors = ["#e07b39" if row.name.startswith("fastnn") else "#8a8f98" for row in ran]
+    colors = [_ORANGE if row.name.startswith("fastnn") else _GREY for row in ran]
     labels = [f"{row.name}, {row.threads} thread{'s' * (row.threads > 1)}" for row in ran]
     axes.barh(labels, [row.times_stock for row in ran], color=colors)
     for place, row in enumerate(ran):
-        axes.text(row.times_stock, place, f" {row.times_stock:.2f}", va="center", color="#8a8f98")
-    axes.axvline(1, color="#8a8f98", linewidth=0.8)
+        axes.text(row.times_stock, place, f" {row.times_stock:.2f}", va="center", color=_GREY)
+    axes.axvline(1, color=_GREY, linewidth=0.8)
     axes.invert_yaxis()
-    axes.set_xlabel("times as fast as stock in its better memory format", color="#8a8f98")
-    axes.tick_params(colors="#8a8f98")
+    axes.set_xlabel("times as fast as stock in its better memory format", color=_GREY)
+    axes.tick_params(colors=_GREY)
     for side in axes.spines.values():
         side.set_visible(False)
     axes.margins(x=0.12)
@@ -372,7 +373,8 @@ def run(arguments: argparse.Namespace) -> None:
     model, inputs = load_model(arguments.model), random_inputs(arguments.input)
     if arguments.peak_of:
         torch.set_num_threads(arguments.threads[0])
-        return print_peak(model, inputs, arguments.train, arguments.peak_of)
+        print_peak(model, inputs, arguments.train, arguments.peak_of)
+        return
     rows: list[Row] = []
     for threads in arguments.threads:
         rows += measure(model, inputs, arguments.train, threads, arguments.seconds)
@@ -381,7 +383,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name in dict.fromkeys(row.name for row in rows if row.median):
             _progress(f"memory of {name}")
             peaks[name] = _peak_of(name, arguments)
-        rows = [Row(**{**asdict(row), "peak": peaks.get(row.name, 0)}) for row in rows]
+        rows = [replace(row, peak=peaks.get(row.name, 0)) for row in rows]
         _progress("")
     layers = layer_times(model, inputs)
     print("\n".join(as_table(rows)))
@@ -396,4 +398,3 @@ def run(arguments: argparse.Namespace) -> None:
             json.dump({"rows": [asdict(r) for r in rows], "layers": [asdict(one) for one in layers]}, file, indent=1)
     if arguments.plot:
         draw(rows, arguments.plot)
-    return None

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 def load_model(name: str) -> nn.Module:
-    """The model that ``package.module:factory`` names: a module of torch's, or what a function without arguments, or a
-    class, makes. ValueError where the name leads to none."""
-    path, found, factory = name.partition(":")
+    """The model that ``package.module:factory`` or ``file.py:factory`` names: a module of torch's, or what a function
+    without arguments, or a class, makes. ValueError where the name leads to none."""
+    path, found, factory = name.rpartition(":")
     if not found:
-        raise ValueError(f"expected package.module:factory, got {name!r}")
+        raise ValueError(f"expected package.module:factory or file.py:factory, got {name!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the folder that the command was called in
     try:
-        made = importlib.import_module(path)
+        made = _import_file(path) if path.endswith(".py") else importlib.import_module(path)
         for part in factory.split("."):
             made = getattr(made, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, FileNotFoundError) as error:
         raise ValueError(f"there is no {name}: {error}") from error
     model = made if isinstance(made, nn.Module) else made() if callable(made) else made
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} gives a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _import_file(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where copies look for the classes that the file defines
+    spec.loader.exec_module(module)
+    return module
 
 
 def random_inputs(descriptions: Sequence[str]) -> list[Tensor]:

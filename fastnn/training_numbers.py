@@ -23,8 +23,8 @@ class _Loss(NamedTuple):
     """A row of the extension's table of losses (csrc/kernels/update.h)."""
 
     name: str  # of torch's function
-    number: str | None  # the name of its number, and torch's default
-    default: float
+    number: str | None  # the name of its number
+    default: float  # torch's value of that number
     weight: str | None  # the name of its tensor of weights
 
     @property
@@ -79,7 +79,7 @@ def numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tenso
     if row.number in ("beta", "delta") and not number > 0:
         raise ChainError(f"the loss's {row.number} is {number}")
     ignore_index = float(settings.pop("ignore_index", -100))
-    weight = settings.pop(row.weight or "weight", None)
+    weight = settings.pop(row.weight, None) if row.weight else None  # any other is refused below
     if any(value is not None for value in settings.values()):
         raise ChainError(f"the loss has {', '.join(settings)}")
     return [float(row.kind), float(reduction == "mean"), number, ignore_index], weight

@@ -46,6 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_models_and_inputs(folder: Path) -> None:
     assert isinstance(load_model("models_of_mine:images"), nn.Sequential)
     assert isinstance(load_model("models_of_mine:made"), nn.Linear)
+    assert isinstance(load_model(f"{folder / 'models_of_mine.py'}:Words"), nn.Module)
     floats, words = random_inputs(["2,3", "4,5:int64:7"])
     assert floats.shape == (2, 3)
     assert floats.dtype is torch.float32
@@ -63,7 +64,9 @@ def test_models_and_inputs(folder: Path) -> None:
         (["explain", "models_of_mine:number", "--input", "2"], "gives a int"),
         (["explain", "models_of_mine:images", "--input", "2,x"], "expected sizes such as"),
         (["explain", "models_of_mine:images", "--input", "2:zebra"], "expected sizes such as"),
+        (["explain", "nowhere.py:x", "--input", "2"], "there is no nowhere.py:x"),
         (["bench", "models_of_mine:images", "--input", "2,3"], "the model does not take these inputs"),
+        (["bench", "models_of_mine:Words", "--input", "2,7:int64:99", "--input", "1"], "does not take these inputs"),
     ],
 )
 def test_what_is_refused(folder: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

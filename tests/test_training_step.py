@@ -570,6 +570,23 @@ class Unhashable:
         return F.mse_loss(a, b) * self.factor
 
 
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, F.huber_loss])
+def test_weights_of_elements(loss: Callable[..., Tensor]) -> None:
+    """That torch's functions take too, though not of classes."""
+    weight, target, x = torch.tensor([1.0, 0.0, 5.0]), torch.randn(3), torch.randn(3, 1)
+    stock = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
+    ours = copy.deepcopy(stock)
+    weighted = functools.partial(loss, weight=weight)
+    step = fastnn.training_step(ours, weighted, torch.optim.SGD(ours.parameters(), 0.1))
+    expected = ordinary(stock, weighted, torch.optim.SGD(stock.parameters(), 0.1), x, target)
+    assert_close(step(x, target), expected)
+    assert_close(list(ours.parameters()), list(stock.parameters()))
+    with pytest.raises(ValueError, match="same size"):
+        fastnn.training_step(nn.Linear(4, 3), weighted, torch.optim.SGD(ours.parameters()))(
+            torch.randn(5, 4), torch.randn(5, 3)
+        )
+
+
 def test_losses_with_more_to_them_than_their_numbers() -> None:
     follow("autoencoder", OPTIMIZERS["sgd"], Unhashable(2.0), how="two operator calls")
     hooked, seen = nn.MSELoss(), []

@@ -89,5 +89,6 @@ constexpr OptimizerEntry kOptimizers[] = {
 };
 
 #undef FASTNN_SETTING
+static_assert(sizeof(kOptimizers) / sizeof(OptimizerEntry) == static_cast<uint64_t>(OptimizerKind::count));
 
 }  // namespace fastnn

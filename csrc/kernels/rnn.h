@@ -27,6 +27,7 @@ constexpr RnnModeEntry kRnnModes[] = {
     {"GRU", 3, 1, 4, 4},  // its slots are those of n, r and z, and the hidden half of n
     {"LSTM", 4, 2, 5, 4},
 };
+static_assert(sizeof(kRnnModes) / sizeof(RnnModeEntry) == static_cast<uint64_t>(RnnMode::count));
 static inline const RnnModeEntry& entry_of(RnnMode mode) {
   return kRnnModes[static_cast<int32_t>(mode)];
 }

@@ -27,6 +27,7 @@ constexpr LossEntry kLosses[] = {
     {"binary_cross_entropy_with_logits", nullptr, 0, "pos_weight"},
     {"cross_entropy", "label_smoothing", 0, "weight"},
 };
+static_assert(sizeof(kLosses) / sizeof(LossEntry) == static_cast<uint64_t>(LossKind::count));
 
 template <class T>
 struct UpdateKernels {

@@ -88,7 +88,7 @@ class StateNumber {
     static const int32_t float_code = code_of(ScalarType::Float), double_code = code_of(ScalarType::Double);
     const bool is_float = is_plain_of(tensor, float_code);
     FASTNN_CHECK((is_float || is_plain_of(tensor, double_code)) && tensor.numel() == 1, kOp,
-                 ": expected step to be one number, Float or Double, on the CPU");
+                 ": expected a number of the optimizer's state, such as step, to be one Float or Double, on the CPU");
     check_memory(tensor, kOp, "state");
     is_float ? static_cast<void>(float_ = mutable_data<float>(tensor))
              : static_cast<void>(double_ = mutable_data<double>(tensor));

@@ -153,7 +153,7 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], activations: 
     ``activations`` as the text of ``fastnn.activations``, of one layer or more."""
     rank = input.dim()
     try:
-        if rank == 2 and len(parameters) <= MOST_LAYERS and parameters and is_plain(input):
+        if rank == 2 and parameters and activations.count("|") < MOST_LAYERS and is_plain(input):
             if wants_gradient(input, *parameters):
                 if activations == "identity" and _is_small_linear(input, *parameters):
                     return torch.nn.functional.linear(input, *parameters)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastnn.kernels.rnn.cells import GRU, LSTM, cell_back
+from fastnn.kernels.rnn.cells import GRU, GRU_SAVED, LSTM, LSTM_SAVED, cell_back
 from fastnn.kernels.rnn.kernels import RUN_TIME_SIZES
 from fastnn.kernels.rnn.tile import (
     Tile,
@@ -66,7 +66,7 @@ def load_step(kept, step, start, tile, MODE: tl.constexpr, HIDDEN: tl.constexpr,
     else:
         grad = load_stored(kept.grad_output_ptr + offset, mask)
     if MODE >= GRU:
-        KEPT: tl.constexpr = 5 if MODE == LSTM else 4
+        KEPT: tl.constexpr = LSTM_SAVED if MODE == LSTM else GRU_SAVED
         ptrs, stack_mask = kinds_ptrs(kept.saved_ptr, row, runs, tile, HIDDEN, KEPT)
         row_before, runs_before = rows_of(step - 1, tile)
         mask_before = tile.mask & runs_before[None, :]

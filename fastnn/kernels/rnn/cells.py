@@ -10,12 +10,15 @@ import triton.language as tl
 
 from fastnn.kernels._activation import PTX, PTX_ROUGH, RELU, TANH, activate, activation_gradient, sigmoid, tanh
 from fastnn.kernels.rnn.tile import unstack_4
-from fastnn.recurrent_modes import NUMBER_OF
+from fastnn.recurrent_modes import MODE_OF, NUMBER_OF
 
 SIMPLE_TANH = tl.constexpr(NUMBER_OF["RNN_TANH"])
 SIMPLE_RELU = tl.constexpr(NUMBER_OF["RNN_RELU"])
 GRU = tl.constexpr(NUMBER_OF["GRU"])
 LSTM = tl.constexpr(NUMBER_OF["LSTM"])  # from GRU on, they have gates
+# Numbers that a step saves of each hidden unit for backward, besides the output.
+GRU_SAVED = tl.constexpr(MODE_OF["GRU"].saved)
+LSTM_SAVED = tl.constexpr(MODE_OF["LSTM"].saved)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ A step's gates are loaded while the step before is computed: nothing waits for m
 import triton
 import triton.language as tl
 
-from fastnn.kernels.rnn.cells import GRU, LSTM, gru_cell, lstm_cell, simple_cell
+from fastnn.kernels.rnn.cells import GRU, GRU_SAVED, LSTM, LSTM_SAVED, gru_cell, lstm_cell, simple_cell
 from fastnn.kernels.rnn.tile import (
     Gates,
     Tile,
@@ -76,7 +76,7 @@ def forward_steps(
     """The steps from ``first`` to ``last`` -> h and c, which is LSTM's: else what it was. w: see load_weights."""
     bias = _load_biases(bias_hh_ptr, tile.unit, MODE, HIDDEN)
     x = _load_gates(gates, first, tile, MODE, HIDDEN)
-    KEPT: tl.constexpr = 5 if MODE == LSTM else 4
+    KEPT: tl.constexpr = LSTM_SAVED if MODE == LSTM else GRU_SAVED
     for step in range(first, last):
         next_x = _load_gates(gates, step + 1, tile, MODE, HIDDEN)
         row, runs = rows_of(step, tile)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels.rnn.backward_kernels import Kept, load_c, load_step, store_grads
-from fastnn.kernels.rnn.cells import GRU, LSTM, cell_back, gru_cell, lstm_cell, simple_cell
+from fastnn.kernels.rnn.cells import GRU, GRU_SAVED, LSTM, LSTM_SAVED, cell_back, gru_cell, lstm_cell, simple_cell
 from fastnn.kernels.rnn.kernels import RUN_TIME_SIZES
 from fastnn.kernels.rnn.tile import (
     Gates,
@@ -144,7 +144,7 @@ def spread_forward(
     at = state_offset(tile, HIDDEN)
     start = (tl.program_id(1).to(tl.int64) * batch_size + tile.sequence) * HIDDEN
     STACKED: tl.constexpr = 1 if GATES == 1 else 4  # GRU's too: one dot and one sum over the parts
-    KEPT: tl.constexpr = 5 if MODE == LSTM else 4
+    KEPT: tl.constexpr = LSTM_SAVED if MODE == LSTM else GRU_SAVED
     w = _load_weight(weight_hh_ptr, every, tile.unit, STACKED, GATES, HIDDEN, OPERAND)
     bias = load_bias(bias_hh_ptr, tile.unit, 0, STACKED, GATES, HIDDEN)
     is_product = tl.arange(0, STACKED * UNITS) < GATES * UNITS
