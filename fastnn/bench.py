@@ -64,7 +64,7 @@ def _channels_last(value: Any) -> Any:
 
 
 def _onnx_runtime(model: nn.Module, inputs: Sequence[Tensor]) -> Contender:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
