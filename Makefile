@@ -74,7 +74,7 @@ sweep-mlp: $(VENV)/bench.stamp  ## Compare random chains of linear layers with s
 bench-overhead: $(VENV)/bench.stamp  ## Measure what a call of each op costs before any work
 	$(RUN) -m benchmarks.overhead $(ARGS)
 
-EXAMPLES := digits signals anomalies yours
+EXAMPLES := digits signals anomalies forecast translate yours
 
 examples: $(VENV)/examples.stamp  ## Run the examples in a short form, each with its drawing in build/
 	@mkdir -p build
