@@ -88,8 +88,8 @@ wheel: $(VENV)/wheel.stamp  ## Build the source distribution and, from it, a whe
 	mv dist/unrepaired/*.tar.gz dist
 ifeq ($(shell uname),Linux)
 	PATH="$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist dist/unrepaired/*.whl
-	@ls dist/*manylinux_2_28* > /dev/null 2>&1 || echo "fastnn: the tag above is that of this system's C library and" \
-	    "compiler. For manylinux_2_28, 'make wheels' needs docker, which brings the images of manylinux."
+	@ls dist/*manylinux_2_28* > /dev/null 2>&1 || echo "fastnn: this wheel asks for the C library that it was built" \
+	    "with. Wheels of manylinux_2_28 take the tool chain of a container: 'make wheels', which needs docker."
 else
 	mv dist/unrepaired/*.whl dist
 endif
