@@ -14,7 +14,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help build examples test fuzz-semantics lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-zoo bench-step bench-overhead \
-    sweep-conv sweep-mlp dist clean
+    sweep-conv sweep-mlp wheel wheels clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,8 +82,21 @@ examples: $(VENV)/examples.stamp  ## Run the examples in a short form, each with
 	    $(RUN) examples/$$name.py --short --output build/$$name.png || exit 1; \
 	done
 
-dist: $(VENV)/build.stamp  ## Build the source distribution and the wheel
-	$(RUN) -m build
+wheel: $(VENV)/wheel.stamp  ## Build the source distribution and, from it, a wheel for this Python and this system, into dist/
+	rm -rf dist
+	CXX="$(CXX)" $(RUN) -m build --no-isolation --outdir dist/unrepaired
+	mv dist/unrepaired/*.tar.gz dist
+ifeq ($(shell uname),Linux)
+	PATH="$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist dist/unrepaired/*.whl
+	@ls dist/*manylinux_2_28* > /dev/null 2>&1 || echo "fastnn: this wheel asks for the C library that it was built" \
+	    "with. Wheels of manylinux_2_28 take the tool chain of a container: 'make wheels', which needs docker."
+else
+	mv dist/unrepaired/*.whl dist
+endif
+	rm -r dist/unrepaired
+
+wheels: $(VENV)/wheel.stamp  ## Build the wheels of a release for this processor, in the container of cibuildwheel (ARGS=--only cp313-manylinux_x86_64: one)
+	$(RUN) -m cibuildwheel --output-dir dist $(ARGS)
 
 clean:  ## Remove everything that was built, .venv included
 	rm -rf $(VENV) build dist *.egg-info fastnn/_C.* .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
@@ -112,7 +125,7 @@ $(VENV)/build.stamp: $(VENV)/venv.stamp $(SOURCES)
 	CXX="$(CXX)" $(PIP) install --no-build-isolation --editable .
 	@touch $@
 
-# One stamp an extra of pyproject.toml: test, lint, bench, rivals, examples.
+# One stamp an extra of pyproject.toml: test, lint, bench, rivals, examples, wheel.
 $(VENV)/%.stamp: $(VENV)/build.stamp
 	$(PIP) install --no-build-isolation --editable ".[$*]"
 	@touch $@

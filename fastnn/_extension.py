@@ -9,8 +9,8 @@ import torch  # noqa: F401 (brings libtorch into the process, which the extensio
 from fastnn._digest import interface_digest, source_digest
 
 _HOW_TO_BUILD = (
-    "Build it with 'pip install .' (or 'pip install --no-build-isolation -e .' to develop) in fastnn's source folder; "
-    "this takes a C++ compiler, for example 'apt-get install g++'."
+    "Install a wheel of fastnn-torch, or build it with 'pip install .' (or 'pip install --no-build-isolation -e .' to "
+    "develop) in fastnn's source folder; this takes a C++ compiler, for example 'apt-get install g++'."
 )
 
 
@@ -29,6 +29,6 @@ def load_extension() -> ModuleType:
     elif interface_digest(package) != extension.interface_digest:
         raise ImportError(
             f"fastnn's compiled extension was built with other Python files than those in {package}: an older version "
-            f"was left there, or part of another copied over it. Uninstall fastnn, then build it again. {_HOW_TO_BUILD}"
+            f"was left there, or part of another copied over it. First 'pip uninstall fastnn-torch'. {_HOW_TO_BUILD}"
         )
     return extension
