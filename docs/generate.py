@@ -136,24 +136,26 @@ UNTRACED = (
 def untraced() -> str:
     rows = []
     for source in UNTRACED:
-        (forward,) = (
-            one for one in compile(f"def forward(x, y):\n {source}", "", "exec").co_consts if hasattr(one, "co_code")
-        )
-        why = understood.why_not_run(forward)
+        defined: dict[str, Any] = {}
+        exec(f"def forward(x, y):\n {source}", defined)
+        why = understood.why_not_run(defined["forward"].__code__)
         assert why is not None, source
-        rows.append([f"`{source.splitlines()[0]}`", why[0]])
+        rows.append([code(source.splitlines()[:1]), code(why[:1])])
     return table(["a line of the forward", "what `explain` says"], rows)
 
 
 def understood_calls() -> str:
-    pure = sorted({f.__name__ for f in understood.PURE_FUNCTIONS if f.__module__ in ("builtins", "functools")})
+    pure = sorted({f.__name__ for f in understood.PURE_FUNCTIONS if f.__module__ not in ("math", "_operator")})
+    not_pure = sorted(f.__name__ for f in understood._NOT_PURE if f is not None)
     classes = sorted({kind.__name__ for kind in understood.PURE_CLASSES})
     rows = [
-        ["Python's own functions, and all of `math` and `operator` but what writes", code(pure)],
+        ["Python's own functions", code(pure)],
+        ["functions of `math`", "all"],
+        ["functions of `operator`", f"all but {code(not_pure)}"],
         ["classes", code(classes)],
         ["functions of torch that make a tensor", code(understood._FACTORIES)],
         ["functions that tell of a mode, asked again at each call", code(understood._MODES)],
-        ["functions and methods of tensors", "all but the methods of the next row"],
+        ["functions of torch that act on tensors, and methods of tensors", "all but those of the next row"],
         ["methods that end the trace", code(sorted(understood.WRITERS))],
     ]
     return table(["what", "which"], rows)
