@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build examples test fuzz-semantics lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-zoo bench-step bench-overhead \
+.PHONY: help build docs examples test fuzz-semantics lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-zoo bench-step bench-overhead \
     sweep-conv sweep-mlp wheel wheels clean
 
 help:  ## List the targets
@@ -98,8 +98,12 @@ endif
 wheels: $(VENV)/wheel.stamp  ## Build the wheels of a release for this processor, in the container of cibuildwheel (ARGS=--only cp313-manylinux_x86_64: one)
 	$(RUN) -m cibuildwheel --output-dir dist $(ARGS)
 
+docs: $(VENV)/docs.stamp  ## Build the documentation into build/docs; a warning is an error
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs $(ARGS)
+	@echo "The documentation is in build/docs/index.html."
+
 clean:  ## Remove everything that was built, .venv included
-	rm -rf $(VENV) build dist *.egg-info fastnn/_C.* .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_generated *.egg-info fastnn/_C.* .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv with what a build needs: pyproject.toml's own list, so that it is kept in one place.
@@ -125,7 +129,7 @@ $(VENV)/build.stamp: $(VENV)/venv.stamp $(SOURCES)
 	CXX="$(CXX)" $(PIP) install --no-build-isolation --editable .
 	@touch $@
 
-# One stamp an extra of pyproject.toml: test, lint, bench, rivals, examples, wheel.
+# One stamp an extra of pyproject.toml: test, lint, bench, rivals, examples, docs, wheel.
 $(VENV)/%.stamp: $(VENV)/build.stamp
 	$(PIP) install --no-build-isolation --editable ".[$*]"
 	@touch $@

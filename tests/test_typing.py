@@ -36,14 +36,6 @@ fastnn.models.RNN(3, 4, 1, 2, cell="GRU")
 """
 
 
-def test_each_block_of_the_readme_runs_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(snippets) >= 3
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
-    assert "[64, 16, 15, 15]" in capsys.readouterr().out
-
-
 def test_mypy_strict_takes_what_the_readme_shows(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
