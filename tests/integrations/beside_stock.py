@@ -1,0 +1,117 @@
+"""Trains models fused and stock, by whatever trains, and compares: what the tests of this folder share."""
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import fastnn
+from fastnn._torch import TorchDispatchMode
+from fastnn.reference import models as stock_models
+from fastnn.testing import assert_close_to_reference
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+Train = Callable[[nn.Module, Batches], Sequence[Tensor]]  # changes the model, returns the loss of each step
+
+# name: a stock model, the sizes of one row of its input, and the operator that runs it
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "cnn": (lambda: stock_models.Conv2DNet(4), (3, 20, 20), "conv_relu_max_pool"),
+    "rnn": (lambda: stock_models.RNN(4, 6, 2, 3), (7, 4), "rnn"),
+    "autoencoder": (lambda: stock_models.Autoencoder(10, 8, 5), (10,), "mlp"),
+    "batch norm": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(6 * 9, 5), nn.Tanh(), nn.Linear(5, 3)),
+        ),
+        (3, 8, 8),
+        "conv_relu_max_pool",
+    ),
+}
+_PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+_FUSED = "fastnn.fuse(model)"
+
+
+def recipe(section: str, fused: bool = True) -> dict[str, Any]:
+    """The names that the code under a heading of docs/integrations.md defines; without its fusing, if not `fused`."""
+    code = re.search(rf"^## {section}$.*?^```python\n(.*?)^```", _PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert code is not None, section
+    assert _FUSED in code[1]
+    scope: dict[str, Any] = {"__name__": "recipe"}
+    exec(compile(code[1] if fused else code[1].replace(_FUSED, "model"), f"{_PAGE.name}, {section}", "exec"), scope)
+    return scope
+
+
+def both(section: str, name: str = "train") -> tuple[Train, Train]:
+    """A function of a recipe, with its fusing and without it."""
+    return recipe(section)[name], recipe(section, fused=False)[name]
+
+
+def make(name: str, steps: int = 6, rows: int = 8) -> tuple[nn.Module, Batches]:
+    """One of the models, and batches to train it with."""
+    torch.manual_seed(0)
+    make_model, sizes, _ = MODELS[name]
+    model, batches = make_model(), torch.randn(steps, rows, *sizes)
+    return model, [(x, torch.randn_like(model(x).detach())) for x in batches]
+
+
+def check_training(name: str, ours: Train, stock: Train, dtype: torch.dtype = torch.float32) -> None:
+    """Check that ``ours`` trains a model by operators of fastnn and ``stock`` without any, and that the losses of all
+    steps, the parameters and the buffers are as close to those of stock's training in float64 as the table allows.
+
+    dtype: the results are compared in it; of float64, all three are trained in it.
+    """
+    model, batches = make(name)
+    start = torch.float64 if dtype is torch.float64 else torch.float32
+    model.to(start)
+    results = []
+    for train, precision in ((ours, start), (stock, start), (stock, torch.float64)):
+        one = copy.deepcopy(model).to(precision)
+        torch.manual_seed(0)
+        with OwnCalls() as called:
+            losses = train(one, [(x.to(precision), y.to(precision)) for x, y in batches])
+        called.check(name, len(batches) if train is ours else 0)
+        state = [_whole(value) for value in one.state_dict().values() if value.is_floating_point()]
+        results.append([torch.stack([loss.detach() for loss in losses]), *state])
+    for mine, theirs, reference in zip(*results, strict=True):
+        assert_close_to_reference(mine.to(dtype), theirs.to(dtype), reference.to(torch.float64))
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+class OwnCalls(TorchDispatchMode):
+    """Counts the calls of fastnn's operators that a block makes, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastnn":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    def check(self, name: str, steps: int) -> None:
+        """Check that a model was trained by them for at least so many steps; for none, that none was called."""
+        backward = self.counts[f"{MODELS[name][2]}_backward"] + self.counts["bound_training_step"]
+        assert backward >= steps if steps else not self.counts, self.counts
+
+
+def train_plainly(model: nn.Module, batches: Batches, forward: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    """The loop that everybody writes."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss((forward or model)(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
