@@ -1,10 +1,14 @@
 """Trains models fused and stock, by whatever trains, and compares: what the tests of this folder share."""
 
 import copy
+import importlib
 import re
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,21 +39,25 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 }
 _PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 _FUSED = "fastnn.fuse(model)"
+_RECIPES = tempfile.TemporaryDirectory()
+sys.path.append(_RECIPES.name)
 
 
-def recipe(section: str, fused: bool = True) -> dict[str, Any]:
-    """The names that the code under a heading of docs/integrations.md defines; without its fusing, if not `fused`."""
+def recipe(section: str, fused: bool = True) -> ModuleType:
+    """The code under a heading of docs/integrations.md as a module, which other processes can import too; without its
+    fusing, if not `fused`."""
     code = re.search(rf"^## {section}$.*?^```python\n(.*?)^```", _PAGE.read_text(), re.DOTALL | re.MULTILINE)
     assert code is not None, section
     assert _FUSED in code[1]
-    scope: dict[str, Any] = {"__name__": "recipe"}
-    exec(compile(code[1] if fused else code[1].replace(_FUSED, "model"), f"{_PAGE.name}, {section}", "exec"), scope)
-    return scope
+    name = re.sub(r"\W", "_", f"recipe_{section}{'' if fused else '_stock'}")
+    Path(_RECIPES.name, f"{name}.py").write_text(code[1] if fused else code[1].replace(_FUSED, "model"))
+    importlib.invalidate_caches()
+    return importlib.import_module(name)
 
 
-def both(section: str, name: str = "train") -> tuple[Train, Train]:
-    """A function of a recipe, with its fusing and without it."""
-    return recipe(section)[name], recipe(section, fused=False)[name]
+def both(section: str) -> tuple[Train, Train]:
+    """The training of a recipe, with its fusing and without it."""
+    return recipe(section).train, recipe(section, fused=False).train
 
 
 def make(name: str, steps: int = 6, rows: int = 8) -> tuple[nn.Module, Batches]:
