@@ -1,5 +1,6 @@
 """Trains models fused and stock, by whatever trains, and compares: what the tests of this folder share."""
 
+import atexit
 import copy
 import importlib
 import re
@@ -40,6 +41,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 _PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 _FUSED = "fastnn.fuse(model)"
 _RECIPES = tempfile.TemporaryDirectory()
+atexit.register(_RECIPES.cleanup)
 sys.path.append(_RECIPES.name)
 
 
