@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-import fastnn
 from fastnn._torch import TorchDispatchMode
 from fastnn.reference import models as stock_models
 from fastnn.testing import assert_close_to_reference
@@ -114,7 +113,9 @@ class OwnCalls(TorchDispatchMode):
         assert backward >= steps if steps else not self.counts, self.counts
 
 
-def train_plainly(model: nn.Module, batches: Batches, forward: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+def train_plainly(
+    model: nn.Module, batches: Batches, forward: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
     """The loop that everybody writes."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses = []
