@@ -70,25 +70,42 @@ def make(name: str, steps: int = 6, rows: int = 8) -> tuple[nn.Module, Batches]:
 
 
 def check_training(name: str, ours: Train, stock: Train, dtype: torch.dtype = torch.float32) -> None:
-    """Check that ``ours`` trains a model by operators of fastnn and ``stock`` without any, and that the losses of all
-    steps, the parameters and the buffers are as close to those of stock's training in float64 as the table allows.
-
-    dtype: the results are compared in it; of float64, all three are trained in it.
-    """
+    """Check that ``ours`` trains one of the models by fastnn's operators, and as ``stock`` does: see `compare`."""
     model, batches = make(name)
+
+    def batches_in(precision: torch.dtype) -> Batches:
+        return [(x.to(precision), y.to(precision)) for x, y in batches]
+
+    compare(model, batches_in, ours, stock, MODELS[name][2], len(batches), dtype)
+
+
+def compare(
+    model: nn.Module,
+    data_in: Callable[[torch.dtype], Any],
+    ours: Callable[[nn.Module, Any], Sequence[Tensor]],
+    stock: Callable[[nn.Module, Any], Sequence[Tensor]],
+    operator: str,
+    steps: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Check that ``ours`` trains a model with calls of an operator of fastnn in each of its steps and ``stock`` without
+    any, and that the losses, the parameters and the buffers are as close to those of stock's training in float64 as the
+    table of tolerances allows.
+
+    dtype: in which the results are compared; in float64, all three trainings have it, else ours and stock's float32.
+    """
     start = torch.float64 if dtype is torch.float64 else torch.float32
-    model.to(start)
     results = []
     for train, precision in ((ours, start), (stock, start), (stock, torch.float64)):
         one = copy.deepcopy(model).to(precision)
         torch.manual_seed(0)
         with OwnCalls() as called:
-            losses = train(one, [(x.to(precision), y.to(precision)) for x, y in batches])
-        called.check(name, len(batches) if train is ours else 0)
+            losses = train(one, data_in(precision))
+        called.check(operator, steps if train is ours else 0)
         state = [_whole(value) for value in one.state_dict().values() if value.is_floating_point()]
         results.append([torch.stack([loss.detach() for loss in losses]), *state])
     for mine, theirs, reference in zip(*results, strict=True):
-        assert_close_to_reference(mine.to(dtype), theirs.to(dtype), reference.to(torch.float64))
+        assert_close_to_reference(mine.to(dtype), theirs.to(dtype), reference)
 
 
 def _whole(value: Tensor) -> Tensor:
@@ -107,9 +124,9 @@ class OwnCalls(TorchDispatchMode):
             self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
-    def check(self, name: str, steps: int) -> None:
-        """Check that a model was trained by them for at least so many steps; for none, that none was called."""
-        backward = self.counts[f"{MODELS[name][2]}_backward"] + self.counts["bound_training_step"]
+    def check(self, operator: str, steps: int) -> None:
+        """Check that an operator ran backward in so many steps at least; for none, that no operator was called."""
+        backward = self.counts[f"{operator}_backward"] + self.counts["bound_training_step"]
         assert backward >= steps if steps else not self.counts, self.counts
 
 

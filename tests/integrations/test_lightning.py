@@ -35,10 +35,17 @@ def training(kind: str, fused: bool, **options: Any) -> Train:
     return train
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.1])
 @pytest.mark.parametrize("kind", ["Ordinary", "InOneCall"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_recipes(name: str, kind: str) -> None:
-    check_training(name, training(kind, fused=True), training("Ordinary", fused=False))
+def test_the_recipes(name: str, kind: str, max_norm: float | None) -> None:
+    ours = training(kind, fused=True, gradient_clip_val=max_norm)
+    check_training(name, ours, training("Ordinary", fused=False, gradient_clip_val=max_norm))
+
+
+def test_one_call_refuses_what_it_would_not_do() -> None:
+    with pytest.raises(ValueError, match="updates at each batch"):
+        training("InOneCall", fused=True, accumulate_grad_batches=2)(*make("cnn"))
 
 
 @pytest.mark.parametrize("kind", ["Ordinary", "InOneCall"])
