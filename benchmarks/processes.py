@@ -26,6 +26,7 @@ from benchmarks.timing import environment
 
 RESULTS = Path(__file__).parent / "results"
 CASES = MODELS[:3]
+_COLUMNS = "Times and ratio are the processor's; the ratio by the clock says nothing where other programs were running."
 
 
 def runners_of(case: Case) -> dict[str, Callable[[], Any]]:
@@ -103,9 +104,7 @@ def main() -> None:
     given = parser.parse_args()
     table = as_table(measure(given.processes, given.seconds, given.rounds))
     print(table)
-    heading = (
-        f"{', '.join(environment().values())}\n\n{given.processes} processes of one thread, {given.rounds} rounds:"
-    )
+    heading = f"{', '.join(environment().values())}\n\n{given.processes} processes of one thread. {_COLUMNS}"
     given.output.write_text(f"{heading}\n\n{table}\n")
 
 

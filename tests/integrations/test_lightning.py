@@ -63,3 +63,13 @@ def test_steps_are_counted(kind: str, tmp_path: Path) -> None:
     )
     assert trainer.global_step == 2 * len(batches)
     torch.testing.assert_close(torch.stack([*first, *rest]), torch.stack(expected), rtol=0, atol=0)
+
+
+def test_the_benchmark_program() -> None:
+    from benchmarks.lightning_loop import LOOPS
+
+    for train in LOOPS.values():
+        model, batches = make("autoencoder")
+        times = train(model, batches)
+        assert len(times) == len(batches)
+        assert times == sorted(times)

@@ -1,8 +1,5 @@
 """Plain loops of DQN and PPO, in double precision, in which both trainings choose the same actions."""
 
-from functools import partial
-
-import pytest
 import torch
 from beside_stock import both, compare
 from torch import Tensor, nn
@@ -22,9 +19,8 @@ class Pole:
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         place, speed, angle, turning = self.state
         force = self.push[action]
-        self.state = torch.stack(
-            [place + 0.05 * speed, speed + 0.5 * force, angle + 0.05 * turning, turning + 0.5 * angle.sin() - 0.7 * force]
-        )
+        turned = turning + 0.5 * angle.sin() - 0.7 * force
+        self.state = torch.stack([place + 0.05 * speed, speed + 0.5 * force, angle + 0.05 * turning, turned])
         ended = self.state[2].abs() > 0.2
         return self.state, torch.ones((), dtype=self.dtype), ended
 
