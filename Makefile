@@ -13,17 +13,20 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build docs examples test fuzz-semantics lint format bench bench-conv bench-layers bench-rnn bench-mlp bench-frozen bench-zoo bench-step bench-overhead \
-    sweep-conv sweep-mlp wheel wheels clean
+.PHONY: help build docs examples test test-integrations fuzz-semantics lint format bench bench-conv bench-layers bench-rnn \
+    bench-mlp bench-frozen bench-zoo bench-step bench-overhead bench-processes sweep-conv sweep-mlp wheel wheels clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=$(PYTHON) and CXX=$(CXX) to build with; ARGS= for pytest (-n0: in one process) or the benchmark programs."
 
 build: $(VENV)/build.stamp  ## Build the extension and install fastnn into .venv, editable
 
 test: $(VENV)/test.stamp $(VENV)/bench.stamp  ## Run the tests, the benchmark programs' too
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-integrations: $(VENV)/integrations.stamp  ## Run fused models in Lightning, skorch, transformers and other libraries
+	$(RUN) -m pytest -n0 tests/integrations $(ARGS)
 
 fuzz-semantics: $(VENV)/test.stamp  ## Run random forwards fused and not, with changes between the calls (ARGS=, five minutes)
 	$(RUN) tests/semantics.py --first 0 --count 5000 --kind fuse --brief $(ARGS)
@@ -70,6 +73,9 @@ sweep-conv: $(VENV)/bench.stamp  ## Compare random convolution layers with stock
 
 sweep-mlp: $(VENV)/bench.stamp  ## Compare random chains of linear layers with stock PyTorch
 	$(RUN) -m benchmarks.sweep mlp --output benchmarks/results/sweep_mlp.txt $(ARGS)
+
+bench-processes: $(VENV)/bench.stamp  ## Measure as many processes of one thread as there are cores against one alone
+	$(RUN) -m benchmarks.processes $(ARGS)
 
 bench-overhead: $(VENV)/bench.stamp  ## Measure what a call of each op costs before any work
 	$(RUN) -m benchmarks.overhead $(ARGS)
@@ -129,7 +135,7 @@ $(VENV)/build.stamp: $(VENV)/venv.stamp $(SOURCES)
 	CXX="$(CXX)" $(PIP) install --no-build-isolation --editable .
 	@touch $@
 
-# One stamp an extra of pyproject.toml: test, lint, bench, rivals, examples, docs, wheel.
+# One stamp an extra of pyproject.toml: test, lint, bench, rivals, examples, integrations, docs, wheel.
 $(VENV)/%.stamp: $(VENV)/build.stamp
 	$(PIP) install --no-build-isolation --editable ".[$*]"
 	@touch $@

@@ -67,7 +67,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         fused = module.__dict__.get("forward")
         if isinstance(fused, FusedModule) and module.__dict__.get(TOKEN) is fused.token:  # not that of another module
             del module.__dict__["forward"]
-            module.__dict__.pop(TOKEN, None)
+        module.__dict__.pop(TOKEN, None)  # functions of what has been removed run the class's forward from now on
     return model
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import queue
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from benchmarks import bounds, compare, lengths, overhead, report, sweep
+from benchmarks import bounds, compare, lengths, overhead, processes, report, sweep
 from benchmarks.cases import CASES, Case, first_tensor
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.timing import Timing, bandwidth, environment, interleave, is_reliable, peak_flops, speedups
@@ -94,6 +96,17 @@ def test_small_recurrent_steps_are_bound_by_the_cache() -> None:
 def test_lengths() -> None:
     row = lengths.measure("RNN", "training", (3, 30), seconds=0.01)
     assert all(row["microseconds_a_step"][length] > 0 for length in (3, 30))
+
+
+def test_processes() -> None:
+    """With one process, which is this one, and which is as fast beside no others."""
+    results: queue.Queue[dict[tuple[str, str], list[list[tuple[float, float]]]]] = queue.Queue()
+    processes.work(0, threading.Barrier(1), results, seconds=0.001, rounds=3)
+    rows = results.get()
+    assert len(rows) == 12
+    assert all(0 < used < 2 * passed for samples in rows.values() for turn in samples for used, passed in turn)
+    table = processes.as_table({("model", "step"): [[(2e-6, 2e-6), (3e-6, 4e-6)]]})
+    assert table.endswith("| model | step | 2.0 | 3.0 | 1.50 | 2.00 |")
 
 
 def test_wrong_results_are_not_measured() -> None:

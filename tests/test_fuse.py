@@ -1,7 +1,10 @@
 """fastnn.fuse on what real models do: which layers become one operator, which stay and why, and what users do after."""
 
 import copy
+import functools
+import inspect
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -582,6 +585,33 @@ def test_edits_after_fuse() -> None:
         for one in (scaled, stock):
             one.scale, one.flag = scale, flag
         check(scaled, stock, x)
+
+
+def test_a_function_around_that_of_the_forward() -> None:
+    """As accelerate puts one into a model for autocast, and takes it out again."""
+    model = network()
+    fused, seen = fused_copy(model), []
+    function = fused.forward.__func__
+
+    @functools.wraps(function)
+    def around(module: nn.Module, *args: Any) -> Any:
+        seen.append(module)
+        return function(module, *args)
+
+    assert inspect.signature(around) == inspect.signature(type(model).forward)
+    assert inspect.unwrap(around) is function
+    fused.forward = types.MethodType(around, fused)
+    x = image()
+
+    def calls(one: nn.Module) -> list[str]:
+        with torch.profiler.profile() as run:
+            assert_close(one(x), model(x), rtol=1e-4, atol=1e-5)
+        return [event.key for event in run.key_averages() if event.key.startswith("fastnn::")]
+
+    assert calls(fused)
+    assert not calls(copy.deepcopy(fused))
+    assert not calls(fastnn.unfuse(fused))
+    assert len(seen) == 3
 
 
 def test_weight_norm_and_pruning_as_they_were_before_parametrizations() -> None:

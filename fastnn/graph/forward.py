@@ -91,7 +91,18 @@ class FusedModule(Fused):
 
     @property
     def __func__(self) -> Any:
-        return type(self.module).forward
+        """A function that runs this forward for its module, as long as that is fused, and for others their class's.
+        Who wraps a method's function, and puts the result into the model (accelerate), wraps this forward so."""
+        stock = type(self.module).forward
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            is_own = module is self.module and module.__dict__.get(TOKEN) is self.token
+            return self(*args, **kwargs) if is_own else stock(module, *args, **kwargs)
+
+        functools.update_wrapper(forward, stock)
+        forward.__dict__.pop("__wrapped__")  # who unwraps functions gets this one
+        forward.__dict__["__signature__"] = inspect.signature(stock)
+        return forward
 
     @property
     def __name__(self) -> str:
