@@ -122,26 +122,3 @@ def bandwidth(megabytes: float) -> float:
 
     # What more rounds take, without the buffer's allocation.
     return size * rounds / (min(seconds(rounds + 1) for _ in range(9)) - min(seconds(1) for _ in range(9)))
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on, to be stored beside it."""
-    info = fastnn.backend_info()
-    return {
-        "processor": _processor(),
-        "instruction_set": info.instruction_set,
-        "fastnn": info.version,
-        "torch": info.torch,
-        "python": info.python,
-        "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()
