@@ -14,21 +14,21 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks.stored import select
+
 Stored = dict[str, dict[str, Any]]
 Row = dict[str, Any]
 
 _WIDTH = 8.6  # inches: 826 pixels of a page, so that a point of type is a point there
+_NAMES = ("page", "text", "line", "stock", "ours", "ours on two threads", "compile", "onnxruntime")
 THEMES = {
-    "light": {"text": "#1f2328", "line": "#c4ccd4", "ours": "#c4530f", "ours2": "#ee9a5f", "stock": "#6a737d",
-              "b": "#0b68c9", "c": "#1a7f37"},
-    "dark": {"text": "#e6edf3", "line": "#3d444d", "ours": "#ff8f40", "ours2": "#a8561f", "stock": "#9aa4ae",
-             "b": "#58a6ff", "c": "#3fb950"},
-}  # fmt: skip
+    theme: dict(zip(_NAMES, colors.split(), strict=True))
+    for theme, colors in {
+        "light": "#ffffff #1f2328 #c4ccd4 #6a737d #c4530f #ee9a5f #0b68c9 #1a7f37",
+        "dark": "#0d1117 #e6edf3 #3d444d #9aa4ae #ff8f40 #a8561f #58a6ff #3fb950",
+    }.items()
+}
 Colors = dict[str, str]
-
-
-def _select(rows: list[Row], **wanted: Any) -> list[Row]:
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def _log_axis(axis: Any, ticks: list[float]) -> None:
@@ -47,16 +47,16 @@ def models(stored: Stored, colors: Colors) -> Figure:
     height = 0.8 / len(counts)
     for panel, (direction, title) in zip(panels, titles.items(), strict=True):
         for i, count in enumerate(counts):
-            chosen = _select(rows, direction=direction, threads=count)
+            chosen = select(rows, direction=direction, threads=count)
             places = [names.index(row["case"]) + (i - (len(counts) - 1) / 2) * height for row in chosen]
             ratios = [row["ratio"] if row["reliable"] else 0 for row in chosen]
             label = f"{count} thread" + "s" * (count > 1)
-            bars = panel.barh(places, ratios, height, color=colors[("ours", "ours2")[i % 2]], label=label)
+            bars = panel.barh(places, ratios, height, color=colors[("ours", "ours on two threads")[i % 2]], label=label)
             texts = [f"{row['ratio']:.1f}" if row["reliable"] else "worthless" for row in chosen]
             panel.bar_label(bars, texts, padding=3, fontsize=8.5, color=colors["text"])
-        panel.axvline(1, color=colors["text"], linewidth=1)
+        panel.axvline(1, color=colors["text"], linewidth=1, zorder=0.5)
         panel.set_title(title, fontsize=10)
-        panel.margins(x=0.16)
+        panel.margins(x=0.22)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     figure.supxlabel("times as fast as eager PyTorch (the line is at 1)", fontsize=9.5, color=colors["text"])
@@ -66,16 +66,16 @@ def models(stored: Stored, colors: Colors) -> Figure:
 
 def zoo(stored: Stored, colors: Colors) -> Figure:
     """A panel a direction, a row a model, a mark a contender."""
-    rows = _select(stored["zoo"]["rows"], threads=1)
+    rows = select(stored["zoo"]["rows"], threads=1)
     names = list(dict.fromkeys(row["case"] for row in rows))
     marks = {
         "better of fused and frozen": (("fused", "frozen"), "o", "ours"),
-        "torch.compile": (("compile",), "|", "b"),
-        "ONNX Runtime": (("onnxruntime",), "x", "c"),
+        "torch.compile": (("compile",), "|", "compile"),
+        "ONNX Runtime": (("onnxruntime",), "x", "onnxruntime"),
     }
     figure, panels = plt.subplots(1, 2, figsize=(_WIDTH, 1.3 + 0.23 * len(names)), sharey=True, layout="constrained")
     for panel, direction in zip(panels, ("inference", "training"), strict=True):
-        of_direction = _select(rows, direction=direction)
+        of_direction = select(rows, direction=direction)
         for label, (contenders, marker, color) in marks.items():
             points = []
             for row in of_direction:
@@ -86,7 +86,7 @@ def zoo(stored: Stored, colors: Colors) -> Figure:
             panel.scatter(
                 *zip(*points, strict=True), size, colors[color], marker, label=label, zorder=3
             ) if points else None
-        panel.axvline(1, color=colors["text"], linewidth=1)
+        panel.axvline(1, color=colors["text"], linewidth=1, zorder=0.5)
         panel.set_xscale("log")
         _log_axis(panel.xaxis, [0.5, 1, 2, 4, 8])
         panel.set_title({"training": "forward and backward"}.get(direction, direction), fontsize=10)
@@ -100,11 +100,16 @@ def zoo(stored: Stored, colors: Colors) -> Figure:
 
 def roofline(stored: Stored, colors: Colors) -> Figure:
     """What each case reaches, under the multipliers' peak and the bandwidths of caches and memory."""
-    ops = {"conv_relu_max_pool": ("o", "ours"), "rnn": ("s", "b"), "mlp": ("^", "c"), "frozen": ("D", "stock")}
+    ops = {
+        "conv_relu_max_pool": ("o", "ours"),
+        "rnn": ("s", "compile"),
+        "mlp": ("^", "onnxruntime"),
+        "frozen": ("D", "stock"),
+    }
     labels = {"frozen": "whole models"}
     figure, panel = plt.subplots(figsize=(_WIDTH, 4.6), layout="constrained")
     for op, (marker, color) in ops.items():
-        rows = _select(stored[op]["rows"], direction="inference", threads=1)
+        rows = select(stored[op]["rows"], direction="inference", threads=1)
         seconds = [
             min(row["microseconds"][name] for name in row["microseconds"] if "fastnn" in name) / 1e6 for row in rows
         ]
@@ -140,7 +145,7 @@ def roofline(stored: Stored, colors: Colors) -> Figure:
 def _times(panel: Any, rows: list[Row], colors: Colors) -> None:
     """Lines over sizes: stock's better format and fastnn, in both directions."""
     for direction, style in (("inference", "-"), ("training", "--")):
-        of_direction = _select(rows, direction=direction)
+        of_direction = select(rows, direction=direction)
         sizes = [row["size"] for row in of_direction]
         stock = [
             min(row["microseconds"][name] for name in row["microseconds"] if name != "fastnn") for row in of_direction
@@ -175,8 +180,8 @@ def _scaling(panels_of: Callable[[list[Row]], list[tuple[str, str, list[Row]]]])
 
 def _lines(sweep: str) -> Callable[[list[Row]], list[tuple[str, str, list[Row]]]]:
     def panels_of(rows: list[Row]) -> list[tuple[str, str, list[Row]]]:
-        rows = _select(rows, sweep=sweep)
-        return [(line, sweep, _select(rows, line=line)) for line in dict.fromkeys(row["line"] for row in rows)]
+        rows = select(rows, sweep=sweep)
+        return [(line, sweep, select(rows, line=line)) for line in dict.fromkeys(row["line"] for row in rows)]
 
     return panels_of
 
@@ -230,7 +235,7 @@ def draw_all(stored: Stored, folder: Path) -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.edgecolor": colors["stock"],
-            **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+            **dict.fromkeys(("figure.facecolor", "axes.facecolor"), colors["page"]),
             **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colors["text"]),
         }
         for name, plot in PLOTS.items():

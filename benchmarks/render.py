@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from benchmarks.stored import RESULTS, ROOT, load
+from benchmarks.stored import RESULTS, ROOT, load, select
 
 Row = dict[str, Any]
 Stored = dict[str, dict[str, Any]]
@@ -46,10 +46,6 @@ def time_text(microseconds: float) -> str:
 
 def ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x"
-
-
-def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def best(row: Row, ours: bool) -> str:

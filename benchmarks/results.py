@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import render
 from benchmarks.stored import RESULTS, ROOT
 
-_BRIEF = ("--seconds", "0.01")
+_BRIEF = ("--seconds", "0.001")
 _NO_COMPILERS = ("--threads", "1", "--providers", "eager", "channels_last", "fastnn", "fastnn frozen")
 _ENGINES = ("onnx_runtime", "openvino")
 
@@ -34,17 +34,14 @@ class Part:
         return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
 
 
-def _compare(name: str, op: str, seconds: float) -> Part:
-    short = (*_BRIEF, *_NO_COMPILERS, *_ENGINES)
-    return Part(name, ("compare", op), ("--seconds", str(seconds)), short)
+def _compare(name: str, op: str, *full: str) -> Part:
+    return Part(name, ("compare", op), full, (*_BRIEF, *_NO_COMPILERS, *_ENGINES))
 
 
 PARTS = [
     Part("models", ("report",), ("--seconds", "4"), _BRIEF),
-    _compare("frozen", "models", 2),
-    _compare("conv_relu_max_pool", "conv_relu_max_pool", 1),
-    _compare("rnn", "rnn", 1),
-    _compare("mlp", "mlp", 1),
+    _compare("frozen", "models", "--seconds", "2"),
+    *(_compare(op, op, "--seconds", "1", "--threads", "1") for op in ("conv_relu_max_pool", "rnn", "mlp")),
     Part("zoo", ("zoo",), (), (*_BRIEF, "--threads", "1", "--contenders", "stock", "fused", "frozen", "onnxruntime")),
     Part(
         "step",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def save(folder: Path, name: str, rows: list[dict[str, Any]], seconds: float, **
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """The content of every result file of the folder, by name."""
     return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def select(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def _rounded(value: Any) -> Any:

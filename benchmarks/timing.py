@@ -13,6 +13,7 @@ import torch
 import fastnn
 
 _BLOCK_SECONDS = 3e-3
+_REHEARSAL_SECONDS = 5e-3
 _LARGEST_SPREAD = 1.5  # of the middle half of the rounds' speed-ups (measured on an idle machine: below 1.2)
 _SPIN_SECONDS = 80e-3  # for which other engines' threads keep a core busy after a call (measured: 20 to 77 ms)
 
@@ -56,12 +57,13 @@ def interleave(runners: dict[str, Callable[[], Any]], seconds: float, rounds: in
     Args:
         runners: what to time, warmed up.
         seconds: about how long to measure in all; at least ``rounds`` rounds are made.
-        rounds: the least number of rounds.
+        rounds: the least number of rounds; two where the seconds say that it is a rehearsal.
     """
     calls = {name: _calls_in_block(run) for name, run in runners.items()}
     samples: dict[str, list[float]] = {name: [] for name in runners}
     order = list(runners)
     end = time.perf_counter() + seconds
+    rounds = 2 if seconds < _REHEARSAL_SECONDS else rounds
     done = 0
     while done < rounds or time.perf_counter() < end:
         for name in order if done % 2 == 0 else reversed(order):
