@@ -35,7 +35,6 @@ def lstm() -> nn.Module:
 
 MODELS = {
     "LeNet-like, 32 and 64 channels": ("benchmarks.memory:lenet", "256,1,28,28"),
-    "LeNet-5": ("zoo.images:LeNet5", "256,1,28,28"),
     "U-Net": ("zoo.images:UNet", "2,1,128,128"),
     "LSTM of two layers, h128": ("benchmarks.memory:lstm", "32,128,64"),
 }

@@ -73,7 +73,9 @@ def zoo(stored: Stored, colors: Colors) -> Figure:
         "torch.compile": (("compile",), "|", "compile"),
         "ONNX Runtime": (("onnxruntime",), "x", "onnxruntime"),
     }
-    figure, panels = plt.subplots(1, 2, figsize=(_WIDTH, 1.3 + 0.23 * len(names)), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(
+        1, 2, figsize=(_WIDTH, 1.3 + 0.23 * len(names)), sharex=True, sharey=True, layout="constrained"
+    )
     for panel, direction in zip(panels, ("inference", "training"), strict=True):
         of_direction = select(rows, direction=direction)
         for label, (contenders, marker, color) in marks.items():
@@ -120,25 +122,22 @@ def roofline(stored: Stored, colors: Colors) -> Figure:
     panel.set_xscale("log")
     panel.set_yscale("log")
     left, right = panel.get_xlim()
-    words = ("a core's cache", "the shared cache", "memory")
-    for (megabytes, rate), word in zip(stored["mlp"]["bandwidth"].items(), words, strict=True):
-        rate /= 1e9
-        panel.plot([left, peak / rate], [left * rate, peak], color=colors["stock"], linewidth=1)
-        text = f"{word}, {rate:.0f} GB/s ({megabytes} MB read)"
-        panel.annotate(
-            text, (left, left * rate), (4, 3), textcoords="offset points", rotation_mode="anchor",
-            rotation=45, transform_rotates_text=True, fontsize=8.5, color=colors["text"],
-        )  # fmt: skip
-    panel.hlines(peak, left, right, color=colors["stock"], linewidth=1)
+    low, high = panel.get_ylim()
+    panel.axhline(peak, color=colors["stock"], linewidth=1)
     panel.text(
         right, 1.06 * peak, f"multiply-adds, {peak:.0f} GFLOP/s ", ha="right", fontsize=8.5, color=colors["text"]
     )
-    panel.set_xlim(left, right)
-    panel.set_ylim(top=1.8 * peak)
+    lines = zip(stored["mlp"]["bandwidth"].items(), ("-", "--", ":"), strict=True)
+    for (megabytes, rate), style in lines:
+        label = f"read from {float(megabytes):g} MB, {rate / 1e9:.0f} GB/s"
+        meets = peak / (rate / 1e9)
+        panel.plot([low / (rate / 1e9), meets], [low, peak], style, color=colors["stock"], linewidth=1, label=label)
+    panel.set_xlim(min(left, 0.2), right)
+    panel.set_ylim(low, max(high, 1.6 * peak))
     panel.set_xlabel("operations a byte that must move at least")
     panel.set_ylabel("GFLOP/s")
     panel.grid(color=colors["line"], linewidth=0.4)
-    panel.legend(loc="lower right")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper left", ncols=4)
     return figure
 
 

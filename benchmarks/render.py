@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import plots
 from benchmarks.stored import RESULTS, ROOT, load, select
+from benchmarks.timing import REHEARSAL_SECONDS
 
 Row = dict[str, Any]
 Stored = dict[str, dict[str, Any]]
@@ -34,14 +35,10 @@ _WIDTH = 120
 
 
 def time_text(microseconds: float) -> str:
-    for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if microseconds >= size:
-            return (
-                f"{microseconds / size:.3g} {unit}"
-                if microseconds < 1e3 * size
-                else f"{microseconds / size:.0f} {unit}"
-            )
-    return f"{microseconds:.3g} µs"
+    """Three digits, in the unit that fits."""
+    size, unit = next(((size, unit) for size, unit in ((1e6, "s"), (1e3, "ms")) if microseconds >= size), (1, "µs"))
+    value = microseconds / size
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
 
 def ratio_text(ratio: float) -> str:
@@ -87,13 +84,15 @@ def columns(rows: Iterable[Row]) -> list[str]:
 
 
 def where(stored: Stored) -> str:
-    info = stored["models"]["environment"]
-    dates = [content["environment"]["date"] for content in stored.values()]
-    return textwrap.fill(
-        f"Measured on {info['processor']} ({info['instruction_set']}), torch {info['torch']}, fastnn {info['fastnn']}, "
-        f"commit {info['commit']}, {min(dates)}; {info['seconds_a_row']:g} seconds for a row of the first table.",
-        _WIDTH,
+    infos = [content["environment"] for content in stored.values()]
+    info, date = stored["models"]["environment"], min(info["date"] for info in infos)
+    seconds = [info["seconds_a_row"] for info in infos]
+    text = (
+        f"Measured on {info['processor']} ({info['instruction_set']}), with torch {info['torch']} and fastnn "
+        f"{info['fastnn']} at commit {info['commit']}, {date}, for {min(seconds):g} to {max(seconds):g} seconds a row."
     )
+    rehearsed = " **This was a rehearsal: no figure is to be believed.**" if min(seconds) < REHEARSAL_SECONDS else ""
+    return textwrap.fill(text + rehearsed, _WIDTH)
 
 
 def ratios(stored: Stored, name: str, direction: str, of: Callable[[Row], float] = against_stock) -> list[float]:

@@ -27,7 +27,7 @@ SWEEPS: dict[str, dict[str, tuple[tuple[int, ...], Callable[[int], Case]]]] = {
         "LSTM (4, length, 32) h64": ((10, 30, 100, 300, 1000, 3000), lambda n: rnn_case("LSTM", (4, n, 32), 64))
     },
     "channels": {
-        "3x3 convolution, as many out, 28x28": (
+        "3x3 convolution (8, channels, 28, 28)": (
             (1, 2, 4, 8, 16, 32, 64, 128, 256),
             lambda n: conv_case((8, n, 28, 28), n, 3, 2, padding=1),
         )

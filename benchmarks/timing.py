@@ -12,8 +12,8 @@ import torch
 
 import fastnn
 
+REHEARSAL_SECONDS = 5e-3  # below which nothing that was measured is to be believed
 _BLOCK_SECONDS = 3e-3
-_REHEARSAL_SECONDS = 5e-3
 _LARGEST_SPREAD = 1.5  # of the middle half of the rounds' speed-ups (measured on an idle machine: below 1.2)
 _SPIN_SECONDS = 80e-3  # for which other engines' threads keep a core busy after a call (measured: 20 to 77 ms)
 
@@ -27,10 +27,6 @@ class Timing:
     @property
     def median(self) -> float:
         return statistics.median(self.samples)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        return quartiles(self.samples)
 
 
 def quartiles(samples: tuple[float, ...]) -> tuple[float, float]:
@@ -63,7 +59,7 @@ def interleave(runners: dict[str, Callable[[], Any]], seconds: float, rounds: in
     samples: dict[str, list[float]] = {name: [] for name in runners}
     order = list(runners)
     end = time.perf_counter() + seconds
-    rounds = 2 if seconds < _REHEARSAL_SECONDS else rounds
+    rounds = 2 if seconds < REHEARSAL_SECONDS else rounds
     done = 0
     while done < rounds or time.perf_counter() < end:
         for name in order if done % 2 == 0 else reversed(order):
@@ -115,7 +111,7 @@ def bandwidth(megabytes: float) -> float:
     """Bytes a second that one thread reads from a buffer of this size, over and over: pick the size to sit in the cache
     or memory of interest."""
     size = int(megabytes * 1e6)
-    rounds = max(1, int(2e8 / size))
+    rounds = max(4, int(2e8 / size))
 
     def seconds(rounds: int) -> float:
         start = time.perf_counter()
