@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def roofline(stored: Stored, colors: Colors) -> Figure:
         intensities = [row["operations"] / row["bytes_of_inference"] for row in rows]
         reached = [row["operations"] / second / 1e9 for row, second in zip(rows, seconds, strict=True)]
         panel.scatter(intensities, reached, 30, colors[color], marker, label=labels.get(op, op), zorder=3)
-    peak = stored["mlp"]["peak"]["1"] / 1e9
+    peak = statistics.median(stored[op]["peak"]["1"] for op in ops) / 1e9
     panel.set_xscale("log")
     panel.set_yscale("log")
     left, right = panel.get_xlim()
@@ -127,11 +128,10 @@ def roofline(stored: Stored, colors: Colors) -> Figure:
     panel.text(
         right, 1.06 * peak, f"multiply-adds, {peak:.0f} GFLOP/s ", ha="right", fontsize=8.5, color=colors["text"]
     )
-    lines = zip(stored["mlp"]["bandwidth"].items(), ("-", "--", ":"), strict=True)
-    for (megabytes, rate), style in lines:
-        label = f"read from {float(megabytes):g} MB, {rate / 1e9:.0f} GB/s"
-        meets = peak / (rate / 1e9)
-        panel.plot([low / (rate / 1e9), meets], [low, peak], style, color=colors["stock"], linewidth=1, label=label)
+    for megabytes, style in zip(stored["mlp"]["bandwidth"], ("-", "--", ":"), strict=True):
+        rate = statistics.median(stored[op]["bandwidth"][megabytes] for op in ops) / 1e9
+        label = f"read from {megabytes} MB, {rate:.0f} GB/s"
+        panel.plot([low / rate, peak / rate], [low, peak], style, color=colors["stock"], linewidth=1, label=label)
     panel.set_xlim(min(left, 0.2), right)
     panel.set_ylim(low, max(high, 1.6 * peak))
     panel.set_xlabel("operations a byte that must move at least")
