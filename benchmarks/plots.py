@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.stored import select
 
@@ -54,7 +55,8 @@ def models(stored: Stored, colors: Colors) -> Figure:
             label = f"{count} thread" + "s" * (count > 1)
             bars = panel.barh(places, ratios, height, color=colors[("ours", "ours on two threads")[i % 2]], label=label)
             texts = [f"{row['ratio']:.1f}" if row["reliable"] else "worthless" for row in chosen]
-            panel.bar_label(bars, texts, padding=3, fontsize=8.5, color=colors["text"])
+            over_the_line = {"facecolor": colors["page"], "edgecolor": "none", "pad": 0.5}
+            panel.bar_label(bars, texts, padding=3, fontsize=8.5, color=colors["text"], bbox=over_the_line)
         panel.axvline(1, color=colors["text"], linewidth=1, zorder=0.5)
         panel.set_title(title, fontsize=10)
         panel.margins(x=0.22)
@@ -146,15 +148,17 @@ def _times(panel: Any, rows: list[Row], colors: Colors) -> None:
     for direction, style in (("inference", "-"), ("training", "--")):
         of_direction = select(rows, direction=direction)
         sizes = [row["size"] for row in of_direction]
-        stock = [
-            min(row["microseconds"][name] for name in row["microseconds"] if name != "fastnn") for row in of_direction
-        ]
-        ours = [row["microseconds"]["fastnn"] for row in of_direction]
+        times = [row["microseconds"] for row in of_direction]
+        stock = [min(time for name, time in one.items() if name != "fastnn") / 1e3 for one in times]
+        ours = [one["fastnn"] / 1e3 for one in times]
         label = {"training": "forward and backward"}.get(direction, direction)
         panel.plot(sizes, stock, style, color=colors["stock"], marker="o", markersize=3.5, label=f"stock, {label}")
         panel.plot(sizes, ours, style, color=colors["ours"], marker="o", markersize=3.5, label=f"fastnn, {label}")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.grid(color=colors["line"], linewidth=0.4)
 
 
@@ -170,7 +174,7 @@ def _scaling(panels_of: Callable[[list[Row]], list[tuple[str, str, list[Row]]]])
             _log_axis(panel.xaxis, sizes if len(sizes) <= 6 else sizes[::2])
             panel.set_title(title, fontsize=9)
             panel.set_xlabel(label)
-        panels[0].set_ylabel("microseconds")
+        panels[0].set_ylabel("milliseconds")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
         return figure
 

@@ -36,7 +36,7 @@ def test_every_file_says_what_its_figures_depend_on_and_all_have_one_age(stored:
 @each_page
 def test_pages_have_the_stored_figures(page: str, stored: dict[str, dict[str, Any]]) -> None:
     text = (ROOT / page).read_text()
-    assert render.rendered(text, stored) == text, 'make results ARGS="--only" writes the pages anew'
+    assert render.rendered(text, stored) == text, "make results ARGS=--only writes the pages anew"
 
 
 def test_a_figure_that_no_file_has_is_refused(stored: dict[str, dict[str, Any]]) -> None:
