@@ -41,8 +41,9 @@ def save(folder: Path, name: str, rows: list[dict[str, Any]], seconds: float, **
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The content of every result file of the folder, by name."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    """The content of every result file of the folder, by name, but for what a GPU's tools have left there."""
+    files = [file for file in sorted(folder.glob("*.json")) if not file.name.startswith("gpu_")]
+    return {file.stem: json.loads(file.read_text()) for file in files}
 
 
 def select(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
