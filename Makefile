@@ -14,7 +14,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help build docs examples test test-integrations fuzz-semantics lint format bench bench-conv bench-layers bench-rnn \
-    bench-mlp bench-frozen bench-zoo bench-step bench-overhead bench-processes sweep-conv sweep-mlp wheel wheels clean
+    bench-mlp bench-frozen bench-zoo bench-step bench-memory bench-scaling bench-overhead bench-processes results \
+    sweep-conv sweep-mlp wheel wheels clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ format: $(VENV)/lint.stamp  ## Rewrite the sources in the project's style
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
+results: $(VENV)/rivals.stamp  ## Measure all that README and docs show, and write it there (an hour; ARGS=--short: a rehearsal)
+	$(RUN) -m benchmarks.results $(ARGS)
+
 bench: $(VENV)/bench.stamp  ## Measure the three models against stock PyTorch (under five minutes)
 	$(RUN) -m benchmarks.report $(ARGS)
 
@@ -52,8 +56,7 @@ bench-conv: $(VENV)/rivals.stamp  ## Compare conv_relu_max_pool with every rival
 bench-layers: $(VENV)/bench.stamp  ## Compare convolution layers of published networks with stock PyTorch
 	$(RUN) -m benchmarks.layers $(ARGS)
 
-bench-rnn: $(VENV)/rivals.stamp  ## Compare the recurrent layers with every rival; time against length (12 minutes)
-	$(RUN) -m benchmarks.lengths
+bench-rnn: $(VENV)/rivals.stamp  ## Compare the recurrent layers with every rival
 	$(RUN) -m benchmarks.compare rnn --seconds 3 $(ARGS)
 
 bench-mlp: $(VENV)/rivals.stamp  ## Compare mlp with every rival
@@ -68,11 +71,17 @@ bench-zoo: $(VENV)/rivals.stamp  ## Compare twenty real models, fused and frozen
 bench-step: $(VENV)/rivals.stamp  ## Compare whole training steps with stock, compile and JAX
 	$(RUN) -m benchmarks.step $(ARGS)
 
+bench-memory: $(VENV)/bench.stamp  ## Measure memory and time of training steps
+	$(RUN) -m benchmarks.memory $(ARGS)
+
+bench-scaling: $(VENV)/bench.stamp  ## Measure time against batch, length, channels, hidden size and threads
+	$(RUN) -m benchmarks.scaling $(ARGS)
+
 sweep-conv: $(VENV)/bench.stamp  ## Compare random convolution layers with stock PyTorch (about fifteen minutes)
-	$(RUN) -m benchmarks.sweep conv_relu_max_pool --output benchmarks/results/sweep_conv_relu_max_pool.txt $(ARGS)
+	$(RUN) -m benchmarks.sweep conv_relu_max_pool $(ARGS)
 
 sweep-mlp: $(VENV)/bench.stamp  ## Compare random chains of linear layers with stock PyTorch
-	$(RUN) -m benchmarks.sweep mlp --output benchmarks/results/sweep_mlp.txt $(ARGS)
+	$(RUN) -m benchmarks.sweep mlp $(ARGS)
 
 bench-processes: $(VENV)/bench.stamp  ## Measure as many processes of one thread as there are cores against one alone
 	$(RUN) -m benchmarks.processes $(ARGS)

@@ -1,5 +1,5 @@
-"""What a convolution cannot be faster than: its products at the multipliers' peak, and its input's cache lines at the
-speed at which that much is read."""
+"""What a case cannot be faster than: its products at the multipliers' peak, and its bytes at the speed at which that
+much is read."""
 
 import functools
 
@@ -7,11 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
+from benchmarks.cases import first_tensor
 from benchmarks.problem import Problem
 from benchmarks.timing import bandwidth, peak_flops
 
+BUFFERS = (0.2, 8, 200)  # megabytes: read over and over, they come from a core's cache, the shared one and memory
 _LINE = 64  # bytes
 _INPUT_GRADIENT = {3: conv1d_input, 4: conv2d_input, 5: conv3d_input}  # by rank
+
+
+def traffic(problem: Problem) -> float:
+    """The bytes that one inference moves at least: its input and its result once, its parameters once or, where each
+    step needs the one before, at every step."""
+    case, size = problem.case, problem.grad_output.element_size()
+    parameters = sum(parameter.numel() for parameter in problem.stock.parameters())
+    images = first_tensor(problem.input).numel() + problem.grad_output.numel()
+    return size * images + max(size * parameters, case.step_bytes * case.serial_steps)
 
 
 def describe_bounds(problem: Problem) -> str:

@@ -15,12 +15,11 @@ from typing import Any
 
 import fastnn
 from benchmarks.cases import Case, conv_case
+from benchmarks.compare import times
 from benchmarks.problem import DIRECTIONS, Problem
-from benchmarks.providers import prepare
-from benchmarks.report import RESULTS
+from benchmarks.stored import OUTPUT, save
 from benchmarks.sweep import TOLERATED
-from benchmarks.timing import environment, interleave
-from fastnn.testing import using_instruction_set, using_threads
+from fastnn.testing import using_instruction_set
 
 LAYERS = Path(__file__).parent / "published_layers.json"
 _LOOK_AGAIN = 4  # times as long, where the first look shows a loss
@@ -49,31 +48,26 @@ def layer_cases() -> Iterator[tuple[str, Case]]:
 def measure(name: str, case: Case, direction: str, threads: int, seconds: float) -> dict[str, Any]:
     """Microseconds of fastnn and of stock's better format, and how many times faster the first is."""
     problem = Problem(case, direction)
-    with using_threads(threads), problem.context():
-        prepared = {provider: prepare(provider, problem) for provider in ("eager", "channels_last", "fastnn")}
-        runners = {provider: run for provider, run in prepared.items() if run is not None}
-        for longer in (1, _LOOK_AGAIN):
-            timings = interleave(runners, longer * seconds, rounds=5 * longer)
-            ours = timings.pop("fastnn").median
-            best = min(timings, key=lambda provider: timings[provider].median)
-            speedup = timings[best].median / ours
-            if speedup >= TOLERATED:
-                break
+    for longer in (1, _LOOK_AGAIN):
+        timings = times(problem, threads, ["eager", "channels_last", "fastnn"], longer * seconds, rounds=5 * longer)
+        microseconds = {provider: timing.median * 1e6 for provider, timing in timings.items()}
+        speedup = min(time for provider, time in microseconds.items() if provider != "fastnn") / microseconds["fastnn"]
+        if speedup >= TOLERATED:
+            break
     call = fastnn.explain(problem.fused, problem.input).calls[0]
     return {
-        "layer": name,
-        "case": case.name,
+        "case": name,
+        "layer": case.name,
         "direction": direction,
         "threads": threads,
         "algorithm": call.forward if direction == "inference" else f"{call.forward}, {call.backward}",
-        "microseconds": ours * 1e6,
-        "stock": best,
+        "microseconds": microseconds,
         "speedup": speedup,
     }
 
 
-def as_text(rows: list[dict[str, Any]], title: str) -> str:
-    lines = [title]
+def as_text(rows: list[dict[str, Any]]) -> str:
+    lines = []
     for direction in DIRECTIONS:
         for threads in sorted({row["threads"] for row in rows}):
             speedups = [r["speedup"] for r in rows if (r["direction"], r["threads"]) == (direction, threads)]
@@ -89,8 +83,8 @@ def as_text(rows: list[dict[str, Any]], title: str) -> str:
 
 
 def as_line(row: dict[str, Any]) -> str:
-    kind = f"{row['direction']} {row['threads']}"
-    return f"{row['speedup']:6.2f} {row['microseconds']:11.1f} us  {kind:12} {row['algorithm']!s:20} {row['layer']}"
+    kind, time = f"{row['direction']} {row['threads']}", row["microseconds"]["fastnn"]
+    return f"{row['speedup']:6.2f} {time:11.1f} us  {kind:12} {row['algorithm']!s:20} {row['case']}"
 
 
 def main() -> None:
@@ -100,7 +94,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", choices=list(_LIMITS), help="limit both to this instruction set")
     parser.add_argument("--seconds", type=float, default=0.3, help="measuring time of a row (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="file for the table")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of layers.json")
     arguments = parser.parse_args()
     limits = _LIMITS.get(arguments.isa, {})
     if any(os.environ.get(name) != value for name, value in limits.items()):
@@ -114,11 +108,10 @@ def main() -> None:
                 for threads in arguments.threads:
                     rows.append(measure(name, case, direction, threads, arguments.seconds))
                     print(as_line(rows[-1]), flush=True)
-        text = as_text(rows, ", ".join(str(value) for value in environment().values()))
-    print(f"\n{text}")
-    output = arguments.output or RESULTS / f"layers_{arguments.isa or fastnn.backend_info().instruction_set}.txt"
-    if not arguments.only:
-        output.write_text(text)
+        print(f"\n{as_text(rows)}")
+        if not arguments.only:
+            name = f"layers_{arguments.isa}" if arguments.isa else "layers"
+            save(arguments.output, name, rows, arguments.seconds)
 
 
 if __name__ == "__main__":

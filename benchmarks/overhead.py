@@ -5,7 +5,6 @@ done (``bare_operators.cpp``, compiled on the spot). ``F.linear`` on one number 
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -20,8 +19,8 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import fastnn
-from benchmarks.report import RESULTS
-from benchmarks.timing import environment, interleave
+from benchmarks.stored import OUTPUT, save
+from benchmarks.timing import interleave
 from fastnn.functional import conv_relu_max_pool2d, mlp
 from fastnn.ops.mlp import join_activations
 from fastnn.ops.rnn import rnn, rnn_cell
@@ -177,7 +176,7 @@ def measure(calls: Calls, seconds: float) -> dict[str, Any]:
         "function with grad - without": times["function with grad"] - times["function"],
         "module with grad - without": times["module with grad"] - times["module"],
     }
-    return {"op": calls.name, "microseconds": times, "above": above}
+    return {"case": calls.name, "threads": 1, "microseconds": times, "above": above}
 
 
 def linear_row(seconds: float) -> dict[str, Any]:
@@ -188,33 +187,13 @@ def linear_row(seconds: float) -> dict[str, Any]:
         times = {name: timing.median * 1e6 for name, timing in interleave(runners, seconds).items()}
     recorded = interleave({f"{name} with grad": run for name, run in runners.items()}, seconds)
     times |= {name: timing.median * 1e6 for name, timing in recorded.items()}
-    return {"op": "F.linear and nn.Linear", "microseconds": times, "above": {}}
-
-
-def as_markdown(rows: list[dict[str, Any]], info: dict[str, Any]) -> str:
-    times, above = list(rows[-1]["microseconds"]), list(TARGETS)
-    limits = [f"{name} (<= {TARGETS[name]:g})" for name in above]
-    lines = [
-        ", ".join(f"{name} {info[name]}" for name in ("processor", "torch", "fastnn", "time")),
-        "Microseconds a call on a nearly empty input, one thread, medians; **bold** where a target is missed.",
-        "",
-        "| " + " | ".join(["op", *times, *limits]) + " |",
-        "|" + "---|" * (1 + len(times) + len(limits)),
-    ]
-    for row in rows:
-        cells = [f"{row['microseconds'][name]:.1f}" if name in row["microseconds"] else "" for name in times]
-        for name in above:
-            value = row["above"].get(name)
-            text = "" if value is None else f"{value:.1f}"
-            cells.append(f"**{text}**" if value is not None and value > TARGETS[name] else text)
-        lines.append("| " + " | ".join([row["op"], *cells]) + " |")
-    return "\n".join(lines) + "\n"
+    return {"case": "F.linear and nn.Linear", "threads": 1, "microseconds": times, "above": {}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1, help="measuring time of each group (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of overhead.json and overhead.md")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of overhead.json")
     arguments = parser.parse_args()
     console = Console()
     load_bare_operators()
@@ -224,14 +203,7 @@ def main() -> None:
             rows.append(measure(calls, arguments.seconds))
             times = ", ".join(f"{name} {us:.1f}" for name, us in rows[-1]["microseconds"].items())
             console.print(f"[bold]{calls.name}[/bold]: {times}", highlight=False, soft_wrap=True)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    result = arguments.output / "overhead.json"
-    info = environment()
-    result.write_text(json.dumps({"environment": info, "targets": TARGETS, "rows": rows}, indent=1) + "\n")
-    table = as_markdown(rows, info)
-    result.with_suffix(".md").write_text(table)
-    console.print(table, markup=False, soft_wrap=True)
-    console.print(f"Written: {result}, {result.with_suffix('.md')}")
+    save(arguments.output, "overhead", rows, arguments.seconds, targets=TARGETS)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """The program of ``make bench``: the three models on fused layers against the same on stock ones."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from rich import box
 from rich.console import Console
@@ -16,10 +14,10 @@ from benchmarks.cases import MODELS, Case
 from benchmarks.problem import Problem
 from benchmarks.providers import prepare
 from benchmarks.step import steps_of
-from benchmarks.timing import environment, interleave, is_reliable, quartiles, speedups
+from benchmarks.stored import OUTPUT, save
+from benchmarks.timing import interleave, is_reliable, quartiles, speedups
 from fastnn.testing import using_threads
 
-RESULTS = Path(__file__).parent / "results"
 DIRECTIONS = ("inference", "training", "step")
 
 
@@ -41,8 +39,7 @@ def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[st
         "case": case.name,
         "direction": direction,
         "threads": threads,
-        "stock_us": timings["stock"].median * 1e6,
-        "fused_us": timings["fused"].median * 1e6,
+        "microseconds": {name: timing.median * 1e6 for name, timing in timings.items()},
         "ratio": ratio,
         "ratio_quartiles": ratio_quartiles,
         "reliable": is_reliable(ratio, ratio_quartiles),
@@ -78,8 +75,8 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
             row["case"],
             row["direction"],
             str(row["threads"]),
-            as_time(row["stock_us"]),
-            as_time(row["fused_us"]),
+            as_time(row["microseconds"]["stock"]),
+            as_time(row["microseconds"]["fused"]),
             as_ratio(row),
             f"{low:.1f}-{high:.1f}",
             end_section=i + 1 < len(rows) and rows[i + 1]["case"] != row["case"],
@@ -118,47 +115,6 @@ def report_failures(failures: list[str], console: Console) -> None:
         raise SystemExit(1)
 
 
-def plot(rows: list[dict[str, Any]], info: dict[str, Any], path: Path) -> None:
-    """A panel a direction, with a bar a case and thread count, as long as its speed-up."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    counts = sorted({row["threads"] for row in rows})
-    figure, panels = plt.subplots(1, len(DIRECTIONS), figsize=(12, 1.6 + 0.42 * len(cases) * len(counts)), sharey=True)
-    height = 0.8 / len(counts)
-    for panel, direction in zip(panels, DIRECTIONS, strict=True):
-        for i, count in enumerate(counts):
-            chosen = [row for row in rows if row["direction"] == direction and row["threads"] == count]
-            places = [cases.index(row["case"]) + (i - (len(counts) - 1) / 2) * height for row in chosen]
-            bars = panel.barh(
-                places,
-                [row["ratio"] if row["reliable"] else 0 for row in chosen],
-                height,
-                xerr=[
-                    [abs(r["ratio"] - r["ratio_quartiles"][side]) if r["reliable"] else 0 for r in chosen]
-                    for side in (0, 1)
-                ],
-                error_kw={"ecolor": "#555555", "elinewidth": 1},
-                color=("#1f4e79", "#7fb2d9", "#c9dff0")[i % 3],
-                label=_threads_text(count),
-            )
-            labels = [f"{as_ratio(r)}  ({as_time(r['stock_us'])} → {as_time(r['fused_us'])})" for r in chosen]
-            panel.bar_label(bars, labels, padding=6, fontsize=8)
-        panel.axvline(1, color="#b03030", linewidth=1)
-        panel.set_title(direction)
-        panel.set_xlabel("times faster than stock PyTorch (1 = the same)")
-        longest = max((row["ratio"] for row in rows if row["direction"] == direction and row["reliable"]), default=1)
-        panel.set_xlim(0, 1.6 * longest)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(cases)), cases)
-    panels[0].invert_yaxis()
-    panels[-1].legend(loc="lower right", frameon=False)
-    figure.suptitle(f"fastnn {info['fastnn']}, torch {info['torch']}, {info['processor']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def _threads_text(count: int) -> str:
     return f"{count} thread" + ("s" if count > 1 else "")
 
@@ -167,17 +123,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--seconds", type=float, default=5, help="measuring time of each row (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of models.json and models.png")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of models.json")
     arguments = parser.parse_args()
 
     console = Console()
     rows, failures = measure_all(arguments.threads, arguments.seconds, console)
     print_table(rows, console)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    info = environment()
-    (arguments.output / "models.json").write_text(json.dumps({"environment": info, "rows": rows}, indent=1) + "\n")
-    plot(rows, info, arguments.output / "models.png")
-    console.print(f"Written: {arguments.output / 'models.json'}, {arguments.output / 'models.png'}")
+    save(arguments.output, "models", rows, arguments.seconds)
     report_failures(failures, console)
 
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import fastnn
 from benchmarks.cases import MODELS, Case
 from benchmarks.jax_step import jax_step
-from benchmarks.timing import environment, interleave
+from benchmarks.stored import OUTPUT, save
+from benchmarks.timing import interleave
 from fastnn.testing import using_threads
 
 CONTENDERS = ("stock", "stock, fused Adam", "compile", "fastnn layers", "training_step", "jax")
 _LR = 1e-3
-_RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], Any]  # returns the loss
 
 
@@ -90,9 +90,10 @@ def steps_of(case: Case, contenders: list[str]) -> dict[str, Step]:
 
 
 def as_line(row: dict[str, Any]) -> str:
-    best = min(row[c] for c in CONTENDERS[:2] if c in row)
-    cells = [f"{row[c] * 1e6:9.1f}" if c in row else "        -" for c in CONTENDERS]
-    return f"| {row['model']:28} | {row['threads']} | {' | '.join(cells)} | {best / row['training_step']:5.1f}x |"
+    times = row["microseconds"]
+    best = min(times[name] for name in CONTENDERS[:2] if name in times)
+    cells = ", ".join(f"{name} {time:.1f} us" for name, time in times.items())
+    return f"{row['case']}, {row['threads']} thread(s): {best / times['training_step']:.1f}x\n  {cells}"
 
 
 def main() -> None:
@@ -101,16 +102,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of a row (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=_RESULTS / "step.md", help="file for the table")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of step.json")
     arguments = parser.parse_args()
-    lines = [
-        ", ".join(str(value) for value in environment().values()),
-        "",
-        "Microseconds of a training step with Adam; the last column, stock's better one over training_step.",
-        "",
-        f"| model | threads | {' | '.join(CONTENDERS)} | ratio |",
-        "|---" * (len(CONTENDERS) + 3) + "|",
-    ]
+    rows = []
     for case in MODELS:
         if arguments.only not in case.name:
             continue
@@ -119,11 +113,11 @@ def main() -> None:
                 warnings.simplefilter("ignore")  # about other people's software
                 torch.compiler.reset()
                 timings = interleave(steps_of(case, arguments.contenders), arguments.seconds)
-            row = {"model": case.name, "threads": threads, **{c: t.median for c, t in timings.items()}}
-            lines.append(as_line(row))
-            print(lines[-1], flush=True)
+            microseconds = {name: timing.median * 1e6 for name, timing in timings.items()}
+            rows.append({"case": case.name, "direction": "step", "threads": threads, "microseconds": microseconds})
+            print(as_line(rows[-1]), flush=True)
     if not arguments.only:
-        arguments.output.write_text("\n".join(lines) + "\n")
+        save(arguments.output, "step", rows, arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.cases import CASES, Case
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.providers import PROVIDERS, prepare
-from benchmarks.timing import environment
+from benchmarks.stored import environment
 from fastnn.testing import using_threads
 
 

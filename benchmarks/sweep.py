@@ -18,7 +18,8 @@ from benchmarks.bounds import describe_bounds
 from benchmarks.cases import Case, conv_case, mlp_case
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.providers import in_channels_last, prepare
-from benchmarks.timing import environment, interleave
+from benchmarks.stored import environment
+from benchmarks.timing import interleave
 from fastnn.testing import DTYPES, using_threads
 
 TOLERATED = 0.97  # of stock's speed; below is a loss

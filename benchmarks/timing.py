@@ -12,6 +12,7 @@ import torch
 
 import fastnn
 
+REHEARSAL_SECONDS = 5e-3  # below which nothing that was measured is to be believed
 _BLOCK_SECONDS = 3e-3
 _LARGEST_SPREAD = 1.5  # of the middle half of the rounds' speed-ups (measured on an idle machine: below 1.2)
 _SPIN_SECONDS = 80e-3  # for which other engines' threads keep a core busy after a call (measured: 20 to 77 ms)
@@ -26,10 +27,6 @@ class Timing:
     @property
     def median(self) -> float:
         return statistics.median(self.samples)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        return quartiles(self.samples)
 
 
 def quartiles(samples: tuple[float, ...]) -> tuple[float, float]:
@@ -56,12 +53,13 @@ def interleave(runners: dict[str, Callable[[], Any]], seconds: float, rounds: in
     Args:
         runners: what to time, warmed up.
         seconds: about how long to measure in all; at least ``rounds`` rounds are made.
-        rounds: the least number of rounds.
+        rounds: the least number of rounds; two where the seconds say that it is a rehearsal.
     """
     calls = {name: _calls_in_block(run) for name, run in runners.items()}
     samples: dict[str, list[float]] = {name: [] for name in runners}
     order = list(runners)
     end = time.perf_counter() + seconds
+    rounds = 2 if seconds < REHEARSAL_SECONDS else rounds
     done = 0
     while done < rounds or time.perf_counter() < end:
         for name in order if done % 2 == 0 else reversed(order):
@@ -113,7 +111,7 @@ def bandwidth(megabytes: float) -> float:
     """Bytes a second that one thread reads from a buffer of this size, over and over: pick the size to sit in the cache
     or memory of interest."""
     size = int(megabytes * 1e6)
-    rounds = max(1, int(2e8 / size))
+    rounds = max(4, int(2e8 / size))
 
     def seconds(rounds: int) -> float:
         start = time.perf_counter()
@@ -122,26 +120,3 @@ def bandwidth(megabytes: float) -> float:
 
     # What more rounds take, without the buffer's allocation.
     return size * rounds / (min(seconds(rounds + 1) for _ in range(9)) - min(seconds(1) for _ in range(9)))
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on, to be stored beside it."""
-    info = fastnn.backend_info()
-    return {
-        "processor": _processor(),
-        "instruction_set": info.instruction_set,
-        "fastnn": info.version,
-        "torch": info.torch,
-        "python": info.python,
-        "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fastnn
-from benchmarks.report import RESULTS
+from benchmarks.stored import OUTPUT, save
 from benchmarks.sweep import TOLERATED
-from benchmarks.timing import environment, interleave
+from benchmarks.timing import interleave
 from fastnn.testing import using_threads
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -111,37 +111,30 @@ def measure(name: str, direction: str, threads: int, seconds: float, contenders:
         runners = runners_of(name, direction, threads, contenders)
         for longer in (1, _LOOK_AGAIN):
             timings = interleave(runners, longer * seconds, rounds=5 * longer)
-            medians = {contender: timing.median for contender, timing in timings.items()}
+            medians = {contender: timing.median * 1e6 for contender, timing in timings.items()}
             if medians["stock"] / medians["fused"] >= TOLERATED:
                 break
-    return {"model": name, "direction": direction, "threads": threads, **medians}
+    return {"case": name, "direction": direction, "threads": threads, "microseconds": medians}
 
 
 def as_line(row: dict[str, Any]) -> str:
-    cells = [f"{row['stock'] / row[c]:5.2f}x" if c in row else "     -" for c in CONTENDERS[1:]]
-    time = f"{row['stock'] * 1e3:9.3f} ms"
-    return f"| {row['model']:21} | {row['direction']:9} | {row['threads']} | {time} | {' | '.join(cells)} |"
+    times = row["microseconds"]
+    cells = [f"{name} {times['stock'] / times[name]:.2f}x" for name in CONTENDERS[1:] if name in times]
+    stock = f"stock {times['stock'] / 1e3:.3f} ms"
+    return f"{row['case']:21} {row['direction']:9} {row['threads']} thread(s)  {', '.join([stock, *cells])}"
 
 
-def as_text(rows: list[dict[str, Any]], title: str) -> str:
-    heads = " | ".join(f"{c:>6}" for c in CONTENDERS[1:])
-    lines = [
-        title,
-        "",
-        "Times faster than stock PyTorch.",
-        "",
-        f"| {'model':21} | direction | threads | stock | {heads} |",
-    ]
-    lines += ["|---" * 8 + "|", *map(as_line, rows), ""]
+def as_text(rows: list[dict[str, Any]]) -> str:
+    lines = []
     for direction in ("inference", "training"):
         for threads in sorted({row["threads"] for row in rows}):
-            some = [r for r in rows if (r["direction"], r["threads"]) == (direction, threads)]
+            some = [r["microseconds"] for r in rows if (r["direction"], r["threads"]) == (direction, threads)]
             for contender in CONTENDERS[1:]:
-                ratios = [r["stock"] / r[contender] for r in some if contender in r]
+                ratios = [times["stock"] / times[contender] for times in some if contender in times]
                 if ratios:
                     mean = statistics.geometric_mean(ratios)
                     lines.append(
-                        f"- {direction}, {threads} thread(s), {contender}: {len(ratios)} models, least "
+                        f"{direction}, {threads} thread(s), {contender}: {len(ratios)} models, least "
                         f"{min(ratios):.2f}, geometric mean {mean:.2f}"
                     )
     return "\n".join(lines) + "\n"
@@ -154,7 +147,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seconds", type=float, default=0.5, help="measuring time of a row (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "zoo.md", help="file for the table")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of zoo.json")
     arguments = parser.parse_args()
     rows = []
     for name in ZOO:
@@ -164,10 +157,9 @@ def main() -> None:
             for threads in arguments.threads:
                 rows.append(measure(name, direction, threads, arguments.seconds, arguments.contenders))
                 print(as_line(rows[-1]), flush=True)
-    text = as_text(rows, ", ".join(str(value) for value in environment().values()))
-    print(f"\n{text}")
+    print(f"\n{as_text(rows)}")
     if not arguments.only:
-        arguments.output.write_text(text)
+        save(arguments.output, "zoo", rows, arguments.seconds)
 
 
 if __name__ == "__main__":
