@@ -1,5 +1,6 @@
 """How Sphinx builds the documentation: `make docs`. What is made from code and results is in generate.py."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,3 +28,13 @@ nitpick_ignore_regex = [("py:class", r"(torch|collections)\..*")]
 html_theme = "furo"
 html_title = f"fastnn {release}"
 html_show_sourcelink = html_copy_source = False
+
+
+def copy_plots(app, error):  # type: ignore[no-untyped-def]
+    """Puts the plots of dark pages beside those of light ones. Sphinx itself does not see them: HTML names them."""
+    if error is None:
+        shutil.copytree(Path(app.srcdir, "performance", "plots"), Path(app.outdir, "performance", "plots"), dirs_exist_ok=True)
+
+
+def setup(app):  # type: ignore[no-untyped-def]
+    app.connect("build-finished", copy_plots)

@@ -190,31 +190,18 @@ class Subject(NamedTuple):
 
 
 SUBJECTS = {
-    "models": Subject("The three models", "`make bench` measures them.", ["models.*"]),
-    "zoo": Subject("Real models", "`make bench-zoo` measures the twenty models of `tests/zoo`.", ["zoo*"]),
-    "step": Subject("Training steps", "`make bench-step` measures whole steps.", ["step*"]),
-    "convolution": Subject(
-        "Convolution",
-        "`make bench-conv` compares with every rival, `make bench-layers` with stock on layers of published networks,"
-        " and `make sweep-conv` on random shapes, which is a guard rather than a goal.",
-        ["conv*", "layers_*", "sweep_conv*"],
-    ),
-    "rnn": Subject("Recurrent layers", "`make bench-rnn` compares with every rival.", ["rnn*"]),
-    "mlp": Subject("Linear layers", "`make bench-mlp` compares with every rival.", ["mlp*", "sweep_mlp*"]),
-    "frozen": Subject("Frozen models", "`make bench-frozen` compares with every rival.", ["frozen*"]),
-    "overhead": Subject("What a call costs before any work", "`make bench-overhead` measures it.", ["overhead*"]),
     "gpu": Subject(
         "The GPU, without one",
         "Nothing here was timed on a card: `make gpu-check` compiles the kernels, `make gpu-roofline` predicts.",
         ["gpu_*"],
     ),
-    "others": Subject("Other figures", "These files belong to none of the pages before.", ["*"]),
+    "others": Subject("Beside other programs", "`make bench-processes` and `benchmarks.lightning_loop` measure them.", ["*"]),
 }
 
 
 def pages_of_results(folder: Path) -> dict[str, str]:
     """The text of each page, by its file's name. A file is on the first page that has a pattern for it, and a page
-    without files is left out. A `.json` is what a `.md` beside it was made from, and is not shown."""
+    without files is left out. What `make results` measures, in `.json`, is in the pages of docs/performance."""
     left = sorted(path.name for path in folder.iterdir() if path.suffix in (".md", ".txt", ".png", ".svg"))
     pages = {}
     for name, subject in SUBJECTS.items():

@@ -212,15 +212,15 @@ def test_what_a_forward_may_not_do() -> None:
 
 
 def test_each_file_of_results_is_on_one_page(tmp_path: Path) -> None:
-    for name in ("zoo.md", "layers_new.txt", "a_new_one.md", "rnn.json"):
+    for name in ("gpu_check.md", "gpu_new.txt", "a_new_one.md", "rnn.json"):
         (tmp_path / name).write_text("# heading\nwords\n| a |\n|---|\n| 1 |\n")
     for folder in (tmp_path, generate.RESULTS):
         pages = generate.pages_of_results(folder)
         shown = re.findall(r"^## `(.*)`$", "".join(pages.values()), re.MULTILINE)
         assert sorted(shown) == sorted(path.name for path in folder.iterdir() if path.suffix != ".json")
     pages = generate.pages_of_results(tmp_path)
-    assert set(pages) == {"zoo.md", "convolution.md", "others.md"}
-    assert "### heading\nwords\n\n| a |" in pages["zoo.md"]
+    assert set(pages) == {"gpu.md", "others.md"}
+    assert "### heading\nwords\n\n| a |" in pages["gpu.md"]
 
 
 @pytest.mark.parametrize("name", drawings.DRAWINGS)
