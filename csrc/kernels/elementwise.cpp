@@ -83,23 +83,41 @@ T sum(const T* from, int64_t count) {
 }
 
 template <class T>
-void softmax(const T* from, int64_t count, bool logarithm, T* to) {
-  Vec<T> most = broadcast<T>(-static_cast<T>(__builtin_inf()));
-  for (int64_t i = 0; i < count; ++i) {  // NaN makes all NaN below, so that it may be passed over here
-    if (i + kLanes<T> <= count) {
-      most = larger_of(load(from + i), most);
-      i += kLanes<T> - 1;
-    } else {
-      most = larger_of(broadcast<T>(from[i]), most);
+void largest(const T* const* rows, int64_t count, int64_t length, T* to) {
+  for (int64_t i = 0; i < length; i += kLanes<T>) {
+    Vec<T> best = broadcast<T>(-static_cast<T>(__builtin_inf()));
+    for (int64_t r = 0; r < count; ++r) {
+      const Vec<T> x = load_up_to<T>(rows[r] + i, length - i);
+      best = (x > best) | (x != x) ? x : best;
     }
+    store_up_to<T>(to + i, best, length - i);
   }
-  T lanes[kLanes<T>], largest = -static_cast<T>(__builtin_inf());
+}
+
+template <class T>
+void average(const T* const* rows, int64_t count, int64_t length, T factor, T* to) {
+  for (int64_t i = 0; i < length; i += kLanes<T>) {
+    Vec<T> total = {};
+    for (int64_t r = 0; r < count; ++r) total += load_up_to<T>(rows[r] + i, length - i);
+    store_up_to<T>(to + i, total * factor, length - i);
+  }
+}
+
+template <class T>
+void softmax(const T* from, int64_t count, bool logarithm, T* to) {
+  const T lowest = -static_cast<T>(__builtin_inf());
+  Vec<T> most = broadcast<T>(lowest);
+  int64_t first = 0;
+  for (; first + kLanes<T> <= count; first += kLanes<T>) most = larger_of(load(from + first), most);
+  // NaN makes all NaN below, so that it may be passed over here.
+  for (; first < count; ++first) most = larger_of(broadcast<T>(from[first]), most);
+  T lanes[kLanes<T>], highest = lowest;
   store(lanes, most);
-  for (T lane : lanes) largest = lane > largest ? lane : largest;
+  for (T lane : lanes) highest = lane > highest ? lane : highest;
   T total = 0;
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const int64_t left = count - i;
-    const Vec<T> shifted = load_up_to<T>(from + i, left) - largest, power = exp_of<T>(shifted);
+    const Vec<T> shifted = load_up_to<T>(from + i, left) - highest, power = exp_of<T>(shifted);
     store_up_to<T>(to + i, logarithm ? shifted : power, left);
     T each[kLanes<T>];
     store(each, power);
@@ -146,7 +164,7 @@ void blend(const T* x, const T* y, T part, int64_t count, T* to) {
 
 template <class T>
 constexpr ElementwiseKernels<T> kernels() {
-  return {binary<T>, sum_rows<T>, sum<T>, softmax<T>, layer_norm<T>, blend<T>, transpose_matrix<T, T>};
+  return {binary<T>, sum_rows<T>, sum<T>, largest<T>, average<T>, softmax<T>, layer_norm<T>, blend<T>, transpose_matrix<T, T>};
 }
 
 }  // namespace

@@ -30,6 +30,10 @@ struct ElementwiseKernels {
   void (*sum_rows)(const T* from, int64_t rows, int64_t step, int64_t count, T factor, T* to);
   // The sum of `count` elements.
   T (*sum)(const T* from, int64_t count);
+  // to[i] = the largest of rows[r][i], or -inf of no rows. NaN wins.
+  void (*largest)(const T* const* rows, int64_t count, int64_t length, T* to);
+  // to[i] = factor * sum over r of rows[r][i].
+  void (*average)(const T* const* rows, int64_t count, int64_t length, T factor, T* to);
   // Softmax of one row, or its logarithm.
   void (*softmax)(const T* from, int64_t count, bool logarithm, T* to);
   // (from - mean) / sqrt(variance + epsilon) * weight + bias of one row. weight and bias (count) may be null.

@@ -138,9 +138,8 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
   }
   std::vector<void*> given;
   for (size_t i = 0; i < network.steps.size(); ++i) {
+    if (plan.is_idle[i]) continue;
     const Layer<T>& layer = *network.steps[i].layer;
-    if (layer.is_view()) continue;
-    if (plan.is_empty[i]) continue;
     reader.begin_step(i);
     given.clear();
     for (const int64_t value : layer.inputs) given.push_back(at[value]);

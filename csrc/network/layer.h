@@ -44,6 +44,15 @@ struct ValueType {
   }
 };
 
+// Whether both formats of a value are the same order of elements.
+inline bool is_same_order(const Ints& sizes) {
+  if (sizes.size() < 3 || sizes[1] == 1) return true;
+  for (size_t d = 2; d < sizes.size(); ++d) {
+    if (sizes[d] != 1) return false;
+  }
+  return true;
+}
+
 // A layer's place in a network whose inputs have certain sizes: what follows from them, made once and read by every
 // call. `prepared` is what the layer has made for itself.
 struct Site {
@@ -99,7 +108,7 @@ class Layer {
   virtual void pack(const Site&, PackedWriter&) const {}
   virtual void run(const LayerCall<T>& call) const = 0;
   // Whether the output is the input's memory under other sizes. Then `run` is not called.
-  virtual bool is_view() const { return false; }
+  virtual bool is_view(const Site&) const { return false; }
   // Takes over what the next layer does, which takes this layer's output as its only input and is the only one to do so.
   // Returns false where it cannot.
   virtual bool absorb(const Layer&) { return false; }

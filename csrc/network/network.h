@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "layer.h"
+#include "layers/reformat.h"
 
 namespace fastnn {
 
@@ -130,9 +130,27 @@ class Network {
     FASTNN_CHECK(joined ? used == pieces[0].sizes[0] : next == pieces.size(),
                  "network: there are more weights than the program asks for");
     join_chains();
+    let_inputs_change_format();
   }
 
  private:
+  // Layers take images from behind a change of format, which costs nothing where the plan leaves the format as it is.
+  void let_inputs_change_format() {
+    std::vector<Step> changes;
+    for (const NetworkInput& input : inputs) {
+      if (input.ranges.size() < 3 || input.is_integer) continue;
+      const int64_t changed = static_cast<int64_t>(values++);
+      for (Step& step : steps) {
+        Layer<T>& layer = *step.layer;
+        if (layer.formats() == FormatRule::contiguous) continue;
+        std::replace(layer.inputs.begin(), layer.inputs.end(), input.value, changed);
+      }
+      changes.push_back({std::make_unique<ReformatLayer<T>>(input.value, changed), 0, "reformat"});
+    }
+    steps.insert(steps.begin(), std::make_move_iterator(changes.begin()), std::make_move_iterator(changes.end()));
+  }
+
+
   void add_layer(ProgramLine& line) {
     const LayerEntry* found = nullptr;
     for (const LayerEntry& entry : layer_entries()) {

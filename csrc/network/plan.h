@@ -6,15 +6,6 @@
 
 namespace fastnn {
 
-// Whether both formats of a value are the same order of elements.
-inline bool is_indifferent(const Ints& sizes) {
-  if (sizes.size() < 3 || sizes[1] == 1) return true;
-  for (size_t d = 2; d < sizes.size(); ++d) {
-    if (sizes[d] != 1) return false;
-  }
-  return true;
-}
-
 // Where a value's elements are found at a call.
 struct Place {
   enum Kind : int8_t { nowhere, input, output, weight, memory } kind = nowhere;
@@ -29,15 +20,17 @@ class Plan {
   std::vector<Place> places;
   std::vector<Site> sites;  // one a step of the network
   int64_t memory = 0;          // elements between layers
-  std::vector<char> is_empty;  // of each step, whether it has nothing to compute
+  std::vector<char> is_idle;   // of each step, whether it has nothing to compute or is a view
   std::vector<bool> copied;    // of each output: it is found elsewhere, and has to be copied
 
   Plan(const Network<T>& network, const std::vector<Ints>& inputs) : network_(network) {
     set_sizes(inputs);
     set_formats();
-    for (const Site& site : sites) is_empty.push_back(site.is_empty());
     for (size_t i = 0; i < sites.size(); ++i) {
-      if (!is_empty[i]) sites[i].prepared = network.steps[i].layer->prepare(sites[i]);
+      is_idle.push_back(sites[i].is_empty() || network.steps[i].layer->is_view(sites[i]));
+    }
+    for (size_t i = 0; i < sites.size(); ++i) {
+      if (!is_idle[i]) sites[i].prepared = network.steps[i].layer->prepare(sites[i]);
     }
     set_places();
   }
@@ -45,7 +38,7 @@ class Plan {
   void pack(PackedWriter& packed) const {
     for (size_t i = 0; i < sites.size(); ++i) {
       packed.begin_step(i);
-      if (!is_empty[i]) network_.steps[i].layer->pack(sites[i], packed);
+      if (!is_idle[i]) network_.steps[i].layer->pack(sites[i], packed);
     }
   }
 
@@ -106,7 +99,7 @@ class Plan {
     std::vector<bool> is_fixed(values.size());
     const auto fix = [&](int64_t value) { is_fixed[at(value)] = true; };
     const auto tie = [&](int64_t one, int64_t other) {
-      if (is_indifferent(values[at(one)].sizes) || is_indifferent(values[at(other)].sizes)) return;
+      if (is_same_order(values[at(one)].sizes) || is_same_order(values[at(other)].sizes)) return;
       if (values[at(one)].sizes.size() != values[at(other)].sizes.size()) return fix(one), fix(other);
       group_[group_of(at(one))] = group_of(at(other));
     };
@@ -128,11 +121,11 @@ class Plan {
     }
     std::vector<bool> group_is_fixed(values.size());
     for (size_t value = 0; value < values.size(); ++value) {
-      if (is_fixed[value] && !is_indifferent(values[value].sizes)) group_is_fixed[group_of(value)] = true;
+      if (is_fixed[value] && !is_same_order(values[value].sizes)) group_is_fixed[group_of(value)] = true;
     }
     std::vector<size_t> free;
     for (size_t value = 0; value < values.size(); ++value) {
-      if (group_of(value) == value && !group_is_fixed[value] && !is_indifferent(values[value].sizes)) {
+      if (group_of(value) == value && !group_is_fixed[value] && !is_same_order(values[value].sizes)) {
         free.push_back(value);
       }
     }
@@ -141,7 +134,7 @@ class Plan {
 
   void apply(const std::vector<Format>& formats) {
     for (size_t value = 0; value < values.size(); ++value) {
-      values[value].format = is_indifferent(values[value].sizes) ? Format::contiguous : formats[group_of(value)];
+      values[value].format = is_same_order(values[value].sizes) ? Format::contiguous : formats[group_of(value)];
     }
     for (size_t i = 0; i < sites.size(); ++i) {
       const Layer<T>& layer = *network_.steps[i].layer;
@@ -171,7 +164,7 @@ class Plan {
       Site& site = sites[step];
       const Layer<T>& layer = *network_.steps[step].layer;
       const auto format_of = [&](int64_t value) {
-        return is_indifferent(values[at(value)].sizes) ? Format::contiguous : formats[group_of(at(value))];
+        return is_same_order(values[at(value)].sizes) ? Format::contiguous : formats[group_of(at(value))];
       };
       for (size_t k = 0; k < layer.inputs.size(); ++k) site.inputs[k].format = format_of(layer.inputs[k]);
       for (size_t k = 0; k < layer.outputs.size(); ++k) site.outputs[k].format = format_of(layer.outputs[k]);
@@ -232,7 +225,7 @@ class Plan {
     std::vector<size_t> first(values.size()), last(values.size());
     for (size_t i = 0; i < sites.size(); ++i) {
       const Layer<T>& layer = *network_.steps[i].layer;
-      if (layer.is_view()) root[at(layer.outputs[0])] = root[at(layer.inputs[0])];
+      if (layer.is_view(sites[i])) root[at(layer.outputs[0])] = root[at(layer.inputs[0])];
       const size_t read = layer.inputs.size() - layer.sizes_only;
       for (size_t k = 0; k < read; ++k) last[root[at(layer.inputs[k])]] = i;
       for (const int64_t output : layer.outputs) {

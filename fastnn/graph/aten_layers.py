@@ -110,16 +110,16 @@ class Reader:
         self.values[node] = value
         self.taken.add(value)
 
-    def reshape(self, value: Value, sizes: Sequence[Any]) -> Value:
+    def reshape(self, value: Value, sizes: Sequence[Any], asked: Sequence[Any] = ()) -> Value:
         """The value under other sizes. Sizes that depend on the inputs' are written as a dimension of some value, but
-        for one, which follows from the others."""
+        for one, which follows from the others. asked: the sizes for which the model's own call asks, -1 among them."""
         if _same(value.sizes, sizes):
             return value
         written: list[Any] = []
         like: list[Value] = []
-        for size in sizes:
-            if isinstance(size, int):
-                written.append(size)
+        for size, wanted in zip(sizes, asked or sizes, strict=True):
+            if isinstance(wanted, int) or isinstance(size, int):
+                written.append(wanted if isinstance(wanted, int) else size)
                 continue
             found = self._size_of_some(value, size)
             if found is None:
@@ -596,8 +596,13 @@ def _mean_of_all(read: Reader, node: Node, x: Any, dtype: Any = None) -> None:
 # ---- what moves elements --------------------------------------------------------------------------------------------
 
 
+@_row(_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+def _view(read: Reader, node: Node, x: Any, sizes: Sequence[Any]) -> None:
+    read.finish(node, read.reshape(read.data(x), _sizes(node), sizes))
+
+
 @_row(
-    *(_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.flatten.using_ints),
+    _aten.flatten.using_ints,
     *(_aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.unflatten.int),
 )
 def _reshape(read: Reader, node: Node, x: Any, *rest: Any, **named: Any) -> None:

@@ -158,7 +158,8 @@ class ChannelPool {
 
   void write(const Band& band, int64_t image, const Block& block) const {
     const ConvLayout& layout = call_.output_layout;
-    const bool joined = band.columns == g_.output[2];  // the rows follow one another
+    // Whether the rows follow one another.
+    const bool joined = band.columns == g_.output[2] && layout.d[1] == band.columns * layout.d[2];
     const int64_t rows = joined ? 1 : band.rows, count = joined ? band.rows * band.columns : band.columns;
     const int64_t channel = band.group * g_.out_channels + block.first;
     for (int64_t r = 0; r < rows; ++r) {

@@ -265,7 +265,8 @@ class PixelsForward {
     const ConvLayout& layout = call_.output_layout;
     const int64_t images = plan_.band.images;
     const int64_t result = plan_.band.stage_rows * plan_.pitch;
-    const bool joined = band_.columns * images == plan_.pitch && band_.columns == g_.output[2];
+    const bool joined = band_.columns * images == plan_.pitch && band_.columns == g_.output[2] &&
+                        layout.d[1] == band_.columns * layout.d[2];
     const int64_t rows = joined ? 1 : staged, columns = joined ? staged * band_.columns : band_.columns;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = output_at(first + r);

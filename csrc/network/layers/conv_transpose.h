@@ -132,7 +132,6 @@ class ConvTransposeLayer : public Layer<T> {
     const Scratch<T> own(copies ? output.count() : 0);
     T* const to = copies ? own.get() : given.output(0);
     for (const Phase& phase : *static_cast<const Phases*>(given.site.prepared.get())) {
-      const ConvPoolGeometry& g = phase.geometry;
       const T* weight = phase.empty ? nullptr : given.packed.template take<T>(0, phase.weight_size);
       const bool turns = !phase.empty && !weight;
       const Scratch<T> turned(turns ? phase.weight_size : 0);
@@ -157,7 +156,12 @@ class ConvTransposeLayer : public Layer<T> {
       const ConvPlan& plan = plan_of_call(kernels, call, phase.key, phase.plan);
       const T* const packed = given.packed.template take<T>(packing_of(phase.plan), phase.plan.packed_size);
       run_by_plan<T>(kernels, call, plan, &plan == &phase.plan ? packed : nullptr);
-      static_cast<void>(g);
+    }
+    if (takes_activation_last()) {
+      const auto& kernels = conv_kernels().get<T>();
+      parallel_range(output.count(), kCopyWork, [&](int64_t first, int64_t last) {
+        kernels.finish(activation_, to + first, nullptr, last - first, to + first);
+      });
     }
     if (copies) {
       copy_array(to, images.strides(), given.output(0), output.strides(), output.sizes,
@@ -175,6 +179,11 @@ class ConvTransposeLayer : public Layer<T> {
     int64_t weight_size;
   };
   using Phases = std::vector<Phase>;
+
+  // Phases write their pixels apart from each other, so that activations but for ReLU take all of them in one pass.
+  bool takes_activation_last() const {
+    return activation_.kind != ActivationKind::relu && activation_.kind != ActivationKind::identity;
+  }
 
   // The phase's part of the weight as a convolution has it: (out, in, kernel), turned around.
   void turn(const Phase& phase, T* to) const {
@@ -211,7 +220,7 @@ class ConvTransposeLayer : public Layer<T> {
     call.weight = weight;
     call.weight_layout = contiguous_layout(phase.geometry.in_channels, phase.geometry.kernel);
     call.bias = bias_;
-    call.activation = activation_;
+    call.activation = takes_activation_last() ? kIdentity : activation_;
     return call;
   }
 
@@ -225,7 +234,7 @@ class ConvTransposeLayer : public Layer<T> {
       const int64_t x = pixel % g.output[2], y = pixel / g.output[2] % g.output[1];
       const int64_t z = pixel / (g.output[2] * g.output[1]) % g.output[0], n = pixel / g.pixels();
       T* const to = call.output + n * layout.n + z * layout.d[0] + y * layout.d[1] + x * layout.d[2];
-      conv_kernels().get<T>().finish(activation_, bias, nullptr, channels, to);
+      conv_kernels().get<T>().finish(call.activation, bias, nullptr, channels, to);
     }
   }
 

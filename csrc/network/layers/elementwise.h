@@ -66,9 +66,17 @@ class BinaryLayer : public Layer<T> {
                             broadcast_strides(call.site.inputs[1 - left], rank), output.strides()},
                            memory_order(rank, output.channels_last()));
       const size_t last = loops.sizes.size() - 1;
+      const int64_t length = loops.sizes[last], a_step = loops.strides[0][last], b_step = loops.strides[1][last];
       loops.for_each_run(1, 1, [&](const auto& at) {
-        kernels.binary(kind_, a + at[0], loops.strides[0][last], b + at[1], loops.strides[1][last], loops.sizes[last],
-                       to + at[2]);
+        // An operand of another format than the output lies across the run.
+        const Scratch<T> a_run(a_step > 1 ? length : 0), b_run(b_step > 1 ? length : 0);
+        const auto in_a_run = [length](const T* from, int64_t step, T* run) {
+          if (step <= 1) return from;
+          for (int64_t i = 0; i < length; ++i) run[i] = from[i * step];
+          return static_cast<const T*>(run);
+        };
+        kernels.binary(kind_, in_a_run(a + at[0], a_step, a_run.get()), std::min<int64_t>(a_step, 1),
+                       in_a_run(b + at[1], b_step, b_run.get()), std::min<int64_t>(b_step, 1), length, to + at[2]);
       });
     }
     if (activation_.kind != ActivationKind::identity) activate(activation_, to, output.count(), to);

@@ -1,13 +1,17 @@
 // max_pool, avg_pool and mean: what takes several elements for one.
 #pragma once
 
+#include <cmath>
+
+#include "../../kernels/conv/machine.h"
 #include "../array.h"
 #include "conv.h"
 
 namespace fastnn {
 
-// A pool of images. Both kinds run by the convolution's kernels, which pool whatever a depthwise convolution gives: for
-// the maximum, one whose kernel is a single 1; the average is such a convolution itself.
+// A pool of images. With channels last, a window is as many runs of channels. Contiguous images go through the
+// convolution's kernels, which pool whatever a depthwise convolution gives: for the maximum, one whose kernel is a single
+// 1; the average is such a convolution itself.
 template <class T, bool averages>
 class PoolLayer : public Layer<T> {
  public:
@@ -36,10 +40,24 @@ class PoolLayer : public Layer<T> {
     site.outputs[0].sizes = fastnn::output_sizes(problem(input));
   }
 
+  double cost(const Site& site) const override {
+    const ConvPoolGeometry g = problem(site.sizes(0)).geometry;
+    const ConvKernels<T>& kernels = conv_kernels().get<T>();
+    const double lanes = static_cast<double>(kernels.vector_bytes) / sizeof(T);
+    const double taps = static_cast<double>(averages ? g.taps() : g.places());
+    const double vectors = std::ceil(static_cast<double>(g.groups) / lanes) * static_cast<double>(g.batch * g.pixels());
+    const double moved = vectors * tuned::kTranspose;
+    if (site.inputs[0].channels_last()) return vectors * (taps + 2) + (site.outputs[0].channels_last() ? 0 : moved);
+    PlanKey key = plan_key<T>(kernels, g, false, site.outputs[0].channels_last(), -1);
+    key.request.algorithm = static_cast<int32_t>(sizeof(T) == 8 ? ForwardAlgorithm::direct : ForwardAlgorithm::pixels);
+    return plan_forward(key.geometry, key.request, key.machine).cost;
+  }
+
   void run(const LayerCall<T>& given) const override {
     const ValueType &input = given.site.inputs[0], &output = given.site.outputs[0];
     const ConvPoolProblem problem = this->problem(input.sizes);
     const ConvKernels<T>& kernels = conv_kernels().get<T>();
+    if (input.channels_last()) return run_channels_last(given, problem.geometry);
     ConvCall<T> call{};
     call.geometry = problem.geometry;
     call.output = given.output(0);
@@ -80,6 +98,71 @@ class PoolLayer : public Layer<T> {
     geometry.push_back(input[1]);
     geometry.push_back(ceil_mode_);
     return problem_of({kDtypeOf<T>, 0, "network"}, input, weight, geometry);
+  }
+
+  void run_channels_last(const LayerCall<T>& given, const ConvPoolGeometry& g) const {
+    const auto& kernels = elementwise_kernels().get<T>();
+    const ValueType& output = given.site.outputs[0];
+    ValueType images = output;
+    images.format = Format::channels_last;
+    const bool copies = !output.channels_last() && !is_same_order(output.sizes);
+    const Scratch<T> own(copies ? output.count() : 0);
+    T* const to = copies ? own.get() : given.output(0);
+    const ConvLayout from = conv_layout(given.site.inputs[0]);
+    const auto each = [](const Ints& numbers, int64_t other) {
+      std::array<int64_t, 3> all{other, other, other};
+      std::copy(numbers.begin(), numbers.end(), all.end() - static_cast<ptrdiff_t>(numbers.size()));
+      return all;
+    };
+    const auto kernel = each(kernel_, 1), stride = each(stride_, 1), padding = each(padding_, 0);
+    const auto dilation = each(dilation_, 1);
+    const int64_t channels = g.groups, taps = kernel[0] * kernel[1] * kernel[2];
+    const int64_t rows = g.batch * g.output[0] * g.output[1];
+    const double work = static_cast<double>(g.output[2] * channels * taps);
+    parallel_range(rows, work, [&](int64_t first, int64_t last) {
+      const Scratch<const T*> places(taps);
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t y = row % g.output[1], z = row / g.output[1] % g.output[0], n = row / (g.output[0] * g.output[1]);
+        for (int64_t x = 0; x < g.output[2]; ++x) {
+          const int64_t at[3] = {z, y, x};
+          const int64_t count = find_places(g, given.input(0) + n * from.n, from, at, kernel, stride, padding, dilation,
+                                            places.get());
+          T* const pixel = to + (row * g.output[2] + x) * channels;
+          if (averages) {
+            const T factor = static_cast<T>(1.0 / static_cast<double>(counts_padding_ ? taps : std::max<int64_t>(count, 1)));
+            kernels.average(places.get(), count, channels, factor, pixel);
+          } else {
+            kernels.largest(places.get(), count, channels, pixel);
+          }
+        }
+      }
+    });
+    if (copies) {
+      copy_array(to, images.strides(), given.output(0), output.strides(), output.sizes,
+                 memory_order(output.sizes.size(), false));
+    }
+  }
+
+  using Three = std::array<int64_t, 3>;
+  // Lists where the pixels of a window are, and returns how many there are.
+  static int64_t find_places(const ConvPoolGeometry& g, const T* image, const ConvLayout& layout, const int64_t (&at)[3],
+                             const Three& kernel, const Three& stride, const Three& padding, const Three& dilation,
+                             const T** places) {
+    int64_t count = 0;
+    const auto place = [&](int d, int64_t tap) { return at[d] * stride[d] - padding[d] + tap * dilation[d]; };
+    for (int64_t i = 0; i < kernel[0]; ++i) {
+      const int64_t z = place(0, i);
+      if (z < 0 || z >= g.input[0]) continue;
+      for (int64_t j = 0; j < kernel[1]; ++j) {
+        const int64_t y = place(1, j);
+        if (y < 0 || y >= g.input[1]) continue;
+        for (int64_t k = 0; k < kernel[2]; ++k) {
+          const int64_t x = place(2, k);
+          if (x >= 0 && x < g.input[2]) places[count++] = image + z * layout.d[0] + y * layout.d[1] + x * layout.d[2];
+        }
+      }
+    }
+    return count;
   }
 
   // Divides by the number of elements that are there, where a window reaches into the padding.

@@ -31,7 +31,7 @@ class ReshapeLayer : public Layer<T> {
       this->sizes_only = found->second.size();
     }
   }
-  bool is_view() const override { return true; }
+  bool is_view(const Site&) const override { return true; }
 
   void set_sizes(Site& site) const override {
     const int64_t count = site.inputs[0].count();
@@ -55,8 +55,12 @@ class ReshapeLayer : public Layer<T> {
       int64_t all = 1, others = 1;
       for (const int64_t size : site.sizes(0)) all = checked_product(all, std::max<int64_t>(size, 1));
       for (const int64_t size : sizes) others = checked_product(others, std::max<int64_t>(size, 1));
-      const bool is_empty = count == 0 && std::find(sizes.begin(), sizes.end(), 0) == sizes.end();
-      if (all % others == 0) sizes[static_cast<size_t>(free)] = is_empty ? 0 : all / others;
+      int64_t& size = sizes[static_cast<size_t>(free)];
+      if (count == 0 && std::find(sizes.begin(), sizes.end(), 0) == sizes.end()) {
+        size = 0;
+      } else if (all % others == 0) {
+        size = all / others;
+      }
     }
     int64_t result = 1;
     for (const int64_t size : sizes) result = size < 0 ? -1 : checked_product(result, size);

@@ -35,8 +35,10 @@ class UpsampleLayer : public Layer<T> {
     const size_t dims = factors_.size();
     const int64_t rows = dims > 1 ? input.sizes[2] : 1, columns = input.sizes[1 + dims];
     const int64_t factor_y = dims > 1 ? factors_[0] : 1, factor_x = factors_[dims - 1];
-    const int64_t inner = input.channels_last() ? input.sizes[1] : 1;  // elements of a pixel that lie together
-    const int64_t planes = input.sizes[0] * (input.channels_last() ? 1 : input.sizes[1]);
+    // An image of one pixel lies alike in both formats, so that the output's format is that of both.
+    const bool channels_last = call.site.outputs[0].channels_last();
+    const int64_t inner = channels_last ? input.sizes[1] : 1;  // elements of a pixel that lie together
+    const int64_t planes = input.sizes[0] * (channels_last ? 1 : input.sizes[1]);
     const int64_t row = columns * inner, out_row = row * factor_x;
     std::vector<Place> places;
     for (int64_t x = 0; x < columns * factor_x; ++x) places.push_back(place(x, columns, factor_x));
