@@ -130,6 +130,7 @@ def extension():
             for path in [
                 CSRC / "module.cpp",
                 *sorted(CSRC.glob("ops/*.cpp")),
+                *sorted(CSRC.glob("network/*.cpp")),
                 *sorted(CSRC.glob("simd/*.cpp")),
                 *ISA_INDEPENDENT,
             ]

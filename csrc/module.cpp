@@ -14,6 +14,7 @@
 #include "kernels/rnn.h"
 #include "kernels/team.h"
 #include "kernels/update.h"
+#include "network/layer.h"
 #include "ops/bound_step.h"
 #include "ops/mlp_chain.h"
 #include "ops/team_balance.h"
@@ -142,6 +143,19 @@ py::dict conv_algorithms() {
   return result;
 }
 
+// The table of a network's layers: of each its name, its inputs, and its attributes with their kinds and defaults.
+py::list network_layers() {
+  py::list result;
+  for (const fastnn::LayerEntry& entry : fastnn::layer_entries()) {
+    py::list attributes;
+    for (const fastnn::AttributeEntry& attribute : entry.attributes) {
+      if (attribute.name) attributes.append(py::make_tuple(attribute.name, attribute.kind, attribute.value));
+    }
+    result.append(py::make_tuple(entry.name, entry.inputs, attributes));
+  }
+  return result;
+}
+
 PyObject *absent, *any, *some_tensor, *tensors;  // what a guard has in an object's place: see Guard
 
 // Whether a guard's tuples hold. Not by pybind11, whose calls take four times as long.
@@ -210,6 +224,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("recurrent_modes", recurrent_modes, "The table of recurrent modes: names, gates, states, what a step saves.");
   m.def("conv_algorithms", conv_algorithms,
         "The convolution's algorithms, of forward and backward: names and what they are for.");
+  m.def("network_layers", network_layers,
+        "The table of a network's layers: names, inputs, and attributes with their kinds and defaults.");
   m.attr("most_places") = fastnn::kMostPlaces;
   m.attr("most_layers") = fastnn::kMostLayers;
   const py::object object_type = py::module_::import("builtins").attr("object");

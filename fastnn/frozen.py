@@ -5,6 +5,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,36 +17,35 @@ from fastnn._torch import OpOverload, pytree
 from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
-from fastnn.ops.frozen import frozen_op, frozen_packed, read_program, write_program
-from fastnn.recurrent_modes import MODES
+from fastnn.ops.network import network_of_one, network_op, network_packed
 
-_frozen_call = frozen_op._op  # what calling it comes to, 0.25 us sooner; torch.compile knows only the former
+# What calling them comes to, 0.25 us sooner; torch.compile knows only the former.
+_network_call, _network_of_one_call = network_op._op, network_of_one._op
 _is_compiling = torch.compiler.is_compiling
 
 
 def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
     """``model`` as it is now, for inference alone, in as few operator calls as it allows.
 
-    Layers that fastnn has an operator for are fused as by :func:`fastnn.fuse`, batch norms become part of the layers
-    before them, and each chain of such layers, ``flatten`` and activations becomes one operator call. A model that is
-    one chain becomes a :class:`FrozenModel`; of others, what lies between the chains stays as it is, in a
-    :class:`FrozenGraph`. Dropout is left out. The frozen model is compared with the model, on the example and on a
-    batch of another size, before it is returned.
+    The model's layers become networks, each of which is one operator call: batch norms, activations, sums and pools
+    become part of the layers before them, and dropout is left out. A model whose every layer a network has becomes a
+    :class:`FrozenModel`; of others, what no network has stays as it is, in a :class:`FrozenGraph`. The frozen model is
+    compared with the model, on the example and on a batch of another size, before it is returned.
 
     Args:
         model: float32 or float64, on the CPU. It is not changed, and later changes of it do not reach the frozen model.
-        example_input: (batch, ...), or a tuple of such inputs. The frozen model takes any batch size, and is fastest
-            for sizes like these. It takes other sizes in further dimensions (lengths, heights) where the model does.
+        example_input: (batch, ...), or a tuple of a model's inputs, which may be tuples, lists and dicts of tensors
+            themselves, as an LSTM's state. The batch is dimension 0 of each input, or dimension 1, as of a state. The
+            frozen model takes any batch size, and is fastest for sizes like these. It takes other sizes in further
+            dimensions (lengths, heights) where the model does.
 
     Raises:
         ValueError: there is nothing to freeze, or the model does something that cannot be captured; the message names
             the layer and says why.
     """
     inputs = tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)
-    _check_arguments(model, inputs)
-    # The export takes a batch of one for a constant.
-    doubled = tuple(torch.cat([input, input]) for input in inputs)
-    is_single = any(input.shape[0] == 1 for input in inputs)
+    leaves, spec = pytree.tree_flatten(inputs)
+    _check_arguments(model, inputs, leaves)
 
     def as_it_is() -> nn.Module:
         """A copy in eval mode, which no call has changed."""
@@ -58,15 +58,23 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
         # Once more, as nothing that the model does may depend on the batch's size.
-        other = doubled if is_single else tuple(input[:1] for input in inputs)
-        again()
-        try:
-            expected_of_other = as_it_is()(*cloned(other))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(_words_of_batch(model, inputs, other, error)) from error
+        for last_try, batch_dims in _tries(model, leaves):
+            is_single = any(leaf.shape[dim] == 1 for leaf, dim in zip(leaves, batch_dims, strict=True))
+            # The export takes a batch of one for a constant.
+            doubled = [torch.cat([leaf, leaf], dim) for leaf, dim in zip(leaves, batch_dims, strict=True)]
+            first = [leaf.narrow(dim, 0, 1) for leaf, dim in zip(leaves, batch_dims, strict=True)]
+            other = pytree.tree_unflatten(doubled if is_single else first, spec)
+            again()
+            try:
+                expected_of_other = as_it_is()(*cloned(other))
+                break
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                if last_try:
+                    raise ValueError(_words_of_batch(model, leaves, first if not is_single else doubled, error)) from error
         with _export_lock:
-            exported = read(as_it_is(), doubled if is_single else inputs)
-        frozen = _build(model, exported, inputs)
+            given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
+            exported = read(as_it_is(), given, batch_dims)
+        frozen = _build(model, exported, leaves, spec)
         for some, wanted in ((inputs, expected), (other, expected_of_other)):
             again()
             _compare(frozen, some, wanted, exported.draws)
@@ -76,59 +84,87 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
 _export_lock = threading.RLock()  # torch.export keeps in globals what it is at
 
 
-def _words_of_batch(model: nn.Module, inputs: tuple[Tensor, ...], other: tuple[Tensor, ...], error: Exception) -> str:
-    sizes = " and ".join(str(tuple(input.shape)) for input in inputs)
-    words = (
-        f"freeze: what {type(model).__name__} does depends on the batch's size, which is dimension 0 of each input: it"
-        f" takes {sizes}, but of {' and '.join(str(tuple(input.shape)) for input in other)} it says: {error}"
-    )
-    first = {input.shape[0] for input in inputs}
-    if len(first) == 1:
-        return words
-    odd = next(i for i, input in enumerate(inputs) if input.shape[0] != inputs[0].shape[0])
-    batch = inputs[0].shape[0]
-    where = [dim for dim, size in enumerate(inputs[odd].shape) if size == batch]
-    found = f" It may have the batch in dimension {where[0]}, as a recurrent layer's state has;" if where else ""
+def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[tuple[bool, list[int]]]:
+    """Which dimension of each input may be the batch, the likely ones first; and whether these are the last.
+
+    That is dimension 0 of all; or of the first and dimension 1 of others, as of states; or dimension 1 of all, where the
+    model has recurrent layers whose steps come first."""
+    tries = [[0] * len(leaves)]
+    if len(leaves) > 1 and any(leaf.dim() > 1 for leaf in leaves[1:]):
+        batch = leaves[0].shape[0]
+        tries.append([0] + [int(leaf.dim() > 1 and leaf.shape[1] == batch) for leaf in leaves[1:]])
+    steps_first = any(isinstance(one, torch.nn.RNNBase) and not one.batch_first for one in model.modules())
+    if steps_first and all(leaf.dim() > 1 and leaf.shape[1] == leaves[0].shape[1] for leaf in leaves):
+        tries.append([1] * len(leaves))
+    distinct = [one for place, one in enumerate(tries) if one not in tries[:place]]
+    for place, dims in enumerate(distinct):
+        yield place + 1 == len(distinct), dims
+
+
+def _words_of_batch(model: nn.Module, leaves: Sequence[Tensor], other: Sequence[Tensor], error: Exception) -> str:
+    sizes = " and ".join(str(tuple(input.shape)) for input in leaves)
     return (
-        f"{words}. Input {odd} has {inputs[odd].shape[0]} in dimension 0 where input 0 has {batch}.{found} such an"
-        f" input is not taken: transpose it within the model"
+        f"freeze: what {type(model).__name__} does depends on the batch's size, which is dimension 0 or 1 of each input:"
+        f" it takes {sizes}, but of {' and '.join(str(tuple(input.shape)) for input in other)} it says: {error}"
     )
 
 
-def _build(model: nn.Module, exported: Exported, inputs: tuple[Tensor, ...]) -> "FrozenModel | FrozenGraph":
+def _build(
+    model: nn.Module, exported: Exported, leaves: Sequence[Tensor], spec: Any
+) -> "FrozenModel | FrozenGraph":
     name = type(model).__name__
     if not exported.segments:
         why = f": {str(exported.refusals[0]).removeprefix('freeze: ')}" if exported.refusals else ""
         raise ValueError(f"freeze: there is nothing in {name} to freeze{why}")
     for segment in exported.segments:
-        tensors = [tensor for stage in segment.stages for tensor in stage.tensors]
-        if len({t.dtype for t in tensors}) != 1 or tensors[0].dtype not in (torch.float32, torch.float64):
-            found = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
-            raise ValueError(f"freeze: expected parameters of one dtype, float32 or float64, got {found}")
-    if exported.is_one_chain:
-        return _frozen_chain(exported.segments[0], tuple(inputs[0].shape))
-    return FrozenGraph(*_write_graph(exported))
+        found = {tensor.dtype for tensor in segment.weights}
+        if len(found) != 1 or not found <= {torch.float32, torch.float64}:
+            words = ", ".join(sorted(map(str, found)))
+            raise ValueError(f"freeze: expected parameters of one dtype, float32 or float64, got {words}")
+    structure = _structure(spec)
+    if exported.is_one_network:
+        segment = exported.segments[0]
+        places = {node: place for place, node in enumerate(segment.outputs)}
+        results = pytree.tree_unflatten(exported.outputs, exported.out_spec)
+        order = [exported.inputs.index(node) for node in segment.inputs]
+        sizes = [tuple(leaves[place].shape) for place in order]
+        return FrozenModel(segment.program, _joined(segment), sizes, order, structure, _write(results, places))
+    return FrozenGraph(*_write_graph(exported), structure)
 
 
-def _frozen_chain(segment: Segment, sizes: tuple[int, ...]) -> "FrozenModel":
-    weights = torch.cat([tensor.detach().reshape(-1) for stage in segment.stages for tensor in stage.tensors])
-    return FrozenModel(write_program((stage.name, stage.numbers) for stage in segment.stages), weights, sizes)
+def _joined(segment: Segment) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in segment.weights])
 
 
-def _check_arguments(model: Any, inputs: tuple[Any, ...]) -> None:
+def _structure(spec: Any) -> Any:
+    """How a model's inputs are nested, in lists, tuples and strings."""
+    count = spec.num_leaves
+    return _write(pytree.tree_unflatten([_Leaf(place) for place in range(count)], spec), {})
+
+
+class _Leaf:
+    """A tensor's place among those of a nested structure."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+
+def _check_arguments(model: Any, inputs: tuple[Any, ...], leaves: Sequence[Any]) -> None:
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"freeze: expected a model that is a torch.nn.Module, got a {type(model).__name__}")
-    for place, input in enumerate(inputs):
-        if not isinstance(input, Tensor):
-            where = f", and its element {place}" if len(inputs) > 1 else ""
+    if not leaves:
+        raise ValueError("freeze: expected example_input to be a Tensor, or Tensors in tuples, lists and dicts, got none")
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            where = f", and its element {place}" if len(leaves) > 1 else ""
             raise ValueError(
-                f"freeze: expected example_input{where} to be a Tensor, or a tuple of Tensors, got a "
-                f"{type(input).__name__}: tensors within tuples and dicts, as an LSTM's state, are not taken"
+                f"freeze: expected example_input{where} to be a Tensor, or Tensors in tuples, lists and dicts, got a "
+                f"{type(leaf).__name__}"
             )
-        if input.dim() < 1 or input.numel() == 0 or not input.is_cpu:
+        if leaf.dim() < 1 or leaf.numel() == 0 or not leaf.is_cpu:
             raise ValueError(
                 "freeze: expected example_input to be on the CPU, of size (batch, ...) and not empty, got size "
-                f"{tuple(input.shape)} on {input.device}"
+                f"{tuple(leaf.shape)} on {leaf.device}"
             )
     for name, parameter in model.named_parameters():
         if not parameter.is_cpu:
@@ -143,7 +179,7 @@ def _check_arguments(model: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def _compare(
-    frozen: "FrozenModel | FrozenGraph", inputs: tuple[Tensor, ...], expected: Any, draws: Sequence[str]
+    frozen: "FrozenModel | FrozenGraph", inputs: tuple[Any, ...], expected: Any, draws: Sequence[str]
 ) -> None:
     results, spec = pytree.tree_flatten(frozen(*inputs))
     wanted, wanted_spec = pytree.tree_flatten(expected)
@@ -152,7 +188,7 @@ def _compare(
         return
     words = (
         "freeze: the frozen model does not compute what the model does on an input of size "
-        f"{', '.join(str(tuple(input.shape)) for input in inputs)}: expected a result of size "
+        f"{_sizes_of(pytree.tree_leaves(inputs))}: expected a result of size "
         f"{_sizes_of(wanted)}, got {_sizes_of(results)}"
     )
     if same:
@@ -186,12 +222,52 @@ def _as_in_inference() -> Iterator[None]:
         yield
 
 
-class FrozenModel(nn.Module):
+class _Frozen(nn.Module):
+    """What both kinds of frozen models have in common: they are called without hooks, and take their inputs apart."""
+
+    _inputs: Any  # how the inputs are nested, as `_write` has it
+    _count: int  # of tensors among them
+
+    def __call__(self, input: Any, *others: Any) -> Any:
+        # nn.Module's own takes 0.6 us to look for hooks, a quarter of a small network's time.
+        return self.forward(input, *others)
+
+    def _refuse_hook(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"a {type(self).__name__} runs no hooks")
+
+    register_forward_hook = register_forward_pre_hook = _refuse_hook
+    register_full_backward_hook = register_full_backward_pre_hook = _refuse_hook
+
+    def _leaves(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The tensors of the inputs, in their order. TypeError where the inputs are nested in another way."""
+        kind, content = self._inputs
+        if len(inputs) != len(content):
+            raise TypeError(f"expected {len(content)} inputs, got {len(inputs)}")
+        if all(one[0] == _VALUE for one in content):
+            return inputs
+        found: list[Any] = []
+        _take_apart((kind, content), inputs, found)
+        return tuple(found)
+
+
+def _take_apart(structure: Any, given: Any, found: list[Any]) -> None:
+    kind, content = structure
+    if kind == _VALUE:
+        found.append(given)
+        return
+    is_right = isinstance(given, dict) if kind == _DICT else isinstance(given, (tuple, list))
+    if not is_right or len(given) != len(content):
+        raise TypeError(f"expected a {kind} of {len(content)} where the inputs have {type(given).__name__}")
+    for name, one in content.items() if kind == _DICT else enumerate(content):
+        _take_apart(one, given[name], found)
+
+
+class FrozenModel(_Frozen):
     """What :func:`freeze` returns: immutable, without gradients, safe to call from several threads.
 
     It can be saved (``torch.save``, pickle), loaded (by ``torch.load`` with ``weights_only=True`` too) on another
     machine, where its weights are packed anew, and exported (``torch.export``). It prints as the layers that it runs;
-    ``program`` is what the operator reads, a line a stage. Other ``weights`` of the same size come by
+    ``program`` is what the operator reads, a line a layer. Other ``weights`` of the same size come by
     ``load_state_dict``, which packs them, or for a call by ``torch.func.functional_call``, which uses them as they are,
     and slower. They must not be changed in place.
     """
@@ -199,39 +275,50 @@ class FrozenModel(nn.Module):
     weights: Tensor
     packed: Tensor
 
-    def __init__(self, program: str, weights: Tensor, sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        program: str,
+        weights: Tensor,
+        sizes: Sequence[Sequence[int]],
+        order: Sequence[int],
+        inputs: Any,
+        output: Any,
+    ) -> None:
+        # sizes: of each of the network's inputs, for which the weights are packed. order: which of the model's tensors
+        # each of them is. inputs, output: how the model's are nested, with a network's outputs by their numbers.
         super().__init__()
-        self._program, self._sizes = program, sizes
+        self._program, self._sizes, self._order = program, [tuple(one) for one in sizes], list(order)
+        self._inputs, self._output = inputs, output
+        self._plain = inputs == (_TUPLE, [(_VALUE, 0)]) and output == (_VALUE, 0) and self._order == [0]
         self.register_buffer("weights", weights)
         self._pack()
 
     def _pack(self) -> None:
-        self.register_buffer("packed", frozen_packed(self.weights, self._program, self._sizes), persistent=False)
+        packed = network_packed(self.weights, self._program, list(chain.from_iterable(self._sizes)))
+        self.register_buffer("packed", packed, persistent=False)
         self._arguments = (self.weights, self.packed, self._program)
 
     @property
     def program(self) -> str:
-        return self._program.replace(";", "\n").rstrip()
+        return self._program
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input (batch, ...) as the model's -> what the model returned for it."""
+    def forward(self, input: Any, *others: Any) -> Any:
+        """The model's inputs -> what the model returned for them."""
         arguments = self._arguments
         if self._buffers["weights"] is arguments[0] and not _is_compiling():
-            return _frozen_call(input, *arguments)
-        # Weights that have been exchanged since they were packed are used as they are, without the packed ones. In an
-        # export both attributes are other objects, and belong together.
-        others = self.weights is not arguments[0] and self.packed is arguments[1]
-        return frozen_op(input, self.weights, self.packed[:0] if others else self.packed, self._program)
-
-    def __call__(self, input: Tensor) -> Tensor:
-        # nn.Module's own takes 0.6 us to look for hooks, a quarter of a small network's time.
-        return self.forward(input)
-
-    def _refuse_hook(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("a FrozenModel runs no hooks")
-
-    register_forward_hook = register_forward_pre_hook = _refuse_hook
-    register_full_backward_hook = register_full_backward_pre_hook = _refuse_hook
+            if self._plain and not others:
+                return _network_of_one_call(input, *arguments)
+            call, call_of_one = _network_call, _network_of_one_call
+        else:
+            # Weights that have been exchanged since they were packed are used as they are, without the packed ones. In
+            # an export both attributes are other objects, and belong together.
+            exchanged = self.weights is not arguments[0] and self.packed is arguments[1]
+            arguments = (self.weights, self.packed[:0] if exchanged else self.packed, self._program)
+            call, call_of_one = network_op, network_of_one
+        leaves = self._leaves((input, *others))
+        if self._plain:
+            return call_of_one(leaves[0], *arguments)
+        return _read_back(self._output, call([leaves[place] for place in self._order], *arguments))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -259,11 +346,27 @@ class FrozenModel(nn.Module):
         self._pack()
 
     def __repr__(self) -> str:
-        return "\n  ".join([f"{type(self).__name__}(", *_describe(self._program)]) + "\n)"
+        lines = [line for line in self._program.split("\n")[1:] if not line.startswith("weight ")]
+        return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
+
+
+def _read_back(structure: Any, values: Sequence[Any]) -> Any:
+    """A nested result of `_write`'s form, with these values."""
+    if not isinstance(structure, tuple):
+        return structure
+    kind, content = structure
+    if kind == _VALUE:
+        return values[content]
+    if kind == _DICT:
+        return {name: _read_back(one, values) for name, one in content.items()}
+    if kind == _TORCH:
+        return getattr(torch, content)
+    parts = [_read_back(one, values) for one in content]
+    return parts if kind == _LIST else tuple(parts)
 
 
 # Of what a saved frozen model holds: its program, in which what a stage says may change, and the steps of a graph.
-_VERSION = 2
+_VERSION = 3
 
 
 def _of_this_version(state: dict[str, Any]) -> dict[str, Any]:
@@ -277,121 +380,61 @@ def _of_this_version(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name != "version"}
 
 
-def _describe(program: str) -> Iterator[str]:
-    """A line a layer, as the layers themselves print."""
-    for name, numbers in read_program(program):
-        if name == "input":
-            yield f"input size: ({', '.join(map(_describe_range, numbers[::2], numbers[1::2]))})"
-        elif name == "mlp":
-            widths = numbers[1:2] + numbers[2::2]
-            for i, activation in enumerate(numbers[3::2]):
-                linear = nn.Linear(widths[i], widths[i + 1], bool(numbers[0]), device="meta")
-                yield str(linear) if activation == "identity" else f"{linear}, {activation}"
-        elif name == "conv":
-            yield _describe_conv(*numbers)
-        elif name == "rnn":
-            yield _describe_rnn(*numbers)
-        else:
-            yield name
+# ---- models that are more than one network ----------------------------------------------------------------------
 
 
-def _describe_range(least: int, most: int) -> str:
-    if least == most:
-        return str(least or "any")
-    return f"{least} to {most}" if most else f"{least} or more"
-
-
-def _describe_conv(dims: int, biased: int, out: int, in_each: int, *numbers: int) -> str:
-    def part(i: int) -> Any:  # one number, if it is that of all dimensions
-        part = numbers[i * dims : (i + 1) * dims]
-        return part[0] if len(set(part)) == 1 else part
-
-    groups, ceil_mode = numbers[8 * dims :]
-    layer = getattr(nn, f"ConvReLUMaxPool{dims}d")(
-        *(in_each * groups, out, part(0), part(1), part(2), part(3), groups, bool(biased)),
-        pool_kernel_size=part(4),
-        pool_stride=part(5),
-        pool_padding=part(6),
-        pool_dilation=part(7),
-        ceil_mode=bool(ceil_mode),
-        device="meta",
-    )
-    return str(layer)
-
-
-def _describe_rnn(
-    mode: int, num_layers: int, directions: int, batch_first: int, biased: int, last: int, *sizes: int
-) -> str:
-    features, hidden, projected = sizes
-    kind, _, nonlinearity = MODES[mode].name.partition("_")
-    layer = getattr(nn, kind)(
-        *(features, hidden, num_layers),
-        **({"nonlinearity": nonlinearity.lower()} if nonlinearity else {}),
-        **({"proj_size": projected} if projected else {}),
-        bias=bool(biased),
-        batch_first=bool(batch_first),
-        bidirectional=directions == 2,
-        device="meta",
-    )
-    return f"{layer}, last step" if last else str(layer)
-
-
-# ---- models that are more than one chain -------------------------------------------------------------------------
-
-
-class FrozenGraph(nn.Module):
-    """What :func:`freeze` returns of a model that is more than one chain: its chains as frozen models, and what lies
+class FrozenGraph(_Frozen):
+    """What :func:`freeze` returns of a model that is more than one network: its networks as frozen models, and what lies
     between them, operator by operator. Immutable, without gradients, safe to call from several threads.
 
-    It can be saved, loaded (by ``torch.load`` with ``weights_only=True`` too) and exported. It prints as the chains and
-    operators that it runs.
+    It can be saved, loaded (by ``torch.load`` with ``weights_only=True`` too) and exported. It prints as the networks
+    and operators that it runs.
     """
 
     def __init__(
-        self, parts: list[FrozenModel], constants: list[Tensor], steps: list[Any], ranges: list[Any], output: Any
+        self,
+        parts: list[FrozenModel],
+        constants: list[Tensor],
+        steps: list[Any],
+        ranges: list[Any],
+        output: Any,
+        inputs: Any,
     ) -> None:
-        # parts: the chains. steps: each the name of an operator, or the number of a chain, its arguments, and the
+        # parts: the networks. steps: each the name of an operator, or the number of a network, its arguments, and the
         # values that nobody needs after it. A value is an input, a constant or a step's result, by its number in this
         # order. ranges: of each input's sizes, the least and the most. output: a value, or a list, tuple or dict of
-        # such.
+        # such. inputs: how the model's are nested.
         super().__init__()
         self.parts = nn.ModuleList(parts)
         for number, constant in enumerate(constants):
             self.register_buffer(f"constant_{number}", constant)
         self._constants, self._steps, self._ranges, self._output = len(constants), steps, ranges, output
+        self._inputs = inputs
         self._names = [f"constant_{i}" for i in range(len(constants))]
         self._run = _as_function(steps, output, len(ranges) + len(constants), len(parts))
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, input: Any, *others: Any) -> Any:
         """The model's inputs -> what the model returned for them."""
-        if len(inputs) != len(self._ranges):
-            raise TypeError(f"expected {len(self._ranges)} inputs, got {len(inputs)}")
-        for input, ranges in zip(inputs, self._ranges, strict=True):
-            _check_sizes(input, ranges)
+        leaves = self._leaves((input, *others))
+        for leaf, ranges in zip(leaves, self._ranges, strict=True):
+            _check_sizes(leaf, ranges)
         buffers, parts = self._buffers, self.parts._modules.values()
-        arguments = (*inputs, *[buffers[name] for name in self._names], *parts)
+        arguments = (*leaves, *[buffers[name] for name in self._names], *parts)
         if not torch.is_grad_enabled():
             return self._run(*arguments)
         with torch.no_grad():
             return self._run(*arguments)
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        return self.forward(*inputs)  # as a FrozenModel's
-
-    def _refuse_hook(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("a FrozenGraph runs no hooks")
-
-    register_forward_hook = register_forward_pre_hook = _refuse_hook
-    register_full_backward_hook = register_full_backward_pre_hook = _refuse_hook
-
     def __getstate__(self) -> dict[str, Any]:
-        parts = [(part._program, part.weights, part._sizes) for part in self.parts]
+        parts = [
+            (part._program, part.weights, part._sizes, part._order, part._inputs, part._output) for part in self.parts
+        ]
         constants = [getattr(self, f"constant_{i}") for i in range(self._constants)]
         return {
             "version": _VERSION,
             "parts": parts,
             "constants": constants,
-            "rest": (self._steps, self._ranges, self._output),
+            "rest": (self._steps, self._ranges, self._output, self._inputs),
             "training": self.training,
         }
 
@@ -413,34 +456,49 @@ _VALUE, _LIST, _TUPLE, _DICT, _TORCH = "value", "list", "tuple", "dict", "torch"
 
 
 def _write_graph(exported: Exported) -> tuple[Any, ...]:
-    """The arguments of a FrozenGraph."""
-    numbers = {node: i for i, node in enumerate(exported.inputs)}
-    last = {segment.nodes[-1]: segment for segment in exported.segments}
-    needed = {output for output in exported.outputs if isinstance(output, Node)}
-    nodes: list[Node] = []
-    for node in reversed(list(exported.graph.nodes)):
-        if node in needed and node not in numbers:
-            nodes.insert(0, node)
-            if node.name not in exported.constants:
-                needed.update([last[node].input] if node in last else node.all_input_nodes)
-    constants = [node for node in nodes if node.name in exported.constants]
-    calls = [node for node in nodes if node.name not in exported.constants]
-    numbers.update({node: len(numbers) + i for i, node in enumerate([*constants, *calls])})
+    """The arguments of a FrozenGraph, but for the last."""
     outputs = {output for output in exported.outputs if isinstance(output, Node)}
-    users: dict[Node, Node] = {}  # each value's last
-    for node in calls:
-        users.update(dict.fromkeys([last[node].input] if node in last else node.all_input_nodes, node))
+    needed = set(outputs)
+    units: list[Segment | Node] = []
+    for unit in reversed(exported.units):
+        gives = unit.outputs if isinstance(unit, Segment) else [unit]
+        if any(node in needed for node in gives):
+            units.insert(0, unit)
+            needed.update(unit.inputs if isinstance(unit, Segment) else unit.all_input_nodes)
+    constants = [node for node in exported.graph.nodes if node in needed and node.name in exported.constants]
+    numbers = {node: number for number, node in enumerate([*exported.inputs, *constants])}
+    users: dict[Node, Any] = {}  # each value's last
+    for unit in units:
+        taken = unit.inputs if isinstance(unit, Segment) else unit.all_input_nodes
+        users.update(dict.fromkeys(taken, unit))
     parts: list[FrozenModel] = []
     steps: list[Any] = []
-    for node in calls:
-        done = [numbers[one] for one, user in users.items() if user is node and one not in outputs]
-        if node in last:
-            segment = last[node]
-            sizes = tuple(_hint(size) for size in segment.input.meta["val"].shape)
-            parts.append(_frozen_chain(segment, sizes))
-            steps.append((len(parts) - 1, (_TUPLE, [(_VALUE, numbers[segment.input])]), (_DICT, {}), done))
-        else:
-            steps.append((_name(node), _write(node.args, numbers), _write(dict(node.kwargs), numbers), done))
+    count = len(numbers)
+    for unit in units:
+        done = [numbers[one] for one, user in users.items() if user is unit and one not in outputs and one in numbers]
+        if isinstance(unit, Node):
+            steps.append((_name(unit), _write(unit.args, numbers), _write(dict(unit.kwargs), numbers), done))
+            numbers[unit] = count
+            count += 1
+            continue
+        sizes = [tuple(_hint(size) for size in node.meta["val"].shape) for node in unit.inputs]
+        given = (_TUPLE, [(_VALUE, place) for place in range(len(sizes))])
+        is_one = len(unit.outputs) == 1
+        result = (_VALUE, 0) if is_one else (_LIST, [(_VALUE, place) for place in range(len(unit.outputs))])
+        parts.append(FrozenModel(unit.program, _joined(unit), sizes, list(range(len(sizes))), given, result))
+        arguments = (_TUPLE, [(_VALUE, numbers[node]) for node in unit.inputs])
+        steps.append((len(parts) - 1, arguments, (_DICT, {}), done))
+        if is_one:
+            numbers[unit.outputs[0]] = count
+            count += 1
+            continue
+        whole, count = count, count + 1
+        for place, node in enumerate(unit.outputs):
+            is_last = place + 1 == len(unit.outputs)
+            getitem = ("operator.getitem", (_TUPLE, [(_VALUE, whole), place]), (_DICT, {}), [whole] if is_last else [])
+            steps.append(getitem)
+            numbers[node] = count
+            count += 1
     output = pytree.tree_unflatten(exported.outputs, exported.out_spec)
     tensors = [exported.constants[node.name].detach().clone() for node in constants]
     return parts, tensors, steps, exported.ranges, _write(output, numbers)
@@ -498,6 +556,8 @@ def _write(value: Any, numbers: dict[Node, int]) -> Any:
     """An argument in lists, tuples, strings and numbers, in which nodes are the numbers of their values."""
     if isinstance(value, Node):
         return (_VALUE, numbers[value])
+    if isinstance(value, _Leaf):
+        return (_VALUE, value.place)
     if isinstance(value, dict):
         return (_DICT, {name: _write(one, numbers) for name, one in value.items()})
     if isinstance(value, (list, tuple)) and type(value).__name__ in ("list", "tuple", "immutable_list", "Size"):
@@ -557,7 +617,13 @@ def _check_sizes(input: Tensor, ranges: list[int]) -> None:
         else:
             return
     expected = ", ".join(map(_describe_range, ranges[::2], ranges[1::2]))
-    raise RuntimeError(f"frozen: expected an input of size [{expected}], got {list(sizes)}")
+    raise RuntimeError(f"network: expected an input of size [{expected}], got {list(sizes)}")
+
+
+def _describe_range(least: int, most: int) -> str:
+    if least == most:
+        return str(least or "any")
+    return f"{least} to {most}" if most else f"{least} or more"
 
 
 torch.serialization.add_safe_globals([FrozenModel, FrozenGraph])

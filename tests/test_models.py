@@ -172,7 +172,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-AT_ONCE = ["frozen_unpacked"]
+AT_ONCE = ["network_unpacked"]
 
 
 def infer(model: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:

@@ -23,6 +23,7 @@ void check_places(const char* op, const ConvPoolGeometry& g) {
 template <class T>
 ConvCall<T> call_of(const ConvPoolProblem& problem, const PlainImages& input, const PlainImages& weight) {
   ConvCall<T> call{};
+  call.activation = kRelu;
   call.geometry = problem.geometry;
   call.input = data<T>(input.tensor);
   call.input_layout = input.layout;
@@ -151,9 +152,8 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     if (problem.geometry.batch == 0) return {"none", "none"};
     const PlainImages images(input), weights(weight);
     const bool channels_last = output_is_channels_last(problem, input, weight);
-    const ConvPlan& forward =
-        plan_of_call(kernels, call_of<T>(problem, images, weights),
-                     plan_key<T>(kernels, problem.geometry, images.channels_last, channels_last, wanted));
+    const PlanKey key = plan_key<T>(kernels, problem.geometry, images.channels_last, channels_last, wanted);
+    const ConvPlan& forward = plan_of_call(kernels, call_of<T>(problem, images, weights), key, plan_for(key));
     const BackwardKey backward =
         backward_key(conv_backward_kernels().get<T>(), problem, images.channels_last, {true, true, true}, -1);
     return {kForwardEntries[static_cast<int>(forward.algorithm)].name,

@@ -29,20 +29,28 @@ inline bool same_layout(const ConvLayout& one, const ConvLayout& other) {
   return one.n == other.n && one.c == other.c && std::equal(one.d, one.d + 3, other.d);
 }
 
-// max_pool(relu(input)) of dense images. It runs as a convolution by a kernel of one element of weight 1, with a group
-// for each channel. Of `pool` it reads only the sizes of `conv` and of the pooling.
+// Pools what torch's convolution has computed, or any other dense images, as the call says, into the call's output. Of
+// the call's geometry, only the sizes of `conv` and of the pooling count.
 template <class T>
-void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, const T* input,
-                   const ConvLayout& layout, T* output, const ConvLayout& output_layout, uint8_t* winners) {
-  if (pool.pools_nothing() && same_layout(layout, output_layout)) {
+void pool_images(const ConvKernels<T>& kernels, const ConvCall<T>& call, const T* images, const ConvLayout& layout) {
+  const ConvPoolGeometry& pool = call.geometry;
+  if (pool.pools_nothing() && same_layout(layout, call.output_layout)) {
     const int64_t count = pool.batch * pool.groups * pool.out_channels * pool.pixels();
     return parallel_chunks(std::min(useful_threads(2.0 * count), std::max<int64_t>(count, 1)), count,
                            [&](int64_t, int64_t first, int64_t last) {
-                             kernels.rectify(input + first, last - first, output + first,
-                                             winners ? winners + first : nullptr);
+                             const T* const from = images + first;
+                             T* const to = call.output + first;
+                             if (call.winners) {
+                               kernels.rectify(from, last - first, to, call.winners + first);
+                             } else {
+                               const T* const addend = call.addend ? call.addend + first : nullptr;
+                               kernels.finish(call.activation, from, addend, last - first, to);
+                             }
                            });
   }
-  ConvPoolGeometry g = pool;
+  // A convolution by a kernel of one element of weight 1, with a group for each channel.
+  ConvCall<T> unit = call;
+  ConvPoolGeometry& g = unit.geometry;
   g.groups = pool.groups * pool.out_channels;
   g.in_channels = g.out_channels = 1;
   for (int d = 0; d < 3; ++d) {
@@ -54,7 +62,7 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
   const ForwardAlgorithm algorithm = channels_last                 ? ForwardAlgorithm::depthwise
                                      : sizeof(T) == sizeof(double) ? ForwardAlgorithm::direct
                                                                    : ForwardAlgorithm::pixels;
-  PlanKey key = plan_key<T>(kernels, g, channels_last, output_layout.c == 1 && output_layout.d[2] != 1,
+  PlanKey key = plan_key<T>(kernels, g, channels_last, call.output_layout.c == 1 && call.output_layout.d[2] != 1,
                             static_cast<int64_t>(algorithm));
   key.request.exact = true;
   const Scratch<T> numbers(checked_product(2, g.groups));
@@ -68,17 +76,12 @@ void relu_max_pool(const ConvKernels<T>& kernels, const ConvPoolGeometry& pool, 
   }
   std::fill_n(numbers.get(), g.groups, one);
   std::fill_n(numbers.get() + g.groups, g.groups, zero);
-  ConvCall<T> call{};
-  call.geometry = g;
-  call.input = input;
-  call.input_layout = layout;
-  call.weight = numbers.get();
-  call.weight_layout = {1, 1, {1, 1, 1}};
-  call.bias = numbers.get() + g.groups;
-  call.output = output;
-  call.output_layout = output_layout;
-  call.winners = winners;
-  run_by_plan<T>(kernels, call, plan_for(key), nullptr);
+  unit.input = images;
+  unit.input_layout = layout;
+  unit.weight = numbers.get();
+  unit.weight_layout = {1, 1, {1, 1, 1}};
+  unit.bias = numbers.get() + g.groups;
+  run_by_plan<T>(kernels, unit, plan_for(key), nullptr);
 }
 
 // Whether the kernel has one position and its strides skip pixels of the input.
@@ -148,8 +151,12 @@ bool run_by_stock(const ConvKernels<T>& kernels, const ConvCall<T>& call, int64_
     if (result.scalar_type() != kDtypeOf<T>) return false;
     const PlainImages convolved(result);
     const int64_t to = first * call.output_layout.n;
-    relu_max_pool<T>(kernels, some, data<T>(convolved.tensor), convolved.layout, call.output + to, call.output_layout,
-                     call.winners ? call.winners + to : nullptr);
+    ConvCall<T> pooling = call;
+    pooling.geometry = some;
+    pooling.output = call.output + to;
+    pooling.winners = call.winners ? call.winners + to : nullptr;
+    pooling.addend = call.addend ? call.addend + to : nullptr;
+    pool_images<T>(kernels, pooling, data<T>(convolved.tensor), convolved.layout);
   }
   return true;
 }

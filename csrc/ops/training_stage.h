@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "frozen_memory.h"
+#include "training_words.h"
 #include "operators.h"
 
 namespace fastnn {

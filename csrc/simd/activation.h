@@ -60,7 +60,7 @@ struct Activation {
   double parameters[kMostActivationParameters];
 };
 
-constexpr Activation kIdentity{ActivationKind::identity, {}};
+constexpr Activation kIdentity{ActivationKind::identity, {}}, kRelu{ActivationKind::relu, {}};
 
 static inline DerivedFrom derived_from(const Activation& activation) {
   return kActivations[static_cast<int32_t>(activation.kind)].derived_from;

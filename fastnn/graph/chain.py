@@ -29,8 +29,8 @@ from fastnn.graph.matcher import Layer, activation_of, read_layer, settings_of, 
 from fastnn.nn._hooks import has_own_call
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, flat_geometry
-from fastnn.ops.frozen import write_program
 from fastnn.ops.mlp import MOST_LAYERS, mlp_of_parameters, mlp_with_some_biases
+from fastnn.ops.training_step import write_program
 from fastnn.recurrent_modes import NUMBER_OF
 
 _ANY_DIMS = range(2, 17)  # dimensions; more than sixteen the operators do not take

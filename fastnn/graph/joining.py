@@ -1,6 +1,6 @@
 """Stretches of a fused graph as one call, for small networks, whose time goes into calls.
 
-Two forms: convolution blocks, a flattening and linear layers, which ``fastnn::frozen_unpacked`` runs in one go in
+Two forms: convolution blocks, a flattening and linear layers, which ``fastnn::network_unpacked`` runs in one go in
 inference; and a recurrent layer with a linear layer on its last step, which training records as one function.
 """
 
@@ -21,10 +21,11 @@ from fastnn.graph.order import Order, unpack
 from fastnn.nn.rnn import _Recurrent
 from fastnn.ops._autograd import is_plain, wants_gradient
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
-from fastnn.ops.frozen import conv_numbers, frozen_unpacked, write_program
+from fastnn.graph.program import Line, Value, conv_attributes, write
+from fastnn.ops.network import network_unpacked
 from fastnn.ops.mlp import mlp_of_parameters
 
-_network_call = frozen_unpacked._op
+_network_call = network_unpacked._op
 
 
 class _Step(NamedTuple):
@@ -88,22 +89,35 @@ class Network:
 @lru_cache(maxsize=256)
 def _program(network: Network, shapes: tuple[Sequence[int] | None, ...]) -> str:
     """For tensors of these sizes."""
-    stages: list[tuple[str, Sequence[int | str]]] = []
+    rank = len(shapes[0])  # type: ignore[arg-type]
+    start = value = Value([None] * rank)
+    lines: list[Line] = []
+
+    def add(layer: str, tensors: Sequence[Sequence[int] | None], attributes: dict[str, Any]) -> None:
+        nonlocal value
+        given = {name: [_weight(shape)] for name, shape in zip(("weight", "bias"), tensors, strict=False) if shape}
+        lines.append(Line(layer, {"input": [value], **given}, [Value(())], attributes))
+        value = lines[-1].outputs[0]
+
     first = 0
     for step in network.steps:
         some: Any = shapes[first : first + step.tensors]
         first += step.tensors
         if step.kind == "conv":
-            stages.append(("conv", conv_numbers(some[0], some[1] is not None, step.numbers)))
+            add("conv", some, {"activation": "relu", **conv_attributes(step.numbers, len(some[0]) - 2)})
         elif step.kind == "flatten":
-            stages.append(("flatten", ()))
+            lines.append(Line("reshape", {"input": [value], "like": [value]}, [Value(())], {"sizes": ["0.0", -1]}))
+            value = lines[-1].outputs[0]
         else:
-            activations = parse(step.numbers[0])
-            words: list[int | str] = [int(len(some) > len(activations)), some[0][1]]
-            for weight, activation in zip(some, activations, strict=False):
-                words += [weight[0], str(activation)]
-            stages.append(("mlp", words))
-    return write_program(stages)
+            layers = parse(step.numbers[0])
+            for i, activation in enumerate(layers):
+                bias = some[len(layers) + i : len(layers) + i + 1]
+                add("linear", [some[i], *bias], {"activation": str(activation)})
+    return write([(start, ",".join([":"] * rank))], lines, [value])[0]
+
+
+def _weight(shape: Sequence[int]) -> Value:
+    return Value(shape, torch.empty(tuple(shape), device="meta"))
 
 
 class RecurrentHead:

@@ -1,6 +1,7 @@
 """A whole training step in one operator, or in two with the loss between them: their Python side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,6 @@ from torch import Tensor
 from fastnn._extension import load_extension
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
-from fastnn.ops.frozen import read_program
 
 training_step_op = torch.ops.fastnn.training_step.default
 bind_training_step_op = torch.ops.fastnn.bind_training_step.default
@@ -17,6 +17,19 @@ training_step_forward_op = torch.ops.fastnn.training_step_forward.default
 _extension = load_extension()
 release_training_step = _extension.release_training_step
 training_step_backward_op = torch.ops.fastnn.training_step_backward.default
+
+
+def write_program(stages: Iterable[tuple[str, Iterable[int | str]]]) -> str:
+    """The program of these stages: each a name and the words that describe it (csrc/ops/training_stages.h), which are
+    numbers but for activations."""
+    return "".join(" ".join(map(str, (name, *numbers))) + ";" for name, numbers in stages)
+
+
+def read_program(program: str) -> Iterator[tuple[str, list[Any]]]:
+    """The stages that :func:`write_program` was given."""
+    for stage in program.removesuffix(";").split(";"):
+        name, *words = stage.split()
+        yield name, [int(word) if word.isdecimal() else word for word in words]
 
 
 @raw_operator("training_step")

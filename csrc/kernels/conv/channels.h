@@ -146,7 +146,9 @@ class ChannelPool {
     uint8_t* winners = call_.winners ? winner_stage_ + at * width_ : nullptr;
     const int64_t tap = g_.pool_dilation[2] * width_, taps = g_.pool_kernel[2];
     for (int64_t i = 0; i < g_.places(); ++i) places_[i] = rows_[i / taps] + i % taps * tap;
-    pool_windows<C>({places_, g_.places(), g_.pool_stride[2] * width_, width_, segment.columns, block.vectors}, to,
+    pool_windows<C>({places_, g_.places(), g_.pool_stride[2] * width_, width_, segment.columns, block.vectors,
+                     call_.rectifies()},
+                    to,
                     winners);
     for_each_empty(g_, band.column + segment.column, segment.columns, any, [&](int64_t x) {
       fill(to + x * width_, width_, kMinusInfinity<C>);
@@ -156,7 +158,8 @@ class ChannelPool {
 
   void write(const Band& band, int64_t image, const Block& block) const {
     const ConvLayout& layout = call_.output_layout;
-    const bool joined = band.columns == g_.output[2];  // the rows follow one another
+    // Whether the rows follow one another.
+    const bool joined = band.columns == g_.output[2] && layout.d[1] == band.columns * layout.d[2];
     const int64_t rows = joined ? 1 : band.rows, count = joined ? band.rows * band.columns : band.columns;
     const int64_t channel = band.group * g_.out_channels + block.first;
     for (int64_t r = 0; r < rows; ++r) {

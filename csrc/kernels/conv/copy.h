@@ -2,6 +2,7 @@
 // memory format.
 #pragma once
 
+#include "../../simd/activate.h"
 #include "../../simd/transpose.h"
 #include "pool.h"
 
@@ -163,9 +164,37 @@ void rectify(const T* from, int64_t count, T* to, uint8_t* winners) {
   for (int64_t first = 0; first < count; first += most) {
     const int64_t some = smaller(most, count - first);
     copy_run(from + first, some, pixels);
-    pool_windows<C>({&place, 1, kLanes<C>, kLanes<C>, vectors, 1}, best, winners ? places : nullptr);
+    pool_windows<C>({&place, 1, kLanes<C>, kLanes<C>, vectors, 1, true}, best, winners ? places : nullptr);
     copy_out(best, some, to + first);
     if (winners) copy_out(places, some, winners + first);
+  }
+}
+
+// to = activation(from + addend) for `count` elements. addend may be null, and `from` may be `to`.
+template <class T>
+void finish_run(const Activation& activation, const T* from, const T* addend, int64_t count, T* to) {
+  with_activation<Compute<T>>(activation, [&](auto function) {
+    for (int64_t i = 0; i < count; i += kLanes<Compute<T>>) {
+      const int64_t left = count - i;
+      Vec<Compute<T>> x = load_up_to<T>(from + i, left);
+      if (addend) x += load_up_to<T>(addend + i, left);
+      store_up_to<T>(to + i, function(x), left);
+    }
+  });
+}
+
+// Finishes `count` pixels of `channels` channels that have been written to the output from `at` on: adds the addend and
+// activates the sums, while they are in cache. The register tiles leave that to this second pass, since each of them
+// would be needed once for every activation.
+template <class T>
+void finish_rows(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count) {
+  if (!call.finishes()) return;
+  const ConvLayout& layout = call.output_layout;
+  const bool by_rows = layout.d[2] == 1;
+  const int64_t runs = by_rows ? channels : count, step = by_rows ? layout.c : layout.d[2];
+  for (int64_t r = 0; r < runs; ++r, at += step) {
+    finish_run(call.activation, call.output + at, call.addend ? call.addend + at : nullptr, by_rows ? count : channels,
+               call.output + at);
   }
 }
 
@@ -177,12 +206,13 @@ void write_pixels(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t
   if (layout.d[2] == 1) {
     transpose_matrix(from, pitch, count, channels, call.output + at, layout.c);
     if (call.winners) transpose_matrix(winners, pitch, count, channels, call.winners + at, layout.c);
-    return;
+    return finish_rows(call, at, channels, count);
   }
   for (int64_t x = 0; x < count; ++x) {
     copy_out(from + x * pitch, channels, call.output + at + x * layout.d[2]);
     if (call.winners) copy_out(winners + x * pitch, channels, call.winners + at + x * layout.d[2]);
   }
+  finish_rows(call, at, channels, count);
 }
 
 // Writes `count` pooled pixels of `channels` channels, [channel][pitch], to the output from `at` on.
@@ -193,12 +223,13 @@ void write_rows(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t c
   if (layout.d[2] != 1) {
     transpose_matrix(from, pitch, channels, count, call.output + at, layout.d[2]);
     if (call.winners) transpose_matrix(winners, pitch, channels, count, call.winners + at, layout.d[2]);
-    return;
+    return finish_rows(call, at, channels, count);
   }
   for (int64_t c = 0; c < channels; ++c) {
     copy_out(from + c * pitch, count, call.output + at + c * layout.c);
     if (call.winners) copy_out(winners + c * pitch, count, call.winners + at + c * layout.c);
   }
+  finish_rows(call, at, channels, count);
 }
 
 }  // namespace FASTNN_ISA

@@ -76,10 +76,12 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
 }  // namespace
 
 extern const ConvKernelTable conv_kernels = {
-    {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<float>, run<float>, is_moderate<float>, rectify<float>},
-    {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<double>, run<double>, is_moderate<double>, rectify<double>},
+    {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<float>, run<float>, is_moderate<float>, rectify<float>,
+     finish_run<float>},
+    {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<double>, run<double>, is_moderate<double>, rectify<double>,
+     finish_run<double>},
     {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<bfloat16>, run<bfloat16>, is_moderate<bfloat16>,
-     rectify<bfloat16>}};
+     rectify<bfloat16>, finish_run<bfloat16>}};
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

@@ -144,11 +144,13 @@ class PixelsForward {
     if (call_.winners) {
       sum_run(copy_, offsets_, weight, false, sums);
       places_[0] = sums;
-      pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>}, stage_,
+      pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>,
+                       call_.rectifies()},
+                      stage_,
                       winner_stage_);
       rectified = stage_;
     } else {
-      sum_run(copy_, offsets_, weight, true, sums);
+      sum_run(copy_, offsets_, weight, call_.rectifies(), sums);
     }
     for (int64_t r = 0; r < band_.rows; ++r) {
       const int64_t row = r * plan_.step[1];
@@ -191,6 +193,7 @@ class PixelsForward {
                             weight,
                             count_,
                             bias_,
+                            call_.rectifies(),
                             stage_ + staged * plan_.pitch,
                             plan_.band.stage_rows * plan_.pitch,
                             winner_stage_ + staged * plan_.pitch};
@@ -221,7 +224,8 @@ class PixelsForward {
                      column / g_.pool_stride[2] * images;
       }
       const int64_t result = plan_.band.stage_rows * plan_.pitch;
-      pool_windows<C>({places_, g_.places(), plan_.conv_run, result, count_, vectors}, to, winners);
+      pool_windows<C>({places_, g_.places(), plan_.conv_run, result, count_, vectors, call_.rectifies()}, to,
+                      winners);
       for_each_empty(g_, band_.column, band_.columns, any, [&](int64_t x) {
         for (int64_t o = 0; o < count_; ++o) {
           fill(to + o * result + x * images, images, kMinusInfinity<C>);
@@ -261,7 +265,8 @@ class PixelsForward {
     const ConvLayout& layout = call_.output_layout;
     const int64_t images = plan_.band.images;
     const int64_t result = plan_.band.stage_rows * plan_.pitch;
-    const bool joined = band_.columns * images == plan_.pitch && band_.columns == g_.output[2];
+    const bool joined = band_.columns * images == plan_.pitch && band_.columns == g_.output[2] &&
+                        layout.d[1] == band_.columns * layout.d[2];
     const int64_t rows = joined ? 1 : staged, columns = joined ? staged * band_.columns : band_.columns;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = output_at(first + r);
@@ -271,6 +276,9 @@ class PixelsForward {
         write_rows(call_, at, count_, columns, from, winners, result);
         continue;
       }
+      const auto finish_images = [&] {
+        for (int64_t i = 0; i < band_.images; ++i) finish_rows(call_, at + i * layout.n, count_, columns);
+      };
       if (layout.d[2] == 1) {  // of each output [pixel][image]
         for (int64_t o = 0; o < count_; ++o) {
           transpose_matrix(from + o * result, images, columns, band_.images, call_.output + at + o * layout.c,
@@ -279,6 +287,7 @@ class PixelsForward {
           transpose_matrix(winners + o * result, images, columns, band_.images, call_.winners + at + o * layout.c,
                            layout.n);
         }
+        finish_images();
         continue;
       }
       for (int64_t x = 0; x < columns; ++x) {  // of each pixel [output][image]
@@ -288,6 +297,7 @@ class PixelsForward {
         transpose_matrix(winners + x * images, result, count_, band_.images, call_.winners + at + x * layout.d[2],
                          layout.n);
       }
+      finish_images();
     }
   }
 

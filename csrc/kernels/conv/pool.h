@@ -1,4 +1,4 @@
-// Pooling: a window's largest value after ReLU, and its argmax, from conv pixels in cache.
+// Pooling: a window's largest value, after ReLU or as it is, and its argmax, from conv pixels in cache.
 //
 // A window is a list of window positions, in the order of PyTorch's max-pool. At positions outside the convolution's
 // output the conv pixels are minus infinity. The same code pools vectors of channels (the next window is one pixel-step
@@ -19,6 +19,13 @@ FASTNN_INLINE void fill(C* to, int64_t count, C value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
+// What larger_of raises conv pixels to: with ReLU to zero, else to nothing. (Of NaN, and of zeros of both signs, it keeps
+// the pixel.)
+template <class C>
+FASTNN_INLINE Vec<C> least_of(bool rectifies) {
+  return broadcast<C>(rectifies ? C(0) : kMinusInfinity<C>);
+}
+
 // Where the conv pixels of windows lie: position i of window w, vector v, is places[i][w * step + v * lanes].
 template <class C>
 struct Windows {
@@ -27,6 +34,7 @@ struct Windows {
   int64_t step;     // elements from a window to the next
   int64_t to_step;  // elements from the result of a window to the next
   int64_t windows, vectors;
+  bool rectifies;  // takes ReLU of the conv pixels, which is that of the largest
 };
 
 // Pools windows, of `count` positions if that is not 0, assuming that no conv pixel is NaN. Returns false, having
@@ -34,13 +42,14 @@ struct Windows {
 template <class C, int count, bool with_winners>
 bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
   const int64_t places = count > 0 ? count : w.count;
+  const Vec<C> least = least_of<C>(w.rectifies);
   Vec<C> total = {};  // NaN once a NaN has been seen
   for (int64_t window = 0; window < w.windows; ++window) {
     for (int64_t v = 0; v < w.vectors; ++v) {
       const int64_t at = window * w.step + v * kLanes<C>;
       const Vec<C> first = load(w.places[0] + at);
       // Only the first pixel is rectified: a later pixel that is above it is positive, and so equals its own ReLU.
-      Vec<C> sum = first, best = relu(first);
+      Vec<C> sum = first, best = larger_of(least, first);
       Numbers<C> winner = {};
 #pragma GCC unroll 9
       for (int64_t i = 1; i < places; ++i) {
@@ -60,11 +69,12 @@ bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
 // Pools windows whatever the pixels are.
 template <class C, bool with_winners>
 void pool_any(const Windows<C>& w, C* to, uint8_t* winners) {
+  const Vec<C> least = least_of<C>(w.rectifies);
   for (int64_t window = 0; window < w.windows; ++window) {
     for (int64_t v = 0; v < w.vectors; ++v) {
       const int64_t at = window * w.step + v * kLanes<C>;
       const int64_t result = window * w.to_step + v * kLanes<C>;
-      Vec<C> best = relu(load(w.places[0] + at));
+      Vec<C> best = larger_of(least, load(w.places[0] + at));
       Numbers<C> winner = {};
       for (int64_t i = 1; i < w.count; ++i) {
         take_place<C, with_winners, true>(load(w.places[i] + at), i, best, winner);

@@ -1,6 +1,7 @@
 // What every algorithm of the convolution works on: the call, and the kernels of one instruction set.
 #pragma once
 
+#include "../../simd/activation.h"
 #include "../../simd/isa.h"
 #include "../../simd/dtype.h"
 #include "geometry.h"
@@ -8,7 +9,7 @@
 
 namespace fastnn {
 
-// max_pool(relu(conv(input, weight) + bias)) over raw memory.
+// max_pool(activation(conv(input, weight) + bias + addend)) over raw memory.
 template <class T>
 struct ConvCall {
   ConvPoolGeometry geometry;
@@ -22,6 +23,14 @@ struct ConvCall {
   T* output;           // dense, contiguous or channels last
   ConvLayout output_layout;
   uint8_t* winners;  // laid out as the output, or null
+  // ReLU or the identity; without winners and where each window is a conv pixel, any.
+  Activation activation;
+  const T* addend;  // laid out as the output, where each window is a conv pixel; or null
+
+  // Whether ReLU is taken with the pool, or with the sums.
+  bool rectifies() const { return activation.kind == ActivationKind::relu && !addend; }
+  // Whether the output is changed once more where it has been written: see `finish` in copy.h.
+  bool finishes() const { return addend || (!rectifies() && activation.kind != ActivationKind::identity); }
 };
 
 template <class T>
@@ -33,7 +42,10 @@ struct ConvKernels {
   void (*run)(const ConvCall<T>&, int64_t first, int64_t last, void* scratch);
   // Whether all elements of input and weight are finite and so small that transforms cannot make infinities of them.
   bool (*is_moderate)(const ConvCall<T>&);
+  // ReLU and argmaxes of conv pixels, in any order, where each conv pixel is a window.
   void (*rectify)(const T* from, int64_t count, T* to, uint8_t* winners);
+  // to = activation(from + addend), element by element. addend may be null, and `from` may be `to`.
+  void (*finish)(const Activation& activation, const T* from, const T* addend, int64_t count, T* to);
 };
 
 using ConvKernelTable = PerDtype<ConvKernels>;

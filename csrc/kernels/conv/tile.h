@@ -88,8 +88,8 @@ struct PixelTile {
   int64_t to_step;
 };
 
-// Windows that are pooled in registers: for `tiles` vectors of windows side by side, the largest of 0 and the values at
-// 2 x pairs window positions, and its position. The value at a window position is sum over k of weight[k][o] *
+// Windows that are pooled in registers: for `tiles` vectors of windows side by side, the largest of the values at 2 x
+// pairs window positions, with ReLU also of 0, and its position. The value at a window position is sum over k of weight[k][o] *
 // pixels[offsets[place][k] + lane] + bias.
 template <class C>
 struct WindowTile {
@@ -100,7 +100,8 @@ struct WindowTile {
   const C* weight;  // [depth][weight_step], of which the first outputs of each row are multiplied
   int64_t weight_step;
   const C* bias;  // [outputs]
-  C* to;          // [output][to_step]
+  bool rectifies;
+  C* to;  // [output][to_step]
   int64_t to_step;
   uint8_t* winners;  // laid out as `to`, or null
 };
@@ -194,6 +195,7 @@ template <int rows, bool with_winners, class C>
 void window_tile(const WindowTile<C>& call) {
   const int64_t depth = call.depth, weight_step = call.weight_step;
   const C* pixels = call.pixels;
+  const Vec<C> least = broadcast<C>(call.rectifies ? C(0) : -static_cast<C>(__builtin_inf()));
   for (int64_t t = 0; t < call.tiles; ++t, pixels += kLanes<C>) {
     for (int64_t pair = 0; pair < call.pairs; ++pair) {
       const int64_t *first = call.offsets + 2 * pair * depth, *second = first + depth;
@@ -221,7 +223,7 @@ void window_tile(const WindowTile<C>& call) {
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
           // Rectified once, for -0 to stay: later sums are compared unrectified.
-          Vec<C> best = pair > 0 ? load(to + r * call.to_step) : relu(sums[r][0]);
+          Vec<C> best = pair > 0 ? load(to + r * call.to_step) : larger_of(least, sums[r][0]);
           Numbers<C> winner = {};
           if (with_winners && pair > 0) winner = load_bytes_up_to<C>(winners + r * call.to_step, kLanes<C>);
 #pragma GCC unroll 2

@@ -1,0 +1,175 @@
+#include "elementwise.h"
+
+#include <math.h>
+
+#include "../simd/math.h"
+#include "../simd/transpose.h"
+
+namespace fastnn {
+namespace FASTNN_ISA {
+namespace {
+
+template <BinaryKind kind, class T>
+FASTNN_INLINE Vec<T> combine(Vec<T> x, Vec<T> y) {
+  if constexpr (kind == BinaryKind::add) return x + y;
+  if constexpr (kind == BinaryKind::sub) return x - y;
+  if constexpr (kind == BinaryKind::mul) return x * y;
+  if constexpr (kind == BinaryKind::div) return x / y;
+  // NaN wins, whichever of the two it is.
+  if constexpr (kind == BinaryKind::maximum) return (x > y) | (x != x) ? x : y;
+  if constexpr (kind == BinaryKind::minimum) return (x < y) | (x != x) ? x : y;
+}
+
+template <BinaryKind kind, class T>
+FASTNN_INLINE void combine_all(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t count, T* to) {
+  const auto run = [&](auto left, auto right) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      store_up_to<T>(to + i, combine<kind, T>(left(i), right(i)), count - i);
+    }
+  };
+  const auto all_of = [count](const T* from) {
+    return [from, count](int64_t i) __attribute__((always_inline)) { return load_up_to<T>(from + i, count - i); };
+  };
+  const auto one_of = [](const T* from) {
+    return [x = broadcast<T>(*from)](int64_t) __attribute__((always_inline)) { return x; };
+  };
+  if (count <= 0) return;
+  if (a_step && b_step) return run(all_of(a), all_of(b));
+  if (a_step) return run(all_of(a), one_of(b));
+  if (b_step) return run(one_of(a), all_of(b));
+  run(one_of(a), one_of(b));
+}
+
+template <class T>
+void binary(BinaryKind kind, const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t count, T* to) {
+  switch (kind) {
+#define FASTNN_CASE(name) \
+  case BinaryKind::name:  \
+    return combine_all<BinaryKind::name>(a, a_step, b, b_step, count, to);
+    FASTNN_FOR_EACH_BINARY(FASTNN_CASE)
+#undef FASTNN_CASE
+  }
+}
+
+// Rows that are added up in one go: rounding errors grow with the number.
+constexpr int64_t kTogether = 128;
+
+template <class T>
+void sum_rows(const T* from, int64_t rows, int64_t step, int64_t count, T factor, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t left = count - i;
+    Vec<T> all = {};
+    for (int64_t first = 0; first < rows; first += kTogether) {
+      const int64_t last = first + kTogether < rows ? first + kTogether : rows;
+      Vec<T> some = {};
+      for (int64_t r = first; r < last; ++r) some += load_up_to<T>(from + r * step + i, left);
+      all += some;
+    }
+    store_up_to<T>(to + i, all * factor, left);
+  }
+}
+
+template <class T>
+T sum(const T* from, int64_t count) {
+  constexpr int64_t together = kTogether * kLanes<T>;
+  Vec<T> all = {};
+  for (int64_t first = 0; first < count; first += together) {
+    const int64_t last = first + together < count ? first + together : count;
+    Vec<T> some = {};
+    for (int64_t i = first; i < last; i += kLanes<T>) some += load_up_to<T>(from + i, last - i);
+    all += some;
+  }
+  return sum_lanes<T>(all);
+}
+
+template <class T>
+void largest(const T* const* rows, int64_t count, int64_t length, T* to) {
+  for (int64_t i = 0; i < length; i += kLanes<T>) {
+    Vec<T> best = broadcast<T>(-static_cast<T>(__builtin_inf()));
+    for (int64_t r = 0; r < count; ++r) {
+      const Vec<T> x = load_up_to<T>(rows[r] + i, length - i);
+      best = (x > best) | (x != x) ? x : best;
+    }
+    store_up_to<T>(to + i, best, length - i);
+  }
+}
+
+template <class T>
+void average(const T* const* rows, int64_t count, int64_t length, T factor, T* to) {
+  for (int64_t i = 0; i < length; i += kLanes<T>) {
+    Vec<T> total = {};
+    for (int64_t r = 0; r < count; ++r) total += load_up_to<T>(rows[r] + i, length - i);
+    store_up_to<T>(to + i, total * factor, length - i);
+  }
+}
+
+template <class T>
+void softmax(const T* from, int64_t count, bool logarithm, T* to) {
+  const T lowest = -static_cast<T>(__builtin_inf());
+  Vec<T> most = broadcast<T>(lowest);
+  int64_t first = 0;
+  for (; first + kLanes<T> <= count; first += kLanes<T>) most = larger_of(load(from + first), most);
+  // NaN makes all NaN below, so that it may be passed over here.
+  for (; first < count; ++first) most = larger_of(broadcast<T>(from[first]), most);
+  T lanes[kLanes<T>], highest = lowest;
+  store(lanes, most);
+  for (T lane : lanes) highest = lane > highest ? lane : highest;
+  T total = 0;
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t left = count - i;
+    const Vec<T> shifted = load_up_to<T>(from + i, left) - highest, power = exp_of<T>(shifted);
+    store_up_to<T>(to + i, logarithm ? shifted : power, left);
+    T each[kLanes<T>];
+    store(each, power);
+    for (int64_t lane = 0; lane < kLanes<T> && lane < left; ++lane) total += each[lane];
+  }
+  const T rest = logarithm ? static_cast<T>(log(static_cast<double>(total))) : 1 / total;
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vec<T> x = load_up_to<T>(to + i, count - i);
+    store_up_to<T>(to + i, logarithm ? x - rest : x * rest, count - i);
+  }
+}
+
+template <class T>
+void layer_norm(const T* from, const T* weight, const T* bias, int64_t count, double epsilon, T* to) {
+  const T mean = sum(from, count) / static_cast<T>(count);
+  Vec<T> squares = {};
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t left = count - i;
+    Vec<T> x = load_up_to<T>(from + i, left) - mean;
+    if (left < kLanes<T>) {
+      store_up_to<T>(to + i, x, left);
+      x = load_up_to<T>(to + i, left);  // zeros in the other lanes
+    }
+    squares += x * x;
+  }
+  const double variance = static_cast<double>(sum_lanes<T>(squares)) / static_cast<double>(count);
+  const T scale = static_cast<T>(1 / sqrt(variance + epsilon));
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t left = count - i;
+    Vec<T> x = (load_up_to<T>(from + i, left) - mean) * scale;
+    if (weight) x *= load_up_to<T>(weight + i, left);
+    if (bias) x += load_up_to<T>(bias + i, left);
+    store_up_to<T>(to + i, x, left);
+  }
+}
+
+template <class T>
+void blend(const T* x, const T* y, T part, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vec<T> first = load_up_to<T>(x + i, count - i);
+    store_up_to<T>(to + i, first + (load_up_to<T>(y + i, count - i) - first) * part, count - i);
+  }
+}
+
+template <class T>
+constexpr ElementwiseKernels<T> kernels() {
+  return {binary<T>, sum_rows<T>, sum<T>, largest<T>, average<T>, softmax<T>, layer_norm<T>, blend<T>, transpose_matrix<T, T>};
+}
+
+}  // namespace
+
+extern const ElementwiseTable elementwise_kernels = {kernels<float>(), kernels<double>()};
+
+}  // namespace FASTNN_ISA
+}  // namespace fastnn

@@ -1,0 +1,51 @@
+// Passes over values of a network that no convolution, product or recurrence takes along: arithmetic, sums, softmax,
+// layer norm and transposition, over runs of elements that lie side by side.
+#pragma once
+
+#include <stdint.h>
+
+#include "../simd/dtype.h"
+#include "../simd/isa.h"
+
+namespace fastnn {
+
+// X(name): torch's name of the function, for float tensors.
+#define FASTNN_FOR_EACH_BINARY(X) X(add) X(sub) X(mul) X(div) X(maximum) X(minimum)
+enum class BinaryKind : int32_t {
+#define FASTNN_ENUMERATOR(name) name,
+  FASTNN_FOR_EACH_BINARY(FASTNN_ENUMERATOR)
+#undef FASTNN_ENUMERATOR
+};
+constexpr const char* kBinaryNames[] = {
+#define FASTNN_NAME(name) #name,
+    FASTNN_FOR_EACH_BINARY(FASTNN_NAME)
+#undef FASTNN_NAME
+};
+
+template <class T>
+struct ElementwiseKernels {
+  // to[i] = a[i * a_step] op b[i * b_step]; each step is 0 or 1.
+  void (*binary)(BinaryKind kind, const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t count, T* to);
+  // to[i] = factor * sum over r of from[r * step + i], for `count` sums of `rows` rows.
+  void (*sum_rows)(const T* from, int64_t rows, int64_t step, int64_t count, T factor, T* to);
+  // The sum of `count` elements.
+  T (*sum)(const T* from, int64_t count);
+  // to[i] = the largest of rows[r][i], or -inf of no rows. NaN wins.
+  void (*largest)(const T* const* rows, int64_t count, int64_t length, T* to);
+  // to[i] = factor * sum over r of rows[r][i].
+  void (*average)(const T* const* rows, int64_t count, int64_t length, T factor, T* to);
+  // Softmax of one row, or its logarithm.
+  void (*softmax)(const T* from, int64_t count, bool logarithm, T* to);
+  // (from - mean) / sqrt(variance + epsilon) * weight + bias of one row. weight and bias (count) may be null.
+  void (*layer_norm)(const T* from, const T* weight, const T* bias, int64_t count, double epsilon, T* to);
+  // to[i] = x[i] + (y[i] - x[i]) * part
+  void (*blend)(const T* x, const T* y, T part, int64_t count, T* to);
+  // from (rows, columns), its rows `step` apart -> to (columns, rows), its rows `to_step` apart.
+  void (*transpose)(const T* from, int64_t step, int64_t rows, int64_t columns, T* to, int64_t to_step);
+};
+
+using ElementwiseTable = PerWideDtype<ElementwiseKernels>;
+
+}  // namespace fastnn
+
+FASTNN_DECLARE_KERNELS(ElementwiseTable, elementwise_kernels)

@@ -1,0 +1,124 @@
+// Arrays of any strides: how arithmetic, copies and reductions go through the dimensions of values, whatever their
+// formats, in the longest runs that there are.
+#pragma once
+
+#include <array>
+#include <cstring>
+
+#include "../kernels/elementwise.h"
+#include "../ops/product.h"
+#include "layer.h"
+
+namespace fastnn {
+
+// Sizes with the strides of `count` arrays over them, from the outermost to the innermost, dimensions that can be one
+// joined into one.
+template <size_t count>
+struct Loops {
+  Ints sizes;
+  std::array<Ints, count> strides;
+
+  // `order`: the dimensions from the outermost to the innermost.
+  Loops(const Ints& all_sizes, const std::array<Ints, count>& all_strides, const std::vector<size_t>& order) {
+    for (const size_t d : order) {
+      if (all_sizes[d] == 1) continue;
+      bool joins = !sizes.empty();
+      for (size_t a = 0; a < count && joins; ++a) joins = strides[a].back() == all_strides[a][d] * all_sizes[d];
+      if (joins) {
+        sizes.back() *= all_sizes[d];
+        for (size_t a = 0; a < count; ++a) strides[a].back() = all_strides[a][d];
+      } else {
+        sizes.push_back(all_sizes[d]);
+        for (size_t a = 0; a < count; ++a) strides[a].push_back(all_strides[a][d]);
+      }
+    }
+    if (sizes.empty()) {
+      sizes.push_back(1);
+      for (size_t a = 0; a < count; ++a) strides[a].push_back(1);
+    }
+  }
+
+  // Calls body(offsets) for each run of the innermost `inner` dimensions, in parallel where `work` an element pays.
+  template <class Body>
+  void for_each_run(size_t inner, double work, const Body& body) const {
+    const size_t outer = sizes.size() - inner;
+    int64_t runs = 1, length = 1;
+    for (size_t d = 0; d < sizes.size(); ++d) (d < outer ? runs : length) *= sizes[d];
+    parallel_range(runs, work * static_cast<double>(length), [&](int64_t first, int64_t last) {
+      for (int64_t run = first; run < last; ++run) {
+        std::array<int64_t, count> offsets{};
+        int64_t left = run;
+        for (size_t d = outer; d-- > 0;) {
+          const int64_t at = left % sizes[d];
+          left /= sizes[d];
+          for (size_t a = 0; a < count; ++a) offsets[a] += at * strides[a][d];
+        }
+        body(offsets);
+      }
+    });
+  }
+};
+
+// Dimensions in the order in which a value lies in memory.
+inline std::vector<size_t> memory_order(size_t rank, bool channels_last) {
+  std::vector<size_t> order;
+  for (size_t d = 0; d < rank; ++d) {
+    if (!channels_last || d != 1) order.push_back(d);
+  }
+  if (channels_last) order.push_back(1);
+  return order;
+}
+
+constexpr double kCopyWork = 4;  // what moving an element costs, in floating-point operations
+
+// to = from, over arrays of these sizes and strides. The order of the dimensions is that of `to` in memory.
+template <class T>
+void copy_array(const T* from, const Ints& from_strides, T* to, const Ints& to_strides, const Ints& sizes,
+                const std::vector<size_t>& order) {
+  for (const int64_t size : sizes) {
+    if (size == 0) return;
+  }
+  const Loops<2> loops(sizes, {from_strides, to_strides}, order);
+  const Ints &source = loops.strides[0], &target = loops.strides[1];
+  const size_t last = loops.sizes.size() - 1;
+  const int64_t length = loops.sizes[last];
+  if (source[last] == 1 && target[last] == 1) {
+    return loops.for_each_run(1, kCopyWork, [&](const auto& at) {
+      std::memcpy(to + at[1], from + at[0], static_cast<size_t>(length) * sizeof(T));
+    });
+  }
+  if (last > 0 && target[last] == 1 && source[last - 1] == 1) {  // a transposition of matrices
+    const auto& kernels = elementwise_kernels().get<T>();
+    return loops.for_each_run(2, kCopyWork, [&](const auto& at) {
+      kernels.transpose(from + at[0], source[last], length, loops.sizes[last - 1], to + at[1], target[last - 1]);
+    });
+  }
+  loops.for_each_run(1, kCopyWork, [&](const auto& at) {
+    for (int64_t i = 0; i < length; ++i) to[at[1] + i * target[last]] = from[at[0] + i * source[last]];
+  });
+}
+
+// Sizes as torch broadcasts them. Raises where they do not go together.
+inline Ints broadcast_sizes(const Ints& a, const Ints& b) {
+  Ints result = a.size() >= b.size() ? a : b;
+  const Ints& other = a.size() >= b.size() ? b : a;
+  const size_t ahead = result.size() - other.size();
+  for (size_t d = 0; d < other.size(); ++d) {
+    int64_t& size = result[ahead + d];
+    FASTNN_CHECK(size == other[d] || size == 1 || other[d] == 1, "sizes ", to_string(a), " and ", to_string(b),
+                 " cannot be broadcast");
+    if (size == 1) size = other[d];
+  }
+  return result;
+}
+
+// The strides of a value where it is broadcast to `rank` dimensions: 0 along those in which it has one element.
+inline Ints broadcast_strides(const ValueType& value, size_t rank) {
+  const Ints own = value.strides();
+  Ints strides(rank, 0);
+  const size_t ahead = rank - own.size();
+  for (size_t d = 0; d < own.size(); ++d) strides[ahead + d] = value.sizes[d] == 1 ? 0 : own[d];
+  return strides;
+}
+
+}  // namespace fastnn

@@ -1,0 +1,250 @@
+// fastnn::network: a whole network in one call, for inference, from its program, its weights and their packed form; and
+// the same from a network's own parameters, which are packed at every call.
+#include <memory>
+
+#include "../ops/register.h"
+#include "plan.h"
+
+namespace fastnn {
+namespace {
+
+Expected check_kind(const char* op, const Tensor& first, const char* name) {
+  const Expected kind = check_first(first, op, name);
+  FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, op, ": not implemented for BFloat16; use float32 or float64");
+  return kind;
+}
+
+Expected check_weights(const char* op, const Tensor& weights) {
+  const Expected kind = check_kind(op, weights, "weights");
+  FASTNN_CHECK(weights.dim() == 1 && weights.is_contiguous(), op, ": expected weights to be 1D and contiguous");
+  return kind;
+}
+
+// A network, bound to weights, and its plans for the sizes of the last calls.
+template <class T>
+struct Bound {
+  std::string program;
+  std::vector<WeightPiece<T>> weights;
+  bool joined;
+  Network<T> network;
+
+  Bound(const Tensor* first, size_t count, bool joined, const std::string& program)
+      : program(program), weights(first, first + count), joined(joined), network(program, weights, joined) {}
+
+  bool is_of(const Tensor* first, size_t count, bool joined, const std::string& program) const {
+    if (this->joined != joined || weights.size() != count || this->program != program) return false;
+    return std::equal(weights.begin(), weights.end(), first,
+                      [](const auto& piece, const Tensor& tensor) { return piece.is(tensor); });
+  }
+
+  struct Planned {
+    std::vector<Ints> sizes;
+    Isa isa;
+    int64_t threads;
+    Plan<T> plan;
+  };
+  std::vector<std::unique_ptr<Planned>> planned;  // the last used in front
+
+  const Plan<T>& plan_for(const Tensor* inputs) {
+    constexpr size_t kKept = 4;
+    const Isa isa = active_isa();
+    const int64_t threads = torch::stable::get_num_threads();
+    for (size_t i = 0; i < planned.size(); ++i) {
+      if (planned[i]->isa != isa || planned[i]->threads != threads || !has_sizes(planned[i]->sizes, inputs)) continue;
+      std::rotate(planned.begin(), planned.begin() + static_cast<ptrdiff_t>(i),
+                  planned.begin() + static_cast<ptrdiff_t>(i) + 1);
+      return planned[0]->plan;
+    }
+    std::vector<Ints> sizes;
+    for (size_t i = 0; i < network.inputs.size(); ++i) {
+      const Sizes given = inputs[i].sizes();
+      network.inputs[i].check(given);
+      sizes.emplace_back(given.begin(), given.end());
+    }
+    auto made = std::make_unique<Planned>(Planned{sizes, isa, threads, Plan<T>(network, sizes)});
+    if (planned.size() >= kKept) planned.pop_back();
+    planned.insert(planned.begin(), std::move(made));
+    return planned[0]->plan;
+  }
+
+ private:
+  static bool has_sizes(const std::vector<Ints>& known, const Tensor* inputs) {
+    for (size_t i = 0; i < known.size(); ++i) {
+      const Sizes sizes = inputs[i].sizes();
+      if (sizes.size() != known[i].size() || !std::equal(sizes.begin(), sizes.end(), known[i].begin())) return false;
+    }
+    return true;
+  }
+};
+
+// This thread's last networks, so that one is not read anew at every call.
+template <class T>
+Bound<T>& bound_network(const Tensor* first, size_t count, bool joined, const std::string& program) {
+  constexpr size_t kKept = 16;
+  static thread_local std::vector<std::unique_ptr<Bound<T>>> kept;
+  for (size_t i = 0; i < kept.size(); ++i) {
+    if (!kept[i]->is_of(first, count, joined, program)) continue;
+    std::rotate(kept.begin(), kept.begin() + static_cast<ptrdiff_t>(i), kept.begin() + static_cast<ptrdiff_t>(i) + 1);
+    return *kept[0];
+  }
+  auto made = std::make_unique<Bound<T>>(first, count, joined, program);
+  if (kept.size() >= kKept) kept.pop_back();
+  kept.insert(kept.begin(), std::move(made));
+  return *kept[0];
+}
+
+template <class T>
+std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, const Expected& kind,
+                        PackedReader reader) {
+  const Network<T>& network = bound.network;
+  FASTNN_CHECK(count == network.inputs.size(), kind.op, ": expected ", network.inputs.size(), " inputs, got ", count);
+  for (size_t i = 0; i < count; ++i) {
+    if (!network.inputs[i].is_integer) {
+      check_same_kind(inputs[i], kind, "input");
+      continue;
+    }
+    check_plain(inputs[i], kind.op, "input");
+    check_memory(inputs[i], kind.op, "input");
+    FASTNN_CHECK(inputs[i].scalar_type() == ScalarType::Long, kind.op, ": expected input ", i, " to be int64");
+  }
+  const Plan<T>& plan = bound.plan_for(inputs);
+  std::vector<Tensor> dense_inputs, outputs;
+  dense_inputs.reserve(count);
+  for (size_t i = 0; i < count; ++i) dense_inputs.push_back(dense(inputs[i]));
+  for (const int64_t output : network.outputs) {
+    const ValueType& value = plan.values[static_cast<size_t>(output)];
+    outputs.push_back(new_tensor(value.sizes, value.is_integer ? ScalarType::Long : kind.dtype));
+  }
+  const Scratch<T> memory(plan.memory);
+  constexpr size_t kFew = 64;
+  void* few[kFew];
+  std::vector<void*> many(plan.values.size() > kFew ? plan.values.size() : 0);
+  void** const at = many.empty() ? few : many.data();
+  for (size_t value = 0; value < plan.values.size(); ++value) {
+    const Place& place = plan.places[value];
+    switch (place.kind) {
+      case Place::input:
+        at[value] = const_cast<void*>(dense_inputs[static_cast<size_t>(place.index)].const_data_ptr());
+        break;
+      case Place::output:
+        at[value] = outputs[static_cast<size_t>(place.index)].mutable_data_ptr();
+        break;
+      case Place::weight:
+        at[value] = const_cast<T*>(network.weights[place.index].data);
+        break;
+      default:
+        at[value] = memory.get() + place.offset;
+    }
+  }
+  std::vector<void*> given;
+  for (size_t i = 0; i < network.steps.size(); ++i) {
+    if (plan.is_idle[i]) continue;
+    const Layer<T>& layer = *network.steps[i].layer;
+    reader.begin_step(i);
+    given.clear();
+    for (const int64_t value : layer.inputs) given.push_back(at[value]);
+    for (const int64_t value : layer.outputs) given.push_back(at[value]);
+    layer.run({plan.sites[i], given.data(), given.data() + layer.inputs.size(), reader});
+  }
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!plan.copied[i]) continue;
+    const size_t bytes = static_cast<size_t>(outputs[i].numel()) * outputs[i].element_size();
+    if (bytes) std::memcpy(outputs[i].mutable_data_ptr(), at[network.outputs[i]], bytes);
+  }
+  return outputs;
+}
+
+std::vector<Tensor> run_packed(const Tensor* inputs, size_t count, const Tensor& weights, const Tensor& packed,
+                               const std::string& program) {
+  const char* op = "network";
+  const Expected kind = check_weights(op, weights);
+  check_plain(packed, op, "packed");
+  check_memory(packed, op, "packed");
+  FASTNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), op,
+               ": expected packed to be uint8, 1D and contiguous");
+  return with_kernel_dtype(kind.dtype, [&](auto type) {
+    using T = decltype(type);
+    Bound<T>& bound = bound_network<T>(&weights, 1, true, program);
+    return run(bound, inputs, count, kind, PackedReader(data<char>(packed), packed.numel(), sizeof(T)));
+  });
+}
+
+std::vector<Tensor> network(const std::vector<Tensor>& inputs, const Tensor& weights, const Tensor& packed,
+                            const std::string& program) {
+  return run_packed(inputs.data(), inputs.size(), weights, packed, program);
+}
+
+// The same with one input and one output, of which lists would take a microsecond.
+Tensor network_of_one(const Tensor& input, const Tensor& weights, const Tensor& packed, const std::string& program) {
+  std::vector<Tensor> outputs = run_packed(&input, 1, weights, packed, program);
+  FASTNN_CHECK(outputs.size() == 1, "network_of_one: the program has ", outputs.size(), " outputs");
+  return std::move(outputs[0]);
+}
+
+// parameters: in the program's order, as their layers have them.
+Tensor network_unpacked(const Tensor& input, const std::vector<Tensor>& parameters, const std::string& program) {
+  const char* op = "network_unpacked";
+  const Expected kind = check_kind(op, input, "input");
+  std::vector<Tensor> weights;
+  weights.reserve(parameters.size());
+  for (const Tensor& parameter : parameters) {
+    check_same_kind(parameter, kind, "parameters");
+    weights.push_back(dense(parameter));
+  }
+  return with_kernel_dtype(kind.dtype, [&](auto type) {
+    using T = decltype(type);
+    Bound<T>& bound = bound_network<T>(weights.data(), weights.size(), false, program);
+    std::vector<Tensor> outputs = run(bound, &input, 1, kind, PackedReader(nullptr, 0, sizeof(T)));
+    FASTNN_CHECK(outputs.size() == 1, op, ": the program has ", outputs.size(), " outputs");
+    return std::move(outputs[0]);
+  });
+}
+
+// sizes: those of all inputs, one behind the other, for which the packing is best.
+Tensor network_packed(const Tensor& weights, const std::string& program, const Ints& sizes) {
+  const char* op = "network_packed";
+  const Expected kind = check_weights(op, weights);
+  FASTNN_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 0; }), op,
+               ": expected sizes of at least 1, got ", to_string(sizes));
+  return with_kernel_dtype(kind.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Network<T> network(program, {WeightPiece<T>(weights)}, true);
+    std::vector<Ints> all_sizes;
+    size_t next = 0;
+    for (const NetworkInput& input : network.inputs) {
+      const size_t rank = input.ranges.size();
+      FASTNN_CHECK(sizes.size() - next >= rank, op, ": expected more sizes than ", sizes.size());
+      all_sizes.emplace_back(sizes.begin() + static_cast<ptrdiff_t>(next),
+                             sizes.begin() + static_cast<ptrdiff_t>(next + rank));
+      input.check(all_sizes.back());
+      next += rank;
+    }
+    FASTNN_CHECK(next == sizes.size(), op, ": expected ", next, " sizes, got ", sizes.size());
+    const Plan<T> plan(network, all_sizes);
+    PackedWriter counted(nullptr, sizeof(T));
+    plan.pack(counted);
+    Tensor packed = new_tensor({counted.bytes()}, ScalarType::Byte);
+    PackedWriter written(mutable_data<char>(packed), sizeof(T));
+    plan.pack(written);
+    return packed;
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  // program: see program.h; fastnn/graph/program.py writes it. packed: of network_packed; one that does not fit this
+  // machine, dtype or input costs time and nothing else.
+  m.def("network(Tensor[] inputs, Tensor weights, Tensor packed, str program) -> Tensor[]");
+  m.def("network_of_one(Tensor input, Tensor weights, Tensor packed, str program) -> Tensor");
+  m.def("network_packed(Tensor weights, str program, int[] sizes) -> Tensor");
+  m.def("network_unpacked(Tensor input, Tensor[] parameters, str program) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("network", FASTNN_BOX(network));
+  m.impl("network_of_one", FASTNN_BOX(network_of_one));
+  m.impl("network_packed", FASTNN_BOX(network_packed));
+  m.impl("network_unpacked", FASTNN_BOX(network_unpacked));
+}
+
+}  // namespace
+}  // namespace fastnn

@@ -1,0 +1,189 @@
+// What a layer of a network is: a class that says which sizes its values have, in which formats it takes them, how it
+// packs its weights, and how it runs. Each layer is one class in a file of network/layers/.
+#pragma once
+
+#include <memory>
+
+#include "../ops/tensor.h"
+#include "packed.h"
+#include "program.h"
+
+namespace fastnn {
+
+// How a value lies in memory: densely, in torch's order of dimensions, or, of images, with the channels innermost.
+enum class Format : int8_t { contiguous, channels_last };
+
+// A value's sizes and where its elements lie.
+struct ValueType {
+  Ints sizes;
+  Format format = Format::contiguous;
+  bool is_integer = false;  // int64, as an embedding takes it; all else is of the network's dtype
+
+  int64_t count() const {
+    int64_t result = 1;
+    for (const int64_t size : sizes) result = checked_product(result, size);
+    return result;
+  }
+  bool channels_last() const { return format == Format::channels_last; }
+  // Elements from one to the next along each dimension.
+  Ints strides() const { return format_strides_of(sizes, channels_last()); }
+
+  static Ints format_strides_of(const Ints& sizes, bool channels_last) {
+    const size_t rank = sizes.size();
+    Ints strides(rank);
+    int64_t stride = 1;
+    const auto set_stride = [&](size_t d) {
+      strides[d] = stride;
+      stride = checked_product(stride, std::max<int64_t>(sizes[d], 1));
+    };
+    if (channels_last) set_stride(1);
+    for (size_t d = rank; d-- > 0;) {
+      if (!channels_last || d != 1) set_stride(d);
+    }
+    return strides;
+  }
+};
+
+// Whether both formats of a value are the same order of elements.
+inline bool is_same_order(const Ints& sizes) {
+  if (sizes.size() < 3 || sizes[1] == 1) return true;
+  for (size_t d = 2; d < sizes.size(); ++d) {
+    if (sizes[d] != 1) return false;
+  }
+  return true;
+}
+
+// A layer's place in a network whose inputs have certain sizes: what follows from them, made once and read by every
+// call. `prepared` is what the layer has made for itself.
+struct Site {
+  std::vector<ValueType> inputs, outputs;
+  std::shared_ptr<const void> prepared;
+
+  const Ints& sizes(size_t input) const { return inputs[input].sizes; }
+  // Whether the layer has nothing to compute. Then nothing is prepared or run.
+  bool is_empty() const {
+    for (const ValueType& output : outputs) {
+      if (output.count() != 0) return false;
+    }
+    return true;
+  }
+};
+
+// Which formats a layer takes.
+enum class FormatRule : int8_t {
+  contiguous,  // contiguous values alone
+  alike,       // either, but all values of the output's rank in the same
+  input,       // either for the first input, contiguous for all others
+  each,        // either for the first input, and either for the output, as which all other inputs lie
+};
+
+// Where a call finds the values, in the order of the layer's inputs and outputs.
+template <class T>
+struct LayerCall {
+  const Site& site;
+  const void* const* inputs;
+  void* const* outputs;
+  PackedReader& packed;
+
+  const T* input(size_t i) const { return static_cast<const T*>(inputs[i]); }
+  T* output(size_t i) const { return static_cast<T*>(outputs[i]); }
+};
+
+// A layer of float or double. It is immutable once it is read, and so shared by threads.
+template <class T>
+class Layer {
+ public:
+  std::vector<int64_t> inputs, outputs;  // numbers of values, without weights that the layer reads itself
+  size_t sizes_only = 0;                 // of the last inputs so many are there for their sizes alone
+
+  virtual ~Layer() = default;
+  // Sets the sizes of the site's outputs. Raises unless inputs of such sizes fit.
+  virtual void set_sizes(Site& site) const = 0;
+  virtual FormatRule formats() const { return FormatRule::contiguous; }
+  // How long the layer takes with these formats, in multiply-adds of vectors, as far as that depends on the formats.
+  virtual double cost(const Site&) const { return 0; }
+  // What a call needs besides sizes and formats, for Site::prepared.
+  virtual std::shared_ptr<const void> prepare(const Site&) const { return nullptr; }
+  // Packs everything that `run` will ask `packed` for, in the same order.
+  virtual void pack(const Site&, PackedWriter&) const {}
+  virtual void run(const LayerCall<T>& call) const = 0;
+  // Whether the output is the input's memory under other sizes. Then `run` is not called.
+  virtual bool is_view(const Site&) const { return false; }
+  // Takes over what the next layer does, which takes this layer's output as its only input and is the only one to do so.
+  // Returns false where it cannot.
+  virtual bool absorb(const Layer&) { return false; }
+};
+
+// The weights of a network, by the numbers of the values that they are.
+template <class T>
+class Weights {
+ public:
+  struct Weight {
+    const T* data;
+    Ints sizes;
+  };
+
+  void add(int64_t value, const T* data, const Ints& sizes) {
+    if (static_cast<size_t>(value) >= all_.size()) all_.resize(value + 1);
+    all_[value] = {data, sizes};
+  }
+  bool holds(int64_t value) const { return static_cast<size_t>(value) < all_.size() && all_[value].data; }
+  const Weight& operator[](int64_t value) const { return all_[value]; }
+  // The weight that a line names so. Raises where the value is none.
+  const Weight& of(const ProgramLine& line, const char* name) const { return of(line, name, line.input(name)); }
+  const Weight& of(const ProgramLine& line, const char* name, int64_t value) const {
+    if (!holds(value)) line.refuse("its ", name, " is no weight");
+    return all_[value];
+  }
+  // The same of these sizes; null where the line has no input of that name.
+  const T* of(const ProgramLine& line, const char* name, const Ints& sizes) const {
+    if (!line.has(name)) return nullptr;
+    const Weight& weight = of(line, name);
+    if (weight.sizes != sizes) {
+      line.refuse("expected its ", name, " to be of size ", to_string(sizes), ", got ", to_string(weight.sizes));
+    }
+    return weight.data;
+  }
+
+ private:
+  std::vector<Weight> all_;
+};
+
+// A kind of layer: its name in programs, its inputs and attributes, and how one is made.
+struct LayerEntry {
+  const char* name;
+  std::vector<const char*> inputs;         // by name; "?" behind it: may be missing, "*": any number
+  std::vector<AttributeEntry> attributes;  // ended by one without a name
+  std::unique_ptr<Layer<float>> (*make_float)(const ProgramLine&, const Weights<float>&);
+  std::unique_ptr<Layer<double>> (*make_double)(const ProgramLine&, const Weights<double>&);
+};
+
+template <template <class> class Kind>
+LayerEntry layer_entry(const char* name, std::vector<const char*> inputs, std::vector<AttributeEntry> attributes) {
+  attributes.push_back({nullptr, nullptr, nullptr});
+  return {name, std::move(inputs), std::move(attributes),
+          [](const ProgramLine& line, const Weights<float>& weights) -> std::unique_ptr<Layer<float>> {
+            return std::make_unique<Kind<float>>(line, weights);
+          },
+          [](const ProgramLine& line, const Weights<double>& weights) -> std::unique_ptr<Layer<double>> {
+            return std::make_unique<Kind<double>>(line, weights);
+          }};
+}
+
+// All kinds of layers (layers.cpp).
+const std::vector<LayerEntry>& layer_entries();
+
+inline int64_t product(const Ints& sizes, size_t first, size_t last) {
+  int64_t result = 1;
+  for (size_t i = first; i < last; ++i) result = checked_product(result, sizes[i]);
+  return result;
+}
+
+// A dimension as Python counts it, from the end where it is negative.
+inline size_t dimension_of(const ProgramLine& line, int64_t given, size_t rank) {
+  const int64_t count = static_cast<int64_t>(rank);
+  if (given < -count || given >= count) line.refuse("dimension ", given, " of ", count, " dimensions");
+  return static_cast<size_t>(given < 0 ? given + count : given);
+}
+
+}  // namespace fastnn

@@ -1,0 +1,25 @@
+// The table of layers. A new layer is a class in a file of its own in layers/, and an entry here.
+#include "layers/conv.h"
+#include "layers/conv_transpose.h"
+#include "layers/elementwise.h"
+#include "layers/embedding.h"
+#include "layers/linear.h"
+#include "layers/normalize.h"
+#include "layers/pool.h"
+#include "layers/rnn.h"
+#include "layers/shape.h"
+#include "layers/upsample.h"
+
+namespace fastnn {
+
+const std::vector<LayerEntry>& layer_entries() {
+  static const std::vector<LayerEntry> entries{
+      conv_entry(),     conv_transpose_entry(), max_pool_entry(),   avg_pool_entry(),  upsample_entry(),
+      linear_entry(),   rnn_entry(),            embedding_entry(),  activation_entry(), binary_entry(),
+      softmax_entry(),  layer_norm_entry(),     mean_entry(),       reshape_entry(),   permute_entry(),
+      slice_entry(),    cat_entry(),            pad_entry(),
+  };
+  return entries;
+}
+
+}  // namespace fastnn

@@ -1,0 +1,315 @@
+// max_pool, avg_pool and mean: what takes several elements for one.
+#pragma once
+
+#include <cmath>
+
+#include "../../kernels/conv/machine.h"
+#include "../array.h"
+#include "conv.h"
+
+namespace fastnn {
+
+// A pool of images. With channels last, a window is as many runs of channels. Contiguous images go through the
+// convolution's kernels, which pool whatever a depthwise convolution gives: for the maximum, one whose kernel is a single
+// 1; the average is such a convolution itself.
+template <class T, bool averages>
+class PoolLayer : public Layer<T> {
+ public:
+  PoolLayer(const ProgramLine& line, const Weights<T>&) {
+    this->inputs = {line.input("input")};
+    constexpr int64_t kMost = int64_t{1} << 31;
+    kernel_ = line.integers("kernel", 1, kMost);
+    const size_t dims = kernel_.size();
+    if (dims < 1 || dims > 3) line.refuse("expected a kernel of 1 to 3 dimensions");
+    stride_ = line.text("stride").empty() ? kernel_ : line.integers("stride", 1, kMost, dims);
+    padding_ = line.integers("padding", 0, kMost, dims);
+    if (averages) {
+      counts_padding_ = line.flag("count_include_pad");
+    } else {
+      dilation_ = line.integers("dilation", 1, kMost, dims);
+      ceil_mode_ = line.flag("ceil_mode");
+    }
+  }
+
+  FormatRule formats() const override { return FormatRule::each; }
+
+  void set_sizes(Site& site) const override {
+    const Ints& input = site.sizes(0);
+    FASTNN_CHECK(input.size() == kernel_.size() + 2, "expected a pool's input to be ", kernel_.size() + 2,
+                 "D, got size ", to_string(input));
+    site.outputs[0].sizes = fastnn::output_sizes(problem(input));
+  }
+
+  double cost(const Site& site) const override {
+    const ConvPoolGeometry g = problem(site.sizes(0)).geometry;
+    const ConvKernels<T>& kernels = conv_kernels().get<T>();
+    const double lanes = static_cast<double>(kernels.vector_bytes) / sizeof(T);
+    const double taps = static_cast<double>(averages ? g.taps() : g.places());
+    const double vectors = std::ceil(static_cast<double>(g.groups) / lanes) * static_cast<double>(g.batch * g.pixels());
+    const double moved = vectors * tuned::kTranspose;
+    if (site.inputs[0].channels_last()) return vectors * (taps + 2) + (site.outputs[0].channels_last() ? 0 : moved);
+    PlanKey key = plan_key<T>(kernels, g, false, site.outputs[0].channels_last(), -1);
+    key.request.algorithm = static_cast<int32_t>(sizeof(T) == 8 ? ForwardAlgorithm::direct : ForwardAlgorithm::pixels);
+    return plan_forward(key.geometry, key.request, key.machine).cost;
+  }
+
+  void run(const LayerCall<T>& given) const override {
+    const ValueType &input = given.site.inputs[0], &output = given.site.outputs[0];
+    const ConvPoolProblem problem = this->problem(input.sizes);
+    const ConvKernels<T>& kernels = conv_kernels().get<T>();
+    if (input.channels_last()) return run_channels_last(given, problem.geometry);
+    ConvCall<T> call{};
+    call.geometry = problem.geometry;
+    call.output = given.output(0);
+    call.output_layout = conv_layout(output);
+    call.activation = kIdentity;
+    if (!averages) return pool_images(kernels, call, given.input(0), conv_layout(input));
+    const ConvPoolGeometry& g = call.geometry;
+    const Scratch<T> weight(checked_product(g.groups, g.taps()));
+    std::fill_n(weight.get(), g.groups * g.taps(), static_cast<T>(1.0 / static_cast<double>(g.taps())));
+    call.input = given.input(0);
+    call.input_layout = conv_layout(input);
+    call.weight = weight.get();
+    call.weight_layout = contiguous_layout(1, g.kernel);
+    const ForwardAlgorithm algorithm = input.channels_last()         ? ForwardAlgorithm::depthwise
+                                       : sizeof(T) == sizeof(double) ? ForwardAlgorithm::direct
+                                                                     : ForwardAlgorithm::pixels;
+    const PlanKey key = plan_key<T>(kernels, g, input.channels_last(), output.channels_last(),
+                                    static_cast<int64_t>(algorithm));
+    run_by_plan<T>(kernels, call, plan_for(key), nullptr);
+    if (!counts_padding_) count_elements(call);
+  }
+
+ private:
+  // As conv_relu_max_pool has it, with a group for each channel.
+  ConvPoolProblem problem(const Ints& input) const {
+    const size_t dims = kernel_.size();
+    const Ints ones(dims, 1), zeros(dims, 0);
+    Ints weight{input[1], 1}, geometry;
+    weight.insert(weight.end(), averages ? kernel_.begin() : ones.begin(), averages ? kernel_.end() : ones.end());
+    const auto add = [&](const Ints& numbers) { geometry.insert(geometry.end(), numbers.begin(), numbers.end()); };
+    add(averages ? stride_ : ones);
+    add(averages ? padding_ : zeros);
+    add(ones);
+    add(averages ? ones : kernel_);
+    add(averages ? ones : stride_);
+    add(averages ? zeros : padding_);
+    add(averages ? ones : dilation_);
+    geometry.push_back(input[1]);
+    geometry.push_back(ceil_mode_);
+    return problem_of({kDtypeOf<T>, 0, "network"}, input, weight, geometry);
+  }
+
+  void run_channels_last(const LayerCall<T>& given, const ConvPoolGeometry& g) const {
+    const auto& kernels = elementwise_kernels().get<T>();
+    const ValueType& output = given.site.outputs[0];
+    ValueType images = output;
+    images.format = Format::channels_last;
+    const bool copies = !output.channels_last() && !is_same_order(output.sizes);
+    const Scratch<T> own(copies ? output.count() : 0);
+    T* const to = copies ? own.get() : given.output(0);
+    const ConvLayout from = conv_layout(given.site.inputs[0]);
+    const auto each = [](const Ints& numbers, int64_t other) {
+      std::array<int64_t, 3> all{other, other, other};
+      std::copy(numbers.begin(), numbers.end(), all.end() - static_cast<ptrdiff_t>(numbers.size()));
+      return all;
+    };
+    const auto kernel = each(kernel_, 1), stride = each(stride_, 1), padding = each(padding_, 0);
+    const auto dilation = each(dilation_, 1);
+    const int64_t channels = g.groups, taps = kernel[0] * kernel[1] * kernel[2];
+    const int64_t rows = g.batch * g.output[0] * g.output[1];
+    const double work = static_cast<double>(g.output[2] * channels * taps);
+    parallel_range(rows, work, [&](int64_t first, int64_t last) {
+      const Scratch<const T*> places(taps);
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t y = row % g.output[1], z = row / g.output[1] % g.output[0], n = row / (g.output[0] * g.output[1]);
+        for (int64_t x = 0; x < g.output[2]; ++x) {
+          const int64_t at[3] = {z, y, x};
+          const int64_t count = find_places(g, given.input(0) + n * from.n, from, at, kernel, stride, padding, dilation,
+                                            places.get());
+          T* const pixel = to + (row * g.output[2] + x) * channels;
+          if (averages) {
+            const T factor = static_cast<T>(1.0 / static_cast<double>(counts_padding_ ? taps : std::max<int64_t>(count, 1)));
+            kernels.average(places.get(), count, channels, factor, pixel);
+          } else {
+            kernels.largest(places.get(), count, channels, pixel);
+          }
+        }
+      }
+    });
+    if (copies) {
+      copy_array(to, images.strides(), given.output(0), output.strides(), output.sizes,
+                 memory_order(output.sizes.size(), false));
+    }
+  }
+
+  using Three = std::array<int64_t, 3>;
+  // Lists where the pixels of a window are, and returns how many there are.
+  static int64_t find_places(const ConvPoolGeometry& g, const T* image, const ConvLayout& layout, const int64_t (&at)[3],
+                             const Three& kernel, const Three& stride, const Three& padding, const Three& dilation,
+                             const T** places) {
+    int64_t count = 0;
+    const auto place = [&](int d, int64_t tap) { return at[d] * stride[d] - padding[d] + tap * dilation[d]; };
+    for (int64_t i = 0; i < kernel[0]; ++i) {
+      const int64_t z = place(0, i);
+      if (z < 0 || z >= g.input[0]) continue;
+      for (int64_t j = 0; j < kernel[1]; ++j) {
+        const int64_t y = place(1, j);
+        if (y < 0 || y >= g.input[1]) continue;
+        for (int64_t k = 0; k < kernel[2]; ++k) {
+          const int64_t x = place(2, k);
+          if (x >= 0 && x < g.input[2]) places[count++] = image + z * layout.d[0] + y * layout.d[1] + x * layout.d[2];
+        }
+      }
+    }
+    return count;
+  }
+
+  // Divides by the number of elements that are there, where a window reaches into the padding.
+  void count_elements(const ConvCall<T>& call) const {
+    const ConvPoolGeometry& g = call.geometry;
+    const auto inside = [&](int d, int64_t at) {
+      const int64_t first = at * g.stride[d] - g.padding[d];
+      return std::min(g.input[d], first + g.kernel[d]) - std::max<int64_t>(0, first);
+    };
+    const ConvLayout& layout = call.output_layout;
+    const double taps = static_cast<double>(g.taps());
+    parallel_range(g.batch * g.groups, static_cast<double>(g.pixels()), [&](int64_t first, int64_t last) {
+      for (int64_t plane = first; plane < last; ++plane) {
+        T* const to = call.output + plane / g.groups * layout.n + plane % g.groups * layout.c;
+        for (int64_t z = 0; z < g.output[0]; ++z) {
+          for (int64_t y = 0; y < g.output[1]; ++y) {
+            for (int64_t x = 0; x < g.output[2]; ++x) {
+              const int64_t count = inside(0, z) * inside(1, y) * inside(2, x);
+              if (count == g.taps()) continue;
+              to[z * layout.d[0] + y * layout.d[1] + x * layout.d[2]] *= static_cast<T>(taps / static_cast<double>(count));
+            }
+          }
+        }
+      }
+    });
+  }
+
+  Ints kernel_, stride_, padding_, dilation_;
+  bool ceil_mode_ = false, counts_padding_ = true;
+};
+template <class T>
+using MaxPoolLayer = PoolLayer<T, false>;
+template <class T>
+using AvgPoolLayer = PoolLayer<T, true>;
+
+// The mean or the sum over some dimensions. Of an image, all its pixels may be taken in either format.
+template <class T>
+class MeanLayer : public Layer<T> {
+ public:
+  MeanLayer(const ProgramLine& line, const Weights<T>&) : line_(line) {
+    this->inputs = {line.input("input")};
+    dims_ = line.integers("dims", -16, 15);
+    keeps_ = line.flag("keepdim");
+    sums_ = line.flag("sums");
+  }
+  FormatRule formats() const override { return FormatRule::input; }
+
+  void set_sizes(Site& site) const override {
+    const Ints& sizes = site.sizes(0);
+    const std::vector<bool> taken = which(sizes.size());
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      if (!taken[d]) {
+        site.outputs[0].sizes.push_back(sizes[d]);
+      } else if (keeps_) {
+        site.outputs[0].sizes.push_back(1);
+      }
+    }
+  }
+
+  void run(const LayerCall<T>& call) const override {
+    const auto& kernels = elementwise_kernels().get<T>();
+    const ValueType& input = call.site.inputs[0];
+    const size_t rank = input.sizes.size();
+    const std::vector<bool> taken = which(rank);
+    // Where the dimensions that are taken lie together in memory, it is [outer][taken][inner].
+    const Ints strides = input.strides();
+    std::vector<size_t> order = memory_order(rank, input.channels_last());
+    int64_t outer = 1, rows = 1, inner = 1;
+    bool together = true, keeps_channels = false, keeps_pixels = false;
+    size_t passed = 0;  // 0: before those that are taken, 1: among them, 2: behind
+    for (const size_t d : order) {
+      if (input.sizes[d] == 1) continue;
+      if (taken[d]) {
+        together = together && passed < 2;
+        passed = 1;
+        rows *= input.sizes[d];
+      } else {
+        if (passed == 1) passed = 2;
+        (d == 1 ? keeps_channels : keeps_pixels) |= d > 0;
+        (passed == 0 ? outer : inner) *= input.sizes[d];
+      }
+    }
+    // What is kept must come out contiguous.
+    together = together && !(input.channels_last() && keeps_channels && keeps_pixels);
+    const Scratch<T> copy(together ? 0 : input.count());
+    const T* from = call.input(0);
+    if (!together) {  // those that are taken go behind the others
+      std::vector<size_t> sorted;
+      for (const bool second : {false, true}) {
+        for (size_t d = 0; d < rank; ++d) {
+          if (taken[d] == second) sorted.push_back(d);
+        }
+      }
+      Ints sizes, own;
+      for (const size_t d : sorted) {
+        sizes.push_back(input.sizes[d]);
+        own.push_back(strides[d]);
+      }
+      copy_array(from, own, copy.get(), ValueType{sizes}.strides(), sizes, memory_order(rank, false));
+      from = copy.get();
+      outer = input.count() / std::max<int64_t>(rows, 1);
+      inner = 1;
+    }
+    const T factor = sums_ ? T(1) : static_cast<T>(1.0 / static_cast<double>(rows));
+    T* const to = call.output(0);
+    parallel_range(outer, static_cast<double>(rows * inner), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const T* const block = from + i * rows * inner;
+        if (inner == 1) {
+          to[i] = kernels.sum(block, rows) * factor;
+        } else {
+          kernels.sum_rows(block, rows, inner, inner, factor, to + i * inner);
+        }
+      }
+    });
+  }
+
+ private:
+  std::vector<bool> which(size_t rank) const {
+    std::vector<bool> taken(rank, dims_.empty());
+    for (const int64_t d : dims_) taken[dimension_of(line_, d, rank)] = true;
+    return taken;
+  }
+
+  ProgramLine line_;
+  Ints dims_;
+  bool keeps_, sums_;
+};
+
+inline LayerEntry max_pool_entry() {
+  return layer_entry<MaxPoolLayer>("max_pool", {"input"},
+                                   {{"kernel", "ints", nullptr},
+                                    {"stride", "ints", ""},
+                                    {"padding", "ints", "0"},
+                                    {"dilation", "ints", "1"},
+                                    {"ceil_mode", "bool", "0"}});
+}
+inline LayerEntry avg_pool_entry() {
+  return layer_entry<AvgPoolLayer>("avg_pool", {"input"},
+                                   {{"kernel", "ints", nullptr},
+                                    {"stride", "ints", ""},
+                                    {"padding", "ints", "0"},
+                                    {"count_include_pad", "bool", "1"}});
+}
+inline LayerEntry mean_entry() {
+  return layer_entry<MeanLayer>("mean", {"input"},
+                                {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"sums", "bool", "0"}});
+}
+
+}  // namespace fastnn

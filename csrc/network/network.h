@@ -1,0 +1,211 @@
+// A network: its program, read and bound to weights. It is immutable, and threads share it.
+#pragma once
+
+#include <limits>
+
+#include "layers/reformat.h"
+
+namespace fastnn {
+
+// The sizes that an input may have, and its kind.
+struct NetworkInput {
+  struct Range {
+    int64_t least, most;
+
+    std::string words() const {
+      if (least == most) return std::to_string(least);
+      const bool limited = most != std::numeric_limits<int64_t>::max();
+      if (least == 0 && !limited) return "any";
+      return std::to_string(least) + (limited ? " to " + std::to_string(most) : " or more");
+    }
+  };
+  int64_t value;
+  std::vector<Range> ranges;
+  bool is_integer;
+
+  // sizes=3,0:,2:10 and the like: a number, or the least and the most that it may be.
+  explicit NetworkInput(const ProgramLine& line) {
+    constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+    if (line.outputs.size() != 1) line.refuse("expected to give one value");
+    value = line.outputs[0];
+    for (const std::string_view part : line.parts("sizes")) {
+      const size_t colon = part.find(':');
+      const auto number = [&](std::string_view text, int64_t other) {
+        return text.empty() ? other : line.to_integer(text, "sizes", 0, kAny);
+      };
+      const int64_t least = number(part.substr(0, colon), 0);
+      ranges.push_back({least, colon == std::string_view::npos ? least : number(part.substr(colon + 1), kAny)});
+    }
+    is_integer = line.text("dtype") == "int64";
+  }
+
+  void check(const Sizes& sizes) const {
+    bool fits = sizes.size() == ranges.size();
+    for (size_t i = 0; fits && i < ranges.size(); ++i) {
+      fits = ranges[i].least <= sizes[i] && sizes[i] <= ranges[i].most;
+    }
+    if (fits) return;
+    std::vector<std::string> expected;
+    for (const Range& range : ranges) expected.push_back(range.words());
+    fail("network: expected an input of size ", to_string(expected), ", got ", to_string(sizes));
+  }
+};
+
+// A dense tensor of weights: where it lies, and of what size it is.
+template <class T>
+struct WeightPiece {
+  const T* data;
+  Ints sizes;
+
+  explicit WeightPiece(const Tensor& tensor) : data(fastnn::data<T>(tensor)) {
+    const Sizes all = tensor.sizes();
+    sizes.assign(all.begin(), all.end());
+  }
+  bool is(const Tensor& tensor) const {
+    const Sizes all = tensor.sizes();
+    return data == fastnn::data<T>(tensor) && sizes.size() == all.size() &&
+           std::equal(sizes.begin(), sizes.end(), all.begin());
+  }
+};
+
+template <class T>
+class Network {
+ public:
+  struct Step {
+    std::unique_ptr<Layer<T>> layer;
+    int64_t line;  // the number of its line in the program
+    std::string name;
+  };
+  std::vector<NetworkInput> inputs;
+  std::vector<int64_t> outputs;
+  std::vector<Step> steps;
+  Weights<T> weights;
+  size_t values;  // how many there are
+
+  // pieces: the weights, in the program's order, or one piece with all of them one behind the other, if `joined`.
+  Network(const std::string& text, const std::vector<WeightPiece<T>>& pieces, bool joined) {
+    const Program program(text);
+    values = program.values.size();
+    size_t next = 0;
+    int64_t used = 0;  // of the one piece
+    std::vector<bool> is_set(values);
+    for (ProgramLine line : program.lines) {
+      if (line.layer == "input") {
+        static constexpr AttributeEntry entries[] = {
+            {"sizes", "ints", ""}, {"dtype", "text", ""}, {nullptr, nullptr, nullptr}};
+        line.entries = entries;
+        inputs.emplace_back(line);
+      } else if (line.layer == "weight") {
+        if (line.outputs.size() != 1) line.refuse("expected to give one value");
+        static constexpr AttributeEntry entries[] = {{"sizes", "ints", ""}, {nullptr, nullptr, nullptr}};
+        line.entries = entries;
+        const Ints sizes = line.integers("sizes", 0, int64_t{1} << 40);
+        FASTNN_CHECK(next < pieces.size(), "network: the program asks for more weights than there are");
+        const WeightPiece<T>& piece = pieces[next];
+        const int64_t count = product(sizes, 0, sizes.size());
+        if (joined) {
+          FASTNN_CHECK(count <= piece.sizes[0] - used, "network: the program asks for more weights than there are");
+          weights.add(line.outputs[0], piece.data + used, sizes);
+          used += count;
+        } else {
+          FASTNN_CHECK(piece.sizes == sizes, "network: expected weight ", next, " of size ", to_string(sizes), ", got ",
+                       to_string(piece.sizes));
+          weights.add(line.outputs[0], piece.data, sizes);
+          ++next;
+        }
+      } else if (line.layer == "output") {
+        if (!outputs.empty()) line.refuse("a program has one line of outputs");
+        const auto found = line.inputs.find("input");
+        if (found == line.inputs.end()) line.refuse("expected input=...");
+        outputs = found->second;
+        for (const int64_t output : outputs) {
+          if (weights.holds(output)) line.refuse("a weight is no output");
+        }
+      } else {
+        add_layer(line);
+      }
+    }
+    FASTNN_CHECK(!outputs.empty() && !steps.empty() && !inputs.empty(),
+                 "network: expected at least one input, one layer and one output");
+    FASTNN_CHECK(joined ? used == pieces[0].sizes[0] : next == pieces.size(),
+                 "network: there are more weights than the program asks for");
+    join_chains();
+    let_inputs_change_format();
+  }
+
+ private:
+  // Layers take images from behind a change of format, which costs nothing where the plan leaves the format as it is.
+  void let_inputs_change_format() {
+    std::vector<Step> changes;
+    for (const NetworkInput& input : inputs) {
+      if (input.ranges.size() < 3 || input.is_integer) continue;
+      const int64_t changed = static_cast<int64_t>(values++);
+      for (Step& step : steps) {
+        Layer<T>& layer = *step.layer;
+        if (layer.formats() == FormatRule::contiguous) continue;
+        std::replace(layer.inputs.begin(), layer.inputs.end(), input.value, changed);
+      }
+      changes.push_back({std::make_unique<ReformatLayer<T>>(input.value, changed), 0, "reformat"});
+    }
+    steps.insert(steps.begin(), std::make_move_iterator(changes.begin()), std::make_move_iterator(changes.end()));
+  }
+
+
+  void add_layer(ProgramLine& line) {
+    const LayerEntry* found = nullptr;
+    for (const LayerEntry& entry : layer_entries()) {
+      if (line.layer == entry.name) found = &entry;
+    }
+    FASTNN_CHECK(found, "network: line ", line.number, ": there is no layer \"", line.layer.substr(0, 40), "\"");
+    line.entries = found->attributes.data();
+    for (const auto& [name, content] : line.attributes) {
+      bool known = false;
+      for (const AttributeEntry& attribute : found->attributes) known |= attribute.name && name == attribute.name;
+      if (!known) line.refuse("it has no attribute ", name);
+    }
+    for (const auto& [name, given] : line.inputs) {
+      bool known = false;
+      for (const std::string_view input : found->inputs) {
+        known |= name == input.substr(0, input.find_first_of("?*"));
+      }
+      if (!known) line.refuse("it has no input ", name);
+    }
+    if (line.outputs.empty()) line.refuse("expected to give a value");
+    if (line.outputs.size() > 1 && line.layer != "rnn") line.refuse("it gives one value");
+    std::unique_ptr<Layer<T>> layer;
+    if constexpr (sizeof(T) == sizeof(double)) {
+      layer = found->make_double(line, weights);
+    } else {
+      layer = found->make_float(line, weights);
+    }
+    layer->outputs = line.outputs;
+    steps.push_back({std::move(layer), line.number, line.layer});
+  }
+
+  // Has layers take over what the ones behind them do, where they can.
+  void join_chains() {
+    std::vector<int64_t> uses(values);
+    for (const Step& step : steps) {
+      for (const int64_t input : step.layer->inputs) ++uses[static_cast<size_t>(input)];
+    }
+    for (const int64_t output : outputs) ++uses[static_cast<size_t>(output)];
+    std::vector<Step> kept;
+    std::vector<size_t> maker(values, SIZE_MAX);  // of each value, the step among those kept
+    for (Step& step : steps) {
+      Layer<T>& layer = *step.layer;
+      if (layer.inputs.size() == 1 && layer.outputs.size() == 1 && uses[static_cast<size_t>(layer.inputs[0])] == 1) {
+        const size_t before = maker[static_cast<size_t>(layer.inputs[0])];
+        if (before != SIZE_MAX && kept[before].layer->outputs.size() == 1 && kept[before].layer->absorb(layer)) {
+          kept[before].layer->outputs = layer.outputs;
+          maker[static_cast<size_t>(layer.outputs[0])] = before;
+          continue;
+        }
+      }
+      for (const int64_t output : layer.outputs) maker[static_cast<size_t>(output)] = kept.size();
+      kept.push_back(std::move(step));
+    }
+    steps = std::move(kept);
+  }
+};
+
+}  // namespace fastnn

@@ -1,0 +1,103 @@
+// Packed weights of a network: written once, read by every call.
+#pragma once
+
+#include <cstring>
+
+#include "../ops/check.h"
+#include "../simd/isa.h"
+
+namespace fastnn {
+
+// Packed weights are a sequence of blocks, each under a heading. They are good for one instruction set and dtype alone,
+// so the first has a heading of its own that names them.
+struct PackedHeading {
+  int64_t key;    // a block that was packed otherwise has another
+  int64_t bytes;  // of what follows
+  int64_t step;   // the number of the network's step whose weights these are
+  int64_t unused[5];
+};
+static_assert(sizeof(PackedHeading) == 64, "blocks begin on cache lines");
+
+inline int64_t packed_for(size_t element) {
+  return (static_cast<int64_t>(active_isa()) + 1) * 16 + static_cast<int64_t>(element);
+}
+
+// Lays out packed weights; without memory, only counts its bytes.
+class PackedWriter {
+ public:
+  PackedWriter(char* memory, size_t element) : memory_(memory) { add_heading(packed_for(element), 0); }
+
+  int64_t bytes() const { return bytes_; }
+  void begin_step(size_t number) { step_ = static_cast<int64_t>(number); }
+  template <class T>
+  T* give(int64_t key, int64_t count) {
+    const int64_t bytes = checked_sum(checked_product(count, sizeof(T)), 63) / 64 * 64;
+    add_heading(key, bytes);
+    T* block = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
+    bytes_ = checked_sum(bytes_, bytes);
+    return block;
+  }
+
+ private:
+  void add_heading(int64_t key, int64_t bytes) {
+    if (memory_) {
+      const PackedHeading heading{key, bytes, step_, {}};
+      std::memcpy(memory_ + bytes_, &heading, sizeof heading);
+    }
+    bytes_ = checked_sum(bytes_, sizeof(PackedHeading));
+  }
+
+  char* memory_;
+  int64_t bytes_ = 0, step_ = 0;
+};
+
+// Reads them back in the same order, trusting none. A step may leave blocks of its own unread.
+class PackedReader {
+ public:
+  PackedReader(const char* memory, int64_t bytes, size_t element) : at_(memory), left_(bytes) {
+    PackedHeading heading;
+    if (!read_heading(heading) || heading.key != packed_for(element)) {
+      left_ = 0;
+    } else {
+      skip(sizeof heading);
+    }
+  }
+
+  void begin_step(size_t number) {
+    step_ = static_cast<int64_t>(number);
+    PackedHeading heading;
+    while (read_heading(heading) && heading.step < step_) skip(static_cast<int64_t>(sizeof heading) + heading.bytes);
+  }
+
+  // The step's next block; null where it is not there as it is wanted.
+  template <class T>
+  const T* take(int64_t key, int64_t count) {
+    PackedHeading heading;
+    if (!read_heading(heading) || heading.step != step_) return nullptr;
+    skip(sizeof heading);
+    const T* const block = reinterpret_cast<const T*>(at_);
+    const bool fits = heading.key == key && heading.bytes / static_cast<int64_t>(sizeof(T)) >= count &&
+                      reinterpret_cast<uintptr_t>(at_) % alignof(T) == 0;
+    skip(heading.bytes);
+    return fits ? block : nullptr;
+  }
+
+ private:
+  // The next heading, if it and all that it announces are there; else nothing is read from then on.
+  bool read_heading(PackedHeading& heading) {
+    if (left_ < static_cast<int64_t>(sizeof heading)) return false;
+    std::memcpy(&heading, at_, sizeof heading);
+    if (heading.bytes >= 0 && heading.bytes <= left_ - static_cast<int64_t>(sizeof heading)) return true;
+    left_ = 0;
+    return false;
+  }
+  void skip(int64_t bytes) {
+    at_ += bytes;
+    left_ -= bytes;
+  }
+
+  const char* at_;
+  int64_t left_, step_ = 0;
+};
+
+}  // namespace fastnn

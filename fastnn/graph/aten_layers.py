@@ -1,0 +1,717 @@
+"""What each operator of an exported graph is among the layers of a network: a row an operator.
+
+A function of the table gets a node and adds the lines of what the node computes; or it raises NotALayerError, with the
+reason, and the node stays torch's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fastnn import activations
+from fastnn._torch import statically_known_true
+from fastnn.graph.program import Line, Value, conv_attributes
+from fastnn.recurrent_modes import MODES
+
+_aten, _ops = torch.ops.aten, torch.ops.fastnn
+_END = 2**63 - 1  # of a slice without an end
+
+# The layers that make a network worth a call: those that have weights.
+ANCHORS = ("conv", "conv_transpose", "linear", "rnn", "embedding", "layer_norm")
+
+
+class NotALayerError(Exception):
+    """Why a node is no layer of a network."""
+
+
+class Reader:
+    """Reads nodes in the graph's order. `values`: what each node's result is in the program. `nodes`: all nodes."""
+
+    def __init__(self, graph: Graph, constants: dict[str, Tensor]) -> None:
+        self.nodes = list(graph.nodes)
+        self.constants = constants
+        self.values: dict[Node, Value] = {}
+        self.taken: set[Value] = set()  # those that are a node's
+        self.parts: dict[Node, list[Value]] = {}  # of a node with several results
+        self.lines: list[Line] = []  # of the node that is being read
+        kinds = {tensor.dtype for tensor in constants.values() if tensor.is_floating_point()}
+        self.dtype = next(iter(kinds)) if len(kinds) == 1 else torch.float32
+
+    def read(self, node: Node) -> list[Line]:
+        """The lines of what the node computes."""
+        read = ROWS.get(node.target)
+        if read is None:
+            raise NotALayerError("has no counterpart in a frozen model")
+        result = node.meta.get("val")
+        if isinstance(result, Tensor) and result.dtype != self.dtype:
+            raise NotALayerError(f"gives {result.dtype}")
+        self.lines = []
+        read(self, node, *node.args, **node.kwargs)
+        return self.lines
+
+    # ---- what rows use ----
+
+    def value(self, node: Any) -> Value:
+        """A value that the node gives, or the weight that it is."""
+        if not isinstance(node, Node):
+            raise NotALayerError("takes something that is no tensor")
+        known = self.values.get(node)
+        if known is None:
+            tensor = self.constants.get(node.name)
+            given = tensor if tensor is not None else node.meta.get("val")
+            if not isinstance(given, Tensor):
+                raise NotALayerError("takes something that is no tensor")
+            if given.dtype != self.dtype and (tensor is not None or given.dtype != torch.int64):
+                raise NotALayerError(f"takes {given.dtype}")
+            known = self.values[node] = Value(given.shape, None if tensor is None else tensor.detach())
+            self.taken.add(known)
+        return known
+
+    def data(self, node: Any) -> Value:
+        """The same, of a value that is computed."""
+        value = self.value(node)
+        if value.tensor is not None:
+            raise NotALayerError("does not depend on the input in the way that a layer does")
+        if node.meta["val"].dtype != self.dtype:
+            raise NotALayerError(f"takes {node.meta['val'].dtype}")
+        return value
+
+    def weight(self, node: Any) -> list[Value]:
+        """A weight, or nothing where there is none."""
+        if node is None:
+            return []
+        value = self.value(node)
+        if value.tensor is None:
+            raise NotALayerError("takes something that is neither the input nor a parameter of the model")
+        return [value]
+
+    def weights(self, **nodes: Any) -> dict[str, list[Value]]:
+        found = {name: self.weight(node) for name, node in nodes.items()}
+        return {name: values for name, values in found.items() if values}
+
+    def add(self, layer: str, inputs: dict[str, list[Value]], sizes: Sequence[Any], /, **attributes: Any) -> Value:
+        """Adds a line -> the value that it gives."""
+        result = Value(sizes)
+        self.lines.append(Line(layer, inputs, [result], attributes))
+        return result
+
+    def finish(self, node: Node, value: Value) -> None:
+        """Has the node's result be this value, or one of its own that is the same, where the value is another node's."""
+        if value in self.taken:
+            sizes = [f"0.{dim}" for dim in range(len(value.sizes))]
+            value = self.add("reshape", {"input": [value], "like": [value]}, value.sizes, sizes=sizes)
+        self.values[node] = value
+        self.taken.add(value)
+
+    def reshape(self, value: Value, sizes: Sequence[Any], asked: Sequence[Any] = ()) -> Value:
+        """The value under other sizes. Sizes that depend on the inputs' are written as a dimension of some value, but
+        for one, which follows from the others. asked: the sizes for which the model's own call asks, -1 among them."""
+        if _same(value.sizes, sizes):
+            return value
+        written: list[Any] = []
+        like: list[Value] = []
+        for size, wanted in zip(sizes, asked or sizes, strict=True):
+            if isinstance(wanted, int) or isinstance(size, int):
+                written.append(wanted if isinstance(wanted, int) else size)
+                continue
+            found = self._size_of_some(value, size)
+            if found is None:
+                written.append(-1)
+                continue
+            if found[0] not in like:
+                like.append(found[0])
+            written.append(f"{like.index(found[0])}.{found[1]}")
+        if written.count(-1) > 1:
+            raise NotALayerError("has sizes that follow from the input's in a way that a frozen model does not know")
+        inputs = {"input": [value], "like": like} if like else {"input": [value]}
+        return self.add("reshape", inputs, sizes, sizes=written)
+
+    def _size_of_some(self, value: Value, size: Any) -> tuple[Value, int] | None:
+        """A value and its dimension that has this size, this value's own first."""
+        known = [value, *(one for one in self.values.values() if one.tensor is None)]
+        for one in known:
+            for dim, other in enumerate(one.sizes):
+                if not isinstance(other, int) and str(other) == str(size):
+                    return one, dim
+        return None
+
+    def permute(self, value: Value, dims: Sequence[int]) -> Value:
+        if list(dims) == list(range(len(dims))):
+            return value
+        return self.add("permute", {"input": [value]}, [value.sizes[d] for d in dims], dims=list(dims))
+
+    def slice(self, value: Value, dim: int, start: Any, stop: Any, step: Any, sizes: Sequence[Any]) -> Value:
+        if not all(isinstance(one, int) for one in (start, stop, step)):
+            raise NotALayerError("takes a part whose place depends on the input's sizes")
+        return self.add("slice", {"input": [value]}, sizes, dim=dim, start=start, stop=stop, step=step)
+
+    def activate(self, value: Value, text: str) -> Value:
+        return value if text == "identity" else self.add("activation", {"input": [value]}, value.sizes, activation=text)
+
+    def binary(self, function: str, value: Value, number: float, **attributes: Any) -> Value:
+        return self.add(
+            "binary", {"input": [value]}, value.sizes, function=function, number=float(number), **attributes
+        )
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether the sizes are the same for every input."""
+    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
+
+
+def _sizes(node: Node) -> Sequence[Any]:
+    sizes: Sequence[Any] = node.meta["val"].shape
+    return sizes
+
+
+def _numbers(given: Any, dims: int) -> list[int]:
+    """One number a dimension, or one for all."""
+    numbers = [given] if isinstance(given, int) else list(given)
+    if not all(isinstance(one, int) for one in numbers):
+        raise NotALayerError("has settings that depend on the input's sizes")
+    return numbers if len(numbers) == dims else numbers * dims
+
+
+ROWS: dict[Any, Callable[..., None]] = {}
+
+
+def _row(*targets: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        ROWS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+# ---- layers with weights --------------------------------------------------------------------------------------------
+
+
+@_row(*(getattr(_aten, f"conv{d}d").default for d in (1, 2, 3)), *(getattr(_aten, f"conv{d}d").padding for d in (1, 2, 3)))
+def _conv(
+    read: Reader, node: Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1
+) -> None:  # fmt: skip
+    given = read.weights(weight=weight, bias=bias)
+    kernel = given["weight"][0].sizes[2:]
+    dims = len(kernel)
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(_numbers(dilation, dims), kernel, strict=True)]
+        if padding == "valid":
+            padding = 0
+        elif any(one % 2 for one in total):
+            raise NotALayerError("pads more on one side than on the other")
+        else:
+            padding = [one // 2 for one in total]
+    settings = {"stride": stride, "padding": padding, "dilation": dilation}
+    attributes: dict[str, Any] = {name: _numbers(value, dims) for name, value in settings.items()}
+    value = read.data(x)
+    if len(value.sizes) != dims + 2:
+        raise NotALayerError("is a single image without a batch")
+    read.finish(node, read.add("conv", {"input": [value], **given}, _sizes(node), **attributes, groups=groups))
+
+
+@_row(*(getattr(_aten, name).default for name in ("conv_transpose1d",)),
+      *(getattr(_aten, name).input for name in ("conv_transpose2d", "conv_transpose3d")))  # fmt: skip
+def _conv_transpose(
+    read: Reader, node: Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1
+) -> None:  # fmt: skip
+    given = read.weights(weight=weight, bias=bias)
+    dims = len(given["weight"][0].sizes) - 2
+    if any(one != 1 for one in _numbers(dilation, dims)):
+        raise NotALayerError("is a dilated transposed convolution")
+    settings = {"stride": stride, "padding": padding, "output_padding": output_padding}
+    attributes: dict[str, Any] = {name: _numbers(value, dims) for name, value in settings.items()}
+    if any(one > 16 for one in attributes["stride"]):
+        raise NotALayerError("has strides of more than 16")
+    value = read.data(x)
+    if len(value.sizes) != dims + 2:
+        raise NotALayerError("is a single image without a batch")
+    made = read.add("conv_transpose", {"input": [value], **given}, _sizes(node), **attributes, groups=groups)
+    read.finish(node, made)
+
+
+@_row(_ops.conv_relu_max_pool.default)
+def _conv_relu_max_pool(
+    read: Reader, node: Node, x: Any, weight: Any, bias: Any, geometry: Any, algorithm: Any = None
+) -> None:
+    given = read.weights(weight=weight, bias=bias)
+    attributes = conv_attributes(geometry, len(given["weight"][0].sizes) - 2)
+    inputs = {"input": [read.data(x)], **given}
+    read.finish(node, read.add("conv", inputs, _sizes(node), **attributes, activation="relu"))
+
+
+@_row(_aten.linear.default)
+def _linear(read: Reader, node: Node, x: Any, weight: Any, bias: Any = None) -> None:
+    inputs = {"input": [read.data(x)], **read.weights(weight=weight, bias=bias)}
+    read.finish(node, read.add("linear", inputs, _sizes(node)))
+
+
+@_row(_ops.mlp.default)
+def _mlp(read: Reader, node: Node, x: Any, parameters: Any, text: str) -> None:
+    layers = activations.parse(text)
+    value = read.data(x)
+    for i, activation in enumerate(layers):
+        bias = parameters[len(layers) + i] if len(parameters) > len(layers) else None
+        given = read.weights(weight=parameters[i], bias=bias)
+        sizes = [*value.sizes[:-1], given["weight"][0].sizes[0]]
+        value = read.add("linear", {"input": [value], **given}, sizes, activation=str(activation))
+    read.finish(node, value)
+
+
+@_row(_aten.embedding.default)
+def _embedding(read: Reader, node: Node, weight: Any, numbers: Any, *rest: Any) -> None:
+    value = read.value(numbers)
+    if numbers.meta["val"].dtype != torch.int64 or numbers.op != "placeholder":
+        raise NotALayerError("takes numbers that are no input of the model")
+    read.finish(node, read.add("embedding", {"input": [value], **read.weights(weight=weight)}, _sizes(node)))
+
+
+@_row(_aten.batch_norm.default)
+def _batch_norm(
+    read: Reader, node: Node, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, training: bool, momentum: float,
+    eps: float, *rest: Any
+) -> None:  # fmt: skip
+    if training:
+        raise NotALayerError("takes the statistics of its batch")
+    _normalize(read, node, x, gamma, beta, mean, var, eps)
+
+
+@_row(_aten._native_batch_norm_legit_no_training.default)
+def _batch_norm_of_three_results(
+    read: Reader, node: Node, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, momentum: float, eps: float
+) -> None:
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        raise NotALayerError("gives its statistics")
+    _normalize(read, node, x, gamma, beta, mean, var, eps)
+    read.parts[node] = [read.values.pop(node)]
+
+
+def _normalize(read: Reader, node: Node, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, eps: float) -> None:
+    """As a factor and an addend of each channel."""
+    tensors = [None if one is None else read.weight(one)[0].tensor for one in (gamma, beta, mean, var)]
+    value = read.data(x)
+    if tensors[2] is None or tensors[3] is None:
+        raise NotALayerError("takes the statistics of its batch")
+    in_double = [None if one is None else one.double() for one in tensors]
+    scale = torch.rsqrt(in_double[3] + eps) * (1 if in_double[0] is None else in_double[0])
+    shift = (0 if in_double[1] is None else in_double[1]) - in_double[2] * scale
+    sizes = (-1,) + (1,) * (len(value.sizes) - 2)
+    for function, numbers in (("mul", scale), ("add", shift)):
+        tensor = numbers.to(tensors[2].dtype).reshape(sizes)
+        inputs = {"input": [value], "other": [Value(tensor.shape, tensor)]}
+        value = read.add("binary", inputs, value.sizes, function=function)
+    read.finish(node, value)
+
+
+@_row(_aten.layer_norm.default)
+def _layer_norm(
+    read: Reader, node: Node, x: Any, sizes: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+) -> None:
+    given = read.weights(weight=weight, bias=bias)
+    for name, values in given.items():
+        tensor = values[0].tensor
+        assert tensor is not None
+        given[name] = [Value((tensor.numel(),), tensor.reshape(-1))]
+    inputs = {"input": [read.data(x)], **given}
+    read.finish(node, read.add("layer_norm", inputs, _sizes(node), features=prod(sizes), epsilon=float(eps)))
+
+
+# ---- recurrent layers -----------------------------------------------------------------------------------------------
+
+
+def _add_rnn(
+    read: Reader, node: Node, value: Value, state: Sequence[Value], weights: Sequence[Value], mode: str,
+    *, layers: int, bidirectional: bool, batch_first: bool
+) -> None:  # fmt: skip
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (layers * directions)
+    inputs = {"input": [value], **{name: [one] for name, one in zip("hc", state, strict=False)}, "weights": list(weights)}
+    outputs = [Value(one.shape) for one in _tensors(node.meta["val"])]
+    attributes = {
+        "mode": mode,
+        "bidirectional": bidirectional,
+        "batch_first": batch_first,
+        "bias": each >= 4,
+        "projected": each % 2 == 1,
+    }
+    read.lines.append(Line("rnn", inputs, outputs, attributes))
+    read.parts[node] = outputs
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of a nested result, in their order."""
+    return [value] if isinstance(value, Tensor) else [one for part in value for one in _tensors(part)]
+
+
+def _is_zeros(node: Any) -> bool:
+    """Whether a state is what a recurrent operator starts from where none was given."""
+    return isinstance(node, Node) and node.target in (_aten.new_zeros.default, _aten.zeros.default)
+
+
+def _state(read: Reader, nodes: Sequence[Any]) -> list[Value]:
+    return [] if all(map(_is_zeros, nodes)) else [read.data(one) for one in nodes]
+
+
+@_row(_ops.rnn.default)
+def _rnn(
+    read: Reader, node: Node, x: Any, batch_sizes: Any, state: Any, weights: Any, masks: Any, mode: int, layers: int,
+    bidirectional: bool, batch_first: bool
+) -> None:  # fmt: skip
+    if batch_sizes is not None or masks is not None:
+        raise NotALayerError("has packed sequences, which a frozen model cannot take")
+    value = read.data(x)
+    given = [read.weight(one)[0] for one in weights]
+    states = _state(read, state)
+    if len(value.sizes) == 3:
+        _add_rnn(
+            read, node, value, states, given, MODES[mode].name,
+            layers=layers, bidirectional=bidirectional, batch_first=batch_first,
+        )  # fmt: skip
+        return
+    _add_cell(read, node, value, states, given, MODES[mode].name)
+
+
+@_row(_ops.rnn_cell.default)
+def _rnn_cell(
+    read: Reader, node: Node, x: Any, mode: int, h: Any, c: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any = None,
+    bias_hh: Any = None
+) -> None:  # fmt: skip
+    given = [read.weight(one)[0] for one in (weight_ih, weight_hh, bias_ih, bias_hh) if one is not None]
+    _add_cell(read, node, read.data(x), _state(read, [one for one in (h, c) if one is not None]), given, MODES[mode].name)
+
+
+def _add_cell(
+    read: Reader, node: Node, value: Value, states: Sequence[Value], weights: Sequence[Value], mode: str
+) -> None:
+    """One step of one layer: a sequence of one."""
+    steps = read.reshape(value, (1, *value.sizes))
+    states = [read.reshape(one, (1, *one.sizes)) for one in states]
+    _add_rnn(read, node, steps, states, weights, mode, layers=1, bidirectional=False, batch_first=False)
+    # The new state is h, which is the output too, and LSTM's c.
+    wanted = _tensors(node.meta["val"])
+    line = read.lines[-1]
+    line.outputs = [Value((1, *wanted[0].shape)), *(Value((1, *one.shape)) for one in wanted)]
+    read.parts[node] = [read.reshape(one, whole.shape) for one, whole in zip(line.outputs[1:], wanted, strict=True)]
+
+
+@_row(operator.getitem)
+def _part(read: Reader, node: Node, whole: Any, index: Any) -> None:
+    parts = read.parts.get(whole)
+    if parts is None or not isinstance(index, int):
+        raise NotALayerError("takes a part of something that a frozen model does not know")
+    if isinstance(node.meta["val"], Tensor):
+        read.finish(node, parts[index])
+    else:  # the states, behind the output
+        read.parts[node] = parts[index:]
+
+
+# ---- element by element ---------------------------------------------------------------------------------------------
+
+
+@_row(*activations.OPERATORS)
+def _activation(read: Reader, node: Node, x: Any, *rest: Any, **named: Any) -> None:
+    activation = activations.from_operator(node.target, rest, named)
+    if activation is None:
+        raise NotALayerError("has parameters that no kernel has")
+    read.finish(node, read.activate(read.data(x), str(activation)))
+
+
+_BINARY = {
+    **{getattr(_aten, name).Tensor: name for name in ("add", "sub", "mul", "div")},
+    **{getattr(_aten, name).Scalar: name for name in ("add", "sub", "mul", "div")},
+    _aten.maximum.default: "maximum",
+    _aten.minimum.default: "minimum",
+    operator.add: "add",
+    operator.mul: "mul",
+}
+
+
+@_row(*_BINARY, _aten.rsub.Scalar)
+def _binary(read: Reader, node: Node, x: Any, y: Any, alpha: Any = 1, **named: Any) -> None:
+    if alpha != 1 or named:
+        raise NotALayerError("has a factor or a rounding mode")
+    function, reverses = _BINARY.get(node.target, "sub"), node.target is _aten.rsub.Scalar
+    if not isinstance(node.meta["val"], Tensor):
+        raise NotALayerError("computes a number")
+    if isinstance(y, (int, float)):
+        read.finish(node, read.binary(function, read.data(x), y, reverses=reverses))
+        return
+    if isinstance(x, (int, float)):
+        read.finish(node, read.binary(function, read.data(y), x, reverses=True))
+        return
+    first, second = read.value(x), read.value(y)
+    if first.tensor is not None:  # the first operand of a line is computed
+        first, second, reverses = second, first, not reverses
+    for value, from_node in ((first, x), (second, y)):
+        if value.tensor is None and not from_node.meta["val"].is_floating_point():
+            raise NotALayerError("takes integers")
+    inputs = {"input": [first], "other": [second]}
+    read.finish(node, read.add("binary", inputs, _sizes(node), function=function, reverses=reverses))
+
+
+@_row(_aten.neg.default)
+def _neg(read: Reader, node: Node, x: Any) -> None:
+    read.finish(node, read.binary("mul", read.data(x), -1.0))
+
+
+@_row(_aten.square.default)
+def _square(read: Reader, node: Node, x: Any) -> None:
+    value = read.data(x)
+    read.finish(node, read.add("binary", {"input": [value], "other": [value]}, value.sizes, function="mul"))
+
+
+@_row(_aten.clamp.default)
+def _clamp(read: Reader, node: Node, x: Any, least: Any = None, most: Any = None) -> None:
+    value = read.data(x)
+    for function, bound in (("maximum", least), ("minimum", most)):
+        if bound is not None:
+            if not isinstance(bound, (int, float)):
+                raise NotALayerError("has a bound that depends on the input's sizes")
+            value = read.binary(function, value, bound)
+    read.finish(node, value)
+
+
+@_row(_aten.hardsigmoid.default)
+def _hardsigmoid(read: Reader, node: Node, x: Any) -> None:
+    value = read.binary("add", read.binary("mul", read.data(x), 1 / 6), 0.5)
+    read.finish(node, read.activate(value, "hardtanh(0.0,1.0)"))
+
+
+@_row(_aten.glu.default)
+def _glu(read: Reader, node: Node, x: Any, dim: int = -1) -> None:
+    value = read.data(x)
+    half = _sizes(node)[dim]
+    if not isinstance(half, int):
+        raise NotALayerError("halves a size that depends on the input's")
+    parts = [read.slice(value, dim, i * half, (i + 1) * half, 1, _sizes(node)) for i in range(2)]
+    gate = read.activate(parts[1], "sigmoid")
+    read.finish(node, read.add("binary", {"input": [parts[0]], "other": [gate]}, _sizes(node), function="mul"))
+
+
+@_row(_aten.softmax.int, _aten.log_softmax.int, _aten._softmax.default, _aten._log_softmax.default)
+def _softmax(read: Reader, node: Node, x: Any, dim: int, dtype: Any = None) -> None:
+    value = read.data(x)
+    rank = len(value.sizes)
+    if dtype not in (None, False, read.dtype):
+        raise NotALayerError("gives another dtype")
+    dims = list(range(rank))
+    dims.append(dims.pop(dim))  # to the end
+    value = read.permute(value, dims)
+    logarithm = node.target in (_aten.log_softmax.int, _aten._log_softmax.default)
+    value = read.add("softmax", {"input": [value]}, value.sizes, logarithm=logarithm)
+    read.finish(node, read.permute(value, [dims.index(d) for d in range(rank)]))
+
+
+# ---- pools and means ------------------------------------------------------------------------------------------------
+
+
+@_row(*(getattr(_aten, f"max_pool{d}d").default for d in (1, 2, 3)))
+def _max_pool(
+    read: Reader, node: Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False
+) -> None:  # fmt: skip
+    value = read.data(x)
+    dims = int(str(node.target).partition("max_pool")[2][0])
+    if len(value.sizes) != dims + 2:
+        raise NotALayerError("is a single image without a batch")
+    settings = {"kernel": kernel, "stride": stride or kernel, "padding": padding, "dilation": dilation}
+    attributes: dict[str, Any] = {name: _numbers(given, dims) for name, given in settings.items()}
+    read.finish(node, read.add("max_pool", {"input": [value]}, _sizes(node), **attributes, ceil_mode=ceil_mode))
+
+
+@_row(*(getattr(_aten, f"max_pool{d}d_with_indices").default for d in (2, 3)))
+def _max_pool_with_indices(read: Reader, node: Node, *args: Any, **kwargs: Any) -> None:
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        raise NotALayerError("gives the places of the largest elements")
+    meta = node.meta["val"]
+    try:
+        node.meta["val"] = meta[0]
+        _max_pool(read, node, *args, **kwargs)
+    finally:
+        node.meta["val"] = meta
+    read.parts[node] = [read.values.pop(node)]
+
+
+@_row(*(getattr(_aten, f"avg_pool{d}d").default for d in (1, 2, 3)))
+def _avg_pool(
+    read: Reader, node: Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: Any = None
+) -> None:  # fmt: skip
+    value = read.data(x)
+    dims = int(str(node.target).partition("avg_pool")[2][0])
+    if ceil_mode or divisor_override is not None or len(value.sizes) != dims + 2:
+        raise NotALayerError("has ceil_mode, a divisor of its own or no batch")
+    settings = {"kernel": kernel, "stride": stride or kernel, "padding": padding}
+    attributes: dict[str, Any] = {name: _numbers(given, dims) for name, given in settings.items()}
+    made = read.add("avg_pool", {"input": [value]}, _sizes(node), **attributes, count_include_pad=count_include_pad)
+    read.finish(node, made)
+
+
+@_row(*(getattr(_aten, f"adaptive_avg_pool{d}d").default for d in (1, 2, 3)))
+def _adaptive_avg_pool(read: Reader, node: Node, x: Any, sizes: Any) -> None:
+    value = read.data(x)
+    dims = len(sizes)
+    if len(value.sizes) != dims + 2:
+        raise NotALayerError("is a single image without a batch")
+    if all(size == 1 for size in sizes):
+        made = read.add("mean", {"input": [value]}, _sizes(node), dims=list(range(2, 2 + dims)), keepdim=True)
+    else:
+        inputs = value.sizes[2:]
+        if not all(isinstance(one, int) and one % size == 0 for one, size in zip(inputs, sizes, strict=True)):
+            raise NotALayerError("averages windows of several sizes")
+        kernel = [one // size for one, size in zip(inputs, sizes, strict=True)]
+        made = read.add("avg_pool", {"input": [value]}, _sizes(node), kernel=kernel)
+    read.finish(node, made)
+
+
+@_row(_aten.mean.dim, _aten.sum.dim_IntList)
+def _mean(read: Reader, node: Node, x: Any, dims: Any, keepdim: bool = False, dtype: Any = None) -> None:
+    value = read.data(x)
+    rank = len(value.sizes)
+    which = sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
+    if dtype not in (None, read.dtype):
+        raise NotALayerError("gives another dtype")
+    sums = node.target is _aten.sum.dim_IntList
+    inputs = {"input": [value]}
+    read.finish(node, read.add("mean", inputs, _sizes(node), dims=which, keepdim=keepdim, sums=sums))
+
+
+@_row(_aten.mean.default, _aten.sum.default)
+def _mean_of_all(read: Reader, node: Node, x: Any, dtype: Any = None) -> None:
+    value = read.data(x)
+    if dtype not in (None, read.dtype):
+        raise NotALayerError("gives another dtype")
+    dims = list(range(len(value.sizes)))
+    read.finish(node, read.add("mean", {"input": [value]}, (), dims=dims, sums=node.target is _aten.sum.default))
+
+
+# ---- what moves elements --------------------------------------------------------------------------------------------
+
+
+@_row(_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+def _view(read: Reader, node: Node, x: Any, sizes: Sequence[Any]) -> None:
+    read.finish(node, read.reshape(read.data(x), _sizes(node), sizes))
+
+
+@_row(
+    _aten.flatten.using_ints,
+    *(_aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.unflatten.int),
+)
+def _reshape(read: Reader, node: Node, x: Any, *rest: Any, **named: Any) -> None:
+    read.finish(node, read.reshape(read.data(x), _sizes(node)))
+
+
+@_row(_aten.permute.default)
+def _permute(read: Reader, node: Node, x: Any, dims: Sequence[int]) -> None:
+    value = read.data(x)
+    read.finish(node, read.permute(value, [d % len(value.sizes) for d in dims]))
+
+
+@_row(_aten.transpose.int)
+def _transpose(read: Reader, node: Node, x: Any, first: int, second: int) -> None:
+    value = read.data(x)
+    dims = list(range(len(value.sizes)))
+    dims[first], dims[second] = dims[second], dims[first]
+    read.finish(node, read.permute(value, dims))
+
+
+@_row(_aten.t.default)
+def _t(read: Reader, node: Node, x: Any) -> None:
+    value = read.data(x)
+    read.finish(node, read.permute(value, list(range(len(value.sizes)))[::-1]))
+
+
+@_row(_aten.slice.Tensor)
+def _slice(
+    read: Reader, node: Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> None:
+    value = read.data(x)
+    if _same(value.sizes, _sizes(node)):
+        return read.finish(node, value)
+    stop = _END if end is None else end
+    read.finish(node, read.slice(value, dim, 0 if start is None else start, stop, step, _sizes(node)))
+
+
+@_row(_aten.select.int)
+def _select(read: Reader, node: Node, x: Any, dim: int, index: Any) -> None:
+    value = read.data(x)
+    rank = len(value.sizes)
+    if not isinstance(index, int):
+        raise NotALayerError("chooses by a number that depends on the input")
+    sizes = list(value.sizes)
+    sizes[dim % rank] = 1
+    one = read.slice(value, dim % rank, index, _END if index == -1 else index + 1, 1, sizes)
+    read.finish(node, read.reshape(one, _sizes(node)))
+
+
+@_row(_aten.cat.default)
+def _cat(read: Reader, node: Node, parts: Any, dim: int = 0) -> None:
+    read.finish(node, read.add("cat", {"inputs": [read.data(one) for one in parts]}, _sizes(node), dim=dim))
+
+
+@_row(_aten.stack.default)
+def _stack(read: Reader, node: Node, parts: Any, dim: int = 0) -> None:
+    sizes = list(_sizes(node))
+    sizes[dim] = 1
+    values = [read.reshape(read.data(one), sizes) for one in parts]
+    read.finish(node, read.add("cat", {"inputs": values}, _sizes(node), dim=dim))
+
+
+@_row(_aten.split.Tensor, _aten.split.sizes, _aten.split_with_sizes.default, _aten.chunk.default, _aten.unbind.int)
+def _split(read: Reader, node: Node, x: Any, *rest: Any, **named: Any) -> None:
+    value = read.data(x)
+    is_unbind = node.target is _aten.unbind.int
+    names = ("dim",) if is_unbind else ("parts", "dim")
+    dim = {**dict(zip(names, rest, strict=False)), **named}.get("dim", 0) % len(value.sizes)
+    parts, first = [], 0
+    for tensor in node.meta["val"]:
+        sizes = list(tensor.shape)
+        if is_unbind:
+            sizes.insert(dim, 1)
+        part = read.slice(value, dim, first, first + sizes[dim], 1, sizes)
+        first += sizes[dim]
+        parts.append(read.reshape(part, tensor.shape))
+    read.parts[node] = parts
+
+
+@_row(_aten.pad.default, _aten.constant_pad_nd.default)
+def _pad(read: Reader, node: Node, x: Any, padding: Any, *rest: Any, **named: Any) -> None:
+    mode, number = "constant", 0.0
+    for given in (*rest, *named.values()):
+        if isinstance(given, str):
+            mode = given
+        elif given is not None:
+            number = float(given)
+    if mode != "constant" or not all(isinstance(one, int) for one in padding):
+        raise NotALayerError(f"pads by {mode}")
+    inputs = {"input": [read.data(x)]}
+    read.finish(node, read.add("pad", inputs, _sizes(node), padding=list(padding), value=number))
+
+
+@_row(
+    *(_aten.upsample_nearest1d.vec, _aten.upsample_nearest2d.vec),
+    *(_aten.upsample_linear1d.vec, _aten.upsample_bilinear2d.vec),
+)
+def _upsample(read: Reader, node: Node, x: Any, output_size: Any, *rest: Any) -> None:
+    value = read.data(x)
+    linear = "linear" in str(node.target)
+    aligns, factors = (rest[0] if linear else False), rest[-1]
+    if factors is None:
+        pairs = list(zip(value.sizes[2:], _sizes(node)[2:], strict=True))
+        if not all(isinstance(one, int) and isinstance(other, int) and other % one == 0 for one, other in pairs):
+            raise NotALayerError("enlarges by factors that are no whole numbers")
+        factors = [other // one for one, other in pairs]
+    if not all(float(factor).is_integer() for factor in factors):
+        raise NotALayerError("enlarges by factors that are no whole numbers")
+    whole = [int(factor) for factor in factors]
+    inputs = {"input": [value]}
+    made = read.add("upsample", inputs, _sizes(node), factors=whole, linear=linear, align_corners=bool(aligns))
+    read.finish(node, made)

@@ -1,0 +1,177 @@
+"""A network's program: layers over values, as Python writes it, changes it and reads it back.
+
+The text is csrc/network/program.h's: a line a layer, which names the values that the layer takes and gives, and its
+attributes. Which layers there are, with their inputs, attributes and defaults, the extension says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fastnn._extension import load_extension
+
+HEADING = "fastnn.network 1"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the extension's table of layers. Inputs end in "?" where they may be missing, in "*" where they are any
+    number of values. attributes: of each its kind and its default; None where it must be given."""
+
+    name: str
+    inputs: tuple[str, ...]
+    attributes: Mapping[str, tuple[str, str | None]]
+
+
+KINDS: dict[str, Kind] = {
+    name: Kind(name, tuple(inputs), {attribute: (kind, default) for attribute, kind, default in attributes})
+    for name, inputs, attributes in load_extension().network_layers()
+}
+
+
+class Value:
+    """A value of a program: an input, a weight, or what a layer gives.
+
+    sizes: numbers, or symbols where they depend on the inputs'. tensor: the weight that it is, or None.
+    """
+
+    __slots__ = ("sizes", "tensor")
+
+    def __init__(self, sizes: Sequence[Any], tensor: Tensor | None = None) -> None:
+        self.sizes, self.tensor = tuple(sizes), tensor
+
+
+@dataclass(eq=False)
+class Line:
+    """One layer: the values that it takes, by the names of its inputs, those that it gives, and its attributes."""
+
+    layer: str
+    inputs: dict[str, list[Value]]
+    outputs: list[Value]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def taken(self) -> Iterator[Value]:
+        """The values that are no weights."""
+        for values in self.inputs.values():
+            yield from (value for value in values if value.tensor is None)
+
+    def weight(self, name: str) -> Tensor | None:
+        values = self.inputs.get(name)
+        return values[0].tensor if values else None
+
+    def set_weight(self, name: str, tensor: Tensor) -> None:
+        self.inputs[name] = [Value(tensor.shape, tensor)]
+
+
+def write_attribute(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(write_attribute, value))
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def write(
+    inputs: Sequence[tuple[Value, str]], lines: Sequence[Line], outputs: Sequence[Value], dtypes: Sequence[str] = ()
+) -> tuple[str, list[Tensor]]:
+    """The text of a program, and its weights in the order of the text.
+
+    inputs: each with the sizes that it may have, as the text has them. dtypes: of the inputs; "int64", or "".
+    """
+    names: dict[Value, str] = {}
+    text = [HEADING]
+    weights: list[Tensor] = []
+
+    def name_of(value: Value) -> str:
+        if value not in names:
+            if value.tensor is None:
+                raise ValueError("a line takes a value that none above gives")
+            names[value] = f"w{len(weights)}"
+            weights.append(value.tensor)
+            text.append(f"weight -> {names[value]} sizes={write_attribute(value.tensor.shape)}")
+        return names[value]
+
+    for number, (value, sizes) in enumerate(inputs):
+        names[value] = f"x{number}"
+        dtype = f" dtype={dtypes[number]}" if number < len(dtypes) and dtypes[number] else ""
+        text.append(f"input -> x{number} sizes={sizes}{dtype}")
+    made = 0
+    for line in lines:
+        words = [line.layer]
+        words += [f"{name}={','.join(map(name_of, values))}" for name, values in line.inputs.items() if values]
+        words.append("->")
+        for value in line.outputs:
+            names[value] = f"v{made}"
+            made += 1
+            words.append(names[value])
+        known = KINDS[line.layer].attributes
+        for name, content in line.attributes.items():
+            if (written := write_attribute(content)) != known[name][1]:
+                words.append(f"{name}={written}")
+        text.append(" ".join(words))
+    text.append(f"output input={','.join(names[value] for value in outputs)}")
+    return "\n".join(text), weights
+
+
+def conv_attributes(geometry: Sequence[int], dims: int) -> dict[str, Any]:
+    """The attributes of a "conv" line, of the flat geometry that fastnn::conv_relu_max_pool takes."""
+    names = ("stride", "padding", "dilation", "pool", "pool_stride", "pool_padding", "pool_dilation")
+    settings: dict[str, Any] = {
+        name: _joined(geometry[i * dims : (i + 1) * dims]) for i, name in enumerate(names)
+    }
+    if settings["pool_stride"] == settings["pool"]:
+        del settings["pool_stride"]
+    return {**settings, "groups": geometry[-2], "ceil_mode": bool(geometry[-1])}
+
+
+def _joined(numbers: Sequence[int]) -> list[int]:
+    """One number where all are the same, as an attribute of several dimensions may be written."""
+    return [numbers[0]] if len(set(numbers)) == 1 else list(numbers)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextLine:
+    """A line of a program's text: names of values in place of values, attributes as the text has them."""
+
+    layer: str
+    inputs: Mapping[str, Sequence[str]]
+    outputs: Sequence[str]
+    attributes: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Any:
+        """An attribute, or its default, as its kind has it."""
+        kind, default = KINDS[self.layer].attributes[name]
+        text = self.attributes.get(name, default)
+        if text is None:
+            raise ValueError(f"{self.layer} has no {name}")
+        if kind == "int":
+            return int(text)
+        if kind == "bool":
+            return text == "1"
+        if kind == "float":
+            return float(text)
+        if kind == "ints":
+            return [int(one) if one.lstrip("-").isdecimal() else one for one in text.split(",")] if text else []
+        return text
+
+
+def read(text: str) -> Iterator[TextLine]:
+    """The lines of a program's text, without the heading."""
+    for line in text.split("\n")[1:]:
+        taken, _, given = line.partition(" -> ")
+        layer, *inputs = taken.split(" ")
+        words = given.split(" ") if given else []
+        outputs = [word for word in words if "=" not in word]
+        yield TextLine(
+            layer,
+            {name: values.split(",") for name, _, values in (word.partition("=") for word in inputs)},
+            outputs,
+            {name: value for name, _, value in (word.partition("=") for word in words[len(outputs) :])},
+        )

@@ -1,0 +1,273 @@
+"""Rewrites a program's lines into fewer: what follows a layer becomes part of that layer, where one line can say both.
+
+The lines compute the same before and after, but for the rounding of folded weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastnn.graph.program import KINDS, Line, Value
+
+_WEIGHTED = {"conv": 0, "linear": 0, "conv_transpose": 1}  # the dimension of the weight that is the output channels
+
+
+class _Lines:
+    """The lines, with who takes and who makes each value."""
+
+    def __init__(self, lines: Sequence[Line], results: Sequence[Value]) -> None:
+        self.lines = list(lines)
+        self.results = set(results)
+        self.uses: dict[Value, int] = {}
+        for line in lines:
+            for value in line.taken():
+                self.uses[value] = self.uses.get(value, 0) + 1
+        for value in results:
+            self.uses[value] = self.uses.get(value, 0) + 1
+        self.maker = {value: line for line in lines for value in line.outputs}
+
+    def before(self, line: Line, name: str = "input") -> Line | None:
+        """The line whose one result is this input, which nobody else takes."""
+        value = line.inputs[name][0]
+        maker = self.maker.get(value)
+        own_sizes = line.inputs.get("like", []).count(value)  # which end with the line
+        if maker is None or self.uses.get(value, 0) - own_sizes != 1 or len(maker.outputs) != 1:
+            return None
+        return maker
+
+    def merge(self, line: Line, into: Line) -> None:
+        """Has `into` give what `line` gave; its own result is gone."""
+        into.outputs = line.outputs
+        self.maker[line.outputs[0]] = into
+        self.lines.remove(line)
+
+    def replace(self, value: Value, by: Value) -> None:
+        """Has all lines take another value in this one's place."""
+        for line in self.lines:
+            for values in line.inputs.values():
+                values[:] = [by if one is value else one for one in values]
+        self.uses[by] = self.uses.get(by, 0) + self.uses.pop(value, 0)
+
+    def move_behind(self, line: Line, other: Line) -> None:
+        """Puts a line where `other` is, so that what both take has been made."""
+        self.lines.remove(line)
+        self.lines.insert(self.lines.index(other), line)
+
+
+def rewrite(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
+    """The lines, rewritten. results: the values that are needed outside."""
+    program = _Lines(lines, results)
+    for line in list(program.lines):
+        for rule in _RULES:
+            if line in program.lines and rule(program, line):
+                break
+    return _used(program.lines, results)
+
+
+def _used(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
+    """Without the lines whose results nobody takes."""
+    needed = set(results)
+    kept = []
+    for line in reversed(lines):
+        if any(value in needed for value in line.outputs):
+            needed.update(line.taken())
+            kept.append(line)
+    return kept[::-1]
+
+
+# ---- rules: each says whether it has rewritten the line -------------------------------------------------------------
+
+
+def _drop_copy(program: _Lines, line: Line) -> bool:
+    """A reshape to the sizes that its input has is the input."""
+    value = line.inputs["input"][0] if line.layer == "reshape" else None
+    if value is None or line.outputs[0] in program.results or line.inputs.get("like") != [value]:
+        return False
+    if line.attributes["sizes"] != [f"0.{dim}" for dim in range(len(value.sizes))]:
+        return False
+    program.lines.remove(line)
+    program.uses[value] -= 2  # the line's own, of its elements and of its sizes
+    program.replace(line.outputs[0], value)
+    return True
+
+
+def _fold_arithmetic(program: _Lines, line: Line) -> bool:
+    """A factor or an addend for each channel, as a batch norm in eval mode has them, goes into the layer's weights."""
+    if line.layer != "binary" or line.attributes.get("activation", "identity") != "identity":
+        return False
+    function = line.attributes["function"]
+    if function not in ("add", "sub", "mul", "div") or (line.attributes.get("reverses") and function in ("sub", "div")):
+        return False
+    before = program.before(line)
+    if before is None or before.layer not in _WEIGHTED or not _is_plain(before):
+        return False
+    weight = before.weight("weight")
+    assert weight is not None
+    dim = _WEIGHTED[before.layer]
+    channels = weight.shape[dim] * before.attributes.get("groups", 1) if dim else weight.shape[0]
+    number = _of_each_channel(line, before, channels)
+    if number is None:
+        return False
+    bias = before.weight("bias")
+    number = number.to(weight)
+    if function in ("add", "sub"):
+        number = number if function == "add" else -number
+        before.set_weight("bias", number.expand(channels).clone() if bias is None else bias + number)
+    else:
+        factor = number.expand(channels) if function == "mul" else 1 / number.expand(channels)
+        if not bool(torch.isfinite(factor).all()):
+            return False
+        if dim == 0:
+            scaled = weight * factor.reshape(-1, *(1,) * (weight.dim() - 1))
+        else:  # (in, out / groups, ...), of which each group of inputs has outputs of its own
+            groups = before.attributes.get("groups", 1)
+            of_groups = factor.reshape(groups, 1, -1, *(1,) * (weight.dim() - 2))
+            scaled = (weight.reshape(groups, -1, *weight.shape[1:]) * of_groups).reshape(weight.shape)
+        before.set_weight("weight", scaled)
+        if bias is not None:
+            before.set_weight("bias", bias * factor)
+    program.merge(line, before)
+    return True
+
+
+def _of_each_channel(line: Line, layer: Line, channels: int) -> Tensor | None:
+    """The second operand as one number, or as one for each of the layer's output channels."""
+    if "other" not in line.inputs:
+        return torch.tensor(line.attributes["number"], dtype=torch.float64)
+    other = line.weight("other")
+    if other is None:
+        return None
+    rank = len(line.outputs[0].sizes)
+    if other.numel() == 1 and other.dim() <= rank:
+        return other.reshape(())
+    sizes = (1,) * (rank - other.dim()) + tuple(other.shape)
+    place = rank - 1 if layer.layer == "linear" else 1
+    if len(sizes) != rank or sizes[place] != channels or other.numel() != channels:
+        return None
+    return other.reshape(channels)
+
+
+def _is_plain(layer: Line) -> bool:
+    """Whether what follows may become part of the layer's sums."""
+    attributes = layer.attributes
+    return (
+        attributes.get("activation", "identity") == "identity"
+        and "addend" not in layer.inputs
+        and not _pools(layer)
+    )
+
+
+def _pools(layer: Line) -> bool:
+    return any(size != 1 for name in ("pool", "pool_stride") for size in layer.attributes.get(name, ()))
+
+
+def _take_activation(program: _Lines, line: Line) -> bool:
+    """An activation goes into the layer that it follows."""
+    if line.layer != "activation":
+        return False
+    before = program.before(line)
+    if before is None or "activation" not in KINDS[before.layer].attributes or before.layer == "activation":
+        return False
+    if before.attributes.get("activation", "identity") != "identity" or _pools(before):
+        return False
+    before.attributes["activation"] = line.attributes["activation"]
+    program.merge(line, before)
+    return True
+
+
+def _take_addend(program: _Lines, line: Line) -> bool:
+    """A sum with a value of the same size goes into the convolution that gives the other operand."""
+    if line.layer != "binary" or line.attributes["function"] != "add" or "other" not in line.inputs:
+        return False
+    values = {name: line.inputs[name][0] for name in ("input", "other")}
+    if any(value.tensor is not None for value in values.values()):
+        return False
+    sizes = [tuple(map(str, value.sizes)) for value in values.values()]
+    if sizes[0] != sizes[1] or values["input"] is values["other"]:
+        return False
+    for name, other in (("input", "other"), ("other", "input")):
+        before = program.before(line, name)
+        if before is None or before.layer != "conv" or not _is_plain(before):
+            continue
+        before.inputs["addend"] = [values[other]]
+        before.attributes["activation"] = line.attributes.get("activation", "identity")
+        program.move_behind(before, line)
+        program.merge(line, before)
+        return True
+    return False
+
+
+def _take_pool(program: _Lines, line: Line) -> bool:
+    """A max-pool goes into the convolution that it follows, where that has ReLU or nothing behind it."""
+    if line.layer != "max_pool":
+        return False
+    before = program.before(line)
+    if before is None or before.layer != "conv" or "addend" in before.inputs or _pools(before):
+        return False
+    if before.attributes.get("activation", "identity") not in ("identity", "relu"):
+        return False
+    names = {"kernel": "pool", "stride": "pool_stride", "padding": "pool_padding", "dilation": "pool_dilation"}
+    before.attributes.update({names.get(name, name): value for name, value in line.attributes.items()})
+    program.merge(line, before)
+    return True
+
+
+def _relu_before_pool(program: _Lines, line: Line) -> bool:
+    """ReLU behind a max-pool is the same in front of it, where a convolution takes both along: but for windows of
+    nothing but padding, which give -inf in one order and 0 in the other. Those that torch's sizes allow have at least
+    one element, unless the last window of `ceil_mode` or a dilation leaves them without."""
+    if line.layer != "activation" or line.attributes["activation"] != "relu":
+        return False
+    pool = program.before(line)
+    if pool is None or pool.layer != "conv" or not _pools(pool):
+        return False
+    attributes = pool.attributes
+    if attributes.get("activation", "identity") != "identity" or attributes.get("ceil_mode"):
+        return False
+    if any(dilation != 1 for dilation in attributes.get("pool_dilation", ())):
+        return False
+    attributes["activation"] = "relu"
+    program.merge(line, pool)
+    return True
+
+
+def _take_last_step(program: _Lines, line: Line) -> bool:
+    """A recurrent layer gives its last step alone, where nothing else of its output is taken: from the output, or from
+    the final state of its last layer, which is the same if it has one direction."""
+    part = program.before(line) if line.layer == "reshape" else None
+    if part is None or part.layer != "slice" or len(line.outputs[0].sizes) != 2:
+        return False
+    layer = program.maker.get(part.inputs["input"][0])
+    if layer is None or layer.layer != "rnn" or layer.attributes.get("last"):
+        return False
+    attributes = part.attributes
+    place = layer.outputs.index(part.inputs["input"][0])
+    dim = int(layer.attributes["batch_first"]) if place == 0 else 0
+    if (attributes["dim"], attributes["start"], attributes["step"]) != (dim, -1, 1) or attributes["stop"] != 2**63 - 1:
+        return False
+    used = [program.uses.get(value, 0) for value in layer.outputs]
+    if place == 0 and used[0] == 1:
+        layer.outputs[0] = line.outputs[0]
+    elif place == 1 and used == [0, 1, *[0] * (len(used) - 2)] and not layer.attributes["bidirectional"]:
+        layer.outputs = [line.outputs[0]]
+    else:
+        return False
+    layer.attributes["last"] = True
+    program.maker[line.outputs[0]] = layer
+    program.lines.remove(part)
+    program.lines.remove(line)
+    return True
+
+
+_RULES: Sequence[Callable[[_Lines, Line], bool]] = (
+    _drop_copy,
+    _fold_arithmetic,
+    _take_activation,
+    _relu_before_pool,
+    _take_addend,
+    _take_pool,
+    _take_last_step,
+)

@@ -1,0 +1,199 @@
+"""What a network's program computes, layer by layer in plain PyTorch: the specification of csrc/network.
+
+It also says what sizes a program's outputs have, for the operator's fake kernel, which runs it on fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnn.activations import parse_one
+from fastnn.graph.program import TextLine, read
+from fastnn.reference.rnn import rnn
+
+
+def network(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor] | Tensor, program: str, layers: Mapping[str, Any] | None = None
+) -> list[Tensor]:
+    """The outputs of the program for these inputs.
+
+    Args:
+        inputs: as the program's lines of inputs have them.
+        weights: in the order of the program, or one tensor with all of them, one behind the other.
+        program: the text, as csrc/network/program.h describes it.
+        layers: what computes layers of some names in another way than :data:`LAYERS` has them.
+    """
+    known = {**LAYERS, **(layers or {})}
+    values: dict[str, Tensor] = {}
+    next_input, next_weight, used = 0, 0, 0
+    for line in read(program):
+        if line.layer == "input":
+            values[line.outputs[0]] = inputs[next_input]
+            next_input += 1
+        elif line.layer == "weight":
+            sizes = [int(size) for size in line.attributes.get("sizes", "").split(",") if size]
+            if isinstance(weights, Tensor):
+                values[line.outputs[0]] = weights[used : used + prod(sizes)].reshape(sizes)
+                used += prod(sizes)
+            else:
+                values[line.outputs[0]] = weights[next_weight]
+                next_weight += 1
+        elif line.layer == "output":
+            return [values[name] for name in line.inputs["input"]]
+        else:
+            taken = {name: [values[one] for one in names] for name, names in line.inputs.items()}
+            values.update(zip(line.outputs, known[line.layer](line, taken), strict=False))
+    raise ValueError("the program has no outputs")
+
+
+Taken = dict[str, list[Tensor]]
+
+
+def _one(taken: Taken, name: str) -> Any:
+    return taken[name][0] if name in taken else None
+
+
+def _each(numbers: Sequence[int], dims: int) -> list[int]:
+    return [*numbers] * dims if len(numbers) == 1 else [*numbers]
+
+
+def _conv(line: TextLine, taken: Taken) -> list[Tensor]:
+    weight = _one(taken, "weight")
+    dims = weight.dim() - 2
+    stride, padding, dilation, pool = (_each(line[name], dims) for name in ("stride", "padding", "dilation", "pool"))
+    y = getattr(F, f"conv{dims}d")(
+        _one(taken, "input"), weight, _one(taken, "bias"), stride, padding, dilation, line["groups"]
+    )
+    if "addend" in taken:
+        y = y + _one(taken, "addend")
+    y = parse_one(line["activation"])(y)
+    pool_stride = _each(line["pool_stride"] or pool, dims)
+    if all(one == 1 for one in (*pool, *pool_stride)):
+        return [y]
+    pool_padding, pool_dilation = (_each(line[name], dims) for name in ("pool_padding", "pool_dilation"))
+    max_pool = getattr(F, f"max_pool{dims}d")
+    return [max_pool(y, pool, pool_stride, pool_padding, pool_dilation, ceil_mode=line["ceil_mode"])]
+
+
+def _conv_transpose(line: TextLine, taken: Taken) -> list[Tensor]:
+    weight = _one(taken, "weight")
+    dims = weight.dim() - 2
+    settings = [_each(line[name], dims) for name in ("stride", "padding", "output_padding")]
+    function = getattr(F, f"conv_transpose{dims}d")
+    y = function(_one(taken, "input"), weight, _one(taken, "bias"), *settings, line["groups"])
+    return [parse_one(line["activation"])(y)]
+
+
+def _max_pool(line: TextLine, taken: Taken) -> list[Tensor]:
+    kernel = line["kernel"]
+    stride, padding, dilation = (_each(line[name], len(kernel)) for name in ("stride", "padding", "dilation"))
+    pool = getattr(F, f"max_pool{len(kernel)}d")
+    return [pool(_one(taken, "input"), kernel, stride or kernel, padding, dilation, ceil_mode=line["ceil_mode"])]
+
+
+def _avg_pool(line: TextLine, taken: Taken) -> list[Tensor]:
+    kernel = line["kernel"]
+    stride, padding = line["stride"] or kernel, _each(line["padding"], len(kernel))
+    pool = getattr(F, f"avg_pool{len(kernel)}d")
+    return [
+        pool(_one(taken, "input"), kernel, stride, padding, ceil_mode=False, count_include_pad=line["count_include_pad"])
+    ]
+
+
+def _upsample(line: TextLine, taken: Taken) -> list[Tensor]:
+    x, factors = _one(taken, "input"), line["factors"]
+    size = [s * f for s, f in zip(x.shape[2:], factors, strict=True)]
+    if not line["linear"]:
+        return [F.interpolate(x, size)]
+    mode = "linear" if len(factors) == 1 else "bilinear"
+    return [F.interpolate(x, size, mode=mode, align_corners=line["align_corners"])]
+
+
+def _linear(line: TextLine, taken: Taken) -> list[Tensor]:
+    y = F.linear(_one(taken, "input"), _one(taken, "weight"), _one(taken, "bias"))
+    return [parse_one(line["activation"])(y)]
+
+
+def layers_of_rnn(line: TextLine, taken: Taken) -> int:
+    each = 2 + 2 * line["bias"] + line["projected"]
+    return len(taken["weights"]) // (each * (2 if line["bidirectional"] else 1))
+
+
+def _rnn(line: TextLine, taken: Taken) -> list[Tensor]:
+    state = [_one(taken, name) for name in ("h", "c") if name in taken]
+    layers, directions, batch_first = layers_of_rnn(line, taken), line["bidirectional"], line["batch_first"]
+    y, states = rnn(
+        _one(taken, "input"), None, state, taken["weights"], None, line["mode"], layers, directions, batch_first
+    )
+    if line["last"]:
+        y = y[:, -1] if batch_first else y[-1]
+    return [y, *states]
+
+
+def _binary(line: TextLine, taken: Taken) -> list[Tensor]:
+    x: Any = _one(taken, "input")
+    other: Any = _one(taken, "other") if "other" in taken else torch.full_like(x, line["number"])
+    first, second = (other, x) if line["reverses"] else (x, other)
+    return [parse_one(line["activation"])(getattr(torch, line["function"])(first, second))]
+
+
+def _softmax(line: TextLine, taken: Taken) -> list[Tensor]:
+    return [(F.log_softmax if line["logarithm"] else F.softmax)(_one(taken, "input"), -1)]
+
+
+def _layer_norm(line: TextLine, taken: Taken) -> list[Tensor]:
+    x, dims = _one(taken, "input"), 0
+    while prod(x.shape[x.dim() - dims :]) != line["features"]:
+        dims += 1
+    sizes = x.shape[x.dim() - dims :]
+    weight, bias = (one if one is None else one.reshape(sizes) for one in (_one(taken, "weight"), _one(taken, "bias")))
+    return [F.layer_norm(x, sizes, weight, bias, line["epsilon"])]
+
+
+def _mean(line: TextLine, taken: Taken) -> list[Tensor]:
+    x = _one(taken, "input")
+    reduce = torch.sum if line["sums"] else torch.mean
+    return [reduce(x, line["dims"] or list(range(x.dim())), line["keepdim"])]
+
+
+def _reshape(line: TextLine, taken: Taken) -> list[Tensor]:
+    sizes = []
+    for size in line["sizes"]:
+        if isinstance(size, str):
+            which, _, dim = size.partition(".")
+            size = taken["like"][int(which)].shape[int(dim)]
+        sizes.append(size)
+    return [_one(taken, "input").reshape(sizes)]
+
+
+def _slice(line: TextLine, taken: Taken) -> list[Tensor]:
+    x, dim = _one(taken, "input"), line["dim"]
+    return [torch.ops.aten.slice.Tensor(x, dim, line["start"], line["stop"], line["step"])]
+
+
+LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
+    "conv": _conv,
+    "conv_transpose": _conv_transpose,
+    "max_pool": _max_pool,
+    "avg_pool": _avg_pool,
+    "upsample": _upsample,
+    "linear": _linear,
+    "rnn": _rnn,
+    "embedding": lambda line, taken: [F.embedding(_one(taken, "input"), _one(taken, "weight"))],
+    "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],
+    "binary": _binary,
+    "softmax": _softmax,
+    "layer_norm": _layer_norm,
+    "mean": _mean,
+    "reshape": _reshape,
+    "permute": lambda line, taken: [_one(taken, "input").permute(line["dims"])],
+    "slice": _slice,
+    "cat": lambda line, taken: [torch.cat(taken["inputs"], line["dim"])],
+    "pad": lambda line, taken: [F.pad(_one(taken, "input"), line["padding"], value=line["value"])],
+}

@@ -1,0 +1,332 @@
+"""Random programs of networks: layers of all kinds over values of images, sequences and rows, with branches."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn.graph.program import Line, Value, write
+from fastnn.recurrent_modes import MODES
+
+ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "gelu", "hardtanh(0.0,6.0)", "leaky_relu(0.2)", "silu")
+
+
+@dataclass
+class RandomNetwork:
+    text: str
+    weights: list[Tensor]  # float64
+    inputs: list[Tensor]
+
+
+class _Builder:
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.lines: list[Line] = []
+        self.inputs: list[tuple[Value, Tensor]] = []
+        self.values: list[Value] = []
+
+    def tensor(self, *sizes: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(sizes, generator=self.generator, dtype=torch.float64) * scale
+
+    def weight(self, *sizes: int) -> list[Value]:
+        fan_in = max(1, torch.Size(sizes[1:]).numel())
+        return [Value(sizes, self.tensor(*sizes, scale=fan_in**-0.5))]
+
+    def bias(self, size: int) -> dict[str, list[Value]]:
+        return {"bias": self.weight(size)} if self.random.random() < 0.7 else {}
+
+    def add(self, layer: str, inputs: dict[str, list[Value]], sizes: Sequence[int], /, **attributes: Any) -> Value:
+        value = Value(sizes)
+        self.lines.append(Line(layer, inputs, [value], attributes))
+        self.values.append(value)
+        return value
+
+    def pick(self, ranks: Sequence[int]) -> Value | None:
+        fitting = [value for value in self.values if len(value.sizes) in ranks]
+        # Mostly the last values, so that networks become deep.
+        return self.random.choice(fitting[-3:] if self.random.random() < 0.7 else fitting) if fitting else None
+
+    def activation(self) -> str:
+        return self.random.choice(ACTIVATIONS)
+
+
+def _conv(b: _Builder) -> None:
+    x = b.pick((3, 4, 5))
+    if x is None:
+        return
+    dims = len(x.sizes) - 2
+    channels = x.sizes[1]
+    kernel = [b.random.choice((1, 1, 2, 3, 3, 5)) for _ in range(dims)]
+    stride = [b.random.choice((1, 1, 1, 2)) for _ in range(dims)]
+    dilation = [b.random.choice((1, 1, 1, 2)) for _ in range(dims)]
+    padding = [b.random.randint(0, k // 2) for k in kernel]
+    groups = b.random.choice([g for g in (1, 1, 2, channels) if channels % g == 0])
+    out = groups * b.random.choice((1, 2, 3, 5, 8, 17)) if groups > 1 else b.random.choice((1, 3, 8, 16, 20, 33))
+    spans = list(zip(x.sizes[2:], kernel, stride, dilation, padding, strict=True))
+    if any(size + 2 * p < d * (k - 1) + 1 for size, k, _, d, p in spans):
+        return
+    sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, d, p in spans]
+    if min(sizes) < 1:
+        return
+    attributes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    inputs = {"input": [x], "weight": b.weight(out, channels // groups, *kernel), **b.bias(out)}
+    fitting = [value for value in b.values if tuple(value.sizes) == (x.sizes[0], out, *sizes)]
+    if b.random.random() < 0.3 and min(sizes) >= 2:
+        attributes.update(pool=[2] * dims, activation=b.random.choice(("relu", "identity")))
+        sizes = [size // 2 for size in sizes]
+    else:
+        attributes["activation"] = b.activation()
+        if fitting and b.random.random() < 0.7:
+            inputs["addend"] = [b.random.choice(fitting)]
+    b.add("conv", inputs, (x.sizes[0], out, *sizes), **attributes)
+
+
+def _conv_transpose(b: _Builder) -> None:
+    x = b.pick((3, 4, 5))
+    if x is None:
+        return
+    dims, channels = len(x.sizes) - 2, x.sizes[1]
+    kernel = [b.random.randint(1, 4) for _ in range(dims)]
+    stride = [b.random.randint(1, 3) for _ in range(dims)]
+    padding = [b.random.randint(0, (k - 1) // 2) for k in kernel]
+    extra = [b.random.randint(0, s - 1) for s in stride]
+    groups = b.random.choice([g for g in (1, 2) if channels % g == 0])
+    out = b.random.choice((1, 3, 8, 17))
+    spans = list(zip(x.sizes[2:], kernel, stride, padding, extra, strict=True))
+    sizes = [(size - 1) * s - 2 * p + k + e for size, k, s, p, e in spans]
+    if min(sizes) < 1 or max(sizes) > 40:
+        return
+    attributes: dict[str, Any] = {"stride": stride, "padding": padding, "output_padding": extra, "groups": groups}
+    inputs = {"input": [x], "weight": b.weight(channels, out, *kernel), **b.bias(out * groups)}
+    b.add("conv_transpose", inputs, (x.sizes[0], out * groups, *sizes), **attributes, activation=b.activation())
+
+
+def _pool(b: _Builder) -> None:
+    x = b.pick((3, 4, 5))
+    if x is None:
+        return
+    dims = len(x.sizes) - 2
+    kernel = [b.random.randint(1, 3) for _ in range(dims)]
+    stride = [b.random.randint(1, 2) for _ in range(dims)]
+    padding = [b.random.randint(0, k // 2) for k in kernel]
+    spans = list(zip(x.sizes[2:], kernel, stride, padding, strict=True))
+    if any(size < k for size, k, _, _ in spans):
+        return
+    sizes = [(size + 2 * p - k) // s + 1 for size, k, s, p in spans]
+    if min(sizes) < 1:
+        return
+    attributes: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding}
+    layer = b.random.choice(("max_pool", "avg_pool"))
+    if layer == "avg_pool":
+        attributes["count_include_pad"] = b.random.random() < 0.5
+    b.add(layer, {"input": [x]}, (*x.sizes[:2], *sizes), **attributes)
+
+
+def _upsample(b: _Builder) -> None:
+    x = b.pick((3, 4))
+    if x is None or max(x.sizes[2:]) > 12:
+        return
+    factors = [b.random.randint(1, 3) for _ in x.sizes[2:]]
+    sizes = (*x.sizes[:2], *(size * factor for size, factor in zip(x.sizes[2:], factors, strict=True)))
+    linear = b.random.random() < 0.5
+    aligns = linear and b.random.random() < 0.5
+    b.add("upsample", {"input": [x]}, sizes, factors=factors, linear=linear, align_corners=aligns)
+
+
+def _linear(b: _Builder) -> None:
+    x = b.pick((1, 2, 3, 4))
+    if x is None or x.sizes[-1] < 1:
+        return
+    out = b.random.choice((1, 3, 8, 16, 33))
+    inputs = {"input": [x], "weight": b.weight(out, x.sizes[-1]), **b.bias(out)}
+    b.add("linear", inputs, (*x.sizes[:-1], out), activation=b.activation())
+
+
+def _rnn(b: _Builder) -> None:
+    x = b.pick((3,))
+    if x is None or 0 in x.sizes:
+        return
+    mode, batch_first = b.random.choice(list(MODES)), b.random.random() < 0.5
+    directions, layers, hidden = b.random.randint(1, 2), b.random.randint(1, 2), b.random.choice((1, 5, 8, 17))
+    biased = b.random.random() < 0.7
+    weights: list[Value] = []
+    width = x.sizes[2]
+    for _ in range(layers):
+        for _ in range(directions):
+            weights += [*b.weight(mode.gates * hidden, width), *b.weight(mode.gates * hidden, hidden)]
+            weights += [*b.weight(mode.gates * hidden), *b.weight(mode.gates * hidden)] if biased else []
+        width = directions * hidden
+    batch = x.sizes[0 if batch_first else 1]
+    last = b.random.random() < 0.3
+    outputs = [Value((batch, width) if last else (*x.sizes[:2], width))]
+    states = b.random.randint(0, mode.states)
+    outputs += [Value((layers * directions, batch, hidden)) for _ in range(states)]
+    inputs = {"input": [x], "weights": weights}
+    fitting = [one for one in b.values if tuple(one.sizes) == (layers * directions, batch, hidden)]
+    if fitting and b.random.random() < 0.5:
+        inputs.update((name, [b.random.choice(fitting)]) for name in "hc"[: mode.states])
+    settings = {"mode": mode.name, "bidirectional": directions == 2, "batch_first": batch_first}
+    b.lines.append(Line("rnn", inputs, outputs, {**settings, "bias": biased, "last": last}))
+    b.values += outputs
+
+
+def _activation(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    b.add("activation", {"input": [x]}, x.sizes, activation=b.activation())
+
+
+def _binary(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    function = b.random.choice(("add", "sub", "mul", "maximum", "minimum"))
+    attributes = {"function": function, "activation": b.activation(), "reverses": b.random.random() < 0.3}
+    kind = b.random.choice(("number", "weight", "value", "gate"))
+    if kind == "number":
+        b.add("binary", {"input": [x]}, x.sizes, number=b.random.uniform(-2, 2), **attributes)
+    elif kind == "weight":
+        sizes = [size if b.random.random() < 0.5 else 1 for size in x.sizes][b.random.randint(0, len(x.sizes)) :]
+        b.add("binary", {"input": [x], "other": [Value(sizes, b.tensor(*sizes))]}, x.sizes, **attributes)
+    elif kind == "value":
+        same = [value for value in b.values if tuple(value.sizes) == tuple(x.sizes)]
+        b.add("binary", {"input": [x], "other": [b.random.choice(same)]}, x.sizes, **attributes)
+    elif len(x.sizes) >= 3:
+        gate = b.add("mean", {"input": [x]}, (*x.sizes[:2], *(1 for _ in x.sizes[2:])),
+                     dims=list(range(2, len(x.sizes))), keepdim=True)  # fmt: skip
+        b.add("binary", {"input": [x], "other": [gate]}, x.sizes, **attributes)
+
+
+def _normalize(b: _Builder) -> None:
+    x = b.random.choice([value for value in b.values if value.sizes] or [None])  # type: ignore[list-item]
+    if x is None or x.sizes[-1] < 2:
+        return
+    if b.random.random() < 0.5:
+        b.add("softmax", {"input": [x]}, x.sizes, logarithm=b.random.random() < 0.5)
+    else:
+        weight = {"weight": b.weight(x.sizes[-1])} if b.random.random() < 0.5 else {}
+        b.add("layer_norm", {"input": [x], **weight}, x.sizes, features=x.sizes[-1], epsilon=0.01)
+
+
+def _mean(b: _Builder) -> None:
+    x = b.random.choice([value for value in b.values if len(value.sizes) >= 2])
+    dims = sorted(b.random.sample(range(len(x.sizes)), b.random.randint(1, len(x.sizes))))
+    keeps = b.random.random() < 0.5
+    sizes = [1 if d in dims else size for d, size in enumerate(x.sizes) if keeps or d not in dims]
+    b.add("mean", {"input": [x]}, sizes, dims=dims, keepdim=keeps, sums=b.random.random() < 0.3)
+
+
+def _reshape(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    if len(x.sizes) < 2:
+        return
+    at = b.random.randint(0, len(x.sizes) - 2)
+    sizes = [*x.sizes[:at], x.sizes[at] * x.sizes[at + 1], *x.sizes[at + 2 :]]
+    written: list[Any] = [f"0.{d}" for d in range(at)] + [-1] + list(sizes[at + 1 :])
+    b.add("reshape", {"input": [x], "like": [x]}, sizes, sizes=written)
+
+
+def _permute(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    dims = list(range(len(x.sizes)))
+    b.random.shuffle(dims)
+    if dims:
+        b.add("permute", {"input": [x]}, [x.sizes[d] for d in dims], dims=dims)
+
+
+def _slice(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    if not x.sizes:
+        return
+    dim = b.random.randrange(len(x.sizes))
+    size = x.sizes[dim]
+    start, stop = sorted((b.random.randint(0, size), b.random.randint(0, size)))
+    if start == stop:
+        return
+    step = b.random.randint(1, 3)
+    sizes = [*x.sizes]
+    sizes[dim] = len(range(start, stop, step))
+    start -= size * (b.random.random() < 0.5)
+    b.add("slice", {"input": [x]}, sizes, dim=dim, start=start, stop=stop, step=step)
+
+
+def _cat(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    if not x.sizes:
+        return
+    dim = b.random.choice((min(1, len(x.sizes) - 1), b.random.randrange(len(x.sizes))))
+
+    def rest(value: Value) -> Any:
+        return [size for d, size in enumerate(value.sizes) if d != dim], len(value.sizes)
+
+    parts = [x, *b.random.sample(fitting, min(2, len(fitting)))] if (fitting := [v for v in b.values if rest(v) == rest(x)]) else [x]
+    sizes = [*x.sizes]
+    sizes[dim] = sum(part.sizes[dim] for part in parts)
+    if sizes[dim] < 100:
+        b.add("cat", {"inputs": parts}, sizes, dim=dim)
+
+
+def _pad(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    count = b.random.randint(1, min(3, len(x.sizes))) if x.sizes else 0
+    padding = [b.random.randint(-1, 2) for _ in range(2 * count)]
+    sizes = [*x.sizes]
+    for i in range(count):
+        sizes[-1 - i] += padding[2 * i] + padding[2 * i + 1]
+        # torch refuses to take more away than there is on one side.
+        if sizes[-1 - i] < 1 or x.sizes[-1 - i] < 3:
+            return
+    if count:
+        b.add("pad", {"input": [x]}, sizes, padding=padding, value=b.random.uniform(-1, 1))
+
+
+_LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and how
+    "conv": (6, _conv),
+    "conv_transpose": (1, _conv_transpose),
+    "pool": (2, _pool),
+    "upsample": (1, _upsample),
+    "linear": (4, _linear),
+    "rnn": (2, _rnn),
+    "activation": (1, _activation),
+    "binary": (4, _binary),
+    "normalize": (1, _normalize),
+    "mean": (1, _mean),
+    "reshape": (2, _reshape),
+    "permute": (1, _permute),
+    "slice": (1, _slice),
+    "cat": (2, _cat),
+    "pad": (1, _pad),
+}
+
+
+def random_network(seed: int) -> RandomNetwork:
+    """A network of some ten layers, its weights and inputs."""
+    b = _Builder(seed)
+    rank = b.random.choice((2, 3, 3, 4, 4, 4, 4, 5))
+    batch = b.random.choice((1, 1, 2, 3, 8, 17))
+    most = {2: 0, 3: 24, 4: 16, 5: 7}[rank]
+    image = [b.random.randint(3, most) for _ in range(rank - 2)]
+    channels = b.random.choice((1, 3, 8, 16, 20, 33))
+    for _ in range(b.random.choice((1, 1, 2))):
+        while batch * channels * torch.Size(image).numel() > 20_000:
+            batch, channels = max(1, batch // 2), max(1, channels - 1)
+        value = Value((batch, channels, *image))
+        b.inputs.append((value, b.tensor(*value.sizes)))
+        b.values.append(value)
+    kinds, weights = list(_LAYERS.values()), [often for often, _ in _LAYERS.values()]
+    for _ in range(b.random.randint(4, 18)):
+        (kind,) = b.random.choices(kinds, weights)
+        kind[1](b)
+        b.values = [one for one in b.values if torch.Size(one.sizes).numel() < 40_000]
+    taken = {value for line in b.lines for value in line.taken()}
+    made = [value for line in b.lines for value in line.outputs]
+    if not made:
+        return random_network(seed + 10**6)
+    outputs = [value for value in made if value not in taken] or [made[-1]]
+    outputs.append(b.random.choice(made))
+    given = [(value, ",".join(b.random.choice((str(size), ":")) for size in value.sizes)) for value, _ in b.inputs]
+    text, tensors = write(given, b.lines, outputs)
+    return RandomNetwork(text, tensors, [tensor for _, tensor in b.inputs])
+
+
