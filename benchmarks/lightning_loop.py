@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 import fastnn
 from benchmarks.cases import MODELS
-from benchmarks.timing import environment
+from benchmarks.stored import environment
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integrations"))
 from beside_stock import recipe

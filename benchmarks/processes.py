@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.cases import MODELS, Case
 from benchmarks.step import steps_of
-from benchmarks.timing import environment
+from benchmarks.stored import environment
 
 RESULTS = Path(__file__).parent / "results"
 CASES = MODELS[:3]

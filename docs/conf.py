@@ -33,7 +33,9 @@ html_show_sourcelink = html_copy_source = False
 def copy_plots(app, error):  # type: ignore[no-untyped-def]
     """Puts the plots of dark pages beside those of light ones. Sphinx itself does not see them: HTML names them."""
     if error is None:
-        shutil.copytree(Path(app.srcdir, "performance", "plots"), Path(app.outdir, "performance", "plots"), dirs_exist_ok=True)
+        shutil.copytree(
+            Path(app.srcdir, "performance", "plots"), Path(app.outdir, "performance", "plots"), dirs_exist_ok=True
+        )
 
 
 def setup(app):  # type: ignore[no-untyped-def]

@@ -18,7 +18,8 @@ from taken import ENTRIES, MODELS
 from fastnn import activations, backend_info, testing, training_numbers
 from fastnn._extension import load_extension
 from fastnn._torch import OpOverload
-from fastnn.graph import exported, understood
+from fastnn.graph import aten_layers, understood
+from fastnn.graph.program import KINDS
 from fastnn.recurrent_modes import MODES
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -106,12 +107,24 @@ def operators() -> str:
     )
 
 
+def network_layers() -> str:
+    """The layers of networks, with their inputs and attributes."""
+    rows = (
+        [
+            f"`{kind.name}`",
+            code(kind.inputs),
+            code(name if default is None else f"{name}={default}" for name, (_, default) in kind.attributes.items()),
+        ]
+        for kind in KINDS.values()
+    )
+    return table(["layer", 'inputs ("?": may be missing, "*": any number)', "attributes, with their defaults"], rows)
+
+
 def frozen_operators() -> str:
-    """The operators of an exported model that the stages of a frozen chain follow."""
+    """The operators of an exported model that are layers of a network."""
     rows: dict[str, list[str]] = {}
-    for target, read in exported._READERS.items():
-        rows.setdefault(read.__name__.removeprefix("add_").replace("_", " "), []).append(_operator_name(target))
-    rows["batch norm, into the layer before"] = [_operator_name(target) for target in exported._BATCH_NORMS]
+    for target, read in aten_layers.ROWS.items():
+        rows.setdefault(read.__name__.strip("_").replace("_", " "), []).append(_operator_name(target))
     return table(
         ["read as", "operators of the exported graph"], ([name, code(sorted(set(rows[name])))] for name in rows)
     )
@@ -172,6 +185,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tolerances": tolerances,
     "operators": operators,
     "frozen_operators": frozen_operators,
+    "network_layers": network_layers,
     "untraced": untraced,
     "understood": understood_calls,
 }
@@ -195,7 +209,9 @@ SUBJECTS = {
         "Nothing here was timed on a card: `make gpu-check` compiles the kernels, `make gpu-roofline` predicts.",
         ["gpu_*"],
     ),
-    "others": Subject("Beside other programs", "`make bench-processes` and `benchmarks.lightning_loop` measure them.", ["*"]),
+    "others": Subject(
+        "Beside other programs", "`make bench-processes` and `benchmarks.lightning_loop` measure them.", ["*"]
+    ),
 }
 
 

@@ -147,7 +147,7 @@ def frozen(row: Row) -> str:
         result = fastnn.freeze(row.make().eval(), torch.randn(row.sizes))
     except ValueError:
         return "refused"
-    return "one call" if isinstance(result, fastnn.FrozenModel) else "one call a chain"
+    return "one call" if isinstance(result, fastnn.FrozenModel) else "one call a network"
 
 
 _WAYS = {"one operator call": "one call", "forward and backward": "the ordinary way"}

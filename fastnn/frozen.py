@@ -70,7 +70,9 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
                 break
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 if last_try:
-                    raise ValueError(_words_of_batch(model, leaves, first if not is_single else doubled, error)) from error
+                    raise ValueError(
+                        _words_of_batch(model, leaves, first if not is_single else doubled, error)
+                    ) from error
         with _export_lock:
             given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
             exported = read(as_it_is(), given, batch_dims)
@@ -87,8 +89,8 @@ _export_lock = threading.RLock()  # torch.export keeps in globals what it is at
 def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[tuple[bool, list[int]]]:
     """Which dimension of each input may be the batch, the likely ones first; and whether these are the last.
 
-    That is dimension 0 of all; or of the first and dimension 1 of others, as of states; or dimension 1 of all, where the
-    model has recurrent layers whose steps come first."""
+    That is dimension 0 of all; or of the first and dimension 1 of others, as of states; or dimension 1 of all, where
+    the model has recurrent layers whose steps come first."""
     tries = [[0] * len(leaves)]
     if len(leaves) > 1 and any(leaf.dim() > 1 for leaf in leaves[1:]):
         batch = leaves[0].shape[0]
@@ -104,14 +106,12 @@ def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[tuple[bool, l
 def _words_of_batch(model: nn.Module, leaves: Sequence[Tensor], other: Sequence[Tensor], error: Exception) -> str:
     sizes = " and ".join(str(tuple(input.shape)) for input in leaves)
     return (
-        f"freeze: what {type(model).__name__} does depends on the batch's size, which is dimension 0 or 1 of each input:"
-        f" it takes {sizes}, but of {' and '.join(str(tuple(input.shape)) for input in other)} it says: {error}"
+        f"freeze: what {type(model).__name__} does depends on the batch's size, which is dimension 0 or 1 of each "
+        f"input: it takes {sizes}, but of {' and '.join(str(tuple(input.shape)) for input in other)} it says: {error}"
     )
 
 
-def _build(
-    model: nn.Module, exported: Exported, leaves: Sequence[Tensor], spec: Any
-) -> "FrozenModel | FrozenGraph":
+def _build(model: nn.Module, exported: Exported, leaves: Sequence[Tensor], spec: Any) -> "FrozenModel | FrozenGraph":
     name = type(model).__name__
     if not exported.segments:
         why = f": {str(exported.refusals[0]).removeprefix('freeze: ')}" if exported.refusals else ""
@@ -129,7 +129,8 @@ def _build(
         order = [exported.inputs.index(node) for node in segment.inputs]
         sizes = [tuple(leaves[place].shape) for place in order]
         return FrozenModel(segment.program, _joined(segment), sizes, order, structure, _write(results, places))
-    return FrozenGraph(*_write_graph(exported), structure)
+    parts, constants, steps, ranges, output = _write_graph(exported)
+    return FrozenGraph(parts, constants, steps, ranges, output, structure)
 
 
 def _joined(segment: Segment) -> Tensor:
@@ -153,7 +154,9 @@ def _check_arguments(model: Any, inputs: tuple[Any, ...], leaves: Sequence[Any])
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"freeze: expected a model that is a torch.nn.Module, got a {type(model).__name__}")
     if not leaves:
-        raise ValueError("freeze: expected example_input to be a Tensor, or Tensors in tuples, lists and dicts, got none")
+        raise ValueError(
+            "freeze: expected example_input to be a Tensor, or Tensors in tuples, lists and dicts, got none"
+        )
     for place, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             where = f", and its element {place}" if len(leaves) > 1 else ""
@@ -178,9 +181,7 @@ def _check_arguments(model: Any, inputs: tuple[Any, ...], leaves: Sequence[Any])
         ) from error
 
 
-def _compare(
-    frozen: "FrozenModel | FrozenGraph", inputs: tuple[Any, ...], expected: Any, draws: Sequence[str]
-) -> None:
+def _compare(frozen: "FrozenModel | FrozenGraph", inputs: tuple[Any, ...], expected: Any, draws: Sequence[str]) -> None:
     results, spec = pytree.tree_flatten(frozen(*inputs))
     wanted, wanted_spec = pytree.tree_flatten(expected)
     same = spec == wanted_spec and all(map(_is_alike, results, wanted))
@@ -384,8 +385,8 @@ def _of_this_version(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class FrozenGraph(_Frozen):
-    """What :func:`freeze` returns of a model that is more than one network: its networks as frozen models, and what lies
-    between them, operator by operator. Immutable, without gradients, safe to call from several threads.
+    """What :func:`freeze` returns of a model that is more than one network: its networks as frozen models, and what
+    lies between them, operator by operator. Immutable, without gradients, safe to call from several threads.
 
     It can be saved, loaded (by ``torch.load`` with ``weights_only=True`` too) and exported. It prints as the networks
     and operators that it runs.
@@ -495,7 +496,12 @@ def _write_graph(exported: Exported) -> tuple[Any, ...]:
         whole, count = count, count + 1
         for place, node in enumerate(unit.outputs):
             is_last = place + 1 == len(unit.outputs)
-            getitem = ("operator.getitem", (_TUPLE, [(_VALUE, whole), place]), (_DICT, {}), [whole] if is_last else [])
+            getitem: Any = (
+                "operator.getitem",
+                (_TUPLE, [(_VALUE, whole), place]),
+                (_DICT, {}),
+                [whole] if is_last else [],
+            )
             steps.append(getitem)
             numbers[node] = count
             count += 1

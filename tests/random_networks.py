@@ -260,7 +260,11 @@ def _cat(b: _Builder) -> None:
     def rest(value: Value) -> Any:
         return [size for d, size in enumerate(value.sizes) if d != dim], len(value.sizes)
 
-    parts = [x, *b.random.sample(fitting, min(2, len(fitting)))] if (fitting := [v for v in b.values if rest(v) == rest(x)]) else [x]
+    parts = (
+        [x, *b.random.sample(fitting, min(2, len(fitting)))]
+        if (fitting := [v for v in b.values if rest(v) == rest(x)])
+        else [x]
+    )
     sizes = [*x.sizes]
     sizes[dim] = sum(part.sizes[dim] for part in parts)
     if sizes[dim] < 100:
@@ -328,5 +332,3 @@ def random_network(seed: int) -> RandomNetwork:
     given = [(value, ",".join(b.random.choice((str(size), ":")) for size in value.sizes)) for value, _ in b.inputs]
     text, tensors = write(given, b.lines, outputs)
     return RandomNetwork(text, tensors, [tensor for _, tensor in b.inputs])
-
-

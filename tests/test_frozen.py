@@ -663,26 +663,79 @@ def test_prints_its_layers() -> None:
     assert "mode=LSTM bidirectional=1 batch_first=1 projected=1 last=1" in repr(frozen)
 
 
-HOSTILE_LINES = (
-    *("", "x", "linear", "-> y", "linear -> y", "linear input=x weight=w0 ->", "linear input=x weight=w0", "other input=x -> y"),
-    *("linear input=y weight=w0 -> y", "linear input=x weight=x -> y", "linear input=w1 weight=w0 -> y", "linear input=x,x weight=w0 -> y"),
-    *("linear input=x weight=w0 -> x", "linear input=x weight=w0 -> y z", "linear input=x weight=w0 bias=w0 -> y", "linear input=x other=x -> y"),
-    *("linear input=x input=x weight=w0 -> y", "linear input=x weight=w0 -> y size=3", "linear input=x weight=w0 -> y activation=relo"),
-    *("activation input=x -> y", "activation input=x -> y activation=relu(1", "activation input=x -> y activation=relu activation=relu"),
-    *("reshape input=x -> y sizes=-1,-1", "reshape input=x -> y sizes=-2", "reshape input=x -> y sizes=7", "reshape input=x -> y sizes=0.0"),
-    *("reshape input=x like=x -> y sizes=1.0,-1", "reshape input=x like=x -> y sizes=0.9,-1", "reshape input=x -> y sizes=a"),
-    *("reshape input=x -> y sizes=9223372036854775807,9223372036854775807", "permute input=x -> y dims=0", "permute input=x -> y dims=1,1"),
-    *("permute input=x -> y dims=0,99", "permute input=x -> y dims=0,2", "slice input=x -> y dim=5", "slice input=x -> y dim=0 step=0"),
-    *("slice input=x -> y dim=0 start=99999999999999999999", "cat -> y", "cat inputs=x,w9 -> y", "cat inputs=x,w0 -> y dim=1"),
-    *("cat inputs=x -> y dim=-17", "pad input=x -> y padding=1", "pad input=x -> y padding=-9,-9", "pad input=x -> y padding=1,1,1,1,1,1"),
-    *("pad input=x -> y padding=2147483648,2147483648,2147483648,2147483648", "mean input=x -> y dims=2", "softmax input=x y=x -> y"),
-    *("layer_norm input=x -> y features=0", "layer_norm input=x -> y features=7", "layer_norm input=x weight=w0 -> y features=10"),
-    *("embedding input=x weight=w0 -> y", "binary input=x -> y function=pow", "binary input=x -> y", "binary input=x other=w0 -> y function=add"),
-    *("conv input=x weight=w0 -> y", "conv input=x weight=w4 -> y", "max_pool input=x -> y kernel=2", "max_pool input=x -> y kernel=1,1,1,1"),
-    *("avg_pool input=x -> y kernel=0", "upsample input=x -> y factors=2", "upsample input=x -> y factors=1,1,1", "rnn input=x -> y mode=GRU"),
-    *("rnn input=x weights=w0,w0 -> y mode=GRU", "rnn input=x weights=w0,w0,w0,w0 -> y mode=LSTM", "rnn input=x weights=w0 -> y mode=no"),
-    *("conv_transpose input=x weight=w0 -> y", "output input=x", "weight -> q sizes=10", "input -> q sizes=10", "\0", "linear\0"),
-)
+HOSTILE_LINES = [
+    "",
+    "x",
+    "linear",
+    "-> y",
+    "linear -> y",
+    "linear input=x weight=w0 ->",
+    "linear input=x weight=w0",
+    "other input=x -> y",
+    "linear input=y weight=w0 -> y",
+    "linear input=x weight=x -> y",
+    "linear input=w1 weight=w0 -> y",
+    "linear input=x,x weight=w0 -> y",
+    "linear input=x weight=w0 -> x",
+    "linear input=x weight=w0 -> y z",
+    "linear input=x weight=w0 bias=w0 -> y",
+    "linear input=x other=x -> y",
+    "linear input=x input=x weight=w0 -> y",
+    "linear input=x weight=w0 -> y size=3",
+    "linear input=x weight=w0 -> y activation=relo",
+    "activation input=x -> y",
+    "activation input=x -> y activation=relu(1",
+    "activation input=x -> y activation=relu activation=relu",
+    "reshape input=x -> y sizes=-1,-1",
+    "reshape input=x -> y sizes=-2",
+    "reshape input=x -> y sizes=7",
+    "reshape input=x -> y sizes=0.0",
+    "reshape input=x like=x -> y sizes=1.0,-1",
+    "reshape input=x like=x -> y sizes=0.9,-1",
+    "reshape input=x -> y sizes=a",
+    "reshape input=x -> y sizes=9223372036854775807,9223372036854775807",
+    "permute input=x -> y dims=0",
+    "permute input=x -> y dims=1,1",
+    "permute input=x -> y dims=0,99",
+    "permute input=x -> y dims=0,2",
+    "slice input=x -> y dim=5",
+    "slice input=x -> y dim=0 step=0",
+    "slice input=x -> y dim=0 start=99999999999999999999",
+    "cat -> y",
+    "cat inputs=x,w9 -> y",
+    "cat inputs=x,w0 -> y dim=1",
+    "cat inputs=x -> y dim=-17",
+    "pad input=x -> y padding=1",
+    "pad input=x -> y padding=-9,-9",
+    "pad input=x -> y padding=1,1,1,1,1,1",
+    "pad input=x -> y padding=2147483648,2147483648,2147483648,2147483648",
+    "mean input=x -> y dims=2",
+    "softmax input=x y=x -> y",
+    "layer_norm input=x -> y features=0",
+    "layer_norm input=x -> y features=7",
+    "layer_norm input=x weight=w0 -> y features=10",
+    "embedding input=x weight=w0 -> y",
+    "binary input=x -> y function=pow",
+    "binary input=x -> y",
+    "binary input=x other=w0 -> y function=add",
+    "conv input=x weight=w0 -> y",
+    "conv input=x weight=w4 -> y",
+    "max_pool input=x -> y kernel=2",
+    "max_pool input=x -> y kernel=1,1,1,1",
+    "avg_pool input=x -> y kernel=0",
+    "upsample input=x -> y factors=2",
+    "upsample input=x -> y factors=1,1,1",
+    "rnn input=x -> y mode=GRU",
+    "rnn input=x weights=w0,w0 -> y mode=GRU",
+    "rnn input=x weights=w0,w0,w0,w0 -> y mode=LSTM",
+    "rnn input=x weights=w0 -> y mode=no",
+    "conv_transpose input=x weight=w0 -> y",
+    "output input=x",
+    "weight -> q sizes=10",
+    "input -> q sizes=10",
+    "\0",
+    "linear\0",
+]
 
 
 @pytest.mark.parametrize("line", HOSTILE_LINES)
@@ -702,8 +755,12 @@ def test_raw_operators_are_safe() -> None:
     expected = frozen(example)
     lines = program.split("\n")
     hostile = ["", "\n", "fastnn.network 2", lines[0], "\n".join(lines[1:]), "\n".join(lines[:-1]), program + program]
-    hostile += [program.replace("sizes=:,10", sizes) for sizes in ("sizes=5:,10", "sizes=:,11", "sizes=:", "sizes=1:3,10")]
-    hostile += [program.replace("sizes=8,10", sizes) for sizes in ("sizes=8", "sizes=8,11", "sizes=-8,10", f"sizes={2**40},10")]
+    hostile += [
+        program.replace("sizes=:,10", sizes) for sizes in ("sizes=5:,10", "sizes=:,11", "sizes=:", "sizes=1:3,10")
+    ]
+    hostile += [
+        program.replace("sizes=8,10", sizes) for sizes in ("sizes=8", "sizes=8,11", "sizes=-8,10", f"sizes={2**40},10")
+    ]
     for text in hostile:
         with pytest.raises(RuntimeError):
             run(example, weights, packed, text)
@@ -888,7 +945,7 @@ def test_inputs_nested_in_another_way_are_refused() -> None:
 
 def test_what_is_refused_is_named() -> None:
     x, h = torch.randn(2, 1, 3), torch.zeros(2, 2, 16)
-    with pytest.raises(ValueError, match="its element 2 to be a Tensor, or Tensors in tuples, .*, got a str"):
+    with pytest.raises(ValueError, match=r"its element 2 to be a Tensor, or Tensors in tuples, .*, got a str"):
         fastnn.freeze(Streams().eval(), (x, (h, "c")))
     plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
     with pytest.raises(ValueError, match=r"depends on the batch's size, .* it takes \(6,\), but of \(1,\)"):

@@ -43,5 +43,6 @@ def test_random_networks(seed: int) -> None:
         assert found.shape == wanted.shape
         scale = float(wanted.abs().max()) if wanted.numel() else 1.0
         tolerance = (2e-4 if dtype == torch.float32 else 1e-10) * max(scale, 0.1)
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance, equal_nan=True, msg=lambda m: f"{m}\n{net.text}")
-        torch.testing.assert_close(unpacked.double(), wanted, rtol=0, atol=tolerance, equal_nan=True)
+        limits = {"rtol": 0.0, "atol": tolerance, "equal_nan": True, "msg": net.text}
+        torch.testing.assert_close(found.double(), wanted, **limits)
+        torch.testing.assert_close(unpacked.double(), wanted, **limits)

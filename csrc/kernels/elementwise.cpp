@@ -164,7 +164,8 @@ void blend(const T* x, const T* y, T part, int64_t count, T* to) {
 
 template <class T>
 constexpr ElementwiseKernels<T> kernels() {
-  return {binary<T>, sum_rows<T>, sum<T>, largest<T>, average<T>, softmax<T>, layer_norm<T>, blend<T>, transpose_matrix<T, T>};
+  return {binary<T>, sum_rows<T>,           sum<T>, largest<T>, average<T>, softmax<T>, layer_norm<T>,
+          blend<T>,  transpose_matrix<T, T>};
 }
 
 }  // namespace

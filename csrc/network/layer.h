@@ -109,8 +109,8 @@ class Layer {
   virtual void run(const LayerCall<T>& call) const = 0;
   // Whether the output is the input's memory under other sizes. Then `run` is not called.
   virtual bool is_view(const Site&) const { return false; }
-  // Takes over what the next layer does, which takes this layer's output as its only input and is the only one to do so.
-  // Returns false where it cannot.
+  // Takes over what the next layer does, which takes this layer's output as its only input and is the only one to do
+  // so. Returns false where it cannot.
   virtual bool absorb(const Layer&) { return false; }
 };
 

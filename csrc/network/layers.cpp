@@ -14,10 +14,9 @@ namespace fastnn {
 
 const std::vector<LayerEntry>& layer_entries() {
   static const std::vector<LayerEntry> entries{
-      conv_entry(),     conv_transpose_entry(), max_pool_entry(),   avg_pool_entry(),  upsample_entry(),
-      linear_entry(),   rnn_entry(),            embedding_entry(),  activation_entry(), binary_entry(),
-      softmax_entry(),  layer_norm_entry(),     mean_entry(),       reshape_entry(),   permute_entry(),
-      slice_entry(),    cat_entry(),            pad_entry(),
+      conv_entry(), conv_transpose_entry(), max_pool_entry(),   avg_pool_entry(), upsample_entry(), linear_entry(),
+      rnn_entry(),  embedding_entry(),      activation_entry(), binary_entry(),   softmax_entry(),  layer_norm_entry(),
+      mean_entry(), reshape_entry(),        permute_entry(),    slice_entry(),    cat_entry(),      pad_entry(),
   };
   return entries;
 }

@@ -150,7 +150,6 @@ class Network {
     steps.insert(steps.begin(), std::make_move_iterator(changes.begin()), std::make_move_iterator(changes.end()));
   }
 
-
   void add_layer(ProgramLine& line) {
     const LayerEntry* found = nullptr;
     for (const LayerEntry& entry : layer_entries()) {

@@ -155,8 +155,8 @@ struct Program {
       if (now == takes && word == "->") {
         now = gives;
       } else if (now == gives && equals == std::string_view::npos) {
-        FASTNN_CHECK(is_name(word) && numbers_.emplace(word, values.size()).second, "network: line ", number,
-                     ": \"", std::string(word.substr(0, 40)), "\" is no name, or a value has it already");
+        FASTNN_CHECK(is_name(word) && numbers_.emplace(word, values.size()).second, "network: line ", number, ": \"",
+                     std::string(word.substr(0, 40)), "\" is no name, or a value has it already");
         line.outputs.push_back(static_cast<int64_t>(values.size()));
         values.emplace_back(word);
       } else {

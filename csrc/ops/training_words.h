@@ -33,8 +33,8 @@ class Words {
     for (; at_ != end_ && *at_ >= '0' && *at_ <= '9'; ++at_) {
       value = checked_sum(checked_product(value, 10), *at_ - '0');
     }
-    FASTNN_CHECK(at_ != first && value >= least && value <= most, "the program should have a number from ",
-                 least, " to ", most, " where it has \"", std::string(first, std::min(end_, first + 20)), "\"");
+    FASTNN_CHECK(at_ != first && value >= least && value <= most, "the program should have a number from ", least,
+                 " to ", most, " where it has \"", std::string(first, std::min(end_, first + 20)), "\"");
     skip_space();
     return value;
   }

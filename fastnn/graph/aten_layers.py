@@ -103,7 +103,7 @@ class Reader:
         return result
 
     def finish(self, node: Node, value: Value) -> None:
-        """Has the node's result be this value, or one of its own that is the same, where the value is another node's."""
+        """Has the node's result be this value, or one that is the same, where the value is another node's."""
         if value in self.taken:
             sizes = [f"0.{dim}" for dim in range(len(value.sizes))]
             value = self.add("reshape", {"input": [value], "like": [value]}, value.sizes, sizes=sizes)
@@ -193,7 +193,9 @@ def _row(*targets: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
 # ---- layers with weights --------------------------------------------------------------------------------------------
 
 
-@_row(*(getattr(_aten, f"conv{d}d").default for d in (1, 2, 3)), *(getattr(_aten, f"conv{d}d").padding for d in (1, 2, 3)))
+@_row(
+    *(getattr(_aten, f"conv{d}d").default for d in (1, 2, 3)), *(getattr(_aten, f"conv{d}d").padding for d in (1, 2, 3))
+)
 def _conv(
     read: Reader, node: Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1
@@ -296,16 +298,19 @@ def _batch_norm_of_three_results(
 
 def _normalize(read: Reader, node: Node, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, eps: float) -> None:
     """As a factor and an addend of each channel."""
-    tensors = [None if one is None else read.weight(one)[0].tensor for one in (gamma, beta, mean, var)]
-    value = read.data(x)
-    if tensors[2] is None or tensors[3] is None:
+    if mean is None or var is None:
         raise NotALayerError("takes the statistics of its batch")
-    in_double = [None if one is None else one.double() for one in tensors]
-    scale = torch.rsqrt(in_double[3] + eps) * (1 if in_double[0] is None else in_double[0])
-    shift = (0 if in_double[1] is None else in_double[1]) - in_double[2] * scale
+
+    def double(node: Any, default: float) -> Tensor:
+        tensor = read.weight(node)[0].tensor if node is not None else None
+        return torch.tensor(default, dtype=torch.float64) if tensor is None else tensor.double()
+
+    value = read.data(x)
+    scale = torch.rsqrt(double(var, 1.0) + eps) * double(gamma, 1.0)
+    shift = double(beta, 0.0) - double(mean, 0.0) * scale
     sizes = (-1,) + (1,) * (len(value.sizes) - 2)
     for function, numbers in (("mul", scale), ("add", shift)):
-        tensor = numbers.to(tensors[2].dtype).reshape(sizes)
+        tensor = numbers.to(read.dtype).reshape(sizes)
         inputs = {"input": [value], "other": [Value(tensor.shape, tensor)]}
         value = read.add("binary", inputs, value.sizes, function=function)
     read.finish(node, value)
@@ -333,7 +338,11 @@ def _add_rnn(
 ) -> None:  # fmt: skip
     directions = 2 if bidirectional else 1
     each = len(weights) // (layers * directions)
-    inputs = {"input": [value], **{name: [one] for name, one in zip("hc", state, strict=False)}, "weights": list(weights)}
+    inputs = {
+        "input": [value],
+        **{name: [one] for name, one in zip("hc", state, strict=False)},
+        "weights": list(weights),
+    }
     outputs = [Value(one.shape) for one in _tensors(node.meta["val"])]
     attributes = {
         "mode": mode,
@@ -385,7 +394,9 @@ def _rnn_cell(
     bias_hh: Any = None
 ) -> None:  # fmt: skip
     given = [read.weight(one)[0] for one in (weight_ih, weight_hh, bias_ih, bias_hh) if one is not None]
-    _add_cell(read, node, read.data(x), _state(read, [one for one in (h, c) if one is not None]), given, MODES[mode].name)
+    _add_cell(
+        read, node, read.data(x), _state(read, [one for one in (h, c) if one is not None]), given, MODES[mode].name
+    )
 
 
 def _add_cell(
@@ -630,9 +641,7 @@ def _t(read: Reader, node: Node, x: Any) -> None:
 
 
 @_row(_aten.slice.Tensor)
-def _slice(
-    read: Reader, node: Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> None:
+def _slice(read: Reader, node: Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> None:
     value = read.data(x)
     if _same(value.sizes, _sizes(node)):
         return read.finish(node, value)

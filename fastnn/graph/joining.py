@@ -18,12 +18,12 @@ from torch.fx import Graph, Node
 from fastnn._torch import HOOKS
 from fastnn.activations import layers_of, parse
 from fastnn.graph.order import Order, unpack
+from fastnn.graph.program import Line, Value, conv_attributes, write
 from fastnn.nn.rnn import _Recurrent
 from fastnn.ops._autograd import is_plain, wants_gradient
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
-from fastnn.graph.program import Line, Value, conv_attributes, write
-from fastnn.ops.network import network_unpacked
 from fastnn.ops.mlp import mlp_of_parameters
+from fastnn.ops.network import network_unpacked
 
 _network_call = network_unpacked._op
 

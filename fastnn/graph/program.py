@@ -19,8 +19,8 @@ HEADING = "fastnn.network 1"
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of the extension's table of layers. Inputs end in "?" where they may be missing, in "*" where they are any
-    number of values. attributes: of each its kind and its default; None where it must be given."""
+    """One row of the extension's table of layers. Inputs end in "?" where they may be missing, in "*" where they are
+    any number of values. attributes: of each its kind and its default; None where it must be given."""
 
     name: str
     inputs: tuple[str, ...]
@@ -120,9 +120,7 @@ def write(
 def conv_attributes(geometry: Sequence[int], dims: int) -> dict[str, Any]:
     """The attributes of a "conv" line, of the flat geometry that fastnn::conv_relu_max_pool takes."""
     names = ("stride", "padding", "dilation", "pool", "pool_stride", "pool_padding", "pool_dilation")
-    settings: dict[str, Any] = {
-        name: _joined(geometry[i * dims : (i + 1) * dims]) for i, name in enumerate(names)
-    }
+    settings: dict[str, Any] = {name: _joined(geometry[i * dims : (i + 1) * dims]) for i, name in enumerate(names)}
     if settings["pool_stride"] == settings["pool"]:
         del settings["pool_stride"]
     return {**settings, "groups": geometry[-2], "ceil_mode": bool(geometry[-1])}

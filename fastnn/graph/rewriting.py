@@ -153,11 +153,7 @@ def _of_each_channel(line: Line, layer: Line, channels: int) -> Tensor | None:
 def _is_plain(layer: Line) -> bool:
     """Whether what follows may become part of the layer's sums."""
     attributes = layer.attributes
-    return (
-        attributes.get("activation", "identity") == "identity"
-        and "addend" not in layer.inputs
-        and not _pools(layer)
-    )
+    return attributes.get("activation", "identity") == "identity" and "addend" not in layer.inputs and not _pools(layer)
 
 
 def _pools(layer: Line) -> bool:

@@ -25,7 +25,7 @@ def _rnn_sizes(line: TextLine, taken: Taken) -> list[Tensor]:
     weights = taken["weights"]
     outputs = weights[1].shape[1]
     hidden = weights[1].shape[0] // MODE_OF[line["mode"]].gates
-    length, batch = (x.shape[1], x.shape[0]) if line["batch_first"] else (x.shape[0], x.shape[1])
+    batch = x.shape[0 if line["batch_first"] else 1]
     sizes = [batch, directions * outputs] if line["last"] else [*x.shape[:2], directions * outputs]
     count = layers_of_rnn(line, taken) * directions
     return [x.new_empty(sizes), x.new_empty(count, batch, outputs), x.new_empty(count, batch, hidden)]

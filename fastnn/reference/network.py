@@ -102,7 +102,9 @@ def _avg_pool(line: TextLine, taken: Taken) -> list[Tensor]:
     stride, padding = line["stride"] or kernel, _each(line["padding"], len(kernel))
     pool = getattr(F, f"avg_pool{len(kernel)}d")
     return [
-        pool(_one(taken, "input"), kernel, stride, padding, ceil_mode=False, count_include_pad=line["count_include_pad"])
+        pool(
+            _one(taken, "input"), kernel, stride, padding, ceil_mode=False, count_include_pad=line["count_include_pad"]
+        )
     ]
 
 

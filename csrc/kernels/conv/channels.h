@@ -146,10 +146,9 @@ class ChannelPool {
     uint8_t* winners = call_.winners ? winner_stage_ + at * width_ : nullptr;
     const int64_t tap = g_.pool_dilation[2] * width_, taps = g_.pool_kernel[2];
     for (int64_t i = 0; i < g_.places(); ++i) places_[i] = rows_[i / taps] + i % taps * tap;
-    pool_windows<C>({places_, g_.places(), g_.pool_stride[2] * width_, width_, segment.columns, block.vectors,
-                     call_.rectifies()},
-                    to,
-                    winners);
+    pool_windows<C>(
+        {places_, g_.places(), g_.pool_stride[2] * width_, width_, segment.columns, block.vectors, call_.rectifies()},
+        to, winners);
     for_each_empty(g_, band.column + segment.column, segment.columns, any, [&](int64_t x) {
       fill(to + x * width_, width_, kMinusInfinity<C>);
       if (winners) __builtin_memset(winners + x * width_, kDead, width_);

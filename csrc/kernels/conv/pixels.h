@@ -144,10 +144,8 @@ class PixelsForward {
     if (call_.winners) {
       sum_run(copy_, offsets_, weight, false, sums);
       places_[0] = sums;
-      pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>,
-                       call_.rectifies()},
-                      stage_,
-                      winner_stage_);
+      pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>, call_.rectifies()},
+                      stage_, winner_stage_);
       rectified = stage_;
     } else {
       sum_run(copy_, offsets_, weight, call_.rectifies(), sums);
@@ -224,8 +222,7 @@ class PixelsForward {
                      column / g_.pool_stride[2] * images;
       }
       const int64_t result = plan_.band.stage_rows * plan_.pitch;
-      pool_windows<C>({places_, g_.places(), plan_.conv_run, result, count_, vectors, call_.rectifies()}, to,
-                      winners);
+      pool_windows<C>({places_, g_.places(), plan_.conv_run, result, count_, vectors, call_.rectifies()}, to, winners);
       for_each_empty(g_, band_.column, band_.columns, any, [&](int64_t x) {
         for (int64_t o = 0; o < count_; ++o) {
           fill(to + o * result + x * images, images, kMinusInfinity<C>);

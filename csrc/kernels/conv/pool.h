@@ -19,8 +19,8 @@ FASTNN_INLINE void fill(C* to, int64_t count, C value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-// What larger_of raises conv pixels to: with ReLU to zero, else to nothing. (Of NaN, and of zeros of both signs, it keeps
-// the pixel.)
+// What larger_of raises conv pixels to: with ReLU to zero, else to nothing. (Of NaN, and of zeros of both signs, it
+// keeps the pixel.)
 template <class C>
 FASTNN_INLINE Vec<C> least_of(bool rectifies) {
   return broadcast<C>(rectifies ? C(0) : kMinusInfinity<C>);

@@ -89,8 +89,8 @@ struct PixelTile {
 };
 
 // Windows that are pooled in registers: for `tiles` vectors of windows side by side, the largest of the values at 2 x
-// pairs window positions, with ReLU also of 0, and its position. The value at a window position is sum over k of weight[k][o] *
-// pixels[offsets[place][k] + lane] + bias.
+// pairs window positions, with ReLU also of 0, and its position. The value at a window position is sum over k of
+// weight[k][o] * pixels[offsets[place][k] + lane] + bias.
 template <class C>
 struct WindowTile {
   int64_t tiles;

@@ -14,8 +14,7 @@ inline ConvLayout conv_layout(const ValueType& value) {
   const size_t dims = value.sizes.size() - 2;
   int64_t sizes[3] = {1, 1, 1};
   for (size_t d = 0; d < dims; ++d) sizes[3 - dims + d] = value.sizes[2 + d];
-  return value.channels_last() ? channels_last_layout(value.sizes[1], sizes)
-                               : contiguous_layout(value.sizes[1], sizes);
+  return value.channels_last() ? channels_last_layout(value.sizes[1], sizes) : contiguous_layout(value.sizes[1], sizes);
 }
 
 template <class T>
@@ -43,8 +42,7 @@ class ConvLayer : public Layer<T> {
     add("pool_dilation", 1);
     geometry_.push_back(line.integer("groups", 1, kMost));
     geometry_.push_back(line.flag("ceil_mode"));
-    const bool plain =
-        activation_.kind == ActivationKind::relu || activation_.kind == ActivationKind::identity;
+    const bool plain = activation_.kind == ActivationKind::relu || activation_.kind == ActivationKind::identity;
     bool pools = false;
     for (size_t d = 0; d < dims; ++d) pools = pools || geometry_[3 * dims + d] > 1 || geometry_[4 * dims + d] > 1;
     if (pools && (!plain || line.has("addend"))) line.refuse("no pool can follow its addend or activation");
@@ -78,7 +76,8 @@ class ConvLayer : public Layer<T> {
       prepared->as_product = true;
       const double lanes = static_cast<double>(kernels.vector_bytes) / sizeof(T);
       const double rows = static_cast<double>(g.batch * g.pixels());
-      prepared->cost = rows * std::ceil(static_cast<double>(g.out_channels) / lanes) * static_cast<double>(g.in_channels);
+      prepared->cost =
+          rows * std::ceil(static_cast<double>(g.out_channels) / lanes) * static_cast<double>(g.in_channels);
       return prepared;
     }
     prepared->plan = plan_forward(key.geometry, key.request, key.machine);
@@ -109,8 +108,9 @@ class ConvLayer : public Layer<T> {
     call.input = given.input(0);
     call.output = given.output(0);
     call.addend = given.site.inputs.size() > 1 ? given.input(1) : nullptr;
-    run_planned_conv(conv_kernels().get<T>(), call, prepared.problem.dims, prepared.key, prepared.plan,
-                     [&](const ConvPlan& plan) { return given.packed.template take<T>(packing_of(plan), plan.packed_size); });
+    run_planned_conv(
+        conv_kernels().get<T>(), call, prepared.problem.dims, prepared.key, prepared.plan,
+        [&](const ConvPlan& plan) { return given.packed.template take<T>(packing_of(plan), plan.packed_size); });
   }
 
  private:
@@ -142,8 +142,8 @@ class ConvLayer : public Layer<T> {
     const MlpKernels<T>& kernels = mlp_kernels().get<T>();
     const T* const addend = given.site.inputs.size() > 1 ? given.input(1) : nullptr;
     const T* const packed = given.packed.template take<T>(kProduct, kernels.packed_size(g.out_channels, g.in_channels));
-    const MlpLayer<T> layer{weight_, bias_, g.in_channels, g.out_channels, addend ? kIdentity : activation_, packed,
-                            nullptr};
+    const MlpLayer<T> layer{weight_, bias_,  g.in_channels, g.out_channels, addend ? kIdentity : activation_,
+                            packed,  nullptr};
     const int64_t rows = g.batch * g.pixels();
     const double work = 2.0 * static_cast<double>(rows) * static_cast<double>(g.in_channels * g.out_channels);
     const int64_t chunks = std::min(useful_threads(work), rows);

@@ -24,7 +24,8 @@ class EmbeddingLayer : public Layer<T> {
   void run(const LayerCall<T>& call) const override {
     const int64_t* const numbers = static_cast<const int64_t*>(call.inputs[0]);
     const int64_t count = call.site.inputs[0].count();
-    for (int64_t i = 0; i < count; ++i) FASTNN_CHECK(numbers[i] >= 0 && numbers[i] < rows_, "index out of range in self");
+    for (int64_t i = 0; i < count; ++i)
+      FASTNN_CHECK(numbers[i] >= 0 && numbers[i] < rows_, "index out of range in self");
     parallel_range(count, kCopyWork * static_cast<double>(features_), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         // Another thread may write to the caller's tensor meanwhile, so that the number is looked at once more.
@@ -39,6 +40,8 @@ class EmbeddingLayer : public Layer<T> {
   int64_t rows_, features_;
 };
 
-inline LayerEntry embedding_entry() { return layer_entry<EmbeddingLayer>("embedding", {"input", "weight"}, {}); }
+inline LayerEntry embedding_entry() {
+  return layer_entry<EmbeddingLayer>("embedding", {"input", "weight"}, {});
+}
 
 }  // namespace fastnn

@@ -10,8 +10,8 @@
 namespace fastnn {
 
 // A pool of images. With channels last, a window is as many runs of channels. Contiguous images go through the
-// convolution's kernels, which pool whatever a depthwise convolution gives: for the maximum, one whose kernel is a single
-// 1; the average is such a convolution itself.
+// convolution's kernels, which pool whatever a depthwise convolution gives: for the maximum, one whose kernel is a
+// single 1; the average is such a convolution itself.
 template <class T, bool averages>
 class PoolLayer : public Layer<T> {
  public:
@@ -74,8 +74,8 @@ class PoolLayer : public Layer<T> {
     const ForwardAlgorithm algorithm = input.channels_last()         ? ForwardAlgorithm::depthwise
                                        : sizeof(T) == sizeof(double) ? ForwardAlgorithm::direct
                                                                      : ForwardAlgorithm::pixels;
-    const PlanKey key = plan_key<T>(kernels, g, input.channels_last(), output.channels_last(),
-                                    static_cast<int64_t>(algorithm));
+    const PlanKey key =
+        plan_key<T>(kernels, g, input.channels_last(), output.channels_last(), static_cast<int64_t>(algorithm));
     run_by_plan<T>(kernels, call, plan_for(key), nullptr);
     if (!counts_padding_) count_elements(call);
   }
@@ -125,11 +125,12 @@ class PoolLayer : public Layer<T> {
         const int64_t y = row % g.output[1], z = row / g.output[1] % g.output[0], n = row / (g.output[0] * g.output[1]);
         for (int64_t x = 0; x < g.output[2]; ++x) {
           const int64_t at[3] = {z, y, x};
-          const int64_t count = find_places(g, given.input(0) + n * from.n, from, at, kernel, stride, padding, dilation,
-                                            places.get());
+          const int64_t count =
+              find_places(g, given.input(0) + n * from.n, from, at, kernel, stride, padding, dilation, places.get());
           T* const pixel = to + (row * g.output[2] + x) * channels;
           if (averages) {
-            const T factor = static_cast<T>(1.0 / static_cast<double>(counts_padding_ ? taps : std::max<int64_t>(count, 1)));
+            const T factor =
+                static_cast<T>(1.0 / static_cast<double>(counts_padding_ ? taps : std::max<int64_t>(count, 1)));
             kernels.average(places.get(), count, channels, factor, pixel);
           } else {
             kernels.largest(places.get(), count, channels, pixel);
@@ -145,9 +146,9 @@ class PoolLayer : public Layer<T> {
 
   using Three = std::array<int64_t, 3>;
   // Lists where the pixels of a window are, and returns how many there are.
-  static int64_t find_places(const ConvPoolGeometry& g, const T* image, const ConvLayout& layout, const int64_t (&at)[3],
-                             const Three& kernel, const Three& stride, const Three& padding, const Three& dilation,
-                             const T** places) {
+  static int64_t find_places(const ConvPoolGeometry& g, const T* image, const ConvLayout& layout,
+                             const int64_t (&at)[3], const Three& kernel, const Three& stride, const Three& padding,
+                             const Three& dilation, const T** places) {
     int64_t count = 0;
     const auto place = [&](int d, int64_t tap) { return at[d] * stride[d] - padding[d] + tap * dilation[d]; };
     for (int64_t i = 0; i < kernel[0]; ++i) {
@@ -182,7 +183,8 @@ class PoolLayer : public Layer<T> {
             for (int64_t x = 0; x < g.output[2]; ++x) {
               const int64_t count = inside(0, z) * inside(1, y) * inside(2, x);
               if (count == g.taps()) continue;
-              to[z * layout.d[0] + y * layout.d[1] + x * layout.d[2]] *= static_cast<T>(taps / static_cast<double>(count));
+              to[z * layout.d[0] + y * layout.d[1] + x * layout.d[2]] *=
+                  static_cast<T>(taps / static_cast<double>(count));
             }
           }
         }

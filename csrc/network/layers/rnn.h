@@ -40,8 +40,7 @@ class RnnLayer : public Layer<T> {
       FASTNN_CHECK(site.sizes(i) == states[i - 1], "Expected hidden size ", to_string(states[i - 1]), ", got ",
                    to_string(site.sizes(i)));
     }
-    site.outputs[0].sizes =
-        last_ ? Ints{batch, network_.width()} : Ints{input[0], input[1], network_.width()};
+    site.outputs[0].sizes = last_ ? Ints{batch, network_.width()} : Ints{input[0], input[1], network_.width()};
     for (size_t i = 1; i < site.outputs.size(); ++i) site.outputs[i].sizes = states[i - 1];
   }
 

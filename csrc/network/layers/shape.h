@@ -239,13 +239,13 @@ inline LayerEntry permute_entry() {
   return layer_entry<PermuteLayer>("permute", {"input"}, {{"dims", "ints", nullptr}});
 }
 inline LayerEntry slice_entry() {
-  return layer_entry<SliceLayer>("slice", {"input"},
-                                 {{"dim", "int", nullptr},
-                                  {"start", "int", "0"},
-                                  {"stop", "int", "9223372036854775807"},
-                                  {"step", "int", "1"}});
+  return layer_entry<SliceLayer>(
+      "slice", {"input"},
+      {{"dim", "int", nullptr}, {"start", "int", "0"}, {"stop", "int", "9223372036854775807"}, {"step", "int", "1"}});
 }
-inline LayerEntry cat_entry() { return layer_entry<CatLayer>("cat", {"inputs*"}, {{"dim", "int", "0"}}); }
+inline LayerEntry cat_entry() {
+  return layer_entry<CatLayer>("cat", {"inputs*"}, {{"dim", "int", "0"}});
+}
 inline LayerEntry pad_entry() {
   return layer_entry<PadLayer>("pad", {"input"}, {{"padding", "ints", nullptr}, {"value", "float", "0"}});
 }

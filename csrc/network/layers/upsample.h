@@ -43,32 +43,33 @@ class UpsampleLayer : public Layer<T> {
     std::vector<Place> places;
     for (int64_t x = 0; x < columns * factor_x; ++x) places.push_back(place(x, columns, factor_x));
     const auto& kernels = elementwise_kernels().get<T>();
-    parallel_range(planes * rows * factor_y, kCopyWork * static_cast<double>(out_row), [&](int64_t first, int64_t last) {
-      const Scratch<T> between(linear_ ? row : 0);
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t y = i % (rows * factor_y);
-        const T* const image = call.input(0) + i / (rows * factor_y) * rows * row;
-        T* const to = call.output(0) + i * out_row;
-        const Place at = place(y, rows, factor_y);
-        const T* from = image + at.first * row;
-        if (linear_ && at.part != 0) {
-          kernels.blend(from, image + at.second * row, static_cast<T>(at.part), row, between.get());
-          from = between.get();
-        }
-        for (size_t x = 0; x < places.size(); ++x) {
-          const Place& column = places[x];
-          const T *const left = from + column.first * inner, *const right = from + column.second * inner;
-          T* const pixel = to + static_cast<int64_t>(x) * inner;
-          if (!linear_ || column.part == 0) {
-            std::copy_n(left, inner, pixel);
-          } else if (inner == 1) {
-            *pixel = *left + (*right - *left) * static_cast<T>(column.part);
-          } else {
-            kernels.blend(left, right, static_cast<T>(column.part), inner, pixel);
-          }
-        }
-      }
-    });
+    parallel_range(planes * rows * factor_y, kCopyWork * static_cast<double>(out_row),
+                   [&](int64_t first, int64_t last) {
+                     const Scratch<T> between(linear_ ? row : 0);
+                     for (int64_t i = first; i < last; ++i) {
+                       const int64_t y = i % (rows * factor_y);
+                       const T* const image = call.input(0) + i / (rows * factor_y) * rows * row;
+                       T* const to = call.output(0) + i * out_row;
+                       const Place at = place(y, rows, factor_y);
+                       const T* from = image + at.first * row;
+                       if (linear_ && at.part != 0) {
+                         kernels.blend(from, image + at.second * row, static_cast<T>(at.part), row, between.get());
+                         from = between.get();
+                       }
+                       for (size_t x = 0; x < places.size(); ++x) {
+                         const Place& column = places[x];
+                         const T *const left = from + column.first * inner, *const right = from + column.second * inner;
+                         T* const pixel = to + static_cast<int64_t>(x) * inner;
+                         if (!linear_ || column.part == 0) {
+                           std::copy_n(left, inner, pixel);
+                         } else if (inner == 1) {
+                           *pixel = *left + (*right - *left) * static_cast<T>(column.part);
+                         } else {
+                           kernels.blend(left, right, static_cast<T>(column.part), inner, pixel);
+                         }
+                       }
+                     }
+                   });
   }
 
  private:
@@ -91,8 +92,8 @@ class UpsampleLayer : public Layer<T> {
 };
 
 inline LayerEntry upsample_entry() {
-  return layer_entry<UpsampleLayer>("upsample", {"input"},
-                                    {{"factors", "ints", nullptr}, {"linear", "bool", "0"}, {"align_corners", "bool", "0"}});
+  return layer_entry<UpsampleLayer>(
+      "upsample", {"input"}, {{"factors", "ints", nullptr}, {"linear", "bool", "0"}, {"align_corners", "bool", "0"}});
 }
 
 }  // namespace fastnn
