@@ -83,23 +83,29 @@ T sum(const T* from, int64_t count) {
 }
 
 template <class T>
-void largest(const T* const* rows, int64_t count, int64_t length, T* to) {
-  for (int64_t i = 0; i < length; i += kLanes<T>) {
-    Vec<T> best = broadcast<T>(-static_cast<T>(__builtin_inf()));
-    for (int64_t r = 0; r < count; ++r) {
-      const Vec<T> x = load_up_to<T>(rows[r] + i, length - i);
-      best = (x > best) | (x != x) ? x : best;
+void largest(const T* const* places, int64_t count, int64_t step, int64_t windows, int64_t channels, T* to,
+             int64_t to_step) {
+  for (int64_t w = 0; w < windows; ++w) {
+    for (int64_t i = 0; i < channels; i += kLanes<T>) {
+      Vec<T> best = broadcast<T>(-static_cast<T>(__builtin_inf()));
+      for (int64_t p = 0; p < count; ++p) {
+        const Vec<T> x = load_up_to<T>(places[p] + w * step + i, channels - i);
+        best = (x > best) | (x != x) ? x : best;
+      }
+      store_up_to<T>(to + w * to_step + i, best, channels - i);
     }
-    store_up_to<T>(to + i, best, length - i);
   }
 }
 
 template <class T>
-void average(const T* const* rows, int64_t count, int64_t length, T factor, T* to) {
-  for (int64_t i = 0; i < length; i += kLanes<T>) {
-    Vec<T> total = {};
-    for (int64_t r = 0; r < count; ++r) total += load_up_to<T>(rows[r] + i, length - i);
-    store_up_to<T>(to + i, total * factor, length - i);
+void average(const T* const* places, int64_t count, int64_t step, int64_t windows, int64_t channels, T factor, T* to,
+             int64_t to_step) {
+  for (int64_t w = 0; w < windows; ++w) {
+    for (int64_t i = 0; i < channels; i += kLanes<T>) {
+      Vec<T> total = {};
+      for (int64_t p = 0; p < count; ++p) total += load_up_to<T>(places[p] + w * step + i, channels - i);
+      store_up_to<T>(to + w * to_step + i, total * factor, channels - i);
+    }
   }
 }
 

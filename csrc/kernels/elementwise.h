@@ -30,10 +30,13 @@ struct ElementwiseKernels {
   void (*sum_rows)(const T* from, int64_t rows, int64_t step, int64_t count, T factor, T* to);
   // The sum of `count` elements.
   T (*sum)(const T* from, int64_t count);
-  // to[i] = the largest of rows[r][i], or -inf of no rows. NaN wins.
-  void (*largest)(const T* const* rows, int64_t count, int64_t length, T* to);
-  // to[i] = factor * sum over r of rows[r][i].
-  void (*average)(const T* const* rows, int64_t count, int64_t length, T factor, T* to);
+  // Pools windows that lie `step` apart, of `count` places each, with `channels` elements a place and a result:
+  // to[w * to_step + i] = the largest of places[p][w * step + i], or -inf of no places. NaN wins.
+  void (*largest)(const T* const* places, int64_t count, int64_t step, int64_t windows, int64_t channels, T* to,
+                  int64_t to_step);
+  // The same with factor * the sum of the places.
+  void (*average)(const T* const* places, int64_t count, int64_t step, int64_t windows, int64_t channels, T factor,
+                  T* to, int64_t to_step);
   // Softmax of one row, or its logarithm.
   void (*softmax)(const T* from, int64_t count, bool logarithm, T* to);
   // (from - mean) / sqrt(variance + epsilon) * weight + bias of one row. weight and bias (count) may be null.

@@ -18,6 +18,8 @@ struct ValueType {
   Ints sizes;
   Format format = Format::contiguous;
   bool is_integer = false;  // int64, as an embedding takes it; all else is of the network's dtype
+  // Channels last: elements from a pixel to the next, where the value is a part of a concatenation; else 0.
+  int64_t pitch = 0;
 
   int64_t count() const {
     int64_t result = 1;
@@ -26,19 +28,17 @@ struct ValueType {
   }
   bool channels_last() const { return format == Format::channels_last; }
   // Elements from one to the next along each dimension.
-  Ints strides() const { return format_strides_of(sizes, channels_last()); }
-
-  static Ints format_strides_of(const Ints& sizes, bool channels_last) {
+  Ints strides() const {
     const size_t rank = sizes.size();
     Ints strides(rank);
     int64_t stride = 1;
-    const auto set_stride = [&](size_t d) {
+    const auto set_stride = [&](size_t d, int64_t size) {
       strides[d] = stride;
-      stride = checked_product(stride, std::max<int64_t>(sizes[d], 1));
+      stride = checked_product(stride, std::max<int64_t>(size, 1));
     };
-    if (channels_last) set_stride(1);
+    if (channels_last()) set_stride(1, pitch ? pitch : sizes[1]);
     for (size_t d = rank; d-- > 0;) {
-      if (!channels_last || d != 1) set_stride(d);
+      if (!channels_last() || d != 1) set_stride(d, sizes[d]);
     }
     return strides;
   }
@@ -109,6 +109,10 @@ class Layer {
   virtual void run(const LayerCall<T>& call) const = 0;
   // Whether the output is the input's memory under other sizes. Then `run` is not called.
   virtual bool is_view(const Site&) const { return false; }
+  // Whether the output is the inputs' channels one behind the other, channels last.
+  virtual bool joins_channels(const Site&) const { return false; }
+  // Whether the layer can write an output that is a part of a concatenation: see ValueType::pitch.
+  virtual bool writes_parts() const { return false; }
   // Takes over what the next layer does, which takes this layer's output as its only input and is the only one to do
   // so. Returns false where it cannot.
   virtual bool absorb(const Layer&) { return false; }

@@ -26,6 +26,7 @@ class Plan {
   Plan(const Network<T>& network, const std::vector<Ints>& inputs) : network_(network) {
     set_sizes(inputs);
     set_formats();
+    set_parts();
     for (size_t i = 0; i < sites.size(); ++i) {
       is_idle.push_back(sites[i].is_empty() || network.steps[i].layer->is_view(sites[i]));
     }
@@ -205,6 +206,41 @@ class Plan {
     apply(formats);
   }
 
+  // ---- parts ----
+  // What is made for a concatenation of channels alone is written where it belongs there.
+
+  struct Part {
+    size_t whole;    // the concatenation
+    int64_t offset;  // in it
+  };
+  std::map<size_t, Part> parts_;
+
+  void set_parts() {
+    std::vector<int64_t> uses(values.size());
+    std::vector<size_t> maker(values.size(), SIZE_MAX);
+    for (size_t i = 0; i < sites.size(); ++i) {
+      for (const int64_t input : network_.steps[i].layer->inputs) ++uses[at(input)];
+      for (const int64_t output : network_.steps[i].layer->outputs) maker[at(output)] = i;
+    }
+    for (const int64_t output : network_.outputs) ++uses[at(output)];
+    for (size_t i = 0; i < sites.size(); ++i) {
+      const Layer<T>& layer = *network_.steps[i].layer;
+      const size_t whole = at(layer.outputs[0]);
+      if (!layer.joins_channels(sites[i]) || parts_.count(whole)) continue;
+      int64_t offset = 0;
+      for (size_t k = 0; k < layer.inputs.size(); ++k) {
+        const size_t value = at(layer.inputs[k]), step = maker[value];
+        const bool is_part = uses[value] == 1 && step != SIZE_MAX && values[value].channels_last() &&
+                             network_.steps[step].layer->writes_parts();
+        if (is_part) {
+          parts_[value] = {whole, offset};
+          values[value].pitch = sites[i].inputs[k].pitch = sites[step].outputs[0].pitch = values[whole].sizes[1];
+        }
+        offset += values[value].sizes[1];
+      }
+    }
+  }
+
   // ---- places ----
   // A value lies in memory from the step that makes it to the last that reads it, or one of its views.
 
@@ -222,14 +258,18 @@ class Plan {
     // A view has no memory of its own, but that of its root.
     std::vector<size_t> root(values.size());
     for (size_t value = 0; value < values.size(); ++value) root[value] = value;
-    std::vector<size_t> first(values.size()), last(values.size());
+    for (const auto& [value, part] : parts_) root[value] = part.whole;
+    std::vector<size_t> first(values.size(), SIZE_MAX), last(values.size());
     for (size_t i = 0; i < sites.size(); ++i) {
       const Layer<T>& layer = *network_.steps[i].layer;
       if (layer.is_view(sites[i])) root[at(layer.outputs[0])] = root[at(layer.inputs[0])];
       const size_t read = layer.inputs.size() - layer.sizes_only;
       for (size_t k = 0; k < read; ++k) last[root[at(layer.inputs[k])]] = i;
       for (const int64_t output : layer.outputs) {
-        if (root[at(output)] == at(output)) first[at(output)] = last[at(output)] = i;
+        const size_t own = root[at(output)];
+        if (layer.is_view(sites[i])) continue;
+        first[own] = std::min(first[own], i);
+        last[own] = std::max(last[own], i);
       }
     }
     for (size_t i = 0; i < network_.outputs.size(); ++i) {
@@ -247,6 +287,7 @@ class Plan {
     }
     place_between(between, first, last);
     for (size_t value = 0; value < values.size(); ++value) places[value] = places[root[value]];
+    for (const auto& [value, part] : parts_) places[value].offset += part.offset;
   }
 
   // The largest first, each at the lowest offset that is free for as long as the value lives.

@@ -14,7 +14,9 @@ inline ConvLayout conv_layout(const ValueType& value) {
   const size_t dims = value.sizes.size() - 2;
   int64_t sizes[3] = {1, 1, 1};
   for (size_t d = 0; d < dims; ++d) sizes[3 - dims + d] = value.sizes[2 + d];
-  return value.channels_last() ? channels_last_layout(value.sizes[1], sizes) : contiguous_layout(value.sizes[1], sizes);
+  const int64_t channels = value.sizes[1];
+  return value.channels_last() ? channels_last_layout(value.pitch ? value.pitch : channels, sizes)
+                               : contiguous_layout(channels, sizes);
 }
 
 template <class T>
@@ -49,6 +51,8 @@ class ConvLayer : public Layer<T> {
   }
 
   FormatRule formats() const override { return FormatRule::each; }
+  // (An addend lies as the output does.)
+  bool writes_parts() const override { return this->inputs.size() == 1; }
 
   void set_sizes(Site& site) const override {
     const Ints& input = site.sizes(0);
@@ -149,15 +153,21 @@ class ConvLayer : public Layer<T> {
     const int64_t chunks = std::min(useful_threads(work), rows);
     const int64_t scratch_size = kernels.scratch_size(std::max(g.in_channels, g.out_channels));
     const Scratch<T> scratch(checked_product(chunks, scratch_size));
-    constexpr int64_t kTogether = 48;  // rows, so that what is finished is still in cache
+    constexpr int64_t kTogether = 48;  // rows, so that what is finished or moved is still in cache
+    const int64_t pitch = given.site.outputs[0].pitch, out = g.out_channels;
+    const Scratch<T> blocks(pitch ? checked_product(chunks, kTogether * out) : 0);
     parallel_chunks(chunks, rows, [&](int64_t chunk, int64_t first, int64_t last) {
       T* const own = scratch.get() + chunk * scratch_size;
-      if (!addend) return kernels.forward(&layer, 1, false, given.input(0), given.output(0), first, last, own);
+      if (!addend && !pitch) return kernels.forward(&layer, 1, false, given.input(0), given.output(0), first, last, own);
       for (int64_t row = first; row < last; row += kTogether) {
-        const int64_t end = std::min(last, row + kTogether), at = row * g.out_channels;
-        kernels.forward(&layer, 1, false, given.input(0), given.output(0), row, end, own);
-        conv_kernels().get<T>().finish(activation_, given.output(0) + at, addend + at, (end - row) * g.out_channels,
-                                       given.output(0) + at);
+        const int64_t count = std::min(kTogether, last - row);
+        const T* const from = given.input(0) + row * g.in_channels;
+        T* const to = pitch ? blocks.get() + chunk * kTogether * out : given.output(0) + row * out;
+        kernels.forward(&layer, 1, false, from, to, 0, count, own);
+        if (addend) conv_kernels().get<T>().finish(activation_, to, addend + row * out, count * out, to);
+        for (int64_t r = 0; pitch && r < count; ++r) {
+          std::copy_n(to + r * out, out, given.output(0) + (row + r) * pitch);
+        }
       }
     });
   }

@@ -33,6 +33,7 @@ class ConvTransposeLayer : public Layer<T> {
   }
 
   FormatRule formats() const override { return FormatRule::each; }
+  bool writes_parts() const override { return !takes_activation_last(); }
 
   void set_sizes(Site& site) const override {
     const Ints& input = site.sizes(0);

@@ -32,6 +32,7 @@ class PoolLayer : public Layer<T> {
   }
 
   FormatRule formats() const override { return FormatRule::each; }
+  bool writes_parts() const override { return true; }
 
   void set_sizes(Site& site) const override {
     const Ints& input = site.sizes(0);
@@ -101,41 +102,20 @@ class PoolLayer : public Layer<T> {
   }
 
   void run_channels_last(const LayerCall<T>& given, const ConvPoolGeometry& g) const {
-    const auto& kernels = elementwise_kernels().get<T>();
     const ValueType& output = given.site.outputs[0];
     ValueType images = output;
     images.format = Format::channels_last;
     const bool copies = !output.channels_last() && !is_same_order(output.sizes);
     const Scratch<T> own(copies ? output.count() : 0);
     T* const to = copies ? own.get() : given.output(0);
-    const ConvLayout from = conv_layout(given.site.inputs[0]);
-    const auto each = [](const Ints& numbers, int64_t other) {
-      std::array<int64_t, 3> all{other, other, other};
-      std::copy(numbers.begin(), numbers.end(), all.end() - static_cast<ptrdiff_t>(numbers.size()));
-      return all;
-    };
-    const auto kernel = each(kernel_, 1), stride = each(stride_, 1), padding = each(padding_, 0);
-    const auto dilation = each(dilation_, 1);
-    const int64_t channels = g.groups, taps = kernel[0] * kernel[1] * kernel[2];
-    const int64_t rows = g.batch * g.output[0] * g.output[1];
-    const double work = static_cast<double>(g.output[2] * channels * taps);
-    parallel_range(rows, work, [&](int64_t first, int64_t last) {
-      const Scratch<const T*> places(taps);
+    const ConvLayout from = conv_layout(given.site.inputs[0]), layout = conv_layout(images);
+    const Window window(*this);
+    const double work = static_cast<double>(g.output[2] * g.groups * window.places());
+    parallel_range(g.batch * g.output[0] * g.output[1], work, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         const int64_t y = row % g.output[1], z = row / g.output[1] % g.output[0], n = row / (g.output[0] * g.output[1]);
-        for (int64_t x = 0; x < g.output[2]; ++x) {
-          const int64_t at[3] = {z, y, x};
-          const int64_t count =
-              find_places(g, given.input(0) + n * from.n, from, at, kernel, stride, padding, dilation, places.get());
-          T* const pixel = to + (row * g.output[2] + x) * channels;
-          if (averages) {
-            const T factor =
-                static_cast<T>(1.0 / static_cast<double>(counts_padding_ ? taps : std::max<int64_t>(count, 1)));
-            kernels.average(places.get(), count, channels, factor, pixel);
-          } else {
-            kernels.largest(places.get(), count, channels, pixel);
-          }
-        }
+        pool_row(g, window, given.input(0) + n * from.n, from, z, y,
+                 to + n * layout.n + z * layout.d[0] + y * layout.d[1], layout.d[2]);
       }
     });
     if (copies) {
@@ -144,26 +124,62 @@ class PoolLayer : public Layer<T> {
     }
   }
 
-  using Three = std::array<int64_t, 3>;
-  // Lists where the pixels of a window are, and returns how many there are.
-  static int64_t find_places(const ConvPoolGeometry& g, const T* image, const ConvLayout& layout,
-                             const int64_t (&at)[3], const Three& kernel, const Three& stride, const Three& padding,
-                             const Three& dilation, const T** places) {
-    int64_t count = 0;
-    const auto place = [&](int d, int64_t tap) { return at[d] * stride[d] - padding[d] + tap * dilation[d]; };
-    for (int64_t i = 0; i < kernel[0]; ++i) {
-      const int64_t z = place(0, i);
-      if (z < 0 || z >= g.input[0]) continue;
-      for (int64_t j = 0; j < kernel[1]; ++j) {
-        const int64_t y = place(1, j);
-        if (y < 0 || y >= g.input[1]) continue;
-        for (int64_t k = 0; k < kernel[2]; ++k) {
-          const int64_t x = place(2, k);
-          if (x >= 0 && x < g.input[2]) places[count++] = image + z * layout.d[0] + y * layout.d[1] + x * layout.d[2];
+  // A window with ones in front of its dimensions.
+  struct Window {
+    int64_t kernel[3] = {1, 1, 1}, stride[3] = {1, 1, 1}, padding[3] = {}, dilation[3] = {1, 1, 1};
+
+    explicit Window(const PoolLayer& layer) {
+      const auto set = [](const Ints& numbers, int64_t (&all)[3]) {
+        std::copy(numbers.begin(), numbers.end(), all + 3 - numbers.size());
+      };
+      set(layer.kernel_, kernel);
+      set(layer.stride_, stride);
+      set(layer.padding_, padding);
+      set(layer.dilation_, dilation);
+    }
+    int64_t places() const { return kernel[0] * kernel[1] * kernel[2]; }
+    int64_t at(int d, int64_t output, int64_t tap) const {
+      return output * stride[d] - padding[d] + tap * dilation[d];
+    }
+  };
+
+  // A row of outputs. Those whose windows lie inside the row share one list of places, the others have lists of their own.
+  void pool_row(const ConvPoolGeometry& g, const Window& window, const T* image, const ConvLayout& layout, int64_t z,
+                int64_t y, T* to, int64_t to_step) const {
+    const auto& kernels = elementwise_kernels().get<T>();
+    const int64_t span = (window.kernel[2] - 1) * window.dilation[2], columns = g.input[2];
+    std::array<const T*, kMostPlaces> few;
+    std::vector<const T*> many(window.places() > kMostPlaces ? static_cast<size_t>(window.places()) : 0);
+    const T** const places = many.empty() ? few.data() : many.data();
+    for (int64_t x = 0, windows; x < g.output[2]; x += windows) {
+      const int64_t start = window.at(2, x, 0);
+      windows = 1;
+      if (start >= 0 && start + span < columns) {
+        windows = std::min(g.output[2] - x, (columns - 1 - span - start) / window.stride[2] + 1);
+      }
+      int64_t count = 0;
+      for (int64_t i = 0; i < window.kernel[0]; ++i) {
+        const int64_t from_z = window.at(0, z, i);
+        if (from_z < 0 || from_z >= g.input[0]) continue;
+        for (int64_t j = 0; j < window.kernel[1]; ++j) {
+          const int64_t from_y = window.at(1, y, j);
+          if (from_y < 0 || from_y >= g.input[1]) continue;
+          const T* const row = image + from_z * layout.d[0] + from_y * layout.d[1];
+          for (int64_t k = 0; k < window.kernel[2]; ++k) {
+            const int64_t from_x = window.at(2, x, k);
+            if (from_x >= 0 && from_x < columns) places[count++] = row + from_x * layout.d[2];
+          }
         }
       }
+      const int64_t step = window.stride[2] * layout.d[2];
+      if (averages) {
+        const int64_t divisor = counts_padding_ ? window.places() : std::max<int64_t>(count, 1);
+        const T factor = static_cast<T>(1.0 / static_cast<double>(divisor));
+        kernels.average(places, count, step, windows, g.groups, factor, to + x * to_step, to_step);
+      } else {
+        kernels.largest(places, count, step, windows, g.groups, to + x * to_step, to_step);
+      }
     }
-    return count;
   }
 
   // Divides by the number of elements that are there, where a window reaches into the padding.

@@ -155,6 +155,9 @@ class CatLayer : public Layer<T> {
     this->inputs = found->second;
   }
   FormatRule formats() const override { return FormatRule::alike; }
+  bool joins_channels(const Site& site) const override {
+    return site.outputs[0].channels_last() && dimension_of(line_, dim_, site.outputs[0].sizes.size()) == 1;
+  }
   void set_sizes(Site& site) const override {
     Ints sizes = site.sizes(0);
     const size_t d = dimension_of(line_, dim_, sizes.size());
@@ -176,8 +179,10 @@ class CatLayer : public Layer<T> {
     T* to = call.output(0);
     for (size_t i = 0; i < call.site.inputs.size(); ++i) {
       const ValueType& input = call.site.inputs[i];
-      copy_array(call.input(i), input.strides(), to, strides, input.sizes,
-                 memory_order(strides.size(), output.channels_last()));
+      if (input.pitch == 0) {  // else it was written here
+        copy_array(call.input(i), input.strides(), to, strides, input.sizes,
+                   memory_order(strides.size(), output.channels_last()));
+      }
       to += input.sizes[d] * strides[d];
     }
   }
