@@ -3,8 +3,11 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstring>
 
+#include "../kernels/conv/machine.h"
+#include "../kernels/conv/problem.h"
 #include "../kernels/elementwise.h"
 #include "../ops/product.h"
 #include "layer.h"
@@ -96,6 +99,22 @@ void copy_array(const T* from, const Ints& from_strides, T* to, const Ints& to_s
   loops.for_each_run(1, kCopyWork, [&](const auto& at) {
     for (int64_t i = 0; i < length; ++i) to[at[1] + i * target[last]] = from[at[0] + i * source[last]];
   });
+}
+
+// How long it takes to move a value that is cut along a dimension, in multiply-adds of vectors: runs of the elements of
+// that dimension and of those inside of it are moved one after another.
+template <class T>
+double moving_cost(const ValueType& value, size_t dim) {
+  constexpr double kRun = 8;  // what a run takes besides its elements
+  int64_t length = 1;
+  bool inside = false;
+  for (const size_t d : memory_order(value.sizes.size(), value.channels_last())) {
+    inside = inside || d == dim;
+    if (inside) length *= std::max<int64_t>(value.sizes[d], 1);
+  }
+  const double lanes = static_cast<double>(conv_kernels().get<T>().vector_bytes) / sizeof(T);
+  const double count = static_cast<double>(value.count()), runs = count / static_cast<double>(length);
+  return runs * (kRun + std::ceil(static_cast<double>(length) / lanes) * tuned::kCopy);
 }
 
 // Sizes as torch broadcasts them. Raises where they do not go together.

@@ -152,7 +152,7 @@ class Plan {
     std::vector<std::vector<size_t>> touching(values.size());  // the steps that a group's format matters to
     for (size_t i = 0; i < sites.size(); ++i) {
       const Layer<T>& layer = *network_.steps[i].layer;
-      if (layer.formats() != FormatRule::each) continue;
+      if (layer.formats() == FormatRule::contiguous) continue;
       for (const auto* some : {&layer.inputs, &layer.outputs}) {
         for (const int64_t value : *some) {
           std::vector<size_t>& steps = touching[group_of(at(value))];
@@ -177,7 +177,7 @@ class Plan {
     const auto total = [&] {
       double sum = 0;
       for (size_t i = 0; i < sites.size(); ++i) {
-        if (network_.steps[i].layer->formats() == FormatRule::each) sum += cost_of(i);
+        if (network_.steps[i].layer->formats() != FormatRule::contiguous) sum += cost_of(i);
       }
       return sum;
     };

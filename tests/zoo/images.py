@@ -254,3 +254,113 @@ class C3D(nn.Module):
         x = self.pool3(self.relu(self.conv3b(x)))
         x = x.view(x.size(0), -1)
         return self.fc2(self.dropout(self.relu(self.fc1(x))))
+
+
+class MobileNet(nn.Module):
+    """Sandler et al. 2018 (MobileNetV2): narrow values between wide depthwise convolutions, with a skip where sizes
+    allow it."""
+
+    def __init__(self, classes: int = 100, width: float = 1) -> None:
+        super().__init__()
+
+        def norm(inputs: int, outputs: int, kernel: int, **settings: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, kernel, bias=False, **settings), nn.BatchNorm2d(outputs)]
+
+        channels = int(32 * width)
+        self.stem = nn.Sequential(*norm(3, channels, 3, stride=2, padding=1), nn.ReLU6())
+        blocks = []
+        for wider, outputs, count, stride in (
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 2, 2),
+            (6, 96, 1, 1),
+        ):
+            for i in range(count):
+                inner, out = wider * channels, int(outputs * width)
+                depthwise = norm(inner, inner, 3, stride=stride if i == 0 else 1, padding=1, groups=inner)
+                first = [*norm(channels, inner, 1), nn.ReLU6()] if wider > 1 else []
+                blocks.append(nn.Sequential(*first, *depthwise, nn.ReLU6(), *norm(inner, out, 1)))
+                channels = out
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Sequential(*norm(channels, 4 * channels, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(4 * channels, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            y = block(x)
+            x = x + y if x.shape == y.shape else y
+        return self.classifier(self.head(x))
+
+
+class Inception(nn.Module):
+    """Szegedy et al. 2014: blocks of four branches, side by side."""
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, width: int) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(inputs, 4 * width, 1)
+            self.reduce3, self.three = nn.Conv2d(inputs, 6 * width, 1), nn.Conv2d(6 * width, 8 * width, 3, padding=1)
+            self.reduce5, self.five = nn.Conv2d(inputs, width, 1), nn.Conv2d(width, 2 * width, 5, padding=2)
+            self.pooled = nn.Conv2d(inputs, 2 * width, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            three = F.relu(self.three(F.relu(self.reduce3(x))))
+            five = F.relu(self.five(F.relu(self.reduce5(x))))
+            pooled = F.relu(self.pooled(F.max_pool2d(x, 3, 1, 1)))
+            return torch.cat([F.relu(self.one(x)), three, five, pooled], 1)
+
+    def __init__(self, classes: int = 10, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4 * width, 3, padding=1)
+        self.first, self.second = self.Block(4 * width, width), self.Block(16 * width, width)
+        self.classifier = nn.Linear(16 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(F.max_pool2d(F.relu(self.stem(x)), 2))
+        x = self.second(F.max_pool2d(x, 2))
+        return self.classifier(x.mean((2, 3)))
+
+
+class ConvAutoencoder(nn.Module):
+    """Strided convolutions down to a code of maps, and transposed ones up again."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            *(nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU()),
+        )
+        self.decoder = nn.Sequential(
+            *(nn.ConvTranspose2d(2 * width, width, 3, stride=2, padding=1, output_padding=1), nn.ReLU()),
+            *(nn.ConvTranspose2d(width, 1, 3, stride=2, padding=1, output_padding=1), nn.Sigmoid()),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+class SqueezeExcite(nn.Module):
+    """Hu et al. 2017: residual blocks whose maps are weighted by a gate that sees the mean of each."""
+
+    class Block(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+            self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+            self.squeeze, self.excite = nn.Linear(channels, channels // 4), nn.Linear(channels // 4, channels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+            gate = torch.sigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3))))))
+            return F.relu(x + y * gate[:, :, None, None])
+
+    def __init__(self, classes: int = 10, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.Sequential(self.Block(width), nn.MaxPool2d(2), self.Block(width))
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.blocks(F.relu(self.stem(x))).mean((2, 3)))

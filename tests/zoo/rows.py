@@ -55,3 +55,16 @@ class MlpWithBatchNorm(nn.Sequential):
             *(nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.1)),
             nn.Linear(hidden, classes),
         )
+
+
+class Policy(nn.Module):
+    """Of policy gradients (Schulman et al. 2017): one body, and two heads for actions and the value."""
+
+    def __init__(self, seen: int = 8, actions: int = 4) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(seen, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+        self.actor, self.critic = nn.Linear(64, actions), nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x)
+        return torch.log_softmax(self.actor(x), -1), self.critic(x).squeeze(-1)

@@ -147,3 +147,36 @@ class Tcn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.log_softmax(self.linear(self.network(x)[:, :, -1]), dim=1)
+
+
+class WaveNet(nn.Module):
+    """van den Oord et al. 2016, small: dilated causal convolutions with gates, skips added up on the way."""
+
+    def __init__(self, width: int = 16, blocks: int = 8) -> None:
+        super().__init__()
+        self.inlet = nn.Conv1d(1, width, 1)
+        self.gated = nn.ModuleList(nn.Conv1d(width, 2 * width, 2, dilation=2**i) for i in range(blocks))
+        self.mixing = nn.ModuleList(nn.Conv1d(width, width, 1) for _ in range(blocks))
+        self.outlet = nn.Sequential(nn.ReLU(), nn.Conv1d(width, 2 * width, 1), nn.ReLU(), nn.Conv1d(2 * width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skips = self.inlet(x), None
+        for gated, mixing in zip(self.gated, self.mixing, strict=True):
+            value, gate = gated(F.pad(x, (gated.dilation[0], 0))).chunk(2, 1)
+            y = mixing(torch.tanh(value) * torch.sigmoid(gate))
+            x, skips = x + y, y if skips is None else skips + y
+        return self.outlet(skips)
+
+
+class Agent(nn.Module):
+    """A recurrent agent: what it sees and its state go in, actions' logits, the value of the state, and the next state
+    come out."""
+
+    def __init__(self, seen: int = 12, actions: int = 4, hidden: int = 64) -> None:
+        super().__init__()
+        self.inlet, self.cell = nn.Linear(seen, hidden), nn.GRUCell(hidden, hidden)
+        self.actor, self.critic = nn.Linear(hidden, actions), nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state = self.cell(F.relu(self.inlet(x)), state)
+        return self.actor(state), self.critic(state).squeeze(-1), state

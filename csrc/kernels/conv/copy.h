@@ -170,32 +170,41 @@ void rectify(const T* from, int64_t count, T* to, uint8_t* winners) {
   }
 }
 
-// to = activation(from + addend) for `count` elements. addend may be null, and `from` may be `to`.
+// to = function(from + addend) for `count` elements. addend may be null, and `from` may be `to`.
+template <class T, class Function>
+FASTNN_INLINE void finish_by(const Function& function, const T* from, const T* addend, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<Compute<T>>) {
+    const int64_t left = count - i;
+    Vec<Compute<T>> x = load_up_to<T>(from + i, left);
+    if (addend) x += load_up_to<T>(addend + i, left);
+    store_up_to<T>(to + i, function(x), left);
+  }
+}
 template <class T>
 void finish_run(const Activation& activation, const T* from, const T* addend, int64_t count, T* to) {
-  with_activation<Compute<T>>(activation, [&](auto function) {
-    for (int64_t i = 0; i < count; i += kLanes<Compute<T>>) {
-      const int64_t left = count - i;
-      Vec<Compute<T>> x = load_up_to<T>(from + i, left);
-      if (addend) x += load_up_to<T>(addend + i, left);
-      store_up_to<T>(to + i, function(x), left);
-    }
-  });
+  with_activation<Compute<T>>(activation, [&](auto function) { finish_by(function, from, addend, count, to); });
 }
 
 // Finishes `count` pixels of `channels` channels that have been written to the output from `at` on: adds the addend and
 // activates the sums, while they are in cache. The register tiles leave that to this second pass, since each of them
 // would be needed once for every activation.
 template <class T>
-void finish_rows(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count) {
+FASTNN_SHARED void finish_rows(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count) {
   if (!call.finishes()) return;
   const ConvLayout& layout = call.output_layout;
-  const bool by_rows = layout.d[2] == 1;
-  const int64_t runs = by_rows ? channels : count, step = by_rows ? layout.c : layout.d[2];
-  for (int64_t r = 0; r < runs; ++r, at += step) {
-    finish_run(call.activation, call.output + at, call.addend ? call.addend + at : nullptr, by_rows ? count : channels,
-               call.output + at);
+  const bool by_rows = layout.d[2] == 1, joins = by_rows ? layout.c == count : layout.d[2] == channels;
+  int64_t runs = by_rows ? channels : count, length = by_rows ? count : channels;
+  const int64_t step = by_rows ? layout.c : layout.d[2];
+  if (joins) {
+    length *= runs;
+    runs = 1;
   }
+  with_activation<Compute<T>>(call.activation, [&](auto function) {
+    for (int64_t r = 0; r < runs; ++r) {
+      T* const to = call.output + at + r * step;
+      finish_by(function, to, call.addend ? call.addend + at + r * step : nullptr, length, to);
+    }
+  });
 }
 
 // Writes `channels` channels of `count` pooled pixels, [pixel][pitch], to the output from `at` on.

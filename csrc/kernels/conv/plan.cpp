@@ -742,8 +742,10 @@ ConvPlan choose(const Planner& one) {
     }
     best = plan;
   }
-  if (stock_wins(one, best)) return plan_of(ForwardAlgorithm::stock, one);
-  return best;
+  if (!stock_wins(one, best)) return best;
+  ConvPlan stock = plan_of(ForwardAlgorithm::stock, one);
+  stock.cost = best.cost;  // at most
+  return stock;
 }
 
 }  // namespace
@@ -756,7 +758,7 @@ ConvPlan plan_forward(const ConvPoolGeometry& g, const PlanRequest& request, con
   const double worth = plan.cost / tuned::kCostPerThread;
   const int64_t threads =
       worth >= request.threads ? request.threads : std::max<int64_t>(1, static_cast<int64_t>(worth));
-  if (threads > 1) {
+  if (threads > 1 && plan.algorithm != ForwardAlgorithm::stock) {
     alone.threads = threads;
     plan = plan_of(plan.algorithm, Planner{g, alone, machine});
   }

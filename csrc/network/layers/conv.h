@@ -158,7 +158,8 @@ class ConvLayer : public Layer<T> {
     const Scratch<T> blocks(pitch ? checked_product(chunks, kTogether * out) : 0);
     parallel_chunks(chunks, rows, [&](int64_t chunk, int64_t first, int64_t last) {
       T* const own = scratch.get() + chunk * scratch_size;
-      if (!addend && !pitch) return kernels.forward(&layer, 1, false, given.input(0), given.output(0), first, last, own);
+      if (!addend && !pitch)
+        return kernels.forward(&layer, 1, false, given.input(0), given.output(0), first, last, own);
       for (int64_t row = first; row < last; row += kTogether) {
         const int64_t count = std::min(kTogether, last - row);
         const T* const from = given.input(0) + row * g.in_channels;

@@ -3,7 +3,6 @@
 
 #include <cmath>
 
-#include "../../kernels/conv/machine.h"
 #include "../array.h"
 #include "conv.h"
 
@@ -138,12 +137,11 @@ class PoolLayer : public Layer<T> {
       set(layer.dilation_, dilation);
     }
     int64_t places() const { return kernel[0] * kernel[1] * kernel[2]; }
-    int64_t at(int d, int64_t output, int64_t tap) const {
-      return output * stride[d] - padding[d] + tap * dilation[d];
-    }
+    int64_t at(int d, int64_t output, int64_t tap) const { return output * stride[d] - padding[d] + tap * dilation[d]; }
   };
 
-  // A row of outputs. Those whose windows lie inside the row share one list of places, the others have lists of their own.
+  // A row of outputs. Those whose windows lie inside the row share one list of places, the others have lists of their
+  // own.
   void pool_row(const ConvPoolGeometry& g, const Window& window, const T* image, const ConvLayout& layout, int64_t z,
                 int64_t y, T* to, int64_t to_step) const {
     const auto& kernels = elementwise_kernels().get<T>();

@@ -2,8 +2,6 @@
 // take the input channels last where that costs less.
 #pragma once
 
-#include "../../kernels/conv/machine.h"
-#include "../../kernels/conv/problem.h"
 #include "../array.h"
 
 namespace fastnn {

@@ -127,6 +127,9 @@ class SliceLayer : public Layer<T> {
     size = (last - first) / step_ + ((last - first) % step_ != 0);
     site.outputs[0].sizes = sizes;
   }
+  double cost(const Site& site) const override {
+    return moving_cost<T>(site.outputs[0], dimension_of(line_, dim_, site.outputs[0].sizes.size()));
+  }
   void run(const LayerCall<T>& call) const override {
     const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
     const size_t d = dimension_of(line_, dim_, input.sizes.size());
@@ -172,6 +175,14 @@ class CatLayer : public Layer<T> {
     }
     site.outputs[0].sizes = sizes;
   }
+  double cost(const Site& site) const override {
+    double cost = 0;
+    for (ValueType part : site.inputs) {
+      part.format = site.outputs[0].format;
+      cost += moving_cost<T>(part, dimension_of(line_, dim_, part.sizes.size()));
+    }
+    return cost;
+  }
   void run(const LayerCall<T>& call) const override {
     const ValueType& output = call.site.outputs[0];
     const size_t d = dimension_of(line_, dim_, output.sizes.size());
@@ -214,6 +225,10 @@ class PadLayer : public Layer<T> {
       FASTNN_CHECK(size >= 0, "padding takes more elements away than there are in ", to_string(site.sizes(0)));
     }
     site.outputs[0].sizes = sizes;
+  }
+  double cost(const Site& site) const override {
+    const size_t rank = site.outputs[0].sizes.size();
+    return rank ? moving_cost<T>(site.outputs[0], rank - 1) : 0;
   }
   void run(const LayerCall<T>& call) const override {
     const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
