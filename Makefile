@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build docs examples test test-integrations fuzz-semantics lint format bench bench-conv bench-layers bench-rnn \
+.PHONY: help build docs examples test test-integrations fuzz-semantics fuzz-networks lint format bench bench-conv bench-layers bench-rnn \
     bench-mlp bench-frozen bench-zoo bench-step bench-memory bench-scaling bench-overhead bench-processes results \
     sweep-conv sweep-mlp wheel wheels clean
 
@@ -31,6 +31,9 @@ test-integrations: $(VENV)/integrations.stamp  ## Run fused models in Lightning,
 
 fuzz-semantics: $(VENV)/test.stamp  ## Run random forwards fused and not, with changes between the calls (ARGS=, five minutes)
 	$(RUN) tests/semantics.py --first 0 --count 5000 --kind fuse --brief $(ARGS)
+
+fuzz-networks: $(VENV)/test.stamp  ## Run thousands of random networks against the reference (ARGS=, three minutes)
+	$(RUN) tests/random_networks.py $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## Check style and types
 	$(RUN) -m ruff check .

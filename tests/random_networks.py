@@ -1,5 +1,6 @@
 """Random programs of networks: layers of all kinds over values of images, sequences and rows, with branches."""
 
+import argparse
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn import _C
 from fastnn.graph.program import Line, Value, write
 from fastnn.recurrent_modes import MODES
+from fastnn.reference.network import network
+from fastnn.testing import using_threads
 
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "gelu", "hardtanh(0.0,6.0)", "leaky_relu(0.2)", "silu")
 
@@ -332,3 +336,49 @@ def random_network(seed: int) -> RandomNetwork:
     given = [(value, ",".join(b.random.choice((str(size), ":")) for size in value.sizes)) for value, _ in b.inputs]
     text, tensors = write(given, b.lines, outputs)
     return RandomNetwork(text, tensors, [tensor for _, tensor in b.inputs])
+
+
+def check(seed: int) -> None:
+    """The operator's results are the reference's in float64, with packed weights and without. The instruction set, the
+    dtype and the number of threads follow from the seed."""
+    net = random_network(seed)
+    expected = network(net.inputs, net.weights, net.text)
+    isas = _C.supported_instruction_sets()
+    dtype = torch.float64 if seed % 4 == 3 else torch.float32
+    weights = torch.cat([weight.reshape(-1) for weight in net.weights] or [torch.empty(0)]).to(dtype)
+    inputs = [tensor.to(dtype) for tensor in net.inputs]
+    before = _C.instruction_set()
+    _C.use_instruction_set(isas[seed % len(isas)])
+    try:
+        sizes = [size for tensor in inputs for size in tensor.shape]
+        packed = torch.ops.fastnn.network_packed(weights, net.text, sizes)
+        with using_threads(1 + seed % 2):
+            results = [torch.ops.fastnn.network(inputs, weights, some, net.text) for some in (packed, packed[:0])]
+    finally:
+        _C.use_instruction_set(before)
+    for found, unpacked, wanted in zip(*results, expected, strict=True):
+        scale = max(float(wanted.abs().max()), 0.1) if wanted.numel() else 1.0
+        limits = {"rtol": 0.0, "atol": (2e-4 if dtype == torch.float32 else 1e-10) * scale, "equal_nan": True}
+        torch.testing.assert_close(found.double(), wanted, **limits, msg=net.text)
+        torch.testing.assert_close(unpacked.double(), wanted, **limits, msg=net.text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python tests/random_networks.py", description=__doc__)
+    parser.add_argument("--first", type=int, default=300, help="the first seed (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=5000, help="how many networks (default: %(default)s)")
+    given = parser.parse_args()
+    failed = []
+    for seed in range(given.first, given.first + given.count):
+        try:
+            check(seed)
+        except (AssertionError, RuntimeError) as error:
+            failed.append(seed)
+            print(f"seed {seed}: {error}", flush=True)
+        if (seed + 1 - given.first) % 500 == 0:
+            print(f"{seed + 1 - given.first} of {given.count}, {len(failed)} failed", flush=True)
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
