@@ -42,7 +42,12 @@ PARTS = [
     Part("models", ("report",), ("--seconds", "4"), _BRIEF),
     _compare("frozen", "models", "--seconds", "2"),
     *(_compare(op, op, "--seconds", "1", "--threads", "1") for op in ("conv_relu_max_pool", "rnn", "mlp")),
-    Part("zoo", ("zoo",), (), (*_BRIEF, "--threads", "1", "--contenders", "stock", "fused", "frozen", "onnxruntime")),
+    Part(
+        "zoo",
+        ("zoo",),
+        ("--seconds", "0.25"),
+        (*_BRIEF, "--threads", "1", "--contenders", "stock", "fused", "frozen", "onnxruntime"),
+    ),
     Part(
         "step",
         ("step",),
