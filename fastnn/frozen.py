@@ -5,7 +5,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -46,6 +46,9 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
     inputs = tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)
     leaves, spec = pytree.tree_flatten(inputs)
     _check_arguments(model, inputs, leaves)
+    # torch.export takes a tensor that is given twice, as zeros for h and c, for one input.
+    leaves = [leaf.detach().clone() for leaf in leaves]
+    inputs = pytree.tree_unflatten(leaves, spec)
 
     def as_it_is() -> nn.Module:
         """A copy in eval mode, which no call has changed."""
@@ -89,18 +92,20 @@ _export_lock = threading.RLock()  # torch.export keeps in globals what it is at
 def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[tuple[bool, list[int]]]:
     """Which dimension of each input may be the batch, the likely ones first; and whether these are the last.
 
-    That is dimension 0 of all; or of the first and dimension 1 of others, as of states; or dimension 1 of all, where
-    the model has recurrent layers whose steps come first."""
-    tries = [[0] * len(leaves)]
-    if len(leaves) > 1 and any(leaf.dim() > 1 for leaf in leaves[1:]):
-        batch = leaves[0].shape[0]
-        tries.append([0] + [int(leaf.dim() > 1 and leaf.shape[1] == batch) for leaf in leaves[1:]])
+    That is dimension 0 of all; or of the first and dimension 1 of some others, as of states; or dimension 1 of all,
+    where the model has recurrent layers whose steps come first."""
+    batch = leaves[0].shape[0]
+    may_be_second = [leaf.dim() > 1 and leaf.shape[1] == batch for leaf in leaves[1:]]
+    choices = [[0, 1] if may_be and place < _MOST_GUESSED else [0] for place, may_be in enumerate(may_be_second)]
+    tries = sorted(([0, *dims] for dims in product(*choices)), key=sum)
     steps_first = any(isinstance(one, torch.nn.RNNBase) and not one.batch_first for one in model.modules())
     if steps_first and all(leaf.dim() > 1 and leaf.shape[1] == leaves[0].shape[1] for leaf in leaves):
         tries.append([1] * len(leaves))
-    distinct = [one for place, one in enumerate(tries) if one not in tries[:place]]
-    for place, dims in enumerate(distinct):
-        yield place + 1 == len(distinct), dims
+    for place, dims in enumerate(tries):
+        yield place + 1 == len(tries), dims
+
+
+_MOST_GUESSED = 5  # inputs of which both dimensions are tried
 
 
 def _words_of_batch(model: nn.Module, leaves: Sequence[Tensor], other: Sequence[Tensor], error: Exception) -> str:

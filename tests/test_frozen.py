@@ -934,6 +934,31 @@ def test_states_go_in_and_out(name: str) -> None:
         torch.testing.assert_close(torch.load(saved, weights_only=True)(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_a_tensor_that_is_given_twice_is_two_inputs() -> None:
+    model, zeros = streams()["lstm"][0].eval(), torch.zeros(2, 1, 16)
+    x, h, c = torch.randn(1, 1, 3), torch.randn(2, 1, 16), torch.randn(2, 1, 16)
+    for example in ((x, (zeros, zeros)), (x, (zeros, zeros[:]))):
+        frozen = fastnn.freeze(model, example)
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x, (h, c)), model(x, (h, c)), rtol=1e-4, atol=1e-5)
+
+
+class TwoSequences(Streams):
+    def forward(self, x: Tensor, y: Tensor, state: Any) -> Any:  # type: ignore[override]
+        return super().forward(torch.cat([x, y], -1), state)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 2), (3, 1), (1, 4)])
+def test_the_batch_is_found_in_each_input(batch: int, length: int) -> None:
+    model = TwoSequences().eval()
+    example = (torch.randn(batch, length, 1), torch.randn(batch, length, 2), torch.zeros(2, batch, 16))
+    frozen = fastnn.freeze(model, example)
+    with torch.no_grad():
+        for rows in (1, 2, 5):
+            inputs = (torch.randn(rows, length, 1), torch.randn(rows, length, 2), torch.randn(2, rows, 16))
+            torch.testing.assert_close(frozen(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
 def test_inputs_nested_in_another_way_are_refused() -> None:
     model, make_inputs = streams()["lstm"]
     x, (h, c) = make_inputs(2)
