@@ -19,7 +19,7 @@ class UpsampleLayer : public Layer<T> {
   }
   FormatRule formats() const override { return FormatRule::alike; }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
     FASTNN_CHECK(sizes.size() == factors_.size() + 2, "expected ", factors_.size() + 2, "D images, got size ",
                  to_string(sizes));
@@ -63,7 +63,8 @@ class UpsampleLayer : public Layer<T> {
                          if (!linear_ || column.part == 0) {
                            std::copy_n(left, inner, pixel);
                          } else if (inner == 1) {
-                           *pixel = *left + (*right - *left) * static_cast<T>(column.part);
+                           const T part = static_cast<T>(column.part);
+            *pixel = *left * (1 - part) + *right * part;
                          } else {
                            kernels.blend(left, right, static_cast<T>(column.part), inner, pixel);
                          }
