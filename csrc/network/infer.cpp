@@ -49,7 +49,8 @@ struct Bound {
     constexpr size_t kKept = 4;
     const int64_t threads = torch::stable::get_num_threads();
     for (size_t i = 0; i < planned.size(); ++i) {
-      if (planned[i]->isa != kernels.isa || planned[i]->threads != threads || !has_sizes(planned[i]->sizes, inputs)) continue;
+      if (planned[i]->isa != kernels.isa || planned[i]->threads != threads || !has_sizes(planned[i]->sizes, inputs))
+        continue;
       std::rotate(planned.begin(), planned.begin() + static_cast<ptrdiff_t>(i),
                   planned.begin() + static_cast<ptrdiff_t>(i) + 1);
       return planned[0]->plan;

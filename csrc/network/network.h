@@ -121,7 +121,8 @@ class Network {
         }
       } else if (line.layer == "output") {
         if (!outputs.empty()) line.refuse("a program has one line of outputs");
-        if (!line.outputs.empty() || !line.attributes.empty() || line.inputs.size() > 1) line.refuse("it has inputs alone");
+        if (!line.outputs.empty() || !line.attributes.empty() || line.inputs.size() > 1)
+          line.refuse("it has inputs alone");
         const auto found = line.inputs.find("input");
         if (found == line.inputs.end()) line.refuse("expected input=...");
         outputs = found->second;

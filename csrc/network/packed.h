@@ -34,7 +34,8 @@ class PackedWriter {
     const int64_t bytes = checked_sum(checked_product(count, sizeof(T)), 63) / 64 * 64;
     add_heading(key, bytes);
     T* block = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
-    if (block && bytes > 0) std::memset(memory_ + bytes_ + bytes - 64, 0, 64);  // what the block leaves of its last line
+    if (block && bytes > 0)
+      std::memset(memory_ + bytes_ + bytes - 64, 0, 64);  // what the block leaves of its last line
     bytes_ = checked_sum(bytes_, bytes);
     return block;
   }

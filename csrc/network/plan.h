@@ -18,10 +18,10 @@ class Plan {
  public:
   std::vector<ValueType> values;
   std::vector<Place> places;
-  std::vector<Site<T>> sites;    // one a step of the network
-  int64_t memory = 0;         // elements between layers
-  std::vector<char> is_idle;  // of each step, whether it has nothing to compute or is a view
-  std::vector<bool> copied;   // of each output: it is found elsewhere, and has to be copied
+  std::vector<Site<T>> sites;  // one a step of the network
+  int64_t memory = 0;          // elements between layers
+  std::vector<char> is_idle;   // of each step, whether it has nothing to compute or is a view
+  std::vector<bool> copied;    // of each output: it is found elsewhere, and has to be copied
 
   Plan(const Network<T>& network, const std::vector<Ints>& inputs, const Kernels<T>& kernels) : network_(network) {
     set_sizes(inputs, kernels);

@@ -64,7 +64,7 @@ class UpsampleLayer : public Layer<T> {
                            std::copy_n(left, inner, pixel);
                          } else if (inner == 1) {
                            const T part = static_cast<T>(column.part);
-            *pixel = *left * (1 - part) + *right * part;
+                           *pixel = *left * (1 - part) + *right * part;
                          } else {
                            kernels.blend(left, right, static_cast<T>(column.part), inner, pixel);
                          }
