@@ -593,7 +593,7 @@ def _function(name: Any) -> Any:
     if namespace == "operator" and rest in _ARITHMETIC:
         return getattr(operator, rest)
     packet, _, overload = rest.partition(".")
-    if namespace in ("aten", "fastnn") and not any(part.startswith("__") for part in (packet, overload)):
+    if namespace in ("aten", "fastnn") and overload and not any(part.startswith("__") for part in (packet, overload)):
         found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
         # An exported graph changes nothing in place; what does might write to files that a tensor is mapped to.
         if isinstance(found, OpOverload) and not found._schema.is_mutable and packet not in _REFUSED:

@@ -1582,7 +1582,7 @@ def test_l1_loss_at_nan() -> None:
         assert_close(p.grad, q.grad)
 
 
-class TwoInputs(nn.Module):
+class SumOfInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(8, 4)
@@ -1592,7 +1592,7 @@ class TwoInputs(nn.Module):
 
 
 def test_arguments_that_no_step_can_call() -> None:
-    class OnlyByName(TwoInputs):
+    class OnlyByName(SumOfInputs):
         def forward(self, a: Tensor, *, b: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(a, b)
 
@@ -1604,7 +1604,7 @@ def test_arguments_that_no_step_can_call() -> None:
 
 
 def test_several_inputs_come_in_a_tuple() -> None:
-    mine, theirs = TwoInputs().double(), TwoInputs().double()
+    mine, theirs = SumOfInputs().double(), SumOfInputs().double()
     theirs.load_state_dict(mine.state_dict())
     step = fastnn.training_step(mine, F.mse_loss, torch.optim.Adam(mine.parameters()))
     optimizer = torch.optim.Adam(theirs.parameters())
