@@ -88,7 +88,7 @@ def main() -> None:
     drawing, (axes,) = figure(1)
     for (name, one), color in zip(found.items(), (STOCK, OURS, RIVAL), strict=False):
         times = one[1, WARM_UP:]
-        axes.hist(times.log10().numpy(), 120, (0, 3), histtype="step", color=color, label=name, linewidth=1.4)
+        axes.hist(times.log10().numpy(), 120, range=(0, 3), histtype="step", color=color, label=name, linewidth=1.4)
     axes.set(
         xlabel="microseconds a sample", ylabel="samples", yscale="log", title=f"{given.cell}, one sample at a time"
     )

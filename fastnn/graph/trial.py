@@ -79,7 +79,8 @@ class _Trial:
                 ones = [torch.ones_like(t) for t in wanted]
                 torch.autograd.grad(wanted, parameters[model], ones, allow_unused=True)
 
-        step(twin), step(stock)
+        step(twin)
+        step(stock)
         our_time, stock_time = _time(lambda: step(twin), lambda: step(stock))
         if our_time >= stock_time:
             words = (
