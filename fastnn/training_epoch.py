@@ -80,7 +80,10 @@ def _batches(
     for first in range(0, end, together):
         last = min(end, first + together)
         some = [
-            tensor[first:last] if order is None else tensor.index_select(0, order[first:last].to(tensor.device))
+            # A copy in any case: a model or a loss may change its batch in place.
+            tensor[first:last].clone(memory_format=torch.contiguous_format)
+            if order is None
+            else tensor.index_select(0, order[first:last].to(tensor.device))
             for tensor in tensors
         ]
         # A view of so many rows each.

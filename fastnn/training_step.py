@@ -208,6 +208,9 @@ class TrainingStep:
         """
         count: int | None = None
         if target is None and batch_size is None and not isinstance(input, Tensor):
+            several = isinstance(input, (tuple, list)) and any(isinstance(one, Tensor) for one in input)
+            if several or shuffle or drop_last or generator is not None:
+                raise TypeError("epoch: expected tensors, a target and a batch_size, or only an iterable of batches")
             batches: Iterable[Any] = input
         else:
             count, batches = batches_of(input, target, batch_size, shuffle, generator, drop_last)  # type: ignore[arg-type]
@@ -219,7 +222,13 @@ class TrainingStep:
         return torch.stack(losses) if losses else torch.empty(0)
 
     def _outputs(self, input: Any) -> Any:
-        return self.model(input) if self._count == 1 else self.model(*input)
+        if self._count == 1:
+            return self.model(input)
+        if not isinstance(input, (tuple, list)):
+            raise TypeError(
+                f"training_step: the model takes {self._count} inputs, in a tuple, got a {type(input).__name__}"
+            )
+        return self.model(*input)
 
     # ---- what the one call rests on -------------------------------------------------------------------------------
 

@@ -1066,6 +1066,53 @@ def test_never_other_than_the_model(name: str) -> None:
     assert answered
 
 
+def test_a_mask_does_not_hide_other_results() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("mask", torch.tensor([True, True, True, False]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x) if x.shape[1] % 2 == 0 else self.fc(x) + 1
+            return y.masked_fill(self.mask, -1e9)
+
+    model = Masked().eval()
+    frozen, x = fastnn.freeze(model, torch.randn(3, 6, 4)), torch.randn(3, 7, 4)
+    with pytest.raises(RuntimeError, match="expected an input of size"):
+        frozen(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: torch.where((y > 0) & (y < 1), y, -y),
+        lambda y: torch.where((y > 0) | (y < -1), y, -y),
+        lambda y: torch.where((y > 0) ^ (y < 1), y, -y),
+        lambda y: torch.fft.rfft(y),
+    ],
+)
+def test_operators_at_the_border(function: Callable[[Tensor], Tensor]) -> None:
+    model, x = Calls(nn.Linear(4, 4), function).eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(fastnn.freeze(model, x)(x), model(x))
+
+
+def test_a_model_that_refuses_sizes_in_its_own_words() -> None:
+    class Asserts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[1] > 1, "needs two steps"
+            return self.fc(x)
+
+    model, x = Asserts().eval(), torch.randn(3, 5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(fastnn.freeze(model, x)(x), model(x))
+
+
 @pytest.mark.parametrize("function", [lambda x: x if x.shape[0] % 2 == 0 else x + 1, torch.squeeze])
 @pytest.mark.parametrize("batch", [2, 3, 10])
 def test_a_batch_that_matters_is_refused(batch: int, function: Callable[[Tensor], Tensor]) -> None:

@@ -697,6 +697,25 @@ def test_a_whole_model_that_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch)
     check(fused, model)
 
 
+def test_a_trial_of_what_cannot_run_twice() -> None:
+    class KeepsResults(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = network()
+            self.maps: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.maps.append(self.block(x))
+            if len(self.maps) > 2:
+                raise OverflowError("a cache of two results is full")
+            return self.maps[-1].sum(-1)
+
+    model = KeepsResults()
+    fastnn.fuse(model, image())
+    assert not model.maps
+    assert len(fastnn.explain(model, image()).calls) + len(fastnn.explain(model, image()).left)
+
+
 def test_threads_that_run_other_models_while_one_is_traced() -> None:
     other, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
     expected, stop, wrong = other(x), threading.Event(), []

@@ -76,6 +76,31 @@ output input=y,z,m"""
         assert_close(found, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("factors", [(1, 2), (2, 1), (1, 1), (3, 2)])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_infinities_stay_in_their_row(factors: tuple[int, int], align_corners: bool) -> None:
+    text = f"""fastnn.network 1
+input -> x sizes=1,1,4,5
+upsample input=x -> y factors={factors[0]},{factors[1]} linear=1 align_corners={int(align_corners)}
+output input=y"""
+    x = torch.zeros(1, 1, 4, 5)
+    x[0, 0, 2, 1] = torch.inf
+    wanted = F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="bilinear", align_corners=align_corners)
+    assert_close(run(text, [x], [])[0], wanted, equal_nan=True)
+
+
+def test_no_size_is_negative() -> None:
+    text = """fastnn.network 1
+input -> x sizes=2,3
+slice input=x -> e dim=0 start=0 stop=0
+reshape input=e -> n sizes=-1,0,2,3
+mean input=n -> m dims=1,2 sums=1
+cat inputs=x,m -> c dim=0
+output input=c"""
+    with pytest.raises(RuntimeError, match="is invalid for input of size 0"):
+        run(text, [torch.randn(2, 3)], [])
+
+
 @pytest.mark.parametrize("rows", [1, 50, 5000])
 def test_softmax_of_long_rows(rows: int) -> None:
     text = """fastnn.network 1

@@ -155,3 +155,33 @@ def test_what_is_no_data() -> None:
     for other in (([1, 2], y, 2), (x, "y", 2), ((), y, 2)):
         with pytest.raises(TypeError, match="expected"):
             step.epoch(*other)
+
+
+def test_a_batch_is_a_copy() -> None:
+    """A model may change its batch in place, and views what is not contiguous."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.add_(1).view(len(x), -1))
+
+    x, y = torch.zeros(2, 2, 8).permute(2, 0, 1), torch.zeros(8, 1)
+    model = Noisy()
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    for shuffle in (False, True):
+        step.epoch(x, y, 4, shuffle=shuffle)
+    assert not x.any()
+
+
+def test_arguments_that_say_two_things() -> None:
+    x, y, model = torch.randn(4, 6), torch.randn(4, 3), network().float()
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    loader = DataLoader(TensorDataset(x, y), 2)
+    for wrong in (lambda: step.epoch((x, x)), lambda: step.epoch(loader, shuffle=True)):
+        with pytest.raises(TypeError, match="expected tensors, a target and a batch_size, or only an iterable"):
+            wrong()
+    assert len(step.epoch(loader)) == 2
+    assert len(step.epoch([(x, y)])) == 1

@@ -1591,6 +1591,14 @@ class SumOfInputs(nn.Module):
         return self.fc(a + b) * scale
 
 
+@pytest.mark.parametrize("wrong", [torch.randn(2, 8), {"a": 1, "b": 2}])
+def test_several_inputs_come_in_nothing_else(wrong: Any) -> None:
+    model = SumOfInputs()
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(TypeError, match="the model takes 2 inputs, in a tuple, got a"):
+        step(wrong, torch.zeros(4))
+
+
 def test_arguments_that_no_step_can_call() -> None:
     class OnlyByName(SumOfInputs):
         def forward(self, a: Tensor, *, b: Tensor) -> Tensor:  # type: ignore[override]

@@ -71,6 +71,7 @@ class Plan {
         step.layer->set_sizes(site);
         for (const ValueType& output : site.outputs) {
           FASTNN_CHECK(output.sizes.size() <= 16, "a value of more than 16 dimensions");
+          for (const int64_t size : output.sizes) FASTNN_CHECK(size >= 0, "a value of size ", to_string(output.sizes));
           checked_product(output.count(), sizeof(T));
         }
       } catch (const std::runtime_error& error) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,14 +28,15 @@ _CLOSE_OTHERWISE = 3e-2
 def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]) -> None:
     """Runs a copy of the fused model on its inputs. Writes into `left`, by a candidate's key, why that candidate stays
     unfused."""
-    twin = copied(model)
+    twin, stock = copied(model), _without_fused(copied(model))
     of_twin = dict(zip(twin.modules(), model.modules(), strict=True))
     trial = _Trial(next((m.__dict__["forward"].left for m in twin.modules() if _is_fused(m)), {}), model.training)
     try:
         with leaving_no_trace():
             with forward.observing(trial):
                 twin(*cloned(tuple(inputs)))
-            trial.settle(twin, tuple(inputs))
+            with suppress(Exception):  # what a model does not take twice, or with a gradient of all, stays as it is
+                trial.settle(twin, stock, tuple(inputs))
     except (RuntimeError, TypeError, ValueError) as error:
         words = str(error).partition("\n")[0]  # torch.fx adds the node to it
         raise ValueError(f"fuse: the model does not take the example inputs: {words}") from error
@@ -43,6 +45,13 @@ def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]
         fused = module.__dict__.get("forward")
         if isinstance(fused, FusedForward):
             fused.forget()
+
+
+def _without_fused(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if _is_fused(module):
+            del module.__dict__["forward"]
+    return model
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -54,16 +63,12 @@ class _Trial:
         self.left, self.training = left, training
         self.tried: list[Any] = []  # the keys of all candidates
 
-    def settle(self, twin: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def settle(self, twin: nn.Module, stock: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Leaves all candidates where they are faster one by one, and the whole model with them is not: what compares
-        the model with its trace at every call takes time, too."""
+        the model with its trace at every call takes time, too. twin, stock: copies of the model, fused and not."""
         kept = [key for key in self.tried if key not in self.left]
         if not kept:
             return
-        stock = copied(twin)
-        for module in stock.modules():
-            if _is_fused(module):
-                del module.__dict__["forward"]
         for module in twin.modules():
             fused = module.__dict__.get("forward")
             if isinstance(fused, FusedForward):

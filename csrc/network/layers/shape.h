@@ -63,8 +63,9 @@ class ReshapeLayer : public Layer<T> {
       }
     }
     int64_t result = 1;
-    for (const int64_t size : sizes) result = size < 0 ? -1 : checked_product(result, size);
-    FASTNN_CHECK(result == count, "shape '", to_string(sizes), "' is invalid for input of size ", count);
+    for (const int64_t size : sizes) result = checked_product(result, std::max<int64_t>(size, 0));
+    FASTNN_CHECK(result == count && (free < 0 || sizes[static_cast<size_t>(free)] >= 0), "shape '", to_string(sizes),
+                 "' is invalid for input of size ", count);
   }
   void run(const LayerCall<T>&) const override {}
 

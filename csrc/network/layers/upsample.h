@@ -80,7 +80,7 @@ class UpsampleLayer : public Layer<T> {
     double part;
   };
   Place place(int64_t at, int64_t size, int64_t factor) const {
-    if (!linear_) return {at / factor, at / factor, 0};
+    if (!linear_ || factor == 1) return {at / factor, at / factor, 0};
     const double many = static_cast<double>(size * factor);
     const double from = aligns_ ? (many > 1 ? static_cast<double>(at) * static_cast<double>(size - 1) / (many - 1) : 0)
                                 : std::max(0.0, (static_cast<double>(at) + 0.5) / static_cast<double>(factor) - 0.5);
