@@ -7,6 +7,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from torch import Tensor, nn
+
 from fastnn import bench
 from fastnn.explanation import explain
 from fastnn.info import backend_info
@@ -28,7 +30,11 @@ def _parser() -> argparse.ArgumentParser:
         "model", help="package.module:factory or file.py:factory, a torch.nn.Module or a function that makes one"
     )
     model.add_argument(
-        "--input", action="append", required=True, metavar="SIZES", help="32,3,32,32 or 8,20:int64:100; once an input"
+        "--input",
+        action="append",
+        required=True,
+        metavar="SIZES",
+        help="32,3,32,32 or 8,20:int64:100 (integers below 100); an --input for each input",
     )
     measured = commands.add_parser("bench", parents=[model], help="measure it under stock, torch.compile and fastnn")
     measured.add_argument("--train", action="store_true", help="whole training steps, in place of inference")
@@ -43,6 +49,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _explain(model: nn.Module, inputs: Sequence[Tensor]) -> str:
+    try:
+        return str(explain(model, *inputs))
+    except (RuntimeError, TypeError, IndexError) as error:  # of the model, which does not take them
+        words = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{type(model).__name__} does not take these inputs: {words} (Each input has an --input of its own, and "
+            f"integers are written as 8,20:int64:100.)"
+        ) from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status."""
     parser = _parser()
@@ -51,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "bench":
             bench.run(given)
         elif given.command == "explain":
-            print(explain(load_model(given.model).train(given.train), *random_inputs(given.input)))
+            print(_explain(load_model(given.model).train(given.train), random_inputs(given.input)))
         else:
             print(backend_info())
     except ValueError as error:

@@ -17,6 +17,7 @@ from fastnn._torch import OpOverload, pytree
 from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
+from fastnn.ops._autograd import autocast_is_on
 from fastnn.ops.network import network_of_one, network_op, network_packed
 
 # What calling them comes to, 0.25 us sooner; torch.compile knows only the former.
@@ -71,19 +72,59 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
             try:
                 expected_of_other = as_it_is()(*cloned(other))
                 break
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            except Exception as error:  # the model's own Python may refuse a batch in any words
                 if last_try:
                     raise ValueError(
                         _words_of_batch(model, leaves, first if not is_single else doubled, error)
                     ) from error
-        with _export_lock:
-            given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
-            exported = read(as_it_is(), given, batch_dims)
-        frozen = _build(model, exported, leaves, spec)
-        for some, wanted in ((inputs, expected), (other, expected_of_other)):
-            again()
-            _compare(frozen, some, wanted, exported.draws)
-    return frozen
+        given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
+        fixed: set[tuple[int, int]] = set()
+        while True:
+            with _export_lock:
+                exported = read(as_it_is(), given, batch_dims, fixed)
+            frozen = _build(model, exported, leaves, spec)
+            for some, wanted in ((inputs, expected), (other, expected_of_other)):
+                again()
+                _compare(frozen, some, wanted, exported.draws)
+            found = _find_dependence(as_it_is, frozen, exported.ranges, leaves, spec, again)
+            if found is None:
+                return frozen
+            place, dim = found
+            if dim == batch_dims[place]:
+                raise ValueError(f"freeze: what {type(model).__name__} does depends on the batch's size")
+            fixed.add(found)
+
+
+def _find_dependence(
+    as_it_is: Callable[[], nn.Module],
+    frozen: "FrozenModel | FrozenGraph",
+    ranges: Sequence[Sequence[int]],
+    leaves: Sequence[Tensor],
+    spec: Any,
+    again: Callable[[], None],
+) -> tuple[int, int] | None:
+    """A tensor and a dimension of it in which another size makes the model do something else, as it may where its
+    Python looks at sizes, or squeezes a dimension; None where no such thing was found. Tried are one more than the
+    example has, and 1. What either of the two does not take is no difference."""
+    for place, leaf in enumerate(leaves):
+        for dim, known in enumerate(leaf.shape):
+            least, most = ranges[place][2 * dim : 2 * dim + 2]
+            for size in {known + 1, 1} - {known}:
+                if size < least or (most and size > most):
+                    continue
+                more = torch.cat([leaf, leaf.narrow(dim, 0, 1)], dim)
+                resized = [*leaves[:place], more.narrow(dim, 0, size), *leaves[place + 1 :]]
+                inputs = pytree.tree_unflatten(resized, spec)
+                try:
+                    again()
+                    wanted = as_it_is()(*cloned(inputs))
+                    again()
+                    found = frozen(*inputs)
+                except Exception:  # the model's own Python may refuse a size in any words
+                    continue
+                if not _agree(found, wanted):
+                    return place, dim
+    return None
 
 
 _export_lock = threading.RLock()  # torch.export keeps in globals what it is at
@@ -187,34 +228,47 @@ def _check_arguments(model: Any, inputs: tuple[Any, ...], leaves: Sequence[Any])
 
 
 def _compare(frozen: "FrozenModel | FrozenGraph", inputs: tuple[Any, ...], expected: Any, draws: Sequence[str]) -> None:
-    results, spec = pytree.tree_flatten(frozen(*inputs))
-    wanted, wanted_spec = pytree.tree_flatten(expected)
-    same = spec == wanted_spec and all(map(_is_alike, results, wanted))
-    if same and all(map(_is_close, results, wanted)):
+    try:
+        found = frozen(*inputs)
+    except RuntimeError as error:
+        raise ValueError(f"freeze: the frozen model does not take what the model does: {error}") from error
+    if _agree(found, expected):
         return
+    results, wanted = pytree.tree_leaves(found), pytree.tree_leaves(expected)
     words = (
         "freeze: the frozen model does not compute what the model does on an input of size "
-        f"{_sizes_of(pytree.tree_leaves(inputs))}: expected a result of size "
-        f"{_sizes_of(wanted)}, got {_sizes_of(results)}"
+        f"{_sizes_of(pytree.tree_leaves(inputs))}: expected a result of size {_sizes_of(wanted)}, got "
+        f"{_sizes_of(results)}"
     )
-    if same:
+    if len(results) == len(wanted) and all(map(_is_alike, results, wanted)):
         words += " with other values"
         if draws:
             words += f"; it draws random numbers ({', '.join(draws)}), and others than the model does"
     raise ValueError(words)
 
 
+def _agree(found: Any, expected: Any) -> bool:
+    results, spec = pytree.tree_flatten(found)
+    wanted, wanted_spec = pytree.tree_flatten(expected)
+    return spec == wanted_spec and all(map(_is_alike, results, wanted)) and all(map(_is_close, results, wanted))
+
+
 def _is_alike(result: Any, wanted: Any) -> bool:
-    """Whether both are tensors of one size, or objects of one class."""
+    """Whether both are tensors of one size and dtype, or objects of one class."""
     if isinstance(result, Tensor) and isinstance(wanted, Tensor):
-        return result.shape == wanted.shape
+        return result.shape == wanted.shape and result.dtype == wanted.dtype
     return type(result) is type(wanted)
 
 
 def _is_close(result: Any, wanted: Any) -> bool:
     if not isinstance(result, Tensor):
         return bool(result == wanted)
-    return torch.allclose(result, wanted, rtol=1e-3, atol=1e-4, equal_nan=True)
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return torch.equal(result, wanted)
+    # The median, and without what is the same in both, as a mask of -1e9 says nothing of how close the others are.
+    others = wanted[wanted.isfinite() & (wanted != 0) & (result != wanted)].abs()
+    scale = float(others.median()) if others.numel() else 0.0
+    return torch.allclose(result, wanted, rtol=1e-3, atol=max(1e-3 * scale, 1e-6), equal_nan=True)
 
 
 def _sizes_of(results: list[Any]) -> str:
@@ -366,7 +420,7 @@ def _read_back(structure: Any, values: Sequence[Any]) -> Any:
     if kind == _DICT:
         return {name: _read_back(one, values) for name, one in content.items()}
     if kind == _TORCH:
-        return getattr(torch, content)
+        return _torch_constant(content)
     parts = [_read_back(one, values) for one in content]
     return parts if kind == _LIST else tuple(parts)
 
@@ -426,9 +480,9 @@ class FrozenGraph(_Frozen):
             _check_sizes(leaf, ranges)
         buffers, parts = self._buffers, self.parts._modules.values()
         arguments = (*leaves, *[buffers[name] for name in self._names], *parts)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not autocast_is_on():
             return self._run(*arguments)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self._run(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -516,8 +570,9 @@ def _write_graph(exported: Exported) -> tuple[Any, ...]:
 
 
 def _hint(size: Any) -> int:
-    """A size of the example."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """A size of the example; 1 where it depends on values."""
+    hint = size if isinstance(size, int) else size.node.hint
+    return 1 if hint is None else max(1, int(hint))
 
 
 def _name(node: Node) -> str:
@@ -526,6 +581,7 @@ def _name(node: Node) -> str:
     if target in VIEWS:  # which the export has chosen for the example's strides
         target = torch.ops.aten.reshape.default
     if isinstance(target, OpOverload):
+        _function(str(target))
         return str(target)
     if getattr(target, "__module__", "") in ("_operator", "operator"):
         return f"operator.{target.__name__}"  # type: ignore[union-attr]
@@ -537,10 +593,24 @@ def _function(name: Any) -> Any:
     namespace, _, rest = name.partition(".")
     if namespace == "operator" and rest in _ARITHMETIC:
         return getattr(operator, rest)
-    if namespace in ("aten", "fastnn"):
-        packet, _, overload = rest.partition(".")
-        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    packet, _, overload = rest.partition(".")
+    is_special = packet.startswith("__") and packet not in _OF_BITS
+    if namespace in ("aten", "fastnn") and overload and not is_special and not overload.startswith("__"):
+        found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+        # An exported graph changes nothing in place; what does might write to files that a tensor is mapped to.
+        if isinstance(found, OpOverload) and not found._schema.is_mutable and packet not in _REFUSED:
+            return found
     raise ValueError(f"a frozen model cannot hold {name}")
+
+
+_OF_BITS = ("__and__", "__or__", "__xor__", "__lshift__", "__rshift__")  # operators of torch whose names are like these
+_REFUSED = (
+    "from_file",
+    "as_strided",
+    "as_strided_copy",
+    "_sparse_coo_tensor_unsafe",
+    "_sparse_compressed_tensor_unsafe",
+)
 
 
 # Of sizes, as torch.export writes it.
@@ -582,6 +652,14 @@ def _write(value: Any, numbers: dict[Node, int]) -> Any:
     raise ValueError(f"freeze: a frozen model cannot hold an argument or a result that is a {type(value).__name__}")
 
 
+def _torch_constant(name: Any) -> Any:
+    """A dtype, layout or memory format of torch by its name, which comes from files, too."""
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+        raise ValueError(f"a frozen model cannot hold torch.{name}")
+    return found
+
+
 def _as_function(steps: list[Any], output: Any, values: int, parts: int) -> Callable[..., Any]:
     """What the steps do, as Python code, which takes a third of the time of going through them. The steps may come from
     a file: of what is in them the code holds nothing but numbers, everything else goes by names that are made here."""
@@ -601,7 +679,7 @@ def _as_function(steps: list[Any], output: Any, values: int, parts: int) -> Call
         if kind == _DICT:
             return "{" + ", ".join(f"{name_of(name)}: {as_code(one)}" for name, one in content.items()) + "}"
         if kind == _TORCH:
-            return name_of(getattr(torch, content))
+            return name_of(_torch_constant(content))
         inner = "".join(f"{as_code(one)}, " for one in content)
         return f"[{inner}]" if kind == _LIST else f"({inner})"
 

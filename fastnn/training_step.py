@@ -4,7 +4,7 @@ where the loss is the caller's own."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fastnn.ops.training_step import (
     training_step_op,
 )
 from fastnn.training_binding import Binding, UsedGradients
+from fastnn.training_epoch import batches_of, with_progress
 from fastnn.training_numbers import check_optimizer, check_parameters
 from fastnn.training_reading import Reading
 
@@ -32,7 +33,8 @@ _call, _call_bound, _call_forward, _call_backward = (
 
 
 class TrainingStep:
-    """What :func:`training_step` returns. Call it with an input and a target; it returns the loss, without a graph.
+    """What :func:`training_step` returns. Call it with an input and a target; it returns the loss, without a graph. A
+    model of several inputs gets them from a tuple.
 
     Gradients that are in ``p.grad`` when a step begins, such as those of micro-batches before it, are added to its own,
     unless the optimizer has used them already; such a step goes the ordinary way. After a step ``p.grad`` is None, or
@@ -55,9 +57,10 @@ class TrainingStep:
             raise TypeError(f"training_step: expected an optimizer of torch.optim, got a {type(optimizer).__name__}")
         if not callable(loss):
             raise TypeError(f"training_step: expected a loss that can be called, got a {type(loss).__name__}")
-        _check_calls(model, optimizer)
+        _check_optimizer_call(optimizer)
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"training_step: expected max_norm to be at least 0, got {max_norm}")
+        self._count = _inputs_of(model)
         self.model = fuse(model)
         self._prepare(loss, optimizer, max_norm, keep_gradients)
         self._read()
@@ -98,6 +101,7 @@ class TrainingStep:
         empty here."""
         settings = dict(state)
         self.model = settings.pop("model")
+        self._count = _inputs_of(self.model)
         self._prepare(**settings)
         self._is_unread_copy = True
 
@@ -160,6 +164,72 @@ class TrainingStep:
             reading.loss_why = ""
         return loss
 
+    def accumulate(self, input: Any, target: Any) -> Tensor:
+        """Add a batch's gradient to what is in ``p.grad``, without an update -> the batch's loss.
+
+        The next step, of another batch, adds its own gradient and updates: so n - 1 calls of ``accumulate`` and a step
+        train on n batches together. Gradients add up as in ``loss.backward()``: for their mean, let the loss divide.
+        """
+        self._used.drop(self._optimizer)
+        loss = self.loss(self._outputs(input), target)
+        loss.backward()
+        return loss.detach()
+
+    def epoch(
+        self,
+        input: Any,
+        target: Any = None,
+        batch_size: int | None = None,
+        *,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        drop_last: bool = False,
+        progress: bool | None = None,
+        scheduler: Any = None,
+    ) -> Tensor:
+        """One pass over tensors in memory, a step a batch -> the loss of each batch (batches,).
+
+        The batches and their order are those of ``DataLoader(TensorDataset(input, target), batch_size, shuffle=shuffle,
+        generator=generator, drop_last=drop_last)`` from a generator in the same state, and leave it in the same state,
+        so that a stock loop gives the same curve. An exception, or Ctrl-C, leaves the model after a whole step.
+
+        Args:
+            input: (rows, ...), or a tuple of such tensors; or, alone, an iterable of pairs of an input and a target,
+                such as a DataLoader.
+            target: (rows, ...), or a tuple of such tensors.
+            batch_size: rows of a batch. The last batch is smaller where they do not divide the rows.
+            shuffle, generator, drop_last: as DataLoader has them.
+            progress: show a bar, where tqdm is installed.
+            scheduler: its ``step()`` is called after each step.
+
+        Raises:
+            TypeError: what is given is neither tensors nor an iterable of batches.
+            ValueError: there are no rows, not as many in each tensor, or batch_size is below 1.
+        """
+        count: int | None = None
+        if target is None and batch_size is None and not isinstance(input, Tensor):
+            several = isinstance(input, (tuple, list)) and any(isinstance(one, Tensor) for one in input)
+            if several or shuffle or drop_last or generator is not None:
+                raise TypeError("epoch: expected tensors, a target and a batch_size, or only an iterable of batches")
+            batches: Iterable[Any] = input
+        else:
+            count, batches = batches_of(input, target, batch_size, shuffle, generator, drop_last)  # type: ignore[arg-type]
+        losses = []
+        for x, y in with_progress(batches, count, progress):
+            losses.append(self(x, y))
+            if scheduler is not None:
+                scheduler.step()
+        return torch.stack(losses) if losses else torch.empty(0)
+
+    def _outputs(self, input: Any) -> Any:
+        if self._count == 1:
+            return self.model(input)
+        if not isinstance(input, (tuple, list)):
+            raise TypeError(
+                f"training_step: the model takes {self._count} inputs, in a tuple, got a {type(input).__name__}"
+            )
+        return self.model(*input)
+
     # ---- what the one call rests on -------------------------------------------------------------------------------
 
     def _read(self, anew: bool = False) -> None:
@@ -168,6 +238,8 @@ class TrainingStep:
         self._reading, self._why, self._is_unread_copy = None, "", False
         self._forget()
         try:
+            if self._count > 1:
+                raise ChainError(f"the model takes {self._count} inputs")
             self._reading = Reading(self.model, self.loss, self._optimizer, before)
         except ChainError as reason:
             self._why = str(reason)
@@ -324,16 +396,14 @@ class TrainingStep:
     # ---- and the ordinary one ---------------------------------------------------------------------------------------
 
     def _ordinary(self, input: Any, target: Any) -> Tensor:
-        self._used.drop(self._optimizer)
-        loss = self.loss(self.model(input), target)
-        loss.backward()
+        loss = self.accumulate(input, target)
         if self.max_norm is not None:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self._optimizer.step()
         if not self.keep_gradients:
             self._optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
 
 def training_step(
@@ -376,21 +446,35 @@ def training_step(
 _OTHER_TARGET = "its target is none that the operator takes"
 
 
-def _check_calls(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """TypeError where a step can call neither the model with one input, nor the optimizer's step without a closure."""
-    optimizer_class = type(optimizer)
-    for called, given, what in (
-        (model.forward, (None,), f"a step gives a model one input, and {type(model).__name__} takes"),
-        (optimizer_class.step, (optimizer,), f"a step gives no closure, and {optimizer_class.__name__}.step takes"),
-    ):
-        try:
-            signature = inspect.signature(called)
-        except (TypeError, ValueError):  # a function of C says nothing
-            continue
-        try:
-            signature.bind(*given)
-        except TypeError as error:
-            raise TypeError(f"training_step: {what} {signature}: {error}") from None
+def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
+    """TypeError where the optimizer's step cannot be called without a closure."""
+    kind = type(optimizer)
+    try:
+        signature = inspect.signature(kind.step)
+    except (TypeError, ValueError):  # a function of C says nothing
+        return
+    try:
+        signature.bind(optimizer)
+    except TypeError as error:
+        words = f"a step gives no closure, and {kind.__name__}.step takes {signature}: {error}"
+        raise TypeError(f"training_step: {words}") from None
+
+
+def _inputs_of(model: nn.Module) -> int:
+    """How many inputs the model needs. TypeError where it takes none."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in signature.parameters.values() if p.kind in positional and p.default is p.empty]
+    count = max(1, len(needed))
+    try:
+        signature.bind(*(None,) * count)
+    except TypeError as error:
+        words = f"a step gives a model its inputs, and {type(model).__name__} takes {signature}: {error}"
+        raise TypeError(f"training_step: {words}") from None
+    return count
 
 
 def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:

@@ -416,12 +416,18 @@ def test_a_frozen_graph_is_safe() -> None:
         frozen(torch.randn(3, 5), torch.randn(3, 4))
     with pytest.raises(RuntimeError, match="runs no hooks"):
         frozen.register_forward_hook(lambda *_: None)
-    for name in ("os.system", "operator.attrgetter", "torch.load", "aten"):
+    hostile = ("os.system", "operator.attrgetter", "torch.load", "aten", "aten.__init__.__getattribute__", "aten.relu")
+    hostile += ("aten.relu.__call__", "aten.relu.__setattr__", "aten.from_file.default", "aten.copy_.default")
+    for name in (*hostile, "aten.as_strided.default", "aten.no_such.default", "fastnn.__dict__.pop"):
         state = frozen.__getstate__()
         steps, *rest = state["rest"]
         state["rest"] = ([(name, *steps[0][1:])], *rest)
-        with pytest.raises((ValueError, AttributeError)):
+        with pytest.raises(ValueError, match="cannot hold"):
             frozen.__setstate__(state)
+    state = frozen.__getstate__()
+    state["rest"] = (state["rest"][0], state["rest"][1], ("torch", "load"), state["rest"][3])
+    with pytest.raises(ValueError, match="cannot hold"):
+        frozen.__setstate__(state)
 
 
 @pytest.mark.parametrize(
@@ -997,3 +1003,119 @@ def test_packed_weights_whose_memory_was_freed(left: int) -> None:
     frozen.packed.untyped_storage().resize_(left)
     with pytest.raises(RuntimeError, match="packed needs a storage of"):
         frozen(torch.randn(4, 6))
+
+
+# ---- what a model's Python does with sizes ----------------------------------------------------------------------
+
+
+def sizes_that_matter() -> dict[str, tuple[Any, tuple[int, ...], list[tuple[int, ...]]]]:
+    """Models whose Python looks at sizes: a function of a layer's result and the input, the example's size, and other
+    sizes for which the model does something else."""
+
+    def padded(y: Tensor, x: Tensor) -> Tensor:
+        return y if x.shape[1] % 2 == 0 else torch.nn.functional.pad(y, (0, 0, 0, 1))
+
+    def windows(y: Tensor, x: Tensor) -> Tensor:
+        n, length, c = y.shape
+        inner = y.view(n, length // 3, 3, c)
+        mixed = inner.cumsum(2)
+        return mixed.view(n, length // 3 * 3, -1)
+
+    return {
+        "odd lengths are padded": (padded, (3, 6, 4), [(3, 7, 4), (2, 8, 4)]),
+        "squeeze": (lambda y, x: y.squeeze(1), (3, 5, 4), [(3, 1, 4), (3, 6, 4)]),
+        "a square": (lambda y, x: y if x.shape[1] == x.shape[2] else y + 1, (3, 4, 4), [(3, 5, 4)]),
+        "one step": (lambda y, x: y[:, 0] if x.shape[1] == 1 else y, (3, 5, 4), [(3, 1, 4)]),
+        "a short slice": (lambda y, x: y[:, :8], (3, 5, 4), [(3, 9, 4), (3, 12, 4), (3, 1, 4)]),
+        "a view before a border": (lambda y, x: y.view(y.size(0), -1).cumsum(-1), (3, 5, 4), [(2, 5, 4), (2, 7, 4)]),
+        "windows": (windows, (2, 6, 4), [(3, 9, 4), (1, 3, 4)]),
+        "layer norm over all": (
+            lambda y, x: torch.nn.functional.layer_norm(y, y.shape[1:]), (3, 5, 4), [(2, 5, 4), (2, 7, 4)]
+        ),
+        "steps as rows": (lambda y, x: y[:, -1:].reshape(-1, 2), (3, 5, 4), [(2, 5, 4), (2, 1, 4)]),
+        "a scale of more dimensions": (lambda y, x: y * torch.ones(1, 1, 1, 1), (3, 5, 4), [(2, 5, 4)]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sizes_that_matter())
+def test_never_other_than_the_model(name: str) -> None:
+    """The frozen model does what the model does, or refuses the size."""
+    function, example, others = sizes_that_matter()[name]
+
+    class LooksAtSizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.layer(x), x)
+
+    model = LooksAtSizes().eval()
+    frozen = fastnn.freeze(model, torch.randn(example))
+    answered = 0
+    for size in (example, *others):
+        x = torch.randn(size)
+        with torch.no_grad():
+            expected = model(x)
+            try:
+                found = frozen(x)
+            except RuntimeError:
+                continue
+        answered += 1
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert answered
+
+
+def test_a_mask_does_not_hide_other_results() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("mask", torch.tensor([True, True, True, False]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x) if x.shape[1] % 2 == 0 else self.fc(x) + 1
+            return y.masked_fill(self.mask, -1e9)
+
+    model = Masked().eval()
+    frozen, x = fastnn.freeze(model, torch.randn(3, 6, 4)), torch.randn(3, 7, 4)
+    with pytest.raises(RuntimeError, match="expected an input of size"):
+        frozen(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: torch.where((y > 0) & (y < 1), y, -y),
+        lambda y: torch.where((y > 0) | (y < -1), y, -y),
+        lambda y: torch.where((y > 0) ^ (y < 1), y, -y),
+        lambda y: torch.fft.rfft(y),
+    ],
+)
+def test_operators_at_the_border(function: Callable[[Tensor], Tensor]) -> None:
+    model, x = Calls(nn.Linear(4, 4), function).eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(fastnn.freeze(model, x)(x), model(x))
+
+
+def test_a_model_that_refuses_sizes_in_its_own_words() -> None:
+    class Asserts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[1] > 1, "needs two steps"
+            return self.fc(x)
+
+    model, x = Asserts().eval(), torch.randn(3, 5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(fastnn.freeze(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("function", [lambda x: x if x.shape[0] % 2 == 0 else x + 1, torch.squeeze])
+@pytest.mark.parametrize("batch", [2, 3, 10])
+def test_a_batch_that_matters_is_refused(batch: int, function: Callable[[Tensor], Tensor]) -> None:
+    model = Calls(nn.Linear(4, 4), function)
+    with pytest.raises(ValueError, match=r"depends on the batch|does not compute what"):
+        fastnn.freeze(model, torch.randn(batch, 6, 4))

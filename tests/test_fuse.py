@@ -668,12 +668,12 @@ def test_bad_calls() -> None:
 def test_what_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastnn.graph import trial
 
-    times = [[1.0, 2.0], [3e-3, 2e-3]]
+    times = [[1.0, 2.0], [3e-3, 2e-3], [1.0, 2.0]]  # of both candidates, and of the whole model
     monkeypatch.setattr(trial, "_time", lambda ours, stock: times[len(seen) - 1] if not seen.append(ours()) else None)
     seen: list[Any] = []
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 4)).eval()
     fused = fused_copy(model, image())
-    assert len(seen) == 2
+    assert len(seen) == 3
     report = fastnn.explain(fused, image())
     assert [row.layer for row in report.calls] == ["0, 1, 2"]
     assert report.left[0].why == "stock is as fast here: 2.00 ms, fused 3.00 ms (inference)"
@@ -682,6 +682,38 @@ def test_what_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert again == report
     with pytest.raises(ValueError, match=r"4 stays as it is: stock is as fast here"):
         fastnn.fuse(fused, strict=True)
+
+
+def test_a_whole_model_that_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastnn.graph import trial
+
+    times = iter([[1.0, 2.0], [1.0, 2.0], [3e-3, 2e-3]])
+    monkeypatch.setattr(trial, "_time", lambda ours, stock: (ours(), next(times))[1])
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 4)).eval()
+    fused = fused_copy(model, image())
+    report = fastnn.explain(fused, image())
+    assert not report.calls
+    assert all("the whole model is as fast without it: 2.00 ms, 3.00 ms fused" in row.why for row in report.left)
+    check(fused, model)
+
+
+def test_a_trial_of_what_cannot_run_twice() -> None:
+    class KeepsResults(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = network()
+            self.maps: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.maps.append(self.block(x))
+            if len(self.maps) > 2:
+                raise OverflowError("a cache of two results is full")
+            return self.maps[-1].sum(-1)
+
+    model = KeepsResults()
+    fastnn.fuse(model, image())
+    assert not model.maps
+    assert len(fastnn.explain(model, image()).calls) + len(fastnn.explain(model, image()).left)
 
 
 def test_threads_that_run_other_models_while_one_is_traced() -> None:

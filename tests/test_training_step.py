@@ -1582,20 +1582,74 @@ def test_l1_loss_at_nan() -> None:
         assert_close(p.grad, q.grad)
 
 
+class SumOfInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        return self.fc(a + b) * scale
+
+
+@pytest.mark.parametrize("wrong", [torch.randn(2, 8), {"a": 1, "b": 2}])
+def test_several_inputs_come_in_nothing_else(wrong: Any) -> None:
+    model = SumOfInputs()
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(TypeError, match="the model takes 2 inputs, in a tuple, got a"):
+        step(wrong, torch.zeros(4))
+
+
 def test_arguments_that_no_step_can_call() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(8, 4)
+    class OnlyByName(SumOfInputs):
+        def forward(self, a: Tensor, *, b: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(a, b)
 
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return self.fc(a + b)
-
-    model = Two()
-    with pytest.raises(TypeError, match=r"a step gives a model one input, and Two takes \(a: .*, b: .*'b'"):
+    model = OnlyByName()
+    with pytest.raises(TypeError, match=r"a step gives a model its inputs, and OnlyByName takes \(a: .*'b'"):
         fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters()))
     with pytest.raises(TypeError, match=r"a step gives no closure, and LBFGS\.step takes"):
         fastnn.training_step(small(), F.mse_loss, torch.optim.LBFGS(small().parameters()))
+
+
+def test_several_inputs_come_in_a_tuple() -> None:
+    mine, theirs = SumOfInputs().double(), SumOfInputs().double()
+    theirs.load_state_dict(mine.state_dict())
+    step = fastnn.training_step(mine, F.mse_loss, torch.optim.Adam(mine.parameters()))
+    optimizer = torch.optim.Adam(theirs.parameters())
+    for _ in range(3):
+        a, b, y = torch.randn(5, 8).double(), torch.randn(5, 8).double(), torch.randn(5, 4).double()
+        optimizer.zero_grad()
+        loss = F.mse_loss(theirs(a, b), y)
+        loss.backward()
+        optimizer.step()
+        assert_close(step((a, b), y), loss.detach())
+    assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
+    assert "the model takes 2 inputs" in step.explain()
+
+
+@pytest.mark.parametrize("keep_gradients", [False, True])
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_accumulate(keep_gradients: bool, max_norm: float | None) -> None:
+    """Micro-batches train as one batch does, again and again, with steps of one batch between them."""
+    mine = small()
+    theirs = copy.deepcopy(mine)
+    step = fastnn.training_step(
+        mine, F.mse_loss, torch.optim.Adam(mine.parameters()), max_norm=max_norm, keep_gradients=keep_gradients
+    )
+    optimizer = torch.optim.Adam(theirs.parameters())
+    for together in (3, 1, 1, 2):
+        batches = [small_batch() for _ in range(together)]
+        optimizer.zero_grad()
+        losses = [F.mse_loss(theirs(x), y) for x, y in batches]
+        for loss in losses:
+            loss.backward()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+        optimizer.step()
+        found = [step.accumulate(x, y) for x, y in batches[:-1]] + [step(*batches[-1])]
+        assert_close(found, [loss.detach() for loss in losses])
+        assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
+        assert all((p.grad is not None) == keep_gradients for p in mine.parameters())
 
 
 def test_explain_says_why_the_last_step_was_another() -> None:

@@ -82,6 +82,14 @@ T sum(const T* from, int64_t count) {
   return sum_lanes<T>(all);
 }
 
+// The first `count` lanes, and zeros in the others.
+template <class T>
+FASTNN_INLINE Vec<T> first_lanes_of(Vec<T> x, int64_t count) {
+  T lanes[kLanes<T>] = {};
+  store_up_to<T>(lanes, x, count);
+  return load(lanes);
+}
+
 template <class T>
 void largest(const T* const* places, int64_t count, int64_t step, int64_t windows, int64_t channels, T* to,
              int64_t to_step) {
@@ -120,15 +128,16 @@ void softmax(const T* from, int64_t count, bool logarithm, T* to) {
   T lanes[kLanes<T>], highest = lowest;
   store(lanes, most);
   for (T lane : lanes) highest = lane > highest ? lane : highest;
-  T total = 0;
+  Vec<T> sums = {};
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const int64_t left = count - i;
-    const Vec<T> shifted = load_up_to<T>(from + i, left) - highest, power = exp_of<T>(shifted);
+    const Vec<T> shifted = load_up_to<T>(from + i, left) - highest;
+    Vec<T> power = exp_of<T>(shifted);
     store_up_to<T>(to + i, logarithm ? shifted : power, left);
-    T each[kLanes<T>];
-    store(each, power);
-    for (int64_t lane = 0; lane < kLanes<T> && lane < left; ++lane) total += each[lane];
+    if (left < kLanes<T>) power = first_lanes_of<T>(power, left);
+    sums += power;
   }
+  const T total = sum_lanes<T>(sums);
   const T rest = logarithm ? static_cast<T>(log(static_cast<double>(total))) : 1 / total;
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const Vec<T> x = load_up_to<T>(to + i, count - i);
@@ -143,10 +152,7 @@ void layer_norm(const T* from, const T* weight, const T* bias, int64_t count, do
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const int64_t left = count - i;
     Vec<T> x = load_up_to<T>(from + i, left) - mean;
-    if (left < kLanes<T>) {
-      store_up_to<T>(to + i, x, left);
-      x = load_up_to<T>(to + i, left);  // zeros in the other lanes
-    }
+    if (left < kLanes<T>) x = first_lanes_of<T>(x, left);
     squares += x * x;
   }
   const double variance = static_cast<double>(sum_lanes<T>(squares)) / static_cast<double>(count);
@@ -163,8 +169,8 @@ void layer_norm(const T* from, const T* weight, const T* bias, int64_t count, do
 template <class T>
 void blend(const T* x, const T* y, T part, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const Vec<T> first = load_up_to<T>(x + i, count - i);
-    store_up_to<T>(to + i, first + (load_up_to<T>(y + i, count - i) - first) * part, count - i);
+    const Vec<T> first = load_up_to<T>(x + i, count - i) * (1 - part);  // so that infinities do not meet
+    store_up_to<T>(to + i, first + load_up_to<T>(y + i, count - i) * part, count - i);
   }
 }
 

@@ -41,7 +41,7 @@ struct ElementwiseKernels {
   void (*softmax)(const T* from, int64_t count, bool logarithm, T* to);
   // (from - mean) / sqrt(variance + epsilon) * weight + bias of one row. weight and bias (count) may be null.
   void (*layer_norm)(const T* from, const T* weight, const T* bias, int64_t count, double epsilon, T* to);
-  // to[i] = x[i] + (y[i] - x[i]) * part
+  // to[i] = x[i] * (1 - part) + y[i] * part
   void (*blend)(const T* x, const T* y, T part, int64_t count, T* to);
   // from (rows, columns), its rows `step` apart -> to (columns, rows), its rows `to_step` apart.
   void (*transpose)(const T* from, int64_t step, int64_t rows, int64_t columns, T* to, int64_t to_step);

@@ -45,12 +45,12 @@ struct Bound {
   };
   std::vector<std::unique_ptr<Planned>> planned;  // the last used in front
 
-  const Plan<T>& plan_for(const Tensor* inputs) {
+  const Plan<T>& plan_for(const Tensor* inputs, const Kernels<T>& kernels) {
     constexpr size_t kKept = 4;
-    const Isa isa = active_isa();
     const int64_t threads = torch::stable::get_num_threads();
     for (size_t i = 0; i < planned.size(); ++i) {
-      if (planned[i]->isa != isa || planned[i]->threads != threads || !has_sizes(planned[i]->sizes, inputs)) continue;
+      if (planned[i]->isa != kernels.isa || planned[i]->threads != threads || !has_sizes(planned[i]->sizes, inputs))
+        continue;
       std::rotate(planned.begin(), planned.begin() + static_cast<ptrdiff_t>(i),
                   planned.begin() + static_cast<ptrdiff_t>(i) + 1);
       return planned[0]->plan;
@@ -58,10 +58,10 @@ struct Bound {
     std::vector<Ints> sizes;
     for (size_t i = 0; i < network.inputs.size(); ++i) {
       const Sizes given = inputs[i].sizes();
-      network.inputs[i].check(given);
+      network.inputs[i].check(given, i);
       sizes.emplace_back(given.begin(), given.end());
     }
-    auto made = std::make_unique<Planned>(Planned{sizes, isa, threads, Plan<T>(network, sizes)});
+    auto made = std::make_unique<Planned>(Planned{sizes, kernels.isa, threads, Plan<T>(network, sizes, kernels)});
     if (planned.size() >= kKept) planned.pop_back();
     planned.insert(planned.begin(), std::move(made));
     return planned[0]->plan;
@@ -94,8 +94,8 @@ Bound<T>& bound_network(const Tensor* first, size_t count, bool joined, const st
 }
 
 template <class T>
-std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, const Expected& kind,
-                        PackedReader reader) {
+std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, const Expected& kind, const char* packed,
+                        int64_t packed_bytes) {
   const Network<T>& network = bound.network;
   FASTNN_CHECK(count == network.inputs.size(), kind.op, ": expected ", network.inputs.size(), " inputs, got ", count);
   for (size_t i = 0; i < count; ++i) {
@@ -107,7 +107,9 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
     check_memory(inputs[i], kind.op, "input");
     FASTNN_CHECK(inputs[i].scalar_type() == ScalarType::Long, kind.op, ": expected input ", i, " to be int64");
   }
-  const Plan<T>& plan = bound.plan_for(inputs);
+  const Kernels<T> kernels = Kernels<T>::active();
+  PackedReader reader(packed, packed_bytes, kernels.isa, sizeof(T));
+  const Plan<T>& plan = bound.plan_for(inputs, kernels);
   std::vector<Tensor> dense_inputs, outputs;
   dense_inputs.reserve(count);
   for (size_t i = 0; i < count; ++i) dense_inputs.push_back(dense(inputs[i]));
@@ -132,8 +134,11 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
       case Place::weight:
         at[value] = const_cast<T*>(network.weights[place.index].data);
         break;
-      default:
+      case Place::memory:
         at[value] = memory.get() + place.offset;
+        break;
+      case Place::nowhere:
+        at[value] = nullptr;
     }
   }
   std::vector<void*> given;
@@ -165,7 +170,7 @@ std::vector<Tensor> run_packed(const Tensor* inputs, size_t count, const Tensor&
   return with_kernel_dtype(kind.dtype, [&](auto type) {
     using T = decltype(type);
     Bound<T>& bound = bound_network<T>(&weights, 1, true, program);
-    return run(bound, inputs, count, kind, PackedReader(data<char>(packed), packed.numel(), sizeof(T)));
+    return run(bound, inputs, count, kind, data<char>(packed), packed.numel());
   });
 }
 
@@ -194,7 +199,7 @@ Tensor network_unpacked(const Tensor& input, const std::vector<Tensor>& paramete
   return with_kernel_dtype(kind.dtype, [&](auto type) {
     using T = decltype(type);
     Bound<T>& bound = bound_network<T>(weights.data(), weights.size(), false, program);
-    std::vector<Tensor> outputs = run(bound, &input, 1, kind, PackedReader(nullptr, 0, sizeof(T)));
+    std::vector<Tensor> outputs = run(bound, &input, 1, kind, nullptr, 0);
     FASTNN_CHECK(outputs.size() == 1, op, ": the program has ", outputs.size(), " outputs");
     return std::move(outputs[0]);
   });
@@ -216,15 +221,16 @@ Tensor network_packed(const Tensor& weights, const std::string& program, const I
       FASTNN_CHECK(sizes.size() - next >= rank, op, ": expected more sizes than ", sizes.size());
       all_sizes.emplace_back(sizes.begin() + static_cast<ptrdiff_t>(next),
                              sizes.begin() + static_cast<ptrdiff_t>(next + rank));
-      input.check(all_sizes.back());
+      input.check(all_sizes.back(), all_sizes.size() - 1);
       next += rank;
     }
     FASTNN_CHECK(next == sizes.size(), op, ": expected ", next, " sizes, got ", sizes.size());
-    const Plan<T> plan(network, all_sizes);
-    PackedWriter counted(nullptr, sizeof(T));
+    const Kernels<T> kernels = Kernels<T>::active();
+    const Plan<T> plan(network, all_sizes, kernels);
+    PackedWriter counted(nullptr, kernels.isa, sizeof(T));
     plan.pack(counted);
     Tensor packed = new_tensor({counted.bytes()}, ScalarType::Byte);
-    PackedWriter written(mutable_data<char>(packed), sizeof(T));
+    PackedWriter written(mutable_data<char>(packed), kernels.isa, sizeof(T));
     plan.pack(written);
     return packed;
   });

@@ -4,6 +4,9 @@
 
 #include <memory>
 
+#include "../kernels/conv/problem.h"
+#include "../kernels/mlp.h"
+#include "../kernels/rnn.h"
 #include "../ops/tensor.h"
 #include "packed.h"
 #include "program.h"
@@ -53,9 +56,28 @@ inline bool is_same_order(const Ints& sizes) {
   return true;
 }
 
+// The kernels that a plan is made for, and that run it: another thread may choose another instruction set meanwhile.
+template <class T>
+struct Kernels {
+  Isa isa;
+  const ConvKernels<T>* conv;
+  const MlpKernels<T>* mlp;
+  const RnnForwardKernels<T>* rnn;
+
+  static Kernels active() {
+    Kernels kernels;
+    do {
+      kernels = {active_isa(), &conv_kernels().get<T>(), &mlp_kernels().get<T>(), &rnn_forward_kernels().get<T>()};
+    } while (kernels.isa != active_isa());
+    return kernels;
+  }
+};
+
 // A layer's place in a network whose inputs have certain sizes: what follows from them, made once and read by every
 // call. `prepared` is what the layer has made for itself.
+template <class T>
 struct Site {
+  Kernels<T> kernels;
   std::vector<ValueType> inputs, outputs;
   std::shared_ptr<const void> prepared;
 
@@ -80,7 +102,7 @@ enum class FormatRule : int8_t {
 // Where a call finds the values, in the order of the layer's inputs and outputs.
 template <class T>
 struct LayerCall {
-  const Site& site;
+  const Site<T>& site;
   const void* const* inputs;
   void* const* outputs;
   PackedReader& packed;
@@ -98,19 +120,19 @@ class Layer {
 
   virtual ~Layer() = default;
   // Sets the sizes of the site's outputs. Raises unless inputs of such sizes fit.
-  virtual void set_sizes(Site& site) const = 0;
+  virtual void set_sizes(Site<T>& site) const = 0;
   virtual FormatRule formats() const { return FormatRule::contiguous; }
   // How long the layer takes with these formats, in multiply-adds of vectors, as far as that depends on the formats.
-  virtual double cost(const Site&) const { return 0; }
+  virtual double cost(const Site<T>&) const { return 0; }
   // What a call needs besides sizes and formats, for Site::prepared.
-  virtual std::shared_ptr<const void> prepare(const Site&) const { return nullptr; }
+  virtual std::shared_ptr<const void> prepare(const Site<T>&) const { return nullptr; }
   // Packs everything that `run` will ask `packed` for, in the same order.
-  virtual void pack(const Site&, PackedWriter&) const {}
+  virtual void pack(const Site<T>&, PackedWriter&) const {}
   virtual void run(const LayerCall<T>& call) const = 0;
   // Whether the output is the input's memory under other sizes. Then `run` is not called.
-  virtual bool is_view(const Site&) const { return false; }
+  virtual bool is_view(const Site<T>&) const { return false; }
   // Whether the output is the inputs' channels one behind the other, channels last.
-  virtual bool joins_channels(const Site&) const { return false; }
+  virtual bool joins_channels(const Site<T>&) const { return false; }
   // Whether the layer can write an output that is a part of a concatenation: see ValueType::pitch.
   virtual bool writes_parts() const { return false; }
   // Takes over what the next layer does, which takes this layer's output as its only input and is the only one to do
@@ -123,13 +145,14 @@ template <class T>
 class Weights {
  public:
   struct Weight {
-    const T* data;
+    const T* data = nullptr;  // never null of one that is there
     Ints sizes;
   };
 
   void add(int64_t value, const T* data, const Ints& sizes) {
+    static const T nothing{};  // where a tensor without elements has its memory
     if (static_cast<size_t>(value) >= all_.size()) all_.resize(value + 1);
-    all_[value] = {data, sizes};
+    all_[value] = {data ? data : &nothing, sizes};
   }
   bool holds(int64_t value) const { return static_cast<size_t>(value) < all_.size() && all_[value].data; }
   const Weight& operator[](int64_t value) const { return all_[value]; }

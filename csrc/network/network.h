@@ -36,10 +36,13 @@ struct NetworkInput {
       const int64_t least = number(part.substr(0, colon), 0);
       ranges.push_back({least, colon == std::string_view::npos ? least : number(part.substr(colon + 1), kAny)});
     }
-    is_integer = line.text("dtype") == "int64";
+    const std::string_view dtype = line.text("dtype");
+    if (!dtype.empty() && dtype != "int64") line.refuse("expected dtype=int64, or none, for the weights' dtype");
+    is_integer = !dtype.empty();
   }
 
-  void check(const Sizes& sizes) const {
+  // number: of the input among all inputs.
+  void check(const Sizes& sizes, size_t number) const {
     bool fits = sizes.size() == ranges.size();
     for (size_t i = 0; fits && i < ranges.size(); ++i) {
       fits = ranges[i].least <= sizes[i] && sizes[i] <= ranges[i].most;
@@ -47,7 +50,8 @@ struct NetworkInput {
     if (fits) return;
     std::vector<std::string> expected;
     for (const Range& range : ranges) expected.push_back(range.words());
-    fail("network: expected an input of size ", to_string(expected), ", got ", to_string(sizes));
+    fail("network: expected an input of size ", to_string(expected), ", got ", to_string(sizes),
+         number > 0 ? " as input " + std::to_string(number) : "");
   }
 };
 
@@ -94,11 +98,13 @@ class Network {
         static constexpr AttributeEntry entries[] = {
             {"sizes", "ints", ""}, {"dtype", "text", ""}, {nullptr, nullptr, nullptr}};
         line.entries = entries;
+        check_names(line);
         inputs.emplace_back(line);
       } else if (line.layer == "weight") {
         if (line.outputs.size() != 1) line.refuse("expected to give one value");
         static constexpr AttributeEntry entries[] = {{"sizes", "ints", ""}, {nullptr, nullptr, nullptr}};
         line.entries = entries;
+        check_names(line);
         const Ints sizes = line.integers("sizes", 0, int64_t{1} << 40);
         FASTNN_CHECK(next < pieces.size(), "network: the program asks for more weights than there are");
         const WeightPiece<T>& piece = pieces[next];
@@ -115,6 +121,8 @@ class Network {
         }
       } else if (line.layer == "output") {
         if (!outputs.empty()) line.refuse("a program has one line of outputs");
+        if (!line.outputs.empty() || !line.attributes.empty() || line.inputs.size() > 1)
+          line.refuse("it has inputs alone");
         const auto found = line.inputs.find("input");
         if (found == line.inputs.end()) line.refuse("expected input=...");
         outputs = found->second;
@@ -150,6 +158,19 @@ class Network {
     steps.insert(steps.begin(), std::make_move_iterator(changes.begin()), std::make_move_iterator(changes.end()));
   }
 
+  static void check_attributes(const ProgramLine& line) {
+    for (const auto& [name, content] : line.attributes) {
+      bool known = false;
+      for (const AttributeEntry* entry = line.entries; entry->name; ++entry) known = known || name == entry->name;
+      if (!known) line.refuse("it has no attribute ", name);
+    }
+  }
+  // Of a line that takes nothing.
+  static void check_names(const ProgramLine& line) {
+    if (!line.inputs.empty()) line.refuse("it takes no values");
+    check_attributes(line);
+  }
+
   void add_layer(ProgramLine& line) {
     const LayerEntry* found = nullptr;
     for (const LayerEntry& entry : layer_entries()) {
@@ -157,11 +178,7 @@ class Network {
     }
     FASTNN_CHECK(found, "network: line ", line.number, ": there is no layer \"", line.layer.substr(0, 40), "\"");
     line.entries = found->attributes.data();
-    for (const auto& [name, content] : line.attributes) {
-      bool known = false;
-      for (const AttributeEntry& attribute : found->attributes) known |= attribute.name && name == attribute.name;
-      if (!known) line.refuse("it has no attribute ", name);
-    }
+    check_attributes(line);
     for (const auto& [name, given] : line.inputs) {
       bool known = false;
       for (const std::string_view input : found->inputs) {

@@ -18,14 +18,14 @@ struct PackedHeading {
 };
 static_assert(sizeof(PackedHeading) == 64, "blocks begin on cache lines");
 
-inline int64_t packed_for(size_t element) {
-  return (static_cast<int64_t>(active_isa()) + 1) * 16 + static_cast<int64_t>(element);
+inline int64_t packed_for(Isa isa, size_t element) {
+  return (static_cast<int64_t>(isa) + 1) * 16 + static_cast<int64_t>(element);
 }
 
 // Lays out packed weights; without memory, only counts its bytes.
 class PackedWriter {
  public:
-  PackedWriter(char* memory, size_t element) : memory_(memory) { add_heading(packed_for(element), 0); }
+  PackedWriter(char* memory, Isa isa, size_t element) : memory_(memory) { add_heading(packed_for(isa, element), 0); }
 
   int64_t bytes() const { return bytes_; }
   void begin_step(size_t number) { step_ = static_cast<int64_t>(number); }
@@ -34,6 +34,8 @@ class PackedWriter {
     const int64_t bytes = checked_sum(checked_product(count, sizeof(T)), 63) / 64 * 64;
     add_heading(key, bytes);
     T* block = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
+    if (block && bytes > 0)
+      std::memset(memory_ + bytes_ + bytes - 64, 0, 64);  // what the block leaves of its last line
     bytes_ = checked_sum(bytes_, bytes);
     return block;
   }
@@ -54,9 +56,9 @@ class PackedWriter {
 // Reads them back in the same order, trusting none. A step may leave blocks of its own unread.
 class PackedReader {
  public:
-  PackedReader(const char* memory, int64_t bytes, size_t element) : at_(memory), left_(bytes) {
+  PackedReader(const char* memory, int64_t bytes, Isa isa, size_t element) : at_(memory), left_(bytes) {
     PackedHeading heading;
-    if (!read_heading(heading) || heading.key != packed_for(element)) {
+    if (!read_heading(heading) || heading.key != packed_for(isa, element)) {
       left_ = 0;
     } else {
       skip(sizeof heading);
@@ -69,17 +71,19 @@ class PackedReader {
     while (read_heading(heading) && heading.step < step_) skip(static_cast<int64_t>(sizeof heading) + heading.bytes);
   }
 
-  // The step's next block; null where it is not there as it is wanted.
+  // The step's next block of this key; null where it is not there as it is wanted.
   template <class T>
   const T* take(int64_t key, int64_t count) {
     PackedHeading heading;
-    if (!read_heading(heading) || heading.step != step_) return nullptr;
-    skip(sizeof heading);
-    const T* const block = reinterpret_cast<const T*>(at_);
-    const bool fits = heading.key == key && heading.bytes / static_cast<int64_t>(sizeof(T)) >= count &&
-                      reinterpret_cast<uintptr_t>(at_) % alignof(T) == 0;
-    skip(heading.bytes);
-    return fits ? block : nullptr;
+    while (read_heading(heading) && heading.step == step_) {
+      skip(sizeof heading);
+      const T* const block = reinterpret_cast<const T*>(at_);
+      const bool fits = heading.bytes / static_cast<int64_t>(sizeof(T)) >= count &&
+                        reinterpret_cast<uintptr_t>(at_) % alignof(T) == 0;
+      skip(heading.bytes);
+      if (heading.key == key) return fits ? block : nullptr;
+    }
+    return nullptr;
   }
 
  private:

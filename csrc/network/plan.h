@@ -18,13 +18,13 @@ class Plan {
  public:
   std::vector<ValueType> values;
   std::vector<Place> places;
-  std::vector<Site> sites;    // one a step of the network
-  int64_t memory = 0;         // elements between layers
-  std::vector<char> is_idle;  // of each step, whether it has nothing to compute or is a view
-  std::vector<bool> copied;   // of each output: it is found elsewhere, and has to be copied
+  std::vector<Site<T>> sites;  // one a step of the network
+  int64_t memory = 0;          // elements between layers
+  std::vector<char> is_idle;   // of each step, whether it has nothing to compute or is a view
+  std::vector<bool> copied;    // of each output: it is found elsewhere, and has to be copied
 
-  Plan(const Network<T>& network, const std::vector<Ints>& inputs) : network_(network) {
-    set_sizes(inputs);
+  Plan(const Network<T>& network, const std::vector<Ints>& inputs, const Kernels<T>& kernels) : network_(network) {
+    set_sizes(inputs, kernels);
     set_formats();
     set_parts();
     for (size_t i = 0; i < sites.size(); ++i) {
@@ -48,7 +48,7 @@ class Plan {
 
   static size_t at(int64_t value) { return static_cast<size_t>(value); }
 
-  void set_sizes(const std::vector<Ints>& inputs) {
+  void set_sizes(const std::vector<Ints>& inputs, const Kernels<T>& kernels) {
     values.resize(network_.values);
     for (size_t i = 0; i < inputs.size(); ++i) {
       values[at(network_.inputs[i].value)] = {inputs[i], Format::contiguous, network_.inputs[i].is_integer};
@@ -59,7 +59,8 @@ class Plan {
       }
     }
     for (const auto& step : network_.steps) {
-      Site site;
+      Site<T> site;
+      site.kernels = kernels;
       for (const int64_t input : step.layer->inputs) site.inputs.push_back(values[at(input)]);
       site.outputs.resize(step.layer->outputs.size());
       const size_t read = site.inputs.size() - step.layer->sizes_only;
@@ -70,6 +71,7 @@ class Plan {
         step.layer->set_sizes(site);
         for (const ValueType& output : site.outputs) {
           FASTNN_CHECK(output.sizes.size() <= 16, "a value of more than 16 dimensions");
+          for (const int64_t size : output.sizes) FASTNN_CHECK(size >= 0, "a value of size ", to_string(output.sizes));
           checked_product(output.count(), sizeof(T));
         }
       } catch (const std::runtime_error& error) {
@@ -162,7 +164,7 @@ class Plan {
     }
     std::map<std::pair<size_t, int>, double> known;  // costs, by step and formats of the first input and output
     const auto cost_of = [&](size_t step) {
-      Site& site = sites[step];
+      Site<T>& site = sites[step];
       const Layer<T>& layer = *network_.steps[step].layer;
       const auto format_of = [&](int64_t value) {
         return is_same_order(values[at(value)].sizes) ? Format::contiguous : formats[group_of(at(value))];
@@ -185,6 +187,7 @@ class Plan {
       for (int round = 0; round < 4; ++round) {
         bool changes = false;
         for (const size_t group : free) {
+          const Format before = formats[group];
           double costs[2];
           for (const Format format : {Format::contiguous, Format::channels_last}) {
             formats[group] = format;
@@ -193,7 +196,7 @@ class Plan {
             for (const size_t step : touching[group]) sum += cost_of(step);
           }
           formats[group] = costs[1] < costs[0] ? Format::channels_last : Format::contiguous;
-          changes = changes || round == 0 || costs[0] != costs[1];
+          changes = changes || formats[group] != before;
         }
         if (!changes) break;
       }
@@ -226,7 +229,7 @@ class Plan {
     for (size_t i = 0; i < sites.size(); ++i) {
       const Layer<T>& layer = *network_.steps[i].layer;
       const size_t whole = at(layer.outputs[0]);
-      if (!layer.joins_channels(sites[i]) || parts_.count(whole)) continue;
+      if (!layer.joins_channels(sites[i])) continue;
       int64_t offset = 0;
       for (size_t k = 0; k < layer.inputs.size(); ++k) {
         const size_t value = at(layer.inputs[k]), step = maker[value];

@@ -198,7 +198,7 @@ void check_products(const char* op, const ConvPoolGeometry& g) {
     const double reach = static_cast<double>(g.pool_extent(d) - 1) * static_cast<double>(g.stride[d]) +
                          static_cast<double>(g.kernel_extent(d));
     image *= static_cast<double>(g.input[d]);
-    padded_image *= static_cast<double>(padded);
+    padded_image *= static_cast<double>(std::max(padded, g.conv[d] + 2 * g.pool_padding[d]));
     together *= static_cast<double>(padded + g.stride[d] + pooled + g.pool_stride[d]);
     apart *= static_cast<double>(g.output[d]) * reach;
     multiplied *= static_cast<double>(g.conv[d]) * static_cast<double>(g.kernel[d]);

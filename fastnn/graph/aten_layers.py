@@ -53,7 +53,10 @@ class Reader:
         if isinstance(result, Tensor) and result.dtype != self.dtype:
             raise NotALayerError(f"gives {result.dtype}")
         self.lines = []
-        read(self, node, *node.args, **node.kwargs)
+        try:
+            read(self, node, *node.args, **node.kwargs)
+        except (TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
+            raise NotALayerError(f"has arguments that a frozen model does not know: {error}") from error
         return self.lines
 
     # ---- what rows use ----
@@ -253,6 +256,8 @@ def _conv_relu_max_pool(
 @_row(_aten.linear.default)
 def _linear(read: Reader, node: Node, x: Any, weight: Any, bias: Any = None) -> None:
     inputs = {"input": [read.data(x)], **read.weights(weight=weight, bias=bias)}
+    if len(inputs["weight"][0].sizes) != 2:
+        raise NotALayerError("has a weight of one dimension")
     read.finish(node, read.add("linear", inputs, _sizes(node)))
 
 
@@ -321,6 +326,8 @@ def _layer_norm(
     read: Reader, node: Node, x: Any, sizes: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
 ) -> None:
     given = read.weights(weight=weight, bias=bias)
+    if not all(isinstance(size, int) for size in sizes):
+        raise NotALayerError("normalizes over sizes that depend on the input's")
     for name, values in given.items():
         tensor = values[0].tensor
         assert tensor is not None
@@ -379,13 +386,12 @@ def _rnn(
     value = read.data(x)
     given = [read.weight(one)[0] for one in weights]
     states = _state(read, state)
-    if len(value.sizes) == 3:
-        _add_rnn(
-            read, node, value, states, given, MODES[mode].name,
-            layers=layers, bidirectional=bidirectional, batch_first=batch_first,
-        )  # fmt: skip
-        return
-    _add_cell(read, node, value, states, given, MODES[mode].name)
+    if len(value.sizes) != 3:
+        raise NotALayerError("is one step, or has no batch")
+    _add_rnn(
+        read, node, value, states, given, MODES[mode].name,
+        layers=layers, bidirectional=bidirectional, batch_first=batch_first,
+    )  # fmt: skip
 
 
 @_row(_ops.rnn_cell.default)
@@ -663,6 +669,8 @@ def _select(read: Reader, node: Node, x: Any, dim: int, index: Any) -> None:
 
 @_row(_aten.cat.default)
 def _cat(read: Reader, node: Node, parts: Any, dim: int = 0) -> None:
+    if any(len(_sizes(one)) != len(_sizes(node)) for one in parts):
+        raise NotALayerError("joins values of other dimensions")
     read.finish(node, read.add("cat", {"inputs": [read.data(one) for one in parts]}, _sizes(node), dim=dim))
 
 

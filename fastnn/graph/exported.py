@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +68,18 @@ class Exported:
         )
 
 
-def read(model: nn.Module, inputs: tuple[Any, ...], batch_dims: Sequence[int]) -> Exported:
+def read(
+    model: nn.Module, inputs: tuple[Any, ...], batch_dims: Sequence[int], fixed: Collection[tuple[int, int]] = ()
+) -> Exported:
     """``model`` in networks, for inputs of any batch size. `inputs` may be nested; `batch_dims` has of each tensor in
-    them the dimension of the batch, which is of at least two here."""
+    them the dimension of the batch, which is of at least two here. fixed: tensors and their dimensions that stay as
+    they are in the example."""
     leaves = pytree.tree_leaves(inputs)
     # (A size of 1 is always taken for a constant.)
-    free = [[dim for dim, size in enumerate(leaf.shape) if size > 1] for leaf in leaves]
+    free = [
+        [dim for dim, size in enumerate(leaf.shape) if size > 1 and (place, dim) not in fixed]
+        for place, leaf in enumerate(leaves)
+    ]
     try:
         first = _read(model, inputs, batch_dims, free)
         if first.is_one_network:
@@ -98,6 +104,8 @@ def _read(
     graph, constants = exported.graph, _constants(exported)
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users:
+            if node.is_impure() and "sym_constrain" not in str(node.target):
+                raise _refusal(node, "refuses values or sizes, which a frozen model cannot")
             graph.erase_node(node)
     by_name = {node.name: node for node in graph.nodes}
     placeholders = [by_name[name] for name in exported.graph_signature.user_inputs]
@@ -139,7 +147,7 @@ def _split(
     of_value: dict[Value, int] = {}
     lines: dict[int, list[Line]] = {}
     taken: dict[int, list[Node]] = {}
-    units: list[tuple[int, int, Segment | Node]] = []  # with the level, and the place in it
+    units: list[Segment | Node] = []
     for node in graph.nodes:
         if node.op != "call_function" or node.name in constants:
             continue
@@ -155,11 +163,12 @@ def _split(
                 refusals.append(_refusal(node, str(reason)))
             # Sizes are no tensors, and are there once what has them is.
             levels[node] = before + is_tensor
-            units.append((levels[node], 0 if is_tensor else 2, node))
+            units.append(node)
             continue
-        for one in depends_on:  # what torch computes is a value from its first use in a layer on
-            if one in reader.values:
-                of_value.setdefault(reader.values[one], levels.get(one, 0))
+        finally:
+            for one in depends_on:  # what torch computes is a value from its first use in a layer on
+                if one in reader.values:
+                    of_value.setdefault(reader.values[one], levels.get(one, 0))
         values = [value for line in found for value in line.taken()]
         if node in reader.values:
             values.append(reader.values[node])
@@ -169,28 +178,54 @@ def _split(
         levels[node] = level
         lines.setdefault(level, []).extend(found)
         taken.setdefault(level, []).append(node)
+    elsewhere = {  # values that a network takes only for their sizes, or that no node of it takes
+        value
+        for level, some in lines.items()
+        for line in some
+        for value in line.taken()
+        if of_value.get(value, level) != level
+    }
     for level, nodes in taken.items():
         if any(line.layer in ANCHORS for line in lines[level]):
-            units.append((level, 1, _segment(lines[level], set(nodes), reader, limits, ranges)))
+            units.append(_segment(lines[level], set(nodes), reader, elsewhere, limits, ranges))
         else:
-            units += [(level, 0, node) for node in nodes]
-    places = {node: place for place, node in enumerate(graph.nodes)}
-    units.sort(key=lambda unit: (*unit[:2], places[unit[2]] if isinstance(unit[2], Node) else 0))
-    return [unit for _, _, unit in units], refusals
+            units += nodes
+    return _in_order(units), refusals
+
+
+def _in_order(units: Sequence[Segment | Node]) -> list[Segment | Node]:
+    """The units, each behind those that give what it takes."""
+    maker = {node: unit for unit in units for node in (unit.outputs if isinstance(unit, Segment) else [unit])}
+    ordered: dict[int, Segment | Node] = {}  # by identity
+    waiting = [(unit, False) for unit in reversed(units)]
+    while waiting:
+        unit, is_ready = waiting.pop()
+        if id(unit) in ordered:
+            continue
+        if is_ready:
+            ordered[id(unit)] = unit
+            continue
+        waiting.append((unit, True))
+        taken = unit.inputs if isinstance(unit, Segment) else unit.all_input_nodes
+        waiting += [(maker[node], False) for node in taken if node in maker]
+    return list(ordered.values())
 
 
 def _segment(
     lines: list[Line],
     nodes: set[Node],
     reader: Reader,
+    elsewhere: Collection[Value],
     limits: dict[Node, list[int]],
     ranges: dict[str, tuple[int, int]],
 ) -> Segment:
-    """These lines as a network."""
+    """These lines as a network. elsewhere: values that other networks take."""
     outputs = [
         node
         for node in reader.nodes
-        if node in nodes and node in reader.values and any(user not in nodes for user in node.users)
+        if node in nodes
+        and node in reader.values
+        and (reader.values[node] in elsewhere or any(user not in nodes for user in node.users))
     ]
     results = [reader.values[node] for node in outputs]
     rewritten = rewrite(lines, results)
@@ -281,6 +316,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], free: Sequence[Sequence[i
         raise ValueError(f"freeze: torch.export cannot take {type(model).__name__}: {words}") from error
     signature = exported.graph_signature
     changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    changed += getattr(signature, "parameters_to_mutate", {}).values()  # from torch 2.13 on
     if changed:
         raise ValueError(f"freeze: {type(model).__name__} changes {', '.join(changed)} in place, at every call")
     return exported

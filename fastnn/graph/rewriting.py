@@ -140,8 +140,10 @@ def _of_each_channel(line: Line, layer: Line, channels: int) -> Tensor | None:
     other = line.weight("other")
     if other is None:
         return None
-    rank = len(line.outputs[0].sizes)
-    if other.numel() == 1 and other.dim() <= rank:
+    rank = len(layer.outputs[0].sizes)
+    if other.dim() > rank:
+        return None
+    if other.numel() == 1:
         return other.reshape(())
     sizes = (1,) * (rank - other.dim()) + tuple(other.shape)
     place = rank - 1 if layer.layer == "linear" else 1
@@ -243,6 +245,10 @@ def _take_last_step(program: _Lines, line: Line) -> bool:
     place = layer.outputs.index(part.inputs["input"][0])
     dim = int(layer.attributes["batch_first"]) if place == 0 else 0
     if (attributes["dim"], attributes["start"], attributes["step"]) != (dim, -1, 1) or attributes["stop"] != 2**63 - 1:
+        return False
+    sizes = list(part.outputs[0].sizes)
+    del sizes[dim]
+    if list(map(str, line.outputs[0].sizes)) != list(map(str, sizes)):
         return False
     used = [program.uses.get(value, 0) for value in layer.outputs]
     if place == 0 and used[0] == 1:

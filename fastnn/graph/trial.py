@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,12 +28,15 @@ _CLOSE_OTHERWISE = 3e-2
 def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]) -> None:
     """Runs a copy of the fused model on its inputs. Writes into `left`, by a candidate's key, why that candidate stays
     unfused."""
-    twin = copied(model)
+    twin, stock = copied(model), _without_fused(copied(model))
     of_twin = dict(zip(twin.modules(), model.modules(), strict=True))
     trial = _Trial(next((m.__dict__["forward"].left for m in twin.modules() if _is_fused(m)), {}), model.training)
     try:
-        with leaving_no_trace(), forward.observing(trial):
-            twin(*cloned(tuple(inputs)))
+        with leaving_no_trace():
+            with forward.observing(trial):
+                twin(*cloned(tuple(inputs)))
+            with suppress(Exception):  # what a model does not take twice, or with a gradient of all, stays as it is
+                trial.settle(twin, stock, tuple(inputs))
     except (RuntimeError, TypeError, ValueError) as error:
         words = str(error).partition("\n")[0]  # torch.fx adds the node to it
         raise ValueError(f"fuse: the model does not take the example inputs: {words}") from error
@@ -43,6 +47,13 @@ def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]
             fused.forget()
 
 
+def _without_fused(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if _is_fused(module):
+            del module.__dict__["forward"]
+    return model
+
+
 def _is_fused(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), FusedModule)
 
@@ -50,6 +61,37 @@ def _is_fused(module: nn.Module) -> bool:
 class _Trial:
     def __init__(self, left: dict[Any, str], training: bool) -> None:
         self.left, self.training = left, training
+        self.tried: list[Any] = []  # the keys of all candidates
+
+    def settle(self, twin: nn.Module, stock: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Leaves all candidates where they are faster one by one, and the whole model with them is not: what compares
+        the model with its trace at every call takes time, too. twin, stock: copies of the model, fused and not."""
+        kept = [key for key in self.tried if key not in self.left]
+        if not kept:
+            return
+        for module in twin.modules():
+            fused = module.__dict__.get("forward")
+            if isinstance(fused, FusedForward):
+                fused.forget()
+        parameters = {model: [p for p in model.parameters() if p.requires_grad] for model in (twin, stock)}
+
+        def step(model: nn.Module) -> None:
+            trains = self.training and bool(parameters[model])
+            with torch.set_grad_enabled(trains):
+                outputs = [t for t in pytree.tree_leaves(model(*cloned(inputs))) if isinstance(t, Tensor)]
+            wanted = [t for t in outputs if t.requires_grad]
+            if trains and wanted:
+                ones = [torch.ones_like(t) for t in wanted]
+                torch.autograd.grad(wanted, parameters[model], ones, allow_unused=True)
+
+        step(twin)
+        step(stock)
+        our_time, stock_time = _time(lambda: step(twin), lambda: step(stock))
+        if our_time >= stock_time:
+            words = (
+                f"the whole model is as fast without it: {_microseconds(stock_time)}, {_microseconds(our_time)} fused"
+            )
+            self.left.update(dict.fromkeys(kept, f"{words} ({'training' if self.training else 'inference'})"))
 
     def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
         return _TrialRun(module, program, self).run(*inputs, *program.further_inputs())
@@ -78,6 +120,7 @@ class _Trial:
         parameters: Sequence[Tensor],
     ) -> None:
         """Runs both on the same inputs; notes in `left` if their results differ or ours is not faster."""
+        self.tried.append(key)
         inputs = [
             value.detach().requires_grad_(self.training and value.is_floating_point())
             if isinstance(value, Tensor)

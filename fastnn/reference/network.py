@@ -150,7 +150,7 @@ def _softmax(line: TextLine, taken: Taken) -> list[Tensor]:
 
 
 def _layer_norm(line: TextLine, taken: Taken) -> list[Tensor]:
-    x, dims = _one(taken, "input"), 0
+    x, dims = _one(taken, "input"), 1
     while prod(x.shape[x.dim() - dims :]) != line["features"]:
         dims += 1
     sizes = x.shape[x.dim() - dims :]

@@ -54,7 +54,7 @@ class ConvLayer : public Layer<T> {
   // (An addend lies as the output does.)
   bool writes_parts() const override { return this->inputs.size() == 1; }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     const Ints& input = site.sizes(0);
     FASTNN_CHECK(input.size() == weight_sizes_.size(), "expected a convolution's input to be ", weight_sizes_.size(),
                  "D (batch, channels, ", weight_sizes_.size() - 2, " dimensions), got size ", to_string(input));
@@ -65,13 +65,13 @@ class ConvLayer : public Layer<T> {
     }
   }
 
-  double cost(const Site& site) const override {
+  double cost(const Site<T>& site) const override {
     const std::shared_ptr<const void> made = prepare(site);
     return static_cast<const Prepared*>(made.get())->cost;
   }
 
-  std::shared_ptr<const void> prepare(const Site& site) const override {
-    const ConvKernels<T>& kernels = conv_kernels().get<T>();
+  std::shared_ptr<const void> prepare(const Site<T>& site) const override {
+    const ConvKernels<T>& kernels = *site.kernels.conv;
     const ConvPoolProblem problem = this->problem(site.sizes(0));
     const ConvPoolGeometry& g = problem.geometry;
     PlanKey key = plan_key<T>(kernels, g, site.inputs[0].channels_last(), site.outputs[0].channels_last(), -1);
@@ -89,11 +89,11 @@ class ConvLayer : public Layer<T> {
     return prepared;
   }
 
-  void pack(const Site& site, PackedWriter& packed) const override {
+  void pack(const Site<T>& site, PackedWriter& packed) const override {
     const Prepared& prepared = *static_cast<const Prepared*>(site.prepared.get());
     const ConvPoolGeometry& g = prepared.problem.geometry;
     if (prepared.as_product) {
-      const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+      const MlpKernels<T>& kernels = *site.kernels.mlp;
       T* to = packed.give<T>(kProduct, kernels.packed_size(g.out_channels, g.in_channels));
       if (to) kernels.pack(weight_, g.out_channels, g.in_channels, 0, 1, to);
       return;
@@ -101,7 +101,7 @@ class ConvLayer : public Layer<T> {
     ConvCall<T> call = call_of(site, g);
     call.plan = &prepared.plan;
     call.packed = packed.give<T>(packing_of(prepared.plan), prepared.plan.packed_size);
-    if (call.packed) conv_kernels().get<T>().pack(call, 0, prepared.plan.pack_items);
+    if (call.packed) site.kernels.conv->pack(call, 0, prepared.plan.pack_items);
   }
 
   void run(const LayerCall<T>& given) const override {
@@ -113,7 +113,7 @@ class ConvLayer : public Layer<T> {
     call.output = given.output(0);
     call.addend = given.site.inputs.size() > 1 ? given.input(1) : nullptr;
     run_planned_conv(
-        conv_kernels().get<T>(), call, prepared.problem.dims, prepared.key, prepared.plan,
+        *given.site.kernels.conv, call, prepared.problem.dims, prepared.key, prepared.plan,
         [&](const ConvPlan& plan) { return given.packed.template take<T>(packing_of(plan), plan.packed_size); });
   }
 
@@ -133,7 +133,7 @@ class ConvLayer : public Layer<T> {
   }
 
   // Whether the convolution is a product of matrices: pixels, whose channels lie together, by the weight.
-  static bool is_product(const Site& site, const ConvPoolGeometry& g) {
+  static bool is_product(const Site<T>& site, const ConvPoolGeometry& g) {
     const auto has_rows = [](const ValueType& value) {
       return value.channels_last() || product(value.sizes, 2, value.sizes.size()) == 1;
     };
@@ -143,7 +143,7 @@ class ConvLayer : public Layer<T> {
   }
 
   void run_product(const LayerCall<T>& given, const ConvPoolGeometry& g) const {
-    const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+    const MlpKernels<T>& kernels = *given.site.kernels.mlp;
     const T* const addend = given.site.inputs.size() > 1 ? given.input(1) : nullptr;
     const T* const packed = given.packed.template take<T>(kProduct, kernels.packed_size(g.out_channels, g.in_channels));
     const MlpLayer<T> layer{weight_, bias_,  g.in_channels, g.out_channels, addend ? kIdentity : activation_,
@@ -165,7 +165,7 @@ class ConvLayer : public Layer<T> {
         const T* const from = given.input(0) + row * g.in_channels;
         T* const to = pitch ? blocks.get() + chunk * kTogether * out : given.output(0) + row * out;
         kernels.forward(&layer, 1, false, from, to, 0, count, own);
-        if (addend) conv_kernels().get<T>().finish(activation_, to, addend + row * out, count * out, to);
+        if (addend) given.site.kernels.conv->finish(activation_, to, addend + row * out, count * out, to);
         for (int64_t r = 0; pitch && r < count; ++r) {
           std::copy_n(to + r * out, out, given.output(0) + (row + r) * pitch);
         }
@@ -173,7 +173,7 @@ class ConvLayer : public Layer<T> {
     });
   }
 
-  ConvCall<T> call_of(const Site& site, const ConvPoolGeometry& g) const {
+  ConvCall<T> call_of(const Site<T>& site, const ConvPoolGeometry& g) const {
     ConvCall<T> call{};
     call.geometry = g;
     call.input_layout = conv_layout(site.inputs[0]);

@@ -26,16 +26,18 @@ class ConvTransposeLayer : public Layer<T> {
     stride_ = line.integers("stride", 1, kMost, dims);
     padding_ = line.integers("padding", 0, kMost, dims);
     output_padding_ = line.integers("output_padding", 0, kMost, dims);
+    int64_t phases = 1;
     for (size_t d = 0; d < dims; ++d) {
       if (weight_sizes_[2 + d] < 1) line.refuse("expected a kernel of at least one position");
-      if (stride_[d] > 16) line.refuse("expected strides of at most 16");
+      phases = checked_product(phases, stride_[d]);
     }
+    if (phases > kMostPhases) line.refuse("expected strides whose product is at most ", kMostPhases);
   }
 
   FormatRule formats() const override { return FormatRule::each; }
   bool writes_parts() const override { return !takes_activation_last(); }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     const Ints& input = site.sizes(0);
     FASTNN_CHECK(input.size() == weight_sizes_.size() && input[1] == weight_sizes_[0],
                  "expected a transposed convolution's input to be ", weight_sizes_.size(), "D with ", weight_sizes_[0],
@@ -54,20 +56,21 @@ class ConvTransposeLayer : public Layer<T> {
                   product(weight_sizes_, 2, weight_sizes_.size()));
   }
 
-  double cost(const Site& site) const override {
+  double cost(const Site<T>& site) const override {
     const std::shared_ptr<const void> made = prepare(site);
     double cost = 0;
     for (const Phase& phase : *static_cast<const Phases*>(made.get())) cost += phase.plan.cost;
     return cost;
   }
 
-  std::shared_ptr<const void> prepare(const Site& site) const override {
+  std::shared_ptr<const void> prepare(const Site<T>& site) const override {
     auto phases = std::make_shared<Phases>();
     const size_t dims = stride_.size();
     int64_t count = 1;
     for (const int64_t stride : stride_) count *= stride;
     for (int64_t number = 0; number < count; ++number) {
       Phase phase{};
+      phase.number = number;
       ConvPoolGeometry& g = phase.geometry;
       g.batch = site.sizes(0)[0];
       g.groups = groups_;
@@ -98,8 +101,7 @@ class ConvTransposeLayer : public Layer<T> {
       }
       if (!exists) continue;
       if (!phase.empty) {
-        const ConvKernels<T>& kernels = conv_kernels().get<T>();
-        phase.key = plan_key<T>(kernels, g, site.inputs[0].channels_last(), true, -1);
+        phase.key = plan_key<T>(*site.kernels.conv, g, site.inputs[0].channels_last(), true, -1);
         phase.plan = plan_forward(phase.key.geometry, phase.key.request, phase.key.machine);
         if (phase.plan.algorithm == ForwardAlgorithm::stock) {  // which knows no padding on one side alone
           phase.key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
@@ -112,15 +114,15 @@ class ConvTransposeLayer : public Layer<T> {
     return phases;
   }
 
-  void pack(const Site& site, PackedWriter& packed) const override {
+  void pack(const Site<T>& site, PackedWriter& packed) const override {
     for (const Phase& phase : *static_cast<const Phases*>(site.prepared.get())) {
       if (phase.empty) continue;
-      T* const weight = packed.give<T>(0, phase.weight_size);
+      T* const weight = packed.give<T>(phase.key_of_weight(), phase.weight_size);
       if (weight) turn(phase, weight);
       ConvCall<T> call = call_of(site, phase, weight);
       call.plan = &phase.plan;
-      call.packed = packed.give<T>(packing_of(phase.plan), phase.plan.packed_size);
-      if (call.packed) conv_kernels().get<T>().pack(call, 0, phase.plan.pack_items);
+      call.packed = packed.give<T>(phase.key_of_packed(), phase.plan.packed_size);
+      if (call.packed) site.kernels.conv->pack(call, 0, phase.plan.pack_items);
     }
   }
 
@@ -133,7 +135,7 @@ class ConvTransposeLayer : public Layer<T> {
     const Scratch<T> own(copies ? output.count() : 0);
     T* const to = copies ? own.get() : given.output(0);
     for (const Phase& phase : *static_cast<const Phases*>(given.site.prepared.get())) {
-      const T* weight = phase.empty ? nullptr : given.packed.template take<T>(0, phase.weight_size);
+      const T* weight = phase.empty ? nullptr : given.packed.template take<T>(phase.key_of_weight(), phase.weight_size);
       const bool turns = !phase.empty && !weight;
       const Scratch<T> turned(turns ? phase.weight_size : 0);
       if (turns) {
@@ -150,16 +152,16 @@ class ConvTransposeLayer : public Layer<T> {
       }
       call.output = to + at;
       if (phase.empty) {
-        fill_bias(call);
+        fill_bias(*given.site.kernels.conv, call);
         continue;
       }
-      const auto& kernels = conv_kernels().get<T>();
+      const ConvKernels<T>& kernels = *given.site.kernels.conv;
       const ConvPlan& plan = plan_of_call(kernels, call, phase.key, phase.plan);
-      const T* const packed = given.packed.template take<T>(packing_of(phase.plan), phase.plan.packed_size);
+      const T* const packed = given.packed.template take<T>(phase.key_of_packed(), phase.plan.packed_size);
       run_by_plan<T>(kernels, call, plan, &plan == &phase.plan ? packed : nullptr);
     }
     if (takes_activation_last()) {
-      const auto& kernels = conv_kernels().get<T>();
+      const ConvKernels<T>& kernels = *given.site.kernels.conv;
       parallel_range(output.count(), kCopyWork, [&](int64_t first, int64_t last) {
         kernels.finish(activation_, to + first, nullptr, last - first, to + first);
       });
@@ -171,13 +173,19 @@ class ConvTransposeLayer : public Layer<T> {
   }
 
  private:
+  static constexpr int64_t kMostPhases = 256;  // 16 x 16
+
   struct Phase {
     ConvPoolGeometry geometry;
     PlanKey key{ConvPoolGeometry{}, conv_kernels().get<T>()};
     ConvPlan plan;
     int64_t residue[3], first[3];  // of the kernel's positions; the first output pixel
     bool empty;                    // no position of the kernel meets these pixels
-    int64_t weight_size;
+    int64_t weight_size, number;
+
+    // Which phases there are depends on the sizes of the input: each has packed blocks of its own.
+    int64_t key_of_weight() const { return -2 - number; }
+    int64_t key_of_packed() const { return packing_of(plan) + (number + 1) * 4096; }
   };
   using Phases = std::vector<Phase>;
 
@@ -214,7 +222,7 @@ class ConvTransposeLayer : public Layer<T> {
     }
   }
 
-  ConvCall<T> call_of(const Site& site, const Phase& phase, const T* weight) const {
+  ConvCall<T> call_of(const Site<T>& site, const Phase& phase, const T* weight) const {
     ConvCall<T> call{};
     call.geometry = phase.geometry;
     call.input_layout = conv_layout(site.inputs[0]);
@@ -225,7 +233,7 @@ class ConvTransposeLayer : public Layer<T> {
     return call;
   }
 
-  void fill_bias(const ConvCall<T>& call) const {
+  void fill_bias(const ConvKernels<T>& kernels, const ConvCall<T>& call) const {
     const ConvPoolGeometry& g = call.geometry;
     const ConvLayout& layout = call.output_layout;
     const int64_t channels = g.groups * g.out_channels;
@@ -235,7 +243,7 @@ class ConvTransposeLayer : public Layer<T> {
       const int64_t x = pixel % g.output[2], y = pixel / g.output[2] % g.output[1];
       const int64_t z = pixel / (g.output[2] * g.output[1]) % g.output[0], n = pixel / g.pixels();
       T* const to = call.output + n * layout.n + z * layout.d[0] + y * layout.d[1] + x * layout.d[2];
-      conv_kernels().get<T>().finish(call.activation, bias, nullptr, channels, to);
+      kernels.finish(call.activation, bias, nullptr, channels, to);
     }
   }
 

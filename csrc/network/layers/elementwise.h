@@ -13,7 +13,7 @@ class ActivationLayer : public Layer<T> {
     this->inputs = {line.input("input")};
   }
   FormatRule formats() const override { return FormatRule::alike; }
-  void set_sizes(Site& site) const override { site.outputs[0].sizes = site.sizes(0); }
+  void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = site.sizes(0); }
   void run(const LayerCall<T>& call) const override {
     activate(activation_, call.input(0), call.site.outputs[0].count(), call.output(0));
   }
@@ -43,7 +43,7 @@ class BinaryLayer : public Layer<T> {
   }
   FormatRule formats() const override { return FormatRule::alike; }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     site.outputs[0].sizes = site.inputs.size() > 1 ? broadcast_sizes(site.sizes(0), site.sizes(1)) : site.sizes(0);
   }
 

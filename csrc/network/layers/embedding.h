@@ -16,7 +16,7 @@ class EmbeddingLayer : public Layer<T> {
     rows_ = weight.sizes[0];
     features_ = weight.sizes[1];
   }
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     FASTNN_CHECK(site.inputs[0].is_integer, "expected an embedding's input to be int64");
     site.outputs[0].sizes = site.sizes(0);
     site.outputs[0].sizes.push_back(features_);

@@ -28,7 +28,7 @@ class LinearLayer : public Layer<T> {
     return true;
   }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     const Ints& input = site.sizes(0);
     FASTNN_CHECK(!input.empty() && input.back() == layers_[0].in, "expected a layer's input to have ", layers_[0].in,
                  " features, got size ", to_string(input));
@@ -36,8 +36,8 @@ class LinearLayer : public Layer<T> {
     site.outputs[0].sizes.back() = layers_.back().out;
   }
 
-  void pack(const Site&, PackedWriter& packed) const override {
-    const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+  void pack(const Site<T>& site, PackedWriter& packed) const override {
+    const MlpKernels<T>& kernels = *site.kernels.mlp;
     for (const MlpLayer<T>& layer : layers_) {
       T* to = packed.give<T>(0, kernels.packed_size(layer.out, layer.in));
       if (to) kernels.pack(layer.weight, layer.out, layer.in, 0, 1, to);
@@ -45,7 +45,7 @@ class LinearLayer : public Layer<T> {
   }
 
   void run(const LayerCall<T>& call) const override {
-    const MlpKernels<T>& kernels = mlp_kernels().get<T>();
+    const MlpKernels<T>& kernels = *call.site.kernels.mlp;
     std::vector<MlpLayer<T>> layers = layers_;
     for (MlpLayer<T>& layer : layers) {
       layer.packed = call.packed.template take<T>(0, kernels.packed_size(layer.out, layer.in));

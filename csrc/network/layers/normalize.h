@@ -13,7 +13,7 @@ class SoftmaxLayer : public Layer<T> {
   SoftmaxLayer(const ProgramLine& line, const Weights<T>&) : logarithm_(line.flag("logarithm")) {
     this->inputs = {line.input("input")};
   }
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     FASTNN_CHECK(!site.sizes(0).empty(), "softmax of a value without dimensions");
     site.outputs[0].sizes = site.sizes(0);
   }
@@ -41,10 +41,10 @@ class LayerNormLayer : public Layer<T> {
     bias_ = weights.of(line, "bias", Ints{features_});
   }
   // The features may be those of several dimensions, the last ones.
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     const Ints& sizes = site.sizes(0);
-    int64_t features = 1;
-    for (size_t d = sizes.size(); d-- > 0 && features < features_;) features = checked_product(features, sizes[d]);
+    int64_t features = sizes.empty() ? 0 : sizes.back();
+    for (size_t d = sizes.size(); d-- > 1 && features < features_;) features = checked_product(features, sizes[d - 1]);
     FASTNN_CHECK(features == features_, "expected ", features_, " features to normalize, got size ", to_string(sizes));
     site.outputs[0].sizes = sizes;
   }

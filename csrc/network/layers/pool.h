@@ -22,6 +22,9 @@ class PoolLayer : public Layer<T> {
     if (dims < 1 || dims > 3) line.refuse("expected a kernel of 1 to 3 dimensions");
     stride_ = line.text("stride").empty() ? kernel_ : line.integers("stride", 1, kMost, dims);
     padding_ = line.integers("padding", 0, kMost, dims);
+    for (size_t d = 0; d < dims; ++d) {
+      if (padding_[d] > kernel_[d] / 2) line.refuse("pad should be at most half of kernel size");
+    }
     if (averages) {
       counts_padding_ = line.flag("count_include_pad");
     } else {
@@ -33,30 +36,30 @@ class PoolLayer : public Layer<T> {
   FormatRule formats() const override { return FormatRule::each; }
   bool writes_parts() const override { return true; }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     const Ints& input = site.sizes(0);
     FASTNN_CHECK(input.size() == kernel_.size() + 2, "expected a pool's input to be ", kernel_.size() + 2,
                  "D, got size ", to_string(input));
+    FASTNN_CHECK(input[1] > 0, "expected images of at least one channel, got size ", to_string(input));
     site.outputs[0].sizes = fastnn::output_sizes(problem(input));
   }
 
-  double cost(const Site& site) const override {
+  double cost(const Site<T>& site) const override {
     const ConvPoolGeometry g = problem(site.sizes(0)).geometry;
-    const ConvKernels<T>& kernels = conv_kernels().get<T>();
+    const ConvKernels<T>& kernels = *site.kernels.conv;
     const double lanes = static_cast<double>(kernels.vector_bytes) / sizeof(T);
     const double taps = static_cast<double>(averages ? g.taps() : g.places());
     const double vectors = std::ceil(static_cast<double>(g.groups) / lanes) * static_cast<double>(g.batch * g.pixels());
     const double moved = vectors * tuned::kTranspose;
     if (site.inputs[0].channels_last()) return vectors * (taps + 2) + (site.outputs[0].channels_last() ? 0 : moved);
-    PlanKey key = plan_key<T>(kernels, g, false, site.outputs[0].channels_last(), -1);
-    key.request.algorithm = static_cast<int32_t>(sizeof(T) == 8 ? ForwardAlgorithm::direct : ForwardAlgorithm::pixels);
+    const PlanKey key = contiguous_key(kernels, g, site.outputs[0].channels_last());
     return plan_forward(key.geometry, key.request, key.machine).cost;
   }
 
   void run(const LayerCall<T>& given) const override {
     const ValueType &input = given.site.inputs[0], &output = given.site.outputs[0];
     const ConvPoolProblem problem = this->problem(input.sizes);
-    const ConvKernels<T>& kernels = conv_kernels().get<T>();
+    const ConvKernels<T>& kernels = *given.site.kernels.conv;
     if (input.channels_last()) return run_channels_last(given, problem.geometry);
     ConvCall<T> call{};
     call.geometry = problem.geometry;
@@ -71,16 +74,18 @@ class PoolLayer : public Layer<T> {
     call.input_layout = conv_layout(input);
     call.weight = weight.get();
     call.weight_layout = contiguous_layout(1, g.kernel);
-    const ForwardAlgorithm algorithm = input.channels_last()         ? ForwardAlgorithm::depthwise
-                                       : sizeof(T) == sizeof(double) ? ForwardAlgorithm::direct
-                                                                     : ForwardAlgorithm::pixels;
-    const PlanKey key =
-        plan_key<T>(kernels, g, input.channels_last(), output.channels_last(), static_cast<int64_t>(algorithm));
+    const PlanKey key = contiguous_key(kernels, g, output.channels_last());
     run_by_plan<T>(kernels, call, plan_for(key), nullptr);
     if (!counts_padding_) count_elements(call);
   }
 
  private:
+  // Of contiguous images: pixels fill the lanes, where there are kernels for that.
+  static PlanKey contiguous_key(const ConvKernels<T>& kernels, const ConvPoolGeometry& g, bool output_channels_last) {
+    constexpr ForwardAlgorithm algorithm = sizeof(T) == 8 ? ForwardAlgorithm::direct : ForwardAlgorithm::pixels;
+    return plan_key<T>(kernels, g, false, output_channels_last, static_cast<int64_t>(algorithm));
+  }
+
   // As conv_relu_max_pool has it, with a group for each channel.
   ConvPoolProblem problem(const Ints& input) const {
     const size_t dims = kernel_.size();
@@ -171,7 +176,7 @@ class PoolLayer : public Layer<T> {
       }
       const int64_t step = window.stride[2] * layout.d[2];
       if (averages) {
-        const int64_t divisor = counts_padding_ ? window.places() : std::max<int64_t>(count, 1);
+        const int64_t divisor = counts_padding_ ? window.places() : count;
         const T factor = static_cast<T>(1.0 / static_cast<double>(divisor));
         kernels.average(places, count, step, windows, g.groups, factor, to + x * to_step, to_step);
       } else {
@@ -226,7 +231,7 @@ class MeanLayer : public Layer<T> {
   }
   FormatRule formats() const override { return FormatRule::input; }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     const Ints& sizes = site.sizes(0);
     const std::vector<bool> taken = which(sizes.size());
     for (size_t d = 0; d < sizes.size(); ++d) {
@@ -279,7 +284,7 @@ class MeanLayer : public Layer<T> {
       }
       copy_array(from, own, copy.get(), ValueType{sizes}.strides(), sizes, memory_order(rank, false));
       from = copy.get();
-      outer = input.count() / std::max<int64_t>(rows, 1);
+      outer *= inner;
       inner = 1;
     }
     const T factor = sums_ ? T(1) : static_cast<T>(1.0 / static_cast<double>(rows));

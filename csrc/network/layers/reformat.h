@@ -14,10 +14,10 @@ class ReformatLayer : public Layer<T> {
     this->outputs = {output};
   }
   FormatRule formats() const override { return FormatRule::each; }
-  void set_sizes(Site& site) const override { site.outputs[0].sizes = site.sizes(0); }
-  bool is_view(const Site& site) const override { return site.inputs[0].format == site.outputs[0].format; }
+  void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = site.sizes(0); }
+  bool is_view(const Site<T>& site) const override { return site.inputs[0].format == site.outputs[0].format; }
 
-  double cost(const Site& site) const override {
+  double cost(const Site<T>& site) const override {
     const double lanes = static_cast<double>(conv_kernels().get<T>().vector_bytes) / sizeof(T);
     return is_view(site) ? 0 : static_cast<double>(site.outputs[0].count()) / lanes * tuned::kTranspose;
   }

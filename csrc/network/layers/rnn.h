@@ -29,7 +29,7 @@ class RnnLayer : public Layer<T> {
     read_weights(line, weights);
   }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     const Ints& input = site.sizes(0);
     FASTNN_CHECK(input.size() == 3 && input[2] == weights_[0].input_size, "expected an rnn's input to be 3D with ",
                  weights_[0].input_size, " features, got size ", to_string(input));
@@ -44,8 +44,8 @@ class RnnLayer : public Layer<T> {
     for (size_t i = 1; i < site.outputs.size(); ++i) site.outputs[i].sizes = states[i - 1];
   }
 
-  void pack(const Site&, PackedWriter& packed) const override {
-    const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
+  void pack(const Site<T>& site, PackedWriter& packed) const override {
+    const RnnForwardKernels<T>& kernels = *site.kernels.rnn;
     for (const RnnWeights<T>& weights : weights_) {
       T* to = packed.give<T>(0, kernels.packed_size(network_, weights.input_size));
       if (to) kernels.pack(network_, weights, Member(), to);
@@ -53,7 +53,7 @@ class RnnLayer : public Layer<T> {
   }
 
   void run(const LayerCall<T>& call) const override {
-    const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
+    const RnnForwardKernels<T>& kernels = *call.site.kernels.rnn;
     std::vector<RnnWeights<T>> weights = weights_;
     int64_t unpacked = 0;
     for (RnnWeights<T>& own : weights) {

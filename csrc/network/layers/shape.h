@@ -1,4 +1,4 @@
-// reshape, permute, slice, cat, pad and expand: what only moves elements.
+// reshape, permute, slice, cat and pad: what only moves elements.
 #pragma once
 
 #include <limits>
@@ -31,9 +31,9 @@ class ReshapeLayer : public Layer<T> {
       this->sizes_only = found->second.size();
     }
   }
-  bool is_view(const Site&) const override { return true; }
+  bool is_view(const Site<T>&) const override { return true; }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     const int64_t count = site.inputs[0].count();
     Ints& sizes = site.outputs[0].sizes;
     int64_t free = -1;
@@ -63,8 +63,9 @@ class ReshapeLayer : public Layer<T> {
       }
     }
     int64_t result = 1;
-    for (const int64_t size : sizes) result = size < 0 ? -1 : checked_product(result, size);
-    FASTNN_CHECK(result == count, "shape '", to_string(sizes), "' is invalid for input of size ", count);
+    for (const int64_t size : sizes) result = checked_product(result, std::max<int64_t>(size, 0));
+    FASTNN_CHECK(result == count && (free < 0 || sizes[static_cast<size_t>(free)] >= 0), "shape '", to_string(sizes),
+                 "' is invalid for input of size ", count);
   }
   void run(const LayerCall<T>&) const override {}
 
@@ -89,7 +90,7 @@ class PermuteLayer : public Layer<T> {
       dims_.push_back(static_cast<size_t>(d));
     }
   }
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     FASTNN_CHECK(site.sizes(0).size() == dims_.size(), "expected ", dims_.size(), " dimensions to permute, got size ",
                  to_string(site.sizes(0)));
     for (const size_t d : dims_) site.outputs[0].sizes.push_back(site.sizes(0)[d]);
@@ -120,14 +121,14 @@ class SliceLayer : public Layer<T> {
     step_ = line.integer("step", 1, kMost);
   }
   FormatRule formats() const override { return FormatRule::alike; }
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
     int64_t& size = sizes[dimension_of(line_, dim_, sizes.size())];
     const int64_t first = place(start_, size), last = std::max(first, place(stop_, size));
     size = (last - first) / step_ + ((last - first) % step_ != 0);
     site.outputs[0].sizes = sizes;
   }
-  double cost(const Site& site) const override {
+  double cost(const Site<T>& site) const override {
     return moving_cost<T>(site.outputs[0], dimension_of(line_, dim_, site.outputs[0].sizes.size()));
   }
   void run(const LayerCall<T>& call) const override {
@@ -158,10 +159,10 @@ class CatLayer : public Layer<T> {
     this->inputs = found->second;
   }
   FormatRule formats() const override { return FormatRule::alike; }
-  bool joins_channels(const Site& site) const override {
+  bool joins_channels(const Site<T>& site) const override {
     return site.outputs[0].channels_last() && dimension_of(line_, dim_, site.outputs[0].sizes.size()) == 1;
   }
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
     const size_t d = dimension_of(line_, dim_, sizes.size());
     for (size_t i = 1; i < site.inputs.size(); ++i) {
@@ -175,7 +176,7 @@ class CatLayer : public Layer<T> {
     }
     site.outputs[0].sizes = sizes;
   }
-  double cost(const Site& site) const override {
+  double cost(const Site<T>& site) const override {
     double cost = 0;
     for (ValueType part : site.inputs) {
       part.format = site.outputs[0].format;
@@ -216,7 +217,7 @@ class PadLayer : public Layer<T> {
     value_ = static_cast<T>(line.real("value"));
   }
   FormatRule formats() const override { return FormatRule::alike; }
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
     FASTNN_CHECK(padding_.size() / 2 <= sizes.size(), "padding of more dimensions than ", sizes.size());
     for (size_t i = 0; i < padding_.size(); i += 2) {
@@ -226,7 +227,7 @@ class PadLayer : public Layer<T> {
     }
     site.outputs[0].sizes = sizes;
   }
-  double cost(const Site& site) const override {
+  double cost(const Site<T>& site) const override {
     const size_t rank = site.outputs[0].sizes.size();
     return rank ? moving_cost<T>(site.outputs[0], rank - 1) : 0;
   }

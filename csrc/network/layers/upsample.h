@@ -19,7 +19,7 @@ class UpsampleLayer : public Layer<T> {
   }
   FormatRule formats() const override { return FormatRule::alike; }
 
-  void set_sizes(Site& site) const override {
+  void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
     FASTNN_CHECK(sizes.size() == factors_.size() + 2, "expected ", factors_.size() + 2, "D images, got size ",
                  to_string(sizes));
@@ -45,14 +45,14 @@ class UpsampleLayer : public Layer<T> {
     const auto& kernels = elementwise_kernels().get<T>();
     parallel_range(planes * rows * factor_y, kCopyWork * static_cast<double>(out_row),
                    [&](int64_t first, int64_t last) {
-                     const Scratch<T> between(linear_ ? row : 0);
+                     const Scratch<T> between(linear_ && dims > 1 ? row : 0);
                      for (int64_t i = first; i < last; ++i) {
                        const int64_t y = i % (rows * factor_y);
                        const T* const image = call.input(0) + i / (rows * factor_y) * rows * row;
                        T* const to = call.output(0) + i * out_row;
                        const Place at = place(y, rows, factor_y);
                        const T* from = image + at.first * row;
-                       if (linear_ && at.part != 0) {
+                       if (linear_ && dims > 1) {  // by a part of 0, too, which makes NaN of an infinity, as in torch
                          kernels.blend(from, image + at.second * row, static_cast<T>(at.part), row, between.get());
                          from = between.get();
                        }
@@ -60,10 +60,11 @@ class UpsampleLayer : public Layer<T> {
                          const Place& column = places[x];
                          const T *const left = from + column.first * inner, *const right = from + column.second * inner;
                          T* const pixel = to + static_cast<int64_t>(x) * inner;
-                         if (!linear_ || column.part == 0) {
+                         if (!linear_) {
                            std::copy_n(left, inner, pixel);
                          } else if (inner == 1) {
-                           *pixel = *left + (*right - *left) * static_cast<T>(column.part);
+                           const T part = static_cast<T>(column.part);
+                           *pixel = *left * (1 - part) + *right * part;
                          } else {
                            kernels.blend(left, right, static_cast<T>(column.part), inner, pixel);
                          }
@@ -79,7 +80,7 @@ class UpsampleLayer : public Layer<T> {
     double part;
   };
   Place place(int64_t at, int64_t size, int64_t factor) const {
-    if (!linear_) return {at / factor, at / factor, 0};
+    if (!linear_ || factor == 1) return {at / factor, at / factor, 0};
     const double many = static_cast<double>(size * factor);
     const double from = aligns_ ? (many > 1 ? static_cast<double>(at) * static_cast<double>(size - 1) / (many - 1) : 0)
                                 : std::max(0.0, (static_cast<double>(at) + 0.5) / static_cast<double>(factor) - 0.5);

@@ -1,0 +1,187 @@
+"""step.epoch: the batches of a DataLoader, in its order, with its draws; the curve of a loop of stock's."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastnn
+from fastnn import training_epoch
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)).double()
+
+
+def stock_losses(model: nn.Module, batches: Any, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Tensor:
+    losses = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 24])
+@pytest.mark.parametrize("batch_size", [1, 6, 40])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("order", ["as they are", "shuffled", "shuffled by a generator", "by the default generator"])
+def test_is_the_loop_over_a_data_loader(rows: int, batch_size: int, drop_last: bool, order: str) -> None:
+    mine = network()
+    theirs = copy.deepcopy(mine)
+    x, y = torch.randn(rows, 6).double(), torch.randn(rows, 3).double()
+    generators: list[torch.Generator | None] = [None, None]
+    if order == "shuffled by a generator":
+        generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    elif order == "by the default generator":
+        generators = [torch.default_generator] * 2
+    settings = {"batch_size": batch_size, "shuffle": order != "as they are", "drop_last": drop_last}
+    optimizer = torch.optim.Adam(theirs.parameters())
+    step = fastnn.training_step(mine, F.mse_loss, torch.optim.Adam(mine.parameters()))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loader = DataLoader(TensorDataset(x, y), generator=generators[0], **settings)
+        expected = stock_losses(theirs, loader, optimizer) if len(loader) else torch.empty(len(list(loader)))
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        losses = step.epoch(x, y, generator=generators[1], **settings)
+        assert_close(losses, expected.to(losses.dtype))
+        assert torch.equal(torch.get_rng_state(), after)
+    assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
+    if generators[0] is not None:
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())  # type: ignore[union-attr]
+
+
+def test_large_data_is_gathered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_epoch, "_GATHERED", 100)
+    x, y = torch.arange(50.0).reshape(50, 1), torch.arange(50)
+    found = training_epoch.batches_of(x, y, 4, True, torch.Generator().manual_seed(3), False)[1]
+    loader = DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=torch.Generator().manual_seed(3))
+    for (a, b), (c, d) in zip(found, loader, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 2), nn.Linear(3, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(a), self.two(b)
+
+
+def test_several_tensors() -> None:
+    def loss(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+        return sum(F.mse_loss(a, b) for a, b in zip(outputs, targets, strict=True))  # type: ignore[return-value]
+
+    mine = TwoInputs()
+    theirs = copy.deepcopy(mine)
+    a, b, c, d = (torch.randn(9, size) for size in (4, 3, 2, 2))
+    step = fastnn.training_step(mine, loss, torch.optim.SGD(mine.parameters(), 0.1))
+    found = step.epoch((a, b), (c, d), 4)
+    optimizer, expected = torch.optim.SGD(theirs.parameters(), 0.1), []
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 9)):
+        optimizer.zero_grad()
+        value = loss(theirs(a[rows], b[rows]), (c[rows], d[rows]))
+        value.backward()
+        optimizer.step()
+        expected.append(value.detach())
+    assert_close(found, torch.stack(expected))
+
+
+def test_batches_of_the_caller() -> None:
+    mine = network()
+    theirs = copy.deepcopy(mine)
+    x, y = torch.randn(20, 6).double(), torch.randn(20, 3).double()
+    step = fastnn.training_step(mine, F.mse_loss, torch.optim.SGD(mine.parameters(), 0.1))
+    torch.manual_seed(3)
+    found = step.epoch(DataLoader(TensorDataset(x, y), 6, shuffle=True))
+    torch.manual_seed(3)
+    loader = DataLoader(TensorDataset(x, y), 6, shuffle=True)
+    assert_close(found, stock_losses(theirs, loader, torch.optim.SGD(theirs.parameters(), 0.1)))
+
+
+def test_scheduler_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    mine = network()
+    theirs = copy.deepcopy(mine)
+    x, y = torch.randn(20, 6).double(), torch.randn(20, 3).double()
+    optimizers = [torch.optim.SGD(model.parameters(), 0.5) for model in (mine, theirs)]
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) for optimizer in optimizers]
+    step = fastnn.training_step(mine, F.mse_loss, optimizers[0])
+    torch.manual_seed(0)
+    found = step.epoch(x, y, 5, scheduler=schedulers[0], progress=True)
+    torch.manual_seed(0)
+    expected = stock_losses(theirs, DataLoader(TensorDataset(x, y), 5), optimizers[1], schedulers[1])
+    assert_close(found, expected)
+    assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr()
+
+
+def test_an_exception_leaves_whole_steps() -> None:
+    mine = network()
+    theirs = copy.deepcopy(mine)
+    x, y = torch.randn(20, 6).double(), torch.randn(20, 3).double()
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        yield x[:5], y[:5]
+        yield x[5:10], y[5:10]
+        raise KeyboardInterrupt
+
+    step = fastnn.training_step(mine, F.mse_loss, torch.optim.Adam(mine.parameters()))
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        step.epoch(batches())
+    torch.manual_seed(0)
+    stock_losses(theirs, [(x[:5], y[:5]), (x[5:10], y[5:10])], torch.optim.Adam(theirs.parameters()))
+    assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
+
+
+def test_what_is_no_data() -> None:
+    step = fastnn.training_step(model := network(), F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    x, y = torch.randn(4, 6).double(), torch.randn(4, 3).double()
+    for bad in ((x, y[:3], 2), (x[:0], y[:0], 2), (x, y, 0), (x, y, -1), (x, y, True), (x, torch.tensor(1.0), 2)):
+        with pytest.raises(ValueError, match=r"rows|row|batch_size"):
+            step.epoch(*bad)
+    for other in (([1, 2], y, 2), (x, "y", 2), ((), y, 2)):
+        with pytest.raises(TypeError, match="expected"):
+            step.epoch(*other)
+
+
+def test_a_batch_is_a_copy() -> None:
+    """A model may change its batch in place, and views what is not contiguous."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.add_(1).view(len(x), -1))
+
+    x, y = torch.zeros(2, 2, 8).permute(2, 0, 1), torch.zeros(8, 1)
+    model = Noisy()
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    for shuffle in (False, True):
+        step.epoch(x, y, 4, shuffle=shuffle)
+    assert not x.any()
+
+
+def test_arguments_that_say_two_things() -> None:
+    x, y, model = torch.randn(4, 6), torch.randn(4, 3), network().float()
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    loader = DataLoader(TensorDataset(x, y), 2)
+    for wrong in (lambda: step.epoch((x, x)), lambda: step.epoch(loader, shuffle=True)):
+        with pytest.raises(TypeError, match="expected tensors, a target and a batch_size, or only an iterable"):
+            wrong()
+    assert len(step.epoch(loader)) == 2
+    assert len(step.epoch([(x, y)])) == 1
