@@ -265,7 +265,7 @@ def _is_close(result: Any, wanted: Any) -> bool:
         return bool(result == wanted)
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(result, wanted)
-    # The median, and without what is the same in both, as a mask of -1e9 says nothing of how close the others are.
+    # The scale is the median of what differs, because a mask of -1e9 says nothing of how close the other elements are.
     others = wanted[wanted.isfinite() & (wanted != 0) & (result != wanted)].abs()
     scale = float(others.median()) if others.numel() else 0.0
     return torch.allclose(result, wanted, rtol=1e-3, atol=max(1e-3 * scale, 1e-6), equal_nan=True)

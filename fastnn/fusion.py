@@ -17,6 +17,7 @@ from fastnn.graph.account import account_for
 from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, may_hold_layers
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.matcher import RECURRENT
+from fastnn.graph.rehearsal import copied
 from fastnn.graph.trial import try_candidates
 from fastnn.nn._hooks import layer_forward
 
@@ -35,7 +36,8 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) 
         model: any module. Wrappers such as DistributedDataParallel come after ``fuse``.
         example_inputs: a tensor, or a tuple of the model's arguments. With them, each candidate is compared with
             torch's layers on what the model gives it (outputs, and gradients where there are parameters to train) and
-            timed, in the mode that the model is in; a candidate that is not faster here stays unfused.
+            timed, in the mode that the model is in; a candidate that is not faster here stays unfused, and all
+            candidates do where the whole model is not faster with them.
         strict: raise on the first layer that could be fused and is not.
 
     Raises:
@@ -53,7 +55,7 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) 
         _fuse_module(module, left)
     if example_inputs is not None:
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-        try_candidates(model, inputs, left)
+        try_candidates(model, unfuse(copied(model)), inputs, left)
     if strict:
         for row in account_for(model):
             if row.is_candidate and not row.operator:

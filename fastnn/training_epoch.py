@@ -57,7 +57,7 @@ def _batches(
     drop_last: bool,
 ) -> Iterator[tuple[Any, Any]]:
     count = len(tensors[0])
-    # The seed of a DataLoader's workers, which it draws with and without workers.
+    # A DataLoader draws a seed for its workers, even where it has none.
     torch.empty((), dtype=torch.int64).random_(generator=generator)
     sampler: Any = RandomSampler(range(count), generator=generator) if shuffle else SequentialSampler(range(count))
 
@@ -86,7 +86,7 @@ def _batches(
             else tensor.index_select(0, order[first:last].to(tensor.device))
             for tensor in tensors
         ]
-        # A view of so many rows each.
+        # Each batch is a view of the rows that were gathered together.
         yield from map(both, map(list, zip(*(tensor.split(batch_size) for tensor in some), strict=True)))
 
 

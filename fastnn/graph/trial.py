@@ -25,10 +25,10 @@ _CLOSE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _CLOSE_OTHERWISE = 3e-2
 
 
-def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]) -> None:
-    """Runs a copy of the fused model on its inputs. Writes into `left`, by a candidate's key, why that candidate stays
-    unfused."""
-    twin, stock = copied(model), _without_fused(copied(model))
+def try_candidates(model: nn.Module, stock: nn.Module, inputs: Sequence[Any], left: dict[Any, str]) -> None:
+    """Runs a copy of the fused model on its inputs, and `stock`, which is an unfused copy. Writes into `left`, by a
+    candidate's key, why that candidate stays unfused."""
+    twin = copied(model)
     of_twin = dict(zip(twin.modules(), model.modules(), strict=True))
     trial = _Trial(next((m.__dict__["forward"].left for m in twin.modules() if _is_fused(m)), {}), model.training)
     try:
@@ -45,13 +45,6 @@ def try_candidates(model: nn.Module, inputs: Sequence[Any], left: dict[Any, str]
         fused = module.__dict__.get("forward")
         if isinstance(fused, FusedForward):
             fused.forget()
-
-
-def _without_fused(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if _is_fused(module):
-            del module.__dict__["forward"]
-    return model
 
 
 def _is_fused(module: nn.Module) -> bool:
