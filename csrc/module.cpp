@@ -14,8 +14,8 @@
 #include "kernels/rnn.h"
 #include "kernels/team.h"
 #include "kernels/update.h"
+#include "network/bound_step.h"
 #include "network/layer.h"
-#include "ops/bound_step.h"
 #include "ops/mlp_chain.h"
 #include "ops/team_balance.h"
 #include "simd/activation.h"
@@ -239,6 +239,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("guard_holds") = py::reinterpret_steal<py::object>(PyCFunction_New(&guard_holds_method, nullptr));
   m.def("release_training_step", fastnn::BoundSteps::release, py::arg("number"),
         "Forget what fastnn::bind_training_step bound to this number.");
+  m.def("forget_forward", fastnn::forget_forward, py::arg("number"),
+        "Forget what fastnn::training_step_forward has left under this number.");
   m.def("team_choices", team_choices, py::arg("calls"),
         "Whether a team makes each call, if it takes so many nanoseconds by one thread or by a team, for tests.");
 }

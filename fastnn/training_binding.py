@@ -31,12 +31,13 @@ class Binding:
     def __init__(
         self,
         reading: Reading,
-        parameters: list[Tensor],
+        tensors: list[Tensor],
         optimizer: torch.optim.Optimizer,
         max_norm: float | None,
         keep_gradients: bool,
     ) -> None:
-        self.parameters = parameters
+        self.tensors = tensors  # as the reading has found them
+        self.parameters = parameters = reading.of_program(tensors)
         self.states: list[Tensor] = []  # the optimizer's, as the operators take them
         self.layout: list[int] = []  # for each parameter, its group and the bits of the states that it has
         # The parameters whose state was created here, and what the optimizer had before.
@@ -53,7 +54,7 @@ class Binding:
             raise
         self.write_numbers()
         with torch.no_grad():
-            self.bound = _call_bind(parameters, self.states, reading.chain.text, reading.loss_weight, self.layout)
+            self.bound = _call_bind(parameters, self.states, reading.network.text, reading.loss_weight, self.layout)
         self.release = weakref.finalize(self, release_training_step, int(self.bound))
         self.release.atexit = False
         self._read_flags = _get_flags if keep_gradients else _get_all_flags

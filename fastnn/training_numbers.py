@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastnn._extension import load_extension
 from fastnn._torch import TENSOR_HOOKS
-from fastnn.graph.chain import ChainError
+from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_own_call
 
 # ---- losses -------------------------------------------------------------------------------------------------------
@@ -68,20 +68,20 @@ def numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tenso
     else:
         name = _NAMES.get(loss) if isinstance(loss, Hashable) else None
     if name is None:
-        raise ChainError(f"the loss is {getattr(loss, '__name__', type(loss).__name__)}")
+        raise NotANetworkError(f"the loss is {getattr(loss, '__name__', type(loss).__name__)}")
     if of_log_softmax != (name == "nll_loss"):
-        raise ChainError("nll_loss and log_softmax are not together")
+        raise NotANetworkError("nll_loss and log_softmax are not together")
     row = next(row for row in _LOSSES if row.name == ("cross_entropy" if name == "nll_loss" else name))
     reduction = settings.pop("reduction", "mean")
     if reduction not in ("mean", "sum"):
-        raise ChainError(f"the loss's reduction is {reduction!r}")
+        raise NotANetworkError(f"the loss's reduction is {reduction!r}")
     number = float(settings.pop(row.number or "", row.default))
     if row.number in ("beta", "delta") and not number > 0:
-        raise ChainError(f"the loss's {row.number} is {number}")
+        raise NotANetworkError(f"the loss's {row.number} is {number}")
     ignore_index = float(settings.pop("ignore_index", -100))
     weight = settings.pop(row.weight, None) if row.weight else None  # any other is refused below
     if any(value is not None for value in settings.values()):
-        raise ChainError(f"the loss has {', '.join(settings)}")
+        raise NotANetworkError(f"the loss has {', '.join(settings)}")
     return [float(row.kind), float(reduction == "mean"), number, ignore_index], weight
 
 
@@ -115,19 +115,19 @@ IS_FIRST = 1 << load_extension().most_optimizer_states
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ChainError where the operators do not have the optimizer, or its settings are no numbers."""
+    """Raises NotANetworkError where the operators do not have the optimizer, or its settings are no numbers."""
     row = OPTIMIZERS.get(type(optimizer))
     if row is None:
-        raise ChainError(f"the optimizer is {type(optimizer).__name__}")
+        raise NotANetworkError(f"the optimizer is {type(optimizer).__name__}")
     own_step = optimizer.__dict__.get("step")  # schedulers put a step there that calls the class's
     if own_step is not None and getattr(own_step, "__wrapped__", None) is not type(optimizer).step:
-        raise ChainError("the optimizer's step has been replaced")
+        raise NotANetworkError("the optimizer's step has been replaced")
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable"):
-            raise ChainError("the optimizer is capturable or differentiable")
+            raise NotANetworkError("the optimizer is capturable or differentiable")
         settings = [group.get(name) for name in row.group_settings]
         if any(isinstance(one, Tensor) for one in _flatten(settings)):  # it could change in place, unseen
-            raise ChainError("a setting of the optimizer is a tensor")
+            raise NotANetworkError("a setting of the optimizer is a tensor")
 
 
 def _flatten(values: Sequence[Any]) -> list[Any]:
@@ -136,33 +136,33 @@ def _flatten(values: Sequence[Any]) -> list[Any]:
 
 
 def check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
-    """Raises ChainError where the operators do not support a model's parameters, or not with this optimizer."""
+    """Raises NotANetworkError where the operators do not support a model's parameters, or not with this optimizer."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(p is None for p in parameters):
-        raise ChainError("a parameter is gone")
+        raise NotANetworkError("a parameter is gone")
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
-        raise ChainError("none of the model's parameters requires a gradient")
+        raise NotANetworkError("none of the model's parameters requires a gradient")
     if len({id(p) for p in parameters}) != len(parameters):
-        raise ChainError("a parameter is used twice")
+        raise NotANetworkError("a parameter is used twice")
     if not all(id(p) in own for p in trained):
-        raise ChainError("the optimizer does not have all of the model's parameters")
+        raise NotANetworkError("the optimizer does not have all of the model's parameters")
     if own - {id(p) for p in trained} and any(
         p.requires_grad and id(p) not in {id(q) for q in trained}
         for group in optimizer.param_groups
         for p in group["params"]
     ):
-        raise ChainError("the optimizer has parameters that are not the model's")
+        raise NotANetworkError("the optimizer has parameters that are not the model's")
     kinds = {(p.dtype, p.device.type) for p in parameters}
     if kinds not in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")}):
-        raise ChainError(f"the parameters are {', '.join(sorted(f'{d} on {place}' for d, place in kinds))}")
+        raise NotANetworkError(f"the parameters are {', '.join(sorted(f'{d} on {place}' for d, place in kinds))}")
     if any(
         type(p) is not nn.Parameter or not p.is_leaf or any(getattr(p, one, None) for one in TENSOR_HOOKS)
         for p in trained
     ):
-        raise ChainError("a parameter is computed from others or hooked")
+        raise NotANetworkError("a parameter is computed from others or hooked")
     if not all(p.is_contiguous() for p in parameters):
-        raise ChainError("a parameter is not contiguous")
+        raise NotANetworkError("a parameter is not contiguous")
 
 
 def kept_by(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:

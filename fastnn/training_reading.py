@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fastnn._torch import HOOKS
-from fastnn.graph.chain import Chain, ChainError, read_chain
 from fastnn.graph.forward import FusedForward, Program
+from fastnn.graph.training_program import NotANetworkError, TrainingProgram, read_training_program
 from fastnn.training_numbers import check_optimizer, check_parameters, numbers_of_loss, settings_of_loss
 
 
 class Reading:
-    """A model as a chain of layers, and its loss in numbers. Raises ChainError where the model is no chain, or where
-    the operators do not support its parameters or the optimizer.
+    """A model as a network, and its loss in numbers. Raises NotANetworkError where the model is none, or where the
+    operators do not support its parameters or the optimizer.
 
     before: the last reading, whose trace is used again if it still holds.
     """
@@ -34,31 +34,38 @@ class Reading:
     ) -> None:
         forward: Any = model.__dict__.get("forward")
         if any(model.__dict__[name] for name in HOOKS):
-            raise ChainError("the model has hooks")
+            raise NotANetworkError("the model has hooks")
         program: Program | None
         if before is not None and forward is before._forward and before._program.holds():
             program = before._program
         else:
             program = forward.program(now=True) if isinstance(forward, FusedForward) else None
         if program is None:
-            raise ChainError(getattr(forward, "why", None) or "the model cannot be traced")
+            raise NotANetworkError(getattr(forward, "why", None) or "the model cannot be traced")
         check_optimizer(optimizer)
-        self.chain: Chain = read_chain(program)
+        self.network: TrainingProgram = read_training_program(program)
         self._model, self._forward, self._program = model, forward, program
-        self.owners, self._names = [own for own, _ in self.chain.sources], [name for _, name in self.chain.sources]
-        check_parameters(self.parameters(), optimizer)
+        self.owners = [own for own, _ in self.network.sources]
+        self._names = [name for _, name in self.network.sources]
+        check_parameters(self.of_program(self.tensors()), optimizer)
         self.loss_numbers: list[float] = [0.0] * 4
         self.loss_weight: Tensor | None = None
         self.loss_why = ""  # why the operator does not compute the loss
         self._loss, self._loss_settings = loss, settings_of_loss(loss)
         try:
-            self.loss_numbers, self.loss_weight = numbers_of_loss(loss, self.chain.log_softmax is not None)
-        except ChainError as reason:
+            self.loss_numbers, self.loss_weight = numbers_of_loss(loss, self.network.log_softmax is not None)
+            if not self.network.gives_one:
+                raise NotANetworkError("the model returns several tensors")
+        except NotANetworkError as reason:
             self.loss_why = str(reason)
 
-    def parameters(self) -> list[Tensor]:
-        """The chain's tensors as the model has them now. Raises KeyError where one is gone."""
+    def tensors(self) -> list[Tensor]:
+        """The tensors that the network reads, as the model has them now. Raises KeyError where one is gone."""
         return list(map(getitem, self.owners, self._names))
+
+    def of_program(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of these, the ones that the program takes: each once, in the program's order."""
+        return [tensors[place] for place in self.network.parameters]
 
     def holds(self, loss: Any) -> bool:
         """Whether the model is in training mode and still computes what was read, and the loss is as it was."""
@@ -67,7 +74,7 @@ class Reading:
             own["training"]
             and own.get("forward") is self._forward
             and self._program.holds()
-            and self.chain.guard.holds()
+            and self.network.guard.holds()
             and self._loss_holds(loss)
         )
 

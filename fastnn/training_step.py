@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnn._torch import global_optimizer_hooks, note_step_of
+from fastnn._torch import global_optimizer_hooks, note_step_of, pytree
 from fastnn.fusion import fuse
-from fastnn.graph.chain import ChainError
+from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import (
+    bound_training_step_of_several_op,
     bound_training_step_op,
+    forget_forward,
     training_step_backward_op,
     training_step_forward_op,
     training_step_op,
@@ -27,9 +29,10 @@ from fastnn.training_epoch import batches_of, with_progress
 from fastnn.training_numbers import check_optimizer, check_parameters
 from fastnn.training_reading import Reading
 
-_call, _call_bound, _call_forward, _call_backward = (
-    op._op for op in (training_step_op, bound_training_step_op, training_step_forward_op, training_step_backward_op)
+_call, _call_bound, _call_bound_of_several = (
+    op._op for op in (training_step_op, bound_training_step_op, bound_training_step_of_several_op)
 )
+_call_forward, _call_backward = training_step_forward_op._op, training_step_backward_op._op
 
 
 class TrainingStep:
@@ -111,7 +114,7 @@ class TrainingStep:
             self._read()
         if self._reading is None:
             return f"forward and backward by autograd, the optimizer's own step: {self._why}"
-        stages = "; ".join(self._reading.chain.describe())
+        stages = "; ".join(self._reading.network.describe())
         last = f"; but the last step went the ordinary way: {self._last_why}" if self._last_why else ""
         if self._reading.loss_why:
             return f"two operator calls and between them the loss ({self._reading.loss_why}): {stages}{last}"
@@ -127,9 +130,9 @@ class TrainingStep:
         reading, binding = self._reading, self._binding
         assert reading is not None
         assert binding is not None
-        chain = reading.chain
-        at_once = not reading.loss_why and (chain.log_softmax != -1 or target.dim() == 1)
-        random = torch.get_rng_state() if at_once and chain.draws else None
+        network = reading.network
+        at_once = not reading.loss_why and (network.log_softmax != -1 or target.dim() == 1)
+        random = torch.get_rng_state() if at_once and network.draws else None
         try:
             run = self._in_one_call if at_once else self._in_two_calls
             loss, gradients = run(reading, binding, input, target)
@@ -238,10 +241,8 @@ class TrainingStep:
         self._reading, self._why, self._is_unread_copy = None, "", False
         self._forget()
         try:
-            if self._count > 1:
-                raise ChainError(f"the model takes {self._count} inputs")
             self._reading = Reading(self.model, self.loss, self._optimizer, before)
-        except ChainError as reason:
+        except NotANetworkError as reason:
             self._why = str(reason)
 
     def _forget(self) -> None:
@@ -262,8 +263,12 @@ class TrainingStep:
         reading = self._reading
         if reading is None:
             return self._why
-        if type(input) is not Tensor or not input.is_cpu or input.requires_grad:
-            return "its input was no plain tensor on the CPU, or one that requires a gradient"
+        inputs = (input,) if self._count == 1 else input if isinstance(input, (tuple, list)) else ()
+        if len(inputs) != reading.network.inputs:
+            return "it was not given as many inputs as the model takes"
+        for one in inputs:
+            if type(one) is not Tensor or not one.is_cpu or one.requires_grad:
+                return "its input was no plain tensor on the CPU, or one that requires a gradient"
         if not reading.loss_why and (type(target) is not Tensor or target.requires_grad):
             return "its target was no plain tensor, or one that requires a gradient"
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
@@ -280,8 +285,8 @@ class TrainingStep:
         optimizer = self._optimizer
         if optimizer._optimizer_step_pre_hooks or len(optimizer._optimizer_step_post_hooks) != 1:  # UsedGradients
             return "the optimizer had hooks"
-        if input.dim() not in reading.chain.dims or input.numel() == 0:
-            return "its input was empty, or of other dimensions than a batch has"
+        if any(one.numel() == 0 for one in inputs):
+            return "its input was empty"
         return ""
 
     def _is_bound(self) -> bool:
@@ -304,15 +309,15 @@ class TrainingStep:
                 if binding.states_fit():
                     binding.write_numbers()
                     return True
-            parameters = reading.parameters()
-            if binding is not None and list(map(id, parameters)) != list(map(id, binding.parameters)):
+            tensors = reading.tensors()
+            if binding is not None and list(map(id, tensors)) != list(map(id, binding.tensors)):
                 self._read(anew=True)  # they may be of other sizes
                 return self._reading is not None and self._is_bound()
             check_optimizer(optimizer)
-            check_parameters(parameters, optimizer)
+            check_parameters(reading.of_program(tensors), optimizer)
             self._forget()
-            self._binding = Binding(reading, parameters, optimizer, self.max_norm, self.keep_gradients)
-        except (KeyError, ChainError):
+            self._binding = Binding(reading, tensors, optimizer, self.max_norm, self.keep_gradients)
+        except (KeyError, NotANetworkError):
             self._undo()
             self._read()
             return False
@@ -321,61 +326,68 @@ class TrainingStep:
     # ---- and makes ------------------------------------------------------------------------------------------------
 
     def _in_one_call(
-        self, reading: Reading, binding: Binding, input: Tensor, target: Tensor
+        self, reading: Reading, binding: Binding, input: Any, target: Tensor
     ) -> tuple[Tensor, Sequence[Tensor]]:
         with self._no_grad:
             loss: Tensor
             gradients: Sequence[Tensor] = ()
-            if not self.keep_gradients:
+            if self.keep_gradients:
+                loss, gradients = _call(
+                    self._inputs(input), target, binding.parameters, binding.states, reading.network.text,
+                    reading.loss_weight, binding.layout, binding.numbers, True,
+                )  # fmt: skip
+            elif self._count == 1:
                 loss = _call_bound(input, target, binding.bound, binding.numbers)
             else:
-                loss, gradients = _call(
-                    input, target, binding.parameters, binding.states, reading.chain.text, reading.loss_weight,
-                    binding.layout, binding.numbers, True,
-                )  # fmt: skip
+                loss = _call_bound_of_several(input, target, binding.bound, binding.numbers)
         _count_batches(reading)
         return loss, gradients
 
-    def _in_two_calls(
-        self, reading: Reading, binding: Binding, input: Tensor, target: Any
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _in_two_calls(self, reading: Reading, binding: Binding, input: Any, target: Any) -> tuple[Tensor, list[Tensor]]:
         """Runs a step with the caller's own loss between two calls."""
         undo = _copy_of_forward(reading, binding)
         try:
             with self._no_grad:
-                output, saved = _call_forward(input, binding.parameters, reading.chain.text)
+                outputs, kept = _call_forward(self._inputs(input), binding.parameters, reading.network.text)
         except RuntimeError as error:
             undo()
             raise _RefusedError from error
         try:
-            return self._from_output(reading, binding, input, target, output, saved)
+            return self._from_outputs(reading, binding, target, outputs, kept)
         except BaseException:
             undo()
             raise
+        finally:
+            forget_forward(int(kept))
 
-    def _from_output(
-        self, reading: Reading, binding: Binding, input: Tensor, target: Any, output: Tensor, saved: Any
+    def _inputs(self, input: Any) -> Sequence[Tensor]:
+        return (input,) if self._count == 1 else input
+
+    def _from_outputs(
+        self, reading: Reading, binding: Binding, target: Any, outputs: Sequence[Tensor], kept: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Computes the loss of an output, then backward and update."""
-        log_softmax = reading.chain.log_softmax
+        """Computes the loss of a model's outputs, then backward and update."""
+        network = reading.network
         _count_batches(reading)
-        output.requires_grad_()
-        # The loss gets a copy, because it could not change the leaf itself in place.
-        scores = output.clone() if log_softmax is None else F.log_softmax(output, log_softmax)
-        loss = self.loss(scores, target)
-        if _reaches_others(loss, output):
+        for output in outputs:
+            output.requires_grad_()
+        # The loss gets copies, because it could not change a leaf itself in place.
+        copies = [output.clone() for output in outputs]
+        given = pytree.tree_map(copies.__getitem__, network.outputs)
+        loss = self.loss(given if network.log_softmax is None else F.log_softmax(given, network.log_softmax), target)
+        if _reaches_others(loss, outputs):
             raise _OtherLeavesError
         loss.backward()
         if not self.keep_gradients and any(p.grad is not None for p in binding.parameters):  # by way of a checkpoint
             for p in binding.parameters:
                 p.grad = None
             raise _OtherLeavesError
-        if output.grad is None:
+        if all(output.grad is None for output in outputs):
             raise RuntimeError("training_step: the loss does not depend on the model's output")
         try:
             with self._no_grad:
                 gradients = _call_backward(
-                    output.grad, input, binding.parameters, binding.states, saved, reading.chain.text, binding.layout,
+                    [output.grad for output in outputs], kept, binding.parameters, binding.states, binding.layout,
                     binding.numbers, self.keep_gradients,
                 )  # fmt: skip
         except RuntimeError as error:
@@ -481,7 +493,7 @@ def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:
     """Copies what a forward changes. Calling the result restores it."""
     random = torch.get_rng_state()
     statistics = [(p, p.clone()) for p in binding.parameters if not isinstance(p, nn.Parameter)]
-    counters = [(own[name], own[name].clone()) for own, name in reading.chain.counters if own.get(name) is not None]
+    counters = [(own[name], own[name].clone()) for own, name in reading.network.counters if own.get(name) is not None]
 
     def undo() -> None:
         torch.set_rng_state(random)
@@ -493,7 +505,7 @@ def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:
 
 
 def _count_batches(reading: Reading) -> None:
-    for own, name in reading.chain.counters:
+    for own, name in reading.network.counters:
         if own.get(name) is not None:
             own[name].add_(1)
 
@@ -506,10 +518,10 @@ class _OtherLeavesError(Exception):
     """A loss has gradients for more than the model's output."""
 
 
-def _reaches_others(loss: Tensor, output: Tensor) -> bool:
-    """Whether backward would reach a leaf besides the output: a penalty on parameters, for example."""
-    own = torch.autograd.graph.get_gradient_edge(output).node
-    nodes, seen = [loss.grad_fn], {None, own}
+def _reaches_others(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether backward would reach a leaf besides the outputs: a penalty on parameters, for example."""
+    own = {torch.autograd.graph.get_gradient_edge(output).node for output in outputs}
+    nodes, seen = [loss.grad_fn], {None, *own}
     while nodes:
         node = nodes.pop()
         if node in seen or node is None:

@@ -206,18 +206,34 @@ class Hostile:
         dtype = self.random.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
         rows, features, classes = self.sizes(self.small(4), self.small(9), self.small(9))
         parameters = [self.tensor([classes, features], dtype), self.tensor([classes], dtype)]
-        program = "mlp 1 1 identity;"
+        linear = "linear input=x weight=w bias=b -> y"
+        lines = [linear]
         if self.maybe(0.4):
-            numbers = [self.huge() if self.maybe(0.1) else self.random.randint(0, 2) for _ in range(9)]
-            program = self.random.choice(
+            n = [self.huge() if self.maybe(0.1) else self.random.randint(0, 2) for _ in range(6)]
+            more = self.random.choice(
                 [
-                    f"conv {numbers[0]} {' '.join(map(str, numbers[1:]))};",
-                    f"mlp {numbers[0]} 1 identity({numbers[1]});",
-                    f"rnn {' '.join(map(str, numbers[:6]))};",
-                    f"dropout {numbers[0]};mlp 1 1 identity;",
-                    "flatten;mlp 1 1 identity;",
+                    f"conv input=x weight=w bias=b -> y stride={n[0]},{n[1]} padding={n[2]}"
+                    f" activation=relu pool={n[3]}",
+                    f"linear input=x weight=w bias=b -> y activation=hardtanh({n[0]},{n[1]})",
+                    f"rnn input=x weights=w,b -> y mode=GRU bias={n[0]} batch_first={n[1]} dropout={n[2]}",
+                    f"slice input=x -> z dim={n[0]} start={n[1]} stop={n[2]} step={n[3]}",
+                    f"select input=x -> z dim={n[0]} index={n[1]}",
+                    f"split input=x -> z u dim={n[0]} chunks={n[1]} size={n[2]}",
+                    f"pad input=x -> z padding={n[0]},{n[1]}",
+                    f"reshape input=x like=x,w -> z sizes={n[0]},{n[1]}.{n[2]}",
+                    f"flatten input=x -> z start_dim={n[0]} end_dim={n[1]}",
+                    f"mean input=x -> z dims={n[0]} keepdim={n[1] % 2}",
+                    f"binary input=x other=w -> z function={self.random.choice(['add', 'mul', 'div', 'maximum'])}",
+                    "matmul input=x other=w -> z",
+                    f"upsample input=x -> z factors={n[0]},{n[1]}",
+                    f"max_pool input=x -> z kernel={n[0]},{n[1]} padding={n[2]} dilation={n[3]}",
+                    f"layer_norm input=x -> z features={n[0]}",
+                    f"dropout input=x -> z p={n[0]}",
                 ]
             )
+            lines = [more] if "-> y" in more else [more, linear.replace("input=x", "input=z")]
+        weights = ["weight -> w sizes=", "weight -> b sizes="]
+        program = "\n".join(["fastnn.network 1", "input -> x", *weights, *lines, "output input=y"])
         kind, optimizer = self.random.randrange(6), self.random.randrange(len(_C.optimizers()))
         _, settings, numbers_kept, states = _C.optimizers()[optimizer]
         by_class = kind == 5
@@ -244,52 +260,74 @@ class Hostile:
                 bound += self.huge()
             return "bound_training_step", [input, target, bound, all_numbers]
         return "training_step", [
-            *(input, target, parameters, state, program, weight, layout, all_numbers),
+            *([input], target, parameters, state, program, weight, layout, all_numbers),
             self.maybe(0.5),
         ]
 
     def step_in_two(self) -> Call:
-        """A stage that fits, of which a number or a tensor, the saved ones too, may be another."""
-        half, geometry = "4602678819172646912", "1 1 0 0 1 1 2 2 1 1 0 0 1 1"  # the bits of 0.5; a window of 2x2
+        """A layer that fits, of which a number or a tensor may be another, and backward of what forward has left."""
         n, c, k, m = (self.small(4) for _ in range(4))
         image, weight = [n, c, m + k, m + k], [4, c, k, k]
-        program, sizes, shapes = self.random.choice(
+        norm = "mean=w0 variance=w1 weight=w2 bias=w3"
+        lines, sizes, shapes = self.random.choice(
             [
-                ("mlp 2 1 relu|sigmoid;", [n, c], [[k, c], [m, k], [k], [m]]),
-                (f"conv 1 {geometry} 1 0;", image, [weight, [4]]),
-                ("plain_conv 2 1 1 1 0 0 1 1 1;", image, [weight, [4]]),
-                (f"batch_norm 1 1 1 {half} {half} {geometry} {c} 0;", image, [[c]] * 4),
-                ("rnn 4 0 1 0 0 1 0;", [n, m, c], [[k, c], [k, k], [k], [k]]),
-                (f"rnn 8 0 2 0 1 0 {half};last 1;", [n, m, c], [[c, c], [c, c], [c], [c]] * 2),
-                (f"batch_norm 1 1 1 {half} {half};activation gelu;", [n + 1, c], [[c]] * 4),
-                (f"average 2 {k} {m};flatten {c * k * m};", image, []),
-                (f"flatten;dropout {half};", [n, m, c], []),
+                (["linear input=x weight=w0 bias=w1 -> y activation=relu"], [n, c], [[k, c], [k]]),
+                (["conv input=x weight=w0 bias=w1 -> y activation=relu pool=2,2"], image, [weight, [4]]),
+                (["conv input=x weight=w0 bias=w1 -> y stride=1,1 padding=0"], image, [weight, [4]]),
+                (["conv_transpose input=x weight=w0 -> y stride=1,2 padding=0"], image, [[c, 2, k, k]]),
+                ([f"batch_norm input=x {norm} -> y dims=2 activation=relu pool=1,1"], image, [[c]] * 4),
+                ([f"batch_norm input=x {norm} -> y dims=2 trains=0"], image, [[c]] * 4),
+                (["rnn input=x weights=w0,w1,w2,w3 -> y h mode=RNN_TANH"], [n, m, c], [[k, c], [k, k], [k], [k]]),
+                (
+                    [
+                        "rnn input=x weights=w0,w1,w2,w3,w4,w5,w6,w7 -> z h mode=RNN_RELU batch_first=1 dropout=0.5",
+                        "select input=z -> y dim=1 index=0",
+                    ],
+                    [n, m, c],
+                    [[c, c], [c, c], [c], [c]] * 2,
+                ),
+                (["adaptive_avg_pool input=x -> z sizes=2,1", "flatten input=z -> y start_dim=1"], image, []),
+                (["avg_pool input=x -> y kernel=1,1 stride=1,1"], image, []),
+                (["max_pool input=x -> y kernel=1,1 padding=0"], image, []),
+                (["upsample input=x -> y factors=2,1 linear=1"], image, []),
+                (["dropout input=x -> z p=0.5", "exp input=z -> y"], [n, m, c], []),
+                (["split input=x -> z u dim=1 size=1", "cat inputs=u,x,z -> y dim=1"], [n, 2, c], []),
+                (["layer_norm input=x weight=w0 -> z features=1", "mean input=z -> y dims=0"], [n, 1], [[1]]),
+                (["transpose input=x -> z first=1 second=2", "matmul input=x other=z -> y"], [n, m, c], []),
             ]
         )
         input, parameters = torch.zeros(sizes), [torch.zeros(shape) for shape in shapes]
-        output, saved = OPS.training_step_forward(input, parameters, program)
-        words = program[:-1].split(" ")
+
+        def text() -> str:
+            weights = [f"weight -> w{i} sizes=" for i in range(len(shapes))]
+            output = "y,h" if "-> y h" in lines[0] else "y"
+            return "\n".join(["fastnn.network 1", "input -> x", *weights, *lines, f"output input={output}"])
+
+        outputs, kept = OPS.training_step_forward([input], parameters, text())
         if self.maybe(0.4):
-            place = self.random.randrange(1, len(words))
-            words[place] = str(self.huge() if self.maybe(0.5) else self.random.randint(0, 9))
-            program = " ".join(words) + ";"
-        tensors = [output, input, *parameters, *saved]
+            words = lines[0].split(" ")
+            place = self.random.choice([i for i, word in enumerate(words) if "=" in word])
+            name, _, old = words[place].partition("=")
+            numbers = [str(self.huge() if self.maybe(0.5) else self.random.randint(0, 9)) for _ in old.split(",")]
+            words[place] = f"{name}={','.join(numbers)}"
+            lines[0] = " ".join(words)
+        tensors = [*outputs, input, *parameters]
         if self.maybe(0.6):
             place = self.random.randrange(len(tensors))
             other = list(tensors[place].shape)
             for i in range(len(other)):
                 other[i] = self.huge() if self.maybe(0.2) else self.random.randint(0, 9)
             tensors[place] = self.tensor(other, tensors[place].dtype)
-        gradient, input, *rest = tensors
-        parameters, saved = rest[: len(shapes)], rest[len(shapes) :]
-        if self.maybe(0.3):
-            return "training_step_forward", [input, parameters, program]
-        running = 2 if program.startswith("batch_norm") else 0
+        gradients, (input, *parameters) = tensors[: len(outputs)], tensors[len(outputs) :]
+        if self.maybe(0.4):
+            return "training_step_forward", [[input], parameters, text()]
+        if self.maybe(0.1):
+            kept = kept + self.random.choice([-1, 1, self.huge()])
+        running = 2 if lines[0].startswith("batch_norm") else 0
         layout = [-1, 0] * running + [0, 0] * (len(parameters) - running)
-        numbers = torch.tensor([0.0, 0, 0, 0, 0, -1, 0.1, *[0] * 5]).double()
-        return "training_step_backward", [
-            *(gradient, input, parameters, [], saved, program, layout, numbers), self.maybe(0.5)
-        ]  # fmt: skip
+        numbers_of_step = torch.tensor([0.0, 0, 0, 0, 0, -1, 0.1, *[0] * 5]).double()
+        given = [None if self.maybe(0.2) else gradient for gradient in gradients]
+        return "training_step_backward", [given, kept, parameters, [], layout, numbers_of_step, self.maybe(0.5)]
 
 
 def described(value: Any) -> str:

@@ -338,6 +338,61 @@ def random_network(seed: int) -> RandomNetwork:
     return RandomNetwork(text, tensors, [tensor for _, tensor in b.inputs])
 
 
+def trainable_network(seed: int) -> RandomNetwork:
+    """The same, of layers that a training step has: activations and addends are lines of their own."""
+    net = random_network(seed)
+    lines: list[str] = []
+    values: dict[str, str] = {}
+    for line in net.text.split("\n"):
+        words = line.split(" ")
+        layer, rest = words[0], [word for word in words[1:] if not word.startswith(("activation=", "addend="))]
+        activation = next((word.partition("=")[2] for word in words if word.startswith("activation=")), "identity")
+        pools = any(word.startswith("pool") for word in words)
+        if layer == "conv" and pools and activation == "identity":
+            activation = "relu"
+        given = next((word.partition("=")[2] for word in words if word.startswith("addend=")), None)
+        rest = [_renamed(word, values) for word in rest]
+        after = []
+        if layer in ("conv", "conv_transpose", "binary", "batch_norm") and (activation != "relu" or given):
+            name = rest[rest.index("->") + 1]
+            if given:
+                after.append(f"binary input={name} other={values.get(given, given)} -> {name}a function=add")
+                values[name] = name = f"{name}a"
+            if activation != "identity":
+                after.append(f"activation input={name} -> {name}b activation={activation}")
+                values[name.removesuffix("a")] = f"{name}b"
+        elif activation != "identity" or layer == "activation":
+            if layer in ("conv_transpose", "binary"):
+                name = rest[rest.index("->") + 1]
+                after.append(f"activation input={name} -> {name}b activation={activation}")
+                values[name] = f"{name}b"
+            else:
+                rest.append(f"activation={activation}")
+        lines += [" ".join([layer, *rest]), *after]
+    kept = [line for line in lines if not _has_no_gradient(line)]
+    if len(kept) != len(lines):  # what takes its result would be without a value
+        return trainable_network(seed + 10**7)
+    return RandomNetwork("\n".join(lines), net.weights, net.inputs)
+
+
+def _renamed(word: str, values: dict[str, str]) -> str:
+    """An input's values under the names that they have now."""
+    name, equals, given = word.partition("=")
+    if not equals or name in ("sizes", "dims", "padding", "kernel", "stride"):
+        return word
+    return name + equals + ",".join(values.get(one, one) for one in given.split(","))
+
+
+def _has_no_gradient(line: str) -> bool:
+    if "function=maximum" in line or "function=minimum" in line:
+        return True
+    if line.startswith("pad ") and "=-" in line.replace(",-", "=-"):
+        return True
+    if line.startswith("rnn ") and "last=1" in line and "bidirectional=1" in line:
+        return True
+    return line.startswith("max_pool ") and "padding" in line and "dilation" in line
+
+
 def check(seed: int) -> None:
     """The operator's results are the reference's in float64, with packed weights and without. The instruction set, the
     dtype and the number of threads follow from the seed."""

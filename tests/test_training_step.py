@@ -7,7 +7,7 @@ import functools
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -744,21 +744,6 @@ def test_a_loss_that_raises_changes_nothing() -> None:
     assert str(optimizer.state_dict()) == str(before[1])
 
 
-class TwoInputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) + self.b(x)
-
-
-def tied() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    return model
-
-
 class Calls(nn.Module):
     """A function of the input, two layers and more."""
 
@@ -777,7 +762,7 @@ def _with_spectral_norm() -> nn.Module:
 
 
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "no chain": (TwoInputs, torch.optim.SGD, "x has 2 users"),
+    "by a comparison": (lambda: Calls(lambda x, a, b: a(x) * (b(x) > 0)), torch.optim.SGD, "gt is no layer"),
     "dropout of channels": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(), nn.Linear(4, 4)),
         torch.optim.SGD,
@@ -788,23 +773,12 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         torch.optim.SGD,
         "cumulative average",
     ),
-    "shared": (tied, torch.optim.SGD, "used twice"),
     "optimizer": (lambda: nn.Sequential(nn.Linear(4, 4)), torch.optim.Adadelta, "the optimizer is Adadelta"),
-    "another flattening": (
-        lambda: Calls(lambda x, a, b: b(a(x[:, None]).flatten(end_dim=1))),
-        torch.optim.SGD,
-        "is no layer of a chain",
-    ),
     "frozen spectral norm": (_with_spectral_norm, torch.optim.SGD, "computed from something else"),
     "weight norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         torch.optim.SGD,
         "computed from something else",
-    ),
-    "control flow": (
-        lambda: nn.Sequential(TwoInputs(), nn.Softmax(-1)),
-        functools.partial(torch.optim.SGD, momentum=0.9),
-        "has 2 users",
     ),
 }
 
@@ -995,7 +969,7 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "momentum": ("batch norm of rows", lambda model: setattr(model[2], "momentum", 0.7), "one"),
     "eps": ("batch norm of rows", lambda model: setattr(model[2], "eps", 0.1), "one"),
     "slope": ("batch norm of rows", lambda model: setattr(model[6], "negative_slope", 0.2), "one"),
-    "frozen statistics": ("batch norm of rows", lambda model: model[2].eval(), "forward and backward"),
+    "frozen statistics": ("batch norm of rows", lambda model: model[2].eval(), "one"),
     "dropout between layers": ("drops in both directions", lambda model: setattr(model.rnn, "dropout", 0.6), "one"),
     "parts": ("averages, 3d", lambda model: setattr(model[1], "output_size", (3, 1, 2)), "one"),
     "no statistics kept": ("batch norm", lambda model: setattr(model[1], "track_running_stats", False), "one"),
@@ -1212,56 +1186,93 @@ def test_bad_arguments() -> None:
 NUMBERS = torch.tensor([0, 1, 0, 0, 0, -1, 0.1, *[0] * 5], dtype=torch.float64)  # of mse_loss and SGD
 
 
-def raw_calls(name: str) -> tuple[list[Any], list[Any]]:
-    """Arguments of training_step_forward for a model, and of training_step_backward after it, with SGD."""
+def raw_calls(name: str) -> tuple[list[Any], Callable[[], list[Any]]]:
+    """Arguments of training_step_forward for a model, and those of training_step_backward, with SGD, after one more."""
     model, x, _ = batch(name, torch.float32)
     step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
     assert step._reading is not None
-    parameters, text = [own[one].detach() for own, one in step._reading.chain.sources], step._reading.chain.text
-    layout = [n for own, one in step._reading.chain.sources for n in (0 if own[one].requires_grad else -1, 0)]
-    output, saved = torch.ops.fastnn.training_step_forward(x, parameters, text)
-    return [x, parameters, text], [torch.randn(output.shape), x, parameters, [], saved, text, layout, NUMBERS, True]
+    own, text = step._reading.of_program(step._reading.tensors()), step._reading.network.text
+    layout = [n for tensor in own for n in (0 if tensor.requires_grad else -1, 0)]
+    parameters = [tensor.detach() for tensor in own]
+
+    def after_forward() -> list[Any]:
+        outputs, kept = torch.ops.fastnn.training_step_forward([x], parameters, text)
+        return [[torch.randn(outputs[0].shape)], kept, parameters, [], layout, NUMBERS, True]
+
+    return [[x], parameters, text], after_forward
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_opcheck(name: str) -> None:
-    forward, backward = raw_calls(name)
-    tests = ("test_schema", "test_faketensor")
+    forward, after_forward = raw_calls(name)
+    schema, fake = ("test_schema",), ("test_faketensor",)
     if "drops" not in name:  # whose mask is another in each call
-        torch.library.opcheck(torch.ops.fastnn.training_step_forward.default, forward, test_utils=tests)
-    torch.library.opcheck(torch.ops.fastnn.training_step_backward.default, backward, test_utils=tests)
-    x, parameters, text = forward
-    layout, numbers = backward[-3:-1]
+        # (Each call gives another number, so that the schema's check of equal results has to look at the outputs.)
+        torch.library.opcheck(torch.ops.fastnn.training_step_forward.default, forward, test_utils=fake)
+    torch.library.opcheck(torch.ops.fastnn.training_step_backward.default, after_forward(), test_utils=schema)
+    torch.library.opcheck(torch.ops.fastnn.training_step_backward.default, after_forward(), test_utils=fake)
+    (x,), parameters, text = forward
+    *_, layout, numbers, _ = after_forward()
     torch.library.opcheck(
-        torch.ops.fastnn.bind_training_step.default, (parameters, [], text, None, layout), test_utils=tests
+        torch.ops.fastnn.bind_training_step.default, (parameters, [], text, None, layout), test_utils=(*schema, *fake)
     )
     bound = torch.ops.fastnn.bind_training_step(parameters, [], text, None, layout)
-    target = torch.zeros(backward[0].shape)
+    target = torch.zeros(after_forward()[0][0].shape)
     if "drops" not in name:
-        torch.library.opcheck(
-            torch.ops.fastnn.bound_training_step.default, (x, target, bound, numbers), test_utils=tests
-        )
+        for op, inputs in (("bound_training_step", x), ("bound_training_step_of_several", [x])):
+            torch.library.opcheck(
+                getattr(torch.ops.fastnn, op).default, (inputs, target, bound, numbers), test_utils=(*schema, *fake)
+            )
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_was_saved_is_not_trusted(name: str) -> None:
-    _, backward = raw_calls(name)
-    saved, kept = backward[4], copy.deepcopy(backward[2])
-    bad: list[list[Tensor]] = [saved[:-1], [*saved, saved[0]]]
-    for i, tensor in enumerate(saved):
-        for other in (tensor[..., :-1], tensor.flatten()[None, None, None], tensor.to("meta"), tensor.short()):
-            bad.append([*saved[:i], other, *saved[i + 1 :]])
-    for one in bad:
+def test_what_lies_between_two_calls_is_not_trusted(name: str) -> None:
+    _, after_forward = raw_calls(name)
+    good = after_forward()
+    gradients, kept, parameters = good[:3]
+    run = torch.ops.fastnn.training_step_backward
+
+    def refused(arguments: list[Any]) -> None:
+        before = copy.deepcopy(parameters)
         with pytest.raises(RuntimeError):
-            torch.ops.fastnn.training_step_backward(*backward[:4], one, *backward[5:])
-        assert_close(backward[2], kept, rtol=0, atol=0)
-    for i in range(len(kept)):  # which nothing but the update looks at, such as a bias
-        parameters = [torch.cat([p.flatten(), torch.zeros(999)]) if i == j else p for j, p in enumerate(kept)]
-        with pytest.raises(RuntimeError):
-            torch.ops.fastnn.training_step_backward(*backward[:2], parameters, *backward[3:])
-    for gradient in (backward[0][:-1], backward[0].double(), backward[0][..., None]):
-        with pytest.raises(RuntimeError):
-            torch.ops.fastnn.training_step_backward(gradient, *backward[1:])
+            run(*arguments)
+        assert_close(parameters, before, rtol=0, atol=0)
+
+    refused([gradients, kept + 1000, *good[2:]])
+    refused([gradients, kept.double(), *good[2:]])
+    longer = [torch.cat([p.flatten(), torch.zeros(9)]) for p in parameters]
+    for other in ([], [*parameters, parameters[0]], longer, [p.double() for p in parameters]):
+        refused([*after_forward()[:2], other, *good[3:]])
+    for gradient in (gradients[0][:-1], gradients[0].double(), gradients[0][..., None]):
+        refused([[gradient], *after_forward()[1:]])
+    for some in ([], gradients * 2, [None]):
+        refused([some, *after_forward()[1:]])
+    run(*good)
+    refused(good)  # once more
+
+
+def test_forwards_that_nobody_ends_are_dropped() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(2, 3)
+    text = "fastnn.network 1\ninput -> x\nweight -> w sizes=2,3\nlinear input=x weight=w -> y\noutput input=y"
+    first = torch.ops.fastnn.training_step_forward([x], [weight], text)[1]
+    reference = weakref.ref(weight)
+    _C.forget_forward(int(first))
+    _C.forget_forward(int(first))
+    for _ in range(300):
+        kept = torch.ops.fastnn.training_step_forward([x], [weight], text)[1]
+    del weight
+    for _ in range(300):
+        torch.ops.fastnn.training_step_forward([x], [torch.randn(2, 3)], text)
+    assert reference() is None
+    with pytest.raises(RuntimeError, match="no forward of this number"):
+        torch.ops.fastnn.training_step_backward([torch.randn(4, 2)], kept, [], [], [], NUMBERS, False)
+
+
+def _linear(layer: str = "linear", activation: str = "identity", more: Sequence[str] = (), output: str = "y") -> str:
+    """A program of one layer, and more."""
+    lines = ["fastnn.network 1", "input -> x", "weight -> w sizes=2,3", "weight -> b sizes=2"]
+    lines.append(f"{layer} input=x weight=w bias=b -> y activation={activation}")
+    return "\n".join([*lines, *more, f"output input={output}"])
 
 
 def test_the_raw_operator_is_safe() -> None:
@@ -1269,7 +1280,7 @@ def test_the_raw_operator_is_safe() -> None:
     x, y = torch.randn(4, 3), torch.randn(4, 2)
     weight, bias = torch.randn(2, 3), torch.randn(2)
     numbers = NUMBERS.clone()
-    good = [x, y, [weight, bias], [], "mlp 1 1 identity;", None, [0, 0, 0, 0], numbers, True]
+    good = [[x], y, [weight, bias], [], _linear(), None, [0, 0, 0, 0], numbers, True]
     before = weight.clone()
     loss, gradients = run(*good)
     assert_close(loss, F.mse_loss(F.linear(x, before, bias + 0.1 * gradients[1]), y))
@@ -1285,21 +1296,34 @@ def test_the_raw_operator_is_safe() -> None:
             assert torch.equal(weight, kept[0])
             assert torch.equal(bias, kept[1])
 
-    bad(0, x[:, :2], x.double(), x.bfloat16(), x[:0], torch.randn(3), x.to("meta"))
+    bad(0, *([one] for one in (x[:, :2], x.double(), x.bfloat16(), x[:0], torch.randn(3), x.to("meta"), x.long())))
+    bad(0, [], [x, x])
     bad(1, y[:, :1], y.long(), y.double(), y[:2])
     bad(2, [], [weight], [weight, bias, bias], [weight.t(), bias], [weight, bias[:1]], [weight.double(), bias.double()])
     bad(3, [torch.zeros(())], [weight])
+    bad(4, "", ";", "mlp 1 1 identity;", _linear(activation="identitx"), _linear("other"), _linear("conv"))
+    last = "input=y -> z"
     bad(
-        4, "", ";", "mlp", "mlp 1 1 identity", "mlp 21 1 identity;", "mlp 1 1 identitx;", "mlp 2 1 identity;", "other;",
-        "conv 1;",
+        4,
+        _linear(more=[f"flatten {last} start_dim=1 end_dim=0"], output="z"),
+        _linear(more=[f"flatten {last} start_dim=5"], output="z"),
+        _linear(more=[f"dropout {last} p=1.5"], output="z"),
+        _linear(more=[f"dropout {last}"], output="z"),
+        _linear(more=[f"adaptive_avg_pool {last} sizes=1,1"], output="z"),
+        _linear(more=[f"adaptive_avg_pool {last} sizes="], output="z"),
+        _linear(more=[f"split {last} chunks=2"], output="z"),
+        _linear(more=["split input=y -> z z chunks=2"], output="z"),
+        _linear(more=["rnn input=y weights=w,b -> z mode=RNN_TANH bias=0"], output="z"),
+        _linear(more=["rnn input=y weights=w,b -> z mode=OTHER bias=0"], output="z"),
+        _linear(more=[f"select {last} dim=9 index=0"], output="z"),
+        _linear(more=[f"select {last} dim=1 index=7"], output="z"),
+        _linear(more=[f"permute {last} dims=0,0"], output="z"),
+        _linear(more=[f"max_pool {last} kernel=2"], output="z"),
+        _linear(more=["embedding input=x weight=w -> z"], output="z"),
+        _linear(output="x"),
+        _linear(output="y,y"),
+        _linear(output="w"),
     )  # fmt: skip
-    bad(
-        4, "rnn 2 0 1 0 0 1 0;", "rnn 2 99 1 0 0 1 0;", "flatten;", "flatten 5;", "mlp 1 1 identity;mlp 1 1 identity;",
-        "rnn 2 0 1 1 1 1 0;", "rnn 2 0 1 0 0 1 9223372036854775807;", "last 1;", "average 2 1 1;", "average 0;",
-        "activation identity;", "activation relu|relu;mlp 1 1 identity;", "flatten 0;",
-        "mlp 1 1 identity;dropout 4607182418800017409;",
-    )  # fmt: skip
-    bad(4, f"mlp 10 1 {'|'.join(['identity'] * 20)};", "mlp 2 0 identity;", "mlp 1 0 identity;")
     bad(5, torch.ones(3), torch.ones(2).double())
     freed = numbers.clone()
     freed.untyped_storage().resize_(0)
@@ -1314,7 +1338,8 @@ def test_the_raw_operator_is_safe() -> None:
 def test_a_bound_step_is_safe() -> None:
     x, y, weight = torch.randn(4, 3), torch.randn(4, 2), torch.randn(2, 3)
     bind, run = torch.ops.fastnn.bind_training_step, torch.ops.fastnn.bound_training_step
-    bound = bind([weight], [], "mlp 1 0 identity;", None, [0, 0])
+    text = "fastnn.network 1\ninput -> x\nweight -> w sizes=2,3\nlinear input=x weight=w -> y\noutput input=y"
+    bound = bind([weight], [], text, None, [0, 0])
     expected = F.mse_loss(x @ weight.t(), y)
     assert_close(run(x, y, bound, NUMBERS), expected)
     for bad in (bound + 1000, bound.double(), bound.repeat(2), bound[:0], -bound, bound.to("meta")):
@@ -1349,24 +1374,32 @@ def test_steps_let_go_of_what_they_were_bound_to() -> None:
 def test_the_raw_operator_is_safe_with_batch_norm() -> None:
     x, weight = torch.randn(2, 3, 6, 6), torch.randn(3, 3, 3, 3)
     statistics = [torch.zeros(3), torch.ones(3), torch.ones(3), torch.zeros(3)]
-    norm = "batch_norm 1 1 1 4602678819172646912 4602678819172646912 1 1 0 0 1 1 1 1 1 1 0 0 1 1 3 0;"
+    norm = "batch_norm input=x mean=w0 variance=w1 weight=w2 bias=w3 -> y dims=2 momentum=0.5 epsilon=0.5"
+    norm += " activation=relu"
 
-    def run(parameters: list[Tensor], program: str, trained: int) -> None:
+    def run(parameters: list[Tensor], line: str, trained: int) -> None:
         layout = [-1, 0] * (len(parameters) - trained) + [0, 0] * trained
-        torch.ops.fastnn.training_step(x, x, parameters, [], program, None, layout, NUMBERS, False)
+        weights = [f"weight -> w{i} sizes=" for i in range(len(parameters))]
+        text = "\n".join(["fastnn.network 1", "input -> x", *weights, line, "output input=y"])
+        torch.ops.fastnn.training_step([x], x, parameters, [], text, None, layout, NUMBERS, False)
 
     run(statistics, norm, 2)
     for parameters, program, trained in (
         (statistics, norm, 4),  # running statistics have no gradient
         ([*statistics[:3], torch.zeros(2)], norm, 2),
-        (statistics, norm.replace("batch_norm 1", "batch_norm 2"), 2),
-        (statistics, "batch_norm 1 1 1 0 0 1 1;", 2),
-        ([weight], "plain_conv 2 0 1 1 2147483648 2147483648 1 1 1;", 1),
-        ([weight], "plain_conv 2 0 2147483648 2147483648 1 1 2147483648 1 1;", 1),
-        ([weight], "plain_conv 2 0 0 0 1 1 1 1 1;", 1),
-        ([weight], "plain_conv 2 0 1 1 1 1 1 1 2;", 1),
-        ([weight], "plain_conv 3 0 1 1 1 1 1 1 1 1 1 1;", 1),
-        ([weight[:, :, :1, :1].contiguous()], "plain_conv 2 0 2 2 0 0 1 1 1;", 1),
+        (statistics, norm.replace("dims=2", "dims=1"), 2),
+        (statistics, norm.replace("relu", "tanh"), 2),
+        (statistics, norm.replace("variance=w1 ", ""), 2),
+        (statistics, norm + " pool=9", 2),
+        ([weight], "conv input=x weight=w0 -> y padding=2147483648", 1),
+        ([weight], "conv input=x weight=w0 -> y padding=1 stride=2147483648 dilation=2147483648", 1),
+        ([weight], "conv input=x weight=w0 -> y padding=1 stride=0", 1),
+        ([weight], "conv input=x weight=w0 -> y padding=1 groups=2", 1),
+        ([weight], "conv input=x weight=w0 -> y padding=1,1,1", 1),
+        ([weight], "conv input=x weight=w0 -> y padding=1 activation=tanh", 1),
+        ([weight[:, :, :1, :1].contiguous()], "conv input=x weight=w0 -> y stride=2 padding=1", 1),
+        ([weight], "conv_transpose input=x weight=w0 -> y groups=2", 1),
+        ([weight], "conv_transpose input=x weight=w0 -> y padding=2147483648", 1),
     ):
         with pytest.raises(RuntimeError):
             run(parameters, program, trained)
@@ -1408,7 +1441,7 @@ def test_gradients_that_lie_there_count(keep: bool) -> None:
         check_same((mine, ours), (model, theirs))
     theirs.zero_grad()
     assert_close(step(*small_batch()), ordinary(model, F.mse_loss, theirs, *small_batch()))
-    assert step.explain() == "one operator call: mlp"
+    assert step.explain() == "one operator call: linear; linear"
     if keep:
         F.mse_loss(mine(x), y).backward()
         with pytest.raises(RuntimeError, match="gradients that the optimizer has used already"):
@@ -1451,7 +1484,7 @@ def test_another_optimizer(keep: bool) -> None:
         if keep:
             for one, other in zip(mine.parameters(), model.parameters(), strict=True):
                 assert_close(one.grad, other.grad)
-        assert step.explain() == "one operator call: mlp"
+        assert step.explain() == "one operator call: linear; linear"
         theirs.zero_grad()
         for one, other in zip(mine.parameters(), model.parameters(), strict=True):
             assert_close(one, other)
@@ -1463,7 +1496,7 @@ def test_a_model_that_has_its_own_step() -> None:
     twin = copy.deepcopy(model)
     assert twin.step is not model.step
     assert twin.step.model is twin
-    assert twin.step.explain() == "one operator call: mlp"
+    assert twin.step.explain() == "one operator call: linear; linear"
     assert_close(twin.step(*small_batch()), model.step(*small_batch()))
     for one, other in zip(twin.parameters(), model.parameters(), strict=True):
         assert_close(one, other)
@@ -1624,7 +1657,7 @@ def test_several_inputs_come_in_a_tuple() -> None:
         optimizer.step()
         assert_close(step((a, b), y), loss.detach())
     assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
-    assert "the model takes 2 inputs" in step.explain()
+    assert "one operator call" in step.explain()
 
 
 @pytest.mark.parametrize("keep_gradients", [False, True])
@@ -1660,4 +1693,4 @@ def test_explain_says_why_the_last_step_was_another() -> None:
         step(x, y)
     assert "the last step went the ordinary way: autocast" in step.explain()
     step(x, y)
-    assert step.explain() == "one operator call: mlp"
+    assert step.explain() == "one operator call: linear; linear"

@@ -101,6 +101,38 @@ void copy_array(const T* from, const Ints& from_strides, T* to, const Ints& to_s
   });
 }
 
+// to = a op b, over arrays of these sizes and strides; an operand that is broadcast along a dimension has the stride 0
+// there. The order of the dimensions is that of `to` in memory.
+template <class T>
+void combine_arrays(BinaryKind kind, const T* a, const Ints& a_strides, const T* b, const Ints& b_strides, T* to,
+                    const Ints& to_strides, const Ints& sizes, const std::vector<size_t>& order) {
+  const auto& kernels = elementwise_kernels().get<T>();
+  const Loops<3> loops(sizes, {a_strides, b_strides, to_strides}, order);
+  const size_t last = loops.sizes.size() - 1;
+  const int64_t length = loops.sizes[last], a_step = loops.strides[0][last], b_step = loops.strides[1][last];
+  loops.for_each_run(1, 1, [&](const auto& at) {
+    // An operand of another format than the result lies across the run.
+    const Scratch<T> a_run(a_step > 1 ? length : 0), b_run(b_step > 1 ? length : 0);
+    const auto in_a_run = [length](const T* from, int64_t step, T* run) {
+      if (step <= 1) return from;
+      for (int64_t i = 0; i < length; ++i) run[i] = from[i * step];
+      return static_cast<const T*>(run);
+    };
+    kernels.binary(kind, in_a_run(a + at[0], a_step, a_run.get()), std::min<int64_t>(a_step, 1),
+                   in_a_run(b + at[1], b_step, b_run.get()), std::min<int64_t>(b_step, 1), length, to + at[2]);
+  });
+}
+
+// to = from op number, of `count` elements, or the other way around.
+template <class T>
+void combine_with_number(BinaryKind kind, const T* from, const T& number, bool reverses, int64_t count, T* to) {
+  const auto& kernels = elementwise_kernels().get<T>();
+  parallel_range(count, 1, [&](int64_t first, int64_t last) {
+    const T *const a = reverses ? &number : from + first, *const b = reverses ? from + first : &number;
+    kernels.binary(kind, a, reverses ? 0 : 1, b, reverses ? 1 : 0, last - first, to + first);
+  });
+}
+
 // How long it takes to move a value that is cut along a dimension, in multiply-adds of vectors: runs of the elements of
 // that dimension and of those inside of it are moved one after another.
 template <class T>

@@ -197,8 +197,34 @@ LayerEntry layer_entry(const char* name, std::vector<const char*> inputs, std::v
           }};
 }
 
-// All kinds of layers (layers.cpp).
+// All kinds of layers (layers.cpp); without a maker, one of training alone.
 const std::vector<LayerEntry>& layer_entries();
+
+inline void check_attributes(const ProgramLine& line) {
+  for (const auto& [name, content] : line.attributes) {
+    bool known = false;
+    for (const AttributeEntry* entry = line.entries; entry->name; ++entry) known = known || name == entry->name;
+    if (!known) line.refuse("it has no attribute ", name);
+  }
+}
+
+// The kind of layer that a line is, whose attributes the line may have. Raises where there is none, or the line has
+// other inputs or attributes.
+inline const LayerEntry& check_layer_line(ProgramLine& line) {
+  const LayerEntry* found = nullptr;
+  for (const LayerEntry& entry : layer_entries()) {
+    if (line.layer == entry.name) found = &entry;
+  }
+  FASTNN_CHECK(found, "network: line ", line.number, ": there is no layer \"", line.layer.substr(0, 40), "\"");
+  line.entries = found->attributes.data();
+  check_attributes(line);
+  for (const auto& [name, given] : line.inputs) {
+    bool known = false;
+    for (const std::string_view input : found->inputs) known |= name == input.substr(0, input.find_first_of("?*"));
+    if (!known) line.refuse("it has no input ", name);
+  }
+  return *found;
+}
 
 inline int64_t product(const Ints& sizes, size_t first, size_t last) {
   int64_t result = 1;

@@ -1,4 +1,5 @@
-// The table of layers. A new layer is a class in a file of its own in layers/, and an entry here.
+// The table of layers. A new layer is a class in a file of its own in layers/, and an entry here; one that trains has
+// a class in training/, too.
 #include "layers/conv.h"
 #include "layers/conv_transpose.h"
 #include "layers/elementwise.h"
@@ -9,15 +10,26 @@
 #include "layers/rnn.h"
 #include "layers/shape.h"
 #include "layers/upsample.h"
+#include "training/layers.h"
 
 namespace fastnn {
 
 const std::vector<LayerEntry>& layer_entries() {
-  static const std::vector<LayerEntry> entries{
-      conv_entry(), conv_transpose_entry(), max_pool_entry(),   avg_pool_entry(), upsample_entry(), linear_entry(),
-      rnn_entry(),  embedding_entry(),      activation_entry(), binary_entry(),   softmax_entry(),  layer_norm_entry(),
-      mean_entry(), reshape_entry(),        permute_entry(),    slice_entry(),    cat_entry(),      pad_entry(),
-  };
+  static const std::vector<LayerEntry> entries = [] {
+    std::vector<LayerEntry> all{
+        conv_entry(),       conv_transpose_entry(),
+        max_pool_entry(),   avg_pool_entry(),
+        upsample_entry(),   linear_entry(),
+        rnn_entry(),        embedding_entry(),
+        activation_entry(), binary_entry(),
+        softmax_entry(),    layer_norm_entry(),
+        mean_entry(),       reshape_entry(),
+        permute_entry(),    slice_entry(),
+        cat_entry(),        pad_entry(),
+    };
+    for (LayerEntry& entry : training_entries()) all.push_back(std::move(entry));
+    return all;
+  }();
   return entries;
 }
 

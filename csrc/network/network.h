@@ -158,13 +158,6 @@ class Network {
     steps.insert(steps.begin(), std::make_move_iterator(changes.begin()), std::make_move_iterator(changes.end()));
   }
 
-  static void check_attributes(const ProgramLine& line) {
-    for (const auto& [name, content] : line.attributes) {
-      bool known = false;
-      for (const AttributeEntry* entry = line.entries; entry->name; ++entry) known = known || name == entry->name;
-      if (!known) line.refuse("it has no attribute ", name);
-    }
-  }
   // Of a line that takes nothing.
   static void check_names(const ProgramLine& line) {
     if (!line.inputs.empty()) line.refuse("it takes no values");
@@ -172,27 +165,15 @@ class Network {
   }
 
   void add_layer(ProgramLine& line) {
-    const LayerEntry* found = nullptr;
-    for (const LayerEntry& entry : layer_entries()) {
-      if (line.layer == entry.name) found = &entry;
-    }
-    FASTNN_CHECK(found, "network: line ", line.number, ": there is no layer \"", line.layer.substr(0, 40), "\"");
-    line.entries = found->attributes.data();
-    check_attributes(line);
-    for (const auto& [name, given] : line.inputs) {
-      bool known = false;
-      for (const std::string_view input : found->inputs) {
-        known |= name == input.substr(0, input.find_first_of("?*"));
-      }
-      if (!known) line.refuse("it has no input ", name);
-    }
+    const LayerEntry& entry = check_layer_line(line);
+    if (!entry.make_float) line.refuse("it is a layer of training alone");
     if (line.outputs.empty()) line.refuse("expected to give a value");
     if (line.outputs.size() > 1 && line.layer != "rnn") line.refuse("it gives one value");
     std::unique_ptr<Layer<T>> layer;
     if constexpr (sizeof(T) == sizeof(double)) {
-      layer = found->make_double(line, weights);
+      layer = entry.make_double(line, weights);
     } else {
-      layer = found->make_float(line, weights);
+      layer = entry.make_float(line, weights);
     }
     layer->outputs = line.outputs;
     steps.push_back({std::move(layer), line.number, line.layer});

@@ -91,8 +91,4 @@ inline Ints output_sizes(const ConvPoolProblem& problem) {
   return sizes;
 }
 
-inline Ints sizes_of(const Tensor& tensor) {
-  return Ints(tensor.sizes().begin(), tensor.sizes().end());
-}
-
 }  // namespace fastnn

@@ -71,6 +71,11 @@ void check_like(const Tensor& tensor, const Sizes& sizes, int64_t numel, const c
   }
 }
 
+inline Ints sizes_of(const Tensor& tensor) {
+  const Sizes sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
 // The tensor if it is contiguous, else a contiguous copy; valid while the given tensor lives.
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor.borrow() : Tensor(torch::stable::contiguous(tensor.share()));

@@ -86,7 +86,8 @@ def _conv_transpose(line: TextLine, taken: Taken) -> list[Tensor]:
     dims = weight.dim() - 2
     settings = [_each(line[name], dims) for name in ("stride", "padding", "output_padding")]
     function = getattr(F, f"conv_transpose{dims}d")
-    y = function(_one(taken, "input"), weight, _one(taken, "bias"), *settings, line["groups"])
+    dilation = _each(line["dilation"], dims)
+    y = function(_one(taken, "input"), weight, _one(taken, "bias"), *settings, line["groups"], dilation)
     return [parse_one(line["activation"])(y)]
 
 
@@ -146,7 +147,7 @@ def _binary(line: TextLine, taken: Taken) -> list[Tensor]:
 
 
 def _softmax(line: TextLine, taken: Taken) -> list[Tensor]:
-    return [(F.log_softmax if line["logarithm"] else F.softmax)(_one(taken, "input"), -1)]
+    return [(F.log_softmax if line["logarithm"] else F.softmax)(_one(taken, "input"), line["dim"])]
 
 
 def _layer_norm(line: TextLine, taken: Taken) -> list[Tensor]:
@@ -169,7 +170,12 @@ def _reshape(line: TextLine, taken: Taken) -> list[Tensor]:
     for size in line["sizes"]:
         if isinstance(size, str):
             which, _, dim = size.partition(".")
-            size = taken["like"][int(which)].shape[int(dim)]
+            if "/" in dim:
+                dim, _, divisor = dim.partition("/")
+                size = taken["like"][int(which)].shape[int(dim)] // int(divisor)
+            else:
+                dim, _, factor = dim.partition("*")
+                size = taken["like"][int(which)].shape[int(dim)] * int(factor or 1)
         sizes.append(size)
     return [_one(taken, "input").reshape(sizes)]
 
@@ -178,6 +184,54 @@ def _slice(line: TextLine, taken: Taken) -> list[Tensor]:
     x, dim = _one(taken, "input"), line["dim"]
     return [torch.ops.aten.slice.Tensor(x, dim, line["start"], line["stop"], line["step"])]
 
+
+def _batch_norm(line: TextLine, taken: Taken) -> list[Tensor]:
+    """With the statistics of the batch; those that run stay as they are."""
+    x = _one(taken, "input")
+    running = () if line["trains"] else (_one(taken, "mean"), _one(taken, "variance"))
+    mean, variance = running or (None, None)
+    weight, bias = _one(taken, "weight"), _one(taken, "bias")
+    y = F.batch_norm(x, mean, variance, weight, bias, line["trains"], 0.0, line["epsilon"])
+    y, dims = parse_one(line["activation"])(y), x.dim() - 2
+    pool, stride, padding, dilation = (
+        _each(line[name], dims) for name in ("pool", "pool_stride", "pool_padding", "pool_dilation")
+    )
+    stride = stride or pool
+    if all(one == 1 for one in (*pool, *stride)):
+        return [y]
+    return [getattr(F, f"max_pool{dims}d")(y, pool, stride, padding, dilation, ceil_mode=line["ceil_mode"])]
+
+
+def _split(line: TextLine, taken: Taken) -> list[Tensor]:
+    x, dim = _one(taken, "input"), line["dim"]
+    if line["unbind"]:
+        return list(x.unbind(dim))
+    if line["chunks"]:
+        return list(x.chunk(line["chunks"], dim))
+    return list(x.split(line["size"] or line["sizes"], dim))
+
+
+def _adaptive_avg_pool(line: TextLine, taken: Taken) -> list[Tensor]:
+    sizes = line["sizes"]
+    return [getattr(F, f"adaptive_avg_pool{len(sizes)}d")(_one(taken, "input"), sizes)]
+
+
+# Layers of training alone. A dropout drops nothing here.
+_TRAINING: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
+    "batch_norm": _batch_norm,
+    "exp": lambda line, taken: [_one(taken, "input").exp()],
+    "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
+    "noise": lambda line, taken: [torch.randn_like(_one(taken, "input"))],
+    "adaptive_avg_pool": _adaptive_avg_pool,
+    "matmul": lambda line, taken: [_one(taken, "input") @ _one(taken, "other")],
+    "flatten": lambda line, taken: [_one(taken, "input").flatten(line["start_dim"], line["end_dim"])],
+    "squeeze": lambda line, taken: [_one(taken, "input").squeeze(line["dim"])],
+    "unsqueeze": lambda line, taken: [_one(taken, "input").unsqueeze(line["dim"])],
+    "transpose": lambda line, taken: [_one(taken, "input").transpose(line["first"], line["second"])],
+    "contiguous": lambda line, taken: [_one(taken, "input").contiguous()],
+    "select": lambda line, taken: [_one(taken, "input").select(line["dim"], line["index"])],
+    "split": _split,
+}
 
 LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "conv": _conv,
@@ -198,4 +252,5 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "slice": _slice,
     "cat": lambda line, taken: [torch.cat(taken["inputs"], line["dim"])],
     "pad": lambda line, taken: [F.pad(_one(taken, "input"), line["padding"], value=line["value"])],
+    **_TRAINING,
 }

@@ -26,6 +26,9 @@ class ConvTransposeLayer : public Layer<T> {
     stride_ = line.integers("stride", 1, kMost, dims);
     padding_ = line.integers("padding", 0, kMost, dims);
     output_padding_ = line.integers("output_padding", 0, kMost, dims);
+    for (const int64_t dilation : line.integers("dilation", 1, kMost, dims)) {
+      if (dilation != 1) line.refuse("expected no dilation");
+    }
     int64_t phases = 1;
     for (size_t d = 0; d < dims; ++d) {
       if (weight_sizes_[2 + d] < 1) line.refuse("expected a kernel of at least one position");
@@ -258,6 +261,7 @@ inline LayerEntry conv_transpose_entry() {
                                          {{"stride", "ints", "1"},
                                           {"padding", "ints", "0"},
                                           {"output_padding", "ints", "0"},
+                                          {"dilation", "ints", "1"},
                                           {"groups", "int", "1"},
                                           {"activation", "activation", "identity"}});
 }

@@ -41,7 +41,7 @@ class EmbeddingLayer : public Layer<T> {
 };
 
 inline LayerEntry embedding_entry() {
-  return layer_entry<EmbeddingLayer>("embedding", {"input", "weight"}, {});
+  return layer_entry<EmbeddingLayer>("embedding", {"input", "weight"}, {{"padding_idx", "int", "-1"}});
 }
 
 }  // namespace fastnn

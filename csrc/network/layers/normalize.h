@@ -12,6 +12,7 @@ class SoftmaxLayer : public Layer<T> {
  public:
   SoftmaxLayer(const ProgramLine& line, const Weights<T>&) : logarithm_(line.flag("logarithm")) {
     this->inputs = {line.input("input")};
+    if (line.integer("dim", -16, 15) != -1) line.refuse("expected its last dimension");
   }
   void set_sizes(Site<T>& site) const override {
     FASTNN_CHECK(!site.sizes(0).empty(), "softmax of a value without dimensions");
@@ -66,7 +67,7 @@ class LayerNormLayer : public Layer<T> {
 };
 
 inline LayerEntry softmax_entry() {
-  return layer_entry<SoftmaxLayer>("softmax", {"input"}, {{"logarithm", "bool", "0"}});
+  return layer_entry<SoftmaxLayer>("softmax", {"input"}, {{"logarithm", "bool", "0"}, {"dim", "int", "-1"}});
 }
 inline LayerEntry layer_norm_entry() {
   return layer_entry<LayerNormLayer>("layer_norm", {"input", "weight?", "bias?"},

@@ -12,6 +12,7 @@ class RnnLayer : public Layer<T> {
  public:
   RnnLayer(const ProgramLine& line, const Weights<T>& weights)
       : batch_first_(line.flag("batch_first")), last_(line.flag("last")) {
+    if (line.real("dropout") != 0) line.refuse("a network that is not trained drops nothing");
     const std::string_view mode = line.text("mode");
     int64_t number = 0;
     while (number < static_cast<int64_t>(RnnMode::count) && mode != kRnnModes[number].name) ++number;
@@ -183,7 +184,8 @@ inline LayerEntry rnn_entry() {
                                 {"batch_first", "bool", "0"},
                                 {"bias", "bool", "1"},
                                 {"projected", "bool", "0"},
-                                {"last", "bool", "0"}});
+                                {"last", "bool", "0"},
+                                {"dropout", "float", "0"}});
 }
 
 }  // namespace fastnn

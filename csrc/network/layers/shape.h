@@ -13,17 +13,24 @@ class ReshapeLayer : public Layer<T> {
  public:
   ReshapeLayer(const ProgramLine& line, const Weights<T>&) {
     this->inputs = {line.input("input")};
-    // A size is a number, or "value.dimension": as that dimension of another value.
+    // A size is a number, or "value.dimension": as that dimension of another value, times a number ("0.1*2") or divided
+    // by one ("0.1/2"), the rest dropped.
     for (const std::string_view part : line.parts("sizes")) {
       const size_t dot = part.find('.');
       if (dot == std::string_view::npos) {
-        sizes_.push_back({line.to_integer(part, "sizes", -1, std::numeric_limits<int64_t>::max()), 0, false});
+        sizes_.push_back({line.to_integer(part, "sizes", -1, std::numeric_limits<int64_t>::max()), 0, 1, 1, false});
       } else {
         const auto found = line.inputs.find("like");
         if (found == line.inputs.end()) line.refuse("expected like=... for sizes of other values");
         const int64_t most = static_cast<int64_t>(found->second.size()) - 1;
         const int64_t which = line.to_integer(part.substr(0, dot), "sizes", 0, most);
-        sizes_.push_back({1 + which, line.to_integer(part.substr(dot + 1), "sizes", 0, 15), true});
+        const size_t end = std::min(part.find_first_of("*/"), part.size());
+        const int64_t dimension = line.to_integer(part.substr(dot + 1, end - dot - 1), "sizes", 0, 15);
+        int64_t factor = 1, divisor = 1;
+        if (end < part.size()) {
+          (part[end] == '*' ? factor : divisor) = line.to_integer(part.substr(end + 1), "sizes", 1, int64_t{1} << 31);
+        }
+        sizes_.push_back({1 + which, dimension, factor, divisor, true});
       }
     }
     if (const auto found = line.inputs.find("like"); found != line.inputs.end()) {
@@ -43,7 +50,7 @@ class ReshapeLayer : public Layer<T> {
         const Ints& other = site.sizes(static_cast<size_t>(size.number));
         FASTNN_CHECK(static_cast<size_t>(size.dimension) < other.size(), "a value of size ", to_string(other),
                      " has no dimension ", size.dimension);
-        number = other[static_cast<size_t>(size.dimension)];
+        number = checked_product(other[static_cast<size_t>(size.dimension)], size.factor) / size.divisor;
       }
       if (number < 0) {
         FASTNN_CHECK(free < 0, "only one dimension can be inferred");
@@ -72,6 +79,7 @@ class ReshapeLayer : public Layer<T> {
  private:
   struct Size {
     int64_t number, dimension;  // the size, or the number of a value and of its dimension
+    int64_t factor, divisor;
     bool is_of_value;
   };
   std::vector<Size> sizes_;

@@ -8,7 +8,7 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "operators.h"
+#include "../ops/operators.h"
 
 namespace fastnn {
 
@@ -53,5 +53,8 @@ class BoundSteps {
   std::unordered_map<int64_t, std::shared_ptr<const BoundStep>> steps_;
   int64_t last_ = 0;
 };
+
+// Forgets what fastnn::training_step_forward has left under this number for a backward that will not come.
+void forget_forward(int64_t number);
 
 }  // namespace fastnn

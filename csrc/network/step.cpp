@@ -1,15 +1,14 @@
-// fastnn::training_step: forward, loss, backward, clipping and update of a chain of layers, in one call; or in two,
-// with the loss between them left to the caller.
+// fastnn::training_step: forward, loss, backward, clipping and update of a network, in one call; or in two, with the
+// loss between them left to the caller.
 //
-// A step saves everything between the stages (training_stages.h). Nothing is written to a parameter or a state before
-// every check that may refuse the step has passed.
+// Nothing is written to a parameter or a state before every check that may refuse the step has passed.
 #include <cmath>
 
 #include "../kernels/update.h"
+#include "../ops/register.h"
 #include "bound_step.h"
 #include "loss.h"
-#include "register.h"
-#include "training_stages.h"
+#include "train.h"
 
 namespace fastnn {
 namespace {
@@ -236,134 +235,117 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
   }
 }
 
-// Runs the stages of a program forward and backward.
+// A pass for one call, which goes back to those that are idle when the call ends.
 template <class T>
-class Pass {
+class BorrowedPass {
  public:
-  Pass(const std::string& program, const Tensor& input, const TensorList& parameters)
-      : stages_(read_stages<T>(program)), parameters_(parameters), gradients_(parameters.size()) {
-    size_t total = 0;
-    for (const auto& stage : stages_) total = std::min(total + stage->count, parameters.size() + 1);
-    FASTNN_CHECK(total == parameters.size(), kOp, ": there are ", parameters.size(),
-                 " parameters, and not as many as the program has");
-    between_.reserve(stages_.size() + 1);
-    between_.push_back(input.borrow());
+  explicit BorrowedPass(const std::string& program) : pass_(TrainingPasses<T>::take(program)) {}
+  ~BorrowedPass() {
+    if (pass_) TrainingPasses<T>::give_back(std::move(pass_));
   }
-
-  const Tensor& output() const { return between_.back(); }
-  const std::vector<const T*>& gradients() const { return gradients_; }
-
-  void forward() {
-    each([](Stage<T>& stage, const Tensor& input, const TensorList& own) { return stage.forward(input, own); });
-  }
-  TensorList save() {
-    TensorList saved;
-    for (const auto& stage : stages_) stage->save(saved);
-    return saved;
-  }
-  void restore(const TensorList& saved) {
-    SavedReader<T> reader(saved);
-    each([&](Stage<T>& stage, const Tensor& input, const TensorList& own) {
-      Tensor output = stage.restore(input, own, reader);
-      FASTNN_CHECK(output.scalar_type() == kDtypeOf<T>, kOp, ": expected saved outputs of the input's dtype");
-      return output;
-    });
-    FASTNN_CHECK(reader.ends(), kOp, ": there are more saved tensors than the program needs");
-  }
-  // gradient: the output's, of its size
-  void backward(Tensor gradient, const StepNumbers& numbers) {
-    size_t first_wanted = stages_.size(), next = 0;
-    for (size_t i = 0; i < stages_.size(); next += stages_[i++]->count) {
-      for (size_t j = next; j < next + stages_[i]->count; ++j) {
-        if (numbers.wanted(j)) first_wanted = std::min(first_wanted, i);
-      }
-    }
-    std::vector<Tensor> kept;
-    for (size_t i = stages_.size(); i-- > 0 && i >= first_wanted;) {
-      next -= stages_[i]->count;
-      const std::unique_ptr<bool[]> wanted(new bool[stages_[i]->count + 1]);
-      for (size_t j = 0; j < stages_[i]->count; ++j) wanted[j] = numbers.wanted(next + j);
-      kept.push_back(std::move(gradient));
-      gradient = stages_[i]->backward(kept.back(), i > first_wanted, wanted.get(), gradients_.data() + next);
-      for (size_t j = next; j < next + stages_[i]->count; ++j) {
-        FASTNN_CHECK(!numbers.wanted(j) || gradients_[j] || parameters_[j].numel() == 0, kOp,
-                     ": numbers ask for the gradient of what has none");
-      }
-    }
-  }
-  void commit() {
-    for (const auto& stage : stages_) stage->commit();
-  }
+  BorrowedPass(const BorrowedPass&) = delete;
+  BorrowedPass& operator=(const BorrowedPass&) = delete;
+  TrainingPass<T>* operator->() const { return pass_.get(); }
+  TrainingPass<T>& operator*() const { return *pass_; }
 
  private:
-  template <class Body>
-  void each(const Body& body) {
-    size_t next = 0;
-    for (const auto& stage : stages_) {
-      between_.push_back(body(*stage, between_.back(), borrowed(parameters_, next, stage->count)));
-      next += stage->count;
-    }
-  }
-
-  std::vector<std::unique_ptr<Stage<T>>> stages_;
-  const TensorList& parameters_;
-  std::vector<Tensor> between_;      // the input, and what each stage made of the one before
-  std::vector<const T*> gradients_;  // of the parameters, where the stages keep them
+  std::unique_ptr<TrainingPass<T>> pass_;
 };
 
-// The rest of a step, from the output's gradient on. What else a step changes, such as running statistics, the caller
+// The rest of a step, from the outputs' gradients on. What else a step changes, such as running statistics, the caller
 // commits. Returns the parameters' gradients if they are to be kept, with zeros for parameters that are not trained.
 template <class T>
-TensorList finish(Pass<T>& pass, Tensor gradient, const TensorList& parameters,
+TensorList finish(TrainingPass<T>& pass, const TensorList& output_gradients, const TensorList& parameters,
                   const std::vector<ParameterState<T>>& states, const StepNumbers& numbers, bool keep_gradients) {
-  pass.backward(std::move(gradient), numbers);
+  std::vector<char> wanted(parameters.size());
+  for (size_t i = 0; i < parameters.size(); ++i) wanted[i] = numbers.wanted(i);
+  pass.backward(output_gradients, wanted);
   const std::vector<const T*>& gradients = pass.gradients();
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    FASTNN_CHECK(!wanted[i] || gradients[i] || parameters[i].numel() == 0, kOp,
+                 ": numbers ask for the gradient of what has none");
+  }
   const double scale = clip_scale<T>(numbers, parameters, gradients);
   TensorList kept;
   for (size_t i = 0; keep_gradients && i < gradients.size(); ++i) {
     kept.push_back(new_tensor(sizes_of(parameters[i]), kDtypeOf<T>));
     T* const to = mutable_data<T>(kept.back());
     for (int64_t j = 0, count = kept.back().numel(); j < count; ++j) {
-      to[j] = numbers.wanted(i) ? gradients[i][j] * static_cast<T>(scale) : T(0);
+      to[j] = wanted[i] ? gradients[i][j] * static_cast<T>(scale) : T(0);
     }
   }
   update<T>(numbers, parameters, gradients, scale, states);
   return kept;
 }
 
-// The arguments that all operators here have.
-ScalarType check_arguments(const Tensor& input, const TensorList& parameters) {
-  const Expected kind = check_first(input, kOp, "input");
-  FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, kOp, ": not implemented for BFloat16; use float32 or float64");
-  FASTNN_CHECK(input.numel() > 0, kOp, ": expected an input that is not empty");
+// The inputs and parameters, which all operators here have: of one dtype, but for inputs of int64.
+ScalarType check_arguments(const Tensor* inputs, size_t count, const TensorList& parameters) {
+  FASTNN_CHECK(count > 0, kOp, ": expected at least one input");
+  Expected kind{ScalarType::Float, 0, kOp};
+  bool is_set = false;
+  const auto set_kind = [&](const Tensor& tensor, const char* name) {
+    kind = check_first(tensor, kOp, name);
+    FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, kOp, ": not implemented for BFloat16; use float32 or float64");
+    is_set = true;
+  };
+  if (!parameters.empty()) set_kind(parameters[0], "parameters");
   for (const Tensor& parameter : parameters) {
     check_same_kind(parameter, kind, "parameters");
     FASTNN_CHECK(parameter.is_contiguous(), kOp, ": expected parameters to be contiguous");
   }
+  for (size_t i = 0; i < count; ++i) {
+    check_plain(inputs[i], kOp, "input");
+    if (inputs[i].scalar_type() == ScalarType::Long) {
+      check_memory(inputs[i], kOp, "input");
+    } else {
+      if (!is_set) set_kind(inputs[i], "input");
+      check_same_kind(inputs[i], kind, "input");
+    }
+    FASTNN_CHECK(inputs[i].numel() > 0, kOp, ": expected an input that is not empty");
+  }
+  FASTNN_CHECK(is_set, kOp, ": expected a parameter, or an input of floating-point numbers");
   return kind.dtype;
 }
 
-std::tuple<Tensor, TensorList> training_step(const Tensor& input, const Tensor& target, const TensorList& parameters,
-                                             const TensorList& state, const std::string& program,
-                                             const OptionalTensor& weight, const Ints& layout, const Tensor& numbers,
-                                             bool keep_gradients) {
-  const ScalarType dtype = check_arguments(input, parameters);
+// Of views, so that lists of arguments can be handed on.
+TensorList borrowed(const Tensor* tensors, size_t count) {
+  TensorList result;
+  result.reserve(count);
+  for (size_t i = 0; i < count; ++i) result.push_back(tensors[i].borrow());
+  return result;
+}
+
+std::tuple<Tensor, TensorList> run_step(const Tensor* inputs, size_t count, const Tensor& target,
+                                        const TensorList& parameters, const TensorList& state,
+                                        const std::string& program, const OptionalTensor& weight, const Ints& layout,
+                                        const Tensor& numbers, bool keep_gradients) {
+  const ScalarType dtype = check_arguments(inputs, count, parameters);
   check_plain(target, kOp, "target");
   check_memory(target, kOp, "target");
   const StepNumbers all(numbers, layout, parameters.size());
   return with_kernel_dtype(dtype, [&](auto type) -> std::tuple<Tensor, TensorList> {
     using T = decltype(type);
-    Pass<T> pass(program, input, parameters);
+    const BorrowedPass<T> pass(program);
+    FASTNN_CHECK(pass->outputs() == 1, kOp, ": the program has ", pass->outputs(), " outputs, and a loss takes one");
     const auto states = read_state<T>(all, parameters, state);
-    pass.forward();
+    pass->forward(borrowed(inputs, count), parameters);
     double value = 0;
-    Tensor gradient = loss_gradient<T>(all.loss, pass.output(), target, weight, &value);
+    TensorList gradient;
+    gradient.push_back(loss_gradient<T>(all.loss, pass->output(0), target, weight, &value));
     Tensor loss = new_tensor({}, kDtypeOf<T>);
     mutable_data<T>(loss)[0] = static_cast<T>(value);
-    TensorList gradients = finish<T>(pass, std::move(gradient), parameters, states, all, keep_gradients);
-    pass.commit();
+    TensorList gradients = finish<T>(*pass, gradient, parameters, states, all, keep_gradients);
+    pass->commit();
     return {std::move(loss), std::move(gradients)};
   });
+}
+
+std::tuple<Tensor, TensorList> training_step(const TensorList& inputs, const Tensor& target,
+                                             const TensorList& parameters, const TensorList& state,
+                                             const std::string& program, const OptionalTensor& weight,
+                                             const Ints& layout, const Tensor& numbers, bool keep_gradients) {
+  return run_step(inputs.data(), inputs.size(), target, parameters, state, program, weight, layout, numbers,
+                  keep_gradients);
 }
 
 Tensor bind_training_step(const TensorList& parameters, const TensorList& state, const std::string& program,
@@ -373,74 +355,191 @@ Tensor bind_training_step(const TensorList& parameters, const TensorList& state,
   return bound;
 }
 
+// The number that a tensor of one Long has.
+int64_t number_of(const Tensor& tensor, const char* name) {
+  check_plain(tensor, kOp, name);
+  check_memory(tensor, kOp, name);
+  FASTNN_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.numel() == 1, kOp, ": expected ", name,
+               " to be one Long");
+  return data<int64_t>(tensor)[0];
+}
+
+Tensor run_bound(const Tensor* inputs, size_t count, const Tensor& target, const Tensor& bound, const Tensor& numbers) {
+  const std::shared_ptr<const BoundStep> step = BoundSteps::find(number_of(bound, "bound"));
+  return std::get<0>(run_step(inputs, count, target, step->parameters, step->state, step->program, step->weight,
+                              step->layout, numbers, false));
+}
 Tensor bound_training_step(const Tensor& input, const Tensor& target, const Tensor& bound, const Tensor& numbers) {
-  check_plain(bound, kOp, "bound");
-  check_memory(bound, kOp, "bound");
-  FASTNN_CHECK(bound.scalar_type() == ScalarType::Long && bound.numel() == 1, kOp, ": expected bound to be one Long");
-  const std::shared_ptr<const BoundStep> step = BoundSteps::find(data<int64_t>(bound)[0]);
-  return std::get<0>(training_step(input, target, step->parameters, step->state, step->program, step->weight,
-                                   step->layout, numbers, false));
+  return run_bound(&input, 1, target, bound, numbers);
+}
+Tensor bound_training_step_of_several(const TensorList& inputs, const Tensor& target, const Tensor& bound,
+                                      const Tensor& numbers) {
+  return run_bound(inputs.data(), inputs.size(), target, bound, numbers);
 }
 
-std::tuple<Tensor, TensorList> training_step_forward(const Tensor& input, const TensorList& parameters,
+// ---- in two calls ---------------------------------------------------------------------------------------------
+
+// A pass that has run forward, with the tensors that it holds.
+struct ForwardPass {
+  virtual ~ForwardPass() = default;
+};
+
+template <class T>
+struct ForwardPassOf : ForwardPass {
+  using Element = T;
+  TensorList inputs, parameters;
+  std::vector<Ints> sizes;  // of both
+  BorrowedPass<T> pass;
+
+  ForwardPassOf(const std::string& program, const TensorList& inputs, const TensorList& parameters)
+      : inputs(inputs), parameters(parameters), pass(program) {
+    for (const TensorList* const list : {&this->inputs, &this->parameters}) {
+      for (const Tensor& tensor : *list) sizes.push_back(sizes_of(tensor));
+    }
+    pass->forward(this->inputs, this->parameters);
+  }
+  // What the loss has done meanwhile, which may be anything, must have left the tensors as large as they were. given:
+  // the parameters for backward.
+  void check_unchanged(const TensorList& given) const {
+    check_arguments(inputs.data(), inputs.size(), given);
+    FASTNN_CHECK(given.size() == parameters.size(), kOp, ": expected the ", parameters.size(),
+                 " parameters of the forward, got ", given.size());
+    for (size_t i = 0; i < given.size(); ++i) {
+      FASTNN_CHECK(same_sizes(given[i], parameters[i]), kOp, ": expected a parameter of size ",
+                   to_string(parameters[i].sizes()), ", got ", to_string(given[i].sizes()));
+    }
+    size_t next = 0;
+    for (const TensorList* const list : {&inputs, &parameters}) {
+      for (const Tensor& tensor : *list) {
+        check_memory(tensor, kOp, "an input or a parameter");
+        FASTNN_CHECK(sizes_of(tensor) == sizes[next++], kOp, ": an input or a parameter has another size than before");
+      }
+    }
+  }
+};
+
+// Passes between the two calls, by a number that is never used again. Those that nobody asks for are dropped in time.
+class ForwardPasses {
+ public:
+  static int64_t add(std::unique_ptr<ForwardPass> pass) {
+    constexpr size_t kMost = 256;
+    ForwardPasses& all = instance();
+    std::unique_ptr<ForwardPass> oldest;  // it is freed after the lock is
+    const std::lock_guard<std::mutex> lock(all.mutex_);
+    all.passes_.emplace(++all.last_, std::move(pass));
+    if (all.passes_.size() > kMost) {
+      oldest = std::move(all.passes_.begin()->second);
+      all.passes_.erase(all.passes_.begin());
+    }
+    return all.last_;
+  }
+  // Null where there is none of this number.
+  static std::unique_ptr<ForwardPass> take(int64_t number) {
+    ForwardPasses& all = instance();
+    const std::lock_guard<std::mutex> lock(all.mutex_);
+    const auto found = all.passes_.find(number);
+    if (found == all.passes_.end()) return nullptr;
+    std::unique_ptr<ForwardPass> pass = std::move(found->second);
+    all.passes_.erase(found);
+    return pass;
+  }
+
+ private:
+  static ForwardPasses& instance() {
+    static ForwardPasses& all = *new ForwardPasses;  // never destroyed: libtorch may be gone before
+    return all;
+  }
+  std::mutex mutex_;
+  std::map<int64_t, std::unique_ptr<ForwardPass>> passes_;  // the oldest first
+  int64_t last_ = 0;
+};
+
+std::tuple<TensorList, Tensor> training_step_forward(const TensorList& inputs, const TensorList& parameters,
                                                      const std::string& program) {
-  return with_kernel_dtype(check_arguments(input, parameters), [&](auto type) -> std::tuple<Tensor, TensorList> {
+  const ScalarType dtype = check_arguments(inputs.data(), inputs.size(), parameters);
+  return with_kernel_dtype(dtype, [&](auto type) -> std::tuple<TensorList, Tensor> {
     using T = decltype(type);
-    Pass<T> pass(program, input, parameters);
-    pass.forward();
+    auto forward = std::make_unique<ForwardPassOf<T>>(program, inputs, parameters);
+    TrainingPass<T>& pass = *forward->pass;
     pass.commit();  // before the loss, which may look at what the model has become
-    // A copy, since the stages keep their own. It has the same strides, since a loss may draw numbers in memory order.
-    Tensor output = copied(pass.output());
-    return {std::move(output), pass.save()};
+    // Copies, since the layers keep their own. They have the same strides, since a loss may draw numbers in that order.
+    TensorList outputs;
+    for (size_t i = 0; i < pass.outputs(); ++i) outputs.push_back(copied(pass.output(i)));
+    const Tensor kept = new_tensor({1}, ScalarType::Long);
+    mutable_data<int64_t>(kept)[0] = ForwardPasses::add(std::move(forward));
+    return {std::move(outputs), kept};
   });
 }
 
-TensorList training_step_backward(const Tensor& gradient, const Tensor& input, const TensorList& parameters,
-                                  const TensorList& state, const TensorList& saved, const std::string& program,
-                                  const Ints& layout, const Tensor& numbers, bool keep_gradients) {
-  const ScalarType dtype = check_arguments(input, parameters);
-  const StepNumbers all(numbers, layout, parameters.size());
-  return with_kernel_dtype(dtype, [&](auto type) {
-    using T = decltype(type);
-    Pass<T> pass(program, input, parameters);
+TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, const Tensor& kept,
+                                  const TensorList& parameters, const TensorList& state, const Ints& layout,
+                                  const Tensor& numbers, bool keep_gradients) {
+  const std::unique_ptr<ForwardPass> forward = ForwardPasses::take(number_of(kept, "kept"));
+  FASTNN_CHECK(forward, kOp, ": there is no forward of this number, or its backward has run");
+  const auto run = [&](auto& of_dtype) -> TensorList {
+    using T = typename std::decay_t<decltype(of_dtype)>::Element;
+    of_dtype.check_unchanged(parameters);
+    TrainingPass<T>& pass = *of_dtype.pass;
+    const StepNumbers all(numbers, layout, parameters.size());
     const auto states = read_state<T>(all, parameters, state);
-    pass.restore(saved);
-    check_plain(gradient, kOp, "gradient");
-    check_memory(gradient, kOp, "gradient");
-    FASTNN_CHECK(gradient.scalar_type() == dtype && same_sizes(gradient, pass.output()), kOp,
-                 ": expected a gradient like the output, of size ", to_string(pass.output().sizes()), ", got ",
-                 to_string(gradient.sizes()));
-    return finish<T>(pass, dense(gradient), parameters, states, all, keep_gradients);
-  });
+    FASTNN_CHECK(gradients.size() == pass.outputs(), kOp, ": expected ", pass.outputs(), " gradients, got ",
+                 gradients.size());
+    TensorList given;
+    for (size_t i = 0; i < gradients.size(); ++i) {
+      given.emplace_back();
+      if (!gradients[i]) continue;
+      const Tensor& gradient = *gradients[i];
+      check_plain(gradient, kOp, "gradient");
+      check_memory(gradient, kOp, "gradient");
+      FASTNN_CHECK(gradient.scalar_type() == kDtypeOf<T> && same_sizes(gradient, pass.output(i)), kOp,
+                   ": expected a gradient like the output, of size ", to_string(pass.output(i).sizes()), ", got ",
+                   to_string(gradient.sizes()));
+      given.back() = dense(gradient);
+    }
+    return finish<T>(pass, given, parameters, states, all, keep_gradients);
+  };
+  if (auto* const of_float = dynamic_cast<ForwardPassOf<float>*>(forward.get())) return run(*of_float);
+  return run(dynamic_cast<ForwardPassOf<double>&>(*forward));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // program: the chain's stages (training_stages.h); parameters: theirs, in order. state: the optimizer's, for each
-  // parameter that is trained: step (but for SGD), then what the optimizer keeps. layout, numbers: see StepNumbers.
-  // weight: the loss's weights of classes.
+  // program: see program.h; parameters: its weights, in order. state: the optimizer's, for each parameter that is
+  // trained: step (but for SGD), then what the optimizer keeps. layout, numbers: see StepNumbers. weight: the loss's
+  // weights of classes.
   m.def(
-      "training_step(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
+      "training_step(Tensor[] inputs, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
       " Tensor? weight, int[] layout, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");
   // The same, with what stays the same from step to step bound before (bound_step.h), and without gradients. It
   // changes the tensors that `bound` stands for, which the schema says of `bound` itself.
   m.def("bind_training_step(Tensor[] parameters, Tensor[] state, str program, Tensor? weight, int[] layout) -> Tensor");
   m.def("bound_training_step(Tensor input, Tensor target, Tensor(a!) bound, Tensor numbers) -> Tensor loss");
-  // The same in two calls: up to the output, and from its gradient on. saved: what the second needs from the first.
-  m.def("training_step_forward(Tensor input, Tensor(a!)[] parameters, str program) -> (Tensor output, Tensor[] saved)");
   m.def(
-      "training_step_backward(Tensor gradient, Tensor input, Tensor(a!)[] parameters, Tensor(b!)[] state,"
-      " Tensor[] saved, str program, int[] layout, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
+      "bound_training_step_of_several(Tensor[] inputs, Tensor target, Tensor(a!) bound, Tensor numbers)"
+      " -> Tensor loss");
+  // The same in two calls: up to the outputs, and from their gradients on. kept: a number, by which the second finds
+  // what the first has left for it. The second, which takes the same parameters, forgets the number.
+  m.def(
+      "training_step_forward(Tensor[] inputs, Tensor(a!)[] parameters, str program) -> (Tensor[] outputs, Tensor"
+      " kept)");
+  m.def(
+      "training_step_backward(Tensor?[] gradients, Tensor kept, Tensor(a!)[] parameters, Tensor(b!)[] state,"
+      " int[] layout, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("training_step", FASTNN_BOX(training_step));
   m.impl("bind_training_step", FASTNN_BOX(bind_training_step));
   m.impl("bound_training_step", FASTNN_BOX(bound_training_step));
+  m.impl("bound_training_step_of_several", FASTNN_BOX(bound_training_step_of_several));
   m.impl("training_step_forward", FASTNN_BOX(training_step_forward));
   m.impl("training_step_backward", FASTNN_BOX(training_step_backward));
 }
 
 }  // namespace
+
+void forget_forward(int64_t number) {
+  ForwardPasses::take(number);
+}
 
 BoundSteps& BoundSteps::instance() {
   static BoundSteps& all = *new BoundSteps;

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "../kernels/update.h"
-#include "tensor.h"
+#include "../ops/tensor.h"
 
 namespace fastnn {
 

@@ -1,0 +1,253 @@
+// A network in training: its program's layers run forward, which keeps what backward needs, and backward.
+#pragma once
+
+#include <list>
+#include <mutex>
+
+#include "training/layers.h"
+
+namespace fastnn {
+
+template <class T>
+class TrainingPass {
+ public:
+  const std::string program;
+
+  explicit TrainingPass(const std::string& text) : program(text) {
+    const Program parsed(text);
+    values_.resize(parsed.values.size());
+    for (ProgramLine line : parsed.lines) {
+      if (line.layer == "input") {
+        static constexpr AttributeEntry entries[] = {
+            {"sizes", "ints", ""}, {"dtype", "text", ""}, {nullptr, nullptr, nullptr}};
+        check_source(line, entries);
+        const std::string_view dtype = line.text("dtype");
+        if (!dtype.empty() && dtype != "int64") line.refuse("expected dtype=int64, or none, for the weights' dtype");
+        inputs_.push_back({line.outputs[0], !dtype.empty()});
+      } else if (line.layer == "weight") {
+        static constexpr AttributeEntry entries[] = {{"sizes", "ints", ""}, {nullptr, nullptr, nullptr}};
+        check_source(line, entries);
+        parameters_.push_back(line.outputs[0]);
+      } else if (line.layer == "output") {
+        read_outputs(line);
+      } else {
+        check_layer_line(line);
+        if (line.outputs.empty()) line.refuse("expected to give a value");
+        if (line.outputs.size() > 1 && line.layer != "rnn" && line.layer != "split") line.refuse("it gives one value");
+        layers_.push_back(training_layer<T>(line));
+        layers_.back()->outputs = line.outputs;
+      }
+    }
+    FASTNN_CHECK(!outputs_.empty() && !layers_.empty() && !inputs_.empty(), kTrainingStep,
+                 ": expected at least one input, one layer and one output");
+    join_layers();
+  }
+
+  size_t parameters() const { return parameters_.size(); }
+  size_t outputs() const { return outputs_.size(); }
+  const Tensor& output(size_t i) const { return values_[at(outputs_[i])]; }
+
+  // inputs, parameters: they live until `forget`.
+  void forward(const TensorList& inputs, const TensorList& parameters) {
+    FASTNN_CHECK(inputs.size() == inputs_.size(), kTrainingStep, ": expected ", inputs_.size(), " inputs, got ",
+                 inputs.size());
+    FASTNN_CHECK(parameters.size() == parameters_.size(), kTrainingStep, ": there are ", parameters.size(),
+                 " parameters, and not as many as the program has");
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      FASTNN_CHECK((inputs[i].scalar_type() == ScalarType::Long) == inputs_[i].is_integer, kTrainingStep,
+                   ": expected input ", i, " to be ", inputs_[i].is_integer ? "int64" : "of the parameters' dtype");
+      values_[at(inputs_[i].value)] = inputs[i].borrow();
+    }
+    for (size_t i = 0; i < parameters.size(); ++i) values_[at(parameters_[i])] = parameters[i].borrow();
+    std::vector<Tensor> results;
+    for (const auto& layer : layers_) {
+      layer->given.clear();
+      for (const int64_t input : layer->inputs) layer->given.push_back(values_[at(input)].borrow());
+      results.clear();
+      results.resize(layer->outputs.size());
+      layer->forward(results.data());
+      for (size_t i = 0; i < results.size(); ++i) {
+        FASTNN_CHECK(results[i].scalar_type() == kDtypeOf<T>, kTrainingStep, ": a layer gave another dtype");
+        values_[at(layer->outputs[i])] = std::move(results[i]);
+      }
+    }
+  }
+
+  // gradients: of the outputs, undefined where there is none. wanted: of each parameter whether its gradient is.
+  void backward(const TensorList& gradients, const std::vector<char>& wanted) {
+    std::vector<char> needed(values_.size());
+    for (size_t i = 0; i < parameters_.size(); ++i) needed[at(parameters_[i])] = wanted[i];
+    for (const auto& layer : layers_) {
+      bool any = false;
+      for (const int64_t input : layer->inputs) any = any || needed[at(input)];
+      for (const int64_t output : layer->outputs) needed[at(output)] = any;
+    }
+    of_values_.clear();
+    of_values_.resize(values_.size());
+    for (size_t i = 0; i < outputs_.size(); ++i) {
+      if (gradients[i].defined()) add(outputs_[i], {gradients[i].borrow()});
+    }
+    std::vector<Tensor> given;
+    std::vector<Gradient<T>> results;
+    std::unique_ptr<bool[]> flags(new bool[most_inputs_ + 1]);
+    for (size_t k = layers_.size(); k-- > 0;) {
+      TrainingLayer<T>& layer = *layers_[k];
+      given.clear();
+      bool any = false;
+      for (const int64_t output : layer.outputs) {
+        given.push_back(of_values_[at(output)].tensor.borrow());
+        any = any || given.back().defined();
+      }
+      if (!any || !needed[at(layer.outputs[0])]) continue;
+      results.clear();
+      results.resize(layer.inputs.size());
+      for (size_t i = 0; i < layer.inputs.size(); ++i) flags[i] = needed[at(layer.inputs[i])];
+      layer.backward(given.data(), flags.get(), results.data());
+      for (size_t i = 0; i < layer.inputs.size(); ++i) {
+        if (flags[i] && (results[i].tensor.defined() || results[i].memory)) {
+          add(layer.inputs[i], std::move(results[i]));
+        }
+      }
+    }
+    gradients_.clear();
+    for (size_t i = 0; i < parameters_.size(); ++i) gradients_.push_back(gradient_of(parameters_[i], wanted[i]));
+  }
+  // Of the parameters, in the order of their elements; null where nothing depends on one.
+  const std::vector<const T*>& gradients() const { return gradients_; }
+
+  void commit() {
+    for (const auto& layer : layers_) layer->commit();
+  }
+  // Lets go all that belongs to one step.
+  void forget() {
+    for (const auto& layer : layers_) layer->forget();
+    for (Tensor& value : values_) value = Tensor();
+    of_values_.clear();
+    gradients_.clear();
+  }
+
+ private:
+  struct Input {
+    int64_t value;
+    bool is_integer;
+  };
+
+  static size_t at(int64_t value) { return static_cast<size_t>(value); }
+
+  static void check_source(ProgramLine& line, const AttributeEntry* entries) {
+    line.entries = entries;
+    if (line.outputs.size() != 1) line.refuse("expected to give one value");
+    if (!line.inputs.empty()) line.refuse("it takes no values");
+    check_attributes(line);
+  }
+  void read_outputs(const ProgramLine& line) {
+    const auto found = line.inputs.find("input");
+    if (!outputs_.empty() || !line.outputs.empty() || !line.attributes.empty() || line.inputs.size() != 1 ||
+        found == line.inputs.end())
+      line.refuse("a program has one line of outputs, output input=...");
+    outputs_ = found->second;
+    for (const int64_t output : outputs_) {
+      bool is_made = false;
+      for (const auto& layer : layers_) {
+        is_made = is_made || std::find(layer->outputs.begin(), layer->outputs.end(), output) != layer->outputs.end();
+      }
+      if (!is_made) line.refuse("an output is what a layer gives");
+    }
+  }
+
+  // Has layers take over what the ones behind them do, where they can.
+  void join_layers() {
+    std::vector<int64_t> uses(values_.size());
+    for (const auto& layer : layers_) {
+      for (const int64_t input : layer->inputs) ++uses[at(input)];
+    }
+    for (const int64_t output : outputs_) ++uses[at(output)];
+    std::vector<std::unique_ptr<TrainingLayer<T>>> kept;
+    std::vector<size_t> maker(values_.size(), SIZE_MAX);  // of each value, the layer among those kept
+    for (auto& layer : layers_) {
+      const size_t before = uses[at(layer->inputs[0])] == 1 ? maker[at(layer->inputs[0])] : SIZE_MAX;
+      if (before != SIZE_MAX && kept[before]->outputs.size() == 1 && kept[before]->absorb(*layer)) {
+        kept[before]->outputs = layer->outputs;
+        maker[at(layer->outputs[0])] = before;
+        continue;
+      }
+      for (const int64_t output : layer->outputs) maker[at(output)] = kept.size();
+      kept.push_back(std::move(layer));
+    }
+    layers_ = std::move(kept);
+    for (const auto& layer : layers_) most_inputs_ = std::max(most_inputs_, layer->inputs.size());
+  }
+
+  void add(int64_t value, Gradient<T> gradient) {
+    Gradient<T>& own = of_values_[at(value)];
+    if (!own.tensor.defined() && !own.memory) {
+      own = std::move(gradient);
+      return;
+    }
+    own = {combined<T>(BinaryKind::add, as_tensor(value, own), as_tensor(value, gradient))};
+  }
+  Tensor as_tensor(int64_t value, const Gradient<T>& gradient) const {
+    if (gradient.memory) return as_sizes(gradient.memory, sizes_of(values_[at(value)]));
+    return gradient.tensor.borrow();
+  }
+  // A convolution's gradient comes in its input's format.
+  const T* gradient_of(int64_t value, bool wanted) {
+    Gradient<T>& own = of_values_[at(value)];
+    if (!wanted || own.memory) return own.memory;
+    if (!own.tensor.defined()) return nullptr;
+    FASTNN_CHECK(own.tensor.numel() == values_[at(value)].numel(), kTrainingStep, ": expected a gradient of size ",
+                 to_string(values_[at(value)].sizes()), ", got ", to_string(own.tensor.sizes()));
+    own.tensor = dense(std::move(own.tensor));
+    return data<T>(own.tensor);
+  }
+
+  std::vector<Input> inputs_;
+  std::vector<int64_t> parameters_, outputs_;  // numbers of values
+  std::vector<std::unique_ptr<TrainingLayer<T>>> layers_;
+  size_t most_inputs_ = 0;
+  TensorList values_;
+  std::vector<Gradient<T>> of_values_;
+  std::vector<const T*> gradients_;
+};
+
+// Passes that no call uses at the time, so that a program is not read anew at every step. Threads share them.
+template <class T>
+class TrainingPasses {
+ public:
+  using Pass = std::unique_ptr<TrainingPass<T>>;
+
+  static Pass take(const std::string& program) {
+    TrainingPasses& all = instance();
+    {
+      const std::lock_guard<std::mutex> lock(all.mutex_);
+      for (auto place = all.idle_.begin(); place != all.idle_.end(); ++place) {
+        if ((*place)->program != program) continue;
+        Pass pass = std::move(*place);
+        all.idle_.erase(place);
+        return pass;
+      }
+    }
+    return std::make_unique<TrainingPass<T>>(program);
+  }
+  static void give_back(Pass pass) {
+    constexpr size_t kKept = 32;
+    pass->forget();
+    Pass last;  // it is freed after the lock is
+    TrainingPasses& all = instance();
+    const std::lock_guard<std::mutex> lock(all.mutex_);
+    all.idle_.push_front(std::move(pass));
+    if (all.idle_.size() <= kKept) return;
+    last = std::move(all.idle_.back());
+    all.idle_.pop_back();
+  }
+
+ private:
+  static TrainingPasses& instance() {
+    static TrainingPasses& all = *new TrainingPasses;  // never destroyed: libtorch may be gone before
+    return all;
+  }
+  std::mutex mutex_;
+  std::list<Pass> idle_;  // the last used in front
+};
+
+}  // namespace fastnn

@@ -1,0 +1,153 @@
+// activation, binary, exp, dropout and noise in training: element by element.
+#pragma once
+
+#include "../layers/elementwise.h"
+#include "rows.h"
+
+namespace fastnn {
+
+// One of mlp's, on its own.
+template <class T>
+class ActivationTraining : public UnaryTraining<T> {
+ public:
+  explicit ActivationTraining(const ProgramLine& line) : UnaryTraining<T>(line), activation_(line.activation()) {}
+  void forward(Tensor* outputs) override {
+    output_ = new_like<T>(this->input());
+    from_ = same_strides(this->input(), output_) ? this->input().borrow() : dense(this->input());
+    if (!same_strides(from_, output_)) output_ = new_tensor(sizes_of(from_), kDtypeOf<T>);
+    activate<T>(activation_, data<T>(from_), output_.numel(), mutable_data<T>(output_));
+    outputs[0] = output_.borrow();
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    // In the order in which the output lies.
+    Tensor result = new_like<T>(output_);
+    const bool alike = same_strides(gradient, output_);
+    const Tensor grad_output = alike ? gradient.borrow() : dense(gradient);
+    Tensor kept = (saves_input(activation_) ? from_ : output_).borrow();
+    if (!alike) {
+      kept = dense(std::move(kept));
+      result = new_tensor(sizes_of(output_), kDtypeOf<T>);
+    }
+    const auto& elementwise = mlp_kernels().elementwise.template get<T>();
+    parallel_range(result.numel(), kActivationWork, [&](int64_t first, int64_t last) {
+      elementwise.gradient(activation_, data<T>(grad_output) + first, data<T>(kept) + first,
+                           mutable_data<T>(result) + first, last - first);
+    });
+    return result;
+  }
+  void forget() override { output_ = from_ = Tensor(); }
+
+ private:
+  Activation activation_;
+  Tensor output_, from_;
+};
+
+template <class T>
+class BinaryTraining : public TrainingLayer<T> {
+ public:
+  explicit BinaryTraining(const ProgramLine& line) : kind_(binary_kind(line)), reverses_(line.flag("reverses")) {
+    this->inputs = {line.input("input")};
+    this->take(line, {"other"});
+    if (this->inputs.size() == 1) number_ = static_cast<T>(line.real("number"));
+    if (kind_ == BinaryKind::maximum || kind_ == BinaryKind::minimum) line.refuse("it has no gradient here");
+    if (line.activation().kind != ActivationKind::identity) line.refuse("in training it has no activation");
+  }
+  void forward(Tensor* outputs) override {
+    outputs[0] = this->given.size() == 1 ? combined<T>(kind_, this->given[0], number_, reverses_)
+                                         : combined<T>(kind_, first(), second());
+    output_ = outputs[0].borrow();
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const Tensor& gradient = gradients[0];
+    if (this->given.size() == 1) {
+      if (wanted[0]) results[0].tensor = of_input_beside_number(gradient);
+      return;
+    }
+    const size_t left = reverses_ ? 1 : 0, right = 1 - left;
+    const Ints first_sizes = sizes_of(first()), second_sizes = sizes_of(second());
+    if (wanted[left]) {
+      Tensor own = kind_ == BinaryKind::mul   ? combined<T>(BinaryKind::mul, gradient, second())
+                   : kind_ == BinaryKind::div ? combined<T>(BinaryKind::div, gradient, second())
+                                              : Tensor(gradient);
+      results[left].tensor = reduced(std::move(own), first_sizes);
+    }
+    if (wanted[right]) {
+      Tensor own =
+          kind_ == BinaryKind::mul ? combined<T>(BinaryKind::mul, gradient, first())
+          : kind_ == BinaryKind::div
+              ? negated(combined<T>(BinaryKind::div, combined<T>(BinaryKind::mul, gradient, output_), second()))
+          : kind_ == BinaryKind::sub ? negated(gradient)
+                                     : Tensor(gradient);
+      results[right].tensor = reduced(std::move(own), second_sizes);
+    }
+  }
+  void forget() override { output_ = Tensor(); }
+
+ private:
+  const Tensor& first() const { return this->given[reverses_ ? 1 : 0]; }
+  const Tensor& second() const { return this->given[reverses_ ? 0 : 1]; }
+  static Tensor negated(const Tensor& tensor) { return combined<T>(BinaryKind::mul, tensor, T(-1), false); }
+  Tensor of_input_beside_number(const Tensor& gradient) const {
+    switch (kind_) {
+      case BinaryKind::mul:
+        return combined<T>(BinaryKind::mul, gradient, number_, false);
+      case BinaryKind::div:
+        if (!reverses_) return combined<T>(BinaryKind::div, gradient, number_, false);
+        return negated(combined<T>(BinaryKind::div, combined<T>(BinaryKind::mul, gradient, output_), this->given[0]));
+      default:
+        return kind_ == BinaryKind::sub && reverses_ ? negated(gradient) : Tensor(gradient);
+    }
+  }
+
+  BinaryKind kind_;
+  T number_ = 0;
+  bool reverses_;  // the second operand comes first
+  Tensor output_;
+};
+
+template <class T>
+class ExpTraining : public UnaryTraining<T> {
+ public:
+  using UnaryTraining<T>::UnaryTraining;
+  void forward(Tensor* outputs) override {
+    outputs[0] = stock("aten::exp", "", this->input());
+    output_ = outputs[0].borrow();
+  }
+  Tensor gradient_of(const Tensor& gradient) override { return combined<T>(BinaryKind::mul, gradient, output_); }
+  void forget() override { output_ = Tensor(); }
+
+ private:
+  Tensor output_;
+};
+
+template <class T>
+class DropoutTraining : public UnaryTraining<T> {
+ public:
+  explicit DropoutTraining(const ProgramLine& line) : UnaryTraining<T>(line), drops_(probability(line, "p")) {}
+  void forward(Tensor* outputs) override {
+    scales_ = new_like<T>(this->input());  // of the input's strides, since stock draws in the order of memory
+    draw_scales<T>(drops_, scales_);
+    outputs[0] = combined<T>(BinaryKind::mul, this->input(), scales_);
+  }
+  Tensor gradient_of(const Tensor& gradient) override { return combined<T>(BinaryKind::mul, gradient, scales_); }
+  void forget() override { scales_ = Tensor(); }
+
+ private:
+  double drops_;
+  Tensor scales_;
+};
+
+// As many normal numbers as the input has elements, drawn by torch.
+template <class T>
+class NoiseTraining : public UnaryTraining<T> {
+ public:
+  using UnaryTraining<T>::UnaryTraining;
+  void forward(Tensor* outputs) override {
+    outputs[0] = new_like<T>(this->input());
+    stock("aten::normal_", "", outputs[0], 0.0, 1.0, std::optional<AtenTensorHandle>());
+  }
+  void backward(const Tensor*, const bool*, Gradient<T>*) override {}  // it does not depend on the input's elements
+  Tensor gradient_of(const Tensor&) override { return Tensor(); }
+};
+
+}  // namespace fastnn

@@ -1,0 +1,363 @@
+// conv, conv_transpose and batch_norm in training.
+#pragma once
+
+#include <cmath>
+
+#include "../../ops/conv_problem.h"
+#include "layer.h"
+
+namespace fastnn {
+
+constexpr int64_t kMostSize = int64_t{1} << 31;
+
+// An attribute's numbers, one for each of `dims` dimensions, for all of which one may stand.
+inline Ints of_each(const Ints& numbers, size_t dims, const char* name) {
+  if (numbers.size() == 1) return Ints(dims, numbers[0]);
+  FASTNN_CHECK(numbers.size() == dims, kTrainingStep, ": expected ", name, " to be ", dims, " numbers, got ",
+               numbers.size());
+  return numbers;
+}
+
+// The max-pool behind a layer, as its attributes say it.
+struct TrainingPool {
+  Ints size, stride, padding, dilation;
+  bool ceil_mode;
+
+  explicit TrainingPool(const ProgramLine& line)
+      : size(line.integers("pool", 1, kMostSize)),
+        stride(line.integers("pool_stride", 1, kMostSize)),
+        padding(line.integers("pool_padding", 0, kMostSize)),
+        dilation(line.integers("pool_dilation", 1, kMostSize)),
+        ceil_mode(line.flag("ceil_mode")) {}
+
+  bool is_there() const {
+    const auto is_one = [](int64_t number) { return number == 1; };
+    return !std::all_of(size.begin(), size.end(), is_one) || !std::all_of(stride.begin(), stride.end(), is_one);
+  }
+  // The geometry of fastnn::conv_relu_max_pool, from that of the convolution: see ops/conv_problem.h.
+  Ints geometry(const StockConvolution& c) const {
+    const size_t dims = c.stride.size();
+    Ints result;
+    const auto add = [&](const Ints& numbers) { result.insert(result.end(), numbers.begin(), numbers.end()); };
+    for (const Ints* const numbers : {&c.stride, &c.padding, &c.dilation}) add(*numbers);
+    add(of_each(size, dims, "pool"));
+    add(of_each(stride.empty() ? size : stride, dims, "pool_stride"));
+    add(of_each(padding, dims, "pool_padding"));
+    add(of_each(dilation, dims, "pool_dilation"));
+    result.push_back(c.groups);
+    result.push_back(ceil_mode);
+    return result;
+  }
+};
+
+inline bool rectifies(const ProgramLine& line) {
+  const Activation activation = line.activation();
+  if (activation.kind == ActivationKind::relu) return true;
+  if (activation.kind != ActivationKind::identity) line.refuse("in training its activation is relu or identity");
+  return false;
+}
+
+inline void fail_unless_rank(const Tensor& input, int64_t rank) {
+  FASTNN_CHECK(input.dim() == rank, kTrainingStep, ": expected a ", rank, "D input, got size ",
+               to_string(input.sizes()));
+}
+
+// With ReLU, and max-pool or none, the op's own forward and backward; else torch's.
+template <class T>
+class ConvTraining : public TrainingLayer<T> {
+ public:
+  explicit ConvTraining(const ProgramLine& line)
+      : stride_(line.integers("stride", 1, kMostSize)),
+        padding_(line.integers("padding", 0, kMostSize)),
+        dilation_(line.integers("dilation", 1, kMostSize)),
+        groups_(line.integer("groups", 1, kMostSize)),
+        pool_(line),
+        fused_(rectifies(line)) {
+    this->inputs = {line.input("input"), line.input("weight")};
+    this->take(line, {"bias"});
+    if (line.has("addend")) line.refuse("in training it has no addend");
+    if (!fused_ && pool_.is_there()) line.refuse("in training a pool follows only its ReLU");
+  }
+
+  void forward(Tensor* outputs) override {
+    const Tensor &input = this->given[0], &weight = this->given[1];
+    const int64_t rank = weight.dim();
+    FASTNN_CHECK(rank >= 3 && rank <= 5, kTrainingStep, ": expected a convolution's weight to be 3D to 5D, got ", rank,
+                 "D");
+    fail_unless_rank(input, rank);
+    const size_t dims = static_cast<size_t>(rank - 2);
+    c_ = {of_each(stride_, dims, "stride"), of_each(padding_, dims, "padding"), of_each(dilation_, dims, "dilation"),
+          groups_};
+    if (fused_) {
+      geometry_ = pool_.geometry(c_);
+      std::tie(output_, winners_) = conv_relu_max_pool_with_winners(input, weight, bias(), geometry_, std::nullopt);
+      outputs[0] = output_.borrow();
+      return;
+    }
+    check_plain_convolution();
+    convolved_ = input.borrow();
+    steps_ = Ints();
+    if (is_strided_point()) {
+      steps_ = std::exchange(c_.stride, Ints(dims, 1));
+      for (size_t d = 0; d < dims; ++d) convolved_ = every(convolved_, static_cast<int64_t>(d) + 2, steps_[d]);
+    }
+    outputs[0] = convolution(convolved_, weight, bias(), c_);
+  }
+
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const bool bias_wanted = this->given.size() > 2 && wanted[2];
+    std::array<Tensor, 3> all;
+    if (fused_) {
+      std::tie(all[0], all[1], all[2]) =
+          conv_relu_max_pool_backward(gradients[0], winners_, this->given[0], this->given[1], geometry_, wanted[0],
+                                      wanted[1], bias_wanted, std::nullopt);
+    } else {
+      all = convolution_backward(gradients[0], convolved_, this->given[1], c_, {wanted[0], wanted[1], bias_wanted});
+      if (wanted[0] && !steps_.empty()) all[0] = spread(all[0]);
+    }
+    for (size_t i = 0; i < this->given.size(); ++i) {
+      if (wanted[i]) results[i].tensor = std::move(all[i]);
+    }
+  }
+  void forget() override { output_ = winners_ = convolved_ = Tensor(); }
+
+ private:
+  OptionalTensor bias() const { return this->given.size() > 2 ? optional(this->given[2]) : std::nullopt; }
+
+  // Torch's backward does not check all that its forward does.
+  void check_plain_convolution() const {
+    const Tensor &input = this->given[0], &weight = this->given[1];
+    FASTNN_CHECK(input.size(1) == checked_product(weight.size(1), groups_) && weight.size(0) % groups_ == 0,
+                 kTrainingStep, ": a weight of size ", to_string(weight.sizes()), " and ", groups_,
+                 " groups do not fit an input of size ", to_string(input.sizes()));
+    for (size_t d = 0; d < c_.stride.size(); ++d) {
+      const int64_t kernel = weight.size(static_cast<int64_t>(d) + 2), size = input.size(static_cast<int64_t>(d) + 2);
+      FASTNN_CHECK(kernel > 0, kTrainingStep, ": expected a convolution's kernel to be positive");
+      const int64_t span = checked_sum(checked_product(c_.dilation[d], kernel - 1), 1);
+      FASTNN_CHECK(checked_sum(size, 2 * c_.padding[d]) >= span, kTrainingStep,
+                   ": the kernel is larger than the padded input");
+    }
+  }
+
+  // A kernel of one pixel with strides, of which torch's library writes the weight's gradient where it should not. It
+  // is the same kernel without strides, over the pixels that the strides choose.
+  bool is_strided_point() const {
+    bool strides = false;
+    for (size_t d = 0; d < c_.stride.size(); ++d) {
+      if (this->given[1].size(static_cast<int64_t>(d) + 2) != 1) return false;
+      strides = strides || c_.stride[d] > 1;
+    }
+    for (const int64_t padding : c_.padding) {
+      FASTNN_CHECK(!strides || padding == 0, kTrainingStep,
+                   ": a kernel of one pixel may not have strides and padding here");
+    }
+    return strides;
+  }
+  static Tensor every(const Tensor& tensor, int64_t dim, int64_t step) {
+    const std::optional<int64_t> none;
+    return stock("aten::slice", "Tensor", tensor, dim, none, none, step);
+  }
+  // The gradient of the pixels that were chosen -> that of all pixels.
+  Tensor spread(Tensor gradient) const {
+    const Ints whole = sizes_of(this->given[0]);
+    Ints sizes = sizes_of(gradient);
+    for (size_t d = 0; d < steps_.size(); ++d) {
+      sizes[d + 2] = whole[d + 2];
+      gradient = stock("aten::slice_backward", "", gradient, sizes, static_cast<int64_t>(d) + 2, int64_t{0},
+                       whole[d + 2], steps_[d]);
+    }
+    return gradient;
+  }
+
+  Ints stride_, padding_, dilation_;
+  int64_t groups_;
+  TrainingPool pool_;
+  bool fused_;
+  StockConvolution c_;
+  Ints geometry_, steps_;  // steps_: those of a kernel of one pixel
+  Tensor output_, winners_, convolved_;
+};
+
+template <class T>
+class ConvTransposeTraining : public TrainingLayer<T> {
+ public:
+  explicit ConvTransposeTraining(const ProgramLine& line)
+      : stride_(line.integers("stride", 1, kMostSize)),
+        padding_(line.integers("padding", 0, kMostSize)),
+        dilation_(line.integers("dilation", 1, kMostSize)),
+        output_padding_(line.integers("output_padding", 0, kMostSize)),
+        groups_(line.integer("groups", 1, kMostSize)),
+        activation_(line.activation()) {
+    this->inputs = {line.input("input"), line.input("weight")};
+    this->take(line, {"bias"});
+    if (activation_.kind != ActivationKind::identity) line.refuse("in training its activation is identity");
+  }
+  void forward(Tensor* outputs) override {
+    const Tensor &input = this->given[0], &weight = this->given[1];
+    const int64_t rank = weight.dim();
+    FASTNN_CHECK(rank >= 3 && rank <= 5, kTrainingStep, ": expected a convolution's weight to be 3D to 5D, got ", rank,
+                 "D");
+    fail_unless_rank(input, rank);
+    const size_t dims = static_cast<size_t>(rank - 2);
+    c_ = {of_each(stride_, dims, "stride"),
+          of_each(padding_, dims, "padding"),
+          of_each(dilation_, dims, "dilation"),
+          groups_,
+          true,
+          of_each(output_padding_, dims, "output_padding")};
+    FASTNN_CHECK(input.size(1) == weight.size(0) && weight.size(0) % groups_ == 0, kTrainingStep, ": a weight of size ",
+                 to_string(weight.sizes()), " and ", groups_, " groups do not fit an input of size ",
+                 to_string(input.sizes()));
+    outputs[0] = convolution(input, weight, this->given.size() > 2 ? optional(this->given[2]) : std::nullopt, c_);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    std::array<Tensor, 3> all = convolution_backward(gradients[0], this->given[0], this->given[1], c_,
+                                                     {wanted[0], wanted[1], this->given.size() > 2 && wanted[2]});
+    for (size_t i = 0; i < this->given.size(); ++i) {
+      if (wanted[i]) results[i].tensor = std::move(all[i]);
+    }
+  }
+
+ private:
+  Ints stride_, padding_, dilation_, output_padding_;
+  int64_t groups_;
+  Activation activation_;
+  StockConvolution c_;
+};
+
+// Batch norm, with the statistics of the batch or, where it does not train, with those that run; and where ReLU
+// follows, that and a max-pool: each channel is multiplied by a number, another is added, which is a convolution of one
+// pixel and groups of one channel.
+template <class T>
+class BatchNormTraining : public TrainingLayer<T> {
+ public:
+  explicit BatchNormTraining(const ProgramLine& line)
+      : dims_(line.integer("dims", 1, 3)),
+        trains_(line.flag("trains")),
+        momentum_(line.real("momentum")),
+        eps_(line.real("epsilon")),
+        pool_(line),
+        rectifies_(rectifies(line)) {
+    this->inputs = {line.input("input")};
+    for (size_t i = 0; i < 4; ++i) {
+      static constexpr const char* names[] = {"mean", "variance", "weight", "bias"};
+      if (!line.has(names[i])) continue;
+      place_[i] = this->inputs.size();
+      this->inputs.push_back(line.input(names[i]));
+    }
+    if ((place_[0] == 0) != (place_[1] == 0)) line.refuse("expected both its mean and its variance, or none");
+    if (!trains_ && place_[0] == 0) line.refuse("expected its mean and its variance");
+    if (!rectifies_ && pool_.is_there()) line.refuse("in training a pool follows only its ReLU");
+  }
+
+  void forward(Tensor* outputs) override {
+    const Tensor& input = this->given[0];
+    const int64_t channels = begin(input);
+    if (trains_) {
+      auto [mean, variance] = channel_statistics(input);
+      mean_ = std::move(mean);
+      variance_ = std::move(variance);
+    } else {
+      mean_ = this->given[place_[0]].borrow();
+      variance_ = this->given[place_[1]].borrow();
+    }
+    inverse_deviation_ = new_tensor({channels}, kDtypeOf<T>);
+    T* const inverse = mutable_data<T>(inverse_deviation_);
+    for (int64_t c = 0; c < channels; ++c) inverse[c] = T(1) / std::sqrt(data<T>(variance_)[c] + static_cast<T>(eps_));
+    if (!rectifies_) {
+      outputs[0] = normalized(input, parameter(2), parameter(3), mean_, variance_, eps_);
+      return;
+    }
+    const Tensor scale = new_tensor(sizes_of(ones_), kDtypeOf<T>), shift = new_tensor({channels}, kDtypeOf<T>);
+    const T* const weight = place_[2] ? data<T>(this->given[place_[2]]) : nullptr;
+    const T* const bias = place_[3] ? data<T>(this->given[place_[3]]) : nullptr;
+    for (int64_t c = 0; c < channels; ++c) {
+      const T by = is_constant(c) ? T(0) : weight ? inverse[c] * weight[c] : inverse[c];
+      mutable_data<T>(scale)[c] = by;
+      mutable_data<T>(shift)[c] = (bias ? bias[c] : T(0)) - data<T>(mean_)[c] * by;
+    }
+    std::tie(output_, winners_) =
+        conv_relu_max_pool_with_winners(input, scale, optional(shift), geometry_, std::nullopt);
+    outputs[0] = output_.borrow();
+  }
+
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const Tensor normed = rectifies_
+                              ? std::get<0>(conv_relu_max_pool_backward(gradients[0], winners_, this->given[0], ones_,
+                                                                        geometry_, true, false, false, std::nullopt))
+                              : gradients[0].borrow();
+    const auto is_wanted = [&](size_t i) { return place_[i] && wanted[place_[i]]; };
+    NormStatistics statistics;
+    (trains_ ? statistics.mean : statistics.running_mean) = optional(mean_);
+    (trains_ ? statistics.inverse_deviation : statistics.running_variance) =
+        optional(trains_ ? inverse_deviation_ : variance_);
+    std::array<Tensor, 3> all = batch_norm_backward(normed, this->given[0], parameter(2), statistics, eps_,
+                                                    {wanted[0], is_wanted(2), is_wanted(3)});
+    if (wanted[0]) results[0].tensor = std::move(all[0]);
+    for (size_t i : {2, 3}) {
+      if (is_wanted(i)) results[place_[i]].tensor = std::move(all[i - 1]);
+    }
+  }
+
+  void commit() override {
+    if (!place_[0] || !trains_) return;
+    T* const running_mean = mutable_data<T>(this->given[place_[0]]);
+    T* const running_variance = mutable_data<T>(this->given[place_[1]]);
+    const T momentum = static_cast<T>(momentum_);
+    const T unbiased = static_cast<T>(elements_) / static_cast<T>(elements_ - 1);
+    for (int64_t c = 0; c < mean_.numel(); ++c) {
+      running_mean[c] = momentum * data<T>(mean_)[c] + (1 - momentum) * running_mean[c];
+      running_variance[c] = momentum * (data<T>(variance_)[c] * unbiased) + (1 - momentum) * running_variance[c];
+    }
+  }
+  void forget() override {
+    for (Tensor* tensor : {&output_, &winners_, &mean_, &variance_, &inverse_deviation_}) *tensor = Tensor();
+  }
+
+ private:
+  OptionalTensor parameter(size_t i) const { return place_[i] ? optional(this->given[place_[i]]) : std::nullopt; }
+  // Whether a channel has one value but for the mean's rounding. It is the bias exactly then: by its scale, which is
+  // large, it would lie beside the bias by a rounding error, and ReLU decides by that.
+  bool is_constant(int64_t channel) const {
+    constexpr T kLimit = 16 * std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon();
+    const T mean = data<T>(mean_)[channel];
+    return trains_ && data<T>(variance_)[channel] <= mean * mean * kLimit;
+  }
+  // How many channels there are.
+  int64_t begin(const Tensor& input) {
+    const int64_t rank = input.dim();
+    FASTNN_CHECK(rank == dims_ + 2 || (rank == 2 && dims_ == 1 && !rectifies_), kTrainingStep, ": expected ", dims_ + 2,
+                 "D input (got ", rank, "D input)");
+    const int64_t channels = input.size(1);
+    for (size_t i = 1; i < this->given.size(); ++i) {
+      const Tensor& own = this->given[i];
+      FASTNN_CHECK(own.dim() == 1 && own.size(0) == channels, kTrainingStep,
+                   ": expected a batch norm's parameters to have ", channels, " elements");
+    }
+    elements_ = input.numel() / std::max<int64_t>(channels, 1);
+    FASTNN_CHECK(!trains_ || elements_ > 1, kTrainingStep,
+                 ": Expected more than 1 value per channel when training, got input size ", to_string(input.sizes()));
+    if (!rectifies_) return channels;
+    Ints sizes(static_cast<size_t>(rank), 1);
+    sizes[0] = channels;
+    if (!ones_.defined() || sizes_of(ones_) != sizes) {
+      ones_ = new_tensor(sizes, kDtypeOf<T>);
+      std::fill_n(mutable_data<T>(ones_), channels, T(1));
+      const size_t dims = sizes.size() - 2;
+      geometry_ = pool_.geometry({Ints(dims, 1), Ints(dims, 0), Ints(dims, 1), channels});
+    }
+    return channels;
+  }
+
+  int64_t dims_;
+  bool trains_;
+  double momentum_, eps_;
+  TrainingPool pool_;
+  bool rectifies_;
+  size_t place_[4] = {};  // among the inputs: mean, variance, weight, bias; 0 where there is none
+  Ints geometry_;
+  int64_t elements_ = 0;  // of a channel
+  Tensor output_, winners_, mean_, variance_, inverse_deviation_, ones_;
+};
+
+}  // namespace fastnn

@@ -1,0 +1,147 @@
+// What a layer of a network is in training: forward, which keeps what backward needs, and backward. A layer is the ops'
+// own forward and backward, or torch's, over the tensors that a step has at that time: so each value lies in memory as
+// it would in torch, which draws the elements of a dropout in that order.
+#pragma once
+
+#include <memory>
+
+#include "../../ops/stock.h"
+#include "../array.h"
+#include "../program.h"
+
+namespace fastnn {
+
+constexpr const char* kTrainingStep = "training_step";
+
+// The gradient of a layer's input. That of a parameter may be memory alone, which the layer keeps: a tensor takes a
+// fifth of a microsecond longer.
+template <class T>
+struct Gradient {
+  Tensor tensor;
+  const T* memory = nullptr;  // as many elements as the parameter has, in its order
+};
+
+// A layer keeps tensors from forward until `forget`, and then is as new.
+template <class T>
+class TrainingLayer {
+ public:
+  std::vector<int64_t> inputs, outputs;  // numbers of values; parameters are inputs like others
+  TensorList given;                      // the inputs of this step, borrowed
+
+  virtual ~TrainingLayer() = default;
+  // Sets as many outputs as the line names.
+  virtual void forward(Tensor* outputs) = 0;
+  // gradients: of the outputs, undefined where nothing depends on one; one at least is there. Sets the results of the
+  // inputs that are wanted.
+  virtual void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) = 0;
+  // Writes what a step leaves behind besides its gradients, once nothing can fail any more.
+  virtual void commit() {}
+  virtual void forget() {}
+  // Takes over what the next layer does, which is the only one to take this one's output, as its first input. Returns
+  // false where it cannot.
+  virtual bool absorb(const TrainingLayer&) { return false; }
+
+ protected:
+  // The inputs of these names that the line has, in this order.
+  void take(const ProgramLine& line, std::initializer_list<const char*> names) {
+    for (const char* const name : names) {
+      if (line.has(name)) inputs.push_back(line.input(name));
+    }
+  }
+};
+
+// A layer whose outputs depend on one input alone, which is data.
+template <class T>
+class UnaryTraining : public TrainingLayer<T> {
+ public:
+  explicit UnaryTraining(const ProgramLine& line) { this->inputs = {line.input("input")}; }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (wanted[0]) results[0].tensor = gradient_of(gradients[0]);
+  }
+  virtual Tensor gradient_of(const Tensor& gradient) = 0;
+
+ protected:
+  const Tensor& input() const { return this->given[0]; }
+};
+
+// A tensor's memory under other sizes, while that lives.
+template <class T>
+Tensor as_sizes(const T* memory, const Ints& sizes) {
+  Ints strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return tensor_over(memory, sizes, strides);
+}
+
+// A new uninitialised tensor of another's sizes, and of its strides where it has no gaps.
+template <class T>
+Tensor new_like(const Tensor& tensor) {
+  return tensor.is_contiguous() ? new_tensor(sizes_of(tensor), kDtypeOf<T>)
+                                : Tensor(torch::stable::empty_like(tensor.share()));
+}
+
+inline bool same_sizes(const Tensor& one, const Tensor& other) {
+  const Sizes a = one.sizes(), b = other.sizes();
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+}
+inline bool same_strides(const Tensor& one, const Tensor& other) {
+  const Sizes a = one.strides(), b = other.strides();
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+}
+
+// a op b, of any strides. The result lies as the first operand of its sizes does.
+template <class T>
+Tensor combined(BinaryKind kind, const Tensor& a, const Tensor& b) {
+  const Ints a_sizes = sizes_of(a), b_sizes = sizes_of(b);
+  const Ints sizes = a_sizes == b_sizes ? a_sizes : broadcast_sizes(a_sizes, b_sizes);
+  Tensor result = a_sizes == sizes   ? new_like<T>(a)
+                  : b_sizes == sizes ? new_like<T>(b)
+                                     : new_tensor(sizes, kDtypeOf<T>);
+  const int64_t count = result.numel();
+  if (count == 0) return result;
+  T* const to = mutable_data<T>(result);
+  if (a_sizes == b_sizes && same_strides(a, result) && same_strides(b, result)) {
+    const auto& kernels = elementwise_kernels().get<T>();
+    parallel_range(count, 1, [&](int64_t first, int64_t last) {
+      kernels.binary(kind, data<T>(a) + first, 1, data<T>(b) + first, 1, last - first, to + first);
+    });
+    return result;
+  }
+  const auto strides_of = [&](const Tensor& tensor) {
+    const Sizes own = tensor.strides(), own_sizes = tensor.sizes();
+    Ints strides(sizes.size(), 0);
+    const size_t ahead = sizes.size() - own.size();
+    for (size_t d = 0; d < own.size(); ++d) strides[ahead + d] = own_sizes[d] == 1 ? 0 : own[d];
+    return strides;
+  };
+  const Ints to_strides = strides_of(result);
+  std::vector<size_t> order(sizes.size());
+  for (size_t d = 0; d < order.size(); ++d) order[d] = d;
+  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return to_strides[x] > to_strides[y]; });
+  combine_arrays(kind, data<T>(a), strides_of(a), data<T>(b), strides_of(b), to, to_strides, sizes, order);
+  return result;
+}
+
+// a op number, or number op a.
+template <class T>
+Tensor combined(BinaryKind kind, const Tensor& a, T number, bool reverses) {
+  Tensor result = new_like<T>(a);
+  const Tensor alike = same_strides(a, result) ? a.borrow() : dense(a);
+  if (!same_strides(alike, result)) result = new_tensor(sizes_of(a), kDtypeOf<T>);
+  combine_with_number(kind, data<T>(alike), number, reverses, result.numel(), mutable_data<T>(result));
+  return result;
+}
+
+// The gradient of an operand of these sizes that was broadcast.
+inline Tensor reduced(Tensor gradient, const Ints& sizes) {
+  const Ints own = sizes_of(gradient);
+  if (own == sizes) return gradient;
+  const size_t ahead = own.size() - sizes.size();
+  Ints dims;
+  for (size_t d = 0; d < own.size(); ++d) {
+    if (d < ahead || (sizes[d - ahead] == 1 && own[d] != 1)) dims.push_back(static_cast<int64_t>(d));
+  }
+  if (!dims.empty()) gradient = sum_over(gradient, dims);
+  return reshaped(gradient, sizes);
+}
+
+}  // namespace fastnn

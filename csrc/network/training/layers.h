@@ -1,0 +1,95 @@
+// The table of layers that can be trained. A layer that only trains has its row of inputs and attributes here, too.
+#pragma once
+
+#include "elementwise.h"
+#include "reductions.h"
+#include "shape.h"
+
+namespace fastnn {
+
+template <template <class> class Kind, class T>
+std::unique_ptr<TrainingLayer<T>> make_training(const ProgramLine& line) {
+  return std::make_unique<Kind<T>>(line);
+}
+
+// Raises where the line's layer cannot be trained.
+template <class T>
+std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
+  static constexpr std::pair<std::string_view, std::unique_ptr<TrainingLayer<T>> (*)(const ProgramLine&)> makers[] = {
+      {"conv", make_training<ConvTraining, T>},
+      {"conv_transpose", make_training<ConvTransposeTraining, T>},
+      {"batch_norm", make_training<BatchNormTraining, T>},
+      {"linear", make_training<LinearTraining, T>},
+      {"rnn", make_training<RnnTraining, T>},
+      {"embedding", make_training<EmbeddingTraining, T>},
+      {"activation", make_training<ActivationTraining, T>},
+      {"binary", make_training<BinaryTraining, T>},
+      {"exp", make_training<ExpTraining, T>},
+      {"dropout", make_training<DropoutTraining, T>},
+      {"noise", make_training<NoiseTraining, T>},
+      {"softmax", make_training<SoftmaxTraining, T>},
+      {"layer_norm", make_training<LayerNormTraining, T>},
+      {"mean", make_training<MeanTraining, T>},
+      {"max_pool", make_training<MaxPoolTraining, T>},
+      {"avg_pool", make_training<AvgPoolTraining, T>},
+      {"adaptive_avg_pool", make_training<AdaptiveAverageTraining, T>},
+      {"upsample", make_training<UpsampleTraining, T>},
+      {"matmul", make_training<MatmulTraining, T>},
+      {"reshape", make_training<ReshapeTraining, T>},
+      {"flatten", make_training<FlattenTraining, T>},
+      {"squeeze", make_training<SqueezeTraining, T>},
+      {"unsqueeze", make_training<UnsqueezeTraining, T>},
+      {"permute", make_training<PermuteTraining, T>},
+      {"transpose", make_training<TransposeTraining, T>},
+      {"contiguous", make_training<ContiguousTraining, T>},
+      {"select", make_training<SelectTraining, T>},
+      {"slice", make_training<SliceTraining, T>},
+      {"split", make_training<SplitTraining, T>},
+      {"cat", make_training<CatTraining, T>},
+      {"pad", make_training<PadTraining, T>},
+  };
+  for (const auto& [name, make] : makers) {
+    if (line.layer == name) return make(line);
+  }
+  line.refuse("it cannot be trained");
+}
+
+// The rows of the layers that a frozen network has not.
+inline std::vector<LayerEntry> training_entries() {
+  const auto entry = [](const char* name, std::vector<const char*> inputs, std::vector<AttributeEntry> attributes) {
+    attributes.push_back({nullptr, nullptr, nullptr});
+    return LayerEntry{name, std::move(inputs), std::move(attributes), nullptr, nullptr};
+  };
+  return {
+      entry("batch_norm", {"input", "mean?", "variance?", "weight?", "bias?"},
+            {{"dims", "int", nullptr},
+             {"trains", "bool", "1"},
+             {"momentum", "float", "0.1"},
+             {"epsilon", "float", "1e-05"},
+             {"activation", "activation", "identity"},
+             {"pool", "ints", "1"},
+             {"pool_stride", "ints", ""},
+             {"pool_padding", "ints", "0"},
+             {"pool_dilation", "ints", "1"},
+             {"ceil_mode", "bool", "0"}}),
+      entry("exp", {"input"}, {}),
+      entry("dropout", {"input"}, {{"p", "float", nullptr}}),
+      entry("noise", {"input"}, {}),
+      entry("adaptive_avg_pool", {"input"}, {{"sizes", "ints", nullptr}}),
+      entry("matmul", {"input", "other"}, {}),
+      entry("flatten", {"input"}, {{"start_dim", "int", "0"}, {"end_dim", "int", "-1"}}),
+      entry("squeeze", {"input"}, {{"dim", "int", nullptr}}),
+      entry("unsqueeze", {"input"}, {{"dim", "int", nullptr}}),
+      entry("transpose", {"input"}, {{"first", "int", nullptr}, {"second", "int", nullptr}}),
+      entry("contiguous", {"input"}, {}),
+      entry("select", {"input"}, {{"dim", "int", nullptr}, {"index", "int", nullptr}}),
+      entry("split", {"input"},
+            {{"dim", "int", "0"},
+             {"chunks", "int", "0"},
+             {"size", "int", "0"},
+             {"sizes", "ints", ""},
+             {"unbind", "bool", "0"}}),
+  };
+}
+
+}  // namespace fastnn

@@ -1,0 +1,291 @@
+// Pools, means, upsampling, softmax and norms of rows in training: torch's own, forward and backward.
+#pragma once
+
+#include "images.h"
+
+namespace fastnn {
+
+// mean: over some dimensions, or their sum.
+template <class T>
+class MeanTraining : public UnaryTraining<T> {
+ public:
+  explicit MeanTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line),
+        line_(line),
+        dims_(line.integers("dims", -16, 15)),
+        keeps_(line.flag("keepdim")),
+        sums_(line.flag("sums")) {}
+  void forward(Tensor* outputs) override {
+    const Ints sizes = sizes_of(this->input());
+    Ints dims = dims_;
+    kept_sizes_ = sizes;
+    if (dims.empty()) {
+      for (size_t d = 0; d < sizes.size(); ++d) dims.push_back(static_cast<int64_t>(d));
+    }
+    count_ = 1;
+    for (const int64_t dim : dims) {
+      int64_t& size = kept_sizes_[dimension_of(line_, dim, sizes.size())];
+      count_ = checked_product(count_, std::exchange(size, 1));
+    }
+    const std::optional<ScalarType> same;
+    outputs[0] = sums_ ? stock("aten::sum", "dim_IntList", this->input(), std::optional<Ints>(dims), keeps_, same)
+                       : stock("aten::mean", "dim", this->input(), std::optional<Ints>(dims), keeps_, same);
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    Tensor own = reshaped(gradient, kept_sizes_);
+    if (!sums_) own = combined<T>(BinaryKind::div, own, static_cast<T>(count_), false);
+    return stock("aten::expand", "", own, sizes_of(this->input()), false);
+  }
+
+ private:
+  ProgramLine line_;
+  Ints dims_, kept_sizes_;
+  bool keeps_, sums_;
+  int64_t count_ = 1;
+};
+
+template <class T>
+class SoftmaxTraining : public UnaryTraining<T> {
+ public:
+  explicit SoftmaxTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line), dim_(line.integer("dim", -16, 15)), logarithm_(line.flag("logarithm")) {}
+  void forward(Tensor* outputs) override {
+    outputs[0] = stock(logarithm_ ? "aten::_log_softmax" : "aten::_softmax", "", this->input(), dim_, false);
+    output_ = outputs[0].borrow();
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    return stock(logarithm_ ? "aten::_log_softmax_backward_data" : "aten::_softmax_backward_data", "", gradient,
+                 output_, dim_, kDtypeOf<T>);
+  }
+  void forget() override { output_ = Tensor(); }
+
+ private:
+  int64_t dim_;
+  bool logarithm_;
+  Tensor output_;
+};
+
+// Over the last dimensions, of which `features` elements make a row.
+template <class T>
+class LayerNormTraining : public TrainingLayer<T> {
+ public:
+  explicit LayerNormTraining(const ProgramLine& line)
+      : features_(line.integer("features", 1, int64_t{1} << 40)), epsilon_(line.real("epsilon")) {
+    this->inputs = {line.input("input")};
+    for (size_t i = 0; i < 2; ++i) {
+      static constexpr const char* names[] = {"weight", "bias"};
+      if (!line.has(names[i])) continue;
+      place_[i] = this->inputs.size();
+      this->inputs.push_back(line.input(names[i]));
+    }
+  }
+  void forward(Tensor* outputs) override {
+    const Ints sizes = sizes_of(this->given[0]);
+    row_.clear();
+    int64_t features = 1;
+    for (size_t d = sizes.size(); d-- > 0 && (features < features_ || row_.empty());) {
+      features = checked_product(features, sizes[d]);
+      row_.insert(row_.begin(), sizes[d]);
+    }
+    FASTNN_CHECK(features == features_, kTrainingStep, ": expected ", features_, " features to normalize, got size ",
+                 to_string(sizes));
+    for (const size_t place : place_) {
+      FASTNN_CHECK(!place || this->given[place].numel() == features_, kTrainingStep, ": expected ", features_,
+                   " weights of a layer norm");
+    }
+    auto all = stock_results<3>("aten::native_layer_norm", "", this->given[0], row_, of_row(0), of_row(1), epsilon_);
+    outputs[0] = std::move(all[0]);
+    mean_ = std::move(all[1]);
+    inverse_deviation_ = std::move(all[2]);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const auto is_wanted = [&](size_t i) { return place_[i] && wanted[place_[i]]; };
+    const std::array<bool, 3> flags_of_all{wanted[0], is_wanted(0), is_wanted(1)};
+    auto all = stock_results<3>("aten::native_layer_norm_backward", "", gradients[0], this->given[0], row_, mean_,
+                                inverse_deviation_, of_row(0), of_row(1), flags(flags_of_all));
+    if (wanted[0]) results[0].tensor = std::move(all[0]);
+    for (size_t i = 0; i < 2; ++i) {
+      if (is_wanted(i)) results[place_[i]].tensor = std::move(all[i + 1]);
+    }
+  }
+  void forget() override { mean_ = inverse_deviation_ = Tensor(); }
+
+ private:
+  OptionalTensor of_row(size_t i) const {
+    if (!place_[i]) return std::nullopt;
+    return reshaped(this->given[place_[i]], row_);
+  }
+
+  int64_t features_;
+  double epsilon_;
+  size_t place_[2] = {};
+  Ints row_;
+  Tensor mean_, inverse_deviation_;
+};
+
+// max_pool and avg_pool. Torch pools a single dimension as the second of two.
+template <class T, bool averages>
+class PoolTraining : public UnaryTraining<T> {
+ public:
+  explicit PoolTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line), kernel_(line.integers("kernel", 1, kMostSize)) {
+    const size_t dims = kernel_.size();
+    if (dims < 1 || dims > 3) line.refuse("expected a kernel of 1 to 3 dimensions");
+    stride_ = line.text("stride").empty() ? kernel_ : line.integers("stride", 1, kMostSize, dims);
+    padding_ = line.integers("padding", 0, kMostSize, dims);
+    bool pads = false;
+    for (size_t d = 0; d < dims; ++d) {
+      if (padding_[d] > kernel_[d] / 2) line.refuse("pad should be at most half of kernel size");
+      pads = pads || padding_[d] > 0;
+    }
+    if constexpr (averages) {
+      counts_padding_ = line.flag("count_include_pad");
+    } else {
+      dilation_ = line.integers("dilation", 1, kMostSize, dims);
+      ceil_mode_ = line.flag("ceil_mode");
+      for (const int64_t dilation : dilation_) {  // of such windows torch's backward writes out of bounds
+        if (pads && dilation > 1) line.refuse("in training a window may not be all padding");
+      }
+    }
+    flat_ = dims == 1;
+    if (flat_) {
+      for (Ints* const numbers : {&kernel_, &stride_, &dilation_}) numbers->insert(numbers->begin(), 1);
+      padding_.insert(padding_.begin(), 0);
+    }
+  }
+  void forward(Tensor* outputs) override {
+    fail_unless_rank(this->input(), static_cast<int64_t>(kernel_.size()) + (flat_ ? 1 : 2));
+    images_ = flat_ ? stock("aten::unsqueeze", "", this->input(), int64_t{2}) : this->input().borrow();
+    const bool cube = kernel_.size() == 3;
+    if constexpr (averages) {
+      output_ = stock(cube ? "aten::avg_pool3d" : "aten::avg_pool2d", "", images_, kernel_, stride_, padding_, false,
+                      counts_padding_, std::optional<int64_t>());
+    } else {
+      auto both = stock_results<2>(cube ? "aten::max_pool3d_with_indices" : "aten::max_pool2d_with_indices", "",
+                                   images_, kernel_, stride_, padding_, dilation_, ceil_mode_);
+      output_ = std::move(both[0]);
+      places_ = std::move(both[1]);
+    }
+    outputs[0] = flat_ ? stock("aten::squeeze", "dim", output_, int64_t{2}) : output_.borrow();
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    const Tensor own = flat_ ? stock("aten::unsqueeze", "", gradient, int64_t{2}) : gradient.borrow();
+    const bool cube = kernel_.size() == 3;
+    Tensor result;
+    if constexpr (averages) {
+      result = stock(cube ? "aten::avg_pool3d_backward" : "aten::avg_pool2d_backward", "", own, images_, kernel_,
+                     stride_, padding_, false, counts_padding_, std::optional<int64_t>());
+    } else {
+      result = stock(cube ? "aten::max_pool3d_with_indices_backward" : "aten::max_pool2d_with_indices_backward", "",
+                     own, images_, kernel_, stride_, padding_, dilation_, ceil_mode_, places_);
+    }
+    return flat_ ? stock("aten::squeeze", "dim", result, int64_t{2}) : std::move(result);
+  }
+  void forget() override { images_ = output_ = places_ = Tensor(); }
+
+ private:
+  Ints kernel_, stride_, padding_, dilation_;
+  bool ceil_mode_ = false, counts_padding_ = true, flat_;
+  Tensor images_, output_, places_;
+};
+template <class T>
+using MaxPoolTraining = PoolTraining<T, false>;
+template <class T>
+using AvgPoolTraining = PoolTraining<T, true>;
+
+// Each dimension averaged in so many parts, as torch's adaptive pools do it.
+template <class T>
+class AdaptiveAverageTraining : public UnaryTraining<T> {
+ public:
+  explicit AdaptiveAverageTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line), parts_(line.integers("sizes", 1, kMostSize)) {
+    if (parts_.empty() || parts_.size() > 3) line.refuse("expected one to three sizes");
+    flat_ = parts_.size() == 1;
+    if (flat_) parts_.insert(parts_.begin(), 1);
+  }
+  void forward(Tensor* outputs) override {
+    fail_unless_rank(this->input(), static_cast<int64_t>(parts_.size()) + (flat_ ? 1 : 2));
+    images_ = flat_ ? stock("aten::unsqueeze", "", this->input(), int64_t{2}) : this->input().borrow();
+    output_ = adaptive_average(images_, parts_);
+    outputs[0] = flat_ ? stock("aten::squeeze", "dim", output_, int64_t{2}) : output_.borrow();
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    if (!flat_) return adaptive_average_backward(gradient, images_);
+    const Tensor own = stock("aten::unsqueeze", "", gradient, int64_t{2});
+    return stock("aten::squeeze", "dim", adaptive_average_backward(own, images_), int64_t{2});
+  }
+  void forget() override { images_ = output_ = Tensor(); }
+
+ private:
+  Ints parts_;
+  bool flat_;
+  Tensor images_, output_;
+};
+
+// Images enlarged by whole factors.
+template <class T>
+class UpsampleTraining : public UnaryTraining<T> {
+ public:
+  explicit UpsampleTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line),
+        factors_(line.integers("factors", 1, 1 << 16)),
+        linear_(line.flag("linear")),
+        aligns_(line.flag("align_corners")) {
+    if (factors_.empty() || factors_.size() > 2) line.refuse("expected one or two factors");
+  }
+  void forward(Tensor* outputs) override {
+    const size_t dims = factors_.size();
+    fail_unless_rank(this->input(), static_cast<int64_t>(dims) + 2);
+    const Ints sizes = sizes_of(this->input());
+    size_.clear();
+    for (size_t d = 0; d < dims; ++d) size_.push_back(checked_product(sizes[2 + d], factors_[d]));
+    outputs[0] =
+        dims == 1 ? (linear_ ? stock("aten::upsample_linear1d", "", this->input(), size_, aligns_, scale(0))
+                             : stock("aten::upsample_nearest1d", "", this->input(), size_, scale(0)))
+                  : (linear_ ? stock("aten::upsample_bilinear2d", "", this->input(), size_, aligns_, scale(0), scale(1))
+                             : stock("aten::upsample_nearest2d", "", this->input(), size_, scale(0), scale(1)));
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    const Ints own = sizes_of(this->input());
+    if (factors_.size() == 1) {
+      return linear_ ? stock("aten::upsample_linear1d_backward", "", gradient, size_, own, aligns_, scale(0))
+                     : stock("aten::upsample_nearest1d_backward", "", gradient, size_, own, scale(0));
+    }
+    return linear_ ? stock("aten::upsample_bilinear2d_backward", "", gradient, size_, own, aligns_, scale(0), scale(1))
+                   : stock("aten::upsample_nearest2d_backward", "", gradient, size_, own, scale(0), scale(1));
+  }
+
+ private:
+  std::optional<double> scale(size_t d) const { return static_cast<double>(factors_[d]); }
+  Ints factors_, size_;
+  bool linear_, aligns_;
+};
+
+// The product of matrices, of which there may be as many as batches: (..., n, m) and (..., m, k).
+template <class T>
+class MatmulTraining : public TrainingLayer<T> {
+ public:
+  explicit MatmulTraining(const ProgramLine& line) { this->inputs = {line.input("input"), line.input("other")}; }
+  void forward(Tensor* outputs) override {
+    for (const Tensor& tensor : this->given) {
+      FASTNN_CHECK(tensor.dim() >= 2, kTrainingStep, ": expected matrices, got size ", to_string(tensor.sizes()));
+    }
+    outputs[0] = stock("aten::matmul", "", this->given[0], this->given[1]);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const Tensor &a = this->given[0], &b = this->given[1];
+    if (wanted[0]) {
+      results[0].tensor = reduced(stock("aten::matmul", "", gradients[0], turned(b)), sizes_of(a));
+    }
+    if (wanted[1]) {
+      results[1].tensor = reduced(stock("aten::matmul", "", turned(a), gradients[0]), sizes_of(b));
+    }
+  }
+
+ private:
+  static Tensor turned(const Tensor& tensor) {
+    return stock("aten::transpose", "int", tensor, int64_t{-2}, int64_t{-1});
+  }
+};
+
+}  // namespace fastnn

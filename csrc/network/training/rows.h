@@ -1,0 +1,308 @@
+// linear, rnn and embedding in training.
+#pragma once
+
+#include "../../ops/mlp_by_layers.h"
+#include "../../ops/mlp_run.h"
+#include "../../ops/rnn_problem.h"
+#include "layer.h"
+
+namespace fastnn {
+
+// A linear layer with its activation, and those that follow one another: one call of mlp's kernels.
+template <class T>
+class LinearTraining : public TrainingLayer<T> {
+ public:
+  explicit LinearTraining(const ProgramLine& line)
+      : activations_(line.text("activation")), layers_(1), biased_(line.has("bias")) {
+    line.activation();  // which raises where there is none of that name
+    this->inputs = {line.input("input"), line.input("weight")};
+    this->take(line, {"bias"});
+  }
+  bool absorb(const TrainingLayer<T>& other) override {
+    const auto* const next = dynamic_cast<const LinearTraining*>(&other);
+    if (!next || next->biased_ != biased_ || layers_ + next->layers_ > kMostLayers) return false;
+    // The weights of all layers come first, then the biases of all.
+    const auto at = [](std::vector<int64_t>& numbers, size_t i) { return numbers.begin() + static_cast<ptrdiff_t>(i); };
+    std::vector<int64_t> theirs = next->inputs;
+    if (biased_) this->inputs.insert(this->inputs.end(), at(theirs, 1 + next->layers_), theirs.end());
+    this->inputs.insert(at(this->inputs, 1 + layers_), at(theirs, 1), at(theirs, 1 + next->layers_));
+    activations_ += "|" + next->activations_;
+    layers_ += next->layers_;
+    return true;
+  }
+
+  void forward(Tensor* outputs) override {
+    const Tensor& input = this->given[0];
+    sizes_ = sizes_of(input);
+    FASTNN_CHECK(!sizes_.empty(), kTrainingStep, ": expected a linear layer's input to have features");
+    parameters_.clear();
+    for (size_t i = 1; i < this->given.size(); ++i) parameters_.push_back(this->given[i].borrow());
+    input_ = dense(input);
+    rows_ = as_sizes(data<T>(input_), {product(sizes_, 0, sizes_.size() - 1), sizes_.back()});
+    call_.emplace(kTrainingStep, rows_, parameters_, activations_);
+    const Chain& chain = call_->chain;
+    int64_t count = checked_product(chain.rows, chain.widths.back());
+    for (int64_t i = 0; i < chain.layers(); ++i) {
+      if (output_serves(chain, i, call_->activations[i])) continue;
+      count = checked_sum(count, checked_product(chain.rows, chain.widths[i + 1]));
+    }
+    kept_ = new_tensor({count}, kDtypeOf<T>);
+    const T* const output = data<T>(kept_);
+    const T* next = output + chain.rows * chain.widths.back();
+    saved_ = {};
+    PerLayer<T*> written;
+    for (int64_t i = 0; i < chain.layers(); ++i) {
+      const bool serves = output_serves(chain, i, call_->activations[i]);
+      saved_.push_back(serves ? output : next);
+      written.push_back(serves ? nullptr : const_cast<T*>(next));
+      if (!serves) next += chain.rows * chain.widths[i + 1];
+    }
+    run_forward<T>(*call_, mutable_data<T>(kept_), written);
+    Ints sizes = sizes_;
+    sizes.back() = chain.widths.back();
+    outputs[0] = as_sizes(output, sizes);
+  }
+
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const Chain& chain = call_->chain;
+    const Tensor grad_output = dense(gradients[0]);
+    if (goes_by_layers(chain, true)) {
+      take_gradients_by_layers(grad_output, wanted, results);
+    } else {
+      take_gradients(grad_output, wanted, results);
+    }
+    if (wanted[0]) results[0].tensor = as_sizes(data<T>(grad_input_), sizes_);
+  }
+  void forget() override {
+    call_.reset();
+    parameters_.clear();
+    input_ = rows_ = kept_ = grad_input_ = Tensor();
+    own_gradients_.reset();
+  }
+
+ private:
+  void take_gradients(const Tensor& grad_output, const bool* wanted, Gradient<T>* results) {
+    const Chain& chain = call_->chain;
+    PerLayer<const T*> weights;
+    int64_t count = 0;
+    for (size_t i = 0; i < layers_; ++i) {
+      const int64_t at = static_cast<int64_t>(i);
+      weights.push_back(data<T>(call_->weight(at)));
+      if (wanted[1 + i]) count = checked_sum(count, chain.widths[at] * chain.widths[at + 1]);
+      if (biased_ && wanted[1 + layers_ + i]) count = checked_sum(count, chain.widths[at + 1]);
+    }
+    own_gradients_.reset(new T[static_cast<size_t>(count)]);
+    T* next = own_gradients_.get();
+    auto layers = backward_layers<T>(chain, call_->activations, data<T>(rows_), weights, saved_);
+    for (size_t i = 0; i < layers_; ++i) {
+      MlpLayerBackward<T>& layer = layers[static_cast<int64_t>(i)];
+      if (wanted[1 + i]) {
+        results[1 + i].memory = layer.grad_weight = std::exchange(next, next + layer.in * layer.out);
+      }
+      if (biased_ && wanted[1 + layers_ + i]) {
+        results[1 + layers_ + i].memory = layer.grad_bias = std::exchange(next, next + layer.out);
+      }
+    }
+    if (wanted[0]) grad_input_ = new_tensor(sizes_, kDtypeOf<T>);
+    run_backward<T>(chain, layers, data<T>(grad_output), wanted[0] ? mutable_data<T>(grad_input_) : nullptr);
+  }
+
+  void take_gradients_by_layers(const Tensor& gradient, const bool* wanted, Gradient<T>* results) {
+    const Chain& chain = call_->chain;
+    const Tensor grad_output = as_sizes(data<T>(gradient), {chain.rows, chain.widths.back()});
+    TensorList saved, weights;
+    for (int64_t i = 0; i < chain.layers(); ++i) {
+      saved.push_back(as_sizes(saved_[i], {chain.rows, chain.widths[i + 1]}));
+      weights.push_back(parameters_[static_cast<size_t>(i)].borrow());
+    }
+    const auto any = [&](const bool* first) {
+      return std::any_of(first, first + layers_, [](bool one) { return one; });
+    };
+    const MlpWanted of_all{wanted[0], any(wanted + 1), biased_ && any(wanted + 1 + layers_)};
+    auto [input, grad_weights, grad_biases] =
+        backward_by_layers<T>(chain, grad_output, rows_, weights, call_->activations, saved, of_all);
+    for (size_t i = 0; i < layers_; ++i) {
+      if (wanted[1 + i]) results[1 + i].tensor = std::move(grad_weights[i]);
+      if (biased_ && wanted[1 + layers_ + i]) results[1 + layers_ + i].tensor = std::move(grad_biases[i]);
+    }
+    grad_input_ = std::move(input);
+  }
+
+  std::string activations_;
+  size_t layers_;
+  bool biased_;
+  Ints sizes_;  // of the input
+  TensorList parameters_;
+  Tensor input_, rows_, kept_, grad_input_;
+  std::unique_ptr<T[]> own_gradients_;  // of all parameters
+  std::optional<MlpCall> call_;
+  PerLayer<const T*> saved_;  // of each layer what backward needs
+};
+
+// That elements are dropped.
+inline double probability(const ProgramLine& line, const char* name) {
+  const double drops = line.real(name);
+  if (!(drops >= 0 && drops <= 1)) line.refuse("dropout probability has to be between 0 and 1, but got ", drops);
+  return drops;
+}
+
+// What dropout multiplies elements by, drawn by torch, so that a seed gives the same elements as stock's. scales:
+// without gaps
+template <class T>
+void draw_scales(double drops, const Tensor& scales) {
+  T* const to = mutable_data<T>(scales);
+  const int64_t count = scales.numel();
+  if (drops == 1) return static_cast<void>(std::fill_n(to, count, T(0)));
+  draw_ones(scales, 1 - drops);
+  const T scale = static_cast<T>(1 - drops);
+  for (int64_t i = 0; i < count; ++i) to[i] /= scale;
+}
+
+// The output of all steps, or of the last alone, and then the final states, as many as the line names.
+template <class T>
+class RnnTraining : public TrainingLayer<T> {
+ public:
+  explicit RnnTraining(const ProgramLine& line)
+      : bidirectional_(line.flag("bidirectional")),
+        batch_first_(line.flag("batch_first")),
+        last_(line.flag("last")),
+        drops_(probability(line, "dropout")) {
+    const std::string_view mode = line.text("mode");
+    while (mode_ < static_cast<int64_t>(RnnMode::count) && mode != kRnnModes[mode_].name) ++mode_;
+    if (mode_ == static_cast<int64_t>(RnnMode::count)) line.refuse("there is no mode \"", std::string(mode), "\"");
+    const size_t states = entry_of(static_cast<RnnMode>(mode_)).states;
+    this->inputs = {line.input("input")};
+    this->take(line, {"h", "c"});
+    states_ = this->inputs.size() - 1;
+    if ((states_ != 0 && states_ != states) || line.has("c") != (states_ == 2))
+      line.refuse("expected all of its states, or none");
+    if (line.outputs.size() > 1 + states) line.refuse("it gives an output and ", states, " states");
+    if (last_ && bidirectional_) line.refuse("the last step of both directions is not supported in training");
+    const auto found = line.inputs.find("weights");
+    if (found == line.inputs.end()) line.refuse("expected weights=...");
+    this->inputs.insert(this->inputs.end(), found->second.begin(), found->second.end());
+    const size_t each = static_cast<size_t>(2 + 2 * line.flag("bias") + line.flag("projected")) * (1 + bidirectional_);
+    if (found->second.size() % each) line.refuse("expected ", each, " weights a layer, got ", found->second.size());
+    layers_ = static_cast<int64_t>(found->second.size() / each);
+    gives_ = line.outputs.size();
+  }
+
+  void forward(Tensor* outputs) override {
+    FASTNN_CHECK(this->given[0].dim() == 3, kTrainingStep, ": expected a recurrent layer's input to be 3D");
+    state_in_.clear();
+    weights_.clear();
+    for (size_t i = 1; i < this->given.size(); ++i) {
+      (i <= states_ ? state_in_ : weights_).push_back(this->given[i].borrow());
+    }
+    draw_masks();
+    std::tie(output_, state_, reserve_) = rnn_with_reserve(this->given[0], std::nullopt, state_in_, weights_, masks_,
+                                                           mode_, layers_, bidirectional_, batch_first_);
+    outputs[0] = last_ ? last_step() : output_.borrow();
+    for (size_t i = 1; i < gives_; ++i) outputs[i] = state_[i - 1].borrow();
+  }
+
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    std::vector<OptionalTensor> grad_state(entry_of(static_cast<RnnMode>(mode_)).states);
+    for (size_t i = 1; i < gives_; ++i) {
+      if (gradients[i].defined()) grad_state[i - 1] = optional(gradients[i]);
+    }
+    OptionalTensor grad_output;
+    if (!last_) {
+      if (gradients[0].defined()) grad_output = optional(gradients[0]);
+    } else if (gradients[0].defined()) {
+      if (gives_ == 1) {
+        grad_state[0] = optional(gradients[0]);
+      } else {  // it is the last layer's final h, too
+        grad_output = of_last_step(gradients[0]);
+      }
+    }
+    const bool state_wanted = std::any_of(wanted + 1, wanted + 1 + states_, [](bool one) { return one; });
+    const bool any = std::any_of(wanted + 1 + states_, wanted + this->given.size(), [](bool one) { return one; });
+    auto [input, states, weights] =
+        rnn_backward(grad_output, grad_state, this->given[0], std::nullopt, state_in_, weights_, masks_, output_,
+                     reserve_, mode_, layers_, bidirectional_, batch_first_, wanted[0], state_wanted, any);
+    if (wanted[0]) results[0].tensor = std::move(input);
+    for (size_t i = 1; i < this->given.size(); ++i) {
+      if (wanted[i]) results[i].tensor = std::move(i <= states_ ? states[i - 1] : weights[i - 1 - states_]);
+    }
+  }
+  void forget() override {
+    output_ = reserve_ = Tensor();
+    state_.clear();
+    masks_.reset();
+  }
+
+ private:
+  // As fastnn/ops/rnn.py draws them, so that a seed gives the same elements.
+  void draw_masks() {
+    masks_.reset();
+    if (drops_ == 0 || layers_ < 2) return;
+    const Tensor& recurrent = weights_[std::min<size_t>(1, weights_.size() - 1)];
+    FASTNN_CHECK(recurrent.dim() == 2, kTrainingStep, ": expected a recurrent layer's weights to be 2D");
+    const int64_t rows = checked_product(this->given[0].size(0), this->given[0].size(1));
+    const int64_t width = recurrent.size(1) * (bidirectional_ ? 2 : 1);
+    masks_ = new_tensor({layers_ - 1, rows, width}, kDtypeOf<T>);
+    T* const masks = mutable_data<T>(*masks_);
+    for (int64_t layer = 0; layer < layers_ - 1; ++layer) {
+      draw_scales<T>(drops_, as_sizes(masks + layer * rows * width, {rows, width}));
+    }
+  }
+  // The last layer's final h.
+  Tensor last_step() const {
+    const Tensor& h = state_[0];
+    const int64_t batch = h.size(1), width = h.size(2);
+    return as_sizes(data<T>(h) + (layers_ - 1) * batch * width, {batch, width});
+  }
+  // The gradient of all steps of which only the last one's is not zero.
+  Tensor of_last_step(const Tensor& gradient) const {
+    const int64_t dim = batch_first_ ? 1 : 0;
+    return stock("aten::select_backward", "", gradient, sizes_of(output_), dim, output_.size(dim) - 1);
+  }
+
+  int64_t mode_ = 0, layers_;
+  bool bidirectional_, batch_first_, last_;
+  double drops_;
+  size_t states_, gives_;  // states that it takes, and results that it gives
+  TensorList state_in_, weights_, state_;
+  Tensor output_, reserve_;
+  OptionalTensor masks_;
+};
+
+template <class T>
+class EmbeddingTraining : public TrainingLayer<T> {
+ public:
+  explicit EmbeddingTraining(const ProgramLine& line)
+      : padding_(line.integer("padding_idx", -1, std::numeric_limits<int64_t>::max())) {
+    this->inputs = {line.input("input"), line.input("weight")};
+  }
+  void forward(Tensor* outputs) override {
+    const Tensor &numbers = this->given[0], &weight = this->given[1];
+    FASTNN_CHECK(numbers.scalar_type() == ScalarType::Long && weight.dim() == 2, kTrainingStep,
+                 ": expected an embedding's input to be int64 and its weight to be 2D");
+    numbers_ = copied(numbers);  // which nobody can change any more
+    check_numbers();
+    outputs[0] = stock("aten::embedding", "", weight, numbers_, padding_, false, false);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (wanted[1]) {
+      results[1].tensor =
+          stock("aten::embedding_dense_backward", "", gradients[0], numbers_, this->given[1].size(0), padding_, false);
+    }
+  }
+  void forget() override { numbers_ = Tensor(); }
+
+ private:
+  void check_numbers() const {
+    const Tensor all = dense(numbers_);
+    const int64_t rows = this->given[1].size(0);
+    for (int64_t i = 0, count = all.numel(); i < count; ++i) {
+      const int64_t number = data<int64_t>(all)[i];
+      FASTNN_CHECK(number >= 0 && number < rows, kTrainingStep, ": index out of range in self");
+    }
+  }
+
+  int64_t padding_;
+  Tensor numbers_;
+};
+
+}  // namespace fastnn

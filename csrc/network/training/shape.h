@@ -1,0 +1,321 @@
+// What only moves elements, in training. Outputs are views where torch's are.
+#pragma once
+
+#include "../layers/shape.h"
+#include "layer.h"
+
+namespace fastnn {
+
+// reshape, flatten, squeeze, unsqueeze: the same elements under other sizes.
+template <class T>
+class ResizingTraining : public UnaryTraining<T> {
+ public:
+  using UnaryTraining<T>::UnaryTraining;
+  void forward(Tensor* outputs) override {
+    own_ = sizes_of(this->input());
+    outputs[0] = under(this->input(), new_sizes(own_));
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    kept_ = gradient.borrow();
+    return under(kept_, own_);
+  }
+  void forget() override { kept_ = Tensor(); }
+
+ protected:
+  virtual Ints new_sizes(const Ints& sizes) const = 0;
+  static size_t dimension(int64_t dim, size_t rank) {
+    const int64_t count = static_cast<int64_t>(rank), from_start = dim < 0 ? dim + count : dim;
+    FASTNN_CHECK(from_start >= 0 && from_start < count, kTrainingStep, ": dimension ", dim, " of ", rank,
+                 " dimensions");
+    return static_cast<size_t>(from_start);
+  }
+
+ private:
+  static Tensor under(const Tensor& tensor, const Ints& sizes) {
+    // (Faster than torch's own where the elements lie in their order.)
+    return tensor.is_contiguous() ? as_sizes(data<T>(tensor), sizes) : reshaped(tensor, sizes);
+  }
+  Ints own_;
+  Tensor kept_;
+};
+
+template <class T>
+class FlattenTraining : public ResizingTraining<T> {
+ public:
+  explicit FlattenTraining(const ProgramLine& line)
+      : ResizingTraining<T>(line), start_(line.integer("start_dim", -16, 15)), end_(line.integer("end_dim", -16, 15)) {}
+
+ protected:
+  Ints new_sizes(const Ints& sizes) const override {
+    if (sizes.empty()) return {1};
+    const size_t first = this->dimension(start_, sizes.size()), last = this->dimension(end_, sizes.size());
+    FASTNN_CHECK(first <= last, kTrainingStep, ": flatten() has invalid args: start_dim cannot come after end_dim");
+    Ints result(sizes.begin(), sizes.begin() + static_cast<ptrdiff_t>(first));
+    result.push_back(product(sizes, first, last + 1));
+    result.insert(result.end(), sizes.begin() + static_cast<ptrdiff_t>(last) + 1, sizes.end());
+    return result;
+  }
+
+ private:
+  int64_t start_, end_;
+};
+
+template <class T>
+class SqueezeTraining : public ResizingTraining<T> {
+ public:
+  explicit SqueezeTraining(const ProgramLine& line) : ResizingTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
+
+ protected:
+  Ints new_sizes(const Ints& sizes) const override {
+    Ints result = sizes;
+    const size_t d = this->dimension(dim_, sizes.size());
+    if (sizes[d] == 1) result.erase(result.begin() + static_cast<ptrdiff_t>(d));
+    return result;
+  }
+
+ private:
+  int64_t dim_;
+};
+
+template <class T>
+class UnsqueezeTraining : public ResizingTraining<T> {
+ public:
+  explicit UnsqueezeTraining(const ProgramLine& line) : ResizingTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
+
+ protected:
+  Ints new_sizes(const Ints& sizes) const override {
+    Ints result = sizes;
+    result.insert(result.begin() + static_cast<ptrdiff_t>(this->dimension(dim_, sizes.size() + 1)), 1);
+    return result;
+  }
+
+ private:
+  int64_t dim_;
+};
+
+// Sizes are numbers, -1 for one that follows from the others, or "value.dimension": see ReshapeLayer.
+template <class T>
+class ReshapeTraining : public TrainingLayer<T> {
+ public:
+  explicit ReshapeTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
+  void forward(Tensor* outputs) override {
+    Site<T> site;
+    for (const Tensor& tensor : this->given) site.inputs.push_back({sizes_of(tensor)});
+    site.outputs.resize(1);
+    layer_.set_sizes(site);
+    outputs[0] = reshaped(this->given[0], site.outputs[0].sizes);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (wanted[0]) results[0].tensor = reshaped(gradients[0], sizes_of(this->given[0]));
+  }
+
+ private:
+  ReshapeLayer<T> layer_;
+};
+
+template <class T>
+class PermuteTraining : public UnaryTraining<T> {
+ public:
+  explicit PermuteTraining(const ProgramLine& line) : UnaryTraining<T>(line), dims_(line.integers("dims", -16, 15)) {
+    back_.resize(dims_.size());
+    for (size_t i = 0; i < dims_.size(); ++i) {
+      back_[dimension_of(line, dims_[i], dims_.size())] = static_cast<int64_t>(i);
+    }
+  }
+  void forward(Tensor* outputs) override { outputs[0] = stock("aten::permute", "", this->input(), dims_); }
+  Tensor gradient_of(const Tensor& gradient) override { return stock("aten::permute", "", gradient, back_); }
+
+ private:
+  Ints dims_, back_;
+};
+
+template <class T>
+class TransposeTraining : public UnaryTraining<T> {
+ public:
+  explicit TransposeTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line), first_(line.integer("first", -16, 15)), second_(line.integer("second", -16, 15)) {}
+  void forward(Tensor* outputs) override { outputs[0] = turned(this->input()); }
+  Tensor gradient_of(const Tensor& gradient) override { return turned(gradient); }
+
+ private:
+  Tensor turned(const Tensor& tensor) const { return stock("aten::transpose", "int", tensor, first_, second_); }
+  int64_t first_, second_;
+};
+
+template <class T>
+class ContiguousTraining : public UnaryTraining<T> {
+ public:
+  using UnaryTraining<T>::UnaryTraining;
+  void forward(Tensor* outputs) override { outputs[0] = dense(this->input()); }
+  Tensor gradient_of(const Tensor& gradient) override { return gradient.borrow(); }
+};
+
+template <class T>
+class SelectTraining : public UnaryTraining<T> {
+ public:
+  explicit SelectTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line), dim_(line.integer("dim", -16, 15)), index_(line.integer("index", -kFar, kFar)) {}
+  void forward(Tensor* outputs) override { outputs[0] = stock("aten::select", "int", this->input(), dim_, index_); }
+  Tensor gradient_of(const Tensor& gradient) override {
+    return stock("aten::select_backward", "", gradient, sizes_of(this->input()), dim_, index_);
+  }
+
+ private:
+  static constexpr int64_t kFar = int64_t{1} << 40;
+  int64_t dim_, index_;
+};
+
+template <class T>
+class SliceTraining : public UnaryTraining<T> {
+ public:
+  explicit SliceTraining(const ProgramLine& line) : UnaryTraining<T>(line) {
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+    dim_ = line.integer("dim", -16, 15);
+    start_ = line.integer("start", -kMost, kMost);
+    stop_ = line.integer("stop", -kMost, kMost);
+    step_ = line.integer("step", 1, kMost);
+  }
+  void forward(Tensor* outputs) override {
+    outputs[0] = stock("aten::slice", "Tensor", this->input(), dim_, std::optional<int64_t>(start_),
+                       std::optional<int64_t>(stop_), step_);
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    return stock("aten::slice_backward", "", gradient, sizes_of(this->input()), dim_, start_, stop_, step_);
+  }
+
+ private:
+  int64_t dim_, start_, stop_, step_;
+};
+
+// Parts along a dimension, one behind the other: as many as torch.chunk makes of it ("chunks"), or of a size ("size"),
+// or of several sizes ("sizes"); or single elements, without the dimension ("unbind").
+template <class T>
+class SplitTraining : public UnaryTraining<T> {
+ public:
+  explicit SplitTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line),
+        dim_(line.integer("dim", -16, 15)),
+        chunks_(line.integer("chunks", 0, int64_t{1} << 31)),
+        size_(line.integer("size", 0, int64_t{1} << 40)),
+        sizes_(line.integers("sizes", 0, int64_t{1} << 40)),
+        unbinds_(line.flag("unbind")),
+        count_(line.outputs.size()) {}
+
+  void forward(Tensor* outputs) override {
+    const Ints all = sizes_of(this->input());
+    const int64_t rank = static_cast<int64_t>(all.size());
+    FASTNN_CHECK(dim_ >= -rank && dim_ < rank, kTrainingStep, ": dimension ", dim_, " of ", rank, " dimensions");
+    place_ = dim_ < 0 ? dim_ + rank : dim_;
+    const int64_t whole = all[static_cast<size_t>(place_)];
+    parts_ = sizes_;
+    if (parts_.empty()) {
+      int64_t each = unbinds_ ? 1 : chunks_ ? (whole + chunks_ - 1) / chunks_ : size_;
+      each = std::max<int64_t>(each, 1);
+      for (int64_t first = 0; first < whole; first += each) parts_.push_back(std::min(each, whole - first));
+    }
+    int64_t sum = 0;
+    for (const int64_t part : parts_) sum = checked_sum(sum, part);
+    FASTNN_CHECK(sum == whole && parts_.size() == count_, kTrainingStep, ": a dimension of ", whole,
+                 " elements does not split into ", count_, " such parts");
+    int64_t first = 0;
+    for (size_t i = 0; i < count_; ++i) {
+      outputs[i] = unbinds_ ? stock("aten::select", "int", this->input(), place_, first)
+                            : stock("aten::narrow", "", this->input(), place_, first, parts_[i]);
+      first += parts_[i];
+    }
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (!wanted[0]) return;
+    TensorList parts;
+    Ints sizes = sizes_of(this->input());
+    for (size_t i = 0; i < count_; ++i) {
+      sizes[static_cast<size_t>(place_)] = parts_[i];
+      if (gradients[i].defined()) {
+        parts.push_back(unbinds_ ? stock("aten::unsqueeze", "", gradients[i], place_) : Tensor(gradients[i]));
+      } else {
+        parts.push_back(new_tensor(sizes, kDtypeOf<T>));
+        std::fill_n(mutable_data<T>(parts.back()), parts.back().numel(), T(0));
+      }
+    }
+    results[0].tensor = stock("aten::cat", "", std::move(parts), place_);
+  }
+  Tensor gradient_of(const Tensor&) override { return Tensor(); }
+
+ private:
+  int64_t dim_, chunks_, size_;
+  Ints sizes_;
+  bool unbinds_;
+  size_t count_;
+  int64_t place_ = 0;  // the dimension, counted from the first
+  Ints parts_;
+};
+
+template <class T>
+class CatTraining : public TrainingLayer<T> {
+ public:
+  explicit CatTraining(const ProgramLine& line) : dim_(line.integer("dim", -16, 15)) {
+    const auto found = line.inputs.find("inputs");
+    if (found == line.inputs.end() || found->second.empty()) line.refuse("expected inputs=...");
+    this->inputs = found->second;
+  }
+  void forward(Tensor* outputs) override {
+    TensorList all;
+    for (const Tensor& tensor : this->given) {
+      FASTNN_CHECK(tensor.dim() == this->given[0].dim(), kTrainingStep,
+                   ": tensors must have the same number of dimensions: got ", this->given[0].dim(), " and ",
+                   tensor.dim());
+      all.emplace_back(tensor);
+    }
+    outputs[0] = stock("aten::cat", "", std::move(all), dim_);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    int64_t first = 0;
+    const int64_t dim = dim_ < 0 ? dim_ + gradients[0].dim() : dim_;
+    for (size_t i = 0; i < this->given.size(); ++i) {
+      const int64_t size = this->given[i].size(dim);
+      if (wanted[i]) results[i].tensor = stock("aten::narrow", "", gradients[0], dim, first, size);
+      first += size;
+    }
+  }
+
+ private:
+  int64_t dim_;
+};
+
+// A number around the elements: see PadLayer, which fills and copies.
+template <class T>
+class PadTraining : public UnaryTraining<T> {
+ public:
+  explicit PadTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line),
+        layer_(line, Weights<T>()),
+        padding_(line.integers("padding", -(int64_t{1} << 31), int64_t{1} << 31)) {}
+  void forward(Tensor* outputs) override {
+    const Tensor from = dense(this->input());
+    Site<T> site;
+    site.inputs.push_back({sizes_of(from)});
+    site.outputs.resize(1);
+    layer_.set_sizes(site);
+    outputs[0] = new_tensor(site.outputs[0].sizes, kDtypeOf<T>);
+    PackedReader nothing(nullptr, 0, active_isa(), sizeof(T));
+    const void* const read[] = {data<T>(from)};
+    void* const written[] = {mutable_data<T>(outputs[0])};
+    layer_.run({site, read, written, nothing});
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    Tensor result = gradient.borrow();
+    for (size_t i = 0; i < padding_.size(); i += 2) {
+      const int64_t dim = result.dim() - 1 - static_cast<int64_t>(i / 2);
+      const int64_t size = this->input().size(dim), first = padding_[i];
+      FASTNN_CHECK(first >= 0 && padding_[i + 1] >= 0, kTrainingStep, ": padding below 0 is not supported here");
+      result = stock("aten::narrow", "", result, dim, first, size);
+    }
+    return result;
+  }
+
+ private:
+  PadLayer<T> layer_;
+  Ints padding_;
+};
+
+}  // namespace fastnn

@@ -1,0 +1,462 @@
+"""Whole networks in one call of a training step: branches, skips, states, several inputs and results."""
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_networks import trainable_network
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import fastnn
+from fastnn.reference.network import network
+from fastnn.testing import using_threads
+
+
+class By(nn.Module):
+    """A function of the module and its inputs; the function's layers are given by name."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+class OfTwo(By):
+    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+        return self.function(self, x, y)
+
+
+def _residual(m: Any, x: Tensor) -> Tensor:
+    x = m.relu(m.stem_norm(m.stem(x)))
+    y = m.norm1(m.conv1(x)).relu()
+    y = m.norm2(m.conv2(y))
+    y += m.down_norm(m.down(x))
+    return m.fc(F.relu(y).mean((2, 3)))
+
+
+def _u_net(m: Any, x: Tensor) -> Tensor:
+    a = F.relu(m.a(x))
+    b = F.relu(m.b(F.max_pool2d(a, 2)))
+    c = F.relu(m.c(F.avg_pool2d(b, 2)))
+    b = F.relu(m.d(torch.cat([m.up(c), b], 1)))
+    up = F.interpolate(b, scale_factor=2, mode="bilinear", align_corners=False)
+    return m.e(torch.cat((up, a), dim=1))
+
+
+def _gate(m: Any, x: Tensor) -> Tensor:
+    y = F.silu(m.conv(x))
+    gate = torch.sigmoid(m.wide(F.relu(m.narrow(F.adaptive_avg_pool2d(y, 1).flatten(1)))))
+    return m.fc((y * gate.unsqueeze(-1).unsqueeze(-1) + x).flatten(1))
+
+
+def _attention(m: Any, x: Tensor) -> Tensor:
+    batch, steps, width = x.shape
+    q, k, v = m.qkv(m.norm(x) + m.places).chunk(3, dim=-1)
+    q, k, v = (one.view(batch, steps, 2, width // 2).transpose(1, 2) for one in (q, k, v))
+    weights = F.softmax((q @ k.transpose(-2, -1)) / 2.0, dim=-1)
+    y = (m.drop(weights) @ v).transpose(1, 2).reshape(batch, steps, width)
+    x = x + m.out(y)
+    return m.head((x + m.mlp(x)).mean(1))
+
+
+def _cells(m: Any, x: Tensor) -> Tensor:
+    state = None
+    outputs = []
+    for step in range(4):
+        state = m.cell(x[:, step], state)
+        outputs.append(m.fc(state[0]))
+    return torch.stack(outputs, dim=1)
+
+
+def _gru_cells(m: Any, x: Tensor) -> Tensor:
+    h = x.new_zeros(x.size(0), 6)
+    for step in range(3):
+        h = m.cell(x[:, step, :], h)
+    return m.fc(h)
+
+
+def _encoder_decoder(m: Any, x: Tensor) -> Tensor:
+    _, state = m.encoder(x)
+    output, _ = m.decoder(x[:, 2:], state)
+    return m.fc(output)
+
+
+def _both_results(m: Any, x: Tensor) -> Tensor:
+    output, h = m.rnn(x)
+    return torch.cat([output[:, -1], h[-1], h[0]], 1)
+
+
+def _speech(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(m.norm(m.conv(x))).transpose(1, 2)
+    output, _ = m.rnn(y)
+    weights = torch.softmax(m.score(output), dim=1)
+    return m.fc((weights * output).sum(1))
+
+
+def _vae(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    h = m.encoder(x)
+    mean, log_variance = m.mean(h), m.log_variance(h)
+    z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    return m.decoder(z), mean, log_variance
+
+
+def _heads(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(m.body(x))
+    return F.log_softmax(m.policy(h), dim=-1), m.value(h).squeeze(-1)
+
+
+def _named_heads(m: Any, x: Tensor) -> dict[str, Tensor]:
+    policy, value = _heads(m, x)
+    return {"policy": policy, "value": value}
+
+
+def _duel(m: Any, x: Tensor) -> Tensor:
+    h = m.body(x)
+    advantage = m.advantage(h)
+    return m.value(h) + advantage - advantage.mean(1, keepdim=True)
+
+
+def _tied(m: Any, x: Tensor) -> Tensor:
+    return F.linear(torch.relu(F.linear(x, m.weight, m.bias)), m.weight, m.bias)
+
+
+def _shared(m: Any, x: Tensor) -> Tensor:
+    return m.layer(torch.tanh(m.layer(x))) / (1.0 + m.other(x).square())
+
+
+def _gated(m: Any, x: Tensor) -> Tensor:
+    skips = 0
+    for conv, mix in zip(m.convs, m.mixes, strict=True):
+        a, b = torch.split(conv(F.pad(x, (2, 0))), 4, 1)
+        y = mix(torch.tanh(a) * torch.sigmoid(b))
+        x = x + y
+        skips = skips + y
+    return m.out(skips).mean(-1)
+
+
+def _views(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).permute(0, 2, 1).contiguous()
+    y = y[:, 1:, ::2].unsqueeze(1).squeeze(1)
+    y = y.reshape(y.shape[0], -1)
+    return m.b(y)[..., :2] * 2 - 1
+
+
+def _tagger(m: Any, x: Tensor) -> Tensor:
+    return m.fc(m.rnn(m.embedding(x))[0]).transpose(1, 2)
+
+
+def _pools(m: Any, x: Tensor) -> Tensor:
+    y = F.max_pool2d(m.conv(x), 3, stride=2, padding=1, ceil_mode=True)
+    return m.fc(m.drop(m.average(y)).flatten(1))
+
+
+def _norms(m: Any, x: Tensor) -> Tensor:
+    return m.fc(F.relu(m.frozen(m.conv(x))).mean(dim=(-1, -2)))
+
+
+def _places() -> nn.Parameter:
+    return nn.Parameter(torch.randn(5, 8) * 0.1)
+
+
+def _mlp(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for one, other in itertools.pairwise(sizes):
+        layers += [nn.Linear(one, other), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _residual_layers() -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {"stem": nn.Conv2d(3, 6, 3, padding=1), "stem_norm": nn.BatchNorm2d(6)}
+    layers |= {"conv1": nn.Conv2d(6, 10, 3, 2, 1, bias=False), "norm1": nn.BatchNorm2d(10)}
+    layers |= {"conv2": nn.Conv2d(10, 10, 3, padding=1), "norm2": nn.BatchNorm2d(10)}
+    layers |= {"down": nn.Conv2d(6, 10, 1, 2), "down_norm": nn.BatchNorm2d(10)}
+    return layers | {"relu": nn.ReLU(inplace=True), "fc": nn.Linear(10, 4)}
+
+
+def _u_net_layers() -> dict[str, nn.Module]:
+    sizes = {"a": (2, 5), "b": (5, 7), "c": (7, 9), "d": (13, 8), "e": (13, 3)}
+    convs: dict[str, nn.Module] = {name: nn.Conv2d(*size, 3, padding=1) for name, size in sizes.items()}
+    return {**convs, "up": nn.ConvTranspose2d(9, 6, 2, stride=2)}
+
+
+class WithFrozen(By):
+    """With a batch norm in eval mode, whatever the model's mode."""
+
+    def train(self, mode: bool = True) -> "WithFrozen":
+        super().train(mode)
+        self.frozen.eval()  # type: ignore[operator, union-attr]
+        return self
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "residual": (lambda: By(_residual, **_residual_layers()), (4, 3, 9, 8)),
+    "u-net": (lambda: By(_u_net, **_u_net_layers()), (2, 2, 12, 8)),
+    "gate": (
+        lambda: By(
+            _gate, conv=nn.Conv2d(4, 4, 3, padding=1), narrow=nn.Linear(4, 3), wide=nn.Linear(3, 4), fc=nn.Linear(80, 3)
+        ),
+        (3, 4, 4, 5),
+    ),
+    "attention": (
+        lambda: By(
+            _attention, norm=nn.LayerNorm(8), qkv=nn.Linear(8, 24), out=nn.Linear(8, 8), mlp=_mlp(8, 16, 8),
+            head=nn.Linear(8, 3), drop=nn.Dropout(0.2), places=_places(),
+        ),
+        (3, 5, 8),
+    ),
+    "cells": (lambda: By(_cells, cell=nn.LSTMCell(3, 6), fc=nn.Linear(6, 2)), (5, 4, 3)),
+    "gru cells": (lambda: By(_gru_cells, cell=nn.GRUCell(3, 6), fc=nn.Linear(6, 2)), (5, 3, 3)),
+    "rnn cells": (lambda: By(_gru_cells, cell=nn.RNNCell(3, 6, nonlinearity="relu"), fc=nn.Linear(6, 2)), (5, 3, 3)),
+    "encoder and decoder": (
+        lambda: By(
+            _encoder_decoder, encoder=nn.LSTM(3, 6, 2, batch_first=True), decoder=nn.LSTM(3, 6, 2, batch_first=True),
+            fc=nn.Linear(6, 2),
+        ),
+        (4, 5, 3),
+    ),
+    "both results": (lambda: By(_both_results, rnn=nn.GRU(3, 5, 2, batch_first=True)), (4, 6, 3)),
+    "speech": (
+        lambda: By(
+            _speech, conv=nn.Conv1d(3, 6, 3, 2), norm=nn.BatchNorm1d(6),
+            rnn=nn.GRU(6, 4, bidirectional=True, batch_first=True), score=nn.Linear(8, 1), fc=nn.Linear(8, 3),
+        ),
+        (4, 3, 15),
+    ),
+    "duel": (
+        lambda: By(_duel, body=_mlp(6, 9, 9), value=nn.Linear(9, 1), advantage=nn.Linear(9, 4)), (5, 6)
+    ),
+    "tied": (lambda: By(_tied, weight=nn.Parameter(torch.randn(6, 6) / 3), bias=nn.Parameter(torch.zeros(6))), (5, 6)),
+    "shared": (lambda: By(_shared, layer=nn.Linear(6, 6), other=nn.Linear(6, 6)), (5, 6)),
+    "gated": (
+        lambda: By(
+            _gated, convs=nn.ModuleList([nn.Conv1d(4, 8, 3) for _ in range(3)]),
+            mixes=nn.ModuleList([nn.Conv1d(4, 4, 1) for _ in range(3)]), out=nn.Conv1d(4, 2, 1),
+        ),
+        (3, 4, 11),
+    ),
+    "views": (lambda: By(_views, a=nn.Linear(5, 8), b=nn.Linear(14, 3)), (4, 4, 5)),
+    "pools": (
+        lambda: By(
+            _pools, conv=nn.Conv2d(3, 6, 3), average=nn.AdaptiveAvgPool2d((2, 1)), drop=nn.Dropout(0.4),
+            fc=nn.Linear(12, 3),
+        ),
+        (4, 3, 9, 8),
+    ),
+    "frozen statistics": (
+        lambda: WithFrozen(
+            _norms, conv=nn.Conv2d(3, 6, 3, groups=3, dilation=2), frozen=nn.BatchNorm2d(6), fc=nn.Linear(6, 3)
+        ),
+        (4, 3, 9, 8),
+    ),
+}  # fmt: skip
+
+
+def _pair(make: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = make().to(dtype).train()
+    return model, copy.deepcopy(model)
+
+
+def _follow(
+    models: tuple[nn.Module, nn.Module], loss: Callable[[Any, Any], Tensor], inputs: Sequence[Tensor], target: Any,
+    how: str, tolerance: float,
+) -> None:  # fmt: skip
+    """Some steps of both, from the same seeds."""
+    stock, mine = models
+    # Adam makes a whole step of a gradient that is nothing but rounding, as of a bias before a batch norm.
+    kind = torch.optim.Adam if tolerance < 1e-6 else torch.optim.SGD
+    theirs, ours = (kind(model.parameters(), 0.01) for model in models)
+    step = fastnn.training_step(mine, loss, ours, strict=True, max_norm=5.0)
+    assert step.explain().startswith(how)
+    for number in range(4):
+        torch.manual_seed(number)
+        theirs.zero_grad()
+        expected = loss(stock(*inputs), target)
+        expected.backward()
+        nn.utils.clip_grad_norm_(stock.parameters(), 5.0)
+        theirs.step()
+        after = torch.get_rng_state()
+        torch.manual_seed(number)
+        found = step(inputs[0] if len(inputs) == 1 else tuple(inputs), target)
+        assert_close(found, expected.detach(), rtol=tolerance, atol=tolerance)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert step.explain().startswith(how)
+        assert "ordinary" not in step.explain(), step.explain()
+    assert_close(mine.state_dict(), stock.state_dict(), rtol=tolerance, atol=tolerance)
+    for p, q in zip(mine.parameters(), stock.parameters(), strict=True):
+        assert ours.state.keys() >= {p} or q not in theirs.state
+        if q in theirs.state:
+            assert_close(ours.state[p], theirs.state[q], rtol=tolerance, atol=tolerance)
+
+
+CASES = [(name, torch.contiguous_format) for name in MODELS]
+CASES += [(name, torch.channels_last) for name, (_, sizes) in MODELS.items() if len(sizes) == 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "memory_format"), CASES)
+def test_networks(name: str, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    make, sizes = MODELS[name]
+    models = _pair(make, dtype)
+    x = torch.randn(sizes, dtype=dtype).to(memory_format=memory_format)
+    target = torch.randn(copy.deepcopy(models[0])(x).shape, dtype=dtype)
+    _follow(models, F.mse_loss, [x], target, "one operator call", 1e-9 if dtype == torch.float64 else 1e-3)
+
+
+def test_two_inputs_and_an_embedding() -> None:
+    def forward(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        return m.fc(torch.cat([m.words(x).mean(1), m.body(y)], dim=-1))
+
+    def make() -> nn.Module:
+        return OfTwo(forward, words=nn.Embedding(9, 4, padding_idx=0), body=_mlp(3, 6), fc=nn.Linear(10, 5))
+
+    torch.manual_seed(1)
+    inputs = [torch.randint(0, 9, (6, 4)), torch.randn(6, 3, dtype=torch.float64)]
+    _follow(
+        _pair(make, torch.float64), F.cross_entropy, inputs, torch.randint(0, 5, (6,)), "one operator call", 1e-9
+    )  # fmt: skip
+
+
+def test_a_tagger() -> None:
+    def make() -> nn.Module:
+        return By(
+            _tagger, embedding=nn.Embedding(20, 5), rnn=nn.LSTM(5, 4, batch_first=True, bidirectional=True),
+            fc=nn.Linear(8, 6),
+        )  # fmt: skip
+
+    x, y = torch.randint(0, 20, (3, 7)), torch.randint(0, 6, (3, 7))
+    _follow(_pair(make, torch.float64), F.cross_entropy, [x], y, "one operator call", 1e-9)
+
+
+@pytest.mark.parametrize("forward", [_heads, _named_heads])
+def test_several_results(forward: Callable[..., Any]) -> None:
+    def loss(results: Any, target: tuple[Tensor, Tensor]) -> Tensor:
+        policy, value = results.values() if isinstance(results, dict) else results
+        return F.nll_loss(policy, target[0]) + F.smooth_l1_loss(value, target[1])
+
+    def make() -> nn.Module:
+        return By(forward, body=nn.Linear(4, 8), policy=nn.Linear(8, 3), value=nn.Linear(8, 1))
+
+    x = torch.randn(6, 4, dtype=torch.float64)
+    target = torch.randint(0, 3, (6,)), torch.randn(6, dtype=torch.float64)
+    _follow(_pair(make, torch.float64), loss, [x], target, "two operator calls", 1e-9)
+
+
+def test_noise_between() -> None:
+    def loss(results: Any, target: Tensor) -> Tensor:
+        y, mean, log_variance = results
+        return F.mse_loss(y, target) - 0.5 * (1 + log_variance - mean**2 - log_variance.exp()).mean()
+
+    def make() -> nn.Module:
+        return By(
+            _vae, encoder=nn.Sequential(nn.Linear(7, 9), nn.ReLU()), mean=nn.Linear(9, 3), log_variance=nn.Linear(9, 3),
+            decoder=_mlp(3, 9, 7),
+        )  # fmt: skip
+
+    x = torch.randn(6, 7, dtype=torch.float64)
+    _follow(_pair(make, torch.float64), loss, [x], x, "two operator calls", 1e-9)
+
+
+def test_a_result_that_the_loss_leaves_alone() -> None:
+    """Stock gives the parameters of that result no gradient, so that the optimizer leaves them alone."""
+
+    def make() -> nn.Module:
+        return By(_heads, body=nn.Linear(4, 8), policy=nn.Linear(8, 3), value=nn.Linear(8, 1))
+
+    stock, mine = _pair(make, torch.float64)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(0, 3, (6,))
+    theirs, ours = (torch.optim.AdamW(model.parameters(), 0.01) for model in (stock, mine))
+    step = fastnn.training_step(mine, lambda results, target: F.nll_loss(results[0], target), ours)
+    for _ in range(3):
+        theirs.zero_grad()
+        expected = F.nll_loss(stock(x)[0], y)
+        expected.backward()
+        theirs.step()
+        assert_close(step(x, y), expected.detach())
+    assert_close(mine.state_dict(), stock.state_dict())
+
+
+def test_changes_in_place_that_others_see_take_the_ordinary_way() -> None:
+    def seen_later(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        view = y[:, :2]
+        y += 1.0
+        return m.b(y) + view.sum()
+
+    def of_the_input(m: Any, x: Tensor) -> Tensor:
+        x.mul_(2.0)
+        return m.b(m.a(x))
+
+    for forward in (seen_later, of_the_input):
+        model = By(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+        with pytest.raises(ValueError, match="changes a tensor that others see"):
+            fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
+
+
+def test_a_tie_that_is_broken_is_seen() -> None:
+    stock, mine = _pair(lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.float64)
+    for model in (stock, mine):
+        model[2].weight = model[0].weight  # type: ignore[index]
+    x = torch.randn(5, 4, dtype=torch.float64)
+    theirs, ours = (torch.optim.SGD(model.parameters(), 0.1) for model in (stock, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+
+    def both() -> None:
+        theirs.zero_grad()
+        expected = F.mse_loss(stock(x), x)
+        expected.backward()
+        theirs.step()
+        assert_close(step(x, x), expected.detach())
+        assert_close(mine.state_dict(), stock.state_dict())
+
+    both()
+    for model, optimizer in ((stock, theirs), (mine, ours)):
+        own = nn.Parameter(model[2].weight.detach().clone())  # type: ignore[index]
+        model[2].weight = own  # type: ignore[index]
+        optimizer.add_param_group({"params": [own], "lr": 0.2})
+    for _ in range(3):
+        both()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_networks(seed: int) -> None:
+    """The gradients of random programs are those of autograd through the reference."""
+    net = trainable_network(seed)
+    inputs = [tensor.clone() for tensor in net.inputs]
+    weights = [tensor.clone().requires_grad_() for tensor in net.weights]
+    expected = network(inputs, weights, net.text)
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in expected]
+    depend = [(one, gradient) for one, gradient in zip(expected, gradients, strict=True) if one.requires_grad]
+    wanted: Sequence[Tensor | None] = [None] * len(weights)
+    if depend:
+        some, of_some = zip(*depend, strict=True)
+        wanted = torch.autograd.grad(some, weights, of_some, allow_unused=True)
+    layout = [number for gradient in wanted for number in (-1 if gradient is None else 0, 0)]
+    numbers = torch.tensor([0.0, 1, 0, 0, 0, -1, 0.0, *[0] * 5], dtype=torch.float64)  # SGD with a rate of 0
+    for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 2e-3)):
+        own = [tensor.to(dtype) for tensor in net.weights]
+        with using_threads(1 + seed % 2):
+            outputs, kept = torch.ops.fastnn.training_step_forward([x.to(dtype) for x in inputs], own, net.text)
+            found = torch.ops.fastnn.training_step_backward(
+                [gradient.to(dtype) for gradient in gradients], kept, own, [], layout, numbers, True
+            )
+        for one, other in zip(outputs, expected, strict=True):
+            _close(one, other.detach(), limit, net.text)
+        for one, reference in zip(found, wanted, strict=True):
+            if reference is not None:
+                _close(one, reference, limit, net.text)
+
+
+def _close(found: Tensor, wanted: Tensor, limit: float, text: str) -> None:
+    scale = max(float(wanted.abs().max()), 0.1) if wanted.numel() else 1.0
+    assert_close(found.double(), wanted, rtol=0.0, atol=limit * scale, equal_nan=True, msg=lambda m: f"{m}\n{text}")
