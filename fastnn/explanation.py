@@ -15,7 +15,7 @@ from fastnn.graph import forward as forwards
 from fastnn.graph.account import WHY, ExplainedCall, account_for, programs_of
 from fastnn.graph.forward import FusedModule, FusedRecurrent, Program
 from fastnn.graph.matcher import Layer
-from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
+from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace, needed_inputs
 from fastnn.nn import FUSED
 
 _ALGORITHM_OF = torch.ops.fastnn.conv_relu_max_pool_algorithm.default
@@ -61,7 +61,8 @@ class Explanation:
 
 def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Run ``model(*inputs)`` once, without gradients, and account for every convolution, pool, linear layer, activation
-    and recurrent layer: the operator that runs it and by which algorithm, or why it stays torch's.
+    and recurrent layer: the operator that runs it and by which algorithm, or why it stays torch's. Several inputs may
+    come in one tuple, too.
 
     Without inputs nothing is run, and the algorithms, which follow from sizes, are left out. A stock model is
     reported as :func:`fastnn.fuse` would make it. The model itself is not changed. The algorithms of
@@ -71,6 +72,10 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     ``depthwise``, which has channels in the lanes, ``taps``, which has pixels there (for few input channels), and
     ``stock``.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain: expected a torch.nn.Module, got a {type(model).__name__}")
+    if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)) and needed_inputs(model) == len(inputs[0]) > 1:
+        inputs = tuple(inputs[0])  # as fuse and freeze take them
     is_fused = _is_fused(model)
     model = copied(model) if is_fused else fuse(copied(model))
     if not inputs:

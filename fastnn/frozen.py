@@ -26,7 +26,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
-    """``model`` as it is now, for inference alone, in as few operator calls as it allows.
+    """``model`` as it is now, in eval mode, for inference alone, in as few operator calls as it allows.
 
     The model's layers become networks, each of which is one operator call: batch norms, activations, sums and pools
     become part of the layers before them, and dropout is left out. A model whose every layer a network has becomes a
@@ -38,7 +38,8 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
         example_input: (batch, ...), or a tuple of a model's inputs, which may be tuples, lists and dicts of tensors
             themselves, as an LSTM's state. The batch is dimension 0 of each input, or dimension 1, as of a state. The
             frozen model takes any batch size, and is fastest for sizes like these. It takes other sizes in further
-            dimensions (lengths, heights) where the model does.
+            dimensions (lengths, heights) where the model does, and does with them what it does with the example's:
+            one that enlarges images to the size of another, for one, keeps to the example's sizes.
 
     Raises:
         ValueError: there is nothing to freeze, or the model does something that cannot be captured; the message names
@@ -301,6 +302,8 @@ class _Frozen(nn.Module):
     def _leaves(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The tensors of the inputs, in their order. TypeError where the inputs are nested in another way."""
         kind, content = self._inputs
+        if len(inputs) == 1 < len(content) and isinstance(inputs[0], (tuple, list)):  # as freeze takes them
+            inputs = tuple(inputs[0])
         if len(inputs) != len(content):
             raise TypeError(f"expected {len(content)} inputs, got {len(inputs)}")
         if all(one[0] == _VALUE for one in content):
@@ -315,8 +318,11 @@ def _take_apart(structure: Any, given: Any, found: list[Any]) -> None:
     if kind == _VALUE:
         found.append(given)
         return
-    is_right = isinstance(given, dict) if kind == _DICT else isinstance(given, (tuple, list))
-    if not is_right or len(given) != len(content):
+    if kind == _DICT:
+        if not isinstance(given, dict) or not content.keys() <= given.keys():
+            keys = f"a dict with {', '.join(map(str, given))}" if isinstance(given, dict) else type(given).__name__
+            raise TypeError(f"expected a dict with {', '.join(map(str, content))}, got {keys}")
+    elif not isinstance(given, (tuple, list)) or len(given) != len(content):
         raise TypeError(f"expected a {kind} of {len(content)} where the inputs have {type(given).__name__}")
     for name, one in content.items() if kind == _DICT else enumerate(content):
         _take_apart(one, given[name], found)

@@ -47,8 +47,8 @@ class Binding:
         places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         try:
             for p in parameters:
-                group = places[id(p)] if p.requires_grad else -1
-                self.layout += [group, self._take_states(p, self._kept[group]) if p.requires_grad else 0]
+                group = places.get(id(p), -1) if p.requires_grad else -1
+                self.layout += [group, self._take_states(p, self._kept[group]) if group >= 0 else 0]
         except BaseException:
             self.undo()
             raise

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastnn._torch import global_optimizer_hooks, note_step_of, pytree
 from fastnn.fusion import fuse
+from fastnn.graph.rehearsal import needed_inputs
 from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
@@ -41,7 +42,8 @@ class TrainingStep:
 
     Gradients that are in ``p.grad`` when a step begins, such as those of micro-batches before it, are added to its own,
     unless the optimizer has used them already; such a step goes the ordinary way. After a step ``p.grad`` is None, or
-    with ``keep_gradients`` the step's gradient, clipped, until the next step begins.
+    with ``keep_gradients`` the step's gradient, clipped, until the next step begins. Parameters of the model that the
+    optimizer does not have are not trained, and a step leaves their ``p.grad`` as it was.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class TrainingStep:
         self._no_grad = torch.no_grad()  # made once: 0.5 us
         self._retries = False  # whether this repeats a step that one call did not take
         self._used = UsedGradients.of(optimizer)
+        self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
         self._is_unread_copy = False
 
     @property
@@ -239,6 +242,7 @@ class TrainingStep:
         """Finds out whether there is one call for the model, loss and optimizer as they are; `anew`, by a new trace."""
         before = None if anew else self._reading
         self._reading, self._why, self._is_unread_copy = None, "", False
+        self._others = None
         self._forget()
         try:
             self._reading = Reading(self.model, self.loss, self._optimizer, before)
@@ -397,8 +401,8 @@ class TrainingStep:
     def _after(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(binding.parameters)
         if self.keep_gradients:
-            for p, gradient in zip(binding.parameters, gradients, strict=True):
-                if p.requires_grad:
+            for p, gradient, group in zip(binding.parameters, gradients, binding.layout[::2], strict=True):
+                if group >= 0:
                     p.grad = gradient
             self._used(self._optimizer)
         note_step_of(self._optimizer)
@@ -407,8 +411,19 @@ class TrainingStep:
 
     # ---- and the ordinary one ---------------------------------------------------------------------------------------
 
+    def _parameters_of_nobody(self) -> list[nn.Parameter]:
+        """The model's parameters that the optimizer does not have: no step leaves a gradient in them."""
+        own = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if self._others is None or self._others[0] != len(own):
+            known = set(map(id, own))
+            self._others = len(own), [p for p in self.model.parameters() if id(p) not in known]
+        return self._others[1]
+
     def _ordinary(self, input: Any, target: Any) -> Tensor:
+        others = [(p, None if p.grad is None else p.grad.clone()) for p in self._parameters_of_nobody()]
         loss = self.accumulate(input, target)
+        for parameter, gradient in others:
+            parameter.grad = gradient
         if self.max_norm is not None:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
@@ -432,10 +447,12 @@ def training_step(
     them, where only the loss doesn't; else the ordinary way: autograd on fused layers, then the optimizer's own step.
     ``step.explain()`` says which, and why.
 
-    Models that are one chain allow it, in float32 and float64 on the CPU: convolutions, with ReLU and max-pool, batch
-    norms, linear layers, activations, adaptive average pools, flattenings, Dropout, and recurrent layers, of which all
-    steps or the last are used. State and learning rates stay in the optimizer, so that going back to
-    ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
+    Models allow it that consist of layers which a network has, in float32 and float64 on the CPU: convolutions,
+    transposed ones too, batch and layer norms, linear and recurrent layers and cells with their states, embeddings,
+    activations, pools, Dropout, arithmetic, products, softmax, means and sums, and what moves elements (views, slices,
+    concatenations); with branches and skips, shared layers, several inputs and several results, of which the loss is
+    then the caller's own. State and learning rates stay in the optimizer, so that going back to ``loss.backward();
+    optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
 
     Args:
         model: is fused in place (:func:`fastnn.fuse`).
@@ -444,7 +461,8 @@ def training_step(
             that gives one number for an output and a target, which is called between forward and backward. One that
             uses parameters by itself takes the ordinary way, after a first step in which it is called twice.
         optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adamax or NAdam; any other takes the ordinary way.
-        max_norm: clip the gradient's norm, as ``torch.nn.utils.clip_grad_norm_``.
+        max_norm: clip the norm of the gradient, as ``torch.nn.utils.clip_grad_norm_`` does: that of all parameters
+            which the optimizer has.
         keep_gradients: leave the gradients in ``p.grad``, where they stay None otherwise.
         strict: raise where steps would go the ordinary way.
 
@@ -474,13 +492,11 @@ def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
 
 def _inputs_of(model: nn.Module) -> int:
     """How many inputs the model needs. TypeError where it takes none."""
+    count = max(1, needed_inputs(model))
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
-        return 1
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in signature.parameters.values() if p.kind in positional and p.default is p.empty]
-    count = max(1, len(needed))
+        return count
     try:
         signature.bind(*(None,) * count)
     except TypeError as error:

@@ -7,6 +7,8 @@ A model that is one network becomes a :class:`fastnn.FrozenModel`, others a :cla
 import contextlib
 import inspect
 import io
+import linecache
+import os
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -312,7 +314,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], free: Sequence[Sequence[i
                 warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
                 exported = exported.run_decompositions({})
     except Exception as error:  # of whatever kind: the model itself has run, so it is the export that cannot take it
-        words = str(error).partition("\n")[0]
+        words = f"{str(error).partition(chr(10))[0]}{_place_of(error)}"
         raise ValueError(f"freeze: torch.export cannot take {type(model).__name__}: {words}") from error
     signature = exported.graph_signature
     changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -320,6 +322,19 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], free: Sequence[Sequence[i
     if changed:
         raise ValueError(f"freeze: {type(model).__name__} changes {', '.join(changed)} in place, at every call")
     return exported
+
+
+def _place_of(error: BaseException) -> str:
+    """The line of the model's own code that was running."""
+    place = ""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not any(f"{os.sep}{package}{os.sep}" in code.co_filename for package in ("torch", "fastnn")):
+            text = linecache.getline(code.co_filename, trace.tb_lineno).strip()
+            place = f" (line {trace.tb_lineno} of {os.path.basename(code.co_filename)}{f': {text}' if text else ''})"
+        trace = trace.tb_next
+    return place
 
 
 def _ranges(exported: ExportedProgram) -> dict[str, tuple[int, int]]:

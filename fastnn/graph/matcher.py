@@ -494,8 +494,8 @@ class _Matcher:
             else:
                 break
             last = following
-        if names == ["identity"] and not self.is_worth_it_alone(first):
-            return "a linear layer alone, trained: there is nothing to fuse it with"
+        if len(names) == 1 and not self.is_worth_it_alone(first):
+            return "one linear layer, trained: a call of ours costs as much as stock's"
         weights = [_tensor(linear, "weight") for linear in linears]
         biases = [_tensor(linear, "bias") for linear in linears]
         settings = {"activations": activations.join(names)}
@@ -505,9 +505,10 @@ class _Matcher:
         return Match("mlp", layers, mlp_of_parameters, tensors, settings, in_a_list=True)
 
     def is_worth_it_alone(self, linear: Layer) -> bool:
-        """Whether to fuse a linear layer without activation: in inference always; in training where it may become one
-        call with a recurrent layer whose last step it takes, or with the convolutions before a flattening (see
-        joining.py)."""
+        """Whether to fuse one linear layer, with its activation or without: in inference always; in training where it
+        may become one call with a recurrent layer whose last step it takes, or with the convolutions before a
+        flattening (see joining.py). Elsewhere what is saved is one call of stock's, and a call of ours in Python takes
+        longer: 0.75 of stock for one row, 0.83 for 32 of 20 features, 1.0 from 256 of 128 on."""
         if linear.input.target in (operator.getitem, torch.flatten, "flatten"):
             return True
         return linear.module is not None and not linear.module.training

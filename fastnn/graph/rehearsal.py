@@ -4,6 +4,7 @@ the generators of random numbers."""
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,16 @@ def copied(model: nn.Module) -> nn.Module:
     ``copy.deepcopy`` refuses those."""
     computed = [t for module in model.modules() for t in module.__dict__.values() if isinstance(t, Tensor)]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
+
+
+def needed_inputs(model: nn.Module) -> int:
+    """How many inputs a call of the model must give by position; 1 where that is not known."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in signature.parameters.values())
 
 
 def cloned(inputs: Any) -> Any:

@@ -164,6 +164,29 @@ def one_by_one(backward: Callable[..., Any], grads: Sequence[Tensor | None]) -> 
     return pytree.tree_map(batch_of, *results)
 
 
+def wants_graph() -> bool:
+    """Whether backward is to be differentiable itself (``create_graph=True``), and no transform sees to that."""
+    return torch.is_grad_enabled() and not transforms_active() and not is_compiling()
+
+
+def gradients_by_reference(
+    reference: Callable[..., Any], tensors: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """What a backward that :func:`wants_graph` returns: the gradients of the reference's outputs with respect to those
+    of its tensors that are needed, by plain autograd, which can be differentiated at the cost of stock's own."""
+    # Other views, since one tensor may stand at two places, each of which has a gradient of its own.
+    own = [one.view_as(one) if needs else one for one, needs in zip(tensors, needed, strict=True)]
+    outputs = reference(*own)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    given = [(one, grad) for one, grad in zip(outputs, grads, strict=True) if grad is not None and one.requires_grad]
+    wanted = [one for one, needs in zip(own, needed, strict=True) if needs]
+    found: Any = iter(())
+    if given and wanted:
+        some, of_some = zip(*given, strict=True)
+        found = iter(torch.autograd.grad(some, wanted, of_some, create_graph=True, allow_unused=True))
+    return [next(found, None) if needs else None for needs in needed]
+
+
 def differentiate_twice(
     reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:

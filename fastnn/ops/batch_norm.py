@@ -5,6 +5,7 @@ A batch norm whose statistics are known multiplies each channel by a number and 
 convolution the numbers go into its weights.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn._torch import forward_ad, is_tracing
-from fastnn.ops._autograd import autocast_is_on, differentiate_twice, is_compiling, is_exporting, transforms_active
+from fastnn.ops._autograd import (
+    autocast_is_on,
+    gradients_by_reference,
+    is_compiling,
+    is_exporting,
+    transforms_active,
+)
 from fastnn.ops.conv_relu_max_pool import (
     MOST_PLACES,
     conv_relu_max_pool,
@@ -241,10 +248,11 @@ class BatchNormReluMaxPool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         input, gamma, beta, batch_mean, batch_invstd, winners = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], gamma is not None, beta is not None]
+        result: Sequence[Any]
         if torch.is_grad_enabled():
-            result = _BatchNormReluMaxPoolBackward.apply(
-                grads[0], input, gamma, beta, batch_mean, batch_invstd, winners, ctx.eps, ctx.geometry, wanted
-            )
+            needed = [bool(w and n) for w, n in zip(wanted, ctx.needs_input_grad, strict=False)]
+            by_reference = functools.partial(_by_reference, ctx.eps, ctx.geometry)
+            result = gradients_by_reference(by_reference, (input, gamma, beta), needed, grads)
         else:
             result = _gradients(
                 grads[0], input, gamma, batch_mean, batch_invstd, winners, ctx.eps, ctx.geometry, wanted
@@ -271,33 +279,7 @@ def _gradients(
     return gradients
 
 
-class _BatchNormReluMaxPoolBackward(torch.autograd.Function):
-    """The gradients, differentiable through the reference."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, input: Tensor, gamma: Any, beta: Any, *rest: Any) -> tuple[Tensor, ...]:
-        batch_mean, batch_invstd, winners, ctx.eps, ctx.geometry, ctx.wanted = rest
-        ctx.save_for_backward(grad_output, input, gamma, beta)
-        return _gradients(
-            grad_output, input, gamma, batch_mean, batch_invstd, winners, ctx.eps, ctx.geometry, ctx.wanted
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
-        grad_output, *inputs = ctx.saved_tensors
-        given = [i for i, wanted in enumerate(ctx.wanted) if wanted]
-        geometry = reference.Geometry.of_flat(ctx.geometry, inputs[0].dim() - 2)
-
-        def forward(*tensors: Tensor) -> Tensor:
-            everything = list(inputs)
-            for i, tensor in zip(given, tensors, strict=True):
-                everything[i] = tensor
-            input, gamma, beta = everything
-            normed = F.batch_norm(input, None, None, gamma, beta, True, 0.0, ctx.eps)
-            return reference.max_pool(F.relu(normed), *geometry[4:])
-
-        second = differentiate_twice(forward, grad_output, [inputs[i] for i in given], [grad_grads[i] for i in given])
-        result: list[Tensor | None] = [None] * 3
-        for i, gradient in zip(given, second[1:], strict=True):
-            result[i] = gradient
-        return (second[0], *result, None, None, None, None, None, None)
+def _by_reference(eps: float, geometry: Sequence[int], input: Tensor, gamma: Any, beta: Any) -> Tensor:
+    normed = F.batch_norm(input, None, None, gamma, beta, True, 0.0, eps)
+    pool: Tensor = reference.max_pool(F.relu(normed), *reference.Geometry.of_flat(geometry, input.dim() - 2)[4:])
+    return pool

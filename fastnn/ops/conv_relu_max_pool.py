@@ -1,5 +1,6 @@
 """Convolution, ReLU and max-pool in one operator: the public functions, the gradients and the shapes for tracing."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -17,12 +18,14 @@ from fastnn.ops._autograd import (
     check_same_device,
     differentiate_twice,
     eager_recorder,
+    gradients_by_reference,
     in_torchs_words,
     is_plain,
     needs_autograd,
     needs_reference,
     recorder,
     wants_gradient,
+    wants_graph,
 )
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
@@ -307,10 +310,19 @@ class ConvReluMaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         input, weight, bias, winners = ctx.saved_tensors
+        if wants_graph():
+            needed = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+            both = (input, weight, bias)
+            by_reference = functools.partial(_by_reference, ctx.geometry)
+            return (*gradients_by_reference(by_reference, both, needed, [grad_output]), None)
         compute = ConvReluMaxPoolBackward.apply if torch.is_grad_enabled() else ConvReluMaxPoolBackward.forward
         wanted = ctx.needs_input_grad[:3]
         gradients = compute(grad_output, winners, input, weight, bias, ctx.geometry, wanted)
         return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), None)
+
+
+def _by_reference(geometry: FlatGeometry, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(geometry, input.dim() - 2))
 
 
 _record_plain = eager_recorder(ConvReluMaxPool)
@@ -349,8 +361,7 @@ class ConvReluMaxPoolBackward(torch.autograd.Function):
             everything = list(inputs)
             for i, tensor in zip(ctx.given, tensors, strict=True):
                 everything[i] = tensor
-            input, weight, bias = everything
-            return reference.conv_relu_max_pool(input, weight, bias, *Geometry.of_flat(ctx.geometry, input.dim() - 2))
+            return _by_reference(ctx.geometry, *everything)
 
         second = differentiate_twice(
             forward, grad_output, [inputs[i] for i in ctx.given], [grad_grads[i] for i in ctx.given]

@@ -15,12 +15,14 @@ from fastnn.ops._autograd import (
     check_same_device,
     differentiate_twice,
     eager_recorder,
+    gradients_by_reference,
     in_torchs_words,
     is_plain,
     needs_autograd,
     needs_reference,
     recorder,
     wants_gradient,
+    wants_graph,
 )
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import mlp as reference
@@ -244,6 +246,11 @@ class Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         activations, recompute, parameters = ctx.call
         needed, saved, layers = ctx.needs_input_grad, ctx.saved_tensors, layers_of(activations)
+        if wants_graph():
+            both = saved[: 1 + parameters]
+            own = [needed[0], *needed[3:]]
+            found = gradients_by_reference(lambda *all: _by_reference(all, activations), both, own, [grad_output])
+            return (found[0], None, None, *found[1:])
         if recompute:
             with torch.no_grad():
                 output, hidden = _mlp_with_hidden_op(saved[0], saved[1:], activations)
@@ -256,6 +263,12 @@ class Mlp(torch.autograd.Function):
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
         grad_input, *grad_parameters = compute(grad_output, activations, parameters, wanted, *saved)
         return (grad_input, None, None, *grad_parameters)
+
+
+def _by_reference(tensors: Sequence[Tensor], activations: str) -> Tensor:
+    """tensors: the input and the parameters."""
+    names = activations.split("|")
+    return reference.mlp(tensors[0], *split_parameters(tensors[1:], len(names)), names)
 
 
 def _saves_output(activations: str) -> bool:
@@ -298,13 +311,12 @@ class MlpBackward(torch.autograd.Function):
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         grad_output, *inputs = ctx.saved_tensors
         given = [i for i, present in enumerate(ctx.outputs_given) if present]
-        activations = ctx.activations.split("|")
 
         def forward(*tensors: Tensor) -> Tensor:
             everything = list(inputs)
             for i, tensor in zip(given, tensors, strict=True):
                 everything[i] = tensor
-            return reference.mlp(everything[0], *split_parameters(everything[1:], len(activations)), activations)
+            return _by_reference(everything, ctx.activations)
 
         second = differentiate_twice(forward, grad_output, [inputs[i] for i in given], [grad_grads[i] for i in given])
         result: list[Tensor | None] = [None] * ctx.saved_count

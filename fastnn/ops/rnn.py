@@ -1,5 +1,6 @@
 """Recurrent networks: schema's Python side, autograd and the functions behind the modules."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +14,14 @@ from fastnn.ops._autograd import (
     check_same_device,
     differentiate_twice,
     eager_recorder,
+    gradients_by_reference,
     is_exporting,
     is_plain,
     needs_autograd,
     needs_reference,
     recorder,
     wants_gradient,
+    wants_graph,
 )
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.recurrent_modes import MODE_OF, MODES, NUMBER_OF
@@ -294,6 +297,7 @@ class Rnn(torch.autograd.Function):
         input, batch_sizes, masks, config, states, *tensors = inputs
         ctx.mark_non_differentiable(*output[-2:])
         ctx.call = (config, states, len(output) - 2)
+        ctx.whole = None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[-2:], input, batch_sizes, masks, *tensors)
 
@@ -312,6 +316,11 @@ class Rnn(torch.autograd.Function):
         )
         ctx.call = (config, states, 1 + len(final_state))
         ctx.set_materialize_grads(False)
+        ctx.whole = None
+        if config[3]:  # of a batch first stock keeps a copy, so that the caller may change the input in place
+            if input.requires_grad:  # a second derivative needs the input itself, and what it comes from
+                ctx.whole = (input, input._version)
+            input = input.clone()
         ctx.save_for_backward(output, reserve, input, batch_sizes, masks, *tensors)
         is_cell = batch_sizes is None and input.dim() == 2
         # The caller may change a network's output in place, as stock's: backward needs what it was. A cell's stays.
@@ -323,10 +332,38 @@ class Rnn(torch.autograd.Function):
         needed, first_weight, grads = ctx.needs_input_grad, 5 + states, grads[:results]
         if all(grad is None for grad in grads):
             return (None,) * len(needed)
+        if wants_graph():
+            _, _, input, batch_sizes, masks, *rest = ctx.saved_tensors
+            if ctx.whole is not None:
+                input, version = ctx.whole
+                if input._version != version:
+                    raise RuntimeError(
+                        "one of the variables needed for gradient computation has been modified by an inplace "
+                        "operation: the input of a recurrent layer, for a second derivative"
+                    )
+            own = [needed[0], *needed[5:]]
+            by_reference = functools.partial(_by_reference, config, states, batch_sizes, masks)
+            found = gradients_by_reference(by_reference, [input, *rest], own, grads)
+            return (found[0], None, None, None, None, *found[1:])
         wanted = (needed[0], True in needed[5:first_weight], True in needed[first_weight:])
         compute = RnnBackward.apply if torch.is_grad_enabled() else RnnBackward.forward
         grad_input, *others = compute(config, states, wanted, *grads, *ctx.saved_tensors)
         return (grad_input, None, None, None, None, *others)
+
+
+def _by_reference(
+    config: RnnConfig, states: int, batch_sizes: Tensor | None, masks: Tensor | None, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """tensors: the input, the states and the weights."""
+    (input, *rest), (mode, layers, bidirectional, batch_first) = tensors, config
+    state, weights = rest[:states], rest[states:]
+    if input.dim() == 2 and batch_sizes is None:
+        final_state = reference.rnn_cell(input, tuple(state), weights, MODES[mode].name)
+        return (final_state[0], *final_state)
+    output, final_state = reference.rnn(
+        input, batch_sizes, state, weights, masks, MODES[mode].name, layers, bidirectional, batch_first
+    )
+    return (output, *final_state)
 
 
 _record_plain = eager_recorder(Rnn)
@@ -381,21 +418,12 @@ class RnnBackward(torch.autograd.Function):
         inner = [input, *rest]
         given = [i for i, present in enumerate(ctx.outputs_given) if present]
         arrived = [i for i, grad in enumerate(grads) if grad is not None]
-        mode, *config = ctx.config
 
         def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
             everything = list(inner)
             for i, tensor in zip(given, tensors, strict=True):
                 everything[i] = tensor
-            state, weights = everything[1 : 1 + ctx.states], everything[1 + ctx.states :]
-            if everything[0].dim() == 2 and batch_sizes is None:
-                final_state = reference.rnn_cell(everything[0], tuple(state), weights, MODES[mode].name)
-                outputs = (final_state[0], *final_state)
-            else:
-                output, final_state = reference.rnn(
-                    everything[0], batch_sizes, state, weights, masks, MODES[mode].name, *config
-                )
-                outputs = (output, *final_state)
+            outputs = _by_reference(ctx.config, ctx.states, batch_sizes, masks, *everything)
             return tuple(outputs[i] for i in arrived)
 
         second = differentiate_twice(

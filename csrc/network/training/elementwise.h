@@ -10,7 +10,9 @@ namespace fastnn {
 template <class T>
 class ActivationTraining : public UnaryTraining<T> {
  public:
-  explicit ActivationTraining(const ProgramLine& line) : UnaryTraining<T>(line), activation_(line.activation()) {}
+  explicit ActivationTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line), text_(line.text("activation")), activation_(line.activation()) {}
+  std::string_view activation_text() const override { return text_; }
   void forward(Tensor* outputs) override {
     output_ = new_like<T>(this->input());
     from_ = same_strides(this->input(), output_) ? this->input().borrow() : dense(this->input());
@@ -38,6 +40,7 @@ class ActivationTraining : public UnaryTraining<T> {
   void forget() override { output_ = from_ = Tensor(); }
 
  private:
+  std::string text_;
   Activation activation_;
   Tensor output_, from_;
 };

@@ -40,6 +40,8 @@ class TrainingLayer {
   // Takes over what the next layer does, which is the only one to take this one's output, as its first input. Returns
   // false where it cannot.
   virtual bool absorb(const TrainingLayer&) { return false; }
+  // The activation that the layer is; empty where it is another layer.
+  virtual std::string_view activation_text() const { return {}; }
 
  protected:
   // The inputs of these names that the line has, in this order.

@@ -19,6 +19,12 @@ class LinearTraining : public TrainingLayer<T> {
     this->take(line, {"bias"});
   }
   bool absorb(const TrainingLayer<T>& other) override {
+    if (const std::string_view activation = other.activation_text(); !activation.empty()) {
+      const size_t last = activations_.rfind('|') + 1;  // or 0, where there is no bar
+      if (activations_.compare(last, std::string::npos, "identity") != 0) return false;
+      activations_.replace(last, std::string::npos, activation);
+      return true;
+    }
     const auto* const next = dynamic_cast<const LinearTraining*>(&other);
     if (!next || next->biased_ != biased_ || layers_ + next->layers_ > kMostLayers) return false;
     // The weights of all layers come first, then the biases of all.
