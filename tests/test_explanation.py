@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -88,3 +89,19 @@ def test_a_stock_model_is_told_what_fuse_would_do() -> None:
         (row.layer, row.operator) for row in report.rows
     ]
     assert fused.to_dict() == {"is_fused": True, "rows": [dataclasses.asdict(row) for row in fused.rows]}
+
+
+def test_inputs_in_a_tuple() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.fc(a) * b
+
+    a, b = torch.randn(2, 4), torch.randn(2, 3)
+    model = Two().eval()
+    assert str(fastnn.explain(model, (a, b))) == str(fastnn.explain(model, a, b))
+    with pytest.raises(TypeError, match=r"explain: expected a torch\.nn\.Module, got a type"):
+        fastnn.explain(nn.Linear)  # type: ignore[arg-type]

@@ -1119,3 +1119,57 @@ def test_a_batch_that_matters_is_refused(batch: int, function: Callable[[Tensor]
     model = Calls(nn.Linear(4, 4), function)
     with pytest.raises(ValueError, match=r"depends on the batch|does not compute what"):
         fastnn.freeze(model, torch.randn(batch, 6, 4))
+
+
+def test_inputs_as_freeze_takes_them() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.fc(a) * b
+
+    model = Two().eval()
+    a, b = torch.randn(2, 4), torch.randn(2, 3)
+    frozen = fastnn.freeze(model, (a, b))
+    assert_close(frozen((a, b)), model(a, b))
+    assert_close(frozen(a, b), model(a, b))
+    for wrong in ((a,), (a, b, b)):
+        with pytest.raises(TypeError, match=f"expected 2 inputs, got {len(wrong)}"):
+            frozen(*wrong)
+
+
+def test_dicts_say_which_keys_they_should_have() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, given: dict[str, Tensor]) -> Tensor:
+            return self.fc(given["a"]) * given["b"]
+
+    model = Named().eval()
+    given = {"a": torch.randn(2, 4), "b": torch.randn(2, 3)}
+    frozen = fastnn.freeze(model, (given,))
+    assert_close(frozen({**given, "label": torch.zeros(2)}), model(given))
+    for wrong in ({"a": given["a"]}, {"a": given["a"], "c": given["b"]}):
+        with pytest.raises(TypeError, match=f"expected a dict with a, b, got a dict with {', '.join(wrong)}"):
+            frozen(wrong)
+    with pytest.raises(TypeError, match="expected a dict with a, b, got Tensor"):
+        frozen(given["a"])
+
+
+def test_what_cannot_be_exported_is_named_by_its_line() -> None:
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 0:
+                return self.fc(x)
+            return -self.fc(x)
+
+    with pytest.raises(ValueError, match=r"torch.export cannot take Decides: .*if x\.sum\(\) > 0"):
+        fastnn.freeze(Decides(), torch.randn(3, 4))

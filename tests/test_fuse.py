@@ -143,16 +143,24 @@ def test_dimensions(dims: int) -> None:
 
 
 def test_dropout_is_a_border_in_training() -> None:
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 4))
+    model = nn.Sequential(
+        nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.Dropout(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
+    )
     assert operators(model, torch.randn(3, 6)) == ["mlp"]
-    assert operators(model, torch.randn(3, 6), training=True) == ["mlp"]  # the second has nothing to be fused with
+    assert operators(model, torch.randn(3, 6), training=True) == ["mlp", "mlp"]
 
-    def run(x: Tensor, a: Any, b: Any) -> Tensor:
-        return b(F.dropout(a(x).tanh(), training=a.training))
+    def run(x: Tensor, a: Any, b: Any, c: Any) -> Tensor:
+        return c(F.dropout(b(a(x).tanh()), training=a.training))
 
-    with_function = Calls(run, nn.Linear(6, 5), nn.Linear(5, 4))
+    with_function = Calls(run, nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4))
     assert operators(with_function, torch.randn(3, 6)) == ["mlp"]
+    # The last has nothing to be fused with.
     assert operators(with_function, torch.randn(3, 6), training=True) == ["mlp"]
+
+
+def test_one_linear_layer_that_is_trained_stays_stocks() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 4))
+    assert operators(model, torch.randn(3, 6), training=True) == []
 
 
 def test_a_small_network_is_one_operator() -> None:

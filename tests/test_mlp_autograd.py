@@ -1,5 +1,7 @@
 """Gradients of fastnn.functional.mlp and linear_relu, under torch.func, torch.compile and torch.export too."""
 
+import copy
+
 import pytest
 import torch
 from mlp_chains import between, make_chain, split
@@ -141,3 +143,18 @@ class TestCompilation:
         for count in (5, 2, 40):
             x = torch.randn(count, 6)
             assert_close(exported(x), module(x))
+
+
+def test_what_a_second_derivative_leaves_alone_has_no_gradient() -> None:
+    """The last bias has no part in the slope, so that an optimizer leaves it alone, as with stock."""
+    torch.manual_seed(0)
+    stock = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    mine = fastnn.fuse(copy.deepcopy(stock))
+    x = torch.randn(5, 3).double()
+    for model in (stock, mine):
+        own = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(own).sum(), own, create_graph=True)
+        slope.square().sum().backward()
+    for name, parameter in stock.named_parameters():
+        torch.testing.assert_close(mine.get_parameter(name).grad, parameter.grad)
+    assert mine.get_parameter("2.bias").grad is None

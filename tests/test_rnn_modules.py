@@ -19,6 +19,7 @@ from rnn_common import (
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing._internal.common_modules import module_db
 
+import fastnn.nn
 from fastnn.nn import rnn as fused
 
 # ---- cells ------------------------------------------------------------------------------------------------
@@ -415,3 +416,32 @@ def test_kernels_answer_what_they_cover(name, dtype, monkeypatch):
         network = module(3, 5, dtype=dtype, **options)
         run(network, torch.randn(4, 2, 3, dtype=dtype)), run(network, torch.randn(4, 3, dtype=dtype))
         run(network, pack_sequence([torch.randn(n, 3, dtype=dtype) for n in (2, 4)], enforce_sorted=False))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_an_input_that_changes_behind_a_batch_first_layer(kind: str) -> None:
+    """A residual written in place trains, as in stock, which keeps a copy of such an input. A second derivative needs
+    the input itself."""
+    torch.manual_seed(0)
+    first = torch.nn.Linear(6, 6).double()
+    stock = getattr(torch.nn, kind)(6, 6, batch_first=True).double()
+    ours = getattr(fastnn.nn, kind)(6, 6, batch_first=True).double()
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(4, 5, 6).double()
+    gradients = []
+    for layer in (stock, ours):
+        y = first(x)
+        y += layer(y)[0]
+        gradients.append(torch.autograd.grad(y.square().sum(), [*first.parameters(), *layer.parameters()]))
+    torch.testing.assert_close(*gradients)
+    twice = []
+    for layer in (stock, ours):
+        y = first(x)
+        (slope,) = torch.autograd.grad(layer(y)[0].square().sum(), y, create_graph=True)
+        twice.append(torch.autograd.grad(slope.square().sum(), [*first.parameters(), *layer.parameters()]))
+    torch.testing.assert_close(*twice)
+    y = first(x)
+    output = ours(y)[0]
+    y += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output.sum(), first.weight, create_graph=True)

@@ -1694,3 +1694,45 @@ def test_explain_says_why_the_last_step_was_another() -> None:
     assert "the last step went the ordinary way: autocast" in step.explain()
     step(x, y)
     assert step.explain() == "one operator call: linear; linear"
+
+
+# ---- parameters that the optimizer does not have ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, lambda output, target: F.cross_entropy(output, target)])
+@pytest.mark.parametrize("head", [nn.Linear(16, 4), nn.Sequential(nn.Linear(16, 4), nn.Hardshrink())])
+def test_a_head_first_then_the_body(head: nn.Module, loss: Any) -> None:
+    """Steps leave no gradient where the optimizer has no parameter, so that none counts once it has."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), copy.deepcopy(head)).double()
+    mine = copy.deepcopy(stock)
+    x, y = torch.randn(9, 6).double(), torch.randint(0, 4, (9,))
+    theirs, ours = (torch.optim.SGD(model[2].parameters(), 0.1) for model in (stock, mine))
+    step = fastnn.training_step(mine, loss, ours)
+    for number in range(8):
+        if number == 4:
+            for model, optimizer in ((stock, theirs), (mine, ours)):
+                optimizer.add_param_group({"params": model[0].parameters()})
+        assert_close(step(x, y), ordinary(stock, loss, theirs, x, y))
+        assert all(p.grad is None for p in mine.parameters())
+    assert_close(mine.state_dict(), stock.state_dict())
+
+
+def test_a_layer_that_is_never_called_is_left_alone() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    torch.manual_seed(0)
+    stock = Spare().double()
+    mine = copy.deepcopy(stock)
+    x = torch.randn(5, 4).double()
+    theirs, ours = (torch.optim.AdamW(model.parameters(), 0.1) for model in (stock, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for _ in range(3):
+        assert_close(step(x, x), ordinary(stock, F.mse_loss, theirs, x, x))
+    check_same((mine, ours), (stock, theirs))
