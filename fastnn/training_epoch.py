@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, RandomSampler
 
 Rows = Tensor | tuple[Tensor, ...] | list[Tensor]
-_GATHERED = 1 << 22  # elements of all tensors that are gathered at once, so that a large data set is not copied whole
 
 
-def batches_of(
-    input: Rows, target: Rows, batch_size: int, shuffle: bool, generator: torch.Generator | None, drop_last: bool
-) -> tuple[int, Iterator[tuple[Any, Any]]]:
-    """How many batches there are, and the batches: those that ``DataLoader(TensorDataset(input, target), batch_size,
-    shuffle=shuffle, generator=generator, drop_last=drop_last)`` gives, in the same order, with generators left in the
-    same state.
+class Batches:
+    """The batches that ``DataLoader(TensorDataset(input, target), batch_size, shuffle=shuffle, generator=generator,
+    drop_last=drop_last)`` gives, in the same order, with generators left in the same state.
 
     Args:
         input, target: a tensor, or several in a tuple, all with as many rows.
@@ -27,17 +24,62 @@ def batches_of(
         TypeError: there is something else than tensors.
         ValueError: there are no rows, or not as many in each tensor, or batch_size is below 1.
     """
-    tensors = [*_tensors(input, "input"), *_tensors(target, "target")]
-    rows = {len(tensor) if tensor.dim() else -1 for tensor in tensors}
-    if len(rows) != 1 or min(rows) < 0:
-        raise ValueError(f"epoch: expected as many rows in each tensor, got {[tuple(t.shape) for t in tensors]}")
-    (count,) = rows
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size should be a positive integer value, but got batch_size={batch_size}")
-    if count == 0:
-        raise ValueError("epoch: expected at least one row")
-    batches = count // batch_size if drop_last else -(-count // batch_size)
-    return batches, _batches(input, target, tensors, batch_size, shuffle, generator, drop_last)
+
+    def __init__(
+        self,
+        input: Rows,
+        target: Rows,
+        batch_size: int,
+        shuffle: bool,
+        generator: torch.Generator | None,
+        drop_last: bool,
+    ) -> None:
+        self.inputs, self.targets = _tensors(input, "input"), _tensors(target, "target")
+        self._input_is_one, self._target_is_one = isinstance(input, Tensor), isinstance(target, Tensor)
+        rows = {len(tensor) if tensor.dim() else -1 for tensor in (*self.inputs, *self.targets)}
+        if len(rows) != 1 or min(rows) < 0:
+            shapes = [tuple(tensor.shape) for tensor in (*self.inputs, *self.targets)]
+            raise ValueError(f"epoch: expected as many rows in each tensor, got {shapes}")
+        (self.rows,) = rows
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size should be a positive integer value, but got batch_size={batch_size}")
+        if self.rows == 0:
+            raise ValueError("epoch: expected at least one row")
+        self.batch_size = batch_size
+        self.count = self.rows // batch_size if drop_last else -(-self.rows // batch_size)
+        # A model may draw from torch's own generator between two batches: such an order comes batch by batch.
+        self.is_drawn_in_turn = shuffle and generator is torch.default_generator
+        self._shuffle, self._generator, self._drop_last = shuffle, generator, drop_last
+        self.order: Tensor | None = None  # the rows in the order in which batches have them; None where they lie so
+
+    def begin(self) -> None:
+        """Draws the order."""
+        # A DataLoader draws a seed for its workers, even where it has none.
+        torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+        if self._shuffle and not self.is_drawn_in_turn:
+            self.order = _permutation(self.rows, self._generator)
+
+    def places(self, first: int, last: int) -> tuple[int, int]:
+        """The first and the last row, of those in order, of the batches [first, last)."""
+        return first * self.batch_size, min(last * self.batch_size, self.rows)
+
+    def __getitem__(self, number: int) -> tuple[Any, Any]:
+        """A batch's input and target. They are copies: a model or a loss may change them in place."""
+        first, last = self.places(number, number + 1)
+        if self.order is None:
+            return self._both(lambda tensor: tensor[first:last].clone(memory_format=torch.contiguous_format))
+        places = self.order[first:last]
+        return self._both(lambda tensor: tensor.index_select(0, places.to(tensor.device)))
+
+    def in_turn(self) -> Iterator[tuple[Any, Any]]:
+        """All batches, each drawn when it is its turn."""
+        sampler: Any = RandomSampler(range(self.rows), generator=self._generator)
+        for indices in BatchSampler(sampler, self.batch_size, self._drop_last):
+            yield self._both(operator.itemgetter(indices))
+
+    def _both(self, take: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+        x, y = tuple(map(take, self.inputs)), tuple(map(take, self.targets))
+        return (x[0] if self._input_is_one else x), (y[0] if self._target_is_one else y)
 
 
 def _tensors(given: Rows, name: str) -> Sequence[Tensor]:
@@ -47,56 +89,29 @@ def _tensors(given: Rows, name: str) -> Sequence[Tensor]:
     return several
 
 
-def _batches(
-    input: Rows,
-    target: Rows,
-    tensors: list[Tensor],
-    batch_size: int,
-    shuffle: bool,
-    generator: torch.Generator | None,
-    drop_last: bool,
-) -> Iterator[tuple[Any, Any]]:
-    count = len(tensors[0])
-    # A DataLoader draws a seed for its workers, even where it has none.
-    torch.empty((), dtype=torch.int64).random_(generator=generator)
-    sampler: Any = RandomSampler(range(count), generator=generator) if shuffle else SequentialSampler(range(count))
-
-    def both(some: list[Tensor]) -> tuple[Any, Any]:
-        inputs = len(input) if isinstance(input, (tuple, list)) else 1
-        x, y = some[:inputs], some[inputs:]
-        return (
-            tuple(x) if isinstance(input, (tuple, list)) else x[0],
-            tuple(y) if isinstance(target, (tuple, list)) else y[0],
-        )
-
-    if shuffle and generator is torch.default_generator:  # from which a model may draw between two batches
-        for indices in BatchSampler(sampler, batch_size, drop_last):
-            yield both([tensor[indices] for tensor in tensors])
-        return
-    order = torch.tensor(list(sampler)) if shuffle else None
-    end = count // batch_size * batch_size if drop_last else count
-    elements = sum(tensor.numel() for tensor in tensors) // count
-    together = max(1, _GATHERED // max(1, elements * batch_size)) * batch_size
-    for first in range(0, end, together):
-        last = min(end, first + together)
-        some = [
-            # A copy in any case: a model or a loss may change its batch in place.
-            tensor[first:last].clone(memory_format=torch.contiguous_format)
-            if order is None
-            else tensor.index_select(0, order[first:last].to(tensor.device))
-            for tensor in tensors
-        ]
-        # Each batch is a view of the rows that were gathered together.
-        yield from map(both, map(list, zip(*(tensor.split(batch_size) for tensor in some), strict=True)))
+def _permutation(rows: int, generator: torch.Generator | None) -> Tensor:
+    """The numbers that torch's RandomSampler gives, without a Python object for each."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    order = torch.randperm(rows, generator=generator)
+    torch.randperm(rows, generator=generator)  # of which the sampler takes the rest that its rounds leave: none
+    return order
 
 
-def with_progress(batches: Iterable[Any], count: int | None, progress: bool | None) -> Iterable[Any]:
-    """The batches, with a bar that moves at most ten times a second, if tqdm is installed."""
+class _NoBar:
+    """What stands for a bar where none is shown."""
+
+    def update(self, _: int) -> None: ...
+    def close(self) -> None: ...
+
+
+def progress_bar(count: int | None, progress: bool | None) -> Any:
+    """A bar of so many batches, which moves at most ten times a second, where one is wanted and tqdm is installed."""
     if not progress:
-        return batches
+        return _NoBar()
     try:
         from tqdm import tqdm
     except ImportError:
-        return batches
-    bar: Iterable[Any] = tqdm(batches, total=count, unit="batch", mininterval=0.1)
-    return bar
+        return _NoBar()
+    return tqdm(total=count, unit="batch", mininterval=0.1)

@@ -4,6 +4,7 @@ where the loss is the caller's own."""
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import (
+    bound_training_epoch_op,
     bound_training_step_of_several_op,
     bound_training_step_op,
     forget_forward,
@@ -26,7 +28,7 @@ from fastnn.ops.training_step import (
     training_step_op,
 )
 from fastnn.training_binding import Binding, UsedGradients
-from fastnn.training_epoch import batches_of, with_progress
+from fastnn.training_epoch import Batches, progress_bar
 from fastnn.training_numbers import check_optimizer, check_parameters
 from fastnn.training_reading import Reading
 
@@ -34,6 +36,8 @@ _call, _call_bound, _call_bound_of_several = (
     op._op for op in (training_step_op, bound_training_step_op, bound_training_step_of_several_op)
 )
 _call_forward, _call_backward = training_step_forward_op._op, training_step_backward_op._op
+_call_epoch = bound_training_epoch_op._op
+_SECONDS_TOGETHER = 0.05  # of the steps that an epoch makes in one call
 
 
 class TrainingStep:
@@ -212,20 +216,78 @@ class TrainingStep:
             TypeError: what is given is neither tensors nor an iterable of batches.
             ValueError: there are no rows, not as many in each tensor, or batch_size is below 1.
         """
-        count: int | None = None
         if target is None and batch_size is None and not isinstance(input, Tensor):
             several = isinstance(input, (tuple, list)) and any(isinstance(one, Tensor) for one in input)
             if several or shuffle or drop_last or generator is not None:
                 raise TypeError("epoch: expected tensors, a target and a batch_size, or only an iterable of batches")
-            batches: Iterable[Any] = input
-        else:
-            count, batches = batches_of(input, target, batch_size, shuffle, generator, drop_last)  # type: ignore[arg-type]
+            return self._follow(input, progress_bar(None, progress), scheduler)
+        batches = Batches(input, target, batch_size, shuffle, generator, drop_last)  # type: ignore[arg-type]
+        bar = progress_bar(batches.count, progress)
+        batches.begin()
+        if batches.is_drawn_in_turn:
+            return self._follow(batches.in_turn(), bar, scheduler)
+        if scheduler is not None:
+            return self._follow(map(batches.__getitem__, range(batches.count)), bar, scheduler)
+        try:
+            return self._run(batches, bar)
+        finally:
+            bar.close()
+
+    def _follow(self, batches: Iterable[Any], bar: Any, scheduler: Any) -> Tensor:
+        """A step a batch."""
         losses = []
-        for x, y in with_progress(batches, count, progress):
-            losses.append(self(x, y))
-            if scheduler is not None:
-                scheduler.step()
+        try:
+            for x, y in batches:
+                losses.append(self(x, y))
+                if scheduler is not None:
+                    scheduler.step()
+                bar.update(1)
+        finally:
+            bar.close()
         return torch.stack(losses) if losses else torch.empty(0)
+
+    def _run(self, batches: Batches, bar: Any) -> Tensor:
+        """Many steps in one call, where there is one call for a step: as many as take some fiftieth of a second, so
+        that Ctrl-C and the bar do not wait. The first goes by itself: it creates the optimizer's state."""
+        losses: list[Tensor] = []
+        done, together = 0, 1
+        while done < batches.count:
+            begin = time.perf_counter()
+            some = self._in_one_call_for_many(batches, done, min(batches.count, done + together)) if done else None
+            if some is None:
+                some = self(*batches[done])[None]
+            losses.append(some)
+            done += len(some)
+            bar.update(len(some))
+            each = (time.perf_counter() - begin) / len(some)
+            together = max(1, min(int(_SECONDS_TOGETHER / each), 4 * together))
+        return torch.cat(losses) if losses else torch.empty(0)
+
+    def _in_one_call_for_many(self, batches: Batches, first: int, last: int) -> Tensor | None:
+        """The losses of steps on these batches, or on the first of them; None where a step is to go by itself."""
+        if len(batches.targets) != 1 or self.keep_gradients:
+            return None
+        inputs, target = batches.inputs, batches.targets[0]
+        if not all(tensor.is_contiguous() for tensor in (*inputs, target)):
+            return None
+        if self._why_not_due(inputs[0] if self._count == 1 else tuple(inputs), target) or not self._is_bound():
+            return None
+        reading, binding = self._reading, self._binding
+        assert reading is not None
+        assert binding is not None
+        if binding.created or reading.loss_why or (reading.network.log_softmax == -1 and target.dim() != 1):
+            return None
+        try:
+            with self._no_grad:
+                losses: Tensor = _call_epoch(
+                    inputs, target, batches.order, *batches.places(first, last), batches.batch_size, binding.bound,
+                    binding.numbers,
+                )  # fmt: skip
+        except RuntimeError:  # the step by itself has other ways, or the error's own words
+            return None
+        _count_batches(reading, len(losses))
+        self._after(binding, ())
+        return losses
 
     def _outputs(self, input: Any) -> Any:
         if self._count == 1:
@@ -520,10 +582,10 @@ def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:
     return undo
 
 
-def _count_batches(reading: Reading) -> None:
+def _count_batches(reading: Reading, batches: int = 1) -> None:
     for own, name in reading.network.counters:
         if own.get(name) is not None:
-            own[name].add_(1)
+            own[name].add_(batches)
 
 
 class _RefusedError(Exception):

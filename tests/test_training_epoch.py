@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastnn
-from fastnn import training_epoch
+from fastnn import _C
+
+training_step: Any = import_module("fastnn.training_step")  # fastnn.training_step is the function
 
 
 def network() -> nn.Module:
@@ -60,16 +64,6 @@ def test_is_the_loop_over_a_data_loader(rows: int, batch_size: int, drop_last: b
     assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
     if generators[0] is not None:
         assert torch.equal(generators[0].get_state(), generators[1].get_state())  # type: ignore[union-attr]
-
-
-def test_large_data_is_gathered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_epoch, "_GATHERED", 100)
-    x, y = torch.arange(50.0).reshape(50, 1), torch.arange(50)
-    found = training_epoch.batches_of(x, y, 4, True, torch.Generator().manual_seed(3), False)[1]
-    loader = DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=torch.Generator().manual_seed(3))
-    for (a, b), (c, d) in zip(found, loader, strict=True):
-        assert torch.equal(a, c)
-        assert torch.equal(b, d)
 
 
 class TwoInputs(nn.Module):
@@ -185,3 +179,131 @@ def test_arguments_that_say_two_things() -> None:
             wrong()
     assert len(step.epoch(loader)) == 2
     assert len(step.epoch([(x, y)])) == 1
+
+
+# ---- many steps in one call -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps each call has made that made more than one."""
+    made: list[int] = []
+    run = training_step._call_epoch
+
+    def counted(*arguments: Any) -> Tensor:
+        losses = run(*arguments)
+        made.append(len(losses))
+        return losses
+
+    monkeypatch.setattr(training_step, "_call_epoch", counted)
+    return made
+
+
+def _batch_norm_and_dropout() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3),
+        nn.Linear(36, 3),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_one_call_makes_the_steps_of_the_loop(calls: list[int], shuffle: bool, drop_last: bool) -> None:
+    """With the same masks, statistics and counts, and the optimizer's state."""
+    torch.manual_seed(0)
+    theirs = _batch_norm_and_dropout()
+    mine = copy.deepcopy(theirs)
+    x, y = torch.randn(203, 1, 8, 8).double(), torch.randint(0, 3, (203,))
+    optimizers = [torch.optim.SGD(model.parameters(), 0.05, momentum=0.9) for model in (theirs, mine)]
+    step = fastnn.training_step(mine, F.cross_entropy, optimizers[1], strict=True, max_norm=1.0)
+    for epoch in range(2):
+        generators = [torch.Generator().manual_seed(epoch) for _ in range(2)]
+        torch.manual_seed(epoch)
+        loader = DataLoader(TensorDataset(x, y), 5, shuffle=shuffle, generator=generators[0], drop_last=drop_last)
+        expected = []
+        for a, b in loader:
+            optimizers[0].zero_grad()
+            loss = F.cross_entropy(theirs(a), b)
+            loss.backward()
+            nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            optimizers[0].step()
+            expected.append(loss.detach())
+        after = torch.get_rng_state()
+        torch.manual_seed(epoch)
+        found = step.epoch(x, y, 5, shuffle=shuffle, generator=generators[1], drop_last=drop_last)
+        assert_close(found, torch.stack(expected))
+        assert torch.equal(torch.get_rng_state(), after)
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    assert_close(mine.state_dict(), theirs.state_dict())
+    assert sum(calls) >= 2 * (40 if drop_last else 41) - 2  # all but the first step of each
+    assert len(calls) < sum(calls)
+
+
+def test_a_step_that_is_refused_leaves_those_before_it(calls: list[int]) -> None:
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(4, 3)).double()
+    mine = copy.deepcopy(theirs)
+    x, y = torch.randn(60, 4).double(), torch.randint(0, 3, (60,))
+    y[41] = 7
+    optimizers = [torch.optim.Adam(model.parameters(), 0.05) for model in (theirs, mine)]
+    for first in range(0, 40, 2):
+        optimizers[0].zero_grad()
+        F.cross_entropy(theirs(x[first : first + 2]), y[first : first + 2]).backward()
+        optimizers[0].step()
+    step = fastnn.training_step(mine, F.cross_entropy, optimizers[1], strict=True)
+    with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+        step.epoch(x, y, 2)
+    assert calls
+    assert_close(mine.state_dict(), theirs.state_dict())
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert_close(optimizers[1].state[p], optimizers[0].state[q])
+
+
+def test_threads_train_models_of_their_own() -> None:
+    x = torch.randn(2000, 6).double()
+
+    def train(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters()), strict=True)
+        step.epoch(x, x, 8, shuffle=True, generator=generator)
+        return model.state_dict()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(train, range(8)))
+    for seed, state in enumerate(found):
+        assert_close(state, train(seed), rtol=0, atol=0)
+
+
+def test_the_raw_operator_is_safe() -> None:
+    x, y, weight = torch.randn(9, 3), torch.randn(9, 2), torch.randn(2, 3)
+    text = "fastnn.network 1\ninput -> x\nweight -> w sizes=2,3\nlinear input=x weight=w -> y\noutput input=y"
+    bound = torch.ops.fastnn.bind_training_step([weight], [], text, None, [0, 0])
+    numbers = torch.tensor([0, 1, 0, 0, 0, -1, 0.1, *[0] * 5], dtype=torch.float64)
+    order = torch.randperm(9)
+    run = torch.ops.fastnn.bound_training_epoch
+    good = [[x], y, order, 0, 9, 2, bound, numbers]
+    assert run(*good).shape == (5,)
+    torch.library.opcheck(run.default, tuple(good), test_utils=("test_schema", "test_faketensor"))
+    assert run([x], y, None, 2, 5, 2**62, bound, numbers).shape == (1,)
+
+    def bad(place: int, *values: Any) -> None:
+        for value in values:
+            arguments = list(good)
+            arguments[place] = value
+            kept = weight.clone()
+            with pytest.raises(RuntimeError):
+                run(*arguments)
+            assert torch.equal(weight, kept)
+
+    bad(0, [], [x[:8]], [x, x], [x.t()], [x.double()], [torch.randn(())], [x.to("meta")], [x.half()])
+    bad(1, y[:8], y.t(), torch.randn(()), y.double(), y.half())
+    bad(2, order + 1, order - 1, order.float(), order[None], order[:3], order.repeat(2)[::2])
+    bad(3, -1, 9, 2**63 - 1)
+    bad(4, 0, 10, -1, 2**63 - 1)
+    bad(5, 0, -1)
+    bad(6, bound + 1000, numbers)
+    _C.release_training_step(int(bound))

@@ -315,6 +315,39 @@ TensorList borrowed(const Tensor* tensors, size_t count) {
   return result;
 }
 
+// What all steps of one call have in common, checked once.
+template <class T>
+class Steps {
+ public:
+  Steps(const TensorList& parameters, const TensorList& state, const std::string& program, const OptionalTensor& weight,
+        const StepNumbers& numbers)
+      : parameters_(parameters),
+        weight_(weight),
+        numbers_(numbers),
+        pass_(program),
+        states_(read_state<T>(numbers, parameters, state)) {
+    FASTNN_CHECK(pass_->outputs() == 1, kOp, ": the program has ", pass_->outputs(), " outputs, and a loss takes one");
+  }
+
+  // The loss, and the parameters' gradients, if they are to be kept.
+  std::pair<double, TensorList> run(TensorList inputs, const Tensor& target, bool keep_gradients) {
+    pass_->forward(inputs, parameters_);
+    double value = 0;
+    TensorList gradient;
+    gradient.push_back(loss_gradient<T>(numbers_.loss, pass_->output(0), target, weight_, &value));
+    TensorList gradients = finish<T>(*pass_, gradient, parameters_, states_, numbers_, keep_gradients);
+    pass_->commit();
+    return {value, std::move(gradients)};
+  }
+
+ private:
+  const TensorList& parameters_;
+  const OptionalTensor& weight_;
+  const StepNumbers& numbers_;
+  BorrowedPass<T> pass_;
+  std::vector<ParameterState<T>> states_;
+};
+
 std::tuple<Tensor, TensorList> run_step(const Tensor* inputs, size_t count, const Tensor& target,
                                         const TensorList& parameters, const TensorList& state,
                                         const std::string& program, const OptionalTensor& weight, const Ints& layout,
@@ -325,17 +358,10 @@ std::tuple<Tensor, TensorList> run_step(const Tensor* inputs, size_t count, cons
   const StepNumbers all(numbers, layout, parameters.size());
   return with_kernel_dtype(dtype, [&](auto type) -> std::tuple<Tensor, TensorList> {
     using T = decltype(type);
-    const BorrowedPass<T> pass(program);
-    FASTNN_CHECK(pass->outputs() == 1, kOp, ": the program has ", pass->outputs(), " outputs, and a loss takes one");
-    const auto states = read_state<T>(all, parameters, state);
-    pass->forward(borrowed(inputs, count), parameters);
-    double value = 0;
-    TensorList gradient;
-    gradient.push_back(loss_gradient<T>(all.loss, pass->output(0), target, weight, &value));
+    auto [value, gradients] =
+        Steps<T>(parameters, state, program, weight, all).run(borrowed(inputs, count), target, keep_gradients);
     Tensor loss = new_tensor({}, kDtypeOf<T>);
     mutable_data<T>(loss)[0] = static_cast<T>(value);
-    TensorList gradients = finish<T>(*pass, gradient, parameters, states, all, keep_gradients);
-    pass->commit();
     return {std::move(loss), std::move(gradients)};
   });
 }
@@ -375,6 +401,106 @@ Tensor bound_training_step(const Tensor& input, const Tensor& target, const Tens
 Tensor bound_training_step_of_several(const TensorList& inputs, const Tensor& target, const Tensor& bound,
                                       const Tensor& numbers) {
   return run_bound(inputs.data(), inputs.size(), target, bound, numbers);
+}
+
+// ---- many steps -----------------------------------------------------------------------------------------------
+
+// The rows of a data set, a batch at a time: rows that follow one another where they lie, others in memory of its own.
+class Rows {
+ public:
+  Rows(const Tensor& all, const char* name) : sizes_(sizes_of(all)), dtype_(all.scalar_type()) {
+    check_plain(all, kOp, name);
+    check_memory(all, kOp, name);
+    FASTNN_CHECK(!sizes_.empty() && all.is_contiguous(), kOp, ": expected ", name,
+                 " to have rows, and to be contiguous");
+    FASTNN_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::Double || dtype_ == ScalarType::Long, kOp,
+                 ": expected ", name, " to be Float, Double or Long");
+    row_bytes_ = checked_product(product(sizes_, 1, sizes_.size()), static_cast<int64_t>(all.element_size()));
+    from_ = static_cast<const char*>(all.const_data_ptr());
+  }
+  int64_t count() const { return sizes_[0]; }
+  Tensor between(int64_t first, int64_t last) { return over(from_ + first * row_bytes_, last - first); }
+  // numbers: of `count` rows, which are there.
+  Tensor chosen(const int64_t* numbers, int64_t count) {
+    own_.resize(static_cast<size_t>(checked_product(count, row_bytes_)));
+    constexpr double kWorkEach = 8;  // of a row, besides its bytes
+    parallel_range(count, kWorkEach + static_cast<double>(row_bytes_), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        // Another thread may write to the numbers meanwhile, so that each is looked at once more.
+        const int64_t row = std::min(std::max<int64_t>(numbers[i], 0), this->count() - 1);
+        std::memcpy(own_.data() + i * row_bytes_, from_ + row * row_bytes_, static_cast<size_t>(row_bytes_));
+      }
+    });
+    return over(own_.data(), count);
+  }
+
+ private:
+  Tensor over(const char* memory, int64_t count) const {
+    Ints sizes = sizes_;
+    sizes[0] = count;
+    return dtype_ == ScalarType::Float    ? as_sizes(reinterpret_cast<const float*>(memory), sizes)
+           : dtype_ == ScalarType::Double ? as_sizes(reinterpret_cast<const double*>(memory), sizes)
+                                          : as_sizes(reinterpret_cast<const int64_t*>(memory), sizes);
+  }
+
+  Ints sizes_;
+  ScalarType dtype_;
+  int64_t row_bytes_;
+  const char* from_;
+  std::vector<char> own_;
+};
+
+// Steps on the rows [first, last), or on those that `order` has there, a batch after another -> their losses: fewer
+// than there are batches where a step has been refused, before which all were whole.
+Tensor bound_training_epoch(const TensorList& inputs, const Tensor& target, const OptionalTensor& order, int64_t first,
+                            int64_t last, int64_t batch_size, const Tensor& bound, const Tensor& numbers) {
+  const std::shared_ptr<const BoundStep> step = BoundSteps::find(number_of(bound, "bound"));
+  const ScalarType dtype = check_arguments(inputs.data(), inputs.size(), step->parameters);
+  const StepNumbers all(numbers, step->layout, step->parameters.size());
+  std::vector<Rows> input_rows;
+  for (const Tensor& input : inputs) input_rows.emplace_back(input, "input");
+  Rows target_rows(target, "target");
+  const int64_t rows = target_rows.count();
+  for (const Rows& own : input_rows) {
+    FASTNN_CHECK(own.count() == rows, kOp, ": expected as many rows in each tensor, got ", own.count(), " and ", rows);
+  }
+  const int64_t* places = nullptr;
+  if (order) {
+    check_plain(*order, kOp, "order");
+    check_memory(*order, kOp, "order");
+    FASTNN_CHECK(order->scalar_type() == ScalarType::Long && order->dim() == 1 && order->is_contiguous(), kOp,
+                 ": expected order to be Long, 1D and contiguous");
+    places = data<int64_t>(*order);
+  }
+  const int64_t most = order ? order->numel() : rows;
+  FASTNN_CHECK(0 <= first && first < last && last <= most && batch_size > 0, kOp, ": expected rows from 0 to ", most,
+               " and a batch of at least 1, got ", first, " to ", last, " and ", batch_size);
+  for (int64_t i = first; places && i < last; ++i) {
+    FASTNN_CHECK(places[i] >= 0 && places[i] < rows, kOp, ": order has a row that is not there: ", places[i]);
+  }
+  return with_kernel_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    Steps<T> steps(step->parameters, step->state, step->program, step->weight, all);
+    std::vector<T> losses;
+    for (int64_t at = first; at < last;) {
+      const int64_t end = last - at > batch_size ? at + batch_size : last;
+      const auto batch_of = [&](Rows& own) {
+        return places ? own.chosen(places + at, end - at) : own.between(at, end);
+      };
+      try {
+        TensorList batch;
+        for (Rows& own : input_rows) batch.push_back(batch_of(own));
+        losses.push_back(static_cast<T>(steps.run(std::move(batch), batch_of(target_rows), false).first));
+      } catch (const std::runtime_error&) {
+        if (losses.empty()) throw;
+        break;
+      }
+      at = end;
+    }
+    Tensor result = new_tensor({static_cast<int64_t>(losses.size())}, kDtypeOf<T>);
+    std::copy(losses.begin(), losses.end(), mutable_data<T>(result));
+    return result;
+  });
 }
 
 // ---- in two calls ---------------------------------------------------------------------------------------------
@@ -516,6 +642,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "bound_training_step_of_several(Tensor[] inputs, Tensor target, Tensor(a!) bound, Tensor numbers)"
       " -> Tensor loss");
+  // Many such steps, on batches of rows: [first, last), or those that `order` has there.
+  m.def(
+      "bound_training_epoch(Tensor[] inputs, Tensor target, Tensor? order, int first, int last, int batch_size,"
+      " Tensor(a!) bound, Tensor numbers) -> Tensor losses");
   // The same in two calls: up to the outputs, and from their gradients on. kept: a number, by which the second finds
   // what the first has left for it. The second, which takes the same parameters, forgets the number.
   m.def(
@@ -531,6 +661,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("bind_training_step", FASTNN_BOX(bind_training_step));
   m.impl("bound_training_step", FASTNN_BOX(bound_training_step));
   m.impl("bound_training_step_of_several", FASTNN_BOX(bound_training_step_of_several));
+  m.impl("bound_training_epoch", FASTNN_BOX(bound_training_epoch));
   m.impl("training_step_forward", FASTNN_BOX(training_step_forward));
   m.impl("training_step_backward", FASTNN_BOX(training_step_backward));
 }

@@ -23,6 +23,7 @@ inline int32_t code_of(ScalarType dtype) {
 template <class T>
 constexpr ScalarType kDtypeOf = std::is_same_v<T, double>     ? ScalarType::Double
                                 : std::is_same_v<T, bfloat16> ? ScalarType::BFloat16
+                                : std::is_same_v<T, int64_t>  ? ScalarType::Long
                                                               : ScalarType::Float;
 
 // A new uninitialised CPU tensor.

@@ -14,6 +14,7 @@ training_step_op = torch.ops.fastnn.training_step.default
 bind_training_step_op = torch.ops.fastnn.bind_training_step.default
 bound_training_step_op = torch.ops.fastnn.bound_training_step.default
 bound_training_step_of_several_op = torch.ops.fastnn.bound_training_step_of_several.default
+bound_training_epoch_op = torch.ops.fastnn.bound_training_epoch.default
 training_step_forward_op = torch.ops.fastnn.training_step_forward.default
 training_step_backward_op = torch.ops.fastnn.training_step_backward.default
 _extension = load_extension()
@@ -54,6 +55,21 @@ def _(input: Tensor, target: Tensor, bound: Tensor, numbers: Tensor) -> Tensor:
 def _(inputs: list[Tensor], target: Tensor, bound: Tensor, numbers: Tensor) -> Tensor:
     check_same_device(*inputs, target, bound, numbers)
     return _like(inputs, []).new_empty(())
+
+
+@raw_operator("bound_training_epoch")
+def _(
+    inputs: list[Tensor],
+    target: Tensor,
+    order: Tensor | None,
+    first: int,
+    last: int,
+    batch_size: int,
+    bound: Tensor,
+    numbers: Tensor,
+) -> Tensor:
+    check_same_device(*inputs, target, order, bound, numbers)
+    return _like(inputs, []).new_empty(-(-(last - first) // batch_size))
 
 
 @raw_operator("training_step_forward")
