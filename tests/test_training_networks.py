@@ -159,6 +159,14 @@ def _pools(m: Any, x: Tensor) -> Tensor:
     return m.fc(m.drop(m.average(y)).flatten(1))
 
 
+def _sizes(m: Any, x: Tensor) -> Tensor:
+    y = F.max_pool1d(F.relu(m.a(x)), 2) + F.avg_pool1d(x, 2)
+    batch, channels, length = y.size()
+    y = y.permute(0, 2, 1).reshape(batch * length, channels)
+    y = m.b(y).view(x.shape[0], x.shape[-1] // 2, 6)
+    return y.transpose(1, 2).mean(-1) + F.avg_pool1d(x, x.shape[-1]).mean()
+
+
 def _norms(m: Any, x: Tensor) -> Tensor:
     return m.fc(F.relu(m.frozen(m.conv(x))).mean(dim=(-1, -2)))
 
@@ -244,6 +252,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         (3, 4, 11),
     ),
     "views": (lambda: By(_views, a=nn.Linear(5, 8), b=nn.Linear(14, 3)), (4, 4, 5)),
+    "sizes": (lambda: By(_sizes, a=nn.Conv1d(4, 4, 3, padding=1), b=nn.Linear(4, 6)), (3, 4, 10)),
     "pools": (
         lambda: By(
             _pools, conv=nn.Conv2d(3, 6, 3), average=nn.AdaptiveAvgPool2d((2, 1)), drop=nn.Dropout(0.4),

@@ -28,7 +28,7 @@ from fastnn.graph.matcher import Layer, activation_of, read_layer, settings_of, 
 from fastnn.graph.order import Order, in_place, unpack
 from fastnn.graph.program import Line, Value, conv_attributes, write
 from fastnn.nn._hooks import has_own_call, layer_forward
-from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool
+from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
 from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 
@@ -125,6 +125,15 @@ def _used(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
     return kept[::-1]
 
 
+@dataclass(frozen=True)
+class _Size:
+    """A number that follows from the sizes of values."""
+
+    dimensions: tuple[tuple[Value, int], ...]
+    factor: int = 1
+    divisor: int = 1
+
+
 class _Reader:
     """Reads nodes in the graph's order. `values`: what each node's result is in the program; `parts`: of a node with
     several results, these, nested as torch gives them; `shapes`: of a node that gives a tensor's sizes, the tensor."""
@@ -136,8 +145,8 @@ class _Reader:
         self.integers: set[Value] = set()
         self.parts: dict[Node, Any] = {}
         self.shapes: dict[Node, Value] = {}
-        # Of a node that is a size: of which value, and of which dimension: "1", "1*2", "1/2".
-        self.sizes: dict[Node, tuple[Value, str]] = {}
+        # Of a node that is a size: the dimensions of values whose product it is, times a number, divided by another.
+        self.sizes: dict[Node, _Size] = {}
         self.tensors: dict[Node, tuple[Any, Any]] = {}  # where nodes that are tensors of the model are found
         self.done: set[Node] = set()  # nodes that were read with one before
         self.lines: list[Line] = []
@@ -443,6 +452,19 @@ def _pool_attributes(settings: dict[str, Any], dims: int) -> dict[str, Any]:
     }
 
 
+@_row(relu_max_pool)
+def _relu_max_pool(
+    read: _Reader, node: Node, x: Any, scale: Any = None, shift: Any = None, *, dims: int, **pool: Any
+) -> None:
+    if scale is not None or shift is not None:
+        raise NotANetworkError("a pool scales its channels")
+    value = read.add(None, "activation", {"input": [read.data(x)]}, activation="relu")
+    settings = _pool_attributes(pool, dims)
+    names = {"kernel": "pool", "stride": "pool_stride", "padding": "pool_padding", "dilation": "pool_dilation"}
+    attributes = {name: settings[given] for name, given in names.items()}
+    read.add(node, "max_pool", {"input": [value]}, **attributes, ceil_mode=settings["ceil_mode"])
+
+
 @_row(batch_norm_relu_max_pool)
 def _batch_norm_relu_max_pool(
     read: _Reader, node: Node, x: Any, mean: Any, var: Any, weight: Any, bias: Any, counter: Any = None, *, dims: int,
@@ -613,9 +635,8 @@ _BINARY = {
 def _binary(read: _Reader, node: Node, x: Any, y: Any, *, alpha: Any = 1) -> None:
     if alpha != 1:
         raise NotANetworkError("a sum has a factor")
-    size, number = (x, y) if x in read.sizes else (y, x)
-    if size in read.sizes:
-        return _scale_size(read, node, size, number, "*" if _BINARY[node.target] == "mul" else "")
+    if x in read.sizes or y in read.sizes:
+        return _compute_size(read, node, "mul" if _BINARY[node.target] == "mul" else "", x, y)
     _combine(read, node, _BINARY[node.target], x, y)
 
 
@@ -644,15 +665,21 @@ def _in_place(read: _Reader, node: Node, operation: str, x: Any, y: Any) -> None
 
 @_row(operator.floordiv)
 def _floordiv(read: _Reader, node: Node, x: Any, y: Any) -> None:
-    _scale_size(read, node, x, y, "/" if x in read.sizes else "")
+    _compute_size(read, node, "div", x, y)
 
 
-def _scale_size(read: _Reader, node: Node, size: Any, number: Any, by: str) -> None:
-    """A size times a number, or divided by it, as a view may ask for it."""
-    value, dim = read.sizes.get(size, (None, ""))
-    if not by or value is None or type(number) is not int or number < 1 or not dim.isdecimal():
+def _compute_size(read: _Reader, node: Node, function: str, x: Any, y: Any) -> None:
+    """A product of sizes and numbers, or a size divided by a number, as a view may ask for it."""
+    sizes = [read.sizes[one] if one in read.sizes else _Size((), one) if type(one) is int else None for one in (x, y)]
+    first, second = sizes
+    if first is None or second is None or first.divisor != 1 or second.divisor != 1:
         raise NotANetworkError("the model computes with a tensor's sizes")
-    read.sizes[node] = (value, f"{dim}{by}{number}")
+    if function == "mul" and first.factor >= 0 and second.factor >= 0:
+        read.sizes[node] = _Size((*first.dimensions, *second.dimensions), first.factor * second.factor)
+    elif function == "div" and not second.dimensions and second.factor > 0:
+        read.sizes[node] = _Size(first.dimensions, first.factor, second.factor)
+    else:
+        raise NotANetworkError("the model computes with a tensor's sizes")
 
 
 @_row(operator.neg, torch.neg, "neg")
@@ -808,6 +835,11 @@ def _add_avg_pool(
 ) -> None:  # fmt: skip
     if ceil_mode or divisor is not None:
         raise NotANetworkError("an average pool has ceil_mode or a divisor of its own")
+    if isinstance(kernel, Node) and dims == 1 and stride in (None, (), []) and padding == 0:
+        value = read.data(x)
+        if read.sizes.get(kernel) in (_Size(((value, -1),)), _Size(((value, 2),))):  # over the whole length
+            read.add(node, "mean", {"input": [value]}, dims=[-1], keepdim=True)
+            return
     size = _each(kernel, dims)
     steps = size if stride in (None, (), []) else _each(stride, dims)
     read.add(
@@ -932,9 +964,13 @@ def _view(read: _Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
     for size in asked:
         known = read.sizes.get(size) if isinstance(size, Node) else None
         if known is not None:
-            if known[0] not in like:
-                like.append(known[0])
-            written.append(f"{like.index(known[0])}.{known[1]}")
+            factors = [str(known.factor)] if known.factor != 1 or not known.dimensions else []
+            for value_of, dim in known.dimensions:
+                if value_of not in like:
+                    like.append(value_of)
+                factors.append(f"{like.index(value_of)}.{dim}")
+            divided = f"/{known.divisor}" if known.divisor != 1 else ""
+            written.append("*".join(factors) + divided)
         elif type(size) is int:
             written.append(size)
         else:
@@ -1038,9 +1074,9 @@ def _attribute(read: _Reader, node: Node, x: Any, name: str) -> None:
 
 
 def _add_size(read: _Reader, node: Node, value: Value, dim: Any) -> None:
-    if type(dim) is not int or dim < 0:
-        raise NotANetworkError("the model asks for a size by a dimension from the last")
-    read.sizes[node] = (value, str(dim))
+    if type(dim) is not int:
+        raise NotANetworkError("the model asks for several sizes at once")
+    read.sizes[node] = _Size(((value, dim),))
 
 
 @_row(unpack)

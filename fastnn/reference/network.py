@@ -169,13 +169,12 @@ def _reshape(line: TextLine, taken: Taken) -> list[Tensor]:
     sizes = []
     for size in line["sizes"]:
         if isinstance(size, str):
-            which, _, dim = size.partition(".")
-            if "/" in dim:
-                dim, _, divisor = dim.partition("/")
-                size = taken["like"][int(which)].shape[int(dim)] // int(divisor)
-            else:
-                dim, _, factor = dim.partition("*")
-                size = taken["like"][int(which)].shape[int(dim)] * int(factor or 1)
+            factors, _, divisor = size.partition("/")
+            size = 1
+            for factor in factors.split("*"):
+                which, dotted, dim = factor.partition(".")
+                size *= taken["like"][int(which)].shape[int(dim)] if dotted else int(factor)
+            size //= int(divisor or 1)
         sizes.append(size)
     return [_one(taken, "input").reshape(sizes)]
 

@@ -13,25 +13,30 @@ class ReshapeLayer : public Layer<T> {
  public:
   ReshapeLayer(const ProgramLine& line, const Weights<T>&) {
     this->inputs = {line.input("input")};
-    // A size is a number, or "value.dimension": as that dimension of another value, times a number ("0.1*2") or divided
-    // by one ("0.1/2"), the rest dropped.
+    // A size is a number; or a product of numbers and of "value.dimension", as that dimension of another value, which
+    // may be divided by a number, the rest dropped: "0.1*0.2", "0.-1/2".
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
     for (const std::string_view part : line.parts("sizes")) {
-      const size_t dot = part.find('.');
-      if (dot == std::string_view::npos) {
-        sizes_.push_back({line.to_integer(part, "sizes", -1, std::numeric_limits<int64_t>::max()), 0, 1, 1, false});
-      } else {
+      Size size{1, {}, 1};
+      const size_t slash = std::min(part.find('/'), part.size());
+      if (slash < part.size()) size.divisor = line.to_integer(part.substr(slash + 1), "sizes", 1, kMost);
+      const std::vector<std::string_view> factors = ProgramLine::split(part.substr(0, slash), '*');
+      if (factors.empty()) line.refuse("expected a size, got \"", std::string(part), "\"");
+      for (const std::string_view factor : factors) {
+        const size_t dot = factor.find('.');
+        if (dot == std::string_view::npos) {
+          const int64_t number = line.to_integer(factor, "sizes", -1, kMost);
+          if (number < 0 && part.size() != factor.size()) line.refuse("expected -1 by itself");
+          size.factor = checked_product(size.factor, number);
+          continue;
+        }
         const auto found = line.inputs.find("like");
         if (found == line.inputs.end()) line.refuse("expected like=... for sizes of other values");
         const int64_t most = static_cast<int64_t>(found->second.size()) - 1;
-        const int64_t which = line.to_integer(part.substr(0, dot), "sizes", 0, most);
-        const size_t end = std::min(part.find_first_of("*/"), part.size());
-        const int64_t dimension = line.to_integer(part.substr(dot + 1, end - dot - 1), "sizes", 0, 15);
-        int64_t factor = 1, divisor = 1;
-        if (end < part.size()) {
-          (part[end] == '*' ? factor : divisor) = line.to_integer(part.substr(end + 1), "sizes", 1, int64_t{1} << 31);
-        }
-        sizes_.push_back({1 + which, dimension, factor, divisor, true});
+        const int64_t which = line.to_integer(factor.substr(0, dot), "sizes", 0, most);
+        size.dimensions.emplace_back(1 + which, line.to_integer(factor.substr(dot + 1), "sizes", -16, 15));
       }
+      sizes_.push_back(std::move(size));
     }
     if (const auto found = line.inputs.find("like"); found != line.inputs.end()) {
       this->inputs.insert(this->inputs.end(), found->second.begin(), found->second.end());
@@ -45,13 +50,15 @@ class ReshapeLayer : public Layer<T> {
     Ints& sizes = site.outputs[0].sizes;
     int64_t free = -1;
     for (const Size& size : sizes_) {
-      int64_t number = size.number;
-      if (size.is_of_value) {
-        const Ints& other = site.sizes(static_cast<size_t>(size.number));
-        FASTNN_CHECK(static_cast<size_t>(size.dimension) < other.size(), "a value of size ", to_string(other),
-                     " has no dimension ", size.dimension);
-        number = checked_product(other[static_cast<size_t>(size.dimension)], size.factor) / size.divisor;
+      int64_t number = size.factor;
+      for (const auto& [which, dimension] : size.dimensions) {
+        const Ints& other = site.sizes(static_cast<size_t>(which));
+        const int64_t rank = static_cast<int64_t>(other.size());
+        FASTNN_CHECK(dimension >= -rank && dimension < rank, "a value of size ", to_string(other), " has no dimension ",
+                     dimension);
+        number = checked_product(number, other[static_cast<size_t>(dimension < 0 ? dimension + rank : dimension)]);
       }
+      number = number < 0 ? number : number / size.divisor;
       if (number < 0) {
         FASTNN_CHECK(free < 0, "only one dimension can be inferred");
         free = static_cast<int64_t>(sizes.size());
@@ -78,9 +85,9 @@ class ReshapeLayer : public Layer<T> {
 
  private:
   struct Size {
-    int64_t number, dimension;  // the size, or the number of a value and of its dimension
-    int64_t factor, divisor;
-    bool is_of_value;
+    int64_t factor;                                       // -1: it follows from the others
+    std::vector<std::pair<int64_t, int64_t>> dimensions;  // numbers of inputs, and of their dimensions
+    int64_t divisor;
   };
   std::vector<Size> sizes_;
 };
