@@ -68,7 +68,7 @@ BLOCKS = [
 def test_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The blocks of a page share their names, but those of the README, which people copy one by one."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": "page"}
     for block in (block for block in BLOCKS if block.page == page and block.runs):
         if block.is_file:
             Path(block.title).write_text(block.text)
@@ -76,7 +76,7 @@ def test_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
             run_command(block.text)
         else:
             code = compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec")
-            exec(code, {} if page == "README.md" else names)
+            exec(code, {"__name__": "page"} if page == "README.md" else names)
             printed = capsys.readouterr().out
             for sizes in re.findall(r"^print\(.*\.shape\)  # \((.*)\)$", block.text, re.MULTILINE):
                 assert f"[{sizes}]" in printed
@@ -200,7 +200,8 @@ def test_every_kind_of_layer_that_is_read_is_in_a_row() -> None:
         ("Conv2d, ReLU, MaxPool2d", ["`conv_relu_max_pool`", "one call", "one call", "`conv_relu_max_pool`"]),
         ("a residual block of Conv2d and ReLU", ["`conv_relu_max_pool` and torch's own", "one call"]),
         ("MultiheadAttention", ["torch's own"]),
-        ("ConvTranspose2d, ReLU", ["torch's own", "one call", "the ordinary way", "torch's own"]),
+        ("ConvTranspose2d, ReLU", ["torch's own", "one call", "one call", "torch's own"]),
+        ("Conv2d with weight_norm, ReLU", ["`conv_relu_max_pool`", "one call", "the ordinary way"]),
     ],
 )
 def test_what_entries_make_of_a_model(name: str, answers: list[str]) -> None:
