@@ -14,7 +14,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help build docs examples test test-integrations fuzz-semantics fuzz-networks lint format bench bench-conv bench-layers bench-rnn \
-    bench-mlp bench-frozen bench-zoo bench-step bench-memory bench-scaling bench-overhead bench-processes results \
+    bench-mlp bench-frozen bench-zoo bench-step bench-epoch bench-memory bench-scaling bench-overhead bench-processes results \
     sweep-conv sweep-mlp wheel wheels clean
 
 help:  ## List the targets
@@ -73,6 +73,9 @@ bench-zoo: $(VENV)/rivals.stamp  ## Compare twenty real models, fused and frozen
 
 bench-step: $(VENV)/rivals.stamp  ## Compare whole training steps with stock, compile and JAX
 	$(RUN) -m benchmarks.step $(ARGS)
+
+bench-epoch: $(VENV)/rivals.stamp  ## Compare whole loops over data in memory with stock and JAX, and threads
+	$(RUN) -m benchmarks.epoch $(ARGS)
 
 bench-memory: $(VENV)/bench.stamp  ## Measure memory and time of training steps
 	$(RUN) -m benchmarks.memory $(ARGS)

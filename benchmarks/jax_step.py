@@ -1,4 +1,4 @@
-"""The three models' training step in JAX, as one function that XLA compiles: a rival."""
+"""The three models' training in JAX, a step or an epoch as one function that XLA compiles: a rival."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,6 +12,56 @@ from fastnn.reference import models
 def jax_step(model: nn.Module, x: Tensor, y: Tensor, lr: float) -> Callable[[], Any] | None:
     """A step with Adam on the mean square error, from the model's parameters, that returns the loss; None where JAX and
     optax are not installed. model: one of the three of ``fastnn.reference.models``."""
+    made = _adam(model, lr)
+    if made is None:
+        return None
+    import jax
+    import jax.numpy as jnp
+
+    begin, update = made
+    now = list(begin)
+    update = jax.jit(update)
+    inputs = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
+
+    def step() -> Any:
+        *now[:], loss = update(*now, *inputs)
+        return loss.block_until_ready()
+
+    return step
+
+
+def jax_epoch(model: nn.Module, x: Tensor, y: Tensor, lr: float, batch_size: int) -> Callable[[Tensor], Any] | None:
+    """The same for an epoch over the rows in a given order: ``lax.scan`` over its batches, the last of which is full.
+    It returns the losses."""
+    made = _adam(model, lr)
+    if made is None:
+        return None
+    import jax
+    import jax.numpy as jnp
+
+    begin, update = made
+    now = list(begin)
+    rows = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
+
+    @jax.jit
+    def all_batches(p: Any, state: Any, order: Any) -> Any:
+        def one(carry: Any, places: Any) -> Any:
+            p, state, loss = update(*carry, rows[0][places], rows[1][places])
+            return (p, state), loss
+
+        (p, state), losses = jax.lax.scan(one, (p, state), order.reshape(-1, batch_size))
+        return p, state, losses
+
+    def epoch(order: Tensor) -> Any:
+        *now[:], losses = all_batches(*now, jnp.asarray(order.numpy()))
+        return losses.block_until_ready()
+
+    return epoch
+
+
+def _adam(model: nn.Module, lr: float) -> tuple[tuple[Any, Any], Callable[..., Any]] | None:
+    """Parameters and state at the beginning, and the function of a step: (parameters, state, x, y) -> (parameters,
+    state, loss)."""
     if not (importlib.util.find_spec("jax") and importlib.util.find_spec("optax")):
         return None
     import jax
@@ -50,17 +100,9 @@ def jax_step(model: nn.Module, x: Tensor, y: Tensor, lr: float) -> Callable[[], 
 
     optimizer = optax.adam(lr)
 
-    @jax.jit
     def update(p: Any, state: Any, x: Any, y: Any) -> Any:
         loss, gradients = jax.value_and_grad(lambda p: jnp.mean((network(p, x) - y) ** 2))(p)
         updates, state = optimizer.update(gradients, state)
         return optax.apply_updates(p, updates), state, loss
 
-    now: list[Any] = [parameters, optimizer.init(parameters)]
-    inputs = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
-
-    def step() -> Any:
-        *now[:], loss = update(*now, *inputs)
-        return loss.block_until_ready()
-
-    return step
+    return (parameters, optimizer.init(parameters)), update

@@ -1,0 +1,214 @@
+"""An epoch over rows in memory: stock's loops, fastnn.training_step in them, step.epoch, JAX with lax.scan.
+
+``make bench-epoch``. The losses of a whole epoch are compared before anything is timed.
+"""
+
+import argparse
+import copy
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastnn
+from benchmarks.jax_step import jax_epoch
+from benchmarks.stored import OUTPUT, save
+from benchmarks.timing import interleave
+from fastnn.reference import models
+from fastnn.testing import using_threads
+
+CONTENDERS = (
+    "stock, DataLoader",
+    "stock, index",
+    "training_step, DataLoader",
+    "training_step, index",
+    "epoch",
+    "jax scan",
+)
+_LR = 1e-3
+_BATCHES = 100
+
+
+class SkipNet(nn.Module):
+    """Rows through three blocks, each of which adds to what it gets."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, width), nn.Linear(width, 4)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        for block in self.blocks:
+            x = x + torch.relu(block(x))
+        return self.last(x)
+
+
+def _lenet() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+    )
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A model, and the sizes of a batch."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    batch: tuple[int, ...]
+
+
+LOOPS = [
+    Loop("Autoencoder", lambda: models.Autoencoder(10, 7, 5), (32, 10)),
+    Loop("RNN", lambda: models.RNN(10, 16, 2, 5), (8, 20, 10)),
+    Loop("Conv2DNet", lambda: models.Conv2DNet(10), (32, 3, 20, 20)),
+    Loop("LeNet-5", _lenet, (16, 1, 28, 28)),
+    Loop("SkipNet", SkipNet, (32, 16)),
+]
+Epoch = Callable[[], Tensor]  # returns the losses
+
+
+def _by_stock(model: nn.Module, batches: Callable[[], Iterator[Any]]) -> Epoch:
+    optimizer = torch.optim.Adam(model.parameters(), lr=_LR, fused=True)
+
+    def epoch() -> Tensor:
+        losses = []
+        for x, y in batches():
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    return epoch
+
+
+def _step_of(model: nn.Module) -> fastnn.TrainingStep:
+    return fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters(), lr=_LR), strict=True)
+
+
+def epochs_of(loop: Loop, contenders: list[str]) -> dict[str, Epoch]:
+    torch.manual_seed(0)
+    stock = loop.make()
+    size = loop.batch[0]
+    x = torch.randn(_BATCHES * size, *loop.batch[1:])
+    with torch.no_grad():
+        y = torch.randn(len(x), *stock(x[:2]).shape[1:])
+
+    def loaded() -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(0)
+        return iter(DataLoader(TensorDataset(x, y), size, shuffle=True, generator=generator))
+
+    def chosen() -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(0)
+        torch.empty((), dtype=torch.int64).random_(generator=generator)  # as a DataLoader does
+        for places in torch.randperm(len(x), generator=generator).split(size):
+            yield x[places], y[places]
+
+    def by_step(batches: Callable[[], Iterator[Any]]) -> Epoch:
+        step = _step_of(copy.deepcopy(stock))
+        return lambda: torch.stack([step(*batch) for batch in batches()])
+
+    def by_epoch() -> Epoch:
+        step = _step_of(copy.deepcopy(stock))
+        return lambda: step.epoch(x, y, size, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+    def by_jax() -> Epoch | None:
+        if not isinstance(stock, (models.Autoencoder, models.RNN, models.Conv2DNet)):
+            return None
+        run = jax_epoch(stock, x, y, _LR, size)
+        if run is None:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+        places = torch.randperm(len(x), generator=generator)
+        return lambda: run(places)
+
+    makers: dict[str, Callable[[], Epoch | None]] = {
+        "stock, DataLoader": lambda: _by_stock(copy.deepcopy(stock), loaded),
+        "stock, index": lambda: _by_stock(copy.deepcopy(stock), chosen),
+        "training_step, DataLoader": lambda: by_step(loaded),
+        "training_step, index": lambda: by_step(chosen),
+        "epoch": by_epoch,
+        "jax scan": by_jax,
+    }
+    epochs = {name: made for name in contenders if (made := makers[name]()) is not None}
+    losses = {name: torch.as_tensor([float(loss) for loss in epoch()]) for name, epoch in epochs.items()}
+    expected = next(iter(losses.values()))
+    for found in losses.values():
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+    return epochs
+
+
+def threads_scale(rounds: int = 5) -> float:
+    """How many times as much two threads train, each an autoencoder of its own, as one does in the same time."""
+    x = torch.randn(32_000, 10)
+
+    def train() -> None:
+        step = _step_of(models.Autoencoder(10, 7, 5))
+        step.epoch(x, x, 32, shuffle=True)
+
+    train()
+    ratios = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        train()
+        train()
+        alone = time.perf_counter() - start
+        both = [threading.Thread(target=train) for _ in range(2)]
+        start = time.perf_counter()
+        for one in both:
+            one.start()
+        for one in both:
+            one.join()
+        ratios.append(alone / (time.perf_counter() - start))
+    return sorted(ratios)[rounds // 2]
+
+
+def as_line(row: dict[str, Any]) -> str:
+    each = {name: time / _BATCHES for name, time in row["microseconds"].items()}
+    ratio = each["stock, DataLoader"] / each["epoch"]
+    cells = ", ".join(f"{name} {time:.1f} us" for name, time in each.items())
+    return f"{row['case']}, {row['threads']} thread(s): {ratio:.1f}x, a batch:\n  {cells}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.epoch", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="the models whose name contains this text")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a row (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of epoch.json")
+    arguments = parser.parse_args()
+    rows = []
+    for loop in LOOPS:
+        if arguments.only not in loop.name:
+            continue
+        for threads in arguments.threads:
+            with using_threads(threads), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about other people's software
+                timings = interleave(epochs_of(loop, arguments.contenders), arguments.seconds)
+            microseconds = {name: timing.median * 1e6 for name, timing in timings.items()}
+            rows.append({"case": loop.name, "direction": "epoch", "threads": threads, "microseconds": microseconds})
+            print(as_line(rows[-1]), flush=True)
+    with using_threads(1):
+        scale = threads_scale(5 if arguments.seconds >= 1 else 1)
+    print(f"two threads train {scale:.2f} times as much as one")
+    if not arguments.only:
+        save(arguments.output, "epoch", rows, arguments.seconds, threads_scale=scale)
+
+
+if __name__ == "__main__":
+    main()
