@@ -5,10 +5,15 @@
 #include "spread.h"
 #include "taps.h"
 #include "winners.h"
+#include "winograd.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
+
+// In bfloat16 its errors would show.
+template <class T>
+constexpr bool kHasWinograd = sizeof(T) != sizeof(bfloat16);
 
 // Calls body(element) with an element of the type that the runs of `winners` consist of.
 template <class T, class Body>
@@ -32,6 +37,9 @@ int64_t scratch_size(const ConvBackward<T>& call) {
     case BackwardAlgorithm::winners:
       with_run_element(call, [&](auto element) { WinnersWorker<T, decltype(element)>(call, true, memory); });
       break;
+    case BackwardAlgorithm::winograd:
+      if constexpr (kHasWinograd<T>) memory.take<char>(winograd_scratch_size(call));
+      break;
     case BackwardAlgorithm::stock:
       SpreadWorker<T>(call, memory);
   }
@@ -47,6 +55,7 @@ void pack(const ConvBackward<T>& call) {
       return pack_depthwise(call);
     case BackwardAlgorithm::winners:
       return with_run_element(call, [&](auto element) { pack_runs<decltype(element)>(call); });
+    case BackwardAlgorithm::winograd:
     case BackwardAlgorithm::stock:
       return;
   }
@@ -64,6 +73,7 @@ void run(const ConvBackward<T>& call, const ConvBackwardPiece& piece, Compute<T>
       return with_run_element(call, [&](auto element) {
         backward_winners<decltype(element)>(call, piece, grad_weight, lost, grad_bias, scratch);
       });
+    case BackwardAlgorithm::winograd:
     case BackwardAlgorithm::stock:
       return;
   }
@@ -78,6 +88,7 @@ void unpack_weight(const ConvBackward<T>& call, const Compute<T>* grad_weight, T
       return unpack_depthwise(call, grad_weight, to, layout);
     case BackwardAlgorithm::winners:
       return unpack_runs(call, grad_weight, to, layout);
+    case BackwardAlgorithm::winograd:
     case BackwardAlgorithm::stock:
       return;
   }
@@ -96,8 +107,15 @@ void turn(const T* from, int64_t rows, int64_t columns, T* to) {
 
 template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
-  return {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, is_moderate<T>,    scratch_size<T>, pack<T>,      run<T>,
-          unpack_weight<T>,    copy_out<Compute<T>, T>, winners_are_valid, spread<T>,       mask_dead<T>, turn<T>};
+  ConvBackwardKernels<T> all{FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, is_moderate<T>, gradient_is_moderate<T>,
+                             scratch_size<T>, pack<T>, run<T>, unpack_weight<T>, copy_out<Compute<T>, T>,
+                             winners_are_valid, spread<T>, mask_dead<T>, nullptr, nullptr, nullptr, turn<T>};
+  if constexpr (kHasWinograd<T>) {
+    all.transform_tiles = transform_tiles<T>;
+    all.multiply_tiles = multiply_tiles<T>;
+    all.transform_sums = transform_sums<T>;
+  }
+  return all;
 }
 
 }  // namespace

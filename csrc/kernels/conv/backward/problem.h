@@ -32,11 +32,22 @@ struct ConvBackwardPiece {
   int64_t part, parts;
 };
 
+// For `winograd`: tiles [first, last) of a group, of all images, as they are transformed and multiplied together.
+template <class C>
+struct WinogradTiles {
+  int64_t group, first, last;
+  C *inputs, *gradients;  // transformed
+  C* sums;                // of their products, for the weight's gradient; or null
+  double* bias;           // sums of the group's gradients, or null
+};
+
 template <class T>
 struct ConvBackwardKernels {
   int64_t vector_bytes, registers;  // of the instruction set
   // As in forward: whether no element of input and weight is infinite, nearly infinite or NaN.
   bool (*is_moderate)(const ConvBackward<T>&);
+  // The same of the output's gradient, whose images are contiguous or channels last.
+  bool (*gradient_is_moderate)(const ConvBackward<T>&);
   // Bytes of a thread's scratch memory.
   int64_t (*scratch_size)(const ConvBackward<T>&);
   void (*pack)(const ConvBackward<T>&);
@@ -55,6 +66,14 @@ struct ConvBackwardKernels {
                  void* scratch);
   // The same where windows are one pixel and all tensors have the same layout.
   void (*mask_dead)(const T* gradient, const uint8_t* winners, int64_t count, T* to);
+  // For `winograd` (winograd.h): transforms some of the tiles, counted from the first, with scratch memory of a thread's
+  // own; adds up the products at [first, last) of 16 positions x blocks; and writes [first, last) of the group's pieces
+  // of the weight's gradient.
+  void (*transform_tiles)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last,
+                          void* scratch);
+  void (*multiply_tiles)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last);
+  void (*transform_sums)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last, T* to,
+                         const ConvLayout& layout);
   // [rows][columns] -> [columns][rows]
   void (*turn)(const T* from, int64_t rows, int64_t columns, T* to);
 };
