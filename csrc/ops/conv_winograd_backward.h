@@ -79,13 +79,13 @@ void weight_gradient_by_winograd(const ConvBackwardKernels<T>& kernels, const Co
       parallel_chunks(threads, tiles.last - tiles.first, [&](int64_t chunk, int64_t first, int64_t last) {
         kernels.transform_tiles(call, tiles, first, last, scratch.get() + chunk * scratch_size);
       });
-      parallel_chunks(threads, positions * plan.blocks, [&](int64_t, int64_t first, int64_t last) {
-        kernels.multiply_tiles(call, tiles, first, last);
-      });
+      parallel_chunks(threads, positions * plan.blocks,
+                      [&](int64_t, int64_t first, int64_t last) { kernels.multiply_tiles(call, tiles, first, last); });
     }
     if (!weight_wanted) continue;
     parallel_chunks(threads, plan.pieces, [&](int64_t, int64_t first, int64_t last) {
-      kernels.transform_sums(call, tiles, first, last, mutable_data<T>(grad_weight), PlainImages(grad_weight).layout);
+      kernels.write_weight_gradient(call, tiles, first, last, mutable_data<T>(grad_weight),
+                                    PlainImages(grad_weight).layout);
     });
   }
   if (bias_wanted) std::copy_n(bias.get(), g.groups * g.out_channels, mutable_data<T>(grad_bias));

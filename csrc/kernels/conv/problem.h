@@ -23,9 +23,9 @@ struct ConvCall {
   // winograd can do that.
   bool turned;
   const uint8_t* input_winners;  // laid out as the input
-  const T* bias;       // [groups x out_channels], or null
-  Compute<T>* packed;  // the weight, as the plan's algorithm reads it
-  T* output;           // dense, contiguous or channels last
+  const T* bias;                 // [groups x out_channels], or null
+  Compute<T>* packed;            // the weight, as the plan's algorithm reads it
+  T* output;                     // dense, contiguous or channels last
   ConvLayout output_layout;
   uint8_t* winners;  // laid out as the output, or null
   // ReLU or the identity; without winners and where each window is a conv pixel, any.

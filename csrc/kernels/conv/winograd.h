@@ -120,7 +120,7 @@ void pack_winograd(const ConvCall<T>& call, int64_t first_item, int64_t last_ite
 template <class T>
 struct ImageSlice {
   const T* pixels;
-  const uint8_t* winners;  // or null
+  const uint8_t* winners;    // or null
   const ConvLayout& layout;  // of both
   int64_t at;                // the slice's first element
   int64_t channels, size[2];
@@ -168,38 +168,63 @@ void load_pixels(const ImageSlice<T>& slice, int64_t at, int64_t count, C* to, i
   }
 }
 
-// Loads `rows` rows of `columns` pixels from (y, x) on, with zeros beyond the slice: [row][column][pitch].
+// Loads `columns` pixels of row y from x on, with zeros beyond the slice: [column][pitch].
 template <class T, class C = Compute<T>>
-void load_rows(const ImageSlice<T>& slice, int64_t y, int64_t rows, int64_t x, int64_t columns, C* to, int64_t pitch) {
-  const Inside inside = overlap(x, columns, slice.size[1]);
-  for (int64_t r = 0; r < rows; ++r, ++y) {
-    copy_row(y >= 0 && y < slice.size[0], inside, columns, pitch, to + r * columns * pitch,
-             [&](C* at, int64_t first, int64_t count) {
-               load_pixels(slice, slice.at + y * slice.layout.d[1] + (x + first) * slice.layout.d[2], count, at, pitch);
-             });
-  }
+void load_row(const ImageSlice<T>& slice, int64_t y, int64_t x, int64_t columns, C* to, int64_t pitch) {
+  copy_row(y >= 0 && y < slice.size[0], overlap(x, columns, slice.size[1]), columns, pitch, to,
+           [&](C* at, int64_t first, int64_t count) {
+             load_pixels(slice, slice.at + y * slice.layout.d[1] + (x + first) * slice.layout.d[2], count, at, pitch);
+           });
 }
 
-template <class T, class C = Compute<T>>
-void transform_tile(const C* from, int64_t row_step, int64_t pitch, int64_t channels, C* to, int64_t position_step) {
-  constexpr int points = kPoints<T>;
-  for (int64_t c = 0; c < channels; c += kLanes<C>) {
-    Vec<C> half[points][points];
-#pragma GCC unroll 6
-    for (int x = 0; x < points; ++x) {
-      Vec<C> pixels[points], point[points];
-      for (int y = 0; y < points; ++y) pixels[y] = load(from + y * row_step + x * pitch + c);
-      transform_input(pixels, point);
-      for (int y = 0; y < points; ++y) half[y][x] = point[y];
-    }
-#pragma GCC unroll 6
-    for (int y = 0; y < points; ++y) {
-      Vec<C> point[points];
-      transform_input(half[y], point);
-      for (int x = 0; x < points; ++x) store(to + (y * points + x) * position_step + c, point[x]);
+// The input under a row of tiles. Rows that the next row of tiles shares are loaded once.
+template <class T>
+class TileRows {
+  using C = Compute<T>;
+
+ public:
+  TileRows(C* memory, int64_t pitch) : memory_(memory), pitch_(pitch) {}
+
+  // From row y and column x on. is_next: after the row of tiles above, of the same columns.
+  void move_to(const ImageSlice<T>& slice, int64_t y, int64_t x, int64_t columns, bool is_next) {
+    columns_ = columns;
+    first_ = is_next ? (first_ + kTile<T>) % kPoints<T> : 0;
+    for (int r = is_next ? kPoints<T> - kTile<T> : 0; r < kPoints<T>; ++r) {
+      load_row(slice, y + r, x, columns, row(r), pitch_);
     }
   }
-}
+
+  // Transforms a tile: its channels at position p go to to[p * position_step].
+  void transform(int64_t tile, int64_t channels, C* to, int64_t position_step) const {
+    constexpr int points = kPoints<T>;
+    const C* rows[points];
+    for (int y = 0; y < points; ++y) rows[y] = row(y) + kTile<T> * tile * pitch_;
+    for (int64_t c = 0; c < channels; c += kLanes<C>) {
+      Vec<C> half[points][points];
+#pragma GCC unroll 6
+      for (int x = 0; x < points; ++x) {
+        Vec<C> pixels[points], point[points];
+        for (int y = 0; y < points; ++y) pixels[y] = load(rows[y] + x * pitch_ + c);
+        transform_input(pixels, point);
+        for (int y = 0; y < points; ++y) half[y][x] = point[y];
+      }
+#pragma GCC unroll 6
+      for (int y = 0; y < points; ++y) {
+        Vec<C> point[points];
+        transform_input(half[y], point);
+        for (int x = 0; x < points; ++x) store(to + (y * points + x) * position_step + c, point[x]);
+      }
+    }
+  }
+
+ private:
+  C* row(int r) const { return memory_ + (first_ + r) % kPoints<T> * columns_ * pitch_; }
+
+  C* const memory_;
+  const int64_t pitch_;
+  int64_t columns_ = 0;
+  int first_ = 0;
+};
 
 template <class T>
 class WinogradForward {
@@ -275,13 +300,13 @@ class WinogradForward {
     const ConvLayout& layout = call_.input_layout;
     const int64_t at = image * layout.n + band.group * g_.in_channels * layout.c + z * layout.d[0];
     const bool inside = z >= 0 && z < g_.input[0];
+    const ImageSlice<T> slice = {call_.input,    call_.turned ? call_.input_winners : nullptr, layout, at,
+                                 g_.in_channels, {inside ? g_.input[1] : 0, g_.input[2]}};
+    TileRows<T> rows(rows_, pitch);
     for (int64_t row = 0; row < tile_rows; ++row) {
-      load_rows<T>({call_.input, call_.turned ? call_.input_winners : nullptr, layout, at, g_.in_channels,
-                 {inside ? g_.input[1] : 0, g_.input[2]}},
-                band.input[1] + tile_ * row, points_, band.input[2], columns, rows_, pitch);
+      rows.move_to(slice, band.input[1] + tile_ * row, band.input[2], columns, row > 0);
       for (int64_t x = 0; x < plan_.tile_columns; ++x, ++tile) {
-        transform_tile<T>(rows_ + tile_ * x * pitch, columns * pitch, pitch, g_.in_channels, transformed_ + tile * pitch,
-                          tiles * pitch);
+        rows.transform(x, g_.in_channels, transformed_ + tile * pitch, tiles * pitch);
       }
     }
   }

@@ -38,7 +38,7 @@ int64_t scratch_size(const ConvBackward<T>& call) {
       with_run_element(call, [&](auto element) { WinnersWorker<T, decltype(element)>(call, true, memory); });
       break;
     case BackwardAlgorithm::winograd:
-      if constexpr (kHasWinograd<T>) memory.take<char>(winograd_scratch_size(call));
+      memory.take<Compute<T>>(call.plan->winograd.rows_size() + call.plan->winograd.gradient_rows_size());
       break;
     case BackwardAlgorithm::stock:
       SpreadWorker<T>(call, memory);
@@ -107,13 +107,26 @@ void turn(const T* from, int64_t rows, int64_t columns, T* to) {
 
 template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
-  ConvBackwardKernels<T> all{FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, is_moderate<T>, gradient_is_moderate<T>,
-                             scratch_size<T>, pack<T>, run<T>, unpack_weight<T>, copy_out<Compute<T>, T>,
-                             winners_are_valid, spread<T>, mask_dead<T>, nullptr, nullptr, nullptr, turn<T>};
+  ConvBackwardKernels<T> all{FASTNN_VECTOR_BYTES,
+                             FASTNN_VECTOR_REGISTERS,
+                             is_moderate<T>,
+                             gradient_is_moderate<T>,
+                             scratch_size<T>,
+                             pack<T>,
+                             run<T>,
+                             unpack_weight<T>,
+                             copy_out<Compute<T>, T>,
+                             winners_are_valid,
+                             spread<T>,
+                             mask_dead<T>,
+                             nullptr,
+                             nullptr,
+                             nullptr,
+                             turn<T>};
   if constexpr (kHasWinograd<T>) {
     all.transform_tiles = transform_tiles<T>;
     all.multiply_tiles = multiply_tiles<T>;
-    all.transform_sums = transform_sums<T>;
+    all.write_weight_gradient = write_weight_gradient<T>;
   }
   return all;
 }

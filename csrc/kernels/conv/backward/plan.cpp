@@ -258,18 +258,24 @@ ConvBackwardPlan plan_winograd(const Planner& p) {
   w.pitch = round_up(g.in_channels, p.lanes) + p.lanes;  // off the powers of two, for the sake of the cache's sets
   w.blocks = divide_up(g.out_channels, 2 * p.lanes);
   w.pieces = w.blocks * divide_up(g.in_channels, kWinogradChannels);
-  w.together = std::max<int64_t>(4, tuned::kGradientBandBytes / (8 * w.pitch * p.compute_bytes));
-  w.part = std::min(p.longest_sum, w.tiles);
+  // Half of the longest sum, so that less of what is transformed leaves the cache; but no second part without need.
+  w.part = w.tiles <= p.longest_sum ? w.tiles : p.longest_sum / 2;
+  if (w.columns <= w.part) w.part -= w.part % w.columns;
+  w.together = std::min(w.part, w.columns);
   return plan;
 }
 
-// In vector multiply-adds, those of both gradients, against those of direct convolution at its peak, which torch's is
-// at or near.
+// In vector multiply-adds of both gradients: against direct convolution at its peak, which torch's is at or near, and
+// against the products of winners alone.
 bool winograd_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   const WinogradBackwardPlan w = plan_winograd(p).winograd;
-  const PlanRequest request{1, p.request.element_bytes, p.request.input_channels_last, p.request.input_channels_last,
-                            false, static_cast<int32_t>(ForwardAlgorithm::winograd)};
+  const PlanRequest request{1,
+                            p.request.element_bytes,
+                            p.request.input_channels_last,
+                            p.request.input_channels_last,
+                            false,
+                            static_cast<int32_t>(ForwardAlgorithm::winograd)};
   const ConvPlan input = plan_forward(turned_around(g), request, p.machine);
   if (input.packed_size * p.compute_bytes > tuned::kMostPackedBytes) return false;
   const double in = real(divide_up(g.in_channels, p.lanes)), out = real(divide_up(g.out_channels, p.lanes));
@@ -278,8 +284,10 @@ bool winograd_pays(const Planner& p) {
   const double moves = (kWinogradPositions * tuned::kWinogradMove + 4 * tuned::kTranspose) * (in + out);
   const double weight = real(w.tiles) * (products + moves) +
                         products * (parts * tuned::kStoreSum + tuned::kWinogradPack * tuned::kPackWeight);
-  const double direct = real(g.batch * p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
-  return real(g.groups) * weight + input.cost < real(g.groups) * direct;
+  const double direct =
+      real(g.groups * g.batch * p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
+  const double winners = 2 * real(g.batch) * winners_cost(p, false);
+  return real(g.groups) * weight + input.cost < std::min(direct, winners);
 }
 
 // ---- stock ----------------------------------------------------------------------------------------------------------

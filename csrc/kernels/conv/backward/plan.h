@@ -7,11 +7,11 @@
 namespace fastnn {
 
 // The algorithms of backward, each with the text that fastnn.explain prints.
-#define FASTNN_FOR_EACH_BACKWARD_ALGORITHM(X)                                                  \
-  X(taps, "pixels fill the vector's lanes: few input channels")                                \
-  X(depthwise, "groups of one channel: channels fill the vector's lanes")                      \
+#define FASTNN_FOR_EACH_BACKWARD_ALGORITHM(X)                                                           \
+  X(taps, "pixels fill the vector's lanes: few input channels")                                         \
+  X(depthwise, "groups of one channel: channels fill the vector's lanes")                               \
   X(winograd, "3x3 kernels of stride 1, no pool: 16 multiplications in place of 36, in both gradients") \
-  X(winners, "input channels fill the vector's lanes: only what has a gradient is multiplied") \
+  X(winners, "input channels fill the vector's lanes: only what has a gradient is multiplied")          \
   X(stock, "torch's own convolution")
 enum class BackwardAlgorithm : int32_t { FASTNN_FOR_EACH_BACKWARD_ALGORITHM(FASTNN_ALGORITHM) };
 constexpr AlgorithmEntry kBackwardEntries[] = {FASTNN_FOR_EACH_BACKWARD_ALGORITHM(FASTNN_ALGORITHM_ENTRY)};
@@ -73,8 +73,8 @@ struct TapsPlan {
   int64_t size() const { return row_tiles * tap_tiles * tile_size; }
 };
 
-// The tiles of all images are numbered by image, row and column. `part` of them are summed at once, whatever the number
-// of threads, and up to as many parts as there are threads are transformed together.
+// The tiles of all images are numbered by image, row and column. `part` of them, whole rows if that can be, are summed
+// at once, whatever the number of threads, and as many parts as there are threads are transformed together.
 struct WinogradBackwardPlan {
   int64_t rows, columns, tiles;  // of an image, and of all
   int64_t together;              // tiles side by side whose rows are loaded together
@@ -83,6 +83,9 @@ struct WinogradBackwardPlan {
   int64_t pitch;           // elements from a tile's input channels to the next tile's
   int64_t blocks, pieces;  // of outputs; of the weight's gradient of a group
 
+  // Elements of the rows under `together` tiles: of the input, and of the gradient.
+  int64_t rows_size() const { return 4 * (2 * together + 2) * pitch; }
+  int64_t gradient_rows_size() const { return 2 * 2 * together * outputs; }
   // Elements from a position to the next: of transformed inputs and gradients of so many tiles, and of sums.
   int64_t input_step(int64_t count) const { return count * pitch + lanes; }
   int64_t gradient_step(int64_t count) const { return count * outputs + lanes; }

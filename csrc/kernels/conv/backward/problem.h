@@ -66,14 +66,14 @@ struct ConvBackwardKernels {
                  void* scratch);
   // The same where windows are one pixel and all tensors have the same layout.
   void (*mask_dead)(const T* gradient, const uint8_t* winners, int64_t count, T* to);
-  // For `winograd` (winograd.h): transforms some of the tiles, counted from the first, with scratch memory of a thread's
-  // own; adds up the products at [first, last) of 16 positions x blocks; and writes [first, last) of the group's pieces
-  // of the weight's gradient.
+  // For `winograd` (winograd.h): transforms some of the tiles, counted from the first, with scratch memory of a
+  // thread's own; adds up the products at [first, last) of 16 positions x blocks; and writes [first, last) of the
+  // group's pieces of the weight's gradient.
   void (*transform_tiles)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last,
                           void* scratch);
   void (*multiply_tiles)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last);
-  void (*transform_sums)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last, T* to,
-                         const ConvLayout& layout);
+  void (*write_weight_gradient)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last,
+                                T* to, const ConvLayout& layout);
   // [rows][columns] -> [columns][rows]
   void (*turn)(const T* from, int64_t rows, int64_t columns, T* to);
 };

@@ -2,15 +2,15 @@
 //
 // dw = G^T [sum over tiles of (B^T d B) * (A dy A^T)] G, with forward's matrices: d is a tile of 4x4 input pixels, dy
 // the gradients of its 2x2 conv pixels. Sixteen multiplications take the place of 36. Some tiles at a time are
-// transformed, in memory that all threads share, and then multiplied: at each of the 16 positions a product of matrices,
-// input channels x tiles by tiles x output channels, which is added to sums of the weight's size. At the end these are
-// transformed into taps. The input is transformed again, rather than kept from forward: that would write and read four
-// times its bytes. ReLU's mask is taken where gradients are loaded, and the position at which a tile's gradients are
-// summed gives the bias's gradient.
+// transformed, in memory that all threads share, and then multiplied: at each of the 16 positions a product of
+// matrices, input channels x tiles by tiles x output channels, which is added to sums of the weight's size. At the end
+// these are transformed into taps. The input is transformed again, rather than kept from forward: that would write and
+// read four times its bytes. ReLU's mask is taken where gradients are loaded, and the position at which a tile's
+// gradients are summed gives the bias's gradient.
 //
 // Which thread does what changes no sum: tiles are transformed each for itself, and a position's sums of a block of
-// output channels are all made by one thread, in the order of the tiles. The input's gradient is winograd forward, of the
-// same gradients by the weight turned around (conv_winograd_backward.h in csrc/ops).
+// output channels are all made by one thread, in the order of the tiles. The input's gradient is winograd forward, of
+// the same gradients by the weight turned around (conv_winograd_backward.h in csrc/ops).
 #pragma once
 
 #include "../winograd.h"
@@ -38,13 +38,6 @@ struct WinogradSums {
   }
 };
 
-template <class T, class C = Compute<T>>
-int64_t winograd_scratch_size(const ConvBackward<T>& call) {
-  const WinogradBackwardPlan& plan = call.plan->winograd;
-  const int64_t columns = 2 * smaller(plan.together, plan.columns) + 2;
-  return columns * larger(4 * plan.pitch, 2 * plan.outputs) * static_cast<int64_t>(sizeof(C));
-}
-
 // Transforms the tiles [first, last), counted from the first of `tiles`.
 template <class T, class C = Compute<T>>
 void transform_tiles(const ConvBackward<T>& call, const WinogradTiles<C>& tiles, int64_t first, int64_t last,
@@ -53,27 +46,40 @@ void transform_tiles(const ConvBackward<T>& call, const WinogradTiles<C>& tiles,
   const ConvPoolGeometry& g = call.geometry;
   const WinogradBackwardPlan& plan = call.plan->winograd;
   const int64_t gradient_step = plan.gradient_step(at.count);
-  C* const rows = static_cast<C*>(scratch);
+  C* const memory = static_cast<C*>(scratch);
+  TileRows<T> inputs(memory, plan.pitch);
+  C* const rows = memory + plan.rows_size();
+  const ConvLayout &il = call.input_layout, &ol = call.output_layout;
+  if (g.out_channels < plan.outputs) fill_zeros(rows, plan.gradient_rows_size());
+  int64_t before = -1;  // the row of tiles that was loaded last, as a whole
   for (int64_t i = first, count; i < last; i += count) {
-    const int64_t tile = tiles.first + i, column = tile % plan.columns;
-    const int64_t row = tile / plan.columns % plan.rows, image = tile / plan.columns / plan.rows;
+    const int64_t tile = tiles.first + i, column = tile % plan.columns, number = tile / plan.columns;
+    const int64_t row = number % plan.rows, image = number / plan.rows;
     count = smaller(smaller(plan.together, plan.columns - column), last - i);
-    const ConvLayout &il = call.input_layout, &ol = call.output_layout;
-    int64_t columns = 2 * count + 2;
     if (tiles.sums) {
-    load_rows<T>({call.input, nullptr, il, image * il.n + tiles.group * g.in_channels * il.c, g.in_channels,
-                  {g.input[1], g.input[2]}},
-                 2 * row - g.padding[1], 4, 2 * column - g.padding[2], columns, rows, plan.pitch);
-    for (int64_t t = 0; t < count; ++t) {
-      transform_tile<T>(rows + 2 * t * plan.pitch, columns * plan.pitch, plan.pitch, g.in_channels,
-                        at.input(0) + (i + t) * plan.pitch, plan.input_step(at.count));
+      inputs.move_to({call.input,
+                      nullptr,
+                      il,
+                      image * il.n + tiles.group * g.in_channels * il.c,
+                      g.in_channels,
+                      {g.input[1], g.input[2]}},
+                     2 * row - g.padding[1], 2 * column - g.padding[2], 2 * count + 2,
+                     count == plan.columns && row > 0 && before == number - 1);
+      before = count == plan.columns ? number : -1;
+      for (int64_t t = 0; t < count; ++t) {
+        inputs.transform(t, g.in_channels, at.input(0) + (i + t) * plan.pitch, plan.input_step(at.count));
+      }
     }
+    const int64_t columns = 2 * count;
+    for (int64_t y = 0; y < 2; ++y) {
+      load_row<T>({call.grad_output,
+                   call.winners,
+                   ol,
+                   image * ol.n + tiles.group * g.out_channels * ol.c,
+                   g.out_channels,
+                   {g.conv[1], g.conv[2]}},
+                  2 * row + y, 2 * column, columns, rows + y * columns * plan.outputs, plan.outputs);
     }
-    columns = 2 * count;
-    if (g.out_channels < plan.outputs) fill_zeros(rows, 2 * columns * plan.outputs);
-    load_rows<T>({call.grad_output, call.winners, ol, image * ol.n + tiles.group * g.out_channels * ol.c,
-                  g.out_channels, {g.conv[1], g.conv[2]}},
-                 2 * row, 2, 2 * column, columns, rows, plan.outputs);
     for (int64_t b = 0; b < blocks_of<C>(g); ++b) {
       const Block block = block_of<C>(g, b);
       C* to = at.gradient(0, block) + i * block.vectors * kLanes<C>;
@@ -117,8 +123,8 @@ void multiply_tiles(const ConvBackward<T>& call, const WinogradTiles<C>& tiles, 
       const C* gradients = at.gradient(position, block) + k * width;
       if (tiles.sums) {
         const C* start = tiles.first + k == 0 ? zeros : nullptr;
-        sum_pixels<C>(block.vectors, at.input(position) + k * plan.pitch, 1, g.in_channels, offsets, 0, count, gradients,
-                      start, at.sums(position, block));
+        sum_pixels<C>(block.vectors, at.input(position) + k * plan.pitch, 1, g.in_channels, offsets, 0, count,
+                      gradients, start, at.sums(position, block));
       }
       if (position != position_of_sums || !tiles.bias) continue;
       for (int64_t o = 0; o < width; o += kLanes<C>) {
@@ -132,8 +138,8 @@ void multiply_tiles(const ConvBackward<T>& call, const WinogradTiles<C>& tiles, 
 
 // Writes the pieces [first, last) of the group's gradient, each some input channels of a block of outputs.
 template <class T, class C = Compute<T>>
-void transform_sums(const ConvBackward<T>& call, const WinogradTiles<C>& tiles, int64_t first, int64_t last, T* to,
-                    const ConvLayout& layout) {
+void write_weight_gradient(const ConvBackward<T>& call, const WinogradTiles<C>& tiles, int64_t first, int64_t last,
+                           T* to, const ConvLayout& layout) {
   const WinogradSums<T> at{call, tiles};
   const ConvPoolGeometry& g = call.geometry;
   const WinogradBackwardPlan& plan = call.plan->winograd;
