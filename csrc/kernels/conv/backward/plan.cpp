@@ -266,7 +266,7 @@ ConvBackwardPlan plan_winograd(const Planner& p) {
 }
 
 // In vector multiply-adds of both gradients: against direct convolution at its peak, which torch's is at or near, and
-// against the products of winners alone.
+// against winners, of which half of the pixels have one.
 bool winograd_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   const WinogradBackwardPlan w = plan_winograd(p).winograd;
@@ -281,13 +281,13 @@ bool winograd_pays(const Planner& p) {
   const double in = real(divide_up(g.in_channels, p.lanes)), out = real(divide_up(g.out_channels, p.lanes));
   const double products = real(kWinogradPositions * g.in_channels) * out;
   const double parts = real(divide_up(w.tiles, w.part));
-  const double moves = (kWinogradPositions * tuned::kWinogradMove + 4 * tuned::kTranspose) * (in + out);
-  const double weight = real(w.tiles) * (products + moves) +
+  // Each gradient's mask is taken twice.
+  const double move = kWinogradPositions * tuned::kWinogradMove + 4 * tuned::kTranspose, masks = 2 * 4 * tuned::kCopy;
+  const double weight = real(w.tiles) * (products + move * in + (move + masks) * out) +
                         products * (parts * tuned::kStoreSum + tuned::kWinogradPack * tuned::kPackWeight);
-  const double direct =
-      real(g.groups * g.batch * p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
-  const double winners = 2 * real(g.batch) * winners_cost(p, false);
-  return real(g.groups) * weight + input.cost < std::min(direct, winners);
+  const double direct = real(p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
+  const double others = real(g.batch) * std::min(real(g.groups) * direct, winners_cost(p, false));
+  return real(g.groups) * weight + input.cost < others;
 }
 
 // ---- stock ----------------------------------------------------------------------------------------------------------
