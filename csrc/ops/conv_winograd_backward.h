@@ -58,37 +58,28 @@ void weight_gradient_by_winograd(const ConvBackwardKernels<T>& kernels, const Co
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
   const WinogradBackwardPlan& plan = call.plan->winograd;
-  const bool weight_wanted = grad_weight.numel() > 0, bias_wanted = grad_bias.numel() > 0;
-  const int64_t threads = useful_threads(work / 2), most = std::min(plan.tiles, plan.part * threads);
-  const int64_t scratch_size = whole_lines(kernels.scratch_size(call)), positions = kWinogradPositions;
-  const Scratch<C> inputs(positions * plan.input_step(weight_wanted ? most : 0));
-  const Scratch<C> gradients(positions * plan.gradient_step(most));
-  const Scratch<C> sums(positions * plan.sums_step(weight_wanted ? g.in_channels : 0));
-  const Scratch<double> bias(g.groups * g.out_channels);
-  const Scratch<char> scratch(checked_product(threads, scratch_size));
-  std::fill_n(bias.get(), g.groups * g.out_channels, 0.0);
-  for (int64_t group = 0; group < g.groups; ++group) {
-    WinogradTiles<C> tiles{};
-    tiles.group = group;
-    tiles.inputs = inputs.get();
-    tiles.gradients = gradients.get();
-    tiles.sums = weight_wanted ? sums.get() : nullptr;
-    tiles.bias = bias_wanted ? bias.get() + group * g.out_channels : nullptr;
-    for (; tiles.first < plan.tiles; tiles.first = tiles.last) {
-      tiles.last = std::min(tiles.first + most, plan.tiles);
-      parallel_chunks(threads, tiles.last - tiles.first, [&](int64_t chunk, int64_t first, int64_t last) {
-        kernels.transform_tiles(call, tiles, first, last, scratch.get() + chunk * scratch_size);
-      });
-      parallel_chunks(threads, positions * plan.blocks,
-                      [&](int64_t, int64_t first, int64_t last) { kernels.multiply_tiles(call, tiles, first, last); });
-    }
-    if (!weight_wanted) continue;
-    parallel_chunks(threads, plan.pieces, [&](int64_t, int64_t first, int64_t last) {
-      kernels.write_weight_gradient(call, tiles, first, last, mutable_data<T>(grad_weight),
-                                    PlainImages(grad_weight).layout);
+  const int64_t threads = useful_threads(work / 2), chunks = std::min(threads, plan.items);
+  const int64_t scratch_size = whole_lines(kernels.scratch_size(call)), shares = g.groups * plan.shares;
+  const bool weight_wanted = grad_weight.numel() > 0;
+  const Scratch<double> bias(shares * g.out_channels);
+  const Scratch<C> sums(weight_wanted ? shares * kWinogradPositions * plan.sums_step(g.in_channels) : 0);
+  const Scratch<char> scratch(checked_product(chunks, scratch_size));
+  parallel_chunks(chunks, plan.items, [&](int64_t chunk, int64_t first, int64_t last) {
+    kernels.sum_tiles(call, first, last, weight_wanted ? sums.get() : nullptr, bias.get(),
+                      scratch.get() + chunk * scratch_size);
+  });
+  if (weight_wanted) {
+    const ConvLayout layout = PlainImages(grad_weight).layout;
+    parallel_chunks(std::min(threads, plan.pieces), plan.pieces, [&](int64_t, int64_t first, int64_t last) {
+      kernels.write_weight_gradient(call, sums.get(), first, last, mutable_data<T>(grad_weight), layout);
     });
   }
-  if (bias_wanted) std::copy_n(bias.get(), g.groups * g.out_channels, mutable_data<T>(grad_bias));
+  for (int64_t channel = 0; channel < grad_bias.numel(); ++channel) {
+    const double* from = bias.get() + channel / g.out_channels * plan.shares * g.out_channels;
+    double total = 0;
+    for (int64_t i = 0; i < plan.shares; ++i) total += from[i * g.out_channels + channel % g.out_channels];
+    mutable_data<T>(grad_bias)[channel] = static_cast<T>(total);
+  }
 }
 
 // Gradients that are not wanted are empty.

@@ -38,7 +38,7 @@ int64_t scratch_size(const ConvBackward<T>& call) {
       with_run_element(call, [&](auto element) { WinnersWorker<T, decltype(element)>(call, true, memory); });
       break;
     case BackwardAlgorithm::winograd:
-      memory.take<Compute<T>>(call.plan->winograd.rows_size() + call.plan->winograd.gradient_rows_size());
+      if constexpr (kHasWinograd<T>) WinogradWorker<T>(call, memory);
       break;
     case BackwardAlgorithm::stock:
       SpreadWorker<T>(call, memory);
@@ -101,6 +101,13 @@ void spread(const ConvBackward<T>& call, int64_t first, int64_t last, T* to, Com
 }
 
 template <class T>
+void sum_tiles(const ConvBackward<T>& call, int64_t first, int64_t last, Compute<T>* sums, double* bias,
+               void* scratch) {
+  Parts memory(scratch);
+  WinogradWorker<T>(call, memory).run(first, last, sums, bias);
+}
+
+template <class T>
 void turn(const T* from, int64_t rows, int64_t columns, T* to) {
   transpose_matrix(from, columns, rows, columns, to, rows);
 }
@@ -121,11 +128,9 @@ constexpr ConvBackwardKernels<T> kernels() {
                              mask_dead<T>,
                              nullptr,
                              nullptr,
-                             nullptr,
                              turn<T>};
   if constexpr (kHasWinograd<T>) {
-    all.transform_tiles = transform_tiles<T>;
-    all.multiply_tiles = multiply_tiles<T>;
+    all.sum_tiles = sum_tiles<T>;
     all.write_weight_gradient = write_weight_gradient<T>;
   }
   return all;

@@ -256,12 +256,17 @@ ConvBackwardPlan plan_winograd(const Planner& p) {
   w.lanes = p.lanes;
   w.outputs = round_up(g.out_channels, p.lanes);
   w.pitch = round_up(g.in_channels, p.lanes) + p.lanes;  // off the powers of two, for the sake of the cache's sets
-  w.blocks = divide_up(g.out_channels, 2 * p.lanes);
-  w.pieces = w.blocks * divide_up(g.in_channels, kWinogradChannels);
   // Half of the longest sum, so that less of what is transformed leaves the cache; but no second part without need.
   w.part = w.tiles <= p.longest_sum ? w.tiles : p.longest_sum / 2;
   if (w.columns <= w.part) w.part -= w.part % w.columns;
   w.together = std::min(w.part, w.columns);
+  // Shares for threads, of so many parts that adding up their sums at the end costs little.
+  const int64_t sums = g.groups * kWinogradPositions * w.sums_step(g.in_channels) * p.compute_bytes;
+  w.shares = std::min(w.tiles / (tuned::kShareParts * w.part), tuned::kSharedSums / sums);
+  w.shares = std::max<int64_t>(1, w.shares);
+  w.blocks = divide_up(g.out_channels, 2 * p.lanes);
+  w.items = g.groups * w.shares * w.blocks;
+  w.pieces = g.groups * w.blocks * divide_up(g.in_channels, kWinogradChannels);
   return plan;
 }
 

@@ -73,22 +73,24 @@ struct TapsPlan {
   int64_t size() const { return row_tiles * tap_tiles * tile_size; }
 };
 
-// The tiles of all images are numbered by image, row and column. `part` of them, whole rows if that can be, are summed
-// at once, whatever the number of threads, and as many parts as there are threads are transformed together.
+// The tiles of all images are numbered by image, row and column, and cut into parts, which are transformed and summed
+// at once: whole rows, if that can be. A share is some parts, whose sums are added up.
 struct WinogradBackwardPlan {
   int64_t rows, columns, tiles;  // of an image, and of all
+  int64_t part, shares;          // tiles of a part; shares of all tiles
   int64_t together;              // tiles side by side whose rows are loaded together
-  int64_t part;
-  int64_t lanes, outputs;  // of a vector; output channels in whole vectors
-  int64_t pitch;           // elements from a tile's input channels to the next tile's
-  int64_t blocks, pieces;  // of outputs; of the weight's gradient of a group
+  int64_t lanes, outputs;        // of a vector; output channels in whole vectors
+  int64_t pitch;                 // elements from a tile's input channels to the next tile's
+  int64_t blocks;                // of output channels
+  int64_t items, pieces;         // groups x shares x blocks; of the weight's gradient
 
   // Elements of the rows under `together` tiles: of the input, and of the gradient.
   int64_t rows_size() const { return 4 * (2 * together + 2) * pitch; }
   int64_t gradient_rows_size() const { return 2 * 2 * together * outputs; }
-  // Elements from a position to the next: of transformed inputs and gradients of so many tiles, and of sums.
-  int64_t input_step(int64_t count) const { return count * pitch + lanes; }
-  int64_t gradient_step(int64_t count) const { return count * outputs + lanes; }
+  // Elements from a position to the next: of transformed inputs and gradients, and of sums. It ends with an unused
+  // line.
+  int64_t input_step() const { return part * pitch + lanes; }
+  int64_t gradient_step() const { return part * outputs + lanes; }
   int64_t sums_step(int64_t channels) const { return channels * outputs + lanes; }
 };
 constexpr int64_t kWinogradPositions = 16;

@@ -32,15 +32,6 @@ struct ConvBackwardPiece {
   int64_t part, parts;
 };
 
-// For `winograd`: tiles [first, last) of a group, of all images, as they are transformed and multiplied together.
-template <class C>
-struct WinogradTiles {
-  int64_t group, first, last;
-  C *inputs, *gradients;  // transformed
-  C* sums;                // of their products, for the weight's gradient; or null
-  double* bias;           // sums of the group's gradients, or null
-};
-
 template <class T>
 struct ConvBackwardKernels {
   int64_t vector_bytes, registers;  // of the instruction set
@@ -66,14 +57,11 @@ struct ConvBackwardKernels {
                  void* scratch);
   // The same where windows are one pixel and all tensors have the same layout.
   void (*mask_dead)(const T* gradient, const uint8_t* winners, int64_t count, T* to);
-  // For `winograd` (winograd.h): transforms some of the tiles, counted from the first, with scratch memory of a
-  // thread's own; adds up the products at [first, last) of 16 positions x blocks; and writes [first, last) of the
-  // group's pieces of the weight's gradient.
-  void (*transform_tiles)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last,
-                          void* scratch);
-  void (*multiply_tiles)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last);
-  void (*write_weight_gradient)(const ConvBackward<T>&, const WinogradTiles<Compute<T>>&, int64_t first, int64_t last,
-                                T* to, const ConvLayout& layout);
+  // For `winograd` (winograd.h): the sums of [first, last) of the plan's items, for the weight's gradient unless they
+  // are null, and for the bias's; and [first, last) of the plan's pieces of the weight's gradient from all sums.
+  void (*sum_tiles)(const ConvBackward<T>&, int64_t first, int64_t last, Compute<T>* sums, double* bias, void* scratch);
+  void (*write_weight_gradient)(const ConvBackward<T>&, Compute<T>* sums, int64_t first, int64_t last, T* to,
+                                const ConvLayout& layout);
   // [rows][columns] -> [columns][rows]
   void (*turn)(const T* from, int64_t rows, int64_t columns, T* to);
 };
