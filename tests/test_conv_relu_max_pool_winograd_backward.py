@@ -73,7 +73,7 @@ class TestSizes:
     def test_pixels(self, instructions: str, dtype: torch.dtype) -> None:
         with using_instruction_set(instructions):
             for rows, columns in [(n, 18 - n) for n in range(1, 18)] + [(1, 1), (17, 17), (3, 140)]:
-                for padding in ((1, 1), (2, 3), (0, 1), (3, 0)):
+                for padding in ((1, 1), (2, 3), (0, 1), (3, 0), (9, 30)):
                     arguments = geometry(2, padding=padding, pool=1)
                     if rows + 2 * padding[0] < 3 or columns + 2 * padding[1] < 3:
                         continue
@@ -195,12 +195,13 @@ class TestChoice:
             ((4, 64, 56, 56), 64, {}, torch.float32, True),
             ((8, 128, 28, 28), 128, {}, torch.float64, True),
             ((8, 512, 7, 7), 512, {}, torch.float32, True),
-            ((8, 64, 28, 28), 64, {"groups": 2}, torch.float32, True),
+            ((8, 128, 28, 28), 128, {"groups": 2}, torch.float32, True),
             ((4, 64, 56, 56), 64, {"pool": 2}, torch.float32, False),
             ((4, 64, 56, 56), 64, {"stride": 2}, torch.float32, False),
             ((4, 64, 56, 56), 64, {"dilation": 2}, torch.float32, False),
             ((4, 64, 56, 56), 64, {}, torch.bfloat16, False),
             ((8, 1, 28, 28), 32, {}, torch.float32, False),
+            ((32, 16, 32, 32), 16, {}, torch.float32, False),
             ((8, 64, 28, 28), 64, {"groups": 64}, torch.float32, False),
         ],
     )
@@ -222,6 +223,6 @@ class TestChoice:
     def test_in_training(self) -> None:
         """What autograd calls, against plain PyTorch."""
         for last in (False, True):
-            tensors = make((2, 40, 15, 17), 50, (3, 3), last=last)
+            tensors = make((2, 64, 15, 17), 72, (3, 3), last=last)
             assert RAW_ALGORITHM(*tensors, flat(geometry(2, padding=1, pool=1)))[1] == "winograd"
             assert_like_stock(tensors, geometry(2, padding=1, pool=1))

@@ -286,13 +286,14 @@ bool winograd_pays(const Planner& p) {
   const double in = real(divide_up(g.in_channels, p.lanes)), out = real(divide_up(g.out_channels, p.lanes));
   const double products = real(kWinogradPositions * g.in_channels) * out;
   const double parts = real(divide_up(w.tiles, w.part));
-  // Each gradient's mask is taken twice.
-  const double move = kWinogradPositions * tuned::kWinogradMove + 4 * tuned::kTranspose, masks = 2 * 4 * tuned::kCopy;
-  const double weight = real(w.tiles) * (products + move * in + (move + masks) * out) +
+  const double move = kWinogradPositions * tuned::kWinogradMove + 4 * tuned::kTranspose;
+  const double weight = real(w.tiles) * (products + move * (in + out)) +
                         products * (parts * tuned::kStoreSum + tuned::kWinogradPack * tuned::kPackWeight);
+  // In both: what is transformed leaves L1 and is read again, and the gradient of four pixels is masked.
+  const double both = 2 * real(w.tiles) * tuned::kCopy * (kWinogradPositions * (in + out) + 4 * out);
   const double direct = real(p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
   const double others = real(g.batch) * std::min(real(g.groups) * direct, winners_cost(p, false));
-  return real(g.groups) * weight + input.cost < others;
+  return real(g.groups) * (weight + both) + input.cost < others;
 }
 
 // ---- stock ----------------------------------------------------------------------------------------------------------
