@@ -223,6 +223,6 @@ class TestChoice:
     def test_in_training(self) -> None:
         """What autograd calls, against plain PyTorch."""
         for last in (False, True):
-            tensors = make((2, 64, 15, 17), 72, (3, 3), last=last)
+            tensors = make((2, 64, 33, 31), 72, (3, 3), last=last)
             assert RAW_ALGORITHM(*tensors, flat(geometry(2, padding=1, pool=1)))[1] == "winograd"
             assert_like_stock(tensors, geometry(2, padding=1, pool=1))
