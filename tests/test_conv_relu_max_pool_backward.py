@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastnn.testing import assert_close_to_reference, using_threads
 
-ALGORITHMS = ("taps", "depthwise", "winners", "stock")
+ALGORITHMS = ("taps", "depthwise", "winograd", "winners", "stock")
 
 # What each algorithm is forced on: classes of geometry, with sizes about those of vectors.
 GEOMETRIES = {
@@ -40,6 +40,7 @@ GEOMETRIES = {
     "groups": ((2, 12, 11, 12), 30, (3, 3), geometry(2, padding=1, groups=3)),
     "depthwise": ((2, 17, 21, 20), 17, (3, 5), geometry(2, padding=1, groups=17)),
     "depthwise, multiplied": ((2, 16, 14, 33), 48, (3, 3), geometry(2, stride=2, padding=1, dilation=2, groups=16)),
+    "no pooling, groups": ((3, 18, 10, 7), 40, (3, 3), geometry(2, padding=(0, 2), groups=2, pool=1)),
     "a single pixel": ((3, 9, 3, 3), 20, (3, 3), geometry(2, pool=1)),
 }
 
@@ -87,7 +88,9 @@ class TestAlgorithms:
         stride, groups = arguments[0], arguments[3]
         channels, dense = size[1] // groups, set(stride) == {1}
         is_small = channels <= 16 and channels * math.prod(kernel) <= 128
-        applies = (is_small and dense, channels == 1, True, dense)
+        transforms = kernel == (3, 3) and set(arguments[2]) == {1} and set(arguments[4]) == {1}
+        by_winograd = dense and transforms and dtype is not torch.bfloat16
+        applies = (is_small and dense, channels == 1, by_winograd, True, dense)
         for last in (False, True) if len(kernel) > 1 else (False,):
             input, weight, _ = make(size, outputs, kernel, groups, dtype, last=last)
             for algorithm, is_applicable in zip(ALGORITHMS, applies, strict=True):

@@ -12,7 +12,7 @@ from fastnn import functional
 
 FORWARD, BACKWARD = (
     {"winograd", "phases", "pixels", "depthwise", "direct", "stock"},
-    {"winners", "depthwise", "taps", "stock"},
+    {"taps", "depthwise", "winograd", "winners", "stock"},
 )
 
 GEOMETRY = [1, 1, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1, 1, 0]

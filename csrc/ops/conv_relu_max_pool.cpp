@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "conv_forward.h"
-#include "conv_stock_backward.h"
+#include "conv_winograd_backward.h"
 #include "operators.h"
 #include "register.h"
 
@@ -228,13 +228,23 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
           static_cast<int32_t>(algorithm_of<BackwardAlgorithm>(op, *algorithm, kBackwardEntries, key));
     }
     call.plan = &plan_for(key);
-    if (call.plan->algorithm == BackwardAlgorithm::taps && !kernels.is_moderate(call)) {
+    std::optional<AlikeGradient<T>> alike;  // for winograd
+    if (call.plan->algorithm == BackwardAlgorithm::winograd) {
+      alike.emplace(kernels, grad_output, winners);
+      alike->give_to(call);
+    }
+    const bool is_winograd = alike.has_value();
+    if ((is_winograd || call.plan->algorithm == BackwardAlgorithm::taps) &&
+        !(kernels.is_moderate(call) && (!is_winograd || kernels.gradient_is_moderate(call)))) {
       key.request.exact = true;
       key.request.algorithm = -1;
       call.plan = &plan_for(key);
     }
     if (call.plan->algorithm == BackwardAlgorithm::stock) {
       gradients = gradients_by_stock(kernels, problem, call, grad_output, winners, input, weight, bias_wanted);
+    } else if (call.plan->algorithm == BackwardAlgorithm::winograd) {
+      gradients = empty_gradients();
+      gradients_by_winograd(kernels, call, problem.work, wanted, gradients);
     } else {
       gradients = empty_gradients();
       run_backward(kernels, call, problem.work, wanted, gradients.input, gradients.weight, gradients.bias);

@@ -15,8 +15,7 @@ void pack(const ConvCall<T>& call, int64_t first, int64_t last) {
   constexpr bool single = sizeof(Compute<T>) == sizeof(float);
   switch (call.plan->algorithm) {
     case ForwardAlgorithm::winograd:
-      if constexpr (single) pack_winograd(call, first, last);
-      return;
+      return pack_winograd(call, first, last);
     case ForwardAlgorithm::phases:
       if constexpr (single) pack_phases(call, first, last);
       return;
@@ -42,8 +41,7 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
   constexpr bool single = sizeof(Compute<T>) == sizeof(float);
   switch (call.plan->algorithm) {
     case ForwardAlgorithm::winograd:
-      if constexpr (single) run_winograd(call, first, last, scratch);
-      return;
+      return run_winograd(call, first, last, scratch);
     case ForwardAlgorithm::phases:
       if constexpr (single) run_phases(call, first, last, scratch);
       return;

@@ -49,9 +49,11 @@ constexpr int64_t kWindowBytes = 384 << 10;  // of the windows of the input and 
 constexpr int64_t kProductBytes = 16 << 10;  // products that are added up at once: half of L1
 constexpr int64_t kBandChannels = 64;        // output channels of a band: sums of so many stay accurate, lists short
 constexpr int64_t kSlicePixels = 256;        // conv pixels at most whose input each output channel reads again
-constexpr int64_t kFewAdditions = 16;  // to a sum; with more, rounding would show, and what is rounded off is kept
-constexpr int64_t kEnoughVectors = 4;  // sums under a pixel that keep the multipliers busy
-constexpr int64_t kPartPixels = 8;     // conv pixels of a thread's part for each that its neighbour's part has too
+constexpr int64_t kFewAdditions = 16;     // to a sum; with more, rounding would show, and what is rounded off is kept
+constexpr int64_t kEnoughVectors = 4;     // sums under a pixel that keep the multipliers busy
+constexpr int64_t kPartPixels = 8;        // conv pixels of a thread's part for each that its neighbour's part has too
+constexpr int64_t kShareParts = 8;        // winograd: parts of the tiles, at least, of a share with sums of its own
+constexpr int64_t kSharedSums = 8 << 20;  // winograd: bytes of all shares' sums: a quarter of a large L3
 
 // ---- backward: costs in multiplied vectors, each in both gradients (measured on Sapphire Rapids) -------------------
 constexpr double kListed = 23;        // a vector of gradients put into two lists: transposed, compressed, stored

@@ -70,5 +70,15 @@ bool is_moderate(const Call<T>& call) {
   return sizeof(T) != sizeof(bfloat16) || is_small(call.input, g.batch, image, call.input_layout.n);
 }
 
+// Whether the gradient of the output of a call backward, whose images have no gaps, is.
+template <class T, template <class> class Call>
+bool gradient_is_moderate(const Call<T>& call) {
+  using C = Compute<T>;
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t image = g.groups * g.out_channels * g.pixels();
+  const C sum = sum_lanes<C>(add_squares_of_parts(call.grad_output, g.batch, image, call.output_layout.n, Vec<C>{}));
+  return sum - sum == 0;
+}
+
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

@@ -10,7 +10,8 @@ namespace FASTNN_ISA {
 // The weight is dense: [output][channel][kernel position], or channels last.
 template <class T>
 FASTNN_INLINE bool weight_is_channels_last(const ConvCall<T>& call) {
-  return call.geometry.in_channels > 1 && call.weight_layout.c == 1 && call.weight_layout.d[2] != 1;
+  const int64_t channels = call.turned ? call.geometry.out_channels : call.geometry.in_channels;
+  return channels > 1 && call.weight_layout.c == 1 && call.weight_layout.d[2] != 1;
 }
 
 // Calls body(k, channel, slice, row, column of the kernel) in the order of the weight in memory, for `channels`

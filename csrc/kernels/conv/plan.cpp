@@ -414,7 +414,7 @@ ConvPlan plan_winograd(const Planner& p) {
     return divide_up(band.conv[1], tile) * divide_up(band.conv[2], tile);
   };
   const auto tile_bytes = [&](const BandPlan& band) {
-    return slice_tiles(band) * positions * (w.pitch * band.input[0] + p.block * band.conv[0]) * 4;
+    return slice_tiles(band) * positions * (w.pitch * band.input[0] + p.block * band.conv[0]) * p.compute_bytes;
   };
   // A row of tiles fills as many slots as it has conv rows, of which no window needs what was there before.
   const int64_t ring_rows = round_up(g.pool_extent(1) + tile - 1, tile);
@@ -448,10 +448,10 @@ ConvPlan plan_winograd(const Planner& p) {
       positions * g.groups * (round_up(g.out_channels, p.lanes) * g.in_channels * g.kernel[0] + blocks * p.lanes);
   const int64_t tiles = w.band.images * w.tile_rows * w.tile_columns;
   Memory memory;
-  memory.take(points * (tile * w.tile_columns + 2) * w.pitch, 4)
-      .take(positions * tiles * w.band.input[0] * w.pitch, 4)
-      .take(positions * tiles * w.band.conv[0] * p.block, 4)
-      .take(p.block, 4)
+  memory.take(points * (tile * w.tile_columns + 2) * w.pitch, p.compute_bytes)
+      .take(positions * tiles * w.band.input[0] * w.pitch, p.compute_bytes)
+      .take(positions * tiles * w.band.conv[0] * p.block, p.compute_bytes)
+      .take(p.block, p.compute_bytes)
       .take(g.in_channels * g.kernel[0], 8);
   take_pool(p, w.band, w.ring, memory);
   plan.scratch_size = memory.bytes;

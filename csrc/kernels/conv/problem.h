@@ -18,9 +18,14 @@ struct ConvCall {
   ConvLayout input_layout;
   const T* weight;  // dense, contiguous or channels last; the layout's n is from an output channel to the next
   ConvLayout weight_layout;
-  const T* bias;       // [groups x out_channels], or null
-  Compute<T>* packed;  // the weight, as the plan's algorithm reads it
-  T* output;           // dense, contiguous or channels last
+  // For the input's gradient, which is the convolution of the output's gradient by the weight turned around: the weight
+  // is that of the convolution forward, [input][output], and input elements whose winner is dead count as zeros. Only
+  // winograd can do that.
+  bool turned;
+  const uint8_t* input_winners;  // laid out as the input
+  const T* bias;                 // [groups x out_channels], or null
+  Compute<T>* packed;            // the weight, as the plan's algorithm reads it
+  T* output;                     // dense, contiguous or channels last
   ConvLayout output_layout;
   uint8_t* winners;  // laid out as the output, or null
   // ReLU or the identity; without winners and where each window is a conv pixel, any.

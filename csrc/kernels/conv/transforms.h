@@ -76,6 +76,23 @@ FASTNN_INLINE void transform_results(const V (&m)[4], V (&y)[2]) {
   y[1] = m[1] + m[2] - m[3];
 }
 
+// The same two transposed, for the gradient of the taps: from the gradients of two results to their products at the
+// points, and from sums of these products to taps.
+template <class V>
+FASTNN_INLINE void transform_gradient(const V (&y)[2], V (&m)[4]) {
+  m[0] = y[0];
+  m[1] = y[1];
+  m[2] = y[0] + y[1];
+  m[3] = y[0] - y[1];
+}
+template <class V>
+FASTNN_INLINE void transform_sums(const V (&u)[4], V (&g)[3]) {
+  const V even = (u[2] + u[3]) * 0.5f;
+  g[0] = u[0] + even;
+  g[1] = (u[2] - u[3]) * 0.5f;
+  g[2] = u[1] + even;
+}
+
 // F(4, 3), at the points 0, 1, -1, 2, -2 and infinity.
 template <class V>
 FASTNN_INLINE void transform_weight(const V (&g)[3], V (&u)[6]) {

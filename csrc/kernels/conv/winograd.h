@@ -39,12 +39,31 @@ FASTNN_INLINE int64_t weight_offset(const ConvPoolGeometry& g, int64_t group, co
   return kPositions<T> * (lanes_before<C>(g, group, block) * g.in_channels * g.kernel[0] + number * kLanes<C>);
 }
 
+// The nine taps of `channels` channels of a weight that is turned around, backwards: [channel][tap][width].
+template <class T, class C = Compute<T>>
+void pack_turned_taps(const T* from, int64_t step, int64_t channels, int64_t count, bool last, int64_t inputs, C* to,
+                      int64_t width) {
+  for (int64_t c = 0; c < channels; ++c, from += step, to += 9 * width) {
+    if (last) {
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        for (int64_t o = 0; o < width; o += kLanes<C>) {
+          const int64_t left = count - o;
+          store(to + (8 - tap) * width + o, left > 0 ? load_up_to<T>(from + tap * inputs + o, left) : Vec<C>{});
+        }
+      }
+    } else {
+      transpose_to_places(from, 9, count, 9, to, [&](int64_t tap) { return (8 - tap) * width; });
+    }
+  }
+}
+
 // weight -> [group][block][position][channel and slice, in the weight's order][vectors x lanes]
 template <class T>
 void pack_winograd(const ConvCall<T>& call, int64_t first_item, int64_t last_item) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
   const int64_t blocks = blocks_of<C>(g);
+  const bool turned = call.turned;
   const bool last = weight_is_channels_last(call);
   constexpr int64_t some = 16;  // channels at a time
   constexpr int points = kPoints<T>;
@@ -54,11 +73,16 @@ void pack_winograd(const ConvCall<T>& call, int64_t first_item, int64_t last_ite
     const int64_t width = block.vectors * kLanes<C>;
     C* const to = call.packed + weight_offset<T>(g, item / blocks, block);
     const int64_t position = position_size<C>(g, width);
-    const T* const from = call.weight + (item / blocks * g.out_channels + block.first) * call.weight_layout.n;
+    const int64_t first_row = item / blocks * (turned ? g.in_channels : g.out_channels);
+    const T* const from = turned ? call.weight + first_row * call.weight_layout.n + block.first * (last ? 1 : 9)
+                                 : call.weight + (first_row + block.first) * call.weight_layout.n;
     const int64_t depth = g.in_channels * g.kernel[0];
     for (int64_t c = 0, channels; c < depth; c += channels) {
       channels = smaller(some, last ? g.in_channels - c % g.in_channels : depth - c);  // of one slice
-      if (last) {
+      if (turned) {
+        pack_turned_taps(from + c * call.weight_layout.n, call.weight_layout.n, channels, block.count, last,
+                         g.out_channels, taps, width);
+      } else if (last) {
         const T* slice = from + c / g.in_channels * 9 * g.in_channels + c % g.in_channels;
         for (int64_t tap = 0; tap < 9; ++tap) {
           transpose_matrix(slice + tap * g.in_channels, call.weight_layout.n, block.count, channels,
@@ -67,7 +91,8 @@ void pack_winograd(const ConvCall<T>& call, int64_t first_item, int64_t last_ite
       } else {
         transpose_matrix(from + c * 9, call.weight_layout.n, block.count, 9 * channels, taps, width);
       }
-      const int64_t tap_step = last ? some * width : width, channel_step = last ? width : 9 * width;
+      const bool by_taps = last && !turned;
+      const int64_t tap_step = by_taps ? some * width : width, channel_step = by_taps ? width : 9 * width;
       for (int64_t i = 0; i < channels; ++i) {
         for (int64_t o = 0; o < width; o += kLanes<C>) {
           const C* source = taps + i * channel_step + o;
@@ -90,6 +115,116 @@ void pack_winograd(const ConvCall<T>& call, int64_t first_item, int64_t last_ite
     }
   }
 }
+
+// A slice of an image's group. Where there are winners, pixels whose winner is dead count as zeros.
+template <class T>
+struct ImageSlice {
+  const T* pixels;
+  const uint8_t* winners;    // or null
+  const ConvLayout& layout;  // of both
+  int64_t at;                // the slice's first element
+  int64_t channels, size[2];
+};
+
+template <class T, class C = Compute<T>>
+FASTNN_INLINE Vec<C> load_alive(const T* from, const uint8_t* winners, int64_t count) {
+  const Vec<C> value = load_up_to<T>(from, count);
+  return load_bytes_up_to<C>(winners, count) == number<C>(kDead) ? Vec<C>{} : value;
+}
+
+// Loads `count` pixels of a row, channels innermost: [pixel][pitch].
+template <class T, class C = Compute<T>>
+void load_pixels(const ImageSlice<T>& slice, int64_t at, int64_t count, C* to, int64_t pitch) {
+  const T* const from = slice.pixels + at;
+  const ConvLayout& layout = slice.layout;
+  const int64_t channels = slice.channels;
+  if (layout.d[2] != 1) {
+    for (int64_t x = 0; x < count; ++x, to += pitch) {
+      if (!slice.winners) {
+        copy_run(from + x * layout.d[2], channels, to);
+        continue;
+      }
+      for (int64_t c = 0, pixel = x * layout.d[2]; c < channels; c += kLanes<C>) {
+        store(to + c, load_alive(from + pixel + c, slice.winners + at + pixel + c, channels - c));
+      }
+    }
+    return;
+  }
+  if (!slice.winners) return transpose_matrix(from, layout.c, channels, count, to, pitch);
+  constexpr int64_t some = 4 * kLanes<C>;  // pixels at a time, of as many channels as a vector has lanes
+  alignas(64) C alive[kLanes<C> * some];
+  for (int64_t c = 0; c < channels; c += kLanes<C>) {
+    const int64_t rows = smaller(kLanes<C>, channels - c);
+    for (int64_t first = 0; first < count; first += some) {
+      const int64_t columns = smaller(some, count - first);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = (c + i) * layout.c + first;
+        for (int64_t x = 0; x < columns; x += kLanes<C>) {
+          store(alive + i * some + x, load_alive(from + row + x, slice.winners + at + row + x, columns - x));
+        }
+      }
+      transpose_matrix(alive, some, rows, columns, to + first * pitch + c, pitch);
+    }
+  }
+}
+
+// Loads `columns` pixels of row y from x on, with zeros beyond the slice: [column][pitch].
+template <class T, class C = Compute<T>>
+void load_row(const ImageSlice<T>& slice, int64_t y, int64_t x, int64_t columns, C* to, int64_t pitch) {
+  copy_row(y >= 0 && y < slice.size[0], overlap(x, columns, slice.size[1]), columns, pitch, to,
+           [&](C* at, int64_t first, int64_t count) {
+             load_pixels(slice, slice.at + y * slice.layout.d[1] + (x + first) * slice.layout.d[2], count, at, pitch);
+           });
+}
+
+// The input under a row of tiles. Rows that the next row of tiles shares are loaded once.
+template <class T>
+class TileRows {
+  using C = Compute<T>;
+
+ public:
+  TileRows(C* memory, int64_t pitch) : memory_(memory), pitch_(pitch) {}
+
+  // From row y and column x on. is_next: after the row of tiles above, of the same columns.
+  void move_to(const ImageSlice<T>& slice, int64_t y, int64_t x, int64_t columns, bool is_next) {
+    columns_ = columns;
+    first_ = is_next ? (first_ + kTile<T>) % kPoints<T> : 0;
+    for (int r = is_next ? kPoints<T> - kTile<T> : 0; r < kPoints<T>; ++r) {
+      load_row(slice, y + r, x, columns, row(r), pitch_);
+    }
+  }
+
+  // Transforms a tile: its channels at position p go to to[p * position_step].
+  void transform(int64_t tile, int64_t channels, C* to, int64_t position_step) const {
+    constexpr int points = kPoints<T>;
+    const C* rows[points];
+    for (int y = 0; y < points; ++y) rows[y] = row(y) + kTile<T> * tile * pitch_;
+    for (int64_t c = 0; c < channels; c += kLanes<C>) {
+      Vec<C> half[points][points];
+#pragma GCC unroll 6
+      for (int x = 0; x < points; ++x) {
+        Vec<C> pixels[points], point[points];
+        for (int y = 0; y < points; ++y) pixels[y] = load(rows[y] + x * pitch_ + c);
+        transform_input(pixels, point);
+        for (int y = 0; y < points; ++y) half[y][x] = point[y];
+      }
+#pragma GCC unroll 6
+      for (int y = 0; y < points; ++y) {
+        Vec<C> point[points];
+        transform_input(half[y], point);
+        for (int x = 0; x < points; ++x) store(to + (y * points + x) * position_step + c, point[x]);
+      }
+    }
+  }
+
+ private:
+  C* row(int r) const { return memory_ + (first_ + r) % kPoints<T> * columns_ * pitch_; }
+
+  C* const memory_;
+  const int64_t pitch_;
+  int64_t columns_ = 0;
+  int first_ = 0;
+};
 
 template <class T>
 class WinogradForward {
@@ -130,6 +265,8 @@ class WinogradForward {
         const int64_t d = slices_first ? k / g_.in_channels : k % g_.kernel[0];
         offsets_[k] = c + d * g_.dilation[0] * slice_tiles * plan_.pitch;
       }
+      // The error of the input's gradient would be up to 2.5 of stock's, of sums of that length 1.6 at most (measured).
+      const int64_t longest = call_.turned ? kLongestSum / 2 : kLongestSum;
       // Where each slice of input makes one slice of conv pixels, the slices lie together and are summed at once.
       const int64_t together = in_slices == conv_slices ? band.images * conv_slices : 1;
       int64_t first, last;
@@ -144,7 +281,7 @@ class WinogradForward {
             sum_pixels<C>(block.vectors, transformed_ + (position * in_tiles + slice * slice_tiles) * plan_.pitch,
                           plan_.pitch, together * slice_tiles, offsets_, 0, depth_,
                           weight + position * position_size<C>(g_, width), zeros_,
-                          sums_ + (position * tiles + i * slice_tiles) * width);
+                          sums_ + (position * tiles + i * slice_tiles) * width, longest);
           }
         }
         for (int64_t i = 0; i < band.images; ++i) {
@@ -160,53 +297,18 @@ class WinogradForward {
   }
 
  private:
-  // Loads the input under a row of tiles, channels innermost: [row][column][pitch].
-  void load_rows(const Band& band, int64_t image, int64_t z, int64_t row, int64_t columns) {
-    const ConvLayout& layout = call_.input_layout;
-    const Inside inside = overlap(band.input[2], columns, g_.input[2]);
-    for (int64_t r = 0; r < points_; ++r) {
-      const int64_t y = row + r;
-      copy_row(z >= 0 && z < g_.input[0] && y >= 0 && y < g_.input[1], inside, columns, plan_.pitch,
-               rows_ + r * columns * plan_.pitch, [&](C* to, int64_t first, int64_t count) {
-                 const T* from = call_.input + image * layout.n + band.group * g_.in_channels * layout.c +
-                                 z * layout.d[0] + y * layout.d[1] + (band.input[2] + first) * layout.d[2];
-                 if (layout.d[2] == 1) {
-                   transpose_matrix(from, layout.c, g_.in_channels, count, to, plan_.pitch);
-                 } else {
-                   for (int64_t x = 0; x < count; ++x) {
-                     copy_run(from + x * layout.d[2], g_.in_channels, to + x * plan_.pitch);
-                   }
-                 }
-               });
-    }
-  }
-
   void transform_slice(const Band& band, int64_t image, int64_t z, int64_t tile_rows, int64_t tiles, int64_t tile) {
-    const int64_t columns = tile_ * plan_.tile_columns + 2;
+    const int64_t columns = tile_ * plan_.tile_columns + 2, pitch = plan_.pitch;
+    const ConvLayout& layout = call_.input_layout;
+    const int64_t at = image * layout.n + band.group * g_.in_channels * layout.c + z * layout.d[0];
+    const bool inside = z >= 0 && z < g_.input[0];
+    const ImageSlice<T> slice = {call_.input,    call_.turned ? call_.input_winners : nullptr, layout, at,
+                                 g_.in_channels, {inside ? g_.input[1] : 0, g_.input[2]}};
+    TileRows<T> rows(rows_, pitch);
     for (int64_t row = 0; row < tile_rows; ++row) {
-      load_rows(band, image, z, band.input[1] + tile_ * row, columns);
+      rows.move_to(slice, band.input[1] + tile_ * row, band.input[2], columns, row > 0);
       for (int64_t x = 0; x < plan_.tile_columns; ++x, ++tile) {
-        transform_tile(rows_ + tile_ * x * plan_.pitch, columns * plan_.pitch, transformed_ + tile * plan_.pitch,
-                       tiles * plan_.pitch);
-      }
-    }
-  }
-
-  void transform_tile(const C* from, int64_t row_step, C* to, int64_t position_step) const {
-    for (int64_t c = 0; c < g_.in_channels; c += kLanes<C>) {
-      Vec<C> half[points_][points_];
-#pragma GCC unroll 6
-      for (int x = 0; x < points_; ++x) {
-        Vec<C> pixels[points_], point[points_];
-        for (int y = 0; y < points_; ++y) pixels[y] = load(from + y * row_step + x * plan_.pitch + c);
-        transform_input(pixels, point);
-        for (int y = 0; y < points_; ++y) half[y][x] = point[y];
-      }
-#pragma GCC unroll 6
-      for (int y = 0; y < points_; ++y) {
-        Vec<C> point[points_];
-        transform_input(half[y], point);
-        for (int x = 0; x < points_; ++x) store(to + (y * points_ + x) * position_step + c, point[x]);
+        rows.transform(x, g_.in_channels, transformed_ + tile * pitch, tiles * pitch);
       }
     }
   }

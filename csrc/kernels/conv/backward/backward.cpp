@@ -5,10 +5,15 @@
 #include "spread.h"
 #include "taps.h"
 #include "winners.h"
+#include "winograd.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
+
+// In bfloat16 its errors would show.
+template <class T>
+constexpr bool kHasWinograd = sizeof(T) != sizeof(bfloat16);
 
 // Calls body(element) with an element of the type that the runs of `winners` consist of.
 template <class T, class Body>
@@ -32,6 +37,9 @@ int64_t scratch_size(const ConvBackward<T>& call) {
     case BackwardAlgorithm::winners:
       with_run_element(call, [&](auto element) { WinnersWorker<T, decltype(element)>(call, true, memory); });
       break;
+    case BackwardAlgorithm::winograd:
+      if constexpr (kHasWinograd<T>) WinogradWorker<T>(call, memory);
+      break;
     case BackwardAlgorithm::stock:
       SpreadWorker<T>(call, memory);
   }
@@ -47,6 +55,7 @@ void pack(const ConvBackward<T>& call) {
       return pack_depthwise(call);
     case BackwardAlgorithm::winners:
       return with_run_element(call, [&](auto element) { pack_runs<decltype(element)>(call); });
+    case BackwardAlgorithm::winograd:
     case BackwardAlgorithm::stock:
       return;
   }
@@ -64,6 +73,7 @@ void run(const ConvBackward<T>& call, const ConvBackwardPiece& piece, Compute<T>
       return with_run_element(call, [&](auto element) {
         backward_winners<decltype(element)>(call, piece, grad_weight, lost, grad_bias, scratch);
       });
+    case BackwardAlgorithm::winograd:
     case BackwardAlgorithm::stock:
       return;
   }
@@ -78,6 +88,7 @@ void unpack_weight(const ConvBackward<T>& call, const Compute<T>* grad_weight, T
       return unpack_depthwise(call, grad_weight, to, layout);
     case BackwardAlgorithm::winners:
       return unpack_runs(call, grad_weight, to, layout);
+    case BackwardAlgorithm::winograd:
     case BackwardAlgorithm::stock:
       return;
   }
@@ -90,14 +101,39 @@ void spread(const ConvBackward<T>& call, int64_t first, int64_t last, T* to, Com
 }
 
 template <class T>
+void sum_tiles(const ConvBackward<T>& call, int64_t first, int64_t last, Compute<T>* sums, double* bias,
+               void* scratch) {
+  Parts memory(scratch);
+  WinogradWorker<T>(call, memory).run(first, last, sums, bias);
+}
+
+template <class T>
 void turn(const T* from, int64_t rows, int64_t columns, T* to) {
   transpose_matrix(from, columns, rows, columns, to, rows);
 }
 
 template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
-  return {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, is_moderate<T>,    scratch_size<T>, pack<T>,      run<T>,
-          unpack_weight<T>,    copy_out<Compute<T>, T>, winners_are_valid, spread<T>,       mask_dead<T>, turn<T>};
+  ConvBackwardKernels<T> all{FASTNN_VECTOR_BYTES,
+                             FASTNN_VECTOR_REGISTERS,
+                             is_moderate<T>,
+                             gradient_is_moderate<T>,
+                             scratch_size<T>,
+                             pack<T>,
+                             run<T>,
+                             unpack_weight<T>,
+                             copy_out<Compute<T>, T>,
+                             winners_are_valid,
+                             spread<T>,
+                             mask_dead<T>,
+                             nullptr,
+                             nullptr,
+                             turn<T>};
+  if constexpr (kHasWinograd<T>) {
+    all.sum_tiles = sum_tiles<T>;
+    all.write_weight_gradient = write_weight_gradient<T>;
+  }
+  return all;
 }
 
 }  // namespace

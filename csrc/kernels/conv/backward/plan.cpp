@@ -235,6 +235,67 @@ bool taps_pay(const Planner& p) {
   return cost < winners_cost(p, false);
 }
 
+// ---- winograd -------------------------------------------------------------------------------------------------------
+
+bool winograd_applies(const ConvPoolGeometry& g, const BackwardRequest& request) {
+  bool applies = g.pools_nothing() && request.element_bytes != 2 && !request.exact;
+  for (int d = 0; d < 3; ++d) {
+    applies = applies && g.kernel[d] == (d == 0 ? 1 : 3) && g.stride[d] == 1 && g.dilation[d] == 1;
+  }
+  return applies && g.input[0] == 1 && g.padding[0] == 0;
+}
+
+ConvBackwardPlan plan_winograd(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  ConvBackwardPlan plan{};
+  plan.algorithm = BackwardAlgorithm::winograd;
+  WinogradBackwardPlan& w = plan.winograd;
+  w.rows = divide_up(g.conv[1], 2);
+  w.columns = divide_up(g.conv[2], 2);
+  w.tiles = g.batch * w.rows * w.columns;
+  w.lanes = p.lanes;
+  w.outputs = round_up(g.out_channels, p.lanes);
+  w.pitch = round_up(g.in_channels, p.lanes) + p.lanes;  // off the powers of two, for the sake of the cache's sets
+  // Half of the longest sum, so that less of what is transformed leaves the cache; but no second part without need.
+  w.part = w.tiles <= p.longest_sum ? w.tiles : p.longest_sum / 2;
+  if (w.columns <= w.part) w.part -= w.part % w.columns;
+  w.together = std::min(w.part, w.columns);
+  // Shares for threads, of so many parts that adding up their sums at the end costs little.
+  const int64_t sums = g.groups * kWinogradPositions * w.sums_step(g.in_channels) * p.compute_bytes;
+  w.shares = std::min(w.tiles / (tuned::kShareParts * w.part), tuned::kSharedSums / sums);
+  w.shares = std::max<int64_t>(1, w.shares);
+  w.blocks = divide_up(g.out_channels, 2 * p.lanes);
+  w.items = g.groups * w.shares * w.blocks;
+  w.pieces = g.groups * w.blocks * divide_up(g.in_channels, kWinogradChannels);
+  return plan;
+}
+
+// In vector multiply-adds of both gradients: against direct convolution at its peak, which torch's is at or near, and
+// against winners, of which half of the pixels have one.
+bool winograd_pays(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  const WinogradBackwardPlan w = plan_winograd(p).winograd;
+  const PlanRequest request{1,
+                            p.request.element_bytes,
+                            p.request.input_channels_last,
+                            p.request.input_channels_last,
+                            false,
+                            static_cast<int32_t>(ForwardAlgorithm::winograd)};
+  const ConvPlan input = plan_forward(turned_around(g), request, p.machine);
+  if (input.packed_size * p.compute_bytes > tuned::kMostPackedBytes) return false;
+  const double in = real(divide_up(g.in_channels, p.lanes)), out = real(divide_up(g.out_channels, p.lanes));
+  const double products = real(kWinogradPositions * g.in_channels) * out;
+  const double parts = real(divide_up(w.tiles, w.part));
+  const double move = kWinogradPositions * tuned::kWinogradMove + 4 * tuned::kTranspose;
+  const double weight = real(w.tiles) * (products + move * (in + out)) +
+                        products * (parts * tuned::kStoreSum + tuned::kWinogradPack * tuned::kPackWeight);
+  // In both: what is transformed leaves L1 and is read again, and the gradient of four pixels is masked.
+  const double both = 2 * real(w.tiles) * tuned::kCopy * (kWinogradPositions * (in + out) + 4 * out);
+  const double direct = real(p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
+  const double others = real(g.batch) * std::min(real(g.groups) * direct, winners_cost(p, false));
+  return real(g.groups) * (weight + both) + input.cost < others;
+}
+
 // ---- stock ----------------------------------------------------------------------------------------------------------
 
 // Only without strides: torch's library then writes where it should.
@@ -275,6 +336,20 @@ ConvBackwardPlan plan_stock(const Planner& p) {
 
 }  // namespace
 
+ConvPoolGeometry turned_around(const ConvPoolGeometry& g) {
+  ConvPoolGeometry turned = g;
+  turned.in_channels = g.out_channels;
+  turned.out_channels = g.in_channels;
+  for (int d = 0; d < 3; ++d) {
+    turned.input[d] = g.conv[d];
+    turned.conv[d] = turned.output[d] = g.input[d];
+    turned.padding[d] = g.kernel_extent(d) - 1 - g.padding[d];
+    turned.pool_kernel[d] = turned.pool_stride[d] = turned.pool_dilation[d] = 1;
+    turned.pool_padding[d] = 0;
+  }
+  return turned;
+}
+
 bool algorithm_applies(BackwardAlgorithm algorithm, const ConvPoolGeometry& g, const BackwardRequest& request) {
   switch (algorithm) {
     case BackwardAlgorithm::taps:
@@ -283,6 +358,8 @@ bool algorithm_applies(BackwardAlgorithm algorithm, const ConvPoolGeometry& g, c
       return g.in_channels == 1;
     case BackwardAlgorithm::stock:
       return stock_applies(g, request);
+    case BackwardAlgorithm::winograd:
+      return winograd_applies(g, request);
     default:
       return true;
   }
@@ -293,6 +370,7 @@ ConvBackwardPlan plan_backward(const ConvPoolGeometry& g, const BackwardRequest&
   const auto takes = [&](BackwardAlgorithm algorithm, bool pays) {
     return request.algorithm < 0 ? pays : request.algorithm == static_cast<int32_t>(algorithm);
   };
+  if (takes(BackwardAlgorithm::winograd, winograd_applies(g, request) && winograd_pays(p))) return plan_winograd(p);
   if (takes(BackwardAlgorithm::stock, stock_pays(p))) return plan_stock(p);
   if (takes(BackwardAlgorithm::depthwise, g.in_channels == 1 && depthwise_pays(p))) return plan_depthwise(p);
   if (takes(BackwardAlgorithm::taps, taps_apply(g) && !request.exact && taps_pay(p))) return plan_taps(p);

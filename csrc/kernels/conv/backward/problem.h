@@ -37,6 +37,8 @@ struct ConvBackwardKernels {
   int64_t vector_bytes, registers;  // of the instruction set
   // As in forward: whether no element of input and weight is infinite, nearly infinite or NaN.
   bool (*is_moderate)(const ConvBackward<T>&);
+  // The same of the output's gradient, whose images are contiguous or channels last.
+  bool (*gradient_is_moderate)(const ConvBackward<T>&);
   // Bytes of a thread's scratch memory.
   int64_t (*scratch_size)(const ConvBackward<T>&);
   void (*pack)(const ConvBackward<T>&);
@@ -55,6 +57,11 @@ struct ConvBackwardKernels {
                  void* scratch);
   // The same where windows are one pixel and all tensors have the same layout.
   void (*mask_dead)(const T* gradient, const uint8_t* winners, int64_t count, T* to);
+  // For `winograd` (winograd.h): the sums of [first, last) of the plan's items, for the weight's gradient unless they
+  // are null, and for the bias's; and [first, last) of the plan's pieces of the weight's gradient from all sums.
+  void (*sum_tiles)(const ConvBackward<T>&, int64_t first, int64_t last, Compute<T>* sums, double* bias, void* scratch);
+  void (*write_weight_gradient)(const ConvBackward<T>&, Compute<T>* sums, int64_t first, int64_t last, T* to,
+                                const ConvLayout& layout);
   // [rows][columns] -> [columns][rows]
   void (*turn)(const T* from, int64_t rows, int64_t columns, T* to);
 };
