@@ -95,7 +95,7 @@ bench-processes: $(VENV)/bench.stamp  ## Measure as many processes of one thread
 bench-overhead: $(VENV)/bench.stamp  ## Measure what a call of each op costs before any work
 	$(RUN) -m benchmarks.overhead $(ARGS)
 
-EXAMPLES := digits signals anomalies forecast translate stream yours
+EXAMPLES := digits signals anomalies forecast translate stream search yours
 
 examples: $(VENV)/examples.stamp  ## Run the examples in a short form, each with its drawing in build/
 	@mkdir -p build
