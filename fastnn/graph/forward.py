@@ -182,6 +182,7 @@ class FusedRecurrent(FusedModule):
 
 
 _strided = torch.strided
+_write_lock = threading.Lock()
 _RECURRENT_SETTINGS = ("mode", "num_layers", "batch_first", "bidirectional", "dropout", "proj_size", "bias")
 
 
@@ -208,7 +209,6 @@ class Program:
                 self.matches.found.remove(found)
                 self.matches.left += [Left(layer, reason) for layer in found.layers]
         graph, self.sources = self.write()
-        join(graph, self.modules)
         for found in self.matches.found:
             for layer in found.modules:
                 self.guard.note_settings(layer, settings_of(layer))
@@ -218,12 +218,22 @@ class Program:
             if isinstance(layer, nn.RNNBase):  # it may become one call with what follows (joining.py)
                 self.guard.note_settings(layer, _RECURRENT_SETTINGS)
         self.is_idle = not self.matches.found  # then the module's own forward is as good, and needs no guard
-        code = graph.python_code("self")
-        scope = dict(code.globals)
-        exec(compile(code.src, f"<fused {type(module).__name__}>", "exec"), scope)
-        self.run = scope["forward"]
+        self._unwritten: fx.Graph | None = graph
+        self.run: Callable[..., Any] = self._write_and_run
         self.guard.seal()
         self.holds = self.guard.holds
+
+    def _write_and_run(self, module: nn.Module, *args: Any) -> Any:
+        """The first run, which makes Python's code of the graph. (A training step never comes here.)"""
+        with _write_lock:
+            graph, self._unwritten = self._unwritten, None
+            if graph is not None:
+                join(graph, self.modules)
+                code = graph.python_code("self")
+                scope = dict(code.globals)
+                exec(compile(code.src, f"<fused {type(module).__name__}>", "exec"), scope)
+                self.run = scope["forward"]
+        return self.run(module, *args)
 
     def further_inputs(self) -> list[Any]:
         """What the traced graph takes besides the call's own inputs."""
