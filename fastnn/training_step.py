@@ -89,6 +89,7 @@ class TrainingStep:
         self._retries = False  # whether this repeats a step that one call did not take
         self._used = UsedGradients.of(optimizer)
         self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
+        self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
         self._is_unread_copy = False
 
     @property
@@ -134,6 +135,10 @@ class TrainingStep:
         self._last_why = self._why_not_due(input, target)
         if self._last_why or not self._is_bound():
             return self._ordinary(input, target)
+        dims = tuple([one.dim() for one in self._inputs(input)])
+        if self._refused.get(dims, 0) >= _MOST_REFUSALS:
+            self._last_why = "the operators have refused inputs of so many dimensions"
+            return self._ordinary(input, target)
         reading, binding = self._reading, self._binding
         assert reading is not None
         assert binding is not None
@@ -148,9 +153,12 @@ class TrainingStep:
             self._reading = None
             self._why = "the loss uses parameters by itself"
             return self._ordinary(input, target)
-        except _RefusedError:
+        except _RefusedError as error:
             self._undo()
-            return self._ordinary(input, target)
+            self._last_why = str(error.__cause__).partition("\n")[0]
+            loss = self._ordinary(input, target)
+            self._refused[dims] = self._refused.get(dims, 0) + 1  # what the model takes, and the operators do not
+            return loss
         except BaseException as error:
             self._undo()
             if not (at_once and isinstance(error, RuntimeError)) or self._retries:
@@ -304,7 +312,7 @@ class TrainingStep:
         """Finds out whether there is one call for the model, loss and optimizer as they are; `anew`, by a new trace."""
         before = None if anew else self._reading
         self._reading, self._why, self._is_unread_copy = None, "", False
-        self._others = None
+        self._others, self._refused = None, {}
         self._forget()
         try:
             self._reading = Reading(self.model, self.loss, self._optimizer, before)
@@ -535,6 +543,7 @@ def training_step(
     return TrainingStep(model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict)
 
 
+_MOST_REFUSALS = 3  # after which inputs of so many dimensions go the ordinary way at once
 _OTHER_TARGET = "its target is none that the operator takes"
 
 

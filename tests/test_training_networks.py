@@ -346,6 +346,42 @@ def test_a_tagger() -> None:
     _follow(_pair(make, torch.float64), F.cross_entropy, [x], y, "one operator call", 1e-9)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_one_sequence_without_a_batch(kind: str, batch_first: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        output, state = m.rnn(x)
+        h = state[0] if m.rnn.mode == "LSTM" else state
+        return torch.cat([m.fc(output), m.fc(output[:1] * h[0])])
+
+    def make() -> nn.Module:
+        return By(forward, rnn=getattr(nn, kind)(3, 4, 2, batch_first=batch_first), fc=nn.Linear(4, 2))
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    _follow(_pair(make, torch.float64), F.mse_loss, [x], torch.randn(6, 2).double(), "one operator call", 1e-9)
+
+
+def test_the_last_step_of_one_sequence() -> None:
+    """Of a sequence without a batch, [:, -1] are the last features of all steps."""
+
+    def last(m: Any, x: Tensor) -> Tensor:
+        return m.fc(m.rnn(x)[0][:, -1])
+
+    stock, mine = _pair(lambda: By(last, rnn=nn.GRU(3, 5, batch_first=True), fc=nn.Linear(5, 2)), torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    theirs, ours = (torch.optim.SGD(model.parameters(), 0.1) for model in (stock, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    target = torch.randn(2, dtype=torch.float64)
+    for _ in range(6):
+        theirs.zero_grad()
+        expected = F.mse_loss(stock(x), target)
+        expected.backward()
+        theirs.step()
+        assert_close(step(x, target), expected.detach())
+        assert "the last step went the ordinary way" in step.explain()
+    assert_close(mine.state_dict(), stock.state_dict())
+
+
 @pytest.mark.parametrize("forward", [_heads, _named_heads])
 def test_several_results(forward: Callable[..., Any]) -> None:
     def loss(results: Any, target: tuple[Tensor, Tensor]) -> Tensor:

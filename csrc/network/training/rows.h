@@ -194,58 +194,76 @@ class RnnTraining : public TrainingLayer<T> {
   }
 
   void forward(Tensor* outputs) override {
-    FASTNN_CHECK(this->given[0].dim() == 3, kTrainingStep, ": expected a recurrent layer's input to be 3D");
+    const int64_t rank = this->given[0].dim();
+    is_one_ = rank == 2;  // a sequence by itself, without a batch
+    FASTNN_CHECK(rank == 3 || (is_one_ && !(last_ && batch_first_)), kTrainingStep,
+                 ": expected a recurrent layer's input to be 3D");
+    input_ = as_batch(this->given[0], batch_dim());
     state_in_.clear();
     weights_.clear();
     for (size_t i = 1; i < this->given.size(); ++i) {
-      (i <= states_ ? state_in_ : weights_).push_back(this->given[i].borrow());
+      if (i <= states_) {
+        state_in_.push_back(as_batch(this->given[i], 1));
+      } else {
+        weights_.push_back(this->given[i].borrow());
+      }
     }
     draw_masks();
-    std::tie(output_, state_, reserve_) = rnn_with_reserve(this->given[0], std::nullopt, state_in_, weights_, masks_,
-                                                           mode_, layers_, bidirectional_, batch_first_);
-    outputs[0] = last_ ? last_step() : output_.borrow();
-    for (size_t i = 1; i < gives_; ++i) outputs[i] = state_[i - 1].borrow();
+    std::tie(output_, state_, reserve_) = rnn_with_reserve(input_, std::nullopt, state_in_, weights_, masks_, mode_,
+                                                           layers_, bidirectional_, batch_first_);
+    outputs[0] = last_ ? without_batch(last_step(), 0) : without_batch(output_, batch_dim());
+    for (size_t i = 1; i < gives_; ++i) outputs[i] = without_batch(state_[i - 1], 1);
   }
 
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     std::vector<OptionalTensor> grad_state(entry_of(static_cast<RnnMode>(mode_)).states);
     for (size_t i = 1; i < gives_; ++i) {
-      if (gradients[i].defined()) grad_state[i - 1] = optional(gradients[i]);
+      if (gradients[i].defined()) grad_state[i - 1] = as_batch(gradients[i], 1);
     }
     OptionalTensor grad_output;
-    if (!last_) {
-      if (gradients[0].defined()) grad_output = optional(gradients[0]);
-    } else if (gradients[0].defined()) {
-      if (gives_ == 1) {
-        grad_state[0] = optional(gradients[0]);
+    if (gradients[0].defined()) {
+      const Tensor given = as_batch(gradients[0], last_ ? 0 : batch_dim());
+      if (!last_) {
+        grad_output = given;
+      } else if (gives_ == 1) {
+        grad_state[0] = given;
       } else {  // it is the last layer's final h, too
-        grad_output = of_last_step(gradients[0]);
+        grad_output = of_last_step(given);
       }
     }
     const bool state_wanted = std::any_of(wanted + 1, wanted + 1 + states_, [](bool one) { return one; });
     const bool any = std::any_of(wanted + 1 + states_, wanted + this->given.size(), [](bool one) { return one; });
     auto [input, states, weights] =
-        rnn_backward(grad_output, grad_state, this->given[0], std::nullopt, state_in_, weights_, masks_, output_,
-                     reserve_, mode_, layers_, bidirectional_, batch_first_, wanted[0], state_wanted, any);
-    if (wanted[0]) results[0].tensor = std::move(input);
+        rnn_backward(grad_output, grad_state, input_, std::nullopt, state_in_, weights_, masks_, output_, reserve_,
+                     mode_, layers_, bidirectional_, batch_first_, wanted[0], state_wanted, any);
+    if (wanted[0]) results[0].tensor = without_batch(input, batch_dim());
     for (size_t i = 1; i < this->given.size(); ++i) {
-      if (wanted[i]) results[i].tensor = std::move(i <= states_ ? states[i - 1] : weights[i - 1 - states_]);
+      if (!wanted[i]) continue;
+      results[i].tensor = i <= states_ ? without_batch(states[i - 1], 1) : std::move(weights[i - 1 - states_]);
     }
   }
   void forget() override {
-    output_ = reserve_ = Tensor();
+    input_ = output_ = reserve_ = Tensor();
+    state_in_.clear();
     state_.clear();
     masks_.reset();
   }
 
  private:
+  int64_t batch_dim() const { return batch_first_ ? 0 : 1; }
+  Tensor as_batch(const Tensor& tensor, int64_t dim) const {
+    return is_one_ ? stock("aten::unsqueeze", "", tensor, dim) : tensor.borrow();
+  }
+  Tensor without_batch(const Tensor& tensor, int64_t dim) const {
+    return is_one_ ? stock("aten::squeeze", "dim", tensor, dim) : Tensor(tensor);
+  }
   // As fastnn/ops/rnn.py draws them, so that a seed gives the same elements.
   void draw_masks() {
     masks_.reset();
     if (drops_ == 0 || layers_ < 2) return;
     const Tensor& recurrent = weights_[std::min<size_t>(1, weights_.size() - 1)];
     FASTNN_CHECK(recurrent.dim() == 2, kTrainingStep, ": expected a recurrent layer's weights to be 2D");
-    const int64_t rows = checked_product(this->given[0].size(0), this->given[0].size(1));
+    const int64_t rows = checked_product(input_.size(0), input_.size(1));
     const int64_t width = recurrent.size(1) * (bidirectional_ ? 2 : 1);
     masks_ = new_tensor({layers_ - 1, rows, width}, kDtypeOf<T>);
     T* const masks = mutable_data<T>(*masks_);
@@ -266,11 +284,11 @@ class RnnTraining : public TrainingLayer<T> {
   }
 
   int64_t mode_ = 0, layers_;
-  bool bidirectional_, batch_first_, last_;
+  bool bidirectional_, batch_first_, last_, is_one_ = false;
   double drops_;
   size_t states_, gives_;  // states that it takes, and results that it gives
   TensorList state_in_, weights_, state_;
-  Tensor output_, reserve_;
+  Tensor input_, output_, reserve_;
   OptionalTensor masks_;
 };
 
