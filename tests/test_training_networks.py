@@ -447,6 +447,21 @@ def test_changes_in_place_that_others_see_take_the_ordinary_way() -> None:
             fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
 
 
+def test_changes_in_place_that_stock_refuses_are_refused() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(m.a(x))
+        y += 1.0  # tanh's backward needs what it gave
+        return m.b(y)
+
+    model = By(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="changes a tensor that backward may need"):
+        fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        step(x, x)
+
+
 def test_a_tie_that_is_broken_is_seen() -> None:
     stock, mine = _pair(lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.float64)
     for model in (stock, mine):

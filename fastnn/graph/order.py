@@ -62,8 +62,8 @@ class Order:
         return any(not aliases.isdisjoint(self._may_be_written_by(writer)) for writer in writers)
 
     def may_be_new(self, writer: Node, value: Node) -> bool:
-        """Whether a node that changes a value in place may give a new tensor instead: nothing that runs after the node
-        sees the old one, and nothing outside the graph."""
+        """Whether a node that changes a value in place may give a new tensor instead: no other node takes the old one,
+        and nothing outside the graph has it."""
         root = value
         while self._may_be_view(root) and root.all_input_nodes:
             root = root.all_input_nodes[0]
@@ -73,8 +73,8 @@ class Order:
         for node in self.place:  # in their order
             if node is not writer and self._may_be_view(node) and not aliases.isdisjoint(node.all_input_nodes):
                 aliases.add(node)
-        users = {user for alias in aliases for user in alias.users if user is not writer}
-        return all(self.place[user] < self.place[writer] for user in users)
+        others = {user for alias in aliases for user in alias.users} - aliases - {writer}
+        return not others
 
     def _may_be_view(self, node: Node) -> bool:
         """Whether a node's result may share the memory of its inputs: so it may unless the node is known to make new

@@ -194,7 +194,7 @@ class _Reader:
             raise NotANetworkError(f"{_name(node, self.modules)} has arguments that a step does not know") from error
 
     def _check_in_place(self, node: Node) -> None:
-        """A change of a tensor in place is read as a new tensor, where nothing sees the old one afterwards."""
+        """A change of a tensor in place is read as a new tensor, where nothing else takes the old one."""
         if node.op == "call_module":
             writes = bool(getattr(self.modules[str(node.target)], "inplace", False))
             changed: Any = node.args[0] if node.args else None
@@ -209,6 +209,11 @@ class _Reader:
             return
         if not isinstance(changed, Node) or "out" in node.kwargs or not self.order.may_be_new(node, changed):
             raise NotANetworkError(f"{_name(node, self.modules)} changes a tensor that others see")
+        made = next((line for line in self.lines if self.values.get(changed) in line.outputs), None)
+        if (
+            made is None or made.layer not in _NOT_SAVED or made.attributes.get("activation", "identity") != "identity"
+        ):  # stock's backward raises
+            raise NotANetworkError(f"{_name(node, self.modules)} changes a tensor that backward may need")
 
     # ---- values -----------------------------------------------------------------------------------------------------
 
@@ -385,6 +390,13 @@ def _name(node: Node, modules: dict[str, nn.Module]) -> str:
 
 ROWS: dict[Any, Callable[..., None]] = {}
 _MODULES: dict[Any, Callable[..., None]] = {}
+# Layers whose results stock does not save for backward, so that they may be changed in place.
+_NOT_SAVED = frozenset(
+    {
+        *("conv", "conv_transpose", "batch_norm", "linear", "embedding", "binary", "layer_norm", "mean", "avg_pool"),
+        *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise"),
+    }
+)
 # Functions that take `inplace` by position, and where.
 _INPLACE_LAST = {"relu": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3, "silu": 1, "relu6": 1}
 
