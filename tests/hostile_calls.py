@@ -294,6 +294,8 @@ class Hostile:
                 (["split input=x -> z u dim=1 size=1", "cat inputs=u,x,z -> y dim=1"], [n, 2, c], []),
                 (["layer_norm input=x weight=w0 -> z features=1", "mean input=z -> y dims=0"], [n, 1], [[1]]),
                 (["transpose input=x -> z first=1 second=2", "matmul input=x other=z -> y"], [n, m, c], []),
+                (["unsqueeze input=x -> z dim=0", "contiguous input=z -> y"], [n, m], []),
+                (["noise input=x -> z", "squeeze input=z -> y dim=0"], [1, n], []),
             ]
         )
         input, parameters = torch.zeros(sizes), [torch.zeros(shape) for shape in shapes]

@@ -151,7 +151,8 @@ def _views(m: Any, x: Tensor) -> Tensor:
 
 
 def _tagger(m: Any, x: Tensor) -> Tensor:
-    return m.fc(m.rnn(m.embedding(x))[0]).transpose(1, 2)
+    y = m.rnn(m.embedding(x))[0]
+    return m.fc(y.reshape(x.shape[0] * x.shape[1], 8)).view(x.size(0), -1, 6).transpose(1, 2)
 
 
 def _pools(m: Any, x: Tensor) -> Tensor:

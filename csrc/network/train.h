@@ -36,6 +36,7 @@ class TrainingPass {
         if (line.outputs.size() > 1 && line.layer != "rnn" && line.layer != "split") line.refuse("it gives one value");
         layers_.push_back(training_layer<T>(line));
         layers_.back()->outputs = line.outputs;
+        check_kinds(line, *layers_.back());
       }
     }
     FASTNN_CHECK(!outputs_.empty() && !layers_.empty() && !inputs_.empty(), kTrainingStep,
@@ -139,6 +140,16 @@ class TrainingPass {
     if (line.outputs.size() != 1) line.refuse("expected to give one value");
     if (!line.inputs.empty()) line.refuse("it takes no values");
     check_attributes(line);
+  }
+  void check_kinds(const ProgramLine& line, const TrainingLayer<T>& layer) const {
+    for (size_t i = 0; i + layer.inputs_for_sizes() < layer.inputs.size(); ++i) {
+      bool is_integer = false;
+      for (const Input& input : inputs_)
+        is_integer = is_integer || (input.is_integer && input.value == layer.inputs[i]);
+      if (is_integer != (i == 0 && layer.takes_numbers())) {
+        line.refuse(is_integer ? "it takes no int64" : "its first input should be of int64");
+      }
+    }
   }
   void read_outputs(const ProgramLine& line) {
     const auto found = line.inputs.find("input");

@@ -40,6 +40,10 @@ class TrainingLayer {
   // Takes over what the next layer does, which is the only one to take this one's output, as its first input. Returns
   // false where it cannot.
   virtual bool absorb(const TrainingLayer&) { return false; }
+  // Whether the first input is of int64. All others are of the network's dtype, but for those of which the layer reads
+  // the sizes alone, which are the last.
+  virtual bool takes_numbers() const { return false; }
+  virtual size_t inputs_for_sizes() const { return 0; }
   // The activation that the layer is; empty where it is another layer.
   virtual std::string_view activation_text() const { return {}; }
 

@@ -314,6 +314,7 @@ class EmbeddingTraining : public TrainingLayer<T> {
     }
   }
   void forget() override { numbers_ = Tensor(); }
+  bool takes_numbers() const override { return true; }
 
  private:
   void check_numbers() const {

@@ -105,6 +105,7 @@ class ReshapeTraining : public TrainingLayer<T> {
     layer_.set_sizes(site);
     outputs[0] = reshaped(this->given[0], site.outputs[0].sizes);
   }
+  size_t inputs_for_sizes() const override { return layer_.sizes_only; }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     if (wanted[0]) results[0].tensor = reshaped(gradients[0], sizes_of(this->given[0]));
   }
