@@ -103,7 +103,7 @@ def test_memory() -> None:
     assert stock is not None
     assert step is not None
     assert stock - step > 4 * 64 * 32 * 28 * 28
-    assert memory.peak_bytes("zoo.images:ResNet18", "1,3,64,64", "fastnn.training_step") is None
+    assert memory.peak_bytes("zoo.images:MobileNetV2", "1,3,64,64", "fastnn.training_step") is None
 
 
 def test_processes() -> None:
