@@ -418,6 +418,36 @@ def check(seed: int) -> None:
         torch.testing.assert_close(unpacked.double(), wanted, **limits, msg=net.text)
 
 
+def check_training(seed: int) -> None:
+    """The gradients of a random program are those of autograd through the reference in float64."""
+    net = trainable_network(seed)
+    weights = [tensor.clone().requires_grad_() for tensor in net.weights]
+    expected = network([tensor.clone() for tensor in net.inputs], weights, net.text)
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in expected]
+    depend = [(one, gradient) for one, gradient in zip(expected, gradients, strict=True) if one.requires_grad]
+    wanted: Sequence[Tensor | None] = [None] * len(weights)
+    if depend:
+        some, of_some = zip(*depend, strict=True)
+        wanted = torch.autograd.grad(some, weights, of_some, allow_unused=True)
+    layout = [number for gradient in wanted for number in (-1 if gradient is None else 0, 0)]
+    numbers = torch.tensor([0.0, 1, 0, 0, 0, -1, 0.0, *[0] * 5], dtype=torch.float64)  # SGD with a rate of 0
+    for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 2e-3)):
+        own = [tensor.to(dtype) for tensor in net.weights]
+        inputs = [tensor.to(dtype) for tensor in net.inputs]
+        with using_threads(1 + seed % 2):
+            outputs, kept = torch.ops.fastnn.training_step_forward(inputs, own, net.text)
+            found = torch.ops.fastnn.training_step_backward(
+                [gradient.to(dtype) for gradient in gradients], kept, own, [], layout, numbers, True
+            )
+        pairs = [(one, other.detach()) for one, other in zip(outputs, expected, strict=True)]
+        pairs += [(one, other) for one, other in zip(found, wanted, strict=True) if other is not None]
+        for one, other in pairs:
+            scale = max(float(other.abs().max()), 0.1) if other.numel() else 1.0
+            limits = {"rtol": 0.0, "atol": limit * scale, "equal_nan": True}
+            torch.testing.assert_close(one.double(), other, **limits, msg=lambda words: f"{words}\n{net.text}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python tests/random_networks.py", description=__doc__)
     parser.add_argument("--first", type=int, default=300, help="the first seed (default: %(default)s)")
@@ -427,6 +457,7 @@ def main() -> None:
     for seed in range(given.first, given.first + given.count):
         try:
             check(seed)
+            check_training(seed)
         except (AssertionError, RuntimeError) as error:
             failed.append(seed)
             print(f"seed {seed}: {error}", flush=True)

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from random_networks import trainable_network
+from random_networks import check_training
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fastnn
-from fastnn.reference.network import network
-from fastnn.testing import using_threads
 
 
 class By(nn.Module):
@@ -490,34 +488,4 @@ def test_a_tie_that_is_broken_is_seen() -> None:
 
 @pytest.mark.parametrize("seed", range(200))
 def test_random_networks(seed: int) -> None:
-    """The gradients of random programs are those of autograd through the reference."""
-    net = trainable_network(seed)
-    inputs = [tensor.clone() for tensor in net.inputs]
-    weights = [tensor.clone().requires_grad_() for tensor in net.weights]
-    expected = network(inputs, weights, net.text)
-    generator = torch.Generator().manual_seed(seed)
-    gradients = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in expected]
-    depend = [(one, gradient) for one, gradient in zip(expected, gradients, strict=True) if one.requires_grad]
-    wanted: Sequence[Tensor | None] = [None] * len(weights)
-    if depend:
-        some, of_some = zip(*depend, strict=True)
-        wanted = torch.autograd.grad(some, weights, of_some, allow_unused=True)
-    layout = [number for gradient in wanted for number in (-1 if gradient is None else 0, 0)]
-    numbers = torch.tensor([0.0, 1, 0, 0, 0, -1, 0.0, *[0] * 5], dtype=torch.float64)  # SGD with a rate of 0
-    for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 2e-3)):
-        own = [tensor.to(dtype) for tensor in net.weights]
-        with using_threads(1 + seed % 2):
-            outputs, kept = torch.ops.fastnn.training_step_forward([x.to(dtype) for x in inputs], own, net.text)
-            found = torch.ops.fastnn.training_step_backward(
-                [gradient.to(dtype) for gradient in gradients], kept, own, [], layout, numbers, True
-            )
-        for one, other in zip(outputs, expected, strict=True):
-            _close(one, other.detach(), limit, net.text)
-        for one, reference in zip(found, wanted, strict=True):
-            if reference is not None:
-                _close(one, reference, limit, net.text)
-
-
-def _close(found: Tensor, wanted: Tensor, limit: float, text: str) -> None:
-    scale = max(float(wanted.abs().max()), 0.1) if wanted.numel() else 1.0
-    assert_close(found.double(), wanted, rtol=0.0, atol=limit * scale, equal_nan=True, msg=lambda m: f"{m}\n{text}")
+    check_training(seed)
