@@ -123,3 +123,5 @@ OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS, "_compiled_call_imp
 OF_RECURRENT_LAYERS = ("_flat_weights", "_flat_weights_names")
 OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 OF_TENSORS = ("_version", *TENSOR_HOOKS)
+# What a DistributedDataParallel has where it averages in another way than by the mean of all gradients.
+OF_DISTRIBUTED_DATA_PARALLEL = ("_comm_hooks", "buffer_hook", "mixed_precision", "parameters_to_ignore", "device_ids")

@@ -4,6 +4,7 @@ the same; and the gradients that an optimizer has used."""
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -71,6 +72,11 @@ class Binding:
         for container in (*reading.owners, optimizer.param_groups, optimizer.state, *optimizer.state.values()):
             self._guard.note_contents(container)
         self._guard.seal()
+
+    def trained(self, each: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Of the parameters, or of what there is for each of them, those that are trained."""
+        each = self.parameters if each is None else each
+        return [one for one, group in zip(each, self.layout[::2], strict=True) if group >= 0]
 
     def holds(self, max_norm: float | None, keep_gradients: bool) -> bool:
         """Whether the model's and the optimizer's tensors are as bound, whatever the optimizer's settings."""

@@ -19,6 +19,7 @@ class Batches:
 
     Args:
         input, target: a tensor, or several in a tuple, all with as many rows.
+        share: a process's rank and the number of processes, which have the rows that a DistributedSampler gives them.
 
     Raises:
         TypeError: there is something else than tensors.
@@ -33,6 +34,7 @@ class Batches:
         shuffle: bool,
         generator: torch.Generator | None,
         drop_last: bool,
+        share: tuple[int, int] | None = None,
     ) -> None:
         self.inputs, self.targets = _tensors(input, "input"), _tensors(target, "target")
         self._input_is_one, self._target_is_one = isinstance(input, Tensor), isinstance(target, Tensor)
@@ -41,27 +43,37 @@ class Batches:
             shapes = [tuple(tensor.shape) for tensor in (*self.inputs, *self.targets)]
             raise ValueError(f"epoch: expected as many rows in each tensor, got {shapes}")
         (self.rows,) = rows
+        if share is not None and shuffle and generator is None:
+            raise ValueError("epoch: a process group's shuffle needs a generator, in the same state in each process")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size should be a positive integer value, but got batch_size={batch_size}")
         if self.rows == 0:
             raise ValueError("epoch: expected at least one row")
         self.batch_size = batch_size
-        self.count = self.rows // batch_size if drop_last else -(-self.rows // batch_size)
+        self.taken = self.rows if share is None else -(-self.rows // share[1])  # rows of this process
+        self.count = self.taken // batch_size if drop_last else -(-self.taken // batch_size)
         # A model may draw from torch's own generator between two batches: such an order comes batch by batch.
-        self.is_drawn_in_turn = shuffle and generator is torch.default_generator
-        self._shuffle, self._generator, self._drop_last = shuffle, generator, drop_last
+        self.is_drawn_in_turn = shuffle and generator is torch.default_generator and share is None
+        self._share, self._shuffle, self._generator, self._drop_last = share, shuffle, generator, drop_last
+        self.drawn = ""  # what the processes that have shares must have in common
         self.order: Tensor | None = None  # the rows in the order in which batches have them; None where they lie so
 
     def begin(self) -> None:
         """Draws the order."""
         # A DataLoader draws a seed for its workers, even where it has none.
-        torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-        if self._shuffle and not self.is_drawn_in_turn:
+        torch.empty((), dtype=torch.int64).random_(generator=None if self._share else self._generator)
+        if self._share is not None:
+            rank, size = self._share
+            places = torch.arange(self.rows)
+            rows = torch.randperm(self.rows, generator=self._generator) if self._shuffle else places
+            self.drawn = f"{self.rows} {self.batch_size} {self._drop_last} {(rows * places).sum().item()}"
+            self.order = rows.repeat(-(-size // self.rows) + 1)[rank : self.taken * size : size]
+        elif self._shuffle and not self.is_drawn_in_turn:
             self.order = _permutation(self.rows, self._generator)
 
     def places(self, first: int, last: int) -> tuple[int, int]:
         """The first and the last row, of those in order, of the batches [first, last)."""
-        return first * self.batch_size, min(last * self.batch_size, self.rows)
+        return first * self.batch_size, min(last * self.batch_size, self.taken)
 
     def __getitem__(self, number: int) -> tuple[Any, Any]:
         """A batch's input and target. They are copies: a model or a loss may change them in place."""

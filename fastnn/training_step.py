@@ -6,11 +6,13 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastnn._torch import global_optimizer_hooks, note_step_of, pytree
 from fastnn.fusion import fuse
@@ -20,9 +22,12 @@ from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.ops.training_step import (
     bound_training_epoch_op,
+    bound_training_gradients_op,
     bound_training_step_of_several_op,
     bound_training_step_op,
+    bound_training_update_op,
     forget_forward,
+    training_gradients_backward_op,
     training_step_backward_op,
     training_step_forward_op,
     training_step_op,
@@ -30,6 +35,7 @@ from fastnn.ops.training_step import (
 from fastnn.training_binding import Binding, UsedGradients
 from fastnn.training_epoch import Batches, progress_bar
 from fastnn.training_numbers import check_optimizer, check_parameters
+from fastnn.training_ranks import FlatGradients, Ranks
 from fastnn.training_reading import Reading
 
 _call, _call_bound, _call_bound_of_several = (
@@ -37,6 +43,9 @@ _call, _call_bound, _call_bound_of_several = (
 )
 _call_forward, _call_backward = training_step_forward_op._op, training_step_backward_op._op
 _call_epoch = bound_training_epoch_op._op
+_call_gradients, _call_update = bound_training_gradients_op._op, bound_training_update_op._op
+_call_gradients_backward = training_gradients_backward_op._op
+_SETTINGS = ("model", "loss", "optimizer", "max_norm", "keep_gradients", "_ranks")  # what a copy begins with
 _SECONDS_TOGETHER = 0.05  # of the steps that an epoch makes in one call
 
 
@@ -59,6 +68,7 @@ class TrainingStep:
         max_norm: float | None = None,
         keep_gradients: bool = False,
         strict: bool = False,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"training_step: expected a model that is a torch.nn.Module, got a {type(model).__name__}")
@@ -69,17 +79,29 @@ class TrainingStep:
         _check_optimizer_call(optimizer)
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"training_step: expected max_norm to be at least 0, got {max_norm}")
+        wrapped, (model, ranks) = model, Ranks.of(model, process_group)
         self._count = _inputs_of(model)
+        if ranks is not None:
+            ranks.begin(model, optimizer, broadcast=model is wrapped)
         self.model = fuse(model)
-        self._prepare(loss, optimizer, max_norm, keep_gradients)
+        self._prepare(loss, optimizer, max_norm, keep_gradients, ranks)
         self._read()
         if strict and self._why:
             raise ValueError(f"training_step: this is not one call: {self._why}")
 
     def _prepare(
-        self, loss: Callable[[Any, Any], Tensor], optimizer: torch.optim.Optimizer, max_norm: Any, keep_gradients: bool
+        self,
+        loss: Callable[[Any, Any], Tensor],
+        optimizer: torch.optim.Optimizer,
+        max_norm: Any,
+        keep_gradients: bool,
+        ranks: Ranks | None,
     ) -> None:
         """Sets all but the model, before anything is read."""
+        self._ranks = ranks
+        self._flat: FlatGradients | None = None  # of what is bound
+        self._is_in_flat = False  # whether the last gradients are there, and not in p.grad
+        self._buffers_are_due = True  # for a broadcast, before the next forward
         self.loss, self._optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
         self._reading: Reading | None = None
         self._binding: Binding | None = None
@@ -105,7 +127,7 @@ class TrainingStep:
         self._read()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("model", "loss", "optimizer", "max_norm", "keep_gradients")}
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy reads and binds anew at its first call, since a model that has its own step as an attribute is still
@@ -113,7 +135,7 @@ class TrainingStep:
         settings = dict(state)
         self.model = settings.pop("model")
         self._count = _inputs_of(self.model)
-        self._prepare(**settings)
+        self._prepare(ranks=settings.pop("_ranks"), **settings)
         self._is_unread_copy = True
 
     def explain(self) -> str:
@@ -121,15 +143,27 @@ class TrainingStep:
         if self._is_unread_copy:
             self._read()
         if self._reading is None:
-            return f"forward and backward by autograd, the optimizer's own step: {self._why}"
+            return f"forward and backward by autograd, {self._average()}the optimizer's own step: {self._why}"
         stages = "; ".join(self._reading.network.describe())
         last = f"; but the last step went the ordinary way: {self._last_why}" if self._last_why else ""
+        if self._ranks is not None:
+            own_loss = f"the loss by itself ({self._reading.loss_why}), " if self._reading.loss_why else ""
+            calls = f"forward and backward by operators, {own_loss}{self._average()}the update by another"
+            return f"{calls}: {stages}{last}"
         if self._reading.loss_why:
             return f"two operator calls and between them the loss ({self._reading.loss_why}): {stages}{last}"
         return f"one operator call: {stages}{last}"
 
+    def _average(self) -> str:
+        return "" if self._ranks is None else f"an all-reduce over {self._ranks.size} processes, "
+
     def __call__(self, input: Any, target: Any) -> Tensor:
-        """One step on a batch -> the loss, as it was before the step."""
+        """One step on a batch -> the loss, as it was before the step; that of this process's batch, if there are
+        several processes."""
+        return self._step(input, target) if self._ranks is None else self._step_of_all(self._ranks, input, target)
+
+    def _step(self, input: Any, target: Any) -> Tensor:
+        """A step; or where there are several processes, its gradients alone."""
         if self.keep_gradients:
             self._used.drop(self._optimizer)
         self._last_why = self._why_not_due(input, target)
@@ -164,7 +198,10 @@ class TrainingStep:
             if not (at_once and isinstance(error, RuntimeError)) or self._retries:
                 raise
         else:
-            self._after(binding, gradients)
+            if self._ranks is None:
+                self._after(binding, binding.trained(gradients) if gradients else ())
+            else:
+                self._is_in_flat = True
             return loss
         # The loss itself may take a target that the operator does not take; if not, it raises its own error. The
         # ordinary way may take whatever else the operator does not take.
@@ -172,7 +209,7 @@ class TrainingStep:
             torch.set_rng_state(random)
         reading.loss_why, self._retries = _OTHER_TARGET, True
         try:
-            loss = self(input, target)
+            loss = self._step(input, target)
         except BaseException:
             reading.loss_why = ""
             raise
@@ -187,7 +224,15 @@ class TrainingStep:
 
         The next step, of another batch, adds its own gradient and updates: so n - 1 calls of ``accumulate`` and a step
         train on n batches together. Gradients add up as in ``loss.backward()``: for their mean, let the loss divide.
+        Several processes do not average them before the step that follows, as in ``no_sync``.
         """
+        if self._ranks is not None:
+            self._share_buffers(self._ranks, before_step=False)
+        model = self.model
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            return self._backward(input, target)
+
+    def _backward(self, input: Any, target: Any) -> Tensor:
         self._used.drop(self._optimizer)
         loss = self.loss(self._outputs(input), target)
         loss.backward()
@@ -220,18 +265,29 @@ class TrainingStep:
             progress: show a bar, where tqdm is installed.
             scheduler: its ``step()`` is called after each step.
 
+        In a process group, each process takes its share of the rows, as from ``DistributedSampler(dataset, size, rank,
+        shuffle, seed)``: all give the same tensors, and with ``shuffle`` a generator in the same state, such as
+        ``torch.Generator().manual_seed(seed + epoch)``. An iterable of batches is taken as it is: a DataLoader may have
+        a DistributedSampler of its own.
+
         Raises:
             TypeError: what is given is neither tensors nor an iterable of batches.
-            ValueError: there are no rows, not as many in each tensor, or batch_size is below 1.
+            ValueError: there are no rows, not as many in each tensor, or batch_size is below 1; or the processes of a
+                group have other rows, or generators in another state.
         """
         if target is None and batch_size is None and not isinstance(input, Tensor):
             several = isinstance(input, (tuple, list)) and any(isinstance(one, Tensor) for one in input)
             if several or shuffle or drop_last or generator is not None:
                 raise TypeError("epoch: expected tensors, a target and a batch_size, or only an iterable of batches")
             return self._follow(input, progress_bar(None, progress), scheduler)
-        batches = Batches(input, target, batch_size, shuffle, generator, drop_last)  # type: ignore[arg-type]
+        share = None if self._ranks is None else (self._ranks.rank, self._ranks.size)
+        batches = Batches(input, target, batch_size, shuffle, generator, drop_last, share)  # type: ignore[arg-type]
         bar = progress_bar(batches.count, progress)
         batches.begin()
+        if self._ranks is not None:
+            self._ranks.check_same(
+                batches.drawn, "epoch: the processes have other rows, or generators in another state"
+            )
         if batches.is_drawn_in_turn:
             return self._follow(batches.in_turn(), bar, scheduler)
         if scheduler is not None:
@@ -273,7 +329,7 @@ class TrainingStep:
 
     def _in_one_call_for_many(self, batches: Batches, first: int, last: int) -> Tensor | None:
         """The losses of steps on these batches, or on the first of them; None where a step is to go by itself."""
-        if len(batches.targets) != 1 or self.keep_gradients:
+        if len(batches.targets) != 1 or self.keep_gradients or self._ranks is not None:
             return None
         inputs, target = batches.inputs, batches.targets[0]
         if not all(tensor.is_contiguous() for tensor in (*inputs, target)):
@@ -321,6 +377,7 @@ class TrainingStep:
 
     def _forget(self) -> None:
         """Drops what was made of the parameters, and of the optimizer's settings and state."""
+        self._flat = None
         if self._binding is not None:
             self._binding.release()
             self._binding = None
@@ -391,6 +448,8 @@ class TrainingStep:
             check_parameters(reading.of_program(tensors), optimizer)
             self._forget()
             self._binding = Binding(reading, tensors, optimizer, self.max_norm, self.keep_gradients)
+            if self._ranks is not None:
+                self._flat = FlatGradients(optimizer, self._binding.trained())
         except (KeyError, NotANetworkError):
             self._undo()
             self._read()
@@ -405,7 +464,11 @@ class TrainingStep:
         with self._no_grad:
             loss: Tensor
             gradients: Sequence[Tensor] = ()
-            if self.keep_gradients:
+            if self._flat is not None:
+                loss = _call_gradients(
+                    self._inputs(input), target, binding.bound, binding.numbers, self._flat.of_program
+                )
+            elif self.keep_gradients:
                 loss, gradients = _call(
                     self._inputs(input), target, binding.parameters, binding.states, reading.network.text,
                     reading.loss_weight, binding.layout, binding.numbers, True,
@@ -460,6 +523,13 @@ class TrainingStep:
             raise RuntimeError("training_step: the loss does not depend on the model's output")
         try:
             with self._no_grad:
+                if self._flat is not None:
+                    gradients = _call_gradients_backward(
+                        [output.grad for output in outputs], kept, binding.parameters, binding.layout, binding.numbers
+                    )
+                    for view, gradient in zip(self._flat.of_program, binding.trained(gradients), strict=True):
+                        view.copy_(gradient)
+                    return loss.detach(), gradients
                 gradients = _call_backward(
                     [output.grad for output in outputs], kept, binding.parameters, binding.states, binding.layout,
                     binding.numbers, self.keep_gradients,
@@ -471,9 +541,8 @@ class TrainingStep:
     def _after(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(binding.parameters)
         if self.keep_gradients:
-            for p, gradient, group in zip(binding.parameters, gradients, binding.layout[::2], strict=True):
-                if group >= 0:
-                    p.grad = gradient
+            for p, gradient in zip(binding.trained(), gradients, strict=True):
+                p.grad = gradient
             self._used(self._optimizer)
         note_step_of(self._optimizer)
         if binding.created:  # the first step of a momentum is over
@@ -491,16 +560,70 @@ class TrainingStep:
 
     def _ordinary(self, input: Any, target: Any) -> Tensor:
         others = [(p, None if p.grad is None else p.grad.clone()) for p in self._parameters_of_nobody()]
-        loss = self.accumulate(input, target)
+        loss = self._backward(input, target)
         for parameter, gradient in others:
             parameter.grad = gradient
+        if self._ranks is None:
+            self._update_by_optimizer()
+        return loss
+
+    def _update_by_optimizer(self) -> None:
         if self.max_norm is not None:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self._optimizer.step()
         if not self.keep_gradients:
             self._optimizer.zero_grad()
+
+    # ---- of several processes ---------------------------------------------------------------------------------------
+
+    def _step_of_all(self, ranks: Ranks, input: Any, target: Any) -> Tensor:
+        """The gradients of this process, the average of all, and the update that all processes make of it. Where one
+        raises before it, all do, and none makes an update."""
+        self._share_buffers(ranks, before_step=True)
+        self._is_in_flat = False
+        try:
+            loss = self._step(input, target)
+            flat = self._flat if self._is_in_flat else None
+            if flat is None:
+                flat = FlatGradients(self._optimizer)
+                flat.take()
+            else:
+                flat.note_program()
+        except Exception:
+            self._drop_gradients()
+            with suppress(RuntimeError):  # its own error says more
+                FlatGradients(self._optimizer).average(ranks, failed=True)
+            raise
+        try:
+            all_by_operators = flat.average(ranks)
+        except BaseException:
+            self._drop_gradients()
+            raise
+        binding = self._binding
+        if binding is None or not all_by_operators:
+            self._undo()
+            flat.give()
+            self._update_by_optimizer()
+            return loss
+        with self._no_grad:
+            scale = _call_update(flat.of_program, binding.bound, binding.numbers)
+            kept = [view * scale for view in flat.of_program] if self.keep_gradients else []
+        self._after(binding, kept)
         return loss
+
+    def _share_buffers(self, ranks: Ranks, before_step: bool) -> None:
+        """Gives all processes the buffers of the first, before the first forward after each step, as
+        DistributedDataParallel does."""
+        if self._buffers_are_due and ranks.shares_buffers:
+            ranks.broadcast(self.model.buffers())
+        self._buffers_are_due = before_step
+
+    def _drop_gradients(self) -> None:
+        self._undo()
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
 
 def training_step(
@@ -511,6 +634,7 @@ def training_step(
     max_norm: float | None = None,
     keep_gradients: bool = False,
     strict: bool = False,
+    process_group: Any = None,
 ) -> TrainingStep:
     """A whole training step as one call: ``loss_value = step(input, target)`` runs forward, loss, backward, clipping
     and the optimizer's update in one operator, where model, loss and optimizer allow it; in two, with the loss between
@@ -535,12 +659,24 @@ def training_step(
             which the optimizer has.
         keep_gradients: leave the gradients in ``p.grad``, where they stay None otherwise.
         strict: raise where steps would go the ordinary way.
+        process_group: of torch.distributed, whose processes train the model together, each on batches of its own, as
+            with DistributedDataParallel; of a model in DistributedDataParallel its own group is taken, and what is in
+            it is trained. All processes begin with the first one's parameters and buffers. A step averages the
+            gradients of all processes in one all-reduce, before clipping, and returns the loss of its own batch;
+            buffers come from the first process before the first forward after each step. All make as many steps. Where
+            a process raises within a step, all raise, none makes an update, and accumulated gradients are dropped. A
+            model of FSDP2 averages by itself, and gets no process_group.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: with ``strict``, steps would go the ordinary way, and why; or ``max_norm`` is negative.
+        ValueError: with ``strict``, steps would go the ordinary way, and why; or ``max_norm`` is negative; or the
+            processes have models or optimizers of other parameters.
+        RuntimeError: by a step, where another process raises in it, or does not come within the group's timeout.
     """
-    return TrainingStep(model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict)
+    return TrainingStep(
+        model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict,
+        process_group=process_group,
+    )  # fmt: skip
 
 
 _MOST_REFUSALS = 3  # after which inputs of so many dimensions go the ordinary way at once

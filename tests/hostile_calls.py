@@ -258,7 +258,14 @@ class Hostile:
             bound = OPS.bind_training_step(parameters, state, program, weight, layout)
             if self.maybe(0.1):
                 bound += self.huge()
-            return "bound_training_step", [input, target, bound, all_numbers]
+            if self.maybe(0.5):
+                return "bound_training_step", [input, target, bound, all_numbers]
+            gradients = [self.tensor(parameter.shape, dtype) for parameter in parameters]
+            if self.maybe(0.3):
+                gradients = gradients[self.random.choice([1, -1]) :] + gradients[:1] * self.small(3)
+            if self.maybe(0.5):
+                return "bound_training_update", [gradients, bound, all_numbers]
+            return "bound_training_gradients", [[input], target, bound, all_numbers, gradients]
         return "training_step", [
             *([input], target, parameters, state, program, weight, layout, all_numbers),
             self.maybe(0.5),
@@ -329,6 +336,8 @@ class Hostile:
         layout = [-1, 0] * running + [0, 0] * (len(parameters) - running)
         numbers_of_step = torch.tensor([0.0, 0, 0, 0, 0, -1, 0.1, *[0] * 5]).double()
         given = [None if self.maybe(0.2) else gradient for gradient in gradients]
+        if self.maybe(0.3):
+            return "training_gradients_backward", [given, kept, parameters, layout, numbers_of_step]
         return "training_step_backward", [given, kept, parameters, [], layout, numbers_of_step, self.maybe(0.5)]
 
 

@@ -1,5 +1,5 @@
 // fastnn::training_step: forward, loss, backward, clipping and update of a network, in one call; or in two, with the
-// loss between them left to the caller.
+// loss between them left to the caller, or an average of the gradients over processes.
 //
 // Nothing is written to a parameter or a state before every check that may refuse the step has passed.
 #include <cmath>
@@ -252,11 +252,10 @@ class BorrowedPass {
   std::unique_ptr<TrainingPass<T>> pass_;
 };
 
-// The rest of a step, from the outputs' gradients on. What else a step changes, such as running statistics, the caller
-// commits. Returns the parameters' gradients if they are to be kept, with zeros for parameters that are not trained.
+// The parameters' gradients, from those of the outputs.
 template <class T>
-TensorList finish(TrainingPass<T>& pass, const TensorList& output_gradients, const TensorList& parameters,
-                  const std::vector<ParameterState<T>>& states, const StepNumbers& numbers, bool keep_gradients) {
+const std::vector<const T*>& backward(TrainingPass<T>& pass, const TensorList& output_gradients,
+                                      const TensorList& parameters, const StepNumbers& numbers) {
   std::vector<char> wanted(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) wanted[i] = numbers.wanted(i);
   pass.backward(output_gradients, wanted);
@@ -265,40 +264,83 @@ TensorList finish(TrainingPass<T>& pass, const TensorList& output_gradients, con
     FASTNN_CHECK(!wanted[i] || gradients[i] || parameters[i].numel() == 0, kOp,
                  ": numbers ask for the gradient of what has none");
   }
-  const double scale = clip_scale<T>(numbers, parameters, gradients);
-  TensorList kept;
-  for (size_t i = 0; keep_gradients && i < gradients.size(); ++i) {
-    kept.push_back(new_tensor(sizes_of(parameters[i]), kDtypeOf<T>));
-    T* const to = mutable_data<T>(kept.back());
-    for (int64_t j = 0, count = kept.back().numel(); j < count; ++j) {
-      to[j] = wanted[i] ? gradients[i][j] * static_cast<T>(scale) : T(0);
+  return gradients;
+}
+
+// Copies of gradients, with zeros for parameters that are not trained.
+template <class T>
+TensorList copies(const StepNumbers& numbers, const TensorList& parameters, const std::vector<const T*>& gradients,
+                  double scale) {
+  TensorList result;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    result.push_back(new_tensor(sizes_of(parameters[i]), kDtypeOf<T>));
+    T* const to = mutable_data<T>(result.back());
+    for (int64_t j = 0, count = result.back().numel(); j < count; ++j) {
+      to[j] = numbers.wanted(i) ? gradients[i][j] * static_cast<T>(scale) : T(0);
     }
   }
+  return result;
+}
+
+// The rest of a step, from the outputs' gradients on. What else a step changes, such as running statistics, the caller
+// commits. Returns the parameters' gradients if they are to be kept.
+template <class T>
+TensorList finish(TrainingPass<T>& pass, const TensorList& output_gradients, const TensorList& parameters,
+                  const std::vector<ParameterState<T>>& states, const StepNumbers& numbers, bool keep_gradients) {
+  const std::vector<const T*>& gradients = backward<T>(pass, output_gradients, parameters, numbers);
+  const double scale = clip_scale<T>(numbers, parameters, gradients);
+  TensorList kept;
+  if (keep_gradients) kept = copies<T>(numbers, parameters, gradients, scale);
   update<T>(numbers, parameters, gradients, scale, states);
   return kept;
+}
+
+// Where the gradients are that a caller gives, one for each parameter that is trained; null for the others.
+template <class T>
+std::vector<T*> places_of(const StepNumbers& numbers, const TensorList& parameters, const TensorList& gradients) {
+  std::vector<T*> places(parameters.size());
+  size_t next = 0;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (!numbers.wanted(i)) continue;
+    FASTNN_CHECK(next < gradients.size(), kOp, ": there are fewer gradients than parameters that are trained");
+    const Tensor& gradient = gradients[next++];
+    check_like<T>(gradient, parameters[i].sizes(), parameters[i].numel(), kOp, "a gradient");
+    places[i] = mutable_data<T>(gradient);
+  }
+  FASTNN_CHECK(next == gradients.size(), kOp, ": there are more gradients than parameters that are trained");
+  return places;
+}
+
+Expected kind_of(const Tensor& tensor, const char* name) {
+  const Expected kind = check_first(tensor, kOp, name);
+  FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, kOp, ": not implemented for BFloat16; use float32 or float64");
+  return kind;
+}
+
+// Of which there is at least one.
+Expected check_parameters(const TensorList& parameters) {
+  FASTNN_CHECK(!parameters.empty(), kOp, ": expected at least one parameter");
+  const Expected kind = kind_of(parameters[0], "parameters");
+  for (const Tensor& parameter : parameters) {
+    check_same_kind(parameter, kind, "parameters");
+    FASTNN_CHECK(parameter.is_contiguous(), kOp, ": expected parameters to be contiguous");
+  }
+  return kind;
 }
 
 // The inputs and parameters, which all operators here have: of one dtype, but for inputs of int64.
 ScalarType check_arguments(const Tensor* inputs, size_t count, const TensorList& parameters) {
   FASTNN_CHECK(count > 0, kOp, ": expected at least one input");
   Expected kind{ScalarType::Float, 0, kOp};
-  bool is_set = false;
-  const auto set_kind = [&](const Tensor& tensor, const char* name) {
-    kind = check_first(tensor, kOp, name);
-    FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, kOp, ": not implemented for BFloat16; use float32 or float64");
-    is_set = true;
-  };
-  if (!parameters.empty()) set_kind(parameters[0], "parameters");
-  for (const Tensor& parameter : parameters) {
-    check_same_kind(parameter, kind, "parameters");
-    FASTNN_CHECK(parameter.is_contiguous(), kOp, ": expected parameters to be contiguous");
-  }
+  bool is_set = !parameters.empty();
+  if (is_set) kind = check_parameters(parameters);
   for (size_t i = 0; i < count; ++i) {
     check_plain(inputs[i], kOp, "input");
     if (inputs[i].scalar_type() == ScalarType::Long) {
       check_memory(inputs[i], kOp, "input");
     } else {
-      if (!is_set) set_kind(inputs[i], "input");
+      if (!is_set) kind = kind_of(inputs[i], "input");
+      is_set = true;
       check_same_kind(inputs[i], kind, "input");
     }
     FASTNN_CHECK(inputs[i].numel() > 0, kOp, ": expected an input that is not empty");
@@ -331,16 +373,32 @@ class Steps {
 
   // The loss, and the parameters' gradients, if they are to be kept.
   std::pair<double, TensorList> run(TensorList inputs, const Tensor& target, bool keep_gradients) {
-    pass_->forward(inputs, parameters_);
     double value = 0;
-    TensorList gradient;
-    gradient.push_back(loss_gradient<T>(numbers_.loss, pass_->output(0), target, weight_, &value));
+    const TensorList gradient = forward(inputs, target, &value);
     TensorList gradients = finish<T>(*pass_, gradient, parameters_, states_, numbers_, keep_gradients);
     pass_->commit();
     return {value, std::move(gradients)};
   }
+  // The loss. The parameters' gradients are written to `places`, and no parameter is updated.
+  double run_to(TensorList inputs, const Tensor& target, const std::vector<T*>& places) {
+    double value = 0;
+    const TensorList gradient = forward(inputs, target, &value);
+    const std::vector<const T*>& gradients = backward<T>(*pass_, gradient, parameters_, numbers_);
+    for (size_t i = 0; i < places.size(); ++i) {
+      if (places[i]) std::copy_n(gradients[i], parameters_[i].numel(), places[i]);
+    }
+    pass_->commit();
+    return value;
+  }
 
  private:
+  TensorList forward(const TensorList& inputs, const Tensor& target, double* value) {
+    pass_->forward(inputs, parameters_);
+    TensorList gradient;
+    gradient.push_back(loss_gradient<T>(numbers_.loss, pass_->output(0), target, weight_, value));
+    return gradient;
+  }
+
   const TensorList& parameters_;
   const OptionalTensor& weight_;
   const StepNumbers& numbers_;
@@ -401,6 +459,43 @@ Tensor bound_training_step(const Tensor& input, const Tensor& target, const Tens
 Tensor bound_training_step_of_several(const TensorList& inputs, const Tensor& target, const Tensor& bound,
                                       const Tensor& numbers) {
   return run_bound(inputs.data(), inputs.size(), target, bound, numbers);
+}
+
+// ---- in two calls, between which processes average their gradients --------------------------------------------
+
+Tensor bound_training_gradients(const TensorList& inputs, const Tensor& target, const Tensor& bound,
+                                const Tensor& numbers, const TensorList& gradients) {
+  const std::shared_ptr<const BoundStep> step = BoundSteps::find(number_of(bound, "bound"));
+  const ScalarType dtype = check_arguments(inputs.data(), inputs.size(), step->parameters);
+  check_plain(target, kOp, "target");
+  check_memory(target, kOp, "target");
+  const StepNumbers all(numbers, step->layout, step->parameters.size());
+  return with_kernel_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const std::vector<T*> places = places_of<T>(all, step->parameters, gradients);
+    Steps<T> steps(step->parameters, step->state, step->program, step->weight, all);
+    Tensor loss = new_tensor({}, kDtypeOf<T>);
+    mutable_data<T>(loss)[0] = static_cast<T>(steps.run_to(borrowed(inputs.data(), inputs.size()), target, places));
+    return loss;
+  });
+}
+
+// Returns what the gradients were multiplied by.
+Tensor bound_training_update(const TensorList& gradients, const Tensor& bound, const Tensor& numbers) {
+  const std::shared_ptr<const BoundStep> step = BoundSteps::find(number_of(bound, "bound"));
+  const ScalarType dtype = check_parameters(step->parameters).dtype;
+  const StepNumbers all(numbers, step->layout, step->parameters.size());
+  return with_kernel_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const std::vector<T*> places = places_of<T>(all, step->parameters, gradients);
+    const std::vector<const T*> given(places.begin(), places.end());
+    const auto states = read_state<T>(all, step->parameters, step->state);
+    const double scale = clip_scale<T>(all, step->parameters, given);
+    update<T>(all, step->parameters, given, scale, states);
+    Tensor result = new_tensor({}, kDtypeOf<T>);
+    mutable_data<T>(result)[0] = static_cast<T>(scale);
+    return result;
+  });
 }
 
 // ---- many steps -----------------------------------------------------------------------------------------------
@@ -597,17 +692,17 @@ std::tuple<TensorList, Tensor> training_step_forward(const TensorList& inputs, c
   });
 }
 
-TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, const Tensor& kept,
-                                  const TensorList& parameters, const TensorList& state, const Ints& layout,
-                                  const Tensor& numbers, bool keep_gradients) {
+// Calls `run` with the forward of this number, its outputs' gradients and the step's numbers, all of them checked.
+template <class Run>
+TensorList with_forward(const std::vector<OptionalTensor>& gradients, const Tensor& kept, const TensorList& parameters,
+                        const Ints& layout, const Tensor& numbers, const Run& run) {
   const std::unique_ptr<ForwardPass> forward = ForwardPasses::take(number_of(kept, "kept"));
   FASTNN_CHECK(forward, kOp, ": there is no forward of this number, or its backward has run");
-  const auto run = [&](auto& of_dtype) -> TensorList {
+  const auto check_and_run = [&](auto& of_dtype) -> TensorList {
     using T = typename std::decay_t<decltype(of_dtype)>::Element;
     of_dtype.check_unchanged(parameters);
     TrainingPass<T>& pass = *of_dtype.pass;
     const StepNumbers all(numbers, layout, parameters.size());
-    const auto states = read_state<T>(all, parameters, state);
     FASTNN_CHECK(gradients.size() == pass.outputs(), kOp, ": expected ", pass.outputs(), " gradients, got ",
                  gradients.size());
     TensorList given;
@@ -622,10 +717,30 @@ TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, 
                    to_string(gradient.sizes()));
       given.back() = dense(gradient);
     }
-    return finish<T>(pass, given, parameters, states, all, keep_gradients);
+    return run(pass, given, all);
   };
-  if (auto* const of_float = dynamic_cast<ForwardPassOf<float>*>(forward.get())) return run(*of_float);
-  return run(dynamic_cast<ForwardPassOf<double>&>(*forward));
+  if (auto* const of_float = dynamic_cast<ForwardPassOf<float>*>(forward.get())) return check_and_run(*of_float);
+  return check_and_run(dynamic_cast<ForwardPassOf<double>&>(*forward));
+}
+
+TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, const Tensor& kept,
+                                  const TensorList& parameters, const TensorList& state, const Ints& layout,
+                                  const Tensor& numbers, bool keep_gradients) {
+  return with_forward(gradients, kept, parameters, layout, numbers,
+                      [&](auto& pass, const TensorList& given, const StepNumbers& all) {
+                        using T = typename std::decay_t<decltype(pass)>::Element;
+                        const auto states = read_state<T>(all, parameters, state);
+                        return finish<T>(pass, given, parameters, states, all, keep_gradients);
+                      });
+}
+
+TensorList training_gradients_backward(const std::vector<OptionalTensor>& gradients, const Tensor& kept,
+                                       const TensorList& parameters, const Ints& layout, const Tensor& numbers) {
+  return with_forward(gradients, kept, parameters, layout, numbers,
+                      [&](auto& pass, const TensorList& given, const StepNumbers& all) {
+                        using T = typename std::decay_t<decltype(pass)>::Element;
+                        return copies<T>(all, parameters, backward<T>(pass, given, parameters, all), 1);
+                      });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
@@ -642,6 +757,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "bound_training_step_of_several(Tensor[] inputs, Tensor target, Tensor(a!) bound, Tensor numbers)"
       " -> Tensor loss");
+  // The same in two calls, for processes that average their gradients in between: the first writes the gradients of
+  // the parameters that are trained, and changes running statistics; the second clips and updates, and gives what the
+  // gradients were multiplied by.
+  m.def(
+      "bound_training_gradients(Tensor[] inputs, Tensor target, Tensor(a!) bound, Tensor numbers,"
+      " Tensor(b!)[] gradients) -> Tensor loss");
+  m.def("bound_training_update(Tensor[] gradients, Tensor(a!) bound, Tensor numbers) -> Tensor scale");
   // Many such steps, on batches of rows: [first, last), or those that `order` has there.
   m.def(
       "bound_training_epoch(Tensor[] inputs, Tensor target, Tensor? order, int first, int last, int batch_size,"
@@ -654,6 +776,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "training_step_backward(Tensor?[] gradients, Tensor kept, Tensor(a!)[] parameters, Tensor(b!)[] state,"
       " int[] layout, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
+  // The second without an update, for processes that average these gradients.
+  m.def(
+      "training_gradients_backward(Tensor?[] gradients, Tensor kept, Tensor[] parameters, int[] layout,"
+      " Tensor numbers) -> Tensor[] gradients");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
@@ -661,9 +787,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("bind_training_step", FASTNN_BOX(bind_training_step));
   m.impl("bound_training_step", FASTNN_BOX(bound_training_step));
   m.impl("bound_training_step_of_several", FASTNN_BOX(bound_training_step_of_several));
+  m.impl("bound_training_gradients", FASTNN_BOX(bound_training_gradients));
+  m.impl("bound_training_update", FASTNN_BOX(bound_training_update));
   m.impl("bound_training_epoch", FASTNN_BOX(bound_training_epoch));
   m.impl("training_step_forward", FASTNN_BOX(training_step_forward));
   m.impl("training_step_backward", FASTNN_BOX(training_step_backward));
+  m.impl("training_gradients_backward", FASTNN_BOX(training_gradients_backward));
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ namespace fastnn {
 template <class T>
 class TrainingPass {
  public:
+  using Element = T;
   const std::string program;
 
   explicit TrainingPass(const std::string& text) : program(text) {

@@ -15,6 +15,9 @@ bind_training_step_op = torch.ops.fastnn.bind_training_step.default
 bound_training_step_op = torch.ops.fastnn.bound_training_step.default
 bound_training_step_of_several_op = torch.ops.fastnn.bound_training_step_of_several.default
 bound_training_epoch_op = torch.ops.fastnn.bound_training_epoch.default
+bound_training_gradients_op = torch.ops.fastnn.bound_training_gradients.default
+bound_training_update_op = torch.ops.fastnn.bound_training_update.default
+training_gradients_backward_op = torch.ops.fastnn.training_gradients_backward.default
 training_step_forward_op = torch.ops.fastnn.training_step_forward.default
 training_step_backward_op = torch.ops.fastnn.training_step_backward.default
 _extension = load_extension()
@@ -57,6 +60,18 @@ def _(inputs: list[Tensor], target: Tensor, bound: Tensor, numbers: Tensor) -> T
     return _like(inputs, []).new_empty(())
 
 
+@raw_operator("bound_training_gradients")
+def _(inputs: list[Tensor], target: Tensor, bound: Tensor, numbers: Tensor, gradients: list[Tensor]) -> Tensor:
+    check_same_device(*inputs, target, bound, numbers, *gradients)
+    return _like(inputs, gradients).new_empty(())
+
+
+@raw_operator("bound_training_update")
+def _(gradients: list[Tensor], bound: Tensor, numbers: Tensor) -> Tensor:
+    check_same_device(*gradients, bound, numbers)
+    return gradients[0].new_empty(())
+
+
 @raw_operator("bound_training_epoch")
 def _(
     inputs: list[Tensor],
@@ -91,6 +106,14 @@ def _(
 ) -> list[Tensor]:
     check_same_device(*gradients, kept, *parameters, *state, numbers)
     return [parameter.new_empty(parameter.shape) for parameter in parameters] if keep_gradients else []
+
+
+@raw_operator("training_gradients_backward")
+def _(
+    gradients: list[Tensor | None], kept: Tensor, parameters: list[Tensor], layout: list[int], numbers: Tensor
+) -> list[Tensor]:
+    check_same_device(*gradients, kept, *parameters, numbers)
+    return [parameter.new_empty(parameter.shape) for parameter in parameters]
 
 
 def _like(inputs: list[Tensor], parameters: list[Tensor]) -> Any:
