@@ -29,7 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn import activations
 from fastnn._torch import no_torch_function, pytree
-from fastnn.graph.order import Order
+from fastnn.graph.order import Order, in_place
 from fastnn.nn._hooks import has_own_call, layer_forward, own_methods
 from fastnn.nn.conv_relu_max_pool import ConvReLUMaxPool2d
 from fastnn.nn.mlp import LinearReLU
@@ -103,6 +103,7 @@ for _d in (1, 2, 3):
 RECURRENT: dict[Any, str] = {
     getattr(nn, name).forward: name for name in ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 }
+_IN_PLACE = {"iadd": "+=", "isub": "-=", "imul": "*=", "itruediv": "/="}
 _LINEARS = {"linear": "identity", "linear_relu": "relu"}
 
 
@@ -444,6 +445,8 @@ class _Matcher:
         if node.op == "output":
             return "the end"
         target = node.target
+        if target is in_place:
+            return f"{_IN_PLACE.get(str(node.args[0]), node.args[0])}, which changes it in place"
         return str(target if isinstance(target, str) else getattr(target, "__name__", target))
 
     def rectified_pool(self, first: Layer) -> Match | str | None:
