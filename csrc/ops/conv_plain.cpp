@@ -61,11 +61,14 @@ std::array<Tensor, 3> plain_convolution_backward(const Tensor& gradient, const T
     std::optional<std::array<Tensor, 3>> ours =
         backward_by_winograd<T>(problem, gradient, input, weight, {wanted[0], wanted[1], wanted[2]});
     if (ours) return std::move(*ours);
-    // Where the gradient lies otherwise than the input, torch would convert it itself, one element at a time.
+    // Where gradient or weight lie otherwise than the input, torch would convert them one element at a time.
+    const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
     const bool last = is_channels_last(input);
-    const Tensor alike =
-        last || input.is_contiguous() ? in_format(conv_backward_kernels().get<T>(), gradient, last) : gradient.borrow();
-    return convolution_backward(alike, input, weight, stock_convolution(problem.geometry, problem.dims), wanted);
+    std::array<Tensor, 3> gradients =
+        convolution_backward(in_format(kernels, gradient, last), input, in_format(kernels, weight, last),
+                             stock_convolution(problem.geometry, problem.dims), wanted);
+    if (wanted[1]) gradients[1] = in_format(kernels, gradients[1], is_channels_last(weight));
+    return gradients;
   });
 }
 

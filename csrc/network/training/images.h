@@ -216,6 +216,49 @@ class ConvTransposeTraining : public TrainingLayer<T> {
   StockConvolution c_;
 };
 
+// The sum of all of value(0), ..., value(count - 1): several sums, so that no addition waits for the one before.
+template <class Value>
+double sum_of(int64_t count, const Value& value) {
+  constexpr int64_t chains = 16;
+  double sums[chains] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + chains <= count; i += chains) {
+    for (int64_t c = 0; c < chains; ++c) sums[c] += value(i + c);
+  }
+  for (; i < count; ++i) total += value(i);
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+// Mean and variance of each channel. Of contiguous images torch adds up one element after another.
+template <class T>
+std::array<Tensor, 2> statistics_of(const Tensor& images) {
+  if (!images.is_contiguous() || images.dim() < 3) return channel_statistics(images);
+  const int64_t batch = images.size(0), channels = images.size(1), pixels = images.numel() / (batch * channels);
+  const T* const from = data<T>(images);
+  std::array<Tensor, 2> result{new_tensor({channels}, kDtypeOf<T>), new_tensor({channels}, kDtypeOf<T>)};
+  T *const means = mutable_data<T>(result[0]), *const variances = mutable_data<T>(result[1]);
+  const double count = static_cast<double>(batch * pixels);
+  parallel_chunks(std::min(useful_threads(4.0 * count * static_cast<double>(channels)), channels), channels,
+                  [&](int64_t, int64_t first, int64_t last) {
+                    for (int64_t c = first; c < last; ++c) {
+                      double total = 0, squares = 0;
+                      for (int64_t n = 0; n < batch; ++n) {
+                        const T* const plane = from + (n * channels + c) * pixels;
+                        total += sum_of(pixels, [&](int64_t i) { return static_cast<double>(plane[i]); });
+                      }
+                      const double mean = total / count;
+                      for (int64_t n = 0; n < batch; ++n) {
+                        const T* const plane = from + (n * channels + c) * pixels;
+                        squares += sum_of(pixels, [&](int64_t i) { return (plane[i] - mean) * (plane[i] - mean); });
+                      }
+                      means[c] = static_cast<T>(mean);
+                      variances[c] = static_cast<T>(squares / count);
+                    }
+                  });
+  return result;
+}
+
 // Batch norm, with the statistics of the batch or, where it does not train, with those that run; and where ReLU
 // follows, that and a max-pool: each channel is multiplied by a number, another is added, which is a convolution of one
 // pixel and groups of one channel.
@@ -245,7 +288,7 @@ class BatchNormTraining : public TrainingLayer<T> {
     const Tensor& input = this->given[0];
     const int64_t channels = begin(input);
     if (trains_) {
-      auto [mean, variance] = channel_statistics(input);
+      auto [mean, variance] = statistics_of<T>(input);
       mean_ = std::move(mean);
       variance_ = std::move(variance);
     } else {

@@ -293,9 +293,13 @@ bool winograd_pays(const Planner& p) {
   const double masked = p.request.dense ? 0 : 4 * out;
   const double both = 2 * real(w.tiles) * tuned::kCopy * (kWinogradPositions * (in + out) + masked);
   const double direct = real(p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
-  const double one_image = real(g.groups) * direct;
-  const double others = real(g.batch) * (p.request.dense ? one_image : std::min(one_image, winners_cost(p, false)));
-  return real(g.groups) * (weight + both) + input.cost < others;
+  const double own = real(g.groups) * (weight + both) + input.cost;
+  if (!p.request.dense) {
+    return own < real(g.batch) * std::min(real(g.groups) * direct, winners_cost(p, false));
+  }
+  // Torch, too, brings the weight into the order of its products, writes sums, and brings these back.
+  const double moved = real(g.taps() * g.in_channels) * out * (2 * tuned::kPackWeight + tuned::kStoreSum);
+  return own < real(g.groups) * (real(g.batch) * direct + moved);
 }
 
 // ---- stock ----------------------------------------------------------------------------------------------------------
