@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fastnn
+from fastnn.testing import assert_close_to_reference, using_threads
 
 
 class By(nn.Module):
@@ -484,6 +485,124 @@ def test_a_tie_that_is_broken_is_seen() -> None:
         optimizer.add_param_group({"params": [own], "lr": 0.2})
     for _ in range(3):
         both()
+
+
+def _convolved(
+    x: Tensor, parameters: Sequence[Tensor], attributes: str, gradient: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """A convolution that nothing follows, of x and a parameter of its size -> output, the parameters' gradients."""
+    names = ["w0", "w1", "w2"][: len(parameters)]
+    bias = " bias=w2" if len(parameters) > 2 else ""
+    lines = ["fastnn.network 1", "input -> x", *(f"weight -> {name}" for name in names)]
+    lines += ["binary input=x other=w0 -> v function=add", f"conv input=v weight=w1{bias} -> y {attributes}"]
+    own = [parameter.clone() for parameter in parameters]
+    outputs, kept = torch.ops.fastnn.training_step_forward([x], own, "\n".join([*lines, "output input=y"]))
+    given = torch.ones(1).to(x).expand(outputs[0].shape) if gradient is None else gradient
+    layout = [0, 0] * len(own)
+    numbers = torch.tensor([0.0, 1, 0, 0, 0, -1, 0.0, *[0] * 5], dtype=torch.float64)  # SGD with a rate of 0
+    return outputs[0], torch.ops.fastnn.training_step_backward([given], kept, own, [], layout, numbers, True)
+
+
+def _stock_convolved(
+    x: Tensor, parameters: Sequence[Tensor], gradient: Tensor | None, padding: Sequence[int], groups: int
+) -> tuple[Tensor, list[Tensor]]:
+    own = [parameter.clone().requires_grad_() for parameter in parameters]
+    output = F.conv2d(x + own[0], *own[1:], padding=tuple(padding), groups=groups)
+    given = torch.ones_like(output) if gradient is None else gradient
+    return output.detach(), list(torch.autograd.grad(output, own, given))
+
+
+CONVOLUTIONS = [
+    # input, outputs, padding, groups
+    ((1, 64, 15, 13), 64, (1, 1), 1),
+    ((2, 64, 9, 23), 72, (0, 2), 1),
+    ((2, 70, 14, 14), 64, (2, 1), 1),
+    ((1, 128, 16, 11), 160, (1, 0), 2),
+    ((2, 512, 4, 4), 64, (1, 1), 1),
+    ((1, 512, 7, 7), 512, (1, 1), 1),
+    ((2, 3, 17, 16), 5, (1, 1), 1),  # torch's
+    ((1, 6, 7, 8), 6, (1, 1), 6),
+]
+
+
+class TestPlainConvolutions:
+    """Convolutions with no activation, as before a batch norm, which run by our kernels where these multiply less."""
+
+    @staticmethod
+    def draw(size: tuple[int, ...], outputs: int, groups: int, dtype: torch.dtype, has_bias: bool) -> list[Tensor]:
+        """x, and the parameters: as many numbers to be added to x, a weight, a bias."""
+        torch.manual_seed(0)
+        taps = torch.randn(outputs, size[1] // groups, 3, 3, dtype=dtype) / (3 * (size[1] // groups) ** 0.5)
+        tensors = [torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype) / 8, taps]
+        return [*tensors, torch.randn(outputs, dtype=dtype)] if has_bias else tensors
+
+    @pytest.mark.parametrize("has_bias", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_sizes(
+        self, instruction_set: str, memory_format: torch.memory_format, dtype: torch.dtype, has_bias: bool
+    ) -> None:
+        """Against float64; by one thread and by two; and of a gradient in either format, or of one number."""
+        for size, outputs, padding, groups in CONVOLUTIONS:
+            x, *parameters = self.draw(size, outputs, groups, dtype, has_bias)
+            x = x.to(memory_format=memory_format)
+            attributes = f"padding={padding[0]},{padding[1]} groups={groups}"
+            shape = F.conv2d(x, parameters[1], padding=padding, groups=groups).shape
+            gradient = torch.randn(shape, dtype=dtype)
+            wide = (tensor.double() for tensor in (x, *parameters))
+            for given in (gradient, gradient.to(memory_format=torch.channels_last), None):
+                output, found = _convolved(x, parameters, attributes, given)
+                stock, theirs = _stock_convolved(x, parameters, given, padding, groups)
+                if given is gradient:
+                    first, *others = wide
+                    exact, right = _stock_convolved(first, others, given.double(), padding, groups)
+                    assert_close_to_reference([output, *found], [stock, *theirs], [exact, *right], f"{size}")
+                    alike = [output, *found]
+                assert output.stride() == stock.stride()
+                assert torch.equal(output, alike[0])
+                if given is None:
+                    for one, other in zip(found, theirs, strict=True):
+                        assert_close(one, other, rtol=1e-4, atol=1e-3)
+                else:
+                    assert all(map(torch.equal, found, alike[1:]))
+                with using_threads(2):
+                    output, again = _convolved(x, parameters, attributes, given)
+                if min(size[1], outputs) >= 64:  # the others may be torch's
+                    assert torch.equal(output, alike[0])
+                    assert all(map(torch.equal, again, found))
+
+    @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf, 1e30])
+    @pytest.mark.parametrize("of", ["x", "weight", "gradient"])
+    def test_special_values_stay_in_their_places(self, instruction_set: str, special: float, of: str) -> None:
+        x, *parameters = self.draw((2, 64, 15, 13), 64, 1, torch.float32, True)
+        gradient = torch.randn(2, 64, 15, 13)
+        {"x": x, "weight": parameters[1], "gradient": gradient}[of][1, 3, 1, 1] = special
+        output, found = _convolved(x, parameters, "padding=1", gradient)
+        wide = [parameter.double() for parameter in parameters]
+        exact, right = _stock_convolved(x.double(), wide, gradient.double(), (1, 1), 1)
+        for one, reference in zip([output, *found], [exact, *right], strict=True):
+            assert torch.equal(one.isfinite(), reference.isfinite())
+            assert torch.equal(one.isnan(), reference.isnan())
+            if special == 1e30:
+                small = reference.abs() < 1e20
+                assert_close(one[small].double(), reference[small], rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_a_residual_block(self, memory_format: torch.memory_format) -> None:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            y = F.relu(m.norm1(m.conv1(x)))
+            y = F.relu(m.norm2(m.conv2(y)) + x)
+            return F.dropout(m.down_norm(m.down(y)), 0.1, m.training)
+
+        def make() -> nn.Module:
+            layers: dict[str, nn.Module] = {f"conv{i}": nn.Conv2d(64, 64, 3, padding=1, bias=False) for i in (1, 2)}
+            layers |= {f"norm{i}": nn.BatchNorm2d(64) for i in (1, 2)}
+            return By(forward, **layers, down=nn.Conv2d(64, 80, 1, 2), down_norm=nn.BatchNorm2d(80))
+
+        for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-9)):
+            x = torch.randn(2, 64, 15, 17, dtype=dtype).to(memory_format=memory_format)
+            target = torch.randn(2, 80, 8, 9, dtype=dtype)
+            _follow(_pair(make, dtype), F.mse_loss, [x], target, "one operator call", tolerance)
 
 
 @pytest.mark.parametrize("seed", range(200))

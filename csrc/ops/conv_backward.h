@@ -10,6 +10,22 @@ struct Wanted {
   bool input, weight, bias;
 };
 
+struct ConvGradients {
+  Tensor input, weight, bias;
+};
+
+// New ones, each in the format of its tensor; those that are not wanted are empty.
+inline ConvGradients empty_gradients(const Tensor& input, const Tensor& weight, const Wanted& wanted) {
+  const ScalarType dtype = input.scalar_type();
+  const auto like = [&](const Tensor& tensor, bool is_wanted) {
+    Ints sizes = sizes_of(tensor);
+    if (!is_wanted) sizes[0] = 0;
+    return new_formatted(sizes, dtype, is_channels_last(tensor));
+  };
+  return {like(input, wanted.input), like(weight, wanted.weight),
+          new_tensor({wanted.bias ? weight.size(0) : 0}, dtype)};
+}
+
 using BackwardKey = KeyOf<BackwardRequest>;
 
 inline const ConvBackwardPlan& plan_for(const BackwardKey& key) {
@@ -29,17 +45,15 @@ BackwardKey backward_key(const ConvBackwardKernels<T>& kernels, const ConvPoolPr
   return key;
 }
 
-// A call in which only the plan and the results are missing. grad_output is not made dense: that of sum() is one
-// element with strides of 0.
+// A call in which only the winners, the plan and the results are missing. grad_output is not made dense: that of sum()
+// is one element with strides of 0.
 template <class T>
-ConvBackward<T> backward_call(const ConvPoolGeometry& g, const Tensor& grad_output, const PlainImages& winners,
-                              const PlainImages& input, const PlainImages& weight) {
+ConvBackward<T> backward_call(const ConvPoolGeometry& g, const Tensor& grad_output, const PlainImages& input,
+                              const PlainImages& weight) {
   ConvBackward<T> call{};
   call.geometry = g;
   call.grad_output = data<T>(grad_output);
   call.output_layout = layout_of(grad_output);
-  call.winners = data<uint8_t>(winners.tensor);
-  call.winners_layout = winners.layout;
   call.input = data<T>(input.tensor);
   call.input_layout = input.layout;
   call.weight = data<T>(weight.tensor);

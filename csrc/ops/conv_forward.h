@@ -1,4 +1,5 @@
-// Forward of the convolution where ReLU or a pool follows: by our kernels, or by torch's convolution, as the plan says.
+// Forward of the convolution, with ReLU, a pool or neither: by our kernels, or by torch's convolution, as the plan
+// says.
 #pragma once
 
 #include "conv_plan.h"
@@ -33,13 +34,47 @@ void run_planned_conv(const ConvKernels<T>& kernels, ConvCall<T>& call, int64_t 
   run_by_plan<T>(kernels, call, plan_of_direct(key, key.request.exact), nullptr);
 }
 
-// The same, planned here. `algorithm` is the algorithm to take, or -1 to choose one.
-template <class T, class PackedFor>
-void run_conv_forward(ConvCall<T>& call, int64_t dims, bool input_channels_last, bool output_channels_last,
-                      int64_t algorithm, const PackedFor& packed_for) {
+// A call in which bias, output and plan are still missing.
+template <class T>
+ConvCall<T> forward_call(const ConvPoolProblem& problem, const Activation& activation, const PlainImages& input,
+                         const PlainImages& weight) {
+  ConvCall<T> call{};
+  call.activation = activation;
+  call.geometry = problem.geometry;
+  call.input = data<T>(input.tensor);
+  call.input_layout = input.layout;
+  call.weight = data<T>(weight.tensor);
+  call.weight_layout = weight.layout;
+  return call;
+}
+
+// Fills `output`, and `winners` unless that is null. activation: ReLU or the identity. `algorithm` is the algorithm to
+// take, or -1 to choose one.
+template <class T>
+void run_conv_forward(const ConvPoolProblem& problem, const Activation& activation, const Tensor& given_input,
+                      const Tensor& given_weight, const std::optional<Tensor>& bias, const Tensor& output,
+                      const Tensor* winners, int64_t algorithm) {
+  const Tensor dense_bias = bias ? dense(*bias) : Tensor();
+  const PlainImages input(given_input), weight(given_weight), result(output);
+  ConvCall<T> call = forward_call<T>(problem, activation, input, weight);
+  call.bias = bias ? data<T>(dense_bias) : nullptr;
+  call.output = mutable_data<T>(output);
+  call.output_layout = result.layout;
+  call.winners = winners ? mutable_data<uint8_t>(*winners) : nullptr;
   const ConvKernels<T>& kernels = conv_kernels().get<T>();
-  const PlanKey key = plan_key<T>(kernels, call.geometry, input_channels_last, output_channels_last, algorithm);
-  run_planned_conv(kernels, call, dims, key, plan_for(key), packed_for);
+  const PlanKey key = plan_key<T>(kernels, call.geometry, input.channels_last, result.channels_last, algorithm);
+  run_planned_conv(kernels, call, problem.dims, key, plan_for(key),
+                   [](const ConvPlan&) -> const Compute<T>* { return nullptr; });
+}
+
+// Whether torch computes the convolution and nothing is pooled, so that only an activation remains to be done.
+template <class T>
+bool is_left_to_stock(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last,
+                      int64_t algorithm) {
+  const ConvPoolGeometry& g = problem.geometry;
+  if (g.batch == 0 || !g.pools_nothing()) return false;
+  const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, algorithm);
+  return plan_for(key).algorithm == ForwardAlgorithm::stock;
 }
 
 }  // namespace fastnn

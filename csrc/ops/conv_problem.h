@@ -82,6 +82,12 @@ inline Tensor new_formatted(const Ints& sizes, ScalarType dtype, bool channels_l
   return new_strided_tensor(sizes, format_strides(sizes, true).data(), dtype);
 }
 
+// The output has the format of PyTorch's output: its float64 convolution in three dimensions has no channels last.
+inline bool output_is_channels_last(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
+  return (is_channels_last(input) || is_channels_last(weight)) &&
+         !(problem.kind.dtype == ScalarType::Double && problem.dims == 3);
+}
+
 inline Ints output_sizes(const ConvPoolProblem& problem) {
   const ConvPoolGeometry& g = problem.geometry;
   Ints sizes;

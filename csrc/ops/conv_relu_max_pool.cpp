@@ -19,40 +19,6 @@ void check_places(const char* op, const ConvPoolGeometry& g) {
 
 // ---- forward ------------------------------------------------------------------------------------------------
 
-// A call in which bias, output and plan are still missing.
-template <class T>
-ConvCall<T> call_of(const ConvPoolProblem& problem, const PlainImages& input, const PlainImages& weight) {
-  ConvCall<T> call{};
-  call.activation = kRelu;
-  call.geometry = problem.geometry;
-  call.input = data<T>(input.tensor);
-  call.input_layout = input.layout;
-  call.weight = data<T>(weight.tensor);
-  call.weight_layout = weight.layout;
-  return call;
-}
-
-// Fills `output`, and `winners` unless that is null.
-template <class T>
-void fill(const ConvPoolProblem& problem, const Tensor& given_input, const Tensor& given_weight,
-          const std::optional<Tensor>& bias, const Tensor& output, const Tensor* winners, int64_t algorithm) {
-  const Tensor dense_bias = bias ? dense(*bias) : Tensor();
-  const PlainImages input(given_input), weight(given_weight), result(output);
-  ConvCall<T> call = call_of<T>(problem, input, weight);
-  call.bias = bias ? data<T>(dense_bias) : nullptr;
-  call.output = mutable_data<T>(output);
-  call.output_layout = result.layout;
-  call.winners = winners ? mutable_data<uint8_t>(*winners) : nullptr;
-  run_conv_forward(call, problem.dims, input.channels_last, result.channels_last, algorithm,
-                   [](const ConvPlan&) -> const Compute<T>* { return nullptr; });
-}
-
-// The output has the format of PyTorch's output: its float64 convolution in three dimensions has no channels last.
-bool output_is_channels_last(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
-  return (is_channels_last(input) || is_channels_last(weight)) &&
-         !(problem.kind.dtype == ScalarType::Double && problem.dims == 3);
-}
-
 // The number of the algorithm with this name among `entries`. Raises where there is none, or where it does not apply to
 // the key's call.
 template <class Algorithm, class Key, size_t count>
@@ -75,16 +41,6 @@ int64_t forward_algorithm(const char* op, const std::optional<std::string>& name
   return algorithm_of<ForwardAlgorithm>(
       op, *name, kForwardEntries,
       plan_key<T>(conv_kernels().get<T>(), problem.geometry, input_channels_last, false, -1));
-}
-
-// Whether torch computes the convolution and nothing is pooled, so that only the ReLU remains to be done.
-template <class T>
-bool is_left_to_stock(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last,
-                      int64_t algorithm) {
-  const ConvPoolGeometry& g = problem.geometry;
-  if (g.batch == 0 || !g.pools_nothing()) return false;
-  const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, algorithm);
-  return plan_for(key).algorithm == ForwardAlgorithm::stock;
 }
 
 // Checks the arguments and computes the output. Each window's argmax goes to `winners` unless that is null.
@@ -112,7 +68,7 @@ Tensor checked_forward(const char* op, const Tensor& given_input, const Tensor& 
     }
     Tensor output = new_formatted(sizes, dtype, channels_last);
     if (output.numel() > 0) {
-      fill<T>(problem, input, weight, bias, output, winners ? &**winners : nullptr, number);
+      run_conv_forward<T>(problem, kRelu, input, weight, bias, output, winners ? &**winners : nullptr, number);
     }
     return output;
   });
@@ -153,7 +109,8 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     const PlainImages images(input), weights(weight);
     const bool channels_last = output_is_channels_last(problem, input, weight);
     const PlanKey key = plan_key<T>(kernels, problem.geometry, images.channels_last, channels_last, wanted);
-    const ConvPlan& forward = plan_of_call(kernels, call_of<T>(problem, images, weights), key, plan_for(key));
+    const ConvPlan& forward =
+        plan_of_call(kernels, forward_call<T>(problem, kRelu, images, weights), key, plan_for(key));
     const BackwardKey backward =
         backward_key(conv_backward_kernels().get<T>(), problem, images.channels_last, {true, true, true}, -1);
     return {kForwardEntries[static_cast<int>(forward.algorithm)].name,
@@ -196,30 +153,21 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
                op, ": input or weight too large");
 
   const ScalarType dtype = problem.kind.dtype;
-  const auto sizes_if = [](bool condition, Ints sizes) {
-    if (!condition) sizes[0] = 0;
-    return sizes;
-  };
   const Wanted wanted{input_wanted, weight_wanted, bias_wanted};
   return with_dtype(dtype, [&](auto type) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(type);
     const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();  // read once, see KeyOf
-    const auto empty_gradients = [&] {
-      return ConvGradients{
-          new_formatted(sizes_if(input_wanted, sizes_of(input)), dtype, is_channels_last(input)),
-          new_formatted(sizes_if(weight_wanted, sizes_of(weight)), dtype, is_channels_last(weight)),
-          new_tensor({bias_wanted ? weight.size(0) : 0}, dtype),
-      };
-    };
     ConvGradients gradients;
     if (g.batch == 0) {
-      gradients = empty_gradients();
+      gradients = empty_gradients(input, weight, wanted);
       std::fill_n(mutable_data<T>(gradients.weight), gradients.weight.numel(), T{});
       std::fill_n(mutable_data<T>(gradients.bias), gradients.bias.numel(), T{});
       return {std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};
     }
     const PlainImages plain_winners(winners), plain_input(input), plain_weight(weight);
-    ConvBackward<T> call = backward_call<T>(g, grad_output, plain_winners, plain_input, plain_weight);
+    ConvBackward<T> call = backward_call<T>(g, grad_output, plain_input, plain_weight);
+    call.winners = data<uint8_t>(plain_winners.tensor);
+    call.winners_layout = plain_winners.layout;
     FASTNN_CHECK(kernels.winners_are_valid(g, call.winners, call.winners_layout), op,
                  ": winners has a place that its window doesn't have");
     BackwardKey key = backward_key(kernels, problem, plain_input.channels_last, wanted, -1);
@@ -243,10 +191,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
     if (call.plan->algorithm == BackwardAlgorithm::stock) {
       gradients = gradients_by_stock(kernels, problem, call, grad_output, winners, input, weight, bias_wanted);
     } else if (call.plan->algorithm == BackwardAlgorithm::winograd) {
-      gradients = empty_gradients();
+      gradients = empty_gradients(input, weight, wanted);
       gradients_by_winograd(kernels, call, problem.work, wanted, gradients);
     } else {
-      gradients = empty_gradients();
+      gradients = empty_gradients(input, weight, wanted);
       run_backward(kernels, call, problem.work, wanted, gradients.input, gradients.weight, gradients.bias);
     }
     return {std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};

@@ -8,10 +8,6 @@
 
 namespace fastnn {
 
-struct ConvGradients {
-  Tensor input, weight, bias;
-};
-
 // [items][rows][columns] -> [items][columns][rows]
 template <class T>
 void turn_each(const ConvBackwardKernels<T>& kernels, const T* from, int64_t items, int64_t rows, int64_t columns,

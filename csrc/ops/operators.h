@@ -1,6 +1,7 @@
 // The operators that fastnn::training_step calls by themselves.
 #pragma once
 
+#include <array>
 #include <tuple>
 
 #include "tensor.h"
@@ -18,6 +19,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
                                                                const Ints& geometry, bool input_wanted,
                                                                bool weight_wanted, bool bias_wanted,
                                                                const std::optional<std::string>& algorithm);
+
+// A convolution that nothing follows, and its gradients, of which one that is not wanted is empty or undefined: by
+// Winograd where that pays, else by torch's own. geometry: as that of conv_relu_max_pool, whose
+// pool is one pixel.
+Tensor plain_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Ints& geometry);
+std::array<Tensor, 3> plain_convolution_backward(const Tensor& gradient, const Tensor& input, const Tensor& weight,
+                                                 const Ints& geometry, const std::array<bool, 3>& wanted);
 
 std::tuple<Tensor, TensorList, Tensor> rnn_with_reserve(const Tensor& input, const OptionalTensor& batch_sizes,
                                                         const TensorList& state, const TensorList& weights,

@@ -62,7 +62,7 @@ inline void fail_unless_rank(const Tensor& input, int64_t rank) {
                to_string(input.sizes()));
 }
 
-// With ReLU, and max-pool or none, the op's own forward and backward; else torch's.
+// With ReLU, and max-pool or none, the op's own forward and backward; else those of a plain convolution.
 template <class T>
 class ConvTraining : public TrainingLayer<T> {
  public:
@@ -94,14 +94,16 @@ class ConvTraining : public TrainingLayer<T> {
       outputs[0] = output_.borrow();
       return;
     }
-    check_plain_convolution();
     convolved_ = input.borrow();
     steps_ = Ints();
     if (is_strided_point()) {
       steps_ = std::exchange(c_.stride, Ints(dims, 1));
-      for (size_t d = 0; d < dims; ++d) convolved_ = every(convolved_, static_cast<int64_t>(d) + 2, steps_[d]);
+      const Tensor chosen = met_by_steps(input);
+      convolved_ = new_formatted(sizes_of(chosen), kDtypeOf<T>, is_channels_last(input));
+      copy(chosen, convolved_);
     }
-    outputs[0] = convolution(convolved_, weight, bias(), c_);
+    geometry_ = pool_.geometry(c_);
+    outputs[0] = plain_convolution(convolved_, weight, bias(), geometry_);
   }
 
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
@@ -112,7 +114,8 @@ class ConvTraining : public TrainingLayer<T> {
           conv_relu_max_pool_backward(gradients[0], winners_, this->given[0], this->given[1], geometry_, wanted[0],
                                       wanted[1], bias_wanted, std::nullopt);
     } else {
-      all = convolution_backward(gradients[0], convolved_, this->given[1], c_, {wanted[0], wanted[1], bias_wanted});
+      all = plain_convolution_backward(gradients[0], convolved_, this->given[1], geometry_,
+                                       {wanted[0], wanted[1], bias_wanted});
       if (wanted[0] && !steps_.empty()) all[0] = spread(all[0]);
     }
     for (size_t i = 0; i < this->given.size(); ++i) {
@@ -123,21 +126,6 @@ class ConvTraining : public TrainingLayer<T> {
 
  private:
   OptionalTensor bias() const { return this->given.size() > 2 ? optional(this->given[2]) : std::nullopt; }
-
-  // Torch's backward does not check all that its forward does.
-  void check_plain_convolution() const {
-    const Tensor &input = this->given[0], &weight = this->given[1];
-    FASTNN_CHECK(input.size(1) == checked_product(weight.size(1), groups_) && weight.size(0) % groups_ == 0,
-                 kTrainingStep, ": a weight of size ", to_string(weight.sizes()), " and ", groups_,
-                 " groups do not fit an input of size ", to_string(input.sizes()));
-    for (size_t d = 0; d < c_.stride.size(); ++d) {
-      const int64_t kernel = weight.size(static_cast<int64_t>(d) + 2), size = input.size(static_cast<int64_t>(d) + 2);
-      FASTNN_CHECK(kernel > 0, kTrainingStep, ": expected a convolution's kernel to be positive");
-      const int64_t span = checked_sum(checked_product(c_.dilation[d], kernel - 1), 1);
-      FASTNN_CHECK(checked_sum(size, 2 * c_.padding[d]) >= span, kTrainingStep,
-                   ": the kernel is larger than the padded input");
-    }
-  }
 
   // A kernel of one pixel with strides, of which torch's library writes the weight's gradient where it should not. It
   // is the same kernel without strides, over the pixels that the strides choose.
@@ -153,20 +141,23 @@ class ConvTraining : public TrainingLayer<T> {
     }
     return strides;
   }
-  static Tensor every(const Tensor& tensor, int64_t dim, int64_t step) {
+  // A view of the pixels that the strides choose.
+  Tensor met_by_steps(const Tensor& images) const {
+    Tensor result = images.borrow();
     const std::optional<int64_t> none;
-    return stock("aten::slice", "Tensor", tensor, dim, none, none, step);
-  }
-  // The gradient of the pixels that were chosen -> that of all pixels.
-  Tensor spread(Tensor gradient) const {
-    const Ints whole = sizes_of(this->given[0]);
-    Ints sizes = sizes_of(gradient);
     for (size_t d = 0; d < steps_.size(); ++d) {
-      sizes[d + 2] = whole[d + 2];
-      gradient = stock("aten::slice_backward", "", gradient, sizes, static_cast<int64_t>(d) + 2, int64_t{0},
-                       whole[d + 2], steps_[d]);
+      result = stock("aten::slice", "Tensor", result, static_cast<int64_t>(d) + 2, none, none, steps_[d]);
     }
-    return gradient;
+    return result;
+  }
+  static void copy(const Tensor& from, const Tensor& to) { stock("aten::copy_", "", to, from, false); }
+  // The gradient of the pixels that were chosen -> that of all pixels.
+  Tensor spread(const Tensor& gradient) const {
+    const Tensor& input = this->given[0];
+    Tensor result = new_formatted(sizes_of(input), kDtypeOf<T>, is_channels_last(input));
+    std::fill_n(mutable_data<T>(result), result.numel(), T(0));
+    copy(gradient, met_by_steps(result));
+    return result;
   }
 
   Ints stride_, padding_, dilation_;
@@ -225,6 +216,49 @@ class ConvTransposeTraining : public TrainingLayer<T> {
   StockConvolution c_;
 };
 
+// The sum of all of value(0), ..., value(count - 1): several sums, so that no addition waits for the one before.
+template <class Value>
+double sum_of(int64_t count, const Value& value) {
+  constexpr int64_t chains = 16;
+  double sums[chains] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + chains <= count; i += chains) {
+    for (int64_t c = 0; c < chains; ++c) sums[c] += value(i + c);
+  }
+  for (; i < count; ++i) total += value(i);
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+// Mean and variance of each channel. Of contiguous images torch adds up one element after another.
+template <class T>
+std::array<Tensor, 2> statistics_of(const Tensor& images) {
+  if (!images.is_contiguous() || images.dim() < 3) return channel_statistics(images);
+  const int64_t batch = images.size(0), channels = images.size(1), pixels = images.numel() / (batch * channels);
+  const T* const from = data<T>(images);
+  std::array<Tensor, 2> result{new_tensor({channels}, kDtypeOf<T>), new_tensor({channels}, kDtypeOf<T>)};
+  T *const means = mutable_data<T>(result[0]), *const variances = mutable_data<T>(result[1]);
+  const double count = static_cast<double>(batch * pixels);
+  parallel_chunks(std::min(useful_threads(4.0 * count * static_cast<double>(channels)), channels), channels,
+                  [&](int64_t, int64_t first, int64_t last) {
+                    for (int64_t c = first; c < last; ++c) {
+                      double total = 0, squares = 0;
+                      for (int64_t n = 0; n < batch; ++n) {
+                        const T* const plane = from + (n * channels + c) * pixels;
+                        total += sum_of(pixels, [&](int64_t i) { return static_cast<double>(plane[i]); });
+                      }
+                      const double mean = total / count;
+                      for (int64_t n = 0; n < batch; ++n) {
+                        const T* const plane = from + (n * channels + c) * pixels;
+                        squares += sum_of(pixels, [&](int64_t i) { return (plane[i] - mean) * (plane[i] - mean); });
+                      }
+                      means[c] = static_cast<T>(mean);
+                      variances[c] = static_cast<T>(squares / count);
+                    }
+                  });
+  return result;
+}
+
 // Batch norm, with the statistics of the batch or, where it does not train, with those that run; and where ReLU
 // follows, that and a max-pool: each channel is multiplied by a number, another is added, which is a convolution of one
 // pixel and groups of one channel.
@@ -254,7 +288,7 @@ class BatchNormTraining : public TrainingLayer<T> {
     const Tensor& input = this->given[0];
     const int64_t channels = begin(input);
     if (trains_) {
-      auto [mean, variance] = channel_statistics(input);
+      auto [mean, variance] = statistics_of<T>(input);
       mean_ = std::move(mean);
       variance_ = std::move(variance);
     } else {

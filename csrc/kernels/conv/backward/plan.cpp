@@ -271,7 +271,7 @@ ConvBackwardPlan plan_winograd(const Planner& p) {
 }
 
 // In vector multiply-adds of both gradients: against direct convolution at its peak, which torch's is at or near, and
-// against winners, of which half of the pixels have one.
+// against winners where there are any, which half of the pixels have.
 bool winograd_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   const WinogradBackwardPlan w = plan_winograd(p).winograd;
@@ -290,10 +290,16 @@ bool winograd_pays(const Planner& p) {
   const double weight = real(w.tiles) * (products + move * (in + out)) +
                         products * (parts * tuned::kStoreSum + tuned::kWinogradPack * tuned::kPackWeight);
   // In both: what is transformed leaves L1 and is read again, and the gradient of four pixels is masked.
-  const double both = 2 * real(w.tiles) * tuned::kCopy * (kWinogradPositions * (in + out) + 4 * out);
+  const double masked = p.request.dense ? 0 : 4 * out;
+  const double both = 2 * real(w.tiles) * tuned::kCopy * (kWinogradPositions * (in + out) + masked);
   const double direct = real(p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
-  const double others = real(g.batch) * std::min(real(g.groups) * direct, winners_cost(p, false));
-  return real(g.groups) * (weight + both) + input.cost < others;
+  const double own = real(g.groups) * (weight + both) + input.cost;
+  if (!p.request.dense) {
+    return own < real(g.batch) * std::min(real(g.groups) * direct, winners_cost(p, false));
+  }
+  // Torch, too, brings the weight into the order of its products, writes sums, and brings these back.
+  const double moved = real(g.taps() * g.in_channels) * out * (2 * tuned::kPackWeight + tuned::kStoreSum);
+  return own < real(g.groups) * (real(g.batch) * direct + moved);
 }
 
 // ---- stock ----------------------------------------------------------------------------------------------------------
@@ -371,7 +377,7 @@ ConvBackwardPlan plan_backward(const ConvPoolGeometry& g, const BackwardRequest&
     return request.algorithm < 0 ? pays : request.algorithm == static_cast<int32_t>(algorithm);
   };
   if (takes(BackwardAlgorithm::winograd, winograd_applies(g, request) && winograd_pays(p))) return plan_winograd(p);
-  if (takes(BackwardAlgorithm::stock, stock_pays(p))) return plan_stock(p);
+  if (takes(BackwardAlgorithm::stock, request.dense || stock_pays(p))) return plan_stock(p);
   if (takes(BackwardAlgorithm::depthwise, g.in_channels == 1 && depthwise_pays(p))) return plan_depthwise(p);
   if (takes(BackwardAlgorithm::taps, taps_apply(g) && !request.exact && taps_pay(p))) return plan_taps(p);
   return plan_winners(p);
