@@ -154,20 +154,19 @@ def epochs_of(loop: Loop, contenders: list[str]) -> dict[str, Epoch]:
 
 def threads_scale(rounds: int = 5) -> float:
     """How many times as much two threads train, each an autoencoder of its own, as one does in the same time."""
-    x = torch.randn(32_000, 10)
+    x = torch.randn(320_000, 10)
+    steps = [_step_of(models.Autoencoder(10, 7, 5)) for _ in range(2)]
 
-    def train() -> None:
-        step = _step_of(models.Autoencoder(10, 7, 5))
+    def train(step: fastnn.TrainingStep) -> None:
         step.epoch(x, x, 32, shuffle=True)
 
-    train()
     ratios = []
     for _ in range(rounds):
         start = time.perf_counter()
-        train()
-        train()
+        for step in steps:
+            train(step)
         alone = time.perf_counter() - start
-        both = [threading.Thread(target=train) for _ in range(2)]
+        both = [threading.Thread(target=train, args=(step,)) for step in steps]
         start = time.perf_counter()
         for one in both:
             one.start()

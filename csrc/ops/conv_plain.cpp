@@ -9,7 +9,7 @@ namespace {
 constexpr const char* kOp = "plain_convolution";
 
 // Whether forward is Winograd's: in float32 our other algorithms are at torch's speed at best where neither ReLU nor a
-// pool saves a pass over the output (measured: 0.5 to 1.1 of it). In float64, where Winograd never is, it is torch's.
+// pool saves a pass over the output (measured: 0.5 to 1.2 of it). In float64, where Winograd never is, it is torch's.
 template <class T>
 bool is_by_winograd(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last) {
   const PlanKey key =
