@@ -62,35 +62,63 @@ inline void fail_unless_rank(const Tensor& input, int64_t rank) {
                to_string(input.sizes()));
 }
 
-// With ReLU, and max-pool or none, the op's own forward and backward; else those of a plain convolution.
+// What both kinds of convolutions have: an input, a weight and perhaps a bias, and settings.
 template <class T>
-class ConvTraining : public TrainingLayer<T> {
+class AnyConvTraining : public TrainingLayer<T> {
  public:
-  explicit ConvTraining(const ProgramLine& line)
+  explicit AnyConvTraining(const ProgramLine& line)
       : stride_(line.integers("stride", 1, kMostSize)),
         padding_(line.integers("padding", 0, kMostSize)),
         dilation_(line.integers("dilation", 1, kMostSize)),
-        groups_(line.integer("groups", 1, kMostSize)),
-        pool_(line),
-        fused_(rectifies(line)) {
+        groups_(line.integer("groups", 1, kMostSize)) {
     this->inputs = {line.input("input"), line.input("weight")};
     this->take(line, {"bias"});
+  }
+
+ protected:
+  // How many dimensions the images have. Raises where input and weight do not have them.
+  size_t dims() const {
+    const int64_t rank = this->given[1].dim();
+    FASTNN_CHECK(rank >= 3 && rank <= 5, kTrainingStep, ": expected a convolution's weight to be 3D to 5D, got ", rank,
+                 "D");
+    fail_unless_rank(this->given[0], rank);
+    return static_cast<size_t>(rank - 2);
+  }
+  StockConvolution settings(size_t dims) const {
+    return {of_each(stride_, dims, "stride"), of_each(padding_, dims, "padding"), of_each(dilation_, dims, "dilation"),
+            groups_};
+  }
+  OptionalTensor bias() const { return this->given.size() > 2 ? optional(this->given[2]) : std::nullopt; }
+  bool bias_is_wanted(const bool* wanted) const { return this->given.size() > 2 && wanted[2]; }
+  // gradients: of the input, the weight and the bias.
+  void give(std::array<Tensor, 3>& gradients, const bool* wanted, Gradient<T>* results) const {
+    for (size_t i = 0; i < this->given.size(); ++i) {
+      if (wanted[i]) results[i].tensor = std::move(gradients[i]);
+    }
+  }
+
+ private:
+  Ints stride_, padding_, dilation_;
+  int64_t groups_;
+};
+
+// With ReLU, and max-pool or none, the op's own forward and backward; else those of a plain convolution.
+template <class T>
+class ConvTraining : public AnyConvTraining<T> {
+ public:
+  explicit ConvTraining(const ProgramLine& line) : AnyConvTraining<T>(line), pool_(line), fused_(rectifies(line)) {
     if (line.has("addend")) line.refuse("in training it has no addend");
     if (!fused_ && pool_.is_there()) line.refuse("in training a pool follows only its ReLU");
   }
 
   void forward(Tensor* outputs) override {
     const Tensor &input = this->given[0], &weight = this->given[1];
-    const int64_t rank = weight.dim();
-    FASTNN_CHECK(rank >= 3 && rank <= 5, kTrainingStep, ": expected a convolution's weight to be 3D to 5D, got ", rank,
-                 "D");
-    fail_unless_rank(input, rank);
-    const size_t dims = static_cast<size_t>(rank - 2);
-    c_ = {of_each(stride_, dims, "stride"), of_each(padding_, dims, "padding"), of_each(dilation_, dims, "dilation"),
-          groups_};
+    const size_t dims = this->dims();
+    c_ = this->settings(dims);
     if (fused_) {
       geometry_ = pool_.geometry(c_);
-      std::tie(output_, winners_) = conv_relu_max_pool_with_winners(input, weight, bias(), geometry_, std::nullopt);
+      std::tie(output_, winners_) =
+          conv_relu_max_pool_with_winners(input, weight, this->bias(), geometry_, std::nullopt);
       outputs[0] = output_.borrow();
       return;
     }
@@ -103,11 +131,11 @@ class ConvTraining : public TrainingLayer<T> {
       copy(chosen, convolved_);
     }
     geometry_ = pool_.geometry(c_);
-    outputs[0] = plain_convolution(convolved_, weight, bias(), geometry_);
+    outputs[0] = plain_convolution(convolved_, weight, this->bias(), geometry_);
   }
 
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    const bool bias_wanted = this->given.size() > 2 && wanted[2];
+    const bool bias_wanted = this->bias_is_wanted(wanted);
     std::array<Tensor, 3> all;
     if (fused_) {
       std::tie(all[0], all[1], all[2]) =
@@ -118,15 +146,11 @@ class ConvTraining : public TrainingLayer<T> {
                                        {wanted[0], wanted[1], bias_wanted});
       if (wanted[0] && !steps_.empty()) all[0] = spread(all[0]);
     }
-    for (size_t i = 0; i < this->given.size(); ++i) {
-      if (wanted[i]) results[i].tensor = std::move(all[i]);
-    }
+    this->give(all, wanted, results);
   }
   void forget() override { output_ = winners_ = convolved_ = Tensor(); }
 
  private:
-  OptionalTensor bias() const { return this->given.size() > 2 ? optional(this->given[2]) : std::nullopt; }
-
   // A kernel of one pixel with strides, of which torch's library writes the weight's gradient where it should not. It
   // is the same kernel without strides, over the pixels that the strides choose.
   bool is_strided_point() const {
@@ -160,8 +184,6 @@ class ConvTraining : public TrainingLayer<T> {
     return result;
   }
 
-  Ints stride_, padding_, dilation_;
-  int64_t groups_;
   TrainingPool pool_;
   bool fused_;
   StockConvolution c_;
@@ -170,49 +192,31 @@ class ConvTraining : public TrainingLayer<T> {
 };
 
 template <class T>
-class ConvTransposeTraining : public TrainingLayer<T> {
+class ConvTransposeTraining : public AnyConvTraining<T> {
  public:
   explicit ConvTransposeTraining(const ProgramLine& line)
-      : stride_(line.integers("stride", 1, kMostSize)),
-        padding_(line.integers("padding", 0, kMostSize)),
-        dilation_(line.integers("dilation", 1, kMostSize)),
-        output_padding_(line.integers("output_padding", 0, kMostSize)),
-        groups_(line.integer("groups", 1, kMostSize)),
-        activation_(line.activation()) {
-    this->inputs = {line.input("input"), line.input("weight")};
-    this->take(line, {"bias"});
-    if (activation_.kind != ActivationKind::identity) line.refuse("in training its activation is identity");
+      : AnyConvTraining<T>(line), output_padding_(line.integers("output_padding", 0, kMostSize)) {
+    if (line.activation().kind != ActivationKind::identity) line.refuse("in training its activation is identity");
   }
   void forward(Tensor* outputs) override {
     const Tensor &input = this->given[0], &weight = this->given[1];
-    const int64_t rank = weight.dim();
-    FASTNN_CHECK(rank >= 3 && rank <= 5, kTrainingStep, ": expected a convolution's weight to be 3D to 5D, got ", rank,
-                 "D");
-    fail_unless_rank(input, rank);
-    const size_t dims = static_cast<size_t>(rank - 2);
-    c_ = {of_each(stride_, dims, "stride"),
-          of_each(padding_, dims, "padding"),
-          of_each(dilation_, dims, "dilation"),
-          groups_,
-          true,
-          of_each(output_padding_, dims, "output_padding")};
-    FASTNN_CHECK(input.size(1) == weight.size(0) && weight.size(0) % groups_ == 0, kTrainingStep, ": a weight of size ",
-                 to_string(weight.sizes()), " and ", groups_, " groups do not fit an input of size ",
-                 to_string(input.sizes()));
-    outputs[0] = convolution(input, weight, this->given.size() > 2 ? optional(this->given[2]) : std::nullopt, c_);
+    const size_t dims = this->dims();
+    c_ = this->settings(dims);
+    c_.transposed = true;
+    c_.output_padding = of_each(output_padding_, dims, "output_padding");
+    FASTNN_CHECK(input.size(1) == weight.size(0) && weight.size(0) % c_.groups == 0, kTrainingStep,
+                 ": a weight of size ", to_string(weight.sizes()), " and ", c_.groups,
+                 " groups do not fit an input of size ", to_string(input.sizes()));
+    outputs[0] = convolution(input, weight, this->bias(), c_);
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     std::array<Tensor, 3> all = convolution_backward(gradients[0], this->given[0], this->given[1], c_,
-                                                     {wanted[0], wanted[1], this->given.size() > 2 && wanted[2]});
-    for (size_t i = 0; i < this->given.size(); ++i) {
-      if (wanted[i]) results[i].tensor = std::move(all[i]);
-    }
+                                                     {wanted[0], wanted[1], this->bias_is_wanted(wanted)});
+    this->give(all, wanted, results);
   }
 
  private:
-  Ints stride_, padding_, dilation_, output_padding_;
-  int64_t groups_;
-  Activation activation_;
+  Ints output_padding_;
   StockConvolution c_;
 };
 
