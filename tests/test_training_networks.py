@@ -335,6 +335,15 @@ def test_two_inputs_and_an_embedding() -> None:
     )  # fmt: skip
 
 
+def test_a_padding_that_is_counted_from_the_end() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.embedding(x, m.table, padding_idx=-2).mean(1)
+
+    x = torch.tensor([[0, 3, 3], [4, 3, 1]])
+    models = _pair(lambda: By(forward, table=nn.Parameter(torch.randn(5, 4))), torch.float64)
+    _follow(models, F.mse_loss, [x], torch.randn(2, 4).double(), "one operator call", 1e-9)
+
+
 def test_a_tagger() -> None:
     def make() -> nn.Module:
         return By(

@@ -208,6 +208,24 @@ inline void check_attributes(const ProgramLine& line) {
   }
 }
 
+inline constexpr AttributeEntry kInputEntries[] = {
+    {"sizes", "ints", ""}, {"dtype", "text", ""}, {nullptr, nullptr, nullptr}};
+inline constexpr AttributeEntry kWeightEntries[] = {{"sizes", "ints", ""}, {nullptr, nullptr, nullptr}};
+
+// Of a line of an input or a weight, which takes nothing and gives one value.
+inline void check_source_line(ProgramLine& line, const AttributeEntry* entries) {
+  line.entries = entries;
+  if (line.outputs.size() != 1) line.refuse("expected to give one value");
+  if (!line.inputs.empty()) line.refuse("it takes no values");
+  check_attributes(line);
+}
+// Whether an input is of int64, and not of the weights' dtype.
+inline bool is_of_integers(const ProgramLine& line) {
+  const std::string_view dtype = line.text("dtype");
+  if (!dtype.empty() && dtype != "int64") line.refuse("expected dtype=int64, or none, for the weights' dtype");
+  return !dtype.empty();
+}
+
 // The kind of layer that a line is, whose attributes the line may have. Raises where there is none, or the line has
 // other inputs or attributes.
 inline const LayerEntry& check_layer_line(ProgramLine& line) {

@@ -26,7 +26,6 @@ struct NetworkInput {
   // sizes=3,0:,2:10 and the like: a number, or the least and the most that it may be.
   explicit NetworkInput(const ProgramLine& line) {
     constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
-    if (line.outputs.size() != 1) line.refuse("expected to give one value");
     value = line.outputs[0];
     for (const std::string_view part : line.parts("sizes")) {
       const size_t colon = part.find(':');
@@ -36,9 +35,7 @@ struct NetworkInput {
       const int64_t least = number(part.substr(0, colon), 0);
       ranges.push_back({least, colon == std::string_view::npos ? least : number(part.substr(colon + 1), kAny)});
     }
-    const std::string_view dtype = line.text("dtype");
-    if (!dtype.empty() && dtype != "int64") line.refuse("expected dtype=int64, or none, for the weights' dtype");
-    is_integer = !dtype.empty();
+    is_integer = is_of_integers(line);
   }
 
   // number: of the input among all inputs.
@@ -95,16 +92,10 @@ class Network {
     std::vector<bool> is_set(values);
     for (ProgramLine line : program.lines) {
       if (line.layer == "input") {
-        static constexpr AttributeEntry entries[] = {
-            {"sizes", "ints", ""}, {"dtype", "text", ""}, {nullptr, nullptr, nullptr}};
-        line.entries = entries;
-        check_names(line);
+        check_source_line(line, kInputEntries);
         inputs.emplace_back(line);
       } else if (line.layer == "weight") {
-        if (line.outputs.size() != 1) line.refuse("expected to give one value");
-        static constexpr AttributeEntry entries[] = {{"sizes", "ints", ""}, {nullptr, nullptr, nullptr}};
-        line.entries = entries;
-        check_names(line);
+        check_source_line(line, kWeightEntries);
         const Ints sizes = line.integers("sizes", 0, int64_t{1} << 40);
         FASTNN_CHECK(next < pieces.size(), "network: the program asks for more weights than there are");
         const WeightPiece<T>& piece = pieces[next];
@@ -156,12 +147,6 @@ class Network {
       changes.push_back({std::make_unique<ReformatLayer<T>>(input.value, changed), 0, "reformat"});
     }
     steps.insert(steps.begin(), std::make_move_iterator(changes.begin()), std::make_move_iterator(changes.end()));
-  }
-
-  // Of a line that takes nothing.
-  static void check_names(const ProgramLine& line) {
-    if (!line.inputs.empty()) line.refuse("it takes no values");
-    check_attributes(line);
   }
 
   void add_layer(ProgramLine& line) {

@@ -19,15 +19,10 @@ class TrainingPass {
     values_.resize(parsed.values.size());
     for (ProgramLine line : parsed.lines) {
       if (line.layer == "input") {
-        static constexpr AttributeEntry entries[] = {
-            {"sizes", "ints", ""}, {"dtype", "text", ""}, {nullptr, nullptr, nullptr}};
-        check_source(line, entries);
-        const std::string_view dtype = line.text("dtype");
-        if (!dtype.empty() && dtype != "int64") line.refuse("expected dtype=int64, or none, for the weights' dtype");
-        inputs_.push_back({line.outputs[0], !dtype.empty()});
+        check_source_line(line, kInputEntries);
+        inputs_.push_back({line.outputs[0], is_of_integers(line)});
       } else if (line.layer == "weight") {
-        static constexpr AttributeEntry entries[] = {{"sizes", "ints", ""}, {nullptr, nullptr, nullptr}};
-        check_source(line, entries);
+        check_source_line(line, kWeightEntries);
         parameters_.push_back(line.outputs[0]);
       } else if (line.layer == "output") {
         read_outputs(line);
@@ -136,12 +131,6 @@ class TrainingPass {
 
   static size_t at(int64_t value) { return static_cast<size_t>(value); }
 
-  static void check_source(ProgramLine& line, const AttributeEntry* entries) {
-    line.entries = entries;
-    if (line.outputs.size() != 1) line.refuse("expected to give one value");
-    if (!line.inputs.empty()) line.refuse("it takes no values");
-    check_attributes(line);
-  }
   void check_kinds(const ProgramLine& line, const TrainingLayer<T>& layer) const {
     for (size_t i = 0; i + layer.inputs_for_sizes() < layer.inputs.size(); ++i) {
       bool is_integer = false;

@@ -780,6 +780,8 @@ def _add_embedding(read: _Reader, node: Node, x: Any, weight: list[Value], paddi
         raise NotANetworkError("an embedding takes numbers that are no input of the model")
     if any(numbers in line.taken() for line in read.lines if line.layer != "embedding"):
         raise NotANetworkError("an input of integers goes to more than embeddings")
+    if padding is not None and padding < 0:  # torch counts it from the end
+        padding += weight[0].sizes[0]
     read.integers.add(numbers)
     read.add(node, "embedding", {"input": [numbers], "weight": weight}, padding_idx=-1 if padding is None else padding)
 
@@ -906,6 +908,8 @@ def _add_upsample(read: _Reader, node: Node, x: Any, size: Any, factor: Any, mod
         factor = [factor] * dims
     if not all(float(one).is_integer() for one in factor):
         raise NotANetworkError("an interpolation's factors are no whole numbers")
+    if len(factor) > 2:
+        raise NotANetworkError("an interpolation has more than two dimensions")
     whole = [int(one) for one in factor]
     read.add(
         node, "upsample", {"input": [read.data(x)]}, factors=whole, linear=mode != "nearest",

@@ -222,7 +222,9 @@ def _may_train_by_kernel(
     )
 
 
-_ROUNDING = 16.0  # squares of rounding errors of a mean that its variance is held against (BatchNormStage has it too)
+_ROUNDING = (
+    16.0  # squares of rounding errors of a mean that its variance is held against (BatchNormTraining has it too)
+)
 
 
 class BatchNormReluMaxPool(torch.autograd.Function):

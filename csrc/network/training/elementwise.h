@@ -142,15 +142,14 @@ class DropoutTraining : public UnaryTraining<T> {
 
 // As many normal numbers as the input has elements, drawn by torch.
 template <class T>
-class NoiseTraining : public UnaryTraining<T> {
+class NoiseTraining : public TrainingLayer<T> {
  public:
-  using UnaryTraining<T>::UnaryTraining;
+  explicit NoiseTraining(const ProgramLine& line) { this->inputs = {line.input("input")}; }
   void forward(Tensor* outputs) override {
-    outputs[0] = new_like<T>(this->input());
+    outputs[0] = new_like<T>(this->given[0]);
     stock("aten::normal_", "", outputs[0], 0.0, 1.0, std::optional<AtenTensorHandle>());
   }
   void backward(const Tensor*, const bool*, Gradient<T>*) override {}  // it does not depend on the input's elements
-  Tensor gradient_of(const Tensor&) override { return Tensor(); }
 };
 
 }  // namespace fastnn

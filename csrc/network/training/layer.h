@@ -70,6 +70,13 @@ class UnaryTraining : public TrainingLayer<T> {
   const Tensor& input() const { return this->given[0]; }
 };
 
+// A dimension as torch counts it, from the end where it is negative.
+inline int64_t wrap_dim(int64_t dim, size_t rank) {
+  const int64_t count = static_cast<int64_t>(rank);
+  FASTNN_CHECK(dim >= -count && dim < count, kTrainingStep, ": dimension ", dim, " of ", rank, " dimensions");
+  return dim < 0 ? dim + count : dim;
+}
+
 // A tensor's memory under other sizes, while that lives.
 template <class T>
 Tensor as_sizes(const T* memory, const Ints& sizes) {

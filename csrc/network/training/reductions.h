@@ -11,7 +11,6 @@ class MeanTraining : public UnaryTraining<T> {
  public:
   explicit MeanTraining(const ProgramLine& line)
       : UnaryTraining<T>(line),
-        line_(line),
         dims_(line.integers("dims", -16, 15)),
         keeps_(line.flag("keepdim")),
         sums_(line.flag("sums")) {}
@@ -24,7 +23,7 @@ class MeanTraining : public UnaryTraining<T> {
     }
     count_ = 1;
     for (const int64_t dim : dims) {
-      int64_t& size = kept_sizes_[dimension_of(line_, dim, sizes.size())];
+      int64_t& size = kept_sizes_[static_cast<size_t>(wrap_dim(dim, sizes.size()))];
       count_ = checked_product(count_, std::exchange(size, 1));
     }
     const std::optional<ScalarType> same;
@@ -38,7 +37,6 @@ class MeanTraining : public UnaryTraining<T> {
   }
 
  private:
-  ProgramLine line_;
   Ints dims_, kept_sizes_;
   bool keeps_, sums_;
   int64_t count_ = 1;

@@ -23,12 +23,6 @@ class ResizingTraining : public UnaryTraining<T> {
 
  protected:
   virtual Ints new_sizes(const Ints& sizes) const = 0;
-  static size_t dimension(int64_t dim, size_t rank) {
-    const int64_t count = static_cast<int64_t>(rank), from_start = dim < 0 ? dim + count : dim;
-    FASTNN_CHECK(from_start >= 0 && from_start < count, kTrainingStep, ": dimension ", dim, " of ", rank,
-                 " dimensions");
-    return static_cast<size_t>(from_start);
-  }
 
  private:
   static Tensor under(const Tensor& tensor, const Ints& sizes) {
@@ -48,11 +42,11 @@ class FlattenTraining : public ResizingTraining<T> {
  protected:
   Ints new_sizes(const Ints& sizes) const override {
     if (sizes.empty()) return {1};
-    const size_t first = this->dimension(start_, sizes.size()), last = this->dimension(end_, sizes.size());
+    const int64_t first = wrap_dim(start_, sizes.size()), last = wrap_dim(end_, sizes.size());
     FASTNN_CHECK(first <= last, kTrainingStep, ": flatten() has invalid args: start_dim cannot come after end_dim");
-    Ints result(sizes.begin(), sizes.begin() + static_cast<ptrdiff_t>(first));
-    result.push_back(product(sizes, first, last + 1));
-    result.insert(result.end(), sizes.begin() + static_cast<ptrdiff_t>(last) + 1, sizes.end());
+    Ints result(sizes.begin(), sizes.begin() + first);
+    result.push_back(product(sizes, static_cast<size_t>(first), static_cast<size_t>(last) + 1));
+    result.insert(result.end(), sizes.begin() + last + 1, sizes.end());
     return result;
   }
 
@@ -68,8 +62,8 @@ class SqueezeTraining : public ResizingTraining<T> {
  protected:
   Ints new_sizes(const Ints& sizes) const override {
     Ints result = sizes;
-    const size_t d = this->dimension(dim_, sizes.size());
-    if (sizes[d] == 1) result.erase(result.begin() + static_cast<ptrdiff_t>(d));
+    const auto place = result.begin() + wrap_dim(dim_, sizes.size());
+    if (*place == 1) result.erase(place);
     return result;
   }
 
@@ -85,7 +79,7 @@ class UnsqueezeTraining : public ResizingTraining<T> {
  protected:
   Ints new_sizes(const Ints& sizes) const override {
     Ints result = sizes;
-    result.insert(result.begin() + static_cast<ptrdiff_t>(this->dimension(dim_, sizes.size() + 1)), 1);
+    result.insert(result.begin() + wrap_dim(dim_, sizes.size() + 1), 1);
     return result;
   }
 
@@ -191,22 +185,22 @@ class SliceTraining : public UnaryTraining<T> {
 // Parts along a dimension, one behind the other: as many as torch.chunk makes of it ("chunks"), or of a size ("size"),
 // or of several sizes ("sizes"); or single elements, without the dimension ("unbind").
 template <class T>
-class SplitTraining : public UnaryTraining<T> {
+class SplitTraining : public TrainingLayer<T> {
  public:
   explicit SplitTraining(const ProgramLine& line)
-      : UnaryTraining<T>(line),
-        dim_(line.integer("dim", -16, 15)),
+      : dim_(line.integer("dim", -16, 15)),
         chunks_(line.integer("chunks", 0, int64_t{1} << 31)),
         size_(line.integer("size", 0, int64_t{1} << 40)),
         sizes_(line.integers("sizes", 0, int64_t{1} << 40)),
         unbinds_(line.flag("unbind")),
-        count_(line.outputs.size()) {}
+        count_(line.outputs.size()) {
+    this->inputs = {line.input("input")};
+  }
 
   void forward(Tensor* outputs) override {
-    const Ints all = sizes_of(this->input());
-    const int64_t rank = static_cast<int64_t>(all.size());
-    FASTNN_CHECK(dim_ >= -rank && dim_ < rank, kTrainingStep, ": dimension ", dim_, " of ", rank, " dimensions");
-    place_ = dim_ < 0 ? dim_ + rank : dim_;
+    const Tensor& input = this->given[0];
+    const Ints all = sizes_of(input);
+    place_ = wrap_dim(dim_, all.size());
     const int64_t whole = all[static_cast<size_t>(place_)];
     parts_ = sizes_;
     if (parts_.empty()) {
@@ -220,15 +214,15 @@ class SplitTraining : public UnaryTraining<T> {
                  " elements does not split into ", count_, " such parts");
     int64_t first = 0;
     for (size_t i = 0; i < count_; ++i) {
-      outputs[i] = unbinds_ ? stock("aten::select", "int", this->input(), place_, first)
-                            : stock("aten::narrow", "", this->input(), place_, first, parts_[i]);
+      outputs[i] = unbinds_ ? stock("aten::select", "int", input, place_, first)
+                            : stock("aten::narrow", "", input, place_, first, parts_[i]);
       first += parts_[i];
     }
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     if (!wanted[0]) return;
     TensorList parts;
-    Ints sizes = sizes_of(this->input());
+    Ints sizes = sizes_of(this->given[0]);
     for (size_t i = 0; i < count_; ++i) {
       sizes[static_cast<size_t>(place_)] = parts_[i];
       if (gradients[i].defined()) {
@@ -240,7 +234,6 @@ class SplitTraining : public UnaryTraining<T> {
     }
     results[0].tensor = stock("aten::cat", "", std::move(parts), place_);
   }
-  Tensor gradient_of(const Tensor&) override { return Tensor(); }
 
  private:
   int64_t dim_, chunks_, size_;
@@ -271,7 +264,7 @@ class CatTraining : public TrainingLayer<T> {
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     int64_t first = 0;
-    const int64_t dim = dim_ < 0 ? dim_ + gradients[0].dim() : dim_;
+    const int64_t dim = wrap_dim(dim_, static_cast<size_t>(gradients[0].dim()));
     for (size_t i = 0; i < this->given.size(); ++i) {
       const int64_t size = this->given[i].size(dim);
       if (wanted[i]) results[i].tensor = stock("aten::narrow", "", gradients[0], dim, first, size);
@@ -288,9 +281,7 @@ template <class T>
 class PadTraining : public UnaryTraining<T> {
  public:
   explicit PadTraining(const ProgramLine& line)
-      : UnaryTraining<T>(line),
-        layer_(line, Weights<T>()),
-        padding_(line.integers("padding", -(int64_t{1} << 31), int64_t{1} << 31)) {}
+      : UnaryTraining<T>(line), layer_(line, Weights<T>()), padding_(line.integers("padding", 0, int64_t{1} << 31)) {}
   void forward(Tensor* outputs) override {
     const Tensor from = dense(this->input());
     Site<T> site;
@@ -307,9 +298,7 @@ class PadTraining : public UnaryTraining<T> {
     Tensor result = gradient.borrow();
     for (size_t i = 0; i < padding_.size(); i += 2) {
       const int64_t dim = result.dim() - 1 - static_cast<int64_t>(i / 2);
-      const int64_t size = this->input().size(dim), first = padding_[i];
-      FASTNN_CHECK(first >= 0 && padding_[i + 1] >= 0, kTrainingStep, ": padding below 0 is not supported here");
-      result = stock("aten::narrow", "", result, dim, first, size);
+      result = stock("aten::narrow", "", result, dim, padding_[i], this->input().size(dim));
     }
     return result;
   }
