@@ -144,15 +144,15 @@ class TrainingStep:
             self._read()
         if self._reading is None:
             return f"forward and backward by autograd, {self._average()}the optimizer's own step: {self._why}"
-        stages = "; ".join(self._reading.network.describe())
+        layers = "; ".join(self._reading.network.describe())
         last = f"; but the last step went the ordinary way: {self._last_why}" if self._last_why else ""
         if self._ranks is not None:
             own_loss = f"the loss by itself ({self._reading.loss_why}), " if self._reading.loss_why else ""
             calls = f"forward and backward by operators, {own_loss}{self._average()}the update by another"
-            return f"{calls}: {stages}{last}"
+            return f"{calls}: {layers}{last}"
         if self._reading.loss_why:
-            return f"two operator calls and between them the loss ({self._reading.loss_why}): {stages}{last}"
-        return f"one operator call: {stages}{last}"
+            return f"two operator calls and between them the loss ({self._reading.loss_why}): {layers}{last}"
+        return f"one operator call: {layers}{last}"
 
     def _average(self) -> str:
         return "" if self._ranks is None else f"an all-reduce over {self._ranks.size} processes, "
