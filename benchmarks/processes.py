@@ -44,9 +44,9 @@ def runners_of(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def seconds_a_call(run: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Calls for so many seconds -> what a call has taken of the processor, and by the clock."""
+    """Calls for so many seconds, at least once -> what a call has taken of the processor, and by the clock."""
     begin, used, calls = perf_counter(), process_time(), 0
-    while perf_counter() < begin + seconds:
+    while calls == 0 or perf_counter() < begin + seconds:
         run()
         calls += 1
     return (process_time() - used) / calls, (perf_counter() - begin) / calls
