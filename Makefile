@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
     sweep-conv sweep-mlp wheel wheels clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=$(PYTHON) and CXX=$(CXX) to build with; ARGS= for pytest (-n0: in one process) or the benchmark programs."
 
 build: $(VENV)/build.stamp  ## Build the extension and install fastnn into .venv, editable
@@ -156,3 +156,4 @@ $(VENV)/%.stamp: $(VENV)/build.stamp
 	@touch $@
 
 include gpu.mk
+include elsewhere.mk

@@ -2,10 +2,10 @@
 
 import importlib.util
 import os
-import platform
 import shlex
 import shutil
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,13 +26,24 @@ ISA_INDEPENDENT = [
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # No -ffast-math: it drops NaN and can set flush-to-zero for the whole process.
 # Python brings -fwrapv along, which costs the inner loops 4 %: counters that may wrap around are kept in memory.
-KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fno-wrapv", "-fstrict-overflow"]
-INSTRUCTION_SETS = {"baseline": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["avx512"] = [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
-    ]
+# GCC undoes that by the second flag, clang by the first, and clang would warn that it has no use for the second.
+OVERFLOW_FLAGS = ["-fno-wrapv", "-fstrict-overflow", "-Wno-unused-command-line-argument"]
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *OVERFLOW_FLAGS]
+# What is compiled for: "linux-x86_64", "macosx-11.0-arm64". It is not this machine where a cross compiler runs.
+TARGET = sysconfig.get_platform()
+# The sets that have kernels of their own (csrc/simd/isa.h), with the flags that each takes.
+if TARGET.endswith(("x86_64", "amd64")):
+    INSTRUCTION_SETS = {
+        "baseline": [],
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
+    }
+elif TARGET.endswith(("aarch64", "arm64")):
+    INSTRUCTION_SETS = {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]}
+    # GCC orders instructions there before it assigns registers, so that large register tiles would not fit.
+    KERNEL_FLAGS += ["-fno-schedule-insns"]
+else:
+    INSTRUCTION_SETS = {"baseline": []}
 
 
 def module_macros():
@@ -121,7 +132,7 @@ class BuildExtension(build_ext):
 def extension():
     torch_root = Path(torch.__file__).parent
     link = (
-        ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+        ["-Wl,-undefined,dynamic_lookup"] if TARGET.startswith("macosx") else ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
     )
     return Extension(
         "fastnn._C",

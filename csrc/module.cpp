@@ -16,6 +16,7 @@
 #include "kernels/update.h"
 #include "network/bound_step.h"
 #include "network/layer.h"
+#include "ops/conv_problem.h"
 #include "ops/mlp_chain.h"
 #include "ops/team_balance.h"
 #include "simd/activation.h"
@@ -189,6 +190,14 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       py::arg("name"), "Choose the kernels of another supported instruction set, for tests and measurements.");
+  m.def(
+      "set_onednn_dtypes",
+      [](bool float32, bool bfloat16) {
+        fastnn::onednn_dtypes.float32 = float32;
+        fastnn::onednn_dtypes.bfloat16 = bfloat16;
+      },
+      py::arg("float32"), py::arg("bfloat16"),
+      "Say in which dtypes torch leaves convolutions to oneDNN, which decides the memory format of some results.");
   m.def(
       "multiply_adds", [](int64_t rounds) { return fastnn::probe_kernels().multiply_adds(rounds); }, py::arg("rounds"),
       py::call_guard<py::gil_scoped_release>(),

@@ -87,8 +87,13 @@ operator_names: Callable[[], list[str]] = _private("_C._dispatch_get_all_op_name
 has_kernel: Callable[[str, str], bool] = _private("_C._dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
 
 
-def onednn_has_bfloat16() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def onednn_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes that oneDNN computes in on this processor, as far as torch asks it to."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    return frozenset(
+        {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
+    )
 
 
 def raw_stream(device: int) -> int:

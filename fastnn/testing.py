@@ -103,9 +103,11 @@ def _outputs_and_gradients(
     return outputs, list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
 
 
-def instruction_sets() -> list[str]:
-    """The instruction sets compiled in that this machine can run."""
-    return list(load_extension().supported_instruction_sets())
+def instruction_sets(*, bfloat16: bool = True) -> list[str]:
+    """The instruction sets compiled in that this machine can run; without ``bfloat16``, only those whose kernels differ
+    from another set's in more than bfloat16."""
+    names: list[str] = load_extension().supported_instruction_sets()
+    return [name for name in names if bfloat16 or not name.endswith("_bf16")]
 
 
 @contextmanager

@@ -8,9 +8,14 @@ import torch
 from fastnn import testing
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The GPU kernels' tests first: they take longest, and other workers take what comes after them."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, help="run only every so many of the tests, where each takes long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The GPU kernels' tests come first: they take longest, and other workers take what comes after them."""
     items.sort(key=lambda item: item.path.name != "test_gpu_kernels.py")
+    items[:] = items[:: config.getoption("every")]
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +38,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-# Their kernels are those of avx512, but for the convolution in bfloat16.
-OF_BFLOAT16 = ("avx512_bf16", "amx_bf16")
-
-
-@pytest.fixture(params=[name for name in testing.instruction_sets() if name not in OF_BFLOAT16])
+@pytest.fixture(params=testing.instruction_sets(bfloat16=False))
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with the kernels of each instruction set that this machine has and that has kernels of its own."""
     with testing.using_instruction_set(request.param):

@@ -110,15 +110,11 @@ class TestSpecialValues:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # stock's bfloat16 gives 0
     def test_negative_zero_stays(self, instruction_set: str, dtype: torch.dtype) -> None:
+        """As max(x, 0) has it, and torch on x86-64; torch's ReLU on ARM makes 0 of -0."""
         zeros = torch.full((1, 1, 4, 4), -0.0, dtype=dtype)
         one = torch.ones(1, 1, 1, 1, dtype=dtype)
         bias = torch.full((1,), -0.0, dtype=dtype)
-        arguments = geometry(2)
-        result, stock = (
-            FUSED[2](zeros, one, bias, *arguments),
-            reference.conv_relu_max_pool(zeros, one, bias, *arguments),
-        )
-        assert torch.equal(result.signbit(), stock.signbit())
+        assert FUSED[2](zeros, one, bias, *geometry(2)).signbit().all()
 
     def test_denormals_stay(self, instruction_set: str) -> None:
         input = torch.full((1, 1, 4, 4), 1e-40)

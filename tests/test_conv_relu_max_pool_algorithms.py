@@ -61,15 +61,15 @@ def applies(
 
 
 def kernels(algorithm: str) -> list[tuple[str, torch.dtype]]:
-    """Instruction sets and dtypes of which the algorithm's kernels differ: the sets beyond avx512 have other
-    instructions for direct convolution in bfloat16 alone, and ``stock``'s own kernels are those of others."""
-    names = instruction_sets()
+    """Instruction sets and dtypes of which the algorithm's kernels differ: the sets for bfloat16 have other
+    instructions for direct convolution in it alone, and ``stock``'s own kernels are those of others."""
+    names, plain = instruction_sets(), instruction_sets(bfloat16=False)
     if algorithm == "stock":
         return [(names[-1], dtype) for dtype in DTYPES]
     dtypes = DTYPES if algorithm in ("depthwise", "direct") else (torch.float32, torch.bfloat16)
-    found = [(name, dtype) for name in names if name in ("baseline", "avx2", "avx512") for dtype in dtypes]
+    found = [(name, dtype) for name in plain for dtype in dtypes]
     if algorithm == "direct":
-        found += [(name, torch.bfloat16) for name in names if name in ("avx512_bf16", "amx_bf16")]
+        found += [(name, torch.bfloat16) for name in names if name not in plain]
     return found
 
 

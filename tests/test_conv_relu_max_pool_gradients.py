@@ -10,8 +10,7 @@ from torch import Tensor
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.testing import DTYPES, instruction_sets, using_instruction_set, using_threads
 
-KERNELS = [(name, dtype) for name in instruction_sets() for dtype in DTYPES
-           if dtype is torch.bfloat16 or name in ("baseline", "avx2", "avx512")]  # fmt: skip
+KERNELS = [(name, dtype) for dtype in DTYPES for name in instruction_sets(bfloat16=dtype is torch.bfloat16)]
 
 
 @functools.cache

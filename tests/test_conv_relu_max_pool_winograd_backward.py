@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastnn.testing import assert_close_to_reference, instruction_sets, using_instruction_set, using_threads
 
-INSTRUCTION_SETS = [name for name in instruction_sets() if name in ("baseline", "avx2", "avx512")]
+INSTRUCTION_SETS = instruction_sets(bfloat16=False)
 of_each_kernel = pytest.mark.parametrize(
     ("instructions", "dtype"),
     [(name, dtype) for name in INSTRUCTION_SETS for dtype in (torch.float32, torch.float64)],

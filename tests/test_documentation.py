@@ -116,10 +116,10 @@ def test_files_are_used_by_a_command_behind_them() -> None:
 
 
 def test_make_has_what_the_pages_name() -> None:
-    makefiles = "".join((ROOT / name).read_text() for name in ("Makefile", "gpu.mk"))
-    targets = set(re.findall(r"^([a-z-]+):", makefiles, re.MULTILINE))
+    makefiles = "".join(path.read_text() for path in (ROOT / "Makefile", *ROOT.glob("*.mk")))
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefiles, re.MULTILINE))
     for page, text in TEXT.items():
-        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
+        named = set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.MULTILINE))
         assert named <= targets, page
 
 

@@ -16,8 +16,8 @@ FASTNN_INLINE Vec<T> combine(Vec<T> x, Vec<T> y) {
   if constexpr (kind == BinaryKind::mul) return x * y;
   if constexpr (kind == BinaryKind::div) return x / y;
   // NaN wins, whichever of the two it is.
-  if constexpr (kind == BinaryKind::maximum) return (x > y) | (x != x) ? x : y;
-  if constexpr (kind == BinaryKind::minimum) return (x < y) | (x != x) ? x : y;
+  if constexpr (kind == BinaryKind::maximum) return ((x > y) | (x != x)) ? x : y;
+  if constexpr (kind == BinaryKind::minimum) return ((x < y) | (x != x)) ? x : y;
 }
 
 template <BinaryKind kind, class T>
@@ -98,7 +98,7 @@ void largest(const T* const* places, int64_t count, int64_t step, int64_t window
       Vec<T> best = broadcast<T>(-static_cast<T>(__builtin_inf()));
       for (int64_t p = 0; p < count; ++p) {
         const Vec<T> x = load_up_to<T>(places[p] + w * step + i, channels - i);
-        best = (x > best) | (x != x) ? x : best;
+        best = ((x > best) | (x != x)) ? x : best;
       }
       store_up_to<T>(to + w * to_step + i, best, channels - i);
     }

@@ -39,11 +39,41 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
 
 // The longest sum taken in one go: rounding errors grow with it, so that longer ones are summed in parts. As accurate
 // as stock's sums of any length. Where products are rounded as well, before they are added, half as many.
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr int64_t kLongestSum = 128;
 #else
 constexpr int64_t kLongestSum = 64;
 #endif
+
+// The rows of a tile's left operand, whose elements are broadcast one by one, all at the same place of their rows.
+template <int rows, class T>
+class LeftRows {
+ public:
+  FASTNN_INLINE LeftRows(const T* first, int64_t step) : step_(step) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kPointers; ++r) {
+      row_[r] = first + r * step;
+      if constexpr (kPointsAtRows) keep_in_register(row_[r]);
+    }
+  }
+  // Goes so many elements on.
+  FASTNN_INLINE void advance(int64_t by) {
+    if constexpr (kPointsAtRows) {
+      place_ += by;
+    } else {
+      row_[0] += by;
+    }
+  }
+  // Row r's element so far behind the place.
+  FASTNN_INLINE T at(int r, int64_t behind = 0) const {
+    return kPointsAtRows ? row_[r % kPointers][place_ + behind] : row_[0][r * step_ + behind];
+  }
+
+ private:
+  static constexpr int kPointers = kPointsAtRows ? rows : 1;
+  const T* row_[kPointers];
+  int64_t step_, place_ = 0;
+};
 
 // earlier (+)= total, total = 0
 template <int rows, int vectors, class V>
@@ -69,6 +99,7 @@ FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) total[r][v] = Vec<T>{};
   }
+  LeftRows<rows, A> left_rows(a, a_row);
   const auto run = [&](auto load_last) __attribute__((always_inline)) {
     Vec<T> earlier[rows][vectors];  // the parts already summed, in memory: the registers are taken
     for (int64_t part = 0; part < depth; part += kLongestSum) {
@@ -81,11 +112,11 @@ FASTNN_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64
         right[vectors - 1] = load_last(b + (vectors - 1) * kLanes<T>);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-          const Vec<T> left = broadcast<T>(to_compute(a[r * a_row]));
+          const Vec<T> left = broadcast<T>(to_compute(left_rows.at(r)));
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) total[r][v] = multiply_add(left, right[v], total[r][v]);
         }
-        a += a_depth;
+        left_rows.advance(a_depth);
         b += b_depth;
       }
     }

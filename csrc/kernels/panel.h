@@ -42,7 +42,8 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
   constexpr bool kFetchesAhead = 2 * rows > tile_rows(vectors);
   constexpr int kAhead = 2048, kRowBytes = width * sizeof(C);
   Vec<C> total[parts][rows][vectors] = {};
-  const int64_t row = strides.row(), step = strides.depth();
+  const int64_t step = strides.depth();
+  LeftRows<rows, C> left_rows(a, strides.row());
   const auto multiply_one = [&](int part) __attribute__((always_inline)) {
     Vec<C> right[vectors];
 #pragma GCC unroll 4
@@ -56,7 +57,7 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const Vec<C> left = broadcast<C>(a[r * row + part * step]);
+      const Vec<C> left = broadcast<C>(left_rows.at(r, part * step));
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) total[part][r][v] += left * right[v];
     }
@@ -65,13 +66,13 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
   for (; k + parts <= depth; k += parts) {
 #pragma GCC unroll 4
     for (int part = 0; part < parts; ++part) multiply_one(part);
-    a += parts * step;
+    left_rows.advance(parts * step);
     panel += parts * width;
   }
   if constexpr (parts > 1) {
     for (; k < depth; ++k) {
       multiply_one(0);
-      a += step;
+      left_rows.advance(step);
       panel += width;
     }
   }

@@ -144,7 +144,7 @@ double moving_cost(const ValueType& value, size_t dim) {
     inside = inside || d == dim;
     if (inside) length *= std::max<int64_t>(value.sizes[d], 1);
   }
-  const double lanes = static_cast<double>(conv_kernels().get<T>().vector_bytes) / sizeof(T);
+  const double lanes = static_cast<double>(conv_kernels().get<T>().machine.vector_bytes) / sizeof(T);
   const double count = static_cast<double>(value.count()), runs = count / static_cast<double>(length);
   return runs * (kRun + std::ceil(static_cast<double>(length) / lanes) * tuned::kCopy);
 }

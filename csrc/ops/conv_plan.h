@@ -22,10 +22,9 @@ struct KeyOf {
   KeyOf(const ConvPoolGeometry& sizes, const Kernels& kernels) {
     std::memset(static_cast<void*>(this), 0, sizeof(*this));  // the bytes between the fields, too
     geometry = sizes;
-    machine.vector_bytes = kernels.vector_bytes;
-    machine.registers = kernels.registers;
-    machine.has_pairs = kernels.vector_bytes == 64 && isa_multiplies_pairs();
-    machine.has_matrix = kernels.vector_bytes == 64 && isa_multiplies_matrices();
+    machine = kernels.machine;
+    machine.multiplies_pairs = machine.multiplies_pairs && isa_multiplies_pairs();
+    machine.multiplies_matrices = machine.multiplies_matrices && isa_multiplies_matrices();
   }
   bool operator==(const KeyOf& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };

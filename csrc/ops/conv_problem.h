@@ -1,6 +1,8 @@
 // The arguments of fastnn::conv_relu_max_pool, checked, and what follows from them.
 #pragma once
 
+#include <atomic>
+
 #include "../kernels/conv/problem.h"
 #include "tensor.h"
 
@@ -82,10 +84,21 @@ inline Tensor new_formatted(const Ints& sizes, ScalarType dtype, bool channels_l
   return new_strided_tensor(sizes, format_strides(sizes, true).data(), dtype);
 }
 
-// The output has the format of PyTorch's output: its float64 convolution in three dimensions has no channels last.
+// Whether torch leaves convolutions of a dtype to oneDNN, as Python says on import.
+struct OneDnnDtypes {
+  std::atomic<bool> float32{true}, bfloat16{true};
+
+  bool has(ScalarType dtype) const {
+    return (dtype == ScalarType::Float && float32) || (dtype == ScalarType::BFloat16 && bfloat16);
+  }
+};
+inline OneDnnDtypes onednn_dtypes;
+
+// The output has the format of PyTorch's output: in three dimensions, only its convolutions by oneDNN keep channels
+// last.
 inline bool output_is_channels_last(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
   return (is_channels_last(input) || is_channels_last(weight)) &&
-         !(problem.kind.dtype == ScalarType::Double && problem.dims == 3);
+         (problem.dims < 3 || onednn_dtypes.has(problem.kind.dtype));
 }
 
 inline Ints output_sizes(const ConvPoolProblem& problem) {

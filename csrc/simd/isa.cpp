@@ -7,6 +7,10 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fastnn {
@@ -23,10 +27,11 @@ constexpr IsaName kIsas[] = {
 #undef FASTNN_ROW
 };
 
+#if defined(__x86_64__)
 // Whether the processor has a matrix unit for bfloat16 and the system lets this process use it: Linux has to be asked,
 // once, for all threads.
 bool has_matrix_unit() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -37,9 +42,24 @@ bool has_matrix_unit() {
   return false;
 #endif
 }
+#elif defined(__aarch64__)
+// Whether the processor has the instructions for bfloat16 (FEAT_BF16), as the system says.
+bool has_bfloat16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found != 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa best_isa() {
-  Isa best = Isa::baseline;
+  Isa best = kIsas[0].isa;
   for (const IsaName& row : kIsas) {
     if (isa_is_supported(row.isa)) best = row.isa;
   }
@@ -54,7 +74,7 @@ std::atomic<Isa>& current_isa() {
 }  // namespace
 
 bool isa_is_supported(Isa isa) {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
   __builtin_cpu_init();
   switch (isa) {
     case Isa::amx_bf16:
@@ -69,6 +89,8 @@ bool isa_is_supported(Isa isa) {
     default:
       return true;
   }
+#elif defined(__aarch64__)
+  return isa == Isa::neon || has_bfloat16();
 #else
   return isa == Isa::baseline;
 #endif
@@ -79,15 +101,17 @@ Isa active_isa() {
 }
 
 bool isa_multiplies_pairs() {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
   return active_isa() == Isa::avx512_bf16 || active_isa() == Isa::amx_bf16;
+#elif defined(__aarch64__)
+  return active_isa() == Isa::neon_bf16;
 #else
   return false;
 #endif
 }
 
 bool isa_multiplies_matrices() {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
   return active_isa() == Isa::amx_bf16;
 #else
   return false;

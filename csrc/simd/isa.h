@@ -5,17 +5,22 @@
 // namespace and include no C++ library header: an inline function outside it could be emitted with one set's
 // instructions and linked for all.
 //
-// X(set, the set whose kernels it runs, ...). avx512_bf16 and amx_bf16 run the kernels of avx512, which ask
-// (isa_multiplies_pairs, isa_multiplies_matrices) before they use instructions beyond it.
+// X(set, the set whose kernels it runs, ...), the one that every processor has first, the best last. avx512_bf16 and
+// amx_bf16 run the kernels of avx512, which ask (isa_multiplies_pairs, isa_multiplies_matrices) before they use
+// instructions beyond it.
 #pragma once
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 #define FASTNN_FOR_EACH_ISA(X, ...)   \
   X(baseline, baseline, __VA_ARGS__)  \
   X(avx2, avx2, __VA_ARGS__)          \
   X(avx512, avx512, __VA_ARGS__)      \
   X(avx512_bf16, avx512, __VA_ARGS__) \
   X(amx_bf16, avx512, __VA_ARGS__)
+#elif defined(__aarch64__)
+#define FASTNN_FOR_EACH_ISA(X, ...) \
+  X(neon, neon, __VA_ARGS__)        \
+  X(neon_bf16, neon_bf16, __VA_ARGS__)
 #else
 #define FASTNN_FOR_EACH_ISA(X, ...) X(baseline, baseline, __VA_ARGS__)
 #endif
@@ -54,6 +59,6 @@ bool use_isa(const char* name);
   FASTNN_FOR_EACH_ISA(FASTNN_DECLARE_IN_ISA, Table, name)                          \
   static inline const Table& name() {                                              \
     switch (active_isa()) { FASTNN_FOR_EACH_ISA(FASTNN_CASE_OF_ISA, Table, name) } \
-    return baseline::name;                                                         \
+    __builtin_unreachable();                                                       \
   }                                                                                \
   }

@@ -9,7 +9,7 @@ namespace FASTNN_ISA {
 
 constexpr int64_t kMatrixRows = 16;
 
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_MATRIX)
 // Configures a thread's tiles, for as long as the object lives.
 //   0 to 3: sums, [row][lane]; 4, 5: the left operand, [row][number]; 6, 7: the right one, [pair of numbers][lane]
 class MatrixUnit {

@@ -112,17 +112,26 @@ FASTNN_INLINE void transpose<float>(Vec<float> (&rows)[kLanes<float>]) {
 }
 #endif
 
-#if defined(__AVX512F__)
-// Pairs of the bfloat16 of x and y: of the first half of each quarter of them, of the second half.
+#if defined(FASTNN_HAS_PAIRS)
+// Pairs of the bfloat16 of x and y: of the first half of each 16 bytes of them, of the second half.
 FASTNN_INLINE Vec<float> zip_quarters_low(Vec<float> x, Vec<float> y) {
+#if defined(__aarch64__)
+  return (Vec<float>)vzip1q_u16((uint16x8_t)x, (uint16x8_t)y);
+#else
   return (Vec<float>)_mm512_unpacklo_epi16((__m512i)x, (__m512i)y);
+#endif
 }
 FASTNN_INLINE Vec<float> zip_quarters_high(Vec<float> x, Vec<float> y) {
+#if defined(__aarch64__)
+  return (Vec<float>)vzip2q_u16((uint16x8_t)x, (uint16x8_t)y);
+#else
   return (Vec<float>)_mm512_unpackhi_epi16((__m512i)x, (__m512i)y);
+#endif
 }
 // Orders each vector of `count` numbers so that zip_quarters_low takes its first half in order, and zip_quarters_high
 // its second.
-inline void order_for_zip(bfloat16* numbers, int64_t count) {
+inline void order_for_zip([[maybe_unused]] bfloat16* numbers, [[maybe_unused]] int64_t count) {
+#if defined(__AVX512F__)  // elsewhere a vector has one quarter, which is in order as it is
   constexpr int lanes = 2 * kLanes<float>;
   uint16_t order[lanes];
   for (int i = 0; i < lanes; ++i) {
@@ -132,6 +141,7 @@ inline void order_for_zip(bfloat16* numbers, int64_t count) {
   for (int64_t i = 0; i < count; i += lanes) {
     _mm512_storeu_si512(numbers + i, _mm512_permutexvar_epi16(places, _mm512_loadu_si512(numbers + i)));
   }
+#endif
 }
 #endif
 
@@ -186,14 +196,6 @@ FASTNN_INLINE int append_nonzero<float>(Vec<float> x, Vec<int32_t> y, float* to_
   _mm512_storeu_si512(to_y, _mm512_maskz_compress_epi32(set, (__m512i)y));
   return __builtin_popcount(set);
 }
-// The same for two lists of which the first is bfloat16: the lanes of x must be numbers that bfloat16 has.
-FASTNN_INLINE int append_nonzero(Vec<float> x, Vec<int32_t> y, bfloat16* to_x, int32_t* to_y) {
-  const __mmask16 set = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  const __m512i bits = _mm512_maskz_compress_epi32(set, (__m512i)x);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_x), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-  _mm512_storeu_si512(to_y, _mm512_maskz_compress_epi32(set, (__m512i)y));
-  return __builtin_popcount(set);
-}
 template <>
 FASTNN_INLINE int append_nonzero<double>(Vec<double> x, Vec<int64_t> y, double* to_x, int64_t* to_y) {
   const __mmask8 set = _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_NEQ_UQ);
@@ -209,6 +211,27 @@ FASTNN_INLINE int append_nonzero<float>(Vec<float> x, Vec<int32_t> y, float* to_
   _mm256_storeu_ps(to_x, _mm256_permutevar8x32_ps((__m256)x, lanes));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_y), _mm256_permutevar8x32_epi32((__m256i)y, lanes));
   return __builtin_popcount(static_cast<unsigned>(set));
+}
+#endif
+
+#if defined(FASTNN_HAS_PAIRS)
+// The same for two lists of which the first is bfloat16: the lanes of x must be numbers that bfloat16 has.
+FASTNN_INLINE int append_nonzero(Vec<float> x, Vec<int32_t> y, bfloat16* to_x, int32_t* to_y) {
+#if defined(__AVX512F__)
+  const __mmask16 set = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  const __m512i bits = _mm512_maskz_compress_epi32(set, (__m512i)x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_x), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  _mm512_storeu_si512(to_y, _mm512_maskz_compress_epi32(set, (__m512i)y));
+  return __builtin_popcount(set);
+#else
+  int count = 0;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    to_x[count] = from_compute<bfloat16>(x[i]);
+    to_y[count] = y[i];
+    count += x[i] != 0.0f;
+  }
+  return count;
+#endif
 }
 #endif
 

@@ -43,7 +43,7 @@ FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, in
       const bool last = next > 0 && columns - next < lanes;
       const int64_t c = last ? columns - lanes : next, columns_left = columns - c;
       const From* source = from + r * from_stride + c;
-      Vec<C> block[lanes];
+      Vec<C> block[lanes] = {};  // for the compiler, which warns where it does not see that all are loaded
       if (rows_left >= lanes && columns_left >= lanes) {
         for (int i = 0; i < lanes; ++i) block[i] = load(source + i * from_stride);
         transpose<C>(block);

@@ -14,6 +14,16 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// Whether kernels are compiled that multiply pairs, or matrices, of bfloat16. Those of avx512 ask the processor first.
+#if defined(__AVX512F__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define FASTNN_HAS_PAIRS
+#endif
+#if defined(__AVX512F__)
+#define FASTNN_HAS_MATRIX
 #endif
 
 // The bytes of a vector, and the number of registers that hold one.
@@ -42,6 +52,23 @@
 namespace fastnn {
 
 namespace FASTNN_ISA {
+
+#if defined(FASTNN_HAS_PAIRS)
+constexpr bool kMultipliesPairs = true;
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
+#if defined(FASTNN_HAS_MATRIX)
+constexpr bool kMultipliesMatrices = true;
+#else
+constexpr bool kMultipliesMatrices = false;
+#endif
+// Whether there are general registers for a pointer to each row of a tile. Elsewhere rows are reached from one pointer.
+#if defined(__aarch64__)
+constexpr bool kPointsAtRows = true;
+#else
+constexpr bool kPointsAtRows = false;
+#endif
 
 template <class T>
 struct VectorOf;
@@ -119,6 +146,8 @@ FASTNN_INLINE Vec<float> load(const bfloat16* from) {
   // Written as intrinsics, since the compiler widens halves and puts them together.
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#elif defined(__aarch64__)
+  return (Vec<float>)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from)), 16);
 #else
   typedef uint16_t Half __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2), aligned(2), may_alias));
   return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const Half*>(from), Vec<uint32_t>) << 16);
@@ -132,11 +161,15 @@ FASTNN_INLINE void store(T* to, Vec<T> x) {
 typedef uint16_t Halves __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2)));
 // Rounded to nearest, ties to even; a NaN stays one.
 FASTNN_INLINE Halves to_bfloat16(Vec<float> x) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (Halves)vcvt_bf16_f32((float32x4_t)x);
+#else
   const Vec<uint32_t> bits = (Vec<uint32_t>)x;
   const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Vec<uint32_t> nan = (bits >> 16) | 0x40;
   const Vec<uint32_t> result = x == x ? rounded : nan;
   return __builtin_convertvector(result, Halves);
+#endif
 }
 FASTNN_INLINE void store(bfloat16* to, Vec<float> x) {
   typedef uint16_t HalvesTo __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2), aligned(2), may_alias));
@@ -266,13 +299,18 @@ FASTNN_INLINE Vec<float> multiply_add(Vec<float> x, Vec<float> y, Vec<float> z) 
 FASTNN_INLINE Vec<double> multiply_add(Vec<double> x, Vec<double> y, Vec<double> z) {
   return (Vec<double>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
 }
+#elif defined(__aarch64__)
+FASTNN_INLINE Vec<float> multiply_add(Vec<float> x, Vec<float> y, Vec<float> z) {
+  return (Vec<float>)vfmaq_f32((float32x4_t)z, (float32x4_t)y, (float32x4_t)x);
+}
+FASTNN_INLINE Vec<double> multiply_add(Vec<double> x, Vec<double> y, Vec<double> z) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)z, (float64x2_t)y, (float64x2_t)x);
+}
 #endif
 
-#if defined(__AVX512F__)
-// With the instruction set avx512_bf16, a vector of pairs of bfloat16 multiplied by another: both products of a pair
-// are added to its lane. A vector of them is held as one of float.
-constexpr bool kMultipliesPairs = true;
-
+#if defined(FASTNN_HAS_PAIRS)
+// With the instruction sets avx512_bf16 and neon_bf16, a vector of pairs of bfloat16 multiplied by another: both
+// products of a pair are added to its lane. A vector of them is held as one of float.
 FASTNN_INLINE Vec<float> load(const bfloat16x2* from) {
   return load(reinterpret_cast<const float*>(from));
 }
@@ -282,11 +320,22 @@ FASTNN_INLINE void store(bfloat16x2* to, Vec<float> pairs) {
 FASTNN_INLINE Vec<float> broadcast_pair(bfloat16x2 x) {
   int32_t bits;
   __builtin_memcpy(&bits, &x, sizeof(bits));
-  return (Vec<float>)_mm512_set1_epi32(bits);
+  return (Vec<float>)(Vec<int32_t>{} + bits);
 }
 FASTNN_INLINE Vec<float> zip_pairs(Vec<float> even, Vec<float> odd) {
   return (Vec<float>)(((Vec<uint32_t>)even >> 16) | (Vec<uint32_t>)odd);
 }
+FASTNN_INLINE Vec<float> multiply_add_pairs(Vec<float> x, Vec<float> y, Vec<float> z) {
+#if defined(__aarch64__)
+  return (Vec<float>)vbfdotq_f32((float32x4_t)z, (bfloat16x8_t)y, (bfloat16x8_t)x);
+#else
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(z) : "v"(x), "v"(y));
+  return z;
+#endif
+}
+#endif
+
+#if defined(__AVX512F__)
 // Selects the first `count` elements of a vector that has two in each lane; loads set the others to zero.
 FASTNN_INLINE __mmask32 first_elements(int64_t count) {
   return count >= 2 * kLanes<float> ? ~__mmask32{0} : static_cast<__mmask32>((1u << count) - 1);
@@ -297,15 +346,14 @@ FASTNN_INLINE Vec<float> load_elements(const bfloat16* from, int64_t count) {
 FASTNN_INLINE void store_elements(bfloat16* to, Vec<float> pairs, int64_t count) {
   _mm512_mask_storeu_epi16(to, first_elements(count), (__m512i)pairs);
 }
-FASTNN_INLINE Vec<float> multiply_add_pairs(Vec<float> x, Vec<float> y, Vec<float> z) {
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(z) : "v"(x), "v"(y));
-  return z;
-}
-#else
-constexpr bool kMultipliesPairs = false;
 #endif
 
-// Keeps a vector in a register where the compiler would load it again for each use.
+// Keeps a vector in a register where the compiler would load it again for each use, or a pointer where it would
+// compute it again.
+template <class T>
+FASTNN_INLINE void keep_in_register(T*& x) {
+  __asm__("" : "+r"(x));
+}
 template <class V>
 FASTNN_INLINE void keep_in_register(V& x) {
 #if defined(__x86_64__)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn._extension import load_extension
-from fastnn._torch import suggest_memory_format
+from fastnn._torch import onednn_dtypes, suggest_memory_format
 from fastnn.ops._autograd import (
     autocast,
     call_kernel,
@@ -30,6 +30,10 @@ from fastnn.ops._autograd import (
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.reference.conv_relu_max_pool import Geometry
+
+# In three dimensions, only the convolutions that torch leaves to oneDNN keep channels last.
+_CHANNELS_LAST_3D = onednn_dtypes()
+load_extension().set_onednn_dtypes(torch.float32 in _CHANNELS_LAST_3D, torch.bfloat16 in _CHANNELS_LAST_3D)
 
 MOST_PLACES: int = load_extension().most_places  # the most elements of a window, whose argmax is saved in one byte
 
@@ -389,7 +393,7 @@ def output_sizes(input: Sequence[int], weight: Sequence[int], geometry: Sequence
 def _output_like(input: Tensor, weight: Tensor, geometry: Sequence[int], dtype: torch.dtype) -> Tensor:
     sizes = output_sizes(input.shape, weight.shape, geometry)
     formats = {_channels_format(input), _channels_format(weight)} - {torch.contiguous_format}
-    if input.device.type == "cpu" and input.dtype is torch.float64 and input.dim() == 5:
+    if input.device.type == "cpu" and input.dtype not in _CHANNELS_LAST_3D and input.dim() == 5:
         formats = set()
     return input.new_empty(sizes, dtype=dtype).to(memory_format=formats.pop() if formats else torch.contiguous_format)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn._torch import onednn_has_bfloat16
+from fastnn._torch import onednn_dtypes
 from fastnn.ops._autograd import (
     autocast_is_on,
     call_kernel,
@@ -133,13 +133,12 @@ def _autocast_dtypes(
     return (low, low) if input.dim() == 3 and _stock_has_onednn(input) else (wide, wide)
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
-_ONEDNN_HAS_BFLOAT16 = onednn_has_bfloat16()
+_ONEDNN_DTYPES = onednn_dtypes()
 
 
 def _stock_has_onednn(input: Tensor) -> bool:
-    has = _HAS_ONEDNN if input.dtype is torch.float32 else _ONEDNN_HAS_BFLOAT16
-    return bool(has and torch.backends.mkldnn.enabled and input.numel() > 0)
+    dtype = torch.float32 if input.dtype is torch.float32 else torch.bfloat16
+    return bool(dtype in _ONEDNN_DTYPES and torch.backends.mkldnn.enabled and input.numel() > 0)
 
 
 def _cast(

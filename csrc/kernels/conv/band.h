@@ -14,17 +14,19 @@ FASTNN_INLINE int64_t round_up(int64_t a, int64_t multiple) {
 // Hands out parts of a block of memory, each of which begins on a cache line.
 class Parts {
  public:
-  explicit Parts(void* memory) : next_(static_cast<char*>(memory)) {}
+  explicit Parts(void* memory) : begin_(reinterpret_cast<uintptr_t>(memory)), next_(begin_) {}
   template <class Element>
   Element* take(int64_t count) {
     Element* part = reinterpret_cast<Element*>(next_);
-    next_ += round_up(count * static_cast<int64_t>(sizeof(Element)), 64);
+    next_ += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(Element)), 64));
     return part;
   }
-  char* end() const { return next_; }
+  int64_t bytes_taken() const { return static_cast<int64_t>(next_ - begin_); }
 
  private:
-  char* next_;
+  // Addresses as numbers, since null, which stands for memory that is only measured, has no bytes behind it.
+  const uintptr_t begin_;
+  uintptr_t next_;
 };
 
 struct Band {

@@ -74,7 +74,7 @@ FASTNN_INLINE void for_each_input_row(const ConvPoolGeometry& g, const ConvLayou
   }
 }
 
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_PAIRS)
 // Zips two rows of numbers into one row of pairs. `odd` may be null, which stands for zeros.
 FASTNN_INLINE void copy_pairs(const bfloat16* even, const bfloat16* odd, int64_t count, bfloat16x2* to) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {
@@ -114,7 +114,7 @@ void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band
         copy_row(inside, columns, extent[2], 1, to + c * plan.channel_step, [&](E* at, int64_t first, int64_t count) {
           const T* source = row + (pairs ? 2 * c : c) * layout.c + first * layout.d[2];
           if constexpr (pairs) {
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_PAIRS)
             copy_pairs(source, 2 * c + 1 < g.in_channels ? source + layout.c : nullptr, count, at);
 #endif
           } else {

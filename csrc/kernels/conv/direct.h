@@ -81,7 +81,7 @@ void pack_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
     const int64_t before = lanes_before<C>(g, item / blocks, block);
     if constexpr (__is_same(E, C)) {
       pack_outputs(call, output, block.count, call.packed + before * plan.depth, width);
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_PAIRS)
     } else if (plan.elements == Elements::pairs) {
       pack_pairs(
           call, output, block.count, plan.depth, [&](int64_t n) { return pair_source(call, n); },
@@ -132,7 +132,7 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
         if (count == 0) return;
         C* to = pool.row(z, y, segment);
         if constexpr (by_matrix) {
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_MATRIX)
           const MatrixUnit unit(matrix_pixels(count), plan.runs.numbers);
           sum_pixels_by_matrix(plan, block.vectors, pixels, step, count, offsets,
                                reinterpret_cast<const bfloat16x2*>(weight), pool.bias(), to);

@@ -25,7 +25,7 @@ void pack(const ConvCall<T>& call, int64_t first, int64_t last) {
     case ForwardAlgorithm::depthwise:
       return pack_depthwise(call, first, last);
     case ForwardAlgorithm::direct:
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_PAIRS)
       if constexpr (sizeof(T) == sizeof(bfloat16)) {
         if (call.plan->direct.elements != Elements::numbers) return pack_direct<bfloat16x2>(call, first, last);
       }
@@ -51,7 +51,7 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
     case ForwardAlgorithm::depthwise:
       return run_depthwise(call, first, last, scratch);
     case ForwardAlgorithm::direct:
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_PAIRS)
       if constexpr (sizeof(T) == sizeof(bfloat16)) {
         switch (call.plan->direct.elements) {
           case Elements::pairs:
@@ -59,7 +59,9 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
           case Elements::row_pairs:
             return run_direct<bfloat16x2, bfloat16>(call, first, last, scratch);
           case Elements::blocks:
+#if defined(FASTNN_HAS_MATRIX)
             return run_direct<bfloat16>(call, first, last, scratch);
+#endif
           case Elements::numbers:
             break;
         }
@@ -74,12 +76,9 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
 }  // namespace
 
 extern const ConvKernelTable conv_kernels = {
-    {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<float>, run<float>, is_moderate<float>, rectify<float>,
-     finish_run<float>},
-    {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<double>, run<double>, is_moderate<double>, rectify<double>,
-     finish_run<double>},
-    {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, pack<bfloat16>, run<bfloat16>, is_moderate<bfloat16>,
-     rectify<bfloat16>, finish_run<bfloat16>}};
+    {kMachine, pack<float>, run<float>, is_moderate<float>, rectify<float>, finish_run<float>},
+    {kMachine, pack<double>, run<double>, is_moderate<double>, rectify<double>, finish_run<double>},
+    {kMachine, pack<bfloat16>, run<bfloat16>, is_moderate<bfloat16>, rectify<bfloat16>, finish_run<bfloat16>}};
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

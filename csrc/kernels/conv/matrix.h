@@ -11,7 +11,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_MATRIX)
 // The pixels of a register tile in rows of `count` pixels.
 FASTNN_INLINE int64_t matrix_pixels(int64_t count) {
   return divide_up(count, divide_up(count, kMatrixRows));

@@ -23,7 +23,7 @@ struct Planner {
   int64_t lanes = machine.vector_bytes / compute_bytes;
   int64_t most_rows = most_rows_of_tile(machine.registers);
   int64_t block = 2 * lanes;  // output channels
-  int64_t longest_sum = machine.longest_sum();
+  int64_t longest_sum = machine.longest_sum;
 
   double conv_pixels() const {  // of all images
     return static_cast<double>(g.batch) * g.conv[0] * g.conv[1] * g.conv[2];
@@ -297,13 +297,13 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
 
 ConvPlan plan_direct(const Planner& p) {
   const bool halves = p.request.element_bytes == 2;
-  ConvPlan best = plan_direct_of(p, halves && p.machine.has_pairs ? Elements::pairs : Elements::numbers);
+  ConvPlan best = plan_direct_of(p, halves && p.machine.multiplies_pairs ? Elements::pairs : Elements::numbers);
   const auto consider = [&](Elements elements) {
     const ConvPlan plan = plan_direct_of(p, elements);
     if (plan.cost < best.cost && !(p.request.exact && plan.needs_moderate)) best = plan;
   };
-  if (halves && p.machine.has_pairs && p.g.in_channels % 2 != 0) consider(Elements::row_pairs);
-  if (halves && p.machine.has_matrix) consider(Elements::blocks);
+  if (halves && p.machine.multiplies_pairs && p.g.in_channels % 2 != 0) consider(Elements::row_pairs);
+  if (halves && p.machine.multiplies_matrices) consider(Elements::blocks);
   return best;
 }
 

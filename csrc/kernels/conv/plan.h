@@ -28,10 +28,9 @@ constexpr int kForwardAlgorithms = sizeof(kForwardEntries) / sizeof(AlgorithmEnt
 // The instruction set in use, as planning sees it.
 struct Machine {
   int64_t vector_bytes, registers;  // bytes of a vector, and registers that hold one
-  bool has_pairs;                   // multiplies vectors of pairs of bfloat16
-  bool has_matrix;                  // multiplies matrices of them
-  // The most products that kernels add up in one running sum (kLongestSum in kernels/gemm.h).
-  int64_t longest_sum() const { return vector_bytes > 16 ? 128 : 64; }
+  int64_t longest_sum;              // the most products that kernels add up in one running sum (kernels/gemm.h)
+  bool multiplies_pairs;            // vectors of pairs of bfloat16
+  bool multiplies_matrices;         // of bfloat16
 };
 
 // The rows of a register tile of two vectors: its sums fill all registers but three, which hold two vectors of one

@@ -40,7 +40,7 @@ struct ConvCall {
 
 template <class T>
 struct ConvKernels {
-  int64_t vector_bytes, registers;  // of the instruction set
+  Machine machine;  // what these kernels were compiled for
   // Items [first, last) of plan.pack_items: call.weight -> call.packed.
   void (*pack)(const ConvCall<T>&, int64_t first, int64_t last);
   // Items [first, last) of plan.items, with a thread's own scratch memory.

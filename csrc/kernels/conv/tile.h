@@ -10,10 +10,15 @@
 // and two multiply-adds in a cycle is then limited by multiply-adds from two vectors on.
 #pragma once
 
+#include "../gemm.h"
 #include "winner.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
+
+// What these kernels were compiled for. Whether the processor has pairs and matrices too is asked when planning.
+constexpr Machine kMachine = {FASTNN_VECTOR_BYTES, FASTNN_VECTOR_REGISTERS, kLongestSum, kMultipliesPairs,
+                              kMultipliesMatrices};
 
 constexpr int kBlockVectors = 2;  // of a block of output channels
 // The rows of a tile whose accumulators, with an operand's vectors and a broadcast, fill the registers.
@@ -44,16 +49,25 @@ FASTNN_INLINE Vec<float> broadcast_element(const float* x) {
 FASTNN_INLINE Vec<double> broadcast_element(const double* x) {
   return broadcast<double>(*x);
 }
-template <class E>
-FASTNN_INLINE Vec<Compute<E>> add_product(Vec<Compute<E>> x, Vec<Compute<E>> y, Vec<Compute<E>> sum) {
+template <class V>
+FASTNN_INLINE V add_product(V x, V y, V sum, Yes<false> /* no pairs */) {
   return multiply_add(x, y, sum);
 }
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_PAIRS) && defined(__aarch64__)
+// The pair stays in one lane, since the multiplication takes a lane as it takes a vector.
+FASTNN_INLINE bfloat16x4_t broadcast_element(const bfloat16* x) {
+  float bits;
+  __builtin_memcpy(&bits, x, sizeof(bits));
+  return (bfloat16x4_t)float32x2_t{bits, 0};
+}
+FASTNN_INLINE Vec<float> add_product(bfloat16x4_t x, Vec<float> y, Vec<float> sum, Yes<true>) {
+  return (Vec<float>)vbfdotq_lane_f32((float32x4_t)sum, (bfloat16x8_t)y, x, 0);
+}
+#elif defined(FASTNN_HAS_PAIRS)
 FASTNN_INLINE Vec<float> broadcast_element(const bfloat16* x) {
   return broadcast_pair({x[0], x[1]});
 }
-template <>
-FASTNN_INLINE Vec<float> add_product<bfloat16x2>(Vec<float> x, Vec<float> y, Vec<float> sum) {
+FASTNN_INLINE Vec<float> add_product(Vec<float> x, Vec<float> y, Vec<float> sum, Yes<true>) {
   return multiply_add_pairs(x, y, sum);
 }
 #endif
@@ -116,18 +130,54 @@ FASTNN_INLINE void start_sums(Vec<C> (&sums)[rows][vectors]) {
   }
 }
 
+// sums[r][v] += left[r] x right[v]
+template <int rows, int vectors, class C>
+FASTNN_INLINE void add_products(const C* left, const Vec<C> (&right)[vectors], Vec<C> (&sums)[rows][vectors]) {
+  const auto add_row = [&](int r, C x) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sums[r][v] = multiply_add(broadcast<C>(x), right[v], sums[r][v]);
+  };
+#if defined(__aarch64__)
+  // A multiplication takes a lane there as it takes a vector, so that one load brings four elements, or two.
+  typedef C Two __attribute__((vector_size(2 * sizeof(C)), aligned(sizeof(C)), may_alias));
+  constexpr int by_vectors = rows / kLanes<C> * kLanes<C>, by_twos = rows / 2 * 2;
+#pragma GCC unroll 4
+  for (int r = 0; r < by_vectors; r += kLanes<C>) {
+    const Vec<C> some = load(left + r);
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes<C>; ++i) add_row(r + i, some[i]);
+  }
+  if constexpr (by_twos > by_vectors) {
+    const Two some = *reinterpret_cast<const Two*>(left + by_vectors);
+    add_row(by_vectors, some[0]);
+    add_row(by_vectors + 1, some[1]);
+  }
+  if constexpr (rows > by_twos) add_row(by_twos, left[by_twos]);
+#else
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) add_row(r, left[r]);
+#endif
+}
+
 template <int rows, int vectors, class E>
 void channel_tile(const ChannelTile<E>& call) {
   using C = Compute<E>;
+  constexpr Yes<__is_same(E, bfloat16x2)> kPairs;
   Vec<C> sums[rows][vectors];
   start_sums<rows, vectors, C>(sums);
   const int64_t step = call.step;
   const int64_t* offsets = call.offsets;
   const int64_t* const end = offsets + call.depth;
-  const Number<E>* const pixels = call.pixels;
+  const Number<E>* pixels[kPointsAtRows ? rows : 1];
+#pragma GCC unroll 16
+  for (int r = 0; r < (kPointsAtRows ? rows : 1); ++r) {
+    pixels[r] = call.pixels + r * step;
+    if constexpr (kPointsAtRows) keep_in_register(pixels[r]);
+  }
   const E* weight = call.weight;
   for (; offsets != end; ++offsets) {
-    const Number<E>* from = pixels + *offsets;
+    const int64_t offset = *offsets;
+    const Number<E>* from = pixels[0] + offset;
     Vec<C> right[vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
@@ -138,9 +188,9 @@ void channel_tile(const ChannelTile<E>& call) {
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       if (r > 0 && r % 4 == 0) from += 4 * step;  // four pixels are reached from one address
-      const Vec<C> left = broadcast_element(from + r % 4 * step);
+      const auto left = broadcast_element(kPointsAtRows ? pixels[r % rows] + offset : from + r % 4 * step);
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) sums[r][v] = add_product<E>(left, right[v], sums[r][v]);
+      for (int v = 0; v < vectors; ++v) sums[r][v] = add_product(left, right[v], sums[r][v], kPairs);
     }
   }
   C* to = call.to;
@@ -171,12 +221,7 @@ void pixel_tile(const PixelTile<C>& call) {
         right[v] = load(from + v * kLanes<C>);
         keep_in_register(right[v]);
       }
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const Vec<C> left = broadcast<C>(weight[r]);
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) sums[r][v] = multiply_add(left, right[v], sums[r][v]);
-      }
+      add_products<rows, vectors>(weight, right, sums);
     }
     C* to = first;
     const Vec<C> least = broadcast<C>(call.rectifies ? C(0) : -static_cast<C>(__builtin_inf()));
@@ -207,12 +252,7 @@ void window_tile(const WindowTile<C>& call) {
         Vec<C> right[2] = {load(pixels + first[k]), load(pixels + second[k])};
         keep_in_register(right[0]);
         keep_in_register(right[1]);
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-          const Vec<C> left = broadcast<C>(weight[r]);
-          sums[r][0] = multiply_add(left, right[0], sums[r][0]);
-          sums[r][1] = multiply_add(left, right[1], sums[r][1]);
-        }
+        add_products<rows, 2>(weight, right, sums);
       }
       Vec<C> total = {};  // NaN if a sum is
 #pragma GCC unroll 16
@@ -273,7 +313,7 @@ extern const ChannelTiles<float> channel_tiles_f32;
 extern const ChannelTiles<double> channel_tiles_f64;
 extern const PixelTiles<float> pixel_tiles_f32;
 extern const WindowTiles<float> window_tiles_f32;
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_PAIRS)
 extern const ChannelTiles<bfloat16x2> channel_tiles_pairs;
 #endif
 
@@ -281,7 +321,7 @@ template <class E>
 FASTNN_INLINE const ChannelTiles<E>& channel_tiles() {
   if constexpr (sizeof(E) == sizeof(double)) {
     return channel_tiles_f64;
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_PAIRS)
   } else if constexpr (sizeof(Compute<E>) == sizeof(float) && !__is_same(E, float)) {
     return channel_tiles_pairs;
 #endif

@@ -7,7 +7,8 @@ namespace {
 
 template <class E>
 constexpr ChannelTiles<E> all_channel_tiles() {
-#if FASTNN_VECTOR_BYTES == 64
+  static_assert(kMostRows == (FASTNN_VECTOR_REGISTERS == 32 ? 14 : 6), "FASTNN_ROWS has kMostRows of them");
+#if FASTNN_VECTOR_REGISTERS == 32
 #define FASTNN_ROWS(X, v)                                                                                        \
   X(1, v), X(2, v), X(3, v), X(4, v), X(5, v), X(6, v), X(7, v), X(8, v), X(9, v), X(10, v), X(11, v), X(12, v), \
       X(13, v), X(14, v)
@@ -32,7 +33,7 @@ constexpr PixelTileFunction<float> pixel_tile_if_fits() {
 
 extern const ChannelTiles<float> channel_tiles_f32 = all_channel_tiles<float>();
 extern const ChannelTiles<double> channel_tiles_f64 = all_channel_tiles<double>();
-#if defined(__AVX512F__)
+#if defined(FASTNN_HAS_PAIRS)
 extern const ChannelTiles<bfloat16x2> channel_tiles_pairs = all_channel_tiles<bfloat16x2>();
 #endif
 #define FASTNN_TILE(r, v) pixel_tile_if_fits<r, v>()

@@ -78,7 +78,7 @@ class ConvLayer : public Layer<T> {
     auto prepared = std::make_shared<Prepared>(Prepared{problem, key, {}, false, 0});
     if (is_product(site, g)) {
       prepared->as_product = true;
-      const double lanes = static_cast<double>(kernels.vector_bytes) / sizeof(T);
+      const double lanes = static_cast<double>(kernels.machine.vector_bytes) / sizeof(T);
       const double rows = static_cast<double>(g.batch * g.pixels());
       prepared->cost =
           rows * std::ceil(static_cast<double>(g.out_channels) / lanes) * static_cast<double>(g.in_channels);

@@ -47,7 +47,7 @@ class PoolLayer : public Layer<T> {
   double cost(const Site<T>& site) const override {
     const ConvPoolGeometry g = problem(site.sizes(0)).geometry;
     const ConvKernels<T>& kernels = *site.kernels.conv;
-    const double lanes = static_cast<double>(kernels.vector_bytes) / sizeof(T);
+    const double lanes = static_cast<double>(kernels.machine.vector_bytes) / sizeof(T);
     const double taps = static_cast<double>(averages ? g.taps() : g.places());
     const double vectors = std::ceil(static_cast<double>(g.groups) / lanes) * static_cast<double>(g.batch * g.pixels());
     const double moved = vectors * tuned::kTranspose;

@@ -18,7 +18,7 @@ class ReformatLayer : public Layer<T> {
   bool is_view(const Site<T>& site) const override { return site.inputs[0].format == site.outputs[0].format; }
 
   double cost(const Site<T>& site) const override {
-    const double lanes = static_cast<double>(conv_kernels().get<T>().vector_bytes) / sizeof(T);
+    const double lanes = static_cast<double>(conv_kernels().get<T>().machine.vector_bytes) / sizeof(T);
     return is_view(site) ? 0 : static_cast<double>(site.outputs[0].count()) / lanes * tuned::kTranspose;
   }
 

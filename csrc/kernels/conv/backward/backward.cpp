@@ -43,7 +43,7 @@ int64_t scratch_size(const ConvBackward<T>& call) {
     case BackwardAlgorithm::stock:
       SpreadWorker<T>(call, memory);
   }
-  return memory.end() - static_cast<char*>(nullptr);
+  return memory.bytes_taken();
 }
 
 template <class T>
@@ -114,8 +114,7 @@ void turn(const T* from, int64_t rows, int64_t columns, T* to) {
 
 template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
-  ConvBackwardKernels<T> all{FASTNN_VECTOR_BYTES,
-                             FASTNN_VECTOR_REGISTERS,
+  ConvBackwardKernels<T> all{kMachine,
                              is_moderate<T>,
                              gradient_is_moderate<T>,
                              scratch_size<T>,

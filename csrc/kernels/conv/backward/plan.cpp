@@ -22,7 +22,7 @@ struct Planner {
   const Machine& machine;
   int64_t compute_bytes = std::max<int64_t>(4, request.element_bytes);
   int64_t lanes = machine.vector_bytes / compute_bytes;
-  int64_t longest_sum = machine.longest_sum();
+  int64_t longest_sum = machine.longest_sum;
   int64_t conv = g.conv[0] * g.conv[1] * g.conv[2];
 };
 
@@ -119,7 +119,7 @@ double winners_cost(const Planner& p, bool zips) {
 
 // Gradients of windows that overlap are sums, which zipping would have to round.
 bool zipping_pays(const Planner& p) {
-  if (p.request.element_bytes != 2 || !p.machine.has_pairs) return false;
+  if (p.request.element_bytes != 2 || !p.machine.multiplies_pairs) return false;
   for (int d = 0; d < 3; ++d) {
     if (p.g.pool_extent(d) > p.g.pool_stride[d]) return false;
   }
@@ -330,7 +330,7 @@ bool stock_pays(const Planner& p) {
   const double products = 2 * real(g.batch * g.pixels() * weight);
   const double inputs = real(g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2]);
   const double numbers = real(g.batch) * (inputs + real(g.groups * g.out_channels * p.conv));
-  return p.machine.has_matrix && products > tuned::kManyProducts && products > tuned::kProductsANumber * numbers;
+  return p.machine.multiplies_matrices && products > tuned::kManyProducts && products > tuned::kProductsANumber * numbers;
 }
 
 ConvBackwardPlan plan_stock(const Planner& p) {

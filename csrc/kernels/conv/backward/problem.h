@@ -34,7 +34,7 @@ struct ConvBackwardPiece {
 
 template <class T>
 struct ConvBackwardKernels {
-  int64_t vector_bytes, registers;  // of the instruction set
+  Machine machine;  // what these kernels were compiled for
   // As in forward: whether no element of input and weight is infinite, nearly infinite or NaN.
   bool (*is_moderate)(const ConvBackward<T>&);
   // The same of the output's gradient, whose images are contiguous or channels last.
