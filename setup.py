@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +27,9 @@ ISA_INDEPENDENT = [
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # No -ffast-math: it drops NaN and can set flush-to-zero for the whole process.
 # Python brings -fwrapv along, which costs the inner loops 4 %: counters that may wrap around are kept in memory.
-# GCC undoes that by the second flag, clang by the first, and clang would warn that it has no use for the second.
-OVERFLOW_FLAGS = ["-fno-wrapv", "-fstrict-overflow", "-Wno-unused-command-line-argument"]
-KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *OVERFLOW_FLAGS]
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fno-wrapv"]
+# What GCC needs beside: Python may bring -fno-strict-overflow instead, which clang takes for -fwrapv.
+GCC_KERNEL_FLAGS = ["-fstrict-overflow"]
 # What is compiled for: "linux-x86_64", "macosx-11.0-arm64". It is not this machine where a cross compiler runs.
 TARGET = sysconfig.get_platform()
 # The sets that have kernels of their own (csrc/simd/isa.h), with the flags that each takes.
@@ -36,12 +37,12 @@ if TARGET.endswith(("x86_64", "amd64")):
     INSTRUCTION_SETS = {
         "baseline": [],
         "avx2": ["-mavx2", "-mfma"],
-        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     }
 elif TARGET.endswith(("aarch64", "arm64")):
-    INSTRUCTION_SETS = {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]}
-    # GCC orders instructions there before it assigns registers, so that large register tiles would not fit.
-    KERNEL_FLAGS += ["-fno-schedule-insns"]
+    INSTRUCTION_SETS = {"neon": [], "neon_bf16": ["-mcpu=generic+bf16"]}
+    # There GCC orders instructions before it assigns registers, and large register tiles would not fit.
+    GCC_KERNEL_FLAGS += ["-fno-schedule-insns"]
 else:
     INSTRUCTION_SETS = {"baseline": []}
 
@@ -78,8 +79,10 @@ class BuildExtension(build_ext):
         # setuptools before 72 has one command for C and C++.
         self.compiler.compiler_so = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
         jobs = [(source, "common", []) for source in ext.sources]
+        version = subprocess.run([*self.compiler.compiler_cxx, "--version"], capture_output=True, text=True).stdout
+        kernel_flags = KERNEL_FLAGS if "clang" in version else KERNEL_FLAGS + GCC_KERNEL_FLAGS
         for isa, flags in INSTRUCTION_SETS.items():
-            isa_flags = [f"-DFASTNN_ISA={isa}", *KERNEL_FLAGS, *flags]
+            isa_flags = [f"-DFASTNN_ISA={isa}", *kernel_flags, *flags]
             sources = [path for path in sorted(CSRC.glob("kernels/**/*.cpp")) if path not in ISA_INDEPENDENT]
             jobs += [(str(source), isa, isa_flags) for source in sources]
         jobs.sort(key=lambda job: job[1] != "avx512")  # the slowest first
@@ -131,9 +134,8 @@ class BuildExtension(build_ext):
 
 def extension():
     torch_root = Path(torch.__file__).parent
-    link = (
-        ["-Wl,-undefined,dynamic_lookup"] if TARGET.startswith("macosx") else ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
-    )
+    is_macos = TARGET.startswith("macosx")
+    link = ["-Wl,-undefined,dynamic_lookup"] if is_macos else ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
     return Extension(
         "fastnn._C",
         sources=[

@@ -207,11 +207,15 @@ def test_macos(given: argparse.Namespace) -> None:
         platforms = ["--platform", "macosx_14_0_arm64", "--platform", "macosx_11_0_arm64"]
         run([*PIP_INSTALL, "--target", site, *only, *platforms, MAC_TORCH], env=UNCONSTRAINED)
     tree, libraries = copy_sources("macos"), site / "torch" / "lib"
-    zig = f"{sys.executable} -m ziglang c++ -target aarch64-macos.11.0 -fno-sanitize=undefined"
+    zig = BUILD / "macos" / "c++"  # one word, since setuptools takes a command of several apart
+    command = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-macos.11.0", "-fno-sanitize=undefined"]
+    zig.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    zig.chmod(0o755)
     say("compiling for macOS (three minutes)")
     build(
         tree,
         CXX=f"{zig} -Werror",
+        LDSHARED=f"{zig} -shared",
         LDCXXSHARED=f"{zig} -shared",
         LDFLAGS=f"-L{libraries}",
         PYTHONPATH=str(tools),
@@ -220,11 +224,12 @@ def test_macos(given: argparse.Namespace) -> None:
     sys.path.insert(0, str(tools))
     import lief
 
-    extension = lief.MachO.parse(next(tree.glob("fastnn/_C.*"))).at(0)
-    wanted = {str(symbol.name) for symbol in extension.imported_symbols}
-    given_by_torch: set[str] = set()
-    for library in libraries.glob("libtorch*.dylib"):
-        given_by_torch |= {str(symbol.name) for symbol in lief.MachO.parse(library).at(0).exported_symbols}
+    def names(path: Path, which: str) -> set[str]:
+        binaries = lief.MachO.parse(path)  # owns what at() returns
+        return {str(symbol.name) for symbol in getattr(binaries.at(0), which)}
+
+    wanted = names(next(tree.glob("fastnn/_C.*")), "imported_symbols")
+    given_by_torch = set[str]().union(*(names(path, "exported_symbols") for path in libraries.glob("libtorch*.dylib")))
     of_torch = {name for name in wanted if re.search("torch|aoti|c10", name)}
     missing = sorted(of_torch - given_by_torch)
     if missing or not of_torch:
