@@ -15,7 +15,7 @@
 #include "kernels/team.h"
 #include "kernels/update.h"
 #include "network/bound_step.h"
-#include "network/layer.h"
+#include "network/layer_table.h"
 #include "ops/mlp_chain.h"
 #include "ops/team_balance.h"
 #include "simd/activation.h"

@@ -237,7 +237,7 @@ Tensor network_packed(const Tensor& weights, const std::string& program, const I
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // program: see program.h; fastnn/graph/program.py writes it. packed: of network_packed; one that does not fit this
+  // program: see program.h; fastnn/network_program.py writes it. packed: of network_packed; one that does not fit this
   // machine, dtype or input costs time and nothing else.
   m.def("network(Tensor[] inputs, Tensor weights, Tensor packed, str program) -> Tensor[]");
   m.def("network_of_one(Tensor input, Tensor weights, Tensor packed, str program) -> Tensor");

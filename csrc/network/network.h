@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "layer_table.h"
 #include "layers/reformat.h"
 
 namespace fastnn {

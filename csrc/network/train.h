@@ -4,6 +4,7 @@
 #include <list>
 #include <mutex>
 
+#include "layer_table.h"
 #include "training/layers.h"
 
 namespace fastnn {

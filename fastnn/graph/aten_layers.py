@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from fastnn import activations
 from fastnn._torch import statically_known_true
-from fastnn.graph.program import Line, Value, conv_attributes
+from fastnn.network_program import Line, Value, conv_attributes
 from fastnn.recurrent_modes import MODES
 
 _aten, _ops = torch.ops.aten, torch.ops.fastnn

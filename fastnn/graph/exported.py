@@ -1,4 +1,4 @@
-"""Reads an exported model: its operators as the layers of networks (``graph/program.py``), and what lies between them.
+"""Reads an exported model: its operators as the layers of networks (``network_program.py``), and what is between them.
 
 Operators that layers exist for become networks, each as large as it can be; the others are borders, which torch runs.
 A model that is one network becomes a :class:`fastnn.FrozenModel`, others a :class:`fastnn.FrozenGraph`.
@@ -22,8 +22,8 @@ from torch.fx.node import map_arg
 
 from fastnn._torch import OpOverload, pytree
 from fastnn.graph.aten_layers import ANCHORS, NotALayerError, Reader
-from fastnn.graph.program import Line, Value, write
 from fastnn.graph.rewriting import rewrite
+from fastnn.network_program import Line, Value, write
 
 _aten = torch.ops.aten
 VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)

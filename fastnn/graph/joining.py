@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from fastnn._torch import HOOKS
 from fastnn.activations import layers_of, parse
 from fastnn.graph.order import Order, unpack
-from fastnn.graph.program import Line, Value, conv_attributes, write
+from fastnn.network_program import Line, Value, conv_attributes, write
 from fastnn.nn.rnn import _Recurrent
 from fastnn.ops._autograd import is_plain, wants_gradient
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastnn.graph.program import KINDS, Line, Value
+from fastnn.network_program import KINDS, Line, Value
 
 _WEIGHTED = {"conv": 0, "linear": 0, "conv_transpose": 1}  # the dimension of the weight that is the output channels
 

@@ -26,7 +26,7 @@ from fastnn.graph.guard import Guard
 from fastnn.graph.joining import chooses_last, drop_unused_parts, kernel_of
 from fastnn.graph.matcher import Layer, activation_of, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, unpack
-from fastnn.graph.program import Line, Value, conv_attributes, write
+from fastnn.network_program import Line, Value, conv_attributes, write
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.graph.program import TextLine
+from fastnn.network_program import TextLine
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.recurrent_modes import MODE_OF
