@@ -78,9 +78,9 @@ suggest_memory_format: Callable[[Tensor], torch.memory_format] = _private(
     "_prims_common.suggest_memory_format", _suggest_memory_format
 )
 OpOverload: Any = type(torch.ops.aten.relu.default)
-
 # Whether torch.export knows that a size, or a comparison of sizes, is true for all inputs.
 statically_known_true: Callable[[Any], bool] = _private("fx.experimental.symbolic_shapes.statically_known_true", bool)
+
 # ---- what the build and the machine have -----------------------------------------------------------------------------
 
 operator_names: Callable[[], list[str]] = _private("_C._dispatch_get_all_op_names", list)
@@ -119,8 +119,11 @@ def note_step_of(optimizer: torch.optim.Optimizer) -> None:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 OF_FORWARD_AD = ("_current_level",)  # at least 0 while a level of forward-mode differentiation is open
-OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS, "_compiled_call_impl")
-OF_RECURRENT_LAYERS = ("_flat_weights", "_flat_weights_names")
+OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS, "_compiled_call_impl", "_apply", "_load_from_state_dict")
+OF_CONVOLUTIONS = ("_reversed_padding_repeated_twice",)  # the padding as F.pad takes it
+OF_RECURRENT_LAYERS = ("_flat_weights", "_flat_weights_names", "_update_flat_weights")
+# `_op` is what an operator calls in the end, 0.25 us faster than by the operator itself. `_schema` tells its arguments.
+OF_OPERATORS = ("_op", "_schema")
 OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 OF_TENSORS = ("_version", *TENSOR_HOOKS)
 # What a DistributedDataParallel has where it averages in another way than by the mean of all gradients.

@@ -92,6 +92,10 @@ for _name in (
 class _Attribute(Traced):
     """A tensor's method, or what is to be had by the same name of something else."""
 
+    _owner: Traced
+    _called: str
+    _node: Any
+
     def __init__(self, owner: Traced, name: str) -> None:
         for key, value in (("tracer", owner.tracer), ("_owner", owner), ("_called", name), ("_node", None)):
             object.__setattr__(self, key, value)
