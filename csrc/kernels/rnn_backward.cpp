@@ -74,7 +74,7 @@ class BackwardDirection {
     const bool backwards = !direction_.reverse();
     int64_t edge = backwards ? network_.steps : 0;
     while (backwards ? edge > 0 : edge < network_.steps) {
-      const Block block = next_block(network_, part_, edge, backwards, most_rows_);
+      const StepBlock block = next_block(network_, part_, edge, backwards, most_rows_);
       edge = backwards ? block.first : block.last;
       int64_t local = backwards ? block.rows : 0;
       for (int64_t i = 0; i < block.last - block.first; ++i) {
@@ -213,7 +213,7 @@ class BackwardDirection {
   }
 
   // dW_ih += dgates^T x, dW_hh += dgates^T h of the step before, and the column sums for the biases: some rows each.
-  void add_to_sums(Block block) {
+  void add_to_sums(StepBlock block) {
     const Share gates = member_.share(layout_.gates());
     const int64_t input_size = layout_.input_size, outputs = layout_.outputs();
     const Rows<T> rows = layer_input(network_, direction_.layer);
@@ -250,7 +250,7 @@ class BackwardDirection {
   }
 
   // dW_hr += (what arrived at h)^T h before its projection, which is made again from what the cell has kept.
-  void add_projection(Block block) {
+  void add_projection(StepBlock block) {
     const int64_t hidden = layout_.hidden, projected = layout_.projected;
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       const T* kept = direction_.template saved<Cell>(step, sequence);
@@ -280,7 +280,7 @@ class BackwardDirection {
 
   // The gradient of the layer's input = dgates W_ih, times the dropout mask.
   template <class To>
-  void pass_down(Block block, Rows<To> destination) {
+  void pass_down(StepBlock block, Rows<To> destination) {
     const int64_t columns = layout_.input_size, stride = layout_.padded(columns);
     const T* mask = layer_mask(network_, direction_.layer);
     const Share share = member_.share(block.rows);

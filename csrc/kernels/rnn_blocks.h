@@ -25,14 +25,14 @@ struct Part {
 };
 
 // Consecutive steps [first, last) in time; rows of a part, counted from the block's first.
-struct Block {
+struct StepBlock {
   int64_t first, last, rows;
 };
 
 // The block of at most `most` rows that begins (or, backwards in time, ends) at `edge`.
 template <class T>
-Block next_block(const RnnNetwork<T>& network, Part part, int64_t edge, bool backwards, int64_t most) {
-  Block block{edge, edge, 0};
+StepBlock next_block(const RnnNetwork<T>& network, Part part, int64_t edge, bool backwards, int64_t most) {
+  StepBlock block{edge, edge, 0};
   while (backwards ? block.first > 0 : block.last < network.steps) {
     const int64_t rows = part.rows(network.step[backwards ? block.first - 1 : block.last]);
     if (block.rows + rows > most) break;
@@ -70,7 +70,7 @@ const T* layer_mask(const RnnNetwork<T>& network, int64_t layer) {
 
 // body(step, sequence, local): every row of the block, in time order.
 template <class T, class Body>
-FASTNN_INLINE void for_rows(const RnnNetwork<T>& network, Part part, Block block, const Body& body) {
+FASTNN_INLINE void for_rows(const RnnNetwork<T>& network, Part part, StepBlock block, const Body& body) {
   int64_t local = 0;
   for (int64_t t = block.first; t < block.last; ++t) {
     const RnnStep& step = network.step[t];

@@ -43,7 +43,7 @@ class ForwardDirection {
     const bool backwards = direction_.reverse();
     int64_t edge = backwards ? network_.steps : 0;
     while (backwards ? edge > 0 : edge < network_.steps) {
-      const Block block = next_block(network_, part_, edge, backwards, most_rows_);
+      const StepBlock block = next_block(network_, part_, edge, backwards, most_rows_);
       edge = backwards ? block.first : block.last;
       // A round of its own, since the steps write into the place of the input that they use up: see layer_output.
       project(block, member_.share(layout_.tiles));
@@ -64,7 +64,7 @@ class ForwardDirection {
 
  private:
   // Slots of the block's rows <- x W_ih^T + biases.
-  void project(Block block, Share tiles) {
+  void project(StepBlock block, Share tiles) {
     if (tiles.empty()) return;
     int64_t stride;
     const C* x = input_rows(block, &stride);
@@ -124,7 +124,7 @@ class ForwardDirection {
   }
 
   // The block's rows of x, in place if they are one matrix there, else gathered.
-  const C* input_rows(Block block, int64_t* stride) {
+  const C* input_rows(StepBlock block, int64_t* stride) {
     const Rows<T> rows = layer_input(network_, direction_.layer);
     const T* mask = layer_mask(network_, direction_.layer);
     if constexpr (!kWidens) {

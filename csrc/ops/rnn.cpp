@@ -10,9 +10,10 @@ namespace fastnn {
 namespace {
 
 template <class T>
-void run_forward(const Problem& problem, const Tensor& output, const TensorList& state, const OptionalTensor& reserve) {
+void run_forward(const RnnProblem& problem, const Tensor& output, const TensorList& state,
+                 const OptionalTensor& reserve) {
   const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
-  Network<T> network(problem);
+  RnnCall<T> network(problem);
   network.output = mutable_data<T>(output);
   const bool packs = kernels.worth_packing(problem.rows);
   const bool needs_buffer = !reserve && problem.layers > 1 && problem.directions > 1;
@@ -37,7 +38,7 @@ struct Result {
   OptionalTensor reserve;
 };
 
-Result forward(const Problem& problem, bool save) {
+Result forward(const RnnProblem& problem, bool save) {
   Result result{problem.new_output(), {}, {}};
   for (size_t i = 0; i < entry_of(problem.mode).states; ++i) {
     result.final_state.push_back(new_tensor(problem.state_sizes(i), problem.kind.dtype));
@@ -92,7 +93,7 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
   for (const OptionalTensor* given : {&bias_ih, &bias_hh}) {
     if (*given) weights.push_back((*given)->borrow());
   }
-  const Problem problem = check_problem(op, input, {}, state, weights, {}, mode, 1, false, false);
+  const RnnProblem problem = check_problem(op, input, {}, state, weights, {}, mode, 1, false, false);
   TensorList new_state;
   for (size_t i = 0; i < entry_of(problem.mode).states; ++i) {
     new_state.push_back(new_tensor(problem.state_sizes(i), problem.kind.dtype));
@@ -114,11 +115,11 @@ struct OutputGradients {
 };
 
 // (batch, length, width) or (length, batch, width), or packed rows -> dense, time-major.
-Tensor time_major(const Problem& problem, const Tensor& tensor) {
+Tensor time_major(const RnnProblem& problem, const Tensor& tensor) {
   return problem.batch_first ? dense(Tensor(torch::stable::transpose(tensor.share(), 0, 1))) : dense(tensor);
 }
 
-void check_output_like(const Problem& problem, const Tensor& tensor, const char* name) {
+void check_output_like(const RnnProblem& problem, const Tensor& tensor, const char* name) {
   const char* op = problem.kind.op;
   check_same_kind(tensor, problem.kind, name);
   if (problem.packed || problem.cell) {
@@ -131,7 +132,7 @@ void check_output_like(const Problem& problem, const Tensor& tensor, const char*
 }
 
 // The gradient, where it lies if its rows are dense, with its place for each step; else a copy.
-Tensor place_gradient(Problem& problem, const Tensor& gradient, int64_t* stride) {
+Tensor place_gradient(RnnProblem& problem, const Tensor& gradient, int64_t* stride) {
   const bool in_place = gradient.dim() == 3 && gradient.stride(2) == 1;
   Tensor result = in_place ? gradient.borrow() : time_major(problem, gradient);
   *stride = in_place ? gradient.stride(problem.batch_first ? 0 : 1) : problem.width();
@@ -152,7 +153,7 @@ Tensor resolved(const Tensor& tensor) {
   return Argument<Tensor>::take(stack[0]);
 }
 
-OutputGradients check_gradients(Problem& problem, const OptionalTensor& grad_output,
+OutputGradients check_gradients(RnnProblem& problem, const OptionalTensor& grad_output,
                                 const std::vector<OptionalTensor>& grad_state) {
   const char* op = problem.kind.op;
   const size_t states = entry_of(problem.mode).states;
@@ -185,7 +186,7 @@ struct InputGradients {
 
 // The weights' gradients from the sums of all chunks.
 template <class T>
-void finish_weights(const Problem& problem, const RnnNetwork<T>& network, const RnnBackwardKernels<T>& kernels,
+void finish_weights(const RnnProblem& problem, const RnnNetwork<T>& network, const RnnBackwardKernels<T>& kernels,
                     const InputGradients& wanted, const Compute<T>* sums, const std::vector<int64_t>& sums_at,
                     int64_t chunks) {
   for (int64_t i = 0; i < problem.count(); ++i) {
@@ -200,11 +201,11 @@ void finish_weights(const Problem& problem, const RnnNetwork<T>& network, const 
 }
 
 template <class T>
-void run_backward(const Problem& problem, const OutputGradients& given, const Tensor& output, const Tensor& reserve,
+void run_backward(const RnnProblem& problem, const OutputGradients& given, const Tensor& output, const Tensor& reserve,
                   const InputGradients& wanted, bool input_wanted) {
   using C = Compute<T>;
   const RnnBackwardKernels<T>& kernels = rnn_backward_kernels().get<T>();
-  Network<T> network(problem);
+  RnnCall<T> network(problem);
   network.output = const_cast<T*>(data<T>(output));
   network.set_reserve(problem, const_cast<T*>(data<T>(reserve)));
   const auto state_or_null = [&](size_t i) {
@@ -272,7 +273,7 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
     const Tensor& output, const Tensor& reserve, int64_t mode, int64_t num_layers, bool bidirectional, bool batch_first,
     bool input_wanted, bool state_wanted, bool weights_wanted) {
   const char* op = "rnn_backward";
-  Problem problem =
+  RnnProblem problem =
       check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first);
   const OutputGradients given = check_gradients(problem, grad_output, grad_state);
   check_output_like(problem, output, "output");

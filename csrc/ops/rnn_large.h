@@ -25,7 +25,7 @@ inline GateRun hidden_gates_of(RnnMode mode) {
 }
 
 // Few sequences take nearly all their time in the steps, and have the same bits for any number of threads.
-inline bool has_large_products(const Problem& problem) {
+inline bool has_large_products(const RnnProblem& problem) {
   constexpr int64_t kSequences = 8;
   return problem.kind.dtype != ScalarType::BFloat16 && problem.projected == 0 && problem.batch >= kSequences &&
          is_large_product(problem.rows, problem.hidden, entry_of(problem.mode).gates * problem.hidden);
@@ -35,7 +35,7 @@ inline bool has_large_products(const Problem& problem) {
 template <class T>
 class LayerProducts {
  public:
-  LayerProducts(const Problem& problem, int64_t index, const T* gates)
+  LayerProducts(const RnnProblem& problem, int64_t index, const T* gates)
       : problem_(problem), index_(index), gates_(gates), inputs_(problem.input_size_of(index)) {}
 
   // weights: as the layer has them. inputs (rows, input_size), previous (rows, hidden): what RnnBackwardKernels gathers
@@ -86,7 +86,7 @@ class LayerProducts {
     copy(hidden_gates_of(problem_.mode), bias_hh);
   }
 
-  const Problem& problem_;
+  const RnnProblem& problem_;
   const int64_t index_;
   const T* const gates_;
   const int64_t inputs_;
@@ -94,7 +94,7 @@ class LayerProducts {
 
 // weights: the gradients of all weights, or none that is wanted. The network has its memory already.
 template <class T>
-void backward_by_products(const Problem& problem, Network<T>& network, const RnnGradients<T>& gradients,
+void backward_by_products(const RnnProblem& problem, RnnCall<T>& network, const RnnGradients<T>& gradients,
                           const TensorList& weights) {
   const RnnBackwardKernels<T>& kernels = rnn_backward_kernels().get<T>();
   const double work = problem.work();

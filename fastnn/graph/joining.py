@@ -37,7 +37,7 @@ class _Step(NamedTuple):
     function: Callable[..., Tensor]
 
 
-class Network:
+class JoinedLayers:
     """Convolution blocks, ``flatten`` and linear layers: by one operator where nothing is recorded for a gradient,
     which saves a sixth of a small network's time, else by one each. Called with the input and all tensors."""
 
@@ -87,7 +87,7 @@ class Network:
 
 
 @lru_cache(maxsize=256)
-def _program(network: Network, shapes: tuple[Sequence[int] | None, ...]) -> str:
+def _program(network: JoinedLayers, shapes: tuple[Sequence[int] | None, ...]) -> str:
     """For tensors of these sizes."""
     rank = len(shapes[0])  # type: ignore[arg-type]
     start = value = Value([None] * rank)
@@ -207,7 +207,7 @@ def _join_network(graph: Graph, first: Node, modules: Mapping[str, nn.Module]) -
     if not order.is_there(tensors, nodes[0], ("placeholder",)) or not order.may_be_one(nodes):
         return []
     with graph.inserting_before(nodes[0]):
-        call = graph.call_function(Network(steps), (nodes[0].args[0], *tensors))
+        call = graph.call_function(JoinedLayers(steps), (nodes[0].args[0], *tensors))
     nodes[-1].replace_all_uses_with(call)
     for node in reversed(nodes):
         graph.erase_node(node)
