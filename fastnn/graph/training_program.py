@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn._torch import pytree
 from fastnn.activations import parse
-from fastnn.graph.forward import Program
+from fastnn.graph.forward import Trace
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import chooses_last, drop_unused_parts, kernel_of
 from fastnn.graph.matcher import Layer, activation_of, read_layer, settings_of, why_not_read
@@ -65,19 +65,19 @@ class TrainingProgram:
         return isinstance(self.outputs, int)
 
 
-def read_training_program(program: Program) -> TrainingProgram:
-    """The network that a module's program is. NotANetworkError where it is none."""
-    graph, sources = program.write()
-    drop_unused_parts(graph, program.modules)
+def read_training_program(trace: Trace) -> TrainingProgram:
+    """The network that a module's trace is. NotANetworkError where it is none."""
+    graph, sources = trace.write()
+    drop_unused_parts(graph, trace.modules)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    inputs = placeholders[: len(program.names)]
-    reader = _Reader(program.modules, Order(graph, program.modules), inputs)
+    inputs = placeholders[: len(trace.names)]
+    reader = _Reader(trace.modules, Order(graph, trace.modules), inputs)
     for node in placeholders[len(inputs) :]:  # `fastnn_tensor_3` is the fourth source
         reader.tensors[node] = sources[int(str(node.target).rpartition("_")[2])]
     (output,) = [node for node in graph.nodes if node.op == "output"]
     log_softmax: int | None = None
     if isinstance(output.args[0], Node):
-        log_softmax = _dim_of_log_softmax(output.args[0], program.modules)
+        log_softmax = _dim_of_log_softmax(output.args[0], trace.modules)
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or node in reader.done:
             continue

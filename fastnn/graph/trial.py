@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fastnn._torch import pytree
 from fastnn.graph import forward
-from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program, key_of
+from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Trace, key_of
 from fastnn.graph.matcher import Match
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 
@@ -86,8 +86,8 @@ class _Trial:
             )
             self.left.update(dict.fromkeys(kept, f"{words} ({'training' if self.training else 'inference'})"))
 
-    def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
-        return _TrialRun(module, program, self).run(*inputs, *program.further_inputs())
+    def see_trace(self, module: nn.Module, trace: Trace, inputs: Sequence[Tensor]) -> Any:
+        return _TrialRun(module, trace, self).run(*inputs, *trace.further_inputs())
 
     def see_recurrent(self, fused: FusedRecurrent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def run(function: Callable[..., Any]) -> Callable[[Sequence[Tensor]], Any]:
@@ -155,12 +155,12 @@ class _Trial:
 
 
 class _TrialRun(fx.Interpreter):
-    """Runs the stock layers of a program, and tries each match once its last layer has run."""
+    """Runs the stock layers of a trace, and tries each match once its last layer has run."""
 
-    def __init__(self, module: nn.Module, program: Program, trial: _Trial) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=program.stock_graph)
+    def __init__(self, module: nn.Module, trace: Trace, trial: _Trial) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=trace.stock_graph)
         self.trial = trial
-        self.last = {match.nodes[-1]: match for match in program.matches.found}
+        self.last = {match.nodes[-1]: match for match in trace.matches.found}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
