@@ -15,6 +15,7 @@ from fastnn._torch import TENSOR_HOOKS
 from fastnn.graph.guard import ABSENT, Guard
 from fastnn.ops.training_step import bind_training_step_op, release_training_step
 from fastnn.training_numbers import IS_FIRST, OPTIMIZERS, kept_by, new_number, numbers_of_group
+from fastnn.training_ranks import FlatGradients
 from fastnn.training_reading import Reading
 
 _call_bind = bind_training_step_op._op
@@ -43,6 +44,9 @@ class Binding:
         self.layout: list[int] = []  # for each parameter, its group and the bits of the states that it has
         # The parameters whose state was created here, and what the optimizer had before.
         self.created: list[tuple[Tensor, dict[str, Any]]] = []
+        self.flat: FlatGradients | None = None  # where several processes average their gradients
+        self.no_grad = torch.no_grad()  # made once: 0.5 us
+        self.keeps_gradients = keep_gradients
         self._optimizer, self._max_norm, self._loss_numbers = optimizer, max_norm, reading.loss_numbers
         self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
         places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -83,7 +87,7 @@ class Binding:
         return (
             self._guard.holds()
             and self._flags == list(map(self._read_flags, self.parameters))
-            and self._max_norm == max_norm
+            and (self._max_norm, self.keeps_gradients) == (max_norm, keep_gradients)
             and not (keep_gradients and any(p.grad is not None for p in self.parameters))
         )
 

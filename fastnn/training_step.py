@@ -10,41 +10,29 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastnn._torch import global_optimizer_hooks, note_step_of, pytree
+from fastnn._torch import global_optimizer_hooks, note_step_of
 from fastnn.fusion import fuse
 from fastnn.graph.rehearsal import needed_inputs
 from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
-from fastnn.ops.training_step import (
-    bound_training_epoch_op,
-    bound_training_gradients_op,
-    bound_training_step_of_several_op,
-    bound_training_step_op,
-    bound_training_update_op,
-    forget_forward,
-    training_gradients_backward_op,
-    training_step_backward_op,
-    training_step_forward_op,
-    training_step_op,
-)
 from fastnn.training_binding import Binding, UsedGradients
+from fastnn.training_calls import (
+    OtherLeavesError,
+    RefusedError,
+    in_one_call,
+    in_two_calls,
+    steps_in_one_call,
+    update_in_one_call,
+)
 from fastnn.training_epoch import Batches, progress_bar
 from fastnn.training_numbers import check_optimizer, check_parameters
 from fastnn.training_ranks import FlatGradients, Ranks
 from fastnn.training_reading import Reading
 
-_call, _call_bound, _call_bound_of_several = (
-    op._op for op in (training_step_op, bound_training_step_op, bound_training_step_of_several_op)
-)
-_call_forward, _call_backward = training_step_forward_op._op, training_step_backward_op._op
-_call_epoch = bound_training_epoch_op._op
-_call_gradients, _call_update = bound_training_gradients_op._op, bound_training_update_op._op
-_call_gradients_backward = training_gradients_backward_op._op
 _SETTINGS = ("model", "loss", "optimizer", "max_norm", "keep_gradients", "_ranks")  # what a copy begins with
 _SECONDS_TOGETHER = 0.05  # of the steps that an epoch makes in one call
 
@@ -99,15 +87,13 @@ class TrainingStep:
     ) -> None:
         """Sets all but the model, before anything is read."""
         self._ranks = ranks
-        self._flat: FlatGradients | None = None  # of what is bound
-        self._is_in_flat = False  # whether the last gradients are there, and not in p.grad
+        self._is_in_flat = False  # whether the last gradients are in the binding's flat, and not in p.grad
         self._buffers_are_due = True  # for a broadcast, before the next forward
         self.loss, self._optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
         self._reading: Reading | None = None
         self._binding: Binding | None = None
         self._why = ""  # why there is no reading, so that steps go the ordinary way
         self._last_why = ""  # why the last step went the ordinary way
-        self._no_grad = torch.no_grad()  # made once: 0.5 us
         self._retries = False  # whether this repeats a step that one call did not take
         self._used = UsedGradients.of(optimizer)
         self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
@@ -169,7 +155,8 @@ class TrainingStep:
         self._last_why = self._why_not_due(input, target)
         if self._last_why or not self._is_bound():
             return self._ordinary(input, target)
-        dims = tuple([one.dim() for one in self._inputs(input)])
+        inputs = self._inputs(input)
+        dims = tuple([one.dim() for one in inputs])
         if self._refused.get(dims, 0) >= _MOST_REFUSALS:
             self._last_why = "the operators have refused inputs of so many dimensions"
             return self._ordinary(input, target)
@@ -180,14 +167,16 @@ class TrainingStep:
         at_once = not reading.loss_why and (network.log_softmax != -1 or target.dim() == 1)
         random = torch.get_rng_state() if at_once and network.draws else None
         try:
-            run = self._in_one_call if at_once else self._in_two_calls
-            loss, gradients = run(reading, binding, input, target)
-        except _OtherLeavesError:
+            if at_once:
+                loss, gradients = in_one_call(reading, binding, inputs, target)
+            else:
+                loss, gradients = in_two_calls(reading, binding, inputs, target, self.loss)
+        except OtherLeavesError:
             self._undo()
             self._reading = None
             self._why = "the loss uses parameters by itself"
             return self._ordinary(input, target)
-        except _RefusedError as error:
+        except RefusedError as error:
             self._undo()
             self._last_why = str(error.__cause__).partition("\n")[0]
             loss = self._ordinary(input, target)
@@ -342,16 +331,14 @@ class TrainingStep:
         if binding.created or reading.loss_why or (reading.network.log_softmax == -1 and target.dim() != 1):
             return None
         try:
-            with self._no_grad:
-                losses: Tensor = _call_epoch(
-                    inputs, target, batches.order, *batches.places(first, last), batches.batch_size, binding.bound,
-                    binding.numbers,
-                )  # fmt: skip
+            losses = steps_in_one_call(reading, binding, batches, first, last)
         except RuntimeError:  # the step by itself has other ways, or the error's own words
             return None
-        _count_batches(reading, len(losses))
         self._after(binding, ())
         return losses
+
+    def _inputs(self, input: Any) -> Sequence[Tensor]:
+        return (input,) if self._count == 1 else input
 
     def _outputs(self, input: Any) -> Any:
         if self._count == 1:
@@ -377,7 +364,6 @@ class TrainingStep:
 
     def _forget(self) -> None:
         """Drops what was made of the parameters, and of the optimizer's settings and state."""
-        self._flat = None
         if self._binding is not None:
             self._binding.release()
             self._binding = None
@@ -449,94 +435,12 @@ class TrainingStep:
             self._forget()
             self._binding = Binding(reading, tensors, optimizer, self.max_norm, self.keep_gradients)
             if self._ranks is not None:
-                self._flat = FlatGradients(optimizer, self._binding.trained())
+                self._binding.flat = FlatGradients(optimizer, self._binding.trained())
         except (KeyError, NotANetworkError):
             self._undo()
             self._read()
             return False
         return True
-
-    # ---- and makes ------------------------------------------------------------------------------------------------
-
-    def _in_one_call(
-        self, reading: Reading, binding: Binding, input: Any, target: Tensor
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        with self._no_grad:
-            loss: Tensor
-            gradients: Sequence[Tensor] = ()
-            if self._flat is not None:
-                loss = _call_gradients(
-                    self._inputs(input), target, binding.bound, binding.numbers, self._flat.of_program
-                )
-            elif self.keep_gradients:
-                loss, gradients = _call(
-                    self._inputs(input), target, binding.parameters, binding.states, reading.network.text,
-                    reading.loss_weight, binding.layout, binding.numbers, True,
-                )  # fmt: skip
-            elif self._count == 1:
-                loss = _call_bound(input, target, binding.bound, binding.numbers)
-            else:
-                loss = _call_bound_of_several(input, target, binding.bound, binding.numbers)
-        _count_batches(reading)
-        return loss, gradients
-
-    def _in_two_calls(self, reading: Reading, binding: Binding, input: Any, target: Any) -> tuple[Tensor, list[Tensor]]:
-        """Runs a step with the caller's own loss between two calls."""
-        undo = _copy_of_forward(reading, binding)
-        try:
-            with self._no_grad:
-                outputs, kept = _call_forward(self._inputs(input), binding.parameters, reading.network.text)
-        except RuntimeError as error:
-            undo()
-            raise _RefusedError from error
-        try:
-            return self._from_outputs(reading, binding, target, outputs, kept)
-        except BaseException:
-            undo()
-            raise
-        finally:
-            forget_forward(int(kept))
-
-    def _inputs(self, input: Any) -> Sequence[Tensor]:
-        return (input,) if self._count == 1 else input
-
-    def _from_outputs(
-        self, reading: Reading, binding: Binding, target: Any, outputs: Sequence[Tensor], kept: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Computes the loss of a model's outputs, then backward and update."""
-        network = reading.network
-        _count_batches(reading)
-        for output in outputs:
-            output.requires_grad_()
-        # The loss gets copies, because it could not change a leaf itself in place.
-        copies = [output.clone() for output in outputs]
-        given = pytree.tree_map(copies.__getitem__, network.outputs)
-        loss = self.loss(given if network.log_softmax is None else F.log_softmax(given, network.log_softmax), target)
-        if _reaches_others(loss, outputs):
-            raise _OtherLeavesError
-        loss.backward()
-        if not self.keep_gradients and any(p.grad is not None for p in binding.parameters):  # by way of a checkpoint
-            for p in binding.parameters:
-                p.grad = None
-            raise _OtherLeavesError
-        if all(output.grad is None for output in outputs):
-            raise RuntimeError("training_step: the loss does not depend on the model's output")
-        try:
-            with self._no_grad:
-                if self._flat is not None:
-                    gradients = _call_gradients_backward(
-                        [output.grad for output in outputs], kept, binding.parameters, binding.layout, binding.numbers
-                    )
-                    for view, gradient in zip(self._flat.of_program, binding.trained(gradients), strict=True):
-                        view.copy_(gradient)
-                    return loss.detach(), gradients
-                gradients = _call_backward(
-                    [output.grad for output in outputs], kept, binding.parameters, binding.states, binding.layout,
-                    binding.numbers, self.keep_gradients,
-                )  # fmt: skip
-        except RuntimeError as error:
-            raise _RefusedError from error
-        return loss.detach(), gradients
 
     def _after(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(binding.parameters)
@@ -584,7 +488,7 @@ class TrainingStep:
         self._is_in_flat = False
         try:
             loss = self._step(input, target)
-            flat = self._flat if self._is_in_flat else None
+            flat = self._binding.flat if self._binding is not None and self._is_in_flat else None
             if flat is None:
                 flat = FlatGradients(self._optimizer)
                 flat.take()
@@ -606,10 +510,7 @@ class TrainingStep:
             flat.give()
             self._update_by_optimizer()
             return loss
-        with self._no_grad:
-            scale = _call_update(flat.of_program, binding.bound, binding.numbers)
-            kept = [view * scale for view in flat.of_program] if self.keep_gradients else []
-        self._after(binding, kept)
+        self._after(binding, update_in_one_call(binding, flat.of_program))
         return loss
 
     def _share_buffers(self, ranks: Ranks, before_step: bool) -> None:
@@ -710,47 +611,3 @@ def _inputs_of(model: nn.Module) -> int:
         words = f"a step gives a model its inputs, and {type(model).__name__} takes {signature}: {error}"
         raise TypeError(f"training_step: {words}") from None
     return count
-
-
-def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:
-    """Copies what a forward changes. Calling the result restores it."""
-    random = torch.get_rng_state()
-    statistics = [(p, p.clone()) for p in binding.parameters if not isinstance(p, nn.Parameter)]
-    counters = [(own[name], own[name].clone()) for own, name in reading.network.counters if own.get(name) is not None]
-
-    def undo() -> None:
-        torch.set_rng_state(random)
-        with torch.no_grad():
-            for tensor, value in (*statistics, *counters):
-                tensor.copy_(value)
-
-    return undo
-
-
-def _count_batches(reading: Reading, batches: int = 1) -> None:
-    for own, name in reading.network.counters:
-        if own.get(name) is not None:
-            own[name].add_(batches)
-
-
-class _RefusedError(Exception):
-    """The operators of the two calls do not take the model's tensors."""
-
-
-class _OtherLeavesError(Exception):
-    """A loss has gradients for more than the model's output."""
-
-
-def _reaches_others(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether backward would reach a leaf besides the outputs: a penalty on parameters, for example."""
-    own = {torch.autograd.graph.get_gradient_edge(output).node for output in outputs}
-    nodes, seen = [loss.grad_fn], {None, *own}
-    while nodes:
-        node = nodes.pop()
-        if node in seen or node is None:
-            continue
-        if node.name() == "torch::autograd::AccumulateGrad":
-            return True
-        seen.add(node)
-        nodes += [follower for follower, _ in node.next_functions]
-    return False

@@ -1660,6 +1660,16 @@ def test_several_inputs_come_in_a_tuple() -> None:
     assert "one operator call" in step.explain()
 
 
+def test_gradients_are_kept_from_when_it_is_said_until_it_is_not() -> None:
+    mine, x, y = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 4), torch.randn(5, 3)
+    step = fastnn.training_step(mine, F.mse_loss, torch.optim.SGD(mine.parameters(), 0.1), strict=True)
+    for keep_gradients in (False, True, False):
+        step.keep_gradients = keep_gradients
+        step(x, y)
+        assert all((p.grad is not None) == keep_gradients for p in mine.parameters())
+        assert "ordinary" not in step.explain()
+
+
 @pytest.mark.parametrize("keep_gradients", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 0.1])
 def test_accumulate(keep_gradients: bool, max_norm: float | None) -> None:
