@@ -226,6 +226,7 @@ PYBIND11_MODULE(_C, m) {
         "The convolution's algorithms, of forward and backward: names and what they are for.");
   m.def("network_layers", network_layers,
         "The table of a network's layers: names, inputs, and attributes with their kinds and defaults.");
+  m.attr("network_heading") = fastnn::kHeading;
   m.attr("most_places") = fastnn::kMostPlaces;
   m.attr("most_layers") = fastnn::kMostLayers;
   const py::object object_type = py::module_::import("builtins").attr("object");

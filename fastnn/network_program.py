@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastnn._extension import load_extension
 
-HEADING = "fastnn.network 1"
+_extension = load_extension()
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     name: Kind(name, tuple(inputs), {attribute: (kind, default) for attribute, kind, default in attributes})
-    for name, inputs, attributes in load_extension().network_layers()
+    for name, inputs, attributes in _extension.network_layers()
 }
 
 
@@ -83,7 +83,7 @@ def write(
     inputs: each with the sizes that it may have, as the text has them. dtypes: of the inputs; "int64", or "".
     """
     names: dict[Value, str] = {}
-    text = [HEADING]
+    text: list[str] = [_extension.network_heading]
     weights: list[Tensor] = []
 
     def name_of(value: Value) -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from fusing import Calls
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import ZOO
@@ -744,17 +745,6 @@ def test_a_loss_that_raises_changes_nothing() -> None:
     assert str(optimizer.state_dict()) == str(before[1])
 
 
-class Calls(nn.Module):
-    """A function of the input, two layers and more."""
-
-    def __init__(self, function: Callable[..., Tensor], *more: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), *more])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.layers)
-
-
 def _with_spectral_norm() -> nn.Module:
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4))
     model[0].requires_grad_(False)
@@ -762,7 +752,11 @@ def _with_spectral_norm() -> nn.Module:
 
 
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "by a comparison": (lambda: Calls(lambda x, a, b: a(x) * (b(x) > 0)), torch.optim.SGD, "gt is no layer"),
+    "by a comparison": (
+        lambda: Calls(lambda x, a, b: a(x) * (b(x) > 0), nn.Linear(4, 4), nn.Linear(4, 4)),
+        torch.optim.SGD,
+        "gt is no layer",
+    ),
     "dropout of channels": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(), nn.Linear(4, 4)),
         torch.optim.SGD,

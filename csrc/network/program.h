@@ -22,6 +22,9 @@
 
 namespace fastnn {
 
+constexpr char kHeading[] = "fastnn.network 1";  // the first line of a program: what it is, and the text's version
+constexpr int64_t kMostSize = int64_t{1} << 31;  // that a layer may have of a kernel, a stride, a padding and the like
+
 // What a layer may say: the attribute's name, its kind (int, ints, bool, float, activation or text), and its default;
 // null where it must be given.
 struct AttributeEntry {
@@ -138,7 +141,7 @@ struct Program {
 
   void add(std::string_view text, int64_t number) {
     if (number == 1) {
-      FASTNN_CHECK(text == "fastnn.network 1", "network: the first line should be \"fastnn.network 1\", got \"",
+      FASTNN_CHECK(text == kHeading, "network: the first line should be \"", kHeading, "\", got \"",
                    std::string(text.substr(0, 40)), "\"");
       return;
     }

@@ -31,9 +31,8 @@ class ConvLayer : public Layer<T> {
     weight_sizes_ = weight.sizes;
     bias_ = weights.of(line, "bias", Ints{weight.sizes[0]});
     const size_t dims = weight_sizes_.size() - 2;
-    constexpr int64_t kMost = int64_t{1} << 31;
     const auto add = [&](const char* name, int64_t least) {
-      for (const int64_t number : line.integers(name, least, kMost, dims)) geometry_.push_back(number);
+      for (const int64_t number : line.integers(name, least, kMostSize, dims)) geometry_.push_back(number);
     };
     add("stride", 1);
     add("padding", 0);
@@ -42,7 +41,7 @@ class ConvLayer : public Layer<T> {
     add(line.text("pool_stride").empty() ? "pool" : "pool_stride", 1);
     add("pool_padding", 0);
     add("pool_dilation", 1);
-    geometry_.push_back(line.integer("groups", 1, kMost));
+    geometry_.push_back(line.integer("groups", 1, kMostSize));
     geometry_.push_back(line.flag("ceil_mode"));
     const bool plain = activation_.kind == ActivationKind::relu || activation_.kind == ActivationKind::identity;
     bool pools = false;

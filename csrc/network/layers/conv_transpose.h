@@ -18,15 +18,14 @@ class ConvTransposeLayer : public Layer<T> {
     if (weight.sizes.size() < 3 || weight.sizes.size() > 5) line.refuse("expected a weight of 3 to 5 dimensions");
     weight_ = weight.data;
     weight_sizes_ = weight.sizes;
-    groups_ = line.integer("groups", 1, int64_t{1} << 31);
+    groups_ = line.integer("groups", 1, kMostSize);
     if (weight.sizes[0] < 1 || weight.sizes[0] % groups_) line.refuse("expected as many input channels in each group");
     bias_ = weights.of(line, "bias", Ints{checked_product(weight.sizes[1], groups_)});
     const size_t dims = weight_sizes_.size() - 2;
-    constexpr int64_t kMost = int64_t{1} << 31;
-    stride_ = line.integers("stride", 1, kMost, dims);
-    padding_ = line.integers("padding", 0, kMost, dims);
-    output_padding_ = line.integers("output_padding", 0, kMost, dims);
-    for (const int64_t dilation : line.integers("dilation", 1, kMost, dims)) {
+    stride_ = line.integers("stride", 1, kMostSize, dims);
+    padding_ = line.integers("padding", 0, kMostSize, dims);
+    output_padding_ = line.integers("output_padding", 0, kMostSize, dims);
+    for (const int64_t dilation : line.integers("dilation", 1, kMostSize, dims)) {
       if (dilation != 1) line.refuse("expected no dilation");
     }
     int64_t phases = 1;

@@ -16,19 +16,18 @@ class PoolLayer : public Layer<T> {
  public:
   PoolLayer(const ProgramLine& line, const Weights<T>&) {
     this->inputs = {line.input("input")};
-    constexpr int64_t kMost = int64_t{1} << 31;
-    kernel_ = line.integers("kernel", 1, kMost);
+    kernel_ = line.integers("kernel", 1, kMostSize);
     const size_t dims = kernel_.size();
     if (dims < 1 || dims > 3) line.refuse("expected a kernel of 1 to 3 dimensions");
-    stride_ = line.text("stride").empty() ? kernel_ : line.integers("stride", 1, kMost, dims);
-    padding_ = line.integers("padding", 0, kMost, dims);
+    stride_ = line.text("stride").empty() ? kernel_ : line.integers("stride", 1, kMostSize, dims);
+    padding_ = line.integers("padding", 0, kMostSize, dims);
     for (size_t d = 0; d < dims; ++d) {
       if (padding_[d] > kernel_[d] / 2) line.refuse("pad should be at most half of kernel size");
     }
     if (averages) {
       counts_padding_ = line.flag("count_include_pad");
     } else {
-      dilation_ = line.integers("dilation", 1, kMost, dims);
+      dilation_ = line.integers("dilation", 1, kMostSize, dims);
       ceil_mode_ = line.flag("ceil_mode");
     }
   }

@@ -226,8 +226,7 @@ class PadLayer : public Layer<T> {
  public:
   PadLayer(const ProgramLine& line, const Weights<T>&) {
     this->inputs = {line.input("input")};
-    constexpr int64_t kMost = int64_t{1} << 31;
-    padding_ = line.integers("padding", -kMost, kMost);
+    padding_ = line.integers("padding", -kMostSize, kMostSize);
     if (padding_.size() % 2) line.refuse("expected two numbers a dimension");
     value_ = static_cast<T>(line.real("value"));
   }

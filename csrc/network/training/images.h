@@ -8,8 +8,6 @@
 
 namespace fastnn {
 
-constexpr int64_t kMostSize = int64_t{1} << 31;
-
 // An attribute's numbers, one for each of `dims` dimensions, for all of which one may stand.
 inline Ints of_each(const Ints& numbers, size_t dims, const char* name) {
   if (numbers.size() == 1) return Ints(dims, numbers[0]);

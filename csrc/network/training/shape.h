@@ -189,7 +189,7 @@ class SplitTraining : public TrainingLayer<T> {
  public:
   explicit SplitTraining(const ProgramLine& line)
       : dim_(line.integer("dim", -16, 15)),
-        chunks_(line.integer("chunks", 0, int64_t{1} << 31)),
+        chunks_(line.integer("chunks", 0, kMostSize)),
         size_(line.integer("size", 0, int64_t{1} << 40)),
         sizes_(line.integers("sizes", 0, int64_t{1} << 40)),
         unbinds_(line.flag("unbind")),
@@ -281,7 +281,7 @@ template <class T>
 class PadTraining : public UnaryTraining<T> {
  public:
   explicit PadTraining(const ProgramLine& line)
-      : UnaryTraining<T>(line), layer_(line, Weights<T>()), padding_(line.integers("padding", 0, int64_t{1} << 31)) {}
+      : UnaryTraining<T>(line), layer_(line, Weights<T>()), padding_(line.integers("padding", 0, kMostSize)) {}
   void forward(Tensor* outputs) override {
     const Tensor from = dense(this->input());
     Site<T> site;
