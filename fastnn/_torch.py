@@ -1,5 +1,5 @@
-"""The private names of PyTorch that fastnn uses, in one place: what each is for, and the public way that is taken where
-a torch has the name no longer. tests/test_torch_names.py has it that the torch at hand has each of them."""
+"""The private names of PyTorch that fastnn uses, in one place: what each is for, and the public code that runs instead
+where a torch no longer has the name. tests/test_torch_names.py checks that the installed torch has each of them."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ _device_context: Any = _private("utils._device.DeviceContext", ())
 
 
 def functions_are_watched() -> bool:
-    """Whether a ``TorchFunctionMode`` is on that may change what torch's functions do: another one than that of a
-    default device."""
+    """Whether a ``TorchFunctionMode`` is on that may change what torch's functions do. The mode that sets a default
+    device does not count."""
     return bool(_count_of_function_modes()) and any(type(mode) is not _device_context for mode in _function_modes())
 
 
 # ---- what tensors are ------------------------------------------------------------------------------------------------
 
-# Batches of gradients that torch.autograd.grad makes of is_grads_batched, which no public name tells or takes apart.
+# torch.autograd.grad makes batches of gradients for is_grads_batched. No public name detects them or takes them apart.
 is_legacy_batchedtensor: Callable[[Tensor], bool] = _private("_C._functorch.is_legacy_batchedtensor", lambda t: False)
 remove_batch_dim: Callable[..., Tensor] = _private("_remove_batch_dim", None)
 add_batch_dim: Callable[..., Tensor] = _private("_add_batch_dim", None)
-# What parameters, and tensors that see operators alone, have in the place of a __torch_function__.
+# Parameters, and tensors that intercept operators but no functions, have this in place of a __torch_function__.
 no_torch_function: Any = _private("_C._disabled_torch_function_impl", nn.Parameter.__torch_function__)
 suggest_memory_format: Callable[[Tensor], torch.memory_format] = _private(
     "_prims_common.suggest_memory_format", _suggest_memory_format
@@ -110,7 +110,7 @@ global_optimizer_hooks: Sequence[dict[int, Any]] = [getattr(optimizer_module, na
 
 
 def note_step_of(optimizer: torch.optim.Optimizer) -> None:
-    """Has the optimizer's schedulers know that it has made a step: they ask, and warn if not."""
+    """Tells the optimizer's schedulers that it has made a step. Without that they warn."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 

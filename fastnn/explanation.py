@@ -1,4 +1,4 @@
-"""``fastnn.explain``: the operator and algorithm that run each layer of a model that could be fused, or why none."""
+"""``fastnn.explain``: for each layer that could be fused, the operator and algorithm that run it, or why none does."""
 
 from __future__ import annotations
 

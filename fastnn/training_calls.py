@@ -40,7 +40,7 @@ class RefusedError(Exception):
 
 
 class OtherLeavesError(Exception):
-    """A loss has gradients for more than the model's output."""
+    """The loss depends on tensors that need gradients besides the model's outputs."""
 
 
 def in_one_call(
@@ -80,7 +80,7 @@ def steps_in_one_call(reading: Reading, binding: Binding, batches: Batches, firs
 def in_two_calls(
     reading: Reading, binding: Binding, inputs: Sequence[Tensor], target: Any, loss: Callable[[Any, Any], Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same as :func:`in_one_call`, with the caller's own loss between two calls."""
+    """Runs a step as :func:`in_one_call` does, with the caller's own loss between two calls."""
     undo = _copy_of_forward(reading, binding)
     try:
         with binding.no_grad:
@@ -171,7 +171,7 @@ def _count_batches(reading: Reading, batches: int = 1) -> None:
 
 
 def _reaches_others(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether backward would reach a leaf besides the outputs: a penalty on parameters, for example."""
+    """Whether backward would reach a leaf besides the outputs, as it does for a penalty on parameters."""
     own = {torch.autograd.graph.get_gradient_edge(output).node for output in outputs}
     nodes, seen = [loss.grad_fn], {None, *own}
     while nodes:

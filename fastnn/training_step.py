@@ -34,7 +34,7 @@ from fastnn.training_ranks import FlatGradients, Ranks
 from fastnn.training_reading import Reading
 
 _SETTINGS = ("model", "loss", "optimizer", "max_norm", "keep_gradients", "_ranks")  # what a copy begins with
-_SECONDS_TOGETHER = 0.05  # of the steps that an epoch makes in one call
+_SECONDS_TOGETHER = 0.05  # an epoch makes as many steps in one call as take so long
 
 
 class TrainingStep:
@@ -88,7 +88,7 @@ class TrainingStep:
         """Sets all but the model, before anything is read."""
         self._ranks = ranks
         self._is_in_flat = False  # whether the last gradients are in the binding's flat, and not in p.grad
-        self._buffers_are_due = True  # for a broadcast, before the next forward
+        self._buffers_are_due = True  # whether buffers must be broadcast before the next forward
         self.loss, self._optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
         self._reading: Reading | None = None
         self._binding: Binding | None = None
@@ -116,8 +116,8 @@ class TrainingStep:
         return {name: getattr(self, name) for name in _SETTINGS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy reads and binds anew at its first call, since a model that has its own step as an attribute is still
-        empty here."""
+        """A copy reads and binds only at its first call: the model may have its own step as an attribute, and then the
+        model's copy is still empty here."""
         settings = dict(state)
         self.model = settings.pop("model")
         self._count = _inputs_of(self.model)
@@ -144,12 +144,12 @@ class TrainingStep:
         return "" if self._ranks is None else f"an all-reduce over {self._ranks.size} processes, "
 
     def __call__(self, input: Any, target: Any) -> Tensor:
-        """One step on a batch -> the loss, as it was before the step; that of this process's batch, if there are
-        several processes."""
+        """Makes one step on a batch -> the loss before the step. Where several processes train, the loss is that of
+        this process's batch."""
         return self._step(input, target) if self._ranks is None else self._step_of_all(self._ranks, input, target)
 
     def _step(self, input: Any, target: Any) -> Tensor:
-        """A step; or where there are several processes, its gradients alone."""
+        """Makes a step; where several processes train, it computes the gradients only."""
         if self.keep_gradients:
             self._used.drop(self._optimizer)
         self._last_why = self._why_not_due(input, target)
@@ -180,7 +180,7 @@ class TrainingStep:
             self._undo()
             self._last_why = str(error.__cause__).partition("\n")[0]
             loss = self._ordinary(input, target)
-            self._refused[dims] = self._refused.get(dims, 0) + 1  # what the model takes, and the operators do not
+            self._refused[dims] = self._refused.get(dims, 0) + 1  # the model takes the input, the operators do not
             return loss
         except BaseException as error:
             self._undo()
@@ -192,8 +192,8 @@ class TrainingStep:
             else:
                 self._is_in_flat = True
             return loss
-        # The loss itself may take a target that the operator does not take; if not, it raises its own error. The
-        # ordinary way may take whatever else the operator does not take.
+        # The operator has refused something. Perhaps it was the target: the step is made again with the caller's own
+        # loss, which takes it or raises its own error. Whatever else was refused, the ordinary way may take.
         if random is not None:
             torch.set_rng_state(random)
         reading.loss_why, self._retries = _OTHER_TARGET, True
@@ -239,7 +239,7 @@ class TrainingStep:
         progress: bool | None = None,
         scheduler: Any = None,
     ) -> Tensor:
-        """One pass over tensors in memory, a step a batch -> the loss of each batch (batches,).
+        """Makes one pass over tensors in memory, a step for each batch -> the loss of each batch (batches,).
 
         The batches and their order are those of ``DataLoader(TensorDataset(input, target), batch_size, shuffle=shuffle,
         generator=generator, drop_last=drop_last)`` from a generator in the same state, and leave it in the same state,
@@ -260,7 +260,7 @@ class TrainingStep:
         a DistributedSampler of its own.
 
         Raises:
-            TypeError: what is given is neither tensors nor an iterable of batches.
+            TypeError: the arguments are neither tensors nor an iterable of batches.
             ValueError: there are no rows, not as many in each tensor, or batch_size is below 1; or the processes of a
                 group have other rows, or generators in another state.
         """
@@ -287,7 +287,7 @@ class TrainingStep:
             bar.close()
 
     def _follow(self, batches: Iterable[Any], bar: Any, scheduler: Any) -> Tensor:
-        """A step a batch."""
+        """Makes a step for each batch."""
         losses = []
         try:
             for x, y in batches:
@@ -300,8 +300,8 @@ class TrainingStep:
         return torch.stack(losses) if losses else torch.empty(0)
 
     def _run(self, batches: Batches, bar: Any) -> Tensor:
-        """Many steps in one call, where there is one call for a step: as many as take some fiftieth of a second, so
-        that Ctrl-C and the bar do not wait. The first goes by itself: it creates the optimizer's state."""
+        """Makes many steps in one call, where a step is one call: as many as take `_SECONDS_TOGETHER`, so that Ctrl-C
+        and the bar do not wait long. The first step has a call of its own, since it creates the optimizer's state."""
         losses: list[Tensor] = []
         done, together = 0, 1
         while done < batches.count:
@@ -317,7 +317,8 @@ class TrainingStep:
         return torch.cat(losses) if losses else torch.empty(0)
 
     def _in_one_call_for_many(self, batches: Batches, first: int, last: int) -> Tensor | None:
-        """The losses of steps on these batches, or on the first of them; None where a step is to go by itself."""
+        """Makes steps on the batches [first, last), or on some of them from the first on -> their losses. None where
+        the next step needs a call of its own."""
         if len(batches.targets) != 1 or self.keep_gradients or self._ranks is not None:
             return None
         inputs, target = batches.inputs, batches.targets[0]
@@ -332,7 +333,7 @@ class TrainingStep:
             return None
         try:
             losses = steps_in_one_call(reading, binding, batches, first, last)
-        except RuntimeError:  # the step by itself has other ways, or the error's own words
+        except RuntimeError:  # a single step then finds another way, or raises the error
             return None
         self._after(binding, ())
         return losses
@@ -352,7 +353,8 @@ class TrainingStep:
     # ---- what the one call rests on -------------------------------------------------------------------------------
 
     def _read(self, anew: bool = False) -> None:
-        """Finds out whether there is one call for the model, loss and optimizer as they are; `anew`, by a new trace."""
+        """Finds out whether operators can make steps of the model, loss and optimizer as they are now. anew: trace the
+        model again."""
         before = None if anew else self._reading
         self._reading, self._why, self._is_unread_copy = None, "", False
         self._others, self._refused = None, {}
@@ -363,7 +365,7 @@ class TrainingStep:
             self._why = str(reason)
 
     def _forget(self) -> None:
-        """Drops what was made of the parameters, and of the optimizer's settings and state."""
+        """Drops the binding of the parameters and of the optimizer's settings and states."""
         if self._binding is not None:
             self._binding.release()
             self._binding = None
@@ -374,7 +376,7 @@ class TrainingStep:
         self._forget()
 
     def _why_not_due(self, input: Any, target: Any) -> str:
-        """Why the operators do not take such a call, or an empty text where they do."""
+        """The reason why the operators do not take this call, or an empty text where they do."""
         if self._is_unread_copy:
             self._read()
         reading = self._reading
@@ -482,8 +484,8 @@ class TrainingStep:
     # ---- of several processes ---------------------------------------------------------------------------------------
 
     def _step_of_all(self, ranks: Ranks, input: Any, target: Any) -> Tensor:
-        """The gradients of this process, the average of all, and the update that all processes make of it. Where one
-        raises before it, all do, and none makes an update."""
+        """Computes this process's gradients, averages them over all processes, and makes the update, which is then the
+        same in all. Where one process raises before the update, all raise, and none makes it."""
         self._share_buffers(ranks, before_step=True)
         self._is_in_flat = False
         try:
@@ -496,7 +498,7 @@ class TrainingStep:
                 flat.note_program()
         except Exception:
             self._drop_gradients()
-            with suppress(RuntimeError):  # its own error says more
+            with suppress(RuntimeError):  # the error of the step itself says more
                 FlatGradients(self._optimizer).average(ranks, failed=True)
             raise
         try:
@@ -514,7 +516,7 @@ class TrainingStep:
         return loss
 
     def _share_buffers(self, ranks: Ranks, before_step: bool) -> None:
-        """Gives all processes the buffers of the first, before the first forward after each step, as
+        """Copies the first process's buffers to all processes, before the first forward after each step, as
         DistributedDataParallel does."""
         if self._buffers_are_due and ranks.shares_buffers:
             ranks.broadcast(self.model.buffers())
@@ -580,7 +582,7 @@ def training_step(
     )  # fmt: skip
 
 
-_MOST_REFUSALS = 3  # after which inputs of so many dimensions go the ordinary way at once
+_MOST_REFUSALS = 3  # after so many refusals, inputs of so many dimensions go the ordinary way at once
 _OTHER_TARGET = "its target is none that the operator takes"
 
 
@@ -589,7 +591,7 @@ def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer)
     try:
         signature = inspect.signature(kind.step)
-    except (TypeError, ValueError):  # a function of C says nothing
+    except (TypeError, ValueError):  # a function written in C may have no signature
         return
     try:
         signature.bind(optimizer)
