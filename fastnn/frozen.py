@@ -62,7 +62,8 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
             expected = as_it_is()(*cloned(inputs))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
-        # A second comparison, with another batch size, because the frozen model must be right for every batch size.
+        # The model runs on another batch size, too, because nothing that it does may depend on the batch size. Where
+        # the run fails, another dimension may be the batch.
         for last_try, batch_dims in _tries(model, leaves):
             is_single = any(leaf.shape[dim] == 1 for leaf, dim in zip(leaves, batch_dims, strict=True))
             # torch.export would treat a batch size of one as a constant.

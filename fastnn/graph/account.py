@@ -1,5 +1,5 @@
-"""The account of a fused model: for each layer that could be fused, the operator that runs it, or why none does, as far
-as that is known without a call."""
+"""The account of a fused model: for each layer that could be fused, the operator that runs it, or the reason why none
+does. It says what is known without a call."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def traces_of(model: nn.Module) -> dict[nn.Module, Trace | None]:
 
 
 def account_for(model: nn.Module) -> list[ExplainedCall]:
-    """The rows of a fused model, with what is known without a call: the algorithms are not."""
+    """The rows of a fused model, without the algorithms, which depend on the sizes of a call."""
     rows: list[ExplainedCall] = []
     names = {module: name for name, module in model.named_modules()}
     known: set[nn.Module] = set()

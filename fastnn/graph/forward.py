@@ -28,7 +28,7 @@ from fastnn.ops._autograd import is_compiling, is_exporting
 
 
 class Observer(Protocol):
-    """Watches a fused model run: each trace and each recurrent layer is handed to it, and it has to run them."""
+    """Watches a fused model run. It is given each trace and each recurrent layer that is due, and has to run it."""
 
     def see_trace(self, module: nn.Module, trace: Trace, inputs: Sequence[Tensor]) -> Any: ...
 
@@ -42,7 +42,7 @@ _observer_lock = threading.Lock()
 
 @contextmanager
 def observing(by: Observer) -> Iterator[None]:
-    """Within the block, fused models that this thread calls run through an observer."""
+    """Within the block, fused models that this thread calls hand their traces and recurrent layers to an observer."""
     global observer, _observing
     with _observer_lock:
         observer, _observing = by, threading.get_ident()
@@ -91,8 +91,9 @@ class FusedModule(Fused):
 
     @property
     def __func__(self) -> Any:
-        """A function that runs this forward for its module, as long as that is fused, and for others their class's.
-        Who wraps a method's function, and puts the result into the model (accelerate), wraps this forward so."""
+        """A function that runs this forward for its own module, while that is fused, and the class's forward for other
+        modules. Libraries such as accelerate wrap the function of a method and put the result into the model: so they
+        wrap this forward."""
         stock = type(self.module).forward
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +101,7 @@ class FusedModule(Fused):
             return self(*args, **kwargs) if is_own else stock(module, *args, **kwargs)
 
         functools.update_wrapper(forward, stock)
-        forward.__dict__.pop("__wrapped__")  # who unwraps functions gets this one
+        forward.__dict__.pop("__wrapped__")  # so that unwrapping gives this function
         forward.__dict__["__signature__"] = inspect.signature(stock)
         return forward
 
@@ -173,7 +174,7 @@ class FusedRecurrent(FusedModule):
         return type(twin).forward(twin, *args, **kwargs)
 
     def twin(self) -> Any:
-        """The module as an object of fastnn's class. Both objects share one dictionary, with everything they have."""
+        """The module as an object of fastnn's class. Both objects share one dictionary of attributes."""
         if self._twin is None or self._twin.__dict__ is not self.module.__dict__:
             kind = getattr(fused_rnn, RECURRENT[layer_forward(self.module)])
             self._twin = kind.__new__(kind)

@@ -17,8 +17,8 @@ from fastnn.nn._hooks import has_own_call, layer_class
 
 
 def in_place(operation: str, value: Any, other: Any) -> Any:
-    """``value += other`` and its like, by their name in the module ``operator``. (The code that torch.fx writes for
-    ``operator.iadd`` assigns to a variable that other nodes go on reading.)"""
+    """Computes ``value += other`` or the like, by its name in the module ``operator``. (For ``operator.iadd`` itself
+    torch.fx would write code that assigns to a variable which other nodes still read.)"""
     return getattr(operator, operation)(value, other)
 
 
@@ -77,7 +77,7 @@ class Order:
         return not others
 
     def _may_be_view(self, node: Node) -> bool:
-        """Whether a node's result may share the memory of its inputs: so it may unless the node is known to make new
+        """Whether a node's result may share the memory of its inputs. It may, unless the node is known to make new
         memory."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
@@ -156,7 +156,7 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if function not in functions_of_torch() or function.__name__.endswith("_") or "out" in node.kwargs:
         return False
     name = function.__name__
-    if "batch_norm" in name or "instance_norm" in name:  # they keep statistics
+    if "batch_norm" in name or "instance_norm" in name:  # they change running statistics
         return node.kwargs.get("training") is False
     if name.startswith("embedding"):
         return "max_norm" not in node.kwargs and len(node.args) < 4

@@ -35,10 +35,10 @@ def try_candidates(model: nn.Module, stock: nn.Module, inputs: Sequence[Any], le
         with leaving_no_trace():
             with forward.observing(trial):
                 twin(*cloned(tuple(inputs)))
-            with suppress(Exception):  # what a model does not take twice, or with a gradient of all, stays as it is
+            with suppress(Exception):  # a model that fails in a second run, or in backward, keeps its fusions
                 trial.settle(twin, stock, tuple(inputs))
     except (RuntimeError, TypeError, ValueError) as error:
-        words = str(error).partition("\n")[0]  # torch.fx adds the node to it
+        words = str(error).partition("\n")[0]  # torch.fx adds the node in further lines
         raise ValueError(f"fuse: the model does not take the example inputs: {words}") from error
     left.update({of_twin.get(key, key): why for key, why in trial.left.items()})
     for module in model.modules():
@@ -57,8 +57,8 @@ class _Trial:
         self.tried: list[Any] = []  # the keys of all candidates
 
     def settle(self, twin: nn.Module, stock: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Leaves all candidates where they are faster one by one, and the whole model with them is not: what compares
-        the model with its trace at every call takes time, too. twin, stock: copies of the model, fused and not."""
+        """Leaves all candidates unfused where each is faster but the whole model is not, since comparing the model with
+        its trace takes time at every call. twin, stock: copies of the model, fused and unfused."""
         kept = [key for key in self.tried if key not in self.left]
         if not kept:
             return
@@ -188,7 +188,7 @@ class _TrialRun(fx.Interpreter):
         self.trial.compare(key_of(match), ours, stock, [given], parameters)
 
     def _call_of(self, node: fx.Node) -> tuple[Callable[..., Any], Any, Any]:
-        """What a node calls, and its arguments after the first, so that timing the call adds no work of its own."""
+        """What a node calls, and its arguments after the first, ready so that timing the call measures nothing else."""
         function: Any = node.target
         if node.op == "call_module":
             function = self.fetch_attr(str(node.target))

@@ -214,8 +214,8 @@ def _check_rank(input: Tensor, dims: int) -> None:
         )
 
 
-# The geometries of the calls so far: looking one up takes half of the time of building it anew. Calls with tuples are
-# not stored, because (2.0, 2.0), which must raise, would find the entry of (2, 2).
+# The geometries of earlier calls: finding one takes half of the time of building it again. Calls with tuples are not
+# stored, because (2.0, 2.0), which must raise, would find the entry of (2, 2).
 _geometry_of_numbers: dict[Any, FlatGeometry] = {}
 _TYPES_OF_NUMBERS = (*(int,) * 9, bool)
 
@@ -268,8 +268,9 @@ def _numbers(value: Any, count: int) -> list[int] | None:
 def _named_padding(
     name: str, dims: int, input: Tensor, weight: Tensor, stride: Size, dilation: Size
 ) -> tuple[Tensor, list[int] | str]:
-    """The input and the padding in numbers. Where "same" pads one side more than the other, the input comes back with
-    the surplus already added. The padding stays a name where PyTorch rejects the other arguments."""
+    """Turns a padding's name into numbers -> the input and the padding. Where "same" pads one side more than the other,
+    the returned input already has the additional padding. The padding stays a name where PyTorch rejects the other
+    arguments."""
     if name == "valid":
         return input, [0] * dims
     if name != "same":

@@ -19,7 +19,7 @@ network_unpacked = torch.ops.fastnn.network_unpacked.default
 
 
 def _rnn_sizes(line: TextLine, taken: Taken) -> list[Tensor]:
-    """What a recurrent layer gives, without its steps, of which there may be an unknown number."""
+    """Empty tensors of the sizes of a recurrent layer's results. No step runs, because their number may be unknown."""
     (x,) = taken["input"]
     directions = 2 if line["bidirectional"] else 1
     weights = taken["weights"]

@@ -1,4 +1,4 @@
-"""A whole training step in one operator, or in two with the loss between them: their Python side."""
+"""The Python side of the operators that make a whole training step, in one call or in two with the loss between."""
 
 from typing import Any
 
@@ -117,5 +117,5 @@ def _(
 
 
 def _like(inputs: list[Tensor], parameters: list[Tensor]) -> Any:
-    """A tensor of the step's dtype."""
+    """A tensor that has the dtype of the step."""
     return next(tensor for tensor in (*parameters, *inputs) if tensor.is_floating_point())
