@@ -20,22 +20,22 @@ inline constexpr AttributeEntry kInputEntries[] = {
     {"sizes", "ints", ""}, {"dtype", "text", ""}, {nullptr, nullptr, nullptr}};
 inline constexpr AttributeEntry kWeightEntries[] = {{"sizes", "ints", ""}, {nullptr, nullptr, nullptr}};
 
-// Of a line of an input or a weight, which takes nothing and gives one value.
+// Checks the line of an input or a weight. Such a line takes nothing and gives one value.
 inline void check_source_line(ProgramLine& line, const AttributeEntry* entries) {
   line.entries = entries;
   if (line.outputs.size() != 1) line.refuse("expected to give one value");
   if (!line.inputs.empty()) line.refuse("it takes no values");
   check_attributes(line);
 }
-// Whether an input is of int64, and not of the weights' dtype.
+// Whether an input is int64. Else it has the weights' dtype.
 inline bool is_of_integers(const ProgramLine& line) {
   const std::string_view dtype = line.text("dtype");
   if (!dtype.empty() && dtype != "int64") line.refuse("expected dtype=int64, or none, for the weights' dtype");
   return !dtype.empty();
 }
 
-// The kind of layer that a line is, whose attributes the line may have. Raises where there is none, or the line has
-// other inputs or attributes.
+// Finds the layer of a line in the table, and gives the line the layer's attributes. Raises where there is no such
+// layer, or the line has inputs or attributes that the layer does not know.
 inline const LayerEntry& check_layer_line(ProgramLine& line) {
   const LayerEntry* found = nullptr;
   for (const LayerEntry& entry : layer_entries()) {

@@ -75,7 +75,8 @@ std::tuple<Tensor, TensorList, Tensor> rnn_with_reserve(const Tensor& input, con
 
 namespace {
 
-// A cell's output is its final state: one tensor fewer than by way of `rnn`. And no lists: each costs 0.3 us.
+// A cell's output is its final state, so this operator returns one tensor fewer than `rnn`. It takes no lists, each of
+// which would cost 0.3 us.
 TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, const OptionalTensor& c,
                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                     const OptionalTensor& bias_hh) {
@@ -110,7 +111,7 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
 struct OutputGradients {
   OptionalTensor output;
   int64_t output_stride = 0;  // from a row of a step to the next
-  int64_t h_from = 0;         // the direction at which h's begins
+  int64_t h_from = 0;         // the first direction for which h has a gradient
   std::vector<OptionalTensor> state;
 };
 
@@ -131,7 +132,7 @@ void check_output_like(const RnnProblem& problem, const Tensor& tensor, const ch
   }
 }
 
-// The gradient, where it lies if its rows are dense, with its place for each step; else a copy.
+// The gradient itself if its rows are dense, else a copy. Sets each step's place in it.
 Tensor place_gradient(RnnProblem& problem, const Tensor& gradient, int64_t* stride) {
   const bool in_place = gradient.dim() == 3 && gradient.stride(2) == 1;
   Tensor result = in_place ? gradient.borrow() : time_major(problem, gradient);
@@ -143,9 +144,9 @@ Tensor place_gradient(RnnProblem& problem, const Tensor& gradient, int64_t* stri
   return result;
 }
 
-// What libtorch does with an operator's tensors and lists of tensors, but not in lists of optional ones: a view with
-// its sign turned, as torch.func and complex numbers make them, is read as it lies, and a tensor of nothing but zeros
-// may have no memory at all.
+// Makes a tensor ordinary. libtorch does this for an operator's tensors and lists of tensors, but not for lists of
+// optional tensors: a view may have its sign turned lazily, as torch.func and complex numbers make them, and a tensor
+// of nothing but zeros may have no memory at all.
 Tensor resolved(const Tensor& tensor) {
   FASTNN_CHECK(tensor.numel() == 0 || tensor.const_data_ptr(), "rnn_backward: grad_state has no memory");
   std::array<StableIValue, 1> stack{give(tensor)};
@@ -184,7 +185,7 @@ struct InputGradients {
   TensorList state, weights;
 };
 
-// The weights' gradients from the sums of all chunks.
+// Makes the weights' gradients of the sums of all chunks.
 template <class T>
 void finish_weights(const RnnProblem& problem, const RnnNetwork<T>& network, const RnnBackwardKernels<T>& kernels,
                     const InputGradients& wanted, const Compute<T>* sums, const std::vector<int64_t>& sums_at,
@@ -305,8 +306,8 @@ namespace {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // state: [] for zeros, [h], or for LSTM [h, c]. mode: by its number in fastnn.ops.rnn.MODES. masks: what the
   // outputs of all layers but the last are multiplied with, (layers - 1, rows, directions * hidden).
-  // With a projection (an odd number of weights a direction) h has as many elements as that has rows.
-  // A 2D input without batch_sizes is a cell's: one step of one layer, state (batch, hidden).
+  // With a projection (an odd number of weights a direction) h has as many elements as the projection has rows.
+  // An input of two dimensions without batch_sizes is one step of a cell, whose state is (batch, hidden).
   m.def(
       "rnn(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor[] final_state)");
@@ -319,8 +320,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "rnn_with_reserve(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first)"
       " -> (Tensor output, Tensor[] final_state, Tensor reserve)");
-  // A gradient that is not wanted comes back empty. On the CPU that of h may be given for the last direction of the
-  // last layer alone, (batch, hidden).
+  // A gradient that is not wanted comes back empty. On the CPU the gradient of h may be given for the last direction of
+  // the last layer alone, (batch, hidden).
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor?[] grad_state, Tensor input, Tensor? batch_sizes, Tensor[] state,"
       " Tensor[] weights, Tensor? masks, Tensor output, Tensor reserve, int mode, int num_layers, bool bidirectional,"

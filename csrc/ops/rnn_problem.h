@@ -1,4 +1,5 @@
-// What forward and backward of fastnn::rnn share: the arguments, checked, and the network that the kernels take.
+// What forward and backward of fastnn::rnn share: the checked arguments, and the call in the form that the kernels
+// take.
 #pragma once
 
 #include "../kernels/rnn.h"
@@ -30,7 +31,7 @@ struct RnnProblem {
   bool has_biases() const { return weights_each >= 4; }
   int64_t count() const { return layers * directions; }
   int64_t input_size_of(int64_t index) const { return index < directions ? input_size : width(); }
-  // Of h (0) or c (1).
+  // The sizes of h (0) or c (1).
   std::vector<int64_t> state_sizes(size_t which) const {
     const int64_t units = which == 0 ? outputs() : hidden;
     return cell ? std::vector<int64_t>{batch, units} : std::vector<int64_t>{count(), batch, units};
@@ -126,14 +127,14 @@ inline void set_steps(RnnProblem& problem) {
   problem.batch = problem.input.size(batch_first ? 0 : 1);
   FASTNN_CHECK(length > 0, "Expected sequence length to be larger than 0 in RNN");
   problem.rows = checked_product(length, problem.batch);
-  if (problem.rows == 0) return;  // of steps without rows there may be any number
+  if (problem.rows == 0) return;  // there may be any number of steps without rows
   problem.steps.reserve(length);
   const int64_t step = batch_first ? problem.input_size : checked_product(problem.batch, problem.input_size);
   checked_product(length, step);
   for (int64_t t = 0; t < length; ++t) problem.steps.push_back({t * step, t * problem.batch, problem.batch});
 }
 
-// h (0) or c (1), or a gradient of such.
+// Checks h (0) or c (1), or a gradient of one of them.
 inline void check_one_state(const RnnProblem& problem, const Tensor& tensor, size_t which, const char* name) {
   check_same_kind(tensor, problem.kind, name);
   const int64_t units = which == 0 ? problem.outputs() : problem.hidden;
@@ -154,7 +155,7 @@ inline void check_state(RnnProblem& problem, const TensorList& state) {
   }
 }
 
-// An input of two dimensions without batch sizes is a cell's.
+// Checks the arguments. An input of two dimensions without batch sizes belongs to a cell.
 inline RnnProblem check_problem(const char* op, const Tensor& input, const OptionalTensor& batch_sizes,
                                 const TensorList& state, const TensorList& weights, const OptionalTensor& masks,
                                 int64_t mode, int64_t layers, bool bidirectional, bool batch_first) {
@@ -199,7 +200,7 @@ const T* data_or_null(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
-// A call as the kernels take it: a network over the memory of the tensors of a problem.
+// A call in the form that the kernels take: a network over the memory of the problem's tensors.
 template <class T>
 struct RnnCall : RnnNetwork<T> {
   std::vector<RnnWeights<T>> directions_;
@@ -246,7 +247,7 @@ struct RnnCall : RnnNetwork<T> {
     return size;
   }
 
-  // Has the kernels read packed weights there.
+  // Makes the kernels read packed weights from `packed`.
   template <class Kernels>
   void place(const Kernels& kernels, Compute<T>* packed) {
     for (RnnWeights<T>& weights : directions_) {

@@ -1,7 +1,8 @@
 // conv_transpose: a transposed convolution, without dilation.
 //
-// Output pixels whose places agree modulo the stride meet the same positions of the kernel. So it is one convolution of
-// stride 1 for each such phase, by a part of the kernel turned around, which writes every stride-th pixel.
+// Output pixels whose positions are equal modulo the stride use the same positions of the kernel. Such pixels are a
+// phase. Each phase is a convolution of stride 1, by a part of the kernel turned around, which writes every stride-th
+// pixel.
 #pragma once
 
 #include "conv.h"
@@ -89,7 +90,7 @@ class ConvTransposeLayer : public Layer<T> {
         const int64_t stride = stride_[i], residue = rest % stride, padding = padding_[i];
         rest /= stride;
         phase.residue[d] = residue;
-        // The first output pixel of the phase, and what it is counted from.
+        // The first output pixel of the phase.
         const int64_t first = ((residue - padding) % stride + stride) % stride;
         phase.first[d] = first;
         const int64_t start = (first + padding - residue) / stride;
@@ -105,7 +106,7 @@ class ConvTransposeLayer : public Layer<T> {
       if (!phase.empty) {
         phase.key = plan_key<T>(*site.kernels.conv, g, site.inputs[0].channels_last(), true, -1);
         phase.plan = plan_forward(phase.key.geometry, phase.key.request, phase.key.machine);
-        if (phase.plan.algorithm == ForwardAlgorithm::stock) {  // which knows no padding on one side alone
+        if (phase.plan.algorithm == ForwardAlgorithm::stock) {  // torch knows no padding on one side alone
           phase.key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
           phase.plan = plan_forward(phase.key.geometry, phase.key.request, phase.key.machine);
         }
@@ -182,21 +183,21 @@ class ConvTransposeLayer : public Layer<T> {
     PlanKey key{ConvPoolGeometry{}, conv_kernels().get<T>()};
     ConvPlan plan;
     int64_t residue[3], first[3];  // of the kernel's positions; the first output pixel
-    bool empty;                    // no position of the kernel meets these pixels
+    bool empty;                    // whether these pixels use no position of the kernel
     int64_t weight_size, number;
 
-    // Which phases there are depends on the sizes of the input: each has packed blocks of its own.
+    // The phases depend on the sizes of the input, so each phase has packed blocks of its own.
     int64_t key_of_weight() const { return -2 - number; }
     int64_t key_of_packed() const { return packing_of(plan) + (number + 1) * 4096; }
   };
   using Phases = std::vector<Phase>;
 
-  // Phases write their pixels apart from each other, so that activations but for ReLU take all of them in one pass.
+  // The pixels of a phase do not lie together. So an activation other than ReLU runs last, over all pixels in one pass.
   bool takes_activation_last() const {
     return activation_.kind != ActivationKind::relu && activation_.kind != ActivationKind::identity;
   }
 
-  // The phase's part of the weight as a convolution has it: (out, in, kernel), turned around.
+  // Writes the phase's part of the weight, turned around, as the weight of a convolution: (out, in, kernel).
   void turn(const Phase& phase, T* to) const {
     const ConvPoolGeometry& g = phase.geometry;
     const size_t dims = stride_.size();

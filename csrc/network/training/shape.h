@@ -1,4 +1,4 @@
-// What only moves elements, in training. Outputs are views where torch's are.
+// Layers that only move elements, in training. Outputs are views where torch's are.
 #pragma once
 
 #include "../layers/shape.h"
@@ -6,7 +6,7 @@
 
 namespace fastnn {
 
-// reshape, flatten, squeeze, unsqueeze: the same elements under other sizes.
+// reshape, flatten, squeeze, unsqueeze: the same elements with other sizes.
 template <class T>
 class ResizingTraining : public UnaryTraining<T> {
  public:
@@ -182,8 +182,8 @@ class SliceTraining : public UnaryTraining<T> {
   int64_t dim_, start_, stop_, step_;
 };
 
-// Parts along a dimension, one behind the other: as many as torch.chunk makes of it ("chunks"), or of a size ("size"),
-// or of several sizes ("sizes"); or single elements, without the dimension ("unbind").
+// Splits a dimension into parts: into as many as torch.chunk makes ("chunks"), parts of one size ("size"), parts of
+// several sizes ("sizes"), or single elements without the dimension ("unbind").
 template <class T>
 class SplitTraining : public TrainingLayer<T> {
  public:
@@ -276,7 +276,7 @@ class CatTraining : public TrainingLayer<T> {
   int64_t dim_;
 };
 
-// A number around the elements: see PadLayer, which fills and copies.
+// Puts a number around the elements: see PadLayer, which fills and copies.
 template <class T>
 class PadTraining : public UnaryTraining<T> {
  public:
