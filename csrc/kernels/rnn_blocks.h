@@ -11,13 +11,13 @@ namespace FASTNN_ISA {
 // once, and the block stays in cache until its steps have used them.
 constexpr int64_t kBlockElements = 48 * 1024;
 
-// `row_elements`: what a block keeps of a row.
+// The rows of a block. `row_elements`: how many elements a block holds for a row.
 inline int64_t block_rows(int64_t sequences, int64_t total_rows, int64_t row_elements) {
   const int64_t rows = kBlockElements / row_elements / 12 * 12;
   return larger(sequences, smaller(total_rows, larger(rows, 24)));
 }
 
-// The sequences [first, last) of a step: those that still run.
+// Some of the sequences, [first, last). In a step only those count that still run.
 struct Part {
   int64_t first, last;
 
@@ -112,7 +112,7 @@ struct Direction {
   FASTNN_INLINE T* output(const RnnStep& step, int64_t sequence) const {
     return network.layer_output(layer) + (step.row + sequence) * network.width() + direction * network.outputs();
   }
-  // What the cell keeps of a row: (kSaved, hidden).
+  // What the cell saves for a row: (kSaved, hidden).
   template <class Cell>
   FASTNN_INLINE T* saved(const RnnStep& step, int64_t sequence) const {
     return network.saved + (index * network.rows + step.row + sequence) * Cell::kSaved * network.hidden;
