@@ -86,7 +86,7 @@ class Order:
         if not node.op.startswith("call"):
             return False
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        return name not in _MAKES_NEW or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+        return name not in _MAKES_NEW or is_asked_to_write(node) or "out" in node.kwargs
 
     def _may_be_written_by(self, node: Node) -> Sequence[Node]:
         """The nodes whose memory a node that writes may change."""
@@ -160,11 +160,16 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         return node.kwargs.get("training") is False
     if name.startswith("embedding"):
         return "max_norm" not in node.kwargs and len(node.args) < 4
-    if not _may_be_in_place(function):
-        return True
-    names = inspect.signature(function).parameters
+    return not is_asked_to_write(node)
+
+
+def is_asked_to_write(node: Node) -> bool:
+    """Whether a function is called with ``inplace=True``, by name or by position."""
+    if node.op != "call_function" or not _may_be_in_place(node.target):
+        return False
+    names = inspect.signature(node.target).parameters  # type: ignore[arg-type]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return given.get("inplace", False) is False
+    return given.get("inplace", False) is not False
 
 
 @cache

@@ -25,7 +25,7 @@ from fastnn.graph.forward import Trace
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import chooses_last, drop_unused_parts, kernel_of
 from fastnn.graph.matcher import Layer, activation_of, read_layer, settings_of, why_not_read
-from fastnn.graph.order import Order, in_place, unpack
+from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
 from fastnn.network_program import Line, Value, conv_attributes, write
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
@@ -201,9 +201,7 @@ class _Reader:
         else:
             name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
             writes = name.endswith("_") and not name.endswith("__")
-            writes = writes or bool(node.kwargs.get("inplace")) or node.target is in_place or "out" in node.kwargs
-            if node.op == "call_function" and name in _INPLACE_LAST and len(node.args) > _INPLACE_LAST[name]:
-                writes = writes or bool(node.args[_INPLACE_LAST[name]])
+            writes = writes or is_asked_to_write(node) or node.target is in_place or "out" in node.kwargs
             changed = node.args[1] if node.target is in_place else node.args[0] if node.args else None
         if not writes:
             return
@@ -397,8 +395,6 @@ _NOT_SAVED = frozenset(
         *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise"),
     }
 )
-# For functions that take `inplace` by position: that position.
-_INPLACE_LAST = {"relu": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3, "silu": 1, "relu6": 1}
 
 
 def _row(*targets: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
