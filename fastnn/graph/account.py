@@ -83,7 +83,7 @@ def account_for(model: nn.Module) -> list[ExplainedCall]:
     return rows
 
 
-_CANDIDATES = ("conv1d", "conv2d", "conv3d", "linear", "RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
+_CANDIDATES = ("conv1d", "conv2d", "conv3d", "linear", *RECURRENT.values())
 
 
 def _row(prefix: str, layers: Sequence[Layer], operator: str, why: str) -> ExplainedCall:
