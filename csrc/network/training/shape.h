@@ -54,38 +54,31 @@ class FlattenTraining : public ResizingTraining<T> {
   int64_t start_, end_;
 };
 
-template <class T>
-class SqueezeTraining : public ResizingTraining<T> {
+// squeeze and unsqueeze: take out a dimension of one element, or put one in.
+template <class T, bool adds>
+class SingleDimTraining : public ResizingTraining<T> {
  public:
-  explicit SqueezeTraining(const ProgramLine& line) : ResizingTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
+  explicit SingleDimTraining(const ProgramLine& line) : ResizingTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
 
  protected:
   Ints new_sizes(const Ints& sizes) const override {
     Ints result = sizes;
-    const auto place = result.begin() + wrap_dim(dim_, sizes.size());
-    if (*place == 1) result.erase(place);
+    const auto place = result.begin() + wrap_dim(dim_, sizes.size() + adds);
+    if constexpr (adds) {
+      result.insert(place, 1);
+    } else if (*place == 1) {
+      result.erase(place);
+    }
     return result;
   }
 
  private:
   int64_t dim_;
 };
-
 template <class T>
-class UnsqueezeTraining : public ResizingTraining<T> {
- public:
-  explicit UnsqueezeTraining(const ProgramLine& line) : ResizingTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
-
- protected:
-  Ints new_sizes(const Ints& sizes) const override {
-    Ints result = sizes;
-    result.insert(result.begin() + wrap_dim(dim_, sizes.size() + 1), 1);
-    return result;
-  }
-
- private:
-  int64_t dim_;
-};
+using SqueezeTraining = SingleDimTraining<T, false>;
+template <class T>
+using UnsqueezeTraining = SingleDimTraining<T, true>;
 
 // Sizes are numbers, -1 for one that follows from the others, or "value.dimension": see ReshapeLayer.
 template <class T>
