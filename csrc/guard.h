@@ -1,5 +1,5 @@
-// Whether what a trace of Python code rests on is still there (fastnn/graph/guard.py). Identity is all that is asked of
-// an object here: it takes some nanoseconds, and what is not identical Python looks at again.
+// Compares all that a trace of Python code depends on with what it was (fastnn/graph/guard.py). Only identity is
+// compared here, in a few nanoseconds. Where an object is another one, Python compares the values.
 #pragma once
 
 #include <Python.h>

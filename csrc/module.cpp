@@ -1,5 +1,5 @@
-// fastnn._C: importing it registers the operators (static initialisers of csrc/ops); what it offers itself are
-// facts of the build and of the machine.
+// fastnn._C. Importing it registers the operators (by static initialisers of csrc/ops). It offers facts about the build
+// and the machine, and the tables that Python reads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,7 +15,7 @@
 #include "kernels/team.h"
 #include "kernels/update.h"
 #include "network/bound_step.h"
-#include "network/layer.h"
+#include "network/layer_table.h"
 #include "ops/conv_problem.h"
 #include "ops/mlp_chain.h"
 #include "ops/team_balance.h"
@@ -39,8 +39,8 @@ struct TeamRounds {
   std::vector<int64_t> values, done;
 };
 
-// One thread for each of `delays` (microseconds) joins a team that long after the call. In every round each of the
-// `things` becomes the sum of itself and its neighbour in the round before, and its place.
+// One thread for each of `delays` joins a team so many microseconds after the call. In every round each of the `things`
+// becomes the sum of its own value in the round before, its neighbour's value, and its number.
 TeamRounds team_rounds(const std::vector<int64_t>& delays, int64_t rounds, int64_t things) {
   fastnn::Team team(static_cast<int64_t>(delays.size()));
   std::vector<uint64_t> now(static_cast<size_t>(things)), next(now);
@@ -159,7 +159,7 @@ py::list network_layers() {
 
 PyObject *absent, *any, *some_tensor, *tensors;  // what a guard has in an object's place: see Guard
 
-// Whether a guard's tuples hold. Not by pybind11, whose calls take four times as long.
+// Whether a guard's tuples hold. pybind11 does not call it, since its calls take four times as long.
 PyObject* guard_holds(PyObject*, PyObject* tuples) {
   const int holds = fastnn::Guard(absent, any, some_tensor, tensors).holds(tuples);
   if (holds < 0) return nullptr;
@@ -235,6 +235,7 @@ PYBIND11_MODULE(_C, m) {
         "The convolution's algorithms, of forward and backward: names and what they are for.");
   m.def("network_layers", network_layers,
         "The table of a network's layers: names, inputs, and attributes with their kinds and defaults.");
+  m.attr("network_heading") = fastnn::kHeading;
   m.attr("most_places") = fastnn::kMostPlaces;
   m.attr("most_layers") = fastnn::kMostLayers;
   const py::object object_type = py::module_::import("builtins").attr("object");

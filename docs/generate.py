@@ -19,7 +19,7 @@ from fastnn import activations, backend_info, testing, training_numbers
 from fastnn._extension import load_extension
 from fastnn._torch import OpOverload
 from fastnn.graph import aten_layers, understood
-from fastnn.graph.program import KINDS
+from fastnn.network_program import KINDS
 from fastnn.recurrent_modes import MODES
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

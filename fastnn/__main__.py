@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _explain(model: nn.Module, inputs: Sequence[Tensor]) -> str:
     try:
         return str(explain(model, *inputs))
-    except (RuntimeError, TypeError, IndexError) as error:  # of the model, which does not take them
+    except (RuntimeError, TypeError, IndexError) as error:  # the model does not take these inputs
         words = str(error).partition("\n")[0]
         raise ValueError(
             f"{type(model).__name__} does not take these inputs: {words} (Each input has an --input of its own, and "
@@ -61,7 +61,7 @@ def _explain(model: nn.Module, inputs: Sequence[Tensor]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status."""
+    """Runs a command and returns its exit status."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:

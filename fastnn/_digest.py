@@ -10,8 +10,8 @@ def source_digest(csrc: Path) -> str:
 
 
 def interface_digest(package: Path) -> str:
-    """The same of the Python side of the operators, the folder ops of the package fastnn: what an installation has of
-    the sources."""
+    """Hash of the operators' Python files, in the folder ops of the package fastnn. An installation has these sources
+    and no others."""
     return _digest(package / "ops", (".py",))
 
 

@@ -15,8 +15,8 @@ _HOW_TO_BUILD = (
 
 
 def load_extension() -> ModuleType:
-    """Import ``fastnn._C``; ImportError if it is missing or was built from other sources than those beside it, which
-    are the C++ files where there are any, and in an installation the Python files of the operators."""
+    """Import ``fastnn._C``. Raises ImportError if it is missing, or if it was built from other sources than those that
+    lie beside it: the C++ files in a source folder, the operators' Python files in an installation."""
     try:
         extension = importlib.import_module("fastnn._C")
     except ImportError as error:

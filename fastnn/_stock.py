@@ -1,4 +1,4 @@
-"""What lets a module stand in for one of torch's: the names and the submodules that it leaves to that."""
+"""Lets a module of ours stand in for one of torch's: names and submodules that ours lacks come from torch's."""
 
 import importlib
 import sys
@@ -32,7 +32,7 @@ class StockSubmodules(MetaPathFinder, Loader):
             return None
         parent = fullname.rpartition(".")[0]
         if parent == self.package and PathFinder.find_spec(fullname, path):
-            return None  # the package's own
+            return None  # the package has this submodule itself
         try:
             self._stock_module(fullname)
         except ModuleNotFoundError:
@@ -40,7 +40,7 @@ class StockSubmodules(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
-        # What `import` then takes. (A module handed over before would be given another __spec__.)
+        # `import` takes the module from here. (If create_module returned it, `import` would replace its __spec__.)
         sys.modules[module.__name__] = self._stock_module(module.__name__)
 
     def _stock_module(self, fullname: str) -> ModuleType:

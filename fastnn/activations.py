@@ -26,7 +26,7 @@ from fastnn._extension import load_extension
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of the extension's table: its place there, parameters and defaults, and what backward needs."""
+    """One row of the extension's table: its number, the parameters with their defaults, and what backward needs."""
 
     name: str
     number: int
@@ -58,7 +58,7 @@ class _TorchName:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """torch's arguments after the input, in its order: ``inplace`` is the caller's to look at."""
+        """The names of torch's arguments after the input, in torch's order, without ``inplace``."""
         return () if self.preset else (*KINDS[self.kind].parameters, *self.chosen_by)
 
 
@@ -89,7 +89,7 @@ class Activation:
     parameters: tuple[float, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What torch computes for it."""
+        """Computes the activation by torch's function."""
         return _FUNCTIONS[self.kind.name](x, *self.parameters)
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Activation:
         return f"{self.kind.name}({','.join(map(repr, self.parameters))})"
 
     def module(self) -> nn.Module:
-        """torch's module of it."""
+        """A module of torch that computes the activation."""
         for preset in _NAMES.values():
             if preset.kind == self.kind.name and tuple(preset.preset.values()) == self.parameters != ():
                 return preset.module()
@@ -120,11 +120,11 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 
 # ---- the text ---------------------------------------------------------------------------------------------------
 
-# torch.compile traces these functions, so that they are written with the methods of strings alone.
+# torch.compile traces these functions, so they use only methods of strings.
 
 
 def parse(text: str) -> tuple[Activation, ...]:
-    """The activations of such a text. ValueError where it is none."""
+    """Reads the activations from a text. ValueError where the text does not name activations."""
     found = _parsed.get(text)
     if found is None:
         found = _parsed[text] = tuple([parse_one(one.strip()) for one in text.split("|")])
@@ -135,7 +135,7 @@ _parsed: dict[str, tuple[Activation, ...]] = {}
 
 
 def parse_one(text: str) -> Activation:
-    """One layer's activation from its text. ValueError where no kernel has it."""
+    """Reads one layer's activation from its text. ValueError where no kernel has such an activation."""
     name, opened, values = text.partition("(")
     if name not in _NAMES or (opened and not values.endswith(")")):
         raise ValueError(f"activation must be one of {', '.join(NAMES)}, got {text!r}")
@@ -157,12 +157,12 @@ def parse_one(text: str) -> Activation:
 
 
 def layers_of(text: str) -> int:
-    """How many layers such a text is of."""
+    """How many layers a text describes."""
     return text.count("|") + 1 if text else 0
 
 
 def last_of(text: str) -> Kind:
-    """The kind of its last activation."""
+    """The kind of the last activation in a text."""
     return KINDS[text.rpartition("|")[2].partition("(")[0]]
 
 
@@ -191,7 +191,7 @@ def from_settings(torch_name: str, settings: Mapping[str, Any]) -> Activation | 
 
 
 def _default(named: _TorchName, choice: str) -> Any:
-    """What torch chooses where nothing is said: what the first row of the function has."""
+    """What torch's function takes for an argument that is not given: the value in the first row of that function."""
     return _BY_TORCH_NAME[named.name][0].chosen_by[choice]
 
 
@@ -202,8 +202,8 @@ TORCH_NAMES = tuple(name for name in _BY_TORCH_NAME if name != "identity")
 
 
 def functions() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
-    """Each function of torch's, or name of a method, that is an activation: with torch's name for it and the names of
-    the arguments."""
+    """Yields each of torch's functions, or the name of a method, that computes an activation, with torch's name for the
+    activation and the names of the arguments."""
     for name in TORCH_NAMES:
         arguments = ("input", *_BY_TORCH_NAME[name][0].settings, "inplace")
         for variant in (name, f"{name}_"):
@@ -215,8 +215,8 @@ def functions() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
 
 
 def modules() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
-    """Each forward of a module of torch's that is an activation, which subclasses may share: with torch's name for it
-    and the module's settings."""
+    """Yields the ``forward`` of each of torch's modules that computes an activation (subclasses may share it), with
+    torch's name for the activation and the module's settings."""
     for name in TORCH_NAMES:
         named = _BY_TORCH_NAME[name][0]
         if named.preset:  # its module is one of the general activation's, with these parameters
@@ -225,12 +225,13 @@ def modules() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
         yield named.module.forward, name, (*named.settings, *in_place)
 
 
-# torch's name of an activation by its ATen operator.
+# For each ATen operator that computes an activation, torch's name for the activation.
 OPERATORS: dict[Any, str] = {getattr(torch.ops.aten, name).default: name for name in TORCH_NAMES}
 
 
 def from_operator(overload: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Activation | None:
-    """The activation that an ATen operator computes with these arguments after its input. None as above."""
+    """The activation that an ATen operator computes with these arguments after its input. None where no kernel has
+    it."""
     names = [argument.name for argument in overload._schema.arguments[1:]]
     defaults = {argument.name: argument.default_value for argument in overload._schema.arguments[1:]}
     settings = {**defaults, **dict(zip(names, arguments, strict=False)), **keywords}

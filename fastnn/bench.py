@@ -91,7 +91,7 @@ def _common(make: Make, inputs: Sequence[Tensor]) -> dict[str, Callable[[], Cont
 
 
 def inference_contenders(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Callable[[], Contender]]:
-    """By name, functions that make a contender of a copy of the model."""
+    """For each contender's name, a function that makes the contender from a copy of the model."""
 
     def make(prepare: Callable[[nn.Module], Any], inputs: Sequence[Tensor]) -> Contender:
         run = prepare(copy.deepcopy(model).eval())
@@ -200,7 +200,7 @@ def measure(model: nn.Module, inputs: Sequence[Tensor], train: bool, threads: in
     for number, (name, make) in enumerate(makers.items()):
         _progress(f"{threads} thread(s): making {name} ({number + 1} of {len(makers)})")
         with torch.set_grad_enabled(train), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of exporters and compilers are not about the model
+            warnings.simplefilter("ignore")  # warnings of exporters and compilers are not about the model
             try:
                 run = make()
                 error = _error(run, exact)
@@ -227,7 +227,7 @@ def measure(model: nn.Module, inputs: Sequence[Tensor], train: bool, threads: in
 
 
 def _peak_of(name: str, arguments: argparse.Namespace) -> int:
-    """What the process's memory grows by in a few calls, measured in a process of its own."""
+    """By how many bytes a process's memory grows in a few calls. A new process measures it."""
     command = [sys.executable, "-m", "fastnn", "bench", arguments.model, "--peak-of", name, "--threads"]
     command += [str(arguments.threads[0]), *(["--train"] if arguments.train else [])]
     for input in arguments.input:
@@ -237,14 +237,15 @@ def _peak_of(name: str, arguments: argparse.Namespace) -> int:
 
 
 def print_peak(model: nn.Module, inputs: Sequence[Tensor], train: bool, name: str) -> None:
-    """For :func:`_peak_of`: prints by how many bytes the process's memory grows in five calls. It works on Linux alone,
-    whose files in /proc say so."""
+    """Prints by how many bytes this process's memory grows in five calls, for :func:`_peak_of`. This works only on
+    Linux, because it reads files in /proc."""
     makers = (training_contenders if train else inference_contenders)(model, inputs)
     with torch.set_grad_enabled(train), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = makers[name]()
         gc.collect()
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)  # what exporters and compilers have freed
+        # Gives the memory that exporters and compilers have freed back to the system.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
         before = _status("VmRSS")
         for _ in range(5):
@@ -253,7 +254,7 @@ def print_peak(model: nn.Module, inputs: Sequence[Tensor], train: bool, name: st
 
 
 def _status(name: str) -> int:
-    """A size in bytes from what Linux says about this process."""
+    """Reads a size in bytes from Linux's /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
@@ -299,7 +300,7 @@ def layer_times(model: nn.Module, inputs: Sequence[Tensor]) -> list[LayerTime]:
 
 
 def advice(rows: Sequence[Row], train: bool) -> str:
-    """One sentence: what to use."""
+    """A sentence that says which contender to use."""
     ran = [row for row in rows if row.median]
     best = min(ran, key=lambda row: row.median)
     ours = min((row for row in ran if row.name.startswith("fastnn")), key=lambda row: row.median, default=None)
@@ -346,7 +347,7 @@ def as_table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def draw(rows: Sequence[Row], file: str) -> None:
-    """A bar for each contender: how many times as fast as stock."""
+    """Draws a bar for each contender: how many times as fast as stock it is."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -370,7 +371,7 @@ def draw(rows: Sequence[Row], file: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """``python -m fastnn bench`` with these arguments."""
+    """Runs ``python -m fastnn bench`` with these arguments."""
     model, inputs = load_model(arguments.model), random_inputs(arguments.input)
     if arguments.peak_of:
         torch.set_num_threads(arguments.threads[0])

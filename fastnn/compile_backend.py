@@ -14,7 +14,7 @@ from fastnn.graph.matcher import insert, match
 
 
 def fastnn(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
-    """What Dynamo has captured, with fastnn's operators in it, compiled by Inductor."""
+    """Puts fastnn's operators into the graph that Dynamo has captured, and compiles it by Inductor."""
     found = match(graph.graph, dict(graph.named_modules())).found
     if found:
         insert(graph.graph, found, {node: node for node in graph.graph.nodes}, _no_modules)

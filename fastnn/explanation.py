@@ -1,4 +1,4 @@
-"""``fastnn.explain``: the operator and algorithm that run each layer of a model that could be fused, or why none."""
+"""``fastnn.explain``: for each layer that could be fused, the operator and algorithm that run it, or why none does."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from fastnn._torch import TorchDispatchMode
 from fastnn.fusion import fuse
 from fastnn.graph import forward as forwards
-from fastnn.graph.account import WHY, ExplainedCall, account_for, programs_of
-from fastnn.graph.forward import FusedModule, FusedRecurrent, Program
+from fastnn.graph.account import WHY, ExplainedCall, account_for, traces_of
+from fastnn.graph.forward import FusedModule, FusedRecurrent, Trace
 from fastnn.graph.matcher import Layer
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace, needed_inputs
 from fastnn.nn import FUSED
@@ -82,9 +82,9 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
         return Explanation(tuple(account_for(model)), is_fused)
     recorder = _Recorder()
     hooks = []
-    in_programs = {layer for program in programs_of(model).values() if program for layer in program.called}
+    in_traces = {layer for trace in traces_of(model).values() if trace for layer in trace.called}
     for name, module in model.named_modules():
-        if type(module) in FUSED and module not in in_programs:
+        if type(module) in FUSED and module not in in_traces:
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.begin(name)))
             hooks.append(module.register_forward_hook(lambda *_: recorder.end()))
     watch = _Watch(model, recorder)
@@ -140,8 +140,8 @@ class _Watch:
         self.recorder = recorder
         self.names = {module: name for name, module in model.named_modules()}
 
-    def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
-        return _WatchedRun(module, program, self).run(*inputs, *program.further_inputs())
+    def see_trace(self, module: nn.Module, trace: Trace, inputs: Sequence[Tensor]) -> Any:
+        return _WatchedRun(module, trace, self).run(*inputs, *trace.further_inputs())
 
     def see_recurrent(self, fused: FusedRecurrent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.recorder.begin(self.names[fused.module])
@@ -152,15 +152,15 @@ class _Watch:
 
 
 class _WatchedRun(fx.Interpreter):
-    """Runs a program's stock graph, with each match in the place of its layers."""
+    """Runs a trace's stock graph, with each match in the place of its layers."""
 
-    def __init__(self, module: nn.Module, program: Program, watch: _Watch) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=program.stock_graph)
+    def __init__(self, module: nn.Module, trace: Trace, watch: _Watch) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=trace.stock_graph)
         self.watch = watch
         name = watch.names[module]
         self.prefix = f"{name}." if name else ""
-        self.matches = {match.nodes[-1]: match for match in program.matches.found}
-        self.skipped = {node for match in program.matches.found for node in match.nodes[:-1]}
+        self.matches = {match.nodes[-1]: match for match in trace.matches.found}
+        self.skipped = {node for match in trace.matches.found for node in match.nodes[:-1]}
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.skipped:

@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from fastnn import nn
-from fastnn._torch import OpOverload, pytree
+from fastnn._torch import OpOverload, direct_call, pytree
 from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 from fastnn.ops._autograd import autocast_is_on
 from fastnn.ops.network import network_of_one, network_op, network_packed
 
-# What calling them comes to, 0.25 us sooner; torch.compile knows only the former.
-_network_call, _network_of_one_call = network_op._op, network_of_one._op
+_network_call, _network_of_one_call = direct_call(network_op), direct_call(network_of_one)
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -62,10 +61,11 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
             expected = as_it_is()(*cloned(inputs))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
-        # Once more, as nothing that the model does may depend on the batch's size.
+        # The model runs on another batch size, too, because nothing that it does may depend on the batch size. Where
+        # the run fails, another dimension may be the batch.
         for last_try, batch_dims in _tries(model, leaves):
             is_single = any(leaf.shape[dim] == 1 for leaf, dim in zip(leaves, batch_dims, strict=True))
-            # The export takes a batch of one for a constant.
+            # torch.export would treat a batch size of one as a constant.
             doubled = [torch.cat([leaf, leaf], dim) for leaf, dim in zip(leaves, batch_dims, strict=True)]
             first = [leaf.narrow(dim, 0, 1) for leaf, dim in zip(leaves, batch_dims, strict=True)]
             other = pytree.tree_unflatten(doubled if is_single else first, spec)
@@ -104,9 +104,9 @@ def _find_dependence(
     spec: Any,
     again: Callable[[], None],
 ) -> tuple[int, int] | None:
-    """A tensor and a dimension of it in which another size makes the model do something else, as it may where its
-    Python looks at sizes, or squeezes a dimension; None where no such thing was found. Tried are one more than the
-    example has, and 1. What either of the two does not take is no difference."""
+    """Looks for a tensor and a dimension in which another size makes the model do something else, because its Python
+    looks at sizes or squeezes a dimension. None where none was found. Each dimension is tried with one more than the
+    example's size, and with 1. A size that the model or the frozen model does not take counts as no difference."""
     for place, leaf in enumerate(leaves):
         for dim, known in enumerate(leaf.shape):
             least, most = ranges[place][2 * dim : 2 * dim + 2]
@@ -128,14 +128,15 @@ def _find_dependence(
     return None
 
 
-_export_lock = threading.RLock()  # torch.export keeps in globals what it is at
+_export_lock = threading.RLock()  # torch.export keeps its state in globals, which two threads would mix up
 
 
 def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[tuple[bool, list[int]]]:
-    """Which dimension of each input may be the batch, the likely ones first; and whether these are the last.
+    """Yields guesses which dimension of each input is the batch, the likely guesses first, each with whether it is the
+    last one.
 
-    That is dimension 0 of all; or of the first and dimension 1 of some others, as of states; or dimension 1 of all,
-    where the model has recurrent layers whose steps come first."""
+    The batch is dimension 0 of all inputs; or dimension 0 of the first and dimension 1 of some others, which may be
+    states; or dimension 1 of all, where the model has recurrent layers whose inputs have the steps first."""
     batch = leaves[0].shape[0]
     may_be_second = [leaf.dim() > 1 and leaf.shape[1] == batch for leaf in leaves[1:]]
     choices = [[0, 1] if may_be and place < _MOST_GUESSED else [0] for place, may_be in enumerate(may_be_second)]
@@ -185,7 +186,7 @@ def _joined(segment: Segment) -> Tensor:
 
 
 def _structure(spec: Any) -> Any:
-    """How a model's inputs are nested, in lists, tuples and strings."""
+    """Describes how a model's inputs are nested, by lists, tuples and strings."""
     count = spec.num_leaves
     return _write(pytree.tree_unflatten([_Leaf(place) for place in range(count)], spec), {})
 
@@ -266,7 +267,8 @@ def _is_close(result: Any, wanted: Any) -> bool:
         return bool(result == wanted)
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(result, wanted)
-    # The scale is the median of what differs, because a mask of -1e9 says nothing of how close the other elements are.
+    # The scale is the median of the elements that differ. The largest may be a mask's -1e9, beside which any error
+    # would look small.
     others = wanted[wanted.isfinite() & (wanted != 0) & (result != wanted)].abs()
     scale = float(others.median()) if others.numel() else 0.0
     return torch.allclose(result, wanted, rtol=1e-3, atol=max(1e-3 * scale, 1e-6), equal_nan=True)
@@ -278,7 +280,7 @@ def _sizes_of(results: list[Any]) -> str:
 
 @contextmanager
 def _as_in_inference() -> Iterator[None]:
-    """Nothing is recorded for a gradient, and no dtype changed by autocast."""
+    """Within the block, autograd records nothing and autocast changes no dtype."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
@@ -333,9 +335,9 @@ class FrozenModel(_Frozen):
 
     It can be saved (``torch.save``, pickle), loaded (by ``torch.load`` with ``weights_only=True`` too) on another
     machine, where its weights are packed anew, and exported (``torch.export``). It prints as the layers that it runs;
-    ``program`` is what the operator reads, a line a layer. Other ``weights`` of the same size come by
-    ``load_state_dict``, which packs them, or for a call by ``torch.func.functional_call``, which uses them as they are,
-    and slower. They must not be changed in place.
+    ``program`` is the text that the operator reads, a line a layer. ``load_state_dict`` puts other ``weights`` of the
+    same size in, and packs them; ``torch.func.functional_call`` uses other weights for one call, unpacked, which is
+    slower. Weights must not be changed in place.
     """
 
     weights: Tensor
@@ -350,8 +352,9 @@ class FrozenModel(_Frozen):
         inputs: Any,
         output: Any,
     ) -> None:
-        # sizes: of each of the network's inputs, for which the weights are packed. order: which of the model's tensors
-        # each of them is. inputs, output: how the model's are nested, with a network's outputs by their numbers.
+        # sizes: the sizes of the network's inputs, for which the weights are packed. order: for each input of the
+        # network, which of the model's tensors it is. inputs, output: how the model's inputs and its result are nested;
+        # in the result, numbers stand for the network's outputs.
         super().__init__()
         self._program, self._sizes, self._order = program, [tuple(one) for one in sizes], list(order)
         self._inputs, self._output = inputs, output
@@ -395,7 +398,7 @@ class FrozenModel(_Frozen):
         super()._apply(fn, recurse)
         try:
             self._pack()
-        except RuntimeError:  # a dtype or a device that is not for it
+        except RuntimeError:  # the operator does not take this dtype or device
             self.weights = weights
             self._pack()
             raise
@@ -417,7 +420,7 @@ class FrozenModel(_Frozen):
 
 
 def _read_back(structure: Any, values: Sequence[Any]) -> Any:
-    """A nested result of `_write`'s form, with these values."""
+    """Builds a nested result from these values and a structure that `_write` has written."""
     if not isinstance(structure, tuple):
         return structure
     kind, content = structure
@@ -431,12 +434,13 @@ def _read_back(structure: Any, values: Sequence[Any]) -> Any:
     return parts if kind == _LIST else tuple(parts)
 
 
-# Of what a saved frozen model holds: its program, in which what a stage says may change, and the steps of a graph.
+# The version of the form in which a frozen model is saved. It is raised when the meaning of a program's lines, or of a
+# graph's steps, changes.
 _VERSION = 3
 
 
 def _of_this_version(state: dict[str, Any]) -> dict[str, Any]:
-    """What was saved, without the version. RuntimeError where another version of fastnn has written it."""
+    """Removes the version from what was saved. RuntimeError where it was saved in another form."""
     version = state.get("version")
     if version != _VERSION:
         raise RuntimeError(
@@ -450,8 +454,8 @@ def _of_this_version(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class FrozenGraph(_Frozen):
-    """What :func:`freeze` returns of a model that is more than one network: its networks as frozen models, and what
-    lies between them, operator by operator. Immutable, without gradients, safe to call from several threads.
+    """What :func:`freeze` returns for a model that is more than one network: the networks as frozen models, and the
+    operators between them. Immutable, without gradients, safe to call from several threads.
 
     It can be saved, loaded (by ``torch.load`` with ``weights_only=True`` too) and exported. It prints as the networks
     and operators that it runs.
@@ -466,10 +470,10 @@ class FrozenGraph(_Frozen):
         output: Any,
         inputs: Any,
     ) -> None:
-        # parts: the networks. steps: each the name of an operator, or the number of a network, its arguments, and the
-        # values that nobody needs after it. A value is an input, a constant or a step's result, by its number in this
-        # order. ranges: of each input's sizes, the least and the most. output: a value, or a list, tuple or dict of
-        # such. inputs: how the model's are nested.
+        # parts: the networks. steps: each has the name of an operator or the number of a network, the arguments, and
+        # the values that no later step needs. Values are numbered: first the inputs, then the constants, then the
+        # results of the steps. ranges: for each input's sizes, the least and the most. output: a value, or a list,
+        # tuple or dict of values. inputs: how the model's inputs are nested.
         super().__init__()
         self.parts = nn.ModuleList(parts)
         for number, constant in enumerate(constants):
@@ -522,7 +526,7 @@ _VALUE, _LIST, _TUPLE, _DICT, _TORCH = "value", "list", "tuple", "dict", "torch"
 
 
 def _write_graph(exported: Exported) -> tuple[Any, ...]:
-    """The arguments of a FrozenGraph, but for the last."""
+    """The arguments of a FrozenGraph, without the last one."""
     outputs = {output for output in exported.outputs if isinstance(output, Node)}
     needed = set(outputs)
     units: list[Segment | Node] = []
@@ -533,7 +537,7 @@ def _write_graph(exported: Exported) -> tuple[Any, ...]:
             needed.update(unit.inputs if isinstance(unit, Segment) else unit.all_input_nodes)
     constants = [node for node in exported.graph.nodes if node in needed and node.name in exported.constants]
     numbers = {node: number for number, node in enumerate([*exported.inputs, *constants])}
-    users: dict[Node, Any] = {}  # each value's last
+    users: dict[Node, Any] = {}  # the last user of each value
     for unit in units:
         taken = unit.inputs if isinstance(unit, Segment) else unit.all_input_nodes
         users.update(dict.fromkeys(taken, unit))
@@ -582,7 +586,7 @@ def _hint(size: Any) -> int:
 
 
 def _name(node: Node) -> str:
-    """An operator's, by which `_function` finds it."""
+    """The name by which `_function` finds the operator of a node."""
     target = node.target
     if target in VIEWS:  # which the export has chosen for the example's strides
         target = torch.ops.aten.reshape.default
@@ -595,7 +599,8 @@ def _name(node: Node) -> str:
 
 
 def _function(name: Any) -> Any:
-    """What a step calls. Names come from files, too: nothing but torch's and fastnn's operators, and arithmetic."""
+    """The function that a step calls, by its name. Names may come from files that anybody has written, so only
+    operators of torch and fastnn, and arithmetic, are found."""
     namespace, _, rest = name.partition(".")
     if namespace == "operator" and rest in _ARITHMETIC:
         return getattr(operator, rest)
@@ -603,7 +608,8 @@ def _function(name: Any) -> Any:
     is_special = packet.startswith("__") and packet not in _OF_BITS
     if namespace in ("aten", "fastnn") and overload and not is_special and not overload.startswith("__"):
         found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-        # An exported graph changes nothing in place; what does might write to files that a tensor is mapped to.
+        # An exported graph changes nothing in place. An operator that does might write to a file that is mapped to a
+        # tensor's memory.
         if isinstance(found, OpOverload) and not found._schema.is_mutable and packet not in _REFUSED:
             return found
     raise ValueError(f"a frozen model cannot hold {name}")
@@ -619,7 +625,7 @@ _REFUSED = (
 )
 
 
-# Of sizes, as torch.export writes it.
+# The arithmetic of sizes, as torch.export writes it.
 _ARITHMETIC = (
     "add",
     "sub",
@@ -640,7 +646,7 @@ _ARITHMETIC = (
 
 
 def _write(value: Any, numbers: dict[Node, int]) -> Any:
-    """An argument in lists, tuples, strings and numbers, in which nodes are the numbers of their values."""
+    """Writes an argument as lists, tuples, strings and numbers. In place of a node stands its value's number."""
     if isinstance(value, Node):
         return (_VALUE, numbers[value])
     if isinstance(value, _Leaf):
@@ -659,7 +665,8 @@ def _write(value: Any, numbers: dict[Node, int]) -> Any:
 
 
 def _torch_constant(name: Any) -> Any:
-    """A dtype, layout or memory format of torch by its name, which comes from files, too."""
+    """Finds a dtype, layout or memory format of torch by its name. Names may come from files that anybody has
+    written."""
     found = getattr(torch, str(name), None)
     if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
         raise ValueError(f"a frozen model cannot hold torch.{name}")
@@ -667,8 +674,8 @@ def _torch_constant(name: Any) -> Any:
 
 
 def _as_function(steps: list[Any], output: Any, values: int, parts: int) -> Callable[..., Any]:
-    """What the steps do, as Python code, which takes a third of the time of going through them. The steps may come from
-    a file: of what is in them the code holds nothing but numbers, everything else goes by names that are made here."""
+    """Writes the steps as Python code, which runs in a third of the time of a loop over them. The steps may come from a
+    file that anybody has written, so the code holds only numbers from them; all else gets names that are made here."""
     scope: dict[str, Any] = {}
 
     def name_of(thing: Any) -> str:
@@ -676,7 +683,7 @@ def _as_function(steps: list[Any], output: Any, values: int, parts: int) -> Call
         return f"c{len(scope) - 1}"
 
     def as_code(value: Any) -> str:
-        """What `_write` was given."""
+        """The code of an argument that `_write` has written."""
         if not isinstance(value, tuple):
             return name_of(value)
         kind, content = value

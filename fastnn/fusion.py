@@ -67,9 +67,9 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse`: remove from ``model``, in place, what it has put there, and return the model."""
     for module in model.modules():
         fused = module.__dict__.get("forward")
-        if isinstance(fused, FusedModule) and module.__dict__.get(TOKEN) is fused.token:  # not that of another module
+        if isinstance(fused, FusedModule) and module.__dict__.get(TOKEN) is fused.token:  # not another's
             del module.__dict__["forward"]
-        module.__dict__.pop(TOKEN, None)  # functions of what has been removed run the class's forward from now on
+        module.__dict__.pop(TOKEN, None)  # so that functions made from the removed forward run the class's forward
     return model
 
 

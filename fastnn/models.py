@@ -38,7 +38,7 @@ class RNN(nn.Module):
         fuse(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        output, _ = self.rnn(x)  # no state given: zeros
+        output, _ = self.rnn(x)  # the state is zeros, since none is given
         return self.fc(output[:, -1])
 
 

@@ -14,7 +14,7 @@ class Mode(NamedTuple):
     saved: int  # numbers that a step saves of each hidden unit for backward, besides the output
 
 
-# In the order of their numbers, by which operators take them.
+# In the order of the numbers by which operators take them.
 MODES = tuple(Mode(*row) for row in load_extension().recurrent_modes())
 MODE_OF = {mode.name: mode for mode in MODES}
 NUMBER_OF = {mode.name: number for number, mode in enumerate(MODES)}

@@ -40,7 +40,7 @@ def assert_close_to_reference(ours: Any, stock: Any, reference: Any, what: str =
         ours: a tensor, None, or a sequence of such.
         stock: the same from plain PyTorch in the same dtype.
         reference: the same from plain PyTorch in float64, on the same numbers.
-        what: how a failure calls it.
+        what: the name of the result in the message of a failure.
     """
     if isinstance(ours, Tensor):
         _assert_tensor_close(ours, stock, reference, what)
@@ -98,7 +98,7 @@ def _outputs_and_gradients(
     if not wanted:
         return outputs, []
     generator = torch.Generator().manual_seed(0)
-    # Rounded to bfloat16: the same numbers in every dtype.
+    # Numbers that are rounded to bfloat16 are the same in every dtype.
     grads = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outputs]
     return outputs, list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
 

@@ -1,5 +1,5 @@
-"""The tensors of a model and its optimizer as the operators of a training step take them, and whether they are still
-the same; and the gradients that an optimizer has used."""
+"""Binds the tensors of a model and its optimizer for the operators of a training step, tells whether they are still the
+same, and notes which gradients an optimizer has used."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from fastnn._torch import TENSOR_HOOKS
 from fastnn.graph.guard import ABSENT, Guard
-from fastnn.ops.training_step import bind_training_step_op, release_training_step
+from fastnn.ops import training_step as operators
 from fastnn.training_numbers import IS_FIRST, OPTIMIZERS, kept_by, new_number, numbers_of_group
+from fastnn.training_ranks import FlatGradients
 from fastnn.training_reading import Reading
 
-_call_bind = bind_training_step_op._op
 _get_flags = attrgetter("requires_grad", *TENSOR_HOOKS)
 _get_all_flags = attrgetter("requires_grad", *TENSOR_HOOKS, "grad")
 
 
 class Binding:
-    """The parameters, the optimizer's states and its settings, bound to one number by which the one call finds them.
+    """The parameters, the optimizer's states and its settings, which the operators find by one number, ``bound``.
     :meth:`undo` removes what the binding itself has created in the optimizer's state.
 
     Raises KeyError where the optimizer's state lacks something.
@@ -37,12 +37,15 @@ class Binding:
         max_norm: float | None,
         keep_gradients: bool,
     ) -> None:
-        self.tensors = tensors  # as the reading has found them
+        self.tensors = tensors  # in the order of the reading
         self.parameters = parameters = reading.of_program(tensors)
-        self.states: list[Tensor] = []  # the optimizer's, as the operators take them
+        self.states: list[Tensor] = []  # the optimizer's states, in the order in which the operators take them
         self.layout: list[int] = []  # for each parameter, its group and the bits of the states that it has
-        # The parameters whose state was created here, and what the optimizer had before.
+        # The parameters whose state was created here, each with the state that the optimizer had before.
         self.created: list[tuple[Tensor, dict[str, Any]]] = []
+        self.flat: FlatGradients | None = None  # where several processes average their gradients
+        self.no_grad = torch.no_grad()  # made once: 0.5 us
+        self.keeps_gradients = keep_gradients
         self._optimizer, self._max_norm, self._loss_numbers = optimizer, max_norm, reading.loss_numbers
         self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
         places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -55,8 +58,8 @@ class Binding:
             raise
         self.write_numbers()
         with torch.no_grad():
-            self.bound = _call_bind(parameters, self.states, reading.network.text, reading.loss_weight, self.layout)
-        self.release = weakref.finalize(self, release_training_step, int(self.bound))
+            self.bound = operators.bind(parameters, self.states, reading.network.text, reading.loss_weight, self.layout)
+        self.release = weakref.finalize(self, operators.release_training_step, int(self.bound))
         self.release.atexit = False
         self._read_flags = _get_flags if keep_gradients else _get_all_flags
         self._flags = [
@@ -74,16 +77,17 @@ class Binding:
         self._guard.seal()
 
     def trained(self, each: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Of the parameters, or of what there is for each of them, those that are trained."""
+        """The parameters that are trained; or, from a list with an element for each parameter, their elements."""
         each = self.parameters if each is None else each
         return [one for one, group in zip(each, self.layout[::2], strict=True) if group >= 0]
 
     def holds(self, max_norm: float | None, keep_gradients: bool) -> bool:
-        """Whether the model's and the optimizer's tensors are as bound, whatever the optimizer's settings."""
+        """Whether the model's and the optimizer's tensors are those that were bound. (:meth:`settings_hold` tells the
+        same of the optimizer's settings.)"""
         return (
             self._guard.holds()
             and self._flags == list(map(self._read_flags, self.parameters))
-            and self._max_norm == max_norm
+            and (self._max_norm, self.keeps_gradients) == (max_norm, keep_gradients)
             and not (keep_gradients and any(p.grad is not None for p in self.parameters))
         )
 
@@ -91,7 +95,7 @@ class Binding:
         return self._settings == self._settings_now()
 
     def states_fit(self) -> bool:
-        """Whether the settings, which may have changed, ask for the same states."""
+        """Whether the present settings need the same states as those that were bound."""
         return self._kept == [kept_by(self._optimizer, group) for group in self._optimizer.param_groups]
 
     def write_numbers(self) -> None:
@@ -106,7 +110,7 @@ class Binding:
         self._settings = self._settings_now()
 
     def undo(self) -> None:
-        """Removes what this has created in the optimizer's state."""
+        """Removes what this binding has created in the optimizer's state."""
         for parameter, before in self.created:
             if before:
                 self._optimizer.state[parameter] = before
@@ -127,7 +131,7 @@ class Binding:
             if names and state.get(names[0]) is None:
                 state[names[0]] = torch.zeros_like(parameter)
                 bits |= IS_FIRST
-        elif not state and row.name != "Adagrad":  # which creates them in its constructor
+        elif not state and row.name != "Adagrad":  # Adagrad creates its states in its constructor
             state.update({name: new_number(value) for name, value in row.numbers})
             state.update({name: torch.zeros_like(parameter) for name in names})
         self.states += [state[name] for name in (*[name for name, _ in row.numbers], *names)]
@@ -165,7 +169,7 @@ class UsedGradients:
         }
 
     def know(self, other: UsedGradients) -> None:
-        """Counts the gradients that another optimizer has used as used."""
+        """Notes the gradients that another optimizer has used, too."""
         self._noted = {**other._noted, **self._noted}
 
     def drop(self, optimizer: torch.optim.Optimizer) -> None:

@@ -22,7 +22,7 @@ class Batches:
         share: a process's rank and the number of processes, which have the rows that a DistributedSampler gives them.
 
     Raises:
-        TypeError: there is something else than tensors.
+        TypeError: ``input`` or ``target`` holds something that is no tensor.
         ValueError: there are no rows, or not as many in each tensor, or batch_size is below 1.
     """
 
@@ -52,11 +52,12 @@ class Batches:
         self.batch_size = batch_size
         self.taken = self.rows if share is None else -(-self.rows // share[1])  # rows of this process
         self.count = self.taken // batch_size if drop_last else -(-self.taken // batch_size)
-        # A model may draw from torch's own generator between two batches: such an order comes batch by batch.
+        # A model may draw from torch's own generator between two batches. An order from that generator is therefore
+        # drawn batch by batch.
         self.is_drawn_in_turn = shuffle and generator is torch.default_generator and share is None
         self._share, self._shuffle, self._generator, self._drop_last = share, shuffle, generator, drop_last
-        self.drawn = ""  # what the processes that have shares must have in common
-        self.order: Tensor | None = None  # the rows in the order in which batches have them; None where they lie so
+        self.drawn = ""  # a text that must be the same in all processes that share the rows
+        self.order: Tensor | None = None  # the rows in the order of the batches; None where that is the tensors' order
 
     def begin(self) -> None:
         """Draws the order."""
@@ -72,7 +73,7 @@ class Batches:
             self.order = _permutation(self.rows, self._generator)
 
     def places(self, first: int, last: int) -> tuple[int, int]:
-        """The first and the last row, of those in order, of the batches [first, last)."""
+        """The rows [begin, end), as places in the order, of the batches [first, last)."""
         return first * self.batch_size, min(last * self.batch_size, self.taken)
 
     def __getitem__(self, number: int) -> tuple[Any, Any]:
@@ -84,7 +85,7 @@ class Batches:
         return self._both(lambda tensor: tensor.index_select(0, places.to(tensor.device)))
 
     def in_turn(self) -> Iterator[tuple[Any, Any]]:
-        """All batches, each drawn when it is its turn."""
+        """Yields all batches. The rows of each are drawn when its turn comes."""
         sampler: Any = RandomSampler(range(self.rows), generator=self._generator)
         for indices in BatchSampler(sampler, self.batch_size, self._drop_last):
             yield self._both(operator.itemgetter(indices))
@@ -102,24 +103,25 @@ def _tensors(given: Rows, name: str) -> Sequence[Tensor]:
 
 
 def _permutation(rows: int, generator: torch.Generator | None) -> Tensor:
-    """The numbers that torch's RandomSampler gives, without a Python object for each."""
+    """The order that torch's RandomSampler gives, as a tensor, without a Python object for each row."""
     if generator is None:
         generator = torch.Generator()
         generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
     order = torch.randperm(rows, generator=generator)
-    torch.randperm(rows, generator=generator)  # of which the sampler takes the rest that its rounds leave: none
+    torch.randperm(rows, generator=generator)  # the sampler draws a last round of no rows
     return order
 
 
 class _NoBar:
-    """What stands for a bar where none is shown."""
+    """Takes the place of a bar where none is shown."""
 
     def update(self, _: int) -> None: ...
     def close(self) -> None: ...
 
 
 def progress_bar(count: int | None, progress: bool | None) -> Any:
-    """A bar of so many batches, which moves at most ten times a second, where one is wanted and tqdm is installed."""
+    """A progress bar of ``count`` batches, which moves at most ten times a second. Where none is wanted, or tqdm is not
+    installed, nothing is shown."""
     if not progress:
         return _NoBar()
     try:

@@ -1,5 +1,5 @@
-"""A loss and an optimizer in numbers, as the operators of a training step take them (csrc/ops/training_step.cpp,
-StepNumbers), or why that cannot be done."""
+"""Writes a loss and an optimizer as numbers, in the form that the operators of a training step take (StepNumbers in
+csrc/network/step.cpp), or says why that cannot be done."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class _Loss(NamedTuple):
     """A row of the extension's table of losses (csrc/kernels/update.h)."""
 
     name: str  # of torch's function
-    number: str | None  # the name of its number
-    default: float  # torch's value of that number
-    weight: str | None  # the name of its tensor of weights
+    number: str | None  # torch's name of the one number that the loss depends on, such as "beta"
+    default: float  # torch's default of that number
+    weight: str | None  # torch's name of the tensor of weights
 
     @property
     def kind(self) -> int:
@@ -57,8 +57,9 @@ def settings_of_loss(loss: Any) -> dict[str, Any]:
 
 
 def numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tensor | None]:
-    """The kind of the loss, whether it is the mean, its number and the class to ignore; and the weights of classes. A
-    model that ends in log_softmax must have nll_loss: together they are the cross entropy of log_softmax's input."""
+    """Four numbers (the kind of the loss, whether it is a mean, the loss's own number, the class to ignore) and the
+    tensor of weights. A model that ends in log_softmax must have nll_loss: the two together are the cross entropy of
+    log_softmax's input."""
     settings: dict[str, Any] = {}
     if isinstance(loss, functools.partial) and not loss.args:
         settings, loss = dict(loss.keywords), loss.func
@@ -79,7 +80,7 @@ def numbers_of_loss(loss: Any, of_log_softmax: bool) -> tuple[list[float], Tenso
     if row.number in ("beta", "delta") and not number > 0:
         raise NotANetworkError(f"the loss's {row.number} is {number}")
     ignore_index = float(settings.pop("ignore_index", -100))
-    weight = settings.pop(row.weight, None) if row.weight else None  # any other is refused below
+    weight = settings.pop(row.weight, None) if row.weight else None  # other weights are refused below
     if any(value is not None for value in settings.values()):
         raise NotANetworkError(f"the loss has {', '.join(settings)}")
     return [float(row.kind), float(reduction == "mean"), number, ignore_index], weight
@@ -92,9 +93,9 @@ class Optimizer(NamedTuple):
     """A row of the extension's table of optimizers (csrc/kernels/optimizers.h)."""
 
     name: str  # of the class in torch.optim
-    settings: Sequence[str]  # of a group, as numbers; beta1 and beta2 are its betas
-    numbers: Sequence[tuple[str, float]]  # that it keeps for each parameter, with their first values
-    states: Sequence[tuple[str, str | None]]  # tensors that it keeps, with the setting that asks for them
+    settings: Sequence[str]  # a group's settings, which become numbers; beta1 and beta2 are the group's betas
+    numbers: Sequence[tuple[str, float]]  # the numbers kept for each parameter, each with its first value
+    states: Sequence[tuple[str, str | None]]  # the tensors kept for each parameter, each with the setting that needs it
 
     @property
     def kind(self) -> int:
@@ -102,7 +103,7 @@ class Optimizer(NamedTuple):
 
     @property
     def group_settings(self) -> tuple[str, ...]:
-        """The settings as they stand in a group."""
+        """The settings by the names that they have in a group."""
         return tuple(dict.fromkeys("betas" if name in _BETAS else name for name in self.settings))
 
 
@@ -131,7 +132,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _flatten(values: Sequence[Any]) -> list[Any]:
-    """The values, with the elements of tuples and lists (`betas` is a tuple) in the place of these."""
+    """The values, where each tuple or list (`betas` is a tuple) is replaced by its elements."""
     return [one for value in values for one in (value if isinstance(value, (tuple, list)) else (value,))]
 
 
@@ -160,7 +161,8 @@ def check_parameters(parameters: Sequence[Any], optimizer: torch.optim.Optimizer
 
 
 def kept_by(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
-    """The names of the states that a group's parameters have, with "" for each state that they do not have."""
+    """The names of the states of a group's parameters, in the table's order, with "" for a state that the group's
+    settings do not need."""
     states = OPTIMIZERS[type(optimizer)].states
     return tuple(name if setting is None or group[setting] else "" for name, setting in states)
 

@@ -24,11 +24,11 @@ class Ranks:
             raise TypeError(f"training_step: expected {words}, got a {type(group).__name__}")
         self._group, self.shares_buffers = group, shares_buffers
         self.rank, self.size = group.rank(), group.size()
-        self._device = torch.device("cpu")  # where messages lie that are of no tensor
+        self._device = torch.device("cpu")  # of messages that carry no tensor of the model
 
     @staticmethod
     def of(model: nn.Module, process_group: Any) -> tuple[nn.Module, Ranks | None]:
-        """The model to train, and the processes that train it: of a model in DistributedDataParallel, what is in it."""
+        """The model to train, and the processes that train it. Of a DistributedDataParallel it is the model inside."""
         if not isinstance(model, DistributedDataParallel):
             return model, None if process_group is None else Ranks(process_group)
         if process_group is not None and process_group is not model.process_group:
@@ -43,7 +43,8 @@ class Ranks:
         return self
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, broadcast: bool) -> None:
-        """Checks that all processes have a model of the same parameters, and gives them those of the first."""
+        """Checks that the models of all processes have the same parameters by name and size, and copies the first
+        process's parameters to all."""
         trained = trained_by(optimizer)
         tensors = list({id(t): t for t in (*model.parameters(), *model.buffers(), *trained)}.values())
         if any(hasattr(tensor, "full_tensor") for tensor in tensors):
@@ -57,7 +58,7 @@ class Ranks:
             self.broadcast(tensors)
 
     def check_same(self, text: str, words: str) -> None:
-        """ValueError in all processes where their texts differ."""
+        """Raises ValueError in all processes if their texts differ."""
         digest = zlib.crc32(text.encode())
         both = torch.tensor([digest, -digest], device=self._device)
         with _clear_errors():
@@ -66,7 +67,7 @@ class Ranks:
             raise ValueError(words)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Gives all processes the tensors of the first, in one message for each device."""
+        """Copies the first process's tensors to all processes, in one message for each device."""
         by_device: dict[torch.device, list[Tensor]] = {}
         for tensor in tensors:
             if tensor.numel():
@@ -108,7 +109,7 @@ class FlatGradients:
         for p in self._parameters:
             kinds.setdefault((p.dtype, p.device), []).append(p)
         views: dict[int, Tensor] = {}  # by a parameter's id
-        self._flat: list[tuple[Tensor, Tensor]] = []  # the tensor, and of it the gradients
+        self._flat: list[tuple[Tensor, Tensor]] = []  # each flat tensor, and the part of it that is gradients
         for (dtype, device), own in kinds.items() or [((torch.float32, torch.device("cpu")), [])]:
             sizes = [p.numel() for p in own]
             notes = 0 if self._flat else len(self._parameters) + 2
@@ -141,8 +142,8 @@ class FlatGradients:
         self._notes.copy_(self._notes.new_tensor([*(p.grad is not None for p in self._parameters), 1, 0]))
 
     def average(self, ranks: Ranks, failed: bool = False) -> bool:
-        """Averages over all processes -> whether all of them have the gradients of one network, so that they may update
-        by the operators. RuntimeError where one has raised, which this one says by `failed`."""
+        """Averages over all processes -> whether the operators wrote the gradients in all of them, so that they may
+        make the update, too. RuntimeError in all processes if one has raised; a process reports that by `failed`."""
         self._notes[-1] = failed
         for flat, gradients in self._flat:
             gradients.div_(ranks.size)
@@ -154,7 +155,7 @@ class FlatGradients:
         return not ordinary and all(count in (0, ranks.size) for count in counts)
 
     def give(self) -> None:
-        """Puts the average where the optimizer takes it from; None where no process had a gradient."""
+        """Puts the average into ``p.grad``, where the optimizer takes it from; None where no process had a gradient."""
         for p, view, has_gradient in zip(self._parameters, self._views, self._has_gradient, strict=True):
             p.grad = view if has_gradient else None
 

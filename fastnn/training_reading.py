@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnn._torch import HOOKS
-from fastnn.graph.forward import FusedForward, Program
+from fastnn.graph.forward import FusedForward, Trace
 from fastnn.graph.training_program import NotANetworkError, TrainingProgram, read_training_program
 from fastnn.training_numbers import check_optimizer, check_parameters, numbers_of_loss, settings_of_loss
 
@@ -23,7 +23,7 @@ class Reading:
     """
 
     _forward: Any  # the model's own forward when it was read
-    _program: Program  # its trace
+    _trace: Trace  # of that forward
 
     def __init__(
         self,
@@ -35,16 +35,16 @@ class Reading:
         forward: Any = model.__dict__.get("forward")
         if any(model.__dict__[name] for name in HOOKS):
             raise NotANetworkError("the model has hooks")
-        program: Program | None
-        if before is not None and forward is before._forward and before._program.holds():
-            program = before._program
+        trace: Trace | None
+        if before is not None and forward is before._forward and before._trace.holds():
+            trace = before._trace
         else:
-            program = forward.program(now=True) if isinstance(forward, FusedForward) else None
-        if program is None:
+            trace = forward.trace(now=True) if isinstance(forward, FusedForward) else None
+        if trace is None:
             raise NotANetworkError(getattr(forward, "why", None) or "the model cannot be traced")
         check_optimizer(optimizer)
-        self.network: TrainingProgram = read_training_program(program)
-        self._model, self._forward, self._program = model, forward, program
+        self.network: TrainingProgram = read_training_program(trace)
+        self._model, self._forward, self._trace = model, forward, trace
         self.owners = [own for own, _ in self.network.sources]
         self._names = [name for _, name in self.network.sources]
         check_parameters(self.of_program(self.tensors()), optimizer)
@@ -73,7 +73,7 @@ class Reading:
         return (
             own["training"]
             and own.get("forward") is self._forward
-            and self._program.holds()
+            and self._trace.holds()
             and self.network.guard.holds()
             and self._loss_holds(loss)
         )

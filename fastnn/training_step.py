@@ -10,43 +10,31 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastnn._torch import global_optimizer_hooks, note_step_of, pytree
+from fastnn._torch import global_optimizer_hooks, note_step_of
 from fastnn.fusion import fuse
 from fastnn.graph.rehearsal import needed_inputs
 from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
-from fastnn.ops.training_step import (
-    bound_training_epoch_op,
-    bound_training_gradients_op,
-    bound_training_step_of_several_op,
-    bound_training_step_op,
-    bound_training_update_op,
-    forget_forward,
-    training_gradients_backward_op,
-    training_step_backward_op,
-    training_step_forward_op,
-    training_step_op,
-)
 from fastnn.training_binding import Binding, UsedGradients
+from fastnn.training_calls import (
+    OtherLeavesError,
+    RefusedError,
+    in_one_call,
+    in_two_calls,
+    steps_in_one_call,
+    update_in_one_call,
+)
 from fastnn.training_epoch import Batches, progress_bar
 from fastnn.training_numbers import check_optimizer, check_parameters
 from fastnn.training_ranks import FlatGradients, Ranks
 from fastnn.training_reading import Reading
 
-_call, _call_bound, _call_bound_of_several = (
-    op._op for op in (training_step_op, bound_training_step_op, bound_training_step_of_several_op)
-)
-_call_forward, _call_backward = training_step_forward_op._op, training_step_backward_op._op
-_call_epoch = bound_training_epoch_op._op
-_call_gradients, _call_update = bound_training_gradients_op._op, bound_training_update_op._op
-_call_gradients_backward = training_gradients_backward_op._op
 _SETTINGS = ("model", "loss", "optimizer", "max_norm", "keep_gradients", "_ranks")  # what a copy begins with
-_SECONDS_TOGETHER = 0.05  # of the steps that an epoch makes in one call
+_SECONDS_TOGETHER = 0.05  # an epoch makes as many steps in one call as take so long
 
 
 class TrainingStep:
@@ -99,15 +87,13 @@ class TrainingStep:
     ) -> None:
         """Sets all but the model, before anything is read."""
         self._ranks = ranks
-        self._flat: FlatGradients | None = None  # of what is bound
-        self._is_in_flat = False  # whether the last gradients are there, and not in p.grad
-        self._buffers_are_due = True  # for a broadcast, before the next forward
+        self._is_in_flat = False  # whether the last gradients are in the binding's flat, and not in p.grad
+        self._buffers_are_due = True  # whether buffers must be broadcast before the next forward
         self.loss, self._optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
         self._reading: Reading | None = None
         self._binding: Binding | None = None
         self._why = ""  # why there is no reading, so that steps go the ordinary way
         self._last_why = ""  # why the last step went the ordinary way
-        self._no_grad = torch.no_grad()  # made once: 0.5 us
         self._retries = False  # whether this repeats a step that one call did not take
         self._used = UsedGradients.of(optimizer)
         self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
@@ -130,8 +116,8 @@ class TrainingStep:
         return {name: getattr(self, name) for name in _SETTINGS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy reads and binds anew at its first call, since a model that has its own step as an attribute is still
-        empty here."""
+        """A copy reads and binds only at its first call: the model may have its own step as an attribute, and then the
+        model's copy is still empty here."""
         settings = dict(state)
         self.model = settings.pop("model")
         self._count = _inputs_of(self.model)
@@ -158,18 +144,19 @@ class TrainingStep:
         return "" if self._ranks is None else f"an all-reduce over {self._ranks.size} processes, "
 
     def __call__(self, input: Any, target: Any) -> Tensor:
-        """One step on a batch -> the loss, as it was before the step; that of this process's batch, if there are
-        several processes."""
+        """Makes one step on a batch -> the loss before the step. Where several processes train, the loss is that of
+        this process's batch."""
         return self._step(input, target) if self._ranks is None else self._step_of_all(self._ranks, input, target)
 
     def _step(self, input: Any, target: Any) -> Tensor:
-        """A step; or where there are several processes, its gradients alone."""
+        """Makes a step; where several processes train, it computes the gradients only."""
         if self.keep_gradients:
             self._used.drop(self._optimizer)
         self._last_why = self._why_not_due(input, target)
         if self._last_why or not self._is_bound():
             return self._ordinary(input, target)
-        dims = tuple([one.dim() for one in self._inputs(input)])
+        inputs = self._inputs(input)
+        dims = tuple([one.dim() for one in inputs])
         if self._refused.get(dims, 0) >= _MOST_REFUSALS:
             self._last_why = "the operators have refused inputs of so many dimensions"
             return self._ordinary(input, target)
@@ -180,18 +167,20 @@ class TrainingStep:
         at_once = not reading.loss_why and (network.log_softmax != -1 or target.dim() == 1)
         random = torch.get_rng_state() if at_once and network.draws else None
         try:
-            run = self._in_one_call if at_once else self._in_two_calls
-            loss, gradients = run(reading, binding, input, target)
-        except _OtherLeavesError:
+            if at_once:
+                loss, gradients = in_one_call(reading, binding, inputs, target)
+            else:
+                loss, gradients = in_two_calls(reading, binding, inputs, target, self.loss)
+        except OtherLeavesError:
             self._undo()
             self._reading = None
             self._why = "the loss uses parameters by itself"
             return self._ordinary(input, target)
-        except _RefusedError as error:
+        except RefusedError as error:
             self._undo()
             self._last_why = str(error.__cause__).partition("\n")[0]
             loss = self._ordinary(input, target)
-            self._refused[dims] = self._refused.get(dims, 0) + 1  # what the model takes, and the operators do not
+            self._refused[dims] = self._refused.get(dims, 0) + 1  # the model takes the input, the operators do not
             return loss
         except BaseException as error:
             self._undo()
@@ -203,8 +192,8 @@ class TrainingStep:
             else:
                 self._is_in_flat = True
             return loss
-        # The loss itself may take a target that the operator does not take; if not, it raises its own error. The
-        # ordinary way may take whatever else the operator does not take.
+        # The operator has refused something. Perhaps it was the target: the step is made again with the caller's own
+        # loss, which takes it or raises its own error. Whatever else was refused, the ordinary way may take.
         if random is not None:
             torch.set_rng_state(random)
         reading.loss_why, self._retries = _OTHER_TARGET, True
@@ -250,7 +239,7 @@ class TrainingStep:
         progress: bool | None = None,
         scheduler: Any = None,
     ) -> Tensor:
-        """One pass over tensors in memory, a step a batch -> the loss of each batch (batches,).
+        """Makes one pass over tensors in memory, a step for each batch -> the loss of each batch (batches,).
 
         The batches and their order are those of ``DataLoader(TensorDataset(input, target), batch_size, shuffle=shuffle,
         generator=generator, drop_last=drop_last)`` from a generator in the same state, and leave it in the same state,
@@ -271,7 +260,7 @@ class TrainingStep:
         a DistributedSampler of its own.
 
         Raises:
-            TypeError: what is given is neither tensors nor an iterable of batches.
+            TypeError: the arguments are neither tensors nor an iterable of batches.
             ValueError: there are no rows, not as many in each tensor, or batch_size is below 1; or the processes of a
                 group have other rows, or generators in another state.
         """
@@ -298,7 +287,7 @@ class TrainingStep:
             bar.close()
 
     def _follow(self, batches: Iterable[Any], bar: Any, scheduler: Any) -> Tensor:
-        """A step a batch."""
+        """Makes a step for each batch."""
         losses = []
         try:
             for x, y in batches:
@@ -311,8 +300,8 @@ class TrainingStep:
         return torch.stack(losses) if losses else torch.empty(0)
 
     def _run(self, batches: Batches, bar: Any) -> Tensor:
-        """Many steps in one call, where there is one call for a step: as many as take some fiftieth of a second, so
-        that Ctrl-C and the bar do not wait. The first goes by itself: it creates the optimizer's state."""
+        """Makes many steps in one call, where a step is one call: as many as take `_SECONDS_TOGETHER`, so that Ctrl-C
+        and the bar do not wait long. The first step has a call of its own, since it creates the optimizer's state."""
         losses: list[Tensor] = []
         done, together = 0, 1
         while done < batches.count:
@@ -328,7 +317,8 @@ class TrainingStep:
         return torch.cat(losses) if losses else torch.empty(0)
 
     def _in_one_call_for_many(self, batches: Batches, first: int, last: int) -> Tensor | None:
-        """The losses of steps on these batches, or on the first of them; None where a step is to go by itself."""
+        """Makes steps on the batches [first, last), or on some of them from the first on -> their losses. None where
+        the next step needs a call of its own."""
         if len(batches.targets) != 1 or self.keep_gradients or self._ranks is not None:
             return None
         inputs, target = batches.inputs, batches.targets[0]
@@ -342,16 +332,14 @@ class TrainingStep:
         if binding.created or reading.loss_why or (reading.network.log_softmax == -1 and target.dim() != 1):
             return None
         try:
-            with self._no_grad:
-                losses: Tensor = _call_epoch(
-                    inputs, target, batches.order, *batches.places(first, last), batches.batch_size, binding.bound,
-                    binding.numbers,
-                )  # fmt: skip
-        except RuntimeError:  # the step by itself has other ways, or the error's own words
+            losses = steps_in_one_call(reading, binding, batches, first, last)
+        except RuntimeError:  # a single step then finds another way, or raises the error
             return None
-        _count_batches(reading, len(losses))
         self._after(binding, ())
         return losses
+
+    def _inputs(self, input: Any) -> Sequence[Tensor]:
+        return (input,) if self._count == 1 else input
 
     def _outputs(self, input: Any) -> Any:
         if self._count == 1:
@@ -365,7 +353,8 @@ class TrainingStep:
     # ---- what the one call rests on -------------------------------------------------------------------------------
 
     def _read(self, anew: bool = False) -> None:
-        """Finds out whether there is one call for the model, loss and optimizer as they are; `anew`, by a new trace."""
+        """Finds out whether operators can make steps of the model, loss and optimizer as they are now. anew: trace the
+        model again."""
         before = None if anew else self._reading
         self._reading, self._why, self._is_unread_copy = None, "", False
         self._others, self._refused = None, {}
@@ -376,8 +365,7 @@ class TrainingStep:
             self._why = str(reason)
 
     def _forget(self) -> None:
-        """Drops what was made of the parameters, and of the optimizer's settings and state."""
-        self._flat = None
+        """Drops the binding of the parameters and of the optimizer's settings and states."""
         if self._binding is not None:
             self._binding.release()
             self._binding = None
@@ -388,7 +376,7 @@ class TrainingStep:
         self._forget()
 
     def _why_not_due(self, input: Any, target: Any) -> str:
-        """Why the operators do not take such a call, or an empty text where they do."""
+        """The reason why the operators do not take this call, or an empty text where they do."""
         if self._is_unread_copy:
             self._read()
         reading = self._reading
@@ -449,94 +437,12 @@ class TrainingStep:
             self._forget()
             self._binding = Binding(reading, tensors, optimizer, self.max_norm, self.keep_gradients)
             if self._ranks is not None:
-                self._flat = FlatGradients(optimizer, self._binding.trained())
+                self._binding.flat = FlatGradients(optimizer, self._binding.trained())
         except (KeyError, NotANetworkError):
             self._undo()
             self._read()
             return False
         return True
-
-    # ---- and makes ------------------------------------------------------------------------------------------------
-
-    def _in_one_call(
-        self, reading: Reading, binding: Binding, input: Any, target: Tensor
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        with self._no_grad:
-            loss: Tensor
-            gradients: Sequence[Tensor] = ()
-            if self._flat is not None:
-                loss = _call_gradients(
-                    self._inputs(input), target, binding.bound, binding.numbers, self._flat.of_program
-                )
-            elif self.keep_gradients:
-                loss, gradients = _call(
-                    self._inputs(input), target, binding.parameters, binding.states, reading.network.text,
-                    reading.loss_weight, binding.layout, binding.numbers, True,
-                )  # fmt: skip
-            elif self._count == 1:
-                loss = _call_bound(input, target, binding.bound, binding.numbers)
-            else:
-                loss = _call_bound_of_several(input, target, binding.bound, binding.numbers)
-        _count_batches(reading)
-        return loss, gradients
-
-    def _in_two_calls(self, reading: Reading, binding: Binding, input: Any, target: Any) -> tuple[Tensor, list[Tensor]]:
-        """Runs a step with the caller's own loss between two calls."""
-        undo = _copy_of_forward(reading, binding)
-        try:
-            with self._no_grad:
-                outputs, kept = _call_forward(self._inputs(input), binding.parameters, reading.network.text)
-        except RuntimeError as error:
-            undo()
-            raise _RefusedError from error
-        try:
-            return self._from_outputs(reading, binding, target, outputs, kept)
-        except BaseException:
-            undo()
-            raise
-        finally:
-            forget_forward(int(kept))
-
-    def _inputs(self, input: Any) -> Sequence[Tensor]:
-        return (input,) if self._count == 1 else input
-
-    def _from_outputs(
-        self, reading: Reading, binding: Binding, target: Any, outputs: Sequence[Tensor], kept: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Computes the loss of a model's outputs, then backward and update."""
-        network = reading.network
-        _count_batches(reading)
-        for output in outputs:
-            output.requires_grad_()
-        # The loss gets copies, because it could not change a leaf itself in place.
-        copies = [output.clone() for output in outputs]
-        given = pytree.tree_map(copies.__getitem__, network.outputs)
-        loss = self.loss(given if network.log_softmax is None else F.log_softmax(given, network.log_softmax), target)
-        if _reaches_others(loss, outputs):
-            raise _OtherLeavesError
-        loss.backward()
-        if not self.keep_gradients and any(p.grad is not None for p in binding.parameters):  # by way of a checkpoint
-            for p in binding.parameters:
-                p.grad = None
-            raise _OtherLeavesError
-        if all(output.grad is None for output in outputs):
-            raise RuntimeError("training_step: the loss does not depend on the model's output")
-        try:
-            with self._no_grad:
-                if self._flat is not None:
-                    gradients = _call_gradients_backward(
-                        [output.grad for output in outputs], kept, binding.parameters, binding.layout, binding.numbers
-                    )
-                    for view, gradient in zip(self._flat.of_program, binding.trained(gradients), strict=True):
-                        view.copy_(gradient)
-                    return loss.detach(), gradients
-                gradients = _call_backward(
-                    [output.grad for output in outputs], kept, binding.parameters, binding.states, binding.layout,
-                    binding.numbers, self.keep_gradients,
-                )  # fmt: skip
-        except RuntimeError as error:
-            raise _RefusedError from error
-        return loss.detach(), gradients
 
     def _after(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(binding.parameters)
@@ -578,13 +484,13 @@ class TrainingStep:
     # ---- of several processes ---------------------------------------------------------------------------------------
 
     def _step_of_all(self, ranks: Ranks, input: Any, target: Any) -> Tensor:
-        """The gradients of this process, the average of all, and the update that all processes make of it. Where one
-        raises before it, all do, and none makes an update."""
+        """Computes this process's gradients, averages them over all processes, and makes the update, which is then the
+        same in all. Where one process raises before the update, all raise, and none makes it."""
         self._share_buffers(ranks, before_step=True)
         self._is_in_flat = False
         try:
             loss = self._step(input, target)
-            flat = self._flat if self._is_in_flat else None
+            flat = self._binding.flat if self._binding is not None and self._is_in_flat else None
             if flat is None:
                 flat = FlatGradients(self._optimizer)
                 flat.take()
@@ -592,7 +498,7 @@ class TrainingStep:
                 flat.note_program()
         except Exception:
             self._drop_gradients()
-            with suppress(RuntimeError):  # its own error says more
+            with suppress(RuntimeError):  # the error of the step itself says more
                 FlatGradients(self._optimizer).average(ranks, failed=True)
             raise
         try:
@@ -606,14 +512,11 @@ class TrainingStep:
             flat.give()
             self._update_by_optimizer()
             return loss
-        with self._no_grad:
-            scale = _call_update(flat.of_program, binding.bound, binding.numbers)
-            kept = [view * scale for view in flat.of_program] if self.keep_gradients else []
-        self._after(binding, kept)
+        self._after(binding, update_in_one_call(binding, flat.of_program))
         return loss
 
     def _share_buffers(self, ranks: Ranks, before_step: bool) -> None:
-        """Gives all processes the buffers of the first, before the first forward after each step, as
+        """Copies the first process's buffers to all processes, before the first forward after each step, as
         DistributedDataParallel does."""
         if self._buffers_are_due and ranks.shares_buffers:
             ranks.broadcast(self.model.buffers())
@@ -679,7 +582,7 @@ def training_step(
     )  # fmt: skip
 
 
-_MOST_REFUSALS = 3  # after which inputs of so many dimensions go the ordinary way at once
+_MOST_REFUSALS = 3  # after so many refusals, inputs of so many dimensions go the ordinary way at once
 _OTHER_TARGET = "its target is none that the operator takes"
 
 
@@ -688,7 +591,7 @@ def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer)
     try:
         signature = inspect.signature(kind.step)
-    except (TypeError, ValueError):  # a function of C says nothing
+    except (TypeError, ValueError):  # a function written in C may have no signature
         return
     try:
         signature.bind(optimizer)
@@ -710,47 +613,3 @@ def _inputs_of(model: nn.Module) -> int:
         words = f"a step gives a model its inputs, and {type(model).__name__} takes {signature}: {error}"
         raise TypeError(f"training_step: {words}") from None
     return count
-
-
-def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:
-    """Copies what a forward changes. Calling the result restores it."""
-    random = torch.get_rng_state()
-    statistics = [(p, p.clone()) for p in binding.parameters if not isinstance(p, nn.Parameter)]
-    counters = [(own[name], own[name].clone()) for own, name in reading.network.counters if own.get(name) is not None]
-
-    def undo() -> None:
-        torch.set_rng_state(random)
-        with torch.no_grad():
-            for tensor, value in (*statistics, *counters):
-                tensor.copy_(value)
-
-    return undo
-
-
-def _count_batches(reading: Reading, batches: int = 1) -> None:
-    for own, name in reading.network.counters:
-        if own.get(name) is not None:
-            own[name].add_(batches)
-
-
-class _RefusedError(Exception):
-    """The operators of the two calls do not take the model's tensors."""
-
-
-class _OtherLeavesError(Exception):
-    """A loss has gradients for more than the model's output."""
-
-
-def _reaches_others(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether backward would reach a leaf besides the outputs: a penalty on parameters, for example."""
-    own = {torch.autograd.graph.get_gradient_edge(output).node for output in outputs}
-    nodes, seen = [loss.grad_fn], {None, *own}
-    while nodes:
-        node = nodes.pop()
-        if node in seen or node is None:
-            continue
-        if node.name() == "torch::autograd::AccumulateGrad":
-            return True
-        seen.add(node)
-        nodes += [follower for follower, _ in node.next_functions]
-    return False

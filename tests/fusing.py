@@ -1,11 +1,35 @@
-"""What tests of fuse share."""
+"""What tests of whole models share."""
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import fastnn
 from fastnn.graph.rehearsal import copied
+
+
+class Calls(nn.Module):
+    """A function of the input and of some layers."""
+
+    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, *self.layers)
+
+
+class Scaled(nn.Module):
+    """A linear layer of one input, times another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.fc(a) * b
 
 
 def fused_copy(model: nn.Module, *args: Any, **options: Any) -> nn.Module:

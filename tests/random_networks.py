@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastnn import _C
-from fastnn.graph.program import Line, Value, write
+from fastnn.network_program import Line, Value, write
 from fastnn.recurrent_modes import MODES
 from fastnn.reference.network import network
 from fastnn.testing import using_threads

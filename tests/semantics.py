@@ -1163,7 +1163,7 @@ def _compare_fused(case: Case, kind: str, stock: _Side, ours: _Side) -> bool:
             raise DifferenceError(f"step {number} of {kind}: {error}") from None
         fused = ours.model.__dict__.get("forward")
         if isinstance(fused, FusedForward):
-            is_fused |= any(program.matches.found for some in fused.programs.values() for program in some)
+            is_fused |= any(trace.matches.found for some in fused.traces.values() for trace in some)
         if one.raised is not None and not step.changes:
             break
     return is_fused

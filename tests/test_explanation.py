@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from fusing import Scaled
 from torch import Tensor, nn
 
 import fastnn
@@ -92,16 +93,8 @@ def test_a_stock_model_is_told_what_fuse_would_do() -> None:
 
 
 def test_inputs_in_a_tuple() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 3)
-
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return self.fc(a) * b
-
     a, b = torch.randn(2, 4), torch.randn(2, 3)
-    model = Two().eval()
+    model = Scaled().eval()
     assert str(fastnn.explain(model, (a, b))) == str(fastnn.explain(model, a, b))
     with pytest.raises(TypeError, match=r"explain: expected a torch\.nn\.Module, got a type"):
         fastnn.explain(nn.Linear)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusing import Scaled
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -1122,15 +1123,7 @@ def test_a_batch_that_matters_is_refused(batch: int, function: Callable[[Tensor]
 
 
 def test_inputs_as_freeze_takes_them() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 3)
-
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return self.fc(a) * b
-
-    model = Two().eval()
+    model = Scaled().eval()
     a, b = torch.randn(2, 4), torch.randn(2, 3)
     frozen = fastnn.freeze(model, (a, b))
     assert_close(frozen((a, b)), model(a, b))

@@ -11,24 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import fused_copy
+from fusing import Calls, fused_copy
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import fastnn
-
-
-class Calls(nn.Module):
-    """A function of some layers and the input."""
-
-    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x, *self.layers)
 
 
 def conv() -> nn.Conv2d:

@@ -7,7 +7,7 @@ from random_networks import check
 from torch import Tensor
 from torch.testing import assert_close
 
-from fastnn.graph.program import KINDS
+from fastnn.network_program import KINDS
 from fastnn.reference.network import LAYERS
 
 

@@ -1,6 +1,8 @@
 """The private names of PyTorch in fastnn/_torch.py, in the torch at hand."""
 
+import ast
 import re
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
@@ -15,7 +17,10 @@ _PRIVATE = re.compile(
     r"(?<![\w.])(?:torch|nn|F|optim)(?:\.[a-z]\w*)*\._(?!check\b)[A-Za-z]\w*|from torch[\w.]* import [^\n]*\b_\w+"
 )
 
-ROOT = Path(__file__).parents[1]
+_PYTHONS = {"_getframe", "_make", "_replace"}
+_DOCUMENTED = {"_check"}  # of torch
+
+FILES = [path for path in (Path(__file__).parents[1] / "fastnn").rglob("*.py") if path.name != "_torch.py"]
 
 
 @pytest.mark.parametrize("name", _torch.NAMES)
@@ -29,6 +34,8 @@ def test_attributes_of_objects_are_there() -> None:
     optimizer = torch.optim.SGD(layer.parameters())
     for value, names in (
         (layer, (*_torch.OF_MODULES, *_torch.OF_RECURRENT_LAYERS)),
+        (nn.Conv1d(1, 1, 1), _torch.OF_CONVOLUTIONS),
+        (torch.ops.aten.relu.default, _torch.OF_OPERATORS),
         (optimizer, _torch.OF_OPTIMIZERS),
         (layer.weight_ih_l0, _torch.OF_TENSORS),
         (_torch.forward_ad, _torch.OF_FORWARD_AD),
@@ -52,7 +59,27 @@ def test_what_they_tell() -> None:
 
 
 def test_no_other_file_names_what_is_private() -> None:
-    for path in (ROOT / "fastnn").rglob("*.py"):
-        if path.name != "_torch.py":
-            found = _PRIVATE.findall(path.read_text())
-            assert not found, f"{path}: {found}"
+    for path in FILES:
+        found = _PRIVATE.findall(path.read_text())
+        assert not found, f"{path}: {found}"
+
+
+def _made_in(tree: ast.AST) -> Iterator[str]:
+    """The names of functions, classes and attributes that a file makes."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def test_each_private_attribute_is_listed() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    lists = (getattr(_torch, name) for name in vars(_torch) if name.startswith("OF_"))
+    known = {*_PYTHONS, *_DOCUMENTED, *_torch.TENSOR_HOOKS, *(name for names in lists for name in names)}
+    known.update(name for tree in trees.values() for name in _made_in(tree))
+    for path, tree in trees.items():
+        read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        operators = {name for name in read if hasattr(torch.ops.aten, name)}  # ATen's, which are its schema
+        found = {name for name in read - known - operators if re.match("_[^_]", name)}
+        assert not found, f"{path}: {found}"

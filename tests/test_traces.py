@@ -78,7 +78,7 @@ def rows() -> Tensor:
 def is_traced(model: nn.Module) -> bool:
     forward = model.__dict__["forward"]
     assert isinstance(forward, FusedForward)
-    return bool(forward.programs[model.training]) and forward.why is None
+    return bool(forward.traces[model.training]) and forward.why is None
 
 
 Change = Callable[[Any], Any]
@@ -384,7 +384,7 @@ def test_a_setting_that_changes_at_every_call_costs_no_trace_each_time() -> None
     for number in range(200):
         stock.config.k = fused.config.k = float(number)
         assert_close(fused(x), stock(x))
-    assert fused.__dict__["forward"].traces < 60
+    assert fused.__dict__["forward"].tries < 60
 
 
 def test_a_module_whose_code_is_not_known_ends_a_trace() -> None:

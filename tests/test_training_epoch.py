@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,8 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastnn
 from fastnn import _C
-
-training_step: Any = import_module("fastnn.training_step")  # fastnn.training_step is the function
+from fastnn.ops import training_step as operators
 
 
 def network() -> nn.Module:
@@ -188,14 +186,14 @@ def test_arguments_that_say_two_things() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many steps each call has made that made more than one."""
     made: list[int] = []
-    run = training_step._call_epoch
+    run = operators.bound_epoch
 
     def counted(*arguments: Any) -> Tensor:
         losses = run(*arguments)
         made.append(len(losses))
         return losses
 
-    monkeypatch.setattr(training_step, "_call_epoch", counted)
+    monkeypatch.setattr(operators, "bound_epoch", counted)
     return made
 
 

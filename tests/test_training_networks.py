@@ -456,6 +456,21 @@ def test_changes_in_place_that_others_see_take_the_ordinary_way() -> None:
             fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
 
 
+@pytest.mark.parametrize("function", [F.relu, F.relu6, F.silu, F.hardswish])
+def test_inplace_given_by_position_is_a_change_in_place(function: Callable[..., Tensor]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        function(y, True)
+        return m.b(y)
+
+    model = By(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    expected = F.mse_loss(model(x), x)
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    assert_close(step(x, x), expected.detach())
+    assert "changes a tensor that others see" in step.explain()
+
+
 def test_changes_in_place_that_stock_refuses_are_refused() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = torch.tanh(m.a(x))

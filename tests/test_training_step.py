@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from fusing import Calls
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import ZOO
@@ -744,17 +745,6 @@ def test_a_loss_that_raises_changes_nothing() -> None:
     assert str(optimizer.state_dict()) == str(before[1])
 
 
-class Calls(nn.Module):
-    """A function of the input, two layers and more."""
-
-    def __init__(self, function: Callable[..., Tensor], *more: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), *more])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.layers)
-
-
 def _with_spectral_norm() -> nn.Module:
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4))
     model[0].requires_grad_(False)
@@ -762,7 +752,11 @@ def _with_spectral_norm() -> nn.Module:
 
 
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "by a comparison": (lambda: Calls(lambda x, a, b: a(x) * (b(x) > 0)), torch.optim.SGD, "gt is no layer"),
+    "by a comparison": (
+        lambda: Calls(lambda x, a, b: a(x) * (b(x) > 0), nn.Linear(4, 4), nn.Linear(4, 4)),
+        torch.optim.SGD,
+        "gt is no layer",
+    ),
     "dropout of channels": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(), nn.Linear(4, 4)),
         torch.optim.SGD,
@@ -1658,6 +1652,16 @@ def test_several_inputs_come_in_a_tuple() -> None:
         assert_close(step((a, b), y), loss.detach())
     assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
     assert "one operator call" in step.explain()
+
+
+def test_gradients_are_kept_from_when_it_is_said_until_it_is_not() -> None:
+    mine, x, y = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 4), torch.randn(5, 3)
+    step = fastnn.training_step(mine, F.mse_loss, torch.optim.SGD(mine.parameters(), 0.1), strict=True)
+    for keep_gradients in (False, True, False):
+        step.keep_gradients = keep_gradients
+        step(x, y)
+        assert all((p.grad is not None) == keep_gradients for p in mine.parameters())
+        assert "ordinary" not in step.explain()
 
 
 @pytest.mark.parametrize("keep_gradients", [False, True])

@@ -15,7 +15,7 @@ FASTNN_INLINE Vec<T> combine(Vec<T> x, Vec<T> y) {
   if constexpr (kind == BinaryKind::sub) return x - y;
   if constexpr (kind == BinaryKind::mul) return x * y;
   if constexpr (kind == BinaryKind::div) return x / y;
-  // NaN wins, whichever of the two it is.
+  // If either is NaN, the result is NaN.
   if constexpr (kind == BinaryKind::maximum) return ((x > y) | (x != x)) ? x : y;
   if constexpr (kind == BinaryKind::minimum) return ((x < y) | (x != x)) ? x : y;
 }
@@ -51,7 +51,7 @@ void binary(BinaryKind kind, const T* a, int64_t a_step, const T* b, int64_t b_s
   }
 }
 
-// Rows that are added up in one go: rounding errors grow with the number.
+// The most rows that are added up in one sum, since rounding errors grow with the number.
 constexpr int64_t kTogether = 128;
 
 template <class T>
@@ -123,7 +123,7 @@ void softmax(const T* from, int64_t count, bool logarithm, T* to) {
   Vec<T> most = broadcast<T>(lowest);
   int64_t first = 0;
   for (; first + kLanes<T> <= count; first += kLanes<T>) most = larger_of(load(from + first), most);
-  // NaN makes all NaN below, so that it may be passed over here.
+  // The maximum may ignore NaN, which makes all results NaN below.
   for (; first < count; ++first) most = larger_of(broadcast<T>(from[first]), most);
   T lanes[kLanes<T>], highest = lowest;
   store(lanes, most);

@@ -1,5 +1,5 @@
-// Passes over values of a network that no convolution, product or recurrence takes along: arithmetic, sums, softmax,
-// layer norm and transposition, over runs of elements that lie side by side.
+// Operations on the values of a network that are not part of a convolution, product or recurrence: arithmetic, sums,
+// softmax, layer norm and transposition, over runs of elements that lie side by side.
 #pragma once
 
 #include <stdint.h>
@@ -30,11 +30,11 @@ struct ElementwiseKernels {
   void (*sum_rows)(const T* from, int64_t rows, int64_t step, int64_t count, T factor, T* to);
   // The sum of `count` elements.
   T (*sum)(const T* from, int64_t count);
-  // Pools windows that lie `step` apart, of `count` places each, with `channels` elements a place and a result:
-  // to[w * to_step + i] = the largest of places[p][w * step + i], or -inf of no places. NaN wins.
+  // Pools windows that lie `step` apart. A window has `count` positions, and each position and result has `channels`
+  // elements: to[w * to_step + i] = the largest of places[p][w * step + i], or -inf without positions. NaN gives NaN.
   void (*largest)(const T* const* places, int64_t count, int64_t step, int64_t windows, int64_t channels, T* to,
                   int64_t to_step);
-  // The same with factor * the sum of the places.
+  // The same with factor * the sum of the positions.
   void (*average)(const T* const* places, int64_t count, int64_t step, int64_t windows, int64_t channels, T factor,
                   T* to, int64_t to_step);
   // Softmax of one row, or its logarithm.

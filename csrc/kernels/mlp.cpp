@@ -103,7 +103,7 @@ void forward(const MlpLayer<T>* layers, int64_t count, bool in_lanes, const T* i
   int64_t rows;
   for (int64_t row = first_row; row < last_row; row += rows) {
     rows = smaller(last_row - row, step);
-    // What would leave the second vector of a panel of lanes empty goes as a block of its own, in panels of one.
+    // If the last rows fill one vector or less, they are a block of their own, in panels of one vector.
     const int64_t rest = rows % (2 * lanes);
     if (in_lanes && rows > 2 * lanes && rest > 0 && rest <= lanes) rows -= rest;
     const T* block = input + row * layers[0].in;
@@ -165,7 +165,7 @@ template <class T>
 void sum_all_rows(const T* matrix, int64_t rows, int64_t columns, int64_t first, int64_t last, Compute<T>* sums,
                   Compute<T>* lost) {
   int64_t row = 0;
-  do {  // of no rows the sums are zeros
+  do {  // runs once without rows, too: the sums are zeros
     const int64_t count = smaller(rows - row, kGradientRows);
     sum_rows<T>(matrix + row * columns, count, columns, sums, lost, row > 0, {first, last});
     row += count;

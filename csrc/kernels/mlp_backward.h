@@ -6,22 +6,22 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Rows whose gradients are taken together: as many as a sum has in one go, so that a weight's gradient is read and
-// written as few times as can be.
+// So many rows are taken together: as many as one sum may have, so that a weight's gradient is read and written as few
+// times as possible.
 constexpr int64_t kGradientRows = kLongestSum;
 
-// Rows of a product, on the left, that are too few to fill a tile's registers.
+// So few rows of a product's left factor do not fill a tile's registers.
 constexpr int kFewRows = 4;
 
-// This member's part of `count` things, whole vectors of them.
+// This member's part of `count` things. It is whole vectors.
 template <class T>
 Share share_vectors(const Member& member, int64_t count) {
   const Share share = member.share(divide_up(count, kLanes<T>));
   return {share.first * kLanes<T>, smaller(share.last * kLanes<T>, count)};
 }
 
-// The gradient (rows, out) before the activation, `source` being that after it: in `buffer`, which may be `source`, or
-// where nothing changes, `source` itself.
+// The gradient (rows, out) before the activation, from the gradient after it, `source`. It is written to `buffer`,
+// which may be `source`; where the activation changes nothing, it is `source` itself.
 template <class T>
 const T* through_activation(const MlpLayerBackward<T>& layer, const T* source, int64_t first_row, int64_t rows,
                             T* buffer, Member& member) {
@@ -48,7 +48,7 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
     T* to = output + row * n + column;
     Vec<T> total[rows][vectors];
     multiply_tile<rows, vectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, last, total);
-    // A block is summed on its own before it joins the others: rounding errors grow with the length of a sum.
+    // A block is summed by itself and then added to the others, since rounding errors grow with the length of a sum.
     if (add) {
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
@@ -75,8 +75,8 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
   });
 }
 
-// total (columns) = the sum of the rows, those of its columns that `which` says, added to what is there if `add`;
-// `lost` (columns) is what rounding has kept from it so far (Kahan). Stock's sums are as accurate.
+// total (columns) = the sum of the rows, for the columns `which`, added to what is there if `add`. `lost` (columns) is
+// what rounding has lost so far (Kahan). Stock's sums are as accurate.
 template <class T>
 void sum_rows(const T* gradient, int64_t rows, int64_t columns, Compute<T>* total, Compute<T>* lost, bool add,
               Share which) {
@@ -111,12 +111,12 @@ void sum_rows(const T* gradient, int64_t rows, int64_t columns, Compute<T>* tota
   for (; column < which.last; column += kLanes<C>) sum_columns(Constant<1>{}, column);
 }
 
-// A layer of few inputs fills few lanes of a tile: turned over, it has the outputs in its lanes.
+// Whether a layer has so few inputs that they fill few lanes of a tile. Transposed, it has the outputs in the lanes.
 template <class T>
 bool is_narrow(const MlpLayerBackward<T>& layer) {
   return layer.in <= kLanes<T> / 2 && layer.out > layer.in;
 }
-// Elements of scratch for a narrow layer turned over.
+// Elements of scratch for a narrow layer that is transposed.
 template <class T>
 int64_t turned_size(int64_t widest) {
   return kLanes<T> / 2 * widest;
@@ -127,8 +127,8 @@ int64_t backward_scratch_size(int64_t widest) {
   return 3 * kGradientRows * widest + turned_size<T>(widest);
 }
 
-// From so many rows on, a panel of the input's columns that stays in L1 saves more than a page for each row of the
-// weight's gradient costs.
+// From so many rows on, it pays to take the input's columns in panels that stay in L1, although each row of the
+// weight's gradient then touches a page of its own.
 constexpr int64_t kRowsForPanels = 32;
 
 // grad_weight (out, in) = the gradient (rows, out), transposed, times input (rows, in).
@@ -150,13 +150,13 @@ void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, cons
   }
 }
 
-// output (rows, in) = the gradient (rows, out) times the weight (out, in), which is read from start to end, some of its
-// rows together. A tile of few rows would read it down its columns, from a page a row, with little to do for each.
+// output (rows, in) = the gradient (rows, out) times the weight (out, in). The weight is read from start to end, some
+// of its rows together. A tile of few rows would read it down its columns, where each row may lie in another page.
 template <int rows, class T>
 void multiply_along_weight(const MlpLayerBackward<T>& layer, const T* gradient, T* output, Share which) {
   constexpr int kTogether = 8;
   int64_t o = 0;
-  do {  // of no rows of the weight the sums are zeros
+  do {  // runs once if the weight has no rows, too: the sums are zeros
     const auto add_rows = [&](int64_t count) __attribute__((always_inline)) {
       for (int64_t i = which.first; i < which.last; i += kLanes<T>) {
         const int64_t left_over = which.last - i;
@@ -190,7 +190,7 @@ template <class T>
 void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int64_t rows, T* output, T* turned,
                         const Member& member) {
   if (!is_narrow(layer)) {
-    if (rows > kFewRows) {  // never by a team of several
+    if (rows > kFewRows) {  // a team of several members never has so many rows
       return multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, output,
                       stays_in_cache<T>(layer.out, layer.in), false);
     }
@@ -204,7 +204,8 @@ void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int
                {0, layer.in});
 }
 
-// The layer's input for a block of rows: as it was saved, or activated again, in `buffer`, from the layer before.
+// The layer's input for a block of rows. It was saved, or the layer before saved its activation's input: then it is
+// activated again, into `buffer`.
 template <class T>
 const T* layer_input(const MlpLayerBackward<T>* layer, int64_t first_row, int64_t rows, T* buffer, Member& member) {
   if (layer->input) return layer->input + first_row * layer->in;
@@ -220,7 +221,8 @@ const T* layer_input(const MlpLayerBackward<T>* layer, int64_t first_row, int64_
   return buffer;
 }
 
-// A team of several has at most kFewRows rows: they share out the weights, whose gradients have no other summands then.
+// A team of several members has at most kFewRows rows. The members share out the weights, whose gradients are then
+// complete.
 template <class T>
 void backward(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input, int64_t first_row,
               int64_t last_row, T* scratch, Member& member) {

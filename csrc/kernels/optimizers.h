@@ -1,5 +1,5 @@
-// The table of optimizers, as torch.optim has them: the settings of their groups, and what they keep of a parameter.
-// fastnn/training_numbers.py reads it from the extension.
+// The table of optimizers of torch.optim: the settings of their groups, and what they keep for a parameter.
+// fastnn/training_numbers.py reads the table from the extension.
 //
 // An optimizer is added in two places: a row here, and its formulas in optimizer_updates.h.
 #pragma once
@@ -8,7 +8,8 @@
 
 namespace fastnn {
 
-// How one parameter moves in one step: the settings of its group, and what they come to in this step.
+// The numbers by which one parameter is updated in one step: the settings of its group, and what follows from them in
+// this step.
 struct UpdateNumbers {
   // Settings of the group, by torch's names: beta1 and beta2 are its betas. A setting that is false is 0, and one that
   // is true is not.
@@ -27,7 +28,7 @@ struct OptimizerSetting {
   double UpdateNumbers::* place;
 };
 
-// A number that an optimizer keeps of each parameter, in a tensor of its own: `step`, and what follows from it.
+// A number that an optimizer keeps for each parameter, in a tensor: `step`, and what follows from it.
 struct OptimizerNumber {
   const char* name;
   double initial;

@@ -6,7 +6,7 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// Enough chains to hide the latency of a multiply-add, few enough for 16 registers.
+// So many chains hide the latency of a multiply-add, and fit into 16 registers.
 constexpr int kChains = 12;
 
 double multiply_adds(int64_t rounds) {
@@ -19,7 +19,7 @@ double multiply_adds(int64_t rounds) {
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) total[c] = total[c] * factor + term;
   }
-  volatile float result;  // or none of this would have to be computed
+  volatile float result;  // without it the compiler could leave out the computation
   for (int c = 0; c < kChains; ++c) result = total[c][0];
   (void)result;
   return 2.0 * kChains * kLanes<float> * static_cast<double>(rounds);

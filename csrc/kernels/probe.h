@@ -1,4 +1,4 @@
-// What the processor can do at best, to measure the other kernels by.
+// Measures the most that the processor can do, with which the other kernels are compared.
 #pragma once
 
 #include <stdint.h>

@@ -11,20 +11,20 @@ namespace fastnn {
 
 enum class RnnMode : int32_t { tanh, relu, gru, lstm, count };
 
-// Of each mode, in their order. fastnn/recurrent_modes.py reads this table from the extension.
+// One row of the table of modes. fastnn/recurrent_modes.py reads the table from the extension.
 struct RnnModeEntry {
   const char* name;  // that torch.nn.RNNBase has for it
   int64_t gates;     // rows of the weights for each hidden unit
   uint64_t states;   // h, and LSTM's c
-  // Numbers that a step saves of each hidden unit for backward, besides the output: LSTM its gates and cell state, GRU
-  // its gates and the hidden half of the candidate.
+  // How many numbers a step saves for backward, for each hidden unit, besides the output: LSTM saves its gates and the
+  // cell state, GRU its gates and the hidden half of the candidate.
   int64_t saved;
   int64_t slots;  // gradients of each hidden unit before the activations, in an order of the kernels' own
 };
 constexpr RnnModeEntry kRnnModes[] = {
     {"RNN_TANH", 1, 1, 0, 1},
     {"RNN_RELU", 1, 1, 0, 1},
-    {"GRU", 3, 1, 4, 4},  // its slots are those of n, r and z, and the hidden half of n
+    {"GRU", 3, 1, 4, 4},  // its slots are n, r, z, and the hidden half of n
     {"LSTM", 4, 2, 5, 4},
 };
 static_assert(sizeof(kRnnModes) / sizeof(RnnModeEntry) == static_cast<uint64_t>(RnnMode::count));
@@ -49,17 +49,17 @@ struct RnnWeights {
   const T* bias_hh;    // (gates * hidden), or null
   const T* weight_hr;  // (projected, hidden), or null
   int64_t input_size;
-  const Compute<T>* packed;  // or null, where forward may do without
+  const Compute<T>* packed;  // or null, where forward does not need packed weights
 };
 
-// What forward and backward share. Network of `directions` times `layers` weights, layer after layer.
+// What forward and backward share. The network has `layers` times `directions` weights, layer after layer.
 template <class T>
 struct RnnNetwork {
   RnnMode mode;
   int64_t layers;
   int64_t directions;
   int64_t hidden;
-  int64_t projected;  // LSTM's proj_size: what h is brought down to by weight_hr; or 0
+  int64_t projected;  // LSTM's proj_size, the elements of h after weight_hr; or 0
   int64_t batch;
   int64_t rows;  // of all steps together
   int64_t steps;
@@ -72,13 +72,13 @@ struct RnnNetwork {
   const T* c0;                   // (layers * directions, batch, hidden), or null; LSTM alone
   T* saved;                      // (layers * directions, rows, entry_of(mode).saved, hidden), or null
   T* hidden_outputs;             // (layers - 1 or fewer, rows, width()): see layer_output
-  bool keeps_hidden_outputs;     // for backward: each layer's in its own place
+  bool keeps_hidden_outputs;     // whether each layer's output has its own place, for backward
   T* output;                     // (rows, width())
 
   int64_t outputs() const { return projected ? projected : hidden; }  // elements of h
   int64_t width() const { return directions * outputs(); }
-  // Where nothing is kept, one direction writes each step in place of the input it has used up, and two directions
-  // take turns between `output` and one buffer.
+  // Where outputs are not kept, a layer of one direction writes each step over the input that it has used, and layers
+  // of two directions write to `output` and to one buffer in turn.
   T* layer_output(int64_t layer) const {
     const int64_t above = layers - 1 - layer;
     if (above == 0) return output;
@@ -87,7 +87,7 @@ struct RnnNetwork {
   }
 };
 
-// Elements of scratch: what a team shares, and what each of its members has of its own.
+// Elements of scratch: memory that a team shares, and memory that each of its members has for itself.
 struct RnnScratchSize {
   int64_t shared, own;
 };
@@ -115,14 +115,14 @@ struct RnnGradients {
   const T* grad_output;        // (rows, width()) by RnnStep::gradient, or null
   int64_t grad_output_stride;  // from a row of a step to the next
   const T* grad_h_n;           // as h0, or null
-  int64_t h_n_from;            // the direction at which grad_h_n begins, the ones before having no gradient there
+  int64_t h_n_from;            // the first direction for which grad_h_n has a gradient
   const T* grad_c_n;           // as c0, or null
   T* grad_input;               // laid out as the input; or null
   T* grad_h0;                  // as h0, or null
   T* grad_c0;                  // as c0, or null
 };
 
-// Of one direction of one layer: all but the first two may be null.
+// The gradients of one direction of one layer. All but the first two may be null.
 template <class T>
 struct RnnWeightGradients {
   T* weight_ih;
@@ -152,19 +152,20 @@ struct RnnBackwardKernels {
   void (*finish)(const RnnNetwork<T>& network, int64_t input_size, const Compute<T>* sums, int64_t parts,
                  int64_t stride, const RnnWeightGradients<T>& gradients);
 
-  // For one direction of one layer without a projection, what `run` does but for the products of all rows, which are
-  // left to the caller: the steps of the sequences [first, last). grad_output (rows, width()) is the gradient of the
-  // layer's output, null for that of the last layer, which `gradients` has. gates (rows, entry_of(mode).slots * hidden)
-  // takes the gradients that those products are made of. Whole rounds.
+  // Does the same as `run` for the steps of the sequences [first, last) in one direction of one layer without a
+  // projection, except for the products over all rows, which the caller computes. grad_output (rows, width()) is the
+  // gradient of the layer's output; null for the last layer, whose gradient is in `gradients`. The gradients that are
+  // factors of those products go to `gates` (rows, entry_of(mode).slots * hidden). Whole rounds.
   void (*run_steps)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, int64_t direction,
                     const Compute<T>* grad_output, Compute<T>* gates, int64_t first, int64_t last, Member& member,
                     RnnScratch<Compute<T>> scratch);
-  // Their other factors, of the steps [first, last): the layer's input (rows, input_size), dropout included, and h of
-  // the step before (rows, hidden).
+  // Gathers the other factors of those products for the steps [first, last): the layer's input (rows, input_size),
+  // after dropout, and h of the step before (rows, hidden).
   void (*gather)(const RnnNetwork<T>& network, int64_t layer, int64_t direction, int64_t first, int64_t last,
                  Compute<T>* inputs, Compute<T>* previous);
-  // The product that is the gradient of the input (rows, input_size), of the steps [first, last), through the dropout:
-  // to grad_below (rows, width()), or from the first layer to `gradients`. The second direction adds to what is there.
+  // Takes the product that is the gradient of the input (rows, input_size), for the steps [first, last), through the
+  // dropout to grad_below (rows, width()), or for the first layer to `gradients`. The second direction adds to what is
+  // there.
   void (*pass_down)(const RnnNetwork<T>& network, const RnnGradients<T>& gradients, int64_t layer, int64_t direction,
                     int64_t first, int64_t last, const Compute<T>* product, Compute<T>* grad_below);
 };

@@ -24,9 +24,9 @@ FASTNN_INLINE const T* previous_output(const Direction<T>& direction, int64_t t,
   return network.h0 ? network.h0 + direction.h_offset(sequence) : nullptr;
 }
 
-// grad_output is the gradient of a layer's output: the caller's, or what the layer after has passed down. Members of a
-// team share its columns, or hidden units, in steps, and rows of sums and of the input's gradient between blocks of
-// them.
+// Backward of one direction of one layer. grad_output is the gradient of the layer's output: the caller's, or what the
+// layer above has passed down. In a step, the members of a team share the hidden units (columns). Between blocks of
+// steps they share the rows of the sums and of the input's gradient.
 template <class Cell, class T, class Source>
 class BackwardDirection {
   using C = Compute<T>;
@@ -58,7 +58,7 @@ class BackwardDirection {
     return {most_rows * (layout.gradients() + network.projected) + 3 * sequences * padded, padded + most_rows * widest};
   }
 
-  // The steps alone, the gradients of whose gates go to `gates`, at each row's place among all rows.
+  // Runs the steps alone. The gradients of the gates go to `gates`, at each row's place among all rows.
   void run_steps(const RnnGradients<T>& gradients, C* gates) {
     gates_ = gates;
     for (int64_t i = 0; i < network_.steps; ++i) {
@@ -74,7 +74,7 @@ class BackwardDirection {
     const bool backwards = !direction_.reverse();
     int64_t edge = backwards ? network_.steps : 0;
     while (backwards ? edge > 0 : edge < network_.steps) {
-      const Block block = next_block(network_, part_, edge, backwards, most_rows_);
+      const StepBlock block = next_block(network_, part_, edge, backwards, most_rows_);
       edge = backwards ? block.first : block.last;
       int64_t local = backwards ? block.rows : 0;
       for (int64_t i = 0; i < block.last - block.first; ++i) {
@@ -137,7 +137,7 @@ class BackwardDirection {
                            adding, to + columns.first, padded());
   }
 
-  // Of h as the step before hands it on: projected, if there is a projection.
+  // The gradient of h as the step before passes it on: after the projection, if there is one.
   C* grad_h() const { return layout_.projected ? grad_projected_ : grad_h_; }
   C* row_of(C* rows, int64_t sequence) const { return rows + (sequence - part_.first) * padded(); }
 
@@ -153,7 +153,7 @@ class BackwardDirection {
     copy_masked<From, To>(from + columns.first, nullptr, columns.last - columns.first, to + columns.first);
   }
 
-  // grad_h_ <- what arrives at the projected h (kept in `arrived` for W_hr's gradient) times W_hr.
+  // grad_h_ <- the gradient of the projected h times W_hr. The former is saved in `arrived`, for W_hr's gradient.
   void undo_projection(int64_t t, int64_t rows, Share columns, C* arrived) {
     const int64_t projected = layout_.projected;
     for (int64_t row = 0; row < rows; ++row) {
@@ -189,7 +189,7 @@ class BackwardDirection {
     const T* cell_before = Cell::kHasCellState ? previous_cell(t, sequence, runs) : nullptr;
     const T* kept = Cell::kSaved > 0 ? direction_.template saved<Cell>(step, sequence) : nullptr;
     const Source* grad_output = layout_.projected ? nullptr : output_gradient(step, sequence);
-    using V = Lockstep<C, 1>;  // bound by reading what was kept: several in lockstep are no faster
+    using V = Lockstep<C, 1>;  // reading what was saved takes most time, so several in lockstep are no faster
     C* grad_h = row_of(grad_h_, sequence);
     C* grad_c = row_of(grad_c_, sequence);
     for (int64_t unit = units.first; unit < units.last; unit += kLanes<C>) {
@@ -213,7 +213,7 @@ class BackwardDirection {
   }
 
   // dW_ih += dgates^T x, dW_hh += dgates^T h of the step before, and the column sums for the biases: some rows each.
-  void add_to_sums(Block block) {
+  void add_to_sums(StepBlock block) {
     const Share gates = member_.share(layout_.gates());
     const int64_t input_size = layout_.input_size, outputs = layout_.outputs();
     const Rows<T> rows = layer_input(network_, direction_.layer);
@@ -249,8 +249,8 @@ class BackwardDirection {
                           sums + rows.first * stride, stride);
   }
 
-  // dW_hr += (what arrived at h)^T h before its projection, which is made again from what the cell has kept.
-  void add_projection(Block block) {
+  // dW_hr += (gradient of the projected h)^T h. h before its projection is computed again from what the cell has saved.
+  void add_projection(StepBlock block) {
     const int64_t hidden = layout_.hidden, projected = layout_.projected;
     for_rows(network_, part_, block, [&](const RnnStep& step, int64_t sequence, int64_t local) {
       const T* kept = direction_.template saved<Cell>(step, sequence);
@@ -280,7 +280,7 @@ class BackwardDirection {
 
   // The gradient of the layer's input = dgates W_ih, times the dropout mask.
   template <class To>
-  void pass_down(Block block, Rows<To> destination) {
+  void pass_down(StepBlock block, Rows<To> destination) {
     const int64_t columns = layout_.input_size, stride = layout_.padded(columns);
     const T* mask = layer_mask(network_, direction_.layer);
     const Share share = member_.share(block.rows);

@@ -1,4 +1,4 @@
-// How backward has its weights packed, its gradients laid out, and those of the weights put together.
+// How backward packs its weights, lays out its gradients, and puts the gradients of the weights together.
 #pragma once
 
 #include "panel.h"

@@ -11,13 +11,13 @@ namespace FASTNN_ISA {
 // once, and the block stays in cache until its steps have used them.
 constexpr int64_t kBlockElements = 48 * 1024;
 
-// `row_elements`: what a block keeps of a row.
+// The rows of a block. `row_elements`: how many elements a block holds for a row.
 inline int64_t block_rows(int64_t sequences, int64_t total_rows, int64_t row_elements) {
   const int64_t rows = kBlockElements / row_elements / 12 * 12;
   return larger(sequences, smaller(total_rows, larger(rows, 24)));
 }
 
-// The sequences [first, last) of a step: those that still run.
+// Some of the sequences, [first, last). In a step only those count that still run.
 struct Part {
   int64_t first, last;
 
@@ -25,14 +25,14 @@ struct Part {
 };
 
 // Consecutive steps [first, last) in time; rows of a part, counted from the block's first.
-struct Block {
+struct StepBlock {
   int64_t first, last, rows;
 };
 
 // The block of at most `most` rows that begins (or, backwards in time, ends) at `edge`.
 template <class T>
-Block next_block(const RnnNetwork<T>& network, Part part, int64_t edge, bool backwards, int64_t most) {
-  Block block{edge, edge, 0};
+StepBlock next_block(const RnnNetwork<T>& network, Part part, int64_t edge, bool backwards, int64_t most) {
+  StepBlock block{edge, edge, 0};
   while (backwards ? block.first > 0 : block.last < network.steps) {
     const int64_t rows = part.rows(network.step[backwards ? block.first - 1 : block.last]);
     if (block.rows + rows > most) break;
@@ -70,7 +70,7 @@ const T* layer_mask(const RnnNetwork<T>& network, int64_t layer) {
 
 // body(step, sequence, local): every row of the block, in time order.
 template <class T, class Body>
-FASTNN_INLINE void for_rows(const RnnNetwork<T>& network, Part part, Block block, const Body& body) {
+FASTNN_INLINE void for_rows(const RnnNetwork<T>& network, Part part, StepBlock block, const Body& body) {
   int64_t local = 0;
   for (int64_t t = block.first; t < block.last; ++t) {
     const RnnStep& step = network.step[t];
@@ -112,7 +112,7 @@ struct Direction {
   FASTNN_INLINE T* output(const RnnStep& step, int64_t sequence) const {
     return network.layer_output(layer) + (step.row + sequence) * network.width() + direction * network.outputs();
   }
-  // What the cell keeps of a row: (kSaved, hidden).
+  // What the cell saves for a row: (kSaved, hidden).
   template <class Cell>
   FASTNN_INLINE T* saved(const RnnStep& step, int64_t sequence) const {
     return network.saved + (index * network.rows + step.row + sequence) * Cell::kSaved * network.hidden;

@@ -5,7 +5,7 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// What members of a team share lies in memory of them all; each makes the tiles of its share.
+// Forward of one direction of one layer. Each member of a team computes the tiles of its share, into shared memory.
 template <class Cell, class T>
 class ForwardDirection {
   using C = Compute<T>;
@@ -43,9 +43,9 @@ class ForwardDirection {
     const bool backwards = direction_.reverse();
     int64_t edge = backwards ? network_.steps : 0;
     while (backwards ? edge > 0 : edge < network_.steps) {
-      const Block block = next_block(network_, part_, edge, backwards, most_rows_);
+      const StepBlock block = next_block(network_, part_, edge, backwards, most_rows_);
       edge = backwards ? block.first : block.last;
-      // A round of its own, since the steps write into the place of the input that they use up: see layer_output.
+      // This is a separate round, since the steps write over the input that they have used: see layer_output.
       project(block, member_.share(layout_.tiles));
       member_.end_round();
       int64_t local = backwards ? block.rows : 0;
@@ -64,7 +64,7 @@ class ForwardDirection {
 
  private:
   // Slots of the block's rows <- x W_ih^T + biases.
-  void project(Block block, Share tiles) {
+  void project(StepBlock block, Share tiles) {
     if (tiles.empty()) return;
     int64_t stride;
     const C* x = input_rows(block, &stride);
@@ -124,7 +124,7 @@ class ForwardDirection {
   }
 
   // The block's rows of x, in place if they are one matrix there, else gathered.
-  const C* input_rows(Block block, int64_t* stride) {
+  const C* input_rows(StepBlock block, int64_t* stride) {
     const Rows<T> rows = layer_input(network_, direction_.layer);
     const T* mask = layer_mask(network_, direction_.layer);
     if constexpr (!kWidens) {
@@ -169,9 +169,9 @@ class ForwardDirection {
     }
   }
 
-  // A step after the first, of a single row, whose weights stay near and whose sums are all that its cell needs: these
-  // go from the product to the cell in registers. Returns false, having done nothing, for any other step. Not inlined:
-  // beside the loop over steps its sums would not stay in registers.
+  // Runs a step of a single row after the first step, if its weights stay in the nearest cache and its cell needs
+  // nothing but the sums. The sums then go from the product to the cell in registers. Returns false, having done
+  // nothing, for any other step. It is not inlined: inside the loop over steps the sums would not stay in registers.
   __attribute__((noinline)) bool run_row(int64_t t, const C* slots) {
     if constexpr (Cell::kSlots == 1 && !kWidens) {
       const int64_t before = direction_.reverse() ? t + 1 : t - 1;
@@ -233,7 +233,7 @@ class ForwardDirection {
     }
   }
 
-  // Of the tiles alone.
+  // Sets c for the hidden units of these tiles.
   void start_cells(int64_t first, int64_t last, Share tiles) {
     if constexpr (Cell::kHasCellState) {
       const int64_t unit = tiles.first * layout_.kTileUnits, end = tiles.last * layout_.kTileUnits;
@@ -269,9 +269,9 @@ class ForwardDirection {
     }
   }
 
-  // Whether so many elements stay in the nearest cache from step to step. Weights that don't are walked backwards at
-  // every other step, so that the ones used last are still there; those that do always forwards, so that a step begins
-  // with the units that the step before finished first.
+  // Whether so many elements stay in the nearest cache from step to step. Weights that do not are read backwards at
+  // every other step, so that those which were used last are still in the cache. Weights that do are always read
+  // forwards, so that a step begins with the units that the step before finished first.
   static bool stay_near(int64_t elements) {
     constexpr int64_t kNearestCache = 32 * 1024;
     return elements * static_cast<int64_t>(sizeof(C)) <= kNearestCache;

@@ -1,4 +1,4 @@
-// How forward has its weights packed, and its slots laid out.
+// How forward packs its weights and lays out its slots.
 #pragma once
 
 #include "panel.h"

@@ -6,16 +6,16 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Sequences of one step that are computed together, and where what belongs to them lies.
+// Sequences of one step that are computed together, and where their data lie.
 template <class Cell, class T>
 struct StepRows {
   using C = Compute<T>;
 
   const ForwardLayout<Cell, C>& layout;
-  int64_t all;  // sequences of the step, of other threads too
+  int64_t all;  // all sequences of the step, including those of other threads
   int64_t count;
-  bool backwards;  // through the tiles
-  C* slots;        // their first in the first tile's slots
+  bool backwards;  // whether the tiles are taken from the last to the first
+  C* slots;        // the slots of the first sequence in the first tile
   C* cells;        // (count, padded): c
   C* unprojected;  // (count, padded): h before its projection; or null
   T* output;       // (count, output_stride)
@@ -24,14 +24,15 @@ struct StepRows {
   const C* previous;  // (count, outputs): h of the step before, or null for zeros
   int64_t previous_stride;
 
-  // For the units of a tile, from its slots.
+  // Applies the cell to the hidden units of a tile, whose slots are given.
   void finish_tile(int64_t first_unit, const C* tile_slots) const {
     if (Cell::kSaved > 0 && kept) return finish_tile_as<true>(first_unit, tile_slots);
     finish_tile_as<false>(first_unit, tile_slots);
   }
 
  private:
-  // `keeps` for backward what the cell saves, in rows of many vectors: several at once would be slower to write.
+  // keeps: whether what the cell saves is written for backward. It goes to rows of many vectors, so that several rows
+  // at once would be slower to write.
   template <bool keeps>
   FASTNN_INLINE void finish_tile_as(int64_t first_unit, const C* tile_slots) const {
     constexpr int together = keeps || Cell::kUnits > 1 ? 1 : kTogether;
@@ -53,7 +54,8 @@ struct StepRows {
     }
   }
 
-  // For some vectors of units in some rows, in lockstep. The last vector may go beyond the units that there are.
+  // Applies the cell to some vectors of units in some rows, in lockstep. The last vector may go beyond the units that
+  // exist.
   template <int rows, int vectors, bool keeps>
   FASTNN_INLINE void finish_units(int64_t row, int64_t unit, const C* row_slots) const {
     using V = Lockstep<C, rows * vectors>;

@@ -1,11 +1,11 @@
 // Threads that take the steps of one call together, a round a step, inside a single parallel region.
 //
-// A team is whoever is there. The first thread to come leads: it begins all but at once, and from round to round takes
-// in those who have come since. So nobody waits for a thread that is still asleep, busy elsewhere or never started, and
-// whoever comes when all is done has nothing to do. In every round the members share the same work out anew, each takes
-// its part of it, and nobody begins the next round before all have finished this one.
+// A team consists of the threads that have arrived. The first thread leads: it begins almost at once, and in each round
+// takes in the threads that have arrived since. So no thread waits for one that is still asleep, busy elsewhere or
+// never started, and a thread that arrives when all is done has nothing to do. In every round the members divide the
+// work anew, each does its part, and none begins the next round before all have finished this one.
 //
-// Results must not depend on who computed what: share out things whose values are the same whoever makes them.
+// Results must not depend on which thread computed what: divide only work whose results are the same by any thread.
 #pragma once
 
 #include <stdint.h>
@@ -28,7 +28,7 @@ class Team {
 
  private:
   friend class Member;
-  // A counter of its own: processors fetch lines of 64 bytes two at a time.
+  // Each counter has 128 bytes for itself, because processors fetch lines of 64 bytes two at a time.
   struct alignas(128) Counter {
     int64_t value;
   };
@@ -45,10 +45,10 @@ class Team {
 // A thread's place in a team, to be made and used by that thread alone.
 class Member {
  public:
-  // Of a team of one.
+  // A member of a team of one.
   Member() = default;
-  // Waits to be taken in, or for the team to have finished without this thread. So many threads are `expected`, this
-  // one included.
+  // Waits until the team takes this thread in, or has finished without it. `expected` threads should arrive, including
+  // this one.
   Member(Team& team, int64_t expected);
   Member(const Member&) = delete;
   Member& operator=(const Member&) = delete;

@@ -26,8 +26,8 @@ FASTNN_INLINE T loss_of_difference(T d, T limit, T* slope) {
   }
 }
 
-constexpr int64_t kBlock = 1024;  // elements that are summed in T: so few that little is lost
-constexpr int64_t kSums = 16;     // side by side, so that a compiler may use vectors
+constexpr int64_t kBlock = 1024;  // so few elements are summed in T that little precision is lost
+constexpr int64_t kSums = 16;     // so many sums side by side let the compiler use vectors
 
 template <LossKind kind, class T>
 double sum_of_losses(T limit, T scale, int64_t count, const T* __restrict output, const T* __restrict target,

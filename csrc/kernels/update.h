@@ -31,14 +31,14 @@ static_assert(sizeof(kLosses) / sizeof(LossEntry) == static_cast<uint64_t>(LossK
 
 template <class T>
 struct UpdateKernels {
-  // The sum of a loss over `count` elements, and its gradient times `scale`; any kind but cross_entropy. number: beta
-  // of smooth_l1, delta of huber. weights: for bce_with_logits, those of the positive elements, one for each
-  // of the `columns` elements of a row; or null.
+  // Returns the sum of a loss over `count` elements, and writes its gradient times `scale`. The loss is any kind except
+  // cross_entropy. number: beta of smooth_l1, delta of huber. weights: for bce_with_logits, the weights of the positive
+  // elements, one for each of the `columns` elements of a row; or null.
   double (*loss)(LossKind kind, double number, double scale, int64_t count, const T* output, const T* target,
                  const T* weights, int64_t columns, T* gradient);
   // Fills in what all parameters of a group that are at the same step have in common.
   void (*prepare)(OptimizerKind kind, UpdateNumbers& numbers);
-  // Moves `count` elements of a parameter. states: one for each that the entry names, null where it is not kept.
+  // Updates `count` elements of a parameter. states: a pointer for each state of the entry, null where it is not kept.
   void (*update)(OptimizerKind kind, const UpdateNumbers& numbers, int64_t count, const T* gradient, T* parameter,
                  T* const* states);
   double (*sum_of_squares)(int64_t count, const T* gradient);

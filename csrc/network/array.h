@@ -1,5 +1,5 @@
-// Arrays of any strides: how arithmetic, copies and reductions go through the dimensions of values, whatever their
-// formats, in the longest runs that there are.
+// Arrays of any strides: arithmetic, copies and reductions go through the dimensions of values in the longest runs that
+// the formats allow.
 #pragma once
 
 #include <array>
@@ -14,8 +14,8 @@
 
 namespace fastnn {
 
-// Sizes with the strides of `count` arrays over them, from the outermost to the innermost, dimensions that can be one
-// joined into one.
+// The sizes and the strides of `count` arrays, from the outermost dimension to the innermost. Neighbouring dimensions
+// that can be treated as one are joined.
 template <size_t count>
 struct Loops {
   Ints sizes;
@@ -41,7 +41,8 @@ struct Loops {
     }
   }
 
-  // Calls body(offsets) for each run of the innermost `inner` dimensions, in parallel where `work` an element pays.
+  // Calls body(offsets) for each run of the innermost `inner` dimensions, in parallel where `work` operations an
+  // element make that worth it.
   template <class Body>
   void for_each_run(size_t inner, double work, const Body& body) const {
     const size_t outer = sizes.size() - inner;
@@ -72,7 +73,7 @@ inline std::vector<size_t> memory_order(size_t rank, bool channels_last) {
   return order;
 }
 
-constexpr double kCopyWork = 4;  // what moving an element costs, in floating-point operations
+constexpr double kCopyWork = 4;  // moving an element costs as much as so many floating-point operations
 
 // to = from, over arrays of these sizes and strides. The order of the dimensions is that of `to` in memory.
 template <class T>
@@ -123,7 +124,7 @@ void combine_arrays(BinaryKind kind, const T* a, const Ints& a_strides, const T*
   });
 }
 
-// to = from op number, of `count` elements, or the other way around.
+// to = from op number, or number op from, for `count` elements.
 template <class T>
 void combine_with_number(BinaryKind kind, const T* from, const T& number, bool reverses, int64_t count, T* to) {
   const auto& kernels = elementwise_kernels().get<T>();
@@ -133,11 +134,11 @@ void combine_with_number(BinaryKind kind, const T* from, const T& number, bool r
   });
 }
 
-// How long it takes to move a value that is cut along a dimension, in multiply-adds of vectors: runs of the elements of
-// that dimension and of those inside of it are moved one after another.
+// How long it takes to move a value that is cut along a dimension, in multiply-adds of vectors. The value is moved in
+// runs; a run has the elements of that dimension and of all dimensions inside it.
 template <class T>
 double moving_cost(const ValueType& value, size_t dim) {
-  constexpr double kRun = 8;  // what a run takes besides its elements
+  constexpr double kRun = 8;  // what a run takes in addition to its elements
   int64_t length = 1;
   bool inside = false;
   for (const size_t d : memory_order(value.sizes.size(), value.channels_last())) {

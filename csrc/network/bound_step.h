@@ -1,5 +1,5 @@
-// What a training step has in common with the next: parameters, the optimizer's state, the program. They are bound
-// once, so that a call need not pass some thirty tensors, which takes a microsecond for each ten.
+// What all steps of a training have in common: the parameters, the optimizer's state and the program. They are bound
+// once, since passing them at each call, often thirty tensors, takes a microsecond for each ten.
 //
 // Python knows a bound step by a number, which is never used again once the step is released.
 #pragma once
@@ -37,7 +37,7 @@ class BoundSteps {
   }
   // Calls that are running keep the step alive until they end.
   static void release(int64_t number) {
-    std::shared_ptr<const BoundStep> last;  // its tensors are freed after the lock is
+    std::shared_ptr<const BoundStep> last;  // declared first: its tensors are freed after the lock is released
     BoundSteps& all = instance();
     const std::lock_guard<std::mutex> lock(all.mutex_);
     const auto found = all.steps_.find(number);
@@ -47,7 +47,7 @@ class BoundSteps {
   }
 
  private:
-  static BoundSteps& instance();  // never destroyed: libtorch may be gone before
+  static BoundSteps& instance();  // never destroyed, because libtorch may be destroyed before
 
   std::mutex mutex_;
   std::unordered_map<int64_t, std::shared_ptr<const BoundStep>> steps_;

@@ -1,5 +1,5 @@
-// fastnn::network: a whole network in one call, for inference, from its program, its weights and their packed form; and
-// the same from a network's own parameters, which are packed at every call.
+// fastnn::network runs a whole network in one call, for inference. It takes the network's program, its weights and the
+// packed weights. fastnn::network_unpacked takes the parameters themselves, and packs them at every call.
 #include <memory>
 
 #include "../ops/register.h"
@@ -43,7 +43,7 @@ struct Bound {
     int64_t threads;
     Plan<T> plan;
   };
-  std::vector<std::unique_ptr<Planned>> planned;  // the last used in front
+  std::vector<std::unique_ptr<Planned>> planned;  // the one that was used last is in front
 
   const Plan<T>& plan_for(const Tensor* inputs, const Kernels<T>& kernels) {
     constexpr size_t kKept = 4;
@@ -77,7 +77,7 @@ struct Bound {
   }
 };
 
-// This thread's last networks, so that one is not read anew at every call.
+// The networks that this thread used last. They are kept so that a program is not read anew at every call.
 template <class T>
 Bound<T>& bound_network(const Tensor* first, size_t count, bool joined, const std::string& program) {
   constexpr size_t kKept = 16;
@@ -179,14 +179,14 @@ std::vector<Tensor> network(const std::vector<Tensor>& inputs, const Tensor& wei
   return run_packed(inputs.data(), inputs.size(), weights, packed, program);
 }
 
-// The same with one input and one output, of which lists would take a microsecond.
+// The same for one input and one output. Lists of them would take a microsecond.
 Tensor network_of_one(const Tensor& input, const Tensor& weights, const Tensor& packed, const std::string& program) {
   std::vector<Tensor> outputs = run_packed(&input, 1, weights, packed, program);
   FASTNN_CHECK(outputs.size() == 1, "network_of_one: the program has ", outputs.size(), " outputs");
   return std::move(outputs[0]);
 }
 
-// parameters: in the program's order, as their layers have them.
+// parameters: in the program's order, each as its layer's parameter in torch.
 Tensor network_unpacked(const Tensor& input, const std::vector<Tensor>& parameters, const std::string& program) {
   const char* op = "network_unpacked";
   const Expected kind = check_kind(op, input, "input");
@@ -205,7 +205,7 @@ Tensor network_unpacked(const Tensor& input, const std::vector<Tensor>& paramete
   });
 }
 
-// sizes: those of all inputs, one behind the other, for which the packing is best.
+// sizes: the sizes of all inputs, one input behind the other. The weights are packed for inputs of these sizes.
 Tensor network_packed(const Tensor& weights, const std::string& program, const Ints& sizes) {
   const char* op = "network_packed";
   const Expected kind = check_weights(op, weights);
@@ -237,8 +237,8 @@ Tensor network_packed(const Tensor& weights, const std::string& program, const I
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // program: see program.h; fastnn/graph/program.py writes it. packed: of network_packed; one that does not fit this
-  // machine, dtype or input costs time and nothing else.
+  // program: see program.h; fastnn/network_program.py writes it. packed: the result of network_packed. If it does not
+  // fit this machine, dtype or input, the weights are packed again, which costs time and nothing else.
   m.def("network(Tensor[] inputs, Tensor weights, Tensor packed, str program) -> Tensor[]");
   m.def("network_of_one(Tensor input, Tensor weights, Tensor packed, str program) -> Tensor");
   m.def("network_packed(Tensor weights, str program, int[] sizes) -> Tensor");

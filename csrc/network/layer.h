@@ -13,7 +13,8 @@
 
 namespace fastnn {
 
-// How a value lies in memory: densely, in torch's order of dimensions, or, of images, with the channels innermost.
+// How a value lies in memory: densely, either in torch's order of dimensions, or (images only) with the channels
+// innermost.
 enum class Format : int8_t { contiguous, channels_last };
 
 // A value's sizes and where its elements lie.
@@ -21,7 +22,7 @@ struct ValueType {
   Ints sizes;
   Format format = Format::contiguous;
   bool is_integer = false;  // int64, as an embedding takes it; all else is of the network's dtype
-  // Channels last: elements from a pixel to the next, where the value is a part of a concatenation; else 0.
+  // Where the value is a part of a concatenation of channels: the elements from a pixel to the next; else 0.
   int64_t pitch = 0;
 
   int64_t count() const {
@@ -30,7 +31,7 @@ struct ValueType {
     return result;
   }
   bool channels_last() const { return format == Format::channels_last; }
-  // Elements from one to the next along each dimension.
+  // The elements from one to the next along each dimension.
   Ints strides() const {
     const size_t rank = sizes.size();
     Ints strides(rank);
@@ -56,7 +57,8 @@ inline bool is_same_order(const Ints& sizes) {
   return true;
 }
 
-// The kernels that a plan is made for, and that run it: another thread may choose another instruction set meanwhile.
+// The kernels that a plan is made for. The same kernels must run it, although another thread may choose another
+// instruction set meanwhile.
 template <class T>
 struct Kernels {
   Isa isa;
@@ -73,8 +75,8 @@ struct Kernels {
   }
 };
 
-// A layer's place in a network whose inputs have certain sizes: what follows from them, made once and read by every
-// call. `prepared` is what the layer has made for itself.
+// A layer in a network whose inputs have certain sizes. It holds what follows from these sizes, which is computed once
+// and read by every call. `prepared` is what the layer itself has computed.
 template <class T>
 struct Site {
   Kernels<T> kernels;
@@ -93,10 +95,10 @@ struct Site {
 
 // Which formats a layer takes.
 enum class FormatRule : int8_t {
-  contiguous,  // contiguous values alone
-  alike,       // either, but all values of the output's rank in the same
-  input,       // either for the first input, contiguous for all others
-  each,        // either for the first input, and either for the output, as which all other inputs lie
+  contiguous,  // all values must be contiguous
+  alike,       // all values of the output's rank must have the same format
+  input,       // the first input may have either format, all other values must be contiguous
+  each,        // the first input may have either format, all other inputs must have the output's
 };
 
 // Where a call finds the values, in the order of the layer's inputs and outputs.
@@ -116,53 +118,53 @@ template <class T>
 class Layer {
  public:
   std::vector<int64_t> inputs, outputs;  // numbers of values, without weights that the layer reads itself
-  size_t sizes_only = 0;                 // of the last inputs so many are there for their sizes alone
+  size_t sizes_only = 0;                 // of so many inputs, the last ones, only the sizes are read
 
   virtual ~Layer() = default;
   // Sets the sizes of the site's outputs. Raises unless inputs of such sizes fit.
   virtual void set_sizes(Site<T>& site) const = 0;
   virtual FormatRule formats() const { return FormatRule::contiguous; }
-  // How long the layer takes with these formats, in multiply-adds of vectors, as far as that depends on the formats.
+  // The part of the layer's time that depends on the formats, in multiply-adds of vectors.
   virtual double cost(const Site<T>&) const { return 0; }
-  // What a call needs besides sizes and formats, for Site::prepared.
+  // Computes what a call needs in addition to sizes and formats: it becomes Site::prepared.
   virtual std::shared_ptr<const void> prepare(const Site<T>&) const { return nullptr; }
   // Packs everything that `run` will ask `packed` for, in the same order.
   virtual void pack(const Site<T>&, PackedWriter&) const {}
   virtual void run(const LayerCall<T>& call) const = 0;
-  // Whether the output is the input's memory under other sizes. Then `run` is not called.
+  // Whether the output is the input's memory, seen with other sizes. Then `run` is not called.
   virtual bool is_view(const Site<T>&) const { return false; }
   // Whether the output is the inputs' channels one behind the other, channels last.
   virtual bool joins_channels(const Site<T>&) const { return false; }
   // Whether the layer can write an output that is a part of a concatenation: see ValueType::pitch.
   virtual bool writes_parts() const { return false; }
-  // Takes over what the next layer does, which takes this layer's output as its only input and is the only one to do
-  // so. Returns false where it cannot.
+  // Takes over the work of the next layer, whose only input is this layer's output, which no other layer takes. Returns
+  // false where that cannot be.
   virtual bool absorb(const Layer&) { return false; }
 };
 
-// The weights of a network, by the numbers of the values that they are.
+// The weights of a network, by their numbers among all values.
 template <class T>
 class Weights {
  public:
   struct Weight {
-    const T* data = nullptr;  // never null of one that is there
+    const T* data = nullptr;  // null only where there is no weight
     Ints sizes;
   };
 
   void add(int64_t value, const T* data, const Ints& sizes) {
-    static const T nothing{};  // where a tensor without elements has its memory
+    static const T nothing{};  // the memory of tensors without elements
     if (static_cast<size_t>(value) >= all_.size()) all_.resize(value + 1);
     all_[value] = {data ? data : &nothing, sizes};
   }
   bool holds(int64_t value) const { return static_cast<size_t>(value) < all_.size() && all_[value].data; }
   const Weight& operator[](int64_t value) const { return all_[value]; }
-  // The weight that a line names so. Raises where the value is none.
+  // The weight that is this input of a line. Raises where the input is no weight.
   const Weight& of(const ProgramLine& line, const char* name) const { return of(line, name, line.input(name)); }
   const Weight& of(const ProgramLine& line, const char* name, int64_t value) const {
     if (!holds(value)) line.refuse("its ", name, " is no weight");
     return all_[value];
   }
-  // The same of these sizes; null where the line has no input of that name.
+  // The data of such a weight, which must have these sizes; null where the line has no input of that name.
   const T* of(const ProgramLine& line, const char* name, const Ints& sizes) const {
     if (!line.has(name)) return nullptr;
     const Weight& weight = of(line, name);
@@ -197,60 +199,13 @@ LayerEntry layer_entry(const char* name, std::vector<const char*> inputs, std::v
           }};
 }
 
-// All kinds of layers (layers.cpp); without a maker, one of training alone.
-const std::vector<LayerEntry>& layer_entries();
-
-inline void check_attributes(const ProgramLine& line) {
-  for (const auto& [name, content] : line.attributes) {
-    bool known = false;
-    for (const AttributeEntry* entry = line.entries; entry->name; ++entry) known = known || name == entry->name;
-    if (!known) line.refuse("it has no attribute ", name);
-  }
-}
-
-inline constexpr AttributeEntry kInputEntries[] = {
-    {"sizes", "ints", ""}, {"dtype", "text", ""}, {nullptr, nullptr, nullptr}};
-inline constexpr AttributeEntry kWeightEntries[] = {{"sizes", "ints", ""}, {nullptr, nullptr, nullptr}};
-
-// Of a line of an input or a weight, which takes nothing and gives one value.
-inline void check_source_line(ProgramLine& line, const AttributeEntry* entries) {
-  line.entries = entries;
-  if (line.outputs.size() != 1) line.refuse("expected to give one value");
-  if (!line.inputs.empty()) line.refuse("it takes no values");
-  check_attributes(line);
-}
-// Whether an input is of int64, and not of the weights' dtype.
-inline bool is_of_integers(const ProgramLine& line) {
-  const std::string_view dtype = line.text("dtype");
-  if (!dtype.empty() && dtype != "int64") line.refuse("expected dtype=int64, or none, for the weights' dtype");
-  return !dtype.empty();
-}
-
-// The kind of layer that a line is, whose attributes the line may have. Raises where there is none, or the line has
-// other inputs or attributes.
-inline const LayerEntry& check_layer_line(ProgramLine& line) {
-  const LayerEntry* found = nullptr;
-  for (const LayerEntry& entry : layer_entries()) {
-    if (line.layer == entry.name) found = &entry;
-  }
-  FASTNN_CHECK(found, "network: line ", line.number, ": there is no layer \"", line.layer.substr(0, 40), "\"");
-  line.entries = found->attributes.data();
-  check_attributes(line);
-  for (const auto& [name, given] : line.inputs) {
-    bool known = false;
-    for (const std::string_view input : found->inputs) known |= name == input.substr(0, input.find_first_of("?*"));
-    if (!known) line.refuse("it has no input ", name);
-  }
-  return *found;
-}
-
 inline int64_t product(const Ints& sizes, size_t first, size_t last) {
   int64_t result = 1;
   for (size_t i = first; i < last; ++i) result = checked_product(result, sizes[i]);
   return result;
 }
 
-// A dimension as Python counts it, from the end where it is negative.
+// A dimension as Python counts it: from the end where the number is negative.
 inline size_t dimension_of(const ProgramLine& line, int64_t given, size_t rank) {
   const int64_t count = static_cast<int64_t>(rank);
   if (given < -count || given >= count) line.refuse("dimension ", given, " of ", count, " dimensions");

@@ -9,10 +9,10 @@
 
 namespace fastnn {
 
-// What a loss has besides output and target.
+// A loss with its settings.
 struct Loss {
   LossKind kind;
-  bool mean;             // over the elements (cross_entropy: over the samples, by their weights); else the sum
+  bool mean;             // a mean over the elements (cross_entropy: over the samples, by their weights); else a sum
   double number;         // smooth_l1: beta; huber: delta; cross_entropy: the label smoothing
   int64_t ignore_index;  // cross_entropy
 };
@@ -38,7 +38,7 @@ double class_loss(const char* op, const Loss& loss, const T* output, const int64
     const auto x = [=](int64_t c) -> T { return output[at + c * places]; };
     const auto slope = [=](int64_t c) -> T& { return gradient[at + c * places]; };
     const int64_t label = target[row];
-    // The label is out of bounds if another thread has written it since the check.
+    // Another thread may have written to the label since the check, so its bounds are checked again.
     if (label == loss.ignore_index || label < 0 || label >= classes) {
       for (int64_t c = 0; c < classes; ++c) slope(c) = 0;
       continue;
@@ -49,7 +49,7 @@ double class_loss(const char* op, const Loss& loss, const T* output, const int64
     T sum = 0;
     for (int64_t c = 0; c < classes; ++c) sum += slope(c) = std::exp(x(c) - most);
     const T log_sum = std::log(sum);
-    // Subtracting the score from the logarithm of the whole sum would lose digits that all scores have in common.
+    // The largest score is subtracted first. Otherwise a large number that all scores have in common would cost digits.
     const auto minus_log = [=](int64_t c) -> double { return static_cast<double>((most - x(c)) + log_sum); };
     const double weight = weights ? static_cast<double>(weights[label]) : 1.0;
     double smoothed = 0;

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "layer_table.h"
 #include "layers/reformat.h"
 
 namespace fastnn {
@@ -38,7 +39,7 @@ struct NetworkInput {
     is_integer = is_of_integers(line);
   }
 
-  // number: of the input among all inputs.
+  // number: which of the network's inputs this is.
   void check(const Sizes& sizes, size_t number) const {
     bool fits = sizes.size() == ranges.size();
     for (size_t i = 0; fits && i < ranges.size(); ++i) {
@@ -81,14 +82,14 @@ class Network {
   std::vector<int64_t> outputs;
   std::vector<Step> steps;
   Weights<T> weights;
-  size_t values;  // how many there are
+  size_t values;  // the number of values
 
-  // pieces: the weights, in the program's order, or one piece with all of them one behind the other, if `joined`.
+  // pieces: the weights in the program's order; if `joined`, one piece that has all weights one behind the other.
   Network(const std::string& text, const std::vector<WeightPiece<T>>& pieces, bool joined) {
     const Program program(text);
     values = program.values.size();
     size_t next = 0;
-    int64_t used = 0;  // of the one piece
+    int64_t used = 0;  // elements of the one piece
     std::vector<bool> is_set(values);
     for (ProgramLine line : program.lines) {
       if (line.layer == "input") {
@@ -133,7 +134,7 @@ class Network {
   }
 
  private:
-  // Layers take images from behind a change of format, which costs nothing where the plan leaves the format as it is.
+  // Puts a change of format behind each input of images. It costs nothing where the plan keeps the format.
   void let_inputs_change_format() {
     std::vector<Step> changes;
     for (const NetworkInput& input : inputs) {
@@ -164,7 +165,7 @@ class Network {
     steps.push_back({std::move(layer), line.number, line.layer});
   }
 
-  // Has layers take over what the ones behind them do, where they can.
+  // Lets layers take over the work of the layers behind them, where they can.
   void join_chains() {
     std::vector<int64_t> uses(values);
     for (const Step& step : steps) {
@@ -172,7 +173,7 @@ class Network {
     }
     for (const int64_t output : outputs) ++uses[static_cast<size_t>(output)];
     std::vector<Step> kept;
-    std::vector<size_t> maker(values, SIZE_MAX);  // of each value, the step among those kept
+    std::vector<size_t> maker(values, SIZE_MAX);  // for each value, the kept step that makes it
     for (Step& step : steps) {
       Layer<T>& layer = *step.layer;
       if (layer.inputs.size() == 1 && layer.outputs.size() == 1 && uses[static_cast<size_t>(layer.inputs[0])] == 1) {

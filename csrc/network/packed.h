@@ -8,11 +8,11 @@
 
 namespace fastnn {
 
-// Packed weights are a sequence of blocks, each under a heading. They are good for one instruction set and dtype alone,
-// so the first has a heading of its own that names them.
+// Packed weights are a sequence of blocks, each behind a heading. They fit only one instruction set and dtype, which a
+// heading in front of all blocks names.
 struct PackedHeading {
-  int64_t key;    // a block that was packed otherwise has another
-  int64_t bytes;  // of what follows
+  int64_t key;    // blocks that are packed in different ways have different keys
+  int64_t bytes;  // of the block behind the heading
   int64_t step;   // the number of the network's step whose weights these are
   int64_t unused[5];
 };
@@ -53,7 +53,8 @@ class PackedWriter {
   int64_t bytes_ = 0, step_ = 0;
 };
 
-// Reads them back in the same order, trusting none. A step may leave blocks of its own unread.
+// Reads packed weights back in the same order. It trusts nothing that it reads. A step may leave some of its blocks
+// unread.
 class PackedReader {
  public:
   PackedReader(const char* memory, int64_t bytes, Isa isa, size_t element) : at_(memory), left_(bytes) {
@@ -71,7 +72,7 @@ class PackedReader {
     while (read_heading(heading) && heading.step < step_) skip(static_cast<int64_t>(sizeof heading) + heading.bytes);
   }
 
-  // The step's next block of this key; null where it is not there as it is wanted.
+  // The step's next block with this key; null where there is none of the wanted size.
   template <class T>
   const T* take(int64_t key, int64_t count) {
     PackedHeading heading;
@@ -87,7 +88,7 @@ class PackedReader {
   }
 
  private:
-  // The next heading, if it and all that it announces are there; else nothing is read from then on.
+  // Reads the next heading, if the heading and its whole block are there. Else nothing is read from then on.
   bool read_heading(PackedHeading& heading) {
     if (left_ < static_cast<int64_t>(sizeof heading)) return false;
     std::memcpy(&heading, at_, sizeof heading);

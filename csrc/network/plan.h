@@ -1,5 +1,5 @@
-// A plan: what follows from a network and its inputs' sizes. It has each value's sizes, the format in which the value
-// lies, and its place in memory.
+// A plan is all that follows from a network and its inputs' sizes: each value's sizes, its format, and its place in
+// memory.
 #pragma once
 
 #include "network.h"
@@ -9,7 +9,7 @@ namespace fastnn {
 // Where a value's elements are found at a call.
 struct Place {
   enum Kind : int8_t { nowhere, input, output, weight, memory } kind = nowhere;
-  int64_t index = 0;   // of the input, output or weight
+  int64_t index = 0;   // which input, output or weight it is
   int64_t offset = 0;  // in the memory between layers, in elements
 };
 
@@ -21,7 +21,7 @@ class Plan {
   std::vector<Site<T>> sites;  // one a step of the network
   int64_t memory = 0;          // elements between layers
   std::vector<char> is_idle;   // of each step, whether it has nothing to compute or is a view
-  std::vector<bool> copied;    // of each output: it is found elsewhere, and has to be copied
+  std::vector<bool> copied;    // for each output, whether it lies elsewhere and must be copied
 
   Plan(const Network<T>& network, const std::vector<Ints>& inputs, const Kernels<T>& kernels) : network_(network) {
     set_sizes(inputs, kernels);
@@ -85,9 +85,8 @@ class Plan {
     }
   }
 
-  // ---- formats ----
-  // Values that have to lie alike are a group. Groups of images are contiguous or channels last, whichever costs less:
-  // one group after another takes the better of both, until none changes.
+  // ---- formats ---- Values that must have the same format are a group. A group of images is contiguous or channels
+  // last, whichever costs less. One group after another takes the better format, until no group changes.
 
   std::vector<size_t> group_;
 
@@ -151,7 +150,7 @@ class Plan {
   void choose_formats(const std::vector<size_t>& free) {
     std::vector<Format> formats(values.size(), Format::contiguous);
     if (free.empty()) return apply(formats);
-    std::vector<std::vector<size_t>> touching(values.size());  // the steps that a group's format matters to
+    std::vector<std::vector<size_t>> touching(values.size());  // the steps that depend on a group's format
     for (size_t i = 0; i < sites.size(); ++i) {
       const Layer<T>& layer = *network_.steps[i].layer;
       if (layer.formats() == FormatRule::contiguous) continue;
@@ -210,11 +209,11 @@ class Plan {
   }
 
   // ---- parts ----
-  // What is made for a concatenation of channels alone is written where it belongs there.
+  // A value that only a concatenation of channels takes is written directly to its place in the concatenation.
 
   struct Part {
     size_t whole;    // the concatenation
-    int64_t offset;  // in it
+    int64_t offset;  // of the value in the concatenation
   };
   std::map<size_t, Part> parts_;
 
@@ -245,7 +244,7 @@ class Plan {
   }
 
   // ---- places ----
-  // A value lies in memory from the step that makes it to the last that reads it, or one of its views.
+  // A value needs memory from the step that makes it to the last step that reads it or one of its views.
 
   void set_places() {
     places.resize(values.size());
@@ -258,7 +257,7 @@ class Plan {
         places[value] = {Place::weight, static_cast<int64_t>(value), 0};
       }
     }
-    // A view has no memory of its own, but that of its root.
+    // A view uses the memory of its root.
     std::vector<size_t> root(values.size());
     for (size_t value = 0; value < values.size(); ++value) root[value] = value;
     for (const auto& [value, part] : parts_) root[value] = part.whole;
@@ -278,7 +277,7 @@ class Plan {
     for (size_t i = 0; i < network_.outputs.size(); ++i) {
       const size_t own = root[at(network_.outputs[i])];
       last[own] = sites.size();
-      if (places[own].kind != Place::nowhere) continue;  // an input, or another output
+      if (places[own].kind != Place::nowhere) continue;  // it is an input, or another output already
       places[own] = {Place::output, static_cast<int64_t>(i), 0};
       copied[i] = false;
     }
@@ -293,7 +292,7 @@ class Plan {
     for (const auto& [value, part] : parts_) places[value].offset += part.offset;
   }
 
-  // The largest first, each at the lowest offset that is free for as long as the value lives.
+  // Places the largest values first, each at the lowest offset that is free for as long as the value lives.
   void place_between(std::vector<size_t>& between, const std::vector<size_t>& first, const std::vector<size_t>& last) {
     constexpr int64_t line = 64 / sizeof(T);
     const auto size_of = [&](size_t value) {

@@ -1,4 +1,4 @@
-// A network's program: the text that describes a network, a line a layer, and what is read from it.
+// A network's program: a text that describes a network, with a line for each layer, and the functions that read it.
 //
 //     fastnn.network 1
 //     input -> x sizes=0:,3,20,20
@@ -22,19 +22,22 @@
 
 namespace fastnn {
 
-// What a layer may say: the attribute's name, its kind (int, ints, bool, float, activation or text), and its default;
-// null where it must be given.
+constexpr char kHeading[] = "fastnn.network 1";  // the first line of a program: what it is, and the text's version
+constexpr int64_t kMostSize = int64_t{1} << 31;  // that a layer may have of a kernel, a stride, a padding and the like
+
+// An attribute of a layer: its name, its kind (int, ints, bool, float, activation or text), and its default, which is
+// null where the attribute must be given.
 struct AttributeEntry {
   const char *name, *kind, *value;
 };
 
-// A program comes from anywhere. What it says is read from it by functions that raise where it does not fit.
+// A line of a program. Programs may come from anywhere, so these functions raise where a line does not fit.
 struct ProgramLine {
   std::string layer;
   std::map<std::string, std::vector<int64_t>, std::less<>> inputs;  // numbers of values
   std::vector<int64_t> outputs;
   std::map<std::string, std::string, std::less<>> attributes;
-  const AttributeEntry* entries = nullptr;  // those that the layer knows, ended by one without a name
+  const AttributeEntry* entries = nullptr;  // the attributes that the layer knows; the last entry has no name
   int64_t number = 0;                       // of the line, from 1
 
   template <class... Parts>
@@ -43,7 +46,7 @@ struct ProgramLine {
   }
 
   bool has(std::string_view input) const { return inputs.find(input) != inputs.end(); }
-  // The value of an input that is one value.
+  // The one value of this input. Raises where the input has several values, or none.
   int64_t input(const char* name) const {
     const auto found = inputs.find(std::string_view(name));
     if (found == inputs.end() || found->second.size() != 1) refuse("expected one value as its ", name);
@@ -84,7 +87,7 @@ struct ProgramLine {
     for (const std::string_view part : parts(name)) result.push_back(to_integer(part, name, least, most));
     return result;
   }
-  // The same for `count` dimensions, for all of which one number may stand.
+  // The same for `count` dimensions. One number may stand for all dimensions.
   std::vector<int64_t> integers(const char* name, int64_t least, int64_t most, size_t count) const {
     std::vector<int64_t> result = integers(name, least, most);
     if (result.size() == 1) result.resize(count, result[0]);
@@ -138,7 +141,7 @@ struct Program {
 
   void add(std::string_view text, int64_t number) {
     if (number == 1) {
-      FASTNN_CHECK(text == "fastnn.network 1", "network: the first line should be \"fastnn.network 1\", got \"",
+      FASTNN_CHECK(text == kHeading, "network: the first line should be \"", kHeading, "\", got \"",
                    std::string(text.substr(0, 40)), "\"");
       return;
     }

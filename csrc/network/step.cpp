@@ -1,5 +1,5 @@
-// fastnn::training_step: forward, loss, backward, clipping and update of a network, in one call; or in two, with the
-// loss between them left to the caller, or an average of the gradients over processes.
+// fastnn::training_step: forward, loss, backward, clipping and update of a network in one call; or in two calls,
+// between which the caller computes the loss, or averages the gradients over processes.
 //
 // Nothing is written to a parameter or a state before every check that may refuse the step has passed.
 #include <cmath>
@@ -17,18 +17,19 @@ constexpr const char* kOp = kTrainingStep;
 
 // ---- numbers ------------------------------------------------------------------------------------------------
 
-// A step in numbers, as fastnn/training_numbers.py makes it. numbers: those of the loss (kind, mean or sum, number,
-// class to ignore), the optimizer's kind and max_norm; then the settings of each of the optimizer's groups, in the
-// order of its table entry. layout: for each parameter its group, or -1 where it is not trained, and a number of bits,
-// which say which of the entry's states it has, and above them whether SGD's momentum begins.
+// The numbers of a step, which fastnn/training_numbers.py writes. numbers: those of the loss (kind, mean or sum,
+// number, class to ignore), the optimizer's kind and max_norm; then the settings of each of the optimizer's groups, in
+// the order of the optimizer's table entry. layout: two numbers for each parameter. The first is its group, or -1 where
+// it is not trained. The second has a bit for each state of the table entry that the parameter has, and above them a
+// bit that says that SGD's momentum begins with this step.
 struct StepNumbers {
   static constexpr int64_t kOfStep = 6;
 
   Loss loss;
   OptimizerKind optimizer;
-  double max_norm;            // of the gradient; negative: it is not clipped
-  const double* settings;     // of all groups, one after another
-  int64_t settings_each = 0;  // of one group
+  double max_norm;            // of the gradient; negative where it is not clipped
+  const double* settings;     // of all groups, one group behind the other
+  int64_t settings_each = 0;  // how many settings a group has
   const Ints& layout;
 
   StepNumbers(const Tensor& numbers, const Ints& of_parameters, size_t parameters) : layout(of_parameters) {
@@ -65,7 +66,7 @@ struct StepNumbers {
   bool wanted(size_t i) const { return layout[2 * i] >= 0; }
   bool has_state(size_t i, int which) const { return layout[2 * i + 1] >> which & 1; }
   bool is_first(size_t i) const { return has_state(i, kMostStates); }
-  // The numbers of a parameter that is about to make this step.
+  // The numbers with which a parameter is updated in this step.
   UpdateNumbers update(size_t i, double scale, double step) const {
     const double* n = settings + settings_each * layout[2 * i];
     UpdateNumbers u{};
@@ -104,7 +105,7 @@ class StateNumber {
   }
 
  private:
-  float* float_ = nullptr;  // one of the two is set
+  float* float_ = nullptr;  // either this or the other is set
   double* double_ = nullptr;
 };
 
@@ -189,7 +190,7 @@ Tensor loss_gradient(const Loss& loss, const Tensor& output, const Tensor& targe
   return gradient;
 }
 
-// What gradients are multiplied by so that their norm is at most max_norm.
+// The factor that brings the norm of the gradients down to max_norm; 1 where it is not above it.
 template <class T>
 double clip_scale(const StepNumbers& numbers, const TensorList& parameters, const std::vector<const T*>& gradients) {
   if (numbers.max_norm < 0) return 1;
@@ -212,7 +213,8 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
     if (!numbers.wanted(i)) continue;
     const ParameterState<T>& state = states[i];
     const double step = entry.numbers[0].name ? state.numbers[0].plus(1) : 0;
-    // Parameters of one group are usually at the same step, so that the powers, which take a while, are computed once.
+    // Parameters of one group are usually at the same step. So the powers, which take a while, are computed once for
+    // all.
     if (group != numbers.layout[2 * i] || step != of_this.step || of_this.is_first != numbers.is_first(i)) {
       group = numbers.layout[2 * i];
       of_this = numbers.update(i, scale, step);
@@ -235,7 +237,7 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
   }
 }
 
-// A pass for one call, which goes back to those that are idle when the call ends.
+// A pass that is borrowed for one call. It goes back to the idle passes when the call ends.
 template <class T>
 class BorrowedPass {
  public:
@@ -252,7 +254,7 @@ class BorrowedPass {
   std::unique_ptr<TrainingPass<T>> pass_;
 };
 
-// The parameters' gradients, from those of the outputs.
+// Computes the parameters' gradients from the outputs' gradients.
 template <class T>
 const std::vector<const T*>& backward(TrainingPass<T>& pass, const TensorList& output_gradients,
                                       const TensorList& parameters, const StepNumbers& numbers) {
@@ -282,8 +284,8 @@ TensorList copies(const StepNumbers& numbers, const TensorList& parameters, cons
   return result;
 }
 
-// The rest of a step, from the outputs' gradients on. What else a step changes, such as running statistics, the caller
-// commits. Returns the parameters' gradients if they are to be kept.
+// The rest of a step, from the outputs' gradients on. The caller commits other changes of the step, such as those of
+// running statistics. Returns the parameters' gradients if they are to be kept.
 template <class T>
 TensorList finish(TrainingPass<T>& pass, const TensorList& output_gradients, const TensorList& parameters,
                   const std::vector<ParameterState<T>>& states, const StepNumbers& numbers, bool keep_gradients) {
@@ -295,7 +297,7 @@ TensorList finish(TrainingPass<T>& pass, const TensorList& output_gradients, con
   return kept;
 }
 
-// Where the gradients are that a caller gives, one for each parameter that is trained; null for the others.
+// Where the caller's gradients lie, for each parameter: null for a parameter that is not trained.
 template <class T>
 std::vector<T*> places_of(const StepNumbers& numbers, const TensorList& parameters, const TensorList& gradients) {
   std::vector<T*> places(parameters.size());
@@ -317,7 +319,7 @@ Expected kind_of(const Tensor& tensor, const char* name) {
   return kind;
 }
 
-// Of which there is at least one.
+// Checks that there is at least one parameter, and returns what all have in common.
 Expected check_parameters(const TensorList& parameters) {
   FASTNN_CHECK(!parameters.empty(), kOp, ": expected at least one parameter");
   const Expected kind = kind_of(parameters[0], "parameters");
@@ -328,7 +330,7 @@ Expected check_parameters(const TensorList& parameters) {
   return kind;
 }
 
-// The inputs and parameters, which all operators here have: of one dtype, but for inputs of int64.
+// Checks the inputs and parameters, which all operators here take: they have one dtype, except for inputs of int64.
 ScalarType check_arguments(const Tensor* inputs, size_t count, const TensorList& parameters) {
   FASTNN_CHECK(count > 0, kOp, ": expected at least one input");
   Expected kind{ScalarType::Float, 0, kOp};
@@ -349,7 +351,7 @@ ScalarType check_arguments(const Tensor* inputs, size_t count, const TensorList&
   return kind.dtype;
 }
 
-// Of views, so that lists of arguments can be handed on.
+// A list that borrows these tensors, so that arguments can be passed on.
 TensorList borrowed(const Tensor* tensors, size_t count) {
   TensorList result;
   result.reserve(count);
@@ -357,7 +359,7 @@ TensorList borrowed(const Tensor* tensors, size_t count) {
   return result;
 }
 
-// What all steps of one call have in common, checked once.
+// What all steps of one call have in common. It is checked once.
 template <class T>
 class Steps {
  public:
@@ -371,7 +373,7 @@ class Steps {
     FASTNN_CHECK(pass_->outputs() == 1, kOp, ": the program has ", pass_->outputs(), " outputs, and a loss takes one");
   }
 
-  // The loss, and the parameters' gradients, if they are to be kept.
+  // Makes a step -> the loss, and the parameters' gradients if they are to be kept.
   std::pair<double, TensorList> run(TensorList inputs, const Tensor& target, bool keep_gradients) {
     double value = 0;
     const TensorList gradient = forward(inputs, target, &value);
@@ -379,7 +381,7 @@ class Steps {
     pass_->commit();
     return {value, std::move(gradients)};
   }
-  // The loss. The parameters' gradients are written to `places`, and no parameter is updated.
+  // Makes a step without the update -> the loss. Writes the parameters' gradients to `places`.
   double run_to(TensorList inputs, const Tensor& target, const std::vector<T*>& places) {
     double value = 0;
     const TensorList gradient = forward(inputs, target, &value);
@@ -439,7 +441,7 @@ Tensor bind_training_step(const TensorList& parameters, const TensorList& state,
   return bound;
 }
 
-// The number that a tensor of one Long has.
+// The number in a tensor that has one int64.
 int64_t number_of(const Tensor& tensor, const char* name) {
   check_plain(tensor, kOp, name);
   check_memory(tensor, kOp, name);
@@ -480,7 +482,7 @@ Tensor bound_training_gradients(const TensorList& inputs, const Tensor& target, 
   });
 }
 
-// Returns what the gradients were multiplied by.
+// Clips and updates. Returns the factor by which the gradients were multiplied.
 Tensor bound_training_update(const TensorList& gradients, const Tensor& bound, const Tensor& numbers) {
   const std::shared_ptr<const BoundStep> step = BoundSteps::find(number_of(bound, "bound"));
   const ScalarType dtype = check_parameters(step->parameters).dtype;
@@ -500,7 +502,8 @@ Tensor bound_training_update(const TensorList& gradients, const Tensor& bound, c
 
 // ---- many steps -----------------------------------------------------------------------------------------------
 
-// The rows of a data set, a batch at a time: rows that follow one another where they lie, others in memory of its own.
+// The rows of a data set, a batch at a time. Rows that follow one another are read where they lie. Others are copied
+// into memory that this object has.
 class Rows {
  public:
   Rows(const Tensor& all, const char* name) : sizes_(sizes_of(all)), dtype_(all.scalar_type()) {
@@ -515,13 +518,13 @@ class Rows {
   }
   int64_t count() const { return sizes_[0]; }
   Tensor between(int64_t first, int64_t last) { return over(from_ + first * row_bytes_, last - first); }
-  // numbers: of `count` rows, which are there.
+  // Copies `count` rows, by their numbers.
   Tensor chosen(const int64_t* numbers, int64_t count) {
     own_.resize(static_cast<size_t>(checked_product(count, row_bytes_)));
-    constexpr double kWorkEach = 8;  // of a row, besides its bytes
+    constexpr double kWorkEach = 8;  // what a row costs in addition to its bytes
     parallel_range(count, kWorkEach + static_cast<double>(row_bytes_), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        // Another thread may write to the numbers meanwhile, so that each is looked at once more.
+        // Another thread may have written to the numbers since they were checked, so each is kept inside the bounds.
         const int64_t row = std::min(std::max<int64_t>(numbers[i], 0), this->count() - 1);
         std::memcpy(own_.data() + i * row_bytes_, from_ + row * row_bytes_, static_cast<size_t>(row_bytes_));
       }
@@ -545,8 +548,8 @@ class Rows {
   std::vector<char> own_;
 };
 
-// Steps on the rows [first, last), or on those that `order` has there, a batch after another -> their losses: fewer
-// than there are batches where a step has been refused, before which all were whole.
+// Makes a step for each batch of the rows [first, last), or of the rows whose numbers `order` has at [first, last) ->
+// the losses. Where a step is refused, there are only the losses of the steps before, which were made as a whole.
 Tensor bound_training_epoch(const TensorList& inputs, const Tensor& target, const OptionalTensor& order, int64_t first,
                             int64_t last, int64_t batch_size, const Tensor& bound, const Tensor& numbers) {
   const std::shared_ptr<const BoundStep> step = BoundSteps::find(number_of(bound, "bound"));
@@ -619,7 +622,7 @@ struct ForwardPassOf : ForwardPass {
     }
     pass->forward(this->inputs, this->parameters);
   }
-  // What the loss has done meanwhile, which may be anything, must have left the tensors as large as they were. given:
+  // Checks that the tensors still have the sizes that they had before the loss, which may have done anything. given:
   // the parameters for backward.
   void check_unchanged(const TensorList& given) const {
     check_arguments(inputs.data(), inputs.size(), given);
@@ -639,13 +642,13 @@ struct ForwardPassOf : ForwardPass {
   }
 };
 
-// Passes between the two calls, by a number that is never used again. Those that nobody asks for are dropped in time.
+// The passes between the two calls, by numbers, each of which is used once. When there are many, the oldest is dropped.
 class ForwardPasses {
  public:
   static int64_t add(std::unique_ptr<ForwardPass> pass) {
     constexpr size_t kMost = 256;
     ForwardPasses& all = instance();
-    std::unique_ptr<ForwardPass> oldest;  // it is freed after the lock is
+    std::unique_ptr<ForwardPass> oldest;  // declared first: it is freed after the lock is released
     const std::lock_guard<std::mutex> lock(all.mutex_);
     all.passes_.emplace(++all.last_, std::move(pass));
     if (all.passes_.size() > kMost) {
@@ -667,7 +670,7 @@ class ForwardPasses {
 
  private:
   static ForwardPasses& instance() {
-    static ForwardPasses& all = *new ForwardPasses;  // never destroyed: libtorch may be gone before
+    static ForwardPasses& all = *new ForwardPasses;  // never destroyed, because libtorch may be destroyed before
     return all;
   }
   std::mutex mutex_;
@@ -682,8 +685,9 @@ std::tuple<TensorList, Tensor> training_step_forward(const TensorList& inputs, c
     using T = decltype(type);
     auto forward = std::make_unique<ForwardPassOf<T>>(program, inputs, parameters);
     TrainingPass<T>& pass = *forward->pass;
-    pass.commit();  // before the loss, which may look at what the model has become
-    // Copies, since the layers keep their own. They have the same strides, since a loss may draw numbers in that order.
+    pass.commit();  // before the loss, which may read the model's new statistics
+    // The outputs are copies, since the layers keep their own. The copies have the same strides, because a loss may
+    // draw random numbers in the order of memory.
     TensorList outputs;
     for (size_t i = 0; i < pass.outputs(); ++i) outputs.push_back(copied(pass.output(i)));
     const Tensor kept = new_tensor({1}, ScalarType::Long);
@@ -750,33 +754,34 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "training_step(Tensor[] inputs, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
       " Tensor? weight, int[] layout, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");
-  // The same, with what stays the same from step to step bound before (bound_step.h), and without gradients. It
-  // changes the tensors that `bound` stands for, which the schema says of `bound` itself.
+  // The same without gradients, where all that stays the same from step to step has been bound before (bound_step.h).
+  // It changes the tensors that `bound` stands for. The schema can only say that of `bound` itself.
   m.def("bind_training_step(Tensor[] parameters, Tensor[] state, str program, Tensor? weight, int[] layout) -> Tensor");
   m.def("bound_training_step(Tensor input, Tensor target, Tensor(a!) bound, Tensor numbers) -> Tensor loss");
   m.def(
       "bound_training_step_of_several(Tensor[] inputs, Tensor target, Tensor(a!) bound, Tensor numbers)"
       " -> Tensor loss");
-  // The same in two calls, for processes that average their gradients in between: the first writes the gradients of
-  // the parameters that are trained, and changes running statistics; the second clips and updates, and gives what the
-  // gradients were multiplied by.
+  // The same in two calls, for processes that average their gradients in between. The first call writes the gradients
+  // of the parameters that are trained, and changes running statistics. The second clips and updates, and returns the
+  // factor by which the gradients were multiplied.
   m.def(
       "bound_training_gradients(Tensor[] inputs, Tensor target, Tensor(a!) bound, Tensor numbers,"
       " Tensor(b!)[] gradients) -> Tensor loss");
   m.def("bound_training_update(Tensor[] gradients, Tensor(a!) bound, Tensor numbers) -> Tensor scale");
-  // Many such steps, on batches of rows: [first, last), or those that `order` has there.
+  // Many such steps, on batches of the rows [first, last), or of the rows whose numbers `order` has at [first, last).
   m.def(
       "bound_training_epoch(Tensor[] inputs, Tensor target, Tensor? order, int first, int last, int batch_size,"
       " Tensor(a!) bound, Tensor numbers) -> Tensor losses");
-  // The same in two calls: up to the outputs, and from their gradients on. kept: a number, by which the second finds
-  // what the first has left for it. The second, which takes the same parameters, forgets the number.
+  // The same in two calls: the first goes up to the outputs, the second begins with their gradients. kept: a number, by
+  // which the second call finds what the first has saved. The second call takes the same parameters, and forgets the
+  // number.
   m.def(
       "training_step_forward(Tensor[] inputs, Tensor(a!)[] parameters, str program) -> (Tensor[] outputs, Tensor"
       " kept)");
   m.def(
       "training_step_backward(Tensor?[] gradients, Tensor kept, Tensor(a!)[] parameters, Tensor(b!)[] state,"
       " int[] layout, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
-  // The second without an update, for processes that average these gradients.
+  // The second call without an update, for processes that average the gradients.
   m.def(
       "training_gradients_backward(Tensor?[] gradients, Tensor kept, Tensor[] parameters, int[] layout,"
       " Tensor numbers) -> Tensor[] gradients");

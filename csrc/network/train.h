@@ -1,9 +1,10 @@
-// A network in training: its program's layers run forward, which keeps what backward needs, and backward.
+// A network in training: the layers of its program run forward, where they save what backward needs, and backward.
 #pragma once
 
 #include <list>
 #include <mutex>
 
+#include "layer_table.h"
 #include "training/layers.h"
 
 namespace fastnn {
@@ -44,7 +45,7 @@ class TrainingPass {
   size_t outputs() const { return outputs_.size(); }
   const Tensor& output(size_t i) const { return values_[at(outputs_[i])]; }
 
-  // inputs, parameters: they live until `forget`.
+  // inputs, parameters: they must live until `forget`.
   void forward(const TensorList& inputs, const TensorList& parameters) {
     FASTNN_CHECK(inputs.size() == inputs_.size(), kTrainingStep, ": expected ", inputs_.size(), " inputs, got ",
                  inputs.size());
@@ -70,7 +71,8 @@ class TrainingPass {
     }
   }
 
-  // gradients: of the outputs, undefined where there is none. wanted: of each parameter whether its gradient is.
+  // gradients: those of the outputs, undefined where there is none. wanted: for each parameter, whether its gradient is
+  // wanted.
   void backward(const TensorList& gradients, const std::vector<char>& wanted) {
     std::vector<char> needed(values_.size());
     for (size_t i = 0; i < parameters_.size(); ++i) needed[at(parameters_[i])] = wanted[i];
@@ -109,13 +111,14 @@ class TrainingPass {
     gradients_.clear();
     for (size_t i = 0; i < parameters_.size(); ++i) gradients_.push_back(gradient_of(parameters_[i], wanted[i]));
   }
-  // Of the parameters, in the order of their elements; null where nothing depends on one.
+  // The parameters' gradients, each in the order of the parameter's elements; null where nothing depends on a
+  // parameter.
   const std::vector<const T*>& gradients() const { return gradients_; }
 
   void commit() {
     for (const auto& layer : layers_) layer->commit();
   }
-  // Lets go all that belongs to one step.
+  // Drops all that belongs to one step.
   void forget() {
     for (const auto& layer : layers_) layer->forget();
     for (Tensor& value : values_) value = Tensor();
@@ -156,7 +159,7 @@ class TrainingPass {
     }
   }
 
-  // Has layers take over what the ones behind them do, where they can.
+  // Lets layers take over the work of the layers behind them, where they can.
   void join_layers() {
     std::vector<int64_t> uses(values_.size());
     for (const auto& layer : layers_) {
@@ -164,7 +167,7 @@ class TrainingPass {
     }
     for (const int64_t output : outputs_) ++uses[at(output)];
     std::vector<std::unique_ptr<TrainingLayer<T>>> kept;
-    std::vector<size_t> maker(values_.size(), SIZE_MAX);  // of each value, the layer among those kept
+    std::vector<size_t> maker(values_.size(), SIZE_MAX);  // for each value, the kept layer that makes it
     for (auto& layer : layers_) {
       const size_t before = uses[at(layer->inputs[0])] == 1 ? maker[at(layer->inputs[0])] : SIZE_MAX;
       if (before != SIZE_MAX && kept[before]->outputs.size() == 1 && kept[before]->absorb(*layer)) {
@@ -211,7 +214,7 @@ class TrainingPass {
   std::vector<const T*> gradients_;
 };
 
-// Passes that no call uses at the time, so that a program is not read anew at every step. Threads share them.
+// The passes that no call is using. They are kept so that a program is not read anew at every step. Threads share them.
 template <class T>
 class TrainingPasses {
  public:
@@ -233,7 +236,7 @@ class TrainingPasses {
   static void give_back(Pass pass) {
     constexpr size_t kKept = 32;
     pass->forget();
-    Pass last;  // it is freed after the lock is
+    Pass last;  // declared first: it is freed after the lock is released
     TrainingPasses& all = instance();
     const std::lock_guard<std::mutex> lock(all.mutex_);
     all.idle_.push_front(std::move(pass));
@@ -244,11 +247,11 @@ class TrainingPasses {
 
  private:
   static TrainingPasses& instance() {
-    static TrainingPasses& all = *new TrainingPasses;  // never destroyed: libtorch may be gone before
+    static TrainingPasses& all = *new TrainingPasses;  // never destroyed, because libtorch may be destroyed before
     return all;
   }
   std::mutex mutex_;
-  std::list<Pass> idle_;  // the last used in front
+  std::list<Pass> idle_;  // the one that was used last is in front
 };
 
 }  // namespace fastnn

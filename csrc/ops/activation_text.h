@@ -10,7 +10,7 @@
 
 namespace fastnn {
 
-// Reads one activation from `at` and moves `at` behind it. Returns false where the text is none.
+// Reads one activation from `at` and moves `at` behind it. Returns false where the text names no activation.
 inline bool read_activation(const char*& at, const char* end, Activation& activation) {
   const char* const name = at;
   while (at != end && *at != '(' && *at != '|' && *at != ' ' && *at != ';') ++at;

@@ -17,7 +17,7 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Fails unless `condition`. The message is put together only then.
+// Fails unless `condition` holds. Only then is the message put together.
 #define FASTNN_CHECK(condition, ...)                                      \
   do {                                                                    \
     if (__builtin_expect(!(condition), false)) fastnn::fail(__VA_ARGS__); \
@@ -51,9 +51,9 @@ struct Expected {
   const char* op;
 };
 
-// Fails unless the product of the sizes, zeros counted as ones, is below 2^50: more than there is memory for elements
-// or time for multiplications, and so far from 2^63 that kernels and plans, which multiply such sizes by lanes, bytes
-// or costs, need not check. The product is a double, which does not wrap.
+// Fails unless the product of the sizes, where zeros count as ones, is below 2^50. There is no memory for so many
+// elements, and no time for so many multiplications; and 2^50 is so far below 2^63 that kernels and plans may multiply
+// such sizes by lanes, bytes or costs without a check. The product is a double, which does not wrap.
 template <class... Numbers>
 void check_product(const char* op, Numbers... sizes) {
   constexpr double kMost = int64_t{1} << 50;
@@ -62,7 +62,7 @@ void check_product(const char* op, Numbers... sizes) {
                " are too large together");
 }
 
-// How many elements of its storage a tensor's sizes and strides reach over, from the first to the last.
+// How many elements of the storage lie between the first and the last element that a tensor's sizes and strides reach.
 inline int64_t reach(const Tensor& tensor) {
   const int64_t numel = tensor.numel();
   if (numel == 0 || tensor.is_contiguous()) return numel;
@@ -72,7 +72,8 @@ inline int64_t reach(const Tensor& tensor) {
   return checked_sum(last, 1);
 }
 
-// Storage may have been freed or cut under a tensor, as FSDP does with parameters between their uses.
+// Checks that a tensor has the memory that its sizes need. Storage may have been freed or cut, as FSDP does with
+// parameters between their uses.
 inline void check_memory(const Tensor& tensor, const char* op, const char* name) {
   const int64_t reached = reach(tensor), needed = checked_sum(tensor.storage_offset(), reached);
   const int64_t elements = tensor.storage_numel();

@@ -14,7 +14,7 @@ struct ConvGradients {
   Tensor input, weight, bias;
 };
 
-// New ones, each in the format of its tensor; those that are not wanted are empty.
+// New tensors for the gradients, each in the format of its tensor. Gradients that are not wanted are empty.
 inline ConvGradients empty_gradients(const Tensor& input, const Tensor& weight, const Wanted& wanted) {
   const ScalarType dtype = input.scalar_type();
   const auto like = [&](const Tensor& tensor, bool is_wanted) {
@@ -45,8 +45,8 @@ BackwardKey backward_key(const ConvBackwardKernels<T>& kernels, const ConvPoolPr
   return key;
 }
 
-// A call in which only the winners, the plan and the results are missing. grad_output is not made dense: that of sum()
-// is one element with strides of 0.
+// A call in which only the argmaxes, the plan and the results are missing. grad_output is not made dense: the gradient
+// that sum() passes back is one element with strides of 0.
 template <class T>
 ConvBackward<T> backward_call(const ConvPoolGeometry& g, const Tensor& grad_output, const PlainImages& input,
                               const PlainImages& weight) {
@@ -93,7 +93,7 @@ void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, 
   const int64_t image_parts = std::min(threads, g.batch);
   const int64_t block_parts = std::min(std::max<int64_t>(threads / image_parts, 1), blocks);
   const int64_t pixel_parts = std::min(std::max<int64_t>(threads / (image_parts * block_parts), 1), plan.most_parts);
-  const int64_t parts = image_parts * pixel_parts;  // each has a weight gradient of its own
+  const int64_t parts = image_parts * pixel_parts;  // each part has its own gradient of the weight
   const int64_t bias_size = g.groups * g.out_channels;
   const int64_t scratch_size = whole_lines(kernels.scratch_size(call));
   const int64_t weight_size = wanted.weight ? plan.weight_size : 0;

@@ -7,23 +7,23 @@
 
 namespace fastnn {
 
-// The key's plan where ours has to compute what the chosen plan cannot: direct convolution.
+// The plan of direct convolution for a key. It takes calls that the chosen plan cannot compute.
 inline const ConvPlan& plan_of_direct(PlanKey key, bool exact) {
   key.request.exact = exact;
   key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
   return plan_for(key);
 }
 
-// The plan of a call whose key it is. Winograd's sums overflow sooner than direct convolution's, so that a call whose
-// elements are large gets the plan of direct convolution instead. `plan` is what the key alone gives.
+// The plan of a call. Winograd's sums overflow sooner than those of direct convolution, so a call with large elements
+// gets the plan of direct convolution. `plan` is the plan that follows from the key alone.
 template <class T>
 const ConvPlan& plan_of_call(const ConvKernels<T>& kernels, const ConvCall<T>& call, const PlanKey& key,
                              const ConvPlan& plan) {
   return !plan.needs_moderate || kernels.is_moderate(call) ? plan : plan_of_direct(key, true);
 }
 
-// Runs a call in which the plan and the packed weight are still missing, by what the call's key alone gives as its
-// plan. `packed_for(plan)` returns the weight in the plan's packed format, or null to pack it here.
+// Runs a call in which the plan and the packed weight are still missing. `plan` is the plan that follows from the key
+// alone. `packed_for(plan)` returns the weight in the plan's packed format, or null to pack it here.
 template <class T, class PackedFor>
 void run_planned_conv(const ConvKernels<T>& kernels, ConvCall<T>& call, int64_t dims, const PlanKey& key,
                       const ConvPlan& given, const PackedFor& packed_for) {

@@ -1,4 +1,5 @@
-// A plain convolution in training, as before a batch norm: forward and backward.
+// A convolution in training that has no ReLU and no pool, for example because a batch norm follows: forward and
+// backward.
 #include "conv_forward.h"
 #include "conv_winograd_backward.h"
 #include "operators.h"
@@ -8,8 +9,9 @@ namespace {
 
 constexpr const char* kOp = "plain_convolution";
 
-// Whether forward is Winograd's: in float32 our other algorithms are at torch's speed at best where neither ReLU nor a
-// pool saves a pass over the output (measured: 0.5 to 1.2 of it). In float64, where Winograd never is, it is torch's.
+// Whether Winograd computes forward; else torch does. Without a ReLU or a pool, whose fusion saves a pass over the
+// output, our other algorithms have in float32 0.5 to 1.2 of torch's speed (measured). In float64 Winograd is never
+// chosen.
 template <class T>
 bool is_by_winograd(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last) {
   const PlanKey key =
@@ -17,7 +19,8 @@ bool is_by_winograd(const ConvPoolProblem& problem, const Tensor& input, bool ou
   return plan_for(key).algorithm == ForwardAlgorithm::winograd;
 }
 
-// By Winograd, or nothing where that does not pay or could not keep large numbers in their places.
+// The gradients by Winograd. Returns nothing where Winograd does not pay, or where elements are so large that its
+// transforms could overflow.
 template <class T>
 std::optional<std::array<Tensor, 3>> backward_by_winograd(const ConvPoolProblem& problem, const Tensor& gradient,
                                                           const Tensor& input, const Tensor& weight,
@@ -61,7 +64,7 @@ std::array<Tensor, 3> plain_convolution_backward(const Tensor& gradient, const T
     std::optional<std::array<Tensor, 3>> ours =
         backward_by_winograd<T>(problem, gradient, input, weight, {wanted[0], wanted[1], wanted[2]});
     if (ours) return std::move(*ours);
-    // Where gradient or weight lie otherwise than the input, torch would convert them one element at a time.
+    // Where the gradient or the weight has another format than the input, torch would convert it one element at a time.
     const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
     const bool last = is_channels_last(input);
     std::array<Tensor, 3> gradients =

@@ -82,7 +82,7 @@ Tensor masked_gradient(const ConvBackwardKernels<T>& kernels, const Tensor& grad
   return grad_conv;
 }
 
-// The gradients of input and weight, and that of the bias where it is wanted.
+// The gradients of input and weight, and the gradient of the bias where it is wanted.
 template <class T>
 ConvGradients gradients_by_stock(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
                                  const ConvBackward<T>& call, const Tensor& grad_output, const Tensor& winners,

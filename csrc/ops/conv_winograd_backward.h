@@ -5,7 +5,7 @@
 
 namespace fastnn {
 
-// The output's gradient and its winners, of the same layout and without gaps: the given ones, or copies.
+// The output's gradient and the argmaxes, in the same layout and without gaps: the given tensors, or copies of them.
 template <class T>
 struct AlikeGradient {
   Tensor gradient, winners;
@@ -30,7 +30,7 @@ struct AlikeGradient {
   }
 };
 
-// The input's gradient, by the weight turned around.
+// The input's gradient: a forward call with the weight turned around.
 template <class T>
 void input_gradient_by_winograd(const ConvBackward<T>& call, const Tensor& grad_input) {
   const ConvKernels<T>& kernels = conv_kernels().get<T>();
@@ -51,7 +51,7 @@ void input_gradient_by_winograd(const ConvBackward<T>& call, const Tensor& grad_
   run_by_plan<T>(kernels, turned, plan_for(key), nullptr);
 }
 
-// The gradients of weight and bias, of which one that is not wanted is empty.
+// The gradients of weight and bias. A gradient that is not wanted is empty.
 template <class T>
 void weight_gradient_by_winograd(const ConvBackwardKernels<T>& kernels, const ConvBackward<T>& call, double work,
                                  const Tensor& grad_weight, const Tensor& grad_bias) {

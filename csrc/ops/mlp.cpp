@@ -46,7 +46,7 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_with_hidden(const Tensor& input, con
 
 // ---- backward ---------------------------------------------------------------------------------------------
 
-// The saved tensors, one a layer, with `output` standing in where it serves.
+// The saved tensors, one for each layer. Where a layer saved nothing because `output` serves, `output` takes its place.
 std::vector<Tensor> check_saved(const Chain& chain, const Activations& activations, const Tensor& output,
                                 const std::vector<Tensor>& hidden) {
   const char* op = chain.kind.op;

@@ -1,5 +1,6 @@
-// mlp a layer at a time with torch's own matrix products: backward where they are large, so that fusing them gains
-// nothing; and bfloat16, which they multiply by instructions made for it where our kernels widen it to float.
+// Computes mlp a layer at a time, by torch's own matrix products. Backward goes this way where the products are so
+// large that fusing them gains nothing. bfloat16 goes this way because torch multiplies it by instructions made for it,
+// while our kernels widen it to float.
 #pragma once
 
 #include "mlp_chain.h"
@@ -7,8 +8,8 @@
 
 namespace fastnn {
 
-// Whether most of the work is large products. Forward's are as fast by our kernels, which give the same bits for any
-// number of threads.
+// Whether most of backward's work is large products. (In forward our kernels are as fast, and give the same bits for
+// any number of threads.)
 inline bool has_large_products(const Chain& chain) {
   double large = 0;
   for (int64_t i = 0; i < chain.layers(); ++i) {
@@ -18,8 +19,8 @@ inline bool has_large_products(const Chain& chain) {
   return large > chain.work / 2;
 }
 
-// In microseconds, as measured for bfloat16: what our kernels lose to torch's by widening and by slower products,
-// against what torch's calls cost.
+// Whether torch's products are faster for bfloat16. It compares, in measured microseconds, what our kernels lose by
+// widening and by slower products with what torch's calls cost.
 inline bool goes_by_layers(const Chain& chain, bool backward) {
   if (backward && has_large_products(chain)) return true;
   if (chain.kind.dtype != ScalarType::BFloat16) return false;
@@ -29,8 +30,7 @@ inline bool goes_by_layers(const Chain& chain, bool backward) {
                   : values / 4000 + chain.weights() / 12000 + chain.work / 470e3 > 9 * layers;
 }
 
-// What a call of torch's returned, as the kernels read it. An autocast in force reaches such calls too, and may have
-// another dtype in mind.
+// The result of a call of torch's in the form that the kernels read. If autocast is on, it may have changed the dtype.
 inline Tensor settled(Tensor result) {
   if (result.scalar_type() != ScalarType::BFloat16) result = torch::stable::to(result.share(), ScalarType::BFloat16);
   return dense(std::move(result));
@@ -47,7 +47,7 @@ inline Tensor linear(const Tensor& input, const Tensor& weight, const Tensor* bi
 
 constexpr double kActivationWork = 20;
 
-// to (count) <- activation(from), which may be the same.
+// to (count) <- activation(from). `to` may be `from`.
 template <class T>
 void activate(const Activation& activation, const T* from, int64_t count, T* to) {
   const auto& elementwise = mlp_kernels().elementwise.get<T>();

@@ -1,5 +1,5 @@
-// Runs a chain of linear layers over plain memory, with scratch, packed panels and threads: for mlp's operators and a
-// training step.
+// Runs a chain of linear layers over plain memory: takes scratch, packs panels and uses threads. mlp's operators and
+// networks call it.
 #pragma once
 
 #include "mlp_chain.h"

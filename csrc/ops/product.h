@@ -1,5 +1,5 @@
-// torch's own matrix product, on memory that the operators hold: for products so large that there is nothing to fuse,
-// and whose library knows every processor better than we do.
+// torch's own matrix product, on memory that the operators hold. It is for products so large that fusing gains nothing:
+// there torch's library, which is tuned for each processor, is faster than our kernels.
 #pragma once
 
 #include <array>
@@ -30,7 +30,7 @@ struct Matrix {
   Tensor tensor() const { return tensor_over<std::remove_const_t<T>>(data, {rows, columns}, {row, column}); }
 };
 
-// product = a b. With `out` given, an autocast in force does not change what it is computed in.
+// product = a b. Since the result's memory is given, autocast does not change the dtype of the computation.
 template <class T>
 void multiply(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<T>& product) {
   std::array<StableIValue, 3> stack{give(a.tensor()), give(b.tensor()), give(product.tensor())};

@@ -10,9 +10,10 @@ namespace fastnn {
 namespace {
 
 template <class T>
-void run_forward(const Problem& problem, const Tensor& output, const TensorList& state, const OptionalTensor& reserve) {
+void run_forward(const RnnProblem& problem, const Tensor& output, const TensorList& state,
+                 const OptionalTensor& reserve) {
   const RnnForwardKernels<T>& kernels = rnn_forward_kernels().get<T>();
-  Network<T> network(problem);
+  RnnCall<T> network(problem);
   network.output = mutable_data<T>(output);
   const bool packs = kernels.worth_packing(problem.rows);
   const bool needs_buffer = !reserve && problem.layers > 1 && problem.directions > 1;
@@ -37,7 +38,7 @@ struct Result {
   OptionalTensor reserve;
 };
 
-Result forward(const Problem& problem, bool save) {
+Result forward(const RnnProblem& problem, bool save) {
   Result result{problem.new_output(), {}, {}};
   for (size_t i = 0; i < entry_of(problem.mode).states; ++i) {
     result.final_state.push_back(new_tensor(problem.state_sizes(i), problem.kind.dtype));
@@ -74,7 +75,8 @@ std::tuple<Tensor, TensorList, Tensor> rnn_with_reserve(const Tensor& input, con
 
 namespace {
 
-// A cell's output is its final state: one tensor fewer than by way of `rnn`. And no lists: each costs 0.3 us.
+// A cell's output is its final state, so this operator returns one tensor fewer than `rnn`. It takes no lists, each of
+// which would cost 0.3 us.
 TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, const OptionalTensor& c,
                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                     const OptionalTensor& bias_hh) {
@@ -92,7 +94,7 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
   for (const OptionalTensor* given : {&bias_ih, &bias_hh}) {
     if (*given) weights.push_back((*given)->borrow());
   }
-  const Problem problem = check_problem(op, input, {}, state, weights, {}, mode, 1, false, false);
+  const RnnProblem problem = check_problem(op, input, {}, state, weights, {}, mode, 1, false, false);
   TensorList new_state;
   for (size_t i = 0; i < entry_of(problem.mode).states; ++i) {
     new_state.push_back(new_tensor(problem.state_sizes(i), problem.kind.dtype));
@@ -109,16 +111,16 @@ TensorList rnn_cell(const Tensor& input, int64_t mode, const OptionalTensor& h, 
 struct OutputGradients {
   OptionalTensor output;
   int64_t output_stride = 0;  // from a row of a step to the next
-  int64_t h_from = 0;         // the direction at which h's begins
+  int64_t h_from = 0;         // the first direction for which h has a gradient
   std::vector<OptionalTensor> state;
 };
 
 // (batch, length, width) or (length, batch, width), or packed rows -> dense, time-major.
-Tensor time_major(const Problem& problem, const Tensor& tensor) {
+Tensor time_major(const RnnProblem& problem, const Tensor& tensor) {
   return problem.batch_first ? dense(Tensor(torch::stable::transpose(tensor.share(), 0, 1))) : dense(tensor);
 }
 
-void check_output_like(const Problem& problem, const Tensor& tensor, const char* name) {
+void check_output_like(const RnnProblem& problem, const Tensor& tensor, const char* name) {
   const char* op = problem.kind.op;
   check_same_kind(tensor, problem.kind, name);
   if (problem.packed || problem.cell) {
@@ -130,8 +132,8 @@ void check_output_like(const Problem& problem, const Tensor& tensor, const char*
   }
 }
 
-// The gradient, where it lies if its rows are dense, with its place for each step; else a copy.
-Tensor place_gradient(Problem& problem, const Tensor& gradient, int64_t* stride) {
+// The gradient itself if its rows are dense, else a copy. Sets each step's place in it.
+Tensor place_gradient(RnnProblem& problem, const Tensor& gradient, int64_t* stride) {
   const bool in_place = gradient.dim() == 3 && gradient.stride(2) == 1;
   Tensor result = in_place ? gradient.borrow() : time_major(problem, gradient);
   *stride = in_place ? gradient.stride(problem.batch_first ? 0 : 1) : problem.width();
@@ -142,9 +144,9 @@ Tensor place_gradient(Problem& problem, const Tensor& gradient, int64_t* stride)
   return result;
 }
 
-// What libtorch does with an operator's tensors and lists of tensors, but not in lists of optional ones: a view with
-// its sign turned, as torch.func and complex numbers make them, is read as it lies, and a tensor of nothing but zeros
-// may have no memory at all.
+// Makes a tensor ordinary. libtorch does this for an operator's tensors and lists of tensors, but not for lists of
+// optional tensors: a view may have its sign turned lazily, as torch.func and complex numbers make them, and a tensor
+// of nothing but zeros may have no memory at all.
 Tensor resolved(const Tensor& tensor) {
   FASTNN_CHECK(tensor.numel() == 0 || tensor.const_data_ptr(), "rnn_backward: grad_state has no memory");
   std::array<StableIValue, 1> stack{give(tensor)};
@@ -152,7 +154,7 @@ Tensor resolved(const Tensor& tensor) {
   return Argument<Tensor>::take(stack[0]);
 }
 
-OutputGradients check_gradients(Problem& problem, const OptionalTensor& grad_output,
+OutputGradients check_gradients(RnnProblem& problem, const OptionalTensor& grad_output,
                                 const std::vector<OptionalTensor>& grad_state) {
   const char* op = problem.kind.op;
   const size_t states = entry_of(problem.mode).states;
@@ -183,9 +185,9 @@ struct InputGradients {
   TensorList state, weights;
 };
 
-// The weights' gradients from the sums of all chunks.
+// Makes the weights' gradients of the sums of all chunks.
 template <class T>
-void finish_weights(const Problem& problem, const RnnNetwork<T>& network, const RnnBackwardKernels<T>& kernels,
+void finish_weights(const RnnProblem& problem, const RnnNetwork<T>& network, const RnnBackwardKernels<T>& kernels,
                     const InputGradients& wanted, const Compute<T>* sums, const std::vector<int64_t>& sums_at,
                     int64_t chunks) {
   for (int64_t i = 0; i < problem.count(); ++i) {
@@ -200,11 +202,11 @@ void finish_weights(const Problem& problem, const RnnNetwork<T>& network, const 
 }
 
 template <class T>
-void run_backward(const Problem& problem, const OutputGradients& given, const Tensor& output, const Tensor& reserve,
+void run_backward(const RnnProblem& problem, const OutputGradients& given, const Tensor& output, const Tensor& reserve,
                   const InputGradients& wanted, bool input_wanted) {
   using C = Compute<T>;
   const RnnBackwardKernels<T>& kernels = rnn_backward_kernels().get<T>();
-  Network<T> network(problem);
+  RnnCall<T> network(problem);
   network.output = const_cast<T*>(data<T>(output));
   network.set_reserve(problem, const_cast<T*>(data<T>(reserve)));
   const auto state_or_null = [&](size_t i) {
@@ -272,7 +274,7 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
     const Tensor& output, const Tensor& reserve, int64_t mode, int64_t num_layers, bool bidirectional, bool batch_first,
     bool input_wanted, bool state_wanted, bool weights_wanted) {
   const char* op = "rnn_backward";
-  Problem problem =
+  RnnProblem problem =
       check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first);
   const OutputGradients given = check_gradients(problem, grad_output, grad_state);
   check_output_like(problem, output, "output");
@@ -304,8 +306,8 @@ namespace {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // state: [] for zeros, [h], or for LSTM [h, c]. mode: by its number in fastnn.ops.rnn.MODES. masks: what the
   // outputs of all layers but the last are multiplied with, (layers - 1, rows, directions * hidden).
-  // With a projection (an odd number of weights a direction) h has as many elements as that has rows.
-  // A 2D input without batch_sizes is a cell's: one step of one layer, state (batch, hidden).
+  // With a projection (an odd number of weights a direction) h has as many elements as the projection has rows.
+  // An input of two dimensions without batch_sizes is one step of a cell, whose state is (batch, hidden).
   m.def(
       "rnn(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor[] final_state)");
@@ -318,8 +320,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "rnn_with_reserve(Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, Tensor? masks, int mode,"
       " int num_layers, bool bidirectional, bool batch_first)"
       " -> (Tensor output, Tensor[] final_state, Tensor reserve)");
-  // A gradient that is not wanted comes back empty. On the CPU that of h may be given for the last direction of the
-  // last layer alone, (batch, hidden).
+  // A gradient that is not wanted comes back empty. On the CPU the gradient of h may be given for the last direction of
+  // the last layer alone, (batch, hidden).
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor?[] grad_state, Tensor input, Tensor? batch_sizes, Tensor[] state,"
       " Tensor[] weights, Tensor? masks, Tensor output, Tensor reserve, int mode, int num_layers, bool bidirectional,"

@@ -1,5 +1,5 @@
-// Backward of large recurrent layers: our kernels go through the steps, torch's own products take what is left for all
-// rows at once, the gradients of the weights and of the layer's input.
+// Backward of large recurrent layers. Our kernels go through the steps. The gradients of the weights and of the layer's
+// input follow for all rows at once, by torch's own products.
 #pragma once
 
 #include <array>
@@ -10,22 +10,24 @@
 
 namespace fastnn {
 
-// A run of gates as torch stacks their weights: `count` gates from `gate` on are the kernels' slots from `slot` on.
+// Neighbouring gates in the order in which torch stacks their weights: the `count` gates from `gate` on are the
+// kernels' slots from `slot` on.
 struct GateRun {
   int64_t slot, gate, count;
 };
-// Of x W_ih^T: GRU's slots are those of n, r, z, and the hidden half of n.
+// The gates of x W_ih^T. GRU's slots are n, r, z, and the hidden half of n.
 inline std::array<GateRun, 2> input_gates_of(RnnMode mode) {
   if (mode == RnnMode::gru) return {GateRun{1, 0, 2}, GateRun{0, 2, 1}};
   return {GateRun{0, 0, entry_of(mode).gates}, GateRun{0, 0, 0}};
 }
-// Of h W_hh^T.
+// The gates of h W_hh^T.
 inline GateRun hidden_gates_of(RnnMode mode) {
   return {mode == RnnMode::gru ? 1 : 0, 0, entry_of(mode).gates};
 }
 
-// Few sequences take nearly all their time in the steps, and have the same bits for any number of threads.
-inline bool has_large_products(const Problem& problem) {
+// Whether torch's products pay. With few sequences nearly all the time goes into the steps, and our kernels give the
+// same bits for any number of threads.
+inline bool has_large_products(const RnnProblem& problem) {
   constexpr int64_t kSequences = 8;
   return problem.kind.dtype != ScalarType::BFloat16 && problem.projected == 0 && problem.batch >= kSequences &&
          is_large_product(problem.rows, problem.hidden, entry_of(problem.mode).gates * problem.hidden);
@@ -35,7 +37,7 @@ inline bool has_large_products(const Problem& problem) {
 template <class T>
 class LayerProducts {
  public:
-  LayerProducts(const Problem& problem, int64_t index, const T* gates)
+  LayerProducts(const RnnProblem& problem, int64_t index, const T* gates)
       : problem_(problem), index_(index), gates_(gates), inputs_(problem.input_size_of(index)) {}
 
   // weights: as the layer has them. inputs (rows, input_size), previous (rows, hidden): what RnnBackwardKernels gathers
@@ -53,7 +55,7 @@ class LayerProducts {
     const int64_t hidden = problem_.hidden, size = hidden * inputs_;
     const auto runs = input_gates_of(problem_.mode);
     const Scratch<T> ordered(runs[1].count > 0 ? checked_product(entry_of(problem_.mode).gates, size) : 0);
-    if (runs[1].count > 0) {  // into the order of the slots
+    if (runs[1].count > 0) {  // copies the weight's rows into the order of the slots
       for (const GateRun& run : runs) {
         std::copy_n(weight + run.gate * size, run.count * size, ordered.get() + run.slot * size);
       }
@@ -86,15 +88,15 @@ class LayerProducts {
     copy(hidden_gates_of(problem_.mode), bias_hh);
   }
 
-  const Problem& problem_;
+  const RnnProblem& problem_;
   const int64_t index_;
   const T* const gates_;
   const int64_t inputs_;
 };
 
-// weights: the gradients of all weights, or none that is wanted. The network has its memory already.
+// weights: the gradients of all weights, or empty where none is wanted. The network has its memory already.
 template <class T>
-void backward_by_products(const Problem& problem, Network<T>& network, const RnnGradients<T>& gradients,
+void backward_by_products(const RnnProblem& problem, RnnCall<T>& network, const RnnGradients<T>& gradients,
                           const TensorList& weights) {
   const RnnBackwardKernels<T>& kernels = rnn_backward_kernels().get<T>();
   const double work = problem.work();

@@ -1,4 +1,5 @@
-// What forward and backward of fastnn::rnn share: the arguments, checked, and the network that the kernels take.
+// What forward and backward of fastnn::rnn share: the checked arguments, and the call in the form that the kernels
+// take.
 #pragma once
 
 #include "../kernels/rnn.h"
@@ -10,7 +11,7 @@ using OptionalTensor = std::optional<Tensor>;
 using TensorList = std::vector<Tensor>;
 
 // The arguments that forward and backward share, checked and dense.
-struct Problem {
+struct RnnProblem {
   Expected kind;
   RnnMode mode = RnnMode::tanh;
   int64_t layers = 1, directions = 1, input_size = 0, hidden = 0, batch = 0, rows = 0;
@@ -30,7 +31,7 @@ struct Problem {
   bool has_biases() const { return weights_each >= 4; }
   int64_t count() const { return layers * directions; }
   int64_t input_size_of(int64_t index) const { return index < directions ? input_size : width(); }
-  // Of h (0) or c (1).
+  // The sizes of h (0) or c (1).
   std::vector<int64_t> state_sizes(size_t which) const {
     const int64_t units = which == 0 ? outputs() : hidden;
     return cell ? std::vector<int64_t>{batch, units} : std::vector<int64_t>{count(), batch, units};
@@ -57,7 +58,7 @@ struct Problem {
   }
 };
 
-inline void check_weights(Problem& problem, const TensorList& weights) {
+inline void check_weights(RnnProblem& problem, const TensorList& weights) {
   const char* op = problem.kind.op;
   const int64_t given = static_cast<int64_t>(weights.size());
   const int64_t layers = problem.layers, count = layers > 0 && layers <= given ? problem.count() : 0;
@@ -96,7 +97,7 @@ inline void check_weights(Problem& problem, const TensorList& weights) {
   }
 }
 
-inline void set_packed_steps(Problem& problem, const Tensor& batch_sizes) {
+inline void set_packed_steps(RnnProblem& problem, const Tensor& batch_sizes) {
   const char* op = problem.kind.op;
   FASTNN_CHECK(batch_sizes.defined() && batch_sizes.is_cpu() && batch_sizes.scalar_type() == ScalarType::Long, op,
                ": batch_sizes should be a 1D CPU int64 tensor");
@@ -120,21 +121,21 @@ inline void set_packed_steps(Problem& problem, const Tensor& batch_sizes) {
   FASTNN_CHECK(row == problem.rows, op, ": batch_sizes sum to ", row, ", but input has ", problem.rows, " rows");
 }
 
-inline void set_steps(Problem& problem) {
+inline void set_steps(RnnProblem& problem) {
   const bool batch_first = problem.batch_first;
   const int64_t length = problem.length = problem.input.size(batch_first ? 1 : 0);
   problem.batch = problem.input.size(batch_first ? 0 : 1);
   FASTNN_CHECK(length > 0, "Expected sequence length to be larger than 0 in RNN");
   problem.rows = checked_product(length, problem.batch);
-  if (problem.rows == 0) return;  // of steps without rows there may be any number
+  if (problem.rows == 0) return;  // there may be any number of steps without rows
   problem.steps.reserve(length);
   const int64_t step = batch_first ? problem.input_size : checked_product(problem.batch, problem.input_size);
   checked_product(length, step);
   for (int64_t t = 0; t < length; ++t) problem.steps.push_back({t * step, t * problem.batch, problem.batch});
 }
 
-// h (0) or c (1), or a gradient of such.
-inline void check_one_state(const Problem& problem, const Tensor& tensor, size_t which, const char* name) {
+// Checks h (0) or c (1), or a gradient of one of them.
+inline void check_one_state(const RnnProblem& problem, const Tensor& tensor, size_t which, const char* name) {
   check_same_kind(tensor, problem.kind, name);
   const int64_t units = which == 0 ? problem.outputs() : problem.hidden;
   if (problem.cell) {
@@ -144,7 +145,7 @@ inline void check_one_state(const Problem& problem, const Tensor& tensor, size_t
   }
 }
 
-inline void check_state(Problem& problem, const TensorList& state) {
+inline void check_state(RnnProblem& problem, const TensorList& state) {
   const char* op = problem.kind.op;
   FASTNN_CHECK(state.empty() || state.size() == entry_of(problem.mode).states, op, ": expected no state or ",
                entry_of(problem.mode).states, " tensors, got ", state.size());
@@ -154,13 +155,13 @@ inline void check_state(Problem& problem, const TensorList& state) {
   }
 }
 
-// An input of two dimensions without batch sizes is a cell's.
-inline Problem check_problem(const char* op, const Tensor& input, const OptionalTensor& batch_sizes,
-                             const TensorList& state, const TensorList& weights, const OptionalTensor& masks,
-                             int64_t mode, int64_t layers, bool bidirectional, bool batch_first) {
+// Checks the arguments. An input of two dimensions without batch sizes belongs to a cell.
+inline RnnProblem check_problem(const char* op, const Tensor& input, const OptionalTensor& batch_sizes,
+                                const TensorList& state, const TensorList& weights, const OptionalTensor& masks,
+                                int64_t mode, int64_t layers, bool bidirectional, bool batch_first) {
   FASTNN_CHECK(mode >= 0 && mode < static_cast<int64_t>(RnnMode::count), op, ": mode must be between 0 and ",
                static_cast<int64_t>(RnnMode::count) - 1, ", got ", mode);
-  Problem problem{check_first(input, op, "input")};
+  RnnProblem problem{check_first(input, op, "input")};
   const int64_t dims = input.dim();
   problem.mode = static_cast<RnnMode>(mode);
   problem.layers = layers;
@@ -199,12 +200,12 @@ const T* data_or_null(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
-// A network for the kernels, its weights packed into `packed`, or not at all.
+// A call in the form that the kernels take: a network over the memory of the problem's tensors.
 template <class T>
-struct Network : RnnNetwork<T> {
+struct RnnCall : RnnNetwork<T> {
   std::vector<RnnWeights<T>> directions_;
 
-  explicit Network(const Problem& problem) : RnnNetwork<T>{} {
+  explicit RnnCall(const RnnProblem& problem) : RnnNetwork<T>{} {
     directions_.reserve(problem.count());
     for (int64_t i = 0; i < problem.count(); ++i) {
       const Tensor* weight = &problem.weights[i * problem.weights_each];
@@ -231,7 +232,7 @@ struct Network : RnnNetwork<T> {
     this->c0 = problem.state.size() < 2 ? nullptr : data<T>(problem.state[1]);
   }
 
-  void set_reserve(const Problem& problem, T* reserve) {
+  void set_reserve(const RnnProblem& problem, T* reserve) {
     this->hidden_outputs = reserve;
     this->keeps_hidden_outputs = true;
     this->saved = reserve + problem.hidden_outputs_size();
@@ -246,7 +247,7 @@ struct Network : RnnNetwork<T> {
     return size;
   }
 
-  // Has the kernels read packed weights there.
+  // Makes the kernels read packed weights from `packed`.
   template <class Kernels>
   void place(const Kernels& kernels, Compute<T>* packed) {
     for (RnnWeights<T>& weights : directions_) {

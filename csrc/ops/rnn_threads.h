@@ -6,16 +6,17 @@
 
 namespace fastnn {
 
-// How many threads. Steps are short products, one after the other, and a thread's start is worth thousands of them: a
-// few million operations a thread, more than useful_threads asks for.
+// How many threads pay. Steps are short products, one after the other, and starting a thread takes as long as thousands
+// of them. So each thread must have a few million operations, more than useful_threads asks for.
 inline int64_t rnn_chunks(double work, int64_t most) {
   return std::max<int64_t>(1, std::min(useful_threads(work / 40), most));
 }
 
-// Bounds of `chunks` runs of sequences that take about as long as each other. Sequences are sorted, the longest first.
+// Divides the sequences into `chunks` runs that take about the same time, and returns their bounds. The sequences are
+// sorted, the longest first.
 template <class T>
 std::vector<int64_t> split_sequences(const RnnNetwork<T>& network, int64_t chunks) {
-  constexpr double kStepRows = 0.8;  // what a step costs besides its rows, in rows: measured for all cells
+  constexpr double kStepRows = 0.8;  // a step costs as much as so many more rows: measured for all cells
   std::vector<int64_t> bounds{0};
   int64_t length = network.steps, longest = length;  // of this sequence, and of its run
   double own = 0, left = static_cast<double>(network.rows);
@@ -60,14 +61,14 @@ int64_t team_members(const RnnNetwork<T>& network) {
   return std::max<int64_t>(1, std::min({threads, Team::kMost, static_cast<int64_t>(bytes / kBytesEach)}));
 }
 
-// body(member) by a team that does so much `work`: see parallel_team.
+// Runs body(member) by a team that does so much `work`: see parallel_team.
 template <class T, class Body>
 void parallel_steps(const RnnNetwork<T>& network, int64_t members, double work, const Body& body) {
   const double steps = static_cast<double>(network.rows) / static_cast<double>(network.batch);
   parallel_team(members, work / steps, steps, body);
 }
 
-// The member's share of all weights, to where the network has them packed.
+// Packs the member's share of all weights into the network's memory for packed weights.
 template <class T, class Kernels>
 void pack_weights(const RnnNetwork<T>& network, const Kernels& kernels, const Member& member) {
   for (int64_t i = 0; i < network.layers * network.directions; ++i) {
@@ -76,9 +77,9 @@ void pack_weights(const RnnNetwork<T>& network, const Kernels& kernels, const Me
   }
 }
 
-// Forward in parts: runs of sequences, or, where there is an even number of threads for two directions, each direction
-// of a layer apart, so that a thread reads half of the weights for twice the rows; or, for few sequences, all of them
-// by a team whose members share the hidden units.
+// Runs forward in parts, a thread each. A part is a run of sequences. Where an even number of threads takes two
+// directions, a part is one direction of a run, so that a thread reads half of the weights for twice the rows. Few
+// sequences are taken by a team whose members share the hidden units.
 template <class T>
 class ForwardParts {
  public:
@@ -103,7 +104,7 @@ class ForwardParts {
                        checked_product(std::max(chunks_, members_), scratch_each_.own));
   }
 
-  // `packs` the weights first, to where the network has them.
+  // Packs the weights first if `packs`.
   void run(bool packs, T* h_n, T* c_n, Compute<T>* scratch) const {
     if (members_ > 1) return run_team(packs, h_n, c_n, scratch);
     if (packs) pack_weights(network_, kernels_, Member());

@@ -64,7 +64,7 @@ inline void rectify(const Tensor& tensor) {
   stock("aten::relu_", "", tensor);
 }
 
-// A copy, with the tensor's strides where it has no gaps.
+// A copy of a tensor. It has the same strides if the tensor has no gaps.
 inline Tensor copied(const Tensor& tensor) {
   return stock("aten::clone", "", tensor, std::optional<int32_t>());
 }
@@ -73,7 +73,7 @@ inline Tensor reshaped(const Tensor& tensor, const Ints& sizes) {
   return stock("aten::reshape", "", tensor, sizes);
 }
 
-// The sum over these dimensions, which stay with one element each.
+// The sum over these dimensions, each of which keeps one element.
 inline Tensor sum_over(const Tensor& tensor, const Ints& dims) {
   return stock("aten::sum", "dim_IntList", tensor, std::optional<Ints>(dims), true, std::optional<ScalarType>());
 }
@@ -91,7 +91,8 @@ inline Tensor normalized(const Tensor& input, const OptionalTensor& weight, cons
                                     optional(variance), false, 0.0, eps)[0]);
 }
 
-// The statistics of a batch norm: those of the batch, with 1 / sqrt(variance + eps); or, in eval mode, those that run.
+// The statistics of a batch norm: in training the batch's mean and 1 / sqrt(variance + eps), in eval mode the running
+// mean and variance.
 struct NormStatistics {
   OptionalTensor mean, inverse_deviation, running_mean, running_variance;
 };

@@ -1,4 +1,4 @@
-// Whether a team of threads pays (kernels/team.h), by how the calls before went.
+// Decides whether a team of threads pays (kernels/team.h), from the times of earlier calls.
 #pragma once
 
 #include <time.h>
@@ -9,13 +9,14 @@
 
 namespace fastnn {
 
-// What teams have gained against one thread in calls of one kind, as measured. A core that is busy elsewhere runs a
-// member only now and then, for milliseconds each, and as long the others wait for it; and two processors may be one
-// core. Then calls are left to one thread for a while, the longer the more often teams have lost. Times in nanoseconds.
+// Measures what teams have gained over one thread in calls of one kind. A core that is busy with something else may
+// stop a member for milliseconds, while the others wait for it; and two logical processors may share one core. Where
+// teams lose, one thread makes the calls for a while, which is longer the more often teams have lost. Times are in
+// nanoseconds.
 class TeamBalance {
  public:
-  // Of this thread's calls, whose pool of threads is its own. `kind` tells those apart that take different times a
-  // step.
+  // The balance of this thread's calls: each thread has a pool of threads of its own. `kind` tells calls apart whose
+  // steps take different times.
   static TeamBalance& of(double kind) {
     constexpr uint64_t kKept = 16;
     static thread_local TeamBalance kept[kKept];
@@ -30,7 +31,7 @@ class TeamBalance {
     return balance;
   }
 
-  // Whether the next call should do without a team: in a pause, or for a comparison.
+  // Whether one thread should make the next call: in a pause, or to compare.
   bool prefers_one() const {
     constexpr double kSeldom = 64;
     return pause_ > 0 || (since_one_ > 0 && since_one_ >= kSeldom * one_);
@@ -38,7 +39,7 @@ class TeamBalance {
 
   void add_one(double steps, double time) {
     const double measured = time / steps;
-    // Below what it was, it is believed at once: a call may be disturbed, but not sped up.
+    // A shorter time than before is believed at once, since a disturbance can only make a call longer.
     one_ = one_ == 0 || measured < one_ ? measured : one_ + (std::min(measured, 2 * one_) - one_) / 4;
     since_one_ = 0;
     pause_ -= time;
@@ -46,11 +47,12 @@ class TeamBalance {
   }
 
   void add_team(double steps, double time) {
-    // Longer than a slice of time that a scheduler gives to a thread, so that good slices don't hide bad ones.
+    // The most gain that is kept in mind. It is longer than a scheduler's time slice, and short enough that good slices
+    // don't hide bad ones for long.
     constexpr double kMost = 4e6;
     constexpr double kWaking = 0.2e6;  // what the first call after a pause may lose
     since_one_ += time / steps;
-    if (one_ == 0) return;  // the first call, of cold caches
+    if (one_ == 0) return;  // in the first call the caches are cold
     gained_ = std::min(gained_ + one_ * steps - time, kMost);
     if (gained_ == kMost) longer_ = kShortest;
     if (gained_ < (rested_ ? -kWaking : 0)) {

@@ -100,7 +100,8 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// For operators whose kernels take bfloat16 as float: the dtype that such a kernel computes in, and the tensor in it.
+// For operators whose kernels have no bfloat16 and take float instead: the dtype in which such a kernel computes, and
+// the tensor in that dtype.
 inline ScalarType widened(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype;
 }
@@ -114,7 +115,7 @@ inline Tensor widened(const Tensor& tensor) {
   for (int64_t i = 0, count = source.numel(); i < count; ++i) to[i] = static_cast<uint32_t>(from[i]) << 16;
   return result;
 }
-// Rounded to nearest, ties to even; a NaN stays one.
+// Rounds a tensor to bfloat16: to the nearest number, ties to even. A NaN stays a NaN.
 inline Tensor narrowed(Tensor tensor, ScalarType dtype) {
   if (dtype != ScalarType::BFloat16) return tensor;
   const Sizes sizes = tensor.sizes();
@@ -129,7 +130,7 @@ inline Tensor narrowed(Tensor tensor, ScalarType dtype) {
   return result;
 }
 
-// Tensors as such a kernel reads them: contiguous and widened. The object holds the copies that are needed for that.
+// Makes tensors contiguous and widened, as such a kernel reads them. The object holds the copies that this needs.
 class KernelInputs {
  public:
   explicit KernelInputs(ScalarType dtype) : widens_(dtype == ScalarType::BFloat16) {}
@@ -214,16 +215,16 @@ class Scratch {
   bool borrowed_;
 };
 
-// How many threads are worth starting for `work` floating-point operations: below the threshold, waking a
-// second one costs more than it saves.
+// How many threads are worth starting for `work` floating-point operations. Below the threshold, waking a second thread
+// costs more than it saves.
 inline int64_t useful_threads(double work) {
   constexpr double kWorkPerThread = 100e3;
   const int64_t threads = torch::stable::get_num_threads();
   return std::max<int64_t>(1, std::min<int64_t>(threads, static_cast<int64_t>(work / kWorkPerThread)));
 }
 
-// body(chunk, first, last) for `chunks` even parts of [0, count), in parallel. The parts depend on `chunks`
-// alone, never on the timing, so that results repeat bit for bit.
+// Calls body(chunk, first, last) for `chunks` even parts of [0, count), in parallel. The parts depend on `chunks` alone
+// and never on timing, so that results repeat bit for bit.
 template <class Body>
 void parallel_chunks(int64_t chunks, int64_t count, const Body& body) {
   const auto run = [&](int64_t chunk) { body(chunk, count * chunk / chunks, count * (chunk + 1) / chunks); };
@@ -233,8 +234,8 @@ void parallel_chunks(int64_t chunks, int64_t count, const Body& body) {
   });
 }
 
-// Calls body(member) on as many of `most` threads as arrive in time: see Team. `steps` and the `work` operations of
-// each tell what the call costs. Members must compute the same whoever does what, so that timing changes no result.
+// Calls body(member) on as many of `most` threads as arrive in time: see Team. The call costs `steps` times `work`
+// operations. The result must not depend on which member does what, so that timing changes no result.
 template <class Body>
 void parallel_team(int64_t most, double work, double steps, const Body& body) {
   Member one;
@@ -248,7 +249,7 @@ void parallel_team(int64_t most, double work, double steps, const Body& body) {
     Team team(most);
     most = std::min(most, Team::kMost);
     torch::stable::parallel_for(0, most, 1, [&](int64_t first, int64_t last) {
-      // If there are fewer threads, each has the places of several members.
+      // If there are fewer threads than members, each thread has the places of several members.
       Member member(team, (most + last - first - 1) / (last - first));
       if (member.joined()) body(member);
     });

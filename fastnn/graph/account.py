@@ -1,5 +1,5 @@
-"""The account of a fused model: for each layer that could be fused, the operator that runs it, or why none does, as far
-as that is known without a call."""
+"""The account of a fused model: for each layer that could be fused, the operator that runs it, or the reason why none
+does. It says what is known without a call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastnn._extension import load_extension
-from fastnn.graph.forward import FusedForward, FusedRecurrent, Program
+from fastnn.graph.forward import FusedForward, FusedRecurrent, Trace
 from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
 from fastnn.nn._hooks import layer_forward
 
@@ -37,36 +37,36 @@ class ExplainedCall:
     is_candidate: bool = True  # whether fastnn has an operator for such a layer
 
 
-def programs_of(model: nn.Module) -> dict[nn.Module, Program | None]:
-    """The program, or None, of each module that runs one or might, except modules inside an outer module's program."""
-    found: dict[nn.Module, Program | None] = {}
+def traces_of(model: nn.Module) -> dict[nn.Module, Trace | None]:
+    """The trace, or None, of each module that runs one or might, except modules inside an outer module's trace."""
+    found: dict[nn.Module, Trace | None] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():
         fused = module.__dict__.get("forward")
         if isinstance(fused, FusedForward) and module not in inside:
-            found[module] = program = fused.program(now=True)
-            inside.update(program.passed if program else ())
+            found[module] = trace = fused.trace(now=True)
+            inside.update(trace.passed if trace else ())
     return found
 
 
 def account_for(model: nn.Module) -> list[ExplainedCall]:
-    """The rows of a fused model, with what is known without a call: the algorithms are not."""
+    """The rows of a fused model, without the algorithms, which depend on the sizes of a call."""
     rows: list[ExplainedCall] = []
     names = {module: name for name, module in model.named_modules()}
     known: set[nn.Module] = set()
-    inside: dict[nn.Module, str] = {}  # modules in an outer module's program: ""; modules without a program: why
-    for module, program in programs_of(model).items():
+    inside: dict[nn.Module, str] = {}  # modules in an outer module's trace: ""; modules without a trace: why
+    for module, trace in traces_of(model).items():
         name = names[module]
-        if program is None:
+        if trace is None:
             inside[module] = module.__dict__["forward"].why or ""
             continue
-        for part in program.passed:
+        for part in trace.passed:
             inside[part] = ""
         prefix = f"{name}." if name else ""
-        for found in program.matches.found:
+        for found in trace.matches.found:
             rows.append(_row(prefix, found.layers, found.operator, ""))
             known.update(found.modules)
-        for one in program.matches.left:
+        for one in trace.matches.left:
             rows.append(_row(prefix, [one.layer], "", one.reason))
             known.update([one.layer.module] if one.layer.module is not None else [])
     for module, name in names.items():
@@ -83,7 +83,7 @@ def account_for(model: nn.Module) -> list[ExplainedCall]:
     return rows
 
 
-_CANDIDATES = ("conv1d", "conv2d", "conv3d", "linear", "RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
+_CANDIDATES = ("conv1d", "conv2d", "conv3d", "linear", *RECURRENT.values())
 
 
 def _row(prefix: str, layers: Sequence[Layer], operator: str, why: str) -> ExplainedCall:
@@ -92,7 +92,7 @@ def _row(prefix: str, layers: Sequence[Layer], operator: str, why: str) -> Expla
 
 
 def _why_left(model: nn.Module, names: dict[nn.Module, str], module: nn.Module, inside: dict[nn.Module, str]) -> str:
-    """Why a layer that is in no program is not fused."""
+    """Why a layer that is in no trace is not fused."""
     if why := why_not_read(module):
         return why
     name = names[module]

@@ -1,7 +1,7 @@
-"""What each operator of an exported graph is among the layers of a network: a row an operator.
+"""The table that turns operators of an exported graph into layers of a network, with a row for each operator.
 
-A function of the table gets a node and adds the lines of what the node computes; or it raises NotALayerError, with the
-reason, and the node stays torch's.
+A row is a function. It gets a node and adds the lines that compute what the node computes; or it raises NotALayerError
+with the reason, and torch runs the node.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.fx import Graph, Node
 
 from fastnn import activations
 from fastnn._torch import statically_known_true
-from fastnn.graph.program import Line, Value, conv_attributes
+from fastnn.network_program import Line, Value, conv_attributes
 from fastnn.recurrent_modes import MODES
 
 _aten, _ops = torch.ops.aten, torch.ops.fastnn
-_END = 2**63 - 1  # of a slice without an end
+_END = 2**63 - 1  # the end of a slice that has none
 
 # The layers that make a network worth a call: those that have weights.
 ANCHORS = ("conv", "conv_transpose", "linear", "rnn", "embedding", "layer_norm")
@@ -32,20 +32,20 @@ class NotALayerError(Exception):
 
 
 class Reader:
-    """Reads nodes in the graph's order. `values`: what each node's result is in the program. `nodes`: all nodes."""
+    """Reads nodes in the graph's order. `values`: each node's result as a value of the program. `nodes`: all nodes."""
 
     def __init__(self, graph: Graph, constants: dict[str, Tensor]) -> None:
         self.nodes = list(graph.nodes)
         self.constants = constants
         self.values: dict[Node, Value] = {}
-        self.taken: set[Value] = set()  # those that are a node's
-        self.parts: dict[Node, list[Value]] = {}  # of a node with several results
-        self.lines: list[Line] = []  # of the node that is being read
+        self.taken: set[Value] = set()  # the values that are some node's result
+        self.parts: dict[Node, list[Value]] = {}  # the results of a node that has several
+        self.lines: list[Line] = []  # the lines of the node that is being read
         kinds = {tensor.dtype for tensor in constants.values() if tensor.is_floating_point()}
         self.dtype = next(iter(kinds)) if len(kinds) == 1 else torch.float32
 
     def read(self, node: Node) -> list[Line]:
-        """The lines of what the node computes."""
+        """The lines that compute what the node computes."""
         read = ROWS.get(node.target)
         if read is None:
             raise NotALayerError("has no counterpart in a frozen model")
@@ -62,7 +62,7 @@ class Reader:
     # ---- what rows use ----
 
     def value(self, node: Any) -> Value:
-        """A value that the node gives, or the weight that it is."""
+        """The value that is the node's result, or the weight that the node stands for."""
         if not isinstance(node, Node):
             raise NotALayerError("takes something that is no tensor")
         known = self.values.get(node)
@@ -78,7 +78,7 @@ class Reader:
         return known
 
     def data(self, node: Any) -> Value:
-        """The same, of a value that is computed."""
+        """The value that is the node's result, which must not be a weight."""
         value = self.value(node)
         if value.tensor is not None:
             raise NotALayerError("does not depend on the input in the way that a layer does")
@@ -106,7 +106,7 @@ class Reader:
         return result
 
     def finish(self, node: Node, value: Value) -> None:
-        """Has the node's result be this value, or one that is the same, where the value is another node's."""
+        """Makes this value the node's result; a copy of the value, where it is another node's result already."""
         if value in self.taken:
             sizes = [f"0.{dim}" for dim in range(len(value.sizes))]
             value = self.add("reshape", {"input": [value], "like": [value]}, value.sizes, sizes=sizes)
@@ -114,8 +114,9 @@ class Reader:
         self.taken.add(value)
 
     def reshape(self, value: Value, sizes: Sequence[Any], asked: Sequence[Any] = ()) -> Value:
-        """The value under other sizes. Sizes that depend on the inputs' are written as a dimension of some value, but
-        for one, which follows from the others. asked: the sizes for which the model's own call asks, -1 among them."""
+        """Reshapes a value to these sizes. A size that depends on the inputs is written as the dimension of some value
+        that has this size; for one size that can be left out, since it follows from the others. asked: the sizes in the
+        model's own call, which may contain -1."""
         if _same(value.sizes, sizes):
             return value
         written: list[Any] = []
@@ -137,7 +138,7 @@ class Reader:
         return self.add("reshape", inputs, sizes, sizes=written)
 
     def _size_of_some(self, value: Value, size: Any) -> tuple[Value, int] | None:
-        """A value and its dimension that has this size, this value's own first."""
+        """Finds a value and a dimension of it that has this size. It looks at this value first."""
         known = [value, *(one for one in self.values.values() if one.tensor is None)]
         for one in known:
             for dim, other in enumerate(one.sizes):
@@ -175,7 +176,7 @@ def _sizes(node: Node) -> Sequence[Any]:
 
 
 def _numbers(given: Any, dims: int) -> list[int]:
-    """One number a dimension, or one for all."""
+    """The numbers of an argument that has one for each dimension, or one for all."""
     numbers = [given] if isinstance(given, int) else list(given)
     if not all(isinstance(one, int) for one in numbers):
         raise NotALayerError("has settings that depend on the input's sizes")
@@ -302,7 +303,7 @@ def _batch_norm_of_three_results(
 
 
 def _normalize(read: Reader, node: Node, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, eps: float) -> None:
-    """As a factor and an addend of each channel."""
+    """Adds a normalization with known statistics, as a multiplication and an addition for each channel."""
     if mean is None or var is None:
         raise NotALayerError("takes the statistics of its batch")
 
@@ -368,7 +369,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _is_zeros(node: Any) -> bool:
-    """Whether a state is what a recurrent operator starts from where none was given."""
+    """Whether a state is zeros, with which a recurrent operator starts if none is given."""
     return isinstance(node, Node) and node.target in (_aten.new_zeros.default, _aten.zeros.default)
 
 
@@ -408,11 +409,11 @@ def _rnn_cell(
 def _add_cell(
     read: Reader, node: Node, value: Value, states: Sequence[Value], weights: Sequence[Value], mode: str
 ) -> None:
-    """One step of one layer: a sequence of one."""
+    """Adds one step of one layer, as a sequence of one step."""
     steps = read.reshape(value, (1, *value.sizes))
     states = [read.reshape(one, (1, *one.sizes)) for one in states]
     _add_rnn(read, node, steps, states, weights, mode, layers=1, bidirectional=False, batch_first=False)
-    # The new state is h, which is the output too, and LSTM's c.
+    # The new state is h, which is also the output, and for LSTM c.
     wanted = _tensors(node.meta["val"])
     line = read.lines[-1]
     line.outputs = [Value((1, *wanted[0].shape)), *(Value((1, *one.shape)) for one in wanted)]

@@ -1,7 +1,7 @@
-"""Reads an exported model: its operators as the layers of networks (``graph/program.py``), and what lies between them.
+"""Reads an exported model as networks (``network_program.py``) and the operators between them.
 
-Operators that layers exist for become networks, each as large as it can be; the others are borders, which torch runs.
-A model that is one network becomes a :class:`fastnn.FrozenModel`, others a :class:`fastnn.FrozenGraph`.
+Operators that are layers become networks, each as large as possible. The other operators are borders, which torch runs.
+A model that is one network becomes a :class:`fastnn.FrozenModel`, others become a :class:`fastnn.FrozenGraph`.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from torch.fx.node import map_arg
 
 from fastnn._torch import OpOverload, pytree
 from fastnn.graph.aten_layers import ANCHORS, NotALayerError, Reader
-from fastnn.graph.program import Line, Value, write
 from fastnn.graph.rewriting import rewrite
+from fastnn.network_program import Line, Value, write
 
 _aten = torch.ops.aten
 VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
@@ -33,8 +33,8 @@ _NO_LIMITS = (0, 0)  # a size without limits
 
 @dataclass
 class Segment:
-    """Operators of the graph that are one network. `inputs` and `outputs` are nodes; `ranges` has of each input's sizes
-    the least and the most, 0 for no limit."""
+    """Operators of the graph that are one network. `inputs` and `outputs` are nodes; `ranges` has the least and the
+    most that each input's sizes may be, 0 for no limit."""
 
     inputs: list[Node]
     outputs: list[Node]
@@ -73,9 +73,9 @@ class Exported:
 def read(
     model: nn.Module, inputs: tuple[Any, ...], batch_dims: Sequence[int], fixed: Collection[tuple[int, int]] = ()
 ) -> Exported:
-    """``model`` in networks, for inputs of any batch size. `inputs` may be nested; `batch_dims` has of each tensor in
-    them the dimension of the batch, which is of at least two here. fixed: tensors and their dimensions that stay as
-    they are in the example."""
+    """Reads ``model`` for inputs of any batch size. `inputs` may be nested; their batch size is two or more.
+    `batch_dims` has the batch's dimension for each tensor in them. fixed: the tensors and dimensions whose size stays
+    that of the example."""
     leaves = pytree.tree_leaves(inputs)
     # (A size of 1 is always taken for a constant.)
     free = [
@@ -88,7 +88,7 @@ def read(
             return first
     except ValueError:
         first = None
-    # ``view(-1, 320)``, for one, flattens images of one size alone.
+    # For example, ``view(-1, 320)`` flattens images of one size only.
     try:
         other = _read(model, inputs, batch_dims, [[dim] for dim in batch_dims])
     except ValueError:
@@ -101,7 +101,7 @@ def read(
 def _read(
     model: nn.Module, inputs: tuple[Any, ...], batch_dims: Sequence[int], free: Sequence[Sequence[int]]
 ) -> Exported:
-    """The same, with the example's sizes in all dimensions that are not ``free``."""
+    """Reads the model for the example's sizes in all dimensions that are not ``free``."""
     exported = _export(model, inputs, free)
     graph, constants = exported.graph, _constants(exported)
     for node in reversed(list(graph.nodes)):
@@ -130,18 +130,18 @@ def _read(
 
 
 def _bounds(size: Any, ranges: dict[str, tuple[int, int]], known: int) -> tuple[int, int]:
-    """The least and the most of a value's size: a number, a symbol of the export's, or what follows from such. A symbol
-    that the export has given no range is the size of the example, `known`; 0 where there is none."""
+    """The least and the most that a size may be, 0 for no limit. The size is a number, a symbol of the export, or
+    computed from such. A symbol without a range in the export has the example's size, `known`."""
     return (size, size) if isinstance(size, int) else ranges.get(str(size), (known, known))
 
 
 def _split(
     graph: Graph, constants: dict[str, Tensor], limits: dict[Node, list[int]], ranges: dict[str, tuple[int, int]]
 ) -> tuple[list[Segment | Node], list[ValueError]]:
-    """The graph's operators as networks and as single nodes, in an order in which they can run.
+    """Divides the graph's operators into networks and single nodes, in an order in which they can run.
 
-    A border is an operator that is no layer. Layers with as many borders one behind the other before them as each other
-    are one network: no path leads from one of them over a border to another.
+    A border is an operator that is no layer. Count for each layer the most borders on a path that leads to it: layers
+    with the same count become one network, because no path from one of them to another passes a border.
     """
     refusals: list[ValueError] = []
     reader = Reader(graph, constants)
@@ -163,12 +163,12 @@ def _split(
             is_tensor = isinstance(node.meta.get("val"), Tensor)
             if is_tensor:
                 refusals.append(_refusal(node, str(reason)))
-            # Sizes are no tensors, and are there once what has them is.
+            # A size is no tensor; it is known as soon as its tensor is.
             levels[node] = before + is_tensor
             units.append(node)
             continue
         finally:
-            for one in depends_on:  # what torch computes is a value from its first use in a layer on
+            for one in depends_on:  # what torch has computed becomes a value when a layer first uses it
                 if one in reader.values:
                     of_value.setdefault(reader.values[one], levels.get(one, 0))
         values = [value for line in found for value in line.taken()]
@@ -196,7 +196,7 @@ def _split(
 
 
 def _in_order(units: Sequence[Segment | Node]) -> list[Segment | Node]:
-    """The units, each behind those that give what it takes."""
+    """Sorts the units, so that each comes behind those whose results it takes."""
     maker = {node: unit for unit in units for node in (unit.outputs if isinstance(unit, Segment) else [unit])}
     ordered: dict[int, Segment | Node] = {}  # by identity
     waiting = [(unit, False) for unit in reversed(units)]
@@ -221,7 +221,7 @@ def _segment(
     limits: dict[Node, list[int]],
     ranges: dict[str, tuple[int, int]],
 ) -> Segment:
-    """These lines as a network. elsewhere: values that other networks take."""
+    """Makes a network of these lines. elsewhere: values that other networks take."""
     outputs = [
         node
         for node in reader.nodes
@@ -268,7 +268,7 @@ def _range_in_words(least: int, most: int) -> str:
 
 
 def _drop_copies(graph: Graph) -> None:
-    """Takes out what only passes on its input: nothing in the graph changes a tensor in place."""
+    """Removes nodes that only copy their input, since nothing in the graph changes a tensor in place."""
     results = graph.output_node().all_input_nodes
     for node in list(graph.nodes):
         copies = (node.target in _COPIES and not node.kwargs) or (
@@ -301,19 +301,19 @@ def _fold_constants(graph: Graph, constants: dict[str, Tensor]) -> None:
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...], free: Sequence[Sequence[int]]) -> ExportedProgram:
-    """``model`` as a graph that changes nothing in place."""
-    # By the names of arguments, of which one may take several inputs (*inputs).
+    """Exports ``model`` as a graph that changes nothing in place."""
+    # By the names of arguments: one argument (*inputs) may take several inputs.
     spec = pytree.tree_structure(inputs)
     nested = pytree.tree_unflatten([dict.fromkeys(dims, Dim.AUTO) for dims in free], spec)
     sizes = inspect.signature(model.forward).bind(*nested).arguments
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # where torch writes the whole graph that it has failed at
+        with contextlib.redirect_stderr(io.StringIO()):  # torch writes a graph that failed there
             exported = torch.export.export(model, inputs, dynamic_shapes=dict(sizes), strict=False)
         if any(node.op == "call_function" and node.is_impure() for node in exported.graph.nodes):
             with warnings.catch_warnings():  # torch's own, about its own code
                 warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
                 exported = exported.run_decompositions({})
-    except Exception as error:  # of whatever kind: the model itself has run, so it is the export that cannot take it
+    except Exception as error:  # of any class: the model itself has run, so the export is what failed
         words = f"{str(error).partition(chr(10))[0]}{_place_of(error)}"
         raise ValueError(f"freeze: torch.export cannot take {type(model).__name__}: {words}") from error
     signature = exported.graph_signature
@@ -338,8 +338,8 @@ def _place_of(error: BaseException) -> str:
 
 
 def _ranges(exported: ExportedProgram) -> dict[str, tuple[int, int]]:
-    """Of the input's sizes that are free, by their names: the least and the most for which the export holds. (It leaves
-    0 and 1 out of every range.)"""
+    """For each free size of the inputs, by its name: the least and the most for which the export is valid. (The export
+    leaves 0 and 1 out of every range.)"""
     return {
         str(symbol): (
             0 if bounds.lower <= 2 else int(bounds.lower),
@@ -362,7 +362,7 @@ def _constants(exported: ExportedProgram) -> dict[str, Tensor]:
 
 
 def _sizes(node: Node) -> Sequence[Any]:
-    """Of its result: int, or SymInt where they depend on the input's."""
+    """The sizes of a node's result: int, or SymInt where they depend on the inputs' sizes."""
     sizes: Sequence[Any] = node.meta["val"].shape
     return sizes
 

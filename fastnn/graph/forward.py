@@ -28,9 +28,9 @@ from fastnn.ops._autograd import is_compiling, is_exporting
 
 
 class Observer(Protocol):
-    """Watches a fused model run: each program and each recurrent layer is handed to it, and it has to run them."""
+    """Watches a fused model run. It is given each trace and each recurrent layer that is due, and has to run it."""
 
-    def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any: ...
+    def see_trace(self, module: nn.Module, trace: Trace, inputs: Sequence[Tensor]) -> Any: ...
 
     def see_recurrent(self, forward: FusedRecurrent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
@@ -42,7 +42,7 @@ _observer_lock = threading.Lock()
 
 @contextmanager
 def observing(by: Observer) -> Iterator[None]:
-    """Within the block, fused models that this thread calls run through an observer."""
+    """Within the block, fused models that this thread calls hand their traces and recurrent layers to an observer."""
     global observer, _observing
     with _observer_lock:
         observer, _observing = by, threading.get_ident()
@@ -60,8 +60,8 @@ class _Token:
     """
 
 
-_MOST_PROGRAMS = 8  # the most programs of a module that are kept, each for a state to which the module may return
-_FREE_TRACES = 8  # After so many traces of a module that has changed, tracing may only take this part of the time:
+_MOST_TRACES = 8  # the most traces of a module that are kept, each for a state to which the module may return
+_FREE_TRIES = 8  # After so many tries of a module that has changed, tracing may only take this part of the time:
 _MOST_TIME = 0.01
 
 
@@ -91,8 +91,9 @@ class FusedModule(Fused):
 
     @property
     def __func__(self) -> Any:
-        """A function that runs this forward for its module, as long as that is fused, and for others their class's.
-        Who wraps a method's function, and puts the result into the model (accelerate), wraps this forward so."""
+        """A function that runs this forward for its own module, while that is fused, and the class's forward for other
+        modules. Libraries such as accelerate wrap the function of a method and put the result into the model: so they
+        wrap this forward."""
         stock = type(self.module).forward
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +101,7 @@ class FusedModule(Fused):
             return self(*args, **kwargs) if is_own else stock(module, *args, **kwargs)
 
         functools.update_wrapper(forward, stock)
-        forward.__dict__.pop("__wrapped__")  # who unwraps functions gets this one
+        forward.__dict__.pop("__wrapped__")  # so that unwrapping gives this function
         forward.__dict__["__signature__"] = inspect.signature(stock)
         return forward
 
@@ -173,7 +174,7 @@ class FusedRecurrent(FusedModule):
         return type(twin).forward(twin, *args, **kwargs)
 
     def twin(self) -> Any:
-        """The module as an object of fastnn's class. Both objects share one dictionary, with everything they have."""
+        """The module as an object of fastnn's class. Both objects share one dictionary of attributes."""
         if self._twin is None or self._twin.__dict__ is not self.module.__dict__:
             kind = getattr(fused_rnn, RECURRENT[layer_forward(self.module)])
             self._twin = kind.__new__(kind)
@@ -186,7 +187,7 @@ _write_lock = threading.Lock()
 _RECURRENT_SETTINGS = ("mode", "num_layers", "batch_first", "bidirectional", "dropout", "proj_size", "bias")
 
 
-class Program:
+class Trace:
     """The trace of a module's forward, with its matches fused. ``run(module, *inputs, *tensors)`` computes what the
     forward does, as long as the guard holds."""
 
@@ -275,19 +276,19 @@ def may_hold_layers(module: nn.Module) -> bool:
 
 
 class FusedForward(FusedModule):
-    """Runs a module's program. Without one it runs the module's own forward, whose layers may be fused themselves."""
+    """Runs a module's trace. Without one it runs the module's own forward, whose layers may be fused themselves."""
 
-    __slots__ = ("_begin", "_spent", "programs", "traces", "why")
+    __slots__ = ("_begin", "_spent", "traces", "tries", "why")
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
         super().__init__(module, left)
         self.forget()
 
     def forget(self) -> None:
-        # The programs by training mode, the one used last in front.
-        self.programs: dict[bool, tuple[Program, ...]] = {True: (), False: ()}
-        self.why: str | None = None  # the reason why there is no program
-        self.traces = 0
+        # The traces by training mode, the one used last in front.
+        self.traces: dict[bool, tuple[Trace, ...]] = {True: (), False: ()}
+        self.why: str | None = None  # the reason why there is no trace
+        self.tries = 0
         self._begin, self._spent = time.monotonic(), 0.0  # seconds: the start, and the time that tracing has taken
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -295,66 +296,66 @@ class FusedForward(FusedModule):
             return self.stock(*args, **kwargs)
         if getrefcount(self.token) != _REFERENCES and (own := self.own()) is not self:
             return own(*args, **kwargs)
-        programs = self.programs[self.module.training]
-        program = programs[0] if programs else None
-        if program is None or kwargs or len(args) != len(program.names):
-            program, args, kwargs = self._look_closer(args, kwargs)
-            if program is None:
+        traces = self.traces[self.module.training]
+        trace = traces[0] if traces else None
+        if trace is None or kwargs or len(args) != len(trace.names):
+            trace, args, kwargs = self._look_closer(args, kwargs)
+            if trace is None:
                 return self.stock(*args, **kwargs)
-        if program.is_idle:
+        if trace.is_idle:
             return self.stock(*args)
         for arg in args:
             if not isinstance(arg, Tensor) or arg.layout is not _strided or arg.is_nested:
                 return self.stock(*args)
         if has_global_hooks() or (functions_are_watched() and not is_exporting()):
             return self.stock(*args)
-        if not program.holds():
-            program = self.program()
-            if program is None or program.is_idle:
+        if not trace.holds():
+            trace = self.trace()
+            if trace is None or trace.is_idle:
                 return self.stock(*args)
         if observer is not None and _observing == threading.get_ident():
-            return observer.see_program(self.module, program, args)
-        return program.run(self.module, *args, *[own[name] for own, name in program.sources])
+            return observer.see_trace(self.module, trace, args)
+        return trace.run(self.module, *args, *[own[name] for own, name in trace.sources])
 
     def _look_closer(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The program for such arguments, or None, and the arguments in the order of its inputs."""
+        """The trace for such arguments, or None, and the arguments in the order of its inputs."""
         if any(isinstance(arg, fx.Proxy) for arg in args):
             return None, args, kwargs
-        program = self.program()
-        if program is None or len(args) + len(kwargs) != len(program.names):
+        trace = self.trace()
+        if trace is None or len(args) + len(kwargs) != len(trace.names):
             return None, args, kwargs
-        if kwargs and not program.takes_keywords:
+        if kwargs and not trace.takes_keywords:
             return None, args, kwargs
-        names = program.names[len(args) :]
+        names = trace.names[len(args) :]
         if kwargs.keys() != set(names):
             return None, args, kwargs
-        return program, (*args, *(kwargs[name] for name in names)), {}
+        return trace, (*args, *(kwargs[name] for name in names)), {}
 
-    def program(self, now: bool = False) -> Program | None:
-        """The program for the state that the module is in. Where the forward could not be traced, or differs at each
+    def trace(self, now: bool = False) -> Trace | None:
+        """The trace for the state that the module is in. Where the forward could not be traced, or differs at each
         call, tracing is tried again, since something may have changed: more and more seldom, unless `now`."""
-        programs = self.programs[self.module.training]
-        for known in programs:
+        traces = self.traces[self.module.training]
+        for known in traces:
             if known.holds():
-                self.programs[self.module.training] = (known, *(one for one in programs if one is not known))
+                self.traces[self.module.training] = (known, *(one for one in traces if one is not known))
                 return known
         begin = time.monotonic()
-        free = _FREE_TRACES if self.why is None else 1
-        if not now and self.traces >= free and self._spent > _MOST_TIME * (begin - self._begin):
+        free = _FREE_TRIES if self.why is None else 1
+        if not now and self.tries >= free and self._spent > _MOST_TIME * (begin - self._begin):
             return None
-        self.traces += 1
-        program: Program | None = None
+        self.tries += 1
+        trace: Trace | None = None
         try:
-            program = Program(self.module, self.left)
+            trace = Trace(self.module, self.left)
             self.why = None
         except UntraceableError as error:
             self.why = str(error)
         self._spent += time.monotonic() - begin
-        if program is not None:
-            self.programs[self.module.training] = (program, *programs[: _MOST_PROGRAMS - 1])
-        return program
+        if trace is not None:
+            self.traces[self.module.training] = (trace, *traces[: _MOST_TRACES - 1])
+        return trace
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

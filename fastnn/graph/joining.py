@@ -1,7 +1,8 @@
-"""Stretches of a fused graph as one call, for small networks, whose time goes into calls.
+"""Joins neighbouring nodes of a fused graph into one call, because small networks spend most of their time on calls.
 
-Two forms: convolution blocks, a flattening and linear layers, which ``fastnn::network_unpacked`` runs in one go in
-inference; and a recurrent layer with a linear layer on its last step, which training records as one function.
+Two groups of nodes are joined: convolution blocks, a flattening and linear layers, which ``fastnn::network_unpacked``
+runs in one call in inference; and a recurrent layer with a linear layer on its last step, which training records as one
+function.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.fx import Graph, Node
 
-from fastnn._torch import HOOKS
+from fastnn._torch import HOOKS, direct_call
 from fastnn.activations import layers_of, parse
 from fastnn.graph.order import Order, unpack
-from fastnn.graph.program import Line, Value, conv_attributes, write
+from fastnn.network_program import Line, Value, conv_attributes, write
 from fastnn.nn.rnn import _Recurrent
 from fastnn.ops._autograd import is_plain, wants_gradient
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
 from fastnn.ops.mlp import mlp_of_parameters
 from fastnn.ops.network import network_unpacked
 
-_network_call = network_unpacked._op
+_network_call = direct_call(network_unpacked)
 
 
 class _Step(NamedTuple):
-    """One call of a stretch: of convolutions their geometry and dimensions, of linear layers their activations."""
+    """One of the calls that are joined. numbers: a convolution's geometry, or the activations of linear layers."""
 
     kind: str
     tensors: int
@@ -37,9 +38,9 @@ class _Step(NamedTuple):
     function: Callable[..., Tensor]
 
 
-class Network:
-    """Convolution blocks, ``flatten`` and linear layers: by one operator where nothing is recorded for a gradient,
-    which saves a sixth of a small network's time, else by one each. Called with the input and all tensors."""
+class JoinedLayers:
+    """Runs convolution blocks, ``flatten`` and linear layers: by one operator where no gradient is recorded, which
+    saves a sixth of a small network's time, else by an operator each. It is called with the input and all tensors."""
 
     __name__ = "network"  # torch.fx writes a call of it as that of a function of this name and module
     __module__ = "fastnn"
@@ -62,7 +63,7 @@ class Network:
         return is_usual and input.dtype is not torch.bfloat16 and is_plain(input)
 
     def _in_order(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """As the program wants them: each layer's weight, then its bias."""
+        """The tensors in the program's order: each layer's weight, then its bias."""
         result: list[Tensor] = []
         first = 0
         for step in self.steps:
@@ -87,8 +88,8 @@ class Network:
 
 
 @lru_cache(maxsize=256)
-def _program(network: Network, shapes: tuple[Sequence[int] | None, ...]) -> str:
-    """For tensors of these sizes."""
+def _program(network: JoinedLayers, shapes: tuple[Sequence[int] | None, ...]) -> str:
+    """The program of the joined layers, for tensors of these sizes."""
     rank = len(shapes[0])  # type: ignore[arg-type]
     start = value = Value([None] * rank)
     lines: list[Line] = []
@@ -121,8 +122,8 @@ def _weight(shape: Sequence[int]) -> Value:
 
 
 class RecurrentHead:
-    """``linear(last step of recurrent(x))``: in training one function for both. Called with the input, the linear
-    layer's weight and its bias."""
+    """Runs ``linear(last step of recurrent(x))``, in training by one function. It is called with the input, and the
+    linear layer's weight and bias."""
 
     __name__ = "recurrent_with_head"  # as above
     __module__ = "fastnn"
@@ -149,8 +150,8 @@ class RecurrentHead:
 
 
 def kernel_of(module: nn.Module) -> Any:
-    """The layer of ``fastnn.nn`` that runs a recurrent module: itself, or what stands for its forward; None where the
-    module has to be called, for its hooks or since it stays stock."""
+    """The layer of ``fastnn.nn`` that runs a recurrent module: the module itself, or the one that its fused forward
+    runs. None where the module has to be called, because it has hooks or stays unfused."""
     if any(module.__dict__[name] for name in HOOKS):
         return None
     forward: Any = module.__dict__.get("forward")
@@ -160,14 +161,14 @@ def kernel_of(module: nn.Module) -> Any:
 
 
 def drop_unused_parts(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Takes out what unpacks a result of several parts and is asked for by nobody."""
+    """Removes nodes that take a part of a result of several parts, where nobody uses that part."""
     for node in reversed(list(graph.nodes)):
         if node.target is operator.getitem and not node.users and _is_there(node, modules):
             graph.erase_node(node)
 
 
 def _is_there(part: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a part of a result is sure to be there: of what has been unpacked, or a recurrent layer gives."""
+    """Whether a result is sure to have this part, because it has been unpacked, or a recurrent layer gives it."""
     whole: Any = part.args[0]
     if whole.target is unpack:
         return True
@@ -177,7 +178,7 @@ def _is_there(part: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def join(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Puts one call in the place of each stretch of the fused graph that is of one of the forms above."""
+    """Replaces each group of nodes that can be joined by one call."""
     drop_unused_parts(graph, modules)
     write_flattenings(graph, behind=conv_relu_max_pool)
     for node in list(graph.nodes):
@@ -207,7 +208,7 @@ def _join_network(graph: Graph, first: Node, modules: Mapping[str, nn.Module]) -
     if not order.is_there(tensors, nodes[0], ("placeholder",)) or not order.may_be_one(nodes):
         return []
     with graph.inserting_before(nodes[0]):
-        call = graph.call_function(Network(steps), (nodes[0].args[0], *tensors))
+        call = graph.call_function(JoinedLayers(steps), (nodes[0].args[0], *tensors))
     nodes[-1].replace_all_uses_with(call)
     for node in reversed(nodes):
         graph.erase_node(node)
@@ -256,8 +257,8 @@ def flattens(node: Node) -> bool:
 
 
 def write_flattenings(graph: Graph, behind: Any = None) -> None:
-    """``x.view(x.size(0), -1)``, or by reshape or shape, as one function of x, so that x has one user.
-    behind: where x is what this function returns, if not anywhere."""
+    """Writes ``x.view(x.size(0), -1)``, also with reshape and with shape, as one function of x, so that x has one user.
+    behind: a function whose results are the only x that count; without it, any x counts."""
     for node in list(graph.nodes):
         sizes = sizes_of_view(node)
         if len(sizes) != 2 or sizes[1] != -1:
@@ -275,7 +276,7 @@ def write_flattenings(graph: Graph, behind: Any = None) -> None:
 
 
 def sizes_of_view(node: Node) -> Sequence[Any]:
-    """What ``x.view(...)`` or reshape asks for; nothing where the node is none."""
+    """The sizes in a call of ``x.view(...)`` or reshape; none where the node is no such call."""
     if node.target not in ("view", "reshape", torch.reshape) or node.kwargs:
         return ()
     sizes = node.args[1:]
@@ -283,7 +284,7 @@ def sizes_of_view(node: Node) -> Sequence[Any]:
 
 
 def _is_batch(size: Any, x: Node) -> bool:
-    """Whether it is x.size(0), x.size()[0] or x.shape[0]."""
+    """Whether a size is x.size(0), x.size()[0] or x.shape[0]."""
     if not isinstance(size, Node) or size.kwargs:
         return False
     if size.target == "size":

@@ -156,7 +156,7 @@ class Layer:
 
 
 def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
-    """What the node computes, if it is one of the layers above."""
+    """Reads a node as a layer; None where it is none of the layers above."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         known = _MODULES.get(layer_forward(module))
@@ -191,7 +191,7 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
     tensors_given = {name: value for name, value in given.items() if name in is_tensor and value is not None}
     settings_given = {name: value for name, value in given.items() if name not in is_tensor}
     if any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(list(settings_given.values()))):
-        return None  # a number that only a call knows
+        return None  # a setting is known only during a call
     return Layer(node, kind, input, tensors_given, settings_given)
 
 
@@ -229,7 +229,7 @@ def kernel_sizes(conv: Any) -> tuple[int, ...]:
 
 
 def _padding_in_numbers(name: str, conv: Any) -> tuple[int, ...] | None:
-    """The padding that "valid" means, or "same" if it pads both sides alike; else None."""
+    """The padding in numbers: of "valid", or of "same" where it pads both sides alike. Else None."""
     total = [d * (k - 1) if name == "same" else 0 for d, k in zip(conv.dilation, kernel_sizes(conv), strict=True)]
     if name not in ("valid", "same") or any(t % 2 for t in total):
         return None
@@ -255,14 +255,14 @@ class Match:
         return ", ".join(layer.name for layer in self.layers)
 
     def call(self, input: Any, tensors: Sequence[Any]) -> Any:
-        """What the layers compute, by the one function."""
+        """Computes what the layers compute, by the one function."""
         if self.in_a_list:
             return self.function(input, list(tensors), **self.settings)
         return self.function(input, *tensors, **self.settings)
 
     @property
     def nodes(self) -> list[Node]:
-        """In the order in which they run."""
+        """The nodes of all layers, in the order in which they run."""
         return [layer.node for layer in self.layers]
 
     @property
@@ -508,10 +508,11 @@ class _Matcher:
         return Match("mlp", layers, mlp_of_parameters, tensors, settings, in_a_list=True)
 
     def is_worth_it_alone(self, linear: Layer) -> bool:
-        """Whether to fuse one linear layer, with its activation or without: in inference always; in training where it
-        may become one call with a recurrent layer whose last step it takes, or with the convolutions before a
-        flattening (see joining.py). Elsewhere what is saved is one call of stock's, and a call of ours in Python takes
-        longer: 0.75 of stock for one row, 0.83 for 32 of 20 features, 1.0 from 256 of 128 on."""
+        """Whether to fuse a single linear layer, with or without its activation. In inference that always pays. In
+        training it pays where the layer may become one call with a recurrent layer whose last step it takes, or with
+        the convolutions before a flattening (see joining.py). Elsewhere it saves one of stock's calls, and a call of
+        ours in Python takes longer: 0.75 of stock's speed for one row, 0.83 for 32 rows of 20 features, 1.0 from 256
+        rows of 128 on."""
         if linear.input.target in (operator.getitem, torch.flatten, "flatten"):
             return True
         return linear.module is not None and not linear.module.training
@@ -620,7 +621,7 @@ def insert(
             layer, name = place
             value = layer.tensors[name]
             if layer.module is not None and is_parametrized(layer.module, value):
-                with graph.inserting_before(nodes[0]):  # where it is to be computed
+                with graph.inserting_before(nodes[0]):  # the tensor is computed there
                     tensors.append(graph.get_attr(f"{layer.name}.{value}"))
             elif layer.module is not None:
                 with graph.inserting_after(last_input):

@@ -17,8 +17,8 @@ from fastnn.nn._hooks import has_own_call, layer_class
 
 
 def in_place(operation: str, value: Any, other: Any) -> Any:
-    """``value += other`` and its like, by their name in the module ``operator``. (The code that torch.fx writes for
-    ``operator.iadd`` assigns to a variable that other nodes go on reading.)"""
+    """Computes ``value += other`` or the like, by its name in the module ``operator``. (For ``operator.iadd`` itself
+    torch.fx would write code that assigns to a variable which other nodes still read.)"""
     return getattr(operator, operation)(value, other)
 
 
@@ -77,7 +77,7 @@ class Order:
         return not others
 
     def _may_be_view(self, node: Node) -> bool:
-        """Whether a node's result may share the memory of its inputs: so it may unless the node is known to make new
+        """Whether a node's result may share the memory of its inputs. It may, unless the node is known to make new
         memory."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
@@ -86,7 +86,7 @@ class Order:
         if not node.op.startswith("call"):
             return False
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        return name not in _MAKES_NEW or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+        return name not in _MAKES_NEW or is_asked_to_write(node) or "out" in node.kwargs
 
     def _may_be_written_by(self, node: Node) -> Sequence[Node]:
         """The nodes whose memory a node that writes may change."""
@@ -156,15 +156,20 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if function not in functions_of_torch() or function.__name__.endswith("_") or "out" in node.kwargs:
         return False
     name = function.__name__
-    if "batch_norm" in name or "instance_norm" in name:  # they keep statistics
+    if "batch_norm" in name or "instance_norm" in name:  # they change running statistics
         return node.kwargs.get("training") is False
     if name.startswith("embedding"):
         return "max_norm" not in node.kwargs and len(node.args) < 4
-    if not _may_be_in_place(function):
-        return True
-    names = inspect.signature(function).parameters
+    return not is_asked_to_write(node)
+
+
+def is_asked_to_write(node: Node) -> bool:
+    """Whether a function is called with ``inplace=True``, by name or by position."""
+    if node.op != "call_function" or not _may_be_in_place(node.target):
+        return False
+    names = inspect.signature(node.target).parameters  # type: ignore[arg-type]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return given.get("inplace", False) is False
+    return given.get("inplace", False) is not False
 
 
 @cache

@@ -1,5 +1,5 @@
-"""Running a model to learn something about it, without leaving a trace of the run in the model, in its inputs or in
-the generators of random numbers."""
+"""Runs a model to learn something about it, and leaves the model, its inputs and the generators of random numbers as
+they were."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastnn._torch import pytree
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules that store a computed tensor in an attribute, as weight_norm and spectral_norm do;
-    ``copy.deepcopy`` refuses those."""
+    """A deep copy of a model. Modules may hold a computed tensor in an attribute, as weight_norm and spectral_norm do,
+    which ``copy.deepcopy`` refuses."""
     computed = [t for module in model.modules() for t in module.__dict__.values() if isinstance(t, Tensor)]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
 
@@ -42,8 +42,8 @@ def cloned(inputs: Any) -> Any:
 
 @contextmanager
 def leaving_no_trace() -> Iterator[Callable[[], None]]:
-    """Restores torch's, Python's and NumPy's generators and grad mode after the block. The function that it yields does
-    so at once, so that the same numbers are drawn again."""
+    """After the block, restores the generators of torch, Python and NumPy, and the grad mode. The function that it
+    yields restores them at once, so that the next run draws the same numbers."""
     records = torch.is_grad_enabled()
     torchs, pythons, numpy = torch.get_rng_state(), random.getstate(), sys.modules.get("numpy")
     numpys = numpy.random.get_state() if numpy else None

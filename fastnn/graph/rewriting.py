@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastnn.graph.program import KINDS, Line, Value
+from fastnn.network_program import KINDS, Line, Value
 
 _WEIGHTED = {"conv": 0, "linear": 0, "conv_transpose": 1}  # the dimension of the weight that is the output channels
 
 
 class _Lines:
-    """The lines, with who takes and who makes each value."""
+    """The lines, and for each value the line that makes it and those that take it."""
 
     def __init__(self, lines: Sequence[Line], results: Sequence[Value]) -> None:
         self.lines = list(lines)
@@ -30,35 +30,35 @@ class _Lines:
         self.maker = {value: line for line in lines for value in line.outputs}
 
     def before(self, line: Line, name: str = "input") -> Line | None:
-        """The line whose one result is this input, which nobody else takes."""
+        """The line that makes this input, if the input is its only result and no other line takes it."""
         value = line.inputs[name][0]
         maker = self.maker.get(value)
-        own_sizes = line.inputs.get("like", []).count(value)  # which end with the line
+        own_sizes = line.inputs.get("like", []).count(value)  # uses that end when the line is removed
         if maker is None or self.uses.get(value, 0) - own_sizes != 1 or len(maker.outputs) != 1:
             return None
         return maker
 
     def merge(self, line: Line, into: Line) -> None:
-        """Has `into` give what `line` gave; its own result is gone."""
+        """Removes `line`, whose result becomes the result of `into`."""
         into.outputs = line.outputs
         self.maker[line.outputs[0]] = into
         self.lines.remove(line)
 
     def replace(self, value: Value, by: Value) -> None:
-        """Has all lines take another value in this one's place."""
+        """Makes all lines take the value `by` in place of `value`."""
         for line in self.lines:
             for values in line.inputs.values():
                 values[:] = [by if one is value else one for one in values]
         self.uses[by] = self.uses.get(by, 0) + self.uses.pop(value, 0)
 
     def move_behind(self, line: Line, other: Line) -> None:
-        """Puts a line where `other` is, so that what both take has been made."""
+        """Moves a line to the place of `other`, where all that both take has been made."""
         self.lines.remove(line)
         self.lines.insert(self.lines.index(other), line)
 
 
 def rewrite(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
-    """The lines, rewritten. results: the values that are needed outside."""
+    """Rewrites the lines. results: the values that are needed outside."""
     program = _Lines(lines, results)
     for line in list(program.lines):
         for rule in _RULES:
@@ -68,7 +68,7 @@ def rewrite(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
 
 
 def _used(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
-    """Without the lines whose results nobody takes."""
+    """Removes the lines whose results nobody takes."""
     needed = set(results)
     kept = []
     for line in reversed(lines):
@@ -82,20 +82,21 @@ def _used(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
 
 
 def _drop_copy(program: _Lines, line: Line) -> bool:
-    """A reshape to the sizes that its input has is the input."""
+    """Removes a reshape to the sizes that its input already has."""
     value = line.inputs["input"][0] if line.layer == "reshape" else None
     if value is None or line.outputs[0] in program.results or line.inputs.get("like") != [value]:
         return False
     if line.attributes["sizes"] != [f"0.{dim}" for dim in range(len(value.sizes))]:
         return False
     program.lines.remove(line)
-    program.uses[value] -= 2  # the line's own, of its elements and of its sizes
+    program.uses[value] -= 2  # the line took its elements and its sizes
     program.replace(line.outputs[0], value)
     return True
 
 
 def _fold_arithmetic(program: _Lines, line: Line) -> bool:
-    """A factor or an addend for each channel, as a batch norm in eval mode has them, goes into the layer's weights."""
+    """Folds a factor or an addend for each channel, such as those of a batch norm in eval mode, into the layer's
+    weights."""
     if line.layer != "binary" or line.attributes.get("activation", "identity") != "identity":
         return False
     function = line.attributes["function"]
@@ -134,7 +135,7 @@ def _fold_arithmetic(program: _Lines, line: Line) -> bool:
 
 
 def _of_each_channel(line: Line, layer: Line, channels: int) -> Tensor | None:
-    """The second operand as one number, or as one for each of the layer's output channels."""
+    """The second operand, if it is one number, or one number for each of the layer's output channels."""
     if "other" not in line.inputs:
         return torch.tensor(line.attributes["number"], dtype=torch.float64)
     other = line.weight("other")
@@ -153,7 +154,7 @@ def _of_each_channel(line: Line, layer: Line, channels: int) -> Tensor | None:
 
 
 def _is_plain(layer: Line) -> bool:
-    """Whether what follows may become part of the layer's sums."""
+    """Whether the layer ends with its sums, so that what follows may become part of it."""
     attributes = layer.attributes
     return attributes.get("activation", "identity") == "identity" and "addend" not in layer.inputs and not _pools(layer)
 
@@ -163,7 +164,7 @@ def _pools(layer: Line) -> bool:
 
 
 def _take_activation(program: _Lines, line: Line) -> bool:
-    """An activation goes into the layer that it follows."""
+    """Makes an activation part of the layer before it."""
     if line.layer != "activation":
         return False
     before = program.before(line)
@@ -177,7 +178,7 @@ def _take_activation(program: _Lines, line: Line) -> bool:
 
 
 def _take_addend(program: _Lines, line: Line) -> bool:
-    """A sum with a value of the same size goes into the convolution that gives the other operand."""
+    """Makes the addition of a value of the same size part of the convolution that gives the other operand."""
     if line.layer != "binary" or line.attributes["function"] != "add" or "other" not in line.inputs:
         return False
     values = {name: line.inputs[name][0] for name in ("input", "other")}
@@ -199,7 +200,7 @@ def _take_addend(program: _Lines, line: Line) -> bool:
 
 
 def _take_pool(program: _Lines, line: Line) -> bool:
-    """A max-pool goes into the convolution that it follows, where that has ReLU or nothing behind it."""
+    """Makes a max-pool part of the convolution before it, if that has ReLU or no activation."""
     if line.layer != "max_pool":
         return False
     before = program.before(line)
@@ -214,9 +215,9 @@ def _take_pool(program: _Lines, line: Line) -> bool:
 
 
 def _relu_before_pool(program: _Lines, line: Line) -> bool:
-    """ReLU behind a max-pool is the same in front of it, where a convolution takes both along: but for windows of
-    nothing but padding, which give -inf in one order and 0 in the other. Those that torch's sizes allow have at least
-    one element, unless the last window of `ceil_mode` or a dilation leaves them without."""
+    """Moves ReLU from behind a max-pool to in front of it, where a convolution can take both along. The result is the
+    same, unless a window holds nothing but padding: that gives -inf in one order and 0 in the other. torch's sizes
+    allow such windows only with `ceil_mode` or a dilation."""
     if line.layer != "activation" or line.attributes["activation"] != "relu":
         return False
     pool = program.before(line)
@@ -233,8 +234,8 @@ def _relu_before_pool(program: _Lines, line: Line) -> bool:
 
 
 def _take_last_step(program: _Lines, line: Line) -> bool:
-    """A recurrent layer gives its last step alone, where nothing else of its output is taken: from the output, or from
-    the final state of its last layer, which is the same if it has one direction."""
+    """Makes a recurrent layer give only its last step, where nothing else of its output is used. The last step may be
+    taken from the output, or, if the layer has one direction, from the final state of its last layer."""
     part = program.before(line) if line.layer == "reshape" else None
     if part is None or part.layer != "slice" or len(line.outputs[0].sizes) != 2:
         return False

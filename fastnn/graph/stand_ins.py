@@ -1,4 +1,4 @@
-"""What stands for objects while a forward is traced (tracing.py).
+"""The objects that stand in for real objects while a forward is traced (tracing.py).
 
 Each stand-in asks the tracer, which reads what the object has and notes that it was read. What would write to an
 object, or look at a tensor's values, ends the trace.
@@ -23,7 +23,7 @@ Tracer: TypeAlias = Any
 
 
 def is_a(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    """``isinstance``, which does not ask a stand-in for its ``__class__``."""
+    """Does what ``isinstance`` does, without asking a stand-in for its ``__class__``."""
     return issubclass(type(value), kinds)
 
 
@@ -35,7 +35,7 @@ class Traced(fx.Proxy):
     def __getattribute__(self, name: str) -> Any:
         own = object.__getattribute__
         if name != "__dict__" and sys._getframe(1).f_code in own(self, "tracer").codes:
-            return own(self, "of_tensor")(name)  # the user's code, to which this is a tensor
+            return own(self, "of_tensor")(name)  # the user's code asks, for which this is a tensor
         return own(self, name)
 
     def __getattr__(self, name: str) -> Any:
@@ -90,7 +90,11 @@ for _name in (
 
 
 class _Attribute(Traced):
-    """A tensor's method, or what is to be had by the same name of something else."""
+    """A method of a tensor, or an attribute of the same name of a value that is no tensor."""
+
+    _owner: Traced
+    _called: str
+    _node: Any
 
     def __init__(self, owner: Traced, name: str) -> None:
         for key, value in (("tracer", owner.tracer), ("_owner", owner), ("_called", name), ("_node", None)):
@@ -108,7 +112,8 @@ class _Attribute(Traced):
 
 
 class StandIn:
-    """For an object: what is read of it is noted, and nothing is written. `kind` is its class or the like."""
+    """Stands for an object. What is read from it is noted, and nothing can be written. `kind` is its class or the
+    like."""
 
     __slots__ = ("_real", "_tracer")
 
@@ -166,7 +171,7 @@ def _tracer_of(stand_in: StandIn) -> Tracer:
 
 
 def real_of(value: Any) -> Any:
-    """What a stand-in stands for; any other value itself."""
+    """The object that a stand-in stands for; any other value is returned as it is."""
     return object.__getattribute__(value, "_real") if is_a(value, StandIn) else value
 
 
@@ -255,8 +260,8 @@ for _kind in (FixedList, FixedDict):
 
 
 class Globals(dict):
-    """What a function that was made anew has for globals. Python asks a dict of a class of its own by ``[]``, for
-    builtins too."""
+    """The globals of a function that was made anew. Since its class is not dict, Python reads it by ``[]``, also for
+    builtins."""
 
     def __init__(self, tracer: Tracer, real: dict[str, Any]) -> None:
         super().__init__(__builtins__={}, __name__=real.get("__name__", ""))

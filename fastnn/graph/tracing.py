@@ -125,7 +125,7 @@ class Tracer(fx.Tracer):
         return self.graph
 
     def refuse(self, why: str) -> NoReturn:
-        """Ends the trace, whoever may swallow the exception."""
+        """Ends the trace, even if somebody swallows the exception."""
         if self.refused is None:
             self.refused = UntraceableError(why)
         raise self.refused
@@ -174,7 +174,7 @@ class Tracer(fx.Tracer):
         return kind is not None and issubclass(kind, nn.LSTM if layer is not node else nn.RNNBase)
 
     def _given_back(self, result: Any, seen: set[int]) -> Any:
-        """What the forward returns: new objects, each of them once, and constants."""
+        """Checks what the forward returns: new objects, each only once, and constants."""
         if is_a(result, (list, dict)):
             if id(result) in seen:
                 self.refuse("it returns one list or dict twice")
@@ -194,7 +194,7 @@ class Tracer(fx.Tracer):
     # ---- what enters ------------------------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """To be called before something is read that may change."""
+        """Must be called before anything is read that may change."""
         if self.opaque is not None:
             self.refuse(f"it goes on after a call of {self.opaque}, which may have changed what it goes on with")
 
@@ -206,7 +206,8 @@ class Tracer(fx.Tracer):
         return known
 
     def enter(self, value: Any, source: tuple[Any, Any] | None = None) -> Any:
-        """A value as code may have it. source: the container that holds it, and its key there."""
+        """Turns a value into what traced code may have. source: the container that holds the value, and its key
+        there."""
         kind: Any = type(value)
         if is_constant(value):
             return value
@@ -370,7 +371,7 @@ class Tracer(fx.Tracer):
         return self._inputs[place]
 
     def _target(self, module: nn.Module, *name: str) -> str:
-        """How the graph finds a module, or a tensor of it. It is noted that this path leads there."""
+        """The path by which the graph finds a module, or a tensor of it. The guard notes that the path leads there."""
         names = [one for one in self.places[module].split(".") if one]
         if any(keyword.iskeyword(one) or set(one) & set("\"'\\\n") for one in (*names, *name)) or names[:1] == ["self"]:
             self.refuse("a module's, or a parameter's, name is none that Python could write")
@@ -396,7 +397,7 @@ class Tracer(fx.Tracer):
         return None, None
 
     def bound(self, instance: Any, owner: type, name: str, value: Any) -> Any:
-        """What a class has, as an instance's attribute."""
+        """An attribute that a class has, as Python binds it to an instance."""
         real = real_of(instance)
         if type(value) is types.FunctionType:
             if value is nn.Module.__call__:
@@ -425,7 +426,7 @@ class Tracer(fx.Tracer):
     # ---- functions --------------------------------------------------------------------------------------------------
 
     def function(self, function: Any) -> Any:
-        """The function made anew: its code, in the world of stand-ins."""
+        """Makes a function anew, of the same code, in the world of stand-ins."""
         known = self._stand_ins.get(id(function))
         if known is not None:
             return known
@@ -474,7 +475,7 @@ class Tracer(fx.Tracer):
         return stand_in
 
     def method(self, function: Any, instance: Any) -> Any:
-        """A function with its first argument."""
+        """A function whose first argument is bound, as a method's is."""
         entered = self.enter(function)
         made = functools.partial(entered, instance)
         return Function(self, types.MethodType(function, real_of(instance)), made)
@@ -517,7 +518,7 @@ class Tracer(fx.Tracer):
         self.refuse(f"it calls {getattr(real, '__name__', None) or f'a {type(real).__name__}'}")
 
     def special(self, stand_in: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A method that Python calls by itself, as ``len(x)`` calls ``__len__``."""
+        """Calls a method that Python calls by itself, as ``len(x)`` calls ``__len__``."""
         real = real_of(stand_in)
         if is_a(stand_in, FixedSet) and name in ("__contains__", "__len__") and all(map(is_constant, args)):
             return getattr(real, name)(*args)
@@ -532,7 +533,7 @@ class Tracer(fx.Tracer):
     # ---- modules ------------------------------------------------------------------------------------------------
 
     def call_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module's call: a layer of torch becomes a node, any other module's forward is run."""
+        """Calls a module: a layer of torch becomes a node, any other module's forward is run."""
         self.read()
         own = module.__dict__
         if module not in self.places:
@@ -594,7 +595,7 @@ class Tracer(fx.Tracer):
         return result
 
     def _call_opaque(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Traced:
-        """A call of code that is not known. It may keep or change the objects that it is given: only tensors are."""
+        """Calls code that is not known. It is given only tensors, because it may keep or change other objects."""
         for one in (*args, *kwargs.values()):
             if not is_a(one, Traced) and not is_constant(one):
                 self.refuse(f"it hands a {type(real_of(one)).__name__} to {self._name(module)}")
@@ -618,7 +619,7 @@ class Tracer(fx.Tracer):
     # ---- builtins that look at objects ------------------------------------------------------------------------------
 
     def is_equal(self, stand_in: StandIn, other: Any) -> bool:
-        """``stand_in == other``, where no code of the user's has a say in it."""
+        """``stand_in == other``, where the user's code does not define it."""
         real = real_of(stand_in)
         if is_a(stand_in, (NotUnderstood, FixedSet)) or is_a(other, (Traced, NotUnderstood, FixedSet)):
             self.refuse(f"it compares a {type(real).__name__}")
@@ -716,9 +717,9 @@ class Tracer(fx.Tracer):
         return callable(real_of(value))
 
 
-# Constants that generated code gives back as they are.
+# Constants that code generated by torch.fx returns unchanged.
 _GIVEN_BACK = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-# Values of whose attributes nothing has to be noted.
+# Values whose attributes need not be noted.
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type(None))
 # What the generated code has names of its own for.
 _TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", *vars(builtins)})

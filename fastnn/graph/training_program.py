@@ -21,12 +21,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn._torch import pytree
 from fastnn.activations import parse
-from fastnn.graph.forward import Program
+from fastnn.graph.forward import Trace
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import chooses_last, drop_unused_parts, kernel_of
 from fastnn.graph.matcher import Layer, activation_of, read_layer, settings_of, why_not_read
-from fastnn.graph.order import Order, in_place, unpack
-from fastnn.graph.program import Line, Value, conv_attributes, write
+from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
+from fastnn.network_program import Line, Value, conv_attributes, write
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
@@ -34,12 +34,12 @@ from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 
 
 class NotANetworkError(Exception):
-    """Why something is no network that a step runs in one call or two."""
+    """Says why a step cannot run something as a network in one call or two."""
 
 
 @dataclass
 class TrainingProgram:
-    """A program's text, and where the model has what it reads."""
+    """A program's text, and where the model holds the tensors that the program reads."""
 
     text: str
     # Where each tensor that the program reads is found. The model may hold one tensor at several places.
@@ -47,7 +47,7 @@ class TrainingProgram:
     parameters: list[int]  # of each of the program's weights, the source that is its first
     inputs: int
     outputs: Any  # what the forward returns, with numbers of the program's outputs in the place of tensors
-    log_softmax: int | None  # the dimension of one behind the only output
+    log_softmax: int | None  # the dimension of a log_softmax behind the only output
     guard: Guard  # of layers that the graph calls and the program does not: their attributes that became numbers
     counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
     draws: bool  # a step takes numbers from torch's generator
@@ -65,19 +65,19 @@ class TrainingProgram:
         return isinstance(self.outputs, int)
 
 
-def read_training_program(program: Program) -> TrainingProgram:
-    """The network that a module's program is. NotANetworkError where it is none."""
-    graph, sources = program.write()
-    drop_unused_parts(graph, program.modules)
+def read_training_program(trace: Trace) -> TrainingProgram:
+    """The network that a module's trace is. NotANetworkError where it is none."""
+    graph, sources = trace.write()
+    drop_unused_parts(graph, trace.modules)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    inputs = placeholders[: len(program.names)]
-    reader = _Reader(program.modules, Order(graph, program.modules), inputs)
+    inputs = placeholders[: len(trace.names)]
+    reader = _Reader(trace.modules, Order(graph, trace.modules), inputs)
     for node in placeholders[len(inputs) :]:  # `fastnn_tensor_3` is the fourth source
         reader.tensors[node] = sources[int(str(node.target).rpartition("_")[2])]
     (output,) = [node for node in graph.nodes if node.op == "output"]
     log_softmax: int | None = None
     if isinstance(output.args[0], Node):
-        log_softmax = _dim_of_log_softmax(output.args[0], program.modules)
+        log_softmax = _dim_of_log_softmax(output.args[0], trace.modules)
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or node in reader.done:
             continue
@@ -115,7 +115,7 @@ def read_training_program(program: Program) -> TrainingProgram:
 
 
 def _used(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
-    """Without the lines whose results nobody takes; those that draw numbers or move statistics stay."""
+    """Removes the lines whose results nobody takes. Lines that draw random numbers or change statistics stay."""
     needed, kept = set(results), []
     for line in reversed(lines):
         acts = line.layer in ("dropout", "noise", "batch_norm") or line.attributes.get("dropout")
@@ -201,9 +201,7 @@ class _Reader:
         else:
             name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
             writes = name.endswith("_") and not name.endswith("__")
-            writes = writes or bool(node.kwargs.get("inplace")) or node.target is in_place or "out" in node.kwargs
-            if node.op == "call_function" and name in _INPLACE_LAST and len(node.args) > _INPLACE_LAST[name]:
-                writes = writes or bool(node.args[_INPLACE_LAST[name]])
+            writes = writes or is_asked_to_write(node) or node.target is in_place or "out" in node.kwargs
             changed = node.args[1] if node.target is in_place else node.args[0] if node.args else None
         if not writes:
             return
@@ -228,7 +226,7 @@ class _Reader:
         raise NotANetworkError(f"{getattr(node, 'name', 'something')} is computed from something else")
 
     def data(self, node: Any) -> Value:
-        """The same, of floating-point numbers."""
+        """The value that a node is, which must hold floating-point numbers."""
         value = self.value(node)
         if value in self.integers:
             raise NotANetworkError("an input of integers goes to more than embeddings")
@@ -268,7 +266,7 @@ class _Reader:
         return result
 
     def note(self, module: nn.Module, *names: str) -> None:
-        """That the module is looked at before each step, and these attributes of it."""
+        """Notes in the guard that the program depends on the module and on these attributes of it."""
         self.guard.note_layer(module)
         self.guard.note_settings(module, names)
 
@@ -339,7 +337,7 @@ class _Reader:
         )  # fmt: skip
 
     def _add_norm_alone(self, node: Node, layer: Layer, inputs: dict[str, list[Value]]) -> None:
-        """A batch norm that no ReLU and max-pool follow."""
+        """Adds a batch norm that no ReLU and max-pool follow."""
         module: Any = layer.module
         if module is None:
             raise NotANetworkError("a batch norm is called as a function")
@@ -378,7 +376,7 @@ def _convolution(layer: Layer) -> dict[str, Any]:
 
 
 def _name(node: Node, modules: dict[str, nn.Module]) -> str:
-    """What the node does, as the user would call it."""
+    """What the node does, in the words of a user."""
     if node.op == "call_module":
         return f"{type(modules[str(node.target)]).__name__} '{node.target}'"
     if node.target is operator.getitem:
@@ -397,8 +395,6 @@ _NOT_SAVED = frozenset(
         *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise"),
     }
 )
-# Functions that take `inplace` by position, and where.
-_INPLACE_LAST = {"relu": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3, "silu": 1, "relu6": 1}
 
 
 def _row(*targets: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -527,7 +523,7 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _last_step(node: Node, layer: Any) -> list[Node] | None:
-    """Of a recurrent layer of which only the last step is used, the nodes that take it, in their order."""
+    """The nodes that take a recurrent layer's last step, in their order, if only that step is used. Else None."""
     part = _only_user(node)
     if layer.bidirectional or part is None or part.target is not operator.getitem:
         return None
@@ -557,7 +553,7 @@ def _is_zeros(node: Any, features: int) -> bool:
 
 @_row(torch.zeros, "new_zeros")
 def _zeros(read: _Reader, node: Node, *args: Any, **kwargs: Any) -> None:
-    """Only states are zeros; others raise where they are used."""
+    """Zeros may only be states. A use as anything else raises there."""
 
 
 def _states(read: _Reader, given: Any, features: Sequence[int]) -> list[Value]:
@@ -746,7 +742,7 @@ def _add_softmax(read: _Reader, node: Node, x: Any, dim: Any, dtype: Any, logari
 
 
 def _dim_of_log_softmax(node: Node, modules: dict[str, nn.Module]) -> int | None:
-    """Its dimension, if it is one over the classes of rows."""
+    """The dimension of a log_softmax over the classes; None where the node is no such log_softmax."""
     dim: Any = None
     if node.op == "call_module":
         module = modules[str(node.target)]
@@ -1058,7 +1054,7 @@ def _unbind(read: _Reader, node: Node, x: Any, dim: int = 0) -> None:
 
 
 def _add_split(read: _Reader, node: Node, x: Any, dim: int, **attributes: Any) -> None:
-    """Its parts are as many as are unpacked, or as it names."""
+    """Adds a split. There are as many parts as the model unpacks, or as the call names."""
     count = attributes.get("chunks") or len(attributes.get("sizes", ()))
     unpacked = _only_user(node)
     if unpacked is not None and unpacked.target is unpack:
@@ -1135,7 +1131,7 @@ def _index(read: _Reader, node: Node, whole: Any, index: Any) -> None:
 
 
 def _choose(read: _Reader, value: Value, index: Any, dim: int) -> tuple[Value, bool]:
-    """One part of an index -> the value, and whether the dimension is gone."""
+    """Applies one part of an index -> the value, and whether the dimension is gone."""
     if type(index) is int:
         return read.add(None, "select", {"input": [value]}, dim=dim, index=index), True
     if index is None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fastnn._torch import pytree
 from fastnn.graph import forward
-from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Program, key_of
+from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Trace, key_of
 from fastnn.graph.matcher import Match
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 
@@ -35,10 +35,10 @@ def try_candidates(model: nn.Module, stock: nn.Module, inputs: Sequence[Any], le
         with leaving_no_trace():
             with forward.observing(trial):
                 twin(*cloned(tuple(inputs)))
-            with suppress(Exception):  # what a model does not take twice, or with a gradient of all, stays as it is
+            with suppress(Exception):  # a model that fails in a second run, or in backward, keeps its fusions
                 trial.settle(twin, stock, tuple(inputs))
     except (RuntimeError, TypeError, ValueError) as error:
-        words = str(error).partition("\n")[0]  # torch.fx adds the node to it
+        words = str(error).partition("\n")[0]  # torch.fx adds the node in further lines
         raise ValueError(f"fuse: the model does not take the example inputs: {words}") from error
     left.update({of_twin.get(key, key): why for key, why in trial.left.items()})
     for module in model.modules():
@@ -57,8 +57,8 @@ class _Trial:
         self.tried: list[Any] = []  # the keys of all candidates
 
     def settle(self, twin: nn.Module, stock: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Leaves all candidates where they are faster one by one, and the whole model with them is not: what compares
-        the model with its trace at every call takes time, too. twin, stock: copies of the model, fused and not."""
+        """Leaves all candidates unfused where each is faster but the whole model is not, since comparing the model with
+        its trace takes time at every call. twin, stock: copies of the model, fused and unfused."""
         kept = [key for key in self.tried if key not in self.left]
         if not kept:
             return
@@ -86,8 +86,8 @@ class _Trial:
             )
             self.left.update(dict.fromkeys(kept, f"{words} ({'training' if self.training else 'inference'})"))
 
-    def see_program(self, module: nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
-        return _TrialRun(module, program, self).run(*inputs, *program.further_inputs())
+    def see_trace(self, module: nn.Module, trace: Trace, inputs: Sequence[Tensor]) -> Any:
+        return _TrialRun(module, trace, self).run(*inputs, *trace.further_inputs())
 
     def see_recurrent(self, fused: FusedRecurrent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def run(function: Callable[..., Any]) -> Callable[[Sequence[Tensor]], Any]:
@@ -155,12 +155,12 @@ class _Trial:
 
 
 class _TrialRun(fx.Interpreter):
-    """Runs the stock layers of a program, and tries each match once its last layer has run."""
+    """Runs the stock layers of a trace, and tries each match once its last layer has run."""
 
-    def __init__(self, module: nn.Module, program: Program, trial: _Trial) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=program.stock_graph)
+    def __init__(self, module: nn.Module, trace: Trace, trial: _Trial) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=trace.stock_graph)
         self.trial = trial
-        self.last = {match.nodes[-1]: match for match in program.matches.found}
+        self.last = {match.nodes[-1]: match for match in trace.matches.found}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -188,7 +188,7 @@ class _TrialRun(fx.Interpreter):
         self.trial.compare(key_of(match), ours, stock, [given], parameters)
 
     def _call_of(self, node: fx.Node) -> tuple[Callable[..., Any], Any, Any]:
-        """What a node calls, and its arguments after the first, so that timing the call adds no work of its own."""
+        """What a node calls, and its arguments after the first, ready so that timing the call measures nothing else."""
         function: Any = node.target
         if node.op == "call_module":
             function = self.fetch_attr(str(node.target))

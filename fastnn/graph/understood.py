@@ -125,7 +125,7 @@ _WRITES_GLOBALS = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME", "DELETE_NAME")
 
 @functools.lru_cache(maxsize=4096)
 def why_not_run(code: types.CodeType) -> tuple[str, int] | None:
-    """What a function's code does, with the number of its line, that stand-ins cannot see or must not do."""
+    """The first thing in a function's code that stand-ins cannot see or must not do, with the number of its line."""
     line = code.co_firstlineno
     before: dis.Instruction | None = None
     for instruction in dis.get_instructions(code):

@@ -31,7 +31,7 @@ FUSED = (
 )
 _OURS = {"functional": functional, **{fused.__name__: fused for fused in FUSED}}
 
-# The point of this module. It comes after ours, so that type checkers, for which the first of a name counts, see those.
+# The import that this module exists for. It comes after ours, because type checkers take the first import of a name.
 from torch.nn import *  # type: ignore[assignment, no-redef] # noqa: E402, F403
 
 globals().update(_OURS)

@@ -33,7 +33,7 @@ class _ConvReLUMaxPool(ConvNd):
     pool_padding: Any
     pool_dilation: Any
     ceil_mode: bool
-    _geometry: tuple[int, ...] | None  # the operators' argument; None where it depends on the call or is not valid
+    _geometry: tuple[int, ...] | None  # the operators' argument; None where only a call's sizes decide it
 
     def _set_pool(self, kernel_size: Any, stride: Any | None, padding: Any, dilation: Any, ceil_mode: bool) -> None:
         self.pool_kernel_size = kernel_size

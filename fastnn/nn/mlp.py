@@ -68,7 +68,7 @@ class MLP(nn.Sequential):
         super().__init__(*children)
 
     def __getitem__(self, index: Any) -> Any:
-        """A child, or of a slice an ``MLP`` of these children."""
+        """A child; or for a slice, an ``MLP`` of these children."""
         if not isinstance(index, slice):
             return super().__getitem__(index)
         part = MLP.__new__(MLP)
@@ -84,7 +84,7 @@ class MLP(nn.Sequential):
         children: list[Any] = list(self._modules.values())
         kinds: list[type | None] = []
         for child in children:
-            own = child.__dict__  # and has_own_call, written out
+            own = child.__dict__  # what follows is has_own_call, written out to save a function call
             calls = (
                 own["_forward_hooks"]
                 or own["_forward_pre_hooks"]
@@ -108,8 +108,8 @@ class MLP(nn.Sequential):
 
 
 class _Part(NamedTuple):
-    """Some of a Sequential's children, by their places: a chain that the kernel holds, or, without activations, one to
-    call."""
+    """Some of a Sequential's children, by their places: a chain that the kernel computes, or, where there are no
+    activations, one child that must be called."""
 
     children: Sequence[int]
     linears: Sequence[int] = ()
@@ -131,8 +131,9 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
 def _read(
     kinds: tuple[type | None, ...], values: tuple[Any, ...] | None = None
 ) -> tuple[tuple[_Part, ...], tuple[tuple[int, str], ...]]:
-    """The steps of a Sequential whose children are of these classes (None for one that must be called), and its
-    settings, places and attributes, whose ``values`` must be given to know the steps."""
+    """The steps of a Sequential whose children are of these classes (None for a child that must be called), and its
+    settings: the place and the name of each attribute on which the steps depend. Where there are settings, only a call
+    with their ``values`` gives the steps."""
     forwards = [None if kind is None else forward_of(kind) for kind in kinds]
     known = [_ACTIVATIONS.get(forward) for forward in forwards]
     settings = tuple([(place, name) for place, one in enumerate(known) if one for name in one[1]])
@@ -169,14 +170,15 @@ _read_once = lru_cache(maxsize=1024)(_read)
 
 
 def parameters_of(linears: Collection[Any]) -> list[Tensor]:
-    """The parameters of ``Linear`` layers as operators take them, read anew: they may have been replaced."""
+    """The parameters of ``Linear`` layers in the form that operators take. They are read at each call, because they may
+    have been replaced."""
     weights, biases, complete = [], [], True
     for linear in linears:
         try:
-            # A third of the time of attributes, for which nn.Module looks into _parameters last.
+            # This takes a third of the time of `linear.weight`, for which nn.Module looks into _parameters last.
             own = linear._parameters
             weight, bias = own["weight"], own["bias"]
-        except KeyError:  # it is parametrised
+        except KeyError:  # the layer is parametrized
             weight, bias = linear.weight, linear.bias
         weights.append(weight)
         biases.append(bias)

@@ -20,7 +20,7 @@ from fastnn.ops.rnn import plain_rnn, plain_rnn_cell, rnn, rnn_cell
 from fastnn.ops.rnn_head import train_rnn_with_head
 from fastnn.recurrent_modes import NUMBER_OF
 
-# In one look-up in place of eight, which nn.Module makes slow.
+# One look-up in place of eight: nn.Module makes attributes slow.
 _settings = itemgetter(
     "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_parameters"
 )
@@ -30,7 +30,7 @@ def _covers(input: Any) -> bool:
     """Whether to ask the operator at all."""
     if not isinstance(input, Tensor) or needs_reference(input):
         return False
-    # On the CPU there are no kernels in float16, which stock's results then have.
+    # The CPU has no kernels in float16, so stock computes, and its results are float16.
     return not (autocast_is_on() and input.is_cpu and torch.get_autocast_dtype("cpu") is torch.float16)
 
 
@@ -44,7 +44,7 @@ def _parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
 
 
 class _OnStock:
-    """What layers and cells share: `_stock`, the stock module that they stand for."""
+    """The base of layers and cells. `_stock` is the stock class that they replace."""
 
     _stock: Any
 
@@ -77,8 +77,8 @@ class _Recurrent(_OnStock, RNNBase):
         return self._by_stock(input, hx) if answer is None else answer
 
     def _run_plain(self, input: Tensor, hx: Any, head: Sequence[Tensor] | None = None) -> Any:
-        """The kernel's answer to what calls mostly are, in a few microseconds; None where a closer look is due. With a
-        `head`, a linear layer's weight and bias, the answer of that layer on the last step of a training step."""
+        """Runs the kernel for the most usual kind of call, in a few microseconds; None for other calls. With a `head`,
+        which is the weight and bias of a linear layer on the last step, the result is that layer's, in training."""
         try:
             mode, layers, bidirectional, batch_first, dropout, training, weights, own = _settings(self.__dict__)
             if hx is None:
@@ -100,7 +100,7 @@ class _Recurrent(_OnStock, RNNBase):
             output, final = plain_rnn(
                 input, None, state, weights, None, NUMBER_OF[mode], layers, bidirectional, batch_first
             )
-        except (AttributeError, KeyError, RuntimeError, TypeError):  # arguments that do not fit, for one
+        except (AttributeError, KeyError, RuntimeError, TypeError):  # for example because the arguments do not fit
             return None
         return output, final[0] if mode != "LSTM" else tuple(final)
 
@@ -113,7 +113,8 @@ class _Recurrent(_OnStock, RNNBase):
         return self._stock.forward(self, input, hx)
 
     def _weights(self) -> list[Any]:
-        """As stock has them: those of `_flat_weights`, which may be assigned to, unless an attribute has changed."""
+        """The weights that stock would use: those in `_flat_weights`, which a user may assign to, or the attributes if
+        one of these has been assigned to since."""
         if is_compiling():
             return _parameters(self, self._flat_weights_names)
         weights, flat = list(map(self._parameters.get, self._flat_weights_names)), self._flat_weights
@@ -125,7 +126,7 @@ class _Recurrent(_OnStock, RNNBase):
         return self._flat_weights
 
     def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> tuple[Tensor, Any] | None:
-        """The kernel's answer for a tensor, or None where the stock module's is due."""
+        """Runs the kernel on a tensor; None where the stock module has to run."""
         batch_dim = 0 if self.batch_first else 1
         batched = input.dim() == 3
         if not batched:
@@ -160,7 +161,7 @@ class _Recurrent(_OnStock, RNNBase):
         return result, final[0] if self._states == 1 else tuple(final)
 
     def _state(self, hx: Any) -> Sequence[Tensor] | None:
-        """hx as the operator takes it, or None for what is no such thing."""
+        """hx in the form that the operator takes, or None where it is no valid state."""
         if hx is None:
             return ()
         state = (hx,) if self._states == 1 else hx
@@ -295,11 +296,12 @@ class _Cell(_OnStock, RNNCellBase):
         return self._stock.forward(self, input, hx) if answer is None else answer
 
     def _mode(self) -> str | None:
-        """Which of ``fastnn.recurrent_modes.MODES``, or None for one that only the stock cell can refuse."""
+        """The cell's name in ``fastnn.recurrent_modes.MODES``; None for a nonlinearity that the stock cell will
+        refuse."""
         raise NotImplementedError
 
     def _run_plain(self, input: Tensor, hx: Any) -> Any:
-        """The kernel's answer to what calls mostly are; None where a closer look is due."""
+        """Runs the kernel for the most usual kind of call; None for other calls."""
         mode, c = self._mode(), None
         if self._states == 2 and hx is not None:
             if not isinstance(hx, (tuple, list)) or len(hx) != 2:
@@ -309,12 +311,12 @@ class _Cell(_OnStock, RNNCellBase):
             return None
         try:
             new_state = plain_rnn_cell(input, NUMBER_OF[mode], hx, c, *_all_cell_weights(self._parameters))
-        except (KeyError, RuntimeError):  # a parametrization's weights, or arguments that do not fit
+        except (KeyError, RuntimeError):  # the weights are parametrized, or the arguments do not fit
             return None
         return new_state[0] if self._states == 1 else tuple(new_state)
 
     def _run(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any:
-        """The kernel's answer, or None where the stock cell's is due."""
+        """Runs the kernel; None where the stock cell has to run."""
         mode = self._mode()
         if self._states == 1:
             h, c = hx, None

@@ -27,9 +27,9 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
 
 def needs_reference(input: Tensor) -> bool:
-    """Whether the kernels do not cover the call, so that plain PyTorch computes it: other dtypes, forward-mode
-    differentiation, and ``torch.jit.trace`` and ``torch.onnx``, whose graphs hold no gradient written in Python and are
-    to be loaded where there is no fastnn. (The operator itself refuses tensors that do not fit the input.)"""
+    """Whether plain PyTorch must compute the call, because the kernels do not cover it: other dtypes, forward-mode
+    differentiation, and ``torch.jit.trace`` and ``torch.onnx``, whose graphs can hold no gradient written in Python and
+    will be loaded where fastnn is not installed. (The operator itself refuses tensors that do not fit the input.)"""
     if forward_ad._current_level >= 0 or (not is_compiling() and is_tracing()):
         return True
     if is_exporting() and torch.onnx.is_in_onnx_export():
@@ -38,9 +38,9 @@ def needs_reference(input: Tensor) -> bool:
 
 
 def is_plain(input: Tensor) -> bool:
-    """Whether a call needs nothing but the kernel and perhaps a gradient, so that an operator may be called by its
-    ``_op``, 0.25 us faster: no autocast, compilation, tracing, export or ``torch.func`` transform, and a dtype that
-    kernels cover."""
+    """Whether a call needs only the kernel and perhaps a gradient, so that an operator may be called directly
+    (``_torch.direct_call``). There must be no autocast, compilation, tracing, export or ``torch.func`` transform, and
+    the kernels must cover the dtype."""
     return (
         (input.dtype is _float32 or input.dtype in KERNEL_DTYPES)
         and not autocast_is_on()
@@ -100,7 +100,7 @@ def in_torchs_words(error: RuntimeError, reference: Callable[..., Any], *args: A
 
 
 def call_kernel(op: Callable[..., Any], *args: Any) -> Any:
-    """Run a raw operator for a caller that takes care of gradients itself."""
+    """Run a raw operator for a caller that records gradients itself."""
     if not torch.is_grad_enabled():
         return op(*args)
     with torch.no_grad():
@@ -165,16 +165,16 @@ def one_by_one(backward: Callable[..., Any], grads: Sequence[Tensor | None]) -> 
 
 
 def wants_graph() -> bool:
-    """Whether backward is to be differentiable itself (``create_graph=True``), and no transform sees to that."""
+    """Whether backward must itself be differentiable (``create_graph=True``), and no transform takes care of that."""
     return torch.is_grad_enabled() and not transforms_active() and not is_compiling()
 
 
 def gradients_by_reference(
     reference: Callable[..., Any], tensors: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """What a backward that :func:`wants_graph` returns: the gradients of the reference's outputs with respect to those
-    of its tensors that are needed, by plain autograd, which can be differentiated at the cost of stock's own."""
-    # Other views, since one tensor may stand at two places, each of which has a gradient of its own.
+    """The gradients for a backward that must be differentiable (:func:`wants_graph`). Plain autograd computes them from
+    the reference's outputs, with respect to the tensors that need one, at the cost of stock's own double backward."""
+    # Each place gets a view of its own: one tensor may stand at two places, each of which has its own gradient.
     own = [one.view_as(one) if needs else one for one, needs in zip(tensors, needed, strict=True)]
     outputs = reference(*own)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -190,8 +190,8 @@ def gradients_by_reference(
 def differentiate_twice(
     reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``vjp(reference)(grad_output, *tensors)`` with respect to ``(grad_output, *tensors)``, itself
-    differentiable. The backward kernels have no backward of their own: the reference is what they compute."""
+    """Gradients of ``vjp(reference)(grad_output, *tensors)`` with respect to ``(grad_output, *tensors)``, which can be
+    differentiated again. The backward kernels have no backward of their own, so the reference takes their place."""
     if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grad_grads):
         return one_by_one(lambda *rows: differentiate_twice(reference, grad_output, tensors, rows), grad_grads)
 

@@ -1,5 +1,5 @@
-"""Registers what the operators are besides their kernels: a fake kernel, the refusal of gradients, and their
-meaning under the transforms of ``torch.func``.
+"""Registers all that an operator needs besides its kernels: a fake kernel, the refusal of gradients, and rules for the
+transforms of ``torch.func``.
 
 The public functions have gradients (each op's ``autograd.Function``); a raw operator is the forward alone."""
 
@@ -18,15 +18,15 @@ _REFUSAL = (
 
 
 def check_given(op: Any, arguments: Sequence[Any]) -> None:
-    """Checks the arguments of kernels in Python, which get None for a tensor that a caller leaves undefined.
-    (csrc/ops/check.h has the same.)"""
+    """Checks that a kernel written in Python got no None for a tensor: it gets None where a caller gives an undefined
+    tensor. (csrc/ops/check.h does the same for kernels in C++.)"""
     for argument, given in zip(op._schema.arguments, arguments, strict=False):
         if given is None and isinstance(argument.type, torch.TensorType):
             raise RuntimeError(f"{op.name()}: {argument.name} must be a tensor, got None")
 
 
 class RefuseGradient(torch.autograd.Function):
-    """The output of a raw operator, if one of its inputs requires grad: asking for the gradient raises."""
+    """Returns the output of a raw operator, one of whose inputs requires grad. Asking for the gradient raises."""
 
     generate_vmap_rule = True
 
@@ -62,7 +62,7 @@ for _name in ("CPU", "CUDA", "Meta"):
 
 
 class _Call:
-    """An operator and the structure of its arguments; after the call, that of its result too."""
+    """An operator and the structure of its arguments; after the call, the structure of its result too."""
 
     def __init__(self, op: Any, arguments: pytree.TreeSpec) -> None:
         self.op, self.arguments = op, arguments
@@ -74,7 +74,8 @@ class _Call:
 
 
 class Transformed(torch.autograd.Function):
-    """A raw operator under a transform of ``torch.func``: one call per example for vmap, no gradient, no tangent."""
+    """Runs a raw operator under a transform of ``torch.func``: vmap makes one call per example, and gradients and
+    tangents are refused."""
 
     @staticmethod
     def forward(call: _Call, *leaves: Any) -> tuple[Tensor, ...]:
@@ -105,7 +106,7 @@ class Transformed(torch.autograd.Function):
 
 
 def raw_operator(name: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorates the fake kernel of ``fastnn::name``: registers it, and the rest."""
+    """Decorates the fake kernel of ``fastnn::name``: registers it, the refusal of gradients, and the rules."""
     op = getattr(torch.ops.fastnn, name).default
 
     def transformed(*args: Any) -> Any:

@@ -1,8 +1,8 @@
 """Batch norm, ReLU and max-pool in one pass, after a convolution or without one.
 
-A batch norm whose statistics are known multiplies each channel by a number and adds another. Before a pool that is
-``conv_relu_max_pool`` of a convolution of one pixel and groups of one channel, which is how it is computed; after a
-convolution the numbers go into its weights.
+A batch norm whose statistics are known multiplies each channel by a number and adds another. After a convolution, the
+numbers go into the convolution's weights. Otherwise ``conv_relu_max_pool`` computes the batch norm, as a convolution
+whose kernel is one pixel and whose groups have one channel each.
 """
 
 import functools
@@ -35,9 +35,9 @@ _CONV_RELU_MAX_POOL = (conv_relu_max_pool1d, conv_relu_max_pool2d, conv_relu_max
 _backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
 _with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
 
-# Multiplying a weight by the normalisation moves 8 bytes for each of its elements, some 0.6 ns; the convolution
-# multiplies each by so many pixels, at 0.02 ns. Of fewer pixels than these the former takes a fifth of the latter,
-# which is about what one call in place of three saves.
+# With fewer pixels than these, batch norm is not folded into the weight. Folding takes about 0.6 ns for each element of
+# the weight, for the 8 bytes that are moved; the convolution takes 0.02 ns for each element and pixel. At so many
+# pixels folding takes a fifth of the convolution's time, which is about what one call in place of three saves.
 _PIXELS_TO_FOLD_FOR = 150
 
 
@@ -69,7 +69,7 @@ def conv_batch_norm_relu_max_pool(
     dims = weight.dim() - 2
     pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
     if input.dim() == dims + 1 or not _fit(weight.shape[0], running_mean, running_var, gamma, beta):
-        # What comes out of the convolution is the batch norm's to refuse, or to broadcast.
+        # Batch norm has to refuse the convolution's output, or to broadcast over it.
         convolved = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
         if convolved.dim() == dims + 2:
             normed = F.batch_norm(convolved, running_mean, running_var, gamma, beta, False, 0.0, eps)
@@ -103,15 +103,15 @@ def batch_norm_relu_max_pool(
     pool_dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """``max_pool(relu(batch_norm(input)))``; in ``training`` with the statistics of the batch, by which the running
-    ones are moved, and ``num_batches_tracked`` goes up by one."""
+    """``max_pool(relu(batch_norm(input)))``. In ``training`` it takes the statistics of the batch, updates the running
+    statistics by them, and adds one to ``num_batches_tracked``."""
     pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
     is_features = input.dim() == 2 and dims == 1  # without a length: each row is a signal to the pool
     if input.dim() != dims + 2 and not is_features:
         raise ValueError(f"expected {dims + 2}D input (got {input.dim()}D input)")
     if num_batches_tracked is not None and training:
         num_batches_tracked.add_(1)
-    if is_features or not _fit(input.shape[1], running_mean, running_var, gamma, beta):  # it has the words
+    if is_features or not _fit(input.shape[1], running_mean, running_var, gamma, beta):  # it raises the error
         normed = F.batch_norm(input, running_mean, running_var, gamma, beta, training, momentum, eps)
         return reference.POOL[dims](F.relu(normed), *pool)
     if not training and running_mean is not None and running_var is not None:
@@ -163,14 +163,14 @@ def relu_max_pool(
         scaled = input if scale is None else input * scale.reshape(sizes)
         shifted = scaled if shift is None else scaled + shift.reshape(sizes)
         return reference.POOL[dims](F.relu(shifted), *pool).to(input.dtype)
-    # A shift of -0 leaves each number as it is, -0 too.
+    # Adding -0 changes no number, not even -0.
     weight = input.new_ones(channels) if scale is None else scale
     bias = input.new_full((channels,), -0.0) if shift is None else shift
     return conv_relu_max_pool(input, weight.reshape(-1, 1, *(1,) * dims), bias, geometry, dims)
 
 
 def _fit(channels: int, *tensors: Tensor | None) -> bool:
-    """Whether a batch norm's tensors have a number for each channel. (Others would be broadcast here.)"""
+    """Whether a batch norm's tensors have a number for each channel. (The code here would broadcast others.)"""
     return all(tensor is None or tensor.shape == (channels,) for tensor in tensors)
 
 
@@ -228,15 +228,16 @@ _ROUNDING = (
 
 
 class BatchNormReluMaxPool(torch.autograd.Function):
-    """Training's batch norm, ReLU and max-pool. Keeps the input, two numbers a channel and a byte a window."""
+    """Batch norm, ReLU and max-pool in training. It saves the input, two numbers a channel and a byte a window."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, gamma: Any, beta: Any, mean: Any, var: Any, momentum: float, eps: float,
                 geometry: tuple[int, ...]) -> Tensor:  # fmt: skip
         batch_mean, batch_var = torch.ops.aten.batch_norm_update_stats(input, mean, var, momentum)
         scale, _ = _scale_and_shift(batch_mean, batch_var, gamma, None, eps)
-        # A channel that is constant but for the mean's rounding is beta exactly. By its scale, which is large, it would
-        # lie beside beta by a rounding error, and ReLU decides by that.
+        # A channel that is constant, but for the rounding of its mean, gives exactly beta. Multiplied by its scale,
+        # which is large, the rounding error would move the result away from beta, perhaps to the other side of ReLU's
+        # 0.
         limit = _ROUNDING * torch.finfo(batch_var.dtype).eps ** 2
         scale.masked_fill_(batch_var <= batch_mean.square() * limit, 0)
         shift = -batch_mean * scale if beta is None else torch.addcmul(beta, batch_mean, scale, value=-1)

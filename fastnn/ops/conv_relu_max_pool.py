@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn._extension import load_extension
-from fastnn._torch import onednn_dtypes, suggest_memory_format
+from fastnn._torch import direct_call, onednn_dtypes, suggest_memory_format
 from fastnn.ops._autograd import (
     autocast,
     call_kernel,
@@ -38,9 +38,9 @@ load_extension().set_onednn_dtypes(torch.float32 in _CHANNELS_LAST_3D, torch.bfl
 MOST_PLACES: int = load_extension().most_places  # the most elements of a window, whose argmax is saved in one byte
 
 _op = torch.ops.fastnn.conv_relu_max_pool.default
-_call = _op._op  # what _op(...) calls in the end, 0.25 us faster; torch.compile knows only _op
+_call = direct_call(_op)
 _with_winners_op = torch.ops.fastnn.conv_relu_max_pool_with_winners.default
-_with_winners_call = _with_winners_op._op
+_with_winners_call = direct_call(_with_winners_op)
 _backward_op = torch.ops.fastnn.conv_relu_max_pool_backward.default
 
 Size = int | Sequence[int]
@@ -218,8 +218,8 @@ def _check_rank(input: Tensor, dims: int) -> None:
         )
 
 
-# The geometries of the calls so far: looking one up takes half of the time of building it anew. Calls with tuples are
-# not stored, because (2.0, 2.0), which must raise, would find the entry of (2, 2).
+# The geometries of earlier calls: finding one takes half of the time of building it again. Calls with tuples are not
+# stored, because (2.0, 2.0), which must raise, would find the entry of (2, 2).
 _geometry_of_numbers: dict[Any, FlatGeometry] = {}
 _TYPES_OF_NUMBERS = (*(int,) * 9, bool)
 
@@ -272,8 +272,9 @@ def _numbers(value: Any, count: int) -> list[int] | None:
 def _named_padding(
     name: str, dims: int, input: Tensor, weight: Tensor, stride: Size, dilation: Size
 ) -> tuple[Tensor, list[int] | str]:
-    """The input and the padding in numbers. Where "same" pads one side more than the other, the input comes back with
-    the surplus already added. The padding stays a name where PyTorch rejects the other arguments."""
+    """Turns a padding's name into numbers -> the input and the padding. Where "same" pads one side more than the other,
+    the returned input already has the additional padding. The padding stays a name where PyTorch rejects the other
+    arguments."""
     if name == "valid":
         return input, [0] * dims
     if name != "same":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnn._extension import load_extension
+from fastnn._torch import direct_call
 from fastnn.activations import NAMES, Activation, join, last_of, layers_of, parse_one
 from fastnn.ops._autograd import (
     autocast,
@@ -27,12 +28,12 @@ from fastnn.ops._autograd import (
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference import mlp as reference
 
-MOST_LAYERS: int = load_extension().most_layers  # of one call of the operators, at most
-# Multiply-adds of a lone linear layer below which autograd's own linear is faster in training: nothing is fused, and a
-# function written in Python costs some 5 us more. From some 1000 on, stock's products have shapes that take 40 us.
+MOST_LAYERS: int = load_extension().most_layers  # the most layers in one call of the operators
+# Below so many multiply-adds, autograd's own linear is faster in training than a single linear layer here: nothing is
+# fused, and a function written in Python costs about 5 us. From about 1000 on, stock's products may take 40 us.
 _SMALL_LINEAR = 500
 _mlp_op = torch.ops.fastnn.mlp.default
-_mlp_call = _mlp_op._op  # what _mlp_op(...) calls in the end, 0.25 us faster; torch.compile knows only _mlp_op
+_mlp_call = direct_call(_mlp_op)
 _mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
 _mlp_backward_op = torch.ops.fastnn.mlp_backward.default
 
@@ -105,7 +106,7 @@ def read_activations(activation: str | Sequence[str], layers: int) -> tuple[Acti
 
 
 def join_activations(activation: str | Sequence[str], layers: int) -> str:
-    """The same as one text, which the operators take."""
+    """The activations that a user named, as the one text that the operators take."""
     called = (_names_of(activation), layers)
     text = _texts.get(called)
     if text is None:
@@ -113,7 +114,7 @@ def join_activations(activation: str | Sequence[str], layers: int) -> str:
     return text
 
 
-# The texts of the activations so far, by how a call named them and its number of layers.
+# The texts of activations in earlier calls, by the names that the call gave and its number of layers.
 _texts: dict[tuple[str | tuple[str, ...], int], str] = {}
 
 
@@ -190,15 +191,15 @@ def _reference(input: Tensor, parameters: Sequence[Tensor], activations: str) ->
 
 
 def mlp_with_some_biases(input: Tensor, parameters: Sequence[Tensor | None], activations: str) -> Tensor:
-    """The same for layers of which some have no bias, with None in its place."""
+    """:func:`mlp_of_parameters` for layers of which some have no bias: None is in its place."""
     layers = len(parameters) // 2
     weights: Any = parameters[:layers]
     return mlp_of_parameters(input, join_parameters(weights, parameters[layers:]), activations)
 
 
 def _is_small_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether the call is one small linear layer: with shapes that the operator takes too (linear takes more), and a
-    number of rows that is no symbol, as it is in ``torch.export``."""
+    """Whether the call is one small linear layer. Its shapes must be among those that the operator takes (linear takes
+    more), and its number of rows must not be a symbol, as it is in ``torch.export``."""
     rows = input.shape[0]
     return (
         type(rows) is int
@@ -256,8 +257,8 @@ class Mlp(torch.autograd.Function):
                 output, hidden = _mlp_with_hidden_op(saved[0], saved[1:], activations)
             saved = (*saved, output, *hidden)
         elif not _saves_output(activations):
-            # The operator expects a tensor of the output's sizes here, but does not read it: the gradient has these
-            # sizes too.
+            # The operator expects a tensor of the output's sizes here, but does not read it. The gradient has these
+            # sizes.
             saved = (*saved[: 1 + parameters], grad_output, *saved[1 + parameters :])
         wanted = (needed[0], True in needed[3 : 3 + layers], True in needed[3 + layers :])
         compute = MlpBackward.apply if torch.is_grad_enabled() else MlpBackward.forward
@@ -266,7 +267,7 @@ class Mlp(torch.autograd.Function):
 
 
 def _by_reference(tensors: Sequence[Tensor], activations: str) -> Tensor:
-    """tensors: the input and the parameters."""
+    """Computes the chain by the reference. tensors: the input and the parameters."""
     names = activations.split("|")
     return reference.mlp(tensors[0], *split_parameters(tensors[1:], len(names)), names)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.graph.program import TextLine
+from fastnn.network_program import TextLine
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.recurrent_modes import MODE_OF
@@ -19,7 +19,7 @@ network_unpacked = torch.ops.fastnn.network_unpacked.default
 
 
 def _rnn_sizes(line: TextLine, taken: Taken) -> list[Tensor]:
-    """What a recurrent layer gives, without its steps, of which there may be an unknown number."""
+    """Empty tensors of the sizes of a recurrent layer's results. No step runs, because their number may be unknown."""
     (x,) = taken["input"]
     directions = 2 if line["bidirectional"] else 1
     weights = taken["weights"]

@@ -1,4 +1,4 @@
-"""Recurrent networks: schema's Python side, autograd and the functions behind the modules."""
+"""Recurrent networks: the Python side of the operators' schema, autograd, and the functions that the modules call."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn._torch import onednn_dtypes
+from fastnn._torch import direct_call, onednn_dtypes
 from fastnn.ops._autograd import (
     autocast_is_on,
     call_kernel,
@@ -28,11 +28,11 @@ from fastnn.recurrent_modes import MODE_OF, MODES, NUMBER_OF
 from fastnn.reference import rnn as reference
 
 _rnn_op = torch.ops.fastnn.rnn.default
-_rnn_call = _rnn_op._op  # see is_plain
+_rnn_call = direct_call(_rnn_op)  # see is_plain
 _cell_op = torch.ops.fastnn.rnn_cell.default
-_cell_call = _cell_op._op
+_cell_call = direct_call(_cell_op)
 _with_reserve_op = torch.ops.fastnn.rnn_with_reserve.default
-_with_reserve_call = _with_reserve_op._op
+_with_reserve_call = direct_call(_with_reserve_op)
 _backward_op = torch.ops.fastnn.rnn_backward.default
 
 
@@ -93,7 +93,7 @@ def _rnn(
     batch_first: bool,
     dropout: float,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """:func:`rnn` but for autocast."""
+    """:func:`rnn` after autocast has cast the tensors."""
     masks = None
     number = NUMBER_OF[mode]
     if not state and batch_sizes is None and is_exporting():
@@ -114,11 +114,11 @@ def _rnn(
 def _autocast_dtypes(
     input: Tensor, batch_sizes: Tensor | None, state: Sequence[Tensor], mode: str, weights: int
 ) -> tuple[torch.dtype, torch.dtype] | None:
-    """The dtypes of h, with the output, and of c that stock's network or cell (an input of two dimensions without batch
-    sizes) returns under autocast, of as many `weights` a direction; None outside of it.
+    """The dtypes that stock returns under autocast: one of h and the output, one of c. None outside autocast. Stock's
+    cell is meant where the input has two dimensions and no batch sizes. weights: how many there are for a direction.
 
-    On a GPU everything is cast. On the CPU the products are, and then, in oneDNN's LSTM, everything; elsewhere GRU and
-    LSTM carry on a state of the dtype that they were given, or the input's, where that is wider."""
+    On a GPU autocast casts everything. On the CPU it casts the products, and in oneDNN's LSTM everything; elsewhere GRU
+    and LSTM keep a state in the wider of its own dtype and the input's."""
     device = input.device.type
     if not autocast_is_on() or not torch.is_autocast_enabled(device) or input.dtype is torch.float64:
         return None
@@ -144,7 +144,8 @@ def _stock_has_onednn(input: Tensor) -> bool:
 def _cast(
     dtypes: tuple[torch.dtype, torch.dtype], input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Everything in the wider dtype, but for what autocast leaves alone, which does not fit then."""
+    """Casts all tensors to the wider dtype. What autocast does not cast keeps its dtype, and the operator refuses
+    it."""
     dtype = torch.promote_types(*dtypes)
 
     def cast(tensor: Tensor) -> Tensor:
@@ -164,8 +165,8 @@ def plain_rnn(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """:func:`rnn` for callers that know that the call is plain (:func:`is_plain`), with the mode by its number and the
-    dropout drawn."""
+    """:func:`rnn` for callers that know that the call is plain (:func:`is_plain`). The mode is given by its number, and
+    the dropout masks have been drawn."""
     if not wants_gradient(input, *state, *weights):
         return _rnn_call(input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first)
     config = mode, num_layers, bidirectional, batch_first
@@ -194,7 +195,7 @@ def rnn_cell(input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, *weig
 def _rnn_cell(
     input: Tensor, mode: str, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """:func:`rnn_cell` but for autocast."""
+    """:func:`rnn_cell` after autocast has cast the tensors."""
     number = NUMBER_OF[mode]
     if is_plain(input):
         return plain_rnn_cell(input, number, h, c, *weights)
@@ -211,8 +212,8 @@ def _rnn_cell(
 def plain_rnn_cell(
     input: Tensor, mode: int, h: Tensor | None, c: Tensor | None, *weights: Tensor | None
 ) -> Sequence[Tensor]:
-    """:func:`rnn_cell` for callers that know that the call is plain (:func:`is_plain`), the mode by its number. Biases
-    may be None."""
+    """:func:`rnn_cell` for callers that know that the call is plain (:func:`is_plain`). The mode is given by its
+    number, and biases may be None."""
     if not wants_gradient(input, h, c, *weights):
         return _cell_call(input, mode, h, c, *weights)
     state, given, config = _given((h, c)), _given(weights), _CELL_CONFIGS[mode]
@@ -231,7 +232,8 @@ def _zero_state(
     bidirectional: bool = False,
     batch_first: bool = False,
 ) -> list[Tensor]:
-    """The state that none stands for. In an exported program it is given: AOTInductor drops an empty list."""
+    """The zeros that a missing state stands for. An exported program gives them, because AOTInductor drops an empty
+    list."""
     count = num_layers * (2 if bidirectional else 1)
     outputs, hidden = reference.state_sizes(weights[: len(weights) // count])
     batch = input.shape[0 if batch_first else 1]
@@ -250,8 +252,8 @@ def _with_stocks_gradient(
     masks: Tensor | None,
     config: RnnConfig,
 ) -> tuple[Tensor, Sequence[Tensor]] | None:
-    """On a GPU, the answer where the operator would run stock's kernels: those keep for backward what the operator
-    cannot hand over. Else None."""
+    """On a GPU, runs stock's layer with its own gradient, where the operator would run stock's kernels: these save for
+    backward what the operator cannot return. Else None."""
     if run_with_stocks_gradient is None:
         return None
     return run_with_stocks_gradient(input, batch_sizes, state, weights, masks, *config)
@@ -289,7 +291,7 @@ class Rnn(torch.autograd.Function):
         output, final_state, reserve = _with_reserve_op(
             input, batch_sizes, tensors[:states], tensors[states:], masks, *config
         )
-        return (output, *final_state, output.clone(), reserve)  # the caller may change the first in place
+        return (output, *final_state, output.clone(), reserve)  # the caller may change its output in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -316,13 +318,14 @@ class Rnn(torch.autograd.Function):
         ctx.call = (config, states, 1 + len(final_state))
         ctx.set_materialize_grads(False)
         ctx.whole = None
-        if config[3]:  # of a batch first stock keeps a copy, so that the caller may change the input in place
-            if input.requires_grad:  # a second derivative needs the input itself, and what it comes from
+        if config[3]:  # batch first: stock saves a copy of the input, so that the caller may change it in place
+            if input.requires_grad:  # a second derivative needs the input itself, with its history
                 ctx.whole = (input, input._version)
             input = input.clone()
         ctx.save_for_backward(output, reserve, input, batch_sizes, masks, *tensors)
         is_cell = batch_sizes is None and input.dim() == 2
-        # The caller may change a network's output in place, as stock's: backward needs what it was. A cell's stays.
+        # The caller may change a network's output in place, as with stock, so backward gets a copy of it. A cell's
+        # output must not be changed, as with stock.
         return (output if is_cell else output.clone(), *final_state)
 
     @staticmethod
@@ -353,7 +356,7 @@ class Rnn(torch.autograd.Function):
 def _by_reference(
     config: RnnConfig, states: int, batch_sizes: Tensor | None, masks: Tensor | None, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """tensors: the input, the states and the weights."""
+    """Computes the network by the reference. tensors: the input, the states and the weights."""
     (input, *rest), (mode, layers, bidirectional, batch_first) = tensors, config
     state, weights = rest[:states], rest[states:]
     if input.dim() == 2 and batch_sizes is None:
@@ -407,7 +410,7 @@ class RnnBackward(torch.autograd.Function):
         ctx.grads = 1 + MODES[ctx.config[0]].states
         ctx.outputs_given = [gradient is not None for gradient in output]
         ctx.set_materialize_grads(False)
-        # Not the output and the reserve: the reference makes its own.
+        # The output and the reserve are not saved, because the reference computes its own.
         ctx.save_for_backward(*tensors[: ctx.grads], *tensors[ctx.grads + 2 :])
 
     @staticmethod
@@ -441,7 +444,7 @@ class RnnBackward(torch.autograd.Function):
 
 
 def _check_devices(batch_sizes: Tensor | None, *tensors: Tensor | None) -> None:
-    """batch_sizes is on the CPU wherever the others are, or with them on ``meta``."""
+    """Checks that the tensors are on one device. batch_sizes is on the CPU, or on ``meta`` if the others are."""
     check_same_device(*tensors, None if batch_sizes is None or batch_sizes.is_cpu else batch_sizes)
 
 
@@ -453,7 +456,7 @@ def _fake_results(
     masks: Tensor | None,
     *config: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Output, final state and reserve."""
+    """Empty tensors of the sizes of the output, the final state and the reserve."""
     _check_devices(batch_sizes, input, *state, *weights, masks)
     torch._check(input.shape[-1] == weights[0].shape[1], lambda: "rnn: the input does not fit the weights")
     mode, layers, bidirectional, batch_first = config

@@ -1,7 +1,7 @@
 """A recurrent network with a linear layer on its last state, in training: one ``autograd.Function`` for both.
 
-Each function that autograd records in Python costs a small step some 40 us, and taking the last layer's state from the
-others 10, which is as long as the kernels take.
+In a small step, each function that autograd records in Python costs about 40 us, and taking the last layer's state out
+of the others costs 10, which is as long as the kernels take.
 """
 
 from collections.abc import Sequence
@@ -10,23 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn._torch import direct_call
 from fastnn.ops._autograd import eager_recorder
 from fastnn.ops.mlp import _mlp_backward_op, _mlp_with_hidden_op, mlp_of_parameters
 from fastnn.ops.rnn import RnnConfig, _backward_op, _with_reserve_call, plain_rnn
 from fastnn.recurrent_modes import MODES
 
-_with_hidden_call, _mlp_backward_call, _backward_call = _mlp_with_hidden_op._op, _mlp_backward_op._op, _backward_op._op
+_with_hidden_call, _mlp_backward_call = direct_call(_mlp_with_hidden_op), direct_call(_mlp_backward_op)
+_backward_call = direct_call(_backward_op)
 
 
 def train_rnn_with_head(input: Tensor, weights: Sequence[Tensor], head: Sequence[Tensor], config: RnnConfig) -> Tensor:
-    """``linear(h, *head)`` of the last layer's final h, from a zero state. For callers that know that the call is plain
-    (:func:`is_plain`), on the CPU, and that a gradient is wanted; ``weights`` as for :func:`rnn`."""
+    """``linear(h, *head)``, where h is the last layer's final state and the network starts from zeros. Callers know
+    that the call is plain (:func:`is_plain`) and on the CPU, and that a gradient is wanted. ``weights`` as for
+    :func:`rnn`."""
     result: Any = _record(input, config, len(weights), *weights, *head)
     return result
 
 
 class RnnWithHead(torch.autograd.Function):
-    """What :func:`train_rnn_with_head` records."""
+    """The function that :func:`train_rnn_with_head` records for autograd."""
 
     @staticmethod
     def record(ctx: Any, input: Tensor, config: RnnConfig, weights: int, *tensors: Tensor) -> Any:
@@ -34,7 +37,7 @@ class RnnWithHead(torch.autograd.Function):
         h = final_state[0][-1]
         result, _ = _with_hidden_call(h, tensors[weights:], "identity")
         ctx.call = (config, weights)
-        # Not the result, which is the caller's to change: backward through a linear layer does not look at it.
+        # The result is not saved: the caller may change it, and backward through a linear layer does not need it.
         ctx.save_for_backward(input, output, reserve, h, *tensors)
         return result
 
@@ -68,7 +71,7 @@ class RnnWithHead(torch.autograd.Function):
     def _backward_to_differentiate(
         ctx: Any, grad: Tensor, input: Tensor, weights: Sequence[Tensor], head: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
-        """The gradients with a graph of their own, by way of the two functions that have one."""
+        """The gradients for a second derivative, by the two functions whose gradients can be differentiated."""
         mode, layers, bidirectional, batch_first = ctx.call[0]
         _, state = plain_rnn(input, None, (), weights, None, mode, layers, bidirectional, batch_first)
         result = mlp_of_parameters(state[0][-1], head, "identity")

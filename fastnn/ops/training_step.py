@@ -1,4 +1,4 @@
-"""A whole training step in one operator, or in two with the loss between them: their Python side."""
+"""The Python side of the operators that make a whole training step, in one call or in two with the loss between."""
 
 from typing import Any
 
@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 from fastnn._extension import load_extension
+from fastnn._torch import direct_call
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference.network import network
 
-training_step_op = torch.ops.fastnn.training_step.default
-bind_training_step_op = torch.ops.fastnn.bind_training_step.default
-bound_training_step_op = torch.ops.fastnn.bound_training_step.default
-bound_training_step_of_several_op = torch.ops.fastnn.bound_training_step_of_several.default
-bound_training_epoch_op = torch.ops.fastnn.bound_training_epoch.default
-bound_training_gradients_op = torch.ops.fastnn.bound_training_gradients.default
-bound_training_update_op = torch.ops.fastnn.bound_training_update.default
-training_gradients_backward_op = torch.ops.fastnn.training_gradients_backward.default
-training_step_forward_op = torch.ops.fastnn.training_step_forward.default
-training_step_backward_op = torch.ops.fastnn.training_step_backward.default
+step = direct_call(torch.ops.fastnn.training_step.default)
+bind = direct_call(torch.ops.fastnn.bind_training_step.default)
+bound_step = direct_call(torch.ops.fastnn.bound_training_step.default)
+bound_step_of_several = direct_call(torch.ops.fastnn.bound_training_step_of_several.default)
+bound_epoch = direct_call(torch.ops.fastnn.bound_training_epoch.default)
+bound_gradients = direct_call(torch.ops.fastnn.bound_training_gradients.default)
+bound_update = direct_call(torch.ops.fastnn.bound_training_update.default)
+step_forward = direct_call(torch.ops.fastnn.training_step_forward.default)
+step_backward = direct_call(torch.ops.fastnn.training_step_backward.default)
+gradients_backward = direct_call(torch.ops.fastnn.training_gradients_backward.default)
 _extension = load_extension()
 release_training_step = _extension.release_training_step
 forget_forward = _extension.forget_forward
@@ -117,5 +118,5 @@ def _(
 
 
 def _like(inputs: list[Tensor], parameters: list[Tensor]) -> Any:
-    """A tensor of the step's dtype."""
+    """A tensor that has the dtype of the step."""
     return next(tensor for tensor in (*parameters, *inputs) if tensor.is_floating_point())

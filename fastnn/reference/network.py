@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn.activations import parse_one
-from fastnn.graph.program import TextLine, read
+from fastnn.network_program import TextLine, read
 from fastnn.reference.rnn import rnn
 
 

@@ -458,7 +458,7 @@ def test_backward_refuses(device):
 
 
 def chosen(mode, hidden, batch=32, dtype=torch.float16, precision="ieee", target=_target.TARGETS[2], **options):
-    network = _rnn_config.Network(mode, hidden, batch, dtype, precision, **options)
+    network = _rnn_config.RnnNetwork(mode, hidden, batch, dtype, precision, **options)
     return _rnn_config.rnn_config(network, target)
 
 
@@ -514,7 +514,7 @@ def test_choice_of_a_wavefront():
 )
 def test_cudnn_keeps_the_weights_of_narrow_networks(mode, forward, backward):
     def keeps(hidden, forward, dtype=torch.bfloat16, **options):
-        network = _rnn_config.Network(mode, hidden, 100, dtype, **options)
+        network = _rnn_config.RnnNetwork(mode, hidden, 100, dtype, **options)
         return _rnn_config.cudnn_keeps_weights(network, _target.TARGETS[2], forward)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -527,7 +527,7 @@ def test_cudnn_keeps_the_weights_of_narrow_networks(mode, forward, backward):
 
 def test_cudnn_keeps_the_weights_of_wide_float16_networks():
     def keeps(mode, hidden=512, batch=32, dtype=torch.float16, target=_target.TARGETS[2], **options):
-        network = _rnn_config.Network(mode, hidden, batch, dtype, inputs=options.pop("inputs", 256), **options)
+        network = _rnn_config.RnnNetwork(mode, hidden, batch, dtype, inputs=options.pop("inputs", 256), **options)
         answers = {_rnn_config.cudnn_keeps_weights(network, target, forward) for forward in (True, False)}
         return answers == {True}
 

@@ -31,9 +31,8 @@ class ConvLayer : public Layer<T> {
     weight_sizes_ = weight.sizes;
     bias_ = weights.of(line, "bias", Ints{weight.sizes[0]});
     const size_t dims = weight_sizes_.size() - 2;
-    constexpr int64_t kMost = int64_t{1} << 31;
     const auto add = [&](const char* name, int64_t least) {
-      for (const int64_t number : line.integers(name, least, kMost, dims)) geometry_.push_back(number);
+      for (const int64_t number : line.integers(name, least, kMostSize, dims)) geometry_.push_back(number);
     };
     add("stride", 1);
     add("padding", 0);
@@ -42,7 +41,7 @@ class ConvLayer : public Layer<T> {
     add(line.text("pool_stride").empty() ? "pool" : "pool_stride", 1);
     add("pool_padding", 0);
     add("pool_dilation", 1);
-    geometry_.push_back(line.integer("groups", 1, kMost));
+    geometry_.push_back(line.integer("groups", 1, kMostSize));
     geometry_.push_back(line.flag("ceil_mode"));
     const bool plain = activation_.kind == ActivationKind::relu || activation_.kind == ActivationKind::identity;
     bool pools = false;
@@ -51,7 +50,7 @@ class ConvLayer : public Layer<T> {
   }
 
   FormatRule formats() const override { return FormatRule::each; }
-  // (An addend lies as the output does.)
+  // (An addend has the output's format.)
   bool writes_parts() const override { return this->inputs.size() == 1; }
 
   void set_sizes(Site<T>& site) const override {
@@ -132,7 +131,7 @@ class ConvLayer : public Layer<T> {
     return problem_of({kDtypeOf<T>, 0, "network"}, input, weight_sizes_, geometry_);
   }
 
-  // Whether the convolution is a product of matrices: pixels, whose channels lie together, by the weight.
+  // Whether the convolution is a product of two matrices: the pixels, whose channels lie together, and the weight.
   static bool is_product(const Site<T>& site, const ConvPoolGeometry& g) {
     const auto has_rows = [](const ValueType& value) {
       return value.channels_last() || product(value.sizes, 2, value.sizes.size()) == 1;
@@ -153,7 +152,7 @@ class ConvLayer : public Layer<T> {
     const int64_t chunks = std::min(useful_threads(work), rows);
     const int64_t scratch_size = kernels.scratch_size(std::max(g.in_channels, g.out_channels));
     const Scratch<T> scratch(checked_product(chunks, scratch_size));
-    constexpr int64_t kTogether = 48;  // rows, so that what is finished or moved is still in cache
+    constexpr int64_t kTogether = 48;  // so few rows at a time are still in cache when they are finished or moved
     const int64_t pitch = given.site.outputs[0].pitch, out = g.out_channels;
     const Scratch<T> blocks(pitch ? checked_product(chunks, kTogether * out) : 0);
     parallel_chunks(chunks, rows, [&](int64_t chunk, int64_t first, int64_t last) {

@@ -1,7 +1,8 @@
 // conv_transpose: a transposed convolution, without dilation.
 //
-// Output pixels whose places agree modulo the stride meet the same positions of the kernel. So it is one convolution of
-// stride 1 for each such phase, by a part of the kernel turned around, which writes every stride-th pixel.
+// Output pixels whose positions are equal modulo the stride use the same positions of the kernel. Such pixels are a
+// phase. Each phase is a convolution of stride 1, by a part of the kernel turned around, which writes every stride-th
+// pixel.
 #pragma once
 
 #include "conv.h"
@@ -18,15 +19,14 @@ class ConvTransposeLayer : public Layer<T> {
     if (weight.sizes.size() < 3 || weight.sizes.size() > 5) line.refuse("expected a weight of 3 to 5 dimensions");
     weight_ = weight.data;
     weight_sizes_ = weight.sizes;
-    groups_ = line.integer("groups", 1, int64_t{1} << 31);
+    groups_ = line.integer("groups", 1, kMostSize);
     if (weight.sizes[0] < 1 || weight.sizes[0] % groups_) line.refuse("expected as many input channels in each group");
     bias_ = weights.of(line, "bias", Ints{checked_product(weight.sizes[1], groups_)});
     const size_t dims = weight_sizes_.size() - 2;
-    constexpr int64_t kMost = int64_t{1} << 31;
-    stride_ = line.integers("stride", 1, kMost, dims);
-    padding_ = line.integers("padding", 0, kMost, dims);
-    output_padding_ = line.integers("output_padding", 0, kMost, dims);
-    for (const int64_t dilation : line.integers("dilation", 1, kMost, dims)) {
+    stride_ = line.integers("stride", 1, kMostSize, dims);
+    padding_ = line.integers("padding", 0, kMostSize, dims);
+    output_padding_ = line.integers("output_padding", 0, kMostSize, dims);
+    for (const int64_t dilation : line.integers("dilation", 1, kMostSize, dims)) {
       if (dilation != 1) line.refuse("expected no dilation");
     }
     int64_t phases = 1;
@@ -90,7 +90,7 @@ class ConvTransposeLayer : public Layer<T> {
         const int64_t stride = stride_[i], residue = rest % stride, padding = padding_[i];
         rest /= stride;
         phase.residue[d] = residue;
-        // The first output pixel of the phase, and what it is counted from.
+        // The first output pixel of the phase.
         const int64_t first = ((residue - padding) % stride + stride) % stride;
         phase.first[d] = first;
         const int64_t start = (first + padding - residue) / stride;
@@ -106,7 +106,7 @@ class ConvTransposeLayer : public Layer<T> {
       if (!phase.empty) {
         phase.key = plan_key<T>(*site.kernels.conv, g, site.inputs[0].channels_last(), true, -1);
         phase.plan = plan_forward(phase.key.geometry, phase.key.request, phase.key.machine);
-        if (phase.plan.algorithm == ForwardAlgorithm::stock) {  // which knows no padding on one side alone
+        if (phase.plan.algorithm == ForwardAlgorithm::stock) {  // torch knows no padding on one side alone
           phase.key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
           phase.plan = plan_forward(phase.key.geometry, phase.key.request, phase.key.machine);
         }
@@ -183,21 +183,21 @@ class ConvTransposeLayer : public Layer<T> {
     PlanKey key{ConvPoolGeometry{}, conv_kernels().get<T>()};
     ConvPlan plan;
     int64_t residue[3], first[3];  // of the kernel's positions; the first output pixel
-    bool empty;                    // no position of the kernel meets these pixels
+    bool empty;                    // whether these pixels use no position of the kernel
     int64_t weight_size, number;
 
-    // Which phases there are depends on the sizes of the input: each has packed blocks of its own.
+    // The phases depend on the sizes of the input, so each phase has packed blocks of its own.
     int64_t key_of_weight() const { return -2 - number; }
     int64_t key_of_packed() const { return packing_of(plan) + (number + 1) * 4096; }
   };
   using Phases = std::vector<Phase>;
 
-  // Phases write their pixels apart from each other, so that activations but for ReLU take all of them in one pass.
+  // The pixels of a phase do not lie together. So an activation other than ReLU runs last, over all pixels in one pass.
   bool takes_activation_last() const {
     return activation_.kind != ActivationKind::relu && activation_.kind != ActivationKind::identity;
   }
 
-  // The phase's part of the weight as a convolution has it: (out, in, kernel), turned around.
+  // Writes the phase's part of the weight, turned around, as the weight of a convolution: (out, in, kernel).
   void turn(const Phase& phase, T* to) const {
     const ConvPoolGeometry& g = phase.geometry;
     const size_t dims = stride_.size();

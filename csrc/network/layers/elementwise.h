@@ -1,4 +1,4 @@
-// activation and binary: what is computed element by element.
+// activation and binary: layers that compute element by element.
 #pragma once
 
 #include "../../ops/mlp_by_layers.h"

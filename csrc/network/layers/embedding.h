@@ -28,7 +28,8 @@ class EmbeddingLayer : public Layer<T> {
       FASTNN_CHECK(numbers[i] >= 0 && numbers[i] < rows_, "index out of range in self");
     parallel_range(count, kCopyWork * static_cast<double>(features_), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        // Another thread may write to the caller's tensor meanwhile, so that the number is looked at once more.
+        // Another thread may have written to the caller's tensor since the check, so the number is kept inside the
+        // bounds.
         const int64_t row = std::min(std::max<int64_t>(numbers[i], 0), rows_ - 1);
         std::copy_n(weight_ + row * features_, features_, call.output(0) + i * features_);
       }

@@ -41,7 +41,7 @@ class LayerNormLayer : public Layer<T> {
     weight_ = weights.of(line, "weight", Ints{features_});
     bias_ = weights.of(line, "bias", Ints{features_});
   }
-  // The features may be those of several dimensions, the last ones.
+  // The features may take several dimensions, the last ones.
   void set_sizes(Site<T>& site) const override {
     const Ints& sizes = site.sizes(0);
     int64_t features = sizes.empty() ? 0 : sizes.back();

@@ -1,4 +1,4 @@
-// max_pool, avg_pool and mean: what takes several elements for one.
+// max_pool, avg_pool and mean: layers that make one element of several.
 #pragma once
 
 #include <cmath>
@@ -8,27 +8,26 @@
 
 namespace fastnn {
 
-// A pool of images. With channels last, a window is as many runs of channels. Contiguous images go through the
-// convolution's kernels, which pool whatever a depthwise convolution gives: for the maximum, one whose kernel is a
-// single 1; the average is such a convolution itself.
+// A pool of images. With channels last, a window is as many runs of channels as it has positions. Contiguous images go
+// through the kernels of the depthwise convolution: an average is such a convolution, and a maximum is the pool behind
+// such a convolution whose kernel is a single 1.
 template <class T, bool averages>
 class PoolLayer : public Layer<T> {
  public:
   PoolLayer(const ProgramLine& line, const Weights<T>&) {
     this->inputs = {line.input("input")};
-    constexpr int64_t kMost = int64_t{1} << 31;
-    kernel_ = line.integers("kernel", 1, kMost);
+    kernel_ = line.integers("kernel", 1, kMostSize);
     const size_t dims = kernel_.size();
     if (dims < 1 || dims > 3) line.refuse("expected a kernel of 1 to 3 dimensions");
-    stride_ = line.text("stride").empty() ? kernel_ : line.integers("stride", 1, kMost, dims);
-    padding_ = line.integers("padding", 0, kMost, dims);
+    stride_ = line.text("stride").empty() ? kernel_ : line.integers("stride", 1, kMostSize, dims);
+    padding_ = line.integers("padding", 0, kMostSize, dims);
     for (size_t d = 0; d < dims; ++d) {
       if (padding_[d] > kernel_[d] / 2) line.refuse("pad should be at most half of kernel size");
     }
     if (averages) {
       counts_padding_ = line.flag("count_include_pad");
     } else {
-      dilation_ = line.integers("dilation", 1, kMost, dims);
+      dilation_ = line.integers("dilation", 1, kMostSize, dims);
       ceil_mode_ = line.flag("ceil_mode");
     }
   }
@@ -80,13 +79,13 @@ class PoolLayer : public Layer<T> {
   }
 
  private:
-  // Of contiguous images: pixels fill the lanes, where there are kernels for that.
+  // The plan's key for contiguous images: pixels fill the lanes, where there are kernels for that.
   static PlanKey contiguous_key(const ConvKernels<T>& kernels, const ConvPoolGeometry& g, bool output_channels_last) {
     constexpr ForwardAlgorithm algorithm = sizeof(T) == 8 ? ForwardAlgorithm::direct : ForwardAlgorithm::pixels;
     return plan_key<T>(kernels, g, false, output_channels_last, static_cast<int64_t>(algorithm));
   }
 
-  // As conv_relu_max_pool has it, with a group for each channel.
+  // The pool as a problem of conv_relu_max_pool, with a group for each channel.
   ConvPoolProblem problem(const Ints& input) const {
     const size_t dims = kernel_.size();
     const Ints ones(dims, 1), zeros(dims, 0);
@@ -145,8 +144,8 @@ class PoolLayer : public Layer<T> {
     int64_t at(int d, int64_t output, int64_t tap) const { return output * stride[d] - padding[d] + tap * dilation[d]; }
   };
 
-  // A row of outputs. Those whose windows lie inside the row share one list of places, the others have lists of their
-  // own.
+  // Computes a row of outputs. Outputs whose windows lie inside the row share one list of positions. The others have
+  // lists of their own.
   void pool_row(const ConvPoolGeometry& g, const Window& window, const T* image, const ConvLayout& layout, int64_t z,
                 int64_t y, T* to, int64_t to_step) const {
     const auto& kernels = elementwise_kernels().get<T>();
@@ -219,7 +218,7 @@ using MaxPoolLayer = PoolLayer<T, false>;
 template <class T>
 using AvgPoolLayer = PoolLayer<T, true>;
 
-// The mean or the sum over some dimensions. Of an image, all its pixels may be taken in either format.
+// The mean or the sum over some dimensions. A mean over all pixels of an image takes either format.
 template <class T>
 class MeanLayer : public Layer<T> {
  public:
@@ -266,11 +265,11 @@ class MeanLayer : public Layer<T> {
         (passed == 0 ? outer : inner) *= input.sizes[d];
       }
     }
-    // What is kept must come out contiguous.
+    // The dimensions that are kept must come out contiguous.
     together = together && !(input.channels_last() && keeps_channels && keeps_pixels);
     const Scratch<T> copy(together ? 0 : input.count());
     const T* from = call.input(0);
-    if (!together) {  // those that are taken go behind the others
+    if (!together) {  // moves the dimensions that are taken behind the others
       std::vector<size_t> sorted;
       for (const bool second : {false, true}) {
         for (size_t d = 0; d < rank; ++d) {

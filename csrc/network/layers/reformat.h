@@ -1,5 +1,5 @@
-// A change of format, which no program names: a network has one behind each input of images, so that its layers may
-// take the input channels last where that costs less.
+// A change of format. No program names this layer: each network has one behind each input of images, so that the layers
+// may take the input in channels last where that costs less.
 #pragma once
 
 #include "../array.h"

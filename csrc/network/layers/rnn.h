@@ -6,7 +6,7 @@
 
 namespace fastnn {
 
-// The outputs are the output of all steps, or of the last alone, and then the final states, as many as the line names.
+// The outputs are the output of all steps or of the last step, and then as many final states as the line names.
 template <class T>
 class RnnLayer : public Layer<T> {
  public:
@@ -88,7 +88,7 @@ class RnnLayer : public Layer<T> {
     network.h0 = call.site.inputs.size() > 1 ? call.input(1) : nullptr;
     network.c0 = call.site.inputs.size() > 2 ? call.input(2) : nullptr;
     const int64_t width = network.width();
-    // One step or one sequence lies alike in both orders.
+    // With one step, or one sequence, both orders of dimensions are the same in memory.
     const bool writes_output = length == 1 || (!last_ && (!batch_first_ || batch == 1));
     const Scratch<T> all_steps(writes_output ? 0 : checked_product(network.rows, width));
     network.output = writes_output ? call.output(0) : all_steps.get();

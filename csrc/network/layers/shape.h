@@ -1,4 +1,4 @@
-// reshape, permute, slice, cat and pad: what only moves elements.
+// reshape, permute, slice, cat and pad: layers that only move elements.
 #pragma once
 
 #include <limits>
@@ -7,14 +7,14 @@
 
 namespace fastnn {
 
-// The same elements under other sizes. One size may be -1, and follows from the others.
+// The same elements with other sizes. One size may be -1: it follows from the others.
 template <class T>
 class ReshapeLayer : public Layer<T> {
  public:
   ReshapeLayer(const ProgramLine& line, const Weights<T>&) {
     this->inputs = {line.input("input")};
-    // A size is a number; or a product of numbers and of "value.dimension", as that dimension of another value, which
-    // may be divided by a number, the rest dropped: "0.1*0.2", "0.-1/2".
+    // A size is a number; or a product of numbers and of "value.dimension", which means that dimension of another
+    // value. The product may be divided by a number and is then rounded down: "0.1*0.2", "0.-1/2".
     constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
     for (const std::string_view part : line.parts("sizes")) {
       Size size{1, {}, 1};
@@ -206,7 +206,7 @@ class CatLayer : public Layer<T> {
     T* to = call.output(0);
     for (size_t i = 0; i < call.site.inputs.size(); ++i) {
       const ValueType& input = call.site.inputs[i];
-      if (input.pitch == 0) {  // else it was written here
+      if (input.pitch == 0) {  // else the layer before has written it to its place
         copy_array(call.input(i), input.strides(), to, strides, input.sizes,
                    memory_order(strides.size(), output.channels_last()));
       }
@@ -226,8 +226,7 @@ class PadLayer : public Layer<T> {
  public:
   PadLayer(const ProgramLine& line, const Weights<T>&) {
     this->inputs = {line.input("input")};
-    constexpr int64_t kMost = int64_t{1} << 31;
-    padding_ = line.integers("padding", -kMost, kMost);
+    padding_ = line.integers("padding", -kMostSize, kMostSize);
     if (padding_.size() % 2) line.refuse("expected two numbers a dimension");
     value_ = static_cast<T>(line.real("value"));
   }

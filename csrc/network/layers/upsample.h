@@ -35,7 +35,7 @@ class UpsampleLayer : public Layer<T> {
     const size_t dims = factors_.size();
     const int64_t rows = dims > 1 ? input.sizes[2] : 1, columns = input.sizes[1 + dims];
     const int64_t factor_y = dims > 1 ? factors_[0] : 1, factor_x = factors_[dims - 1];
-    // An image of one pixel lies alike in both formats, so that the output's format is that of both.
+    // An image of one pixel is the same in both formats, so the output's format counts.
     const bool channels_last = call.site.outputs[0].channels_last();
     const int64_t inner = channels_last ? input.sizes[1] : 1;  // elements of a pixel that lie together
     const int64_t planes = input.sizes[0] * (channels_last ? 1 : input.sizes[1]);
@@ -74,7 +74,7 @@ class UpsampleLayer : public Layer<T> {
   }
 
  private:
-  // The pixels that one lies between, and how far it is from the first.
+  // The two pixels between which an output pixel lies, and how far it is from the first.
   struct Place {
     int64_t first, second;
     double part;

@@ -6,7 +6,7 @@
 
 namespace fastnn {
 
-// One of mlp's, on its own.
+// One of mlp's activations as a layer.
 template <class T>
 class ActivationTraining : public UnaryTraining<T> {
  public:
@@ -21,7 +21,7 @@ class ActivationTraining : public UnaryTraining<T> {
     outputs[0] = output_.borrow();
   }
   Tensor gradient_of(const Tensor& gradient) override {
-    // In the order in which the output lies.
+    // The elements go in the order in which the output lies.
     Tensor result = new_like<T>(output_);
     const bool alike = same_strides(gradient, output_);
     const Tensor grad_output = alike ? gradient.borrow() : dense(gradient);
@@ -128,7 +128,7 @@ class DropoutTraining : public UnaryTraining<T> {
  public:
   explicit DropoutTraining(const ProgramLine& line) : UnaryTraining<T>(line), drops_(probability(line, "p")) {}
   void forward(Tensor* outputs) override {
-    scales_ = new_like<T>(this->input());  // of the input's strides, since stock draws in the order of memory
+    scales_ = new_like<T>(this->input());  // has the input's strides, since stock draws in the order of memory
     draw_scales<T>(drops_, scales_);
     outputs[0] = combined<T>(BinaryKind::mul, this->input(), scales_);
   }

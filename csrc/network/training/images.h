@@ -8,9 +8,7 @@
 
 namespace fastnn {
 
-constexpr int64_t kMostSize = int64_t{1} << 31;
-
-// An attribute's numbers, one for each of `dims` dimensions, for all of which one may stand.
+// An attribute's numbers, one for each of `dims` dimensions. One number may stand for all.
 inline Ints of_each(const Ints& numbers, size_t dims, const char* name) {
   if (numbers.size() == 1) return Ints(dims, numbers[0]);
   FASTNN_CHECK(numbers.size() == dims, kTrainingStep, ": expected ", name, " to be ", dims, " numbers, got ",
@@ -18,7 +16,7 @@ inline Ints of_each(const Ints& numbers, size_t dims, const char* name) {
   return numbers;
 }
 
-// The max-pool behind a layer, as its attributes say it.
+// The max-pool that the attributes of a layer describe.
 struct TrainingPool {
   Ints size, stride, padding, dilation;
   bool ceil_mode;
@@ -34,7 +32,7 @@ struct TrainingPool {
     const auto is_one = [](int64_t number) { return number == 1; };
     return !std::all_of(size.begin(), size.end(), is_one) || !std::all_of(stride.begin(), stride.end(), is_one);
   }
-  // The geometry of fastnn::conv_relu_max_pool, from that of the convolution: see ops/conv_problem.h.
+  // The geometry of fastnn::conv_relu_max_pool for a convolution with this pool: see ops/conv_problem.h.
   Ints geometry(const StockConvolution& c) const {
     const size_t dims = c.stride.size();
     Ints result;
@@ -76,7 +74,7 @@ class AnyConvTraining : public TrainingLayer<T> {
   }
 
  protected:
-  // How many dimensions the images have. Raises where input and weight do not have them.
+  // How many dimensions the images have. Raises where input and weight do not have so many.
   size_t dims() const {
     const int64_t rank = this->given[1].dim();
     FASTNN_CHECK(rank >= 3 && rank <= 5, kTrainingStep, ": expected a convolution's weight to be 3D to 5D, got ", rank,
@@ -90,7 +88,7 @@ class AnyConvTraining : public TrainingLayer<T> {
   }
   OptionalTensor bias() const { return this->given.size() > 2 ? optional(this->given[2]) : std::nullopt; }
   bool bias_is_wanted(const bool* wanted) const { return this->given.size() > 2 && wanted[2]; }
-  // gradients: of the input, the weight and the bias.
+  // Gives the gradients of the input, the weight and the bias to the inputs that want them.
   void give(std::array<Tensor, 3>& gradients, const bool* wanted, Gradient<T>* results) const {
     for (size_t i = 0; i < this->given.size(); ++i) {
       if (wanted[i]) results[i].tensor = std::move(gradients[i]);
@@ -102,7 +100,7 @@ class AnyConvTraining : public TrainingLayer<T> {
   int64_t groups_;
 };
 
-// With ReLU, and max-pool or none, the op's own forward and backward; else those of a plain convolution.
+// With ReLU, the layer is the op conv_relu_max_pool, forward and backward. Without, it is a plain convolution.
 template <class T>
 class ConvTraining : public AnyConvTraining<T> {
  public:
@@ -151,8 +149,8 @@ class ConvTraining : public AnyConvTraining<T> {
   void forget() override { output_ = winners_ = convolved_ = Tensor(); }
 
  private:
-  // A kernel of one pixel with strides, of which torch's library writes the weight's gradient where it should not. It
-  // is the same kernel without strides, over the pixels that the strides choose.
+  // Whether the kernel is one pixel and has strides. For such kernels torch's library writes the weight's gradient out
+  // of bounds. They are computed without strides, over the pixels that the strides choose.
   bool is_strided_point() const {
     bool strides = false;
     for (size_t d = 0; d < c_.stride.size(); ++d) {
@@ -220,7 +218,7 @@ class ConvTransposeTraining : public AnyConvTraining<T> {
   StockConvolution c_;
 };
 
-// The sum of all of value(0), ..., value(count - 1): several sums, so that no addition waits for the one before.
+// The sum of value(0), ..., value(count - 1). It is made as several sums, so that no addition waits for the one before.
 template <class Value>
 double sum_of(int64_t count, const Value& value) {
   constexpr int64_t chains = 16;
@@ -234,7 +232,8 @@ double sum_of(int64_t count, const Value& value) {
   return total;
 }
 
-// Mean and variance of each channel. Of contiguous images torch adds up one element after another.
+// Mean and variance of each channel. For contiguous images this is faster than torch, which adds up one element after
+// another.
 template <class T>
 std::array<Tensor, 2> statistics_of(const Tensor& images) {
   if (!images.is_contiguous() || images.dim() < 3) return channel_statistics(images);
@@ -263,9 +262,9 @@ std::array<Tensor, 2> statistics_of(const Tensor& images) {
   return result;
 }
 
-// Batch norm, with the statistics of the batch or, where it does not train, with those that run; and where ReLU
-// follows, that and a max-pool: each channel is multiplied by a number, another is added, which is a convolution of one
-// pixel and groups of one channel.
+// Batch norm, with the statistics of the batch, or, where it does not train, with the running statistics. Where ReLU
+// follows, the layer includes ReLU and a max-pool: the norm multiplies each channel by a number and adds another, which
+// is a convolution whose kernel is one pixel and whose groups have one channel each.
 template <class T>
 class BatchNormTraining : public TrainingLayer<T> {
  public:
@@ -354,8 +353,9 @@ class BatchNormTraining : public TrainingLayer<T> {
 
  private:
   OptionalTensor parameter(size_t i) const { return place_[i] ? optional(this->given[place_[i]]) : std::nullopt; }
-  // Whether a channel has one value but for the mean's rounding. It is the bias exactly then: by its scale, which is
-  // large, it would lie beside the bias by a rounding error, and ReLU decides by that.
+  // Whether all values of a channel are equal, but for the rounding of their mean. Then the result is exactly the bias.
+  // Multiplied by the channel's scale, which is large, the rounding error would move the result away from the bias,
+  // perhaps to the other side of ReLU's 0.
   bool is_constant(int64_t channel) const {
     constexpr T kLimit = 16 * std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon();
     const T mean = data<T>(mean_)[channel];
@@ -392,7 +392,7 @@ class BatchNormTraining : public TrainingLayer<T> {
   double momentum_, eps_;
   TrainingPool pool_;
   bool rectifies_;
-  size_t place_[4] = {};  // among the inputs: mean, variance, weight, bias; 0 where there is none
+  size_t place_[4] = {};  // of mean, variance, weight and bias among the inputs; 0 where there is none
   Ints geometry_;
   int64_t elements_ = 0;  // of a channel
   Tensor output_, winners_, mean_, variance_, inverse_deviation_, ones_;

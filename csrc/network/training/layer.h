@@ -1,6 +1,6 @@
-// What a layer of a network is in training: forward, which keeps what backward needs, and backward. A layer is the ops'
-// own forward and backward, or torch's, over the tensors that a step has at that time: so each value lies in memory as
-// it would in torch, which draws the elements of a dropout in that order.
+// A layer of a network in training: forward, which saves what backward needs, and backward. A layer runs the ops' own
+// forward and backward, or torch's, on tensors. Each value lies in memory as it would in torch, because torch draws the
+// elements of a dropout in the order of memory.
 #pragma once
 
 #include <memory>
@@ -13,15 +13,15 @@ namespace fastnn {
 
 constexpr const char* kTrainingStep = "training_step";
 
-// The gradient of a layer's input. That of a parameter may be memory alone, which the layer keeps: a tensor takes a
-// fifth of a microsecond longer.
+// The gradient of a layer's input. The gradient of a parameter may be plain memory that the layer keeps, since a tensor
+// takes a fifth of a microsecond longer.
 template <class T>
 struct Gradient {
   Tensor tensor;
   const T* memory = nullptr;  // as many elements as the parameter has, in its order
 };
 
-// A layer keeps tensors from forward until `forget`, and then is as new.
+// A layer in training. It keeps tensors from forward until `forget`.
 template <class T>
 class TrainingLayer {
  public:
@@ -31,20 +31,20 @@ class TrainingLayer {
   virtual ~TrainingLayer() = default;
   // Sets as many outputs as the line names.
   virtual void forward(Tensor* outputs) = 0;
-  // gradients: of the outputs, undefined where nothing depends on one; one at least is there. Sets the results of the
-  // inputs that are wanted.
+  // gradients: those of the outputs, undefined where nothing depends on an output; at least one is defined. Sets the
+  // results of the inputs that are wanted.
   virtual void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) = 0;
-  // Writes what a step leaves behind besides its gradients, once nothing can fail any more.
+  // Writes other results of a step than gradients, such as running statistics, when nothing can fail any more.
   virtual void commit() {}
   virtual void forget() {}
-  // Takes over what the next layer does, which is the only one to take this one's output, as its first input. Returns
-  // false where it cannot.
+  // Takes over the work of the next layer, whose first input is this layer's output, which no other layer takes.
+  // Returns false where that cannot be.
   virtual bool absorb(const TrainingLayer&) { return false; }
-  // Whether the first input is of int64. All others are of the network's dtype, but for those of which the layer reads
-  // the sizes alone, which are the last.
+  // Whether the first input is int64. All others have the network's dtype, except for the last ones of which the layer
+  // reads only the sizes.
   virtual bool takes_numbers() const { return false; }
   virtual size_t inputs_for_sizes() const { return 0; }
-  // The activation that the layer is; empty where it is another layer.
+  // The activation, where the layer is one; else empty.
   virtual std::string_view activation_text() const { return {}; }
 
  protected:
@@ -77,7 +77,7 @@ inline int64_t wrap_dim(int64_t dim, size_t rank) {
   return dim < 0 ? dim + count : dim;
 }
 
-// A tensor's memory under other sizes, while that lives.
+// A tensor's memory with other sizes. It is valid while the tensor lives.
 template <class T>
 Tensor as_sizes(const T* memory, const Ints& sizes) {
   Ints strides(sizes.size(), 1);
@@ -101,7 +101,7 @@ inline bool same_strides(const Tensor& one, const Tensor& other) {
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
 
-// a op b, of any strides. The result lies as the first operand of its sizes does.
+// a op b, for any strides. The result has the strides of the first operand that has the result's sizes.
 template <class T>
 Tensor combined(BinaryKind kind, const Tensor& a, const Tensor& b) {
   const Ints a_sizes = sizes_of(a), b_sizes = sizes_of(b);
@@ -144,7 +144,7 @@ Tensor combined(BinaryKind kind, const Tensor& a, T number, bool reverses) {
   return result;
 }
 
-// The gradient of an operand of these sizes that was broadcast.
+// The gradient of a broadcast operand of these sizes: it is summed over what was broadcast.
 inline Tensor reduced(Tensor gradient, const Ints& sizes) {
   const Ints own = sizes_of(gradient);
   if (own == sizes) return gradient;

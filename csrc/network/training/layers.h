@@ -54,7 +54,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
   line.refuse("it cannot be trained");
 }
 
-// The rows of the layers that a frozen network has not.
+// The rows of the layers that only training has.
 inline std::vector<LayerEntry> training_entries() {
   const auto entry = [](const char* name, std::vector<const char*> inputs, std::vector<AttributeEntry> attributes) {
     attributes.push_back({nullptr, nullptr, nullptr});

@@ -5,7 +5,7 @@
 
 namespace fastnn {
 
-// mean: over some dimensions, or their sum.
+// mean: the mean or the sum over some dimensions.
 template <class T>
 class MeanTraining : public UnaryTraining<T> {
  public:
@@ -63,7 +63,7 @@ class SoftmaxTraining : public UnaryTraining<T> {
   Tensor output_;
 };
 
-// Over the last dimensions, of which `features` elements make a row.
+// Layer norm over the last dimensions: `features` elements make a row.
 template <class T>
 class LayerNormTraining : public TrainingLayer<T> {
  public:
@@ -191,7 +191,7 @@ using MaxPoolTraining = PoolTraining<T, false>;
 template <class T>
 using AvgPoolTraining = PoolTraining<T, true>;
 
-// Each dimension averaged in so many parts, as torch's adaptive pools do it.
+// Divides each dimension into so many parts and averages each part, as torch's adaptive pools do.
 template <class T>
 class AdaptiveAverageTraining : public UnaryTraining<T> {
  public:
@@ -259,7 +259,7 @@ class UpsampleTraining : public UnaryTraining<T> {
   bool linear_, aligns_;
 };
 
-// The product of matrices, of which there may be as many as batches: (..., n, m) and (..., m, k).
+// The product of matrices (..., n, m) and (..., m, k), one for each element of the dimensions in front.
 template <class T>
 class MatmulTraining : public TrainingLayer<T> {
  public:

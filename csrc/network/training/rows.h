@@ -8,13 +8,13 @@
 
 namespace fastnn {
 
-// A linear layer with its activation, and those that follow one another: one call of mlp's kernels.
+// A linear layer with its activation. Layers that follow one another become one call of mlp's kernels.
 template <class T>
 class LinearTraining : public TrainingLayer<T> {
  public:
   explicit LinearTraining(const ProgramLine& line)
       : activations_(line.text("activation")), layers_(1), biased_(line.has("bias")) {
-    line.activation();  // which raises where there is none of that name
+    line.activation();  // raises where no activation has that name
     this->inputs = {line.input("input"), line.input("weight")};
     this->take(line, {"bias"});
   }
@@ -145,15 +145,15 @@ class LinearTraining : public TrainingLayer<T> {
   PerLayer<const T*> saved_;  // of each layer what backward needs
 };
 
-// That elements are dropped.
+// The probability with which elements are dropped.
 inline double probability(const ProgramLine& line, const char* name) {
   const double drops = line.real(name);
   if (!(drops >= 0 && drops <= 1)) line.refuse("dropout probability has to be between 0 and 1, but got ", drops);
   return drops;
 }
 
-// What dropout multiplies elements by, drawn by torch, so that a seed gives the same elements as stock's. scales:
-// without gaps
+// Draws the numbers by which dropout multiplies elements. torch draws them, so that a seed gives the same elements as
+// stock's. scales: a tensor without gaps.
 template <class T>
 void draw_scales(double drops, const Tensor& scales) {
   T* const to = mutable_data<T>(scales);
@@ -164,7 +164,7 @@ void draw_scales(double drops, const Tensor& scales) {
   for (int64_t i = 0; i < count; ++i) to[i] /= scale;
 }
 
-// The output of all steps, or of the last alone, and then the final states, as many as the line names.
+// The results are the output of all steps or of the last step, and then as many final states as the line names.
 template <class T>
 class RnnTraining : public TrainingLayer<T> {
  public:
@@ -257,7 +257,7 @@ class RnnTraining : public TrainingLayer<T> {
   Tensor without_batch(const Tensor& tensor, int64_t dim) const {
     return is_one_ ? stock("aten::squeeze", "dim", tensor, dim) : Tensor(tensor);
   }
-  // As fastnn/ops/rnn.py draws them, so that a seed gives the same elements.
+  // Draws the masks as fastnn/ops/rnn.py does, so that a seed gives the same elements.
   void draw_masks() {
     masks_.reset();
     if (drops_ == 0 || layers_ < 2) return;
@@ -277,7 +277,7 @@ class RnnTraining : public TrainingLayer<T> {
     const int64_t batch = h.size(1), width = h.size(2);
     return as_sizes(data<T>(h) + (layers_ - 1) * batch * width, {batch, width});
   }
-  // The gradient of all steps of which only the last one's is not zero.
+  // The gradient of all steps, made of the last step's: it is zero for the others.
   Tensor of_last_step(const Tensor& gradient) const {
     const int64_t dim = batch_first_ ? 1 : 0;
     return stock("aten::select_backward", "", gradient, sizes_of(output_), dim, output_.size(dim) - 1);

@@ -1,4 +1,4 @@
-// What only moves elements, in training. Outputs are views where torch's are.
+// Layers that only move elements, in training. Outputs are views where torch's are.
 #pragma once
 
 #include "../layers/shape.h"
@@ -6,7 +6,7 @@
 
 namespace fastnn {
 
-// reshape, flatten, squeeze, unsqueeze: the same elements under other sizes.
+// reshape, flatten, squeeze, unsqueeze: the same elements with other sizes.
 template <class T>
 class ResizingTraining : public UnaryTraining<T> {
  public:
@@ -54,38 +54,31 @@ class FlattenTraining : public ResizingTraining<T> {
   int64_t start_, end_;
 };
 
-template <class T>
-class SqueezeTraining : public ResizingTraining<T> {
+// squeeze and unsqueeze: take out a dimension of one element, or put one in.
+template <class T, bool adds>
+class SingleDimTraining : public ResizingTraining<T> {
  public:
-  explicit SqueezeTraining(const ProgramLine& line) : ResizingTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
+  explicit SingleDimTraining(const ProgramLine& line) : ResizingTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
 
  protected:
   Ints new_sizes(const Ints& sizes) const override {
     Ints result = sizes;
-    const auto place = result.begin() + wrap_dim(dim_, sizes.size());
-    if (*place == 1) result.erase(place);
+    const auto place = result.begin() + wrap_dim(dim_, sizes.size() + adds);
+    if constexpr (adds) {
+      result.insert(place, 1);
+    } else if (*place == 1) {
+      result.erase(place);
+    }
     return result;
   }
 
  private:
   int64_t dim_;
 };
-
 template <class T>
-class UnsqueezeTraining : public ResizingTraining<T> {
- public:
-  explicit UnsqueezeTraining(const ProgramLine& line) : ResizingTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
-
- protected:
-  Ints new_sizes(const Ints& sizes) const override {
-    Ints result = sizes;
-    result.insert(result.begin() + wrap_dim(dim_, sizes.size() + 1), 1);
-    return result;
-  }
-
- private:
-  int64_t dim_;
-};
+using SqueezeTraining = SingleDimTraining<T, false>;
+template <class T>
+using UnsqueezeTraining = SingleDimTraining<T, true>;
 
 // Sizes are numbers, -1 for one that follows from the others, or "value.dimension": see ReshapeLayer.
 template <class T>
@@ -182,14 +175,14 @@ class SliceTraining : public UnaryTraining<T> {
   int64_t dim_, start_, stop_, step_;
 };
 
-// Parts along a dimension, one behind the other: as many as torch.chunk makes of it ("chunks"), or of a size ("size"),
-// or of several sizes ("sizes"); or single elements, without the dimension ("unbind").
+// Splits a dimension into parts: into as many as torch.chunk makes ("chunks"), parts of one size ("size"), parts of
+// several sizes ("sizes"), or single elements without the dimension ("unbind").
 template <class T>
 class SplitTraining : public TrainingLayer<T> {
  public:
   explicit SplitTraining(const ProgramLine& line)
       : dim_(line.integer("dim", -16, 15)),
-        chunks_(line.integer("chunks", 0, int64_t{1} << 31)),
+        chunks_(line.integer("chunks", 0, kMostSize)),
         size_(line.integer("size", 0, int64_t{1} << 40)),
         sizes_(line.integers("sizes", 0, int64_t{1} << 40)),
         unbinds_(line.flag("unbind")),
@@ -276,12 +269,12 @@ class CatTraining : public TrainingLayer<T> {
   int64_t dim_;
 };
 
-// A number around the elements: see PadLayer, which fills and copies.
+// Puts a number around the elements: see PadLayer, which fills and copies.
 template <class T>
 class PadTraining : public UnaryTraining<T> {
  public:
   explicit PadTraining(const ProgramLine& line)
-      : UnaryTraining<T>(line), layer_(line, Weights<T>()), padding_(line.integers("padding", 0, int64_t{1} << 31)) {}
+      : UnaryTraining<T>(line), layer_(line, Weights<T>()), padding_(line.integers("padding", 0, kMostSize)) {}
   void forward(Tensor* outputs) override {
     const Tensor from = dense(this->input());
     Site<T> site;

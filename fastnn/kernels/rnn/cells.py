@@ -12,7 +12,6 @@ from fastnn.kernels._activation import PTX, PTX_ROUGH, RELU, TANH, activate, act
 from fastnn.kernels.rnn.tile import unstack_4
 from fastnn.recurrent_modes import MODE_OF, NUMBER_OF
 
-SIMPLE_TANH = tl.constexpr(NUMBER_OF["RNN_TANH"])
 SIMPLE_RELU = tl.constexpr(NUMBER_OF["RNN_RELU"])
 GRU = tl.constexpr(NUMBER_OF["GRU"])
 LSTM = tl.constexpr(NUMBER_OF["LSTM"])  # from GRU on, they have gates

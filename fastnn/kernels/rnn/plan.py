@@ -17,7 +17,7 @@ class Config(NamedTuple):
     chunk: int = 0  # steps that a layer is behind the one below it where all run at once; 0: one layer after another
 
 
-class Network(NamedTuple):
+class RnnNetwork(NamedTuple):
     """What the choice of kernels depends on."""
 
     mode: str
@@ -36,7 +36,7 @@ class Network(NamedTuple):
         return MODE_OF[self.mode].gates
 
 
-def cudnn_keeps_weights(network: Network, target: _target.Target, forward: bool) -> bool:
+def cudnn_keeps_weights(network: RnnNetwork, target: _target.Target, forward: bool) -> bool:
     """Whether torch asks cuDNN for an algorithm that keeps the recurrent weights on chip (``get_algo`` in its
     ATen/native/cudnn/RNN.cpp); else each step is a product that reads them again.
 
@@ -71,7 +71,7 @@ _FEWEST_SPREAD_STEPS = 4  # fewer, a cell's one among them, do not make up for i
 _LARGEST_SPREAD_BATCH = 64  # beyond it cuDNN's product a step keeps the processors busy
 
 
-def rnn_config(network: Network, target: _target.Target) -> Config | None:
+def rnn_config(network: RnnNetwork, target: _target.Target) -> Config | None:
     """The configuration, or None where stock's kernels are at least as fast.
 
     Where the recurrent weights fit on one processor, each program keeps them all and has a tile of the batch. Where
@@ -102,7 +102,7 @@ def rnn_config(network: Network, target: _target.Target) -> Config | None:
     return Config(block_batch, num_warps)
 
 
-def _block_batch(network: Network, target: _target.Target, most: int) -> int:
+def _block_batch(network: RnnNetwork, target: _target.Target, most: int) -> int:
     """Sequences of a program: the fewest with which all programs run at once, since a step's arithmetic grows with
     them; of a large batch more, which share the weights, but not more than ``most`` if there is a choice."""
     fewest = 8 if target.backend == "cuda" else 16  # columns of a matrix instruction
@@ -115,7 +115,7 @@ def _block_batch(network: Network, target: _target.Target, most: int) -> int:
     return fewest if at_once or most < 16 else 16
 
 
-def _spread_config(network: Network, target: _target.Target) -> Config | None:
+def _spread_config(network: RnnNetwork, target: _target.Target) -> Config | None:
     hidden, batch, gates, dtype = network.hidden, network.batch, network.gates, network.dtype
     if target.backend == "hip" or hidden > _WIDEST_SPREAD or batch > _LARGEST_SPREAD_BATCH:
         return None
@@ -174,8 +174,8 @@ def config_of(problem: Problem, training: bool) -> Config | None:
     return problem.kept["config", training]
 
 
-def _network(problem: Problem, training: bool) -> Network:
-    return Network(
+def _network(problem: Problem, training: bool) -> RnnNetwork:
+    return RnnNetwork(
         problem.mode, problem.hidden, problem.batch, problem.kind.dtype, problem.precision, problem.input.shape[-1],
         problem.layers, problem.directions, problem.batch_sizes is not None, training,
     )  # fmt: skip

@@ -15,7 +15,6 @@ namespace fastnn {
   X(stock, "torch's own convolution")
 enum class BackwardAlgorithm : int32_t { FASTNN_FOR_EACH_BACKWARD_ALGORITHM(FASTNN_ALGORITHM) };
 constexpr AlgorithmEntry kBackwardEntries[] = {FASTNN_FOR_EACH_BACKWARD_ALGORITHM(FASTNN_ALGORITHM_ENTRY)};
-constexpr int kBackwardAlgorithms = sizeof(kBackwardEntries) / sizeof(AlgorithmEntry);
 
 // [first, last)
 struct Range {

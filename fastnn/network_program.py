@@ -14,13 +14,16 @@ from torch import Tensor
 
 from fastnn._extension import load_extension
 
-HEADING = "fastnn.network 1"
+_extension = load_extension()
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of the extension's table of layers. Inputs end in "?" where they may be missing, in "*" where they are
-    any number of values. attributes: of each its kind and its default; None where it must be given."""
+    """One row of the extension's table of layers.
+
+    inputs: their names, with "?" behind one that may be missing, and "*" behind one that may be any number of values.
+    attributes: the kind and the default of each; the default is None where the attribute must be given.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -29,14 +32,14 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     name: Kind(name, tuple(inputs), {attribute: (kind, default) for attribute, kind, default in attributes})
-    for name, inputs, attributes in load_extension().network_layers()
+    for name, inputs, attributes in _extension.network_layers()
 }
 
 
 class Value:
     """A value of a program: an input, a weight, or what a layer gives.
 
-    sizes: numbers, or symbols where they depend on the inputs'. tensor: the weight that it is, or None.
+    sizes: numbers, or symbols for sizes that depend on the inputs' sizes. tensor: the weight, or None.
     """
 
     __slots__ = ("sizes", "tensor")
@@ -47,7 +50,7 @@ class Value:
 
 @dataclass(eq=False)
 class Line:
-    """One layer: the values that it takes, by the names of its inputs, those that it gives, and its attributes."""
+    """One layer: the values that it takes, by the names of its inputs, the values that it gives, and its attributes."""
 
     layer: str
     inputs: dict[str, list[Value]]
@@ -80,10 +83,10 @@ def write(
 ) -> tuple[str, list[Tensor]]:
     """The text of a program, and its weights in the order of the text.
 
-    inputs: each with the sizes that it may have, as the text has them. dtypes: of the inputs; "int64", or "".
+    inputs: each with the text of the sizes that it may have. dtypes: "int64" for an input of integers, or "".
     """
     names: dict[Value, str] = {}
-    text = [HEADING]
+    text: list[str] = [_extension.network_heading]
     weights: list[Tensor] = []
 
     def name_of(value: Value) -> str:
@@ -118,7 +121,7 @@ def write(
 
 
 def conv_attributes(geometry: Sequence[int], dims: int) -> dict[str, Any]:
-    """The attributes of a "conv" line, of the flat geometry that fastnn::conv_relu_max_pool takes."""
+    """The attributes of a "conv" line, from the flat geometry that fastnn::conv_relu_max_pool takes."""
     names = ("stride", "padding", "dilation", "pool", "pool_stride", "pool_padding", "pool_dilation")
     settings: dict[str, Any] = {name: _joined(geometry[i * dims : (i + 1) * dims]) for i, name in enumerate(names)}
     if settings["pool_stride"] == settings["pool"]:
@@ -127,7 +130,7 @@ def conv_attributes(geometry: Sequence[int], dims: int) -> dict[str, Any]:
 
 
 def _joined(numbers: Sequence[int]) -> list[int]:
-    """One number where all are the same, as an attribute of several dimensions may be written."""
+    """One number where all are the same: an attribute may be written once for all dimensions."""
     return [numbers[0]] if len(set(numbers)) == 1 else list(numbers)
 
 
@@ -144,7 +147,7 @@ class TextLine:
     attributes: Mapping[str, str]
 
     def __getitem__(self, name: str) -> Any:
-        """An attribute, or its default, as its kind has it."""
+        """The value of an attribute, or its default, as a Python object of the attribute's kind."""
         kind, default = KINDS[self.layer].attributes[name]
         text = self.attributes.get(name, default)
         if text is None:

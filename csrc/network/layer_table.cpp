@@ -1,5 +1,7 @@
-// The table of layers. A new layer is a class in a file of its own in layers/, and an entry here; one that trains has
-// a class in training/, too.
+// The entries of the table. A new layer is a class in a file of its own in layers/, and an entry here; one that trains
+// has a class in training/, too.
+#include "layer_table.h"
+
 #include "layers/conv.h"
 #include "layers/conv_transpose.h"
 #include "layers/elementwise.h"

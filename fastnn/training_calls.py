@@ -1,0 +1,168 @@
+"""The operator calls that make a training step: one call, or two with the caller's own loss between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnn._torch import pytree
+from fastnn.ops import training_step as operators
+from fastnn.training_binding import Binding
+from fastnn.training_epoch import Batches
+from fastnn.training_reading import Reading
+
+
+class RefusedError(Exception):
+    """The operators of the two calls do not take the model's tensors."""
+
+
+class OtherLeavesError(Exception):
+    """The loss depends on tensors that need gradients besides the model's outputs."""
+
+
+def in_one_call(
+    reading: Reading, binding: Binding, inputs: Sequence[Tensor], target: Tensor
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Runs a step -> the loss, and the gradients where the binding keeps them. Of several processes it runs all but the
+    update, and leaves the gradients in ``binding.flat``."""
+    gradients: Sequence[Tensor] = ()
+    with binding.no_grad:
+        loss: Tensor
+        if binding.flat is not None:
+            loss = operators.bound_gradients(inputs, target, binding.bound, binding.numbers, binding.flat.of_program)
+        elif binding.keeps_gradients:
+            loss, gradients = operators.step(
+                inputs, target, binding.parameters, binding.states, reading.network.text, reading.loss_weight,
+                binding.layout, binding.numbers, True,
+            )  # fmt: skip
+        elif len(inputs) == 1:
+            loss = operators.bound_step(inputs[0], target, binding.bound, binding.numbers)
+        else:
+            loss = operators.bound_step_of_several(inputs, target, binding.bound, binding.numbers)
+    _count_batches(reading)
+    return loss, gradients
+
+
+def steps_in_one_call(reading: Reading, binding: Binding, batches: Batches, first: int, last: int) -> Tensor:
+    """Runs steps on the batches [first, last), or on the first of them -> their losses."""
+    with binding.no_grad:
+        losses: Tensor = operators.bound_epoch(
+            batches.inputs, batches.targets[0], batches.order, *batches.places(first, last), batches.batch_size,
+            binding.bound, binding.numbers,
+        )  # fmt: skip
+    _count_batches(reading, len(losses))
+    return losses
+
+
+def in_two_calls(
+    reading: Reading, binding: Binding, inputs: Sequence[Tensor], target: Any, loss: Callable[[Any, Any], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Runs a step as :func:`in_one_call` does, with the caller's own loss between two calls."""
+    undo = _copy_of_forward(reading, binding)
+    try:
+        with binding.no_grad:
+            outputs, saved = operators.step_forward(inputs, binding.parameters, reading.network.text)
+    except RuntimeError as error:
+        undo()
+        raise RefusedError from error
+    try:
+        _count_batches(reading)
+        return _from_outputs(reading, binding, outputs, saved, target, loss)
+    except BaseException:
+        undo()
+        raise
+    finally:
+        operators.forget_forward(int(saved))
+
+
+def _from_outputs(
+    reading: Reading,
+    binding: Binding,
+    outputs: Sequence[Tensor],
+    saved: Tensor,
+    target: Any,
+    loss_of: Callable[[Any, Any], Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Computes the loss of a model's outputs, then backward and update."""
+    network = reading.network
+    for output in outputs:
+        output.requires_grad_()
+    # The loss gets copies, because it could not change a leaf itself in place.
+    copies = [output.clone() for output in outputs]
+    given = pytree.tree_map(copies.__getitem__, network.outputs)
+    loss = loss_of(given if network.log_softmax is None else F.log_softmax(given, network.log_softmax), target)
+    if _reaches_others(loss, outputs):
+        raise OtherLeavesError
+    loss.backward()
+    # A checkpoint inside the loss hides parameters from the search above.
+    if not binding.keeps_gradients and any(p.grad is not None for p in binding.parameters):
+        for p in binding.parameters:
+            p.grad = None
+        raise OtherLeavesError
+    if all(output.grad is None for output in outputs):
+        raise RuntimeError("training_step: the loss does not depend on the model's output")
+    own = [output.grad for output in outputs]
+    try:
+        with binding.no_grad:
+            gradients: list[Tensor]
+            if binding.flat is not None:
+                gradients = operators.gradients_backward(
+                    own, saved, binding.parameters, binding.layout, binding.numbers
+                )
+                for view, gradient in zip(binding.flat.of_program, binding.trained(gradients), strict=True):
+                    view.copy_(gradient)
+            else:
+                gradients = operators.step_backward(
+                    own, saved, binding.parameters, binding.states, binding.layout, binding.numbers,
+                    binding.keeps_gradients,
+                )  # fmt: skip
+    except RuntimeError as error:
+        raise RefusedError from error
+    return loss.detach(), gradients
+
+
+def update_in_one_call(binding: Binding, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Clips the gradients and updates the parameters -> the clipped gradients, where the binding keeps them."""
+    with binding.no_grad:
+        scale = operators.bound_update(gradients, binding.bound, binding.numbers)
+        return [gradient * scale for gradient in gradients] if binding.keeps_gradients else ()
+
+
+def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:
+    """Copies what a forward changes. Calling the result restores it."""
+    random = torch.get_rng_state()
+    statistics = [(p, p.clone()) for p in binding.parameters if not isinstance(p, nn.Parameter)]
+    counters = [(own[name], own[name].clone()) for own, name in reading.network.counters if own.get(name) is not None]
+
+    def undo() -> None:
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for tensor, value in (*statistics, *counters):
+                tensor.copy_(value)
+
+    return undo
+
+
+def _count_batches(reading: Reading, batches: int = 1) -> None:
+    for own, name in reading.network.counters:
+        if own.get(name) is not None:
+            own[name].add_(batches)
+
+
+def _reaches_others(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether backward would reach a leaf besides the outputs, as it does for a penalty on parameters."""
+    own = {torch.autograd.graph.get_gradient_edge(output).node for output in outputs}
+    nodes, seen = [loss.grad_fn], {None, *own}
+    while nodes:
+        node = nodes.pop()
+        if node in seen or node is None:
+            continue
+        if node.name() == "torch::autograd::AccumulateGrad":
+            return True
+        seen.add(node)
+        nodes += [follower for follower, _ in node.next_functions]
+    return False
