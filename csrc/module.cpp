@@ -191,6 +191,11 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("name"), "Choose the kernels of another supported instruction set, for tests and measurements.");
   m.def(
+      "kept_memory",
+      [] { return std::make_pair(fastnn::KeptMemory::idle_bytes(), fastnn::KeptMemory::most_idle_bytes()); },
+      "The bytes of the memory that training steps keep for the next one, and the most that they keep.");
+  m.def("release_kept_memory", fastnn::KeptMemory::release, "Give it back to the system.");
+  m.def(
       "set_onednn_dtypes",
       [](bool float32, bool bfloat16) {
         fastnn::onednn_dtypes.float32 = float32;

@@ -47,6 +47,7 @@ class TrainingPass {
 
   // inputs, parameters: they must live until `forget`.
   void forward(const TensorList& inputs, const TensorList& parameters) {
+    const TensorsInKeptMemory kept;
     FASTNN_CHECK(inputs.size() == inputs_.size(), kTrainingStep, ": expected ", inputs_.size(), " inputs, got ",
                  inputs.size());
     FASTNN_CHECK(parameters.size() == parameters_.size(), kTrainingStep, ": there are ", parameters.size(),
@@ -74,6 +75,7 @@ class TrainingPass {
   // gradients: those of the outputs, undefined where there is none. wanted: for each parameter, whether its gradient is
   // wanted.
   void backward(const TensorList& gradients, const std::vector<char>& wanted) {
+    const TensorsInKeptMemory kept;
     std::vector<char> needed(values_.size());
     for (size_t i = 0; i < parameters_.size(); ++i) needed[at(parameters_[i])] = wanted[i];
     for (const auto& layer : layers_) {

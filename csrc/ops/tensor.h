@@ -7,6 +7,7 @@
 #include "../simd/dtype.h"
 #include "../kernels/team.h"
 #include "check.h"
+#include "kept_memory.h"
 #include "team_balance.h"
 
 namespace fastnn {
@@ -26,9 +27,15 @@ constexpr ScalarType kDtypeOf = std::is_same_v<T, double>     ? ScalarType::Doub
                                 : std::is_same_v<T, int64_t>  ? ScalarType::Long
                                                               : ScalarType::Float;
 
-// A new uninitialised CPU tensor.
+// A new uninitialised CPU tensor. The strides leave no gaps.
 inline Tensor new_strided_tensor(const Sizes& sizes, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle;
+  if (TensorsInKeptMemory::is_on()) {
+    int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(code_of(dtype)));
+    for (const int64_t size : sizes) bytes = checked_product(bytes, size);
+    handle = TensorsInKeptMemory::new_tensor(sizes, strides, code_of(dtype), static_cast<size_t>(bytes));
+    if (handle) return Tensor(handle);
+  }
   const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
                                                         code_of(dtype), aoti_torch_device_type_cpu(), 0, &handle);
   FASTNN_CHECK(error == AOTI_TORCH_SUCCESS, "out of memory: could not allocate a tensor of size ", to_string(sizes));

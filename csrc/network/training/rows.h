@@ -97,8 +97,8 @@ class LinearTraining : public TrainingLayer<T> {
       if (wanted[1 + i]) count = checked_sum(count, chain.widths[at] * chain.widths[at + 1]);
       if (biased_ && wanted[1 + layers_ + i]) count = checked_sum(count, chain.widths[at + 1]);
     }
-    own_gradients_.reset(new T[static_cast<size_t>(count)]);
-    T* next = own_gradients_.get();
+    own_gradients_.emplace(count);
+    T* next = own_gradients_->get();
     auto layers = backward_layers<T>(chain, call_->activations, data<T>(rows_), weights, saved_);
     for (size_t i = 0; i < layers_; ++i) {
       MlpLayerBackward<T>& layer = layers[static_cast<int64_t>(i)];
@@ -140,7 +140,7 @@ class LinearTraining : public TrainingLayer<T> {
   Ints sizes_;  // of the input
   TensorList parameters_;
   Tensor input_, rows_, kept_, grad_input_;
-  std::unique_ptr<T[]> own_gradients_;  // of all parameters
+  std::optional<KeptArray<T>> own_gradients_;  // of all parameters
   std::optional<MlpCall> call_;
   PerLayer<const T*> saved_;  // of each layer what backward needs
 };
