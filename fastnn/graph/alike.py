@@ -98,7 +98,7 @@ class Parts:
             key.append(frozenset(value))
         elif _is_for_all(value):
             key.append(value)
-        elif not issubclass(kind, Fused) or value.left:  # type: ignore[attr-defined]
+        elif not issubclass(kind, Fused) or value.left:
             raise NotAlikeError
 
     def place_of(self, value: Any) -> Any:

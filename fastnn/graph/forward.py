@@ -270,7 +270,9 @@ class Program:
         other.modules = {name: of(module) for name, module in self.modules.items()}
         other.matches = self.matches.of(other.modules)
         other.passed, other.called = list(map(of, self.passed)), list(map(of, self.called))
-        other.tensors, other.sources = [[(of(own), name) for own, name in some] for some in (self.tensors, self.sources)]
+        other.tensors, other.sources = [
+            [(of(own), name) for own, name in some] for some in (self.tensors, self.sources)
+        ]
         other.guard = self.guard.mapped(of)
         other.holds, other.run = other.guard.holds, other._write_and_run
         return other

@@ -76,7 +76,9 @@ def training_program_of(model: nn.Module, program: Program) -> TrainingProgram:
     """The network that a model's program is: that of a model that was alike, where there was one. NotANetworkError
     where it is none."""
     kind, parts = program.kind, Parts(model)
-    if kind is None or kind_of(parts) is not kind:  # the model has changed since it was traced: the sizes of tensors may
+    if (
+        kind is None or kind_of(parts) is not kind
+    ):  # the model has changed since it was traced: the sizes of tensors may
         return _read_training_program(program)
     if kind.network is not None:
         network: TrainingProgram = kind.network.mapped(parts.object_at)
