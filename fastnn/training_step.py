@@ -113,6 +113,7 @@ class TrainingStep:
         self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
         self._is_unread_copy = False
+        self._together: tuple[Any, int] = None, 1  # how many steps go in one call, and with batches of which sizes
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -311,13 +312,14 @@ class TrainingStep:
         return torch.stack(losses) if losses else torch.empty(0)
 
     def _run(self, batches: Batches, bar: Any) -> Tensor:
-        """Many steps in one call, where there is one call for a step: as many as take some fiftieth of a second, so
-        that Ctrl-C and the bar do not wait. The first goes by itself: it creates the optimizer's state."""
+        """Many steps in one call, where there is one call for a step: as many as take some twentieth of a second, so
+        that Ctrl-C and the bar do not wait. How many that are, the epoch before knows, if its batches were as large."""
         losses: list[Tensor] = []
-        done, together = 0, 1
+        done, sizes = 0, batches.sizes
+        together = self._together[1] if self._together[0] == sizes else 1
         while done < batches.count:
             begin = time.perf_counter()
-            some = self._in_one_call_for_many(batches, done, min(batches.count, done + together)) if done else None
+            some = self._in_one_call_for_many(batches, done, min(batches.count, done + together))
             if some is None:
                 some = self(*batches[done])[None]
             losses.append(some)
@@ -325,6 +327,7 @@ class TrainingStep:
             bar.update(len(some))
             each = (time.perf_counter() - begin) / len(some)
             together = max(1, min(int(_SECONDS_TOGETHER / each), 4 * together))
+        self._together = sizes, together
         return torch.cat(losses) if losses else torch.empty(0)
 
     def _in_one_call_for_many(self, batches: Batches, first: int, last: int) -> Tensor | None:
@@ -341,6 +344,7 @@ class TrainingStep:
         assert binding is not None
         if binding.created or reading.loss_why or (reading.network.log_softmax == -1 and target.dim() != 1):
             return None
+        random = torch.get_rng_state() if reading.network.draws else None
         try:
             with self._no_grad:
                 losses: Tensor = _call_epoch(
@@ -348,6 +352,8 @@ class TrainingStep:
                     binding.numbers,
                 )  # fmt: skip
         except RuntimeError:  # the step by itself has other ways, or the error's own words
+            if random is not None:
+                torch.set_rng_state(random)
             return None
         _count_batches(reading, len(losses))
         self._after(binding, ())
