@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -81,9 +82,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         return trace(module)
 
     monkeypatch.setattr(forwards, "trace", noting)
-    kept: dict[Any, Any] = {}
-    monkeypatch.setattr(forwards, "kind_of", lambda parts: kept.get(parts.key))
-    monkeypatch.setattr(forwards, "keep", lambda parts, kind: kept.update({parts.key: kind}))
+    monkeypatch.setattr(alike, "_kinds", OrderedDict())  # nothing is kept as yet
     return traced
 
 
@@ -135,6 +134,29 @@ def test_the_second_model_is_not_traced(kind: Any, name: str, traces: list[nn.Mo
         made.append(model)
     assert len(traces) == 2  # in training and in inference
     assert len({str(fastnn.explain(model, x)) for model in made}) == 1
+
+
+def test_models_of_other_sizes_have_the_same_trace(traces: list[nn.Module]) -> None:
+    for hidden in (16, 12, 16, 4):
+        check(fastnn.fuse(net(hidden=hidden)), net(hidden=hidden))
+    assert len(traces) == 2  # in training and in inference
+    for hidden in (3, 7):
+        model = reference.RNN(10, hidden, 2, 5)
+        stock, x = copy.deepcopy(model), torch.randn(2, 7, 10)
+        assert_close(fastnn.fuse(model)(x), stock(x))
+    assert len(traces) == 3
+
+
+def test_a_layer_that_stays_stock_in_one_model_is_fused_in_the_next() -> None:
+    def blocks(mode: str) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode=mode), nn.ReLU(), nn.MaxPool2d(2))
+
+    x = torch.randn(2, 1, 8, 8)
+    for mode, fused in (("reflect", "1, 2"), ("zeros", "0, 1, 2"), ("reflect", "1, 2")):
+        model = blocks(mode)
+        stock = copy.deepcopy(model)
+        assert_close(fastnn.fuse(model)(x), stock(x))
+        assert [call.layer for call in fastnn.explain(model, x).calls] == [fused]
 
 
 def _tie(m: Any) -> None:
@@ -275,9 +297,9 @@ def test_what_is_kept_holds_no_model() -> None:
 
 
 def test_models_of_many_kinds_are_not_kept() -> None:
-    for hidden in range(1, 2 * alike._MOST_KINDS):
+    for hidden in range(1, 2 * alike._MOST_KEPT):
         fastnn.fuse(net(hidden=hidden))(torch.randn(2, 8))
-        assert len(alike._kinds) <= alike._MOST_KINDS
+        assert len(alike._kinds) <= alike._MOST_KEPT
 
 
 def test_threads_that_make_steps_of_models_alike() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastnn._torch import functions_are_watched
-from fastnn.graph.alike import NotAlikeError, Parts, keep, kind_of
+from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join
 from fastnn.graph.matcher import RECURRENT, Left, Match, insert, kernel_sizes, match, settings_of
@@ -243,25 +243,23 @@ class Program:
         self.run: Callable[..., Any] = self._write_and_run
         self.guard.seal()
         self.holds = self.guard.holds
-        self.kind: Program | None = None  # what is kept of it for modules that are alike
-        self.network: Any = None  # of that, the program of a training step
+        self.kind: Kind | None = None  # what is kept of it for modules that are alike
 
     @classmethod
     def of(cls, module: nn.Module, left: dict[Any, str]) -> Program:
         """The program of a module: that of one that was alike, where the guard says that it is this one's too, or else
         a new trace, which is kept for others."""
         parts = Parts(module)
-        kind: Program | None = kind_of(parts)
+        kind = kind_of(parts)
+        program = None if kind is None else kind.program.mapped(parts.object_at)
+        if program is None or not program.guard.begins():
+            program, kind = cls(module, left), None
+            if parts.key is not None:
+                with suppress(NotAlikeError):
+                    kind = Kind(program.mapped(parts.place_of))
+        program.kind = kind
         if kind is not None:
-            program = kind.mapped(parts.object_at)
-            if program.guard.begins():
-                program.kind = kind
-                return program
-        program = cls(module, left)
-        if parts.key is not None:
-            with suppress(NotAlikeError):
-                program.kind = program.mapped(parts.place_of)
-                keep(parts, program.kind)
+            keep(parts, kind)
         return program
 
     def mapped(self, of: Callable[[Any], Any]) -> Program:
