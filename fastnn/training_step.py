@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastnn._torch import global_optimizer_hooks, note_step_of, pytree
 from fastnn.fusion import fuse
-from fastnn.graph.rehearsal import needed_inputs
+from fastnn.graph.rehearsal import needed_inputs, signature_of
 from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
@@ -34,7 +34,7 @@ from fastnn.ops.training_step import (
 )
 from fastnn.training_binding import Binding, UsedGradients
 from fastnn.training_epoch import Batches, progress_bar
-from fastnn.training_numbers import check_optimizer, check_parameters
+from fastnn.training_numbers import OPTIMIZERS, check_optimizer, check_parameters
 from fastnn.training_ranks import FlatGradients, Ranks
 from fastnn.training_reading import Reading
 
@@ -692,6 +692,8 @@ _OTHER_TARGET = "its target is none that the operator takes"
 def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
     """TypeError where the optimizer's step cannot be called without a closure."""
     kind = type(optimizer)
+    if kind in OPTIMIZERS:
+        return
     try:
         signature = inspect.signature(kind.step)
     except (TypeError, ValueError):  # a function of C says nothing
@@ -705,10 +707,9 @@ def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
 
 def _inputs_of(model: nn.Module) -> int:
     """How many inputs the model needs. TypeError where it takes none."""
-    count = max(1, needed_inputs(model))
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):
+    signature = signature_of(model)
+    count = max(1, needed_inputs(signature))
+    if signature is None:
         return count
     try:
         signature.bind(*(None,) * count)
