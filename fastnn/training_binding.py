@@ -13,12 +13,11 @@ from torch import Tensor
 
 from fastnn._torch import TENSOR_HOOKS
 from fastnn.graph.guard import ABSENT, Guard
-from fastnn.ops.training_step import bind_training_step_op, release_training_step
+from fastnn.ops import training_step as operators
 from fastnn.training_numbers import IS_FIRST, OPTIMIZERS, kept_by, new_number, numbers_of_group
 from fastnn.training_ranks import FlatGradients
 from fastnn.training_reading import Reading
 
-_call_bind = bind_training_step_op._op
 _get_flags = attrgetter("requires_grad", *TENSOR_HOOKS)
 _get_all_flags = attrgetter("requires_grad", *TENSOR_HOOKS, "grad")
 
@@ -59,8 +58,8 @@ class Binding:
             raise
         self.write_numbers()
         with torch.no_grad():
-            self.bound = _call_bind(parameters, self.states, reading.network.text, reading.loss_weight, self.layout)
-        self.release = weakref.finalize(self, release_training_step, int(self.bound))
+            self.bound = operators.bind(parameters, self.states, reading.network.text, reading.loss_weight, self.layout)
+        self.release = weakref.finalize(self, operators.release_training_step, int(self.bound))
         self.release.atexit = False
         self._read_flags = _get_flags if keep_gradients else _get_all_flags
         self._flags = [

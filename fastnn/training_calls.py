@@ -10,29 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnn._torch import pytree
-from fastnn.ops.training_step import (
-    bound_training_epoch_op,
-    bound_training_gradients_op,
-    bound_training_step_of_several_op,
-    bound_training_step_op,
-    bound_training_update_op,
-    forget_forward,
-    training_gradients_backward_op,
-    training_step_backward_op,
-    training_step_forward_op,
-    training_step_op,
-)
+from fastnn.ops import training_step as operators
 from fastnn.training_binding import Binding
 from fastnn.training_epoch import Batches
 from fastnn.training_reading import Reading
-
-_call, _call_bound, _call_bound_of_several = (
-    op._op for op in (training_step_op, bound_training_step_op, bound_training_step_of_several_op)
-)
-_call_forward, _call_backward = training_step_forward_op._op, training_step_backward_op._op
-_call_epoch = bound_training_epoch_op._op
-_call_gradients, _call_update = bound_training_gradients_op._op, bound_training_update_op._op
-_call_gradients_backward = training_gradients_backward_op._op
 
 
 class RefusedError(Exception):
@@ -52,16 +33,16 @@ def in_one_call(
     with binding.no_grad:
         loss: Tensor
         if binding.flat is not None:
-            loss = _call_gradients(inputs, target, binding.bound, binding.numbers, binding.flat.of_program)
+            loss = operators.bound_gradients(inputs, target, binding.bound, binding.numbers, binding.flat.of_program)
         elif binding.keeps_gradients:
-            loss, gradients = _call(
+            loss, gradients = operators.step(
                 inputs, target, binding.parameters, binding.states, reading.network.text, reading.loss_weight,
                 binding.layout, binding.numbers, True,
             )  # fmt: skip
         elif len(inputs) == 1:
-            loss = _call_bound(inputs[0], target, binding.bound, binding.numbers)
+            loss = operators.bound_step(inputs[0], target, binding.bound, binding.numbers)
         else:
-            loss = _call_bound_of_several(inputs, target, binding.bound, binding.numbers)
+            loss = operators.bound_step_of_several(inputs, target, binding.bound, binding.numbers)
     _count_batches(reading)
     return loss, gradients
 
@@ -69,7 +50,7 @@ def in_one_call(
 def steps_in_one_call(reading: Reading, binding: Binding, batches: Batches, first: int, last: int) -> Tensor:
     """Runs steps on the batches [first, last), or on the first of them -> their losses."""
     with binding.no_grad:
-        losses: Tensor = _call_epoch(
+        losses: Tensor = operators.bound_epoch(
             batches.inputs, batches.targets[0], batches.order, *batches.places(first, last), batches.batch_size,
             binding.bound, binding.numbers,
         )  # fmt: skip
@@ -84,7 +65,7 @@ def in_two_calls(
     undo = _copy_of_forward(reading, binding)
     try:
         with binding.no_grad:
-            outputs, saved = _call_forward(inputs, binding.parameters, reading.network.text)
+            outputs, saved = operators.step_forward(inputs, binding.parameters, reading.network.text)
     except RuntimeError as error:
         undo()
         raise RefusedError from error
@@ -95,7 +76,7 @@ def in_two_calls(
         undo()
         raise
     finally:
-        forget_forward(int(saved))
+        operators.forget_forward(int(saved))
 
 
 def _from_outputs(
@@ -129,11 +110,13 @@ def _from_outputs(
         with binding.no_grad:
             gradients: list[Tensor]
             if binding.flat is not None:
-                gradients = _call_gradients_backward(own, saved, binding.parameters, binding.layout, binding.numbers)
+                gradients = operators.gradients_backward(
+                    own, saved, binding.parameters, binding.layout, binding.numbers
+                )
                 for view, gradient in zip(binding.flat.of_program, binding.trained(gradients), strict=True):
                     view.copy_(gradient)
             else:
-                gradients = _call_backward(
+                gradients = operators.step_backward(
                     own, saved, binding.parameters, binding.states, binding.layout, binding.numbers,
                     binding.keeps_gradients,
                 )  # fmt: skip
@@ -145,7 +128,7 @@ def _from_outputs(
 def update_in_one_call(binding: Binding, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     """Clips the gradients and updates the parameters -> the clipped gradients, where the binding keeps them."""
     with binding.no_grad:
-        scale = _call_update(gradients, binding.bound, binding.numbers)
+        scale = operators.bound_update(gradients, binding.bound, binding.numbers)
         return [gradient * scale for gradient in gradients] if binding.keeps_gradients else ()
 
 

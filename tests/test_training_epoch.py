@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastnn
-from fastnn import _C, training_calls
+from fastnn import _C
+from fastnn.ops import training_step as operators
 
 
 def network() -> nn.Module:
@@ -185,14 +186,14 @@ def test_arguments_that_say_two_things() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many steps each call has made that made more than one."""
     made: list[int] = []
-    run = training_calls._call_epoch
+    run = operators.bound_epoch
 
     def counted(*arguments: Any) -> Tensor:
         losses = run(*arguments)
         made.append(len(losses))
         return losses
 
-    monkeypatch.setattr(training_calls, "_call_epoch", counted)
+    monkeypatch.setattr(operators, "bound_epoch", counted)
     return made
 
 

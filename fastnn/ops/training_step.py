@@ -10,16 +10,17 @@ from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference.network import network
 
-training_step_op = torch.ops.fastnn.training_step.default
-bind_training_step_op = torch.ops.fastnn.bind_training_step.default
-bound_training_step_op = torch.ops.fastnn.bound_training_step.default
-bound_training_step_of_several_op = torch.ops.fastnn.bound_training_step_of_several.default
-bound_training_epoch_op = torch.ops.fastnn.bound_training_epoch.default
-bound_training_gradients_op = torch.ops.fastnn.bound_training_gradients.default
-bound_training_update_op = torch.ops.fastnn.bound_training_update.default
-training_gradients_backward_op = torch.ops.fastnn.training_gradients_backward.default
-training_step_forward_op = torch.ops.fastnn.training_step_forward.default
-training_step_backward_op = torch.ops.fastnn.training_step_backward.default
+# What the operators call in the end, 0.25 us faster than by the operators themselves.
+step = torch.ops.fastnn.training_step.default._op
+bind = torch.ops.fastnn.bind_training_step.default._op
+bound_step = torch.ops.fastnn.bound_training_step.default._op
+bound_step_of_several = torch.ops.fastnn.bound_training_step_of_several.default._op
+bound_epoch = torch.ops.fastnn.bound_training_epoch.default._op
+bound_gradients = torch.ops.fastnn.bound_training_gradients.default._op
+bound_update = torch.ops.fastnn.bound_training_update.default._op
+step_forward = torch.ops.fastnn.training_step_forward.default._op
+step_backward = torch.ops.fastnn.training_step_backward.default._op
+gradients_backward = torch.ops.fastnn.training_gradients_backward.default._op
 _extension = load_extension()
 release_training_step = _extension.release_training_step
 forget_forward = _extension.forget_forward
