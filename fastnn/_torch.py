@@ -78,6 +78,14 @@ suggest_memory_format: Callable[[Tensor], torch.memory_format] = _private(
     "_prims_common.suggest_memory_format", _suggest_memory_format
 )
 OpOverload: Any = type(torch.ops.aten.relu.default)
+
+
+def direct_call(operator: Any) -> Callable[..., Any]:
+    """What calling an operator does in the end. This saves 0.25 us. torch.compile knows only the operator itself."""
+    call: Callable[..., Any] = getattr(operator, "_op", operator)
+    return call
+
+
 # Whether torch.export knows that a size, or a comparison of sizes, is true for all inputs.
 statically_known_true: Callable[[Any], bool] = _private("fx.experimental.symbolic_shapes.statically_known_true", bool)
 
@@ -122,7 +130,7 @@ OF_FORWARD_AD = ("_current_level",)  # at least 0 while a level of forward-mode 
 OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS, "_compiled_call_impl", "_apply", "_load_from_state_dict")
 OF_CONVOLUTIONS = ("_reversed_padding_repeated_twice",)  # the padding as F.pad takes it
 OF_RECURRENT_LAYERS = ("_flat_weights", "_flat_weights_names", "_update_flat_weights")
-# `_op` is what an operator calls in the end, 0.25 us faster than by the operator itself. `_schema` tells its arguments.
+# `_op` is what calling an operator does in the end: see direct_call. `_schema` tells an operator's arguments.
 OF_OPERATORS = ("_op", "_schema")
 OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 OF_TENSORS = ("_version", *TENSOR_HOOKS)

@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from fastnn import nn
-from fastnn._torch import OpOverload, pytree
+from fastnn._torch import OpOverload, direct_call, pytree
 from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 from fastnn.ops._autograd import autocast_is_on
 from fastnn.ops.network import network_of_one, network_op, network_packed
 
-# Calling an operator's `_op` does the same as calling the operator, 0.25 us faster. torch.compile knows only operators.
-_network_call, _network_of_one_call = network_op._op, network_of_one._op
+_network_call, _network_of_one_call = direct_call(network_op), direct_call(network_of_one)
 _is_compiling = torch.compiler.is_compiling
 
 

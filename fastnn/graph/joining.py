@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.fx import Graph, Node
 
-from fastnn._torch import HOOKS
+from fastnn._torch import HOOKS, direct_call
 from fastnn.activations import layers_of, parse
 from fastnn.graph.order import Order, unpack
 from fastnn.network_program import Line, Value, conv_attributes, write
@@ -26,7 +26,7 @@ from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
 from fastnn.ops.mlp import mlp_of_parameters
 from fastnn.ops.network import network_unpacked
 
-_network_call = network_unpacked._op
+_network_call = direct_call(network_unpacked)
 
 
 class _Step(NamedTuple):

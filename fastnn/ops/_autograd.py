@@ -38,8 +38,8 @@ def needs_reference(input: Tensor) -> bool:
 
 
 def is_plain(input: Tensor) -> bool:
-    """Whether a call needs only the kernel and perhaps a gradient, so that an operator may be called by its ``_op``,
-    which is 0.25 us faster. There must be no autocast, compilation, tracing, export or ``torch.func`` transform, and
+    """Whether a call needs only the kernel and perhaps a gradient, so that an operator may be called directly
+    (``_torch.direct_call``). There must be no autocast, compilation, tracing, export or ``torch.func`` transform, and
     the kernels must cover the dtype."""
     return (
         (input.dtype is _float32 or input.dtype in KERNEL_DTYPES)

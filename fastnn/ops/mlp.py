@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnn._extension import load_extension
+from fastnn._torch import direct_call
 from fastnn.activations import NAMES, Activation, join, last_of, layers_of, parse_one
 from fastnn.ops._autograd import (
     autocast,
@@ -32,7 +33,7 @@ MOST_LAYERS: int = load_extension().most_layers  # the most layers in one call o
 # fused, and a function written in Python costs about 5 us. From about 1000 on, stock's products may take 40 us.
 _SMALL_LINEAR = 500
 _mlp_op = torch.ops.fastnn.mlp.default
-_mlp_call = _mlp_op._op  # what _mlp_op(...) calls in the end, 0.25 us faster; torch.compile knows only _mlp_op
+_mlp_call = direct_call(_mlp_op)
 _mlp_with_hidden_op = torch.ops.fastnn.mlp_with_hidden.default
 _mlp_backward_op = torch.ops.fastnn.mlp_backward.default
 

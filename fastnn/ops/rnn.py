@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn._torch import onednn_has_bfloat16
+from fastnn._torch import direct_call, onednn_has_bfloat16
 from fastnn.ops._autograd import (
     autocast_is_on,
     call_kernel,
@@ -28,11 +28,11 @@ from fastnn.recurrent_modes import MODE_OF, MODES, NUMBER_OF
 from fastnn.reference import rnn as reference
 
 _rnn_op = torch.ops.fastnn.rnn.default
-_rnn_call = _rnn_op._op  # see is_plain
+_rnn_call = direct_call(_rnn_op)  # see is_plain
 _cell_op = torch.ops.fastnn.rnn_cell.default
-_cell_call = _cell_op._op
+_cell_call = direct_call(_cell_op)
 _with_reserve_op = torch.ops.fastnn.rnn_with_reserve.default
-_with_reserve_call = _with_reserve_op._op
+_with_reserve_call = direct_call(_with_reserve_op)
 _backward_op = torch.ops.fastnn.rnn_backward.default
 
 

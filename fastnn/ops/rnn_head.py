@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn._torch import direct_call
 from fastnn.ops._autograd import eager_recorder
 from fastnn.ops.mlp import _mlp_backward_op, _mlp_with_hidden_op, mlp_of_parameters
 from fastnn.ops.rnn import RnnConfig, _backward_op, _with_reserve_call, plain_rnn
 from fastnn.recurrent_modes import MODES
 
-_with_hidden_call, _mlp_backward_call, _backward_call = _mlp_with_hidden_op._op, _mlp_backward_op._op, _backward_op._op
+_with_hidden_call, _mlp_backward_call = direct_call(_mlp_with_hidden_op), direct_call(_mlp_backward_op)
+_backward_call = direct_call(_backward_op)
 
 
 def train_rnn_with_head(input: Tensor, weights: Sequence[Tensor], head: Sequence[Tensor], config: RnnConfig) -> Tensor:

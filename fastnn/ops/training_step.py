@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from fastnn._extension import load_extension
+from fastnn._torch import direct_call
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference.network import network
 
-# What the operators call in the end, 0.25 us faster than by the operators themselves.
-step = torch.ops.fastnn.training_step.default._op
-bind = torch.ops.fastnn.bind_training_step.default._op
-bound_step = torch.ops.fastnn.bound_training_step.default._op
-bound_step_of_several = torch.ops.fastnn.bound_training_step_of_several.default._op
-bound_epoch = torch.ops.fastnn.bound_training_epoch.default._op
-bound_gradients = torch.ops.fastnn.bound_training_gradients.default._op
-bound_update = torch.ops.fastnn.bound_training_update.default._op
-step_forward = torch.ops.fastnn.training_step_forward.default._op
-step_backward = torch.ops.fastnn.training_step_backward.default._op
-gradients_backward = torch.ops.fastnn.training_gradients_backward.default._op
+step = direct_call(torch.ops.fastnn.training_step.default)
+bind = direct_call(torch.ops.fastnn.bind_training_step.default)
+bound_step = direct_call(torch.ops.fastnn.bound_training_step.default)
+bound_step_of_several = direct_call(torch.ops.fastnn.bound_training_step_of_several.default)
+bound_epoch = direct_call(torch.ops.fastnn.bound_training_epoch.default)
+bound_gradients = direct_call(torch.ops.fastnn.bound_training_gradients.default)
+bound_update = direct_call(torch.ops.fastnn.bound_training_update.default)
+step_forward = direct_call(torch.ops.fastnn.training_step_forward.default)
+step_backward = direct_call(torch.ops.fastnn.training_step_backward.default)
+gradients_backward = direct_call(torch.ops.fastnn.training_gradients_backward.default)
 _extension = load_extension()
 release_training_step = _extension.release_training_step
 forget_forward = _extension.forget_forward
