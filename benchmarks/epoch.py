@@ -1,10 +1,12 @@
-"""An epoch over rows in memory: stock's loops, fastnn.training_step in them, step.epoch, JAX with lax.scan.
+"""An epoch over rows in memory: stock's loops, fastnn.training_step in them, step.epoch, JAX with lax.scan; and what it
+costs to make a step.
 
 ``make bench-epoch``. The losses of a whole epoch are compared before anything is timed.
 """
 
 import argparse
 import copy
+import statistics
 import threading
 import time
 import warnings
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastnn
+from benchmarks.cases import MODELS
 from benchmarks.jax_step import jax_epoch
 from benchmarks.stored import OUTPUT, save
 from benchmarks.timing import interleave
@@ -34,7 +37,9 @@ CONTENDERS = (
     "jax scan",
 )
 _LR = 1e-3
-_BATCHES = 100
+_ROWS = 3_200  # of an epoch,
+_LEAST_BATCHES = 10  # or so many batches
+_MADE = 20  # models of a kind for each of which a step is made
 
 
 class SkipNet(nn.Module):
@@ -68,13 +73,16 @@ class Loop:
     make: Callable[[], nn.Module]
     batch: tuple[int, ...]
 
+    @property
+    def batches(self) -> int:
+        """So many of an epoch."""
+        return max(_LEAST_BATCHES, _ROWS // self.batch[0])
+
 
 LOOPS = [
-    Loop("Autoencoder", lambda: models.Autoencoder(10, 7, 5), (32, 10)),
-    Loop("RNN", lambda: models.RNN(10, 16, 2, 5), (8, 20, 10)),
-    Loop("Conv2DNet", lambda: models.Conv2DNet(10), (32, 3, 20, 20)),
-    Loop("LeNet-5", _lenet, (16, 1, 28, 28)),
-    Loop("SkipNet", SkipNet, (32, 16)),
+    *(Loop(case.name, case.stock, case.shape) for case in MODELS),
+    Loop("LeNet-5 (16, 1, 28, 28)", _lenet, (16, 1, 28, 28)),
+    Loop("SkipNet (32, 16)", SkipNet, (32, 16)),
 ]
 Epoch = Callable[[], Tensor]  # returns the losses
 
@@ -103,7 +111,7 @@ def epochs_of(loop: Loop, contenders: list[str]) -> dict[str, Epoch]:
     torch.manual_seed(0)
     stock = loop.make()
     size = loop.batch[0]
-    x = torch.randn(_BATCHES * size, *loop.batch[1:])
+    x = torch.randn(loop.batches * size, *loop.batch[1:])
     with torch.no_grad():
         y = torch.randn(len(x), *stock(x[:2]).shape[1:])
 
@@ -176,11 +184,42 @@ def threads_scale(rounds: int = 5) -> float:
     return sorted(ratios)[rounds // 2]
 
 
+def making(loop: Loop) -> float:
+    """The seconds that it takes to make a step, with its first call, once one was made for a model of the same kind."""
+    x = torch.randn(loop.batch)
+    with torch.no_grad():
+        y = torch.randn_like(loop.make()(x))
+    made = []
+    for _ in range(_MADE + 1):
+        model = loop.make()
+        optimizer = torch.optim.Adam(model.parameters(), lr=_LR)
+        start = time.perf_counter()
+        step = fastnn.training_step(model, F.mse_loss, optimizer, strict=True)
+        step(x, y)
+        first = time.perf_counter()
+        step(x, y)
+        made.append(2 * first - start - time.perf_counter())  # without the step itself
+    return statistics.median(made[1:])
+
+
 def as_line(row: dict[str, Any]) -> str:
-    each = {name: time / _BATCHES for name, time in row["microseconds"].items()}
+    each = {name: time / row["batches"] for name, time in row["microseconds"].items()}
     ratio = each["stock, DataLoader"] / each["epoch"]
     cells = ", ".join(f"{name} {time:.1f} us" for name, time in each.items())
-    return f"{row['case']}, {row['threads']} thread(s): {ratio:.1f}x, a batch:\n  {cells}"
+    made = f"; a further step is made in {row['making']:.0f} us" if "making" in row else ""
+    return f"{row['case']}, {row['threads']} thread(s): {ratio:.1f}x, a batch:\n  {cells}{made}"
+
+
+def measure(loop: Loop, threads: int, contenders: list[str], seconds: float) -> dict[str, Any]:
+    """The microseconds of an epoch by each contender, and on one thread those of making a step."""
+    with using_threads(threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other people's software
+        timings = interleave(epochs_of(loop, contenders), seconds)
+        row = {
+            **{"case": loop.name, "direction": "epoch", "threads": threads, "batches": loop.batches},
+            "microseconds": {name: timing.median * 1e6 for name, timing in timings.items()},
+        }
+        return row | ({"making": 1e6 * making(loop)} if threads == 1 else {})
 
 
 def main() -> None:
@@ -196,11 +235,7 @@ def main() -> None:
         if arguments.only not in loop.name:
             continue
         for threads in arguments.threads:
-            with using_threads(threads), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about other people's software
-                timings = interleave(epochs_of(loop, arguments.contenders), arguments.seconds)
-            microseconds = {name: timing.median * 1e6 for name, timing in timings.items()}
-            rows.append({"case": loop.name, "direction": "epoch", "threads": threads, "microseconds": microseconds})
+            rows.append(measure(loop, threads, arguments.contenders, arguments.seconds))
             print(as_line(rows[-1]), flush=True)
     with using_threads(1):
         scale = threads_scale(5 if arguments.seconds >= 1 else 1)

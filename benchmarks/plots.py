@@ -103,6 +103,24 @@ def zoo(stored: Stored, colors: Colors) -> Figure:
     return figure
 
 
+def curves(stored: Stored, colors: Colors) -> Figure:
+    """A panel a task, a curve for stock's loop and one for `epoch`."""
+    rows = stored["curves"]["rows"]
+    figure, panels = plt.subplots(1, len(rows), figsize=(_WIDTH, 3.0), layout="constrained")
+    for panel, row in zip(panels, rows, strict=True):
+        labels = {"stock, DataLoader": "stock's loop over a DataLoader", "epoch": "step.epoch of fastnn"}
+        for (name, label), color in zip(labels.items(), ("stock", "ours"), strict=True):
+            panel.plot(row["seconds"][name], row["losses"][name], color=colors[color], label=label)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_title(row["case"], fontsize=9)
+        panel.set_xlabel(f"seconds ({len(row['losses']['epoch'])} epochs)")
+        panel.grid(color=colors["line"], linewidth=0.4)
+    panels[0].set_ylabel("mean loss of an epoch")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    return figure
+
+
 def roofline(stored: Stored, colors: Colors) -> Figure:
     """What each case reaches, under the multipliers' peak and the bandwidths of caches and memory."""
     ops = {
@@ -203,6 +221,9 @@ class Plot:
 PLOTS = {
     "models": Plot(
         models, ("models",), "How many times as fast as eager PyTorch the three models are, at two sizes each"
+    ),
+    "curves": Plot(
+        curves, ("curves",), "Loss over time on real data: stock's loop over a DataLoader, and step.epoch of fastnn"
     ),
     "zoo": Plot(zoo, ("zoo",), "How many times as fast as eager PyTorch twenty real models are, beside other engines"),
     "roofline": Plot(

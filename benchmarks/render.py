@@ -25,6 +25,7 @@ PAGES = (
 PLOTS = Path("docs/performance/plots")
 _MARKED = re.compile(r"(<!-- results: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _OURS = ("fastnn", "fastnn frozen", "fused", "frozen", "fastnn layers", "training_step")
+_OUR_LOOPS = ("training_step, DataLoader", "training_step, index", "epoch")
 _TINY = 3  # of the models of benchmarks/cases.py, which come first
 _WORDS = {"inference": "inference", "training": "forward and backward", "step": "training step"}
 _DIRECTIONS = tuple(_WORDS)
@@ -47,7 +48,7 @@ def ratio_text(ratio: float) -> str:
 
 def best(row: Row, ours: bool) -> str:
     """The fastest of fastnn's forms, or of the others."""
-    times = {name: time for name, time in row["microseconds"].items() if (name in _OURS) == ours}
+    times = {name: time for name, time in row["microseconds"].items() if (name in (*_OURS, *_OUR_LOOPS)) == ours}
     return min(times, key=lambda name: times[name])
 
 
@@ -61,6 +62,11 @@ def against_stock(row: Row) -> float:
     times = row["microseconds"]
     stock = min(times[name] for name in ("stock", "stock, fused Adam", "eager", "channels_last") if name in times)
     return stock / times[best(row, True)]
+
+
+def against_loop(row: Row) -> float:
+    """How many times as fast an epoch is as stock's loop over a DataLoader."""
+    return row["microseconds"]["stock, DataLoader"] / row["microseconds"]["epoch"]
 
 
 def mean_text(ratios: Sequence[float]) -> str:
@@ -106,12 +112,14 @@ def headline(stored: Stored) -> str:
 
     conv, rnn, mlp = (f"{ratio:.1f}" for ratio in ratios(stored, "models", "inference")[:_TINY])
     real = len(ratios(stored, "zoo", "inference"))
+    loop = statistics.geometric_mean(ratios(stored, "epoch", "epoch", against_loop)[:_TINY])
     return textwrap.fill(
         f"**{mean('models', 'inference', _TINY)} times as fast as eager PyTorch**: the geometric mean of a tiny "
         f"convolutional network ({conv}), recurrent network ({rnn}) and autoencoder ({mlp}), in float32 inference on "
         f"one thread. Forward and backward are {mean('models', 'training', _TINY)} times as fast, a whole training "
-        f"step in one call {mean('models', 'step', _TINY)} times. Larger models gain less: {real} real ones run "
-        f"{mean('zoo', 'inference')} times and train {mean('zoo', 'training')} times as fast, in the geometric mean.",
+        f"step in one call {mean('models', 'step', _TINY)} times, and a whole loop over data in memory {loop:.0f} "
+        f"times. Larger models gain less: {real} real ones run {mean('zoo', 'inference')} times and train "
+        f"{mean('zoo', 'training')} times as fast, in the geometric mean.",
         _WIDTH,
     )
 
@@ -125,7 +133,8 @@ def sizes(stored: Stored) -> str:
         return [mean_text(ratios(stored, name, direction, of)[rows]) for direction in directions]
 
     def of_models(rows: slice) -> list[str]:
-        return [*means("models", _DIRECTIONS, rows), *means("frozen", ["inference"], rows, against_best)]
+        passes, loops = means("models", _DIRECTIONS[:2], rows), means("epoch", ["epoch"], rows, against_loop)
+        return [*passes, *loops, *means("frozen", ["inference"], rows, against_best)]
 
     def of_larger(name: str) -> list[str]:
         return means(name, _DIRECTIONS[:2], slice(None))
@@ -134,11 +143,16 @@ def sizes(stored: Stored) -> str:
     best_of_zoo = means("zoo", ["inference"], slice(None), against_best)
     lines = [
         ["three tiny models", *of_models(slice(_TINY))],
-        ["the same three at realistic sizes", *of_models(slice(_TINY, None))],
+        ["the same three at realistic sizes", *of_models(slice(_TINY, 2 * _TINY))],
         [f"{real} real models, LeNet-5 to ResNet-18", *of_larger("zoo"), "", *best_of_zoo],
         [f"{layers} convolution layers of published networks", *of_larger("layers"), "", ""],
     ]
-    return table(["one thread", *(_WORDS[d] for d in _DIRECTIONS), "inference, against the best rival"], lines)
+    heads = [
+        *(_WORDS[direction] for direction in _DIRECTIONS[:2]),
+        "training loop",
+        "inference, against the best rival",
+    ]
+    return table(["one thread", *heads], lines)
 
 
 def memory(stored: Stored) -> str:
@@ -206,6 +220,30 @@ def step(stored: Stored) -> str:
     return table(["model (input)", "threads", *contenders, "better stock / training_step"], lines)
 
 
+def epoch(stored: Stored) -> str:
+    """A batch of each loop."""
+    rows = stored["epoch"]["rows"]
+    contenders = columns(rows)
+    lines = []
+    for row in rows:
+        times = row["microseconds"]
+        cells = [time_text(times[c] / row["batches"]) if c in times else "" for c in contenders]
+        jax = ratio_text(times["jax scan"] / times["epoch"]) if "jax scan" in times else ""
+        lines.append([row["case"], str(row["threads"]), *cells, f"**{ratio_text(against_loop(row))}**", jax])
+    return table(["model (batch)", "threads", *contenders, "epoch, of stock over a DataLoader", "of jax scan"], lines)
+
+
+def making(stored: Stored) -> str:
+    """What it costs to train a small model more."""
+    tiny = [row["making"] / 1e3 for row in select(stored["epoch"]["rows"], threads=1)[:_TINY]]
+    return textwrap.fill(
+        f"Two threads that each train an autoencoder make {stored['epoch']['threads_scale']:.2f} times as many epochs "
+        f"as one. To make a step for a further model of a class, with its first call, takes {min(tiny):.1f} to "
+        f"{max(tiny):.1f} ms with the three tiny models.",
+        _WIDTH,
+    )
+
+
 def layers(stored: Stored) -> str:
     """A layer a line: against stock's better memory format, in each direction and number of threads."""
     rows = stored["layers"]["rows"]
@@ -245,7 +283,7 @@ def overhead(stored: Stored) -> str:
     return table(["op", *contenders, *(f"{name} (<= {most:g})" for name, most in targets.items())], lines)
 
 
-_MEASURED_AGAINST_RIVALS = ("frozen", "conv_relu_max_pool", "rnn", "mlp", "zoo", "step", "layers")
+_MEASURED_AGAINST_RIVALS = ("frozen", "conv_relu_max_pool", "rnn", "mlp", "zoo", "step", "epoch", "layers")
 
 
 def losses(stored: Stored) -> str:
@@ -271,6 +309,8 @@ BLOCKS: dict[str, Callable[[Stored], str]] = {
     **{name: rivals(name) for name in ("frozen", "conv_relu_max_pool", "rnn", "mlp")},
     "zoo": zoo,
     "step": step,
+    "epoch": epoch,
+    "making": making,
     "layers": layers,
     "layer means": layer_means,
     "overhead": overhead,

@@ -54,6 +54,13 @@ PARTS = [
         (),
         (*_BRIEF, "--threads", "1", "--contenders", "stock", "stock, fused Adam", "training_step"),
     ),
+    Part(
+        "epoch",
+        ("epoch",),
+        (),
+        (*_BRIEF, "--threads", "1", "--contenders", "stock, DataLoader", "training_step, DataLoader", "epoch"),
+    ),
+    Part("curves", ("curves",), (), _BRIEF),
     Part("layers", ("layers",), (), (*_BRIEF, "--threads", "1")),
     Part("layers_avx2", ("layers", "--isa", "avx2", "--threads", "1"), (), _BRIEF),
     Part("memory", ("memory",), (), _BRIEF),

@@ -7,7 +7,7 @@ import argparse
 
 import numpy as np
 import torch
-from common import GREY, OURS, STOCK, arguments, batches_of, draw_losses, figure, predict_both, save, train_both
+from common import GREY, OURS, STOCK, Rows, arguments, draw_losses, figure, predict_both, save, train_both
 from sklearn.datasets import load_breast_cancer
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -33,7 +33,7 @@ def main() -> None:
     scaled = ((data.data - mean) / deviation).astype(np.float32)
     rows, rest = torch.from_numpy(scaled[seen]), torch.from_numpy(scaled[~seen])
 
-    epochs = batches_of(rows, rows, 40, 60 if given.short else 400)
+    epochs = [Rows(rows, rows, 40)] * (60 if given.short else 400)
     stock, ours = train_both(autoencoder(rows.shape[1]), nn.MSELoss(), epochs, lr=3e-3)
     errors = (predict_both(ours.model, rest) - rest).square().mean(1).numpy()
     pca = PCA(8).fit(scaled[seen])

@@ -8,11 +8,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import fastnn
@@ -46,38 +48,79 @@ class Trained:
 
 
 Value = Tensor | PackedSequence
-Step = Callable[[Value, Tensor], Tensor]
 
 
-def stock_step(model: nn.Module, loss: nn.Module, lr: float) -> Step:
-    """One step of stock's loop, by Adam."""
+@dataclass
+class Rows:
+    """Tensors in memory, of which an epoch takes batches of this size, in an order that it draws. Rows that make no
+    whole batch are left out."""
+
+    x: Tensor
+    y: Tensor
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.x) // self.size
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        """A batch, in the order in which the rows lie."""
+        some = slice(number * self.size, (number + 1) * self.size)
+        return self.x[some], self.y[some]
+
+    def settings(self, generator: torch.Generator) -> dict[str, Any]:
+        """What DataLoader and ``step.epoch`` are told alike."""
+        return {"batch_size": self.size, "shuffle": True, "generator": generator, "drop_last": True}
+
+
+Epoch = Rows | list[tuple[Value, Tensor]]  # rows in memory, or batches
+Train = Callable[[Epoch, torch.Generator], list[float]]  # returns the losses of one epoch
+
+
+def stock_loop(model: nn.Module, loss: nn.Module, lr: float) -> Train:
+    """Stock's loop, by Adam: rows come from a DataLoader."""
     optimizer = torch.optim.Adam(model.parameters(), lr)
 
-    def step(x: Value, y: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        value = loss(model(x), y)
-        value.backward()
-        optimizer.step()
-        return value.detach()
+    def train(epoch: Epoch, generator: torch.Generator) -> list[float]:
+        values = []
+        if isinstance(epoch, Rows):
+            batches = DataLoader(TensorDataset(epoch.x, epoch.y), **epoch.settings(generator))
+        else:
+            batches = epoch
+        for x, y in batches:
+            optimizer.zero_grad()
+            value = loss(model(x), y)
+            value.backward()
+            optimizer.step()
+            values.append(value.detach())
+        return torch.stack(values).tolist()
 
-    return step
+    return train
 
 
-def our_step(model: nn.Module, loss: nn.Module, lr: float) -> fastnn.TrainingStep:
-    """The same by ``fastnn.training_step``."""
-    return fastnn.training_step(model, loss, torch.optim.Adam(model.parameters(), lr))
+def our_loop(model: nn.Module, loss: nn.Module, lr: float) -> Train:
+    """The same by ``fastnn.training_step``: many steps in one call, where there are rows."""
+    step = fastnn.training_step(model, loss, torch.optim.Adam(model.parameters(), lr))
+
+    def train(epoch: Epoch, generator: torch.Generator) -> list[float]:
+        if isinstance(epoch, Rows):
+            return step.epoch(epoch.x, epoch.y, **epoch.settings(generator)).tolist()
+        return step.epoch(epoch).tolist()
+
+    return train
 
 
-def train(name: str, make: Callable[..., Step], model: nn.Module, loss: nn.Module, epochs: list, lr: float) -> Trained:
-    """Trains a copy of the model, with the seed that all trainings have, so that all drop the same elements."""
+def train(name: str, make: Callable[..., Train], model: nn.Module, loss: nn.Module, epochs: list, lr: float) -> Trained:
+    """Trains a copy of the model, with the seed that all trainings have, so that all take the same batches and drop the
+    same elements."""
     own = copy.deepcopy(model).train()
-    step, values = make(own, loss, lr), []
+    train_one, values = make(own, loss, lr), []
     torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     begin = time.perf_counter()
-    for batches in tqdm(epochs, desc=name, unit="epoch"):
-        values += [step(x, y) for x, y in batches]
+    for epoch in tqdm(epochs, desc=name, unit="epoch"):
+        values += train_one(epoch, generator)
     seconds = time.perf_counter() - begin
-    return Trained(own, [float(value) for value in values], seconds)
+    return Trained(own, values, seconds)
 
 
 def train_both(model: nn.Module, loss: nn.Module, epochs: list, lr: float) -> tuple[Trained, Trained]:
@@ -87,18 +130,27 @@ def train_both(model: nn.Module, loss: nn.Module, epochs: list, lr: float) -> tu
     def double(value: Value) -> Value:
         return value.double() if value.data.is_floating_point() else value
 
-    first = [[(double(x), double(y)) for batches in epochs for x, y in batches][:COMPARED]]
+    first: list[Epoch] = []
+    for epoch in epochs:
+        left = COMPARED - sum(map(len, first))
+        if isinstance(epoch, Rows):
+            first += [Rows(double(epoch.x), double(epoch.y), epoch.size)] * (left > 0)
+        else:
+            first.append([(double(x), double(y)) for x, y in epoch[:left]])
     exact = copy.deepcopy(model).double()
-    theirs, mine = (train("checking", make, exact, loss, first, lr).losses for make in (stock_step, our_step))
+    theirs, mine = (
+        train("checking", make, exact, loss, first, lr).losses[:COMPARED] for make in (stock_loop, our_loop)
+    )
     worst = max(abs(a - b) for a, b in zip(theirs, mine, strict=True))
     assert worst <= TOLERANCE * theirs[0], f"the losses differ by {worst}"
     print(f"in double precision {len(mine)} losses are stock's, to {worst / theirs[0]:.0e} of the first")
 
-    step = our_step(copy.deepcopy(model).train(), loss, lr)
+    explained = copy.deepcopy(model).train()
+    step = fastnn.training_step(explained, loss, torch.optim.Adam(explained.parameters(), lr))
     step(*epochs[0][0])  # Only a step that was made says whether it went as one call.
     print(f"fastnn.training_step: {step.explain()}")
-    stock = train("training, stock", stock_step, model, loss, epochs, lr)
-    ours = train("training, fastnn", our_step, model, loss, epochs, lr)
+    stock = train("training, stock", stock_loop, model, loss, epochs, lr)
+    ours = train("training, fastnn", our_loop, model, loss, epochs, lr)
     print(
         f"trained {stock.seconds / ours.seconds:.1f} times as fast: {ours.seconds:.2f} s, stock {stock.seconds:.2f} s"
     )
@@ -160,12 +212,3 @@ def draw_losses(axes: plt.Axes, stock: Trained, ours: Trained) -> None:
 def save(drawing: plt.Figure, file: str) -> None:
     drawing.savefig(file, transparent=True, dpi=160)
     print(f"written: {file}")
-
-
-def batches_of(x: Tensor, y: Tensor, size: int, epochs: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """Shuffled batches for each epoch, all of them of the same size."""
-    every = []
-    for _ in range(epochs):
-        order = torch.randperm(len(x))
-        every.append([(x[some], y[some]) for some in order.split(size) if len(some) == size])
-    return every

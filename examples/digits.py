@@ -6,7 +6,7 @@ python examples/digits.py [--short] [--threads 1] [--output digits.png]
 import argparse
 
 import torch
-from common import GREY, arguments, batches_of, draw_losses, figure, predict_both, save, train_both
+from common import GREY, Rows, arguments, draw_losses, figure, predict_both, save, train_both
 from sklearn.datasets import load_digits
 from sklearn.metrics import confusion_matrix
 from torch import nn
@@ -27,7 +27,7 @@ def main() -> None:
     labels = torch.tensor(digits.target)
     order = torch.randperm(len(images))
     train, test = order[:1400], order[1400:]
-    epochs = batches_of(images[train], labels[train], 32, 5 if given.short else 25)
+    epochs = [Rows(images[train], labels[train], 32)] * (5 if given.short else 25)
 
     stock, ours = train_both(network(), nn.CrossEntropyLoss(), epochs, lr=2e-3)
     predicted = predict_both(ours.model, images[test]).argmax(1)

@@ -7,7 +7,7 @@ import argparse
 import math
 
 import torch
-from common import GREY, OURS, arguments, batches_of, draw_losses, figure, predict_both, save, train_both
+from common import GREY, OURS, Rows, arguments, draw_losses, figure, predict_both, save, train_both
 from torch import Tensor, nn
 
 KINDS = ("sine", "square", "sawtooth", "chirp")
@@ -45,7 +45,7 @@ def main() -> None:
     given = arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), "signals.png")
     x, labels = signals(2000)
     unseen, kinds = signals(500)
-    epochs = batches_of(x, labels, 50, 6 if given.short else 20)
+    epochs = [Rows(x, labels, 50)] * (6 if given.short else 20)
     stock, ours = train_both(network(), nn.CrossEntropyLoss(), epochs, lr=2e-3)
     predicted = predict_both(ours.model, unseen).argmax(1)
     accuracy = float((predicted == kinds).double().mean())

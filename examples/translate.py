@@ -7,7 +7,7 @@ import argparse
 import datetime
 
 import torch
-from common import arguments, batches_of, draw_losses, figure, predict_both, save, train_both
+from common import arguments, draw_losses, figure, predict_both, save, train_both
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -90,8 +90,9 @@ def main() -> None:
     given = arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), "translate.png")
     days = torch.randperm(DAYS)
     _, read, written = dates(days[: 64 * (40 if given.short else 200)])
-    epochs = batches_of(torch.cat([read, shifted(written)], 1), written, 64, 1 if given.short else 6)
-    epochs = [[(x, y.flatten()) for x, y in batches] for batches in epochs]
+    letters = torch.cat([read, shifted(written)], 1)
+    orders = [torch.randperm(len(letters)).split(64) for _ in range(1 if given.short else 6)]
+    epochs = [[(letters[some], written[some].flatten()) for some in order] for order in orders]
     stock, ours = train_both(Translator(), nn.CrossEntropyLoss(), epochs, lr=5e-3)
 
     texts, read, written = dates(days[-1000:])

@@ -15,7 +15,7 @@ from fastnn.graph import forward as forwards
 from fastnn.graph.account import WHY, ExplainedCall, account_for, traces_of
 from fastnn.graph.forward import FusedModule, FusedRecurrent, Trace
 from fastnn.graph.matcher import Layer
-from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace, needed_inputs
+from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace, needed_inputs, signature_of
 from fastnn.nn import FUSED
 
 _ALGORITHM_OF = torch.ops.fastnn.conv_relu_max_pool_algorithm.default
@@ -74,7 +74,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: expected a torch.nn.Module, got a {type(model).__name__}")
-    if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)) and needed_inputs(model) == len(inputs[0]) > 1:
+    is_one = len(inputs) == 1 and isinstance(inputs[0], (tuple, list))
+    if is_one and needed_inputs(signature_of(model)) == len(inputs[0]) > 1:
         inputs = tuple(inputs[0])  # as fuse and freeze take them
     is_fused = _is_fused(model)
     model = copied(model) if is_fused else fuse(copied(model))

@@ -72,6 +72,11 @@ class Batches:
         elif self._shuffle and not self.is_drawn_in_turn:
             self.order = _permutation(self.rows, self._generator)
 
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Of a whole batch."""
+        return self.batch_size, *[tensor.shape[1:] for tensor in (*self.inputs, *self.targets)]
+
     def places(self, first: int, last: int) -> tuple[int, int]:
         """The rows [begin, end), as places in the order, of the batches [first, last)."""
         return first * self.batch_size, min(last * self.batch_size, self.taken)

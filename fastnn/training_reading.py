@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastnn._torch import HOOKS
 from fastnn.graph.forward import FusedForward, Trace
-from fastnn.graph.training_program import NotANetworkError, TrainingProgram, read_training_program
+from fastnn.graph.training_program import NotANetworkError, TrainingProgram, training_program_of
 from fastnn.training_numbers import check_optimizer, check_parameters, numbers_of_loss, settings_of_loss
 
 
@@ -43,7 +43,7 @@ class Reading:
         if trace is None:
             raise NotANetworkError(getattr(forward, "why", None) or "the model cannot be traced")
         check_optimizer(optimizer)
-        self.network: TrainingProgram = read_training_program(trace)
+        self.network: TrainingProgram = training_program_of(model, trace)
         self._model, self._forward, self._trace = model, forward, trace
         self.owners = [own for own, _ in self.network.sources]
         self._names = [name for _, name in self.network.sources]

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastnn._torch import global_optimizer_hooks, note_step_of
 from fastnn.fusion import fuse
-from fastnn.graph.rehearsal import needed_inputs
+from fastnn.graph.rehearsal import needed_inputs, signature_of
 from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
@@ -29,7 +29,7 @@ from fastnn.training_calls import (
     update_in_one_call,
 )
 from fastnn.training_epoch import Batches, progress_bar
-from fastnn.training_numbers import check_optimizer, check_parameters
+from fastnn.training_numbers import OPTIMIZERS, check_optimizer, check_parameters
 from fastnn.training_ranks import FlatGradients, Ranks
 from fastnn.training_reading import Reading
 
@@ -99,6 +99,7 @@ class TrainingStep:
         self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
         self._is_unread_copy = False
+        self._together: tuple[Any, int] = None, 1  # how many steps go in one call, and with batches of which sizes
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -301,12 +302,13 @@ class TrainingStep:
 
     def _run(self, batches: Batches, bar: Any) -> Tensor:
         """Makes many steps in one call, where a step is one call: as many as take `_SECONDS_TOGETHER`, so that Ctrl-C
-        and the bar do not wait long. The first step has a call of its own, since it creates the optimizer's state."""
+        and the bar do not wait long. The epoch before knows how many these are, if its batches were as large."""
         losses: list[Tensor] = []
-        done, together = 0, 1
+        done, sizes = 0, batches.sizes
+        together = self._together[1] if self._together[0] == sizes else 1
         while done < batches.count:
             begin = time.perf_counter()
-            some = self._in_one_call_for_many(batches, done, min(batches.count, done + together)) if done else None
+            some = self._in_one_call_for_many(batches, done, min(batches.count, done + together))
             if some is None:
                 some = self(*batches[done])[None]
             losses.append(some)
@@ -314,6 +316,7 @@ class TrainingStep:
             bar.update(len(some))
             each = (time.perf_counter() - begin) / len(some)
             together = max(1, min(int(_SECONDS_TOGETHER / each), 4 * together))
+        self._together = sizes, together
         return torch.cat(losses) if losses else torch.empty(0)
 
     def _in_one_call_for_many(self, batches: Batches, first: int, last: int) -> Tensor | None:
@@ -331,9 +334,12 @@ class TrainingStep:
         assert binding is not None
         if binding.created or reading.loss_why or (reading.network.log_softmax == -1 and target.dim() != 1):
             return None
+        random = torch.get_rng_state() if reading.network.draws else None
         try:
             losses = steps_in_one_call(reading, binding, batches, first, last)
         except RuntimeError:  # a single step then finds another way, or raises the error
+            if random is not None:
+                torch.set_rng_state(random)
             return None
         self._after(binding, ())
         return losses
@@ -589,6 +595,8 @@ _OTHER_TARGET = "its target is none that the operator takes"
 def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
     """TypeError where the optimizer's step cannot be called without a closure."""
     kind = type(optimizer)
+    if kind in OPTIMIZERS:
+        return
     try:
         signature = inspect.signature(kind.step)
     except (TypeError, ValueError):  # a function written in C may have no signature
@@ -602,10 +610,9 @@ def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
 
 def _inputs_of(model: nn.Module) -> int:
     """How many inputs the model needs. TypeError where it takes none."""
-    count = max(1, needed_inputs(model))
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):
+    signature = signature_of(model)
+    count = max(1, needed_inputs(signature))
+    if signature is None:
         return count
     try:
         signature.bind(*(None,) * count)

@@ -28,6 +28,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -44,7 +45,7 @@ from fastnn.graph.guard import TOKEN
 from fastnn.graph.stand_ins import StandIn
 from fastnn.graph.tracing import Fused
 
-KINDS = ("fuse", "fuse example", "training_step", "freeze", "backend")
+KINDS = ("fuse", "alike", "fuse example", "training_step", "freeze", "backend")
 
 
 @dataclass(frozen=True)
@@ -1147,13 +1148,15 @@ def compare(case: Case, kind: str) -> bool:
 
 def _compare_fused(case: Case, kind: str, stock: _Side, ours: _Side) -> bool:
     is_fused = False
-    if kind == "fuse":
+    if kind in ("fuse", "alike"):
         fastnn.fuse(ours.model)
     else:
         is_taken = _try_example(case, stock, ours)
         if not (is_taken and case.is_pure):  # what is no part of the model may have seen a call
             return False
     for number, step in enumerate(case.steps):
+        if kind == "alike":
+            _trace_a_copy(ours.model)
         one, other = stock.run(step, number), ours.run(step, number)
         try:
             _check_outcomes(one, other)
@@ -1167,6 +1170,16 @@ def _compare_fused(case: Case, kind: str, stock: _Side, ours: _Side) -> bool:
         if one.raised is not None and not step.changes:
             break
     return is_fused
+
+
+def _trace_a_copy(model: nn.Module) -> None:
+    """Traces a copy of a fused model, and drops the model's own traces: the step's changes decide whether the model
+    gets the copy's."""
+    with suppress(Exception):  # not every model can be copied
+        copy.deepcopy(model).__dict__["forward"].trace(now=True)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedForward):
+            module.__dict__["forward"].forget()
 
 
 def _arguments(case: Case, given: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from benchmarks import bounds, compare, memory, overhead, processes, report, scaling, stored, sweep
+from benchmarks import bounds, compare, curves, epoch, memory, overhead, processes, report, scaling, stored, sweep
 from benchmarks.cases import CASES, Case, first_tensor
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.timing import Timing, bandwidth, interleave, is_reliable, peak_flops, speedups
@@ -94,6 +94,30 @@ def test_scaling() -> None:
         assert all(len({case_of(size).name for size in sizes}) == len(sizes) for sizes, case_of in lines.values())
     row = scaling.measure("batch", "Autoencoder", 32, SMALL, "training", 1, seconds=0.01)
     assert row["microseconds"].keys() == {"eager", "fastnn"}
+
+
+def test_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = next(loop for loop in epoch.LOOPS if loop.name.startswith("SkipNet"))
+    row = epoch.measure(loop, 1, list(epoch.CONTENDERS), seconds=0.001)
+    assert row["microseconds"].keys() == set(epoch.CONTENDERS) - {"jax scan"}
+    assert min(row["microseconds"].values()) > 0
+    assert f"{row['microseconds']['epoch'] / 100:.1f} us" in epoch.as_line(row)
+    monkeypatch.setattr(epoch, "_by_stock", lambda model, batches: lambda: torch.zeros(loop.batches))
+    with pytest.raises(AssertionError):
+        epoch.measure(loop, 1, ["stock, DataLoader", "epoch"], seconds=0.001)
+
+
+def test_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    task = curves.TASKS[2]
+    row = curves.measure(task, seconds=0.05)
+    stock, ours = row["losses"].values()
+    assert len(stock) == len(ours) > 1
+    assert stock[-1] < stock[0]
+    assert all(len(ends) == len(stock) and ends == sorted(ends) for ends in row["seconds"].values())
+    monkeypatch.setattr(curves, "_by_stock", lambda *given: lambda generator: torch.zeros(1))
+    with pytest.raises(AssertionError):
+        curves.measure(task, seconds=0.001)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")

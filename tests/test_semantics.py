@@ -7,7 +7,7 @@ import semantics
 import torch
 
 BATCH = 20  # cases of one test
-BATCHES = {"fuse": 19, "fuse example": 2, "training_step": 4, "freeze": 2}
+BATCHES = {"fuse": 19, "alike": 5, "fuse example": 2, "training_step": 4, "freeze": 2}
 COMPILED = range(4)
 
 
@@ -27,7 +27,7 @@ def check(kind: str, first: int, count: int) -> int:
 )
 def test_computes_what_python_would(kind: str, first: int) -> None:
     fused = check(kind, first, BATCH)
-    assert fused or kind != "fuse"  # else nothing is tested
+    assert fused or kind not in ("fuse", "alike")  # else nothing is tested
 
 
 @pytest.mark.parametrize("seed", COMPILED)

@@ -237,6 +237,34 @@ def test_one_call_makes_the_steps_of_the_loop(calls: list[int], shuffle: bool, d
     assert len(calls) < sum(calls)
 
 
+def test_an_epoch_takes_up_the_pace_of_the_one_before(calls: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.Adam(model.parameters()), strict=True)
+    x, y = torch.randn(60, 4).double(), torch.randn(60, 3).double()
+    for _ in range(2):
+        step.epoch(x, y, 2)
+    begin = len(calls)
+    step.epoch(x, y, 2)
+    assert calls[begin:] == [30]
+    step.epoch(x, y, 3)  # of which nothing is known as yet
+    assert calls[begin + 1] == 1
+
+
+def test_a_first_batch_that_is_refused_draws_nothing(calls: list[int]) -> None:
+    model = _batch_norm_and_dropout()
+    x, y = torch.randn(10, 1, 8, 8).double(), torch.randint(0, 3, (10,))
+    step = fastnn.training_step(model, F.cross_entropy, torch.optim.Adam(model.parameters()), strict=True)
+    step.epoch(x, y, 5)
+    y[1] = 7
+    torch.manual_seed(1)
+    torch.empty((), dtype=torch.int64).random_()  # as a DataLoader does
+    expected = torch.get_rng_state()
+    torch.manual_seed(1)
+    with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+        step.epoch(x, y, 5)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
 def test_a_step_that_is_refused_leaves_those_before_it(calls: list[int]) -> None:
     torch.manual_seed(0)
     theirs = nn.Sequential(nn.Linear(4, 3)).double()

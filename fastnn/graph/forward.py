@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import inspect
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from sys import getrefcount
 from types import FunctionType
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastnn._torch import functions_are_watched
+from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join
 from fastnn.graph.matcher import RECURRENT, Left, Match, insert, kernel_sizes, match, settings_of
@@ -187,6 +189,25 @@ _write_lock = threading.Lock()
 _RECURRENT_SETTINGS = ("mode", "num_layers", "batch_first", "bidirectional", "dropout", "proj_size", "bias")
 
 
+class _Code:
+    """The Python of a fused graph, which the first run writes. It holds no module, so that those that are alike share
+    it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._function: Callable[..., Any] | None = None
+
+    def written(self, modules: dict[str, nn.Module]) -> Callable[..., Any]:
+        with _write_lock:
+            if self._function is None:
+                join(self._graph, modules)
+                code = self._graph.python_code("self")
+                scope = dict(code.globals)
+                exec(compile(code.src, f"<fused {type(modules['']).__name__}>", "exec"), scope)
+                self._function = scope["forward"]
+        return self._function
+
+
 class Trace:
     """The trace of a module's forward, with its matches fused. ``run(module, *inputs, *tensors)`` computes what the
     forward does, as long as the guard holds."""
@@ -202,7 +223,7 @@ class Trace:
         self.tensors = tracer.tensors  # containers and keys of the graph's further inputs
         self.modules = dict(module.named_modules())
         self.passed = tracer.inlined
-        self.called = set(tracer.called)  # layers
+        self.called = tracer.called  # layers
         self.matches = match(self.stock_graph, self.modules)
         for found in list(self.matches.found):
             reason = left.get(key_of(found))
@@ -210,6 +231,7 @@ class Trace:
                 self.matches.found.remove(found)
                 self.matches.left += [Left(layer, reason) for layer in found.layers]
         graph, self.sources = self.write()
+        self._code = _Code(graph)
         for found in self.matches.found:
             for layer in found.modules:
                 self.guard.note_settings(layer, settings_of(layer))
@@ -219,21 +241,44 @@ class Trace:
             if isinstance(layer, nn.RNNBase):  # it may become one call with what follows (joining.py)
                 self.guard.note_settings(layer, _RECURRENT_SETTINGS)
         self.is_idle = not self.matches.found  # then the module's own forward is as good, and needs no guard
-        self._unwritten: fx.Graph | None = graph
         self.run: Callable[..., Any] = self._write_and_run
         self.guard.seal()
         self.holds = self.guard.holds
+        self.kind: Kind | None = None  # what is kept of it for modules that are alike
+
+    @classmethod
+    def of(cls, module: nn.Module, left: dict[Any, str]) -> Trace:
+        """The trace of a module: that of one that was alike, where the guard says that it is this one's too, or else
+        a new trace, which is kept for others."""
+        parts = Parts(module)
+        kind = kind_of(parts)
+        trace = None if kind is None else kind.trace.mapped(parts.object_at)
+        if trace is None or not trace.guard.begins():
+            trace, kind = cls(module, left), None
+            if parts.key is not None:
+                with suppress(NotAlikeError):
+                    kind = Kind(trace.mapped(parts.place_of))
+        trace.kind = kind
+        if kind is not None:
+            keep(parts, kind)
+        return trace
+
+    def mapped(self, of: Callable[[Any], Any]) -> Trace:
+        """The trace of another module. `of` gives, for an object, the one in its place, or the object itself."""
+        other = copy.copy(self)
+        other.modules = {name: of(module) for name, module in self.modules.items()}
+        other.matches = self.matches.of(other.modules)
+        other.passed, other.called = list(map(of, self.passed)), list(map(of, self.called))
+        other.tensors, other.sources = [
+            [(of(own), name) for own, name in some] for some in (self.tensors, self.sources)
+        ]
+        other.guard = self.guard.mapped(of)
+        other.holds, other.run = other.guard.holds, other._write_and_run
+        return other
 
     def _write_and_run(self, module: nn.Module, *args: Any) -> Any:
-        """The first run, which makes Python's code of the graph. (A training step never comes here.)"""
-        with _write_lock:
-            graph, self._unwritten = self._unwritten, None
-            if graph is not None:
-                join(graph, self.modules)
-                code = graph.python_code("self")
-                scope = dict(code.globals)
-                exec(compile(code.src, f"<fused {type(module).__name__}>", "exec"), scope)
-                self.run = scope["forward"]
+        """The first run. (A training step never comes here.)"""
+        self.run = self._code.written(self.modules)
         return self.run(module, *args)
 
     def further_inputs(self) -> list[Any]:
@@ -348,7 +393,7 @@ class FusedForward(FusedModule):
         self.tries += 1
         trace: Trace | None = None
         try:
-            trace = Trace(self.module, self.left)
+            trace = Trace.of(self.module, self.left)
             self.why = None
         except UntraceableError as error:
             self.why = str(error)

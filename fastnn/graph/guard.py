@@ -73,6 +73,13 @@ _TENSORS = (Tensor, nn.Parameter)  # whose functions are torch's own
 _extension.set_tensor_classes(_TENSORS)
 
 
+class Held:
+    """Holds what cannot be a key of a dict, as a set, for an argument of a call that is noted."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 class Guard:
     """The reads of a trace, and the values that they gave. Values that are compared by identity are kept alive, so that
     no other object can get their addresses.
@@ -107,7 +114,8 @@ class Guard:
 
     def note_contents(self, container: Any) -> None:
         """Notes all that a list, tuple or dict holds, or a class's own dict."""
-        self._contents.setdefault(id(container), (container, self._all_kept(container)))
+        if id(container) not in self._contents:
+            self._contents[id(container)] = (container, self._all_kept(container))
 
     def _kept(self, value: Any) -> Any:
         """What is noted for a value: for a tensor only that it is one, so that replaced tensors are not kept alive."""
@@ -167,6 +175,37 @@ class Guard:
         for name in ("_parameters", "_buffers"):
             self.note_instance(module, name, own[name])
             self.note_contents(own[name])
+
+    # ---- of another module -----------------------------------------------------------------------------------------
+
+    def mapped(self, of: Callable[[Any], Any]) -> Guard:
+        """The same notes of other objects: `of` gives, for each object, the one in its place, or the object itself."""
+        other = Guard(self._by_value)
+        for (_, key), (container, _, value) in self._items.items():
+            container = of(container)
+            other._items[id(container), key] = (container, key, of(value))
+        for container, held in self._contents.values():
+            container = of(container)
+            other._contents[id(container)] = (container, list(map(of, held)))
+        for instance, kind, order, own in self._types.values():
+            instance = of(instance)
+            other._types[id(instance)] = (instance, kind, order, of(own))
+        for module, names in self._layers.values():
+            module = of(module)
+            other._layers[id(module)] = (module, names)
+        other._empty = {id(one): one for one in map(of, self._empty.values())}
+        other._functions = self._functions  # no module has functions of its own and is alike to others
+        for function, args, value in self._calls.values():
+            other.note_call(function, tuple(map(of, args)), value)
+        other._instances = {id(own): own for own in map(of, self._instances.values())}
+        return other
+
+    def begins(self) -> bool:
+        """Seals notes that were made of another module, where they hold for this one."""
+        if not self._holds_by_value():
+            return False
+        self.seal()
+        return self.holds()
 
     # ---- and compared ---------------------------------------------------------------------------------------------
 

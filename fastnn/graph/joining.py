@@ -122,28 +122,28 @@ def _weight(shape: Sequence[int]) -> Value:
 
 
 class RecurrentHead:
-    """Runs ``linear(last step of recurrent(x))``, in training by one function. It is called with the input, and the
-    linear layer's weight and bias."""
+    """Runs ``linear(last step of recurrent(x))``, in training by one function. It is called with the recurrent layer,
+    the input, and the linear layer's weight and bias."""
 
     __name__ = "recurrent_with_head"  # as above
     __module__ = "fastnn"
 
-    def __init__(self, module: Any, part: int, index: Any) -> None:
+    def __init__(self, part: int, index: Any) -> None:
         # part: 0 where the step is taken from the output, 1 from the state, by `index`.
-        self.module, self.part, self.index = module, part, index
+        self.part, self.index = part, index
 
-    def __call__(self, input: Tensor, *parameters: Tensor) -> Tensor:
+    def __call__(self, module: Any, input: Tensor, *parameters: Tensor) -> Tensor:
         if not isinstance(input, Tensor) or input.dim() != 3:  # a packed sequence, or one without a batch
-            result = self.module(input)[self.part]
+            result = module(input)[self.part]
             state = result[0] if self.part and isinstance(result, tuple) else result
             return mlp_of_parameters(state[self.index], parameters, "identity")
         if is_grad_enabled() and input.is_cpu and is_plain(input):
-            layer = kernel_of(self.module)
+            layer = kernel_of(module)
             if layer is not None and wants_gradient(input, *layer._flat_weights, *parameters):
                 trained: Tensor | None = layer._run_plain(input, None, parameters)
                 if trained is not None:
                     return trained
-        _, state = self.module(input)
+        _, state = module(input)
         # The last layer's last output: a smaller tensor to take it from than all outputs.
         h = state[0] if isinstance(state, tuple) else state
         return mlp_of_parameters(h[-1], parameters, "identity")
@@ -333,7 +333,8 @@ def _join_head(graph: Graph, layer: Node, modules: Mapping[str, nn.Module]) -> N
         return
     with graph.inserting_before(layer):
         call = graph.call_function(
-            RecurrentHead(module, int(0 not in parts), step.args[1]), (layer.args[0], *parameters)
+            RecurrentHead(int(0 not in parts), step.args[1]),
+            (graph.get_attr(str(layer.target)), layer.args[0], *parameters),
         )
     head.replace_all_uses_with(call)
     for node in (head, step, *reversed(path)):

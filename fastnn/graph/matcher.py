@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -282,6 +282,26 @@ class Left:
 class Matches:
     found: list[Match] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+
+    def of(self, modules: Mapping[str, Any]) -> Matches:
+        """The same matches of a model that has the same graph and these modules."""
+        layers: dict[int, Layer] = {}
+
+        def own(layer: Layer) -> Layer:
+            if id(layer) not in layers:
+                module = modules[str(layer.node.target)] if layer.module is not None else None
+                layers[id(layer)] = replace(layer, module=module)
+            return layers[id(layer)]
+
+        found = [
+            replace(
+                one,
+                layers=list(map(own, one.layers)),
+                tensors=[None if place is None else (own(place[0]), place[1]) for place in one.tensors],
+            )
+            for one in self.found
+        ]
+        return Matches(found, [replace(one, layer=own(one.layer)) for one in self.left])
 
 
 def match(graph: Graph, modules: Mapping[str, nn.Module]) -> Matches:

@@ -24,11 +24,17 @@ def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
 
 
-def needed_inputs(model: nn.Module) -> int:
-    """How many inputs a call of the model must give by position; 1 where that is not known."""
+def signature_of(model: nn.Module) -> inspect.Signature | None:
+    """The arguments of the model's forward; None where they are not known."""
     try:
-        signature = inspect.signature(model.forward)
+        return inspect.signature(model.forward)
     except (TypeError, ValueError):
+        return None
+
+
+def needed_inputs(signature: inspect.Signature | None) -> int:
+    """How many inputs a call of such a forward must give by position; 1 where that is not known."""
+    if signature is None:
         return 1
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in signature.parameters.values())

@@ -40,7 +40,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastnn._torch import HOOKS
-from fastnn.graph.guard import ABSENT, CONSTANTS, Guard, is_constant
+from fastnn.graph.guard import ABSENT, CONSTANTS, Guard, Held, is_constant
 from fastnn.graph.matcher import computes_only
 from fastnn.graph.order import unpack
 from fastnn.graph.stand_ins import (
@@ -259,7 +259,7 @@ class Tracer(fx.Tracer):
         if is_a(container, set):
             if not all(map(is_constant, container)):
                 return self.stand_in(NotUnderstood, container)
-            self.guard.note_call(_frozen, (_Held(container),), frozenset(container))
+            self.guard.note_call(_frozen, (Held(container),), frozenset(container))
             return self.stand_in(FixedSet, container)
         elif is_a(container, list):
             self.guard.note_contents(container)
@@ -484,7 +484,7 @@ class Tracer(fx.Tracer):
         known = self._stand_ins.get(id(partial))
         if known is None:
             self.read()
-            self.guard.note_call(_parts_of_partial, (_Held(partial),), _parts_of_partial(_Held(partial)))
+            self.guard.note_call(_parts_of_partial, (Held(partial),), _parts_of_partial(Held(partial)))
             self.guard.note_contents(partial.keywords)
             args = [self.enter(one, (partial.args, i)) for i, one in enumerate(partial.args)]
             keywords = {name: self.enter(one, (partial.keywords, name)) for name, one in partial.keywords.items()}
@@ -742,14 +742,7 @@ def _real_classes(kinds: Any) -> list[type] | None:
     return found
 
 
-class _Held:
-    """Holds a set, which cannot be a key of a dict."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _frozen(held: _Held) -> frozenset[Any]:
+def _frozen(held: Held) -> frozenset[Any]:
     return frozenset(held.value)
 
 
@@ -775,7 +768,7 @@ def _contents(cell: types.CellType) -> Any:
         return ABSENT
 
 
-def _parts_of_partial(held: _Held) -> tuple[int, int, int]:
+def _parts_of_partial(held: Held) -> tuple[int, int, int]:
     """Which function and arguments a partial has. (The guard holds them.)"""
     return id(held.value.func), id(held.value.args), id(held.value.keywords)
 

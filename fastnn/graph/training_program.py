@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn._torch import pytree
 from fastnn.activations import parse
+from fastnn.graph.alike import NotAlikeError, Parts, kind_of
 from fastnn.graph.forward import Trace
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import chooses_last, drop_unused_parts, kernel_of
@@ -52,6 +54,11 @@ class TrainingProgram:
     counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
     draws: bool  # a step takes numbers from torch's generator
 
+    def mapped(self, of: Callable[[Any], Any]) -> TrainingProgram:
+        """The same for another model. `of` gives, for an object, the one in its place, or the object itself."""
+        sources, counters = [[(of(own), name) for own, name in some] for some in (self.sources, self.counters)]
+        return replace(self, sources=sources, counters=counters, guard=self.guard.mapped(of))
+
     def describe(self) -> Iterator[str]:
         """The names of the layers, in their order."""
         for line in self.text.split("\n")[1:]:
@@ -65,8 +72,25 @@ class TrainingProgram:
         return isinstance(self.outputs, int)
 
 
-def read_training_program(trace: Trace) -> TrainingProgram:
-    """The network that a module's trace is. NotANetworkError where it is none."""
+def training_program_of(model: nn.Module, trace: Trace) -> TrainingProgram:
+    """The network that a model's trace is. A model that is like an earlier one gets the earlier one's network.
+    NotANetworkError where the trace is none."""
+    kind, parts = trace.kind, Parts(model)
+    if (
+        kind is None or kind_of(parts) is not kind
+    ):  # the model has changed since it was traced: the sizes of tensors may
+        return _read_training_program(trace)
+    if kind.network is not None:
+        network: TrainingProgram = kind.network.mapped(parts.object_at)
+        if network.guard.begins():
+            return network
+    network = _read_training_program(trace)
+    with suppress(NotAlikeError):
+        kind.network = network.mapped(parts.place_of)
+    return network
+
+
+def _read_training_program(trace: Trace) -> TrainingProgram:
     graph, sources = trace.write()
     drop_unused_parts(graph, trace.modules)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -600,7 +624,7 @@ def _recurrent(read: _Reader, node: Node, module: Any, x: Any, hx: Any = None) -
     else:
         read.parts[node] = [outputs[0], outputs[1:] if is_lstm else outputs[1]]
     read.draws = read.draws or drops > 0
-    read.note(layer, "dropout", "training", "batch_first", "num_layers", "bidirectional", "mode", "proj_size", "bias")
+    read.note(module, "dropout", "training", "batch_first", "num_layers", "bidirectional", "mode", "proj_size", "bias")
 
 
 def _cell(read: _Reader, node: Node, module: Any, x: Any, hx: Any = None) -> None:

@@ -26,8 +26,8 @@ def has_own_call(module: Any) -> bool:
 
 def own_methods(module: Module) -> frozenset[str]:
     """The names under which a module has something of its own in the place of what its classes have."""
-    classes = type(module).__mro__
-    return frozenset(name for name in module.__dict__ if any(name in vars(kind) for kind in classes))
+    own = module.__dict__.keys()
+    return frozenset().union(*[own & vars(kind).keys() for kind in type(module).__mro__])
 
 
 def forward_of(kind: type) -> Callable[..., Any] | None:
