@@ -149,7 +149,7 @@ def sizes(stored: Stored) -> str:
     ]
     heads = [
         *(_WORDS[direction] for direction in _DIRECTIONS[:2]),
-        "training loop",
+        "training loop, by `epoch`",
         "inference, against the best rival",
     ]
     return table(["one thread", *heads], lines)

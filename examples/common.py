@@ -133,8 +133,10 @@ def train_both(model: nn.Module, loss: nn.Module, epochs: list, lr: float) -> tu
     first: list[Epoch] = []
     for epoch in epochs:
         left = COMPARED - sum(map(len, first))
+        if left <= 0:
+            break
         if isinstance(epoch, Rows):
-            first += [Rows(double(epoch.x), double(epoch.y), epoch.size)] * (left > 0)
+            first.append(Rows(double(epoch.x), double(epoch.y), epoch.size))
         else:
             first.append([(double(x), double(y)) for x, y in epoch[:left]])
     exact = copy.deepcopy(model).double()
