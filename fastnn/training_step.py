@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastnn._extension import load_extension
 from fastnn._torch import global_optimizer_hooks, note_step_of
 from fastnn.fusion import fuse
 from fastnn.graph.rehearsal import needed_inputs, signature_of
@@ -45,6 +47,9 @@ class TrainingStep:
     unless the optimizer has used them already; such a step goes the ordinary way. After a step ``p.grad`` is None, or
     with ``keep_gradients`` the step's gradient, clipped, until the next step begins. Parameters of the model that the
     optimizer does not have are not trained, and a step leaves their ``p.grad`` as it was.
+
+    What a step needs of memory it keeps for the next one, up to a quarter of the machine's memory for all steps of the
+    process together. It is given back when a step is deleted.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class TrainingStep:
         self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
         self._is_unread_copy = False
+        weakref.finalize(self, load_extension().release_kept_memory).atexit = False
         self._together: tuple[Any, int] = None, 1  # how many steps go in one call, and with batches of which sizes
 
     @property

@@ -3,15 +3,20 @@
 import ctypes
 import gc
 import os
+import resource
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from packaging.version import Version
+from torch import nn
 
 import fastnn
 from fastnn import models
+from fastnn._extension import load_extension
 
 CALLS = 2000
 
@@ -99,6 +104,32 @@ kept = kilobytes("VmRSS") - before
 output.sum().backward()
 print(kept * 1024 - output.nbytes, (kilobytes("VmHWM") - before) * 1024 - output.nbytes - x.grad.nbytes)
 """
+
+
+def page_faults(run: Callable[[], object]) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.11"), reason="torch 2.10 does not tell when it frees memory")
+def test_steps_keep_their_memory_until_they_go() -> None:
+    """Of what fastnn allocates: the model has no layer that is left to torch."""
+    layers = nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 48 * 48, 64), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Linear(64, 4))
+    x, y = torch.randn(16, 8, 48, 48), torch.randn(16, 4)
+    step = fastnn.training_step(model, nn.functional.mse_loss, torch.optim.Adam(model.parameters()))
+    extension = load_extension()
+    for _ in range(3):
+        step(x, y)
+    kept, most = extension.kept_memory()
+    assert 4 * (model[3].weight.numel() + 2 * 16 * 32 * 48 * 48) < kept < most
+    faults = [page_faults(lambda: step(x, y)) for _ in range(5)]
+    assert statistics.median(faults) < 20, faults
+    assert extension.kept_memory()[0] == kept
+    del step
+    gc.collect()
+    assert extension.kept_memory()[0] == 0
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell a process's peak")

@@ -107,10 +107,11 @@ AtenTensorHandle TensorsInKeptMemory::new_tensor(const Sizes& sizes, const int64
   void* const block = KeptMemory::take(bytes);
   if (!block) return nullptr;
   const auto give_back = [](void* data, void* size) { KeptMemory::give_back(data, reinterpret_cast<size_t>(size)); };
+  constexpr int32_t kAnyIndex = -1;
   AtenTensorHandle handle = nullptr;
   const AOTITorchError error = torch_from_blob(
-      block, static_cast<int64_t>(sizes.size()), sizes.data(), strides, 0, dtype, aoti_torch_device_type_cpu(), 0,
-      &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(bytes));
+      block, static_cast<int64_t>(sizes.size()), sizes.data(), strides, 0, dtype, aoti_torch_device_type_cpu(),
+      kAnyIndex, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(bytes));
   if (error == AOTI_TORCH_SUCCESS) return handle;
   KeptMemory::give_back(block, bytes);
   return nullptr;

@@ -199,7 +199,7 @@ class Scratch {
     bytes_ = (static_cast<size_t>(wanted) + 63) / 64 * 64;
     borrowed_ = bytes_ <= ThreadScratch::kBytes - kept_.used;
     if (borrowed_ && !kept_.data) kept_.data = static_cast<char*>(std::aligned_alloc(64, ThreadScratch::kBytes));
-    data_ = !borrowed_ ? std::aligned_alloc(64, bytes_) : kept_.data ? kept_.data + kept_.used : nullptr;
+    data_ = !borrowed_ ? KeptMemory::take(bytes_) : kept_.data ? kept_.data + kept_.used : nullptr;
     FASTNN_CHECK(data_ != nullptr, "out of memory: could not allocate ", wanted, " bytes of scratch");
     if (borrowed_) kept_.used += bytes_;
   }
@@ -207,7 +207,7 @@ class Scratch {
     if (borrowed_) {
       kept_.used -= bytes_;
     } else {
-      std::free(data_);
+      KeptMemory::give_back(data_, bytes_);
     }
   }
   Scratch(const Scratch&) = delete;
