@@ -1,6 +1,7 @@
 """No call leaves memory behind that nobody can reach, and a training step takes no more than it should."""
 
 import ctypes
+import functools
 import gc
 import os
 import resource
@@ -11,7 +12,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from packaging.version import Version
 from torch import nn
 
 import fastnn
@@ -112,7 +112,9 @@ def page_faults(run: Callable[[], object]) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.11"), reason="torch 2.10 does not tell when it frees memory")
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.11"), reason="torch 2.10 does not tell when it frees memory"
+)
 def test_steps_keep_their_memory_until_they_go() -> None:
     """Of what fastnn allocates: the model has no layer that is left to torch."""
     layers = nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 48 * 48, 64), nn.ReLU()
@@ -124,7 +126,7 @@ def test_steps_keep_their_memory_until_they_go() -> None:
         step(x, y)
     kept, most = extension.kept_memory()
     assert 4 * (model[3].weight.numel() + 2 * 16 * 32 * 48 * 48) < kept < most
-    faults = [page_faults(lambda: step(x, y)) for _ in range(5)]
+    faults = [page_faults(functools.partial(step, x, y)) for _ in range(5)]
     assert statistics.median(faults) < 20, faults
     assert extension.kept_memory()[0] == kept
     del step

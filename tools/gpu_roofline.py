@@ -228,7 +228,7 @@ def rnn_predictions(case: Case) -> Iterator[Prediction]:
     length, batch, inputs, hidden, layers = RNN_SHAPES[name]
     gates = {"GRU": 3, "LSTM": 4}.get(mode, 1)
     size, rows = case.dtype.itemsize, length * batch
-    network = _rnn_config.Network(mode, hidden, batch, case.dtype, precision, inputs, layers, packed=packed)
+    network = _rnn_config.RnnNetwork(mode, hidden, batch, case.dtype, precision, inputs, layers, packed=packed)
     flops = sum(2.0 * rows * gates * hidden * (hidden + (hidden if i else inputs)) for i in range(layers))
     ends = size * rows * (inputs + hidden)
     between = size * rows * layers * (2 * gates + 1) * hidden

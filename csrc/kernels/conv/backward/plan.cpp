@@ -330,7 +330,8 @@ bool stock_pays(const Planner& p) {
   const double products = 2 * real(g.batch * g.pixels() * weight);
   const double inputs = real(g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2]);
   const double numbers = real(g.batch) * (inputs + real(g.groups * g.out_channels * p.conv));
-  return p.machine.multiplies_matrices && products > tuned::kManyProducts && products > tuned::kProductsANumber * numbers;
+  return p.machine.multiplies_matrices && products > tuned::kManyProducts &&
+         products > tuned::kProductsANumber * numbers;
 }
 
 ConvBackwardPlan plan_stock(const Planner& p) {
