@@ -112,9 +112,7 @@ def page_faults(run: Callable[[], object]) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.11"), reason="torch 2.10 does not tell when it frees memory"
-)
+@pytest.mark.skipif(torch.__version__.startswith("2.10."), reason="torch 2.10 does not tell when it frees memory")
 def test_steps_keep_their_memory_until_they_go() -> None:
     """Of what fastnn allocates: the model has no layer that is left to torch."""
     layers = nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 48 * 48, 64), nn.ReLU()
