@@ -18,8 +18,12 @@ from fastnn.graph.matcher import Layer
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace, needed_inputs, signature_of
 from fastnn.nn import FUSED
 
-_ALGORITHM_OF = torch.ops.fastnn.conv_relu_max_pool_algorithm.default
-_EXPLAINED = {torch.ops.fastnn.conv_relu_max_pool.default, torch.ops.fastnn.conv_relu_max_pool_with_winners.default}
+_ops = torch.ops.fastnn
+_ALGORITHM_OF = {
+    _ops.conv_relu_max_pool.default: _ops.conv_relu_max_pool_algorithm.default,
+    _ops.conv_relu_max_pool_with_winners.default: _ops.conv_relu_max_pool_algorithm.default,
+    _ops.convolution.default: _ops.convolution_algorithm.default,
+}
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastnn":
             algorithms = ("fused", "fused")
-            if func in _EXPLAINED:
-                algorithms = _ALGORITHM_OF(*args)
+            if func in _ALGORITHM_OF:
+                algorithms = _ALGORITHM_OF[func](*args)
             input = next(argument for argument in args if isinstance(argument, Tensor))
             text = f"{tuple(input.shape)} {str(input.dtype).removeprefix('torch.')}"
             layer = self.layers[-1] if self.layers else ""

@@ -1,8 +1,9 @@
-// A convolution in training that has no ReLU and no pool, for example because a batch norm follows: forward and
-// backward.
+// A convolution that has no ReLU and no pool, for example because a batch norm follows: forward and backward. Training
+// steps call the functions; torch.ops.fastnn.convolution and convolution_backward are the same for a user's model.
 #include "conv_forward.h"
 #include "conv_winograd_backward.h"
 #include "operators.h"
+#include "register.h"
 
 namespace fastnn {
 namespace {
@@ -75,4 +76,87 @@ std::array<Tensor, 3> plain_convolution_backward(const Tensor& gradient, const T
   });
 }
 
+namespace {
+
+// ---- the operators ------------------------------------------------------------------------------------------------
+
+ConvPoolProblem check_convolution(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                  const Ints& geometry) {
+  const ConvPoolProblem problem = check_problem(op, input, weight, bias, geometry);
+  const ConvPoolGeometry& g = problem.geometry;
+  FASTNN_CHECK(problem.kind.dtype != ScalarType::BFloat16, op, ": expected input to be float32 or float64");
+  for (int d = 0; d < 3; ++d) {
+    FASTNN_CHECK(g.pool_kernel[d] == 1 && g.pool_stride[d] == 1 && g.pool_padding[d] == 0, op,
+                 ": expected a pool of one pixel");
+  }
+  return problem;
+}
+
+Tensor checked_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                           const Ints& geometry) {
+  check_convolution("convolution", input, weight, bias, geometry);
+  const std::optional<Tensor> own = bias ? std::optional<Tensor>(in_memory(*bias)) : std::nullopt;
+  return plain_convolution(in_memory(input), in_memory(weight), own, geometry);
+}
+
+std::tuple<Tensor, Tensor, Tensor> checked_convolution_backward(const Tensor& grad_output, const Tensor& given_input,
+                                                                const Tensor& given_weight, const Ints& geometry,
+                                                                bool input_wanted, bool weight_wanted,
+                                                                bool bias_wanted) {
+  const char* op = "convolution_backward";
+  const ConvPoolProblem problem = check_convolution(op, given_input, given_weight, std::nullopt, geometry);
+  check_same_kind(grad_output, problem.kind, "grad_output");
+  FASTNN_CHECK(sizes_of(grad_output) == output_sizes(problem), op, ": expected grad_output of size ",
+               to_string(output_sizes(problem)), ", got ", to_string(grad_output.sizes()));
+  const Tensor input = in_memory(given_input), weight = in_memory(given_weight), gradient = in_memory(grad_output);
+  const std::array<bool, 3> wanted{input_wanted, weight_wanted, bias_wanted};
+  std::array<Tensor, 3> all = plain_convolution_backward(gradient, input, weight, geometry, wanted);
+  return with_kernel_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(type);
+    const Tensor* const like[2] = {&input, &weight};
+    for (size_t i = 0; i < 3; ++i) {
+      if (wanted[i]) continue;  // torch gives the weight's gradient where the bias's alone is wanted
+      Ints sizes = i < 2 ? sizes_of(*like[i]) : Ints{0};
+      sizes[0] = 0;
+      all[i] = new_tensor(sizes, kDtypeOf<T>);
+    }
+    return {std::move(all[0]), std::move(all[1]), std::move(all[2])};
+  });
+}
+
+// The names of the algorithms of both, "stock" where they are torch's own.
+std::tuple<std::string, std::string> convolution_algorithm(const Tensor& input, const Tensor& weight,
+                                                           const OptionalTensor& bias, const Ints& geometry) {
+  const ConvPoolProblem problem = check_convolution("convolution_algorithm", input, weight, bias, geometry);
+  if (problem.geometry.batch == 0) return {"none", "none"};
+  return with_kernel_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
+    using T = decltype(type);
+    const bool forward = is_by_winograd<T>(problem, input, output_is_channels_last(problem, input, weight));
+    BackwardKey key =
+        backward_key(conv_backward_kernels().get<T>(), problem, is_channels_last(input), {true, true, true}, -1);
+    key.request.dense = true;
+    const bool backward = plan_for(key).algorithm == BackwardAlgorithm::winograd;
+    return {forward ? "winograd" : "stock", backward ? "winograd" : "stock"};
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  // geometry: that of conv_relu_max_pool, with a pool of one pixel
+  m.def("convolution(Tensor input, Tensor weight, Tensor? bias, int[] geometry) -> Tensor");
+  // A gradient that is not wanted comes back empty.
+  m.def(
+      "convolution_backward(Tensor grad_output, Tensor input, Tensor weight, int[] geometry, bool input_wanted,"
+      " bool weight_wanted, bool bias_wanted) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "convolution_algorithm(Tensor input, Tensor weight, Tensor? bias, int[] geometry)"
+      " -> (str forward, str backward)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("convolution", FASTNN_BOX(checked_convolution));
+  m.impl("convolution_backward", FASTNN_BOX(checked_convolution_backward));
+  m.impl("convolution_algorithm", FASTNN_BOX(convolution_algorithm));
+}
+
+}  // namespace
 }  // namespace fastnn

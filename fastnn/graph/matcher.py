@@ -6,8 +6,9 @@ methods of tensors, as ``torch.fx`` traces a model (``fastnn.fuse``) and as Dyna
 
 1. convolution, batch norm or none, ReLU, max-pool (or max-pool and ReLU, which is the same): ``conv_relu_max_pool``,
 2. convolution, batch norm or none, ReLU: the same with windows of one pixel,
-3. batch norm or none, ReLU, max-pool of anything else: ``relu_max_pool`` of ``ops/batch_norm.py``,
-4. linear layers with activations between them: ``mlp``.
+3. a convolution of 3x3 kernels alone, of which something else is made: ``convolution``,
+4. batch norm or none, ReLU, max-pool of anything else: ``relu_max_pool`` of ``ops/batch_norm.py``,
+5. linear layers with activations between them: ``mlp``.
 
 fastnn.nn's own blocks are read as what they compute. What is made of neighbouring operators afterwards (a recurrent
 layer with the linear layer of its last step, a whole network) is in ``joining.py``. Every layer that is part of no
@@ -41,6 +42,7 @@ from fastnn.ops.conv_relu_max_pool import (
     conv_relu_max_pool3d,
     flat_geometry,
 )
+from fastnn.ops.convolution import convolution
 from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 
 # ---- what a node computes, whichever way it is written --------------------------------------------------------------
@@ -48,6 +50,8 @@ from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 _CONVS = (conv_relu_max_pool1d, conv_relu_max_pool2d, conv_relu_max_pool3d)
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_ONE_PIXEL = (1, None, 0, 1, False)  # a pool that changes nothing
+_FEW = 8  # channels, with fewer of which Winograd never pays
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "conv": {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1},
@@ -323,7 +327,7 @@ class _Matcher:
         self.result = Matches()
 
     def run(self) -> Matches:
-        for pattern in (self.block, self.convolution, self.rectified_pool, self.chain):
+        for pattern in (self.block, self.convolution, self.convolution_alone, self.rectified_pool, self.chain):
             for layer in self.layers.values():
                 if layer.node in self.taken:
                     continue
@@ -337,6 +341,7 @@ class _Matcher:
                 if isinstance(found, Match):
                     self.result.found.append(found)
                     self.taken.update(found.nodes)
+                    self.result.left = [left for left in self.result.left if left.layer is not layer]
                 elif found is not None:
                     self.result.left.append(Left(layer, found))
         explained = {left.layer.node for left in self.result.left}
@@ -410,6 +415,19 @@ class _Matcher:
         tensors += [_tensor(norm, name) for name in _BATCH_NORM[1:5]]
         settings["eps"] = norm.settings["eps"]
         return Match("conv_relu_max_pool", layers, conv_batch_norm_relu_max_pool, tensors, settings)
+
+    def convolution_alone(self, conv: Layer) -> Match | None:
+        """A convolution that Winograd may take, by itself: other algorithms are no faster than torch's there."""
+        if conv.kind != "conv2d" or conv.module is None or conv.settings["padding_mode"] != "zeros":
+            return None
+        weight = conv.module.weight
+        if is_parametrized(conv.module, "weight") or weight.shape[2:] != (3, 3) or min(weight.shape[:2]) < _FEW:
+            return None
+        geometry = flat_geometry(2, *(conv.settings[name] for name in _CONV[3:]), *_ONE_PIXEL)
+        if geometry is None or conv.settings["stride"] not in (1, (1, 1)):
+            return None
+        tensors = [_tensor(conv, "weight"), _tensor(conv, "bias")]
+        return Match("convolution", [conv], convolution, tensors, {"geometry": geometry, "dims": 2})
 
     def epilogue(self, first: Layer) -> tuple[list[Layer], str | None]:
         """The layers from a convolution (or batch norm, or ReLU) on to its ReLU and pool, or why they are not fused."""

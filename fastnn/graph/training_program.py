@@ -32,6 +32,7 @@ from fastnn.network_program import Line, Value, conv_attributes, write
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
+from fastnn.ops.convolution import convolution
 from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 
 
@@ -448,6 +449,12 @@ def _module(*kinds: type[nn.Module]) -> Callable[[Callable[..., None]], Callable
 def _conv_relu_max_pool(read: _Reader, node: Node, x: Any, weight: Any, bias: Any, *, geometry: Any, dims: int) -> None:
     inputs = {"input": [read.data(x)], "weight": [read.value(weight)], "bias": read.optional(bias)}
     read.add(node, "conv", inputs, **conv_attributes(geometry, dims), activation="relu")
+
+
+@_row(convolution)
+def _convolution_alone(read: _Reader, node: Node, x: Any, weight: Any, bias: Any, *, geometry: Any, dims: int) -> None:
+    inputs = {"input": [read.data(x)], "weight": [read.value(weight)], "bias": read.optional(bias)}
+    read.add(node, "conv", inputs, **conv_attributes(geometry, dims))
 
 
 @_row(mlp_of_parameters)

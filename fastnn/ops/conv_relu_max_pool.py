@@ -391,15 +391,15 @@ def output_sizes(input: Sequence[int], weight: Sequence[int], geometry: Sequence
     return sizes
 
 
-def _output_like(input: Tensor, weight: Tensor, geometry: Sequence[int], dtype: torch.dtype) -> Tensor:
+def output_like(input: Tensor, weight: Tensor, geometry: Sequence[int], dtype: torch.dtype) -> Tensor:
     sizes = output_sizes(input.shape, weight.shape, geometry)
-    formats = {_channels_format(input), _channels_format(weight)} - {torch.contiguous_format}
+    formats = {channels_format(input), channels_format(weight)} - {torch.contiguous_format}
     if input.device.type == "cpu" and input.dtype not in _CHANNELS_LAST_3D and input.dim() == 5:
         formats = set()
     return input.new_empty(sizes, dtype=dtype).to(memory_format=formats.pop() if formats else torch.contiguous_format)
 
 
-def _channels_format(tensor: Tensor) -> torch.memory_format:
+def channels_format(tensor: Tensor) -> torch.memory_format:
     return suggest_memory_format(tensor) if tensor.dim() > 3 else torch.contiguous_format
 
 
@@ -408,7 +408,7 @@ def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], algorithm: str | None = None
 ) -> Tensor:
     check_same_device(input, weight, bias)
-    return _output_like(input, weight, geometry, input.dtype)
+    return output_like(input, weight, geometry, input.dtype)
 
 
 @raw_operator("conv_relu_max_pool_with_winners")
@@ -416,7 +416,7 @@ def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], algorithm: str | None = None
 ) -> tuple[Tensor, Tensor]:
     check_same_device(input, weight, bias)
-    return _output_like(input, weight, geometry, input.dtype), _output_like(input, weight, geometry, torch.uint8)
+    return output_like(input, weight, geometry, input.dtype), output_like(input, weight, geometry, torch.uint8)
 
 
 @raw_operator("conv_relu_max_pool_backward")
@@ -435,7 +435,7 @@ def _(
 
     def gradient(of: Tensor, wanted: bool) -> Tensor:
         sizes = of.shape if wanted else (0, *of.shape[1:])
-        return of.new_empty(sizes).to(memory_format=_channels_format(of))
+        return of.new_empty(sizes).to(memory_format=channels_format(of))
 
     return (
         gradient(input, input_wanted),

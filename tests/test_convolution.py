@@ -1,0 +1,186 @@
+"""A convolution by itself: by Winograd's algorithm where that pays, and as torch has it everywhere."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastnn
+from fastnn.ops.conv_relu_max_pool import flat_geometry
+from fastnn.ops.convolution import convolution
+from fastnn.testing import assert_close_to_reference, using_threads
+
+RAW = torch.ops.fastnn.convolution.default
+RAW_BACKWARD = torch.ops.fastnn.convolution_backward.default
+ALGORITHM = torch.ops.fastnn.convolution_algorithm.default
+
+
+def geometry(padding: int = 1, groups: int = 1) -> tuple[int, ...]:
+    found = flat_geometry(2, 1, padding, 1, groups, 1, None, 0, 1, False)
+    assert found is not None
+    return found
+
+
+def call(input: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 1, groups: int = 1) -> Tensor:
+    return convolution(input, weight, bias, geometry=geometry(padding, groups), dims=2)
+
+
+def stock(input: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 1, groups: int = 1) -> Tensor:
+    return F.conv2d(input, weight, bias, padding=padding, groups=groups)
+
+
+CASES = {
+    "few channels": ((2, 16, 17, 13), (24, 16, 3, 3), 1, 1),
+    "many channels": ((3, 64, 20, 21), (70, 64, 3, 3), 1, 1),
+    "no padding": ((2, 40, 19, 18), (33, 40, 3, 3), 0, 1),
+    "groups": ((2, 64, 14, 14), (64, 32, 3, 3), 1, 2),
+    "small images": ((8, 48, 5, 7), (48, 48, 3, 3), 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_values_and_gradients(name: str, bias: bool, last: bool, threads: int, instruction_set: str) -> None:
+    sizes, weight_sizes, padding, groups = CASES[name]
+    tensors = [torch.randn(sizes), torch.randn(weight_sizes)] + [torch.randn(weight_sizes[0])] * bias
+    if last:
+        tensors[0] = tensors[0].to(memory_format=torch.channels_last)
+
+    def outputs(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        given = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+        result = function(given[0], given[1], given[2] if bias else None, padding, groups)
+        grad = torch.linspace(-1, 1, result.numel(), dtype=dtype).reshape(result.shape)
+        return [result, *torch.autograd.grad(result, given, grad)]
+
+    with using_threads(threads):
+        ours, theirs = outputs(call, torch.float32), outputs(stock, torch.float32)
+        exact = outputs(stock, torch.float64)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert_close_to_reference(a, b, c)
+    assert ours[0].stride() == theirs[0].stride()
+    assert ours[1].stride() == theirs[1].stride()
+
+
+def test_winograd_is_what_runs() -> None:
+    input, weight = torch.randn(4, 64, 28, 28), torch.randn(64, 64, 3, 3)
+    assert ALGORITHM(input, weight, None, geometry()) == ("winograd", "winograd")
+    assert ALGORITHM(input.double(), weight.double(), None, geometry()) == ("stock", "winograd")
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    input, weight = torch.randn(4, 64, 20, 20), torch.randn(64, 64, 3, 3)
+    grad = torch.randn(4, 64, 20, 20)
+    results = []
+    for threads in (1, 2, 3):
+        with using_threads(threads):
+            results.append(
+                [RAW(input, weight, None, geometry()), *RAW_BACKWARD(grad, input, weight, geometry(), True, True, True)]
+            )
+    for one in results[1:]:
+        for a, b in zip(one, results[0], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e38])
+def test_infinities_are_those_of_torch(value: float) -> None:
+    input, weight = torch.randn(2, 32, 12, 12), torch.randn(32, 32, 3, 3)
+    input[0, 3, 4, 5] = value
+    ours, theirs = call(input, weight, None), stock(input, weight, None)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_second_derivative() -> None:
+    input, weight = torch.randn(1, 32, 9, 9), torch.randn(32, 32, 3, 3)
+
+    def second(function: Any) -> Tensor:
+        x, w = input.clone().requires_grad_(), weight.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(x, w, None).square().sum(), w, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(call), second(stock), rtol=1e-3, atol=1e-1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weight_sizes", "bias"),
+    [((2, 16, 8, 8), (16, 15, 3, 3), 16), ((2, 16, 2, 2), (16, 16, 5, 5), 16), ((2, 16, 8, 8), (16, 16, 3, 3), 15)],
+)
+def test_errors_are_those_of_torch(sizes: tuple[int, ...], weight_sizes: tuple[int, ...], bias: int) -> None:
+    given = torch.randn(sizes), torch.randn(weight_sizes, requires_grad=True), torch.randn(bias)
+    with pytest.raises(RuntimeError) as theirs:
+        stock(*given, padding=0)
+    with pytest.raises(RuntimeError) as ours:
+        call(*given, padding=0)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_raw_operators_refuse_what_they_do_not_take() -> None:
+    input, weight, grad = torch.randn(2, 16, 8, 8), torch.randn(16, 16, 3, 3), torch.randn(2, 16, 8, 8)
+    pooled = flat_geometry(2, 1, 1, 1, 1, 2, None, 0, 1, False)
+    for bad in (
+        lambda: RAW(input, weight, None, pooled),
+        lambda: RAW(input.bfloat16(), weight.bfloat16(), None, geometry()),
+        lambda: RAW(input, weight.double(), None, geometry()),
+        lambda: RAW_BACKWARD(grad[:, :8], input, weight, geometry(), True, True, True),
+        lambda: RAW_BACKWARD(grad.double(), input, weight, geometry(), True, True, True),
+        lambda: RAW_BACKWARD(grad, input, weight, geometry()[:-1], True, True, True),
+    ):
+        with pytest.raises(RuntimeError):
+            bad()
+
+
+def test_opcheck() -> None:
+    input, weight, bias = torch.randn(2, 16, 8, 8), torch.randn(16, 16, 3, 3), torch.randn(16)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(RAW, (input, weight, bias, geometry()), test_utils=tests)
+    grad = torch.randn(2, 16, 8, 8)
+    torch.library.opcheck(RAW_BACKWARD, (grad, input, weight, geometry(), True, False, True), test_utils=tests)
+
+
+class Block(nn.Module):
+    """ResNet's block, in which no convolution has a ReLU of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norms[0](self.first(x)))
+        return F.relu(self.norms[1](self.second(y)) + x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_model(training: bool) -> None:
+    model = Block(32).train(training)
+    x = torch.randn(4, 32, 14, 14)
+
+    def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *(p.grad for p in model.parameters())]  # type: ignore[list-item]
+
+    fused, exact = fastnn.fuse(copy.deepcopy(model)), copy.deepcopy(model).double()
+    for a, b, c in zip(outputs(fused, x), outputs(model, x), outputs(exact, x.double()), strict=True):
+        assert_close_to_reference(a, b, c)
+    assert [row.operator for row in fastnn.explain(fused, x).calls].count("convolution") == (2 if training else 1)
+
+
+def test_training_step_of_a_fused_model_is_one_call() -> None:
+    model = nn.Sequential(Block(16), nn.Flatten(), nn.Linear(16 * 64, 3))
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.01), strict=True)
+    assert step(torch.randn(4, 16, 8, 8), torch.randn(4, 3)).isfinite()
+
+
+def test_autocast_and_other_dtypes_are_torchs() -> None:
+    layer = fastnn.fuse(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)))
+    x = torch.randn(2, 16, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer[0](x).dtype is torch.bfloat16
+        assert layer(x).dtype is torch.bfloat16
+    assert layer.double()(x.double()).dtype is torch.float64
