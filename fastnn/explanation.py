@@ -111,6 +111,10 @@ def _is_fused(model: nn.Module) -> bool:
     return any(isinstance(m.__dict__.get("forward"), FusedModule) or type(m) in FUSED for m in modules)
 
 
+def _text_of(input: Tensor) -> str:
+    return f"{tuple(input.shape)} {str(input.dtype).removeprefix('torch.')}"
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down every call of an operator of fastnn."""
 
@@ -125,16 +129,19 @@ class _Recorder(TorchDispatchMode):
     def end(self) -> None:
         self.layers.pop()
 
+    def leave(self, input: Tensor) -> None:
+        """Notes that torch has computed the layer that runs."""
+        self.calls.append(ExplainedCall(self.layers[-1], "", _text_of(input), "", "", WHY["torch"]))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastnn":
             algorithms = ("fused", "fused")
             if func in _ALGORITHM_OF:
                 algorithms = _ALGORITHM_OF[func](*args)
             input = next(argument for argument in args if isinstance(argument, Tensor))
-            text = f"{tuple(input.shape)} {str(input.dtype).removeprefix('torch.')}"
             layer = self.layers[-1] if self.layers else ""
             operator = func.overloadpacket.__name__
-            self.calls.append(ExplainedCall(layer, operator, text, *algorithms, WHY[algorithms[0]]))
+            self.calls.append(ExplainedCall(layer, operator, _text_of(input), *algorithms, WHY[algorithms[0]]))
         return func(*args, **(kwargs or {}))
 
 
@@ -173,12 +180,17 @@ class _WatchedRun(fx.Interpreter):
         match = self.matches.get(n)
         if match is None:
             return self._run_layer(n)
-        self.watch.recorder.begin(", ".join(self.prefix + layer.name for layer in match.layers))
+        recorder = self.watch.recorder
+        recorder.begin(", ".join(self.prefix + layer.name for layer in match.layers))
         try:
             tensors = [None if place is None else self._value(*place) for place in match.tensors]
-            return match.call(self.env[match.layers[0].input], tensors)
+            before = len(recorder.calls)
+            result = match.call(self.env[match.layers[0].input], tensors)
+            if len(recorder.calls) == before:  # the function of the match has left it to torch
+                recorder.leave(self.env[match.layers[0].input])
+            return result
         finally:
-            self.watch.recorder.end()
+            recorder.end()
 
     def _run_layer(self, n: fx.Node) -> Any:
         if n.op != "call_module" or type(self.fetch_attr(str(n.target))) not in FUSED:
