@@ -25,7 +25,7 @@ FEATURES, WARM_UP = 6, 200
 
 
 class Step(nn.Module):
-    """sample (1, 1, FEATURES), state (1, 1, hidden) -> an answer (1, 1) and the next state. An LSTM's state is a pair."""
+    """sample (1, 1, FEATURES), state (1, 1, hidden) -> an answer (1, 1), the next state. LSTM has a pair of states."""
 
     def __init__(self, cell: str, hidden: int) -> None:
         super().__init__()
