@@ -65,10 +65,11 @@ bench-rnn: $(VENV)/rivals.stamp  ## Compare the recurrent layers with every riva
 bench-mlp: $(VENV)/rivals.stamp  ## Compare mlp with every rival
 	$(RUN) -m benchmarks.compare mlp $(ARGS)
 
-bench-frozen: $(VENV)/rivals.stamp  ## Compare the whole models, frozen too, with every rival
+bench-frozen: $(VENV)/rivals.stamp  ## Compare the whole models, frozen too, with every rival, and single steps' latencies
 	$(RUN) -m benchmarks.compare models $(ARGS)
+	$(RUN) -m benchmarks.latency
 
-bench-zoo: $(VENV)/rivals.stamp  ## Compare twenty real models, fused and frozen, with stock, compile and ONNX Runtime
+bench-zoo: $(VENV)/rivals.stamp  ## Compare real models, fused and frozen, with stock in both formats and every rival
 	$(RUN) -m benchmarks.zoo $(ARGS)
 
 bench-step: $(VENV)/rivals.stamp  ## Compare whole training steps with stock, compile and JAX

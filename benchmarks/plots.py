@@ -74,7 +74,7 @@ def zoo(stored: Stored, colors: Colors) -> Figure:
     marks = {
         "better of fused and frozen": (("fused", "frozen"), "o", "ours"),
         "torch.compile": (("compile",), "|", "compile"),
-        "ONNX Runtime": (("onnxruntime",), "x", "onnxruntime"),
+        "better of ONNX Runtime and OpenVINO": (("onnxruntime", "openvino"), "x", "onnxruntime"),
     }
     figure, panels = plt.subplots(
         1, 2, figsize=(_WIDTH, 1.3 + 0.23 * len(names)), sharex=True, sharey=True, layout="constrained"

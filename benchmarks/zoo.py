@@ -1,4 +1,4 @@
-"""The real models of tests/zoo: stock, compiled, fused, frozen and in ONNX Runtime.
+"""The real models of tests/zoo: stock in both memory formats, compiled, fused, frozen, in ONNX Runtime and OpenVINO.
 
 ``make bench-zoo``. Whole models as their authors would write them, taken as they are; ``fuse`` has the example inputs
 with which it may try each layer. A training step is forward and backward.
@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from zoo import ZOO
 
 _LOOK_AGAIN = 4  # times as long, where the first look shows a loss
-CONTENDERS = ("stock", "compile", "fused", "frozen", "onnxruntime")
+CONTENDERS = ("stock", "channels_last", "compile", "compile frozen", "fused", "frozen", "onnxruntime", "openvino")
+ENGINES = ("onnxruntime", "openvino")
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -49,22 +50,52 @@ def _runner(model: Callable[..., Any], inputs: tuple[Any, ...], parameters: list
     return step
 
 
-def _onnx_runtime(model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Callable[[], Any] | None:
-    if not importlib.util.find_spec("onnxruntime"):
-        return None
-    import onnxruntime
-
+def as_onnx(model: nn.Module, inputs: tuple[Any, ...]) -> bytes | None:
     file = io.BytesIO()
     try:
         torch.onnx.export(copy.deepcopy(model), inputs, file, dynamo=False)
     except Exception:  # of whatever kind: not every model has a counterpart in ONNX
         return None
+    return file.getvalue()
+
+
+def in_engine(engine: str, onnx: bytes, inputs: tuple[Any, ...], threads: int) -> Callable[[], Any]:
+    if engine == "openvino":
+        import openvino
+
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        core = openvino.Core()
+        request = core.compile_model(core.read_model(onnx), "CPU", settings).create_infer_request()
+        values = {i: value.numpy() for i, value in enumerate(inputs)}
+        return lambda: request.infer(values, share_inputs=True, share_outputs=True)
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     feed = {node.name: value.numpy() for node, value in zip(session.get_inputs(), inputs, strict=False)}
     return lambda: session.run(None, feed)
+
+
+def _in_channels_last(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]] | None:
+    """A copy of the model and of its images in the other memory format; None where there are no images."""
+    if not any(isinstance(x, Tensor) and x.dim() == 4 for x in inputs):
+        return None
+    formatted = tuple(
+        x.to(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs
+    )
+    return copy.deepcopy(model).to(memory_format=torch.channels_last), formatted
+
+
+def _compiled_frozen(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+    import torch._inductor.config
+
+    torch.compiler.reset()
+    with torch._inductor.config.patch(freezing=True):
+        run = torch.compile(copy.deepcopy(model))
+        run(*inputs)
+    return run
 
 
 def runners_of(name: str, direction: str, threads: int, contenders: list[str]) -> dict[str, Callable[[], Any]]:
@@ -76,29 +107,32 @@ def runners_of(name: str, direction: str, threads: int, contenders: list[str]) -
     fused = fastnn.fuse(copy.deepcopy(model), inputs)
     runners: dict[str, Callable[[], Any]] = {}
 
-    def add(contender: str, run: Callable[..., Any] | None) -> None:
-        if contender not in contenders or run is None:
-            return
-        parameters = list(run.parameters()) if training and isinstance(run, nn.Module) else []
-        runners[contender] = _runner(run, inputs, parameters) if isinstance(run, nn.Module) else run
+    def add(contender: str, run: nn.Module, given: tuple[Any, ...] = inputs) -> None:
+        runners[contender] = _runner(run, given, list(run.parameters()) if training else [])
         runners[contender]()
 
     add("stock", model)
     add("fused", fused)
+    formatted = _in_channels_last(model, inputs)
+    if "channels_last" in contenders and formatted:
+        add("channels_last", *formatted)
     if "compile" in contenders:
         torch.compiler.reset()
         add("compile", torch.compile(copy.deepcopy(model)))
     if not training:
+        if "compile frozen" in contenders:
+            frozen = _compiled_frozen(model, inputs)
+            runners["compile frozen"] = lambda: frozen(*inputs)
         if "frozen" in contenders:
             with contextlib.suppress(ValueError):  # what freeze cannot take, it says in tests
                 add("frozen", fastnn.freeze(model, inputs))
-        if "onnxruntime" in contenders:
-            add("onnxruntime", _onnx_runtime(model, inputs, threads))
-    if not training:
+        engines = [name for name in ENGINES if name in contenders and importlib.util.find_spec(name)]
+        onnx = as_onnx(model, inputs) if engines else None
+        runners |= {name: in_engine(name, onnx, inputs, threads) for name in engines if onnx}
         expected = _tensors(model(*inputs))
         for contender, run in runners.items():
             result = run()
-            if contender != "onnxruntime":
+            if contender not in ENGINES:
                 for a, b in zip(_tensors(result), expected, strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max() + 1e-6))
     return runners

@@ -8,11 +8,13 @@ on is compared at every call, and where something has changed the module is trac
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastnn._extension import load_extension
 from fastnn.graph.account import account_for
 from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, may_hold_layers
 from fastnn.graph.guard import TOKEN
@@ -56,6 +58,7 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) 
     if example_inputs is not None:
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
         try_candidates(model, unfuse(copied(model)), inputs, left)
+    weakref.finalize(model, load_extension().release_kept_memory).atexit = False
     if strict:
         for row in account_for(model):
             if row.is_candidate and not row.operator:

@@ -16,7 +16,20 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from benchmarks import bounds, compare, curves, epoch, memory, overhead, processes, report, scaling, stored, sweep
+from benchmarks import (
+    bounds,
+    compare,
+    curves,
+    epoch,
+    latency,
+    memory,
+    overhead,
+    processes,
+    report,
+    scaling,
+    stored,
+    sweep,
+)
 from benchmarks.cases import CASES, Case, first_tensor
 from benchmarks.problem import DIRECTIONS, Problem
 from benchmarks.timing import Timing, bandwidth, interleave, is_reliable, peak_flops, speedups
@@ -139,6 +152,13 @@ def test_processes() -> None:
     assert all(0 < used < 2 * passed for samples in rows.values() for turn in samples for used, passed in turn)
     table = processes.as_table({("model", "step"): [[(2e-6, 2e-6), (3e-6, 4e-6)]]})
     assert table.endswith("| model | step | 2.0 | 3.0 | 1.50 | 2.00 |")
+
+
+def test_latency() -> None:
+    row = latency.measure("LSTM", 8, calls=50)
+    for name, median in row["microseconds"].items():
+        assert 0 < median <= row["slow_microseconds"][name]
+    assert "frozen" in latency.as_line(row)
 
 
 def test_wrong_results_are_not_measured() -> None:

@@ -1,9 +1,11 @@
 """No call leaves memory behind that nobody can reach, and a training step takes no more than it should."""
 
+import copy
 import ctypes
 import functools
 import gc
 import os
+import pickle
 import resource
 import statistics
 import subprocess
@@ -130,6 +132,22 @@ def test_steps_keep_their_memory_until_they_go() -> None:
     del step
     gc.collect()
     assert extension.kept_memory()[0] == 0
+
+
+def test_gradients_in_kept_memory_are_like_others() -> None:
+    model = fastnn.fuse(nn.Sequential(nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 600)))
+    model(torch.randn(4, 600)).square().sum().backward()
+    for parameter in (model[0].weight, model[2].weight):
+        gradient = parameter.grad
+        assert gradient is not None
+        before = gradient.clone()
+        for other in (copy.deepcopy(gradient), pickle.loads(pickle.dumps(gradient)), gradient.share_memory_()):
+            assert torch.equal(other, before)
+        assert gradient.is_shared()
+        assert torch.equal(gradient.add_(1), before + 1)
+    del model, parameter, gradient, other
+    gc.collect()
+    assert load_extension().kept_memory()[0] == 0
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell a process's peak")

@@ -37,8 +37,9 @@ FASTNN_INLINE void with_constant(int n, const Body& body) {
   body(Constant<most>{});
 }
 
-// The longest sum taken in one go: rounding errors grow with it, so that longer ones are summed in parts. As accurate
-// as stock's sums of any length. Where products are rounded as well, before they are added, half as many.
+// The most products that are added up in one running sum. Rounding errors grow with its length, so that longer sums are
+// made in parts, which are then as accurate as stock's. Where products are rounded before they are added, there are
+// half as many.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr int64_t kLongestSum = 128;
 #else

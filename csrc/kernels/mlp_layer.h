@@ -33,7 +33,7 @@ void activate_block(const MlpLayer<T>& layer, T* output, T* saved, int64_t count
   });
 }
 
-// Whether a product's right operand (depth, columns) stays in L1 in whichever order its tiles are gone through: then
+// Whether a product's right operand (depth, columns) stays in L1 whatever the order of the tiles. The tiles then go
 // along the rows, as the output lies in memory.
 template <class T>
 bool stays_in_cache(int64_t depth, int64_t columns) {
@@ -78,9 +78,9 @@ void packed_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t r
 template <class T>
 constexpr int64_t kLongRow = 4 * kLanes<T>;
 
-// dot_tile for long rows of the weight that lie one after the other. Two columns at a time, which share what is loaded
-// of `a`, and no more, for the sake of the weight, which has to come from L2 or further: few streams, asked for ahead
-// of time, come faster than one a column.
+// dot_tile for long rows of the weight that lie one after the other. It takes two columns at a time, which share what
+// is loaded of `a`. It takes no more, since the weight comes from L2 or further, and few streams that are fetched ahead
+// of time come faster than a stream for each column.
 template <int rows, class T>
 FASTNN_INLINE Vec<T> dot_stream(int64_t depth, const T* a, const T* weight, int64_t columns_left) {
   constexpr int lanes = kLanes<T>, columns = lanes / rows, streams = columns > 1 ? 2 : 1, parts = 2;
@@ -132,7 +132,8 @@ constexpr int kDotRows = kLanes<T> >= 16  ? 4
                          : kLanes<T> >= 8 ? 2
                                           : 1;
 
-// `rows` rows, in tiles of `tile_rows`, by dot products with the weight as it is, `which` of its rows.
+// Computes `rows` rows in tiles of `tile_rows`, by dot products with those rows of the unpacked weight that `which`
+// says.
 template <int tile_rows, class T>
 FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, Share which) {
   constexpr int columns = kLanes<T> / tile_rows;
@@ -170,7 +171,7 @@ FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output
 template <class T>
 void dot_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, Share which) {
   constexpr int most = kDotRows<T>;
-  // Three rows of four go as four, of which one is computed twice.
+  // Three rows that are left over go as four, of which one is computed twice.
   const int64_t left_over = rows % most, whole = left_over > most / 2 ? rows : rows - left_over;
   if (whole > 0) dot_tiles<most, T>(layer, input, output, whole, which);
   if (whole == rows) return;
@@ -183,8 +184,8 @@ void dot_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows
   }
 }
 
-// dot_layer by a team, with the activation: rounds of `round_bytes` of the weight, after which the team takes in who
-// has come since, whole vectors of columns for each member.
+// dot_layer by a team, with the activation. In each round the team takes `round_bytes` of the weight, and each member
+// whole vectors of columns. Members that came since join after the round.
 template <class T>
 void dot_layer_together(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, int64_t round_bytes,
                         Member& member) {

@@ -8,8 +8,8 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Accumulators in a tile of `vectors` columns: what is left of the registers after one row of the panel and a
-// broadcast.
+// The rows of a tile of `vectors` vectors: its accumulators fill the registers that one row of the panel and a
+// broadcast element leave.
 constexpr int tile_rows(int vectors) {
   return FASTNN_VECTOR_REGISTERS == 32 ? (vectors == 4   ? 6
                                           : vectors == 3 ? 8
@@ -133,8 +133,9 @@ FASTNN_INLINE void multiply_row(int64_t depth, const C* a, const C* panel, int64
   }
 }
 
-// The same for any number of rows, in tiles as even as can be. `all_rows` are those of the whole of which these are a
-// thread's part: it decides how sums are made, so that they come out the same for any number of threads.
+// The same for any number of rows, in tiles as even as can be. `all_rows` is the number of rows of the whole product,
+// of which these are a thread's part. It decides how sums are made, so that they are the same for any number of
+// threads.
 template <int vectors, bool transposed = false, class C>
 void multiply_panel(int64_t all_rows, int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panel,
                     const C* start, int64_t start_stride, C* out, int64_t out_stride) {
@@ -172,7 +173,7 @@ constexpr int64_t padded_columns(int64_t columns) {
   return divide_up(columns, 2 * kLanes<C>) * 2 * kLanes<C>;
 }
 
-// product (rows, padded columns) = a (rows, depth) times such panels, or, `adding`, that much more.
+// product (rows, padded columns) = a (rows, depth) times such panels; with `adding`, the product is added to it.
 template <bool transposed, class C>
 void multiply_panels(int64_t all_rows, int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panels,
                      int64_t columns, bool adding, C* product, int64_t product_stride) {
@@ -209,7 +210,7 @@ FASTNN_INLINE void pack_row(const T* row, int64_t columns, int64_t depth, Comput
   }
 }
 
-// The same, times a mask; or null for no mask.
+// Packs a row times a mask, which may be null.
 template <class T>
 void pack_masked_row(const T* row, const T* mask, int64_t columns, int64_t depth, Compute<T>* panels) {
   using C = Compute<T>;

@@ -22,14 +22,15 @@ void pause() {
 #endif
 }
 
-// The thread waited for may be queued on this one's processor. It can be moved, or run here, if this one sleeps: one
-// that spins or yields keeps its processor busy.
+// Sleeps for a moment. The thread that this one waits for may be queued on this processor, where it can run, or from
+// where it can be moved, only while this thread sleeps: a thread that spins or yields keeps its processor busy.
 void nap() {
   const timespec moment{0, 1000};
   nanosleep(&moment, nullptr);
 }
 
-// Some fifty microseconds of looking, longer than most rounds take, then sleep.
+// Looks at the condition for some fifty microseconds, which is longer than most rounds take, and then sleeps between
+// looks.
 template <class Condition>
 void wait_until(const Condition& holds) {
   constexpr int kLooks = 2000;
@@ -65,7 +66,7 @@ Member::Member(Team& team, int64_t expected)
 }
 
 void Member::lead() {
-  // Those awake come within a microsecond, and the first round shared with them is worth that.
+  // Members that are awake come within a microsecond. Sharing the first round with them is worth waiting for.
   constexpr int kLooks = 100;
   for (int looks = 0; looks < kLooks && get(team_->come_.value) < expected_; ++looks) pause();
   size_ = 1;
@@ -86,7 +87,8 @@ void Member::take_in_newcomers(int64_t size) {
 Member::~Member() {
   if (!team_ || index_ != 0) return;
   set(team_->over_.value, 1);
-  // The region ends when all have come, and who waits for that in the thread pool spins for milliseconds.
+  // The parallel region ends when all members have come. Whoever waited for that in the thread pool would spin for
+  // milliseconds.
   constexpr int kNaps = 20;
   for (int i = 0; i < kNaps && get(team_->come_.value) < expected_; ++i) nap();
 }

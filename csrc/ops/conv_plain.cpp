@@ -59,6 +59,7 @@ Tensor plain_convolution(const Tensor& input, const Tensor& weight, const Option
 
 std::array<Tensor, 3> plain_convolution_backward(const Tensor& gradient, const Tensor& input, const Tensor& weight,
                                                  const Ints& geometry, const std::array<bool, 3>& wanted) {
+  const TensorsInKeptMemory kept;
   const ConvPoolProblem problem = check_problem(kOp, input, weight, std::nullopt, geometry);
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) {
     using T = decltype(type);

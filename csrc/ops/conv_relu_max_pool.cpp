@@ -133,6 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
                                                                bool input_wanted, bool weight_wanted, bool bias_wanted,
                                                                const std::optional<std::string>& algorithm) {
   const char* op = "conv_relu_max_pool_backward";
+  const TensorsInKeptMemory kept;
   const ConvPoolProblem problem = check_problem(op, given_input, given_weight, std::nullopt, geometry);
   const ConvPoolGeometry& g = problem.geometry;
   check_places(op, g);

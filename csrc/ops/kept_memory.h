@@ -1,4 +1,4 @@
-// Large blocks of memory that training steps keep for their next one.
+// Large blocks of memory that training keeps for its next step.
 //
 // The C library gives a large block back to the system when it is freed, and the system clears each page of the next
 // block when it is first written: for a gradient of 400 MB that takes as long as computing it. A block that is kept has
@@ -50,7 +50,8 @@ class KeptArray {
 };
 
 // While an object of this class lives, large new tensors of this thread lie in kept memory, and give it back when torch
-// frees them. Their storage cannot be resized, so that they are not for results that a user gets.
+// frees them. They are gradients, and what a training step needs: their storage cannot be resized, which users may do
+// with the outputs of a model.
 class TensorsInKeptMemory {
  public:
   TensorsInKeptMemory() : before_(is_on_) { is_on_ = true; }

@@ -69,6 +69,7 @@ Gradients mlp_backward(const Tensor& grad_output, const Tensor& input, const std
                        const std::string& activation_text, const Tensor& output, const std::vector<Tensor>& hidden,
                        bool input_wanted, bool weights_wanted, bool biases_wanted) {
   const char* op = "mlp_backward";
+  const TensorsInKeptMemory kept;
   const Activations activations(op, activation_text);
   const Chain chain = check_chain(op, input, weights, activations);
   FASTNN_CHECK(weights.size() == activations.size(), op, ": expected ", activations.size(), " weights, got ",

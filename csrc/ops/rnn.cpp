@@ -274,6 +274,7 @@ std::tuple<Tensor, TensorList, TensorList> rnn_backward(
     const Tensor& output, const Tensor& reserve, int64_t mode, int64_t num_layers, bool bidirectional, bool batch_first,
     bool input_wanted, bool state_wanted, bool weights_wanted) {
   const char* op = "rnn_backward";
+  const TensorsInKeptMemory kept;
   RnnProblem problem =
       check_problem(op, input, batch_sizes, state, weights, masks, mode, num_layers, bidirectional, batch_first);
   const OutputGradients given = check_gradients(problem, grad_output, grad_state);

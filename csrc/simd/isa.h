@@ -34,9 +34,9 @@ enum class Isa {
 };
 
 Isa active_isa();
-// Whether the one in use multiplies vectors of pairs of bfloat16.
+// Whether the instruction set in use multiplies vectors of pairs of bfloat16.
 bool isa_multiplies_pairs();
-// Whether it multiplies matrices of bfloat16, too.
+// Whether the instruction set in use multiplies matrices of bfloat16 too.
 bool isa_multiplies_matrices();
 const char* isa_name(Isa isa);
 bool isa_is_supported(Isa isa);

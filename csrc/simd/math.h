@@ -57,7 +57,7 @@ FASTNN_INLINE ExpParts<T, count> exp_parts(const Lockstep<T, count>& x) {
   return {shifted, value * (rest * rest) + rest};
 }
 
-// 2^n (n in the normal range of exponents), and x 2^n, n anything that exp has.
+// 2^n, where n is in the normal range of exponents; and x times 2^n, where n is any that exp can have.
 #if defined(__AVX512F__)
 FASTNN_INLINE Vec<float> times_power_of_two(Vec<float> x, Vec<float> shifted) {
   return (Vec<float>)_mm512_scalef_ps((__m512)x, (__m512)(shifted - ExpConstants<float>::round_to_integer));
@@ -98,9 +98,10 @@ FASTNN_INLINE Vec<double> times_power_of_two(Vec<double> x, Vec<double> shifted)
 }
 #endif
 
-// x, but not below `low` or above `high`. NaN stays.
+// x limited to [low, high]. NaN stays.
 #if defined(__AVX512F__)
-// Where masks have registers of their own, the compiler sees no minimum in a comparison and a choice.
+// Written as intrinsics: where masks have registers of their own, the compiler does not make one instruction of a
+// comparison and a choice.
 FASTNN_INLINE Vec<float> at_least(Vec<float> x, float low) {
   return (Vec<float>)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
 }

@@ -81,7 +81,7 @@ FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
 }
 
 #if defined(__AVX512F__)
-// Within quarters of vectors first, which takes half as long as zipping across them; then whole quarters.
+// Zips within the quarters of vectors first, which takes half as long as zipping across them, and then moves quarters.
 template <>
 FASTNN_INLINE void transpose<float>(Vec<float> (&rows)[kLanes<float>]) {
   __m512 x[16], y[16];
@@ -113,7 +113,8 @@ FASTNN_INLINE void transpose<float>(Vec<float> (&rows)[kLanes<float>]) {
 #endif
 
 #if defined(FASTNN_HAS_PAIRS)
-// Pairs of the bfloat16 of x and y: of the first half of each 16 bytes of them, of the second half.
+// Makes pairs of a bfloat16 of x and one of y: of those in the first half of each 16 bytes. zip_quarters_high takes
+// those in the second half.
 FASTNN_INLINE Vec<float> zip_quarters_low(Vec<float> x, Vec<float> y) {
 #if defined(__aarch64__)
   return (Vec<float>)vzip1q_u16((uint16x8_t)x, (uint16x8_t)y);

@@ -60,9 +60,9 @@ FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, in
 }
 
 #if defined(__AVX512F__)
-// Rows of bfloat16 that lie a power of two apart share few sets of the cache, and their lines would be gone before all
-// of their parts have been read: so these are copied line by line, but for rows of a part alone. transpose(copy, rows,
-// columns, to) takes each copy, whose rows are kCopiedLine elements.
+// Rows of bfloat16 that lie a power of two apart share few sets of the cache, so that their lines would be evicted
+// before all of their parts have been read. Such rows are copied line by line, unless a row is read in one part.
+// transpose(copy, rows, columns, to) takes each copy, whose rows are kCopiedLine elements.
 constexpr int64_t kCopiedLine = 32;
 FASTNN_INLINE bool lines_are_crowded(int64_t stride, int64_t columns) {
   constexpr int64_t kApart = 2048, kPart = 16;
@@ -110,8 +110,8 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
 }
 
 #if defined(__AVX512F__)
-// The same for bfloat16 that stays such. Blocks of 8 columns of 32 rows, of which each quarter of a vector transposes
-// 8: three rounds of zips within quarters.
+// The same where the result is bfloat16 too. A block has 8 columns and 32 rows. Each quarter of a vector transposes 8
+// of the rows, by three rounds of zips within quarters.
 inline void transpose_by_quarters(const bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns,
                                   bfloat16* to, int64_t to_stride) {
   constexpr int64_t height = 32, width = 8;

@@ -29,6 +29,7 @@ class Parts {
   uintptr_t next_;
 };
 
+// A part of the output that is computed at a time, and the parts of the convolution and the input under it.
 struct Band {
   int64_t image, images;  // the first, and how many
   int64_t group;

@@ -23,7 +23,7 @@ template <class C>
 FASTNN_INLINE int64_t blocks_of(const ConvPoolGeometry& g) {
   return divide_up(g.out_channels, kBlockVectors * kLanes<C>);
 }
-// The lanes of output channels, whole vectors for each group, before those of a block.
+// How many lanes lie before the block's lanes, where each group of output channels fills whole vectors.
 template <class C>
 FASTNN_INLINE int64_t lanes_before(const ConvPoolGeometry& g, int64_t group, const Block& block) {
   return group * round_up(g.out_channels, kLanes<C>) + block.first;
@@ -77,7 +77,7 @@ class ChannelPool {
 
   const C* bias() const { return bias_; }
 
-  // Where the existing conv pixels of a row go.
+  // The place for the first conv pixel of a row segment that lies inside the convolution's output.
   C* row(int64_t z, int64_t y, const Segment& segment) const {
     return ring_.slot(z, y) + segment.inside.first * width_;
   }

@@ -26,7 +26,8 @@ struct ConvPoolGeometry {
   // Conv pixels from a window's first to its last, along one dimension.
   int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }
   int64_t kernel_extent(int d) const { return (kernel[d] - 1) * dilation[d] + 1; }
-  // Whether any conv pixel reads the input at `at`, counted from where a conv pixel's input begins, or strides skip it.
+  // Whether any conv pixel reads the input at `at`, counted from where a conv pixel's input begins. Strides may skip
+  // it.
   bool meets(int d, int64_t at) const {
     if (dilation[d] == 1 && kernel[d] >= stride[d]) return true;
     for (int64_t k = 0; k < kernel[d]; ++k) {

@@ -56,7 +56,8 @@ bool is_small(const T* from, int64_t count, int64_t size, int64_t step) {
   return small;
 }
 
-// Whether the input and the weight of a call, forward or backward, are finite and so small.
+// Whether the input and the weight of a call, forward or backward, are moderate: finite, and so small that transforms
+// cannot make infinities of them.
 template <class T, template <class> class Call>
 bool is_moderate(const Call<T>& call) {
   using C = Compute<T>;
@@ -70,7 +71,7 @@ bool is_moderate(const Call<T>& call) {
   return sizeof(T) != sizeof(bfloat16) || is_small(call.input, g.batch, image, call.input_layout.n);
 }
 
-// Whether the gradient of the output of a call backward, whose images have no gaps, is.
+// Whether the gradient of the output is moderate. Its images have no gaps.
 template <class T, template <class> class Call>
 bool gradient_is_moderate(const Call<T>& call) {
   using C = Compute<T>;

@@ -16,8 +16,8 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// The columns of a row of input, as runs of those that are 2 x stride apart: those under a column of the kernel, for
-// one pair of pixels after another, are then side by side.
+// Writes the columns of an input row as runs of columns that are 2 x stride apart. The columns that a column of the
+// kernel reads for one pair of pixels after another then lie side by side.
 template <class C, class T>
 void part_row(const T* row, Inside columns, int64_t places, int64_t run, C* to) {
   fill_zeros(to, places * run);
@@ -75,7 +75,8 @@ void pack_phases(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
   }
 }
 
-// A row of the input, channels last, transformed: [position][pair][channel]. `pad` has zeros for a pixel.
+// Transforms a row of the input in channels last, and writes it as [position][pair][channel]. `pad` is a pixel of
+// zeros.
 template <class T, class C = Compute<T>>
 void transform_pixels(const ConvCall<T>& call, const T* row, Inside columns, const T* pad, C* to) {
   const ConvPoolGeometry& g = call.geometry;
@@ -104,7 +105,8 @@ void transform_pixels(const ConvCall<T>& call, const T* row, Inside columns, con
   }
 }
 
-// The same of a row of one channel, contiguous: [position][pair]. `memory` is for the parted row.
+// Transforms a contiguous row of one channel, and writes it as [position][pair]. `memory` takes the row as part_row
+// writes it.
 template <class T, class C = Compute<T>>
 void transform_row(const ConvCall<T>& call, const T* row, Inside columns, C* memory, C* to) {
   const PhasesPlan& plan = call.plan->phases;

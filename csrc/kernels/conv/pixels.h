@@ -37,7 +37,8 @@ class PixelsForward {
         bias_(parts_.take<C>(plan_.block)),
         places_in_row_(parts_.take<int64_t>(plan_.band.input[2])) {
     for (int64_t x = 0; x < plan_.band.input[2]; ++x) places_in_row_[x] = place_of(x);
-    // Of what stands behind runs of columns, sums are made too, if not used.
+    // The tiles also sum what lies behind the runs of columns. These sums are not used, but what they read must be
+    // finite.
     fill_zeros(copy_ + g_.in_channels * plan_.channel_step, plan_.copy_size - g_.in_channels * plan_.channel_step);
     fill(outside_, plan_.ring.row_size, kMinusInfinity<C>);
     if (plan_.in_registers) {
@@ -64,7 +65,8 @@ class PixelsForward {
   }
 
  private:
-  // What a conv pixel (slice, row, column) of the band meets, into the list of this number.
+  // Writes the offsets of the input elements that the conv pixel (slice, row, column) of the band reads, into list
+  // `list`.
   void list_offsets(int64_t list, int64_t slice, int64_t row, int64_t column) {
     for_each_tap(g_, g_.in_channels, weight_is_channels_last(call_),
                  [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
@@ -80,7 +82,7 @@ class PixelsForward {
     return column % plan_.residues * plan_.run + column / plan_.residues * plan_.band.images;
   }
 
-  // Zeros for the columns of a row that are not inside the input, and for images that are not there.
+  // Writes zeros where a row of the copy has no input: beside the input's columns, and for images beyond the last one.
   void fill_beside(Inside columns, C* row) const {
     const int64_t places = plan_.step[1] / plan_.band.images, images = plan_.band.images;
     for (int64_t x = 0; x < smaller(columns.first, places); ++x) fill_zeros(row + place_of(x), images);
@@ -98,7 +100,7 @@ class PixelsForward {
     const T* const from = call_.input + band_.image * layout.n + band_.group * g_.in_channels * layout.c +
                           (band_.input[2] + columns.first) * layout.d[2];
     const int64_t channels = g_.in_channels;
-    // The padding beside rows stays as it is while bands lie alike.
+    // The zeros beside the rows are written anew only if this band's padding differs from the last band's.
     const bool alike = columns.first == zeroed_.first && columns.last == zeroed_.last && band_.images == zeroed_images_;
     zeroed_ = columns;
     zeroed_images_ = band_.images;
@@ -135,7 +137,8 @@ class PixelsForward {
     for (int64_t o = 0; o < count_; ++o) bias_[o] = call_.bias ? to_compute(call_.bias[output + o]) : C(0);
   }
 
-  // All of the band's conv pixels as one row, in which those beside the rows' ends are of no use.
+  // Computes all conv pixels of the band as if they were one row. Pixels that lie between the ends of two rows are
+  // computed too, and are not used.
   void run_joined() {
     start_block();
     C* const sums = ring_.all();
@@ -244,7 +247,8 @@ class PixelsForward {
       C* const to = slot + residue * plan_.block * plan_.conv_run;
       const int64_t* offsets = offsets_ + residue * plan_.depth;
       sum_run(pixels, offsets, weight, false, to);
-      // Conv pixels that are not there: conv column conv[2] + residue + stride * place.
+      // Conv column conv[2] + residue + stride * place does not exist before `first` and from `last` on: there the
+      // maximum must not be taken, so that minus infinity is written.
       const int64_t start = band_.conv[2] + residue;
       const int64_t first = start < 0 ? smaller(plan_.conv_places, divide_up(-start, stride)) : 0;
       const int64_t room = g_.conv[2] - start;

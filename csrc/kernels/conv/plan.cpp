@@ -22,7 +22,7 @@ struct Planner {
   int64_t compute_bytes = std::max<int64_t>(4, request.element_bytes);
   int64_t lanes = machine.vector_bytes / compute_bytes;
   int64_t most_rows = most_rows_of_tile(machine.registers);
-  int64_t block = 2 * lanes;  // output channels
+  int64_t block = 2 * lanes;  // the output channels of a block
   int64_t longest_sum = machine.longest_sum;
 
   double conv_pixels() const {  // of all images
@@ -69,8 +69,9 @@ double times_computed(const ConvPoolGeometry& g, const BandPlan& band) {
          times_computed(g, 2, divide_up(g.output[2], band.columns));
 }
 
-// As many columns of a row of `images` images as `fits` admits, and of them as many rows; fewer columns of more rows
-// where the conv rows of a window are more than the band's own; more bands where threads would be idle.
+// Chooses a band of `images` images: as many columns of a row as `fits` admits, then as many such rows. It takes fewer
+// columns and more rows where windows would need more conv rows than the band has, and more bands where threads would
+// be idle.
 template <class Fits>
 BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
   const ConvPoolGeometry& g = p.g;
@@ -124,8 +125,9 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
   return band;
 }
 
-// The same where output channels are in the lanes: what is pooled waits in L2, segments of conv pixels in L1. `waits`:
-// conv rows of the ring, or 0 where a segment is all columns. tile: what else a segment's columns are a multiple of.
+// The same where output channels are in the lanes: rows that wait to be pooled stay in L2, segments of conv pixels in
+// L1. `waits` is the number of conv rows in the ring, or 0 where a segment has all columns. The number of a segment's
+// columns is a multiple of `tile` too.
 template <class Fits>
 BandPlan choose_channel_band(const Planner& p, int64_t waits, const Fits& fits, int64_t tile = 2) {
   const ConvPoolGeometry& g = p.g;
@@ -177,7 +179,7 @@ void take_pool(const Planner& p, const BandPlan& band, const RingPlan& ring, Mem
 
 // ---- costs --------------------------------------------------------------------------------------------------------
 
-// Of the register tiles of one row of `pixels` pixels and `outputs` channels, for each product of the depth.
+// The cost of the register tiles of one row of `pixels` pixels and `outputs` channels, for each product of the depth.
 double channel_tiles(const Planner& p, int64_t pixels, int64_t outputs) {
   const int64_t tiles = divide_up(pixels, p.most_rows), vectors = divide_up(outputs, p.lanes);
   const double rows = static_cast<double>(pixels) / tiles;
@@ -187,7 +189,7 @@ double channel_tiles(const Planner& p, int64_t pixels, int64_t outputs) {
   return tiles * (vectors / 2 * tile(2) + vectors % 2 * tile(1));
 }
 
-// What is done to conv pixels besides: for all images of one group.
+// The cost of all that is done to conv pixels beside the products, for all images of one group.
 double channel_rest(const Planner& p) {
   const double vectors = divide_up(p.g.out_channels, p.lanes);
   const double write = p.request.output_channels_last ? tuned::kCopy : tuned::kWriteOut;
@@ -195,7 +197,8 @@ double channel_rest(const Planner& p) {
                     static_cast<double>(p.g.batch * p.g.pixels()) * write);
 }
 
-// Of a copy as the input lies: runs of channels, which fill no vector where groups are narrow, or rows of columns.
+// The cost of a copy of the input in its own order. It consists of runs of channels, which fill no vector where groups
+// are narrow, or of rows of columns.
 double copy_cost(const Planner& p) {
   const double channels = static_cast<double>(p.g.in_channels) / p.lanes;
   return tuned::kCopy * p.inputs_met(2) * (p.request.input_channels_last ? std::ceil(channels) : channels);
@@ -422,8 +425,8 @@ ConvPlan plan_winograd(const Planner& p) {
     return slice_tiles(band) * band.conv[0] <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
   };
   w.band = choose_channel_band(p, g.pool_extent(0) * ring_rows, fits, tile);
-  // All bands begin with the same row of a tile, whatever their number: it depends on that of threads, and sums must
-  // not.
+  // Every band begins with the same row of a tile. The number of bands depends on the number of threads, and sums must
+  // not depend on it.
   if (w.band.row_bands > 1) {
     while (w.band.rows * g.pool_stride[1] % tile != 0) ++w.band.rows;
     w.band.stage_rows = w.band.rows;
@@ -562,8 +565,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   const double together = x.in_registers ? 2 : static_cast<double>(x.vectors), outputs = static_cast<double>(x.block);
   // Loads of vectors mostly cross lines, and then count twice.
   const double tile = std::max({outputs * together, outputs + 2 * together + 1, tuned::kInFlight}) / together;
-  // An element's share of its move: rows are copied, or squares transposed, of images or pixels by channels, columns or
-  // residues.
+  // The cost of moving one element into the copy: rows are copied, or squares are transposed, which have images or
+  // pixels on one side and channels, columns or residues on the other.
   const bool turned = p.request.input_channels_last;
   const int64_t square_rows = std::min(p.lanes, images > 1 ? images : x.run);
   const int64_t columns = std::min(p.lanes, turned ? g.in_channels : images > 1 ? x.band.input[2] : x.residues);

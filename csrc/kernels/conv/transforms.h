@@ -69,15 +69,15 @@ FASTNN_INLINE void transform_input(const V (&d)[5], V (&v)[5]) {
   v[4] = outer;
 }
 
-// The results of products at F(2, 3)'s points.
+// Computes the two results of F(2, 3) from the products at its four points.
 template <class V>
 FASTNN_INLINE void transform_results(const V (&m)[4], V (&y)[2]) {
   y[0] = m[0] + m[2] + m[3];
   y[1] = m[1] + m[2] - m[3];
 }
 
-// The same two transposed, for the gradient of the taps: from the gradients of two results to their products at the
-// points, and from sums of these products to taps.
+// The transposes of the two functions above, for the gradient of the kernel. This one goes from the gradients of two
+// results to the four points; the next one goes from sums of products at the points to three kernel positions.
 template <class V>
 FASTNN_INLINE void transform_gradient(const V (&y)[2], V (&m)[4]) {
   m[0] = y[0];
@@ -125,7 +125,8 @@ FASTNN_INLINE void transform_results(const V (&m)[6], V (&y)[4]) {
   y[3] = odd + far_odd * 8.0f + m[5];
 }
 
-// What the product at each point adds to the second of two results; to the first it adds itself, but for point 1.
+// The factor by which the product at each point counts in the second of two results. In the first result each product
+// counts once, except the one at point 1.
 constexpr float kOddShare[] = {0, 1, 1, -1, 2};
 
 }  // namespace FASTNN_ISA

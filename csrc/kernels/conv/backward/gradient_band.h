@@ -79,7 +79,7 @@ class GradientBand {
  private:
   static constexpr int64_t kTogether = 64;  // pooled pixels loaded at a time
 
-  // A row of the box that a row of windows covers, and the place of its first pixel in them.
+  // A row of the box that a row of windows covers, and the window position of its first pixel.
   struct Row {
     C* pixels;
     int64_t place;

@@ -7,7 +7,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Those of the input consist of elements E: bfloat16 stays such where two are multiplied at once.
+// The input is copied in elements E. bfloat16 stays bfloat16 where two of them are multiplied at once.
 template <class T, class E = Compute<T>>
 class ImageWindow {
   using C = Compute<T>;
@@ -22,10 +22,10 @@ class ImageWindow {
     parts_ = call.grad_input && call.plan->in_parts ? memory.take<C>(size) : nullptr;
   }
 
-  // For `channels` of an image from the one numbered `channel` on, the conv pixels `pixels` along the axis, and those
-  // before that have a part in their gradient of the input: calls body(first, last, is_before) for the conv pixels
-  // [first, last) that the windows serve at each place. Writes the gradient of the slices that the conv pixels begin
-  // with, up to those of the next one.
+  // Goes along the axis over the conv pixels `pixels` of an image, for `channels` channels from `channel` on, and over
+  // those before them that add to the same gradient of the input. Calls body(first, last, is_before) for the conv
+  // pixels [first, last) that the windows serve at each place. Afterwards the gradient of the input's slices is
+  // written, from the slice of the first conv pixel up to that of the next conv pixel behind `pixels`.
   template <class Body>
   void for_each_place(int64_t image, int64_t channel, int64_t channels, const Range& pixels, const Body& body) {
     const int axis = plan_.axis;
@@ -53,9 +53,9 @@ class ImageWindow {
   }
 
   const E* image(int64_t block) const { return images_ + block * plan_.size; }
-  // Where to add to the gradient.
+  // The memory that a block's part of the gradient is added to.
   C* gradient(int64_t block) const { return (parts_ ? parts_ : gradients_) + block * plan_.size; }
-  // To be told how often an element of the gradient has been added to, at most.
+  // The caller says by this how often an element of the gradient has been added to, at most, since it said so last.
   void count_additions(int64_t additions) {
     additions_ += additions;
     if (additions_ >= kLongestSum) add_parts();

@@ -27,7 +27,7 @@ class WinnerLists {
     channel_offsets_ = memory.take<Offset<C>>(width_);
   }
 
-  // Once the memory is there.
+  // Fills the tables. It is called once, when the memory is there.
   void prepare(const ConvPoolGeometry& g, const ImagePlan& image) const {
     const int64_t (&d)[3] = image.d;
     for (int64_t run = 0; run < s_.runs; ++run) {
@@ -38,8 +38,8 @@ class WinnerLists {
     for (int64_t o = 0; o < width_; ++o) channel_offsets_[o] = static_cast<Offset<C>>(o * s_.row);
   }
 
-  // Where the first tap of each of the box's pixels lies in the window, which begins with the pixel `origin`. Those
-  // that fill up the last vector have no gradient.
+  // Finds for each pixel of the box where its first kernel position lies in the window, which begins with the pixel
+  // `origin`. The numbers that fill up the last vector belong to no pixel and have no gradient.
   void find_pixels(const ConvPoolGeometry& g, const ImagePlan& image, const ConvBox& box, int64_t origin) const {
     const int64_t before = origin * g.stride[image.axis] * image.d[image.axis];
     Offset<C>* to = pixel_offsets_;
@@ -54,8 +54,9 @@ class WinnerLists {
     for (; (to - pixel_offsets_) % kLanes<C> != 0; ++to) *to = 0;
   }
 
-  // Of the band's first `channels` output channels, and of `blocks` blocks, whose windows begin at `images`.
-  // What a slice adds is rounded by the size of the whole sum: `lost` keeps what that takes away.
+  // Adds the weight's gradient of the band's first `channels` output channels and of `blocks` blocks, whose windows
+  // begin at `images`. What a slice adds is rounded by the size of the whole sum; `lost` keeps what rounding takes
+  // away.
   FASTNN_SHARED void add_weight_gradient(const C* band, int64_t pixels, int64_t channels, const E* images,
                                          int64_t blocks, bool fresh, C* to, C* lost) const {
     list_by_channel(band, pixels);
@@ -102,7 +103,7 @@ class WinnerLists {
   }
 
  private:
-  // A list a channel: of the pixels in whose gradient it has a part, slice after slice.
+  // Makes a list for each channel: the pixels at which its gradient is not zero, slice after slice.
   void list_by_channel(const C* band, int64_t pixels) const {
     constexpr int lanes = kLanes<C>;
     for (int64_t o = 0; o < width_; o += lanes) {

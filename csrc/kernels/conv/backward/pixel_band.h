@@ -12,8 +12,8 @@ class PixelBand {
   using C = Compute<T>;
 
  public:
-  // Numbers the pixels as those of the window of the image. Of each channel `memory` has the plan's step: the pixels of
-  // a band, and a vector more, where gradients for others are put.
+  // Pixels have the numbers that they have in the window of the image. `memory` has the plan's step for each channel:
+  // the pixels of a band, and one vector more, which takes the gradients that belong to other pixels.
   PixelBand(const ConvBackward<T>& call, C* memory)
       : call_(call), g_(call.geometry), memory_(memory), step_(call.plan->taps.step) {
     tiled_ = windows_are_tiles(g_);
@@ -31,7 +31,8 @@ class PixelBand {
     return z * call_.plan->image.d[0] + y * call_.plan->image.d[1] + x;
   }
   int64_t first_of(const ConvBox& box) const { return number_of(box.first[0], box.first[1], box.first[2]); }
-  // From a box's first pixel to behind its last one: boxes of several rows have whole ones, of slices too.
+  // How many numbers there are from a box's first pixel to behind its last one. A box of several rows has whole rows,
+  // and a box of several slices has whole slices.
   int64_t span(const ConvBox& box) const { return number_of(box.size(0) - 1, box.size(1) - 1, box.size(2) - 1) + 1; }
 
   const C* channel(int64_t o) const { return memory_ + o * step_; }
@@ -76,7 +77,7 @@ class PixelBand {
   }
 
  private:
-  // Of a row of windows of two columns, those whose columns both lie in the box.
+  // The windows of a row, which have two columns each, of which both columns lie in the box.
   Range whole_pairs(const ConvBox& box) const {
     const int64_t first = larger(0, divide_up(box.first[2] + g_.pool_padding[2], 2));
     return {first, larger(first, smaller(g_.output[2], (box.last[2] + g_.pool_padding[2]) / 2))};
@@ -102,7 +103,8 @@ class PixelBand {
     });
   }
 
-  // Without a branch, which dead windows would make a costly one: what is not for these pixels goes behind them.
+  // There is no branch, since dead windows would make it hard to predict. What belongs to other pixels goes behind the
+  // band's.
   template <bool adds>
   void put_row(const T* gradients, const uint8_t* winners, int64_t first, int64_t last, int64_t start, int64_t count,
                C* to) const {

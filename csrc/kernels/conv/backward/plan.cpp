@@ -28,7 +28,7 @@ struct Planner {
 
 // ---- bands of the gradient, windows of the image --------------------------------------------------------------------
 
-// Of `channels` and, if that can be, at most `most` pixels.
+// Plans a band of the gradient of `channels` channels, with at most `most` pixels if that can be.
 GradientBandPlan plan_band(const Planner& p, int64_t channels, int64_t most) {
   const ConvPoolGeometry& g = p.g;
   GradientBandPlan band{};
@@ -44,8 +44,8 @@ GradientBandPlan plan_band(const Planner& p, int64_t channels, int64_t most) {
   return band;
 }
 
-// Windows of `lanes` channels, of which `count` are to fit into cache; `slack` elements are to follow each. What they
-// serve at a place are whole bands.
+// Plans windows of the image of `lanes` channels, so that `count` of them fit into the cache, with `slack` elements
+// behind each. At each place the windows serve whole bands.
 ImagePlan plan_image(const Planner& p, int64_t lanes, const GradientBandPlan& band, int64_t count, int64_t slack) {
   const ConvPoolGeometry& g = p.g;
   ImagePlan image{};
@@ -136,8 +136,8 @@ ConvBackwardPlan plan_winners(const Planner& p) {
   // As many output channels as have their weights stay in L1.
   const int64_t near = std::max<int64_t>(1, tuned::kNearBytes / (s.row * element) / p.lanes) * p.lanes;
   const int64_t width = divide_up(g.out_channels, divide_up(g.out_channels, std::min(tuned::kBandChannels, near)));
-  // As many conv pixels as have their input and its gradient stay in L2. All, where the weight, with its gradient and
-  // what that has lost, doesn't: that is walked through for each band.
+  // A band has as many conv pixels as keep their input and its gradient in L2. It has all of them where the weight, its
+  // gradient and what rounding took from that do not fit, since each band goes through all of those.
   const int64_t weight = 3 * s.blocks * g.out_channels * s.row, room = tuned::kWindowBytes / p.compute_bytes;
   const int64_t under_pixel = s.lanes * g.stride[0] * g.stride[1] * g.stride[2];
   plan.band = plan_band(p, width, weight > room / 2 ? p.conv : room / (2 * s.blocks * under_pixel));
@@ -155,7 +155,8 @@ ConvBackwardPlan plan_winners(const Planner& p) {
 
 // ---- depthwise ------------------------------------------------------------------------------------------------------
 
-// Vectors of products, and of what goes with them, a conv pixel: of a vector's groups at once, or of a list for each.
+// Compares, for a conv pixel, the vectors of products and of what goes with them: those of a vector of groups at once,
+// with those of a list for each group.
 bool depthwise_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   if (g.groups == 1) return false;
@@ -217,7 +218,8 @@ ConvBackwardPlan plan_taps(const Planner& p) {
   return plan;
 }
 
-// Products of all pixels, of a row's padding too, against those of the winners and what it takes to list these.
+// Compares the products of all pixels, a row's padding too, with the products of the argmaxes and the cost of listing
+// these.
 bool taps_pay(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   const ConvBackwardPlan plan = plan_taps(p);
@@ -270,8 +272,8 @@ ConvBackwardPlan plan_winograd(const Planner& p) {
   return plan;
 }
 
-// In vector multiply-adds of both gradients: against direct convolution at its peak, which torch's is at or near, and
-// against winners where there are any, which half of the pixels have.
+// Compares vector multiply-adds of both gradients: with those of direct convolution at its peak, where torch's is at or
+// near it, and, where there are argmaxes, with theirs, which half of the pixels have.
 bool winograd_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   const WinogradBackwardPlan w = plan_winograd(p).winograd;
@@ -304,7 +306,7 @@ bool winograd_pays(const Planner& p) {
 
 // ---- stock ----------------------------------------------------------------------------------------------------------
 
-// Only without strides: torch's library then writes where it should.
+// Strides are excluded, since torch's library then writes out of bounds.
 bool stock_applies(const ConvPoolGeometry& g, const BackwardRequest& request) {
   return request.both && g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1;
 }
@@ -318,9 +320,9 @@ bool stock_pays(const Planner& p) {
   const int64_t weight = g.groups * g.out_channels * g.depth();
   const bool few = g.batch >= tuned::kFewImages && std::min(g.pixels(), p.conv) <= tuned::kFewWinners;
   if (weight > tuned::kLargeWeight && few) return true;
-  // Without pooling half of the pixels have a gradient, and products of a single element of the kernel are too few for
-  // what it takes to list these: where pixels' runs are short, where half of the registers are there to keep sums in,
-  // or where torch has its images as it likes them.
+  // Without pooling half of the pixels have a gradient, and a kernel of one element has too few products to pay for the
+  // lists of these pixels: where the pixels' runs are short, where there are half as many registers for the sums, or
+  // where the images lie as torch's library wants them.
   const bool lists_cost_more = g.in_channels <= tuned::kShortRuns * p.lanes || p.machine.vector_bytes < 64;
   if (g.pools_nothing() && g.taps() == 1 && g.groups == 1 && (p.request.input_channels_last || lists_cost_more))
     return true;

@@ -44,7 +44,7 @@ FASTNN_INLINE void accumulate_runs(const GradientList<C>& list, const C* const (
 }
 
 #if defined(FASTNN_HAS_PAIRS)
-// Adds what two entries give, whose values lie side by side in `values`, or one.
+// Adds the products of two entries of the list, whose values lie side by side in `values`, or of one entry.
 template <bool has_second, int runs, int vectors>
 FASTNN_INLINE void accumulate_zipped(Vec<float> values, const bfloat16* const (&from)[runs], int64_t first,
                                      int64_t second, Vec<float> (&total)[runs][vectors]) {

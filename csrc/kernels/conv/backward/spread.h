@@ -51,7 +51,8 @@ class SpreadWorker {
   double* bias_;  // of each output channel
 };
 
-// The same where windows are of one conv pixel each and everything lies alike: a gradient, unless its output is dead.
+// The same where each window is one conv pixel and all tensors have the same layout: a gradient stays unless its output
+// is dead.
 template <class T>
 void mask_dead(const T* gradient, const uint8_t* winners, int64_t count, T* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = winners[i] == kDead ? T{} : gradient[i];

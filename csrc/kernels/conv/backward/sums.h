@@ -34,7 +34,7 @@ FASTNN_INLINE void add_keeping_lost(const Vec<C>& total, C* to, C* lost) {
   store(lost, load(lost) + ((before - (sum - added)) + (total - added)));
 }
 
-// A vector of the weight's gradient: what there is of it first, or more of it. `lost` may be null.
+// Writes a vector of the weight's gradient, or adds to it if this is not the first part. `lost` may be null.
 template <class C>
 FASTNN_INLINE void put_sums(const Vec<C>& sums, bool is_first, C* to, C* lost) {
   if (is_first) {
@@ -46,7 +46,7 @@ FASTNN_INLINE void put_sums(const Vec<C>& sums, bool is_first, C* to, C* lost) {
   }
 }
 
-// What a piece's blocks have lost to rounding. What an infinite sum has lost is NaN.
+// Adds what rounding took from the sums of a piece's blocks. For an infinite sum that is NaN, which is left out.
 template <class T, class C = Compute<T>>
 void add_lost(const ConvBackward<T>& call, const ConvBackwardPiece& piece, C* grad_weight, const C* lost) {
   const int64_t size = call.plan->weight_size / call.plan->blocks;
