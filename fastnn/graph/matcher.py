@@ -420,10 +420,11 @@ class _Matcher:
         """A convolution that Winograd may take, by itself: other algorithms are no faster than torch's there."""
         if conv.kind != "conv2d" or conv.module is None or conv.settings["padding_mode"] != "zeros":
             return None
-        weight = conv.module.weight
+        weight: Any = conv.module.weight
         if is_parametrized(conv.module, "weight") or weight.shape[2:] != (3, 3) or min(weight.shape[:2]) < _FEW:
             return None
-        geometry = flat_geometry(2, *(conv.settings[name] for name in _CONV[3:]), *_ONE_PIXEL)
+        sizes: list[Any] = [*(conv.settings[name] for name in _CONV[3:]), *_ONE_PIXEL]
+        geometry = flat_geometry(2, *sizes)
         if geometry is None or conv.settings["stride"] not in (1, (1, 1)):
             return None
         tensors = [_tensor(conv, "weight"), _tensor(conv, "bias")]
