@@ -7,6 +7,7 @@ after it. The contenders take turns call by call, so that what the machine does 
 import argparse
 import importlib.util
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter_ns
@@ -45,7 +46,10 @@ def measure(cell: str, hidden: int, calls: int) -> dict[str, Any]:
     inputs = (torch.randn(1, 1, FEATURES), *(torch.zeros(1, 1, hidden) for _ in range(2 if cell == "LSTM" else 1)))
     frozen = fastnn.freeze(model, inputs)
     runners: dict[str, Callable[[], Any]] = {"stock": lambda: model(*inputs), "frozen": lambda: frozen(*inputs)}
-    if importlib.util.find_spec("onnxruntime") and (onnx := as_onnx(model, inputs)):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about how torch exports
+        onnx = as_onnx(model, inputs) if importlib.util.find_spec("onnxruntime") else None
+    if onnx is not None:
         runners["onnxruntime"] = in_engine("onnxruntime", onnx, inputs, 1)
     with using_threads(1), torch.inference_mode():
         torch.testing.assert_close(runners["frozen"](), runners["stock"](), rtol=1e-4, atol=1e-5)
