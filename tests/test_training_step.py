@@ -254,6 +254,7 @@ def test_optimizers_in_single_precision(name: str) -> None:
     follow("autoencoder", OPTIMIZERS[name], dtype=torch.float32, steps=20)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.10."), reason="torch 2.10's own raises a KeyError then")
 def test_an_adagrad_that_has_lost_its_state() -> None:
     stock, x, y = batch("autoencoder")
     ours = copy.deepcopy(stock)
