@@ -73,8 +73,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     ``conv_relu_max_pool`` are in forward those of csrc/kernels/conv: ``winograd``, ``phases``, ``pixels``,
     ``depthwise``, ``direct``, and ``stock``, torch's own convolution followed by ReLU and max-pool in one pass; the
     table says why each is chosen. In backward they are ``winners``, which visits only the argmax of each window,
-    ``depthwise``, which has channels in the lanes, ``taps``, which has pixels there (for few input channels), and
-    ``stock``.
+    ``depthwise``, which has channels in the lanes, ``taps``, which has pixels there (for few input channels),
+    ``winograd`` and ``stock``. ``convolution``, which has no ReLU and no pool, is ``winograd`` or ``stock``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: expected a torch.nn.Module, got a {type(model).__name__}")
@@ -141,7 +141,9 @@ class _Recorder(TorchDispatchMode):
             input = next(argument for argument in args if isinstance(argument, Tensor))
             layer = self.layers[-1] if self.layers else ""
             operator = func.overloadpacket.__name__
-            self.calls.append(ExplainedCall(layer, operator, _text_of(input), *algorithms, WHY[algorithms[0]]))
+            left = operator == "convolution" and algorithms[0] == "stock"  # it has no ReLU and no pool behind it
+            why = WHY["torch" if left else algorithms[0]]
+            self.calls.append(ExplainedCall(layer, operator, _text_of(input), *algorithms, why))
         return func(*args, **(kwargs or {}))
 
 

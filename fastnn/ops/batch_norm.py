@@ -222,9 +222,8 @@ def _may_train_by_kernel(
     )
 
 
-_ROUNDING = (
-    16.0  # squares of rounding errors of a mean that its variance is held against (BatchNormTraining has it too)
-)
+# A variance is held against so many squares of the rounding error of its mean. BatchNormTraining has the number too.
+_ROUNDING = 16.0
 
 
 class BatchNormReluMaxPool(torch.autograd.Function):

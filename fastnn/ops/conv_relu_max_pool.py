@@ -393,13 +393,13 @@ def output_sizes(input: Sequence[int], weight: Sequence[int], geometry: Sequence
 
 def output_like(input: Tensor, weight: Tensor, geometry: Sequence[int], dtype: torch.dtype) -> Tensor:
     sizes = output_sizes(input.shape, weight.shape, geometry)
-    formats = {channels_format(input), channels_format(weight)} - {torch.contiguous_format}
+    formats = {_channels_format(input), _channels_format(weight)} - {torch.contiguous_format}
     if input.device.type == "cpu" and input.dtype not in _CHANNELS_LAST_3D and input.dim() == 5:
         formats = set()
     return input.new_empty(sizes, dtype=dtype).to(memory_format=formats.pop() if formats else torch.contiguous_format)
 
 
-def channels_format(tensor: Tensor) -> torch.memory_format:
+def _channels_format(tensor: Tensor) -> torch.memory_format:
     return suggest_memory_format(tensor) if tensor.dim() > 3 else torch.contiguous_format
 
 
@@ -432,10 +432,17 @@ def _(
     algorithm: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device(grad_output, winners, input, weight)
+    return gradients_like(input, weight, input_wanted, weight_wanted, bias_wanted)
+
+
+def gradients_like(
+    input: Tensor, weight: Tensor, input_wanted: bool, weight_wanted: bool, bias_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors of the sizes and formats that the gradients of input, weight and bias have."""
 
     def gradient(of: Tensor, wanted: bool) -> Tensor:
         sizes = of.shape if wanted else (0, *of.shape[1:])
-        return of.new_empty(sizes).to(memory_format=channels_format(of))
+        return of.new_empty(sizes).to(memory_format=_channels_format(of))
 
     return (
         gradient(input, input_wanted),

@@ -18,7 +18,7 @@ from fastnn.ops._autograd import (
     wants_gradient,
 )
 from fastnn.ops._raw_operator import raw_operator
-from fastnn.ops.conv_relu_max_pool import FlatGeometry, channels_format, output_like
+from fastnn.ops.conv_relu_max_pool import FlatGeometry, gradients_like, output_like
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.reference.conv_relu_max_pool import Geometry
 
@@ -35,10 +35,17 @@ def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *, geometry:
     """
     if not _is_by_winograd(input, weight, bias, geometry, dims):
         return _stock(input, weight, bias, geometry, dims)
-    if wants_gradient(input, weight, bias):
-        output: Tensor = Convolution.apply(input, weight, bias, geometry, dims)
-        return output
-    return _op(input, weight, bias, geometry)
+    run = Convolution.apply if wants_gradient(input, weight, bias) else _without_gradient
+    try:
+        output: Tensor = run(input, weight, bias, geometry, dims)
+    except RuntimeError as error:  # such as a tensor whose storage has been freed
+        raise in_torchs_words(error, _stock, input, weight, bias, geometry, dims) from None
+    return output
+
+
+def _without_gradient(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
+    output: Tensor = _op(input, weight, bias, geometry)
+    return output
 
 
 def _stock(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
@@ -62,14 +69,15 @@ def _is_by_winograd(input: Tensor, weight: Tensor, bias: Tensor | None, geometry
     ):
         return False
     try:
-        key = (input.shape, input.stride(), weight.shape, weight.stride(), geometry, torch.get_num_threads())
+        of_bias = None if bias is None else bias.shape
+        key = (input.shape, input.stride(), weight.shape, weight.stride(), of_bias, geometry, torch.get_num_threads())
         found = _chosen.get(key)
         if found is None:
             if len(_chosen) >= _MOST_CHOSEN:
                 _chosen.clear()
             with torch.no_grad():
                 found = _chosen[key] = "winograd" in _algorithm_op(input, weight, bias, geometry)
-    except (NotImplementedError, RuntimeError):  # tensors that are not plain, or sizes that torch refuses
+    except RuntimeError:  # a tensor without strides, such as a sparse one; or sizes that torch refuses in its own words
         return False
     return found
 
@@ -79,10 +87,7 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Any:
-        try:
-            output = _op(input, weight, bias, geometry)
-        except RuntimeError as error:
-            raise in_torchs_words(error, _stock, input, weight, bias, geometry, dims) from None
+        output = _op(input, weight, bias, geometry)
         ctx.save_for_backward(input, weight, bias)
         ctx.geometry, ctx.dims = geometry, dims
         return output
@@ -117,9 +122,4 @@ def _(
     bias_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device(grad_output, input, weight)
-
-    def gradient(of: Tensor, wanted: bool) -> Tensor:
-        return of.new_empty(of.shape if wanted else (0, *of.shape[1:])).to(memory_format=channels_format(of))
-
-    grad_bias = weight.new_empty(weight.shape[0] if bias_wanted else 0)
-    return gradient(input, input_wanted), gradient(weight, weight_wanted), grad_bias
+    return gradients_like(input, weight, input_wanted, weight_wanted, bias_wanted)
