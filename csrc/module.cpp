@@ -254,8 +254,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("guard_holds") = py::reinterpret_steal<py::object>(PyCFunction_New(&guard_holds_method, nullptr));
   m.def("release_training_step", fastnn::BoundSteps::release, py::arg("number"),
         "Forget what fastnn::bind_training_step bound to this number.");
-  m.def("forget_forward", fastnn::forget_forward, py::arg("number"),
-        "Forget what fastnn::training_step_forward has left under this number.");
+  m.def("forget_pass", fastnn::forget_pass, py::arg("number"),
+        "Forget what fastnn::network_with_pass has left under this number.");
   m.def("team_choices", team_choices, py::arg("calls"),
         "Whether a team makes each call, if it takes so many nanoseconds by one thread or by a team, for tests.");
 }

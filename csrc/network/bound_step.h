@@ -54,7 +54,7 @@ class BoundSteps {
   int64_t last_ = 0;
 };
 
-// Forgets what fastnn::training_step_forward has left under this number for a backward that will not come.
-void forget_forward(int64_t number);
+// Forgets what fastnn::network_with_pass has left under this number for backward.
+void forget_pass(int64_t number);
 
 }  // namespace fastnn

@@ -7,8 +7,8 @@
 #include "../kernels/update.h"
 #include "../ops/register.h"
 #include "bound_step.h"
+#include "forward_pass.h"
 #include "loss.h"
-#include "train.h"
 
 namespace fastnn {
 namespace {
@@ -237,31 +237,14 @@ void update(const StepNumbers& numbers, const TensorList& parameters, const std:
   }
 }
 
-// A pass that is borrowed for one call. It goes back to the idle passes when the call ends.
-template <class T>
-class BorrowedPass {
- public:
-  explicit BorrowedPass(const std::string& program) : pass_(TrainingPasses<T>::take(program)) {}
-  ~BorrowedPass() {
-    if (pass_) TrainingPasses<T>::give_back(std::move(pass_));
-  }
-  BorrowedPass(const BorrowedPass&) = delete;
-  BorrowedPass& operator=(const BorrowedPass&) = delete;
-  TrainingPass<T>* operator->() const { return pass_.get(); }
-  TrainingPass<T>& operator*() const { return *pass_; }
-
- private:
-  std::unique_ptr<TrainingPass<T>> pass_;
-};
-
 // Computes the parameters' gradients from the outputs' gradients.
 template <class T>
 const std::vector<const T*>& backward(TrainingPass<T>& pass, const TensorList& output_gradients,
                                       const TensorList& parameters, const StepNumbers& numbers) {
   std::vector<char> wanted(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) wanted[i] = numbers.wanted(i);
-  pass.backward(output_gradients, wanted);
-  const std::vector<const T*>& gradients = pass.gradients();
+  pass.backward(output_gradients, wanted, {});
+  const std::vector<const T*>& gradients = pass.gradients(wanted);
   for (size_t i = 0; i < parameters.size(); ++i) {
     FASTNN_CHECK(!wanted[i] || gradients[i] || parameters[i].numel() == 0, kOp,
                  ": numbers ask for the gradient of what has none");
@@ -311,44 +294,6 @@ std::vector<T*> places_of(const StepNumbers& numbers, const TensorList& paramete
   }
   FASTNN_CHECK(next == gradients.size(), kOp, ": there are more gradients than parameters that are trained");
   return places;
-}
-
-Expected kind_of(const Tensor& tensor, const char* name) {
-  const Expected kind = check_first(tensor, kOp, name);
-  FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, kOp, ": not implemented for BFloat16; use float32 or float64");
-  return kind;
-}
-
-// Checks that there is at least one parameter, and returns what all have in common.
-Expected check_parameters(const TensorList& parameters) {
-  FASTNN_CHECK(!parameters.empty(), kOp, ": expected at least one parameter");
-  const Expected kind = kind_of(parameters[0], "parameters");
-  for (const Tensor& parameter : parameters) {
-    check_same_kind(parameter, kind, "parameters");
-    FASTNN_CHECK(parameter.is_contiguous(), kOp, ": expected parameters to be contiguous");
-  }
-  return kind;
-}
-
-// Checks the inputs and parameters, which all operators here take: they have one dtype, except for inputs of int64.
-ScalarType check_arguments(const Tensor* inputs, size_t count, const TensorList& parameters) {
-  FASTNN_CHECK(count > 0, kOp, ": expected at least one input");
-  Expected kind{ScalarType::Float, 0, kOp};
-  bool is_set = !parameters.empty();
-  if (is_set) kind = check_parameters(parameters);
-  for (size_t i = 0; i < count; ++i) {
-    check_plain(inputs[i], kOp, "input");
-    if (inputs[i].scalar_type() == ScalarType::Long) {
-      check_memory(inputs[i], kOp, "input");
-    } else {
-      if (!is_set) kind = kind_of(inputs[i], "input");
-      is_set = true;
-      check_same_kind(inputs[i], kind, "input");
-    }
-    FASTNN_CHECK(inputs[i].numel() > 0, kOp, ": expected an input that is not empty");
-  }
-  FASTNN_CHECK(is_set, kOp, ": expected a parameter, or an input of floating-point numbers");
-  return kind.dtype;
 }
 
 // A list that borrows these tensors, so that arguments can be passed on.
@@ -439,15 +384,6 @@ Tensor bind_training_step(const TensorList& parameters, const TensorList& state,
   const Tensor bound = new_tensor({1}, ScalarType::Long);
   mutable_data<int64_t>(bound)[0] = BoundSteps::add({parameters, state, program, weight, layout});
   return bound;
-}
-
-// The number in a tensor that has one int64.
-int64_t number_of(const Tensor& tensor, const char* name) {
-  check_plain(tensor, kOp, name);
-  check_memory(tensor, kOp, name);
-  FASTNN_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.numel() == 1, kOp, ": expected ", name,
-               " to be one Long");
-  return data<int64_t>(tensor)[0];
 }
 
 Tensor run_bound(const Tensor* inputs, size_t count, const Tensor& target, const Tensor& bound, const Tensor& numbers) {
@@ -603,148 +539,18 @@ Tensor bound_training_epoch(const TensorList& inputs, const Tensor& target, cons
 
 // ---- in two calls ---------------------------------------------------------------------------------------------
 
-// A pass that has run forward, with the tensors that it holds.
-struct ForwardPass {
-  virtual ~ForwardPass() = default;
-};
-
-template <class T>
-struct ForwardPassOf : ForwardPass {
-  using Element = T;
-  TensorList inputs, parameters;
-  std::vector<Ints> sizes;  // of both
-  BorrowedPass<T> pass;
-
-  ForwardPassOf(const std::string& program, const TensorList& inputs, const TensorList& parameters)
-      : inputs(inputs), parameters(parameters), pass(program) {
-    for (const TensorList* const list : {&this->inputs, &this->parameters}) {
-      for (const Tensor& tensor : *list) sizes.push_back(sizes_of(tensor));
-    }
-    pass->forward(this->inputs, this->parameters);
-  }
-  // Checks that the tensors still have the sizes that they had before the loss, which may have done anything. given:
-  // the parameters for backward.
-  void check_unchanged(const TensorList& given) const {
-    check_arguments(inputs.data(), inputs.size(), given);
-    FASTNN_CHECK(given.size() == parameters.size(), kOp, ": expected the ", parameters.size(),
-                 " parameters of the forward, got ", given.size());
-    for (size_t i = 0; i < given.size(); ++i) {
-      FASTNN_CHECK(same_sizes(given[i], parameters[i]), kOp, ": expected a parameter of size ",
-                   to_string(parameters[i].sizes()), ", got ", to_string(given[i].sizes()));
-    }
-    size_t next = 0;
-    for (const TensorList* const list : {&inputs, &parameters}) {
-      for (const Tensor& tensor : *list) {
-        check_memory(tensor, kOp, "an input or a parameter");
-        FASTNN_CHECK(sizes_of(tensor) == sizes[next++], kOp, ": an input or a parameter has another size than before");
-      }
-    }
-  }
-};
-
-// The passes between the two calls, by numbers, each of which is used once. When there are many, the oldest is dropped.
-class ForwardPasses {
- public:
-  static int64_t add(std::unique_ptr<ForwardPass> pass) {
-    constexpr size_t kMost = 256;
-    ForwardPasses& all = instance();
-    std::unique_ptr<ForwardPass> oldest;  // declared first: it is freed after the lock is released
-    const std::lock_guard<std::mutex> lock(all.mutex_);
-    all.passes_.emplace(++all.last_, std::move(pass));
-    if (all.passes_.size() > kMost) {
-      oldest = std::move(all.passes_.begin()->second);
-      all.passes_.erase(all.passes_.begin());
-    }
-    return all.last_;
-  }
-  // Null where there is none of this number.
-  static std::unique_ptr<ForwardPass> take(int64_t number) {
-    ForwardPasses& all = instance();
-    const std::lock_guard<std::mutex> lock(all.mutex_);
-    const auto found = all.passes_.find(number);
-    if (found == all.passes_.end()) return nullptr;
-    std::unique_ptr<ForwardPass> pass = std::move(found->second);
-    all.passes_.erase(found);
-    return pass;
-  }
-
- private:
-  static ForwardPasses& instance() {
-    static ForwardPasses& all = *new ForwardPasses;  // never destroyed, because libtorch may be destroyed before
-    return all;
-  }
-  std::mutex mutex_;
-  std::map<int64_t, std::unique_ptr<ForwardPass>> passes_;  // the oldest first
-  int64_t last_ = 0;
-};
-
-std::tuple<TensorList, Tensor> training_step_forward(const TensorList& inputs, const TensorList& parameters,
-                                                     const std::string& program) {
-  const ScalarType dtype = check_arguments(inputs.data(), inputs.size(), parameters);
-  return with_kernel_dtype(dtype, [&](auto type) -> std::tuple<TensorList, Tensor> {
-    using T = decltype(type);
-    auto forward = std::make_unique<ForwardPassOf<T>>(program, inputs, parameters);
-    TrainingPass<T>& pass = *forward->pass;
-    pass.commit();  // before the loss, which may read the model's new statistics
-    // The outputs are copies, since the layers keep their own. The copies have the same strides, because a loss may
-    // draw random numbers in the order of memory.
-    TensorList outputs;
-    for (size_t i = 0; i < pass.outputs(); ++i) outputs.push_back(copied(pass.output(i)));
-    const Tensor kept = new_tensor({1}, ScalarType::Long);
-    mutable_data<int64_t>(kept)[0] = ForwardPasses::add(std::move(forward));
-    return {std::move(outputs), kept};
-  });
-}
-
-// Calls `run` with the forward of this number, its outputs' gradients and the step's numbers, all of them checked.
-template <class Run>
-TensorList with_forward(const std::vector<OptionalTensor>& gradients, const Tensor& kept, const TensorList& parameters,
-                        const Ints& layout, const Tensor& numbers, const Run& run) {
-  const std::unique_ptr<ForwardPass> forward = ForwardPasses::take(number_of(kept, "kept"));
-  FASTNN_CHECK(forward, kOp, ": there is no forward of this number, or its backward has run");
-  const auto check_and_run = [&](auto& of_dtype) -> TensorList {
-    using T = typename std::decay_t<decltype(of_dtype)>::Element;
-    of_dtype.check_unchanged(parameters);
-    TrainingPass<T>& pass = *of_dtype.pass;
-    const StepNumbers all(numbers, layout, parameters.size());
-    FASTNN_CHECK(gradients.size() == pass.outputs(), kOp, ": expected ", pass.outputs(), " gradients, got ",
-                 gradients.size());
-    TensorList given;
-    for (size_t i = 0; i < gradients.size(); ++i) {
-      given.emplace_back();
-      if (!gradients[i]) continue;
-      const Tensor& gradient = *gradients[i];
-      check_plain(gradient, kOp, "gradient");
-      check_memory(gradient, kOp, "gradient");
-      FASTNN_CHECK(gradient.scalar_type() == kDtypeOf<T> && same_sizes(gradient, pass.output(i)), kOp,
-                   ": expected a gradient like the output, of size ", to_string(pass.output(i).sizes()), ", got ",
-                   to_string(gradient.sizes()));
-      given.back() = dense(gradient);
-    }
-    return run(pass, given, all);
-  };
-  if (auto* const of_float = dynamic_cast<ForwardPassOf<float>*>(forward.get())) return check_and_run(*of_float);
-  return check_and_run(dynamic_cast<ForwardPassOf<double>&>(*forward));
-}
-
-TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, const Tensor& kept,
+// Takes the same parameters as the forward, which may not have changed their sizes. The pass is not used again.
+TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, const Tensor& pass,
                                   const TensorList& parameters, const TensorList& state, const Ints& layout,
                                   const Tensor& numbers, bool keep_gradients) {
-  return with_forward(gradients, kept, parameters, layout, numbers,
-                      [&](auto& pass, const TensorList& given, const StepNumbers& all) {
-                        using T = typename std::decay_t<decltype(pass)>::Element;
-                        const auto states = read_state<T>(all, parameters, state);
-                        return finish<T>(pass, given, parameters, states, all, keep_gradients);
-                      });
-}
-
-TensorList training_gradients_backward(const std::vector<OptionalTensor>& gradients, const Tensor& kept,
-                                       const TensorList& parameters, const Ints& layout, const Tensor& numbers) {
-  return with_forward(gradients, kept, parameters, layout, numbers,
-                      [&](auto& pass, const TensorList& given, const StepNumbers& all) {
-                        using T = typename std::decay_t<decltype(pass)>::Element;
-                        return copies<T>(all, parameters, backward<T>(pass, given, parameters, all), 1);
-                      });
+  return TakenPass(pass).with_dtype([&](auto& taken) {
+    using T = typename std::decay_t<decltype(taken)>::Element;
+    taken.check_unchanged(parameters);
+    const StepNumbers all(numbers, layout, parameters.size());
+    const auto states = read_state<T>(all, parameters, state);
+    return finish<T>(*taken.pass, check_output_gradients<T>(*taken.pass, gradients), parameters, states, all,
+                     keep_gradients);
+  });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
@@ -772,19 +578,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "bound_training_epoch(Tensor[] inputs, Tensor target, Tensor? order, int first, int last, int batch_size,"
       " Tensor(a!) bound, Tensor numbers) -> Tensor losses");
-  // The same in two calls: the first goes up to the outputs, the second begins with their gradients. kept: a number, by
-  // which the second call finds what the first has saved. The second call takes the same parameters, and forgets the
-  // number.
+  // The rest of a step whose forward fastnn::network_with_pass has run, from the outputs' gradients on. It takes the
+  // same parameters.
   m.def(
-      "training_step_forward(Tensor[] inputs, Tensor(a!)[] parameters, str program) -> (Tensor[] outputs, Tensor"
-      " kept)");
-  m.def(
-      "training_step_backward(Tensor?[] gradients, Tensor kept, Tensor(a!)[] parameters, Tensor(b!)[] state,"
+      "training_step_backward(Tensor?[] gradients, Tensor pass, Tensor(a!)[] parameters, Tensor(b!)[] state,"
       " int[] layout, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
-  // The second call without an update, for processes that average the gradients.
-  m.def(
-      "training_gradients_backward(Tensor?[] gradients, Tensor kept, Tensor[] parameters, int[] layout,"
-      " Tensor numbers) -> Tensor[] gradients");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
@@ -795,16 +593,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("bound_training_gradients", FASTNN_BOX(bound_training_gradients));
   m.impl("bound_training_update", FASTNN_BOX(bound_training_update));
   m.impl("bound_training_epoch", FASTNN_BOX(bound_training_epoch));
-  m.impl("training_step_forward", FASTNN_BOX(training_step_forward));
   m.impl("training_step_backward", FASTNN_BOX(training_step_backward));
-  m.impl("training_gradients_backward", FASTNN_BOX(training_gradients_backward));
 }
 
 }  // namespace
-
-void forget_forward(int64_t number) {
-  ForwardPasses::take(number);
-}
 
 BoundSteps& BoundSteps::instance() {
   static BoundSteps& all = *new BoundSteps;

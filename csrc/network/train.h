@@ -73,11 +73,12 @@ class TrainingPass {
   }
 
   // gradients: those of the outputs, undefined where there is none. wanted: for each parameter, whether its gradient is
-  // wanted.
-  void backward(const TensorList& gradients, const std::vector<char>& wanted) {
+  // wanted; inputs_wanted: the same for each input. Backward may run again after the same forward.
+  void backward(const TensorList& gradients, const std::vector<char>& wanted, const std::vector<char>& inputs_wanted) {
     const TensorsInKeptMemory kept;
     std::vector<char> needed(values_.size());
     for (size_t i = 0; i < parameters_.size(); ++i) needed[at(parameters_[i])] = wanted[i];
+    for (size_t i = 0; i < inputs_wanted.size(); ++i) needed[at(inputs_[i].value)] = inputs_wanted[i];
     for (const auto& layer : layers_) {
       bool any = false;
       for (const int64_t input : layer->inputs) any = any || needed[at(input)];
@@ -110,12 +111,19 @@ class TrainingPass {
         }
       }
     }
-    gradients_.clear();
-    for (size_t i = 0; i < parameters_.size(); ++i) gradients_.push_back(gradient_of(parameters_[i], wanted[i]));
   }
-  // The parameters' gradients, each in the order of the parameter's elements; null where nothing depends on a
-  // parameter.
-  const std::vector<const T*>& gradients() const { return gradients_; }
+  // The gradients of the parameters for which they are wanted, each in the order of the parameter's elements; null for
+  // the other parameters, and where nothing depends on a parameter. They are valid until the next backward.
+  const std::vector<const T*>& gradients(const std::vector<char>& wanted) {
+    gradients_.clear();
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      gradients_.push_back(wanted[i] ? gradient_in_order(parameters_[i]) : nullptr);
+    }
+    return gradients_;
+  }
+  // The gradient of an input or a parameter, as a tensor with memory of its own; undefined where nothing depends on it.
+  Tensor take_input_gradient(size_t i) { return take_gradient(inputs_[i].value); }
+  Tensor take_parameter_gradient(size_t i) { return take_gradient(parameters_[i]); }
 
   void commit() {
     for (const auto& layer : layers_) layer->commit();
@@ -190,21 +198,38 @@ class TrainingPass {
       own = std::move(gradient);
       return;
     }
-    own = {combined<T>(BinaryKind::add, as_tensor(value, own), as_tensor(value, gradient))};
+    own = {combined<T>(BinaryKind::add, as_tensor(value, own), as_tensor(value, gradient)), nullptr, true};
   }
   Tensor as_tensor(int64_t value, const Gradient<T>& gradient) const {
     if (gradient.memory) return as_sizes(gradient.memory, sizes_of(values_[at(value)]));
     return gradient.tensor.borrow();
   }
-  // A convolution's gradient comes in its input's format.
-  const T* gradient_of(int64_t value, bool wanted) {
-    Gradient<T>& own = of_values_[at(value)];
-    if (!wanted || own.memory) return own.memory;
-    if (!own.tensor.defined()) return nullptr;
+  void check_count(int64_t value, const Gradient<T>& own) const {
     FASTNN_CHECK(own.tensor.numel() == values_[at(value)].numel(), kTrainingStep, ": expected a gradient of size ",
                  to_string(values_[at(value)].sizes()), ", got ", to_string(own.tensor.sizes()));
+  }
+  // A convolution's gradient comes in its input's format.
+  const T* gradient_in_order(int64_t value) {
+    Gradient<T>& own = of_values_[at(value)];
+    if (own.memory) return own.memory;
+    if (!own.tensor.defined()) return nullptr;
+    check_count(value, own);
     own.tensor = dense(std::move(own.tensor));
     return data<T>(own.tensor);
+  }
+  Tensor take_gradient(int64_t value) {
+    Gradient<T> own = std::move(of_values_[at(value)]);
+    of_values_[at(value)] = {};
+    if (own.tensor.defined()) {
+      check_count(value, own);
+      if (own.is_new && same_sizes(own.tensor, values_[at(value)])) return std::move(own.tensor);
+    } else if (!own.memory) {
+      return {};
+    }
+    const Tensor in_order = own.memory ? Tensor() : dense(own.tensor);
+    Tensor result = new_tensor(sizes_of(values_[at(value)]), kDtypeOf<T>);
+    std::copy_n(own.memory ? own.memory : data<T>(in_order), result.numel(), mutable_data<T>(result));
+    return result;
   }
 
   std::vector<Input> inputs_;
@@ -236,7 +261,7 @@ class TrainingPasses {
     return std::make_unique<TrainingPass<T>>(program);
   }
   static void give_back(Pass pass) {
-    constexpr size_t kKept = 32;
+    constexpr size_t kKept = 256;  // a loop of so many steps over one network needs as many at once
     pass->forget();
     Pass last;  // declared first: it is freed after the lock is released
     TrainingPasses& all = instance();

@@ -91,7 +91,7 @@ class AnyConvTraining : public TrainingLayer<T> {
   // Gives the gradients of the input, the weight and the bias to the inputs that want them.
   void give(std::array<Tensor, 3>& gradients, const bool* wanted, Gradient<T>* results) const {
     for (size_t i = 0; i < this->given.size(); ++i) {
-      if (wanted[i]) results[i].tensor = std::move(gradients[i]);
+      if (wanted[i]) results[i] = {std::move(gradients[i]), nullptr, true};
     }
   }
 
@@ -330,9 +330,9 @@ class BatchNormTraining : public TrainingLayer<T> {
         optional(trains_ ? inverse_deviation_ : variance_);
     std::array<Tensor, 3> all = batch_norm_backward(normed, this->given[0], parameter(2), statistics, eps_,
                                                     {wanted[0], is_wanted(2), is_wanted(3)});
-    if (wanted[0]) results[0].tensor = std::move(all[0]);
+    if (wanted[0]) results[0] = {std::move(all[0]), nullptr, true};
     for (size_t i : {2, 3}) {
-      if (is_wanted(i)) results[place_[i]].tensor = std::move(all[i - 1]);
+      if (is_wanted(i)) results[place_[i]] = {std::move(all[i - 1]), nullptr, true};
     }
   }
 

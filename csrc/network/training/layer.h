@@ -19,6 +19,7 @@ template <class T>
 struct Gradient {
   Tensor tensor;
   const T* memory = nullptr;  // as many elements as the parameter has, in its order
+  bool is_new = false;        // whether the tensor has memory of its own, which nothing else uses
 };
 
 // A layer in training. It keeps tensors from forward until `forget`.

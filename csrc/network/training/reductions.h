@@ -101,9 +101,9 @@ class LayerNormTraining : public TrainingLayer<T> {
     const std::array<bool, 3> flags_of_all{wanted[0], is_wanted(0), is_wanted(1)};
     auto all = stock_results<3>("aten::native_layer_norm_backward", "", gradients[0], this->given[0], row_, mean_,
                                 inverse_deviation_, of_row(0), of_row(1), flags(flags_of_all));
-    if (wanted[0]) results[0].tensor = std::move(all[0]);
+    if (wanted[0]) results[0] = {std::move(all[0]), nullptr, true};
     for (size_t i = 0; i < 2; ++i) {
-      if (is_wanted(i)) results[place_[i]].tensor = std::move(all[i + 1]);
+      if (is_wanted(i)) results[place_[i]] = {std::move(all[i + 1]), nullptr, true};
     }
   }
   void forget() override { mean_ = inverse_deviation_ = Tensor(); }

@@ -128,8 +128,8 @@ class LinearTraining : public TrainingLayer<T> {
     auto [input, grad_weights, grad_biases] =
         backward_by_layers<T>(chain, grad_output, rows_, weights, call_->activations, saved, of_all);
     for (size_t i = 0; i < layers_; ++i) {
-      if (wanted[1 + i]) results[1 + i].tensor = std::move(grad_weights[i]);
-      if (biased_ && wanted[1 + layers_ + i]) results[1 + layers_ + i].tensor = std::move(grad_biases[i]);
+      if (wanted[1 + i]) results[1 + i] = {std::move(grad_weights[i]), nullptr, true};
+      if (biased_ && wanted[1 + layers_ + i]) results[1 + layers_ + i] = {std::move(grad_biases[i]), nullptr, true};
     }
     grad_input_ = std::move(input);
   }
@@ -239,7 +239,11 @@ class RnnTraining : public TrainingLayer<T> {
     if (wanted[0]) results[0].tensor = without_batch(input, batch_dim());
     for (size_t i = 1; i < this->given.size(); ++i) {
       if (!wanted[i]) continue;
-      results[i].tensor = i <= states_ ? without_batch(states[i - 1], 1) : std::move(weights[i - 1 - states_]);
+      if (i <= states_) {
+        results[i].tensor = without_batch(states[i - 1], 1);
+      } else {
+        results[i] = {std::move(weights[i - 1 - states_]), nullptr, true};
+      }
     }
   }
   void forget() override {
@@ -309,8 +313,9 @@ class EmbeddingTraining : public TrainingLayer<T> {
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     if (wanted[1]) {
-      results[1].tensor =
-          stock("aten::embedding_dense_backward", "", gradients[0], numbers_, this->given[1].size(0), padding_, false);
+      results[1] = {
+          stock("aten::embedding_dense_backward", "", gradients[0], numbers_, this->given[1].size(0), padding_, false),
+          nullptr, true};
     }
   }
   void forget() override { numbers_ = Tensor(); }

@@ -1,0 +1,82 @@
+// A network under autograd: forward in one call, backward in another.
+#include "../ops/register.h"
+#include "forward_pass.h"
+
+namespace fastnn {
+namespace {
+
+std::tuple<TensorList, Tensor> network_with_pass(const TensorList& inputs, const TensorList& parameters,
+                                                 const std::string& program) {
+  const ScalarType dtype = check_arguments(inputs.data(), inputs.size(), parameters);
+  return with_kernel_dtype(dtype, [&](auto type) -> std::tuple<TensorList, Tensor> {
+    using T = decltype(type);
+    auto forward = std::make_unique<ForwardPassOf<T>>(program, inputs, parameters);
+    TrainingPass<T>& pass = *forward->pass;
+    pass.commit();  // before the loss, which may read the model's new statistics
+    // The outputs are copies, since the layers keep their own. The copies have the same strides, because what follows
+    // may draw random numbers in the order of memory.
+    TensorList outputs;
+    for (size_t i = 0; i < pass.outputs(); ++i) outputs.push_back(copied(pass.output(i)));
+    const Tensor number = new_tensor({1}, ScalarType::Long);
+    mutable_data<int64_t>(number)[0] = ForwardPasses::add(std::move(forward));
+    return {std::move(outputs), number};
+  });
+}
+
+TensorList network_backward(const std::vector<OptionalTensor>& gradients, const Tensor& pass, const TensorList& inputs,
+                            const TensorList& parameters, const Ints& wanted) {
+  const size_t first = inputs.size(), count = first + parameters.size();
+  std::vector<char> of_inputs(first), of_parameters(parameters.size());
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    FASTNN_CHECK(wanted[i] >= 0 && wanted[i] < static_cast<int64_t>(count) && (i == 0 || wanted[i - 1] < wanted[i]),
+                 kTrainingStep, ": expected numbers of inputs and parameters in ascending order");
+    const size_t place = static_cast<size_t>(wanted[i]);
+    (place < first ? of_inputs[place] : of_parameters[place - first]) = 1;
+  }
+  return TakenPass(pass).with_dtype([&](auto& taken) {
+    using T = typename std::decay_t<decltype(taken)>::Element;
+    FASTNN_CHECK(inputs.size() == taken.inputs.size(), kTrainingStep, ": expected the ", taken.inputs.size(),
+                 " inputs of the forward, got ", inputs.size());
+    taken.check_unchanged(parameters);
+    TrainingPass<T>& run = *taken.pass;
+    run.backward(check_output_gradients<T>(run, gradients), of_parameters, of_inputs);
+    TensorList result;
+    for (const int64_t number : wanted) {
+      const size_t place = static_cast<size_t>(number);
+      Tensor gradient = place < first ? run.take_input_gradient(place) : run.take_parameter_gradient(place - first);
+      result.push_back(gradient.defined() ? std::move(gradient) : new_tensor({0}, kDtypeOf<T>));
+    }
+    return result;
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  // program: see program.h; parameters: its weights, in order, of which running statistics change. pass: a number under
+  // which backward finds what forward has saved, until the extension's forget_pass forgets it.
+  m.def(
+      "network_with_pass(Tensor[] inputs, Tensor(a!)[] parameters, str program) -> (Tensor[] outputs, Tensor pass)");
+  // gradients: those of the outputs. inputs, parameters: those of the forward. wanted: the numbers of those whose
+  // gradients are returned, in ascending order, the inputs' first. A gradient on which no output depends has no elements
+  // and one dimension.
+  m.def(
+      "network_backward(Tensor?[] gradients, Tensor pass, Tensor[] inputs, Tensor[] parameters, int[] wanted)"
+      " -> Tensor[] gradients");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("network_with_pass", FASTNN_BOX(network_with_pass));
+  m.impl("network_backward", FASTNN_BOX(network_backward));
+}
+
+}  // namespace
+
+void forget_pass(int64_t number) {
+  ForwardPasses::take(number);
+}
+
+ForwardPasses& ForwardPasses::instance() {
+  static ForwardPasses& all = *new ForwardPasses;
+  return all;
+}
+
+}  // namespace fastnn
