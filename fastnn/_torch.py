@@ -66,6 +66,15 @@ def functions_are_watched() -> bool:
     return bool(_count_of_function_modes()) and any(type(mode) is not _device_context for mode in _function_modes())
 
 
+_top_hooks: Callable[[bool], Any] = _private("_C._autograd._top_saved_tensors_default_hooks", lambda ignored: True)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether what is saved for backward goes through somebody's hooks, as within ``torch.autograd.graph.save_on_cpu``
+    and activation checkpoints. Without the private name it counts as if it always did."""
+    return _top_hooks(False) is not None
+
+
 # ---- what tensors are ------------------------------------------------------------------------------------------------
 
 # torch.autograd.grad makes batches of gradients for is_grads_batched. No public name detects them or takes them apart.

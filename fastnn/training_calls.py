@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastnn._torch import pytree
 from fastnn.ops import training_step as operators
+from fastnn.ops.network_training import forget_pass, network_backward, network_with_pass
 from fastnn.training_binding import Binding
 from fastnn.training_epoch import Batches
 from fastnn.training_reading import Reading
@@ -65,23 +66,24 @@ def in_two_calls(
     undo = _copy_of_forward(reading, binding)
     try:
         with binding.no_grad:
-            outputs, saved = operators.step_forward(inputs, binding.parameters, reading.network.text)
+            outputs, saved = network_with_pass(inputs, binding.parameters, reading.network.text)
     except RuntimeError as error:
         undo()
         raise RefusedError from error
     try:
         _count_batches(reading)
-        return _from_outputs(reading, binding, outputs, saved, target, loss)
+        return _from_outputs(reading, binding, inputs, outputs, saved, target, loss)
     except BaseException:
         undo()
         raise
     finally:
-        operators.forget_forward(int(saved))
+        forget_pass(int(saved))
 
 
 def _from_outputs(
     reading: Reading,
     binding: Binding,
+    inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
     saved: Tensor,
     target: Any,
@@ -110,10 +112,9 @@ def _from_outputs(
         with binding.no_grad:
             gradients: list[Tensor]
             if binding.flat is not None:
-                gradients = operators.gradients_backward(
-                    own, saved, binding.parameters, binding.layout, binding.numbers
-                )
-                for view, gradient in zip(binding.flat.of_program, binding.trained(gradients), strict=True):
+                wanted = [len(inputs) + i for i, group in enumerate(binding.layout[::2]) if group >= 0]
+                gradients = network_backward(own, saved, inputs, binding.parameters, wanted)
+                for view, gradient in zip(binding.flat.of_program, gradients, strict=True):
                     view.copy_(gradient)
             else:
                 gradients = operators.step_backward(

@@ -312,7 +312,7 @@ class Hostile:
             output = "y,h" if "-> y h" in lines[0] else "y"
             return "\n".join(["fastnn.network 1", "input -> x", *weights, *lines, f"output input={output}"])
 
-        outputs, kept = OPS.training_step_forward([input], parameters, text())
+        outputs, kept = OPS.network_with_pass([input], parameters, text())
         if self.maybe(0.4):
             words = lines[0].split(" ")
             place = self.random.choice([i for i, word in enumerate(words) if "=" in word])
@@ -329,7 +329,7 @@ class Hostile:
             tensors[place] = self.tensor(other, tensors[place].dtype)
         gradients, (input, *parameters) = tensors[: len(outputs)], tensors[len(outputs) :]
         if self.maybe(0.4):
-            return "training_step_forward", [[input], parameters, text()]
+            return "network_with_pass", [[input], parameters, text()]
         if self.maybe(0.1):
             kept = kept + self.random.choice([-1, 1, self.huge()])
         running = 2 if lines[0].startswith("batch_norm") else 0
@@ -337,7 +337,12 @@ class Hostile:
         numbers_of_step = torch.tensor([0.0, 0, 0, 0, 0, -1, 0.1, *[0] * 5]).double()
         given = [None if self.maybe(0.2) else gradient for gradient in gradients]
         if self.maybe(0.3):
-            return "training_gradients_backward", [given, kept, parameters, layout, numbers_of_step]
+            wanted = sorted(self.random.sample(range(1 + len(parameters)), self.random.randint(0, len(parameters))))
+            if self.maybe(0.2):
+                wanted.append(self.random.choice([-1, 0, len(parameters) + 1, self.huge()]))
+            return "network_backward", [given, kept, [input], parameters, wanted]
+        if self.maybe(0.1):
+            return "network_draws", [kept]
         return "training_step_backward", [given, kept, parameters, [], layout, numbers_of_step, self.maybe(0.5)]
 
 

@@ -422,26 +422,32 @@ def check_training(seed: int) -> None:
     """The gradients of a random program are those of autograd through the reference in float64."""
     net = trainable_network(seed)
     weights = [tensor.clone().requires_grad_() for tensor in net.weights]
-    expected = network([tensor.clone() for tensor in net.inputs], weights, net.text)
+    given_inputs = [tensor.clone().requires_grad_() for tensor in net.inputs]
+    leaves = [*given_inputs, *weights]
+    expected = network(given_inputs, weights, net.text)
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in expected]
     depend = [(one, gradient) for one, gradient in zip(expected, gradients, strict=True) if one.requires_grad]
-    wanted: Sequence[Tensor | None] = [None] * len(weights)
+    of_leaves: Sequence[Tensor | None] = [None] * len(leaves)
     if depend:
         some, of_some = zip(*depend, strict=True)
-        wanted = torch.autograd.grad(some, weights, of_some, allow_unused=True)
+        of_leaves = torch.autograd.grad(some, leaves, of_some, allow_unused=True)
+    wanted = of_leaves[len(given_inputs) :]
     layout = [number for gradient in wanted for number in (-1 if gradient is None else 0, 0)]
     numbers = torch.tensor([0.0, 1, 0, 0, 0, -1, 0.0, *[0] * 5], dtype=torch.float64)  # SGD with a rate of 0
     for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 2e-3)):
         own = [tensor.to(dtype) for tensor in net.weights]
         inputs = [tensor.to(dtype) for tensor in net.inputs]
         with using_threads(1 + seed % 2):
-            outputs, kept = torch.ops.fastnn.training_step_forward(inputs, own, net.text)
-            found = torch.ops.fastnn.training_step_backward(
-                [gradient.to(dtype) for gradient in gradients], kept, own, [], layout, numbers, True
-            )
+            outputs, kept = torch.ops.fastnn.network_with_pass(inputs, own, net.text)
+            given = [gradient.to(dtype) for gradient in gradients]
+            both = torch.ops.fastnn.network_backward(given, kept, inputs, own, range(len(leaves)))
+            found = torch.ops.fastnn.training_step_backward(given, kept, own, [], layout, numbers, True)
         pairs = [(one, other.detach()) for one, other in zip(outputs, expected, strict=True)]
         pairs += [(one, other) for one, other in zip(found, wanted, strict=True) if other is not None]
+        for one, other in zip(both, of_leaves, strict=True):
+            assert other is not None or not one.numel() or not bool(one.any()), net.text
+            pairs += [] if other is None else [(one, other)]
         for one, other in pairs:
             scale = max(float(other.abs().max()), 0.1) if other.numel() else 1.0
             limits = {"rtol": 0.0, "atol": limit * scale, "equal_nan": True}

@@ -520,7 +520,7 @@ def _convolved(
     lines = ["fastnn.network 1", "input -> x", *(f"weight -> {name}" for name in names)]
     lines += ["binary input=x other=w0 -> v function=add", f"conv input=v weight=w1{bias} -> y {attributes}"]
     own = [parameter.clone() for parameter in parameters]
-    outputs, kept = torch.ops.fastnn.training_step_forward([x], own, "\n".join([*lines, "output input=y"]))
+    outputs, kept = torch.ops.fastnn.network_with_pass([x], own, "\n".join([*lines, "output input=y"]))
     given = torch.ones(1).to(x).expand(outputs[0].shape) if gradient is None else gradient
     layout = [0, 0] * len(own)
     numbers = torch.tensor([0.0, 1, 0, 0, 0, -1, 0.0, *[0] * 5], dtype=torch.float64)  # SGD with a rate of 0

@@ -103,33 +103,3 @@ def test_the_raw_operators_are_safe() -> None:
     _C.release_training_step(int(bound))
     with pytest.raises(RuntimeError, match="no step is bound"):
         update(gradients, bound, NUMBERS)
-
-
-def test_the_raw_backward_without_an_update_is_safe() -> None:
-    x, parameters = torch.randn(4, 3), [torch.randn(2, 3), torch.randn(2)]
-    run = torch.ops.fastnn.training_gradients_backward
-
-    def arguments() -> list[Any]:
-        outputs, kept = torch.ops.fastnn.training_step_forward([x], parameters, PROGRAM_TEXT)
-        return [[torch.ones_like(outputs[0])], kept, parameters, [0, 0, -1, 0], NUMBERS]
-
-    before = copy.deepcopy(parameters)
-    weight, bias = run(*arguments())
-    assert_close(weight, x.sum(0).expand(2, 3))
-    assert_close(bias, torch.zeros(2))
-    assert_close(parameters, before, rtol=0, atol=0)
-    for check in ("test_schema", "test_faketensor"):
-        torch.library.opcheck(run.default, tuple(arguments()), test_utils=(check,))
-    used = arguments()
-    run(*used)
-    for place, value in (
-        *((0, value) for value in ([], [torch.ones(4, 3)], [torch.ones(4, 2).double()], [None])),
-        *((1, value) for value in (used[1], torch.tensor([-1]), torch.tensor(1.0))),
-        *((2, value) for value in ([], parameters[:1], [parameters[1]] * 2, [p.double() for p in parameters])),
-        *((3, value) for value in ([], [0, 0], [9, 0, 0, 0], [0, 0, 0, 2**62])),
-        *((4, value) for value in (NUMBERS[:3], NUMBERS.float())),
-    ):
-        bad = arguments()
-        bad[place] = value
-        with pytest.raises(RuntimeError):
-            run(*bad)

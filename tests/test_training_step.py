@@ -1182,7 +1182,7 @@ NUMBERS = torch.tensor([0, 1, 0, 0, 0, -1, 0.1, *[0] * 5], dtype=torch.float64) 
 
 
 def raw_calls(name: str) -> tuple[list[Any], Callable[[], list[Any]]]:
-    """Arguments of training_step_forward for a model, and those of training_step_backward, with SGD, after one more."""
+    """Arguments of network_with_pass for a model, and those of training_step_backward, with SGD, after one more."""
     model, x, _ = batch(name, torch.float32)
     step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), strict=True)
     assert step._reading is not None
@@ -1191,7 +1191,7 @@ def raw_calls(name: str) -> tuple[list[Any], Callable[[], list[Any]]]:
     parameters = [tensor.detach() for tensor in own]
 
     def after_forward() -> list[Any]:
-        outputs, kept = torch.ops.fastnn.training_step_forward([x], parameters, text)
+        outputs, kept = torch.ops.fastnn.network_with_pass([x], parameters, text)
         return [[torch.randn(outputs[0].shape)], kept, parameters, [], layout, NUMBERS, True]
 
     return [[x], parameters, text], after_forward
@@ -1203,7 +1203,7 @@ def test_opcheck(name: str) -> None:
     schema, fake = ("test_schema",), ("test_faketensor",)
     if "drops" not in name:  # whose mask is another in each call
         # (Each call gives another number, so that the schema's check of equal results has to look at the outputs.)
-        torch.library.opcheck(torch.ops.fastnn.training_step_forward.default, forward, test_utils=fake)
+        torch.library.opcheck(torch.ops.fastnn.network_with_pass.default, forward, test_utils=fake)
     torch.library.opcheck(torch.ops.fastnn.training_step_backward.default, after_forward(), test_utils=schema)
     torch.library.opcheck(torch.ops.fastnn.training_step_backward.default, after_forward(), test_utils=fake)
     (x,), parameters, text = forward
@@ -1249,15 +1249,15 @@ def test_what_lies_between_two_calls_is_not_trusted(name: str) -> None:
 def test_forwards_that_nobody_ends_are_dropped() -> None:
     x, weight = torch.randn(4, 3), torch.randn(2, 3)
     text = "fastnn.network 1\ninput -> x\nweight -> w sizes=2,3\nlinear input=x weight=w -> y\noutput input=y"
-    first = torch.ops.fastnn.training_step_forward([x], [weight], text)[1]
+    first = torch.ops.fastnn.network_with_pass([x], [weight], text)[1]
     reference = weakref.ref(weight)
-    _C.forget_forward(int(first))
-    _C.forget_forward(int(first))
-    for _ in range(300):
-        kept = torch.ops.fastnn.training_step_forward([x], [weight], text)[1]
+    _C.forget_pass(int(first))
+    _C.forget_pass(int(first))
+    for _ in range(10):
+        kept = torch.ops.fastnn.network_with_pass([x], [weight], text)[1]
     del weight
-    for _ in range(300):
-        torch.ops.fastnn.training_step_forward([x], [torch.randn(2, 3)], text)
+    for _ in range(1 << 14):
+        torch.ops.fastnn.network_with_pass([x], [torch.randn(2, 3)], text)
     assert reference() is None
     with pytest.raises(RuntimeError, match="no forward of this number"):
         torch.ops.fastnn.training_step_backward([torch.randn(4, 2)], kept, [], [], [], NUMBERS, False)

@@ -120,7 +120,7 @@ struct ForwardPassOf : ForwardPass {
 class ForwardPasses {
  public:
   static int64_t add(std::unique_ptr<ForwardPass> pass) {
-    constexpr size_t kMost = 1 << 16;
+    constexpr size_t kMost = 1 << 14;
     ForwardPasses& all = instance();
     std::unique_ptr<ForwardPass> oldest;  // declared first: it is freed after the lock is released
     const std::lock_guard<std::mutex> lock(all.mutex_);
@@ -175,13 +175,16 @@ TensorList check_output_gradients(const TrainingPass<T>& pass, const std::vector
   return result;
 }
 
-// Takes the pass of this number. It is put back when the object goes.
+// Takes the pass of this number. When the object goes, the pass is put back if it is to be kept, and else forgotten.
 class TakenPass {
  public:
-  explicit TakenPass(const Tensor& number) : number_(number_of(number, "pass")), pass_(ForwardPasses::take(number_)) {
+  TakenPass(const Tensor& number, bool keeps)
+      : keeps_(keeps), number_(number_of(number, "number")), pass_(ForwardPasses::take(number_)) {
     FASTNN_CHECK(pass_, kTrainingStep, ": there is no forward of this number, or its backward is running");
   }
-  ~TakenPass() { ForwardPasses::put_back(number_, std::move(pass_)); }
+  ~TakenPass() {
+    if (keeps_) ForwardPasses::put_back(number_, std::move(pass_));
+  }
   TakenPass(const TakenPass&) = delete;
   TakenPass& operator=(const TakenPass&) = delete;
 
@@ -193,6 +196,7 @@ class TakenPass {
   }
 
  private:
+  bool keeps_;
   int64_t number_;
   std::unique_ptr<ForwardPass> pass_;
 };

@@ -540,10 +540,10 @@ Tensor bound_training_epoch(const TensorList& inputs, const Tensor& target, cons
 // ---- in two calls ---------------------------------------------------------------------------------------------
 
 // Takes the same parameters as the forward, which may not have changed their sizes. The pass is not used again.
-TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, const Tensor& pass,
+TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, const Tensor& number,
                                   const TensorList& parameters, const TensorList& state, const Ints& layout,
                                   const Tensor& numbers, bool keep_gradients) {
-  return TakenPass(pass).with_dtype([&](auto& taken) {
+  return TakenPass(number, false).with_dtype([&](auto& taken) {
     using T = typename std::decay_t<decltype(taken)>::Element;
     taken.check_unchanged(parameters);
     const StepNumbers all(numbers, layout, parameters.size());
@@ -581,7 +581,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // The rest of a step whose forward fastnn::network_with_pass has run, from the outputs' gradients on. It takes the
   // same parameters.
   m.def(
-      "training_step_backward(Tensor?[] gradients, Tensor pass, Tensor(a!)[] parameters, Tensor(b!)[] state,"
+      "training_step_backward(Tensor?[] gradients, Tensor number, Tensor(a!)[] parameters, Tensor(b!)[] state,"
       " int[] layout, Tensor numbers, bool keep_gradients) -> Tensor[] gradients");
 }
 

@@ -23,7 +23,7 @@ std::tuple<TensorList, Tensor> network_with_pass(const TensorList& inputs, const
   });
 }
 
-TensorList network_backward(const std::vector<OptionalTensor>& gradients, const Tensor& pass, const TensorList& inputs,
+TensorList network_backward(const std::vector<OptionalTensor>& gradients, const Tensor& number, const TensorList& inputs,
                             const TensorList& parameters, const Ints& wanted) {
   const size_t first = inputs.size(), count = first + parameters.size();
   std::vector<char> of_inputs(first), of_parameters(parameters.size());
@@ -33,16 +33,20 @@ TensorList network_backward(const std::vector<OptionalTensor>& gradients, const 
     const size_t place = static_cast<size_t>(wanted[i]);
     (place < first ? of_inputs[place] : of_parameters[place - first]) = 1;
   }
-  return TakenPass(pass).with_dtype([&](auto& taken) {
+  return TakenPass(number, true).with_dtype([&](auto& taken) {
     using T = typename std::decay_t<decltype(taken)>::Element;
     FASTNN_CHECK(inputs.size() == taken.inputs.size(), kTrainingStep, ": expected the ", taken.inputs.size(),
                  " inputs of the forward, got ", inputs.size());
+    for (size_t i = 0; i < first; ++i) {
+      FASTNN_CHECK(inputs[i].scalar_type() == taken.inputs[i].scalar_type() && same_sizes(inputs[i], taken.inputs[i]),
+                   kTrainingStep, ": expected the inputs of the forward");
+    }
     taken.check_unchanged(parameters);
     TrainingPass<T>& run = *taken.pass;
     run.backward(check_output_gradients<T>(run, gradients), of_parameters, of_inputs);
     TensorList result;
-    for (const int64_t number : wanted) {
-      const size_t place = static_cast<size_t>(number);
+    for (const int64_t one : wanted) {
+      const size_t place = static_cast<size_t>(one);
       Tensor gradient = place < first ? run.take_input_gradient(place) : run.take_parameter_gradient(place - first);
       result.push_back(gradient.defined() ? std::move(gradient) : new_tensor({0}, kDtypeOf<T>));
     }
@@ -50,22 +54,34 @@ TensorList network_backward(const std::vector<OptionalTensor>& gradients, const 
   });
 }
 
+TensorList network_draws(const Tensor& number) {
+  TensorList copies;
+  TakenPass(number, true).with_dtype([&](auto& taken) {
+    for (const Tensor& some : taken.pass->drawn()) copies.push_back(copied(some));
+    return TensorList();
+  });
+  return copies;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // program: see program.h; parameters: its weights, in order, of which running statistics change. pass: a number under
+  // program: see program.h; parameters: its weights, in order, of which running statistics change. number: that under
   // which backward finds what forward has saved, until the extension's forget_pass forgets it.
   m.def(
-      "network_with_pass(Tensor[] inputs, Tensor(a!)[] parameters, str program) -> (Tensor[] outputs, Tensor pass)");
+      "network_with_pass(Tensor[] inputs, Tensor(a!)[] parameters, str program) -> (Tensor[] outputs, Tensor number)");
   // gradients: those of the outputs. inputs, parameters: those of the forward. wanted: the numbers of those whose
   // gradients are returned, in ascending order, the inputs' first. A gradient on which no output depends has no elements
   // and one dimension.
   m.def(
-      "network_backward(Tensor?[] gradients, Tensor pass, Tensor[] inputs, Tensor[] parameters, int[] wanted)"
+      "network_backward(Tensor?[] gradients, Tensor number, Tensor[] inputs, Tensor[] parameters, int[] wanted)"
       " -> Tensor[] gradients");
+  // The random numbers that the forward of this number has drawn, a tensor for each layer that has drawn some.
+  m.def("network_draws(Tensor number) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("network_with_pass", FASTNN_BOX(network_with_pass));
   m.impl("network_backward", FASTNN_BOX(network_backward));
+  m.impl("network_draws", FASTNN_BOX(network_draws));
 }
 
 }  // namespace

@@ -125,6 +125,15 @@ class TrainingPass {
   Tensor take_input_gradient(size_t i) { return take_gradient(inputs_[i].value); }
   Tensor take_parameter_gradient(size_t i) { return take_gradient(parameters_[i]); }
 
+  // What the layers have drawn in forward, in their order.
+  TensorList drawn() const {
+    TensorList result;
+    for (const auto& layer : layers_) {
+      if (Tensor some = layer->drawn(); some.defined()) result.push_back(std::move(some));
+    }
+    return result;
+  }
+
   void commit() {
     for (const auto& layer : layers_) layer->commit();
   }

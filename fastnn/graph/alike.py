@@ -53,12 +53,13 @@ class NotAlikeError(Exception):
 
 
 class Kind:
-    """What is kept for modules that are alike, with places for their objects: the trace of the forward, and the program
-    of a training step, once there was one."""
+    """What is kept for modules that are alike, with places for their objects: the trace of the forward, the program of
+    a training step, once there was one, and what runs where gradients are recorded, once it has run."""
 
     def __init__(self, trace: Any) -> None:
         self.trace = trace
         self.network: Any = None
+        self.recorded: Any = None
 
 
 class Parts:

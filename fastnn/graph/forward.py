@@ -16,13 +16,14 @@ from types import FunctionType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, is_grad_enabled, nn
 
 from fastnn._torch import functions_are_watched
 from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join
 from fastnn.graph.matcher import RECURRENT, Left, Match, insert, kernel_sizes, match, settings_of
+from fastnn.graph.recorded import Recorded, record
 from fastnn.graph.tracing import Fused, UntraceableError, input_names, trace
 from fastnn.nn import rnn as fused_rnn
 from fastnn.nn._hooks import has_global_hooks, layer_class, layer_forward
@@ -245,6 +246,8 @@ class Trace:
         self.guard.seal()
         self.holds = self.guard.holds
         self.kind: Kind | None = None  # what is kept of it for modules that are alike
+        self._recorded: Recorded | None = None
+        self._is_read = False  # whether _recorded is set
 
     @classmethod
     def of(cls, module: nn.Module, left: dict[Any, str]) -> Trace:
@@ -274,7 +277,27 @@ class Trace:
         ]
         other.guard = self.guard.mapped(of)
         other.holds, other.run = other.guard.holds, other._write_and_run
+        other._recorded, other._is_read = None, False
         return other
+
+    def recorded(self, module: nn.Module) -> Recorded | None:
+        """What runs in place of the trace where gradients are recorded; None where the trace itself is as good."""
+        if self._is_read and (self._recorded is None or self._recorded.guard.holds()):
+            return self._recorded
+        kind, parts = self.kind, Parts(module)
+        is_alike = kind is not None and kind_of(parts) is kind
+        found: Recorded | None = None
+        if not self._is_read and is_alike and kind is not None and kind.recorded is not None:
+            found = kind.recorded.mapped(parts.object_at)
+            if not found.guard.begins():
+                found = None
+        if found is None:
+            found = record(*self.write(), self.names, self.modules)
+            if found is not None and is_alike and kind is not None:
+                with suppress(NotAlikeError):
+                    kind.recorded = found.mapped(parts.place_of)
+        self._recorded, self._is_read = found, True
+        return found
 
     def _write_and_run(self, module: nn.Module, *args: Any) -> Any:
         """The first run. (A training step never comes here.)"""
@@ -347,7 +370,8 @@ class FusedForward(FusedModule):
             trace, args, kwargs = self._look_closer(args, kwargs)
             if trace is None:
                 return self.stock(*args, **kwargs)
-        if trace.is_idle:
+        recorded = trace.recorded(self.module) if is_grad_enabled() else None
+        if trace.is_idle and recorded is None:
             return self.stock(*args)
         for arg in args:
             if not isinstance(arg, Tensor) or arg.layout is not _strided or arg.is_nested:
@@ -356,10 +380,15 @@ class FusedForward(FusedModule):
             return self.stock(*args)
         if not trace.holds():
             trace = self.trace()
-            if trace is None or trace.is_idle:
+            if trace is None:
+                return self.stock(*args)
+            recorded = trace.recorded(self.module) if is_grad_enabled() else None
+            if trace.is_idle and recorded is None:
                 return self.stock(*args)
         if observer is not None and _observing == threading.get_ident():
             return observer.see_trace(self.module, trace, args)
+        if recorded is not None:
+            return recorded.run(self.module, args)
         return trace.run(self.module, *args, *[own[name] for own, name in trace.sources])
 
     def _look_closer(

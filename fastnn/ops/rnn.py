@@ -99,7 +99,7 @@ def _rnn(
     if not state and batch_sizes is None and is_exporting():
         state = _zero_state(input, weights, mode, num_layers, bidirectional, batch_first)
     if dropout > 0 and num_layers > 1:
-        masks = _dropout_masks(input, weights, num_layers, bidirectional, dropout)
+        masks = dropout_masks(input, weights, num_layers, bidirectional, dropout)
     if is_plain(input):
         return plain_rnn(input, batch_sizes, state, weights, masks, number, num_layers, bidirectional, batch_first)
     if needs_reference(input):
@@ -259,7 +259,7 @@ def _with_stocks_gradient(
     return run_with_stocks_gradient(input, batch_sizes, state, weights, masks, *config)
 
 
-def _dropout_masks(
+def dropout_masks(
     input: Tensor, weights: Sequence[Tensor], num_layers: int, bidirectional: bool, dropout: float
 ) -> Tensor:
     """(num_layers - 1, rows, directions * hidden), drawn as ``torch.dropout`` on the layers' outputs draws them, so

@@ -9,7 +9,6 @@ from fastnn._extension import load_extension
 from fastnn._torch import direct_call
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
-from fastnn.reference.network import network
 
 step = direct_call(torch.ops.fastnn.training_step.default)
 bind = direct_call(torch.ops.fastnn.bind_training_step.default)
@@ -18,12 +17,8 @@ bound_step_of_several = direct_call(torch.ops.fastnn.bound_training_step_of_seve
 bound_epoch = direct_call(torch.ops.fastnn.bound_training_epoch.default)
 bound_gradients = direct_call(torch.ops.fastnn.bound_training_gradients.default)
 bound_update = direct_call(torch.ops.fastnn.bound_training_update.default)
-step_forward = direct_call(torch.ops.fastnn.training_step_forward.default)
 step_backward = direct_call(torch.ops.fastnn.training_step_backward.default)
-gradients_backward = direct_call(torch.ops.fastnn.training_gradients_backward.default)
-_extension = load_extension()
-release_training_step = _extension.release_training_step
-forget_forward = _extension.forget_forward
+release_training_step = load_extension().release_training_step
 
 
 @raw_operator("training_step")
@@ -88,33 +83,18 @@ def _(
     return _like(inputs, []).new_empty(-(-(last - first) // batch_size))
 
 
-@raw_operator("training_step_forward")
-def _(inputs: list[Tensor], parameters: list[Tensor], program: str) -> tuple[list[Tensor], Tensor]:
-    check_same_device(*inputs, *parameters)
-    outputs = [torch.empty_like(output) for output in network(inputs, parameters, program)]
-    return outputs, inputs[0].new_empty(1, dtype=torch.int64)
-
-
 @raw_operator("training_step_backward")
 def _(
     gradients: list[Tensor | None],
-    kept: Tensor,
+    number: Tensor,
     parameters: list[Tensor],
     state: list[Tensor],
     layout: list[int],
     numbers: Tensor,
     keep_gradients: bool,
 ) -> list[Tensor]:
-    check_same_device(*gradients, kept, *parameters, *state, numbers)
+    check_same_device(*gradients, number, *parameters, *state, numbers)
     return [parameter.new_empty(parameter.shape) for parameter in parameters] if keep_gradients else []
-
-
-@raw_operator("training_gradients_backward")
-def _(
-    gradients: list[Tensor | None], kept: Tensor, parameters: list[Tensor], layout: list[int], numbers: Tensor
-) -> list[Tensor]:
-    check_same_device(*gradients, kept, *parameters, numbers)
-    return [parameter.new_empty(parameter.shape) for parameter in parameters]
 
 
 def _like(inputs: list[Tensor], parameters: list[Tensor]) -> Any:

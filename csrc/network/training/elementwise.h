@@ -133,6 +133,7 @@ class DropoutTraining : public UnaryTraining<T> {
     outputs[0] = combined<T>(BinaryKind::mul, this->input(), scales_);
   }
   Tensor gradient_of(const Tensor& gradient) override { return combined<T>(BinaryKind::mul, gradient, scales_); }
+  Tensor drawn() const override { return scales_; }
   void forget() override { scales_ = Tensor(); }
 
  private:
@@ -146,10 +147,16 @@ class NoiseTraining : public TrainingLayer<T> {
  public:
   explicit NoiseTraining(const ProgramLine& line) { this->inputs = {line.input("input")}; }
   void forward(Tensor* outputs) override {
-    outputs[0] = new_like<T>(this->given[0]);
-    stock("aten::normal_", "", outputs[0], 0.0, 1.0, std::optional<AtenTensorHandle>());
+    noise_ = new_like<T>(this->given[0]);
+    stock("aten::normal_", "", noise_, 0.0, 1.0, std::optional<AtenTensorHandle>());
+    outputs[0] = noise_.borrow();
   }
   void backward(const Tensor*, const bool*, Gradient<T>*) override {}  // it does not depend on the input's elements
+  Tensor drawn() const override { return noise_; }
+  void forget() override { noise_ = Tensor(); }
+
+ private:
+  Tensor noise_;
 };
 
 }  // namespace fastnn

@@ -92,9 +92,9 @@ class LinearTraining : public TrainingLayer<T> {
     PerLayer<const T*> weights;
     int64_t count = 0;
     for (size_t i = 0; i < layers_; ++i) {
-      const int64_t at = static_cast<int64_t>(i);
+      const int64_t at = static_cast<int64_t>(i), weight = chain.widths[at] * chain.widths[at + 1];
       weights.push_back(data<T>(call_->weight(at)));
-      if (wanted[1 + i]) count = checked_sum(count, chain.widths[at] * chain.widths[at + 1]);
+      if (wanted[1 + i] && weight < kLarge) count = checked_sum(count, weight);
       if (biased_ && wanted[1 + layers_ + i]) count = checked_sum(count, chain.widths[at + 1]);
     }
     own_gradients_.emplace(count);
@@ -102,7 +102,10 @@ class LinearTraining : public TrainingLayer<T> {
     auto layers = backward_layers<T>(chain, call_->activations, data<T>(rows_), weights, saved_);
     for (size_t i = 0; i < layers_; ++i) {
       MlpLayerBackward<T>& layer = layers[static_cast<int64_t>(i)];
-      if (wanted[1 + i]) {
+      if (wanted[1 + i] && layer.in * layer.out >= kLarge) {
+        results[1 + i] = {new_tensor({layer.out, layer.in}, kDtypeOf<T>), nullptr, true};
+        layer.grad_weight = mutable_data<T>(results[1 + i].tensor);
+      } else if (wanted[1 + i]) {
         results[1 + i].memory = layer.grad_weight = std::exchange(next, next + layer.in * layer.out);
       }
       if (biased_ && wanted[1 + layers_ + i]) {
@@ -133,6 +136,9 @@ class LinearTraining : public TrainingLayer<T> {
     }
     grad_input_ = std::move(input);
   }
+
+  // The elements from which on a weight's gradient is a tensor of its own, which a caller gets without a copy.
+  static constexpr int64_t kLarge = 4096;
 
   std::string activations_;
   size_t layers_;
@@ -246,6 +252,7 @@ class RnnTraining : public TrainingLayer<T> {
       }
     }
   }
+  Tensor drawn() const override { return masks_ ? *masks_ : Tensor(); }
   void forget() override {
     input_ = output_ = reserve_ = Tensor();
     state_in_.clear();

@@ -1,0 +1,455 @@
+"""A fused graph under autograd: each stretch of its nodes that a network can train is one function of autograd.
+
+Between stretches are the borders: nodes that are no layers of a network, which torch runs. A stretch has all layers
+with the same number of borders on the longest path that leads to them, so that no path from one of them to another
+passes a border. What the model returns is a border too for the layers that take it: a caller may ask for gradients with
+respect to it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, fx, is_grad_enabled, nn
+from torch.fx import Graph, Node
+
+from fastnn._torch import saved_tensors_are_hooked
+from fastnn.graph.guard import Guard
+from fastnn.graph.joining import drop_unused_parts
+from fastnn.graph.order import Order
+from fastnn.graph.training_layers import VIEWS, NotANetworkError, Reader, used_lines
+from fastnn.network_program import Line, Value, write
+from fastnn.ops._autograd import is_plain, wants_gradient
+from fastnn.ops.network_training import TrainedNetwork, train_network
+
+# What a call of a node costs besides its arithmetic, forward and backward, in calls of torch's functions: a function of
+# autograd that is written in Python costs 30 us, one of torch's own about 6, and a stretch about 60.
+_COST_IN_PYTHON, _LEAST_COST = 5, 10
+_MOST_REFUSALS = 3  # After so many refusals of the operators, a stretch's layers run one by one at once.
+_ROOT = "fastnn_module"  # the name of the graph's input that is the module itself
+
+
+@dataclass
+class Recorded:
+    """The graph as Python: ``function(module, module, *inputs, *tensors)``, with the tensors of `sources`."""
+
+    function: Callable[..., Any]
+    sources: list[tuple[Any, Any]]
+    guard: Guard
+    networks: list[str]  # the programs
+
+    def mapped(self, of: Callable[[Any], Any]) -> Recorded:
+        """The same for another model. `of` gives, for an object, the one in its place, or the object itself."""
+        return replace(self, sources=[(of(own), name) for own, name in self.sources], guard=self.guard.mapped(of))
+
+    def run(self, module: Any, inputs: Sequence[Tensor]) -> Any:
+        return self.function(module, module, *inputs, *[own[name] for own, name in self.sources])
+
+
+class NetworkCall:
+    """Runs a stretch: as a network where a gradient is recorded, else its layers one by one.
+
+    It is called with the module and the values that the stretch takes. `places` has the places among these values of
+    the program's inputs and parameters, `counters` those of batch norms' counters. `same` has pairs of places whose
+    tensors were one when the model was read: only then does a parameter stand for both.
+    """
+
+    __name__ = "network"  # torch.fx writes a call of it as that of a function of this name and module
+    __module__ = "fastnn"
+
+    def __init__(
+        self,
+        program: TrainedNetwork,
+        places: Sequence[int],
+        same: Sequence[tuple[int, int]],
+        counters: Sequence[int],
+        layers: Graph,
+    ) -> None:
+        self.program, self.places, self.same, self.counters = program, places, same, counters
+        self._layers = layers
+        self._one_by_one: Callable[..., Any] | None = None
+        self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
+
+    def __call__(self, module: Any, *values: Any) -> Any:
+        if is_grad_enabled():
+            tensors = [values[place] for place in self.places]
+            if self._may_run_at_once(tensors, values):
+                try:
+                    outputs = train_network(self.program, tensors)
+                except RuntimeError:  # the layers have words of their own for it
+                    dims = self._dims(tensors)
+                    self._refused[dims] = self._refused.get(dims, 0) + 1
+                else:
+                    for place in self.counters:
+                        values[place].add_(1)
+                    return outputs
+        if self._one_by_one is None:
+            self._one_by_one = compiled(self._layers, f"<layers of {type(module).__name__}>")
+        return self._one_by_one(module, values)
+
+    def _dims(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        return tuple([one.dim() for one in tensors[: self.program.inputs]])
+
+    def _may_run_at_once(self, tensors: Sequence[Any], values: Sequence[Any]) -> bool:
+        number = tensors[-1]
+        for one in tensors[: self.program.inputs]:
+            if type(one) is not Tensor or not one.is_cpu:
+                return False
+            if one.is_floating_point():
+                number = one
+        for first, second in self.same:
+            if values[first] is not values[second]:
+                return False
+        if self._refused and self._refused.get(self._dims(tensors), 0) >= _MOST_REFUSALS:
+            return False
+        return is_plain(number) and wants_gradient(*tensors) and not saved_tensors_are_hooked()
+
+
+def compiled(graph: Graph, file: str) -> Callable[..., Any]:
+    """A graph as a function of a module and the graph's inputs."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, file, "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    return function
+
+
+@dataclass
+class _Stretch:
+    nodes: list[Node] = field(default_factory=list)  # those that add lines
+    lines: list[Line] = field(default_factory=list)
+    counters: list[tuple[Any, Any]] = field(default_factory=list)
+    cost: int = 0
+
+
+def record(
+    graph: Graph, sources: list[tuple[Any, Any]], names: Sequence[str], modules: dict[str, nn.Module]
+) -> Recorded | None:
+    """Reads a fused graph, whose inputs are those of `names` and then the tensors of `sources`. Returns None where no
+    stretch is worth a call."""
+    drop_unused_parts(graph, modules)
+    reading = _Reading(graph, sources, len(names), modules)
+    return reading.recorded() if reading.read() else None
+
+
+class _Reading:
+    def __init__(
+        self, graph: Graph, sources: list[tuple[Any, Any]], inputs: int, modules: dict[str, nn.Module]
+    ) -> None:
+        self.graph, self.sources, self.modules = graph, list(sources), modules
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        self.inputs = placeholders[:inputs]
+        self.order = Order(graph, modules)
+        self.reader = Reader(modules, self.order, self.inputs)
+        for node in placeholders[inputs:]:  # `fastnn_tensor_3` is the fourth source
+            self.reader.tensors[node] = sources[int(str(node.target).rpartition("_")[2])]
+        self.output = graph.output_node()
+        self.results = set(self.output.all_input_nodes)
+        self.stretches: dict[int, _Stretch] = {}
+        self.borders: dict[int, list[Node]] = {}
+        self.level_of: dict[Value, int] = {}  # of what lines give
+
+    # ---- what each node is ------------------------------------------------------------------------------------------
+
+    def read(self) -> bool:
+        """Reads the nodes. Returns False where there is no stretch, or a border changes what others read."""
+        reader = self.reader
+        levels: dict[Node, int] = {}
+        is_border: set[Node] = set()
+        first_free, last_drawn = 0, 0  # the first level behind all borders up to here, and the last that draws numbers
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            before = [levels.get(one, 0) + (one in is_border or self._is_returned(one)) for one in node.all_input_nodes]
+            level = max(before, default=0)
+            if node in reader.done:
+                levels[node] = level
+                continue
+            count, counted = len(reader.lines), len(reader.counters)
+            reader.draws = False
+            try:
+                self._read_layer(node, is_border)
+            except NotANetworkError:
+                del reader.lines[count:], reader.counters[counted:]
+                if node in self.order.writes:
+                    return False
+                level = max((levels.get(one, 0) + self._is_returned(one) for one in node.all_input_nodes), default=0)
+                level = max(level, last_drawn)
+                is_border.add(node)
+                first_free = max(first_free, level + 1)
+                if node.op != "get_attr":
+                    self.borders.setdefault(level, []).append(node)
+                value = reader.values[node] = Value(())
+                reader.given.append(value)
+            else:
+                if reader.draws:
+                    level = last_drawn = max(level, last_drawn, first_free)
+                self._note(node, reader.lines[count:], level)
+                if reader.counters[counted:]:
+                    self.stretches[level].counters += reader.counters[counted:]
+            levels[node] = level
+        return any(stretch.cost >= _LEAST_COST for stretch in self.stretches.values())
+
+    def _is_returned(self, node: Node) -> bool:
+        return node in self.results and node.op != "placeholder"
+
+    def _read_layer(self, node: Node, is_border: set[Node]) -> None:
+        if node.target is operator.getitem and node.args[0] in is_border:
+            raise NotANetworkError("it may be a part of a tuple")
+        self.reader.read(node)
+
+    def _note(self, node: Node, lines: Sequence[Line], level: int) -> None:
+        if not lines:
+            return
+        stretch = self.stretches.setdefault(level, _Stretch())
+        stretch.nodes.append(node)
+        stretch.lines += lines
+        if any(line.layer not in VIEWS for line in lines):
+            stretch.cost += _COST_IN_PYTHON if self._is_in_python(node) else 1
+        for line in lines:
+            self.level_of.update(dict.fromkeys(line.outputs, level))
+
+    def _is_in_python(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.modules[str(node.target)], (nn.RNNBase, nn.RNNCellBase))
+        return str(getattr(node.target, "__module__", "")).startswith("fastnn.ops")
+
+    # ---- and what becomes of it ---------------------------------------------------------------------------------------
+
+    def recorded(self) -> Recorded | None:
+        """Writes the graph anew, with a call for each stretch."""
+        self.guard = self.reader.guard
+        self.node_of: dict[Value, Node] = {}  # the first node that is this value
+        for node in self.graph.nodes:
+            if node in self.reader.values:
+                self.node_of.setdefault(self.reader.values[node], node)
+        self.parts: dict[Value, tuple[Node, Sequence[int]]] = {}
+        for node, parts in self.reader.parts.items():
+            for value, path in _paths(parts):
+                self.parts.setdefault(value, (node, path))
+        self.chosen = {level for level, stretch in self.stretches.items() if stretch.cost >= _LEAST_COST}
+        while True:
+            needed = self._needed()
+            unfit = {level for level in self.chosen if not self._fits(level, needed.get(level, []))}
+            if not unfit:
+                break
+            self.chosen -= unfit
+        if not self.chosen:
+            return None
+        self.new = Graph()
+        self.root = self.new.placeholder(_ROOT)
+        self.copies: dict[Node, Any] = {}  # of nodes, in the new graph
+        self.values: dict[Value, Any] = {}  # nodes of the new graph
+        self.places: dict[tuple[int, Any], Node] = {}  # the inputs of the new graph that are tensors
+        self.new_sources: list[tuple[Any, Any]] = []
+        for node in self.inputs:
+            self.values[self.reader.values[node]] = self.new.placeholder(str(node.target))
+        self._place_tensors()
+        networks = []
+        for level in sorted({*self.stretches, *self.borders}):
+            if level in self.chosen:
+                networks.append(self._write_call(level, needed[level]))
+            elif level in self.stretches:
+                for node in self.stretches[level].nodes:
+                    self._copy(node)
+            for node in self.borders.get(level, ()):
+                self._copy(node)
+        self.new.output(fx.node.map_arg(self.output.args[0], self._copy))
+        self.guard.seal()
+        return Recorded(compiled(self.new, "<recorded>"), self.new_sources, self.guard, networks)
+
+    def _needed(self) -> dict[int, list[Value]]:
+        """For each chosen stretch, the values that others take."""
+        needed: dict[int, list[Value]] = {level: [] for level in self.chosen}
+        seen: set[Node] = set()
+
+        def take_value(value: Value, level: int | None) -> None:
+            own = self.level_of.get(value)
+            if own is not None and own != level and own in self.chosen:
+                if value not in needed[own]:
+                    needed[own].append(value)
+            elif own != level or own is None:
+                node = self.node_of.get(value)
+                if node is not None:
+                    take_args(node)
+
+        def take(node: Node) -> None:
+            value = self.reader.values.get(node)
+            if value is not None and self.level_of.get(value) in self.chosen:
+                take_value(value, None)
+            elif node in self.reader.parts:
+                for part, _ in _paths(self.reader.parts[node]):
+                    if self.level_of.get(part) in self.chosen:
+                        take_value(part, None)
+                    else:
+                        take_args(node)
+            else:
+                take_args(node)
+
+        def take_args(node: Node) -> None:
+            if node not in seen:
+                seen.add(node)
+                for one in node.all_input_nodes:
+                    take(one)
+
+        for some in self.borders.values():
+            for node in some:
+                take_args(node)
+        for level, stretch in self.stretches.items():
+            if level not in self.chosen:
+                for node in stretch.nodes:
+                    take_args(node)
+                continue
+            for line in stretch.lines:
+                for value in line.taken():
+                    take_value(value, level)
+        take_args(self.output)
+        return needed
+
+    def _fits(self, level: int, needed: Sequence[Value]) -> bool:
+        """Whether a stretch gives something, and nothing that shares the memory of what it takes."""
+        lines = self.stretches[level].lines
+        maker = {value: line for line in lines for value in line.outputs}
+        for value in needed:
+            line = maker[value]
+            while line.layer in VIEWS and line.inputs["input"][0] in maker:
+                line = maker[line.inputs["input"][0]]
+            if line.layer in VIEWS:
+                return False
+        return bool(needed)
+
+    def _place_tensors(self) -> None:
+        """Makes inputs of all tensors that the new graph may read."""
+        for own, name in [*self.sources, *self.reader.sources, *self.reader.counters]:
+            key = id(own), name
+            if key not in self.places:
+                self.places[key] = self.new.placeholder(f"fastnn_tensor_{len(self.new_sources)}")
+                self.new_sources.append((own, name))
+        for node, (own, name) in self.reader.tensors.items():
+            if node.op == "placeholder":
+                self.copies[node] = self.places[id(own), name]
+
+    def _copy(self, node: Node) -> Any:
+        """What a node of the old graph is in the new one: that node, or a nested tuple of nodes."""
+        if node in self.copies:
+            return self.copies[node]
+        value = self.reader.values.get(node)
+        if value is not None and value in self.values:
+            return self.values[value]
+        parts = self.reader.parts.get(node)
+        if parts is not None and all(value in self.values for value, _ in _paths(parts)):
+            copy: Any = _map_parts(parts, self.values.__getitem__)
+        else:
+            copy = self.new.node_copy(node, self._copy)
+            if value is not None:
+                self.values.setdefault(value, copy)
+        self.copies[node] = copy
+        return copy
+
+    def node_in_new(self, value: Value) -> Any:
+        """The new graph's node that is a value: made by a call, or by the node of the old graph that was copied."""
+        return self.values[value] if value in self.values else self._copy(self.node_of[value])
+
+    def _write_call(self, level: int, results: Sequence[Value]) -> str:
+        """Writes the call of a stretch -> its program."""
+        stretch, reader = self.stretches[level], self.reader
+        lines = used_lines(stretch.lines, results)
+        made = {value for line in lines for value in line.outputs}
+        given = list(dict.fromkeys(value for line in lines for value in line.taken() if value not in made))
+        dtypes = ["int64" if value in reader.integers else "" for value in given]
+        text, tensors = write([(value, "") for value in given], lines, results, dtypes)
+        arguments = _Arguments(self)
+        places = [arguments.place_of(value) for value in given]
+        first = {id(own[name]): (own, name) for own, name in reversed(reader.sources)}
+        of_tensors = [arguments.place_of_tensor(*first[id(tensor)]) for tensor in tensors]
+        same = []
+        for place, tensor in zip(of_tensors, tensors, strict=True):
+            others = [arguments.place_of_tensor(own, name) for own, name in reader.sources if own[name] is tensor]
+            same += [(place, other) for other in others if other != place]
+        counters = [arguments.place_of_tensor(own, name) for own, name in stretch.counters]
+        layers = self._layers_of(level, results, arguments)
+        call = NetworkCall(TrainedNetwork(text), [*places, *of_tensors], same, counters, layers)
+        node = self.new.call_function(call, (self.root, *arguments.nodes))
+        for number, value in enumerate(results):
+            self.values[value] = self.new.call_function(operator.getitem, (node, number))
+        return text
+
+    def _layers_of(self, level: int, results: Sequence[Value], arguments: _Arguments) -> Graph:
+        """The layers of a stretch one by one: a graph that takes the tuple of the arguments and gives a tuple."""
+        graph, reader = Graph(), self.reader
+        taken = graph.placeholder("fastnn_values")
+        copies: dict[Node, Any] = {}
+        arguments_taken: dict[int, Node] = {}
+
+        def argument(place: int) -> Node:
+            if place not in arguments_taken:
+                arguments_taken[place] = graph.call_function(operator.getitem, (taken, place))
+            return arguments_taken[place]
+
+        def copy(node: Node) -> Any:
+            if node not in copies:
+                copies[node] = make(node)
+            return copies[node]
+
+        def make(node: Node) -> Any:
+            if node.op == "placeholder" and node in reader.tensors:
+                return argument(arguments.place_of_tensor(*reader.tensors[node]))
+            value, parts = reader.values.get(node), reader.parts.get(node)
+            if value is not None and self.level_of.get(value) != level:
+                return argument(arguments.place_of(value))
+            if parts is not None and any(self.level_of.get(part) != level for part, _ in _paths(parts)):
+                return _map_parts(parts, lambda part: argument(arguments.place_of(part)))
+            return graph.node_copy(node, copy)
+
+        for node in self.stretches[level].nodes:
+            copy(node)
+        outputs = []
+        for value in results:
+            if value in self.node_of:
+                outputs.append(copy(self.node_of[value]))
+                continue
+            whole, path = self.parts[value]
+            part = copy(whole)
+            for index in path:
+                part = graph.call_function(operator.getitem, (part, index))
+            outputs.append(part)
+        graph.output(tuple(outputs))
+        return graph
+
+
+class _Arguments:
+    """The arguments of a stretch's call: nodes of the new graph."""
+
+    def __init__(self, reading: _Reading) -> None:
+        self.nodes: list[Node] = []
+        self._reading = reading
+        self._places: dict[Any, int] = {}
+
+    def _place(self, key: Any, node: Callable[[], Node]) -> int:
+        if key not in self._places:
+            self.nodes.append(node())
+            self._places[key] = len(self.nodes) - 1
+        return self._places[key]
+
+    def place_of(self, value: Value) -> int:
+        return self._place(value, lambda: self._reading.node_in_new(value))
+
+    def place_of_tensor(self, own: Any, name: Any) -> int:
+        key = id(own), name
+        return self._place(key, lambda: self._reading.places[key])
+
+
+def _paths(parts: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[Value, tuple[int, ...]]]:
+    """The values in nested lists, each with the indices that lead to it."""
+    for index, part in enumerate(parts):
+        if isinstance(part, list):
+            yield from _paths(part, (*path, index))
+        else:
+            yield part, (*path, index)
+
+
+def _map_parts(parts: Any, of: Callable[[Value], Any]) -> tuple[Any, ...]:
+    return tuple(_map_parts(part, of) if isinstance(part, list) else of(part) for part in parts)

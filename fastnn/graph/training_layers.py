@@ -1,0 +1,1082 @@
+"""What each node of a fused graph is among the layers of a network that trains (csrc/network/train.h): a row for each
+function, method or module.
+
+A row gets the reader, the node and the node's arguments as torch's function has them, and adds lines; or it raises
+NotANetworkError, and torch runs the node.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastnn.activations import parse
+from fastnn.graph.guard import Guard
+from fastnn.graph.joining import chooses_last, kernel_of
+from fastnn.graph.matcher import Layer, activation_of, read_layer, settings_of, why_not_read
+from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
+from fastnn.network_program import Line, Value, conv_attributes
+from fastnn.nn._hooks import has_own_call, layer_forward
+from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
+from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
+from fastnn.ops.convolution import convolution
+from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
+
+
+class NotANetworkError(Exception):
+    """Says why a step cannot run something as a network in one call or two."""
+
+
+def used_lines(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
+    """Removes the lines whose results nobody takes. Lines that draw random numbers or change statistics stay."""
+    needed, kept = set(results), []
+    for line in reversed(lines):
+        acts = line.layer in ("dropout", "noise", "batch_norm") or line.attributes.get("dropout")
+        if acts or any(value in needed for value in line.outputs):
+            needed.update(line.taken())
+            kept.append(line)
+    return kept[::-1]
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A number that follows from the sizes of values."""
+
+    dimensions: tuple[tuple[Value, int], ...]
+    factor: int = 1
+    divisor: int = 1
+
+
+class Reader:
+    """Reads nodes in the graph's order. `values`: what each node's result is in the program; `parts`: of a node with
+    several results, these, nested as torch gives them; `shapes`: of a node that gives a tensor's sizes, the tensor."""
+
+    def __init__(self, modules: dict[str, nn.Module], order: Order, inputs: Sequence[Node]) -> None:
+        self.modules, self.order = modules, order
+        self.values: dict[Node, Value] = {node: Value(()) for node in inputs}
+        self.given = list(self.values.values())
+        self.integers: set[Value] = set()
+        self.parts: dict[Node, Any] = {}
+        self.shapes: dict[Node, Value] = {}
+        # Of a node that is a size: the dimensions of values whose product it is, times a number, divided by another.
+        self.sizes: dict[Node, _Size] = {}
+        self.tensors: dict[Node, tuple[Any, Any]] = {}  # where nodes that are tensors of the model are found
+        self.done: set[Node] = set()  # nodes that were read with one before
+        self.lines: list[Line] = []
+        self.sources: list[tuple[dict[str, Any], str]] = []
+        self.guard = Guard()
+        self.counters: list[tuple[Any, str]] = []
+        self.draws = False
+        self._weights: dict[int, Value] = {}  # by the tensor's id
+
+    def read(self, node: Node) -> None:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            holder = self.modules[owner]
+            held = holder._parameters if name in holder._parameters else holder._buffers
+            if name not in held:
+                raise NotANetworkError(f"{node.target} is computed from something else")
+            self.tensors[node] = (held, name)
+            return
+        if not node.users and node not in self.order.writes:  # nobody sees what it gives
+            return
+        self._check_in_place(node)
+        args: tuple[Any, ...] = node.args
+        kwargs = dict(node.kwargs)
+        if "input" in kwargs and node.op == "call_function":
+            args = (kwargs.pop("input"), *args)
+        module = self.modules[str(node.target)] if node.op == "call_module" else None
+        try:
+            if self._read_known_layer(node):
+                return
+            row: Any = None
+            if module is not None:
+                if not has_own_call(module) and not why_not_read(module):
+                    row = _MODULES.get(layer_forward(module))
+                if row is None and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+                    row = _recurrent if isinstance(module, nn.RNNBase) else _cell
+                args = (module, *args)
+            else:
+                row = ROWS.get(node.target)
+            if row is None:
+                if module is not None and is_parametrized(module):
+                    raise NotANetworkError(f"a parameter of '{node.target}' is computed from something else")
+                raise NotANetworkError(f"{_name(node, self.modules)} is no layer of a network")
+            row(self, node, *args, **kwargs)
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise NotANetworkError(f"{_name(node, self.modules)} has arguments that a step does not know") from error
+
+    def _check_in_place(self, node: Node) -> None:
+        """A change of a tensor in place is read as a new tensor, where nothing else takes the old one."""
+        if node.op == "call_module":
+            writes = bool(getattr(self.modules[str(node.target)], "inplace", False))
+            changed: Any = node.args[0] if node.args else None
+        else:
+            name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+            writes = name.endswith("_") and not name.endswith("__")
+            writes = writes or is_asked_to_write(node) or node.target is in_place or "out" in node.kwargs
+            changed = node.args[1] if node.target is in_place else node.args[0] if node.args else None
+        if not writes:
+            return
+        if not isinstance(changed, Node) or "out" in node.kwargs or not self.order.may_be_new(node, changed):
+            raise NotANetworkError(f"{_name(node, self.modules)} changes a tensor that others see")
+        made = next((line for line in self.lines if self.values.get(changed) in line.outputs), None)
+        if (
+            made is None or made.layer not in _NOT_SAVED or made.attributes.get("activation", "identity") != "identity"
+        ):  # stock's backward raises
+            raise NotANetworkError(f"{_name(node, self.modules)} changes a tensor that backward may need")
+
+    # ---- values -----------------------------------------------------------------------------------------------------
+
+    def value(self, node: Any) -> Value:
+        """The value that a node is: computed, an input, or a tensor of the model."""
+        if isinstance(node, Node):
+            known = self.values.get(node)
+            if known is not None:
+                return known
+            if node in self.tensors:
+                return self.tensor_of_model(*self.tensors[node])
+        raise NotANetworkError(f"{getattr(node, 'name', 'something')} is computed from something else")
+
+    def data(self, node: Any) -> Value:
+        """The value that a node is, which must hold floating-point numbers."""
+        value = self.value(node)
+        if value in self.integers:
+            raise NotANetworkError("an input of integers goes to more than embeddings")
+        return value
+
+    def tensor_of_model(self, container: Any, name: Any) -> Value:
+        if not isinstance(container, dict) or not isinstance(container.get(name), Tensor):
+            raise NotANetworkError("a tensor is held by something that is no module")
+        tensor = container[name]
+        if not any(own is container and other == name for own, other in self.sources):
+            self.sources.append((container, name))
+        known = self._weights.get(id(tensor))
+        if known is None:
+            known = self._weights[id(tensor)] = Value(tensor.shape, tensor)
+        return known
+
+    def own(self, module: nn.Module, name: str) -> list[Value]:
+        """A module's tensor of this name; nothing where it has none."""
+        if is_parametrized(module, name):
+            raise NotANetworkError(f"a parameter of a {type(module).__name__} is computed from something else")
+        for held in (module._parameters, module._buffers):
+            if name in held:
+                return [] if held[name] is None else [self.tensor_of_model(held, name)]
+        if getattr(module, name, None) is not None:
+            raise NotANetworkError(f"a {type(module).__name__}'s {name} is computed from something else")
+        return []
+
+    def optional(self, node: Any) -> list[Value]:
+        return [] if node is None else [self.value(node)]
+
+    def add(self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any) -> Value:
+        """Adds a line of one result, which is the node's -> the result."""
+        result = Value(())
+        self.lines.append(Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes))
+        if node is not None:
+            self.values[node] = result
+        return result
+
+    def note(self, module: nn.Module, *names: str) -> None:
+        """Notes in the guard that the program depends on the module and on these attributes of it."""
+        self.guard.note_layer(module)
+        self.guard.note_settings(module, names)
+
+    def note_log_softmax(self, node: Node) -> None:
+        if node.op == "call_module":
+            self.note(self.modules[str(node.target)], "dim")
+
+    # ---- layers that the matcher knows ------------------------------------------------------------------------------
+
+    def _read_known_layer(self, node: Node) -> bool:
+        layer = read_layer(node, self.modules)
+        if layer is None:
+            return False
+        if layer.kind not in ("conv1d", "conv2d", "conv3d", "linear", "batch_norm", "dropout", "identity"):
+            if (alone := activation_of(layer)) is not None:
+                self._note_settings(layer)
+                self.add(node, "activation", {"input": [self.data(layer.input)]}, activation=str(alone))
+                return True
+            if not layer.kind.startswith("max_pool"):
+                return False
+        self._note_settings(layer)
+        if layer.kind == "identity" or (layer.kind == "dropout" and not layer.settings["training"]):
+            self.values[node] = self.data(layer.input)
+            return True
+        if layer.kind == "dropout":
+            if layer.module is not None and type(layer.module) is not nn.Dropout:
+                raise NotANetworkError(f"{type(layer.module).__name__} drops more than single elements")
+            self.dropout(node, self.data(layer.input), layer.settings["p"])
+            return True
+        inputs = {"input": [self.data(layer.input)], **{n: self._tensor(layer, n) for n in ("weight", "bias")}}
+        if layer.kind == "linear":
+            self.add(node, "linear", inputs)
+        elif layer.kind == "batch_norm":
+            self._add_norm_alone(node, layer, inputs)
+        elif layer.kind.startswith("conv"):
+            self.add(node, "conv", inputs, **_convolution(layer))
+        else:
+            self._add_max_pool(node, layer, inputs["input"])
+        return True
+
+    def _note_settings(self, layer: Layer) -> None:
+        if layer.module is not None:
+            self.note(layer.module, *settings_of(layer.module))
+
+    def _tensor(self, layer: Layer, name: str) -> list[Value]:
+        if name not in layer.tensors:
+            return []
+        if layer.module is not None:
+            return self.own(layer.module, name)
+        return [self.value(layer.tensors[name])]
+
+    def dropout(self, node: Node, value: Value, p: float) -> None:
+        if not p:
+            self.values[node] = value
+            return
+        self.add(node, "dropout", {"input": [value]}, p=float(p))
+        self.draws = True
+
+    def _add_max_pool(self, node: Node, layer: Layer, input: list[Value]) -> None:
+        s = layer.settings
+        if s["return_indices"]:
+            raise NotANetworkError(f"{layer.name} returns indices")
+        kernel = _each(s["kernel_size"], layer.dims)
+        stride = kernel if s["stride"] in (None, (), []) else _each(s["stride"], layer.dims)
+        self.add(
+            node, "max_pool", {"input": input}, kernel=kernel, stride=stride, padding=_each(s["padding"], layer.dims),
+            dilation=_each(s["dilation"], layer.dims), ceil_mode=bool(s["ceil_mode"]),
+        )  # fmt: skip
+
+    def _add_norm_alone(self, node: Node, layer: Layer, inputs: dict[str, list[Value]]) -> None:
+        """Adds a batch norm that no ReLU and max-pool follow."""
+        module: Any = layer.module
+        if module is None:
+            raise NotANetworkError("a batch norm is called as a function")
+        settings = layer.settings
+        running = {"mean": self.own(module, "running_mean"), "variance": self.own(module, "running_var")}
+        trains = bool(settings["training"]) or not running["mean"]
+        tracked = bool(settings["track_running_stats"])
+        if trains and not tracked:
+            running = {}
+        if trains and running.get("mean") and settings["momentum"] is None:
+            raise NotANetworkError(f"{layer.name} keeps a cumulative average")
+        dims = next(d for d in (1, 2, 3) if isinstance(module, getattr(nn, f"BatchNorm{d}d")))
+        self.add(
+            node, "batch_norm", {**inputs, **running}, dims=dims, trains=trains,
+            momentum=float(settings["momentum"] or 0.0), epsilon=float(settings["eps"]),
+        )  # fmt: skip
+        if trains and tracked and module.num_batches_tracked is not None:
+            self.counters.append((module._buffers, "num_batches_tracked"))
+
+
+def _each(numbers: Any, dims: int) -> list[int]:
+    given = [numbers] * dims if isinstance(numbers, int) else list(numbers)
+    if len(given) != dims or not all(type(one) is int for one in given):
+        raise NotANetworkError("a layer has settings that are not as many numbers as dimensions")
+    return given
+
+
+def _convolution(layer: Layer) -> dict[str, Any]:
+    """Stride, padding, dilation and groups of a plain convolution."""
+    settings = layer.settings
+    if settings.get("padding_mode", "zeros") != "zeros" or isinstance(settings["padding"], str):
+        mode = settings.get("padding_mode", "zeros")
+        raise NotANetworkError(f"{layer.name}'s padding is {settings['padding']!r} of {mode}")
+    names = ("stride", "padding", "dilation")
+    return {**{name: _each(settings[name], layer.dims) for name in names}, "groups": settings["groups"]}
+
+
+def _name(node: Node, modules: dict[str, nn.Module]) -> str:
+    """What the node does, in the words of a user."""
+    if node.op == "call_module":
+        return f"{type(modules[str(node.target)]).__name__} '{node.target}'"
+    if node.target is operator.getitem:
+        return "an index"
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+ROWS: dict[Any, Callable[..., None]] = {}
+_MODULES: dict[Any, Callable[..., None]] = {}
+# Layers that move elements, and whose results may lie in the memory of what they take.
+VIEWS = frozenset(
+    {
+        *("reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "select", "slice"),
+        "split",
+    }
+)
+# Layers whose results stock does not save for backward, so that they may be changed in place.
+_NOT_SAVED = frozenset(
+    {
+        *("conv", "conv_transpose", "batch_norm", "linear", "embedding", "binary", "layer_norm", "mean", "avg_pool"),
+        *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise"),
+    }
+)
+
+
+def _row(*targets: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a row for functions, and for methods by their names."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        ROWS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def _module(*kinds: type[nn.Module]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a row for modules, which gets the module before the call's own arguments."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        _MODULES.update({kind.forward: function for kind in kinds})
+        return function
+
+    return register
+
+
+# ---- what the matcher has made --------------------------------------------------------------------------------------
+
+
+@_row(conv_relu_max_pool)
+def _conv_relu_max_pool(read: Reader, node: Node, x: Any, weight: Any, bias: Any, *, geometry: Any, dims: int) -> None:
+    inputs = {"input": [read.data(x)], "weight": [read.value(weight)], "bias": read.optional(bias)}
+    read.add(node, "conv", inputs, **conv_attributes(geometry, dims), activation="relu")
+
+
+@_row(convolution)
+def _convolution_alone(read: Reader, node: Node, x: Any, weight: Any, bias: Any, *, geometry: Any, dims: int) -> None:
+    inputs = {"input": [read.data(x)], "weight": [read.value(weight)], "bias": read.optional(bias)}
+    read.add(node, "conv", inputs, **conv_attributes(geometry, dims))
+
+
+@_row(mlp_of_parameters)
+def _mlp(read: Reader, node: Node, x: Any, parameters: Any, activations: str) -> None:
+    layers = parse(activations)
+    _add_linears(read, node, x, layers, parameters[: len(layers)], [*parameters[len(layers) :]] or [None] * len(layers))
+
+
+@_row(mlp_with_some_biases)
+def _mlp_with_some_biases(read: Reader, node: Node, x: Any, both: Any, activations: str) -> None:
+    layers = parse(activations)
+    _add_linears(read, node, x, layers, both[: len(layers)], both[len(layers) :])
+
+
+def _add_linears(
+    read: Reader, node: Node, x: Any, activations: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any]
+) -> None:
+    value = read.data(x)
+    for activation, weight, bias in zip(activations, weights, biases, strict=True):
+        inputs = {"input": [value], "weight": [read.value(weight)], "bias": read.optional(bias)}
+        value = read.add(node, "linear", inputs, activation=str(activation))
+
+
+def _pool_attributes(settings: dict[str, Any], dims: int) -> dict[str, Any]:
+    size = _each(settings["pool_kernel_size"], dims)
+    stride = settings.get("pool_stride")
+    return {
+        "pool": size,
+        "pool_stride": size if stride in (None, (), []) else _each(stride, dims),
+        "pool_padding": _each(settings.get("pool_padding", 0), dims),
+        "pool_dilation": _each(settings.get("pool_dilation", 1), dims),
+        "ceil_mode": bool(settings.get("ceil_mode", False)),
+        "activation": "relu",
+    }
+
+
+@_row(relu_max_pool)
+def _relu_max_pool(
+    read: Reader, node: Node, x: Any, scale: Any = None, shift: Any = None, *, dims: int, **pool: Any
+) -> None:
+    if scale is not None or shift is not None:
+        raise NotANetworkError("a pool scales its channels")
+    value = read.add(None, "activation", {"input": [read.data(x)]}, activation="relu")
+    settings = _pool_attributes(pool, dims)
+    names = {"kernel": "pool", "stride": "pool_stride", "padding": "pool_padding", "dilation": "pool_dilation"}
+    attributes = {name: settings[given] for name, given in names.items()}
+    read.add(node, "max_pool", {"input": [value]}, **attributes, ceil_mode=settings["ceil_mode"])
+
+
+@_row(batch_norm_relu_max_pool)
+def _batch_norm_relu_max_pool(
+    read: Reader, node: Node, x: Any, mean: Any, var: Any, weight: Any, bias: Any, counter: Any = None, *, dims: int,
+    training: bool, momentum: Any = 0.1, eps: float = 1e-5, **pool: Any
+) -> None:  # fmt: skip
+    inputs = {
+        "input": [read.data(x)],
+        "mean": read.optional(mean),
+        "variance": read.optional(var),
+        "weight": read.optional(weight),
+        "bias": read.optional(bias),
+    }
+    read.add(
+        node, "batch_norm", inputs, dims=dims, trains=bool(training), momentum=float(momentum or 0.0),
+        epsilon=float(eps), **_pool_attributes(pool, dims),
+    )  # fmt: skip
+    if counter is not None and training:
+        read.counters.append(read.tensors[counter])
+
+
+@_row(conv_batch_norm_relu_max_pool)
+def _conv_batch_norm_relu_max_pool(
+    read: Reader, node: Node, x: Any, weight: Any, bias: Any, mean: Any, var: Any, gamma: Any, beta: Any, *,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, eps: float = 1e-5, **pool: Any
+) -> None:  # fmt: skip
+    convolved = read.value(weight)
+    dims = len(convolved.sizes) - 2
+    if isinstance(padding, str):
+        raise NotANetworkError(f"a convolution's padding is {padding!r}")
+    value = read.add(
+        None, "conv", {"input": [read.data(x)], "weight": [convolved], "bias": read.optional(bias)},
+        stride=_each(stride, dims), padding=_each(padding, dims), dilation=_each(dilation, dims), groups=groups,
+    )  # fmt: skip
+    norm = {"mean": mean, "variance": var, "weight": gamma, "bias": beta}
+    inputs = {"input": [value], **{name: read.optional(one) for name, one in norm.items()}}
+    read.add(node, "batch_norm", inputs, dims=dims, trains=False, epsilon=float(eps), **_pool_attributes(pool, dims))
+
+
+# ---- recurrent layers -----------------------------------------------------------------------------------------------
+
+
+def _takes_last(node: Node | None, last: Any) -> bool:
+    return node is not None and node.target is operator.getitem and chooses_last(node.args[1], last)
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _last_step(node: Node, layer: Any) -> list[Node] | None:
+    """The nodes that take a recurrent layer's last step, in their order, if only that step is used. Else None."""
+    part = _only_user(node)
+    if layer.bidirectional or part is None or part.target is not operator.getitem:
+        return None
+    if part.args[1] == 0:
+        end = _only_user(part)
+        return [part, end] if end and _takes_last(end, (slice(None), -1) if layer.batch_first else -1) else None
+    if part.args[1] not in (1, -1):
+        return None
+    path = [part]
+    if layer.mode == "LSTM":
+        h = _only_user(part)
+        if h is None or h.target is not operator.getitem or h.args[1] != 0:
+            return None
+        path.append(h)
+    end = _only_user(path[-1])
+    return [*path, end] if end and _takes_last(end, -1) else None
+
+
+def _is_zeros(node: Any, features: int) -> bool:
+    """Whether a state is made of zeros, which is what a layer begins with anyway."""
+    if not isinstance(node, Node) or node.target not in (torch.zeros, "new_zeros"):
+        return False
+    sizes: Any = node.args if node.target is torch.zeros else node.args[1:]
+    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    return bool(sizes) and bool(sizes[-1] == features)
+
+
+@_row(torch.zeros, "new_zeros")
+def _zeros(read: Reader, node: Node, *args: Any, **kwargs: Any) -> None:
+    """Zeros may only be states. A use as anything else raises there."""
+
+
+def _states(read: Reader, given: Any, features: Sequence[int]) -> list[Value]:
+    nodes = list(given) if isinstance(given, (tuple, list)) else [given]
+    if given is None or all(_is_zeros(node, size) for node, size in zip(nodes, features, strict=False)):
+        return []
+    if len(nodes) == 1 and len(features) == 2:  # (h, c) as one value
+        parts = read.parts.get(nodes[0])
+        if not isinstance(parts, list) or len(parts) != 2:
+            raise NotANetworkError("a recurrent layer's state is computed from something else")
+        return list(parts)
+    return [read.data(node) for node in nodes]
+
+
+def _recurrent(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) -> None:
+    layer: Any = kernel_of(module)
+    if layer is None:
+        raise NotANetworkError(f"{node.name} has hooks or a forward of its own")
+    is_lstm = layer.mode == "LSTM"
+    features = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 1 + is_lstm]
+    states = _states(read, hx, features)
+    weights = [value for name in layer._flat_weights_names for value in read.own(layer, name)]
+    drops = float(layer.dropout) if layer.training else 0.0
+    inputs = {
+        "input": [read.data(x)],
+        **{name: [state] for name, state in zip("hc", states, strict=False)},
+        "weights": weights,
+    }
+    last = _last_step(node, layer)
+    attributes = {
+        "mode": layer.mode,
+        "bidirectional": bool(layer.bidirectional),
+        "batch_first": bool(layer.batch_first),
+        "bias": bool(layer.bias),
+        "projected": bool(layer.proj_size),
+        "last": last is not None,
+        "dropout": drops,
+    }
+    outputs = [Value(()) for _ in range(1 if last else 2 + is_lstm)]
+    read.lines.append(Line("rnn", inputs, outputs, attributes))
+    if last:
+        read.values[last[-1]] = outputs[0]
+        read.done.update(last)
+    else:
+        read.parts[node] = [outputs[0], outputs[1:] if is_lstm else outputs[1]]
+    read.draws = read.draws or drops > 0
+    read.note(module, "dropout", "training", "batch_first", "num_layers", "bidirectional", "mode", "proj_size", "bias")
+
+
+def _cell(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) -> None:
+    """One step of one layer: a sequence of one."""
+    if kernel_of(module) is None:
+        raise NotANetworkError(f"{node.name} has hooks or a forward of its own")
+    is_lstm = isinstance(module, nn.LSTMCell)
+    mode = "LSTM" if is_lstm else "GRU" if isinstance(module, nn.GRUCell) else f"RNN_{module.nonlinearity.upper()}"
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
+    states = _states(read, hx, [module.hidden_size] * (1 + is_lstm))
+    one, *rest = [read.add(None, "unsqueeze", {"input": [value]}, dim=0) for value in [read.data(x), *states]]
+    inputs = {
+        "input": [one],
+        **{name: [state] for name, state in zip("hc", rest, strict=False)},
+        "weights": [value for name in names for value in read.own(module, name)],
+    }
+    outputs = [Value(()) for _ in range(3 if is_lstm else 1)]
+    read.lines.append(Line("rnn", inputs, outputs, {"mode": mode, "bias": bool(module.bias)}))
+    taken = [outputs[0], outputs[2]] if is_lstm else outputs
+    h, *c = [read.add(None, "squeeze", {"input": [value]}, dim=0) for value in taken]
+    if is_lstm:
+        read.parts[node] = [h, *c]
+    else:
+        read.values[node] = h
+    read.note(module, *(("nonlinearity",) if isinstance(module, nn.RNNCell) else ()), "bias")
+
+
+# ---- element by element ---------------------------------------------------------------------------------------------
+
+_BINARY = {
+    **{getattr(torch, name): name for name in ("add", "sub", "mul", "div")},
+    **{name: name for name in ("add", "sub", "mul", "div")},
+    **{f"{name}_": name for name in ("add", "sub", "mul", "div")},
+    **{torch.subtract: "sub", torch.multiply: "mul", torch.divide: "div", torch.true_divide: "div"},
+    **{operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"},
+}
+
+
+@_row(*_BINARY)
+def _binary(read: Reader, node: Node, x: Any, y: Any, *, alpha: Any = 1) -> None:
+    if alpha != 1:
+        raise NotANetworkError("a sum has a factor")
+    if x in read.sizes or y in read.sizes:
+        return _compute_size(read, node, "mul" if _BINARY[node.target] == "mul" else "", x, y)
+    _combine(read, node, _BINARY[node.target], x, y)
+
+
+def _combine(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
+    reverses = not isinstance(x, Node)
+    if reverses:
+        x, y = y, x
+    inputs = {"input": [read.data(x)]}
+    if isinstance(y, Node):
+        read.add(node, "binary", {**inputs, "other": [read.data(y)]}, function=function)
+    elif type(y) in (int, float):
+        read.add(node, "binary", inputs, function=function, number=float(y), reverses=reverses)
+    else:
+        raise NotANetworkError(f"{function} takes a {type(y).__name__}")
+
+
+_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+
+
+@_row(in_place)
+def _in_place(read: Reader, node: Node, operation: str, x: Any, y: Any) -> None:
+    if operation not in _IN_PLACE:
+        raise NotANetworkError(f"{operation} is no layer of a network")
+    _combine(read, node, _IN_PLACE[operation], x, y)
+
+
+@_row(operator.floordiv)
+def _floordiv(read: Reader, node: Node, x: Any, y: Any) -> None:
+    _compute_size(read, node, "div", x, y)
+
+
+def _compute_size(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
+    """A product of sizes and numbers, or a size divided by a number, as a view may ask for it."""
+    sizes = [read.sizes[one] if one in read.sizes else _Size((), one) if type(one) is int else None for one in (x, y)]
+    first, second = sizes
+    if first is None or second is None or first.divisor != 1 or second.divisor != 1:
+        raise NotANetworkError("the model computes with a tensor's sizes")
+    if function == "mul" and first.factor >= 0 and second.factor >= 0:
+        read.sizes[node] = _Size((*first.dimensions, *second.dimensions), first.factor * second.factor)
+    elif function == "div" and not second.dimensions and second.factor > 0:
+        read.sizes[node] = _Size(first.dimensions, first.factor, second.factor)
+    else:
+        raise NotANetworkError("the model computes with a tensor's sizes")
+
+
+@_row(operator.neg, torch.neg, "neg")
+def _neg(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
+
+
+@_row(torch.square, "square")
+def _square(read: Reader, node: Node, x: Any) -> None:
+    value = read.data(x)
+    read.add(node, "binary", {"input": [value], "other": [value]}, function="mul")
+
+
+@_row(operator.pow, torch.pow, "pow")
+def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
+    if exponent != 2 or not isinstance(x, Node):
+        raise NotANetworkError("a power is no square")
+    _square(read, node, x)
+
+
+@_row(torch.exp, "exp")
+def _exp(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "exp", {"input": [read.data(x)]})
+
+
+@_row(torch.randn_like)
+def _noise(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "noise", {"input": [read.data(x)]})
+    read.draws = True
+
+
+@_row(torch.softmax, F.softmax, "softmax")
+def _softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
+    _add_softmax(read, node, x, dim, dtype, False)
+
+
+@_row(torch.log_softmax, F.log_softmax, "log_softmax")
+def _log_softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
+    _add_softmax(read, node, x, dim, dtype, True)
+
+
+@_module(nn.Softmax, nn.LogSoftmax)
+def _softmax_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_softmax(read, node, x, module.dim, None, isinstance(module, nn.LogSoftmax))
+    read.note(module, "dim")
+
+
+def _add_softmax(read: Reader, node: Node, x: Any, dim: Any, dtype: Any, logarithm: bool) -> None:
+    if type(dim) is not int or dtype is not None:
+        raise NotANetworkError("a softmax has no dimension, or another dtype")
+    read.add(node, "softmax", {"input": [read.data(x)]}, dim=dim, logarithm=logarithm)
+
+
+def dim_of_log_softmax(node: Node, modules: dict[str, nn.Module]) -> int | None:
+    """The dimension of a log_softmax over the classes; None where the node is no such log_softmax."""
+    dim: Any = None
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if type(module) is nn.LogSoftmax and not has_own_call(module):
+            dim = module.dim
+    elif node.target in (F.log_softmax, torch.log_softmax, "log_softmax"):
+        given = {**dict(zip(("dim", "dtype"), node.args[1:], strict=False)), **node.kwargs}
+        dim = given.get("dim") if given.get("dtype") is None else None
+    return dim if dim in (1, -1) and node.args else None
+
+
+# ---- embeddings and norms -------------------------------------------------------------------------------------------
+
+
+@_module(nn.Embedding)
+def _embedding_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        raise NotANetworkError(f"{_name(node, read.modules)} has max_norm, scale_grad_by_freq or sparse gradients")
+    _add_embedding(read, node, x, read.own(module, "weight"), module.padding_idx)
+    read.note(module, "padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
+
+
+@_row(F.embedding)
+def _embedding(read: Reader, node: Node, x: Any, weight: Any, padding_idx: Any = None) -> None:
+    _add_embedding(read, node, x, [read.value(weight)], padding_idx)
+
+
+def _add_embedding(read: Reader, node: Node, x: Any, weight: list[Value], padding: Any) -> None:
+    numbers = read.value(x)
+    if numbers not in read.given:
+        raise NotANetworkError("an embedding takes numbers that are no input of the model")
+    if any(numbers in line.taken() for line in read.lines if line.layer != "embedding"):
+        raise NotANetworkError("an input of integers goes to more than embeddings")
+    if padding is not None and padding < 0:  # torch counts it from the end
+        padding += weight[0].sizes[0]
+    read.integers.add(numbers)
+    read.add(node, "embedding", {"input": [numbers], "weight": weight}, padding_idx=-1 if padding is None else padding)
+
+
+@_module(nn.LayerNorm)
+def _layer_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    inputs = {"input": [read.data(x)], "weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
+    read.add(node, "layer_norm", inputs, features=prod(module.normalized_shape), epsilon=float(module.eps))
+    read.note(module, "normalized_shape", "eps")
+
+
+@_row(F.layer_norm)
+def _layer_norm(
+    read: Reader, node: Node, x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> None:
+    sizes = [normalized_shape] if type(normalized_shape) is int else list(normalized_shape)
+    if not all(type(size) is int for size in sizes):
+        raise NotANetworkError("a layer norm's sizes depend on the input's")
+    inputs = {"input": [read.data(x)], "weight": read.optional(weight), "bias": read.optional(bias)}
+    read.add(node, "layer_norm", inputs, features=prod(sizes), epsilon=float(eps))
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+@_module(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _conv_transpose(read: Reader, node: Node, module: Any, x: Any) -> None:
+    inputs = {"input": [read.data(x)], "weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
+    names = ("stride", "padding", "output_padding", "dilation")
+    settings = {name: list(getattr(module, name)) for name in names}
+    read.add(node, "conv_transpose", inputs, **settings, groups=module.groups)
+    read.note(module, *names, "groups", "padding_mode")
+
+
+_POOLS: dict[Any, tuple[str, int]] = {
+    **{getattr(F, f"avg_pool{d}d"): ("avg", d) for d in (1, 2, 3)},
+    **{getattr(F, f"adaptive_avg_pool{d}d"): ("adaptive", d) for d in (1, 2, 3)},
+}
+
+
+@_row(*(function for function, (kind, _) in _POOLS.items() if kind == "avg"))
+def _avg_pool(
+    read: Reader, node: Node, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: Any = None
+) -> None:  # fmt: skip
+    dims = _POOLS[node.target][1]
+    _add_avg_pool(read, node, x, dims, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+@_module(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+def _avg_pool_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    _add_avg_pool(read, node, x, _dims_of(module), *(getattr(module, name, None) for name in names))
+    read.note(module, *(name for name in names if hasattr(module, name)))
+
+
+def _dims_of(module: nn.Module) -> int:
+    kinds = {d: (getattr(nn, f"AvgPool{d}d"), getattr(nn, f"AdaptiveAvgPool{d}d")) for d in (1, 2, 3)}
+    return next(dims for dims, both in kinds.items() if isinstance(module, both))
+
+
+def _add_avg_pool(
+    read: Reader, node: Node, x: Any, dims: int, kernel: Any, stride: Any, padding: Any, ceil_mode: Any,
+    counts_padding: Any, divisor: Any
+) -> None:  # fmt: skip
+    if ceil_mode or divisor is not None:
+        raise NotANetworkError("an average pool has ceil_mode or a divisor of its own")
+    if isinstance(kernel, Node) and dims == 1 and stride in (None, (), []) and padding == 0:
+        value = read.data(x)
+        if read.sizes.get(kernel) in (_Size(((value, -1),)), _Size(((value, 2),))):  # over the whole length
+            read.add(node, "mean", {"input": [value]}, dims=[-1], keepdim=True)
+            return
+    size = _each(kernel, dims)
+    steps = size if stride in (None, (), []) else _each(stride, dims)
+    read.add(
+        node, "avg_pool", {"input": [read.data(x)]}, kernel=size, stride=steps, padding=_each(padding, dims),
+        count_include_pad=bool(counts_padding),
+    )  # fmt: skip
+
+
+@_row(*(function for function, (kind, _) in _POOLS.items() if kind == "adaptive"))
+def _adaptive(read: Reader, node: Node, x: Any, output_size: Any) -> None:
+    _add_adaptive(read, node, x, _POOLS[node.target][1], output_size)
+
+
+@_module(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+def _adaptive_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_adaptive(read, node, x, _dims_of(module), module.output_size)
+    read.note(module, "output_size")
+
+
+def _add_adaptive(read: Reader, node: Node, x: Any, dims: int, sizes: Any) -> None:
+    numbers = _each(sizes, dims)
+    if any(one < 1 for one in numbers):
+        raise NotANetworkError("an adaptive pool has no size")
+    read.add(node, "adaptive_avg_pool", {"input": [read.data(x)]}, sizes=numbers)
+
+
+@_row(F.interpolate)
+def _interpolate(
+    read: Reader, node: Node, x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
+    align_corners: Any = None, recompute_scale_factor: Any = None, antialias: bool = False
+) -> None:  # fmt: skip
+    if recompute_scale_factor or antialias:
+        raise NotANetworkError("an interpolation recomputes its factors, or smooths")
+    _add_upsample(read, node, x, size, scale_factor, mode, align_corners)
+
+
+@_module(nn.Upsample)
+def _upsample_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    if module.recompute_scale_factor:
+        raise NotANetworkError("an interpolation recomputes its factors")
+    _add_upsample(read, node, x, module.size, module.scale_factor, module.mode, module.align_corners)
+    read.note(module, "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+
+
+def _add_upsample(read: Reader, node: Node, x: Any, size: Any, factor: Any, mode: str, aligns: Any) -> None:
+    dims = {"linear": 1, "bilinear": 2}.get(mode)
+    if size is not None or factor is None or (dims is None and mode != "nearest"):
+        raise NotANetworkError("an interpolation has a size in place of a factor, or another mode")
+    if not isinstance(factor, (tuple, list)):
+        if dims is None:
+            raise NotANetworkError("an interpolation has one factor for any number of dimensions")
+        factor = [factor] * dims
+    if not all(float(one).is_integer() for one in factor):
+        raise NotANetworkError("an interpolation's factors are no whole numbers")
+    if len(factor) > 2:
+        raise NotANetworkError("an interpolation has more than two dimensions")
+    whole = [int(one) for one in factor]
+    read.add(
+        node, "upsample", {"input": [read.data(x)]}, factors=whole, linear=mode != "nearest",
+        align_corners=bool(aligns),
+    )  # fmt: skip
+
+
+@_row(F.pad)
+def _pad(read: Reader, node: Node, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> None:
+    _add_pad(read, node, x, pad, mode, value)
+
+
+@_module(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+def _pad_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_pad(read, node, x, module.padding, "constant", module.value)
+    read.note(module, "padding", "value")
+
+
+def _add_pad(read: Reader, node: Node, x: Any, pad: Any, mode: str, value: Any) -> None:
+    if mode != "constant" or not all(type(one) is int and one >= 0 for one in pad):
+        raise NotANetworkError(f"a padding is {mode}, or takes elements away")
+    read.add(node, "pad", {"input": [read.data(x)]}, padding=list(pad), value=float(value or 0.0))
+
+
+# ---- sums and products ----------------------------------------------------------------------------------------------
+
+
+@_row(torch.mean, "mean")
+def _mean(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> None:
+    _add_mean(read, node, x, dim, keepdim, dtype, False)
+
+
+@_row(torch.sum, "sum")
+def _sum(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> None:
+    _add_mean(read, node, x, dim, keepdim, dtype, True)
+
+
+def _add_mean(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool, dtype: Any, sums: bool) -> None:
+    if dtype is not None:
+        raise NotANetworkError("a mean or a sum has a dtype of its own")
+    dims = [] if dim is None else [dim] if type(dim) is int else list(dim)
+    if not all(type(one) is int for one in dims):
+        raise NotANetworkError("a mean or a sum goes over dimensions that a call gives")
+    read.add(node, "mean", {"input": [read.data(x)]}, dims=dims, keepdim=bool(keepdim), sums=sums)
+
+
+@_row(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
+def _matmul(read: Reader, node: Node, x: Any, y: Any) -> None:
+    read.add(node, "matmul", {"input": [read.data(x)], "other": [read.data(y)]})
+
+
+# ---- what moves elements --------------------------------------------------------------------------------------------
+
+
+@_row(torch.flatten, "flatten")
+def _flatten(read: Reader, node: Node, x: Any, start_dim: int = 0, end_dim: int = -1) -> None:
+    read.add(node, "flatten", {"input": [read.data(x)]}, start_dim=start_dim, end_dim=end_dim)
+
+
+@_row("view", "reshape", torch.reshape)
+def _view(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
+    if named or not sizes or any(isinstance(one, torch.dtype) for one in sizes):
+        raise NotANetworkError("a view is of another dtype")
+    asked = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    value = read.data(x)
+    written: list[Any] = []
+    like: list[Value] = []
+    for size in asked:
+        known = read.sizes.get(size) if isinstance(size, Node) else None
+        if known is not None:
+            factors = [str(known.factor)] if known.factor != 1 or not known.dimensions else []
+            for value_of, dim in known.dimensions:
+                if value_of not in like:
+                    like.append(value_of)
+                factors.append(f"{like.index(value_of)}.{dim}")
+            divided = f"/{known.divisor}" if known.divisor != 1 else ""
+            written.append("*".join(factors) + divided)
+        elif type(size) is int:
+            written.append(size)
+        else:
+            raise NotANetworkError("a view's sizes are computed")
+    read.add(node, "reshape", {"input": [value], "like": like}, sizes=written)
+
+
+@_row(torch.squeeze, "squeeze")
+def _squeeze(read: Reader, node: Node, x: Any, dim: Any = None) -> None:
+    if type(dim) is not int:
+        raise NotANetworkError("squeeze takes away whatever dimensions are one")
+    read.add(node, "squeeze", {"input": [read.data(x)]}, dim=dim)
+
+
+@_row(torch.unsqueeze, "unsqueeze")
+def _unsqueeze(read: Reader, node: Node, x: Any, dim: int) -> None:
+    read.add(node, "unsqueeze", {"input": [read.data(x)]}, dim=dim)
+
+
+@_row(torch.transpose, "transpose", torch.swapaxes, "swapaxes")
+def _transpose(read: Reader, node: Node, x: Any, first: int, second: int) -> None:
+    read.add(node, "transpose", {"input": [read.data(x)]}, first=first, second=second)
+
+
+@_row(torch.permute, "permute")
+def _permute(read: Reader, node: Node, x: Any, *dims: Any) -> None:
+    given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    read.add(node, "permute", {"input": [read.data(x)]}, dims=list(given))
+
+
+@_row("contiguous")
+def _contiguous(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "contiguous", {"input": [read.data(x)]})
+
+
+@_module(nn.Flatten)
+def _flatten_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _flatten(read, node, x, module.start_dim, module.end_dim)
+    read.note(module, "start_dim", "end_dim")
+
+
+@_row(torch.cat, torch.concat)
+def _cat(read: Reader, node: Node, parts: Any, dim: int = 0) -> None:
+    read.add(node, "cat", {"inputs": [read.data(one) for one in parts]}, dim=dim)
+
+
+@_row(torch.stack)
+def _stack(read: Reader, node: Node, parts: Any, dim: int = 0) -> None:
+    values = [read.add(None, "unsqueeze", {"input": [read.data(one)]}, dim=dim) for one in parts]
+    read.add(node, "cat", {"inputs": values}, dim=dim)
+
+
+@_row(torch.chunk, "chunk")
+def _chunk(read: Reader, node: Node, x: Any, chunks: int, dim: int = 0) -> None:
+    _add_split(read, node, x, dim, chunks=chunks)
+
+
+@_row(torch.split, "split")
+def _split(read: Reader, node: Node, x: Any, size: Any, dim: int = 0) -> None:
+    if type(size) is int:
+        _add_split(read, node, x, dim, size=size)
+    else:
+        _add_split(read, node, x, dim, sizes=list(size))
+
+
+@_row(torch.unbind, "unbind")
+def _unbind(read: Reader, node: Node, x: Any, dim: int = 0) -> None:
+    _add_split(read, node, x, dim, unbind=True)
+
+
+def _add_split(read: Reader, node: Node, x: Any, dim: int, **attributes: Any) -> None:
+    """Adds a split. There are as many parts as the model unpacks, or as the call names."""
+    count = attributes.get("chunks") or len(attributes.get("sizes", ()))
+    unpacked = _only_user(node)
+    if unpacked is not None and unpacked.target is unpack:
+        count = int(unpacked.args[1])  # type: ignore[arg-type]
+    if not count:
+        raise NotANetworkError("a tensor is split into parts whose number depends on its sizes")
+    parts = [Value(()) for _ in range(count)]
+    read.lines.append(Line("split", {"input": [read.data(x)]}, parts, {"dim": dim, **attributes}))
+    read.parts[node] = parts
+
+
+# ---- sizes and parts ------------------------------------------------------------------------------------------------
+
+
+@_row("size")
+def _size(read: Reader, node: Node, x: Any, dim: Any = None) -> None:
+    if dim is None:
+        read.shapes[node] = read.value(x)
+    else:
+        _add_size(read, node, read.value(x), dim)
+
+
+@_row(getattr)
+def _attribute(read: Reader, node: Node, x: Any, name: str) -> None:
+    if name == "shape":
+        read.shapes[node] = read.value(x)
+    elif name not in ("device", "dtype"):
+        raise NotANetworkError(f"the model asks a tensor for {name}")
+
+
+def _add_size(read: Reader, node: Node, value: Value, dim: Any) -> None:
+    if type(dim) is not int:
+        raise NotANetworkError("the model asks for several sizes at once")
+    read.sizes[node] = _Size(((value, dim),))
+
+
+@_row(unpack)
+def _unpack(read: Reader, node: Node, whole: Any, count: int) -> None:
+    if whole in read.shapes:
+        read.shapes[node] = read.shapes[whole]
+    elif whole in read.parts and len(read.parts[whole]) == count:
+        read.parts[node] = read.parts[whole]
+    else:
+        raise NotANetworkError("the model unpacks a tensor")
+
+
+@_row(operator.getitem)
+def _index(read: Reader, node: Node, whole: Any, index: Any) -> None:
+    if whole in read.shapes:
+        return _add_size(read, node, read.shapes[whole], index)
+    if whole in read.parts:
+        part = read.parts[whole][index]
+        if isinstance(part, list):
+            read.parts[node] = part
+        else:
+            read.values[node] = part
+        return
+    value = read.data(whole)
+    steps = list(index) if isinstance(index, tuple) else [index]
+    if steps[0] is Ellipsis:
+        del steps[0]
+        if not steps or None in steps or (len(steps) > 1 and any(type(one) is int for one in steps)):
+            raise NotANetworkError("an index behind an ellipsis is more than one number, or parts")
+        for dim in range(-len(steps), 0):
+            value, _ = _choose(read, value, steps[dim], dim)
+        steps = []
+    dim = 0
+    for one in steps:
+        value, gone = _choose(read, value, one, dim)
+        dim += 0 if gone else 1
+    if value is read.data(whole):  # x[:]
+        value = read.add(None, "slice", {"input": [value]}, dim=0)
+    read.values[node] = value
+
+
+def _choose(read: Reader, value: Value, index: Any, dim: int) -> tuple[Value, bool]:
+    """Applies one part of an index -> the value, and whether the dimension is gone."""
+    if type(index) is int:
+        return read.add(None, "select", {"input": [value]}, dim=dim, index=index), True
+    if index is None:
+        return read.add(None, "unsqueeze", {"input": [value]}, dim=dim), False
+    if isinstance(index, slice):
+        start, stop, step = index.start, index.stop, index.step
+        if not all(one is None or type(one) is int for one in (start, stop, step)) or (step or 1) < 1:
+            raise NotANetworkError("an index depends on the input's sizes")
+        if (start, stop, step) in ((None, None, None), (0, None, None)):
+            return value, False
+        given = {"start": start or 0, **({} if stop is None else {"stop": stop}), "step": step or 1}
+        return read.add(None, "slice", {"input": [value]}, dim=dim, **given), False
+    raise NotANetworkError(f"an index is a {type(index).__name__}")

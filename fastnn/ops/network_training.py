@@ -1,0 +1,243 @@
+"""A network under autograd: all its layers are one function, forward in one call and backward in another.
+(csrc/network/train.cpp)"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnn._extension import load_extension
+from fastnn._torch import direct_call
+from fastnn.activations import parse_one
+from fastnn.network_program import TextLine, read
+from fastnn.ops._autograd import check_same_device, eager_recorder, gradients_by_reference
+from fastnn.ops._raw_operator import raw_operator
+from fastnn.reference.network import Taken, layers_of_rnn, network
+from fastnn.reference.rnn import rnn
+
+network_with_pass = direct_call(torch.ops.fastnn.network_with_pass.default)
+network_backward = direct_call(torch.ops.fastnn.network_backward.default)
+network_draws = direct_call(torch.ops.fastnn.network_draws.default)
+forget_pass = load_extension().forget_pass
+_int64 = torch.int64
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What backward needs, where some of the inputs and parameters of a network require a gradient.
+
+    outputs: whether each output depends on one of these. read_again: the places of the inputs and parameters whose
+    elements backward reads, so that nobody may change them before. rest: the places of the others.
+    """
+
+    outputs: Sequence[bool]
+    read_again: Sequence[int]
+    rest: Sequence[int]
+
+
+class TrainedNetwork:
+    """A program, and what its function of autograd has to know."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.inputs = sum(line.layer == "input" for line in read(text))
+        self._needs: dict[tuple[bool, ...], Needs] = {}
+
+    def needs(self, requires: tuple[bool, ...]) -> Needs:
+        """requires: whether each of the inputs, and then of the parameters, requires a gradient."""
+        known = self._needs.get(requires)
+        if known is None:
+            known = self._needs[requires] = self._find_needs(requires)
+        return known
+
+    def _find_needs(self, requires: tuple[bool, ...]) -> Needs:
+        given: list[str] = []
+        depends: dict[str, bool] = {}  # of each value, whether it depends on what requires a gradient
+        again: set[str] = set()
+        outputs: Sequence[str] = ()
+        for line in read(self.text):
+            if line.layer in ("input", "weight"):
+                depends[line.outputs[0]] = requires[len(given)]
+                given.append(line.outputs[0])
+            elif line.layer == "output":
+                outputs = line.inputs["input"]
+            else:
+                again.update(_read_again(line, depends))
+                any_input = any(depends[one] for name, some in line.inputs.items() if name != "like" for one in some)
+                depends.update(dict.fromkeys(line.outputs, any_input and line.layer != "noise"))
+        places: tuple[list[int], list[int]] = ([], [])
+        for place, name in enumerate(given):
+            places[name not in again].append(place)
+        return Needs(tuple(depends[name] for name in outputs), *places)
+
+
+# Layers that multiply two of their inputs: the gradient of each is made of the other.
+_PRODUCTS = {
+    **dict.fromkeys(("conv", "conv_transpose", "linear"), ("input", "weight")),
+    **dict.fromkeys(("matmul", "binary"), ("input", "other")),
+}
+# Other layers whose backward reads inputs, as torch's reads them.
+_READ_AGAIN: dict[str, Sequence[str]] = {
+    **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool"), ("input",)),
+    **dict.fromkeys(("batch_norm", "layer_norm"), ("input", "weight")),
+    "rnn": ("input", "h", "c", "weights"),
+}
+
+
+def _read_again(line: TextLine, depends: Mapping[str, bool]) -> list[str]:
+    """The values whose elements the layer's backward reads."""
+    if not any(depends[one] for some in line.inputs.values() for one in some):
+        return []
+    names = _READ_AGAIN.get(line.layer, ())
+    if line.layer in _PRODUCTS:
+        first, second = (list(line.inputs.get(name, ())) for name in _PRODUCTS[line.layer])
+        if line.layer == "binary" and line["function"] == "div":
+            names = ("input", "other")
+        elif line.layer != "binary" or line["function"] == "mul":
+            return [a for a, b in ((first, second), (second, first)) for a in a if any(depends[one] for one in b)]
+    elif line.layer == "batch_norm" and not line["trains"]:
+        names = (*names, "mean", "variance")
+    elif line.layer == "activation" and parse_one(line["activation"]).kind.derived_from == "input":
+        names = ("input",)
+    return [value for name in names for value in line.inputs.get(name, ())]
+
+
+class _Pass(bytearray):
+    """The number of a pass that waits for backward. A tensor over the number is saved for backward: when autograd frees
+    what was saved, the pass is forgotten.
+
+    rest: tensors that may change before backward, each with its version.
+    """
+
+    rest: Sequence[tuple[Tensor, int]]
+
+    def __del__(self) -> None:
+        forget_pass(int.from_bytes(self, "little"))
+
+
+class Network(torch.autograd.Function):
+    """The function that :func:`train_network` records for autograd."""
+
+    @staticmethod
+    def record(ctx: Any, program: TrainedNetwork, *tensors: Tensor) -> Any:
+        outputs, number = network_with_pass(tensors[: program.inputs], tensors[program.inputs :], program.text)
+        own = _Pass(int(number).to_bytes(8, "little"))
+        needs = program.needs(tuple([tensor.requires_grad for tensor in tensors]))
+        own.rest = [((rest := tensors[i]), rest._version) for i in needs.rest]
+        ctx.program, ctx.needs, ctx.own = program, needs, weakref.ref(own)
+        ctx.save_for_backward(torch.frombuffer(own, dtype=_int64), *[tensors[i] for i in needs.read_again])
+        ctx.set_materialize_grads(False)
+        if False in needs.outputs:
+            ctx.mark_non_differentiable(*[out for out, does in zip(outputs, needs.outputs, strict=True) if not does])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        program, needs = ctx.program, ctx.needs
+        number, *saved = ctx.saved_tensors
+        rest = ctx.own().rest
+        tensors: list[Any] = [None] * (len(saved) + len(rest))
+        for i, tensor in zip(needs.read_again, saved, strict=True):
+            tensors[i] = tensor
+        for i, (tensor, _) in zip(needs.rest, rest, strict=True):
+            tensors[i] = tensor
+        if torch.is_grad_enabled():
+            return Network._backward_to_differentiate(ctx, grads, number, tensors, rest)
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        found = network_backward(grads, number, tensors[: program.inputs], tensors[program.inputs :], wanted)
+        result: list[Tensor | None] = [None] * (1 + len(tensors))
+        for i, gradient in zip(wanted, found, strict=True):
+            if gradient.numel() or not tensors[i].numel():
+                result[1 + i] = gradient
+        return tuple(result)
+
+    @staticmethod
+    def _backward_to_differentiate(
+        ctx: Any, grads: Any, number: Tensor, tensors: Sequence[Tensor], rest: Sequence[tuple[Tensor, int]]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients for a second derivative, by the specification and with the numbers that forward has drawn."""
+        program: TrainedNetwork = ctx.program
+        if any(tensor._version != version for tensor, version in rest):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation"
+            )
+        drawn = iter(network_draws(number))
+
+        def dropout(line: TextLine, taken: Taken) -> list[Tensor]:
+            return [taken["input"][0] * next(drawn)]
+
+        def noise(line: TextLine, taken: Taken) -> list[Tensor]:
+            return [next(drawn)]
+
+        def rnn_layer(line: TextLine, taken: Taken) -> list[Tensor]:
+            masks = next(drawn) if line["dropout"] and layers_of_rnn(line, taken) > 1 else None
+            return _rnn(line, taken, masks)
+
+        layers = {"dropout": dropout, "noise": noise, "rnn": rnn_layer, "embedding": _embedding}
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(network(tensors[: program.inputs], tensors[program.inputs :], program.text, layers))
+
+        return (None, *gradients_by_reference(run, tensors, ctx.needs_input_grad[1:], grads))
+
+
+_record = eager_recorder(Network)
+
+
+def train_network(program: TrainedNetwork, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of a network, with their gradients. tensors: the inputs, then the parameters in the program's order.
+    Callers know that the call is plain (:func:`is_plain`) and on the CPU, and that a gradient is wanted.
+
+    Raises RuntimeError where the operators do not take the tensors; then nothing has changed but torch's generator.
+    """
+    return _record(program, *tensors)
+
+
+# Layers of training that the specification has for inference.
+
+
+def _embedding(line: TextLine, taken: Taken) -> list[Tensor]:
+    padding = line["padding_idx"]
+    return [F.embedding(taken["input"][0], taken["weight"][0], None if padding < 0 else padding)]
+
+
+def _rnn(line: TextLine, taken: Taken, masks: Tensor | None) -> list[Tensor]:
+    (x,), batch_dim = taken["input"], int(not line["batch_first"])
+    state = [taken[name][0] for name in ("h", "c") if name in taken]
+    is_one = x.dim() == 2  # a sequence by itself, without a batch
+    if is_one:
+        x, state = x.unsqueeze(batch_dim), [one.unsqueeze(1) for one in state]
+    layers, both = layers_of_rnn(line, taken), line["bidirectional"]
+    y, states = rnn(x, None, state, taken["weights"], masks, line["mode"], layers, both, line["batch_first"])
+    if line["last"]:
+        y, batch_dim = y[:, -1] if line["batch_first"] else y[-1], 0
+    if is_one:
+        y, states = y.squeeze(batch_dim), tuple(one.squeeze(1) for one in states)
+    return [y, *states]
+
+
+@raw_operator("network_with_pass")
+def _(inputs: list[Tensor], parameters: list[Tensor], program: str) -> tuple[list[Tensor], Tensor]:
+    check_same_device(*inputs, *parameters)
+    outputs = [torch.empty_like(output) for output in network(inputs, parameters, program)]
+    return outputs, inputs[0].new_empty(1, dtype=torch.int64)
+
+
+@raw_operator("network_backward")
+def _(
+    gradients: list[Tensor | None], number: Tensor, inputs: list[Tensor], parameters: list[Tensor], wanted: list[int]
+) -> list[Tensor]:
+    check_same_device(*gradients, number, *inputs, *parameters)
+    tensors = [*inputs, *parameters]
+    return [tensors[i].new_empty(tensors[i].shape) for i in wanted]
+
+
+@raw_operator("network_draws")
+def _(number: Tensor) -> list[Tensor]:
+    raise NotImplementedError("what a forward has drawn cannot be told without the forward")

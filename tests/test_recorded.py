@@ -1,0 +1,532 @@
+"""Fused models under autograd: stretches of layers that are one function each."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training_networks import CASES, MODELS, By, OfTwo
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import fastnn
+from fastnn.graph import recorded
+from fastnn.ops import network_training
+
+
+@pytest.fixture(autouse=True)
+def all_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a function of each stretch, however small."""
+    monkeypatch.setattr(recorded, "_LEAST_COST", 1)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+    """The passes that wait for backward."""
+    waiting: set[int] = set()
+    with_pass, forget = network_training.network_with_pass, network_training.forget_pass
+
+    def count(*args: Any) -> Any:
+        outputs, number = with_pass(*args)
+        waiting.add(int(number))
+        return outputs, number
+
+    def forget_and_count(number: int) -> None:
+        waiting.discard(number)
+        forget(number)
+
+    monkeypatch.setattr(network_training, "network_with_pass", count)
+    monkeypatch.setattr(network_training, "forget_pass", forget_and_count)
+    yield waiting
+    gc.collect()
+    assert not waiting
+
+
+def _pair(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = make().to(dtype).train()
+    return copy.deepcopy(model), fastnn.fuse(model)
+
+
+def _networks(model: nn.Module) -> list[str]:
+    """The programs of the functions that the model's forward has become."""
+    found = model.forward.traces[model.training][0]._recorded  # type: ignore[attr-defined]
+    return [] if found is None else list(found.networks)
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    return [one for one in torch.utils._pytree.tree_leaves(nested) if isinstance(one, Tensor)]
+
+
+def _gradients(model: nn.Module, inputs: list[Tensor], twice: bool) -> tuple[list[Tensor], list[Any]]:
+    """What the model gives, and gradients of it with respect to parameters and inputs: of two orders, if `twice`."""
+    torch.manual_seed(5)
+    own = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    outputs = [y for y in _tensors(model(*own)) if y.is_floating_point()]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
+    leaves = [*(x for x in own if x.requires_grad), *model.parameters()]
+    first = torch.autograd.grad(outputs, leaves, weights, create_graph=twice, allow_unused=True)
+    if not twice:
+        return outputs, list(first)
+    total = sum(g.square().sum() for g in first if g is not None and g.requires_grad)
+    return outputs, [*first, *torch.autograd.grad(total, leaves, allow_unused=True)]
+
+
+def _compare(stock: nn.Module, fused: nn.Module, inputs: list[Tensor], tolerance: float, twice: bool = False) -> None:
+    for _ in range(2):
+        expected, gradients = _gradients(stock, inputs, twice)
+        random = torch.get_rng_state()
+        found, own = _gradients(fused, inputs, twice)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert [one.requires_grad for one in found] == [one.requires_grad for one in expected]
+        assert [one is None for one in own] == [one is None for one in gradients]
+        for one, other in zip(own, gradients, strict=True):
+            if one is not None:
+                scale = max(float(other.detach().abs().max()), 1.0)
+                assert_close(one, other, rtol=tolerance, atol=tolerance * scale)
+    assert_close(fused.state_dict(), stock.state_dict(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "memory_format"), CASES)
+def test_models(name: str, memory_format: torch.memory_format, dtype: torch.dtype, passes: set[int]) -> None:
+    make, sizes = MODELS[name]
+    stock, fused = _pair(make, dtype)
+    x = torch.randn(sizes, dtype=dtype).to(memory_format=memory_format)
+    _compare(stock, fused, [x], 1e-9 if dtype == torch.float64 else 2e-3)
+    assert len(_networks(fused)) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_second_derivatives(name: str, passes: set[int]) -> None:
+    make, sizes = MODELS[name]
+    stock, fused = _pair(make)
+    _compare(stock, fused, [torch.randn(sizes, dtype=torch.float64)], 1e-8, twice=True)
+
+
+@pytest.mark.parametrize("name", ["residual", "tied", "cells"])
+def test_gradcheck(name: str) -> None:
+    make, sizes = MODELS[name]
+    _, fused = _pair(lambda: make().to(torch.float64))
+    parameters = list(fused.parameters())[-2:]
+
+    def run(x: Tensor, *some: Tensor) -> Any:
+        return fused(x)
+
+    x = torch.randn(sizes, dtype=torch.float64, requires_grad=True)
+    for module in fused.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+    assert _networks(fused)
+
+
+def _vae(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    h = torch.relu(m.encoder(x))
+    mean, log_variance = m.heads(h).chunk(2, 1)
+    z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    return m.decoder(m.drop(z)), mean, log_variance
+
+
+def _make_vae() -> nn.Module:
+    return By(
+        _vae, encoder=nn.Linear(7, 9), heads=nn.Linear(9, 6), decoder=nn.Linear(3, 7), drop=nn.Dropout(0.3)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_results_that_others_are_made_of(twice: bool, passes: set[int]) -> None:
+    """A caller may ask for gradients with respect to what the model returns."""
+    stock, fused = _pair(_make_vae)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    _compare(stock, fused, [x], 1e-9, twice)
+    assert len(_networks(fused)) == 2
+    results = []
+    for model in (stock, fused):
+        torch.manual_seed(2)
+        y, mean, log_variance = model(x)
+        mean.retain_grad()
+        results.append(torch.autograd.grad(y.square().sum(), [mean, log_variance], retain_graph=True))
+        y.sum().backward()
+        assert mean.grad is not None
+        results[-1] += (mean.grad,)
+    assert_close(*results)
+
+
+def test_states_and_a_tuple_as_a_result(passes: set[int]) -> None:
+    class Agent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.rnn, self.head = nn.Linear(5, 6), nn.LSTM(6, 4, 2, dropout=0.4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Any:
+            y, state = self.rnn(torch.tanh(self.body(x)), (h, c))
+            return self.head(y), state
+
+    stock, fused = _pair(Agent)
+    inputs = [torch.randn(3, 2, 5), torch.randn(2, 2, 4), torch.randn(2, 2, 4)]
+    for twice in (False, True):
+        _compare(stock, fused, [x.double() for x in inputs], 1e-8, twice)
+    assert len(_networks(fused)) == 1
+    torch.manual_seed(0)
+    assert isinstance(fused(*[x.double() for x in inputs])[1], tuple)
+
+
+def test_words(passes: set[int]) -> None:
+    def forward(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        return m.fc(torch.cat([m.words(x).mean(1), torch.relu(m.body(y))], dim=-1))
+
+    stock, fused = _pair(
+        lambda: OfTwo(forward, words=nn.Embedding(9, 4, padding_idx=0), body=nn.Linear(3, 6), fc=nn.Linear(10, 5))
+    )
+    x, y = torch.randint(9, (4, 7)), torch.randn(4, 3, dtype=torch.float64)
+    for twice in (False, True):
+        _compare(stock, fused, [x, y], 1e-9, twice)
+    assert len(_networks(fused)) == 1
+
+
+def test_borders(passes: set[int]) -> None:
+    """Layers that no network has stand between stretches."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.drop(torch.relu(m.a(x)))
+        y = m.b(torch.cummax(y, 1)[0]) + m.c(x)
+        y = m.norm(m.drop(torch.relu(y)))
+        values, places = torch.sort(y, dim=1)
+        return m.d(values * y) + y.norm(), places
+
+    stock, fused = _pair(
+        lambda: By(
+            forward, a=nn.Linear(6, 8), b=nn.Linear(8, 5), c=nn.Linear(6, 5), d=nn.Linear(5, 3), drop=nn.Dropout(0.2),
+            norm=nn.BatchNorm1d(5),
+        )
+    )  # fmt: skip
+    for twice in (False, True):
+        _compare(stock, fused, [torch.randn(7, 6, dtype=torch.float64)], 1e-8, twice)
+    assert len(_networks(fused)) == 3
+
+
+def test_borders_that_write_or_draw_leave_the_order_alone(passes: set[int]) -> None:
+    def draws(m: Any, x: Tensor) -> Tensor:
+        y = m.drop(torch.relu(m.a(x)))
+        z = torch.rand_like(x).sum() + m.drop(torch.relu(m.b(x)))
+        return m.drop(m.c(y + z))
+
+    def writes(m: Any, x: Tensor) -> Tensor:
+        y = torch.relu(m.a(x))
+        z = m.c(y)
+        y[:, 0] = 0.5
+        return z + m.c(torch.sigmoid(m.b(x)) + y.sum())
+
+    for forward in (draws, writes):
+        stock, fused = _pair(
+            lambda forward=forward: By(
+                forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4), drop=nn.Dropout(0.5)
+            )
+        )
+        x = torch.randn(5, 4, dtype=torch.float64)
+        if forward is writes:
+            for model in (stock, fused):
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    model(x).sum().backward()
+            assert_close(fused(x), stock(x))
+        else:
+            _compare(stock, fused, [x], 1e-9)
+
+
+def _two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.3))
+
+
+def test_backward_again(passes: set[int]) -> None:
+    stock, fused = _pair(_two_layers)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    results = []
+    for model in (stock, fused):
+        torch.manual_seed(0)
+        y = model(x).square().sum()
+        first = torch.autograd.grad(y, list(model.parameters()), retain_graph=True)
+        results.append((first, torch.autograd.grad(y, list(model.parameters()))))
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            y.backward()
+    assert_close(*results)
+
+
+def test_saved_memory_goes_after_backward(passes: set[int]) -> None:
+    _, fused = _pair(_two_layers)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    y = fused(x)
+    assert len(passes) == 1
+    y.sum().backward()
+    assert not passes  # although y is still there
+    reference = weakref.ref(x)
+    del x
+    gc.collect()
+    assert reference() is None
+    y = fused(torch.randn(6, 4, dtype=torch.float64))
+    assert len(passes) == 1
+    del y
+    assert not passes  # without any backward
+
+
+def test_many_at_once(passes: set[int]) -> None:
+    stock, fused = _pair(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.LayerNorm(4)))
+    results = []
+    for model in (stock, fused):
+        y = torch.ones(2, 4, dtype=torch.float64)
+        for _ in range(600):
+            y = model(y)
+        results.append((y, torch.autograd.grad(y.square().sum(), list(model.parameters()))))
+    assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_threads(passes: set[int]) -> None:
+    stock, fused = _pair(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8)))
+    x = torch.randn(16, 8, dtype=torch.float64)
+    expected = torch.autograd.grad(stock(x).square().sum(), list(stock.parameters()))
+    fused(x)
+    failed = []
+
+    def work() -> None:
+        for _ in range(50):
+            found = torch.autograd.grad(fused(x).square().sum(), list(fused.parameters()))
+            failed.append(not all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True)))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(failed) == 200
+    assert not any(failed)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "3.weight"])
+def test_weights_that_change_before_backward(name: str, passes: set[int]) -> None:
+    stock, fused = _pair(_two_layers)
+    for model in (stock, fused):
+        y = model(torch.randn(6, 4, dtype=torch.float64, requires_grad=True))
+        with torch.no_grad():
+            model.get_parameter(name).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_biases_may_change_before_backward(passes: set[int]) -> None:
+    models = _pair(_two_layers)
+    results = []
+    for model in models:
+        torch.manual_seed(0)
+        y = model(torch.ones(6, 4, dtype=torch.float64).cumsum(0))
+        with torch.no_grad():
+            for name in ("0.bias", "2.bias", "3.bias"):
+                model.get_parameter(name).add_(1)
+        results.append(torch.autograd.grad(y.square().sum(), list(model.parameters())))
+    assert_close(*results)
+    y = models[1](torch.randn(6, 4, dtype=torch.float64))
+    with torch.no_grad():
+        models[1].get_parameter("0.bias").add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), list(models[1].parameters()), create_graph=True)
+
+
+def test_an_input_that_changes_before_backward(passes: set[int]) -> None:
+    stock, fused = _pair(_two_layers)
+    for model in (stock, fused):
+        x = torch.randn(6, 4, dtype=torch.float64)
+        y = model(x)
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_two_forwards_before_backward(passes: set[int]) -> None:
+    """Running statistics change in between, and are not needed."""
+    stock, fused = _pair(_two_layers)
+    results = []
+    for model in (stock, fused):
+        torch.manual_seed(3)
+        some = [model(torch.randn(6, 4, dtype=torch.float64)) for _ in range(2)]
+        results.append(torch.autograd.grad(some[0].sum() + some[1].square().sum(), list(model.parameters())))
+    assert_close(*results)
+    assert_close(fused.state_dict(), stock.state_dict())
+
+
+@pytest.mark.parametrize("how", ["save_on_cpu", "checkpoint", "reentrant", "copies"])
+def test_hooks_of_saved_tensors(how: str, passes: set[int]) -> None:
+    stock, fused = _pair(_two_layers)
+    results = []
+    for model in (stock, fused):
+        torch.manual_seed(4)
+        x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+        if how == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                y = model(x)
+        elif how == "copies":
+            with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+                y = model(x)
+        else:
+            y = checkpoint(model, x, use_reentrant=how == "reentrant")
+        y.square().sum().backward()
+        results.append([p.grad for p in (x, *model.parameters())])
+    assert_close(*results)
+
+
+def test_settings_and_ties_that_change_are_seen(passes: set[int]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.drop(torch.tanh(m.a(F.pad(m.pool(x), (0, 1))))))
+
+    stock, fused = _pair(
+        lambda: By(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), drop=nn.Dropout(0.2), pool=nn.AvgPool1d(3, 2))
+    )
+    for model in (stock, fused):
+        model.b.weight = model.a.weight  # type: ignore[union-attr]
+    x = torch.randn(3, 5, 7, dtype=torch.float64)
+    _compare(stock, fused, [x], 1e-9)
+    for model in (stock, fused):
+        model.drop.p = 0.7  # type: ignore[union-attr]
+        model.pool.padding = 1  # type: ignore[union-attr]
+        model.a.in_features = 5  # type: ignore[union-attr]
+    x = torch.randn(3, 5, 5, dtype=torch.float64)
+    _compare(stock, fused, [x], 1e-9)
+    for model in (stock, fused):
+        model.b.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.float64))  # type: ignore[union-attr]
+    _compare(stock, fused, [x], 1e-9)
+    assert len(_networks(fused)) == 1
+
+
+def test_models_that_are_alike(passes: set[int]) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        stock = _two_layers().double()
+        fused = fastnn.fuse(copy.deepcopy(stock))
+        _compare(stock, fused, [torch.randn(6, 4, dtype=torch.float64)], 1e-9)
+        assert len(_networks(fused)) == 1
+
+
+def test_some_parameters_and_outputs_without_gradients(passes: set[int]) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = torch.relu(m.a(x))
+        return m.b(y), torch.sigmoid(m.c(x)), m.d(torch.relu(m.c(x)))
+
+    stock, fused = _pair(
+        lambda: By(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4), d=nn.Linear(4, 4))
+    )
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for model in (stock, fused):
+        for name in ("c", "a"):
+            model.get_submodule(name).requires_grad_(False)
+        outputs = model(x)
+        assert [y.requires_grad for y in outputs] == [True, False, True]
+        model.zero_grad()
+        outputs[2].sum().backward()
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == {"d.weight", "d.bias"}
+    assert_close(fused.d.weight.grad, stock.d.weight.grad)  # type: ignore[union-attr]
+    assert _networks(fused)
+
+
+def test_what_operators_refuse_runs_layer_by_layer() -> None:
+    stock, fused = _pair(_two_layers)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    _compare(stock, fused, [x], 1e-9)
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            fused(x[:, :3])
+        for model in (stock, fused):
+            with pytest.raises(ValueError, match="more than 1 value per channel"):
+                model(x[:1])
+    _compare(stock, fused, [x], 1e-9)
+    stock, fused = _pair(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Dropout(0.3)))
+    for model in (stock, fused):
+        model.to(torch.bfloat16)
+    _compare(stock, fused, [x.bfloat16()], 0.1)
+    for model in (stock, fused):
+        model.to("meta")
+    assert fused(x.to("meta")).shape == (6, 6)
+    assert fused(torch.randn(0, 3, 4, device="meta")[:, 0]).shape == (0, 6)
+
+
+def test_transforms_autocast_and_no_grad() -> None:
+    make: Callable[[], nn.Module] = lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2), nn.LayerNorm(2))  # noqa: E731
+    stock, fused = _pair(make, torch.float32)
+    x = torch.randn(6, 4)
+    results: list[Any] = []
+    for model in (stock, fused):
+        own = dict(model.named_parameters())
+
+        def loss(parameters: Any, x: Tensor, model: nn.Module = model) -> Tensor:
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+        with torch.no_grad():
+            found = [model(x)]
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(x).float())
+        found += torch.func.grad(loss)(own, x).values()
+        found += torch.func.vmap(torch.func.grad(loss), (None, 0))(own, x).values()
+        found.append(torch.func.jvp(lambda x, model=model: model(x), (x,), (torch.ones_like(x),))[1])
+        y = model(x).sum(0)
+        found += torch.autograd.grad(y, list(own.values()), torch.eye(2), is_grads_batched=True)
+        results.append(found)
+    assert_close(*results, rtol=1e-2, atol=1e-2)
+
+
+def test_copies_and_pickles_of_a_model_that_has_run() -> None:
+    stock, fused = _pair(_two_layers)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    fused(x)
+    fused.load_state_dict(stock.state_dict())
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        _compare(copy.deepcopy(stock), other, [x], 1e-9)
+        assert _networks(other)
+
+
+def test_few_stock_layers_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    _, fused = _pair(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)))
+    fused(torch.randn(6, 4, dtype=torch.float64))
+    assert not _networks(fused)
+
+
+def test_the_raw_operators_are_safe() -> None:
+    x, parameters = torch.randn(4, 3), [torch.randn(2, 3), torch.randn(2)]
+    text = "fastnn.network 1\ninput -> x\nweight -> w\nweight -> b\nlinear input=x weight=w bias=b -> y\noutput input=y"
+    run, forward = torch.ops.fastnn.network_backward, torch.ops.fastnn.network_with_pass
+
+    def arguments() -> list[Any]:
+        outputs, number = forward([x], parameters, text)
+        return [[torch.ones_like(outputs[0])], number, [x], parameters, [0, 1]]
+
+    of_x, of_weight = run(*arguments())
+    assert_close(of_x, parameters[0].sum(0).expand(4, 3))
+    assert_close(of_weight, x.sum(0).expand(2, 3))
+    torch.library.opcheck(forward.default, ([x], parameters, text), test_utils=("test_faketensor",))
+    for check in ("test_schema", "test_faketensor"):
+        torch.library.opcheck(run.default, tuple(arguments()), test_utils=(check,))
+    again = arguments()
+    assert_close(run(*again), run(*again))
+    assert torch.ops.fastnn.network_draws(again[1]) == []
+    for place, value in (
+        *((0, value) for value in ([], [torch.ones(4, 3)], [torch.ones(4, 2).double()])),
+        *((1, value) for value in (torch.tensor([-1]), torch.tensor(1.0))),
+        *((2, value) for value in ([], [x, x], [x.double()])),
+        *((3, value) for value in ([], parameters[:1], [parameters[1]] * 2, [p.double() for p in parameters])),
+        *((4, value) for value in ([-1], [3], [1, 0], [0, 0], [2**62])),
+    ):
+        bad = arguments()
+        bad[place] = value
+        with pytest.raises(RuntimeError):
+            run(*bad)
+    (nothing,) = run([None], *arguments()[1:4], [1])
+    assert nothing.shape == (0,)
+    parameters[0].resize_(3, 3)
+    with pytest.raises(RuntimeError):
+        run(*again)
