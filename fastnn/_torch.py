@@ -66,6 +66,8 @@ def functions_are_watched() -> bool:
     return bool(_count_of_function_modes()) and any(type(mode) is not _device_context for mode in _function_modes())
 
 
+# Whether the backward that is running keeps the graph, as ``retain_graph=True`` asks.
+backward_may_run_again: Callable[[], bool] = _private("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
 _top_hooks: Callable[[bool], Any] = _private("_C._autograd._top_saved_tensors_default_hooks", lambda ignored: True)
 
 

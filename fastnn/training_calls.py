@@ -113,7 +113,7 @@ def _from_outputs(
             gradients: list[Tensor]
             if binding.flat is not None:
                 wanted = [len(inputs) + i for i, group in enumerate(binding.layout[::2]) if group >= 0]
-                gradients = network_backward(own, saved, inputs, binding.parameters, wanted)
+                gradients = network_backward(own, saved, inputs, binding.parameters, wanted, True)
                 for view, gradient in zip(binding.flat.of_program, gradients, strict=True):
                     view.copy_(gradient)
             else:

@@ -340,7 +340,7 @@ class Hostile:
             wanted = sorted(self.random.sample(range(1 + len(parameters)), self.random.randint(0, len(parameters))))
             if self.maybe(0.2):
                 wanted.append(self.random.choice([-1, 0, len(parameters) + 1, self.huge()]))
-            return "network_backward", [given, kept, [input], parameters, wanted]
+            return "network_backward", [given, kept, [input], parameters, wanted, self.maybe(0.5)]
         if self.maybe(0.1):
             return "network_draws", [kept]
         return "training_step_backward", [given, kept, parameters, [], layout, numbers_of_step, self.maybe(0.5)]

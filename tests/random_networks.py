@@ -441,7 +441,7 @@ def check_training(seed: int) -> None:
         with using_threads(1 + seed % 2):
             outputs, kept = torch.ops.fastnn.network_with_pass(inputs, own, net.text)
             given = [gradient.to(dtype) for gradient in gradients]
-            both = torch.ops.fastnn.network_backward(given, kept, inputs, own, range(len(leaves)))
+            both = torch.ops.fastnn.network_backward(given, kept, inputs, own, range(len(leaves)), False)
             found = torch.ops.fastnn.training_step_backward(given, kept, own, [], layout, numbers, True)
         pairs = [(one, other.detach()) for one, other in zip(outputs, expected, strict=True)]
         pairs += [(one, other) for one, other in zip(found, wanted, strict=True) if other is not None]

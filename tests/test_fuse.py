@@ -664,8 +664,8 @@ def test_bad_calls() -> None:
 def test_what_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastnn.graph import trial
 
-    times = [[1.0, 2.0], [3e-3, 2e-3], [1.0, 2.0]]  # of both candidates, and of the whole model
-    monkeypatch.setattr(trial, "_time", lambda ours, stock: times[len(seen) - 1] if not seen.append(ours()) else None)
+    times = [[1.0, 2.0], [3e-3, 2e-3], [1.0, 1.0, 2.0]]  # of both candidates, and of the whole model
+    monkeypatch.setattr(trial, "_time", lambda ours, *_: times[len(seen) - 1] if not seen.append(ours()) else None)
     seen: list[Any] = []
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 4)).eval()
     fused = fused_copy(model, image())
@@ -683,8 +683,8 @@ def test_what_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_model_that_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastnn.graph import trial
 
-    times = iter([[1.0, 2.0], [1.0, 2.0], [3e-3, 2e-3]])
-    monkeypatch.setattr(trial, "_time", lambda ours, stock: (ours(), next(times))[1])
+    times = iter([[1.0, 2.0], [1.0, 2.0], [3e-3, 3e-3, 2e-3]])
+    monkeypatch.setattr(trial, "_time", lambda ours, *_: (ours(), next(times))[1])
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 4)).eval()
     fused = fused_copy(model, image())
     report = fastnn.explain(fused, image())

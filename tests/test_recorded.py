@@ -503,7 +503,7 @@ def test_the_raw_operators_are_safe() -> None:
 
     def arguments() -> list[Any]:
         outputs, number = forward([x], parameters, text)
-        return [[torch.ones_like(outputs[0])], number, [x], parameters, [0, 1]]
+        return [[torch.ones_like(outputs[0])], number, [x], parameters, [0, 1], False]
 
     of_x, of_weight = run(*arguments())
     assert_close(of_x, parameters[0].sum(0).expand(4, 3))
@@ -525,8 +525,36 @@ def test_the_raw_operators_are_safe() -> None:
         bad[place] = value
         with pytest.raises(RuntimeError):
             run(*bad)
-    (nothing,) = run([None], *arguments()[1:4], [1])
+    (nothing,) = run([None], *arguments()[1:4], [1], True)
     assert nothing.shape == (0,)
     parameters[0].resize_(3, 3)
     with pytest.raises(RuntimeError):
         run(*again)
+
+
+@pytest.mark.parametrize("how", ["fuse", "training_step"])
+def test_flat_weights_that_a_user_has_changed(how: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.tanh(m.rnn(m.a(x))[0]))
+
+    stock, fused = _pair(lambda: By(forward, a=nn.Linear(4, 4), rnn=nn.GRU(4, 4), b=nn.Linear(4, 4)))
+    x, y = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (stock, fused)]
+    step = fastnn.training_step(fused, F.mse_loss, optimizers[1]) if how == "training_step" else None
+
+    def train() -> None:
+        for model, optimizer in zip((stock, fused), optimizers, strict=True):
+            if model is fused and step is not None:
+                step(x, y)
+                continue
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+        assert_close(fused.state_dict(), stock.state_dict())
+
+    train()
+    own = torch.randn(12, 4, dtype=torch.float64)
+    for model in (stock, fused):
+        model.rnn._flat_weights[0] = own.clone()  # type: ignore[union-attr]
+    train()
+    train()

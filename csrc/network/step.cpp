@@ -243,7 +243,7 @@ const std::vector<const T*>& backward(TrainingPass<T>& pass, const TensorList& o
                                       const TensorList& parameters, const StepNumbers& numbers) {
   std::vector<char> wanted(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) wanted[i] = numbers.wanted(i);
-  pass.backward(output_gradients, wanted, {});
+  pass.backward(output_gradients, wanted, {}, true);
   const std::vector<const T*>& gradients = pass.gradients(wanted);
   for (size_t i = 0; i < parameters.size(); ++i) {
     FASTNN_CHECK(!wanted[i] || gradients[i] || parameters[i].numel() == 0, kOp,

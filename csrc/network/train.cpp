@@ -24,7 +24,7 @@ std::tuple<TensorList, Tensor> network_with_pass(const TensorList& inputs, const
 }
 
 TensorList network_backward(const std::vector<OptionalTensor>& gradients, const Tensor& number, const TensorList& inputs,
-                            const TensorList& parameters, const Ints& wanted) {
+                            const TensorList& parameters, const Ints& wanted, bool last) {
   const size_t first = inputs.size(), count = first + parameters.size();
   std::vector<char> of_inputs(first), of_parameters(parameters.size());
   for (size_t i = 0; i < wanted.size(); ++i) {
@@ -33,7 +33,7 @@ TensorList network_backward(const std::vector<OptionalTensor>& gradients, const 
     const size_t place = static_cast<size_t>(wanted[i]);
     (place < first ? of_inputs[place] : of_parameters[place - first]) = 1;
   }
-  return TakenPass(number, true).with_dtype([&](auto& taken) {
+  return TakenPass(number, !last).with_dtype([&](auto& taken) {
     using T = typename std::decay_t<decltype(taken)>::Element;
     FASTNN_CHECK(inputs.size() == taken.inputs.size(), kTrainingStep, ": expected the ", taken.inputs.size(),
                  " inputs of the forward, got ", inputs.size());
@@ -43,7 +43,7 @@ TensorList network_backward(const std::vector<OptionalTensor>& gradients, const 
     }
     taken.check_unchanged(parameters);
     TrainingPass<T>& run = *taken.pass;
-    run.backward(check_output_gradients<T>(run, gradients), of_parameters, of_inputs);
+    run.backward(check_output_gradients<T>(run, gradients), of_parameters, of_inputs, last);
     TensorList result;
     for (const int64_t one : wanted) {
       const size_t place = static_cast<size_t>(one);
@@ -70,10 +70,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "network_with_pass(Tensor[] inputs, Tensor(a!)[] parameters, str program) -> (Tensor[] outputs, Tensor number)");
   // gradients: those of the outputs. inputs, parameters: those of the forward. wanted: the numbers of those whose
   // gradients are returned, in ascending order, the inputs' first. A gradient on which no output depends has no elements
-  // and one dimension.
+  // and one dimension. last: forget the pass.
   m.def(
-      "network_backward(Tensor?[] gradients, Tensor number, Tensor[] inputs, Tensor[] parameters, int[] wanted)"
-      " -> Tensor[] gradients");
+      "network_backward(Tensor?[] gradients, Tensor number, Tensor[] inputs, Tensor[] parameters, int[] wanted,"
+      " bool last) -> Tensor[] gradients");
   // The random numbers that the forward of this number has drawn, a tensor for each layer that has drawn some.
   m.def("network_draws(Tensor number) -> Tensor[]");
 }

@@ -73,8 +73,10 @@ class TrainingPass {
   }
 
   // gradients: those of the outputs, undefined where there is none. wanted: for each parameter, whether its gradient is
-  // wanted; inputs_wanted: the same for each input. Backward may run again after the same forward.
-  void backward(const TensorList& gradients, const std::vector<char>& wanted, const std::vector<char>& inputs_wanted) {
+  // wanted; inputs_wanted: the same for each input. last: whether backward will not run again after this forward, so that
+  // what was saved is freed as soon as it has been used.
+  void backward(const TensorList& gradients, const std::vector<char>& wanted, const std::vector<char>& inputs_wanted,
+                bool last) {
     const TensorsInKeptMemory kept;
     std::vector<char> needed(values_.size());
     for (size_t i = 0; i < parameters_.size(); ++i) needed[at(parameters_[i])] = wanted[i];
@@ -97,10 +99,14 @@ class TrainingPass {
       given.clear();
       bool any = false;
       for (const int64_t output : layer.outputs) {
-        given.push_back(of_values_[at(output)].tensor.borrow());
+        const Gradient<T>& own = of_values_[at(output)];
+        given.push_back(own.tensor.defined() || own.memory ? as_tensor(output, own) : Tensor());
         any = any || given.back().defined();
       }
-      if (!any || !needed[at(layer.outputs[0])]) continue;
+      if (!any || !needed[at(layer.outputs[0])]) {
+        finish(layer, last);
+        continue;
+      }
       results.clear();
       results.resize(layer.inputs.size());
       for (size_t i = 0; i < layer.inputs.size(); ++i) flags[i] = needed[at(layer.inputs[i])];
@@ -110,6 +116,7 @@ class TrainingPass {
           add(layer.inputs[i], std::move(results[i]));
         }
       }
+      finish(layer, last);
     }
   }
   // The gradients of the parameters for which they are wanted, each in the order of the parameter's elements; null for
@@ -199,6 +206,15 @@ class TrainingPass {
     }
     layers_ = std::move(kept);
     for (const auto& layer : layers_) most_inputs_ = std::max(most_inputs_, layer->inputs.size());
+  }
+
+  // Frees the gradients of a layer's outputs, and what the layer has saved.
+  void finish(TrainingLayer<T>& layer, bool last) {
+    for (const int64_t output : layer.outputs) {
+      of_values_[at(output)] = {};
+      if (last) values_[at(output)] = Tensor();
+    }
+    if (last) layer.release();
   }
 
   void add(int64_t value, Gradient<T> gradient) {

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, is_grad_enabled, nn
 
-from fastnn._torch import functions_are_watched
+from fastnn._torch import functions_are_watched, is_tracing
 from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join
@@ -63,6 +63,7 @@ class _Token:
     """
 
 
+STRETCHES = "stretches"  # the key in `left` of all stretches of layers under autograd (recorded.py)
 _MOST_TRACES = 8  # the most traces of a module that are kept, each for a state to which the module may return
 _FREE_TRIES = 8  # After so many tries of a module that has changed, tracing may only take this part of the time:
 _MOST_TIME = 0.01
@@ -370,7 +371,7 @@ class FusedForward(FusedModule):
             trace, args, kwargs = self._look_closer(args, kwargs)
             if trace is None:
                 return self.stock(*args, **kwargs)
-        recorded = trace.recorded(self.module) if is_grad_enabled() else None
+        recorded = trace.recorded(self.module) if _may_record(self.left) else None
         if trace.is_idle and recorded is None:
             return self.stock(*args)
         for arg in args:
@@ -382,7 +383,7 @@ class FusedForward(FusedModule):
             trace = self.trace()
             if trace is None:
                 return self.stock(*args)
-            recorded = trace.recorded(self.module) if is_grad_enabled() else None
+            recorded = trace.recorded(self.module) if _may_record(self.left) else None
             if trace.is_idle and recorded is None:
                 return self.stock(*args)
         if observer is not None and _observing == threading.get_ident():
@@ -434,6 +435,12 @@ class FusedForward(FusedModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.forget()
+
+
+def _may_record(left: dict[Any, str]) -> bool:
+    """Whether autograd may record a call, stretches of layers have not been left as single layers, and nobody writes
+    down which operators run."""
+    return is_grad_enabled() and STRETCHES not in left and not is_tracing() and not is_exporting()
 
 
 def _count_references() -> int:

@@ -27,7 +27,7 @@ from fastnn.ops.network_training import TrainedNetwork, train_network
 
 # What a call of a node costs besides its arithmetic, forward and backward, in calls of torch's functions: a function of
 # autograd that is written in Python costs 30 us, one of torch's own about 6, and a stretch about 60.
-_COST_IN_PYTHON, _LEAST_COST = 5, 10
+_COST_IN_PYTHON, _LEAST_COST = 5, 11
 _MOST_REFUSALS = 3  # After so many refusals of the operators, a stretch's layers run one by one at once.
 _ROOT = "fastnn_module"  # the name of the graph's input that is the module itself
 
@@ -217,7 +217,7 @@ class _Reading:
             return isinstance(self.modules[str(node.target)], (nn.RNNBase, nn.RNNCellBase))
         return str(getattr(node.target, "__module__", "")).startswith("fastnn.ops")
 
-    # ---- and what becomes of it ---------------------------------------------------------------------------------------
+    # ---- and what becomes of it --------------------------------------------------------------------------------------
 
     def recorded(self) -> Recorded | None:
         """Writes the graph anew, with a call for each stretch."""

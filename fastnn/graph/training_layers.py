@@ -72,7 +72,7 @@ class Reader:
         self.tensors: dict[Node, tuple[Any, Any]] = {}  # where nodes that are tensors of the model are found
         self.done: set[Node] = set()  # nodes that were read with one before
         self.lines: list[Line] = []
-        self.sources: list[tuple[dict[str, Any], str]] = []
+        self.sources: list[tuple[Any, Any]] = []
         self.guard = Guard()
         self.counters: list[tuple[Any, str]] = []
         self.draws = False
@@ -511,6 +511,10 @@ def _recurrent(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) ->
     features = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 1 + is_lstm]
     states = _states(read, hx, features)
     weights = [value for name in layer._flat_weights_names for value in read.own(layer, name)]
+    flat = layer._flat_weights  # stock reads this list, which a user may change by itself
+    if len(flat) != len(weights) or any(one.tensor is not other for one, other in zip(weights, flat, strict=True)):
+        raise NotANetworkError(f"{node.name} has other weights than its parameters")
+    read.sources += [(flat, place) for place in range(len(flat))]
     drops = float(layer.dropout) if layer.training else 0.0
     inputs = {
         "input": [read.data(x)],
@@ -535,7 +539,8 @@ def _recurrent(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) ->
     else:
         read.parts[node] = [outputs[0], outputs[1:] if is_lstm else outputs[1]]
     read.draws = read.draws or drops > 0
-    read.note(module, "dropout", "training", "batch_first", "num_layers", "bidirectional", "mode", "proj_size", "bias")
+    names = ("dropout", "training", "batch_first", "num_layers", "bidirectional", "mode", "proj_size", "bias")
+    read.note(module, *names, "_flat_weights", "_flat_weights_names")
 
 
 def _cell(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) -> None:

@@ -26,7 +26,7 @@ class TrainingProgram:
 
     text: str
     # Where each tensor that the program reads is found. The model may hold one tensor at several places.
-    sources: list[tuple[dict[str, Any], str]]
+    sources: list[tuple[Any, Any]]
     parameters: list[int]  # of each of the program's weights, the source that is its first
     inputs: int
     outputs: Any  # what the forward returns, with numbers of the program's outputs in the place of tensors

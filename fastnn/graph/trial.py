@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fastnn._torch import pytree
 from fastnn.graph import forward
-from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, Trace, key_of
+from fastnn.graph.forward import STRETCHES, FusedForward, FusedModule, FusedRecurrent, Trace, key_of
 from fastnn.graph.matcher import Match
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 
@@ -57,16 +58,20 @@ class _Trial:
         self.tried: list[Any] = []  # the keys of all candidates
 
     def settle(self, twin: nn.Module, stock: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Leaves all candidates unfused where each is faster but the whole model is not, since comparing the model with
-        its trace takes time at every call. twin, stock: copies of the model, fused and unfused."""
+        """Chooses among the whole models: with stretches of layers as one function of autograd each, with the
+        candidates that are faster by themselves, or stock, since comparing the model with its trace takes time at every
+        call. twin, stock: copies of the model, fused and unfused."""
         kept = [key for key in self.tried if key not in self.left]
-        if not kept:
-            return
-        for module in twin.modules():
-            fused = module.__dict__.get("forward")
-            if isinstance(fused, FusedForward):
-                fused.forget()
-        parameters = {model: [p for p in model.parameters() if p.requires_grad] for model in (twin, stock)}
+        single = copied(twin)
+        for model in (twin, single):
+            for module in model.modules():
+                fused = module.__dict__.get("forward")
+                if isinstance(fused, FusedForward):
+                    fused.forget()
+                    if model is single:
+                        fused.left = {**fused.left, STRETCHES: ""}
+        models = (twin, single, stock)
+        parameters = {model: [p for p in model.parameters() if p.requires_grad] for model in models}
 
         def step(model: nn.Module) -> None:
             trains = self.training and bool(parameters[model])
@@ -77,14 +82,18 @@ class _Trial:
                 ones = [torch.ones_like(t) for t in wanted]
                 torch.autograd.grad(wanted, parameters[model], ones, allow_unused=True)
 
-        step(twin)
-        step(stock)
-        our_time, stock_time = _time(lambda: step(twin), lambda: step(stock))
-        if our_time >= stock_time:
-            words = (
-                f"the whole model is as fast without it: {_microseconds(stock_time)}, {_microseconds(our_time)} fused"
-            )
-            self.left.update(dict.fromkeys(kept, f"{words} ({'training' if self.training else 'inference'})"))
+        for model in models:
+            step(model)
+        together, apart, stock_time = _time(*(functools.partial(step, model) for model in models))
+        if self.training:
+            if together < min(apart, stock_time):
+                return
+            words = f"{_microseconds(min(apart, stock_time))}, {_microseconds(together)} with them"
+            self.left[STRETCHES] = f"the whole model is as fast without them: {words} (training)"
+        if apart >= stock_time:
+            words = f"the whole model is as fast without it: {_microseconds(stock_time)}"
+            mode = "training" if self.training else "inference"
+            self.left.update(dict.fromkeys(kept, f"{words}, {_microseconds(apart)} fused ({mode})"))
 
     def see_trace(self, module: nn.Module, trace: Trace, inputs: Sequence[Tensor]) -> Any:
         return _TrialRun(module, trace, self).run(*inputs, *trace.further_inputs())
@@ -144,7 +153,7 @@ class _Trial:
                 self.left[key] = f"it cannot run on these inputs: {error}"
                 return
         if not _agree(*results):
-            self.left[key] = "on the example, its results are not stock's"
+            self.left[key] = self.left[STRETCHES] = "on the example, its results are not stock's"
             return
         our_time, stock_time = _time(lambda: step(ours), lambda: step(stock))
         if our_time >= stock_time:

@@ -119,6 +119,7 @@ def eager_recorder(function: type[torch.autograd.Function]) -> Callable[..., tup
     def eager_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         for grad in grads:
             if grad is not None and is_legacy_batchedtensor(grad):
+                ctx.is_batched = True  # backward runs several times
                 return one_by_one(lambda *rows: function.backward(ctx, *rows), grads)
         return function.backward(ctx, *grads)
 

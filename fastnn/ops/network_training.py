@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn._extension import load_extension
-from fastnn._torch import direct_call
+from fastnn._torch import backward_may_run_again, direct_call
 from fastnn.activations import parse_one
 from fastnn.network_program import TextLine, read
 from fastnn.ops._autograd import check_same_device, eager_recorder, gradients_by_reference
@@ -100,7 +100,8 @@ def _read_again(line: TextLine, depends: Mapping[str, bool]) -> list[str]:
         if line.layer == "binary" and line["function"] == "div":
             names = ("input", "other")
         elif line.layer != "binary" or line["function"] == "mul":
-            return [a for a, b in ((first, second), (second, first)) for a in a if any(depends[one] for one in b)]
+            of_both = ((first, second), (second, first))
+            return [one for some, others in of_both for one in some if any(depends[other] for other in others)]
     elif line.layer == "batch_norm" and not line["trains"]:
         names = (*names, "mean", "variance")
     elif line.layer == "activation" and parse_one(line["activation"]).kind.derived_from == "input":
@@ -150,7 +151,9 @@ class Network(torch.autograd.Function):
         if torch.is_grad_enabled():
             return Network._backward_to_differentiate(ctx, grads, number, tensors, rest)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        found = network_backward(grads, number, tensors[: program.inputs], tensors[program.inputs :], wanted)
+        inputs, parameters = tensors[: program.inputs], tensors[program.inputs :]
+        last = not backward_may_run_again() and not hasattr(ctx, "is_batched")
+        found = network_backward(grads, number, inputs, parameters, wanted, last)
         result: list[Tensor | None] = [None] * (1 + len(tensors))
         for i, gradient in zip(wanted, found, strict=True):
             if gradient.numel() or not tensors[i].numel():
@@ -231,7 +234,12 @@ def _(inputs: list[Tensor], parameters: list[Tensor], program: str) -> tuple[lis
 
 @raw_operator("network_backward")
 def _(
-    gradients: list[Tensor | None], number: Tensor, inputs: list[Tensor], parameters: list[Tensor], wanted: list[int]
+    gradients: list[Tensor | None],
+    number: Tensor,
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    wanted: list[int],
+    last: bool,
 ) -> list[Tensor]:
     check_same_device(*gradients, number, *inputs, *parameters)
     tensors = [*inputs, *parameters]

@@ -126,7 +126,8 @@ class OwnCalls(TorchDispatchMode):
 
     def check(self, operator: str, steps: int) -> None:
         """Check that an operator ran backward in so many steps at least; for none, that no operator was called."""
-        backward = self.counts[f"{operator}_backward"] + self.counts["bound_training_step"]
+        of_all = self.counts["network_backward"] + self.counts["bound_training_step"]
+        backward = self.counts[f"{operator}_backward"] + of_all
         assert backward >= steps if steps else not self.counts, self.counts
 
 

@@ -37,7 +37,8 @@ class ActivationTraining : public UnaryTraining<T> {
     });
     return result;
   }
-  void forget() override { output_ = from_ = Tensor(); }
+  void release() override { output_ = from_ = Tensor(); }
+  void forget() override { release(); }
 
  private:
   std::string text_;
@@ -134,7 +135,8 @@ class DropoutTraining : public UnaryTraining<T> {
   }
   Tensor gradient_of(const Tensor& gradient) override { return combined<T>(BinaryKind::mul, gradient, scales_); }
   Tensor drawn() const override { return scales_; }
-  void forget() override { scales_ = Tensor(); }
+  void release() override { scales_ = Tensor(); }
+  void forget() override { release(); }
 
  private:
   double drops_;

@@ -146,7 +146,8 @@ class ConvTraining : public AnyConvTraining<T> {
     }
     this->give(all, wanted, results);
   }
-  void forget() override { output_ = winners_ = convolved_ = Tensor(); }
+  void release() override { output_ = winners_ = convolved_ = Tensor(); }
+  void forget() override { release(); }
 
  private:
   // Whether the kernel is one pixel and has strides. For such kernels torch's library writes the weight's gradient out
@@ -347,6 +348,7 @@ class BatchNormTraining : public TrainingLayer<T> {
       running_variance[c] = momentum * (data<T>(variance_)[c] * unbiased) + (1 - momentum) * running_variance[c];
     }
   }
+  void release() override { output_ = winners_ = Tensor(); }
   void forget() override {
     for (Tensor* tensor : {&output_, &winners_, &mean_, &variance_, &inverse_deviation_}) *tensor = Tensor();
   }

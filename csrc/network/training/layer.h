@@ -35,6 +35,8 @@ class TrainingLayer {
   // gradients: those of the outputs, undefined where nothing depends on an output; at least one is defined. Sets the
   // results of the inputs that are wanted.
   virtual void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) = 0;
+  // Frees what only backward needs, which has run for the last time.
+  virtual void release() {}
   // Writes other results of a step than gradients, such as running statistics, when nothing can fail any more.
   virtual void commit() {}
   virtual void forget() {}

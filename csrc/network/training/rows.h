@@ -77,12 +77,12 @@ class LinearTraining : public TrainingLayer<T> {
     } else {
       take_gradients(grad_output, wanted, results);
     }
-    if (wanted[0]) results[0].tensor = as_sizes(data<T>(grad_input_), sizes_);
   }
+  void release() override { input_ = rows_ = kept_ = Tensor(); }
   void forget() override {
     call_.reset();
     parameters_.clear();
-    input_ = rows_ = kept_ = grad_input_ = Tensor();
+    release();
     own_gradients_.reset();
   }
 
@@ -112,8 +112,10 @@ class LinearTraining : public TrainingLayer<T> {
         results[1 + layers_ + i].memory = layer.grad_bias = std::exchange(next, next + layer.out);
       }
     }
-    if (wanted[0]) grad_input_ = new_tensor(sizes_, kDtypeOf<T>);
-    run_backward<T>(chain, layers, data<T>(grad_output), wanted[0] ? mutable_data<T>(grad_input_) : nullptr);
+    Tensor grad_input;
+    if (wanted[0]) grad_input = new_tensor(sizes_, kDtypeOf<T>);
+    run_backward<T>(chain, layers, data<T>(grad_output), wanted[0] ? mutable_data<T>(grad_input) : nullptr);
+    if (wanted[0]) results[0] = {std::move(grad_input), nullptr, true};
   }
 
   void take_gradients_by_layers(const Tensor& gradient, const bool* wanted, Gradient<T>* results) {
@@ -134,7 +136,7 @@ class LinearTraining : public TrainingLayer<T> {
       if (wanted[1 + i]) results[1 + i] = {std::move(grad_weights[i]), nullptr, true};
       if (biased_ && wanted[1 + layers_ + i]) results[1 + layers_ + i] = {std::move(grad_biases[i]), nullptr, true};
     }
-    grad_input_ = std::move(input);
+    if (wanted[0]) results[0] = {reshaped(input, sizes_), nullptr, true};
   }
 
   // The elements from which on a weight's gradient is a tensor of its own, which a caller gets without a copy.
@@ -145,7 +147,7 @@ class LinearTraining : public TrainingLayer<T> {
   bool biased_;
   Ints sizes_;  // of the input
   TensorList parameters_;
-  Tensor input_, rows_, kept_, grad_input_;
+  Tensor input_, rows_, kept_;
   std::optional<KeptArray<T>> own_gradients_;  // of all parameters
   std::optional<MlpCall> call_;
   PerLayer<const T*> saved_;  // of each layer what backward needs
@@ -253,11 +255,14 @@ class RnnTraining : public TrainingLayer<T> {
     }
   }
   Tensor drawn() const override { return masks_ ? *masks_ : Tensor(); }
-  void forget() override {
+  void release() override {
     input_ = output_ = reserve_ = Tensor();
+    masks_.reset();
+  }
+  void forget() override {
+    release();
     state_in_.clear();
     state_.clear();
-    masks_.reset();
   }
 
  private:

@@ -16,7 +16,7 @@ class ResizingTraining : public UnaryTraining<T> {
     outputs[0] = under(this->input(), new_sizes(own_));
   }
   Tensor gradient_of(const Tensor& gradient) override {
-    kept_ = gradient.borrow();
+    kept_ = gradient;
     return under(kept_, own_);
   }
   void forget() override { kept_ = Tensor(); }
@@ -135,7 +135,7 @@ class ContiguousTraining : public UnaryTraining<T> {
  public:
   using UnaryTraining<T>::UnaryTraining;
   void forward(Tensor* outputs) override { outputs[0] = dense(this->input()); }
-  Tensor gradient_of(const Tensor& gradient) override { return gradient.borrow(); }
+  Tensor gradient_of(const Tensor& gradient) override { return gradient; }
 };
 
 template <class T>
@@ -288,7 +288,7 @@ class PadTraining : public UnaryTraining<T> {
     layer_.run({site, read, written, nothing});
   }
   Tensor gradient_of(const Tensor& gradient) override {
-    Tensor result = gradient.borrow();
+    Tensor result = gradient;
     for (size_t i = 0; i < padding_.size(); i += 2) {
       const int64_t dim = result.dim() - 1 - static_cast<int64_t>(i / 2);
       result = stock("aten::narrow", "", result, dim, padding_[i], this->input().size(dim));
