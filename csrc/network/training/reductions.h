@@ -1,6 +1,9 @@
-// Pools, means, upsampling, softmax and norms of rows in training: torch's own, forward and backward.
+// Pools, means, upsampling, softmax and norms of rows in training: torch's own, forward and backward, but for the
+// max-pool of contiguous images, which torch computes pixel by pixel.
 #pragma once
 
+#include "../../kernels/max_pool.h"
+#include "../../ops/product.h"
 #include "images.h"
 
 namespace fastnn {
@@ -153,6 +156,8 @@ class PoolTraining : public UnaryTraining<T> {
   }
   void forward(Tensor* outputs) override {
     fail_unless_rank(this->input(), static_cast<int64_t>(kernel_.size()) + (flat_ ? 1 : 2));
+    own_ = !averages && has_own_kernel();
+    if (own_) return pool(outputs);
     images_ = flat_ ? stock("aten::unsqueeze", "", this->input(), int64_t{2}) : this->input().borrow();
     const bool cube = kernel_.size() == 3;
     if constexpr (averages) {
@@ -167,6 +172,7 @@ class PoolTraining : public UnaryTraining<T> {
     outputs[0] = flat_ ? stock("aten::squeeze", "dim", output_, int64_t{2}) : output_.borrow();
   }
   Tensor gradient_of(const Tensor& gradient) override {
+    if (own_) return spread(gradient);
     const Tensor own = flat_ ? stock("aten::unsqueeze", "", gradient, int64_t{2}) : gradient.borrow();
     const bool cube = kernel_.size() == 3;
     Tensor result;
@@ -179,12 +185,78 @@ class PoolTraining : public UnaryTraining<T> {
     }
     return flat_ ? stock("aten::squeeze", "dim", result, int64_t{2}) : std::move(result);
   }
-  void forget() override { images_ = output_ = places_ = Tensor(); }
+  void release() override { images_ = output_ = places_ = winners_ = Tensor(); }
+  void forget() override { release(); }
 
  private:
+  bool has_own_kernel() const {
+    int64_t places = 1;
+    for (const int64_t size : kernel_) places = checked_product(places, size);
+    const auto is_one = [](int64_t dilation) { return dilation == 1; };
+    return kernel_.size() == 2 && places <= MaxPoolSizes::kMostPlaces && this->input().is_contiguous() &&
+           std::all_of(dilation_.begin(), dilation_.end(), is_one);
+  }
+  // Sets the sizes -> how many planes there are.
+  int64_t set_sizes() {
+    const Ints sizes = sizes_of(this->input());
+    for (size_t d = 0; d < 2; ++d) {
+      const bool is_there = d > 0 || !flat_;
+      const int64_t size = is_there ? sizes[sizes.size() - 2 + d] : 1, room = size + 2 * padding_[d] - kernel_[d];
+      int64_t count = (room + (ceil_mode_ ? stride_[d] - 1 : 0)) / stride_[d] + 1;
+      if (ceil_mode_ && (count - 1) * stride_[d] >= size + padding_[d]) --count;  // it would be all padding
+      FASTNN_CHECK(size > 0 && room + (ceil_mode_ ? stride_[d] - 1 : 0) >= 0 && count > 0, kTrainingStep,
+                   ": a pool's output would be too small for an input of size ", to_string(sizes));
+      pool_.input[d] = size;
+      pool_.output[d] = count;
+      pool_.kernel[d] = kernel_[d];
+      pool_.stride[d] = stride_[d];
+      pool_.padding[d] = padding_[d];
+    }
+    return checked_product(sizes[0], sizes[1]);
+  }
+  double work() const {
+    return static_cast<double>(pool_.output[0] * pool_.output[1]) * static_cast<double>(pool_.kernel[0] * pool_.kernel[1]);
+  }
+  void pool(Tensor* outputs) {
+    const int64_t planes = set_sizes();
+    Ints sizes = sizes_of(this->input());
+    for (size_t d = flat_ ? 1 : 0; d < 2; ++d) sizes[sizes.size() - 2 + d] = pool_.output[d];
+    output_ = new_tensor(sizes, kDtypeOf<T>);
+    winners_ = new_tensor(sizes, ScalarType::Byte);
+    const auto& kernels = max_pool_kernels().get<T>();
+    const T* const from = data<T>(this->input());
+    T* const to = mutable_data<T>(output_);
+    uint8_t* const winners = mutable_data<uint8_t>(winners_);
+    const int64_t in = pool_.input[0] * pool_.input[1], out = pool_.output[0] * pool_.output[1];
+    parallel_range(planes, work(), [&](int64_t first, int64_t last) {
+      const Scratch<T> scratch(kernels.scratch(pool_));
+      for (int64_t i = first; i < last; ++i) {
+        kernels.forward(pool_, from + i * in, scratch.get(), to + i * out, winners + i * out);
+      }
+    });
+    outputs[0] = output_.borrow();
+  }
+  Tensor spread(const Tensor& gradient) const {
+    const Tensor own = dense(gradient);
+    Tensor result = new_tensor(sizes_of(this->input()), kDtypeOf<T>);
+    const auto& kernels = max_pool_kernels().get<T>();
+    const int64_t in = pool_.input[0] * pool_.input[1], out = pool_.output[0] * pool_.output[1];
+    const T* const from = data<T>(own);
+    const uint8_t* const winners = data<uint8_t>(winners_);
+    T* const to = mutable_data<T>(result);
+    parallel_range(result.numel() / in, work(), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        std::fill_n(to + i * in, in, T(0));
+        kernels.backward(pool_, from + i * out, winners + i * out, to + i * in);
+      }
+    });
+    return result;
+  }
+
   Ints kernel_, stride_, padding_, dilation_;
-  bool ceil_mode_ = false, counts_padding_ = true, flat_;
-  Tensor images_, output_, places_;
+  bool ceil_mode_ = false, counts_padding_ = true, flat_, own_ = false;
+  MaxPoolSizes pool_;
+  Tensor images_, output_, places_, winners_;
 };
 template <class T>
 using MaxPoolTraining = PoolTraining<T, false>;
