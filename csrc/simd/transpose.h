@@ -30,22 +30,26 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
   }
 }
 
-// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns. If there are many columns, the
-// last square overlaps the one before, so that it is a whole one.
+// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns, and 0 for rows <= r < height. If there are
+// many columns, the last square overlaps the one before, so that it is a whole one.
 template <class From, class To, class Place>
-FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
-                                       const Place& place) {
+FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, int64_t rows, int64_t height,
+                                       int64_t columns, To* to, const Place& place) {
   using C = Compute<From>;
   constexpr int lanes = kLanes<C>;
-  for (int64_t r = 0; r < rows; r += lanes) {
-    const int64_t rows_left = rows - r;
+  for (int64_t r = 0; r < height; r += lanes) {
+    const int64_t rows_left = rows - r, height_left = height - r;
     for (int64_t next = 0; next < columns; next += lanes) {
       const bool last = next > 0 && columns - next < lanes;
       const int64_t c = last ? columns - lanes : next, columns_left = columns - c;
       const From* source = from + r * from_stride + c;
       Vec<C> block[lanes] = {};  // for the compiler, which warns where it does not see that all are loaded
-      if (rows_left >= lanes && columns_left >= lanes) {
-        for (int i = 0; i < lanes; ++i) block[i] = load(source + i * from_stride);
+      if (height_left >= lanes && columns_left >= lanes) {
+        if (rows_left >= lanes) {
+          for (int i = 0; i < lanes; ++i) block[i] = load(source + i * from_stride);
+        } else {
+          for (int i = 0; i < lanes; ++i) block[i] = i < rows_left ? load(source + i * from_stride) : Vec<C>{};
+        }
         transpose<C>(block);
         for (int i = 0; i < lanes; ++i) store(to + place(c + i) + r, block[i]);
         continue;
@@ -54,7 +58,7 @@ FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, in
         block[i] = i < rows_left ? load_up_to<From>(source + i * from_stride, columns_left) : Vec<C>{};
       }
       transpose<C>(block);
-      for (int i = 0; i < lanes && i < columns_left; ++i) store_up_to<To>(to + place(c + i) + r, block[i], rows_left);
+      for (int i = 0; i < lanes && i < columns_left; ++i) store_up_to<To>(to + place(c + i) + r, block[i], height_left);
     }
   }
 }
@@ -101,12 +105,12 @@ void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64
     if (lines_are_crowded(from_stride, columns)) {
       return transpose_by_lines(from, from_stride, rows, columns, to, to_stride,
                                 [&](const From* copy, int64_t height, int64_t width, To* target) {
-                                  transpose_to_places(copy, kCopiedLine, height, width, target, place);
+                                  transpose_to_places(copy, kCopiedLine, height, height, width, target, place);
                                 });
     }
   }
 #endif
-  transpose_to_places(from, from_stride, rows, columns, to, place);
+  transpose_to_places(from, from_stride, rows, rows, columns, to, place);
 }
 
 #if defined(__AVX512F__)

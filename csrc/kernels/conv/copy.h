@@ -36,7 +36,7 @@ void part_columns(const T* from, int64_t count, int64_t apart, C* to, const Plac
     return;
   }
   const int64_t rows = count / apart;
-  transpose_to_places(from, apart, rows, apart, to, place);
+  transpose_to_places(from, apart, rows, rows, apart, to, place);
   for (int64_t i = 0; i < count % apart; ++i) to[place(i) + rows] = to_compute(from[rows * apart + i]);
 }
 

@@ -82,12 +82,13 @@ class PixelsForward {
     return column % plan_.residues * plan_.run + column / plan_.residues * plan_.band.images;
   }
 
-  // Writes zeros where a row of the copy has no input: beside the input's columns, and for images beyond the last one.
-  void fill_beside(Inside columns, C* row) const {
+  // Writes zeros where a row of the copy has no input: beside the input's columns, and, unless the row is filled with
+  // them as it is copied, for images beyond the last one.
+  void fill_beside(Inside columns, C* row, bool fills_images) const {
     const int64_t places = plan_.step[1] / plan_.band.images, images = plan_.band.images;
     for (int64_t x = 0; x < smaller(columns.first, places); ++x) fill_zeros(row + place_of(x), images);
     for (int64_t x = larger(columns.last, 0); x < places; ++x) fill_zeros(row + place_of(x), images);
-    if (band_.images == images) return;
+    if (band_.images == images || fills_images) return;
     for (int64_t x = columns.first; x < columns.last; ++x) {
       fill_zeros(row + place_of(x) + band_.images, images - band_.images);
     }
@@ -110,7 +111,7 @@ class PixelsForward {
         for (int64_t c = 0; c < channels; ++c) fill_zeros(to + c * plan_.channel_step, plan_.step[1]);
         return;
       }
-      for (int64_t c = 0; c < channels && !alike; ++c) fill_beside(columns, to + c * plan_.channel_step);
+      for (int64_t c = 0; c < channels && !alike; ++c) fill_beside(columns, to + c * plan_.channel_step, layout.d[2] == 1);
       const T* row = from + place;
       const int64_t* const places = places_in_row_ + columns.first;
       if (layout.d[2] != 1) {  // channels last: a pixel of many images, or pixels that lie side by side in the copy
@@ -126,7 +127,7 @@ class PixelsForward {
       const auto place_in_row = [=](int64_t x) __attribute__((always_inline)) { return places[x]; };
       for (int64_t c = 0; c < channels; ++c, row += layout.c) {
         C* const at = to + c * plan_.channel_step;
-        images > 1 ? transpose_to_places(row, layout.n, band_.images, count, at, place_in_row)
+        images > 1 ? transpose_to_places(row, layout.n, band_.images, images, count, at, place_in_row)
                    : part_columns(row, count, plan_.residues, at, place_in_row);
       }
     });

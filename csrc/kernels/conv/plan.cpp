@@ -560,7 +560,9 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
       .take(x.band.input[2], 8);
   plan.scratch_size = memory.bytes;
   const double band_rows = x.joins_rows ? x.band.row_bands : g.conv[1];
-  const double rows = static_cast<double>(g.batch) / images * g.conv[0] * band_rows * x.band.column_bands;
+  // The last band costs as much as the others, however few images it has.
+  const double image_bands = static_cast<double>(x.band.image_bands);
+  const double rows = image_bands * g.conv[0] * band_rows * x.band.column_bands;
   const double row_vectors = x.conv_run / p.lanes * used;
   const double together = x.in_registers ? 2 : static_cast<double>(x.vectors), outputs = static_cast<double>(x.block);
   // Loads of vectors mostly cross lines, and then count twice.
@@ -573,8 +575,9 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   const bool transposed = turned || images > 1 || x.residues > 2;
   const double move = transposed ? tuned::kTranspose * p.lanes / static_cast<double>(square_rows * columns)
                                  : tuned::kCopy * static_cast<double>(x.residues) / p.lanes;
-  const double moves = p.inputs_met(turned ? 3 : 2) * g.in_channels * move;
-  const double out_rows = static_cast<double>(g.batch) / images * g.output[0] * x.band.column_bands *
+  const double moves =
+      p.inputs_met(turned ? 3 : 2) * g.in_channels * move * image_bands * images / static_cast<double>(g.batch);
+  const double out_rows = image_bands * g.output[0] * x.band.column_bands *
                           (x.joins_rows ? x.band.row_bands : g.output[1]);
   const double times = times_computed(g, 0, g.output[0]) * times_computed(g, 1, x.band.row_bands);
   const double per_sum = x.in_registers ? tuned::kPoolSum : tuned::kStoreSum + tuned::kPoolPixel;
@@ -591,7 +594,7 @@ ConvPlan plan_pixels(const Planner& p) {
   int64_t best_images = 1, best_vectors = 1;
   best.cost = INFINITY;
   for (const int64_t images : {int64_t{1}, p.lanes / 2, p.lanes, 2 * p.lanes}) {
-    if (images > p.g.batch) continue;
+    if (images >= 2 * p.g.batch) continue;
     for (const int64_t vectors : {0, 1, 2, 4, 8}) {
       if (vectors == 0 ? !pools_in_registers(p) : most_outputs(p, vectors) < 1) continue;  // too few registers
       const ConvPlan plan = plan_pixels_of(p, images, vectors, 1);

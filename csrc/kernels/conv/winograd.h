@@ -52,7 +52,7 @@ void pack_turned_taps(const T* from, int64_t step, int64_t channels, int64_t cou
         }
       }
     } else {
-      transpose_to_places(from, 9, count, 9, to, [&](int64_t tap) { return (8 - tap) * width; });
+      transpose_to_places(from, 9, count, count, 9, to, [&](int64_t tap) { return (8 - tap) * width; });
     }
   }
 }
