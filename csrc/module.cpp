@@ -16,6 +16,7 @@
 #include "kernels/update.h"
 #include "network/bound_step.h"
 #include "network/layer_table.h"
+#include "ops/conv_plan.h"
 #include "ops/conv_problem.h"
 #include "ops/mlp_chain.h"
 #include "ops/team_balance.h"
@@ -33,6 +34,17 @@ std::vector<std::string> supported_isas() {
   FASTNN_FOR_EACH_ISA(FASTNN_APPEND)
 #undef FASTNN_APPEND
   return names;
+}
+
+double conv_forward_cost(const fastnn::Ints& input, const fastnn::Ints& weight, const fastnn::Ints& geometry) {
+  using fastnn::Sizes;
+  const fastnn::ConvPoolProblem problem =
+      fastnn::problem_of({fastnn::ScalarType::Float, 0, "conv_forward_cost"}, Sizes(input.data(), input.size()),
+                         Sizes(weight.data(), weight.size()), geometry);
+  fastnn::PlanKey key =
+      fastnn::plan_key<float>(fastnn::conv_kernels().get<float>(), problem.geometry, false, false, -1);
+  key.request.threads = 1;
+  return fastnn::plan_forward(key.geometry, key.request, key.machine).cost;
 }
 
 struct TeamRounds {
@@ -238,6 +250,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("recurrent_modes", recurrent_modes, "The table of recurrent modes: names, gates, states, what a step saves.");
   m.def("conv_algorithms", conv_algorithms,
         "The convolution's algorithms, of forward and backward: names and what they are for.");
+  m.def("conv_forward_cost", conv_forward_cost, py::arg("input"), py::arg("weight"), py::arg("geometry"),
+        "What the planner expects a call of conv_relu_max_pool to cost by its own kernels, in multiply-adds of vectors, "
+        "for contiguous float32 tensors of these sizes on one thread.");
   m.def("network_layers", network_layers,
         "The table of a network's layers: names, inputs, and attributes with their kinds and defaults.");
   m.attr("network_heading") = fastnn::kHeading;

@@ -24,6 +24,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from fastnn import _C
+from fastnn.functional import conv_relu_max_pool2d
+from fastnn.ops.conv_relu_max_pool import flat_geometry
 from fastnn.reference import conv_relu_max_pool as reference
 from fastnn.testing import (
     DTYPES,
@@ -441,3 +444,41 @@ class TestChoice:
         for name in instruction_sets():
             with using_instruction_set(name):
                 assert RAW_ALGORITHM(*tensors, flat(geometry(2, **options)))[0] == chosen, name
+
+
+@pytest.mark.parametrize("isa", instruction_sets(bfloat16=False))
+@pytest.mark.parametrize(
+    ("image", "weight", "stride", "padding"),
+    [
+        ((3, 20, 20), (10, 3, 5, 5), 2, 2),  # the two of models.Conv2DNet
+        ((10, 5, 5), (10, 10, 2, 2), 2, 1),
+        ((1, 12, 12), (6, 1, 3, 3), 1, 1),
+        ((2, 40), (8, 2, 5), 1, 2),
+    ],
+)
+def test_more_images_never_cost_less(
+    isa: str, image: tuple[int, ...], weight: tuple[int, ...], stride: int, padding: int
+) -> None:
+    """Images that share a vector cost no more than a full vector of them."""
+    geometry = flat_geometry(len(image) - 1, stride, padding, 1, 1, 2, None, 0, 1, False)
+    with using_instruction_set(isa):
+        costs = [_C.conv_forward_cost((batch, *image), weight, geometry) for batch in range(1, 66)]
+    for batch, cost in enumerate(costs[:-1]):
+        assert cost <= 1.05 * min(costs[batch + 1 :]), f"{batch + 1} images"
+
+
+@pytest.mark.parametrize("images", [7, 9, 15, 17, 31])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_lanes_without_an_image_are_clear(images: int, memory_format: torch.memory_format) -> None:
+    """Scratch that an earlier call has left NaN in does not come back."""
+    weight, bias = torch.randn(10, 3, 5, 5), torch.randn(10)
+    for size in (20, 9, 11):
+        poison = torch.full((32, 3, size, size), torch.nan).to(memory_format=memory_format)
+        x = torch.randn(images, 3, size, size).to(memory_format=memory_format)
+        settings = {"stride": 2, "padding": 2}
+        conv_relu_max_pool2d(poison, weight, bias, **settings)
+        found = conv_relu_max_pool2d(x, weight, bias, **settings)
+        expected = torch.nn.functional.max_pool2d(
+            torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), **settings).relu(), 2
+        )
+        assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
