@@ -1,12 +1,13 @@
-// conv_transpose: a transposed convolution, without dilation.
+// conv_transpose: a transposed convolution, without dilation. In one group it is a product (transposed_product.h). In
+// several groups it runs by phases:
 //
 // Output pixels whose positions are equal modulo the stride use the same positions of the kernel. Such pixels are a
 // phase. Each phase is a convolution of stride 1, by a part of the kernel turned around, which writes every stride-th
 // pixel.
 #pragma once
 
-#include "conv.h"
 #include "../array.h"
+#include "transposed_product.h"
 
 namespace fastnn {
 
@@ -38,7 +39,7 @@ class ConvTransposeLayer : public Layer<T> {
   }
 
   FormatRule formats() const override { return FormatRule::each; }
-  bool writes_parts() const override { return !takes_activation_last(); }
+  bool writes_parts() const override { return is_product() || !takes_activation_last(); }
 
   void set_sizes(Site<T>& site) const override {
     const Ints& input = site.sizes(0);
@@ -60,6 +61,13 @@ class ConvTransposeLayer : public Layer<T> {
   }
 
   double cost(const Site<T>& site) const override {
+    if (is_product()) {  // what is multiplied is the same in each format
+      const double lanes = static_cast<double>(site.kernels.conv->machine.vector_bytes) / sizeof(T);
+      const auto moved = [&](const ValueType& value) {
+        return value.channels_last() ? 0 : tuned::kTranspose * static_cast<double>(value.count()) / lanes;
+      };
+      return moved(site.inputs[0]) + moved(site.outputs[0]);
+    }
     const std::shared_ptr<const void> made = prepare(site);
     double cost = 0;
     for (const Phase& phase : *static_cast<const Phases*>(made.get())) cost += phase.plan.cost;
@@ -67,6 +75,7 @@ class ConvTransposeLayer : public Layer<T> {
   }
 
   std::shared_ptr<const void> prepare(const Site<T>& site) const override {
+    if (is_product()) return nullptr;
     auto phases = std::make_shared<Phases>();
     const size_t dims = stride_.size();
     int64_t count = 1;
@@ -118,6 +127,14 @@ class ConvTransposeLayer : public Layer<T> {
   }
 
   void pack(const Site<T>& site, PackedWriter& packed) const override {
+    if (is_product()) {
+      const TransposedProduct<T> product = product_of(site);
+      T* const to = packed.give<T>(0, product.packed_size());
+      if (!to) return;
+      const Scratch<T> turned(product.weight_size());
+      product.turn(weight_, turned.get());
+      return product.pack(turned.get(), to);
+    }
     for (const Phase& phase : *static_cast<const Phases*>(site.prepared.get())) {
       if (phase.empty) continue;
       T* const weight = packed.give<T>(phase.key_of_weight(), phase.weight_size);
@@ -137,6 +154,46 @@ class ConvTransposeLayer : public Layer<T> {
     images.format = Format::channels_last;
     const Scratch<T> own(copies ? output.count() : 0);
     T* const to = copies ? own.get() : given.output(0);
+    is_product() ? run_product(given, to, conv_layout(images)) : run_phases(given, to, images);
+    if (copies) {
+      copy_array(to, images.strides(), given.output(0), output.strides(), output.sizes,
+                 memory_order(output.sizes.size(), false));
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostPhases = 256;  // 16 x 16
+
+  bool is_product() const { return groups_ == 1; }
+  TransposedProduct<T> product_of(const Site<T>& site) const {
+    TransposedSizes sizes;
+    sizes.batch = site.sizes(0)[0];
+    sizes.in_channels = weight_sizes_[0];
+    sizes.out_channels = weight_sizes_[1];
+    const size_t dims = stride_.size();
+    for (size_t i = 0; i < dims; ++i) {
+      const size_t d = 3 - dims + i;
+      sizes.input[d] = site.sizes(0)[2 + i];
+      sizes.output[d] = site.outputs[0].sizes[2 + i];
+      sizes.kernel[d] = weight_sizes_[2 + i];
+      sizes.stride[d] = stride_[i];
+      sizes.padding[d] = padding_[i];
+    }
+    return {sizes, site.kernels, bias_, activation_};
+  }
+  void run_product(const LayerCall<T>& given, T* to, const ConvLayout& layout) const {
+    const TransposedProduct<T> product = product_of(given.site);
+    const T* packed = given.packed.template take<T>(0, product.packed_size());
+    const Scratch<T> own(packed ? 0 : product.weight_size() + product.packed_size());
+    if (!packed) {
+      product.turn(weight_, own.get());
+      product.pack(own.get(), own.get() + product.weight_size());
+      packed = own.get() + product.weight_size();
+    }
+    product.run(given.input(0), conv_layout(given.site.inputs[0]), packed, to, layout);
+  }
+  void run_phases(const LayerCall<T>& given, T* to, const ValueType& images) const {
+    const ValueType& output = given.site.outputs[0];
     for (const Phase& phase : *static_cast<const Phases*>(given.site.prepared.get())) {
       const T* weight = phase.empty ? nullptr : given.packed.template take<T>(phase.key_of_weight(), phase.weight_size);
       const bool turns = !phase.empty && !weight;
@@ -169,14 +226,7 @@ class ConvTransposeLayer : public Layer<T> {
         kernels.finish(activation_, to + first, nullptr, last - first, to + first);
       });
     }
-    if (copies) {
-      copy_array(to, images.strides(), given.output(0), output.strides(), output.sizes,
-                 memory_order(output.sizes.size(), false));
-    }
   }
-
- private:
-  static constexpr int64_t kMostPhases = 256;  // 16 x 16
 
   struct Phase {
     ConvPoolGeometry geometry;
