@@ -18,7 +18,7 @@ using Tensors = std::vector<Tensor>;
 Tensor empty() {
   const int64_t one = 1;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(1, &one, &one, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

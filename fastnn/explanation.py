@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fastnn._torch import TorchDispatchMode
 from fastnn.fusion import fuse
 from fastnn.graph import forward as forwards
-from fastnn.graph.account import WHY, ExplainedCall, account_for, traces_of
+from fastnn.graph.account import WHY, ExplainedCall, account_for, stretches_of, traces_of
 from fastnn.graph.forward import FusedModule, FusedRecurrent, Trace
 from fastnn.graph.matcher import Layer
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace, needed_inputs, signature_of
@@ -32,6 +32,9 @@ class Explanation:
 
     rows: tuple[ExplainedCall, ...]
     is_fused: bool = True  # False: it describes what `fastnn.fuse` would do
+    # Of each stretch of layers that is one function of autograd where gradients are recorded, the layers' names in
+    # networks.
+    stretches: tuple[tuple[str, ...], ...] = ()
 
     @property
     def calls(self) -> tuple[ExplainedCall, ...]:
@@ -45,7 +48,8 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """The rows as lists, dictionaries, strings and bools."""
-        return {"is_fused": self.is_fused, "rows": [asdict(row) for row in self.rows]}
+        stretches = [list(stretch) for stretch in self.stretches]
+        return {"is_fused": self.is_fused, "rows": [asdict(row) for row in self.rows], "stretches": stretches}
 
     def __str__(self) -> str:
         if not self.rows:
@@ -58,6 +62,8 @@ class Explanation:
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
         lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        for stretch in self.stretches:
+            lines.append(f"Where gradients are recorded, one function: {', '.join(stretch)}")
         if not self.is_fused:
             lines.append("The model is not fused yet: this is what fastnn.fuse would do.")
         return "\n".join(lines)
@@ -65,8 +71,8 @@ class Explanation:
 
 def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Run ``model(*inputs)`` once, without gradients, and account for every convolution, pool, linear layer, activation
-    and recurrent layer: the operator that runs it and by which algorithm, or why it stays torch's. Several inputs may
-    come in one tuple, too.
+    and recurrent layer: the operator that runs it and by which algorithm, or why it stays torch's. Below stand the
+    stretches of layers that are one function where gradients are recorded. Several inputs may come in one tuple, too.
 
     Without inputs nothing is run, and the algorithms, which follow from sizes, are left out. A stock model is
     reported as :func:`fastnn.fuse` would make it. The model itself is not changed. The algorithms of
@@ -83,8 +89,9 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
         inputs = tuple(inputs[0])  # as fuse and freeze take them
     is_fused = _is_fused(model)
     model = copied(model) if is_fused else fuse(copied(model))
+    stretches = tuple(stretches_of(model))
     if not inputs:
-        return Explanation(tuple(account_for(model)), is_fused)
+        return Explanation(tuple(account_for(model)), is_fused, stretches)
     recorder = _Recorder()
     hooks = []
     in_traces = {layer for trace in traces_of(model).values() if trace for layer in trace.called}
@@ -102,7 +109,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     called = list(dict.fromkeys(recorder.calls))  # a cell in a loop makes the same call many times
     seen = {name for call in called for name in call.layer.split(", ")}
     rows = called + [row for row in account_for(model) if not row.operator and row.layer not in seen]
-    return Explanation(tuple(rows), is_fused)
+    return Explanation(tuple(rows), is_fused, stretches)
 
 
 def _is_fused(model: nn.Module) -> bool:

@@ -3,14 +3,15 @@ does. It says what is known without a call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from fastnn._extension import load_extension
-from fastnn.graph.forward import FusedForward, FusedRecurrent, Trace
+from fastnn.graph.forward import STRETCHES, FusedForward, FusedRecurrent, Trace
 from fastnn.graph.matcher import RECURRENT, Layer, kind_of, why_not_read
+from fastnn.network_program import read
 from fastnn.nn._hooks import layer_forward
 
 # The text about each algorithm of the CPU's convolution, and about operators with only one algorithm.
@@ -48,6 +49,16 @@ def traces_of(model: nn.Module) -> dict[nn.Module, Trace | None]:
             found[module] = trace = fused.trace(now=True)
             inside.update(trace.passed if trace else ())
     return found
+
+
+def stretches_of(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Yields, for each stretch of layers that is one function of autograd, the names of the layers in networks."""
+    for module, trace in traces_of(model).items():
+        if trace is None or STRETCHES in module.__dict__["forward"].left:
+            continue
+        recorded = trace.recorded(module)
+        for program in () if recorded is None else recorded.networks:
+            yield tuple(line.layer for line in read(program) if line.layer not in ("input", "weight", "output"))
 
 
 def account_for(model: nn.Module) -> list[ExplainedCall]:

@@ -180,8 +180,9 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], activations: 
             return output if rank == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
     except NotImplementedError:  # only PyTorch computes with such tensors: DTensor, sparse, quantized
         pass
-    except RuntimeError as error:
-        raise in_torchs_words(error, _reference, input, parameters, activations) from None
+    except RuntimeError as error:  # a subclass may have no rule for the operator, as DTensor in torch 2.10
+        if type(input) is Tensor:
+            raise in_torchs_words(error, _reference, input, parameters, activations) from None
     return _reference(input, parameters, activations)
 
 

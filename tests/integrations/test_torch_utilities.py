@@ -71,7 +71,7 @@ def test_each(name: str, way: str) -> None:
 def test_autocast(name: str) -> None:
     def train(model: nn.Module, batches: Batches) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16):  # of float32 alone, so that the reference stays in float64
-            return train_plainly(model, batches, lambda x: model(x).float())
+            return train_plainly(model, batches, lambda x: model(x).to(x.dtype))
 
     check_training(name, lambda model, batches: train(fastnn.fuse(model), batches), train, torch.bfloat16)
 
