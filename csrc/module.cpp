@@ -250,9 +250,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("recurrent_modes", recurrent_modes, "The table of recurrent modes: names, gates, states, what a step saves.");
   m.def("conv_algorithms", conv_algorithms,
         "The convolution's algorithms, of forward and backward: names and what they are for.");
-  m.def("conv_forward_cost", conv_forward_cost, py::arg("input"), py::arg("weight"), py::arg("geometry"),
-        "What the planner expects a call of conv_relu_max_pool to cost by its own kernels, in multiply-adds of vectors, "
-        "for contiguous float32 tensors of these sizes on one thread.");
+  m.def(
+      "conv_forward_cost", conv_forward_cost, py::arg("input"), py::arg("weight"), py::arg("geometry"),
+      "What the planner expects a call of conv_relu_max_pool to cost by its own kernels, in multiply-adds of vectors, "
+      "for contiguous float32 tensors of these sizes on one thread.");
   m.def("network_layers", network_layers,
         "The table of a network's layers: names, inputs, and attributes with their kinds and defaults.");
   m.attr("network_heading") = fastnn::kHeading;

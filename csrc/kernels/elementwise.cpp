@@ -183,15 +183,16 @@ void add_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T*
   for (int64_t r = 0; r < runs; ++r) {
     for (int64_t i = 0; i < length; i += kLanes<T>) {
       T* const at = to + r * to_step + i;
-      store_up_to<T>(at, load_up_to<T>(at, length - i) + load_up_to<T>(from + r * from_step + i, length - i), length - i);
+      store_up_to<T>(at, load_up_to<T>(at, length - i) + load_up_to<T>(from + r * from_step + i, length - i),
+                     length - i);
     }
   }
 }
 
 template <class T>
 constexpr ElementwiseKernels<T> kernels() {
-  return {binary<T>, sum_rows<T>, sum<T>,        largest<T>, average<T>,
-          add_runs<T>, softmax<T>, layer_norm<T>, blend<T>,   transpose_matrix<T, T>};
+  return {binary<T>,   sum_rows<T>, sum<T>,        largest<T>, average<T>,
+          add_runs<T>, softmax<T>,  layer_norm<T>, blend<T>,   transpose_matrix<T, T>};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// A max-pool of contiguous images that no convolution comes before, in training: forward, which saves the argmax of each
-// window, and backward.
+// A max-pool of contiguous images that no convolution comes before, in training: forward, which saves the argmax of
+// each window, and backward.
 #pragma once
 
 #include <stdint.h>

@@ -12,7 +12,8 @@ namespace fastnn {
 
 inline Expected kind_of(const Tensor& tensor, const char* name) {
   const Expected kind = check_first(tensor, kTrainingStep, name);
-  FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, kTrainingStep, ": not implemented for BFloat16; use float32 or float64");
+  FASTNN_CHECK(kind.dtype != ScalarType::BFloat16, kTrainingStep,
+               ": not implemented for BFloat16; use float32 or float64");
   return kind;
 }
 
@@ -109,14 +110,15 @@ struct ForwardPassOf : ForwardPass {
     for (const TensorList* const list : {&inputs, &parameters}) {
       for (const Tensor& tensor : *list) {
         check_memory(tensor, kTrainingStep, "an input or a parameter");
-        FASTNN_CHECK(sizes_of(tensor) == sizes[next++], kTrainingStep, ": an input or a parameter has another size than before");
+        FASTNN_CHECK(sizes_of(tensor) == sizes[next++], kTrainingStep,
+                     ": an input or a parameter has another size than before");
       }
     }
   }
 };
 
-// The passes that wait for backward, by numbers. When there are very many, because raw operators were called that nobody
-// has forgotten, the oldest is dropped.
+// The passes that wait for backward, by numbers. When there are very many, because raw operators were called that
+// nobody has forgotten, the oldest is dropped.
 class ForwardPasses {
  public:
   static int64_t add(std::unique_ptr<ForwardPass> pass) {

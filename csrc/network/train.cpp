@@ -23,8 +23,8 @@ std::tuple<TensorList, Tensor> network_with_pass(const TensorList& inputs, const
   });
 }
 
-TensorList network_backward(const std::vector<OptionalTensor>& gradients, const Tensor& number, const TensorList& inputs,
-                            const TensorList& parameters, const Ints& wanted, bool last) {
+TensorList network_backward(const std::vector<OptionalTensor>& gradients, const Tensor& number,
+                            const TensorList& inputs, const TensorList& parameters, const Ints& wanted, bool last) {
   const size_t first = inputs.size(), count = first + parameters.size();
   std::vector<char> of_inputs(first), of_parameters(parameters.size());
   for (size_t i = 0; i < wanted.size(); ++i) {
@@ -69,8 +69,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "network_with_pass(Tensor[] inputs, Tensor(a!)[] parameters, str program) -> (Tensor[] outputs, Tensor number)");
   // gradients: those of the outputs. inputs, parameters: those of the forward. wanted: the numbers of those whose
-  // gradients are returned, in ascending order, the inputs' first. A gradient on which no output depends has no elements
-  // and one dimension. last: forget the pass.
+  // gradients are returned, in ascending order, the inputs' first. A gradient on which no output depends has no
+  // elements and one dimension. last: forget the pass.
   m.def(
       "network_backward(Tensor?[] gradients, Tensor number, Tensor[] inputs, Tensor[] parameters, int[] wanted,"
       " bool last) -> Tensor[] gradients");

@@ -73,8 +73,8 @@ class TrainingPass {
   }
 
   // gradients: those of the outputs, undefined where there is none. wanted: for each parameter, whether its gradient is
-  // wanted; inputs_wanted: the same for each input. last: whether backward will not run again after this forward, so that
-  // what was saved is freed as soon as it has been used.
+  // wanted; inputs_wanted: the same for each input. last: whether backward will not run again after this forward, so
+  // that what was saved is freed as soon as it has been used.
   void backward(const TensorList& gradients, const std::vector<char>& wanted, const std::vector<char>& inputs_wanted,
                 bool last) {
     const TensorsInKeptMemory kept;

@@ -111,7 +111,8 @@ class PixelsForward {
         for (int64_t c = 0; c < channels; ++c) fill_zeros(to + c * plan_.channel_step, plan_.step[1]);
         return;
       }
-      for (int64_t c = 0; c < channels && !alike; ++c) fill_beside(columns, to + c * plan_.channel_step, layout.d[2] == 1);
+      for (int64_t c = 0; c < channels && !alike; ++c)
+        fill_beside(columns, to + c * plan_.channel_step, layout.d[2] == 1);
       const T* row = from + place;
       const int64_t* const places = places_in_row_ + columns.first;
       if (layout.d[2] != 1) {  // channels last: a pixel of many images, or pixels that lie side by side in the copy

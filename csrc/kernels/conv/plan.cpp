@@ -577,8 +577,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
                                  : tuned::kCopy * static_cast<double>(x.residues) / p.lanes;
   const double moves =
       p.inputs_met(turned ? 3 : 2) * g.in_channels * move * image_bands * images / static_cast<double>(g.batch);
-  const double out_rows = image_bands * g.output[0] * x.band.column_bands *
-                          (x.joins_rows ? x.band.row_bands : g.output[1]);
+  const double out_rows =
+      image_bands * g.output[0] * x.band.column_bands * (x.joins_rows ? x.band.row_bands : g.output[1]);
   const double times = times_computed(g, 0, g.output[0]) * times_computed(g, 1, x.band.row_bands);
   const double per_sum = x.in_registers ? tuned::kPoolSum : tuned::kStoreSum + tuned::kPoolPixel;
   const double sums = x.in_registers ? out_rows * (x.pitch / p.lanes) * g.places() : times * rows * row_vectors;

@@ -1,6 +1,6 @@
-// A transposed convolution as a product: each input pixel, a row of channels, times the whole kernel gives what the pixel
-// adds to each output pixel under the kernel (GEMM and col2im). A row of input pixels is multiplied at a time, so that
-// its products are added to the output while they are in cache.
+// A transposed convolution as a product: each input pixel, a row of channels, times the whole kernel gives what the
+// pixel adds to each output pixel under the kernel (GEMM and col2im). A row of input pixels is multiplied at a time, so
+// that its products are added to the output while they are in cache.
 //
 // It takes as few multiplications as the phases of conv_transpose.h, in one product in place of one for each phase.
 #pragma once
@@ -22,7 +22,8 @@ template <class T>
 class TransposedProduct {
  public:
   // bias: null for none.
-  TransposedProduct(const TransposedSizes& sizes, const Kernels<T>& kernels, const T* bias, const Activation& activation)
+  TransposedProduct(const TransposedSizes& sizes, const Kernels<T>& kernels, const T* bias,
+                    const Activation& activation)
       : s_(sizes), kernels_(kernels), bias_(bias), activation_(activation) {}
 
   int64_t weight_size() const { return s_.columns() * s_.in_channels; }
@@ -35,9 +36,7 @@ class TransposedProduct {
       }
     }
   }
-  void pack(const T* turned, T* to) const {
-    kernels_.mlp->pack(turned, s_.columns(), s_.in_channels, 0, 1, to);
-  }
+  void pack(const T* turned, T* to) const { kernels_.mlp->pack(turned, s_.columns(), s_.in_channels, 0, 1, to); }
 
   // Writes images with channels last, from images in either format.
   void run(const T* from, const ConvLayout& layout, const T* packed, T* to, const ConvLayout& to_layout) const {
@@ -98,7 +97,8 @@ class TransposedProduct {
   void finish_rows(T* image, const ConvLayout& layout, int64_t y, int64_t end) const {
     if (activation_.kind == ActivationKind::identity) return;
     const bool together = layout.d[2] == s_.out_channels;
-    const int64_t pixels = together ? 1 : s_.output[2], count = together ? s_.output[2] * s_.out_channels : s_.out_channels;
+    const int64_t pixels = together ? 1 : s_.output[2],
+                  count = together ? s_.output[2] * s_.out_channels : s_.out_channels;
     for (; y < end; ++y) {
       for (int64_t x = 0; x < pixels; ++x) {
         T* const some = image + y * layout.d[1] + x * layout.d[2];

@@ -43,7 +43,8 @@ class TrainingLayer {
   // Takes over the work of the next layer, whose first input is this layer's output, which no other layer takes.
   // Returns false where that cannot be.
   virtual bool absorb(const TrainingLayer&) { return false; }
-  // The random numbers of the forward, in the form in which the specification takes them; undefined where there are none.
+  // The random numbers of the forward, in the form in which the specification takes them; undefined where there are
+  // none.
   virtual Tensor drawn() const { return {}; }
   // Whether the first input is int64. All others have the network's dtype, except for the last ones of which the layer
   // reads only the sizes.

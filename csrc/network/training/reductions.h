@@ -215,7 +215,8 @@ class PoolTraining : public UnaryTraining<T> {
     return checked_product(sizes[0], sizes[1]);
   }
   double work() const {
-    return static_cast<double>(pool_.output[0] * pool_.output[1]) * static_cast<double>(pool_.kernel[0] * pool_.kernel[1]);
+    return static_cast<double>(pool_.output[0] * pool_.output[1]) *
+           static_cast<double>(pool_.kernel[0] * pool_.kernel[1]);
   }
   void pool(Tensor* outputs) {
     const int64_t planes = set_sizes();
