@@ -162,6 +162,24 @@ def test_results_that_others_are_made_of(twice: bool, passes: set[int]) -> None:
     assert_close(*results)
 
 
+def test_a_result_by_another_name(passes: set[int]) -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.relu(m.a(x))
+        z = m.same(y)
+        return z, m.b(torch.tanh(m.c(y)))
+
+    stock, fused = _pair(
+        lambda: By(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3), c=nn.Linear(5, 5), same=nn.Identity())
+    )
+    x = torch.randn(3, 4, dtype=torch.float64)
+    _compare(stock, fused, [x], 1e-9)
+    results = []
+    for model in (stock, fused):
+        z, y = model(x)
+        results.append(torch.autograd.grad(y.square().sum(), z))
+    assert_close(*results)
+
+
 def test_states_and_a_tuple_as_a_result(passes: set[int]) -> None:
     class Agent(nn.Module):
         def __init__(self) -> None:

@@ -133,13 +133,29 @@ def record(
     """Reads a fused graph, whose inputs are those of `names` and then the tensors of `sources`. Returns None where no
     stretch is worth a call."""
     drop_unused_parts(graph, modules)
-    reading = _Reading(graph, sources, len(names), modules)
-    return reading.recorded() if reading.read() else None
+    returned = set(graph.output_node().all_input_nodes)
+    while True:
+        reading = _Reading(graph, sources, len(names), modules, returned)
+        if not reading.read():
+            return None
+        # Several nodes may be one value, such as an activation and nn.Identity of it.
+        values = {reading.reader.values[node] for node in returned if node in reading.reader.values}
+        alike = {node for node, value in reading.reader.values.items() if value in values}
+        if alike <= returned:
+            return reading.recorded()
+        returned |= alike
 
 
 class _Reading:
+    """What the nodes of a graph are. returned: nodes whose value the model returns."""
+
     def __init__(
-        self, graph: Graph, sources: list[tuple[Any, Any]], inputs: int, modules: dict[str, nn.Module]
+        self,
+        graph: Graph,
+        sources: list[tuple[Any, Any]],
+        inputs: int,
+        modules: dict[str, nn.Module],
+        returned: set[Node],
     ) -> None:
         self.graph, self.sources, self.modules = graph, list(sources), modules
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -148,8 +164,7 @@ class _Reading:
         self.reader = Reader(modules, self.order, self.inputs)
         for node in placeholders[inputs:]:  # `fastnn_tensor_3` is the fourth source
             self.reader.tensors[node] = sources[int(str(node.target).rpartition("_")[2])]
-        self.output = graph.output_node()
-        self.results = set(self.output.all_input_nodes)
+        self.output, self.returned = graph.output_node(), returned
         self.stretches: dict[int, _Stretch] = {}
         self.borders: dict[int, list[Node]] = {}
         self.level_of: dict[Value, int] = {}  # of what lines give
@@ -196,7 +211,7 @@ class _Reading:
         return any(stretch.cost >= _LEAST_COST for stretch in self.stretches.values())
 
     def _is_returned(self, node: Node) -> bool:
-        return node in self.results and node.op != "placeholder"
+        return node in self.returned and node.op != "placeholder"
 
     def _read_layer(self, node: Node, is_border: set[Node]) -> None:
         if node.target is operator.getitem and node.args[0] in is_border:
