@@ -17,23 +17,26 @@ inline Expected kind_of(const Tensor& tensor, const char* name) {
   return kind;
 }
 
-// Checks that there is at least one parameter, and returns what all have in common.
-inline Expected check_parameters(const TensorList& parameters) {
+// Checks that there is at least one parameter, and returns what all have in common. any_format: whether those of images
+// may lie in any order, such as channels last. An update of parameters goes through their elements as they lie.
+inline Expected check_parameters(const TensorList& parameters, bool any_format = false) {
   FASTNN_CHECK(!parameters.empty(), kTrainingStep, ": expected at least one parameter");
   const Expected kind = kind_of(parameters[0], "parameters");
   for (const Tensor& parameter : parameters) {
     check_same_kind(parameter, kind, "parameters");
-    FASTNN_CHECK(parameter.is_contiguous(), kTrainingStep, ": expected parameters to be contiguous");
+    FASTNN_CHECK(parameter.is_contiguous() || (any_format && parameter.dim() > 2), kTrainingStep,
+                 ": expected parameters to be contiguous");
   }
   return kind;
 }
 
 // Checks the inputs and parameters, which all operators here take: they have one dtype, except for inputs of int64.
-inline ScalarType check_arguments(const Tensor* inputs, size_t count, const TensorList& parameters) {
+inline ScalarType check_arguments(const Tensor* inputs, size_t count, const TensorList& parameters,
+                                  bool any_format = false) {
   FASTNN_CHECK(count > 0, kTrainingStep, ": expected at least one input");
   Expected kind{ScalarType::Float, 0, kTrainingStep};
   bool is_set = !parameters.empty();
-  if (is_set) kind = check_parameters(parameters);
+  if (is_set) kind = check_parameters(parameters, any_format);
   for (size_t i = 0; i < count; ++i) {
     check_plain(inputs[i], kTrainingStep, "input");
     if (inputs[i].scalar_type() == ScalarType::Long) {
@@ -98,8 +101,8 @@ struct ForwardPassOf : ForwardPass {
   }
   // Checks that the tensors still have the sizes that they had before the loss, which may have done anything. given:
   // the parameters for backward.
-  void check_unchanged(const TensorList& given) const {
-    check_arguments(inputs.data(), inputs.size(), given);
+  void check_unchanged(const TensorList& given, bool any_format) const {
+    check_arguments(inputs.data(), inputs.size(), given, any_format);
     FASTNN_CHECK(given.size() == parameters.size(), kTrainingStep, ": expected the ", parameters.size(),
                  " parameters of the forward, got ", given.size());
     for (size_t i = 0; i < given.size(); ++i) {
@@ -157,7 +160,7 @@ class ForwardPasses {
   int64_t last_ = 0;
 };
 
-// Checks the gradients of the outputs -> the same, contiguous.
+// Checks the gradients of the outputs -> the same, with the output's strides or contiguous.
 template <class T>
 TensorList check_output_gradients(const TrainingPass<T>& pass, const std::vector<OptionalTensor>& gradients) {
   FASTNN_CHECK(gradients.size() == pass.outputs(), kTrainingStep, ": expected ", pass.outputs(), " gradients, got ",
@@ -172,7 +175,7 @@ TensorList check_output_gradients(const TrainingPass<T>& pass, const std::vector
     FASTNN_CHECK(gradient.scalar_type() == kDtypeOf<T> && same_sizes(gradient, pass.output(i)), kTrainingStep,
                  ": expected a gradient like the output, of size ", to_string(pass.output(i).sizes()), ", got ",
                  to_string(gradient.sizes()));
-    result.back() = dense(gradient);
+    result.back() = same_strides(gradient, pass.output(i)) ? gradient.borrow() : dense(gradient);
   }
   return result;
 }

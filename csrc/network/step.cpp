@@ -545,7 +545,7 @@ TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, 
                                   const Tensor& numbers, bool keep_gradients) {
   return TakenPass(number, false).with_dtype([&](auto& taken) {
     using T = typename std::decay_t<decltype(taken)>::Element;
-    taken.check_unchanged(parameters);
+    taken.check_unchanged(parameters, false);
     const StepNumbers all(numbers, layout, parameters.size());
     const auto states = read_state<T>(all, parameters, state);
     return finish<T>(*taken.pass, check_output_gradients<T>(*taken.pass, gradients), parameters, states, all,

@@ -1,13 +1,25 @@
 // A network under autograd: forward in one call, backward in another.
+#include "../ops/product.h"
 #include "../ops/register.h"
 #include "forward_pass.h"
 
 namespace fastnn {
 namespace {
 
+template <class T>
+Tensor copy_of(const Tensor& tensor) {
+  if (!tensor.is_contiguous() && !is_dense_channels_last(tensor)) return copied(tensor);
+  Tensor copy = new_like<T>(tensor);
+  const T* const from = data<T>(tensor);
+  T* const to = mutable_data<T>(copy);
+  parallel_range(copy.numel(), kCopyWork,
+                 [&](int64_t first, int64_t last) { std::copy(from + first, from + last, to + first); });
+  return copy;
+}
+
 std::tuple<TensorList, Tensor> network_with_pass(const TensorList& inputs, const TensorList& parameters,
                                                  const std::string& program) {
-  const ScalarType dtype = check_arguments(inputs.data(), inputs.size(), parameters);
+  const ScalarType dtype = check_arguments(inputs.data(), inputs.size(), parameters, true);
   return with_kernel_dtype(dtype, [&](auto type) -> std::tuple<TensorList, Tensor> {
     using T = decltype(type);
     auto forward = std::make_unique<ForwardPassOf<T>>(program, inputs, parameters);
@@ -15,8 +27,9 @@ std::tuple<TensorList, Tensor> network_with_pass(const TensorList& inputs, const
     pass.commit();  // before the loss, which may read the model's new statistics
     // The outputs are copies, since the layers keep their own. The copies have the same strides, because what follows
     // may draw random numbers in the order of memory.
+    const TensorsInKeptMemory kept;
     TensorList outputs;
-    for (size_t i = 0; i < pass.outputs(); ++i) outputs.push_back(copied(pass.output(i)));
+    for (size_t i = 0; i < pass.outputs(); ++i) outputs.push_back(copy_of<T>(pass.output(i)));
     const Tensor number = new_tensor({1}, ScalarType::Long);
     mutable_data<int64_t>(number)[0] = ForwardPasses::add(std::move(forward));
     return {std::move(outputs), number};
@@ -41,7 +54,7 @@ TensorList network_backward(const std::vector<OptionalTensor>& gradients, const 
       FASTNN_CHECK(inputs[i].scalar_type() == taken.inputs[i].scalar_type() && same_sizes(inputs[i], taken.inputs[i]),
                    kTrainingStep, ": expected the inputs of the forward");
     }
-    taken.check_unchanged(parameters);
+    taken.check_unchanged(parameters, true);
     TrainingPass<T>& run = *taken.pass;
     run.backward(check_output_gradients<T>(run, gradients), of_parameters, of_inputs, last);
     TensorList result;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../../kernels/batch_norm.h"
 #include "../../ops/conv_problem.h"
 #include "layer.h"
 
@@ -219,47 +220,45 @@ class ConvTransposeTraining : public AnyConvTraining<T> {
   StockConvolution c_;
 };
 
-// The sum of value(0), ..., value(count - 1). It is made as several sums, so that no addition waits for the one before.
-template <class Value>
-double sum_of(int64_t count, const Value& value) {
-  constexpr int64_t chains = 16;
-  double sums[chains] = {}, total = 0;
-  int64_t i = 0;
-  for (; i + chains <= count; i += chains) {
-    for (int64_t c = 0; c < chains; ++c) sums[c] += value(i + c);
-  }
-  for (; i < count; ++i) total += value(i);
-  for (const double sum : sums) total += sum;
-  return total;
+// Calls body(channel, planes) for each channel of contiguous images, in parallel, where planes calls its argument with
+// each image's pixels of the channel: where they begin. work: operations a pixel.
+template <class Body>
+void for_each_channel(const Tensor& images, double work, const Body& body) {
+  const int64_t batch = images.size(0), channels = images.size(1);
+  const int64_t pixels = images.numel() / std::max<int64_t>(batch * channels, 1);
+  const double all = work * static_cast<double>(images.numel());
+  parallel_chunks(std::min(useful_threads(all), channels), channels, [&](int64_t, int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      body(c, [&](const auto& run) {
+        for (int64_t n = 0; n < batch; ++n) run((n * channels + c) * pixels, pixels);
+      });
+    }
+  });
 }
 
-// Mean and variance of each channel. For contiguous images this is faster than torch, which adds up one element after
-// another.
+// Mean and variance of each channel.
 template <class T>
 std::array<Tensor, 2> statistics_of(const Tensor& images) {
   if (!images.is_contiguous() || images.dim() < 3) return channel_statistics(images);
-  const int64_t batch = images.size(0), channels = images.size(1), pixels = images.numel() / (batch * channels);
+  const int64_t channels = images.size(1), batch = images.size(0);
+  const double count = static_cast<double>(images.numel() / std::max<int64_t>(channels, 1));
+  const auto& kernels = batch_norm_kernels().get<T>();
   const T* const from = data<T>(images);
   std::array<Tensor, 2> result{new_tensor({channels}, kDtypeOf<T>), new_tensor({channels}, kDtypeOf<T>)};
   T *const means = mutable_data<T>(result[0]), *const variances = mutable_data<T>(result[1]);
-  const double count = static_cast<double>(batch * pixels);
-  parallel_chunks(std::min(useful_threads(4.0 * count * static_cast<double>(channels)), channels), channels,
-                  [&](int64_t, int64_t first, int64_t last) {
-                    for (int64_t c = first; c < last; ++c) {
-                      double total = 0, squares = 0;
-                      for (int64_t n = 0; n < batch; ++n) {
-                        const T* const plane = from + (n * channels + c) * pixels;
-                        total += sum_of(pixels, [&](int64_t i) { return static_cast<double>(plane[i]); });
-                      }
-                      const double mean = total / count;
-                      for (int64_t n = 0; n < batch; ++n) {
-                        const T* const plane = from + (n * channels + c) * pixels;
-                        squares += sum_of(pixels, [&](int64_t i) { return (plane[i] - mean) * (plane[i] - mean); });
-                      }
-                      means[c] = static_cast<T>(mean);
-                      variances[c] = static_cast<T>(squares / count);
-                    }
-                  });
+  for_each_channel(images, 6, [&](int64_t c, const auto& planes) {
+    // Sums are made of differences to a number near the mean, so that nothing is lost where the mean is large: first to
+    // one of the pixels, then to the mean.
+    T center = batch > 0 ? from[c * (images.numel() / (batch * channels))] : T(0);
+    if (!std::isfinite(center)) center = 0;
+    double sums[2] = {};
+    planes([&](int64_t at, int64_t pixels) { kernels.add_moments(from + at, pixels, center, sums); });
+    means[c] = static_cast<T>(static_cast<double>(center) + sums[0] / count);
+    sums[0] = sums[1] = 0;
+    planes([&](int64_t at, int64_t pixels) { kernels.add_moments(from + at, pixels, means[c], sums); });
+    const double rest = sums[0] / count;  // by which the mean was rounded
+    variances[c] = static_cast<T>(std::max(sums[1] / count - rest * rest, sums[1] != sums[1] ? sums[1] : 0.0));
+  });
   return result;
 }
 
@@ -291,6 +290,8 @@ class BatchNormTraining : public TrainingLayer<T> {
   void forward(Tensor* outputs) override {
     const Tensor& input = this->given[0];
     const int64_t channels = begin(input);
+    const bool in_order = input.is_contiguous() && input.dim() > 2;
+    if (trains_ && !rectifies_ && !in_order) return normalize_by_torch(outputs);
     if (trains_) {
       auto [mean, variance] = statistics_of<T>(input);
       mean_ = std::move(mean);
@@ -303,7 +304,8 @@ class BatchNormTraining : public TrainingLayer<T> {
     T* const inverse = mutable_data<T>(inverse_deviation_);
     for (int64_t c = 0; c < channels; ++c) inverse[c] = T(1) / std::sqrt(data<T>(variance_)[c] + static_cast<T>(eps_));
     if (!rectifies_) {
-      outputs[0] = normalized(input, parameter(2), parameter(3), mean_, variance_, eps_);
+      outputs[0] =
+          in_order ? normalized_images(input) : normalized(input, parameter(2), parameter(3), mean_, variance_, eps_);
       return;
     }
     const Tensor scale = new_tensor(sizes_of(ones_), kDtypeOf<T>), shift = new_tensor({channels}, kDtypeOf<T>);
@@ -325,6 +327,9 @@ class BatchNormTraining : public TrainingLayer<T> {
                                                                         geometry_, true, false, false, std::nullopt))
                               : gradients[0].borrow();
     const auto is_wanted = [&](size_t i) { return place_[i] && wanted[place_[i]]; };
+    if (trains_ && this->given[0].is_contiguous() && this->given[0].dim() > 2 && normed.is_contiguous()) {
+      return take_gradients(normed, wanted, results);
+    }
     NormStatistics statistics;
     (trains_ ? statistics.mean : statistics.running_mean) = optional(mean_);
     (trains_ ? statistics.inverse_deviation : statistics.running_variance) =
@@ -341,6 +346,11 @@ class BatchNormTraining : public TrainingLayer<T> {
     if (!place_[0] || !trains_) return;
     T* const running_mean = mutable_data<T>(this->given[place_[0]]);
     T* const running_variance = mutable_data<T>(this->given[place_[1]]);
+    if (new_statistics_[0].defined()) {
+      std::copy_n(data<T>(new_statistics_[0]), mean_.numel(), running_mean);
+      std::copy_n(data<T>(new_statistics_[1]), mean_.numel(), running_variance);
+      return;
+    }
     const T momentum = static_cast<T>(momentum_);
     const T unbiased = static_cast<T>(elements_) / static_cast<T>(elements_ - 1);
     for (int64_t c = 0; c < mean_.numel(); ++c) {
@@ -351,9 +361,72 @@ class BatchNormTraining : public TrainingLayer<T> {
   void release() override { output_ = winners_ = Tensor(); }
   void forget() override {
     for (Tensor* tensor : {&output_, &winners_, &mean_, &variance_, &inverse_deviation_}) *tensor = Tensor();
+    for (Tensor& statistic : new_statistics_) statistic = Tensor();
   }
 
  private:
+  // torch's own batch norm goes well through vectors of channels. It writes the running statistics to copies, until
+  // `commit`.
+  void normalize_by_torch(Tensor* outputs) {
+    OptionalTensor running[2];
+    for (size_t i = 0; i < 2; ++i) {
+      if (!place_[i]) continue;
+      new_statistics_[i] = copied(this->given[place_[i]]);
+      running[i] = optional(new_statistics_[i]);
+    }
+    auto all = stock_results<3>("aten::native_batch_norm", "", this->given[0], parameter(2), parameter(3), running[0],
+                                running[1], true, momentum_, eps_);
+    outputs[0] = std::move(all[0]);
+    mean_ = std::move(all[1]);
+    inverse_deviation_ = std::move(all[2]);
+  }
+  Tensor normalized_images(const Tensor& input) const {
+    Tensor result = new_tensor(sizes_of(input), kDtypeOf<T>);
+    const auto& kernels = batch_norm_kernels().get<T>();
+    const T* const from = data<T>(input);
+    T* const to = mutable_data<T>(result);
+    const T* const weight = place_[2] ? data<T>(this->given[place_[2]]) : nullptr;
+    const T* const bias = place_[3] ? data<T>(this->given[place_[3]]) : nullptr;
+    for_each_channel(input, 4, [&](int64_t c, const auto& planes) {
+      const T inverse = data<T>(inverse_deviation_)[c], mean = data<T>(mean_)[c];
+      planes([&](int64_t at, int64_t pixels) {
+        kernels.normalize(from + at, pixels, mean, weight ? inverse * weight[c] : inverse, bias ? bias[c] : T(0),
+                          to + at);
+      });
+    });
+    return result;
+  }
+  // The gradients of contiguous images that were normalized by their own statistics, and of weight and bias.
+  void take_gradients(const Tensor& gradient, const bool* wanted, Gradient<T>* results) {
+    const Tensor& input = this->given[0];
+    const auto& kernels = batch_norm_kernels().get<T>();
+    const T *const x = data<T>(input), *const g = data<T>(gradient), *const means = data<T>(mean_);
+    const T* const weight = place_[2] ? data<T>(this->given[place_[2]]) : nullptr;
+    T* of[4] = {};  // the gradients of the input, and of weight and bias at their places
+    const auto make = [&](size_t place, size_t which, const Ints& sizes) {
+      results[place] = {new_tensor(sizes, kDtypeOf<T>), nullptr, true};
+      of[which] = mutable_data<T>(results[place].tensor);
+    };
+    if (wanted[0]) make(0, 0, sizes_of(input));
+    for (const size_t i : {2, 3}) {
+      if (place_[i] && wanted[place_[i]]) make(place_[i], i, {input.size(1)});
+    }
+    const double count = static_cast<double>(elements_);
+    for_each_channel(input, 8, [&](int64_t c, const auto& planes) {
+      double sums[2] = {};
+      planes([&](int64_t at, int64_t pixels) { kernels.add_products(g + at, x + at, pixels, means[c], sums); });
+      const double inverse = static_cast<double>(data<T>(inverse_deviation_)[c]);
+      if (of[2]) of[2][c] = static_cast<T>(sums[1] * inverse);
+      if (of[3]) of[3][c] = static_cast<T>(sums[0]);
+      if (!of[0]) return;
+      const double scale = inverse * (weight ? static_cast<double>(weight[c]) : 1.0);
+      const T a = static_cast<T>(scale), b = static_cast<T>(-scale * inverse * inverse * sums[1] / count);
+      const T shift = static_cast<T>(-scale * sums[0] / count);
+      planes([&](int64_t at, int64_t pixels) {
+        kernels.combine(g + at, x + at, pixels, means[c], a, b, shift, of[0] + at);
+      });
+    });
+  }
   OptionalTensor parameter(size_t i) const { return place_[i] ? optional(this->given[place_[i]]) : std::nullopt; }
   // Whether all values of a channel are equal, but for the rounding of their mean. Then the result is exactly the bias.
   // Multiplied by the channel's scale, which is large, the rounding error would move the result away from the bias,
@@ -397,7 +470,7 @@ class BatchNormTraining : public TrainingLayer<T> {
   size_t place_[4] = {};  // of mean, variance, weight and bias among the inputs; 0 where there is none
   Ints geometry_;
   int64_t elements_ = 0;  // of a channel
-  Tensor output_, winners_, mean_, variance_, inverse_deviation_, ones_;
+  Tensor output_, winners_, mean_, variance_, inverse_deviation_, ones_, new_statistics_[2];
 };
 
 }  // namespace fastnn

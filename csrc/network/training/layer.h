@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "../../ops/conv_problem.h"
 #include "../../ops/stock.h"
 #include "../array.h"
 #include "../program.h"
@@ -91,11 +92,20 @@ Tensor as_sizes(const T* memory, const Ints& sizes) {
   return tensor_over(memory, sizes, strides);
 }
 
+// Whether a tensor lies with channels last, without gaps.
+inline bool is_dense_channels_last(const Tensor& tensor) {
+  if (tensor.dim() < 4) return false;
+  const Sizes strides = tensor.strides();
+  const Ints own = format_strides(sizes_of(tensor), true);
+  return std::equal(own.begin(), own.end(), strides.begin());
+}
+
 // A new uninitialised tensor of another's sizes, and of its strides where it has no gaps.
 template <class T>
 Tensor new_like(const Tensor& tensor) {
-  return tensor.is_contiguous() ? new_tensor(sizes_of(tensor), kDtypeOf<T>)
-                                : Tensor(torch::stable::empty_like(tensor.share()));
+  const bool contiguous = tensor.is_contiguous();
+  if (!contiguous && !is_dense_channels_last(tensor)) return Tensor(torch::stable::empty_like(tensor.share()));
+  return new_formatted(sizes_of(tensor), kDtypeOf<T>, !contiguous);
 }
 
 inline bool same_sizes(const Tensor& one, const Tensor& other) {
