@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastnn.graph.recorded import NetworkCall
+
 
 class Stream:
     def wait_stream(self, stream: "Stream") -> None:
@@ -71,3 +73,5 @@ def install() -> None:
            "stream": contextlib.nullcontext}  # fmt: skip
     for name, value in (nothing | own).items():
         setattr(torch.cuda, name, value)
+    # Networks train on the CPU alone: a GPU's layers run one by one.
+    NetworkCall._may_run_at_once = lambda *args: False  # type: ignore[method-assign]
