@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -324,13 +325,19 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], free: Sequence[Sequence[i
     return exported
 
 
+# Where torch's own code and ours lie. (A folder of the user's may be called "fastnn", too.)
+_PACKAGES = tuple(
+    os.path.join(folder, "") for folder in (os.path.dirname(torch.__file__), str(Path(__file__).parents[1]))
+)
+
+
 def _place_of(error: BaseException) -> str:
     """The line of the model's own code that was running."""
     place = ""
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        if not any(f"{os.sep}{package}{os.sep}" in code.co_filename for package in ("torch", "fastnn")):
+        if not code.co_filename.startswith(_PACKAGES):
             text = linecache.getline(code.co_filename, trace.tb_lineno).strip()
             place = f" (line {trace.tb_lineno} of {os.path.basename(code.co_filename)}{f': {text}' if text else ''})"
         trace = trace.tb_next
