@@ -507,6 +507,17 @@ def test_copies_and_pickles_of_a_model_that_has_run() -> None:
         assert _networks(other)
 
 
+def test_batch_norm_without_running_statistics_in_eval_mode(passes: set[int]) -> None:
+    stock, fused = _pair(_two_layers)
+    for model in (stock, fused):
+        norm: Any = model.get_submodule("3")
+        norm.running_mean = norm.running_var = None
+        model.eval()
+    _compare(stock, fused, [torch.randn(6, 4, dtype=torch.float64)], 1e-9)
+    assert len(_networks(fused)) == 1
+    assert int(norm.num_batches_tracked) == 0
+
+
 def test_few_stock_layers_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     _, fused = _pair(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)))

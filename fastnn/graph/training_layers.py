@@ -276,7 +276,7 @@ class Reader:
             node, "batch_norm", {**inputs, **running}, dims=dims, trains=trains,
             momentum=float(settings["momentum"] or 0.0), epsilon=float(settings["eps"]),
         )  # fmt: skip
-        if trains and tracked and module.num_batches_tracked is not None:
+        if settings["training"] and tracked and module.num_batches_tracked is not None:
             self.counters.append((module._buffers, "num_batches_tracked"))
 
 
