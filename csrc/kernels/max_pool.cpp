@@ -3,6 +3,7 @@
 #include <stddef.h>
 
 #include "../simd/shuffle.h"
+#include "conv/winner.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -24,16 +25,7 @@ int64_t scratch(const MaxPoolSizes& s) {
   return 2 * line_length<T>(s);
 }
 
-template <class T>
-bool has_nan(Vec<T> x) {
-  T lanes[kLanes<T>];
-  store(lanes, x);
-  bool found = false;
-  for (const T lane : lanes) found |= lane != lane;
-  return found;
-}
-
-// The positions of the windows of row y that lie in the image, in one dimension: [first, last).
+// The positions of a window that lie in the image, in one dimension: [first, last).
 struct Inside {
   int64_t first, last;
 };
@@ -121,17 +113,16 @@ void forward(const MaxPoolSizes& s, const T* from, T* scratch, T* to, uint8_t* w
     number_of[i] = static_cast<T>(s.kernel[0] * s.kernel[1]);
   }
   for (int64_t y = 0; y < s.output[0]; ++y, to += s.output[1], winners += s.output[1]) {
-    if (!reduce_columns(s, from, y, best_of + s.padding[1], number_of + s.padding[1])) {
+    // Columns further apart are not loaded as vectors.
+    if (s.stride[1] > 2 || !reduce_columns(s, from, y, best_of + s.padding[1], number_of + s.padding[1])) {
       pool_any_row(s, from, y, to, winners);
     } else if (s.stride[1] == 1) {
       reduce_rows(s, best_of, number_of, to, winners,
                   [](const T* at) __attribute__((always_inline)) { return load(at); });
-    } else if (s.stride[1] == 2) {
+    } else {
       reduce_rows(s, best_of, number_of, to, winners, [](const T* at) __attribute__((always_inline)) {
         return every_second<T>(load(at), load(at + kLanes<T>));
       });
-    } else {
-      pool_any_row(s, from, y, to, winners);
     }
   }
 }

@@ -23,7 +23,7 @@ from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join
 from fastnn.graph.matcher import RECURRENT, Left, Match, insert, kernel_sizes, match, settings_of
-from fastnn.graph.recorded import Recorded, record
+from fastnn.graph.recorded import Recorded, compiled, record
 from fastnn.graph.tracing import Fused, UntraceableError, input_names, trace
 from fastnn.nn import rnn as fused_rnn
 from fastnn.nn._hooks import has_global_hooks, layer_class, layer_forward
@@ -203,10 +203,7 @@ class _Code:
         with _write_lock:
             if self._function is None:
                 join(self._graph, modules)
-                code = self._graph.python_code("self")
-                scope = dict(code.globals)
-                exec(compile(code.src, f"<fused {type(modules['']).__name__}>", "exec"), scope)
-                self._function = scope["forward"]
+                self._function = compiled(self._graph, f"<fused {type(modules['']).__name__}>")
         return self._function
 
 
